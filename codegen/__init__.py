@@ -1,0 +1,5 @@
+"""Text from templates; the only place that uses Jinja."""
+
+from tokenspeed_plan.codegen.chat import ChatTemplate
+
+__all__ = ["ChatTemplate"]

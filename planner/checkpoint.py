@@ -1,0 +1,107 @@
+"""What a checkpoint folder holds, read from its headers only: names, shapes, dtypes, digests of its small files."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenspeed_plan.planner.graph import Source, Weight
+from tokenspeed_plan.plans.canon import sha256
+from tokenspeed_plan.plans.errors import SpecError
+
+SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+_MAX_HEADER_BYTES = 256 << 20
+_HINT = "the folder must hold the complete checkpoint, as it was published"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """One tensor of a safetensors file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_headers(folder: Path) -> dict[str, TensorHeader]:
+    """All tensors of all safetensors files of a folder; empty where there are none.
+
+    Raises:
+        SpecError: a file is damaged.
+    """
+    headers: dict[str, TensorHeader] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, entry in _read_header(path).items():
+            headers[name] = TensorHeader(tuple(entry["shape"]), entry["dtype"])
+    return headers
+
+
+def _read_header(path: Path) -> dict[str, dict]:  # type: ignore[type-arg]
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError("header too long")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        if not all({"shape", "dtype"} <= set(entry) for entry in header.values()):
+            raise ValueError("entry without shape or dtype")
+    except (OSError, ValueError, AttributeError, TypeError, struct.error) as error:
+        raise SpecError(f"`{path}` is not a safetensors file: {error}", _HINT) from error
+    return header  # type: ignore[no-any-return]
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the small files that a plan depends on."""
+    return {name: sha256((folder / name).read_bytes()) for name in SMALL_FILES if (folder / name).is_file()}
+
+
+def num_valid_tokens(folder: Path, vocab_size: int) -> int:
+    """Vocabulary rows that stand for a token: the tables of published models are padded.
+
+    Raises:
+        SpecError: the tokenizer has more tokens than the table rows, or cannot be read.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return vocab_size
+    try:
+        data = json.loads(path.read_text())
+        ids = [*data["model"]["vocab"].values(), *(token["id"] for token in data.get("added_tokens", []))]
+        count = 1 + max(ids)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpecError(f"`{path}` is not a tokenizer: {error}", _HINT) from error
+    if count > vocab_size:
+        raise SpecError(f"`{path}` has ids up to {count - 1}, the model has {vocab_size} rows", _HINT)
+    return int(count)
+
+
+def check_sources(weights: Mapping[str, Weight], headers: Mapping[str, TensorHeader]) -> None:
+    """Every source of every weight must be there, with its shape, in a dtype that is planned.
+
+    Raises:
+        SpecError: naming the first tensor that is not.
+    """
+    for weight in weights.values():
+        for source in weight.sources:
+            for name, shape in _files_of(source):
+                _check_tensor(name, shape, headers.get(name))
+
+
+def _files_of(source: Source) -> list[tuple[str, tuple[int, ...]]]:
+    if "{expert}" not in source.name:
+        return [(source.name, source.shape)]
+    count, *shape = source.shape
+    return [(source.name.replace("{expert}", str(index)), tuple(shape)) for index in range(count)]
+
+
+def _check_tensor(name: str, shape: tuple[int, ...], header: TensorHeader | None) -> None:
+    if header is None:
+        raise SpecError(f"the checkpoint has no tensor `{name}`", _HINT)
+    if header.shape != shape:
+        raise SpecError(f"`{name}` is {list(header.shape)}, its config says {list(shape)}", _HINT)
+    if header.dtype not in FLOAT_DTYPES:
+        raise SpecError(f"`{name}` is stored as {header.dtype}, which is not planned yet", "use the BF16 checkpoint")

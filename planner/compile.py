@@ -1,0 +1,132 @@
+"""From a spec to a plan: the pipeline on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from tokenspeed_plan.planner import checkpoint, decide
+from tokenspeed_plan.planner.checks import check
+from tokenspeed_plan.planner.cost import Load
+from tokenspeed_plan.planner.freeze import Parts, freeze
+from tokenspeed_plan.planner.graph import OpGraph
+from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
+from tokenspeed_plan.planner.limits import decode_buckets, plan_limits, prefill_buckets
+from tokenspeed_plan.planner.model_config import ModelConfig, load_model_config, load_preset
+from tokenspeed_plan.planner.passes.fuse import fuse
+from tokenspeed_plan.planner.passes.lower import lower
+from tokenspeed_plan.planner.passes.place import place
+from tokenspeed_plan.planner.passes.schedule import schedule
+from tokenspeed_plan.planner.passes.shard import shard
+from tokenspeed_plan.planner.qwen3_5 import BuildContext, build
+from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.plans.bundle import seal
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.schema import KernelSpec, Limits, ModelFacts, Plan
+from tokenspeed_plan.plans.types import DType, Phase
+from tokenspeed_plan.plans.validate import validate
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as planning sees it: its config, and where there is a checkpoint, its headers."""
+
+    config: ModelConfig
+    location: str | None
+    folder: Path | None
+    files: Mapping[str, str]
+    headers: Mapping[str, checkpoint.TensorHeader]
+
+    @property
+    def num_valid_tokens(self) -> int:
+        """Vocabulary rows that stand for a token."""
+        rows = self.config.vocab_size
+        return checkpoint.num_valid_tokens(self.folder, rows) if self.folder else rows
+
+    def fused_experts(self, prefix: str) -> bool:
+        """Whether the experts under a name are one tensor; published BF16 files split only those of the MTP layer."""
+        return f"{prefix}gate_up_proj" in self.headers if self.headers else not prefix.startswith("mtp.")
+
+
+def find_model(spec: Spec, near: Path | None = None) -> Model:
+    """The model of a spec. A relative path is looked up from here, then from the folders above `near`.
+
+    Raises:
+        SpecError: no such preset or folder, or not a model that can be planned.
+    """
+    if spec.model.preset is not None:
+        config, _ = load_preset(spec.model.preset)
+        return Model(config, None, None, {}, {})
+    assert spec.model.path is not None
+    roots = [Path(), *(near.resolve().parents if near else ())]
+    folder = next((root / spec.model.path for root in roots if (root / spec.model.path).is_dir()), None)
+    if folder is None:
+        raise SpecError(f"there is no folder `{spec.model.path}`", "`model.path` names a Hugging Face model folder")
+    headers = checkpoint.read_headers(folder)
+    config = load_model_config(folder)
+    return Model(config, spec.model.path, folder, checkpoint.file_digests(folder), headers)
+
+
+def compile_plan(spec: Spec, model: Model, dtype: DType | None = None) -> Plan:
+    """Plan a spec; the canary is added by the caller. `dtype` overrides the spec's (fp64 makes the reference).
+
+    Raises:
+        SpecError: the spec cannot be planned: says what does not fit, and what would.
+    """
+    hardware = find_hardware(spec.target.gpu)
+    dtype = dtype or decide.weight_dtype(spec)
+    layout, choices = decide.resolve(spec, model.config, hardware)
+    limits = plan_limits(spec.workload, model.config, hardware)
+    context = BuildContext(model.config, dtype, limits, model.num_valid_tokens, model.fused_experts)
+    graphs: dict[Phase, OpGraph] = {}
+    for phase in ("prefill", "decode"):
+        built = check(build(context, phase))
+        if model.headers:
+            checkpoint.check_sources(built.weights, model.headers)
+        graphs[phase] = check(fuse(check(shard(built, layout))))
+    programs = _programs(graphs, limits, hardware, spec)
+    facts = _facts(model, dtype)
+    parts = Parts(spec, facts, hardware, layout, limits, choices, programs, version("tokenspeed-plan"))
+    plan = seal(freeze(parts))
+    validate(plan)
+    return plan
+
+
+def _programs(
+    graphs: Mapping[Phase, OpGraph], limits: Limits, hardware: HardwareSpec, spec: Spec
+) -> list[tuple[int, int, OpGraph, dict[str, KernelSpec]]]:
+    """(bucket, sequences, lowered graph, kernels) of every program."""
+    buckets: dict[Phase, Sequence[int]] = {"prefill": prefill_buckets(limits), "decode": decode_buckets(limits)}
+    made = []
+    for phase, graph in graphs.items():
+        scheduled = check(schedule(graph))
+        for bucket in buckets[phase]:
+            seqs = min(bucket, limits.max_seqs)
+            placed = check(place(scheduled, bucket, seqs))
+            lowered, kernels = lower(placed, hardware, _load(phase, bucket, seqs, spec))
+            made.append((bucket, seqs, check(lowered), kernels))
+    return made
+
+
+def _load(phase: Phase, bucket: int, seqs: int, spec: Spec) -> Load:
+    """What a program is priced for: decode in the middle of the conversation, prefill of one sequence."""
+    middle = spec.workload.longest_tokens // 2
+    return Load(bucket, seqs, middle) if phase == "decode" else Load(bucket, 1, min(middle, bucket))
+
+
+def _facts(model: Model, dtype: DType) -> ModelFacts:
+    config = model.config
+    return ModelFacts(
+        name=config.name,
+        location=model.location,
+        dtype=dtype,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        files=dict(model.files),
+    )
+
+

@@ -1,0 +1,148 @@
+"""From lowered graphs to the plan: nothing is decided here any more, only written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tokenspeed_plan.planner.graph import OpGraph, Tensor, Weight
+from tokenspeed_plan.planner.hardware import GIB, HardwareSpec
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.schema import (
+    SCHEMA_VERSION,
+    ArenaSpec,
+    AttentionLayout,
+    BufferSpec,
+    Decision,
+    KernelSpec,
+    Layout,
+    Limits,
+    Memory,
+    ModelFacts,
+    MoeLayout,
+    Piece,
+    Plan,
+    Program,
+    Shift,
+    Target,
+    WeightSpec,
+)
+from tokenspeed_plan.plans.validate import aligned
+
+LoweredProgram = tuple[int, int, OpGraph, dict[str, KernelSpec]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that goes into a plan."""
+
+    spec: Spec
+    facts: ModelFacts
+    hardware: HardwareSpec
+    layout: ParallelLayout
+    limits: Limits
+    decisions: tuple[Decision, ...]
+    programs: list[LoweredProgram]
+    compiler_version: str
+
+
+def freeze(parts: Parts) -> Plan:
+    """The plan, not sealed yet.
+
+    Raises:
+        SpecError: it does not fit a rank's memory; the map is in the message.
+    """
+    graphs = [graph for _, _, graph, _ in parts.programs]
+    weights, weight_bytes = _place_weights({name: w for graph in graphs for name, w in graph.weights.items()}.values())
+    buffers, arena_bytes = _place_shared(graphs, parts.limits)
+    arena_bytes |= {"weights": weight_bytes, "activations": max(graph.arena_bytes for graph in graphs)}
+    kernels = {name: kernel for _, _, _, made in parts.programs for name, kernel in made.items()}
+    return Plan(
+        schema_version=SCHEMA_VERSION,
+        compiler_version=parts.compiler_version,
+        digest="",
+        spec=parts.spec.model_dump(mode="json", exclude_none=True),
+        model=parts.facts,
+        target=Target(gpu=parts.hardware.name, count=parts.layout.num_ranks, sm=parts.hardware.sm),
+        layout=Layout(
+            attention=AttentionLayout(tp=parts.layout.attention_tp),
+            moe=MoeLayout(tp=parts.layout.moe_tp, ep=parts.layout.moe_ep),
+        ),
+        limits=parts.limits,
+        decisions=parts.decisions,
+        memory_bytes_per_rank=_memory(arena_bytes, parts.hardware),
+        arenas=tuple(ArenaSpec(name=name, size_bytes=arena_bytes[name]) for name in sorted(arena_bytes)),  # type: ignore[arg-type]
+        weights=weights,
+        buffers=buffers,
+        kernels=tuple(kernels[name] for name in sorted(kernels)),
+        programs=tuple(_program(*program) for program in parts.programs),
+    )
+
+
+def _place_weights(weights: Iterable[Weight]) -> tuple[tuple[WeightSpec, ...], int]:
+    placed, top = [], 0
+    for weight in weights:
+        placed.append(WeightSpec(name=weight.name, offset_bytes=top, tensor=weight.spec, pieces=_pieces(weight)))
+        top += aligned(weight.spec.size_bytes())
+    return tuple(placed), top
+
+
+def _pieces(weight: Weight) -> tuple[Piece, ...]:
+    pieces, joined = [], 0
+    for source in weight.sources:
+        at = tuple(joined if dim == weight.join_dim else 0 for dim in range(len(source.size)))
+        shifts = tuple(Shift(dim=dim, by=by) for dim, by in source.ranks)
+        pieces.append(Piece(source=source.name, start=source.start, size=source.size, at=at, shifts=shifts))
+        joined += source.size[weight.join_dim]
+    return tuple(pieces)
+
+
+def _place_shared(graphs: list[OpGraph], limits: Limits) -> tuple[tuple[BufferSpec, ...], dict[str, int]]:
+    """State and io buffers: they outlive a program, so each has a place of its own."""
+    shared: dict[str, Tensor] = {}
+    for graph in graphs:
+        shared |= {name: tensor for name, tensor in graph.tensors.items() if tensor.arena != "activations"}
+    tops = {"kv_cache": 0, "state": 0, "io": 0}
+    buffers = []
+    for tensor in shared.values():
+        buffers.append(BufferSpec(name=tensor.name, arena=tensor.arena, offset_bytes=tops[tensor.arena], tensor=tensor.spec))
+        tops[tensor.arena] += aligned(tensor.spec.size_bytes(limits.max_tokens, limits.max_seqs))
+    return tuple(buffers), tops
+
+
+def _memory(arena_bytes: dict[str, int], hardware: HardwareSpec) -> Memory:
+    total = sum(arena_bytes.values()) + hardware.reserved_bytes
+    if total > hardware.memory_bytes:
+        rows = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sorted(arena_bytes.items()))
+        raise SpecError(
+            f"needs {total / GIB:.2f} GiB on each {hardware.name}, which has {hardware.memory_bytes / GIB:.2f}"
+            f" ({rows}, reserved {hardware.reserved_bytes / GIB:.2f} GiB)",
+            "raise `target.count`, or lower `workload.concurrency` or its tokens",
+        )
+    return Memory(**arena_bytes, reserved=hardware.reserved_bytes, total=total, capacity=hardware.memory_bytes)
+
+
+def _program(bucket: int, max_seqs: int, graph: OpGraph, kernels: dict[str, KernelSpec]) -> Program:
+    used = [name for op in graph.ordered() for name in op.outputs]
+    buffers = tuple(
+        BufferSpec(name=name, arena="activations", offset_bytes=graph.offsets[name], tensor=graph.tensors[name].spec)
+        for name in used
+        if graph.tensors[name].arena == "activations"
+    )
+    time_us = sum(getattr(step, "predicted_us", 0.0) for step in graph.steps)
+    return Program(
+        phase=graph.phase,
+        bucket=bucket,
+        max_tokens=bucket,
+        max_seqs=max_seqs,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        buffers=buffers,
+        steps=graph.steps,
+        num_streams=graph.num_streams,
+        predicted_us=round(time_us, 2),
+    )
+
+

@@ -1,0 +1,81 @@
+"""How dimensions are cut over the ranks, and which cuts are legal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.types import RankShift
+
+Axis = Literal["attention", "kv", "mlp", "vocab", "experts", "expert_inner"]
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLayout:
+    """Ranks are numbered `ep_rank * moe_tp + moe_tp_rank`; attention tensor parallelism spans them all."""
+
+    attention_tp: int
+    moe_tp: int
+    moe_ep: int
+
+    @property
+    def num_ranks(self) -> int:
+        """GPUs in the pool."""
+        return self.attention_tp
+
+    def ways(self, axis: Axis) -> int:
+        """Into how many parts an axis is cut."""
+        return {"experts": self.moe_ep, "expert_inner": self.moe_tp}.get(axis, self.num_ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A dimension made of `units` equal blocks (heads, channels, experts) that ranks share out along `axis`."""
+
+    axis: Axis
+    units: int
+
+    def local_units(self, layout: ParallelLayout) -> int:
+        """Blocks on one rank. KV heads are copied where there are more ranks than heads.
+
+        Raises:
+            SpecError: the blocks cannot be shared out evenly.
+        """
+        ways = layout.ways(self.axis)
+        if self.units % ways == 0:
+            return self.units // ways
+        if self.axis == "kv" and ways % self.units == 0:
+            return 1
+        raise SpecError(f"{self.units} {_WHAT[self.axis]} cannot be cut over {ways} GPUs", _HINTS[self.axis])
+
+    def local(self, size: int, layout: ParallelLayout) -> int:
+        """The part of a dimension of `size` on one rank."""
+        return size // self.units * self.local_units(layout)
+
+    def shift(self, size: int, layout: ParallelLayout) -> RankShift:
+        """Where a rank's part starts."""
+        ways, step = layout.ways(self.axis), self.local(size, layout)
+        if self.axis == "kv" and ways > self.units:
+            return RankShift(div=ways // self.units, mod=self.units, step=step)
+        return RankShift(div=layout.moe_tp if self.axis == "experts" else 1, mod=ways, step=step)
+
+
+_WHAT: dict[Axis, str] = {
+    "attention": "heads", "kv": "kv heads", "mlp": "FFN channels", "vocab": "vocabulary rows",
+    "experts": "experts", "expert_inner": "channels of an expert",
+}  # fmt: skip
+_HINTS: dict[Axis, str] = {
+    axis: "choose a `target.count` that divides the heads of the model" for axis in ("attention", "kv", "mlp", "vocab")
+} | {axis: "choose another `parallelism.moe`" for axis in ("experts", "expert_inner")}  # type: ignore[assignment]
+
+
+def check_fp8_blocks(inner_size: int, ways: int, what: str, block: int = 128) -> None:
+    """Block-scaled FP8 weights can only be cut at multiples of their block.
+
+    Raises:
+        SpecError: a part would not be whole blocks.
+    """
+    if inner_size % ways or inner_size // ways % block:
+        raise SpecError(f"{what} of {inner_size} channels over {ways} GPUs is not whole {block}-wide FP8 blocks",
+                        "use fewer ways of tensor parallelism, or expert parallelism")  # fmt: skip

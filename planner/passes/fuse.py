@@ -1,0 +1,83 @@
+"""Fuse: runs of neighbouring operators become one kernel.
+
+`FUSIONS` is the whole policy: a kernel kind and the run of operators that it replaces. A run that stands together in
+a topological order is always convex, so no rewrite can make a cycle. What is only used inside stays in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
+from tokenspeed_plan.plans.ops import Access
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """One rewrite: `run` (kinds, in order) becomes a kernel of kind `kind`."""
+
+    kind: str
+    run: tuple[str, ...]
+
+
+FUSIONS = (
+    Fusion("add_rms_norm_last_token", ("add", "rms_norm", "last_token")),
+    Fusion("add_rms_norm", ("add", "rms_norm")),
+    Fusion("qk_norm_rope_write", ("split_gate", "head_norm", "rope", "head_norm", "rope", "kv_write")),
+    Fusion("delta_step", ("causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
+    Fusion("linear_topk", ("linear", "topk")),
+    Fusion("linear_silu_mul", ("linear", "silu_mul")),
+    Fusion("linear_gated_add", ("linear", "gated_add")),
+    Fusion("attention_gate", ("attention", "sigmoid_gate")),
+)
+FUSED_KINDS = frozenset(fusion.kind for fusion in FUSIONS)
+
+
+def fuse(graph: OpGraph, fusions: Sequence[Fusion] = FUSIONS) -> OpGraph:
+    """The graph with every matching run replaced, the longest rewrites of the table first."""
+    order = list(graph.ordered())
+    ops: list[Op] = []
+    index = 0
+    while index < len(order):
+        fusion = next((f for f in fusions if _matches(order, index, f)), None)
+        length = len(fusion.run) if fusion else 1
+        ops.append(_merge(graph, order, index, fusion) if fusion else order[index])
+        index += length
+    return graph.to(Stage.FUSED, ops=tuple(ops))
+
+
+def _matches(order: Sequence[Op], index: int, fusion: Fusion) -> bool:
+    """Whether the run is there, and each member but the first takes something that the run made."""
+    run = order[index : index + len(fusion.run)]
+    if tuple(op.kind for op in run) != fusion.run:
+        return False
+    made = {name for op in run for name in op.outputs}
+    return all(_feeds(op, run, made) for op in run)
+
+
+def _feeds(op: Op, run: Sequence[Op], made: set[str]) -> bool:
+    used = {name for other in run for name in other.inputs}
+    return bool(made & set(op.inputs) or used & set(op.outputs))
+
+
+def _merge(graph: OpGraph, order: Sequence[Op], index: int, fusion: Fusion) -> Op:
+    run = tuple(order[index : index + len(fusion.run)])
+    made = [name for op in run for name in op.outputs]
+    outside = {name for op in (*order[:index], *order[index + len(run) :]) for name in op.inputs} | set(graph.outputs)
+    states: dict[str, Access] = {}
+    for op in run:
+        states |= {name: access for name, access in op.states if states.get(name) != "update"}
+    return Op(
+        name=run[-1].name,
+        kind=fusion.kind,
+        inputs=_unique(name for op in run for name in op.inputs if name not in made),
+        outputs=tuple(name for name in made if name in outside),
+        weights=_unique(name for op in run for name in op.weights),
+        states=tuple(states.items()),
+        parts=tuple(replace(op) for op in run),
+    )
+
+
+def _unique(names: object) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))  # type: ignore[call-overload]

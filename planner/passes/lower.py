@@ -1,0 +1,82 @@
+"""Lower: each operator becomes a call of a specialised kernel, with its arguments and its predicted time.
+
+Layers and programs of the same shape share a kernel: names inside a kernel do not depend on the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from tokenspeed_plan.planner.cost import Load, predict_us
+from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
+from tokenspeed_plan.planner.hardware import HardwareSpec
+from tokenspeed_plan.planner.passes.schedule import ops_by_step, step_key
+from tokenspeed_plan.plans.canon import kernel_name
+from tokenspeed_plan.plans.ops import OPS
+from tokenspeed_plan.plans.schema import CollectiveCall, KernelCall, KernelSpec, Param, Part, Step
+from tokenspeed_plan.plans.types import TensorSpec
+
+
+def lower(graph: OpGraph, hardware: HardwareSpec, load: Load) -> tuple[OpGraph, dict[str, KernelSpec]]:
+    """The graph with calls for steps, and the kernels that they call, by name."""
+    kernels: dict[str, KernelSpec] = {}
+    by_step = ops_by_step(graph)
+    steps: list[Step] = []
+    for step in graph.steps:
+        if isinstance(step, KernelCall):
+            op = by_step[step_key(step)]
+            kernel = _kernel(graph, op)
+            kernels[kernel.name] = kernel
+            args = (*op.inputs, *op.weights, *(name for name, _ in op.states), *op.outputs)
+            steps.append(KernelCall(kernel=kernel.name, args=args, stream=step.stream,
+                                    predicted_us=predict_us(graph, op, load, hardware)))  # fmt: skip
+        elif isinstance(step, CollectiveCall):
+            time_us = predict_us(graph, by_step[step_key(step)], load, hardware)
+            steps.append(step.model_copy(update={"predicted_us": time_us}))
+        else:
+            steps.append(step)
+    return replace(graph, stage=Stage.LOWERED, steps=tuple(steps)), kernels
+
+
+def _kernel(graph: OpGraph, op: Op) -> KernelSpec:
+    local = _local_names(op)
+    access = dict(op.states)
+    params = [Param(name=local[name], role="input", tensor=graph.tensors[name].spec) for name in op.inputs]
+    params += [Param(name=local[name], role="weight", tensor=graph.weights[name].spec) for name in op.weights]
+    params += [Param(name=local[name], role="state", tensor=graph.tensors[name].spec, access=access[name]) for name in access]
+    params += [Param(name=local[name], role="output", tensor=_spec(graph, name), access="write") for name in op.outputs]
+    parts = tuple(
+        Part(
+            kind=member.kind,
+            operands=tuple(local[name] for name in member.operands),
+            outputs=tuple(local[name] for name in member.outputs),
+            attrs=dict(member.attrs),
+            rank_attrs=dict(member.rank_attrs),
+        )
+        for member in op.members
+    )
+    kernel = KernelSpec(name="", params=tuple(params), parts=parts)
+    return kernel.model_copy(update={"name": kernel_name(op.kind, kernel)})
+
+
+def _spec(graph: OpGraph, name: str) -> TensorSpec:
+    return graph.tensors[name].spec
+
+
+def _local_names(op: Op) -> Mapping[str, str]:
+    """tensor -> name inside the kernel: the role that it first plays, with the operator's kind where there are several."""
+    names: dict[str, str] = {}
+    for member in op.members:
+        roles = zip(OPS[member.kind].operands, member.operands, strict=True)
+        outs = zip(_output_roles(member), member.outputs, strict=True)
+        for role, tensor in (*roles, *outs):
+            wanted = f"{member.kind}_{role}" if op.parts else role
+            taken = set(names.values())
+            suffix = next(text for text in ("", *map(str, range(2, 99))) if f"{wanted}{text}" not in taken)
+            names.setdefault(tensor, f"{wanted}{suffix}")
+    return names
+
+
+def _output_roles(op: Op) -> tuple[str, ...]:
+    return tuple(f"y{i}" for i in range(len(op.outputs))) if op.kind == "linear" else OPS[op.kind].outputs

@@ -1,0 +1,98 @@
+"""Schedule: the order of the steps, the stream of each, and the events between streams.
+
+With one stream the order is the graph's own. With more, an operator goes on with the stream of a producer that
+nobody has continued yet, else it opens the next stream; each crossing gets one event. The issue of a stream that pays
+is the cost model's; this pass only makes any number of streams correct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
+from tokenspeed_plan.plans.schema import CollectiveCall, KernelCall, RecordEvent, Step, WaitEvent
+
+
+def schedule(graph: OpGraph, num_streams: int = 1) -> OpGraph:
+    """The graph with its steps. Kernels are named by their operators until they are lowered."""
+    plan = _Streams(num_streams)
+    for op in graph.ordered():
+        producers = [name for name in graph.nx.predecessors(op.name)]
+        plan.place(op, producers)
+    plan.join()
+    return graph.to(Stage.SCHEDULED, steps=tuple(plan.finish()), num_streams=plan.used)
+
+
+@dataclass
+class _Streams:
+    num_streams: int
+    used: int = 1
+    steps: list[Step] = field(default_factory=list)
+    stream_of: dict[str, int] = field(default_factory=dict)
+    tail: dict[int, str] = field(default_factory=dict)  # last operator of each stream
+    seen: dict[tuple[int, int], int] = field(default_factory=dict)  # (waiter, source) -> position already waited for
+    position: dict[str, int] = field(default_factory=dict)
+    waits: list[tuple[int, int, str]] = field(default_factory=list)  # (index in steps, stream, producer)
+
+    def place(self, op: Op, producers: list[str]) -> None:
+        """Put an operator on a stream, after waits for what it needs from others."""
+        stream = self._choose(producers)
+        self.used = max(self.used, stream + 1)
+        for producer in producers:
+            self._wait(stream, producer)
+        self.steps.append(_step(op, stream))
+        self.stream_of[op.name] = stream
+        self.position[op.name] = len(self.position)
+        self.tail[stream] = op.name
+
+    def _choose(self, producers: list[str]) -> int:
+        free = [self.stream_of[name] for name in producers if self.tail[self.stream_of[name]] == name]
+        if free or not producers:
+            return min(free, default=0)
+        idle = [stream for stream in range(self.num_streams) if stream not in self.tail]
+        return min(idle) if idle else self.stream_of[max(producers, key=self.position.__getitem__)]
+
+    def _wait(self, stream: int, producer: str) -> None:
+        source = self.stream_of[producer]
+        key = (stream, source)
+        if source == stream or self.seen.get(key, -1) >= self.position[producer]:
+            return
+        self.seen[key] = self.position[producer]
+        self.waits.append((len(self.steps), stream, producer))
+        self.steps.append(WaitEvent(event=len(self.waits) - 1, stream=stream))
+
+    def join(self) -> None:
+        """Stream 0 waits for what is still running elsewhere."""
+        for stream, last in sorted(self.tail.items()):
+            if stream:
+                self._wait(0, last)
+
+    def finish(self) -> list[Step]:
+        """The steps with each event recorded right after its producer."""
+        records: dict[str, list[Step]] = {}
+        for event, (_, _, producer) in enumerate(self.waits):
+            records.setdefault(producer, []).append(RecordEvent(event=event, stream=self.stream_of[producer]))
+        done: list[Step] = []
+        for step in self.steps:
+            done.append(step)
+            done += records.get(step_key(step), [])
+        return done
+
+
+def _step(op: Op, stream: int) -> Step:
+    if op.kind in ("all_reduce", "all_gather"):
+        return CollectiveCall(op=op.kind, source=op.inputs[0], target=op.outputs[0], stream=stream, predicted_us=0.0)  # type: ignore[arg-type]
+    return KernelCall(kernel=op.name, args=(), stream=stream, predicted_us=0.0)
+
+
+def step_key(step: Step) -> str:
+    """The operator that a step stands for: collectives are found by what they write."""
+    if isinstance(step, KernelCall):
+        return step.kernel
+    return f"{step.target}.{step.op}" if isinstance(step, CollectiveCall) else ""
+
+
+def ops_by_step(graph: OpGraph) -> Mapping[str, Op]:
+    """Operators by the key of their step."""
+    return {step_key(_step(op, 0)): op for op in graph.ops}

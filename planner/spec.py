@@ -1,0 +1,208 @@
+"""The spec: what a user asks for, in YAML. It may say `auto`; a plan may not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tokenspeed_plan.plans.errors import SpecError
+
+Auto = Literal["auto"]
+AutoOrOff = Literal["auto", "off"]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSpec(_Section):
+    """A folder in Hugging Face's layout, or the name of a published size."""
+
+    path: str | None = Field(default=None, min_length=1)
+    preset: str | None = Field(default=None, min_length=1)
+    weights: Literal["bf16", "fp32", "fp8", "nvfp4"] = "bf16"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSpec:
+        if (self.path is None) == (self.preset is None):
+            raise ValueError("give either `path` or `preset`")
+        return self
+
+
+class TargetSpec(_Section):
+    """Which GPU, and how many."""
+
+    gpu: str
+    count: Annotated[int, Field(ge=1, le=1024)] = 1
+
+
+class AttentionSpec(_Section):
+    """Tensor parallelism of the mixers."""
+
+    tp: Count
+
+
+class MoeSpec(_Section):
+    """Tensor and expert parallelism of the expert blocks."""
+
+    tp: Count = 1
+    ep: Count = 1
+
+
+class ParallelismSpec(_Section):
+    """A layout given by hand."""
+
+    attention: AttentionSpec | None = None
+    moe: MoeSpec | None = None
+
+
+class WorkloadSpec(_Section):
+    """What will be served. The longest conversation and the concurrency become the limits of the plan."""
+
+    kind: Literal["agentic", "batch"] = "batch"
+    first_turn_tokens: Count = 2048
+    turn_tokens: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    turns: Count = 1
+    output_tokens: Count = 512
+    concurrency: Annotated[int, Field(ge=1, le=65_536)] = 1
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of a whole conversation, prompts and answers."""
+        return self.first_turn_tokens + (self.turns - 1) * self.turn_tokens + self.turns * self.output_tokens
+
+
+class SloSpec(_Section):
+    """Service levels in milliseconds."""
+
+    ttft_ms: Milliseconds | None = None
+    tpot_ms: Milliseconds | None = None
+
+
+class ObjectiveSpec(_Section):
+    """What the planner minimises."""
+
+    minimize: Literal["turn_time", "tpot", "cost_per_token"] = "turn_time"
+    slo: SloSpec | None = None
+
+
+class SpeculationSpec(_Section):
+    """Draft tokens a step."""
+
+    depth: Annotated[int, Field(ge=1, le=16)]
+
+
+class DisaggregationSpec(_Section):
+    """GPUs of the prefill pool and of the decode pool."""
+
+    prefill: Count
+    decode: Count
+
+
+class Spec(_Section):
+    """The whole spec."""
+
+    version: Literal[1]
+    model: ModelSpec
+    target: TargetSpec
+    parallelism: Auto | ParallelismSpec = "auto"
+    workload: WorkloadSpec = WorkloadSpec()
+    objective: ObjectiveSpec = ObjectiveSpec()
+    slo: SloSpec | None = None
+    speculation: AutoOrOff | SpeculationSpec = "auto"
+    disaggregation: AutoOrOff | DisaggregationSpec = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yaml_off(cls, data: Any) -> Any:
+        """YAML 1.1 reads a bare `off` as false."""
+        if not isinstance(data, dict):
+            return data
+        return {key: "off" if key in ("speculation", "disaggregation") and value is False else value
+                for key, value in data.items()}  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        repeated = sorted({key for key in keys if isinstance(key, str) and keys.count(key) > 1})
+        if repeated:
+            raise yaml.constructor.ConstructorError(None, None, f"`{repeated[0]}` is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_spec(path: Path) -> Spec:
+    """Read a spec.
+
+    Raises:
+        SpecError: unreadable, not YAML, or not a spec; says which key and what was meant.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise SpecError(f"cannot read `{path}`: {reason}", "name a YAML spec, such as examples/demo/spec.yaml") from error
+    return parse_spec(text, str(path))
+
+
+def parse_spec(text: str, name: str) -> Spec:
+    """A spec from YAML text; raises as `load_spec` does."""
+    try:
+        data = yaml.load(text, _Loader)  # a subclass of SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SpecError(f"`{name}` is not YAML: {reason}", "check indentation and quotes at that line") from error
+    if not isinstance(data, dict):
+        raise SpecError(f"`{name}` is not a mapping of keys", "start from examples/demo/spec.yaml")
+    try:
+        return Spec.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error, name) from error
+
+
+def _explain(error: ValidationError, name: str) -> SpecError:
+    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    path = [str(part) for part in first["loc"] if str(part) in _KEYS or part == first["loc"][-1]]
+    where = ".".join(dict.fromkeys(path)) or "spec"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), _KEYS_OF.get(_section(first["loc"]), _KEYS), 1)
+        hint = f"did you mean `{near[0]}`?" if near else "the README lists the keys of a spec"
+        return SpecError(f"`{name}` has an unknown key `{where}`", hint)
+    got = _short(first["input"])
+    message = first["msg"].removeprefix("Value error, ")
+    return SpecError(f"`{name}` at `{where}`: {message[0].lower()}{message[1:]}, got {got}", _type_hint(where))
+
+
+def _section(location: tuple[int | str, ...]) -> str:
+    return next((str(part) for part in reversed(location[:-1]) if str(part) in _KEYS_OF), "")
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _type_hint(where: str) -> str:
+    return f"see `{where.split('.')[0]}` in the README's spec" if where != "spec" else "see the README's spec"
+
+
+def _sections() -> Mapping[str, type[_Section]]:
+    return {
+        "": Spec, "model": ModelSpec, "target": TargetSpec, "parallelism": ParallelismSpec, "attention": AttentionSpec,
+        "moe": MoeSpec, "workload": WorkloadSpec, "objective": ObjectiveSpec, "slo": SloSpec,
+        "speculation": SpeculationSpec, "disaggregation": DisaggregationSpec,
+    }  # fmt: skip
+
+
+_KEYS_OF = {name: tuple(section.model_fields) for name, section in _sections().items()}
+_KEYS = tuple(dict.fromkeys(key for keys in _KEYS_OF.values() for key in keys))
+WEIGHT_DTYPES = get_args(ModelSpec.model_fields["weights"].annotation)

@@ -1,0 +1,115 @@
+"""The only file that reads or writes a plan bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tokenspeed_plan.plans.canon import canonical, plan_digest
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.schema import SCHEMA_VERSION, Plan
+from tokenspeed_plan.plans.validate import validate
+
+PLAN_FILE = "plan.json"
+# Lists and objects down to this depth get a line for each element, so that a diff of two plans is readable.
+_OPEN_DEPTH = {"programs": 4}
+_DEFAULT_OPEN_DEPTH = 2
+
+
+def seal(plan: Plan) -> Plan:
+    """The plan with its digest filled in."""
+    return plan.model_copy(update={"digest": plan_digest(plan)})
+
+
+def dump_plan(plan: Plan) -> str:
+    """The text of plan.json: canonical, one line for each weight, buffer, kernel and step."""
+    fields = plan.model_dump(mode="json")
+    lines = [f"{canonical(key)}: {_spread(fields[key], _OPEN_DEPTH.get(key, _DEFAULT_OPEN_DEPTH), 1)}"
+             for key in sorted(fields)]  # fmt: skip
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+def _spread(value: Any, depth: int, indent: int) -> str:
+    if depth == 1 or not isinstance(value, (dict, list)) or not value:
+        return canonical(value)
+    pad = " " * (indent + 1)
+    if isinstance(value, dict):
+        inner = [f"{canonical(key)}: {_spread(value[key], depth - 1, indent + 1)}" for key in sorted(value)]
+        return "{\n" + pad + f",\n{pad}".join(inner) + "\n" + " " * indent + "}"
+    inner = [_spread(item, depth - 1, indent + 1) for item in value]
+    return "[\n" + pad + f",\n{pad}".join(inner) + "\n" + " " * indent + "]"
+
+
+def save_plan(plan: Plan, folder: Path) -> Path:
+    """Write the bundle; readers see the old plan or the new one, never half of one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PLAN_FILE
+    draft = folder / f".{PLAN_FILE}.{os.getpid()}"
+    draft.write_text(dump_plan(plan))
+    draft.replace(path)
+    return path
+
+
+def parse_plan(text: str | bytes, name: str) -> Plan:
+    """A plan from its text, checked against the schema only.
+
+    Raises:
+        PlanError: not JSON, another schema version, or fields that do not fit.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"`{name}` is not JSON: {error}", _REPLAN) from error
+    version = fields.get("schema_version") if isinstance(fields, dict) else None
+    if version != SCHEMA_VERSION:
+        raise PlanError(f"`{name}` has schema version {version!r}, this build reads {SCHEMA_VERSION}", _REPLAN)
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PlanError(f"`{name}` at `{where}`: {first['msg']}", _REPLAN) from error
+
+
+_REPLAN = "make the plan again with `tokenspeed plan SPEC -o DIR`"
+
+
+def read_plan(folder: Path) -> str:
+    """The text of a bundle's plan.
+
+    Raises:
+        PlanError: there is no readable bundle.
+    """
+    path = folder / PLAN_FILE
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise PlanError(f"cannot read `{path}`: {reason}", "name a folder that `tokenspeed plan` wrote") from error
+
+
+def check_digest(plan: Plan) -> None:
+    """The plan must be what its digest says.
+
+    Raises:
+        PlanError: something was altered after planning.
+    """
+    actual = plan_digest(plan)
+    if plan.digest != actual:
+        raise PlanError(f"the plan's digest is {plan.digest[:16]}, its content has {actual[:16]}", _REPLAN)
+
+
+def load_plan(folder: Path) -> Plan:
+    """Read a bundle, and check its schema, its rules and its digest.
+
+    Raises:
+        PlanError: with what is wrong; nothing else is raised for bad input.
+    """
+    plan = parse_plan(read_plan(folder), str(folder / PLAN_FILE))
+    validate(plan)
+    check_digest(plan)
+    return plan

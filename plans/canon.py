@@ -1,0 +1,30 @@
+"""One spelling for every JSON value, and the digests that follow from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenspeed_plan.plans.schema import KernelSpec, Plan
+
+
+def canonical(value: Any) -> str:
+    """The one compact spelling of a JSON value: sorted keys, ASCII, no blanks."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def sha256(data: str | bytes) -> str:
+    """Hex SHA-256."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 of the plan's canonical form without its digest."""
+    return sha256(canonical(plan.model_dump(mode="json", exclude={"digest"})))
+
+
+def kernel_name(kind: str, kernel: KernelSpec) -> str:
+    """`<kind>_<digest>`: a kernel whose content was altered no longer has its own name."""
+    return f"{kind}_{sha256(canonical(kernel.model_dump(mode='json', exclude={'name'})))[:12]}"

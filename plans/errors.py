@@ -1,0 +1,45 @@
+"""Errors that a user can act on: what is wrong, and one hint."""
+
+from __future__ import annotations
+
+
+class TokenspeedError(Exception):
+    """Something the user asked for cannot be done.
+
+    Attributes:
+        message: what is wrong, with the two values that disagree; one line, no full stop.
+        hint: what to do about it, one line; a command where there is one.
+        exit_code: 2 where the request was refused, 1 where it was carried out and something differs.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"error: {self.message}\n\nhint: {self.hint}"
+
+
+class SpecError(TokenspeedError):
+    """The YAML spec, or the model that it names, cannot be planned."""
+
+
+class PlanError(TokenspeedError):
+    """A plan is malformed, corrupted, or does not fit this machine or these weights."""
+
+
+class StalePlanError(TokenspeedError):
+    """A frozen plan is not what its spec compiles to."""
+
+    exit_code = 1
+
+
+class CanaryError(TokenspeedError):
+    """A plan replays, but not to the golden tokens that it carries."""
+
+
+class RequestError(TokenspeedError):
+    """A prompt or a batch file asks for what the plan cannot serve."""

@@ -1,0 +1,167 @@
+"""One symbolic replay of a program: who wrote each byte, and is that ordered before who reads it.
+
+Steps on one stream run in order; streams are ordered only by events. As in a race detector (vector clocks: Mattern,
+1988; FastTrack: Flanagan and Freund, PLDI 2009), each access carries the time of its stream, and two accesses to the
+same bytes, one of them a write, must be ordered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tokenspeed_plan.plans.ops import Access, ShapeError, require
+from tokenspeed_plan.plans.schema import (
+    BufferSpec,
+    CollectiveCall,
+    KernelCall,
+    KernelSpec,
+    Program,
+    RecordEvent,
+    Step,
+    WaitEvent,
+)
+
+Clock = list[int]
+Epoch = tuple[int, int]  # stream, time
+
+
+def check_hazards(program: Program, kernels: Mapping[str, KernelSpec], buffers: Mapping[str, BufferSpec]) -> None:
+    """Refuse a program whose result depends on anything but its steps.
+
+    Raises:
+        ShapeError: a read of what was not written or was overwritten, a race, or an event without its partner.
+    """
+    replay = _Replay(program, buffers)
+    for step in program.steps:
+        replay.run(step, _accesses(step, kernels))
+    replay.finish()
+
+
+def _accesses(step: Step, kernels: Mapping[str, KernelSpec]) -> list[tuple[str, Access]]:
+    """The buffers that a step touches; weights are left out, they never change."""
+    if isinstance(step, KernelCall):
+        access: dict[str, Access] = {"input": "read", "output": "write"}
+        params = zip(kernels[step.kernel].params, step.args, strict=True)
+        return [(name, access.get(p.role, p.access)) for p, name in params if p.role != "weight"]
+    if isinstance(step, CollectiveCall):
+        return [(step.source, "read"), (step.target, "write")]
+    return []
+
+
+@dataclass(slots=True)
+class _Span:
+    """Bytes that a buffer holds, and everyone who touched them since they were written."""
+
+    start: int
+    end: int
+    writer: Epoch
+    readers: list[Epoch] = field(default_factory=list)
+
+
+class _Replay:
+    def __init__(self, program: Program, buffers: Mapping[str, BufferSpec]) -> None:
+        self.program = program
+        self.buffers = buffers
+        self.clocks: list[Clock] = [[0] * program.num_streams for _ in range(program.num_streams)]
+        self.started = [True] + [False] * (program.num_streams - 1)
+        self.events: dict[int, Clock] = {}
+        self.waited: set[int] = set()
+        self.spans: list[_Span] = []
+        self.intact: dict[str, _Span] = {}  # buffers whose bytes are all still their own
+        self.written: set[str] = set()
+        self.unread: set[str] = set()
+        self.state: dict[str, Epoch] = {}
+        for name in program.inputs:
+            require(name in buffers and buffers[name].arena == "io", f"input `{name}` is not an io buffer")
+
+    def run(self, step: Step, accesses: list[tuple[str, Access]]) -> None:
+        clock = self.clocks[step.stream]
+        if isinstance(step, WaitEvent):
+            self._wait(step, clock)
+            return
+        require(self.started[step.stream], f"stream {step.stream} works before it waits for another")
+        clock[step.stream] += 1
+        if isinstance(step, RecordEvent):
+            require(step.event not in self.events, f"event {step.event} is recorded twice")
+            self.events[step.event] = list(clock)
+        epoch = (step.stream, clock[step.stream])
+        for name, access in sorted(accesses, key=lambda item: item[1] == "write"):  # reads come before writes
+            self._touch(name, access, epoch, clock)
+
+    def _wait(self, step: WaitEvent, clock: Clock) -> None:
+        require(step.event in self.events, f"event {step.event} is waited for and not recorded before")
+        clock[:] = map(max, clock, self.events[step.event])
+        self.waited.add(step.event)
+        self.started[step.stream] = True
+
+    def _touch(self, name: str, access: Access, epoch: Epoch, clock: Clock) -> None:
+        arena = self.buffers[name].arena
+        if arena in ("kv_cache", "state"):
+            self._touch_state(name, access, epoch, clock)
+        elif access == "read":
+            self._read(name, epoch, clock)
+        else:
+            self._write(name, epoch, clock)
+
+    def _touch_state(self, name: str, access: Access, epoch: Epoch, clock: Clock) -> None:
+        if access == "read":
+            require(name in self.state and _before(self.state[name], clock), f"`{name}` is read before it is written")
+        else:
+            require(name not in self.state, f"`{name}` is written twice")
+            self.state[name] = epoch
+
+    def _read(self, name: str, epoch: Epoch, clock: Clock) -> None:
+        if name in self.program.inputs:
+            return
+        self.unread.discard(name)
+        require(name in self.written, f"`{name}` is read before it is written")
+        require(name in self.intact, f"`{name}` is overwritten before it is read")
+        span = self.intact[name]
+        require(_before(span.writer, clock), f"`{name}` is read while another stream may still write it")
+        span.readers.append(epoch)
+
+    def _write(self, name: str, epoch: Epoch, clock: Clock) -> None:
+        require(name not in self.written and name not in self.program.inputs, f"`{name}` is written twice")
+        self.written.add(name)
+        self.unread.add(name)
+        buffer = self.buffers[name]
+        if buffer.arena == "io":
+            self.intact[name] = _Span(0, 0, epoch)
+            return
+        size = buffer.tensor.size_bytes(self.program.max_tokens, self.program.max_seqs)
+        span = _Span(buffer.offset_bytes, buffer.offset_bytes + size, epoch)
+        self._claim(name, span, clock)
+        self.intact[name] = span
+
+    def _claim(self, name: str, new: _Span, clock: Clock) -> None:
+        """Take the bytes from those who hold them; what they did there must be over."""
+        kept: list[_Span] = []
+        for span in self.spans:
+            if span.end <= new.start or new.end <= span.start:
+                kept.append(span)
+                continue
+            for epoch in (span.writer, *span.readers):
+                require(_before(epoch, clock) and epoch != new.writer,
+                        f"`{name}` is written while its bytes may still be in use")  # fmt: skip
+            self.intact = {held: other for held, other in self.intact.items() if other is not span}
+            kept += [_Span(a, b, span.writer, span.readers)
+                     for a, b in ((span.start, new.start), (new.end, span.end)) if a < b]  # fmt: skip
+        self.spans = [*kept, new]
+
+    def finish(self) -> None:
+        """Everything must have come back to stream 0, the outputs in place."""
+        end = self.clocks[0]
+        for stream, clock in enumerate(self.clocks):
+            require(clock[stream] <= end[stream], f"stream {stream} is not waited for at the end")
+        unpaired = set(self.events) - self.waited
+        require(not unpaired, f"event {min(unpaired, default=0)} is recorded and never waited for")
+        for name in self.program.outputs:
+            require(name in self.intact, f"output `{name}` is not there at the end")
+        wasted = self.unread - set(self.program.outputs)
+        require(not wasted, f"`{min(wasted, default='')}` is written and never read")
+
+
+def _before(epoch: Epoch, clock: Clock) -> bool:
+    stream, time = epoch
+    return clock[stream] >= time

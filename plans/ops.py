@@ -1,0 +1,355 @@
+"""The operators: what each takes, gives and touches, and which shapes fit together.
+
+One row per operator in `OPS`. The planner builds graphs from these rows, the validator checks plans against them, and
+`runtime/reference` and `codegen/templates` give each row its two bodies.
+
+Shapes: T tokens, S sequences, H hidden, V vocabulary rows, D head_dim, Q query heads, K kv heads,
+A delta-rule key heads, B delta-rule value heads, E experts on this rank, k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenspeed_plan.plans.types import Attr, Dim, DType, TensorSpec
+
+Access = Literal["read", "write", "update"]
+Attrs = Mapping[str, Attr]
+Specs = Mapping[str, TensorSpec]
+
+
+class ShapeError(ValueError):
+    """The tensors of an operator do not fit together."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpDef:
+    """One operator.
+
+    Attributes:
+        inputs: activations and metadata that it reads.
+        outputs: what it writes, in order; `linear` may have any number.
+        weights: parameters that it reads.
+        states: persistent buffers that outlive the step, with the access.
+        attrs: names of its constants.
+        infer: the output specs, from constants and inputs; raises `ShapeError`.
+        doc: the formula.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    infer: Callable[[Attrs, Specs], dict[str, TensorSpec]]
+    doc: str
+    weights: tuple[str, ...] = ()
+    states: tuple[tuple[str, Access], ...] = ()
+    attrs: tuple[str, ...] = ()
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Everything that it reads or updates, in argument order."""
+        return self.inputs + self.weights + tuple(name for name, _ in self.states)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ShapeError` unless the condition holds."""
+    if not condition:
+        raise ShapeError(message)
+
+
+def integer(attrs: Attrs, name: str) -> int:
+    """The integer constant `name`."""
+    value = attrs.get(name)
+    require(isinstance(value, int) and not isinstance(value, bool), f"constant `{name}` is {value!r}, not an integer")
+    return value  # type: ignore[return-value]
+
+
+def expect(specs: Specs, name: str, *shape: Dim, dtype: DType | None = None) -> TensorSpec:
+    """The operand `name`, which must have this shape and, where given, this dtype."""
+    spec = specs[name]
+    require(spec.shape == shape, f"`{name}` is {list(spec.shape)} where {list(shape)} is needed")
+    require(dtype is None or spec.dtype == dtype, f"`{name}` is {spec.dtype} where {dtype} is needed")
+    return spec
+
+
+def width(specs: Specs, name: str) -> int:
+    """The last dimension of `name`, an integer."""
+    dim = specs[name].shape[-1] if specs[name].shape else None
+    require(isinstance(dim, int), f"`{name}` has no fixed last dimension")
+    return dim  # type: ignore[return-value]
+
+
+def rows(specs: Specs, name: str) -> Dim:
+    """The leading dimension of the matrix `name`."""
+    require(len(specs[name].shape) == 2, f"`{name}` is {list(specs[name].shape)}, not a matrix")
+    return specs[name].shape[0]
+
+
+def wide(dtype: DType) -> DType:
+    """The accumulation dtype: fp32, or fp64 where the plan computes in fp64."""
+    return "fp64" if dtype == "fp64" else "fp32"
+
+
+def _like(specs: Specs, name: str, last: int) -> TensorSpec:
+    return TensorSpec(shape=(rows(specs, name), last), dtype=specs[name].dtype)
+
+
+def _seq_metadata(specs: Specs) -> None:
+    expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
+    expect(specs, "read_rows", "num_seqs", dtype="i32")
+    expect(specs, "write_rows", "num_seqs", dtype="i32")
+
+
+def _embed(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    expect(specs, "token_ids", "num_tokens", dtype="i32")
+    require(len(specs["table"].shape) == 2, "`table` is not a matrix")
+    return {"y": TensorSpec(shape=("num_tokens", width(specs, "table")), dtype=specs["table"].dtype)}
+
+
+def _rms_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    expect(specs, "w", width(specs, "x"))
+    return {"y": _like(specs, "x", width(specs, "x"))}
+
+
+def _head_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    expect(specs, "w", integer(attrs, "head_dim"))
+    expect(specs, "x", rows(specs, "x"), integer(attrs, "num_heads") * integer(attrs, "head_dim"))
+    return {"y": specs["x"]}
+
+
+def _linear(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    splits = [int(part) for part in str(attrs["splits"]).split(",")]
+    expect(specs, "w", sum(splits), width(specs, "x"), dtype=specs["x"].dtype)
+    return {f"y{i}": _like(specs, "x", part) for i, part in enumerate(splits)}
+
+
+def _split_gate(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    half = integer(attrs, "num_heads") * integer(attrs, "head_dim")
+    expect(specs, "qg", rows(specs, "qg"), 2 * half)
+    return {"q": _like(specs, "qg", half), "gate": _like(specs, "qg", half)}
+
+
+def _rope(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    head_dim, rotary_dim = integer(attrs, "head_dim"), integer(attrs, "rotary_dim")
+    require(0 < rotary_dim <= head_dim and rotary_dim % 2 == 0, f"rotary_dim {rotary_dim} of head_dim {head_dim}")
+    expect(specs, "positions", "num_tokens", dtype="i32")
+    return {"y": expect(specs, "x", "num_tokens", integer(attrs, "num_heads") * head_dim)}
+
+
+def _kv_cache(attrs: Attrs, specs: Specs) -> None:
+    heads, head_dim, page = (integer(attrs, name) for name in ("num_kv_heads", "head_dim", "page_size"))
+    shape = specs["kv_cache"].shape
+    require(shape[1:] == (2, page, heads, head_dim), f"`kv_cache` is {list(shape)}: pages of [2, {page}, {heads}, ...]")
+
+
+def _kv_write(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    _kv_cache(attrs, specs)
+    row = integer(attrs, "num_kv_heads") * integer(attrs, "head_dim")
+    for name in ("k", "v"):
+        expect(specs, name, "num_tokens", row, dtype=specs["kv_cache"].dtype)
+    expect(specs, "slot_mapping", "num_tokens", dtype="i32")
+    return {}
+
+
+def _attention(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    _kv_cache(attrs, specs)
+    require(attrs.get("mode") in ("decode", "prefill"), f"mode {attrs.get('mode')!r}")
+    heads, kv_heads = integer(attrs, "num_heads"), integer(attrs, "num_kv_heads")
+    require(heads % kv_heads == 0, f"{heads} query heads over {kv_heads} kv heads")
+    expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
+    expect(specs, "context_lens", "num_seqs", dtype="i32")
+    expect(specs, "page_table", "num_seqs", width(specs, "page_table"), dtype="i32")
+    return {"y": expect(specs, "q", "num_tokens", heads * integer(attrs, "head_dim"))}
+
+
+def _pair(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    require(specs["x"] == specs["g"], "operands differ")
+    return {"y": specs["x"]}
+
+
+def _conv(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    _seq_metadata(specs)
+    require(attrs.get("mode") in ("update", "varlen"), f"mode {attrs.get('mode')!r}")
+    channels, taps = width(specs, "x"), integer(attrs, "kernel_size")
+    expect(specs, "w", channels, 1, taps)
+    require(specs["conv_state"].shape[1:] == (taps - 1, channels), f"`conv_state` is {list(specs['conv_state'].shape)}")
+    return {"y": expect(specs, "x", "num_tokens", channels)}
+
+
+def _qk_l2_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    key = integer(attrs, "num_k_heads") * integer(attrs, "key_dim")
+    value = integer(attrs, "num_v_heads") * integer(attrs, "value_dim")
+    x = expect(specs, "x", "num_tokens", 2 * key + value)
+    out = TensorSpec(shape=("num_tokens", key), dtype=wide(x.dtype))
+    return {"q": out, "k": out, "v": TensorSpec(shape=("num_tokens", value), dtype=x.dtype)}
+
+
+def _delta_gates(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    heads = width(specs, "b")
+    require(specs["a"] == specs["b"], "`a` and `b` differ")
+    expect(specs, "a_log", heads)
+    expect(specs, "dt_bias", heads)
+    out = TensorSpec(shape=("num_tokens", heads), dtype=wide(specs["b"].dtype))
+    return {"beta": out, "log_decay": out}
+
+
+def _delta_rule(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    _seq_metadata(specs)
+    require(attrs.get("mode") in ("recurrent", "chunked"), f"mode {attrs.get('mode')!r}")
+    k_heads, v_heads = integer(attrs, "num_k_heads"), integer(attrs, "num_v_heads")
+    key_dim, value_dim = integer(attrs, "key_dim"), integer(attrs, "value_dim")
+    require(v_heads % k_heads == 0, f"{v_heads} value heads over {k_heads} key heads")
+    acc = wide(specs["v"].dtype)
+    for name in ("q", "k"):
+        expect(specs, name, "num_tokens", k_heads * key_dim, dtype=acc)
+    for name in ("beta", "log_decay"):
+        expect(specs, name, "num_tokens", v_heads, dtype=acc)
+    state = specs["ssm_state"]
+    require(state.shape[1:] == (v_heads, key_dim, value_dim), f"`ssm_state` is {list(state.shape)}")
+    require(state.dtype == acc, f"`ssm_state` is {state.dtype} where {acc} is needed")
+    return {"y": expect(specs, "v", "num_tokens", v_heads * value_dim)}
+
+
+def _gated_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    expect(specs, "w", integer(attrs, "head_dim"))
+    require(specs["x"] == specs["z"], "`x` and `z` differ")
+    expect(specs, "x", rows(specs, "x"), integer(attrs, "num_heads") * integer(attrs, "head_dim"))
+    return {"y": specs["x"]}
+
+
+def _add(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    require(specs["x"] == specs["r"], "operands differ")
+    return {"y": specs["x"]}
+
+
+def _silu_mul(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    require(width(specs, "x") % 2 == 0, "gate and up halves differ")
+    return {"y": _like(specs, "x", width(specs, "x") // 2)}
+
+
+def _topk(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    chosen = integer(attrs, "top_k")
+    require(0 < chosen <= width(specs, "logits"), f"top {chosen} of {width(specs, 'logits')}")
+    ids = TensorSpec(shape=(rows(specs, "logits"), chosen), dtype="i32")
+    return {"weights": _like(specs, "logits", chosen), "ids": ids}
+
+
+def _experts_up(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    shape = specs["w"].shape
+    require(len(shape) == 3 and shape[2] == width(specs, "x"), f"`w` is {list(shape)}")
+    require(shape[0] == integer(attrs, "num_experts"), f"`w` holds {shape[0]} experts")
+    expect(specs, "ids", rows(specs, "x"), width(specs, "ids"), dtype="i32")
+    inner = shape[1]
+    require(isinstance(inner, int) and inner % 2 == 0, "gate and up halves differ")
+    return {"y": _like(specs, "x", width(specs, "ids") * inner // 2)}  # type: ignore[operator]
+
+
+def _experts_down(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    chosen, shape = width(specs, "ids"), specs["w"].shape
+    require(len(shape) == 3 and shape[0] == integer(attrs, "num_experts"), f"`w` is {list(shape)}")
+    require(isinstance(shape[2], int) and width(specs, "h") == chosen * shape[2], f"`w` is {list(shape)}")
+    expect(specs, "weights", rows(specs, "h"), chosen)
+    return {"y": _like(specs, "h", shape[1])}  # type: ignore[arg-type]
+
+
+def _gated_add(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    require(specs["x"] == specs["r"], "operands differ")
+    expect(specs, "g", rows(specs, "x"), 1)
+    return {"y": specs["x"]}
+
+
+def _last_token(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
+    expect(specs, "x", "num_tokens", width(specs, "x"))
+    return {"y": TensorSpec(shape=("num_seqs", width(specs, "x")), dtype=specs["x"].dtype)}
+
+
+def _concat(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    require(specs["x"] == specs["r"], "operands differ")
+    return {"y": _like(specs, "x", 2 * width(specs, "x"))}
+
+
+def _sample(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    require(0 < integer(attrs, "num_valid_tokens") <= width(specs, "logits"), "num_valid_tokens over the vocabulary")
+    dim = rows(specs, "logits")
+    for name, dtype in SAMPLING_INPUTS.items():
+        expect(specs, name, dim, dtype=dtype)
+    return {"next_tokens": TensorSpec(shape=(dim,), dtype="i32")}
+
+
+def _argmax(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    return {"next_tokens": TensorSpec(shape=(rows(specs, "logits"),), dtype="i32")}
+
+
+SAMPLING_INPUTS: dict[str, DType] = {
+    "temperature": "fp32", "top_p": "fp32", "top_k": "i32", "seed": "i64", "draw": "i64",
+}  # fmt: skip
+
+_CONV_META = ("cu_seqlens", "read_rows", "write_rows")
+
+OPS: dict[str, OpDef] = {
+    "embed": OpDef(("token_ids",), ("y",), _embed, "y = table[token_ids]; ids of other ranks give 0", ("table",)),
+    "rms_norm": OpDef(("x",), ("y",), _rms_norm, "y = x / sqrt(mean(x^2) + eps) * (1 + w)", ("w",), attrs=("eps",)),
+    "head_norm": OpDef(
+        ("x",), ("y",), _head_norm, "rms_norm of each head", ("w",), attrs=("eps", "num_heads", "head_dim")
+    ),
+    "linear": OpDef(("x",), ("y0",), _linear, "y = x w^T, cut into `splits` columns", ("w",), attrs=("splits",)),
+    "split_gate": OpDef(
+        ("qg",), ("q", "gate"), _split_gate, "per head: first half q, second half gate", attrs=("num_heads", "head_dim")
+    ),
+    "rope": OpDef(
+        ("x", "positions"), ("y",), _rope, "rotate the first `rotary_dim` of each head, half-split pairs",
+        attrs=("num_heads", "head_dim", "rotary_dim", "theta", "factor", "original_max_positions"),
+    ),
+    "kv_write": OpDef(
+        ("k", "v", "slot_mapping"), (), _kv_write, "kv_cache[slot] = k, v", states=(("kv_cache", "write"),),
+        attrs=("num_kv_heads", "head_dim", "page_size"),
+    ),
+    "attention": OpDef(
+        ("q", "page_table", "context_lens", "cu_seqlens"), ("y",), _attention, "softmax(q k^T / sqrt(D)) v, causal",
+        states=(("kv_cache", "read"),), attrs=("mode", "num_heads", "num_kv_heads", "head_dim", "page_size"),
+    ),
+    "sigmoid_gate": OpDef(("x", "g"), ("y",), _pair, "y = x * sigmoid(g)"),
+    "causal_conv": OpDef(
+        ("x", *_CONV_META), ("y",), _conv, "y[t] = silu(sum_j w[j] x[t - K + 1 + j])", ("w",),
+        states=(("conv_state", "update"),), attrs=("mode", "kernel_size"),
+    ),
+    "qk_l2_norm": OpDef(
+        ("x",), ("q", "k", "v"), _qk_l2_norm, "q = q / |q| / sqrt(key_dim), k = k / |k|, v as it is",
+        attrs=("num_k_heads", "num_v_heads", "key_dim", "value_dim"),
+    ),
+    "delta_gates": OpDef(
+        ("b", "a"), ("beta", "log_decay"), _delta_gates, "sigmoid(b), -exp(a_log) softplus(a + dt_bias)",
+        ("a_log", "dt_bias"),
+    ),
+    "delta_rule": OpDef(
+        ("q", "k", "v", "beta", "log_decay", *_CONV_META), ("y",), _delta_rule,
+        "S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q", states=(("ssm_state", "update"),),
+        attrs=("mode", "num_k_heads", "num_v_heads", "key_dim", "value_dim"),
+    ),
+    "gated_norm": OpDef(
+        ("x", "z"), ("y",), _gated_norm, "y = x / sqrt(mean(x^2) + eps) * w * silu(z), per head", ("w",),
+        attrs=("eps", "num_heads", "head_dim"),
+    ),
+    "add": OpDef(("x", "r"), ("y",), _add, "y = x + r"),
+    "silu_mul": OpDef(("x",), ("y",), _silu_mul, "y = silu(x[:, :n]) * x[:, n:]"),
+    "topk": OpDef(("logits",), ("weights", "ids"), _topk, "softmax, k largest, divided by their sum", attrs=("top_k",)),
+    "experts_up": OpDef(
+        ("x", "ids"), ("y",), _experts_up, "y[t, j] = silu(x G^T) * (x U^T) of expert ids[t, j]", ("w",),
+        attrs=("num_experts",),
+    ),
+    "experts_down": OpDef(
+        ("h", "ids", "weights"), ("y",), _experts_down, "y[t] = sum_j weights[t, j] h[t, j] D^T", ("w",),
+        attrs=("num_experts",),
+    ),
+    "gated_add": OpDef(("x", "r", "g"), ("y",), _gated_add, "y = r + x * sigmoid(g), g one scalar a token"),
+    "last_token": OpDef(("x", "cu_seqlens"), ("y",), _last_token, "the last row of each sequence"),
+    "concat": OpDef(("x", "r"), ("y",), _concat, "y = [x | r]"),
+    "sample": OpDef(
+        ("logits", *SAMPLING_INPUTS), ("next_tokens",), _sample, "argmax, or a draw after top-k and top-p",
+        attrs=("num_valid_tokens",),
+    ),
+    "argmax": OpDef(("logits",), ("next_tokens",), _argmax, "argmax"),
+}  # fmt: skip
+COLLECTIVES = ("all_reduce", "all_gather")

@@ -1,0 +1,274 @@
+"""The plan: what the planner decided, and all that the runtime obeys.
+
+A plan is one JSON file. It is the same for every rank; what differs by rank is written as a `RankShift`.
+Memory is a handful of arenas with planned offsets, work is a list of steps a program.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tokenspeed_plan.plans.ops import Access
+from tokenspeed_plan.plans.types import Attr, Dim, DType, Frozen, Phase, RankShift, TensorSpec
+
+SCHEMA_VERSION = 1
+
+ArenaName = Literal["weights", "kv_cache", "state", "io", "activations"]
+
+
+class ModelFacts(Frozen):
+    """The model that the plan is for, and the files that it was planned from.
+
+    `files` maps a file name to its SHA-256; the runtime refuses other content. `location` is the folder as the spec
+    wrote it, None for a preset.
+    """
+
+    name: str
+    location: str | None
+    dtype: DType
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    files: dict[str, str]
+
+
+class Target(Frozen):
+    """The machine: `sm` is the compute capability (90 for H200), 0 on a CPU."""
+
+    gpu: str
+    count: int
+    sm: int
+
+
+class AttentionLayout(Frozen):
+    """Tensor-parallel size of the mixers."""
+
+    tp: int
+
+
+class MoeLayout(Frozen):
+    """Tensor and expert parallel sizes of the expert blocks (of the dense MLP: tp)."""
+
+    tp: int
+    ep: int
+
+
+class Layout(Frozen):
+    """How the model is cut over the ranks."""
+
+    attention: AttentionLayout
+    moe: MoeLayout
+
+
+class Limits(Frozen):
+    """What a plan can serve.
+
+    A sequence owns `rows_per_slot` rows of recurrent state; row 0 of every state buffer stays zero and is what a new
+    sequence reads. `max_tokens` is the largest prefill chunk.
+    """
+
+    max_seqs: int
+    max_seq_len: int
+    max_tokens: int
+    page_size: int
+    num_pages: int
+    rows_per_slot: int
+    num_rows: int
+    default_max_tokens: int
+
+
+class Decision(Frozen):
+    """One choice, with its reason and what came second."""
+
+    name: str
+    value: str
+    reason: str
+    runner_up: str | None = None
+
+
+class ArenaSpec(Frozen):
+    """One allocation."""
+
+    name: ArenaName
+    size_bytes: int
+
+
+class BufferSpec(Frozen):
+    """A tensor at a planned place. `access` of a persistent buffer's last writer is found by the validator."""
+
+    name: str
+    arena: ArenaName
+    offset_bytes: int
+    tensor: TensorSpec
+
+
+class Shift(Frozen):
+    """A rank-dependent start along one dimension of a checkpoint tensor."""
+
+    dim: int
+    by: RankShift
+
+
+class Piece(Frozen):
+    """A box of one checkpoint tensor and where it goes in the weight.
+
+    The box starts at `start` (plus the shifts) and has `size`; it lands at `at`. A `source` with `{expert}` in it
+    names one tensor per expert, stacked as a new first dimension.
+    """
+
+    source: str
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    at: tuple[int, ...]
+    shifts: tuple[Shift, ...] = ()
+
+
+class WeightSpec(Frozen):
+    """One parameter as a rank holds it, assembled from pieces of the checkpoint."""
+
+    name: str
+    offset_bytes: int
+    tensor: TensorSpec
+    pieces: tuple[Piece, ...]
+
+
+class Param(Frozen):
+    """One argument of a kernel."""
+
+    name: str
+    role: Literal["input", "output", "weight", "state"]
+    tensor: TensorSpec
+    access: Access = "read"
+
+
+class Part(Frozen):
+    """One operator inside a kernel; names are parameters of the kernel or values that never leave it."""
+
+    kind: str
+    operands: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attrs: dict[str, Attr]
+    rank_attrs: dict[str, RankShift] = Field(default_factory=dict)
+
+
+class KernelSpec(Frozen):
+    """One specialised kernel, shared by all steps that need it; the name ends with a digest of the rest."""
+
+    name: str
+    params: tuple[Param, ...]
+    parts: tuple[Part, ...]
+
+
+class KernelCall(Frozen):
+    """Run a kernel. `args` are names of buffers and weights, in the order of the kernel's parameters."""
+
+    kind: Literal["kernel"] = "kernel"
+    kernel: str
+    args: tuple[str, ...]
+    stream: int = 0
+    predicted_us: float
+
+
+class CollectiveCall(Frozen):
+    """Combine a buffer over all ranks: the sum, or the columns of all ranks side by side."""
+
+    kind: Literal["collective"] = "collective"
+    op: Literal["all_reduce", "all_gather"]
+    source: str
+    target: str
+    stream: int = 0
+    predicted_us: float
+
+
+class RecordEvent(Frozen):
+    """Mark this point of a stream."""
+
+    kind: Literal["record"] = "record"
+    event: int
+    stream: int
+
+
+class WaitEvent(Frozen):
+    """Hold a stream until the event is reached."""
+
+    kind: Literal["wait"] = "wait"
+    event: int
+    stream: int
+
+
+Step = Annotated[KernelCall | CollectiveCall | RecordEvent | WaitEvent, Field(discriminator="kind")]
+
+
+class Program(Frozen):
+    """One phase at one bucket: serves up to `max_tokens` tokens of up to `max_seqs` sequences in one replay."""
+
+    phase: Phase
+    bucket: int
+    max_tokens: int
+    max_seqs: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    buffers: tuple[BufferSpec, ...]
+    steps: tuple[Step, ...]
+    num_streams: int
+    predicted_us: float
+
+    @property
+    def launches(self) -> int:
+        """Kernels and collectives in one replay."""
+        return sum(step.kind in ("kernel", "collective") for step in self.steps)
+
+
+class CanaryPrompt(Frozen):
+    """A prompt, its greedy continuation in fp64, and for each token its logprob and its lead over the runner-up."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    margins: tuple[float, ...]
+
+
+class Memory(Frozen):
+    """Bytes on each rank."""
+
+    weights: int
+    kv_cache: int
+    state: int
+    activations: int
+    io: int
+    reserved: int
+    total: int
+    capacity: int
+
+
+class Plan(Frozen):
+    """Everything that was decided. `digest` is the SHA-256 of the canonical form of all the other fields."""
+
+    schema_version: int
+    compiler_version: str
+    digest: str
+    spec: dict[str, Any]
+    model: ModelFacts
+    target: Target
+    layout: Layout
+    limits: Limits
+    decisions: tuple[Decision, ...]
+    memory_bytes_per_rank: Memory
+    arenas: tuple[ArenaSpec, ...]
+    weights: tuple[WeightSpec, ...]
+    buffers: tuple[BufferSpec, ...]
+    kernels: tuple[KernelSpec, ...]
+    programs: tuple[Program, ...]
+    canary: tuple[CanaryPrompt, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return self.model.num_layers
+
+
+__all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Frozen)]
+__all__ += ["SCHEMA_VERSION", "ArenaName", "Dim", "Step"]

@@ -1,0 +1,269 @@
+"""The static validator: run on every plan when it is written and when it is loaded.
+
+It proves, without running anything: names resolve, everything lies inside its arena, nothing that lives at once
+overlaps, every argument has the shape and dtype that its kernel was made for, the pieces of each weight tile it
+exactly, the memory map adds up, and (in `hazards`) each program computes what its steps say, on all its streams.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+from tokenspeed_plan.plans.canon import kernel_name
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.hazards import check_hazards
+from tokenspeed_plan.plans.ops import OPS, OpDef, ShapeError
+from tokenspeed_plan.plans.schema import (
+    BufferSpec,
+    CollectiveCall,
+    KernelCall,
+    KernelSpec,
+    Part,
+    Piece,
+    Plan,
+    Program,
+    WeightSpec,
+)
+from tokenspeed_plan.plans.types import DTYPE_BYTES, TensorSpec
+
+ALIGNMENT_BYTES = 256
+_HINT = "make the plan again with `tokenspeed plan SPEC -o DIR`"
+
+
+def refuse(message: str) -> PlanError:
+    """The error of a plan that breaks a rule."""
+    return PlanError(f"invalid plan: {message}", _HINT)
+
+
+def check(condition: bool, message: Callable[[], str]) -> None:
+    """Refuse unless the condition holds; the message is only built when needed."""
+    if not condition:
+        raise refuse(message())
+
+
+def validate(plan: Plan) -> None:
+    """Check every rule of a plan.
+
+    Raises:
+        PlanError: the first rule that is broken, naming what breaks it.
+    """
+    for rule in (_names, _limits, _arenas, _memory_map, _weights, _kernels, _programs):
+        rule(plan)
+
+
+def _names(plan: Plan) -> None:
+    _unique("arena", (arena.name for arena in plan.arenas))
+    _unique("kernel", (kernel.name for kernel in plan.kernels))
+    _unique("program", (f"{program.phase}/{program.bucket}" for program in plan.programs))
+    shared = [weight.name for weight in plan.weights] + [buffer.name for buffer in plan.buffers]
+    for program in plan.programs:
+        _unique("tensor", shared + [buffer.name for buffer in program.buffers])
+
+
+def _unique(what: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        check(name not in seen, lambda name=name: f"two {what}s are called `{name}`")  # type: ignore[misc]
+        seen.add(name)
+
+
+def _limits(plan: Plan) -> None:
+    limits = plan.limits
+    check(all(value > 0 for value in limits.model_dump().values()), lambda: "a limit is not positive")
+    check(limits.num_rows == 1 + limits.max_seqs * limits.rows_per_slot,
+          lambda: f"{limits.num_rows} state rows for {limits.max_seqs} sequences")  # fmt: skip
+    check(limits.num_pages * limits.page_size >= limits.max_seq_len, lambda: "one longest sequence has no pages")
+    check(limits.default_max_tokens < limits.max_seq_len, lambda: "default_max_tokens over max_seq_len")
+    sizes = {"prefill": limits.max_tokens, "decode": limits.max_seqs}
+    for phase, size in sizes.items():
+        largest = max((program.bucket for program in plan.programs if program.phase == phase), default=0)
+        check(largest == size, lambda: f"the largest {phase} bucket is {largest}, the limit {size}")  # noqa: B023
+    for program in plan.programs:
+        tokens = limits.max_tokens if program.phase == "prefill" else limits.max_seqs
+        check(0 < program.max_tokens <= tokens and 0 < program.max_seqs <= limits.max_seqs,
+              lambda: f"program {program.phase}/{program.bucket} is over the limits")  # noqa: B023 # fmt: skip
+        check(program.bucket == program.max_tokens and program.max_seqs == min(program.bucket, limits.max_seqs),
+              lambda: f"bucket {program.bucket} of {program.max_tokens} tokens")  # noqa: B023 # fmt: skip
+
+
+def _arenas(plan: Plan) -> None:
+    sizes = {arena.name: arena.size_bytes for arena in plan.arenas}
+    for program in plan.programs:
+        for buffer in program.buffers:
+            check(buffer.arena == "activations", lambda b=buffer: f"`{b.name}` is not in the activations")  # type: ignore[misc]
+            _inside(buffer, buffer.tensor.size_bytes(program.max_tokens, program.max_seqs), sizes)
+    held: dict[str, list[tuple[int, int, str]]] = {}
+    for buffer in plan.buffers:
+        check(buffer.arena in ("kv_cache", "state", "io"), lambda b=buffer: f"`{b.name}` is in `{b.arena}`")  # type: ignore[misc]
+        _state_shape(plan, buffer)
+        size = buffer.tensor.size_bytes(plan.limits.max_tokens, plan.limits.max_seqs)
+        _inside(buffer, size, sizes)
+        held.setdefault(buffer.arena, []).append((buffer.offset_bytes, buffer.offset_bytes + size, buffer.name))
+    weights = held.setdefault("weights", [])
+    for weight in plan.weights:
+        size = weight.tensor.size_bytes()
+        check(0 <= weight.offset_bytes <= sizes["weights"] - size, lambda w=weight: f"`{w.name}` leaves its arena")  # type: ignore[misc]
+        weights.append((weight.offset_bytes, weight.offset_bytes + size, weight.name))
+    for spans in held.values():
+        _disjoint(sorted(spans))
+
+
+def _inside(buffer: BufferSpec, size: int, sizes: Mapping[str, int]) -> None:
+    offset = buffer.offset_bytes
+    check(buffer.arena in sizes, lambda: f"there is no arena `{buffer.arena}`")
+    check(0 <= offset <= sizes[buffer.arena] - size, lambda: f"`{buffer.name}` leaves its arena")
+    check(offset % ALIGNMENT_BYTES == 0, lambda: f"`{buffer.name}` starts at {offset}, not aligned")
+
+
+def _state_shape(plan: Plan, buffer: BufferSpec) -> None:
+    first = buffer.tensor.shape[0]
+    expected = {"kv_cache": plan.limits.num_pages, "state": plan.limits.num_rows}.get(buffer.arena, first)
+    check(first == expected, lambda: f"`{buffer.name}` has {first} rows, the limits say {expected}")
+
+
+def _disjoint(spans: list[tuple[int, int, str]]) -> None:
+    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+        check(end <= start, lambda: f"`{name}` and `{other}` overlap")  # noqa: B023
+
+
+def _memory_map(plan: Plan) -> None:
+    memory = plan.memory_bytes_per_rank
+    for arena in plan.arenas:
+        counted = getattr(memory, arena.name)
+        check(counted == arena.size_bytes, lambda a=arena: f"arena `{a.name}` is {a.size_bytes} bytes, not {counted}")  # type: ignore[misc]  # noqa: B023
+    parts = (memory.weights, memory.kv_cache, memory.state, memory.activations, memory.io, memory.reserved)
+    check(min(parts) >= 0 and sum(parts) == memory.total, lambda: "the memory map does not add up")
+    check(memory.total <= memory.capacity, lambda: f"needs {memory.total} bytes, a rank has {memory.capacity}")
+
+
+def _weights(plan: Plan) -> None:
+    for weight in plan.weights:
+        shape = weight.tensor.bind(0, 0)
+        for piece in weight.pieces:
+            _piece_fits(weight, piece, shape)
+        covered = sum(math.prod(piece.size) for piece in weight.pieces)
+        check(covered == math.prod(shape), lambda w=weight: f"the pieces of `{w.name}` do not tile it")  # type: ignore[misc]
+        for index, piece in enumerate(weight.pieces):
+            for other in weight.pieces[:index]:
+                check(not _boxes_meet(piece, other), lambda w=weight: f"pieces of `{w.name}` overlap")  # type: ignore[misc]
+
+
+def _piece_fits(weight: WeightSpec, piece: Piece, shape: tuple[int, ...]) -> None:
+    rank = len(shape)
+    fits = (
+        len(piece.start) == len(piece.size) == len(piece.at) == rank
+        and all(at >= 0 and 0 < size and at + size <= dim
+                for at, size, dim in zip(piece.at, piece.size, shape, strict=True))
+        and all(0 <= start for start in piece.start)
+        and all(0 <= shift.dim < rank and shift.by.div > 0 and shift.by.mod > 0 for shift in piece.shifts)
+    )  # fmt: skip
+    check(fits, lambda: f"a piece of `{weight.name}` from `{piece.source}` does not fit {list(shape)}")
+
+
+def _boxes_meet(one: Piece, two: Piece) -> bool:
+    spans = zip(one.at, one.size, two.at, two.size, strict=True)
+    return all(a < b + n and b < a + m for a, m, b, n in spans)
+
+
+def _kernels(plan: Plan) -> None:
+    for kernel in plan.kernels:
+        check(kernel.name == kernel_name(kernel.name.rpartition("_")[0], kernel),
+              lambda k=kernel: f"kernel `{k.name}` does not match its digest")  # type: ignore[misc] # fmt: skip
+        try:
+            _kernel_body(kernel)
+        except ShapeError as error:
+            raise refuse(f"kernel `{kernel.name}`: {error}") from error
+
+
+def _kernel_body(kernel: KernelSpec) -> None:
+    _unique("parameter", (param.name for param in kernel.params))
+    known = {param.name: param.tensor for param in kernel.params if param.role != "output"}
+    for part in kernel.parts:
+        known |= _part_outputs(kernel, part, known)
+    for param in kernel.params:
+        check(known.get(param.name) == param.tensor, lambda p=param: f"kernel `{kernel.name}`: output `{p.name}`")  # type: ignore[misc]
+
+
+def _part_outputs(kernel: KernelSpec, part: Part, known: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    op = OPS.get(part.kind)
+    if op is None:
+        raise refuse(f"kernel `{kernel.name}` has unknown operator `{part.kind}`")
+    check(len(part.operands) == len(op.operands) and set(part.attrs) == set(op.attrs),
+          lambda: f"kernel `{kernel.name}`: `{part.kind}` has the wrong operands or constants")  # fmt: skip
+    missing = [name for name in part.operands if name not in known]
+    check(not missing, lambda: f"kernel `{kernel.name}` reads `{missing[0]}` before it is made")
+    _accesses(kernel, part, op)
+    specs = op.infer(part.attrs, {role: known[name] for role, name in zip(op.operands, part.operands, strict=True)})
+    check(len(part.outputs) == len(specs) and not set(part.outputs) & set(known),
+          lambda: f"kernel `{kernel.name}`: outputs of `{part.kind}`")  # fmt: skip
+    return dict(zip(part.outputs, specs.values(), strict=True))
+
+
+def _accesses(kernel: KernelSpec, part: Part, op: OpDef) -> None:
+    params = {param.name: param for param in kernel.params}
+    for name, access in zip(part.operands[len(part.operands) - len(op.states) :], op.states, strict=True):
+        param = params.get(name)
+        check(param is not None and param.role == "state" and param.access == access[1],
+              lambda: f"kernel `{kernel.name}`: state `{name}` is not {access[1]}")  # noqa: B023 # fmt: skip
+
+
+def _programs(plan: Plan) -> None:
+    kernels = {kernel.name: kernel for kernel in plan.kernels}
+    weights = {weight.name: weight.tensor for weight in plan.weights}
+    shared = {buffer.name: buffer for buffer in plan.buffers}
+    for program in plan.programs:
+        buffers = shared | {buffer.name: buffer for buffer in program.buffers}
+        for step in program.steps:
+            check(0 <= step.stream < program.num_streams, lambda s=step: f"there is no stream {s.stream}")  # type: ignore[misc]
+            if isinstance(step, KernelCall):
+                _call_fits(program, step, kernels, weights, buffers)
+            elif isinstance(step, CollectiveCall):
+                _collective_fits(plan, step, buffers)
+        try:
+            check_hazards(program, kernels, buffers)
+        except ShapeError as error:
+            raise refuse(f"program {program.phase}/{program.bucket}: {error}") from error
+
+
+_ARENAS_OF_ROLE = {"input": ("io", "activations"), "output": ("io", "activations"), "state": ("kv_cache", "state")}
+
+
+def _call_fits(
+    program: Program,
+    step: KernelCall,
+    kernels: Mapping[str, KernelSpec],
+    weights: Mapping[str, TensorSpec],
+    buffers: Mapping[str, BufferSpec],
+) -> None:
+    kernel = kernels.get(step.kernel)
+    if kernel is None or len(kernel.params) != len(step.args):
+        raise refuse(f"a step of {program.phase}/{program.bucket} does not fit kernel `{step.kernel}`")
+    for param, name in zip(kernel.params, step.args, strict=True):
+        if param.role == "weight":
+            actual = weights.get(name)
+        else:
+            buffer = buffers.get(name)
+            actual = buffer.tensor if buffer and buffer.arena in _ARENAS_OF_ROLE[param.role] else None
+        check(actual == param.tensor,
+              lambda n=name, p=param: f"`{n}` does not fit parameter `{p.name}` of `{step.kernel}`")  # type: ignore[misc] # fmt: skip
+
+
+def _collective_fits(plan: Plan, step: CollectiveCall, buffers: Mapping[str, BufferSpec]) -> None:
+    source, target = buffers.get(step.source), buffers.get(step.target)
+    if source is None or target is None or step.source == step.target:
+        raise refuse(f"collective from `{step.source}` to `{step.target}`")
+    factor = plan.target.count if step.op == "all_gather" else 1
+    last = source.tensor.shape[-1]
+    check(isinstance(last, int) and plan.target.count > 1, lambda: f"`{step.op}` of `{step.source}`")
+    shape = (*source.tensor.shape[:-1], last * factor if isinstance(last, int) else last)
+    check(target.tensor == TensorSpec(shape=shape, dtype=source.tensor.dtype),
+          lambda: f"`{step.target}` cannot hold the {step.op} of `{step.source}`")  # fmt: skip
+
+
+def aligned(size_bytes: int) -> int:
+    """`size_bytes` rounded up to the alignment of buffers."""
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+assert all(ALIGNMENT_BYTES % size == 0 for size in DTYPE_BYTES.values())

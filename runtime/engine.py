@@ -1,0 +1,253 @@
+"""The engine: load a plan, add requests, step until they are answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.canon import sha256
+from tokenspeed_plan.plans.errors import PlanError, RequestError
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.inputs import write_inputs
+from tokenspeed_plan.runtime.memory import Arenas
+from tokenspeed_plan.runtime.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
+from tokenspeed_plan.runtime.scheduler import Batch, Scheduler
+from tokenspeed_plan.runtime.sequence import Sequence
+from tokenspeed_plan.runtime.tokenizer import Codec, Messages
+from tokenspeed_plan.runtime.weights import load_weights
+
+
+class Engine:
+    """One plan on one rank.
+
+    Example:
+        engine = Engine.load(Path("plans/frozen/demo-cpu"))
+        for completion in engine.generate([engine.codec.encode("def add(a, b):")]):
+            print(completion.text)
+    """
+
+    def __init__(self, plan: Plan, executor: Executor, codec: Codec | None = None, chunk: int | None = None) -> None:
+        self.plan = plan
+        self.codec = codec
+        self.startup_s: dict[str, float] = {}
+        self._executor = executor
+        self._scheduler = Scheduler(plan, chunk)
+        self._stop_ids = frozenset(plan.model.eos_token_ids)
+
+    @classmethod
+    def load(cls, bundle: Path, weights: Path | None = None, chat: Callable[[Messages], str] | None = None) -> Engine:
+        """Read and check a bundle, then its weights, then allocate. `chat` writes messages as a prompt.
+
+        Raises:
+            PlanError: the bundle, this machine or the checkpoint does not fit.
+        """
+        begun = time.perf_counter()
+        plan = load_plan(bundle)
+        folder = find_weights(plan, bundle, weights)
+        read = time.perf_counter()
+        engine = cls.from_plan(plan, folder, chat=chat)
+        engine.startup_s = {"read_plan_s": read - begun, "read_weights_s": time.perf_counter() - read}
+        return engine
+
+    @classmethod
+    def from_plan(
+        cls, plan: Plan, folder: Path, chat: Callable[[Messages], str] | None = None, chunk: int | None = None
+    ) -> Engine:
+        """From a plan that is checked already; `chunk` lowers the prefill chunk below the planned one."""
+        check_target(plan)
+        check_files(plan, folder)
+        arenas, tensors = load_weights(plan, folder, lambda: Arenas(plan.arenas))
+        codec = Codec.load(folder, chat) if (folder / "tokenizer.json").is_file() else None
+        return cls(plan, Executor(plan, arenas, tensors), codec, chunk)
+
+    def time_startup(self, name: str, work: Callable[[], object]) -> None:
+        """Do a part of the start-up and note how long it took."""
+        begun = time.perf_counter()
+        work()
+        self.startup_s[name] = time.perf_counter() - begun
+
+    @property
+    def max_seqs(self) -> int:
+        """Sequences that run at once."""
+        return self.plan.limits.max_seqs
+
+    @property
+    def max_seq_len(self) -> int:
+        """Prompt and generated tokens of one sequence."""
+        return self.plan.limits.max_seq_len
+
+    @property
+    def default_max_tokens(self) -> int:
+        """Generated tokens where the request names no number."""
+        return self.plan.limits.default_max_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self.plan.model.vocab_size
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return self._scheduler.num_unfinished
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: empty, with ids that the model does not have, or longer than the plan serves.
+        """
+        self._check(request)
+        self._scheduler.add(Sequence(request, time.perf_counter(), list(request.prompt_ids)))
+
+    def step(self) -> list[Completion]:
+        """One replay of one program; returns the requests that it finished."""
+        batch = self._scheduler.schedule()
+        return [] if batch is None else self._commit(batch, *self._run(batch))
+
+    def generate(self, prompts: Iterable[Seq[int]], params: SamplingParams = SamplingParams()) -> list[Completion]:  # noqa: B008
+        """Continue all prompts (token ids); answers in their order."""
+        requests = [Request(str(index), tuple(ids), params) for index, ids in enumerate(prompts)]
+        for request in requests:
+            self.add(request)
+        done: dict[str, Completion] = {}
+        while len(done) < len(requests):
+            done |= {completion.request_id: completion for completion in self.step()}
+        return [done[request.request_id] for request in requests]
+
+    def _check(self, request: Request) -> None:
+        length, hint = len(request.prompt_ids), "plan for longer conversations: raise `workload` in the spec"
+        if length == 0:
+            raise RequestError(f"request `{request.request_id}` has an empty prompt", "give at least one token")
+        if request.params.max_tokens < 1:
+            raise RequestError(f"max_tokens is {request.params.max_tokens}", "ask for at least one token")
+        if length + request.params.max_tokens > self.max_seq_len:
+            raise RequestError(
+                f"{length} prompt tokens and {request.params.max_tokens} new ones are over the plan's limit of "
+                f"{self.max_seq_len} (max_seq_len)", hint)  # fmt: skip
+        worst = max(request.prompt_ids, key=lambda token: token if token >= 0 else self.vocab_size - token)
+        if not 0 <= worst < self.vocab_size:
+            raise RequestError(f"token id {worst} is not in the vocabulary of {self.vocab_size}", "use the model's own tokenizer")
+
+    def _run(self, batch: Batch) -> tuple[list[int], Tensor]:
+        """Next token ids and logits [S, V] of a batch."""
+        tokens, seqs = batch.num_tokens, len(batch.sequences)
+
+        def buffer(name: str) -> Tensor:
+            return self._executor.buffer(name, tokens, seqs)
+
+        write_inputs(batch, buffer, self.plan.limits.page_size)
+        self._executor.run(batch.program, tokens, seqs)
+        return buffer("next_tokens").tolist(), buffer("logits")
+
+    def _commit(self, batch: Batch, next_tokens: list[int], logits: Tensor) -> list[Completion]:
+        """Take over what was computed; finish what is done."""
+        now, finished = time.perf_counter(), []
+        for index, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
+            sequence.num_computed += count
+            if sequence.is_prefilling:
+                continue
+            sequence.first_token_s = sequence.first_token_s or now
+            sequence.last_token_s = now
+            sequence.token_ids.append(next_tokens[index])
+            if sequence.request.params.num_logprobs is not None:
+                sequence.logprobs.append(token_logprobs(logits[index], next_tokens[index], sequence.request.params.num_logprobs))
+            sequence.finish_reason = self._finish_reason(sequence)
+            if sequence.finish_reason:
+                self._scheduler.finish(sequence)
+                finished.append(self._completion(sequence))
+        return finished
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        params, token = sequence.request.params, sequence.token_ids[-1]
+        if (token in self._stop_ids and not params.ignore_eos) or token in params.stop_token_ids:
+            return "stop"
+        if params.stop and self._hit_stop(sequence):
+            return "stop"
+        return "length" if len(sequence.token_ids) == sequence.longest else None
+
+    def _hit_stop(self, sequence: Sequence) -> bool:
+        """Whether a stop string ends in the last token: it spans at most as many tokens as it has bytes."""
+        window = max(len(stop.encode()) for stop in sequence.request.params.stop) + 4
+        tail = self._text(sequence.generated[-window:])
+        return any(stop in tail for stop in sequence.request.params.stop)
+
+    def _completion(self, sequence: Sequence) -> Completion:
+        params, ids = sequence.request.params, sequence.generated
+        ended_by_token = (ids[-1] in self._stop_ids and not params.ignore_eos) or ids[-1] in params.stop_token_ids
+        text = self._text(ids[:-1] if ended_by_token else ids)
+        cuts = [text.find(stop) for stop in params.stop if stop in text]
+        return Completion(
+            request_id=sequence.request.request_id,
+            token_ids=tuple(ids),
+            text=text[: min(cuts)] if cuts else text,
+            finish_reason=sequence.finish_reason or "length",
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            ttft_s=sequence.first_token_s - sequence.added_s,
+            decode_s=sequence.last_token_s - sequence.first_token_s,
+            logprobs=tuple(sequence.logprobs),
+        )
+
+    def _text(self, ids: list[int]) -> str:
+        return self.codec.decode(ids) if self.codec else ""
+
+
+def token_logprobs(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs:
+    """Logprobs of one row, over the whole vocabulary and before temperature."""
+    logprobs_V = torch.log_softmax(logits_V.double(), -1)
+    top = logprobs_V.topk(count)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return TokenLogprobs(token_id, float(logprobs_V[token_id]), tuple(pairs))
+
+
+def check_target(plan: Plan) -> None:
+    """Refuse a plan for another machine.
+
+    Raises:
+        PlanError: it is not for one CPU.
+    """
+    if plan.target.gpu != "cpu":
+        raise PlanError(f"the plan is for {plan.target.count} x {plan.target.gpu} (sm_{plan.target.sm}), this runtime replays CPU plans",
+                        "plan it again with `target: {gpu: cpu}`")  # fmt: skip
+    if plan.target.count != 1:
+        raise PlanError(f"the plan is for {plan.target.count} ranks, this runtime is one", "plan it again with `count: 1`")
+
+
+def check_files(plan: Plan, folder: Path) -> None:
+    """The files that the plan was made from must be the ones in the folder.
+
+    Raises:
+        PlanError: one is missing or was changed.
+    """
+    for name, digest in plan.model.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise PlanError(f"`{path}` is missing", "name the model folder with `--weights DIR`")
+        if sha256(path.read_bytes()) != digest:
+            raise PlanError(f"`{path}` is not the file that was planned", "plan again, or restore the file")
+
+
+def find_weights(plan: Plan, bundle: Path, given: Path | None) -> Path:
+    """The checkpoint folder: the given one, or the spec's path from here or from the folders above the bundle.
+
+    Raises:
+        PlanError: there is none.
+    """
+    if given is not None:
+        roots: Mapping[Path, Path] = {given: given}
+    elif plan.model.location is None:
+        raise PlanError(f"the plan of `{plan.model.name}` names no checkpoint", "name one with `--weights DIR`")
+    else:
+        starts = [Path(), *bundle.resolve().parents]
+        roots = {start / plan.model.location: start for start in starts}
+    found = next((folder for folder in roots if folder.is_dir()), None)
+    if found is None:
+        raise PlanError(f"there is no folder `{next(iter(roots))}`", "name the checkpoint with `--weights DIR`")
+    return found

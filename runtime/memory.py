@@ -1,0 +1,32 @@
+"""Arenas: one allocation each, tensors are views at planned offsets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from tokenspeed_plan.plans.schema import ArenaSpec
+from tokenspeed_plan.plans.types import DTYPE_BYTES, DType
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {
+    "fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "i64": torch.int64, "i32": torch.int32,
+}  # fmt: skip
+
+
+class Arenas:
+    """The memory of one rank. It starts as zeros: row 0 of every state buffer must be zero, and stays so."""
+
+    def __init__(self, specs: Iterable[ArenaSpec]) -> None:
+        self._bytes = {spec.name: torch.zeros(spec.size_bytes, dtype=torch.uint8) for spec in specs}
+
+    def view(self, arena: str, offset_bytes: int, shape: tuple[int, ...], dtype: DType) -> Tensor:
+        """A tensor at a planned place; nothing is copied."""
+        size_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        return self._bytes[arena][offset_bytes : offset_bytes + size_bytes].view(TORCH_DTYPES[dtype]).view(shape)
+
+    def poison(self, arena: str) -> None:
+        """Fill an arena with NaN, so that a read of what was not written shows."""
+        self._bytes[arena].fill_(0xFF)

@@ -1,0 +1,45 @@
+"""The plain PyTorch body of every operator: the CPU path, and the oracle of every kernel.
+
+A body takes the constants of its operator, then its operands in the order of `plans.ops.OPS`, and returns its outputs
+as a tuple. Persistent state is updated in place. Sums and exponentials are taken in fp32 (fp64 in fp64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from tokenspeed_plan.runtime.reference import attention, delta, dense, moe, sampling
+
+Attrs = Mapping[str, bool | int | float | str]
+Body = Callable[..., tuple[Tensor, ...]]
+
+BODIES: dict[str, Body] = {
+    "embed": dense.embed,
+    "rms_norm": dense.rms_norm,
+    "head_norm": dense.head_norm,
+    "linear": dense.linear,
+    "add": dense.add,
+    "silu_mul": dense.silu_mul,
+    "last_token": dense.last_token,
+    "concat": dense.concat,
+    "split_gate": attention.split_gate,
+    "rope": attention.rope,
+    "kv_write": attention.kv_write,
+    "attention": attention.attention,
+    "sigmoid_gate": attention.sigmoid_gate,
+    "causal_conv": delta.causal_conv,
+    "qk_l2_norm": delta.qk_l2_norm,
+    "delta_gates": delta.delta_gates,
+    "delta_rule": delta.delta_rule,
+    "gated_norm": delta.gated_norm,
+    "topk": moe.topk,
+    "experts_up": moe.experts_up,
+    "experts_down": moe.experts_down,
+    "gated_add": moe.gated_add,
+    "sample": sampling.sample,
+    "argmax": sampling.argmax,
+}
+
+__all__ = ["BODIES", "Body"]

@@ -1,0 +1,146 @@
+"""Gated DeltaNet (arXiv:2412.06464): causal convolution, delta rule, gated norm.
+
+Shapes: T tokens, S sequences, L longest sequence of the batch, C channels, K taps, A key heads, B value heads,
+dk and dv their sizes, c a chunk of 64 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenspeed_plan.runtime.reference.dense import normalize, widen
+
+Attrs = Mapping[str, Any]
+CHUNK = 64
+L2_EPS = 1e-6
+
+
+class Ragged:
+    """The rows of several sequences, laid out one sequence a row and padded with zeros."""
+
+    def __init__(self, cu_seqlens: Tensor, multiple: int = 1) -> None:
+        bounds = cu_seqlens.long()
+        self.lengths_S = bounds[1:] - bounds[:-1]
+        longest = -(-int(self.lengths_S.max()) // multiple) * multiple
+        place_L = torch.arange(longest)
+        self.valid_SL = place_L[None] < self.lengths_S[:, None]
+        self.rows_SL = (bounds[:-1, None] + place_L[None]).where(self.valid_SL, 0)
+
+    def pad(self, x_T: Tensor) -> Tensor:
+        """[T, ...] -> [S, L, ...]."""
+        x = x_T[self.rows_SL]
+        return x * self.valid_SL.reshape(*self.valid_SL.shape, *[1] * (x.dim() - 2))
+
+    def pack(self, x_SL: Tensor) -> Tensor:
+        """[S, L, ...] -> [T, ...]."""
+        return x_SL[self.valid_SL]
+
+
+def causal_conv(
+    attrs: Attrs, x_TC: Tensor, cu_seqlens: Tensor, read_S: Tensor, write_S: Tensor, w: Tensor, state: Tensor
+) -> tuple[Tensor]:
+    """y[t] = silu(sum_j w[j] x[t - K + 1 + j]); the state holds the last K - 1 inputs of a sequence, oldest first."""
+    taps, w_CK, before = attrs["kernel_size"], w[:, 0], state[read_S.long()]
+    if attrs["mode"] == "update":
+        window = torch.cat((before, x_TC[:, None]), 1)  # [S, K, C]
+        state[write_S.long()] = window[:, 1:]
+        return (F.silu((window * w_CK.T).sum(1)),)
+    ragged = Ragged(cu_seqlens)
+    x = torch.cat((before, ragged.pad(x_TC)), 1)  # [S, K - 1 + L, C]
+    last = ragged.lengths_S[:, None] + torch.arange(taps - 1)
+    state[write_S.long()] = x.gather(1, last[:, :, None].expand(-1, -1, x.shape[2]))
+    length = x.shape[1] - taps + 1
+    y = sum(x[:, j : j + length] * w_CK[:, j] for j in range(taps))
+    assert isinstance(y, Tensor)
+    return (F.silu(ragged.pack(y)),)
+
+
+def qk_l2_norm(attrs: Attrs, x_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q = q / |q| / sqrt(dk), k = k / |k|, each head by itself; v as it is."""
+    key = attrs["num_k_heads"] * attrs["key_dim"]
+    q, k, v = x_TC.split((key, key, x_TC.shape[1] - 2 * key), -1)
+    heads = (attrs["num_k_heads"], attrs["key_dim"])
+    q, k = (_l2_norm(widen(part.unflatten(-1, heads))) for part in (q, k))
+    return (q * attrs["key_dim"] ** -0.5).flatten(1), k.flatten(1), v
+
+
+def _l2_norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+
+
+def delta_gates(attrs: Attrs, b_TB: Tensor, a_TB: Tensor, a_log_B: Tensor, dt_bias_B: Tensor) -> tuple[Tensor, Tensor]:
+    """beta = sigmoid(b) in (0, 1); log_decay = -exp(a_log) softplus(a + dt_bias) <= 0."""
+    return widen(torch.sigmoid(b_TB)), -a_log_B.exp() * F.softplus(widen(a_TB) + dt_bias_B)
+
+
+def delta_rule(
+    attrs: Attrs, q_T: Tensor, k_T: Tensor, v_T: Tensor, beta_TB: Tensor, decay_TB: Tensor,
+    cu_seqlens: Tensor, read_S: Tensor, write_S: Tensor, state: Tensor,
+) -> tuple[Tensor]:  # fmt: skip
+    """S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q, per value head; the state is [rows, B, dk, dv]."""
+    heads, group = attrs["num_k_heads"], attrs["num_v_heads"] // attrs["num_k_heads"]
+    q, k = (x.unflatten(-1, (heads, -1)).repeat_interleave(group, 1) for x in (q_T, k_T))
+    v = widen(v_T).unflatten(-1, (attrs["num_v_heads"], -1))
+    before = state[read_S.long()]
+    if attrs["mode"] == "recurrent":
+        y, after = _recurrent(q, k, v, beta_TB, decay_TB, before)
+    else:
+        ragged = Ragged(cu_seqlens, CHUNK)
+        padded = (ragged.pad(x).transpose(1, 2) for x in (q, k, v, beta_TB, decay_TB))
+        y, after = _chunked(*padded, before)
+        y = ragged.pack(y.transpose(1, 2))
+    state[write_S.long()] = after
+    return (y.flatten(1).to(v_T.dtype),)
+
+
+def _recurrent(
+    q_SBk: Tensor, k_SBk: Tensor, v_SBv: Tensor, beta_SB: Tensor, decay_SB: Tensor, state_SBkv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token a sequence: decay first, error against the decayed state, read after the update."""
+    state = state_SBkv * decay_SB.exp()[..., None, None]
+    error = v_SBv - (k_SBk[..., None, :] @ state).squeeze(-2)
+    state += k_SBk[..., None] * (beta_SB[..., None] * error)[..., None, :]
+    return (q_SBk[..., None, :] @ state).squeeze(-2), state
+
+
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Whole sequences [S, B, L, ...], chunk by chunk; zero rows at the end change nothing.
+
+    With G the running sum of the log decay in a chunk and D[i, j] = exp(G[i] - G[j]) for i >= j:
+    A = I + strict_lower((beta K K^T) * D); [U' | W] = A^-1 [beta V | beta e^G K]; U = U' - W S;
+    Y = e^G Q S + ((Q K^T) * D) U; S' = e^G_last S + (e^(G_last - G) K)^T U.
+    """
+    out = []
+    for start in range(0, q.shape[2], CHUNK):
+        part = (x[:, :, start : start + CHUNK] for x in (q, k, v, beta, decay))
+        y, state = _chunk(*part, state)
+        out.append(y)
+    return torch.cat(out, 2), state
+
+
+def _chunk(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    total = decay.cumsum(-1)
+    gap = total[..., :, None] - total[..., None, :]
+    later = torch.ones(gap.shape[-2:], dtype=torch.bool).triu(1)
+    ratio = gap.masked_fill(later, float("-inf")).exp()
+    mix = (k * beta[..., None]) @ k.transpose(-1, -2) * ratio
+    right = torch.cat((v * beta[..., None], k * (beta * total.exp())[..., None]), -1)
+    solved = torch.linalg.solve_triangular(mix.tril(-1), right, upper=False, unitriangular=True)
+    u = solved[..., : v.shape[-1]] - solved[..., v.shape[-1] :] @ state
+    y = (q * total.exp()[..., None]) @ state + (q @ k.transpose(-1, -2) * ratio) @ u
+    left = k * (total[..., -1:] - total).exp()[..., None]
+    return y, state * total[..., -1].exp()[..., None, None] + left.transpose(-1, -2) @ u
+
+
+def gated_norm(attrs: Attrs, x_TN: Tensor, z_TN: Tensor, w_D: Tensor) -> tuple[Tensor]:
+    """y = x / sqrt(mean(x^2) + eps) * w * silu(z), per head: the norm first, the weight as stored."""
+    heads = (attrs["num_heads"], attrs["head_dim"])
+    x, z = x_TN.unflatten(-1, heads), z_TN.unflatten(-1, heads)
+    return ((normalize(x, attrs["eps"]) * w_D * F.silu(widen(z))).to(x_TN.dtype).flatten(1),)

@@ -1,0 +1,61 @@
+"""Mixture of experts.
+
+Shapes: T tokens, E experts of this rank, k experts a token, H hidden, I width of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenspeed_plan.runtime.reference.dense import widen
+
+Attrs = Mapping[str, Any]
+
+
+def topk(attrs: Attrs, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over all experts, the k largest, divided by their sum."""
+    weights_Tk, ids_Tk = widen(logits_TE).softmax(-1).topk(attrs["top_k"], -1)
+    return (weights_Tk / weights_Tk.sum(-1, keepdim=True)).to(logits_TE.dtype), ids_Tk.int()
+
+
+def _groups(attrs: Attrs, ids_Tk: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """For each expert of this rank that is hit: the expert, and its flat places in [T, k]."""
+    local = ids_Tk.flatten() - int(attrs.get("expert_start", 0))
+    order = local.argsort(stable=True)
+    counts = torch.bincount(local.clamp(-1, attrs["num_experts"]) + 1, minlength=attrs["num_experts"] + 2).tolist()
+    start = counts[0]  # those of ranks before this one
+    for expert in range(attrs["num_experts"]):
+        end = start + counts[expert + 1]
+        if end > start:
+            yield expert, order[start:end]
+        start = end
+
+
+def experts_up(attrs: Attrs, x_TH: Tensor, ids_Tk: Tensor, w_EIH: Tensor) -> tuple[Tensor]:
+    """y[t, j] = silu(x G^T) * (x U^T) of expert ids[t, j]; zeros where the expert is another rank's."""
+    chosen = ids_Tk.shape[1]
+    out = x_TH.new_zeros(x_TH.shape[0] * chosen, w_EIH.shape[1] // 2)
+    for expert, places in _groups(attrs, ids_Tk):
+        gate, up = F.linear(x_TH[places // chosen], w_EIH[expert]).chunk(2, -1)
+        out[places] = F.silu(gate) * up
+    return (out.view(x_TH.shape[0], -1),)
+
+
+def experts_down(attrs: Attrs, h_T: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, w_EHI: Tensor) -> tuple[Tensor]:
+    """y[t] = sum over j of weights[t, j] h[t, j] D^T."""
+    num_tokens, chosen = ids_Tk.shape
+    h = h_T.view(num_tokens * chosen, -1)
+    out = h.new_zeros(num_tokens * chosen, w_EHI.shape[1])
+    for expert, places in _groups(attrs, ids_Tk):
+        out[places] = F.linear(h[places], w_EHI[expert])
+    return ((out.view(num_tokens, chosen, -1) * weights_Tk[:, :, None]).sum(1),)
+
+
+def gated_add(attrs: Attrs, x_TH: Tensor, r_TH: Tensor, g_T1: Tensor) -> tuple[Tensor]:
+    """y = r + x * sigmoid(g)."""
+    return (r_TH + x_TH * torch.sigmoid(g_T1),)

@@ -1,0 +1,73 @@
+"""The next token of each sequence. Shapes: S sequences, V vocabulary rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Attrs = Mapping[str, Any]
+
+
+def argmax(attrs: Attrs, logits_SV: Tensor) -> tuple[Tensor]:
+    """The most likely token."""
+    return (logits_SV.argmax(-1).int(),)
+
+
+def sample(
+    attrs: Attrs, logits_SV: Tensor, temperature_S: Tensor, top_p_S: Tensor, top_k_S: Tensor, seed_S: Tensor, draw_S: Tensor
+) -> tuple[Tensor]:
+    """Argmax where the temperature is 0, else one draw from softmax(logits / temperature) after top-k and top-p.
+
+    The draw is a function of a row's seed and of `draw`, its token's number, so that neither batch nor order matter.
+    Rows of the table that stand for no token are never drawn.
+    """
+    (greedy_S,) = argmax(attrs, logits_SV)
+    hot = (temperature_S > 0).nonzero().flatten()
+    if hot.numel():
+        rows = (x[hot] for x in (logits_SV, temperature_S, top_p_S, top_k_S, seed_S, draw_S))
+        greedy_S[hot] = _draw(attrs["num_valid_tokens"], *rows)
+    return (greedy_S,)
+
+
+def _draw(valid: int, logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, seed: Tensor, draw: Tensor) -> Tensor:
+    probs, ids = filtered(logits[:, :valid], temperature, top_p, top_k)
+    cumulative = probs.cumsum(-1)
+    target = uniform(seed, draw)[:, None] * cumulative[:, -1:]
+    place = (cumulative <= target).sum(-1, keepdim=True)
+    last = (probs > 0).sum(-1, keepdim=True) - 1
+    return ids.gather(1, torch.minimum(place, last))[:, 0].int()
+
+
+def filtered(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [S, V] in fp64, best first, zero where cut off, and their token ids.
+
+    Top-k keeps the k best (0: all), top-p the smallest set of the best that holds at least p of what is left
+    (arXiv:1904.09751); the best token always stays.
+    """
+    scaled = logits.double() / temperature.double()[:, None]
+    scaled, ids = torch.sort(scaled, dim=-1, descending=True, stable=True)
+    rank = torch.arange(scaled.shape[1])[None]
+    kept = (top_k[:, None] <= 0) | (rank < top_k[:, None])
+    probs = scaled.masked_fill(~kept, float("-inf")).softmax(-1)
+    before = probs.cumsum(-1) - probs
+    return probs * ((before < top_p.double()[:, None]) | (rank == 0)), ids
+
+
+def uniform(seed: Tensor, draw: Tensor) -> Tensor:
+    """A number in [0, 1) for each (seed, draw): the output function of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    x = seed + (draw + 1) * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return _shift(x ^ _shift(x, 31), 11).double() * 2.0**-53
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """A logical shift to the right."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

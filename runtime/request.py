@@ -1,0 +1,64 @@
+"""What a caller asks of the engine, and what it gets back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch the filters off. With a `seed` the tokens of a request
+    depend on nothing but the request. `num_logprobs` None returns no logprobs, n returns the chosen token's and the
+    n most likely ones.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    num_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms: of the chosen token, and of the most likely ones as (token id, logprob), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request.
+
+    `token_ids` holds every generated token, a stop token included; `text` ends before the stop token or stop string.
+    `ttft_s` runs from `Engine.add` to the first token, `decode_s` from the first token to the last.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    ttft_s: float
+    decode_s: float
+    logprobs: tuple[TokenLogprobs, ...] = field(default=())

@@ -1,0 +1,97 @@
+"""Continuous batching: who runs in the next step, and with which program.
+
+A request is admitted when a slot and the pages for its longest outcome are free, so that nothing that runs can run out
+of memory. Prompts are computed in chunks; while some sequences prefill and others decode, the two kinds of step take
+turns.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.plans.types import Phase
+from tokenspeed_plan.runtime.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: for each sequence, how many of its tokens to compute."""
+
+    program: Program
+    sequences: tuple[Sequence, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the step."""
+        return sum(self.counts)
+
+
+class Scheduler:
+    """Queues, slots and pages."""
+
+    def __init__(self, plan: Plan, chunk: int | None = None) -> None:
+        self.limits = plan.limits
+        self.chunk = min(chunk or plan.limits.max_tokens, plan.limits.max_tokens)
+        self._programs = {
+            phase: sorted((p for p in plan.programs if p.phase == phase), key=lambda p: p.bucket)
+            for phase in ("prefill", "decode")
+        }
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._free_pages = list(range(plan.limits.num_pages - 1, -1, -1))
+        self._free_rows = list(range(plan.limits.num_rows - 1, 0, -1))  # row 0 is the zero row
+        self._last: Phase = "decode"
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self._waiting) + len(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self._waiting.append(sequence)
+
+    def schedule(self) -> Batch | None:
+        """The next step, None when there is nothing to do."""
+        self._admit()
+        prefilling = [s for s in self._running if s.is_prefilling]
+        decoding = [s for s in self._running if not s.is_prefilling]
+        if not self._running:
+            return None
+        self._last = "prefill" if prefilling and (self._last == "decode" or not decoding) else "decode"
+        return self._prefill(prefilling) if self._last == "prefill" else self._batch("decode", decoding, [1] * len(decoding))
+
+    def finish(self, sequence: Sequence) -> None:
+        """Give back what a sequence held."""
+        self._running.remove(sequence)
+        self._free_pages += sequence.pages
+        self._free_rows.append(sequence.row)
+
+    def _admit(self) -> None:
+        while self._waiting and self._free_rows:
+            sequence = self._waiting[0]
+            needed = -(-sequence.longest // self.limits.page_size)
+            if needed > len(self._free_pages):
+                return
+            self._waiting.popleft()
+            sequence.pages = [self._free_pages.pop() for _ in range(needed)]
+            sequence.row = self._free_rows.pop()
+            self._running.append(sequence)
+
+    def _prefill(self, prefilling: list[Sequence]) -> Batch:
+        room, counts = self.chunk, []
+        for sequence in prefilling:
+            counts.append(min(room, sequence.num_prompt_tokens - sequence.num_computed))
+            room -= counts[-1]
+            if room == 0:
+                break
+        return self._batch("prefill", prefilling[: len(counts)], counts)
+
+    def _batch(self, phase: Phase, sequences: list[Sequence], counts: list[int]) -> Batch:
+        """The smallest program that is large enough."""
+        tokens = sum(counts)
+        program = next(p for p in self._programs[phase] if p.max_tokens >= tokens and p.max_seqs >= len(sequences))
+        return Batch(program, tuple(sequences), tuple(counts))

@@ -1,0 +1,54 @@
+"""Text to ids and back, with the checkpoint's own tokenizer file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from tokenspeed_plan.plans.errors import PlanError, RequestError
+
+Messages = list[dict[str, Any]]
+
+
+class Codec:
+    """A tokenizer, and where the caller brings one, a way to write a chat as a prompt."""
+
+    def __init__(self, tokenizer: Tokenizer, chat: Callable[[Messages], str] | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._chat = chat
+
+    @classmethod
+    def load(cls, folder: Path, chat: Callable[[Messages], str] | None = None) -> Codec:
+        """From a model folder.
+
+        Raises:
+            PlanError: there is no tokenizer that can be read.
+        """
+        path = folder / "tokenizer.json"
+        try:
+            return cls(Tokenizer.from_str(path.read_text()), chat)
+        except (OSError, ValueError) as error:
+            raise PlanError(f"cannot read `{path}`: {error}", "give prompts as token ids, or a complete model folder") from error
+        except Exception as error:  # `tokenizers` raises bare Exception for a malformed file
+            raise PlanError(f"`{path}` is not a tokenizer: {error}", "use the file that came with the model") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def render_chat(self, messages: Messages) -> str:
+        """A chat as one prompt that ends where the assistant speaks.
+
+        Raises:
+            RequestError: the model has no chat template, or it refuses the messages.
+        """
+        if self._chat is None:
+            raise RequestError("the model has no chat template", "use `/v1/completions`")
+        return self._chat(messages)
