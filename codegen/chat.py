@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 from jinja2 import StrictUndefined, TemplateError, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from tokenspeed_plan.plans.errors import PlanError, RequestError
 
 _HINT = "mend the messages, or use `/v1/completions`"
@@ -45,7 +44,9 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except TemplateError as error:
-            raise PlanError(f"the model's chat template does not parse: {error}", "use the file of the published model") from error
+            raise PlanError(
+                f"the model's chat template does not parse: {error}", "use the file of the published model"
+            ) from error
         self._tokens = {name: token or "" for name, token in (special_tokens or {}).items()}
 
     @classmethod
@@ -65,7 +66,15 @@ class ChatTemplate:
         """
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **self._tokens)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise RequestError(f"the model's chat template refuses the messages: {error}", _HINT) from error
 
 

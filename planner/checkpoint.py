@@ -12,7 +12,13 @@ from tokenspeed_plan.planner.graph import Source, Weight
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import SpecError
 
-SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 _MAX_HEADER_BYTES = 256 << 20
 _HINT = "the folder must hold the complete checkpoint, as it was published"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import networkx as nx
-
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.planner.passes.fuse import FUSED_KINDS
 from tokenspeed_plan.plans.ops import COLLECTIVES, OPS
@@ -12,9 +11,13 @@ _LOGICAL = frozenset(OPS)
 _SHARDED = _LOGICAL | frozenset(COLLECTIVES)
 _FUSED = _SHARDED | FUSED_KINDS
 ALLOWED = {
-    Stage.BUILT: _LOGICAL, Stage.SHARDED: _SHARDED, Stage.FUSED: _FUSED, Stage.SCHEDULED: _FUSED,
-    Stage.PLACED: _FUSED, Stage.LOWERED: _FUSED,
-}  # fmt: skip
+    Stage.BUILT: _LOGICAL,
+    Stage.SHARDED: _SHARDED,
+    Stage.FUSED: _FUSED,
+    Stage.SCHEDULED: _FUSED,
+    Stage.PLACED: _FUSED,
+    Stage.LOWERED: _FUSED,
+}
 _SETTLED = (Stage.SCHEDULED, Stage.PLACED, Stage.LOWERED)
 
 

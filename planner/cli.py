@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
 from tokenspeed_plan.codegen.chat import ChatTemplate
 from tokenspeed_plan.planner.canary import with_canary
 from tokenspeed_plan.planner.compile import compile_plan, find_model
@@ -45,7 +44,10 @@ class _Group(click.Group):
             ctx.exit(1)
         except OSError as error:
             name = f"`{error.filename}`: " if error.filename else ""
-            click.echo(f"error: {name}{error.strerror or error}\n\nhint: check the path, its permissions and the space left", err=True)
+            click.echo(
+                f"error: {name}{error.strerror or error}\n\nhint: check the path, its permissions and the space left",
+                err=True,
+            )
             ctx.exit(2)
 
 
@@ -70,7 +72,10 @@ def plan(spec: Path, out: Path, check: bool, no_compile: bool) -> None:
     old = _old_plan(out)
     save_plan(made, out)
     _echo_changes(old, made)
-    click.echo(f"wrote {out / PLAN_FILE} ({made.digest[:16]}): {made.model.name} on {made.target.count} x {made.target.gpu}", err=True)
+    click.echo(
+        f"wrote {out / PLAN_FILE} ({made.digest[:16]}): {made.model.name} on {made.target.count} x {made.target.gpu}",
+        err=True,
+    )
 
 
 def _compile(spec_path: Path) -> Plan:
@@ -82,7 +87,9 @@ def _compile(spec_path: Path) -> Plan:
 def _refuse_stale(text: str, out: Path, spec: Path) -> None:
     frozen = read_plan(out)
     if frozen != text:
-        raise StalePlanError(f"`{out}` is not what `{spec}` compiles to", f"run `tokenspeed plan {spec} -o {out}` and look at the diff")
+        raise StalePlanError(
+            f"`{out}` is not what `{spec}` compiles to", f"run `tokenspeed plan {spec} -o {out}` and look at the diff"
+        )
 
 
 def _old_plan(out: Path) -> Plan | None:
@@ -203,8 +210,11 @@ def _run_prompt(bundle: Path, prompt: str, options: dict[str, Any]) -> None:
     click.echo(done.text)
     if not options["quiet"]:
         rate = (len(done.token_ids) - 1) / done.decode_s if done.decode_s else 0.0
-        click.echo(f"{len(done.token_ids)} tokens ({done.finish_reason}), first after {done.ttft_s * 1e3:.1f} ms, "
-                   f"then {rate:.0f} tokens/s", err=True)  # fmt: skip
+        click.echo(
+            f"{len(done.token_ids)} tokens ({done.finish_reason}), first after {done.ttft_s * 1e3:.1f} ms, "
+            f"then {rate:.0f} tokens/s",
+            err=True,
+        )
 
 
 def _run_batch(bundle: Path, source: Path, output: Path, options: dict[str, Any]) -> int:
@@ -234,7 +244,9 @@ def _selection(options: dict[str, Any]) -> Selection:
 
     index, _, count = (options["shard"] or "1/1").partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise RequestError(f"`--shard {options['shard']}` is not i/n with i from 1 to n", "the second of four: `--shard 2/4`")
+        raise RequestError(
+            f"`--shard {options['shard']}` is not i/n with i from 1 to n", "the second of four: `--shard 2/4`"
+        )
     return Selection(options["limit"], int(index), int(count))
 
 

@@ -128,5 +128,3 @@ def _facts(model: Model, dtype: DType) -> ModelFacts:
         eos_token_ids=config.eos_token_ids,
         files=dict(model.files),
     )
-
-

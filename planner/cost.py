@@ -125,7 +125,7 @@ def _matrix(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) 
 
 
 def _experts(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    experts, *shape = weights[0].bind(0, 0)
+    shape = weights[0].bind(0, 0)[1:]
     return 2.0 * load.num_tokens * math.prod(shape)
 
 
@@ -143,9 +143,12 @@ def _delta_rule(attrs: Mapping[str, object], weights: list[TensorSpec], load: Lo
 
 
 _FLOPS: dict[str, Flops] = {
-    "linear": _matrix, "experts_up": _experts, "experts_down": _experts, "attention": _attention,
+    "linear": _matrix,
+    "experts_up": _experts,
+    "experts_down": _experts,
+    "attention": _attention,
     "delta_rule": _delta_rule,
-}  # fmt: skip
+}
 
 
 def predict_us(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> float:

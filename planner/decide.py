@@ -31,17 +31,25 @@ def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> tuple[Pa
     """
     layout, parallelism = _layout(spec, config)
     _check_legal(layout, config)
+    chunk = hardware.prefill_chunk
     return layout, (
         parallelism,
         _later("speculation", "off", spec.speculation != "off", "draft and verify programs are not built yet"),
         _later("disaggregation", "off", spec.disaggregation != "off", "prefill and decode pools are not built yet"),
         Decision(name="streams", value="1", reason="branches are not priced against each other yet"),
         Decision(name="page_size", value=str(hardware.page_size), reason=f"default of {hardware.name}"),
-        Decision(name="prefill_chunk", value=str(hardware.prefill_chunk), reason=f"default of {hardware.name}, at most one sequence"),
-        Decision(name="state_dtype", value="fp32", reason="bf16 state costs 60 to 90 times the error of a bf16 KV cache",
-                 runner_up="bf16, half the bytes"),
+        Decision(name="prefill_chunk", value=str(chunk), reason=f"default of {hardware.name}, at most one sequence"),
+        _STATE_DTYPE,
         _later("objective", spec.objective.minimize, True, "recorded; one layout is planned, none is searched for yet"),
-    )  # fmt: skip
+    )
+
+
+_STATE_DTYPE = Decision(
+    name="state_dtype",
+    value="fp32",
+    reason="bf16 state costs 60 to 90 times the error of a bf16 KV cache",
+    runner_up="bf16, half the bytes",
+)
 
 
 def _later(name: str, value: str, asked: bool, reason: str) -> Decision:
@@ -64,16 +72,21 @@ def _auto(count: int, config: ModelConfig) -> tuple[ParallelLayout, str, str | N
     if config.moe is None:
         return ParallelLayout(count, count, 1), "tensor parallelism reads each weight once over all GPUs", None
     if config.moe.intermediate_size % count == 0:
-        return (ParallelLayout(count, count, 1), "every GPU reads an equal part of each expert that is hit",
-                f"moe ep {count}: at batch 1 few GPUs would read whole experts")  # fmt: skip
+        return (
+            ParallelLayout(count, count, 1),
+            "every GPU reads an equal part of each expert that is hit",
+            f"moe ep {count}: at batch 1 few GPUs would read whole experts",
+        )
     return ParallelLayout(count, 1, count), f"{config.moe.intermediate_size} channels do not divide by {count}", None
 
 
 def _by_hand(asked: ParallelismSpec, count: int, config: ModelConfig) -> ParallelLayout:
     attention = asked.attention.tp if asked.attention else count
     if attention != count:
-        raise SpecError(f"`parallelism.attention.tp` is {attention} on {count} GPUs: attention data parallelism is not planned yet",
-                        f"set it to {count}, or `target.count` to {attention}")  # fmt: skip
+        raise SpecError(
+            f"`parallelism.attention.tp` is {attention} on {count} GPUs, attention data parallelism is not planned yet",
+            f"set it to {count}, or `target.count` to {attention}",
+        )
     if asked.moe is None:
         return _auto(count, config)[0]
     given = asked.moe.model_fields_set
@@ -82,7 +95,9 @@ def _by_hand(asked: ParallelismSpec, count: int, config: ModelConfig) -> Paralle
     if config.moe is None and ep != 1:
         raise SpecError(f"`{config.name}` has no experts to spread over {ep} GPUs", "leave `parallelism.moe` out")
     if tp * ep != count:
-        raise SpecError(f"moe tp {tp} x ep {ep} is {tp * ep} GPUs, the target has {count}", "make their product the count")
+        raise SpecError(
+            f"moe tp {tp} x ep {ep} is {tp * ep} GPUs, the target has {count}", "make their product the count"
+        )
     return ParallelLayout(attention, tp, ep)
 
 

@@ -107,7 +107,9 @@ def _place_shared(graphs: list[OpGraph], limits: Limits) -> tuple[tuple[BufferSp
     tops = {"kv_cache": 0, "state": 0, "io": 0}
     buffers = []
     for tensor in shared.values():
-        buffers.append(BufferSpec(name=tensor.name, arena=tensor.arena, offset_bytes=tops[tensor.arena], tensor=tensor.spec))
+        buffers.append(
+            BufferSpec(name=tensor.name, arena=tensor.arena, offset_bytes=tops[tensor.arena], tensor=tensor.spec)
+        )
         tops[tensor.arena] += aligned(tensor.spec.size_bytes(limits.max_tokens, limits.max_seqs))
     return tuple(buffers), tops
 
@@ -144,5 +146,3 @@ def _program(bucket: int, max_seqs: int, graph: OpGraph, kernels: dict[str, Kern
         num_streams=graph.num_streams,
         predicted_us=round(time_us, 2),
     )
-
-

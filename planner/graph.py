@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import networkx as nx
-
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.plans.ops import OPS, Access
 from tokenspeed_plan.plans.schema import ArenaName, Step
@@ -130,9 +129,9 @@ class OpGraph:
         return replace(self, stage=stage, **changes)
 
     @cached_property
-    def nx(self) -> nx.DiGraph:
+    def nx(self) -> nx.DiGraph[str]:
         """Operators as nodes; edges are data, and state that is written and then read."""
-        graph: nx.DiGraph = nx.DiGraph()
+        graph: nx.DiGraph[str] = nx.DiGraph()
         made_by: dict[str, str] = {}
         for op in self.ops:
             graph.add_node(op.name)

@@ -61,4 +61,6 @@ def find_hardware(name: str) -> HardwareSpec:
         return HARDWARE[name.lower()]
     near = difflib.get_close_matches(name.lower(), HARDWARE, 1)
     known = ", ".join(spec.name for spec in _TABLE)
-    raise SpecError(f"there is no GPU called `{name}`", f"did you mean `{HARDWARE[near[0]].name}`?" if near else f"known: {known}")
+    raise SpecError(
+        f"there is no GPU called `{name}`", f"did you mean `{HARDWARE[near[0]].name}`?" if near else f"known: {known}"
+    )

@@ -62,12 +62,16 @@ class Split:
 
 
 _WHAT: dict[Axis, str] = {
-    "attention": "heads", "kv": "kv heads", "mlp": "FFN channels", "vocab": "vocabulary rows",
-    "experts": "experts", "expert_inner": "channels of an expert",
-}  # fmt: skip
-_HINTS: dict[Axis, str] = {
-    axis: "choose a `target.count` that divides the heads of the model" for axis in ("attention", "kv", "mlp", "vocab")
-} | {axis: "choose another `parallelism.moe`" for axis in ("experts", "expert_inner")}  # type: ignore[assignment]
+    "attention": "heads",
+    "kv": "kv heads",
+    "mlp": "FFN channels",
+    "vocab": "vocabulary rows",
+    "experts": "experts",
+    "expert_inner": "channels of an expert",
+}
+_HINTS: dict[Axis, str] = dict.fromkeys(
+    ("attention", "kv", "mlp", "vocab"), "choose a `target.count` that divides the heads of the model"
+) | dict.fromkeys(("experts", "expert_inner"), "choose another `parallelism.moe`")  # type: ignore[assignment]
 
 
 def check_fp8_blocks(inner_size: int, ways: int, what: str, block: int = 128) -> None:
@@ -77,5 +81,7 @@ def check_fp8_blocks(inner_size: int, ways: int, what: str, block: int = 128) ->
         SpecError: a part would not be whole blocks.
     """
     if inner_size % ways or inner_size // ways % block:
-        raise SpecError(f"{what} of {inner_size} channels over {ways} GPUs is not whole {block}-wide FP8 blocks",
-                        "use fewer ways of tensor parallelism, or expert parallelism")  # fmt: skip
+        raise SpecError(
+            f"{what} of {inner_size} channels over {ways} GPUs is not whole {block}-wide FP8 blocks",
+            "use fewer ways of tensor parallelism, or expert parallelism",
+        )

@@ -19,8 +19,10 @@ def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareS
     """
     needed = workload.longest_tokens
     if needed > config.max_positions:
-        raise SpecError(f"the workload needs {needed} tokens in a sequence, `{config.name}` has {config.max_positions} positions",
-                        "lower `workload.turns` or the tokens of a turn")  # fmt: skip
+        raise SpecError(
+            f"the workload needs {needed} tokens in a sequence, `{config.name}` has {config.max_positions} positions",
+            "lower `workload.turns` or the tokens of a turn",
+        )
     pages = -(-needed // hardware.page_size)
     max_seq_len = min(pages * hardware.page_size, config.max_positions)
     chunk = min(hardware.prefill_chunk, _power_of_two(max_seq_len))

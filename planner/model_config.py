@@ -145,15 +145,19 @@ class _Reader:
 def _family(reader: _Reader) -> bool:
     model_type = reader.get("model_type")
     if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
-        raise SpecError(f"`{reader.name}` has model_type {model_type!r}, not a Qwen3.5 text model",
-                        f"supported: {', '.join(_MODEL_TYPES)}")  # fmt: skip
+        raise SpecError(
+            f"`{reader.name}` has model_type {model_type!r}, not a Qwen3.5 text model",
+            f"supported: {', '.join(_MODEL_TYPES)}",
+        )
     return _MODEL_TYPES[model_type]
 
 
 def _refuse_unsupported(reader: _Reader, text: _Reader) -> None:
     if reader.get("quantization_config") or text.get("quantization_config"):
-        raise SpecError(f"`{reader.name}` is a quantised checkpoint, which is not planned yet",
-                        "use the BF16 checkpoint of the model")  # fmt: skip
+        raise SpecError(
+            f"`{reader.name}` is a quantised checkpoint, which is not planned yet",
+            "use the BF16 checkpoint of the model",
+        )
     for key, allowed in (("output_gate_type", ("swish", "silu")), ("hidden_act", ("silu",))):
         value = text.get(key, allowed[0])
         if value not in allowed:

@@ -12,8 +12,8 @@ from tokenspeed_plan.planner.graph import DimSplits, Op, OpGraph, Source, Stage,
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.model_config import ModelConfig
 from tokenspeed_plan.plans.ops import OPS, SAMPLING_INPUTS
-from tokenspeed_plan.plans.schema import Limits
-from tokenspeed_plan.plans.types import Attr, DType, Phase, TensorSpec
+from tokenspeed_plan.plans.schema import ArenaName, Limits
+from tokenspeed_plan.plans.types import Attr, Dim, DType, Phase, TensorSpec
 
 Splits = Mapping[int, Split]
 MTP_PREFIX = "mtp."
@@ -48,8 +48,13 @@ def build(context: BuildContext, phase: Phase) -> OpGraph:
     x = graph.norm("final_norm", f"{context.config.prefix}norm.weight", x)
     x = graph.op("last_token", "last_token", (x, "cu_seqlens"))[0]
     logits = graph.head("logits", x)
-    graph.op("sample", "sample", (logits, *SAMPLING_INPUTS), out_names=("next_tokens",),
-             attrs={"num_valid_tokens": context.num_valid_tokens})  # fmt: skip
+    graph.op(
+        "sample",
+        "sample",
+        (logits, *SAMPLING_INPUTS),
+        out_names=("next_tokens",),
+        attrs={"num_valid_tokens": context.num_valid_tokens},
+    )
     return graph.finish(("logits", "next_tokens"))
 
 
@@ -57,7 +62,9 @@ def build_draft(context: BuildContext) -> OpGraph:
     """The MTP layer (one draft step): the next token's id and the target's final hidden row in, a draft out."""
     graph = _Builder(context, "draft")
     hidden = graph.tensor("target_hidden", ("num_tokens", context.config.hidden_size), context.dtype, "io")
-    embedded = graph.norm("mtp.embed_norm", f"{MTP_PREFIX}pre_fc_norm_embedding.weight", graph.embed("embed", "token_ids"))
+    embedded = graph.norm(
+        "mtp.embed_norm", f"{MTP_PREFIX}pre_fc_norm_embedding.weight", graph.embed("embed", "token_ids")
+    )
     normed = graph.norm("mtp.hidden_norm", f"{MTP_PREFIX}pre_fc_norm_hidden.weight", hidden)
     joined = graph.op("mtp.concat", "concat", (embedded, normed))[0]
     fc = graph.matrix("mtp.fc", {"mtp.fc.weight": (context.config.hidden_size, {})}, 2 * context.config.hidden_size)
@@ -94,10 +101,15 @@ class _Builder:
     # Emission.
 
     def tensor(
-        self, name: str, shape: tuple, dtype: DType, arena: str = "activations", splits: DimSplits = ()  # type: ignore[type-arg]
+        self,
+        name: str,
+        shape: tuple[Dim, ...],
+        dtype: DType,
+        arena: ArenaName = "activations",
+        splits: DimSplits = (),
     ) -> str:
         """Declare a tensor; returns its name."""
-        self.tensors[name] = Tensor(name, TensorSpec(shape=shape, dtype=dtype), arena, splits)  # type: ignore[arg-type]
+        self.tensors[name] = Tensor(name, TensorSpec(shape=shape, dtype=dtype), arena, splits)
         return name
 
     def op(
@@ -125,8 +137,21 @@ class _Builder:
             splits = ((len(spec.shape) - 1, split),) if split else ()
             self.tensors[value] = Tensor(value, spec, "activations", splits)
         access = tuple((state, how) for state, (_, how) in zip(states, definition.states, strict=True))
-        self.ops.append(Op(f"{name}", kind, tuple(inputs), names, tuple(weights), access, attrs or {},
-                           attr_splits or {}, shifts or {}, partial=partial, gathered=gathered))  # fmt: skip
+        self.ops.append(
+            Op(
+                f"{name}",
+                kind,
+                tuple(inputs),
+                names,
+                tuple(weights),
+                access,
+                attrs or {},
+                attr_splits or {},
+                shifts or {},
+                partial=partial,
+                gathered=gathered,
+            )
+        )
         return names
 
     def _spec(self, name: str) -> TensorSpec:
@@ -143,7 +168,12 @@ class _Builder:
         return self.weight(name, (sum(count for count, _ in rows.values()), columns), sources, dtype=dtype)
 
     def weight(
-        self, name: str, shape: tuple[int, ...], sources: tuple[Source, ...], join_dim: int = 0, dtype: DType | None = None
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        sources: tuple[Source, ...],
+        join_dim: int = 0,
+        dtype: DType | None = None,
     ) -> str:
         """Declare a parameter; returns its name."""
         spec = TensorSpec(shape=shape, dtype=dtype or self.context.dtype)
@@ -156,27 +186,49 @@ class _Builder:
         return self.weight(name, (size,), (Source(source, (size,), (0,), (size,), splits),), dtype=dtype)
 
     def linear(
-        self, name: str, x: str, weight: str, outs: Sequence[tuple[int, Split | None]], names: Sequence[str] = (),
-        partial: bool = False, gathered: bool = False,
-    ) -> tuple[str, ...]:  # fmt: skip
+        self,
+        name: str,
+        x: str,
+        weight: str,
+        outs: Sequence[tuple[int, Split | None]],
+        names: Sequence[str] = (),
+        partial: bool = False,
+        gathered: bool = False,
+    ) -> tuple[str, ...]:
         """A product with one or more outputs: (columns, how ranks share them)."""
-        return self.op(name, "linear", (x,), (weight,), attrs={"splits": ",".join(str(size) for size, _ in outs)},
-                       out_splits=[split for _, split in outs], out_names=names, partial=partial,
-                       gathered=gathered)  # fmt: skip
+        return self.op(
+            name,
+            "linear",
+            (x,),
+            (weight,),
+            attrs={"splits": ",".join(str(size) for size, _ in outs)},
+            out_splits=[split for _, split in outs],
+            out_names=names,
+            partial=partial,
+            gathered=gathered,
+        )
 
     # The model.
 
     def embed(self, name: str, ids: str) -> str:
         """x = E[ids]."""
-        return self.op(name, "embed", (ids,), (self._table(),), partial=True,
-                       shifts={"row_start": (self.config.vocab_size, self._vocab())})[0]  # fmt: skip
+        return self.op(
+            name,
+            "embed",
+            (ids,),
+            (self._table(),),
+            partial=True,
+            shifts={"row_start": (self.config.vocab_size, self._vocab())},
+        )[0]
 
     def _vocab(self) -> Split:
         return Split("vocab", self.config.vocab_size)
 
     def _table(self) -> str:
         source = f"{self.config.prefix}embed_tokens.weight"
-        return self.matrix("embed.table", {source: (self.config.vocab_size, {0: self._vocab()})}, self.config.hidden_size)
+        return self.matrix(
+            "embed.table", {source: (self.config.vocab_size, {0: self._vocab()})}, self.config.hidden_size
+        )
 
     def norm(self, name: str, source: str, x: str) -> str:
         """Zero-centred RMSNorm."""
@@ -205,8 +257,11 @@ class _Builder:
         a, source = self.config.attention, f"{source}self_attn."
         heads, kv = Split("attention", a.num_qo_heads), Split("kv", a.num_kv_heads)
         q_size, kv_size = a.num_qo_heads * a.head_dim, a.num_kv_heads * a.head_dim
-        rows = {f"{source}q_proj.weight": (2 * q_size, {0: heads}), f"{source}k_proj.weight": (kv_size, {0: kv}),
-                f"{source}v_proj.weight": (kv_size, {0: kv})}  # fmt: skip
+        rows = {
+            f"{source}q_proj.weight": (2 * q_size, {0: heads}),
+            f"{source}k_proj.weight": (kv_size, {0: kv}),
+            f"{source}v_proj.weight": (kv_size, {0: kv}),
+        }
         weight = self.matrix(f"{name}.qkv.weight", rows, self.config.hidden_size)
         outs = ((2 * q_size, heads), (kv_size, kv), (kv_size, kv))
         qg, k, v = self.linear(f"{name}.qkv", x, weight, outs, (f"{name}.qg", f"{name}.k", f"{name}.v"))
@@ -219,35 +274,77 @@ class _Builder:
         return self.linear(f"{name}.o", gated, out, ((self.config.hidden_size, None),), partial=True)[0]
 
     def _split_gate(self, name: str, qg: str, heads: Split) -> tuple[str, ...]:
-        return self.op(f"{name}.split_gate", "split_gate", (qg,), out_splits=(heads, heads),
-                       attrs={"num_heads": heads.units, "head_dim": self.config.attention.head_dim},
-                       attr_splits={"num_heads": heads})  # fmt: skip
+        return self.op(
+            f"{name}.split_gate",
+            "split_gate",
+            (qg,),
+            out_splits=(heads, heads),
+            attrs={"num_heads": heads.units, "head_dim": self.config.attention.head_dim},
+            attr_splits={"num_heads": heads},
+        )
 
     def _norm_rope(self, name: str, source: str, x: str, heads: Split) -> str:
         a = self.config.attention
         attrs: dict[str, Attr] = {"num_heads": heads.units, "head_dim": a.head_dim}
         weight = self.vector(f"{name}_norm.weight", source, a.head_dim)
-        x = self.op(f"{name}_normed", "head_norm", (x,), (weight,), out_splits=(heads,),
-                    attrs=attrs | {"eps": self.config.rms_norm_eps}, attr_splits={"num_heads": heads})[0]  # fmt: skip
-        rope: dict[str, Attr] = {"rotary_dim": a.rotary_dim, "theta": a.rope_theta, "factor": a.rope_factor,
-                                 "original_max_positions": a.rope_original_max_positions}  # fmt: skip
-        return self.op(f"{name}_roped", "rope", (x, "positions"), out_splits=(heads,), attrs=attrs | rope,
-                       attr_splits={"num_heads": heads})[0]  # fmt: skip
+        x = self.op(
+            f"{name}_normed",
+            "head_norm",
+            (x,),
+            (weight,),
+            out_splits=(heads,),
+            attrs=attrs | {"eps": self.config.rms_norm_eps},
+            attr_splits={"num_heads": heads},
+        )[0]
+        rope: dict[str, Attr] = {
+            "rotary_dim": a.rotary_dim,
+            "theta": a.rope_theta,
+            "factor": a.rope_factor,
+            "original_max_positions": a.rope_original_max_positions,
+        }
+        return self.op(
+            f"{name}_roped",
+            "rope",
+            (x, "positions"),
+            out_splits=(heads,),
+            attrs=attrs | rope,
+            attr_splits={"num_heads": heads},
+        )[0]
 
     def _attend(self, name: str, q: str, k: str, v: str, heads: Split, kv: Split) -> str:
         a, limits = self.config.attention, self.context.limits
-        cache = self.tensor(f"{name}.kv_cache", (limits.num_pages, 2, limits.page_size, a.num_kv_heads, a.head_dim),
-                            self.context.dtype, "kv_cache", ((3, kv),))  # fmt: skip
+        cache = self.tensor(
+            f"{name}.kv_cache",
+            (limits.num_pages, 2, limits.page_size, a.num_kv_heads, a.head_dim),
+            self.context.dtype,
+            "kv_cache",
+            ((3, kv),),
+        )
         attrs: dict[str, Attr] = {"num_kv_heads": kv.units, "head_dim": a.head_dim, "page_size": limits.page_size}
-        self.op(f"{name}.kv_write", "kv_write", (k, v, "slot_mapping"), states=(cache,), attrs=attrs,
-                attr_splits={"num_kv_heads": kv})  # fmt: skip
+        self.op(
+            f"{name}.kv_write",
+            "kv_write",
+            (k, v, "slot_mapping"),
+            states=(cache,),
+            attrs=attrs,
+            attr_splits={"num_kv_heads": kv},
+        )
         more: dict[str, Attr] = {"mode": "prefill" if self.phase == "prefill" else "decode", "num_heads": heads.units}
-        return self.op(f"{name}.attention", "attention", (q, "page_table", "context_lens", "cu_seqlens"), states=(cache,),
-                       attrs=attrs | more, attr_splits={"num_heads": heads, "num_kv_heads": kv}, out_splits=(heads,))[0]  # fmt: skip
+        return self.op(
+            f"{name}.attention",
+            "attention",
+            (q, "page_table", "context_lens", "cu_seqlens"),
+            states=(cache,),
+            attrs=attrs | more,
+            attr_splits={"num_heads": heads, "num_kv_heads": kv},
+            out_splits=(heads,),
+        )[0]
 
     def _row_parallel(self, name: str, source: str, size: int, split: Split) -> str:
         hidden = self.config.hidden_size
-        return self.weight(name, (hidden, size), (Source(source, (hidden, size), (0, 0), (hidden, size), ((1, split),)),))
+        return self.weight(
+            name, (hidden, size), (Source(source, (hidden, size), (0, 0), (hidden, size), ((1, split),)),)
+        )
 
     def delta_net(self, name: str, source: str, x: str) -> str:
         """Gated DeltaNet: projections, causal convolution, delta rule, gated norm."""
@@ -258,21 +355,49 @@ class _Builder:
         outs = ((d.conv_channels, k_heads), (z_size, v_heads), (d.num_v_heads, v_heads), (d.num_v_heads, v_heads))
         u, z, b, a = self.linear(f"{name}.in_proj", x, weight, outs, tuple(f"{name}.{n}" for n in "uzba"))
         y = self._conv(name, source, u)
-        heads: dict[str, Attr] = {"num_k_heads": d.num_k_heads, "num_v_heads": d.num_v_heads,
-                                  "key_dim": d.key_dim, "value_dim": d.value_dim}  # fmt: skip
+        heads: dict[str, Attr] = {
+            "num_k_heads": d.num_k_heads,
+            "num_v_heads": d.num_v_heads,
+            "key_dim": d.key_dim,
+            "value_dim": d.value_dim,
+        }
         head_splits = {"num_k_heads": k_heads, "num_v_heads": v_heads}
-        qkv = self.op(f"{name}.qkv", "qk_l2_norm", (y,), attrs=heads, attr_splits=head_splits,
-                      out_splits=(k_heads, k_heads, v_heads))  # fmt: skip
+        qkv = self.op(
+            f"{name}.qkv",
+            "qk_l2_norm",
+            (y,),
+            attrs=heads,
+            attr_splits=head_splits,
+            out_splits=(k_heads, k_heads, v_heads),
+        )
         gates = self._delta_gates(name, source, b, a, v_heads)
-        state = self.tensor(f"{name}.ssm_state", (self.context.limits.num_rows, d.num_v_heads, d.key_dim, d.value_dim),
-                            self.context.wide, "state", ((1, v_heads),))  # fmt: skip
+        state = self.tensor(
+            f"{name}.ssm_state",
+            (self.context.limits.num_rows, d.num_v_heads, d.key_dim, d.value_dim),
+            self.context.wide,
+            "state",
+            ((1, v_heads),),
+        )
         mode = "chunked" if self.phase == "prefill" else "recurrent"
-        o = self.op(f"{name}.delta_rule", "delta_rule", (*qkv, *gates, *_ROWS), states=(state,),
-                    attrs=heads | {"mode": mode}, attr_splits=head_splits, out_splits=(v_heads,))[0]  # fmt: skip
+        o = self.op(
+            f"{name}.delta_rule",
+            "delta_rule",
+            (*qkv, *gates, *_ROWS),
+            states=(state,),
+            attrs=heads | {"mode": mode},
+            attr_splits=head_splits,
+            out_splits=(v_heads,),
+        )[0]
         norm = self.vector(f"{name}.gated_norm.weight", f"{source}norm.weight", d.value_dim, self.context.wide)
-        normed = self.op(f"{name}.gated_norm", "gated_norm", (o, z), (norm,), out_splits=(v_heads,),
-                         attrs={"eps": self.config.rms_norm_eps, "num_heads": d.num_v_heads, "head_dim": d.value_dim},
-                         attr_splits={"num_heads": v_heads})[0]  # fmt: skip
+        normed = self.op(
+            f"{name}.gated_norm",
+            "gated_norm",
+            (o, z),
+            (norm,),
+            out_splits=(v_heads,),
+            attrs={"eps": self.config.rms_norm_eps, "num_heads": d.num_v_heads, "head_dim": d.value_dim},
+            attr_splits={"num_heads": v_heads},
+        )[0]
         out = self._row_parallel(f"{name}.o.weight", f"{source}out_proj.weight", z_size, v_heads)
         return self.linear(f"{name}.o", normed, out, ((self.config.hidden_size, None),), partial=True)[0]
 
@@ -290,7 +415,11 @@ class _Builder:
     def _qkv_slices(self, source: str, rest: tuple[int, ...]) -> tuple[Source, ...]:
         d = self.config.delta_net
         key = d.num_k_heads * d.key_dim
-        parts = ((0, key, d.num_k_heads), (key, key, d.num_k_heads), (2 * key, d.num_v_heads * d.value_dim, d.num_v_heads))
+        parts = (
+            (0, key, d.num_k_heads),
+            (key, key, d.num_k_heads),
+            (2 * key, d.num_v_heads * d.value_dim, d.num_v_heads),
+        )
         zeros = tuple(0 for _ in rest)
         return tuple(
             Source(source, (d.conv_channels, *rest), (start, *zeros), (size, *rest), ((0, Split("attention", units)),))
@@ -300,17 +429,34 @@ class _Builder:
     def _conv(self, name: str, source: str, u: str) -> str:
         d = self.config.delta_net
         split = Split("attention", d.num_k_heads)
-        weight = self.weight(f"{name}.conv.weight", (d.conv_channels, 1, d.conv_kernel_size),
-                             self._qkv_slices(f"{source}conv1d.weight", (1, d.conv_kernel_size)))  # fmt: skip
-        state = self.tensor(f"{name}.conv_state", (self.context.limits.num_rows, d.conv_kernel_size - 1, d.conv_channels),
-                            self.context.dtype, "state", ((2, split),))  # fmt: skip
+        weight = self.weight(
+            f"{name}.conv.weight",
+            (d.conv_channels, 1, d.conv_kernel_size),
+            self._qkv_slices(f"{source}conv1d.weight", (1, d.conv_kernel_size)),
+        )
+        state = self.tensor(
+            f"{name}.conv_state",
+            (self.context.limits.num_rows, d.conv_kernel_size - 1, d.conv_channels),
+            self.context.dtype,
+            "state",
+            ((2, split),),
+        )
         mode = "varlen" if self.phase == "prefill" else "update"
-        return self.op(f"{name}.conv", "causal_conv", (u, *_ROWS), (weight,), (state,),
-                       attrs={"mode": mode, "kernel_size": d.conv_kernel_size}, out_splits=(split,))[0]  # fmt: skip
+        return self.op(
+            f"{name}.conv",
+            "causal_conv",
+            (u, *_ROWS),
+            (weight,),
+            (state,),
+            attrs={"mode": mode, "kernel_size": d.conv_kernel_size},
+            out_splits=(split,),
+        )[0]
 
     def _delta_gates(self, name: str, source: str, b: str, a: str, heads: Split) -> tuple[str, ...]:
-        weights = tuple(self.vector(f"{name}.{key.lower()}", f"{source}{key}", heads.units, self.context.wide, heads)
-                        for key in ("A_log", "dt_bias"))  # fmt: skip
+        weights = tuple(
+            self.vector(f"{name}.{key.lower()}", f"{source}{key}", heads.units, self.context.wide, heads)
+            for key in ("A_log", "dt_bias")
+        )
         return self.op(f"{name}.gates", "delta_gates", (b, a), weights, out_splits=(heads, heads))
 
     def mlp(self, name: str, source: str, x: str) -> str:
@@ -331,11 +477,18 @@ class _Builder:
         """Routed experts and the gated shared expert; their sums over ranks are taken together."""
         m = self.config.moe
         assert m is not None
-        rows: dict[str, tuple[int, Splits]] = {f"{source}gate.weight": (m.num_experts, {}),
-                                               f"{source}shared_expert_gate.weight": (1, {})}  # fmt: skip
+        rows: dict[str, tuple[int, Splits]] = {
+            f"{source}gate.weight": (m.num_experts, {}),
+            f"{source}shared_expert_gate.weight": (1, {}),
+        }
         router = self.matrix(f"{name}.router.weight", rows, self.config.hidden_size)
-        logits, shared_gate = self.linear(f"{name}.router", x, router, ((m.num_experts, None), (1, None)),
-                                          (f"{name}.router_logits", f"{name}.shared_gate"))  # fmt: skip
+        logits, shared_gate = self.linear(
+            f"{name}.router",
+            x,
+            router,
+            ((m.num_experts, None), (1, None)),
+            (f"{name}.router_logits", f"{name}.shared_gate"),
+        )
         weights, ids = self.op(f"{name}.topk", "topk", (logits,), attrs={"top_k": m.num_experts_per_token})
         routed = self._experts(name, f"{source}experts.", x, ids, weights)
         shared = self._swiglu(f"{name}.shared", f"{source}shared_expert.", x, m.shared_intermediate_size, partial=False)
@@ -346,15 +499,26 @@ class _Builder:
         assert m is not None
         split, inner = Split("experts", m.num_experts), Split("expert_inner", m.intermediate_size)
         attrs: dict[str, Attr] = {"num_experts": m.num_experts}
-        place = {"attrs": attrs, "attr_splits": {"num_experts": split}, "shifts": {"expert_start": (m.num_experts, split)}}
-        up = self.weight(f"{name}.experts_up.weight", (m.num_experts, 2 * m.intermediate_size, self.config.hidden_size),
-                         self._expert_up_sources(source, split, inner), join_dim=1)  # fmt: skip
+        place = {
+            "attrs": attrs,
+            "attr_splits": {"num_experts": split},
+            "shifts": {"expert_start": (m.num_experts, split)},
+        }
+        up = self.weight(
+            f"{name}.experts_up.weight",
+            (m.num_experts, 2 * m.intermediate_size, self.config.hidden_size),
+            self._expert_up_sources(source, split, inner),
+            join_dim=1,
+        )
         h = self.op(f"{name}.experts_up", "experts_up", (x, ids), (up,), out_splits=(inner,), **place)[0]  # type: ignore[arg-type]
         shape = (m.num_experts, self.config.hidden_size, m.intermediate_size)
         fused = self.context.fused_experts(source)
         down_name = f"{source}down_proj" if fused else f"{source}{{expert}}.down_proj.weight"
-        down = self.weight(f"{name}.experts_down.weight", shape,
-                           (Source(down_name, shape, (0, 0, 0), shape, ((0, split), (2, inner))),))  # fmt: skip
+        down = self.weight(
+            f"{name}.experts_down.weight",
+            shape,
+            (Source(down_name, shape, (0, 0, 0), shape, ((0, split), (2, inner))),),
+        )
         return self.op(f"{name}.experts_down", "experts_down", (h, ids, weights), (down,), **place)[0]  # type: ignore[arg-type]
 
     def _expert_up_sources(self, source: str, split: Split, inner: Split) -> tuple[Source, ...]:
@@ -365,9 +529,13 @@ class _Builder:
         splits: DimSplits = ((0, split), (1, inner))
         if self.context.fused_experts(source):
             shape = (m.num_experts, 2 * m.intermediate_size, self.config.hidden_size)
-            return tuple(Source(f"{source}gate_up_proj", shape, (0, start, 0), size, splits)
-                         for start in (0, m.intermediate_size))  # fmt: skip
-        return tuple(Source(f"{source}{{expert}}.{key}_proj.weight", size, (0, 0, 0), size, splits) for key in ("gate", "up"))
+            return tuple(
+                Source(f"{source}gate_up_proj", shape, (0, start, 0), size, splits)
+                for start in (0, m.intermediate_size)
+            )
+        return tuple(
+            Source(f"{source}{{expert}}.{key}_proj.weight", size, (0, 0, 0), size, splits) for key in ("gate", "up")
+        )
 
     def finish(self, outputs: tuple[str, ...]) -> OpGraph:
         """The graph, with the inputs that it really reads; what it gives back lies in the io arena."""

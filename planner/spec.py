@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
 from tokenspeed_plan.plans.errors import SpecError
 
 Auto = Literal["auto"]
@@ -125,8 +124,10 @@ class Spec(_Section):
         """YAML 1.1 reads a bare `off` as false."""
         if not isinstance(data, dict):
             return data
-        return {key: "off" if key in ("speculation", "disaggregation") and value is False else value
-                for key, value in data.items()}  # fmt: skip
+        return {
+            key: "off" if key in ("speculation", "disaggregation") and value is False else value
+            for key, value in data.items()
+        }
 
 
 class _Loader(yaml.SafeLoader):
@@ -150,7 +151,9 @@ def load_spec(path: Path) -> Spec:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise SpecError(f"cannot read `{path}`: {reason}", "name a YAML spec, such as examples/demo/spec.yaml") from error
+        raise SpecError(
+            f"cannot read `{path}`: {reason}", "name a YAML spec, such as examples/demo/spec.yaml"
+        ) from error
     return parse_spec(text, str(path))
 
 
@@ -197,10 +200,18 @@ def _type_hint(where: str) -> str:
 
 def _sections() -> Mapping[str, type[_Section]]:
     return {
-        "": Spec, "model": ModelSpec, "target": TargetSpec, "parallelism": ParallelismSpec, "attention": AttentionSpec,
-        "moe": MoeSpec, "workload": WorkloadSpec, "objective": ObjectiveSpec, "slo": SloSpec,
-        "speculation": SpeculationSpec, "disaggregation": DisaggregationSpec,
-    }  # fmt: skip
+        "": Spec,
+        "model": ModelSpec,
+        "target": TargetSpec,
+        "parallelism": ParallelismSpec,
+        "attention": AttentionSpec,
+        "moe": MoeSpec,
+        "workload": WorkloadSpec,
+        "objective": ObjectiveSpec,
+        "slo": SloSpec,
+        "speculation": SpeculationSpec,
+        "disaggregation": DisaggregationSpec,
+    }
 
 
 _KEYS_OF = {name: tuple(section.model_fields) for name, section in _sections().items()}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-
 from tokenspeed_plan.plans.canon import canonical, plan_digest
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import SCHEMA_VERSION, Plan
@@ -28,8 +27,10 @@ def seal(plan: Plan) -> Plan:
 def dump_plan(plan: Plan) -> str:
     """The text of plan.json: canonical, one line for each weight, buffer, kernel and step."""
     fields = plan.model_dump(mode="json")
-    lines = [f"{canonical(key)}: {_spread(fields[key], _OPEN_DEPTH.get(key, _DEFAULT_OPEN_DEPTH), 1)}"
-             for key in sorted(fields)]  # fmt: skip
+    lines = [
+        f"{canonical(key)}: {_spread(fields[key], _OPEN_DEPTH.get(key, _DEFAULT_OPEN_DEPTH), 1)}"
+        for key in sorted(fields)
+    ]
     return "{\n " + ",\n ".join(lines) + "\n}\n"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tokenspeed_plan.plans.ops import Access, ShapeError, require
+from tokenspeed_plan.plans.ops import Access, require
 from tokenspeed_plan.plans.schema import (
     BufferSpec,
     CollectiveCall,
@@ -142,11 +142,16 @@ class _Replay:
                 kept.append(span)
                 continue
             for epoch in (span.writer, *span.readers):
-                require(_before(epoch, clock) and epoch != new.writer,
-                        f"`{name}` is written while its bytes may still be in use")  # fmt: skip
+                require(
+                    _before(epoch, clock) and epoch != new.writer,
+                    f"`{name}` is written while its bytes may still be in use",
+                )
             self.intact = {held: other for held, other in self.intact.items() if other is not span}
-            kept += [_Span(a, b, span.writer, span.readers)
-                     for a, b in ((span.start, new.start), (new.end, span.end)) if a < b]  # fmt: skip
+            kept += [
+                _Span(a, b, span.writer, span.readers)
+                for a, b in ((span.start, new.start), (new.end, span.end))
+                if a < b
+            ]
         self.spans = [*kept, new]
 
     def finish(self) -> None:

@@ -51,7 +51,10 @@ def as_text(plan: Plan, kernels: bool = False) -> str:
         f"serves {limits.max_seqs} sequences at once, each up to {limits.max_seq_len} tokens",
         "",
         "decisions",
-        *(f"  {d.name:<16} {d.value}: {d.reason}" + (f" (next: {d.runner_up})" if d.runner_up else "") for d in plan.decisions),
+        *(
+            f"  {d.name:<16} {d.value}: {d.reason}" + (f" (next: {d.runner_up})" if d.runner_up else "")
+            for d in plan.decisions
+        ),
         "",
         "memory on each rank",
         *(f"  {name:<16} {_size(size)}" for name, size in plan.memory_bytes_per_rank.model_dump().items()),
@@ -59,8 +62,10 @@ def as_text(plan: Plan, kernels: bool = False) -> str:
         "  phase     bucket  launches  per layer  collectives  predicted",
     ]
     for row in as_dict(plan)["programs"]:
-        lines.append(f"  {row['phase']:<9} {row['bucket']:>6} {row['launches']:>9} {row['launches_per_layer']:>10.2f} "
-                     f"{row['collectives']:>12}  {row['predicted_us'] / 1e3:.2f} ms")  # fmt: skip
+        lines.append(
+            f"  {row['phase']:<9} {row['bucket']:>6} {row['launches']:>9} {row['launches_per_layer']:>10.2f} "
+            f"{row['collectives']:>12}  {row['predicted_us'] / 1e3:.2f} ms"
+        )
     return "\n".join([*lines, *_kernel_lines(plan)] if kernels else lines)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-
 from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.types import Attr, Dim, DType, Frozen, Phase, RankShift, TensorSpec
 

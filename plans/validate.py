@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 
 from tokenspeed_plan.plans.canon import kernel_name
 from tokenspeed_plan.plans.errors import PlanError
@@ -71,8 +72,10 @@ def _unique(what: str, names: Iterable[str]) -> None:
 def _limits(plan: Plan) -> None:
     limits = plan.limits
     check(all(value > 0 for value in limits.model_dump().values()), lambda: "a limit is not positive")
-    check(limits.num_rows == 1 + limits.max_seqs * limits.rows_per_slot,
-          lambda: f"{limits.num_rows} state rows for {limits.max_seqs} sequences")  # fmt: skip
+    check(
+        limits.num_rows == 1 + limits.max_seqs * limits.rows_per_slot,
+        lambda: f"{limits.num_rows} state rows for {limits.max_seqs} sequences",
+    )
     check(limits.num_pages * limits.page_size >= limits.max_seq_len, lambda: "one longest sequence has no pages")
     check(limits.default_max_tokens < limits.max_seq_len, lambda: "default_max_tokens over max_seq_len")
     sizes = {"prefill": limits.max_tokens, "decode": limits.max_seqs}
@@ -88,7 +91,7 @@ def _limits(plan: Plan) -> None:
 
 
 def _arenas(plan: Plan) -> None:
-    sizes = {arena.name: arena.size_bytes for arena in plan.arenas}
+    sizes: dict[str, int] = {arena.name: arena.size_bytes for arena in plan.arenas}
     for program in plan.programs:
         for buffer in program.buffers:
             check(buffer.arena == "activations", lambda b=buffer: f"`{b.name}` is not in the activations")  # type: ignore[misc]
@@ -123,7 +126,7 @@ def _state_shape(plan: Plan, buffer: BufferSpec) -> None:
 
 
 def _disjoint(spans: list[tuple[int, int, str]]) -> None:
-    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, name), (start, _, other) in pairwise(spans):
         check(end <= start, lambda: f"`{name}` and `{other}` overlap")  # noqa: B023
 
 
@@ -153,11 +156,12 @@ def _piece_fits(weight: WeightSpec, piece: Piece, shape: tuple[int, ...]) -> Non
     rank = len(shape)
     fits = (
         len(piece.start) == len(piece.size) == len(piece.at) == rank
-        and all(at >= 0 and 0 < size and at + size <= dim
-                for at, size, dim in zip(piece.at, piece.size, shape, strict=True))
-        and all(0 <= start for start in piece.start)
+        and all(
+            at >= 0 and size > 0 and at + size <= dim for at, size, dim in zip(piece.at, piece.size, shape, strict=True)
+        )
+        and all(start >= 0 for start in piece.start)
         and all(0 <= shift.dim < rank and shift.by.div > 0 and shift.by.mod > 0 for shift in piece.shifts)
-    )  # fmt: skip
+    )
     check(fits, lambda: f"a piece of `{weight.name}` from `{piece.source}` does not fit {list(shape)}")
 
 
@@ -189,14 +193,18 @@ def _part_outputs(kernel: KernelSpec, part: Part, known: Mapping[str, TensorSpec
     op = OPS.get(part.kind)
     if op is None:
         raise refuse(f"kernel `{kernel.name}` has unknown operator `{part.kind}`")
-    check(len(part.operands) == len(op.operands) and set(part.attrs) == set(op.attrs),
-          lambda: f"kernel `{kernel.name}`: `{part.kind}` has the wrong operands or constants")  # fmt: skip
+    check(
+        len(part.operands) == len(op.operands) and set(part.attrs) == set(op.attrs),
+        lambda: f"kernel `{kernel.name}`: `{part.kind}` has the wrong operands or constants",
+    )
     missing = [name for name in part.operands if name not in known]
     check(not missing, lambda: f"kernel `{kernel.name}` reads `{missing[0]}` before it is made")
     _accesses(kernel, part, op)
     specs = op.infer(part.attrs, {role: known[name] for role, name in zip(op.operands, part.operands, strict=True)})
-    check(len(part.outputs) == len(specs) and not set(part.outputs) & set(known),
-          lambda: f"kernel `{kernel.name}`: outputs of `{part.kind}`")  # fmt: skip
+    check(
+        len(part.outputs) == len(specs) and not set(part.outputs) & set(known),
+        lambda: f"kernel `{kernel.name}`: outputs of `{part.kind}`",
+    )
     return dict(zip(part.outputs, specs.values(), strict=True))
 
 
@@ -257,8 +265,10 @@ def _collective_fits(plan: Plan, step: CollectiveCall, buffers: Mapping[str, Buf
     last = source.tensor.shape[-1]
     check(isinstance(last, int) and plan.target.count > 1, lambda: f"`{step.op}` of `{step.source}`")
     shape = (*source.tensor.shape[:-1], last * factor if isinstance(last, int) else last)
-    check(target.tensor == TensorSpec(shape=shape, dtype=source.tensor.dtype),
-          lambda: f"`{step.target}` cannot hold the {step.op} of `{step.source}`")  # fmt: skip
+    check(
+        target.tensor == TensorSpec(shape=shape, dtype=source.tensor.dtype),
+        lambda: f"`{step.target}` cannot hold the {step.op} of `{step.source}`",
+    )
 
 
 def aligned(size_bytes: int) -> int:

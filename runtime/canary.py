@@ -39,18 +39,27 @@ def check_canary(plan: Plan, engine: Engine) -> int:
     longest = max(len(prompt.token_ids) for prompt in plan.canary)
     params = SamplingParams(max_tokens=longest, ignore_eos=True, num_logprobs=1)
     done = engine.generate([prompt.prompt_ids for prompt in plan.canary], params)
-    return sum(_compare(index, *pair, TOLERANCE[plan.model.dtype]) for index, pair in enumerate(zip(plan.canary, done, strict=True)))
+    return sum(
+        _compare(index, *pair, TOLERANCE[plan.model.dtype])
+        for index, pair in enumerate(zip(plan.canary, done, strict=True))
+    )
 
 
 def _compare(index: int, wanted: CanaryPrompt, got: Completion, tolerance: float) -> int:
     hint = "the weights or the plan were changed: plan again, or restore the checkpoint"
-    for place, (token, logprob, margin) in enumerate(zip(wanted.token_ids, wanted.logprobs, wanted.margins, strict=True)):
+    for place, (token, logprob, margin) in enumerate(
+        zip(wanted.token_ids, wanted.logprobs, wanted.margins, strict=True)
+    ):
         actual = got.logprobs[place]
         if actual.token_id != token:
             if margin <= 2 * tolerance:
                 return place
-            raise CanaryError(f"canary prompt {index}, token {place}: got {actual.token_id}, the reference says {token}", hint)
+            raise CanaryError(
+                f"canary prompt {index}, token {place}: got {actual.token_id}, the reference says {token}", hint
+            )
         if not abs(actual.logprob - logprob) <= tolerance:
-            raise CanaryError(f"canary prompt {index}, token {place}: logprob {actual.logprob:.4f}, "
-                              f"the reference says {logprob:.4f}", hint)  # fmt: skip
+            raise CanaryError(
+                f"canary prompt {index}, token {place}: logprob {actual.logprob:.4f}, the reference says {logprob:.4f}",
+                hint,
+            )
     return len(wanted.token_ids)

@@ -8,8 +8,6 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import PlanError, RequestError
@@ -22,6 +20,7 @@ from tokenspeed_plan.runtime.scheduler import Batch, Scheduler
 from tokenspeed_plan.runtime.sequence import Sequence
 from tokenspeed_plan.runtime.tokenizer import Codec, Messages
 from tokenspeed_plan.runtime.weights import load_weights
+from torch import Tensor
 
 
 class Engine:
@@ -131,10 +130,14 @@ class Engine:
         if length + request.params.max_tokens > self.max_seq_len:
             raise RequestError(
                 f"{length} prompt tokens and {request.params.max_tokens} new ones are over the plan's limit of "
-                f"{self.max_seq_len} (max_seq_len)", hint)  # fmt: skip
+                f"{self.max_seq_len} (max_seq_len)",
+                hint,
+            )
         worst = max(request.prompt_ids, key=lambda token: token if token >= 0 else self.vocab_size - token)
         if not 0 <= worst < self.vocab_size:
-            raise RequestError(f"token id {worst} is not in the vocabulary of {self.vocab_size}", "use the model's own tokenizer")
+            raise RequestError(
+                f"token id {worst} is not in the vocabulary of {self.vocab_size}", "use the model's own tokenizer"
+            )
 
     def _run(self, batch: Batch) -> tuple[list[int], Tensor]:
         """Next token ids and logits [S, V] of a batch."""
@@ -158,7 +161,9 @@ class Engine:
             sequence.last_token_s = now
             sequence.token_ids.append(next_tokens[index])
             if sequence.request.params.num_logprobs is not None:
-                sequence.logprobs.append(token_logprobs(logits[index], next_tokens[index], sequence.request.params.num_logprobs))
+                sequence.logprobs.append(
+                    token_logprobs(logits[index], next_tokens[index], sequence.request.params.num_logprobs)
+                )
             sequence.finish_reason = self._finish_reason(sequence)
             if sequence.finish_reason:
                 self._scheduler.finish(sequence)
@@ -214,10 +219,14 @@ def check_target(plan: Plan) -> None:
         PlanError: it is not for one CPU.
     """
     if plan.target.gpu != "cpu":
-        raise PlanError(f"the plan is for {plan.target.count} x {plan.target.gpu} (sm_{plan.target.sm}), this runtime replays CPU plans",
-                        "plan it again with `target: {gpu: cpu}`")  # fmt: skip
+        machine = f"{plan.target.count} x {plan.target.gpu} (sm_{plan.target.sm})"
+        raise PlanError(
+            f"the plan is for {machine}, this runtime replays CPU plans", "plan it again with `target: {gpu: cpu}`"
+        )
     if plan.target.count != 1:
-        raise PlanError(f"the plan is for {plan.target.count} ranks, this runtime is one", "plan it again with `count: 1`")
+        raise PlanError(
+            f"the plan is for {plan.target.count} ranks, this runtime is one", "plan it again with `count: 1`"
+        )
 
 
 def check_files(plan: Plan, folder: Path) -> None:

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-
 from tokenspeed_plan.plans.schema import BufferSpec, CollectiveCall, KernelCall, KernelSpec, Part, Plan, Program
 from tokenspeed_plan.runtime.memory import Arenas
 from tokenspeed_plan.runtime.reference import BODIES, Body
+from torch import Tensor
 
 MAX_BINDINGS = 64  # distinct (program, tokens, sequences) kept bound
 
@@ -36,7 +35,12 @@ class Executor:
     """The programs of a plan on one rank."""
 
     def __init__(
-        self, plan: Plan, arenas: Arenas, weights: Mapping[str, Tensor], rank: int = 0, collectives: Collectives | None = None
+        self,
+        plan: Plan,
+        arenas: Arenas,
+        weights: Mapping[str, Tensor],
+        rank: int = 0,
+        collectives: Collectives | None = None,
     ) -> None:
         self.plan = plan
         self.rank = rank

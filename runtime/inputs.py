@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 from itertools import accumulate
 
 import torch
-from torch import Tensor
-
 from tokenspeed_plan.runtime.scheduler import Batch
+from torch import Tensor
 
 Buffer = Callable[[str], Tensor]
 

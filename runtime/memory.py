@@ -6,21 +6,24 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
-
 from tokenspeed_plan.plans.schema import ArenaSpec
 from tokenspeed_plan.plans.types import DTYPE_BYTES, DType
+from torch import Tensor
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
-    "fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "i64": torch.int64, "i32": torch.int32,
-}  # fmt: skip
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "i64": torch.int64,
+    "i32": torch.int32,
+}
 
 
 class Arenas:
     """The memory of one rank. It starts as zeros: row 0 of every state buffer must be zero, and stays so."""
 
     def __init__(self, specs: Iterable[ArenaSpec]) -> None:
-        self._bytes = {spec.name: torch.zeros(spec.size_bytes, dtype=torch.uint8) for spec in specs}
+        self._bytes: dict[str, Tensor] = {spec.name: torch.zeros(spec.size_bytes, dtype=torch.uint8) for spec in specs}
 
     def view(self, arena: str, offset_bytes: int, shape: tuple[int, ...], dtype: DType) -> Tensor:
         """A tensor at a planned place; nothing is copied."""

@@ -62,7 +62,11 @@ class Scheduler:
         if not self._running:
             return None
         self._last = "prefill" if prefilling and (self._last == "decode" or not decoding) else "decode"
-        return self._prefill(prefilling) if self._last == "prefill" else self._batch("decode", decoding, [1] * len(decoding))
+        return (
+            self._prefill(prefilling)
+            if self._last == "prefill"
+            else self._batch("decode", decoding, [1] * len(decoding))
+        )
 
     def finish(self, sequence: Sequence) -> None:
         """Give back what a sequence held."""

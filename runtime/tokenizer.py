@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-
 from tokenspeed_plan.plans.errors import PlanError, RequestError
 
 Messages = list[dict[str, Any]]
@@ -31,7 +30,9 @@ class Codec:
         try:
             return cls(Tokenizer.from_str(path.read_text()), chat)
         except (OSError, ValueError) as error:
-            raise PlanError(f"cannot read `{path}`: {error}", "give prompts as token ids, or a complete model folder") from error
+            raise PlanError(
+                f"cannot read `{path}`: {error}", "give prompts as token ids, or a complete model folder"
+            ) from error
         except Exception as error:  # `tokenizers` raises bare Exception for a malformed file
             raise PlanError(f"`{path}` is not a tokenizer: {error}", "use the file that came with the model") from error
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import Piece, Plan, WeightSpec
 from tokenspeed_plan.runtime.memory import Arenas
+from torch import Tensor
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _HINT = "name the checkpoint that the plan was made for with `--weights DIR`"

@@ -192,7 +192,9 @@ class Model:
         """x + mixer(norm(x)), then x + moe(norm(x))."""
         normed = self.norm(x, f"{name}input_layernorm")
         is_delta = f"{name}linear_attn.A_log" in self.weights
-        mixed = self.delta_net(normed, f"{name}linear_attn.") if is_delta else self.attention(normed, f"{name}self_attn.")
+        mixed = (
+            self.delta_net(normed, f"{name}linear_attn.") if is_delta else self.attention(normed, f"{name}self_attn.")
+        )
         x = x + mixed
         return x + self.moe(self.norm(x, f"{name}post_attention_layernorm"), f"{name}mlp.")
 
@@ -218,7 +220,9 @@ class Model:
         step = F.softplus(F.linear(x_BTH, self.w(f"{name}in_proj_a")) + self.weights[f"{name}dt_bias"])
         decay = -self.weights[f"{name}A_log"].exp() * step
         value = value.reshape(batch, length, 8, 32)
-        out = delta_rule(*(part.transpose(1, 2) for part in (query * 32**-0.5, key, value, beta, decay))).transpose(1, 2)
+        out = delta_rule(*(part.transpose(1, 2) for part in (query * 32**-0.5, key, value, beta, decay))).transpose(
+            1, 2
+        )
         normed = F.rms_norm(out, (32,), self.w(f"{name}norm"), 1e-6)
         gate = F.silu(F.linear(x_BTH, self.w(f"{name}in_proj_z"))).view(batch, length, 8, 32)
         return F.linear((normed * gate).flatten(2), self.w(f"{name}out_proj"))
@@ -261,7 +265,10 @@ class Model:
 
     def draft(self, next_ids_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
         """MTP: from token t + 1 and the hidden state of t, the hidden state that predicts t + 2."""
-        pair = (self.norm(self.embed(next_ids_BT), "mtp.pre_fc_norm_embedding"), self.norm(hidden_BTH, "mtp.pre_fc_norm_hidden"))
+        pair = (
+            self.norm(self.embed(next_ids_BT), "mtp.pre_fc_norm_embedding"),
+            self.norm(hidden_BTH, "mtp.pre_fc_norm_hidden"),
+        )
         x = F.linear(torch.cat(pair, -1), self.w("mtp.fc"))
         return self.norm(self.layer(x, "mtp.layers.0."), "mtp.norm")
 
@@ -453,7 +460,9 @@ def evaluate(folder: Path, length: int, prompts: int, seed: int) -> None:
     forced = [forced_acceptance(model, row) for row in rows[:: max(len(rows) // 32, 1)]]
     free = [free_acceptance(model, row[: length // 4]) for row in rows[:: max(len(rows) // prompts, 1)][:prompts]]
     print(f"held out: {len(texts)} files, {len(ids)} tokens")
-    print(f"next token {mean[0]:.3f} nats, {bits_per_byte:.3f} bits a byte; drafts 1 and 2: {mean[1]:.3f}, {mean[2]:.3f} nats")
+    print(
+        f"next token {mean[0]:.3f} nats, {bits_per_byte:.3f} bits a byte; drafts 1 and 2: {mean[1]:.3f}, {mean[2]:.3f} nats"
+    )
     print(f"acceptance at depth 3, own greedy text: {sum(free) / len(free):.1%} of drafts over {len(free)} prompts")
     print(f"acceptance at depth 3, held-out text forced: {sum(forced) / len(forced):.1%}")
 

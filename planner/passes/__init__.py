@@ -1,0 +1,1 @@
+"""The passes, each `graph -> graph` and pure: shard, fuse, schedule, place, lower."""

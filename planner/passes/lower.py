@@ -29,8 +29,14 @@ def lower(graph: OpGraph, hardware: HardwareSpec, load: Load) -> tuple[OpGraph, 
             kernel = _kernel(graph, op)
             kernels[kernel.name] = kernel
             args = (*op.inputs, *op.weights, *(name for name, _ in op.states), *op.outputs)
-            steps.append(KernelCall(kernel=kernel.name, args=args, stream=step.stream,
-                                    predicted_us=predict_us(graph, op, load, hardware)))  # fmt: skip
+            steps.append(
+                KernelCall(
+                    kernel=kernel.name,
+                    args=args,
+                    stream=step.stream,
+                    predicted_us=predict_us(graph, op, load, hardware),
+                )
+            )
         elif isinstance(step, CollectiveCall):
             time_us = predict_us(graph, by_step[step_key(step)], load, hardware)
             steps.append(step.model_copy(update={"predicted_us": time_us}))
@@ -42,9 +48,11 @@ def lower(graph: OpGraph, hardware: HardwareSpec, load: Load) -> tuple[OpGraph, 
 def _kernel(graph: OpGraph, op: Op) -> KernelSpec:
     local = _local_names(op)
     access = dict(op.states)
-    params = [Param(name=local[name], role="input", tensor=graph.tensors[name].spec) for name in op.inputs]
+    params = [Param(name=local[name], role="input", tensor=_spec(graph, name)) for name in op.inputs]
     params += [Param(name=local[name], role="weight", tensor=graph.weights[name].spec) for name in op.weights]
-    params += [Param(name=local[name], role="state", tensor=graph.tensors[name].spec, access=access[name]) for name in access]
+    params += [
+        Param(name=local[name], role="state", tensor=graph.tensors[name].spec, access=access[name]) for name in access
+    ]
     params += [Param(name=local[name], role="output", tensor=_spec(graph, name), access="write") for name in op.outputs]
     parts = tuple(
         Part(

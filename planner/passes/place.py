@@ -89,6 +89,3 @@ def _uses(graph: OpGraph, clocks: Mapping[str, tuple[int, list[int]]]) -> dict[s
         for name in (*op.inputs, *op.outputs):
             uses.setdefault(name, []).append((stream, clock[stream]))
     return uses
-
-
-

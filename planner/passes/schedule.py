@@ -18,7 +18,7 @@ def schedule(graph: OpGraph, num_streams: int = 1) -> OpGraph:
     """The graph with its steps. Kernels are named by their operators until they are lowered."""
     plan = _Streams(num_streams)
     for op in graph.ordered():
-        producers = [name for name in graph.nx.predecessors(op.name)]
+        producers = list(graph.nx.predecessors(op.name))
         plan.place(op, producers)
     plan.join()
     return graph.to(Stage.SCHEDULED, steps=tuple(plan.finish()), num_streams=plan.used)

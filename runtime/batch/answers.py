@@ -70,5 +70,9 @@ def _chat_logprobs(logprobs: Sequence[TokenLogprobs], codec: Codec) -> Json:
         text = codec.decode([token])
         return {"token": text, "logprob": value, "bytes": list(text.encode())}
 
-    return {"content": [entry(item.token_id, item.logprob) | {"top_logprobs": [entry(*pair) for pair in item.top]}
-                        for item in logprobs]}  # fmt: skip
+    return {
+        "content": [
+            entry(item.token_id, item.logprob) | {"top_logprobs": [entry(*pair) for pair in item.top]}
+            for item in logprobs
+        ]
+    }

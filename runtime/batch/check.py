@@ -46,12 +46,14 @@ class Notebook:
         self._file = tempfile.NamedTemporaryFile(prefix="tokenspeed-", suffix=".sqlite")
         self._db = sqlite3.connect(self._file.name, isolation_level=None)
         for statement in (
-            "PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF", "PRAGMA cache_size = -32000",
+            "PRAGMA journal_mode = OFF",
+            "PRAGMA synchronous = OFF",
+            "PRAGMA cache_size = -32000",
             "CREATE TABLE ids (id TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID",
             "CREATE TABLE bad (line INTEGER PRIMARY KEY, id TEXT, message TEXT)",
             "CREATE TABLE saved (key TEXT PRIMARY KEY, start INTEGER, size INTEGER) WITHOUT ROWID",
             "BEGIN",
-        ):  # fmt: skip
+        ):
             self._db.execute(statement)
 
     def first_line_of(self, custom_id: str, line: int) -> int:
@@ -99,7 +101,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, int, bytes]]:
         raise RequestError(f"cannot read `{path}`: {error}", "name a JSONL file, or `-` for standard input") from error
 
 
-def check_file(path: Path, selection: Selection, digest: str, codec: Codec, limits: RowLimits, notebook: Notebook) -> Checked:
+def check_file(
+    path: Path, selection: Selection, digest: str, codec: Codec, limits: RowLimits, notebook: Notebook
+) -> Checked:
     """Look at every line of the file; bad ones go to the notebook."""
     found = Checked()
     for number, line, raw in read_rows(path):
@@ -133,5 +137,7 @@ def refuse_bad(found: Checked, max_errors: int) -> None:
         return
     rest = found.num_bad - len(found.shown)
     lines = "".join(f"\n  {text}" for text in found.shown) + (f"\n  and {rest} more" if rest else "")
-    raise RequestError(f"{found.num_bad} of {found.num_rows} lines cannot be run{lines}",
-                       f"mend them, or run the others with `--max-errors {found.num_bad}`")  # fmt: skip
+    raise RequestError(
+        f"{found.num_bad} of {found.num_rows} lines cannot be run{lines}",
+        f"mend them, or run the others with `--max-errors {found.num_bad}`",
+    )

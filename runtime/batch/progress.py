@@ -41,5 +41,7 @@ class Progress:
         new = tally.answered + tally.failed
         left = (tally.num_rows - tally.done) * (now - tally.begun_s) / new if new else None
         eta = f", {left:.0f} s left" if left is not None else ""
-        return (f"{tally.done}/{tally.num_rows} done, {tally.failed} failed, "
-                f"{tokens_in:.0f} tokens/s in, {tokens_out:.0f} out{eta}")  # fmt: skip
+        return (
+            f"{tally.done}/{tally.num_rows} done, {tally.failed} failed, "
+            f"{tokens_in:.0f} tokens/s in, {tokens_out:.0f} out{eta}"
+        )

@@ -62,7 +62,9 @@ class Sidecar:
                 self.save(key, line)
         if not ours and not _is_torn_start(output):
             self.close()
-            raise RequestError(f"`{output}` exists and is not the output of a batch", "name another output, or delete it")
+            raise RequestError(
+                f"`{output}` exists and is not the output of a batch", "name another output, or delete it"
+            )
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -93,8 +95,9 @@ def finished_key(line: bytes) -> str | None:
     """The key of a line of ours that holds an answer."""
     data = _object(line)
     key = data.get("id")
-    ours = isinstance(key, str) and key.startswith("batch_req_") and isinstance(data.get("response"), dict)
-    return key if ours else None
+    if isinstance(key, str) and key.startswith("batch_req_") and isinstance(data.get("response"), dict):
+        return key
+    return None
 
 
 def _is_error_line(line: bytes) -> bool:

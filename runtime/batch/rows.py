@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from tokenspeed_plan.plans.canon import canonical, sha256
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.request import Request, SamplingParams
@@ -161,7 +160,9 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     field = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(field, model.model_fields, 1)
-        return f"unknown field `{_ascii(field)}`" + (f", did you mean `{near[0]}`?" if near else ", it is not supported")
+        return f"unknown field `{_ascii(field)}`" + (
+            f", did you mean `{near[0]}`?" if near else ", it is not supported"
+        )
     if first["type"] == "missing":
         return f"`{field}` is missing"
     return _ascii(f"`{field}`: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r:.60}")
@@ -191,7 +192,7 @@ def check_row(row: Row, codec: Codec, limits: RowLimits) -> None:
     body = row.body
     if isinstance(body, CompletionBody) and isinstance(body.prompt, str) and body.prompt:
         longest = len(body.prompt.encode(errors="surrogatepass")) + (body.max_tokens or 1)
-        if longest <= limits.max_seq_len and "\ud800" > max(body.prompt):
+        if longest <= limits.max_seq_len and max(body.prompt) < "\ud800":
             return
     to_requests(row, codec, limits)
 
@@ -212,13 +213,13 @@ def to_requests(row: Row, codec: Codec, limits: RowLimits) -> tuple[Request, ...
     if isinstance(row.body, ChatBody):
         asked = row.body.max_completion_tokens or asked
     if room < (asked or 1):
-        raise RowError(f"{len(ids)} prompt tokens and max_tokens {asked or 1} are over the plan's limit of "
-                       f"{limits.max_seq_len} (max_seq_len)")  # fmt: skip
+        raise RowError(
+            f"{len(ids)} prompt tokens and max_tokens {asked or 1} are over the plan's limit of "
+            f"{limits.max_seq_len} (max_seq_len)"
+        )
     base = _params(row, asked or min(limits.default_max_tokens, room))
     seed = row.body.seed if row.body.seed is not None else int(row.key[-15:], 16)
-    return tuple(
-        Request(f"{row.key}:{choice}", tuple(ids), base(seed + choice)) for choice in range(row.body.n or 1)
-    )
+    return tuple(Request(f"{row.key}:{choice}", tuple(ids), base(seed + choice)) for choice in range(row.body.n or 1))
 
 
 def _prompt_ids(row: Row, codec: Codec) -> list[int]:

@@ -111,9 +111,14 @@ class _Run:
     """The second pass."""
 
     def __init__(
-        self, options: BatchOptions, plan: BatchPlan, codec: Codec, load_engine: Callable[[], BatchEngine],
-        notebook: Notebook, tally: Tally,
-    ) -> None:  # fmt: skip
+        self,
+        options: BatchOptions,
+        plan: BatchPlan,
+        codec: Codec,
+        load_engine: Callable[[], BatchEngine],
+        notebook: Notebook,
+        tally: Tally,
+    ) -> None:
         self.options, self.plan, self.codec = options, plan, codec
         self.interrupted = False
         self.progress = Progress(tally, options.quiet)
@@ -243,4 +248,3 @@ class _Run:
 
 def _encode(line: Mapping[str, object]) -> bytes:
     return json.dumps(line, ensure_ascii=True, sort_keys=True).encode() + b"\n"
-

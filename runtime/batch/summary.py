@@ -110,13 +110,18 @@ def as_text(summary: Mapping[str, Any]) -> str:
     lines = [
         f"{rows['answered']} answered, {rows['failed']} failed, {rows['skipped']} done before, of {rows['total']} rows"
         f" in {summary['wall_s']:.2f} s",
-        f"tokens: {tokens['prompt']} in, {tokens['generated']} out; {rates['prompt']:.0f}/s in, {rates['generated']:.0f}/s out",
+        f"tokens: {tokens['prompt']} in, {tokens['generated']} out;"
+        f" {rates['prompt']:.0f}/s in, {rates['generated']:.0f}/s out",
     ]
     if summary["startup_s"]:
-        lines.append("start-up: " + ", ".join(f"{k.removesuffix('_s')} {v:.3f} s" for k, v in summary["startup_s"].items()))
+        lines.append(
+            "start-up: " + ", ".join(f"{k.removesuffix('_s')} {v:.3f} s" for k, v in summary["startup_s"].items())
+        )
     for name in ("ttft_ms", "tpot_ms"):
         if summary[name]["p50"] is not None:
-            lines.append(f"{name.removesuffix('_ms')}: " + ", ".join(f"{k} {v:.2f} ms" for k, v in summary[name].items()))
+            lines.append(
+                f"{name.removesuffix('_ms')}: " + ", ".join(f"{k} {v:.2f} ms" for k, v in summary[name].items())
+            )
     for name, value in summary["predicted"].items():
         measured = summary["measured"].get(name)
         if measured:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
-
 from tokenspeed_plan.runtime.reference import attention, delta, dense, moe, sampling
+from torch import Tensor
 
 Attrs = Mapping[str, bool | int | float | str]
 Body = Callable[..., tuple[Tensor, ...]]

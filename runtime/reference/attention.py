@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def attention(
         return (_decode(q, page_table_SP, context_S, cache),)
     bounds, contexts = cu_seqlens.tolist(), context_S.tolist()
     rows = [_one_sequence(q[start:end], page_table_SP[i], contexts[i], cache)
-            for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))]  # fmt: skip
+            for i, (start, end) in enumerate(pairwise(bounds))]  # fmt: skip
     return (torch.cat(rows),)
 
 
@@ -102,5 +103,3 @@ def _one_sequence(q_TQD: Tensor, pages_P: Tensor, length: int, cache: Tensor) ->
 def sigmoid_gate(attrs: Attrs, x_TN: Tensor, g_TN: Tensor) -> tuple[Tensor]:
     """y = x * sigmoid(g)."""
     return (x_TN * torch.sigmoid(g_TN),)
-
-

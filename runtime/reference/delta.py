@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from tokenspeed_plan.runtime.reference.dense import normalize, widen
+from torch import Tensor
 
 Attrs = Mapping[str, Any]
 CHUNK = 64
@@ -91,8 +90,8 @@ def delta_rule(
         y, after = _recurrent(q, k, v, beta_TB, decay_TB, before)
     else:
         ragged = Ragged(cu_seqlens, CHUNK)
-        padded = (ragged.pad(x).transpose(1, 2) for x in (q, k, v, beta_TB, decay_TB))
-        y, after = _chunked(*padded, before)
+        padded = tuple(ragged.pad(x).transpose(1, 2) for x in (q, k, v, beta_TB, decay_TB))
+        y, after = _chunked(padded, before)
         y = ragged.pack(y.transpose(1, 2))
     state[write_S.long()] = after
     return (y.flatten(1).to(v_T.dtype),)
@@ -108,24 +107,22 @@ def _recurrent(
     return (q_SBk[..., None, :] @ state).squeeze(-2), state
 
 
-def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Whole sequences [S, B, L, ...], chunk by chunk; zero rows at the end change nothing.
+def _chunked(sequences: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
+    """q, k, v, beta, log decay of whole sequences [S, B, L, ...], chunk by chunk; zero rows at the end change nothing.
 
     With G the running sum of the log decay in a chunk and D[i, j] = exp(G[i] - G[j]) for i >= j:
     A = I + strict_lower((beta K K^T) * D); [U' | W] = A^-1 [beta V | beta e^G K]; U = U' - W S;
     Y = e^G Q S + ((Q K^T) * D) U; S' = e^G_last S + (e^(G_last - G) K)^T U.
     """
     out = []
-    for start in range(0, q.shape[2], CHUNK):
-        part = (x[:, :, start : start + CHUNK] for x in (q, k, v, beta, decay))
-        y, state = _chunk(*part, state)
+    for start in range(0, sequences[0].shape[2], CHUNK):
+        y, state = _chunk(tuple(x[:, :, start : start + CHUNK] for x in sequences), state)
         out.append(y)
     return torch.cat(out, 2), state
 
 
-def _chunk(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk(chunk: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v, beta, decay = chunk
     total = decay.cumsum(-1)
     gap = total[..., :, None] - total[..., None, :]
     later = torch.ones(gap.shape[-2:], dtype=torch.bool).triu(1)

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from tokenspeed_plan.runtime.reference.dense import widen
+from torch import Tensor
 
 Attrs = Mapping[str, Any]
 

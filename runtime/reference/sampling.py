@@ -17,7 +17,13 @@ def argmax(attrs: Attrs, logits_SV: Tensor) -> tuple[Tensor]:
 
 
 def sample(
-    attrs: Attrs, logits_SV: Tensor, temperature_S: Tensor, top_p_S: Tensor, top_k_S: Tensor, seed_S: Tensor, draw_S: Tensor
+    attrs: Attrs,
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    top_p_S: Tensor,
+    top_k_S: Tensor,
+    seed_S: Tensor,
+    draw_S: Tensor,
 ) -> tuple[Tensor]:
     """Argmax where the temperature is 0, else one draw from softmax(logits / temperature) after top-k and top-p.
 
@@ -32,7 +38,9 @@ def sample(
     return (greedy_S,)
 
 
-def _draw(valid: int, logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, seed: Tensor, draw: Tensor) -> Tensor:
+def _draw(
+    valid: int, logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, seed: Tensor, draw: Tensor
+) -> Tensor:
     probs, ids = filtered(logits[:, :valid], temperature, top_p, top_k)
     cumulative = probs.cumsum(-1)
     target = uniform(seed, draw)[:, None] * cumulative[:, -1:]

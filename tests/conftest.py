@@ -1,0 +1,52 @@
+"""Checkpoints and plans that many tests share; made once a test process."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from checkpoints import KINDS, write_checkpoint
+from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.plans.schema import Plan
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+
+
+def make_spec(path: Path | str, **changes: Any) -> Spec:
+    """A CPU spec with fp32 weights; `changes` are sections, merged."""
+    data: dict[str, Any] = {
+        "version": 1,
+        "model": {"path": str(path), "weights": "fp32"},
+        "target": {"gpu": "cpu"},
+        "workload": {"kind": "batch", "first_turn_tokens": 300, "output_tokens": 64, "concurrency": 8},
+    }
+    for key, value in changes.items():
+        data[key] = data[key] | value if isinstance(data.get(key), dict) and isinstance(value, dict) else value
+    return Spec.model_validate(data)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """checkpoint("moe") -> its folder."""
+
+    @cache
+    def make(kind: str) -> Path:
+        return write_checkpoint(tmp_path_factory.mktemp("models") / kind, KINDS[kind])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(checkpoint: Any) -> Plan:
+    """A plan of the smallest MoE."""
+    spec = make_spec(checkpoint("moe"))
+    return compile_plan(spec, find_model(spec))

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# make_venv.sh VENV STAMP [EXTRAS]: a virtual environment with this project in it, editable.
+#
+# A GPU machine keeps the PyTorch that it has (2.11 or newer, with CUDA); any other gets the pinned CPU build.
+set -euo pipefail
+venv=$1 stamp=$2 extras=${3:-}
+python=${PYTHON:-python3}
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: $("$python" --version 2>&1) is too old, Python 3.11 or newer is needed" >&2
+  echo "hint: name another one, as in \`make PYTHON=python3.12 test\`" >&2
+  exit 1
+fi
+
+has_gpu_torch='
+import sys, torch
+ok = torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+sys.exit(not ok)'
+options=() constraints=()
+if "$python" -c "$has_gpu_torch" 2>/dev/null; then
+  options=(--system-site-packages)
+else
+  constraints=(-c constraints-cpu.txt)
+fi
+
+[ -x "$venv/bin/python" ] || "$python" -m venv ${options[@]+"${options[@]}"} "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+  ${constraints[@]+"${constraints[@]}"} -e ".${extras:+[$extras]}"
+
+# Type checkers do not follow the editable install's import hook: give them links under the package's own name.
+mkdir -p .typing/tokenspeed_plan
+for folder in codegen planner plans runtime; do
+  ln -sfn "../../$folder" ".typing/tokenspeed_plan/$folder"
+done
+touch "$stamp"
