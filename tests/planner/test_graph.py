@@ -1,0 +1,142 @@
+"""The graph: complete, counted right, unchanged in meaning by fusion, checked between passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import KINDS, oracle_config
+from conftest import make_spec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner.checks import GraphError, check
+from tokenspeed_plan.planner.compile import Model
+from tokenspeed_plan.planner.cost import Load, op_cost
+from tokenspeed_plan.planner.graph import OpGraph
+from tokenspeed_plan.planner.hardware import find_hardware
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.limits import plan_limits
+from tokenspeed_plan.planner.model_config import load_preset, preset_names
+from tokenspeed_plan.planner.passes import fuse as fuse_module
+from tokenspeed_plan.planner.passes.fuse import FUSIONS, fuse
+from tokenspeed_plan.planner.passes.shard import shard
+from tokenspeed_plan.planner.qwen3_5 import BuildContext, build, build_draft
+from tokenspeed_plan.planner.spec import WorkloadSpec
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime.reference import BODIES
+
+# Parameters of the text model and of the MTP layer, as published (and matched with published file sizes).
+PUBLISHED = {
+    "397b-a17b": (396_346_350_336, 6_595_568_128), "122b-a10b": (122_111_526_912, 2_523_679_232),
+    "35b-a3b": (34_660_610_688, 844_640_768), "27b": (26_895_998_464, 424_699_392),
+    "9b": (8_953_803_264, 243_290_624), "4b": (4_205_751_296, 120_599_552),
+    "2b": (1_881_825_088, 60_828_160), "0.8b": (752_393_024, 20_452_864),
+}  # fmt: skip
+ACTIVE = {"397b-a17b": 16_331_922_176, "35b-a3b": 2_946_429_568, "9b": 7_936_684_544}
+
+
+def context(name: str) -> BuildContext:
+    config, _ = load_preset(f"qwen3.5-{name}")
+    limits = plan_limits(WorkloadSpec(), config, find_hardware("B200"))
+    return BuildContext(config, "bf16", limits, config.vocab_size, lambda prefix: not prefix.startswith("mtp."))
+
+
+def num_parameters(graph: OpGraph) -> int:
+    return sum(weight.spec.size_bytes() // (4 if weight.spec.dtype == "fp32" else 2) for weight in graph.weights.values())
+
+
+def test_all_published_sizes_are_presets() -> None:
+    assert preset_names() == sorted(f"qwen3.5-{name}" for name in PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_count(name: str) -> None:
+    text, mtp = PUBLISHED[name]
+    ctx = context(name)
+    assert num_parameters(build(ctx, "decode")) == text
+    shared = {"embed.table", "head.weight"}
+    draft = build_draft(ctx)
+    own = replace(draft, weights={key: w for key, w in draft.weights.items() if key not in shared})
+    assert num_parameters(own) == mtp
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_bytes_of_a_decode_step_are_the_active_parameters(name: str) -> None:
+    graph = shard(build(context(name), "decode"), ParallelLayout(1, 1, 1))
+    load = Load(1, 1, 1024)
+    moved = sum(op_cost(graph, op, load).weight_bytes for op in graph.ops if op.kind != "embed")
+    assert moved == pytest.approx(2 * ACTIVE[name], rel=2e-3)
+    flops = sum(op_cost(graph, op, load).flops for op in graph.ops if op.kind in ("linear", "experts_up", "experts_down"))
+    assert flops == pytest.approx(2 * ACTIVE[name], rel=2e-3)
+
+
+def test_state_bytes_of_the_headline() -> None:
+    graph = shard(build(context("397b-a17b"), "decode"), ParallelLayout(1, 1, 1))
+    delta = sum(op_cost(graph, op, Load(1, 1, 0)).state_bytes for op in graph.ops if op.kind == "delta_rule")
+    assert delta == 2 * 188_743_680  # the recurrent state of 45 layers, read and written
+    cached = sum(op_cost(graph, op, Load(1, 1, 0)).state_bytes for op in graph.ops if op.kind == "kv_write")
+    assert cached == 30_720
+
+
+def test_every_operator_has_a_body() -> None:
+    from tokenspeed_plan.plans.ops import OPS
+
+    assert set(OPS) == set(BODIES)
+
+
+def test_a_grammar_stands_between_the_passes() -> None:
+    built = build(context("35b-a3b"), "decode")
+    sharded = shard(built, ParallelLayout(1, 1, 1))
+    fused = fuse(sharded)
+    for graph in (built, sharded, fused):
+        assert check(graph) is graph
+    with pytest.raises(GraphError, match="not allowed when built"):
+        check(replace(built, ops=fused.ops))
+    with pytest.raises(GraphError, match="not cut yet"):
+        check(replace(built, stage=sharded.stage))
+    with pytest.raises(GraphError, match="not declared"):
+        check(replace(built, tensors={}))
+    with pytest.raises(GraphError, match="no steps"):
+        check(replace(fused, stage=fused.stage.__class__("scheduled")))
+
+
+def greedy(plan: Plan, model: Model) -> list[tuple[int, ...]]:
+    assert model.folder is not None
+    engine = Engine.from_plan(plan, model.folder)
+    done = engine.generate([[1, 2, 3], list(range(70))], SamplingParams(max_tokens=4, num_logprobs=3, ignore_eos=True))
+    return [tuple((s.token_id, round(s.logprob, 9)) for s in item.logprobs) for item in done]  # type: ignore[misc]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chosen=st.sets(st.sampled_from(range(len(FUSIONS)))))
+def test_fusion_never_changes_a_result(chosen: set[int], checkpoint: Any) -> None:
+    spec = make_spec(checkpoint("moe"))
+    model = find_model(spec)
+    wanted = greedy(compile_plan(spec, model, "fp64"), model)
+    with pytest.MonkeyPatch.context() as patch:
+        some = tuple(FUSIONS[index] for index in sorted(chosen))
+        patch.setattr(fuse_module.fuse, "__defaults__", (some,))
+        plan = compile_plan(spec, model, "fp64")
+    assert greedy(plan, model) == wanted
+
+
+def test_fusion_saves_launches() -> None:
+    sharded = shard(build(context("35b-a3b"), "decode"), ParallelLayout(1, 1, 1))
+    assert len(fuse(sharded, ()).ops) > 1.5 * len(fuse(sharded).ops)
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_the_draft_layer_equals_transformers(kind: str, checkpoint: Any) -> None:
+    """The MTP graph, run operator by operator on its reference bodies, against transformers' generic class."""
+    from draft_oracle import draft_logits_of_graph, draft_logits_of_transformers
+
+    folder = checkpoint(kind)
+    torch.manual_seed(0)
+    hidden, ids = torch.randn(9, 128), torch.arange(9)
+    ours = draft_logits_of_graph(folder, hidden, ids)
+    wanted = draft_logits_of_transformers(folder, oracle_config(KINDS[kind]), KINDS[kind], hidden, ids)
+    assert (ours - wanted).abs().max() < 1e-3

@@ -1,0 +1,146 @@
+"""Sharded plans, run rank by rank in threads, must say what the single rank says."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_spec
+from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
+from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.memory import Arenas
+from tokenspeed_plan.runtime.weights import load_weights
+from torch import Tensor
+
+PROMPTS = [[5, 6, 7, 8] * 20, [9], list(range(40, 110))]
+PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
+
+
+class ThreadCollectives:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank: int, shared: list[Tensor | None], barrier: threading.Barrier) -> None:
+        self.rank, self.shared, self.barrier = rank, shared, barrier
+
+    def _exchange(self, source: Tensor) -> list[Tensor]:
+        self.shared[self.rank] = source
+        self.barrier.wait()
+        parts = [part.clone() for part in self.shared if part is not None]
+        self.barrier.wait()
+        return parts
+
+    def all_reduce(self, source: Tensor, target: Tensor) -> None:
+        target.copy_(torch.stack(self._exchange(source)).sum(0))
+
+    def all_gather(self, source: Tensor, target: Tensor) -> None:
+        target.copy_(torch.cat(self._exchange(source), -1))
+
+
+def run_ranks(plan: Plan, folder: Path) -> list[list[tuple[int, ...]]]:
+    count = plan.target.count
+    shared: list[Tensor | None] = [None] * count
+    barrier = threading.Barrier(count, timeout=60)
+
+    def rank(index: int) -> list[tuple[int, ...]]:
+        arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.arenas), index)
+        executor = Executor(plan, arenas, weights, index, ThreadCollectives(index, shared, barrier))
+        return [done.token_ids for done in Engine(plan, executor).generate(PROMPTS, PARAMS)]
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(rank, range(count)))
+
+
+def plan_of(folder: Path, **changes: Any) -> Plan:
+    spec = make_spec(folder, **changes)
+    return compile_plan(spec, find_model(spec))
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "moe"),
+    [
+        ("moe", 2, {"tp": 2}),
+        ("moe", 2, {"ep": 2}),
+        ("deep", 4, {"tp": 2, "ep": 2}),  # 2 kv heads on 4 ranks: copied
+        ("deep", 4, {"ep": 4}),
+        ("dense", 2, None),
+        ("ratio3", 2, None),
+        ("flat", 2, {"ep": 2}),
+        ("tied", 2, None),
+    ],
+)
+def test_ranks_agree_with_one(kind: str, count: int, moe: dict[str, int] | None, checkpoint: Any) -> None:
+    folder = checkpoint(kind)
+    plain = plan_of(folder)
+    alone = [done.token_ids for done in Engine.from_plan(plain, folder).generate(PROMPTS, PARAMS)]
+    parallelism = {"attention": {"tp": count}, "moe": moe} if moe else "auto"
+    plan = plan_of(folder, target={"count": count}, parallelism=parallelism)
+    assert plan.memory_bytes_per_rank.weights < plain.memory_bytes_per_rank.weights
+    for rank in run_ranks(plan, folder):
+        assert rank == alone
+
+
+def test_collectives_are_two_a_layer_and_one_for_the_embedding(checkpoint: Any) -> None:
+    plan = plan_of(checkpoint("moe"), target={"count": 2})
+    for program in plan.programs:
+        ops = [step.op for step in program.steps if step.kind == "collective"]
+        assert ops == ["all_reduce"] * (2 * plan.num_layers + 1) + ["all_gather"]
+
+
+def preset(name: str, count: int, **parallelism: Any) -> Plan:
+    data = {"version": 1, "model": {"preset": f"qwen3.5-{name}"}, "target": {"gpu": "B200", "count": count}}
+    spec = Spec.model_validate(data | ({"parallelism": parallelism} if parallelism else {}))
+    return compile_plan(spec, find_model(spec))
+
+
+@pytest.mark.parametrize("count", [8, 16])
+def test_the_headline_splits_as_published(count: int) -> None:
+    plan = preset("397b-a17b", count)
+    cache = next(buffer for buffer in plan.buffers if buffer.arena == "kv_cache")
+    assert cache.tensor.shape[3] == 1  # 2 kv heads, copied over the ranks
+    reduces = [step for step in plan.programs[-1].steps if step.kind == "collective" and step.op == "all_reduce"]
+    assert len(reduces) == 121
+    table = next(weight for weight in plan.weights if weight.name == "embed.table")
+    assert table.tensor.shape == (248320 // count, 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "parallelism", "says"),
+    [
+        ("27b", 16, {}, "24 heads cannot be cut over 16 GPUs"),
+        ("397b-a17b", 3, {}, "cannot be cut over 3 GPUs"),
+        ("397b-a17b", 8, {"attention": {"tp": 4}}, "attention data parallelism is not planned yet"),
+        ("397b-a17b", 8, {"moe": {"tp": 3, "ep": 2}}, "moe tp 3 x ep 2 is 6 GPUs"),
+        ("9b", 2, {"moe": {"ep": 2}}, "has no experts"),
+        ("35b-a3b", 64, {}, "16 heads cannot be cut over 64 GPUs"),
+    ],
+)
+def test_illegal_layouts_say_why(name: str, count: int, parallelism: dict[str, Any], says: str) -> None:
+    with pytest.raises(SpecError, match=says) as caught:
+        preset(name, count, **parallelism)
+    assert caught.value.hint
+
+
+def test_kv_heads_are_copied_where_there_are_more_ranks() -> None:
+    shift = Split("kv", 2).shift(512, ParallelLayout(8, 8, 1))
+    assert [shift.at(rank) for rank in range(8)] == [0, 0, 0, 0, 256, 256, 256, 256]
+
+
+def test_expert_ranks_are_the_slow_axis() -> None:
+    layout = ParallelLayout(4, 2, 2)
+    assert [Split("experts", 8).shift(8, layout).at(rank) for rank in range(4)] == [0, 0, 4, 4]
+    assert [Split("expert_inner", 64).shift(64, layout).at(rank) for rank in range(4)] == [0, 32, 0, 32]
+
+
+def test_fp8_blocks_limit_the_ways() -> None:
+    check_fp8_blocks(512, 4, "experts")  # 35B: 512 / 4 = 128
+    with pytest.raises(SpecError, match="128-wide FP8 blocks"):
+        check_fp8_blocks(512, 8, "experts")
