@@ -26,7 +26,7 @@ from tokenspeed_plan.plans.schema import (
     Program,
     WeightSpec,
 )
-from tokenspeed_plan.plans.types import DTYPE_BYTES, TensorSpec
+from tokenspeed_plan.plans.types import DTYPE_BYTES, Dim, TensorSpec
 
 ALIGNMENT_BYTES = 256
 _HINT = "make the plan again with `tokenspeed plan SPEC -o DIR`"
@@ -120,9 +120,17 @@ def _inside(buffer: BufferSpec, size: int, sizes: Mapping[str, int]) -> None:
 
 
 def _state_shape(plan: Plan, buffer: BufferSpec) -> None:
-    first = buffer.tensor.shape[0]
-    expected = {"kv_cache": plan.limits.num_pages, "state": plan.limits.num_rows}.get(buffer.arena, first)
-    check(first == expected, lambda: f"`{buffer.name}` has {first} rows, the limits say {expected}")
+    """Pages, rows and page tables must be as many and as large as the limits say."""
+    shape, limits = buffer.tensor.shape, plan.limits
+    expected: dict[str, tuple[Dim, ...]] = {
+        "kv_cache": (limits.num_pages, 2, limits.page_size, *shape[3:]),
+        "state": (limits.num_rows, *shape[1:]),
+    }
+    if buffer.name == "page_table":
+        pages = -(-limits.max_seq_len // limits.page_size)
+        expected["io"] = (*shape[:-1], pages)
+    wanted = expected.get(buffer.arena, shape)
+    check(shape == wanted, lambda: f"`{buffer.name}` is {list(shape)}, the limits say {list(wanted)}")
 
 
 def _disjoint(spans: list[tuple[int, int, str]]) -> None:

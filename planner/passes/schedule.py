@@ -50,8 +50,12 @@ class _Streams:
         free = [self.stream_of[name] for name in producers if self.tail[self.stream_of[name]] == name]
         if free or not producers:
             return min(free, default=0)
-        idle = [stream for stream in range(self.num_streams) if stream not in self.tail]
-        return min(idle) if idle else self.stream_of[max(producers, key=self.position.__getitem__)]
+        home = self.stream_of[max(producers, key=self.position.__getitem__)]
+        return next((stream for stream in range(self.num_streams) if self._is_idle(stream, home)), home)
+
+    def _is_idle(self, stream: int, home: int) -> bool:
+        """Whether a stream has no work, or none that `home` has not waited for."""
+        return stream not in self.tail or self.seen.get((home, stream), -1) >= self.position[self.tail[stream]]
 
     def _wait(self, stream: int, producer: str) -> None:
         source = self.stream_of[producer]

@@ -1,0 +1,351 @@
+"""The validator: refuses every corruption that changes what a plan computes, accepts every valid plan."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_spec
+from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner import compile as compile_module
+from tokenspeed_plan.planner.passes.schedule import schedule
+from tokenspeed_plan.plans.bundle import check_digest, dump_plan, parse_plan, seal
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.schema import KernelCall, Plan, Program
+from tokenspeed_plan.plans.types import TensorSpec
+from tokenspeed_plan.plans.validate import validate
+from tokenspeed_plan.runtime import Engine, SamplingParams
+
+PROMPTS = [[3, 4, 5], list(range(30, 100)), [7]]
+Corruption = Callable[[random.Random, Plan], Plan | None]
+
+
+def answers(plan: Plan, folder: Path) -> Any:
+    """What a plan says, or the error it dies of: the judge of whether a corruption changes meaning."""
+    try:
+        done = Engine.from_plan(plan, folder).generate(PROMPTS, SamplingParams(max_tokens=3, num_logprobs=1))
+    except Exception as error:
+        return type(error)
+    return [tuple((step.token_id, step.logprob) for step in item.logprobs) for item in done]
+
+
+def refused(plan: Plan) -> bool:
+    try:
+        validate(plan)
+    except PlanError as error:
+        assert error.hint
+        return True
+    return False
+
+
+def with_program(plan: Plan, index: int, **changes: Any) -> Plan:
+    programs = list(plan.programs)
+    programs[index] = programs[index].model_copy(update=changes)
+    return plan.model_copy(update={"programs": tuple(programs)})
+
+
+def pick(rng: random.Random, plan: Plan) -> tuple[int, Program]:
+    index = rng.randrange(len(plan.programs))
+    return index, plan.programs[index]
+
+
+def swap_offsets(rng: random.Random, plan: Plan) -> Plan | None:
+    index, program = pick(rng, plan)
+    buffers = list(program.buffers)
+    a, b = rng.sample(range(len(buffers)), 2)
+    if buffers[a].offset_bytes == buffers[b].offset_bytes:
+        return None
+    one, two = buffers[a].offset_bytes, buffers[b].offset_bytes
+    buffers[a] = buffers[a].model_copy(update={"offset_bytes": two})
+    buffers[b] = buffers[b].model_copy(update={"offset_bytes": one})
+    return with_program(plan, index, buffers=tuple(buffers))
+
+
+def move_buffer(rng: random.Random, plan: Plan) -> Plan | None:
+    index, program = pick(rng, plan)
+    buffers = list(program.buffers)
+    a, b = rng.sample(range(len(buffers)), 2)
+    if buffers[a].offset_bytes == buffers[b].offset_bytes:
+        return None
+    buffers[a] = buffers[a].model_copy(update={"offset_bytes": buffers[b].offset_bytes})
+    return with_program(plan, index, buffers=tuple(buffers))
+
+
+def reorder_steps(rng: random.Random, plan: Plan) -> Plan | None:
+    index, program = pick(rng, plan)
+    steps = list(program.steps)
+    a, b = rng.sample(range(len(steps)), 2)
+    steps.insert(b, steps.pop(a))
+    return with_program(plan, index, steps=tuple(steps))
+
+
+def drop_step(rng: random.Random, plan: Plan) -> Plan | None:
+    index, program = pick(rng, plan)
+    gone = rng.randrange(len(program.steps))
+    return with_program(plan, index, steps=program.steps[:gone] + program.steps[gone + 1 :])
+
+
+def double_step(rng: random.Random, plan: Plan) -> Plan | None:
+    index, program = pick(rng, plan)
+    at = rng.randrange(len(program.steps))
+    return with_program(plan, index, steps=(*program.steps[:at], program.steps[at], *program.steps[at:]))
+
+
+def altered(rng: random.Random, spec: TensorSpec) -> TensorSpec:
+    if rng.random() < 0.3:
+        return spec.model_copy(update={"dtype": rng.choice([d for d in ("fp32", "bf16", "i32", "fp64") if d != spec.dtype])})
+    shape = list(spec.shape)
+    dim = rng.randrange(len(shape))
+    value = shape[dim]
+    shape[dim] = rng.choice([value + 1, value * 2, max(value // 2, 1)]) if isinstance(value, int) else 1
+    return spec.model_copy(update={"shape": tuple(shape)})
+
+
+def alter_buffer(rng: random.Random, plan: Plan) -> Plan | None:
+    index, program = pick(rng, plan)
+    buffers = list(program.buffers)
+    at = rng.randrange(len(buffers))
+    changed = altered(rng, buffers[at].tensor)
+    if changed == buffers[at].tensor:
+        return None
+    buffers[at] = buffers[at].model_copy(update={"tensor": changed})
+    return with_program(plan, index, buffers=tuple(buffers))
+
+
+def alter_shared(rng: random.Random, plan: Plan) -> Plan | None:
+    field = rng.choice(["buffers", "weights"])
+    items = list(getattr(plan, field))
+    at = rng.randrange(len(items))
+    changed = altered(rng, items[at].tensor)
+    if changed == items[at].tensor:
+        return None
+    items[at] = items[at].model_copy(update={"tensor": changed})
+    return plan.model_copy(update={field: tuple(items)})
+
+
+def overlap_shared(rng: random.Random, plan: Plan) -> Plan | None:
+    field = rng.choice(["buffers", "weights"])
+    items = list(getattr(plan, field))
+    a, b = rng.sample(range(len(items)), 2)
+    if field == "buffers" and items[a].arena != items[b].arena:
+        return None
+    items[a] = items[a].model_copy(update={"offset_bytes": items[b].offset_bytes})
+    return plan.model_copy(update={field: tuple(items)})
+
+
+def alter_kernel(rng: random.Random, plan: Plan) -> Plan | None:
+    kernels = list(plan.kernels)
+    at = rng.randrange(len(kernels))
+    parts = list(kernels[at].parts)
+    where = rng.randrange(len(parts))
+    numbers = {k: v for k, v in parts[where].attrs.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    if not numbers:
+        return None
+    name = rng.choice(sorted(numbers))
+    attrs = dict(parts[where].attrs) | {name: numbers[name] * 2 + 1}
+    parts[where] = parts[where].model_copy(update={"attrs": attrs})
+    kernels[at] = kernels[at].model_copy(update={"parts": tuple(parts)})
+    return plan.model_copy(update={"kernels": tuple(kernels)})
+
+
+def alter_piece(rng: random.Random, plan: Plan) -> Plan | None:
+    weights = list(plan.weights)
+    at = rng.randrange(len(weights))
+    pieces = list(weights[at].pieces)
+    where = rng.randrange(len(pieces))
+    field = rng.choice(["size", "at"])
+    values = list(getattr(pieces[where], field))
+    dim = rng.randrange(len(values))
+    values[dim] += rng.choice([-1, 1])
+    pieces[where] = pieces[where].model_copy(update={field: tuple(values)})
+    weights[at] = weights[at].model_copy(update={"pieces": tuple(pieces)})
+    return plan.model_copy(update={"weights": tuple(weights)})
+
+
+def retarget_argument(rng: random.Random, plan: Plan) -> Plan | None:
+    """To a tensor of another shape, or one that is not there yet."""
+    index, program = pick(rng, plan)
+    at = rng.choice([i for i, step in enumerate(program.steps) if isinstance(step, KernelCall)])
+    step = program.steps[at]
+    assert isinstance(step, KernelCall)
+    specs = {b.name: b.tensor for b in (*program.buffers, *plan.buffers)} | {w.name: w.tensor for w in plan.weights}
+    place = rng.randrange(len(step.args))
+    others = sorted(name for name, spec in specs.items() if spec != specs[step.args[place]])
+    args = (*step.args[:place], rng.choice(others), *step.args[place + 1 :])
+    changed = step.model_copy(update={"args": args})
+    return with_program(plan, index, steps=(*program.steps[:at], changed, *program.steps[at + 1 :]))
+
+
+def alter_limit(rng: random.Random, plan: Plan) -> Plan | None:
+    name = rng.choice(["max_seqs", "max_tokens", "page_size", "num_pages", "num_rows", "rows_per_slot"])
+    value = getattr(plan.limits, name)
+    limits = plan.limits.model_copy(update={name: value + rng.choice([-1, 1, value])})
+    return plan.model_copy(update={"limits": limits})
+
+
+def alter_memory(rng: random.Random, plan: Plan) -> Plan | None:
+    name = rng.choice(["weights", "kv_cache", "state", "activations", "io", "total"])
+    memory = plan.memory_bytes_per_rank
+    changed = memory.model_copy(update={name: getattr(memory, name) + rng.choice([-256, 256])})
+    return plan.model_copy(update={"memory_bytes_per_rank": changed})
+
+
+# Corruptions that always change what the plan says or promises, and those whose effect the engine itself judges.
+ALWAYS: tuple[Corruption, ...] = (
+    drop_step, double_step, alter_buffer, alter_shared, overlap_shared, alter_kernel, alter_piece,
+    retarget_argument, alter_limit, alter_memory,
+)  # fmt: skip
+JUDGED: tuple[Corruption, ...] = (swap_offsets, move_buffer, reorder_steps)
+
+
+def test_a_valid_plan_is_accepted(tiny_plan: Plan) -> None:
+    validate(tiny_plan)
+    check_digest(tiny_plan)
+
+
+@pytest.mark.parametrize("corrupt", ALWAYS, ids=lambda c: c.__name__)
+def test_corruptions_are_refused(corrupt: Corruption, tiny_plan: Plan) -> None:
+    rng, done = random.Random(corrupt.__name__), 0
+    while done < 120:
+        bad = corrupt(rng, tiny_plan)
+        if bad is not None:
+            assert refused(bad), f"{corrupt.__name__} number {done} was accepted"
+            done += 1
+
+
+@pytest.mark.parametrize("corrupt", JUDGED, ids=lambda c: c.__name__)
+def test_what_is_accepted_computes_the_same(corrupt: Corruption, tiny_plan: Plan, checkpoint: Any) -> None:
+    """Some swaps are harmless. Those that the validator lets through must not change one bit."""
+    folder = checkpoint("moe")
+    wanted = answers(tiny_plan, folder)
+    rng, seen = random.Random(corrupt.__name__), Counter[bool]()
+    while seen.total() < 150:
+        changed = corrupt(rng, tiny_plan)
+        if changed is not None:
+            seen[refused(changed)] += 1
+            if not refused(changed) and seen[False] <= 25:
+                assert answers(changed, folder) == wanted
+    assert seen[True] >= 60
+
+
+def test_a_harmful_swap_does_change_the_answer(tiny_plan: Plan, checkpoint: Any) -> None:
+    """The judge can see: among refused swaps, some change what the engine says."""
+    folder = checkpoint("moe")
+    wanted, rng = answers(tiny_plan, folder), random.Random(1)
+    bad = (move_buffer(rng, tiny_plan) for _ in range(60))
+    assert any(answers(plan, folder) != wanted for plan in bad if plan and refused(plan))
+
+
+@pytest.fixture(scope="module")
+def streamed(checkpoint: Any) -> Plan:
+    """The plan with three streams."""
+    spec = make_spec(checkpoint("moe"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_module, "schedule", lambda graph: schedule(graph, 3))
+        return compile_plan(spec, find_model(spec))
+
+
+def test_streams_say_the_same(streamed: Plan, tiny_plan: Plan, checkpoint: Any) -> None:
+    assert any(step.kind == "wait" for step in streamed.programs[0].steps)
+    assert max(step.stream for step in streamed.programs[0].steps) >= 1
+    assert answers(streamed, checkpoint("moe")) == answers(tiny_plan, checkpoint("moe"))
+
+
+def test_every_event_matters(streamed: Plan) -> None:
+    """Drop each record and each wait of each program, one at a time."""
+    count = 0
+    for index, program in enumerate(streamed.programs):
+        for at, step in enumerate(program.steps):
+            if step.kind in ("record", "wait"):
+                count += 1
+                assert refused(with_program(streamed, index, steps=program.steps[:at] + program.steps[at + 1 :]))
+    assert count >= 96
+
+
+def has_race(plan: Plan, program: Program) -> bool:
+    """By brute force: a path in the graph of streams and events between any two accesses to the same bytes."""
+    kernels = {kernel.name: kernel for kernel in plan.kernels}
+    places = {buffer.name: buffer for buffer in (*program.buffers, *plan.buffers)}
+    reach: list[int] = []  # per step: a bit for every step that is ordered before it
+    last: dict[int, int] = {}
+    recorded: dict[int, int] = {}
+    touched: list[tuple[int, str, bool]] = []
+    for index, step in enumerate(program.steps):
+        before = [last[step.stream]] if step.stream in last else []
+        if step.kind == "wait":
+            before.append(recorded[step.event])
+        elif step.kind == "record":
+            recorded[step.event] = index
+        elif isinstance(step, KernelCall):
+            params = zip(kernels[step.kernel].params, step.args, strict=True)
+            touched += [(index, a, p.role == "output" or p.access != "read") for p, a in params if p.role != "weight"]
+        reach.append(sum({1 << b for b in before}) | _union(reach[b] for b in before))
+        last[step.stream] = index
+    ends = [index for stream, index in last.items() if stream]
+    if any(not reach[last[0]] >> index & 1 for index in ends):
+        return True
+    for i, (one, a, writes_a) in enumerate(touched):
+        for two, b, writes_b in touched[:i]:
+            unordered = one != two and not reach[one] >> two & 1
+            if (writes_a or writes_b) and unordered and _overlap(program, places[a], places[b]):
+                return True
+    return False
+
+
+def _union(sets: Any) -> int:
+    total = 0
+    for bits in sets:
+        total |= bits
+    return total
+
+
+def _overlap(program: Program, a: Any, b: Any) -> bool:
+    if a.name == b.name:
+        return True
+    spans = [(x.offset_bytes, x.offset_bytes + x.tensor.size_bytes(program.max_tokens, program.max_seqs)) for x in (a, b)]
+    same_arena = a.arena == b.arena == "activations"
+    return same_arena and spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
+
+
+def test_moving_work_to_another_stream_is_judged_as_by_brute_force(streamed: Plan) -> None:
+    rng, verdicts = random.Random(0), Counter[bool]()
+    for _ in range(80):
+        index, program = pick(rng, streamed)
+        at = rng.choice([i for i, step in enumerate(program.steps) if isinstance(step, KernelCall)])
+        other = (program.steps[at].stream + 1) % program.num_streams
+        moved = program.steps[at].model_copy(update={"stream": other})
+        changed = with_program(streamed, index, steps=(*program.steps[:at], moved, *program.steps[at + 1 :]))
+        race = has_race(changed, changed.programs[index])
+        assert refused(changed) == race
+        verdicts[race] += 1
+    assert verdicts[True] > 50
+    assert verdicts[False] > 2
+    assert not any(has_race(streamed, program) for program in streamed.programs)
+
+
+def test_reuse_across_streams_needs_an_order(streamed: Plan) -> None:
+    rng, found = random.Random(2), 0
+    for _ in range(100):
+        bad = move_buffer(rng, streamed)
+        found += bad is not None and refused(bad)
+    assert found >= 30
+
+
+def test_the_digest_seals_everything_else(tiny_plan: Plan) -> None:
+    text = dump_plan(tiny_plan)
+    assert parse_plan(text, "p") == tiny_plan
+    changed = tiny_plan.model_copy(update={"compiler_version": "0.0.0"})
+    with pytest.raises(PlanError, match="digest"):
+        check_digest(changed)
+    check_digest(seal(changed))
+
+
+def test_offsets_are_reused(tiny_plan: Plan) -> None:
+    """Placement is real: the arena is far smaller than all its buffers together."""
+    program = max(tiny_plan.programs, key=lambda p: p.max_tokens)
+    total = sum(buffer.tensor.size_bytes(program.max_tokens, program.max_seqs) for buffer in program.buffers)
+    assert tiny_plan.memory_bytes_per_rank.activations < total / 3
