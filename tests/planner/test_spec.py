@@ -1,0 +1,190 @@
+"""Specs and configs: what is accepted, and that everything else gets one error and one hint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenspeed_plan.planner.compile import compile_plan, find_model
+from tokenspeed_plan.planner.model_config import ModelConfig, load_preset
+from tokenspeed_plan.planner.spec import Spec, load_spec, parse_spec
+from tokenspeed_plan.plans.errors import SpecError
+
+EXAMPLES = sorted((ROOT / "examples").glob("*/spec.yaml"))
+FULL = """
+version: 1
+model: {preset: qwen3.5-0.8b, weights: bf16}
+target: {gpu: B200, count: 2}
+parallelism: {attention: {tp: 2}}
+workload: {kind: agentic, first_turn_tokens: 500, turn_tokens: 80, turns: 3, output_tokens: 50, concurrency: 2}
+objective: {minimize: tpot, slo: {ttft_ms: 200, tpot_ms: 2.5}}
+slo: {ttft_ms: 200}
+speculation: {depth: 3}
+disaggregation: {prefill: 1, decode: 1}
+"""
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.parent.name)
+def test_examples_are_specs(path: Path) -> None:
+    load_spec(path)
+
+
+def test_every_key_is_accepted_and_resolved() -> None:
+    spec = parse_spec(FULL, "spec")
+    plan = compile_plan(spec, find_model(spec))
+    assert plan.limits.max_seq_len == 832  # 500 + 2 * 80 + 3 * 50 = 810, in pages of 64
+    said = {decision.name: decision for decision in plan.decisions}
+    assert said["speculation"].value == said["disaggregation"].value == "off"
+    assert "not built yet" in said["speculation"].reason
+
+
+@pytest.mark.parametrize("word", ["off", "'off'"])
+def test_yaml_off_is_off(word: str) -> None:
+    spec = parse_spec(f"version: 1\nmodel: {{preset: x}}\ntarget: {{gpu: cpu}}\nspeculation: {word}\n", "spec")
+    assert spec.speculation == "off"
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "hint"),
+    [
+        ({"modle": 1}, "unknown key `modle`", "did you mean `model`?"),
+        ({"model": {"path": "x", "weigths": "bf16"}}, "unknown key `model.weigths`", "did you mean `weights`?"),
+        ({"workload": {"concurency": 2}}, "unknown key `workload.concurency`", "did you mean `concurrency`?"),
+        ({"workload": {"turns": 0}}, "`workload.turns`", "workload"),
+        ({"workload": {"turns": "many"}}, "got 'many'", "workload"),
+        ({"workload": {"turns": True}}, "got True", "workload"),
+        ({"model": {}}, "give either `path` or `preset`", "model"),
+        ({"model": {"path": "a", "preset": "b"}}, "give either `path` or `preset`", "model"),
+        ({"version": 2}, "`version`", "version"),
+        ({"speculation": "maybe"}, "`speculation", "speculation"),
+        ({"target": {"gpu": 3}}, "`target.gpu`", "target"),
+        ({"target": {"gpu": "cpu", "count": 0}}, "`target.count`", "target"),
+        ({"slo": {"ttft_ms": float("nan")}}, "`slo.ttft_ms`", "slo"),
+    ],
+)
+def test_bad_specs(change: dict[str, Any], says: str, hint: str) -> None:
+    data = {"version": 1, "model": {"preset": "qwen3.5-9b"}, "target": {"gpu": "cpu"}} | change
+    with pytest.raises(SpecError) as caught:
+        parse_spec(yaml.safe_dump(data), "spec")
+    assert says in caught.value.message
+    assert hint in caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"target": {"gpu": "B20"}}, "no GPU called `B20`"),
+        ({"model": {"preset": "qwen3.5-8b"}}, "no preset `qwen3.5-8b`"),
+        ({"model": {"path": "no/such"}}, "no folder `no/such`"),
+        ({"model": {"preset": "qwen3.5-9b", "weights": "fp8"}}, "`model.weights: fp8` is not planned yet"),
+        ({"model": {"preset": "qwen3.5-9b", "weights": "nvfp4"}}, "`model.weights: nvfp4` is not planned yet"),
+        ({"workload": {"first_turn_tokens": 300_000}}, "has 262144 positions"),
+        ({"model": {"preset": "qwen3.5-397b-a17b"}, "target": {"gpu": "H100"}}, "GiB on each H100"),
+        ({"workload": {"concurrency": 60_000}}, "GiB on each"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(change: dict[str, Any], says: str) -> None:
+    data = {"version": 1, "model": {"preset": "qwen3.5-9b"}, "target": {"gpu": "H200"}} | change
+    spec = Spec.model_validate(data)
+    with pytest.raises(SpecError) as caught:
+        compile_plan(spec, find_model(spec))
+    assert says in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_plan_that_does_not_fit_shows_its_memory_map() -> None:
+    spec = Spec.model_validate({"version": 1, "model": {"preset": "qwen3.5-35b-a3b"}, "target": {"gpu": "H100"},
+                                "workload": {"concurrency": 500}})  # fmt: skip
+    with pytest.raises(SpecError, match=r"activations .*kv_cache .*state .*weights .*reserved"):
+        compile_plan(spec, find_model(spec))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats() | st.text(max_size=8),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(["version", "model", "target", "parallelism", "workload", "objective", "speculation", "zzz"])
+
+
+def is_refused_or_right(text: str) -> None:
+    try:
+        parse_spec(text, "spec")
+    except SpecError as error:
+        assert error.message
+        assert error.hint
+        assert "\n" not in error.message
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(KEYS, json_values, max_size=6))
+def test_any_mapping_is_refused_or_a_spec(data: dict[str, Any]) -> None:
+    is_refused_or_right(yaml.safe_dump({"version": 1, "model": {"path": "x"}, "target": {"gpu": "cpu"}} | data))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=60) | st.sampled_from(["[" * 5000, "a: *b", "!!python/object:os.system {}", "a: 1\na: 2", "%"]))
+def test_any_text_is_refused_or_a_spec(text: str) -> None:
+    is_refused_or_right(text)
+
+
+# Model configs.
+
+
+def published() -> dict[str, Any]:
+    return json.loads(load_preset("qwen3.5-35b-a3b")[1])  # type: ignore[no-any-return]
+
+
+def test_wrapped_and_flat_configs_say_the_same() -> None:
+    config = published()
+    wrapped = ModelConfig.from_hf(config, "m")
+    flat = ModelConfig.from_hf(config["text_config"], "m")
+    assert (wrapped.prefix, flat.prefix) == ("model.language_model.", "model.")
+    assert wrapped.attention == flat.attention
+    assert wrapped.layer_types == flat.layer_types
+    assert wrapped.layer_types.count("full_attention") == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hidden_size": None}, "`hidden_size` is None"),
+        ({"num_key_value_heads": 3}, "do not share 3 kv heads"),
+        ({"linear_num_value_heads": 17}, "do not share 16 key heads"),
+        ({"num_experts_per_tok": 500}, "top 500 of 256 experts"),
+        ({"layer_types": ["full_attention"]}, "does not name 40 layers"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
+        ({"attention_bias": True}, "biases are not planned"),
+        ({"output_gate_type": "sigmoid"}, "output_gate_type"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+    ],
+)
+def test_bad_configs(change: dict[str, Any], says: str) -> None:
+    config = published()
+    config["text_config"] |= change
+    with pytest.raises(SpecError, match=says):
+        ModelConfig.from_hf(config, "m")
+
+
+def test_other_families_are_refused() -> None:
+    with pytest.raises(SpecError, match="model_type 'llama'"):
+        ModelConfig.from_hf({"model_type": "llama"}, "m")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(published()["text_config"])), json_values)
+def test_any_field_value_is_refused_or_read(key: str, value: Any) -> None:
+    config = published()
+    config["text_config"][key] = value
+    try:
+        ModelConfig.from_hf(config, "m")
+    except SpecError as error:
+        assert error.hint
