@@ -219,7 +219,7 @@ def _run_prompt(bundle: Path, prompt: str, options: dict[str, Any]) -> None:
 
 def _run_batch(bundle: Path, source: Path, output: Path, options: dict[str, Any]) -> int:
     from tokenspeed_plan.runtime.batch import BatchPlan, RowLimits, run_batch
-    from tokenspeed_plan.runtime.engine import check_files, check_target, find_weights
+    from tokenspeed_plan.runtime.checks import check_files, check_target, find_weights
     from tokenspeed_plan.runtime.tokenizer import Codec
 
     frozen = load_plan(bundle)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
 from tokenspeed_plan.plans.bundle import load_plan
-from tokenspeed_plan.plans.canon import sha256
-from tokenspeed_plan.plans.errors import PlanError, RequestError
+from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.checks import check_files, check_target, find_weights
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.inputs import write_inputs
 from tokenspeed_plan.runtime.memory import Arenas
@@ -210,53 +210,3 @@ def token_logprobs(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs
     top = logprobs_V.topk(count)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return TokenLogprobs(token_id, float(logprobs_V[token_id]), tuple(pairs))
-
-
-def check_target(plan: Plan) -> None:
-    """Refuse a plan for another machine.
-
-    Raises:
-        PlanError: it is not for one CPU.
-    """
-    if plan.target.gpu != "cpu":
-        machine = f"{plan.target.count} x {plan.target.gpu} (sm_{plan.target.sm})"
-        raise PlanError(
-            f"the plan is for {machine}, this runtime replays CPU plans", "plan it again with `target: {gpu: cpu}`"
-        )
-    if plan.target.count != 1:
-        raise PlanError(
-            f"the plan is for {plan.target.count} ranks, this runtime is one", "plan it again with `count: 1`"
-        )
-
-
-def check_files(plan: Plan, folder: Path) -> None:
-    """The files that the plan was made from must be the ones in the folder.
-
-    Raises:
-        PlanError: one is missing or was changed.
-    """
-    for name, digest in plan.model.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise PlanError(f"`{path}` is missing", "name the model folder with `--weights DIR`")
-        if sha256(path.read_bytes()) != digest:
-            raise PlanError(f"`{path}` is not the file that was planned", "plan again, or restore the file")
-
-
-def find_weights(plan: Plan, bundle: Path, given: Path | None) -> Path:
-    """The checkpoint folder: the given one, or the spec's path from here or from the folders above the bundle.
-
-    Raises:
-        PlanError: there is none.
-    """
-    if given is not None:
-        roots: Mapping[Path, Path] = {given: given}
-    elif plan.model.location is None:
-        raise PlanError(f"the plan of `{plan.model.name}` names no checkpoint", "name one with `--weights DIR`")
-    else:
-        starts = [Path(), *bundle.resolve().parents]
-        roots = {start / plan.model.location: start for start in starts}
-    found = next((folder for folder in roots if folder.is_dir()), None)
-    if found is None:
-        raise PlanError(f"there is no folder `{next(iter(roots))}`", "name the checkpoint with `--weights DIR`")
-    return found

@@ -51,7 +51,11 @@ KINDS = {
 def text_config(kind: Kind) -> dict[str, Any]:
     """`text_config` of a kind."""
     sizes = dict(kind.sizes)
-    mrope, layers, rope = sizes.pop("mrope_section", [2, 1, 1]), sizes.get("num_hidden_layers", 4), sizes.pop("rope", {})
+    mrope, layers, rope = (
+        sizes.pop("mrope_section", [2, 1, 1]),
+        sizes.get("num_hidden_layers", 4),
+        sizes.pop("rope", {}),
+    )
     config = {
         "model_type": "qwen3_5_moe_text" if kind.moe else "qwen3_5_text", "vocab_size": VOCAB, "hidden_size": 128,
         "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,

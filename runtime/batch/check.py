@@ -43,7 +43,7 @@ class Notebook:
     """A scratch database: ids seen, bad lines, and lines saved by an earlier run. It is deleted with the object."""
 
     def __init__(self) -> None:
-        self._file = tempfile.NamedTemporaryFile(prefix="tokenspeed-", suffix=".sqlite")
+        self._file = tempfile.NamedTemporaryFile(prefix="tokenspeed-", suffix=".sqlite")  # noqa: SIM115
         self._db = sqlite3.connect(self._file.name, isolation_level=None)
         for statement in (
             "PRAGMA journal_mode = OFF",

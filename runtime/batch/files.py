@@ -67,7 +67,7 @@ def spool(path: Path) -> tuple[Path, tempfile._TemporaryFileWrapper[bytes] | Non
     """A path that can be read twice: standard input is copied to a temporary file, which is also returned."""
     if path != STDIO:
         return path, None
-    file = tempfile.NamedTemporaryFile(prefix="tokenspeed-", suffix=".jsonl")
+    file = tempfile.NamedTemporaryFile(prefix="tokenspeed-", suffix=".jsonl")  # noqa: SIM115
     shutil.copyfileobj(sys.stdin.buffer, file)
     file.flush()
     return Path(file.name), file
@@ -75,8 +75,7 @@ def spool(path: Path) -> tuple[Path, tempfile._TemporaryFileWrapper[bytes] | Non
 
 def read_lines(path: Path) -> Iterator[bytes]:
     """Lines without their newline; the last one need not have any."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for line in file:
             yield line.rstrip(b"\r\n")
 

@@ -125,7 +125,9 @@ def parse_json(raw: bytes) -> Any:
         raise RowError("the line is not UTF-8") from None
     except RecursionError:
         raise RowError("the line is nested too deeply") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        raise RowError(f"the line is not JSON at column {error.colno}: {error.msg}") from None
+    except ValueError as error:  # an integer of thousands of digits
         raise RowError(f"the line is not JSON: {error}") from None
 
 

@@ -46,7 +46,9 @@ def context(name: str) -> BuildContext:
 
 
 def num_parameters(graph: OpGraph) -> int:
-    return sum(weight.spec.size_bytes() // (4 if weight.spec.dtype == "fp32" else 2) for weight in graph.weights.values())
+    return sum(
+        weight.spec.size_bytes() // (4 if weight.spec.dtype == "fp32" else 2) for weight in graph.weights.values()
+    )
 
 
 def test_all_published_sizes_are_presets() -> None:
@@ -70,7 +72,9 @@ def test_bytes_of_a_decode_step_are_the_active_parameters(name: str) -> None:
     load = Load(1, 1, 1024)
     moved = sum(op_cost(graph, op, load).weight_bytes for op in graph.ops if op.kind != "embed")
     assert moved == pytest.approx(2 * ACTIVE[name], rel=2e-3)
-    flops = sum(op_cost(graph, op, load).flops for op in graph.ops if op.kind in ("linear", "experts_up", "experts_down"))
+    flops = sum(
+        op_cost(graph, op, load).flops for op in graph.ops if op.kind in ("linear", "experts_up", "experts_down")
+    )
     assert flops == pytest.approx(2 * ACTIVE[name], rel=2e-3)
 
 

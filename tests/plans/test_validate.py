@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from conftest import make_spec
-from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner import compile as compile_module
+from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.passes.schedule import schedule
 from tokenspeed_plan.plans.bundle import check_digest, dump_plan, parse_plan, seal
 from tokenspeed_plan.plans.errors import PlanError
@@ -97,7 +97,9 @@ def double_step(rng: random.Random, plan: Plan) -> Plan | None:
 
 def altered(rng: random.Random, spec: TensorSpec) -> TensorSpec:
     if rng.random() < 0.3:
-        return spec.model_copy(update={"dtype": rng.choice([d for d in ("fp32", "bf16", "i32", "fp64") if d != spec.dtype])})
+        return spec.model_copy(
+            update={"dtype": rng.choice([d for d in ("fp32", "bf16", "i32", "fp64") if d != spec.dtype])}
+        )
     shape = list(spec.shape)
     dim = rng.randrange(len(shape))
     value = shape[dim]
@@ -306,7 +308,9 @@ def _union(sets: Any) -> int:
 def _overlap(program: Program, a: Any, b: Any) -> bool:
     if a.name == b.name:
         return True
-    spans = [(x.offset_bytes, x.offset_bytes + x.tensor.size_bytes(program.max_tokens, program.max_seqs)) for x in (a, b)]
+    spans = [
+        (x.offset_bytes, x.offset_bytes + x.tensor.size_bytes(program.max_tokens, program.max_seqs)) for x in (a, b)
+    ]
     same_arena = a.arena == b.arena == "activations"
     return same_arena and spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
 

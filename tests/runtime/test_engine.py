@@ -131,7 +131,9 @@ def draws(logits: torch.Tensor, count: int, temperature: float, top_p: float = 1
     return torch.bincount(tokens, minlength=logits.shape[0])
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.7, 0), (2.0, 1.0, 5), (1.3, 0.8, 8)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.7, 0), (2.0, 1.0, 5), (1.3, 0.8, 8)]
+)
 def test_draws_follow_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
     torch.manual_seed(0)
     logits, count = torch.randn(16) * 1.5, 20_000
@@ -163,7 +165,9 @@ def test_padded_rows_are_never_drawn() -> None:
     logits[0, 8:] = 100.0
     many = logits.expand(500, -1)
     ones, zeros = torch.ones(500), torch.zeros(500, dtype=torch.int32)
-    (tokens,) = sample({"num_valid_tokens": 8}, many, ones, ones, zeros, torch.zeros(500, dtype=torch.int64), torch.arange(500))
+    (tokens,) = sample(
+        {"num_valid_tokens": 8}, many, ones, ones, zeros, torch.zeros(500, dtype=torch.int64), torch.arange(500)
+    )
     assert int(tokens.max()) < 8
 
 
@@ -240,7 +244,7 @@ def test_another_checkpoint_is_refused(change: Any, says: str, copied: Path) -> 
         planned(copied)
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff" * 20, b"\x10\0\0\0\0\0\0\0{}", b'\x02\0\0\0\0\0\0\0[]'])
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 20, b"\x10\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]"])
 def test_damaged_files_are_refused(damage: bytes, copied: Path) -> None:
     plan = planned(copied)
     next(copied.glob("*.safetensors")).write_bytes(damage)

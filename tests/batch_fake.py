@@ -1,0 +1,127 @@
+"""A batch run with a fake engine: answers are a function of the prompt, steps take as long as they are told to.
+
+python batch_fake.py INPUT OUTPUT [--order ...] [--step-ms ...] [--die-after N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenspeed_plan.plans.errors import TokenspeedError
+from tokenspeed_plan.runtime.batch import BatchOptions, BatchPlan, RowLimits, Selection, run_batch
+from tokenspeed_plan.runtime.request import Completion, Request, TokenLogprobs
+
+LIMITS = RowLimits(max_seq_len=64, default_max_tokens=8, vocab_size=256)
+
+
+class FakeCodec:
+    """A byte is a token."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode("latin-1")
+
+    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+        return "".join(f"{m['role']}:{m['content']};" for m in messages)
+
+
+class FakeEngine:
+    """Finishes requests out of order: each takes as many steps as its answer is long."""
+
+    def __init__(self, step_ms: float = 0.0) -> None:
+        self.startup_s = {"fake_s": 0.0}
+        self.requests: dict[str, tuple[Request, int]] = {}
+        self.step_ms = step_ms
+        self.seen: list[str] = []
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.requests)
+
+    def add(self, request: Request) -> None:
+        self.seen.append(request.request_id)
+        length = 1 + (sum(request.prompt_ids) + request.params.seed) % request.params.max_tokens
+        self.requests[request.request_id] = (request, length)
+
+    def step(self) -> list[Completion]:
+        time.sleep(self.step_ms / 1e3)
+        done = []
+        for name, (request, left) in list(self.requests.items()):
+            if left > 1:
+                self.requests[name] = (request, left - 1)
+                continue
+            del self.requests[name]
+            length = 1 + (sum(request.prompt_ids) + request.params.seed) % request.params.max_tokens
+            ids = tuple((sum(request.prompt_ids) + i) % 26 + 97 for i in range(length))
+            top = tuple((token, -1.0 - token) for token in range(request.params.num_logprobs or 0))
+            logprobs = tuple(TokenLogprobs(token, -0.5, top) for token in ids)
+            done.append(Completion(name, ids, FakeCodec().decode(ids), "length", len(request.prompt_ids), 0.01, 0.02,
+                                   logprobs if request.params.num_logprobs is not None else ()))  # fmt: skip
+        return done
+
+
+def plan(digest: str = "d") -> BatchPlan:
+    return BatchPlan(digest, "fake", 8, LIMITS, {"tpot_ms": 1.0})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("input", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--order", default="input")
+    parser.add_argument("--step-ms", type=float, default=0.0)
+    parser.add_argument("--die-after", type=int, help="Kill this process at the n-th write to a file.")
+    parser.add_argument("--errors", type=Path)
+    parser.add_argument("--max-errors", type=int, default=0)
+    args = parser.parse_args()
+    if args.die_after:
+        die_at_write(args.die_after)
+    options = BatchOptions(args.input, args.output, args.errors, order=args.order, max_errors=args.max_errors,
+                           selection=Selection(), quiet=True)  # fmt: skip
+    try:
+        return run_batch(options, plan(), FakeCodec(), lambda: FakeEngine(args.step_ms))
+    except TokenspeedError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def die_at_write(count: int) -> None:
+    """kill -9 ourselves at the n-th event that touches a file: opens, truncates, renames, removals, lines."""
+    state = {"left": count}
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event in ("open", "os.truncate", "os.remove", "fcntl.flock") and "tokenspeed-" not in str(args[0]):
+            tick()
+
+    def tick() -> None:
+        state["left"] -= 1
+        if state["left"] <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    from tokenspeed_plan.runtime.batch import files, resume
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            tick()
+            result = function(*args)
+            tick()
+            return result
+
+        return call
+
+    for cls, name in ((files._Plain, "write"), (files._Gzip, "write"), (resume.Sidecar, "save")):
+        setattr(cls, name, counted(getattr(cls, name)))
+    sys.addaudithook(hook)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

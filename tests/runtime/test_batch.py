@@ -1,0 +1,430 @@
+"""OpenAI batch files: every bad line is named, nothing is lost or doubled, order and resume hold."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from batch_fake import LIMITS, FakeCodec, FakeEngine, plan
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime.batch import BatchOptions, Selection, run_batch
+from tokenspeed_plan.runtime.batch.files import read_whole_lines
+from tokenspeed_plan.runtime.batch.rows import RowError, check_row, parse_row, to_requests
+from tokenspeed_plan.runtime.batch.summary import Histogram
+
+FAKE = ROOT / "tests" / "batch_fake.py"
+
+
+def row(index: int, **body: Any) -> dict[str, Any]:
+    body = {"prompt": f"row {index}", "max_tokens": 8} | body
+    return {"custom_id": f"c{index}", "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def chat(index: int, **body: Any) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": f"hi {index}"}], "max_tokens": 8} | body
+    return {"custom_id": f"c{index}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    text = "".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in read_whole_lines(path)]
+
+
+class Runner:
+    """Runs batches in a folder, and remembers the engines."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.engine = FakeEngine()
+
+    def __call__(self, rows: list[Any] | None, output: str = "out.jsonl", digest: str = "d", **options: Any) -> int:
+        source = self.folder / "in.jsonl"
+        if rows is not None:
+            write(source, rows)
+        self.engine = FakeEngine()
+        settings = BatchOptions(source, self.folder / output, **({"quiet": True} | options))
+        return run_batch(settings, plan(digest), FakeCodec(), lambda: self.engine)
+
+    def out(self, name: str = "out.jsonl") -> list[dict[str, Any]]:
+        return read(self.folder / name)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Runner:
+    return Runner(tmp_path)
+
+
+def test_rows_come_back_in_order_with_every_field(run: Runner) -> None:
+    assert run([row(i) for i in range(40)]) == 0
+    lines = run.out()
+    assert [line["custom_id"] for line in lines] == [f"c{i}" for i in range(40)]
+    first = lines[0]
+    assert set(first) == {"id", "custom_id", "response", "error"}
+    assert first["error"] is None
+    assert set(first["response"]) == {"status_code", "request_id", "body"}
+    body = first["response"]["body"]
+    assert set(body) == {"id", "object", "created", "model", "choices", "usage"}
+    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
+    assert not (run.folder / "out.jsonl.resume").exists()
+
+
+def test_completion_order_holds_the_same_lines(run: Runner) -> None:
+    rows = [row(i) for i in range(60)]
+    run(rows)
+    run(rows, "b.jsonl", order="completion")
+    assert run.out() != run.out("b.jsonl")
+    key = lambda line: line["custom_id"]  # noqa: E731
+    assert sorted(run.out(), key=key) == sorted(run.out("b.jsonl"), key=key)
+
+
+def test_chat_choices_token_ids_and_logprobs(run: Runner) -> None:
+    run([
+        chat(0, n=2, return_token_ids=True, logprobs=True, top_logprobs=2, seed=1),
+        row(1, prompt=[1, 2, 3], logprobs=2, return_token_ids=True, temperature=0),
+    ])  # fmt: skip
+    answer, text = (line["response"]["body"] for line in run.out())
+    assert answer["object"] == "chat.completion"
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    choice = answer["choices"][0]
+    assert choice["message"]["role"] == "assistant"
+    assert len(choice["token_ids"]) == len(choice["logprobs"]["content"])
+    assert len(choice["logprobs"]["content"][0]["top_logprobs"]) == 2
+    logprobs = text["choices"][0]["logprobs"]
+    assert set(logprobs) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
+    assert logprobs["text_offset"] == list(range(len(logprobs["tokens"])))
+
+
+BAD = [
+    ("{", "not JSON"),
+    ("[1]", "not a JSON object"),
+    ('"x"', "not a JSON object"),
+    ('{"a": NaN}', "NaN is not JSON"),
+    ("[" * 100_000, "nested too deeply"),
+    (json.dumps(row(1) | {"url": "/v1/embeddings"}), "`url`"),
+    (json.dumps(row(1) | {"method": "GET"}), "`method`"),
+    (json.dumps(row(1) | {"custom_id": ""}), "`custom_id`"),
+    (json.dumps({k: v for k, v in row(1).items() if k != "custom_id"}), "`custom_id` is missing"),
+    (json.dumps(row(1) | {"extra": 1}), "unknown field `extra`"),
+    (json.dumps(row(1, temprature=1)), "did you mean `temperature`?"),
+    (json.dumps(row(1, temperature="hot")), "`temperature`"),
+    (json.dumps(row(1, temperature=-1)), "`temperature`"),
+    (json.dumps(row(1, top_p=0)), "`top_p`"),
+    (json.dumps(row(1, max_tokens=0)), "`max_tokens`"),
+    (json.dumps(row(1, stream=True)), "`stream`"),
+    (json.dumps(row(1, echo=True)), "`echo`"),
+    (json.dumps(row(1, best_of=2)), "`best_of`"),
+    (json.dumps(row(1, presence_penalty=0.5)), "`presence_penalty`"),
+    (json.dumps(row(1, tools=[])), "`tools`"),
+    (json.dumps(row(1, stop=["a"] * 5)), "`stop`"),
+    (json.dumps(row(1, prompt="")), "the prompt is empty"),
+    (json.dumps(row(1, prompt=[])), "the prompt is empty"),
+    (json.dumps(row(1, prompt=["a", "b"])), "has 2 prompts"),
+    (json.dumps(row(1, prompt=[300])), "token id 300"),
+    (json.dumps(row(1, prompt=[-1])), "`prompt`"),
+    (json.dumps(row(1, prompt="x" * 57)), "over the plan's limit of 64"),
+    (json.dumps(row(1, max_tokens=64)), "over the plan's limit of 64"),
+    (json.dumps(row(1, prompt="\ud800")), "not Unicode"),
+    (json.dumps(chat(1, messages=[])), "`messages`"),
+    (json.dumps(chat(1, messages=[{"role": "user", "content": "\udfff"}])), "not Unicode"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), BAD, ids=range(len(BAD)))
+def test_bad_lines_are_named_before_anything_runs(line: str, says: str, run: Runner) -> None:
+    with pytest.raises(RequestError) as caught:
+        run([row(0), "", line, row(2)])
+    assert "line 3: " in caught.value.message
+    assert says in caught.value.message
+    assert "1 of 3 lines" in caught.value.message
+    assert not run.engine.seen
+    assert not (run.folder / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(("line", "says"), BAD, ids=range(len(BAD)))
+def test_the_rest_runs_when_allowed(line: str, says: str, run: Runner) -> None:
+    assert run([row(0), line, row(2)], max_errors=1, errors=run.folder / "bad.jsonl") == 1
+    assert [item["custom_id"] for item in run.out()] == ["c0", "c2"]
+    (bad,) = run.out("bad.jsonl")
+    assert bad["response"] is None
+    assert bad["error"]["line"] == 2
+    assert says in bad["error"]["message"]
+
+
+def test_repeated_ids_name_both_lines(run: Runner) -> None:
+    with pytest.raises(RequestError, match="line 3: custom_id 'c0' was used on line 1"):
+        run([row(0), row(1), row(0, prompt="other")])
+
+
+def test_errors_stay_in_their_place_without_an_error_file(run: Runner) -> None:
+    assert run([row(0), "{", row(2)], max_errors=5) == 1
+    assert [line["error"] is None for line in run.out()] == [True, False, True]
+
+
+def test_all_bad_lines_are_counted_and_the_first_shown(run: Runner) -> None:
+    with pytest.raises(RequestError) as caught:
+        run(["{"] * 50)
+    assert "50 of 50 lines" in caught.value.message
+    assert caught.value.message.count("\n  line ") == 20
+    assert "and 30 more" in caught.value.message
+
+
+def test_byte_order_mark_and_windows_ends(run: Runner) -> None:
+    text = "\ufeff" + json.dumps(row(0)) + "\r\n\r\n" + json.dumps(row(1))
+    (run.folder / "in.jsonl").write_text(text, newline="")
+    assert run(None) == 0
+    assert len(run.out()) == 2
+
+
+def test_limit_and_shards_cover_the_file(run: Runner) -> None:
+    rows = [row(i) for i in range(20)]
+    ids = []
+    for index in (1, 2, 3):
+        run(rows, f"{index}.jsonl", selection=Selection(17, index, 3))
+        ids += [line["custom_id"] for line in run.out(f"{index}.jsonl")]
+    assert sorted(ids) == sorted(f"c{i}" for i in range(17))
+
+
+def test_a_second_run_has_nothing_to_do(run: Runner) -> None:
+    rows = [row(i) for i in range(10)]
+    run(rows)
+    before = (run.folder / "out.jsonl").read_bytes()
+    assert run(rows) == 0
+    assert not run.engine.seen
+    assert (run.folder / "out.jsonl").read_bytes() == before
+
+
+def test_changed_rows_and_plans_run_again(run: Runner) -> None:
+    rows = [row(i) for i in range(10)]
+    run(rows)
+    rows[4] = row(4, prompt="new")
+    run(rows)
+    assert len(run.engine.seen) == 1
+    run(rows, digest="other")
+    assert len(run.engine.seen) == 10
+
+
+def test_work_for_rows_outside_the_selection_is_kept(run: Runner) -> None:
+    rows = [row(i) for i in range(12)]
+    run(rows, selection=Selection(None, 1, 2))
+    run(rows, selection=Selection(None, 2, 2))
+    assert [line["custom_id"] for line in run.out()] == [f"c{i}" for i in range(12)]
+    assert len(run.engine.seen) == 6
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
+def test_a_torn_file_is_mended(name: str, run: Runner) -> None:
+    rows = [row(i) for i in range(30)]
+    run(rows, name)
+    whole = (run.folder / name).read_bytes()
+    for cut in range(0, len(whole), max(len(whole) // 25, 1)):
+        (run.folder / name).write_bytes(whole[:cut])
+        assert run(rows, name) == 0
+        assert run.out(name) == [json.loads(line) for line in read_all(whole, name)]
+
+
+def read_all(data: bytes, name: str) -> list[bytes]:
+    text = gzip.decompress(data) if name.endswith(".gz") else data
+    return text.splitlines()
+
+
+def test_failed_rows_are_tried_again_and_not_doubled(run: Runner) -> None:
+    rows: list[Any] = [row(0), "{", row(2)]
+    for _ in range(2):
+        run(rows, max_errors=1, errors=run.folder / "bad.jsonl")
+    assert len(run.out("bad.jsonl")) == 1
+    rows[1] = row(1)
+    assert run(rows, errors=run.folder / "bad.jsonl") == 0
+    assert len(run.out()) == 3
+    assert run.out("bad.jsonl") == []
+
+
+def test_somebody_elses_file_is_left_alone(run: Runner) -> None:
+    target = run.folder / "out.jsonl"
+    for text in ("my notes\n", "no newline", '{"a": 1}\n'):
+        target.write_text(text)
+        with pytest.raises(RequestError, match="not the output of a batch"):
+            run([row(0)])
+        assert target.read_text() == text
+        assert not (run.folder / "out.jsonl.resume").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"output": "in.jsonl"}, "is the input"),
+        ({"output": "no/such/out.jsonl"}, "cannot write"),
+        ({"output": "."}, "cannot write"),
+        ({"errors": Path("no/such/e.jsonl")}, "cannot write"),
+    ],
+)
+def test_paths_that_would_destroy_something(options: dict[str, Any], says: str, run: Runner) -> None:
+    with pytest.raises(RequestError, match=says):
+        run([row(0)], **options)
+
+
+def test_two_runs_on_one_output(run: Runner) -> None:
+    import fcntl
+
+    with (run.folder / "out.jsonl.resume").open("a+b") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RequestError, match="another run"):
+            run([row(0)])
+
+
+def test_gz_input_and_stdout(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl.gz", [row(i) for i in range(5)])
+    done = subprocess.run([sys.executable, FAKE, source, "-"], capture_output=True, check=True)
+    assert len(done.stdout.splitlines()) == 5
+    done = subprocess.run(
+        [sys.executable, FAKE, "-", "-"], input=gzip.decompress(source.read_bytes()), capture_output=True, check=True
+    )
+    assert len(done.stdout.splitlines()) == 5
+
+
+@pytest.mark.parametrize(("name", "order"), [("o.jsonl", "input"), ("o.jsonl", "completion"), ("o.jsonl.gz", "input")])
+def test_kill_9_at_any_moment(name: str, order: str, tmp_path: Path) -> None:
+    """Die at the first, second, third ... event that touches a file, and go on each time."""
+    source = write(tmp_path / "in.jsonl", [row(i) for i in range(24)])
+    clean = tmp_path / "clean.jsonl"
+    subprocess.run([sys.executable, FAKE, source, clean, "--order", order], check=True)
+    target, rng, kills = tmp_path / name, random.Random(name + order), 0
+    while kills < 20:
+        command = [
+            sys.executable,
+            FAKE,
+            source,
+            target,
+            "--order",
+            order,
+            "--die-after",
+            str(rng.randrange(1, 40) + 4 * kills),
+        ]
+        kills += subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        if target.exists():
+            ids = [line["custom_id"] for line in read(target)]
+            assert len(ids) == len(set(ids))
+        if kills < 20 and not (tmp_path / f"{name}.resume").exists() and target.exists() and len(read(target)) == 24:
+            target.unlink()  # it got through: begin again
+    subprocess.run([sys.executable, FAKE, source, target, "--order", order], check=True)
+    key = lambda line: line["custom_id"]  # noqa: E731
+    got, wanted = read(target), read(clean)
+    assert (got == wanted) if order == "input" else (sorted(got, key=key) == sorted(wanted, key=key))
+    assert not (tmp_path / f"{name}.resume").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_drains_and_the_next_run_goes_on(number: int, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [row(i) for i in range(300)])
+    target = tmp_path / "o.jsonl"
+    process = subprocess.Popen([sys.executable, FAKE, source, target, "--step-ms", "10"])
+    while not target.exists() or target.stat().st_size == 0:
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(20) == 130
+    some = read(target)
+    assert 0 < len(some) < 300
+    assert [line["custom_id"] for line in some] == [f"c{i}" for i in range(len(some))]
+    subprocess.run([sys.executable, FAKE, source, target], check=True)
+    assert [line["custom_id"] for line in read(target)] == [f"c{i}" for i in range(300)]
+
+
+def test_memory_does_not_grow_with_rows(tmp_path: Path) -> None:
+    peaks = []
+    for count in (2_000, 20_000):
+        source = write(tmp_path / f"{count}.jsonl", [row(i) for i in range(count)])
+        code = f"import sys, resource; sys.argv[1:] = [{str(source)!r}, '-']\n"
+        code += f"sys.path.insert(0, {str(FAKE.parent)!r}); import batch_fake; batch_fake.main()\n"
+        code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        assert len(done.stdout.splitlines()) == count
+        peaks.append(int(done.stderr.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 24  # MiB: sqlite's page cache may fill, lists of rows may not
+
+
+def test_the_summary_counts(run: Runner) -> None:
+    path = run.folder / "s.json"
+    with contextlib.redirect_stderr(io.StringIO()) as talk:
+        run([row(i) for i in range(10)], summary=path, quiet=False)
+    summary = json.loads(path.read_text())
+    assert summary["rows"] == {"total": 10, "answered": 10, "failed": 0, "skipped": 0}
+    assert summary["ttft_ms"]["p50"] == pytest.approx(10, rel=0.01)
+    assert summary["tokens"]["generated"] > 0
+    assert summary["predicted"] == {"tpot_ms": 1.0}
+    assert "10 answered" in talk.getvalue()
+    assert "predicted 1.00" in talk.getvalue()
+
+
+def test_percentiles_are_within_a_per_cent() -> None:
+    rng, histogram = random.Random(0), Histogram()
+    values = sorted(rng.lognormvariate(0, 2) for _ in range(5000))
+    for value in values:
+        histogram.add(value)
+    for share in (0.5, 0.95, 0.99):
+        assert histogram.percentile(share) == pytest.approx(values[int(share * 5000) - 1], rel=0.011)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=6), children, max_size=3),
+    max_leaves=5,
+)
+FIELDS = st.sampled_from(
+    ["prompt", "messages", "max_tokens", "stop", "n", "logprobs", "seed", "top_k", "temperature", "x"]
+)
+
+
+def is_refused_or_runs(raw: bytes) -> None:
+    try:
+        parsed = parse_row(raw, 1, "d")
+        check_row(parsed, FakeCodec(), LIMITS)
+        to_requests(parsed, FakeCodec(), LIMITS)
+    except RowError as error:
+        text = str(error)
+        assert text
+        assert text.isascii() or text.encode()
+        assert "\n" not in text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_refused_or_run(raw: bytes) -> None:
+    is_refused_or_runs(raw)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(FIELDS, json_values, max_size=4), st.booleans())
+def test_any_body_is_refused_or_runs(body: dict[str, Any], is_chat: bool) -> None:
+    data = (chat if is_chat else row)(1, **body)
+    is_refused_or_runs(json.dumps(data).encode())
+
+
+def test_the_quick_check_and_the_real_one_agree() -> None:
+    """The first pass may skip tokenising; it must not let through what the second refuses."""
+    for length in range(1, 80):
+        parsed = parse_row(json.dumps(row(1, prompt="é" * length, max_tokens=8)).encode(), 1, "d")
+        outcomes = []
+        for step in (check_row, to_requests):
+            try:
+                step(parsed, FakeCodec(), LIMITS)
+                outcomes.append(True)
+            except RowError:
+                outcomes.append(False)
+        assert outcomes[0] == outcomes[1]
