@@ -6,9 +6,9 @@ set -euo pipefail
 venv=$1 stamp=$2 extras=${3:-}
 python=${PYTHON:-python3}
 
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-  echo "error: $("$python" --version 2>&1) is too old, Python 3.11 or newer is needed" >&2
-  echo "hint: name another one, as in \`make PYTHON=python3.12 test\`" >&2
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  found=$("$python" --version 2>/dev/null) || found="\`$python\`, which does not run,"
+  echo "error: Python 3.11 or newer is needed, not $found (\`make PYTHON=python3.12 test\` names another)" >&2
   exit 1
 fi
 
@@ -23,7 +23,10 @@ else
   constraints=(-c constraints-cpu.txt)
 fi
 
-[ -x "$venv/bin/python" ] || "$python" -m venv ${options[@]+"${options[@]}"} "$venv"
+# An environment that was cut short is made again.
+if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+  "$python" -m venv --clear ${options[@]+"${options[@]}"} "$venv"
+fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
   ${constraints[@]+"${constraints[@]}"} -e ".${extras:+[$extras]}"
 

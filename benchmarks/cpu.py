@@ -1,0 +1,116 @@
+"""`tokenspeed run` against transformers' `generate`: same checkpoint, prompts, batch size and tokens, one machine.
+
+    python benchmarks/cpu.py [--rounds 5]
+
+Both sides run in turn, A B A B, and the figure is the ratio of each pair. Ours is the whole path of a batch file
+(reading, checking, scheduling, writing); transformers gets its prompts already tokenised and padded, in its default
+settings, fp32, greedy. Loading is left out on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenspeed_plan.codegen.chat import ChatTemplate
+from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.runtime import Engine
+from tokenspeed_plan.runtime.batch import BatchOptions, BatchPlan, RowLimits, run_batch
+from tokenspeed_plan.runtime.batch.rows import parse_row, to_requests
+
+ROOT = Path(__file__).parent.parent
+BUNDLE = ROOT / "plans/frozen/demo-cpu"
+BATCH = ROOT / "examples/demo/batch.jsonl"
+NEW_TOKENS = 64
+
+
+def greedy_rows() -> list[dict[str, Any]]:
+    """The demo batch, every row greedy and of the same length."""
+    rows = [json.loads(line) for line in BATCH.read_text().splitlines()]
+    for row in rows:
+        row["body"] |= {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True, "return_token_ids": True}
+    return rows
+
+
+class Ours:
+    """A loaded engine, and the batch file."""
+
+    def __init__(self, rows: list[dict[str, Any]], folder: Path) -> None:
+        self.folder, self.input = folder, folder / "in.jsonl"
+        self.input.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.plan = load_plan(BUNDLE)
+        self.model = ROOT / str(self.plan.model.location)
+        self.engine = Engine.load(BUNDLE, self.model, chat=ChatTemplate.load(self.model))
+        limits = self.plan.limits
+        row_limits = RowLimits(limits.max_seq_len, limits.default_max_tokens, self.plan.model.vocab_size)
+        self.facts = BatchPlan(self.plan.digest, "demo", limits.max_seqs, row_limits, {})
+        assert self.engine.codec is not None
+        self.codec = self.engine.codec
+        lines = self.input.read_bytes().splitlines()
+        parsed = [parse_row(line, i, self.plan.digest) for i, line in enumerate(lines)]
+        self.prompts = [list(to_requests(row, self.codec, row_limits)[0].prompt_ids) for row in parsed]
+
+    def run(self) -> tuple[float, list[list[int]]]:
+        """Seconds, and what it said."""
+        output = self.folder / "out.jsonl"
+        output.unlink(missing_ok=True)
+        begun = time.perf_counter()
+        run_batch(BatchOptions(self.input, output, quiet=True), self.facts, self.codec, lambda: self.engine)
+        seconds = time.perf_counter() - begun
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        return seconds, [line["response"]["body"]["choices"][0]["token_ids"] for line in lines]
+
+
+class Theirs:
+    """transformers in its default settings."""
+
+    def __init__(self, folder: Path, prompts: list[list[int]]) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        longest = max(map(len, prompts))
+        self.ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+
+    @torch.no_grad()
+    def run(self) -> tuple[float, list[list[int]]]:
+        """Seconds, and what it said."""
+        begun = time.perf_counter()
+        out = self.model.generate(
+            self.ids, attention_mask=self.mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        return time.perf_counter() - begun, out[:, self.ids.shape[1] :].tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Ours(greedy_rows(), Path(folder))
+        theirs = Theirs(ours.model, ours.prompts)
+        said, wanted = ours.run()[1], theirs.run()[1]  # warm-up
+        pairs = [(ours.run()[0], theirs.run()[0]) for _ in range(rounds)]
+    tokens = len(ours.prompts) * NEW_TOKENS
+    same = sum(a == b for a, b in zip(said, wanted, strict=True))
+    print(f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}")  # fmt: skip
+    print(f"{len(ours.prompts)} rows, {sum(map(len, ours.prompts))} prompt tokens, {tokens} new tokens; "
+          f"{same} rows say the same tokens")  # fmt: skip
+    for name, side in (("tokenspeed run", 0), ("transformers generate", 1)):
+        seconds = statistics.median(pair[side] for pair in pairs)
+        print(f"{name:<22} {seconds:7.3f} s {tokens / seconds:8.0f} tokens/s")
+    ratios = sorted(b / a for a, b in pairs)
+    print(f"ratio {statistics.median(ratios):.2f} (of {rounds} pairs: {ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+if __name__ == "__main__":
+    main()

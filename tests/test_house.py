@@ -1,0 +1,110 @@
+"""The house is in order: no private path in what we ship, and the pages that a reader looks for."""
+
+from __future__ import annotations
+
+import re
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parent.parent
+PAGES = ("AGENTS.md", "CHANGELOG.md", "LICENSE", "README.md")
+BUILT = ("__pycache__", "build", "dist", "out.jsonl")
+README_LINES = range(60, 121)
+COMMANDS = ("make demo", "make test", "make lint", "make plans")
+
+# Somebody's own folder, or a package registry: both belong in that machine's configuration.
+PRIVATE = re.compile(
+    r"(?<![\w.])/(?:home|root|work)/\w"
+    r"|\b(?:files\.pythonhosted|pypi|test\.pypi|download\.pytorch|conda\.anaconda)\.(?:org|com)\b"
+    r"|\b[\w.-]*(?:artifactory|nexus|devpi|jfrog)[\w-]*\.[a-z]+\b",
+    re.IGNORECASE,
+)
+
+
+def house_files() -> list[Path]:
+    """What git holds or would add; every file, where there is no git."""
+    listing = ["git", "-C", str(REPO), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(listing, capture_output=True, check=False).stdout.split(b"\0")
+    except FileNotFoundError:
+        names = []
+    paths = [REPO / name.decode() for name in names if name]
+    paths = paths or [path for path in REPO.rglob("*") if not hidden_or_built(path)]
+    return sorted({path for path in paths if path.is_file()})
+
+
+def hidden_or_built(path: Path) -> bool:
+    parts = path.relative_to(REPO).parts
+    return any(part.startswith(".") or part in BUILT or part.endswith(".egg-info") for part in parts)
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a text file; nothing of a binary one."""
+    data = path.read_bytes()
+    if b"\0" not in data[:8192]:
+        yield from enumerate(data.decode("utf-8", errors="replace").splitlines(), start=1)
+
+
+def faults(path: Path) -> Iterator[str]:
+    for number, line in lines_of(path):
+        if found := PRIVATE.search(line):
+            yield f"{path}:{number}: `{found.group()}`"
+
+
+def test_no_private_path_or_registry() -> None:
+    files = [path for path in house_files() if path != Path(__file__)]
+    assert len(files) > 50
+    found = [fault for path in files for fault in faults(path)]
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_private"),
+    [
+        ("cd /home/ann/x", True),
+        ('"file:///root/x"', True),
+        ("see https://pypi.org/simple", True),
+        ("index = artifactory.example.com", True),
+        ("https://example.org/work/x", False),
+        ("src/work/x and root / work", False),
+        ("on PyPI", False),
+    ],
+)
+def test_rule_itself(line: str, is_private: bool, tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(f"first\n{line}\n", encoding="utf-8")
+    assert [fault.split(": ")[0] for fault in faults(path)] == [f"{path}:2"] * is_private
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_exists(name: str) -> None:
+    assert (REPO / name).is_file() and (REPO / name).stat().st_size > 0
+
+
+def test_readme_is_short() -> None:
+    assert len((REPO / "README.md").read_text(encoding="utf-8").splitlines()) in README_LINES
+
+
+def test_agents_page_names_the_commands() -> None:
+    text = (REPO / "AGENTS.md").read_text(encoding="utf-8")
+    assert [command for command in COMMANDS if command not in text] == []
+
+
+def test_make_knows_the_commands() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {command.removeprefix("make ") for command in COMMANDS} <= targets
+
+
+@pytest.mark.parametrize("name", [".ci/run", "tools/make_venv.sh"])
+def test_script_is_executable(name: str) -> None:
+    assert (REPO / name).stat().st_mode & stat.S_IXUSR
+
+
+def test_every_text_file_ends_its_last_line() -> None:
+    source = {".md", ".py", ".sh", ".toml", ".yaml", ".txt", ".j2"}
+    texts = [path for path in house_files() if path.suffix in source and path.stat().st_size]
+    assert [str(path) for path in texts if not path.read_bytes().endswith(b"\n")] == []
