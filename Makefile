@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXAMPLES := demo:demo-cpu qwen3.5-397b-b200x8:qwen3.5-397b-b200x8 qwen3.5-35b-h200:qwen3.5-35b-h200
 
-# A copy of this folder is another place: there the stamps are missing, and its environment is made again.
-PLACE := $(shell pwd -P | cksum | cut -d ' ' -f 1)
+# A copy of this folder, and another interpreter, is another place: there the stamps are missing, and its
+# environment is made again.
+IDENTITY := import os, sys; print(sys.version_info[:2], os.path.realpath(sys.base_prefix))
+PLACE := $(shell { pwd -P; "$(PYTHON)" -c '$(IDENTITY)' 2>/dev/null; } | cksum | cut -d ' ' -f 1)
 SETUP := pyproject.toml constraints-cpu.txt tools/make_venv.sh
 STAMP := $(VENV)/stamp-$(PLACE)
 
@@ -13,17 +15,21 @@ STAMP := $(VENV)/stamp-$(PLACE)
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
+# An installation with extras serves the commands that need fewer.
 $(STAMP)-run: $(SETUP)
 	tools/make_venv.sh $(VENV) $@
 
 $(STAMP)-test: $(SETUP)
 	tools/make_venv.sh $(VENV) $@ test
+	@touch $(STAMP)-run
 
 $(STAMP)-dev: $(SETUP)
 	tools/make_venv.sh $(VENV) $@ test,dev
+	@touch $(STAMP)-run $(STAMP)-test
 
 demo: $(STAMP)-run
 	$(BIN)/tokenspeed plan examples/demo/spec.yaml -o plans/frozen/demo-cpu
+	@rm -f out.jsonl
 	$(BIN)/tokenspeed run plans/frozen/demo-cpu --input examples/demo/batch.jsonl --output out.jsonl
 	@echo "the answers are in $(CURDIR)/out.jsonl; the first one:"
 	@head -n 1 out.jsonl | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["response"]["body"]["choices"][0]["text"])'
@@ -33,6 +39,7 @@ test: $(STAMP)-test
 
 lint: $(STAMP)-dev
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
 plans: $(STAMP)-run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -17,7 +17,7 @@ def write_inputs(batch: Batch, buffer: Buffer, page_size: int) -> None:
     values = _per_token(batch, page_size) | _per_sequence(batch)
     for name in batch.program.inputs:
         if name == "page_table":
-            _write_pages(batch, buffer(name))
+            _write_pages(batch, buffer(name), page_size)
         else:
             view = buffer(name)
             view.copy_(torch.tensor(values[name], dtype=view.dtype))
@@ -56,8 +56,9 @@ def _signed(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _write_pages(batch: Batch, view: Tensor) -> None:
-    """Only the columns that some sequence uses; a shorter row repeats its first page, which is then masked."""
-    used = max(len(sequence.pages) for sequence in batch.sequences)
-    rows: Iterable[list[int]] = (s.pages + s.pages[:1] * (used - len(s.pages)) for s in batch.sequences)
-    view[:, :used] = torch.tensor(list(rows), dtype=view.dtype)
+def _write_pages(batch: Batch, view: Tensor, page_size: int) -> None:
+    """Only the columns that this step looks at; a shorter row repeats its first page, which is then masked."""
+    longest = max(s.num_computed + count for s, count in zip(batch.sequences, batch.counts, strict=True))
+    used = -(-longest // page_size)
+    rows = [(s.pages + s.pages[:1] * (used - len(s.pages)))[:used] for s in batch.sequences]
+    view[:, :used] = torch.tensor(rows, dtype=view.dtype)

@@ -31,9 +31,11 @@ class Kind:
 
 DEEP = {"num_hidden_layers": 8, "num_attention_heads": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 16,
         "num_experts": 16, "num_experts_per_tok": 4}  # fmt: skip
-KERNEL = {"hidden_size": 256, "head_dim": 256, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
-          "linear_key_head_dim": 128, "linear_value_head_dim": 128, "intermediate_size": 512,
-          "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "mrope_section": [11, 11, 10]}  # fmt: skip
+KERNEL = {
+    "hidden_size": 256, "head_dim": 256, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "intermediate_size": 512,
+    "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "mrope_section": [11, 11, 10],
+}  # fmt: skip
 THREE = {"num_attention_heads": 6, "linear_num_key_heads": 2, "linear_num_value_heads": 6}  # v:k ratio 3, as the 27B
 YARN = {"rope": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
 KINDS = {

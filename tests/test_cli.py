@@ -100,7 +100,9 @@ def test_two_processes_give_the_same_bytes(bundle: Path, tmp_path: Path) -> None
     for seed in ("1", "2"):
         out = tmp_path / seed
         command = [sys.executable, "-c", "from tokenspeed_plan.planner.cli import main; main()", "plan"]
-        subprocess.run([*command, bundle.parent / "spec.yaml", "-o", out], env={"PYTHONHASHSEED": seed}, check=True, cwd=tmp_path)
+        subprocess.run(
+            [*command, bundle.parent / "spec.yaml", "-o", out], env={"PYTHONHASHSEED": seed}, check=True, cwd=tmp_path
+        )
         texts.append((out / "plan.json").read_bytes())
     assert texts[0] == texts[1] == (bundle / "plan.json").read_bytes()
 
@@ -125,7 +127,12 @@ def test_run_a_batch(bundle: Path, batch: Path, tmp_path: Path) -> None:
 def test_chat_uses_the_models_template(bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     messages = [{"role": "user", "content": "hi"}]
-    row = {"custom_id": "c", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": messages, "max_tokens": 2}}
+    row = {
+        "custom_id": "c",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"messages": messages, "max_tokens": 2},
+    }
     path.write_text(json.dumps(row))
     assert cli("run", bundle, "--input", path, "--output", tmp_path / "o.jsonl", "--quiet").exit_code == 0
     (line,) = [json.loads(text) for text in (tmp_path / "o.jsonl").read_text().splitlines()]
@@ -160,7 +167,9 @@ def test_wrong_tokens_are_not_served(bundle: Path, checkpoint: Any, tmp_path: Pa
 
     folder = Path(shutil.copytree(checkpoint("moe"), tmp_path / "model"))
     for path in folder.glob("*.safetensors"):
-        save_file({name: t + 0.3 if name.endswith("layernorm.weight") else t for name, t in load_file(path).items()}, path)
+        save_file(
+            {name: t + 0.3 if name.endswith("layernorm.weight") else t for name, t in load_file(path).items()}, path
+        )
     is_clean(cli("run", bundle, "--prompt", "x", "--weights", folder), 2, "canary prompt 0")
     assert cli("run", bundle, "--prompt", "x", "--max-tokens", 1, "--weights", folder, "--no-canary").exit_code == 0
 
@@ -187,7 +196,9 @@ def json_or_none(text: str) -> Any:
         return None
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"schema_version": 99}', '{"schema_version": 1}', "[" * 10_000, "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "{}", '{"schema_version": 99}', '{"schema_version": 1}', "[" * 10_000, "\x00"]
+)
 def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(text)
     is_clean(cli("show", tmp_path), 2)
@@ -195,6 +206,7 @@ def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_the_lean_path_does_not_load_pytorch(bundle: Path) -> None:
     """Looking at a plan, and refusing a bad batch, are quick."""
-    code = "import sys; from tokenspeed_plan.planner.cli import main; main(['check', sys.argv[1]], standalone_mode=False); "
+    code = "import sys; from tokenspeed_plan.planner.cli import main\n"
+    code += "main(['check', sys.argv[1]], standalone_mode=False)\n"
     code += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, bundle], check=True, capture_output=True)

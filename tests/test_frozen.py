@@ -26,7 +26,9 @@ def test_frozen_plans_are_fresh(example: str) -> None:
     path = ROOT / "examples" / example / "spec.yaml"
     spec = load_spec(path)
     model = find_model(spec, path)
-    assert dump_plan(with_canary(compile_plan(spec, model), spec, model)) == read_plan(ROOT / "plans/frozen" / FROZEN[example])
+    assert dump_plan(with_canary(compile_plan(spec, model), spec, model)) == read_plan(
+        ROOT / "plans/frozen" / FROZEN[example]
+    )
 
 
 @pytest.mark.parametrize("name", FROZEN.values())
@@ -49,7 +51,9 @@ def test_the_headline_fits_and_counts_its_launches() -> None:
 
 def test_planning_the_headline_needs_little_memory(tmp_path: Path) -> None:
     code = "from tokenspeed_plan.planner.cli import main; import resource, sys\n"
-    code += f"main(['plan', 'examples/qwen3.5-397b-b200x8/spec.yaml', '-o', {str(tmp_path)!r}], standalone_mode=False)\n"
+    code += (
+        f"main(['plan', 'examples/qwen3.5-397b-b200x8/spec.yaml', '-o', {str(tmp_path)!r}], standalone_mode=False)\n"
+    )
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT, text=True)
     assert int(done.stdout) < 1 << 20  # KiB: 1 GiB

@@ -15,8 +15,19 @@ FOLDERS = ("codegen", "planner", "plans", "runtime")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file of the four folders belongs in the wheel; a frozen plan, with its kernels, does not."""
+    source = path.suffix == ".py" or path.name == "py.typed" or path.match("planner/presets/*.json")
+    return source and "frozen" not in path.parts
+
+
+def ours(root: Path) -> set[str]:
+    found = (path.relative_to(root) for folder in FOLDERS for path in (root / folder).rglob("*"))
+    return {path.as_posix() for path in found if is_ours(path)}
+
+
 def test_every_package_on_disk_is_listed() -> None:
-    found = {path.parent.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    found = {name.rpartition("/")[0] for name in ours(ROOT) if name.endswith(".py")}
     packages = PROJECT["tool"]["setuptools"]["packages"]
     listed = {name.removeprefix("tokenspeed_plan.").replace(".", "/") for name in packages}
     assert found == listed
@@ -24,8 +35,8 @@ def test_every_package_on_disk_is_listed() -> None:
 
 def test_the_wheel_holds_the_product_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns("__pycache__", "frozen", "*.egg-info")
-    for folder in FOLDERS:
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in (*FOLDERS, "tests"):
         shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -36,12 +47,6 @@ def test_the_wheel_holds_the_product_and_nothing_else(tmp_path: Path) -> None:
     files = zipfile.ZipFile(wheel).namelist()
     shipped = {name for name in files if ".dist-info/" not in name}
     assert {f"tokenspeed_plan/{folder}/py.typed" for folder in FOLDERS} <= shipped
-    wanted = {
-        f"tokenspeed_plan/{path.relative_to(source).as_posix()}"
-        for folder in FOLDERS
-        for path in (source / folder).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed" or path.match("planner/presets/*.json")
-    }
-    assert shipped == wanted
+    assert shipped == {f"tokenspeed_plan/{name}" for name in ours(source)}
     entry = next(name for name in files if name.endswith("entry_points.txt"))
     assert "tokenspeed = tokenspeed_plan.planner.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()

@@ -73,7 +73,7 @@ def _spec(graph: OpGraph, name: str) -> TensorSpec:
 
 
 def _local_names(op: Op) -> Mapping[str, str]:
-    """tensor -> name inside the kernel: the first role that it plays, after the operator's kind where there are several."""
+    """tensor -> name inside the kernel: its first role, after the operator's kind where there are several."""
     names: dict[str, str] = {}
     for member in op.members:
         roles = zip(OPS[member.kind].operands, member.operands, strict=True)

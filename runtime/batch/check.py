@@ -43,8 +43,8 @@ class Notebook:
     """A scratch database: ids seen, bad lines, and lines saved by an earlier run. It is deleted with the object."""
 
     def __init__(self) -> None:
-        self._file = tempfile.NamedTemporaryFile(prefix="tokenspeed-", suffix=".sqlite")  # noqa: SIM115
-        self._db = sqlite3.connect(self._file.name, isolation_level=None)
+        file = tempfile.NamedTemporaryFile(prefix="tokenspeed-", suffix=".sqlite")  # noqa: SIM115
+        self._db = sqlite3.connect(file.name, isolation_level=None)
         for statement in (
             "PRAGMA journal_mode = OFF",
             "PRAGMA synchronous = OFF",
@@ -55,6 +55,7 @@ class Notebook:
             "BEGIN",
         ):
             self._db.execute(statement)
+        file.close()  # deletes the name: the database is ours alone, and a kill leaves nothing behind
 
     def first_line_of(self, custom_id: str, line: int) -> int:
         """Remember an id; the line that had it first."""
@@ -82,7 +83,6 @@ class Notebook:
     def close(self) -> None:
         """Delete the database."""
         self._db.close()
-        self._file.close()
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, int, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import signal
 from collections import deque
@@ -68,10 +69,10 @@ class BatchPlan:
 
 @dataclass(slots=True)
 class _Pending:
-    """A row that was started and is not written yet."""
+    """A row that was read and is not written yet."""
 
     row: Row | None
-    wanted: int = 0
+    requests: tuple[Request, ...] = ()
     choices: dict[int, Completion] = field(default_factory=dict)
     line: bytes | None = None
 
@@ -128,6 +129,7 @@ class _Run:
         self._tally = tally
         self._window: deque[_Pending] = deque()
         self._of_request: dict[str, _Pending] = {}
+        self._waiting: list[tuple[int, int, _Pending]] = []  # heap: longest answers first, then input order
         self._concurrency = options.max_concurrency or plan.max_seqs
         self._max_window = 8 * plan.max_seqs + 64
 
@@ -145,14 +147,17 @@ class _Run:
             self._sidecar.close(done=kind is None and not self.interrupted)
 
     def all(self, source: Path) -> None:
-        """Start rows while there is room, step, write; until nothing is left or a signal says stop."""
+        """Read ahead, start, step, write; until nothing is left or a signal says stop."""
         rows = self._selected(source)
         with self._signals():
             more = True
             while more or self._window:
-                while more and not self.interrupted and self._has_room():
-                    more = self._start_next(rows)
-                more = more and not self.interrupted
+                while more and not self.interrupted and len(self._window) < self._max_window:
+                    more = self._read_next(rows)
+                if self.interrupted:
+                    more = False
+                    self._drop_waiting()
+                self._start()
                 if self._engine and self._engine.num_unfinished:
                     for completion in self._engine.step():
                         self._collect(completion)
@@ -163,12 +168,8 @@ class _Run:
         """(asked for, line number, bytes) of each row."""
         return ((self.options.selection.holds(number), line, raw) for number, line, raw in read_rows(source))
 
-    def _has_room(self) -> bool:
-        busy = self._engine.num_unfinished if self._engine else 0
-        return busy < self._concurrency and len(self._window) < self._max_window
-
-    def _start_next(self, rows: Iterator[tuple[bool, int, bytes]]) -> bool:
-        """Start one row; False at the end of the file."""
+    def _read_next(self, rows: Iterator[tuple[bool, int, bytes]]) -> bool:
+        """Read one row; False at the end of the file."""
         asked, line, raw = next(rows, (False, 0, b""))
         if line == 0:
             return False
@@ -183,27 +184,36 @@ class _Run:
             self._tally.skipped += asked
             self._window.append(_Pending(None, line=saved))
         elif asked:
-            self._start(row)
+            pending = _Pending(row, to_requests(row, self.codec, self.plan.limits))
+            self._window.append(pending)
+            tokens = sum(request.params.max_tokens for request in pending.requests)
+            heapq.heappush(self._waiting, (-tokens, line, pending))
         return True
 
-    def _start(self, row: Row) -> None:
-        if self._engine is None:
-            self._engine = self._load_engine()
-            self._tally.startup_s = self._engine.startup_s
-            self._tally.start_running()
-        requests = to_requests(row, self.codec, self.plan.limits)
-        pending = _Pending(row, len(requests))
-        self._window.append(pending)
-        for request in requests:
-            self._of_request[request.request_id] = pending
-            self._engine.add(request)
+    def _start(self) -> None:
+        """Start rows while there is room, the longest answers first: they would else run alone at the end."""
+        while self._waiting and (self._engine is None or self._engine.num_unfinished < self._concurrency):
+            if self._engine is None:
+                self._engine = self._load_engine()
+                self._tally.startup_s = self._engine.startup_s
+                self._tally.start_running()
+            _, _, pending = heapq.heappop(self._waiting)
+            for request in pending.requests:
+                self._of_request[request.request_id] = pending
+                self._engine.add(request)
+
+    def _drop_waiting(self) -> None:
+        """After a signal: forget what has not started. What finishes behind it is kept in the sidecar."""
+        dropped = {id(pending) for _, _, pending in self._waiting}
+        self._waiting.clear()
+        self._window = deque(pending for pending in self._window if id(pending) not in dropped)
 
     def _collect(self, completion: Completion) -> None:
         """Take one choice; when the row is whole, make its line."""
         pending = self._of_request.pop(completion.request_id)
         pending.choices[int(completion.request_id.rpartition(":")[2])] = completion
         self._tally.add(completion)
-        if pending.row is None or len(pending.choices) < pending.wanted:
+        if pending.row is None or len(pending.choices) < len(pending.requests):
             return
         choices = [pending.choices[index] for index in sorted(pending.choices)]
         pending.line = _encode(answer_line(pending.row, choices, self.codec, self.plan.model))

@@ -77,7 +77,8 @@ def attention(
 def _gather(page_table: Tensor, length: int, cache: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [..., K, C, D] of the first `length` tokens of pages [..., P]."""
     page_size = cache.shape[2]
-    pages = cache[page_table[..., : -(-length // page_size)].long()]  # [..., P, 2, page, K, D]
+    used = page_table[..., : -(-length // page_size)]
+    pages = cache.index_select(0, used.flatten()).unflatten(0, used.shape)  # [..., P, 2, page, K, D]
     kv = pages.movedim(-4, 0).flatten(-4, -3)[..., :length, :, :].transpose(-2, -3)
     return kv[0], kv[1]
 

@@ -44,7 +44,7 @@ def causal_conv(
     attrs: Attrs, x_TC: Tensor, cu_seqlens: Tensor, read_S: Tensor, write_S: Tensor, w: Tensor, state: Tensor
 ) -> tuple[Tensor]:
     """y[t] = silu(sum_j w[j] x[t - K + 1 + j]); the state holds the last K - 1 inputs of a sequence, oldest first."""
-    taps, w_CK, before = attrs["kernel_size"], w[:, 0], state[read_S.long()]
+    taps, w_CK, before = attrs["kernel_size"], w[:, 0], state.index_select(0, read_S)
     if attrs["mode"] == "update":
         window = torch.cat((before, x_TC[:, None]), 1)  # [S, K, C]
         state[write_S.long()] = window[:, 1:]
@@ -83,9 +83,9 @@ def delta_rule(
 ) -> tuple[Tensor]:  # fmt: skip
     """S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q, per value head; the state is [rows, B, dk, dv]."""
     heads, group = attrs["num_k_heads"], attrs["num_v_heads"] // attrs["num_k_heads"]
-    q, k = (x.unflatten(-1, (heads, -1)).repeat_interleave(group, 1) for x in (q_T, k_T))
+    q, k = (_shared(x.unflatten(-1, (heads, -1)), group) for x in (q_T, k_T))
     v = widen(v_T).unflatten(-1, (attrs["num_v_heads"], -1))
-    before = state[read_S.long()]
+    before = state.index_select(0, read_S)
     if attrs["mode"] == "recurrent":
         y, after = _recurrent(q, k, v, beta_TB, decay_TB, before)
     else:
@@ -97,14 +97,23 @@ def delta_rule(
     return (y.flatten(1).to(v_T.dtype),)
 
 
+def _shared(x_TAk: Tensor, group: int) -> Tensor:
+    """Value head b uses key head b // group."""
+    return x_TAk[:, :, None].expand(-1, -1, group, -1).flatten(1, 2)
+
+
 def _recurrent(
     q_SBk: Tensor, k_SBk: Tensor, v_SBv: Tensor, beta_SB: Tensor, decay_SB: Tensor, state_SBkv: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token a sequence: decay first, error against the decayed state, read after the update."""
-    state = state_SBkv * decay_SB.exp()[..., None, None]
-    error = v_SBv - (k_SBk[..., None, :] @ state).squeeze(-2)
-    state += k_SBk[..., None] * (beta_SB[..., None] * error)[..., None, :]
-    return (q_SBk[..., None, :] @ state).squeeze(-2), state
+    """One token a sequence: decay first, error against the decayed state, read after the update.
+
+    k and q meet the old state in one product: S'^T q = a S^T q + (k . q) u with a the decay and u the update.
+    """
+    decay = decay_SB.exp()[..., None]
+    from_k, from_q = (torch.stack((k_SBk, q_SBk), -2) @ state_SBkv * decay[..., None]).unbind(-2)
+    u_SBv = beta_SB[..., None] * (v_SBv - from_k)
+    state = torch.addcmul(state_SBkv * decay[..., None], k_SBk[..., None], u_SBv[..., None, :])
+    return from_q + (k_SBk * q_SBk).sum(-1, keepdim=True) * u_SBv, state
 
 
 def _chunked(sequences: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ def embed(attrs: Attrs, ids_T: Tensor, table_VH: Tensor) -> tuple[Tensor]:
     """y = table[ids]; a rank that holds only rows from `row_start` on gives zeros for the others."""
     rows_T = ids_T.long() - int(attrs.get("row_start", 0))
     if "row_start" not in attrs:
-        return (table_VH[rows_T],)
+        return (table_VH.index_select(0, rows_T),)
     mine_T = (rows_T >= 0) & (rows_T < table_VH.shape[0])
     return (table_VH[rows_T.where(mine_T, 0)] * mine_T[:, None],)
 
@@ -66,7 +66,7 @@ def silu_mul(attrs: Attrs, x_TN: Tensor) -> tuple[Tensor]:
 
 def last_token(attrs: Attrs, x_TH: Tensor, cu_seqlens: Tensor) -> tuple[Tensor]:
     """The last row of each sequence."""
-    return (x_TH[cu_seqlens[1:].long() - 1],)
+    return (x_TH.index_select(0, cu_seqlens[1:] - 1),)
 
 
 def concat(attrs: Attrs, x_TH: Tensor, r_TH: Tensor) -> tuple[Tensor]:

@@ -22,6 +22,11 @@ def topk(attrs: Attrs, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     return (weights_Tk / weights_Tk.sum(-1, keepdim=True)).to(logits_TE.dtype), ids_Tk.int()
 
 
+def _all_at_once(attrs: Attrs, ids_Tk: Tensor) -> bool:
+    """Whether one batched product over all experts of this rank is less work than a product for each that is hit."""
+    return attrs["num_experts"] <= ids_Tk.numel() <= 8 * attrs["num_experts"] and "expert_start" not in attrs
+
+
 def _groups(attrs: Attrs, ids_Tk: Tensor) -> Iterator[tuple[int, Tensor]]:
     """For each expert of this rank that is hit: the expert, and its flat places in [T, k]."""
     local = ids_Tk.flatten() - int(attrs.get("expert_start", 0))
@@ -37,21 +42,30 @@ def _groups(attrs: Attrs, ids_Tk: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def experts_up(attrs: Attrs, x_TH: Tensor, ids_Tk: Tensor, w_EIH: Tensor) -> tuple[Tensor]:
     """y[t, j] = silu(x G^T) * (x U^T) of expert ids[t, j]; zeros where the expert is another rank's."""
-    chosen = ids_Tk.shape[1]
-    out = x_TH.new_zeros(x_TH.shape[0] * chosen, w_EIH.shape[1] // 2)
+    num_tokens, chosen = ids_Tk.shape
+    if _all_at_once(attrs, ids_Tk):
+        both_ETI = x_TH @ w_EIH.mT
+        gate, up = both_ETI[ids_Tk, torch.arange(num_tokens)[:, None]].chunk(2, -1)
+        return ((F.silu(gate) * up).view(num_tokens, -1),)
+    out = x_TH.new_zeros(num_tokens * chosen, w_EIH.shape[1] // 2)
     for expert, places in _groups(attrs, ids_Tk):
         gate, up = F.linear(x_TH[places // chosen], w_EIH[expert]).chunk(2, -1)
         out[places] = F.silu(gate) * up
-    return (out.view(x_TH.shape[0], -1),)
+    return (out.view(num_tokens, -1),)
 
 
 def experts_down(attrs: Attrs, h_T: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, w_EHI: Tensor) -> tuple[Tensor]:
     """y[t] = sum over j of weights[t, j] h[t, j] D^T."""
     num_tokens, chosen = ids_Tk.shape
-    h = h_T.view(num_tokens * chosen, -1)
+    h = h_T.view(num_tokens, chosen, -1)
+    if _all_at_once(attrs, ids_Tk):
+        spread_ETI = h.new_zeros(w_EHI.shape[0], num_tokens, h.shape[2])
+        spread_ETI[ids_Tk, torch.arange(num_tokens)[:, None]] = h * weights_Tk[:, :, None]
+        return ((spread_ETI @ w_EHI.mT).sum(0),)
     out = h.new_zeros(num_tokens * chosen, w_EHI.shape[1])
+    flat = h.flatten(0, 1)
     for expert, places in _groups(attrs, ids_Tk):
-        out[places] = F.linear(h[places], w_EHI[expert])
+        out[places] = F.linear(flat[places], w_EHI[expert])
     return ((out.view(num_tokens, chosen, -1) * weights_Tk[:, :, None]).sum(1),)
 
 
