@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tokenspeed_plan.plans.errors import SpecError
 
 LayerType = Literal["linear_attention", "full_attention"]
+MAX_LAYERS = 4096
 _MODEL_TYPES = {"qwen3_5": False, "qwen3_5_text": False, "qwen3_5_moe": True, "qwen3_5_moe_text": True}
 
 
@@ -170,6 +171,8 @@ def _refuse_unsupported(reader: _Reader, text: _Reader) -> None:
 
 def _layer_types(text: _Reader) -> tuple[LayerType, ...]:
     num_layers = text.integer("num_hidden_layers")
+    if num_layers > MAX_LAYERS:
+        raise text.error(f"`num_hidden_layers` is {num_layers}, the most is {MAX_LAYERS}")
     interval = text.integer("full_attention_interval", 4, least=1)
     given = text.get("layer_types")
     if given is None:

@@ -175,7 +175,7 @@ def parse_spec(text: str, name: str) -> Spec:
 def _explain(error: ValidationError, name: str) -> SpecError:
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"] if str(part) in _KEYS or part == first["loc"][-1]]
-    where = ".".join(dict.fromkeys(path)) or "spec"
+    where = ".".join(dict.fromkeys(path)).encode("unicode_escape").decode() or "spec"
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(first["loc"][-1]), _KEYS_OF.get(_section(first["loc"]), _KEYS), 1)
         hint = f"did you mean `{near[0]}`?" if near else "the README lists the keys of a spec"

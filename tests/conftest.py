@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -18,6 +20,9 @@ from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.schema import Plan
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("fixed", derandomize=True)  # the same examples on every run of CI
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("fixed")
 ROOT = Path(__file__).parent.parent
 
 

@@ -171,7 +171,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _ascii(text: str) -> str:
-    return text.encode("ascii", "backslashreplace").decode()
+    """One line of ASCII."""
+    return text.encode("unicode_escape").decode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,7 @@ def test_yaml_off_is_off(word: str) -> None:
         ({"target": {"gpu": 3}}, "`target.gpu`", "target"),
         ({"target": {"gpu": "cpu", "count": 0}}, "`target.count`", "target"),
         ({"slo": {"ttft_ms": float("nan")}}, "`slo.ttft_ms`", "slo"),
+        ({"a\nb": 1}, "unknown key `a\\nb`", "README"),
     ],
 )
 def test_bad_specs(change: dict[str, Any], says: str, hint: str) -> None:
@@ -165,6 +166,7 @@ def test_wrapped_and_flat_configs_say_the_same() -> None:
         ({"output_gate_type": "sigmoid"}, "output_gate_type"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"num_hidden_layers": 10**12}, "the most is 4096"),
     ],
 )
 def test_bad_configs(change: dict[str, Any], says: str) -> None:
