@@ -76,8 +76,8 @@ def compile_plan(spec: Spec, model: Model, dtype: DType | None = None) -> Plan:
         SpecError: the spec cannot be planned: says what does not fit, and what would.
     """
     hardware = find_hardware(spec.target.gpu)
-    dtype = dtype or decide.weight_dtype(spec)
     layout, choices = decide.resolve(spec, model.config, hardware)
+    dtype = dtype or decide.weight_dtype(spec)
     limits = plan_limits(spec.workload, model.config, hardware)
     context = BuildContext(model.config, dtype, limits, model.num_valid_tokens, model.fused_experts)
     graphs: dict[Phase, OpGraph] = {}

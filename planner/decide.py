@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokenspeed_plan.planner.hardware import HardwareSpec
-from tokenspeed_plan.planner.layout import ParallelLayout, Split
+from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
 from tokenspeed_plan.planner.model_config import ModelConfig
 from tokenspeed_plan.planner.spec import ParallelismSpec, Spec
 from tokenspeed_plan.plans.errors import SpecError
@@ -31,6 +31,8 @@ def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> tuple[Pa
     """
     layout, parallelism = _layout(spec, config)
     _check_legal(layout, config)
+    if spec.model.weights == "fp8":
+        _check_fp8(layout, config)
     chunk = hardware.prefill_chunk
     return layout, (
         parallelism,
@@ -115,3 +117,12 @@ def _check_legal(layout: ParallelLayout, config: ModelConfig) -> None:
     splits.append(Split("mlp", config.moe.shared_intermediate_size if config.moe else config.intermediate_size))
     for split in splits:
         split.local_units(layout)
+
+
+def _check_fp8(layout: ParallelLayout, config: ModelConfig) -> None:
+    """Each rank's part of an FFN must be whole blocks of the published FP8 checkpoints."""
+    if config.moe is None:
+        check_fp8_blocks(config.intermediate_size, layout.num_ranks, "the FFN")
+        return
+    check_fp8_blocks(config.moe.intermediate_size, layout.moe_tp, "an expert")
+    check_fp8_blocks(config.moe.shared_intermediate_size, layout.num_ranks, "the shared expert")

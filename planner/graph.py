@@ -10,7 +10,7 @@ from typing import Any
 
 import networkx as nx
 from tokenspeed_plan.planner.layout import Split
-from tokenspeed_plan.plans.ops import OPS, Access
+from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.schema import ArenaName, Step
 from tokenspeed_plan.plans.types import Attr, Phase, RankShift, TensorSpec
 
@@ -147,8 +147,3 @@ class OpGraph:
         rank = {op.name: index for index, op in enumerate(self.ops)}
         for name in nx.lexicographical_topological_sort(self.nx, key=rank.__getitem__):
             yield self.ops[rank[name]]
-
-
-def is_logical(kind: str) -> bool:
-    """Whether it is an operator of the table, not a fused kernel."""
-    return kind in OPS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -216,4 +216,3 @@ def _sections() -> Mapping[str, type[_Section]]:
 
 _KEYS_OF = {name: tuple(section.model_fields) for name, section in _sections().items()}
 _KEYS = tuple(dict.fromkeys(key for keys in _KEYS_OF.values() for key in keys))
-WEIGHT_DTYPES = get_args(ModelSpec.model_fields["weights"].annotation)

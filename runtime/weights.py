@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,3 @@ def _boxes(piece: Piece, rank: int) -> Iterator[tuple[str, tuple[slice, ...]]]:
         return
     for expert in range(box[0].start, box[0].stop):
         yield piece.source.replace("{expert}", str(expert)), box[1:]
-
-
-Weights = Mapping[str, Tensor]

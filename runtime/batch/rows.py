@@ -13,7 +13,6 @@ from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 
 Url = Literal["/v1/completions", "/v1/chat/completions"]
-URLS: tuple[Url, ...] = ("/v1/completions", "/v1/chat/completions")
 MAX_LINE_BYTES = 64 << 20
 
 TokenId = Annotated[int, Field(ge=0)]

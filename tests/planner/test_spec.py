@@ -86,6 +86,7 @@ def test_bad_specs(change: dict[str, Any], says: str, hint: str) -> None:
         ({"model": {"path": "no/such"}}, "no folder `no/such`"),
         ({"model": {"preset": "qwen3.5-9b", "weights": "fp8"}}, "`model.weights: fp8` is not planned yet"),
         ({"model": {"preset": "qwen3.5-9b", "weights": "nvfp4"}}, "`model.weights: nvfp4` is not planned yet"),
+        ({"model": {"preset": "qwen3.5-4b", "weights": "fp8"}, "target": {"gpu": "H200", "count": 16}}, "FP8 blocks"),
         ({"workload": {"first_turn_tokens": 300_000}}, "has 262144 positions"),
         ({"model": {"preset": "qwen3.5-397b-a17b"}, "target": {"gpu": "H100"}}, "GiB on each H100"),
         ({"workload": {"concurrency": 60_000}}, "GiB on each"),
