@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,19 @@ def test_moving_work_to_another_stream_is_judged_as_by_brute_force(streamed: Pla
     assert verdicts[True] > 50
     assert verdicts[False] > 2
     assert not any(has_race(streamed, program) for program in streamed.programs)
+
+
+def test_a_wait_that_comes_too_late_is_a_race(streamed: Plan) -> None:
+    """All events are paired and all streams joined; only the read right before the wait is not ordered any more."""
+    refusals = 0
+    for index, program in enumerate(streamed.programs):
+        for at, (step, after) in enumerate(pairwise(program.steps)):
+            if step.kind == "wait" and isinstance(after, KernelCall) and after.stream == step.stream:
+                steps = (*program.steps[:at], after, step, *program.steps[at + 2 :])
+                changed = with_program(streamed, index, steps=steps)
+                assert refused(changed)
+                refusals += has_race(changed, changed.programs[index])
+    assert refusals >= 24
 
 
 def test_reuse_across_streams_needs_an_order(streamed: Plan) -> None:

@@ -216,6 +216,7 @@ def test_the_canary_sings(weights: str, copied: Path) -> None:
         (NORM, lambda w: w + 0.5),
         ("model.language_model.layers.3.self_attn.q_norm.weight", lambda w: w.roll(1)),
         ("lm_head.weight", lambda w: w.roll(1, 0)),
+        ("lm_head.weight", lambda w: w * 1.1),  # the same tokens, other probabilities
         ("model.language_model.layers.0.mlp.experts.down_proj", lambda w: w.roll(1, 0)),
     ],
 )
