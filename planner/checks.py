@@ -7,7 +7,7 @@ from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.planner.passes.fuse import FUSED_KINDS
 from tokenspeed_plan.plans.ops import COLLECTIVES, OPS
 
-_LOGICAL = frozenset(OPS)
+_LOGICAL = frozenset(OPS) - frozenset(COLLECTIVES)
 _SHARDED = _LOGICAL | frozenset(COLLECTIVES)
 _FUSED = _SHARDED | FUSED_KINDS
 ALLOWED = {

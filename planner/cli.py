@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from tokenspeed_plan.codegen.build import default_cache
 from tokenspeed_plan.codegen.chat import ChatTemplate
 from tokenspeed_plan.planner.canary import with_canary
-from tokenspeed_plan.planner.compile import compile_plan, find_model
+from tokenspeed_plan.planner.compile import Compiled, build_bundle, compile_bundle, find_model
 from tokenspeed_plan.planner.spec import load_spec
-from tokenspeed_plan.plans.bundle import PLAN_FILE, dump_plan, load_plan, read_plan, save_plan
+from tokenspeed_plan.plans.bundle import PLAN_FILE, check_sources, dump_plan, load_plan, read_plan, save_plan, seal
 from tokenspeed_plan.plans.diff import diff
 from tokenspeed_plan.plans.errors import PlanError, RequestError, StalePlanError, TokenspeedError
 from tokenspeed_plan.plans.report import as_dict, as_text
@@ -61,35 +64,48 @@ def main() -> None:
 @click.argument("spec", type=Folder)
 @click.option("-o", "--out", type=Folder, required=True, help="Folder of the plan bundle.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if the bundle is not what SPEC compiles to.")
-@click.option("--no-compile", is_flag=True, help="Skip compiling kernels (there are none to compile yet).")
+@click.option("--no-compile", is_flag=True, help="Skip compiling the kernels for the target's GPU.")
 def plan(spec: Path, out: Path, check: bool, no_compile: bool) -> None:
     """Compile SPEC into a plan."""
-    text = dump_plan(made := _compile(spec))
+    made = _compile(spec, no_compile)
     if check:
-        _refuse_stale(text, out, spec)
+        _refuse_stale(made, out, spec, no_compile)
         click.echo(f"{out} is up to date", err=True)
         return
     old = _old_plan(out)
-    save_plan(made, out)
-    _echo_changes(old, made)
-    click.echo(
-        f"wrote {out / PLAN_FILE} ({made.digest[:16]}): {made.model.name} on {made.target.count} x {made.target.gpu}",
-        err=True,
-    )
+    save_plan(made.plan, out, made.sources, made.cubins)
+    _echo_changes(old, made.plan)
+    _echo_written(made, out)
 
 
-def _compile(spec_path: Path) -> Plan:
+def _compile(spec_path: Path, no_compile: bool) -> Compiled:
     spec = load_spec(spec_path)
     model = find_model(spec, spec_path)
-    return with_canary(compile_plan(spec, model), spec, model)
+    made = compile_bundle(spec, model) if no_compile else build_bundle(spec, model, default_cache())
+    return replace(made, plan=with_canary(made.plan, spec, model))
 
 
-def _refuse_stale(text: str, out: Path, spec: Path) -> None:
-    frozen = read_plan(out)
-    if frozen != text:
+def _echo_written(made: Compiled, out: Path) -> None:
+    plan, binaries = made.plan, made.plan.binaries
+    click.echo(
+        f"wrote {out / PLAN_FILE} ({plan.digest[:16]}): {plan.model.name} on {plan.target.count} x {plan.target.gpu}",
+        err=True,
+    )
+    compiled = f"compiled for sm_{plan.target.sm} by {plan.kernel_compiler}" if binaries else "not compiled"
+    click.echo(f"{len(made.sources)} kernels, {compiled}", err=True)
+
+
+def _refuse_stale(made: Compiled, out: Path, spec: Path, no_compile: bool) -> None:
+    """The frozen bundle must be what was just made; without compiling, what the compiler said of it is not compared."""
+    fresh, frozen = dump_plan(made.plan), read_plan(out)
+    if no_compile and frozen != fresh:
+        kept = load_plan(out)
+        frozen = dump_plan(seal(kept.model_copy(update={"binaries": (), "kernel_compiler": ""})))
+    if frozen != fresh:
         raise StalePlanError(
             f"`{out}` is not what `{spec}` compiles to", f"run `tokenspeed plan {spec} -o {out}` and look at the diff"
         )
+    check_sources(made.plan, out)
 
 
 def _old_plan(out: Path) -> Plan | None:
@@ -137,9 +153,10 @@ def check(bundle: Path, weights: Path | None, canary: bool) -> None:
     """Check a plan's schema, rules and digests, and on request its weights and golden tokens."""
     frozen = load_plan(bundle)
     click.echo(f"{bundle}: schema {frozen.schema_version}, {len(frozen.programs)} programs, rules and digest hold")
+    click.echo(f"kernels: {check_sources(frozen, bundle)} texts have their digests")
     if weights is None and not canary:
         return
-    engine = _load_engine(bundle, weights)
+    engine = _load_engine(bundle, {"weights": weights, "bodies": "reference"})
     click.echo("weights: names, shapes and dtypes fit")
     if canary:
         click.echo(f"canary: {_check_canary(frozen, engine)} tokens agree")
@@ -168,26 +185,66 @@ def _check_canary(frozen: Plan, engine: Engine) -> int:
 @click.option("--shard", help="Only every n-th row from the i-th: i/n.")
 @click.option("--max-concurrency", type=click.IntRange(min=1), help="Rows in flight.")
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
+@click.option("--bodies", type=click.Choice(["reference", "kernels"]), default="reference",
+              help="PyTorch references, or the bundle's Triton kernels (interpreted on a CPU).")  # fmt: skip
+@click.option("--check", is_flag=True, help="Compare the two bodies step by step; name the first step that differs.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary text.")
 def run(bundle: Path, source: Path | None, output: Path | None, prompt: str | None, **options: Any) -> None:
     """Replay BUNDLE: answer a batch file, or one --prompt."""
-    if prompt is not None and source is None and output is None:
-        _run_prompt(bundle, prompt, options)
-    elif prompt is None and source is not None and output is not None:
-        raise click.exceptions.Exit(_run_batch(bundle, source, output, options))
+    given = (prompt is not None, source is not None, output is not None)
+    if options["check"] and not any(given):
+        _run_check(bundle, options)
+    elif given == (True, False, False):
+        _on_all_ranks(bundle, options, lambda: _run_prompt(bundle, str(prompt), options))
+    elif source is not None and output is not None and prompt is None:
+        code = _on_all_ranks(bundle, options, lambda: _run_batch(bundle, source, output, options))
+        raise click.exceptions.Exit(code or 0)
     else:
-        raise click.UsageError("give either --input and --output, or --prompt")
+        raise click.UsageError("give either --input and --output, or --prompt, or --check alone")
 
 
-def _load_engine(bundle: Path, weights: Path | None, chat: Callable[[Any], str] | None = None) -> Engine:
+def _on_all_ranks(bundle: Path, options: dict[str, Any], work: Callable[[], int | None]) -> int | None:
+    """Do the work on rank 0; other processes of a sharded plan repeat its replays."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return work()
+    from tokenspeed_plan.runtime.collectives import own_rank
+    from tokenspeed_plan.runtime.ranks import follow, leading
+
+    if own_rank():
+        follow(_load_engine(bundle, options).executor)
+        return 0
+    with leading(load_plan(bundle)):
+        return work()
+
+
+def _run_check(bundle: Path, options: dict[str, Any]) -> None:
+    from tokenspeed_plan.runtime.compare import ComparingExecutor, check_steps
     from tokenspeed_plan.runtime.engine import Engine
 
-    return Engine.load(bundle, weights, chat=chat)
+    engine = Engine.load(bundle, options["weights"], bodies="kernels", executor=ComparingExecutor)
+    tally = check_steps(engine)
+    skipped = f", {tally.skipped} have no kernel" if tally.skipped else ""
+    click.echo(
+        f"{tally.steps} steps: kernels and references agree{skipped}; "
+        f"the largest difference is {tally.worst:.1e} ({tally.worst_kernel})"
+    )
+
+
+def _load_engine(bundle: Path, options: dict[str, Any]) -> Engine:
+    from tokenspeed_plan.runtime.engine import Engine
+    from tokenspeed_plan.runtime.executor import Executor
+
+    executor = Executor
+    if os.environ.get("RANK", "0") == "0" and os.environ.get("WORLD_SIZE", "1") != "1":
+        from tokenspeed_plan.runtime.ranks import LeadingExecutor
+
+        executor = LeadingExecutor
+    return Engine.load(bundle, options["weights"], bodies=options["bodies"], executor=executor)
 
 
 def _ready_engine(bundle: Path, options: dict[str, Any]) -> Engine:
     """An engine that has proved itself."""
-    engine = _load_engine(bundle, options["weights"])
+    engine = _load_engine(bundle, options)
     if not options["no_canary"]:
         engine.time_startup("canary_s", lambda: _check_canary(engine.plan, engine))
     return engine

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 
 from tokenspeed_plan.planner import checkpoint, decide
 from tokenspeed_plan.planner.checks import check
 from tokenspeed_plan.planner.cost import Load
-from tokenspeed_plan.planner.freeze import Parts, freeze
+from tokenspeed_plan.planner.freeze import LoweredProgram, Parts, freeze
 from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
+from tokenspeed_plan.planner.kernels import KernelChoice
 from tokenspeed_plan.planner.limits import decode_buckets, plan_limits, prefill_buckets
 from tokenspeed_plan.planner.model_config import ModelConfig, load_model_config, load_preset
+from tokenspeed_plan.planner.passes.expand import Shape, expand
 from tokenspeed_plan.planner.passes.fuse import fuse
-from tokenspeed_plan.planner.passes.lower import lower
+from tokenspeed_plan.planner.passes.lower import Choose, lower
 from tokenspeed_plan.planner.passes.place import place
 from tokenspeed_plan.planner.passes.schedule import schedule
 from tokenspeed_plan.planner.passes.shard import shard
@@ -24,7 +27,7 @@ from tokenspeed_plan.planner.qwen3_5 import BuildContext, build
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.bundle import seal
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.schema import KernelSpec, Limits, ModelFacts, Plan
+from tokenspeed_plan.plans.schema import Limits, ModelFacts, Plan
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.plans.validate import validate
 
@@ -69,8 +72,44 @@ def find_model(spec: Spec, near: Path | None = None) -> Model:
     return Model(config, spec.model.path, folder, checkpoint.file_digests(folder), headers)
 
 
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A plan, the text of its kernels by name, and their binaries by file name."""
+
+    plan: Plan
+    sources: Mapping[str, str]
+    cubins: Mapping[str, bytes] = field(default_factory=dict)
+
+
 def compile_plan(spec: Spec, model: Model, dtype: DType | None = None) -> Plan:
+    """The plan of `compile_bundle` alone, its kernels not compiled.
+
+    Raises:
+        SpecError: the spec cannot be planned: says what does not fit, and what would.
+    """
+    return compile_bundle(spec, model, dtype).plan
+
+
+def build_bundle(spec: Spec, model: Model, cache: Path) -> Compiled:
+    """`compile_bundle`, with kernels that are compiled for the target and proved to fit it.
+
+    Raises:
+        SpecError: the spec cannot be planned, or a kernel fits the target in no tiling.
+    """
+    hardware = find_hardware(spec.target.gpu)
+    if hardware.sm == 0:
+        return compile_bundle(spec, model)
+    choice = KernelChoice(hardware, cache)
+    compile_bundle(spec, model, choose=choice.ask)
+    choice.compile()
+    made = compile_bundle(spec, model, choose=choice.answer)
+    return Compiled(choice.sign(made.plan), made.sources, choice.cubins(made.plan))
+
+
+def compile_bundle(spec: Spec, model: Model, dtype: DType | None = None, choose: Choose = itemgetter(0)) -> Compiled:
     """Plan a spec; the canary is added by the caller. `dtype` overrides the spec's (fp64 makes the reference).
+
+    `choose` picks among the tilings of a kernel, best first.
 
     Raises:
         SpecError: the spec cannot be planned: says what does not fit, and what would.
@@ -85,27 +124,28 @@ def compile_plan(spec: Spec, model: Model, dtype: DType | None = None) -> Plan:
         built = check(build(context, phase))
         if model.headers:
             checkpoint.check_sources(built.weights, model.headers)
-        graphs[phase] = check(fuse(check(shard(built, layout))))
-    programs = _programs(graphs, limits, hardware, spec)
+        graphs[phase] = check(shard(built, layout))
+    programs = _programs(graphs, limits, hardware, spec, choose)
     facts = _facts(model, dtype)
     parts = Parts(spec, facts, hardware, layout, limits, choices, programs, version("tokenspeed-plan"))
     plan = seal(freeze(parts))
     validate(plan)
-    return plan
+    texts = {name: kernel.source for *_, kernels in programs for name, kernel in kernels.items()}
+    return Compiled(plan, {name: text for name, text in sorted(texts.items()) if text is not None})
 
 
 def _programs(
-    graphs: Mapping[Phase, OpGraph], limits: Limits, hardware: HardwareSpec, spec: Spec
-) -> list[tuple[int, int, OpGraph, dict[str, KernelSpec]]]:
+    graphs: Mapping[Phase, OpGraph], limits: Limits, hardware: HardwareSpec, spec: Spec, choose: Choose
+) -> list[LoweredProgram]:
     """(bucket, sequences, lowered graph, kernels) of every program."""
     buckets: dict[Phase, Sequence[int]] = {"prefill": prefill_buckets(limits), "decode": decode_buckets(limits)}
     made = []
     for phase, graph in graphs.items():
-        scheduled = check(schedule(graph))
         for bucket in buckets[phase]:
             seqs = min(bucket, limits.max_seqs)
-            placed = check(place(scheduled, bucket, seqs))
-            lowered, kernels = lower(placed, hardware, _load(phase, bucket, seqs, spec))
+            expanded = check(expand(graph, hardware, Shape(bucket, seqs, limits.max_seq_len)))
+            placed = check(place(check(schedule(check(fuse(expanded)))), bucket, seqs))
+            lowered, kernels = lower(placed, hardware, _load(phase, bucket, seqs, spec), (bucket, seqs), choose)
             made.append((bucket, seqs, check(lowered), kernels))
     return made
 

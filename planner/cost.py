@@ -65,7 +65,7 @@ def _bytes(graph: OpGraph, name: str, load: Load) -> int:
 def _member_cost(graph: OpGraph, op: Op, load: Load) -> OpCost:
     weights = [graph.weights[name].spec for name in op.weights]
     flops = _FLOPS.get(op.kind, _elementwise)(op.attrs, weights, load)
-    if op.kind in ("experts_up", "experts_down"):
+    if op.kind in _EXPERTS:
         flops *= _experts_per_token(graph, op) / _ranks_sharing(op)
     return OpCost(flops, _weight_bytes(graph, op, weights, load), 0.0, _state_bytes(graph, op, load))
 
@@ -73,7 +73,7 @@ def _member_cost(graph: OpGraph, op: Op, load: Load) -> OpCost:
 def _weight_bytes(graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load) -> float:
     if op.kind == "embed":
         return float(load.num_tokens * weights[0].size_bytes() // _rows(weights[0]))
-    if op.kind in ("experts_up", "experts_down"):
+    if op.kind in _EXPERTS:
         hits = _expected_hits(_rows(weights[0]), graph, op, load)
         return hits * weights[0].size_bytes() / _rows(weights[0])
     return float(sum(spec.size_bytes() for spec in weights))
@@ -106,7 +106,7 @@ def _state_bytes(graph: OpGraph, op: Op, load: Load) -> float:
         row = math.prod(spec.bind(0, 0)[1:]) * spec.size_bytes() / max(math.prod(spec.bind(0, 0)), 1)
         if op.kind == "kv_write":
             total += load.num_tokens * row / int(op.attrs["page_size"])
-        elif op.kind == "attention":
+        elif op.kind in ("attention", "attention_split"):
             total += load.num_seqs * load.context_tokens * row / int(op.attrs["page_size"])
         else:
             total += load.num_seqs * row * (2 if access == "update" else 1)
@@ -134,20 +134,37 @@ def _attention(attrs: Mapping[str, object], weights: list[TensorSpec], load: Loa
     return 4.0 * load.num_tokens * load.context_tokens * int(str(attrs["num_heads"])) * int(str(attrs["head_dim"]))
 
 
-def _delta_rule(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    """Recurrent: 7 dk dv a token and head. Chunks of c = 64: 8 c d + 6 d^2."""
+def _per_head(attrs: Mapping[str, object], load: Load, per_token: Callable[[int, int], int]) -> float:
     key, value = int(str(attrs["key_dim"])), int(str(attrs["value_dim"]))
-    chunked = attrs["mode"] == "chunked"
-    per_token = 4 * 64 * (key + value) + 6 * key * value if chunked else 7 * key * value
-    return float(load.num_tokens * int(str(attrs["num_v_heads"])) * per_token)
+    return float(load.num_tokens * int(str(attrs["num_v_heads"])) * per_token(key, value))
 
 
+def _delta_rule(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
+    """One token after the other: 7 dk dv each."""
+    if attrs["mode"] == "chunked":
+        return _delta_chunk(attrs, weights, load) + _delta_scan(attrs, weights, load)
+    return _per_head(attrs, load, lambda key, value: 7 * key * value)
+
+
+def _delta_chunk(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
+    """Chunks of c = 64: K K^T, and A^-1 [V | K]."""
+    return _per_head(attrs, load, lambda key, value: 2 * 64 * key + 2 * 64 * (key + value))
+
+
+def _delta_scan(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
+    """Chunks of c = 64: Q K^T, its product with U, and three products with the state."""
+    return _per_head(attrs, load, lambda key, value: 2 * 64 * (key + value) + 6 * key * value)
+
+
+_EXPERTS = ("experts_up", "experts_down", "grouped_up", "grouped_down")
 _FLOPS: dict[str, Flops] = {
     "linear": _matrix,
-    "experts_up": _experts,
-    "experts_down": _experts,
+    **dict.fromkeys(_EXPERTS, _experts),
     "attention": _attention,
+    "attention_split": _attention,
     "delta_rule": _delta_rule,
+    "delta_chunk": _delta_chunk,
+    "delta_scan": _delta_scan,
 }
 
 
@@ -158,4 +175,5 @@ def predict_us(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> fl
         return round(hardware.all_reduce_us + moved / hardware.link_bytes_per_s * 1e6, 2)
     cost = op_cost(graph, op, load)
     busy_s = max(cost.moved_bytes / hardware.read_bytes_per_s, cost.flops / hardware.matrix_flops_per_s)
-    return round(busy_s * 1e6 + hardware.launch_us, 2)
+    reduces = any(member.kind == "all_reduce" for member in op.members)
+    return round(busy_s * 1e6 + (hardware.all_reduce_us if reduces else hardware.launch_us), 2)

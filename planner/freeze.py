@@ -9,6 +9,7 @@ from tokenspeed_plan.planner.graph import OpGraph, Tensor, Weight
 from tokenspeed_plan.planner.hardware import GIB, HardwareSpec
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.planner.tiling.table import Built
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import (
     SCHEMA_VERSION,
@@ -16,7 +17,6 @@ from tokenspeed_plan.plans.schema import (
     AttentionLayout,
     BufferSpec,
     Decision,
-    KernelSpec,
     Layout,
     Limits,
     Memory,
@@ -31,7 +31,7 @@ from tokenspeed_plan.plans.schema import (
 )
 from tokenspeed_plan.plans.validate import aligned
 
-LoweredProgram = tuple[int, int, OpGraph, dict[str, KernelSpec]]
+LoweredProgram = tuple[int, int, OpGraph, dict[str, Built]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ def freeze(parts: Parts) -> Plan:
         arenas=tuple(ArenaSpec(name=name, size_bytes=arena_bytes[name]) for name in sorted(arena_bytes)),  # type: ignore[arg-type]
         weights=weights,
         buffers=buffers,
-        kernels=tuple(kernels[name] for name in sorted(kernels)),
-        programs=tuple(_program(*program) for program in parts.programs),
+        kernels=tuple(kernels[name].kernel for name in sorted(kernels)),
+        programs=tuple(_program(bucket, seqs, graph) for bucket, seqs, graph, _ in parts.programs),
     )
 
 
@@ -126,7 +126,7 @@ def _memory(arena_bytes: dict[str, int], hardware: HardwareSpec) -> Memory:
     return Memory(**arena_bytes, reserved=hardware.reserved_bytes, total=total, capacity=hardware.memory_bytes)
 
 
-def _program(bucket: int, max_seqs: int, graph: OpGraph, kernels: dict[str, KernelSpec]) -> Program:
+def _program(bucket: int, max_seqs: int, graph: OpGraph) -> Program:
     used = [name for op in graph.ordered() for name in op.outputs]
     buffers = tuple(
         BufferSpec(name=name, arena="activations", offset_bytes=graph.offsets[name], tensor=graph.tensors[name].spec)

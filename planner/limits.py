@@ -8,7 +8,7 @@ from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Limits
 
-ROWS_PER_SLOT = 1  # speculation will need 1 + depth
+ROWS_PER_SLOT = 2  # one to read, one to write; speculation will need 1 + depth more
 
 
 def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareSpec) -> Limits:

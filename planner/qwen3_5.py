@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tokenspeed_plan.planner.graph import DimSplits, Op, OpGraph, Source, Stage, Tensor, Weight
 from tokenspeed_plan.planner.layout import Split
@@ -462,15 +463,18 @@ class _Builder:
     def mlp(self, name: str, source: str, x: str) -> str:
         """Dense SwiGLU."""
         size = self.config.intermediate_size
-        return self._swiglu(f"{name}.mlp", source, x, size, partial=True)
+        up = self._swiglu_up(f"{name}.mlp", source, x, size)
+        return self._swiglu_down(f"{name}.mlp", source, up, size, partial=True)
 
-    def _swiglu(self, name: str, source: str, x: str, size: int, partial: bool) -> str:
+    def _swiglu_up(self, name: str, source: str, x: str, size: int) -> str:
         split = Split("mlp", size)
         rows = {f"{source}{key}_proj.weight": (size, {0: split}) for key in ("gate", "up")}
         weight = self.matrix(f"{name}_gate_up.weight", rows, self.config.hidden_size)
         both = self.linear(f"{name}_gate_up", x, weight, ((2 * size, split),))[0]
-        inner = self.op(f"{name}_act", "silu_mul", (both,), out_splits=(split,))[0]
-        down = self._row_parallel(f"{name}_down.weight", f"{source}down_proj.weight", size, split)
+        return self.op(f"{name}_act", "silu_mul", (both,), out_splits=(split,))[0]
+
+    def _swiglu_down(self, name: str, source: str, inner: str, size: int, partial: bool) -> str:
+        down = self._row_parallel(f"{name}_down.weight", f"{source}down_proj.weight", size, Split("mlp", size))
         return self.linear(f"{name}_down", inner, down, ((self.config.hidden_size, None),), partial=partial)[0]
 
     def moe(self, name: str, source: str, x: str) -> str:
@@ -490,27 +494,44 @@ class _Builder:
             (f"{name}.router_logits", f"{name}.shared_gate"),
         )
         weights, ids = self.op(f"{name}.topk", "topk", (logits,), attrs={"top_k": m.num_experts_per_token})
-        routed = self._experts(name, f"{source}experts.", x, ids, weights)
-        shared = self._swiglu(f"{name}.shared", f"{source}shared_expert.", x, m.shared_intermediate_size, partial=False)
+        # Both ways up, then both ways down: neighbours can be one kernel.
+        routed_up = self._experts_up(name, f"{source}experts.", x, ids)
+        shared_up = self._swiglu_up(f"{name}.shared", f"{source}shared_expert.", x, m.shared_intermediate_size)
+        routed = self._experts_down(name, f"{source}experts.", routed_up, ids, weights)
+        shared = self._swiglu_down(
+            f"{name}.shared", f"{source}shared_expert.", shared_up, m.shared_intermediate_size, partial=False
+        )
         return self.op(f"{name}.moe", "gated_add", (shared, routed, shared_gate), partial=True)[0]
 
-    def _experts(self, name: str, source: str, x: str, ids: str, weights: str) -> str:
+    def _expert_place(self) -> dict[str, Any]:
+        """How ranks share the experts out."""
+        assert self.config.moe is not None
+        count = self.config.moe.num_experts
+        split = Split("experts", count)
+        return {
+            "attrs": {"num_experts": count},
+            "attr_splits": {"num_experts": split},
+            "shifts": {"expert_start": (count, split)},
+        }
+
+    def _experts_up(self, name: str, source: str, x: str, ids: str) -> str:
         m = self.config.moe
         assert m is not None
         split, inner = Split("experts", m.num_experts), Split("expert_inner", m.intermediate_size)
-        attrs: dict[str, Attr] = {"num_experts": m.num_experts}
-        place = {
-            "attrs": attrs,
-            "attr_splits": {"num_experts": split},
-            "shifts": {"expert_start": (m.num_experts, split)},
-        }
         up = self.weight(
             f"{name}.experts_up.weight",
             (m.num_experts, 2 * m.intermediate_size, self.config.hidden_size),
             self._expert_up_sources(source, split, inner),
             join_dim=1,
         )
-        h = self.op(f"{name}.experts_up", "experts_up", (x, ids), (up,), out_splits=(inner,), **place)[0]  # type: ignore[arg-type]
+        return self.op(
+            f"{name}.experts_up", "experts_up", (x, ids), (up,), out_splits=(inner,), **self._expert_place()
+        )[0]
+
+    def _experts_down(self, name: str, source: str, h: str, ids: str, weights: str) -> str:
+        m = self.config.moe
+        assert m is not None
+        split, inner = Split("experts", m.num_experts), Split("expert_inner", m.intermediate_size)
         shape = (m.num_experts, self.config.hidden_size, m.intermediate_size)
         fused = self.context.fused_experts(source)
         down_name = f"{source}down_proj" if fused else f"{source}{{expert}}.down_proj.weight"
@@ -519,7 +540,7 @@ class _Builder:
             shape,
             (Source(down_name, shape, (0, 0, 0), shape, ((0, split), (2, inner))),),
         )
-        return self.op(f"{name}.experts_down", "experts_down", (h, ids, weights), (down,), **place)[0]  # type: ignore[arg-type]
+        return self.op(f"{name}.experts_down", "experts_down", (h, ids, weights), (down,), **self._expert_place())[0]
 
     def _expert_up_sources(self, source: str, split: Split, inner: Split) -> tuple[Source, ...]:
         """Gate rows, then up rows, of each expert; both halves are cut by themselves."""

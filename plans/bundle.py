@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from tokenspeed_plan.plans.canon import canonical, plan_digest
 from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.kernel_file import KERNELS, read_source
 from tokenspeed_plan.plans.schema import SCHEMA_VERSION, Plan
 from tokenspeed_plan.plans.validate import validate
 
 PLAN_FILE = "plan.json"
+CUBIN = "cubin"
 # Lists and objects down to this depth get a line for each element, so that a diff of two plans is readable.
 _OPEN_DEPTH = {"programs": 4}
 _DEFAULT_OPEN_DEPTH = 2
@@ -45,14 +48,59 @@ def _spread(value: Any, depth: int, indent: int) -> str:
     return "[\n" + pad + f",\n{pad}".join(inner) + "\n" + " " * indent + "]"
 
 
-def save_plan(plan: Plan, folder: Path) -> Path:
-    """Write the bundle; readers see the old plan or the new one, never half of one."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_plan(
+    plan: Plan, folder: Path, sources: Mapping[str, str] | None = None, cubins: Mapping[str, bytes] | None = None
+) -> Path:
+    """Write the bundle; readers see the old plan or the new one, never half of one.
+
+    Args:
+        plan: what to write.
+        folder: where to.
+        sources: the text of each kernel by name.
+        cubins: binaries by file name.
+    """
+    texts = {f"{name}.py": text.encode() for name, text in (sources or {}).items()}
+    _write_all(folder / KERNELS, texts)
+    _write_all(folder / CUBIN, cubins or {})
     path = folder / PLAN_FILE
-    draft = folder / f".{PLAN_FILE}.{os.getpid()}"
-    draft.write_text(dump_plan(plan))
-    draft.replace(path)
+    _write(path, dump_plan(plan).encode())
+    _drop_others(folder / KERNELS, "*.py", texts)
+    _drop_others(folder / CUBIN, "*.cubin", cubins or {})
     return path
+
+
+def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        _write(folder / name, data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_bytes(data)
+    draft.replace(path)
+
+
+def _drop_others(folder: Path, pattern: str, kept: Mapping[str, bytes]) -> None:
+    """What an older plan left behind."""
+    for path in folder.glob(pattern):
+        if path.name not in kept:
+            path.unlink()
+
+
+def check_sources(plan: Plan, folder: Path) -> int:
+    """The kernels beside a plan must be its own; returns how many there are.
+
+    Raises:
+        PlanError: one is missing, was altered, or is not in the plan.
+    """
+    built = [kernel for kernel in plan.kernels if kernel.launch is not None]
+    for kernel in built:
+        read_source(folder, kernel)
+    strangers = {path.stem for path in (folder / KERNELS).glob("*.py")} - {kernel.name for kernel in built}
+    if strangers:
+        raise PlanError(f"`{folder / KERNELS / min(strangers)}.py` is not in the plan", _REPLAN)
+    return len(built)
 
 
 def parse_plan(text: str | bytes, name: str) -> Plan:

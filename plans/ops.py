@@ -91,6 +91,13 @@ def wide(dtype: DType) -> DType:
     return "fp64" if dtype == "fp64" else "fp32"
 
 
+def dtype_attr(attrs: Attrs) -> DType:
+    """The constant `dtype`: what an operator that computes in the accumulation dtype gives back."""
+    value = attrs.get("dtype")
+    require(value in ("fp64", "fp32", "bf16"), f"dtype {value!r}")
+    return value  # type: ignore[return-value]
+
+
 def _like(specs: Specs, name: str, last: int) -> TensorSpec:
     return TensorSpec(shape=(rows(specs, name), last), dtype=specs[name].dtype)
 
@@ -163,6 +170,25 @@ def _attention(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     return {"y": expect(specs, "q", "num_tokens", heads * integer(attrs, "head_dim"))}
 
 
+def _attention_split(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    q = _attention({**attrs, "mode": "decode"}, specs)["y"]
+    splits, heads = integer(attrs, "num_splits"), integer(attrs, "num_heads")
+    require(splits > 0, f"{splits} splits")
+    wanted = splits * heads
+    return {
+        "partial": TensorSpec(shape=("num_tokens", wanted * integer(attrs, "head_dim")), dtype=wide(q.dtype)),
+        "lse": TensorSpec(shape=("num_tokens", wanted), dtype=wide(q.dtype)),
+    }
+
+
+def _attention_combine(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    splits, heads, head_dim = (integer(attrs, name) for name in ("num_splits", "num_heads", "head_dim"))
+    dtype = dtype_attr(attrs)
+    expect(specs, "partial", rows(specs, "partial"), splits * heads * head_dim, dtype=wide(dtype))
+    expect(specs, "lse", rows(specs, "partial"), splits * heads, dtype=wide(dtype))
+    return {"y": TensorSpec(shape=(rows(specs, "partial"), heads * head_dim), dtype=dtype)}
+
+
 def _pair(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     require(specs["x"] == specs["g"], "operands differ")
     return {"y": specs["x"]}
@@ -181,7 +207,7 @@ def _qk_l2_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     key = integer(attrs, "num_k_heads") * integer(attrs, "key_dim")
     value = integer(attrs, "num_v_heads") * integer(attrs, "value_dim")
     x = expect(specs, "x", "num_tokens", 2 * key + value)
-    out = TensorSpec(shape=("num_tokens", key), dtype=wide(x.dtype))
+    out = TensorSpec(shape=("num_tokens", key), dtype=x.dtype)
     return {"q": out, "k": out, "v": TensorSpec(shape=("num_tokens", value), dtype=x.dtype)}
 
 
@@ -202,13 +228,44 @@ def _delta_rule(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     require(v_heads % k_heads == 0, f"{v_heads} value heads over {k_heads} key heads")
     acc = wide(specs["v"].dtype)
     for name in ("q", "k"):
-        expect(specs, name, "num_tokens", k_heads * key_dim, dtype=acc)
+        expect(specs, name, "num_tokens", k_heads * key_dim, dtype=specs["v"].dtype)
     for name in ("beta", "log_decay"):
         expect(specs, name, "num_tokens", v_heads, dtype=acc)
-    state = specs["ssm_state"]
-    require(state.shape[1:] == (v_heads, key_dim, value_dim), f"`ssm_state` is {list(state.shape)}")
-    require(state.dtype == acc, f"`ssm_state` is {state.dtype} where {acc} is needed")
+    _ssm_state(attrs, specs, acc)
     return {"y": expect(specs, "v", "num_tokens", v_heads * value_dim)}
+
+
+def _ssm_state(attrs: Attrs, specs: Specs, acc: DType) -> None:
+    state, wanted = specs["ssm_state"], tuple(integer(attrs, name) for name in ("num_v_heads", "key_dim", "value_dim"))
+    require(state.shape[1:] == wanted, f"`ssm_state` is {list(state.shape)}")
+    require(state.dtype == acc, f"`ssm_state` is {state.dtype} where {acc} is needed")
+
+
+def _delta_chunk(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    k_heads, v_heads = integer(attrs, "num_k_heads"), integer(attrs, "num_v_heads")
+    key_dim, value_dim = integer(attrs, "key_dim"), integer(attrs, "value_dim")
+    require(v_heads % k_heads == 0, f"{v_heads} value heads over {k_heads} key heads")
+    acc = expect(specs, "beta", "num_tokens", v_heads).dtype
+    expect(specs, "log_decay", "num_tokens", v_heads, dtype=acc)
+    dtype = expect(specs, "v", "num_tokens", v_heads * value_dim).dtype
+    require(wide(dtype) == acc, f"`beta` is {acc} beside {dtype}")
+    expect(specs, "k", "num_tokens", k_heads * key_dim, dtype=dtype)
+    expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
+    widths = {"u": v_heads * value_dim, "w": v_heads * key_dim}
+    made = {name: TensorSpec(shape=("num_tokens", size), dtype=dtype) for name, size in widths.items()}
+    return made | {"total": TensorSpec(shape=("num_tokens", v_heads), dtype=acc)}
+
+
+def _delta_scan(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    _seq_metadata(specs)
+    k_heads, v_heads = integer(attrs, "num_k_heads"), integer(attrs, "num_v_heads")
+    key_dim, value_dim = integer(attrs, "key_dim"), integer(attrs, "value_dim")
+    widths = {"q": k_heads * key_dim, "k": k_heads * key_dim, "u": v_heads * value_dim, "w": v_heads * key_dim}
+    for name, size in widths.items():
+        expect(specs, name, "num_tokens", size, dtype=dtype_attr(attrs))
+    acc = expect(specs, "total", "num_tokens", v_heads, dtype=wide(dtype_attr(attrs))).dtype
+    _ssm_state(attrs, specs, acc)
+    return {"y": TensorSpec(shape=("num_tokens", v_heads * value_dim), dtype=dtype_attr(attrs))}
 
 
 def _gated_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
@@ -251,6 +308,47 @@ def _experts_down(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     require(isinstance(shape[2], int) and width(specs, "h") == chosen * shape[2], f"`w` is {list(shape)}")
     expect(specs, "weights", rows(specs, "h"), chosen)
     return {"y": _like(specs, "h", shape[1])}  # type: ignore[arg-type]
+
+
+def _expert_sort(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    ids = expect(specs, "ids", rows(specs, "ids"), width(specs, "ids"), dtype="i32")
+    return {"order": ids, "bounds": TensorSpec(shape=(integer(attrs, "num_experts") + 1,), dtype="i32")}
+
+
+def _sorted_experts(attrs: Attrs, specs: Specs, x: str) -> tuple[int, int]:
+    """Rows and columns of one expert's matrix."""
+    experts, shape = integer(attrs, "num_experts"), specs["w"].shape
+    require(len(shape) == 3 and shape[0] == experts, f"`w` is {list(shape)}")
+    expect(specs, "order", rows(specs, x), width(specs, "order"), dtype="i32")
+    expect(specs, "bounds", experts + 1, dtype="i32")
+    _, out, inner = shape
+    require(isinstance(out, int) and isinstance(inner, int), f"`w` is {list(shape)}")
+    return out, inner  # type: ignore[return-value]
+
+
+def _grouped_up(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    inner, hidden = _sorted_experts(attrs, specs, "x")
+    require(hidden == width(specs, "x") and inner % 2 == 0, f"`w` is {specs['w'].shape}")
+    return {"y": _like(specs, "x", width(specs, "order") * inner // 2)}
+
+
+def _grouped_down(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    hidden, inner = _sorted_experts(attrs, specs, "h")
+    chosen = width(specs, "order")
+    require(width(specs, "h") == chosen * inner, f"`w` is {specs['w'].shape}")
+    return {"y": _like(specs, "h", chosen * hidden)}
+
+
+def _expert_sum(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    chosen = width(specs, "weights")
+    expect(specs, "weights", rows(specs, "d"), chosen, dtype=specs["d"].dtype)
+    require(width(specs, "d") % chosen == 0, f"{width(specs, 'd')} columns of {chosen} experts")
+    return {"y": _like(specs, "d", width(specs, "d") // chosen)}
+
+
+def _all_reduce(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    require(integer(attrs, "num_ranks") > 1, "one rank has nobody to add up with")
+    return {"y": specs["x"]}
 
 
 def _gated_add(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
@@ -310,6 +408,15 @@ OPS: dict[str, OpDef] = {
         ("q", "page_table", "context_lens", "cu_seqlens"), ("y",), _attention, "softmax(q k^T / sqrt(D)) v, causal",
         states=(("kv_cache", "read"),), attrs=("mode", "num_heads", "num_kv_heads", "head_dim", "page_size"),
     ),
+    "attention_split": OpDef(
+        ("q", "page_table", "context_lens", "cu_seqlens"), ("partial", "lse"), _attention_split,
+        "attention over each of `num_splits` runs of blocks of BLOCK tokens, and the log of its sum of exponentials",
+        states=(("kv_cache", "read"),), attrs=("num_splits", "num_heads", "num_kv_heads", "head_dim", "page_size"),
+    ),
+    "attention_combine": OpDef(
+        ("partial", "lse"), ("y",), _attention_combine, "y = sum_s exp(lse_s) partial_s / sum_s exp(lse_s)",
+        attrs=("num_splits", "num_heads", "head_dim", "dtype"),
+    ),
     "sigmoid_gate": OpDef(("x", "g"), ("y",), _pair, "y = x * sigmoid(g)"),
     "causal_conv": OpDef(
         ("x", *_CONV_META), ("y",), _conv, "y[t] = silu(sum_j w[j] x[t - K + 1 + j])", ("w",),
@@ -328,6 +435,16 @@ OPS: dict[str, OpDef] = {
         "S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q", states=(("ssm_state", "update"),),
         attrs=("mode", "num_k_heads", "num_v_heads", "key_dim", "value_dim"),
     ),
+    "delta_chunk": OpDef(
+        ("k", "v", "beta", "log_decay", "cu_seqlens"), ("u", "w", "total"), _delta_chunk,
+        "per chunk of 64 tokens: A = I + strict_lower(beta K K^T * D); u = A^-1 beta V; w = A^-1 beta e^G K; total = G",
+        attrs=("num_k_heads", "num_v_heads", "key_dim", "value_dim"),
+    ),
+    "delta_scan": OpDef(
+        ("q", "k", "u", "w", "total", *_CONV_META), ("y",), _delta_scan,
+        "U = u - w S; y = e^G Q S + ((Q K^T) * D) U; S = e^G_last S + (e^(G_last - G) K)^T U",
+        states=(("ssm_state", "update"),), attrs=("num_k_heads", "num_v_heads", "key_dim", "value_dim", "dtype"),
+    ),
     "gated_norm": OpDef(
         ("x", "z"), ("y",), _gated_norm, "y = x / sqrt(mean(x^2) + eps) * w * silu(z), per head", ("w",),
         attrs=("eps", "num_heads", "head_dim"),
@@ -343,6 +460,20 @@ OPS: dict[str, OpDef] = {
         ("h", "ids", "weights"), ("y",), _experts_down, "y[t] = sum_j weights[t, j] h[t, j] D^T", ("w",),
         attrs=("num_experts",),
     ),
+    "expert_sort": OpDef(
+        ("ids",), ("order", "bounds"), _expert_sort,
+        "flat places of `ids` by expert, other ranks' last; bounds[e] is where expert e begins", attrs=("num_experts",),
+    ),
+    "grouped_up": OpDef(
+        ("x", "order", "bounds"), ("y",), _grouped_up, "experts_up, one product an expert", ("w",),
+        attrs=("num_experts",),
+    ),
+    "grouped_down": OpDef(
+        ("h", "order", "bounds"), ("y",), _grouped_down, "y[t, j] = h[t, j] D^T, one product an expert", ("w",),
+        attrs=("num_experts",),
+    ),
+    "expert_sum": OpDef(("d", "weights"), ("y",), _expert_sum, "y[t] = sum_j weights[t, j] d[t, j]"),
+    "all_reduce": OpDef(("x",), ("y",), _all_reduce, "the sum over all ranks", attrs=("num_ranks",)),
     "gated_add": OpDef(("x", "r", "g"), ("y",), _gated_add, "y = r + x * sigmoid(g), g one scalar a token"),
     "last_token": OpDef(("x", "cu_seqlens"), ("y",), _last_token, "the last row of each sequence"),
     "concat": OpDef(("x", "r"), ("y",), _concat, "y = [x | r]"),

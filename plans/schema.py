@@ -12,7 +12,7 @@ from pydantic import Field
 from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.types import Attr, Dim, DType, Frozen, Phase, RankShift, TensorSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 ArenaName = Literal["weights", "kv_cache", "state", "io", "activations"]
 
@@ -153,12 +153,57 @@ class Part(Frozen):
     rank_attrs: dict[str, RankShift] = Field(default_factory=dict)
 
 
+class GridDim(Frozen):
+    """Programs along one dimension: `fixed + ceil(num_tokens * scale / block) + num_seqs * per_seq` (block 0: none)."""
+
+    fixed: int = 0
+    scale: int = 1
+    block: int = 0
+    per_seq: int = 0
+
+    def at(self, num_tokens: int, num_seqs: int) -> int:
+        """The number at the sizes of a batch."""
+        blocks = -(-num_tokens * self.scale // self.block) if self.block else 0
+        return self.fixed + blocks + num_seqs * self.per_seq
+
+
+class Launch(Frozen):
+    """How a kernel is built and started: its template, the constants baked into it, its grid.
+
+    `source_sha256` is that of `kernels/<name>.py`. With `pdl` it starts while its predecessor ends, and waits for its
+    results inside (programmatic dependent launch).
+    """
+
+    template: str
+    constants: dict[str, Attr]
+    grid: tuple[GridDim, ...]
+    num_warps: int
+    num_stages: int
+    pdl: bool
+    source_sha256: str
+
+
 class KernelSpec(Frozen):
-    """One specialised kernel, shared by all steps that need it; the name ends with a digest of the rest."""
+    """One specialised kernel, shared by all steps that need it; the name ends with a digest of the rest.
+
+    Without `launch` it has no Triton body (fp64, which only the reference computes in).
+    """
 
     name: str
     params: tuple[Param, ...]
     parts: tuple[Part, ...]
+    launch: Launch | None = None
+
+
+class Binary(Frozen):
+    """What the compiler made of a kernel for one architecture; the file is `cubin/<kernel>.sm<sm>.cubin`."""
+
+    kernel: str
+    sm: int
+    cubin_sha256: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
 
 
 class KernelCall(Frozen):
@@ -244,7 +289,10 @@ class Memory(Frozen):
 
 
 class Plan(Frozen):
-    """Everything that was decided. `digest` is the SHA-256 of the canonical form of all the other fields."""
+    """Everything that was decided. `digest` is the SHA-256 of the canonical form of all the other fields.
+
+    `binaries` are empty where the kernels were not compiled; `kernel_compiler` names what compiled them.
+    """
 
     schema_version: int
     compiler_version: str
@@ -261,6 +309,8 @@ class Plan(Frozen):
     buffers: tuple[BufferSpec, ...]
     kernels: tuple[KernelSpec, ...]
     programs: tuple[Program, ...]
+    kernel_compiler: str = ""
+    binaries: tuple[Binary, ...] = ()
     canary: tuple[CanaryPrompt, ...] = ()
 
     @property

@@ -76,6 +76,7 @@ def _limits(plan: Plan) -> None:
         limits.num_rows == 1 + limits.max_seqs * limits.rows_per_slot,
         lambda: f"{limits.num_rows} state rows for {limits.max_seqs} sequences",
     )
+    check(limits.rows_per_slot >= 2, lambda: "a sequence needs a row to read and another to write")
     check(limits.num_pages * limits.page_size >= limits.max_seq_len, lambda: "one longest sequence has no pages")
     check(limits.default_max_tokens < limits.max_seq_len, lambda: "default_max_tokens over max_seq_len")
     sizes = {"prefill": limits.max_tokens, "decode": limits.max_seqs}

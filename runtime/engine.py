@@ -12,8 +12,10 @@ from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.checks import check_files, check_target, find_weights
+from tokenspeed_plan.runtime.collectives import join
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.inputs import write_inputs
+from tokenspeed_plan.runtime.kernels import Bodies, KernelBodies
 from tokenspeed_plan.runtime.memory import Arenas
 from tokenspeed_plan.runtime.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 from tokenspeed_plan.runtime.scheduler import Batch, Scheduler
@@ -36,12 +38,19 @@ class Engine:
         self.plan = plan
         self.codec = codec
         self.startup_s: dict[str, float] = {}
-        self._executor = executor
+        self.executor = executor
         self._scheduler = Scheduler(plan, chunk)
         self._stop_ids = frozenset(plan.model.eos_token_ids)
 
     @classmethod
-    def load(cls, bundle: Path, weights: Path | None = None, chat: Callable[[Messages], str] | None = None) -> Engine:
+    def load(
+        cls,
+        bundle: Path,
+        weights: Path | None = None,
+        chat: Callable[[Messages], str] | None = None,
+        bodies: Bodies = "reference",
+        executor: type[Executor] = Executor,
+    ) -> Engine:
         """Read and check a bundle, then its weights, then allocate. `chat` writes messages as a prompt.
 
         Raises:
@@ -51,20 +60,28 @@ class Engine:
         plan = load_plan(bundle)
         folder = find_weights(plan, bundle, weights)
         read = time.perf_counter()
-        engine = cls.from_plan(plan, folder, chat=chat)
+        kernels = KernelBodies.load(plan, bundle) if bodies == "kernels" else None
+        engine = cls.from_plan(plan, folder, chat, bodies=kernels, executor=executor)
         engine.startup_s = {"read_plan_s": read - begun, "read_weights_s": time.perf_counter() - read}
         return engine
 
     @classmethod
     def from_plan(
-        cls, plan: Plan, folder: Path, chat: Callable[[Messages], str] | None = None, chunk: int | None = None
+        cls,
+        plan: Plan,
+        folder: Path,
+        chat: Callable[[Messages], str] | None = None,
+        chunk: int | None = None,
+        bodies: KernelBodies | None = None,
+        executor: type[Executor] = Executor,
     ) -> Engine:
         """From a plan that is checked already; `chunk` lowers the prefill chunk below the planned one."""
         check_target(plan)
         check_files(plan, folder)
-        arenas, tensors = load_weights(plan, folder, lambda: Arenas(plan.arenas))
+        rank, collectives = join(plan)
+        arenas, tensors = load_weights(plan, folder, lambda: Arenas(plan.arenas), rank)
         codec = Codec.load(folder, chat) if (folder / "tokenizer.json").is_file() else None
-        return cls(plan, Executor(plan, arenas, tensors), codec, chunk)
+        return cls(plan, executor(plan, arenas, tensors, rank, collectives, bodies), codec, chunk)
 
     def time_startup(self, name: str, work: Callable[[], object]) -> None:
         """Do a part of the start-up and note how long it took."""
@@ -144,17 +161,17 @@ class Engine:
         tokens, seqs = batch.num_tokens, len(batch.sequences)
 
         def buffer(name: str) -> Tensor:
-            return self._executor.buffer(name, tokens, seqs)
+            return self.executor.buffer(name, tokens, seqs)
 
         write_inputs(batch, buffer, self.plan.limits.page_size)
-        self._executor.run(batch.program, tokens, seqs)
+        self.executor.run(batch.program, tokens, seqs)
         return buffer("next_tokens").tolist(), buffer("logits")
 
     def _commit(self, batch: Batch, next_tokens: list[int], logits: Tensor) -> list[Completion]:
         """Take over what was computed; finish what is done."""
         now, finished = time.perf_counter(), []
         for index, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
-            sequence.num_computed += count
+            sequence.advance(count)
             if sequence.is_prefilling:
                 continue
             sequence.first_token_s = sequence.first_token_s or now

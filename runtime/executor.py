@@ -1,16 +1,18 @@
 """Replay: the steps of a program, bound to tensors once, then run in a loop that looks nothing up.
 
-Kernels run as their reference bodies. What a kernel keeps to itself stays in a slot of a small list, what it gives
-back is copied to the planned place.
+Kernels run as their reference bodies, or as the bundle's Triton kernels. What a reference body keeps to itself stays in
+a slot of a small list, what it gives back is copied to the planned place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from tokenspeed_plan.plans.schema import BufferSpec, CollectiveCall, KernelCall, KernelSpec, Part, Plan, Program
+from tokenspeed_plan.plans.schema import BufferSpec, CollectiveCall, KernelCall, KernelSpec, Part, Plan, Program, Step
+from tokenspeed_plan.runtime.collectives import Collectives
+from tokenspeed_plan.runtime.kernels import KernelBodies
 from tokenspeed_plan.runtime.memory import Arenas
 from tokenspeed_plan.runtime.reference import BODIES, Body
 from torch import Tensor
@@ -21,18 +23,8 @@ MAX_BINDINGS = 64  # distinct (program, tokens, sequences) kept bound
 Instruction = tuple[Body, Mapping[str, Any], tuple[Tensor | int, ...], tuple[tuple[int, Tensor | None], ...]]
 
 
-class Collectives(Protocol):
-    """What joins the ranks."""
-
-    def all_reduce(self, source: Tensor, target: Tensor) -> None:
-        """target = sum of source over the ranks."""
-
-    def all_gather(self, source: Tensor, target: Tensor) -> None:
-        """target = the columns of all ranks side by side."""
-
-
 class Executor:
-    """The programs of a plan on one rank."""
+    """The programs of a plan on one rank. With `bodies`, kernels that have a Triton body run as that."""
 
     def __init__(
         self,
@@ -41,13 +33,15 @@ class Executor:
         weights: Mapping[str, Tensor],
         rank: int = 0,
         collectives: Collectives | None = None,
+        bodies: KernelBodies | None = None,
     ) -> None:
         self.plan = plan
         self.rank = rank
+        self.collectives = collectives
+        self.bodies = bodies
+        self.kernels = {kernel.name: kernel for kernel in plan.kernels}
         self._arenas = arenas
         self._weights = weights
-        self._collectives = collectives
-        self._kernels = {kernel.name: kernel for kernel in plan.kernels}
         self._shared = {buffer.name: buffer for buffer in plan.buffers}
         most = max(sum(len(part.outputs) for part in kernel.parts) for kernel in plan.kernels)
         self._temps = [torch.empty(0)] * most
@@ -60,8 +54,12 @@ class Executor:
     @torch.inference_mode()
     def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
         """One replay; inputs and outputs are in the io buffers."""
+        self.execute(self._bind(program, num_tokens, num_seqs))
+
+    def execute(self, instructions: Iterable[Instruction]) -> None:
+        """Run instructions in order."""
         temps = list(self._temps)
-        for body, attrs, operands, outputs in self._bind(program, num_tokens, num_seqs):
+        for body, attrs, operands, outputs in instructions:
             results = body(attrs, *[temps[x] if isinstance(x, int) else x for x in operands])
             for (slot, place), result in zip(outputs, results, strict=True):
                 if place is None:
@@ -74,10 +72,13 @@ class Executor:
         if key not in self._bound:
             if len(self._bound) >= MAX_BINDINGS:
                 self._bound.clear()
-            self._bound[key] = tuple(self._instructions(program, num_tokens, num_seqs))
+            places = self.places(program, num_tokens, num_seqs)
+            made = (self._step(step, self.tensors(step, places), num_tokens, num_seqs) for step in program.steps)
+            self._bound[key] = tuple(instruction for step in made for instruction in step)
         return self._bound[key]
 
-    def _instructions(self, program: Program, num_tokens: int, num_seqs: int) -> list[Instruction]:
+    def places(self, program: Program, num_tokens: int, num_seqs: int) -> Callable[[str], Tensor]:
+        """A function from a name to its tensor, in a program at the size of a batch."""
         local = {buffer.name: buffer for buffer in program.buffers}
 
         def tensor(name: str) -> Tensor:
@@ -85,17 +86,30 @@ class Executor:
                 return self._weights[name]
             return self._view(local.get(name) or self._shared[name], num_tokens, num_seqs)
 
-        made: list[Instruction] = []
-        for step in program.steps:
-            if isinstance(step, KernelCall):
-                kernel = self._kernels[step.kernel]
-                places = {p.name: tensor(name) for p, name in zip(kernel.params, step.args, strict=True)}
-                made += self._kernel(kernel, places)
-            elif isinstance(step, CollectiveCall):
-                made.append((self._collective(step.op), {}, (tensor(step.source), tensor(step.target)), ()))
-        return made
+        return tensor
 
-    def _kernel(self, kernel: KernelSpec, places: Mapping[str, Tensor]) -> list[Instruction]:
+    def tensors(self, step: Step, places: Callable[[str], Tensor]) -> tuple[Tensor, ...]:
+        """What a step works on, in the order of its arguments."""
+        if isinstance(step, KernelCall):
+            return tuple(places(name) for name in step.args)
+        return (places(step.source), places(step.target)) if isinstance(step, CollectiveCall) else ()
+
+    def _step(self, step: Step, tensors: tuple[Tensor, ...], num_tokens: int, num_seqs: int) -> Iterable[Instruction]:
+        kernel = self.kernels[step.kernel] if isinstance(step, KernelCall) else None
+        if kernel is None or self.bodies is None or not self.bodies.has(kernel):
+            return self.reference(step, tensors)
+        launcher = self.bodies.launcher(kernel, self.rank, num_tokens, num_seqs, self.collectives)
+        return ((launcher, {}, tensors, ()),)
+
+    def reference(self, step: Step, tensors: tuple[Tensor, ...]) -> list[Instruction]:
+        """A step as reference bodies; events mean nothing where all runs in order."""
+        if isinstance(step, KernelCall):
+            return self.reference_kernel(self.kernels[step.kernel], tensors)
+        return [(self._collective(step.op), {}, tensors, ())] if isinstance(step, CollectiveCall) else []
+
+    def reference_kernel(self, kernel: KernelSpec, tensors: tuple[Tensor, ...]) -> list[Instruction]:
+        """A kernel's parts, one after the other."""
+        places = {param.name: view for param, view in zip(kernel.params, tensors, strict=True)}
         slots: dict[str, int] = {}
         made: list[Instruction] = []
         for part in kernel.parts:
@@ -103,15 +117,27 @@ class Executor:
             for name in part.outputs:
                 slots.setdefault(name, len(slots))
             outputs = tuple((slots[name], places.get(name)) for name in part.outputs)
-            made.append((BODIES[part.kind], self._attrs(part), operands, outputs))
+            made.append((self._body(part.kind), self._attrs(part), operands, outputs))
         return made
 
     def _attrs(self, part: Part) -> dict[str, Any]:
         return {**part.attrs, **{name: shift.at(self.rank) for name, shift in part.rank_attrs.items()}}
 
+    def _body(self, kind: str) -> Body:
+        if kind != "all_reduce":
+            return BODIES[kind]
+        reduce = self._collective(kind)
+
+        def body(attrs: Mapping[str, Any], source: Tensor) -> tuple[Tensor]:
+            target = torch.empty_like(source)
+            reduce(attrs, source, target)
+            return (target,)
+
+        return body
+
     def _collective(self, op: str) -> Body:
-        assert self._collectives is not None, "the loader refuses a plan of several ranks without collectives"
-        call: Callable[[Tensor, Tensor], None] = getattr(self._collectives, op)
+        assert self.collectives is not None, "the loader refuses a plan of several ranks without collectives"
+        call: Callable[[Tensor, Tensor], None] = getattr(self.collectives, op)
 
         def body(attrs: Mapping[str, Any], source: Tensor, target: Tensor) -> tuple[()]:
             call(source, target)

@@ -37,12 +37,11 @@ def _per_token(batch: Batch, page_size: int) -> dict[str, list[int] | list[float
 
 def _per_sequence(batch: Batch) -> dict[str, list[int] | list[float]]:
     params = [sequence.request.params for sequence in batch.sequences]
-    rows = [sequence.row for sequence in batch.sequences]
     return {
         "cu_seqlens": [0, *accumulate(batch.counts)],
         "context_lens": [s.num_computed + count for s, count in zip(batch.sequences, batch.counts, strict=True)],
-        "read_rows": [s.row if s.num_computed else 0 for s in batch.sequences],  # a new sequence reads the zero row
-        "write_rows": rows,
+        "read_rows": [s.read_row for s in batch.sequences],
+        "write_rows": [s.write_row for s in batch.sequences],
         "temperature": [p.temperature for p in params],
         "top_p": [p.top_p for p in params],
         "top_k": [p.top_k for p in params],

@@ -42,7 +42,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._free_pages = list(range(plan.limits.num_pages - 1, -1, -1))
-        self._free_rows = list(range(plan.limits.num_rows - 1, 0, -1))  # row 0 is the zero row
+        self._free_slots = list(range(plan.limits.max_seqs - 1, -1, -1))
         self._last: Phase = "decode"
 
     @property
@@ -72,18 +72,23 @@ class Scheduler:
         """Give back what a sequence held."""
         self._running.remove(sequence)
         self._free_pages += sequence.pages
-        self._free_rows.append(sequence.row)
+        self._free_slots.append(sequence.rows.start // self.limits.rows_per_slot)
 
     def _admit(self) -> None:
-        while self._waiting and self._free_rows:
+        while self._waiting and self._free_slots:
             sequence = self._waiting[0]
             needed = -(-sequence.longest // self.limits.page_size)
             if needed > len(self._free_pages):
                 return
             self._waiting.popleft()
             sequence.pages = [self._free_pages.pop() for _ in range(needed)]
-            sequence.row = self._free_rows.pop()
+            sequence.rows = self._rows(self._free_slots.pop())
             self._running.append(sequence)
+
+    def _rows(self, slot: int) -> range:
+        """The rows of recurrent state of a slot; row 0 is the zero row and belongs to nobody."""
+        start = 1 + slot * self.limits.rows_per_slot
+        return range(start, start + self.limits.rows_per_slot)
 
     def _prefill(self, prefilling: list[Sequence]) -> Batch:
         room, counts = self.chunk, []

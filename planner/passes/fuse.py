@@ -11,36 +11,56 @@ from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.plans.ops import Access
+from tokenspeed_plan.plans.types import Phase
 
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """One rewrite: `run` (kinds, in order) becomes a kernel of kind `kind`."""
+    """One rewrite: `run` (kinds, in order) becomes a kernel of kind `kind`, in the phases where it pays."""
 
     kind: str
     run: tuple[str, ...]
+    phases: tuple[Phase, ...] = ("prefill", "decode", "draft")
 
 
 FUSIONS = (
-    Fusion("add_rms_norm_last_token", ("add", "rms_norm", "last_token")),
-    Fusion("add_rms_norm", ("add", "rms_norm")),
-    Fusion("qk_norm_rope_write", ("split_gate", "head_norm", "rope", "head_norm", "rope", "kv_write")),
-    Fusion("delta_step", ("causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
-    Fusion("linear_topk", ("linear", "topk")),
+    # Sums over ranks end in the residual stream and its norm. Few rows are read from all peers at once; many would
+    # cross the links once for each pair of ranks.
+    Fusion("reduce_add_norm", ("all_reduce", "add", "rms_norm"), ("decode", "draft")),
+    # Products take in the norm before them, and what is done to their result.
+    Fusion("norm_head", ("rms_norm", "last_token", "linear")),
+    Fusion("head", ("last_token", "linear")),
+    Fusion("norm_linear_silu_mul", ("rms_norm", "linear", "silu_mul")),
+    Fusion("norm_linear", ("rms_norm", "linear")),
     Fusion("linear_silu_mul", ("linear", "silu_mul")),
-    Fusion("linear_gated_add", ("linear", "gated_add")),
+    Fusion("combine_linear_add", ("attention_combine", "sigmoid_gate", "linear", "add")),
+    Fusion("combine_linear", ("attention_combine", "sigmoid_gate", "linear")),
+    Fusion("expert_sum_linear_add", ("expert_sum", "linear", "gated_add", "add")),
+    Fusion("expert_sum_linear", ("expert_sum", "linear", "gated_add")),
+    Fusion("linear_add", ("linear", "add")),
+    Fusion("add_norm", ("add", "rms_norm")),
+    # Attention.
+    Fusion("qk_norm_rope_write", ("split_gate", "head_norm", "rope", "head_norm", "rope", "kv_write")),
     Fusion("attention_gate", ("attention", "sigmoid_gate")),
+    # Gated DeltaNet: one step of it, and the chunked form.
+    Fusion("delta_step", ("causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
+    Fusion("conv_qk_norm", ("causal_conv", "qk_l2_norm")),
+    Fusion("gates_delta_chunk", ("delta_gates", "delta_chunk")),
+    # Mixture of experts, a few rows.
+    Fusion("moe_up", ("topk", "experts_up", "linear", "silu_mul")),
+    Fusion("moe_down_add", ("experts_down", "linear", "gated_add", "add")),
+    Fusion("moe_down", ("experts_down", "linear", "gated_add")),
 )
 FUSED_KINDS = frozenset(fusion.kind for fusion in FUSIONS)
 
 
 def fuse(graph: OpGraph, fusions: Sequence[Fusion] = FUSIONS) -> OpGraph:
-    """The graph with every matching run replaced, the longest rewrites of the table first."""
+    """The graph with every matching run replaced, by the first row of the table that fits."""
     order = list(graph.ordered())
     ops: list[Op] = []
     index = 0
     while index < len(order):
-        fusion = next((f for f in fusions if _matches(order, index, f)), None)
+        fusion = next((f for f in fusions if graph.phase in f.phases and _matches(order, index, f)), None)
         length = len(fusion.run) if fusion else 1
         ops.append(_merge(graph, order, index, fusion) if fusion else order[index])
         index += length

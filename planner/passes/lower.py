@@ -5,29 +5,42 @@ Layers and programs of the same shape share a kernel: names inside a kernel do n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from operator import itemgetter
 
 from tokenspeed_plan.planner.cost import Load, predict_us
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.passes.schedule import ops_by_step, step_key
-from tokenspeed_plan.plans.canon import kernel_name
+from tokenspeed_plan.planner.tiling.table import Built, build_kernel
 from tokenspeed_plan.plans.ops import OPS
 from tokenspeed_plan.plans.schema import CollectiveCall, KernelCall, KernelSpec, Param, Part, Step
 from tokenspeed_plan.plans.types import TensorSpec
 
+Choose = Callable[[list[Built]], Built]
 
-def lower(graph: OpGraph, hardware: HardwareSpec, load: Load) -> tuple[OpGraph, dict[str, KernelSpec]]:
-    """The graph with calls for steps, and the kernels that they call, by name."""
-    kernels: dict[str, KernelSpec] = {}
+
+def lower(
+    graph: OpGraph, hardware: HardwareSpec, load: Load, rows: tuple[int, int], choose: Choose = itemgetter(0)
+) -> tuple[OpGraph, dict[str, Built]]:
+    """The graph with calls for steps, and the kernels that they call, by name.
+
+    The program takes at most `rows` tokens and sequences; `choose` picks among a kernel's tilings.
+    """
+    kernels: dict[str, Built] = {}
+    made: dict[tuple[str, str], Built] = {}
     by_step = ops_by_step(graph)
     steps: list[Step] = []
     for step in graph.steps:
         if isinstance(step, KernelCall):
             op = by_step[step_key(step)]
-            kernel = _kernel(graph, op)
-            kernels[kernel.name] = kernel
+            plain = _kernel(graph, op)
+            key = (op.kind, plain.model_dump_json())
+            if key not in made:
+                made[key] = choose(build_kernel(op.kind, plain, rows, hardware, graph.phase == "decode"))
+            kernel = made[key].kernel
+            kernels[kernel.name] = made[key]
             args = (*op.inputs, *op.weights, *(name for name, _ in op.states), *op.outputs)
             steps.append(
                 KernelCall(
@@ -64,8 +77,7 @@ def _kernel(graph: OpGraph, op: Op) -> KernelSpec:
         )
         for member in op.members
     )
-    kernel = KernelSpec(name="", params=tuple(params), parts=parts)
-    return kernel.model_copy(update={"name": kernel_name(op.kind, kernel)})
+    return KernelSpec(name="", params=tuple(params), parts=parts)
 
 
 def _spec(graph: OpGraph, name: str) -> TensorSpec:

@@ -27,7 +27,7 @@ def shard(graph: OpGraph, layout: ParallelLayout) -> OpGraph:
     for op in graph.ops:
         local = _cut_op(op, tensors, layout)
         kind = _collective(op) if layout.num_ranks > 1 else None
-        ops += [local] if kind is None else _with_collective(local, kind, graph, tensors)
+        ops += [local] if kind is None else _with_collective(local, kind, graph, tensors, layout.num_ranks)
     return graph.to(Stage.SHARDED, ops=tuple(ops), tensors=tensors, weights=weights)
 
 
@@ -70,10 +70,11 @@ def _collective(op: Op) -> str | None:
     return "all_reduce" if op.partial else "all_gather" if op.gathered else None
 
 
-def _with_collective(op: Op, kind: str, graph: OpGraph, tensors: dict[str, Tensor]) -> list[Op]:
+def _with_collective(op: Op, kind: str, graph: OpGraph, tensors: dict[str, Tensor], num_ranks: int) -> list[Op]:
     """The operator writes a local tensor; the collective writes the one that everybody reads."""
     (name,) = op.outputs
     local = tensors[name]
     tensors[f"{name}.local"] = replace(local, name=f"{name}.local", arena="activations")
     tensors[name] = replace(local, spec=graph.tensors[name].spec)
-    return [replace(op, outputs=(f"{name}.local",)), Op(f"{name}.{kind}", kind, (f"{name}.local",), (name,))]
+    collective = Op(f"{name}.{kind}", kind, (f"{name}.local",), (name,), attrs={"num_ranks": num_ranks})
+    return [replace(op, outputs=(f"{name}.local",)), collective]

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenspeed_plan.runtime.memory import TORCH_DTYPES as DTYPES
+from tokenspeed_plan.runtime.reference.dense import widen
 from torch import Tensor
 
 Attrs = Mapping[str, Any]
@@ -72,6 +74,42 @@ def attention(
     rows = [_one_sequence(q[start:end], page_table_SP[i], contexts[i], cache)
             for i, (start, end) in enumerate(pairwise(bounds))]  # fmt: skip
     return (torch.cat(rows),)
+
+
+def attention_split(
+    attrs: Attrs, q_TN: Tensor, page_table_SP: Tensor, context_S: Tensor, cu_seqlens: Tensor, cache: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Partial results [T, splits, Q, D] and log-sum-exps [T, splits, Q] (Flash-Decoding, Dao et al., 2023).
+
+    Each split takes an equal run of a sequence's pages; one without any gives 0 and -inf.
+    """
+    heads, splits, page_size = attrs["num_heads"], attrs["num_splits"], attrs["page_size"]
+    q = widen(q_TN.unflatten(-1, (heads, attrs["head_dim"])))
+    longest = int(context_S.max())
+    k, v = (widen(x).repeat_interleave(heads // attrs["num_kv_heads"], 1)
+            for x in _gather(page_table_SP, longest, cache))  # fmt: skip
+    pages_S = (context_S + page_size - 1) // page_size
+    run_S = (pages_S + splits - 1) // splits * page_size
+    place_C = torch.arange(longest)
+    score = (q[:, :, None] @ k.mT)[:, :, 0] * attrs["head_dim"] ** -0.5  # [S, Q, C]
+    parts, sums = [], []
+    for split in range(splits):
+        start, end = split * run_S, torch.minimum((split + 1) * run_S, context_S)
+        seen = (place_C >= start[:, None]) & (place_C < end[:, None])
+        masked = score.masked_fill(~seen[:, None], float("-inf"))
+        lse = masked.logsumexp(-1)
+        weight = (masked - lse[..., None]).exp().nan_to_num(0.0)
+        parts.append((weight[:, :, None] @ v)[:, :, 0])
+        sums.append(lse)
+    return torch.stack(parts, 1).flatten(1), torch.stack(sums, 1).flatten(1)
+
+
+def attention_combine(attrs: Attrs, partial_TN: Tensor, lse_TN: Tensor) -> tuple[Tensor]:
+    """y = sum over splits of exp(lse) partial, divided by the sum of exp(lse)."""
+    splits, heads = attrs["num_splits"], attrs["num_heads"]
+    partial = partial_TN.unflatten(-1, (splits, heads, attrs["head_dim"]))
+    weight = lse_TN.unflatten(-1, (splits, heads)).softmax(1)
+    return ((partial * weight[..., None]).sum(1).flatten(1).to(DTYPES[attrs["dtype"]]),)
 
 
 def _gather(page_table: Tensor, length: int, cache: Tensor) -> tuple[Tensor, Tensor]:

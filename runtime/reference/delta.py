@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenspeed_plan.runtime.memory import TORCH_DTYPES as DTYPES
 from tokenspeed_plan.runtime.reference.dense import normalize, widen
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def qk_l2_norm(attrs: Attrs, x_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = x_TC.split((key, key, x_TC.shape[1] - 2 * key), -1)
     heads = (attrs["num_k_heads"], attrs["key_dim"])
     q, k = (_l2_norm(widen(part.unflatten(-1, heads))) for part in (q, k))
-    return (q * attrs["key_dim"] ** -0.5).flatten(1), k.flatten(1), v
+    return (q * attrs["key_dim"] ** -0.5).flatten(1).to(v.dtype), k.flatten(1).to(v.dtype), v
 
 
 def _l2_norm(x: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def delta_rule(
 ) -> tuple[Tensor]:  # fmt: skip
     """S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q, per value head; the state is [rows, B, dk, dv]."""
     heads, group = attrs["num_k_heads"], attrs["num_v_heads"] // attrs["num_k_heads"]
-    q, k = (_shared(x.unflatten(-1, (heads, -1)), group) for x in (q_T, k_T))
+    q, k = (_shared(widen(x).unflatten(-1, (heads, -1)), group) for x in (q_T, k_T))
     v = widen(v_T).unflatten(-1, (attrs["num_v_heads"], -1))
     before = state.index_select(0, read_S)
     if attrs["mode"] == "recurrent":
@@ -119,30 +120,83 @@ def _recurrent(
 def _chunked(sequences: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
     """q, k, v, beta, log decay of whole sequences [S, B, L, ...], chunk by chunk; zero rows at the end change nothing.
 
-    With G the running sum of the log decay in a chunk and D[i, j] = exp(G[i] - G[j]) for i >= j:
-    A = I + strict_lower((beta K K^T) * D); [U' | W] = A^-1 [beta V | beta e^G K]; U = U' - W S;
-    Y = e^G Q S + ((Q K^T) * D) U; S' = e^G_last S + (e^(G_last - G) K)^T U.
+    `_solve` prepares all chunks at once, `_scan` carries the state through them.
     """
-    out = []
-    for start in range(0, sequences[0].shape[2], CHUNK):
-        y, state = _chunk(tuple(x[:, :, start : start + CHUNK] for x in sequences), state)
-        out.append(y)
-    return torch.cat(out, 2), state
+    q, k, v, beta, decay = (_in_chunks(x) for x in sequences)
+    y, state = _scan(q, k, *_solve(k, v, beta, decay), state)
+    return y.flatten(2, 3), state
 
 
-def _chunk(chunk: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v, beta, decay = chunk
-    total = decay.cumsum(-1)
+def _in_chunks(x: Tensor) -> Tensor:
+    """[S, B, L, ...] -> [S, B, N, c, ...]."""
+    chunks: Tensor = x.unflatten(2, (-1, CHUNK))
+    return chunks
+
+
+def _ratio(total: Tensor) -> Tensor:
+    """D[i, j] = exp(G[i] - G[j]) for i >= j, else 0, with G the running sum of the log decay in a chunk."""
     gap = total[..., :, None] - total[..., None, :]
     later = torch.ones(gap.shape[-2:], dtype=torch.bool).triu(1)
-    ratio = gap.masked_fill(later, float("-inf")).exp()
-    mix = (k * beta[..., None]) @ k.transpose(-1, -2) * ratio
+    return gap.masked_fill(later, float("-inf")).exp()
+
+
+def _solve(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u = A^-1 beta V, w = A^-1 beta e^G K and G, with A = I + strict_lower((beta K K^T) * D)."""
+    total = decay.cumsum(-1)
+    mix = (k * beta[..., None]) @ k.mT * _ratio(total)
     right = torch.cat((v * beta[..., None], k * (beta * total.exp())[..., None]), -1)
     solved = torch.linalg.solve_triangular(mix.tril(-1), right, upper=False, unitriangular=True)
-    u = solved[..., : v.shape[-1]] - solved[..., v.shape[-1] :] @ state
-    y = (q * total.exp()[..., None]) @ state + (q @ k.transpose(-1, -2) * ratio) @ u
-    left = k * (total[..., -1:] - total).exp()[..., None]
-    return y, state * total[..., -1].exp()[..., None, None] + left.transpose(-1, -2) @ u
+    return solved[..., : v.shape[-1]], solved[..., v.shape[-1] :], total
+
+
+def _scan(q: Tensor, k: Tensor, u: Tensor, w: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """U = u - w S; Y = e^G Q S + ((Q K^T) * D) U; S' = e^G_last S + (e^(G_last - G) K)^T U, chunk after chunk."""
+    inside = q @ k.mT * _ratio(total)
+    from_q = q * total.exp()[..., None]
+    last = total[..., -1:]
+    left = (k * (last - total).exp()[..., None]).mT
+    out = []
+    for n in range(q.shape[2]):
+        added = u[:, :, n] - w[:, :, n] @ state
+        out.append(from_q[:, :, n] @ state + inside[:, :, n] @ added)
+        state = state * last[:, :, n, :, None].exp() + left[:, :, n] @ added
+    return torch.stack(out, 2), state
+
+
+def delta_chunk(
+    attrs: Attrs, k_T: Tensor, v_T: Tensor, beta_TB: Tensor, decay_TB: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of the chunked delta rule that needs no state; chunks begin anew with each sequence."""
+    heads, group = attrs["num_k_heads"], attrs["num_v_heads"] // attrs["num_k_heads"]
+    k = _shared(widen(k_T).unflatten(-1, (heads, -1)), group)
+    v = widen(v_T).unflatten(-1, (attrs["num_v_heads"], -1))
+    ragged = Ragged(cu_seqlens, CHUNK)
+    solved = _solve(*(_in_chunks(ragged.pad(x).transpose(1, 2)) for x in (k, v, beta_TB, decay_TB)))
+    u, w, total = (ragged.pack(x.flatten(2, 3).transpose(1, 2)) for x in solved)
+    return u.flatten(1).to(v_T.dtype), w.flatten(1).to(v_T.dtype), total
+
+
+def delta_scan(
+    attrs: Attrs, q_T: Tensor, k_T: Tensor, u_T: Tensor, w_T: Tensor, total_TB: Tensor,
+    cu_seqlens: Tensor, read_S: Tensor, write_S: Tensor, state: Tensor,
+) -> tuple[Tensor]:  # fmt: skip
+    """The part of the chunked delta rule that carries the state."""
+    heads, group = attrs["num_k_heads"], attrs["num_v_heads"] // attrs["num_k_heads"]
+    q, k = (_shared(widen(x).unflatten(-1, (heads, -1)), group) for x in (q_T, k_T))
+    u, w = (widen(x).unflatten(-1, (attrs["num_v_heads"], -1)) for x in (u_T, w_T))
+    ragged = Ragged(cu_seqlens, CHUNK)
+    q, k, u, w = (_in_chunks(ragged.pad(x).transpose(1, 2)) for x in (q, k, u, w))
+    y, after = _scan(q, k, u, w, _padded_total(ragged, total_TB), state.index_select(0, read_S))
+    state[write_S.long()] = after
+    return (ragged.pack(y.flatten(2, 3).transpose(1, 2)).flatten(1).to(DTYPES[attrs["dtype"]]),)
+
+
+def _padded_total(ragged: Ragged, total_TB: Tensor) -> Tensor:
+    """G in chunks; after a sequence's end it stays as it was (the rows there decay nothing)."""
+    total = _in_chunks(ragged.pad(total_TB).transpose(1, 2))
+    valid = ragged.valid_SL[:, None].unflatten(2, (-1, CHUNK))
+    held = total.masked_fill(~valid, float("inf")).cummin(-1).values
+    return held.masked_fill(held.isinf(), 0.0)  # chunks that lie after the end
 
 
 def gated_norm(attrs: Attrs, x_TN: Tensor, z_TN: Tensor, w_D: Tensor) -> tuple[Tensor]:

@@ -6,6 +6,7 @@ Shapes: T tokens, E experts of this rank, k experts a token, H hidden, I width o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,6 +68,49 @@ def experts_down(attrs: Attrs, h_T: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, 
     for expert, places in _groups(attrs, ids_Tk):
         out[places] = F.linear(flat[places], w_EHI[expert])
     return ((out.view(num_tokens, chosen, -1) * weights_Tk[:, :, None]).sum(1),)
+
+
+def expert_sort(attrs: Attrs, ids_Tk: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat places [T, k] ordered by expert (stable), those of other ranks last; bounds [E + 1] of the groups."""
+    experts = attrs["num_experts"]
+    local = ids_Tk.flatten() - int(attrs.get("expert_start", 0))
+    group = local.where((local >= 0) & (local < experts), experts)
+    counts = torch.bincount(group, minlength=experts + 1)[:experts]
+    bounds = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    return group.argsort(stable=True).view(ids_Tk.shape).int(), bounds.int()
+
+
+def _runs(order_Tk: Tensor, bounds: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """For each expert that is hit: the expert, and its flat places."""
+    order, ends = order_Tk.flatten().long(), bounds.tolist()
+    for expert, (start, end) in enumerate(pairwise(ends)):
+        if end > start:
+            yield expert, order[start:end]
+
+
+def grouped_up(attrs: Attrs, x_TH: Tensor, order_Tk: Tensor, bounds: Tensor, w_EIH: Tensor) -> tuple[Tensor]:
+    """`experts_up` from sorted places."""
+    chosen = order_Tk.shape[1]
+    out = x_TH.new_zeros(order_Tk.numel(), w_EIH.shape[1] // 2)
+    for expert, places in _runs(order_Tk, bounds):
+        gate, up = F.linear(x_TH[places // chosen], w_EIH[expert]).chunk(2, -1)
+        out[places] = F.silu(gate) * up
+    return (out.view(order_Tk.shape[0], -1),)
+
+
+def grouped_down(attrs: Attrs, h_T: Tensor, order_Tk: Tensor, bounds: Tensor, w_EHI: Tensor) -> tuple[Tensor]:
+    """y[t, j] = h[t, j] D^T of its expert; zeros where that is another rank's."""
+    flat = h_T.reshape(order_Tk.numel(), -1)
+    out = flat.new_zeros(order_Tk.numel(), w_EHI.shape[1])
+    for expert, places in _runs(order_Tk, bounds):
+        out[places] = F.linear(flat[places], w_EHI[expert])
+    return (out.view(order_Tk.shape[0], -1),)
+
+
+def expert_sum(attrs: Attrs, d_T: Tensor, weights_Tk: Tensor) -> tuple[Tensor]:
+    """y[t] = sum over j of weights[t, j] d[t, j]."""
+    d_TkH = d_T.view(*weights_Tk.shape, -1)
+    return ((d_TkH * weights_Tk[:, :, None]).sum(1),)
 
 
 def gated_add(attrs: Attrs, x_TH: Tensor, r_TH: Tensor, g_T1: Tensor) -> tuple[Tensor]:

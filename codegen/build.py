@@ -1,0 +1,169 @@
+"""Compile kernels ahead of time, for a GPU that need not be there.
+
+Each kernel is compiled in a worker process with line information off and floating-point contraction pinned, from a text
+without a path, so that the bytes depend on nothing but text, options, architecture and Triton. Results are kept by
+content; a damaged entry is made again.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tokenspeed_plan.plans.canon import canonical, sha256
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.kernel_file import extra_arguments, load_function
+from tokenspeed_plan.plans.schema import KernelSpec
+from tokenspeed_plan.plans.types import DType
+
+CACHE_VERSION = 1
+POINTERS: dict[DType, str] = {"bf16": "*bf16", "fp32": "*fp32", "fp64": "*fp64", "i32": "*i32", "i64": "*i64"}
+WARP_SIZE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A kernel to compile, and for what."""
+
+    kernel: KernelSpec
+    source: str
+    sm: int
+
+    @property
+    def key(self) -> str:
+        """Digest of all that the result depends on."""
+        launch = self.kernel.launch
+        assert launch is not None
+        facts = (CACHE_VERSION, compiler_name(), self.sm, self.source, signature(self.kernel), launch.num_warps,
+                 launch.num_stages)  # fmt: skip
+        return sha256(canonical(facts))
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What came of it, or `error`: registers a thread, bytes of stack (all of it spills) and of shared memory."""
+
+    cubin: bytes = b""
+    ptx: str = ""
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    error: str = ""
+
+
+def compiler_name() -> str:
+    """The compiler and its version.
+
+    Raises:
+        SpecError: Triton is not installed.
+    """
+    try:
+        return f"triton {version('triton')}"
+    except PackageNotFoundError as error:
+        raise SpecError("Triton is not installed, so kernels cannot be compiled", "pass `--no-compile`") from error
+
+
+def signature(kernel: KernelSpec) -> dict[str, str]:
+    """Triton's types of the arguments, by name."""
+    types = {param.name: POINTERS[param.tensor.dtype] for param in kernel.params}
+    return types | extra_arguments(kernel)
+
+
+def default_cache() -> Path:
+    """Where compiled kernels are kept: `$TOKENSPEED_CACHE`, else the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("TOKENSPEED_CACHE") or home / "tokenspeed-plan") / "cubin"
+
+
+def compile_all(jobs: Iterable[Job], cache: Path) -> dict[str, Compiled]:
+    """Results by `Job.key`; what is not in the cache is compiled on all cores."""
+    todo = {job.key: job for job in jobs}
+    done = {key: found for key in todo if (found := _recall(cache, key)) is not None}
+    missing = [job for key, job in todo.items() if key not in done]
+    if missing:
+        done |= _compile_missing(missing, cache)
+    return done
+
+
+def _compile_missing(missing: list[Job], cache: Path) -> dict[str, Compiled]:
+    cache.mkdir(parents=True, exist_ok=True)
+    done = {}
+    workers = min(os.cpu_count() or 1, len(missing))
+    with (
+        tempfile.TemporaryDirectory(prefix="tokenspeed-") as scratch,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (scratch,)) as pool,
+    ):
+        for job, made in zip(missing, pool.map(compile_kernel, missing), strict=True):
+            _remember(cache, job.key, made)
+            done[job.key] = made
+    return done
+
+
+def _start_worker(scratch: str) -> None:
+    """Set what Triton reads when it is first imported."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ |= {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": scratch, "TRITON_ALWAYS_COMPILE": "1"}
+
+
+def compile_kernel(job: Job) -> Compiled:
+    """Compile one kernel in this process."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, launch = job.kernel, job.kernel.launch
+    assert launch is not None
+    aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(kernel.params))}
+    source = ASTSource(fn=load_function(kernel, job.source), signature=signature(kernel), constexprs={}, attrs=aligned)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    try:
+        made = triton.compile(source, target=GPUTarget("cuda", job.sm, WARP_SIZE), options=options)
+    except Exception as error:
+        return Compiled(error=f"{type(error).__name__}: {str(error.__cause__ or error).strip()}")
+    cubin: bytes = made.asm["cubin"]
+    registers, stack = _resources(cubin)
+    return Compiled(cubin, made.asm["ptx"], registers, stack, made.metadata.shared)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a cubin, by the `cuobjdump` that Triton ships."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found is not None, report
+    return int(found[1]), int(found[2])
+
+
+def _recall(cache: Path, key: str) -> Compiled | None:
+    try:
+        facts = json.loads((cache / f"{key}.json").read_text())
+        cubin = (cache / f"{key}.cubin").read_bytes()
+        if facts.pop("cubin_sha256") != sha256(cubin):
+            return None
+        return Compiled(cubin=cubin, **facts)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _remember(cache: Path, key: str, made: Compiled) -> None:
+    """The report comes last: an entry without one does not exist."""
+    facts: Mapping[str, object] = asdict(made) | {"cubin_sha256": sha256(made.cubin)}
+    report = {name: value for name, value in facts.items() if name != "cubin"}
+    for name, data in ((f"{key}.cubin", made.cubin), (f"{key}.json", json.dumps(report).encode())):
+        draft = cache / f".{name}.{os.getpid()}"
+        draft.write_bytes(data)
+        draft.replace(cache / name)

@@ -1,0 +1,77 @@
+"""Gated DeltaNet: one step, and the chunked form."""
+
+from __future__ import annotations
+
+from tokenspeed_plan.planner.tiling.work import CHUNK, L2_EPS, TRITON_DTYPES, Tiling, Work, fixed, per_rows
+from tokenspeed_plan.plans.schema import GridDim
+from tokenspeed_plan.plans.types import Attr
+
+SEQS = GridDim(per_seq=1)
+
+
+def _heads(work: Work, kind: str) -> dict[str, Attr]:
+    a, b, dk, dv = (work.size(kind, name) for name in ("num_k_heads", "num_v_heads", "key_dim", "value_dim"))
+    return {"A": a, "B": b, "DK": dk, "DV": dv, "GROUP": b // a}
+
+
+def _convolution(work: Work, heads: dict[str, Attr]) -> dict[str, Attr]:
+    taps, channels = work.size("causal_conv", "kernel_size"), work.width("causal_conv_x")
+    return {"TAPS": taps, "CHANNELS": channels, "L2_EPS": L2_EPS, "SCALE": int(heads["DK"]) ** -0.5}
+
+
+def delta_step(work: Work) -> list[Tiling]:
+    """A program a head; the state is walked in columns, whole it would not stay in registers."""
+    heads = _heads(work, "delta_rule")
+    facts = {name: heads[name] for name in ("A", "B", "DK", "DV", "GROUP")} | _convolution(work, heads)
+    facts |= {"EPS": work.part("gated_norm").attrs["eps"]}
+    wide = int(heads["DV"])
+    widths = [min(n, wide) for n in (32, 16, 8)]
+    grid = (SEQS, fixed(int(heads["B"])))
+    return [
+        Tiling("delta_step", facts | {"BLOCK_V": n}, grid, 8 if n * int(heads["DK"]) >= 4096 else 4, 1) for n in widths
+    ]
+
+
+def conv_qk_norm(work: Work) -> list[Tiling]:
+    """A program a head and block of tokens."""
+    heads = _heads(work, "qk_l2_norm")
+    facts = {name: heads[name] for name in ("A", "B", "DK", "DV")} | _convolution(work, heads)
+    grid_heads = fixed(2 * int(heads["A"]) + int(heads["B"]))
+    sizes = (64, 32, 16) if work.interpreted else (32, 16)
+    return [Tiling("conv_qk_norm", facts | {"BLOCK_T": t}, (per_rows(t), grid_heads, SEQS), 4, 1) for t in sizes]
+
+
+def gates_delta_chunk(work: Work) -> list[Tiling]:
+    """A program a head and chunk."""
+    heads = _heads(work, "delta_chunk")
+    facts = heads | {"CHUNK": CHUNK, "PRECISION": work.precision}
+    grid = (per_rows(CHUNK), fixed(int(heads["B"])), SEQS)
+    return [Tiling("gates_delta_chunk", facts, grid, warps, 1, _dtype(work)) for warps in (4, 8)]
+
+
+def delta_scan(work: Work) -> list[Tiling]:
+    """A program a head and block of columns of the state, through all chunks of a sequence."""
+    heads = _heads(work, "delta_scan")
+    wide = int(heads["DV"])
+    widths = [min(n, wide) for n in (32, 16)]
+    made = []
+    for n in widths:
+        facts = heads | {"CHUNK": CHUNK, "PRECISION": work.precision, "BLOCK_V": n}
+        grid = (fixed(wide // n), fixed(int(heads["B"])), SEQS)
+        made += [Tiling("delta_scan", facts, grid, warps, 1, _dtype(work)) for warps in (4, 8)]
+    return made
+
+
+def _dtype(work: Work) -> dict[str, object]:
+    """Products take operands in the dtype of the activations, and add up in fp32."""
+    return {"dtype": TRITON_DTYPES[work.dtype]}
+
+
+def gated_norm(work: Work) -> list[Tiling]:
+    """A program a head and block of tokens."""
+    part = work.part("gated_norm").attrs
+    block = 64 if work.interpreted else 16
+    facts: dict[str, Attr] = {
+        "HEADS": part["num_heads"], "D": part["head_dim"], "EPS": part["eps"], "BLOCK_T": block,
+    }  # fmt: skip
+    return [Tiling("gated_norm", facts, (per_rows(block), fixed(int(part["num_heads"]))), 4, 1)]

@@ -1,0 +1,150 @@
+"""Products: one row in plain arithmetic, bound by the weight's bytes; more rows on the tensor cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenspeed_plan.planner.tiling.work import (
+    TRITON_DTYPES,
+    Tiling,
+    Work,
+    blocks,
+    down2,
+    fixed,
+    per_rows,
+    up2,
+)
+from tokenspeed_plan.plans.schema import GridDim
+from tokenspeed_plan.plans.types import Attr
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows, columns and depth of a program's tile."""
+
+    m: int
+    n: int
+    k: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def linear(work: Work) -> list[Tiling]:
+    """The family of `linear.py.j2`."""
+    weight_rows, depth = work.width("linear_w" if "linear_w" in work.specs else "w", 0), _depth(work)
+    columns = weight_rows // 2 if work.has("silu_mul") else weight_rows
+    by_seqs = work.has("last_token")
+    rows = work.num_seqs if by_seqs else work.num_tokens
+    tiles = _row_tiles(work, columns, depth) if rows == 1 else _matrix_tiles(work, rows, columns, depth)
+    return [_tiling(work, tile, rows, columns, depth, by_seqs) for tile in tiles]
+
+
+def _depth(work: Work) -> int:
+    return work.width("linear_w" if "linear_w" in work.specs else "w", 1)
+
+
+def _row_tiles(work: Work, columns: int, depth: int) -> list[Tile]:
+    """Each weight is read once, so what counts is that all multiprocessors read, each with much in flight."""
+    ways = 2 if work.has("silu_mul") else 1
+    if work.interpreted:
+        return [Tile(1, min(up2(columns), 32 // ways), min(up2(depth), 256), 8, 1)]
+    wide = max(2, min(16, down2(columns // (2 * work.hardware.num_sms)))) // ways
+    deep = min(up2(depth), 1024)
+    return [Tile(1, max(n, 1), min(deep, 4096 // ways // max(n, 1))) for n in (wide, wide // 2, 1) if n]
+
+
+def _matrix_tiles(work: Work, rows: int, columns: int, depth: int) -> list[Tile]:
+    narrow = work.dtype == "bf16"
+    if work.interpreted:
+        return [Tile(16 if rows <= 16 else 64, 64, 64, 8, 1)]
+    if rows <= 16:
+        n = 16 if columns < 32 * work.hardware.num_sms else 32
+        return [Tile(16, n, 256 if narrow else 128, 4, 4), Tile(16, 16, 128, 4, 3), Tile(16, 16, 64, 4, 2)]
+    if rows <= 64:
+        return [Tile(64, 64, 128 if narrow else 64, 4, 3), Tile(64, 32, 64, 4, 3), Tile(32, 32, 32, 4, 2)]
+    wide = 64 if work.has("silu_mul") else 128
+    return [Tile(128, wide, 64 if narrow else 32, 8, 3), Tile(64, 64, 64, 8, 3), Tile(64, 32, 32, 4, 2)]
+
+
+def _tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int, by_seqs: bool) -> Tiling:
+    combine = work.has("attention_combine")
+    deep = min(tile.k, work.size("attention_combine", "head_dim")) if combine else tile.k
+    constants: dict[str, Attr] = {
+        "N": columns, "K": depth, "BLOCK_N": tile.n, "BLOCK_K": deep, "STAGES": tile.num_stages,
+    }  # fmt: skip
+    dot = rows > 1
+    if dot:
+        constants |= {"BLOCK_M": tile.m, "PRECISION": work.precision}
+    if work.has("rms_norm"):
+        constants |= {"EPS": work.part("rms_norm").attrs["eps"]}
+    if combine:
+        names = {"SPLITS": "num_splits", "Q": "num_heads", "D": "head_dim"}
+        constants |= {key: work.size("attention_combine", name) for key, name in names.items()}
+    if work.has("expert_sum"):
+        constants |= {"TOP_K": work.width("expert_sum_weights")}
+    grid = (fixed(blocks(columns, tile.n)), _row_grid(tile.m, dot, by_seqs))
+    return Tiling("linear", constants, grid, tile.num_warps, tile.num_stages, _options(work, dot, deep, depth))
+
+
+def _row_grid(block: int, dot: bool, by_seqs: bool) -> GridDim:
+    if not by_seqs:
+        return per_rows(block)
+    # Sequences are at most as many as tokens: programs past the last one write nothing.
+    return GridDim(block=block) if dot else per_rows(1, by_seqs=True)
+
+
+def _options(work: Work, dot: bool, deep: int, depth: int) -> dict[str, object]:
+    product = work.part("linear")
+    norm, gather = work.has("rms_norm"), work.has("last_token")
+    x = "rms_norm_x" if norm else "last_token_x" if gather else "linear_x" if "linear_x" in work.specs else "x"
+    return {
+        "x": x,
+        "dot": dot,
+        "norm": norm,
+        "gather": gather,
+        "combine": work.has("attention_combine"),
+        "silu_mul": work.has("silu_mul"),
+        "expert_sum": work.has("expert_sum"),
+        "add": work.has("add"),
+        "ragged": depth % deep != 0,
+        "m_dim": "num_seqs" if gather else "num_tokens",
+        "dtype": TRITON_DTYPES[work.dtype],
+        "weight_name": "linear_w" if "linear_w" in work.specs else "w",
+        "outputs": _outputs(work, str(product.attrs["splits"])),
+    }
+
+
+def _outputs(work: Work, splits: str) -> list[tuple[str, int, int]]:
+    """(name, first column, columns) of what the last part writes."""
+    names = [name for name in work.outputs if name != "rms_norm_y"]
+    if len(names) == 1:
+        return [(names[0], 0, 0)]
+    sizes = [int(size) for size in splits.split(",")]
+    return [(name, sum(sizes[:i]), sizes[i]) for i, name in enumerate(names)]
+
+
+def grouped(work: Work) -> list[Tiling]:
+    """Products of sorted experts."""
+    up = work.kind == "grouped_up"
+    experts, rows_w, depth = (work.width("w", dim) for dim in range(3))
+    columns = rows_w // 2 if up else rows_w
+    top_k = work.width("order")
+    pairs = work.num_tokens * top_k // max(experts, 1)
+    tiles = _group_tiles(work, pairs, columns, depth)
+    made = []
+    for tile in tiles:
+        constants: dict[str, Attr] = {
+            "N": columns, "K": depth, "EXPERTS": experts, "TOP_K": top_k, "BLOCK_E": up2(experts + 1),
+            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "PRECISION": work.precision,
+        }  # fmt: skip
+        grid = (fixed(blocks(columns, tile.n)), GridDim(fixed=experts + 1, scale=top_k, block=tile.m))
+        options = {"silu_mul": up, "x": "x" if up else "h"}
+        made.append(Tiling("grouped_linear", constants, grid, tile.num_warps, tile.num_stages, options))
+    return made
+
+
+def _group_tiles(work: Work, rows: int, columns: int, depth: int) -> list[Tile]:
+    if work.interpreted:
+        return [Tile(32, 64, 64, 8, 1)]
+    m = 64 if rows > 16 else 16
+    return [Tile(m, 64, 64, 4, 3), Tile(m, 32, 64, 4, 3), Tile(16, 32, 32, 4, 2)]

@@ -1,0 +1,57 @@
+"""Mixture of experts: a few rows, and the sort before many."""
+
+from __future__ import annotations
+
+from tokenspeed_plan.planner.tiling.work import Tiling, Work, blocks, fixed, per_rows, up2
+from tokenspeed_plan.plans.schema import GridDim
+from tokenspeed_plan.plans.types import Attr
+
+
+def _choice(work: Work, logits: str) -> dict[str, Attr]:
+    experts, top_k = work.width(logits), work.size("topk", "top_k")
+    return {"EXPERTS": experts, "TOP_K": top_k, "BLOCK_E": up2(experts), "BLOCK_J": up2(top_k)}
+
+
+def topk(work: Work) -> list[Tiling]:
+    """A program a token."""
+    return [Tiling("topk", _choice(work, "logits"), (per_rows(1),), 1, 1)]
+
+
+def moe_up(work: Work) -> list[Tiling]:
+    """A program for some channels of one expert of one token; the shared expert is one more."""
+    local, inner, hidden = work.width("experts_up_w", 0), work.width("experts_up_w", 1) // 2, work.width("experts_up_w")
+    shared = work.width("linear_w", 0) // 2
+    facts = _choice(work, "topk_logits") | {"LOCAL": local, "INNER": inner, "SHARED": shared, "H": hidden}
+    made = []
+    for n, k, stages in ((32, 128, 1),) if work.interpreted else ((4, 512, 3), (4, 256, 2), (2, 256, 1)):
+        n = min(n, up2(max(inner, shared)))
+        tile: dict[str, Attr] = {"BLOCK_N": n, "BLOCK_K": min(k, up2(hidden)), "STAGES": stages}
+        grid = (fixed(blocks(max(inner, shared), n)), fixed(int(facts["TOP_K"]) + 1), per_rows(1))
+        made.append(Tiling("moe_up", facts | tile, grid, 8 if work.interpreted else 4, stages))
+    return made
+
+
+def moe_down(work: Work) -> list[Tiling]:
+    """A program for some columns of one token, over all its experts."""
+    local, hidden, inner = (work.width("experts_down_w", dim) for dim in range(3))
+    facts: dict[str, Attr] = {
+        "LOCAL": local, "INNER": inner, "H": hidden, "SHARED": work.width("linear_w"),
+        "TOP_K": work.width("experts_down_weights"),
+    }  # fmt: skip
+    made = []
+    for n, k, stages in ((64, 128, 1),) if work.interpreted else ((8, 512, 3), (8, 256, 2), (4, 256, 1)):
+        tile: dict[str, Attr] = {
+            "BLOCK_N": min(n, up2(hidden)), "BLOCK_K": min(k, up2(max(inner, int(facts["SHARED"])))), "STAGES": stages,
+        }  # fmt: skip
+        grid = (fixed(blocks(hidden, int(tile["BLOCK_N"]))), per_rows(1))
+        made.append(
+            Tiling("moe_down", facts | tile, grid, 8 if work.interpreted else 4, stages, {"add": work.has("add")})
+        )
+    return made
+
+
+def expert_sort(work: Work) -> list[Tiling]:
+    """A program an expert."""
+    experts = work.size("expert_sort", "num_experts")
+    facts: dict[str, Attr] = {"EXPERTS": experts, "TOP_K": work.width("ids"), "BLOCK": 1024}
+    return [Tiling("expert_sort", facts, (GridDim(fixed=experts + 1),), 4, 1)]

@@ -1,0 +1,113 @@
+"""What a tiling rule sees of a kernel, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tokenspeed_plan.planner.hardware import HardwareSpec
+from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
+from tokenspeed_plan.plans.types import DTYPE_BYTES, Attr, DType, TensorSpec
+
+CHUNK = 64  # tokens of a chunk of the delta rule
+L2_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A kernel to tile: its parts, its tensors, and how many rows its program has at most."""
+
+    kind: str
+    kernel: KernelSpec
+    num_tokens: int
+    num_seqs: int
+    hardware: HardwareSpec
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Parameters by name."""
+        return {param.name: param.tensor for param in self.kernel.params}
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Parameters that it writes and that are not state."""
+        return tuple(param.name for param in self.kernel.params if param.role == "output")
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether programs run one after the other, so that a few large ones are best."""
+        return self.hardware.num_sms == 0
+
+    @property
+    def dtype(self) -> DType:
+        """Of the activations and weights."""
+        floats = [spec.dtype for spec in self.specs.values() if spec.dtype in ("bf16", "fp64")]
+        return floats[0] if floats else "fp32"
+
+    @property
+    def precision(self) -> str:
+        """How products of fp32 operands are taken: exactly in an fp32 plan, in TF32 beside bf16 activations."""
+        return "ieee" if self.dtype == "fp32" else "tf32"
+
+    def has(self, kind: str) -> bool:
+        """Whether it holds such a part."""
+        return any(part.kind == kind for part in self.kernel.parts)
+
+    def part(self, kind: str) -> Part:
+        """The first part of a kind."""
+        return next(part for part in self.kernel.parts if part.kind == kind)
+
+    def size(self, kind: str, name: str) -> int:
+        """An integer constant of a part."""
+        return int(self.part(kind).attrs[name])
+
+    def width(self, name: str, dim: int = -1) -> int:
+        """A fixed dimension of a parameter."""
+        size = self.specs[name].shape[dim]
+        assert isinstance(size, int)
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """One way to build a kernel. `options` choose inside the template."""
+
+    template: str
+    constants: Mapping[str, Attr]
+    grid: tuple[GridDim, ...]
+    num_warps: int = 4
+    num_stages: int = 2
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+TRITON_DTYPES: dict[DType, str] = {"bf16": "tl.bfloat16", "fp32": "tl.float32"}
+
+
+def element_bytes(work: Work) -> int:
+    """Bytes of a weight's element."""
+    return DTYPE_BYTES[work.dtype]
+
+
+def up2(value: int) -> int:
+    """The power of two from `value` up."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def down2(value: int) -> int:
+    """The power of two from `value` down, at least 1."""
+    return 1 << (max(value, 1).bit_length() - 1)
+
+
+def fixed(count: int) -> GridDim:
+    """So many programs, always."""
+    return GridDim(fixed=count)
+
+
+def per_rows(block: int, by_seqs: bool = False) -> GridDim:
+    """A program for each `block` tokens, or for each sequence."""
+    return GridDim(per_seq=1) if by_seqs else GridDim(block=block)
+
+
+def blocks(size: int, block: int) -> int:
+    """ceil(size / block)."""
+    return -(-size // block)

@@ -1,0 +1,85 @@
+"""The text of a kernel: checked against its plan, then made a function. Nothing runs before the check."""
+
+from __future__ import annotations
+
+import linecache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tokenspeed_plan.plans.canon import sha256
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.schema import KernelSpec
+from tokenspeed_plan.plans.types import RankShift
+
+KERNELS = "kernels"
+
+
+def kind_of(kernel: KernelSpec) -> str:
+    """The name of its function: that of the kernel without the digest."""
+    return kernel.name.rpartition("_")[0]
+
+
+def rank_constants(kernel: KernelSpec) -> dict[str, RankShift]:
+    """Constants that differ by rank, in the order in which a launch passes them."""
+    found = {name: shift for part in kernel.parts for name, shift in part.rank_attrs.items()}
+    return dict(sorted(found.items()))
+
+
+def is_collective(kernel: KernelSpec) -> bool:
+    """Whether it reads what other ranks made."""
+    return any(part.kind == "all_reduce" for part in kernel.parts)
+
+
+def extra_arguments(kernel: KernelSpec) -> dict[str, str]:
+    """What a launch passes after the parameters, with Triton's type of each.
+
+    `peers` and `signals` are tables of addresses, one for each rank: of the kernel's first parameter, and of flags.
+    """
+    table = {"peers": "*i64", "signals": "*i64", "rank": "i32"} if is_collective(kernel) else {}
+    return dict.fromkeys(rank_constants(kernel), "i32") | table | {"num_tokens": "i32", "num_seqs": "i32"}
+
+
+def read_source(bundle: Path, kernel: KernelSpec) -> str:
+    """The text of a kernel of a bundle.
+
+    Raises:
+        PlanError: it is not there, or is not what the plan was made with.
+    """
+    path = bundle / KERNELS / f"{kernel.name}.py"
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot read `{path}`", _HINT) from error
+    check_source(kernel, text)
+    return text
+
+
+def check_source(kernel: KernelSpec, text: str) -> None:
+    """The text must have the digest that the plan gives.
+
+    Raises:
+        PlanError: it was altered.
+    """
+    if kernel.launch is None or sha256(text) != kernel.launch.source_sha256:
+        raise PlanError(f"the text of kernel `{kernel.name}` is not the plan's", _HINT)
+
+
+_HINT = "make the plan again with `tokenspeed plan SPEC -o DIR`"
+
+
+def load_function(kernel: KernelSpec, text: str) -> Any:
+    """The Triton function in a kernel's text, whatever folder it came from.
+
+    Triton reads the lines of a function through `linecache`: they are put there, so that what was checked is what is
+    compiled, and no path gets into the result.
+
+    Raises:
+        PlanError: the text was altered.
+    """
+    check_source(kernel, text)
+    module = ModuleType(kernel.name)
+    module.__file__ = f"{kernel.name}.py"
+    linecache.cache[module.__file__] = (len(text), None, text.splitlines(keepends=True), module.__file__)
+    exec(compile(text, module.__file__, "exec"), module.__dict__)
+    return module.__dict__[kind_of(kernel)]

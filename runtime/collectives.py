@@ -1,0 +1,69 @@
+"""What joins the ranks of a plan: sums and concatenations over all of them."""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.schema import Plan
+from torch import Tensor
+
+
+class Collectives(Protocol):
+    """Every rank calls the same ones in the same order."""
+
+    def all_reduce(self, source: Tensor, target: Tensor) -> None:
+        """target = sum of source over the ranks."""
+
+    def all_gather(self, source: Tensor, target: Tensor) -> None:
+        """target = the columns of all ranks side by side."""
+
+
+class ProcessCollectives:
+    """Ranks that are processes of torch.distributed."""
+
+    def all_reduce(self, source: Tensor, target: Tensor) -> None:
+        """The sum, taken in the order of the ranks so that all of them get the same bits."""
+        parts = self._gather(source)
+        target.copy_(parts.sum(0))
+
+    def all_gather(self, source: Tensor, target: Tensor) -> None:
+        """The columns of all ranks."""
+        target.copy_(torch.cat(tuple(self._gather(source)), -1))
+
+    def _gather(self, source: Tensor) -> Tensor:
+        parts = source.new_empty(dist.get_world_size(), *source.shape)
+        dist.all_gather(list(parts), source.contiguous())
+        return parts
+
+
+def world_size() -> int:
+    """Processes that were started together (torchrun says it in the environment)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_rank() -> int:
+    """Which of them this one is."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join(plan: Plan) -> tuple[int, Collectives | None]:
+    """This process's rank, and what joins it with the others; a plan of one rank needs nobody.
+
+    Raises:
+        PlanError: not as many processes as the plan has ranks.
+    """
+    world = world_size()
+    if world != plan.target.count:
+        raise PlanError(
+            f"the plan has {plan.target.count} ranks, this is one of {world} processes",
+            f"start them together: `torchrun --no-python --nproc-per-node {plan.target.count} tokenspeed run ...`",
+        )
+    if world == 1:
+        return 0, None
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), ProcessCollectives()

@@ -1,0 +1,59 @@
+"""Several processes, one plan: rank 0 schedules, the others repeat each replay on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.runtime.collectives import join, world_size
+from tokenspeed_plan.runtime.executor import Executor
+
+STOP = -1
+
+
+class LeadingExecutor(Executor):
+    """Rank 0: tells the others what to replay, then replays it too."""
+
+    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
+        """One replay on all ranks."""
+        _send([self.plan.programs.index(program), num_tokens, num_seqs])
+        _share_inputs(self, program, num_tokens, num_seqs)
+        super().run(program, num_tokens, num_seqs)
+
+
+def follow(executor: Executor) -> None:
+    """Ranks other than 0: replay what rank 0 says, until it stops."""
+    while (order := _receive())[0] != STOP:
+        index, num_tokens, num_seqs = order
+        program = executor.plan.programs[index]
+        _share_inputs(executor, program, num_tokens, num_seqs)
+        executor.run(program, num_tokens, num_seqs)
+
+
+@contextmanager
+def leading(plan: Plan) -> Iterator[None]:
+    """However rank 0 ends, the others do not wait for it."""
+    try:
+        yield
+    finally:
+        if plan.target.count == world_size() > 1:
+            join(plan)
+            _send([STOP, 0, 0])
+
+
+def _share_inputs(executor: Executor, program: Program, num_tokens: int, num_seqs: int) -> None:
+    for name in program.inputs:
+        dist.broadcast(executor.buffer(name, num_tokens, num_seqs), 0)
+
+
+def _send(order: list[int]) -> None:
+    dist.broadcast(torch.tensor(order), 0)
+
+
+def _receive() -> list[int]:
+    order = torch.zeros(3, dtype=torch.int64)
+    dist.broadcast(order, 0)
+    return order.tolist()
