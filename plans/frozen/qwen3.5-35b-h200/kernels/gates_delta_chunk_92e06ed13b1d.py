@@ -1,0 +1,66 @@
+"""gates_delta_chunk
+
+delta_gates: sigmoid(b), -exp(a_log) softplus(a + dt_bias)
+delta_chunk: per chunk of 64 tokens: A = I + strict_lower(beta K K^T * D); u = A^-1 beta V; w = A^-1 beta e^G K; total = G
+Source: the chunked delta rule in its WY form (arXiv:2406.06484, gated: arXiv:2412.06464)
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gates_delta_chunk(
+    delta_gates_b,  # input, bf16 [num_tokens, 32]
+    delta_gates_a,  # input, bf16 [num_tokens, 32]
+    delta_chunk_k,  # input, bf16 [num_tokens, 2048]
+    delta_chunk_v,  # input, bf16 [num_tokens, 4096]
+    delta_chunk_cu_seqlens,  # input, i32 [num_seqs+1]
+    delta_gates_a_log,  # weight, fp32 [32]
+    delta_gates_dt_bias,  # weight, fp32 [32]
+    delta_chunk_u,  # output, bf16 [num_tokens, 4096]
+    delta_chunk_w,  # output, bf16 [num_tokens, 4096]
+    delta_chunk_total,  # output, fp32 [num_tokens, 32]
+    num_tokens,
+    num_seqs,
+):
+    A: tl.constexpr = 16
+    B: tl.constexpr = 32
+    CHUNK: tl.constexpr = 64
+    DK: tl.constexpr = 128
+    DV: tl.constexpr = 128
+    GROUP: tl.constexpr = 2
+    PRECISION: tl.constexpr = 'tf32'
+
+    chunk, head, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin = tl.load(delta_chunk_cu_seqlens + s)
+    count = tl.load(delta_chunk_cu_seqlens + s + 1) - begin
+    if chunk * CHUNK >= count:
+        return
+    c = tl.arange(0, CHUNK)
+    ok = chunk * CHUNK + c < count
+    t = begin + chunk * CHUNK + c
+    i = tl.arange(0, DK)
+    j = tl.arange(0, DV)
+    beta = tl.sigmoid(tl.load(delta_gates_b + t * B + head, mask=ok, other=0.0).to(tl.float32))
+    step = tl.load(delta_gates_a + t * B + head, mask=ok, other=0.0).to(tl.float32) + tl.load(delta_gates_dt_bias + head)
+    softplus = tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step)))
+    total = tl.cumsum(tl.where(ok, -tl.exp(tl.load(delta_gates_a_log + head)) * softplus, 0.0), 0)
+    tl.store(delta_chunk_total + t * B + head, total, mask=ok)
+    key = tl.load(delta_chunk_k + (t * A + head // GROUP)[:, None] * DK + i[None, :], mask=ok[:, None], other=0.0)
+    wide_key = key.to(tl.float32)
+    # A = I + L with L strictly lower; its inverse row by row, each from those above it.
+    gap = tl.where(c[:, None] > c[None, :], total[:, None] - total[None, :], float("-inf"))
+    inverse = -tl.dot((wide_key * beta[:, None]).to(tl.bfloat16), tl.trans(key), input_precision=PRECISION) * tl.exp(gap)
+    for r in range(2, CHUNK):
+        row = tl.sum(tl.where((c == r)[:, None], inverse, 0.0), 0)
+        row += tl.sum(row[:, None] * inverse, 0)
+        inverse = tl.where((c == r)[:, None], row[None, :], inverse)
+    inverse += tl.where(c[:, None] == c[None, :], 1.0, 0.0)
+    solve = inverse.to(tl.bfloat16)
+    w = tl.dot(solve, (wide_key * (beta * tl.exp(total))[:, None]).to(tl.bfloat16), input_precision=PRECISION)
+    tl.store(delta_chunk_w + (t * B + head)[:, None] * DK + i[None, :], w, mask=ok[:, None])
+    place = (t * B + head)[:, None] * DV + j[None, :]
+    value = tl.load(delta_chunk_v + place, mask=ok[:, None], other=0.0).to(tl.float32)
+    u = tl.dot(solve, (value * beta[:, None]).to(tl.bfloat16), input_precision=PRECISION)
+    tl.store(delta_chunk_u + place, u, mask=ok[:, None])

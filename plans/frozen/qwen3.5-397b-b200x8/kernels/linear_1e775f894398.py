@@ -1,0 +1,46 @@
+"""linear
+
+linear: y = x w^T, cut into `splits` columns
+Source: a product that reads each weight once
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def linear(
+    x,  # input, bf16 [num_tokens, 4096]
+    w,  # weight, bf16 [2560, 4096]
+    y0,  # output, bf16 [num_tokens, 2048]
+    y1,  # output, bf16 [num_tokens, 256]
+    y2,  # output, bf16 [num_tokens, 256]
+    num_tokens,
+    num_seqs,
+):
+    BLOCK_K: tl.constexpr = 512
+    BLOCK_N: tl.constexpr = 8
+    K: tl.constexpr = 4096
+    N: tl.constexpr = 2560
+    STAGES: tl.constexpr = 3
+    tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
+    tl.extra.cuda.gdc_wait()  # all before this one is done and visible
+
+    m = tl.program_id(1)
+    row = m
+    n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
+    first = tl.program_id(0) * BLOCK_N
+    n_ok = first + n < N
+    weight = w + first.to(tl.int64) * K
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a = tl.load(x + row * K + k).to(tl.float32)
+        acc += tl.load(weight + n[:, None] * K + k[None, :], mask=n_ok[:, None], other=0.0).to(tl.float32) * a[None, :]
+    out = tl.sum(acc, 1)
+    col = first + n
+    ok = n_ok
+    place = m * N + col
+    tl.store(y0 + m * 2048 + (col - 0), out, mask=ok & ((col >= 0) & (col < 2048)))
+    tl.store(y1 + m * 256 + (col - 2048), out, mask=ok & ((col >= 2048) & (col < 2304)))
+    tl.store(y2 + m * 256 + (col - 2304), out, mask=ok & ((col >= 2304) & (col < 2560)))
