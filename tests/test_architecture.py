@@ -14,8 +14,8 @@ from conftest import ROOT
 
 FLOORS = {
     "plans": {"pydantic"},
-    "codegen": {"jinja2"},
-    "runtime": {"torch", "numpy", "safetensors", "tokenizers", "pydantic"},
+    "codegen": {"jinja2", "triton"},
+    "runtime": {"torch", "numpy", "safetensors", "tokenizers", "pydantic", "triton"},
     "planner": {"networkx", "pydantic", "yaml", "click"},
 }
 MAY_IMPORT = {"plans": {"plans"}, "codegen": {"plans", "codegen"}, "runtime": {"plans", "runtime"},
@@ -74,7 +74,7 @@ def test_imports_point_down(path: Path) -> None:
         ("plans", "from tokenspeed_plan import planner", "plans imports only plans here"),
         ("runtime", "def f():\n    import networkx", "runtime knows only"),
         ("runtime", "from tokenspeed_plan.codegen import ChatTemplate", "runtime imports only plans, runtime here"),
-        ("codegen", "import click", "codegen knows only jinja2"),
+        ("codegen", "import click", "codegen knows only jinja2, triton"),
         ("planner", "import plans.ops", "write tokenspeed_plan.plans.ops"),
         ("planner", "from . import spec", "write the full name"),
         ("planner", "import tokenspeed_plan.runtime", "planner imports only"),
@@ -116,7 +116,7 @@ def test_everything_is_annotated() -> None:
 
 
 def test_the_code_stays_small() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in FILES) < 8000
+    assert sum(len(path.read_text().splitlines()) for path in FILES) < 12_000
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ SURFACE = {
     "diff": {"old", "new"},
     "check": {"bundle", "weights", "canary"},
     "run": {"bundle", "source", "output", "prompt", "max_tokens", "temperature", "seed", "weights", "errors", "summary",
-            "order", "max_errors", "limit", "shard", "max_concurrency", "no_canary", "quiet"},
+            "order", "max_errors", "limit", "shard", "max_concurrency", "no_canary", "quiet",
+            "bodies", "check"},
 }  # fmt: skip
 
 
@@ -181,6 +182,7 @@ def test_any_damage_to_a_plan_is_refused(data: st.DataObject, bundle: Path, tmp_
     at = data.draw(st.integers(0, len(text) - 1))
     new = data.draw(st.sampled_from(["", "0", "9", "-", "x", '"', "{", "]", ",", "null", "é"]))
     damaged = text[:at] + new + text[at + 1 :]
+    shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
     (tmp_path / "plan.json").write_text(damaged)
     result = cli("check", tmp_path)
     if json_or_none(damaged) == json.loads(text):

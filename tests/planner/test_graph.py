@@ -89,7 +89,7 @@ def test_state_bytes_of_the_headline() -> None:
 def test_every_operator_has_a_body() -> None:
     from tokenspeed_plan.plans.ops import OPS
 
-    assert set(OPS) == set(BODIES)
+    assert set(OPS) == set(BODIES) | {"all_reduce"}  # that one is the collectives'
 
 
 def test_a_grammar_stands_between_the_passes() -> None:

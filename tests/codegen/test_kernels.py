@@ -1,0 +1,94 @@
+"""Each Triton kernel beside its reference: odd sizes, ragged batches, empty experts, and broken ones are caught."""
+
+from __future__ import annotations
+
+import pytest
+from kernel_lab import TOLERANCE, Case, broken, errors, kernels_of
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.plans.kernel_file import is_collective, kind_of
+from triton.runtime.errors import InterpreterError
+
+RAGGED = (1, 64, 65, 3, 130)
+CASES = {
+    "one row": Case("decode", (1,), (40,)),
+    "one row, nothing before": Case("decode", (1,), (0,)),
+    "seven rows": Case("decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300)),
+    "many rows": Case("decode", (1,) * 19, tuple(range(0, 190, 10))),
+    "dense, one row": Case("decode", (1,), (70,), kind="dense"),
+    "three value heads a key head": Case("decode", (1,) * 3, (0, 5, 64), kind="ratio3"),
+    "yarn": Case("decode", (1,) * 2, (3, 400), kind="yarn"),
+    "prefill of one": Case("prefill", (1,), (0,)),
+    "prefill of seven": Case("prefill", (7,), (33,)),
+    "prefill of 129": Case("prefill", (129,), (0,)),
+    "ragged prefill": Case("prefill", RAGGED, (0, 3, 0, 100, 17)),
+    "ragged prefill, dense": Case("prefill", (5, 66), (0, 9), kind="dense"),
+    "H200 tiles, one row": Case("decode", (1,), (200,), gpu="H200"),
+    "H200 tiles, seven rows": Case("decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), gpu="H200"),
+    "H200 tiles, prefill": Case("prefill", (1, 70), (5, 0), gpu="H200"),
+    "bf16, one row": Case("decode", (1,), (40,), "bf16", gpu="H200"),
+    "bf16, seven rows": Case("decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), "bf16", gpu="H200"),
+    "bf16, prefill": Case("prefill", (1, 70), (5, 0), "bf16", gpu="H200"),
+    "bf16, heads of 128 and 256": Case("decode", (1,) * 2, (0, 90), "bf16", "kernel", "H200"),
+    "experts of a rank": Case("decode", (1,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2)),
+    "experts of a rank, prefill": Case("prefill", (40,), (9,), layout=ParallelLayout(2, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_kernels_equal_their_references(case: Case) -> None:
+    built = kernels_of(case)
+    assert all(kernel.source is not None for kernel in built), "every kernel of a plan has a Triton body"
+    for kernel in built:
+        if is_collective(kernel.kernel):
+            continue  # needs its peers: tests/runtime/test_ranks.py
+        for rank in range(case.layout.num_ranks):
+            for name, error in errors(kernel, case, rank=rank):
+                assert error <= TOLERANCE[case.dtype], (kernel.kernel.name, name, rank)
+
+
+# One constant or sign in each template, by the kinds that are made from it.
+FEW, MANY = CASES["seven rows"], CASES["ragged prefill"]
+MUTATIONS = [
+    (FEW, "embed", "< ROWS)", "< ROWS - 400)"),
+    (FEW, "norm_linear", "+ EPS", "+ 0.1"),
+    (FEW, "norm_linear", "1.0 + tl.load(rms_norm_w", "0.9 + tl.load(rms_norm_w"),
+    (FEW, "linear_add", "out += tl.load(add_r", "out -= tl.load(add_r"),
+    (FEW, "norm_head", "+ m + 1", "+ m"),
+    (CASES["one row"], "norm_linear", "range(0, K, BLOCK_K, ", "range(BLOCK_K, K, BLOCK_K, "),
+    (MANY, "linear_silu_mul", "out * tl.sigmoid(out) * up", "out * tl.sigmoid(up) * up"),
+    (MANY, "expert_sum_linear_add", "for j in range(TOP_K)", "for j in range(TOP_K - 1)"),
+    (FEW, "qk_norm_rope_write", "1 / 120", "1 / 12"),
+    (FEW, "qk_norm_rope_write", "place + PAGE * KV * D", "place + KV * D"),
+    (FEW, "attention_gate", "* SCALE", "* SCALE * 1.01"),
+    (CASES["H200 tiles, seven rows"], "attention_split", "tl.log(", "0.9 * tl.log("),
+    (CASES["H200 tiles, seven rows"], "combine_linear_add", "range(SPLITS)", "range(SPLITS // 2 - 1)"),
+    (MANY, "attention_gate", "<= position", "< position"),
+    (FEW, "delta_step", "leads = head % GROUP == 0", "leads = head % GROUP == 5"),
+    (FEW, "delta_step", "range(TAPS - 1)", "range(TAPS - 2)"),
+    (MANY, "conv_qk_norm", "(at >= 0) & (at < count)", "(at >= 0) & (at < count - 1)"),
+    (MANY, "gates_delta_chunk", "range(2, CHUNK)", "range(3, CHUNK)"),
+    (MANY, "delta_scan", "c[:, None] >= c[None, :]", "c[:, None] > c[None, :]"),
+    (MANY, "gated_norm", "* tl.sigmoid(gate)", "* gate"),
+    (MANY, "topk", "range(TOP_K)", "range(TOP_K - 1)"),
+    (FEW, "moe_up", "half * H + place", "half * H + H + place"),
+    (FEW, "moe_down_add", "* share", "* 1.0"),
+    (MANY, "expert_sort", "group < expert", "group + 1 < expert"),
+    (MANY, "grouped_up", "acc * tl.sigmoid(acc) * acc_up", "acc * tl.sigmoid(acc_up) * acc_up"),
+    (MANY, "grouped_down", "range(0, tl.where(there, K, 0)", "range(BLOCK_K, tl.where(there, K, 0)"),
+    (FEW, "sample", "x ^ (x >> SHIFT)", "x ^ (x >> SHIFT + 1)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "old", "new"), MUTATIONS, ids=[f"{kind}: {new}" for _, kind, _, new in MUTATIONS]
+)
+def test_a_broken_kernel_is_caught(case: Case, kind: str, old: str, new: str) -> None:
+    chosen = [kernel for kernel in kernels_of(case) if kind_of(kernel.kernel) == kind and old in (kernel.source or "")]
+    assert chosen, "the piece to break is in no kernel"
+    caught = False
+    for kernel in chosen:
+        try:
+            caught |= any(not error <= TOLERANCE[case.dtype] for _, error in errors(broken(kernel, old, new), case))
+        except InterpreterError:  # nonsense that NumPy itself refuses
+            caught = True
+    assert caught

@@ -1,0 +1,244 @@
+"""Every kernel of a small program, alone: random inputs, poisoned outputs, Triton beside the reference.
+
+On a machine with a GPU the kernels are compiled and run there; elsewhere Triton's interpreter runs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from checkpoints import KINDS, text_config
+from tokenspeed_plan.planner.cost import Load
+from tokenspeed_plan.planner.graph import OpGraph
+from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.model_config import ModelConfig
+from tokenspeed_plan.planner.passes.expand import Shape, expand
+from tokenspeed_plan.planner.passes.fuse import fuse
+from tokenspeed_plan.planner.passes.lower import lower
+from tokenspeed_plan.planner.passes.place import place
+from tokenspeed_plan.planner.passes.schedule import schedule
+from tokenspeed_plan.planner.passes.shard import shard
+from tokenspeed_plan.planner.qwen3_5 import BuildContext, build
+from tokenspeed_plan.planner.tiling.table import Built
+from tokenspeed_plan.plans.kernel_file import kind_of
+from tokenspeed_plan.plans.schema import KernelSpec, Limits, Param
+from tokenspeed_plan.plans.types import DType, Phase
+from tokenspeed_plan.runtime.compare import difference
+from tokenspeed_plan.runtime.kernels import KernelBodies, interpret
+from tokenspeed_plan.runtime.memory import TORCH_DTYPES
+from tokenspeed_plan.runtime.reference import BODIES
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    interpret()
+
+# Largest error over the largest value. bf16 products of a kernel are added up in fp32, those of the reference are
+# rounded to bf16 between its parts.
+TOLERANCE = {"fp32": 1e-5 if DEVICE == "cpu" else 1e-4, "bf16": 3e-2}
+MAX_SEQ_LEN = 512
+PAGE = 16
+ONE_RANK = ParallelLayout(1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch: for each sequence, tokens to compute, and tokens that it already has."""
+
+    phase: Phase
+    lengths: tuple[int, ...]
+    before: tuple[int, ...]
+    dtype: DType = "fp32"
+    kind: str = "moe"
+    gpu: str = "cpu"
+    layout: ParallelLayout = ONE_RANK
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.lengths)
+
+
+def config_of(kind: str) -> ModelConfig:
+    return ModelConfig.from_hf(text_config(KINDS[kind]), "lab")
+
+
+def graph_of(case: Case) -> OpGraph:
+    hardware = find_hardware(case.gpu)
+    seqs = case.num_seqs
+    limits = Limits(
+        max_seqs=seqs, max_seq_len=MAX_SEQ_LEN, max_tokens=max(case.num_tokens, seqs), page_size=PAGE,
+        num_pages=seqs * MAX_SEQ_LEN // PAGE, rows_per_slot=2, num_rows=1 + 2 * seqs, default_max_tokens=8,
+    )  # fmt: skip
+    context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
+    sharded = shard(build(context, case.phase), case.layout)
+    return fuse(expand(sharded, hardware, Shape(case.num_tokens, seqs, MAX_SEQ_LEN)))
+
+
+def kernels_of(case: Case) -> list[Built]:
+    """The distinct kernels of the program for this batch."""
+    graph = schedule(graph_of(case))
+    rows = (case.num_tokens, case.num_seqs)
+    hardware: HardwareSpec = find_hardware(case.gpu)
+    placed = place(graph, *rows)
+    _, kernels = lower(placed, hardware, Load(*rows, 64), rows)
+    return [kernels[name] for name in sorted(kernels)]
+
+
+class Inputs:
+    """Random tensors of the right kind for each parameter of a kernel."""
+
+    def __init__(self, case: Case, seed: int = 0, rank: int = 0) -> None:
+        self.case = case
+        self.rank = rank
+        self.random = torch.Generator().manual_seed(seed)
+        lengths = torch.tensor(case.lengths)
+        self.cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+        self.contexts = lengths + torch.tensor(case.before)
+
+    def of(self, kernel: KernelSpec) -> list[Tensor]:
+        made = []
+        for param in kernel.params:
+            shape = param.tensor.bind(self.case.num_tokens, self.case.num_seqs)
+            made.append(
+                self._make(kernel, param, shape).to(TORCH_DTYPES[param.tensor.dtype]).reshape(shape).contiguous()
+            )
+        return made
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.random)
+
+    def integers(self, high: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(0, high, shape, generator=self.random)
+
+    def _make(self, kernel: KernelSpec, param: Param, shape: tuple[int, ...]) -> Tensor:
+        for ending, rule in self._rules(kernel, shape).items():
+            if param.name == ending or param.name.endswith("_" + ending):
+                return rule()
+        if param.role == "weight":
+            return self.normal(*shape) / (math.sqrt(shape[-1]) if len(shape) > 1 else 2.0)
+        if param.role == "state":
+            return self.normal(*shape) * 0.5
+        return self.normal(*shape)
+
+    def _rules(self, kernel: KernelSpec, shape: tuple[int, ...]) -> dict[str, Any]:
+        case, kind = self.case, kind_of(kernel)
+        pages = MAX_SEQ_LEN // PAGE
+        rows = torch.arange(case.num_seqs) * 2
+        rules: dict[str, Any] = {
+            "cu_seqlens": lambda: self.cu_seqlens,
+            "context_lens": lambda: self.contexts,
+            "page_table": lambda: torch.randperm(case.num_seqs * pages, generator=self.random),
+            "positions": lambda: self.integers(MAX_SEQ_LEN, shape),
+            "slot_mapping": lambda: torch.randperm(case.num_seqs * MAX_SEQ_LEN, generator=self.random)[: shape[0]],
+            "read_rows": lambda: torch.tensor([0 if b == 0 else 1 + 2 * i for i, b in enumerate(case.before)]),
+            "write_rows": lambda: rows + 2,
+            "token_ids": lambda: self.integers(512, shape),
+            "a_log": lambda: self.normal(*shape).abs(),
+            "ids": lambda: self._ids(shape),
+            "order": lambda: self._sorted(kernel)[0],
+            "bounds": lambda: self._sorted(kernel)[1],
+            "lse": lambda: self._lse(shape),
+            "temperature": lambda: torch.tensor([0.0, 0.7, 1.0, 1.5]).repeat(shape[0])[: shape[0]],
+            "top_p": lambda: torch.tensor([1.0, 0.9, 1.0, 0.5, 0.99]).repeat(shape[0])[: shape[0]],
+            "top_k": lambda: torch.tensor([0, 0, 5, 40, 0, 1]).repeat(shape[0])[: shape[0]],
+            "seed": lambda: self.integers(1 << 40, shape),
+            "draw": lambda: self.integers(1000, shape),
+            "logits": lambda: self.normal(*shape) * 3,
+        }
+        if kind in ("gates_delta_chunk", "delta_scan"):
+            rules |= {
+                "k": lambda: self._unit(shape),
+                "q": lambda: self._unit(shape),
+                "total": lambda: self._total(shape),
+            }
+        return rules
+
+    def _unit(self, shape: tuple[int, ...]) -> Tensor:
+        heads = self.normal(*shape).unflatten(-1, (-1, config_of(self.case.kind).delta_net.key_dim))
+        return torch.nn.functional.normalize(heads, dim=-1).flatten(1)
+
+    def _total(self, shape: tuple[int, ...]) -> Tensor:
+        steps, out = -self.normal(*shape).abs() * 0.3, []
+        for length in self.case.lengths:
+            chunks, steps = steps[:length].split(64), steps[length:]
+            out += [chunk.cumsum(0) for chunk in chunks]
+        return torch.cat(out)
+
+    def _ids(self, shape: tuple[int, ...]) -> Tensor:
+        """Distinct experts for each token, the last one never hit; the same on every call."""
+        experts = config_of(self.case.kind).moe
+        assert experts is not None
+        random = torch.Generator().manual_seed(1)
+        return torch.stack([torch.randperm(experts.num_experts - 1, generator=random)[: shape[1]]
+                            for _ in range(shape[0])])  # fmt: skip
+
+    def _sorted(self, kernel: KernelSpec) -> tuple[Tensor, ...]:
+        shape = next(p for p in kernel.params if p.name == "order").tensor.bind(
+            self.case.num_tokens, self.case.num_seqs
+        )
+        return BODIES["expert_sort"]({**kernel.parts[0].attrs, **_starts(kernel, self.rank)}, self._ids(shape).int())
+
+    def _lse(self, shape: tuple[int, ...]) -> Tensor:
+        lse = self.normal(*shape)
+        lse[:, shape[1] // 2 :] = float("-inf")  # splits without a key
+        return lse
+
+
+def _starts(kernel: KernelSpec, rank: int) -> dict[str, int]:
+    return {name: shift.at(rank) for part in kernel.parts for name, shift in part.rank_attrs.items()}
+
+
+def reference(kernel: KernelSpec, tensors: list[Tensor], rank: int = 0) -> None:
+    """The parts, one after the other, into the outputs and states among the tensors."""
+    values = {param.name: x for param, x in zip(kernel.params, tensors, strict=True)}
+    outputs = {param.name for param in kernel.params if param.role == "output"}
+    for part in kernel.parts:
+        attrs = {**part.attrs, **{name: shift.at(rank) for name, shift in part.rank_attrs.items()}}
+        results = BODIES[part.kind](attrs, *[values[name] for name in part.operands])
+        for name, result in zip(part.outputs, results, strict=True):
+            if name in outputs:
+                values[name].copy_(result)
+            else:
+                values[name] = result
+
+
+def run_kernel(built: Built, tensors: list[Tensor], case: Case, rank: int = 0) -> list[Tensor]:
+    """The kernel's own results, from the same inputs and NaN in every output."""
+    own = [x.clone().to(DEVICE) for x in tensors]
+    for param, x in zip(built.kernel.params, own, strict=True):
+        if param.role == "output":
+            x.view(torch.uint8).fill_(0xFF)
+    bodies = KernelBodies({built.kernel.name: built.source or ""})
+    bodies.launcher(built.kernel, rank, case.num_tokens, case.num_seqs)({}, *own)
+    return [x.cpu() for x in own]
+
+
+def errors(built: Built, case: Case, seed: int = 0, rank: int = 0) -> Iterator[tuple[str, float]]:
+    """(parameter, error) of everything that a kernel writes."""
+    tensors = Inputs(case, seed, rank).of(built.kernel)
+    got = run_kernel(built, tensors, case, rank)
+    reference(built.kernel, tensors, rank)
+    for param, mine, wanted in zip(built.kernel.params, got, tensors, strict=True):
+        if param.role == "output" or param.access != "read":
+            yield param.name, difference(mine, wanted)
+
+
+def broken(built: Built, old: str, new: str) -> Built:
+    """The kernel with a piece of its text replaced, and its digest put right."""
+    from tokenspeed_plan.codegen.render import source_digest
+
+    assert built.source is not None
+    assert built.kernel.launch is not None
+    assert old in built.source, old
+    text = built.source.replace(old, new)
+    launch = built.kernel.launch.model_copy(update={"source_sha256": source_digest(text)})
+    return replace(built, kernel=built.kernel.model_copy(update={"launch": launch}), source=text)
