@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,9 +26,11 @@ from tokenspeed_plan.plans.kernel_file import extra_arguments, load_function
 from tokenspeed_plan.plans.schema import KernelSpec
 from tokenspeed_plan.plans.types import DType
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 POINTERS: dict[DType, str] = {"bf16": "*bf16", "fp32": "*fp32", "fp64": "*fp64", "i32": "*i32", "i64": "*i64"}
 WARP_SIZE = 32
+# What Triton, LLVM and ptxas read from the environment. It is in no key, so it may not change a result.
+SWITCHES = ("TRITON_", "MLIR_", "LLVM_", "DISABLE_", "NVPTX_", "PTXAS_", "USE_IR_LOC", "ALLOW_LHS_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,11 @@ def default_cache() -> Path:
 
 
 def compile_all(jobs: Iterable[Job], cache: Path) -> dict[str, Compiled]:
-    """Results by `Job.key`; what is not in the cache is compiled on all cores."""
+    """Results by `Job.key`; what is not in the cache is compiled on all cores.
+
+    Raises:
+        SpecError: a worker died.
+    """
     todo = {job.key: job for job in jobs}
     done = {key: found for key in todo if (found := _recall(cache, key)) is not None}
     missing = [job for key, job in todo.items() if key not in done]
@@ -102,15 +109,20 @@ def _compile_missing(missing: list[Job], cache: Path) -> dict[str, Compiled]:
         tempfile.TemporaryDirectory(prefix="tokenspeed-") as scratch,
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (scratch,)) as pool,
     ):
-        for job, made in zip(missing, pool.map(compile_kernel, missing), strict=True):
-            _remember(cache, job.key, made)
-            done[job.key] = made
+        try:
+            for job, made in zip(missing, pool.map(compile_kernel, missing), strict=True):
+                _remember(cache, job.key, made)
+                done[job.key] = made
+        except BrokenProcessPool as error:
+            hint = "close other programs if memory is short; `--no-compile` plans without compiling"
+            raise SpecError("a worker process died while it compiled kernels", hint) from error
     return done
 
 
 def _start_worker(scratch: str) -> None:
     """Set what Triton reads when it is first imported."""
-    os.environ.pop("TRITON_INTERPRET", None)
+    for name in [name for name in os.environ if name.startswith(SWITCHES)]:
+        del os.environ[name]
     os.environ |= {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": scratch, "TRITON_ALWAYS_COMPILE": "1"}
 
 
@@ -127,6 +139,8 @@ def compile_kernel(job: Job) -> Compiled:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     try:
         made = triton.compile(source, target=GPUTarget("cuda", job.sm, WARP_SIZE), options=options)
+    except (OSError, MemoryError):  # of this machine, not of the kernel
+        raise
     except Exception as error:
         return Compiled(error=f"{type(error).__name__}: {str(error.__cause__ or error).strip()}")
     cubin: bytes = made.asm["cubin"]
@@ -150,19 +164,24 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def _recall(cache: Path, key: str) -> Compiled | None:
     try:
-        facts = json.loads((cache / f"{key}.json").read_text())
+        report = json.loads((cache / f"{key}.json").read_text())
         cubin = (cache / f"{key}.cubin").read_bytes()
-        if facts.pop("cubin_sha256") != sha256(cubin):
-            return None
-        return Compiled(cubin=cubin, **facts)
+        facts = report["facts"]
+        return Compiled(cubin, **facts) if report["digest"] == _digest(key, facts, cubin) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
+def _digest(key: str, facts: Mapping[str, object], cubin: bytes) -> str:
+    return sha256(canonical((key, facts, sha256(cubin))))
+
+
 def _remember(cache: Path, key: str, made: Compiled) -> None:
-    """The report comes last: an entry without one does not exist."""
-    facts: Mapping[str, object] = asdict(made) | {"cubin_sha256": sha256(made.cubin)}
-    report = {name: value for name, value in facts.items() if name != "cubin"}
+    """The report comes last: an entry without one does not exist. A failure may be the machine's, and is forgotten."""
+    if made.error:
+        return
+    facts = {name: value for name, value in asdict(made).items() if name != "cubin"}
+    report = {"digest": _digest(key, facts, made.cubin), "facts": facts}
     for name, data in ((f"{key}.cubin", made.cubin), (f"{key}.json", json.dumps(report).encode())):
         draft = cache / f".{name}.{os.getpid()}"
         draft.write_bytes(data)

@@ -156,10 +156,15 @@ def check(bundle: Path, weights: Path | None, canary: bool) -> None:
     click.echo(f"kernels: {check_sources(frozen, bundle)} texts have their digests")
     if weights is None and not canary:
         return
-    engine = _load_engine(bundle, {"weights": weights, "bodies": "reference"})
+    options = {"weights": weights, "bodies": "reference"}
+    _on_all_ranks(bundle, options, lambda: _check_weights(bundle, options, canary))
+
+
+def _check_weights(bundle: Path, options: dict[str, Any], canary: bool) -> None:
+    engine = _load_engine(bundle, options)
     click.echo("weights: names, shapes and dtypes fit")
     if canary:
-        click.echo(f"canary: {_check_canary(frozen, engine)} tokens agree")
+        click.echo(f"canary: {_check_canary(engine.plan, engine)} tokens agree")
 
 
 def _check_canary(frozen: Plan, engine: Engine) -> int:
@@ -185,8 +190,8 @@ def _check_canary(frozen: Plan, engine: Engine) -> int:
 @click.option("--shard", help="Only every n-th row from the i-th: i/n.")
 @click.option("--max-concurrency", type=click.IntRange(min=1), help="Rows in flight.")
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
-@click.option("--bodies", type=click.Choice(["reference", "kernels"]), default="reference",
-              help="PyTorch references, or the bundle's Triton kernels (interpreted on a CPU).")  # fmt: skip
+@click.option("--bodies", type=click.Choice(["reference", "kernels"]),
+              help="PyTorch references (a CPU's default), or the bundle's kernels (interpreted on a CPU).")  # fmt: skip
 @click.option("--check", is_flag=True, help="Compare the two bodies step by step; name the first step that differs.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary text.")
 def run(bundle: Path, source: Path | None, output: Path | None, prompt: str | None, **options: Any) -> None:
@@ -207,13 +212,17 @@ def _on_all_ranks(bundle: Path, options: dict[str, Any], work: Callable[[], int 
     """Do the work on rank 0; other processes of a sharded plan repeat its replays."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return work()
-    from tokenspeed_plan.runtime.collectives import own_rank
+    from tokenspeed_plan.runtime.collectives import join, own_rank, world_size
     from tokenspeed_plan.runtime.ranks import follow, leading
 
+    frozen = load_plan(bundle)
+    if own_rank() and frozen.target.count != world_size():
+        return 0  # rank 0 says so
+    join(frozen)
     if own_rank():
         follow(_load_engine(bundle, options).executor)
         return 0
-    with leading(load_plan(bundle)):
+    with leading():
         return work()
 
 
@@ -234,7 +243,7 @@ def _load_engine(bundle: Path, options: dict[str, Any]) -> Engine:
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.executor import Executor
 
-    executor = Executor
+    executor: type[Executor] | None = None
     if os.environ.get("RANK", "0") == "0" and os.environ.get("WORLD_SIZE", "1") != "1":
         from tokenspeed_plan.runtime.ranks import LeadingExecutor
 
@@ -312,3 +321,21 @@ def _predicted(frozen: Plan) -> dict[str, float]:
     decode = max((p for p in frozen.programs if p.phase == "decode"), key=lambda p: p.bucket)
     prefill = max((p for p in frozen.programs if p.phase == "prefill"), key=lambda p: p.bucket)
     return {"tpot_ms": round(decode.predicted_us / 1e3, 3), "ttft_ms": round(prefill.predicted_us / 1e3, 3)}
+
+
+@main.command(name="bench")
+@click.argument("bundle", type=Folder)
+@click.option("--weights", default="random", help="A checkpoint folder, or `random` (the default).")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences that decode.")
+@click.option("--context", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens that each has.")
+@click.option("--prefill", type=click.IntRange(min=0), default=0, help="Also prefill so many tokens of one prompt.")
+@click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
+def bench_command(bundle: Path, weights: str, as_json: bool, **options: int) -> None:
+    """Measure BUNDLE on this machine: each program and kernel beside the floor and beside the prediction."""
+    from tokenspeed_plan.runtime import bench
+
+    frozen = load_plan(bundle)
+    executor = bench.prepare(frozen, bundle, None if weights == "random" else Path(weights))
+    chosen = bench.Options(options["batch"], options["context"], options["prefill"])
+    found = bench.bench(frozen, executor, chosen)
+    click.echo(json.dumps(found, indent=2) if as_json else bench.as_text(found))

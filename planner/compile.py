@@ -17,7 +17,7 @@ from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.planner.kernels import KernelChoice
 from tokenspeed_plan.planner.limits import decode_buckets, plan_limits, prefill_buckets
 from tokenspeed_plan.planner.model_config import ModelConfig, load_model_config, load_preset
-from tokenspeed_plan.planner.passes.expand import Shape, expand
+from tokenspeed_plan.planner.passes.expand import expand
 from tokenspeed_plan.planner.passes.fuse import fuse
 from tokenspeed_plan.planner.passes.lower import Choose, lower
 from tokenspeed_plan.planner.passes.place import place
@@ -143,7 +143,7 @@ def _programs(
     for phase, graph in graphs.items():
         for bucket in buckets[phase]:
             seqs = min(bucket, limits.max_seqs)
-            expanded = check(expand(graph, hardware, Shape(bucket, seqs, limits.max_seq_len)))
+            expanded = check(expand(graph, bucket))
             placed = check(place(check(schedule(check(fuse(expanded)))), bucket, seqs))
             lowered, kernels = lower(placed, hardware, _load(phase, bucket, seqs, spec), (bucket, seqs), choose)
             made.append((bucket, seqs, check(lowered), kernels))

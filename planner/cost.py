@@ -106,7 +106,7 @@ def _state_bytes(graph: OpGraph, op: Op, load: Load) -> float:
         row = math.prod(spec.bind(0, 0)[1:]) * spec.size_bytes() / max(math.prod(spec.bind(0, 0)), 1)
         if op.kind == "kv_write":
             total += load.num_tokens * row / int(op.attrs["page_size"])
-        elif op.kind in ("attention", "attention_split"):
+        elif op.kind == "attention":
             total += load.num_seqs * load.context_tokens * row / int(op.attrs["page_size"])
         else:
             total += load.num_seqs * row * (2 if access == "update" else 1)
@@ -161,7 +161,6 @@ _FLOPS: dict[str, Flops] = {
     "linear": _matrix,
     **dict.fromkeys(_EXPERTS, _experts),
     "attention": _attention,
-    "attention_split": _attention,
     "delta_rule": _delta_rule,
     "delta_chunk": _delta_chunk,
     "delta_scan": _delta_scan,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tokenspeed_plan.planner.graph import OpGraph, Tensor, Weight
 from tokenspeed_plan.planner.hardware import GIB, HardwareSpec
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.passes.lower import scratch_name
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.planner.tiling.table import Built
 from tokenspeed_plan.plans.errors import SpecError
@@ -17,6 +18,7 @@ from tokenspeed_plan.plans.schema import (
     AttentionLayout,
     BufferSpec,
     Decision,
+    KernelSpec,
     Layout,
     Limits,
     Memory,
@@ -56,9 +58,9 @@ def freeze(parts: Parts) -> Plan:
     """
     graphs = [graph for _, _, graph, _ in parts.programs]
     weights, weight_bytes = _place_weights({name: w for graph in graphs for name, w in graph.weights.items()}.values())
-    buffers, arena_bytes = _place_shared(graphs, parts.limits)
+    kernels = {name: built.kernel for _, _, _, made in parts.programs for name, built in sorted(made.items())}
+    buffers, arena_bytes = _place_shared(graphs, kernels.values(), parts.limits)
     arena_bytes |= {"weights": weight_bytes, "activations": max(graph.arena_bytes for graph in graphs)}
-    kernels = {name: kernel for _, _, _, made in parts.programs for name, kernel in made.items()}
     return Plan(
         schema_version=SCHEMA_VERSION,
         compiler_version=parts.compiler_version,
@@ -76,8 +78,11 @@ def freeze(parts: Parts) -> Plan:
         arenas=tuple(ArenaSpec(name=name, size_bytes=arena_bytes[name]) for name in sorted(arena_bytes)),  # type: ignore[arg-type]
         weights=weights,
         buffers=buffers,
-        kernels=tuple(kernels[name].kernel for name in sorted(kernels)),
-        programs=tuple(_program(bucket, seqs, graph) for bucket, seqs, graph, _ in parts.programs),
+        kernels=tuple(kernels[name] for name in sorted(kernels)),
+        programs=tuple(
+            _program(bucket, seqs, graph, graph.phase != "prefill" and parts.hardware.sm > 0)
+            for bucket, seqs, graph, _ in parts.programs
+        ),
     )
 
 
@@ -99,12 +104,19 @@ def _pieces(weight: Weight) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def _place_shared(graphs: list[OpGraph], limits: Limits) -> tuple[tuple[BufferSpec, ...], dict[str, int]]:
-    """State and io buffers: they outlive a program, so each has a place of its own."""
+def _place_shared(
+    graphs: list[OpGraph], kernels: Iterable[KernelSpec], limits: Limits
+) -> tuple[tuple[BufferSpec, ...], dict[str, int]]:
+    """State, io and scratch buffers: they outlive a program, so each has a place of its own."""
     shared: dict[str, Tensor] = {}
     for graph in graphs:
         shared |= {name: tensor for name, tensor in graph.tensors.items() if tensor.arena != "activations"}
-    tops = {"kv_cache": 0, "state": 0, "io": 0}
+    for kernel in kernels:
+        scratch = (param for param in kernel.params if param.role == "scratch")
+        shared |= {
+            name: Tensor(name, param.tensor, "scratch") for param in scratch if (name := scratch_name(kernel, param))
+        }
+    tops = {"kv_cache": 0, "state": 0, "io": 0, "scratch": 0}
     buffers = []
     for tensor in shared.values():
         buffers.append(
@@ -126,7 +138,7 @@ def _memory(arena_bytes: dict[str, int], hardware: HardwareSpec) -> Memory:
     return Memory(**arena_bytes, reserved=hardware.reserved_bytes, total=total, capacity=hardware.memory_bytes)
 
 
-def _program(bucket: int, max_seqs: int, graph: OpGraph) -> Program:
+def _program(bucket: int, max_seqs: int, graph: OpGraph, captured: bool) -> Program:
     used = [name for op in graph.ordered() for name in op.outputs]
     buffers = tuple(
         BufferSpec(name=name, arena="activations", offset_bytes=graph.offsets[name], tensor=graph.tensors[name].spec)
@@ -144,5 +156,6 @@ def _program(bucket: int, max_seqs: int, graph: OpGraph) -> Program:
         buffers=buffers,
         steps=graph.steps,
         num_streams=graph.num_streams,
+        captured=captured,
         predicted_us=round(time_us, 2),
     )

@@ -130,11 +130,16 @@ class OpGraph:
 
     @cached_property
     def nx(self) -> nx.DiGraph[str]:
-        """Operators as nodes; edges are data, and state that is written and then read."""
+        """Operators as nodes; edges are data, state written and then read, and inputs read before they move on."""
         graph: nx.DiGraph[str] = nx.DiGraph()
         made_by: dict[str, str] = {}
+        readers: dict[str, list[str]] = {}
         for op in self.ops:
             graph.add_node(op.name)
+            for name in (state for state, _ in op.states if state in self.inputs):
+                graph.add_edges_from((reader, op.name) for reader in readers.get(name, ()))
+            for name in op.inputs:
+                readers.setdefault(name, []).append(op.name)
             for name in (*op.inputs, *(name for name, access in op.states if access == "read")):
                 if name in made_by:
                     graph.add_edge(made_by[name], op.name, tensor=name)

@@ -64,7 +64,8 @@ class KernelChoice:
         return not made.error and not made.spill_bytes and made.shared_bytes <= self.hardware.max_shared_bytes
 
     def _refused(self, built: Built, made: Compiled) -> SpecError:
-        why = made.error or f"spills {made.spill_bytes} bytes, needs {made.shared_bytes} bytes of shared memory"
+        shared = f"{made.shared_bytes} of {self.hardware.max_shared_bytes} bytes of shared memory"
+        why = made.error or f"spills {made.spill_bytes} bytes, needs {shared}"
         target = f"{self.hardware.name} (sm_{self.hardware.sm})"
         return SpecError(
             f"no tiling of kernel `{built.kernel.name}` fits {target}; the last: {why}",

@@ -33,7 +33,7 @@ def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareS
         page_size=hardware.page_size,
         num_pages=pages * workload.concurrency,
         rows_per_slot=ROWS_PER_SLOT,
-        num_rows=1 + workload.concurrency * ROWS_PER_SLOT,
+        num_rows=2 + workload.concurrency * ROWS_PER_SLOT,
         default_max_tokens=min(workload.output_tokens, max_seq_len - 1),
     )
 

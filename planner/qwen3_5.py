@@ -12,7 +12,7 @@ from typing import Any
 from tokenspeed_plan.planner.graph import DimSplits, Op, OpGraph, Source, Stage, Tensor, Weight
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.model_config import ModelConfig
-from tokenspeed_plan.plans.ops import OPS, SAMPLING_INPUTS
+from tokenspeed_plan.plans.ops import BATCH_STATE, OPS, SAMPLING_INPUTS
 from tokenspeed_plan.plans.schema import ArenaName, Limits
 from tokenspeed_plan.plans.types import Attr, Dim, DType, Phase, TensorSpec
 
@@ -56,6 +56,9 @@ def build(context: BuildContext, phase: Phase) -> OpGraph:
         out_names=("next_tokens",),
         attrs={"num_valid_tokens": context.num_valid_tokens},
     )
+    if phase == "decode":
+        page_size = {"page_size": context.limits.page_size}
+        graph.op("advance", "advance", ("next_tokens", "page_table"), states=BATCH_STATE, attrs=page_size)
     return graph.finish(("logits", "next_tokens"))
 
 
@@ -316,7 +319,7 @@ class _Builder:
         a, limits = self.config.attention, self.context.limits
         cache = self.tensor(
             f"{name}.kv_cache",
-            (limits.num_pages, 2, limits.page_size, a.num_kv_heads, a.head_dim),
+            (limits.num_pages + 1, 2, limits.page_size, a.num_kv_heads, a.head_dim),
             self.context.dtype,
             "kv_cache",
             ((3, kv),),
@@ -560,7 +563,7 @@ class _Builder:
 
     def finish(self, outputs: tuple[str, ...]) -> OpGraph:
         """The graph, with the inputs that it really reads; what it gives back lies in the io arena."""
-        read = {name for op in self.ops for name in op.inputs}
+        read = {name for op in self.ops for name in (*op.inputs, *(state for state, _ in op.states))}
         inputs = tuple(name for name, tensor in self.tensors.items() if tensor.arena == "io" and name in read)
         unused = {name for name, tensor in self.tensors.items() if tensor.arena == "io" and name not in read}
         tensors = {name: tensor for name, tensor in self.tensors.items() if name not in unused}

@@ -41,5 +41,11 @@ class CanaryError(TokenspeedError):
     """A plan replays, but not to the golden tokens that it carries."""
 
 
+class RankError(TokenspeedError):
+    """A process of a sharded plan has ended while another one still needed it."""
+
+    exit_code = 1
+
+
 class RequestError(TokenspeedError):
     """A prompt or a batch file asks for what the plan cannot serve."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tokenspeed_plan.plans.ops import Access, require
+from tokenspeed_plan.plans.ops import BATCH_STATE, Access, require
 from tokenspeed_plan.plans.schema import (
     BufferSpec,
     CollectiveCall,
@@ -72,6 +72,8 @@ class _Replay:
         self.written: set[str] = set()
         self.unread: set[str] = set()
         self.state: dict[str, Epoch] = {}
+        self.input_readers: dict[str, list[Epoch]] = {}
+        self.moved_on: set[str] = set()
         for name in program.inputs:
             require(name in buffers and buffers[name].arena == "io", f"input `{name}` is not an io buffer")
 
@@ -97,8 +99,13 @@ class _Replay:
 
     def _touch(self, name: str, access: Access, epoch: Epoch, clock: Clock) -> None:
         arena = self.buffers[name].arena
-        if arena in ("kv_cache", "state"):
+        if arena == "scratch":
+            require(_before(self.state.get(name, (0, 0)), clock), f"`{name}` is used by two streams at once")
+            self.state[name] = epoch
+        elif arena in ("kv_cache", "state"):
             self._touch_state(name, access, epoch, clock)
+        elif access == "update":
+            self._move_on(name, epoch, clock)
         elif access == "read":
             self._read(name, epoch, clock)
         else:
@@ -113,6 +120,8 @@ class _Replay:
 
     def _read(self, name: str, epoch: Epoch, clock: Clock) -> None:
         if name in self.program.inputs:
+            require(name not in self.moved_on, f"`{name}` is read after it moved on to the next step")
+            self.input_readers.setdefault(name, []).append(epoch)
             return
         self.unread.discard(name)
         require(name in self.written, f"`{name}` is read before it is written")
@@ -120,6 +129,13 @@ class _Replay:
         span = self.intact[name]
         require(_before(span.writer, clock), f"`{name}` is read while another stream may still write it")
         span.readers.append(epoch)
+
+    def _move_on(self, name: str, epoch: Epoch, clock: Clock) -> None:
+        """An input takes its value for the next replay; all that read this one's must be over."""
+        require(name in self.program.inputs and name not in self.moved_on, f"`{name}` is not an input to move on")
+        readers = self.input_readers.get(name, [])
+        require(all(_before(reader, clock) for reader in readers), f"`{name}` moves on while it may still be read")
+        self.moved_on.add(name)
 
     def _write(self, name: str, epoch: Epoch, clock: Clock) -> None:
         require(name not in self.written and name not in self.program.inputs, f"`{name}` is written twice")
@@ -161,6 +177,9 @@ class _Replay:
             require(clock[stream] <= end[stream], f"stream {stream} is not waited for at the end")
         unpaired = set(self.events) - self.waited
         require(not unpaired, f"event {min(unpaired, default=0)} is recorded and never waited for")
+        if self.program.phase == "decode":
+            left = set(BATCH_STATE) & set(self.program.inputs) - self.moved_on
+            require(not left, f"`{min(left, default='')}` does not move on to the next step")
         for name in self.program.outputs:
             require(name in self.intact, f"output `{name}` is not there at the end")
         wasted = self.unread - set(self.program.outputs)

@@ -170,25 +170,6 @@ def _attention(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     return {"y": expect(specs, "q", "num_tokens", heads * integer(attrs, "head_dim"))}
 
 
-def _attention_split(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    q = _attention({**attrs, "mode": "decode"}, specs)["y"]
-    splits, heads = integer(attrs, "num_splits"), integer(attrs, "num_heads")
-    require(splits > 0, f"{splits} splits")
-    wanted = splits * heads
-    return {
-        "partial": TensorSpec(shape=("num_tokens", wanted * integer(attrs, "head_dim")), dtype=wide(q.dtype)),
-        "lse": TensorSpec(shape=("num_tokens", wanted), dtype=wide(q.dtype)),
-    }
-
-
-def _attention_combine(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    splits, heads, head_dim = (integer(attrs, name) for name in ("num_splits", "num_heads", "head_dim"))
-    dtype = dtype_attr(attrs)
-    expect(specs, "partial", rows(specs, "partial"), splits * heads * head_dim, dtype=wide(dtype))
-    expect(specs, "lse", rows(specs, "partial"), splits * heads, dtype=wide(dtype))
-    return {"y": TensorSpec(shape=(rows(specs, "partial"), heads * head_dim), dtype=dtype)}
-
-
 def _pair(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     require(specs["x"] == specs["g"], "operands differ")
     return {"y": specs["x"]}
@@ -380,6 +361,17 @@ def _argmax(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     return {"next_tokens": TensorSpec(shape=(rows(specs, "logits"),), dtype="i32")}
 
 
+def _advance(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    require(integer(attrs, "page_size") > 0, "page_size is not positive")
+    dim = rows(specs, "page_table")
+    expect(specs, "next_tokens", dim, dtype="i32")
+    for name in BATCH_STATE:
+        per_token = name in ("token_ids", "positions", "slot_mapping")
+        expect(specs, name, "num_tokens" if per_token else dim, dtype="i64" if name == "draw" else "i32")
+    return {}
+
+
+BATCH_STATE = ("token_ids", "positions", "slot_mapping", "context_lens", "read_rows", "write_rows", "draw")
 SAMPLING_INPUTS: dict[str, DType] = {
     "temperature": "fp32", "top_p": "fp32", "top_k": "i32", "seed": "i64", "draw": "i64",
 }  # fmt: skip
@@ -407,15 +399,6 @@ OPS: dict[str, OpDef] = {
     "attention": OpDef(
         ("q", "page_table", "context_lens", "cu_seqlens"), ("y",), _attention, "softmax(q k^T / sqrt(D)) v, causal",
         states=(("kv_cache", "read"),), attrs=("mode", "num_heads", "num_kv_heads", "head_dim", "page_size"),
-    ),
-    "attention_split": OpDef(
-        ("q", "page_table", "context_lens", "cu_seqlens"), ("partial", "lse"), _attention_split,
-        "attention over each of `num_splits` runs of blocks of BLOCK tokens, and the log of its sum of exponentials",
-        states=(("kv_cache", "read"),), attrs=("num_splits", "num_heads", "num_kv_heads", "head_dim", "page_size"),
-    ),
-    "attention_combine": OpDef(
-        ("partial", "lse"), ("y",), _attention_combine, "y = sum_s exp(lse_s) partial_s / sum_s exp(lse_s)",
-        attrs=("num_splits", "num_heads", "head_dim", "dtype"),
     ),
     "sigmoid_gate": OpDef(("x", "g"), ("y",), _pair, "y = x * sigmoid(g)"),
     "causal_conv": OpDef(
@@ -477,6 +460,10 @@ OPS: dict[str, OpDef] = {
     "gated_add": OpDef(("x", "r", "g"), ("y",), _gated_add, "y = r + x * sigmoid(g), g one scalar a token"),
     "last_token": OpDef(("x", "cu_seqlens"), ("y",), _last_token, "the last row of each sequence"),
     "concat": OpDef(("x", "r"), ("y",), _concat, "y = [x | r]"),
+    "advance": OpDef(
+        ("next_tokens", "page_table"), (), _advance, "inputs of the next decode step; padding (read_rows = 0) stays",
+        states=tuple((name, "update") for name in BATCH_STATE), attrs=("page_size",),
+    ),
     "sample": OpDef(
         ("logits", *SAMPLING_INPUTS), ("next_tokens",), _sample, "argmax, or a draw after top-k and top-p",
         attrs=("num_valid_tokens",),

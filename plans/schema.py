@@ -14,7 +14,7 @@ from tokenspeed_plan.plans.types import Attr, Dim, DType, Frozen, Phase, RankShi
 
 SCHEMA_VERSION = 2
 
-ArenaName = Literal["weights", "kv_cache", "state", "io", "activations"]
+ArenaName = Literal["weights", "kv_cache", "state", "io", "activations", "scratch"]
 
 
 class ModelFacts(Frozen):
@@ -41,6 +41,11 @@ class Target(Frozen):
     count: int
     sm: int
 
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where its tensors live, as PyTorch says it."""
+        return "cuda" if self.sm else "cpu"
+
 
 class AttentionLayout(Frozen):
     """Tensor-parallel size of the mixers."""
@@ -66,7 +71,8 @@ class Limits(Frozen):
     """What a plan can serve.
 
     A sequence owns `rows_per_slot` rows of recurrent state; row 0 of every state buffer stays zero and is what a new
-    sequence reads. `max_tokens` is the largest prefill chunk.
+    sequence reads. `max_tokens` is the largest prefill chunk. One more page and one more row, the last ones, belong to
+    nobody: padding writes there.
     """
 
     max_seqs: int
@@ -77,6 +83,16 @@ class Limits(Frozen):
     rows_per_slot: int
     num_rows: int
     default_max_tokens: int
+
+    @property
+    def spare_page(self) -> int:
+        """Where padding writes its keys and values."""
+        return self.num_pages
+
+    @property
+    def spare_row(self) -> int:
+        """Where padding writes its recurrent state."""
+        return self.num_rows - 1
 
 
 class Decision(Frozen):
@@ -135,10 +151,13 @@ class WeightSpec(Frozen):
 
 
 class Param(Frozen):
-    """One argument of a kernel."""
+    """One argument of a kernel.
+
+    `scratch` is memory that its programs meet in: zero before the first launch, no part of what the kernel computes.
+    """
 
     name: str
-    role: Literal["input", "output", "weight", "state"]
+    role: Literal["input", "output", "weight", "state", "scratch"]
     tensor: TensorSpec
     access: Access = "read"
 
@@ -247,7 +266,11 @@ Step = Annotated[KernelCall | CollectiveCall | RecordEvent | WaitEvent, Field(di
 
 
 class Program(Frozen):
-    """One phase at one bucket: serves up to `max_tokens` tokens of up to `max_seqs` sequences in one replay."""
+    """One phase at one bucket: serves up to `max_tokens` tokens of up to `max_seqs` sequences in one replay.
+
+    One that is `captured` always runs at its full size, padded, so that a CUDA graph can hold it; it is launched before
+    the tokens of the replay before it are known on the host.
+    """
 
     phase: Phase
     bucket: int
@@ -258,6 +281,7 @@ class Program(Frozen):
     buffers: tuple[BufferSpec, ...]
     steps: tuple[Step, ...]
     num_streams: int
+    captured: bool
     predicted_us: float
 
     @property
@@ -283,6 +307,7 @@ class Memory(Frozen):
     state: int
     activations: int
     io: int
+    scratch: int
     reserved: int
     total: int
     capacity: int

@@ -73,7 +73,7 @@ def _limits(plan: Plan) -> None:
     limits = plan.limits
     check(all(value > 0 for value in limits.model_dump().values()), lambda: "a limit is not positive")
     check(
-        limits.num_rows == 1 + limits.max_seqs * limits.rows_per_slot,
+        limits.num_rows == 2 + limits.max_seqs * limits.rows_per_slot,
         lambda: f"{limits.num_rows} state rows for {limits.max_seqs} sequences",
     )
     check(limits.rows_per_slot >= 2, lambda: "a sequence needs a row to read and another to write")
@@ -99,7 +99,7 @@ def _arenas(plan: Plan) -> None:
             _inside(buffer, buffer.tensor.size_bytes(program.max_tokens, program.max_seqs), sizes)
     held: dict[str, list[tuple[int, int, str]]] = {}
     for buffer in plan.buffers:
-        check(buffer.arena in ("kv_cache", "state", "io"), lambda b=buffer: f"`{b.name}` is in `{b.arena}`")  # type: ignore[misc]
+        check(buffer.arena in ("kv_cache", "state", "io", "scratch"), lambda b=buffer: f"`{b.name}` is in `{b.arena}`")  # type: ignore[misc]
         _state_shape(plan, buffer)
         size = buffer.tensor.size_bytes(plan.limits.max_tokens, plan.limits.max_seqs)
         _inside(buffer, size, sizes)
@@ -124,7 +124,7 @@ def _state_shape(plan: Plan, buffer: BufferSpec) -> None:
     """Pages, rows and page tables must be as many and as large as the limits say."""
     shape, limits = buffer.tensor.shape, plan.limits
     expected: dict[str, tuple[Dim, ...]] = {
-        "kv_cache": (limits.num_pages, 2, limits.page_size, *shape[3:]),
+        "kv_cache": (limits.num_pages + 1, 2, limits.page_size, *shape[3:]),
         "state": (limits.num_rows, *shape[1:]),
     }
     if buffer.name == "page_table":
@@ -144,7 +144,15 @@ def _memory_map(plan: Plan) -> None:
     for arena in plan.arenas:
         counted = getattr(memory, arena.name)
         check(counted == arena.size_bytes, lambda a=arena: f"arena `{a.name}` is {a.size_bytes} bytes, not {counted}")  # type: ignore[misc]  # noqa: B023
-    parts = (memory.weights, memory.kv_cache, memory.state, memory.activations, memory.io, memory.reserved)
+    parts = (
+        memory.weights,
+        memory.kv_cache,
+        memory.state,
+        memory.activations,
+        memory.io,
+        memory.scratch,
+        memory.reserved,
+    )
     check(min(parts) >= 0 and sum(parts) == memory.total, lambda: "the memory map does not add up")
     check(memory.total <= memory.capacity, lambda: f"needs {memory.total} bytes, a rank has {memory.capacity}")
 
@@ -243,7 +251,12 @@ def _programs(plan: Plan) -> None:
             raise refuse(f"program {program.phase}/{program.bucket}: {error}") from error
 
 
-_ARENAS_OF_ROLE = {"input": ("io", "activations"), "output": ("io", "activations"), "state": ("kv_cache", "state")}
+_ARENAS_OF_ROLE = {
+    "input": ("io", "activations"),
+    "output": ("io", "activations"),
+    "state": ("kv_cache", "state", "io"),
+    "scratch": ("scratch",),
+}
 
 
 def _call_fits(

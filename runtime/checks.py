@@ -1,4 +1,4 @@
-"""Does a plan fit this machine and this folder? Asked before anything is loaded; needs no PyTorch."""
+"""Does a plan fit this machine and this folder? Asked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,13 +14,21 @@ def check_target(plan: Plan) -> None:
     """Refuse a plan for another machine.
 
     Raises:
-        PlanError: it is not for a CPU.
+        PlanError: it is for a GPU that is not here.
     """
-    if plan.target.gpu != "cpu":
-        machine = f"{plan.target.count} x {plan.target.gpu} (sm_{plan.target.sm})"
-        raise PlanError(
-            f"the plan is for {machine}, this runtime replays CPU plans", "plan it again with `target: {gpu: cpu}`"
-        )
+    wanted, here = plan.target.sm, compute_capability() if plan.target.sm else 0
+    if wanted != here:
+        found = f"this machine's is sm_{here}" if here else "there is none here"
+        machine = f"{plan.target.count} x {plan.target.gpu} (sm_{wanted})"
+        raise PlanError(f"the plan is for {machine}, {found}", "plan it again for this machine: `target: {gpu: ...}`")
+
+
+def compute_capability() -> int:
+    """Of the current GPU, without its dot; 0 where PyTorch finds none."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    return major * 10 + minor
 
 
 def check_files(plan: Plan, folder: Path) -> None:

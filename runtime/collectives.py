@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.errors import PlanError, RankError
 from tokenspeed_plan.plans.schema import Plan
 from torch import Tensor
 
@@ -36,8 +39,24 @@ class ProcessCollectives:
 
     def _gather(self, source: Tensor) -> Tensor:
         parts = source.new_empty(dist.get_world_size(), *source.shape)
-        dist.all_gather(list(parts), source.contiguous())
+        with linked():
+            dist.all_gather(list(parts), source.contiguous())
         return parts
+
+
+@contextmanager
+def linked() -> Iterator[None]:
+    """For calls of torch.distributed: gloo has no class of its own for a lost peer.
+
+    Raises:
+        RankError: the call failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
+        hint = "its own message says why it ended; start all ranks again, a batch goes on where it was"
+        raise RankError(f"the link to another rank broke: {reason}", hint) from error
 
 
 def world_size() -> int:
@@ -66,4 +85,11 @@ def join(plan: Plan) -> tuple[int, Collectives | None]:
         return 0, None
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+        atexit.register(_leave)
     return dist.get_rank(), ProcessCollectives()
+
+
+def _leave() -> None:
+    """End gloo's threads: a process that ends before they do is aborted now and then."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

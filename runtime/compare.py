@@ -55,7 +55,9 @@ class ComparingExecutor(Executor):
         self, where: str, kernel: KernelSpec, tensors: tuple[Tensor, ...], num_tokens: int, num_seqs: int
     ) -> None:
         assert self.bodies is not None
-        written = {i: p.name for i, p in enumerate(kernel.params) if p.role == "output" or p.access != "read"}
+        written = {
+            i: p.name for i, p in enumerate(kernel.params) if p.role in ("output", "state") and p.access != "read"
+        }
         wanted = tuple(x.clone() if i in written else x for i, x in enumerate(tensors))
         for index, param in enumerate(kernel.params):
             if param.role == "output":

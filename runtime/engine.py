@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from tokenspeed_plan.runtime.checks import check_files, check_target, find_weigh
 from tokenspeed_plan.runtime.collectives import join
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.inputs import write_inputs
-from tokenspeed_plan.runtime.kernels import Bodies, KernelBodies
+from tokenspeed_plan.runtime.kernels import Bodies, KernelSource, load_kernels
 from tokenspeed_plan.runtime.memory import Arenas
 from tokenspeed_plan.runtime.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 from tokenspeed_plan.runtime.scheduler import Batch, Scheduler
@@ -23,6 +24,15 @@ from tokenspeed_plan.runtime.sequence import Sequence
 from tokenspeed_plan.runtime.tokenizer import Codec, Messages
 from tokenspeed_plan.runtime.weights import load_weights
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A replay that was launched; `next_tokens` waits for it."""
+
+    batch: Batch
+    next_tokens: Callable[[], list[int]]
+    logits: Tensor
 
 
 class Engine:
@@ -41,6 +51,9 @@ class Engine:
         self.executor = executor
         self._scheduler = Scheduler(plan, chunk)
         self._stop_ids = frozenset(plan.model.eos_token_ids)
+        self._last: Batch | None = None
+        self._flying: _Flight | None = None
+        self.executor.prepare()
 
     @classmethod
     def load(
@@ -48,10 +61,12 @@ class Engine:
         bundle: Path,
         weights: Path | None = None,
         chat: Callable[[Messages], str] | None = None,
-        bodies: Bodies = "reference",
-        executor: type[Executor] = Executor,
+        bodies: Bodies | None = None,
+        executor: type[Executor] | None = None,
     ) -> Engine:
         """Read and check a bundle, then its weights, then allocate. `chat` writes messages as a prompt.
+
+        Without `bodies`, a GPU runs the bundle's kernels and a CPU the references.
 
         Raises:
             PlanError: the bundle, this machine or the checkpoint does not fit.
@@ -60,7 +75,8 @@ class Engine:
         plan = load_plan(bundle)
         folder = find_weights(plan, bundle, weights)
         read = time.perf_counter()
-        kernels = KernelBodies.load(plan, bundle) if bodies == "kernels" else None
+        wanted = bodies or ("reference" if plan.target.device == "cpu" else "kernels")
+        kernels = load_kernels(plan, bundle) if wanted == "kernels" else None
         engine = cls.from_plan(plan, folder, chat, bodies=kernels, executor=executor)
         engine.startup_s = {"read_plan_s": read - begun, "read_weights_s": time.perf_counter() - read}
         return engine
@@ -72,16 +88,17 @@ class Engine:
         folder: Path,
         chat: Callable[[Messages], str] | None = None,
         chunk: int | None = None,
-        bodies: KernelBodies | None = None,
-        executor: type[Executor] = Executor,
+        bodies: KernelSource | None = None,
+        executor: type[Executor] | None = None,
     ) -> Engine:
         """From a plan that is checked already; `chunk` lowers the prefill chunk below the planned one."""
         check_target(plan)
         check_files(plan, folder)
         rank, collectives = join(plan)
-        arenas, tensors = load_weights(plan, folder, lambda: Arenas(plan.arenas), rank)
+        arenas, tensors = load_weights(plan, folder, lambda: Arenas(plan.arenas, plan.target.device), rank)
         codec = Codec.load(folder, chat) if (folder / "tokenizer.json").is_file() else None
-        return cls(plan, executor(plan, arenas, tensors, rank, collectives, bodies), codec, chunk)
+        chosen = executor or executor_of(plan)
+        return cls(plan, chosen(plan, arenas, tensors, rank, collectives, bodies), codec, chunk)
 
     def time_startup(self, name: str, work: Callable[[], object]) -> None:
         """Do a part of the start-up and note how long it took."""
@@ -124,9 +141,23 @@ class Engine:
         self._scheduler.add(Sequence(request, time.perf_counter(), list(request.prompt_ids)))
 
     def step(self) -> list[Completion]:
-        """One replay of one program; returns the requests that it finished."""
+        """Launch a replay, and take over the one before it; returns the requests that are finished now."""
+        finished: list[Completion] = []
+        if self._flying is not None:
+            flying = self._flying
+            again = self._scheduler.again(flying.batch)
+            self._flying = self._launch(again) if again else None
+            finished = self._commit(flying)
+            if finished or again:
+                return finished
         batch = self._scheduler.schedule()
-        return [] if batch is None else self._commit(batch, *self._run(batch))
+        if batch is not None:
+            flying = self._launch(batch)
+            if batch.program.captured:
+                self._flying = flying
+            else:
+                finished = self._commit(flying)
+        return finished
 
     def generate(self, prompts: Iterable[Seq[int]], params: SamplingParams = SamplingParams()) -> list[Completion]:  # noqa: B008
         """Continue all prompts (token ids); answers in their order."""
@@ -156,21 +187,26 @@ class Engine:
                 f"token id {worst} is not in the vocabulary of {self.vocab_size}", "use the model's own tokenizer"
             )
 
-    def _run(self, batch: Batch) -> tuple[list[int], Tensor]:
-        """Next token ids and logits [S, V] of a batch."""
-        tokens, seqs = batch.num_tokens, len(batch.sequences)
+    def _launch(self, batch: Batch) -> _Flight:
+        """Start a replay; its inputs are there already where it follows the last one."""
+        tokens, seqs = batch.run_tokens, batch.run_seqs
 
         def buffer(name: str) -> Tensor:
             return self.executor.buffer(name, tokens, seqs)
 
-        write_inputs(batch, buffer, self.plan.limits.page_size)
+        if not batch.follows(self._last):
+            write_inputs(batch, buffer, self.plan.limits)
+        self._last = batch
         self.executor.run(batch.program, tokens, seqs)
-        return buffer("next_tokens").tolist(), buffer("logits")
+        return _Flight(batch, self.executor.fetch(buffer("next_tokens")), buffer("logits"))
 
-    def _commit(self, batch: Batch, next_tokens: list[int], logits: Tensor) -> list[Completion]:
+    def _commit(self, flight: _Flight) -> list[Completion]:
         """Take over what was computed; finish what is done."""
-        now, finished = time.perf_counter(), []
+        next_tokens, batch, finished = flight.next_tokens(), flight.batch, []
+        now = time.perf_counter()
         for index, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
+            if sequence.finish_reason:
+                continue  # it had ended before this step was launched, which nobody knew
             sequence.advance(count)
             if sequence.is_prefilling:
                 continue
@@ -179,7 +215,7 @@ class Engine:
             sequence.token_ids.append(next_tokens[index])
             if sequence.request.params.num_logprobs is not None:
                 sequence.logprobs.append(
-                    token_logprobs(logits[index], next_tokens[index], sequence.request.params.num_logprobs)
+                    token_logprobs(flight.logits[index], next_tokens[index], sequence.request.params.num_logprobs)
                 )
             sequence.finish_reason = self._finish_reason(sequence)
             if sequence.finish_reason:
@@ -219,6 +255,15 @@ class Engine:
 
     def _text(self, ids: list[int]) -> str:
         return self.codec.decode(ids) if self.codec else ""
+
+
+def executor_of(plan: Plan) -> type[Executor]:
+    """What replays a plan on its kind of device."""
+    if plan.target.device == "cpu":
+        return Executor
+    from tokenspeed_plan.runtime.graphs import GraphExecutor
+
+    return GraphExecutor
 
 
 def token_logprobs(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs:

@@ -6,13 +6,13 @@ a slot of a small list, what it gives back is copied to the planned place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from tokenspeed_plan.plans.schema import BufferSpec, CollectiveCall, KernelCall, KernelSpec, Part, Plan, Program, Step
 from tokenspeed_plan.runtime.collectives import Collectives
-from tokenspeed_plan.runtime.kernels import KernelBodies
+from tokenspeed_plan.runtime.kernels import KernelSource
 from tokenspeed_plan.runtime.memory import Arenas
 from tokenspeed_plan.runtime.reference import BODIES, Body
 from torch import Tensor
@@ -33,7 +33,7 @@ class Executor:
         weights: Mapping[str, Tensor],
         rank: int = 0,
         collectives: Collectives | None = None,
-        bodies: KernelBodies | None = None,
+        bodies: KernelSource | None = None,
     ) -> None:
         self.plan = plan
         self.rank = rank
@@ -50,6 +50,14 @@ class Executor:
     def buffer(self, name: str, num_tokens: int, num_seqs: int) -> Tensor:
         """A state or io buffer, at the size of a batch."""
         return self._view(self._shared[name], num_tokens, num_seqs)
+
+    def prepare(self) -> None:
+        """Whatever can be done before the first replay."""
+
+    def fetch(self, values: Tensor) -> Callable[[], list[int]]:
+        """A function that gives the values as the last replay left them, once they are there."""
+        found: list[int] = values.tolist()
+        return lambda: found
 
     @torch.inference_mode()
     def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
@@ -72,10 +80,24 @@ class Executor:
         if key not in self._bound:
             if len(self._bound) >= MAX_BINDINGS:
                 self._bound.clear()
-            places = self.places(program, num_tokens, num_seqs)
-            made = (self._step(step, self.tensors(step, places), num_tokens, num_seqs) for step in program.steps)
-            self._bound[key] = tuple(instruction for step in made for instruction in step)
+            made = self.steps(program, num_tokens, num_seqs)
+            self._bound[key] = tuple(instruction for _, step in made for instruction in step)
         return self._bound[key]
+
+    def alone(self) -> Executor:
+        """The same, with kernels that do not start while their predecessor ends."""
+        bodies = self.bodies.alone() if self.bodies else None
+        return Executor(self.plan, self._arenas, self._weights, self.rank, self.collectives, bodies)
+
+    def steps(self, program: Program, num_tokens: int, num_seqs: int) -> Iterator[tuple[Step, Iterable[Instruction]]]:
+        """Each step of a program with its instructions."""
+        places = self.places(program, num_tokens, num_seqs)
+        for step in program.steps:
+            yield step, self._step(step, self.tensors(step, places), num_tokens, num_seqs)
+
+    def buffer_of(self, program: Program, name: str, num_tokens: int, num_seqs: int) -> Tensor:
+        """Any tensor of a program, at the size of a batch."""
+        return self.places(program, num_tokens, num_seqs)(name)
 
     def places(self, program: Program, num_tokens: int, num_seqs: int) -> Callable[[str], Tensor]:
         """A function from a name to its tensor, in a program at the size of a batch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from tokenspeed_plan.plans.errors import PlanError
@@ -70,8 +70,36 @@ def _nothing(*args: object, **kwargs: object) -> None:
     """No operation."""
 
 
-class KernelBodies:
+class KernelSource(Protocol):
     """The kernels of a plan as functions of tensors."""
+
+    def has(self, kernel: KernelSpec) -> bool:
+        """Whether the kernel has a body here."""
+
+    def alone(self) -> KernelSource:
+        """The same kernels, none of them started while its predecessor ends."""
+
+    def launcher(
+        self, kernel: KernelSpec, rank: int, num_tokens: int, num_seqs: int, collectives: Collectives | None = None
+    ) -> Launcher:
+        """A function of the kernel's tensors, in the order of its parameters, for a batch of this size."""
+
+
+def load_kernels(plan: Plan, bundle: Path) -> KernelSource:
+    """The binaries of a bundle where it has some, else its texts, for Triton to compile or interpret.
+
+    Raises:
+        PlanError: a file is missing or was altered, or what they need is not installed.
+    """
+    if plan.binaries:
+        from tokenspeed_plan.runtime.cuda import CudaKernels
+
+        return CudaKernels.load(plan, bundle)
+    return KernelBodies.load(plan, bundle)
+
+
+class KernelBodies:
+    """Kernels from their texts, by Triton."""
 
     def __init__(self, sources: Mapping[str, str]) -> None:
         self._sources = sources
@@ -92,6 +120,10 @@ class KernelBodies:
     def has(self, kernel: KernelSpec) -> bool:
         """Whether the kernel has a Triton body that one rank can run alone."""
         return kernel.launch is not None and kernel.name in self._sources
+
+    def alone(self) -> KernelBodies:
+        """They never overlap."""
+        return self
 
     def launcher(
         self, kernel: KernelSpec, rank: int, num_tokens: int, num_seqs: int, collectives: Collectives | None = None

@@ -22,8 +22,10 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 class Arenas:
     """The memory of one rank. It starts as zeros: row 0 of every state buffer must be zero, and stays so."""
 
-    def __init__(self, specs: Iterable[ArenaSpec]) -> None:
-        self._bytes: dict[str, Tensor] = {spec.name: torch.zeros(spec.size_bytes, dtype=torch.uint8) for spec in specs}
+    def __init__(self, specs: Iterable[ArenaSpec], device: str = "cpu") -> None:
+        self._bytes: dict[str, Tensor] = {
+            spec.name: torch.zeros(spec.size_bytes, dtype=torch.uint8, device=device) for spec in specs
+        }
 
     def view(self, arena: str, offset_bytes: int, shape: tuple[int, ...], dtype: DType) -> Tensor:
         """A tensor at a planned place; nothing is copied."""

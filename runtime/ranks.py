@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
-from tokenspeed_plan.plans.schema import Plan, Program
-from tokenspeed_plan.runtime.collectives import join, world_size
+from tokenspeed_plan.plans.errors import RankError
+from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.runtime.collectives import linked
 from tokenspeed_plan.runtime.executor import Executor
 
 STOP = -1
@@ -34,26 +35,28 @@ def follow(executor: Executor) -> None:
 
 
 @contextmanager
-def leading(plan: Plan) -> Iterator[None]:
+def leading() -> Iterator[None]:
     """However rank 0 ends, the others do not wait for it."""
     try:
         yield
     finally:
-        if plan.target.count == world_size() > 1:
-            join(plan)
+        with suppress(RankError):  # they have ended already
             _send([STOP, 0, 0])
 
 
 def _share_inputs(executor: Executor, program: Program, num_tokens: int, num_seqs: int) -> None:
-    for name in program.inputs:
-        dist.broadcast(executor.buffer(name, num_tokens, num_seqs), 0)
+    with linked():
+        for name in program.inputs:
+            dist.broadcast(executor.buffer(name, num_tokens, num_seqs), 0)
 
 
 def _send(order: list[int]) -> None:
-    dist.broadcast(torch.tensor(order), 0)
+    with linked():
+        dist.broadcast(torch.tensor(order), 0)
 
 
 def _receive() -> list[int]:
     order = torch.zeros(3, dtype=torch.int64)
-    dist.broadcast(order, 0)
+    with linked():
+        dist.broadcast(order, 0)
     return order.tolist()

@@ -25,8 +25,28 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the step."""
+        """Tokens of its sequences."""
         return sum(self.counts)
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens that the program runs on: with padding, where it is captured."""
+        return self.program.max_tokens if self.program.captured else self.num_tokens
+
+    @property
+    def run_seqs(self) -> int:
+        """Sequences that the program runs on."""
+        return self.program.max_seqs if self.program.captured else len(self.sequences)
+
+    def follows(self, other: Batch | None) -> bool:
+        """Whether it is the decode step right after another one, whose program has prepared all inputs already."""
+        return (
+            other is not None
+            and self.program is other.program
+            and self.program.phase == "decode"
+            and len(self.sequences) == len(other.sequences)
+            and all(mine is its for mine, its in zip(self.sequences, other.sequences, strict=True))
+        )
 
 
 class Scheduler:
@@ -67,6 +87,20 @@ class Scheduler:
             if self._last == "prefill"
             else self._batch("decode", decoding, [1] * len(decoding))
         )
+
+    def again(self, batch: Batch) -> Batch | None:
+        """The same decode step once more, before its tokens are known; None where something else may come first.
+
+        A sequence may turn out to have ended: then its part of the step is for nothing, and harms nobody.
+        """
+        goes_on = (
+            batch.program.captured
+            and not self._waiting
+            and len(batch.sequences) == len(self._running)
+            and all(s.finish_reason is None and len(s.token_ids) + 2 <= s.longest for s in batch.sequences)
+            and all(s.request.params.num_logprobs is None for s in batch.sequences)
+        )
+        return batch if goes_on else None
 
     def finish(self, sequence: Sequence) -> None:
         """Give back what a sequence held."""

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import Piece, Plan, WeightSpec
@@ -69,6 +70,17 @@ def load_weights(plan: Plan, folder: Path, arenas_of: Any, rank: int = 0) -> tup
                     checkpoint.find(name, tuple(part.stop for part in box))
         arenas: Arenas = arenas_of()
         return arenas, {weight.name: _assemble(weight, checkpoint, arenas, rank) for weight in plan.weights}
+
+
+def random_weights(plan: Plan, arenas: Arenas, seed: int = 0) -> dict[str, Tensor]:
+    """Weights for measuring: normal, matrices scaled so that activations keep their size."""
+    random = torch.Generator(plan.target.device).manual_seed(seed)
+    made = {}
+    for weight in plan.weights:
+        shape = weight.tensor.bind(0, 0)
+        view = arenas.view("weights", weight.offset_bytes, shape, weight.tensor.dtype)
+        made[weight.name] = view.normal_(std=shape[-1] ** -0.5 if len(shape) > 1 else 0.1, generator=random)
+    return made
 
 
 def _assemble(weight: WeightSpec, checkpoint: Checkpoint, arenas: Arenas, rank: int) -> Tensor:

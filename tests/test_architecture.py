@@ -15,7 +15,7 @@ from conftest import ROOT
 FLOORS = {
     "plans": {"pydantic"},
     "codegen": {"jinja2", "triton"},
-    "runtime": {"torch", "numpy", "safetensors", "tokenizers", "pydantic", "triton"},
+    "runtime": {"torch", "numpy", "safetensors", "tokenizers", "pydantic", "triton", "cuda"},
     "planner": {"networkx", "pydantic", "yaml", "click"},
 }
 MAY_IMPORT = {"plans": {"plans"}, "codegen": {"plans", "codegen"}, "runtime": {"plans", "runtime"},

@@ -25,6 +25,7 @@ SURFACE = {
     "run": {"bundle", "source", "output", "prompt", "max_tokens", "temperature", "seed", "weights", "errors", "summary",
             "order", "max_errors", "limit", "shard", "max_concurrency", "no_canary", "quiet",
             "bodies", "check"},
+    "bench": {"bundle", "weights", "batch", "context", "prefill", "as_json"},
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def is_ours(path: Path) -> bool:
     """Whether a file of the four folders belongs in the wheel; a frozen plan, with its kernels, does not."""
-    data = path.match("planner/presets/*.json") or path.match("codegen/templates/*.py.j2")
+    data = any(map(path.match, ("planner/presets/*.json", "planner/tiling/*.yaml", "codegen/templates/*.py.j2")))
     source = path.suffix == ".py" or path.name == "py.typed" or data
     return source and "frozen" not in path.parts
 

@@ -1,6 +1,5 @@
-"""Expand: operators that no single kernel does well on this machine, at this size, become several that do.
+"""Expand: operators that no single kernel does well at this size become several that do.
 
-- Decode attention with few sequences leaves most of a GPU idle: split the keys, then combine (Flash-Decoding).
 - The chunked delta rule is a part that all chunks can do at once, and a scan that carries the state.
 - Experts of many rows are products of a group of rows each, so the rows are sorted by expert first.
 """
@@ -11,31 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from tokenspeed_plan.planner.graph import Op, OpGraph, Tensor
-from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.plans.ops import OPS
 from tokenspeed_plan.plans.types import Attr, DType
 
 FEW_ROWS = 16  # up to here a product for each pair of row and expert reads hardly any expert twice
-MAX_SPLITS = 32  # the product after attention reads every split again in each of its programs
-MIN_SPLIT_TOKENS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a program is expanded for."""
-
-    num_tokens: int
-    num_seqs: int
-    max_seq_len: int
-
-
-def expand(graph: OpGraph, hardware: HardwareSpec, shape: Shape) -> OpGraph:
-    """The graph with the operators that this machine wants at this size."""
+def expand(graph: OpGraph, num_tokens: int) -> OpGraph:
+    """The graph with the operators that suit a program of so many tokens."""
     tensors = dict(graph.tensors)
     ops: list[Op] = []
     sorted_ids: dict[str, tuple[str, str]] = {}
     for op in graph.ops:
-        work = _Expansion(op, graph, tensors, hardware, shape, sorted_ids)
+        work = _Expansion(op, graph, tensors, num_tokens, sorted_ids)
         ops += _RULES[op.kind](work) if op.kind in _RULES else [op]
     used = {name for op in ops for name in (*op.inputs, *op.outputs, *(state for state, _ in op.states))}
     kept = {name: tensor for name, tensor in tensors.items() if name in used or tensor.arena != "activations"}
@@ -49,8 +36,7 @@ class _Expansion:
     op: Op
     graph: OpGraph
     tensors: dict[str, Tensor]
-    hardware: HardwareSpec
-    shape: Shape
+    num_tokens: int
     sorted_ids: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def emit(
@@ -86,25 +72,6 @@ class _Expansion:
         return self.tensors[self.op.outputs[0]].spec.dtype
 
 
-def num_splits(hardware: HardwareSpec, shape: Shape, num_kv_heads: int) -> int:
-    """A power of two that gives each multiprocessor a part, none shorter than 256 tokens; 1 on a CPU."""
-    busy = shape.num_seqs * num_kv_heads
-    most = min(hardware.num_sms // busy, shape.max_seq_len // MIN_SPLIT_TOKENS, MAX_SPLITS)
-    return 1 << (most.bit_length() - 1) if most > 1 else 1
-
-
-def _attention(work: _Expansion) -> list[Op]:
-    op = work.op
-    splits = num_splits(work.hardware, work.shape, int(op.attrs["num_kv_heads"]))
-    if op.attrs["mode"] != "decode" or splits == 1:
-        return [op]
-    heads = work.attrs("num_heads", "head_dim")
-    attrs = heads | work.attrs("num_kv_heads", "page_size") | {"num_splits": splits}
-    split = work.emit(".split", "attention_split", op.inputs, attrs, keep=True)
-    combine = heads | {"num_splits": splits, "dtype": work.dtype}
-    return [split, work.emit("", "attention_combine", split.outputs, combine, op.outputs)]
-
-
 def _delta_rule(work: _Expansion) -> list[Op]:
     op = work.op
     if op.attrs["mode"] != "chunked":
@@ -118,7 +85,7 @@ def _delta_rule(work: _Expansion) -> list[Op]:
 
 def _experts_up(work: _Expansion) -> list[Op]:
     op = work.op
-    if work.shape.num_tokens <= FEW_ROWS:
+    if work.num_tokens <= FEW_ROWS:
         return [op]
     x, ids = op.inputs
     sort = replace(work.emit(".sort", "expert_sort", (ids,), op.attrs), rank_attrs=op.rank_attrs)
@@ -136,7 +103,6 @@ def _experts_down(work: _Expansion) -> list[Op]:
 
 
 _RULES: dict[str, Callable[[_Expansion], list[Op]]] = {
-    "attention": _attention,
     "delta_rule": _delta_rule,
     "experts_up": _experts_up,
     "experts_down": _experts_down,

@@ -23,18 +23,19 @@ class Fusion:
     phases: tuple[Phase, ...] = ("prefill", "decode", "draft")
 
 
+FEW: tuple[Phase, ...] = ("decode", "draft")  # a few rows
+
 FUSIONS = (
     # Sums over ranks end in the residual stream and its norm. Few rows are read from all peers at once; many would
     # cross the links once for each pair of ranks.
-    Fusion("reduce_add_norm", ("all_reduce", "add", "rms_norm"), ("decode", "draft")),
+    Fusion("reduce_add_norm", ("all_reduce", "add", "rms_norm"), FEW),
     # Products take in the norm before them, and what is done to their result.
-    Fusion("norm_head", ("rms_norm", "last_token", "linear")),
+    # With many rows the norm is a launch of its own, so that the product's operands go straight to the tensor cores.
+    Fusion("norm_head", ("rms_norm", "last_token", "linear"), FEW),
     Fusion("head", ("last_token", "linear")),
-    Fusion("norm_linear_silu_mul", ("rms_norm", "linear", "silu_mul")),
-    Fusion("norm_linear", ("rms_norm", "linear")),
+    Fusion("norm_linear_silu_mul", ("rms_norm", "linear", "silu_mul"), FEW),
+    Fusion("norm_linear", ("rms_norm", "linear"), FEW),
     Fusion("linear_silu_mul", ("linear", "silu_mul")),
-    Fusion("combine_linear_add", ("attention_combine", "sigmoid_gate", "linear", "add")),
-    Fusion("combine_linear", ("attention_combine", "sigmoid_gate", "linear")),
     Fusion("expert_sum_linear_add", ("expert_sum", "linear", "gated_add", "add")),
     Fusion("expert_sum_linear", ("expert_sum", "linear", "gated_add")),
     Fusion("linear_add", ("linear", "add")),

@@ -41,7 +41,8 @@ def lower(
                 made[key] = choose(build_kernel(op.kind, plain, rows, hardware, graph.phase == "decode"))
             kernel = made[key].kernel
             kernels[kernel.name] = made[key]
-            args = (*op.inputs, *op.weights, *(name for name, _ in op.states), *op.outputs)
+            scratch = (scratch_name(kernel, param) for param in kernel.params if param.role == "scratch")
+            args = (*op.inputs, *op.weights, *(name for name, _ in op.states), *op.outputs, *scratch)
             steps.append(
                 KernelCall(
                     kernel=kernel.name,
@@ -56,6 +57,11 @@ def lower(
         else:
             steps.append(step)
     return replace(graph, stage=Stage.LOWERED, steps=tuple(steps)), kernels
+
+
+def scratch_name(kernel: KernelSpec, param: Param) -> str:
+    """The buffer of a kernel's scratch: one for all of its calls, which come one after the other."""
+    return f"{kernel.name}.{param.name}"
 
 
 def _kernel(graph: OpGraph, op: Op) -> KernelSpec:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from tokenspeed_plan.planner.tiling.rotary import frequencies
-from tokenspeed_plan.planner.tiling.work import Tiling, Work, fixed, per_rows, up2
+from tokenspeed_plan.planner.tiling.tuned import Tile
+from tokenspeed_plan.planner.tiling.work import Tiling, Work, fixed, per_rows, per_seq, up2
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Attr
+
+MIN_RUN = 128  # tokens of a split, at least
+MAX_SPLITS = 64
 
 
 def qk_norm_rope_write(work: Work) -> list[Tiling]:
@@ -25,37 +29,54 @@ def qk_norm_rope_write(work: Work) -> list[Tiling]:
 
 def attention(work: Work) -> list[Tiling]:
     """Whole attention, gated: of one query a sequence or of many."""
-    decode = work.part("attention").attrs["mode"] == "decode"
-    return _decode(work, "attention", 1) if decode else _prefill(work)
+    return _decode(work) if work.part("attention").attrs["mode"] == "decode" else _prefill(work)
 
 
-def attention_split(work: Work) -> list[Tiling]:
-    """Partial attention of one query a sequence."""
-    return _decode(work, "attention_split", work.size("attention_split", "num_splits"))
+def num_splits(work: Work, kv_heads: int, pages: int) -> int:
+    """A power of two that gives each multiprocessor a part of the keys; 1 on a CPU."""
+    busy = work.num_seqs * kv_heads
+    most = min(work.hardware.num_sms // busy, pages * int(work.part("attention").attrs["page_size"]) // MIN_RUN)
+    return min(up2(most), MAX_SPLITS) if most > 1 else 1
 
 
-def _facts(work: Work, kind: str) -> dict[str, Attr]:
-    q, kv, d = (work.size(kind, name) for name in ("num_heads", "num_kv_heads", "head_dim"))
-    pages = work.width("page_table" if "page_table" in work.specs else "attention_page_table")
+def _facts(work: Work) -> dict[str, Attr]:
+    q, kv, d = (work.size("attention", name) for name in ("num_heads", "num_kv_heads", "head_dim"))
     return {
-        "Q": q, "KV": kv, "D": d, "GROUP": q // kv, "PAGE": work.size(kind, "page_size"), "PAGES": pages,
-        "SCALE": d**-0.5, "PRECISION": work.precision,
+        "Q": q, "KV": kv, "D": d, "GROUP": q // kv, "PAGE": work.size("attention", "page_size"),
+        "PAGES": work.width("attention_page_table"), "SCALE": d**-0.5, "PRECISION": work.precision,
     }  # fmt: skip
 
 
-def _decode(work: Work, kind: str, splits: int) -> list[Tiling]:
-    facts = _facts(work, kind)
-    group = max(16, up2(int(facts["GROUP"])))
+def _decode(work: Work) -> list[Tiling]:
+    """Few sequences leave most of a GPU idle, so their keys are split."""
+    facts = _facts(work)
+    group, kv, d = (int(facts[name]) for name in ("GROUP", "KV", "D"))
+    splits = num_splits(work, kv, int(facts["PAGES"]))
+    facts |= {"BLOCK_G": max(16, up2(group))}
+    if splits > 1:
+        facts |= {
+            "SPLITS": splits,
+            "MIN_RUN": max(MIN_RUN, int(facts["PAGE"])),
+            "BLOCK_E": up2(group) * d,
+            "BLOCK_J": 4,
+        }
+    scratch = {
+        "partial": per_seq(kv * splits * group * d, work.dtype), "lse": per_seq(kv * splits * group),
+        "tickets": per_seq(kv, "i32"),
+    }  # fmt: skip
     made = []
-    for c, warps, stages in ((64, 4, 1),) if work.interpreted else ((64, 4, 3), (64, 4, 2), (32, 4, 2), (32, 8, 1)):
-        constants = facts | {"SPLITS": splits, "BLOCK_G": group, "BLOCK_C": c}
-        grid = (per_rows(1, by_seqs=True), fixed(int(facts["KV"])), fixed(splits))
-        made.append(Tiling("attention_decode", constants, grid, warps, stages, {"gate": kind == "attention"}))
+    shapes = (Tile(1, 64, d, 8), Tile(1, 32, d, 8), Tile(1, 32, d, 4), Tile(1, 16, d, 4))
+    for tile in work.tiles(*((Tile(1, 64, d, 4, 1),) if work.interpreted else shapes)):
+        constants = facts | {"BLOCK_C": tile.n}
+        options = {"splits": splits, "whole_pages": int(facts["PAGE"]) % tile.n == 0}
+        grid = (per_rows(1, by_seqs=True), fixed(kv), fixed(splits))
+        shared = scratch if splits > 1 else {}
+        made.append(Tiling("attention_decode", constants, grid, tile.num_warps, 1, options, shared))
     return made
 
 
 def _prefill(work: Work) -> list[Tiling]:
-    facts = _facts(work, "attention")
+    facts = _facts(work)
     made = []
     for m, c, warps, stages in (
         ((64, 64, 8, 1),) if work.interpreted else ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenspeed_plan.planner.tiling.work import CHUNK, L2_EPS, TRITON_DTYPES, Tiling, Work, fixed, per_rows
+from tokenspeed_plan.planner.tiling.tuned import Tile
+from tokenspeed_plan.planner.tiling.work import CHUNK, L2_EPS, TRITON_DTYPES, Tiling, Work, fixed, per_rows, per_seq
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Attr
 
@@ -20,16 +21,21 @@ def _convolution(work: Work, heads: dict[str, Attr]) -> dict[str, Attr]:
 
 
 def delta_step(work: Work) -> list[Tiling]:
-    """A program a head; the state is walked in columns, whole it would not stay in registers."""
+    """A program a head and block of columns: a whole head's state would not stay in registers."""
     heads = _heads(work, "delta_rule")
     facts = {name: heads[name] for name in ("A", "B", "DK", "DV", "GROUP")} | _convolution(work, heads)
     facts |= {"EPS": work.part("gated_norm").attrs["eps"]}
-    wide = int(heads["DV"])
-    widths = [min(n, wide) for n in (32, 16, 8)]
-    grid = (SEQS, fixed(int(heads["B"])))
-    return [
-        Tiling("delta_step", facts | {"BLOCK_V": n}, grid, 8 if n * int(heads["DK"]) >= 4096 else 4, 1) for n in widths
-    ]
+    wide, b = int(heads["DV"]), int(heads["B"])
+    made = []
+    shapes = (Tile(1, min(n, wide), int(heads["DK"]), 4, 1) for n in (32, 16, 8))
+    for tile in work.tiles(*((Tile(1, wide, 0, 4, 1),) if work.interpreted else shapes)):
+        n, columns = tile.n, wide // tile.n
+        scratch = {"partial": per_seq(b * wide), "tickets": per_seq(b, "i32")} if columns > 1 else {}
+        grid = (SEQS, fixed(b), fixed(columns))
+        made.append(
+            Tiling("delta_step", facts | {"BLOCK_V": n}, grid, tile.num_warps, 1, {"columns": columns}, scratch, True)
+        )
+    return made
 
 
 def conv_qk_norm(work: Work) -> list[Tiling]:
@@ -53,12 +59,12 @@ def delta_scan(work: Work) -> list[Tiling]:
     """A program a head and block of columns of the state, through all chunks of a sequence."""
     heads = _heads(work, "delta_scan")
     wide = int(heads["DV"])
-    widths = [min(n, wide) for n in (32, 16)]
     made = []
-    for n in widths:
-        facts = heads | {"CHUNK": CHUNK, "PRECISION": work.precision, "BLOCK_V": n}
+    for n in (min(32, wide), min(16, wide)):
+        stages = 1 if work.interpreted else 2
+        facts = heads | {"CHUNK": CHUNK, "PRECISION": work.precision, "BLOCK_V": n, "STAGES": stages}
         grid = (fixed(wide // n), fixed(int(heads["B"])), SEQS)
-        made += [Tiling("delta_scan", facts, grid, warps, 1, _dtype(work)) for warps in (4, 8)]
+        made += [Tiling("delta_scan", facts, grid, warps, stages, _dtype(work)) for warps in (4, 8)]
     return made
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from tokenspeed_plan.planner.tiling.tuned import Tile
 from tokenspeed_plan.planner.tiling.work import (
     TRITON_DTYPES,
     Tiling,
@@ -11,46 +10,36 @@ from tokenspeed_plan.planner.tiling.work import (
     blocks,
     down2,
     fixed,
-    per_rows,
     up2,
 )
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Attr
 
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Rows, columns and depth of a program's tile."""
-
-    m: int
-    n: int
-    k: int
-    num_warps: int = 4
-    num_stages: int = 3
+FEW_ROWS = 4  # up to here plain arithmetic keeps up with the memory
 
 
 def linear(work: Work) -> list[Tiling]:
     """The family of `linear.py.j2`."""
     weight_rows, depth = work.width("linear_w" if "linear_w" in work.specs else "w", 0), _depth(work)
     columns = weight_rows // 2 if work.has("silu_mul") else weight_rows
-    by_seqs = work.has("last_token")
-    rows = work.num_seqs if by_seqs else work.num_tokens
-    tiles = _row_tiles(work, columns, depth) if rows == 1 else _matrix_tiles(work, rows, columns, depth)
-    return [_tiling(work, tile, rows, columns, depth, by_seqs) for tile in tiles]
+    rows = work.num_seqs if work.has("last_token") else work.num_tokens
+    tiles = _row_tiles(work, rows, columns, depth) if rows <= FEW_ROWS else _matrix_tiles(work, rows, columns, depth)
+    return [_tiling(work, tile, rows, columns, depth) for tile in work.tiles(*tiles)]
 
 
 def _depth(work: Work) -> int:
     return work.width("linear_w" if "linear_w" in work.specs else "w", 1)
 
 
-def _row_tiles(work: Work, columns: int, depth: int) -> list[Tile]:
+def _row_tiles(work: Work, rows: int, columns: int, depth: int) -> list[Tile]:
     """Each weight is read once, so what counts is that all multiprocessors read, each with much in flight."""
     ways = 2 if work.has("silu_mul") else 1
+    m = up2(rows)
     if work.interpreted:
-        return [Tile(1, min(up2(columns), 32 // ways), min(up2(depth), 256), 8, 1)]
+        return [Tile(m, min(up2(columns), 32 // ways), min(up2(depth), 256), 8, 1)]
     wide = max(2, min(16, down2(columns // (2 * work.hardware.num_sms)))) // ways
     deep = min(up2(depth), 1024)
-    return [Tile(1, max(n, 1), min(deep, 4096 // ways // max(n, 1))) for n in (wide, wide // 2, 1) if n]
+    return [Tile(m, max(n, 1), min(deep, 4096 // (ways * m) // max(n, 1))) for n in (wide, wide // 2, 1) if n]
 
 
 def _matrix_tiles(work: Work, rows: int, columns: int, depth: int) -> list[Tile]:
@@ -66,31 +55,21 @@ def _matrix_tiles(work: Work, rows: int, columns: int, depth: int) -> list[Tile]
     return [Tile(128, wide, 64 if narrow else 32, 8, 3), Tile(64, 64, 64, 8, 3), Tile(64, 32, 32, 4, 2)]
 
 
-def _tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int, by_seqs: bool) -> Tiling:
-    combine = work.has("attention_combine")
-    deep = min(tile.k, work.size("attention_combine", "head_dim")) if combine else tile.k
+def _tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) -> Tiling:
     constants: dict[str, Attr] = {
-        "N": columns, "K": depth, "BLOCK_N": tile.n, "BLOCK_K": deep, "STAGES": tile.num_stages,
+        "N": columns, "K": depth, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "STAGES": tile.num_stages,
     }  # fmt: skip
-    dot = rows > 1
+    dot = rows > FEW_ROWS
     if dot:
-        constants |= {"BLOCK_M": tile.m, "PRECISION": work.precision}
+        constants |= {"PRECISION": work.precision}
     if work.has("rms_norm"):
         constants |= {"EPS": work.part("rms_norm").attrs["eps"]}
-    if combine:
-        names = {"SPLITS": "num_splits", "Q": "num_heads", "D": "head_dim"}
-        constants |= {key: work.size("attention_combine", name) for key, name in names.items()}
     if work.has("expert_sum"):
         constants |= {"TOP_K": work.width("expert_sum_weights")}
-    grid = (fixed(blocks(columns, tile.n)), _row_grid(tile.m, dot, by_seqs))
-    return Tiling("linear", constants, grid, tile.num_warps, tile.num_stages, _options(work, dot, deep, depth))
-
-
-def _row_grid(block: int, dot: bool, by_seqs: bool) -> GridDim:
-    if not by_seqs:
-        return per_rows(block)
-    # Sequences are at most as many as tokens: programs past the last one write nothing.
-    return GridDim(block=block) if dot else per_rows(1, by_seqs=True)
+    by_seqs = work.has("last_token")  # as many as the program has at most: those past the last write nothing
+    grid = (fixed(blocks(columns, tile.n)), fixed(blocks(rows, tile.m)) if by_seqs else GridDim(block=tile.m))
+    options = _options(work, dot, tile.k, depth)
+    return Tiling("linear", constants, grid, tile.num_warps, tile.num_stages, options, ahead=not dot)
 
 
 def _options(work: Work, dot: bool, deep: int, depth: int) -> dict[str, object]:
@@ -102,7 +81,6 @@ def _options(work: Work, dot: bool, deep: int, depth: int) -> dict[str, object]:
         "dot": dot,
         "norm": norm,
         "gather": gather,
-        "combine": work.has("attention_combine"),
         "silu_mul": work.has("silu_mul"),
         "expert_sum": work.has("expert_sum"),
         "add": work.has("add"),
@@ -132,7 +110,7 @@ def grouped(work: Work) -> list[Tiling]:
     pairs = work.num_tokens * top_k // max(experts, 1)
     tiles = _group_tiles(work, pairs, columns, depth)
     made = []
-    for tile in tiles:
+    for tile in work.tiles(*tiles):
         constants: dict[str, Attr] = {
             "N": columns, "K": depth, "EXPERTS": experts, "TOP_K": top_k, "BLOCK_E": up2(experts + 1),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "PRECISION": work.precision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokenspeed_plan.planner.tiling.tuned import Tile
 from tokenspeed_plan.planner.tiling.work import Tiling, Work, blocks, fixed, per_rows, up2
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Attr
@@ -21,13 +22,15 @@ def moe_up(work: Work) -> list[Tiling]:
     """A program for some channels of one expert of one token; the shared expert is one more."""
     local, inner, hidden = work.width("experts_up_w", 0), work.width("experts_up_w", 1) // 2, work.width("experts_up_w")
     shared = work.width("linear_w", 0) // 2
+    narrow = work.specs["topk_logits"].dtype == "bf16"
     facts = _choice(work, "topk_logits") | {"LOCAL": local, "INNER": inner, "SHARED": shared, "H": hidden}
     made = []
-    for n, k, stages in ((32, 128, 1),) if work.interpreted else ((4, 512, 3), (4, 256, 2), (2, 256, 1)):
-        n = min(n, up2(max(inner, shared)))
-        tile: dict[str, Attr] = {"BLOCK_N": n, "BLOCK_K": min(k, up2(hidden)), "STAGES": stages}
+    shapes = (Tile(1, 4, 512), Tile(1, 4, 256, 4, 2), Tile(1, 2, 256, 4, 1))
+    for shape in work.tiles(*((Tile(1, 32, 128, 8, 1),) if work.interpreted else shapes)):
+        n = min(shape.n, up2(max(inner, shared)))
+        tile: dict[str, Attr] = {"BLOCK_N": n, "BLOCK_K": min(shape.k, up2(hidden)), "STAGES": shape.num_stages}
         grid = (fixed(blocks(max(inner, shared), n)), fixed(int(facts["TOP_K"]) + 1), per_rows(1))
-        made.append(Tiling("moe_up", facts | tile, grid, 8 if work.interpreted else 4, stages))
+        made.append(Tiling("moe_up", facts | tile, grid, shape.num_warps, shape.num_stages, {"narrow": narrow}))
     return made
 
 
@@ -39,14 +42,14 @@ def moe_down(work: Work) -> list[Tiling]:
         "TOP_K": work.width("experts_down_weights"),
     }  # fmt: skip
     made = []
-    for n, k, stages in ((64, 128, 1),) if work.interpreted else ((8, 512, 3), (8, 256, 2), (4, 256, 1)):
+    shapes = (Tile(1, 8, 512), Tile(1, 8, 256, 4, 2), Tile(1, 4, 256, 4, 1))
+    for shape in work.tiles(*((Tile(1, 64, 128, 8, 1),) if work.interpreted else shapes)):
         tile: dict[str, Attr] = {
-            "BLOCK_N": min(n, up2(hidden)), "BLOCK_K": min(k, up2(max(inner, int(facts["SHARED"])))), "STAGES": stages,
+            "BLOCK_N": min(shape.n, up2(hidden)), "BLOCK_K": min(shape.k, up2(max(inner, int(facts["SHARED"])))),
+            "STAGES": shape.num_stages,
         }  # fmt: skip
         grid = (fixed(blocks(hidden, int(tile["BLOCK_N"]))), per_rows(1))
-        made.append(
-            Tiling("moe_down", facts | tile, grid, 8 if work.interpreted else 4, stages, {"add": work.has("add")})
-        )
+        made.append(Tiling("moe_down", facts | tile, grid, shape.num_warps, shape.num_stages, {"add": work.has("add")}))
     return made
 
 

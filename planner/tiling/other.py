@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tokenspeed_plan.planner.tiling.work import TRITON_DTYPES, Tiling, Work, blocks, fixed, per_rows, up2
+from tokenspeed_plan.planner.tiling.work import TRITON_DTYPES, Tiling, Work, blocks, fixed, per_rows, per_seq, up2
 from tokenspeed_plan.plans.schema import GridDim
-from tokenspeed_plan.plans.types import Attr
+from tokenspeed_plan.plans.types import Attr, TensorSpec
 
 INDEX_BITS = 20  # of a key: vocabularies up to a million
 
@@ -17,20 +17,39 @@ def embed(work: Work) -> list[Tiling]:
     return [Tiling("embed", facts, (per_rows(1), fixed(blocks(hidden, block))), 4, 1)]
 
 
-def sample(work: Work) -> list[Tiling]:
-    """A program a sequence."""
-    vocab, valid = work.width("logits"), work.size("sample", "num_valid_tokens")
+def advance(work: Work) -> list[Tiling]:
+    """One program: it is a few numbers a sequence."""
     facts: dict[str, Attr] = {
-        "VOCAB": vocab, "VALID": valid, "BLOCK": min(up2(vocab), 8192), "INDEX_BITS": INDEX_BITS,
+        "PAGE": work.size("advance", "page_size"), "PAGES": work.width("page_table"), "BLOCK": up2(work.num_seqs),
     }  # fmt: skip
-    return [Tiling("sample", facts, (GridDim(per_seq=1),), warps, 1) for warps in (16, 32)]
+    return [Tiling("advance", facts, (fixed(1),), 1, 1)]
+
+
+def sample(work: Work) -> list[Tiling]:
+    """A program a sequence and part of the vocabulary; the last to end draws."""
+    vocab, valid = work.width("logits"), work.size("sample", "num_valid_tokens")
+    block = min(up2(vocab), 8192) if work.interpreted else max(up2(vocab) // 32, 256)
+    parts = 1 if work.interpreted else blocks(vocab, block)
+    facts: dict[str, Attr] = {"VOCAB": vocab, "VALID": valid, "BLOCK": block, "INDEX_BITS": INDEX_BITS}
+    scratch: dict[str, TensorSpec] = {}
+    if parts > 1:
+        facts |= {"PARTS": parts, "BLOCK_P": up2(parts), "RUN": block}
+        scratch = {"bests": per_seq(parts), "tokens": per_seq(parts, "i32"), "tickets": per_seq(1, "i32")}
+    grid = (GridDim(per_seq=1), fixed(parts))
+    return [Tiling("sample", facts, grid, warps, 1, {"shares": parts}, scratch) for warps in (16, 32)]
 
 
 def add_norm(work: Work) -> list[Tiling]:
     """A program a token: it needs the whole row for the norm."""
-    hidden = work.width("rms_norm_w")
+    norm = "rms_norm_" if work.has("add") else ""
+    hidden = work.width(f"{norm}w")
     reduce = work.has("all_reduce")
     facts: dict[str, Attr] = {"H": hidden, "BLOCK_H": up2(hidden), "EPS": work.part("rms_norm").attrs["eps"]}
     facts |= {"WORLD": work.size("all_reduce", "num_ranks")} if reduce else {}
-    options: dict[str, object] = {"reduce": reduce, "dtype": TRITON_DTYPES[work.dtype]}
+    options: dict[str, object] = {
+        "reduce": reduce,
+        "adds": work.has("add"),
+        "norm": norm,
+        "dtype": TRITON_DTYPES[work.dtype],
+    }
     return [Tiling("add_norm", facts, (per_rows(1),), warps, 1, options) for warps in (8, 4)]

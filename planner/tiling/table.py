@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from tokenspeed_plan.codegen.render import render, source_digest
 from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.tiling import attention, delta, linear, moe, other
+from tokenspeed_plan.planner.tiling.tuned import Tile
 from tokenspeed_plan.planner.tiling.work import Tiling, Work
 from tokenspeed_plan.plans.canon import kernel_name
-from tokenspeed_plan.plans.schema import KernelSpec, Launch
+from tokenspeed_plan.plans.schema import KernelSpec, Launch, Param
 
 Rule = Callable[[Work], list[Tiling]]
 _LINEAR = (
-    "linear", "norm_head", "head", "norm_linear_silu_mul", "norm_linear", "linear_silu_mul", "combine_linear_add",
-    "combine_linear", "expert_sum_linear_add", "expert_sum_linear", "linear_add",
+    "linear", "norm_head", "head", "norm_linear_silu_mul", "norm_linear", "linear_silu_mul", "expert_sum_linear_add",
+    "expert_sum_linear", "linear_add",
 )  # fmt: skip
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_LINEAR, linear.linear),
@@ -23,7 +24,6 @@ RULES: dict[str, Rule] = {
     "grouped_down": linear.grouped,
     "qk_norm_rope_write": attention.qk_norm_rope_write,
     "attention_gate": attention.attention,
-    "attention_split": attention.attention_split,
     "delta_step": delta.delta_step,
     "conv_qk_norm": delta.conv_qk_norm,
     "gates_delta_chunk": delta.gates_delta_chunk,
@@ -36,7 +36,9 @@ RULES: dict[str, Rule] = {
     "expert_sort": moe.expert_sort,
     "embed": other.embed,
     "sample": other.sample,
+    "advance": other.advance,
     "add_norm": other.add_norm,
+    "rms_norm": other.add_norm,
     "reduce_add_norm": other.add_norm,
 }
 PDL_SM = 90  # programmatic dependent launch from Hopper on
@@ -51,7 +53,7 @@ class Built:
 
 
 def build_kernel(
-    kind: str, kernel: KernelSpec, rows: tuple[int, int], hardware: HardwareSpec, pdl: bool
+    kind: str, kernel: KernelSpec, rows: tuple[int, int], hardware: HardwareSpec, pdl: bool, tile: Tile | None = None
 ) -> list[Built]:
     """The ways to build a kernel, best first; one without a text where only the reference can do it.
 
@@ -61,8 +63,9 @@ def build_kernel(
         rows: tokens and sequences of the program.
         hardware: the target.
         pdl: whether its neighbours are kernels too.
+        tile: the only one to try.
     """
-    work = Work(kind, kernel, *rows, hardware)
+    work = Work(kind, kernel, *rows, hardware, tile)
     tilings = RULES[kind](work) if kind in RULES and work.dtype != "fp64" else []
     pdl = pdl and hardware.sm >= PDL_SM
     return [_built(work, tiling, pdl) for tiling in tilings] or [Built(_named(kind, kernel), None)]
@@ -78,9 +81,14 @@ def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
         pdl=pdl,
         source_sha256="",
     )
-    text = render(work.kind, work.kernel, launch, dict(tiling.options))
+    scratch = tuple(
+        Param(name=name, role="scratch", tensor=spec, access="update") for name, spec in tiling.scratch.items()
+    )
+    kernel = work.kernel.model_copy(update={"params": work.kernel.params + scratch})
+    options = dict(tiling.options) | {"ahead": pdl and tiling.ahead}
+    text = render(work.kind, kernel, launch, options)
     launch = launch.model_copy(update={"source_sha256": source_digest(text)})
-    return Built(_named(work.kind, work.kernel.model_copy(update={"launch": launch})), text)
+    return Built(_named(work.kind, kernel.model_copy(update={"launch": launch})), text)
 
 
 def _named(kind: str, kernel: KernelSpec) -> KernelSpec:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tokenspeed_plan.planner.hardware import HardwareSpec
+from tokenspeed_plan.planner.tiling.tuned import Tile, find_tile
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
 from tokenspeed_plan.plans.types import DTYPE_BYTES, Attr, DType, TensorSpec
 
@@ -22,6 +23,21 @@ class Work:
     num_tokens: int
     num_seqs: int
     hardware: HardwareSpec
+    forced: Tile | None = None
+
+    def tiles(self, *heuristic: Tile) -> list[Tile]:
+        """The tiles to try, best first: a forced one alone, else a measured one, then those of the rule."""
+        if self.forced:
+            return [self.forced]
+        measured = find_tile(self.hardware.sm, self.key)
+        return [measured, *heuristic] if measured else list(heuristic)
+
+    @property
+    def key(self) -> str:
+        """What a measured tile is filed under: the kind, rows rounded up to a power of two, and the weights' shapes."""
+        matrices = [p.tensor.shape for p in self.kernel.params if p.role == "weight" and len(p.tensor.shape) > 1]
+        shapes = " ".join("x".join(map(str, shape)) for shape in matrices)
+        return f"{self.kind} {up2(self.num_tokens)} {shapes}".strip()
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -70,7 +86,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """One way to build a kernel. `options` choose inside the template."""
+    """One way to build a kernel.
+
+    `options` choose inside the template; programs meet in `scratch`; with `ahead` the kernel loads what no other
+    writes while its predecessor ends.
+    """
 
     template: str
     constants: Mapping[str, Attr]
@@ -78,6 +98,13 @@ class Tiling:
     num_warps: int = 4
     num_stages: int = 2
     options: Mapping[str, object] = field(default_factory=dict)
+    scratch: Mapping[str, TensorSpec] = field(default_factory=dict)
+    ahead: bool = False
+
+
+def per_seq(width: int, dtype: DType = "fp32") -> TensorSpec:
+    """Scratch of so many elements a sequence."""
+    return TensorSpec(shape=("num_seqs", width), dtype=dtype)
 
 
 TRITON_DTYPES: dict[DType, str] = {"bf16": "tl.bfloat16", "fp32": "tl.float32"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tokenspeed_plan.runtime.reference import attention, delta, dense, moe, sampling
+from tokenspeed_plan.runtime.reference import attention, batch, delta, dense, moe, sampling
 from torch import Tensor
 
 Attrs = Mapping[str, bool | int | float | str]
@@ -27,8 +27,6 @@ BODIES: dict[str, Body] = {
     "rope": attention.rope,
     "kv_write": attention.kv_write,
     "attention": attention.attention,
-    "attention_split": attention.attention_split,
-    "attention_combine": attention.attention_combine,
     "sigmoid_gate": attention.sigmoid_gate,
     "causal_conv": delta.causal_conv,
     "qk_l2_norm": delta.qk_l2_norm,
@@ -46,6 +44,7 @@ BODIES: dict[str, Body] = {
     "expert_sum": moe.expert_sum,
     "gated_add": moe.gated_add,
     "sample": sampling.sample,
+    "advance": batch.advance,
     "argmax": sampling.argmax,
 }
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenspeed_plan.runtime.memory import TORCH_DTYPES as DTYPES
-from tokenspeed_plan.runtime.reference.dense import widen
 from torch import Tensor
 
 Attrs = Mapping[str, Any]
@@ -48,7 +46,7 @@ def rope(attrs: Attrs, x_TN: Tensor, positions_T: Tensor) -> tuple[Tensor]:
     inverse, scale = _frequencies(rotary, attrs["theta"], attrs["factor"], attrs["original_max_positions"])
     x = x_TN.unflatten(-1, (attrs["num_heads"], attrs["head_dim"]))
     angle = positions_T.to(x.dtype if x.dtype == torch.float64 else torch.float32)[:, None]
-    angle = angle * inverse.to(angle.dtype)
+    angle = angle * inverse.to(angle)
     cos, sin = ((f(angle) * scale).to(x.dtype)[:, None] for f in (torch.cos, torch.sin))
     a, b, rest = x[..., : rotary // 2], x[..., rotary // 2 : rotary], x[..., rotary:]
     return (torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1).flatten(1),)
@@ -76,42 +74,6 @@ def attention(
     return (torch.cat(rows),)
 
 
-def attention_split(
-    attrs: Attrs, q_TN: Tensor, page_table_SP: Tensor, context_S: Tensor, cu_seqlens: Tensor, cache: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Partial results [T, splits, Q, D] and log-sum-exps [T, splits, Q] (Flash-Decoding, Dao et al., 2023).
-
-    Each split takes an equal run of a sequence's pages; one without any gives 0 and -inf.
-    """
-    heads, splits, page_size = attrs["num_heads"], attrs["num_splits"], attrs["page_size"]
-    q = widen(q_TN.unflatten(-1, (heads, attrs["head_dim"])))
-    longest = int(context_S.max())
-    k, v = (widen(x).repeat_interleave(heads // attrs["num_kv_heads"], 1)
-            for x in _gather(page_table_SP, longest, cache))  # fmt: skip
-    pages_S = (context_S + page_size - 1) // page_size
-    run_S = (pages_S + splits - 1) // splits * page_size
-    place_C = torch.arange(longest)
-    score = (q[:, :, None] @ k.mT)[:, :, 0] * attrs["head_dim"] ** -0.5  # [S, Q, C]
-    parts, sums = [], []
-    for split in range(splits):
-        start, end = split * run_S, torch.minimum((split + 1) * run_S, context_S)
-        seen = (place_C >= start[:, None]) & (place_C < end[:, None])
-        masked = score.masked_fill(~seen[:, None], float("-inf"))
-        lse = masked.logsumexp(-1)
-        weight = (masked - lse[..., None]).exp().nan_to_num(0.0)
-        parts.append((weight[:, :, None] @ v)[:, :, 0])
-        sums.append(lse)
-    return torch.stack(parts, 1).flatten(1), torch.stack(sums, 1).flatten(1)
-
-
-def attention_combine(attrs: Attrs, partial_TN: Tensor, lse_TN: Tensor) -> tuple[Tensor]:
-    """y = sum over splits of exp(lse) partial, divided by the sum of exp(lse)."""
-    splits, heads = attrs["num_splits"], attrs["num_heads"]
-    partial = partial_TN.unflatten(-1, (splits, heads, attrs["head_dim"]))
-    weight = lse_TN.unflatten(-1, (splits, heads)).softmax(1)
-    return ((partial * weight[..., None]).sum(1).flatten(1).to(DTYPES[attrs["dtype"]]),)
-
-
 def _gather(page_table: Tensor, length: int, cache: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [..., K, C, D] of the first `length` tokens of pages [..., P]."""
     page_size = cache.shape[2]
@@ -125,7 +87,7 @@ def _decode(q_SQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Tens
     """One query a sequence; shorter sequences are masked to the longest."""
     longest = int(context_S.max())
     k, v = _gather(page_table_SP, longest, cache)
-    visible = torch.arange(longest)[None] < context_S[:, None]
+    visible = torch.arange(longest, device=context_S.device)[None] < context_S[:, None]
     y = F.scaled_dot_product_attention(q_SQD[:, :, None], k, v, visible[:, None, None], enable_gqa=True)
     return y.flatten(1)
 
@@ -134,7 +96,8 @@ def _one_sequence(q_TQD: Tensor, pages_P: Tensor, length: int, cache: Tensor) ->
     """All new queries of one sequence; its own keys are already in the cache."""
     count = q_TQD.shape[0]
     k, v = _gather(pages_P, length, cache)
-    visible = torch.arange(length)[None] <= torch.arange(length - count, length)[:, None]
+    place_C = torch.arange(length, device=cache.device)
+    visible = place_C[None] <= place_C[length - count :, None]
     y = F.scaled_dot_product_attention(q_TQD.transpose(0, 1)[None], k[None], v[None], visible, enable_gqa=True)
     return y[0].transpose(0, 1).flatten(1)
 

@@ -27,7 +27,7 @@ class Ragged:
         bounds = cu_seqlens.long()
         self.lengths_S = bounds[1:] - bounds[:-1]
         longest = -(-int(self.lengths_S.max()) // multiple) * multiple
-        place_L = torch.arange(longest)
+        place_L = torch.arange(longest, device=bounds.device)
         self.valid_SL = place_L[None] < self.lengths_S[:, None]
         self.rows_SL = (bounds[:-1, None] + place_L[None]).where(self.valid_SL, 0)
 
@@ -52,7 +52,7 @@ def causal_conv(
         return (F.silu((window * w_CK.T).sum(1)),)
     ragged = Ragged(cu_seqlens)
     x = torch.cat((before, ragged.pad(x_TC)), 1)  # [S, K - 1 + L, C]
-    last = ragged.lengths_S[:, None] + torch.arange(taps - 1)
+    last = ragged.lengths_S[:, None] + torch.arange(taps - 1, device=x.device)
     state[write_S.long()] = x.gather(1, last[:, :, None].expand(-1, -1, x.shape[2]))
     length = x.shape[1] - taps + 1
     y = sum(x[:, j : j + length] * w_CK[:, j] for j in range(taps))
@@ -136,7 +136,7 @@ def _in_chunks(x: Tensor) -> Tensor:
 def _ratio(total: Tensor) -> Tensor:
     """D[i, j] = exp(G[i] - G[j]) for i >= j, else 0, with G the running sum of the log decay in a chunk."""
     gap = total[..., :, None] - total[..., None, :]
-    later = torch.ones(gap.shape[-2:], dtype=torch.bool).triu(1)
+    later = torch.ones(gap.shape[-2:], dtype=torch.bool, device=gap.device).triu(1)
     return gap.masked_fill(later, float("-inf")).exp()
 
 

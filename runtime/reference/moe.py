@@ -46,7 +46,7 @@ def experts_up(attrs: Attrs, x_TH: Tensor, ids_Tk: Tensor, w_EIH: Tensor) -> tup
     num_tokens, chosen = ids_Tk.shape
     if _all_at_once(attrs, ids_Tk):
         both_ETI = x_TH @ w_EIH.mT
-        gate, up = both_ETI[ids_Tk, torch.arange(num_tokens)[:, None]].chunk(2, -1)
+        gate, up = both_ETI[ids_Tk, torch.arange(num_tokens, device=ids_Tk.device)[:, None]].chunk(2, -1)
         return ((F.silu(gate) * up).view(num_tokens, -1),)
     out = x_TH.new_zeros(num_tokens * chosen, w_EIH.shape[1] // 2)
     for expert, places in _groups(attrs, ids_Tk):
@@ -61,7 +61,7 @@ def experts_down(attrs: Attrs, h_T: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, 
     h = h_T.view(num_tokens, chosen, -1)
     if _all_at_once(attrs, ids_Tk):
         spread_ETI = h.new_zeros(w_EHI.shape[0], num_tokens, h.shape[2])
-        spread_ETI[ids_Tk, torch.arange(num_tokens)[:, None]] = h * weights_Tk[:, :, None]
+        spread_ETI[ids_Tk, torch.arange(num_tokens, device=ids_Tk.device)[:, None]] = h * weights_Tk[:, :, None]
         return ((spread_ETI @ w_EHI.mT).sum(0),)
     out = h.new_zeros(num_tokens * chosen, w_EHI.shape[1])
     flat = h.flatten(0, 1)

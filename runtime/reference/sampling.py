@@ -57,7 +57,7 @@ def filtered(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) 
     """
     scaled = logits.double() / temperature.double()[:, None]
     scaled, ids = torch.sort(scaled, dim=-1, descending=True, stable=True)
-    rank = torch.arange(scaled.shape[1])[None]
+    rank = torch.arange(scaled.shape[1], device=scaled.device)[None]
     kept = (top_k[:, None] <= 0) | (rank < top_k[:, None])
     probs = scaled.masked_fill(~kept, float("-inf")).softmax(-1)
     before = probs.cumsum(-1) - probs

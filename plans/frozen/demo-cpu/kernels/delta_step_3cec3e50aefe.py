@@ -1,0 +1,90 @@
+"""delta_step
+
+causal_conv: y[t] = silu(sum_j w[j] x[t - K + 1 + j])
+qk_l2_norm: q = q / |q| / sqrt(key_dim), k = k / |k|, v as it is
+delta_gates: sigmoid(b), -exp(a_log) softplus(a + dt_bias)
+delta_rule: S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q
+gated_norm: y = x / sqrt(mean(x^2) + eps) * w * silu(z), per head
+Source: Gated DeltaNet, one token (arXiv:2412.06464): S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _conv(x_ptr, w_ptr, state_ptr, s, read, write, c, keep, CHANNELS: tl.constexpr, TAPS: tl.constexpr):
+    """One step of the convolution for the channels `c`; where `keep`, the window moves on into the other row."""
+    mask = (c >= 0) & keep
+    new = tl.load(x_ptr + s * CHANNELS + c)
+    y = new.to(tl.float32) * tl.load(w_ptr + c * TAPS + TAPS - 1).to(tl.float32)
+    for j in tl.static_range(TAPS - 1):
+        old = tl.load(state_ptr + (read * (TAPS - 1) + j) * CHANNELS + c)
+        y += old.to(tl.float32) * tl.load(w_ptr + c * TAPS + j).to(tl.float32)
+        if j > 0:
+            tl.store(state_ptr + (write * (TAPS - 1) + j - 1) * CHANNELS + c, old, mask=mask)
+    tl.store(state_ptr + (write * (TAPS - 1) + TAPS - 2) * CHANNELS + c, new, mask=mask)
+    return y * tl.sigmoid(y)
+
+
+@triton.jit
+def delta_step(
+    causal_conv_x,  # input, fp32 [num_tokens, 512]
+    causal_conv_cu_seqlens,  # input, i32 [num_seqs+1]
+    causal_conv_read_rows,  # input, i32 [num_seqs]
+    causal_conv_write_rows,  # input, i32 [num_seqs]
+    delta_gates_b,  # input, fp32 [num_tokens, 8]
+    delta_gates_a,  # input, fp32 [num_tokens, 8]
+    gated_norm_z,  # input, fp32 [num_tokens, 256]
+    causal_conv_w,  # weight, fp32 [512, 1, 4]
+    delta_gates_a_log,  # weight, fp32 [8]
+    delta_gates_dt_bias,  # weight, fp32 [8]
+    gated_norm_w,  # weight, fp32 [32]
+    causal_conv_conv_state,  # state, fp32 [34, 3, 512]
+    delta_rule_ssm_state,  # state, fp32 [34, 8, 32, 32]
+    gated_norm_y,  # output, fp32 [num_tokens, 256]
+    num_tokens,
+    num_seqs,
+):
+    A: tl.constexpr = 4
+    B: tl.constexpr = 8
+    BLOCK_V: tl.constexpr = 32
+    CHANNELS: tl.constexpr = 512
+    DK: tl.constexpr = 32
+    DV: tl.constexpr = 32
+    EPS: tl.constexpr = 1e-06
+    GROUP: tl.constexpr = 2
+    L2_EPS: tl.constexpr = 1e-06
+    SCALE: tl.constexpr = 0.1767766952966369
+    TAPS: tl.constexpr = 4
+
+    s, head, column = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i = tl.arange(0, DK)
+    j = column * BLOCK_V + tl.arange(0, BLOCK_V)
+    place = i[:, None] * DV + j[None, :]
+    read = tl.load(causal_conv_read_rows + s).to(tl.int64)
+    state = tl.load(delta_rule_ssm_state + (read * B + head) * DK * DV + place)
+
+    write = tl.load(causal_conv_write_rows + s).to(tl.int64)
+    key_head = head // GROUP
+    leads = (head % GROUP == 0) & (column == 0)  # one of the programs that share a key head keeps its window
+    q = _conv(causal_conv_x, causal_conv_w, causal_conv_conv_state, s, read, write, key_head * DK + i, leads, CHANNELS, TAPS)
+    k = _conv(causal_conv_x, causal_conv_w, causal_conv_conv_state, s, read, write, (A + key_head) * DK + i, leads, CHANNELS, TAPS)
+    q *= tl.rsqrt(tl.sum(q * q, 0) + L2_EPS) * SCALE
+    k *= tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
+    beta = tl.sigmoid(tl.load(delta_gates_b + s * B + head).to(tl.float32))
+    step = tl.load(delta_gates_a + s * B + head).to(tl.float32) + tl.load(delta_gates_dt_bias + head)
+    softplus = tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step)))
+    decay = tl.exp(-tl.exp(tl.load(delta_gates_a_log + head)) * softplus)
+    to_state = delta_rule_ssm_state + (write * B + head) * DK * DV
+    row = (s * B + head) * DV
+    v = _conv(causal_conv_x, causal_conv_w, causal_conv_conv_state, s, read, write, 2 * A * DK + head * DV + j, True, CHANNELS, TAPS)
+    state *= decay
+    change = beta * (v - tl.sum(state * k[:, None], 0))
+    state += k[:, None] * change[None, :]
+    tl.store(to_state + place, state)
+    part = tl.sum(state * q[:, None], 0)
+    y = part
+    z = tl.load(gated_norm_z + row + j).to(tl.float32)
+    y *= tl.rsqrt(tl.sum(y * y, 0) / DV + EPS) * tl.load(gated_norm_w + j) * z * tl.sigmoid(z)
+    tl.store(gated_norm_y + row + j, y)

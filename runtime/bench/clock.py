@@ -1,0 +1,64 @@
+"""How long something takes: on a GPU by events around graph replays, on a CPU by the clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+ROUNDS = 5
+
+
+def time_us(work: Callable[[], object], device: str, count: int = 10) -> float:
+    """Median over rounds of the mean of `count` runs, after one that is not counted."""
+    work()
+    rounds = [_round_us(work, device, count) for _ in range(ROUNDS)]
+    return statistics.median(rounds)
+
+
+def _round_us(work: Callable[[], object], device: str, count: int) -> float:
+    if device == "cpu":
+        begun = time.perf_counter()
+        for _ in range(count):
+            work()
+        return (time.perf_counter() - begun) / count * 1e6
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / count * 1e3
+
+
+def captured(work: Callable[[], object], device: str) -> Callable[[], object]:
+    """The work as one CUDA graph; itself on a CPU."""
+    if device == "cpu":
+        return work
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    replay: Callable[[], object] = graph.replay
+    return replay
+
+
+def kernel_times_us(replay: Callable[[], object], names: set[str], count: int = 5) -> list[tuple[str, float]]:
+    """(name, microseconds) of the kernels of a replay, in order; the mean over `count` replays."""
+    from torch.profiler import ProfilerActivity, profile
+
+    replay()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(count):
+            replay()
+        torch.cuda.synchronize()
+    events = sorted((e for e in profiler.events() if e.name in names), key=lambda e: e.time_range.start)
+    length = len(events) // count
+    rounds = [events[i * length : (i + 1) * length] for i in range(count)]
+    return [
+        (same[0].name, statistics.mean(e.time_range.elapsed_us() for e in same)) for same in zip(*rounds, strict=True)
+    ]

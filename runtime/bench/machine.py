@@ -1,0 +1,50 @@
+"""What this machine can do: read, launch, multiply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tokenspeed_plan.runtime.bench.clock import captured, time_us
+
+READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+MATRIX = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}
+LAUNCHES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Measured rates. `launch_us`: from one empty kernel to the next, inside a graph on a GPU."""
+
+    name: str
+    read_bytes_per_s: float
+    launch_us: float
+    matrix_flops_per_s: float
+
+
+def measure_machine(device: str) -> Machine:
+    """A sum over a buffer far larger than any cache, a chain of tiny kernels, one large product of random matrices."""
+    name = "cpu" if device == "cpu" else torch.cuda.get_device_name()
+    return Machine(name, _read(device), _launch(device), _matrix(device))
+
+
+def _read(device: str) -> float:
+    buffer = torch.ones(READ_BYTES[device] // 4, device=device)
+    taken = time_us(captured(buffer.sum, device), device)
+    return READ_BYTES[device] / taken * 1e6
+
+
+def _launch(device: str) -> float:
+    tiny = torch.zeros(1, device=device)
+
+    def chain() -> None:
+        for _ in range(LAUNCHES):
+            tiny.add_(1.0)
+
+    return time_us(captured(chain, device), device) / LAUNCHES
+
+
+def _matrix(device: str) -> float:
+    size, dtype = MATRIX[device]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2.0 * size**3 / time_us(captured(lambda: a @ b, device), device) * 1e6

@@ -1,0 +1,35 @@
+"""An executor to measure: a plan's kernels, and weights that are read or made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.checks import check_files, check_target
+from tokenspeed_plan.runtime.collectives import join
+from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.kernels import load_kernels
+from tokenspeed_plan.runtime.memory import Arenas
+from tokenspeed_plan.runtime.weights import load_weights, random_weights
+
+
+def prepare(plan: Plan, bundle: Path, folder: Path | None) -> Executor:
+    """Checked, allocated and filled; states as if sequences had been there for long.
+
+    Raises:
+        PlanError: the bundle, this machine or the checkpoint does not fit.
+    """
+    check_target(plan)
+    rank, collectives = join(plan)
+    kernels = load_kernels(plan, bundle) if plan.target.device == "cuda" else None
+    if folder is None:
+        arenas = Arenas(plan.arenas, plan.target.device)
+        weights = random_weights(plan, arenas)
+    else:
+        check_files(plan, folder)
+        arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.arenas, plan.target.device), rank)
+    for buffer in plan.buffers:
+        if buffer.arena in ("kv_cache", "state"):
+            view = arenas.view(buffer.arena, buffer.offset_bytes, buffer.tensor.bind(0, 0), buffer.tensor.dtype)
+            view[1:].normal_(std=0.1)
+    return Executor(plan, arenas, weights, rank, collectives, kernels)

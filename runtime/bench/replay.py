@@ -1,0 +1,176 @@
+"""Replay programs on a made-up batch: microseconds, bytes, share of the floor, kernel by kernel."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.kernel_file import kind_of
+from tokenspeed_plan.plans.schema import KernelCall, Plan, Program
+from tokenspeed_plan.plans.types import Phase
+from tokenspeed_plan.runtime.bench.bytes import Load, activation_bytes, bound_flops, floor_bytes
+from tokenspeed_plan.runtime.bench.clock import captured, kernel_times_us, time_us
+from tokenspeed_plan.runtime.bench.machine import Machine, measure_machine
+from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.inputs import write_inputs
+from tokenspeed_plan.runtime.request import Request, SamplingParams
+from tokenspeed_plan.runtime.scheduler import Batch
+from tokenspeed_plan.runtime.sequence import Sequence
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to replay. `batch` and `context` shape decode; `chunk` tokens of one prompt prefill (0: no prefill)."""
+
+    batch: int
+    context: int
+    chunk: int = 0
+
+
+def bench(plan: Plan, executor: Executor, options: Options) -> dict[str, Any]:
+    """Everything that `tokenspeed bench` prints.
+
+    Raises:
+        PlanError: the plan has no program for such a batch.
+    """
+    device = plan.target.device
+    machine = measure_machine(device)
+    programs = [Replay(plan, executor, "decode", options.batch, 1, options.context).measure(machine)]
+    if options.chunk:
+        programs.append(Replay(plan, executor, "prefill", 1, options.chunk, options.context).measure(machine))
+    return {"machine": asdict(machine), "plan": plan.digest, "model": plan.model.name, "programs": programs}
+
+
+class Replay:
+    """One program on a batch of sequences of `context` tokens, `count` of them new.
+
+    Raises:
+        PlanError: the plan has no program, or no memory, for such a batch.
+    """
+
+    def __init__(self, plan: Plan, executor: Executor, phase: Phase, num_seqs: int, count: int, context: int) -> None:
+        self.plan, self.executor = plan, executor
+        self.device = plan.target.device
+        self.tokens, self.seqs, self.context = num_seqs * count, num_seqs, max(context, count)
+        self.program = _program(plan, phase, self.tokens, num_seqs)
+        sequences = tuple(self._sequence(i, count) for i in range(num_seqs))
+        batch = Batch(self.program, sequences, (count,) * num_seqs)
+        self.tokens, self.seqs = batch.run_tokens, batch.run_seqs
+        write_inputs(batch, lambda name: executor.buffer(name, self.tokens, self.seqs), plan.limits)
+
+    def _sequence(self, index: int, count: int) -> Sequence:
+        limits = self.plan.limits
+        pages = -(-self.context // limits.page_size)
+        if self.context > limits.max_seq_len or (index + 1) * pages > limits.num_pages:
+            raise PlanError(f"the plan cannot hold {self.seqs} x {self.context} tokens", "lower --context or --batch")
+        random = torch.Generator().manual_seed(index)
+        ids = torch.randint(0, self.plan.model.vocab_size, (self.context,), generator=random).tolist()
+        start = 1 + index * limits.rows_per_slot
+        return Sequence(
+            Request(str(index), tuple(ids), SamplingParams()), 0.0, ids, num_computed=self.context - count,
+            pages=list(range(index * pages, (index + 1) * pages)), rows=range(start, start + limits.rows_per_slot),
+        )  # fmt: skip
+
+    def measure(self, machine: Machine) -> dict[str, Any]:
+        """Times of the whole program and of each kernel."""
+        hits = list(self._hits())
+        replay = captured(self.run, self.device)
+        taken_us = time_us(replay, self.device)
+        loads = [Load(self.tokens, self.seqs, self.context, hit) for hit in hits]
+        calls = self._calls()
+        floor = sum(
+            floor_bytes(self.executor.kernels[call.kernel], load) for call, load in zip(calls, loads, strict=True)
+        )
+        floor_us = floor / machine.read_bytes_per_s * 1e6
+        flops = sum(
+            bound_flops(self.executor.kernels[call.kernel], load, self._top_k())
+            for call, load in zip(calls, loads, strict=True)
+        )
+        return {
+            "phase": self.program.phase, "bucket": self.program.bucket, "batch": self.seqs, "tokens": self.tokens,
+            "context": self.context, "launches": self.program.launches,
+            "launches_per_layer": round(self.program.launches / self.plan.num_layers, 2),
+            "measured_us": taken_us, "predicted_us": self.program.predicted_us, "floor_bytes": floor,
+            "floor_us": floor_us, "share_of_floor": floor_us / taken_us, "flops": flops,
+            "share_of_matrix_rate": flops / taken_us * 1e6 / machine.matrix_flops_per_s,
+            "tokens_per_s": self.tokens / taken_us * 1e6, "kernels": self._kernels(calls, loads, machine),
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Once, kernel after kernel."""
+        self.executor.run(self.program, self.tokens, self.seqs)
+
+    def _calls(self) -> list[KernelCall]:
+        return [step for step in self.program.steps if isinstance(step, KernelCall)]
+
+    def _top_k(self) -> int:
+        return next((int(p.attrs["top_k"]) for k in self.plan.kernels for p in k.parts if p.kind == "topk"), 1)
+
+    def _hits(self) -> Iterator[int]:
+        """For each kernel call, the distinct experts that the layer's tokens chose; found by a replay step by step."""
+        ids: Tensor | None = None
+        for call, run in self._one_by_one():
+            run()
+            kernel = self.executor.kernels[call.kernel]
+            chosen = next((o for part in kernel.parts if part.kind == "topk" for o in part.outputs[1:]), None)
+            if chosen is not None:
+                index = [param.name for param in kernel.params].index(chosen)
+                ids = self.executor.buffer_of(self.program, call.args[index], self.tokens, self.seqs)
+            yield int(ids.unique().numel()) if ids is not None else 0
+
+    def _one_by_one(self) -> Iterator[tuple[KernelCall, Callable[[], None]]]:
+        for step, instructions in self.executor.steps(self.program, self.tokens, self.seqs):
+
+            def run(instructions: Any = instructions) -> None:
+                self.executor.execute(instructions)
+
+            if isinstance(step, KernelCall):
+                yield step, run
+            else:
+                run()
+
+    def _kernels(self, calls: list[KernelCall], loads: list[Load], machine: Machine) -> list[dict[str, Any]]:
+        """Kernels by name: calls, mean microseconds, bytes a second and their share of what the machine can read."""
+        times = self._times(calls)
+        rows: dict[str, list[tuple[float, int, int, float]]] = defaultdict(list)
+        for call, load, time in zip(calls, loads, times, strict=True):
+            kernel = self.executor.kernels[call.kernel]
+            rows[call.kernel].append(
+                (time, floor_bytes(kernel, load), activation_bytes(kernel, load), call.predicted_us)
+            )
+        made = (_row(name, found, machine) for name, found in rows.items())
+        return sorted(made, key=lambda row: -row["total_us"])
+
+    def _times(self, calls: list[KernelCall]) -> list[float]:
+        if self.device == "cpu":
+            return [time_us(run, "cpu", 1) for _, run in self._one_by_one()]
+        alone = self.executor.alone()
+        replay = captured(lambda: alone.run(self.program, self.tokens, self.seqs), self.device)
+        kinds = {kind_of(self.executor.kernels[call.kernel]) for call in calls}
+        found = kernel_times_us(replay, kinds)
+        assert [name for name, _ in found] == [kind_of(self.executor.kernels[call.kernel]) for call in calls], (
+            "lost a kernel"
+        )
+        return [time for _, time in found]
+
+
+def _row(name: str, found: list[tuple[float, int, int, float]], machine: Machine) -> dict[str, Any]:
+    total, moved, other, predicted = (sum(column) for column in zip(*found, strict=True))
+    rate = (moved + other) / total * 1e6 if total else 0.0
+    return {
+        "kernel": name, "calls": len(found), "us": total / len(found), "total_us": total,
+        "predicted_us": predicted / len(found), "bytes": (moved + other) // len(found), "bytes_per_s": rate,
+        "share": rate / machine.read_bytes_per_s,
+    }  # fmt: skip
+
+
+def _program(plan: Plan, phase: Phase, tokens: int, seqs: int) -> Program:
+    fitting = [p for p in plan.programs if p.phase == phase and p.max_tokens >= tokens and p.max_seqs >= seqs]
+    if not fitting:
+        raise PlanError(f"no {phase} program takes {tokens} tokens of {seqs} sequences", "see `tokenspeed show DIR`")
+    return min(fitting, key=lambda p: p.bucket)

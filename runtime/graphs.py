@@ -1,0 +1,60 @@
+"""Replay on a GPU: programs of a fixed size as one CUDA graph each, tokens back through pinned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.inputs import write_inputs
+from tokenspeed_plan.runtime.scheduler import Batch
+from torch import Tensor
+
+FLIGHTS = 4  # replays whose tokens may be on their way at once
+
+
+class GraphExecutor(Executor):
+    """Captured programs are replayed by one launch; nothing here waits for the GPU, except who calls for tokens."""
+
+    def prepare(self) -> None:
+        """Capture every program that wants it, on a batch of padding."""
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._pinned = [torch.empty(self.plan.limits.max_seqs, dtype=torch.int32).pin_memory() for _ in range(FLIGHTS)]
+        self._events = [torch.cuda.Event() for _ in range(FLIGHTS)]
+        self._turn = 0
+        for program in self.plan.programs:
+            if program.captured:
+                self._capture(program)
+
+    @torch.inference_mode()
+    def _capture(self, program: Program) -> None:
+        rows = (program.max_tokens, program.max_seqs)
+        write_inputs(Batch(program, (), ()), lambda name: self.buffer(name, *rows), self.plan.limits)
+        super().run(program, *rows)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            super().run(program, *rows)
+        self._graphs[program.phase, program.bucket] = graph
+
+    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
+        """One replay: a graph where there is one, else kernel after kernel."""
+        if program.captured:
+            self._graphs[program.phase, program.bucket].replay()
+        else:
+            super().run(program, num_tokens, num_seqs)
+
+    def fetch(self, values: Tensor) -> Callable[[], list[int]]:
+        """The values are copied behind the replay; asking for them waits for that copy alone."""
+        self._turn = (self._turn + 1) % FLIGHTS
+        place, event = self._pinned[self._turn][: values.numel()], self._events[self._turn]
+        place.copy_(values, non_blocking=True)
+        event.record()
+
+        def wait() -> list[int]:
+            event.synchronize()
+            found: list[int] = place.tolist()
+            return found
+
+        return wait

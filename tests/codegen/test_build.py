@@ -1,0 +1,414 @@
+"""Kernels for GPUs that are not here: they compile, with the right instructions, to the same bytes everywhere.
+
+What is only read is kept in the user's cache, which planning the examples fills too; all else compiles into empty ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+from tokenspeed_plan.codegen import build
+from tokenspeed_plan.codegen.build import Compiled, Job, compile_all, default_cache
+from tokenspeed_plan.codegen.render import source_digest
+from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.planner.compile import build_bundle, find_model
+from tokenspeed_plan.planner.hardware import HARDWARE, HardwareSpec, find_hardware
+from tokenspeed_plan.planner.kernels import KernelChoice
+from tokenspeed_plan.planner.spec import load_spec
+from tokenspeed_plan.planner.tiling import build_kernel
+from tokenspeed_plan.planner.tiling.table import Built
+from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.canon import sha256
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.kernel_file import kind_of, read_source
+from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Launch, Param, Plan, Program
+from tokenspeed_plan.plans.types import Phase, TensorSpec
+
+H200_PLAN, B200_PLAN = "qwen3.5-35b-h200", "qwen3.5-397b-b200x8"
+NAMES = sorted(path.name for path in (ROOT / "plans/frozen").iterdir())
+GPUS = {90: find_hardware("H200"), 100: find_hardware("B200")}
+
+# The product instruction of each architecture. `mma.sync` is that of the one before Hopper.
+PRODUCT = {90: "wgmma.mma", 100: "tcgen05.mma"}
+ANY_PRODUCT = re.compile(r"\b(?:wgmma\.mma|tcgen05\.mma|mma\.sync)")
+# Kinds of kernels with products of many rows. `norm_head` and `head` are not among them: they have a row a sequence.
+MANY_ROWS = {"attention_gate", "delta_scan", "gates_delta_chunk", "grouped_down", "grouped_up", "linear_silu_mul",
+             "norm_linear"}  # fmt: skip
+MATRIX = {H200_PLAN: MANY_ROWS | {"linear_add", "expert_sum_linear_add"},
+          B200_PLAN: MANY_ROWS | {"linear", "expert_sum_linear"}}  # fmt: skip
+WIDEST = 64  # rows of a tile from which on these instructions exist
+
+
+@cache
+def plan_of(name: str) -> Plan:
+    return load_plan(ROOT / "plans/frozen" / name)
+
+
+def job(name: str, kernel: KernelSpec, sm: int) -> Job:
+    return Job(kernel, read_source(ROOT / "plans/frozen" / name, kernel), sm)
+
+
+def job_of(kind: str, sm: int = 90) -> Job:
+    """The first kernel of a kind in the H200 plan."""
+    return job(H200_PLAN, next(kernel for kernel in plan_of(H200_PLAN).kernels if kind_of(kernel) == kind), sm)
+
+
+def used(programs: Iterable[Program]) -> set[str]:
+    """Kernels that they call."""
+    return {step.kernel for program in programs for step in program.steps if step.kind == "kernel"}
+
+
+def phase_of(plan: Plan, phase: Phase) -> list[Program]:
+    """Programs of a phase, the one with the most rows last."""
+    return sorted((program for program in plan.programs if program.phase == phase), key=lambda program: program.bucket)
+
+
+def tilings_of(plan: Plan, kernel: KernelSpec, hardware: HardwareSpec) -> list[Built]:
+    """The ways to build a kernel of a plan, for a GPU that need not be the plan's."""
+    program = max((one for one in plan.programs if kernel.name in used([one])), key=lambda one: one.bucket)
+    params = tuple(param for param in kernel.params if param.role != "scratch")  # a tiling brings its own
+    plain = kernel.model_copy(update={"launch": None, "name": "", "params": params})
+    rows = (program.max_tokens, program.max_seqs)
+    return build_kernel(kind_of(kernel), plain, rows, hardware, program.phase != "prefill")
+
+
+Made = dict[tuple[str, str, int], Compiled]
+
+
+@pytest.fixture(scope="module")
+def made() -> Made:
+    """(plan, kernel, sm) -> what the compiler made of it: every kernel for both architectures, in one go."""
+    jobs = {
+        (name, kernel.name, sm): job(name, kernel, sm)
+        for name in NAMES
+        for kernel in plan_of(name).kernels
+        for sm in GPUS
+    }
+    results = compile_all(jobs.values(), default_cache())
+    return {place: results[one.key] for place, one in jobs.items()}
+
+
+@pytest.mark.parametrize("sm", GPUS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kernel_compiles_and_fits(name: str, sm: int, made: Made) -> None:
+    """Also for the other plan's GPU, and with the large tiles of the CPU."""
+    for kernel in plan_of(name).kernels:
+        result = made[name, kernel.name, sm]
+        assert not result.error, (kernel.name, result.error)
+        assert result.cubin.startswith(b"\x7fELF"), kernel.name
+        assert f".target sm_{sm}a" in result.ptx, kernel.name
+        assert result.shared_bytes <= GPUS[sm].max_shared_bytes, kernel.name
+
+
+@pytest.mark.parametrize("sm", GPUS)
+@pytest.mark.parametrize("name", NAMES)
+def test_latency_kernels_keep_their_values_in_registers(name: str, sm: int, made: Made) -> None:
+    """Those of decode and draft. A plan's tiles are chosen for its own GPU; for the other one there are tiles too."""
+    plan = plan_of(name)
+    kernels = used(program for program in plan.programs if program.phase != "prefill")
+    assert len(kernels) > 10
+    spilling = [kernel for kernel in plan.kernels if kernel.name in kernels and made[name, kernel.name, sm].spill_bytes]
+    assert plan.target.sm not in (0, sm) or spilling == []
+    for kernel in spilling:
+        choice = KernelChoice(GPUS[sm], default_cache())
+        first = choice.ask(tilings_of(plan, kernel, GPUS[sm]))
+        choice.compile()
+        assert choice.made[choice.answer([first]).kernel.name].spill_bytes == 0
+
+
+@pytest.mark.parametrize("gpu", ["H200", "B200"])
+def test_the_demo_model_is_planned_for_a_gpu(gpu: str) -> None:
+    """Its frozen plan is for a CPU, whose tiles spill in prefill; planned for a GPU no kernel does."""
+    path = ROOT / "examples/demo/spec.yaml"
+    spec = load_spec(path)
+    spec = spec.model_copy(
+        update={
+            "model": spec.model.model_copy(update={"weights": "bf16"}),
+            "target": spec.target.model_copy(update={"gpu": gpu}),
+        }
+    )
+    bundle = build_bundle(spec, find_model(spec, path), default_cache())
+    assert {binary.kernel for binary in bundle.plan.binaries} == {kernel.name for kernel in bundle.plan.kernels}
+    assert len(bundle.cubins) == len(bundle.sources) == len(bundle.plan.binaries) > 30
+    assert sum(binary.spill_bytes for binary in bundle.plan.binaries) == 0
+
+
+@pytest.mark.parametrize("sm", GPUS)
+@pytest.mark.parametrize("name", MATRIX)
+def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(name: str, sm: int, made: Made) -> None:
+    """All products of such a kernel, not only one."""
+    called = used(phase_of(plan_of(name), "prefill")[-1:])
+    kernels = [kernel for kernel in plan_of(name).kernels if kernel.name in called and kind_of(kernel) in MATRIX[name]]
+    assert {kind_of(kernel) for kernel in kernels} == MATRIX[name]
+    for kernel in kernels:
+        assert set(ANY_PRODUCT.findall(made[name, kernel.name, sm].ptx)) == {PRODUCT[sm]}, kernel.name
+
+
+@pytest.mark.parametrize("sm", GPUS)
+@pytest.mark.parametrize("name", MATRIX)
+def test_older_instructions_are_for_few_rows_only(name: str, sm: int, made: Made) -> None:
+    """Where `mma.sync` is left, the tile has fewer rows than the newer instructions take."""
+    for kernel in plan_of(name).kernels:
+        if "mma.sync" in ANY_PRODUCT.findall(made[name, kernel.name, sm].ptx):
+            assert kernel.launch is not None
+            constants = kernel.launch.constants
+            assert int(constants.get("BLOCK_M", constants.get("BLOCK_G", WIDEST))) < WIDEST, kernel.name
+
+
+# With products, with helper functions, with many constants.
+PROBED = ("delta_scan", "qk_norm_rope_write", "topk", "linear_silu_mul")
+PROBE = """
+import json, sys
+from pathlib import Path
+from tokenspeed_plan.codegen.build import Job, compile_all
+from tokenspeed_plan.plans.canon import sha256
+from tokenspeed_plan.plans.kernel_file import kind_of, read_source
+from tokenspeed_plan.plans.bundle import load_plan
+
+bundle = Path(sys.argv[1])
+kernels = {kind_of(kernel): kernel for kernel in reversed(load_plan(bundle).kernels)}
+jobs = {kind: Job(kernels[kind], read_source(bundle, kernels[kind]), 90) for kind in sys.argv[3:]}
+made = compile_all(jobs.values(), Path(sys.argv[2]))
+print(json.dumps({kind: [job.key, sha256(made[job.key].cubin), made[job.key].error] for kind, job in jobs.items()}))
+"""
+Result = dict[str, list[str]]
+
+
+def probe(work: Path, kept: Path, **environment: str) -> subprocess.Popen[str]:
+    """Begin to compile PROBED in a process of its own, working in `work`, results kept in `kept`."""
+    work.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", PROBE, str(ROOT / "plans/frozen" / H200_PLAN), str(kept), *PROBED]
+    return subprocess.Popen(command, cwd=work, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+
+
+def answer(process: subprocess.Popen[str]) -> Result:
+    """What it printed last."""
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    result: Result = json.loads(output.splitlines()[-1])
+    return result
+
+
+def expected(made: Made) -> Result:
+    """What this process and the user's cache say."""
+    jobs = {kind: job_of(kind) for kind in PROBED}
+    results = {kind: made[H200_PLAN, one.kernel.name, one.sm] for kind, one in jobs.items()}
+    return {kind: [one.key, sha256(results[kind].cubin), ""] for kind, one in jobs.items()}
+
+
+def test_same_bytes_in_any_folder_and_hash_order(made: Made, tmp_path: Path) -> None:
+    runs = [probe(tmp_path / seed, tmp_path / f"cache {seed}", PYTHONHASHSEED=seed) for seed in ("1", "4711")]
+    assert [answer(run) for run in runs] == [expected(made)] * 2
+
+
+def test_the_environment_has_no_say(made: Made, tmp_path: Path) -> None:
+    """Each of these would make other code, in an entry that every later plan would trust."""
+    switches = {"DISABLE_LLVM_OPT": "1", "PTXAS_OPTIONS": "-O1", "DISABLE_MMA_V3": "1", "TRITON_OVERRIDE_ARCH": "sm80",
+                "TRITON_INSTRUMENTATION_MODE": "consan", "TRITON_INTERPRET": "1"}  # fmt: skip
+    assert answer(probe(tmp_path / "work", tmp_path / "cache", **switches)) == expected(made)
+
+
+def no_compiler(missing: list[Job], folder: Path) -> dict[str, Compiled]:
+    raise AssertionError(f"not in the cache: {[one.kernel.name for one in missing]}")
+
+
+def test_two_processes_share_a_cache(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cache"
+    runs = [probe(tmp_path, folder), probe(tmp_path, folder)]
+    assert [answer(run) for run in runs] == [expected(made)] * 2
+    assert len(list(folder.iterdir())) == 2 * len(PROBED), "a binary and a report each, and no drafts"
+    monkeypatch.setattr(build, "_compile_missing", no_compiler)
+    jobs = [job_of(kind) for kind in PROBED]
+    assert compile_all(jobs, folder) == {one.key: made[H200_PLAN, one.kernel.name, one.sm] for one in jobs}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    """Another byte in the middle, the same length."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def misstate(path: Path) -> None:
+    """A report that is still JSON, with another need of shared memory."""
+    text = path.read_text()
+    assert '"shared_bytes": ' in text
+    path.write_text(text.replace('"shared_bytes": ', '"shared_bytes": 1'))
+
+
+def swap(path: Path) -> None:
+    """A sound entry, of another kernel."""
+    other = next(one for one in sorted(path.parent.glob("*.json")) if one.stem != path.stem)
+    for file in (path, path.with_suffix(".cubin")):
+        file.write_bytes(other.with_suffix(file.suffix).read_bytes())
+
+
+def put(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "binary cut": ("cubin", truncate),
+    "binary altered": ("cubin", flip),
+    "binary empty": ("cubin", put(b"")),
+    "binary gone": ("cubin", Path.unlink),
+    "report cut": ("json", truncate),
+    "report altered": ("json", flip),
+    "report misstates": ("json", misstate),
+    "report is a number": ("json", put(b"7")),
+    "report is not text": ("json", put(b"\xff\xfe")),
+    "report gone": ("json", Path.unlink),
+    "entry of another": ("json", swap),
+}
+
+
+def copy_entries(jobs: list[Job], folder: Path) -> None:
+    folder.mkdir()
+    for name in [f"{one.key}.{suffix}" for one in jobs for suffix in ("cubin", "json")]:
+        (folder / name).write_bytes((default_cache() / name).read_bytes())
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_compiled_again(
+    damage: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It, and nothing else."""
+    jobs = [job_of("topk"), job_of("embed")]
+    copy_entries(jobs, tmp_path / "cache")
+    suffix, hurt = DAMAGES[damage]
+    hurt(tmp_path / "cache" / f"{jobs[0].key}.{suffix}")
+    asked: list[Job] = []
+    fresh = Compiled(cubin=b"fresh")
+
+    def compiler(missing: list[Job], folder: Path) -> dict[str, Compiled]:
+        asked.extend(missing)
+        return {one.key: fresh for one in missing}
+
+    monkeypatch.setattr(build, "_compile_missing", compiler)
+    results = compile_all(jobs, tmp_path / "cache")
+    assert asked == jobs[:1]
+    assert results == {jobs[0].key: fresh, jobs[1].key: made[H200_PLAN, jobs[1].kernel.name, 90]}
+
+
+def test_a_damaged_entry_is_replaced(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiler itself: the right bytes come back, and stay."""
+    jobs = [job_of("topk"), job_of("embed")]
+    copy_entries(jobs, tmp_path / "cache")
+    flip(tmp_path / "cache" / f"{jobs[0].key}.cubin")
+    truncate(tmp_path / "cache" / f"{jobs[1].key}.json")
+    right = {one.key: made[H200_PLAN, one.kernel.name, 90] for one in jobs}
+    assert compile_all(jobs, tmp_path / "cache") == right
+    monkeypatch.setattr(build, "_compile_missing", no_compiler)
+    assert compile_all(jobs, tmp_path / "cache") == right
+
+
+def altered(text: str, name: str = "wide_1", block: int = 128) -> Job:
+    """A kernel of our own: y = x - sum(x) over `block` numbers, by one warp."""
+    tensor = TensorSpec(shape=(block,), dtype="fp32")
+    params = (Param(name="x", role="input", tensor=tensor), Param(name="y", role="output", tensor=tensor))
+    launch = Launch(template="", constants={}, grid=(GridDim(fixed=1),), num_warps=1, num_stages=1, pdl=False,
+                    source_sha256=source_digest(text))  # fmt: skip
+    return Job(KernelSpec(name=name, params=params, parts=(), launch=launch), text, 90)
+
+
+WIDE = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wide(x, y, num_tokens, num_seqs):
+    n = tl.arange(0, {block})
+    a = tl.load(x + n)
+    tl.store(y + n, a - tl.sum(a, 0))
+"""
+
+
+def wide(block: int) -> Built:
+    """A tiling that spills from some block on: every number waits in a register for the sum."""
+    one = altered(WIDE.format(block=block), f"wide_{block}", block)
+    return Built(one.kernel, one.source)
+
+
+def test_a_failure_is_told_and_not_kept(tmp_path: Path) -> None:
+    """It may have been the machine's: a full disk today must not choose tomorrow's tiling."""
+    bad = altered(WIDE.format(block=100))
+    results = compile_all([bad], tmp_path)
+    assert "power of 2" in results[bad.key].error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dead_worker_is_an_error_of_ours(tmp_path: Path) -> None:
+    deadly = altered("import os\n\nos._exit(9)\n")
+    with pytest.raises(SpecError, match="a worker process died") as caught:
+        compile_all([deadly], tmp_path)
+    assert "--no-compile" in caught.value.hint
+
+
+def is_prefill_attention(kernel: KernelSpec) -> bool:
+    return kernel.launch is not None and kernel.launch.template == "attention_prefill"
+
+
+def test_the_next_tiling_is_taken_where_shared_memory_is_little() -> None:
+    """Prefill attention's last tiling is its smallest: with just enough for that, it is the one."""
+    plan, hardware = plan_of(H200_PLAN), find_hardware("H200")
+    tilings = tilings_of(plan, next(filter(is_prefill_attention, plan.kernels)), hardware)
+    jobs = [Job(tiling.kernel, tiling.source or "", 90) for tiling in tilings]
+    results = compile_all(jobs, default_cache())
+    *others, least = (results[one.key].shared_bytes for one in jobs)
+    assert 0 < least < min(others)
+    choice = KernelChoice(replace(hardware, max_shared_bytes=least), default_cache())
+    assert choice.ask(tilings) is tilings[0]
+    choice.compile()
+    assert choice.answer(tilings) is tilings[-1]
+    assert choice.made == {tilings[-1].kernel.name: results[jobs[-1].key]}
+
+
+def test_the_next_tiling_is_taken_where_one_spills(tmp_path: Path) -> None:
+    tilings = [wide(32768), wide(16384), wide(128), wide(64)]
+    choice = KernelChoice(find_hardware("H200"), tmp_path)
+    choice.ask(tilings)
+    choice.compile()
+    assert choice.answer(tilings) is tilings[2]
+    assert choice.made["wide_128"].spill_bytes == 0
+
+
+def test_a_kernel_that_fits_in_no_tiling_is_refused(tmp_path: Path) -> None:
+    choice = KernelChoice(find_hardware("H200"), tmp_path)
+    choice.ask([wide(32768), wide(16384)])
+    with pytest.raises(SpecError, match=r"^error: no tiling of kernel `wide_16384` fits H200 \(sm_90\)") as caught:
+        choice.compile()
+    assert re.search(r"spills [1-9]\d* bytes, needs \d+ of 232448 bytes of shared memory$", caught.value.message)
+    assert "--no-compile" in caught.value.hint
+
+
+def test_planning_refuses_what_does_not_fit_unless_told_not_to_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HARDWARE, "h200", replace(HARDWARE["h200"], max_shared_bytes=0))
+    command = ["plan", str(ROOT / "examples" / H200_PLAN / "spec.yaml"), "-o", str(tmp_path / "out")]
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 2
+    assert refused.output.startswith("error: no tiling of kernel `")
+    assert refused.output.count("error:") == 1
+    assert not (tmp_path / "out").exists()
+    planned = CliRunner().invoke(main, [*command, "--no-compile"])
+    assert planned.exit_code == 0, planned.output
+    plan = load_plan(tmp_path / "out")
+    assert (plan.binaries, plan.kernel_compiler) == ((), "")
+    assert not (tmp_path / "out/cubin").exists()

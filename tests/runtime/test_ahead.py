@@ -1,0 +1,128 @@
+"""Programs that are launched ahead of their tokens, at full size with padding: the same answers, nothing disturbed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.runtime import Engine, Request, SamplingParams
+from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.memory import Arenas
+from tokenspeed_plan.runtime.reference.batch import advance
+from tokenspeed_plan.runtime.weights import load_weights
+from torch import Tensor
+
+
+def captured(plan: Plan) -> Plan:
+    """The plan as it would be for a GPU: decode programs of a fixed size, launched ahead."""
+    programs = tuple(p.model_copy(update={"captured": p.phase == "decode"}) for p in plan.programs)
+    return plan.model_copy(update={"programs": programs})
+
+
+class LateExecutor(Executor):
+    """Tokens are read at once, but told only when asked for, and only in order: as from a GPU."""
+
+    replays = 0
+    waiting: list[int]
+
+    def prepare(self) -> None:
+        self.waiting = []
+
+    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
+        assert not program.captured or (num_tokens, num_seqs) == (program.max_tokens, program.max_seqs)
+        self.replays += 1
+        super().run(program, num_tokens, num_seqs)
+
+    def fetch(self, values: Tensor) -> Callable[[], list[int]]:
+        found, number = values.tolist(), self.replays
+        self.waiting.append(number)
+
+        def tell() -> list[int]:
+            assert self.waiting.pop(0) == number
+            return found
+
+        return tell
+
+
+def requests(count: int, seed: int, vocab: int = 400) -> list[Request]:
+    rng = random.Random(seed)
+    return [
+        Request(
+            str(index),
+            tuple(rng.randrange(vocab) for _ in range(rng.choice((1, 2, 17, 64, 70)))),
+            SamplingParams(
+                max_tokens=rng.choice((1, 2, 3, 9, 30)),
+                ignore_eos=True,
+                stop_token_ids=tuple(rng.sample(range(512), rng.choice((0, 0, 60)))),
+                temperature=rng.choice((0.0, 0.0, 0.8)),
+                seed=index,
+                num_logprobs=rng.choice((None, None, None, 2)),
+            ),
+        )
+        for index in range(count)
+    ]
+
+
+def answers(engine: Engine, asked: list[Request], seed: int) -> dict[str, Any]:
+    """All answers; requests come in at random moments."""
+    rng, left, done = random.Random(seed), list(asked), {}
+    while left or engine.num_unfinished:
+        for _ in range(rng.choice((0, 0, 1, 3))):
+            if left:
+                engine.add(left.pop(0))
+        done |= {item.request_id: item for item in engine.step()}
+    return {name: (item.token_ids, item.finish_reason, item.text) for name, item in done.items()}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_answers_do_not_depend_on_looking_ahead(seed: int, tiny_plan: Plan, checkpoint: Any) -> None:
+    folder, asked = checkpoint("moe"), requests(14, seed)
+    plain = Engine.from_plan(tiny_plan, folder)
+    ahead = Engine.from_plan(captured(tiny_plan), folder, executor=LateExecutor)
+    assert answers(ahead, asked, seed) == answers(plain, asked, seed + 1)
+
+
+def test_decode_is_launched_before_its_tokens_are_known(tiny_plan: Plan, checkpoint: Any) -> None:
+    engine = Engine.from_plan(captured(tiny_plan), checkpoint("moe"), executor=LateExecutor)
+    executor = engine.executor
+    assert isinstance(executor, LateExecutor)
+    engine.add(Request("a", (1, 2, 3), SamplingParams(max_tokens=20, ignore_eos=True)))
+    seen = []
+    while engine.num_unfinished:
+        engine.step()
+        seen.append(len(executor.waiting))
+    assert seen[3:-3] == [1] * len(seen[3:-3])
+    assert executor.replays == 20  # none for nothing: the length is known beforehand
+
+
+def test_padding_leaves_state_and_pages_alone(tiny_plan: Plan, checkpoint: Any) -> None:
+    plan, folder = captured(tiny_plan), checkpoint("moe")
+    arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.arenas))
+    engine = Engine(plan, Executor(plan, arenas, weights))
+    engine.add(Request("a", (1, 2, 3), SamplingParams(max_tokens=6, ignore_eos=True)))
+    while engine.num_unfinished:
+        engine.step()
+    for buffer in plan.buffers:
+        if buffer.arena not in ("state", "kv_cache"):
+            continue
+        view = arenas.view(buffer.arena, buffer.offset_bytes, buffer.tensor.bind(0, 0), buffer.tensor.dtype)
+        used = view.flatten(1).ne(0).any(1).nonzero().flatten().tolist()
+        if buffer.arena == "state":
+            assert set(used) <= {1, 2, plan.limits.spare_row}, buffer.name
+        else:
+            assert set(used) <= {0, plan.limits.spare_page}, buffer.name
+
+
+def test_advance_by_hand() -> None:
+    """Two sequences and a row of padding; the second goes over the edge of a page, the first past its last page."""
+    state = [torch.tensor(x, dtype=torch.int32) for x in
+             ([5, 6, 0], [7, 3, 0], [11, 7, 36], [8, 4, 1], [1, 4, 0], [2, 3, 5], [4, 0, 0])]  # fmt: skip
+    table = torch.tensor([[4, 2], [1, 3], [9, 9]], dtype=torch.int32)
+    advance({"page_size": 4}, torch.tensor([50, 60, 70], dtype=torch.int32), table, *state)
+    assert [x.tolist() for x in state] == [
+        [50, 60, 0], [8, 4, 0], [8, 12, 36], [9, 5, 1], [2, 3, 0], [1, 4, 5], [5, 1, 0],
+    ]  # fmt: skip

@@ -1,0 +1,141 @@
+"""Measure tiles on this GPU: every kernel of a plan's decode program, each of its tiles, in the whole program.
+
+    python tools/tune.py plans/frozen/DIR [--bucket N] [--kinds a,b]
+
+Prints the lines for `planner/tiling/tuned.yaml`, with the microseconds of the program beside the best tiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenspeed_plan.codegen.build import Compiled, Job, compile_all
+from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
+from tokenspeed_plan.planner.tiling.table import Built, build_kernel
+from tokenspeed_plan.planner.tiling.tuned import Tile
+from tokenspeed_plan.planner.tiling.work import Work
+from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.kernel_file import kind_of
+from tokenspeed_plan.plans.schema import Binary, KernelCall, KernelSpec, Program
+from tokenspeed_plan.runtime.bench import prepare
+from tokenspeed_plan.runtime.bench.clock import captured, time_us
+from tokenspeed_plan.runtime.bench.replay import Replay
+from tokenspeed_plan.runtime.cuda import CudaKernels
+from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.memory import TORCH_DTYPES
+
+MOST = 48  # tiles a kernel
+GEMV = {"n": (1, 2, 4, 8, 16), "k": (256, 512, 1024, 2048, 4096), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
+FLASH = {"n": (32, 64, 128), "k": (0,), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
+DELTA = {"n": (8, 16, 32, 64), "k": (0,), "num_warps": (1, 2, 4, 8), "num_stages": (1,)}
+DOT = {"n": (16, 32, 64, 128), "k": (64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5)}
+
+
+def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
+    """Tiles worth a try."""
+    space = {"attention_gate": FLASH, "delta_step": DELTA}.get(kind, GEMV if few else DOT)
+    tiles = [Tile(rows if few else 16, *values) for values in itertools.product(*space.values())]
+    if space is GEMV:
+        tiles = [
+            t
+            for t in tiles
+            if 512 <= t.n * t.k // t.num_warps <= 4096 and 2048 <= t.n * t.k <= 16384 and t.m * t.n * t.k <= 32768
+        ]
+    random.Random(0).shuffle(tiles)
+    return tiles[:MOST]
+
+
+def variants(kernel: KernelSpec, rows: tuple[int, int], hardware: HardwareSpec) -> Iterator[tuple[Tile, Built]]:
+    """The kernel in each tile."""
+    kind = kind_of(kernel)
+    plain = kernel.model_copy(
+        update={"name": "", "launch": None, "params": tuple(p for p in kernel.params if p.role != "scratch")}
+    )
+    few = kernel.launch is not None and "PRECISION" not in kernel.launch.constants
+    for tile in candidates(kind, 1 << (rows[0] - 1).bit_length(), few):
+        yield tile, build_kernel(kind, plain, rows, hardware, kernel.launch is not None and kernel.launch.pdl, tile)[0]
+
+
+class Chain:
+    """The whole program with its kernels overlapping, in which one kernel at a time is exchanged."""
+
+    def __init__(self, executor: Executor, program: Program) -> None:
+        self.rows = (program.max_tokens, program.max_seqs)
+        self.names = [step.kernel for step in program.steps if isinstance(step, KernelCall)]
+        steps = executor.steps(program, *self.rows)
+        self.calls = [next(iter(work)) for step, work in steps if isinstance(step, KernelCall)]
+        self.executor = executor
+
+    def time(self, name: str, built: Built, made: Compiled) -> float:
+        """Microseconds of a replay with another build of a kernel."""
+        return time_us(captured(lambda: self.executor.execute(self.exchanged(name, built, made)), "cuda"), "cuda", 8)
+
+    def exchanged(self, name: str, built: Built, made: Compiled) -> list[Any]:
+        """All instructions, those of one kernel with another build of it."""
+        kernel = built.kernel
+        binary = Binary(kernel=kernel.name, sm=0, cubin_sha256="", registers=0, spill_bytes=0,
+                        shared_bytes=made.shared_bytes)  # fmt: skip
+        run = CudaKernels({kernel.name: binary}, {kernel.name: made.cubin}).launcher(kernel, 0, *self.rows)
+        scratch = tuple(torch.zeros(p.tensor.bind(*self.rows), dtype=TORCH_DTYPES[p.tensor.dtype], device="cuda")
+                        for p in kernel.params if p.role == "scratch")  # fmt: skip
+        before = len(kernel.params) - len(scratch)
+        return [(run, {}, (*call[2][:before], *scratch), ()) if own == name else call
+                for own, call in zip(self.names, self.calls, strict=True)]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--bucket", type=int, default=1)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--kinds", default="")
+    options = parser.parse_args()
+    plan = load_plan(options.bundle)
+    hardware = find_hardware(plan.target.gpu)
+    executor = prepare(plan, options.bundle, None)
+    replay = Replay(plan, executor, "decode", options.bucket, 1, options.context)
+    replay.run()
+    program = replay.program
+    rows = (program.max_tokens, program.max_seqs)
+    names = dict.fromkeys(step.kernel for step in program.steps if isinstance(step, KernelCall))
+    kernels = [executor.kernels[name] for name in names]
+    wanted = set(filter(None, options.kinds.split(",")))
+    tried = {k.name: list(variants(k, rows, hardware)) for k in kernels if not wanted or kind_of(k) in wanted}
+    jobs = {b.kernel.name: Job(b.kernel, b.source or "", hardware.sm) for found in tried.values() for _, b in found}
+    results = compile_all(jobs.values(), Path("/tmp/tune-cache"))
+    chain = Chain(executor, program)
+    for name, found in tried.items():
+        report(chain, name, found, {n: results[job.key] for n, job in jobs.items()}, hardware)
+
+
+def report(
+    chain: Chain, name: str, found: list[tuple[Tile, Built]], made: dict[str, Compiled], hardware: HardwareSpec
+) -> None:
+    """The best tile of one kernel, as a line of YAML; it stays in the chain for those that come after."""
+    times = []
+    for tile, built in found:
+        result = made[built.kernel.name]
+        if result.error or result.spill_bytes or result.shared_bytes > hardware.max_shared_bytes:
+            continue
+        try:
+            times.append((chain.time(name, built, result), tile, built, result))
+        except Exception as error:
+            print(f"# {name} {tile}: {error}")
+    times.sort(key=lambda item: item[0])
+    kernel = chain.executor.kernels[name]
+    key = Work(kind_of(kernel), kernel, *chain.rows, hardware).key
+    if times:
+        _, best, built, result = times[0]
+        chain.calls = chain.exchanged(name, built, result)
+        ranking = "; ".join(f"{us:.1f} {t.m},{t.n},{t.k},{t.num_warps},{t.num_stages}" for us, t, _, _ in times[:5])
+        print(f"  {key}: [{best.m}, {best.n}, {best.k}, {best.num_warps}, {best.num_stages}]  # {ranking}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
