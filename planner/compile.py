@@ -21,8 +21,8 @@ from tokenspeed_plan.planner.passes.expand import expand
 from tokenspeed_plan.planner.passes.fuse import fuse
 from tokenspeed_plan.planner.passes.lower import Choose, lower
 from tokenspeed_plan.planner.passes.place import place
-from tokenspeed_plan.planner.passes.schedule import schedule
 from tokenspeed_plan.planner.passes.shard import shard
+from tokenspeed_plan.planner.passes.timeline import schedule_best
 from tokenspeed_plan.planner.qwen3_5 import BuildContext, build
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.bundle import seal
@@ -127,7 +127,8 @@ def compile_bundle(spec: Spec, model: Model, dtype: DType | None = None, choose:
         graphs[phase] = check(shard(built, layout))
     programs = _programs(graphs, limits, hardware, spec, choose)
     facts = _facts(model, dtype)
-    parts = Parts(spec, facts, hardware, layout, limits, choices, programs, version("tokenspeed-plan"))
+    decisions = (*choices, decide.streams([graph for _, _, graph, _ in programs]))
+    parts = Parts(spec, facts, hardware, layout, limits, decisions, programs, version("tokenspeed-plan"))
     plan = seal(freeze(parts))
     validate(plan)
     texts = {name: kernel.source for *_, kernels in programs for name, kernel in kernels.items()}
@@ -144,8 +145,9 @@ def _programs(
         for bucket in buckets[phase]:
             seqs = min(bucket, limits.max_seqs)
             expanded = check(expand(graph, bucket))
-            placed = check(place(check(schedule(check(fuse(expanded)))), bucket, seqs))
-            lowered, kernels = lower(placed, hardware, _load(phase, bucket, seqs, spec), (bucket, seqs), choose)
+            load = _load(phase, bucket, seqs, spec)
+            placed = check(place(check(schedule_best(check(fuse(expanded)), load, hardware)), bucket, seqs))
+            lowered, kernels = lower(placed, hardware, load, (bucket, seqs), choose)
             made.append((bucket, seqs, check(lowered), kernels))
     return made
 

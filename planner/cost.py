@@ -167,12 +167,25 @@ _FLOPS: dict[str, Flops] = {
 }
 
 
-def predict_us(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> float:
-    """Predicted microseconds of one kernel or collective, to a hundredth."""
+@dataclass(frozen=True, slots=True)
+class OpTime:
+    """Microseconds in which the machine is waited for, then those in which its memory or its cores are kept busy."""
+
+    latency_us: float
+    busy_us: float
+
+    @property
+    def total_us(self) -> float:
+        """Both, to a hundredth."""
+        return round(self.latency_us + self.busy_us, 2)
+
+
+def op_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTime:
+    """Predicted time of one kernel or collective."""
     if op.kind in ("all_reduce", "all_gather"):
         moved = _bytes(graph, op.outputs[0], load)
-        return round(hardware.all_reduce_us + moved / hardware.link_bytes_per_s * 1e6, 2)
+        return OpTime(hardware.all_reduce_us, moved / hardware.link_bytes_per_s * 1e6)
     cost = op_cost(graph, op, load)
     busy_s = max(cost.moved_bytes / hardware.read_bytes_per_s, cost.flops / hardware.matrix_flops_per_s)
     reduces = any(member.kind == "all_reduce" for member in op.members)
-    return round(busy_s * 1e6 + (hardware.all_reduce_us if reduces else hardware.launch_us), 2)
+    return OpTime(hardware.all_reduce_us if reduces else hardware.launch_us, busy_s * 1e6)

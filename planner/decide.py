@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
 from tokenspeed_plan.planner.model_config import ModelConfig
@@ -38,7 +41,6 @@ def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> tuple[Pa
         parallelism,
         _later("speculation", "off", spec.speculation != "off", "draft and verify programs are not built yet"),
         _later("disaggregation", "off", spec.disaggregation != "off", "prefill and decode pools are not built yet"),
-        Decision(name="streams", value="1", reason="branches are not priced against each other yet"),
         Decision(name="page_size", value=str(hardware.page_size), reason=f"default of {hardware.name}"),
         Decision(name="prefill_chunk", value=str(chunk), reason=f"default of {hardware.name}, at most one sequence"),
         _STATE_DTYPE,
@@ -52,6 +54,18 @@ _STATE_DTYPE = Decision(
     reason="bf16 state costs 60 to 90 times the error of a bf16 KV cache",
     runner_up="bf16, half the bytes",
 )
+
+
+def streams(graphs: Sequence[OpGraph]) -> Decision:
+    """How many streams each program got, and what that is worth."""
+    most = max(graph.num_streams for graph in graphs)
+    compared = (graph for graph in graphs if graph.runner_up_us is not None)
+    times = [f"{g.phase} {g.time_us:.1f} us, with other streams {g.runner_up_us:.1f}" for g in compared]
+    if most == 1:
+        reason = "no branch shortens a program by 1 %" if times else "kernels run one after the other"
+    else:
+        reason = f"{sum(graph.num_streams > 1 for graph in graphs)} of {len(graphs)} programs get shorter"
+    return Decision(name="streams", value=str(most), reason=": ".join([reason, *times[-1:]]))
 
 
 def _later(name: str, value: str, asked: bool, reason: str) -> Decision:

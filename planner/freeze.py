@@ -145,7 +145,6 @@ def _program(bucket: int, max_seqs: int, graph: OpGraph, captured: bool) -> Prog
         for name in used
         if graph.tensors[name].arena == "activations"
     )
-    time_us = sum(getattr(step, "predicted_us", 0.0) for step in graph.steps)
     return Program(
         phase=graph.phase,
         bucket=bucket,
@@ -157,5 +156,5 @@ def _program(bucket: int, max_seqs: int, graph: OpGraph, captured: bool) -> Prog
         steps=graph.steps,
         num_streams=graph.num_streams,
         captured=captured,
-        predicted_us=round(time_us, 2),
+        predicted_us=round(graph.time_us, 2),
     )

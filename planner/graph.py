@@ -121,6 +121,8 @@ class OpGraph:
     outputs: tuple[str, ...]
     steps: tuple[Step, ...] = ()
     num_streams: int = 1
+    time_us: float = 0.0
+    runner_up_us: float | None = None  # with another number of streams
     offsets: Mapping[str, int] = field(default_factory=dict)
     arena_bytes: int = 0
 

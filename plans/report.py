@@ -23,6 +23,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "decisions": [decision.model_dump(mode="json") for decision in plan.decisions],
         "programs": [_program(plan, program) for program in plan.programs],
         "kernels": [kernel.name for kernel in plan.kernels],
+        "kernel_compiler": plan.kernel_compiler,
+        "binaries": [binary.model_dump(mode="json") for binary in plan.binaries],
         "memory_bytes_per_rank": plan.memory_bytes_per_rank.model_dump(mode="json"),
         "canary_prompts": len(plan.canary),
     }
@@ -35,11 +37,19 @@ def _program(plan: Plan, program: Program) -> dict[str, Any]:
         "max_tokens": program.max_tokens,
         "max_seqs": program.max_seqs,
         "launches": program.launches,
-        "collectives": sum(step.kind == "collective" for step in program.steps),
+        "collectives": _collectives(plan, program),
         "launches_per_layer": round(program.launches / plan.num_layers, 2),
         "streams": program.num_streams,
         "predicted_us": program.predicted_us,
     }
+
+
+def _collectives(plan: Plan, program: Program) -> int:
+    """Steps in which ranks meet, alone or inside a kernel."""
+    inside = {kernel.name for kernel in plan.kernels if any(part.kind == "all_reduce" for part in kernel.parts)}
+    return sum(
+        step.kind == "collective" or (isinstance(step, KernelCall) and step.kernel in inside) for step in program.steps
+    )
 
 
 def as_text(plan: Plan, kernels: bool = False) -> str:
@@ -74,10 +84,18 @@ def _size(size_bytes: int) -> str:
 
 
 def _kernel_lines(plan: Plan) -> list[str]:
-    lines = ["", "kernels (calls in the smallest decode program)"]
+    """Each kernel: calls in the smallest decode program, what the compiler made of it, and its parts."""
     program = min((p for p in plan.programs if p.phase == "decode"), key=lambda p: p.bucket)
     calls = [step.kernel for step in program.steps if isinstance(step, KernelCall)]
+    built = {binary.kernel: binary for binary in plan.binaries}
+    lines = ["", f"  {'calls':>5}  {'kernel':<40} {'registers':>9} {'spills':>6} {'shared':>9}  parts"]
     for kernel in plan.kernels:
         parts = " + ".join(part.kind for part in kernel.parts)
-        lines.append(f"  {calls.count(kernel.name):>4} x {kernel.name:<40} {parts}")
+        binary = built.get(kernel.name)
+        made = (
+            f"{binary.registers:>9} {binary.spill_bytes:>6} {binary.shared_bytes / 1024:>5.1f} KiB"
+            if binary
+            else " " * 26
+        )
+        lines.append(f"  {calls.count(kernel.name):>5}  {kernel.name:<40} {made}  {parts}")
     return lines

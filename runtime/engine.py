@@ -165,7 +165,7 @@ class Engine:
         for request in requests:
             self.add(request)
         done: dict[str, Completion] = {}
-        while len(done) < len(requests):
+        while any(request.request_id not in done for request in requests):
             done |= {completion.request_id: completion for completion in self.step()}
         return [done[request.request_id] for request in requests]
 

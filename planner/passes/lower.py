@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import itemgetter
 
-from tokenspeed_plan.planner.cost import Load, predict_us
+from tokenspeed_plan.planner.cost import Load, op_time
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.passes.schedule import ops_by_step, step_key
@@ -48,11 +48,11 @@ def lower(
                     kernel=kernel.name,
                     args=args,
                     stream=step.stream,
-                    predicted_us=predict_us(graph, op, load, hardware),
+                    predicted_us=op_time(graph, op, load, hardware).total_us,
                 )
             )
         elif isinstance(step, CollectiveCall):
-            time_us = predict_us(graph, by_step[step_key(step)], load, hardware)
+            time_us = op_time(graph, by_step[step_key(step)], load, hardware).total_us
             steps.append(step.model_copy(update={"predicted_us": time_us}))
         else:
             steps.append(step)

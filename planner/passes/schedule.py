@@ -1,27 +1,55 @@
 """Schedule: the order of the steps, the stream of each, and the events between streams.
 
-With one stream the order is the graph's own. With more, an operator goes on with the stream of a producer that
-nobody has continued yet, else it opens the next stream; each crossing gets one event. The issue of a stream that pays
-is the cost model's; this pass only makes any number of streams correct.
+With one stream the order is the graph's own. With more, it is that of the critical path (list scheduling): of what
+is ready, the operator with the longest way to the end goes first. It goes on with the stream of a producer that nobody
+has continued yet, else it opens the next stream; each crossing gets one event. Whether more streams pay is decided by
+simulation (`timeline`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.plans.schema import CollectiveCall, KernelCall, RecordEvent, Step, WaitEvent
 
 
-def schedule(graph: OpGraph, num_streams: int = 1) -> OpGraph:
-    """The graph with its steps. Kernels are named by their operators until they are lowered."""
+def schedule(graph: OpGraph, num_streams: int = 1, times_us: Mapping[str, float] | None = None) -> OpGraph:
+    """The graph with its steps. Kernels are named by their operators until they are lowered.
+
+    Args:
+        graph: fused.
+        num_streams: at most so many.
+        times_us: of each operator; all equal where they are not given.
+    """
     plan = _Streams(num_streams)
-    for op in graph.ordered():
+    for op in graph.ordered() if num_streams == 1 else _by_critical_path(graph, times_us or {}):
         producers = list(graph.nx.predecessors(op.name))
         plan.place(op, producers)
     plan.join()
     return graph.to(Stage.SCHEDULED, steps=tuple(plan.finish()), num_streams=plan.used)
+
+
+def _by_critical_path(graph: OpGraph, times_us: Mapping[str, float]) -> Iterator[Op]:
+    """Operators in topological order; of those that are ready the one with the longest way to the end."""
+    order = list(graph.ordered())
+    left: dict[str, float] = {}
+    for op in reversed(order):
+        after = max((left[name] for name in graph.nx.successors(op.name)), default=0.0)
+        left[op.name] = after + times_us.get(op.name, 1.0)
+    place = {op.name: index for index, op in enumerate(order)}
+    waiting = {op.name: graph.nx.in_degree(op.name) for op in order}
+    ready = [(-left[name], place[name]) for name, count in waiting.items() if count == 0]
+    heapify(ready)
+    while ready:
+        op = order[heappop(ready)[1]]
+        yield op
+        for name in graph.nx.successors(op.name):
+            waiting[name] -= 1
+            if waiting[name] == 0:
+                heappush(ready, (-left[name], place[name]))
 
 
 @dataclass

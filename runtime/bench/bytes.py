@@ -50,6 +50,8 @@ def _has_experts(kernel: KernelSpec) -> bool:
 
 def _state_bytes(param: Param, load: Load) -> int:
     shape = param.tensor.bind(0, 0)
+    if shape[0] == 0:  # a few numbers a sequence
+        return 0
     row = param.tensor.size_bytes() // shape[0]
     if len(shape) == 5:  # pages of keys and values: [page, 2, place, head, dim]
         tokens = load.num_tokens if param.access == "write" else load.num_seqs * load.context_tokens

@@ -250,7 +250,7 @@ def streamed(checkpoint: Any) -> Plan:
     spec = make_spec(checkpoint("moe"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compile_module, "fuse", lambda graph: fuse(graph, ()))
-        patch.setattr(compile_module, "schedule", lambda graph: schedule(graph, 3))
+        patch.setattr(compile_module, "schedule_best", lambda graph, *rest: schedule(graph, 3))
         return compile_plan(spec, find_model(spec))
 
 
