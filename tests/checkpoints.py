@@ -36,6 +36,8 @@ KERNEL = {
     "linear_key_head_dim": 128, "linear_value_head_dim": 128, "intermediate_size": 512,
     "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "mrope_section": [11, 11, 10],
 }  # fmt: skip
+WIDE = {"num_attention_heads": 8, "linear_num_key_heads": 8, "linear_num_value_heads": 16}  # 8 ranks, 2 kv heads
+SHORT = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}  # for slow interpreters
 THREE = {"num_attention_heads": 6, "linear_num_key_heads": 2, "linear_num_value_heads": 6}  # v:k ratio 3, as the 27B
 YARN = {"rope": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
 KINDS = {
@@ -43,6 +45,7 @@ KINDS = {
     "dense": Kind(moe=False),
     "deep": Kind(sizes=DEEP),
     "kernel": Kind(sizes=KERNEL),
+    "wide": Kind(sizes=WIDE),
     "tied": Kind(moe=False, tied=True),
     "flat": Kind(flat=True, fused_mtp=True),
     "ratio3": Kind(moe=False, sizes=THREE),

@@ -32,14 +32,16 @@ from tokenspeed_plan.runtime.memory import TORCH_DTYPES
 
 MOST = 48  # tiles a kernel
 GEMV = {"n": (1, 2, 4, 8, 16), "k": (256, 512, 1024, 2048, 4096), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
-FLASH = {"n": (32, 64, 128), "k": (0,), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
+FLASH = {"n": (16, 32, 64), "k": (0,), "num_warps": (4, 8), "num_stages": (1,)}
+DOWN = {"n": (1, 2, 4, 8), "k": (64, 128, 256, 512), "num_warps": (2, 4, 8), "num_stages": (1,)}
 DELTA = {"n": (8, 16, 32, 64), "k": (0,), "num_warps": (1, 2, 4, 8), "num_stages": (1,)}
 DOT = {"n": (16, 32, 64, 128), "k": (64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5)}
 
 
 def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
     """Tiles worth a try."""
-    space = {"attention_gate": FLASH, "delta_step": DELTA}.get(kind, GEMV if few else DOT)
+    special = {"attention_gate": FLASH, "delta_step": DELTA, "moe_down": DOWN, "moe_down_add": DOWN}
+    space = special.get(kind, GEMV if few else DOT)
     tiles = [Tile(rows if few else 16, *values) for values in itertools.product(*space.values())]
     if space is GEMV:
         tiles = [

@@ -1,0 +1,125 @@
+"""Whole models through Triton's interpreter: the tokens of the references, and `--check` names what is broken."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from bundles import COMMAND, Change, break_kernels, in_text, token_ids, write_bundle, write_rows
+from checkpoints import KERNEL, SHORT, Kind, write_checkpoint
+from conftest import ROOT
+from tokenspeed_plan.plans.schema import GridDim, Launch
+from tokenspeed_plan.runtime import Engine, SamplingParams
+
+DEMO = ROOT / "plans/frozen/demo-cpu"
+CHUNK = 64  # of the delta rule
+# Heads as large as those of the published models, but few of them: the interpreter takes a second for a large matrix.
+FEW_HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_key_heads": 1,
+             "linear_num_value_heads": 2}  # fmt: skip
+SMALL = {"first_turn_tokens": 8, "output_tokens": 8, "concurrency": 1}  # one prompt of 12 tokens is compared
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, where nobody has asked for the interpreter yet."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    words = [str(arg) for arg in args]
+    return subprocess.run([*COMMAND, "run", *words], env=env, capture_output=True, text=True, timeout=300)
+
+
+def interpreted(bundle: Path, folder: Path, prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
+    """What the kernels of a bundle answer."""
+    source, output = write_rows(folder / "in.jsonl", prompts, counts), folder / "out.jsonl"
+    done = run(bundle, "--bodies", "kernels", "--no-canary", "--quiet", "--input", source, "--output", output)
+    assert done.returncode == 0, done.stderr
+    return token_ids(output)
+
+
+def referred(bundle: Path, prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
+    """What the references answer."""
+    params = SamplingParams(max_tokens=max(counts), ignore_eos=True)
+    done = Engine.load(bundle).generate(prompts, params)
+    return [list(item.token_ids[:count]) for item, count in zip(done, counts, strict=True)]
+
+
+def prompt(length: int, vocab_size: int) -> list[int]:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(0, vocab_size, (length,), generator=generator).tolist()
+
+
+def is_clean(done: subprocess.CompletedProcess[str], says: str) -> None:
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("error: ") == done.stderr.count("\nhint: ") == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_large_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the `kernel` kind, with heads of 128 and 256, but shorter."""
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "heads", Kind(sizes=KERNEL | SHORT | FEW_HEADS))
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint_of_large_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small plan of it, to be copied before it is changed."""
+    folder = tmp_path_factory.mktemp("interpreter") / "plan"
+    write_bundle(folder, checkpoint_of_large_heads, workload=SMALL)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_demo_model_says_the_same(tmp_path: Path) -> None:
+    """The frozen plan; two chunks of the delta rule, beside a short prompt that ends early."""
+    prompts, counts = [prompt(CHUNK + 2, 2000), prompt(2, 2000)], [9, 3]
+    assert interpreted(DEMO, tmp_path, prompts, counts) == referred(DEMO, prompts, counts)
+
+
+@pytest.mark.slow
+def test_large_heads_say_the_same(checkpoint_of_large_heads: Path, tmp_path: Path) -> None:
+    """A ragged batch, in prefill and in decode."""
+    write_bundle(tmp_path / "plan", checkpoint_of_large_heads)
+    prompts, counts = [prompt(CHUNK + 1, 400), prompt(3, 400)], [9, 9]
+    assert interpreted(tmp_path / "plan", tmp_path, prompts, counts) == referred(tmp_path / "plan", prompts, counts)
+
+
+def test_check_agrees(bundle: Path) -> None:
+    done = run(bundle, "--check")
+    assert done.returncode == 0, done.stderr
+    assert "steps: kernels and references agree; the largest difference is " in done.stdout
+
+
+def half_a_grid(text: str, launch: Launch) -> tuple[str, Launch]:
+    """Programs for the first head only: what the others would write stays as it was."""
+    assert launch.grid[1].fixed == FEW_HEADS["linear_num_value_heads"]
+    return text, launch.model_copy(update={"grid": (launch.grid[0], GridDim(fixed=1))})
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        pytest.param("gated_norm", in_text("* gate * tl.sigmoid(gate)", "* tl.sigmoid(gate)"), id="its text"),
+        pytest.param("gated_norm", half_a_grid, id="its launch"),
+    ],
+)
+def test_check_names_the_broken_step(kind: str, change: Change, bundle: Path, tmp_path: Path) -> None:
+    """Digests are those of the broken kernel: only what it computes gives it away."""
+    broken = Path(shutil.copytree(bundle, tmp_path / "plan"))
+    break_kernels(broken, kind, change)
+    done = run(broken, "--check")
+    is_clean(done, "kernel and reference differ by")
+    assert f", `{kind}_" in done.stderr and "error: step " in done.stderr
+
+
+@pytest.mark.parametrize("how", [["--check"], ["--bodies", "kernels", "--prompt", "x", "--max-tokens", "1"]])
+def test_an_altered_text_is_refused_before_it_runs(how: list[str], bundle: Path, tmp_path: Path) -> None:
+    """Also when it would have done no harm to the result."""
+    altered, trace = Path(shutil.copytree(bundle, tmp_path / "plan")), tmp_path / "trace"
+    path = min((altered / "kernels").glob("gated_norm_*.py"))
+    path.write_text(f"{path.read_text()}\nopen({str(trace)!r}, 'w').close()\n")
+    is_clean(run(altered, *how), f"the text of kernel `{path.stem}` is not the plan's")
+    assert not trace.exists()
