@@ -20,7 +20,6 @@ from tokenspeed_plan.runtime.inputs import write_inputs
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 from tokenspeed_plan.runtime.scheduler import Batch
 from tokenspeed_plan.runtime.sequence import Sequence
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,7 @@ class Replay:
 
     def _hits(self) -> Iterator[int]:
         """For each kernel call, the distinct experts that the layer's tokens chose; found by a replay step by step."""
-        ids: Tensor | None = None
+        hit = 0
         for call, run in self._one_by_one():
             run()
             kernel = self.executor.kernels[call.kernel]
@@ -121,7 +120,8 @@ class Replay:
             if chosen is not None:
                 index = [param.name for param in kernel.params].index(chosen)
                 ids = self.executor.buffer_of(self.program, call.args[index], self.tokens, self.seqs)
-            yield int(ids.unique().numel()) if ids is not None else 0
+                hit = int(ids.unique().numel())
+            yield hit
 
     def _one_by_one(self) -> Iterator[tuple[KernelCall, Callable[[], None]]]:
         for step, instructions in self.executor.steps(self.program, self.tokens, self.seqs):

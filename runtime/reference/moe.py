@@ -18,8 +18,9 @@ Attrs = Mapping[str, Any]
 
 
 def topk(attrs: Attrs, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over all experts, the k largest, divided by their sum."""
-    weights_Tk, ids_Tk = widen(logits_TE).softmax(-1).topk(attrs["top_k"], -1)
+    """Softmax over all experts, the k largest (of equals the first), divided by their sum."""
+    sorted_TE, order_TE = widen(logits_TE).sort(dim=-1, descending=True, stable=True)
+    weights_Tk, ids_Tk = sorted_TE[:, : attrs["top_k"]].softmax(-1), order_TE[:, : attrs["top_k"]]
     return (weights_Tk / weights_Tk.sum(-1, keepdim=True)).to(logits_TE.dtype), ids_Tk.int()
 
 

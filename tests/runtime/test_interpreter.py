@@ -74,19 +74,20 @@ def bundle(checkpoint_of_large_heads: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.slow
 def test_the_demo_model_says_the_same(tmp_path: Path) -> None:
-    """The frozen plan; two chunks of the delta rule, beside a short prompt that ends early."""
-    prompts, counts = [prompt(CHUNK + 2, 2000), prompt(2, 2000)], [9, 3]
+    """The frozen plan; a long answer beside a short one, so that batches of two and of one are decoded."""
+    prompts, counts = [prompt(18, 2000), prompt(2, 2000)], [8, 2]
     assert interpreted(DEMO, tmp_path, prompts, counts) == referred(DEMO, prompts, counts)
 
 
 @pytest.mark.slow
 def test_large_heads_say_the_same(checkpoint_of_large_heads: Path, tmp_path: Path) -> None:
-    """A ragged batch, in prefill and in decode."""
+    """Two chunks of the delta rule beside a short prompt, then a ragged batch in decode."""
     write_bundle(tmp_path / "plan", checkpoint_of_large_heads)
-    prompts, counts = [prompt(CHUNK + 1, 400), prompt(3, 400)], [9, 9]
+    prompts, counts = [prompt(CHUNK + 1, 400), prompt(3, 400)], [8, 8]
     assert interpreted(tmp_path / "plan", tmp_path, prompts, counts) == referred(tmp_path / "plan", prompts, counts)
 
 
+@pytest.mark.slow
 def test_check_agrees(bundle: Path) -> None:
     done = run(bundle, "--check")
     assert done.returncode == 0, done.stderr
