@@ -50,7 +50,7 @@ def conv_qk_norm(work: Work) -> list[Tiling]:
 def gates_delta_chunk(work: Work) -> list[Tiling]:
     """A program a head and chunk."""
     heads = _heads(work, "delta_chunk")
-    facts = heads | {"CHUNK": CHUNK, "PRECISION": work.precision}
+    facts = heads | {"CHUNK": CHUNK, "BLOCK": 16, "PRECISION": work.precision}
     grid = (per_rows(CHUNK), fixed(int(heads["B"])), SEQS)
     return [Tiling("gates_delta_chunk", facts, grid, warps, 1, _dtype(work)) for warps in (4, 8)]
 

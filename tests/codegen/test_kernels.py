@@ -69,7 +69,7 @@ MUTATIONS = [
     (CASES["H200 tiles, seven rows"], "sample", "found == best", "found < best"),
     (FEW, "delta_step", "range(TAPS - 1)", "range(TAPS - 2)"),
     (MANY, "conv_qk_norm", "(at >= 0) & (at < count)", "(at >= 0) & (at < count - 1)"),
-    (MANY, "gates_delta_chunk", "range(2, CHUNK)", "range(3, CHUNK)"),
+    (MANY, "gates_delta_chunk", "range(2, BLOCK)", "range(3, BLOCK)"),
     (MANY, "delta_scan", "c[:, None] >= c[None, :]", "c[:, None] > c[None, :]"),
     (MANY, "gated_norm", "* tl.sigmoid(gate)", "* gate"),
     (MANY, "topk", "range(TOP_K)", "range(TOP_K - 1)"),

@@ -137,7 +137,7 @@ def test_torchrun_runs_a_batch(pair: Path, checkpoint: Any, tmp_path: Path) -> N
 
 
 def test_check_replays_the_canary_on_all_ranks(pair: Path, tmp_path: Path) -> None:
-    assert wait(start(2, ["check", pair, "--canary"], tmp_path)) == [0, 0], logs(tmp_path, 2)
+    assert wait(start(2, ["check", pair, "--canary"], tmp_path), 30) == [0, 0], logs(tmp_path, 2)
     assert logs(tmp_path, 2).count("48 tokens agree") == 1
 
 
