@@ -50,6 +50,8 @@ def test_kernels_equal_their_references(case: Case) -> None:
 # One constant or sign in each template, by the kinds that are made from it.
 FEW, MANY = CASES["seven rows"], CASES["ragged prefill"]
 MUTATIONS = [
+    (MANY, "rms_norm", "/ H + EPS", "/ H + 0.1"),
+    (FEW, "advance", "+ position % PAGE", "+ position % PAGE + 1"),
     (FEW, "embed", "< ROWS)", "< ROWS - 400)"),
     (FEW, "norm_linear", "+ EPS", "+ 0.1"),
     (FEW, "norm_linear", "1.0 + tl.load(rms_norm_w", "0.9 + tl.load(rms_norm_w"),

@@ -1,0 +1,139 @@
+"""Rewrites on random graphs: whatever is fused, the same numbers come out; and each rewrite pays by the cost model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_lab import ONE_RANK
+from test_graph import context
+from tokenspeed_plan.planner.checks import check
+from tokenspeed_plan.planner.cost import Load, op_time
+from tokenspeed_plan.planner.graph import Op, OpGraph, Source, Stage, Tensor, Weight
+from tokenspeed_plan.planner.hardware import find_hardware
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.passes.expand import expand
+from tokenspeed_plan.planner.passes.fuse import FUSIONS, fuse
+from tokenspeed_plan.planner.passes.shard import shard
+from tokenspeed_plan.planner.qwen3_5 import build
+from tokenspeed_plan.plans.types import Dim, Phase, TensorSpec
+from tokenspeed_plan.runtime.reference import BODIES
+from torch import Tensor as Values
+
+T, H = 5, 6
+Emit = Callable[["_Random"], None]
+
+
+class _Random:
+    """A random graph of the operators that rewrites are made of; every value may have any number of readers."""
+
+    def __init__(self, seed: int, phase: Phase) -> None:
+        self.rng, self.phase = random.Random(seed), phase
+        self.ops: list[Op] = []
+        self.weights: dict[str, Weight] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.rows = [self.tensor("x0", H), self.tensor("x1", H)]
+        self.gates = [self.tensor("g0", 1)]
+
+    def tensor(self, name: str, width: int, rows: Dim = "num_tokens") -> str:
+        self.tensors[name] = Tensor(name, TensorSpec(shape=(rows, width), dtype="fp64"))
+        return name
+
+    def weight(self, *shape: int) -> str:
+        name = f"w{len(self.weights)}"
+        source = Source(name, shape, (0,) * len(shape), shape)
+        self.weights[name] = Weight(name, TensorSpec(shape=shape, dtype="fp64"), (source,))
+        return name
+
+    def emit(self, kind: str, inputs: tuple[str, ...], width: int, *weights: str, **attrs: float | str) -> str:
+        out = self.tensor(f"{kind}{len(self.ops)}", width)
+        self.ops.append(Op(out, kind, inputs, (out,), weights, attrs=attrs))
+        return out
+
+    def row(self) -> str:
+        """A value, often the newest, so that runs come up."""
+        return self.rows[-1] if self.rng.random() < 0.6 else self.rng.choice(self.rows)
+
+    def grow(self) -> None:
+        """One more operator, or two that belong together."""
+        kind = self.rng.choice(
+            ["rms_norm", "linear", "add", "silu_mul", "sigmoid_gate", "gated_add", "all_reduce", "gate"]
+        )
+        x = self.row()
+        if kind == "rms_norm":
+            self.rows.append(self.emit(kind, (x,), H, self.weight(H), eps=1e-6))
+        elif kind == "linear":
+            self.rows.append(self.emit(kind, (x,), H, self.weight(H, H), splits=str(H)))
+        elif kind == "silu_mul":
+            both = self.emit("linear", (x,), 2 * H, self.weight(2 * H, H), splits=str(2 * H))
+            self.rows.append(self.emit(kind, (both,), H))
+        elif kind == "gate":
+            self.gates.append(self.emit("linear", (x,), 1, self.weight(1, H), splits="1"))
+        elif kind == "gated_add":
+            self.rows.append(self.emit(kind, (x, self.row(), self.rng.choice(self.gates)), H))
+        elif kind == "all_reduce":
+            self.rows.append(self.emit(kind, (x,), H, num_ranks=1))
+        else:
+            self.rows.append(self.emit(kind, (x, self.row()), H))
+
+    def graph(self) -> OpGraph:
+        for _ in range(self.rng.randrange(3, 25)):
+            self.grow()
+        kept = tuple(self.rng.sample(self.rows[2:], k=min(2, len(self.rows) - 2)))
+        return OpGraph(self.phase, Stage.SHARDED, tuple(self.ops), self.tensors, self.weights, ("x0", "x1", "g0"), kept)
+
+
+def evaluate(graph: OpGraph, seed: int) -> dict[str, Values]:
+    """Reference bodies in fp64; a fused operator shows only what it says that it gives back."""
+    random_values = torch.Generator().manual_seed(seed)
+    known = {name: torch.randn(T, graph.tensors[name].spec.bind(T, 1)[1], generator=random_values, dtype=torch.float64)
+             for name in graph.inputs}  # fmt: skip
+    known |= {name: torch.randn(w.spec.bind(T, 1), generator=random_values, dtype=torch.float64)
+              for name, w in sorted(graph.weights.items())}  # fmt: skip
+    for op in graph.ordered():
+        inside = {name: known[name] for name in (*op.inputs, *op.weights)}
+        for member in op.members:
+            body = BODIES.get(member.kind, lambda attrs, x: (x,))  # one rank's all-reduce
+            results = body(member.attrs, *(inside[name] for name in member.operands))
+            inside |= dict(zip(member.outputs, results, strict=True))
+        known |= {name: inside[name] for name in op.outputs}
+    return {name: known[name] for name in graph.outputs}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 10**9), st.sets(st.sampled_from(range(len(FUSIONS)))), st.sampled_from(["prefill", "decode"]))
+def test_random_graphs_say_the_same_however_they_are_fused(seed: int, chosen: set[int], phase: Phase) -> None:
+    plain = _Random(seed, phase).graph()
+    fused = check(fuse(plain, tuple(FUSIONS[index] for index in sorted(chosen))))
+    wanted, got = evaluate(plain, seed), evaluate(fused, seed)
+    assert all(torch.equal(got[name], wanted[name]) for name in plain.outputs)
+
+
+def test_random_graphs_hold_runs_to_fuse() -> None:
+    found = {op.kind for seed in range(200) for op in fuse(_Random(seed, "decode").graph()).ops if op.parts}
+    assert {
+        "reduce_add_norm",
+        "norm_linear",
+        "norm_linear_silu_mul",
+        "linear_silu_mul",
+        "linear_add",
+        "add_norm",
+    } <= found
+
+
+@pytest.mark.parametrize("gpu", ["H200", "B200"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_every_rewrite_pays_by_the_cost_model(gpu: str, phase: Phase) -> None:
+    tokens = 2048 if phase == "prefill" else 1
+    layout = ParallelLayout(8, 8, 1) if gpu == "B200" else ONE_RANK
+    size = "397b-a17b" if gpu == "B200" else "35b-a3b"
+    sharded = expand(shard(build(context(size), phase), layout), tokens)
+    hardware, load = find_hardware(gpu), Load(tokens, 1, 4096)
+    apart = {op.name: op for op in sharded.ops}
+    for op in fuse(sharded).ops:
+        alone = sum(op_time(sharded, apart[member.name], load, hardware).total_us for member in op.parts)
+        assert not op.parts or op_time(sharded, op, load, hardware).total_us < alone, op.name
