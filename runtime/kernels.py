@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from tokenspeed_plan.plans.bundle import CUBIN
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_file import is_collective, load_function, rank_constants, read_source
 from tokenspeed_plan.plans.schema import KernelSpec, Plan
@@ -86,12 +87,12 @@ class KernelSource(Protocol):
 
 
 def load_kernels(plan: Plan, bundle: Path) -> KernelSource:
-    """The binaries of a bundle where it has some, else its texts, for Triton to compile or interpret.
+    """The binaries of a bundle where it has brought some, else its texts, for Triton to compile or interpret.
 
     Raises:
         PlanError: a file is missing or was altered, or what they need is not installed.
     """
-    if plan.binaries:
+    if plan.binaries and (bundle / CUBIN).is_dir():
         from tokenspeed_plan.runtime.cuda import CudaKernels
 
         return CudaKernels.load(plan, bundle)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from conftest import make_spec
+from conftest import ROOT, make_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.plans.bundle import load_plan
 
 SURFACE = {
     "plan": {"spec", "out", "check", "no_compile"},
@@ -213,3 +214,30 @@ def test_the_lean_path_does_not_load_pytorch(bundle: Path) -> None:
     code += "main(['check', sys.argv[1]], standalone_mode=False)\n"
     code += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, bundle], check=True, capture_output=True)
+
+
+def test_bench_measures_every_kernel(bundle: Path) -> None:
+    done = cli("bench", bundle, "--context", 20, "--batch", 2, "--prefill", 30, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    decode, prefill = found["programs"]
+    plan = load_plan(bundle)
+    assert [decode["phase"], decode["batch"], prefill["phase"], prefill["tokens"]] == ["decode", 2, "prefill", 30]
+    program = next(p for p in plan.programs if (p.phase, p.bucket) == ("decode", decode["bucket"]))
+    assert sum(row["calls"] for row in decode["kernels"]) == program.launches == decode["launches"]
+    # Every weight but the table of tokens is read once; of 8 experts, 2 tokens hit 2 to 4 in each of 4 layers.
+    held = {weight.name: weight.tensor for weight in plan.weights}
+    experts = sum(spec.size_bytes() for spec in held.values() if len(spec.shape) == 3 and spec.shape[0] == 8)
+    table = max(spec.size_bytes() for name, spec in held.items() if "embed" in name)
+    rest = sum(spec.size_bytes() for spec in held.values()) - experts - table
+    assert rest + experts * 2 / 8 <= decode["floor_bytes"] <= 1.2 * (rest + experts * 4 / 8)
+    assert decode["floor_us"] > 0 and decode["measured_us"] > 0
+    assert "share" in cli("bench", bundle, "--context", 20).stdout
+
+
+def test_bench_refuses_what_the_plan_cannot_hold(bundle: Path, tmp_path: Path) -> None:
+    is_clean(cli("bench", bundle, "--context", 10**6), 2, "cannot hold")
+    is_clean(cli("bench", bundle, "--batch", 10**4), 2, "no decode program")
+    is_clean(cli("bench", tmp_path), 2)
+    is_clean(cli("bench", bundle, "--weights", tmp_path / "nothing"), 2)
+    is_clean(cli("bench", ROOT / "plans/frozen/qwen3.5-35b-h200"), 2, "there is none here")
