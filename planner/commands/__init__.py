@@ -1,0 +1,1 @@
+"""The commands, a file each; with `planner/cli.py` the only place where planner, codegen and runtime meet."""

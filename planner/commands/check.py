@@ -1,0 +1,34 @@
+"""`tokenspeed check`: prove a bundle, its weights and its tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from tokenspeed_plan.planner.commands.engines import load_engine, on_all_ranks, replay_canary
+from tokenspeed_plan.plans.bundle import check_sources, load_plan
+
+Folder = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("bundle", type=Folder)
+@click.option("--weights", type=Folder, help="Check that this checkpoint is the plan's.")
+@click.option("--canary", is_flag=True, help="Replay the golden prompts.")
+def check(bundle: Path, weights: Path | None, canary: bool) -> None:
+    """Check a plan's schema, rules and digests, and on request its weights and golden tokens."""
+    frozen = load_plan(bundle)
+    click.echo(f"{bundle}: schema {frozen.schema_version}, {len(frozen.programs)} programs, rules and digest hold")
+    click.echo(f"kernels: {check_sources(frozen, bundle)} texts have their digests")
+    if weights is None and not canary:
+        return
+    options = {"weights": weights, "bodies": "reference"}
+    on_all_ranks(bundle, options, lambda: _check_weights(bundle, options, canary))
+
+
+def _check_weights(bundle: Path, options: dict[str, Any], canary: bool) -> None:
+    engine = load_engine(bundle, options)
+    click.echo("weights: names, shapes and dtypes fit")
+    if canary:
+        click.echo(f"canary: {replay_canary(engine.plan, engine)} tokens agree")

@@ -1,0 +1,60 @@
+"""What the commands that replay a plan share: engines, and the processes of a sharded plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.schema import Plan
+
+if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.engine import Engine
+
+
+def on_all_ranks(bundle: Path, options: dict[str, Any], work: Callable[[], int | None]) -> int | None:
+    """Do the work on rank 0; other processes of a sharded plan repeat its replays."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return work()
+    from tokenspeed_plan.runtime.collectives import join, own_rank, world_size
+    from tokenspeed_plan.runtime.ranks import follow, leading
+
+    frozen = load_plan(bundle)
+    if own_rank() and frozen.target.count != world_size():
+        return 0  # rank 0 says so
+    join(frozen)
+    if own_rank():
+        follow(load_engine(bundle, options).executor)
+        return 0
+    with leading():
+        return work()
+
+
+def load_engine(bundle: Path, options: dict[str, Any]) -> Engine:
+    """An engine with the weights and bodies of a command's options; rank 0 of several leads the others."""
+    from tokenspeed_plan.runtime.engine import Engine
+    from tokenspeed_plan.runtime.executor import Executor
+
+    executor: type[Executor] | None = None
+    if os.environ.get("RANK", "0") == "0" and os.environ.get("WORLD_SIZE", "1") != "1":
+        from tokenspeed_plan.runtime.ranks import LeadingExecutor
+
+        executor = LeadingExecutor
+    return Engine.load(bundle, options["weights"], bodies=options["bodies"], executor=executor)
+
+
+def ready_engine(bundle: Path, options: dict[str, Any]) -> Engine:
+    """An engine that has proved itself."""
+    engine = load_engine(bundle, options)
+    if not options["no_canary"]:
+        engine.time_startup("canary_s", lambda: replay_canary(engine.plan, engine))
+    return engine
+
+
+def replay_canary(frozen: Plan, engine: Engine) -> int:
+    """Tokens that agree; an error names the first that does not."""
+    from tokenspeed_plan.runtime.canary import check_canary
+
+    return check_canary(frozen, engine)
