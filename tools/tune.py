@@ -1,6 +1,8 @@
-"""Measure tiles on this GPU: every kernel of a plan's decode program, each of its tiles, in the whole program.
+"""Measure tiles on this GPU: every kernel of a plan's program, each of its tiles.
 
-    python tools/tune.py plans/frozen/DIR [--bucket N] [--kinds a,b]
+In decode a tile is timed in the whole program, whose kernels overlap; in prefill, where they are long, by itself.
+
+    python tools/tune.py plans/frozen/DIR [--phase prefill] [--bucket N] [--kinds a,b]
 
 Prints the lines for `planner/tiling/tuned.yaml`, with the microseconds of the program beside the best tiles.
 """
@@ -30,53 +32,74 @@ from tokenspeed_plan.runtime.cuda import CudaKernels
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.memory import TORCH_DTYPES
 
-MOST = 48  # tiles a kernel
+REPLAYS = 3  # a round
+MANY = 256  # rows, from which tiles have rows of their own
 GEMV = {"n": (1, 2, 4, 8, 16), "k": (256, 512, 1024, 2048, 4096), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
-FLASH = {"n": (16, 32, 64), "k": (0,), "num_warps": (4, 8), "num_stages": (1,)}
+FLASH = {"n": (16, 32, 64), "k": (0,), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
+MATRIX = {"m": (64, 128), "n": (64, 128, 256), "k": (32, 64, 128), "num_warps": (4, 8), "num_stages": (3, 4)}
+FLASH_MANY = {"m": (64, 128), "n": (32, 64), "k": (0,), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
 DOWN = {"n": (1, 2, 4, 8), "k": (64, 128, 256, 512), "num_warps": (2, 4, 8), "num_stages": (1,)}
-DELTA = {"n": (8, 16, 32, 64), "k": (0,), "num_warps": (1, 2, 4, 8), "num_stages": (1,)}
+UP = {"n": (1, 2, 4, 8, 16), "k": (256, 512, 1024, 2048), "num_warps": (2, 4, 8), "num_stages": (1, 2)}
+DELTA = {"n": (8, 16, 32, 64, 128), "k": (0,), "num_warps": (1, 2, 4, 8, 16), "num_stages": (1,)}
 DOT = {"n": (16, 32, 64, 128), "k": (64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5)}
 
 
 def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
     """Tiles worth a try."""
-    special = {"attention_gate": FLASH, "delta_step": DELTA, "moe_down": DOWN, "moe_down_add": DOWN}
+    if rows >= MANY:
+        space = FLASH_MANY if kind == "attention_gate" else MATRIX
+        return [Tile(*values) for values in itertools.product(*space.values())]
+    special = {"attention_gate": FLASH, "delta_step": DELTA, "moe_up": UP, "moe_down": DOWN, "moe_down_add": DOWN}
     space = special.get(kind, GEMV if few else DOT)
-    tiles = [Tile(rows if few else 16, *values) for values in itertools.product(*space.values())]
-    if space is GEMV:
-        tiles = [
-            t
-            for t in tiles
-            if 512 <= t.n * t.k // t.num_warps <= 4096 and 2048 <= t.n * t.k <= 16384 and t.m * t.n * t.k <= 32768
-        ]
-    random.Random(0).shuffle(tiles)
-    return tiles[:MOST]
+    tiles = [Tile(rows if few or kind in special else 16, *values) for values in itertools.product(*space.values())]
+    if space is GEMV or (space is DOT and rows < 16):
+        tiles = [*plain_tiles(rows), *(tiles if space is DOT else ())]
+    return tiles
 
 
-def variants(kernel: KernelSpec, rows: tuple[int, int], hardware: HardwareSpec) -> Iterator[tuple[Tile, Built]]:
-    """The kernel in each tile."""
+def plain_tiles(rows: int) -> list[Tile]:
+    """For few rows in plain arithmetic, with a sensible number of elements a thread."""
+    tiles = (Tile(rows, *values) for values in itertools.product(*GEMV.values()))
+    return [
+        t for t in tiles
+        if 512 <= t.n * t.k // t.num_warps <= 4096 and 2048 <= t.n * t.k <= 16384 and t.m * t.n * t.k <= 32768
+    ]  # fmt: skip
+
+
+def variants(
+    kernel: KernelSpec, rows: tuple[int, int], hardware: HardwareSpec, most: int
+) -> Iterator[tuple[Tile, Built]]:
+    """The kernel in each tile, or in `most` of them."""
     kind = kind_of(kernel)
     plain = kernel.model_copy(
         update={"name": "", "launch": None, "params": tuple(p for p in kernel.params if p.role != "scratch")}
     )
     few = kernel.launch is not None and "PRECISION" not in kernel.launch.constants
-    for tile in candidates(kind, 1 << (rows[0] - 1).bit_length(), few):
+    tiles = candidates(kind, 1 << (rows[0] - 1).bit_length(), few)
+    random.Random(0).shuffle(tiles)
+    for tile in tiles[:most]:
         yield tile, build_kernel(kind, plain, rows, hardware, kernel.launch is not None and kernel.launch.pdl, tile)[0]
 
 
 class Chain:
     """The whole program with its kernels overlapping, in which one kernel at a time is exchanged."""
 
-    def __init__(self, executor: Executor, program: Program) -> None:
-        self.rows = (program.max_tokens, program.max_seqs)
+    def __init__(self, executor: Executor, program: Program, rows: tuple[int, int]) -> None:
+        self.whole = program.captured
+        self.rows = rows
         self.names = [step.kernel for step in program.steps if isinstance(step, KernelCall)]
         steps = executor.steps(program, *self.rows)
         self.calls = [next(iter(work)) for step, work in steps if isinstance(step, KernelCall)]
         self.executor = executor
 
     def time(self, name: str, built: Built, made: Compiled) -> float:
-        """Microseconds of a replay with another build of a kernel."""
-        return time_us(captured(lambda: self.executor.execute(self.exchanged(name, built, made)), "cuda"), "cuda", 8)
+        """Microseconds of a replay with another build of a kernel; of its first call alone where calls are long."""
+        calls = self.exchanged(name, built, made)
+        if not self.whole:
+            first = self.names.index(name)
+            self.executor.execute(self.calls[:first])  # what it reads
+            calls = [calls[first]]
+        return time_us(captured(lambda: self.executor.execute(calls), "cuda"), "cuda", REPLAYS)
 
     def exchanged(self, name: str, built: Built, made: Compiled) -> list[Any]:
         """All instructions, those of one kernel with another build of it."""
@@ -94,24 +117,29 @@ class Chain:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--bucket", type=int, default=1)
+    parser.add_argument("--phase", choices=["prefill", "decode"], default="decode")
+    parser.add_argument("--bucket", type=int, default=1, help="sequences that decode, or tokens of a prompt")
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--kinds", default="")
+    parser.add_argument("--kinds", default="", help="names with commas between; all by default")
+    parser.add_argument("--most", type=int, default=64, help="tiles a kernel")
     options = parser.parse_args()
     plan = load_plan(options.bundle)
     hardware = find_hardware(plan.target.gpu)
     executor = prepare(plan, options.bundle, None)
-    replay = Replay(plan, executor, "decode", options.bucket, 1, options.context)
+    shape = (options.bucket, 1) if options.phase == "decode" else (1, options.bucket)
+    replay = Replay(plan, executor, options.phase, *shape, options.context)
     replay.run()
     program = replay.program
-    rows = (program.max_tokens, program.max_seqs)
+    rows = (replay.tokens, replay.seqs)
     names = dict.fromkeys(step.kernel for step in program.steps if isinstance(step, KernelCall))
     kernels = [executor.kernels[name] for name in names]
     wanted = set(filter(None, options.kinds.split(",")))
-    tried = {k.name: list(variants(k, rows, hardware)) for k in kernels if not wanted or kind_of(k) in wanted}
+    tried = {
+        k.name: list(variants(k, rows, hardware, options.most)) for k in kernels if not wanted or kind_of(k) in wanted
+    }
     jobs = {b.kernel.name: Job(b.kernel, b.source or "", hardware.sm) for found in tried.values() for _, b in found}
     results = compile_all(jobs.values(), Path("/tmp/tune-cache"))
-    chain = Chain(executor, program)
+    chain = Chain(executor, program, rows)
     for name, found in tried.items():
         report(chain, name, found, {n: results[job.key] for n, job in jobs.items()}, hardware)
 

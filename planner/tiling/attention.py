@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from tokenspeed_plan.planner.tiling.rotary import frequencies
 from tokenspeed_plan.planner.tiling.tuned import Tile
 from tokenspeed_plan.planner.tiling.work import Tiling, Work, fixed, per_rows, per_seq, up2
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Attr
 
-MIN_RUN = 128  # tokens of a split, at least
-MAX_SPLITS = 64
+MIN_RUN = 64  # tokens of a split, at least
+MAX_SPLITS = 128
+LOG2_E = 1 / math.log(2)
 
 
 def qk_norm_rope_write(work: Work) -> list[Tiling]:
@@ -33,10 +36,10 @@ def attention(work: Work) -> list[Tiling]:
 
 
 def num_splits(work: Work, kv_heads: int, pages: int) -> int:
-    """A power of two that gives each multiprocessor a part of the keys; 1 on a CPU."""
+    """As many as give each multiprocessor a part of the keys; 1 on a CPU."""
     busy = work.num_seqs * kv_heads
-    most = min(work.hardware.num_sms // busy, pages * int(work.part("attention").attrs["page_size"]) // MIN_RUN)
-    return min(up2(most), MAX_SPLITS) if most > 1 else 1
+    longest = pages * int(work.part("attention").attrs["page_size"])
+    return max(min(work.hardware.num_sms // busy, longest // MIN_RUN, MAX_SPLITS), 1)
 
 
 def _facts(work: Work) -> dict[str, Attr]:
@@ -52,36 +55,39 @@ def _decode(work: Work) -> list[Tiling]:
     facts = _facts(work)
     group, kv, d = (int(facts[name]) for name in ("GROUP", "KV", "D"))
     splits = num_splits(work, kv, int(facts["PAGES"]))
-    facts |= {"BLOCK_G": max(16, up2(group))}
+    facts |= {"BLOCK_G": max(16, up2(group)), "SCALE": float(facts["SCALE"]) * LOG2_E}
     if splits > 1:
         facts |= {
             "SPLITS": splits,
+            "BLOCK_S": up2(splits),
             "MIN_RUN": max(MIN_RUN, int(facts["PAGE"])),
-            "BLOCK_E": up2(group) * d,
-            "BLOCK_J": 4,
+            "HEADS": up2(group),
+            "BLOCK_P": min(up2(splits), 8),
         }
     scratch = {
         "partial": per_seq(kv * splits * group * d, work.dtype), "lse": per_seq(kv * splits * group),
         "tickets": per_seq(kv, "i32"),
     }  # fmt: skip
     made = []
-    shapes = (Tile(1, 64, d, 8), Tile(1, 32, d, 8), Tile(1, 32, d, 4), Tile(1, 16, d, 4))
-    for tile in work.tiles(*((Tile(1, 64, d, 4, 1),) if work.interpreted else shapes)):
-        constants = facts | {"BLOCK_C": tile.n}
+    shapes = (Tile(1, 64, 0, 8, 3), Tile(1, 64, 0, 8, 2), Tile(1, 32, 0, 4, 2), Tile(1, 16, 0, 4, 2))
+    for tile in work.tiles(*((Tile(1, 64, 0, 8, 1),) if work.interpreted else shapes)):
+        constants = facts | {"BLOCK_C": tile.n, "STAGES": tile.num_stages}
         options = {"splits": splits, "whole_pages": int(facts["PAGE"]) % tile.n == 0}
         grid = (per_rows(1, by_seqs=True), fixed(kv), fixed(splits))
-        shared = scratch if splits > 1 else {}
-        made.append(Tiling("attention_decode", constants, grid, tile.num_warps, 1, options, shared))
+        meet, stages = scratch if splits > 1 else {}, tile.num_stages
+        made.append(Tiling("attention_decode", constants, grid, tile.num_warps, stages, options, meet, ahead=True))
     return made
 
 
 def _prefill(work: Work) -> list[Tiling]:
+    """A block of queries of one head walks all keys that it sees."""
     facts = _facts(work)
+    facts |= {"SCALE": float(facts["SCALE"]) * LOG2_E}
+    shapes = (Tile(128, 64, 0, 8, 2), Tile(64, 64, 0, 8, 2), Tile(64, 32, 0, 8, 1))
     made = []
-    for m, c, warps, stages in (
-        ((64, 64, 8, 1),) if work.interpreted else ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1))
-    ):
-        constants = facts | {"BLOCK_M": m, "BLOCK_C": c}
-        grid = (per_rows(m), fixed(int(facts["Q"])), GridDim(per_seq=1))
-        made.append(Tiling("attention_prefill", constants, grid, warps, stages))
+    for tile in work.tiles(*((Tile(64, 64, 0, 8, 1),) if work.interpreted else shapes)):
+        constants = facts | {"BLOCK_M": tile.m, "BLOCK_C": tile.n, "STAGES": tile.num_stages}
+        options = {"whole_pages": int(facts["PAGE"]) % tile.n == 0}
+        grid = (per_rows(tile.m), fixed(int(facts["Q"])), GridDim(per_seq=1))
+        made.append(Tiling("attention_prefill", constants, grid, tile.num_warps, tile.num_stages, options))
     return made

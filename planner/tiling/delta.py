@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from tokenspeed_plan.planner.tiling.tuned import Tile
-from tokenspeed_plan.planner.tiling.work import CHUNK, L2_EPS, TRITON_DTYPES, Tiling, Work, fixed, per_rows, per_seq
+from tokenspeed_plan.planner.tiling.work import (
+    CHUNK,
+    L2_EPS,
+    TRITON_DTYPES,
+    Tiling,
+    Work,
+    fixed,
+    per_rows,
+    per_seq,
+    up2,
+)
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Attr
 
@@ -24,7 +34,7 @@ def delta_step(work: Work) -> list[Tiling]:
     """A program a head and block of columns: a whole head's state would not stay in registers."""
     heads = _heads(work, "delta_rule")
     facts = {name: heads[name] for name in ("A", "B", "DK", "DV", "GROUP")} | _convolution(work, heads)
-    facts |= {"EPS": work.part("gated_norm").attrs["eps"]}
+    facts |= {"EPS": work.part("gated_norm").attrs["eps"], "BLOCK_TAPS": up2(int(facts["TAPS"]))}
     wide, b = int(heads["DV"]), int(heads["B"])
     made = []
     shapes = (Tile(1, min(n, wide), int(heads["DK"]), 4, 1) for n in (32, 16, 8))

@@ -16,6 +16,7 @@ from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Attr
 
 FEW_ROWS = 4  # up to here plain arithmetic keeps up with the memory
+DOT_ROWS = 16  # of a tile on the tensor cores, at least
 
 
 def linear(work: Work) -> list[Tiling]:
@@ -51,15 +52,16 @@ def _matrix_tiles(work: Work, rows: int, columns: int, depth: int) -> list[Tile]
         return [Tile(16, n, 256 if narrow else 128, 4, 4), Tile(16, 16, 128, 4, 3), Tile(16, 16, 64, 4, 2)]
     if rows <= 64:
         return [Tile(64, 64, 128 if narrow else 64, 4, 3), Tile(64, 32, 64, 4, 3), Tile(32, 32, 32, 4, 2)]
-    wide = 64 if work.has("silu_mul") else 128
-    return [Tile(128, wide, 64 if narrow else 32, 8, 3), Tile(64, 64, 64, 8, 3), Tile(64, 32, 32, 4, 2)]
+    wide = 128 if work.has("silu_mul") or columns * rows < 128 * 256 * work.hardware.num_sms else 256
+    deep = 64 if narrow else 32
+    return [Tile(128, n, deep, 8, 3) for n in (wide, wide // 2)] + [Tile(64, 64, 64, 8, 3), Tile(64, 32, 32, 4, 2)]
 
 
 def _tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) -> Tiling:
     constants: dict[str, Attr] = {
         "N": columns, "K": depth, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "STAGES": tile.num_stages,
     }  # fmt: skip
-    dot = rows > FEW_ROWS
+    dot = tile.m >= DOT_ROWS
     if dot:
         constants |= {"PRECISION": work.precision}
     if work.has("rms_norm"):
@@ -124,5 +126,7 @@ def grouped(work: Work) -> list[Tiling]:
 def _group_tiles(work: Work, rows: int, columns: int, depth: int) -> list[Tile]:
     if work.interpreted:
         return [Tile(32, 64, 64, 8, 1)]
+    if rows > 128:
+        return [Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 32, 4, 3)]
     m = 64 if rows > 16 else 16
     return [Tile(m, 64, 64, 4, 3), Tile(m, 32, 64, 4, 3), Tile(16, 32, 32, 4, 2)]

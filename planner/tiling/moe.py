@@ -19,7 +19,7 @@ def topk(work: Work) -> list[Tiling]:
 
 
 def moe_up(work: Work) -> list[Tiling]:
-    """A program for some channels of one expert of one token; the shared expert is one more."""
+    """A program for some channels of one expert of one token, tokens side by side; the shared expert is one more."""
     local, inner, hidden = work.width("experts_up_w", 0), work.width("experts_up_w", 1) // 2, work.width("experts_up_w")
     shared = work.width("linear_w", 0) // 2
     narrow = work.specs["topk_logits"].dtype == "bf16"
@@ -29,7 +29,7 @@ def moe_up(work: Work) -> list[Tiling]:
     for shape in work.tiles(*((Tile(1, 32, 128, 8, 1),) if work.interpreted else shapes)):
         n = min(shape.n, up2(max(inner, shared)))
         tile: dict[str, Attr] = {"BLOCK_N": n, "BLOCK_K": min(shape.k, up2(hidden)), "STAGES": shape.num_stages}
-        grid = (fixed(blocks(max(inner, shared), n)), fixed(int(facts["TOP_K"]) + 1), per_rows(1))
+        grid = (per_rows(1), fixed(int(facts["TOP_K"]) + 1), fixed(blocks(max(inner, shared), n)))
         made.append(Tiling("moe_up", facts | tile, grid, shape.num_warps, shape.num_stages, {"narrow": narrow}))
     return made
 
@@ -46,15 +46,17 @@ def moe_down(work: Work) -> list[Tiling]:
     for shape in work.tiles(*((Tile(1, 64, 128, 8, 1),) if work.interpreted else shapes)):
         tile: dict[str, Attr] = {
             "BLOCK_N": min(shape.n, up2(hidden)), "BLOCK_K": min(shape.k, up2(max(inner, int(facts["SHARED"])))),
-            "STAGES": shape.num_stages,
         }  # fmt: skip
-        grid = (fixed(blocks(hidden, int(tile["BLOCK_N"]))), per_rows(1))
-        made.append(Tiling("moe_down", facts | tile, grid, shape.num_warps, shape.num_stages, {"add": work.has("add")}))
+        grid = (per_rows(1), fixed(blocks(hidden, int(tile["BLOCK_N"]))))
+        options = {"add": work.has("add")}
+        made.append(Tiling("moe_down", facts | tile, grid, shape.num_warps, 1, options, ahead=True))
     return made
 
 
 def expert_sort(work: Work) -> list[Tiling]:
     """A program an expert."""
     experts = work.size("expert_sort", "num_experts")
-    facts: dict[str, Attr] = {"EXPERTS": experts, "TOP_K": work.width("ids"), "BLOCK": 1024}
-    return [Tiling("expert_sort", facts, (GridDim(fixed=experts + 1),), 4, 1)]
+    top_k = work.width("ids")
+    block = 4096 if work.num_tokens * top_k >= 4096 and not work.interpreted else 1024
+    facts: dict[str, Attr] = {"EXPERTS": experts, "TOP_K": top_k, "BLOCK": block}
+    return [Tiling("expert_sort", facts, (GridDim(fixed=experts + 1),), block // 256, 1)]

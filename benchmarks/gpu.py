@@ -1,0 +1,140 @@
+"""One user's decode on one GPU: a plan's engine against transformers; same shape, random bf16 weights, same context.
+
+    python benchmarks/gpu.py plans/frozen/qwen3.5-35b-h200 [--context 1024] [--tokens 128] [--peers eager,compile]
+
+Each contestant runs in a process of its own, one after the other on the same GPU, and generates `--tokens` greedy
+tokens after a prompt; the figure is the time of a token after the first. Ours is the whole engine with its scheduler.
+transformers runs with a static cache, its experts as grouped products, eagerly and with the decode step compiled
+(`torch.compile(mode="reduce-overhead")`, CUDA graphs); where flash-linear-attention is installed it uses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WARM_UP = 8  # tokens that are not counted
+TIME_LIMIT_S = 600
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+def ours(bundle: Path, context: int, tokens: int) -> dict[str, Any]:
+    """The engine, with random weights."""
+    from tokenspeed_plan.plans.bundle import load_plan
+    from tokenspeed_plan.runtime import Engine, SamplingParams
+    from tokenspeed_plan.runtime.graphs import GraphExecutor
+    from tokenspeed_plan.runtime.kernels import load_kernels
+    from tokenspeed_plan.runtime.memory import Arenas
+    from tokenspeed_plan.runtime.weights import random_weights
+
+    plan = load_plan(bundle)
+    arenas = Arenas(plan.arenas, "cuda")
+    weights = random_weights(plan, arenas)
+    engine = Engine(plan, GraphExecutor(plan, arenas, weights, 0, None, load_kernels(plan, bundle)))
+    prompt, params = prompt_ids(plan.model.vocab_size, context), SamplingParams(max_tokens=tokens, ignore_eos=True)
+    engine.generate([prompt], params)
+    (done,) = engine.generate([prompt], params)
+    return {"tpot_ms": done.decode_s / (tokens - 1) * 1e3, "ttft_ms": done.ttft_s * 1e3}
+
+
+def prompt_ids(vocab_size: int, count: int) -> list[int]:
+    """The same for everyone."""
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (count,), generator=random).tolist()
+
+
+def transformers_model(config: Path) -> Any:
+    """The text model of a config.json, with random weights, on the GPU."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    text = json.loads(config.read_text())["text_config"]
+    made = AutoConfig.for_model(text.pop("model_type"), **text)
+    with torch.device("cuda"):
+        options: dict[str, Any] = {"experts_implementation": "grouped_mm"} if "num_experts" in text else {}
+        return AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16, **options).eval()
+
+
+@torch.inference_mode()
+def peer(config: Path, context: int, tokens: int, compiled: bool) -> dict[str, Any]:
+    """transformers: prefill, then a token a step."""
+    from transformers import StaticCache
+
+    model = transformers_model(config)
+    cache = StaticCache(config=model.config, max_cache_len=context + tokens + WARM_UP)
+    prompt = torch.tensor([prompt_ids(model.config.vocab_size, context)], device="cuda")
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+
+    begun = time.perf_counter()
+    token = step(prompt)
+    torch.cuda.synchronize()
+    ttft = time.perf_counter() - begun
+    run: Step = torch.compile(step, mode="reduce-overhead") if compiled else step
+    taken = [timed(run, token) for _ in range(WARM_UP + tokens - 1)]
+    return {"tpot_ms": statistics.median(taken[WARM_UP:]) * 1e3, "ttft_ms": ttft * 1e3, "ttft_is": "cold"}
+
+
+def timed(run: Step, token: torch.Tensor) -> float:
+    """Seconds of a step; the next token takes the place of this one."""
+    begun = time.perf_counter()
+    token.copy_(run(token))
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def contest(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A contestant's figures, from a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {TIME_LIMIT_S} s"}
+    lines = (done.stdout.strip() or "{}").splitlines()
+    return json.loads(lines[-1]) if done.returncode == 0 else {"error": done.stderr.strip()[-300:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--peers", default="eager,compile")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(figures(options)))
+        return
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.context} tokens of context")
+    mine = contest("ours", options)
+    print(f"ours: {json.dumps(mine)}", flush=True)
+    for name in filter(None, options.peers.split(",")):
+        found = contest(name, options)
+        ratio = found["tpot_ms"] / mine["tpot_ms"] if "tpot_ms" in found and "tpot_ms" in mine else float("nan")
+        print(f"transformers, {name}: {json.dumps(found)} = {ratio:.2f} x the time of ours", flush=True)
+
+
+def figures(options: argparse.Namespace) -> dict[str, Any]:
+    """Of one contestant, in this process."""
+    if options.only == "ours":
+        return ours(options.bundle, options.context, options.tokens)
+    import transformers
+    from tokenspeed_plan.plans.bundle import load_plan
+
+    root = Path(__file__).parent.parent
+    config = root / "planner/presets" / f"{load_plan(options.bundle).model.name}.json"
+    found = peer(config, options.context, options.tokens, options.only == "compile")
+    return found | {"transformers": transformers.__version__}
+
+
+if __name__ == "__main__":
+    main()
