@@ -192,12 +192,13 @@ class Scheduler:
         self._waiting.extendleft(reversed(later))
 
     def _is_coming(self, sequence: Sequence, hit: Hit) -> bool:
-        """Whether a running one is about to compute much more of the same prefix: then it leaves a checkpoint there."""
+        """Whether an older one is about to compute much more of the same prefix: then it leaves a checkpoint there."""
         size = self.limits.page_size
         most = (len(sequence.token_ids) - 1) // size * size
         for other in self._running if self.cache.enabled else ():
             place = min(num_common(sequence.digests, other.digests) * size, most)
-            if other.num_computed < place and place - hit.num_tokens >= self.limits.min_checkpoint_tokens:
+            ahead = other.number < sequence.number and other.num_computed < place
+            if ahead and place - hit.num_tokens >= self.limits.min_checkpoint_tokens:
                 other.stops.add(place)
                 return True
         return False
