@@ -48,5 +48,5 @@ def _golden(spec: Spec, model: Model, folder: Path, prompts: list[list[int]]) ->
         first_turn_tokens=max(map(len, prompts)), output_tokens=NUM_TOKENS, concurrency=len(prompts)
     )
     small = spec.model_copy(update={"target": TargetSpec(gpu="cpu"), "workload": workload, "parallelism": "auto"})
-    engine = Engine.from_plan(compile_plan(small, model, dtype="fp64"), folder)
+    engine = Engine.from_plan(compile_plan(small, model, dtype="fp64"), folder, cache=False)
     return golden(engine, prompts, NUM_TOKENS)

@@ -15,7 +15,7 @@ from tokenspeed_plan.planner.freeze import LoweredProgram, Parts, freeze
 from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.planner.kernels import KernelChoice
-from tokenspeed_plan.planner.limits import decode_buckets, plan_limits, prefill_buckets
+from tokenspeed_plan.planner.limits import decode_buckets, interleaved_tokens, plan_limits, prefill_buckets
 from tokenspeed_plan.planner.model_config import ModelConfig, load_model_config, load_preset
 from tokenspeed_plan.planner.passes.expand import expand
 from tokenspeed_plan.planner.passes.fuse import fuse
@@ -126,6 +126,7 @@ def compile_bundle(spec: Spec, model: Model, dtype: DType | None = None, choose:
             checkpoint.check_sources(built.weights, model.headers)
         graphs[phase] = check(shard(built, layout))
     programs = _programs(graphs, limits, hardware, spec, choose)
+    limits = limits.model_copy(update={"interleaved_tokens": _interleaved(programs, limits, spec)})
     facts = _facts(model, dtype)
     decisions = (*choices, decide.streams([graph for _, _, graph, _ in programs]))
     parts = Parts(spec, facts, hardware, layout, limits, decisions, programs, version("tokenspeed-plan"))
@@ -150,6 +151,12 @@ def _programs(
             lowered, kernels = lower(placed, hardware, load, (bucket, seqs), choose)
             made.append((bucket, seqs, check(lowered), kernels))
     return made
+
+
+def _interleaved(programs: Sequence[LoweredProgram], limits: Limits, spec: Spec) -> int:
+    slo = spec.slo or spec.objective.slo
+    predicted_us = {(graph.phase, bucket): graph.time_us for bucket, _, graph, _ in programs}
+    return interleaved_tokens(limits, slo.tpot_ms if slo else None, predicted_us)
 
 
 def _load(phase: Phase, bucket: int, seqs: int, spec: Spec) -> Load:

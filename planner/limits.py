@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
+
 from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.model_config import ModelConfig
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Limits
+from tokenspeed_plan.plans.types import Phase
 
 ROWS_PER_SLOT = 2  # one to read, one to write; speculation will need 1 + depth more
+ENDS_PER_CONVERSATION = 2  # checkpoints where the last prompt and the last answer end
+WORTH_A_STEP = 16  # a prefill step costs as much as this part of a chunk even when it is almost empty
 
 
 def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareSpec) -> Limits:
@@ -26,6 +32,8 @@ def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareS
     pages = -(-needed // hardware.page_size)
     max_seq_len = min(pages * hardware.page_size, config.max_positions)
     chunk = min(hardware.prefill_chunk, _power_of_two(max_seq_len))
+    interval = max(chunk, hardware.page_size)
+    num_checkpoints = workload.concurrency * (ENDS_PER_CONVERSATION + max_seq_len // interval)
     return Limits(
         max_seqs=workload.concurrency,
         max_seq_len=max_seq_len,
@@ -33,13 +41,35 @@ def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareS
         page_size=hardware.page_size,
         num_pages=pages * workload.concurrency,
         rows_per_slot=ROWS_PER_SLOT,
-        num_rows=2 + workload.concurrency * ROWS_PER_SLOT,
+        num_rows=2 + workload.concurrency * ROWS_PER_SLOT + num_checkpoints,
         default_max_tokens=min(workload.output_tokens, max_seq_len - 1),
+        interleaved_tokens=chunk,
+        checkpoint_interval=interval,
+        min_checkpoint_tokens=max(chunk // WORTH_A_STEP, hardware.page_size),
+        num_checkpoints=num_checkpoints,
     )
 
 
 def _power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
+
+
+def interleaved_tokens(limits: Limits, tpot_ms: float | None, predicted_us: Mapping[tuple[Phase, int], float]) -> int:
+    """Prefill tokens between two decode steps, so that both together stay within the planned time per token.
+
+    Times are taken to grow evenly from one bucket to the next. At least one page, so that prompts are computed at all.
+    """
+    if tpot_ms is None:
+        return limits.max_tokens
+    decode_us = max(us for (phase, _), us in predicted_us.items() if phase == "decode")
+    left_us = tpot_ms * 1e3 - decode_us
+    known = sorted((bucket, us) for (phase, bucket), us in predicted_us.items() if phase == "prefill")
+    tokens = known[0][0] if known[0][1] <= left_us else limits.page_size
+    for (low, low_us), (high, high_us) in pairwise(known):
+        if low_us <= left_us:
+            share = min((left_us - low_us) / max(high_us - low_us, 1e-9), 1.0)
+            tokens = low + int((high - low) * share)
+    return min(tokens, limits.max_tokens)
 
 
 def decode_buckets(limits: Limits) -> tuple[int, ...]:

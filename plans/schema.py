@@ -12,7 +12,7 @@ from pydantic import Field
 from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.types import Attr, Dim, DType, Frozen, Phase, RankShift, TensorSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 ArenaName = Literal["weights", "kv_cache", "state", "io", "activations", "scratch"]
 
@@ -70,9 +70,13 @@ class Layout(Frozen):
 class Limits(Frozen):
     """What a plan can serve.
 
-    A sequence owns `rows_per_slot` rows of recurrent state; row 0 of every state buffer stays zero and is what a new
-    sequence reads. `max_tokens` is the largest prefill chunk. One more page and one more row, the last ones, belong to
-    nobody: padding writes there.
+    A running sequence holds `rows_per_slot` rows of recurrent state; row 0 of every state buffer stays zero and is what
+    a new sequence reads. `max_tokens` is the largest prefill chunk, `interleaved_tokens` the largest between two decode
+    steps. One more page and one more row, the last ones, belong to nobody: padding writes there.
+
+    The prefix cache has what running sequences leave of the pages, and `num_checkpoints` rows of its own. Prompts leave
+    a checkpoint every `checkpoint_interval` tokens, a multiple of the page, and at other places where it saves later
+    requests at least `min_checkpoint_tokens`.
     """
 
     max_seqs: int
@@ -83,6 +87,10 @@ class Limits(Frozen):
     rows_per_slot: int
     num_rows: int
     default_max_tokens: int
+    interleaved_tokens: int
+    checkpoint_interval: int
+    min_checkpoint_tokens: int
+    num_checkpoints: int
 
     @property
     def spare_page(self) -> int:

@@ -71,11 +71,15 @@ def _unique(what: str, names: Iterable[str]) -> None:
 
 def _limits(plan: Plan) -> None:
     limits = plan.limits
-    check(all(value > 0 for value in limits.model_dump().values()), lambda: "a limit is not positive")
+    may_be_zero = {"num_checkpoints"}
+    check(all(value > -(name in may_be_zero) for name, value in limits.model_dump().items()),
+          lambda: "a limit is not positive")  # fmt: skip
     check(
-        limits.num_rows == 2 + limits.max_seqs * limits.rows_per_slot,
-        lambda: f"{limits.num_rows} state rows for {limits.max_seqs} sequences",
+        limits.num_rows == 2 + limits.max_seqs * limits.rows_per_slot + limits.num_checkpoints,
+        lambda: f"{limits.num_rows} rows for {limits.max_seqs} sequences and {limits.num_checkpoints} checkpoints",
     )
+    check(limits.checkpoint_interval % limits.page_size == 0, lambda: "checkpoints are not at the ends of pages")
+    check(limits.interleaved_tokens <= limits.max_tokens, lambda: "interleaved_tokens over max_tokens")
     check(limits.rows_per_slot >= 2, lambda: "a sequence needs a row to read and another to write")
     check(limits.num_pages * limits.page_size >= limits.max_seq_len, lambda: "one longest sequence has no pages")
     check(limits.default_max_tokens < limits.max_seq_len, lambda: "default_max_tokens over max_seq_len")

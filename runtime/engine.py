@@ -18,6 +18,7 @@ from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.inputs import write_inputs
 from tokenspeed_plan.runtime.kernels import Bodies, KernelSource, load_kernels
 from tokenspeed_plan.runtime.memory import Arenas
+from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 from tokenspeed_plan.runtime.scheduler import Batch, Scheduler
 from tokenspeed_plan.runtime.sequence import Sequence
@@ -44,12 +45,19 @@ class Engine:
             print(completion.text)
     """
 
-    def __init__(self, plan: Plan, executor: Executor, codec: Codec | None = None, chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        executor: Executor,
+        codec: Codec | None = None,
+        chunk: int | None = None,
+        cache: bool = True,
+    ) -> None:
         self.plan = plan
         self.codec = codec
         self.startup_s: dict[str, float] = {}
         self.executor = executor
-        self._scheduler = Scheduler(plan, chunk)
+        self._scheduler = Scheduler(plan, chunk, cache)
         self._stop_ids = frozenset(plan.model.eos_token_ids)
         self._last: Batch | None = None
         self._flying: _Flight | None = None
@@ -63,10 +71,12 @@ class Engine:
         chat: Callable[[Messages], str] | None = None,
         bodies: Bodies | None = None,
         executor: type[Executor] | None = None,
+        cache: bool = True,
     ) -> Engine:
         """Read and check a bundle, then its weights, then allocate. `chat` writes messages as a prompt.
 
-        Without `bodies`, a GPU runs the bundle's kernels and a CPU the references.
+        Without `bodies`, a GPU runs the bundle's kernels and a CPU the references. Without `cache`, every prompt is
+        computed from its beginning.
 
         Raises:
             PlanError: the bundle, this machine or the checkpoint does not fit.
@@ -77,7 +87,7 @@ class Engine:
         read = time.perf_counter()
         wanted = bodies or ("reference" if plan.target.device == "cpu" else "kernels")
         kernels = load_kernels(plan, bundle) if wanted == "kernels" else None
-        engine = cls.from_plan(plan, folder, chat, bodies=kernels, executor=executor)
+        engine = cls.from_plan(plan, folder, chat, bodies=kernels, executor=executor, cache=cache)
         engine.startup_s = {"read_plan_s": read - begun, "read_weights_s": time.perf_counter() - read}
         return engine
 
@@ -90,6 +100,7 @@ class Engine:
         chunk: int | None = None,
         bodies: KernelSource | None = None,
         executor: type[Executor] | None = None,
+        cache: bool = True,
     ) -> Engine:
         """From a plan that is checked already; `chunk` lowers the prefill chunk below the planned one."""
         check_target(plan)
@@ -98,7 +109,7 @@ class Engine:
         arenas, tensors = load_weights(plan, folder, lambda: Arenas(plan.arenas, plan.target.device), rank)
         codec = Codec.load(folder, chat) if (folder / "tokenizer.json").is_file() else None
         chosen = executor or executor_of(plan)
-        return cls(plan, chosen(plan, arenas, tensors, rank, collectives, bodies), codec, chunk)
+        return cls(plan, chosen(plan, arenas, tensors, rank, collectives, bodies), codec, chunk, cache)
 
     def time_startup(self, name: str, work: Callable[[], object]) -> None:
         """Do a part of the start-up and note how long it took."""
@@ -125,6 +136,11 @@ class Engine:
     def vocab_size(self) -> int:
         """Token ids are below this."""
         return self.plan.model.vocab_size
+
+    @property
+    def metrics(self) -> Metrics:
+        """What it has done so far."""
+        return self._scheduler.metrics
 
     @property
     def num_unfinished(self) -> int:
@@ -194,6 +210,10 @@ class Engine:
         def buffer(name: str) -> Tensor:
             return self.executor.buffer(name, tokens, seqs)
 
+        for sequence in batch.sequences:
+            if sequence.copy_from is not None:
+                page = sequence.pages[sequence.num_computed // self.plan.limits.page_size]
+                self.metrics.copied_bytes += self.executor.copy_page(sequence.copy_from, page)
         if not batch.follows(self._last):
             write_inputs(batch, buffer, self.plan.limits)
         self._last = batch
@@ -204,12 +224,10 @@ class Engine:
         """Take over what was computed; finish what is done."""
         next_tokens, batch, finished = flight.next_tokens(), flight.batch, []
         now = time.perf_counter()
-        for index, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
-            if sequence.finish_reason:
-                continue  # it had ended before this step was launched, which nobody knew
-            sequence.advance(count)
-            if sequence.is_prefilling:
-                continue
+        self._scheduler.commit(batch)
+        for index, sequence in enumerate(batch.sequences):
+            if not sequence.is_running or sequence.num_left:
+                continue  # it had ended before this step was launched, which nobody knew; or it goes on prefilling
             sequence.first_token_s = sequence.first_token_s or now
             sequence.last_token_s = now
             sequence.token_ids.append(next_tokens[index])
@@ -248,6 +266,7 @@ class Engine:
             text=text[: min(cuts)] if cuts else text,
             finish_reason=sequence.finish_reason or "length",
             num_prompt_tokens=sequence.num_prompt_tokens,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
             ttft_s=sequence.first_token_s - sequence.added_s,
             decode_s=sequence.last_token_s - sequence.first_token_s,
             logprobs=tuple(sequence.logprobs),

@@ -54,6 +54,13 @@ class Executor:
     def prepare(self) -> None:
         """Whatever can be done before the first replay."""
 
+    def copy_page(self, source: int, target: int) -> int:
+        """Copy a page of keys and values in all layers; the bytes that were copied."""
+        pages = [self._view(buffer, 0, 0) for buffer in self._shared.values() if buffer.arena == "kv_cache"]
+        for view in pages:
+            view[target].copy_(view[source], non_blocking=True)
+        return sum(view[source].nbytes for view in pages)
+
     def fetch(self, values: Tensor) -> Callable[[], list[int]]:
         """A function that gives the values as the last replay left them, once they are there."""
         found: list[int] = values.tolist()

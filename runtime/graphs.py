@@ -30,7 +30,7 @@ class GraphExecutor(Executor):
     @torch.inference_mode()
     def _capture(self, program: Program) -> None:
         rows = (program.max_tokens, program.max_seqs)
-        write_inputs(Batch(program, (), ()), lambda name: self.buffer(name, *rows), self.plan.limits)
+        write_inputs(Batch.of(program, (), ()), lambda name: self.buffer(name, *rows), self.plan.limits)
         super().run(program, *rows)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

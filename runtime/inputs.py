@@ -50,8 +50,8 @@ def _per_sequence(batch: Batch, limits: Limits) -> Values:
     return {
         "cu_seqlens": [0, *accumulate([*batch.counts, *[1] * padding])],
         "context_lens": contexts + [1] * padding,
-        "read_rows": [s.read_row for s in batch.sequences] + [0] * padding,
-        "write_rows": [s.write_row for s in batch.sequences] + [limits.spare_row] * padding,
+        "read_rows": [*batch.read_rows, *[0] * padding],
+        "write_rows": [*batch.write_rows, *[limits.spare_row] * padding],
         "temperature": [p.temperature for p in params] + [0.0] * padding,
         "top_p": [p.top_p for p in params] + [1.0] * padding,
         "top_k": [p.top_k for p in params] + [0] * padding,

@@ -12,7 +12,7 @@ from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.collectives import linked
 from tokenspeed_plan.runtime.executor import Executor
 
-STOP = -1
+STOP, COPY_PAGE = -1, -2
 
 
 class LeadingExecutor(Executor):
@@ -24,11 +24,19 @@ class LeadingExecutor(Executor):
         _share_inputs(self, program, num_tokens, num_seqs)
         super().run(program, num_tokens, num_seqs)
 
+    def copy_page(self, source: int, target: int) -> int:
+        """One copy on all ranks."""
+        _send([COPY_PAGE, source, target])
+        return super().copy_page(source, target)
+
 
 def follow(executor: Executor) -> None:
     """Ranks other than 0: replay what rank 0 says, until it stops."""
     while (order := _receive())[0] != STOP:
         index, num_tokens, num_seqs = order
+        if index == COPY_PAGE:
+            executor.copy_page(num_tokens, num_seqs)
+            continue
         program = executor.plan.programs[index]
         _share_inputs(executor, program, num_tokens, num_seqs)
         executor.run(program, num_tokens, num_seqs)

@@ -52,6 +52,7 @@ class Completion:
 
     `token_ids` holds every generated token, a stop token included; `text` ends before the stop token or stop string.
     `ttft_s` runs from `Engine.add` to the first token, `decode_s` from the first token to the last.
+    `num_cached_tokens` of the prompt came from the prefix cache.
     """
 
     request_id: str
@@ -62,3 +63,4 @@ class Completion:
     ttft_s: float
     decode_s: float
     logprobs: tuple[TokenLogprobs, ...] = field(default=())
+    num_cached_tokens: int = 0

@@ -1,27 +1,47 @@
-"""Continuous batching: who runs in the next step, and with which program.
+"""Continuous batching: who runs in the next step, with which program, and in which memory.
 
-A request is admitted when a slot and the pages for its longest outcome are free, so that nothing that runs can run out
-of memory. Prompts are computed in chunks; while some sequences prefill and others decode, the two kinds of step take
-turns.
+A request is admitted when pages for its known tokens can be drawn and one more for each that runs; what it says is
+given pages as it grows. When none is left the youngest is preempted: its state and its pages go to the prefix cache,
+from where it goes on later. The oldest always goes on, and fits, so every request ends.
+
+While some sequences prefill and others decode, the two kinds of step take turns. Prefill steps serve by turns the
+oldest first, so that no prompt starves, and the one with the least to do first, so that a short one need not wait for
+long ones.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.plans.types import Phase
+from tokenspeed_plan.runtime.cache import Hit, PrefixCache, path_to
+from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: for each sequence, how many of its tokens to compute."""
+    """One step: for each sequence, how many of its tokens to compute and which rows of state to read and to write."""
 
     program: Program
     sequences: tuple[Sequence, ...]
     counts: tuple[int, ...]
+    read_rows: tuple[int, ...]
+    write_rows: tuple[int, ...]
+    pages_versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, program: Program, sequences: Iterable[Sequence], counts: Iterable[int]) -> Batch:
+        """The next step of sequences as they are."""
+        held = tuple(sequences)
+        return cls(
+            program, held, tuple(counts), tuple(s.row for s in held), tuple(s.write_rows[0] for s in held),
+            tuple(s.pages_version for s in held),
+        )  # fmt: skip
 
     @property
     def num_tokens(self) -> int:
@@ -44,26 +64,33 @@ class Batch:
             other is not None
             and self.program is other.program
             and self.program.phase == "decode"
-            and len(self.sequences) == len(other.sequences)
-            and all(mine is its for mine, its in zip(self.sequences, other.sequences, strict=True))
+            and self.sequences == other.sequences
+            and (self.read_rows, self.write_rows) == (other.write_rows, other.read_rows)
+            and self.pages_versions == other.pages_versions
         )
 
 
 class Scheduler:
-    """Queues, slots and pages."""
+    """The queue, the running sequences, and through the prefix cache all pages and rows."""
 
-    def __init__(self, plan: Plan, chunk: int | None = None) -> None:
+    def __init__(self, plan: Plan, chunk: int | None = None, cache: bool = True) -> None:
         self.limits = plan.limits
         self.chunk = min(chunk or plan.limits.max_tokens, plan.limits.max_tokens)
+        self.metrics = Metrics()
+        self.cache = PrefixCache(
+            plan.limits, bytes.fromhex(plan.digest[:64]), place_bytes(plan, "kv_cache"), place_bytes(plan, "state"),
+            self.metrics, cache,
+        )  # fmt: skip
         self._programs = {
             phase: sorted((p for p in plan.programs if p.phase == phase), key=lambda p: p.bucket)
             for phase in ("prefill", "decode")
         }
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._free_pages = list(range(plan.limits.num_pages - 1, -1, -1))
-        self._free_slots = list(range(plan.limits.max_seqs - 1, -1, -1))
         self._last: Phase = "decode"
+        self._oldest_first = False
+        self._num_added = 0
+        self._full = False  # the first in the queue has been found not to fit, and nothing was freed since
 
     @property
     def num_unfinished(self) -> int:
@@ -72,69 +99,251 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
+        self._num_added += 1
+        sequence.number = self._num_added
         self._waiting.append(sequence)
 
     def schedule(self) -> Batch | None:
-        """The next step, None when there is nothing to do."""
+        """The next step, None when there is nothing to do. All steps before it must be committed."""
         self._admit()
-        prefilling = [s for s in self._running if s.is_prefilling]
-        decoding = [s for s in self._running if not s.is_prefilling]
+        decoding = self._grow([s for s in self._running if s.state == "decoding"])
+        prefilling = [s for s in self._running if s.state == "prefilling"]
         if not self._running:
             return None
         self._last = "prefill" if prefilling and (self._last == "decode" or not decoding) else "decode"
-        return (
-            self._prefill(prefilling)
-            if self._last == "prefill"
-            else self._batch("decode", decoding, [1] * len(decoding))
-        )
+        if self._last == "decode":
+            return self._batch("decode", decoding, [1] * len(decoding))
+        return self._prefill(prefilling, min(self.chunk, self.limits.interleaved_tokens) if decoding else self.chunk)
 
     def again(self, batch: Batch) -> Batch | None:
-        """The same decode step once more, before its tokens are known; None where something else may come first.
+        """The decode step after one that is not committed yet; None where something else may come first.
 
         A sequence may turn out to have ended: then its part of the step is for nothing, and harms nobody.
         """
         goes_on = (
             batch.program.captured
-            and not self._waiting
+            and (self._full or not self._waiting or len(self._running) == self.limits.max_seqs)
             and len(batch.sequences) == len(self._running)
-            and all(s.finish_reason is None and len(s.token_ids) + 2 <= s.longest for s in batch.sequences)
-            and all(s.request.params.num_logprobs is None for s in batch.sequences)
+            and all(self._can_go_on(s) for s in batch.sequences)
         )
-        return batch if goes_on else None
+        return self._swapped(batch) if goes_on else None
+
+    def _can_go_on(self, sequence: Sequence) -> bool:
+        known = len(sequence.token_ids)
+        return (
+            sequence.state == "decoding"
+            and known + 2 <= sequence.longest
+            and known < len(sequence.pages) * self.limits.page_size
+            and sequence.request.params.num_logprobs is None
+            and self.cache.rows.holders(sequence.row) == 1
+        )
+
+    def _swapped(self, batch: Batch) -> Batch:
+        """As `advance` leaves the rows on the device: what was written is read, what was read is written."""
+        return Batch(
+            batch.program, batch.sequences, batch.counts, batch.write_rows, batch.read_rows, batch.pages_versions
+        )
+
+    def commit(self, batch: Batch) -> None:
+        """A step has been computed: its sequences are further, except those that had ended before."""
+        self.metrics.steps += 1
+        self.metrics.decode_steps += batch.program.phase == "decode"
+        for sequence, count, written in zip(batch.sequences, batch.counts, batch.write_rows, strict=True):
+            if sequence.is_running:
+                self._advance(sequence, count, written)
 
     def finish(self, sequence: Sequence) -> None:
-        """Give back what a sequence held."""
+        """It has said all: its state and pages go to the cache."""
+        sequence.move_to("finished")
         self._running.remove(sequence)
-        self._free_pages += sequence.pages
-        self._free_slots.append(sequence.rows.start // self.limits.rows_per_slot)
+        self._release(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a request in any state; what it has computed stays in the cache. A step in flight harms nobody."""
+        if sequence.state in ("finished", "cancelled"):
+            return
+        running = sequence.is_running
+        sequence.move_to("cancelled")
+        if running:
+            self._running.remove(sequence)
+            self._release(sequence)
+        else:
+            self._waiting.remove(sequence)
+            self._full = False
+
+    # Admission.
 
     def _admit(self) -> None:
-        while self._waiting and self._free_slots:
-            sequence = self._waiting[0]
-            needed = -(-sequence.longest // self.limits.page_size)
-            if needed > len(self._free_pages):
-                return
-            self._waiting.popleft()
-            sequence.pages = [self._free_pages.pop() for _ in range(needed)]
-            sequence.rows = self._rows(self._free_slots.pop())
-            self._running.append(sequence)
+        later: list[Sequence] = []
+        while self._waiting and len(self._running) < self.limits.max_seqs:
+            sequence = self._waiting.popleft()
+            self.cache.extend(sequence.digests, sequence.token_ids, len(sequence.token_ids))
+            hit = self.cache.match(sequence.digests, sequence.token_ids, len(sequence.token_ids) - 1)
+            if self._is_coming(sequence, hit):
+                later.append(sequence)
+            elif self._fits(sequence, hit):
+                self._start(sequence, hit)
+            elif not self._running:
+                self._start(sequence, Hit(self.cache.root, 0))  # what it would share is in the way of what it needs
+            else:
+                later.append(sequence)
+                self._full = True
+                break
+        self._waiting.extendleft(reversed(later))
 
-    def _rows(self, slot: int) -> range:
-        """The rows of recurrent state of a slot; row 0 is the zero row and belongs to nobody."""
-        start = 1 + slot * self.limits.rows_per_slot
-        return range(start, start + self.limits.rows_per_slot)
+    def _is_coming(self, sequence: Sequence, hit: Hit) -> bool:
+        """Whether an older one is about to compute much more of the same prefix: then it leaves a checkpoint there."""
+        size = self.limits.page_size
+        most = (len(sequence.token_ids) - 1) // size * size
+        for other in self._running if self.cache.enabled else ():
+            place = min(num_common(sequence.digests, other.digests) * size, most)
+            ahead = other.number < sequence.number and other.num_computed < place
+            if ahead and place - hit.num_tokens >= self.limits.min_checkpoint_tokens:
+                other.stops.add(place)
+                return True
+        return False
 
-    def _prefill(self, prefilling: list[Sequence]) -> Batch:
-        room, counts = self.chunk, []
-        for sequence in prefilling:
-            counts.append(min(room, sequence.num_prompt_tokens - sequence.num_computed))
+    def _fits(self, sequence: Sequence, hit: Hit) -> bool:
+        """Whether its pages can be drawn, and one more for each that runs."""
+        held = {page for other in self._running for page in self._held_pages(other)}
+        found = {node.page for node in path_to(hit.checkpoint)}
+        needed = self._num_pages(sequence) - hit.num_tokens // self.limits.page_size + len(self._running)
+        return needed <= len(self.cache.pages) - len(held | found)
+
+    def _held_pages(self, sequence: Sequence) -> list[int]:
+        return sequence.pages + ([] if sequence.copy_from is None else [sequence.copy_from])
+
+    def _num_pages(self, sequence: Sequence) -> int:
+        return -(-len(sequence.token_ids) // self.limits.page_size)
+
+    def _start(self, sequence: Sequence, hit: Hit) -> None:
+        sequence.node, sequence.pages = self.cache.use(hit)
+        sequence.row, sequence.num_computed = hit.checkpoint.row, hit.num_tokens
+        if hit.num_tokens % self.limits.page_size:
+            sequence.copy_from = sequence.pages.pop()
+        if hit.known_tokens - hit.num_tokens >= self.limits.min_checkpoint_tokens:
+            sequence.stops.add(hit.known_tokens)  # others had this prefix too, and may come again
+        while len(sequence.pages) < self._num_pages(sequence):
+            self._add_page(sequence)
+        sequence.write_rows = [self.cache.take_row() for _ in range(self.limits.rows_per_slot - 1)]
+        sequence.move_to(sequence.next_phase)
+        self._running.append(sequence)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = hit.num_tokens
+            self.metrics.hit_tokens += hit.num_tokens
+
+    # Memory of those that run.
+
+    def _grow(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Those that decode, each with a page for its next token; the youngest are preempted where there is none."""
+        for sequence in sorted(decoding, key=lambda s: s.number):
+            while sequence.is_running and len(sequence.pages) < self._num_pages(sequence):
+                if not self._add_page(sequence):
+                    self._preempt(max(self._running, key=lambda s: s.number))
+        return [sequence for sequence in decoding if sequence.is_running]
+
+    def _add_page(self, sequence: Sequence) -> bool:
+        page = self.cache.take_page()
+        if page is not None:
+            sequence.pages.append(page)
+            sequence.pages_version += 1
+        return page is not None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue; its checkpoint is where it stands."""
+        self.metrics.preemptions += 1
+        sequence.move_to("preempted")
+        self._running.remove(sequence)
+        self._release(sequence)
+        self._waiting.appendleft(sequence)
+
+    def _advance(self, sequence: Sequence, count: int, written: int) -> None:
+        """`count` more tokens are computed, the row that was written is the current one."""
+        self._drop_copied(sequence)
+        if sequence.state == "prefilling" or sequence.num_computed < sequence.num_prompt_tokens:
+            self.metrics.computed_tokens += count
+        sequence.num_computed += count
+        sequence.write_rows.remove(written)
+        before, sequence.row = sequence.row, written
+        if before and self.cache.rows.holders(before) == 1:
+            sequence.write_rows.append(before)
+        elif before:
+            self.cache.rows.drop(before)
+        if sequence.state == "prefilling":
+            self._keep_prefix(sequence)
+        while len(sequence.write_rows) < self.limits.rows_per_slot - 1:
+            sequence.write_rows.append(self.cache.take_row())
+        if sequence.state == "prefilling" and sequence.num_left <= 1:
+            sequence.move_to("decoding")
+
+    def _keep_prefix(self, sequence: Sequence) -> None:
+        """Let others have what a chunk has computed; a checkpoint where the plan or another wants it, or it ends."""
+        self._add_pages(sequence)
+        place = sequence.num_computed
+        if place % self.limits.checkpoint_interval == 0 or place in sequence.stops or not sequence.num_left:
+            self._add_checkpoint(sequence)
+
+    def _add_pages(self, sequence: Sequence) -> None:
+        assert sequence.node is not None
+        self.cache.extend(sequence.digests, sequence.token_ids, sequence.num_computed)
+        sequence.node = self.cache.add_pages(
+            sequence.node, sequence.digests, sequence.token_ids, sequence.num_computed, sequence.pages
+        )
+        sequence.pages_version += 1
+
+    def _add_checkpoint(self, sequence: Sequence) -> None:
+        assert sequence.node is not None
+        self.cache.add_checkpoint(
+            sequence.node, sequence.token_ids, sequence.num_computed, sequence.row, sequence.pages
+        )
+
+    def _drop_copied(self, sequence: Sequence) -> None:
+        if sequence.copy_from is not None:
+            self.cache.pages.drop(sequence.copy_from)
+            sequence.copy_from = None
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give back all that it holds; the cache keeps what is of use."""
+        if sequence.num_computed and sequence.copy_from is None:
+            self._add_pages(sequence)
+            self._add_checkpoint(sequence)
+        self._drop_copied(sequence)
+        for page in sequence.pages:
+            self.cache.pages.drop(page)
+        for row in (*sequence.write_rows, *filter(None, [sequence.row])):
+            self.cache.rows.drop(row)
+        self.cache.prune(sequence.node)
+        sequence.pages, sequence.write_rows, sequence.row, sequence.node = [], [], 0, None
+        sequence.num_computed = 0
+        sequence.stops.clear()
+        self._full = False
+
+    # Batches.
+
+    def _prefill(self, prefilling: list[Sequence], room: int) -> Batch:
+        self._oldest_first = not self._oldest_first
+        order = sorted(prefilling, key=lambda s: (0 if self._oldest_first else s.num_left, s.number))
+        counts: list[int] = []
+        for sequence in order:
+            counts.append(sequence.chunk_end(room, self.limits.checkpoint_interval) - sequence.num_computed)
             room -= counts[-1]
             if room == 0:
                 break
-        return self._batch("prefill", prefilling[: len(counts)], counts)
+        return self._batch("prefill", order[: len(counts)], counts)
 
     def _batch(self, phase: Phase, sequences: list[Sequence], counts: list[int]) -> Batch:
         """The smallest program that is large enough."""
         tokens = sum(counts)
         program = next(p for p in self._programs[phase] if p.max_tokens >= tokens and p.max_seqs >= len(sequences))
-        return Batch(program, tuple(sequences), tuple(counts))
+        return Batch.of(program, sequences, counts)
+
+
+def num_common(digests: list[bytes], others: list[bytes]) -> int:
+    """Whole pages that two sequences begin with: as digests are chained, equal ones have equal ones before them."""
+    return bisect_left(range(min(len(digests), len(others))), True, key=lambda i: digests[i] != others[i])
+
+
+def place_bytes(plan: Plan, arena: str) -> int:
+    """Bytes of one page, or of one row of state, in all layers."""
+    buffers = [buffer.tensor for buffer in plan.buffers if buffer.arena == arena]
+    return sum(tensor.size_bytes() // int(tensor.shape[0]) for tensor in buffers)

@@ -2,41 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
+from tokenspeed_plan.runtime.cache import Node
 from tokenspeed_plan.runtime.request import FinishReason, Request, TokenLogprobs
 
+State = Literal["waiting", "prefilling", "decoding", "preempted", "finished", "cancelled"]
 
-@dataclass(slots=True)
+# What may come after each state; there is no other way to change one.
+TRANSITIONS: Mapping[State, frozenset[State]] = {
+    "waiting": frozenset({"prefilling", "decoding", "cancelled"}),
+    "prefilling": frozenset({"decoding", "preempted", "cancelled"}),
+    "decoding": frozenset({"preempted", "finished", "cancelled"}),
+    "preempted": frozenset({"prefilling", "decoding", "cancelled"}),
+    "finished": frozenset(),
+    "cancelled": frozenset(),
+}
+
+
+class IllegalTransition(AssertionError):
+    """A state that cannot come after the present one."""
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
-    """Progress of a request. `num_computed` tokens of it are in the caches."""
+    """Progress of a request. `num_computed` tokens of it are in the caches.
+
+    It holds its `pages`, its `row` (the state after `num_computed` tokens, 0 for none) and `write_rows`, which nobody
+    else holds; pages and row may be shared. `node` is the last of its pages that the prefix cache knows.
+    """
 
     request: Request
     added_s: float
     token_ids: list[int] = field(default_factory=list)  # prompt and generated
+    state: State = "waiting"
+    number: int = 0  # in order of arrival
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
-    rows: range = range(0)  # of recurrent state, its own; the current one is `rows[turn]`
-    turn: int = 0
+    pages_version: int = 0  # rises when `pages` are not what they were, and more
+    row: int = 0
+    write_rows: list[int] = field(default_factory=list)
+    node: Node | None = None
+    digests: list[bytes] = field(default_factory=list)  # of its whole pages, chained
+    stops: set[int] = field(default_factory=set)  # positions where others will want a checkpoint
+    copy_from: int | None = None  # page to be copied before its next step to the one where it goes on
+    num_cached_tokens: int | None = None  # of the prompt, found in the cache when it was first admitted
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
-    @property
-    def read_row(self) -> int:
-        """The row with its state so far; one that has computed nothing reads the zero row."""
-        return self.rows[self.turn] if self.num_computed else 0
+    def move_to(self, state: State) -> None:
+        """Change the state.
+
+        Raises:
+            IllegalTransition: the table has no such step.
+        """
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransition(f"request `{self.request.request_id}` cannot go from {self.state} to {state}")
+        self.state = state
 
     @property
-    def write_row(self) -> int:
-        """The row for its next state: another one, so that a kernel never writes what its neighbours still read."""
-        return self.rows[(self.turn + 1) % len(self.rows)]
-
-    def advance(self, count: int) -> None:
-        """`count` more tokens are computed, the state that was written is the current one."""
-        self.num_computed += count
-        self.turn = (self.turn + 1) % len(self.rows)
+    def is_running(self) -> bool:
+        """Whether it holds memory."""
+        return self.state in ("prefilling", "decoding")
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -49,11 +80,28 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
-    def is_prefilling(self) -> bool:
-        """Whether some of its prompt is not computed yet."""
-        return self.num_computed < self.num_prompt_tokens
+    def num_left(self) -> int:
+        """Known tokens that are not computed yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def next_phase(self) -> State:
+        """One token with a state to go on from is a decode step, whoever computed what is before it."""
+        return "decoding" if self.num_left == 1 and self.row else "prefilling"
 
     @property
     def longest(self) -> int:
         """Tokens that it can come to."""
         return self.num_prompt_tokens + self.request.params.max_tokens
+
+    def chunk_end(self, room: int, interval: int) -> int:
+        """Where its next chunk of at most `room` tokens ends: at a place for a checkpoint, if it comes to one.
+
+        What fits between two checkpoints is not cut at the one in between: a second step would cost more than it saves.
+        """
+        start, known = self.num_computed, len(self.token_ids)
+        end = min(start + room, known)
+        places = [place for place in self.stops if start < place < end]
+        if known - start > interval:
+            places.append((start // interval + 1) * interval)
+        return min([*places, end])

@@ -76,6 +76,8 @@ def graph_of(case: Case) -> OpGraph:
     limits = Limits(
         max_seqs=seqs, max_seq_len=MAX_SEQ_LEN, max_tokens=max(case.num_tokens, seqs), page_size=PAGE,
         num_pages=seqs * MAX_SEQ_LEN // PAGE, rows_per_slot=2, num_rows=2 + 2 * seqs, default_max_tokens=8,
+        interleaved_tokens=max(case.num_tokens, seqs), checkpoint_interval=PAGE, min_checkpoint_tokens=PAGE,
+        num_checkpoints=0,
     )  # fmt: skip
     context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
     sharded = shard(build(context, case.phase), case.layout)

@@ -58,7 +58,7 @@ class Replay:
         self.tokens, self.seqs, self.context = num_seqs * count, num_seqs, max(context, count)
         self.program = _program(plan, phase, self.tokens, num_seqs)
         sequences = tuple(self._sequence(i, count) for i in range(num_seqs))
-        batch = Batch(self.program, sequences, (count,) * num_seqs)
+        batch = Batch.of(self.program, sequences, (count,) * num_seqs)
         self.tokens, self.seqs = batch.run_tokens, batch.run_seqs
         write_inputs(batch, lambda name: executor.buffer(name, self.tokens, self.seqs), plan.limits)
 
@@ -72,7 +72,8 @@ class Replay:
         start = 1 + index * limits.rows_per_slot
         return Sequence(
             Request(str(index), tuple(ids), SamplingParams()), 0.0, ids, num_computed=self.context - count,
-            pages=list(range(index * pages, (index + 1) * pages)), rows=range(start, start + limits.rows_per_slot),
+            pages=list(range(index * pages, (index + 1) * pages)),
+            row=start if self.context > count else 0, write_rows=[start + 1],
         )  # fmt: skip
 
     def measure(self, machine: Machine) -> dict[str, Any]:

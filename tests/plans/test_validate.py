@@ -185,7 +185,9 @@ def retarget_argument(rng: random.Random, plan: Plan) -> Plan | None:
 
 
 def alter_limit(rng: random.Random, plan: Plan) -> Plan | None:
-    name = rng.choice(["max_seqs", "max_tokens", "page_size", "num_pages", "num_rows", "rows_per_slot"])
+    name = rng.choice(
+        ["max_seqs", "max_tokens", "page_size", "num_pages", "num_rows", "rows_per_slot", "num_checkpoints"]
+    )
     value = getattr(plan.limits, name)
     limits = plan.limits.model_copy(update={name: value + rng.choice([-1, 1, value])})
     return plan.model_copy(update={"limits": limits})

@@ -1,0 +1,155 @@
+"""Random conversations that share prefixes in many ways, an oracle for their answers, and engines under pressure."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.runtime import Engine, Request, SamplingParams
+from tokenspeed_plan.runtime.cache import PrefixCache
+from tokenspeed_plan.runtime.executor import Executor
+from torch import Tensor
+
+VOCAB = 480
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One request, and what it must say."""
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    answer: tuple[int, ...]
+
+
+Conversation = list[Turn]
+
+
+def squeezed(plan: Plan, **limits: int) -> Plan:
+    """The plan with less of everything; its buffers are larger than it needs."""
+    changed = plan.limits.model_copy(update=limits)
+    rows = 2 + changed.max_seqs * changed.rows_per_slot + changed.num_checkpoints
+    assert rows <= plan.limits.num_rows
+    return plan.model_copy(update={"limits": changed.model_copy(update={"num_rows": rows})})
+
+
+def converse(plan: Plan, folder: Path, count: int, seed: int) -> list[Conversation]:
+    """Conversations of one to four turns. Some begin alike, some branch off others, some repeat or edit a turn.
+
+    The answers are those of an engine without a cache.
+    """
+    rng, oracle = random.Random(seed), Engine.from_plan(plan, folder, cache=False)
+    systems = [draw(rng, size) for size in (5, 33, 64, 90)]
+    told: list[Conversation] = [[] for _ in range(count)]
+    for _ in range(4):
+        asked = {index: next_prompt(rng, told, index, systems) for index in range(count) if rng.random() < 0.8}
+        for index, (prompt, most) in asked.items():
+            oracle.add(Request(str(index), prompt, SamplingParams(max_tokens=most, ignore_eos=True)))
+        while oracle.num_unfinished:
+            for done in oracle.step():
+                index = int(done.request_id)
+                told[index].append(Turn(*asked[index], done.token_ids))
+    return [turns for turns in told if turns]
+
+
+def next_prompt(
+    rng: random.Random, told: list[Conversation], index: int, systems: list[tuple[int, ...]]
+) -> tuple[tuple[int, ...], int]:
+    most = rng.choice((1, 2, 5, 9, 40))
+    turns = told[index] or (rng.choice(told) if rng.random() < 0.3 else [])  # branch off another conversation
+    if not turns:
+        return rng.choice(systems) + draw(rng, rng.choice((0, 1, 7, 40))), most
+    last = turns[-1]
+    if rng.random() < 0.15:
+        return last.prompt_ids, most  # once more
+    whole = last.prompt_ids + last.answer
+    if rng.random() < 0.2:
+        whole = whole[: rng.randrange(1, len(whole))]  # edited
+    return (whole + draw(rng, rng.choice((1, 3, 16, 30))))[:280], most
+
+
+def draw(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(VOCAB) for _ in range(count))
+
+
+def replay(engine: Engine, told: list[Conversation], seed: int, cancel: float = 0.0) -> None:
+    """Have all conversations at once; every answer must be the oracle's. `cancel`: how often one is cut and repeated."""
+    rng = random.Random(seed)
+    left = [list(turns) for turns in told]
+    flying: dict[str, tuple[int, Turn, Any]] = {}
+    number = 0
+    while flying or any(left):
+        ready = [i for i, turns in enumerate(left) if turns and not any(f[0] == i for f in flying.values())]
+        for index in rng.sample(ready, min(len(ready), rng.choice((0, 1, 4)))):
+            turn, number = left[index][0], number + 1
+            params = SamplingParams(max_tokens=turn.max_tokens, ignore_eos=True)
+            engine.add(Request(str(number), turn.prompt_ids, params))
+            flying[str(number)] = (index, turn, engine._scheduler._waiting[-1])
+        if flying and rng.random() < cancel:
+            name = rng.choice(sorted(flying))
+            engine._scheduler.cancel(flying.pop(name)[2])
+        for done in engine.step():
+            index, turn, _ = flying.pop(done.request_id)
+            assert done.token_ids == turn.answer, f"conversation {index}, prompt of {len(turn.prompt_ids)} tokens"
+            left[index].pop(0)
+    while engine.num_unfinished or engine._flying:
+        engine.step()
+
+
+def check_all_is_given_back(cache: PrefixCache) -> None:
+    """With nobody running, every page and row is free or in the tree, and exactly as often as the holders say."""
+    nodes, stack = [], [cache.root]
+    while stack:
+        node = stack.pop()
+        below = [*node.children.values(), *node.tails]
+        assert all(child.parent is node for child in below)
+        assert node is cache.root or not node.is_leaf or node.row, "a leaf that no hit can use"
+        nodes += below
+        stack += below
+    pages = [node.page for node in nodes]
+    rows = [node.row for node in (*nodes, cache.root) if node.row]
+    for pool, held in ((cache.pages, pages), (cache.rows, rows)):
+        for place in pool._holders:
+            assert pool.holders(place) == held.count(place)
+        assert sorted(pool._free) == sorted(set(pool._holders) - set(held))
+    assert {node for node in nodes if node.row} == set(cache._checkpoints)
+    assert {node.digest: node for node in nodes if node.digest} == cache._index
+
+
+class PoisonExecutor(Executor):
+    """What is free is filled with rubbish before each step; what the cache holds must not change in it."""
+
+    cache: PrefixCache | None = None
+
+    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
+        before = self._poisoned()
+        super().run(program, num_tokens, num_seqs)
+        for view, wanted in before:
+            assert torch.equal(view.nan_to_num(7.0), wanted.nan_to_num(7.0)), "a step wrote what the cache holds"
+
+    def _poisoned(self) -> list[tuple[Tensor, Tensor]]:
+        assert self.cache is not None
+        nodes = list(self.cache._index.values())
+        tails = [tail for node in (self.cache.root, *nodes) for tail in node.tails]
+        kept = []
+        for buffer in self._shared.values():
+            view = self._view(buffer, 0, 0) if buffer.arena in ("kv_cache", "state") else None
+            if view is not None and buffer.arena == "kv_cache":
+                view[self.cache.pages._free] = 1e4  # finite: masked keys have weight 0, and 0 * NaN is not 0
+                kept += [view[[node.page for node in nodes]]] if nodes else []
+                kept += [view[tail.page, :, : len(tail.token_ids)] for tail in tails]
+            elif view is not None:
+                view[self.cache.rows._free] = float("nan")
+                kept += [view[node.row] for node in self.cache._checkpoints]
+        return [(part, part.clone()) for part in kept]
+
+
+def poisoned(plan: Plan, folder: Path, executor: type[PoisonExecutor] = PoisonExecutor) -> Engine:
+    engine = Engine.from_plan(plan, folder, executor=executor)
+    assert isinstance(engine.executor, PoisonExecutor)
+    engine.executor.cache = engine._scheduler.cache
+    return engine

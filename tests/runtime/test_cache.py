@@ -1,0 +1,54 @@
+"""The prefix cache changes no answer: under any pressure, in any batch, with preemption and cancellation."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from conversations import PoisonExecutor, check_all_is_given_back, converse, poisoned, replay, squeezed
+from test_ahead import LateExecutor, captured
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime import Engine, Request, SamplingParams
+
+PAGE = 16
+# pages, checkpoints, sequences at once, interval, least tokens worth a step
+PRESSURES: dict[str, dict[str, int]] = {
+    "roomy": {"num_pages": 184, "num_checkpoints": 16, "checkpoint_interval": 64, "min_checkpoint_tokens": 16},
+    "few_pages": {"num_pages": 24, "num_checkpoints": 16, "checkpoint_interval": 32, "min_checkpoint_tokens": 16},
+    "few_rows": {"num_pages": 184, "num_checkpoints": 0, "checkpoint_interval": 32, "min_checkpoint_tokens": 32},
+    "few_of_both": {"num_pages": 23, "num_checkpoints": 1, "checkpoint_interval": 16, "min_checkpoint_tokens": 16,
+                    "interleaved_tokens": 16},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def told(tiny_plan: Plan, checkpoint: Any) -> Any:
+    """told(seed) -> 50 conversations."""
+    return cache(lambda seed: converse(tiny_plan, checkpoint("moe"), 50, seed))
+
+
+@pytest.mark.parametrize(("seed", "pressure"), list(enumerate(PRESSURES)))
+def test_answers_do_not_depend_on_the_cache(
+    seed: int, pressure: str, told: Any, tiny_plan: Plan, checkpoint: Any
+) -> None:
+    engine = Engine.from_plan(squeezed(tiny_plan, **PRESSURES[pressure]), checkpoint("moe"))
+    replay(engine, told(seed), seed, cancel=0.1)
+    check_all_is_given_back(engine._scheduler.cache)
+    assert engine.metrics.hit_tokens > 2000
+    assert engine.metrics.evicted_checkpoints > 100
+    assert engine.metrics.preemptions or "pages" not in pressure
+    print(pressure, engine.metrics)
+
+
+class LatePoison(LateExecutor, PoisonExecutor):
+    """Both."""
+
+
+@pytest.mark.parametrize("pressure", PRESSURES)
+def test_what_the_cache_holds_is_never_written(pressure: str, told: Any, tiny_plan: Plan, checkpoint: Any) -> None:
+    """Launched ahead, padded, with rubbish in all that is free."""
+    plan = captured(squeezed(tiny_plan, **PRESSURES[pressure]))
+    engine = poisoned(plan, checkpoint("moe"), LatePoison)
+    replay(engine, told(0)[:12], 1, cancel=0.1)
+    check_all_is_given_back(engine._scheduler.cache)
