@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]  # a cancelled request has no completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,21 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token of a request that goes on; the last one of a request comes with its `Completion` alone."""
+
+    request_id: str
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A finished request.
 
     `token_ids` holds every generated token, a stop token included; `text` ends before the stop token or stop string.
     `ttft_s` runs from `Engine.add` to the first token, `decode_s` from the first token to the last.
+    `num_cached_tokens` of the prompt were not computed again.
     """
 
     request_id: str
@@ -62,3 +72,4 @@ class Completion:
     ttft_s: float
     decode_s: float
     logprobs: tuple[TokenLogprobs, ...] = field(default=())
+    num_cached_tokens: int = 0

@@ -49,6 +49,16 @@ class Batch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What is taken: requests that wait and run, slots and pages that are not free."""
+
+    waiting: int
+    running: int
+    slots: int
+    pages: int
+
+
 class Scheduler:
     """Queues, slots and pages."""
 
@@ -69,6 +79,12 @@ class Scheduler:
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
         return len(self._waiting) + len(self._running)
+
+    @property
+    def usage(self) -> Usage:
+        """What is taken now; another thread may ask too."""
+        slots = self.limits.max_seqs - len(self._free_slots)
+        return Usage(len(self._waiting), len(self._running), slots, self.limits.num_pages - len(self._free_pages))
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -107,6 +123,16 @@ class Scheduler:
         self._running.remove(sequence)
         self._free_pages += sequence.pages
         self._free_slots.append(sequence.rows.start // self.limits.rows_per_slot)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a sequence that waits or runs.
+
+        A replay in flight may still write to its pages and rows: it does so before any replay of who gets them next.
+        """
+        if sequence.pages:
+            self.finish(sequence)
+        else:
+            self._waiting.remove(sequence)
 
     def _admit(self) -> None:
         while self._waiting and self._free_slots:
