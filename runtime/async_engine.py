@@ -108,6 +108,10 @@ class Stream:
 class AsyncEngine:
     """One engine, its thread, and the streams of its requests.
 
+    Attributes:
+        on_completion: is told, on the loop, each answer that somebody still wanted.
+        error: what ended the thread before its time.
+
     Example:
         async with AsyncEngine(Engine.load(bundle)) as engine:
             async with engine.stream(ids, SamplingParams(max_tokens=64)) as answer:
@@ -117,6 +121,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.codec = engine.codec
+        self.on_completion: Callable[[Completion], object] | None = None
         self.error: BaseException | None = None
         self._engine = engine
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
@@ -205,7 +210,7 @@ class AsyncEngine:
         self._engine.on_token = self._news.append
         while self._take_orders():
             finished = self._engine.step()
-            news = (*self._news, *finished)
+            news: tuple[NewToken | Completion, ...] = (*self._news, *finished)
             self._news.clear()
             if news:
                 self._loop.call_soon_threadsafe(self._deliver, news)
@@ -221,7 +226,7 @@ class AsyncEngine:
                 return False
             order()
 
-    def _deliver(self, news: Seq[NewToken | Completion]) -> None:
+    def _deliver(self, news: tuple[NewToken | Completion, ...]) -> None:
         """On the loop. What was cancelled meanwhile has no stream any more."""
         for item in news:
             stream = self._streams.get(item.request_id)
@@ -229,6 +234,8 @@ class AsyncEngine:
                 stream.put(item)
                 if isinstance(item, Completion):
                     del self._streams[item.request_id]
+                    if self.on_completion:
+                        self.on_completion(item)
         self._note_idle()
 
     def _note_idle(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +200,7 @@ class Engine:
             done |= {completion.request_id: completion for completion in self.step()}
         return [done[request.request_id] for request in requests]
 
-    def stream(self, prompt_ids: Seq[int], params: SamplingParams = SamplingParams()) -> Iterator[Delta]:  # noqa: B008
+    def stream(self, prompt_ids: Seq[int], params: SamplingParams = SamplingParams()) -> Generator[Delta, None, None]:  # noqa: B008
         """Continue one prompt (token ids): what each step brings, which may be nothing yet. Closing it cancels.
 
         Example:
@@ -213,13 +213,13 @@ class Engine:
         """Refuse what cannot be served.
 
         Raises:
-            RequestError: empty, with ids that the model does not have, or longer than the plan serves.
+            RequestError: empty, with ids that the model does not have, longer than the plan serves, or with parameters
+                that mean nothing.
         """
         length, hint = len(request.prompt_ids), "plan for longer conversations: raise `workload` in the spec"
         if length == 0:
             raise RequestError(f"request `{request.request_id}` has an empty prompt", "give at least one token")
-        if request.params.max_tokens < 1:
-            raise RequestError(f"max_tokens is {request.params.max_tokens}", "ask for at least one token")
+        request.params.check(self.vocab_size)
         if length + request.params.max_tokens > self.max_seq_len:
             raise RequestError(
                 f"{length} prompt tokens and {request.params.max_tokens} new ones are over the plan's limit of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -124,7 +124,7 @@ class Steps(Protocol):
         """One step; returns what it finished."""
 
 
-def stream(engine: Steps, request: Request) -> Iterator[Delta]:
+def stream(engine: Steps, request: Request) -> Generator[Delta, None, None]:
     """Step an engine until one request is answered: a delta a step. Closing it cancels the request."""
     text, tokens = AnswerText(request, engine.codec), list[NewToken]()
     engine.add(request)

@@ -51,7 +51,7 @@ class _Body(_Strict):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
@@ -87,9 +87,10 @@ class Message(BaseModel):
         """Parts that are all text are one text."""
         if not isinstance(content, list):
             return content
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
             raise ValueError("only parts of type `text` are supported")
-        return "".join(str(part.get("text", "")) for part in content)
+        return "".join(part["text"] for part in parts)
 
 
 class ChatBody(_Body):
@@ -191,7 +192,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> RowError:
     """One line for the most telling of pydantic's complaints."""
     first = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
     field = str(first["loc"][0]) if first["loc"] else ""
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         near = difflib.get_close_matches(field, model.model_fields, 1)
         rest = f"did you mean `{near[0]}`?" if near else "it is not supported"
         return RowError(f"unknown field `{_ascii(field)}`, {rest}", _ascii(field), "unsupported_parameter")
