@@ -196,7 +196,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> RowError:
         near = difflib.get_close_matches(field, model.model_fields, 1)
         rest = f"did you mean `{near[0]}`?" if near else "it is not supported"
         return RowError(f"unknown field `{_ascii(field)}`, {rest}", _ascii(field), "unsupported_parameter")
-    if first["type"] == "missing":
+    if first["type"] == "missing" and len(first["loc"]) == 1:
         return RowError(f"`{field}` is missing", field, "missing_required_parameter")
     text = _ascii(f"`{field}`: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r:.60}")
     return RowError(text, field, "invalid_value")
