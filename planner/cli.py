@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 from tokenspeed_plan.planner.commands.bench import bench_command
+from tokenspeed_plan.planner.commands.chat import chat
 from tokenspeed_plan.planner.commands.check import check
 from tokenspeed_plan.planner.commands.plan import plan
 from tokenspeed_plan.planner.commands.run import run
+from tokenspeed_plan.planner.commands.serve import serve
 from tokenspeed_plan.planner.commands.show import diff_command, show
 from tokenspeed_plan.plans.errors import TokenspeedError
 
@@ -44,5 +46,5 @@ def main() -> None:
     """Compile a language model's deployment into a frozen plan, and replay it."""
 
 
-for command in (plan, show, diff_command, check, run, bench_command):
+for command in (plan, show, diff_command, check, run, chat, serve, bench_command):
     main.add_command(command)

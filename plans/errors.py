@@ -47,5 +47,11 @@ class RankError(TokenspeedError):
     exit_code = 1
 
 
+class EngineStopped(TokenspeedError):
+    """The engine has failed or was closed; it takes no requests, and those that it had are lost."""
+
+    exit_code = 1
+
+
 class RequestError(TokenspeedError):
     """A prompt or a batch file asks for what the plan cannot serve."""

@@ -1,4 +1,4 @@
-"""Load a plan and replay it. `Engine` is imported on first use, so that looking at files does not load PyTorch."""
+"""Load a plan and replay it. The engines are imported on first use, so that looking at files does not load PyTorch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
 
 if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.async_engine import AsyncEngine
     from tokenspeed_plan.runtime.engine import Engine
 
 
@@ -15,7 +16,11 @@ def __getattr__(name: str) -> Any:
         from tokenspeed_plan.runtime.engine import Engine
 
         return Engine
+    if name == "AsyncEngine":
+        from tokenspeed_plan.runtime.async_engine import AsyncEngine
+
+        return AsyncEngine
     raise AttributeError(f"module `{__name__}` has no `{name}`")
 
 
-__all__ = ["Completion", "Engine", "Request", "SamplingParams"]
+__all__ = ["AsyncEngine", "Completion", "Engine", "Request", "SamplingParams"]

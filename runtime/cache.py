@@ -87,6 +87,17 @@ class PrefixCache:
         self._clock = 0.0
         self._metrics = metrics
 
+    @property
+    def pages_in_use(self) -> int:
+        """Pages that running sequences hold."""
+        return sum(self.pages.holders(page) > self._nodes_on[page] for page in self.pages)
+
+    @property
+    def rows_in_use(self) -> int:
+        """Rows that running sequences hold."""
+        kept = {node.row for node in list(self._checkpoints)}
+        return sum(self.rows.holders(row) > (row in kept) for row in self.rows)
+
     # Looking up.
 
     def extend(self, digests: list[bytes], token_ids: Seq[int], num_tokens: int) -> None:

@@ -6,6 +6,7 @@ import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -84,7 +85,8 @@ def join(plan: Plan) -> tuple[int, Collectives | None]:
     if world == 1:
         return 0, None
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        # A server may wait for its next request for long; a lost peer is seen without a timeout.
+        dist.init_process_group("gloo", timeout=timedelta(days=365))
         atexit.register(_leave)
     return dist.get_rank(), ProcessCollectives()
 

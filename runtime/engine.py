@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,17 @@ from tokenspeed_plan.runtime.inputs import write_inputs
 from tokenspeed_plan.runtime.kernels import Bodies, KernelSource, load_kernels
 from tokenspeed_plan.runtime.memory import Arenas
 from tokenspeed_plan.runtime.metrics import Metrics
-from tokenspeed_plan.runtime.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
-from tokenspeed_plan.runtime.scheduler import Batch, Scheduler
+from tokenspeed_plan.runtime.request import (
+    Completion,
+    FinishReason,
+    NewToken,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
+from tokenspeed_plan.runtime.scheduler import Batch, Scheduler, Usage
 from tokenspeed_plan.runtime.sequence import Sequence
+from tokenspeed_plan.runtime.streaming import Delta, stream
 from tokenspeed_plan.runtime.tokenizer import Codec, Messages
 from tokenspeed_plan.runtime.weights import load_weights
 from torch import Tensor
@@ -38,6 +46,9 @@ class _Flight:
 
 class Engine:
     """One plan on one rank.
+
+    Attributes:
+        on_token: is told each token of a request that goes on, from inside `step`.
 
     Example:
         engine = Engine.load(Path("plans/frozen/demo-cpu"))
@@ -58,6 +69,8 @@ class Engine:
         self.startup_s: dict[str, float] = {}
         self.executor = executor
         self._scheduler = Scheduler(plan, chunk, cache)
+        self.on_token: Callable[[NewToken], object] | None = None
+        self._sequences: dict[str, Sequence] = {}
         self._stop_ids = frozenset(plan.model.eos_token_ids)
         self._last: Batch | None = None
         self._flying: _Flight | None = None
@@ -147,14 +160,32 @@ class Engine:
         """Requests that wait or run."""
         return self._scheduler.num_unfinished
 
+    @property
+    def usage(self) -> Usage:
+        """Requests, rows and pages in use; all zero where nothing is left to do."""
+        return self._scheduler.usage
+
     def add(self, request: Request) -> None:
         """Queue a request.
 
         Raises:
-            RequestError: empty, with ids that the model does not have, or longer than the plan serves.
+            RequestError: see `check`; or another one of that name is not finished.
         """
-        self._check(request)
-        self._scheduler.add(Sequence(request, time.perf_counter(), list(request.prompt_ids)))
+        self.check(request)
+        if request.request_id in self._sequences:
+            raise RequestError(f"request `{request.request_id}` is not finished", "give each request its own id")
+        sequence = Sequence(request, time.perf_counter(), list(request.prompt_ids))
+        self._sequences[request.request_id] = sequence
+        self._scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request that waits or runs; False where there is none. It gets no completion."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return False
+        sequence.finish_reason = "cancelled"  # what is in flight for it is thrown away
+        self._scheduler.cancel(sequence)
+        return True
 
     def step(self) -> list[Completion]:
         """Launch a replay, and take over the one before it; returns the requests that are finished now."""
@@ -185,12 +216,26 @@ class Engine:
             done |= {completion.request_id: completion for completion in self.step()}
         return [done[request.request_id] for request in requests]
 
-    def _check(self, request: Request) -> None:
+    def stream(self, prompt_ids: Seq[int], params: SamplingParams = SamplingParams()) -> Generator[Delta, None, None]:  # noqa: B008
+        """Continue one prompt (token ids): what each step brings, which may be nothing yet. Closing it cancels.
+
+        Example:
+            for delta in engine.stream(engine.codec.encode("def add(a, b):")):
+                print(delta.text, end="", flush=True)
+        """
+        return stream(self, Request("stream", tuple(prompt_ids), params))
+
+    def check(self, request: Request) -> None:
+        """Refuse what cannot be served.
+
+        Raises:
+            RequestError: empty, with ids that the model does not have, longer than the plan serves, or with parameters
+                that mean nothing.
+        """
         length, hint = len(request.prompt_ids), "plan for longer conversations: raise `workload` in the spec"
         if length == 0:
             raise RequestError(f"request `{request.request_id}` has an empty prompt", "give at least one token")
-        if request.params.max_tokens < 1:
-            raise RequestError(f"max_tokens is {request.params.max_tokens}", "ask for at least one token")
+        request.params.check(self.vocab_size)
         if length + request.params.max_tokens > self.max_seq_len:
             raise RequestError(
                 f"{length} prompt tokens and {request.params.max_tokens} new ones are over the plan's limit of "
@@ -238,7 +283,10 @@ class Engine:
             sequence.finish_reason = self._finish_reason(sequence)
             if sequence.finish_reason:
                 self._scheduler.finish(sequence)
+                del self._sequences[sequence.request.request_id]
                 finished.append(self._completion(sequence))
+            elif self.on_token:
+                self.on_token(_new_token(sequence))
         return finished
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -283,6 +331,11 @@ def executor_of(plan: Plan) -> type[Executor]:
     from tokenspeed_plan.runtime.graphs import GraphExecutor
 
     return GraphExecutor
+
+
+def _new_token(sequence: Sequence) -> NewToken:
+    logprobs = sequence.logprobs[-1] if sequence.logprobs else None
+    return NewToken(sequence.request.request_id, sequence.token_ids[-1], logprobs)
 
 
 def token_logprobs(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class Pool:
@@ -16,6 +16,9 @@ class Pool:
     def num_free(self) -> int:
         """Places that nobody holds."""
         return len(self._free)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._holders)
 
     def __len__(self) -> int:
         return len(self._holders)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
+from tokenspeed_plan.plans.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled"]  # a cancelled request has no completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,23 @@ class SamplingParams:
     ignore_eos: bool = False
     num_logprobs: int | None = None
 
+    def check(self, vocab_size: int) -> None:
+        """Refuse what no kernel could carry out.
+
+        Raises:
+            RequestError: a number is out of its range.
+        """
+        ranges = (
+            ("max_tokens", self.max_tokens >= 1, "at least one"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and up to 1"),
+            ("top_k", 0 <= self.top_k < 1 << 31, "0 or more, in 32 bits"),
+            ("num_logprobs", 0 <= (self.num_logprobs or 0) <= vocab_size, f"0 to {vocab_size}"),
+        )
+        for name, holds, wanted in ranges:
+            if not holds:
+                raise RequestError(f"{name} is {getattr(self, name)}", f"it must be {wanted}")
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -44,6 +63,15 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token of a request that goes on; the last one of a request comes with its `Completion` alone."""
+
+    request_id: str
+    token_id: int
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

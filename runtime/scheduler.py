@@ -70,6 +70,16 @@ class Batch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What is taken: requests that wait and run, rows and pages that they hold, the cache's own left out."""
+
+    waiting: int
+    running: int
+    rows: int
+    pages: int
+
+
 class Scheduler:
     """The queue, the running sequences, and through the prefix cache all pages and rows."""
 
@@ -96,6 +106,11 @@ class Scheduler:
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
         return len(self._waiting) + len(self._running)
+
+    @property
+    def usage(self) -> Usage:
+        """What is taken now; another thread may ask too."""
+        return Usage(len(self._waiting), len(self._running), self.cache.rows_in_use, self.cache.pages_in_use)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""

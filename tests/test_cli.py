@@ -26,6 +26,10 @@ SURFACE = {
     "run": {"bundle", "source", "output", "prompt", "max_tokens", "temperature", "seed", "weights", "errors", "summary",
             "order", "max_errors", "limit", "shard", "max_concurrency", "no_canary", "quiet",
             "bodies", "check"},
+    "serve": {"bundle", "host", "port", "api_key", "model_name", "max_requests", "max_body_bytes", "body_timeout_s",
+              "drain_s", "weights", "bodies", "no_canary"},
+    "chat": {"bundle", "system", "max_tokens", "temperature", "top_p", "top_k", "seed", "weights", "bodies",
+             "no_canary"},
     "bench": {"bundle", "weights", "batch", "context", "prefill", "as_json"},
 }  # fmt: skip
 

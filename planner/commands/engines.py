@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenspeed_plan.codegen.chat import ChatTemplate
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import Plan
 
@@ -14,8 +16,13 @@ if TYPE_CHECKING:
     from tokenspeed_plan.runtime.engine import Engine
 
 
-def on_all_ranks(bundle: Path, options: dict[str, Any], work: Callable[[], int | None]) -> int | None:
-    """Do the work on rank 0; other processes of a sharded plan repeat its replays."""
+def on_all_ranks(
+    bundle: Path, options: dict[str, Any], work: Callable[[], int | None], ignored: tuple[signal.Signals, ...] = ()
+) -> int | None:
+    """Do the work on rank 0; other processes of a sharded plan repeat its replays.
+
+    They ignore some signals, where rank 0 is the one to say when it is over.
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return work()
     from tokenspeed_plan.runtime.collectives import join, own_rank, world_size
@@ -26,13 +33,22 @@ def on_all_ranks(bundle: Path, options: dict[str, Any], work: Callable[[], int |
         return 0  # rank 0 says so
     join(frozen)
     if own_rank():
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
         follow(load_engine(bundle, options).executor)
         return 0
     with leading():
         return work()
 
 
-def load_engine(bundle: Path, options: dict[str, Any]) -> Engine:
+def load_chat_template(bundle: Path, options: dict[str, Any]) -> ChatTemplate | None:
+    """How the model of a bundle wants chats; None where it does not say."""
+    from tokenspeed_plan.runtime.checks import find_weights
+
+    return ChatTemplate.load(find_weights(load_plan(bundle), bundle, options["weights"]))
+
+
+def load_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None = None) -> Engine:
     """An engine with the weights and bodies of a command's options; rank 0 of several leads the others."""
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.executor import Executor
@@ -42,12 +58,12 @@ def load_engine(bundle: Path, options: dict[str, Any]) -> Engine:
         from tokenspeed_plan.runtime.ranks import LeadingExecutor
 
         executor = LeadingExecutor
-    return Engine.load(bundle, options["weights"], bodies=options["bodies"], executor=executor)
+    return Engine.load(bundle, options["weights"], chat, bodies=options["bodies"], executor=executor)
 
 
-def ready_engine(bundle: Path, options: dict[str, Any]) -> Engine:
+def ready_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None = None) -> Engine:
     """An engine that has proved itself."""
-    engine = load_engine(bundle, options)
+    engine = load_engine(bundle, options, chat)
     if not options["no_canary"]:
         engine.time_startup("canary_s", lambda: replay_canary(engine.plan, engine))
     return engine

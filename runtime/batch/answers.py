@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenspeed_plan.runtime.batch.rows import ChatBody, Codec, Row
+from tokenspeed_plan.runtime.batch.rows import ChatBody, Codec, CompletionBody, Row
 from tokenspeed_plan.runtime.request import Completion, TokenLogprobs
 
 Json = dict[str, Any]
@@ -17,16 +17,13 @@ def answer_line(row: Row, completions: Sequence[Completion], codec: Codec, model
     It holds no clock: a row answered twice gives the same bytes, so `created` is 0.
     """
     is_chat = isinstance(row.body, ChatBody)
-    choices = [_choice(row, index, completion, codec) for index, completion in enumerate(completions)]
-    prompt = completions[0].num_prompt_tokens
-    generated = sum(len(completion.token_ids) for completion in completions)
     body = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{row.key.removeprefix('batch_req_')}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": 0,
         "model": row.body.model or model,
-        "choices": choices,
-        "usage": {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated},
+        "choices": [choice(row.body, index, completion, codec) for index, completion in enumerate(completions)],
+        "usage": usage(completions[0].num_prompt_tokens, completions),
     }
     response = {"status_code": 200, "request_id": row.key.replace("batch_req_", "req_"), "body": body}
     return {"id": row.key, "custom_id": row.custom_id, "response": response, "error": None}
@@ -38,22 +35,31 @@ def error_line(custom_id: str | None, line: int, code: str, message: str) -> Jso
     return {"id": f"batch_req_line_{line}", "custom_id": custom_id, "response": None, "error": error}
 
 
-def _choice(row: Row, index: int, completion: Completion, codec: Codec) -> Json:
-    choice: Json = {"index": index, "finish_reason": completion.finish_reason}
-    if isinstance(row.body, ChatBody):
-        choice["message"] = {"role": "assistant", "content": completion.text}
-        choice["logprobs"] = _chat_logprobs(completion.logprobs, codec) if completion.logprobs else None
+def usage(num_prompt_tokens: int, completions: Sequence[Completion]) -> Json:
+    """Tokens in and out."""
+    generated = sum(len(completion.token_ids) for completion in completions)
+    total = num_prompt_tokens + generated
+    return {"prompt_tokens": num_prompt_tokens, "completion_tokens": generated, "total_tokens": total}
+
+
+def choice(body: CompletionBody | ChatBody, index: int, completion: Completion, codec: Codec) -> Json:
+    """One of the answers to a row."""
+    made: Json = {"index": index, "finish_reason": completion.finish_reason}
+    if isinstance(body, ChatBody):
+        made["message"] = {"role": "assistant", "content": completion.text}
+        made["logprobs"] = chat_logprobs(completion.logprobs, codec) if completion.logprobs else None
     else:
-        choice["text"] = completion.text
-        choice["logprobs"] = _text_logprobs(completion.logprobs, codec) if completion.logprobs else None
-    if row.body.return_token_ids:
-        choice["token_ids"] = list(completion.token_ids)
-    return choice
+        made["text"] = completion.text
+        made["logprobs"] = text_logprobs(completion.logprobs, codec) if completion.logprobs else None
+    if body.return_token_ids:
+        made["token_ids"] = list(completion.token_ids)
+    return made
 
 
-def _text_logprobs(logprobs: Sequence[TokenLogprobs], codec: Codec) -> Json:
+def text_logprobs(logprobs: Sequence[TokenLogprobs], codec: Codec, at: int = 0) -> Json:
+    """As completions have them; `at` is where the first token stands in the text."""
     tokens = [codec.decode([item.token_id]) for item in logprobs]
-    offsets, at = [], 0
+    offsets = []
     for token in tokens:
         offsets.append(at)
         at += len(token)
@@ -65,7 +71,9 @@ def _text_logprobs(logprobs: Sequence[TokenLogprobs], codec: Codec) -> Json:
     }
 
 
-def _chat_logprobs(logprobs: Sequence[TokenLogprobs], codec: Codec) -> Json:
+def chat_logprobs(logprobs: Sequence[TokenLogprobs], codec: Codec) -> Json:
+    """As chats have them."""
+
     def entry(token: int, value: float) -> Json:
         text = codec.decode([token])
         return {"token": text, "logprob": value, "bytes": list(text.encode())}

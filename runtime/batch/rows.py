@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from tokenspeed_plan.plans.canon import canonical, sha256
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.request import Request, SamplingParams
@@ -19,7 +19,12 @@ TokenId = Annotated[int, Field(ge=0)]
 
 
 class RowError(ValueError):
-    """A line that cannot be run; the message is one line."""
+    """A line that cannot be run; the message is one line. `param` and `code` are what OpenAI's API calls the fault."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class Codec(Protocol):
@@ -46,7 +51,7 @@ class _Body(_Strict):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
@@ -75,6 +80,17 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     role: str
     content: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, content: Any) -> Any:
+        """Parts that are all text are one text."""
+        if not isinstance(content, list):
+            return content
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
+            raise ValueError("only parts of type `text` are supported")
+        return "".join(part["text"] for part in parts)
 
 
 class ChatBody(_Body):
@@ -108,26 +124,33 @@ def _no_constant(name: str) -> NoReturn:
     raise RowError(f"{name} is not JSON")
 
 
-def parse_json(raw: bytes) -> Any:
-    """JSON of a line.
+def parse_json(raw: bytes, what: str = "line") -> dict[str, Any]:
+    """The JSON object of a line.
 
     Raises:
-        RowError: it is not JSON.
+        RowError: it is none.
     """
     if len(raw) > MAX_LINE_BYTES:
-        raise RowError(f"the line has {len(raw)} bytes, the most is {MAX_LINE_BYTES}")
+        raise RowError(f"the {what} has {len(raw)} bytes, the most is {MAX_LINE_BYTES}")
+    data = _parse_json(raw, what)
+    if not isinstance(data, dict):
+        raise RowError(f"the {what} is not a JSON object")
+    return data
+
+
+def _parse_json(raw: bytes, what: str) -> Any:
     try:
         return json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
     except RowError:
         raise
     except UnicodeDecodeError:
-        raise RowError("the line is not UTF-8") from None
+        raise RowError(f"the {what} is not UTF-8") from None
     except RecursionError:
-        raise RowError("the line is nested too deeply") from None
+        raise RowError(f"the {what} is nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise RowError(f"the line is not JSON at column {error.colno}: {error.msg}") from None
+        raise RowError(f"the {what} is not JSON at column {error.colno}: {error.msg}") from None
     except ValueError as error:  # an integer of thousands of digits
-        raise RowError(f"the line is not JSON: {error}") from None
+        raise RowError(f"the {what} is not JSON: {error}") from None
 
 
 def parse_row(raw: bytes, line: int, plan_digest: str) -> Row:
@@ -137,36 +160,46 @@ def parse_row(raw: bytes, line: int, plan_digest: str) -> Row:
         RowError: what is wrong with it.
     """
     data = parse_json(raw)
-    if not isinstance(data, dict):
-        raise RowError("the line is not a JSON object")
     try:
         head = _Line.model_validate(data)
-        kind: type[CompletionBody | ChatBody] = CompletionBody if head.url == "/v1/completions" else ChatBody
     except ValidationError as error:
-        raise RowError(_explain(error, _Line)) from None
+        raise explain(error, _Line) from None
     try:
-        body = kind.model_validate(head.body)
+        body = parse_body(head.url, head.body)
         key = "batch_req_" + sha256(plan_digest + canonical(data))[:32]
         head.custom_id.encode()
-    except ValidationError as error:
-        raise RowError("body: " + _explain(error, kind)) from None
+    except RowError as error:
+        raise RowError(f"body: {error}") from None
     except (UnicodeEncodeError, RecursionError):
         raise RowError("the line holds text that is not Unicode, or is nested too deeply") from None
     return Row(line, head.custom_id, head.url, body, key)
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+def parse_body(url: Url, data: dict[str, Any]) -> CompletionBody | ChatBody:
+    """The body of a request to one of the endpoints.
+
+    Raises:
+        RowError: what is wrong with it.
+    """
+    kind: type[CompletionBody | ChatBody] = CompletionBody if url == "/v1/completions" else ChatBody
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise explain(error, kind) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> RowError:
     """One line for the most telling of pydantic's complaints."""
     first = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
     field = str(first["loc"][0]) if first["loc"] else ""
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         near = difflib.get_close_matches(field, model.model_fields, 1)
-        return f"unknown field `{_ascii(field)}`" + (
-            f", did you mean `{near[0]}`?" if near else ", it is not supported"
-        )
-    if first["type"] == "missing":
-        return f"`{field}` is missing"
-    return _ascii(f"`{field}`: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r:.60}")
+        rest = f"did you mean `{near[0]}`?" if near else "it is not supported"
+        return RowError(f"unknown field `{_ascii(field)}`, {rest}", _ascii(field), "unsupported_parameter")
+    if first["type"] == "missing" and len(first["loc"]) == 1:
+        return RowError(f"`{field}` is missing", field, "missing_required_parameter")
+    text = _ascii(f"`{field}`: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r:.60}")
+    return RowError(text, field, "invalid_value")
 
 
 def _ascii(text: str) -> str:
@@ -217,7 +250,9 @@ def to_requests(row: Row, codec: Codec, limits: RowLimits) -> tuple[Request, ...
     if room < (asked or 1):
         raise RowError(
             f"{len(ids)} prompt tokens and max_tokens {asked or 1} are over the plan's limit of "
-            f"{limits.max_seq_len} (max_seq_len)"
+            f"{limits.max_seq_len} (max_seq_len)",
+            "messages" if isinstance(row.body, ChatBody) else "prompt",
+            "context_length_exceeded",
         )
     base = _params(row, asked or min(limits.default_max_tokens, room))
     seed = row.body.seed if row.body.seed is not None else int(row.key[-15:], 16)

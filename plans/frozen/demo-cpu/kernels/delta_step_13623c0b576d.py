@@ -45,8 +45,8 @@ def delta_step(
     delta_gates_a_log,  # weight, fp32 [8]
     delta_gates_dt_bias,  # weight, fp32 [8]
     gated_norm_w,  # weight, fp32 [32]
-    causal_conv_conv_state,  # state, fp32 [34, 3, 512]
-    delta_rule_ssm_state,  # state, fp32 [34, 8, 32, 32]
+    causal_conv_conv_state,  # state, fp32 [98, 3, 512]
+    delta_rule_ssm_state,  # state, fp32 [98, 8, 32, 32]
     gated_norm_y,  # output, fp32 [num_tokens, 256]
     num_tokens,
     num_seqs,

@@ -1,0 +1,91 @@
+"""A server in a process of its own, on a free port, and what it says and counts."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import httpx
+import torch
+from tokenspeed_plan.planner.cli import main
+
+# Forked from one process that has loaded all this once, and nothing of the tests.
+FORKS = multiprocessing.get_context("forkserver")
+PRELOADED = ["tokenspeed_plan.planner.cli", "tokenspeed_plan.runtime.engine", "tokenspeed_plan.runtime.server"]
+KEY = "sk-of-the-tests"
+IN_USE = ("requests_waiting", "requests_running", "requests_in_flight", "state_rows_used", "kv_pages_used")
+
+
+def be_command(args: Sequence[str], log: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.pop("TOKENSPEED_API_KEY", None)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    main(list(args))
+
+
+class Server:
+    """`tokenspeed serve` on a bundle."""
+
+    def __init__(self, bundle: Path, log: Path, *options: object) -> None:
+        args = ["serve", bundle, "--port", 0, "--no-canary", *options]
+        self.log = log
+        self.process: BaseProcess = FORKS.Process(target=be_command, args=([*map(str, args)], log), daemon=True)
+        self.process.start()
+        self.url = self._ready()
+        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
+
+    def _ready(self, seconds: float = 60) -> str:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self.process.is_alive():
+            if found := re.search(r"ready at (http://\S+)/v1", self.text()):
+                return found[1]
+            time.sleep(0.02)
+        raise AssertionError(f"the server does not come up: {self.text()}")
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def metric(self, name: str) -> float:
+        """One number; all with its labels added up."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if re.match(rf"tokenspeed_{name}[ {{]", line))
+
+    def in_use(self) -> dict[str, float]:
+        return {name: self.metric(name) for name in IN_USE}
+
+    def settle(self, seconds: float = 10) -> dict[str, float]:
+        """What is in use once nothing is, or after some time."""
+        until = time.monotonic() + seconds
+        while any((used := self.in_use()).values()) and time.monotonic() < until:
+            time.sleep(0.02)
+        return used
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        assert self.process.pid
+        os.kill(self.process.pid, number)
+
+    def wait(self, seconds: float = 30) -> int | None:
+        """Its exit code."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+
+@contextmanager
+def serving(bundle: Path, folder: Path, *options: object) -> Iterator[Server]:
+    FORKS.set_forkserver_preload(PRELOADED)
+    server = Server(bundle, folder / "server.log", *options)
+    try:
+        yield server
+    finally:
+        server.http.close()
+        server.process.kill()
+        server.process.join()

@@ -1,0 +1,159 @@
+"""`tokenspeed chat`: the answers of the model's own template, turn by turn, and a program that does not end early."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import termios
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import COMMAND
+from click.testing import CliRunner, Result
+from conftest import ROOT
+from tokenspeed_plan.codegen.chat import ChatTemplate
+from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime.streaming import Delta
+
+BUNDLE = ROOT / "plans/frozen/demo-cpu"
+MODEL = ROOT / "examples/demo/model"
+PARAMS: dict[str, Any] = {"max_tokens": 12, "temperature": 0.7, "top_p": 0.9, "top_k": 40}
+FLAGS = ("--max-tokens", 12, "--temperature", 0.7, "--top-p", 0.9, "--top-k", 40, "--seed", 5, "--no-canary")
+
+
+def chat(said: str | bytes, *options: object) -> Result:
+    args = ["chat", str(BUNDLE), *map(str, (*FLAGS, *options))]
+    return CliRunner().invoke(main, args, input=said, catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.load(BUNDLE, chat=ChatTemplate.load(MODEL))
+
+
+def answers(engine: Engine, said: list[str], system: str | None = None, seed: int = 5) -> list[str]:
+    """What the engine says by itself, with all that was said before."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for number, text in enumerate(said):
+        messages.append({"role": "user", "content": text})
+        assert engine.codec
+        ids = engine.codec.encode(engine.codec.render_chat(messages))
+        (done,) = engine.generate([ids], SamplingParams(**PARAMS, seed=seed + number))
+        messages.append({"role": "assistant", "content": done.text})
+    return [message["content"] for message in messages if message["role"] == "assistant"]
+
+
+def test_turns_build_on_each_other(engine: Engine) -> None:
+    said = ["read a file", "now write one", "  and close it "]
+    done = chat("\n\n".join(said) + "\n")
+    assert done.exit_code == 0
+    assert done.stdout == "".join(f"{text}\n" for text in answers(engine, [text.strip() for text in said]))
+    figures = done.stderr.splitlines()
+    cached = [int(re.search(r"; (\d+) of \d+ prompt tokens cached\]", line)[1]) for line in figures]  # type: ignore[index]
+    assert len(cached) == 3 and cached[0] == 0 < cached[1] < cached[2], "each turn goes on where the last one ended"
+
+
+def test_reset_system_and_exit(engine: Engine) -> None:
+    done = chat("one\n/reset\ntwo\n/what\n/exit\nnever\n", "--system", "Be brief.")
+    first, second = answers(engine, ["one"], "Be brief."), answers(engine, ["two"], "Be brief.", 6)
+    assert done.stdout == f"{first[0]}\n{second[0]}\n"
+    assert "there is no `/what`: /reset forgets" in done.stderr
+
+
+def test_a_conversation_that_has_grown_too_long_goes_on_after_a_reset(engine: Engine) -> None:
+    done = chat("x " * 1300 + "\nshort\n")
+    assert done.exit_code == 0
+    assert done.stderr.count("error: the conversation has ") == 1 and "\nhint: forget it with `/reset`" in done.stderr
+    assert done.stdout == answers(engine, ["short"])[0] + "\n", "what was refused is not part of it"
+
+
+def test_what_is_not_utf_8_is_still_a_message() -> None:
+    assert chat(b"caf\xe9 \xff\n").exit_code == 0
+
+
+def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    (model / "chat_template.jinja").unlink()
+    done = chat("hi\n", "--weights", model)
+    assert done.exit_code == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: the model has no chat template\n\nhint: use `tokenspeed run ")
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    plain, engines = Engine.stream, []
+
+    def stream(self: Engine, ids: list[int], params: SamplingParams) -> Generator[Delta, None, None]:
+        engines.append(self)
+        for number, delta in enumerate(plain(self, ids, params)):
+            if len(engines) == 1 and number == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield delta
+
+    monkeypatch.setattr(Engine, "stream", stream)
+    before = signal.getsignal(signal.SIGINT)
+    done = chat("one\n/reset\ntwo\n")
+    whole = answers(engine, ["one"])[0]
+    second = f"\n{answers(engine, ['two'], seed=6)[0]}\n"
+    stopped = done.stdout.removesuffix(second)
+    assert done.exit_code == 0 and done.stdout.endswith(second) and "[stopped]" in done.stderr
+    assert whole.startswith(stopped) and 0 < len(stopped) < len(whole)
+    assert engines[0].usage == engines[1].usage and not engines[0].num_unfinished
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+class Terminal:
+    """A program on a terminal of its own."""
+
+    def __init__(self, *args: object) -> None:
+        self.master, slave = pty.openpty()
+
+        def own_the_terminal() -> None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, args)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=own_the_terminal,
+        )  # fmt: skip
+        os.close(slave)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        self.seen = ""
+        os.write(self.master, text.encode())
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        until = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < until, self.seen
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.seen += os.read(self.master, 65536).decode(errors="replace")
+
+
+def test_on_a_terminal() -> None:
+    """Ctrl-C as the terminal sends it: at the prompt, and while an answer comes."""
+    flags = ("--no-canary", "--max-tokens", 1200, "--temperature", 1.5)
+    terminal = Terminal("chat", BUNDLE, *flags)
+    try:
+        terminal.wait_for("> ")
+        terminal.type("half a thought\x03")
+        terminal.wait_for("Ctrl-C stops an answer")
+        terminal.type("write\n")
+        terminal.wait_for("def ")
+        terminal.type("\x03")
+        terminal.wait_for("[stopped]")
+        terminal.type("/exit\n")
+        assert terminal.process.wait(20) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.master)
