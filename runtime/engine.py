@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,7 @@ class Engine:
         self._stop_ids = frozenset(plan.model.eos_token_ids)
         self._last: Batch | None = None
         self._flying: _Flight | None = None
+        self._away_s = 0.0
         self.executor.prepare()
 
     @classmethod
@@ -189,6 +191,19 @@ class Engine:
 
     def step(self) -> list[Completion]:
         """Launch a replay, and take over the one before it; returns the requests that are finished now."""
+        begun, self._away_s = time.perf_counter(), 0.0
+        finished = self._step()
+        self.metrics.host_s += time.perf_counter() - begun - self._away_s
+        return finished
+
+    @contextmanager
+    def _away(self) -> Iterator[None]:
+        """A replay, or waiting for its tokens: no work of the host."""
+        begun = time.perf_counter()
+        yield
+        self._away_s += time.perf_counter() - begun
+
+    def _step(self) -> list[Completion]:
         finished: list[Completion] = []
         if self._flying is not None:
             flying = self._flying
@@ -262,13 +277,16 @@ class Engine:
         if not batch.follows(self._last):
             write_inputs(batch, buffer, self.plan.limits)
         self._last = batch
-        self.executor.run(batch.program, tokens, seqs)
+        with self._away():
+            self.executor.run(batch.program, tokens, seqs)
         return _Flight(batch, self.executor.fetch(buffer("next_tokens")), buffer("logits"))
 
     def _commit(self, flight: _Flight) -> list[Completion]:
         """Take over what was computed; finish what is done."""
-        next_tokens, batch, finished = flight.next_tokens(), flight.batch, []
+        with self._away():
+            next_tokens = flight.next_tokens()
         now = time.perf_counter()
+        batch, finished = flight.batch, list[Completion]()
         self._scheduler.commit(batch)
         for index, sequence in enumerate(batch.sequences):
             if not sequence.is_running or sequence.num_left:

@@ -30,7 +30,8 @@ SURFACE = {
               "drain_s", "weights", "bodies", "no_canary"},
     "chat": {"bundle", "system", "max_tokens", "temperature", "top_p", "top_k", "seed", "weights", "bodies",
              "no_canary"},
-    "bench": {"bundle", "weights", "batch", "context", "prefill", "as_json"},
+    "bench": {"bundle", "workload", "weights", "batch", "context", "prefill", "as_json", "conversations", "turns",
+              "first_turn_tokens", "turn_tokens", "output_tokens", "seed"},
 }  # fmt: skip
 
 

@@ -4,26 +4,55 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 from tokenspeed_plan.plans.bundle import load_plan
 
 Folder = click.Path(path_type=Path)
+Some = click.IntRange(min=1)
 
 
 @click.command(name="bench")
 @click.argument("bundle", type=Folder)
+@click.option("--workload", type=click.Choice(["programs", "agentic"]), default="programs", show_default=True,
+              help="Each program by itself, or whole conversations through the engine.")  # fmt: skip
 @click.option("--weights", default="random", help="A checkpoint folder, or `random` (the default).")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences that decode.")
-@click.option("--context", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens that each has.")
-@click.option("--prefill", type=click.IntRange(min=0), default=0, help="Also prefill so many tokens of one prompt.")
+@click.option("--batch", type=Some, default=1, show_default=True, help="Programs: sequences that decode.")
+@click.option("--context", type=Some, default=1024, show_default=True, help="Programs: tokens that each has.")
+@click.option("--prefill", type=click.IntRange(min=0), default=0, help="Programs: also prefill so many tokens.")
+@click.option("--conversations", type=Some, help="Agentic: how many at once; the plan's most without it.")
+@click.option("--turns", type=Some, help="Agentic: turns of each; this and what follows: the spec's without it.")
+@click.option("--first-turn-tokens", type=Some, help="Agentic: tokens of the first prompt.")
+@click.option("--turn-tokens", type=click.IntRange(min=0), help="Agentic: new tokens of each later turn.")
+@click.option("--output-tokens", type=Some, help="Agentic: tokens of each answer.")
+@click.option("--seed", type=int, default=0, help="Agentic: of the random tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
-def bench_command(bundle: Path, weights: str, as_json: bool, **options: int) -> None:
-    """Measure BUNDLE on this machine: each program and kernel beside the floor and beside the prediction."""
+def bench_command(bundle: Path, workload: str, weights: str, as_json: bool, **options: int | None) -> None:
+    """Measure BUNDLE on this machine: programs beside the floor and the prediction, or an agent's conversations."""
+    folder = None if weights == "random" else Path(weights)
+    measure = _agentic if workload == "agentic" else _programs
+    found, text = measure(bundle, folder, options)
+    click.echo(json.dumps(found, indent=2) if as_json else text)
+
+
+def _programs(bundle: Path, folder: Path | None, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
     from tokenspeed_plan.runtime import bench
 
     frozen = load_plan(bundle)
-    executor = bench.prepare(frozen, bundle, None if weights == "random" else Path(weights))
-    chosen = bench.Options(options["batch"], options["context"], options["prefill"])
-    found = bench.bench(frozen, executor, chosen)
-    click.echo(json.dumps(found, indent=2) if as_json else bench.as_text(found))
+    executor = bench.prepare(frozen, bundle, folder)
+    found = bench.bench(frozen, executor, bench.Options(options["batch"], options["context"], options["prefill"]))
+    return found, bench.as_text(found)
+
+
+def _agentic(bundle: Path, folder: Path | None, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    from tokenspeed_plan.runtime import bench
+    from tokenspeed_plan.runtime.bench import agentic
+    from tokenspeed_plan.runtime.engine import Engine, executor_of
+
+    frozen = load_plan(bundle)
+    names = ("conversations", "turns", "first_turn_tokens", "turn_tokens", "output_tokens", "seed")
+    told = agentic.Conversations.of(frozen, **{name: options[name] for name in names})
+    engine = Engine(frozen, bench.prepare(frozen, bundle, folder, executor_of(frozen)))
+    found = agentic.agentic(engine, told)
+    return found, agentic.as_text(found)

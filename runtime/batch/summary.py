@@ -50,6 +50,7 @@ class Tally:
     failed: int = 0
     skipped: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompts, found in the prefix cache
     generated_tokens: int = 0
     ttft_s: Histogram = field(default_factory=Histogram)
     tpot_s: Histogram = field(default_factory=Histogram)
@@ -69,6 +70,7 @@ class Tally:
     def add(self, completion: Completion) -> None:
         """Count one choice of a row."""
         self.prompt_tokens += completion.num_prompt_tokens
+        self.cached_tokens += completion.num_cached_tokens
         self.generated_tokens += len(completion.token_ids)
         self.ttft_s.add(completion.ttft_s)
         if len(completion.token_ids) > 1:
@@ -94,14 +96,16 @@ class Tally:
             "interrupted": interrupted,
             "wall_s": round(time.perf_counter() - self.begun_s, 4),
             "startup_s": {name: round(value, 4) for name, value in self.startup_s.items()},
-            "tokens": {"prompt": self.prompt_tokens, "generated": self.generated_tokens},
+            "tokens": {
+                "prompt": self.prompt_tokens, "cached": self.cached_tokens, "generated": self.generated_tokens,
+            },
             "tokens_per_s": {"prompt": round(tokens_in, 2), "generated": round(tokens_out, 2)},
             "ttft_ms": ttft,
             "tpot_ms": tpot,
             "definitions": {"tpot_ms": "time after the first token over tokens after the first; TTFT is not in it"},
             "predicted": dict(predicted),
             "measured": {"tpot_ms": tpot["p50"], "ttft_ms": ttft["p50"]},
-        }
+        }  # fmt: skip
 
 
 def as_text(summary: Mapping[str, Any]) -> str:
@@ -110,7 +114,7 @@ def as_text(summary: Mapping[str, Any]) -> str:
     lines = [
         f"{rows['answered']} answered, {rows['failed']} failed, {rows['skipped']} done before, of {rows['total']} rows"
         f" in {summary['wall_s']:.2f} s",
-        f"tokens: {tokens['prompt']} in, {tokens['generated']} out;"
+        f"tokens: {tokens['prompt']} in ({tokens['cached']} of them cached), {tokens['generated']} out;"
         f" {rates['prompt']:.0f}/s in, {rates['generated']:.0f}/s out",
     ]
     if summary["startup_s"]:

@@ -16,12 +16,16 @@ from typing import Any
 
 import pytest
 from batch_fake import LIMITS, FakeCodec, FakeEngine, plan
+from click.testing import CliRunner
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.batch import BatchOptions, Selection, run_batch
 from tokenspeed_plan.runtime.batch.files import read_whole_lines
+from tokenspeed_plan.runtime.batch.order import GROUP_TOKENS, Waiting
 from tokenspeed_plan.runtime.batch.rows import RowError, check_row, parse_row, to_requests
 from tokenspeed_plan.runtime.batch.summary import Histogram
 
@@ -442,3 +446,39 @@ def test_the_quick_check_and_the_real_one_agree() -> None:
             except RowError:
                 outcomes.append(False)
         assert outcomes[0] == outcomes[1]
+
+
+def test_rows_that_begin_alike_run_one_after_the_other() -> None:
+    """Longest first among groups and within one; without common prefixes, longest first as ever."""
+    waiting = Waiting[str]()
+    alike = list(range(GROUP_TOKENS))
+    for number, (name, prompt, tokens) in enumerate(
+        [("a1", [*alike, 1], 5), ("b", [7], 50), ("a2", [*alike, 2], 90), ("c", [8], 40), ("a3", [*alike, 3], 5)]
+    ):
+        waiting.add(name, prompt, tokens, number)
+    assert len(waiting) == 5
+    assert [waiting.pop() for _ in range(4)] == ["a2", "a1", "a3", "b"]
+    assert waiting.clear() == ["c"] and not len(waiting)
+
+
+def test_shared_prefixes_meet_in_the_cache(tmp_path: Path) -> None:
+    """Two prefixes take turns in the file; answers and their order are those without a cache."""
+    prefixes = ["def first(path):\n    " + "x = open(path)\n    " * 12, "class Second:\n    " + "y = 2\n    " * 20]
+    rows = [{"custom_id": str(i), "method": "POST", "url": "/v1/completions",
+             "body": {"model": "m", "prompt": prefixes[i % 2] + f"# {i}\n", "max_tokens": 4, "temperature": 0}}
+            for i in range(40)]  # fmt: skip
+    source, output, summary = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "sum.json"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bundle = str(ROOT / "plans/frozen/demo-cpu")
+    done = CliRunner().invoke(main, ["run", bundle, "--input", str(source), "--output", str(output), "--summary",
+                                     str(summary), "--no-canary"], catch_exceptions=False)  # fmt: skip
+    assert done.exit_code == 0 and " of them cached), " in done.stderr
+    tokens = json.loads(summary.read_text())["tokens"]
+    assert tokens["cached"] > 0.8 * tokens["prompt"]
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["custom_id"] for answer in answers] == [row["custom_id"] for row in rows]
+    plain = Engine.load(Path(bundle), cache=False)
+    assert plain.codec
+    prompts = [plain.codec.encode(row["body"]["prompt"]) for row in rows]
+    wanted = [completion.text for completion in plain.generate(prompts, SamplingParams(max_tokens=4))]
+    assert [answer["response"]["body"]["choices"][0]["text"] for answer in answers] == wanted

@@ -1,0 +1,129 @@
+"""Conversations as agents have them: a long first turn, then short turns on all that was said before."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.engine import Engine
+from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
+
+DEFINITIONS = {
+    "hit_rate": "prompt tokens that came from the prefix cache, over all prompt tokens",
+    "ttft_ms": "from the request to its first token, the median of each turn",
+    "tpot_ms": "time after the first token over tokens after the first, the median; TTFT is not in it",
+    "turn_time_ms": "from the request to its last token, the median of each turn",
+    "host_us_per_step": "time of a step that is neither a replay nor waiting for its tokens",
+    "state_bytes_copied_per_step": "recurrent state is never copied; a page is, where a turn goes on in its middle",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversations:
+    """What is said: random tokens, different in each conversation; all conversations go on at once."""
+
+    first_turn_tokens: int
+    turn_tokens: int
+    turns: int
+    output_tokens: int
+    conversations: int
+    seed: int = 0
+
+    @classmethod
+    def of(cls, plan: Plan, **given: int | None) -> Conversations:
+        """The spec's, except what is given otherwise."""
+        workload = plan.spec.get("workload", {})
+        facts = {name: workload.get(name, default) for name, default in _DEFAULTS.items()}
+        facts["conversations"] = plan.limits.max_seqs
+        return cls(**facts | {name: value for name, value in given.items() if value is not None})
+
+
+_DEFAULTS = {"first_turn_tokens": 2048, "turn_tokens": 0, "turns": 1, "output_tokens": 512}
+
+
+@dataclass(slots=True)
+class _Conversation:
+    """One of them: what was said so far, and how long each turn took."""
+
+    said: list[int]
+    turns: list[Completion] = field(default_factory=list)
+
+
+def agentic(engine: Engine, options: Conversations) -> dict[str, Any]:
+    """Have all conversations, and say how it went.
+
+    Raises:
+        RequestError: the plan cannot hold such a conversation.
+    """
+    words = _words(engine.vocab_size, options.seed)
+    params = SamplingParams(max_tokens=options.output_tokens, ignore_eos=True)
+    engine.generate(
+        [words(min(options.first_turn_tokens, engine.plan.limits.max_tokens))], SamplingParams(max_tokens=2)
+    )
+    before = asdict(engine.metrics)
+    begun = time.perf_counter()
+    talks = {str(i): _Conversation(words(options.first_turn_tokens)) for i in range(options.conversations)}
+    for name, talk in talks.items():
+        engine.add(Request(name, tuple(talk.said), params))
+    while engine.num_unfinished:
+        for done in engine.step():
+            talk = talks[done.request_id]
+            talk.turns.append(done)
+            if len(talk.turns) < options.turns:
+                talk.said += [*done.token_ids, *words(options.turn_tokens)]
+                engine.add(Request(done.request_id, tuple(talk.said), params))
+    spent = {name: value - before[name] for name, value in asdict(engine.metrics).items()}
+    return _figures(engine, options, list(talks.values()), spent, time.perf_counter() - begun)
+
+
+def _words(vocab_size: int, seed: int) -> Callable[[int], list[int]]:
+    random = torch.Generator().manual_seed(seed)
+    return lambda count: torch.randint(0, vocab_size, (count,), generator=random).tolist()
+
+
+def _figures(
+    engine: Engine, options: Conversations, talks: list[_Conversation], spent: dict[str, float], wall_s: float
+) -> dict[str, Any]:
+    turns = list(zip(*(talk.turns for talk in talks), strict=True))
+    every = [done for turn in turns for done in turn]
+    rests = [done.decode_s / (len(done.token_ids) - 1) for done in every if len(done.token_ids) > 1]
+    prompts = sum(done.num_prompt_tokens for done in every)
+    generated = sum(len(done.token_ids) for done in every)
+    return {
+        "model": engine.plan.model.name, "plan": engine.plan.digest, "workload": asdict(options),
+        "hit_rate": sum(done.num_cached_tokens for done in every) / prompts,
+        "ttft_ms": [_median_ms([done.ttft_s for done in turn]) for turn in turns],
+        "turn_time_ms": [_median_ms([done.ttft_s + done.decode_s for done in turn]) for turn in turns],
+        "tpot_ms": _median_ms(rests),
+        "tokens_per_s_user": generated / len(talks) / wall_s, "tokens_per_s": generated / wall_s, "wall_s": wall_s,
+        "host_us_per_step": spent["host_s"] / spent["steps"] * 1e6,
+        "state_bytes_copied_per_step": spent["copied_bytes"] / spent["steps"],
+        **{name: spent[name] for name in ("steps", "decode_steps", "preemptions", "evicted_checkpoints")},
+        "definitions": DEFINITIONS,
+    }  # fmt: skip
+
+
+def _median_ms(seconds: list[float]) -> float:
+    return round(statistics.median(seconds) * 1e3, 3) if seconds else 0.0
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What a person reads."""
+    told, ttft = found["workload"], found["ttft_ms"]
+    later = ttft[1:] or ttft
+    return "\n".join((
+        f"{told['conversations']} conversations of {told['turns']} turns: {told['first_turn_tokens']} tokens, "
+        f"then {told['turn_tokens']} a turn, {told['output_tokens']} out",
+        f"  cache: {found['hit_rate']:.1%} of the prompts' tokens, {found['evicted_checkpoints']:.0f} evictions, "
+        f"{found['preemptions']:.0f} preemptions",
+        f"  TTFT: first turn {ttft[0]:.1f} ms, second {later[0]:.1f} ms, last {later[-1]:.1f} ms",
+        f"  TPOT {found['tpot_ms']:.3f} ms; a turn {found['turn_time_ms'][-1]:.1f} ms (the last)",
+        f"  {found['tokens_per_s_user']:.1f} tokens/s a user, {found['tokens_per_s']:.1f} in all",
+        f"  host {found['host_us_per_step']:.0f} us a step; "
+        f"{found['state_bytes_copied_per_step']:.0f} bytes copied a step (pages; recurrent state never)",
+    ))  # fmt: skip
