@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from tokenspeed_plan.plans.schema import Program
-from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.plans.schema import KernelCall, Program, Step
+from tokenspeed_plan.runtime.executor import Executor, Instruction
 from tokenspeed_plan.runtime.inputs import write_inputs
+from tokenspeed_plan.runtime.kernels import Launcher
 from tokenspeed_plan.runtime.scheduler import Batch
 from torch import Tensor
 
@@ -18,7 +19,8 @@ class GraphExecutor(Executor):
     """Captured programs are replayed by one launch; nothing here waits for the GPU, except who calls for tokens."""
 
     def prepare(self) -> None:
-        """Capture every program that wants it, on a batch of padding."""
+        """Capture every program that wants it, on a batch of padding; load the kernels of the others."""
+        self._full: dict[tuple[str, int], list[tuple[Tensor, ...]]] = {}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self._pinned = [torch.empty(self.plan.limits.max_seqs, dtype=torch.int32).pin_memory() for _ in range(FLIGHTS)]
         self._events = [torch.cuda.Event() for _ in range(FLIGHTS)]
@@ -26,6 +28,8 @@ class GraphExecutor(Executor):
         for program in self.plan.programs:
             if program.captured:
                 self._capture(program)
+            else:
+                self._bind(program, program.max_tokens, program.max_seqs)
 
     @torch.inference_mode()
     def _capture(self, program: Program) -> None:
@@ -44,6 +48,25 @@ class GraphExecutor(Executor):
             self._graphs[program.phase, program.bucket].replay()
         else:
             super().run(program, num_tokens, num_seqs)
+
+    def steps(self, program: Program, num_tokens: int, num_seqs: int) -> Iterator[tuple[Step, Iterable[Instruction]]]:
+        """Kernels take addresses, so tensors are made once, at the program's size: a new size is ready in no time."""
+        if self.bodies is None:
+            yield from super().steps(program, num_tokens, num_seqs)
+            return
+        key = (program.phase, program.bucket)
+        if key not in self._full:
+            places = self.places(program, program.max_tokens, program.max_seqs)
+            self._full[key] = [self.tensors(step, places) for step in program.steps]
+        launchers: dict[str, Launcher] = {}
+        for step, tensors in zip(program.steps, self._full[key], strict=True):
+            if not isinstance(step, KernelCall):
+                yield step, self.reference(step, tensors)
+                continue
+            if step.kernel not in launchers:
+                kernel = self.kernels[step.kernel]
+                launchers[step.kernel] = self.bodies.launcher(kernel, self.rank, num_tokens, num_seqs, self.collectives)
+            yield step, ((launchers[step.kernel], {}, tensors, ()),)
 
     def fetch(self, values: Tensor) -> Callable[[], list[int]]:
         """The values are copied behind the replay; asking for them waits for that copy alone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 from bundles import COMMAND, Change, break_kernels, in_text, token_ids, write_bundle, write_rows
 from checkpoints import KERNEL, SHORT, Kind, write_checkpoint
 from conftest import ROOT
-from tokenspeed_plan.plans.schema import GridDim, Launch
+from tokenspeed_plan.plans.schema import GridDim, Launch, Program
 from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.graphs import GraphExecutor
+from torch import Tensor
 
 DEMO = ROOT / "plans/frozen/demo-cpu"
 CHUNK = 64  # of the delta rule
@@ -124,3 +128,26 @@ def test_an_altered_text_is_refused_before_it_runs(how: list[str], bundle: Path,
     path.write_text(f"{path.read_text()}\nopen({str(trace)!r}, 'w').close()\n")
     is_clean(run(altered, *how), f"the text of kernel `{path.stem}` is not the plan's")
     assert not trace.exists()
+
+
+class FullSizeExecutor(GraphExecutor):
+    """A GPU's way to bind kernels, to addresses at a program's full size, without its graphs."""
+
+    def prepare(self) -> None:
+        self._full = {}
+
+    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
+        Executor.run(self, program, num_tokens, num_seqs)
+
+    def fetch(self, values: Tensor) -> Callable[[], list[int]]:
+        return Executor.fetch(self, values)
+
+
+def test_kernels_need_only_addresses() -> None:
+    """Bound at a program's full size, they compute batches of any size."""
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    prompts = [list(range(5, 12))]
+    whole, plain = Engine.load(DEMO, bodies="kernels", executor=FullSizeExecutor), Engine.load(DEMO)
+    assert [d.token_ids for d in whole.generate(prompts, params)] == [
+        d.token_ids for d in plain.generate(prompts, params)
+    ]
