@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import Piece, Plan, WeightSpec
 from tokenspeed_plan.runtime.memory import Arenas
+from tokenspeed_plan.runtime.staging import Staging
 from torch import Tensor
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -69,7 +70,10 @@ def load_weights(plan: Plan, folder: Path, arenas_of: Any, rank: int = 0) -> tup
                 for name, box in _boxes(piece, rank):
                     checkpoint.find(name, tuple(part.stop for part in box))
         arenas: Arenas = arenas_of()
-        return arenas, {weight.name: _assemble(weight, checkpoint, arenas, rank) for weight in plan.weights}
+        staging = Staging(plan.target.device)
+        made = {weight.name: _assemble(weight, checkpoint, arenas, rank, staging) for weight in plan.weights}
+        staging.finish()
+        return arenas, made
 
 
 def random_weights(plan: Plan, arenas: Arenas, seed: int = 0) -> dict[str, Tensor]:
@@ -83,14 +87,14 @@ def random_weights(plan: Plan, arenas: Arenas, seed: int = 0) -> dict[str, Tenso
     return made
 
 
-def _assemble(weight: WeightSpec, checkpoint: Checkpoint, arenas: Arenas, rank: int) -> Tensor:
+def _assemble(weight: WeightSpec, checkpoint: Checkpoint, arenas: Arenas, rank: int, staging: Staging) -> Tensor:
     shape = weight.tensor.bind(0, 0)
     view = arenas.view("weights", weight.offset_bytes, shape, weight.tensor.dtype)
     for piece in weight.pieces:
         target = view[tuple(slice(at, at + size) for at, size in zip(piece.at, piece.size, strict=True))]
         parts = target.unbind(0) if "{expert}" in piece.source else (target,)
         for (name, box), part in zip(_boxes(piece, rank), parts, strict=True):
-            part.copy_(checkpoint.find(name, tuple(side.stop for side in box))[box])
+            staging.copy(part, checkpoint.find(name, tuple(side.stop for side in box))[box])
     return view
 
 

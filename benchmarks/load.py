@@ -1,0 +1,93 @@
+"""How fast weights get from files into the arenas, beside reading the same files and throwing them away.
+
+    python benchmarks/load.py DIR [--folder /tmp]
+
+Makes a checkpoint of random weights as the plan of DIR wants it, in a temporary folder, and reads it from the page
+cache: raw, by one thread in blocks of 16 MiB, and through `load_weights`, digests and checks of shapes included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.memory import TORCH_DTYPES, Arenas
+from tokenspeed_plan.runtime.weights import load_weights
+
+SHARD_BYTES = 2 << 30
+BLOCK_BYTES = 16 << 20
+ROUNDS = 3
+
+
+def write_checkpoint(plan: Plan, folder: Path) -> int:
+    """Random tensors of the names and shapes that the plan reads; their bytes."""
+    shapes: dict[str, list[int]] = {}
+    for weight in plan.weights:
+        for piece in weight.pieces:
+            ends = [start + size for start, size in zip(piece.start, piece.size, strict=True)]
+            shapes[piece.source] = [max(pair) for pair in zip(shapes.get(piece.source, ends), ends, strict=True)]
+    dtype = TORCH_DTYPES[plan.weights[0].tensor.dtype]
+    shard: dict[str, torch.Tensor] = {}
+    total = count = 0
+    for name, shape in shapes.items():
+        shard[name] = torch.randn(shape[-1], dtype=torch.float32).to(dtype).expand(shape).contiguous()
+        total += shard[name].nbytes
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
+            save_file(shard, folder / f"model-{count}.safetensors")
+            shard, count = {}, count + 1
+    save_file(shard, folder / f"model-{count}.safetensors")
+    return total
+
+
+def read_raw(folder: Path) -> None:
+    """Read all files, keep nothing."""
+    block = bytearray(BLOCK_BYTES)
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+
+
+def best_s(work: Callable[[], object]) -> float:
+    """The fastest of some rounds."""
+    taken = []
+    for _ in range(ROUNDS):
+        begun = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begun)
+    return min(taken)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    options = parser.parse_args()
+    plan = load_plan(options.bundle)
+    arenas = Arenas(plan.arenas, plan.target.device)
+
+    def load() -> None:
+        load_weights(plan, Path(folder), lambda: arenas, 0)
+        if plan.target.device == "cuda":
+            torch.cuda.synchronize()
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        size_bytes = write_checkpoint(plan, Path(folder))
+        os.sync()
+        raw_s, load_s = best_s(lambda: read_raw(Path(folder))), best_s(load)
+    print(
+        f"{size_bytes / 1e9:.2f} GB: raw {raw_s:.2f} s ({size_bytes / raw_s / 1e9:.2f} GB/s), "
+        f"load_weights {load_s:.2f} s ({size_bytes / load_s / 1e9:.2f} GB/s): {raw_s / load_s:.0%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
