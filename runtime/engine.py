@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
@@ -49,7 +50,9 @@ class Engine:
         self.codec = codec
         self.startup_s: dict[str, float] = {}
         self.executor = executor
+        self._chunk = chunk
         self._scheduler = Scheduler(plan, chunk)
+        self._ids = itertools.count()
         self._stop_ids = frozenset(plan.model.eos_token_ids)
         self._last: Batch | None = None
         self._flying: _Flight | None = None
@@ -161,13 +164,24 @@ class Engine:
 
     def generate(self, prompts: Iterable[Seq[int]], params: SamplingParams = SamplingParams()) -> list[Completion]:  # noqa: B008
         """Continue all prompts (token ids); answers in their order."""
-        requests = [Request(str(index), tuple(ids), params) for index, ids in enumerate(prompts)]
+        requests = [Request(f"generate-{next(self._ids)}", tuple(ids), params) for ids in prompts]
+        for request in requests:
+            self._check(request)  # all of them before one is queued
         for request in requests:
             self.add(request)
         done: dict[str, Completion] = {}
-        while any(request.request_id not in done for request in requests):
-            done |= {completion.request_id: completion for completion in self.step()}
+        try:
+            while any(request.request_id not in done for request in requests):
+                done |= {completion.request_id: completion for completion in self.step()}
+        except BaseException:
+            self._drop_all()
+            raise
         return [done[request.request_id] for request in requests]
+
+    def _drop_all(self) -> None:
+        """Forget every request, and what was launched for them."""
+        self._scheduler = Scheduler(self.plan, self._chunk)
+        self._last = self._flying = None
 
     def _check(self, request: Request) -> None:
         length, hint = len(request.prompt_ids), "plan for longer conversations: raise `workload` in the spec"

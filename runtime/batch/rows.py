@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn, Protocol
 
@@ -108,6 +109,13 @@ def _no_constant(name: str) -> NoReturn:
     raise RowError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise RowError(f"{text:.40} is beyond the range of a double")
+    return value
+
+
 def parse_json(raw: bytes) -> Any:
     """JSON of a line.
 
@@ -117,7 +125,7 @@ def parse_json(raw: bytes) -> Any:
     if len(raw) > MAX_LINE_BYTES:
         raise RowError(f"the line has {len(raw)} bytes, the most is {MAX_LINE_BYTES}")
     try:
-        return json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
+        return json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
     except RowError:
         raise
     except UnicodeDecodeError:
@@ -186,15 +194,14 @@ class RowLimits:
 def check_row(row: Row, codec: Codec, limits: RowLimits) -> None:
     """Find what would be refused later, without tokenising where bytes already tell.
 
-    A byte-level tokenizer never makes more tokens than there are bytes.
+    A byte-level tokenizer never makes more tokens of ASCII than there are bytes; other text may grow when normalised.
 
     Raises:
         RowError: see `to_requests`.
     """
     body = row.body
     if isinstance(body, CompletionBody) and isinstance(body.prompt, str) and body.prompt:
-        longest = len(body.prompt.encode(errors="surrogatepass")) + (body.max_tokens or 1)
-        if longest <= limits.max_seq_len and max(body.prompt) < "\ud800":
+        if body.prompt.isascii() and len(body.prompt) + (body.max_tokens or 1) <= limits.max_seq_len:
             return
     to_requests(row, codec, limits)
 
