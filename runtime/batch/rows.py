@@ -200,9 +200,9 @@ def check_row(row: Row, codec: Codec, limits: RowLimits) -> None:
         RowError: see `to_requests`.
     """
     body = row.body
-    if isinstance(body, CompletionBody) and isinstance(body.prompt, str) and body.prompt:
-        if body.prompt.isascii() and len(body.prompt) + (body.max_tokens or 1) <= limits.max_seq_len:
-            return
+    prompt = body.prompt if isinstance(body, CompletionBody) else None
+    if isinstance(prompt, str) and prompt.isascii() and 0 < len(prompt) <= limits.max_seq_len - (body.max_tokens or 1):
+        return
     to_requests(row, codec, limits)
 
 
