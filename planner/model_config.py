@@ -13,6 +13,7 @@ from tokenspeed_plan.plans.errors import SpecError
 
 LayerType = Literal["linear_attention", "full_attention"]
 MAX_LAYERS = 4096
+MAX_VOCAB = 1 << 20  # sampling packs a token and its logit into 64 bits
 _MODEL_TYPES = {"qwen3_5": False, "qwen3_5_text": False, "qwen3_5_moe": True, "qwen3_5_moe_text": True}
 
 
@@ -96,7 +97,7 @@ class ModelConfig:
         return cls(
             name=name,
             hidden_size=text.integer("hidden_size"),
-            vocab_size=text.integer("vocab_size"),
+            vocab_size=_vocab_size(text),
             layer_types=_layer_types(text),
             attention=_attention(text),
             delta_net=_delta_net(text),
@@ -169,6 +170,13 @@ def _refuse_unsupported(reader: _Reader, text: _Reader) -> None:
         raise text.error("`attn_output_gate` is not true, attention without a gate is not planned")
 
 
+def _vocab_size(text: _Reader) -> int:
+    size = text.integer("vocab_size")
+    if size > MAX_VOCAB:
+        raise text.error(f"`vocab_size` is {size}, the most is {MAX_VOCAB}")
+    return size
+
+
 def _layer_types(text: _Reader) -> tuple[LayerType, ...]:
     num_layers = text.integer("num_hidden_layers")
     if num_layers > MAX_LAYERS:
@@ -185,13 +193,11 @@ def _layer_types(text: _Reader) -> tuple[LayerType, ...]:
 
 def _attention(text: _Reader) -> AttentionConfig:
     rope = text.child("rope_parameters") if "rope_parameters" in text.data else text
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "yarn"):
-        raise text.error(f"rope_type {kind!r} is not planned")
+    kind = _rope_type(text)
     head_dim = text.integer("head_dim")
     factor = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 0.25))
-    if not isinstance(factor, (int, float)) or not 0 < factor <= 1:
-        raise text.error(f"`partial_rotary_factor` is {factor!r}")
+    if not isinstance(factor, (int, float)) or not 2 <= head_dim * factor <= head_dim:
+        raise text.error(f"`partial_rotary_factor` is {factor!r}, which turns {factor!r} x {head_dim} channels")
     heads, kv_heads = text.integer("num_attention_heads"), text.integer("num_key_value_heads")
     if heads % kv_heads:
         raise text.error(f"{heads} attention heads do not share {kv_heads} kv heads evenly")
@@ -206,6 +212,31 @@ def _attention(text: _Reader) -> AttentionConfig:
             "original_max_position_embeddings", text.integer("max_position_embeddings", 32768)
         ),
     )
+
+
+# What a rope setting must be where it is given: everything else that transformers knows would change the angles.
+_ROPE_DEFAULTS: dict[str, Any] = {
+    "beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None, "mscale_all_dim": None,
+}  # fmt: skip
+_ROPE_READ = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+_YARN_READ = ("factor", "original_max_position_embeddings")
+
+
+def _rope_type(text: _Reader) -> str:
+    """The kind of rotary embedding; a setting that is not planned is refused, for it would turn every key."""
+    if text.get("rope_scaling") is not None:
+        raise text.error(f"`rope_scaling` is {text.get('rope_scaling')!r}, only `rope_parameters` is read")
+    rope = text.child("rope_parameters") if "rope_parameters" in text.data else _Reader(text.name, {})
+    kind = rope.get("rope_type", text.get("rope_type", "default"))
+    if kind not in ("default", "yarn") or rope.get("type", kind) != kind:
+        raise text.error(f"rope_type {rope.get('type', kind)!r} is not planned")
+    for key, value in rope.data.items():
+        known = key in _ROPE_READ or (kind == "yarn" and key in _YARN_READ)
+        if not known and (key not in _ROPE_DEFAULTS or value != _ROPE_DEFAULTS[key]):
+            raise text.error(f"`rope_parameters.{key}` is {value!r}, which is not planned")
+    if kind == "yarn" and (rope.number("factor", 1.0) < 1 or rope.number("rope_theta", 1e7) <= 1):
+        raise text.error(f"YaRN of factor {rope.get('factor')!r} and rope_theta {rope.get('rope_theta')!r}")
+    return str(kind)
 
 
 def _delta_net(text: _Reader) -> DeltaNetConfig:
@@ -236,7 +267,7 @@ def _moe(text: _Reader) -> MoeConfig:
 def _eos(text: _Reader) -> tuple[int, ...]:
     value = text.get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(item, int) for item in values):
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in values):
         raise text.error(f"`eos_token_id` is {value!r}")
     return tuple(values)
 

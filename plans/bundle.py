@@ -51,7 +51,7 @@ def _spread(value: Any, depth: int, indent: int) -> str:
 def save_plan(
     plan: Plan, folder: Path, sources: Mapping[str, str] | None = None, cubins: Mapping[str, bytes] | None = None
 ) -> Path:
-    """Write the bundle; readers see the old plan or the new one, never half of one.
+    """Write the bundle, `plan.json` after what it names; each file is there whole or not at all.
 
     Args:
         plan: what to write.
@@ -59,13 +59,14 @@ def save_plan(
         sources: the text of each kernel by name.
         cubins: binaries by file name.
     """
+    replaced = _files_listed(folder / PLAN_FILE)
     texts = {f"{name}.py": text.encode() for name, text in (sources or {}).items()}
     _write_all(folder / KERNELS, texts)
     _write_all(folder / CUBIN, cubins or {})
     path = folder / PLAN_FILE
     _write(path, dump_plan(plan).encode())
-    _drop_others(folder / KERNELS, "*.py", texts)
-    _drop_others(folder / CUBIN, "*.cubin", cubins or {})
+    _drop_replaced(folder / KERNELS, replaced - set(texts))
+    _drop_replaced(folder / CUBIN, replaced - set(cubins or {}))
     return path
 
 
@@ -81,10 +82,20 @@ def _write(path: Path, data: bytes) -> None:
     draft.replace(path)
 
 
-def _drop_others(folder: Path, pattern: str, kept: Mapping[str, bytes]) -> None:
-    """What an older plan left behind."""
-    for path in folder.glob(pattern):
-        if path.name not in kept:
+def _files_listed(path: Path) -> set[str]:
+    """Names of the kernels and binaries of the plan that is about to be replaced, of any schema version."""
+    try:
+        fields = json.loads(path.read_bytes())
+        cubins = {f"{item['kernel']}.sm{item['sm']}.cubin" for item in fields["binaries"]}
+        return cubins | {f"{item['name']}.py" for item in fields["kernels"]}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return set()
+
+
+def _drop_replaced(folder: Path, names: set[str]) -> None:
+    """What the plan before left behind; what somebody else put there stays."""
+    for path in sorted(folder.glob("*")):
+        if path.name in names:
             path.unlink()
 
 

@@ -59,10 +59,19 @@ def require(condition: bool, message: str) -> None:
 
 
 def integer(attrs: Attrs, name: str) -> int:
-    """The integer constant `name`."""
+    """The positive integer constant `name`."""
     value = attrs.get(name)
-    require(isinstance(value, int) and not isinstance(value, bool), f"constant `{name}` is {value!r}, not an integer")
+    fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    require(fits, f"constant `{name}` is {value!r}, not a positive integer")
     return value  # type: ignore[return-value]
+
+
+def check_numbers(attrs: Attrs) -> None:
+    """The constants that no shape depends on."""
+    for name in ("eps", "theta", "factor"):
+        value = attrs.get(name, 1.0)
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+        require(fits, f"constant `{name}` is {value!r}, not a positive number")
 
 
 def expect(specs: Specs, name: str, *shape: Dim, dtype: DType | None = None) -> TensorSpec:
@@ -126,7 +135,9 @@ def _head_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 
 def _linear(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    splits = [int(part) for part in str(attrs["splits"]).split(",")]
+    names = str(attrs["splits"]).split(",")
+    require(all(name.isdecimal() and len(name) < 10 for name in names), f"splits {attrs['splits']!r}")
+    splits = [int(name) for name in names]
     expect(specs, "w", sum(splits), width(specs, "x"), dtype=specs["x"].dtype)
     return {f"y{i}": _like(specs, "x", part) for i, part in enumerate(splits)}
 
@@ -362,7 +373,7 @@ def _argmax(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 
 def _advance(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    require(integer(attrs, "page_size") > 0, "page_size is not positive")
+    integer(attrs, "page_size")
     dim = rows(specs, "page_table")
     expect(specs, "next_tokens", dim, dtype="i32")
     for name in BATCH_STATE:
@@ -378,6 +389,8 @@ SAMPLING_INPUTS: dict[str, DType] = {
 
 _CONV_META = ("cu_seqlens", "read_rows", "write_rows")
 
+# Operands of these roles are the io buffers of the same name: many have one shape, and only the name tells them apart.
+BATCH_INPUTS = frozenset((*BATCH_STATE, *SAMPLING_INPUTS, "page_table", "cu_seqlens"))
 OPS: dict[str, OpDef] = {
     "embed": OpDef(("token_ids",), ("y",), _embed, "y = table[token_ids]; ids of other ranks give 0", ("table",)),
     "rms_norm": OpDef(("x",), ("y",), _rms_norm, "y = x / sqrt(mean(x^2) + eps) * (1 + w)", ("w",), attrs=("eps",)),

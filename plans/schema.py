@@ -10,7 +10,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from tokenspeed_plan.plans.ops import Access
-from tokenspeed_plan.plans.types import Attr, Dim, DType, Frozen, Phase, RankShift, TensorSpec
+from tokenspeed_plan.plans.types import (
+    Attr,
+    Count,
+    Dim,
+    DType,
+    Frozen,
+    KernelName,
+    Phase,
+    Positive,
+    RankShift,
+    Sha256,
+    TensorSpec,
+)
 
 SCHEMA_VERSION = 3
 
@@ -116,11 +128,11 @@ class ArenaSpec(Frozen):
     """One allocation."""
 
     name: ArenaName
-    size_bytes: int
+    size_bytes: Annotated[int, Field(ge=0, lt=1 << 50)]
 
 
 class BufferSpec(Frozen):
-    """A tensor at a planned place. `access` of a persistent buffer's last writer is found by the validator."""
+    """A tensor at a planned place."""
 
     name: str
     arena: ArenaName
@@ -183,10 +195,10 @@ class Part(Frozen):
 class GridDim(Frozen):
     """Programs along one dimension: `fixed + ceil(num_tokens * scale / block) + num_seqs * per_seq` (block 0: none)."""
 
-    fixed: int = 0
-    scale: int = 1
-    block: int = 0
-    per_seq: int = 0
+    fixed: Count = 0
+    scale: Positive = 1
+    block: Count = 0
+    per_seq: Count = 0
 
     def at(self, num_tokens: int, num_seqs: int) -> int:
         """The number at the sizes of a batch."""
@@ -203,11 +215,11 @@ class Launch(Frozen):
 
     template: str
     constants: dict[str, Attr]
-    grid: tuple[GridDim, ...]
-    num_warps: int
-    num_stages: int
+    grid: Annotated[tuple[GridDim, ...], Field(min_length=1, max_length=3)]
+    num_warps: Annotated[int, Field(ge=1, le=32)]
+    num_stages: Annotated[int, Field(ge=1, le=32)]
     pdl: bool
-    source_sha256: str
+    source_sha256: Sha256
 
 
 class KernelSpec(Frozen):
@@ -216,7 +228,7 @@ class KernelSpec(Frozen):
     Without `launch` it has no Triton body (fp64, which only the reference computes in).
     """
 
-    name: str
+    name: KernelName
     params: tuple[Param, ...]
     parts: tuple[Part, ...]
     launch: Launch | None = None
@@ -225,12 +237,12 @@ class KernelSpec(Frozen):
 class Binary(Frozen):
     """What the compiler made of a kernel for one architecture; the file is `cubin/<kernel>.sm<sm>.cubin`."""
 
-    kernel: str
-    sm: int
-    cubin_sha256: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
+    kernel: KernelName
+    sm: Positive
+    cubin_sha256: Sha256
+    registers: Count
+    spill_bytes: Count
+    shared_bytes: Count
 
 
 class KernelCall(Frozen):
@@ -288,7 +300,7 @@ class Program(Frozen):
     outputs: tuple[str, ...]
     buffers: tuple[BufferSpec, ...]
     steps: tuple[Step, ...]
-    num_streams: int
+    num_streams: Annotated[int, Field(ge=1, le=64)]
     captured: bool
     predicted_us: float
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 DType = Literal["fp64", "fp32", "bf16", "i64", "i32"]
 DTYPE_BYTES: dict[DType, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "i64": 8, "i32": 4}
@@ -14,6 +14,11 @@ Phase = Literal["prefill", "decode", "draft"]
 
 SymbolicDim = Literal["num_tokens", "num_seqs", "num_seqs+1"]
 Dim = int | SymbolicDim
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # empty until it is known
+KernelName = Annotated[str, Field(pattern="^[a-z0-9_]*$")]  # of a file, so no path; empty until it is digested
 
 Attr = bool | int | float | str
 
@@ -43,9 +48,9 @@ class TensorSpec(Frozen):
 class RankShift(Frozen):
     """An offset that depends on the rank: `(rank // div) % mod * step`."""
 
-    div: int
-    mod: int
-    step: int
+    div: Positive
+    mod: Positive
+    step: Count
 
     def at(self, rank: int) -> int:
         """The offset on `rank`."""

@@ -14,7 +14,7 @@ from itertools import pairwise
 from tokenspeed_plan.plans.canon import kernel_name
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.hazards import check_hazards
-from tokenspeed_plan.plans.ops import OPS, OpDef, ShapeError
+from tokenspeed_plan.plans.ops import BATCH_INPUTS, OPS, OpDef, ShapeError, check_numbers
 from tokenspeed_plan.plans.schema import (
     BufferSpec,
     CollectiveCall,
@@ -49,7 +49,7 @@ def validate(plan: Plan) -> None:
     Raises:
         PlanError: the first rule that is broken, naming what breaks it.
     """
-    for rule in (_names, _limits, _arenas, _memory_map, _weights, _kernels, _programs):
+    for rule in (_names, _limits, _arenas, _memory_map, _weights, _kernels, _binaries, _model, _programs, _canary):
         rule(plan)
 
 
@@ -112,6 +112,10 @@ def _arenas(plan: Plan) -> None:
     for weight in plan.weights:
         size = weight.tensor.size_bytes()
         check(0 <= weight.offset_bytes <= sizes["weights"] - size, lambda w=weight: f"`{w.name}` leaves its arena")  # type: ignore[misc]
+        check(
+            weight.offset_bytes % ALIGNMENT_BYTES == 0,
+            lambda w=weight: f"`{w.name}` starts at {w.offset_bytes}, not aligned",  # type: ignore[misc]
+        )
         weights.append((weight.offset_bytes, weight.offset_bytes + size, weight.name))
     for spans in held.values():
         _disjoint(sorted(spans))
@@ -195,6 +199,10 @@ def _kernels(plan: Plan) -> None:
     for kernel in plan.kernels:
         check(kernel.name == kernel_name(kernel.name.rpartition("_")[0], kernel),
               lambda k=kernel: f"kernel `{k.name}` does not match its digest")  # type: ignore[misc] # fmt: skip
+        for part in kernel.parts:
+            size = part.attrs.get("page_size", plan.limits.page_size)
+            check(size == plan.limits.page_size,
+                  lambda k=kernel, n=size: f"kernel `{k.name}` has pages of {n}, the limits of {plan.limits.page_size}")  # type: ignore[misc] # fmt: skip
         try:
             _kernel_body(kernel)
         except ShapeError as error:
@@ -221,6 +229,7 @@ def _part_outputs(kernel: KernelSpec, part: Part, known: Mapping[str, TensorSpec
     missing = [name for name in part.operands if name not in known]
     check(not missing, lambda: f"kernel `{kernel.name}` reads `{missing[0]}` before it is made")
     _accesses(kernel, part, op)
+    check_numbers(part.attrs)
     specs = op.infer(part.attrs, {role: known[name] for role, name in zip(op.operands, part.operands, strict=True)})
     check(
         len(part.outputs) == len(specs) and not set(part.outputs) & set(known),
@@ -237,12 +246,40 @@ def _accesses(kernel: KernelSpec, part: Part, op: OpDef) -> None:
               lambda: f"kernel `{kernel.name}`: state `{name}` is not {access[1]}")  # noqa: B023 # fmt: skip
 
 
+def _binaries(plan: Plan) -> None:
+    """One for each kernel with a launch, or none at all."""
+    _unique("binary", (binary.kernel for binary in plan.binaries))
+    built = {kernel.name for kernel in plan.kernels if kernel.launch is not None}
+    strange = built.symmetric_difference(binary.kernel for binary in plan.binaries) if plan.binaries else ()
+    check(not strange, lambda: f"there is no pair of kernel and binary called `{min(strange)}`")
+    for binary in plan.binaries:
+        check(binary.sm == plan.target.sm,
+              lambda b=binary: f"the binary of `{b.kernel}` is for sm_{b.sm}, the plan for sm_{plan.target.sm}")  # type: ignore[misc] # fmt: skip
+
+
+def _model(plan: Plan) -> None:
+    """Token ids are below `vocab_size`: each of them must have a logit."""
+    for buffer in plan.buffers:
+        width = buffer.tensor.shape[-1]
+        check(buffer.name != "logits" or width == plan.model.vocab_size,
+              lambda n=width: f"{n} logits for a vocabulary of {plan.model.vocab_size}")  # type: ignore[misc] # fmt: skip
+
+
+def _canary(plan: Plan) -> None:
+    for prompt in plan.canary:
+        lengths = {len(prompt.token_ids), len(prompt.logprobs), len(prompt.margins)}
+        check(len(lengths) == 1 and 0 not in lengths, lambda: "a canary has not as many tokens as logprobs and margins")
+
+
 def _programs(plan: Plan) -> None:
     kernels = {kernel.name: kernel for kernel in plan.kernels}
     weights = {weight.name: weight.tensor for weight in plan.weights}
     shared = {buffer.name: buffer for buffer in plan.buffers}
     for program in plan.programs:
         buffers = shared | {buffer.name: buffer for buffer in program.buffers}
+        missing = {"logits", "next_tokens"} - set(program.outputs)
+        check(not missing, lambda p=program: f"{p.phase}/{p.bucket} does not give `{min(missing)}`")  # type: ignore[misc]  # noqa: B023
+        check(program.phase == "decode" or not program.captured, lambda p=program: f"{p.phase} is captured")  # type: ignore[misc]
         for step in program.steps:
             check(0 <= step.stream < program.num_streams, lambda s=step: f"there is no stream {s.stream}")  # type: ignore[misc]
             if isinstance(step, KernelCall):
@@ -281,6 +318,11 @@ def _call_fits(
             actual = buffer.tensor if buffer and buffer.arena in _ARENAS_OF_ROLE[param.role] else None
         check(actual == param.tensor,
               lambda n=name, p=param: f"`{n}` does not fit parameter `{p.name}` of `{step.kernel}`")  # type: ignore[misc] # fmt: skip
+    args = {param.name: name for param, name in zip(kernel.params, step.args, strict=True)}
+    for part in kernel.parts:
+        for role, operand in zip(OPS[part.kind].operands, part.operands, strict=True):
+            check(role not in BATCH_INPUTS or args.get(operand) == role,
+                  lambda r=role, o=operand: f"`{args.get(o, o)}` is given to `{step.kernel}` as `{r}`")  # type: ignore[misc] # fmt: skip
 
 
 def _collective_fits(plan: Plan, step: CollectiveCall, buffers: Mapping[str, BufferSpec]) -> None:

@@ -14,13 +14,19 @@ def check_target(plan: Plan) -> None:
     """Refuse a plan for another machine.
 
     Raises:
-        PlanError: it is for a GPU that is not here.
+        PlanError: it is for a GPU that is not here, or for several.
     """
     wanted, here = plan.target.sm, compute_capability() if plan.target.sm else 0
     if wanted != here:
         found = f"this machine's is sm_{here}" if here else "there is none here"
         machine = f"{plan.target.count} x {plan.target.gpu} (sm_{wanted})"
         raise PlanError(f"the plan is for {machine}, {found}", "plan it again for this machine: `target: {gpu: ...}`")
+    streams = max(program.num_streams for program in plan.programs)
+    if wanted and (plan.target.count > 1 or streams > 1):
+        raise PlanError(
+            f"the plan is for {plan.target.count} GPUs and {streams} streams, one of each is replayed today",
+            "plan it for one GPU: `target: {count: 1}`",
+        )
 
 
 def compute_capability() -> int:

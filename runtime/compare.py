@@ -84,8 +84,8 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     if not got.is_floating_point():
         return float((got != wanted).sum())
     finite = wanted.isfinite()
-    same = torch.equal(got[~finite].nan_to_num(), wanted[~finite].nan_to_num()) and bool(got[finite].isfinite().all())
-    if not same:
+    same = torch.allclose(got[~finite], wanted[~finite], rtol=0.0, atol=0.0, equal_nan=True)
+    if not same or not got[finite].isfinite().all():
         return float("nan")
     if not finite.any():
         return 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
@@ -69,9 +70,11 @@ class Engine:
         self.codec = codec
         self.startup_s: dict[str, float] = {}
         self.executor = executor
+        self._chunk, self._cache = chunk, cache
         self._scheduler = Scheduler(plan, chunk, cache)
         self.on_token: Callable[[NewToken], object] | None = None
         self._sequences: dict[str, Sequence] = {}
+        self._ids = itertools.count()
         self._stop_ids = frozenset(plan.model.eos_token_ids)
         self._last: Batch | None = None
         self._flying: _Flight | None = None
@@ -223,13 +226,25 @@ class Engine:
 
     def generate(self, prompts: Iterable[Seq[int]], params: SamplingParams = SamplingParams()) -> list[Completion]:  # noqa: B008
         """Continue all prompts (token ids); answers in their order."""
-        requests = [Request(str(index), tuple(ids), params) for index, ids in enumerate(prompts)]
+        requests = [Request(f"generate-{next(self._ids)}", tuple(ids), params) for ids in prompts]
+        for request in requests:
+            self.check(request)  # all of them before one is queued
         for request in requests:
             self.add(request)
         done: dict[str, Completion] = {}
-        while any(request.request_id not in done for request in requests):
-            done |= {completion.request_id: completion for completion in self.step()}
+        try:
+            while any(request.request_id not in done for request in requests):
+                done |= {completion.request_id: completion for completion in self.step()}
+        except BaseException:
+            self._drop_all()
+            raise
         return [done[request.request_id] for request in requests]
+
+    def _drop_all(self) -> None:
+        """Forget every request, and what was launched for them."""
+        self._scheduler = Scheduler(self.plan, self._chunk, self._cache)
+        self._sequences.clear()
+        self._last = self._flying = None
 
     def stream(self, prompt_ids: Seq[int], params: SamplingParams = SamplingParams()) -> Generator[Delta, None, None]:  # noqa: B008
         """Continue one prompt (token ids): what each step brings, which may be nothing yet. Closing it cancels.

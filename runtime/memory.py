@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import ArenaSpec
 from tokenspeed_plan.plans.types import DTYPE_BYTES, DType
 from torch import Tensor
@@ -19,13 +20,26 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 }
 
 
+def _zeros(spec: ArenaSpec, device: str) -> Tensor:
+    try:
+        return torch.zeros(spec.size_bytes, dtype=torch.uint8, device=device)
+    except (RuntimeError, MemoryError) as error:  # PyTorch has no class of its own for this on a CPU
+        reason = str(error).partition("\n")[0]
+        raise PlanError(
+            f"cannot allocate {spec.size_bytes} bytes for `{spec.name}` on this machine's {device}: {reason}",
+            "end other processes, or plan for less: lower `workload.concurrency`",
+        ) from error
+
+
 class Arenas:
-    """The memory of one rank. It starts as zeros: row 0 of every state buffer must be zero, and stays so."""
+    """The memory of one rank. It starts as zeros: row 0 of every state buffer must be zero, and stays so.
+
+    Raises:
+        PlanError: there is not as much as the plan needs.
+    """
 
     def __init__(self, specs: Iterable[ArenaSpec], device: str = "cpu") -> None:
-        self._bytes: dict[str, Tensor] = {
-            spec.name: torch.zeros(spec.size_bytes, dtype=torch.uint8, device=device) for spec in specs
-        }
+        self._bytes: dict[str, Tensor] = {spec.name: _zeros(spec, device) for spec in specs}
 
     def view(self, arena: str, offset_bytes: int, shape: tuple[int, ...], dtype: DType) -> Tensor:
         """A tensor at a planned place; nothing is copied."""

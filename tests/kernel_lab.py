@@ -226,13 +226,15 @@ def run_kernel(built: Built, tensors: list[Tensor], case: Case, rank: int = 0) -
 
 
 def errors(built: Built, case: Case, seed: int = 0, rank: int = 0) -> Iterator[tuple[str, float]]:
-    """(parameter, error) of everything that a kernel writes."""
+    """(parameter, error) of everything that a kernel writes, and of what it must leave as it was."""
     tensors = Inputs(case, seed, rank).of(built.kernel)
     got = run_kernel(built, tensors, case, rank)
     reference(built.kernel, tensors, rank)
     for param, mine, wanted in zip(built.kernel.params, got, tensors, strict=True):
         if param.role == "output" or (param.role == "state" and param.access != "read"):
             yield param.name, difference(mine, wanted)
+        if param.role == "scratch" and param.name.endswith("tickets"):
+            yield param.name, float(mine.count_nonzero())  # the next launch counts from zero
 
 
 def broken(built: Built, old: str, new: str) -> Built:

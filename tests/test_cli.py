@@ -16,7 +16,12 @@ from conftest import ROOT, make_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenspeed_plan.planner.cli import main
-from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.bundle import load_plan, save_plan
+from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.runtime.bench.clock import RUNS
+from tokenspeed_plan.runtime.bench.machine import Machine
+from tokenspeed_plan.runtime.bench.prepare import prepare
+from tokenspeed_plan.runtime.bench.replay import Replay
 
 SURFACE = {
     "plan": {"spec", "out", "check", "no_compile"},
@@ -91,6 +96,16 @@ def test_show_check_and_diff(bundle: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "~ limits.max_seqs                    8 -> 4" in result.stdout
     assert "- program decode/8" in result.stdout
+
+
+def test_a_plan_removes_only_what_the_plan_before_it_wrote(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "plan")
+    mine = tmp_path / "plan/kernels/mine.py"
+    mine.write_text("my own\n")
+    plan = load_plan(bundle)
+    save_plan(plan.model_copy(update={"kernels": plan.kernels[:1]}), tmp_path / "plan", {plan.kernels[0].name: "x"})
+    left = {path.name for path in mine.parent.iterdir()}
+    assert left == {"mine.py", f"{plan.kernels[0].name}.py"}
 
 
 def test_plan_check_sees_a_stale_plan(bundle: Path, tmp_path: Path) -> None:
@@ -238,6 +253,30 @@ def test_bench_measures_every_kernel(bundle: Path) -> None:
     assert rest + experts * 2 / 8 <= decode["floor_bytes"] <= 1.2 * (rest + experts * 4 / 8)
     assert decode["floor_us"] > 0 and decode["measured_us"] > 0
     assert "share" in cli("bench", bundle, "--context", 20).stdout
+
+
+def test_bench_counts_what_was_asked_for_and_stays_there(bundle: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A captured program runs padded, and each run of decode makes the sequences longer."""
+    plan = load_plan(bundle)
+    captured = tuple(program.model_copy(update={"captured": True}) for program in plan.programs)
+    plan = plan.model_copy(update={"programs": captured})
+    executor = prepare(plan, bundle, None)
+    replay = Replay(plan, executor, "decode", 3, 1, 40)
+    assert replay.program.captured and replay.program.max_seqs > 3
+    longest = []
+    run = executor.run
+
+    def watched(program: Program, *size: int) -> None:
+        run(program, *size)
+        longest.append(int(executor.buffer("context_lens", *size).max()))
+
+    monkeypatch.setattr(executor, "run", watched)
+    found = replay.measure(Machine("none", 1e9, 1.0, 1e9))
+    assert (found["batch"], found["tokens"], found["context"]) == (3, 3, 40)
+    assert max(longest) <= 40 + RUNS
+    limit = plan.limits.max_seq_len
+    Replay(plan, executor, "decode", 1, 1, limit - RUNS).measure(Machine("none", 1e9, 1.0, 1e9))
+    is_clean(cli("bench", bundle, "--context", limit), 2, f"cannot hold 1 x {limit + RUNS} tokens")
 
 
 def test_bench_refuses_what_the_plan_cannot_hold(bundle: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tokenspeed_plan.planner.tiling.tuned import Tile
 from tokenspeed_plan.planner.tiling.work import Work
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.kernel_file import kind_of
-from tokenspeed_plan.plans.schema import Binary, KernelCall, KernelSpec, Program
+from tokenspeed_plan.plans.schema import Binary, KernelCall, KernelSpec
 from tokenspeed_plan.runtime.bench import prepare
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 from tokenspeed_plan.runtime.bench.replay import Replay
@@ -84,9 +84,10 @@ def variants(
 class Chain:
     """The whole program with its kernels overlapping, in which one kernel at a time is exchanged."""
 
-    def __init__(self, executor: Executor, program: Program, rows: tuple[int, int]) -> None:
+    def __init__(self, executor: Executor, replay: Replay) -> None:
+        program, self.reset = replay.program, replay.reset
         self.whole = program.captured
-        self.rows = rows
+        self.rows = (replay.run_tokens, replay.run_seqs)
         self.names = [step.kernel for step in program.steps if isinstance(step, KernelCall)]
         steps = executor.steps(program, *self.rows)
         self.calls = [next(iter(work)) for step, work in steps if isinstance(step, KernelCall)]
@@ -99,7 +100,7 @@ class Chain:
             first = self.names.index(name)
             self.executor.execute(self.calls[:first])  # what it reads
             calls = [calls[first]]
-        return time_us(captured(lambda: self.executor.execute(calls), "cuda"), "cuda", REPLAYS)
+        return time_us(captured(lambda: self.executor.execute(calls), "cuda"), "cuda", REPLAYS, reset=self.reset)
 
     def exchanged(self, name: str, built: Built, made: Compiled) -> list[Any]:
         """All instructions, those of one kernel with another build of it."""
@@ -130,7 +131,7 @@ def main() -> None:
     replay = Replay(plan, executor, options.phase, *shape, options.context)
     replay.run()
     program = replay.program
-    rows = (replay.tokens, replay.seqs)
+    rows = (replay.run_tokens, replay.run_seqs)
     names = dict.fromkeys(step.kernel for step in program.steps if isinstance(step, KernelCall))
     kernels = [executor.kernels[name] for name in names]
     wanted = set(filter(None, options.kinds.split(",")))
@@ -139,7 +140,7 @@ def main() -> None:
     }
     jobs = {b.kernel.name: Job(b.kernel, b.source or "", hardware.sm) for found in tried.values() for _, b in found}
     results = compile_all(jobs.values(), Path("/tmp/tune-cache"))
-    chain = Chain(executor, program, rows)
+    chain = Chain(executor, replay)
     for name, found in tried.items():
         report(chain, name, found, {n: results[job.key] for n, job in jobs.items()}, hardware)
 

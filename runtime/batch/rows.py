@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn, Protocol
 
@@ -124,6 +125,13 @@ def _no_constant(name: str) -> NoReturn:
     raise RowError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise RowError(f"{text:.40} is beyond the range of a double")
+    return value
+
+
 def parse_json(raw: bytes, what: str = "line") -> dict[str, Any]:
     """The JSON object of a line.
 
@@ -140,7 +148,7 @@ def parse_json(raw: bytes, what: str = "line") -> dict[str, Any]:
 
 def _parse_json(raw: bytes, what: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
+        return json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
     except RowError:
         raise
     except UnicodeDecodeError:
@@ -219,16 +227,15 @@ class RowLimits:
 def check_row(row: Row, codec: Codec, limits: RowLimits) -> None:
     """Find what would be refused later, without tokenising where bytes already tell.
 
-    A byte-level tokenizer never makes more tokens than there are bytes.
+    A byte-level tokenizer never makes more tokens of ASCII than there are bytes; other text may grow when normalised.
 
     Raises:
         RowError: see `to_requests`.
     """
     body = row.body
-    if isinstance(body, CompletionBody) and isinstance(body.prompt, str) and body.prompt:
-        longest = len(body.prompt.encode(errors="surrogatepass")) + (body.max_tokens or 1)
-        if longest <= limits.max_seq_len and max(body.prompt) < "\ud800":
-            return
+    prompt = body.prompt if isinstance(body, CompletionBody) else None
+    if isinstance(prompt, str) and prompt.isascii() and 0 < len(prompt) <= limits.max_seq_len - (body.max_tokens or 1):
+        return
     to_requests(row, codec, limits)
 
 

@@ -18,7 +18,7 @@ from tokenspeed_plan.runtime.batch.files import STDIO, LineWriter, open_writer, 
 from tokenspeed_plan.runtime.batch.order import Waiting
 from tokenspeed_plan.runtime.batch.progress import Progress
 from tokenspeed_plan.runtime.batch.resume import Sidecar, check_paths
-from tokenspeed_plan.runtime.batch.rows import Codec, Row, RowLimits, parse_row, to_requests
+from tokenspeed_plan.runtime.batch.rows import Codec, Row, RowError, RowLimits, parse_row, to_requests
 from tokenspeed_plan.runtime.batch.summary import Tally, as_text
 from tokenspeed_plan.runtime.request import Completion, Request
 
@@ -184,7 +184,12 @@ class _Run:
             self._tally.skipped += asked
             self._window.append(_Pending(None, line=saved))
         elif asked:
-            pending = _Pending(row, to_requests(row, self.codec, self.plan.limits))
+            try:
+                requests = to_requests(row, self.codec, self.plan.limits)
+            except RowError as error:  # the quick look of the first pass had let it through
+                self._write_error(row.custom_id, line, "invalid_request", str(error))
+                return True
+            pending = _Pending(row, requests)
             self._window.append(pending)
             tokens = sum(request.params.max_tokens for request in pending.requests)
             self._waiting.add(pending, pending.requests[0].prompt_ids, tokens, line)

@@ -11,10 +11,19 @@ import torch
 ROUNDS = 5
 
 
-def time_us(work: Callable[[], object], device: str, count: int = 10) -> float:
-    """Median over rounds of the mean of `count` runs, after one that is not counted."""
+RUNS = 10  # of a round
+
+
+def time_us(
+    work: Callable[[], object], device: str, count: int = RUNS, reset: Callable[[], object] = lambda: None
+) -> float:
+    """Median over rounds of the mean of `count` runs, after one that is not counted; `reset` before each round."""
+    reset()
     work()
-    rounds = [_round_us(work, device, count) for _ in range(ROUNDS)]
+    rounds = []
+    for _ in range(ROUNDS):
+        reset()
+        rounds.append(_round_us(work, device, count))
     return statistics.median(rounds)
 
 

@@ -13,7 +13,7 @@ from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import KernelCall, Plan, Program
 from tokenspeed_plan.plans.types import Phase
 from tokenspeed_plan.runtime.bench.bytes import Load, activation_bytes, bound_flops, floor_bytes
-from tokenspeed_plan.runtime.bench.clock import captured, kernel_times_us, time_us
+from tokenspeed_plan.runtime.bench.clock import RUNS, captured, kernel_times_us, time_us
 from tokenspeed_plan.runtime.bench.machine import Machine, measure_machine
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.inputs import write_inputs
@@ -58,15 +58,28 @@ class Replay:
         self.tokens, self.seqs, self.context = num_seqs * count, num_seqs, max(context, count)
         self.program = _program(plan, phase, self.tokens, num_seqs)
         sequences = tuple(self._sequence(i, count) for i in range(num_seqs))
-        batch = Batch.of(self.program, sequences, (count,) * num_seqs)
-        self.tokens, self.seqs = batch.run_tokens, batch.run_seqs
-        write_inputs(batch, lambda name: executor.buffer(name, self.tokens, self.seqs), plan.limits)
+        self.batch = Batch.of(self.program, sequences, (count,) * num_seqs)
+        self.run_tokens, self.run_seqs = self.batch.run_tokens, self.batch.run_seqs  # padded, where it is captured
+        self.reset()
+
+    def reset(self) -> None:
+        """Write the inputs again: a program of decode leaves those of the step after it."""
+        write_inputs(self.batch, lambda name: self.executor.buffer(name, *self._size), self.plan.limits)
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self.run_tokens, self.run_seqs
 
     def _sequence(self, index: int, count: int) -> Sequence:
         limits = self.plan.limits
-        pages = -(-self.context // limits.page_size)
-        if self.context > limits.max_seq_len or (index + 1) * pages > limits.num_pages:
-            raise PlanError(f"the plan cannot hold {self.seqs} x {self.context} tokens", "lower --context or --batch")
+        longest = self.context + (RUNS if self._advances() else 0)  # each run makes a sequence longer
+        pages = -(-longest // limits.page_size)
+        if longest > limits.max_seq_len or (index + 1) * pages > limits.num_pages:
+            raise PlanError(
+                f"the plan cannot hold {self.seqs} x {longest} tokens, it has {limits.num_pages} pages of "
+                f"{limits.page_size} and max_seq_len {limits.max_seq_len}",
+                "lower --context or --batch",
+            )
         random = torch.Generator().manual_seed(index)
         ids = torch.randint(0, self.plan.model.vocab_size, (self.context,), generator=random).tolist()
         start = 1 + index * limits.rows_per_slot
@@ -80,7 +93,7 @@ class Replay:
         """Times of the whole program and of each kernel."""
         hits = list(self._hits())
         replay = captured(self.run, self.device)
-        taken_us = time_us(replay, self.device)
+        taken_us = time_us(replay, self.device, reset=self.reset)
         loads = [Load(self.tokens, self.seqs, self.context, hit) for hit in hits]
         calls = self._calls()
         floor = sum(
@@ -103,10 +116,14 @@ class Replay:
 
     def run(self) -> None:
         """Once, kernel after kernel."""
-        self.executor.run(self.program, self.tokens, self.seqs)
+        self.executor.run(self.program, *self._size)
 
     def _calls(self) -> list[KernelCall]:
         return [step for step in self.program.steps if isinstance(step, KernelCall)]
+
+    def _advances(self) -> bool:
+        kernels = (self.executor.kernels[call.kernel] for call in self._calls())
+        return any(part.kind == "advance" for kernel in kernels for part in kernel.parts)
 
     def _top_k(self) -> int:
         return next((int(p.attrs["top_k"]) for k in self.plan.kernels for p in k.parts if p.kind == "topk"), 1)
@@ -120,12 +137,12 @@ class Replay:
             chosen = next((o for part in kernel.parts if part.kind == "topk" for o in part.outputs[1:]), None)
             if chosen is not None:
                 index = [param.name for param in kernel.params].index(chosen)
-                ids = self.executor.buffer_of(self.program, call.args[index], self.tokens, self.seqs)
-                hit = int(ids.unique().numel())
+                ids = self.executor.buffer_of(self.program, call.args[index], *self._size)
+                hit = int(ids[: self.tokens].unique().numel())
             yield hit
 
     def _one_by_one(self) -> Iterator[tuple[KernelCall, Callable[[], None]]]:
-        for step, instructions in self.executor.steps(self.program, self.tokens, self.seqs):
+        for step, instructions in self.executor.steps(self.program, *self._size):
 
             def run(instructions: Any = instructions) -> None:
                 self.executor.execute(instructions)
@@ -148,10 +165,12 @@ class Replay:
         return sorted(made, key=lambda row: -row["total_us"])
 
     def _times(self, calls: list[KernelCall]) -> list[float]:
+        self.reset()
         if self.device == "cpu":
             return [time_us(run, "cpu", 1) for _, run in self._one_by_one()]
         alone = self.executor.alone()
-        replay = captured(lambda: alone.run(self.program, self.tokens, self.seqs), self.device)
+        replay = captured(lambda: alone.run(self.program, *self._size), self.device)
+        self.reset()
         kinds = {kind_of(self.executor.kernels[call.kernel]) for call in calls}
         found = kernel_times_us(replay, kinds)
         assert [name for name, _ in found] == [kind_of(self.executor.kernels[call.kernel]) for call in calls], (

@@ -28,25 +28,33 @@ def sample(
     """Argmax where the temperature is 0, else one draw from softmax(logits / temperature) after top-k and top-p.
 
     The draw is a function of a row's seed and of `draw`, its token's number, so that neither batch nor order matter.
-    Rows of the table that stand for no token are never drawn.
+    Rows of the table that stand for no token are never drawn. Logits without a finite sum give no distribution: argmax.
     """
     (greedy_S,) = argmax(attrs, logits_SV)
     hot = (temperature_S > 0).nonzero().flatten()
     if hot.numel():
         rows = (x[hot] for x in (logits_SV, temperature_S, top_p_S, top_k_S, seed_S, draw_S))
-        greedy_S[hot] = _draw(attrs["num_valid_tokens"], *rows)
+        greedy_S[hot] = _draw(attrs["num_valid_tokens"], greedy_S[hot], *rows)
     return (greedy_S,)
 
 
 def _draw(
-    valid: int, logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, seed: Tensor, draw: Tensor
+    valid: int,
+    greedy: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    seed: Tensor,
+    draw: Tensor,
 ) -> Tensor:
     probs, ids = filtered(logits[:, :valid], temperature, top_p, top_k)
     cumulative = probs.cumsum(-1)
     target = uniform(seed, draw)[:, None] * cumulative[:, -1:]
     place = (cumulative <= target).sum(-1, keepdim=True)
-    last = (probs > 0).sum(-1, keepdim=True) - 1
-    return ids.gather(1, torch.minimum(place, last))[:, 0].int()
+    last = ((probs > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
+    drawn = ids.gather(1, torch.minimum(place, last))[:, 0].int()
+    return torch.where(cumulative[:, -1] > 0, drawn, greedy)  # NaN is not
 
 
 def filtered(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from kernel_lab import TOLERANCE, Case, broken, errors, kernels_of
+import torch
+from kernel_lab import TOLERANCE, Case, Inputs, broken, errors, kernels_of, reference, run_kernel
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.plans.kernel_file import is_collective, kind_of
 from triton.runtime.errors import InterpreterError
@@ -47,6 +48,26 @@ def test_kernels_equal_their_references(case: Case) -> None:
                 assert error <= TOLERANCE[case.dtype], (kernel.kernel.name, name, rank)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN
+@pytest.mark.parametrize("gpu", ["cpu", "H200"])
+def test_logits_that_are_no_distribution_still_give_a_token(gpu: str) -> None:
+    """NaN and infinities at any temperature: kernel and reference fall back to the same greedy token."""
+    rows = torch.zeros(8, 512)
+    rows[:2], rows[2:4, 7], rows[4:6] = torch.nan, torch.inf, -torch.inf
+    rows[6:, 100:], rows[6:, 3] = -torch.inf, 1.0
+    case = Case("decode", (1,) * 8, (9,) * 8, gpu=gpu)
+    (built,) = (kernel for kernel in kernels_of(case) if kind_of(kernel.kernel) == "sample")
+    tensors = Inputs(case).of(built.kernel)
+    index = {param.name.rpartition(".")[2]: i for i, param in enumerate(built.kernel.params)}
+    tensors[index["logits"]] = rows
+    tensors[index["temperature"]] = torch.tensor([0.0, 1.0] * 4)
+    tensors[index["top_p"]] = torch.tensor([1.0, 1.0, 0.9, 0.9] * 2)
+    got = run_kernel(built, tensors, case)[index["next_tokens"]].tolist()
+    reference(built.kernel, tensors)
+    assert got[:6] == tensors[index["next_tokens"]].tolist()[:6] == [0, 0, 7, 7, 0, 0]
+    assert all(0 <= token < 100 for token in got[6:])
+
+
 # One constant or sign in each template, by the kinds that are made from it.
 FEW, MANY = CASES["seven rows"], CASES["ragged prefill"]
 MUTATIONS = [
@@ -69,6 +90,9 @@ MUTATIONS = [
     (FEW, "delta_step", "head % GROUP == 0", "head % GROUP == 5"),
     (CASES["bf16, heads of 128 and 256"], "delta_step", "DV // BLOCK_V - 1", "DV // BLOCK_V - 2"),
     (CASES["H200 tiles, seven rows"], "sample", "found == best", "found < best"),
+    (CASES["H200 tiles, seven rows"], "sample", "tl.store(tickets + s, 0)", "pass"),
+    (CASES["H200 tiles, seven rows"], "attention_gate", "tl.store(tickets + s * KV + kv, 0)", "pass"),
+    (CASES["bf16, heads of 128 and 256"], "delta_step", "tl.store(tickets + s * B + head, 0)", "pass"),
     (FEW, "delta_step", "t == TAPS - 1,", "t == TAPS - 2,"),
     (MANY, "conv_qk_norm", "(at >= 0) & (at < count)", "(at >= 0) & (at < count - 1)"),
     (MANY, "gates_delta_chunk", "range(2, BLOCK)", "range(3, BLOCK)"),

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from tokenspeed_plan.planner.compile import compile_plan, find_model
 from tokenspeed_plan.planner.model_config import ModelConfig, load_preset
 from tokenspeed_plan.planner.spec import Spec, load_spec, parse_spec
+from tokenspeed_plan.planner.tiling.rotary import frequencies
 from tokenspeed_plan.plans.errors import SpecError
+from transformers import Qwen3_5MoeTextConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 EXAMPLES = sorted((ROOT / "examples").glob("*/spec.yaml"))
 FULL = """
@@ -154,6 +157,9 @@ def test_wrapped_and_flat_configs_say_the_same() -> None:
     assert wrapped.layer_types.count("full_attention") == 10
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -163,6 +169,17 @@ def test_wrapped_and_flat_configs_say_the_same() -> None:
         ({"num_experts_per_tok": 500}, "top 500 of 256 experts"),
         ({"layer_types": ["full_attention"]}, "does not name 40 layers"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
+        ({"rope_parameters": YARN | {"attention_factor": 1.0}}, "attention_factor` is 1.0"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "truncate` is False"),
+        ({"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}, "mscale` is 0.7"),
+        ({"rope_parameters": YARN | {"beta_fast": 8}}, "beta_fast` is 8"),
+        ({"rope_parameters": YARN | {"factor": 0.5}}, "YaRN of factor 0.5"),
+        ({"rope_parameters": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 4.0}}, "factor` is 4.0"),
+        ({"rope_scaling": YARN}, "`rope_scaling` is"),
+        ({"head_dim": 3}, "turns 0.25 x 3 channels"),
+        ({"eos_token_id": True}, "`eos_token_id` is True"),
+        ({"vocab_size": (1 << 20) + 1}, "the most is 1048576"),
         ({"attention_bias": True}, "biases are not planned"),
         ({"output_gate_type": "sigmoid"}, "output_gate_type"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
@@ -175,6 +192,19 @@ def test_bad_configs(change: dict[str, Any], says: str) -> None:
     config["text_config"] |= change
     with pytest.raises(SpecError, match=says):
         ModelConfig.from_hf(config, "m")
+
+
+@pytest.mark.parametrize("extra", [{}, {"beta_fast": 32, "beta_slow": 1.0, "truncate": True, "mscale": None}])
+def test_yarn_angles_against_transformers(extra: dict[str, Any]) -> None:
+    config = published()["text_config"] | {"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25}}
+    config["rope_parameters"] |= YARN | extra
+    ours = ModelConfig.from_hf(config, "m").attention
+    theirs, scale = ROPE_INIT_FUNCTIONS["yarn"](Qwen3_5MoeTextConfig(**config), "cpu")
+    found, found_scale = frequencies(
+        ours.rotary_dim, ours.rope_theta, ours.rope_factor, ours.rope_original_max_positions
+    )
+    assert found == pytest.approx(theirs.tolist(), rel=1e-5)
+    assert found_scale == pytest.approx(scale)
 
 
 def test_other_families_are_refused() -> None:

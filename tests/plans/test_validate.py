@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,14 @@ from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.passes.fuse import fuse
 from tokenspeed_plan.planner.passes.schedule import schedule
 from tokenspeed_plan.plans.bundle import check_digest, dump_plan, parse_plan, seal
+from tokenspeed_plan.plans.canon import kernel_name
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.schema import KernelCall, Plan, Program
+from tokenspeed_plan.plans.ops import BATCH_INPUTS
+from tokenspeed_plan.plans.schema import ArenaSpec, KernelCall, KernelSpec, Plan, Program
 from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.plans.validate import validate
 from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime.memory import Arenas
 
 PROMPTS = [[3, 4, 5], list(range(30, 100)), [7]]
 Corruption = Callable[[random.Random, Plan], Plan | None]
@@ -141,19 +146,32 @@ def overlap_shared(rng: random.Random, plan: Plan) -> Plan | None:
     return plan.model_copy(update={field: tuple(items)})
 
 
+# Numbers of a model that no shape depends on: another one makes another valid plan, which only a canary can tell.
+FREE = ("eps", "theta", "factor", "original_max_positions", "rotary_dim", "num_valid_tokens")
+
+
 def alter_kernel(rng: random.Random, plan: Plan) -> Plan | None:
+    """A size that shapes depend on, with every name and digest put right."""
     kernels = list(plan.kernels)
     at = rng.randrange(len(kernels))
     parts = list(kernels[at].parts)
     where = rng.randrange(len(parts))
-    numbers = {k: v for k, v in parts[where].attrs.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    numbers = {k: v for k, v in parts[where].attrs.items() if isinstance(v, int) and k not in FREE}
     if not numbers:
         return None
     name = rng.choice(sorted(numbers))
     attrs = dict(parts[where].attrs) | {name: numbers[name] * 2 + 1}
     parts[where] = parts[where].model_copy(update={"attrs": attrs})
-    kernels[at] = kernels[at].model_copy(update={"parts": tuple(parts)})
-    return plan.model_copy(update={"kernels": tuple(kernels)})
+    return with_kernel(plan, at, kernels[at].model_copy(update={"parts": tuple(parts)}))
+
+
+def with_kernel(plan: Plan, at: int, changed: KernelSpec) -> Plan:
+    """The digest in its name put right, in its steps and in the buffers of its scratch too."""
+    old = plan.kernels[at].name
+    changed = changed.model_copy(update={"name": kernel_name(old.rpartition("_")[0], changed)})
+    kernels = (*plan.kernels[:at], changed, *plan.kernels[at + 1 :])
+    text = dump_plan(plan.model_copy(update={"kernels": kernels, "binaries": ()})).replace(old, changed.name)
+    return parse_plan(text, "plan")
 
 
 def alter_piece(rng: random.Random, plan: Plan) -> Plan | None:
@@ -171,15 +189,34 @@ def alter_piece(rng: random.Random, plan: Plan) -> Plan | None:
 
 
 def retarget_argument(rng: random.Random, plan: Plan) -> Plan | None:
-    """To a tensor of another shape, or one that is not there yet."""
+    """To a tensor of another shape, or to another input of the batch, whatever its shape."""
     index, program = pick(rng, plan)
     at = rng.choice([i for i, step in enumerate(program.steps) if isinstance(step, KernelCall)])
     step = program.steps[at]
     assert isinstance(step, KernelCall)
     specs = {b.name: b.tensor for b in (*program.buffers, *plan.buffers)} | {w.name: w.tensor for w in plan.weights}
     place = rng.randrange(len(step.args))
-    others = sorted(name for name, spec in specs.items() if spec != specs[step.args[place]])
+    was = step.args[place]
+    inputs = BATCH_INPUTS if was in BATCH_INPUTS else ()
+    others = sorted(name for name in specs if name != was and (specs[name] != specs[was] or name in inputs))
     args = (*step.args[:place], rng.choice(others), *step.args[place + 1 :])
+    changed = step.model_copy(update={"args": args})
+    return with_program(plan, index, steps=(*program.steps[:at], changed, *program.steps[at + 1 :]))
+
+
+def swap_inputs(rng: random.Random, plan: Plan) -> Plan | None:
+    """Two inputs of one shape, in one step."""
+    index, program = pick(rng, plan)
+    specs = {b.name: b.tensor for b in plan.buffers}
+    at = rng.choice([i for i, step in enumerate(program.steps) if isinstance(step, KernelCall)])
+    step = program.steps[at]
+    assert isinstance(step, KernelCall)
+    pairs = [(a, b) for a in step.args for b in sorted(BATCH_INPUTS & set(specs))
+             if a in BATCH_INPUTS and a != b and specs[a] == specs[b]]  # fmt: skip
+    if not pairs:
+        return None
+    one, other = rng.choice(pairs)
+    args = tuple({one: other, other: one}.get(name, name) for name in step.args)
     changed = step.model_copy(update={"args": args})
     return with_program(plan, index, steps=(*program.steps[:at], changed, *program.steps[at + 1 :]))
 
@@ -203,7 +240,7 @@ def alter_memory(rng: random.Random, plan: Plan) -> Plan | None:
 # Corruptions that always change what the plan says or promises, and those whose effect the engine itself judges.
 ALWAYS: tuple[Corruption, ...] = (
     drop_step, double_step, alter_buffer, alter_shared, overlap_shared, alter_kernel, alter_piece,
-    retarget_argument, alter_limit, alter_memory,
+    retarget_argument, swap_inputs, alter_limit, alter_memory,
 )  # fmt: skip
 JUDGED: tuple[Corruption, ...] = (swap_offsets, move_buffer, reorder_steps)
 
@@ -221,6 +258,82 @@ def test_corruptions_are_refused(corrupt: Corruption, tiny_plan: Plan) -> None:
         if bad is not None:
             assert refused(bad), f"{corrupt.__name__} number {done} was accepted"
             done += 1
+
+
+def test_weights_are_aligned_as_the_kernels_expect(tiny_plan: Plan) -> None:
+    last = max(tiny_plan.weights, key=lambda weight: weight.offset_bytes)
+    moved = last.model_copy(update={"offset_bytes": last.offset_bytes + 16})
+    arenas = tuple(a.model_copy(update={"size_bytes": a.size_bytes + 256}) if a.name == "weights" else a
+                   for a in tiny_plan.arenas)  # fmt: skip
+    memory = tiny_plan.memory_bytes_per_rank
+    memory = memory.model_copy(update={"weights": memory.weights + 256, "total": memory.total + 256})
+    changes = {"arenas": arenas, "memory_bytes_per_rank": memory}
+    validate(tiny_plan.model_copy(update=changes))
+    weights = tuple(moved if weight == last else weight for weight in tiny_plan.weights)
+    with pytest.raises(PlanError, match="not aligned"):
+        validate(tiny_plan.model_copy(update=changes | {"weights": weights}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "attrs", "says"),
+    [
+        ("advance", {"page_size": 1}, "pages of 1"),
+        ("linear", {"splits": "a"}, "splits 'a'"),
+        ("rms_norm", {"eps": "small"}, "`eps` is 'small'"),
+        ("rope", {"theta": "x"}, "`theta` is 'x'"),
+        ("delta_rule", {"num_k_heads": 0}, "`num_k_heads` is 0"),
+        ("attention", {"num_kv_heads": 0}, "`num_kv_heads` is 0"),
+    ],
+)
+def test_constants_that_no_kernel_can_have(kind: str, attrs: dict[str, Any], says: str, tiny_plan: Plan) -> None:
+    at, kernel = next((i, k) for i, k in enumerate(tiny_plan.kernels) if kind in {part.kind for part in k.parts})
+    parts = tuple(part.model_copy(update={"attrs": part.attrs | attrs}) if part.kind == kind else part
+                  for part in kernel.parts)  # fmt: skip
+    with pytest.raises(PlanError, match=says):
+        validate(with_kernel(tiny_plan, at, kernel.model_copy(update={"parts": parts})))
+
+
+BINARY = {"kernel": "k", "sm": 90, "cubin_sha256": "0" * 64, "registers": 1, "spill_bytes": 0, "shared_bytes": 0}
+CANARY = {"prompt_ids": [1], "token_ids": [1], "logprobs": [], "margins": []}
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("kernels.0.launch.grid", []),
+        ("kernels.0.launch.num_warps", -3),
+        ("kernels.0.launch.num_stages", 0),
+        ("kernels.0.launch.grid.0.block", -1),
+        ("kernels.0.launch.source_sha256", "../../x"),
+        ("kernels.0.name", "../../x_0"),
+        ("kernels.0.parts.0.rank_attrs", {"start": {"div": 0, "mod": 1, "step": 1}}),
+        ("kernels.0.parts.0.rank_attrs", {"start": {"div": 1, "mod": 2, "step": -1}}),
+        ("binaries", [BINARY | {"kernel": "../../nope"}]),
+        ("binaries", [BINARY | {"sm": -5}]),
+        ("binaries", [BINARY]),
+        ("binaries", [BINARY, BINARY]),
+        ("programs.0.num_streams", 50_000),
+        ("programs.0.num_streams", 0),
+        ("programs.0.captured", True),
+        ("programs.0.outputs", ["logits"]),
+        ("model.vocab_size", 5000),
+        ("canary", [CANARY]),
+        ("arenas.0.size_bytes", 10**30),
+    ],
+)
+def test_fields_out_of_their_bounds(where: str, value: Any, tiny_plan: Plan) -> None:
+    fields = json.loads(dump_plan(tiny_plan))
+    *path, last = (int(step) if step.isdecimal() else step for step in where.split("."))
+    place = reduce(lambda item, step: item[step], path, fields)
+    assert last in place or isinstance(place, list)
+    place[last] = value
+    with pytest.raises(PlanError):
+        validate(parse_plan(json.dumps(fields), "plan"))
+
+
+def test_memory_that_is_not_there() -> None:
+    with pytest.raises(PlanError, match="cannot allocate 1000000000000000 bytes for `kv_cache`"):
+        Arenas([ArenaSpec(name="kv_cache", size_bytes=10**15)])
 
 
 @pytest.mark.parametrize("corrupt", JUDGED, ids=lambda c: c.__name__)

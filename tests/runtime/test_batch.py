@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,8 @@ BAD = [
     (json.dumps(row(1, temprature=1)), "did you mean `temperature`?"),
     (json.dumps(row(1, temperature="hot")), "`temperature`"),
     (json.dumps(row(1, temperature=-1)), "`temperature`"),
+    (json.dumps(row(1, metadata={"x": 1})).replace('"x": 1', '"x": [-1e999]'), "-1e999 is beyond"),
+    (json.dumps(chat(1)).replace('"role"', '"weight": 1e999, "role"'), "1e999 is beyond"),
     (json.dumps(row(1, top_p=0)), "`top_p`"),
     (json.dumps(row(1, max_tokens=0)), "`max_tokens`"),
     (json.dumps(row(1, stream=True)), "`stream`"),
@@ -434,18 +437,35 @@ def test_any_body_is_refused_or_runs(body: dict[str, Any], is_chat: bool) -> Non
     is_refused_or_runs(json.dumps(data).encode())
 
 
+class NormalisingCodec(FakeCodec):
+    """A byte is a token, after NFC."""
+
+    def encode(self, text: str) -> list[int]:
+        return super().encode(unicodedata.normalize("NFC", text))
+
+
 def test_the_quick_check_and_the_real_one_agree() -> None:
     """The first pass may skip tokenising; it must not let through what the second refuses."""
     for length in range(1, 80):
-        parsed = parse_row(json.dumps(row(1, prompt="é" * length, max_tokens=8)).encode(), 1, "d")
-        outcomes = []
-        for step in (check_row, to_requests):
-            try:
-                step(parsed, FakeCodec(), LIMITS)
-                outcomes.append(True)
-            except RowError:
-                outcomes.append(False)
-        assert outcomes[0] == outcomes[1]
+        for letter in ("e", "é", "\u0958"):  # the last one is twice as long once it is normalised
+            parsed = parse_row(json.dumps(row(1, prompt=letter * length, max_tokens=8)).encode(), 1, "d")
+            outcomes = []
+            for step in (check_row, to_requests):
+                try:
+                    step(parsed, NormalisingCodec(), LIMITS)
+                    outcomes.append(True)
+                except RowError:
+                    outcomes.append(False)
+            assert outcomes[0] == outcomes[1]
+
+
+def test_a_row_that_the_first_look_let_through_becomes_an_error_line(run: Runner, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tokenspeed_plan.runtime.batch.check.check_row", lambda *_: None)
+    assert run([row(0), row(1, prompt="x" * 57), row(2)]) == 1
+    lines = run.out()
+    assert [line["custom_id"] for line in lines] == ["c0", "c1", "c2"]
+    assert [line["error"] is None for line in lines] == [True, False, True]
+    assert "over the plan's limit of 64" in lines[1]["error"]["message"]
 
 
 def test_rows_that_begin_alike_run_one_after_the_other() -> None:

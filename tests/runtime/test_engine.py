@@ -109,6 +109,33 @@ def test_requests_over_the_limits_are_refused(request_: Request, says: str, engi
     assert engine.num_unfinished == 0
 
 
+def test_a_refused_prompt_leaves_no_other_behind(engine: Engine) -> None:
+    with pytest.raises(RequestError):
+        engine.generate([PROMPT, []])
+    assert engine.num_unfinished == 0
+
+
+def test_an_interrupted_call_leaves_nothing_behind(engine: Engine, monkeypatch: Any) -> None:
+    expected = greedy(engine).token_ids
+    steps = iter(range(3))
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: step(self) if next(steps) < 2 else interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        greedy(engine)
+    monkeypatch.undo()
+    assert engine.num_unfinished == 0
+    assert greedy(engine).token_ids == expected
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_top_k_of_any_size_is_no_filter(engine: Engine) -> None:
+    plain, huge = (greedy(engine, temperature=1.0, seed=3, top_k=k).token_ids for k in (0, 1 << 40))
+    assert plain == huge
+
+
 def test_the_longest_sequence_fits_exactly(engine: Engine) -> None:
     (done,) = engine.generate([[1] * 304], SamplingParams(max_tokens=64, ignore_eos=True))
     assert len(done.token_ids) == 64

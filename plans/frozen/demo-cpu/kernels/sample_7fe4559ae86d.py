@@ -84,7 +84,7 @@ def sample(
         higher = tl.max(x, 0)
         first = tl.min(tl.where(x == higher, v, VOCAB), 0)
         token = tl.where(higher > best, first, token)
-        best = tl.maximum(best, higher)
+        best = tl.where(higher > best, higher, best)  # NaN is not
     heat = tl.load(temperature + s)
     if heat > 0.0:
         # Of the tokens in order, best first: the first `count`, of those the first that hold `share` of the mass, and
@@ -102,5 +102,6 @@ def sample(
             mass = _mass(row, floor, best, heat, False, VALID, BLOCK, INDEX_BITS)
         target = tl.minimum(_uniform(tl.load(seed + s), tl.load(draw + s)), 0.9999999) * mass
         key = _largest(row, target, best, heat, False, VALID, BLOCK, INDEX_BITS)
-        token = ((1 << INDEX_BITS) - 1 - key % (1 << INDEX_BITS)).to(tl.int32)
+        drawn = ((1 << INDEX_BITS) - 1 - key % (1 << INDEX_BITS)).to(tl.int32)
+        token = tl.where((mass > 0.0) & (mass < float("inf")), drawn, token)  # NaN or infinity: no distribution
     tl.store(next_tokens + s, token)

@@ -79,8 +79,6 @@ def sample(
     RUN: tl.constexpr = 8192
     VALID: tl.constexpr = 248320
     VOCAB: tl.constexpr = 248320
-    tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
-    tl.extra.cuda.gdc_wait()  # all before this one is done and visible
 
     s = tl.program_id(0)
     row = logits + s.to(tl.int64) * VOCAB
@@ -93,7 +91,7 @@ def sample(
         higher = tl.max(x, 0)
         first = tl.min(tl.where(x == higher, v, VOCAB), 0)
         token = tl.where(higher > best, first, token)
-        best = tl.maximum(best, higher)
+        best = tl.where(higher > best, higher, best)  # NaN is not
     tl.store(bests + s * PARTS + part, best)
     tl.store(tokens + s * PARTS + part, token)
     tl.debug_barrier()
@@ -122,5 +120,6 @@ def sample(
             mass = _mass(row, floor, best, heat, False, VALID, BLOCK, INDEX_BITS)
         target = tl.minimum(_uniform(tl.load(seed + s), tl.load(draw + s)), 0.9999999) * mass
         key = _largest(row, target, best, heat, False, VALID, BLOCK, INDEX_BITS)
-        token = ((1 << INDEX_BITS) - 1 - key % (1 << INDEX_BITS)).to(tl.int32)
+        drawn = ((1 << INDEX_BITS) - 1 - key % (1 << INDEX_BITS)).to(tl.int32)
+        token = tl.where((mass > 0.0) & (mass < float("inf")), drawn, token)  # NaN or infinity: no distribution
     tl.store(next_tokens + s, token)
