@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from conftest import ROOT, make_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenspeed_plan.codegen.chat import ChatTemplate
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.bundle import check_cubins, load_plan, save_plan, seal
 from tokenspeed_plan.plans.errors import PlanError
@@ -117,6 +118,13 @@ def test_check_looks_at_cubins_and_asks_for_a_canary(bundle: Path, tmp_path: Pat
               {k.name: (bundle / f"kernels/{k.name}.py").read_text() for k in plan.kernels})  # fmt: skip
     is_clean(cli("check", tmp_path / "plan", "--canary"), 2, "has no canary")
     assert cli("run", bundle, "--check", "--prompt", "x").exit_code == 2
+
+
+def test_text_that_is_not_unicode(bundle: Path, tmp_path: Path) -> None:
+    is_clean(cli("run", bundle, "--no-canary", "--prompt", "\udcff"), 2, "not Unicode")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(PlanError, match="not UTF-8"):
+        ChatTemplate.load(tmp_path)
 
 
 def test_plan_check_sees_a_stale_plan(bundle: Path, tmp_path: Path) -> None:
