@@ -53,7 +53,10 @@ class ChatTemplate:
     def load(cls, folder: Path) -> ChatTemplate | None:
         """The template of a model folder, from its own file or from `tokenizer_config.json`; None without one."""
         path, config = folder / "chat_template.jinja", _tokenizer_config(folder)
-        source = path.read_text() if path.is_file() else config.get("chat_template")
+        try:
+            source = path.read_text() if path.is_file() else config.get("chat_template")
+        except UnicodeDecodeError as error:
+            raise PlanError(f"`{path}` is not UTF-8", "use the file of the published model") from error
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         tokens = {name: config[name] for name in names if isinstance(config.get(name), str)}
         return cls(source, tokens) if isinstance(source, str) else None

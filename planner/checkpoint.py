@@ -53,9 +53,9 @@ def _read_header(path: Path) -> dict[str, dict]:  # type: ignore[type-arg]
                 raise ValueError("header too long")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        if not all({"shape", "dtype"} <= set(entry) for entry in header.values()):
+        if not all({"shape", "dtype"} <= set(entry) and isinstance(entry["shape"], list) for entry in header.values()):
             raise ValueError("entry without shape or dtype")
-    except (OSError, ValueError, AttributeError, TypeError, struct.error) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, struct.error) as error:
         raise SpecError(f"`{path}` is not a safetensors file: {error}", _HINT) from error
     return header  # type: ignore[no-any-return]
 
@@ -78,8 +78,10 @@ def num_valid_tokens(folder: Path, vocab_size: int) -> int:
         data = json.loads(path.read_text())
         ids = [*data["model"]["vocab"].values(), *(token["id"] for token in data.get("added_tokens", []))]
         count = 1 + max(ids)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SpecError(f"`{path}` is not a tokenizer: {error}", _HINT) from error
+    if count < 1:
+        raise SpecError(f"`{path}` has no id over {count - 1}", _HINT)
     if count > vocab_size:
         raise SpecError(f"`{path}` has ids up to {count - 1}, the model has {vocab_size} rows", _HINT)
     return int(count)

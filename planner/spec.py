@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -190,7 +191,7 @@ def _section(location: tuple[int | str, ...]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    text = " ".join(reprlib.repr(value).split())  # never all of it: aliases make a page of YAML endless
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

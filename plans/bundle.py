@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from tokenspeed_plan.plans.canon import canonical, plan_digest
+from tokenspeed_plan.plans.canon import canonical, plan_digest, sha256
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_file import KERNELS, read_source
 from tokenspeed_plan.plans.schema import SCHEMA_VERSION, Plan
@@ -112,6 +112,19 @@ def check_sources(plan: Plan, folder: Path) -> int:
     if strangers:
         raise PlanError(f"`{folder / KERNELS / min(strangers)}.py` is not in the plan", _REPLAN)
     return len(built)
+
+
+def check_cubins(plan: Plan, folder: Path) -> int:
+    """The binaries beside a plan must be its own; returns how many there are.
+
+    Raises:
+        PlanError: one is missing or was altered.
+    """
+    for binary in plan.binaries:
+        path = folder / CUBIN / f"{binary.kernel}.sm{binary.sm}.cubin"
+        if not path.is_file() or sha256(path.read_bytes()) != binary.cubin_sha256:
+            raise PlanError(f"`{path}` is not the plan's binary", _REPLAN)
+    return len(plan.binaries)
 
 
 def parse_plan(text: str | bytes, name: str) -> Plan:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 Buffer = Callable[[str], Tensor]
 Values = dict[str, list[int] | list[float]]
-_MAX_INT32 = (1 << 31) - 1  # a `top_k` over the vocabulary is none
 
 
 def write_inputs(batch: Batch, buffer: Buffer, limits: Limits) -> None:
@@ -55,7 +54,7 @@ def _per_sequence(batch: Batch, limits: Limits) -> Values:
         "write_rows": [*batch.write_rows, *[limits.spare_row] * padding],
         "temperature": [p.temperature for p in params] + [0.0] * padding,
         "top_p": [p.top_p for p in params] + [1.0] * padding,
-        "top_k": [min(p.top_k, _MAX_INT32) for p in params] + [0] * padding,
+        "top_k": [p.top_k for p in params] + [0] * padding,
         "seed": [_signed(p.seed) for p in params] + [0] * padding,
         "draw": [len(s.token_ids) - s.num_prompt_tokens for s in batch.sequences] + [0] * padding,
     }

@@ -37,7 +37,13 @@ class Codec:
             raise PlanError(f"`{path}` is not a tokenizer: {error}", "use the file that came with the model") from error
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Token ids of a text.
+
+        Raises:
+            RequestError: it is not Unicode.
+        """
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise RequestError("the prompt is not Unicode text", "give it as UTF-8")
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -15,9 +15,11 @@ from click.testing import CliRunner, Result
 from conftest import ROOT, make_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenspeed_plan.codegen.chat import ChatTemplate
 from tokenspeed_plan.planner.cli import main
-from tokenspeed_plan.plans.bundle import load_plan, save_plan
-from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.plans.bundle import check_cubins, load_plan, save_plan, seal
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.schema import Binary, Program
 from tokenspeed_plan.runtime.bench.clock import RUNS
 from tokenspeed_plan.runtime.bench.machine import Machine
 from tokenspeed_plan.runtime.bench.prepare import prepare
@@ -106,6 +108,28 @@ def test_a_plan_removes_only_what_the_plan_before_it_wrote(bundle: Path, tmp_pat
     save_plan(plan.model_copy(update={"kernels": plan.kernels[:1]}), tmp_path / "plan", {plan.kernels[0].name: "x"})
     left = {path.name for path in mine.parent.iterdir()}
     assert left == {"mine.py", f"{plan.kernels[0].name}.py"}
+
+
+def test_check_looks_at_cubins_and_asks_for_a_canary(bundle: Path, tmp_path: Path) -> None:
+    plan = load_plan(bundle)
+    shutil.copytree(bundle, tmp_path / "plan")
+    kernel = next(kernel.name for kernel in plan.kernels if kernel.launch)
+    binary = Binary(kernel=kernel, sm=90, cubin_sha256="0" * 64, registers=1, spill_bytes=0, shared_bytes=0)
+    (tmp_path / "cubin").mkdir()
+    (tmp_path / f"cubin/{kernel}.sm90.cubin").write_bytes(b"garbage")
+    with pytest.raises(PlanError, match="is not the plan's binary"):
+        check_cubins(plan.model_copy(update={"binaries": (binary,)}), tmp_path)
+    save_plan(seal(plan.model_copy(update={"canary": ()})), tmp_path / "plan",
+              {k.name: (bundle / f"kernels/{k.name}.py").read_text() for k in plan.kernels})  # fmt: skip
+    is_clean(cli("check", tmp_path / "plan", "--canary"), 2, "has no canary")
+    assert cli("run", bundle, "--check", "--prompt", "x").exit_code == 2
+
+
+def test_text_that_is_not_unicode(bundle: Path, tmp_path: Path) -> None:
+    is_clean(cli("run", bundle, "--no-canary", "--prompt", "\udcff"), 2, "not Unicode")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(PlanError, match="not UTF-8"):
+        ChatTemplate.load(tmp_path)
 
 
 def test_plan_check_sees_a_stale_plan(bundle: Path, tmp_path: Path) -> None:

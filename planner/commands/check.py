@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 from tokenspeed_plan.planner.commands.engines import load_engine, on_all_ranks, replay_canary
-from tokenspeed_plan.plans.bundle import check_sources, load_plan
+from tokenspeed_plan.plans.bundle import CUBIN, check_cubins, check_sources, load_plan
+from tokenspeed_plan.plans.errors import PlanError
 
 Folder = click.Path(path_type=Path)
 
@@ -21,6 +22,10 @@ def check(bundle: Path, weights: Path | None, canary: bool) -> None:
     frozen = load_plan(bundle)
     click.echo(f"{bundle}: schema {frozen.schema_version}, {len(frozen.programs)} programs, rules and digest hold")
     click.echo(f"kernels: {check_sources(frozen, bundle)} texts have their digests")
+    if (bundle / CUBIN).is_dir():
+        click.echo(f"cubins: {check_cubins(frozen, bundle)} have their digests")
+    if canary and not frozen.canary:
+        raise PlanError("the plan has no canary", "plan from a checkpoint, `model: {path: ...}`, and check again")
     if weights is None and not canary:
         return
     options = {"weights": weights, "bodies": "reference"}

@@ -42,7 +42,9 @@ Folder = click.Path(path_type=Path)
 def run(bundle: Path, source: Path | None, output: Path | None, prompt: str | None, **options: Any) -> None:
     """Replay BUNDLE: answer a batch file, or one --prompt."""
     given = (prompt is not None, source is not None, output is not None)
-    if options["check"] and not any(given):
+    if options["check"] and any(given):
+        raise click.UsageError("--check takes no prompt and no batch")
+    if options["check"]:
         _run_check(bundle, options)
     elif given == (True, False, False):
         on_all_ranks(bundle, options, lambda: _run_prompt(bundle, str(prompt), options))

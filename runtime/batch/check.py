@@ -62,6 +62,10 @@ class Notebook:
         self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (custom_id, line))
         return int(self._db.execute("SELECT line FROM ids WHERE id = ?", (custom_id,)).fetchone()[0])
 
+    def knows(self, custom_id: str) -> bool:
+        """Whether a row has this id."""
+        return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (custom_id,)).fetchone() is not None
+
     def add_bad(self, line: int, custom_id: str | None, message: str) -> None:
         """Remember a bad line."""
         self._db.execute("INSERT OR REPLACE INTO bad VALUES (?, ?, ?)", (line, custom_id, message))

@@ -11,18 +11,26 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from itertools import combinations
 from pathlib import Path
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.batch.check import Notebook
 from tokenspeed_plan.runtime.batch.files import STDIO, read_whole_lines
 
+_LINE_START = b'{"custom_id": '
+
+
+def sidecar_path(output: Path) -> Path:
+    """The file of finished lines beside an output."""
+    return output.with_name(f"{output.name}.resume")
+
 
 class Sidecar:
     """The file of finished lines; locked while a run goes on."""
 
     def __init__(self, output: Path, notebook: Notebook) -> None:
-        self.path = output.with_name(f"{output.name}.resume")
+        self.path, self._output = sidecar_path(output), output
         self._notebook = notebook
         self._file = self.path.open("a+b")
         try:
@@ -30,17 +38,30 @@ class Sidecar:
         except OSError as error:
             self._file.close()
             raise RequestError(f"another run is writing `{output}`", "wait for it, or name another output") from error
-        self._recover()
+        try:
+            self._recover()
+        except RequestError:
+            self._file.close()
+            raise
         self._take_over(output)
 
     def _recover(self) -> None:
-        """Index what an interrupted run saved; cut a torn end."""
+        """Index what an interrupted run saved; cut a torn end.
+
+        Raises:
+            RequestError: it is somebody else's file, or of other rows.
+        """
+        self._file.seek(0)
+        if not _is_ours(self._file.readline(), torn=True):
+            raise RequestError(
+                f"`{self.path}` exists and holds no answers of a batch", "name another output, or delete it"
+            )
         self._file.seek(0)
         end = 0
         for line in self._file:
-            key = finished_key(line)
             if not line.endswith(b"\n"):
                 break
+            key = self._finished(line)
             if key:
                 self._notebook.add_saved(key, end, len(line))
             end += len(line)
@@ -50,23 +71,48 @@ class Sidecar:
         """Move the output's finished lines here.
 
         Raises:
-            RequestError: the output is somebody else's file.
+            RequestError: the output is somebody else's file, or of other rows.
         """
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            self._read_output(output)
+        except RequestError:
+            self._file.truncate(before)
+            self.close()
+            raise
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read_output(self, output: Path) -> None:
         if not output.exists() or output.stat().st_size == 0:
             return
         ours = False
         for line in read_whole_lines(output):
-            key = finished_key(line)
-            ours = ours or key is not None or _is_error_line(line)
+            key = self._finished(line)
+            ours = ours or _is_ours(line)
             if key:
                 self.save(key, line)
         if not ours and not _is_torn_start(output):
-            self.close()
             raise RequestError(
                 f"`{output}` exists and is not the output of a batch", "name another output, or delete it"
             )
-        self._file.flush()
-        os.fsync(self._file.fileno())
+
+    def _finished(self, line: bytes) -> str | None:
+        """The key of a line that holds an answer.
+
+        Raises:
+            RequestError: to a row that the input does not have: nobody asked to forget it.
+        """
+        data = _object(line)
+        key, custom_id = data.get("id"), data.get("custom_id")
+        if not isinstance(data.get("response"), dict) or not isinstance(key, str) or not key.startswith("batch_req_"):
+            return None
+        if not self._notebook.knows(str(custom_id)):
+            raise RequestError(
+                f"`{self._output}` holds the answer to {custom_id!a:.80}, which the input does not have",
+                "name another output, or delete it",
+            )
+        return key
 
     def save(self, key: str, line: bytes) -> None:
         """Keep a finished line."""
@@ -91,19 +137,6 @@ class Sidecar:
         self._file.close()
 
 
-def finished_key(line: bytes) -> str | None:
-    """The key of a line of ours that holds an answer."""
-    data = _object(line)
-    key = data.get("id")
-    if isinstance(key, str) and key.startswith("batch_req_") and isinstance(data.get("response"), dict):
-        return key
-    return None
-
-
-def _is_error_line(line: bytes) -> bool:
-    return str(_object(line).get("id", "")).startswith("batch_req_")
-
-
 def _object(line: bytes) -> dict[str, object]:
     try:
         data = json.loads(line)
@@ -112,29 +145,37 @@ def _object(line: bytes) -> dict[str, object]:
     return data if isinstance(data, dict) else {}
 
 
+def _is_ours(line: bytes, torn: bool = False) -> bool:
+    """Whether a line is one of ours, or with `torn` the beginning of one."""
+    if torn and not line.endswith(b"\n"):
+        return line.startswith(_LINE_START) or _LINE_START.startswith(line)
+    return str(_object(line).get("id", "")).startswith("batch_req_")
+
+
 def _is_torn_start(output: Path) -> bool:
     """Whether the file is the beginning of our first line: a kill can leave that too."""
     if output.suffix == ".gz":
         return output.stat().st_size < 32 or next(iter(read_whole_lines(output)), None) is None
-    start = b'{"custom_id": '
     with output.open("rb") as file:
         head = file.read(1 << 16)
-    return b"\n" not in head and (head.startswith(start) or start.startswith(head))
+    return b"\n" not in head and _is_ours(head, torn=True)
 
 
-def check_paths(source: Path, output: Path, errors: Path | None) -> None:
-    """Refuse paths that would destroy something.
+def check_paths(source: Path, output: Path, errors: Path | None, summary: Path | None = None) -> None:
+    """Refuse paths that would destroy something: of input, output, its sidecar, errors and summary no two are one.
 
     Raises:
-        RequestError: input and output are one file, or a folder is missing.
+        RequestError: two are one file, or a folder is missing.
     """
-    targets = [path for path in (output, errors) if path is not None and path != STDIO]
+    named = {"input": source, "output": output, "errors": errors, "summary": summary}
+    if output != STDIO:
+        named["finished lines"] = sidecar_path(output)
+    files = {role: path for role, path in named.items() if path is not None and path != STDIO}
     if source != STDIO and not source.is_file():
         raise RequestError(f"there is no file `{source}`", "name a JSONL file, or `-` for standard input")
-    for path in targets:
-        if source != STDIO and path.exists() and path.samefile(source):
-            raise RequestError(f"`{path}` is the input", "name another output")
-        if not path.parent.is_dir() or path.is_dir():
+    for role, path in files.items():
+        if role != "input" and (not path.parent.is_dir() or path.is_dir()):
             raise RequestError(f"cannot write `{path}`", "name a file in a folder that exists")
-    if len({path.resolve() for path in targets}) < len(targets):
-        raise RequestError(f"`{output}` is named for answers and for errors", "name two files")
+    for (role, path), (other, second) in combinations(files.items(), 2):
+        if path.resolve() == second.resolve() or (path.exists() and second.exists() and path.samefile(second)):
+            raise RequestError(f"`{second}` is named for {role} and for {other}", "name two files")

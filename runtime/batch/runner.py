@@ -86,14 +86,14 @@ def run_batch(options: BatchOptions, plan: BatchPlan, codec: Codec, load_engine:
     Raises:
         RequestError: refused; nothing was written.
     """
-    check_paths(options.input, options.output, options.errors)
+    check_paths(options.input, options.output, options.errors, options.summary)
     source, spooled = spool(options.input)
     notebook = Notebook()
     try:
         found = check_file(source, options.selection, plan.digest, codec, plan.limits, notebook)
         refuse_bad(found, options.max_errors)
         tally = Tally(found.num_selected)
-        with _Run(options, plan, codec, load_engine, notebook, tally) as run:
+        with _Run(options, plan, codec, load_engine, notebook, tally).open(source) as run:
             run.all(source)
     finally:
         notebook.close()
@@ -133,8 +133,21 @@ class _Run:
         self._concurrency = options.max_concurrency or plan.max_seqs
         self._max_window = 8 * plan.max_seqs + 64
 
-    def __enter__(self) -> _Run:
+    def open(self, source: Path) -> _Run:
+        """Take over what is done, load the engine if there is more to do, and only then begin the output anew."""
         self._sidecar = None if self.options.output == STDIO else Sidecar(self.options.output, self._notebook)
+        try:
+            if self._has_work(source):
+                self._engine = self._load_engine()
+                self._tally.startup_s = self._engine.startup_s
+                self._tally.start_running()
+        except BaseException:
+            if self._sidecar:
+                self._sidecar.close()
+            raise
+        return self
+
+    def __enter__(self) -> _Run:
         self._writer = open_writer(self.options.output)
         self._errors: LineWriter = open_writer(self.options.errors) if self.options.errors else self._writer
         return self
@@ -163,6 +176,15 @@ class _Run:
                         self._collect(completion)
                 self._write_ready()
                 self.progress.show()
+
+    def _has_work(self, source: Path) -> bool:
+        """Whether a row that was asked for has no answer yet."""
+        for asked, line, raw in self._selected(source):
+            if asked and self._notebook.bad(line) is None:
+                key = parse_row(raw, line, self.plan.digest).key
+                if self._sidecar is None or self._sidecar.line(key) is None:
+                    return True
+        return False
 
     def _selected(self, source: Path) -> Iterator[tuple[bool, int, bytes]]:
         """(asked for, line number, bytes) of each row."""
@@ -197,11 +219,7 @@ class _Run:
 
     def _start(self) -> None:
         """Start rows while there is room."""
-        while self._waiting and (self._engine is None or self._engine.num_unfinished < self._concurrency):
-            if self._engine is None:
-                self._engine = self._load_engine()
-                self._tally.startup_s = self._engine.startup_s
-                self._tally.start_running()
+        while self._waiting and self._engine and self._engine.num_unfinished < self._concurrency:
             pending = self._waiting.pop()
             for request in pending.requests:
                 self._of_request[request.request_id] = pending

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenspeed_plan.planner.checkpoint import num_valid_tokens, read_headers
 from tokenspeed_plan.planner.compile import compile_plan, find_model
 from tokenspeed_plan.planner.model_config import ModelConfig, load_preset
 from tokenspeed_plan.planner.spec import Spec, load_spec, parse_spec
@@ -205,6 +207,32 @@ def test_yarn_angles_against_transformers(extra: dict[str, Any]) -> None:
     )
     assert found == pytest.approx(theirs.tolist(), rel=1e-5)
     assert found_scale == pytest.approx(scale)
+
+
+DEEP = b'{"a": ' + b"[" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", DEEP),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": -5}}}'),
+        ("x.safetensors", struct.pack("<Q", len(DEEP)) + DEEP),
+        ("x.safetensors", struct.pack("<Q", 34) + b'{"a": {"shape": 5, "dtype": "F32"}'[:33] + b"}}"[:1]),
+        ("x.safetensors", struct.pack("<Q", 38) + b'{"a": {"shape": null, "dtype": "F32"}}'),
+    ],
+)
+def test_damaged_checkpoints(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SpecError):
+        num_valid_tokens(tmp_path, 100)
+        read_headers(tmp_path)
+
+
+def test_nested_aliases_are_shown_in_short() -> None:
+    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    with pytest.raises(SpecError):
+        parse_spec("\n".join([*lines, "version: *a29"]), "spec")
 
 
 def test_other_families_are_refused() -> None:

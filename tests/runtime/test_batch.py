@@ -289,15 +289,62 @@ def test_somebody_elses_file_is_left_alone(run: Runner) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"output": "in.jsonl"}, "is the input"),
+        ({"output": "in.jsonl"}, "named for input and for output"),
+        ({"summary": "in.jsonl"}, "named for input and for summary"),
+        ({"summary": "out.jsonl"}, "named for output and for summary"),
+        ({"errors": "out.jsonl.resume"}, "named for errors and for finished lines"),
+        ({"errors": "e", "summary": "e"}, "named for errors and for summary"),
         ({"output": "no/such/out.jsonl"}, "cannot write"),
         ({"output": "."}, "cannot write"),
         ({"errors": Path("no/such/e.jsonl")}, "cannot write"),
     ],
 )
 def test_paths_that_would_destroy_something(options: dict[str, Any], says: str, run: Runner) -> None:
+    options = {name: run.folder / value if name in ("errors", "summary") else value for name, value in options.items()}
     with pytest.raises(RequestError, match=says):
         run([row(0)], **options)
+
+
+def test_an_input_that_is_the_finished_lines_of_its_output(run: Runner) -> None:
+    source = write(run.folder / "x.jsonl.resume", [row(0)])
+    options = BatchOptions(source, run.folder / "x.jsonl", quiet=True)
+    with pytest.raises(RequestError, match="named for input and for finished lines"):
+        run_batch(options, plan(), FakeCodec(), FakeEngine)
+    assert source.exists()
+
+
+def test_somebody_elses_finished_lines_are_left_alone(run: Runner) -> None:
+    mine = run.folder / "out.jsonl.resume"
+    for text in ("my notes\n", "no newline"):
+        mine.write_text(text)
+        with pytest.raises(RequestError, match="holds no answers"):
+            run([row(0)])
+        assert mine.read_text() == text
+
+
+def test_answers_of_another_input_are_not_thrown_away(run: Runner) -> None:
+    run([row(i) for i in range(3)])
+    before = (run.folder / "out.jsonl").read_bytes()
+    with pytest.raises(RequestError, match="holds the answer to 'c2', which the input does not have"):
+        run([row(0), row(1)])
+    assert (run.folder / "out.jsonl").read_bytes() == before
+    assert not (run.folder / "out.jsonl.resume").exists()
+
+
+def test_an_engine_that_does_not_start_leaves_the_output_alone(run: Runner) -> None:
+    run([row(0)])
+    before = (run.folder / "out.jsonl").read_bytes()
+    source = write(run.folder / "in.jsonl", [row(0), row(1)])
+
+    def fails() -> FakeEngine:
+        raise RequestError("the canary died", "hint")
+
+    for name in ("out.jsonl", "new.jsonl"):
+        with pytest.raises(RequestError, match="canary"):
+            run_batch(BatchOptions(source, run.folder / name, quiet=True), plan(), FakeCodec(), fails)
+    assert (run.folder / "out.jsonl").read_bytes() == before
+    assert not (run.folder / "new.jsonl").exists()
+    assert not (run.folder / "new.jsonl.resume").exists()
 
 
 def test_two_runs_on_one_output(run: Runner) -> None:
@@ -335,7 +382,7 @@ def test_kill_9_at_any_moment(name: str, order: str, tmp_path: Path) -> None:
             "--order",
             order,
             "--die-after",
-            str(rng.randrange(1, 40) + 4 * kills),
+            str(rng.randrange(1, 40 + 4 * kills)),  # small ones too: a run from nothing must be able to die
         ]
         kills += subprocess.run(command, check=False).returncode == -signal.SIGKILL
         if target.exists():

@@ -131,9 +131,11 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def test_a_top_k_of_any_size_is_no_filter(engine: Engine) -> None:
-    plain, huge = (greedy(engine, temperature=1.0, seed=3, top_k=k).token_ids for k in (0, 1 << 40))
+def test_a_top_k_over_the_vocabulary_is_no_filter(engine: Engine) -> None:
+    plain, huge = (greedy(engine, temperature=1.0, seed=3, top_k=k).token_ids for k in (0, (1 << 31) - 1))
     assert plain == huge
+    with pytest.raises(RequestError, match="top_k is 2147483648"):
+        greedy(engine, top_k=1 << 31)
 
 
 def test_the_longest_sequence_fits_exactly(engine: Engine) -> None:
