@@ -137,7 +137,7 @@ class Terminal:
             assert time.monotonic() < until, self.seen
             if select.select([self.master], [], [], 0.1)[0]:
                 self.seen += os.read(self.master, 65536).decode(errors="replace")
-        time.sleep(0.5)  # readline shows its prompt before it has the terminal as it wants it, and drops what came first
+        time.sleep(0.5)  # readline shows its prompt before it has set up the terminal, and drops what came until then
 
 
 def test_on_a_terminal() -> None:
