@@ -40,13 +40,27 @@ def call(function: Any, *args: Any) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
+def find_driver() -> Any:
+    """The driver's functions.
+
+    Raises:
+        PlanError: the package is not there.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise PlanError(
+            "cubins are loaded through `cuda.bindings`, which is not installed",
+            "install the extra `gpu`: `pip install 'tokenspeed-plan[gpu]'`",
+        ) from error
+    return driver
+
+
 class CudaKernels:
     """The kernels of a plan as functions of tensors on the current GPU."""
 
     def __init__(self, binaries: Mapping[str, Binary], cubins: Mapping[str, bytes], overlap: bool = True) -> None:
-        from cuda.bindings import driver
-
-        self._driver = driver
+        self._driver = driver = find_driver()
         self._binaries = binaries
         self._cubins = cubins
         self._functions: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.tiling.tuned import Tile, find_tile
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
-from tokenspeed_plan.plans.types import DTYPE_BYTES, Attr, DType, TensorSpec
+from tokenspeed_plan.plans.types import Attr, DType, TensorSpec
 
 CHUNK = 64  # tokens of a chunk of the delta rule
 L2_EPS = 1e-6
@@ -108,11 +108,6 @@ def per_seq(width: int, dtype: DType = "fp32") -> TensorSpec:
 
 
 TRITON_DTYPES: dict[DType, str] = {"bf16": "tl.bfloat16", "fp32": "tl.float32"}
-
-
-def element_bytes(work: Work) -> int:
-    """Bytes of a weight's element."""
-    return DTYPE_BYTES[work.dtype]
 
 
 def up2(value: int) -> int:
