@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tokenspeed_plan.plans.bundle import load_plan
@@ -25,6 +26,8 @@ from tokenspeed_plan.runtime.sequence import Sequence
 from tokenspeed_plan.runtime.tokenizer import Codec, Messages
 from tokenspeed_plan.runtime.weights import load_weights
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class Engine:
         self._stop_ids = frozenset(plan.model.eos_token_ids)
         self._last: Batch | None = None
         self._flying: _Flight | None = None
+        self._away_s = 0.0  # of this step, in replays and waiting for their tokens
         self.executor.prepare()
 
     @classmethod
@@ -158,6 +162,12 @@ class Engine:
 
     def step(self) -> list[Completion]:
         """Launch a replay, and take over the one before it; returns the requests that are finished now."""
+        begun, self._away_s = time.perf_counter(), 0.0
+        finished = self._step()
+        self.metrics.host_s += time.perf_counter() - begun - self._away_s
+        return finished
+
+    def _step(self) -> list[Completion]:
         finished: list[Completion] = []
         if self._flying is not None:
             flying = self._flying
@@ -217,12 +227,12 @@ class Engine:
         if not batch.follows(self._last):
             write_inputs(batch, buffer, self.plan.limits)
         self._last = batch
-        self.executor.run(batch.program, tokens, seqs)
+        self._time_away(lambda: self.executor.run(batch.program, tokens, seqs))
         return _Flight(batch, self.executor.fetch(buffer("next_tokens")), buffer("logits"))
 
     def _commit(self, flight: _Flight) -> list[Completion]:
         """Take over what was computed; finish what is done."""
-        next_tokens, batch, finished = flight.next_tokens(), flight.batch, []
+        next_tokens, batch, finished = self._time_away(flight.next_tokens), flight.batch, []
         now = time.perf_counter()
         self._scheduler.commit(batch)
         for index, sequence in enumerate(batch.sequences):
@@ -240,6 +250,12 @@ class Engine:
                 self._scheduler.finish(sequence)
                 finished.append(self._completion(sequence))
         return finished
+
+    def _time_away(self, work: Callable[[], T]) -> T:
+        begun = time.perf_counter()
+        done = work()
+        self._away_s += time.perf_counter() - begun
+        return done
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         params, token = sequence.request.params, sequence.token_ids[-1]

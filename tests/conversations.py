@@ -77,7 +77,7 @@ def draw(rng: random.Random, count: int) -> tuple[int, ...]:
 
 
 def replay(engine: Engine, told: list[Conversation], seed: int, cancel: float = 0.0) -> None:
-    """Have all conversations at once; every answer must be the oracle's. `cancel`: how often one is cut and repeated."""
+    """Have all conversations at once; all answers must be the oracle's. `cancel`: how often one is cut and repeated."""
     rng = random.Random(seed)
     left = [list(turns) for turns in told]
     flying: dict[str, tuple[int, Turn, Any]] = {}

@@ -9,7 +9,7 @@ import pytest
 from conversations import PoisonExecutor, check_all_is_given_back, converse, poisoned, replay, squeezed
 from test_ahead import LateExecutor, captured
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime import Engine, Request, SamplingParams
+from tokenspeed_plan.runtime import Engine
 
 PAGE = 16
 # pages, checkpoints, sequences at once, interval, least tokens worth a step
