@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 
 
 @dataclass(slots=True)
@@ -23,6 +23,15 @@ class Metrics:
     evicted_pages: int = 0
     copied_bytes: int = 0
     host_s: float = 0.0
+
+    def copy(self) -> Metrics:
+        """The counters as they are now."""
+        return replace(self)
+
+    def since(self, before: Metrics) -> Metrics:
+        """What has been added since."""
+        names = [field.name for field in fields(self)]
+        return Metrics(**{name: getattr(self, name) - getattr(before, name) for name in names})
 
     @property
     def hit_rate(self) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenspeed_plan.plans.errors import TokenspeedError
 from tokenspeed_plan.runtime.batch import BatchOptions, BatchPlan, RowLimits, Selection, run_batch
+from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.request import Completion, Request, TokenLogprobs
 
 LIMITS = RowLimits(max_seq_len=64, default_max_tokens=8, vocab_size=256)
@@ -39,6 +40,7 @@ class FakeEngine:
 
     def __init__(self, step_ms: float = 0.0) -> None:
         self.startup_s = {"fake_s": 0.0}
+        self.metrics = Metrics()
         self.requests: dict[str, tuple[Request, int]] = {}
         self.step_ms = step_ms
         self.seen: list[str] = []

@@ -25,8 +25,9 @@ SURFACE = {
     "check": {"bundle", "weights", "canary"},
     "run": {"bundle", "source", "output", "prompt", "max_tokens", "temperature", "seed", "weights", "errors", "summary",
             "order", "max_errors", "limit", "shard", "max_concurrency", "no_canary", "quiet",
-            "bodies", "check"},
-    "bench": {"bundle", "weights", "batch", "context", "prefill", "as_json"},
+            "bodies", "check", "no_cache"},
+    "bench": {"bundle", "weights", "batch", "context", "prefill", "workload", "first_turn", "turn", "turns", "outputs",
+              "users", "seed", "as_json"},
 }  # fmt: skip
 
 
@@ -208,6 +209,26 @@ def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
     is_clean(cli("show", tmp_path), 2)
 
 
+def test_a_batch_shares_its_prefixes_and_says_so(bundle: Path, tmp_path: Path) -> None:
+    """Rows of two kinds, mixed; the answers are as without a cache.
+
+    What the first two rows share is computed once. The other kind's first row begins before its second is there, which
+    then leaves the checkpoint where they part: it is computed twice.
+    """
+    path, outs = tmp_path / "in.jsonl", [tmp_path / "with.jsonl", tmp_path / "without.jsonl"]
+    begins = [[5, 6, 7, 8] * 20, [9, 10] * 40]
+    bodies = [{"prompt": [*begins[i % 2], i, i], "max_tokens": 1 + i % 4, "temperature": 0} for i in range(12)]
+    rows = [{"custom_id": f"c{i}", "method": "POST", "url": "/v1/completions", "body": b} for i, b in enumerate(bodies)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = [
+        cli("run", bundle, "--input", path, "--output", out, "--no-canary", "--max-concurrency", 2, *flags).stderr
+        for out, flags in zip(outs, ([], ["--no-cache"]), strict=True)
+    ]
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    assert f"prefix cache: {9 * 80} tokens in ({9 * 80 / (12 * 82):.1%})" in shown[0]
+    assert "prefix cache" not in shown[1]
+
+
 def test_the_lean_path_does_not_load_pytorch(bundle: Path) -> None:
     """Looking at a plan, and refusing a bad batch, are quick."""
     code = "import sys; from tokenspeed_plan.planner.cli import main\n"
@@ -233,6 +254,20 @@ def test_bench_measures_every_kernel(bundle: Path) -> None:
     assert rest + experts * 2 / 8 <= decode["floor_bytes"] <= 1.2 * (rest + experts * 4 / 8)
     assert decode["floor_us"] > 0 and decode["measured_us"] > 0
     assert "share" in cli("bench", bundle, "--context", 20).stdout
+
+
+def test_bench_holds_an_agents_conversations(bundle: Path) -> None:
+    asked = ["--workload", "agentic", "--first-turn", 200, "--turn", 8, "--turns", 8, "--outputs", 4, "--users", 2]
+    done = cli("bench", bundle, *asked, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert len(found["ttft_ms"]) == len(found["turn_time_ms"]) == 8
+    known = sum(200 + 12 * turn - 8 - 1 for turn in range(1, 8))  # but the new words and the last token of an answer
+    assert found["hit_rate"] == known / sum(200 + 12 * turn for turn in range(8)) > 0.8
+    assert found["metrics"]["computed_tokens"] == 2 * (200 + 7 * 9)
+    assert found["tpot_ms"] > 0 and found["host_us_per_step"] > 0
+    assert "were in the cache" in cli("bench", bundle, *asked).stdout
+    is_clean(cli("bench", bundle, *asked[:2], "--first-turn", 10**6), 2, "a conversation has")
 
 
 def test_bench_refuses_what_the_plan_cannot_hold(bundle: Path, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def load_engine(bundle: Path, options: dict[str, Any]) -> Engine:
         from tokenspeed_plan.runtime.ranks import LeadingExecutor
 
         executor = LeadingExecutor
-    return Engine.load(bundle, options["weights"], bodies=options["bodies"], executor=executor)
+    return Engine.load(bundle, options["weights"], bodies=options["bodies"], executor=executor,
+                       cache=not options.get("no_cache"))  # fmt: skip
 
 
 def ready_engine(bundle: Path, options: dict[str, Any]) -> Engine:

@@ -35,6 +35,7 @@ Folder = click.Path(path_type=Path)
 @click.option("--shard", help="Only every n-th row from the i-th: i/n.")
 @click.option("--max-concurrency", type=click.IntRange(min=1), help="Rows in flight.")
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
+@click.option("--no-cache", is_flag=True, help="Compute every prompt from its beginning.")
 @click.option("--bodies", type=click.Choice(["reference", "kernels"]),
               help="PyTorch references (a CPU's default), or the bundle's kernels (interpreted on a CPU).")  # fmt: skip
 @click.option("--check", is_flag=True, help="Compare the two bodies step by step; name the first step that differs.")
@@ -101,7 +102,8 @@ def _run_batch(bundle: Path, source: Path, output: Path, options: dict[str, Any]
     check_files(frozen, folder)
     codec = Codec.load(folder, ChatTemplate.load(folder))
     limits = RowLimits(frozen.limits.max_seq_len, frozen.limits.default_max_tokens, frozen.model.vocab_size)
-    plan_facts = BatchPlan(frozen.digest, frozen.model.name, frozen.limits.max_seqs, limits, _predicted(frozen))
+    shared = 0 if options["no_cache"] else frozen.limits.min_checkpoint_tokens
+    plan_facts = BatchPlan(frozen.digest, frozen.model.name, frozen.limits.max_seqs, limits, _predicted(frozen), shared)
     return run_batch(_batch_options(source, output, options), plan_facts, codec, lambda: ready_engine(bundle, options))
 
 

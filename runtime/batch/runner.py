@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import json
 import signal
 from collections import deque
@@ -16,10 +15,12 @@ from typing import Literal, Protocol
 from tokenspeed_plan.runtime.batch.answers import answer_line, error_line
 from tokenspeed_plan.runtime.batch.check import Notebook, Selection, check_file, read_rows, refuse_bad
 from tokenspeed_plan.runtime.batch.files import STDIO, LineWriter, open_writer, spool
+from tokenspeed_plan.runtime.batch.order import Backlog
 from tokenspeed_plan.runtime.batch.progress import Progress
 from tokenspeed_plan.runtime.batch.resume import Sidecar, check_paths
 from tokenspeed_plan.runtime.batch.rows import Codec, Row, RowLimits, parse_row, to_requests
 from tokenspeed_plan.runtime.batch.summary import Tally, as_text
+from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.request import Completion, Request
 
 ANSWERED, SOME_FAILED, INTERRUPTED = 0, 1, 130
@@ -29,6 +30,10 @@ class BatchEngine(Protocol):
     """What the runner needs of an engine."""
 
     startup_s: dict[str, float]
+
+    @property
+    def metrics(self) -> Metrics:
+        """What it has done so far."""
 
     @property
     def num_unfinished(self) -> int:
@@ -65,6 +70,7 @@ class BatchPlan:
     max_seqs: int
     limits: RowLimits
     predicted: Mapping[str, float]
+    min_shared_tokens: int = 0  # rows that begin with so many equal tokens start together
 
 
 @dataclass(slots=True)
@@ -129,7 +135,7 @@ class _Run:
         self._tally = tally
         self._window: deque[_Pending] = deque()
         self._of_request: dict[str, _Pending] = {}
-        self._waiting: list[tuple[int, int, _Pending]] = []  # heap: longest answers first, then input order
+        self._waiting: Backlog[_Pending] = Backlog(plan.min_shared_tokens)
         self._concurrency = options.max_concurrency or plan.max_seqs
         self._max_window = 8 * plan.max_seqs + 64
 
@@ -187,24 +193,25 @@ class _Run:
             pending = _Pending(row, to_requests(row, self.codec, self.plan.limits))
             self._window.append(pending)
             tokens = sum(request.params.max_tokens for request in pending.requests)
-            heapq.heappush(self._waiting, (-tokens, line, pending))
+            self._waiting.add(pending, pending.requests[0].prompt_ids, tokens, line)
         return True
 
     def _start(self) -> None:
-        """Start rows while there is room, the longest answers first: they would else run alone at the end."""
-        while self._waiting and (self._engine is None or self._engine.num_unfinished < self._concurrency):
+        """Start rows while there is room."""
+        while len(self._waiting) and (self._engine is None or self._engine.num_unfinished < self._concurrency):
             if self._engine is None:
                 self._engine = self._load_engine()
                 self._tally.startup_s = self._engine.startup_s
+                self._tally.metrics = self._engine.metrics
                 self._tally.start_running()
-            _, _, pending = heapq.heappop(self._waiting)
+            pending = self._waiting.pop()
             for request in pending.requests:
                 self._of_request[request.request_id] = pending
                 self._engine.add(request)
 
     def _drop_waiting(self) -> None:
         """After a signal: forget what has not started. What finishes behind it is kept in the sidecar."""
-        dropped = {id(pending) for _, _, pending in self._waiting}
+        dropped = {id(pending) for pending in self._waiting}
         self._waiting.clear()
         self._window = deque(pending for pending in self._window if id(pending) not in dropped)
 

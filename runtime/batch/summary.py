@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.request import Completion
 
 _BINS_PER_E = 100  # bins of one per cent
@@ -56,6 +57,8 @@ class Tally:
     errors: Counter[str] = field(default_factory=Counter)
     startup_s: dict[str, float] = field(default_factory=dict)
     running_s: float | None = None  # when the engine was ready
+    cached_tokens: int = 0  # of the prompts, found in the prefix cache
+    metrics: Metrics | None = None  # of the engine, the canary included
 
     @property
     def done(self) -> int:
@@ -69,6 +72,7 @@ class Tally:
     def add(self, completion: Completion) -> None:
         """Count one choice of a row."""
         self.prompt_tokens += completion.num_prompt_tokens
+        self.cached_tokens += completion.num_cached_tokens
         self.generated_tokens += len(completion.token_ids)
         self.ttft_s.add(completion.ttft_s)
         if len(completion.token_ids) > 1:
@@ -94,7 +98,8 @@ class Tally:
             "interrupted": interrupted,
             "wall_s": round(time.perf_counter() - self.begun_s, 4),
             "startup_s": {name: round(value, 4) for name, value in self.startup_s.items()},
-            "tokens": {"prompt": self.prompt_tokens, "generated": self.generated_tokens},
+            "tokens": {"prompt": self.prompt_tokens, "cached": self.cached_tokens, "generated": self.generated_tokens},
+            "engine": self.metrics.as_dict() if self.metrics else {},
             "tokens_per_s": {"prompt": round(tokens_in, 2), "generated": round(tokens_out, 2)},
             "ttft_ms": ttft,
             "tpot_ms": tpot,
@@ -113,6 +118,11 @@ def as_text(summary: Mapping[str, Any]) -> str:
         f"tokens: {tokens['prompt']} in, {tokens['generated']} out;"
         f" {rates['prompt']:.0f}/s in, {rates['generated']:.0f}/s out",
     ]
+    if tokens["cached"]:
+        share = tokens["cached"] / tokens["prompt"]
+        lines.append(f"prefix cache: {tokens['cached']} tokens in ({share:.1%}) did not have to be computed")
+    if summary["engine"]:
+        lines.append(_engine(summary["engine"]))
     if summary["startup_s"]:
         lines.append(
             "start-up: " + ", ".join(f"{k.removesuffix('_s')} {v:.3f} s" for k, v in summary["startup_s"].items())
@@ -127,3 +137,11 @@ def as_text(summary: Mapping[str, Any]) -> str:
         if measured:
             lines.append(f"{name}: predicted {value:.2f}, measured {measured:.2f} ({measured / value:.2f} x)")
     return "\n".join(lines)
+
+
+def _engine(counted: Mapping[str, float]) -> str:
+    return (
+        f"engine: {counted['steps']} steps with {counted['host_us_per_step']:.0f} us of host work, "
+        f"{counted['copied_bytes']} bytes of state copied, {counted['evicted_checkpoints']} checkpoints evicted, "
+        f"{counted['preemptions']} preemptions"
+    )

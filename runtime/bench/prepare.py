@@ -13,7 +13,7 @@ from tokenspeed_plan.runtime.memory import Arenas
 from tokenspeed_plan.runtime.weights import load_weights, random_weights
 
 
-def prepare(plan: Plan, bundle: Path, folder: Path | None) -> Executor:
+def prepare(plan: Plan, bundle: Path, folder: Path | None, executor: type[Executor] = Executor) -> Executor:
     """Checked, allocated and filled; states as if sequences had been there for long.
 
     Raises:
@@ -32,4 +32,4 @@ def prepare(plan: Plan, bundle: Path, folder: Path | None) -> Executor:
         if buffer.arena in ("kv_cache", "state"):
             view = arenas.view(buffer.arena, buffer.offset_bytes, buffer.tensor.bind(0, 0), buffer.tensor.dtype)
             view[1:].normal_(std=0.1)
-    return Executor(plan, arenas, weights, rank, collectives, kernels)
+    return executor(plan, arenas, weights, rank, collectives, kernels)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.batch import BatchOptions, Selection, run_batch
 from tokenspeed_plan.runtime.batch.files import read_whole_lines
+from tokenspeed_plan.runtime.batch.order import Backlog
 from tokenspeed_plan.runtime.batch.rows import RowError, check_row, parse_row, to_requests
 from tokenspeed_plan.runtime.batch.summary import Histogram
 
@@ -442,3 +443,23 @@ def test_the_quick_check_and_the_real_one_agree() -> None:
             except RowError:
                 outcomes.append(False)
         assert outcomes[0] == outcomes[1]
+
+
+def test_rows_that_begin_alike_start_together() -> None:
+    """Groups by their longest answer, rows of a group by their prompts; others as before."""
+    backlog = Backlog[str](min_shared_tokens=2)
+    rows = {"a": (1, 2, 9), "x": (5, 6, 8), "short": (1, 2), "b": (1, 2, 3), "y": (5, 6, 7)}
+    for line, (name, prompt) in enumerate(rows.items()):
+        backlog.add(name, prompt, {"x": 9, "short": 7}.get(name, 5), line)
+    assert sorted(backlog) == sorted(rows)
+    assert [backlog.pop() for _ in range(len(backlog))] == ["y", "x", "short", "b", "a"]
+
+
+def test_a_group_goes_on_while_rows_come_in() -> None:
+    backlog = Backlog[int](min_shared_tokens=1)
+    backlog.add(0, (1, 1), 5, 0)
+    backlog.add(1, (1, 2), 5, 1)
+    assert backlog.pop() == 0
+    backlog.add(2, (2, 2), 99, 2)
+    backlog.add(3, (1, 3), 1, 3)
+    assert [backlog.pop() for _ in range(3)] == [1, 3, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -96,7 +97,7 @@ def alone(checkpoint: Path, folder: Path, prompts: Sequence[Sequence[int]], coun
     """What one rank answers, in this process."""
     plan = write_bundle(folder / "alone", checkpoint)
     params = SamplingParams(max_tokens=count, ignore_eos=True)
-    return [list(done.token_ids) for done in Engine.from_plan(plan, checkpoint).generate(prompts, params)]
+    return [list(done.token_ids) for done in Engine.from_plan(plan, checkpoint, cache=False).generate(prompts, params)]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,15 @@ def test_ranks_say_what_one_says(kind: str, count: int, moe: dict[str, int], che
     write_rows(tmp_path / "in.jsonl", PROMPTS, COUNTS)
     assert wait(start(count, batch(bundle, tmp_path), tmp_path)) == [0] * count, logs(tmp_path, count)
     assert token_ids(tmp_path / "out.jsonl") == alone(folder, tmp_path, PROMPTS, COUNTS[0])
+
+
+def test_all_ranks_copy_the_page_that_a_hit_ends_in(pair: Path, checkpoint: Any, tmp_path: Path) -> None:
+    prompts = [PROMPTS[2], [*PROMPTS[2], 3, 4], PROMPTS[2]]
+    write_rows(tmp_path / "in.jsonl", prompts, COUNTS)
+    options = ("--max-concurrency", 1, "--summary", tmp_path / "summary.json")
+    assert wait(start(2, batch(pair, tmp_path, *options), tmp_path)) == [0, 0], logs(tmp_path, 2)
+    assert token_ids(tmp_path / "out.jsonl") == alone(checkpoint("moe"), tmp_path, prompts, COUNTS[0])
+    assert json.loads((tmp_path / "summary.json").read_text())["engine"]["copied_bytes"] > 0
 
 
 def test_torchrun_runs_a_batch(pair: Path, checkpoint: Any, tmp_path: Path) -> None:
