@@ -174,10 +174,11 @@ def test_only_the_table_says_what_may_come_next(before: State, after: State) -> 
 def test_a_digest_that_collides_changes_no_answer(tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two names for all pages there are: what the cache finds must still be compared."""
     monkeypatch.setattr(cache_module, "chain_digest", lambda parent, ids: bytes([sum(ids) % 2]))
-    engine = engine_of(small(tiny_plan))
-    prompts = [tuple(i % 3 for i in range(start, start + 30)) for start in range(6)]
+    engine = engine_of(small(tiny_plan, checkpoint_interval=4, num_checkpoints=12))
+    prompts = [tuple(range(start, start + 30)) for start in range(0, 24, 4)]  # all first pages have one name
     done = engine.generate(prompts * 2, SamplingParams(max_tokens=5, ignore_eos=True))
     assert [d.token_ids for d in done] == [answer(prompt, 5) for prompt in prompts * 2]
+    check_all_is_given_back(engine._scheduler.cache)
 
 
 def asked(name: str, prompt: tuple[int, ...], most: int) -> Request:
@@ -226,9 +227,9 @@ def test_a_short_prompt_does_not_wait_for_long_ones(tiny_plan: Plan) -> None:
 
 def test_a_long_prompt_does_not_wait_for_short_ones(tiny_plan: Plan) -> None:
     """A flood of short ones that begin and end all the time; the long one is the oldest every other time."""
-    engine = engine_of(small(tiny_plan, max_seqs=2, num_pages=40))
+    engine = engine_of(small(tiny_plan, max_seqs=4, num_pages=64))
     engine.add(asked("long", tuple(range(60)), 2))
-    assert steps_until(engine, "long", prompts_of(random.Random(1), 5, 1)) <= 4 * (60 // 8 + 2)
+    assert steps_until(engine, "long", prompts_of(random.Random(1), 16, 1)) <= 4 * (60 // 8 + 2)
 
 
 def test_one_that_waits_gets_its_turn_in_a_flood(tiny_plan: Plan) -> None:
