@@ -90,7 +90,7 @@ class Scheduler:
         self._last: Phase = "decode"
         self._oldest_first = False
         self._num_added = 0
-        self._full = False  # the first in the queue has been found not to fit, and nothing was freed since
+        self._misfit: Sequence | None = None  # the first that was found not to fit; nothing was freed since
 
     @property
     def num_unfinished(self) -> int:
@@ -122,7 +122,7 @@ class Scheduler:
         """
         goes_on = (
             batch.program.captured
-            and (self._full or not self._waiting or len(self._running) == self.limits.max_seqs)
+            and (self._misfit or not self._waiting or len(self._running) == self.limits.max_seqs)
             and len(batch.sequences) == len(self._running)
             and all(self._can_go_on(s) for s in batch.sequences)
         )
@@ -169,7 +169,7 @@ class Scheduler:
             self._release(sequence)
         else:
             self._waiting.remove(sequence)
-            self._full = False
+            self._misfit = None
 
     # Admission.
 
@@ -177,6 +177,9 @@ class Scheduler:
         later: list[Sequence] = []
         while self._waiting and len(self._running) < self.limits.max_seqs:
             sequence = self._waiting.popleft()
+            if sequence is self._misfit:
+                later.append(sequence)
+                break
             self.cache.extend(sequence.digests, sequence.token_ids, len(sequence.token_ids))
             hit = self.cache.match(sequence.digests, sequence.token_ids, len(sequence.token_ids) - 1)
             if self._is_coming(sequence, hit):
@@ -187,7 +190,7 @@ class Scheduler:
                 self._start(sequence, Hit(self.cache.root, 0))  # what it would share is in the way of what it needs
             else:
                 later.append(sequence)
-                self._full = True
+                self._misfit = sequence
                 break
         self._waiting.extendleft(reversed(later))
 
@@ -310,7 +313,7 @@ class Scheduler:
         sequence.pages, sequence.write_rows, sequence.row, sequence.node = [], [], 0, None
         sequence.num_computed, sequence.copy_from = 0, None
         sequence.stops.clear()
-        self._full = False
+        self._misfit = None
 
     # Batches.
 
