@@ -18,7 +18,7 @@ def delta_scan(
     cu_seqlens,  # input, i32 [num_seqs+1]
     read_rows,  # input, i32 [num_seqs]
     write_rows,  # input, i32 [num_seqs]
-    ssm_state,  # state, fp32 [34, 8, 32, 32]
+    ssm_state,  # state, fp32 [98, 8, 32, 32]
     y,  # output, fp32 [num_tokens, 256]
     num_tokens,
     num_seqs,

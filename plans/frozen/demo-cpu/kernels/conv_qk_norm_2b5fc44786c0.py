@@ -39,26 +39,26 @@ def _conv(
 
 @triton.jit
 def conv_qk_norm(
-    causal_conv_x,  # input, bf16 [num_tokens, 1536]
+    causal_conv_x,  # input, fp32 [num_tokens, 512]
     causal_conv_cu_seqlens,  # input, i32 [num_seqs+1]
     causal_conv_read_rows,  # input, i32 [num_seqs]
     causal_conv_write_rows,  # input, i32 [num_seqs]
-    causal_conv_w,  # weight, bf16 [1536, 1, 4]
-    causal_conv_conv_state,  # state, bf16 [4, 3, 1536]
-    qk_l2_norm_q,  # output, bf16 [num_tokens, 256]
-    qk_l2_norm_k,  # output, bf16 [num_tokens, 256]
-    qk_l2_norm_v,  # output, bf16 [num_tokens, 1024]
+    causal_conv_w,  # weight, fp32 [512, 1, 4]
+    causal_conv_conv_state,  # state, fp32 [98, 3, 512]
+    qk_l2_norm_q,  # output, fp32 [num_tokens, 128]
+    qk_l2_norm_k,  # output, fp32 [num_tokens, 128]
+    qk_l2_norm_v,  # output, fp32 [num_tokens, 256]
     num_tokens,
     num_seqs,
 ):
-    A: tl.constexpr = 2
+    A: tl.constexpr = 4
     B: tl.constexpr = 8
-    BLOCK_T: tl.constexpr = 32
-    CHANNELS: tl.constexpr = 1536
-    DK: tl.constexpr = 128
-    DV: tl.constexpr = 128
+    BLOCK_T: tl.constexpr = 64
+    CHANNELS: tl.constexpr = 512
+    DK: tl.constexpr = 32
+    DV: tl.constexpr = 32
     L2_EPS: tl.constexpr = 1e-06
-    SCALE: tl.constexpr = 0.08838834764831845
+    SCALE: tl.constexpr = 0.1767766952966369
     TAPS: tl.constexpr = 4
 
     block, head, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
