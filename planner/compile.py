@@ -15,7 +15,13 @@ from tokenspeed_plan.planner.freeze import LoweredProgram, Parts, freeze
 from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.planner.kernels import KernelChoice
-from tokenspeed_plan.planner.limits import decode_buckets, interleaved_tokens, plan_limits, prefill_buckets
+from tokenspeed_plan.planner.limits import (
+    cache_decisions,
+    decode_buckets,
+    interleaved_tokens,
+    plan_limits,
+    prefill_buckets,
+)
 from tokenspeed_plan.planner.model_config import ModelConfig, load_model_config, load_preset
 from tokenspeed_plan.planner.passes.expand import expand
 from tokenspeed_plan.planner.passes.fuse import fuse
@@ -128,7 +134,8 @@ def compile_bundle(spec: Spec, model: Model, dtype: DType | None = None, choose:
     programs = _programs(graphs, limits, hardware, spec, choose)
     limits = limits.model_copy(update={"interleaved_tokens": _interleaved(programs, limits, spec)})
     facts = _facts(model, dtype)
-    decisions = (*choices, decide.streams([graph for _, _, graph, _ in programs]))
+    streams = decide.streams([graph for _, _, graph, _ in programs])
+    decisions = (*choices, streams, *cache_decisions(limits, _tpot_ms(spec)))
     parts = Parts(spec, facts, hardware, layout, limits, decisions, programs, version("tokenspeed-plan"))
     plan = seal(freeze(parts))
     validate(plan)
@@ -154,9 +161,13 @@ def _programs(
 
 
 def _interleaved(programs: Sequence[LoweredProgram], limits: Limits, spec: Spec) -> int:
-    slo = spec.slo or spec.objective.slo
     predicted_us = {(graph.phase, bucket): graph.time_us for bucket, _, graph, _ in programs}
-    return interleaved_tokens(limits, slo.tpot_ms if slo else None, predicted_us)
+    return interleaved_tokens(limits, _tpot_ms(spec), predicted_us)
+
+
+def _tpot_ms(spec: Spec) -> float | None:
+    slo = spec.slo or spec.objective.slo
+    return slo.tpot_ms if slo else None
 
 
 def _load(phase: Phase, bucket: int, seqs: int, spec: Spec) -> Load:

@@ -9,7 +9,7 @@ from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.model_config import ModelConfig
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.schema import Limits
+from tokenspeed_plan.plans.schema import Decision, Limits
 from tokenspeed_plan.plans.types import Phase
 
 ROWS_PER_SLOT = 2  # one to read, one to write; speculation will need 1 + depth more
@@ -52,6 +52,20 @@ def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareS
 
 def _power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
+
+
+def cache_decisions(limits: Limits, tpot_ms: float | None) -> tuple[Decision, ...]:
+    """What was planned for conversations that come again, and why."""
+    kept = f"{limits.num_checkpoints} checkpoints, in prompts every {limits.checkpoint_interval} tokens"
+    within = f"with a decode step within {tpot_ms} ms" if tpot_ms else "a chunk: the spec names no time per token"
+    return (
+        Decision(
+            name="prefix_cache",
+            value=kept,
+            reason=f"one where each chunk of a prompt ends, {ENDS_PER_CONVERSATION} more for each conversation",
+        ),
+        Decision(name="interleaving", value=f"{limits.interleaved_tokens} prefill tokens a decode step", reason=within),
+    )
 
 
 def interleaved_tokens(limits: Limits, tpot_ms: float | None, predicted_us: Mapping[tuple[Phase, int], float]) -> int:

@@ -130,15 +130,16 @@ class PrefixCache:
             parent = node
 
     def use(self, hit: Hit) -> tuple[Node, list[int]]:
-        """Hold what a hit needs: its row and the page of each node; the last whole page's node, and all pages."""
+        """Hold what a hit needs: its row and its whole pages; returns the node of the last one, and all pages.
+
+        A tail keeps its page, from which the caller is to copy, as long as the caller holds its row.
+        """
         node = hit.checkpoint
         if node.row:
             self.rows.share(node.row)
             node.clock = self._clock
-        pages = [self.pages.share(step.page) for step in path_to(node)]
-        whole = node if len(node.token_ids) in (0, self.page_size) else node.parent
-        assert whole is not None
-        return whole, pages
+        whole = node.parent if node.parent and not node.digest else node
+        return whole, [self.pages.share(step.page) for step in path_to(whole)]
 
     # Entering.
 

@@ -100,7 +100,7 @@ class Scheduler:
         self._last: Phase = "decode"
         self._oldest_first = False
         self._num_added = 0
-        self._full = False  # the first in the queue has been found not to fit, and nothing was freed since
+        self._misfit: Sequence | None = None  # the first that was found not to fit; nothing was freed since
 
     @property
     def num_unfinished(self) -> int:
@@ -137,7 +137,7 @@ class Scheduler:
         """
         goes_on = (
             batch.program.captured
-            and (self._full or not self._waiting or len(self._running) == self.limits.max_seqs)
+            and (self._misfit or not self._waiting or len(self._running) == self.limits.max_seqs)
             and len(batch.sequences) == len(self._running)
             and all(self._can_go_on(s) for s in batch.sequences)
         )
@@ -184,7 +184,7 @@ class Scheduler:
             self._release(sequence)
         else:
             self._waiting.remove(sequence)
-            self._full = False
+            self._misfit = None
 
     # Admission.
 
@@ -192,6 +192,9 @@ class Scheduler:
         later: list[Sequence] = []
         while self._waiting and len(self._running) < self.limits.max_seqs:
             sequence = self._waiting.popleft()
+            if sequence is self._misfit:
+                later.append(sequence)
+                break
             self.cache.extend(sequence.digests, sequence.token_ids, len(sequence.token_ids))
             hit = self.cache.match(sequence.digests, sequence.token_ids, len(sequence.token_ids) - 1)
             if self._is_coming(sequence, hit):
@@ -202,7 +205,7 @@ class Scheduler:
                 self._start(sequence, Hit(self.cache.root, 0))  # what it would share is in the way of what it needs
             else:
                 later.append(sequence)
-                self._full = True
+                self._misfit = sequence
                 break
         self._waiting.extendleft(reversed(later))
 
@@ -235,7 +238,7 @@ class Scheduler:
         sequence.node, sequence.pages = self.cache.use(hit)
         sequence.row, sequence.num_computed = hit.checkpoint.row, hit.num_tokens
         if hit.num_tokens % self.limits.page_size:
-            sequence.copy_from = sequence.pages.pop()
+            sequence.copy_from = hit.checkpoint.page
         if hit.known_tokens - hit.num_tokens >= self.limits.min_checkpoint_tokens:
             sequence.stops.add(hit.known_tokens)  # others had this prefix too, and may come again
         while len(sequence.pages) < self._num_pages(sequence):
@@ -265,16 +268,16 @@ class Scheduler:
         return page is not None
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue; its checkpoint is where it stands."""
+        """Back to its place in the queue, before all that came later; its checkpoint is where it stands."""
         self.metrics.preemptions += 1
         sequence.move_to("preempted")
         self._running.remove(sequence)
         self._release(sequence)
-        self._waiting.appendleft(sequence)
+        self._waiting.insert(sum(other.number < sequence.number for other in self._waiting), sequence)
 
     def _advance(self, sequence: Sequence, count: int, written: int) -> None:
         """`count` more tokens are computed, the row that was written is the current one."""
-        self._drop_copied(sequence)
+        sequence.copy_from = None
         if sequence.state == "prefilling" or sequence.num_computed < sequence.num_prompt_tokens:
             self.metrics.computed_tokens += count
         sequence.num_computed += count
@@ -312,26 +315,20 @@ class Scheduler:
             sequence.node, sequence.token_ids, sequence.num_computed, sequence.row, sequence.pages
         )
 
-    def _drop_copied(self, sequence: Sequence) -> None:
-        if sequence.copy_from is not None:
-            self.cache.pages.drop(sequence.copy_from)
-            sequence.copy_from = None
-
     def _release(self, sequence: Sequence) -> None:
         """Give back all that it holds; the cache keeps what is of use."""
         if sequence.num_computed and sequence.copy_from is None:
             self._add_pages(sequence)
             self._add_checkpoint(sequence)
-        self._drop_copied(sequence)
         for page in sequence.pages:
             self.cache.pages.drop(page)
         for row in (*sequence.write_rows, *filter(None, [sequence.row])):
             self.cache.rows.drop(row)
         self.cache.prune(sequence.node)
         sequence.pages, sequence.write_rows, sequence.row, sequence.node = [], [], 0, None
-        sequence.num_computed = 0
+        sequence.num_computed, sequence.copy_from = 0, None
         sequence.stops.clear()
-        self._full = False
+        self._misfit = None
 
     # Batches.
 

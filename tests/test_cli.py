@@ -31,7 +31,7 @@ SURFACE = {
     "diff": {"old", "new"},
     "check": {"bundle", "weights", "canary"},
     "run": {"bundle", "source", "output", "prompt", "max_tokens", "temperature", "seed", "weights", "errors", "summary",
-            "order", "max_errors", "limit", "shard", "max_concurrency", "no_canary", "quiet",
+            "order", "max_errors", "limit", "shard", "max_concurrency", "no_canary", "no_cache", "quiet",
             "bodies", "check"},
     "serve": {"bundle", "host", "port", "api_key", "model_name", "max_requests", "max_body_bytes", "body_timeout_s",
               "drain_s", "weights", "bodies", "no_canary"},

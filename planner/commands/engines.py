@@ -58,7 +58,8 @@ def load_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None
         from tokenspeed_plan.runtime.ranks import LeadingExecutor
 
         executor = LeadingExecutor
-    return Engine.load(bundle, options["weights"], chat, bodies=options["bodies"], executor=executor)
+    cache = not options.get("no_cache", False)
+    return Engine.load(bundle, options["weights"], chat, bodies=options["bodies"], executor=executor, cache=cache)
 
 
 def ready_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None = None) -> Engine:

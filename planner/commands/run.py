@@ -35,6 +35,7 @@ Folder = click.Path(path_type=Path)
 @click.option("--shard", help="Only every n-th row from the i-th: i/n.")
 @click.option("--max-concurrency", type=click.IntRange(min=1), help="Rows in flight.")
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
+@click.option("--no-cache", is_flag=True, help="Compute every prompt from its beginning.")
 @click.option("--bodies", type=click.Choice(["reference", "kernels"]),
               help="PyTorch references (a CPU's default), or the bundle's kernels (interpreted on a CPU).")  # fmt: skip
 @click.option("--check", is_flag=True, help="Compare the two bodies step by step; name the first step that differs.")

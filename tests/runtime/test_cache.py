@@ -6,13 +6,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+from conftest import ROOT, make_spec
 from conversations import PoisonExecutor, check_all_is_given_back, converse, poisoned, replay, squeezed
 from test_ahead import LateExecutor, captured
+from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine
 
-PAGE = 16
-# pages, checkpoints, sequences at once, interval, least tokens worth a step
 PRESSURES: dict[str, dict[str, int]] = {
     "roomy": {"num_pages": 184, "num_checkpoints": 16, "checkpoint_interval": 64, "min_checkpoint_tokens": 16},
     "few_pages": {"num_pages": 24, "num_checkpoints": 16, "checkpoint_interval": 32, "min_checkpoint_tokens": 16},
@@ -38,7 +38,6 @@ def test_answers_do_not_depend_on_the_cache(
     assert engine.metrics.hit_tokens > 2000
     assert engine.metrics.evicted_checkpoints > 100
     assert engine.metrics.preemptions or "pages" not in pressure
-    print(pressure, engine.metrics)
 
 
 class LatePoison(LateExecutor, PoisonExecutor):
@@ -52,3 +51,15 @@ def test_what_the_cache_holds_is_never_written(pressure: str, told: Any, tiny_pl
     engine = poisoned(plan, checkpoint("moe"), LatePoison)
     replay(engine, told(0)[:12], 1, cancel=0.1)
     check_all_is_given_back(engine._scheduler.cache)
+
+
+def test_the_demo_model_says_the_same_with_and_without() -> None:
+    """Trained weights, its own plan."""
+    folder = ROOT / "examples" / "demo" / "model"
+    spec = make_spec(folder, workload={"first_turn_tokens": 300, "output_tokens": 64, "concurrency": 4})
+    plan = compile_plan(spec, find_model(spec))
+    told = converse(plan, folder, 10, 5)
+    engine = Engine.from_plan(squeezed(plan, num_pages=30, num_checkpoints=4, checkpoint_interval=32), folder)
+    replay(engine, told, 5, cancel=0.05)
+    check_all_is_given_back(engine._scheduler.cache)
+    assert engine.metrics.hit_tokens > 200

@@ -1,0 +1,48 @@
+"""What the planner leaves for the prefix cache, and how much of a prompt it lets between two decode steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import make_spec
+from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner.limits import interleaved_tokens
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.types import Phase
+
+PREDICTED_US: dict[tuple[Phase, int], float] = {
+    ("decode", 1): 500.0, ("decode", 4): 1000.0, ("prefill", 128): 2000.0, ("prefill", 512): 6000.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tpot_ms", "tokens"),
+    [(None, 512), (7.0, 512), (100.0, 512), (5.0, 320), (3.0, 128), (2.0, 16), (0.1, 16)],
+)
+def test_prefill_between_decode_steps_keeps_the_time_per_token(
+    tpot_ms: float | None, tokens: int, tiny_plan: Plan
+) -> None:
+    """1 ms is the decode step's, the rest the prompt's: 128 tokens in 2 ms, 512 in 6; a page at least."""
+    assert tiny_plan.limits.max_tokens == 512
+    assert interleaved_tokens(tiny_plan.limits, tpot_ms, PREDICTED_US) == tokens
+
+
+@pytest.mark.parametrize("where", ["slo", "objective"])
+def test_the_spec_sets_the_time_per_token(where: str, checkpoint: Any) -> None:
+    slo = {"tpot_ms": 3.0}
+    spec = make_spec(checkpoint("moe"), **{where: slo if where == "slo" else {"slo": slo}})
+    plan = compile_plan(spec, find_model(spec))
+    assert plan.limits.interleaved_tokens < plan.limits.max_tokens
+    said = {decision.name: decision for decision in plan.decisions}
+    assert "within 3.0 ms" in said["interleaving"].reason
+
+
+def test_checkpoints_are_in_the_memory_map(checkpoint: Any) -> None:
+    spec = make_spec(checkpoint("moe"), workload={"first_turn_tokens": 1500, "concurrency": 3})
+    plan = compile_plan(spec, find_model(spec))
+    limits = plan.limits
+    assert (limits.checkpoint_interval, limits.num_checkpoints) == (512, 3 * (2 + 1568 // 512))
+    assert limits.num_rows == 2 + 3 * 2 + limits.num_checkpoints
+    rows = {buffer.tensor.shape[0] for buffer in plan.buffers if buffer.arena == "state"}
+    assert rows == {limits.num_rows}
