@@ -123,11 +123,12 @@ def compile_bundle(spec: Spec, model: Model, dtype: DType | None = None, choose:
     hardware = find_hardware(spec.target.gpu)
     layout, choices = decide.resolve(spec, model.config, hardware)
     dtype = dtype or decide.weight_dtype(spec)
-    limits = plan_limits(spec.workload, model.config, hardware)
+    depth = decide.speculation_depth(spec)
+    limits = plan_limits(spec.workload, model.config, hardware, depth)
     context = BuildContext(model.config, dtype, limits, model.num_valid_tokens, model.fused_experts)
     graphs: dict[Phase, OpGraph] = {}
     for phase in ("prefill", "decode"):
-        built = check(build(context, phase))
+        built = check(build(context, phase, depth))
         if model.headers:
             checkpoint.check_sources(built.weights, model.headers)
         graphs[phase] = check(shard(built, layout))
@@ -152,10 +153,11 @@ def _programs(
     for phase, graph in graphs.items():
         for bucket in buckets[phase]:
             seqs = min(bucket, limits.max_seqs)
-            expanded = check(expand(graph, bucket))
-            load = _load(phase, bucket, seqs, spec)
-            placed = check(place(check(schedule_best(check(fuse(expanded)), load, hardware)), bucket, seqs))
-            lowered, kernels = lower(placed, hardware, load, (bucket, seqs), choose)
+            tokens = bucket * (graph.depth + 1 if phase == "decode" else 1)
+            expanded = check(expand(graph, tokens, seqs))
+            load = _load(phase, tokens, seqs, spec)
+            placed = check(place(check(schedule_best(check(fuse(expanded)), load, hardware)), tokens, seqs))
+            lowered, kernels = lower(placed, hardware, load, (tokens, seqs), choose)
             made.append((bucket, seqs, check(lowered), kernels))
     return made
 
@@ -170,10 +172,10 @@ def _tpot_ms(spec: Spec) -> float | None:
     return slo.tpot_ms if slo else None
 
 
-def _load(phase: Phase, bucket: int, seqs: int, spec: Spec) -> Load:
+def _load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:
     """What a program is priced for: decode in the middle of the conversation, prefill of one sequence."""
     middle = spec.workload.longest_tokens // 2
-    return Load(bucket, seqs, middle) if phase == "decode" else Load(bucket, 1, min(middle, bucket))
+    return Load(tokens, seqs, middle) if phase == "decode" else Load(tokens, 1, min(middle, tokens))
 
 
 def _facts(model: Model, dtype: DType) -> ModelFacts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.graph import Op, OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec
@@ -64,6 +64,8 @@ def _bytes(graph: OpGraph, name: str, load: Load) -> int:
 
 def _member_cost(graph: OpGraph, op: Op, load: Load) -> OpCost:
     weights = [graph.weights[name].spec for name in op.weights]
+    if graph.depth and op.inputs and graph.tensors[op.inputs[0]].spec.shape[0] == "num_seqs":
+        load = replace(load, num_tokens=load.num_seqs)  # a pass over drafts has one row a sequence
     flops = _FLOPS.get(op.kind, _elementwise)(op.attrs, weights, load)
     if op.kind in _EXPERTS:
         flops *= _experts_per_token(graph, op) / _ranks_sharing(op)
@@ -109,7 +111,8 @@ def _state_bytes(graph: OpGraph, op: Op, load: Load) -> float:
         elif op.kind == "attention":
             total += load.num_seqs * load.context_tokens * row / int(op.attrs["page_size"])
         else:
-            total += load.num_seqs * row * (2 if access == "update" else 1)
+            written = int(op.attrs.get("rows_per_seq", 1)) if access == "update" else 0
+            total += load.num_seqs * row * (1 + written)
     return total
 
 

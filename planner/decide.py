@@ -8,7 +8,7 @@ from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
 from tokenspeed_plan.planner.model_config import ModelConfig
-from tokenspeed_plan.planner.spec import ParallelismSpec, Spec
+from tokenspeed_plan.planner.spec import ParallelismSpec, Spec, SpeculationSpec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Decision
 from tokenspeed_plan.plans.types import DType
@@ -39,13 +39,31 @@ def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> tuple[Pa
     chunk = hardware.prefill_chunk
     return layout, (
         parallelism,
-        _later("speculation", "off", spec.speculation != "off", "draft and verify programs are not built yet"),
+        _speculation(spec, config, hardware),
         _later("disaggregation", "off", spec.disaggregation != "off", "prefill and decode pools are not built yet"),
         Decision(name="page_size", value=str(hardware.page_size), reason=f"default of {hardware.name}"),
         Decision(name="prefill_chunk", value=str(chunk), reason=f"default of {hardware.name}, at most one sequence"),
         _STATE_DTYPE,
         _later("objective", spec.objective.minimize, True, "recorded; one layout is planned, none is searched for yet"),
     )
+
+
+def speculation_depth(spec: Spec) -> int:
+    """Drafts of every decode bucket."""
+    return spec.speculation.depth if isinstance(spec.speculation, SpeculationSpec) else 0
+
+
+def _speculation(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> Decision:
+    depth = speculation_depth(spec)
+    if depth == 0:
+        return _later("speculation", "off", spec.speculation != "off", "depths are not chosen by cost yet")
+    if config.num_mtp_layers == 0:
+        raise SpecError(f"`{config.name}` has no MTP layer to draft with", "set `speculation: off`")
+    if hardware.sm:
+        raise SpecError(
+            f"kernels for `speculation.depth: {depth}` on {hardware.name} are not there yet", "set `speculation: off`"
+        )
+    return Decision(name="speculation", value=f"depth {depth}", reason="as the spec says")
 
 
 _STATE_DTYPE = Decision(

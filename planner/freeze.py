@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tokenspeed_plan.planner.graph import OpGraph, Tensor, Weight
@@ -30,6 +30,7 @@ from tokenspeed_plan.plans.schema import (
     Shift,
     Target,
     WeightSpec,
+    shared_bytes,
 )
 from tokenspeed_plan.plans.validate import aligned
 
@@ -59,7 +60,11 @@ def freeze(parts: Parts) -> Plan:
     graphs = [graph for _, _, graph, _ in parts.programs]
     weights, weight_bytes = _place_weights({name: w for graph in graphs for name, w in graph.weights.items()}.values())
     kernels = {name: built.kernel for _, _, _, made in parts.programs for name, built in sorted(made.items())}
-    buffers, arena_bytes = _place_shared(graphs, kernels.values(), parts.limits)
+    programs = tuple(
+        _program(bucket, seqs, graph, graph.phase != "prefill" and parts.hardware.sm > 0)
+        for bucket, seqs, graph, _ in parts.programs
+    )
+    buffers, arena_bytes = _place_shared(graphs, kernels.values(), programs)
     arena_bytes |= {"weights": weight_bytes, "activations": max(graph.arena_bytes for graph in graphs)}
     return Plan(
         schema_version=SCHEMA_VERSION,
@@ -79,10 +84,7 @@ def freeze(parts: Parts) -> Plan:
         weights=weights,
         buffers=buffers,
         kernels=tuple(kernels[name] for name in sorted(kernels)),
-        programs=tuple(
-            _program(bucket, seqs, graph, graph.phase != "prefill" and parts.hardware.sm > 0)
-            for bucket, seqs, graph, _ in parts.programs
-        ),
+        programs=programs,
     )
 
 
@@ -105,7 +107,7 @@ def _pieces(weight: Weight) -> tuple[Piece, ...]:
 
 
 def _place_shared(
-    graphs: list[OpGraph], kernels: Iterable[KernelSpec], limits: Limits
+    graphs: list[OpGraph], kernels: Iterable[KernelSpec], programs: Sequence[Program]
 ) -> tuple[tuple[BufferSpec, ...], dict[str, int]]:
     """State, io and scratch buffers: they outlive a program, so each has a place of its own."""
     shared: dict[str, Tensor] = {}
@@ -116,13 +118,14 @@ def _place_shared(
         shared |= {
             name: Tensor(name, param.tensor, "scratch") for param in scratch if (name := scratch_name(kernel, param))
         }
+    sizes = shared_bytes({name: tensor.spec for name, tensor in shared.items()}, programs)
     tops = {"kv_cache": 0, "state": 0, "io": 0, "scratch": 0}
     buffers = []
     for tensor in shared.values():
         buffers.append(
             BufferSpec(name=tensor.name, arena=tensor.arena, offset_bytes=tops[tensor.arena], tensor=tensor.spec)
         )
-        tops[tensor.arena] += aligned(tensor.spec.size_bytes(limits.max_tokens, limits.max_seqs))
+        tops[tensor.arena] += aligned(sizes[tensor.name])
     return tuple(buffers), tops
 
 
@@ -148,7 +151,7 @@ def _program(bucket: int, max_seqs: int, graph: OpGraph, captured: bool) -> Prog
     return Program(
         phase=graph.phase,
         bucket=bucket,
-        max_tokens=bucket,
+        max_tokens=bucket * (graph.depth + 1 if graph.phase == "decode" else 1),
         max_seqs=max_seqs,
         inputs=graph.inputs,
         outputs=graph.outputs,
@@ -157,4 +160,5 @@ def _program(bucket: int, max_seqs: int, graph: OpGraph, captured: bool) -> Prog
         num_streams=graph.num_streams,
         captured=captured,
         predicted_us=round(graph.time_us, 2),
+        depth=graph.depth,
     )

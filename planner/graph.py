@@ -119,6 +119,7 @@ class OpGraph:
     weights: Mapping[str, Weight]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    depth: int = 0  # drafts that it makes
     steps: tuple[Step, ...] = ()
     num_streams: int = 1
     time_us: float = 0.0

@@ -12,13 +12,13 @@ from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Decision, Limits
 from tokenspeed_plan.plans.types import Phase
 
-ROWS_PER_SLOT = 2  # one to read, one to write; speculation will need 1 + depth more
+ROWS_PER_SLOT = 2  # one to read, one to write; each draft needs one more
 ENDS_PER_CONVERSATION = 2  # checkpoints where the last prompt and the last answer end
 WORTH_A_STEP = 16  # a prefill step costs as much as this part of a chunk even when it is almost empty
 
 
-def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareSpec) -> Limits:
-    """The longest conversation, rounded up to a page; pages for `concurrency` of them.
+def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareSpec, depth: int = 0) -> Limits:
+    """The longest conversation, rounded up to a page; pages for `concurrency` of them, rows for `depth` drafts.
 
     Raises:
         SpecError: the model has fewer positions than the workload needs.
@@ -40,8 +40,8 @@ def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareS
         max_tokens=chunk,
         page_size=hardware.page_size,
         num_pages=pages * workload.concurrency,
-        rows_per_slot=ROWS_PER_SLOT,
-        num_rows=2 + workload.concurrency * ROWS_PER_SLOT + num_checkpoints,
+        rows_per_slot=ROWS_PER_SLOT + depth,
+        num_rows=2 + workload.concurrency * (ROWS_PER_SLOT + depth) + num_checkpoints,
         default_max_tokens=min(workload.output_tokens, max_seq_len - 1),
         interleaved_tokens=chunk,
         checkpoint_interval=interval,

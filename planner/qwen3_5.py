@@ -12,7 +12,7 @@ from typing import Any
 from tokenspeed_plan.planner.graph import DimSplits, Op, OpGraph, Source, Stage, Tensor, Weight
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.model_config import ModelConfig
-from tokenspeed_plan.plans.ops import BATCH_STATE, OPS, SAMPLING_INPUTS
+from tokenspeed_plan.plans.ops import BATCH_STATE, OPS, SAMPLING_INPUTS, STOP_IDS
 from tokenspeed_plan.plans.schema import ArenaName, Limits
 from tokenspeed_plan.plans.types import Attr, Dim, DType, Phase, TensorSpec
 
@@ -39,45 +39,86 @@ class BuildContext:
         return "fp64" if self.dtype == "fp64" else "fp32"
 
 
-def build(context: BuildContext, phase: Phase) -> OpGraph:
-    """The target model in one phase: token ids in, next tokens out."""
-    graph = _Builder(context, phase)
+def build(context: BuildContext, phase: Phase, depth: int = 0) -> OpGraph:
+    """The target model in one phase: token ids in, next tokens out. With a depth, so many drafts after each too.
+
+    A decode step of a depth verifies as many drafts as it makes: its sequences have `depth + 1` rows each.
+    """
+    graph = _Builder(context, phase, depth)
     x = graph.embed("embed", "token_ids")
     for index, kind in enumerate(context.config.layer_types):
         mixer = graph.delta_net if kind == "linear_attention" else graph.attention
         x = graph.layer(f"L{index}", f"{context.config.prefix}layers.{index}.", x, mixer)
     x = graph.norm("final_norm", f"{context.config.prefix}norm.weight", x)
-    x = graph.op("last_token", "last_token", (x, "cu_seqlens"))[0]
-    logits = graph.head("logits", x)
-    graph.op(
-        "sample",
-        "sample",
-        (logits, *SAMPLING_INPUTS),
-        out_names=("next_tokens",),
-        attrs={"num_valid_tokens": context.num_valid_tokens},
-    )
-    if phase == "decode":
+    if depth and phase == "decode":
+        return graph.finish(_verify(graph, x))
+    last = graph.op("last_token", "last_token", (x, "cu_seqlens"))[0]
+    outputs = (graph.head("logits", last), graph.sample("logits", "next_tokens"))
+    if depth:
+        shifted = graph.op("shift_tokens", "shift_tokens", ("token_ids", "following", "next_tokens", "cu_seqlens"))[0]
+        last_row = _LastRow("last_token", "cu_seqlens")
+        outputs += (_drafts(graph, shifted, x, last_row, "context_lens", "next_tokens"),)
+    elif phase == "decode":
         page_size = {"page_size": context.limits.page_size}
         graph.op("advance", "advance", ("next_tokens", "page_table"), states=BATCH_STATE, attrs=page_size)
-    return graph.finish(("logits", "next_tokens"))
+    return graph.finish(outputs)
 
 
-def build_draft(context: BuildContext) -> OpGraph:
-    """The MTP layer (one draft step): the next token's id and the target's final hidden row in, a draft out."""
-    graph = _Builder(context, "draft")
-    hidden = graph.tensor("target_hidden", ("num_tokens", context.config.hidden_size), context.dtype, "io")
-    embedded = graph.norm(
-        "mtp.embed_norm", f"{MTP_PREFIX}pre_fc_norm_embedding.weight", graph.embed("embed", "token_ids")
+@dataclass(frozen=True, slots=True)
+class _LastRow:
+    """How to take the last row of each sequence: an operator, its second operand, its constants."""
+
+    kind: str
+    which: str
+    attrs: Mapping[str, Attr] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where rows are: the inputs of the batch, or what `draft_place` made."""
+
+    positions: str = "positions"
+    slot_mapping: str = "slot_mapping"
+    context_lens: str = "context_lens"
+
+
+def _verify(graph: _Builder, hidden: str) -> tuple[str, ...]:
+    """Sample after every row, accept the drafts that agree, draft anew, and move all inputs on."""
+    rows: dict[str, Attr] = {"rows_per_seq": graph.depth + 1}
+    logits = graph.head("verify_logits", hidden)
+    said = graph.sample(logits, "verify_tokens")
+    accepted, lens, last = graph.op(
+        "accept",
+        "accept",
+        ("token_ids", said, "context_lens", "read_rows", "max_lens", "stop_ids"),
+        states=("accept_counts",),
+        attrs=rows,
+        out_names=("accepted", "committed_lens", "last_tokens"),
     )
-    normed = graph.norm("mtp.hidden_norm", f"{MTP_PREFIX}pre_fc_norm_hidden.weight", hidden)
-    joined = graph.op("mtp.concat", "concat", (embedded, normed))[0]
-    fc = graph.matrix("mtp.fc", {"mtp.fc.weight": (context.config.hidden_size, {})}, 2 * context.config.hidden_size)
-    x = graph.linear("mtp.fc", joined, fc, ((context.config.hidden_size, None),))[0]
-    x = graph.layer(f"L{context.config.num_layers}", f"{MTP_PREFIX}layers.0.", x, graph.attention)
-    x = graph.norm("draft_hidden", f"{MTP_PREFIX}norm.weight", x)
-    logits = graph.head("draft_logits", x)
-    graph.op("draft", "argmax", (logits,), out_names=("draft_tokens",))
-    return graph.finish((x, "draft_logits", "draft_tokens"))
+    drafts = _drafts(graph, said, hidden, _LastRow("select_row", accepted, rows), lens, last)
+    attrs = rows | {"page_size": graph.context.limits.page_size}
+    graph.op("advance", "advance_rows", (accepted, drafts, "page_table"), states=BATCH_STATE, attrs=attrs)
+    return logits, said, accepted, drafts
+
+
+def _drafts(graph: _Builder, tokens: str, hidden: str, last_row: _LastRow, lens: str, last: str) -> str:
+    """The MTP layer, over all new rows and then over its own drafts; gives [last token | drafts] of each sequence.
+
+    The first pass is over what is certain: its keys and values stay. Row i takes the token after row i and the target's
+    hidden state of row i, and only the last row is of further use. Keys of drafts are overwritten by what comes true.
+    """
+    drafts = last
+    for number in range(1, graph.depth + 1):
+        if number == 1:
+            hidden = graph.draft_layer(tokens, hidden, _Place(context_lens=lens), last_row)
+        else:
+            graph.suffix = f"@{number}"
+            hidden = graph.draft_layer(drafts, hidden, graph.place(lens, number - 1))
+        logits = graph.head("draft_logits", hidden)
+        graph.suffix = ""
+        name = f"drafts_{graph.depth}" if number == graph.depth else f"drafts_so_far.{number}"
+        drafts = graph.op(f"draft.{number}", "draft", (logits, drafts), out_names=(name,))[0]
+    return drafts
 
 
 @dataclass
@@ -86,19 +127,24 @@ class _Builder:
 
     context: BuildContext
     phase: Phase
+    depth: int
+    suffix: str = ""  # of the names of operators and activations, where a layer comes more than once
     ops: list[Op] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.config = self.context.config
-        pages = -(-self.context.limits.max_seq_len // self.context.limits.page_size)
+        rows = self.context.limits.max_depth + 1
         for name in ("token_ids", "positions", "slot_mapping"):
             self.tensor(name, ("num_tokens",), "i32", "io")
-        for name in ("context_lens", "read_rows", "write_rows"):
+        for name in ("context_lens", "read_rows", "following", "max_lens"):
             self.tensor(name, ("num_seqs",), "i32", "io")
+        self.tensor("write_rows", ("num_seqs", rows) if rows > 1 else ("num_seqs",), "i32", "io")
+        self.tensor("stop_ids", ("num_seqs", STOP_IDS), "i32", "io")
+        self.tensor("accept_counts", (rows,), "i64", "io")
         self.tensor("cu_seqlens", ("num_seqs+1",), "i32", "io")
-        self.tensor("page_table", ("num_seqs", pages), "i32", "io")
+        self.tensor("page_table", ("num_seqs", self.context.limits.table_pages), "i32", "io")
         for name, dtype in SAMPLING_INPUTS.items():
             self.tensor(name, ("num_seqs",), dtype, "io")
 
@@ -136,14 +182,16 @@ class _Builder:
         operands = (*inputs, *weights, *states)
         specs = {role: self._spec(value) for role, value in zip(definition.operands, operands, strict=True)}
         made = definition.infer(attrs or {}, specs)
-        names = tuple(out_names) or tuple(name if len(made) == 1 else f"{name}.{role}" for role in made)
+        name = f"{name}{self.suffix}"
+        given = tuple(f"{value}{self.suffix}" for value in out_names)
+        names = given or tuple(name if len(made) == 1 else f"{name}.{role}" for role in made)
         for value, spec, split in zip(names, made.values(), _padded(out_splits, len(made)), strict=True):
             splits = ((len(spec.shape) - 1, split),) if split else ()
             self.tensors[value] = Tensor(value, spec, "activations", splits)
         access = tuple((state, how) for state, (_, how) in zip(states, definition.states, strict=True))
         self.ops.append(
             Op(
-                f"{name}",
+                name,
                 kind,
                 tuple(inputs),
                 names,
@@ -241,25 +289,79 @@ class _Builder:
 
     def head(self, name: str, x: str) -> str:
         """Logits over the vocabulary."""
-        split, rows = self._vocab(), self.config.vocab_size
+        split, rows, op = self._vocab(), self.config.vocab_size, "draft_head" if name == "draft_logits" else "head"
         if self.config.tie_word_embeddings:
             table = self._table()
         else:
             table = self.matrix("head.weight", {"lm_head.weight": (rows, {0: split})}, self.config.hidden_size)
-        return self.linear("head", x, table, ((rows, split),), (name,), gathered=True)[0]
+        return self.linear(op, x, table, ((rows, split),), (name,), gathered=True)[0]
+
+    def sample(self, logits: str, name: str) -> str:
+        """The next token of each row."""
+        attrs: dict[str, Attr] = {"num_valid_tokens": self.context.num_valid_tokens}
+        return self.op("sample", "sample", (logits, *SAMPLING_INPUTS), attrs=attrs | self._rows(), out_names=(name,))[0]
+
+    def _rows(self) -> dict[str, Attr]:
+        """How many rows each sequence has in a decode step, where it is not one."""
+        return {"rows_per_seq": self.depth + 1} if self.depth and self.phase == "decode" else {}
+
+    def last_row(self, how: _LastRow, name: str, x: str, split: Split | None = None) -> str:
+        """The last row of each sequence."""
+        return self.op(f"{name}.last", how.kind, (x, how.which), attrs=how.attrs, out_splits=(split,))[0]
+
+    def place(self, lens: str, step: int) -> _Place:
+        """Where the row after `lens + step - 1` tokens is."""
+        attrs: dict[str, Attr] = {"page_size": self.context.limits.page_size, "step": step}
+        return _Place(*self.op("draft_place", "draft_place", (lens, "page_table"), attrs=attrs))
+
+    def draft_layer(self, tokens: str, hidden: str, place: _Place, last_row: _LastRow | None = None) -> str:
+        """The MTP layer: each row's next token and the hidden state that said it in, a hidden state out.
+
+        With `last_row`, keys and values are those of all rows, which lie where the batch says, and only the last row
+        of each sequence goes on, from `place`.
+        """
+        size, name = self.config.hidden_size, f"L{self.config.num_layers}"
+        embedded = self.norm(
+            "mtp.embed_norm", f"{MTP_PREFIX}pre_fc_norm_embedding.weight", self.embed("mtp.embed", tokens)
+        )
+        normed = self.norm("mtp.hidden_norm", f"{MTP_PREFIX}pre_fc_norm_hidden.weight", hidden)
+        joined = self.op("mtp.concat", "concat", (embedded, normed))[0]
+        fc = self.matrix("mtp.fc.weight", {"mtp.fc.weight": (size, {})}, 2 * size)
+        x = self.linear("mtp.fc", joined, fc, ((size, None),))[0]
+        x = self._draft_block(name, f"{MTP_PREFIX}layers.0.", x, place, last_row)
+        return self.norm("draft_hidden", f"{MTP_PREFIX}norm.weight", x)
+
+    def _draft_block(self, name: str, source: str, x: str, place: _Place, last_row: _LastRow | None) -> str:
+        normed = self.norm(f"{name}.mixer_norm", f"{source}input_layernorm.weight", x)
+        q, gate = self.queries(name, source, normed, _Place() if last_row else place)
+        if last_row:
+            heads = Split("attention", self.config.attention.num_qo_heads)
+            q, gate = (self.last_row(last_row, f"{name}.{key}", y, heads) for key, y in (("q", q), ("gate", gate)))
+            x = self.last_row(last_row, f"{name}.x", x)
+        x = self.op(f"{name}.mixer_add", "add", (self.attend(name, source, q, gate, place), x))[0]
+        return self.feed_forward(name, source, x)
 
     def layer(self, name: str, source: str, x: str, mixer: Callable[[str, str, str], str]) -> str:
         """x + mixer(norm(x)), then x + ffn(norm(x))."""
         normed = self.norm(f"{name}.mixer_norm", f"{source}input_layernorm.weight", x)
         x = self.op(f"{name}.mixer_add", "add", (mixer(name, source, normed), x))[0]
+        return self.feed_forward(name, source, x)
+
+    def feed_forward(self, name: str, source: str, x: str) -> str:
+        """x + ffn(norm(x))."""
         normed = self.norm(f"{name}.ffn_norm", f"{source}post_attention_layernorm.weight", x)
         ffn = self.moe if self.config.moe else self.mlp
         return self.op(f"{name}.ffn_add", "add", (ffn(name, f"{source}mlp.", normed), x))[0]
 
     def attention(self, name: str, source: str, x: str) -> str:
         """Gated attention with q/k norm and partial rotary embedding."""
+        q, gate = self.queries(name, source, x, _Place())
+        return self.attend(name, source, q, gate, _Place())
+
+    def queries(self, name: str, source: str, x: str, place: _Place) -> tuple[str, str]:
+        """Queries and gates of the rows, whose keys and values are written."""
         a, source = self.config.attention, f"{source}self_attn."
-        heads, kv = Split("attention", a.num_qo_heads), Split("kv", a.num_kv_heads)
+        heads, kv = self._heads()
         q_size, kv_size = a.num_qo_heads * a.head_dim, a.num_kv_heads * a.head_dim
         rows = {
             f"{source}q_proj.weight": (2 * q_size, {0: heads}),
@@ -270,12 +372,49 @@ class _Builder:
         outs = ((2 * q_size, heads), (kv_size, kv), (kv_size, kv))
         qg, k, v = self.linear(f"{name}.qkv", x, weight, outs, (f"{name}.qg", f"{name}.k", f"{name}.v"))
         q, gate = self._split_gate(name, qg, heads)
-        q = self._norm_rope(f"{name}.q", f"{source}q_norm.weight", q, heads)
-        k = self._norm_rope(f"{name}.k", f"{source}k_norm.weight", k, kv)
-        o = self._attend(name, q, k, v, heads, kv)
+        q = self._norm_rope(f"{name}.q", f"{source}q_norm.weight", q, heads, place)
+        k = self._norm_rope(f"{name}.k", f"{source}k_norm.weight", k, kv, place)
+        self.op(
+            f"{name}.kv_write",
+            "kv_write",
+            (k, v, place.slot_mapping),
+            states=(self._kv_cache(name),),
+            attrs=self._kv_attrs(),
+            attr_splits={"num_kv_heads": kv},
+        )
+        return q, gate
+
+    def attend(self, name: str, source: str, q: str, gate: str, place: _Place) -> str:
+        """Gated attention of queries to all that is in the cache."""
+        heads, kv = self._heads()
+        many = self.tensors[q].spec.shape[0] == "num_tokens"
+        mode: dict[str, Attr] = {"mode": "prefill" if self.phase == "prefill" and many else "decode"}
+        o = self.op(
+            f"{name}.attention",
+            "attention",
+            (q, "page_table", place.context_lens, "cu_seqlens"),
+            states=(self._kv_cache(name),),
+            attrs=self._kv_attrs() | mode | {"num_heads": heads.units} | (self._rows() if many else {}),
+            attr_splits={"num_heads": heads, "num_kv_heads": kv},
+            out_splits=(heads,),
+        )[0]
         gated = self.op(f"{name}.gated", "sigmoid_gate", (o, gate), out_splits=(heads,))[0]
-        out = self._row_parallel(f"{name}.o.weight", f"{source}o_proj.weight", q_size, heads)
+        q_size = heads.units * self.config.attention.head_dim
+        out = self._row_parallel(f"{name}.o.weight", f"{source}self_attn.o_proj.weight", q_size, heads)
         return self.linear(f"{name}.o", gated, out, ((self.config.hidden_size, None),), partial=True)[0]
+
+    def _heads(self) -> tuple[Split, Split]:
+        a = self.config.attention
+        return Split("attention", a.num_qo_heads), Split("kv", a.num_kv_heads)
+
+    def _kv_attrs(self) -> dict[str, Attr]:
+        a = self.config.attention
+        return {"num_kv_heads": a.num_kv_heads, "head_dim": a.head_dim, "page_size": self.context.limits.page_size}
+
+    def _kv_cache(self, name: str) -> str:
+        a, limits = self.config.attention, self.context.limits
+        shape = (limits.num_pages + 1, 2, limits.page_size, a.num_kv_heads, a.head_dim)
+        return self.tensor(f"{name}.kv_cache", shape, self.context.dtype, "kv_cache", ((3, self._heads()[1]),))
 
     def _split_gate(self, name: str, qg: str, heads: Split) -> tuple[str, ...]:
         return self.op(
@@ -287,7 +426,7 @@ class _Builder:
             attr_splits={"num_heads": heads},
         )
 
-    def _norm_rope(self, name: str, source: str, x: str, heads: Split) -> str:
+    def _norm_rope(self, name: str, source: str, x: str, heads: Split, place: _Place) -> str:
         a = self.config.attention
         attrs: dict[str, Attr] = {"num_heads": heads.units, "head_dim": a.head_dim}
         weight = self.vector(f"{name}_norm.weight", source, a.head_dim)
@@ -309,39 +448,10 @@ class _Builder:
         return self.op(
             f"{name}_roped",
             "rope",
-            (x, "positions"),
+            (x, place.positions),
             out_splits=(heads,),
             attrs=attrs | rope,
             attr_splits={"num_heads": heads},
-        )[0]
-
-    def _attend(self, name: str, q: str, k: str, v: str, heads: Split, kv: Split) -> str:
-        a, limits = self.config.attention, self.context.limits
-        cache = self.tensor(
-            f"{name}.kv_cache",
-            (limits.num_pages + 1, 2, limits.page_size, a.num_kv_heads, a.head_dim),
-            self.context.dtype,
-            "kv_cache",
-            ((3, kv),),
-        )
-        attrs: dict[str, Attr] = {"num_kv_heads": kv.units, "head_dim": a.head_dim, "page_size": limits.page_size}
-        self.op(
-            f"{name}.kv_write",
-            "kv_write",
-            (k, v, "slot_mapping"),
-            states=(cache,),
-            attrs=attrs,
-            attr_splits={"num_kv_heads": kv},
-        )
-        more: dict[str, Attr] = {"mode": "prefill" if self.phase == "prefill" else "decode", "num_heads": heads.units}
-        return self.op(
-            f"{name}.attention",
-            "attention",
-            (q, "page_table", "context_lens", "cu_seqlens"),
-            states=(cache,),
-            attrs=attrs | more,
-            attr_splits={"num_heads": heads, "num_kv_heads": kv},
-            out_splits=(heads,),
         )[0]
 
     def _row_parallel(self, name: str, source: str, size: int, split: Split) -> str:
@@ -388,7 +498,7 @@ class _Builder:
             "delta_rule",
             (*qkv, *gates, *_ROWS),
             states=(state,),
-            attrs=heads | {"mode": mode},
+            attrs=heads | {"mode": mode} | self._rows(),
             attr_splits=head_splits,
             out_splits=(v_heads,),
         )[0]
@@ -452,7 +562,7 @@ class _Builder:
             (u, *_ROWS),
             (weight,),
             (state,),
-            attrs={"mode": mode, "kernel_size": d.conv_kernel_size},
+            attrs={"mode": mode, "kernel_size": d.conv_kernel_size, **self._rows()},
             out_splits=(split,),
         )[0]
 
@@ -569,7 +679,8 @@ class _Builder:
         tensors = {name: tensor for name, tensor in self.tensors.items() if name not in unused}
         for name in outputs:
             tensors[name] = Tensor(name, tensors[name].spec, "io", tensors[name].splits)
-        return OpGraph(self.phase, Stage.BUILT, tuple(self.ops), tensors, self.weights, inputs, outputs)
+        ops = tuple(self.ops)
+        return OpGraph(self.phase, Stage.BUILT, ops, tensors, self.weights, inputs, outputs, self.depth)
 
 
 _ROWS = ("cu_seqlens", "read_rows", "write_rows")

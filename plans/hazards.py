@@ -34,7 +34,7 @@ def check_hazards(program: Program, kernels: Mapping[str, KernelSpec], buffers: 
     """
     replay = _Replay(program, buffers)
     for step in program.steps:
-        replay.run(step, _accesses(step, kernels))
+        replay.run(step, _accesses(step, kernels), _slots(step, kernels))
     replay.finish()
 
 
@@ -47,6 +47,16 @@ def _accesses(step: Step, kernels: Mapping[str, KernelSpec]) -> list[tuple[str, 
     if isinstance(step, CollectiveCall):
         return [(step.source, "read"), (step.target, "write")]
     return []
+
+
+def _slots(step: Step, kernels: Mapping[str, KernelSpec]) -> dict[str, str]:
+    """For each cache that a step writes, the buffer that says where."""
+    if not isinstance(step, KernelCall):
+        return {}
+    kernel = kernels[step.kernel]
+    args = {param.name: name for param, name in zip(kernel.params, step.args, strict=True)}
+    writes = [part for part in kernel.parts if part.kind == "kv_write"]
+    return {args[part.operands[3]]: args[part.operands[2]] for part in writes}
 
 
 @dataclass(slots=True)
@@ -72,13 +82,17 @@ class _Replay:
         self.written: set[str] = set()
         self.unread: set[str] = set()
         self.state: dict[str, Epoch] = {}
+        self.readers: dict[str, list[Epoch]] = {}  # of a state since it was written
+        self.filled: set[tuple[str, str]] = set()  # caches, and where they were written
+        self.slots: dict[str, str] = {}
         self.input_readers: dict[str, list[Epoch]] = {}
         self.moved_on: set[str] = set()
         for name in program.inputs:
             require(name in buffers and buffers[name].arena == "io", f"input `{name}` is not an io buffer")
 
-    def run(self, step: Step, accesses: list[tuple[str, Access]]) -> None:
+    def run(self, step: Step, accesses: list[tuple[str, Access]], slots: dict[str, str]) -> None:
         clock = self.clocks[step.stream]
+        self.slots = slots
         if isinstance(step, WaitEvent):
             self._wait(step, clock)
             return
@@ -112,11 +126,18 @@ class _Replay:
             self._write(name, epoch, clock)
 
     def _touch_state(self, name: str, access: Access, epoch: Epoch, clock: Clock) -> None:
+        """A row of state is written once; a cache may be written again elsewhere, when all that was read is over."""
         if access == "read":
             require(name in self.state and _before(self.state[name], clock), f"`{name}` is read before it is written")
-        else:
-            require(name not in self.state, f"`{name}` is written twice")
-            self.state[name] = epoch
+            self.readers.setdefault(name, []).append(epoch)
+            return
+        where = self.slots.get(name)
+        require(name not in self.state or where is not None, f"`{name}` is written twice")
+        require(where is None or (name, where) not in self.filled, f"`{name}` is written twice at `{where}`")
+        for earlier in (*self.readers.pop(name, ()), *filter(None, [self.state.get(name)])):
+            require(_before(earlier, clock), f"`{name}` is written while it may still be in use")
+        self.filled.add((name, where or ""))
+        self.state[name] = epoch
 
     def _read(self, name: str, epoch: Epoch, clock: Clock) -> None:
         if name in self.program.inputs:

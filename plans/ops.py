@@ -5,6 +5,8 @@ One row per operator in `OPS`. The planner builds graphs from these rows, the va
 
 Shapes: T tokens, S sequences, H hidden, V vocabulary rows, D head_dim, Q query heads, K kv heads,
 A delta-rule key heads, B delta-rule value heads, E experts on this rank, k experts per token.
+
+A decode step that verifies drafts has R = `rows_per_seq` rows of each sequence, one after the other, so that T = S * R.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class OpDef:
         outputs: what it writes, in order; `linear` may have any number.
         weights: parameters that it reads.
         states: persistent buffers that outlive the step, with the access.
-        attrs: names of its constants.
+        attrs: names of its constants. optional: of those that may be left out.
         infer: the output specs, from constants and inputs; raises `ShapeError`.
         doc: the formula.
     """
@@ -45,6 +47,7 @@ class OpDef:
     weights: tuple[str, ...] = ()
     states: tuple[tuple[str, Access], ...] = ()
     attrs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -107,6 +110,18 @@ def dtype_attr(attrs: Attrs) -> DType:
     return value  # type: ignore[return-value]
 
 
+def rows_per_seq(attrs: Attrs) -> int:
+    """How many rows each sequence has in a decode step: 1 where nothing is said."""
+    return integer(attrs, "rows_per_seq") if "rows_per_seq" in attrs else 1
+
+
+def _batch_rows(specs: Specs, name: str) -> Dim:
+    """`num_tokens`, or `num_seqs` where each sequence has one row: the leading dimension of a matrix."""
+    dim = rows(specs, name)
+    require(dim in ("num_tokens", "num_seqs"), f"`{name}` has {dim} rows")
+    return dim
+
+
 def _like(specs: Specs, name: str, last: int) -> TensorSpec:
     return TensorSpec(shape=(rows(specs, name), last), dtype=specs[name].dtype)
 
@@ -114,13 +129,23 @@ def _like(specs: Specs, name: str, last: int) -> TensorSpec:
 def _seq_metadata(specs: Specs) -> None:
     expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
     expect(specs, "read_rows", "num_seqs", dtype="i32")
-    expect(specs, "write_rows", "num_seqs", dtype="i32")
+    _write_rows(specs, 1)
+
+
+def _write_rows(specs: Specs, needed: int) -> None:
+    """One row a sequence, or in a plan that speculates a row for each token that a decode step can have."""
+    shape = specs["write_rows"].shape
+    many = len(shape) == 2 and isinstance(shape[1], int) and shape[1] >= max(needed, 2)
+    require(many or (needed == 1 and shape == ("num_seqs",)), f"`write_rows` is {list(shape)} for {needed} rows")
+    expect(specs, "write_rows", "num_seqs", *shape[1:], dtype="i32")
 
 
 def _embed(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    expect(specs, "token_ids", "num_tokens", dtype="i32")
+    shape = specs["token_ids"].shape
+    dim: Dim = "num_seqs" if len(shape) == 2 else "num_tokens"
+    expect(specs, "token_ids", dim, *shape[1:], dtype="i32")
     require(len(specs["table"].shape) == 2, "`table` is not a matrix")
-    return {"y": TensorSpec(shape=("num_tokens", width(specs, "table")), dtype=specs["table"].dtype)}
+    return {"y": TensorSpec(shape=(dim, width(specs, "table")), dtype=specs["table"].dtype)}
 
 
 def _rms_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
@@ -151,8 +176,9 @@ def _split_gate(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 def _rope(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     head_dim, rotary_dim = integer(attrs, "head_dim"), integer(attrs, "rotary_dim")
     require(0 < rotary_dim <= head_dim and rotary_dim % 2 == 0, f"rotary_dim {rotary_dim} of head_dim {head_dim}")
-    expect(specs, "positions", "num_tokens", dtype="i32")
-    return {"y": expect(specs, "x", "num_tokens", integer(attrs, "num_heads") * head_dim)}
+    dim = _batch_rows(specs, "x")
+    expect(specs, "positions", dim, dtype="i32")
+    return {"y": expect(specs, "x", dim, integer(attrs, "num_heads") * head_dim)}
 
 
 def _kv_cache(attrs: Attrs, specs: Specs) -> None:
@@ -164,9 +190,10 @@ def _kv_cache(attrs: Attrs, specs: Specs) -> None:
 def _kv_write(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     _kv_cache(attrs, specs)
     row = integer(attrs, "num_kv_heads") * integer(attrs, "head_dim")
+    dim = _batch_rows(specs, "k")
     for name in ("k", "v"):
-        expect(specs, name, "num_tokens", row, dtype=specs["kv_cache"].dtype)
-    expect(specs, "slot_mapping", "num_tokens", dtype="i32")
+        expect(specs, name, dim, row, dtype=specs["kv_cache"].dtype)
+    expect(specs, "slot_mapping", dim, dtype="i32")
     return {}
 
 
@@ -178,7 +205,10 @@ def _attention(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
     expect(specs, "context_lens", "num_seqs", dtype="i32")
     expect(specs, "page_table", "num_seqs", width(specs, "page_table"), dtype="i32")
-    return {"y": expect(specs, "q", "num_tokens", heads * integer(attrs, "head_dim"))}
+    dim, decode = _batch_rows(specs, "q"), attrs.get("mode") == "decode"
+    require(decode or dim == "num_tokens", "a prefill has many rows a sequence")
+    require(rows_per_seq(attrs) == 1 or (decode and dim == "num_tokens"), "rows_per_seq of one row a sequence")
+    return {"y": expect(specs, "q", dim, heads * integer(attrs, "head_dim"))}
 
 
 def _pair(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
@@ -186,9 +216,16 @@ def _pair(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     return {"y": specs["x"]}
 
 
+def _stepping(attrs: Attrs, specs: Specs, step: str, many: str) -> None:
+    """The mode of an operator with recurrent state: a decode step, whose rows leave a state each, or many tokens."""
+    require(attrs.get("mode") in (step, many), f"mode {attrs.get('mode')!r}")
+    require(attrs["mode"] == step or rows_per_seq(attrs) == 1, f"rows_per_seq where the mode is {many}")
+    _write_rows(specs, rows_per_seq(attrs))
+
+
 def _conv(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     _seq_metadata(specs)
-    require(attrs.get("mode") in ("update", "varlen"), f"mode {attrs.get('mode')!r}")
+    _stepping(attrs, specs, "update", "varlen")
     channels, taps = width(specs, "x"), integer(attrs, "kernel_size")
     expect(specs, "w", channels, 1, taps)
     require(specs["conv_state"].shape[1:] == (taps - 1, channels), f"`conv_state` is {list(specs['conv_state'].shape)}")
@@ -214,7 +251,7 @@ def _delta_gates(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 def _delta_rule(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     _seq_metadata(specs)
-    require(attrs.get("mode") in ("recurrent", "chunked"), f"mode {attrs.get('mode')!r}")
+    _stepping(attrs, specs, "recurrent", "chunked")
     k_heads, v_heads = integer(attrs, "num_k_heads"), integer(attrs, "num_v_heads")
     key_dim, value_dim = integer(attrs, "key_dim"), integer(attrs, "value_dim")
     require(v_heads % k_heads == 0, f"{v_heads} value heads over {k_heads} key heads")
@@ -355,6 +392,13 @@ def _last_token(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     return {"y": TensorSpec(shape=("num_seqs", width(specs, "x")), dtype=specs["x"].dtype)}
 
 
+def _select_row(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    integer(attrs, "rows_per_seq")
+    expect(specs, "accepted", "num_seqs", dtype="i32")
+    expect(specs, "x", "num_tokens", width(specs, "x"))
+    return {"y": TensorSpec(shape=("num_seqs", width(specs, "x")), dtype=specs["x"].dtype)}
+
+
 def _concat(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     require(specs["x"] == specs["r"], "operands differ")
     return {"y": _like(specs, "x", 2 * width(specs, "x"))}
@@ -362,26 +406,78 @@ def _concat(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 def _sample(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     require(0 < integer(attrs, "num_valid_tokens") <= width(specs, "logits"), "num_valid_tokens over the vocabulary")
-    dim = rows(specs, "logits")
+    dim = "num_tokens" if rows_per_seq(attrs) > 1 else "num_seqs"
+    expect(specs, "logits", dim, width(specs, "logits"))
     for name, dtype in SAMPLING_INPUTS.items():
-        expect(specs, name, dim, dtype=dtype)
+        expect(specs, name, "num_seqs", dtype=dtype)
     return {"next_tokens": TensorSpec(shape=(dim,), dtype="i32")}
 
 
-def _argmax(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    return {"next_tokens": TensorSpec(shape=(rows(specs, "logits"),), dtype="i32")}
+def _shift_tokens(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
+    for name in ("following", "next_tokens"):
+        expect(specs, name, "num_seqs", dtype="i32")
+    return {"y": expect(specs, "token_ids", "num_tokens", dtype="i32")}
+
+
+def _accept(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    depth = integer(attrs, "rows_per_seq") - 1
+    require(depth > 0, "there is nothing to accept")
+    for name in ("token_ids", "next_tokens"):
+        expect(specs, name, "num_tokens", dtype="i32")
+    for name in ("context_lens", "read_rows", "max_lens"):
+        expect(specs, name, "num_seqs", dtype="i32")
+    expect(specs, "stop_ids", "num_seqs", STOP_IDS, dtype="i32")
+    counts = specs["accept_counts"]
+    require(len(counts.shape) == 1 and width(specs, "accept_counts") > depth, f"`accept_counts` for depth {depth}")
+    require(counts.dtype == "i64", f"`accept_counts` is {counts.dtype}")
+    return {name: TensorSpec(shape=("num_seqs",), dtype="i32") for name in ("accepted", "lens", "last_tokens")}
+
+
+def _draft(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    expect(specs, "logits", "num_seqs", width(specs, "logits"))
+    shape = specs["earlier"].shape
+    known = shape[1] if len(shape) == 2 else 1
+    require(isinstance(known, int), f"`earlier` is {list(shape)}")
+    expect(specs, "earlier", "num_seqs", *shape[1:], dtype="i32")
+    return {"drafts": TensorSpec(shape=("num_seqs", int(known) + 1), dtype="i32")}
+
+
+def _draft_place(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    integer(attrs, "page_size"), integer(attrs, "step")
+    lens = expect(specs, "lens", "num_seqs", dtype="i32")
+    expect(specs, "page_table", "num_seqs", width(specs, "page_table"), dtype="i32")
+    return dict.fromkeys(("positions", "slot_mapping", "context_lens"), lens)
 
 
 def _advance(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     integer(attrs, "page_size")
-    dim = rows(specs, "page_table")
-    expect(specs, "next_tokens", dim, dtype="i32")
-    for name in BATCH_STATE:
-        per_token = name in ("token_ids", "positions", "slot_mapping")
-        expect(specs, name, "num_tokens" if per_token else dim, dtype="i64" if name == "draw" else "i32")
+    expect(specs, "next_tokens", "num_seqs", dtype="i32")
+    _batch_state(specs, 1)
     return {}
 
 
+def _advance_rows(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    integer(attrs, "page_size")
+    count = integer(attrs, "rows_per_seq")
+    require(count > 1, "one row a sequence is what `advance` moves on")
+    expect(specs, "accepted", "num_seqs", dtype="i32")
+    expect(specs, "drafts", "num_seqs", count, dtype="i32")
+    _batch_state(specs, count)
+    return {}
+
+
+def _batch_state(specs: Specs, count: int) -> None:
+    expect(specs, "page_table", "num_seqs", width(specs, "page_table"), dtype="i32")
+    for name in ("token_ids", "positions", "slot_mapping"):
+        expect(specs, name, "num_tokens", dtype="i32")
+    for name in ("context_lens", "read_rows"):
+        expect(specs, name, "num_seqs", dtype="i32")
+    expect(specs, "draw", "num_seqs", dtype="i64")
+    _write_rows(specs, count)
+
+
+STOP_IDS = 8  # tokens a sequence that `accept` stops at; what else ends an answer is found on the host
 BATCH_STATE = ("token_ids", "positions", "slot_mapping", "context_lens", "read_rows", "write_rows", "draw")
 SAMPLING_INPUTS: dict[str, DType] = {
     "temperature": "fp32", "top_p": "fp32", "top_k": "i32", "seed": "i64", "draw": "i64",
@@ -389,9 +485,19 @@ SAMPLING_INPUTS: dict[str, DType] = {
 
 _CONV_META = ("cu_seqlens", "read_rows", "write_rows")
 
+_ACCEPT_INPUTS = ("max_lens", "stop_ids", "following", "accept_counts")
+
 # Operands of these roles are the io buffers of the same name: many have one shape, and only the name tells them apart.
-BATCH_INPUTS = frozenset((*BATCH_STATE, *SAMPLING_INPUTS, "page_table", "cu_seqlens"))
+BATCH_INPUTS = frozenset((*BATCH_STATE, *SAMPLING_INPUTS, "page_table", "cu_seqlens", *_ACCEPT_INPUTS))
+# Or, in the passes that draft, what an operator before them made for this role: role -> (operator, its output).
+DRAFT_INPUTS: Mapping[str, frozenset[tuple[str, str]]] = {
+    "token_ids": frozenset({("shift_tokens", "y"), ("sample", "next_tokens"), ("draft", "drafts")}),
+    "positions": frozenset({("draft_place", "positions")}),
+    "slot_mapping": frozenset({("draft_place", "slot_mapping")}),
+    "context_lens": frozenset({("draft_place", "context_lens"), ("accept", "lens")}),
+}
 OPS: dict[str, OpDef] = {
+    # Of a matrix of ids, a sequence a row, the last column counts: the draft that was made last.
     "embed": OpDef(("token_ids",), ("y",), _embed, "y = table[token_ids]; ids of other ranks give 0", ("table",)),
     "rms_norm": OpDef(("x",), ("y",), _rms_norm, "y = x / sqrt(mean(x^2) + eps) * (1 + w)", ("w",), attrs=("eps",)),
     "head_norm": OpDef(
@@ -412,11 +518,12 @@ OPS: dict[str, OpDef] = {
     "attention": OpDef(
         ("q", "page_table", "context_lens", "cu_seqlens"), ("y",), _attention, "softmax(q k^T / sqrt(D)) v, causal",
         states=(("kv_cache", "read"),), attrs=("mode", "num_heads", "num_kv_heads", "head_dim", "page_size"),
+        optional=("rows_per_seq",),
     ),
     "sigmoid_gate": OpDef(("x", "g"), ("y",), _pair, "y = x * sigmoid(g)"),
     "causal_conv": OpDef(
         ("x", *_CONV_META), ("y",), _conv, "y[t] = silu(sum_j w[j] x[t - K + 1 + j])", ("w",),
-        states=(("conv_state", "update"),), attrs=("mode", "kernel_size"),
+        states=(("conv_state", "update"),), attrs=("mode", "kernel_size"), optional=("rows_per_seq",),
     ),
     "qk_l2_norm": OpDef(
         ("x",), ("q", "k", "v"), _qk_l2_norm, "q = q / |q| / sqrt(key_dim), k = k / |k|, v as it is",
@@ -429,7 +536,7 @@ OPS: dict[str, OpDef] = {
     "delta_rule": OpDef(
         ("q", "k", "v", "beta", "log_decay", *_CONV_META), ("y",), _delta_rule,
         "S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q", states=(("ssm_state", "update"),),
-        attrs=("mode", "num_k_heads", "num_v_heads", "key_dim", "value_dim"),
+        attrs=("mode", "num_k_heads", "num_v_heads", "key_dim", "value_dim"), optional=("rows_per_seq",),
     ),
     "delta_chunk": OpDef(
         ("k", "v", "beta", "log_decay", "cu_seqlens"), ("u", "w", "total"), _delta_chunk,
@@ -473,14 +580,38 @@ OPS: dict[str, OpDef] = {
     "gated_add": OpDef(("x", "r", "g"), ("y",), _gated_add, "y = r + x * sigmoid(g), g one scalar a token"),
     "last_token": OpDef(("x", "cu_seqlens"), ("y",), _last_token, "the last row of each sequence"),
     "concat": OpDef(("x", "r"), ("y",), _concat, "y = [x | r]"),
+    "select_row": OpDef(
+        ("x", "accepted"), ("y",), _select_row, "y[s] = x[s * R + accepted[s]]", attrs=("rows_per_seq",)
+    ),
     "advance": OpDef(
         ("next_tokens", "page_table"), (), _advance, "inputs of the next decode step; padding (read_rows = 0) stays",
         states=tuple((name, "update") for name in BATCH_STATE), attrs=("page_size",),
     ),
+    # Row i of a sequence is token `draw + i`, drawn as it would be alone.
     "sample": OpDef(
         ("logits", *SAMPLING_INPUTS), ("next_tokens",), _sample, "argmax, or a draw after top-k and top-p",
-        attrs=("num_valid_tokens",),
+        attrs=("num_valid_tokens",), optional=("rows_per_seq",),
     ),
-    "argmax": OpDef(("logits",), ("next_tokens",), _argmax, "argmax"),
+    "shift_tokens": OpDef(
+        ("token_ids", "following", "next_tokens", "cu_seqlens"), ("y",), _shift_tokens,
+        "y[t] = token_ids[t + 1]; at the end of a sequence `following`, or where that is negative `next_tokens`",
+    ),
+    "accept": OpDef(
+        ("token_ids", "next_tokens", "context_lens", "read_rows", "max_lens", "stop_ids"),
+        ("accepted", "lens", "last_tokens"), _accept,
+        "n = length of the common prefix of token_ids[1:] and next_tokens, up to the first of `stop_ids` and lens <= "
+        "max_lens; lens = context_lens - R + n + 1; last_tokens = next_tokens[n]; accept_counts[:n + 1] += 1",
+        states=(("accept_counts", "update"),), attrs=("rows_per_seq",),
+    ),
+    "draft_place": OpDef(
+        ("lens", "page_table"), ("positions", "slot_mapping", "context_lens"), _draft_place,
+        "where the row after `lens + step - 1` tokens goes; context_lens = lens + step", attrs=("page_size", "step"),
+    ),
+    "draft": OpDef(("logits", "earlier"), ("drafts",), _draft, "drafts = [earlier | argmax(logits)]"),
+    "advance_rows": OpDef(
+        ("accepted", "drafts", "page_table"), (), _advance_rows,
+        "`advance` by accepted + 1 tokens: `drafts` are the next rows, write_rows[accepted] is read next",
+        states=tuple((name, "update") for name in BATCH_STATE), attrs=("page_size", "rows_per_seq"),
+    ),
 }  # fmt: skip
 COLLECTIVES = ("all_reduce", "all_gather")

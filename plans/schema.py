@@ -6,6 +6,8 @@ Memory is a handful of arenas with planned offsets, work is a list of steps a pr
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -24,7 +26,7 @@ from tokenspeed_plan.plans.types import (
     TensorSpec,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 ArenaName = Literal["weights", "kv_cache", "state", "io", "activations", "scratch"]
 
@@ -103,6 +105,17 @@ class Limits(Frozen):
     checkpoint_interval: int
     min_checkpoint_tokens: int
     num_checkpoints: int
+
+    @property
+    def max_depth(self) -> int:
+        """The most drafts that a decode step verifies: a slot has a row to read, and one for each token to write."""
+        return self.rows_per_slot - 2
+
+    @property
+    def table_pages(self) -> int:
+        """Columns of the page table. Drafts may run on after the last token: that far there are columns too."""
+        overrun = 2 * (self.max_depth + 1) if self.max_depth else 0
+        return -(-(self.max_seq_len + overrun) // self.page_size)
 
     @property
     def spare_page(self) -> int:
@@ -288,6 +301,9 @@ Step = Annotated[KernelCall | CollectiveCall | RecordEvent | WaitEvent, Field(di
 class Program(Frozen):
     """One phase at one bucket: serves up to `max_tokens` tokens of up to `max_seqs` sequences in one replay.
 
+    With a `depth` it drafts so many tokens after the one that it says; a decode step also verifies as many, so that it
+    has `depth + 1` rows of each sequence.
+
     One that is `captured` always runs at its full size, padded, so that a CUDA graph can hold it; it is launched before
     the tokens of the replay before it are known on the host.
     """
@@ -303,11 +319,48 @@ class Program(Frozen):
     num_streams: Annotated[int, Field(ge=1, le=64)]
     captured: bool
     predicted_us: float
+    depth: Count = 0
+
+    @property
+    def rows_per_seq(self) -> int:
+        """Rows of each sequence in a decode step."""
+        return self.depth + 1 if self.phase == "decode" else 1
+
+    @property
+    def logits(self) -> str:
+        """The output with the logits that tokens were sampled from."""
+        return "verify_logits" if self.rows_per_seq > 1 else "logits"
+
+    @property
+    def tokens(self) -> str:
+        """The output with the sampled tokens."""
+        return "verify_tokens" if self.rows_per_seq > 1 else "next_tokens"
+
+    @property
+    def drafts(self) -> str:
+        """The output with each sequence's last token and the drafts after it."""
+        return f"drafts_{self.depth}"
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Everything that it reads or writes."""
+        args = (step.args for step in self.steps if step.kind == "kernel")
+        ends = ((step.source, step.target) for step in self.steps if step.kind == "collective")
+        return frozenset((*self.inputs, *self.outputs, *chain.from_iterable((*args, *ends))))
 
     @property
     def launches(self) -> int:
         """Kernels and collectives in one replay."""
         return sum(step.kind in ("kernel", "collective") for step in self.steps)
+
+
+def shared_bytes(tensors: Mapping[str, TensorSpec], programs: Iterable[Program]) -> dict[str, int]:
+    """Bytes of each buffer that programs share: what the largest of those that touch it needs."""
+    sizes = dict.fromkeys(tensors, 0)
+    for program in programs:
+        for name in program.touched & tensors.keys():
+            sizes[name] = max(sizes[name], tensors[name].size_bytes(program.max_tokens, program.max_seqs))
+    return sizes
 
 
 class CanaryPrompt(Frozen):

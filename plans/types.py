@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 DType = Literal["fp64", "fp32", "bf16", "i64", "i32"]
 DTYPE_BYTES: dict[DType, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "i64": 8, "i32": 4}
 
-Phase = Literal["prefill", "decode", "draft"]
+Phase = Literal["prefill", "decode"]
 
 SymbolicDim = Literal["num_tokens", "num_seqs", "num_seqs+1"]
 Dim = int | SymbolicDim

@@ -14,7 +14,7 @@ from itertools import pairwise
 from tokenspeed_plan.plans.canon import kernel_name
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.hazards import check_hazards
-from tokenspeed_plan.plans.ops import BATCH_INPUTS, OPS, OpDef, ShapeError, check_numbers
+from tokenspeed_plan.plans.ops import BATCH_INPUTS, DRAFT_INPUTS, OPS, OpDef, ShapeError, check_numbers
 from tokenspeed_plan.plans.schema import (
     BufferSpec,
     CollectiveCall,
@@ -25,6 +25,7 @@ from tokenspeed_plan.plans.schema import (
     Plan,
     Program,
     WeightSpec,
+    shared_bytes,
 )
 from tokenspeed_plan.plans.types import DTYPE_BYTES, Dim, TensorSpec
 
@@ -83,15 +84,18 @@ def _limits(plan: Plan) -> None:
     check(limits.rows_per_slot >= 2, lambda: "a sequence needs a row to read and another to write")
     check(limits.num_pages * limits.page_size >= limits.max_seq_len, lambda: "one longest sequence has no pages")
     check(limits.default_max_tokens < limits.max_seq_len, lambda: "default_max_tokens over max_seq_len")
+    deepest = max((program.depth for program in plan.programs), default=0)
+    check(deepest == limits.max_depth, lambda: f"{limits.rows_per_slot} rows a slot for {deepest} drafts")
     sizes = {"prefill": limits.max_tokens, "decode": limits.max_seqs}
     for phase, size in sizes.items():
         largest = max((program.bucket for program in plan.programs if program.phase == phase), default=0)
         check(largest == size, lambda: f"the largest {phase} bucket is {largest}, the limit {size}")  # noqa: B023
     for program in plan.programs:
-        tokens = limits.max_tokens if program.phase == "prefill" else limits.max_seqs
-        check(0 < program.max_tokens <= tokens and 0 < program.max_seqs <= limits.max_seqs,
+        most = limits.max_tokens if program.phase == "prefill" else limits.max_seqs
+        check(0 < program.bucket <= most and 0 < program.max_seqs <= limits.max_seqs,
               lambda: f"program {program.phase}/{program.bucket} is over the limits")  # noqa: B023 # fmt: skip
-        check(program.bucket == program.max_tokens and program.max_seqs == min(program.bucket, limits.max_seqs),
+        tokens = program.bucket * program.rows_per_seq
+        check(tokens == program.max_tokens and program.max_seqs == min(program.bucket, limits.max_seqs),
               lambda: f"bucket {program.bucket} of {program.max_tokens} tokens")  # noqa: B023 # fmt: skip
 
 
@@ -101,11 +105,13 @@ def _arenas(plan: Plan) -> None:
         for buffer in program.buffers:
             check(buffer.arena == "activations", lambda b=buffer: f"`{b.name}` is not in the activations")  # type: ignore[misc]
             _inside(buffer, buffer.tensor.size_bytes(program.max_tokens, program.max_seqs), sizes)
+    needed = shared_bytes({buffer.name: buffer.tensor for buffer in plan.buffers}, plan.programs)
     held: dict[str, list[tuple[int, int, str]]] = {}
     for buffer in plan.buffers:
         check(buffer.arena in ("kv_cache", "state", "io", "scratch"), lambda b=buffer: f"`{b.name}` is in `{b.arena}`")  # type: ignore[misc]
         _state_shape(plan, buffer)
-        size = buffer.tensor.size_bytes(plan.limits.max_tokens, plan.limits.max_seqs)
+        size = needed[buffer.name]
+        check(size > 0, lambda b=buffer: f"no program touches `{b.name}`")  # type: ignore[misc]
         _inside(buffer, size, sizes)
         held.setdefault(buffer.arena, []).append((buffer.offset_bytes, buffer.offset_bytes + size, buffer.name))
     weights = held.setdefault("weights", [])
@@ -136,8 +142,7 @@ def _state_shape(plan: Plan, buffer: BufferSpec) -> None:
         "state": (limits.num_rows, *shape[1:]),
     }
     if buffer.name == "page_table":
-        pages = -(-limits.max_seq_len // limits.page_size)
-        expected["io"] = (*shape[:-1], pages)
+        expected["io"] = (*shape[:-1], limits.table_pages)
     wanted = expected.get(buffer.arena, shape)
     check(shape == wanted, lambda: f"`{buffer.name}` is {list(shape)}, the limits say {list(wanted)}")
 
@@ -223,7 +228,7 @@ def _part_outputs(kernel: KernelSpec, part: Part, known: Mapping[str, TensorSpec
     if op is None:
         raise refuse(f"kernel `{kernel.name}` has unknown operator `{part.kind}`")
     check(
-        len(part.operands) == len(op.operands) and set(part.attrs) == set(op.attrs),
+        len(part.operands) == len(op.operands) and set(part.attrs) - set(op.optional) == set(op.attrs),
         lambda: f"kernel `{kernel.name}`: `{part.kind}` has the wrong operands or constants",
     )
     missing = [name for name in part.operands if name not in known]
@@ -261,7 +266,7 @@ def _model(plan: Plan) -> None:
     """Token ids are below `vocab_size`: each of them must have a logit."""
     for buffer in plan.buffers:
         width = buffer.tensor.shape[-1]
-        check(buffer.name != "logits" or width == plan.model.vocab_size,
+        check(buffer.name not in ("logits", "verify_logits") or width == plan.model.vocab_size,
               lambda n=width: f"{n} logits for a vocabulary of {plan.model.vocab_size}")  # type: ignore[misc] # fmt: skip
 
 
@@ -277,19 +282,27 @@ def _programs(plan: Plan) -> None:
     shared = {buffer.name: buffer for buffer in plan.buffers}
     for program in plan.programs:
         buffers = shared | {buffer.name: buffer for buffer in program.buffers}
-        missing = {"logits", "next_tokens"} - set(program.outputs)
+        missing = _promised(program) - set(program.outputs)
         check(not missing, lambda p=program: f"{p.phase}/{p.bucket} does not give `{min(missing)}`")  # type: ignore[misc]  # noqa: B023
         check(program.phase == "decode" or not program.captured, lambda p=program: f"{p.phase} is captured")  # type: ignore[misc]
+        made: dict[str, tuple[str, str]] = {}
         for step in program.steps:
             check(0 <= step.stream < program.num_streams, lambda s=step: f"there is no stream {s.stream}")  # type: ignore[misc]
             if isinstance(step, KernelCall):
                 _call_fits(program, step, kernels, weights, buffers)
+                _batch_fits(program, step, kernels[step.kernel], made)
             elif isinstance(step, CollectiveCall):
                 _collective_fits(plan, step, buffers)
         try:
             check_hazards(program, kernels, buffers)
         except ShapeError as error:
             raise refuse(f"program {program.phase}/{program.bucket}: {error}") from error
+
+
+def _promised(program: Program) -> set[str]:
+    """What the runtime reads after a replay."""
+    drafts = {program.drafts} if program.depth else set()
+    return {program.logits, program.tokens} | drafts | ({"accepted"} if program.rows_per_seq > 1 else set())
 
 
 _ARENAS_OF_ROLE = {
@@ -318,11 +331,40 @@ def _call_fits(
             actual = buffer.tensor if buffer and buffer.arena in _ARENAS_OF_ROLE[param.role] else None
         check(actual == param.tensor,
               lambda n=name, p=param: f"`{n}` does not fit parameter `{p.name}` of `{step.kernel}`")  # type: ignore[misc] # fmt: skip
+
+
+def _batch_fits(program: Program, step: KernelCall, kernel: KernelSpec, made: dict[str, tuple[str, str]]) -> None:
+    """What a kernel takes for the batch is the batch's own, or what a pass that drafts has `made` for that role.
+
+    `made` says of each buffer which operator wrote it, and as what. Each part must count as many rows a sequence as
+    the program has.
+    """
     args = {param.name: name for param, name in zip(kernel.params, step.args, strict=True)}
+    inside: dict[str, tuple[str, str]] = {}
     for part in kernel.parts:
-        for role, operand in zip(OPS[part.kind].operands, part.operands, strict=True):
-            check(role not in BATCH_INPUTS or args.get(operand) == role,
-                  lambda r=role, o=operand: f"`{args.get(o, o)}` is given to `{step.kernel}` as `{r}`")  # type: ignore[misc] # fmt: skip
+        op = OPS[part.kind]
+        for role, operand in zip(op.operands, part.operands, strict=True):
+            name = args.get(operand, operand)
+            maker = inside.get(operand) or made.get(name)
+            fits = role not in BATCH_INPUTS or name == role or maker in DRAFT_INPUTS.get(role, ())
+            check(fits, lambda r=role, n=name: f"`{n}` is given to `{step.kernel}` as `{r}`")  # type: ignore[misc]
+            if (part.kind, role) == ("draft_place", "lens"):
+                own = "context_lens" if program.phase == "prefill" else None
+                check(name == own or maker == ("accept", "lens"), lambda n=name: f"`{n}` is where drafts go on")  # type: ignore[misc]
+        inside |= {name: (part.kind, role) for role, name in zip(op.outputs, part.outputs, strict=False)}
+        _rows_fit(program, kernel, part)
+    made |= {args[name]: maker for name, maker in inside.items() if name in args}
+
+
+def _rows_fit(program: Program, kernel: KernelSpec, part: Part) -> None:
+    op = OPS[part.kind]
+    if "rows_per_seq" not in (*op.attrs, *op.optional) or program.phase != "decode":
+        check("rows_per_seq" not in part.attrs, lambda: f"`{kernel.name}` has rows of a decode step")
+        return
+    shape = {param.name: param.tensor.shape for param in kernel.params}.get(part.operands[0], ("num_tokens",))
+    wanted = 1 if part.kind == "attention" and shape[0] == "num_seqs" else program.rows_per_seq
+    found = part.attrs.get("rows_per_seq", 1)
+    check(found == wanted, lambda: f"`{kernel.name}` counts {found} rows a sequence, its program has {wanted}")
 
 
 def _collective_fits(plan: Plan, step: CollectiveCall, buffers: Mapping[str, BufferSpec]) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenspeed_plan.planner.compile import find_model
 from tokenspeed_plan.planner.hardware import find_hardware
 from tokenspeed_plan.planner.limits import plan_limits
-from tokenspeed_plan.planner.qwen3_5 import BuildContext, build_draft
+from tokenspeed_plan.planner.qwen3_5 import BuildContext, build
 from tokenspeed_plan.runtime.reference import BODIES
 from torch import Tensor
 
@@ -29,8 +29,8 @@ def read(folder: Path) -> dict[str, Tensor]:
 def draft_logits_of_graph(folder: Path, hidden_TH: Tensor, ids_T: Tensor) -> Tensor:
     spec = make_spec(folder)
     model = find_model(spec)
-    limits = plan_limits(spec.workload, model.config, find_hardware("cpu"))
-    graph = build_draft(BuildContext(model.config, "fp32", limits, model.num_valid_tokens, model.fused_experts))
+    limits = plan_limits(spec.workload, model.config, find_hardware("cpu"), 1)
+    graph = build(BuildContext(model.config, "fp32", limits, model.num_valid_tokens, model.fused_experts), "prefill", 1)
     stored, count = read(folder), len(ids_T)
     values: dict[str, Tensor] = {
         "token_ids": ids_T, "positions": torch.arange(count), "slot_mapping": torch.arange(count),

@@ -16,13 +16,13 @@ from tokenspeed_plan.plans.types import Attr, DType
 FEW_ROWS = 16  # up to here a product for each pair of row and expert reads hardly any expert twice
 
 
-def expand(graph: OpGraph, num_tokens: int) -> OpGraph:
-    """The graph with the operators that suit a program of so many tokens."""
+def expand(graph: OpGraph, num_tokens: int, num_seqs: int) -> OpGraph:
+    """The graph with the operators that suit a program of so many tokens and sequences."""
     tensors = dict(graph.tensors)
     ops: list[Op] = []
     sorted_ids: dict[str, tuple[str, str]] = {}
     for op in graph.ops:
-        work = _Expansion(op, graph, tensors, num_tokens, sorted_ids)
+        work = _Expansion(op, graph, tensors, (num_tokens, num_seqs), sorted_ids)
         ops += _RULES[op.kind](work) if op.kind in _RULES else [op]
     used = {name for op in ops for name in (*op.inputs, *op.outputs, *(state for state, _ in op.states))}
     kept = {name: tensor for name, tensor in tensors.items() if name in used or tensor.arena != "activations"}
@@ -36,7 +36,7 @@ class _Expansion:
     op: Op
     graph: OpGraph
     tensors: dict[str, Tensor]
-    num_tokens: int
+    sizes: tuple[int, int]
     sorted_ids: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def emit(
@@ -67,6 +67,11 @@ class _Expansion:
         return {name: self.op.attrs[name] for name in names}
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the operator's first operand."""
+        return self.tensors[self.op.inputs[0]].spec.bind(*self.sizes)[0]
+
+    @property
     def dtype(self) -> DType:
         """Of the operator's result."""
         return self.tensors[self.op.outputs[0]].spec.dtype
@@ -85,7 +90,7 @@ def _delta_rule(work: _Expansion) -> list[Op]:
 
 def _experts_up(work: _Expansion) -> list[Op]:
     op = work.op
-    if work.num_tokens <= FEW_ROWS:
+    if work.num_rows <= FEW_ROWS:
         return [op]
     x, ids = op.inputs
     sort = replace(work.emit(".sort", "expert_sort", (ids,), op.attrs), rank_attrs=op.rank_attrs)

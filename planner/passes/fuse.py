@@ -20,10 +20,10 @@ class Fusion:
 
     kind: str
     run: tuple[str, ...]
-    phases: tuple[Phase, ...] = ("prefill", "decode", "draft")
+    phases: tuple[Phase, ...] = ("prefill", "decode")
 
 
-FEW: tuple[Phase, ...] = ("decode", "draft")  # a few rows
+FEW: tuple[Phase, ...] = ("decode",)  # a few rows
 
 FUSIONS = (
     # Sums over ranks end in the residual stream and its norm. Few rows are read from all peers at once; many would

@@ -66,9 +66,25 @@ def build_kernel(
         tile: the only one to try.
     """
     work = Work(kind, kernel, *rows, hardware, tile)
-    tilings = RULES[kind](work) if kind in RULES and work.dtype != "fp64" else []
+    tilings = RULES[kind](work) if kind in RULES and work.dtype != "fp64" and not _speculative(kernel) else []
     pdl = pdl and hardware.sm >= PDL_SM
     return [_built(work, tiling, pdl) for tiling in tilings] or [Built(_named(kind, kernel), None)]
+
+
+def _speculative(kernel: KernelSpec) -> bool:
+    """Whether a kernel has what only a plan that speculates has; no template knows of that yet.
+
+    That is several rows a sequence, a table of rows to write, or one row a sequence where it was one a token.
+    """
+    few = ("last_token", "sample", "advance")
+    return (
+        any("rows_per_seq" in part.attrs for part in kernel.parts)
+        or any(p.name.endswith("write_rows") and len(p.tensor.shape) == 2 for p in kernel.params)
+        or (
+            not any(part.kind in few for part in kernel.parts)
+            and any(p.role == "output" and p.tensor.shape[0] == "num_seqs" for p in kernel.params)
+        )
+    )
 
 
 def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tokenspeed_plan.runtime.reference import attention, batch, delta, dense, moe, sampling
+from tokenspeed_plan.runtime.reference import attention, batch, delta, dense, moe, sampling, speculation
 from torch import Tensor
 
 Attrs = Mapping[str, bool | int | float | str]
@@ -45,7 +45,12 @@ BODIES: dict[str, Body] = {
     "gated_add": moe.gated_add,
     "sample": sampling.sample,
     "advance": batch.advance,
-    "argmax": sampling.argmax,
+    "shift_tokens": speculation.shift_tokens,
+    "accept": speculation.accept,
+    "select_row": speculation.select_row,
+    "draft": speculation.draft,
+    "draft_place": speculation.draft_place,
+    "advance_rows": speculation.advance_rows,
 }
 
 __all__ = ["BODIES", "Body"]

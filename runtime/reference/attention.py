@@ -64,10 +64,13 @@ def kv_write(attrs: Attrs, k_TN: Tensor, v_TN: Tensor, slots_T: Tensor, cache: T
 def attention(
     attrs: Attrs, q_TN: Tensor, page_table_SP: Tensor, context_S: Tensor, cu_seqlens: Tensor, cache: Tensor
 ) -> tuple[Tensor]:
-    """softmax(q k^T / sqrt(D)) v over each sequence's own pages, causal; `context` counts the new tokens too."""
+    """softmax(q k^T / sqrt(D)) v over each sequence's own pages, causal; `context` counts the new tokens too.
+
+    In a decode step of R rows a sequence, row i sees R - 1 - i tokens less than the last one.
+    """
     q = q_TN.unflatten(-1, (attrs["num_heads"], attrs["head_dim"]))
     if attrs["mode"] == "decode":
-        return (_decode(q, page_table_SP, context_S, cache),)
+        return (_decode(q.unflatten(0, (len(context_S), -1)), page_table_SP, context_S, cache),)
     bounds, contexts = cu_seqlens.tolist(), context_S.tolist()
     rows = [_one_sequence(q[start:end], page_table_SP[i], contexts[i], cache)
             for i, (start, end) in enumerate(pairwise(bounds))]  # fmt: skip
@@ -83,13 +86,14 @@ def _gather(page_table: Tensor, length: int, cache: Tensor) -> tuple[Tensor, Ten
     return kv[0], kv[1]
 
 
-def _decode(q_SQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Tensor) -> Tensor:
-    """One query a sequence; shorter sequences are masked to the longest."""
-    longest = int(context_S.max())
+def _decode(q_SRQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Tensor) -> Tensor:
+    """One query a sequence, or a few; shorter sequences are masked to the longest."""
+    longest, count = int(context_S.max()), q_SRQD.shape[1]
     k, v = _gather(page_table_SP, longest, cache)
-    visible = torch.arange(longest, device=context_S.device)[None] < context_S[:, None]
-    y = F.scaled_dot_product_attention(q_SQD[:, :, None], k, v, visible[:, None, None], enable_gqa=True)
-    return y.flatten(1)
+    seen_SR = context_S[:, None] - torch.arange(count - 1, -1, -1, device=context_S.device)
+    visible_SRC = torch.arange(longest, device=context_S.device) < seen_SR[:, :, None]
+    y = F.scaled_dot_product_attention(q_SRQD.transpose(1, 2), k, v, visible_SRC[:, None], enable_gqa=True)
+    return y.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _one_sequence(q_TQD: Tensor, pages_P: Tensor, length: int, cache: Tensor) -> Tensor:

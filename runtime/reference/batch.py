@@ -31,7 +31,8 @@ def advance(
     column = (positions_S // page_size).clamp(max=page_table_SP.shape[1] - 1).long()
     slot = page_table_SP.gather(1, column[:, None])[:, 0] * page_size + positions_S % page_size
     slot_mapping_S.copy_(slot.where(live, slot_mapping_S))
-    read, write = read_rows_S.clone(), write_rows_S.clone()
+    first_S = write_rows_S if write_rows_S.dim() == 1 else write_rows_S[:, 0]
+    read, write = read_rows_S.clone(), first_S.clone()
     read_rows_S.copy_(write.where(live, read))
-    write_rows_S.copy_(read.where(live, write))
+    first_S.copy_(read.where(live, write))
     return ()

@@ -42,18 +42,23 @@ class Ragged:
 
 
 def causal_conv(
-    attrs: Attrs, x_TC: Tensor, cu_seqlens: Tensor, read_S: Tensor, write_S: Tensor, w: Tensor, state: Tensor
+    attrs: Attrs, x_TC: Tensor, cu_seqlens: Tensor, read_S: Tensor, write_SR: Tensor, w: Tensor, state: Tensor
 ) -> tuple[Tensor]:
-    """y[t] = silu(sum_j w[j] x[t - K + 1 + j]); the state holds the last K - 1 inputs of a sequence, oldest first."""
-    taps, w_CK, before = attrs["kernel_size"], w[:, 0], state.index_select(0, read_S)
+    """y[t] = silu(sum_j w[j] x[t - K + 1 + j]); the state holds the last K - 1 inputs of a sequence, oldest first.
+
+    In a decode step each of a sequence's rows leaves the state after it; else the last one does, in the first row.
+    """
+    taps, w_CK, before, write_SR = attrs["kernel_size"], w[:, 0], state.index_select(0, read_S), _rows(write_SR)
     if attrs["mode"] == "update":
-        window = torch.cat((before, x_TC[:, None]), 1)  # [S, K, C]
-        state[write_S.long()] = window[:, 1:]
-        return (F.silu((window * w_CK.T).sum(1)),)
+        rows = torch.cat((before, x_TC.unflatten(0, (len(before), -1))), 1)  # [S, K - 1 + R, C]
+        windows = rows.unfold(1, taps, 1).transpose(2, 3)  # [S, R, K, C]
+        for i in range(windows.shape[1]):
+            state[write_SR[:, i]] = windows[:, i, 1:]
+        return (F.silu((windows * w_CK.T).sum(2)).flatten(0, 1),)
     ragged = Ragged(cu_seqlens)
     x = torch.cat((before, ragged.pad(x_TC)), 1)  # [S, K - 1 + L, C]
     last = ragged.lengths_S[:, None] + torch.arange(taps - 1, device=x.device)
-    state[write_S.long()] = x.gather(1, last[:, :, None].expand(-1, -1, x.shape[2]))
+    state[write_SR[:, 0]] = x.gather(1, last[:, :, None].expand(-1, -1, x.shape[2]))
     length = x.shape[1] - taps + 1
     y = sum(x[:, j : j + length] * w_CK[:, j] for j in range(taps))
     assert isinstance(y, Tensor)
@@ -80,22 +85,33 @@ def delta_gates(attrs: Attrs, b_TB: Tensor, a_TB: Tensor, a_log_B: Tensor, dt_bi
 
 def delta_rule(
     attrs: Attrs, q_T: Tensor, k_T: Tensor, v_T: Tensor, beta_TB: Tensor, decay_TB: Tensor,
-    cu_seqlens: Tensor, read_S: Tensor, write_S: Tensor, state: Tensor,
+    cu_seqlens: Tensor, read_S: Tensor, write_SR: Tensor, state: Tensor,
 ) -> tuple[Tensor]:  # fmt: skip
-    """S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q, per value head; the state is [rows, B, dk, dv]."""
+    """S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q, per value head; the state is [rows, B, dk, dv].
+
+    In a decode step each of a sequence's rows leaves the state after it; else the last one does, in the first row.
+    """
     heads, group = attrs["num_k_heads"], attrs["num_v_heads"] // attrs["num_k_heads"]
     q, k = (_shared(widen(x).unflatten(-1, (heads, -1)), group) for x in (q_T, k_T))
     v = widen(v_T).unflatten(-1, (attrs["num_v_heads"], -1))
-    before = state.index_select(0, read_S)
+    before, write_SR = state.index_select(0, read_S), _rows(write_SR)
     if attrs["mode"] == "recurrent":
-        y, after = _recurrent(q, k, v, beta_TB, decay_TB, before)
-    else:
-        ragged = Ragged(cu_seqlens, CHUNK)
-        padded = tuple(ragged.pad(x).transpose(1, 2) for x in (q, k, v, beta_TB, decay_TB))
-        y, after = _chunked(padded, before)
-        y = ragged.pack(y.transpose(1, 2))
-    state[write_S.long()] = after
-    return (y.flatten(1).to(v_T.dtype),)
+        rows = zip(*(x.unflatten(0, (len(before), -1)).unbind(1) for x in (q, k, v, beta_TB, decay_TB)), strict=True)
+        ys = []
+        for i, row in enumerate(rows):
+            y, before = _recurrent(*row, before)
+            state[write_SR[:, i]] = before
+            ys.append(y)
+        return (torch.stack(ys, 1).flatten(0, 1).flatten(1).to(v_T.dtype),)
+    ragged = Ragged(cu_seqlens, CHUNK)
+    padded = tuple(ragged.pad(x).transpose(1, 2) for x in (q, k, v, beta_TB, decay_TB))
+    y, state[write_SR[:, 0]] = _chunked(padded, before)
+    return (ragged.pack(y.transpose(1, 2)).flatten(1).to(v_T.dtype),)
+
+
+def _rows(write_rows: Tensor) -> Tensor:
+    """Rows to write, [S, R or more]; a plan that does not speculate has one a sequence."""
+    return write_rows.long().view(len(write_rows), -1)
 
 
 def _shared(x_TAk: Tensor, group: int) -> Tensor:
@@ -178,7 +194,7 @@ def delta_chunk(
 
 def delta_scan(
     attrs: Attrs, q_T: Tensor, k_T: Tensor, u_T: Tensor, w_T: Tensor, total_TB: Tensor,
-    cu_seqlens: Tensor, read_S: Tensor, write_S: Tensor, state: Tensor,
+    cu_seqlens: Tensor, read_S: Tensor, write_SR: Tensor, state: Tensor,
 ) -> tuple[Tensor]:  # fmt: skip
     """The part of the chunked delta rule that carries the state."""
     heads, group = attrs["num_k_heads"], attrs["num_v_heads"] // attrs["num_k_heads"]
@@ -187,7 +203,7 @@ def delta_scan(
     ragged = Ragged(cu_seqlens, CHUNK)
     q, k, u, w = (_in_chunks(ragged.pad(x).transpose(1, 2)) for x in (q, k, u, w))
     y, after = _scan(q, k, u, w, _padded_total(ragged, total_TB), state.index_select(0, read_S))
-    state[write_S.long()] = after
+    state[_rows(write_SR)[:, 0]] = after
     return (ragged.pack(y.flatten(2, 3).transpose(1, 2)).flatten(1).to(DTYPES[attrs["dtype"]]),)
 
 

@@ -20,9 +20,12 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def embed(attrs: Attrs, ids_T: Tensor, table_VH: Tensor) -> tuple[Tensor]:
-    """y = table[ids]; a rank that holds only rows from `row_start` on gives zeros for the others."""
-    rows_T = ids_T.long() - int(attrs.get("row_start", 0))
+def embed(attrs: Attrs, ids: Tensor, table_VH: Tensor) -> tuple[Tensor]:
+    """y = table[ids]; a rank that holds only rows from `row_start` on gives zeros for the others.
+
+    Of a matrix of ids, a sequence a row, the last column counts: the draft that was made last.
+    """
+    rows_T = (ids if ids.dim() == 1 else ids[:, -1]).long() - int(attrs.get("row_start", 0))
     if "row_start" not in attrs:
         return (table_VH.index_select(0, rows_T),)
     mine_T = (rows_T >= 0) & (rows_T < table_VH.shape[0])

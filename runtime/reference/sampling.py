@@ -11,11 +11,6 @@ from torch import Tensor
 Attrs = Mapping[str, Any]
 
 
-def argmax(attrs: Attrs, logits_SV: Tensor) -> tuple[Tensor]:
-    """The most likely token."""
-    return (logits_SV.argmax(-1).int(),)
-
-
 def sample(
     attrs: Attrs,
     logits_SV: Tensor,
@@ -28,13 +23,17 @@ def sample(
     """Argmax where the temperature is 0, else one draw from softmax(logits / temperature) after top-k and top-p.
 
     The draw is a function of a row's seed and of `draw`, its token's number, so that neither batch nor order matter.
+    Where sequences have several rows, row i is token `draw + i`, drawn as it would be alone.
     Rows of the table that stand for no token are never drawn. Logits without a finite sum give no distribution: argmax.
     """
-    (greedy_S,) = argmax(attrs, logits_SV)
-    hot = (temperature_S > 0).nonzero().flatten()
+    greedy_S = logits_SV.argmax(-1).int()
+    params = (temperature_S, top_p_S, top_k_S, seed_S, draw_S)
+    if (count := attrs.get("rows_per_seq", 1)) > 1:
+        *others, draw = (x.repeat_interleave(count) for x in params)
+        params = (*others, draw + torch.arange(len(draw), device=draw.device) % count)
+    hot = (params[0] > 0).nonzero().flatten()
     if hot.numel():
-        rows = (x[hot] for x in (logits_SV, temperature_S, top_p_S, top_k_S, seed_S, draw_S))
-        greedy_S[hot] = _draw(attrs["num_valid_tokens"], greedy_S[hot], *rows)
+        greedy_S[hot] = _draw(attrs["num_valid_tokens"], *(x[hot] for x in (greedy_S, logits_SV, *params)))
     return (greedy_S,)
 
 

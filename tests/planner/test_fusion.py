@@ -131,7 +131,7 @@ def test_every_rewrite_pays_by_the_cost_model(gpu: str, phase: Phase) -> None:
     tokens = 2048 if phase == "prefill" else 1
     layout = ParallelLayout(8, 8, 1) if gpu == "B200" else ONE_RANK
     size = "397b-a17b" if gpu == "B200" else "35b-a3b"
-    sharded = expand(shard(build(context(size), phase), layout), tokens)
+    sharded = expand(shard(build(context(size), phase), layout), tokens, tokens)
     hardware, load = find_hardware(gpu), Load(tokens, 1, 4096)
     apart = {op.name: op for op in sharded.ops}
     for op in fuse(sharded).ops:
