@@ -53,7 +53,7 @@ def build(context: BuildContext, phase: Phase, depth: int = 0) -> OpGraph:
     if depth and phase == "decode":
         return graph.finish(_verify(graph, x))
     last = graph.op("last_token", "last_token", (x, "cu_seqlens"))[0]
-    outputs = (graph.head("logits", last), graph.sample("logits", "next_tokens"))
+    outputs: tuple[str, ...] = (graph.head("logits", last), graph.sample("logits", "next_tokens"))
     if depth:
         shifted = graph.op("shift_tokens", "shift_tokens", ("token_ids", "following", "next_tokens", "cu_seqlens"))[0]
         last_row = _LastRow("last_token", "cu_seqlens")

@@ -406,7 +406,7 @@ def _concat(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 def _sample(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     require(0 < integer(attrs, "num_valid_tokens") <= width(specs, "logits"), "num_valid_tokens over the vocabulary")
-    dim = "num_tokens" if rows_per_seq(attrs) > 1 else "num_seqs"
+    dim: Dim = "num_tokens" if rows_per_seq(attrs) > 1 else "num_seqs"
     expect(specs, "logits", dim, width(specs, "logits"))
     for name, dtype in SAMPLING_INPUTS.items():
         expect(specs, name, "num_seqs", dtype=dtype)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
-from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.checks import check_files, check_target, find_weights
 from tokenspeed_plan.runtime.collectives import join
 from tokenspeed_plan.runtime.executor import Executor
@@ -39,11 +39,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A replay that was launched; `next_tokens` waits for it."""
+    """A replay that was launched. `outputs` waits for it: tokens, how many drafts were right, and drafts."""
 
     batch: Batch
-    next_tokens: Callable[[], list[int]]
+    outputs: Callable[[], tuple[list[int], ...]]
     logits: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a replay says for one sequence: tokens, their logits, and drafts of what comes after them."""
+
+    token_ids: list[int]
+    logits: Tensor
+    drafts: list[int]
 
 
 class Engine:
@@ -179,7 +188,9 @@ class Engine:
         self.check(request)
         if request.request_id in self._sequences:
             raise RequestError(f"request `{request.request_id}` is not finished", "give each request its own id")
-        sequence = Sequence(request, time.perf_counter(), list(request.prompt_ids))
+        params = request.params
+        stop_ids = (frozenset() if params.ignore_eos else self._stop_ids).union(params.stop_token_ids)
+        sequence = Sequence(request, time.perf_counter(), list(request.prompt_ids), stop_ids=stop_ids)
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
 
@@ -294,39 +305,69 @@ class Engine:
         self._last = batch
         with self._away():
             self.executor.run(batch.program, tokens, seqs)
-        return _Flight(batch, self.executor.fetch(buffer("next_tokens")), buffer("logits"))
+        return _Flight(batch, self.executor.fetch(*map(buffer, _told(batch.program))), buffer(batch.program.logits))
 
     def _commit(self, flight: _Flight) -> list[Completion]:
         """Take over what was computed; finish what is done."""
         with self._away():
-            next_tokens = flight.next_tokens()
+            outputs = flight.outputs()
         now = time.perf_counter()
         batch, finished = flight.batch, list[Completion]()
-        self._scheduler.commit(batch)
+        self.metrics.steps += 1
+        self.metrics.decode_steps += batch.program.phase == "decode"
         for index, sequence in enumerate(batch.sequences):
-            if not sequence.is_running or sequence.num_left:
-                continue  # it had ended before this step was launched, which nobody knew; or it goes on prefilling
-            sequence.first_token_s = sequence.first_token_s or now
-            sequence.last_token_s = now
-            sequence.token_ids.append(next_tokens[index])
-            if sequence.request.params.num_logprobs is not None:
-                sequence.logprobs.append(
-                    token_logprobs(flight.logits[index], next_tokens[index], sequence.request.params.num_logprobs)
-                )
-            sequence.finish_reason = self._finish_reason(sequence)
+            if not sequence.is_running:
+                continue  # it had ended before this step was launched, which nobody knew
+            said = _said(flight, outputs, index)
+            news = self._take(sequence, said, batch, index)
+            if news:
+                sequence.first_token_s, sequence.last_token_s = sequence.first_token_s or now, now
             if sequence.finish_reason:
-                self._scheduler.finish(sequence)
+                # A step that was launched since has written over the state at an end in the middle of a run.
+                self._scheduler.finish(sequence, len(news) == len(said.token_ids) or self._last is batch)
                 del self._sequences[sequence.request.request_id]
                 finished.append(self._completion(sequence))
-            elif self.on_token:
-                self.on_token(_new_token(sequence))
+            self._tell(sequence, news)
         return finished
 
+    def _take(self, sequence: Sequence, said: _Said, batch: Batch, index: int) -> list[NewToken]:
+        """Bring a sequence to where the replay has left it, or to its end before that."""
+        sequence.drafts = said.drafts
+        if batch.program.phase == "prefill":
+            self._scheduler.advance(sequence, batch.counts[index])
+            return [] if sequence.num_left else self._say(sequence, said)
+        news = self._say(sequence, said)
+        self._scheduler.advance(sequence, len(news), len(news) - 1)
+        self.metrics.decode_passes += 1
+        self.metrics.decode_tokens += len(news)
+        return news
+
+    def _say(self, sequence: Sequence, said: _Said) -> list[NewToken]:
+        """Add what was said, up to what ends it."""
+        news: list[NewToken] = []
+        for token, logits_V in zip(said.token_ids, said.logits, strict=False):
+            sequence.token_ids.append(token)
+            count, logprobs = sequence.request.params.num_logprobs, None
+            if count is not None:
+                logprobs = token_logprobs(logits_V, token, count)
+                sequence.logprobs.append(logprobs)
+            news.append(NewToken(sequence.request.request_id, token, logprobs))
+            sequence.finish_reason = self._finish_reason(sequence)
+            if sequence.finish_reason:
+                break
+        return news
+
+    def _tell(self, sequence: Sequence, news: list[NewToken]) -> None:
+        """Each token but the last of all; who is told may cancel."""
+        ended = sequence.state == "finished"
+        for new in news[:-1] if ended else news:
+            if self.on_token and (ended or sequence.is_running):
+                self.on_token(new)
+
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        params, token = sequence.request.params, sequence.token_ids[-1]
-        if (token in self._stop_ids and not params.ignore_eos) or token in params.stop_token_ids:
+        if sequence.token_ids[-1] in sequence.stop_ids:
             return "stop"
-        if params.stop and self._hit_stop(sequence):
+        if sequence.request.params.stop and self._hit_stop(sequence):
             return "stop"
         return "length" if len(sequence.token_ids) == sequence.longest else None
 
@@ -338,8 +379,7 @@ class Engine:
 
     def _completion(self, sequence: Sequence) -> Completion:
         params, ids = sequence.request.params, sequence.generated
-        ended_by_token = (ids[-1] in self._stop_ids and not params.ignore_eos) or ids[-1] in params.stop_token_ids
-        text = self._text(ids[:-1] if ended_by_token else ids)
+        text = self._text(ids[:-1] if ids[-1] in sequence.stop_ids else ids)
         cuts = [text.find(stop) for stop in params.stop if stop in text]
         return Completion(
             request_id=sequence.request.request_id,
@@ -366,9 +406,20 @@ def executor_of(plan: Plan) -> type[Executor]:
     return GraphExecutor
 
 
-def _new_token(sequence: Sequence) -> NewToken:
-    logprobs = sequence.logprobs[-1] if sequence.logprobs else None
-    return NewToken(sequence.request.request_id, sequence.token_ids[-1], logprobs)
+def _told(program: Program) -> tuple[str, ...]:
+    """The outputs that the host reads after each replay."""
+    accepted = ("accepted",) if program.rows_per_seq > 1 else ()
+    return (program.tokens, *accepted, *((program.drafts,) if program.depth else ()))
+
+
+def _said(flight: _Flight, outputs: tuple[list[int], ...], index: int) -> _Said:
+    """The part of one sequence."""
+    program, found = flight.batch.program, dict(zip(_told(flight.batch.program), outputs, strict=True))
+    first = index * program.rows_per_seq
+    end = first + 1 + (found["accepted"][index] if program.rows_per_seq > 1 else 0)
+    size = program.depth + 1
+    drafts = found[program.drafts][index * size + 1 : (index + 1) * size] if program.depth else []
+    return _Said(found[program.tokens][first:end], flight.logits[first:end], drafts)
 
 
 def token_logprobs(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs:

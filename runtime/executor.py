@@ -61,9 +61,9 @@ class Executor:
             view[target].copy_(view[source], non_blocking=True)
         return sum(view[source].nbytes for view in pages)
 
-    def fetch(self, values: Tensor) -> Callable[[], list[int]]:
-        """A function that gives the values as the last replay left them, once they are there."""
-        found: list[int] = values.tolist()
+    def fetch(self, *values: Tensor) -> Callable[[], tuple[list[int], ...]]:
+        """A function that gives each of the values as the last replay left them, once they are there."""
+        found: tuple[list[int], ...] = tuple(value.flatten().tolist() for value in values)
         return lambda: found
 
     @torch.inference_mode()

@@ -22,7 +22,8 @@ class GraphExecutor(Executor):
         """Capture every program that wants it, on a batch of padding; load the kernels of the others."""
         self._full: dict[tuple[str, int], list[tuple[Tensor, ...]]] = {}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
-        self._pinned = [torch.empty(self.plan.limits.max_seqs, dtype=torch.int32).pin_memory() for _ in range(FLIGHTS)]
+        most = self.plan.limits.max_seqs * (2 * self.plan.limits.max_depth + 3)  # tokens, how many of them, and drafts
+        self._pinned = [torch.empty(most, dtype=torch.int32).pin_memory() for _ in range(FLIGHTS)]
         self._events = [torch.cuda.Event() for _ in range(FLIGHTS)]
         self._turn = 0
         for program in self.plan.programs:
@@ -68,16 +69,17 @@ class GraphExecutor(Executor):
                 launchers[step.kernel] = self.bodies.launcher(kernel, self.rank, num_tokens, num_seqs, self.collectives)
             yield step, ((launchers[step.kernel], {}, tensors, ()),)
 
-    def fetch(self, values: Tensor) -> Callable[[], list[int]]:
+    def fetch(self, *values: Tensor) -> Callable[[], tuple[list[int], ...]]:
         """The values are copied behind the replay; asking for them waits for that copy alone."""
         self._turn = (self._turn + 1) % FLIGHTS
-        place, event = self._pinned[self._turn][: values.numel()], self._events[self._turn]
-        place.copy_(values, non_blocking=True)
+        sizes, event = [value.numel() for value in values], self._events[self._turn]
+        places = self._pinned[self._turn][: sum(sizes)].split(sizes)
+        for place, value in zip(places, values, strict=True):
+            place.copy_(value.flatten(), non_blocking=True)
         event.record()
 
-        def wait() -> list[int]:
+        def wait() -> tuple[list[int], ...]:
             event.synchronize()
-            found: list[int] = place.tolist()
-            return found
+            return tuple(place.tolist() for place in places)
 
         return wait

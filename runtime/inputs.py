@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
+from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import Limits
 from tokenspeed_plan.runtime.scheduler import Batch
+from tokenspeed_plan.runtime.sequence import Sequence
 from torch import Tensor
 
 Buffer = Callable[[str], Tensor]
@@ -21,20 +23,22 @@ def write_inputs(batch: Batch, buffer: Buffer, limits: Limits) -> None:
         view = buffer(name)
         if name == "page_table":
             _write_pages(batch, view, limits)
-        else:
-            view.copy_(torch.tensor(values[name], dtype=view.dtype))
+        elif name != "accept_counts":  # the device's own
+            view.copy_(torch.tensor(values[name], dtype=view.dtype).view(view.shape))
 
 
 def _per_token(batch: Batch, limits: Limits) -> Values:
+    """A row that has no token gets any: a draft that is missing is one that is not accepted."""
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     size, padding = limits.page_size, batch.run_tokens - batch.num_tokens
     for sequence, count in zip(batch.sequences, batch.counts, strict=True):
         start = sequence.num_computed
-        ids += sequence.token_ids[start : start + count]
+        known = (sequence.token_ids[start : start + count] + sequence.drafts)[:count]
+        ids += known + [0] * (count - len(known))
         positions += range(start, start + count)
-        slots += [sequence.pages[p // size] * size + p % size for p in range(start, start + count)]
+        slots += [_page(sequence, p // size, limits) * size + p % size for p in range(start, start + count)]
     return {
         "token_ids": ids + [0] * padding,
         "positions": positions + [0] * padding,
@@ -42,22 +46,44 @@ def _per_token(batch: Batch, limits: Limits) -> Values:
     }
 
 
+def _page(sequence: Sequence, index: int, limits: Limits) -> int:
+    """Drafts may be where a sequence has no page."""
+    return sequence.pages[index] if index < len(sequence.pages) else limits.spare_page
+
+
 def _per_sequence(batch: Batch, limits: Limits) -> Values:
-    """Padding is a sequence of one token that reads the zero row and writes where nobody reads."""
+    """Padding is a sequence of fewest tokens that reads the zero row and writes where nobody reads."""
+    rows, columns = batch.program.rows_per_seq, limits.rows_per_slot - 1
     params = [sequence.request.params for sequence in batch.sequences]
     padding = batch.run_seqs - len(batch.sequences)
     contexts = [s.num_computed + count for s, count in zip(batch.sequences, batch.counts, strict=True)]
     return {
-        "cu_seqlens": [0, *accumulate([*batch.counts, *[1] * padding])],
-        "context_lens": contexts + [1] * padding,
+        "cu_seqlens": [0, *accumulate([*batch.counts, *[rows] * padding])],
+        "context_lens": contexts + [rows] * padding,
         "read_rows": [*batch.read_rows, *[0] * padding],
-        "write_rows": [*batch.write_rows, *[limits.spare_row] * padding],
+        "write_rows": [*chain(*batch.write_rows), *[limits.spare_row] * columns * padding],
         "temperature": [p.temperature for p in params] + [0.0] * padding,
         "top_p": [p.top_p for p in params] + [1.0] * padding,
         "top_k": [p.top_k for p in params] + [0] * padding,
         "seed": [_signed(p.seed) for p in params] + [0] * padding,
+        "following": [_following(s, count) for s, count in zip(batch.sequences, batch.counts, strict=True)]
+        + [-1] * padding,
+        "max_lens": [min(s.longest - 1, len(s.pages) * limits.page_size) for s in batch.sequences] + [0] * padding,
+        "stop_ids": [*chain(*map(_stop_ids, batch.sequences)), *[-1] * STOP_IDS * padding],
         "draw": [len(s.token_ids) - s.num_prompt_tokens for s in batch.sequences] + [0] * padding,
     }
+
+
+def _following(sequence: Sequence, count: int) -> int:
+    """The token after those of this step, where it is known."""
+    end = sequence.num_computed + count
+    return sequence.token_ids[end] if end < len(sequence.token_ids) else -1
+
+
+def _stop_ids(sequence: Sequence) -> list[int]:
+    """As many of the tokens that end it as a kernel looks at; the others are found on the host."""
+    few = sorted(sequence.stop_ids)[:STOP_IDS]
+    return few + [-1] * (STOP_IDS - len(few))
 
 
 def _signed(seed: int) -> int:
@@ -66,8 +92,12 @@ def _signed(seed: int) -> int:
 
 
 def _write_pages(batch: Batch, view: Tensor, limits: Limits) -> None:
-    """Only as many columns as a sequence has pages; shorter rows, and padding, end with the spare page."""
-    used = max((len(s.pages) for s in batch.sequences), default=1)
+    """Only as many columns as a sequence has pages, and as its drafts may reach on a device that is a step ahead.
+
+    Shorter rows, and padding, end with the spare page.
+    """
+    beyond = -(-3 * (limits.max_depth + 1) // limits.page_size) + 1 if limits.max_depth else 0
+    used = min(max((len(s.pages) for s in batch.sequences), default=1) + beyond, limits.table_pages)
     rows = [s.pages + [limits.spare_page] * (used - len(s.pages)) for s in batch.sequences]
     rows += [[limits.spare_page] * used] * (batch.run_seqs - len(rows))
     view[:, :used] = torch.tensor(rows, dtype=view.dtype)

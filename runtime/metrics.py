@@ -12,10 +12,16 @@ class Metrics:
     `hit_tokens` were taken from the prefix cache, `computed_tokens` were not. `host_s` is the time of the steps that
     was spent neither in a replay nor waiting for its tokens. `copied_bytes` counts pages that were copied because a
     request goes on inside a page that others share; recurrent state is never copied.
+
+    `decode_passes` counts each sequence of each decode step, `decode_tokens` what they said: more than one a pass where
+    drafts are accepted. `lost_checkpoints` are ends of answers that were found only after the state there was gone.
     """
 
     steps: int = 0
     decode_steps: int = 0
+    decode_passes: int = 0
+    decode_tokens: int = 0
+    lost_checkpoints: int = 0
     hit_tokens: int = 0
     computed_tokens: int = 0
     preemptions: int = 0
@@ -28,6 +34,11 @@ class Metrics:
     def hit_rate(self) -> float:
         """Share of the tokens that did not have to be computed."""
         return self.hit_tokens / max(self.hit_tokens + self.computed_tokens, 1)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a sequence says in a decode step."""
+        return self.decode_tokens / max(self.decode_passes, 1)
 
     @property
     def host_us_per_step(self) -> float:
@@ -43,6 +54,7 @@ class Metrics:
         """All counters, and the rates made of them."""
         return asdict(self) | {
             "hit_rate": self.hit_rate,
+            "tokens_per_pass": self.tokens_per_pass,
             "host_us_per_step": self.host_us_per_step,
             "copied_bytes_per_step": self.copied_bytes_per_step,
         }

@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.plans.types import Phase
@@ -25,13 +25,16 @@ from tokenspeed_plan.runtime.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: for each sequence, how many of its tokens to compute and which rows of state to read and to write."""
+    """One step: for each sequence, how many rows to compute, and which rows of state to read and to write.
+
+    One that was launched ahead of the results before it knows its rows of state on the device alone.
+    """
 
     program: Program
     sequences: tuple[Sequence, ...]
     counts: tuple[int, ...]
     read_rows: tuple[int, ...]
-    write_rows: tuple[int, ...]
+    write_rows: tuple[tuple[int, ...], ...]
     pages_versions: tuple[int, ...]
 
     @classmethod
@@ -39,13 +42,13 @@ class Batch:
         """The next step of sequences as they are."""
         held = tuple(sequences)
         return cls(
-            program, held, tuple(counts), tuple(s.row for s in held), tuple(s.write_rows[0] for s in held),
+            program, held, tuple(counts), tuple(s.row for s in held), tuple(tuple(s.write_rows) for s in held),
             tuple(s.pages_version for s in held),
         )  # fmt: skip
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of its sequences."""
+        """Rows of its sequences: tokens, and drafts."""
         return sum(self.counts)
 
     @property
@@ -65,7 +68,6 @@ class Batch:
             and self.program is other.program
             and self.program.phase == "decode"
             and self.sequences == other.sequences
-            and (self.read_rows, self.write_rows) == (other.write_rows, other.read_rows)
             and self.pages_versions == other.pages_versions
         )
 
@@ -127,7 +129,7 @@ class Scheduler:
             return None
         self._last = "prefill" if prefilling and (self._last == "decode" or not decoding) else "decode"
         if self._last == "decode":
-            return self._batch("decode", decoding, [1] * len(decoding))
+            return self._decode(decoding)
         return self._prefill(prefilling, min(self.chunk, self.limits.interleaved_tokens) if decoding else self.chunk)
 
     def again(self, batch: Batch) -> Batch | None:
@@ -139,39 +141,27 @@ class Scheduler:
             batch.program.captured
             and (self._misfit or not self._waiting or len(self._running) == self.limits.max_seqs)
             and len(batch.sequences) == len(self._running)
-            and all(self._can_go_on(s) for s in batch.sequences)
+            and all(map(self._can_go_on, batch.sequences, batch.counts))
         )
-        return self._swapped(batch) if goes_on else None
+        return replace(batch) if goes_on else None
 
-    def _can_go_on(self, sequence: Sequence) -> bool:
+    def _can_go_on(self, sequence: Sequence, count: int) -> bool:
+        """Whether it does not end with the step before, and wherever that leaves it has a page for what is next."""
         known = len(sequence.token_ids)
         return (
             sequence.state == "decoding"
             and known + 2 <= sequence.longest
-            and known < len(sequence.pages) * self.limits.page_size
+            and min(known + count, sequence.longest) <= len(sequence.pages) * self.limits.page_size
             and sequence.request.params.num_logprobs is None
             and self.cache.rows.holders(sequence.row) == 1
         )
 
-    def _swapped(self, batch: Batch) -> Batch:
-        """As `advance` leaves the rows on the device: what was written is read, what was read is written."""
-        return Batch(
-            batch.program, batch.sequences, batch.counts, batch.write_rows, batch.read_rows, batch.pages_versions
-        )
-
-    def commit(self, batch: Batch) -> None:
-        """A step has been computed: its sequences are further, except those that had ended before."""
-        self.metrics.steps += 1
-        self.metrics.decode_steps += batch.program.phase == "decode"
-        for sequence, count, written in zip(batch.sequences, batch.counts, batch.write_rows, strict=True):
-            if sequence.is_running:
-                self._advance(sequence, count, written)
-
-    def finish(self, sequence: Sequence) -> None:
-        """It has said all: its state and pages go to the cache."""
+    def finish(self, sequence: Sequence, has_state: bool = True) -> None:
+        """It has said all: its state and pages go to the cache, where the state at its end is still there."""
+        self.metrics.lost_checkpoints += not has_state
         sequence.move_to("finished")
         self._running.remove(sequence)
-        self._release(sequence)
+        self._release(sequence, has_state)
 
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request in any state; what it has computed stays in the cache. A step in flight harms nobody."""
@@ -244,6 +234,7 @@ class Scheduler:
         while len(sequence.pages) < self._num_pages(sequence):
             self._add_page(sequence)
         sequence.write_rows = [self.cache.take_row() for _ in range(self.limits.rows_per_slot - 1)]
+        sequence.pages_version += 1
         sequence.move_to(sequence.next_phase)
         self._running.append(sequence)
         if sequence.num_cached_tokens is None:
@@ -258,7 +249,17 @@ class Scheduler:
             while sequence.is_running and len(sequence.pages) < self._num_pages(sequence):
                 if not self._add_page(sequence):
                     self._preempt(max(self._running, key=lambda s: s.number))
-        return [sequence for sequence in decoding if sequence.is_running]
+        left = [sequence for sequence in decoding if sequence.is_running]
+        for sequence in left if self.limits.max_depth else ():
+            self._add_room(sequence)
+        return left
+
+    def _add_room(self, sequence: Sequence) -> None:
+        """Pages for drafts of this step and the next, while there are any: what has no page is not accepted."""
+        most = min(len(sequence.token_ids) + 2 * self.limits.max_depth + 1, sequence.longest)
+        while len(sequence.pages) * self.limits.page_size < most:
+            if not self._add_page(sequence):
+                return
 
     def _add_page(self, sequence: Sequence) -> bool:
         page = self.cache.take_page()
@@ -275,22 +276,22 @@ class Scheduler:
         self._release(sequence)
         self._waiting.insert(sum(other.number < sequence.number for other in self._waiting), sequence)
 
-    def _advance(self, sequence: Sequence, count: int, written: int) -> None:
-        """`count` more tokens are computed, the row that was written is the current one."""
+    def advance(self, sequence: Sequence, count: int, column: int = 0) -> None:
+        """`count` more tokens are computed; the state after them is in that one of the rows to write."""
         sequence.copy_from = None
-        if sequence.state == "prefilling" or sequence.num_computed < sequence.num_prompt_tokens:
-            self.metrics.computed_tokens += count
+        in_prompt = max(sequence.num_prompt_tokens - sequence.num_computed, 0)
+        self.metrics.computed_tokens += count if sequence.state == "prefilling" else min(count, in_prompt)
         sequence.num_computed += count
-        sequence.write_rows.remove(written)
-        before, sequence.row = sequence.row, written
-        if before and self.cache.rows.holders(before) == 1:
-            sequence.write_rows.append(before)
-        elif before:
+        before, sequence.row = sequence.row, sequence.write_rows[column]
+        is_own = before and self.cache.rows.holders(before) == 1
+        sequence.write_rows[column : column + 1] = [before] if is_own else []
+        if before and not is_own:
             self.cache.rows.drop(before)
         if sequence.state == "prefilling":
             self._keep_prefix(sequence)
-        while len(sequence.write_rows) < self.limits.rows_per_slot - 1:
-            sequence.write_rows.append(self.cache.take_row())
+        if not is_own:
+            sequence.write_rows.insert(column, self.cache.take_row())
+            sequence.pages_version += 1
         if sequence.state == "prefilling" and sequence.num_left <= 1:
             sequence.move_to("decoding")
 
@@ -315,9 +316,9 @@ class Scheduler:
             sequence.node, sequence.token_ids, sequence.num_computed, sequence.row, sequence.pages
         )
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, has_state: bool = True) -> None:
         """Give back all that it holds; the cache keeps what is of use."""
-        if sequence.num_computed and sequence.copy_from is None:
+        if sequence.num_computed and sequence.copy_from is None and has_state:
             self._add_pages(sequence)
             self._add_checkpoint(sequence)
         for page in sequence.pages:
@@ -326,7 +327,7 @@ class Scheduler:
             self.cache.rows.drop(row)
         self.cache.prune(sequence.node)
         sequence.pages, sequence.write_rows, sequence.row, sequence.node = [], [], 0, None
-        sequence.num_computed, sequence.copy_from = 0, None
+        sequence.num_computed, sequence.copy_from, sequence.drafts = 0, None, []
         sequence.stops.clear()
         self._misfit = None
 
@@ -341,13 +342,13 @@ class Scheduler:
             room -= counts[-1]
             if room == 0:
                 break
-        return self._batch("prefill", order[: len(counts)], counts)
+        tokens, seqs = sum(counts), len(counts)
+        program = next(p for p in self._programs["prefill"] if p.max_tokens >= tokens and p.max_seqs >= seqs)
+        return Batch.of(program, order[:seqs], counts)
 
-    def _batch(self, phase: Phase, sequences: list[Sequence], counts: list[int]) -> Batch:
-        """The smallest program that is large enough."""
-        tokens = sum(counts)
-        program = next(p for p in self._programs[phase] if p.max_tokens >= tokens and p.max_seqs >= len(sequences))
-        return Batch.of(program, sequences, counts)
+    def _decode(self, decoding: list[Sequence]) -> Batch:
+        program = next(p for p in self._programs["decode"] if p.max_seqs >= len(decoding))
+        return Batch.of(program, decoding, [program.rows_per_seq] * len(decoding))
 
 
 def num_common(digests: list[bytes], others: list[bytes]) -> int:

@@ -41,9 +41,11 @@ class Sequence:
     number: int = 0  # in order of arrival
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
-    pages_version: int = 0  # rises when `pages` are not what they were, and more
+    pages_version: int = 0  # rises when pages or rows are not what the last step has left, and more
     row: int = 0
     write_rows: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)  # after the last token, to be verified; there may be none
+    stop_ids: frozenset[int] = frozenset()  # tokens that end it
     node: Node | None = None
     digests: list[bytes] = field(default_factory=list)  # of its whole pages, chained
     stops: set[int] = field(default_factory=set)  # positions where others will want a checkpoint

@@ -39,7 +39,8 @@ def bench(plan: Plan, executor: Executor, options: Options) -> dict[str, Any]:
     """
     device = plan.target.device
     machine = measure_machine(device)
-    programs = [Replay(plan, executor, "decode", options.batch, 1, options.context).measure(machine)]
+    rows = _rows_per_seq(plan, options.batch)
+    programs = [Replay(plan, executor, "decode", options.batch, rows, options.context).measure(machine)]
     if options.chunk:
         programs.append(Replay(plan, executor, "prefill", 1, options.chunk, options.context).measure(machine))
     return {"machine": asdict(machine), "plan": plan.digest, "model": plan.model.name, "programs": programs}
@@ -72,7 +73,8 @@ class Replay:
 
     def _sequence(self, index: int, count: int) -> Sequence:
         limits = self.plan.limits
-        longest = self.context + (RUNS if self._advances() else 0)  # each run makes a sequence longer
+        # Each run makes a sequence longer: by a token, as drafts of random weights are not accepted.
+        longest = self.context + (RUNS if self._advances() else 0)
         pages = -(-longest // limits.page_size)
         if longest > limits.max_seq_len or (index + 1) * pages > limits.num_pages:
             raise PlanError(
@@ -86,7 +88,7 @@ class Replay:
         return Sequence(
             Request(str(index), tuple(ids), SamplingParams()), 0.0, ids, num_computed=self.context - count,
             pages=list(range(index * pages, (index + 1) * pages)),
-            row=start if self.context > count else 0, write_rows=[start + 1],
+            row=start if self.context > count else 0, write_rows=list(range(start + 1, start + limits.rows_per_slot)),
         )  # fmt: skip
 
     def measure(self, machine: Machine) -> dict[str, Any]:
@@ -111,7 +113,9 @@ class Replay:
             "measured_us": taken_us, "predicted_us": self.program.predicted_us, "floor_bytes": floor,
             "floor_us": floor_us, "share_of_floor": floor_us / taken_us, "flops": flops,
             "share_of_matrix_rate": flops / taken_us * 1e6 / machine.matrix_flops_per_s,
-            "tokens_per_s": self.tokens / taken_us * 1e6, "kernels": self._kernels(calls, loads, machine),
+            "depth": self.program.depth,
+            "tokens_per_s": self.tokens / self.program.rows_per_seq / taken_us * 1e6,  # no draft accepted
+            "kernels": self._kernels(calls, loads, machine),
         }  # fmt: skip
 
     def run(self) -> None:
@@ -123,7 +127,7 @@ class Replay:
 
     def _advances(self) -> bool:
         kernels = (self.executor.kernels[call.kernel] for call in self._calls())
-        return any(part.kind == "advance" for kernel in kernels for part in kernel.parts)
+        return any(part.kind in ("advance", "advance_rows") for kernel in kernels for part in kernel.parts)
 
     def _top_k(self) -> int:
         return next((int(p.attrs["top_k"]) for k in self.plan.kernels for p in k.parts if p.kind == "topk"), 1)
@@ -187,6 +191,12 @@ def _row(name: str, found: list[tuple[float, int, int, float]], machine: Machine
         "predicted_us": predicted / len(found), "bytes": (moved + other) // len(found), "bytes_per_s": rate,
         "share": rate / machine.read_bytes_per_s,
     }  # fmt: skip
+
+
+def _rows_per_seq(plan: Plan, seqs: int) -> int:
+    """Rows of each sequence in the decode program that takes so many sequences."""
+    fitting = [p for p in plan.programs if p.phase == "decode" and p.max_seqs >= seqs]
+    return min(fitting, key=lambda p: p.bucket).rows_per_seq if fitting else 1
 
 
 def _program(plan: Plan, phase: Phase, tokens: int, seqs: int) -> Program:

@@ -96,10 +96,10 @@ def delta_rule(
     v = widen(v_T).unflatten(-1, (attrs["num_v_heads"], -1))
     before, write_SR = state.index_select(0, read_S), _rows(write_SR)
     if attrs["mode"] == "recurrent":
-        rows = zip(*(x.unflatten(0, (len(before), -1)).unbind(1) for x in (q, k, v, beta_TB, decay_TB)), strict=True)
+        rows = tuple(x.unflatten(0, (len(before), -1)) for x in (q, k, v, beta_TB, decay_TB))
         ys = []
-        for i, row in enumerate(rows):
-            y, before = _recurrent(*row, before)
+        for i in range(rows[0].shape[1]):
+            y, before = _recurrent(*(x[:, i] for x in rows), before)  # type: ignore[call-arg]
             state[write_SR[:, i]] = before
             ys.append(y)
         return (torch.stack(ys, 1).flatten(0, 1).flatten(1).to(v_T.dtype),)
