@@ -170,6 +170,17 @@ class Engine:
         return self._scheduler.metrics
 
     @property
+    def accept_counts(self) -> list[int]:
+        """Passes of a sequence through a decode step, then those in which the first draft was right, the second too...
+
+        They are kept on the device, and reading them waits for it. Empty where the plan does not speculate.
+        """
+        if not self.plan.limits.max_depth:
+            return []
+        found: list[int] = self.executor.buffer("accept_counts", 0, 0).tolist()
+        return found
+
+    @property
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
         return self._scheduler.num_unfinished

@@ -1,4 +1,4 @@
-"""The MTP layer two ways: our draft graph on reference bodies, and transformers' own decoder layer."""
+"""The MTP layer two ways: our graph of a prompt on reference bodies, and transformers' own decoder layer."""
 
 from __future__ import annotations
 
@@ -27,27 +27,32 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def draft_logits_of_graph(folder: Path, hidden_TH: Tensor, ids_T: Tensor) -> Tensor:
-    spec = make_spec(folder)
+    """After each row: the graph computes the last row's logits alone, so it is run on ever more rows."""
+    spec = make_spec(folder, speculation={"depth": 1})
     model = find_model(spec)
     limits = plan_limits(spec.workload, model.config, find_hardware("cpu"), 1)
     graph = build(BuildContext(model.config, "fp32", limits, model.num_valid_tokens, model.fused_experts), "prefill", 1)
-    stored, count = read(folder), len(ids_T)
-    values: dict[str, Tensor] = {
-        "token_ids": ids_T, "positions": torch.arange(count), "slot_mapping": torch.arange(count),
-        "cu_seqlens": torch.tensor([0, count]), "context_lens": torch.tensor([count]),
-        "page_table": torch.arange(limits.max_seq_len // limits.page_size)[None], "target_hidden": hidden_TH,
-    }  # fmt: skip
-    for weight in graph.weights.values():
+    stored, fixed = read(folder), dict[str, Tensor]()
+    order = list(graph.ordered())
+    ops = order[1 + next(index for index, op in enumerate(order) if op.kind == "shift_tokens") :]
+    for weight in (graph.weights[name] for op in ops for name in op.weights):
         parts = [assemble(stored, source.name, source.start, source.size) for source in weight.sources]
-        values[weight.name] = torch.cat(parts, weight.join_dim)
-    for tensor in graph.tensors.values():
-        if tensor.arena == "kv_cache":
-            values[tensor.name] = torch.zeros(tensor.spec.bind(0, 0))
-    for op in graph.ordered():
-        attrs = dict(op.attrs) | ({"mode": "prefill"} if op.kind == "attention" else {})
-        results = BODIES[op.kind](attrs, *(values[name] for name in op.operands))
-        values |= dict(zip(op.outputs, results, strict=True))
-    return values["draft_logits"]
+        fixed[weight.name] = torch.cat(parts, weight.join_dim)
+    rows = []
+    for count in range(1, len(ids_T) + 1):
+        values: dict[str, Tensor] = fixed | {
+            "shift_tokens": ids_T[:count], "final_norm": hidden_TH[:count], "next_tokens": ids_T[-1:],
+            "positions": torch.arange(count), "slot_mapping": torch.arange(count),
+            "cu_seqlens": torch.tensor([0, count]), "context_lens": torch.tensor([count]),
+            "page_table": torch.arange(limits.table_pages)[None],
+        }  # fmt: skip
+        states = {name for op in ops for name, _ in op.states}
+        values |= {name: torch.zeros(graph.tensors[name].spec.bind(0, 0)) for name in states}
+        for op in ops:
+            results = BODIES[op.kind](dict(op.attrs), *(values[name] for name in op.operands))
+            values |= dict(zip(op.outputs, results, strict=True))
+        rows.append(values["draft_logits"])
+    return torch.cat(rows)
 
 
 def assemble(stored: dict[str, Tensor], name: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor:

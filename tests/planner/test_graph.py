@@ -39,9 +39,9 @@ PUBLISHED = {
 ACTIVE = {"397b-a17b": 16_331_922_176, "35b-a3b": 2_946_429_568, "9b": 7_936_684_544}
 
 
-def context(name: str) -> BuildContext:
+def context(name: str, depth: int = 0) -> BuildContext:
     config, _ = load_preset(f"qwen3.5-{name}")
-    limits = plan_limits(WorkloadSpec(), config, find_hardware("B200"))
+    limits = plan_limits(WorkloadSpec(), config, find_hardware("B200"), depth)
     return BuildContext(config, "bf16", limits, config.vocab_size, lambda prefix: not prefix.startswith("mtp."))
 
 
@@ -58,9 +58,9 @@ def test_all_published_sizes_are_presets() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_the_published_count(name: str) -> None:
     text, mtp = PUBLISHED[name]
-    ctx = context(name)
-    assert num_parameters(build(ctx, "decode")) == text
-    assert num_parameters(build(ctx, "decode", 3)) == num_parameters(build(ctx, "prefill", 1)) == text + mtp
+    assert num_parameters(build(context(name), "decode")) == text
+    drafting = context(name, 3)
+    assert num_parameters(build(drafting, "decode", 3)) == num_parameters(build(drafting, "prefill", 1)) == text + mtp
 
 
 @pytest.mark.parametrize("name", ACTIVE)

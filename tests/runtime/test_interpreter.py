@@ -139,8 +139,8 @@ class FullSizeExecutor(GraphExecutor):
     def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
         Executor.run(self, program, num_tokens, num_seqs)
 
-    def fetch(self, values: Tensor) -> Callable[[], list[int]]:
-        return Executor.fetch(self, values)
+    def fetch(self, *values: Tensor) -> Callable[[], tuple[list[int], ...]]:
+        return Executor.fetch(self, *values)
 
 
 def test_kernels_need_only_addresses() -> None:

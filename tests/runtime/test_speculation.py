@@ -1,0 +1,382 @@
+"""Speculation changes how many steps an answer takes and nothing else: ids, distributions, caches, ends of answers."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import KINDS
+from click.testing import CliRunner
+from conftest import ROOT, make_spec
+from conversations import PoisonExecutor, check_all_is_given_back, converse, poisoned, replay, squeezed
+from test_ahead import LateExecutor, captured
+from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.planner.spec import load_spec
+from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.runtime import Engine, Request, SamplingParams
+from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.reference import speculation
+from tokenspeed_plan.runtime.reference.sampling import filtered, sample
+from torch import Tensor
+from trained import Round, Twin, write_trained
+
+PROMPTS = ([3, 4, 5], list(range(70)), [50] * 37, [7, 300, 20, 11], list(range(40, 110)))
+DEPTHS = (1, 2, 3, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """trained("moe") -> the folder of a checkpoint some of whose drafts are right."""
+
+    @cache
+    def make(kind: str) -> Path:
+        return write_trained(tmp_path_factory.mktemp("trained") / kind, kind)
+
+    return make
+
+
+@cache
+def plan_of(folder: Path, depth: int, **changes: Any) -> Plan:
+    spec = make_spec(folder, speculation={"depth": depth} if depth else "off", **changes)
+    return compile_plan(spec, find_model(spec))
+
+
+def engine_of(folder: Path, depth: int, **options: Any) -> Engine:
+    return Engine.from_plan(plan_of(folder, depth), folder, **options)
+
+
+def say(engine: Engine, prompts: Any = PROMPTS, most: int = 24, **params: Any) -> list[tuple[int, ...]]:
+    done = engine.generate(prompts, SamplingParams(max_tokens=most, **{"ignore_eos": True} | params))
+    return [item.token_ids for item in done]
+
+
+class Tracer(Executor):
+    """Notes for each decode step the rows, how many drafts were right, and the rows of state before and after."""
+
+    def prepare(self) -> None:
+        self.rounds: list[tuple[Round, ...]] = []
+
+    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
+        rows = self.buffer("token_ids", num_tokens, num_seqs).clone()
+        super().run(program, num_tokens, num_seqs)
+        if program.phase == "decode":
+            right = self.buffer("accepted", num_tokens, num_seqs).tolist()
+            drafts = rows.view(num_seqs, -1)[:, 1:].tolist()
+            self.rounds.append(tuple(Round(tuple(d), n) for d, n in zip(drafts, right, strict=True)))
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_trained_checkpoints_say_the_same(kind: str, depth: int, trained: Any) -> None:
+    """In a batch of mixed lengths, greedy and sampled: the same ids in fewer steps, every number of drafts accepted."""
+    folder = trained(kind)
+    plain, fast = engine_of(folder, 0), engine_of(folder, depth, executor=Tracer)
+    assert say(fast, most=64) == say(plain, most=64)
+    hot = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
+    assert say(fast, **hot) == say(plain, **hot) != say(plain)
+    assert isinstance(fast.executor, Tracer)
+    accepted = Counter(found.accepted for step in fast.executor.rounds for found in step)
+    assert set(accepted) == set(range(depth + 1))
+    assert fast.metrics.tokens_per_pass > 1.3
+    assert fast.metrics.copied_bytes == 0
+    counts = fast.accept_counts
+    assert counts[0] == accepted.total()
+    assert [a - b for a, b in pairwise([*counts, 0])] == [accepted[n] for n in range(depth + 1)]
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense", "tied", "flat", "ratio3", "deep", "yarn"])
+def test_random_checkpoints_say_the_same(kind: str, checkpoint: Any) -> None:
+    folder = checkpoint(kind)
+    wanted = say(engine_of(folder, 0))
+    for depth in DEPTHS if kind in ("moe", "dense") else (3,):
+        assert say(engine_of(folder, depth)) == wanted
+
+
+def test_the_demo_model_says_the_same() -> None:
+    path = ROOT / "examples/demo/spec.yaml"
+    spec = load_spec(path)
+    model = find_model(spec, path)
+    assert model.folder is not None
+    wanted: list[tuple[int, ...]] = []
+    for depth in (0, *DEPTHS):
+        asked = {"speculation": {"depth": depth} if depth else "off"}
+        plan = compile_plan(spec.model_validate(spec.model_dump() | asked), model)
+        engine = Engine.from_plan(plan, model.folder)
+        assert engine.codec is not None
+        texts = ("def fibonacci(n):\n", "import os\n\n\nclass Path:\n", "The quick brown fox")
+        found = say(engine, [engine.codec.encode(text) for text in texts], 48)
+        wanted = wanted or found
+        assert found == wanted
+        assert depth == 0 or engine.metrics.tokens_per_pass > 1.4
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_rounds_are_those_of_the_twin(kind: str, trained: Any) -> None:
+    """Drafts and accepted counts of each step against transformers' layers, which compute all anew each time."""
+    folder = trained(kind)
+    twin = Twin(folder, KINDS[kind])
+    for prompt, depth in (([3, 4, 5], 3), (list(range(70)), 2), ([7, 300, 20, 11], 5)):
+        ids, rounds = twin.rounds(prompt, 40, depth)
+        engine = engine_of(folder, depth, executor=Tracer, chunk=32)
+        assert say(engine, [prompt], 40) == [tuple(ids)]
+        assert isinstance(engine.executor, Tracer)
+        found = [step[0] for step in engine.executor.rounds]
+        assert found[:-1] == rounds[:-1]  # the last one may be cut at the end
+        assert found[-1].drafts == rounds[-1].drafts
+        assert len({made.accepted for made in rounds}) > 2
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_conversations_through_the_cache(seed: int, ahead: bool, trained: Any) -> None:
+    """Prefixes that are shared, branched and edited, few pages, requests cut off: each answer as without any of it."""
+    folder = trained("moe")
+    told = converse(plan_of(folder, 0), folder, 8, seed)
+    plan = squeezed(plan_of(folder, 1 + 2 * seed), num_pages=40, num_checkpoints=6, max_seqs=6)
+    engine = poisoned(captured(plan) if ahead else plan, folder, LatePoison if ahead else PoisonExecutor)
+    replay(engine, told, seed, cancel=0.05)
+    assert engine.metrics.preemptions
+    assert engine.metrics.hit_tokens
+    assert engine.metrics.tokens_per_pass > 1.02
+    check_all_is_given_back(engine._scheduler.cache)
+
+
+class LatePoison(PoisonExecutor):
+    """Launched ahead: what a step in flight still reads may be free on the host already, so that nothing is spoiled."""
+
+    waiting: list[int]
+    prepare = LateExecutor.prepare
+
+    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
+        Executor.run(self, program, num_tokens, num_seqs)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_ends_in_the_middle_of_a_run(ahead: bool, trained: Any) -> None:
+    """Each number of tokens, each token as a stop token, and a string: cut where it ends without speculation."""
+    folder = trained("dense")
+    plain, plan = engine_of(folder, 0), plan_of(folder, 4)
+    fast = Engine.from_plan(captured(plan) if ahead else plan, folder)
+    (whole,) = say(plain, PROMPTS[:1], 40)
+    assert plain.codec is not None
+    asked = [{"most": most} for most in range(1, 12)]
+    asked += [{"stop_token_ids": (token,)} for token in dict.fromkeys(whole)]
+    asked += [{"stop_token_ids": tuple(range(t, t + 200))} for t in (0, 100, 250)]  # more than a kernel looks at
+    asked += [{"stop": (plain.codec.decode([token]),)} for token in dict.fromkeys(whole[8:24])]
+    for index, changes in enumerate(asked):
+        params = SamplingParams(**{"max_tokens": changes.pop("most", 40), "ignore_eos": True} | changes)
+        found = [engine.generate(PROMPTS[:1], params)[0] for engine in (plain, fast)]
+        want, got = ((d.token_ids, d.text, d.finish_reason) for d in found)
+        assert got == want, (index, changes)
+    check_all_is_given_back(fast._scheduler.cache)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_next_turn_goes_on_where_the_last_one_ended(ahead: bool, trained: Any) -> None:
+    """The state at the end of an answer is one that was written on the way: the cache has it, whatever the end."""
+    folder, plan = trained("dense"), plan_of(trained("dense"), 4)
+    fast, plain = Engine.from_plan(captured(plan) if ahead else plan, folder), engine_of(folder, 0, cache=False)
+    prompt = PROMPTS[1]
+    (whole,) = say(plain, [prompt], 40)
+    for changes in [{"max_tokens": n} for n in range(20, 32)] + [{"stop_token_ids": (t,)} for t in whole[8:24]]:
+        params = SamplingParams(**{"max_tokens": 40, "ignore_eos": True} | changes)
+        (first,) = fast.generate([prompt], params)
+        turn = [*prompt, *first.token_ids, 9, 8]
+        (second,) = fast.generate([turn], SamplingParams(max_tokens=12, ignore_eos=True))
+        assert second.num_cached_tokens == len(prompt) + len(first.token_ids) - 1
+        assert [second.token_ids] == say(plain, [turn], 12)
+    assert fast.metrics.lost_checkpoints == 0
+
+
+def test_a_checkpoint_that_is_gone_is_not_kept(trained: Any) -> None:
+    """A stop string is found late: nothing is cached where a step ran over the state there, and it is counted."""
+    folder, plan = trained("dense"), captured(plan_of(trained("dense"), 4))
+    fast, plain = Engine.from_plan(plan, folder), engine_of(folder, 0)
+    assert plain.codec is not None
+    (whole,) = say(plain, PROMPTS[:1], 40)
+    for token in whole[8:24]:
+        params = SamplingParams(max_tokens=40, ignore_eos=True, stop=(plain.codec.decode([token]),))
+        (first,) = fast.generate(PROMPTS[:1], params)
+        turn = [*PROMPTS[0], *first.token_ids, 9, 8]
+        assert say(fast, [turn], 12) == say(plain, [turn], 12)
+    assert fast.metrics.lost_checkpoints > 0
+    check_all_is_given_back(fast._scheduler.cache)
+
+
+def test_each_token_is_told_with_its_logprobs(trained: Any) -> None:
+    folder = trained("moe")
+    told: list[Any] = []
+    answers = []
+    for depth in (0, 3):
+        engine = engine_of(folder, depth)
+        params = SamplingParams(max_tokens=20, ignore_eos=True, num_logprobs=3)
+        news: list[Any] = []
+        engine.on_token = news.append
+        answers.append(engine.generate(PROMPTS[:2], params))
+        told.append({p: [n.token_id for n in news if n.request_id == p] for p in sorted({n.request_id for n in news})})
+    assert told[0] == told[1]
+    for one, other in zip(*answers, strict=True):
+        assert one.token_ids == other.token_ids == tuple(item.token_id for item in other.logprobs)
+        for a, b in zip(one.logprobs, other.logprobs, strict=True):
+            assert abs(a.logprob - b.logprob) < 1e-4
+            assert [token for token, _ in a.top] == [token for token, _ in b.top]
+
+
+def test_a_request_that_is_cancelled_while_it_is_told(trained: Any) -> None:
+    engine = engine_of(trained("moe"), 5)
+    seen: list[int] = []
+
+    def stop(new: Any) -> None:
+        seen.append(new.token_id)
+        if len(seen) == 9:
+            engine.cancel("a")
+
+    engine.on_token = stop
+    engine.add(Request("a", tuple(PROMPTS[0]), SamplingParams(max_tokens=40, ignore_eos=True)))
+    while engine.num_unfinished:
+        assert engine.step() == []
+    assert seen == list(say(engine_of(trained("moe"), 0), PROMPTS[:1], 9)[0])
+    check_all_is_given_back(engine._scheduler.cache)
+
+
+def test_batch_files(trained: Any, tmp_path: Path) -> None:
+    """The command answers a file as it does without speculation."""
+    body = {"prompt": PROMPTS[0], "max_tokens": 30, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    rows = [{"custom_id": str(i), "method": "POST", "url": "/v1/completions",
+             "body": body | {"prompt": prompt, "temperature": i % 2 * 0.7, "seed": i}}
+            for i, prompt in enumerate(PROMPTS)]  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for depth in (0, 3):
+        spec = tmp_path / f"{depth}.yaml"
+        asked = make_spec(trained("moe"), speculation={"depth": depth} if depth else "off")
+        spec.write_text(json.dumps(asked.model_dump(mode="json", exclude_none=True)))
+        bundle, output = tmp_path / f"bundle{depth}", tmp_path / f"{depth}.jsonl"
+        for words in (["plan", spec, "-o", bundle], ["show", bundle], ["run", bundle, "--check"],
+                      ["run", bundle, "--input", tmp_path / "in.jsonl", "--output", output]):  # fmt: skip
+            done = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+            assert done.exit_code == 0, done.output
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        found.append([line["response"]["body"]["choices"][0]["token_ids"] for line in lines])
+    assert found[0] == found[1]
+    differ = CliRunner().invoke(main, ["diff", str(tmp_path / "bundle0"), str(tmp_path / "bundle3")])
+    assert "speculation" in differ.output
+
+
+# The rule of acceptance, by itself.
+
+
+def accept_by_rule(said: Tensor, draft: Tensor) -> Tensor:
+    """Tokens that two rows of one draft commit, the second a filler where the draft is wrong."""
+    count, zeros = len(said), torch.zeros(len(said), dtype=torch.int32)
+    rows = torch.stack((zeros, draft.int()), 1).flatten()
+    stops = torch.full((count, 8), -1, dtype=torch.int32)
+    counts = torch.zeros(2, dtype=torch.int64)
+    accepted, _, last = speculation.accept(
+        {"rows_per_seq": 2}, rows, said.flatten().int(), zeros + 9, zeros + 1, zeros + 100, stops, counts
+    )
+    return torch.where(accepted == 1, draft, last)
+
+
+def accept_always(said: Tensor, draft: Tensor) -> Tensor:
+    """A broken rule: a draft is accepted whenever the target gives it any probability worth the name."""
+    return torch.where(torch.rand(len(draft)) < 0.3, draft, said[:, 0])
+
+
+def chi_squared(found: Tensor, probs: Tensor) -> tuple[float, float]:
+    """The statistic, and where one in a hundred thousand would be above it (Wilson and Hilferty's formula)."""
+    expected = probs * found.sum()
+    kept = expected >= 5
+    rest = torch.tensor([found[~kept].sum(), expected[~kept].sum()])
+    parts = ((found[kept] - expected[kept]) ** 2 / expected[kept]).sum() + (rest[0] - rest[1]) ** 2 / max(rest[1], 1)
+    free = int(kept.sum()) - 1 + int(rest[1] > 1)
+    return float(parts), free * (1 - 2 / (9 * free) + 4.27 * (2 / (9 * free)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 0.9, 0), (1.5, 1.0, 12), (1.2, 0.6, 0)]
+)
+def test_the_distribution_is_the_targets(temperature: float, top_p: float, top_k: int) -> None:
+    """The first token that a step commits, over 40,000 seeds, whatever was drafted; a broken rule is told apart."""
+    count, vocab = 40_000, 40
+    torch.manual_seed(1)
+    logits = torch.randn(vocab) * 1.5
+    params = (torch.full((count,), temperature), torch.full((count,), top_p), torch.full((count,), top_k))
+    probs, ids = filtered(logits[None], params[0][:1], params[1][:1], params[2][:1])
+    wanted = torch.zeros(vocab, dtype=torch.float64).index_add(0, ids[0], probs[0] / probs.sum())
+    attrs = {"num_valid_tokens": vocab, "rows_per_seq": 2}
+    (said,) = sample(
+        attrs, logits.expand(2 * count, -1), *params, torch.arange(count), torch.zeros(count, dtype=torch.int64)
+    )
+    for draft in (int(wanted.argmax()), int(ids[0, 2])):
+        guess = torch.full((count,), draft)
+        found = torch.bincount(accept_by_rule(said.view(-1, 2), guess).long(), minlength=vocab).double()
+        value, limit = chi_squared(found, wanted)
+        assert value < limit
+        broken = torch.bincount(accept_always(said.view(-1, 2), guess).long(), minlength=vocab).double()
+        value, limit = chi_squared(broken, wanted)
+        assert value > limit
+
+
+def test_accept_by_hand() -> None:
+    """All right; the second wrong; right up to a stop token; up to its memory; one of padding, which counts nothing."""
+    rows = torch.tensor([[1, 5, 6], [1, 5, 6], [1, 5, 6], [1, 5, 6], [0, 0, 0]], dtype=torch.int32)
+    said = torch.tensor([[5, 6, 7], [5, 9, 7], [5, 6, 7], [5, 6, 7], [0, 0, 0]], dtype=torch.int32)
+    stops = torch.full((5, 8), -1, dtype=torch.int32)
+    stops[2, 3] = 5
+    lens, reads = torch.tensor([13, 23, 33, 43, 3]), torch.tensor([4, 5, 6, 7, 0])
+    limits, counts = torch.tensor([99, 99, 99, 42, 0]), torch.tensor([100, 10, 1, 0])
+    accepted, after, last = speculation.accept(
+        {"rows_per_seq": 3}, rows.flatten(), said.flatten(), lens.int(), reads.int(), limits.int(), stops, counts
+    )
+    assert accepted.tolist() == [2, 1, 0, 1, 0]
+    assert after.tolist() == [13, 22, 31, 42, 1]
+    assert last.tolist() == [7, 9, 5, 6, 0]
+    assert counts.tolist() == [104, 13, 2, 0]
+
+
+def test_advance_rows_by_hand() -> None:
+    """Two sequences of two rows in pages of four, the first goes beyond its pages; and padding."""
+    state = [torch.tensor(x, dtype=torch.int32) for x in (
+        [5, 6, 7, 8, 0, 0], [6, 7, 2, 3, 0, 1], [26, 27, 6, 7, 36, 37], [8, 4, 2], [1, 4, 0],
+        [[2, 3, 10], [5, 6, 11], [12, 12, 12]], [4, 0, 0],
+    )]  # fmt: skip
+    table = torch.tensor([[4, 6, 9], [1, 3, 9], [9, 9, 9]], dtype=torch.int32)
+    drafts = torch.tensor([[50, 51], [60, 61], [70, 71]], dtype=torch.int32)
+    accepted = torch.tensor([1, 0, 0], dtype=torch.int32)
+    speculation.advance_rows({"page_size": 4, "rows_per_seq": 2}, accepted, drafts, table, *state)
+    assert [x.tolist() for x in state] == [
+        [50, 51, 60, 61, 0, 0], [8, 9, 3, 4, 0, 1], [36, 37, 7, 12, 36, 37], [10, 5, 2], [3, 5, 0],
+        [[2, 1, 10], [4, 6, 11], [12, 12, 12]], [6, 1, 0],
+    ]  # fmt: skip
+
+
+def test_random_requests_at_random_moments(trained: Any) -> None:
+    """Stops, logprobs, temperatures and lengths mixed, launched ahead or not: all answers as without speculation."""
+    folder, rng = trained("moe"), random.Random(3)
+    asked = [
+        Request(str(i), tuple(rng.randrange(60) for _ in range(rng.choice((1, 2, 17, 64, 70)))), SamplingParams(
+            max_tokens=rng.choice((1, 2, 3, 9, 40)), ignore_eos=True, temperature=rng.choice((0.0, 0.0, 0.8)), seed=i,
+            stop_token_ids=tuple(rng.sample(range(60), rng.choice((0, 0, 6, 20)))),
+            num_logprobs=rng.choice((None, None, None, 2)),
+        )) for i in range(24)
+    ]  # fmt: skip
+    plans = [plan_of(folder, 0), plan_of(folder, 3), captured(plan_of(folder, 3))]
+    found = []
+    for plan in plans:
+        engine = Engine.from_plan(plan, folder, executor=LateExecutor)
+        left, done = list(asked), {}
+        while left or engine.num_unfinished:
+            for _ in range(min(rng.choice((0, 0, 1, 3)), len(left))):
+                engine.add(left.pop(0))
+            done |= {d.request_id: (d.token_ids, d.finish_reason, d.text) for d in engine.step()}
+        found.append(done)
+    assert found[0] == found[1] == found[2]
