@@ -148,8 +148,10 @@ class PoisonExecutor(Executor):
         return [(part, part.clone()) for part in kept]
 
 
-def poisoned(plan: Plan, folder: Path, executor: type[PoisonExecutor] = PoisonExecutor) -> Engine:
-    engine = Engine.from_plan(plan, folder, executor=executor)
+def poisoned(
+    plan: Plan, folder: Path, executor: type[PoisonExecutor] = PoisonExecutor, chunk: int | None = None
+) -> Engine:
+    engine = Engine.from_plan(plan, folder, executor=executor, chunk=chunk)
     assert isinstance(engine.executor, PoisonExecutor)
     engine.executor.cache = engine._scheduler.cache
     return engine

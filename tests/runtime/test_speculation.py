@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from collections import Counter
 from functools import cache
 from itertools import pairwise
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from bundles import COMMAND
 from checkpoints import KINDS
 from click.testing import CliRunner
 from conftest import ROOT, make_spec
@@ -140,12 +142,24 @@ def test_conversations_through_the_cache(seed: int, ahead: bool, trained: Any) -
     """Prefixes that are shared, branched and edited, few pages, requests cut off: each answer as without any of it."""
     folder = trained("moe")
     told = converse(plan_of(folder, 0), folder, 8, seed)
-    plan = squeezed(plan_of(folder, 1 + 2 * seed), num_pages=40, num_checkpoints=6, max_seqs=6)
+    plan = squeezed(plan_of(folder, 1 + 2 * seed), num_pages=24, num_checkpoints=6, max_seqs=6)
     engine = poisoned(captured(plan) if ahead else plan, folder, LatePoison if ahead else PoisonExecutor)
     replay(engine, told, seed, cancel=0.05)
-    assert engine.metrics.preemptions
     assert engine.metrics.hit_tokens
     assert engine.metrics.tokens_per_pass > 1.02
+    check_all_is_given_back(engine._scheduler.cache)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, trained: Any) -> None:
+    """Prompts in chunks, then answers of six pages each, in sixteen; the tiny page table's end is reached too."""
+    folder = trained("moe")
+    plan = squeezed(plan_of(folder, 4), num_pages=16, num_checkpoints=4, max_seqs=4)
+    engine = poisoned(captured(plan) if ahead else plan, folder, LatePoison if ahead else PoisonExecutor, chunk=16)
+    prompts = [[index, *range(20)] for index in range(5)]
+    assert say(engine, prompts, 64) == say(engine_of(folder, 0), prompts, 64)
+    assert engine.metrics.preemptions
+    assert engine.metrics.tokens_per_pass > 1.3
     check_all_is_given_back(engine._scheduler.cache)
 
 
@@ -184,10 +198,11 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(ahead: bool, trained: An
     """The state at the end of an answer is one that was written on the way: the cache has it, whatever the end."""
     folder, plan = trained("dense"), plan_of(trained("dense"), 4)
     fast, plain = Engine.from_plan(captured(plan) if ahead else plan, folder), engine_of(folder, 0, cache=False)
-    prompt = PROMPTS[1]
-    (whole,) = say(plain, [prompt], 40)
-    for changes in [{"max_tokens": n} for n in range(20, 32)] + [{"stop_token_ids": (t,)} for t in whole[8:24]]:
-        params = SamplingParams(**{"max_tokens": 40, "ignore_eos": True} | changes)
+    for number in range(24):
+        prompt = [number, *PROMPTS[1]]
+        ((*_, last),) = say(plain, [prompt], 8 + number)
+        ends = {"max_tokens": 8 + number} if number % 2 else {"max_tokens": 40, "stop_token_ids": (last,)}
+        params = SamplingParams(**{"ignore_eos": True} | ends)
         (first,) = fast.generate([prompt], params)
         turn = [*prompt, *first.token_ids, 9, 8]
         (second,) = fast.generate([turn], SamplingParams(max_tokens=12, ignore_eos=True))
@@ -260,13 +275,15 @@ def test_batch_files(trained: Any, tmp_path: Path) -> None:
         asked = make_spec(trained("moe"), speculation={"depth": depth} if depth else "off")
         spec.write_text(json.dumps(asked.model_dump(mode="json", exclude_none=True)))
         bundle, output = tmp_path / f"bundle{depth}", tmp_path / f"{depth}.jsonl"
-        for words in (["plan", spec, "-o", bundle], ["show", bundle], ["run", bundle, "--check"],
+        for words in (["plan", spec, "-o", bundle], ["show", bundle],
                       ["run", bundle, "--input", tmp_path / "in.jsonl", "--output", output]):  # fmt: skip
             done = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
             assert done.exit_code == 0, done.output
         lines = [json.loads(line) for line in output.read_text().splitlines()]
         found.append([line["response"]["body"]["choices"][0]["token_ids"] for line in lines])
     assert found[0] == found[1]
+    checked = subprocess.run([*COMMAND, "run", str(tmp_path / "bundle3"), "--check"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
     differ = CliRunner().invoke(main, ["diff", str(tmp_path / "bundle0"), str(tmp_path / "bundle3")])
     assert "speculation" in differ.output
 
