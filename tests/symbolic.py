@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.runtime.reference import speculation
 from tokenspeed_plan.runtime.reference.batch import advance
 from torch import Tensor
 
@@ -54,15 +56,17 @@ class SymbolicExecutor:
         pass
 
     def buffer(self, name: str, num_tokens: int, num_seqs: int) -> Tensor:
-        size = max(self.limits.max_tokens, self.limits.max_seqs) + 1
-        columns = -(-self.limits.max_seq_len // self.limits.page_size)
+        limits = self.limits
+        size = max(limits.max_tokens, limits.max_seqs * (limits.max_depth + 1)) + 1
+        widths = {"page_table": limits.table_pages, "logits": VOCAB, "verify_logits": VOCAB, "stop_ids": STOP_IDS}
+        if limits.max_depth:
+            widths |= {"write_rows": limits.max_depth + 1, f"drafts_{limits.max_depth}": limits.max_depth + 1}
         if name not in self._buffers:
-            shape = (
-                (size, {"page_table": columns, "logits": VOCAB}[name]) if name in ("page_table", "logits") else (size,)
-            )
+            shape = (size, widths[name]) if name in widths else (size,)
             self._buffers[name] = torch.zeros(shape, dtype=torch.int64)
-        count = num_tokens if name in ("token_ids", "positions", "slot_mapping") else num_seqs
-        return self._buffers[name][: count + (name == "cu_seqlens")]
+        per_token = ("token_ids", "positions", "slot_mapping", "verify_tokens", "verify_logits")
+        count = num_tokens if name in per_token else num_seqs
+        return self._buffers[name] if name == "accept_counts" else self._buffers[name][: count + (name == "cu_seqlens")]
 
     def copy_page(self, source: int, target: int) -> int:
         for place in range(self.limits.page_size):
@@ -82,36 +86,80 @@ class SymbolicExecutor:
 
     def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
         self.num_runs += 1
-        held: dict[str, Any] = {name: self.buffer(name, num_tokens, num_seqs) for name in program.inputs}
-        lists = {name: tensor.tolist() for name, tensor in held.items()}
-        bounds = lists.get("cu_seqlens", list(range(num_seqs + 1)))
-        writes = [row for row in lists["write_rows"] if row != self.limits.spare_row]
+
+        def view(name: str) -> Tensor:
+            return self.buffer(name, num_tokens, num_seqs)
+
+        lists: dict[str, Any] = {name: view(name).tolist() for name in program.inputs}
+        rows = program.rows_per_seq
+        bounds = lists.get("cu_seqlens", list(range(0, num_tokens + 1, rows)))
+        lists["write_rows"] = [[row] if isinstance(row, int) else row for row in lists["write_rows"]]
+        writes = [row for some in lists["write_rows"] for row in some if row != self.limits.spare_row]
         assert len(set(writes)) == len(writes)
         assert not set(writes) & set(lists["read_rows"])
         assert 0 not in writes
-        values = [self._one(lists, index, bounds[index], bounds[index + 1]) for index in range(num_seqs)]
-        self.buffer("next_tokens", num_tokens, num_seqs).copy_(torch.tensor([said(value) for value in values]))
+        values = [self._rows(lists, index, bounds[index], bounds[index + 1], rows) for index in range(num_seqs)]
+        lasts = [0] * num_seqs
+        if rows > 1:
+            lasts = self._verify(program, view, values)
+        else:
+            view("next_tokens").copy_(torch.tensor([said(value[-1]) for value in values]))
+        for index, last in enumerate(lasts):
+            computed = bounds[index + 1] - bounds[index] if rows == 1 else last + 1
+            self._check(lists, index, bounds[index], computed, lists["context_lens"][index] - rows + 1 + last)
+        if program.depth:
+            ends = [value[last if rows > 1 else -1] for value, last in zip(values, lasts, strict=True)]
+            unknown = [lists.get("following", [-1] * num_seqs)[index] for index in range(num_seqs)]
+            view(program.drafts).copy_(torch.tensor([*map(self._drafts, ends, unknown)]))
         if program.phase == "decode":
-            names = ("next_tokens", "page_table", "token_ids", "positions", "slot_mapping", "context_lens",
-                     "read_rows", "write_rows", "draw")  # fmt: skip
-            views = (self.buffer(name, num_tokens, num_seqs) for name in names)
-            advance({"page_size": self.limits.page_size}, *views)
+            names = ("page_table", "token_ids", "positions", "slot_mapping", "context_lens", "read_rows", "write_rows",
+                     "draw")  # fmt: skip
+            state = [view(name) for name in names]
+            if rows > 1:
+                attrs = {"page_size": self.limits.page_size, "rows_per_seq": rows}
+                speculation.advance_rows(attrs, view("accepted"), view(program.drafts), *state)
+            else:
+                advance({"page_size": self.limits.page_size}, view("next_tokens"), *state)
 
-    def _one(self, lists: dict[str, Any], index: int, start: int, end: int) -> int:
-        """Compute tokens `start` to `end` of the batch, which belong to sequence `index`."""
-        size, context = self.limits.page_size, lists["context_lens"][index]
-        value = before = self.state[lists["read_rows"][index]]
+    def _verify(self, program: Program, view: Callable[[str], Tensor], values: list[list[int]]) -> list[int]:
+        view("verify_tokens").copy_(torch.tensor([said(value) for rows in values for value in rows]))
+        names = ("token_ids", "verify_tokens", "context_lens", "read_rows", "max_lens", "stop_ids", "accept_counts")
+        accepted, *_ = speculation.accept({"rows_per_seq": program.rows_per_seq}, *map(view, names))
+        view("accepted").copy_(accepted)
+        return accepted.tolist()  # type: ignore[no-any-return]
+
+    def _drafts(self, value: int, following: int) -> list[int]:
+        """What is said after a prefix, and guesses at what comes then, some of which are wrong."""
+        tokens = [said(value)]
+        value = after(value, tokens[0] if following < 0 else following)
+        while len(tokens) <= self.limits.max_depth:
+            tokens.append(said(value) if value % 5 else 1)
+            value = after(value, tokens[-1])
+        return tokens
+
+    def _rows(self, lists: dict[str, Any], index: int, start: int, end: int, rows: int) -> list[int]:
+        """Compute tokens `start` to `end` of the batch, which belong to sequence `index`: the name after each."""
+        size, names = self.limits.page_size, list[int]()
+        value = self.state[lists["read_rows"][index]]
         for at in range(start, end):
             slot, token = lists["slot_mapping"][at], lists["token_ids"][at]
             self.keys[slot // size, slot % size] = (value, token)
             value = after(value, token)
-        if lists["write_rows"][index] != self.limits.spare_row:
-            pages, seen = lists["page_table"][index], EMPTY
-            for position in range(context):
-                assert position != context - (end - start) or seen == before, "state and keys of different prefixes"
-                found, token = self.keys[pages[position // size], position % size]
-                assert found == seen, f"the key at {position} is not of this prefix"
-                seen = after(seen, token)
-            assert seen == value
-        self.state[lists["write_rows"][index]] = value
-        return value
+            names.append(value)
+        writes = lists["write_rows"][index]
+        for row, name in zip(writes, names if rows > 1 else names[-1:], strict=False):
+            self.state[row] = name
+        return names
+
+    def _check(self, lists: dict[str, Any], index: int, start: int, count: int, context: int) -> None:
+        """All keys that the last of `count` rows sees must be of the prefix that its state is of."""
+        writes, size, seen = lists["write_rows"][index], self.limits.page_size, EMPTY
+        if self.limits.spare_row in writes:
+            return
+        pages = lists["page_table"][index]
+        for position in range(context):
+            found, token = self.keys[pages[position // size], position % size]
+            assert found == seen, f"the key at {position} is not of this prefix"
+            seen = after(seen, token)
+        rows = len(lists["token_ids"]) // len(lists["read_rows"]) if "max_lens" in lists else 0
+        assert self.state[writes[count - 1 if rows > 1 else 0]] == seen, "state and keys of different prefixes"

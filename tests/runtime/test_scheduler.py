@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count as count_from
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from conversations import check_all_is_given_back, squeezed
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from symbolic import SymbolicExecutor, after, answer
 from test_ahead import captured
+from test_speculation import plan_of
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime import cache as cache_module
@@ -151,10 +152,14 @@ class Machine(RuleBasedStateMachine):
         check_all_is_given_back(self.engine._scheduler.cache)
 
 
-def test_thousands_of_random_operations(tiny_plan: Plan) -> None:
-    Machine.plan = tiny_plan
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_thousands_of_random_operations(depth: int, checkpoint: Any) -> None:
+    Machine.plan = plan_of(checkpoint("moe"), depth)
     Machine.TestCase.settings = settings(
-        max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=60 if depth else 100,
+        stateful_step_count=50,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
     )
     Machine.TestCase("runTest").runTest()
 

@@ -163,14 +163,8 @@ def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, trained: Any) -> N
     check_all_is_given_back(engine._scheduler.cache)
 
 
-class LatePoison(PoisonExecutor):
-    """Launched ahead: what a step in flight still reads may be free on the host already, so that nothing is spoiled."""
-
-    waiting: list[int]
-    prepare = LateExecutor.prepare
-
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
-        Executor.run(self, program, num_tokens, num_seqs)
+class LatePoison(LateExecutor, PoisonExecutor):
+    """Both."""
 
 
 @pytest.mark.parametrize("ahead", [False, True])
