@@ -293,10 +293,19 @@ def _programs(plan: Plan) -> None:
                 _batch_fits(program, step, kernels[step.kernel], made)
             elif isinstance(step, CollectiveCall):
                 _collective_fits(plan, step, buffers)
+        _passes(program, kernels)
         try:
             check_hazards(program, kernels, buffers)
         except ShapeError as error:
             raise refuse(f"program {program.phase}/{program.bucket}: {error}") from error
+
+
+def _passes(program: Program, kernels: Mapping[str, KernelSpec]) -> None:
+    """Each pass over a draft is one position further than the one before it."""
+    calls = (kernels[step.kernel] for step in program.steps if isinstance(step, KernelCall))
+    steps = [part.attrs["step"] for kernel in calls for part in kernel.parts if part.kind == "draft_place"]
+    check(sorted(steps) == list(range(1, program.depth)),
+          lambda: f"{program.phase}/{program.bucket} drafts at steps {steps} for depth {program.depth}")  # fmt: skip
 
 
 def _promised(program: Program) -> set[str]:

@@ -77,12 +77,15 @@ def plan_of(folder: Path, **changes: Any) -> Plan:
         ("tied", 2, None),
     ],
 )
-def test_ranks_agree_with_one(kind: str, count: int, moe: dict[str, int] | None, checkpoint: Any) -> None:
+@pytest.mark.parametrize("speculation", ["off", {"depth": 3}], ids=["plain", "depth 3"])
+def test_ranks_agree_with_one(
+    kind: str, count: int, moe: dict[str, int] | None, speculation: Any, checkpoint: Any
+) -> None:
     folder = checkpoint(kind)
     plain = plan_of(folder)
     alone = [done.token_ids for done in Engine.from_plan(plain, folder).generate(PROMPTS, PARAMS)]
     parallelism = {"attention": {"tp": count}, "moe": moe} if moe else "auto"
-    plan = plan_of(folder, target={"count": count}, parallelism=parallelism)
+    plan = plan_of(folder, target={"count": count}, parallelism=parallelism, speculation=speculation)
     assert plan.memory_bytes_per_rank.weights < plain.memory_bytes_per_rank.weights
     for rank in run_ranks(plan, folder):
         assert rank == alone

@@ -30,7 +30,7 @@ parallelism: {attention: {tp: 2}}
 workload: {kind: agentic, first_turn_tokens: 500, turn_tokens: 80, turns: 3, output_tokens: 50, concurrency: 2}
 objective: {minimize: tpot, slo: {ttft_ms: 200, tpot_ms: 2.5}}
 slo: {ttft_ms: 200}
-speculation: {depth: 3}
+speculation: auto
 disaggregation: {prefill: 1, decode: 1}
 """
 
@@ -46,7 +46,21 @@ def test_every_key_is_accepted_and_resolved() -> None:
     assert plan.limits.max_seq_len == 832  # 500 + 2 * 80 + 3 * 50 = 810, in pages of 64
     said = {decision.name: decision for decision in plan.decisions}
     assert said["speculation"].value == said["disaggregation"].value == "off"
-    assert "not built yet" in said["speculation"].reason
+    assert "not chosen by cost yet" in said["speculation"].reason
+
+
+def test_a_depth_is_planned_as_it_is_asked() -> None:
+    spec = parse_spec(FULL.replace("B200, count: 2", "cpu").replace("speculation: auto", "speculation: {depth: 3}")
+                      .replace("parallelism: {attention: {tp: 2}}", ""), "spec")  # fmt: skip
+    plan = compile_plan(spec, find_model(spec))
+    assert next(d.value for d in plan.decisions if d.name == "speculation") == "depth 3"
+    assert plan.limits.rows_per_slot == 5
+    assert {(program.phase, program.depth, program.max_tokens // program.max_seqs) for program in plan.programs} >= {
+        ("decode", 3, 4)
+    }
+    with pytest.raises(SpecError, match="kernels for `speculation.depth: 3` on B200 are not there yet"):
+        compile_plan(asked := parse_spec(FULL.replace("speculation: auto", "speculation: {depth: 3}"), "spec"),
+                     find_model(asked))  # fmt: skip
 
 
 @pytest.mark.parametrize("word", ["off", "'off'"])

@@ -245,6 +245,24 @@ ALWAYS: tuple[Corruption, ...] = (
 JUDGED: tuple[Corruption, ...] = (swap_offsets, move_buffer, reorder_steps)
 
 
+@pytest.fixture(scope="module")
+def drafting(checkpoint: Any) -> Plan:
+    """A plan that speculates."""
+    spec = make_spec(checkpoint("moe"), speculation={"depth": 3})
+    return compile_plan(spec, find_model(spec))
+
+
+@pytest.mark.parametrize("corrupt", ALWAYS, ids=lambda c: c.__name__)
+def test_corruptions_of_speculation_are_refused(corrupt: Corruption, drafting: Plan) -> None:
+    rng, done = random.Random(corrupt.__name__), 0
+    validate(drafting)
+    while done < 60:
+        bad = corrupt(rng, drafting)
+        if bad is not None:
+            assert refused(bad), f"{corrupt.__name__} number {done} was accepted"
+            done += 1
+
+
 def test_a_valid_plan_is_accepted(tiny_plan: Plan) -> None:
     validate(tiny_plan)
     check_digest(tiny_plan)
