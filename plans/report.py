@@ -36,6 +36,7 @@ def _program(plan: Plan, program: Program) -> dict[str, Any]:
         "bucket": program.bucket,
         "max_tokens": program.max_tokens,
         "max_seqs": program.max_seqs,
+        "depth": program.depth,
         "launches": program.launches,
         "collectives": _collectives(plan, program),
         "launches_per_layer": round(program.launches / plan.num_layers, 2),
@@ -69,11 +70,11 @@ def as_text(plan: Plan, kernels: bool = False) -> str:
         "memory on each rank",
         *(f"  {name:<16} {_size(size)}" for name, size in plan.memory_bytes_per_rank.model_dump().items()),
         "",
-        "  phase     bucket  launches  per layer  collectives  predicted",
+        "  phase     bucket  drafts  launches  per layer  collectives  predicted",
     ]
     for row in as_dict(plan)["programs"]:
         lines.append(
-            f"  {row['phase']:<9} {row['bucket']:>6} {row['launches']:>9} {row['launches_per_layer']:>10.2f} "
+            f"  {row['phase']:<9} {row['bucket']:>6} {row['depth']:>7} {row['launches']:>9} {row['launches_per_layer']:>10.2f} "
             f"{row['collectives']:>12}  {row['predicted_us'] / 1e3:.2f} ms"
         )
     return "\n".join([*lines, *_kernel_lines(plan)] if kernels else lines)

@@ -18,6 +18,8 @@ DEFINITIONS = {
     "ttft_ms": "from the request to its first token, the median of each turn",
     "tpot_ms": "time after the first token over tokens after the first, the median; TTFT is not in it",
     "turn_time_ms": "from the request to its last token, the median of each turn",
+    "tokens_per_pass": "tokens that a sequence says in a decode step: more than one where drafts are accepted",
+    "accept_counts": "passes of a sequence through a decode step, and how often the first, the second... draft was right",
     "host_us_per_step": "time of a step that is neither a replay nor waiting for its tokens",
     "state_bytes_copied_per_step": "recurrent state is never copied; a page is, where a turn goes on in its middle",
 }
@@ -65,7 +67,7 @@ def agentic(engine: Engine, options: Conversations) -> dict[str, Any]:
     engine.generate(
         [words(min(options.first_turn_tokens, engine.plan.limits.max_tokens))], SamplingParams(max_tokens=2)
     )
-    before = asdict(engine.metrics)
+    before, counts = asdict(engine.metrics), engine.accept_counts
     begun = time.perf_counter()
     talks = {str(i): _Conversation(words(options.first_turn_tokens)) for i in range(options.conversations)}
     for name, talk in talks.items():
@@ -78,7 +80,7 @@ def agentic(engine: Engine, options: Conversations) -> dict[str, Any]:
                 talk.said += [*done.token_ids, *words(options.turn_tokens)]
                 engine.add(Request(done.request_id, tuple(talk.said), params))
     spent = {name: value - before[name] for name, value in asdict(engine.metrics).items()}
-    return _figures(engine, options, list(talks.values()), spent, time.perf_counter() - begun)
+    return _figures(engine, options, list(talks.values()), spent, counts, time.perf_counter() - begun)
 
 
 def _words(vocab_size: int, seed: int) -> Callable[[int], list[int]]:
@@ -87,7 +89,12 @@ def _words(vocab_size: int, seed: int) -> Callable[[int], list[int]]:
 
 
 def _figures(
-    engine: Engine, options: Conversations, talks: list[_Conversation], spent: dict[str, float], wall_s: float
+    engine: Engine,
+    options: Conversations,
+    talks: list[_Conversation],
+    spent: dict[str, float],
+    counts: list[int],
+    wall_s: float,
 ) -> dict[str, Any]:
     turns = list(zip(*(talk.turns for talk in talks), strict=True))
     every = [done for turn in turns for done in turn]
@@ -101,6 +108,8 @@ def _figures(
         "turn_time_ms": [_median_ms([done.ttft_s + done.decode_s for done in turn]) for turn in turns],
         "tpot_ms": _median_ms(rests),
         "tokens_per_s_user": generated / len(talks) / wall_s, "tokens_per_s": generated / wall_s, "wall_s": wall_s,
+        "tokens_per_pass": spent["decode_tokens"] / max(spent["decode_passes"], 1),
+        "accept_counts": [now - was for now, was in zip(engine.accept_counts, counts, strict=True)],
         "host_us_per_step": spent["host_s"] / spent["steps"] * 1e6,
         "state_bytes_copied_per_step": spent["copied_bytes"] / spent["steps"],
         **{name: spent[name] for name in ("steps", "decode_steps", "preemptions", "evicted_checkpoints")},
@@ -123,7 +132,14 @@ def as_text(found: dict[str, Any]) -> str:
         f"{found['preemptions']:.0f} preemptions",
         f"  TTFT: first turn {ttft[0]:.1f} ms, second {later[0]:.1f} ms, last {later[-1]:.1f} ms",
         f"  TPOT {found['tpot_ms']:.3f} ms; a turn {found['turn_time_ms'][-1]:.1f} ms (the last)",
-        f"  {found['tokens_per_s_user']:.1f} tokens/s a user, {found['tokens_per_s']:.1f} in all",
+        f"  {found['tokens_per_s_user']:.1f} tokens/s a user, {found['tokens_per_s']:.1f} in all; "
+        f"{found['tokens_per_pass']:.2f} a pass" + _accepted(found["accept_counts"]),
         f"  host {found['host_us_per_step']:.0f} us a step; "
         f"{found['state_bytes_copied_per_step']:.0f} bytes copied a step (pages; recurrent state never)",
     ))  # fmt: skip
+
+
+def _accepted(counts: list[int]) -> str:
+    """Of each draft, how often it was right."""
+    shares = [f"{count / max(counts[0], 1):.0%}" for count in counts[1:]]
+    return f", drafts right: {', '.join(shares)}" if shares else ""

@@ -58,6 +58,7 @@ class Metrics:
             ("state_rows_used", "Rows of recurrent state that requests hold", lambda: engine.usage.rows),
             ("state_rows", "All of them, the prefix cache's too", lambda: limits.num_rows - 2),
             ("kv_pages_used", "Pages of the KV cache that requests hold", lambda: engine.usage.pages),
+            ("tokens_per_decode_pass", "Tokens a choice says in a decode step", lambda: engine.metrics.tokens_per_pass),
             ("kv_pages", "All of them, the prefix cache's too", lambda: limits.num_pages),
         )
         for name, text, value in gauges:
