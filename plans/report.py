@@ -74,8 +74,8 @@ def as_text(plan: Plan, kernels: bool = False) -> str:
     ]
     for row in as_dict(plan)["programs"]:
         lines.append(
-            f"  {row['phase']:<9} {row['bucket']:>6} {row['depth']:>7} {row['launches']:>9} {row['launches_per_layer']:>10.2f} "
-            f"{row['collectives']:>12}  {row['predicted_us'] / 1e3:.2f} ms"
+            f"  {row['phase']:<9} {row['bucket']:>6} {row['depth']:>7} {row['launches']:>9} "
+            f"{row['launches_per_layer']:>10.2f} {row['collectives']:>12}  {row['predicted_us'] / 1e3:.2f} ms"
         )
     return "\n".join([*lines, *_kernel_lines(plan)] if kernels else lines)
 

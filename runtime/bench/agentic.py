@@ -19,7 +19,7 @@ DEFINITIONS = {
     "tpot_ms": "time after the first token over tokens after the first, the median; TTFT is not in it",
     "turn_time_ms": "from the request to its last token, the median of each turn",
     "tokens_per_pass": "tokens that a sequence says in a decode step: more than one where drafts are accepted",
-    "accept_counts": "passes of a sequence through a decode step, and how often the first, the second... draft was right",
+    "accept_counts": "passes of a sequence through a decode step, those with the first draft right, the second too...",
     "host_us_per_step": "time of a step that is neither a replay nor waiting for its tokens",
     "state_bytes_copied_per_step": "recurrent state is never copied; a page is, where a turn goes on in its middle",
 }
