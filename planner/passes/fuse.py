@@ -16,11 +16,15 @@ from tokenspeed_plan.plans.types import Phase
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """One rewrite: `run` (kinds, in order) becomes a kernel of kind `kind`, in the phases where it pays."""
+    """One rewrite: `run` (kinds, in order) becomes a kernel of kind `kind`, in the phases where it pays.
+
+    Its members feed each other, unless they only share a launch.
+    """
 
     kind: str
     run: tuple[str, ...]
     phases: tuple[Phase, ...] = ("prefill", "decode")
+    apart: bool = False
 
 
 FEW: tuple[Phase, ...] = ("decode",)  # a few rows
@@ -51,6 +55,12 @@ FUSIONS = (
     Fusion("moe_up", ("topk", "experts_up", "linear", "silu_mul")),
     Fusion("moe_down_add", ("experts_down", "linear", "gated_add", "add")),
     Fusion("moe_down", ("experts_down", "linear", "gated_add")),
+    # Drafts: what goes into the layer that makes them, the one row of each sequence that goes on, where the next goes.
+    Fusion("embed_norm_concat", ("embed", "rms_norm", "rms_norm", "concat")),
+    Fusion("norm_concat", ("rms_norm", "rms_norm", "concat")),
+    Fusion("select_rows", ("select_row",) * 3, apart=True),
+    Fusion("last_rows", ("last_token",) * 3, apart=True),
+    Fusion("draft_then_place", ("draft", "draft_place"), apart=True),
 )
 FUSED_KINDS = frozenset(fusion.kind for fusion in FUSIONS)
 
@@ -69,12 +79,12 @@ def fuse(graph: OpGraph, fusions: Sequence[Fusion] = FUSIONS) -> OpGraph:
 
 
 def _matches(order: Sequence[Op], index: int, fusion: Fusion) -> bool:
-    """Whether the run is there, and each member but the first takes something that the run made."""
+    """Whether the run is there, and each member takes something that the run made, or makes what it takes."""
     run = order[index : index + len(fusion.run)]
     if tuple(op.kind for op in run) != fusion.run:
         return False
     made = {name for op in run for name in op.outputs}
-    return all(_feeds(op, run, made) for op in run)
+    return fusion.apart or all(_feeds(op, run, made) for op in run)
 
 
 def _feeds(op: Op, run: Sequence[Op], made: set[str]) -> bool:

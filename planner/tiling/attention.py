@@ -27,7 +27,7 @@ def qk_norm_rope_write(work: Work) -> list[Tiling]:
         "EPS": work.part("head_norm").attrs["eps"],
     }  # fmt: skip
     options = {"frequencies": inverse, "magnitude": magnitude}
-    return [Tiling("qk_norm_rope_write", constants, (per_rows(1), fixed(q + kv)), 1, 1, options)]
+    return [Tiling("qk_norm_rope_write", constants, (per_rows(1, work.by_seqs), fixed(q + kv)), 1, 1, options)]
 
 
 def attention(work: Work) -> list[Tiling]:
@@ -75,7 +75,8 @@ def _decode(work: Work) -> list[Tiling]:
         options = {"splits": splits, "whole_pages": int(facts["PAGE"]) % tile.n == 0}
         grid = (per_rows(1, by_seqs=True), fixed(kv), fixed(splits))
         meet, stages = scratch if splits > 1 else {}, tile.num_stages
-        made.append(Tiling("attention_decode", constants, grid, tile.num_warps, stages, options, meet, ahead=True))
+        ahead = not work.by_seqs  # a pass over drafts learns from the kernels just before it how long its sequences are
+        made.append(Tiling("attention_decode", constants, grid, tile.num_warps, stages, options, meet, ahead))
     return made
 
 

@@ -48,10 +48,16 @@ def delta_step(work: Work) -> list[Tiling]:
     return made
 
 
+def _table(work: Work, rows: str) -> dict[str, Attr]:
+    """Columns of the rows to write where each sequence has several: many tokens leave one state, in the first."""
+    return {"TABLE": work.width(rows)} if len(work.specs[rows].shape) == 2 else {}
+
+
 def conv_qk_norm(work: Work) -> list[Tiling]:
     """A program a head and block of tokens."""
     heads = _heads(work, "qk_l2_norm")
     facts = {name: heads[name] for name in ("A", "B", "DK", "DV")} | _convolution(work, heads)
+    facts |= _table(work, "causal_conv_write_rows")
     grid_heads = fixed(2 * int(heads["A"]) + int(heads["B"]))
     sizes = (64, 32, 16) if work.interpreted else (32, 16)
     return [Tiling("conv_qk_norm", facts | {"BLOCK_T": t}, (per_rows(t), grid_heads, SEQS), 4, 1) for t in sizes]
@@ -67,7 +73,7 @@ def gates_delta_chunk(work: Work) -> list[Tiling]:
 
 def delta_scan(work: Work) -> list[Tiling]:
     """A program a head and block of columns of the state, through all chunks of a sequence."""
-    heads = _heads(work, "delta_scan")
+    heads = _heads(work, "delta_scan") | _table(work, "write_rows")
     wide = int(heads["DV"])
     made = []
     for n in (min(32, wide), min(16, wide)):

@@ -23,7 +23,7 @@ def linear(work: Work) -> list[Tiling]:
     """The family of `linear.py.j2`."""
     weight_rows, depth = work.width("linear_w" if "linear_w" in work.specs else "w", 0), _depth(work)
     columns = weight_rows // 2 if work.has("silu_mul") else weight_rows
-    rows = work.num_seqs if work.has("last_token") else work.num_tokens
+    rows = work.num_rows
     tiles = _row_tiles(work, rows, columns, depth) if rows <= FEW_ROWS else _matrix_tiles(work, rows, columns, depth)
     return [_tiling(work, tile, rows, columns, depth) for tile in work.tiles(*tiles)]
 
@@ -68,8 +68,8 @@ def _tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) -> Tili
         constants |= {"EPS": work.part("rms_norm").attrs["eps"]}
     if work.has("expert_sum"):
         constants |= {"TOP_K": work.width("expert_sum_weights")}
-    by_seqs = work.has("last_token")  # as many as the program has at most: those past the last write nothing
-    grid = (fixed(blocks(columns, tile.n)), fixed(blocks(rows, tile.m)) if by_seqs else GridDim(block=tile.m))
+    # Of sequences as many as the program has at most: those past the last write nothing.
+    grid = (fixed(blocks(columns, tile.n)), fixed(blocks(rows, tile.m)) if work.by_seqs else GridDim(block=tile.m))
     options = _options(work, dot, tile.k, depth)
     return Tiling("linear", constants, grid, tile.num_warps, tile.num_stages, options, ahead=not dot)
 
@@ -87,7 +87,6 @@ def _options(work: Work, dot: bool, deep: int, depth: int) -> dict[str, object]:
         "expert_sum": work.has("expert_sum"),
         "add": work.has("add"),
         "ragged": depth % deep != 0,
-        "m_dim": "num_seqs" if gather else "num_tokens",
         "dtype": TRITON_DTYPES[work.dtype],
         "weight_name": "linear_w" if "linear_w" in work.specs else "w",
         "outputs": _outputs(work, str(product.attrs["splits"])),
@@ -109,7 +108,7 @@ def grouped(work: Work) -> list[Tiling]:
     experts, rows_w, depth = (work.width("w", dim) for dim in range(3))
     columns = rows_w // 2 if up else rows_w
     top_k = work.width("order")
-    pairs = work.num_tokens * top_k // max(experts, 1)
+    pairs = work.num_rows * top_k // max(experts, 1)
     tiles = _group_tiles(work, pairs, columns, depth)
     made = []
     for tile in work.tiles(*tiles):
@@ -117,7 +116,10 @@ def grouped(work: Work) -> list[Tiling]:
             "N": columns, "K": depth, "EXPERTS": experts, "TOP_K": top_k, "BLOCK_E": up2(experts + 1),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "PRECISION": work.precision,
         }  # fmt: skip
-        grid = (fixed(blocks(columns, tile.n)), GridDim(fixed=experts + 1, scale=top_k, block=tile.m))
+        tiles_m = GridDim(fixed=experts + 1, scale=top_k, block=tile.m)
+        if work.by_seqs:
+            tiles_m = fixed(experts + 1 + blocks(work.num_rows * top_k, tile.m))
+        grid = (fixed(blocks(columns, tile.n)), tiles_m)
         options = {"silu_mul": up, "x": "x" if up else "h"}
         made.append(Tiling("grouped_linear", constants, grid, tile.num_warps, tile.num_stages, options))
     return made

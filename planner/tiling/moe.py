@@ -15,7 +15,7 @@ def _choice(work: Work, logits: str) -> dict[str, Attr]:
 
 def topk(work: Work) -> list[Tiling]:
     """A program a token."""
-    return [Tiling("topk", _choice(work, "logits"), (per_rows(1),), 1, 1)]
+    return [Tiling("topk", _choice(work, "logits"), (per_rows(1, work.by_seqs),), 1, 1)]
 
 
 def moe_up(work: Work) -> list[Tiling]:
@@ -29,7 +29,7 @@ def moe_up(work: Work) -> list[Tiling]:
     for shape in work.tiles(*((Tile(1, 32, 128, 8, 1),) if work.interpreted else shapes)):
         n = min(shape.n, up2(max(inner, shared)))
         tile: dict[str, Attr] = {"BLOCK_N": n, "BLOCK_K": min(shape.k, up2(hidden)), "STAGES": shape.num_stages}
-        grid = (per_rows(1), fixed(int(facts["TOP_K"]) + 1), fixed(blocks(max(inner, shared), n)))
+        grid = (per_rows(1, work.by_seqs), fixed(int(facts["TOP_K"]) + 1), fixed(blocks(max(inner, shared), n)))
         made.append(Tiling("moe_up", facts | tile, grid, shape.num_warps, shape.num_stages, {"narrow": narrow}))
     return made
 
@@ -47,7 +47,7 @@ def moe_down(work: Work) -> list[Tiling]:
         tile: dict[str, Attr] = {
             "BLOCK_N": min(shape.n, up2(hidden)), "BLOCK_K": min(shape.k, up2(max(inner, int(facts["SHARED"])))),
         }  # fmt: skip
-        grid = (per_rows(1), fixed(blocks(hidden, int(tile["BLOCK_N"]))))
+        grid = (per_rows(1, work.by_seqs), fixed(blocks(hidden, int(tile["BLOCK_N"]))))
         options = {"add": work.has("add")}
         made.append(Tiling("moe_down", facts | tile, grid, shape.num_warps, 1, options, ahead=True))
     return made
@@ -57,6 +57,6 @@ def expert_sort(work: Work) -> list[Tiling]:
     """A program an expert."""
     experts = work.size("expert_sort", "num_experts")
     top_k = work.width("ids")
-    block = 4096 if work.num_tokens * top_k >= 4096 and not work.interpreted else 1024
+    block = 4096 if work.num_rows * top_k >= 4096 and not work.interpreted else 1024
     facts: dict[str, Attr] = {"EXPERTS": experts, "TOP_K": top_k, "BLOCK": block}
     return [Tiling("expert_sort", facts, (GridDim(fixed=experts + 1),), block // 256, 1)]

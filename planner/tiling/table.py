@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tokenspeed_plan.codegen.render import render, source_digest
 from tokenspeed_plan.planner.hardware import HardwareSpec
-from tokenspeed_plan.planner.tiling import attention, delta, linear, moe, other
+from tokenspeed_plan.planner.tiling import attention, delta, linear, moe, other, speculation
 from tokenspeed_plan.planner.tiling.tuned import Tile
 from tokenspeed_plan.planner.tiling.work import Tiling, Work
 from tokenspeed_plan.plans.canon import kernel_name
@@ -35,12 +35,22 @@ RULES: dict[str, Rule] = {
     "moe_down_add": moe.moe_down,
     "expert_sort": moe.expert_sort,
     "embed": other.embed,
+    "embed_norm_concat": speculation.norm_concat,
+    "norm_concat": speculation.norm_concat,
     "sample": other.sample,
     "advance": other.advance,
+    "accept": speculation.accept,
+    "select_rows": speculation.take_rows,
+    "last_rows": speculation.take_rows,
+    "draft": speculation.draft,
+    "draft_then_place": speculation.draft,
+    "shift_tokens": speculation.shift_tokens,
+    "advance_rows": speculation.advance_rows,
     "add_norm": other.add_norm,
     "rms_norm": other.add_norm,
     "reduce_add_norm": other.add_norm,
 }
+_ONE_ROW = frozenset({"delta_step", "attention_gate"})  # no template of these takes several rows a sequence yet
 PDL_SM = 90  # programmatic dependent launch from Hopper on
 
 
@@ -66,25 +76,10 @@ def build_kernel(
         tile: the only one to try.
     """
     work = Work(kind, kernel, *rows, hardware, tile)
-    tilings = RULES[kind](work) if kind in RULES and work.dtype != "fp64" and not _speculative(kernel) else []
+    missing = kind in _ONE_ROW and any("rows_per_seq" in part.attrs for part in kernel.parts)
+    tilings = RULES[kind](work) if kind in RULES and work.dtype != "fp64" and not missing else []
     pdl = pdl and hardware.sm >= PDL_SM
     return [_built(work, tiling, pdl) for tiling in tilings] or [Built(_named(kind, kernel), None)]
-
-
-def _speculative(kernel: KernelSpec) -> bool:
-    """Whether a kernel has what only a plan that speculates has; no template knows of that yet.
-
-    That is several rows a sequence, a table of rows to write, or one row a sequence where it was one a token.
-    """
-    few = ("last_token", "sample", "advance")
-    return (
-        any("rows_per_seq" in part.attrs for part in kernel.parts)
-        or any(p.name.endswith("write_rows") and len(p.tensor.shape) == 2 for p in kernel.params)
-        or (
-            not any(part.kind in few for part in kernel.parts)
-            and any(p.role == "output" and p.tensor.shape[0] == "num_seqs" for p in kernel.params)
-        )
-    )
 
 
 def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
@@ -101,7 +96,8 @@ def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
         Param(name=name, role="scratch", tensor=spec, access="update") for name, spec in tiling.scratch.items()
     )
     kernel = work.kernel.model_copy(update={"params": work.kernel.params + scratch})
-    options = dict(tiling.options) | {"ahead": pdl and tiling.ahead}
+    num_rows = "num_seqs" if work.by_seqs else "num_tokens"
+    options = dict(tiling.options) | {"ahead": pdl and tiling.ahead, "num_rows": num_rows}
     text = render(work.kind, kernel, launch, options)
     launch = launch.model_copy(update={"source_sha256": source_digest(text)})
     return Built(_named(work.kind, kernel.model_copy(update={"launch": launch})), text)

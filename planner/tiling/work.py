@@ -37,7 +37,17 @@ class Work:
         """What a measured tile is filed under: the kind, rows rounded up to a power of two, and the weights' shapes."""
         matrices = [p.tensor.shape for p in self.kernel.params if p.role == "weight" and len(p.tensor.shape) > 1]
         shapes = " ".join("x".join(map(str, shape)) for shape in matrices)
-        return f"{self.kind} {up2(self.num_tokens)} {shapes}".strip()
+        return f"{self.kind} {up2(self.num_rows)} {shapes}".strip()
+
+    @property
+    def by_seqs(self) -> bool:
+        """Whether what it makes has a row a sequence, not a row a token."""
+        return any(p.role == "output" and p.tensor.shape[0] == "num_seqs" for p in self.kernel.params)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of what it makes, at most."""
+        return self.num_seqs if self.by_seqs else self.num_tokens
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -105,6 +115,11 @@ class Tiling:
 def per_seq(width: int, dtype: DType = "fp32") -> TensorSpec:
     """Scratch of so many elements a sequence."""
     return TensorSpec(shape=("num_seqs", width), dtype=dtype)
+
+
+def per_token(width: int, dtype: DType = "fp32") -> TensorSpec:
+    """Scratch of so many elements a token."""
+    return TensorSpec(shape=("num_tokens", width), dtype=dtype)
 
 
 TRITON_DTYPES: dict[DType, str] = {"bf16": "tl.bfloat16", "fp32": "tl.float32"}
