@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from checkpoints import KINDS, text_config
+from checkpoints import KINDS, VOCAB, text_config
 from tokenspeed_plan.planner.cost import Load
 from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
@@ -26,6 +26,7 @@ from tokenspeed_plan.planner.passes.shard import shard
 from tokenspeed_plan.planner.qwen3_5 import BuildContext, build
 from tokenspeed_plan.planner.tiling.table import Built
 from tokenspeed_plan.plans.kernel_file import kind_of
+from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import KernelSpec, Limits, Param
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.runtime.compare import difference
@@ -48,7 +49,10 @@ ONE_RANK = ParallelLayout(1, 1, 1)
 
 @dataclass(frozen=True)
 class Case:
-    """A batch: for each sequence, tokens to compute, and tokens that it already has."""
+    """A batch: for each sequence, tokens to compute, and tokens that it already has.
+
+    With a depth, a decode step computes `depth + 1` tokens of each.
+    """
 
     phase: Phase
     lengths: tuple[int, ...]
@@ -57,6 +61,8 @@ class Case:
     kind: str = "moe"
     gpu: str = "cpu"
     layout: ParallelLayout = ONE_RANK
+    depth: int = 0
+    vocab_size: int = VOCAB
 
     @property
     def num_tokens(self) -> int:
@@ -67,20 +73,20 @@ class Case:
         return len(self.lengths)
 
 
-def config_of(kind: str) -> ModelConfig:
-    return ModelConfig.from_hf(text_config(KINDS[kind]), "lab")
+def config_of(case: Case) -> ModelConfig:
+    return ModelConfig.from_hf(text_config(KINDS[case.kind]) | {"vocab_size": case.vocab_size}, "lab")
 
 
 def graph_of(case: Case) -> OpGraph:
-    seqs = case.num_seqs
+    seqs, rows = case.num_seqs, case.depth + 2
     limits = Limits(
         max_seqs=seqs, max_seq_len=MAX_SEQ_LEN, max_tokens=max(case.num_tokens, seqs), page_size=PAGE,
-        num_pages=seqs * MAX_SEQ_LEN // PAGE, rows_per_slot=2, num_rows=2 + 2 * seqs, default_max_tokens=8,
+        num_pages=seqs * MAX_SEQ_LEN // PAGE, rows_per_slot=rows, num_rows=2 + rows * seqs, default_max_tokens=8,
         interleaved_tokens=max(case.num_tokens, seqs), checkpoint_interval=PAGE, min_checkpoint_tokens=PAGE,
         num_checkpoints=0,
     )  # fmt: skip
-    context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
-    sharded = shard(build(context, case.phase), case.layout)
+    context = BuildContext(config_of(case), case.dtype, limits, 500, lambda prefix: True)
+    sharded = shard(build(context, case.phase, case.depth), case.layout)
     return fuse(expand(sharded, case.num_tokens, seqs))
 
 
@@ -134,16 +140,18 @@ class Inputs:
 
     def _rules(self, kernel: KernelSpec, shape: tuple[int, ...]) -> dict[str, Any]:
         case, kind = self.case, kind_of(kernel)
-        pages = MAX_SEQ_LEN // PAGE
-        rows = torch.arange(case.num_seqs) * 2
+        rows = torch.arange(case.num_seqs) * (case.depth + 2)
+        first = self._accepting(shape) if kind in ("accept", "advance_rows") else {}
         rules: dict[str, Any] = {
             "cu_seqlens": lambda: self.cu_seqlens,
             "context_lens": lambda: self.contexts,
-            "page_table": lambda: torch.randperm(case.num_seqs * pages, generator=self.random),
+            "page_table": lambda: self._pages(shape),
             "positions": lambda: self.integers(MAX_SEQ_LEN, shape),
             "slot_mapping": lambda: torch.randperm(case.num_seqs * MAX_SEQ_LEN, generator=self.random)[: shape[0]],
-            "read_rows": lambda: torch.tensor([0 if b == 0 else 1 + 2 * i for i, b in enumerate(case.before)]),
-            "write_rows": lambda: rows + 2,
+            "read_rows": lambda: torch.tensor(
+                [1 + int(row) if b else 0 for row, b in zip(rows, case.before, strict=True)]
+            ),
+            "write_rows": lambda: rows[:, None] + torch.arange(2, case.depth + 3),
             "token_ids": lambda: self.integers(512, shape),
             "a_log": lambda: self.normal(*shape).abs(),
             "ids": lambda: self._ids(shape),
@@ -156,6 +164,11 @@ class Inputs:
             "seed": lambda: self.integers(1 << 40, shape),
             "draw": lambda: self.integers(1000, shape),
             "logits": lambda: self.normal(*shape) * 3,
+            "next_tokens": lambda: self.integers(512, shape),
+            "following": lambda: torch.tensor([7, -1, -1]).repeat(shape[0])[: shape[0]],
+            "accepted": lambda: (case.depth - torch.arange(shape[0])) % (case.depth + 1),
+            "lens": lambda: self.contexts,
+            "earlier": lambda: self.integers(512, shape),
         }
         if kind in ("gates_delta_chunk", "delta_scan"):
             rules |= {
@@ -163,10 +176,39 @@ class Inputs:
                 "q": lambda: self._unit(shape),
                 "total": lambda: self._total(shape),
             }
-        return rules
+        return {**first, **{name: rule for name, rule in rules.items() if name not in first}}
+
+    def _accepting(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """Any number of right drafts; of three sequences one says a token that ends it, one has little room or none."""
+        case, random = self.case, torch.Generator().manual_seed(2)
+        rows_SR, said_SR = (torch.randint(0, 512, (case.num_seqs, case.depth + 1), generator=random) for _ in range(2))
+        stops_SN = torch.full((case.num_seqs, STOP_IDS), -1)
+        room_S = torch.full((case.num_seqs,), 20)
+        for s in range(case.num_seqs):
+            right = (case.depth - s // 3) % (case.depth + 1)
+            said_SR[s, :right] = rows_SR[s, 1 : 1 + right]
+            if s % 3 == 1:
+                stops_SN[s, s % STOP_IDS] = said_SR[s, case.depth // 2]
+            if s % 3 == 2:
+                room_S[s] = s // 3
+        return {
+            "token_ids": lambda: rows_SR,
+            "next_tokens": lambda: said_SR,
+            "stop_ids": lambda: stops_SN,
+            "max_lens": lambda: torch.tensor(case.before) + room_S,
+            "accept_counts": lambda: self.integers(1000, shape),
+            "drafts": lambda: self.integers(512, shape),
+            "positions": lambda: self.integers(MAX_SEQ_LEN + 4 * PAGE, shape),  # also where there is no page
+        }
+
+    def _pages(self, shape: tuple[int, ...]) -> Tensor:
+        """Those of drafts after the longest sequence are anybody's."""
+        pages, beyond = MAX_SEQ_LEN // PAGE, shape[1] - MAX_SEQ_LEN // PAGE
+        own = torch.randperm(shape[0] * pages, generator=self.random).view(-1, pages)
+        return torch.cat((own, own[:, :beyond]), 1)
 
     def _unit(self, shape: tuple[int, ...]) -> Tensor:
-        heads = self.normal(*shape).unflatten(-1, (-1, config_of(self.case.kind).delta_net.key_dim))
+        heads = self.normal(*shape).unflatten(-1, (-1, config_of(self.case).delta_net.key_dim))
         return torch.nn.functional.normalize(heads, dim=-1).flatten(1)
 
     def _total(self, shape: tuple[int, ...]) -> Tensor:
@@ -178,7 +220,7 @@ class Inputs:
 
     def _ids(self, shape: tuple[int, ...]) -> Tensor:
         """Distinct experts for each token, the last one never hit; the same on every call."""
-        experts = config_of(self.case.kind).moe
+        experts = config_of(self.case).moe
         assert experts is not None
         random = torch.Generator().manual_seed(1)
         return torch.stack([torch.randperm(experts.num_experts - 1, generator=random)[: shape[1]]

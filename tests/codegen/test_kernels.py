@@ -34,13 +34,30 @@ CASES = {
     "experts of a rank": Case("decode", (1,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2)),
     "experts of a rank, prefill": Case("prefill", (40,), (9,), layout=ParallelLayout(2, 1, 2)),
 }
+LAST_PAGE = (0, 1, 15, 16, 17, 100, 300, 505)
+ODD = 700  # tokens, no multiple of a block
+DRAFTED = {
+    "one sequence, four rows": Case("decode", (4,), (40,), depth=3),
+    "three sequences, two rows": Case("decode", (2,) * 3, (40, 0, 9), depth=1),
+    "eight sequences, six rows": Case("decode", (6,) * 8, LAST_PAGE, depth=5, vocab_size=ODD),
+    "eight sequences, four rows, dense": Case("decode", (4,) * 8, LAST_PAGE, depth=3, kind="dense"),
+    "H200 tiles, three sequences, four rows": Case(
+        "decode", (4,) * 3, (0, 16, 505), gpu="H200", depth=3, vocab_size=ODD
+    ),
+    "bf16, one sequence, two rows": Case("decode", (2,), (40,), "bf16", gpu="H200", depth=1),
+    "prefill and three drafts": Case("prefill", (1, 65, 3), (0, 3, 100), depth=3, vocab_size=ODD),
+    "prefill of many and two drafts": Case("prefill", (2,) * 17, tuple(range(17)), depth=2),
+    "experts of a rank, three drafts": Case("decode", (4,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2), depth=3),
+}
+ONE_ROW = {"delta_step", "attention_gate"}  # have no text yet for several rows a sequence
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", (CASES | DRAFTED).values(), ids=(CASES | DRAFTED).keys())
 def test_kernels_equal_their_references(case: Case) -> None:
     built = kernels_of(case)
-    assert all(kernel.source is not None for kernel in built), "every kernel of a plan has a Triton body"
-    for kernel in built:
+    missing = {kind_of(kernel.kernel) for kernel in built if kernel.source is None}
+    assert missing <= (ONE_ROW if case.depth else set()), "every kernel of a plan has a Triton body"
+    for kernel in (kernel for kernel in built if kernel.source is not None):
         if is_collective(kernel.kernel):
             continue  # needs its peers: tests/runtime/test_ranks.py
         for rank in range(case.layout.num_ranks):
@@ -70,6 +87,12 @@ def test_logits_that_are_no_distribution_still_give_a_token(gpu: str) -> None:
 
 # One constant or sign in each template, by the kinds that are made from it.
 FEW, MANY = CASES["seven rows"], CASES["ragged prefill"]
+ROWS, CHUNKS, TILED = (
+    DRAFTED["eight sequences, six rows"],
+    DRAFTED["prefill and three drafts"],
+    DRAFTED["H200 tiles, three sequences, four rows"],
+)
+SEQS = DRAFTED["prefill of many and two drafts"]
 MUTATIONS = [
     (MANY, "rms_norm", "/ H + EPS", "/ H + 0.1"),
     (FEW, "advance", "+ position % PAGE", "+ position % PAGE + 1"),
@@ -105,6 +128,37 @@ MUTATIONS = [
     (MANY, "grouped_up", "acc * tl.sigmoid(acc) * acc_up", "acc * tl.sigmoid(acc_up) * acc_up"),
     (MANY, "grouped_down", "range(0, tl.where(there, K, 0)", "range(BLOCK_K, tl.where(there, K, 0)"),
     (FEW, "sample", "x ^ (x >> SHIFT)", "x ^ (x >> SHIFT + 1)"),
+    (ROWS, "sample", " + s % ROWS", ""),
+    (DRAFTED["three sequences, two rows"], "sample", "temperature + s // ROWS", "temperature + s // (ROWS + 1)"),
+    (ROWS, "accept", "range(ROWS - 1)", "range(ROWS - 2)"),
+    (ROWS, "accept", "== stops)", "== stops - 1)"),
+    (ROWS, "accept", "- before - 1", "- before"),
+    (ROWS, "accept", ", 0)\n    tl.store(accepted", ", -1)\n    tl.store(accepted"),
+    (ROWS, "accept", " & live[:, None]", ""),
+    (ROWS, "advance_rows", "ok &= read > 0", "ok &= read >= 0"),
+    (ROWS, "advance_rows", "PAGES - 1", "PAGES - 2"),
+    (ROWS, "advance_rows", "tl.store(written, read, mask=ok)", "pass"),
+    (ROWS, "draft", "range(KNOWN)", "range(KNOWN - 1)"),
+    (TILED, "draft", "found == best", "found < best"),
+    (TILED, "draft", "mask=v < VOCAB", "mask=v < 64"),
+    (TILED, "draft_then_place", "tl.store(tickets + s, 0)", "pass"),
+    (ROWS, "draft_then_place", "+ STEP - 1", "+ STEP"),
+    (ROWS, "draft_then_place", "position % PAGE", "position % (PAGE - 1)"),
+    (ROWS, "embed_norm_concat", "t * 2 + 1", "t * 2"),
+    (ROWS, "embed_norm_concat", "rms_norm_w2 + n", "rms_norm_w + n"),
+    (DRAFTED["experts of a rank, three drafts"], "norm_concat", "(2 * t + half)", "(2 * t + 1 - half)"),
+    (DRAFTED["experts of a rank, three drafts"], "embed", "t * 2 + 1", "t * 2"),
+    (ROWS, "select_rows", "s * ROWS", "s * (ROWS - 1)"),
+    (CHUNKS, "last_rows", "+ s + 1) - 1", "+ s)"),
+    (CHUNKS, "shift_tokens", "last >= 0", "last >= -1"),
+    (CHUNKS, "shift_tokens", "t + 1 < end", "t + 2 < end"),
+    (CHUNKS, "conv_qk_norm", "write_rows + s * TABLE", "write_rows + s"),
+    (CHUNKS, "delta_scan", "write_rows + s * TABLE", "write_rows + s"),
+    (CHUNKS, "moe_up", "topk_logits + t * EXPERTS", "topk_logits + t // 2 * EXPERTS"),
+    (SEQS, "expert_sort", "num_seqs * TOP_K", "(num_seqs - 1) * TOP_K"),
+    (SEQS, "linear_add", "m < num_seqs", "m < num_seqs - 1"),
+    (SEQS, "qk_norm_rope_write", "rope_positions + t", "rope_positions"),
+    (SEQS, "attention_gate", "attention_context_lens + s)", "attention_context_lens)"),
 ]  # fmt: skip
 
 
