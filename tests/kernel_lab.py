@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from checkpoints import KINDS, VOCAB, text_config
+from checkpoints import KINDS, Kind, text_config
 from tokenspeed_plan.planner.cost import Load
 from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
@@ -45,13 +45,14 @@ TOLERANCE = {"fp32": 1e-5 if DEVICE == "cpu" else 1e-4, "bf16": 3e-2}
 MAX_SEQ_LEN = 512
 PAGE = 16
 ONE_RANK = ParallelLayout(1, 1, 1)
+LAB_KINDS = KINDS | {"odd": Kind(sizes={"vocab_size": 700})}  # tokens, no multiple of a block
 
 
 @dataclass(frozen=True)
 class Case:
     """A batch: for each sequence, tokens to compute, and tokens that it already has.
 
-    With a depth, a decode step computes `depth + 1` tokens of each.
+    With a depth, a decode step computes `depth + 1` tokens of each; its plan may have programs that are deeper.
     """
 
     phase: Phase
@@ -62,7 +63,7 @@ class Case:
     gpu: str = "cpu"
     layout: ParallelLayout = ONE_RANK
     depth: int = 0
-    vocab_size: int = VOCAB
+    deeper: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -73,19 +74,19 @@ class Case:
         return len(self.lengths)
 
 
-def config_of(case: Case) -> ModelConfig:
-    return ModelConfig.from_hf(text_config(KINDS[case.kind]) | {"vocab_size": case.vocab_size}, "lab")
+def config_of(kind: str) -> ModelConfig:
+    return ModelConfig.from_hf(text_config(LAB_KINDS[kind]), "lab")
 
 
 def graph_of(case: Case) -> OpGraph:
-    seqs, rows = case.num_seqs, case.depth + 2
+    seqs, rows = case.num_seqs, case.depth + case.deeper + 2
     limits = Limits(
         max_seqs=seqs, max_seq_len=MAX_SEQ_LEN, max_tokens=max(case.num_tokens, seqs), page_size=PAGE,
         num_pages=seqs * MAX_SEQ_LEN // PAGE, rows_per_slot=rows, num_rows=2 + rows * seqs, default_max_tokens=8,
         interleaved_tokens=max(case.num_tokens, seqs), checkpoint_interval=PAGE, min_checkpoint_tokens=PAGE,
         num_checkpoints=0,
     )  # fmt: skip
-    context = BuildContext(config_of(case), case.dtype, limits, 500, lambda prefix: True)
+    context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
     sharded = shard(build(context, case.phase, case.depth), case.layout)
     return fuse(expand(sharded, case.num_tokens, seqs))
 
@@ -140,7 +141,7 @@ class Inputs:
 
     def _rules(self, kernel: KernelSpec, shape: tuple[int, ...]) -> dict[str, Any]:
         case, kind = self.case, kind_of(kernel)
-        rows = torch.arange(case.num_seqs) * (case.depth + 2)
+        rows = torch.arange(case.num_seqs) * (case.depth + case.deeper + 2)
         first = self._accepting(shape) if kind in ("accept", "advance_rows") else {}
         rules: dict[str, Any] = {
             "cu_seqlens": lambda: self.cu_seqlens,
@@ -148,10 +149,8 @@ class Inputs:
             "page_table": lambda: self._pages(shape),
             "positions": lambda: self.integers(MAX_SEQ_LEN, shape),
             "slot_mapping": lambda: torch.randperm(case.num_seqs * MAX_SEQ_LEN, generator=self.random)[: shape[0]],
-            "read_rows": lambda: torch.tensor(
-                [1 + int(row) if b else 0 for row, b in zip(rows, case.before, strict=True)]
-            ),
-            "write_rows": lambda: rows[:, None] + torch.arange(2, case.depth + 3),
+            "read_rows": lambda: (rows + 1) * (torch.tensor(case.before) > 0),
+            "write_rows": lambda: rows[:, None] + torch.arange(2, case.depth + case.deeper + 3),
             "token_ids": lambda: self.integers(512, shape),
             "a_log": lambda: self.normal(*shape).abs(),
             "ids": lambda: self._ids(shape),
@@ -208,7 +207,7 @@ class Inputs:
         return torch.cat((own, own[:, :beyond]), 1)
 
     def _unit(self, shape: tuple[int, ...]) -> Tensor:
-        heads = self.normal(*shape).unflatten(-1, (-1, config_of(self.case).delta_net.key_dim))
+        heads = self.normal(*shape).unflatten(-1, (-1, config_of(self.case.kind).delta_net.key_dim))
         return torch.nn.functional.normalize(heads, dim=-1).flatten(1)
 
     def _total(self, shape: tuple[int, ...]) -> Tensor:
@@ -220,7 +219,7 @@ class Inputs:
 
     def _ids(self, shape: tuple[int, ...]) -> Tensor:
         """Distinct experts for each token, the last one never hit; the same on every call."""
-        experts = config_of(self.case).moe
+        experts = config_of(self.case.kind).moe
         assert experts is not None
         random = torch.Generator().manual_seed(1)
         return torch.stack([torch.randperm(experts.num_experts - 1, generator=random)[: shape[1]]

@@ -35,17 +35,14 @@ CASES = {
     "experts of a rank, prefill": Case("prefill", (40,), (9,), layout=ParallelLayout(2, 1, 2)),
 }
 LAST_PAGE = (0, 1, 15, 16, 17, 100, 300, 505)
-ODD = 700  # tokens, no multiple of a block
 DRAFTED = {
     "one sequence, four rows": Case("decode", (4,), (40,), depth=3),
-    "three sequences, two rows": Case("decode", (2,) * 3, (40, 0, 9), depth=1),
-    "eight sequences, six rows": Case("decode", (6,) * 8, LAST_PAGE, depth=5, vocab_size=ODD),
+    "three sequences, two rows": Case("decode", (2,) * 3, (40, 0, 9), depth=1, deeper=2),
+    "eight sequences, six rows": Case("decode", (6,) * 8, LAST_PAGE, depth=5, kind="odd"),
     "eight sequences, four rows, dense": Case("decode", (4,) * 8, LAST_PAGE, depth=3, kind="dense"),
-    "H200 tiles, three sequences, four rows": Case(
-        "decode", (4,) * 3, (0, 16, 505), gpu="H200", depth=3, vocab_size=ODD
-    ),
+    "H200 tiles, three sequences, four rows": Case("decode", (4,) * 3, (0, 16, 505), gpu="H200", depth=3, kind="odd"),
     "bf16, one sequence, two rows": Case("decode", (2,), (40,), "bf16", gpu="H200", depth=1),
-    "prefill and three drafts": Case("prefill", (1, 65, 3), (0, 3, 100), depth=3, vocab_size=ODD),
+    "prefill and three drafts": Case("prefill", (1, 65, 3), (0, 3, 100), depth=3, kind="odd"),
     "prefill of many and two drafts": Case("prefill", (2,) * 17, tuple(range(17)), depth=2),
     "experts of a rank, three drafts": Case("decode", (4,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2), depth=3),
 }
