@@ -23,9 +23,21 @@ from tokenspeed_plan.codegen.build import Compiled, Job, compile_all, default_ca
 from tokenspeed_plan.codegen.render import source_digest
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.compile import build_bundle, find_model
+from tokenspeed_plan.planner.cost import Load
 from tokenspeed_plan.planner.hardware import HARDWARE, HardwareSpec, find_hardware
 from tokenspeed_plan.planner.kernels import KernelChoice
-from tokenspeed_plan.planner.spec import load_spec
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.limits import plan_limits
+from tokenspeed_plan.planner.model_config import load_preset
+from tokenspeed_plan.planner.passes.expand import expand
+from tokenspeed_plan.planner.passes.fuse import fuse
+from tokenspeed_plan.planner.passes.lower import lower
+from tokenspeed_plan.planner.passes.place import place
+from tokenspeed_plan.planner.passes.schedule import schedule
+from tokenspeed_plan.planner.passes.shard import shard
+from tokenspeed_plan.planner.qwen3_5 import BuildContext
+from tokenspeed_plan.planner.qwen3_5 import build as build_graph
+from tokenspeed_plan.planner.spec import WorkloadSpec, load_spec
 from tokenspeed_plan.planner.tiling import build_kernel
 from tokenspeed_plan.planner.tiling.table import Built
 from tokenspeed_plan.plans.bundle import load_plan
@@ -139,6 +151,36 @@ def test_the_demo_model_is_planned_for_a_gpu(gpu: str) -> None:
     assert {binary.kernel for binary in bundle.plan.binaries} == {kernel.name for kernel in bundle.plan.kernels}
     assert len(bundle.cubins) == len(bundle.sources) == len(bundle.plan.binaries) > 30
     assert sum(binary.spill_bytes for binary in bundle.plan.binaries) == 0
+
+
+# Kinds that only programs that draft have, or that know there of rows to write, or of rows a sequence.
+DRAFTING = {"accept", "advance_rows", "conv_qk_norm", "delta_scan", "draft", "draft_then_place", "embed_norm_concat",
+            "last_rows", "sample", "select_rows", "shift_tokens"}  # fmt: skip
+
+
+def drafts(kernel: KernelSpec) -> bool:
+    """Whether a kernel is of those kinds, or has a row for each sequence."""
+    rows = {param.tensor.shape[0] for param in kernel.params if param.role == "output"}
+    return kernel.launch is not None and (kind_of(kernel) in DRAFTING or "num_seqs" in rows)
+
+
+@pytest.mark.parametrize("gpu", ["H200", "B200"])
+def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> None:
+    """No frozen plan has them: those of three drafts of three sequences, in decode and after a prefill."""
+    hardware, asked = find_hardware(gpu), KernelChoice(find_hardware(gpu), default_cache())
+    config, _ = load_preset("qwen3.5-35b-a3b")
+    limits = plan_limits(WorkloadSpec(), config, hardware, 3)
+    context = BuildContext(config, "bf16", limits, config.vocab_size, lambda prefix: True)
+    phases: dict[Phase, int] = {"decode": 12, "prefill": 2048}
+    for phase, tokens in phases.items():
+        sharded = shard(build_graph(context, phase, 3), ParallelLayout(1, 1, 1))
+        graph = schedule(fuse(expand(sharded, tokens, 3)))
+        lower(place(graph, tokens, 3), hardware, Load(tokens, 3, 4096), (tokens, 3), asked.ask)
+    asked.asked = {name: tilings for name, tilings in asked.asked.items() if drafts(tilings[0].kernel)}
+    assert {kind_of(tilings[0].kernel) for tilings in asked.asked.values()} > DRAFTING
+    asked.compile()  # refuses what fits in no tiling, or spills
+    assert len(asked.made) == len(asked.asked)
+    assert sum(made.spill_bytes for made in asked.made.values()) == 0
 
 
 @pytest.mark.parametrize("sm", GPUS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_lab import TOLERANCE, Case, Inputs, broken, errors, kernels_of, reference, run_kernel
@@ -46,6 +49,7 @@ DRAFTED = {
     "prefill of many and two drafts": Case("prefill", (2,) * 17, tuple(range(17)), depth=2),
     "experts of a rank, three drafts": Case("decode", (4,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2), depth=3),
 }
+ROWS, TILED = DRAFTED["eight sequences, six rows"], DRAFTED["H200 tiles, three sequences, four rows"]
 ONE_ROW = {"delta_step", "attention_gate"}  # have no text yet for several rows a sequence
 
 
@@ -82,14 +86,30 @@ def test_logits_that_are_no_distribution_still_give_a_token(gpu: str) -> None:
     assert all(0 <= token < 100 for token in got[6:])
 
 
+# Of each row, a token: these load what an earlier replay wrote, a graph's launch before.
+EARLIER = {"attention_gate", "delta_step"}
+
+
+@pytest.mark.parametrize("case", [ROWS, TILED], ids=["many sequences", "few sequences"])
+def test_only_weights_are_loaded_before_the_kernels_before_are_done(case: Case) -> None:
+    """All else may have been written in the same replay: tokens, places and hidden states of drafts are."""
+    loading = set()
+    for kernel in kernels_of(replace(case, gpu="H200")):
+        rows = {param.tensor.shape[0] for param in kernel.kernel.params if param.role == "output"}
+        if kernel.source is None or (kind_of(kernel.kernel) in EARLIER and "num_tokens" in rows):
+            continue
+        before, waits, _ = kernel.source.partition("tl.extra.cuda.gdc_wait()")
+        assert waits, kernel.kernel.name
+        words = set(re.findall(r"\w+", before.partition("gdc_launch_dependents()")[2]))
+        named = {param for param in kernel.kernel.params if param.name in words}
+        assert all(param.role == "weight" for param in named), (kernel.kernel.name, named)
+        loading |= {kind_of(kernel.kernel)} if named else set()
+    assert "moe_down_add" in loading, "some kernels do load ahead"
+
+
 # One constant or sign in each template, by the kinds that are made from it.
 FEW, MANY = CASES["seven rows"], CASES["ragged prefill"]
-ROWS, CHUNKS, TILED = (
-    DRAFTED["eight sequences, six rows"],
-    DRAFTED["prefill and three drafts"],
-    DRAFTED["H200 tiles, three sequences, four rows"],
-)
-SEQS = DRAFTED["prefill of many and two drafts"]
+CHUNKS, SEQS = DRAFTED["prefill and three drafts"], DRAFTED["prefill of many and two drafts"]
 MUTATIONS = [
     (MANY, "rms_norm", "/ H + EPS", "/ H + 0.1"),
     (FEW, "advance", "+ position % PAGE", "+ position % PAGE + 1"),

@@ -127,11 +127,12 @@ def test_random_graphs_hold_runs_to_fuse() -> None:
 
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_every_rewrite_pays_by_the_cost_model(gpu: str, phase: Phase) -> None:
-    tokens = 2048 if phase == "prefill" else 1
+@pytest.mark.parametrize("depth", [0, 3])
+def test_every_rewrite_pays_by_the_cost_model(gpu: str, phase: Phase, depth: int) -> None:
+    tokens = 2048 if phase == "prefill" else depth + 1
     layout = ParallelLayout(8, 8, 1) if gpu == "B200" else ONE_RANK
     size = "397b-a17b" if gpu == "B200" else "35b-a3b"
-    sharded = expand(shard(build(context(size), phase), layout), tokens, tokens)
+    sharded = expand(shard(build(context(size, depth), phase, depth), layout), tokens, 1 if depth else tokens)
     hardware, load = find_hardware(gpu), Load(tokens, 1, 4096)
     apart = {op.name: op for op in sharded.ops}
     for op in fuse(sharded).ops:
