@@ -94,10 +94,15 @@ def _bytes(graph: OpGraph, name: str, load: Load) -> int:
 
 def _member_cost(graph: OpGraph, op: Op, load: Load) -> OpCost:
     weights = [graph.weights[name].spec for name in op.weights]
-    flops = _FLOPS.get(op.kind, _elementwise)(op.attrs, weights, load)
-    if op.kind in _EXPERTS:
-        flops *= _experts_per_token(graph, op) / _ranks_sharing(op)
+    flops = _flops(graph, op, weights, load)
     return OpCost(flops, _weight_bytes(graph, op, weights, load), 0.0, _state_bytes(graph, op, load))
+
+
+def _flops(graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load) -> float:
+    if op.kind not in _FLOPS:
+        return 0.0
+    shared = _experts_per_token(graph, op) / _ranks_sharing(op) if op.kind in _EXPERTS else 1.0
+    return shared * _FLOPS[op.kind](op.attrs, weights, load)
 
 
 def _weight_bytes(graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load) -> float:
@@ -105,18 +110,17 @@ def _weight_bytes(graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load)
         return float(load.num_tokens * weights[0].size_bytes() // _rows(weights[0]))
     if op.kind in _EXPERTS:
         hits = _expected_hits(_rows(weights[0]), graph, op, load)
-        return hits * weights[0].size_bytes() * _scale(load.formats.experts, weights[0]) / _rows(weights[0])
-    return sum(spec.size_bytes() * _matrix_scale(op, spec, load.formats) for spec in weights)
+        return hits * weights[0].size_bytes() * stored_scale(op, weights[0], load.formats) / _rows(weights[0])
+    return sum(spec.size_bytes() * stored_scale(op, spec, load.formats) for spec in weights)
 
 
-def _matrix_scale(op: Op, spec: TensorSpec, formats: Formats) -> float:
-    """Projections are quantised; tables, the head, routers, convolutions and vectors are not."""
+def stored_scale(op: Op, spec: TensorSpec, formats: Formats) -> float:
+    """Bytes of an operator's weight as stored over bytes as built.
+
+    Experts and projections are quantised; tables, the head, routers, convolutions and vectors are not.
+    """
     kept = op.kind != "linear" or op.name == "head" or op.name.endswith(".router")
-    return 1.0 if kept else _scale(formats.matrices, spec)
-
-
-def _scale(stored: WeightFormat | None, spec: TensorSpec) -> float:
-    """Bytes as stored over bytes as built."""
+    stored = formats.experts if op.kind in _EXPERTS else None if kept else formats.matrices
     return 1.0 if stored is None else FORMAT_BYTES[stored] / DTYPE_BYTES[spec.dtype]
 
 
@@ -135,9 +139,32 @@ def _rows(spec: TensorSpec) -> int:
 
 
 def _expected_hits(local_experts: int, graph: OpGraph, op: Op, load: Load) -> float:
-    """Distinct experts of this rank that are hit; under skew, of a rank with an average share of the popular ones."""
-    experts = local_experts * _ranks_sharing(op)
-    return expected_hits(experts, _experts_per_token(graph, op), load.num_tokens, load.skew) / _ranks_sharing(op)
+    """Distinct experts that are hit on the rank with the most of them: the others wait for it."""
+    ways = _ranks_sharing(op)
+    hits = expected_hits(local_experts * ways, _experts_per_token(graph, op), load.num_tokens, load.skew)
+    return min(busiest_share(hits, ways), float(local_experts))
+
+
+@cache
+def busiest_share(hits: float, ways: int) -> float:
+    """Expected hits of the busiest of `ways` ranks, each hit falling on any of them.
+
+    E[max] = sum_x 1 - P(B <= x)^ways with B binomial; as if ranks were independent, which is close.
+    """
+    if ways == 1:
+        return hits
+    below, above = math.floor(hits), math.ceil(hits)
+    share = hits - below
+    return (1.0 - share) * _busiest(below, ways) + share * _busiest(above, ways)
+
+
+def _busiest(hits: int, ways: int) -> float:
+    chance, at_most, total = (1.0 - 1.0 / ways) ** hits, 0.0, 0.0
+    for x in range(hits):
+        at_most = min(at_most + chance, 1.0)
+        total += 1.0 - at_most**ways
+        chance *= (hits - x) / (x + 1) / (ways - 1)
+    return max(total, hits / ways)
 
 
 @cache
@@ -178,10 +205,6 @@ def _state_bytes(graph: OpGraph, op: Op, load: Load) -> float:
 
 
 Flops = Callable[[Mapping[str, object], list[TensorSpec], Load], float]
-
-
-def _elementwise(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    return 0.0
 
 
 def _matrix(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
@@ -277,9 +300,13 @@ class OpTime:
 
 def op_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTime:
     """Predicted time of one kernel or collective."""
+    return time_of(graph, op, op_cost(graph, op, load), load, hardware)
+
+
+def time_of(graph: OpGraph, op: Op, cost: OpCost, load: Load, hardware: HardwareSpec) -> OpTime:
+    """`op_time`, of an operator whose cost is known."""
     if op.kind in COLLECTIVES:
         return _collective_time(graph, op, load, hardware)
-    cost = op_cost(graph, op, load)
     memory_s = cost.moved_bytes / hardware.read_bytes_per_s
     matrix_s = sum(_matrix_s(graph, member, load, hardware) for member in op.members)
     busy_us = max(memory_s, matrix_s) * 1e6 * hardware.residuals[op_class(op, load)]
@@ -300,11 +327,11 @@ def _collective_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec)
 def _matrix_s(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> float:
     """Seconds of the tensor cores, at the share that a product of this shape fills."""
     weights = [graph.weights[name].spec for name in op.weights]
-    cost = _member_cost(graph, op, load)
-    if not cost.flops:
+    flops = _flops(graph, op, weights, load)
+    if not flops:
         return 0.0
     rate = hardware.matrix_flops_per_s.get(_matrix_dtype(op, weights, load), hardware.matrix_flops_per_s["bf16"])
-    return cost.flops / (rate * hardware.matrix_share * _filled(graph, op, weights, load, hardware))
+    return flops / (rate * hardware.matrix_share * _filled(graph, op, weights, load, hardware))
 
 
 def _matrix_dtype(op: Op, weights: list[TensorSpec], load: Load) -> str:

@@ -15,7 +15,7 @@ Axis = Literal["attention", "kv", "mlp", "vocab", "experts", "expert_inner"]
 class ParallelLayout:
     """Ranks are numbered `ep_rank * moe_tp + moe_tp_rank`.
 
-    Attention tensor parallelism spans `attention_tp` neighbours, `attention_dp` such groups have sequences of their own;
+    Attention tensor parallelism spans `attention_tp` neighbours; `attention_dp` such groups have their own sequences;
     `context_split` ranks that hold copies of a KV head can share its tokens out instead.
     """
 

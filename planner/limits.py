@@ -11,8 +11,12 @@ from tokenspeed_plan.plans.schema import Limits
 ROWS_PER_SLOT = 2  # one to read, one to write; speculation will need 1 + depth more
 
 
-def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareSpec) -> Limits:
+def plan_limits(
+    workload: WorkloadSpec, config: ModelConfig, hardware: HardwareSpec, chunk: int | None = None
+) -> Limits:
     """The longest conversation, rounded up to a page; pages for `concurrency` of them.
+
+    `chunk` tokens of a prompt are computed at once, the machine's default where it is None.
 
     Raises:
         SpecError: the model has fewer positions than the workload needs.
@@ -25,11 +29,10 @@ def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareS
         )
     pages = -(-needed // hardware.page_size)
     max_seq_len = min(pages * hardware.page_size, config.max_positions)
-    chunk = min(hardware.prefill_chunk, _power_of_two(max_seq_len))
     return Limits(
         max_seqs=workload.concurrency,
         max_seq_len=max_seq_len,
-        max_tokens=chunk,
+        max_tokens=prefill_chunk(chunk or hardware.prefill_chunk, max_seq_len),
         page_size=hardware.page_size,
         num_pages=pages * workload.concurrency,
         rows_per_slot=ROWS_PER_SLOT,
@@ -38,8 +41,9 @@ def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareS
     )
 
 
-def _power_of_two(value: int) -> int:
-    return 1 << (value - 1).bit_length()
+def prefill_chunk(wanted: int, longest_tokens: int) -> int:
+    """A chunk that is not longer than the longest sequence, rounded up to a power of two."""
+    return min(wanted, 1 << (longest_tokens - 1).bit_length())
 
 
 def decode_buckets(limits: Limits) -> tuple[int, ...]:

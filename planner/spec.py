@@ -43,9 +43,11 @@ class TargetSpec(_Section):
 
 
 class AttentionSpec(_Section):
-    """Tensor parallelism of the mixers."""
+    """Tensor parallelism of the mixers, groups of it with sequences of their own, ranks that split a context."""
 
     tp: Count
+    dp: Count | None = None
+    context_split: Count | None = None
 
 
 class MoeSpec(_Section):
@@ -63,7 +65,11 @@ class ParallelismSpec(_Section):
 
 
 class WorkloadSpec(_Section):
-    """What will be served. The longest conversation and the concurrency become the limits of the plan."""
+    """What will be served. The longest conversation and the concurrency become the limits of the plan.
+
+    `arrivals_per_s`: turns that come in a second; without it every user sends the next turn at once. `skew`: how uneven
+    the router is, as the exponent of a Zipf law over experts.
+    """
 
     kind: Literal["agentic", "batch"] = "batch"
     first_turn_tokens: Count = 2048
@@ -71,6 +77,8 @@ class WorkloadSpec(_Section):
     turns: Count = 1
     output_tokens: Count = 512
     concurrency: Annotated[int, Field(ge=1, le=65_536)] = 1
+    arrivals_per_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    skew: Annotated[float, Field(ge=0, le=4, allow_inf_nan=False)] = 0.0
 
     @property
     def longest_tokens(self) -> int:
@@ -93,9 +101,10 @@ class ObjectiveSpec(_Section):
 
 
 class SpeculationSpec(_Section):
-    """Draft tokens a step."""
+    """Draft tokens a step, and the share of drafts that are accepted after those before them."""
 
     depth: Annotated[int, Field(ge=1, le=16)]
+    acceptance: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
 
 
 class DisaggregationSpec(_Section):
