@@ -7,7 +7,7 @@ the machine reaches for such shapes (the roofline model, Williams et al., CACM 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -271,13 +271,12 @@ _CLASSES: tuple[tuple[str, str], ...] = (
 FEW_ROWS = 64  # up to here a product waits for its weights on every machine that we know
 
 
-def op_class(op: Op, load: Load) -> str:
-    """The class whose residual a kernel takes from the machine's profile."""
-    kinds = {member.kind for member in op.members}
+def op_class(kinds: Collection[str], num_tokens: int, num_seqs: int) -> str:
+    """The class whose residual a kernel of such members takes from the machine's profile."""
     found = next((name for kind, name in _CLASSES if kind in kinds), "rows")
     if found == "attention":
-        return "attention_prefill" if load.num_tokens > FEW_ROWS * load.num_seqs else "attention_decode"
-    return "stream" if found == "product" and load.num_tokens <= FEW_ROWS else found
+        return "attention_prefill" if num_tokens > FEW_ROWS * num_seqs else "attention_decode"
+    return "stream" if found == "product" and num_tokens <= FEW_ROWS else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,12 +308,17 @@ def time_of(graph: OpGraph, op: Op, cost: OpCost, load: Load, hardware: Hardware
         return _collective_time(graph, op, load, hardware)
     memory_s = cost.moved_bytes / hardware.read_bytes_per_s
     matrix_s = sum(_matrix_s(graph, member, load, hardware) for member in op.members)
-    busy_us = max(memory_s, matrix_s) * 1e6 * hardware.residuals[op_class(op, load)]
+    busy_us = max(memory_s, matrix_s) * 1e6 * _residual(op, load, hardware)
     bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
     sums = [member for member in op.members if member.kind == "all_reduce"]
     if not sums:
         return OpTime(hardware.launch_us + hardware.ramp_us, busy_us, bound)
     return OpTime(_collective_time(graph, sums[0], load, hardware).latency_us, busy_us, bound, "collective")
+
+
+def _residual(op: Op, load: Load, hardware: HardwareSpec) -> float:
+    kinds = {member.kind for member in op.members}
+    return hardware.residuals[op_class(kinds, load.num_tokens, load.num_seqs)]
 
 
 def _collective_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTime:

@@ -122,6 +122,9 @@ def streams(graphs: Sequence[OpGraph]) -> Decision:
 
 def _check_stated(spec: Spec, config: ModelConfig) -> None:
     """What a spec states by hand must be possible."""
+    if spec.serving and (spec.serving.kv_dtype == "fp8" or spec.serving.checkpoint_tokens):
+        what = "kv_dtype: fp8" if spec.serving.kv_dtype == "fp8" else "checkpoint_tokens"
+        raise SpecError(f"`serving.{what}` is not planned yet", "leave it out; `tokenspeed predict` prices it")
     if spec.parallelism == "auto":
         return
     count, asked = spec.target.count, spec.parallelism

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,6 +114,17 @@ class DisaggregationSpec(_Section):
     decode: Count
 
 
+class ServingSpec(_Section):
+    """What is otherwise searched for.
+
+    `checkpoint_tokens`: a checkpoint of recurrent state each so many tokens (0: nothing is kept for the next turn).
+    """
+
+    prefill_chunk: Count | None = None
+    kv_dtype: Literal["bf16", "fp8"] | None = None
+    checkpoint_tokens: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
+
+
 class Spec(_Section):
     """The whole spec."""
 
@@ -126,6 +137,7 @@ class Spec(_Section):
     slo: SloSpec | None = None
     speculation: AutoOrOff | SpeculationSpec = "auto"
     disaggregation: AutoOrOff | DisaggregationSpec = "auto"
+    serving: ServingSpec | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -150,8 +162,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_spec(path: Path) -> Spec:
-    """Read a spec.
+def load_spec(path: Path, changes: Sequence[str] = ()) -> Spec:
+    """Read a spec; `changes` are `key.key=value`, the value in YAML, and come after the file.
 
     Raises:
         SpecError: unreadable, not YAML, or not a spec; says which key and what was meant.
@@ -163,10 +175,10 @@ def load_spec(path: Path) -> Spec:
         raise SpecError(
             f"cannot read `{path}`: {reason}", "name a YAML spec, such as examples/demo/spec.yaml"
         ) from error
-    return parse_spec(text, str(path))
+    return parse_spec(text, str(path), changes)
 
 
-def parse_spec(text: str, name: str) -> Spec:
+def parse_spec(text: str, name: str, changes: Sequence[str] = ()) -> Spec:
     """A spec from YAML text; raises as `load_spec` does."""
     try:
         data = yaml.load(text, _Loader)  # a subclass of SafeLoader
@@ -175,10 +187,32 @@ def parse_spec(text: str, name: str) -> Spec:
         raise SpecError(f"`{name}` is not YAML: {reason}", "check indentation and quotes at that line") from error
     if not isinstance(data, dict):
         raise SpecError(f"`{name}` is not a mapping of keys", "start from examples/demo/spec.yaml")
+    for change in changes:
+        data = _changed(data, change)
     try:
         return Spec.model_validate(data)
     except ValidationError as error:
         raise _explain(error, name) from error
+
+
+def _changed(data: dict[Any, Any], change: str) -> dict[Any, Any]:
+    """The mapping with one value set; sections on the way are made, words such as `auto` are replaced by them."""
+    path, equals, text = change.partition("=")
+    if not equals or not all(path.split(".")):
+        raise SpecError(f"`--set {change}` is not key=value", "such as `--set parallelism.attention.tp=4`")
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SpecError(f"`--set {change}`: `{text}` is not YAML", "quote it as YAML does") from error
+    *folders, last = path.split(".")
+    made = dict(data)
+    inner = made
+    for folder in folders:
+        section = inner.get(folder)
+        inner[folder] = dict(section) if isinstance(section, dict) else {}
+        inner = inner[folder]
+    inner[last] = value
+    return made
 
 
 def _explain(error: ValidationError, name: str) -> SpecError:
@@ -220,6 +254,7 @@ def _sections() -> Mapping[str, type[_Section]]:
         "slo": SloSpec,
         "speculation": SpeculationSpec,
         "disaggregation": DisaggregationSpec,
+        "serving": ServingSpec,
     }
 
 

@@ -23,7 +23,7 @@ from tokenspeed_plan.planner.search.candidate import (
     layouts,
 )
 from tokenspeed_plan.planner.search.predict import Prediction, Predictor
-from tokenspeed_plan.planner.spec import ParallelismSpec
+from tokenspeed_plan.planner.spec import ParallelismSpec, ServingSpec
 from tokenspeed_plan.plans.errors import SpecError
 
 OBJECTIVES = {
@@ -153,6 +153,10 @@ class Search:
         slo = {k: v for level in levels if level for k, v in level.model_dump(exclude_none=True).items()}
         return Found(OBJECTIVES[spec.objective.minimize], slo, tuple(self.seen.values()), tuple(self.rejected))
 
+    @property
+    def _serving(self) -> ServingSpec:
+        return self.predictor.spec.serving or ServingSpec()
+
     def _layouts(self) -> Iterator[ParallelLayout]:
         """Of the whole target, and of parts of it where replicas can share it."""
         asked = self.predictor.spec.parallelism
@@ -181,9 +185,11 @@ class Search:
         """The defaults, with what the spec fixes."""
         hardware, spec = self.predictor.hardware, self.predictor.spec
         depth = spec.speculation.depth if not isinstance(spec.speculation, str) else 0
-        cached = CHECKPOINT_TOKENS[1] if self._checkpoints() else 0
+        spacings = [value["checkpoint_tokens"] for value in self._checkpoints()]
+        cached = spacings[len(spacings) // 2] if spacings else 0
         depth = depth if depth <= self.scope.most_drafts else 0
-        return Knobs(self._chunks()[0]["prefill_chunk"], hardware.page_size, depth, "bf16", cached)
+        kv_dtype = self._kv_dtypes()[0]["kv_dtype"]
+        return Knobs(self._chunks()[0]["prefill_chunk"], hardware.page_size, depth, kv_dtype, cached)
 
     def _tune(self, start: Candidate) -> None:
         """One knob after the other: each value is evaluated, the fastest turn goes on."""
@@ -197,8 +203,10 @@ class Search:
 
     def _chunks(self) -> list[dict[str, int]]:
         """The profile's, a half and a quarter of it; none that is longer than the longest conversation."""
-        largest = self.predictor.hardware.prefill_chunk
-        sizes = {prefill_chunk(largest // ways, self.predictor.spec.workload.longest_tokens) for ways in (1, 2, 4)}
+        largest, longest = self.predictor.hardware.prefill_chunk, self.predictor.spec.workload.longest_tokens
+        if self._serving.prefill_chunk:
+            return [{"prefill_chunk": prefill_chunk(self._serving.prefill_chunk, longest)}]
+        sizes = {prefill_chunk(largest // ways, longest) for ways in (1, 2, 4)}
         return [{"prefill_chunk": size} for size in sorted(sizes, reverse=True)]
 
     def _depths(self) -> list[dict[str, int]]:
@@ -207,11 +215,15 @@ class Search:
 
     def _kv_dtypes(self) -> list[dict[str, KvDtype]]:
         """Where weights are quantised already."""
+        if self._serving.kv_dtype in self.scope.kv_dtypes:
+            return [{"kv_dtype": self._serving.kv_dtype}]
         quantised = self.predictor.spec.model.weights in ("fp8", "nvfp4")
         return [{"kv_dtype": dtype} for dtype in self.scope.kv_dtypes if quantised or dtype == "bf16"]
 
     def _checkpoints(self) -> list[dict[str, int]]:
         """Only later turns find anything in a cache."""
+        if self._serving.checkpoint_tokens is not None and self.scope.prefix_cache:
+            return [{"checkpoint_tokens": self._serving.checkpoint_tokens}]
         pays = self.scope.prefix_cache and self.predictor.spec.workload.turns > 1
         return [{"checkpoint_tokens": tokens} for tokens in CHECKPOINT_TOKENS] if pays else []
 
