@@ -5,7 +5,6 @@ The probes are not the models that predictions are judged by: a few layers of tw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from tokenspeed_plan.plans.errors import SpecError
 
 NO_WAIT_US = 1e-6
 LEAST_ERROR = 0.03
+LEAST_RESIDUAL, MOST_RESIDUAL = 0.2, 20.0  # beyond, a probe was too small to say anything
 MATRIX_CLASSES = ("product", "grouped", "attention_prefill", "delta_chunk")
 PROBES = ("qwen3.5-122b-a10b", "qwen3.5-27b")
 SMALL_PROBE = "qwen3.5-0.8b"
@@ -48,12 +48,12 @@ def probe(name: str, layers: int = 4) -> ModelConfig:
     return replace(config, name=f"{name}-{layers}-layers", layer_types=config.layer_types[:layers])
 
 
-def probe_spec(gpu: str, is_gpu: bool, chunk: int) -> Spec:
-    """Decode of 1 to 4 sequences in the middle of `chunk` tokens, and prefill of all of them."""
+def probe_spec(gpu: str, is_gpu: bool, tokens: int) -> Spec:
+    """Up to 4 sequences of so many tokens; a plan is priced in the middle of them."""
     return Spec.model_validate({
         "version": 1, "model": {"preset": PROBES[0], "weights": "bf16" if is_gpu else "fp32"},
         "target": {"gpu": gpu}, "speculation": "off", "disaggregation": "off",
-        "workload": {"first_turn_tokens": chunk - 16, "output_tokens": 16, "concurrency": 4},
+        "workload": {"first_turn_tokens": tokens - 16, "output_tokens": 16, "concurrency": 4},
     })  # fmt: skip
 
 
@@ -63,15 +63,19 @@ def sample(kinds: Sequence[str], num_tokens: int, num_seqs: int, measured_us: fl
 
 
 def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
-    """measured = wait + residual x busy: `wait` from the streams, whose bytes are known, then each class its own."""
+    """measured = wait + residual x busy: `wait` from the streams, whose bytes are known, then each class its own.
+
+    A class is judged by all its time together, so that kernels too small to say anything have no voice.
+    """
     streams = [s for s in samples if s.op_class == "stream"]
     wait_us, stream = _line(streams) if len(streams) >= 3 else (launch_us, 1.0)
     residuals = {"stream": stream}
     for name in OP_CLASSES:
-        those = [s for s in samples if s.op_class == name and s.busy_us > 0]
-        if name != "stream" and those:
-            ratios = sorted(max(s.measured_us - wait_us, 0.0) / s.busy_us for s in those)
-            residuals[name] = max(ratios[len(ratios) // 2], 0.05)
+        those = [s for s in samples if s.op_class == name]
+        busy_us = sum(s.busy_us for s in those)
+        if name != "stream" and busy_us:
+            above_us = sum(max(s.measured_us - wait_us, 0.0) for s in those)
+            residuals[name] = min(max(above_us / busy_us, LEAST_RESIDUAL), MOST_RESIDUAL)
     errors = {name: _error([s for s in samples if s.op_class == name], wait_us, residuals[name]) for name in residuals}
     return Fit(wait_us, residuals, errors)
 
@@ -86,12 +90,14 @@ def _line(samples: Sequence[Sample]) -> tuple[float, float]:
     slope = (b * aa - a * ab) / determinant if determinant > 1e-12 else b / bb
     if wait < 0:
         wait, slope = 0.0, b / bb
-    return wait, max(slope, 0.05)
+    return wait, max(slope, LEAST_RESIDUAL)
 
 
 def _error(samples: Iterable[Sample], wait_us: float, residual: float) -> float:
-    shares = [(wait_us + residual * s.busy_us) / s.measured_us - 1.0 for s in samples if s.measured_us > 0]
-    return math.sqrt(sum(share**2 for share in shares) / len(shares)) if shares else 0.0
+    """The time that the fit has wrong, as a share of all time of the class."""
+    pairs = [(abs(wait_us + residual * s.busy_us - s.measured_us), s.measured_us) for s in samples]
+    total_us = sum(measured for _, measured in pairs)
+    return sum(wrong for wrong, _ in pairs) / total_us if total_us else 0.0
 
 
 def base_profile(name: str) -> Profile:

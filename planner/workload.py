@@ -144,7 +144,7 @@ def _shared(demand: Demand, users: float) -> Served:
         between = demand.chunks * demand.step_us(max(batch, 1.0)) * min(others, batch, 1.0)
         return demand.prefill_us * (1.0 + busy / 2.0) + between, decode_us, batch
 
-    return _settle(phases, others * each_us, users)
+    return _settle(phases, users * each_us, users)
 
 
 def _split(demand: Demand, users: float, handover_us: float) -> Served:
@@ -164,7 +164,10 @@ def _split(demand: Demand, users: float, handover_us: float) -> Served:
 
 
 def _settle(phases: Callable[[float], tuple[float, float, float]], least_us: float, users: float) -> Served:
-    """The turn that is as long as its phases, by bisection; shorter ones crowd the pool, so the phases take longer."""
+    """The turn that is as long as its phases, by bisection; shorter ones crowd the pool, so the phases take longer.
+
+    No turn is shorter than `least_us`, in which the pool computes everybody's prompt: a user waits for the rest of it.
+    """
     low = max(least_us, 1e-3)
     high = 2.0 * low
     while sum(phases(high)[:2]) > high and high < 1e15:
@@ -173,4 +176,4 @@ def _settle(phases: Callable[[float], tuple[float, float, float]], least_us: flo
         middle = (low + high) / 2.0
         low, high = (middle, high) if sum(phases(middle)[:2]) > middle else (low, middle)
     first_us, decode_us, batch = phases(high)
-    return Served(first_us, decode_us, users, batch)
+    return Served(max(first_us, high - decode_us), decode_us, users, batch)

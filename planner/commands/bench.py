@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import click
+from tokenspeed_plan.planner.search.replayed import step_prediction
 from tokenspeed_plan.plans.bundle import load_plan
 
 Folder = click.Path(path_type=Path)
@@ -26,4 +27,7 @@ def bench_command(bundle: Path, weights: str, as_json: bool, **options: int) -> 
     executor = bench.prepare(frozen, bundle, None if weights == "random" else Path(weights))
     chosen = bench.Options(options["batch"], options["context"], options["prefill"])
     found = bench.bench(frozen, executor, chosen)
+    for program in found["programs"]:
+        batch = (program["tokens"], program["batch"], program["context"])
+        program |= step_prediction(frozen, bundle, program["phase"], *batch)
     click.echo(json.dumps(found, indent=2) if as_json else bench.as_text(found))

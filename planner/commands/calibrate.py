@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 from tokenspeed_plan.codegen.build import default_cache
@@ -14,11 +14,13 @@ from tokenspeed_plan.planner import calibrate as model
 from tokenspeed_plan.planner.compile import Model, build_bundle
 from tokenspeed_plan.planner.hardware import Profile, read_profile
 from tokenspeed_plan.plans.bundle import save_plan
+from tokenspeed_plan.plans.types import Phase
 
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.bench.machine import Machine
 
-GPU_CHUNK, CPU_CHUNK = 4096, 128
+CONTEXT = {"cuda": 16_384, "cpu": 128}
+CHUNK = {"cuda": 4096, "cpu": 128}
 
 
 @click.command()
@@ -94,19 +96,36 @@ def _samples(profile: Profile, device: str) -> Iterator[model.Sample]:
 
 
 def _probe(name: str, bare: Path, bundle: Path, device: str) -> Iterator[model.Sample]:
+    """Decode in a long context, and prefill of one chunk: each in a plan that is priced for just that."""
+    context, chunk = CONTEXT[device], CHUNK[device]
+    decode = (Batch("decode", 1, 1, context), Batch("decode", 4, 1, context))
+    yield from _replayed(name, bare, bundle / "decode", device, 2 * context, decode)
+    yield from _replayed(name, bare, bundle / "prefill", device, chunk, (Batch("prefill", 1, chunk, chunk),))
+
+
+class Batch(NamedTuple):
+    """What is replayed."""
+
+    phase: Phase
+    num_seqs: int
+    new_tokens: int
+    context: int
+
+
+def _replayed(
+    name: str, bare: Path, bundle: Path, device: str, tokens: int, batches: Sequence[Batch]
+) -> Iterator[model.Sample]:
     import torch
     from tokenspeed_plan.runtime.bench.marginal import marginal_times
     from tokenspeed_plan.runtime.bench.prepare import prepare
 
-    chunk = GPU_CHUNK if device == "cuda" else CPU_CHUNK
-    spec = model.probe_spec(str(bare), device == "cuda", chunk)
+    spec = model.probe_spec(str(bare), device == "cuda", tokens)
     made = build_bundle(spec, Model(model.probe(name), None, None, {}, {}), default_cache())
     save_plan(made.plan, bundle, made.sources, made.cubins)
     click.echo(f"probing {name}: {len(made.plan.kernels)} kernels", err=True)
     executor = prepare(made.plan, bundle, None)
-    batches = (("decode", 1, 1, chunk // 2), ("decode", 4, 1, chunk // 2), ("prefill", 1, chunk, chunk))
-    for phase, seqs, count, context in batches:
-        for row in marginal_times(made.plan, executor, phase, seqs, count, context):  # type: ignore[arg-type]
+    for batch in batches:
+        for row in marginal_times(made.plan, executor, *batch):
             yield model.sample(row.kinds, row.num_tokens, row.num_seqs, row.measured_us, row.predicted_us)
     del executor
     if device == "cuda":

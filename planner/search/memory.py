@@ -17,10 +17,15 @@ from tokenspeed_plan.planner.search.steps import StepModel, formats_of
 from tokenspeed_plan.plans.types import DTYPE_BYTES, Phase, TensorSpec
 from tokenspeed_plan.plans.validate import aligned
 
+MOST_SPLITS = 64  # parts of a context that are read at once, over all tilings
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryMap:
-    """Bytes on a rank. `checkpoints` of recurrent state are kept for the next turns; `reserved` is the margin."""
+    """Bytes on a rank. `checkpoints` of recurrent state are kept for the next turns; `reserved` is the margin.
+
+    `scratch` is a bound: what kernels meet in is known once they are tiled.
+    """
 
     weights: int = 0
     kv_cache: int = 0
@@ -28,6 +33,7 @@ class MemoryMap:
     checkpoints: int = 0
     activations: int = 0
     io: int = 0
+    scratch: int = 0
     reserved: int = 0
 
     @property
@@ -58,6 +64,7 @@ class MemoryModel:
             checkpoints=kept * sum(self._state_units),
             activations=self._activations(knobs.prefill_chunk, own * (knobs.depth + 1), own),
             io=self._io(max(knobs.prefill_chunk, own), own, seq_pages),
+            scratch=own * self._scratch,
             reserved=self.steps.hardware.reserved_bytes,
         )
 
@@ -89,6 +96,13 @@ class MemoryModel:
 
     def _weights(self, draft: bool) -> int:
         return self._target_weights + (self._draft_weights if draft else 0)
+
+    @cached_property
+    def _scratch(self) -> int:
+        """Of a sequence: partial results of attention over parts of its context, in fp32."""
+        attention = self.steps.config.attention
+        heads = attention.num_qo_heads // self.layout.attention_tp
+        return MOST_SPLITS * heads * (attention.head_dim + 2) * 4 if self.steps.hardware.num_sms else 0
 
     @cached_property
     def _target_weights(self) -> int:

@@ -49,12 +49,13 @@ def marginal_times(
         if isinstance(step, KernelCall) and not _is_left_out(executor, step)
     ]
     on_gpu = replay.device != "cpu"
-    whole_us = _time(executor, [made for _, made in steps], replay.device) if on_gpu else 0.0
+    rounds = 20 if on_gpu and phase == "decode" else 3 if on_gpu else 1
+    whole_us = _time(executor, [made for _, made in steps], replay.device, rounds) if on_gpu else 0.0
     found = []
     for name in dict.fromkeys(step.kernel for step, _ in steps):
         calls = [step for step, _ in steps if step.kernel == name]
         timed = [made for step, made in steps if (step.kernel != name) == on_gpu]
-        taken_us = abs(whole_us - _time(executor, timed, replay.device))
+        taken_us = abs(whole_us - _time(executor, timed, replay.device, rounds))
         kinds = tuple(part.kind for part in executor.kernels[name].parts)
         predicted_us = sum(step.predicted_us for step in calls) / len(calls)
         found.append(Marginal(name, kinds, replay.tokens, replay.seqs, len(calls), taken_us / len(calls), predicted_us))
@@ -66,10 +67,10 @@ def _is_left_out(executor: Executor, step: KernelCall) -> bool:
 
 
 @torch.inference_mode()
-def _time(executor: Executor, steps: list[tuple[Instruction, ...]], device: str) -> float:
+def _time(executor: Executor, steps: list[tuple[Instruction, ...]], device: str, count: int) -> float:
     def run() -> None:
         for step in steps:
             executor.execute(step)
 
     work: Callable[[], object] = captured(run, device)
-    return time_us(work, device, count=1 if device == "cpu" else 20)
+    return time_us(work, device, count)
