@@ -141,7 +141,7 @@ def _row(spec: Spec, config: ModelConfig, gpu: str, count: int, reserved: bool) 
     try:
         predictor, found = search(asked, config, reserved=reserved)
     except TokenspeedError as error:
-        return {"gpu": gpu, "count": count, "error": f"{error.message}: {error.hint.partition(';')[0]}"}
+        return {"gpu": gpu, "count": count, "error": error.message}
     best = found.best
     return {
         "gpu": predictor.hardware.name, "count": count, "used": best.candidate.num_gpus,

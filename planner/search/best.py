@@ -73,12 +73,12 @@ class Found:
             SpecError: nothing is legal and fits.
         """
         if not self.ranked:
-            raise SpecError("no layout of the model is legal and fits", self._nothing())
+            reason = f": {self.rejected[0].what}: {self.rejected[0].reason}" if self.rejected else ""
+            raise SpecError(
+                f"no layout of the model is legal and fits{reason}",
+                "raise `target.count`, or lower `workload.concurrency` or its tokens",
+            )
         return self.ranked[0]
-
-    def _nothing(self) -> str:
-        reasons = list(dict.fromkeys(f"{r.what}: {r.reason}" for r in self.rejected))
-        return "; ".join(reasons[:2]) + "; raise `target.count`, or lower `workload.concurrency` or its tokens"
 
     @property
     def binding(self) -> str | None:
