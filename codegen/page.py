@@ -72,7 +72,8 @@ def _memory(plan: Plan) -> list[Point]:
     """Parts of a rank's memory, as pieces of one bar; what is free comes last."""
     sizes = plan.memory_bytes_per_rank.model_dump()
     capacity, total = sizes.pop("capacity"), sizes.pop("total")
-    parts, x = [], 0.0
+    parts: list[Point] = []
+    x = 0.0
     for name, size in (*sizes.items(), ("free", max(capacity - total, 0))):
         width = size / capacity * WIDTH
         parts.append({"name": name, "size": size, "x": x, "width": width})
