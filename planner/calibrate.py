@@ -48,11 +48,12 @@ def probe(name: str, layers: int = 4) -> ModelConfig:
     return replace(config, name=f"{name}-{layers}-layers", layer_types=config.layer_types[:layers])
 
 
-def probe_spec(gpu: str, is_gpu: bool, tokens: int) -> Spec:
+def probe_spec(gpu: str, is_gpu: bool, tokens: int, chunk: int) -> Spec:
     """Up to 4 sequences of so many tokens; a plan is priced in the middle of them."""
     return Spec.model_validate({
         "version": 1, "model": {"preset": PROBES[0], "weights": "bf16" if is_gpu else "fp32"},
         "target": {"gpu": gpu}, "speculation": "off", "disaggregation": "off",
+        "serving": {"prefill_chunk": chunk},
         "workload": {"first_turn_tokens": tokens - 16, "output_tokens": 16, "concurrency": 4},
     })  # fmt: skip
 
@@ -121,13 +122,18 @@ def with_numbers(
     """The profile with measured numbers, in `numbers` and in other groups; sources that nothing needs any more go."""
     data = profile.model_dump()
     for group, values in (("numbers", numbers), *groups.items()):
-        data[group] |= {key: {"value": float(f"{value:.4g}"), "source": source} for key, value in values.items()}
+        data[group] |= {key: {"value": _rounded(value), "source": source} for key, value in values.items()}
     data["sources"][source] = said
     used = {number["source"] for group in ("numbers", "matrix_flops_per_s", "residuals", "errors")
             for number in data[group].values()}  # fmt: skip
     used |= {table["source"] for table in data["all_reduce"].values()}
     data["sources"] = {key: text for key, text in data["sources"].items() if key in used}
     return Profile.model_validate(data)
+
+
+def _rounded(value: float) -> float:
+    """Bytes and counts as they are, rates to four digits."""
+    return value if isinstance(value, int) else float(f"{value:.4g}")
 
 
 def bare(profile: Profile) -> Profile:

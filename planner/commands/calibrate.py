@@ -59,7 +59,7 @@ def _measure(profile: Profile, device: str) -> tuple[Profile, Machine]:
                "peak_bytes_per_s": max(peak, machine.read_bytes_per_s)}  # fmt: skip
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        numbers |= {"num_sms": properties.multi_processor_count}
+        numbers |= {"num_sms": properties.multi_processor_count, "memory_bytes": properties.total_memory}
         numbers["matrix_share"] = machine.matrix_flops_per_s / profile.matrix_flops_per_s[key].value
         rates: Mapping[str, float] = {}
     else:
@@ -119,7 +119,7 @@ def _replayed(
     from tokenspeed_plan.runtime.bench.marginal import marginal_times
     from tokenspeed_plan.runtime.bench.prepare import prepare
 
-    spec = model.probe_spec(str(bare), device == "cuda", tokens)
+    spec = model.probe_spec(str(bare), device == "cuda", tokens, CHUNK[device])
     made = build_bundle(spec, Model(model.probe(name), None, None, {}, {}), default_cache())
     save_plan(made.plan, bundle, made.sources, made.cubins)
     click.echo(f"probing {name}: {len(made.plan.kernels)} kernels", err=True)
