@@ -29,17 +29,17 @@ CHUNK = {"cuda": 4096, "cpu": 128}
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: the GPU, where there is one.")
 def calibrate(out: Path, base: str | None, device: str | None) -> None:
     """Measure this machine: read bandwidth, launches, matrix rates, and each class of kernel on probes."""
-    import torch
+    from tokenspeed_plan.runtime.bench.machine import provenance, this_machine
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    device, name = this_machine(device)
     profile = model.base_profile(base or name)
     click.echo(f"measuring {name}, from the profile of {profile.name}", err=True)
     profile, machine = _measure(profile, device)
     samples = list(_samples(profile, device))
     found = model.fit(samples, machine.launch_us)
+    measured = {"machine": name, "date": date.today().isoformat(), **provenance(device)}
     said = f"`tokenspeed calibrate` on {name}: {len(samples)} kernels of {', '.join(_probes(device))}, 4 layers each"
-    done = model.calibrated(profile, found, machine.launch_us, said, _provenance(device, name))
+    done = model.calibrated(profile, found, machine.launch_us, said, measured)
     text = model.dump(done, f"Measured by `tokenspeed calibrate` on {name}.")
     read_profile(text, str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,17 +49,15 @@ def calibrate(out: Path, base: str | None, device: str | None) -> None:
 
 def _measure(profile: Profile, device: str) -> tuple[Profile, Machine]:
     """Rates of the machine itself."""
-    import torch
-    from tokenspeed_plan.runtime.bench.machine import measure_machine, measure_sums
+    from tokenspeed_plan.runtime.bench.machine import measure_machine, measure_sums, sizes
 
     machine = measure_machine(device)
     key = "bf16" if device == "cuda" else "fp32"
     peak = profile.numbers["peak_bytes_per_s"].value
     numbers = {"read_bytes_per_s": machine.read_bytes_per_s, "launch_us": machine.launch_us,
                "peak_bytes_per_s": max(peak, machine.read_bytes_per_s)}  # fmt: skip
+    numbers |= sizes(device)
     if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        numbers |= {"num_sms": properties.multi_processor_count, "memory_bytes": properties.total_memory}
         numbers["matrix_share"] = machine.matrix_flops_per_s / profile.matrix_flops_per_s[key].value
         rates: Mapping[str, float] = {}
     else:
@@ -115,7 +113,7 @@ class Batch(NamedTuple):
 def _replayed(
     name: str, bare: Path, bundle: Path, device: str, tokens: int, batches: Sequence[Batch]
 ) -> Iterator[model.Sample]:
-    import torch
+    from tokenspeed_plan.runtime.bench.machine import release
     from tokenspeed_plan.runtime.bench.marginal import marginal_times
     from tokenspeed_plan.runtime.bench.prepare import prepare
 
@@ -128,18 +126,7 @@ def _replayed(
         for row in marginal_times(made.plan, executor, *batch):
             yield model.sample(row.kinds, row.num_tokens, row.num_seqs, row.measured_us, row.predicted_us)
     del executor
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _provenance(device: str, name: str) -> dict[str, str]:
-    import torch
-
-    found = {"machine": name, "date": date.today().isoformat(), "torch": str(torch.__version__)}
-    if device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        found |= {"cuda": str(torch.version.cuda), "memory_bytes": str(total), "free_bytes_after_probes": str(free)}
-    return found
+    release()
 
 
 def _report(found: model.Fit, out: Path) -> None:

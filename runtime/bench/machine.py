@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 
 READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
@@ -20,6 +21,41 @@ class Machine:
     read_bytes_per_s: float
     launch_us: float
     matrix_flops_per_s: float
+
+
+def this_machine(device: str | None = None) -> tuple[str, str]:
+    """The device to measure (the GPU, where there is one and nothing else is asked for), and what it calls itself.
+
+    Raises:
+        PlanError: a GPU is asked for, and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PlanError("there is no GPU here to measure", "leave `--device` out, or say `--device cpu`")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, "cpu" if device == "cpu" else torch.cuda.get_device_name()
+
+
+def sizes(device: str) -> dict[str, int]:
+    """Multiprocessors and bytes of memory of a GPU; nothing of a CPU, whose memory is shared with others."""
+    if device == "cpu":
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {"num_sms": properties.multi_processor_count, "memory_bytes": properties.total_memory}
+
+
+def provenance(device: str) -> dict[str, str]:
+    """What a measurement was made with."""
+    found = {"torch": str(torch.__version__)}
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        found |= {"cuda": str(torch.version.cuda), "free_bytes": str(free), "total_bytes": str(total)}
+    return found
+
+
+def release() -> None:
+    """Give memory that nobody uses any more back to the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def measure_machine(device: str) -> Machine:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import ROOT
 from tokenspeed_plan.planner import calibrate
@@ -62,6 +63,13 @@ def test_machines_are_found_by_what_they_call_themselves() -> None:
         assert calibrate.base_profile(name).name == wanted
     with pytest.raises(SpecError, match="no profile of `Radeon`"):
         calibrate.base_profile("Radeon")
+
+
+def test_a_gpu_that_is_not_there_is_said_in_a_line(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = CliRunner().invoke(main, ["calibrate", "-o", str(tmp_path / "x.yaml"), "--device", "cuda"])
+    assert done.exit_code == 2 and done.stderr.startswith("error: there is no GPU here")
 
 
 def test_the_command_measures_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> None:
