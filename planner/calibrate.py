@@ -22,6 +22,7 @@ LEAST_RESIDUAL, MOST_RESIDUAL = 0.2, 20.0  # beyond, a probe was too small to sa
 MATRIX_CLASSES = ("product", "grouped", "attention_prefill", "delta_chunk")
 PROBES = ("qwen3.5-122b-a10b", "qwen3.5-27b")
 SMALL_PROBE = "qwen3.5-0.8b"
+MOST_SEQS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +50,26 @@ def probe(name: str, layers: int = 4) -> ModelConfig:
 
 
 def probe_spec(gpu: str, is_gpu: bool, tokens: int, chunk: int) -> Spec:
-    """Up to 4 sequences of so many tokens; a plan is priced in the middle of them."""
+    """Up to `MOST_SEQS` sequences of so many tokens; a plan is priced in the middle of them."""
     return Spec.model_validate({
         "version": 1, "model": {"preset": PROBES[0], "weights": "bf16" if is_gpu else "fp32"},
         "target": {"gpu": gpu}, "speculation": "off", "disaggregation": "off",
         "serving": {"prefill_chunk": chunk},
-        "workload": {"first_turn_tokens": tokens - 16, "output_tokens": 16, "concurrency": 4},
+        "workload": {"first_turn_tokens": tokens - 16, "output_tokens": 16, "concurrency": MOST_SEQS},
     })  # fmt: skip
 
 
-def sample(kinds: Sequence[str], num_tokens: int, num_seqs: int, measured_us: float, busy_us: float) -> Sample:
-    """A kernel of these members."""
-    return Sample(op_class(kinds, num_tokens, num_seqs), measured_us, busy_us)
+def samples(program: Mapping[str, Any], kinds: Mapping[str, Sequence[str]]) -> list[Sample]:
+    """The kernels of a program as `bench` measured it, each of the members `kinds`.
+
+    A kernel is timed by itself, where it waits for the one before it; in the program they overlap. So times are scaled
+    to add up to the program's.
+    """
+    overlap = program["measured_us"] / sum(kernel["total_us"] for kernel in program["kernels"])
+    return [
+        Sample(op_class(kinds[k["kernel"]], program["tokens"], program["batch"]), k["us"] * overlap, k["predicted_us"])
+        for k in program["kernels"]
+    ]
 
 
 def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
@@ -69,7 +78,7 @@ def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
     A class is judged by all its time together, so that kernels too small to say anything have no voice.
     """
     streams = [s for s in samples if s.op_class == "stream"]
-    wait_us, stream = _line(streams) if len(streams) >= 3 else (launch_us, 1.0)
+    wait_us, stream = _line(streams, launch_us) if len(streams) >= 3 else (launch_us, 1.0)
     residuals = {"stream": stream}
     for name in OP_CLASSES:
         those = [s for s in samples if s.op_class == name]
@@ -81,11 +90,14 @@ def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
     return Fit(wait_us, residuals, errors)
 
 
-def _line(samples: Sequence[Sample]) -> tuple[float, float]:
-    """Least squares of the relative error, a + b x: both at least 0, the slope at least a twentieth."""
-    rows = [(1.0 / s.measured_us, s.busy_us / s.measured_us) for s in samples if s.measured_us > 0]
-    aa, ab, bb = (sum(x[i] * x[j] for x in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
-    a, b = (sum(x[i] for x in rows) for i in (0, 1))
+def _line(samples: Sequence[Sample], launch_us: float) -> tuple[float, float]:
+    """Least squares, measured = wait + slope x busy, each sample by the inverse of what it should take.
+
+    The wait is at least 0. Never by the inverse of what was measured: one that seems to take nothing would decide all.
+    """
+    rows = [(1.0, s.busy_us, s.measured_us, (s.busy_us + launch_us) ** -2) for s in samples]
+    aa, ab, bb = (sum(x[i] * x[j] * x[3] for x in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
+    a, b = (sum(x[i] * x[2] * x[3] for x in rows) for i in (0, 1))
     determinant = aa * bb - ab * ab
     wait = (a * bb - b * ab) / determinant if determinant > 1e-12 else 0.0
     slope = (b * aa - a * ab) / determinant if determinant > 1e-12 else b / bb

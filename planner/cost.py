@@ -268,7 +268,8 @@ _CLASSES: tuple[tuple[str, str], ...] = (
     ("linear", "product"),
     ("embed", "rows"),
 )
-FEW_ROWS = 64  # up to here a product waits for its weights on every machine that we know
+PLAIN_ROWS = 4  # up to here a product is plain arithmetic (tiling/linear.py)
+FEW_ROWS = 64  # up to here it waits for its weights on every machine that we know
 
 
 def op_class(kinds: Collection[str], num_tokens: int, num_seqs: int) -> str:
@@ -276,7 +277,9 @@ def op_class(kinds: Collection[str], num_tokens: int, num_seqs: int) -> str:
     found = next((name for kind, name in _CLASSES if kind in kinds), "rows")
     if found == "attention":
         return "attention_prefill" if num_tokens > FEW_ROWS * num_seqs else "attention_decode"
-    return "stream" if found == "product" and num_tokens <= FEW_ROWS else found
+    if found == "product" and num_tokens <= FEW_ROWS:
+        return "stream" if num_tokens <= PLAIN_ROWS else "few_rows"
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from tokenspeed_plan.plans.errors import SpecError
 
 GIB = 1 << 30
 OP_CLASSES = (
-    "stream", "product", "grouped", "attention_decode", "attention_prefill", "delta_step", "delta_chunk", "rows",
+    "stream", "few_rows", "product", "grouped", "attention_decode", "attention_prefill", "delta_step", "delta_chunk",
+    "rows",
 )  # fmt: skip
 TIME_KINDS = ("memory", "matrix", "launch", "collective", "host")
 

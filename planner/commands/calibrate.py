@@ -19,8 +19,9 @@ from tokenspeed_plan.plans.types import Phase
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.bench.machine import Machine
 
-CONTEXT = {"cuda": 16_384, "cpu": 128}
+CONTEXTS = {"cuda": (1024, 16_384), "cpu": (128,)}
 CHUNK = {"cuda": 4096, "cpu": 128}
+BATCHES = (1, 4, model.MOST_SEQS)
 
 
 @click.command()
@@ -35,7 +36,7 @@ def calibrate(out: Path, base: str | None, device: str | None) -> None:
     profile = model.base_profile(base or name)
     click.echo(f"measuring {name}, from the profile of {profile.name}", err=True)
     profile, machine = _measure(profile, device)
-    samples = list(_samples(profile, device))
+    samples = list(_samples(profile, machine, device))
     found = model.fit(samples, machine.launch_us)
     measured = {"machine": name, "date": date.today().isoformat(), **provenance(device)}
     said = f"`tokenspeed calibrate` on {name}: {len(samples)} kernels of {', '.join(_probes(device))}, 4 layers each"
@@ -84,21 +85,23 @@ def _probes(device: str) -> tuple[str, ...]:
     return model.PROBES if device == "cuda" else (model.SMALL_PROBE,)
 
 
-def _samples(profile: Profile, device: str) -> Iterator[model.Sample]:
+def _samples(profile: Profile, machine: Machine, device: str) -> Iterator[model.Sample]:
     """Every kernel of the probes, in decode and in prefill."""
     with tempfile.TemporaryDirectory() as folder:
         bare = Path(folder) / "bare.yaml"
         bare.write_text(model.dump(model.bare(profile), "A roofline without waiting."))
         for name in _probes(device):
-            yield from _probe(name, bare, Path(folder) / name, device)
+            yield from _probe(name, bare, Path(folder) / name, machine, device)
 
 
-def _probe(name: str, bare: Path, bundle: Path, device: str) -> Iterator[model.Sample]:
-    """Decode in a long context, and prefill of one chunk: each in a plan that is priced for just that."""
-    context, chunk = CONTEXT[device], CHUNK[device]
-    decode = (Batch("decode", 1, 1, context), Batch("decode", 4, 1, context))
-    yield from _replayed(name, bare, bundle / "decode", device, 2 * context, decode)
-    yield from _replayed(name, bare, bundle / "prefill", device, chunk, (Batch("prefill", 1, chunk, chunk),))
+def _probe(name: str, bare: Path, bundle: Path, machine: Machine, device: str) -> Iterator[model.Sample]:
+    """Decode in short and in long contexts, and prefill of one chunk: each in a plan that is priced for just that."""
+    chunk = CHUNK[device]
+    for context in CONTEXTS[device]:
+        decode = [Batch("decode", seqs, 1, context) for seqs in BATCHES]
+        yield from _replayed(name, bare, bundle / f"decode-{context}", machine, device, 2 * context, decode)
+    prefill = [Batch("prefill", 1, tokens, tokens) for tokens in (chunk // 4, chunk)]
+    yield from _replayed(name, bare, bundle / "prefill", machine, device, chunk, prefill)
 
 
 class Batch(NamedTuple):
@@ -111,20 +114,20 @@ class Batch(NamedTuple):
 
 
 def _replayed(
-    name: str, bare: Path, bundle: Path, device: str, tokens: int, batches: Sequence[Batch]
+    name: str, bare: Path, bundle: Path, machine: Machine, device: str, tokens: int, batches: Sequence[Batch]
 ) -> Iterator[model.Sample]:
     from tokenspeed_plan.runtime.bench.machine import release
-    from tokenspeed_plan.runtime.bench.marginal import marginal_times
     from tokenspeed_plan.runtime.bench.prepare import prepare
+    from tokenspeed_plan.runtime.bench.replay import Replay
 
     spec = model.probe_spec(str(bare), device == "cuda", tokens, CHUNK[device])
     made = build_bundle(spec, Model(model.probe(name), None, None, {}, {}), default_cache())
     save_plan(made.plan, bundle, made.sources, made.cubins)
     click.echo(f"probing {name}: {len(made.plan.kernels)} kernels", err=True)
     executor = prepare(made.plan, bundle, None)
+    kinds = {kernel.name: [part.kind for part in kernel.parts] for kernel in made.plan.kernels}
     for batch in batches:
-        for row in marginal_times(made.plan, executor, *batch):
-            yield model.sample(row.kinds, row.num_tokens, row.num_seqs, row.measured_us, row.predicted_us)
+        yield from model.samples(Replay(made.plan, executor, *batch).measure(machine), kinds)
     del executor
     release()
 
