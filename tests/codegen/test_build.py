@@ -23,7 +23,7 @@ from tokenspeed_plan.codegen.build import Compiled, Job, compile_all, default_ca
 from tokenspeed_plan.codegen.render import source_digest
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.compile import build_bundle, find_model
-from tokenspeed_plan.planner.hardware import HARDWARE, HardwareSpec, find_hardware
+from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware, known_profiles
 from tokenspeed_plan.planner.kernels import KernelChoice
 from tokenspeed_plan.planner.spec import load_spec
 from tokenspeed_plan.planner.tiling import build_kernel
@@ -397,11 +397,13 @@ def test_a_kernel_that_fits_in_no_tiling_is_refused(tmp_path: Path) -> None:
     assert "--no-compile" in caught.value.hint
 
 
-def test_planning_refuses_what_does_not_fit_unless_told_not_to_look(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(HARDWARE, "h200", replace(HARDWARE["h200"], max_shared_bytes=0))
-    command = ["plan", str(ROOT / "examples" / H200_PLAN / "spec.yaml"), "-o", str(tmp_path / "out")]
+def test_planning_refuses_what_does_not_fit_unless_told_not_to_look(tmp_path: Path) -> None:
+    profile = tmp_path / "small.yaml"
+    profile.write_text(known_profiles()["h200"].replace("232_448", "1024"))
+    spec = tmp_path / "spec.yaml"
+    text = (ROOT / "examples" / H200_PLAN / "spec.yaml").read_text()
+    spec.write_text(text.replace("gpu: H200", f"gpu: {profile}"))
+    command = ["plan", str(spec), "-o", str(tmp_path / "out")]
     refused = CliRunner().invoke(main, command)
     assert refused.exit_code == 2
     assert refused.output.startswith("error: no tiling of kernel `")
