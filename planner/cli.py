@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 from tokenspeed_plan.planner.commands.bench import bench_command
+from tokenspeed_plan.planner.commands.calibrate import calibrate
 from tokenspeed_plan.planner.commands.chat import chat
 from tokenspeed_plan.planner.commands.check import check
 from tokenspeed_plan.planner.commands.plan import plan
+from tokenspeed_plan.planner.commands.predict import predict, sweep
 from tokenspeed_plan.planner.commands.run import run
 from tokenspeed_plan.planner.commands.serve import serve
 from tokenspeed_plan.planner.commands.show import diff_command, show
@@ -46,5 +48,5 @@ def main() -> None:
     """Compile a language model's deployment into a frozen plan, and replay it."""
 
 
-for command in (plan, show, diff_command, check, run, chat, serve, bench_command):
+for command in (plan, show, diff_command, check, run, chat, serve, bench_command, predict, sweep, calibrate):
     main.add_command(command)

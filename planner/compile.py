@@ -106,25 +106,33 @@ def build_bundle(spec: Spec, model: Model, cache: Path) -> Compiled:
     if hardware.sm == 0:
         return compile_bundle(spec, model)
     choice = KernelChoice(hardware, cache)
-    compile_bundle(spec, model, choose=choice.ask)
+    decided = decide.resolve(spec, model.config, hardware)
+    compile_bundle(spec, model, choose=choice.ask, decided=decided)
     choice.compile()
-    made = compile_bundle(spec, model, choose=choice.answer)
+    made = compile_bundle(spec, model, choose=choice.answer, decided=decided)
     return Compiled(choice.sign(made.plan), made.sources, choice.cubins(made.plan))
 
 
-def compile_bundle(spec: Spec, model: Model, dtype: DType | None = None, choose: Choose = itemgetter(0)) -> Compiled:
+def compile_bundle(
+    spec: Spec,
+    model: Model,
+    dtype: DType | None = None,
+    choose: Choose = itemgetter(0),
+    decided: decide.Decided | None = None,
+) -> Compiled:
     """Plan a spec; the canary is added by the caller. `dtype` overrides the spec's (fp64 makes the reference).
 
-    `choose` picks among the tilings of a kernel, best first.
+    `choose` picks among the tilings of a kernel, best first; `decided` is what was resolved before, if it was.
 
     Raises:
         SpecError: the spec cannot be planned: says what does not fit, and what would.
     """
     hardware = find_hardware(spec.target.gpu)
-    layout, choices = decide.resolve(spec, model.config, hardware)
+    decided = decided or decide.resolve(spec, model.config, hardware)
     dtype = dtype or decide.weight_dtype(spec)
-    depth = decide.speculation_depth(spec)
-    limits = plan_limits(spec.workload, model.config, hardware, depth)
+    layout, knobs = decided.layout, decided.knobs
+    depth = knobs.depth
+    limits = plan_limits(spec.workload, model.config, hardware, knobs.prefill_chunk, knobs.checkpoint_tokens, depth)
     context = BuildContext(model.config, dtype, limits, model.num_valid_tokens, model.fused_experts)
     graphs: dict[Phase, OpGraph] = {}
     for phase in ("prefill", "decode"):
@@ -136,8 +144,10 @@ def compile_bundle(spec: Spec, model: Model, dtype: DType | None = None, choose:
     limits = limits.model_copy(update={"interleaved_tokens": _interleaved(programs, limits, spec)})
     facts = _facts(model, dtype)
     streams = decide.streams([graph for _, _, graph, _ in programs])
-    decisions = (*choices, streams, *cache_decisions(limits, _tpot_ms(spec)))
-    parts = Parts(spec, facts, hardware, layout, limits, decisions, programs, version("tokenspeed-plan"))
+    decisions = (*decided.decisions, streams, *cache_decisions(limits, _tpot_ms(spec)))
+    parts = Parts(
+        spec, facts, hardware, layout, limits, decisions, decided.predicted, programs, version("tokenspeed-plan")
+    )
     plan = seal(freeze(parts))
     validate(plan)
     texts = {name: kernel.source for *_, kernels in programs for name, kernel in kernels.items()}

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec
-from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.limits import prefill_chunk
 from tokenspeed_plan.planner.model_config import ModelConfig
-from tokenspeed_plan.planner.spec import ParallelismSpec, Spec, SpeculationSpec
+from tokenspeed_plan.planner.search import advise
+from tokenspeed_plan.planner.search.best import Found, Search, matches
+from tokenspeed_plan.planner.search.candidate import EVERYTHING, TODAY, Candidate, Knobs, check_layout, layouts
+from tokenspeed_plan.planner.search.predict import Predictor
+from tokenspeed_plan.planner.spec import MoeSpec, Spec, SpeculationSpec
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.schema import Decision
+from tokenspeed_plan.plans.schema import Decision, Predicted
 from tokenspeed_plan.plans.types import DType
 
 
@@ -26,25 +32,47 @@ def weight_dtype(spec: Spec) -> DType:
     return "bf16" if word == "bf16" else "fp32"
 
 
-def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> tuple[ParallelLayout, tuple[Decision, ...]]:
-    """The layout, and all decisions with their reasons.
+@dataclass(frozen=True)
+class Decided:
+    """The layout, the knobs, all decisions with their reasons, and what the workload will see."""
+
+    layout: ParallelLayout
+    knobs: Knobs
+    decisions: tuple[Decision, ...]
+    predicted: Predicted
+
+
+def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> Decided:
+    """The best of what the runtime replays; beside it the best of all, as advice.
 
     Raises:
-        SpecError: the layout is illegal for this model or not planned yet.
+        SpecError: what the spec states is illegal for this model or not planned yet, or nothing fits.
     """
-    layout, parallelism = _layout(spec, config)
-    _check_legal(layout, config)
-    if spec.model.weights == "fp8":
-        _check_fp8(layout, config)
-    chunk = hardware.prefill_chunk
-    return layout, (
-        parallelism,
-        _speculation(spec, config, hardware),
-        _later("disaggregation", "off", spec.disaggregation != "off", "prefill and decode pools are not built yet"),
+    _check_stated(spec, config)
+    predictor = Predictor(spec, config, hardware)
+    found = Search(predictor, TODAY, spec.target.count).run()
+    if not found.predictions:
+        raise _refusal(predictor)
+    wide = Search(predictor, EVERYTHING, spec.target.count).run()
+    wide = wide if wide.predictions else found
+    best = found.best.candidate
+    decisions = _decisions(predictor, found, wide)
+    knobs = replace(best.knobs, depth=speculation_depth(spec))
+    return Decided(best.layout, knobs, decisions, advise.predicted(predictor, found, wide))
+
+
+def _decisions(predictor: Predictor, found: Found, wide: Found) -> tuple[Decision, ...]:
+    spec, hardware = predictor.spec, predictor.hardware
+    asked = spec.parallelism != "auto"
+    return (
+        advise.parallelism(found, asked),
+        _speculation(predictor, found, wide),
+        advise.disaggregation(predictor, found, wide, spec.disaggregation != "off"),
         Decision(name="page_size", value=str(hardware.page_size), reason=f"default of {hardware.name}"),
-        Decision(name="prefill_chunk", value=str(chunk), reason=f"default of {hardware.name}, at most one sequence"),
+        advise.chunk(found),
         _STATE_DTYPE,
-        _later("objective", spec.objective.minimize, True, "recorded; one layout is planned, none is searched for yet"),
+        _objective(spec, found),
+        advise.advice(found, wide),
     )
 
 
@@ -53,10 +81,11 @@ def speculation_depth(spec: Spec) -> int:
     return spec.speculation.depth if isinstance(spec.speculation, SpeculationSpec) else 0
 
 
-def _speculation(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> Decision:
+def _speculation(predictor: Predictor, found: Found, wide: Found) -> Decision:
+    spec, config, hardware = predictor.spec, predictor.config, predictor.hardware
     depth = speculation_depth(spec)
     if depth == 0:
-        return _later("speculation", "off", spec.speculation != "off", "depths are not chosen by cost yet")
+        return advise.speculation(predictor, found, wide, spec.speculation != "off")
     if config.num_mtp_layers == 0:
         raise SpecError(f"`{config.name}` has no MTP layer to draft with", "set `speculation: off`")
     if hardware.sm:
@@ -64,6 +93,30 @@ def _speculation(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> Dec
             f"kernels for `speculation.depth: {depth}` on {hardware.name} are not there yet", "set `speculation: off`"
         )
     return Decision(name="speculation", value=f"depth {depth}", reason="as the spec says")
+
+
+def _objective(spec: Spec, found: Found) -> Decision:
+    levels = ", ".join(f"{name} at most {most:g}" for name, most in found.slo.items())
+    missed = f"not met: {found.binding}; this is the nearest plan" if found.binding else "met" if levels else ""
+    reason = "; ".join(part for part in ("as the spec says", levels, missed) if part)
+    return Decision(name="objective", value=spec.objective.minimize, reason=reason)
+
+
+def _refusal(predictor: Predictor) -> SpecError:
+    """Nothing is left: the law that the first layout breaks where all break one, else the memory that one lacks."""
+    spec, first = predictor.spec, None
+    for layout in layouts(spec.target.count, predictor.config, TODAY):
+        if spec.parallelism != "auto" and not matches(layout, spec.parallelism):
+            continue
+        try:
+            check_layout(layout, predictor.config, spec.model.weights)
+        except SpecError as error:
+            first = first or error
+            continue
+        chunk = prefill_chunk(predictor.hardware.prefill_chunk, spec.workload.longest_tokens)
+        candidate = Candidate(layout, Knobs(chunk, predictor.hardware.page_size))
+        return SpecError(*advise.memory_refusal(predictor, candidate))
+    return first or SpecError("no layout is the one that the spec states", "choose another `parallelism`")
 
 
 _STATE_DTYPE = Decision(
@@ -86,75 +139,32 @@ def streams(graphs: Sequence[OpGraph]) -> Decision:
     return Decision(name="streams", value=str(most), reason=": ".join([reason, *times[-1:]]))
 
 
-def _later(name: str, value: str, asked: bool, reason: str) -> Decision:
-    return Decision(name=name, value=value, reason=reason if asked else "as the spec says")
-
-
-def _layout(spec: Spec, config: ModelConfig) -> tuple[ParallelLayout, Decision]:
-    count = spec.target.count
+def _check_stated(spec: Spec, config: ModelConfig) -> None:
+    """What a spec states by hand must be possible."""
+    if spec.serving and spec.serving.kv_dtype == "fp8":
+        raise SpecError("`serving.kv_dtype: fp8` is not planned yet", "leave it out; `tokenspeed predict` prices it")
     if spec.parallelism == "auto":
-        layout, reason, second = _auto(count, config)
-    else:
-        layout, reason, second = _by_hand(spec.parallelism, count, config), "as the spec says", None
-    value = f"attention tp {layout.attention_tp}, moe tp {layout.moe_tp} x ep {layout.moe_ep}"
-    return layout, Decision(name="parallelism", value=value, reason=reason, runner_up=second)
-
-
-def _auto(count: int, config: ModelConfig) -> tuple[ParallelLayout, str, str | None]:
-    if count == 1:
-        return ParallelLayout(1, 1, 1), "one GPU", None
-    if config.moe is None:
-        return ParallelLayout(count, count, 1), "tensor parallelism reads each weight once over all GPUs", None
-    if config.moe.intermediate_size % count == 0:
-        return (
-            ParallelLayout(count, count, 1),
-            "every GPU reads an equal part of each expert that is hit",
-            f"moe ep {count}: at batch 1 few GPUs would read whole experts",
-        )
-    return ParallelLayout(count, 1, count), f"{config.moe.intermediate_size} channels do not divide by {count}", None
-
-
-def _by_hand(asked: ParallelismSpec, count: int, config: ModelConfig) -> ParallelLayout:
+        return
+    count, asked = spec.target.count, spec.parallelism
     attention = asked.attention.tp if asked.attention else count
-    if attention != count:
+    if attention != count or (asked.attention and asked.attention.dp not in (None, 1)):
         raise SpecError(
             f"`parallelism.attention.tp` is {attention} on {count} GPUs, attention data parallelism is not planned yet",
-            f"set it to {count}, or `target.count` to {attention}",
+            f"set it to {count}, or `target.count` to {attention}; `tokenspeed predict` prices it",
         )
-    if asked.moe is None:
-        return _auto(count, config)[0]
-    given = asked.moe.model_fields_set
-    tp = asked.moe.tp if "tp" in given else count // asked.moe.ep if "ep" in given else count
-    ep = asked.moe.ep if "ep" in given else count // max(tp, 1)
+    if asked.attention and asked.attention.context_split not in (None, 1):
+        raise SpecError("`parallelism.attention.context_split` is not planned yet", "`tokenspeed predict` prices it")
+    if asked.moe is not None:
+        _check_moe(asked.moe, count, config)
+
+
+def _check_moe(asked: MoeSpec, count: int, config: ModelConfig) -> None:
+    given = asked.model_fields_set
+    tp = asked.tp if "tp" in given else count // asked.ep if "ep" in given else count
+    ep = asked.ep if "ep" in given else count // max(tp, 1)
     if config.moe is None and ep != 1:
         raise SpecError(f"`{config.name}` has no experts to spread over {ep} GPUs", "leave `parallelism.moe` out")
     if tp * ep != count:
         raise SpecError(
             f"moe tp {tp} x ep {ep} is {tp * ep} GPUs, the target has {count}", "make their product the count"
         )
-    return ParallelLayout(attention, tp, ep)
-
-
-def _check_legal(layout: ParallelLayout, config: ModelConfig) -> None:
-    """Refuse before any graph is built, so that the message names the model's own numbers."""
-    splits = [
-        Split("attention", config.attention.num_qo_heads),
-        Split("kv", config.attention.num_kv_heads),
-        Split("attention", config.delta_net.num_k_heads),
-        Split("attention", config.delta_net.num_v_heads),
-        Split("vocab", config.vocab_size),
-    ]
-    if config.moe:
-        splits += [Split("experts", config.moe.num_experts), Split("expert_inner", config.moe.intermediate_size)]
-    splits.append(Split("mlp", config.moe.shared_intermediate_size if config.moe else config.intermediate_size))
-    for split in splits:
-        split.local_units(layout)
-
-
-def _check_fp8(layout: ParallelLayout, config: ModelConfig) -> None:
-    """Each rank's part of an FFN must be whole blocks of the published FP8 checkpoints."""
-    if config.moe is None:
-        check_fp8_blocks(config.intermediate_size, layout.num_ranks, "the FFN")
-        return
-    check_fp8_blocks(config.moe.intermediate_size, layout.moe_tp, "an expert")
-    check_fp8_blocks(config.moe.shared_intermediate_size, layout.num_ranks, "the shared expert")

@@ -26,6 +26,7 @@ from tokenspeed_plan.plans.schema import (
     MoeLayout,
     Piece,
     Plan,
+    Predicted,
     Program,
     Shift,
     Target,
@@ -47,6 +48,7 @@ class Parts:
     layout: ParallelLayout
     limits: Limits
     decisions: tuple[Decision, ...]
+    predicted: Predicted
     programs: list[LoweredProgram]
     compiler_version: str
 
@@ -79,6 +81,7 @@ def freeze(parts: Parts) -> Plan:
         ),
         limits=parts.limits,
         decisions=parts.decisions,
+        predicted=parts.predicted,
         memory_bytes_per_rank=_memory(arena_bytes, parts.hardware),
         arenas=tuple(ArenaSpec(name=name, size_bytes=arena_bytes[name]) for name in sorted(arena_bytes)),  # type: ignore[arg-type]
         weights=weights,

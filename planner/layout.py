@@ -13,20 +13,32 @@ Axis = Literal["attention", "kv", "mlp", "vocab", "experts", "expert_inner"]
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """Ranks are numbered `ep_rank * moe_tp + moe_tp_rank`; attention tensor parallelism spans them all."""
+    """Ranks are numbered `ep_rank * moe_tp + moe_tp_rank`.
+
+    Attention tensor parallelism spans `attention_tp` neighbours; `attention_dp` such groups have their own sequences;
+    `context_split` ranks that hold copies of a KV head can share its tokens out instead.
+    """
 
     attention_tp: int
     moe_tp: int
     moe_ep: int
+    attention_dp: int = 1
+    context_split: int = 1
 
     @property
     def num_ranks(self) -> int:
         """GPUs in the pool."""
-        return self.attention_tp
+        return self.attention_tp * self.attention_dp
 
     def ways(self, axis: Axis) -> int:
         """Into how many parts an axis is cut."""
-        return {"experts": self.moe_ep, "expert_inner": self.moe_tp}.get(axis, self.num_ranks)
+        own = {"experts": self.moe_ep, "expert_inner": self.moe_tp}
+        return own.get(axis, self.attention_tp if axis in ("attention", "kv") else self.num_ranks)
+
+    def __str__(self) -> str:
+        more = f" x dp {self.attention_dp}" if self.attention_dp > 1 else ""
+        more += f" / context {self.context_split}" if self.context_split > 1 else ""
+        return f"attention tp {self.attention_tp}{more}, moe tp {self.moe_tp} x ep {self.moe_ep}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,22 @@ from tokenspeed_plan.plans.types import Phase
 
 ROWS_PER_SLOT = 2  # one to read, one to write; each draft needs one more
 ENDS_PER_CONVERSATION = 2  # checkpoints where the last prompt and the last answer end
+AS_ASKED = "as the spec says"
 WORTH_A_STEP = 16  # a prefill step costs as much as this part of a chunk even when it is almost empty
 
 
-def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareSpec, depth: int = 0) -> Limits:
+def plan_limits(
+    workload: WorkloadSpec,
+    config: ModelConfig,
+    hardware: HardwareSpec,
+    chunk: int | None = None,
+    checkpoint_tokens: int | None = None,
+    depth: int = 0,
+) -> Limits:
     """The longest conversation, rounded up to a page; pages for `concurrency` of them, rows for `depth` drafts.
+
+    `chunk` tokens of a prompt are computed at once, the machine's default where it is None; `checkpoint_tokens` as in
+    `checkpoint_spacing`.
 
     Raises:
         SpecError: the model has fewer positions than the workload needs.
@@ -31,9 +42,9 @@ def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareS
         )
     pages = -(-needed // hardware.page_size)
     max_seq_len = min(pages * hardware.page_size, config.max_positions)
-    chunk = min(hardware.prefill_chunk, _power_of_two(max_seq_len))
-    interval = max(chunk, hardware.page_size)
-    num_checkpoints = workload.concurrency * (ENDS_PER_CONVERSATION + max_seq_len // interval)
+    chunk = prefill_chunk(chunk or hardware.prefill_chunk, max_seq_len)
+    spacing = checkpoint_spacing(checkpoint_tokens, chunk, hardware.page_size)
+    kept = workload.concurrency * num_checkpoints(max_seq_len, spacing)
     return Limits(
         max_seqs=workload.concurrency,
         max_seq_len=max_seq_len,
@@ -41,28 +52,40 @@ def plan_limits(workload: WorkloadSpec, config: ModelConfig, hardware: HardwareS
         page_size=hardware.page_size,
         num_pages=pages * workload.concurrency,
         rows_per_slot=ROWS_PER_SLOT + depth,
-        num_rows=2 + workload.concurrency * (ROWS_PER_SLOT + depth) + num_checkpoints,
+        num_rows=2 + workload.concurrency * (ROWS_PER_SLOT + depth) + kept,
         default_max_tokens=min(workload.output_tokens, max_seq_len - 1),
         interleaved_tokens=chunk,
-        checkpoint_interval=interval,
+        checkpoint_interval=spacing or max(chunk, hardware.page_size),
         min_checkpoint_tokens=max(chunk // WORTH_A_STEP, hardware.page_size),
-        num_checkpoints=num_checkpoints,
+        num_checkpoints=kept,
     )
 
 
-def _power_of_two(value: int) -> int:
-    return 1 << (value - 1).bit_length()
+def prefill_chunk(wanted: int, longest_tokens: int) -> int:
+    """A chunk that is not longer than the longest sequence, rounded up to a power of two."""
+    return min(wanted, 1 << (longest_tokens - 1).bit_length())
+
+
+def checkpoint_spacing(asked: int | None, chunk: int, page_size: int) -> int:
+    """Tokens between two checkpoints of a prompt, in whole pages: a chunk unless `asked`; 0 keeps none."""
+    return -(-(chunk if asked is None else asked) // page_size) * page_size
+
+
+def num_checkpoints(seq_tokens: int, spacing: int) -> int:
+    """Checkpoints of a conversation of that length."""
+    return ENDS_PER_CONVERSATION + seq_tokens // spacing if spacing else 0
 
 
 def cache_decisions(limits: Limits, tpot_ms: float | None) -> tuple[Decision, ...]:
     """What was planned for conversations that come again, and why."""
     kept = f"{limits.num_checkpoints} checkpoints, in prompts every {limits.checkpoint_interval} tokens"
+    ends = f"{ENDS_PER_CONVERSATION} for each conversation where its last prompt and answer end, and turns start from"
     within = f"with a decode step within {tpot_ms} ms" if tpot_ms else "a chunk: the spec names no time per token"
     return (
         Decision(
             name="prefix_cache",
-            value=kept,
-            reason=f"one where each chunk of a prompt ends, {ENDS_PER_CONVERSATION} more for each conversation",
+            value=kept if limits.num_checkpoints else "off",
+            reason=f"{ends}; those between serve prompts that begin alike" if limits.num_checkpoints else AS_ASKED,
         ),
         Decision(name="interleaving", value=f"{limits.interleaved_tokens} prefill tokens a decode step", reason=within),
     )

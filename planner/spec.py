@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,9 +44,11 @@ class TargetSpec(_Section):
 
 
 class AttentionSpec(_Section):
-    """Tensor parallelism of the mixers."""
+    """Tensor parallelism of the mixers, groups of it with sequences of their own, ranks that split a context."""
 
     tp: Count
+    dp: Count | None = None
+    context_split: Count | None = None
 
 
 class MoeSpec(_Section):
@@ -64,7 +66,11 @@ class ParallelismSpec(_Section):
 
 
 class WorkloadSpec(_Section):
-    """What will be served. The longest conversation and the concurrency become the limits of the plan."""
+    """What will be served. The longest conversation and the concurrency become the limits of the plan.
+
+    `arrivals_per_s`: turns that come in a second; without it every user sends the next turn at once. `skew`: how uneven
+    the router is, as the exponent of a Zipf law over experts.
+    """
 
     kind: Literal["agentic", "batch"] = "batch"
     first_turn_tokens: Count = 2048
@@ -72,6 +78,8 @@ class WorkloadSpec(_Section):
     turns: Count = 1
     output_tokens: Count = 512
     concurrency: Annotated[int, Field(ge=1, le=65_536)] = 1
+    arrivals_per_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    skew: Annotated[float, Field(ge=0, le=4, allow_inf_nan=False)] = 0.0
 
     @property
     def longest_tokens(self) -> int:
@@ -94,9 +102,10 @@ class ObjectiveSpec(_Section):
 
 
 class SpeculationSpec(_Section):
-    """Draft tokens a step."""
+    """Draft tokens a step, and the share of drafts that are accepted after those before them."""
 
     depth: Annotated[int, Field(ge=1, le=16)]
+    acceptance: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
 
 
 class DisaggregationSpec(_Section):
@@ -104,6 +113,17 @@ class DisaggregationSpec(_Section):
 
     prefill: Count
     decode: Count
+
+
+class ServingSpec(_Section):
+    """What is otherwise searched for.
+
+    `checkpoint_tokens`: a checkpoint of recurrent state each so many tokens (0: nothing is kept for the next turn).
+    """
+
+    prefill_chunk: Count | None = None
+    kv_dtype: Literal["bf16", "fp8"] | None = None
+    checkpoint_tokens: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
 
 
 class Spec(_Section):
@@ -118,6 +138,7 @@ class Spec(_Section):
     slo: SloSpec | None = None
     speculation: AutoOrOff | SpeculationSpec = "auto"
     disaggregation: AutoOrOff | DisaggregationSpec = "auto"
+    serving: ServingSpec | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -142,8 +163,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_spec(path: Path) -> Spec:
-    """Read a spec.
+def load_spec(path: Path, changes: Sequence[str] = ()) -> Spec:
+    """Read a spec; `changes` are `key.key=value`, the value in YAML, and come after the file.
 
     Raises:
         SpecError: unreadable, not YAML, or not a spec; says which key and what was meant.
@@ -155,10 +176,10 @@ def load_spec(path: Path) -> Spec:
         raise SpecError(
             f"cannot read `{path}`: {reason}", "name a YAML spec, such as examples/demo/spec.yaml"
         ) from error
-    return parse_spec(text, str(path))
+    return parse_spec(text, str(path), changes)
 
 
-def parse_spec(text: str, name: str) -> Spec:
+def parse_spec(text: str, name: str, changes: Sequence[str] = ()) -> Spec:
     """A spec from YAML text; raises as `load_spec` does."""
     try:
         data = yaml.load(text, _Loader)  # a subclass of SafeLoader
@@ -167,10 +188,32 @@ def parse_spec(text: str, name: str) -> Spec:
         raise SpecError(f"`{name}` is not YAML: {reason}", "check indentation and quotes at that line") from error
     if not isinstance(data, dict):
         raise SpecError(f"`{name}` is not a mapping of keys", "start from examples/demo/spec.yaml")
+    for change in changes:
+        data = _changed(data, change)
     try:
         return Spec.model_validate(data)
     except ValidationError as error:
         raise _explain(error, name) from error
+
+
+def _changed(data: dict[Any, Any], change: str) -> dict[Any, Any]:
+    """The mapping with one value set; sections on the way are made, words such as `auto` are replaced by them."""
+    path, equals, text = change.partition("=")
+    if not equals or not all(path.split(".")):
+        raise SpecError(f"`--set {change}` is not key=value", "such as `--set parallelism.attention.tp=4`")
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SpecError(f"`--set {change}`: `{text}` is not YAML", "quote it as YAML does") from error
+    *folders, last = path.split(".")
+    made = dict(data)
+    inner = made
+    for folder in folders:
+        section = inner.get(folder)
+        inner[folder] = dict(section) if isinstance(section, dict) else {}
+        inner = inner[folder]
+    inner[last] = value
+    return made
 
 
 def _explain(error: ValidationError, name: str) -> SpecError:
@@ -212,6 +255,7 @@ def _sections() -> Mapping[str, type[_Section]]:
         "slo": SloSpec,
         "speculation": SpeculationSpec,
         "disaggregation": DisaggregationSpec,
+        "serving": ServingSpec,
     }
 
 

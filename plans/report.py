@@ -1,12 +1,28 @@
-"""A plan explained: as JSON for programs, as a table for people."""
+"""A plan explained: as JSON for programs, as one screen for people, and one decision in full."""
 
 from __future__ import annotations
 
+import difflib
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
-from tokenspeed_plan.plans.schema import KernelCall, Plan, Program
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.kernel_file import kind_of
+from tokenspeed_plan.plans.schema import CollectiveCall, Decision, KernelCall, Option, Plan, Program
 
 MIB, GIB = 1 << 20, 1 << 30
+TOP_COSTS = 5
+WIDTH = 118
+DEFINITIONS = {
+    "ttft_ms": "request to first token, mean over the turns of a conversation",
+    "tpot_ms": "time of a token after the first; TTFT is not in it",
+    "turn_time_ms": "request to last token",
+    "tokens_per_s_user": "output tokens over turn time",
+    "tokens_per_s_gpu": "output tokens of all users, for each GPU",
+    "cost_per_million_tokens_usd": "of output tokens, at the profile's on-demand price",
+    "cache_hit_rate": "share of prompt tokens that need no computing",
+}
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -19,14 +35,39 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "num_layers": plan.num_layers,
         "target": plan.target.model_dump(mode="json"),
         "layout": plan.layout.model_dump(mode="json"),
-        "limits": plan.limits.model_dump(mode="json"),
+        "limits": plan.limits.model_dump(mode="json") | _largest(plan),
+        "predicted": _predicted(plan),
         "decisions": [decision.model_dump(mode="json") for decision in plan.decisions],
         "programs": [_program(plan, program) for program in plan.programs],
+        "top_costs": top_costs(plan),
         "kernels": [kernel.name for kernel in plan.kernels],
         "kernel_compiler": plan.kernel_compiler,
         "binaries": [binary.model_dump(mode="json") for binary in plan.binaries],
         "memory_bytes_per_rank": plan.memory_bytes_per_rank.model_dump(mode="json"),
         "canary_prompts": len(plan.canary),
+    }
+
+
+def _largest(plan: Plan) -> dict[str, int]:
+    """What would still fit this memory, were the plan made for it."""
+    predicted = plan.predicted
+    return {
+        "largest_concurrency": predicted.largest_concurrency,
+        "largest_context_tokens": predicted.largest_context_tokens,
+    }
+
+
+def _predicted(plan: Plan) -> dict[str, Any]:
+    predicted = plan.predicted
+    return {
+        **predicted.values,
+        "interval": {name: [predicted.low[name], predicted.high[name]] for name in predicted.values},
+        "decode_batch": predicted.decode_batch,
+        "decode_step_us": predicted.decode_step_us,
+        "decode_floor_us": predicted.decode_floor_us,
+        "limited_by": predicted.limited_by,
+        "slo_missed": predicted.slo_missed,
+        "definitions": DEFINITIONS,
     }
 
 
@@ -53,40 +94,158 @@ def _collectives(plan: Plan, program: Program) -> int:
     )
 
 
+def smallest_decode(plan: Plan) -> Program:
+    """The decode program of the smallest bucket: a lone user's step."""
+    return min((p for p in plan.programs if p.phase == "decode"), key=lambda p: p.bucket)
+
+
+def top_costs(plan: Plan) -> list[dict[str, Any]]:
+    """Where a lone user's step goes: kinds of kernels by predicted time."""
+    program = smallest_decode(plan)
+    kinds = {kernel.name: kind_of(kernel) for kernel in plan.kernels}
+    times: dict[str, list[float]] = defaultdict(list)
+    for step in program.steps:
+        if isinstance(step, KernelCall):
+            times[kinds[step.kernel]].append(step.predicted_us)
+        elif isinstance(step, CollectiveCall):
+            times[step.op].append(step.predicted_us)
+    rows = sorted(((sum(each), kind, len(each)) for kind, each in times.items()), key=lambda row: (-row[0], row[1]))
+    return [
+        {"kind": kind, "calls": calls, "total_us": round(us, 2), "share": round(us / program.predicted_us, 4)}
+        for us, kind, calls in rows[:TOP_COSTS]
+    ]
+
+
 def as_text(plan: Plan, kernels: bool = False) -> str:
     """The summary for a person."""
     target, limits = plan.target, plan.limits
+    layout = _value(plan, "parallelism")
     lines = [
         f"{plan.model.name} ({plan.model.dtype}, {plan.num_layers} layers) on {target.count} x {target.gpu}",
         f"digest {plan.digest[:16]}, planned by tokenspeed-plan {plan.compiler_version}",
-        f"serves {limits.max_seqs} sequences at once, each up to {limits.max_seq_len} tokens",
+        f"layout {layout}; serves {limits.max_seqs} sequences at once, each up to {limits.max_seq_len} tokens "
+        f"(would fit: {plan.predicted.largest_concurrency}, or {plan.predicted.largest_context_tokens} tokens)",
         "",
-        "decisions",
-        *(
-            f"  {d.name:<16} {d.value}: {d.reason}" + (f" (next: {d.runner_up})" if d.runner_up else "")
-            for d in plan.decisions
-        ),
+        *_predicted_lines(plan),
         "",
-        "memory on each rank",
-        *(f"  {name:<16} {_size(size)}" for name, size in plan.memory_bytes_per_rank.model_dump().items()),
+        *_memory_lines(plan),
         "",
-        "  phase     bucket  drafts  launches  per layer  collectives  predicted",
+        *_program_lines(plan),
+        "",
+        "a lone user's step: " + ", ".join(f"{r['kind']} {r['share']:.0%} ({r['calls']})" for r in top_costs(plan)),
+        f"limited by {_limit(plan)}",
+        "",
+        "decisions (`--why NAME` says more)",
+        *(_clip(f"  {d.name:<16} {d.value}: {d.reason}") for d in plan.decisions),
     ]
-    for row in as_dict(plan)["programs"]:
+    return "\n".join([*lines, *_kernel_lines(plan)] if kernels else lines)
+
+
+def _clip(line: str) -> str:
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
+
+
+def _value(plan: Plan, name: str) -> str:
+    return next((d.value for d in plan.decisions if d.name == name), "?")
+
+
+def _predicted_lines(plan: Plan) -> Iterator[str]:
+    """The contract's numbers, two a line, each with its interval."""
+    predicted = plan.predicted
+    cells = [
+        f"{name:<27} {predicted.values[name]:>9.4g} ({predicted.low[name]:.4g} to {predicted.high[name]:.4g})"
+        for name in DEFINITIONS
+    ]
+    yield "predicted for the spec's workload (TPOT without TTFT)"
+    for left, right in zip(cells[::2], [*cells[1::2], ""], strict=False):
+        yield f"  {left:<58} {right}".rstrip()
+
+
+def _limit(plan: Plan) -> str:
+    """The kinds of time of a step, and how far it is from the floor."""
+    parts = plan.predicted.decode_step_us
+    total = sum(parts.values())
+    shares = ", ".join(
+        f"{kind} {part / total:.0%}" for kind, part in sorted(parts.items(), key=lambda i: -i[1]) if part
+    )
+    floor = plan.predicted.decode_floor_us / total
+    return f"{plan.predicted.limited_by}: {shares}; its bytes at peak rate are {floor:.0%} of a step"
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    memory = plan.memory_bytes_per_rank.model_dump()
+    capacity, total = memory.pop("capacity"), memory.pop("total")
+    cells = [f"{name} {_size(size).strip()}" for name, size in memory.items() if size]
+    return [
+        f"memory on each rank: {_size(total).strip()} of {_size(capacity).strip()}",
+        _clip(f"  {', '.join(cells)}"),
+    ]
+
+
+def _program_lines(plan: Plan) -> list[str]:
+    lines = ["  phase     bucket  drafts  launches  per layer  collectives  predicted"]
+    for row in (_program(plan, program) for program in plan.programs):
         lines.append(
             f"  {row['phase']:<9} {row['bucket']:>6} {row['depth']:>7} {row['launches']:>9} "
             f"{row['launches_per_layer']:>10.2f} {row['collectives']:>12}  {row['predicted_us'] / 1e3:.2f} ms"
         )
-    return "\n".join([*lines, *_kernel_lines(plan)] if kernels else lines)
+    return lines
 
 
 def _size(size_bytes: int) -> str:
     return f"{size_bytes / GIB:>9.2f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:>9.2f} MiB"
 
 
+def why(plan: Plan, name: str) -> str:
+    """One decision: what, why, and the others with their numbers. A predicted number is explained too.
+
+    Raises:
+        PlanError: the plan has no such decision.
+    """
+    decision = next((d for d in plan.decisions if d.name == name), None)
+    if decision is not None:
+        return "\n".join(_decision_lines(decision))
+    if name in plan.predicted.values:
+        return "\n".join(_number_lines(plan, name))
+    known = [*(d.name for d in plan.decisions), *plan.predicted.values]
+    near = difflib.get_close_matches(name, known, 1)
+    raise PlanError(
+        f"the plan has no decision called `{name}`",
+        f"did you mean `{near[0]}`?" if near else f"decisions: {', '.join(known)}",
+    )
+
+
+def _decision_lines(decision: Decision) -> Iterator[str]:
+    yield f"{decision.name}: {decision.value}"
+    yield f"  because  {decision.reason}"
+    if decision.runner_up:
+        yield f"  next     {decision.runner_up}"
+    if decision.options:
+        yield "  looked at"
+        yield from (f"    {line}" for one in decision.options for line in option_lines(one))
+
+
+def option_lines(one: Option) -> Iterator[str]:
+    """A deployment and its numbers, or why it cannot be."""
+    yield one.what + (f": {one.reason}" if one.reason else "")
+    if one.numbers:
+        yield "  " + ", ".join(f"{name} {value:.4g}" for name, value in one.numbers.items())
+
+
+def _number_lines(plan: Plan, name: str) -> Iterator[str]:
+    predicted = plan.predicted
+    low, high = predicted.low[name], predicted.high[name]
+    yield f"{name}: {predicted.values[name]:.5g}, between {low:.5g} and {high:.5g}"
+    yield f"  means    {DEFINITIONS.get(name, 'a detail of the contract numbers')}"
+    yield f"  step     at an average batch of {predicted.decode_batch:.3g}, limited by {_limit(plan)}"
+    for kind, part in sorted(predicted.decode_step_us.items(), key=lambda item: -item[1]):
+        if part:
+            yield f"    {kind:<11} {part:>9.1f} us"
+
+
 def _kernel_lines(plan: Plan) -> list[str]:
     """Each kernel: calls in the smallest decode program, what the compiler made of it, and its parts."""
-    program = min((p for p in plan.programs if p.phase == "decode"), key=lambda p: p.bucket)
+    program = smallest_decode(plan)
     calls = [step.kernel for step in program.steps if isinstance(step, KernelCall)]
     built = {binary.kernel: binary for binary in plan.binaries}
     lines = ["", f"  {'calls':>5}  {'kernel':<40} {'registers':>9} {'spills':>6} {'shared':>9}  parts"]

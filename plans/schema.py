@@ -128,13 +128,68 @@ class Limits(Frozen):
         return self.num_rows - 1
 
 
+class Option(Frozen):
+    """Something else that could have been chosen: its numbers, or the reason why it could not."""
+
+    what: str
+    numbers: dict[str, float] = Field(default_factory=dict)
+    reason: str = ""
+
+
 class Decision(Frozen):
-    """One choice, with its reason and what came second."""
+    """One choice, with its reason, what came second, and the others that were looked at."""
 
     name: str
     value: str
     reason: str
     runner_up: str | None = None
+    options: tuple[Option, ...] = ()
+
+
+class LayerMove(Frozen):
+    """One layer's cache on its way to a decode pool, counted from the start of the prompt's last chunk."""
+
+    layer: int
+    size_bytes: int
+    start_us: float
+    end_us: float
+
+
+class Transfers(Frozen):
+    """How prefill and decode pools would hand a prompt over: bytes from each sender, and when each layer's leave.
+
+    `exposed_us` is what no computing hides.
+    """
+
+    transport: Literal["nvlink", "rdma", "tcp"]
+    bytes_per_s: float
+    size_bytes: int
+    exposed_us: float
+    ttft_ms_with: float
+    ttft_ms_without: float
+    layers: tuple[LayerMove, ...]
+
+
+class Predicted(Frozen):
+    """What the spec's workload will see, with intervals. TPOT is the time of a token after the first.
+
+    `decode_step_us` are the kinds of time of a step at `decode_batch`, `limited_by` is the largest; `slo_missed` says
+    which service level is not met, and by how much. `front` and `rejected` are of all deployments, replayed or not.
+    """
+
+    values: dict[str, float]
+    low: dict[str, float]
+    high: dict[str, float]
+    largest_concurrency: int
+    largest_context_tokens: int
+    decode_batch: float
+    decode_step_us: dict[str, float]
+    decode_floor_us: float
+    limited_by: str
+    slo_missed: str | None = None
+    front: tuple[Option, ...] = ()
+    rejected: tuple[Option, ...] = ()
+    transfers: Transfers | None = None
 
 
 class ArenaSpec(Frozen):
@@ -401,6 +456,7 @@ class Plan(Frozen):
     layout: Layout
     limits: Limits
     decisions: tuple[Decision, ...]
+    predicted: Predicted
     memory_bytes_per_rank: Memory
     arenas: tuple[ArenaSpec, ...]
     weights: tuple[WeightSpec, ...]

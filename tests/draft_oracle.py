@@ -30,7 +30,7 @@ def draft_logits_of_graph(folder: Path, hidden_TH: Tensor, ids_T: Tensor) -> Ten
     """After each row: the graph computes the last row's logits alone, so it is run on ever more rows."""
     spec = make_spec(folder, speculation={"depth": 1})
     model = find_model(spec)
-    limits = plan_limits(spec.workload, model.config, find_hardware("cpu"), 1)
+    limits = plan_limits(spec.workload, model.config, find_hardware("cpu"), depth=1)
     graph = build(BuildContext(model.config, "fp32", limits, model.num_valid_tokens, model.fused_experts), "prefill", 1)
     stored, fixed = read(folder), dict[str, Tensor]()
     order = list(graph.ordered())

@@ -27,7 +27,10 @@ from tokenspeed_plan.runtime.bench.replay import Replay
 
 SURFACE = {
     "plan": {"spec", "out", "check", "no_compile"},
-    "show": {"bundle", "as_json", "kernels"},
+    "show": {"bundle", "as_json", "kernels", "field", "html"},
+    "predict": {"spec", "changes", "engine", "as_json"},
+    "sweep": {"spec", "gpus", "counts", "changes", "reserved", "as_json"},
+    "calibrate": {"out", "base", "device"},
     "diff": {"old", "new"},
     "check": {"bundle", "weights", "canary"},
     "run": {"bundle", "source", "output", "prompt", "max_tokens", "temperature", "seed", "weights", "errors", "summary",
@@ -83,6 +86,24 @@ def test_show_json_holds_the_contract(bundle: Path) -> None:
     assert all(wanted <= set(program) for program in data["programs"])
     assert {"weights", "kv_cache", "state", "activations", "total"} <= set(data["memory_bytes_per_rank"])
     assert data["num_layers"] == 4
+    contract = {"ttft_ms", "tpot_ms", "turn_time_ms", "tokens_per_s_user", "tokens_per_s_gpu",
+                "cost_per_million_tokens_usd", "cache_hit_rate"}  # fmt: skip
+    assert contract <= set(data["predicted"]) and contract <= set(data["predicted"]["definitions"])
+    for name in contract:
+        low, high = data["predicted"]["interval"][name]
+        assert low <= data["predicted"][name] <= high
+    assert {"max_seqs", "max_seq_len", "largest_concurrency", "largest_context_tokens"} <= set(data["limits"])
+    assert 0 < len(data["top_costs"]) <= 5
+
+
+def test_show_is_one_screen_and_says_why(bundle: Path) -> None:
+    for folder in (bundle, ROOT / "plans/frozen/qwen3.5-397b-b200x8"):
+        lines = cli("show", folder).stdout.splitlines()
+        assert len(lines) <= 45 and max(map(len, lines)) <= 140
+    said = cli("show", ROOT / "plans/frozen/qwen3.5-397b-b200x8", "--why", "parallelism").stdout
+    assert "because" in said and "next" in said and "turn_time_ms" in said
+    assert "TTFT is not in it" in cli("show", bundle, "--why", "tpot_ms").stdout
+    is_clean(cli("show", bundle, "--why", "paralelism"), 2, "no decision called `paralelism`")
 
 
 def test_show_check_and_diff(bundle: Path, tmp_path: Path) -> None:
@@ -98,6 +119,74 @@ def test_show_check_and_diff(bundle: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "~ limits.max_seqs                    8 -> 4" in result.stdout
     assert "- program decode/8" in result.stdout
+    assert any(line.startswith("~ memory.kv_cache ") and "%" in line for line in result.stdout.splitlines())
+    assert any(line.startswith("~ predicted.") for line in result.stdout.splitlines())
+    assert len(result.stdout.splitlines()) < 60
+
+
+SPEC_397B = ROOT / "examples/qwen3.5-397b-b200x8/spec.yaml"
+SMALL = ("--set", "model.preset=qwen3.5-9b", "--set", "target.count=2")
+
+
+def test_predict_takes_any_stated_layout() -> None:
+    data = json.loads(cli("predict", SPEC_397B, *SMALL, "--set", "parallelism.attention={tp: 1, dp: 2}", "--set",
+                          "speculation.depth=2", "--set", "serving.prefill_chunk=1024", "--json").stdout)  # fmt: skip
+    assert (data["layout"]["attention_tp"], data["layout"]["attention_dp"]) == (1, 2)
+    assert (data["knobs"]["depth"], data["knobs"]["prefill_chunk"]) == (2, 1024)
+    assert not data["replayed"] and "attention data parallelism" in data["not_replayed_yet"]
+    assert data["predicted"]["tpot_ms"] > 0 and data["memory_bytes_per_rank"]["total"] > 9e9
+    today = ("--set", "speculation=off", "--set", "disaggregation=off")
+    assert "can freeze this" in cli("predict", SPEC_397B, *SMALL, *today, "--set", "parallelism.attention.tp=2").stdout
+
+
+def test_predict_models_another_engine(tmp_path: Path) -> None:
+    """Ten times the launches take longer, by just the launches."""
+    engine = tmp_path / "engine.yaml"
+    times = []
+    for kernels in (10, 100):
+        engine.write_text(f"{{name: x, kernels_per_layer: {kernels}, collectives_per_layer: 2, host_us_per_step: 0}}")
+        fixed = ("--set", "speculation=off", "--set", "parallelism={attention: {tp: 2}}")
+        data = json.loads(cli("predict", SPEC_397B, *SMALL, *fixed, "--engine", engine, "--json").stdout)
+        times.append(data["predicted"]["decode_step_us"])
+    assert times[1]["launches"] == 10 * times[0]["launches"] == 100 * 32
+    assert times[1]["total"] - times[0]["total"] == pytest.approx(90 * 32 * (1.3 + 0.85), rel=1e-3)
+    for text, says in (("[", "is not YAML"), ("name: x", "kernels_per_layer"), ("- 1", "the file")):
+        engine.write_text(text)
+        is_clean(cli("predict", SPEC_397B, "--engine", engine), 2, says)
+    is_clean(cli("predict", SPEC_397B, "--engine", tmp_path / "no.yaml"), 2, "cannot read")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("target", "is not key=value"),
+        ("target..gpu=H200", "is not key=value"),
+        ("target.gpu=[", "is not YAML"),
+        ("target.gpo=H200", "unknown key `target.gpo`"),
+        ("target.gpu=H200000", "no GPU called"),
+        ("model.weights=fp4", "`model.weights`"),
+        ("target.count=1", "no layout of the model is legal and fits"),
+        ("target={gpu: H200, count: 8, x: 1}", "unknown key `target.x`"),
+    ],
+)
+def test_predict_refuses_in_one_line(change: str, says: str) -> None:
+    is_clean(cli("predict", SPEC_397B, "--set", change), 2, says)
+
+
+def test_nvfp4_needs_a_machine_that_multiplies_it() -> None:
+    is_clean(cli("predict", SPEC_397B, "--set", "target.gpu=H200", "--set", "model.weights=nvfp4"), 2, "no matrix rate")
+
+
+def test_sweep_names_a_winner_or_a_reason_for_each_machine() -> None:
+    rows = json.loads(cli("sweep", SPEC_397B, "--set", "model.preset=qwen3.5-27b", "--gpus", "H200,RTX5090,a100-80g",
+                          "--count", "1,2", "--json").stdout)  # fmt: skip
+    assert [(row["gpu"], row["count"]) for row in rows] == [(g, n) for g in ("H200", "RTX5090", "A100") for n in (1, 2)]
+    assert all(("predicted" in row) != ("error" in row) for row in rows)
+    assert "needs" in rows[2]["error"] and rows[0]["predicted"]["cost_per_million_tokens_usd"] > 0
+    table = cli("sweep", SPEC_397B, *SMALL, "--gpus", "H200", "--count", "1").stdout
+    assert "USD/M" in table and "attention tp 1" in table
+    is_clean(cli("sweep", SPEC_397B, "--gpus", "H200", "--count", "1,x"), 2, "--count 1,x")
+    is_clean(cli("sweep", SPEC_397B, "--gpus", "X200"), 2, "no GPU called")
 
 
 def test_a_plan_removes_only_what_the_plan_before_it_wrote(bundle: Path, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from conftest import ROOT
 
 FOLDERS = ("codegen", "planner", "plans", "runtime")
+DATA = ("planner/presets/*.json", "planner/profiles/*.yaml", "planner/tiling/*.yaml", "codegen/templates/*.j2")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def is_ours(path: Path) -> bool:
     """Whether a file of the four folders belongs in the wheel; a frozen plan, with its kernels, does not."""
-    data = any(map(path.match, ("planner/presets/*.json", "planner/tiling/*.yaml", "codegen/templates/*.py.j2")))
+    data = any(map(path.match, DATA))
     source = path.suffix == ".py" or path.name == "py.typed" or data
     return source and "frozen" not in path.parts
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
+from tokenspeed_plan.planner.search.replayed import step_prediction
 from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.errors import SpecError
 
 Folder = click.Path(path_type=Path)
 Some = click.IntRange(min=1)
@@ -42,6 +45,10 @@ def _programs(bundle: Path, folder: Path | None, options: dict[str, Any]) -> tup
     frozen = load_plan(bundle)
     executor = bench.prepare(frozen, bundle, folder)
     found = bench.bench(frozen, executor, bench.Options(options["batch"], options["context"], options["prefill"]))
+    for program in found["programs"]:
+        batch = (program["tokens"], program["batch"], program["context"])
+        with suppress(SpecError):  # the model's folder is elsewhere: what the plan says of its own batch stays
+            program |= step_prediction(frozen, bundle, program["phase"], *batch)
     return found, bench.as_text(found)
 
 

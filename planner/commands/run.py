@@ -127,7 +127,6 @@ def _selection(options: dict[str, Any]) -> Selection:
 
 
 def _predicted(frozen: Plan) -> dict[str, float]:
-    """What the plan promises at full concurrency: one decode step, and one prefill chunk."""
-    decode = max((p for p in frozen.programs if p.phase == "decode"), key=lambda p: p.bucket)
-    prefill = max((p for p in frozen.programs if p.phase == "prefill"), key=lambda p: p.bucket)
-    return {"tpot_ms": round(decode.predicted_us / 1e3, 3), "ttft_ms": round(prefill.predicted_us / 1e3, 3)}
+    """What the plan promises for its workload: a token after the first (no TTFT in it), and the first."""
+    values = frozen.predicted.values
+    return {"tpot_ms": values["tpot_ms"], "ttft_ms": values["ttft_ms"]}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import click
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.diff import diff
-from tokenspeed_plan.plans.report import as_dict, as_text
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.report import as_dict, as_text, why
+from tokenspeed_plan.plans.schema import Plan
 
 Folder = click.Path(path_type=Path)
 
@@ -17,10 +20,30 @@ Folder = click.Path(path_type=Path)
 @click.argument("bundle", type=Folder)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--kernels", is_flag=True, help="List the kernels too.")
-def show(bundle: Path, as_json: bool, kernels: bool) -> None:
-    """Show what a plan decided: layout, memory, programs, launches, predicted times."""
+@click.option("--why", "field", help="Explain a decision or a predicted number, with the runners-up.")
+@click.option("--html", type=Folder, help="Write one self-contained page: graphs, timeline, memory, roofline, front.")
+def show(bundle: Path, as_json: bool, kernels: bool, field: str | None, html: Path | None) -> None:
+    """Show what a plan decided: layout, memory, predicted numbers, what limits it."""
     frozen = load_plan(bundle)
+    if html is not None:
+        html.write_text(_page(frozen, bundle), encoding="utf-8")
+        click.echo(f"wrote {html}", err=True)
+        return
+    if field is not None:
+        click.echo(why(frozen, field))
+        return
     click.echo(json.dumps(as_dict(frozen), indent=1) if as_json else as_text(frozen, kernels))
+
+
+def _page(frozen: Plan, bundle: Path) -> str:
+    """The roofline is left out where the model's config is not at hand."""
+    from tokenspeed_plan.codegen.page import render_page
+    from tokenspeed_plan.planner.search.replayed import roofline
+
+    roof = None
+    with suppress(SpecError):
+        roof = roofline(frozen, bundle)
+    return render_page(frozen, roof)
 
 
 @click.command("diff")

@@ -26,8 +26,8 @@ def shard(graph: OpGraph, layout: ParallelLayout) -> OpGraph:
     ops: list[Op] = []
     for op in graph.ops:
         local = _cut_op(op, tensors, layout)
-        kind = _collective(op) if layout.num_ranks > 1 else None
-        ops += [local] if kind is None else _with_collective(local, kind, graph, tensors, layout.num_ranks)
+        kind, count = _collective(op), _ranks_of(op, graph, layout)
+        ops += [local] if kind is None or count == 1 else _with_collective(local, kind, graph, tensors, count)
     return graph.to(Stage.SHARDED, ops=tuple(ops), tensors=tensors, weights=weights)
 
 
@@ -68,6 +68,12 @@ def _cut_op(op: Op, tensors: Mapping[str, Tensor], layout: ParallelLayout) -> Op
 
 def _collective(op: Op) -> str | None:
     return "all_reduce" if op.partial else "all_gather" if op.gathered else None
+
+
+def _ranks_of(op: Op, graph: OpGraph, layout: ParallelLayout) -> int:
+    """How many ranks hold the terms: those that share the axis along which the operator's weight is cut."""
+    splits = [split for name in op.weights for source in graph.weights[name].sources for _, split in source.splits]
+    return layout.ways(splits[0].axis) if splits else layout.num_ranks
 
 
 def _with_collective(op: Op, kind: str, graph: OpGraph, tensors: dict[str, Tensor], num_ranks: int) -> list[Op]:

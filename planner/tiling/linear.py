@@ -38,9 +38,16 @@ def _row_tiles(work: Work, rows: int, columns: int, depth: int) -> list[Tile]:
     m = up2(rows)
     if work.interpreted:
         return [Tile(m, min(up2(columns), 32 // ways), min(up2(depth), 256), 8, 1)]
-    wide = max(2, min(16, down2(columns // (2 * work.hardware.num_sms)))) // ways
-    deep = min(up2(depth), 1024)
-    return [Tile(m, max(n, 1), min(deep, 4096 // (ways * m) // max(n, 1))) for n in (wide, wide // 2, 1) if n]
+    wide = max(2, min(16 if m == 1 else 4, down2(columns // (2 * work.hardware.num_sms)))) // ways
+    deep = _deep(depth)
+    most = 4096 if m == 1 else 16384  # of a tile; long pieces of a few weight rows keep the memory busy
+    return [Tile(m, max(n, 1), min(deep, most // (ways * m) // max(n, 1)), 4, 1) for n in (wide, wide // 2, 1) if n]
+
+
+def _deep(depth: int) -> int:
+    """A power of two that divides the depth, so that no load is masked; any where there is none of some size."""
+    even = min(depth & -depth, 1024)
+    return even if even >= 128 else min(up2(depth), 1024)
 
 
 def _matrix_tiles(work: Work, rows: int, columns: int, depth: int) -> list[Tile]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 
 READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
@@ -20,6 +21,50 @@ class Machine:
     read_bytes_per_s: float
     launch_us: float
     matrix_flops_per_s: float
+
+
+def this_machine(device: str | None = None) -> tuple[str, str]:
+    """The device to measure (the GPU, where there is one and nothing else is asked for), and what it calls itself.
+
+    Raises:
+        PlanError: a GPU is asked for, and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PlanError("there is no GPU here to measure", "leave `--device` out, or say `--device cpu`")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, "cpu" if device == "cpu" else torch.cuda.get_device_name()
+
+
+def sizes(device: str) -> dict[str, int]:
+    """Multiprocessors and bytes of memory of a GPU; nothing of a CPU, whose memory is shared with others."""
+    if device == "cpu":
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {"num_sms": properties.multi_processor_count, "memory_bytes": properties.total_memory}
+
+
+def provenance(device: str) -> dict[str, str]:
+    """What a measurement was made with."""
+    found = {"torch": str(torch.__version__)}
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        found |= {"cuda": str(torch.version.cuda), "free_bytes": str(free), "total_bytes": str(total)}
+    return found
+
+
+def used_bytes(device: str) -> int | None:
+    """Memory of a GPU that is taken, by whatever: tensors, the context, loaded kernels, graphs; None on a CPU."""
+    if device == "cpu":
+        return None
+    release()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def release() -> None:
+    """Give memory that nobody uses any more back to the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def measure_machine(device: str) -> Machine:
@@ -48,3 +93,26 @@ def _matrix(device: str) -> float:
     size, dtype = MATRIX[device]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2.0 * size**3 / time_us(captured(lambda: a @ b, device), device) * 1e6
+
+
+def measure_sums(sizes_bytes: tuple[int, ...] = (1 << 20, 1 << 24, 1 << 28)) -> dict[int, dict[int, float]]:
+    """Microseconds of NCCL's all-reduce by GPUs and bytes, over all GPUs of this process; empty with fewer than two.
+
+    Launched one by one, so that only large messages say something about the links.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found: dict[int, dict[int, float]] = {}
+    for gpus in (n for n in (2, 4, 8) if n <= count):
+        found[gpus] = {size: _sum_us(gpus, size) for size in sizes_bytes}
+    return found
+
+
+def _sum_us(gpus: int, size_bytes: int) -> float:
+    parts = [torch.zeros(size_bytes // 2, device=f"cuda:{i}", dtype=torch.bfloat16) for i in range(gpus)]
+
+    def work() -> None:
+        torch.cuda.nccl.all_reduce(parts)
+        for index in range(gpus):
+            torch.cuda.synchronize(index)
+
+    return time_us(work, "cpu")

@@ -14,7 +14,7 @@ from tokenspeed_plan.plans.schema import KernelCall, Plan, Program
 from tokenspeed_plan.plans.types import Phase
 from tokenspeed_plan.runtime.bench.bytes import Load, activation_bytes, bound_flops, floor_bytes
 from tokenspeed_plan.runtime.bench.clock import RUNS, captured, kernel_times_us, time_us
-from tokenspeed_plan.runtime.bench.machine import Machine, measure_machine
+from tokenspeed_plan.runtime.bench.machine import Machine, measure_machine, used_bytes
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.inputs import write_inputs
 from tokenspeed_plan.runtime.request import Request, SamplingParams
@@ -43,7 +43,11 @@ def bench(plan: Plan, executor: Executor, options: Options) -> dict[str, Any]:
     programs = [Replay(plan, executor, "decode", options.batch, rows, options.context).measure(machine)]
     if options.chunk:
         programs.append(Replay(plan, executor, "prefill", 1, options.chunk, options.context).measure(machine))
-    return {"machine": asdict(machine), "plan": plan.digest, "model": plan.model.name, "programs": programs}
+    memory = {"planned_bytes": plan.memory_bytes_per_rank.total, "reserved_bytes": plan.memory_bytes_per_rank.reserved}
+    return {
+        "machine": asdict(machine), "plan": plan.digest, "model": plan.model.name, "programs": programs,
+        "memory": memory | {"measured_bytes": used_bytes(device)},
+    }  # fmt: skip
 
 
 class Replay:

@@ -24,7 +24,7 @@ from tokenspeed_plan.codegen.render import source_digest
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.compile import build_bundle, find_model
 from tokenspeed_plan.planner.cost import Load
-from tokenspeed_plan.planner.hardware import HARDWARE, HardwareSpec, find_hardware
+from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware, known_profiles
 from tokenspeed_plan.planner.kernels import KernelChoice
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.limits import plan_limits
@@ -169,7 +169,7 @@ def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> N
     """No frozen plan has them: those of three drafts of three sequences, in decode and after a prefill."""
     hardware, asked = find_hardware(gpu), KernelChoice(find_hardware(gpu), default_cache())
     config, _ = load_preset("qwen3.5-35b-a3b")
-    limits = plan_limits(WorkloadSpec(), config, hardware, 3)
+    limits = plan_limits(WorkloadSpec(), config, hardware, depth=3)
     context = BuildContext(config, "bf16", limits, config.vocab_size, lambda prefix: True)
     phases: dict[Phase, int] = {"decode": 12, "prefill": 2048}
     for phase, tokens in phases.items():
@@ -439,11 +439,13 @@ def test_a_kernel_that_fits_in_no_tiling_is_refused(tmp_path: Path) -> None:
     assert "--no-compile" in caught.value.hint
 
 
-def test_planning_refuses_what_does_not_fit_unless_told_not_to_look(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(HARDWARE, "h200", replace(HARDWARE["h200"], max_shared_bytes=0))
-    command = ["plan", str(ROOT / "examples" / H200_PLAN / "spec.yaml"), "-o", str(tmp_path / "out")]
+def test_planning_refuses_what_does_not_fit_unless_told_not_to_look(tmp_path: Path) -> None:
+    profile = tmp_path / "small.yaml"
+    profile.write_text(known_profiles()["h200"].replace("232_448", "1024"))
+    spec = tmp_path / "spec.yaml"
+    text = (ROOT / "examples" / H200_PLAN / "spec.yaml").read_text()
+    spec.write_text(text.replace("gpu: H200", f"gpu: {profile}"))
+    command = ["plan", str(spec), "-o", str(tmp_path / "out")]
     refused = CliRunner().invoke(main, command)
     assert refused.exit_code == 2
     assert refused.output.startswith("error: no tiling of kernel `")

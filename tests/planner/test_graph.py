@@ -41,7 +41,7 @@ ACTIVE = {"397b-a17b": 16_331_922_176, "35b-a3b": 2_946_429_568, "9b": 7_936_684
 
 def context(name: str, depth: int = 0) -> BuildContext:
     config, _ = load_preset(f"qwen3.5-{name}")
-    limits = plan_limits(WorkloadSpec(), config, find_hardware("B200"), depth)
+    limits = plan_limits(WorkloadSpec(), config, find_hardware("B200"), depth=depth)
     return BuildContext(config, "bf16", limits, config.vocab_size, lambda prefix: not prefix.startswith("mtp."))
 
 

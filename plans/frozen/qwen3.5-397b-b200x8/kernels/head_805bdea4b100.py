@@ -11,19 +11,19 @@ import triton.language as tl
 
 @triton.jit
 def head(
-    last_token_x,  # input, bf16 [num_tokens, 2048]
+    last_token_x,  # input, bf16 [num_tokens, 4096]
     last_token_cu_seqlens,  # input, i32 [num_seqs+1]
-    linear_w,  # weight, bf16 [248320, 2048]
-    linear_y0,  # output, bf16 [num_seqs, 248320]
+    linear_w,  # weight, bf16 [31040, 4096]
+    linear_y0,  # output, bf16 [num_seqs, 31040]
     num_tokens,
     num_seqs,
 ):
-    BLOCK_K: tl.constexpr = 64
-    BLOCK_M: tl.constexpr = 4
+    BLOCK_K: tl.constexpr = 256
+    BLOCK_M: tl.constexpr = 1
     BLOCK_N: tl.constexpr = 16
-    K: tl.constexpr = 2048
-    N: tl.constexpr = 248320
-    STAGES: tl.constexpr = 3
+    K: tl.constexpr = 4096
+    N: tl.constexpr = 31040
+    STAGES: tl.constexpr = 1
 
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_ok = m < num_seqs

@@ -11,23 +11,22 @@ import triton.language as tl
 
 @triton.jit
 def norm_linear(
-    rms_norm_x,  # input, bf16 [num_tokens, 4096]
-    rms_norm_w,  # weight, bf16 [4096]
-    linear_w,  # weight, bf16 [2576, 4096]
-    linear_y0,  # output, bf16 [num_tokens, 1536]
-    linear_y1,  # output, bf16 [num_tokens, 1024]
-    linear_y2,  # output, bf16 [num_tokens, 8]
-    linear_y3,  # output, bf16 [num_tokens, 8]
+    rms_norm_x,  # input, bf16 [num_tokens, 2048]
+    rms_norm_w,  # weight, bf16 [2048]
+    linear_w,  # weight, bf16 [9216, 2048]
+    linear_y0,  # output, bf16 [num_tokens, 8192]
+    linear_y1,  # output, bf16 [num_tokens, 512]
+    linear_y2,  # output, bf16 [num_tokens, 512]
     num_tokens,
     num_seqs,
 ):
-    BLOCK_K: tl.constexpr = 512
-    BLOCK_M: tl.constexpr = 1
-    BLOCK_N: tl.constexpr = 8
+    BLOCK_K: tl.constexpr = 1024
+    BLOCK_M: tl.constexpr = 2
+    BLOCK_N: tl.constexpr = 4
     EPS: tl.constexpr = 1e-06
-    K: tl.constexpr = 4096
-    N: tl.constexpr = 2576
-    STAGES: tl.constexpr = 3
+    K: tl.constexpr = 2048
+    N: tl.constexpr = 9216
+    STAGES: tl.constexpr = 1
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
     first = tl.program_id(0) * BLOCK_N
@@ -62,7 +61,6 @@ def norm_linear(
     col = first + n
     ok = m_ok[:, None] & n_ok[None, :]
     place = m[:, None] * N + col[None, :]
-    tl.store(linear_y0 + m[:, None] * 1536 + (col - 0)[None, :], out, mask=ok & ((col >= 0) & (col < 1536))[None, :])
-    tl.store(linear_y1 + m[:, None] * 1024 + (col - 1536)[None, :], out, mask=ok & ((col >= 1536) & (col < 2560))[None, :])
-    tl.store(linear_y2 + m[:, None] * 8 + (col - 2560)[None, :], out, mask=ok & ((col >= 2560) & (col < 2568))[None, :])
-    tl.store(linear_y3 + m[:, None] * 8 + (col - 2568)[None, :], out, mask=ok & ((col >= 2568) & (col < 2576))[None, :])
+    tl.store(linear_y0 + m[:, None] * 8192 + (col - 0)[None, :], out, mask=ok & ((col >= 0) & (col < 8192))[None, :])
+    tl.store(linear_y1 + m[:, None] * 512 + (col - 8192)[None, :], out, mask=ok & ((col >= 8192) & (col < 8704))[None, :])
+    tl.store(linear_y2 + m[:, None] * 512 + (col - 8704)[None, :], out, mask=ok & ((col >= 8704) & (col < 9216))[None, :])

@@ -1,0 +1,46 @@
+"""head
+
+last_token: the last row of each sequence
+linear: y = x w^T, cut into `splits` columns
+Source: a product that reads each weight once
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def head(
+    last_token_x,  # input, bf16 [num_tokens, 2048]
+    last_token_cu_seqlens,  # input, i32 [num_seqs+1]
+    linear_w,  # weight, bf16 [248320, 2048]
+    linear_y0,  # output, bf16 [num_seqs, 248320]
+    num_tokens,
+    num_seqs,
+):
+    BLOCK_K: tl.constexpr = 1024
+    BLOCK_M: tl.constexpr = 4
+    BLOCK_N: tl.constexpr = 4
+    K: tl.constexpr = 2048
+    N: tl.constexpr = 248320
+    STAGES: tl.constexpr = 1
+
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_ok = m < num_seqs
+    row = tl.load(last_token_cu_seqlens + m + 1, mask=m_ok, other=1) - 1
+    n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
+    first = tl.program_id(0) * BLOCK_N
+    n_ok = first + n < N
+    weight = linear_w + first.to(tl.int64) * K
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a = tl.load(last_token_x + row[:, None, None] * K + k[None, None, :], mask=m_ok[:, None, None], other=0.0).to(tl.float32)
+        acc += tl.load(weight + n[None, :, None] * K + k[None, None, :], mask=n_ok[None, :, None], other=0.0).to(tl.float32) * a
+
+    out = tl.sum(acc, 2)
+    col = first + n
+    ok = m_ok[:, None] & n_ok[None, :]
+    place = m[:, None] * N + col[None, :]
+    tl.store(linear_y0 + place, out, mask=ok)

@@ -1,0 +1,162 @@
+"""The HTML page: whole, self-contained, and drawn by a real browser in light and dark, without an error."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from tokenspeed_plan.codegen.page import render_page
+from tokenspeed_plan.planner.search.replayed import roofline
+from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.schema import KernelCall, Plan
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+with_browser = pytest.mark.skipif(BROWSER is None, reason=f"no browser here: none of {', '.join(BROWSERS)}")
+NAMES = ("demo-cpu", "qwen3.5-397b-b200x8")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def page(request: pytest.FixtureRequest) -> tuple[Plan, str]:
+    bundle = ROOT / "plans/frozen" / request.param
+    plan = load_plan(bundle)
+    return plan, render_page(plan, roofline(plan, bundle))
+
+
+class _Checker(HTMLParser):
+    """Every tag is closed in its order, and nothing points outside the page."""
+
+    VOID = ("meta", "link", "rect", "path", "circle", "line", "polyline")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: set[str] = set()
+        self.targets: set[str] = set()
+        self.said: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        assert not {"src", "onclick", "onload"} & given.keys()
+        self.ids.add(given.get("id") or "")
+        self.said += [value for key, value in attrs if key == "data-say" and value]
+        href = given.get("href") or ""
+        assert href == "" or href.startswith("#") or href == "data:,"
+        self.targets |= {href[1:]} if href.startswith("#") else set()
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_fetches_nothing(page: tuple[Plan, str]) -> None:
+    plan, text = page
+    checker = _Checker()
+    checker.feed(text)
+    assert checker.open == []
+    assert checker.targets <= checker.ids
+    assert {"numbers", "why", "layer", "timeline", "memory", "roofline", "front", "spec"} <= checker.ids
+    assert not re.search(r"https?://|@import|url\(|fetch\(|\bnan\b", text)
+    assert all(decision.name in text for decision in plan.decisions)
+
+
+def test_the_figures_say_what_the_plan_says(page: tuple[Plan, str]) -> None:
+    """A bar for each launch of a lone user's step, the memory to the byte, the time of the last bar's end."""
+    plan, text = page
+    decode = min((p for p in plan.programs if p.phase == "decode"), key=lambda p: p.bucket)
+    assert len(re.findall(r'data-say="[^"]*, stream \d+"', text)) == decode.launches
+    assert all(f"{size:,}" in text for name, size in plan.memory_bytes_per_rank.model_dump().items()
+               if name not in ("total", "capacity"))  # fmt: skip
+    if decode.num_streams == 1:
+        total = sum(
+            step.predicted_us for step in decode.steps if isinstance(step, KernelCall) or step.kind == "collective"
+        )
+        assert f"A lone user's step, {total:.1f} us" in text.replace("&#39;", "'")
+
+
+def test_the_same_plan_gives_the_same_page(page: tuple[Plan, str]) -> None:
+    plan, _ = page
+    assert render_page(plan, None) == render_page(plan, None)
+    assert 'id="roofline"' not in render_page(plan, None)
+
+
+def test_what_a_spec_says_is_only_text(page: tuple[Plan, str]) -> None:
+    plan, _ = page
+    evil = plan.model_copy(update={"spec": {"model": "<script>alert(1)</script>"}})
+    assert "<script>alert" not in render_page(evil, None)
+
+
+def browse(path: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    assert BROWSER is not None
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,3600",
+               "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", *options, path.as_uri()]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+
+
+def pixels(path: Path) -> bytes:
+    """The colours of a PNG of eight bits a channel, without the line filters being undone."""
+    data, at, packed = path.read_bytes(), 8, b""
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        packed += data[at + 8 : at + 8 + length] if data[at + 4 : at + 8] == b"IDAT" else b""
+        at += length + 12
+    return zlib.decompress(packed)
+
+
+@with_browser
+def test_a_browser_draws_it_in_light_and_dark(page: tuple[Plan, str], tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(page[1])
+    drawn = []
+    for scheme in (1, 0):  # blink: 0 is dark, 1 is light
+        shot = tmp_path / f"{scheme}.png"
+        done = browse(path, tmp_path, f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={scheme}")
+        assert "CONSOLE" not in done.stderr, done.stderr
+        drawn.append(pixels(shot))
+    assert all(len(set(shot)) > 100 for shot in drawn), "an empty page"
+    assert drawn[0] != drawn[1], "dark is as light"
+
+
+@with_browser
+def test_a_browser_reports_errors_of_a_broken_page(page: tuple[Plan, str], tmp_path: Path) -> None:
+    """So that silence above means something."""
+    path = tmp_path / "page.html"
+    path.write_text(page[1].replace('"use strict";', '"use strict"; nothing();'))
+    assert "CONSOLE" in browse(path, tmp_path, f"--screenshot={tmp_path / 'x.png'}").stderr
+
+
+WALK = """<script>
+const press = (figure, key) => figure.dispatchEvent(new KeyboardEvent("keydown", { key }));
+const walk = (figure) => {
+  figure.focus();
+  press(figure, "ArrowRight");
+  const first = figure.querySelector(".say").textContent;
+  press(figure, "End");
+  const last = figure.querySelector(".say").textContent;
+  return document.activeElement === figure && first && last && first !== last ? 1 : 0;
+};
+document.body.dataset.walked = [...document.querySelectorAll("[data-walk]")].map(walk).join("");
+</script></body>"""
+
+
+@with_browser
+def test_the_keyboard_walks_through_every_figure(page: tuple[Plan, str], tmp_path: Path) -> None:
+    """Each figure takes focus, and arrow keys and End say what is under them."""
+    path = tmp_path / "page.html"
+    path.write_text(page[1].replace("</body>", WALK))
+    figures = page[1].count("data-walk aria-label")
+    assert figures >= 5
+    assert f'data-walked="{"1" * figures}"' in browse(path, tmp_path, "--dump-dom").stdout

@@ -1,0 +1,98 @@
+"""Calibration: what is put in comes out, and what is written is a profile that plans."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tokenspeed_plan.planner import calibrate
+from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.planner.hardware import find_hardware, read_profile
+from tokenspeed_plan.plans.errors import SpecError
+
+
+def samples(wait_us: float, factors: dict[str, float], noise: float) -> list[calibrate.Sample]:
+    dice = random.Random(0)
+    made = []
+    for name, factor in factors.items():
+        for busy_us in (0.2, 1.0, 5.0, 20.0, 80.0):
+            taken_us = (wait_us + factor * busy_us) * (1 + dice.uniform(-noise, noise))
+            made.append(calibrate.Sample(name, taken_us, busy_us))
+    return made
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_a_fit_finds_what_made_the_samples(noise: float) -> None:
+    factors = {"stream": 1.1, "product": 1.4, "delta_chunk": 3.0, "attention_prefill": 2.2}
+    found = calibrate.fit(samples(1.8, factors, noise), launch_us=0.9)
+    assert found.wait_us == pytest.approx(1.8, rel=0.1)
+    for name, factor in factors.items():
+        assert found.residuals[name] == pytest.approx(factor, rel=0.05)
+        assert found.errors[name] <= noise + 1e-9
+
+
+def test_kernels_too_small_to_tell_have_no_voice() -> None:
+    found = calibrate.fit([*samples(2.0, {"stream": 1.0}, 0.0), calibrate.Sample("rows", 9.0, 1e-4)], 1.0)
+    assert found.residuals["rows"] == calibrate.MOST_RESIDUAL
+    assert calibrate.fit([calibrate.Sample("rows", 1.0, 5.0)], 1.5).residuals["rows"] == calibrate.LEAST_RESIDUAL
+
+
+def test_what_is_written_can_be_read_and_plans(tmp_path: Path) -> None:
+    base = calibrate.base_profile("NVIDIA H200")
+    found = calibrate.fit(samples(1.5, {"stream": 1.2, "grouped": 1.7}, 0.01), 0.9)
+    made = calibrate.calibrated(base, found, 0.9, "a test", {"machine": "none"})
+    path = tmp_path / "mine.yaml"
+    path.write_text(calibrate.dump(made, "A test."))
+    machine = find_hardware(str(path))
+    assert machine.launch_us == pytest.approx(0.9) and machine.ramp_us == pytest.approx(0.6, rel=0.05)
+    assert machine.residuals["stream"] == pytest.approx(1.2, rel=0.02)
+    assert machine.residuals["product"] == find_hardware("H200").residuals["product"]
+    assert machine.sources["ramp_us"] == "a test"
+    assert machine.one_shot_us == find_hardware("H200").one_shot_us
+
+
+def test_machines_are_found_by_what_they_call_themselves() -> None:
+    for name, wanted in (("NVIDIA H200", "H200"), ("NVIDIA GeForce RTX 5090", "RTX5090"), ("NVIDIA GB200", "GB200"),
+                         ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA B200", "B200"), ("cpu", "cpu")):  # fmt: skip
+        assert calibrate.base_profile(name).name == wanted
+    with pytest.raises(SpecError, match="no profile of `Radeon`"):
+        calibrate.base_profile("Radeon")
+
+
+def test_a_gpu_that_is_not_there_is_said_in_a_line(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = CliRunner().invoke(main, ["calibrate", "-o", str(tmp_path / "x.yaml"), "--device", "cuda"])
+    assert done.exit_code == 2 and done.stderr.startswith("error: there is no GPU here")
+
+
+def test_the_command_measures_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> None:
+    from tokenspeed_plan.planner.model_config import load_model_config
+
+    tiny = replace(load_model_config(checkpoint("moe")), name="tiny")
+    monkeypatch.setattr(calibrate, "probe", lambda name, layers=4: tiny)
+    monkeypatch.setattr("tokenspeed_plan.runtime.bench.machine.READ_BYTES", {"cpu": 1 << 22})
+    out = tmp_path / "cpu.yaml"
+    done = CliRunner().invoke(main, ["calibrate", "-o", str(out), "--device", "cpu"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    profile = read_profile(out.read_text(), str(out))
+    assert profile.measured["machine"] == "cpu"
+    measured = {name for name, number in profile.residuals.items() if number.source == "probes"}
+    assert {"stream", "attention_decode", "attention_prefill", "delta_step", "delta_chunk"} <= measured
+    assert find_hardware(str(out)).read_bytes_per_s > 1e8
+
+
+def test_times_add_up_to_the_programs() -> None:
+    """Kernels that overlap take less together than by themselves; those that seem to take nothing do not decide."""
+    kernels = [{"kernel": "a", "us": 10.0, "total_us": 40.0, "predicted_us": 6.0},
+               {"kernel": "b", "us": 20.0, "total_us": 60.0, "predicted_us": 3.0}]  # fmt: skip
+    program = {"measured_us": 80.0, "tokens": 1, "batch": 1, "kernels": kernels}
+    made = calibrate.samples(program, {"a": ["rms_norm", "linear"], "b": ["attention", "gate"]})
+    assert [(s.op_class, s.measured_us, s.busy_us) for s in made] == [("stream", 8, 6), ("attention_decode", 16, 3)]
+    odd = [*samples(1.8, {"stream": 1.1}, 0.0), calibrate.Sample("stream", 1e-3, 1.0)]
+    assert calibrate.fit(odd, 1.0).residuals["stream"] == pytest.approx(1.1, rel=0.15)

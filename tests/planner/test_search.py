@@ -1,0 +1,300 @@
+"""The advisor: its prices are the plan's own, its memory is the plan's to the byte, and what must hold does."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+from conftest import ROOT, make_spec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenspeed_plan.planner import compile_plan, find_model, load_spec
+from tokenspeed_plan.planner.commands.predict import search
+from tokenspeed_plan.planner.cost import Load, busiest_share, expected_hits
+from tokenspeed_plan.planner.hardware import find_hardware
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.model_config import load_preset
+from tokenspeed_plan.planner.search.best import Found, Search
+from tokenspeed_plan.planner.search.candidate import EVERYTHING, TODAY, Candidate, Knobs
+from tokenspeed_plan.planner.search.memory import MemoryModel
+from tokenspeed_plan.planner.search.predict import Predictor
+from tokenspeed_plan.planner.search.steps import StepModel
+from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.planner.workload import Demand, conversation, serve, tokens_a_step
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.schema import Plan
+
+WORKLOAD = {"kind": "agentic", "first_turn_tokens": 20000, "turn_tokens": 800, "turns": 6, "output_tokens": 400}
+NAMES = ("ttft_ms", "tpot_ms", "turn_time_ms")
+
+
+def asked(gpu: str = "H200", count: int = 8, model: str = "35b-a3b", **changes: Any) -> Spec:
+    data: dict[str, Any] = {
+        "version": 1, "model": {"preset": f"qwen3.5-{model}"}, "target": {"gpu": gpu, "count": count},
+        "workload": WORKLOAD | {"concurrency": 4},
+    }  # fmt: skip
+    for key, value in changes.items():
+        data[key] = data[key] | value if isinstance(data.get(key), dict) and isinstance(value, dict) else value
+    return Spec.model_validate(data)
+
+
+@cache
+def found(text: str) -> Found:
+    spec = Spec.model_validate_json(text)
+    return search(spec, load_preset(str(spec.model.preset))[0])[1]
+
+
+def find(spec: Spec) -> Found:
+    return found(spec.model_dump_json(exclude_none=True))
+
+
+@cache
+def plan_of(example: str) -> tuple[Spec, Plan]:
+    path = ROOT / "examples" / example / "spec.yaml"
+    spec = load_spec(path)
+    return spec, compile_plan(spec, find_model(spec, path))
+
+
+EXAMPLES = [path.parent.name for path in sorted((ROOT / "examples").glob("*/spec.yaml"))]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_prices_are_those_of_the_whole_plan(example: str) -> None:
+    """A graph of three layers says what the plan's graph of all layers says, program by program."""
+    spec, plan = plan_of(example)
+    config = find_model(spec, ROOT / "examples" / example / "spec.yaml").config
+    steps = StepModel(config, find_hardware(spec.target.gpu), spec.model.weights)
+    layout = ParallelLayout(plan.target.count, plan.layout.moe.tp, plan.layout.moe.ep)
+    middle = spec.workload.longest_tokens // 2
+    for program in (p for p in plan.programs if p.num_streams == 1):
+        decode = program.phase == "decode"
+        load = (
+            Load(program.bucket, program.bucket, middle)
+            if decode
+            else Load(program.bucket, 1, min(middle, program.bucket))
+        )
+        priced = steps._priced(layout, program.phase, load)
+        assert priced.total_us == pytest.approx(program.predicted_us, rel=1e-3), program.phase
+        assert priced.launches == program.launches
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_memory_is_the_plans_to_the_byte(example: str) -> None:
+    spec, plan = plan_of(example)
+    config = find_model(spec, ROOT / "examples" / example / "spec.yaml").config
+    steps = StepModel(config, find_hardware(spec.target.gpu), spec.model.weights)
+    layout = ParallelLayout(plan.target.count, plan.layout.moe.tp, plan.layout.moe.ep)
+    limits, frozen = plan.limits, plan.memory_bytes_per_rank
+    made = MemoryModel(steps, layout).map(
+        Knobs(limits.max_tokens, limits.page_size), limits.max_seqs, limits.max_seq_len
+    )
+    for name in ("weights", "kv_cache", "activations", "io", "reserved"):
+        assert getattr(made, name) == getattr(frozen, name), name
+    assert made.state + made.checkpoints == frozen.state and made.checkpoints > 0
+    assert frozen.scratch <= made.scratch and made.total <= 1.001 * frozen.total
+
+
+@pytest.mark.parametrize(
+    ("gpu", "count", "model"), [("H200", 1, "35b-a3b"), ("B200", 8, "397b-a17b"), ("H100", 2, "9b")]
+)
+def test_what_is_said_to_fit_fits_and_no_more(gpu: str, count: int, model: str) -> None:
+    spec = asked(gpu, count, model)
+    predictor = Predictor(spec, load_preset(f"qwen3.5-{model}")[0], find_hardware(gpu))
+    layout = ParallelLayout(count, count, 1)
+    memory, knobs = predictor.memory(layout), Knobs(8192, 64)
+    capacity = predictor.hardware.memory_bytes
+    most = memory.most_seqs(knobs, 30_000)
+    assert memory.map(knobs, most, 30_000).total <= capacity < memory.map(knobs, most + 1, 30_000).total
+    tokens = memory.most_tokens(knobs, 16)
+    assert memory.map(knobs, 16, tokens).total <= capacity
+    assert tokens == predictor.config.max_positions or memory.map(knobs, 16, tokens + 64).total > capacity
+
+
+def test_the_largest_concurrency_really_plans() -> None:
+    """What `show` says would fit is a plan; two pages of KV more a GPU is the whole difference to the next."""
+    spec = asked("H200", 1, "9b", workload={"concurrency": 2})
+    most = compile_plan(spec, find_model(spec)).predicted.largest_concurrency
+    larger = asked("H200", 1, "9b", workload={"concurrency": most})
+    assert compile_plan(larger, find_model(larger)).limits.max_seqs == most
+    with pytest.raises(SpecError, match="GiB on each H200"):
+        too_many = asked("H200", 1, "9b", workload={"concurrency": most + 1})
+        compile_plan(too_many, find_model(too_many))
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "objective"),
+    [("35b-a3b", "bf16", "turn_time"), ("397b-a17b", "fp8", "cost_per_token"), ("27b", "bf16", "tpot")],
+)
+def test_more_gpus_never_make_the_best_worse(model: str, weights: str, objective: str) -> None:
+    name = {"turn_time": "turn_time_ms", "tpot": "tpot_ms", "cost_per_token": "cost_per_million_tokens_usd"}[objective]
+    best = []
+    for count in (1, 2, 4, 8):
+        spec = asked("H200", count, model, objective={"minimize": objective}, workload={"concurrency": 2})
+        spec = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": weights})})
+        try:
+            best.append(find(spec).best.metrics[name])
+        except SpecError:
+            assert not best, "fewer GPUs fitted"
+    assert best and best == sorted(best, reverse=True)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(NAMES[:2]), st.floats(0.3, 3.0), st.floats(0.3, 1.0))
+def test_a_tighter_service_level_never_finds_a_faster_plan(name: str, level: float, tighter: float) -> None:
+    """What is feasible under the tighter one was feasible before, so the best before was at least as good."""
+    free = find(asked())
+    loose = replace(free, slo={name: free.best.metrics[name] * level})
+    tight = replace(free, slo={name: free.best.metrics[name] * level * tighter})
+    if not tight.binding:
+        assert not loose.binding
+        assert loose.best.metrics[free.objective] <= tight.best.metrics[free.objective]
+    else:
+        assert f"{name} is {tight.best.metrics[name]:.4g} against" in tight.binding
+        assert tight.excess(tight.best) == min(map(tight.excess, tight.predictions))
+
+
+def test_no_prediction_is_under_the_floor() -> None:
+    """Neither steps under the bytes that they need, nor intervals that leave their value out."""
+    for gpu, model, weights in (("H200", "35b-a3b", "bf16"), ("B200", "397b-a17b", "nvfp4"), ("A100", "27b", "bf16")):
+        result = find(
+            asked(gpu, 8, model).model_copy(
+                update={"model": asked(model=model).model.model_copy(update={"weights": weights})}
+            )
+        )
+        assert result.predictions
+        for prediction in result.predictions:
+            assert prediction.step.total_us >= prediction.step.floor_us > 0
+            assert prediction.prompt.total_us >= prediction.prompt.floor_us > 0
+            for metric, value in prediction.metrics.items():
+                low, high = prediction.interval(metric)
+                assert low <= value <= high and math.isfinite(value)
+
+
+def test_the_front_is_a_front() -> None:
+    result = find(asked("B200", 8, "35b-a3b", workload={"concurrency": 16}))
+    points = [(p.metrics["tokens_per_s_user"], p.metrics["tokens_per_s_gpu"]) for p in result.predictions]
+    front = {(p.metrics["tokens_per_s_user"], p.metrics["tokens_per_s_gpu"]) for p in result.front}
+    beaten = {a for a in points if any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in points)}
+    assert front == set(points) - beaten
+    assert len(front) > 1
+
+
+def test_the_same_spec_finds_the_same_in_the_same_order() -> None:
+    config, spec = load_preset("qwen3.5-35b-a3b")[0], asked(count=2)
+    runs = [Search(Predictor(spec, config, find_hardware("H200")), EVERYTHING, 2).run() for _ in range(2)]
+    assert [str(p.candidate) for p in runs[0].ranked] == [str(p.candidate) for p in runs[1].ranked]
+    assert runs[0].best.as_json() == runs[1].best.as_json()
+
+
+def test_what_a_plan_freezes_the_runtime_replays() -> None:
+    spec = asked("B200", 8, "397b-a17b", workload={"concurrency": 1})
+    plan = compile_plan(spec, find_model(spec))
+    said = {decision.name: decision for decision in plan.decisions}
+    assert (plan.layout.attention.tp, plan.layout.moe.tp, plan.layout.moe.ep) == (8, 8, 1)
+    assert said["parallelism"].runner_up and said["parallelism"].options
+    assert "not replayed yet" in said["advice"].reason and "speculation" in said["advice"].reason
+    assert said["speculation"].value == said["disaggregation"].value == "off"
+    narrow = Search(Predictor(spec, load_preset("qwen3.5-397b-a17b")[0], find_hardware("B200")), TODAY, 8).run()
+    assert all(not TODAY.missing(p.candidate) for p in narrow.predictions)
+
+
+def test_refused_layouts_keep_their_reason() -> None:
+    result = find(asked("H200", 8, "397b-a17b"))
+    assert any("GiB on each GPU" in r.reason for r in result.rejected)
+    assert 50 < len(result.predictions) < 1000  # seconds, not minutes
+    odd = find(asked("H200", 6, "35b-a3b"))
+    assert any("cannot be cut over 6 GPUs" in r.reason for r in odd.rejected)
+
+
+# The parts of the model, against simulation and closed forms.
+
+
+@pytest.mark.parametrize(("hits", "ways"), [(10, 8), (10, 2), (38, 8), (140, 8), (3, 4)])
+def test_the_busiest_rank_against_dice(hits: int, ways: int) -> None:
+    dice = random.Random(0)
+    rounds = [max(map([dice.randrange(ways) for _ in range(hits)].count, range(ways))) for _ in range(2000)]
+    assert busiest_share(float(hits), ways) == pytest.approx(sum(rounds) / 2000, rel=0.12)
+    assert busiest_share(float(hits), 1) == hits
+
+
+@pytest.mark.parametrize(("experts", "per_token", "tokens"), [(512, 10, 1), (512, 10, 16), (64, 8, 5), (8, 2, 100)])
+def test_hit_experts_against_dice(experts: int, per_token: int, tokens: int) -> None:
+    dice = random.Random(1)
+    rounds = [len({e for _ in range(tokens) for e in dice.sample(range(experts), per_token)}) for _ in range(500)]
+    assert expected_hits(experts, per_token, tokens) == pytest.approx(sum(rounds) / 500, rel=0.03)
+    skewed = expected_hits(experts, per_token, tokens, 1.0)
+    assert per_token * 0.999 <= skewed <= expected_hits(experts, per_token, tokens) * 1.001
+
+
+@given(st.floats(0, 1), st.integers(0, 6))
+def test_accepted_tokens_against_the_geometric_law(share: float, depth: int) -> None:
+    """P(exactly i accepted) = a^i (1 - a) for i < k and a^k for all; and the verify step's own token."""
+    exact = sum((i + 1) * share**i * (1 - share) for i in range(depth)) + (depth + 1) * share**depth
+    assert tokens_a_step(depth, share) == pytest.approx(exact)
+
+
+@settings(deadline=None)
+@given(st.floats(1, 1e6), st.integers(1, 64), st.integers(1, 1000), st.floats(1, 1e5))
+def test_a_pool_obeys_the_laws_of_queues(prefill_us: float, users: int, steps: int, step_us: float) -> None:
+    """A lone user waits for nobody; nobody beats him; the pool never does more work than it has time."""
+    demand = Demand(prefill_us, 1.0, steps, lambda batch: step_us * (0.5 + 0.5 * batch))
+    alone, many = serve(demand, 1), serve(demand, users)
+    assert alone.turn_us == pytest.approx(prefill_us + steps * step_us, rel=1e-3)
+    assert many.turn_us >= alone.turn_us * 0.999
+    assert users * prefill_us <= many.turn_us * 1.01
+    assert 0 <= many.batch <= users
+    split = serve(demand, users, handover_us=0.0)
+    assert split.turn_us <= many.turn_us * 1.01
+
+
+def test_arrivals_fill_a_pool_as_littles_law_says() -> None:
+    demand = Demand(1e5, 1.0, 100, lambda batch: 1000.0 + 100.0 * batch)
+    quiet = serve(demand, 64, arrivals_per_s=0.1)
+    busy = serve(demand, 64, arrivals_per_s=6.0)
+    assert quiet.turn_us < busy.turn_us
+    assert busy.users == pytest.approx(6.0 * busy.turn_us * 1e-6, rel=0.05)
+    assert serve(demand, 4, arrivals_per_s=1000.0).saturated
+
+
+def test_a_conversation_is_what_its_turns_add_up_to() -> None:
+    """Turn by turn by hand: prompts of 100, 100+20+10, ...; what is cached ends where the last answer did."""
+    spec = asked(workload={"first_turn_tokens": 100, "turn_tokens": 10, "output_tokens": 20, "turns": 5})
+    talk = conversation(spec.workload)
+    prompts = [100 + 30 * k for k in range(5)]
+    cached = [0] + [prompt - 10 for prompt in prompts[1:]]
+    assert talk.mean(lambda turn: turn.prompt_tokens) == pytest.approx(sum(prompts) / 5)
+    assert talk.hit_rate == pytest.approx(sum(cached) / sum(prompts))
+    assert conversation(spec.workload, cached=False).hit_rate == 0.0
+
+
+def test_a_split_says_do_not_when_it_loses_and_do_when_it_wins() -> None:
+    config = load_preset("qwen3.5-35b-a3b")[0]
+    hardware = find_hardware("H200")
+    for users, turns, first in ((1, 12, 2000), (32, 1, 60000)):
+        spec = asked("H200", 2, workload={"concurrency": users, "turns": turns, "first_turn_tokens": first})
+        predictor = Predictor(spec, config, hardware)
+        knobs = Knobs(8192, 64, 0, "bf16", 0)
+        half = ParallelLayout(1, 1, 1)
+        one = predictor.predict(Candidate(ParallelLayout(2, 2, 1), knobs))
+        two = predictor.predict(Candidate(half, knobs, prefill=half))
+        assert (two.metrics["tpot_ms"] < one.metrics["tpot_ms"]) == (users > 1)
+        transfer = two.transfer
+        assert transfer is not None and transfer.transport == "nvlink"
+        assert len(transfer.layers) == config.num_layers
+        assert all(a.end_us <= b.start_us + 1e-6 for a, b in zip(transfer.layers, transfer.layers[1:], strict=False))
+        # Keys and values of ten attention layers, and thirty rows of state, counted by hand.
+        state = 32 * 128 * 128 * 4 + 3 * (2 * 16 * 128 + 32 * 128) * 2
+        new = spec.workload.first_turn_tokens if turns == 1 else None
+        if new:
+            assert transfer.size_bytes == pytest.approx(new * 10 * 2 * 2 * 256 * 2 + 30 * state, rel=0.01)
+
+
+def test_demo_is_priced_without_a_gpu(checkpoint: Any) -> None:
+    spec = make_spec(checkpoint("moe"))
+    plan = compile_plan(spec, find_model(spec))
+    assert plan.predicted.values["cache_hit_rate"] == 0.0
+    assert set(plan.predicted.values) == set(plan.predicted.low) == set(plan.predicted.high)
