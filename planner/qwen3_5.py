@@ -90,7 +90,7 @@ def _verify(graph: _Builder, hidden: str) -> tuple[str, ...]:
     accepted, lens, last = graph.op(
         "accept",
         "accept",
-        ("token_ids", said, "context_lens", "read_rows", "max_lens", "stop_ids"),
+        ("token_ids", said, "context_lens", "read_rows", "max_lens", "stop_ids", "seed", "draw", "forced_accept"),
         states=("accept_counts",),
         attrs=rows,
         out_names=("accepted", "committed_lens", "last_tokens"),
@@ -142,6 +142,7 @@ class _Builder:
             self.tensor(name, ("num_seqs",), "i32", "io")
         self.tensor("write_rows", ("num_seqs", rows) if rows > 1 else ("num_seqs",), "i32", "io")
         self.tensor("stop_ids", ("num_seqs", STOP_IDS), "i32", "io")
+        self.tensor("forced_accept", (rows,), "fp32", "io")
         self.tensor("accept_counts", (rows,), "i64", "io")
         self.tensor("cu_seqlens", ("num_seqs+1",), "i32", "io")
         self.tensor("page_table", ("num_seqs", self.context.limits.table_pages), "i32", "io")

@@ -428,9 +428,12 @@ def _accept(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     for name in ("context_lens", "read_rows", "max_lens"):
         expect(specs, name, "num_seqs", dtype="i32")
     expect(specs, "stop_ids", "num_seqs", STOP_IDS, dtype="i32")
-    counts = specs["accept_counts"]
-    require(len(counts.shape) == 1 and width(specs, "accept_counts") > depth, f"`accept_counts` for depth {depth}")
-    require(counts.dtype == "i64", f"`accept_counts` is {counts.dtype}")
+    for name in ("seed", "draw"):
+        expect(specs, name, "num_seqs", dtype="i64")
+    rows: dict[str, DType] = {"forced_accept": "fp32", "accept_counts": "i64"}
+    for name, dtype in rows.items():
+        require(len(specs[name].shape) == 1 and width(specs, name) > depth, f"`{name}` for depth {depth}")
+        require(specs[name].dtype == dtype, f"`{name}` is {specs[name].dtype}")
     return {name: TensorSpec(shape=("num_seqs",), dtype="i32") for name in ("accepted", "lens", "last_tokens")}
 
 
@@ -485,7 +488,7 @@ SAMPLING_INPUTS: dict[str, DType] = {
 
 _CONV_META = ("cu_seqlens", "read_rows", "write_rows")
 
-_ACCEPT_INPUTS = ("max_lens", "stop_ids", "following", "accept_counts")
+_ACCEPT_INPUTS = ("max_lens", "stop_ids", "following", "forced_accept", "accept_counts")
 
 # Operands of these roles are the io buffers of the same name: many have one shape, and only the name tells them apart.
 BATCH_INPUTS = frozenset((*BATCH_STATE, *SAMPLING_INPUTS, "page_table", "cu_seqlens", *_ACCEPT_INPUTS))
@@ -596,8 +599,13 @@ OPS: dict[str, OpDef] = {
         ("token_ids", "following", "next_tokens", "cu_seqlens"), ("y",), _shift_tokens,
         "y[t] = token_ids[t + 1]; at the end of a sequence `following`, or where that is negative `next_tokens`",
     ),
+    # `forced_accept` is all zeros but in benchmarks that simulate acceptance: where f = forced_accept[i] is not 0, the
+    # draft after row i is right if u < f, whatever it is, and a negative f is never right. u is the number in [0, 1) of
+    # the operator `sample` for (seed[s], draw[s] + i): the upper bits of SplitMix64's output for the state
+    # seed + (draw + i + 1) * 0x9E3779B97F4A7C15. Rules for ends hold as ever. What is said is then nonsense.
     "accept": OpDef(
-        ("token_ids", "next_tokens", "context_lens", "read_rows", "max_lens", "stop_ids"),
+        ("token_ids", "next_tokens", "context_lens", "read_rows", "max_lens", "stop_ids", "seed", "draw",
+         "forced_accept"),
         ("accepted", "lens", "last_tokens"), _accept,
         "n = length of the common prefix of token_ids[1:] and next_tokens, up to the first of `stop_ids` and lens <= "
         "max_lens; lens = context_lens - R + n + 1; last_tokens = next_tokens[n]; accept_counts[:n + 1] += 1",

@@ -13,6 +13,7 @@ from tokenspeed_plan.runtime.sequence import Sequence
 from torch import Tensor
 
 Buffer = Callable[[str], Tensor]
+KEPT = ("accept_counts", "forced_accept")  # the device's own; what only a benchmark writes
 Values = dict[str, list[int] | list[float]]
 
 
@@ -23,7 +24,7 @@ def write_inputs(batch: Batch, buffer: Buffer, limits: Limits) -> None:
         view = buffer(name)
         if name == "page_table":
             _write_pages(batch, view, limits)
-        elif name != "accept_counts":  # the device's own
+        elif name not in KEPT:
             view.copy_(torch.tensor(values[name], dtype=view.dtype).view(view.shape))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.runtime.inputs import KEPT
 from tokenspeed_plan.runtime.reference import speculation
 from tokenspeed_plan.runtime.reference.batch import advance
 from torch import Tensor
@@ -66,7 +67,7 @@ class SymbolicExecutor:
             self._buffers[name] = torch.zeros(shape, dtype=torch.int64)
         per_token = ("token_ids", "positions", "slot_mapping", "verify_tokens", "verify_logits")
         count = num_tokens if name in per_token else num_seqs
-        return self._buffers[name] if name == "accept_counts" else self._buffers[name][: count + (name == "cu_seqlens")]
+        return self._buffers[name] if name in KEPT else self._buffers[name][: count + (name == "cu_seqlens")]
 
     def copy_page(self, source: int, target: int) -> int:
         for place in range(self.limits.page_size):
@@ -123,7 +124,8 @@ class SymbolicExecutor:
 
     def _verify(self, program: Program, view: Callable[[str], Tensor], values: list[list[int]]) -> list[int]:
         view("verify_tokens").copy_(torch.tensor([said(value) for rows in values for value in rows]))
-        names = ("token_ids", "verify_tokens", "context_lens", "read_rows", "max_lens", "stop_ids", "accept_counts")
+        names = ("token_ids", "verify_tokens", "context_lens", "read_rows", "max_lens", "stop_ids", "seed", "draw",
+                 "forced_accept", "accept_counts")  # fmt: skip
         accepted, *_ = speculation.accept({"rows_per_seq": program.rows_per_seq}, *map(view, names))
         view("accepted").copy_(accepted)
         return accepted.tolist()  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tokenspeed_plan.runtime.reference.sampling import uniform
 from torch import Tensor
 
 Attrs = Mapping[str, Any]
@@ -37,16 +38,23 @@ def accept(
     read_rows_S: Tensor,
     max_lens_S: Tensor,
     stop_ids_SN: Tensor,
+    seed_S: Tensor,
+    draw_S: Tensor,
+    forced: Tensor,
     counts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How many drafts were right, the tokens computed with them, and the last token said; padding counts nothing.
 
     A sequence goes no further than a token that ends it, nor than it has memory for: its state is then where it ends.
+    `forced` is zero, unless a benchmark simulates acceptance: see the operator's row in `plans/ops.py`.
     """
     count = attrs["rows_per_seq"]
     said_SR, rows_SR = next_tokens_T.view(-1, count), token_ids_T.view(-1, count)
     stops_SR = (said_SR[:, :, None] == stop_ids_SN[:, None]).any(-1)
-    right_SR = (said_SR[:, :-1] == rows_SR[:, 1:]) & ~stops_SR[:, :-1]
+    same_SR = said_SR[:, :-1] == rows_SR[:, 1:]
+    chance_SR = uniform(seed_S[:, None], draw_S[:, None] + torch.arange(count - 1, device=draw_S.device))
+    same_SR = torch.where(forced[: count - 1] != 0, chance_SR < forced[: count - 1], same_SR)
+    right_SR = same_SR & ~stops_SR[:, :-1]
     before_S = context_S - count
     accepted_S = right_SR.int().cumprod(1).sum(1).minimum(max_lens_S - before_S - 1).clamp(min=0).int()
     reached_SR = torch.arange(count, device=said_SR.device)[None] <= accepted_S[:, None]

@@ -285,6 +285,11 @@ def test_batch_files(trained: Any, tmp_path: Path) -> None:
 # The rule of acceptance, by itself.
 
 
+def unforced(count: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Seeds and draws of so many sequences, and no simulated acceptance."""
+    return torch.arange(count), torch.zeros(count, dtype=torch.int64), torch.zeros(rows)
+
+
 def accept_by_rule(said: Tensor, draft: Tensor) -> Tensor:
     """Tokens that two rows of one draft commit, the second a filler where the draft is wrong."""
     count, zeros = len(said), torch.zeros(len(said), dtype=torch.int32)
@@ -292,7 +297,15 @@ def accept_by_rule(said: Tensor, draft: Tensor) -> Tensor:
     stops = torch.full((count, 8), -1, dtype=torch.int32)
     counts = torch.zeros(2, dtype=torch.int64)
     accepted, _, last = speculation.accept(
-        {"rows_per_seq": 2}, rows, said.flatten().int(), zeros + 9, zeros + 1, zeros + 100, stops, counts
+        {"rows_per_seq": 2},
+        rows,
+        said.flatten().int(),
+        zeros + 9,
+        zeros + 1,
+        zeros + 100,
+        stops,
+        *unforced(count, 2),
+        counts,
     )
     return torch.where(accepted == 1, draft, last)
 
@@ -346,12 +359,34 @@ def test_accept_by_hand() -> None:
     lens, reads = torch.tensor([13, 23, 33, 43, 3]), torch.tensor([4, 5, 6, 7, 0])
     limits, counts = torch.tensor([99, 99, 99, 42, 0]), torch.tensor([100, 10, 1, 0])
     accepted, after, last = speculation.accept(
-        {"rows_per_seq": 3}, rows.flatten(), said.flatten(), lens.int(), reads.int(), limits.int(), stops, counts
-    )
+        {"rows_per_seq": 3}, rows.flatten(), said.flatten(), lens.int(), reads.int(), limits.int(), stops,
+        *unforced(5, 3), counts,
+    )  # fmt: skip
     assert accepted.tolist() == [2, 1, 0, 1, 0]
     assert after.tolist() == [13, 22, 31, 42, 1]
     assert last.tolist() == [7, 9, 5, 6, 0]
     assert counts.tolist() == [104, 13, 2, 0]
+
+
+def test_simulated_acceptance() -> None:
+    """Shares that are asked for, whatever was drafted, of those that got so far; never more than there is room for."""
+    count, asked = 40_000, torch.tensor([0.9, 0.5, -1.0, 0.0])
+    rows, said = torch.zeros(count, 4).int(), torch.ones(count, 4).int()
+    zeros, stops = torch.zeros(count).int(), torch.full((count, 8), -1).int()
+    seeds, draws, _ = unforced(count, 4)
+    operands = (rows.flatten(), said.flatten(), zeros + 9, zeros + 1, zeros + 100, stops, seeds, draws)
+    counts = torch.zeros(4, dtype=torch.int64)
+    (accepted, *_) = speculation.accept({"rows_per_seq": 4}, *operands, asked, counts)
+    shares = [counts[1] / counts[0], counts[2] / counts[1]]
+    assert shares == pytest.approx([0.9, 0.5], abs=0.01)
+    assert counts.tolist() == [int((accepted >= n).sum()) for n in range(4)]
+    assert counts[3] == 0  # a negative share is none, and zero compares
+    again, *_ = speculation.accept({"rows_per_seq": 4}, *operands[:-1], draws + 1, asked, counts.clone())
+    assert not again.equal(accepted)
+    short, *_ = speculation.accept(
+        {"rows_per_seq": 4}, *operands[:4], zeros + 7, *operands[5:], torch.ones(4), counts.clone()
+    )
+    assert short.tolist() == [1] * count
 
 
 def test_advance_rows_by_hand() -> None:
