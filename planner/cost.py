@@ -342,6 +342,7 @@ def _collective_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec)
 def _matrix_s(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> float:
     """Seconds of the tensor cores, at the share that a product of this shape fills."""
     weights = [graph.weights[name].spec for name in op.weights]
+    load = _own_load(graph, op, load)
     flops = _flops(graph, op, weights, load)
     if not flops:
         return 0.0

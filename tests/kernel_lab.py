@@ -64,6 +64,7 @@ class Case:
     layout: ParallelLayout = ONE_RANK
     depth: int = 0
     deeper: int = 0
+    forced: tuple[float, ...] = (0.0,)  # acceptance that a benchmark simulates, by place of the draft
 
     @property
     def num_tokens(self) -> int:
@@ -196,6 +197,7 @@ class Inputs:
             "stop_ids": lambda: stops_SN,
             "max_lens": lambda: torch.tensor(case.before) + room_S,
             "accept_counts": lambda: self.integers(1000, shape),
+            "forced_accept": lambda: torch.tensor(case.forced).repeat(shape[0])[: shape[0]],
             "drafts": lambda: self.integers(512, shape),
             "positions": lambda: self.integers(MAX_SEQ_LEN + 4 * PAGE, shape),  # also where there is no page
         }

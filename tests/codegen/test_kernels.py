@@ -50,6 +50,7 @@ DRAFTED = {
     "experts of a rank, three drafts": Case("decode", (4,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2), depth=3),
 }
 ROWS, TILED = DRAFTED["eight sequences, six rows"], DRAFTED["H200 tiles, three sequences, four rows"]
+FORCED = replace(ROWS, lengths=(6,) * 30, before=tuple(range(30)), forced=(0.9, 0.9, -1.0, 0.5))
 ONE_ROW = {"delta_step", "attention_gate"}  # have no text yet for several rows a sequence
 
 
@@ -64,6 +65,13 @@ def test_kernels_equal_their_references(case: Case) -> None:
         for rank in range(case.layout.num_ranks):
             for name, error in errors(kernel, case, rank=rank):
                 assert error <= TOLERANCE[case.dtype], (kernel.kernel.name, name, rank)
+
+
+@pytest.mark.parametrize("forced", [FORCED.forced, (1.0,) * 4, (-1.0,)], ids=["some", "all", "none"])
+def test_simulated_acceptance_equals_the_reference(forced: tuple[float, ...]) -> None:
+    case = replace(FORCED, forced=forced)
+    (built,) = (kernel for kernel in kernels_of(case) if kind_of(kernel.kernel) == "accept")
+    assert [name for name, error in errors(built, case) if error] == []
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN
@@ -152,6 +160,8 @@ MUTATIONS = [
     (ROWS, "accept", "- before - 1", "- before"),
     (ROWS, "accept", ", 0)\n    tl.store(accepted", ", -1)\n    tl.store(accepted"),
     (ROWS, "accept", " & live[:, None]", ""),
+    (FORCED, "accept", "draws + i", "draws"),
+    (FORCED, "accept", "!= 0.0", "> 0.0"),
     (ROWS, "advance_rows", "ok &= read > 0", "ok &= read >= 0"),
     (ROWS, "advance_rows", "PAGES - 1", "PAGES - 2"),
     (ROWS, "advance_rows", "tl.store(written, read, mask=ok)", "pass"),
