@@ -98,6 +98,16 @@ def test_check_agrees(bundle: Path) -> None:
     assert "steps: kernels and references agree; the largest difference is " in done.stdout
 
 
+@pytest.mark.slow
+def test_check_agrees_on_programs_that_draft(tmp_path: Path) -> None:
+    """Every step that has a kernel, on what the steps before it made: positions, slots and rows fit together."""
+    checkpoint = write_checkpoint(tmp_path / "model", Kind(sizes=SHORT))
+    write_bundle(tmp_path / "plan", checkpoint, workload=SMALL, speculation={"depth": 2})
+    done = run(tmp_path / "plan", "--check")
+    assert done.returncode == 0, done.stderr
+    assert "steps: kernels and references agree, " in done.stdout
+
+
 def half_a_grid(text: str, launch: Launch) -> tuple[str, Launch]:
     """Programs for the first head only: what the others would write stays as it was."""
     assert launch.grid[1].fixed == FEW_HEADS["linear_num_value_heads"]
