@@ -166,7 +166,7 @@ def _programs(
             seqs = min(bucket, limits.max_seqs)
             expanded = check(expand(graph, bucket))
             load = _load(phase, bucket, seqs, spec)
-            placed = check(place(check(schedule_best(check(fuse(expanded)), load, hardware)), bucket, seqs))
+            placed = check(place(check(schedule_best(check(fuse(expanded, bucket)), load, hardware)), bucket, seqs))
             lowered, kernels = lower(placed, hardware, load, (bucket, seqs), choose)
             made.append((bucket, seqs, check(lowered), kernels))
     return made

@@ -81,7 +81,7 @@ def graph_of(case: Case) -> OpGraph:
     )  # fmt: skip
     context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
     sharded = shard(build(context, case.phase), case.layout)
-    return fuse(expand(sharded, case.num_tokens))
+    return fuse(expand(sharded, case.num_tokens), case.num_tokens)
 
 
 def kernels_of(case: Case) -> list[Built]:

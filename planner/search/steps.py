@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
-from tokenspeed_plan.planner.cost import Formats, Load, WeightFormat, op_cost, time_of
+from tokenspeed_plan.planner.cost import PLAIN_ROWS, Formats, Load, WeightFormat, op_cost, time_of
 from tokenspeed_plan.planner.graph import Op, OpGraph
 from tokenspeed_plan.planner.hardware import TIME_KINDS, HardwareSpec, all_reduce_us
 from tokenspeed_plan.planner.layout import ParallelLayout
@@ -93,7 +93,7 @@ class StepModel:
     weights: WeightFormat = "bf16"
     skew: float = 0.0
     engine: Engine | None = None
-    graphs: dict[tuple[ParallelLayout, Phase, bool], OpGraph] = field(default_factory=dict)
+    graphs: dict[tuple[ParallelLayout, Phase, int], OpGraph] = field(default_factory=dict)
     prices: dict[tuple[ParallelLayout, Phase, Load], StepTime] = field(default_factory=dict)
     arenas: dict[tuple[ParallelLayout, Phase, int, int], int] = field(default_factory=dict)
 
@@ -170,7 +170,7 @@ class StepModel:
         launches, sums = layers * self.engine.kernels_per_layer, layers * self.engine.collectives_per_layer
         sum_us = step.collective / step.collectives if step.collectives else 0.0
         sums = sums if step.collectives else 0.0
-        waits = (launches - sums) * (self.hardware.launch_us + self.hardware.ramp_us)
+        waits = (launches - sums) * (self.hardware.launch_us + self.hardware.waits_us["stream"])
         return replace(
             step, launch=waits, collective=sums * sum_us, host=self.engine.host_us, launches=launches, collectives=sums
         )
@@ -196,13 +196,12 @@ class StepModel:
         return [1, *(self.config.layer_types[1:].count(kind) for kind in self._kinds()[1:])]
 
     def graph(self, layout: ParallelLayout, phase: Phase, tokens: int) -> OpGraph:
-        """The fused graph of a short model, for few tokens or for many."""
-        few = tokens <= FEW_ROWS
-        if (layout, phase, few) not in self.graphs:
+        """The fused graph of a short model, for one or two tokens, for few or for many."""
+        alike = next((most for most in (PLAIN_ROWS, FEW_ROWS) if tokens <= most), FEW_ROWS + 1)
+        if (layout, phase, alike) not in self.graphs:
             built = build_draft(self._context()) if phase == "draft" else build(self._context(), phase)
-            made = fuse(expand(shard(built, layout), 1 if few else FEW_ROWS + 1))
-            self.graphs[layout, phase, few] = made
-        return self.graphs[layout, phase, few]
+            self.graphs[layout, phase, alike] = fuse(expand(shard(built, layout), alike), alike)
+        return self.graphs[layout, phase, alike]
 
     def _context(self) -> BuildContext:
         short = replace(self.config, layer_types=self._kinds())
