@@ -17,12 +17,14 @@ from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 
 NO_WAIT_US = 1e-6
+FEWEST = 3  # samples from which a line is drawn
 LEAST_ERROR = 0.03
 LEAST_RESIDUAL, MOST_RESIDUAL = 0.2, 20.0  # beyond, a probe was too small to say anything
 MATRIX_CLASSES = ("product", "grouped", "attention_prefill", "delta_chunk")
 PROBES = ("qwen3.5-122b-a10b", "qwen3.5-27b")
 SMALL_PROBE = "qwen3.5-0.8b"
-MOST_SEQS = 16
+MOST_SEQS = 32
+LAYERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +38,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Waiting and residual factors that explain the samples, and the relative error that is left by class."""
+    """By class: the waiting and the residual factor that explain the samples, and the relative error that is left."""
 
-    wait_us: float
+    waits_us: Mapping[str, float]
     residuals: Mapping[str, float]
     errors: Mapping[str, float]
 
 
-def probe(name: str, layers: int = 4) -> ModelConfig:
+def probe(name: str, layers: int = LAYERS) -> ModelConfig:
     """The first layers of a published model."""
     config, _ = load_preset(name)
     return replace(config, name=f"{name}-{layers}-layers", layer_types=config.layer_types[:layers])
@@ -62,32 +64,41 @@ def probe_spec(gpu: str, is_gpu: bool, tokens: int, chunk: int) -> Spec:
 def samples(program: Mapping[str, Any], kinds: Mapping[str, Sequence[str]]) -> list[Sample]:
     """The kernels of a program as `bench` measured it, each of the members `kinds`.
 
-    A kernel is timed by itself, where it waits for the one before it; in the program they overlap. So times are scaled
-    to add up to the program's.
+    A kernel is timed by itself, where it waits for the one before it; in the program that is partly hidden, of every
+    kernel alike. Where the program takes longer than its kernels, they had found something in the cache.
     """
-    overlap = program["measured_us"] / sum(kernel["total_us"] for kernel in program["kernels"])
+    rows = {name: program["batch"] if "last_token" in parts else program["tokens"] for name, parts in kinds.items()}
+    alone_us, calls = (sum(kernel[key] for kernel in program["kernels"]) for key in ("total_us", "calls"))
+    hidden_us = max((alone_us - program["measured_us"]) / calls, 0.0)
+    slower = max(program["measured_us"] / alone_us, 1.0)
     return [
-        Sample(op_class(kinds[k["kernel"]], program["tokens"], program["batch"]), k["us"] * overlap, k["predicted_us"])
-        for k in program["kernels"]
+        Sample(
+            op_class(kinds[kernel["kernel"]], rows[kernel["kernel"]], program["batch"]),
+            max(kernel["us"] - hidden_us, 0.0) * slower,
+            kernel["predicted_us"],
+        )
+        for kernel in program["kernels"]
     ]
 
 
 def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
-    """measured = wait + residual x busy: `wait` from the streams, whose bytes are known, then each class its own.
-
-    A class is judged by all its time together, so that kernels too small to say anything have no voice.
-    """
-    streams = [s for s in samples if s.op_class == "stream"]
-    wait_us, stream = _line(streams, launch_us) if len(streams) >= 3 else (launch_us, 1.0)
-    residuals = {"stream": stream}
+    """measured = wait + residual x busy, each class its own; of a class with few samples the residual alone."""
+    waits_us: dict[str, float] = {}
+    residuals: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for name in OP_CLASSES:
         those = [s for s in samples if s.op_class == name]
-        busy_us = sum(s.busy_us for s in those)
-        if name != "stream" and busy_us:
-            above_us = sum(max(s.measured_us - wait_us, 0.0) for s in those)
-            residuals[name] = min(max(above_us / busy_us, LEAST_RESIDUAL), MOST_RESIDUAL)
-    errors = {name: _error([s for s in samples if s.op_class == name], wait_us, residuals[name]) for name in residuals}
-    return Fit(wait_us, residuals, errors)
+        if sum(s.busy_us for s in those):
+            wait_us, residual = _line(those, launch_us) if len(those) >= FEWEST else _slope(those, launch_us)
+            waits_us[name], residuals[name] = wait_us, min(max(residual, LEAST_RESIDUAL), MOST_RESIDUAL)
+            errors[name] = _error(those, wait_us, residuals[name])
+    return Fit(waits_us, residuals, errors)
+
+
+def _slope(samples: Sequence[Sample], wait_us: float) -> tuple[float, float]:
+    """The wait as given, and what explains all time together: those too small to say anything have no voice."""
+    above_us = sum(max(s.measured_us - wait_us, 0.0) for s in samples)
+    return wait_us, above_us / sum(s.busy_us for s in samples)
 
 
 def _line(samples: Sequence[Sample], launch_us: float) -> tuple[float, float]:
@@ -101,9 +112,7 @@ def _line(samples: Sequence[Sample], launch_us: float) -> tuple[float, float]:
     determinant = aa * bb - ab * ab
     wait = (a * bb - b * ab) / determinant if determinant > 1e-12 else 0.0
     slope = (b * aa - a * ab) / determinant if determinant > 1e-12 else b / bb
-    if wait < 0:
-        wait, slope = 0.0, b / bb
-    return wait, max(slope, LEAST_RESIDUAL)
+    return (wait, slope) if wait > 0 and slope > 0 else _slope(samples, 0.0)
 
 
 def _error(samples: Iterable[Sample], wait_us: float, residual: float) -> float:
@@ -136,7 +145,7 @@ def with_numbers(
     for group, values in (("numbers", numbers), *groups.items()):
         data[group] |= {key: {"value": _rounded(value), "source": source} for key, value in values.items()}
     data["sources"][source] = said
-    used = {number["source"] for group in ("numbers", "matrix_flops_per_s", "residuals", "errors")
+    used = {number["source"] for group in ("numbers", "matrix_flops_per_s", "waits", "residuals", "errors")
             for number in data[group].values()}  # fmt: skip
     used |= {table["source"] for table in data["all_reduce"].values()}
     data["sources"] = {key: text for key, text in data["sources"].items() if key in used}
@@ -150,22 +159,22 @@ def _rounded(value: float) -> float:
 
 def bare(profile: Profile) -> Profile:
     """Without waiting and residuals, so that predicted times are busy times alone."""
-    ones = dict.fromkeys(OP_CLASSES, 1.0)
-    return with_numbers(
-        profile, "bare", {"launch_us": NO_WAIT_US, "ramp_us": 0.0}, "nothing but the roofline", residuals=ones
-    )
+    ones, zeros = dict.fromkeys(OP_CLASSES, 1.0), dict.fromkeys(OP_CLASSES, 0.0)
+    said = "nothing but the roofline"
+    return with_numbers(profile, "bare", {"launch_us": NO_WAIT_US}, said, waits=zeros, residuals=ones)
 
 
 def calibrated(profile: Profile, found: Fit, launch_us: float, said: str, measured: Mapping[str, str]) -> Profile:
     """The profile with what the probes said."""
-    launch = min(launch_us, found.wait_us) or NO_WAIT_US
+    launch = max(min(launch_us, found.waits_us["stream"]), NO_WAIT_US)
+    waits = {name: max(wait_us - launch, 0.0) for name, wait_us in found.waits_us.items()}
     many = [found.errors[name] for name in MATRIX_CLASSES if name in found.errors]
     stream = found.errors["stream"]
     errors = {"memory": max(stream, LEAST_ERROR), "launch": max(stream, 2 * LEAST_ERROR)}
     if many:
         errors["matrix"] = max(sum(many) / len(many), LEAST_ERROR)
-    made = with_numbers(profile, "probes", {"launch_us": launch, "ramp_us": max(found.wait_us - launch, 0.0)}, said,
-                        residuals=found.residuals, errors=errors)  # fmt: skip
+    made = with_numbers(profile, "probes", {"launch_us": launch}, said,
+                        waits=waits, residuals=found.residuals, errors=errors)  # fmt: skip
     return made.model_copy(update={"measured": dict(measured)})
 
 

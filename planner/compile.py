@@ -166,7 +166,8 @@ def _programs(
             tokens = bucket * (graph.depth + 1 if phase == "decode" else 1)
             expanded = check(expand(graph, tokens, seqs))
             load = _load(phase, tokens, seqs, spec)
-            placed = check(place(check(schedule_best(check(fuse(expanded)), load, hardware)), tokens, seqs))
+            fused = check(fuse(expanded, tokens, seqs))
+            placed = check(place(check(schedule_best(fused, load, hardware)), tokens, seqs))
             lowered, kernels = lower(placed, hardware, load, (tokens, seqs), choose)
             made.append((bucket, seqs, check(lowered), kernels))
     return made

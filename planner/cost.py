@@ -92,17 +92,16 @@ def _bytes(graph: OpGraph, name: str, load: Load) -> int:
 
 
 def _member_cost(graph: OpGraph, op: Op, load: Load) -> OpCost:
+    load = _own(graph, op, load)
     weights = [graph.weights[name].spec for name in op.weights]
-    load = _own_load(graph, op, load)
     flops = _flops(graph, op, weights, load)
     return OpCost(flops, _weight_bytes(graph, op, weights, load), 0.0, _state_bytes(graph, op, load))
 
 
-def _own_load(graph: OpGraph, op: Op, load: Load) -> Load:
-    """What an operator sees of a step: a pass over drafts, and what comes before one, has one row a sequence."""
-    if graph.depth and op.inputs and graph.tensors[op.inputs[0]].spec.shape[:1] == ("num_seqs",):
-        return replace(load, num_tokens=load.num_seqs)
-    return load
+def _own(graph: OpGraph, op: Op, load: Load) -> Load:
+    """The load of an operator that works on a row a sequence, such as the head."""
+    by_sequence = bool(op.inputs) and graph.tensors[op.inputs[0]].spec.shape[0] == "num_seqs"
+    return replace(load, num_tokens=load.num_seqs) if by_sequence else load
 
 
 def _flops(graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load) -> float:
@@ -271,22 +270,23 @@ _CLASSES: tuple[tuple[str, str], ...] = (
     ("delta_rule", "delta_step"),
     ("grouped_up", "grouped"),
     ("grouped_down", "grouped"),
-    ("experts_up", "stream"),
-    ("experts_down", "stream"),
+    ("experts_up", "experts"),
+    ("experts_down", "experts"),
     ("linear", "product"),
     ("embed", "rows"),
 )
-PLAIN_ROWS = 4  # up to here a product is plain arithmetic (tiling/linear.py)
+PLAIN_ROWS = 2  # up to here plain arithmetic keeps up with the memory, so products are computed so
+PLAIN_COLUMNS = 1024  # of a router: too few for tiles of the tensor cores, with few rows
 FEW_ROWS = 64  # up to here it waits for its weights on every machine that we know
 
 
-def op_class(kinds: Collection[str], num_tokens: int, num_seqs: int) -> str:
-    """The class whose residual a kernel of such members takes from the machine's profile."""
+def op_class(kinds: Collection[str], num_rows: int, num_seqs: int) -> str:
+    """The class whose wait and residual a kernel of such members takes from the machine's profile."""
     found = next((name for kind, name in _CLASSES if kind in kinds), "rows")
     if found == "attention":
-        return "attention_prefill" if num_tokens > FEW_ROWS * num_seqs else "attention_decode"
-    if found == "product" and num_tokens <= FEW_ROWS:
-        return "stream" if num_tokens <= PLAIN_ROWS else "few_rows"
+        return "attention_prefill" if num_rows > FEW_ROWS * num_seqs else "attention_decode"
+    if found == "product" and num_rows <= FEW_ROWS:
+        return "stream" if num_rows <= PLAIN_ROWS else "few_rows"
     return found
 
 
@@ -318,18 +318,20 @@ def time_of(graph: OpGraph, op: Op, cost: OpCost, load: Load, hardware: Hardware
     if op.kind in COLLECTIVES:
         return _collective_time(graph, op, load, hardware)
     memory_s = cost.moved_bytes / hardware.read_bytes_per_s
-    load = _own_load(graph, op, load)
     matrix_s = sum(_matrix_s(graph, member, load, hardware) for member in op.members)
-    busy_us = max(memory_s, matrix_s) * 1e6 * _residual(op, load, hardware)
+    name = _class(graph, op, load)
+    busy_us = max(memory_s, matrix_s) * 1e6 * hardware.residuals[name]
     bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
     sums = [member for member in op.members if member.kind == "all_reduce"]
     if not sums:
-        return OpTime(hardware.launch_us + hardware.ramp_us, busy_us, bound)
+        return OpTime(hardware.launch_us + hardware.waits_us[name], busy_us, bound)
     return OpTime(_collective_time(graph, sums[0], load, hardware).latency_us, busy_us, bound, "collective")
 
 
-def _residual(op: Op, load: Load, hardware: HardwareSpec) -> float:
-    return hardware.residuals[op_class({m.kind for m in op.members}, load.num_tokens, load.num_seqs)]
+def _class(graph: OpGraph, op: Op, load: Load) -> str:
+    """By the rows of the member that works on the fewest: a head works on the last ones alone."""
+    rows = min(_own(graph, member, load).num_tokens for member in op.members)
+    return op_class({member.kind for member in op.members}, rows, load.num_seqs)
 
 
 def _collective_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTime:
@@ -341,8 +343,8 @@ def _collective_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec)
 
 def _matrix_s(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> float:
     """Seconds of the tensor cores, at the share that a product of this shape fills."""
+    load = _own(graph, op, load)
     weights = [graph.weights[name].spec for name in op.weights]
-    load = _own_load(graph, op, load)
     flops = _flops(graph, op, weights, load)
     if not flops:
         return 0.0

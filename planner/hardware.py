@@ -19,8 +19,8 @@ from tokenspeed_plan.plans.errors import SpecError
 
 GIB = 1 << 30
 OP_CLASSES = (
-    "stream", "few_rows", "product", "grouped", "attention_decode", "attention_prefill", "delta_step", "delta_chunk",
-    "rows",
+    "stream", "experts", "few_rows", "product", "grouped", "attention_decode", "attention_prefill", "delta_step",
+    "delta_chunk", "rows",
 )  # fmt: skip
 TIME_KINDS = ("memory", "matrix", "launch", "collective", "host")
 
@@ -38,11 +38,11 @@ class HardwareSpec:
         peak_bytes_per_s: of its memory, by the data sheet. read_bytes_per_s: what a large read reaches.
         matrix_flops_per_s: dense peak by dtype. matrix_share: what a large product reaches of it.
         launch_us: from one tiny kernel to the next inside a graph.
-        ramp_us: what a kernel loses besides, from its first load to full speed and back.
         host_us: host work of a replay that no GPU work hides.
         link_bytes_per_s: to the other GPUs of a node, one direction, all links. nic_*: to another node, for each GPU.
         one_shot_us, two_shot_us: an all-reduce inside a graph.
-        residuals: busy time over the roofline's, by class of operator. errors: relative, by kind of time.
+        waits_us: what a kernel loses besides, from its first load to full speed and back, by class of operator.
+        residuals: busy time over the roofline's, by class. errors: relative, by kind of time.
         num_sms: multiprocessors (0: a program after the other). max_shared_bytes: shared memory of one program.
         prefill_chunk, page_size: where nothing else is asked for.
         sources: where each number comes from.
@@ -60,7 +60,6 @@ class HardwareSpec:
     num_sms: int
     matrix_share: float
     launch_us: float
-    ramp_us: float
     host_us: float
     link_bytes_per_s: float
     nic_bytes_per_s: float
@@ -73,6 +72,7 @@ class HardwareSpec:
     matrix_flops_per_s: Mapping[str, float]
     one_shot_us: Table
     two_shot_us: Table
+    waits_us: Mapping[str, float]
     residuals: Mapping[str, float]
     errors: Mapping[str, float]
     sources: Mapping[str, str]
@@ -101,17 +101,18 @@ class Profile(_Section):
     numbers: dict[str, _Number]
     matrix_flops_per_s: dict[str, _Number]
     all_reduce: dict[str, _Collective]
+    waits: dict[str, _Number]
     residuals: dict[str, _Number]
     errors: dict[str, _Number]
     measured: dict[str, str] = {}
 
 
 _NOT_NUMBERS = {
-    "name", "sm", "matrix_flops_per_s", "one_shot_us", "two_shot_us", "residuals", "errors", "sources",
+    "name", "sm", "matrix_flops_per_s", "one_shot_us", "two_shot_us", "waits_us", "residuals", "errors", "sources",
 }  # fmt: skip
 _INTEGERS = {field.name for field in fields(HardwareSpec) if field.type == "int"}
 NUMBERS = tuple(field.name for field in fields(HardwareSpec) if field.name not in _NOT_NUMBERS)
-_MAY_BE_ZERO = {"num_sms", "max_shared_bytes", "reserved_bytes", "ramp_us"}
+_MAY_BE_ZERO = {"num_sms", "max_shared_bytes", "reserved_bytes"}
 
 
 def read_profile(text: str, name: str) -> Profile:
@@ -129,6 +130,7 @@ def read_profile(text: str, name: str) -> Profile:
         raise _bad(name, f"`{'.'.join(map(str, first['loc']))}`: {first['msg'].lower()}") from error
     for what, expected, found in (
         ("numbers", NUMBERS, profile.numbers),
+        ("waits", OP_CLASSES, profile.waits),
         ("residuals", OP_CLASSES, profile.residuals),
         ("errors", TIME_KINDS, profile.errors),
     ):
@@ -161,7 +163,7 @@ def _check_values(name: str, profile: Profile) -> None:
 
 
 def _numbers(profile: Profile) -> tuple[Mapping[str, _Number], ...]:
-    return profile.numbers, profile.matrix_flops_per_s, profile.residuals, profile.errors
+    return profile.numbers, profile.matrix_flops_per_s, profile.waits, profile.residuals, profile.errors
 
 
 def _bad(name: str, what: str) -> SpecError:
@@ -180,6 +182,7 @@ def to_hardware(profile: Profile) -> HardwareSpec:
         matrix_flops_per_s={key: number.value for key, number in profile.matrix_flops_per_s.items()},
         one_shot_us=tables["one_shot_us"],
         two_shot_us=tables.get("two_shot_us", {}),
+        waits_us={key: number.value for key, number in profile.waits.items()},
         residuals={key: number.value for key, number in profile.residuals.items()},
         errors={key: number.value for key, number in profile.errors.items()},
         sources=sources | {"all_reduce": profile.sources[profile.all_reduce["one_shot"].source]},

@@ -23,14 +23,17 @@ def interpret() -> None:
     """Run kernels in Triton's interpreter from here on; must come before anything else loads Triton.
 
     Raises:
-        PlanError: Triton is not there.
+        PlanError: Triton is not there, or is loaded already, to compile.
     """
     os.environ["TRITON_INTERPRET"] = "1"
     try:
+        import triton.language as tl
         import triton.language.extra.cuda as cuda
-        from triton.runtime import interpreter
+        from triton.runtime import JITFunction, interpreter
     except ImportError as error:
         raise PlanError("Triton is not installed", "install `triton`, or run with `--bodies reference`") from error
+    if isinstance(tl.sum, JITFunction):
+        raise PlanError("Triton is loaded in this process already, to compile", "set TRITON_INTERPRET=1 at its start")
     # The interpreter runs programs one after the other: there is nothing to wait for.
     cuda.gdc_wait = cuda.gdc_launch_dependents = _nothing
     if not hasattr(interpreter, "_tokenspeed"):

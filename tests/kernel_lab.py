@@ -89,7 +89,7 @@ def graph_of(case: Case) -> OpGraph:
     )  # fmt: skip
     context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
     sharded = shard(build(context, case.phase, case.depth), case.layout)
-    return fuse(expand(sharded, case.num_tokens, seqs))
+    return fuse(expand(sharded, case.num_tokens, seqs), case.num_tokens, seqs)
 
 
 def kernels_of(case: Case) -> list[Built]:

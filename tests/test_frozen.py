@@ -57,7 +57,9 @@ def test_the_headline_fits_and_counts_its_launches() -> None:
 def test_one_gpu_counts_its_launches() -> None:
     plan = load_plan(ROOT / "plans/frozen/qwen3.5-35b-h200")
     for program in plan.programs:
-        assert program.phase == "prefill" or program.launches / plan.num_layers <= 6.5
+        # From 4 rows on norms are launches of their own: fewer launches were measured to take longer there.
+        most = 6.5 if program.bucket <= 2 else 8
+        assert program.phase == "prefill" or program.launches / plan.num_layers <= most
 
 
 @pytest.mark.parametrize("name", FROZEN.values())

@@ -10,6 +10,7 @@ Prints the lines for `planner/tiling/tuned.yaml`, with the microseconds of the p
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import random
 from collections.abc import Iterator
@@ -51,10 +52,14 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
         return [Tile(*values) for values in itertools.product(*space.values())]
     special = {"attention_gate": FLASH, "delta_step": DELTA, "moe_up": UP, "moe_down": DOWN, "moe_down_add": DOWN}
     space = special.get(kind, GEMV if few else DOT)
-    tiles = [Tile(rows if few or kind in special else 16, *values) for values in itertools.product(*space.values())]
-    if space is GEMV or (space is DOT and rows < 16):
-        tiles = [*plain_tiles(rows), *(tiles if space is DOT else ())]
-    return tiles
+    tiles = [
+        Tile(rows if few or kind in special else max(rows, 16), *values)
+        for values in itertools.product(*space.values())
+    ]
+    if space is GEMV:
+        padded = [Tile(max(rows, 16), *values) for values in itertools.product(*DOT.values())] if rows > 1 else []
+        return plain_tiles(rows) + padded
+    return plain_tiles(rows) + tiles if space is DOT and rows < 16 else tiles
 
 
 def plain_tiles(rows: int) -> list[Tile]:
@@ -84,14 +89,14 @@ def variants(
 class Chain:
     """The whole program with its kernels overlapping, in which one kernel at a time is exchanged."""
 
-    def __init__(self, executor: Executor, replay: Replay) -> None:
+    def __init__(self, executor: Executor, replay: Replay, sm: int) -> None:
         program, self.reset = replay.program, replay.reset
         self.whole = program.captured
         self.rows = (replay.run_tokens, replay.run_seqs)
         self.names = [step.kernel for step in program.steps if isinstance(step, KernelCall)]
         steps = executor.steps(program, *self.rows)
         self.calls = [next(iter(work)) for step, work in steps if isinstance(step, KernelCall)]
-        self.executor = executor
+        self.executor, self.sm = executor, sm
 
     def time(self, name: str, built: Built, made: Compiled) -> float:
         """Microseconds of a replay with another build of a kernel; of its first call alone where calls are long."""
@@ -105,8 +110,8 @@ class Chain:
     def exchanged(self, name: str, built: Built, made: Compiled) -> list[Any]:
         """All instructions, those of one kernel with another build of it."""
         kernel = built.kernel
-        binary = Binary(kernel=kernel.name, sm=0, cubin_sha256="", registers=0, spill_bytes=0,
-                        shared_bytes=made.shared_bytes)  # fmt: skip
+        binary = Binary(kernel=kernel.name, sm=self.sm, cubin_sha256=hashlib.sha256(made.cubin).hexdigest(),
+                        registers=0, spill_bytes=0, shared_bytes=made.shared_bytes)  # fmt: skip
         run = CudaKernels({kernel.name: binary}, {kernel.name: made.cubin}).launcher(kernel, 0, *self.rows)
         scratch = tuple(torch.zeros(p.tensor.bind(*self.rows), dtype=TORCH_DTYPES[p.tensor.dtype], device="cuda")
                         for p in kernel.params if p.role == "scratch")  # fmt: skip
@@ -140,7 +145,7 @@ def main() -> None:
     }
     jobs = {b.kernel.name: Job(b.kernel, b.source or "", hardware.sm) for found in tried.values() for _, b in found}
     results = compile_all(jobs.values(), Path("/tmp/tune-cache"))
-    chain = Chain(executor, replay)
+    chain = Chain(executor, replay, hardware.sm)
     for name, found in tried.items():
         report(chain, name, found, {n: results[job.key] for n, job in jobs.items()}, hardware)
 

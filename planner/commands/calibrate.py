@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CONTEXTS = {"cuda": (1024, 16_384), "cpu": (128,)}
 CHUNK = {"cuda": 4096, "cpu": 128}
-BATCHES = (1, 4, model.MOST_SEQS)
+BATCHES = (1, 2, 4, 16, model.MOST_SEQS)
 
 
 @click.command()
@@ -39,7 +39,8 @@ def calibrate(out: Path, base: str | None, device: str | None) -> None:
     samples = list(_samples(profile, machine, device))
     found = model.fit(samples, machine.launch_us)
     measured = {"machine": name, "date": date.today().isoformat(), **provenance(device)}
-    said = f"`tokenspeed calibrate` on {name}: {len(samples)} kernels of {', '.join(_probes(device))}, 4 layers each"
+    probes = f"{', '.join(_probes(device))}, {model.LAYERS} layers each"
+    said = f"`tokenspeed calibrate` on {name}: {len(samples)} kernels of {probes}"
     done = model.calibrated(profile, found, machine.launch_us, said, measured)
     text = model.dump(done, f"Measured by `tokenspeed calibrate` on {name}.")
     read_profile(text, str(out))
@@ -133,7 +134,8 @@ def _replayed(
 
 
 def _report(found: model.Fit, out: Path) -> None:
-    click.echo(f"a kernel waits {found.wait_us:.2f} us, then takes this over its roofline time:", err=True)
+    click.echo("a kernel waits, then takes a multiple of its roofline time:", err=True)
     for name, residual in found.residuals.items():
-        click.echo(f"  {name:<18} {residual:>6.2f}  (left over: {found.errors[name]:.0%})", err=True)
+        wait_us, left = found.waits_us[name], found.errors[name]
+        click.echo(f"  {name:<18} {wait_us:>6.2f} us {residual:>6.2f} x  (left over: {left:.0%})", err=True)
     click.echo(f"wrote {out}; use it with `target: {{gpu: {out}}}`", err=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
-from tokenspeed_plan.planner.cost import Formats, Load, WeightFormat, op_cost, time_of
+from tokenspeed_plan.planner.cost import PLAIN_ROWS, Formats, Load, WeightFormat, op_cost, time_of
 from tokenspeed_plan.planner.graph import Op, OpGraph
 from tokenspeed_plan.planner.hardware import TIME_KINDS, HardwareSpec, all_reduce_us
 from tokenspeed_plan.planner.layout import ParallelLayout
@@ -76,6 +76,11 @@ class Engine:
     host_us: float
 
 
+def _alike(rows: int) -> int:
+    """The most rows whose graph is the same."""
+    return next((most for most in (PLAIN_ROWS, FEW_ROWS) if rows <= most), FEW_ROWS + 1)
+
+
 def formats_of(weights: WeightFormat, kv_dtype: str = "bf16") -> Formats:
     """How a published checkpoint of this kind stores its tensors: NVFP4 ones quantise only the routed experts."""
     kv_bytes = 1.0 if kv_dtype == "fp8" else None
@@ -93,7 +98,7 @@ class StepModel:
     weights: WeightFormat = "bf16"
     skew: float = 0.0
     engine: Engine | None = None
-    graphs: dict[tuple[ParallelLayout, Phase, int, bool, bool], OpGraph] = field(default_factory=dict)
+    graphs: dict[tuple[ParallelLayout, Phase, int, int, int], OpGraph] = field(default_factory=dict)
     prices: dict[tuple[ParallelLayout, Phase, int, Load], StepTime] = field(default_factory=dict)
     arenas: dict[tuple[ParallelLayout, Phase, int, int, int], int] = field(default_factory=dict)
 
@@ -169,7 +174,7 @@ class StepModel:
         launches, sums = layers * self.engine.kernels_per_layer, layers * self.engine.collectives_per_layer
         sum_us = step.collective / step.collectives if step.collectives else 0.0
         sums = sums if step.collectives else 0.0
-        waits = (launches - sums) * (self.hardware.launch_us + self.hardware.ramp_us)
+        waits = (launches - sums) * (self.hardware.launch_us + self.hardware.waits_us["stream"])
         return replace(
             step, launch=waits, collective=sums * sum_us, host=self.engine.host_us, launches=launches, collectives=sums
         )
@@ -195,11 +200,11 @@ class StepModel:
         return [1, *(self.config.layer_types[1:].count(kind) for kind in self._kinds()[1:])]
 
     def graph(self, layout: ParallelLayout, phase: Phase, tokens: int, seqs: int = 1, depth: int = 0) -> OpGraph:
-        """The fused graph of a short model, for few rows or for many of tokens and, where it drafts, of sequences."""
-        key = (layout, phase, depth, tokens <= FEW_ROWS, seqs <= FEW_ROWS)
-        if key not in self.graphs:
-            sizes = [1 if few else FEW_ROWS + 1 for few in key[3:]]
-            self.graphs[key] = fuse(expand(shard(build(self._context(depth), phase, depth), layout), *sizes))
+        """The fused graph of a short model, for one or two rows, for few or for many; so with the sequences."""
+        sizes = (_alike(tokens), _alike(seqs))
+        if (key := (layout, phase, depth, *sizes)) not in self.graphs:
+            expanded = expand(shard(build(self._context(depth), phase, depth), layout), *sizes)
+            self.graphs[key] = fuse(expanded, *sizes)
         return self.graphs[key]
 
     def _context(self, depth: int) -> BuildContext:

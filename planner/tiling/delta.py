@@ -37,7 +37,8 @@ def delta_step(work: Work) -> list[Tiling]:
     facts |= {"EPS": work.part("gated_norm").attrs["eps"], "BLOCK_TAPS": up2(int(facts["TAPS"]))}
     wide, b = int(heads["DV"]), int(heads["B"])
     made = []
-    shapes = (Tile(1, min(n, wide), int(heads["DK"]), 4, 1) for n in (32, 16, 8))
+    first = (16, 2) if work.num_seqs <= 2 else (64, 4) if work.num_seqs <= 8 else (32, 8)
+    shapes = (Tile(1, min(n, wide), int(heads["DK"]), warps, 1) for n, warps in (first, (16, 4), (8, 4)))
     for tile in work.tiles(*((Tile(1, wide, 0, 4, 1),) if work.interpreted else shapes)):
         n, columns = tile.n, wide // tile.n
         scratch = {"partial": per_seq(b * wide), "tickets": per_seq(b, "i32")} if columns > 1 else {}

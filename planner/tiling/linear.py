@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokenspeed_plan.planner.cost import FEW_ROWS, PLAIN_COLUMNS, PLAIN_ROWS
 from tokenspeed_plan.planner.tiling.tuned import Tile
 from tokenspeed_plan.planner.tiling.work import (
     TRITON_DTYPES,
@@ -13,9 +14,8 @@ from tokenspeed_plan.planner.tiling.work import (
     up2,
 )
 from tokenspeed_plan.plans.schema import GridDim
-from tokenspeed_plan.plans.types import Attr
+from tokenspeed_plan.plans.types import DTYPE_BYTES, Attr
 
-FEW_ROWS = 4  # up to here plain arithmetic keeps up with the memory
 DOT_ROWS = 16  # of a tile on the tensor cores, at least
 
 
@@ -24,7 +24,12 @@ def linear(work: Work) -> list[Tiling]:
     weight_rows, depth = work.width("linear_w" if "linear_w" in work.specs else "w", 0), _depth(work)
     columns = weight_rows // 2 if work.has("silu_mul") else weight_rows
     rows = work.num_rows
-    tiles = _row_tiles(work, rows, columns, depth) if rows <= FEW_ROWS else _matrix_tiles(work, rows, columns, depth)
+    if work.interpreted:
+        tiles = [_interpreted(work, rows, columns, depth)]
+    elif rows <= PLAIN_ROWS or (rows <= FEW_ROWS and weight_rows <= PLAIN_COLUMNS):
+        tiles = _row_tiles(work, rows, weight_rows, depth)
+    else:
+        tiles = _matrix_tiles(work, rows, weight_rows, columns)
     return [_tiling(work, tile, rows, columns, depth) for tile in work.tiles(*tiles)]
 
 
@@ -32,16 +37,27 @@ def _depth(work: Work) -> int:
     return work.width("linear_w" if "linear_w" in work.specs else "w", 1)
 
 
-def _row_tiles(work: Work, rows: int, columns: int, depth: int) -> list[Tile]:
-    """Each weight is read once, so what counts is that all multiprocessors read, each with much in flight."""
-    ways = 2 if work.has("silu_mul") else 1
-    m = up2(rows)
-    if work.interpreted:
-        return [Tile(m, min(up2(columns), 32 // ways), min(up2(depth), 256), 8, 1)]
-    wide = max(2, min(16 if m == 1 else 4, down2(columns // (2 * work.hardware.num_sms)))) // ways
-    deep = _deep(depth)
-    most = 4096 if m == 1 else 16384  # of a tile; long pieces of a few weight rows keep the memory busy
-    return [Tile(m, max(n, 1), min(deep, most // (ways * m) // max(n, 1)), 4, 1) for n in (wide, wide // 2, 1) if n]
+def _interpreted(work: Work, rows: int, columns: int, depth: int) -> Tile:
+    if rows <= PLAIN_ROWS:
+        return Tile(up2(rows), min(up2(columns), 16 if work.has("silu_mul") else 32), min(up2(depth), 256), 8, 1)
+    return Tile(16 if rows <= 16 else 64, 64, 64, 8, 1)
+
+
+def _row_tiles(work: Work, rows: int, weight_rows: int, depth: int) -> list[Tile]:
+    """Each weight is read once: what counts is that all multiprocessors read. Tiles as measured on an H200."""
+    m, sms, deep = up2(rows), work.hardware.num_sms, _deep(depth)
+    most = max(1, min(8 if m == 1 else 4, down2(weight_rows // (4 * sms))))
+    if m > PLAIN_ROWS:  # of a router
+        first = Tile(min(m, 8), 2, deep, 8, 3)
+    elif m > 1:
+        first = Tile(m, most, min(deep, 512), 2, 3)
+    elif work.has("silu_mul"):
+        first = Tile(m, max(most // 2, 1), min(deep, 512), 4, 3)
+    elif weight_rows >= 16 * sms and work.has("rms_norm"):
+        first = Tile(m, most, min(deep, 256), 2, 1)
+    else:
+        first = Tile(m, most, min(deep, 1024), 4 if most > 2 else 2, 2)
+    return [first, Tile(min(m, 8), 1, min(deep, 512), 4, 1)]
 
 
 def _deep(depth: int) -> int:
@@ -50,14 +66,18 @@ def _deep(depth: int) -> int:
     return even if even >= 128 else min(up2(depth), 1024)
 
 
-def _matrix_tiles(work: Work, rows: int, columns: int, depth: int) -> list[Tile]:
+def _skinny_tiles(work: Work, rows: int, weight_rows: int) -> list[Tile]:
+    """Few rows on the tensor cores: each weight once, a few programs on each multiprocessor, long pieces of a row."""
+    m, n = max(up2(rows), DOT_ROWS), 32 if weight_rows >= 24 * work.hardware.num_sms else 16
+    first = Tile(m, n, 512 // DTYPE_BYTES[work.dtype], 2 if m == DOT_ROWS else 4, 4)
+    return [first, Tile(m, 32, 128, 4, 3), Tile(m, 16, 128, 4, 3), Tile(16, 16, 64, 4, 2)]
+
+
+def _matrix_tiles(work: Work, rows: int, weight_rows: int, columns: int) -> list[Tile]:
+    if rows <= 2 * DOT_ROWS:
+        return _skinny_tiles(work, rows, weight_rows)
     narrow = work.dtype == "bf16"
-    if work.interpreted:
-        return [Tile(16 if rows <= 16 else 64, 64, 64, 8, 1)]
-    if rows <= 16:
-        n = 16 if columns < 32 * work.hardware.num_sms else 32
-        return [Tile(16, n, 256 if narrow else 128, 4, 4), Tile(16, 16, 128, 4, 3), Tile(16, 16, 64, 4, 2)]
-    if rows <= 64:
+    if rows <= FEW_ROWS:
         return [Tile(64, 64, 128 if narrow else 64, 4, 3), Tile(64, 32, 64, 4, 3), Tile(32, 32, 32, 4, 2)]
     wide = 128 if work.has("silu_mul") or columns * rows < 128 * 256 * work.hardware.num_sms else 256
     deep = 64 if narrow else 32

@@ -25,7 +25,9 @@ def moe_up(work: Work) -> list[Tiling]:
     narrow = work.specs["topk_logits"].dtype == "bf16"
     facts = _choice(work, "topk_logits") | {"LOCAL": local, "INNER": inner, "SHARED": shared, "H": hidden}
     made = []
-    shapes = (Tile(1, 4, 512), Tile(1, 4, 256, 4, 2), Tile(1, 2, 256, 4, 1))
+    deep = max(min(hidden & -hidden, 2048), 256)  # no load is masked
+    warps = 4 if work.num_tokens == 1 else 2
+    shapes = (Tile(1, min(8192 // deep, 8), deep, warps, 2), Tile(1, 4, 256, 4, 2), Tile(1, 2, 256, 4, 1))
     for shape in work.tiles(*((Tile(1, 32, 128, 8, 1),) if work.interpreted else shapes)):
         n = min(shape.n, up2(max(inner, shared)))
         tile: dict[str, Attr] = {"BLOCK_N": n, "BLOCK_K": min(shape.k, up2(hidden)), "STAGES": shape.num_stages}
@@ -42,7 +44,8 @@ def moe_down(work: Work) -> list[Tiling]:
         "TOP_K": work.width("experts_down_weights"),
     }  # fmt: skip
     made = []
-    shapes = (Tile(1, 8, 512), Tile(1, 8, 256, 4, 2), Tile(1, 4, 256, 4, 1))
+    first = Tile(1, 2, 512, 2, 1) if work.num_tokens == 1 else Tile(1, 1, 256, 2, 1)
+    shapes = (first, Tile(1, 4, 256, 4, 1))
     for shape in work.tiles(*((Tile(1, 64, 128, 8, 1),) if work.interpreted else shapes)):
         tile: dict[str, Attr] = {
             "BLOCK_N": min(shape.n, up2(hidden)), "BLOCK_K": min(shape.k, up2(max(inner, int(facts["SHARED"])))),

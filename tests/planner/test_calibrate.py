@@ -30,7 +30,7 @@ def samples(wait_us: float, factors: dict[str, float], noise: float) -> list[cal
 def test_a_fit_finds_what_made_the_samples(noise: float) -> None:
     factors = {"stream": 1.1, "product": 1.4, "delta_chunk": 3.0, "attention_prefill": 2.2}
     found = calibrate.fit(samples(1.8, factors, noise), launch_us=0.9)
-    assert found.wait_us == pytest.approx(1.8, rel=0.1)
+    assert found.waits_us["stream"] == pytest.approx(1.8, rel=0.1)
     for name, factor in factors.items():
         assert found.residuals[name] == pytest.approx(factor, rel=0.05)
         assert found.errors[name] <= noise + 1e-9
@@ -49,10 +49,10 @@ def test_what_is_written_can_be_read_and_plans(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(calibrate.dump(made, "A test."))
     machine = find_hardware(str(path))
-    assert machine.launch_us == pytest.approx(0.9) and machine.ramp_us == pytest.approx(0.6, rel=0.05)
+    assert machine.launch_us == pytest.approx(0.9) and machine.waits_us["stream"] == pytest.approx(0.6, rel=0.05)
     assert machine.residuals["stream"] == pytest.approx(1.2, rel=0.02)
     assert machine.residuals["product"] == find_hardware("H200").residuals["product"]
-    assert machine.sources["ramp_us"] == "a test"
+    assert machine.sources["launch_us"] == "a test"
     assert machine.one_shot_us == find_hardware("H200").one_shot_us
 
 
@@ -88,11 +88,15 @@ def test_the_command_measures_this_machine(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_times_add_up_to_the_programs() -> None:
-    """Kernels that overlap take less together than by themselves; those that seem to take nothing do not decide."""
-    kernels = [{"kernel": "a", "us": 10.0, "total_us": 40.0, "predicted_us": 6.0},
-               {"kernel": "b", "us": 20.0, "total_us": 60.0, "predicted_us": 3.0}]  # fmt: skip
-    program = {"measured_us": 80.0, "tokens": 1, "batch": 1, "kernels": kernels}
-    made = calibrate.samples(program, {"a": ["rms_norm", "linear"], "b": ["attention", "gate"]})
-    assert [(s.op_class, s.measured_us, s.busy_us) for s in made] == [("stream", 8, 6), ("attention_decode", 16, 3)]
+    """Kernels that overlap wait less than by themselves; those that seem to take nothing do not decide."""
+    kernels = [{"kernel": "a", "us": 10.0, "calls": 4, "total_us": 40.0, "predicted_us": 6.0},
+               {"kernel": "b", "us": 20.0, "calls": 3, "total_us": 60.0, "predicted_us": 3.0}]  # fmt: skip
+    kinds = {"a": ["rms_norm", "linear"], "b": ["attention", "gate"]}
+    for taken_us, alone in ((86.0, (8.0, 18.0)), (120.0, (12.0, 24.0))):
+        program = {"measured_us": taken_us, "tokens": 1, "batch": 1, "kernels": kernels}
+        made = calibrate.samples(program, kinds)
+        assert [(s.op_class, s.busy_us) for s in made] == [("stream", 6.0), ("attention_decode", 3.0)]
+        assert [s.measured_us for s in made] == pytest.approx(alone)
+        assert sum(s.measured_us * k["calls"] for s, k in zip(made, kernels, strict=True)) == pytest.approx(taken_us)
     odd = [*samples(1.8, {"stream": 1.1}, 0.0), calibrate.Sample("stream", 1e-3, 1.0)]
     assert calibrate.fit(odd, 1.0).residuals["stream"] == pytest.approx(1.1, rel=0.15)

@@ -108,7 +108,7 @@ def evaluate(graph: OpGraph, seed: int) -> dict[str, Values]:
 @given(st.integers(0, 10**9), st.sets(st.sampled_from(range(len(FUSIONS)))), st.sampled_from(["prefill", "decode"]))
 def test_random_graphs_say_the_same_however_they_are_fused(seed: int, chosen: set[int], phase: Phase) -> None:
     plain = _Random(seed, phase).graph()
-    fused = check(fuse(plain, tuple(FUSIONS[index] for index in sorted(chosen))))
+    fused = check(fuse(plain, 1, 1, tuple(FUSIONS[index] for index in sorted(chosen))))
     wanted, got = evaluate(plain, seed), evaluate(fused, seed)
     assert all(torch.equal(got[name], wanted[name]) for name in plain.outputs)
 

@@ -127,7 +127,7 @@ def test_fusion_never_changes_a_result(chosen: set[int], checkpoint: Any) -> Non
 
 def test_fusion_saves_launches() -> None:
     sharded = shard(build(context("35b-a3b"), "decode"), ParallelLayout(1, 1, 1))
-    assert len(fuse(sharded, ()).ops) > 1.5 * len(fuse(sharded).ops)
+    assert len(fuse(sharded, 1, 1, ()).ops) > 1.5 * len(fuse(sharded).ops)
 
 
 @pytest.mark.parametrize("kind", ["moe", "dense"])

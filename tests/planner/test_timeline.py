@@ -46,7 +46,7 @@ def graphs(checkpoint: Any) -> list[OpGraph]:
     found: list[OpGraph] = []
     spec = make_spec(checkpoint("moe"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile_module, "fuse", lambda graph: found.append(fuse(graph, ())) or found[-1])
+        patch.setattr(compile_module, "fuse", lambda graph, *sizes: found.append(fuse(graph, *sizes, ())) or found[-1])
         compile_module.compile_plan(spec, find_model(spec))
     return found
 

@@ -382,7 +382,7 @@ def streamed(checkpoint: Any) -> Plan:
     """The plan with three streams, and for many branches, with nothing fused."""
     spec = make_spec(checkpoint("moe"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile_module, "fuse", lambda graph: fuse(graph, ()))
+        patch.setattr(compile_module, "fuse", lambda graph, *sizes: fuse(graph, *sizes, ()))
         patch.setattr(compile_module, "schedule_best", lambda graph, *rest: schedule(graph, 3))
         return compile_plan(spec, find_model(spec))
 

@@ -34,34 +34,34 @@ def _conv(
 
 @triton.jit
 def delta_step(
-    causal_conv_x,  # input, bf16 [num_tokens, 8192]
+    causal_conv_x,  # input, bf16 [num_tokens, 1536]
     causal_conv_cu_seqlens,  # input, i32 [num_seqs+1]
     causal_conv_read_rows,  # input, i32 [num_seqs]
     causal_conv_write_rows,  # input, i32 [num_seqs]
-    delta_gates_b,  # input, bf16 [num_tokens, 32]
-    delta_gates_a,  # input, bf16 [num_tokens, 32]
-    gated_norm_z,  # input, bf16 [num_tokens, 4096]
-    causal_conv_w,  # weight, bf16 [8192, 1, 4]
-    delta_gates_a_log,  # weight, fp32 [32]
-    delta_gates_dt_bias,  # weight, fp32 [32]
+    delta_gates_b,  # input, bf16 [num_tokens, 8]
+    delta_gates_a,  # input, bf16 [num_tokens, 8]
+    gated_norm_z,  # input, bf16 [num_tokens, 1024]
+    causal_conv_w,  # weight, bf16 [1536, 1, 4]
+    delta_gates_a_log,  # weight, fp32 [8]
+    delta_gates_dt_bias,  # weight, fp32 [8]
     gated_norm_w,  # weight, fp32 [128]
-    causal_conv_conv_state,  # state, bf16 [46, 3, 8192]
-    delta_rule_ssm_state,  # state, fp32 [46, 32, 128, 128]
-    gated_norm_y,  # output, bf16 [num_tokens, 4096]
-    partial,  # scratch, fp32 [num_seqs, 4096]
-    tickets,  # scratch, i32 [num_seqs, 32]
+    causal_conv_conv_state,  # state, bf16 [13, 3, 1536]
+    delta_rule_ssm_state,  # state, fp32 [13, 8, 128, 128]
+    gated_norm_y,  # output, bf16 [num_tokens, 1024]
+    partial,  # scratch, fp32 [num_seqs, 1024]
+    tickets,  # scratch, i32 [num_seqs, 8]
     num_tokens,
     num_seqs,
 ):
-    A: tl.constexpr = 16
-    B: tl.constexpr = 32
+    A: tl.constexpr = 2
+    B: tl.constexpr = 8
     BLOCK_TAPS: tl.constexpr = 4
-    BLOCK_V: tl.constexpr = 32
-    CHANNELS: tl.constexpr = 8192
+    BLOCK_V: tl.constexpr = 16
+    CHANNELS: tl.constexpr = 1536
     DK: tl.constexpr = 128
     DV: tl.constexpr = 128
     EPS: tl.constexpr = 1e-06
-    GROUP: tl.constexpr = 2
+    GROUP: tl.constexpr = 4
     L2_EPS: tl.constexpr = 1e-06
     SCALE: tl.constexpr = 0.08838834764831845
     TAPS: tl.constexpr = 4

@@ -27,13 +27,13 @@ def moe_up(
     BLOCK_E: tl.constexpr = 256
     BLOCK_J: tl.constexpr = 8
     BLOCK_K: tl.constexpr = 2048
-    BLOCK_N: tl.constexpr = 4
+    BLOCK_N: tl.constexpr = 8
     EXPERTS: tl.constexpr = 256
     H: tl.constexpr = 2048
     INNER: tl.constexpr = 512
     LOCAL: tl.constexpr = 256
     SHARED: tl.constexpr = 512
-    STAGES: tl.constexpr = 1
+    STAGES: tl.constexpr = 2
     TOP_K: tl.constexpr = 8
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     tl.extra.cuda.gdc_wait()  # all before this one is done and visible

@@ -13,20 +13,19 @@ import triton.language as tl
 def norm_linear(
     rms_norm_x,  # input, bf16 [num_tokens, 2048]
     rms_norm_w,  # weight, bf16 [2048]
-    linear_w,  # weight, bf16 [12352, 2048]
+    linear_w,  # weight, bf16 [9216, 2048]
     linear_y0,  # output, bf16 [num_tokens, 8192]
-    linear_y1,  # output, bf16 [num_tokens, 4096]
-    linear_y2,  # output, bf16 [num_tokens, 32]
-    linear_y3,  # output, bf16 [num_tokens, 32]
+    linear_y1,  # output, bf16 [num_tokens, 512]
+    linear_y2,  # output, bf16 [num_tokens, 512]
     num_tokens,
     num_seqs,
 ):
-    BLOCK_K: tl.constexpr = 1024
-    BLOCK_M: tl.constexpr = 4
+    BLOCK_K: tl.constexpr = 512
+    BLOCK_M: tl.constexpr = 2
     BLOCK_N: tl.constexpr = 4
     EPS: tl.constexpr = 1e-06
     K: tl.constexpr = 2048
-    N: tl.constexpr = 12352
+    N: tl.constexpr = 9216
     STAGES: tl.constexpr = 1
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
@@ -63,6 +62,5 @@ def norm_linear(
     ok = m_ok[:, None] & n_ok[None, :]
     place = m[:, None] * N + col[None, :]
     tl.store(linear_y0 + m[:, None] * 8192 + (col - 0)[None, :], out, mask=ok & ((col >= 0) & (col < 8192))[None, :])
-    tl.store(linear_y1 + m[:, None] * 4096 + (col - 8192)[None, :], out, mask=ok & ((col >= 8192) & (col < 12288))[None, :])
-    tl.store(linear_y2 + m[:, None] * 32 + (col - 12288)[None, :], out, mask=ok & ((col >= 12288) & (col < 12320))[None, :])
-    tl.store(linear_y3 + m[:, None] * 32 + (col - 12320)[None, :], out, mask=ok & ((col >= 12320) & (col < 12352))[None, :])
+    tl.store(linear_y1 + m[:, None] * 512 + (col - 8192)[None, :], out, mask=ok & ((col >= 8192) & (col < 8704))[None, :])
+    tl.store(linear_y2 + m[:, None] * 512 + (col - 8704)[None, :], out, mask=ok & ((col >= 8704) & (col < 9216))[None, :])

@@ -24,7 +24,7 @@ def moe_down(
     num_seqs,
 ):
     BLOCK_K: tl.constexpr = 128
-    BLOCK_N: tl.constexpr = 8
+    BLOCK_N: tl.constexpr = 2
     H: tl.constexpr = 4096
     INNER: tl.constexpr = 128
     LOCAL: tl.constexpr = 512

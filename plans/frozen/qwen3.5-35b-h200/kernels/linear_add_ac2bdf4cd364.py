@@ -18,12 +18,12 @@ def linear_add(
     num_tokens,
     num_seqs,
 ):
-    BLOCK_K: tl.constexpr = 1024
+    BLOCK_K: tl.constexpr = 2048
     BLOCK_M: tl.constexpr = 2
-    BLOCK_N: tl.constexpr = 4
+    BLOCK_N: tl.constexpr = 1
     K: tl.constexpr = 4096
     N: tl.constexpr = 2048
-    STAGES: tl.constexpr = 1
+    STAGES: tl.constexpr = 2
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
     first = tl.program_id(0) * BLOCK_N

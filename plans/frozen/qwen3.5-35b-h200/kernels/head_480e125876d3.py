@@ -11,19 +11,22 @@ import triton.language as tl
 
 @triton.jit
 def head(
-    last_token_x,  # input, bf16 [num_tokens, 4096]
+    last_token_x,  # input, bf16 [num_tokens, 2048]
     last_token_cu_seqlens,  # input, i32 [num_seqs+1]
-    linear_w,  # weight, bf16 [31040, 4096]
-    linear_y0,  # output, bf16 [num_seqs, 31040]
+    linear_w,  # weight, bf16 [248320, 2048]
+    linear_y0,  # output, bf16 [num_seqs, 248320]
     num_tokens,
     num_seqs,
 ):
     BLOCK_K: tl.constexpr = 256
-    BLOCK_M: tl.constexpr = 1
-    BLOCK_N: tl.constexpr = 16
-    K: tl.constexpr = 4096
-    N: tl.constexpr = 31040
-    STAGES: tl.constexpr = 1
+    BLOCK_M: tl.constexpr = 16
+    BLOCK_N: tl.constexpr = 32
+    K: tl.constexpr = 2048
+    N: tl.constexpr = 248320
+    PRECISION: tl.constexpr = 'tf32'
+    STAGES: tl.constexpr = 5
+    tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
+    tl.extra.cuda.gdc_wait()  # all before this one is done and visible
 
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_ok = m < num_seqs
@@ -33,13 +36,14 @@ def head(
     n_ok = first + n < N
     weight = linear_w + first.to(tl.int64) * K
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = k0 + tl.arange(0, BLOCK_K)
-        a = tl.load(last_token_x + row[:, None, None] * K + k[None, None, :], mask=m_ok[:, None, None], other=0.0).to(tl.float32)
-        acc += tl.load(weight + n[None, :, None] * K + k[None, None, :], mask=n_ok[None, :, None], other=0.0).to(tl.float32) * a
+        a = tl.load(last_token_x + row[:, None] * K + k[None, :], mask=m_ok[:, None], other=0.0)
+        x_tile = a
+        acc = tl.dot(x_tile, tl.trans(tl.load(weight + n[:, None] * K + k[None, :], mask=n_ok[:, None], other=0.0)), acc, input_precision=PRECISION)
 
-    out = tl.sum(acc, 2)
+    out = acc
     col = first + n
     ok = m_ok[:, None] & n_ok[None, :]
     place = m[:, None] * N + col[None, :]

@@ -11,18 +11,19 @@ import triton.language as tl
 @triton.jit
 def linear(
     x,  # input, bf16 [num_tokens, 4096]
-    w,  # weight, bf16 [513, 4096]
-    y0,  # output, bf16 [num_tokens, 512]
-    y1,  # output, bf16 [num_tokens, 1]
+    w,  # weight, bf16 [2560, 4096]
+    y0,  # output, bf16 [num_tokens, 2048]
+    y1,  # output, bf16 [num_tokens, 256]
+    y2,  # output, bf16 [num_tokens, 256]
     num_tokens,
     num_seqs,
 ):
     BLOCK_K: tl.constexpr = 1024
     BLOCK_M: tl.constexpr = 1
-    BLOCK_N: tl.constexpr = 2
+    BLOCK_N: tl.constexpr = 4
     K: tl.constexpr = 4096
-    N: tl.constexpr = 513
-    STAGES: tl.constexpr = 1
+    N: tl.constexpr = 2560
+    STAGES: tl.constexpr = 2
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
     first = tl.program_id(0) * BLOCK_N
@@ -49,5 +50,6 @@ def linear(
     col = first + n
     ok = m_ok[:, None] & n_ok[None, :]
     place = m[:, None] * N + col[None, :]
-    tl.store(y0 + m[:, None] * 512 + (col - 0)[None, :], out, mask=ok & ((col >= 0) & (col < 512))[None, :])
-    tl.store(y1 + m[:, None] * 1 + (col - 512)[None, :], out, mask=ok & ((col >= 512) & (col < 513))[None, :])
+    tl.store(y0 + m[:, None] * 2048 + (col - 0)[None, :], out, mask=ok & ((col >= 0) & (col < 2048))[None, :])
+    tl.store(y1 + m[:, None] * 256 + (col - 2048)[None, :], out, mask=ok & ((col >= 2048) & (col < 2304))[None, :])
+    tl.store(y2 + m[:, None] * 256 + (col - 2304)[None, :], out, mask=ok & ((col >= 2304) & (col < 2560))[None, :])

@@ -11,19 +11,20 @@ import triton.language as tl
 @triton.jit
 def linear(
     x,  # input, bf16 [num_tokens, 4096]
-    w,  # weight, bf16 [2560, 4096]
-    y0,  # output, bf16 [num_tokens, 2048]
-    y1,  # output, bf16 [num_tokens, 256]
-    y2,  # output, bf16 [num_tokens, 256]
+    w,  # weight, bf16 [2576, 4096]
+    y0,  # output, bf16 [num_tokens, 1536]
+    y1,  # output, bf16 [num_tokens, 1024]
+    y2,  # output, bf16 [num_tokens, 8]
+    y3,  # output, bf16 [num_tokens, 8]
     num_tokens,
     num_seqs,
 ):
-    BLOCK_K: tl.constexpr = 512
+    BLOCK_K: tl.constexpr = 1024
     BLOCK_M: tl.constexpr = 1
-    BLOCK_N: tl.constexpr = 8
+    BLOCK_N: tl.constexpr = 4
     K: tl.constexpr = 4096
-    N: tl.constexpr = 2560
-    STAGES: tl.constexpr = 1
+    N: tl.constexpr = 2576
+    STAGES: tl.constexpr = 2
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
     first = tl.program_id(0) * BLOCK_N
@@ -50,6 +51,7 @@ def linear(
     col = first + n
     ok = m_ok[:, None] & n_ok[None, :]
     place = m[:, None] * N + col[None, :]
-    tl.store(y0 + m[:, None] * 2048 + (col - 0)[None, :], out, mask=ok & ((col >= 0) & (col < 2048))[None, :])
-    tl.store(y1 + m[:, None] * 256 + (col - 2048)[None, :], out, mask=ok & ((col >= 2048) & (col < 2304))[None, :])
-    tl.store(y2 + m[:, None] * 256 + (col - 2304)[None, :], out, mask=ok & ((col >= 2304) & (col < 2560))[None, :])
+    tl.store(y0 + m[:, None] * 1536 + (col - 0)[None, :], out, mask=ok & ((col >= 0) & (col < 1536))[None, :])
+    tl.store(y1 + m[:, None] * 1024 + (col - 1536)[None, :], out, mask=ok & ((col >= 1536) & (col < 2560))[None, :])
+    tl.store(y2 + m[:, None] * 8 + (col - 2560)[None, :], out, mask=ok & ((col >= 2560) & (col < 2568))[None, :])
+    tl.store(y3 + m[:, None] * 8 + (col - 2568)[None, :], out, mask=ok & ((col >= 2568) & (col < 2576))[None, :])

@@ -1,6 +1,7 @@
-"""norm_linear
+"""norm_head
 
 rms_norm: y = x / sqrt(mean(x^2) + eps) * (1 + w)
+last_token: the last row of each sequence
 linear: y = x w^T, cut into `splits` columns
 Source: RMSNorm (arXiv:1910.07467), applied to the sum at the end: (x (1 + w)) W^T / rms(x); a product that reads each weight once
 """
@@ -10,23 +11,21 @@ import triton.language as tl
 
 
 @triton.jit
-def norm_linear(
-    rms_norm_x,  # input, bf16 [num_tokens, 4096]
-    rms_norm_w,  # weight, bf16 [4096]
-    linear_w,  # weight, bf16 [2576, 4096]
-    linear_y0,  # output, bf16 [num_tokens, 1536]
-    linear_y1,  # output, bf16 [num_tokens, 1024]
-    linear_y2,  # output, bf16 [num_tokens, 8]
-    linear_y3,  # output, bf16 [num_tokens, 8]
+def norm_head(
+    rms_norm_x,  # input, bf16 [num_tokens, 2048]
+    last_token_cu_seqlens,  # input, i32 [num_seqs+1]
+    rms_norm_w,  # weight, bf16 [2048]
+    linear_w,  # weight, bf16 [248320, 2048]
+    linear_y0,  # output, bf16 [num_seqs, 248320]
     num_tokens,
     num_seqs,
 ):
-    BLOCK_K: tl.constexpr = 512
+    BLOCK_K: tl.constexpr = 256
     BLOCK_M: tl.constexpr = 1
     BLOCK_N: tl.constexpr = 8
     EPS: tl.constexpr = 1e-06
-    K: tl.constexpr = 4096
-    N: tl.constexpr = 2576
+    K: tl.constexpr = 2048
+    N: tl.constexpr = 248320
     STAGES: tl.constexpr = 1
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
@@ -40,8 +39,8 @@ def norm_linear(
     tl.extra.cuda.gdc_wait()  # all before this one is done and visible
 
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_ok = m < num_tokens
-    row = m
+    m_ok = m < num_seqs
+    row = tl.load(last_token_cu_seqlens + m + 1, mask=m_ok, other=1) - 1
     acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
     square = tl.zeros([BLOCK_M, 1, BLOCK_K], tl.float32)
     a = tl.load(rms_norm_x + row[:, None, None] * K + k[None, None, :], mask=m_ok[:, None, None], other=0.0).to(tl.float32)
@@ -62,7 +61,4 @@ def norm_linear(
     col = first + n
     ok = m_ok[:, None] & n_ok[None, :]
     place = m[:, None] * N + col[None, :]
-    tl.store(linear_y0 + m[:, None] * 1536 + (col - 0)[None, :], out, mask=ok & ((col >= 0) & (col < 1536))[None, :])
-    tl.store(linear_y1 + m[:, None] * 1024 + (col - 1536)[None, :], out, mask=ok & ((col >= 1536) & (col < 2560))[None, :])
-    tl.store(linear_y2 + m[:, None] * 8 + (col - 2560)[None, :], out, mask=ok & ((col >= 2560) & (col < 2568))[None, :])
-    tl.store(linear_y3 + m[:, None] * 8 + (col - 2568)[None, :], out, mask=ok & ((col >= 2568) & (col < 2576))[None, :])
+    tl.store(linear_y0 + place, out, mask=ok)

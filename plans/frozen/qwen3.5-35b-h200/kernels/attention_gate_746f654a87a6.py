@@ -40,8 +40,8 @@ def attention_gate(
     sigmoid_gate_g,  # input, bf16 [num_tokens, 4096]
     attention_kv_cache,  # state, bf16 [4053, 2, 64, 2, 256]
     sigmoid_gate_y,  # output, bf16 [num_tokens, 4096]
-    partial,  # scratch, bf16 [num_seqs, 135168]
-    lse,  # scratch, fp32 [num_seqs, 528]
+    partial,  # scratch, bf16 [num_seqs, 65536]
+    lse,  # scratch, fp32 [num_seqs, 256]
     tickets,  # scratch, i32 [num_seqs, 2]
     num_tokens,
     num_seqs,
@@ -49,7 +49,7 @@ def attention_gate(
     BLOCK_C: tl.constexpr = 64
     BLOCK_G: tl.constexpr = 16
     BLOCK_P: tl.constexpr = 8
-    BLOCK_S: tl.constexpr = 64
+    BLOCK_S: tl.constexpr = 16
     D: tl.constexpr = 256
     GROUP: tl.constexpr = 8
     HEADS: tl.constexpr = 8
@@ -60,8 +60,8 @@ def attention_gate(
     PRECISION: tl.constexpr = 'tf32'
     Q: tl.constexpr = 16
     SCALE: tl.constexpr = 0.09016844005556021
-    SPLITS: tl.constexpr = 33
-    STAGES: tl.constexpr = 3
+    SPLITS: tl.constexpr = 16
+    STAGES: tl.constexpr = 4
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     s, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(attention_context_lens + s)

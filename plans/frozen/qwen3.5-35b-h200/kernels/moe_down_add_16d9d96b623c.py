@@ -25,8 +25,8 @@ def moe_down_add(
     num_tokens,
     num_seqs,
 ):
-    BLOCK_K: tl.constexpr = 512
-    BLOCK_N: tl.constexpr = 8
+    BLOCK_K: tl.constexpr = 256
+    BLOCK_N: tl.constexpr = 1
     H: tl.constexpr = 2048
     INNER: tl.constexpr = 512
     LOCAL: tl.constexpr = 256

@@ -26,14 +26,14 @@ def moe_up(
 ):
     BLOCK_E: tl.constexpr = 512
     BLOCK_J: tl.constexpr = 16
-    BLOCK_K: tl.constexpr = 512
+    BLOCK_K: tl.constexpr = 2048
     BLOCK_N: tl.constexpr = 4
     EXPERTS: tl.constexpr = 512
     H: tl.constexpr = 4096
     INNER: tl.constexpr = 128
     LOCAL: tl.constexpr = 512
     SHARED: tl.constexpr = 128
-    STAGES: tl.constexpr = 3
+    STAGES: tl.constexpr = 2
     TOP_K: tl.constexpr = 10
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     tl.extra.cuda.gdc_wait()  # all before this one is done and visible

@@ -16,12 +16,12 @@ def linear(
     num_tokens,
     num_seqs,
 ):
-    BLOCK_K: tl.constexpr = 512
+    BLOCK_K: tl.constexpr = 1024
     BLOCK_M: tl.constexpr = 1
-    BLOCK_N: tl.constexpr = 8
+    BLOCK_N: tl.constexpr = 4
     K: tl.constexpr = 1024
     N: tl.constexpr = 4096
-    STAGES: tl.constexpr = 1
+    STAGES: tl.constexpr = 2
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
     first = tl.program_id(0) * BLOCK_N
