@@ -48,7 +48,10 @@ ONE_RANK = ParallelLayout(1, 1, 1)
 
 @dataclass(frozen=True)
 class Case:
-    """A batch: for each sequence, tokens to compute, and tokens that it already has."""
+    """A batch: for each sequence, tokens to compute, and tokens that it already has.
+
+    With a depth, a decode step computes `depth + 1` tokens of each; its plan may have programs that are deeper.
+    """
 
     phase: Phase
     lengths: tuple[int, ...]
@@ -57,6 +60,8 @@ class Case:
     kind: str = "moe"
     gpu: str = "cpu"
     layout: ParallelLayout = ONE_RANK
+    depth: int = 0
+    deeper: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -72,15 +77,15 @@ def config_of(kind: str) -> ModelConfig:
 
 
 def graph_of(case: Case) -> OpGraph:
-    seqs = case.num_seqs
+    seqs, rows = case.num_seqs, case.depth + case.deeper + 2
     limits = Limits(
         max_seqs=seqs, max_seq_len=MAX_SEQ_LEN, max_tokens=max(case.num_tokens, seqs), page_size=PAGE,
-        num_pages=seqs * MAX_SEQ_LEN // PAGE, rows_per_slot=2, num_rows=2 + 2 * seqs, default_max_tokens=8,
+        num_pages=seqs * MAX_SEQ_LEN // PAGE, rows_per_slot=rows, num_rows=2 + rows * seqs, default_max_tokens=8,
         interleaved_tokens=max(case.num_tokens, seqs), checkpoint_interval=PAGE, min_checkpoint_tokens=PAGE,
         num_checkpoints=0,
     )  # fmt: skip
     context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
-    sharded = shard(build(context, case.phase), case.layout)
+    sharded = shard(build(context, case.phase, case.depth), case.layout)
     return fuse(expand(sharded, case.num_tokens, seqs))
 
 
@@ -134,16 +139,15 @@ class Inputs:
 
     def _rules(self, kernel: KernelSpec, shape: tuple[int, ...]) -> dict[str, Any]:
         case, kind = self.case, kind_of(kernel)
-        pages = MAX_SEQ_LEN // PAGE
-        rows = torch.arange(case.num_seqs) * 2
+        rows = torch.arange(case.num_seqs) * (case.depth + case.deeper + 2)
         rules: dict[str, Any] = {
             "cu_seqlens": lambda: self.cu_seqlens,
             "context_lens": lambda: self.contexts,
-            "page_table": lambda: torch.randperm(case.num_seqs * pages, generator=self.random),
+            "page_table": lambda: self._pages(shape),
             "positions": lambda: self.integers(MAX_SEQ_LEN, shape),
             "slot_mapping": lambda: torch.randperm(case.num_seqs * MAX_SEQ_LEN, generator=self.random)[: shape[0]],
-            "read_rows": lambda: torch.tensor([0 if b == 0 else 1 + 2 * i for i, b in enumerate(case.before)]),
-            "write_rows": lambda: rows + 2,
+            "read_rows": lambda: (rows + 1) * (torch.tensor(case.before) > 0),
+            "write_rows": lambda: rows[:, None] + torch.arange(2, case.depth + case.deeper + 3),
             "token_ids": lambda: self.integers(512, shape),
             "a_log": lambda: self.normal(*shape).abs(),
             "ids": lambda: self._ids(shape),
@@ -164,6 +168,12 @@ class Inputs:
                 "total": lambda: self._total(shape),
             }
         return rules
+
+    def _pages(self, shape: tuple[int, ...]) -> Tensor:
+        """Those of drafts after the longest sequence are anybody's."""
+        pages, beyond = MAX_SEQ_LEN // PAGE, shape[1] - MAX_SEQ_LEN // PAGE
+        own = torch.randperm(shape[0] * pages, generator=self.random).view(-1, pages)
+        return torch.cat((own, own[:, :beyond]), 1)
 
     def _unit(self, shape: tuple[int, ...]) -> Tensor:
         heads = self.normal(*shape).unflatten(-1, (-1, config_of(self.case.kind).delta_net.key_dim))

@@ -41,6 +41,8 @@ RULES: dict[str, Rule] = {
     "rms_norm": other.add_norm,
     "reduce_add_norm": other.add_norm,
 }
+# Kinds whose templates have all of it: several rows a sequence, tables of rows to write, passes that draft.
+SPECULATIVE = frozenset({"attention_gate", "delta_step"})
 PDL_SM = 90  # programmatic dependent launch from Hopper on
 
 
@@ -66,13 +68,14 @@ def build_kernel(
         tile: the only one to try.
     """
     work = Work(kind, kernel, *rows, hardware, tile)
-    tilings = RULES[kind](work) if kind in RULES and work.dtype != "fp64" and not _speculative(kernel) else []
+    known = kind in SPECULATIVE or not _speculative(kernel)
+    tilings = RULES[kind](work) if kind in RULES and work.dtype != "fp64" and known else []
     pdl = pdl and hardware.sm >= PDL_SM
     return [_built(work, tiling, pdl) for tiling in tilings] or [Built(_named(kind, kernel), None)]
 
 
 def _speculative(kernel: KernelSpec) -> bool:
-    """Whether a kernel has what only a plan that speculates has; no template knows of that yet.
+    """Whether a kernel has what only a plan that speculates has.
 
     That is several rows a sequence, a table of rows to write, or one row a sequence where it was one a token.
     """
