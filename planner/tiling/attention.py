@@ -73,7 +73,8 @@ def _decode(work: Work) -> list[Tiling]:
     # In a pass that drafts, keys and even the context come from kernels that may not be done.
     ahead = work.specs["attention_q"].shape[0] == "num_tokens"
     made = []
-    shapes = (Tile(1, 64, 0, 8, 3), Tile(1, 64, 0, 8, 2), Tile(1, 32, 0, 4, 2), Tile(1, 16, 0, 4, 2))
+    warps = 4 if int(facts["BLOCK_G"]) < 64 else 8  # so many queries spill in fewer
+    shapes = (Tile(1, 64, 0, 8, 3), Tile(1, 64, 0, 8, 2), Tile(1, 32, 0, warps, 2), Tile(1, 16, 0, warps, 2))
     for tile in work.tiles(*((Tile(1, 64, 0, 8, 1),) if work.interpreted else shapes)):
         constants = facts | {"BLOCK_C": tile.n, "STAGES": tile.num_stages}
         options = {"splits": splits, "rows": rows, "whole_pages": int(facts["PAGE"]) % tile.n == 0}
