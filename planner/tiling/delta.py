@@ -34,12 +34,13 @@ def delta_step(work: Work) -> list[Tiling]:
     """A program a head and block of columns: a whole head's state would not stay in registers."""
     heads = _heads(work, "delta_rule")
     facts = {name: heads[name] for name in ("A", "B", "DK", "DV", "GROUP")} | _convolution(work, heads)
-    facts |= {"EPS": work.part("gated_norm").attrs["eps"], "BLOCK_TAPS": up2(int(facts["TAPS"]))}
+    facts |= {"EPS": work.part("gated_norm").attrs["eps"]}
     wide, b, rows = int(heads["DV"]), int(heads["B"]), work.rows_per_seq
     table = work.specs["causal_conv_write_rows"].shape  # of rows to write: one a sequence, or several
     write_rows = work.width("causal_conv_write_rows") if len(table) > 1 else 1
     template = "delta_step" if rows == 1 else "delta_steps"
-    facts |= {"ROWS": rows, "WRITE_ROWS": write_rows, "BLOCK_R": up2(rows)} if rows > 1 else {}
+    steps: dict[str, Attr] = {"ROWS": rows, "WRITE_ROWS": write_rows, "BLOCK_R": up2(rows)}
+    facts |= {"BLOCK_TAPS": up2(int(facts["TAPS"]))} if rows == 1 else steps
     made = []
     shapes = (Tile(1, min(n, wide), int(heads["DK"]), 4, 1) for n in (32, 16, 8))
     for tile in work.tiles(*((Tile(1, wide, 0, 4, 1),) if work.interpreted else shapes)):

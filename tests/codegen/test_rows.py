@@ -8,7 +8,7 @@ import pytest
 from kernel_lab import DEVICE, TOLERANCE, Case, Inputs, broken, errors, is_caught, kernels_of, reference, run_kernel
 from late import late
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.tiling.table import SPECULATIVE, Built
+from tokenspeed_plan.planner.tiling.table import Built
 from tokenspeed_plan.plans.kernel_file import is_collective, kind_of
 from tokenspeed_plan.runtime.compare import difference
 
@@ -45,7 +45,7 @@ def alone(case: Case) -> list[Built]:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_kernels_equal_their_references(case: Case) -> None:
     kernels = alone(case)
-    assert {kind_of(built.kernel) for built in kernels} >= SPECULATIVE
+    assert {kind_of(built.kernel) for built in kernels} >= {"attention_gate", "delta_step"}
     for built in kernels:
         for rank in range(case.layout.num_ranks):
             for name, error in errors(built, case, rank=rank):
