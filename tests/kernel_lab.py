@@ -6,7 +6,8 @@ On a machine with a GPU the kernels are compiled and run there; elsewhere Triton
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -208,6 +209,12 @@ class Inputs:
         own = torch.randperm(shape[0] * pages, generator=self.random).view(-1, pages)
         return torch.cat((own, own[:, :beyond]), 1)
 
+    def _pages(self, shape: tuple[int, ...]) -> Tensor:
+        """Those of drafts after the longest sequence are anybody's."""
+        pages, beyond = MAX_SEQ_LEN // PAGE, shape[1] - MAX_SEQ_LEN // PAGE
+        own = torch.randperm(shape[0] * pages, generator=self.random).view(-1, pages)
+        return torch.cat((own, own[:, :beyond]), 1)
+
     def _unit(self, shape: tuple[int, ...]) -> Tensor:
         heads = self.normal(*shape).unflatten(-1, (-1, config_of(self.case.kind).delta_net.key_dim))
         return torch.nn.functional.normalize(heads, dim=-1).flatten(1)
@@ -257,14 +264,20 @@ def reference(kernel: KernelSpec, tensors: list[Tensor], rank: int = 0) -> None:
                 values[name] = result
 
 
-def run_kernel(built: Built, tensors: list[Tensor], case: Case, rank: int = 0) -> list[Tensor]:
-    """The kernel's own results, from the same inputs and NaN in every output."""
+Around = Callable[[KernelSpec, list[Tensor], Case], AbstractContextManager[None]]
+
+
+def run_kernel(
+    built: Built, tensors: list[Tensor], case: Case, rank: int = 0, around: Around = lambda *_: nullcontext()
+) -> list[Tensor]:
+    """The kernel's own results, from the same inputs and NaN in every output; `around` is told its own tensors."""
     own = [x.clone().to(DEVICE) for x in tensors]
     for param, x in zip(built.kernel.params, own, strict=True):
         if param.role == "output":
             x.view(torch.uint8).fill_(0xFF)
     bodies = KernelBodies({built.kernel.name: built.source or ""})
-    bodies.launcher(built.kernel, rank, case.num_tokens, case.num_seqs)({}, *own)
+    with around(built.kernel, own, case):
+        bodies.launcher(built.kernel, rank, case.num_tokens, case.num_seqs)({}, *own)
     return [x.cpu() for x in own]
 
 
@@ -290,3 +303,19 @@ def broken(built: Built, old: str, new: str) -> Built:
     text = built.source.replace(old, new)
     launch = built.kernel.launch.model_copy(update={"source_sha256": source_digest(text)})
     return replace(built, kernel=built.kernel.model_copy(update={"launch": launch}), source=text)
+
+
+def is_caught(case: Case, kind: str, old: str, new: str) -> bool:
+    """Whether a kernel of a kind gives itself away with a piece of its text replaced."""
+    chosen = [kernel for kernel in kernels_of(case) if kind_of(kernel.kernel) == kind and old in (kernel.source or "")]
+    assert chosen, "the piece to break is in no kernel"
+    return any(_differs(broken(kernel, old, new), case) for kernel in chosen)
+
+
+def _differs(built: Built, case: Case) -> bool:
+    from triton.runtime.errors import InterpreterError  # only now: Triton must be loaded after `interpret`
+
+    try:
+        return any(not error <= TOLERANCE[case.dtype] for _, error in errors(built, case))
+    except InterpreterError:  # nonsense that NumPy itself refuses
+        return True

@@ -69,8 +69,9 @@ FUSIONS = (
 FUSED_KINDS = frozenset(fusion.kind for fusion in FUSIONS)
 
 
-def fuse(graph: OpGraph, num_rows: int = 1, fusions: Sequence[Fusion] = FUSIONS) -> OpGraph:
-    """The graph of a program of so many rows; each run is replaced by the first line of the table that fits."""
+def fuse(graph: OpGraph, num_tokens: int = 1, num_seqs: int = 1, fusions: Sequence[Fusion] = FUSIONS) -> OpGraph:
+    """The graph of a program of this size; each run is replaced by the first line of the table that fits."""
+    sizes = (num_tokens, num_seqs)
     order = list(graph.ordered())
     ops: list[Op] = []
     index = 0

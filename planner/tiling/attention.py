@@ -54,28 +54,32 @@ def _decode(work: Work) -> list[Tiling]:
     """Few sequences leave most of a GPU idle, so their keys are split."""
     facts = _facts(work)
     group, kv, d = (int(facts[name]) for name in ("GROUP", "KV", "D"))
-    splits = num_splits(work, kv, int(facts["PAGES"]))
-    facts |= {"BLOCK_G": max(16, up2(group)), "SCALE": float(facts["SCALE"]) * LOG2_E}
+    rows, splits = work.rows_per_seq, num_splits(work, kv, int(facts["PAGES"]))
+    facts |= {"ROWS": rows} if rows > 1 else {}
+    facts |= {"BLOCK_G": max(16, up2(rows * group)), "SCALE": float(facts["SCALE"]) * LOG2_E}
     if splits > 1:
         facts |= {
             "SPLITS": splits,
             "BLOCK_S": up2(splits),
-            "MIN_RUN": max(MIN_RUN, int(facts["PAGE"])),
-            "HEADS": up2(group),
-            "BLOCK_P": min(up2(splits), 8),
+            # Of more rows the last split has more to put together, so it had better be of fewer splits.
+            "MIN_RUN": max(MIN_RUN * max(up2(rows) // 2, 1), int(facts["PAGE"])),
+            "HEADS": up2(rows * group),
+            "BLOCK_P": min(up2(splits), max(8 // up2(rows), 1)),
         }
     scratch = {
-        "partial": per_seq(kv * splits * group * d, work.dtype), "lse": per_seq(kv * splits * group),
+        "partial": per_seq(kv * splits * rows * group * d, work.dtype), "lse": per_seq(kv * splits * rows * group),
         "tickets": per_seq(kv, "i32"),
     }  # fmt: skip
+    # In a pass that drafts, keys and even the context come from kernels that may not be done.
+    ahead = work.specs["attention_q"].shape[0] == "num_tokens"
     made = []
-    shapes = (Tile(1, 64, 0, 8, 3), Tile(1, 64, 0, 8, 2), Tile(1, 32, 0, 4, 2), Tile(1, 16, 0, 4, 2))
+    warps = 4 if int(facts["BLOCK_G"]) < 64 else 8  # so many queries spill in fewer
+    shapes = (Tile(1, 64, 0, 8, 3), Tile(1, 64, 0, 8, 2), Tile(1, 32, 0, warps, 2), Tile(1, 16, 0, warps, 2))
     for tile in work.tiles(*((Tile(1, 64, 0, 8, 1),) if work.interpreted else shapes)):
         constants = facts | {"BLOCK_C": tile.n, "STAGES": tile.num_stages}
-        options = {"splits": splits, "whole_pages": int(facts["PAGE"]) % tile.n == 0}
+        options = {"splits": splits, "rows": rows, "whole_pages": int(facts["PAGE"]) % tile.n == 0}
         grid = (per_rows(1, by_seqs=True), fixed(kv), fixed(splits))
         meet, stages = scratch if splits > 1 else {}, tile.num_stages
-        ahead = not work.by_seqs  # a pass over drafts learns from the kernels just before it how long its sequences are
         made.append(Tiling("attention_decode", constants, grid, tile.num_warps, stages, options, meet, ahead))
     return made
 

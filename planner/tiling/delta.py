@@ -34,18 +34,22 @@ def delta_step(work: Work) -> list[Tiling]:
     """A program a head and block of columns: a whole head's state would not stay in registers."""
     heads = _heads(work, "delta_rule")
     facts = {name: heads[name] for name in ("A", "B", "DK", "DV", "GROUP")} | _convolution(work, heads)
-    facts |= {"EPS": work.part("gated_norm").attrs["eps"], "BLOCK_TAPS": up2(int(facts["TAPS"]))}
-    wide, b = int(heads["DV"]), int(heads["B"])
+    facts |= {"EPS": work.part("gated_norm").attrs["eps"]}
+    wide, b, rows = int(heads["DV"]), int(heads["B"]), work.rows_per_seq
+    table = work.specs["causal_conv_write_rows"].shape  # of rows to write: one a sequence, or several
+    write_rows = work.width("causal_conv_write_rows") if len(table) > 1 else 1
+    template = "delta_step" if rows == 1 else "delta_steps"
+    steps: dict[str, Attr] = {"ROWS": rows, "WRITE_ROWS": write_rows, "BLOCK_R": up2(rows)}
+    facts |= {"BLOCK_TAPS": up2(int(facts["TAPS"]))} if rows == 1 else steps
     made = []
     first = (16, 2) if work.num_seqs <= 2 else (64, 4) if work.num_seqs <= 8 else (32, 8)
     shapes = (Tile(1, min(n, wide), int(heads["DK"]), warps, 1) for n, warps in (first, (16, 4), (8, 4)))
     for tile in work.tiles(*((Tile(1, wide, 0, 4, 1),) if work.interpreted else shapes)):
         n, columns = tile.n, wide // tile.n
-        scratch = {"partial": per_seq(b * wide), "tickets": per_seq(b, "i32")} if columns > 1 else {}
+        scratch = {"partial": per_seq(rows * b * wide), "tickets": per_seq(b, "i32")} if columns > 1 else {}
         grid = (SEQS, fixed(b), fixed(columns))
-        made.append(
-            Tiling("delta_step", facts | {"BLOCK_V": n}, grid, tile.num_warps, 1, {"columns": columns}, scratch, True)
-        )
+        options = {"columns": columns, "write_rows": write_rows}
+        made.append(Tiling(template, facts | {"BLOCK_V": n}, grid, tile.num_warps, 1, options, scratch, True))
     return made
 
 

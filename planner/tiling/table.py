@@ -50,7 +50,6 @@ RULES: dict[str, Rule] = {
     "rms_norm": other.add_norm,
     "reduce_add_norm": other.add_norm,
 }
-_ONE_ROW = frozenset({"delta_step", "attention_gate"})  # no template of these takes several rows a sequence yet
 PDL_SM = 90  # programmatic dependent launch from Hopper on
 
 
@@ -76,8 +75,7 @@ def build_kernel(
         tile: the only one to try.
     """
     work = Work(kind, kernel, *rows, hardware, tile)
-    missing = kind in _ONE_ROW and any("rows_per_seq" in part.attrs for part in kernel.parts)
-    tilings = RULES[kind](work) if kind in RULES and work.dtype != "fp64" and not missing else []
+    tilings = RULES[kind](work) if kind in RULES and work.dtype != "fp64" else []
     pdl = pdl and hardware.sm >= PDL_SM
     return [_built(work, tiling, pdl) for tiling in tilings] or [Built(_named(kind, kernel), None)]
 

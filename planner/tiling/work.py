@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.tiling.tuned import Tile, find_tile
+from tokenspeed_plan.plans.ops import rows_per_seq
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
 from tokenspeed_plan.plans.types import Attr, DType, TensorSpec
 
@@ -34,10 +35,19 @@ class Work:
 
     @property
     def key(self) -> str:
-        """What a measured tile is filed under: the kind, rows rounded up to a power of two, and the weights' shapes."""
+        """What a measured tile is filed under: the kind, rows rounded up to a power of two, and the weights' shapes.
+
+        Where several rows of a sequence are one program's, their number too.
+        """
         matrices = [p.tensor.shape for p in self.kernel.params if p.role == "weight" and len(p.tensor.shape) > 1]
         shapes = " ".join("x".join(map(str, shape)) for shape in matrices)
-        return f"{self.kind} {up2(self.num_rows)} {shapes}".strip()
+        rows = f"{up2(self.num_rows)}" + (f" by {self.rows_per_seq}" if self.rows_per_seq > 1 else "")
+        return f"{self.kind} {rows} {shapes}".strip()
+
+    @property
+    def rows_per_seq(self) -> int:
+        """Rows of a sequence in a decode step, where the kernel must know."""
+        return max((rows_per_seq(part.attrs) for part in self.kernel.parts), default=1)
 
     @property
     def by_seqs(self) -> bool:

@@ -5,6 +5,7 @@ What is only read is kept in the user's cache, which planning the examples fills
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -44,6 +45,7 @@ from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.kernel_file import kind_of, read_source
+from tokenspeed_plan.plans.ops import OPS
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Launch, Param, Plan, Program
 from tokenspeed_plan.plans.types import Phase, TensorSpec
 
@@ -134,6 +136,36 @@ def test_latency_kernels_keep_their_values_in_registers(name: str, sm: int, made
         first = choice.ask(tilings_of(plan, kernel, GPUS[sm]))
         choice.compile()
         assert choice.made[choice.answer([first]).kernel.name].spill_bytes == 0
+
+
+def with_rows(kernel: KernelSpec, count: int) -> KernelSpec:
+    """A kernel of a plan as a plan has it whose decode steps have `count` rows of each sequence."""
+    table = TensorSpec(shape=("num_seqs", count), dtype="i32")
+    params = [param.model_copy(update={"tensor": table}) if param.name.endswith("write_rows") else param
+              for param in kernel.params if param.role != "scratch"]  # fmt: skip
+    parts = [part.model_copy(update={"attrs": {**part.attrs, "rows_per_seq": count}})
+             if "rows_per_seq" in OPS[part.kind].optional else part for part in kernel.parts]  # fmt: skip
+    return kernel.model_copy(update={"launch": None, "name": "", "params": tuple(params), "parts": tuple(parts)})
+
+
+@pytest.mark.parametrize("sm", GPUS)
+def test_several_rows_a_sequence_stay_in_registers(sm: int) -> None:
+    """Of the rule's tilings the first: it compiles, spills nothing, and large tiles have the newer instructions."""
+    plan, choice = plan_of(H200_PLAN), KernelChoice(GPUS[sm], default_cache())
+    decode = used(phase_of(plan, "decode")[:1])
+    kinds = {"attention_gate", "delta_step"}
+    kernels = [kernel for kernel in plan.kernels if kernel.name in decode and kind_of(kernel) in kinds]
+    assert {kind_of(kernel) for kernel in kernels} == kinds
+    for kernel, count in itertools.product(kernels, (2, 4, 6)):
+        choice.ask(build_kernel(kind_of(kernel), with_rows(kernel, count), (count, 1), GPUS[sm], True))
+    choice.compile()
+    for name, built in choice.chosen.items():
+        launch = built.kernel.launch
+        assert launch is not None
+        assert built.kernel.name == name, choice.made
+        assert launch.constants["ROWS"] in (2, 4, 6)
+        narrow = int(launch.constants.get("BLOCK_G", 0)) < WIDEST
+        assert set(ANY_PRODUCT.findall(choice.made[name].ptx)) <= {"mma.sync" if narrow else PRODUCT[sm]}
 
 
 @pytest.mark.parametrize("gpu", ["H200", "B200"])

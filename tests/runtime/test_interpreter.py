@@ -20,6 +20,7 @@ from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.graphs import GraphExecutor
 from torch import Tensor
+from trained import write_trained
 
 DEMO = ROOT / "plans/frozen/demo-cpu"
 CHUNK = 64  # of the delta rule
@@ -91,6 +92,19 @@ def test_large_heads_say_the_same(checkpoint_of_large_heads: Path, tmp_path: Pat
     write_bundle(tmp_path / "plan", checkpoint_of_large_heads)
     prompts, counts = [prompt(CHUNK + 1, 400), prompt(3, 400)], [8, 8]
     assert interpreted(tmp_path / "plan", tmp_path, prompts, counts) == referred(tmp_path / "plan", prompts, counts)
+
+
+@pytest.mark.slow
+def test_verified_drafts_say_the_same(tmp_path: Path) -> None:
+    """Three rows of each sequence; some drafts are right, so that steps begin from each of the rows of state."""
+    spec = {"workload": SMALL | {"concurrency": 2}, "speculation": {"depth": 2}}
+    write_bundle(tmp_path / "plan", write_trained(tmp_path / "model", "moe"), **spec)
+    engine = Engine.load(tmp_path / "plan")
+    prompts, counts = [[3, 4, 5], [7, 300, 20, 11]], [8, 3]
+    wanted = [list(done.token_ids) for done in engine.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))]
+    accepted = engine.accept_counts
+    assert accepted[0] > accepted[1] > accepted[2] > 0
+    assert interpreted(tmp_path / "plan", tmp_path, prompts, counts) == [wanted[0], wanted[1][:3]]
 
 
 @pytest.mark.slow

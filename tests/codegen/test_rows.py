@@ -1,0 +1,126 @@
+"""Kernels of a decode step with several rows a sequence, as it verifies drafts: each beside its reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from kernel_lab import DEVICE, TOLERANCE, Case, Inputs, broken, errors, is_caught, kernels_of, reference, run_kernel
+from late import late
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.tiling.table import Built
+from tokenspeed_plan.plans.kernel_file import is_collective, kind_of
+from tokenspeed_plan.runtime.compare import difference
+
+
+def rows(count: int, before: tuple[int, ...], **changes: object) -> Case:
+    """Sequences of `count` rows each; those with nothing before them read the zero row, as padding does."""
+    case = Case("decode", (count,) * len(before), before, depth=count - 1)
+    return replace(case, **changes)  # type: ignore[arg-type]
+
+
+# Contexts that end a row or two behind a block, a page, a split; eleven sequences whose splits end inside a block.
+CASES = {
+    "two rows": rows(2, (0, 1, 15, 63, 100)),
+    "two rows of eleven, H200 tiles": rows(2, (0, 1, 14, 63, 64, 95, 126, 127, 300, 400, 510), gpu="H200"),
+    "three rows of one": rows(3, (40,), gpu="H200"),
+    "three rows, three value heads a key head": rows(3, (0, 30), kind="ratio3"),
+    "four rows, the deepest program has six": rows(4, (0, 13, 61, 62, 126, 300), gpu="H200", deeper=2),
+    "six rows": rows(6, (9, 0, 505)),
+    "six rows, H200 tiles": rows(6, (250, 0, 505), gpu="H200"),
+    "one row, the deepest program has three": rows(1, (9, 0, 505), gpu="H200", deeper=2),
+    "bf16, heads of 128 and 256": rows(4, (0, 90), dtype="bf16", kind="kernel", gpu="H200"),
+    "experts of a rank": rows(2, (0, 9, 64), layout=ParallelLayout(2, 1, 2)),
+}
+ONE, FOUR = CASES["one row, the deepest program has three"], CASES["four rows, the deepest program has six"]
+ROW, SIX = rows(1, (0, 64, 300), gpu="H200"), CASES["six rows, H200 tiles"]
+ELEVEN, HEADS = CASES["two rows of eleven, H200 tiles"], CASES["bf16, heads of 128 and 256"]
+
+
+def alone(case: Case) -> list[Built]:
+    """Kernels with a text that need no other rank."""
+    return [built for built in kernels_of(case) if built.source is not None and not is_collective(built.kernel)]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_kernels_equal_their_references(case: Case) -> None:
+    kernels = alone(case)
+    assert {kind_of(built.kernel) for built in kernels} >= {"attention_gate", "delta_step"}
+    for built in kernels:
+        for rank in range(case.layout.num_ranks):
+            for name, error in errors(built, case, rank=rank):
+                assert error <= TOLERANCE[case.dtype], (built.kernel.name, name, rank)
+
+
+def arrives_in_time(built: Built, case: Case) -> bool:
+    """Whether a kernel is right although what it waits for is not there before."""
+    tensors = Inputs(case).of(built.kernel)
+    got = run_kernel(built, tensors, case, around=late)
+    reference(built.kernel, tensors)
+    outputs = [i for i, param in enumerate(built.kernel.params) if param.role == "output"]
+    return all(difference(got[i], tensors[i]) <= TOLERANCE[case.dtype] for i in outputs)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="plays with the interpreter's time")
+@pytest.mark.parametrize("case", [ROW, ELEVEN, SIX], ids=["one row", "two rows", "six rows"])
+def test_nothing_is_loaded_before_it_is_there(case: Case) -> None:
+    """Neither keys of any new row, nor in a pass that drafts the context itself."""
+    kernels = alone(case)
+    assert all("gdc_wait" in (built.source or "") for built in kernels)
+    assert any("newest" in (built.source or "") for built in kernels)
+    for built in kernels:
+        assert arrives_in_time(built, case), built.kernel.name
+
+
+EARLY = [
+    (FOUR, "attention_gate", {"(c < length - ROWS)": "(c < length - 1)", "(c >= length - ROWS)": "(c >= length - 1)"}),
+    (ROW, "attention_gate", {"(c < length - 1)": "(c < length)", "(c == length - 1)": "(c == length)"}),
+    (FOUR, "delta_step", {"gdc_wait()": "gdc_launch_dependents()"}),
+]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="plays with the interpreter's time")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN
+@pytest.mark.parametrize(("case", "kind", "changes"), EARLY, ids=["all new keys but the last", "the new key", "all"])
+def test_what_is_loaded_too_early_is_caught(case: Case, kind: str, changes: dict[str, str]) -> None:
+    first = next(iter(changes))
+    (kernel,) = (built for built in alone(case) if kind_of(built.kernel) == kind and first in (built.source or ""))
+    for old, new in changes.items():
+        kernel = broken(kernel, old, new)
+    assert not arrives_in_time(kernel, case)
+
+
+# A line for each branch that several rows, or a table of rows to write, add to a template.
+MUTATIONS = [
+    (FOUR, "delta_step", "inputs[i + 1 + t]", "inputs[i + t]"),
+    (FOUR, "delta_step", "inputs[i + t]", "inputs[t]"),
+    (FOUR, "delta_step", "(writes[i] * B", "(writes[0] * B"),
+    (FOUR, "delta_step", "causal_conv_conv_state, writes[i], i, v_c", "causal_conv_conv_state, writes[i], 0, v_c"),
+    (FOUR, "delta_step", "s * WRITE_ROWS + i", "s * ROWS + i"),
+    (FOUR, "delta_step", "head % GROUP == 0", "head % GROUP == 5"),
+    (FOUR, "delta_step", "gates[i][0]", "gates[0][0]"),
+    (FOUR, "delta_step", "gates[i][1]", "gates[0][1]"),
+    (FOUR, "delta_step", "begin = s * ROWS", "begin = s"),
+    (CASES["three rows of one"], "delta_step", "(r < ROWS)", "(r < ROWS - 1)"),
+    (CASES["two rows"], "delta_step", "r[:, None] == i", "r[:, None] == 0"),
+    (HEADS, "delta_step", "DV // BLOCK_V - 1", "DV // BLOCK_V - 2"),
+    (HEADS, "delta_step", "tl.store(tickets + s * B + head, 0)", "pass"),
+    (ONE, "delta_step", "causal_conv_write_rows + s * 3", "causal_conv_write_rows + s"),
+    (FOUR, "attention_gate", "length - (ROWS - 1)", "length - (ROWS - 2)"),
+    (FOUR, "attention_gate", "tl.minimum(length - (ROWS - 1) + g // GROUP, end)", "end + 0 * g"),
+    (ELEVEN, "attention_gate", "g // GROUP, end)", "g // GROUP, length)"),
+    (FOUR, "attention_gate", "g // GROUP) * Q", "g % ROWS) * Q"),
+    (FOUR, "attention_gate", "h // GROUP) * Q", "h % ROWS) * Q"),
+    (FOUR, "attention_gate", "-1e30", 'float("-inf")'),
+    (FOUR, "attention_gate", "tl.where(total > 0.0, total, 1.0)", "total"),
+    (FOUR, "attention_gate", "(base + p)[None, :] * (ROWS * GROUP)", "(base + p)[None, :] * GROUP"),
+    (FOUR, "attention_gate", "(c >= length - ROWS)", "(c >= length - 1)"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN
+@pytest.mark.parametrize(
+    ("case", "kind", "old", "new"), MUTATIONS, ids=[f"{kind}: {new}" for _, kind, _, new in MUTATIONS]
+)
+def test_a_broken_kernel_is_caught(case: Case, kind: str, old: str, new: str) -> None:
+    assert is_caught(case, kind, old, new)

@@ -1,0 +1,67 @@
+"""What a kernel may not touch before it waits: results of kernels that may still run.
+
+On a GPU a kernel starts while those before it end (programmatic dependent launch). The interpreter runs them one after
+the other, so here it is played: until a kernel waits, what its predecessors write holds NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from kernel_lab import PAGE, Case
+from tokenspeed_plan.plans.kernel_file import kind_of
+from tokenspeed_plan.plans.ops import BATCH_INPUTS
+from tokenspeed_plan.plans.schema import KernelSpec
+from torch import Tensor
+
+
+@contextmanager
+def late(kernel: KernelSpec, tensors: list[Tensor], case: Case) -> Iterator[None]:
+    """Each program of a kernel finds what those before it write only once it waits for them."""
+    import triton.language.extra.cuda as cuda  # only now: Triton must be loaded after `interpret`
+
+    values = {param.name: x for param, x in zip(kernel.params, tensors, strict=True)}
+    missing = [x.view(-1) for name, x in values.items() if _is_late(kernel, name)]
+    whole = [x.clone() for x in missing]
+    cache = values.get("attention_kv_cache")
+    slots = _new_slots(values, case) if cache is not None else []
+    kept = [cache[page, :, place].clone() for page, place in slots] if cache is not None else []
+
+    def begin() -> None:
+        for x in missing:
+            x.fill_(torch.nan if x.is_floating_point() else 0)
+        for page, place in slots:
+            values["attention_kv_cache"][page, :, place] = torch.nan
+
+    def wait() -> None:
+        for x, there in zip(missing, whole, strict=True):
+            x.copy_(there)
+        for (page, place), there in zip(slots, kept, strict=True):
+            values["attention_kv_cache"][page, :, place] = there
+
+    before = cuda.gdc_launch_dependents, cuda.gdc_wait
+    cuda.gdc_launch_dependents, cuda.gdc_wait = begin, wait
+    try:
+        yield
+    finally:
+        cuda.gdc_launch_dependents, cuda.gdc_wait = before
+
+
+def _is_late(kernel: KernelSpec, name: str) -> bool:
+    """Whether it is made in the same step; in a pass that drafts that is true of the context too."""
+    param = next(param for param in kernel.params if param.name == name)
+    drafts = kind_of(kernel) == "attention_gate" and kernel.params[0].tensor.shape[0] == "num_seqs"
+    given = BATCH_INPUTS - ({"context_lens"} if drafts else set())
+    return param.role == "input" and not any(name == role or name.endswith("_" + role) for role in given)
+
+
+def _new_slots(values: Mapping[str, Tensor], case: Case) -> list[tuple[int, int]]:
+    """(page, place) of the tokens of this step."""
+    table, contexts = values["attention_page_table"], values["attention_context_lens"].tolist()
+    return [
+        (int(table[s, position // PAGE]), position % PAGE)
+        for s, (context, count) in enumerate(zip(contexts, case.lengths, strict=True))
+        for position in range(context - count, context)
+    ]
