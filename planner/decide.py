@@ -82,16 +82,12 @@ def speculation_depth(spec: Spec) -> int:
 
 
 def _speculation(predictor: Predictor, found: Found, wide: Found) -> Decision:
-    spec, config, hardware = predictor.spec, predictor.config, predictor.hardware
+    spec, config = predictor.spec, predictor.config
     depth = speculation_depth(spec)
     if depth == 0:
         return advise.speculation(predictor, found, wide, spec.speculation != "off")
     if config.num_mtp_layers == 0:
         raise SpecError(f"`{config.name}` has no MTP layer to draft with", "set `speculation: off`")
-    if hardware.sm:
-        raise SpecError(
-            f"kernels for `speculation.depth: {depth}` on {hardware.name} are not there yet", "set `speculation: off`"
-        )
     return Decision(name="speculation", value=f"depth {depth}", reason="as the spec says")
 
 

@@ -72,11 +72,12 @@ def test_every_kernel_has_a_text_and_layers_share_them(name: str) -> None:
 
 
 def test_planning_the_headline_needs_little_memory(tmp_path: Path) -> None:
-    code = "from tokenspeed_plan.planner.cli import main; import resource, sys\n"
+    code = "from tokenspeed_plan.planner.cli import main\n"
     code += (
         "main(['plan', 'examples/qwen3.5-397b-b200x8/spec.yaml', '--no-compile', "
         f"'-o', {str(tmp_path)!r}], standalone_mode=False)\n"
     )
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    # Not getrusage: what that calls the peak includes the process that this one was forked from.
+    code += "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT, text=True)
-    assert int(done.stdout) < 1 << 20  # KiB: 1 GiB
+    assert int(done.stdout.split()[-1]) < 1 << 20  # KiB: 1 GiB

@@ -58,9 +58,10 @@ def test_a_depth_is_planned_as_it_is_asked() -> None:
     assert {(program.phase, program.depth, program.max_tokens // program.max_seqs) for program in plan.programs} >= {
         ("decode", 3, 4)
     }
-    with pytest.raises(SpecError, match=r"kernels for `speculation\.depth: 3` on B200 are not there yet"):
-        compile_plan(asked := parse_spec(FULL.replace("speculation: auto", "speculation: {depth: 3}"), "spec"),
-                     find_model(asked))  # fmt: skip
+    asked = parse_spec(FULL.replace("speculation: auto", "speculation: {depth: 3}"), "spec")
+    on_gpus = compile_plan(asked, find_model(asked))
+    assert {program.depth for program in on_gpus.programs if program.phase == "decode"} == {3}
+    assert all(kernel.launch for kernel in on_gpus.kernels)
 
 
 @pytest.mark.parametrize("word", ["off", "'off'"])

@@ -24,7 +24,7 @@ def head(
     K: tl.constexpr = 2048
     N: tl.constexpr = 248320
     PRECISION: tl.constexpr = 'tf32'
-    STAGES: tl.constexpr = 4
+    STAGES: tl.constexpr = 5
 
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_ok = m < num_seqs
