@@ -16,6 +16,19 @@ Folder = click.Path(path_type=Path)
 Some = click.IntRange(min=1)
 
 
+class Chances(click.ParamType):  # type: ignore[type-arg]
+    """Numbers with commas between them."""
+
+    name = "numbers"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """As floats."""
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"`{value}` is not a list of numbers, such as 0.9,0.8,0.7", param, ctx)
+
+
 @click.command(name="bench")
 @click.argument("bundle", type=Folder)
 @click.option("--workload", type=click.Choice(["programs", "agentic"]), default="programs", show_default=True,
@@ -29,9 +42,11 @@ Some = click.IntRange(min=1)
 @click.option("--first-turn-tokens", type=Some, help="Agentic: tokens of the first prompt.")
 @click.option("--turn-tokens", type=click.IntRange(min=0), help="Agentic: new tokens of each later turn.")
 @click.option("--output-tokens", type=Some, help="Agentic: tokens of each answer.")
+@click.option("--acceptance", type=Chances(), help="Agentic: simulate that each draft is right with these chances, "
+              "such as 0.9,0.8,0.7; what is said is then nonsense.")  # fmt: skip
 @click.option("--seed", type=int, default=0, help="Agentic: of the random tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
-def bench_command(bundle: Path, workload: str, weights: str, as_json: bool, **options: int | None) -> None:
+def bench_command(bundle: Path, workload: str, weights: str, as_json: bool, **options: Any) -> None:
     """Measure BUNDLE on this machine: programs beside the floor and the prediction, or an agent's conversations."""
     folder = None if weights == "random" else Path(weights)
     measure = _agentic if workload == "agentic" else _programs
@@ -61,5 +76,5 @@ def _agentic(bundle: Path, folder: Path | None, options: dict[str, Any]) -> tupl
     names = ("conversations", "turns", "first_turn_tokens", "turn_tokens", "output_tokens", "seed")
     told = agentic.Conversations.of(frozen, **{name: options[name] for name in names})
     engine = Engine(frozen, bench.prepare(frozen, bundle, folder, executor_of(frozen)))
-    found = agentic.agentic(engine, told)
+    found = agentic.agentic(engine, told, options["acceptance"] or ())
     return found, agentic.as_text(found)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
@@ -56,12 +57,32 @@ class _Conversation:
     turns: list[Completion] = field(default_factory=list)
 
 
-def agentic(engine: Engine, options: Conversations) -> dict[str, Any]:
-    """Have all conversations, and say how it went.
+def simulate(engine: Engine, acceptance: Sequence[float]) -> None:
+    """From here on each draft is right with the chance given for its place, whatever it is; what is said is nonsense.
 
     Raises:
-        RequestError: the plan cannot hold such a conversation.
+        RequestError: the plan does not make as many drafts, or a chance is not one.
     """
+    depth = engine.plan.limits.max_depth
+    if not 0 < len(acceptance) <= depth or not all(0 <= chance <= 1 for chance in acceptance):
+        raise RequestError(
+            f"an acceptance of {','.join(f'{chance:g}' for chance in acceptance)} does not fit drafts of depth {depth}",
+            "give a chance from 0 to 1 for each draft, in a plan that speculates",
+        )
+    forced = engine.executor.buffer("forced_accept", 0, 0)
+    never = [-1.0] * forced.numel()  # 0 would leave it to the draft
+    chances = [chance or -1.0 for chance in acceptance]
+    forced.copy_(torch.tensor((chances + never)[: forced.numel()]).view(forced.shape))
+
+
+def agentic(engine: Engine, options: Conversations, acceptance: Sequence[float] = ()) -> dict[str, Any]:
+    """Have all conversations, and say how it went; `acceptance` is simulated: see `simulate`.
+
+    Raises:
+        RequestError: the plan cannot hold such a conversation, or `acceptance` does not fit it.
+    """
+    if acceptance:
+        simulate(engine, acceptance)
     words = _words(engine.vocab_size, options.seed)
     params = SamplingParams(max_tokens=options.output_tokens, ignore_eos=True)
     engine.generate(
@@ -80,7 +101,8 @@ def agentic(engine: Engine, options: Conversations) -> dict[str, Any]:
                 talk.said += [*done.token_ids, *words(options.turn_tokens)]
                 engine.add(Request(done.request_id, tuple(talk.said), params))
     spent = {name: value - before[name] for name, value in asdict(engine.metrics).items()}
-    return _figures(engine, options, list(talks.values()), spent, counts, time.perf_counter() - begun)
+    found = _figures(engine, options, list(talks.values()), spent, counts, time.perf_counter() - begun)
+    return found | {"simulated_acceptance": list(acceptance)}
 
 
 def _words(vocab_size: int, seed: int) -> Callable[[int], list[int]]:
@@ -133,13 +155,15 @@ def as_text(found: dict[str, Any]) -> str:
         f"  TTFT: first turn {ttft[0]:.1f} ms, second {later[0]:.1f} ms, last {later[-1]:.1f} ms",
         f"  TPOT {found['tpot_ms']:.3f} ms; a turn {found['turn_time_ms'][-1]:.1f} ms (the last)",
         f"  {found['tokens_per_s_user']:.1f} tokens/s a user, {found['tokens_per_s']:.1f} in all; "
-        f"{found['tokens_per_pass']:.2f} a pass" + _accepted(found["accept_counts"]),
+        f"{found['tokens_per_pass']:.2f} a pass" + _accepted(found),
         f"  host {found['host_us_per_step']:.0f} us a step; "
         f"{found['state_bytes_copied_per_step']:.0f} bytes copied a step (pages; recurrent state never)",
     ))  # fmt: skip
 
 
-def _accepted(counts: list[int]) -> str:
+def _accepted(found: dict[str, Any]) -> str:
     """Of each draft, how often it was right."""
-    shares = [f"{count / max(counts[0], 1):.0%}" for count in counts[1:]]
-    return f", drafts right: {', '.join(shares)}" if shares else ""
+    passes, *right = found["accept_counts"] or [0]
+    shares = [f"{count / max(passes, 1):.0%}" for count in right]
+    how = " (simulated: the tokens are nonsense)" if found["simulated_acceptance"] else ""
+    return f", drafts right: {', '.join(shares)}{how}" if shares else ""
