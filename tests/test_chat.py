@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -131,13 +132,22 @@ class Terminal:
         self.seen = ""
         os.write(self.master, text.encode())
 
+    def type_until(self, typed: str, answer: str) -> None:
+        """Type again where it was lost: readline shows its prompt before it listens, and drops what came until then."""
+        for _ in range(5):
+            self.type(typed)
+            with contextlib.suppress(AssertionError):
+                self.wait_for(answer, 10)
+                return
+        raise AssertionError(self.seen)
+
     def wait_for(self, text: str, seconds: float = 60) -> None:
         until = time.monotonic() + seconds
         while text not in self.seen:
             assert time.monotonic() < until, self.seen
             if select.select([self.master], [], [], 0.1)[0]:
                 self.seen += os.read(self.master, 65536).decode(errors="replace")
-        time.sleep(0.5)  # readline shows its prompt before it has set up the terminal, and drops what came until then
+        time.sleep(0.5)
 
 
 def test_on_a_terminal() -> None:
@@ -146,8 +156,7 @@ def test_on_a_terminal() -> None:
     terminal = Terminal("chat", BUNDLE, *flags)
     try:
         terminal.wait_for("> ")
-        terminal.type("half a thought\x03")
-        terminal.wait_for("Ctrl-C stops an answer")
+        terminal.type_until("half a thought\x03", "Ctrl-C stops an answer")
         terminal.type("write\n")
         terminal.wait_for("def ")
         terminal.type("\x03")

@@ -41,7 +41,7 @@ SURFACE = {
     "chat": {"bundle", "system", "max_tokens", "temperature", "top_p", "top_k", "seed", "weights", "bodies",
              "no_canary"},
     "bench": {"bundle", "workload", "weights", "batch", "context", "prefill", "as_json", "conversations", "turns",
-              "first_turn_tokens", "turn_tokens", "output_tokens", "seed"},
+              "first_turn_tokens", "turn_tokens", "output_tokens", "seed", "acceptance"},
 }  # fmt: skip
 
 

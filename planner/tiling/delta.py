@@ -12,6 +12,7 @@ from tokenspeed_plan.planner.tiling.work import (
     fixed,
     per_rows,
     per_seq,
+    rows_table,
     up2,
 )
 from tokenspeed_plan.plans.schema import GridDim
@@ -42,7 +43,7 @@ def delta_step(work: Work) -> list[Tiling]:
     steps: dict[str, Attr] = {"ROWS": rows, "WRITE_ROWS": write_rows, "BLOCK_R": up2(rows)}
     facts |= {"BLOCK_TAPS": up2(int(facts["TAPS"]))} if rows == 1 else steps
     made = []
-    first = (16, 2) if work.num_seqs <= 2 else (64, 4) if work.num_seqs <= 8 else (32, 8)
+    first = (16, 2 if rows == 1 else 4) if work.num_seqs <= 2 else (64, 4) if work.num_seqs <= 8 else (32, 8)
     shapes = (Tile(1, min(n, wide), int(heads["DK"]), warps, 1) for n, warps in (first, (16, 4), (8, 4)))
     for tile in work.tiles(*((Tile(1, wide, 0, 4, 1),) if work.interpreted else shapes)):
         n, columns = tile.n, wide // tile.n
@@ -53,16 +54,11 @@ def delta_step(work: Work) -> list[Tiling]:
     return made
 
 
-def _table(work: Work, rows: str) -> dict[str, Attr]:
-    """Columns of the rows to write where each sequence has several: many tokens leave one state, in the first."""
-    return {"TABLE": work.width(rows)} if len(work.specs[rows].shape) == 2 else {}
-
-
 def conv_qk_norm(work: Work) -> list[Tiling]:
     """A program a head and block of tokens."""
     heads = _heads(work, "qk_l2_norm")
     facts = {name: heads[name] for name in ("A", "B", "DK", "DV")} | _convolution(work, heads)
-    facts |= _table(work, "causal_conv_write_rows")
+    facts |= rows_table(work, "causal_conv_write_rows")
     grid_heads = fixed(2 * int(heads["A"]) + int(heads["B"]))
     sizes = (64, 32, 16) if work.interpreted else (32, 16)
     return [Tiling("conv_qk_norm", facts | {"BLOCK_T": t}, (per_rows(t), grid_heads, SEQS), 4, 1) for t in sizes]
@@ -78,7 +74,7 @@ def gates_delta_chunk(work: Work) -> list[Tiling]:
 
 def delta_scan(work: Work) -> list[Tiling]:
     """A program a head and block of columns of the state, through all chunks of a sequence."""
-    heads = _heads(work, "delta_scan") | _table(work, "write_rows")
+    heads = _heads(work, "delta_scan") | rows_table(work, "write_rows")
     wide = int(heads["DV"])
     made = []
     for n in (min(32, wide), min(16, wide)):

@@ -11,6 +11,7 @@ from tokenspeed_plan.planner.tiling.work import (
     per_rows,
     per_seq,
     per_token,
+    rows_table,
     up2,
 )
 from tokenspeed_plan.plans.types import Attr, TensorSpec
@@ -37,6 +38,7 @@ def advance(work: Work) -> list[Tiling]:
     facts: dict[str, Attr] = {
         "PAGE": work.size("advance", "page_size"), "PAGES": work.width("page_table"), "BLOCK": up2(work.num_seqs),
     }  # fmt: skip
+    facts |= rows_table(work, "write_rows")
     return [Tiling("advance", facts, (fixed(1),), 1, 1)]
 
 

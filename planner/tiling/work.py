@@ -135,6 +135,11 @@ def per_token(width: int, dtype: DType = "fp32") -> TensorSpec:
 TRITON_DTYPES: dict[DType, str] = {"bf16": "tl.bfloat16", "fp32": "tl.float32"}
 
 
+def rows_table(work: Work, rows: str) -> dict[str, Attr]:
+    """Columns of the rows to write where each sequence has several: what leaves one state leaves it in the first."""
+    return {"TABLE": work.width(rows)} if len(work.specs[rows].shape) == 2 else {}
+
+
 def up2(value: int) -> int:
     """The power of two from `value` up."""
     return 1 << max(value - 1, 0).bit_length()

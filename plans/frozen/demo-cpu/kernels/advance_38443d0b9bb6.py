@@ -22,7 +22,7 @@ def advance(
     num_tokens,
     num_seqs,
 ):
-    BLOCK: tl.constexpr = 16
+    BLOCK: tl.constexpr = 2
     PAGE: tl.constexpr = 16
     PAGES: tl.constexpr = 80
 
@@ -30,9 +30,9 @@ def advance(
     ok = s < num_seqs
     read = tl.load(read_rows + s, mask=ok, other=0)
     ok &= read > 0  # others are padding
-    write = tl.load(write_rows + s, mask=ok, other=0)
-    tl.store(read_rows + s, write, mask=ok)
-    tl.store(write_rows + s, read, mask=ok)
+    written = write_rows + s
+    tl.store(read_rows + s, tl.load(written, mask=ok, other=0), mask=ok)
+    tl.store(written, read, mask=ok)
     tl.store(token_ids + s, tl.load(next_tokens + s, mask=ok, other=0), mask=ok)
     tl.store(context_lens + s, tl.load(context_lens + s, mask=ok, other=0) + 1, mask=ok)
     tl.store(draw + s, tl.load(draw + s, mask=ok, other=0) + 1, mask=ok)

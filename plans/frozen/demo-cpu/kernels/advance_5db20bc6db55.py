@@ -11,7 +11,7 @@ import triton.language as tl
 @triton.jit
 def advance(
     next_tokens,  # input, i32 [num_seqs]
-    page_table,  # input, i32 [num_seqs, 1013]
+    page_table,  # input, i32 [num_seqs, 80]
     token_ids,  # state, i32 [num_tokens]
     positions,  # state, i32 [num_tokens]
     slot_mapping,  # state, i32 [num_tokens]
@@ -22,19 +22,17 @@ def advance(
     num_tokens,
     num_seqs,
 ):
-    BLOCK: tl.constexpr = 2
-    PAGE: tl.constexpr = 64
-    PAGES: tl.constexpr = 1013
-    tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
-    tl.extra.cuda.gdc_wait()  # all before this one is done and visible
+    BLOCK: tl.constexpr = 8
+    PAGE: tl.constexpr = 16
+    PAGES: tl.constexpr = 80
 
     s = tl.arange(0, BLOCK)
     ok = s < num_seqs
     read = tl.load(read_rows + s, mask=ok, other=0)
     ok &= read > 0  # others are padding
-    write = tl.load(write_rows + s, mask=ok, other=0)
-    tl.store(read_rows + s, write, mask=ok)
-    tl.store(write_rows + s, read, mask=ok)
+    written = write_rows + s
+    tl.store(read_rows + s, tl.load(written, mask=ok, other=0), mask=ok)
+    tl.store(written, read, mask=ok)
     tl.store(token_ids + s, tl.load(next_tokens + s, mask=ok, other=0), mask=ok)
     tl.store(context_lens + s, tl.load(context_lens + s, mask=ok, other=0) + 1, mask=ok)
     tl.store(draw + s, tl.load(draw + s, mask=ok, other=0) + 1, mask=ok)
