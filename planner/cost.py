@@ -100,8 +100,9 @@ def _member_cost(graph: OpGraph, op: Op, load: Load) -> OpCost:
 
 def _own(graph: OpGraph, op: Op, load: Load) -> Load:
     """The load of an operator that works on a row a sequence, such as the head."""
-    by_sequence = bool(op.inputs) and graph.tensors[op.inputs[0]].spec.shape[0] == "num_seqs"
-    return replace(load, num_tokens=load.num_seqs) if by_sequence else load
+    if load.num_tokens == load.num_seqs or not op.inputs or graph.tensors[op.inputs[0]].spec.shape[0] != "num_seqs":
+        return load
+    return replace(load, num_tokens=load.num_seqs)
 
 
 def _flops(graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load) -> float:

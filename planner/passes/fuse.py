@@ -73,10 +73,12 @@ def fuse(graph: OpGraph, num_tokens: int = 1, num_seqs: int = 1, fusions: Sequen
     """The graph of a program of this size; each run is replaced by the first line of the table that fits."""
     sizes = (num_tokens, num_seqs)
     order = list(graph.ordered())
+    at_hand = [fusion for fusion in fusions if graph.phase in fusion.phases]
     ops: list[Op] = []
     index = 0
     while index < len(order):
-        fusion = next((f for f in fusions if graph.phase in f.phases and _matches(graph, order, index, f, sizes)), None)
+        likely = (f for f in at_hand if f.run[0] == order[index].kind)
+        fusion = next((f for f in likely if _matches(graph, order, index, f, sizes)), None)
         length = len(fusion.run) if fusion else 1
         ops.append(_merge(graph, order, index, fusion) if fusion else order[index])
         index += length

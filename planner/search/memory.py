@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from tokenspeed_plan.planner.cost import stored_scale
@@ -38,7 +38,7 @@ class MemoryMap:
     @property
     def total(self) -> int:
         """All of it."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(getattr(self, each.name) for each in fields(self))
 
 
 @dataclass
@@ -47,9 +47,15 @@ class MemoryModel:
 
     steps: StepModel
     layout: ParallelLayout
+    maps: dict[tuple[Knobs, int, int], MemoryMap] = field(default_factory=dict)
 
     def map(self, knobs: Knobs, num_seqs: int, seq_tokens: int) -> MemoryMap:
         """What `num_seqs` sequences of up to `seq_tokens` need; data-parallel groups share the sequences out."""
+        if (key := (knobs, num_seqs, seq_tokens)) not in self.maps:
+            self.maps[key] = self._map(*key)
+        return self.maps[key]
+
+    def _map(self, knobs: Knobs, num_seqs: int, seq_tokens: int) -> MemoryMap:
         own = -(-num_seqs // self.layout.attention_dp)
         seq_pages = -(-seq_tokens // knobs.page_size)
         pages = -(-own * seq_pages // self.layout.context_split)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from operator import add, attrgetter
 
 from tokenspeed_plan.planner.cost import PLAIN_ROWS, Formats, Load, WeightFormat, op_cost, time_of
 from tokenspeed_plan.planner.graph import Op, OpGraph
@@ -51,10 +52,10 @@ class StepTime:
         return self.memory + self.matrix + self.launch + self.collective + self.host
 
     def __add__(self, other: StepTime) -> StepTime:
-        return StepTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return StepTime(*map(add, _VALUES(self), _VALUES(other)))
 
     def __mul__(self, count: float) -> StepTime:
-        return StepTime(*(count * getattr(self, f.name) for f in fields(self)))
+        return StepTime(*(count * value for value in _VALUES(self)))
 
     def error_us(self, errors: Mapping[str, float]) -> float:
         """The half-width of the interval: kinds of time err independently, times of a kind together."""
@@ -64,6 +65,9 @@ class StepTime:
     def bound(self) -> str:
         """The kind that takes most."""
         return max(TIME_KINDS, key=lambda kind: getattr(self, kind))
+
+
+_VALUES = attrgetter(*(each.name for each in fields(StepTime)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,8 @@ class StepModel:
     weights: WeightFormat = "bf16"
     skew: float = 0.0
     engine: Engine | None = None
+    whole: dict[tuple[Phase, int], OpGraph] = field(default_factory=dict)
+    sharded: dict[tuple[ParallelLayout, Phase, int], OpGraph] = field(default_factory=dict)
     graphs: dict[tuple[ParallelLayout, Phase, int, int, int], OpGraph] = field(default_factory=dict)
     prices: dict[tuple[ParallelLayout, Phase, int, Load], StepTime] = field(default_factory=dict)
     arenas: dict[tuple[ParallelLayout, Phase, int, int, int], int] = field(default_factory=dict)
@@ -203,9 +209,15 @@ class StepModel:
         """The fused graph of a short model, for one or two rows, for few or for many; so with the sequences."""
         sizes = (_alike(tokens), _alike(seqs))
         if (key := (layout, phase, depth, *sizes)) not in self.graphs:
-            expanded = expand(shard(build(self._context(depth), phase, depth), layout), *sizes)
-            self.graphs[key] = fuse(expanded, *sizes)
+            self.graphs[key] = fuse(expand(self._of_rank(layout, phase, depth), *sizes), *sizes)
         return self.graphs[key]
+
+    def _of_rank(self, layout: ParallelLayout, phase: Phase, depth: int) -> OpGraph:
+        if (phase, depth) not in self.whole:
+            self.whole[phase, depth] = build(self._context(depth), phase, depth)
+        if (key := (layout, phase, depth)) not in self.sharded:
+            self.sharded[key] = shard(self.whole[phase, depth], layout)
+        return self.sharded[key]
 
     def _context(self, depth: int) -> BuildContext:
         short = replace(self.config, layer_types=self._kinds())
