@@ -17,7 +17,6 @@ from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.planner.kernels import KernelChoice
 from tokenspeed_plan.planner.limits import (
     cache_decisions,
-    decode_buckets,
     interleaved_tokens,
     plan_limits,
     prefill_buckets,
@@ -134,13 +133,16 @@ def compile_bundle(
     depth = knobs.depth
     limits = plan_limits(spec.workload, model.config, hardware, knobs.prefill_chunk, knobs.checkpoint_tokens, depth)
     context = BuildContext(model.config, dtype, limits, model.num_valid_tokens, model.fused_experts)
-    graphs: dict[Phase, OpGraph] = {}
-    for phase in ("prefill", "decode"):
-        built = check(build(context, phase, depth))
+    graphs: dict[tuple[Phase, int], OpGraph] = {}
+    wanted: list[tuple[Phase, int]] = [("prefill", depth), *(("decode", each) for each in set(decided.depths.values()))]
+    for phase, drafts in wanted:
+        built = check(build(context, phase, drafts))
         if model.headers:
             checkpoint.check_sources(built.weights, model.headers)
-        graphs[phase] = check(shard(built, layout))
-    programs = _programs(graphs, limits, hardware, spec, choose)
+        graphs[phase, drafts] = check(shard(built, layout))
+    sized = [*((graphs["prefill", depth], bucket) for bucket in prefill_buckets(limits)),
+             *((graphs["decode", drafts], bucket) for bucket, drafts in decided.depths.items())]  # fmt: skip
+    programs = _programs(sized, limits, hardware, spec, choose)
     limits = limits.model_copy(update={"interleaved_tokens": _interleaved(programs, limits, spec)})
     facts = _facts(model, dtype)
     streams = decide.streams([graph for _, _, graph, _ in programs])
@@ -155,21 +157,19 @@ def compile_bundle(
 
 
 def _programs(
-    graphs: Mapping[Phase, OpGraph], limits: Limits, hardware: HardwareSpec, spec: Spec, choose: Choose
+    sized: Sequence[tuple[OpGraph, int]], limits: Limits, hardware: HardwareSpec, spec: Spec, choose: Choose
 ) -> list[LoweredProgram]:
-    """(bucket, sequences, lowered graph, kernels) of every program."""
-    buckets: dict[Phase, Sequence[int]] = {"prefill": prefill_buckets(limits), "decode": decode_buckets(limits)}
+    """(bucket, sequences, lowered graph, kernels) of every program, from its graph and its bucket."""
     made = []
-    for phase, graph in graphs.items():
-        for bucket in buckets[phase]:
-            seqs = min(bucket, limits.max_seqs)
-            tokens = bucket * (graph.depth + 1 if phase == "decode" else 1)
-            expanded = check(expand(graph, tokens, seqs))
-            load = _load(phase, tokens, seqs, spec)
-            fused = check(fuse(expanded, tokens, seqs))
-            placed = check(place(check(schedule_best(fused, load, hardware)), tokens, seqs))
-            lowered, kernels = lower(placed, hardware, load, (tokens, seqs), choose)
-            made.append((bucket, seqs, check(lowered), kernels))
+    for graph, bucket in sized:
+        seqs = min(bucket, limits.max_seqs)
+        tokens = bucket * (graph.depth + 1 if graph.phase == "decode" else 1)
+        expanded = check(expand(graph, tokens, seqs))
+        load = _load(graph.phase, tokens, seqs, spec)
+        fused = check(fuse(expanded, tokens, seqs))
+        placed = check(place(check(schedule_best(fused, load, hardware)), tokens, seqs))
+        lowered, kernels = lower(placed, hardware, load, (tokens, seqs), choose)
+        made.append((bucket, seqs, check(lowered), kernels))
     return made
 
 

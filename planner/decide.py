@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.limits import prefill_chunk
+from tokenspeed_plan.planner.limits import decode_buckets, prefill_chunk
 from tokenspeed_plan.planner.model_config import ModelConfig
-from tokenspeed_plan.planner.search import advise
+from tokenspeed_plan.planner.search import advise, depths
 from tokenspeed_plan.planner.search.best import Found, Search, matches
 from tokenspeed_plan.planner.search.candidate import EVERYTHING, TODAY, Candidate, Knobs, check_layout, layouts
 from tokenspeed_plan.planner.search.predict import Predictor
-from tokenspeed_plan.planner.spec import MoeSpec, Spec, SpeculationSpec
+from tokenspeed_plan.planner.spec import MoeSpec, Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Decision, Predicted
 from tokenspeed_plan.plans.types import DType
@@ -38,6 +38,7 @@ class Decided:
 
     layout: ParallelLayout
     knobs: Knobs
+    depths: Mapping[int, int]  # drafts a step, by decode bucket
     decisions: tuple[Decision, ...]
     predicted: Predicted
 
@@ -56,17 +57,19 @@ def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> Decided:
     wide = Search(predictor, EVERYTHING, spec.target.count).run()
     wide = wide if wide.predictions else found
     best = found.best.candidate
-    decisions = _decisions(predictor, found, wide)
-    knobs = replace(best.knobs, depth=speculation_depth(spec))
-    return Decided(best.layout, knobs, decisions, advise.predicted(predictor, found, wide))
+    speculation = depths.crossovers(predictor, best, decode_buckets(spec.workload.concurrency))
+    decisions = _decisions(predictor, found, wide, depths.decision(predictor, speculation))
+    by_bucket = {each.bucket: each.depth for each in speculation}
+    knobs = replace(best.knobs, depth=max(by_bucket.values()))
+    return Decided(best.layout, knobs, by_bucket, decisions, advise.predicted(predictor, found, wide))
 
 
-def _decisions(predictor: Predictor, found: Found, wide: Found) -> tuple[Decision, ...]:
+def _decisions(predictor: Predictor, found: Found, wide: Found, speculation: Decision) -> tuple[Decision, ...]:
     spec, hardware = predictor.spec, predictor.hardware
     asked = spec.parallelism != "auto"
     return (
         advise.parallelism(found, asked),
-        _speculation(predictor, found, wide),
+        speculation,
         advise.disaggregation(predictor, found, wide, spec.disaggregation != "off"),
         Decision(name="page_size", value=str(hardware.page_size), reason=f"default of {hardware.name}"),
         advise.chunk(found),
@@ -74,21 +77,6 @@ def _decisions(predictor: Predictor, found: Found, wide: Found) -> tuple[Decisio
         _objective(spec, found),
         advise.advice(found, wide),
     )
-
-
-def speculation_depth(spec: Spec) -> int:
-    """Drafts of every decode bucket."""
-    return spec.speculation.depth if isinstance(spec.speculation, SpeculationSpec) else 0
-
-
-def _speculation(predictor: Predictor, found: Found, wide: Found) -> Decision:
-    spec, config = predictor.spec, predictor.config
-    depth = speculation_depth(spec)
-    if depth == 0:
-        return advise.speculation(predictor, found, wide, spec.speculation != "off")
-    if config.num_mtp_layers == 0:
-        raise SpecError(f"`{config.name}` has no MTP layer to draft with", "set `speculation: off`")
-    return Decision(name="speculation", value=f"depth {depth}", reason="as the spec says")
 
 
 def _objective(spec: Spec, found: Found) -> Decision:

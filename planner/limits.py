@@ -109,10 +109,10 @@ def interleaved_tokens(limits: Limits, tpot_ms: float | None, predicted_us: Mapp
     return min(tokens, limits.max_tokens)
 
 
-def decode_buckets(limits: Limits) -> tuple[int, ...]:
+def decode_buckets(max_seqs: int) -> tuple[int, ...]:
     """1, 2, 4, ... and the concurrency itself."""
-    powers = [1 << i for i in range(limits.max_seqs.bit_length()) if 1 << i < limits.max_seqs]
-    return (*powers, limits.max_seqs)
+    powers = [1 << i for i in range(max_seqs.bit_length()) if 1 << i < max_seqs]
+    return (*powers, max_seqs)
 
 
 def prefill_buckets(limits: Limits) -> tuple[int, ...]:

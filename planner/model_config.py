@@ -76,6 +76,7 @@ class ModelConfig:
     max_positions: int
     num_mtp_layers: int
     eos_token_ids: tuple[int, ...]
+    mtp_acceptance: tuple[float, ...] = ()  # by place, the share of drafts that are right if those before were
     prefix: str = field(default="model.language_model.")
 
     @property
@@ -108,6 +109,7 @@ class ModelConfig:
             max_positions=text.integer("max_position_embeddings", 32768),
             num_mtp_layers=text.integer("mtp_num_hidden_layers", 0),
             eos_token_ids=_eos(text),
+            mtp_acceptance=_shares(reader, "mtp_acceptance"),
             prefix="model.language_model." if "text_config" in config else "model.",
         )
 
@@ -142,6 +144,14 @@ class _Reader:
 
     def error(self, what: str) -> SpecError:
         return SpecError(f"config of `{self.name}`: {what}", "use the `config.json` that was published with the model")
+
+
+def _shares(reader: _Reader, key: str) -> tuple[float, ...]:
+    """Numbers from 0 to 1; it is ours, published configs have none."""
+    found = reader.get(key, [])
+    if not isinstance(found, list) or not all(type(x) in (int, float) and 0 <= x <= 1 for x in found):
+        raise reader.error(f"`{key}` must be a list of numbers from 0 to 1")
+    return tuple(map(float, found))
 
 
 def _family(reader: _Reader) -> bool:

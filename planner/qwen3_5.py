@@ -54,11 +54,14 @@ def build(context: BuildContext, phase: Phase, depth: int = 0) -> OpGraph:
         return graph.finish(_verify(graph, x))
     last = graph.op("last_token", "last_token", (x, "cu_seqlens"))[0]
     outputs: tuple[str, ...] = (graph.head("logits", last), graph.sample("logits", "next_tokens"))
-    if depth:
+    if context.limits.max_depth:
         shifted = graph.op("shift_tokens", "shift_tokens", ("token_ids", "following", "next_tokens", "cu_seqlens"))[0]
-        last_row = _LastRow("last_token", "cu_seqlens")
-        outputs += (_drafts(graph, shifted, x, last_row, "context_lens", "next_tokens"),)
-    elif phase == "decode":
+        if depth:
+            last_row = _LastRow("last_token", "cu_seqlens")
+            outputs += (_drafts(graph, shifted, x, last_row, "context_lens", "next_tokens"),)
+        else:
+            graph.draft_keys(shifted, x)
+    if phase == "decode":
         page_size = {"page_size": context.limits.page_size}
         graph.op("advance", "advance", ("next_tokens", "page_table"), states=BATCH_STATE, attrs=page_size)
     return graph.finish(outputs)
@@ -321,16 +324,25 @@ class _Builder:
         With `last_row`, keys and values are those of all rows, which lie where the batch says, and only the last row
         of each sequence goes on, from `place`.
         """
-        size, name = self.config.hidden_size, f"L{self.config.num_layers}"
+        x = self._draft_input(tokens, hidden)
+        x = self._draft_block(f"L{self.config.num_layers}", f"{MTP_PREFIX}layers.0.", x, place, last_row)
+        return self.norm("draft_hidden", f"{MTP_PREFIX}norm.weight", x)
+
+    def draft_keys(self, tokens: str, hidden: str) -> None:
+        """Keys and values of rows that draft nothing, for those that draft after them."""
+        name, source = f"L{self.config.num_layers}", f"{MTP_PREFIX}layers.0."
+        x = self._draft_input(tokens, hidden)
+        self.queries(name, source, self.norm(f"{name}.mixer_norm", f"{source}input_layernorm.weight", x), _Place())
+
+    def _draft_input(self, tokens: str, hidden: str) -> str:
+        size = self.config.hidden_size
         embedded = self.norm(
             "mtp.embed_norm", f"{MTP_PREFIX}pre_fc_norm_embedding.weight", self.embed("mtp.embed", tokens)
         )
         normed = self.norm("mtp.hidden_norm", f"{MTP_PREFIX}pre_fc_norm_hidden.weight", hidden)
         joined = self.op("mtp.concat", "concat", (embedded, normed))[0]
         fc = self.matrix("mtp.fc.weight", {"mtp.fc.weight": (size, {})}, 2 * size)
-        x = self.linear("mtp.fc", joined, fc, ((size, None),))[0]
-        x = self._draft_block(name, f"{MTP_PREFIX}layers.0.", x, place, last_row)
-        return self.norm("draft_hidden", f"{MTP_PREFIX}norm.weight", x)
+        return self.linear("mtp.fc", joined, fc, ((size, None),))[0]
 
     def _draft_block(self, name: str, source: str, x: str, place: _Place, last_row: _LastRow | None) -> str:
         normed = self.norm(f"{name}.mixer_norm", f"{source}input_layernorm.weight", x)

@@ -101,11 +101,15 @@ class ObjectiveSpec(_Section):
     slo: SloSpec | None = None
 
 
-class SpeculationSpec(_Section):
-    """Draft tokens a step, and the share of drafts that are accepted after those before them."""
+MOST_DRAFTS = 16
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
-    depth: Annotated[int, Field(ge=1, le=16)]
-    acceptance: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+
+class SpeculationSpec(_Section):
+    """Draft tokens a step, and the share of drafts that are accepted after those before them: of all, or by place."""
+
+    depth: Annotated[int, Field(ge=1, le=MOST_DRAFTS)] | Literal["auto"] = "auto"
+    acceptance: Share | Annotated[tuple[Share, ...], Field(min_length=1, max_length=MOST_DRAFTS)] | None = None
 
 
 class DisaggregationSpec(_Section):
@@ -139,6 +143,14 @@ class Spec(_Section):
     speculation: AutoOrOff | SpeculationSpec = "auto"
     disaggregation: AutoOrOff | DisaggregationSpec = "auto"
     serving: ServingSpec | None = None
+
+    @property
+    def stated_depth(self) -> int | None:
+        """Drafts a step that the spec fixes; None where the planner chooses."""
+        if self.speculation == "off":
+            return 0
+        depth = self.speculation.depth if isinstance(self.speculation, SpeculationSpec) else "auto"
+        return None if depth == "auto" else depth
 
     @model_validator(mode="before")
     @classmethod

@@ -6,14 +6,17 @@ as many users are there as Little's law says, at most the concurrency.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 from tokenspeed_plan.planner.spec import WorkloadSpec
 
 # Tokens a step with 3 drafts: 3.39 (InferenceX's reference for this MTP head, thinking on; SGLang on GSM8K: 3.47).
 # 1 + a + a^2 + a^3 = 3.39 gives a = 0.89.
-ACCEPTANCE = 0.89
+ACCEPTANCE = (0.89,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +67,14 @@ def conversation(workload: WorkloadSpec, cached: bool = True) -> Conversation:
     return Conversation(first, Turn(prompt, found, prompt + output / 2), workload.turns, output)
 
 
-def tokens_a_step(depth: int, acceptance: float) -> float:
-    """Expected tokens of a step that verifies `depth` drafts, each accepted if the one before it was: sum a^i."""
-    return sum(acceptance**index for index in range(depth + 1))
+def tokens_a_step(depth: int, acceptance: Sequence[float]) -> float:
+    """Expected tokens of a step that verifies `depth` drafts: 1 + a1 + a1 a2 + ...
+
+    A draft is accepted, with the share of its place, only if the one before it was; the last share holds for all places
+    after it (Leviathan et al., arXiv:2211.17192, equation 1, where all are the same).
+    """
+    shares = [acceptance[min(place, len(acceptance) - 1)] for place in range(depth)]
+    return 1.0 + math.fsum(accumulate(shares, mul))
 
 
 @dataclass(frozen=True, slots=True)

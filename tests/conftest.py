@@ -33,6 +33,7 @@ def make_spec(path: Path | str, **changes: Any) -> Spec:
         "model": {"path": str(path), "weights": "fp32"},
         "target": {"gpu": "cpu"},
         "workload": {"kind": "batch", "first_turn_tokens": 300, "output_tokens": 64, "concurrency": 8},
+        "speculation": "off",
     }
     for key, value in changes.items():
         data[key] = data[key] | value if isinstance(data.get(key), dict) and isinstance(value, dict) else value

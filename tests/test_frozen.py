@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
+from tokenspeed_plan.planner import compile_plan, find_model, load_spec
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.bundle import check_sources, load_plan, read_plan
 
@@ -48,25 +50,32 @@ def test_the_headline_fits_and_counts_its_launches() -> None:
     memory = plan.memory_bytes_per_rank
     assert plan.target.count == 8
     # BF16 text weights over 8 GPUs, and on top of that only what every rank copies: routers, kv heads, norms.
-    assert memory.weights == pytest.approx(2 * 396_346_350_336 / 8, rel=0.005)
+    drafting = sum(
+        weight.tensor.size_bytes() for weight in plan.weights if weight.name.startswith(("mtp.", "L60.", "draft_"))
+    )
+    assert memory.weights - drafting == pytest.approx(2 * 396_346_350_336 / 8, rel=0.005)
     assert memory.state > 188_743_680 // 8
     decode = min((p for p in plan.programs if p.phase == "decode"), key=lambda p: p.bucket)
-    assert decode.launches / plan.num_layers <= 8.5
+    assert decode.launches / (plan.num_layers + decode.depth) <= 9
 
 
-def test_one_gpu_counts_its_launches() -> None:
-    plan = load_plan(ROOT / "plans/frozen/qwen3.5-35b-h200")
-    for program in plan.programs:
+@pytest.mark.parametrize("speculation", ["auto", "off"])
+def test_one_gpu_counts_its_launches(speculation: Any) -> None:
+    spec = load_spec(ROOT / "examples/qwen3.5-35b-h200/spec.yaml").model_copy(update={"speculation": speculation})
+    plan = compile_plan(spec, find_model(spec))
+    for program in (program for program in plan.programs if program.phase == "decode"):
         # From 4 rows on norms are launches of their own: fewer launches were measured to take longer there.
-        most = 6.5 if program.bucket <= 2 else 8
-        assert program.phase == "prefill" or program.launches / plan.num_layers <= most
+        most = 6.5 if program.max_tokens <= 2 else 8
+        assert program.launches / (plan.num_layers + program.depth) <= most
 
 
 @pytest.mark.parametrize("name", FROZEN.values())
 def test_every_kernel_has_a_text_and_layers_share_them(name: str) -> None:
     plan = load_plan(ROOT / "plans/frozen" / name)
     assert all(kernel.launch is not None for kernel in plan.kernels)
-    assert check_sources(plan, ROOT / "plans/frozen" / name) == len(plan.kernels) <= 60
+    assert check_sources(plan, ROOT / "plans/frozen" / name) == len(plan.kernels)
+    for program in plan.programs:
+        assert len({step.kernel for step in program.steps if step.kind == "kernel"}) <= 50
     compiled = {binary.kernel for binary in plan.binaries if binary.spill_bytes == 0}
     assert plan.target.sm == 0 or compiled == {kernel.name for kernel in plan.kernels}
 

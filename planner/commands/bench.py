@@ -63,7 +63,7 @@ def _programs(bundle: Path, folder: Path | None, options: dict[str, Any]) -> tup
     for program in found["programs"]:
         batch = (program["tokens"], program["batch"], program["context"])
         with suppress(SpecError):  # the model's folder is elsewhere: what the plan says of its own batch stays
-            program |= step_prediction(frozen, bundle, program["phase"], *batch)
+            program |= step_prediction(frozen, bundle, program["phase"], *batch, program["depth"])
     return found, bench.as_text(found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from tokenspeed_plan.planner.hardware import GIB, TIME_KINDS
 from tokenspeed_plan.planner.search.best import Found, Rejected
@@ -106,33 +106,6 @@ def advice(found: Found, wide: Found) -> Decision:
         runner_up=f"{second.candidate}: {second.metrics[name]:.4g}" if second else None,
         options=tuple(option(p, _needs(p.candidate)) for p in wide.by_layout[:MOST_OPTIONS]),
     )
-
-
-def speculation(predictor: Predictor, found: Found, wide: Found, asked: bool) -> Decision:
-    """Off until drafts are replayed; what they would bring, and the depth that is best at each batch."""
-    if not asked:
-        return Decision(name="speculation", value="off", reason="as the spec says")
-    if not predictor.config.num_mtp_layers:
-        return Decision(name="speculation", value="off", reason="the model has no layer that drafts")
-    reason = "depths are not chosen by cost yet"
-    depths = ", ".join(f"{depth} at batch {batch}" for batch, depth in best_depths(predictor, found.best).items())
-    now = replace(found.best.candidate, knobs=replace(found.best.candidate.knobs, depth=0))
-    same = [p for p in wide.predictions if p.candidate.layout == now.layout and p.candidate.replicas == now.replicas]
-    best = min(same, key=lambda p: p.metrics["tpot_ms"], default=None)
-    gain = ""
-    if best:
-        drafts = best.candidate.knobs.depth
-        gain = f"; tpot_ms would be {best.metrics['tpot_ms']:.4g} with {drafts}" if drafts else "; none would help"
-    return Decision(
-        name="speculation", value="off", reason=f"{reason}{gain}", runner_up=f"drafts with least time a token: {depths}"
-    )
-
-
-def best_depths(predictor: Predictor, best: Prediction) -> dict[int, int]:
-    """The depth with the least time a token, by decode batch."""
-    most = predictor.spec.workload.concurrency
-    sizes = sorted({*(1 << bits for bits in range(most.bit_length())), most})
-    return {size: predictor.best_depth(best.candidate, size) for size in sizes}
 
 
 def disaggregation(predictor: Predictor, found: Found, wide: Found, asked: bool) -> Decision:

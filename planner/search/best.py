@@ -183,8 +183,7 @@ class Search:
     def _plain(self) -> Knobs:
         """The defaults, with what the spec fixes."""
         hardware, spec = self.predictor.hardware, self.predictor.spec
-        depth = spec.speculation.depth if not isinstance(spec.speculation, str) else 0
-        depth = depth if depth <= self.scope.most_drafts else 0
+        depth = spec.stated_depth or 0
         kv_dtype = self._kv_dtypes()[0]["kv_dtype"]
         chunk = self._chunks()[0]["prefill_chunk"]
         return Knobs(chunk, hardware.page_size, depth, kv_dtype, self._serving.checkpoint_tokens)
@@ -208,8 +207,8 @@ class Search:
         return [{"prefill_chunk": size} for size in sorted(sizes, reverse=True)]
 
     def _depths(self) -> list[dict[str, int]]:
-        fixed = self.predictor.spec.speculation != "auto" or not self.predictor.config.num_mtp_layers
-        return [] if fixed else [{"depth": depth} for depth in DEPTHS if depth <= self.scope.most_drafts]
+        fixed = self.predictor.spec.stated_depth is not None or not self.predictor.config.num_mtp_layers
+        return [] if fixed else [{"depth": depth} for depth in DEPTHS]
 
     def _kv_dtypes(self) -> list[dict[str, KvDtype]]:
         """Where weights are quantised already."""

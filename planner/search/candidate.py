@@ -10,10 +10,11 @@ from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
 from tokenspeed_plan.planner.limits import checkpoint_spacing
 from tokenspeed_plan.planner.model_config import ModelConfig
+from tokenspeed_plan.planner.spec import MOST_DRAFTS
 from tokenspeed_plan.plans.errors import SpecError
 
 KvDtype = Literal["bf16", "fp8"]
-DEPTHS = (0, 1, 2, 3, 4)
+DEPTHS = (0, 1, 2, 3, 4)  # that are chosen from
 MIN_PAGE_TOKENS = 16
 
 
@@ -93,8 +94,8 @@ class Replayed:
         return [need for need, is_missing in needs.items() if is_missing]
 
 
-TODAY = Replayed()
-EVERYTHING = Replayed(True, True, True, True, max(DEPTHS), ("bf16", "fp8"))
+TODAY = Replayed(most_drafts=MOST_DRAFTS)
+EVERYTHING = Replayed(True, True, True, True, MOST_DRAFTS, ("bf16", "fp8"))
 
 
 def layouts(num_gpus: int, config: ModelConfig, scope: Replayed) -> Iterator[ParallelLayout]:

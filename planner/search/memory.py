@@ -69,7 +69,7 @@ class MemoryModel:
             checkpoints=kept * sum(self._state_units),
             activations=self._activations(knobs, own),
             io=self._io(knobs, own, seq_tokens),
-            scratch=own * self._scratch,
+            scratch=own * (knobs.depth + 1) * self._scratch,
             reserved=self.steps.hardware.reserved_bytes,
         )
 
@@ -104,7 +104,7 @@ class MemoryModel:
 
     @cached_property
     def _scratch(self) -> int:
-        """Of a sequence: partial results of attention over parts of its context.
+        """Of a row: partial results of attention over parts of its context.
 
         The smallest bucket splits a context among all multiprocessors, the next one among half as many, and so on.
         """

@@ -10,11 +10,11 @@ from functools import cached_property
 from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.model_config import ModelConfig
-from tokenspeed_plan.planner.search.candidate import DEPTHS, Candidate, Knobs
+from tokenspeed_plan.planner.search.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.search.memory import MemoryMap, MemoryModel
 from tokenspeed_plan.planner.search.steps import Engine, StepModel, StepTime
 from tokenspeed_plan.planner.search.transfer import Transfer, plan_transfer
-from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.planner.spec import Spec, SpeculationSpec
 from tokenspeed_plan.planner.workload import (
     ACCEPTANCE,
     Conversation,
@@ -144,21 +144,24 @@ class Predictor:
             transfer=transfer,
         )
 
-    def best_depth(self, candidate: Candidate, batch: int) -> int:
-        """The number of drafts with the least time a token, at a decode batch in mid-conversation."""
+    def token_us(self, candidate: Candidate, batch: int, depth: int) -> float:
+        """Time of a step a token of a sequence, at a decode batch in mid-conversation."""
         context = round(conversation(self.spec.workload).mean(lambda turn: turn.context_tokens))
-        layout, kv = candidate.layout, candidate.knobs.kv_dtype
+        step = self.steps.decode(candidate.layout, batch, context, depth, candidate.knobs.kv_dtype)
+        return step.total_us / self.accepted(depth)
 
-        def token_us(depth: int) -> float:
-            return self.steps.decode(layout, batch, context, depth, kv).total_us / self.accepted(depth)
-
-        return min(DEPTHS, key=token_us)
+    @cached_property
+    def acceptance(self) -> tuple[float, ...]:
+        """Of each place, the share of drafts that are right if those before were: the spec's, the model's, or usual."""
+        asked = self.spec.speculation
+        given = asked.acceptance if isinstance(asked, SpeculationSpec) else None
+        if given is None:
+            return self.config.mtp_acceptance or ACCEPTANCE
+        return (given,) if isinstance(given, float) else given
 
     def accepted(self, depth: int) -> float:
         """Tokens of a step."""
-        asked = self.spec.speculation
-        given = asked.acceptance if not isinstance(asked, str) else None
-        return tokens_a_step(depth, ACCEPTANCE if given is None else given)
+        return tokens_a_step(depth, self.acceptance)
 
     def fullest(self, candidate: Candidate) -> MemoryMap:
         """The map of the pool that needs most, at the spec's concurrency and longest conversation."""

@@ -17,7 +17,9 @@ from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.types import Phase
 
 
-def step_prediction(plan: Plan, bundle: Path, phase: str, tokens: int, seqs: int, context: int) -> dict[str, Any]:
+def step_prediction(
+    plan: Plan, bundle: Path, phase: str, tokens: int, seqs: int, context: int, depth: int = 0
+) -> dict[str, Any]:
     """Microseconds, their interval and their kinds, of one replay.
 
     Raises:
@@ -26,9 +28,9 @@ def step_prediction(plan: Plan, bundle: Path, phase: str, tokens: int, seqs: int
     steps, layout = _model_of(plan, bundle)
     hardware = steps.hardware
     if phase == "decode":
-        step = steps.decode(layout, seqs, context)
+        step = steps.decode(layout, seqs, context, depth)
     else:
-        step = steps.prefill(layout, tokens, max(context - tokens, 0))
+        step = steps.prefill(layout, tokens, max(context - tokens, 0), depth=depth)
     error_us = step.error_us(hardware.errors)
     return {
         "predicted_us": digits(step.total_us),

@@ -107,7 +107,8 @@ def num_fused_reduces(plan: Plan, program: Program) -> int:
 
 
 def preset(name: str, count: int, **parallelism: Any) -> Plan:
-    data = {"version": 1, "model": {"preset": f"qwen3.5-{name}"}, "target": {"gpu": "B200", "count": count}}
+    data = {"version": 1, "model": {"preset": f"qwen3.5-{name}"}, "target": {"gpu": "B200", "count": count},
+            "speculation": "off"}  # fmt: skip
     spec = Spec.model_validate(data | ({"parallelism": parallelism} if parallelism else {}))
     return compile_plan(spec, find_model(spec))
 

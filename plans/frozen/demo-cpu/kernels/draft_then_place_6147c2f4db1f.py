@@ -1,0 +1,50 @@
+"""draft_then_place
+
+draft: drafts = [earlier | argmax(logits)]
+draft_place: where the row after `lens + step - 1` tokens goes; context_lens = lens + step
+Source: the draft is the best token of all; the programs of a sequence share the vocabulary out
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def draft_then_place(
+    draft_logits,  # input, fp32 [num_seqs, 2048]
+    draft_earlier,  # input, i32 [num_seqs]
+    draft_place_lens,  # input, i32 [num_seqs]
+    draft_place_page_table,  # input, i32 [num_seqs, 81]
+    draft_drafts,  # output, i32 [num_seqs, 2]
+    draft_place_positions,  # output, i32 [num_seqs]
+    draft_place_slot_mapping,  # output, i32 [num_seqs]
+    draft_place_context_lens,  # output, i32 [num_seqs]
+    num_tokens,
+    num_seqs,
+):
+    BLOCK: tl.constexpr = 2048
+    KNOWN: tl.constexpr = 1
+    PAGE: tl.constexpr = 16
+    PAGES: tl.constexpr = 81
+    STEP: tl.constexpr = 1
+    VOCAB: tl.constexpr = 2048
+
+    s = tl.program_id(0)
+    row = draft_logits + s.to(tl.int64) * VOCAB
+    best = tl.full([], float("-inf"), tl.float32)
+    token = tl.full([], 0, tl.int32)
+    for v0 in range(0, VOCAB, BLOCK):
+        v = v0 + tl.arange(0, BLOCK)
+        x = tl.load(row + v, mask=v < VOCAB, other=float("-inf")).to(tl.float32)
+        higher = tl.max(x, 0)
+        first = tl.min(tl.where(x == higher, v, VOCAB), 0)
+        token = tl.where(higher > best, first, token)
+        best = tl.where(higher > best, higher, best)  # NaN is not
+    for i in tl.static_range(KNOWN):
+        tl.store(draft_drafts + s * (KNOWN + 1) + i, tl.load(draft_earlier + s * KNOWN + i))
+    tl.store(draft_drafts + s * (KNOWN + 1) + KNOWN, token)
+    position = tl.load(draft_place_lens + s) + STEP - 1
+    page = tl.load(draft_place_page_table + s * PAGES + tl.minimum(position // PAGE, PAGES - 1))
+    tl.store(draft_place_positions + s, position)
+    tl.store(draft_place_slot_mapping + s, page * PAGE + position % PAGE)
+    tl.store(draft_place_context_lens + s, position + 1)
