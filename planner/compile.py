@@ -29,6 +29,7 @@ from tokenspeed_plan.planner.passes.place import place
 from tokenspeed_plan.planner.passes.shard import shard
 from tokenspeed_plan.planner.passes.timeline import schedule_best
 from tokenspeed_plan.planner.qwen3_5 import BuildContext, build
+from tokenspeed_plan.planner.search.candidate import TODAY
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.bundle import seal
 from tokenspeed_plan.plans.errors import SpecError
@@ -167,7 +168,7 @@ def _programs(
         expanded = check(expand(graph, tokens, seqs))
         load = _load(graph.phase, tokens, seqs, spec)
         fused = check(fuse(expanded, tokens, seqs))
-        placed = check(place(check(schedule_best(fused, load, hardware)), tokens, seqs))
+        placed = check(place(check(schedule_best(fused, load, hardware, TODAY.most_streams)), tokens, seqs))
         lowered, kernels = lower(placed, hardware, load, (tokens, seqs), choose)
         made.append((bucket, seqs, check(lowered), kernels))
     return made

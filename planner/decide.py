@@ -10,6 +10,7 @@ from tokenspeed_plan.planner.hardware import HardwareSpec
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.limits import decode_buckets, prefill_chunk
 from tokenspeed_plan.planner.model_config import ModelConfig
+from tokenspeed_plan.planner.passes.timeline import MIN_GAIN
 from tokenspeed_plan.planner.search import advise, depths
 from tokenspeed_plan.planner.search.best import Found, Search, matches
 from tokenspeed_plan.planner.search.candidate import EVERYTHING, TODAY, Candidate, Knobs, check_layout, layouts
@@ -114,10 +115,13 @@ _STATE_DTYPE = Decision(
 def streams(graphs: Sequence[OpGraph]) -> Decision:
     """How many streams each program got, and what that is worth."""
     most = max(graph.num_streams for graph in graphs)
-    compared = (graph for graph in graphs if graph.runner_up_us is not None)
-    times = [f"{g.phase} {g.time_us:.1f} us, with other streams {g.runner_up_us:.1f}" for g in compared]
-    if most == 1:
-        reason = "no branch shortens a program by 1 %" if times else "kernels run one after the other"
+    compared = [(graph, graph.runner_up_us) for graph in graphs if graph.runner_up_us is not None]
+    times = [f"{graph.phase} {graph.time_us:.1f} us, with other streams {us:.1f}" for graph, us in compared]
+    shorter = sum(us < (1 - MIN_GAIN) * graph.time_us for graph, us in compared)
+    if shorter:
+        reason = f"{shorter} of {len(graphs)} programs would be shorter with more; the runtime replays {most}"
+    elif most == 1:
+        reason = f"no branch shortens a program by {MIN_GAIN:.0%}" if times else "kernels run one after the other"
     else:
         reason = f"{sum(graph.num_streams > 1 for graph in graphs)} of {len(graphs)} programs get shorter"
     return Decision(name="streams", value=str(most), reason=": ".join([reason, *times[-1:]]))

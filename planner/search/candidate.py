@@ -78,6 +78,7 @@ class Replayed:
     pools: bool = False
     replicas: bool = False
     most_drafts: int = 0
+    most_streams: int = 1
     kv_dtypes: tuple[KvDtype, ...] = ("bf16",)
 
     def missing(self, candidate: Candidate) -> list[str]:

@@ -84,4 +84,6 @@ def test_streams_stay_only_where_they_pay(graphs: list[OpGraph]) -> None:
         else:
             assert best.time_us <= best.runner_up_us
         assert schedule_best(graph, load, find_hardware("cpu")).num_streams == 1
+        held = schedule_best(graph, load, find_hardware("H200"), replayed=1)
+        assert held.num_streams == 1 and (best.num_streams == 1 or held.runner_up_us == best.time_us)
     assert any(schedule_best(graph, load, find_hardware("H200")).num_streams > 1 for graph in graphs)
