@@ -178,7 +178,8 @@ def _bars(plan: Plan, steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
 def _front(plan: Plan) -> dict[str, Any]:
     """Deployments by a user's speed and a GPU's throughput: those on the front, and others that were looked at."""
     front = {option.what for option in plan.predicted.front}
-    others = [option for decision in plan.decisions for option in decision.options if option.numbers]
+    every = [option for decision in plan.decisions for option in decision.options]
+    others = [option for option in every if "tokens_per_s_user" in option.numbers]
     known = {option.what: option for option in (*plan.predicted.front, *others)}
     points: list[dict[str, Any]] = [
         {"what": what, "x": option.numbers["tokens_per_s_user"], "y": option.numbers["tokens_per_s_gpu"],

@@ -332,7 +332,12 @@ class _Builder:
         """Keys and values of rows that draft nothing, for those that draft after them."""
         name, source = f"L{self.config.num_layers}", f"{MTP_PREFIX}layers.0."
         x = self._draft_input(tokens, hidden)
-        self.queries(name, source, self.norm(f"{name}.mixer_norm", f"{source}input_layernorm.weight", x), _Place())
+        x = self.norm(f"{name}.mixer_norm", f"{source}input_layernorm.weight", x)
+        rows = self._key_rows(f"{source}self_attn.")
+        weight = self.matrix(f"{name}.kv.weight", rows, self.config.hidden_size)
+        outs = [(count, splits[0]) for count, splits in rows.values()]
+        k, v = self.linear(f"{name}.kv", x, weight, outs, (f"{name}.k", f"{name}.v"))
+        self._write_keys(name, f"{source}self_attn.", k, v, _Place())
 
     def _draft_input(self, tokens: str, hidden: str) -> str:
         size = self.config.hidden_size
@@ -376,16 +381,21 @@ class _Builder:
         a, source = self.config.attention, f"{source}self_attn."
         heads, kv = self._heads()
         q_size, kv_size = a.num_qo_heads * a.head_dim, a.num_kv_heads * a.head_dim
-        rows = {
-            f"{source}q_proj.weight": (2 * q_size, {0: heads}),
-            f"{source}k_proj.weight": (kv_size, {0: kv}),
-            f"{source}v_proj.weight": (kv_size, {0: kv}),
-        }
+        rows = {f"{source}q_proj.weight": (2 * q_size, {0: heads}), **self._key_rows(source)}
         weight = self.matrix(f"{name}.qkv.weight", rows, self.config.hidden_size)
         outs = ((2 * q_size, heads), (kv_size, kv), (kv_size, kv))
         qg, k, v = self.linear(f"{name}.qkv", x, weight, outs, (f"{name}.qg", f"{name}.k", f"{name}.v"))
         q, gate = self._split_gate(name, qg, heads)
         q = self._norm_rope(f"{name}.q", f"{source}q_norm.weight", q, heads, place)
+        self._write_keys(name, source, k, v, place)
+        return q, gate
+
+    def _key_rows(self, source: str) -> dict[str, tuple[int, Splits]]:
+        a, kv = self.config.attention, self._heads()[1]
+        return {f"{source}{name}_proj.weight": (a.num_kv_heads * a.head_dim, {0: kv}) for name in "kv"}
+
+    def _write_keys(self, name: str, source: str, k: str, v: str, place: _Place) -> None:
+        kv = self._heads()[1]
         k = self._norm_rope(f"{name}.k", f"{source}k_norm.weight", k, kv, place)
         self.op(
             f"{name}.kv_write",
@@ -395,7 +405,6 @@ class _Builder:
             attrs=self._kv_attrs(),
             attr_splits={"num_kv_heads": kv},
         )
-        return q, gate
 
     def attend(self, name: str, source: str, q: str, gate: str, place: _Place) -> str:
         """Gated attention of queries to all that is in the cache."""

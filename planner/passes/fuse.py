@@ -50,6 +50,7 @@ FUSIONS = (
     Fusion("add_norm", ("add", "rms_norm")),
     # Attention.
     Fusion("qk_norm_rope_write", ("split_gate", "head_norm", "rope", "head_norm", "rope", "kv_write")),
+    Fusion("k_norm_rope_write", ("head_norm", "rope", "kv_write")),
     Fusion("attention_gate", ("attention", "sigmoid_gate")),
     # Gated DeltaNet: one step of it, and the chunked form.
     Fusion("delta_step", ("causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),

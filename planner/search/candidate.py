@@ -78,8 +78,8 @@ class Replayed:
     pools: bool = False
     replicas: bool = False
     most_drafts: int = 0
-    most_streams: int = 1
     kv_dtypes: tuple[KvDtype, ...] = ("bf16",)
+    most_streams: int = 1
 
     def missing(self, candidate: Candidate) -> list[str]:
         """What a candidate needs that the runtime does not replay yet."""

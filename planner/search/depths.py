@@ -87,5 +87,9 @@ def _value(found: tuple[Crossover, ...]) -> str:
 
 
 def _option(each: Crossover) -> Option:
-    numbers = {f"us a token, {depth} drafts": digits(us) for depth, us in each.token_us.items()}
-    return Option(what=f"batch {each.bucket}", numbers=numbers, reason=f"{each.depth} drafts" if each.depth else "none")
+    numbers = {f"{depth} drafts": digits(us) for depth, us in each.token_us.items()}
+    return Option(
+        what=f"batch {each.bucket}, us a token",
+        numbers=numbers,
+        reason=f"{each.depth} drafts" if each.depth else "none",
+    )

@@ -21,9 +21,11 @@ def qk_norm_rope_write(work: Work) -> list[Tiling]:
     inverse, magnitude = frequencies(
         int(rope["rotary_dim"]), float(rope["theta"]), float(rope["factor"]), int(rope["original_max_positions"])
     )
-    q, kv, d = work.size("split_gate", "num_heads"), work.size("kv_write", "num_kv_heads"), int(rope["head_dim"])
-    constants: dict[str, Attr] = {
-        "Q": q, "KV": kv, "D": d, "ROTARY": int(rope["rotary_dim"]), "PAGE": work.size("kv_write", "page_size"),
+    q = work.size("split_gate", "num_heads") if work.has("split_gate") else 0
+    kv, d = work.size("kv_write", "num_kv_heads"), int(rope["head_dim"])
+    constants: dict[str, Attr] = {"Q": q} if q else {}
+    constants |= {
+        "KV": kv, "D": d, "ROTARY": int(rope["rotary_dim"]), "PAGE": work.size("kv_write", "page_size"),
         "EPS": work.part("head_norm").attrs["eps"],
     }  # fmt: skip
     options = {"frequencies": inverse, "magnitude": magnitude}

@@ -23,6 +23,7 @@ RULES: dict[str, Rule] = {
     "grouped_up": linear.grouped,
     "grouped_down": linear.grouped,
     "qk_norm_rope_write": attention.qk_norm_rope_write,
+    "k_norm_rope_write": attention.qk_norm_rope_write,
     "attention_gate": attention.attention,
     "delta_step": delta.delta_step,
     "conv_qk_norm": delta.conv_qk_norm,

@@ -37,7 +37,8 @@ ROW, TWO, SIX = *(rows(n, (0, 64, 300), gpu="H200") for n in (1, 2)), CASES["six
 ELEVEN, HEADS = CASES["two rows of eleven, H200 tiles"], CASES["bf16, heads of 128 and 256"]
 
 
-BY_ROWS = {"attention_gate", "delta_step", "advance", "advance_rows"}  # test_kernels.py has the others, on as many rows
+# test_kernels.py has the others, on as many rows.
+BY_ROWS = {"attention_gate", "delta_step", "advance", "advance_rows", "k_norm_rope_write"}
 
 
 def alone(case: Case) -> list[Built]:
@@ -110,6 +111,7 @@ MUTATIONS = [
     (HEADS, "delta_step", "tl.store(tickets + s * B + head, 0)", "pass"),
     (ONE, "delta_step", "causal_conv_write_rows + s * 3", "causal_conv_write_rows + s"),
     (ONE, "advance", "write_rows + s * TABLE", "write_rows + s"),
+    (ONE, "k_norm_rope_write", "place + PAGE * KV * D", "place + KV * D"),
     (FOUR, "attention_gate", "length - (ROWS - 1)", "length - (ROWS - 2)"),
     (FOUR, "attention_gate", "tl.minimum(length - (ROWS - 1) + g // GROUP, end)", "end + 0 * g"),
     (ELEVEN, "attention_gate", "g // GROUP, end)", "g // GROUP, length)"),

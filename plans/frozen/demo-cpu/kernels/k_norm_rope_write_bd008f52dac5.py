@@ -1,8 +1,5 @@
-"""qk_norm_rope_write
+"""k_norm_rope_write
 
-split_gate: per head: first half q, second half gate
-head_norm: rms_norm of each head
-rope: rotate the first `rotary_dim` of each head, half-split pairs
 head_norm: rms_norm of each head
 rope: rotate the first `rotary_dim` of each head, half-split pairs
 kv_write: kv_cache[slot] = k, v
@@ -47,14 +44,12 @@ def _norm_rope(x_ptr, w_ptr, d, position, D: tl.constexpr, ROTARY: tl.constexpr,
 
 
 @triton.jit
-def qk_norm_rope_write(
-    split_gate_qg,  # input, fp32 [num_tokens, 512]
-    rope_positions,  # input, i32 [num_tokens]
+def k_norm_rope_write(
     head_norm_x,  # input, fp32 [num_tokens, 128]
+    rope_positions,  # input, i32 [num_tokens]
     kv_write_v,  # input, fp32 [num_tokens, 128]
     kv_write_slot_mapping,  # input, i32 [num_tokens]
     head_norm_w,  # weight, fp32 [64]
-    head_norm_w2,  # weight, fp32 [64]
     kv_write_kv_cache,  # state, fp32 [1281, 2, 16, 2, 64]
     num_tokens,
     num_seqs,
@@ -63,21 +58,13 @@ def qk_norm_rope_write(
     EPS: tl.constexpr = 1e-06
     KV: tl.constexpr = 2
     PAGE: tl.constexpr = 16
-    Q: tl.constexpr = 4
     ROTARY: tl.constexpr = 16
 
     t, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, D)
     position = tl.load(rope_positions + t)
-    if head < Q:
-        pair_ptr = split_gate_qg + (t * Q + head) * 2 * D  # each head: query, then gate
-        out = (t * Q + head) * D + d
-        tl.store(rope_y + out, _norm_rope(pair_ptr, head_norm_w, d, position, D, ROTARY, EPS))
-        tl.store(split_gate_gate + out, tl.load(pair_ptr + D + d))
-    else:
-        head -= Q
-        key = _norm_rope(head_norm_x + (t * KV + head) * D, head_norm_w2, d, position, D, ROTARY, EPS)
-        slot = tl.load(kv_write_slot_mapping + t)
-        place = ((slot // PAGE).to(tl.int64) * 2 * PAGE + slot % PAGE) * KV * D + head * D + d
-        tl.store(kv_write_kv_cache + place, key)
-        tl.store(kv_write_kv_cache + place + PAGE * KV * D, tl.load(kv_write_v + (t * KV + head) * D + d))
+    key = _norm_rope(head_norm_x + (t * KV + head) * D, head_norm_w, d, position, D, ROTARY, EPS)
+    slot = tl.load(kv_write_slot_mapping + t)
+    place = ((slot // PAGE).to(tl.int64) * 2 * PAGE + slot % PAGE) * KV * D + head * D + d
+    tl.store(kv_write_kv_cache + place, key)
+    tl.store(kv_write_kv_cache + place + PAGE * KV * D, tl.load(kv_write_v + (t * KV + head) * D + d))
