@@ -90,7 +90,9 @@ def test_memory_is_the_plans_to_the_byte(example: str) -> None:
     made = MemoryModel(steps, layout).map(
         Knobs(limits.max_tokens, limits.page_size, limits.max_depth), limits.max_seqs, limits.max_seq_len
     )
-    for name in ("weights", "kv_cache", "activations", "reserved"):
+    again = sum(w.tensor.size_bytes() for w in plan.weights if w.name.endswith(".kv.weight"))  # where some do not draft
+    assert made.weights == frozen.weights - again and again < 0.01 * frozen.weights
+    for name in ("kv_cache", "activations", "reserved"):
         assert getattr(made, name) == getattr(frozen, name), name
     largest = next(p for p in plan.programs if p.phase == "decode" and p.bucket == limits.max_seqs)
     assert made.io == frozen.io if largest.depth == limits.max_depth else made.io > frozen.io  # as deep in all buckets
