@@ -11,7 +11,7 @@ from conversations import PoisonExecutor, check_all_is_given_back, converse, poi
 from test_ahead import LateExecutor, captured
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime import Engine
+from tokenspeed_plan.runtime import Engine, SamplingParams
 
 PRESSURES: dict[str, dict[str, int]] = {
     "roomy": {"num_pages": 184, "num_checkpoints": 16, "checkpoint_interval": 64, "min_checkpoint_tokens": 16},
@@ -63,3 +63,29 @@ def test_the_demo_model_says_the_same_with_and_without() -> None:
     replay(engine, told, 5, cancel=0.05)
     check_all_is_given_back(engine._scheduler.cache)
     assert engine.metrics.hit_tokens > 200
+
+
+def test_what_is_cheap_to_have_again_goes_first(tiny_plan: Plan, checkpoint: Any) -> None:
+    """A long prompt outlives short ones that came after it; one that nobody asks for goes in the end."""
+    limits = {"num_pages": 184, "num_checkpoints": 0, "checkpoint_interval": 1024, "min_checkpoint_tokens": 16}
+    engine = Engine.from_plan(squeezed(tiny_plan, **limits), checkpoint("moe"))
+    room = engine.plan.limits.num_rows
+
+    def hits(prompt: list[int]) -> int:
+        before = engine.metrics.hit_tokens
+        engine.generate([prompt], SamplingParams(max_tokens=2, ignore_eos=True))
+        return engine.metrics.hit_tokens - before
+
+    def ask(count: int, first: int) -> list[list[int]]:
+        prompts = [[first + index] * 20 for index in range(count)]
+        assert not any(map(hits, prompts))
+        return prompts
+
+    long, short = [7] * 300, [8] * 20
+    assert not hits(long) and not hits(short)
+    ask(room, 10)
+    assert engine.metrics.evicted_checkpoints > 0
+    assert not hits([*short, 9]) and hits([*long, 9]) > 250
+    for index in range(20):
+        ask(room, 100 + room * index)
+    assert not hits([*long, 9])
