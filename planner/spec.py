@@ -175,6 +175,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# The loader's own, and what it lets through: a tag that its text does not fit, endless nesting.
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError)
+
+
 def load_spec(path: Path, changes: Sequence[str] = ()) -> Spec:
     """Read a spec; `changes` are `key.key=value`, the value in YAML, and come after the file.
 
@@ -195,7 +199,7 @@ def parse_spec(text: str, name: str, changes: Sequence[str] = ()) -> Spec:
     """A spec from YAML text; raises as `load_spec` does."""
     try:
         data = yaml.load(text, _Loader)  # a subclass of SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _NOT_YAML as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SpecError(f"`{name}` is not YAML: {reason}", "check indentation and quotes at that line") from error
     if not isinstance(data, dict):
@@ -215,7 +219,7 @@ def _changed(data: dict[Any, Any], change: str) -> dict[Any, Any]:
         raise SpecError(f"`--set {change}` is not key=value", "such as `--set parallelism.attention.tp=4`")
     try:
         value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _NOT_YAML as error:
         raise SpecError(f"`--set {change}`: `{text}` is not YAML", "quote it as YAML does") from error
     *folders, last = path.split(".")
     made = dict(data)
@@ -229,8 +233,10 @@ def _changed(data: dict[Any, Any], change: str) -> dict[Any, Any]:
 
 
 def _explain(error: ValidationError, name: str) -> SpecError:
-    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    path = [str(part) for part in first["loc"] if str(part) in _KEYS or part == first["loc"][-1]]
+    first = min(error.errors(), key=_rank)
+    ends = (int,) if len(first["loc"]) > 1 and first["type"] != "extra_forbidden" else (int, str)
+    last = first["loc"][-1]
+    path = [str(part) for part in first["loc"] if str(part) in _KEYS or (part is last and isinstance(last, ends))]
     where = ".".join(dict.fromkeys(path)).encode("unicode_escape").decode() or "spec"
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(first["loc"][-1]), _KEYS_OF.get(_section(first["loc"]), _KEYS), 1)
@@ -241,12 +247,20 @@ def _explain(error: ValidationError, name: str) -> SpecError:
     return SpecError(f"`{name}` at `{where}`: {message[0].lower()}{message[1:]}, got {got}", _type_hint(where))
 
 
+def _rank(item: Any) -> tuple[bool, bool]:
+    """An unknown key first; of `auto` or a section, a mapping was meant to be a section."""
+    return item["type"] != "extra_forbidden", item["type"] == "literal_error" and isinstance(item["input"], dict)
+
+
 def _section(location: tuple[int | str, ...]) -> str:
     return next((str(part) for part in reversed(location[:-1]) if str(part) in _KEYS_OF), "")
 
 
 def _short(value: Any) -> str:
-    text = " ".join(reprlib.repr(value).split())  # never all of it: aliases make a page of YAML endless
+    try:
+        text = " ".join(reprlib.repr(value).split())  # never all of it: aliases make a page of YAML endless
+    except ValueError:  # Python prints no integer of over 4,300 digits
+        return f"a large {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

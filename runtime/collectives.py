@@ -62,12 +62,19 @@ def linked() -> Iterator[None]:
 
 def world_size() -> int:
     """Processes that were started together (torchrun says it in the environment)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def own_rank() -> int:
     """Which of them this one is."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
+
+
+def _number(name: str, usual: int) -> int:
+    text = os.environ.get(name, str(usual))
+    if not text.isdecimal():
+        raise RankError(f"the environment has {name}={text}", "unset it, or start the ranks with torchrun")
+    return int(text)
 
 
 def join(plan: Plan) -> tuple[int, Collectives | None]:

@@ -8,8 +8,11 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, Protocol
+
+from tokenspeed_plan.plans.errors import RequestError
 
 STDIO = Path("-")
 _CHUNK_BYTES = 1 << 20
@@ -35,7 +38,7 @@ class _Plain:
 
     def close(self) -> None:
         self._file.flush()
-        if self._file is not sys.stdout.buffer:
+        if self._file.fileno() > 2:  # not a standard stream
             self._file.close()
 
 
@@ -59,18 +62,29 @@ class _Gzip:
 def open_writer(path: Path) -> LineWriter:
     """A new, empty file; `-` is standard output."""
     if path == STDIO:
+        if sys.stdout is None:
+            raise RequestError("standard output is closed", "name a file to write")
         return _Plain(sys.stdout.buffer)
     return _Gzip(path) if path.suffix == ".gz" else _Plain(path.open("wb"))
 
 
 def spool(path: Path) -> tuple[Path, tempfile._TemporaryFileWrapper[bytes] | None]:
-    """A path that can be read twice: standard input is copied to a temporary file, which is also returned."""
-    if path != STDIO:
+    """A path that can be read twice: a stream is copied to a temporary file, which is also returned."""
+    if path.is_file():
         return path, None
     file = tempfile.NamedTemporaryFile(prefix="tokenspeed-", suffix=".jsonl")  # noqa: SIM115
-    shutil.copyfileobj(sys.stdin.buffer, file)
+    with _stream(path) as stream:
+        shutil.copyfileobj(stream, file)
     file.flush()
     return Path(file.name), file
+
+
+def _stream(path: Path) -> AbstractContextManager[BinaryIO]:
+    if path != STDIO:
+        return path.open("rb")  # a pipe
+    if sys.stdin is None:
+        raise RequestError("standard input is closed", "name a JSONL file")
+    return nullcontext(sys.stdin.buffer)
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

@@ -171,7 +171,7 @@ def check_paths(source: Path, output: Path, errors: Path | None, summary: Path |
     if output != STDIO:
         named["finished lines"] = sidecar_path(output)
     files = {role: path for role, path in named.items() if path is not None and path != STDIO}
-    if source != STDIO and not source.is_file():
+    if source != STDIO and (not source.exists() or source.is_dir()):
         raise RequestError(f"there is no file `{source}`", "name a JSONL file, or `-` for standard input")
     for role, path in files.items():
         if role != "input" and (not path.parent.is_dir() or path.is_dir()):

@@ -84,6 +84,8 @@ def test_yaml_off_is_off(word: str) -> None:
         ({"model": {"path": "a", "preset": "b"}}, "give either `path` or `preset`", "model"),
         ({"version": 2}, "`version`", "version"),
         ({"speculation": "maybe"}, "`speculation", "speculation"),
+        ({"speculation": {"depth": "many"}}, "`speculation.depth`", "speculation"),
+        ({"speculation": {"acceptance": [0.9, 2]}}, "`speculation.acceptance", "speculation"),
         ({"target": {"gpu": 3}}, "`target.gpu`", "target"),
         ({"target": {"gpu": "cpu", "count": 0}}, "`target.count`", "target"),
         ({"slo": {"ttft_ms": float("nan")}}, "`slo.ttft_ms`", "slo"),
@@ -127,6 +129,16 @@ def test_a_plan_that_does_not_fit_shows_its_memory_map() -> None:
                                 "workload": {"concurrency": 500}})  # fmt: skip
     with pytest.raises(SpecError, match=r"activations .*kv_cache .*state .*weights .*reserved"):
         compile_plan(spec, find_model(spec))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["version: !!bool x", "version: !!timestamp x", f"version: 0x{'f' * 6000}", "[" * 5000, "a: &a [*a]", "a: *b"],
+)
+def test_odd_yaml_is_refused(text: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(text, "spec")
+    assert caught.value.hint and len(caught.value.message) < 400
 
 
 json_values = st.recursive(

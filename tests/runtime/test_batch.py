@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import random
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.batch import BatchOptions, Selection, run_batch
-from tokenspeed_plan.runtime.batch.files import read_whole_lines
+from tokenspeed_plan.runtime.batch.files import STDIO, open_writer, read_whole_lines, spool
 from tokenspeed_plan.runtime.batch.order import GROUP_TOKENS, Waiting
 from tokenspeed_plan.runtime.batch.rows import RowError, check_row, parse_row, to_requests
 from tokenspeed_plan.runtime.batch.summary import Histogram
@@ -364,6 +365,20 @@ def test_gz_input_and_stdout(tmp_path: Path) -> None:
         [sys.executable, FAKE, "-", "-"], input=gzip.decompress(source.read_bytes()), capture_output=True, check=True
     )
     assert len(done.stdout.splitlines()) == 5
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen([sys.executable, FAKE, pipe, "-"], stdout=subprocess.PIPE) as process:
+        pipe.write_bytes(gzip.decompress(source.read_bytes()))
+        assert process.stdout is not None and len(process.stdout.read().splitlines()) == 5
+
+
+def test_closed_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(RequestError, match="standard input is closed"):
+        spool(STDIO)
+    with pytest.raises(RequestError, match="standard output is closed"):
+        open_writer(STDIO)
 
 
 @pytest.mark.parametrize(("name", "order"), [("o.jsonl", "input"), ("o.jsonl", "completion"), ("o.jsonl.gz", "input")])

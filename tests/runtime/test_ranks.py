@@ -21,8 +21,9 @@ import torch
 from bundles import COMMAND, break_kernels, in_text, token_ids, write_bundle, write_rows
 from checkpoints import SHORT, Kind, write_checkpoint
 from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.kernel_file import kind_of
-from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime import Engine, SamplingParams, collectives
 
 # Ranks are forked from one process that has loaded all this once. It is a fresh one: nothing of the tests is in it.
 FORKS = multiprocessing.get_context("forkserver")
@@ -206,3 +207,10 @@ def test_the_death_of_a_rank_ends_the_other(victim: int, pair: Path, tmp_path: P
     text = (tmp_path / f"{1 - victim}.log").read_text()
     assert text.startswith("error: the link to another rank broke: ")
     assert text.count("error: ") == text.count("hint: ") == 1
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_an_odd_environment_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(RankError, match=f"{name}=two"):
+        {"WORLD_SIZE": collectives.world_size, "RANK": collectives.own_rank}[name]()
