@@ -73,7 +73,8 @@ def peer(config: Path, context: int, tokens: int, compiled: bool) -> dict[str, A
     prompt = torch.tensor([prompt_ids(model.config.vocab_size, context)], device="cuda")
 
     def step(ids: torch.Tensor) -> torch.Tensor:
-        return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        # By position: transformers 5.24 gives the cache another name.
+        return model(ids, None, None, cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
     begun = time.perf_counter()
     token = step(prompt)

@@ -199,8 +199,8 @@ def oracle_greedy(oracle: Any, prompt: list[int], steps: int) -> list[int]:
     from transformers import DynamicCache
 
     cache, ids, out = DynamicCache(config=oracle.config), prompt, []
-    for _ in range(steps):
-        logits = oracle(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1]
+    for _ in range(steps):  # by position: transformers 5.24 gives the cache another name
+        logits = oracle(torch.tensor([ids]), None, None, cache, use_cache=True).logits[0, -1]
         ids = [int(logits.argmax())]
         out += ids
     return out
