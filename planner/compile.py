@@ -132,8 +132,10 @@ def compile_bundle(
     dtype = dtype or decide.weight_dtype(spec)
     layout, knobs = decided.layout, decided.knobs
     depth = knobs.depth
-    limits = plan_limits(spec.workload, model.config, hardware, knobs.prefill_chunk, knobs.checkpoint_tokens, depth)
-    context = BuildContext(model.config, dtype, limits, model.num_valid_tokens, model.fused_experts)
+    limits = plan_limits(
+        spec.workload, model.config, hardware, knobs.prefill_chunk, knobs.checkpoint_tokens, depth, decided.keeps_inputs
+    )
+    context = BuildContext(model.config, dtype, limits, model.num_valid_tokens, model.fused_experts, spec.draft_vocab)
     graphs: dict[tuple[Phase, int], OpGraph] = {}
     wanted: list[tuple[Phase, int]] = [("prefill", depth), *(("decode", each) for each in set(decided.depths.values()))]
     for phase, drafts in wanted:

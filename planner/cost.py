@@ -14,7 +14,7 @@ from typing import Literal
 
 from tokenspeed_plan.planner.graph import Op, OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec, all_reduce_us
-from tokenspeed_plan.plans.ops import COLLECTIVES
+from tokenspeed_plan.plans.ops import COLLECTIVES, REPLAYED
 from tokenspeed_plan.plans.types import DTYPE_BYTES, TensorSpec
 
 WeightFormat = Literal["bf16", "fp32", "fp8", "nvfp4"]
@@ -126,7 +126,7 @@ def stored_scale(op: Op, spec: TensorSpec, formats: Formats) -> float:
 
     Experts and projections are quantised; tables, the head, routers, convolutions and vectors are not.
     """
-    kept = op.kind != "linear" or op.name == "head" or op.name.endswith(".router")
+    kept = op.kind != "linear" or op.name.partition("@")[0] in ("head", "draft_head") or op.name.endswith(".router")
     stored = formats.experts if op.kind in _EXPERTS else None if kept else formats.matrices
     return 1.0 if stored is None else FORMAT_BYTES[stored] / DTYPE_BYTES[spec.dtype]
 
@@ -207,9 +207,17 @@ def _state_bytes(graph: OpGraph, op: Op, load: Load) -> float:
             read = load.num_seqs * load.context_tokens * row * narrow / int(op.attrs["page_size"])
             total += read / load.context_split
         else:
-            written = int(op.attrs.get("rows_per_seq", 1)) if access == "update" else 0
-            total += load.num_seqs * row * (1 + written)
+            total += load.num_seqs * row * _times(op, access)
     return total
+
+
+def _times(op: Op, access: str) -> int:
+    """How often an operator reads or writes the rows of its state: a step leaves a state after each row that it has."""
+    if op.kind == "replay":
+        return 2
+    if op.attrs.get("mode") == REPLAYED:  # it is in registers since the replay
+        return 0
+    return 1 + (int(op.attrs.get("rows_per_seq", 1)) if access == "update" else 0)
 
 
 Flops = Callable[[Mapping[str, object], list[TensorSpec], Load], float]
@@ -242,6 +250,11 @@ def _delta_rule(attrs: Mapping[str, object], weights: list[TensorSpec], load: Lo
     return _per_head(attrs, load, lambda key, value: 7 * key * value)
 
 
+def _replay(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
+    """What came true of a step before that had as many rows: 5 dk dv each, all of them at most."""
+    return _per_head(attrs, load, lambda key, value: 5 * key * value)
+
+
 def _delta_chunk(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
     """Chunks of c = 64: K K^T, and A^-1 [V | K]."""
     return _per_head(attrs, load, lambda key, value: 2 * 64 * key + 2 * 64 * (key + value))
@@ -258,6 +271,7 @@ _FLOPS: dict[str, Flops] = {
     **dict.fromkeys(_EXPERTS, _experts),
     "attention": _attention,
     "delta_rule": _delta_rule,
+    "replay": _replay,
     "delta_chunk": _delta_chunk,
     "delta_scan": _delta_scan,
 }

@@ -11,7 +11,7 @@ from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.limits import decode_buckets, prefill_chunk
 from tokenspeed_plan.planner.model_config import ModelConfig
 from tokenspeed_plan.planner.passes.timeline import MIN_GAIN
-from tokenspeed_plan.planner.search import advise, depths
+from tokenspeed_plan.planner.search import advise, depths, rollback
 from tokenspeed_plan.planner.search.best import Found, Search, matches
 from tokenspeed_plan.planner.search.candidate import EVERYTHING, TODAY, Candidate, Knobs, check_layout, layouts
 from tokenspeed_plan.planner.search.predict import Predictor
@@ -42,6 +42,7 @@ class Decided:
     depths: Mapping[int, int]  # drafts a step, by decode bucket
     decisions: tuple[Decision, ...]
     predicted: Predicted
+    keeps_inputs: bool = False  # not a row of state for each draft
 
 
 def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> Decided:
@@ -51,26 +52,49 @@ def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> Decided:
         SpecError: what the spec states is illegal for this model or not planned yet, or nothing fits.
     """
     _check_stated(spec, config)
-    predictor = Predictor(spec, config, hardware)
-    found = Search(predictor, TODAY, spec.target.count).run()
-    if not found.predictions:
-        raise _refusal(predictor)
+    predictors = _predictors(spec, config, hardware)
+    predictor, found = _search(predictors, spec.target.count)
     wide = Search(predictor, EVERYTHING, spec.target.count).run()
     wide = wide if wide.predictions else found
     best = found.best.candidate
-    speculation = depths.crossovers(predictor, best, decode_buckets(spec.workload.concurrency))
-    decisions = _decisions(predictor, found, wide, depths.decision(predictor, speculation))
-    by_bucket = {each.bucket: each.depth for each in speculation}
-    knobs = replace(best.knobs, depth=max(by_bucket.values()))
-    return Decided(best.layout, knobs, by_bucket, decisions, advise.predicted(predictor, found, wide))
+    ways = rollback.rollbacks(predictors, best, decode_buckets(spec.workload.concurrency))
+    chosen = rollback.choose(ways)
+    speculation = depths.decision(predictor, chosen.table), rollback.decision(ways, chosen)
+    decisions = _decisions(predictor, found, wide, speculation)
+    by_bucket = {each.bucket: each.depth for each in chosen.table}
+    knobs, keeps_inputs = replace(best.knobs, depth=chosen.depth), chosen.keeps_inputs and chosen.depth > 0
+    return Decided(best.layout, knobs, by_bucket, decisions, advise.predicted(predictor, found, wide), keeps_inputs)
 
 
-def _decisions(predictor: Predictor, found: Found, wide: Found, speculation: Decision) -> tuple[Decision, ...]:
+def _predictors(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> list[Predictor]:
+    """One for each way to take drafts back, the usual one first; one alone where nothing is drafted.
+
+    A GPU waits for memory, so that it keeps inputs (35B-A3B on an H200: 1.01 to 1.05 times the tokens of rows in every
+    bucket); a CPU for arithmetic.
+    """
+    stated, drafts = spec.stated_rollback, bool(config.num_mtp_layers) and spec.stated_depth != 0
+    usual = hardware.sm > 0
+    kept = [stated == "inputs"] if stated else [usual, not usual] if drafts else [usual]
+    return [Predictor(spec, config, hardware, keeps_inputs=keeps) for keeps in kept]
+
+
+def _search(predictors: Sequence[Predictor], num_gpus: int) -> tuple[Predictor, Found]:
+    """The first way with which anything fits."""
+    for predictor in predictors:
+        found = Search(predictor, TODAY, num_gpus).run()
+        if found.predictions:
+            return predictor, found
+    raise _refusal(predictors[0])
+
+
+def _decisions(
+    predictor: Predictor, found: Found, wide: Found, speculation: tuple[Decision, ...]
+) -> tuple[Decision, ...]:
     spec, hardware = predictor.spec, predictor.hardware
     asked = spec.parallelism != "auto"
     return (
         advise.parallelism(found, asked),
-        speculation,
+        *speculation,
         advise.disaggregation(predictor, found, wide, spec.disaggregation != "off"),
         Decision(name="page_size", value=str(hardware.page_size), reason=f"default of {hardware.name}"),
         advise.chunk(found),
@@ -129,6 +153,11 @@ def streams(graphs: Sequence[OpGraph]) -> Decision:
 
 def _check_stated(spec: Spec, config: ModelConfig) -> None:
     """What a spec states by hand must be possible."""
+    if spec.draft_vocab and spec.draft_vocab > config.vocab_size:
+        raise SpecError(
+            f"`speculation.draft_vocab` is {spec.draft_vocab}, `{config.name}` has {config.vocab_size} tokens",
+            "leave it out to draft from all of them",
+        )
     if spec.serving and spec.serving.kv_dtype == "fp8":
         raise SpecError("`serving.kv_dtype: fp8` is not planned yet", "leave it out; `tokenspeed predict` prices it")
     if spec.parallelism == "auto":

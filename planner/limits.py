@@ -12,7 +12,7 @@ from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Decision, Limits
 from tokenspeed_plan.plans.types import Phase
 
-ROWS_PER_SLOT = 2  # one to read, one to write; each draft needs one more
+ROWS_PER_SLOT = 2  # one to read, one to write; each draft needs one more, where inputs are not kept instead
 ENDS_PER_CONVERSATION = 2  # checkpoints where the last prompt and the last answer end
 AS_ASKED = "as the spec says"
 WORTH_A_STEP = 16  # a prefill step costs as much as this part of a chunk even when it is almost empty
@@ -25,8 +25,11 @@ def plan_limits(
     chunk: int | None = None,
     checkpoint_tokens: int | None = None,
     depth: int = 0,
+    keeps_inputs: bool = False,
 ) -> Limits:
     """The longest conversation, rounded up to a page; pages for `concurrency` of them, rows for `depth` drafts.
+
+    Where drafts' inputs are kept, the rows are as many as without drafts.
 
     `chunk` tokens of a prompt are computed at once, the machine's default where it is None; `checkpoint_tokens` as in
     `checkpoint_spacing`.
@@ -45,20 +48,27 @@ def plan_limits(
     chunk = prefill_chunk(chunk or hardware.prefill_chunk, max_seq_len)
     spacing = checkpoint_spacing(checkpoint_tokens, chunk, hardware.page_size)
     kept = workload.concurrency * num_checkpoints(max_seq_len, spacing)
+    rows = rows_per_slot(depth, keeps_inputs)
     return Limits(
         max_seqs=workload.concurrency,
         max_seq_len=max_seq_len,
         max_tokens=chunk,
         page_size=hardware.page_size,
         num_pages=pages * workload.concurrency,
-        rows_per_slot=ROWS_PER_SLOT + depth,
-        num_rows=2 + workload.concurrency * (ROWS_PER_SLOT + depth) + kept,
+        rows_per_slot=rows,
+        num_rows=2 + workload.concurrency * rows + kept,
         default_max_tokens=min(workload.output_tokens, max_seq_len - 1),
         interleaved_tokens=chunk,
         checkpoint_interval=spacing or max(chunk, hardware.page_size),
         min_checkpoint_tokens=max(chunk // WORTH_A_STEP, hardware.page_size),
         num_checkpoints=kept,
+        kept_inputs=depth + 1 if depth and keeps_inputs else 0,
     )
+
+
+def rows_per_slot(depth: int, keeps_inputs: bool) -> int:
+    """Rows of state that a sequence holds."""
+    return ROWS_PER_SLOT + (0 if keeps_inputs else depth)
 
 
 def prefill_chunk(wanted: int, longest_tokens: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from tokenspeed_plan.planner.graph import DimSplits, Op, OpGraph, Source, Stage, Tensor, Weight
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.model_config import ModelConfig
-from tokenspeed_plan.plans.ops import BATCH_STATE, OPS, SAMPLING_INPUTS, STOP_IDS
+from tokenspeed_plan.plans.ops import BATCH_STATE, OPS, REPLAYED, SAMPLING_INPUTS, STOP_IDS
 from tokenspeed_plan.plans.schema import ArenaName, Limits
 from tokenspeed_plan.plans.types import Attr, Dim, DType, Phase, TensorSpec
 
@@ -24,7 +24,8 @@ MTP_PREFIX = "mtp."
 class BuildContext:
     """What shapes a graph besides the model: dtype, limits, and how the checkpoint stores its experts.
 
-    `fused_experts` tells for a name prefix whether its experts are one tensor (else one tensor an expert).
+    `fused_experts` tells for a name prefix whether its experts are one tensor (else one tensor an expert). Drafts are
+    chosen from the first `draft_vocab` tokens.
     """
 
     config: ModelConfig
@@ -32,6 +33,7 @@ class BuildContext:
     limits: Limits
     num_valid_tokens: int
     fused_experts: Callable[[str], bool]
+    draft_vocab: int | None = None
 
     @property
     def wide(self) -> DType:
@@ -63,6 +65,7 @@ def build(context: BuildContext, phase: Phase, depth: int = 0) -> OpGraph:
             graph.draft_keys(shifted, x)
     if phase == "decode":
         page_size = {"page_size": context.limits.page_size}
+        graph.settle()
         graph.op("advance", "advance", ("next_tokens", "page_table"), states=BATCH_STATE, attrs=page_size)
     return graph.finish(outputs)
 
@@ -100,6 +103,7 @@ def _verify(graph: _Builder, hidden: str) -> tuple[str, ...]:
     )
     drafts = _drafts(graph, said, hidden, _LastRow("select_row", accepted, rows), lens, last)
     attrs = rows | {"page_size": graph.context.limits.page_size}
+    graph.settle()
     graph.op("advance", "advance_rows", (accepted, drafts, "page_table"), states=BATCH_STATE, attrs=attrs)
     return logits, said, accepted, drafts
 
@@ -138,17 +142,19 @@ class _Builder:
 
     def __post_init__(self) -> None:
         self.config = self.context.config
-        rows = self.context.limits.max_depth + 1
+        limits = self.context.limits
+        rows, columns = limits.max_depth + 1, limits.rows_per_slot - 1
+        self.keeps_inputs = bool(limits.kept_inputs) and self.phase == "decode"
         for name in ("token_ids", "positions", "slot_mapping"):
             self.tensor(name, ("num_tokens",), "i32", "io")
-        for name in ("context_lens", "read_rows", "following", "max_lens"):
+        for name in ("context_lens", "state_lens", "read_rows", "following", "max_lens"):
             self.tensor(name, ("num_seqs",), "i32", "io")
-        self.tensor("write_rows", ("num_seqs", rows) if rows > 1 else ("num_seqs",), "i32", "io")
+        self.tensor("write_rows", ("num_seqs", columns) if columns > 1 else ("num_seqs",), "i32", "io")
         self.tensor("stop_ids", ("num_seqs", STOP_IDS), "i32", "io")
         self.tensor("forced_accept", (rows,), "fp32", "io")
         self.tensor("accept_counts", (rows,), "i64", "io")
         self.tensor("cu_seqlens", ("num_seqs+1",), "i32", "io")
-        self.tensor("page_table", ("num_seqs", self.context.limits.table_pages), "i32", "io")
+        self.tensor("page_table", ("num_seqs", limits.table_pages), "i32", "io")
         for name, dtype in SAMPLING_INPUTS.items():
             self.tensor(name, ("num_seqs",), dtype, "io")
 
@@ -277,8 +283,8 @@ class _Builder:
             shifts={"row_start": (self.config.vocab_size, self._vocab())},
         )[0]
 
-    def _vocab(self) -> Split:
-        return Split("vocab", self.config.vocab_size)
+    def _vocab(self, rows: int | None = None) -> Split:
+        return Split("vocab", rows or self.config.vocab_size)
 
     def _table(self) -> str:
         source = f"{self.config.prefix}embed_tokens.weight"
@@ -292,13 +298,20 @@ class _Builder:
         return self.op(name, "rms_norm", (x,), (weight,), attrs={"eps": self.config.rms_norm_eps})[0]
 
     def head(self, name: str, x: str) -> str:
-        """Logits over the vocabulary."""
-        split, rows, op = self._vocab(), self.config.vocab_size, "draft_head" if name == "draft_logits" else "head"
-        if self.config.tie_word_embeddings:
-            table = self._table()
-        else:
-            table = self.matrix("head.weight", {"lm_head.weight": (rows, {0: split})}, self.config.hidden_size)
+        """Logits over the vocabulary, or over the part that drafts are chosen from."""
+        drafts = name == "draft_logits"
+        rows = (drafts and self.context.draft_vocab) or self.config.vocab_size
+        op, split, table = "draft_head" if drafts else "head", self._vocab(rows), self._head_weight(rows)
         return self.linear(op, x, table, ((rows, split),), (name,), gathered=True)[0]
+
+    def _head_weight(self, rows: int) -> str:
+        tied, whole = self.config.tie_word_embeddings, self.config.vocab_size
+        if tied and rows == whole:
+            return self._table()
+        source = f"{self.config.prefix}embed_tokens.weight" if tied else "lm_head.weight"
+        hidden = self.config.hidden_size
+        part = Source(source, (whole, hidden), (0, 0), (rows, hidden), ((0, self._vocab(rows)),))
+        return self.weight("head.weight" if rows == whole else "draft_head.weight", (rows, hidden), (part,))
 
     def sample(self, logits: str, name: str) -> str:
         """The next token of each row."""
@@ -308,6 +321,11 @@ class _Builder:
     def _rows(self) -> dict[str, Attr]:
         """How many rows each sequence has in a decode step, where it is not one."""
         return {"rows_per_seq": self.depth + 1} if self.depth and self.phase == "decode" else {}
+
+    def settle(self) -> None:
+        """Note how far the states have been brought, where inputs are kept."""
+        if self.keeps_inputs:
+            self.op("settle", "settle", ("context_lens",), states=("state_lens",), attrs=self._rows())
 
     def last_row(self, how: _LastRow, name: str, x: str, split: Split | None = None) -> str:
         """The last row of each sequence."""
@@ -490,14 +508,27 @@ class _Builder:
         weight = self._delta_in_proj(name, source)
         outs = ((d.conv_channels, k_heads), (z_size, v_heads), (d.num_v_heads, v_heads), (d.num_v_heads, v_heads))
         u, z, b, a = self.linear(f"{name}.in_proj", x, weight, outs, tuple(f"{name}.{n}" for n in "uzba"))
-        y = self._conv(name, source, u)
-        heads: dict[str, Attr] = {
-            "num_k_heads": d.num_k_heads,
-            "num_v_heads": d.num_v_heads,
-            "key_dim": d.key_dim,
-            "value_dim": d.value_dim,
-        }
-        head_splits = {"num_k_heads": k_heads, "num_v_heads": v_heads}
+        heads, head_splits = self._delta_heads(), {"num_k_heads": k_heads, "num_v_heads": v_heads}
+        conv, gate = (self._conv_weight(name, source),), self._gate_weights(name, source, v_heads)
+        conv_state, state = self._conv_state(name, k_heads), self._delta_state(name, v_heads)
+        taps: dict[str, Attr] = {"kernel_size": d.conv_kernel_size}
+        if self.keeps_inputs:
+            states = (conv_state, state, *self._kept(name, k_heads, v_heads))
+            batch = ("context_lens", "state_lens", "read_rows", "write_rows")
+            attrs = heads | taps | self._rows()
+            self.op(
+                f"{name}.replay", "replay", (u, b, a, *batch), (*conv, *gate), states, attrs, attr_splits=head_splits
+            )
+        mode: dict[str, Attr] = {"mode": self._mode("update", "varlen")}
+        y = self.op(
+            f"{name}.conv",
+            "causal_conv",
+            (u, *_ROWS),
+            conv,
+            (conv_state,),
+            attrs=mode | taps | self._rows(),
+            out_splits=(k_heads,),
+        )[0]
         qkv = self.op(
             f"{name}.qkv",
             "qk_l2_norm",
@@ -506,21 +537,13 @@ class _Builder:
             attr_splits=head_splits,
             out_splits=(k_heads, k_heads, v_heads),
         )
-        gates = self._delta_gates(name, source, b, a, v_heads)
-        state = self.tensor(
-            f"{name}.ssm_state",
-            (self.context.limits.num_rows, d.num_v_heads, d.key_dim, d.value_dim),
-            self.context.wide,
-            "state",
-            ((1, v_heads),),
-        )
-        mode = "chunked" if self.phase == "prefill" else "recurrent"
+        gates = self.op(f"{name}.gates", "delta_gates", (b, a), gate, out_splits=(v_heads, v_heads))
         o = self.op(
             f"{name}.delta_rule",
             "delta_rule",
             (*qkv, *gates, *_ROWS),
             states=(state,),
-            attrs=heads | {"mode": mode} | self._rows(),
+            attrs=heads | {"mode": self._mode("recurrent", "chunked")} | self._rows(),
             attr_splits=head_splits,
             out_splits=(v_heads,),
         )[0]
@@ -562,38 +585,49 @@ class _Builder:
             for start, size, units in parts
         )
 
-    def _conv(self, name: str, source: str, u: str) -> str:
+    def _delta_heads(self) -> dict[str, Attr]:
         d = self.config.delta_net
-        split = Split("attention", d.num_k_heads)
-        weight = self.weight(
-            f"{name}.conv.weight",
-            (d.conv_channels, 1, d.conv_kernel_size),
-            self._qkv_slices(f"{source}conv1d.weight", (1, d.conv_kernel_size)),
-        )
-        state = self.tensor(
-            f"{name}.conv_state",
-            (self.context.limits.num_rows, d.conv_kernel_size - 1, d.conv_channels),
-            self.context.dtype,
-            "state",
-            ((2, split),),
-        )
-        mode = "varlen" if self.phase == "prefill" else "update"
-        return self.op(
-            f"{name}.conv",
-            "causal_conv",
-            (u, *_ROWS),
-            (weight,),
-            (state,),
-            attrs={"mode": mode, "kernel_size": d.conv_kernel_size, **self._rows()},
-            out_splits=(split,),
-        )[0]
+        return {
+            "num_k_heads": d.num_k_heads,
+            "num_v_heads": d.num_v_heads,
+            "key_dim": d.key_dim,
+            "value_dim": d.value_dim,
+        }
 
-    def _delta_gates(self, name: str, source: str, b: str, a: str, heads: Split) -> tuple[str, ...]:
-        weights = tuple(
+    def _mode(self, step: str, many: str) -> str:
+        """How an operator with recurrent state works in this phase."""
+        return many if self.phase == "prefill" else REPLAYED if self.keeps_inputs else step
+
+    def _conv_weight(self, name: str, source: str) -> str:
+        d = self.config.delta_net
+        slices = self._qkv_slices(f"{source}conv1d.weight", (1, d.conv_kernel_size))
+        return self.weight(f"{name}.conv.weight", (d.conv_channels, 1, d.conv_kernel_size), slices)
+
+    def _conv_state(self, name: str, heads: Split) -> str:
+        d = self.config.delta_net
+        shape = (self.context.limits.num_rows, d.conv_kernel_size - 1, d.conv_channels)
+        return self.tensor(f"{name}.conv_state", shape, self.context.dtype, "state", ((2, heads),))
+
+    def _delta_state(self, name: str, heads: Split) -> str:
+        d = self.config.delta_net
+        shape = (self.context.limits.num_rows, d.num_v_heads, d.key_dim, d.value_dim)
+        return self.tensor(f"{name}.ssm_state", shape, self.context.wide, "state", ((1, heads),))
+
+    def _kept(self, name: str, k_heads: Split, v_heads: Split) -> tuple[str, str]:
+        """What is kept of a step's rows: inputs of the convolution, and of the gates."""
+        d, limits = self.config.delta_net, self.context.limits
+        inputs = (limits.num_rows, limits.kept_inputs, d.conv_channels)
+        gates = (limits.num_rows, 2, limits.kept_inputs, d.num_v_heads)
+        return (
+            self.tensor(f"{name}.kept_inputs", inputs, self.context.dtype, "state", ((2, k_heads),)),
+            self.tensor(f"{name}.kept_gates", gates, self.context.dtype, "state", ((3, v_heads),)),
+        )
+
+    def _gate_weights(self, name: str, source: str, heads: Split) -> tuple[str, ...]:
+        return tuple(
             self.vector(f"{name}.{key.lower()}", f"{source}{key}", heads.units, self.context.wide, heads)
             for key in ("A_log", "dt_bias")
         )
-        return self.op(f"{name}.gates", "delta_gates", (b, a), weights, out_splits=(heads, heads))
 
     def mlp(self, name: str, source: str, x: str) -> str:
         """Dense SwiGLU."""

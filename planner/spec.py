@@ -106,10 +106,17 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class SpeculationSpec(_Section):
-    """Draft tokens a step, and the share of drafts that are accepted after those before them: of all, or by place."""
+    """Draft tokens a step, and the share of drafts that are accepted after those before them: of all, or by place.
+
+    `rollback`: what a step goes back to where drafts were wrong: a row of state after each token (`rows`), or the state
+    before them all, from where the inputs that came true are computed again (`inputs`: less memory). `draft_vocab`:
+    drafts are chosen from so many tokens, the first of the vocabulary, whose part of the head is quicker to read.
+    """
 
     depth: Annotated[int, Field(ge=1, le=MOST_DRAFTS)] | Literal["auto"] = "auto"
     acceptance: Share | Annotated[tuple[Share, ...], Field(min_length=1, max_length=MOST_DRAFTS)] | None = None
+    rollback: Literal["auto", "rows", "inputs"] = "auto"
+    draft_vocab: Count | None = None
 
 
 class DisaggregationSpec(_Section):
@@ -151,6 +158,17 @@ class Spec(_Section):
             return 0
         depth = self.speculation.depth if isinstance(self.speculation, SpeculationSpec) else "auto"
         return None if depth == "auto" else depth
+
+    @property
+    def draft_vocab(self) -> int | None:
+        """Tokens that drafts are chosen from; None for all."""
+        return self.speculation.draft_vocab if isinstance(self.speculation, SpeculationSpec) else None
+
+    @property
+    def stated_rollback(self) -> Literal["rows", "inputs"] | None:
+        """How wrong drafts are taken back, where the spec says so."""
+        rollback = self.speculation.rollback if isinstance(self.speculation, SpeculationSpec) else "auto"
+        return None if rollback == "auto" else rollback
 
     @model_validator(mode="before")
     @classmethod

@@ -7,6 +7,7 @@ Shapes: T tokens, S sequences, H hidden, V vocabulary rows, D head_dim, Q query 
 A delta-rule key heads, B delta-rule value heads, E experts on this rank, k experts per token.
 
 A decode step that verifies drafts has R = `rows_per_seq` rows of each sequence, one after the other, so that T = S * R.
+It leaves a state after each row; or N inputs are kept, and the next step begins with those that came true (`replay`).
 """
 
 from __future__ import annotations
@@ -217,10 +218,13 @@ def _pair(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 
 def _stepping(attrs: Attrs, specs: Specs, step: str, many: str) -> None:
-    """The mode of an operator with recurrent state: a decode step, whose rows leave a state each, or many tokens."""
-    require(attrs.get("mode") in (step, many), f"mode {attrs.get('mode')!r}")
-    require(attrs["mode"] == step or rows_per_seq(attrs) == 1, f"rows_per_seq where the mode is {many}")
-    _write_rows(specs, rows_per_seq(attrs))
+    """The mode of an operator with recurrent state: a decode step, whose rows leave a state each, or many tokens.
+
+    Or a step after a `replay`: it starts from the rows to write, where that has left the state, and changes nothing.
+    """
+    require(attrs.get("mode") in (step, many, REPLAYED), f"mode {attrs.get('mode')!r}")
+    require(attrs["mode"] != many or rows_per_seq(attrs) == 1, f"rows_per_seq where the mode is {many}")
+    _write_rows(specs, 1 if attrs["mode"] == REPLAYED else rows_per_seq(attrs))
 
 
 def _conv(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
@@ -230,6 +234,35 @@ def _conv(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     expect(specs, "w", channels, 1, taps)
     require(specs["conv_state"].shape[1:] == (taps - 1, channels), f"`conv_state` is {list(specs['conv_state'].shape)}")
     return {"y": expect(specs, "x", "num_tokens", channels)}
+
+
+def _replay(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    heads, taps = integer(attrs, "num_v_heads"), integer(attrs, "kernel_size")
+    channels = 2 * integer(attrs, "num_k_heads") * integer(attrs, "key_dim") + heads * integer(attrs, "value_dim")
+    x = expect(specs, "x", "num_tokens", channels)
+    for name in ("b", "a"):
+        expect(specs, name, "num_tokens", heads, dtype=x.dtype)
+    for name in ("context_lens", "state_lens", "read_rows", "write_rows"):
+        expect(specs, name, "num_seqs", dtype="i32")
+    expect(specs, "w", channels, 1, taps)
+    expect(specs, "a_log", heads)
+    expect(specs, "dt_bias", heads)
+    require(specs["conv_state"].shape[1:] == (taps - 1, channels), f"`conv_state` is {list(specs['conv_state'].shape)}")
+    _ssm_state(attrs, specs, wide(x.dtype))
+    kept = specs["kept_inputs"].shape[1:2]
+    require(kept >= (rows_per_seq(attrs),), f"{list(kept)} inputs are kept of {rows_per_seq(attrs)} rows")
+    shapes = {"kept_inputs": (*kept, channels), "kept_gates": (2, *kept, heads)}
+    for name, shape in shapes.items():
+        require(specs[name].shape[1:] == shape, f"`{name}` is {list(specs[name].shape)}")
+        require(specs[name].dtype == x.dtype, f"`{name}` is {specs[name].dtype}")
+    return {}
+
+
+def _settle(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    for name in ("context_lens", "state_lens"):
+        expect(specs, name, "num_seqs", dtype="i32")
+    require(rows_per_seq(attrs) > 0, "no rows")
+    return {}
 
 
 def _qk_l2_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
@@ -466,7 +499,7 @@ def _advance_rows(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     require(count > 1, "one row a sequence is what `advance` moves on")
     expect(specs, "accepted", "num_seqs", dtype="i32")
     expect(specs, "drafts", "num_seqs", count, dtype="i32")
-    _batch_state(specs, count)
+    _batch_state(specs, 1 if specs["write_rows"].shape == ("num_seqs",) else count)
     return {}
 
 
@@ -481,6 +514,7 @@ def _batch_state(specs: Specs, count: int) -> None:
 
 
 STOP_IDS = 8  # tokens a sequence that `accept` stops at; what else ends an answer is found on the host
+REPLAYED = "replayed"  # the mode of a step that finds its state where `replay` has left it
 BATCH_STATE = ("token_ids", "positions", "slot_mapping", "context_lens", "read_rows", "write_rows", "draw")
 SAMPLING_INPUTS: dict[str, DType] = {
     "temperature": "fp32", "top_p": "fp32", "top_k": "i32", "seed": "i64", "draw": "i64",
@@ -488,7 +522,7 @@ SAMPLING_INPUTS: dict[str, DType] = {
 
 _CONV_META = ("cu_seqlens", "read_rows", "write_rows")
 
-_ACCEPT_INPUTS = ("max_lens", "stop_ids", "following", "forced_accept", "accept_counts")
+_ACCEPT_INPUTS = ("max_lens", "stop_ids", "following", "forced_accept", "accept_counts", "state_lens")
 
 # Operands of these roles are the io buffers of the same name: many have one shape, and only the name tells them apart.
 BATCH_INPUTS = frozenset((*BATCH_STATE, *SAMPLING_INPUTS, "page_table", "cu_seqlens", *_ACCEPT_INPUTS))
@@ -527,6 +561,18 @@ OPS: dict[str, OpDef] = {
     "causal_conv": OpDef(
         ("x", *_CONV_META), ("y",), _conv, "y[t] = silu(sum_j w[j] x[t - K + 1 + j])", ("w",),
         states=(("conv_state", "update"),), attrs=("mode", "kernel_size"), optional=("rows_per_seq",),
+    ),
+    # b and a of `kept_gates` come one after the other; rows of it and of `kept_inputs` are those of the states.
+    "replay": OpDef(
+        ("x", "b", "a", "context_lens", "state_lens", "read_rows", "write_rows"), (), _replay,
+        "the states of read_rows, after the first context_lens - R - state_lens inputs kept there, go to write_rows; "
+        "x, b and a are kept there", ("w", "a_log", "dt_bias"),
+        states=tuple((name, "update") for name in ("conv_state", "ssm_state", "kept_inputs", "kept_gates")),
+        attrs=("kernel_size", "num_k_heads", "num_v_heads", "key_dim", "value_dim"), optional=("rows_per_seq",),
+    ),
+    "settle": OpDef(
+        ("context_lens",), (), _settle, "state_lens = context_lens - R: so far has `replay` brought the states",
+        states=(("state_lens", "update"),), optional=("rows_per_seq",),
     ),
     "qk_l2_norm": OpDef(
         ("x",), ("q", "k", "v"), _qk_l2_norm, "q = q / |q| / sqrt(key_dim), k = k / |k|, v as it is",
@@ -618,7 +664,7 @@ OPS: dict[str, OpDef] = {
     "draft": OpDef(("logits", "earlier"), ("drafts",), _draft, "drafts = [earlier | argmax(logits)]"),
     "advance_rows": OpDef(
         ("accepted", "drafts", "page_table"), (), _advance_rows,
-        "`advance` by accepted + 1 tokens: `drafts` are the next rows, write_rows[accepted] is read next",
+        "`advance` by accepted + 1 tokens: `drafts` are the next rows, write_rows[accepted] is read next, or the one",
         states=tuple((name, "update") for name in BATCH_STATE), attrs=("page_size", "rows_per_seq"),
     ),
 }  # fmt: skip

@@ -26,7 +26,7 @@ from tokenspeed_plan.plans.types import (
     TensorSpec,
 )
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 ArenaName = Literal["weights", "kv_cache", "state", "io", "activations", "scratch"]
 
@@ -85,8 +85,10 @@ class Limits(Frozen):
     """What a plan can serve.
 
     A running sequence holds `rows_per_slot` rows of recurrent state; row 0 of every state buffer stays zero and is what
-    a new sequence reads. `max_tokens` is the largest prefill chunk, `interleaved_tokens` the largest between two decode
-    steps. One more page and one more row, the last ones, belong to nobody: padding writes there.
+    a new sequence reads. With `kept_inputs`, a decode step leaves no state after its rows but so many of their inputs,
+    and the next step begins with those that came true. `max_tokens` is the largest prefill chunk, `interleaved_tokens`
+    the largest between two decode steps. One more page and one more row, the last ones, belong to nobody: padding
+    writes there.
 
     The prefix cache has what running sequences leave of the pages, and `num_checkpoints` rows of its own. Prompts leave
     a checkpoint every `checkpoint_interval` tokens, a multiple of the page, and at other places where it saves later
@@ -105,11 +107,15 @@ class Limits(Frozen):
     checkpoint_interval: int
     min_checkpoint_tokens: int
     num_checkpoints: int
+    kept_inputs: int = 0
 
     @property
     def max_depth(self) -> int:
-        """The most drafts that a decode step verifies: a slot has a row to read, and one for each token to write."""
-        return self.rows_per_slot - 2
+        """The most drafts that a decode step verifies: a slot has a row to read, and one for each token to write.
+
+        Or the inputs of each token, and one row to write.
+        """
+        return self.kept_inputs - 1 if self.kept_inputs else self.rows_per_slot - 2
 
     @property
     def table_pages(self) -> int:

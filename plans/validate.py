@@ -72,7 +72,7 @@ def _unique(what: str, names: Iterable[str]) -> None:
 
 def _limits(plan: Plan) -> None:
     limits = plan.limits
-    may_be_zero = {"num_checkpoints"}
+    may_be_zero = {"num_checkpoints", "kept_inputs"}
     check(all(value > -(name in may_be_zero) for name, value in limits.model_dump().items()),
           lambda: "a limit is not positive")  # fmt: skip
     check(
@@ -85,7 +85,9 @@ def _limits(plan: Plan) -> None:
     check(limits.num_pages * limits.page_size >= limits.max_seq_len, lambda: "one longest sequence has no pages")
     check(limits.default_max_tokens < limits.max_seq_len, lambda: "default_max_tokens over max_seq_len")
     deepest = max((program.depth for program in plan.programs), default=0)
-    check(deepest == limits.max_depth, lambda: f"{limits.rows_per_slot} rows a slot for {deepest} drafts")
+    held = f"{limits.rows_per_slot} rows a slot and {limits.kept_inputs} kept inputs"
+    check(deepest == limits.max_depth, lambda: f"{held} for {deepest} drafts")
+    check(not limits.kept_inputs or limits.rows_per_slot == 2, lambda: f"{held}: two rows are enough")
     sizes = {"prefill": limits.max_tokens, "decode": limits.max_seqs}
     for phase, size in sizes.items():
         largest = max((program.bucket for program in plan.programs if program.phase == phase), default=0)
@@ -212,6 +214,17 @@ def _kernels(plan: Plan) -> None:
             _kernel_body(kernel)
         except ShapeError as error:
             raise refuse(f"kernel `{kernel.name}`: {error}") from error
+        kept = {_kept(kernel, part) for part in kernel.parts} - {None}
+        check(kept <= {plan.limits.kept_inputs},
+              lambda k=kernel: f"kernel `{k.name}` does not keep {plan.limits.kept_inputs} inputs")  # type: ignore[misc] # fmt: skip
+
+
+def _kept(kernel: KernelSpec, part: Part) -> Dim | None:
+    """Inputs that a decode step keeps of its rows, 0 where they leave states; None of other operators."""
+    if part.kind == "replay":
+        place = OPS["replay"].operands.index("kept_inputs")
+        return next(param.tensor.shape[1] for param in kernel.params if param.name == part.operands[place])
+    return 0 if part.attrs.get("mode") in ("update", "recurrent") else None
 
 
 def _kernel_body(kernel: KernelSpec) -> None:

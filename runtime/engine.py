@@ -334,8 +334,10 @@ class Engine:
             if news:
                 sequence.first_token_s, sequence.last_token_s = sequence.first_token_s or now, now
             if sequence.finish_reason:
-                # A step that was launched since has written over the state at an end in the middle of a run.
-                self._scheduler.finish(sequence, len(news) == len(said.token_ids) or self._last is batch)
+                # A step that was launched since has written over the state at an end in the middle of a run, but not
+                # over that before the run.
+                ends = len(news) == len(said.token_ids) or bool(self.plan.limits.kept_inputs)
+                self._scheduler.finish(sequence, ends or self._last is batch)
                 del self._sequences[sequence.request.request_id]
                 finished.append(self._completion(sequence))
             self._tell(sequence, news)
@@ -348,7 +350,7 @@ class Engine:
             self._scheduler.advance(sequence, batch.counts[index])
             return [] if sequence.num_left else self._say(sequence, said)
         news = self._say(sequence, said)
-        self._scheduler.advance(sequence, len(news), len(news) - 1)
+        self._scheduler.advance(sequence, len(news))
         self.metrics.decode_passes += 1
         self.metrics.decode_tokens += len(news)
         return news

@@ -61,6 +61,7 @@ def _per_sequence(batch: Batch, limits: Limits) -> Values:
     return {
         "cu_seqlens": [0, *accumulate([*batch.counts, *[rows] * padding])],
         "context_lens": contexts + [rows] * padding,
+        "state_lens": [s.state_len for s in batch.sequences] + [0] * padding,
         "read_rows": [*batch.read_rows, *[0] * padding],
         "write_rows": [*chain(*batch.write_rows), *[limits.spare_row] * columns * padding],
         "temperature": [p.temperature for p in params] + [0.0] * padding,

@@ -276,9 +276,11 @@ class Scheduler:
         self._release(sequence)
         self._waiting.insert(sum(other.number < sequence.number for other in self._waiting), sequence)
 
-    def advance(self, sequence: Sequence, count: int, column: int = 0) -> None:
-        """`count` more tokens are computed; the state after them is in that one of the rows to write."""
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """`count` more tokens are computed. A decode step has written a row of state for each, or kept their inputs."""
         sequence.copy_from = None
+        stepped, keeps = sequence.state == "decoding", bool(self.limits.kept_inputs)
+        column, sequence.num_kept = count - 1 if stepped and not keeps else 0, count if stepped and keeps else 0
         in_prompt = max(sequence.num_prompt_tokens - sequence.num_computed, 0)
         self.metrics.computed_tokens += count if sequence.state == "prefilling" else min(count, in_prompt)
         sequence.num_computed += count
@@ -317,7 +319,8 @@ class Scheduler:
         )
 
     def _release(self, sequence: Sequence, has_state: bool = True) -> None:
-        """Give back all that it holds; the cache keeps what is of use."""
+        """Give back all that it holds; the cache keeps what is of use, up to where the state is."""
+        sequence.num_computed, sequence.num_kept = sequence.state_len, 0
         if sequence.num_computed and sequence.copy_from is None and has_state:
             self._add_pages(sequence)
             self._add_checkpoint(sequence)

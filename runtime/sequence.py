@@ -30,8 +30,9 @@ class IllegalTransition(AssertionError):
 class Sequence:
     """Progress of a request. `num_computed` tokens of it are in the caches.
 
-    It holds its `pages`, its `row` (the state after `num_computed` tokens, 0 for none) and `write_rows`, which nobody
-    else holds; pages and row may be shared. `node` is the last of its pages that the prefix cache knows.
+    It holds its `pages`, its `row` (the state after them, less the last `num_kept`, whose inputs are kept there; 0 for
+    none) and `write_rows`, which nobody else holds; pages and row may be shared. `node` is the last of its pages that
+    the prefix cache knows.
     """
 
     request: Request
@@ -40,6 +41,7 @@ class Sequence:
     state: State = "waiting"
     number: int = 0  # in order of arrival
     num_computed: int = 0
+    num_kept: int = 0
     pages: list[int] = field(default_factory=list)
     pages_version: int = 0  # rises when pages or rows are not what the last step has left, and more
     row: int = 0
@@ -85,6 +87,11 @@ class Sequence:
     def num_left(self) -> int:
         """Known tokens that are not computed yet."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def state_len(self) -> int:
+        """Tokens that its state is of."""
+        return self.num_computed - self.num_kept
 
     @property
     def next_phase(self) -> State:

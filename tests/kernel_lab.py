@@ -53,7 +53,8 @@ LAB_KINDS = KINDS | {"odd": Kind(sizes={"vocab_size": 700})}  # tokens, no multi
 class Case:
     """A batch: for each sequence, tokens to compute, and tokens that it already has.
 
-    With a depth, a decode step computes `depth + 1` tokens of each; its plan may have programs that are deeper.
+    With a depth, a decode step computes `depth + 1` tokens of each; its plan may have programs that are deeper, and
+    keep inputs of the rows in place of a state after each.
     """
 
     phase: Phase
@@ -66,6 +67,7 @@ class Case:
     depth: int = 0
     deeper: int = 0
     forced: tuple[float, ...] = (0.0,)  # acceptance that a benchmark simulates, by place of the draft
+    keeps_inputs: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -75,18 +77,26 @@ class Case:
     def num_seqs(self) -> int:
         return len(self.lengths)
 
+    @property
+    def kept_inputs(self) -> int:
+        return self.depth + self.deeper + 1 if self.keeps_inputs else 0
+
+    @property
+    def rows_per_slot(self) -> int:
+        return 2 if self.keeps_inputs else self.depth + self.deeper + 2
+
 
 def config_of(kind: str) -> ModelConfig:
     return ModelConfig.from_hf(text_config(LAB_KINDS[kind]), "lab")
 
 
 def graph_of(case: Case) -> OpGraph:
-    seqs, rows = case.num_seqs, case.depth + case.deeper + 2
+    seqs, rows = case.num_seqs, case.rows_per_slot
     limits = Limits(
         max_seqs=seqs, max_seq_len=MAX_SEQ_LEN, max_tokens=max(case.num_tokens, seqs), page_size=PAGE,
         num_pages=seqs * MAX_SEQ_LEN // PAGE, rows_per_slot=rows, num_rows=2 + rows * seqs, default_max_tokens=8,
         interleaved_tokens=max(case.num_tokens, seqs), checkpoint_interval=PAGE, min_checkpoint_tokens=PAGE,
-        num_checkpoints=0,
+        num_checkpoints=0, kept_inputs=case.kept_inputs,
     )  # fmt: skip
     context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
     sharded = shard(build(context, case.phase, case.depth), case.layout)
@@ -123,6 +133,11 @@ class Inputs:
             )
         return made
 
+    @property
+    def pending(self) -> list[int]:
+        """Kept inputs of each sequence that came true: none, one, ..., all."""
+        return [(3 * s + 2) % (self.case.kept_inputs + 1) for s in range(self.case.num_seqs)]
+
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.random)
 
@@ -143,7 +158,7 @@ class Inputs:
 
     def _rules(self, kernel: KernelSpec, shape: tuple[int, ...]) -> dict[str, Any]:
         case, kind = self.case, kind_of(kernel)
-        rows = torch.arange(case.num_seqs) * (case.depth + case.deeper + 2)
+        rows = torch.arange(case.num_seqs) * case.rows_per_slot
         first = self._accepting(shape) if kind in ("accept", "advance_rows") else {}
         rules: dict[str, Any] = {
             "cu_seqlens": lambda: self.cu_seqlens,
@@ -152,7 +167,8 @@ class Inputs:
             "positions": lambda: self.integers(MAX_SEQ_LEN, shape),
             "slot_mapping": lambda: torch.randperm(case.num_seqs * MAX_SEQ_LEN, generator=self.random)[: shape[0]],
             "read_rows": lambda: (rows + 1) * (torch.tensor(case.before) > 0),
-            "write_rows": lambda: rows[:, None] + torch.arange(2, case.depth + case.deeper + 3),
+            "write_rows": lambda: rows[:, None] + torch.arange(2, case.rows_per_slot + 1),
+            "state_lens": lambda: torch.tensor([n - min(n, p) for n, p in zip(case.before, self.pending, strict=True)]),
             "token_ids": lambda: self.integers(512, shape),
             "a_log": lambda: self.normal(*shape).abs(),
             "ids": lambda: self._ids(shape),
@@ -202,12 +218,6 @@ class Inputs:
             "drafts": lambda: self.integers(512, shape),
             "positions": lambda: self.integers(MAX_SEQ_LEN + 4 * PAGE, shape),  # also where there is no page
         }
-
-    def _pages(self, shape: tuple[int, ...]) -> Tensor:
-        """Those of drafts after the longest sequence are anybody's."""
-        pages, beyond = MAX_SEQ_LEN // PAGE, shape[1] - MAX_SEQ_LEN // PAGE
-        own = torch.randperm(shape[0] * pages, generator=self.random).view(-1, pages)
-        return torch.cat((own, own[:, :beyond]), 1)
 
     def _pages(self, shape: tuple[int, ...]) -> Tensor:
         """Those of drafts after the longest sequence are anybody's."""

@@ -13,7 +13,7 @@ import torch
 from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.inputs import KEPT
-from tokenspeed_plan.runtime.reference import speculation
+from tokenspeed_plan.runtime.reference import delta, speculation
 from tokenspeed_plan.runtime.reference.batch import advance
 from torch import Tensor
 
@@ -48,6 +48,7 @@ class SymbolicExecutor:
     def __init__(self, plan: Plan) -> None:
         self.limits = plan.limits
         self.state: dict[int, int] = {0: EMPTY}
+        self.kept: dict[int, list[int]] = {}  # row of state -> tokens of the last step
         self.keys: dict[tuple[int, int], tuple[int, int]] = {}  # (page, place) -> before, with the token there
         self.num_runs = 0
         self._buffers: dict[str, Tensor] = {}
@@ -61,7 +62,9 @@ class SymbolicExecutor:
         size = max(limits.max_tokens, limits.max_seqs * (limits.max_depth + 1)) + 1
         widths = {"page_table": limits.table_pages, "logits": VOCAB, "verify_logits": VOCAB, "stop_ids": STOP_IDS}
         if limits.max_depth:
-            widths |= {"write_rows": limits.max_depth + 1, f"drafts_{limits.max_depth}": limits.max_depth + 1}
+            widths[f"drafts_{limits.max_depth}"] = limits.max_depth + 1
+        if limits.rows_per_slot > 2:
+            widths["write_rows"] = limits.rows_per_slot - 1
         if name not in self._buffers:
             shape = (size, widths[name]) if name in widths else (size,)
             self._buffers[name] = torch.zeros(shape, dtype=torch.int64)
@@ -113,6 +116,8 @@ class SymbolicExecutor:
             unknown = [lists.get("following", [-1] * num_seqs)[index] for index in range(num_seqs)]
             view(program.drafts).copy_(torch.tensor([*map(self._drafts, ends, unknown)]))
         if program.phase == "decode":
+            if self.limits.kept_inputs:
+                delta.settle({"rows_per_seq": rows}, view("context_lens"), view("state_lens"))
             names = ("page_table", "token_ids", "positions", "slot_mapping", "context_lens", "read_rows", "write_rows",
                      "draw")  # fmt: skip
             state = [view(name) for name in names]
@@ -142,15 +147,22 @@ class SymbolicExecutor:
     def _rows(self, lists: dict[str, Any], index: int, start: int, end: int, rows: int) -> list[int]:
         """Compute tokens `start` to `end` of the batch, which belong to sequence `index`: the name after each."""
         size, names = self.limits.page_size, list[int]()
-        value = self.state[lists["read_rows"][index]]
+        read, write = lists["read_rows"][index], lists["write_rows"][index][0]
+        value = self.state[read]
+        if "state_lens" in lists:
+            come_true = lists["context_lens"][index] - rows - lists["state_lens"][index]
+            assert 0 <= come_true <= len(self.kept.get(read, []))
+            for token in self.kept.get(read, [])[:come_true]:
+                value = after(value, token)
+            self.state[write], self.kept[write] = value, lists["token_ids"][start:end]
         for at in range(start, end):
             slot, token = lists["slot_mapping"][at], lists["token_ids"][at]
             self.keys[slot // size, slot % size] = (value, token)
             value = after(value, token)
             names.append(value)
-        writes = lists["write_rows"][index]
-        for row, name in zip(writes, names if rows > 1 else names[-1:], strict=False):
-            self.state[row] = name
+        for row, name in zip(lists["write_rows"][index], names if rows > 1 else names[-1:], strict=False):
+            if "state_lens" not in lists:
+                self.state[row] = name
         return names
 
     def _check(self, lists: dict[str, Any], index: int, start: int, count: int, context: int) -> None:
@@ -158,10 +170,15 @@ class SymbolicExecutor:
         writes, size, seen = lists["write_rows"][index], self.limits.page_size, EMPTY
         if self.limits.spare_row in writes:
             return
-        pages = lists["page_table"][index]
+        pages, before = lists["page_table"][index], lists["context_lens"][index] - self._num_rows(lists)
         for position in range(context):
+            assert "state_lens" not in lists or position != before or self.state[writes[0]] == seen
             found, token = self.keys[pages[position // size], position % size]
             assert found == seen, f"the key at {position} is not of this prefix"
             seen = after(seen, token)
-        rows = len(lists["token_ids"]) // len(lists["read_rows"]) if "max_lens" in lists else 0
-        assert self.state[writes[count - 1 if rows > 1 else 0]] == seen, "state and keys of different prefixes"
+        if "state_lens" not in lists:
+            many = "max_lens" in lists and self._num_rows(lists) > 1
+            assert self.state[writes[count - 1 if many else 0]] == seen, "state and keys of different prefixes"
+
+    def _num_rows(self, lists: dict[str, Any]) -> int:
+        return len(lists["token_ids"]) // len(lists["read_rows"])

@@ -137,7 +137,7 @@ def test_everything_is_annotated() -> None:
 
 
 def test_the_code_stays_small() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in FILES) < 18_000
+    assert sum(len(path.read_text().splitlines()) for path in FILES) < 18_500
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Measure tiles on this GPU: every kernel of a plan's program, each of its tiles.
 
-In decode a tile is timed in the whole program, whose kernels overlap; in prefill, where they are long, by itself.
+In decode a tile is timed in the whole program, whose kernels overlap, or with `--alone` in all calls of its kernel, one
+after the other; in prefill, where they are long, in one call.
 
-    python tools/tune.py plans/frozen/DIR [--phase prefill] [--bucket N] [--kinds a,b]
+    python tools/tune.py plans/frozen/DIR [--phase prefill] [--bucket N] [--kinds a,b] [--alone] [--longest N]
 
 Prints the lines for `planner/tiling/tuned.yaml`, with the microseconds of the program beside the best tiles.
 """
@@ -13,6 +14,7 @@ import argparse
 import hashlib
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ FLASH_MANY = {"m": (64, 128), "n": (32, 64), "k": (0,), "num_warps": (4, 8), "nu
 DOWN = {"n": (1, 2, 4, 8), "k": (64, 128, 256, 512), "num_warps": (2, 4, 8), "num_stages": (1,)}
 UP = {"n": (1, 2, 4, 8, 16), "k": (256, 512, 1024, 2048), "num_warps": (2, 4, 8), "num_stages": (1, 2)}
 DELTA = {"n": (8, 16, 32, 64, 128), "k": (0,), "num_warps": (1, 2, 4, 8, 16), "num_stages": (1,)}
+SOME = {"m": (16, 32, 64, 128), "n": (16, 32, 64, 128), "k": (64, 128, 256), "num_warps": (4, 8), "num_stages": (3, 4)}
 DOT = {"n": (16, 32, 64, 128), "k": (64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5)}
 
 
@@ -50,7 +53,14 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
     if rows >= MANY:
         space = FLASH_MANY if kind == "attention_gate" else MATRIX
         return [Tile(*values) for values in itertools.product(*space.values())]
-    special = {"attention_gate": FLASH, "delta_step": DELTA, "moe_up": UP, "moe_down": DOWN, "moe_down_add": DOWN}
+    special = {
+        "attention_gate": FLASH,
+        "delta_step": DELTA,
+        "delta_replay": DELTA,
+        "moe_up": UP,
+        "moe_down": DOWN,
+        "moe_down_add": DOWN,
+    }
     space = special.get(kind, GEMV if few else DOT)
     tiles = [
         Tile(rows if few or kind in special else max(rows, 16), *values)
@@ -60,6 +70,12 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
         padded = [Tile(max(rows, 16), *values) for values in itertools.product(*DOT.values())] if rows > 1 else []
         return plain_tiles(rows) + padded
     return plain_tiles(rows) + tiles if space is DOT and rows < 16 else tiles
+
+
+def fills(tile: Tile, rows: int, columns: int) -> bool:
+    """Whether tiles of a product are enough for the machine, and fit its shared memory."""
+    programs = -(-rows // tile.m) * -(-columns // tile.n)
+    return 48 <= programs <= 8192 and 2 * (tile.m + tile.n) * tile.k * tile.num_stages <= 200_000 and tile.m < 2 * rows
 
 
 def plain_tiles(rows: int) -> list[Tile]:
@@ -80,7 +96,18 @@ def variants(
         update={"name": "", "launch": None, "params": tuple(p for p in kernel.params if p.role != "scratch")}
     )
     few = kernel.launch is not None and "PRECISION" not in kernel.launch.constants
-    tiles = candidates(kind, 1 << (rows[0] - 1).bit_length(), few)
+    padded, products = 1 << (rows[0] - 1).bit_length(), [p for p in kernel.parts if p.kind == "linear"]
+    if products and 32 < padded < 2048:
+        columns = next(
+            p.tensor.shape[0] for p in kernel.params if p.name in products[0].operands and p.role == "weight"
+        )
+        tiles = [
+            tile
+            for tile in itertools.starmap(Tile, itertools.product(*SOME.values()))
+            if fills(tile, rows[0], int(columns))
+        ]
+    else:
+        tiles = candidates(kind, padded, few)
     random.Random(0).shuffle(tiles)
     for tile in tiles[:most]:
         yield tile, build_kernel(kind, plain, rows, hardware, kernel.launch is not None and kernel.launch.pdl, tile)[0]
@@ -89,9 +116,9 @@ def variants(
 class Chain:
     """The whole program with its kernels overlapping, in which one kernel at a time is exchanged."""
 
-    def __init__(self, executor: Executor, replay: Replay, sm: int) -> None:
+    def __init__(self, executor: Executor, replay: Replay, sm: int, alone: bool) -> None:
         program, self.reset = replay.program, replay.reset
-        self.whole = program.captured
+        self.whole, self.alone = program.captured, alone
         self.rows = (replay.run_tokens, replay.run_seqs)
         self.names = [step.kernel for step in program.steps if isinstance(step, KernelCall)]
         steps = executor.steps(program, *self.rows)
@@ -99,9 +126,11 @@ class Chain:
         self.executor, self.sm = executor, sm
 
     def time(self, name: str, built: Built, made: Compiled) -> float:
-        """Microseconds of a replay with another build of a kernel; of its first call alone where calls are long."""
+        """Microseconds of a replay with another build of a kernel; of its calls, or the first, by themselves."""
         calls = self.exchanged(name, built, made)
-        if not self.whole:
+        if self.alone:
+            calls = [call for own, call in zip(self.names, calls, strict=True) if own == name]
+        elif not self.whole:
             first = self.names.index(name)
             self.executor.execute(self.calls[:first])  # what it reads
             calls = [calls[first]]
@@ -127,6 +156,8 @@ def main() -> None:
     parser.add_argument("--bucket", type=int, default=1, help="sequences that decode, or tokens of a prompt")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--kinds", default="", help="names with commas between; all by default")
+    parser.add_argument("--alone", action="store_true", help="in decode, time the calls of a kernel by themselves")
+    parser.add_argument("--longest", type=int, default=99, help="only so many kernels, those predicted to take most")
     parser.add_argument("--most", type=int, default=64, help="tiles a kernel")
     options = parser.parse_args()
     plan = load_plan(options.bundle)
@@ -138,14 +169,16 @@ def main() -> None:
     program = replay.program
     rows = (replay.run_tokens, replay.run_seqs)
     names = dict.fromkeys(step.kernel for step in program.steps if isinstance(step, KernelCall))
-    kernels = [executor.kernels[name] for name in names]
+    taken = Counter[str]()
+    for step in program.steps:
+        taken.update({step.kernel: step.predicted_us} if isinstance(step, KernelCall) else {})  # type: ignore[dict-item]
     wanted = set(filter(None, options.kinds.split(",")))
-    tried = {
-        k.name: list(variants(k, rows, hardware, options.most)) for k in kernels if not wanted or kind_of(k) in wanted
-    }
+    kernels = [executor.kernels[name] for name in names if not wanted or kind_of(executor.kernels[name]) in wanted]
+    kernels = sorted(kernels, key=lambda kernel: -taken[kernel.name])[: options.longest]
+    tried = {k.name: list(variants(k, rows, hardware, options.most)) for k in kernels}
     jobs = {b.kernel.name: Job(b.kernel, b.source or "", hardware.sm) for found in tried.values() for _, b in found}
     results = compile_all(jobs.values(), Path("/tmp/tune-cache"))
-    chain = Chain(executor, replay, hardware.sm)
+    chain = Chain(executor, replay, hardware.sm, options.alone)
     for name, found in tried.items():
         report(chain, name, found, {n: results[job.key] for n, job in jobs.items()}, hardware)
 

@@ -53,6 +53,7 @@ FUSIONS = (
     Fusion("k_norm_rope_write", ("head_norm", "rope", "kv_write")),
     Fusion("attention_gate", ("attention", "sigmoid_gate")),
     # Gated DeltaNet: one step of it, and the chunked form.
+    Fusion("delta_replay", ("replay", "causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
     Fusion("delta_step", ("causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
     Fusion("conv_qk_norm", ("causal_conv", "qk_l2_norm")),
     Fusion("gates_delta_chunk", ("delta_gates", "delta_chunk")),
@@ -87,7 +88,10 @@ def fuse(graph: OpGraph, num_tokens: int = 1, num_seqs: int = 1, fusions: Sequen
 
 
 def _matches(graph: OpGraph, order: Sequence[Op], index: int, fusion: Fusion, sizes: tuple[int, int]) -> bool:
-    """Whether the run is there, and each member takes something that the run made, or makes what it takes."""
+    """Whether the run is there, and each member takes something that the run made, or makes what it takes.
+
+    A state that both touch counts too.
+    """
     run = order[index : index + len(fusion.run)]
     if tuple(op.kind for op in run) != fusion.run:
         return False
@@ -105,7 +109,8 @@ def _is_plain(graph: OpGraph, op: Op, sizes: tuple[int, int]) -> bool:
 
 def _feeds(op: Op, run: Sequence[Op], made: set[str]) -> bool:
     used = {name for other in run for name in other.inputs}
-    return bool(made & set(op.inputs) or used & set(op.outputs))
+    touched = {name for other in run if other is not op for name, _ in other.states}
+    return bool(made & set(op.inputs) or used & set(op.outputs) or touched & {name for name, _ in op.states})
 
 
 def _merge(graph: OpGraph, order: Sequence[Op], index: int, fusion: Fusion) -> Op:

@@ -69,11 +69,12 @@ def decision(predictor: Predictor, found: tuple[Crossover, ...]) -> Decision:
         return Decision(name="speculation", value="off", reason="the model has no layer that drafts")
     stated, gains = predictor.spec.stated_depth, ", ".join(f"{each.gain:.2f} at {each.bucket}" for each in found)
     how = "as the spec says" if stated is not None else "least time a token by batch"
-    rates = ", ".join(f"{rate:g}" for rate in predictor.acceptance)
+    rates, few = ", ".join(f"{rate:g}" for rate in predictor.acceptance), predictor.spec.draft_vocab
+    of = f" (of the first {few} tokens)" if few else ""
     return Decision(
         name="speculation",
         value=_value(found),
-        reason=f"{how}; with {rates} of drafts accepted, times the tokens without: {gains}",
+        reason=f"{how}; with {rates} of drafts{of} accepted, times the tokens without: {gains}",
         options=tuple(_option(each) for each in found),
     )
 

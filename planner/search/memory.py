@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from tokenspeed_plan.planner.cost import stored_scale
 from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.limits import ROWS_PER_SLOT, num_checkpoints
+from tokenspeed_plan.planner.limits import num_checkpoints, rows_per_slot
 from tokenspeed_plan.planner.passes.place import place
 from tokenspeed_plan.planner.passes.schedule import schedule
 from tokenspeed_plan.planner.search.candidate import Knobs
@@ -47,26 +47,21 @@ class MemoryModel:
 
     steps: StepModel
     layout: ParallelLayout
-    maps: dict[tuple[Knobs, int, int], MemoryMap] = field(default_factory=dict)
 
     def map(self, knobs: Knobs, num_seqs: int, seq_tokens: int) -> MemoryMap:
         """What `num_seqs` sequences of up to `seq_tokens` need; data-parallel groups share the sequences out."""
-        if (key := (knobs, num_seqs, seq_tokens)) not in self.maps:
-            self.maps[key] = self._map(*key)
-        return self.maps[key]
-
-    def _map(self, knobs: Knobs, num_seqs: int, seq_tokens: int) -> MemoryMap:
         own = -(-num_seqs // self.layout.attention_dp)
         seq_pages = -(-seq_tokens // knobs.page_size)
         pages = -(-own * seq_pages // self.layout.context_split)
-        rows = 2 + own * (ROWS_PER_SLOT + knobs.depth)
+        rows = 2 + own * rows_per_slot(knobs.depth, self.steps.keeps_inputs)
+        units = self._state_units(knobs.depth)
         kept = own * num_checkpoints(seq_pages * knobs.page_size, knobs.spacing)
         draft = knobs.depth > 0
         return MemoryMap(
             weights=self._weights(draft),
             kv_cache=sum(aligned((pages + 1) * unit) for unit in self._kv_units(knobs, draft)),
-            state=sum(aligned((rows + kept) * unit) - kept * unit for unit in self._state_units),
-            checkpoints=kept * sum(self._state_units),
+            state=sum(aligned((rows + kept) * unit) - kept * unit for unit in units),
+            checkpoints=kept * sum(units),
             activations=self._activations(knobs, own),
             io=self._io(knobs, own, seq_tokens),
             scratch=own * (knobs.depth + 1) * self._scratch,
@@ -86,7 +81,7 @@ class MemoryModel:
         """Of one layer on a rank: keys and values of a token, and a row of recurrent state."""
         kv = [units // knobs.page_size for units in self._kv_units(knobs, draft=False)]
         layers = max(self.steps.config.layer_types.count("linear_attention"), 1)
-        return max(kv, default=0), sum(self._state_units) // layers
+        return max(kv, default=0), sum(self._state_units(0)) // layers
 
     def _largest(self, limit: int, total: Callable[[int], int]) -> int:
         low, high = 0, limit
@@ -147,11 +142,10 @@ class MemoryModel:
                 found += [two * heads * width] * self.steps.count_of(name)
         return found
 
-    @cached_property
-    def _state_units(self) -> list[int]:
-        """Bytes of a row in each layer's state."""
+    def _state_units(self, depth: int) -> list[int]:
+        """Bytes of a row in each layer's state, and of the inputs that are kept with it."""
         found: list[int] = []
-        for name, tensor in self._graph("decode").tensors.items():
+        for name, tensor in self._graph("decode", depth=depth).tensors.items():
             if tensor.arena == "state":
                 rows = tensor.spec.bind(0, 0)[0]
                 found += [tensor.spec.size_bytes() // rows] * self.steps.count_of(name)

@@ -98,12 +98,16 @@ class Predictor:
     hardware: HardwareSpec
     engine: Engine | None = None
     reserved_price: bool = False
+    keeps_inputs: bool = False
     memories: dict[ParallelLayout, MemoryModel] = field(default_factory=dict)
 
     @cached_property
     def steps(self) -> StepModel:
         """Prices of replays."""
-        return StepModel(self.config, self.hardware, self.spec.model.weights, self.spec.workload.skew, self.engine)
+        weights, skew = self.spec.model.weights, self.spec.workload.skew
+        return StepModel(
+            self.config, self.hardware, weights, skew, self.engine, self.keeps_inputs, self.spec.draft_vocab
+        )
 
     def memory(self, layout: ParallelLayout) -> MemoryModel:
         """The memory of a layout."""

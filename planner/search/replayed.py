@@ -42,7 +42,10 @@ def step_prediction(
 def _model_of(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
     spec = Spec.model_validate(plan.spec)
     hardware = find_hardware(spec.target.gpu)
-    steps = StepModel(find_model(spec, bundle).config, hardware, spec.model.weights, spec.workload.skew)
+    steps = StepModel(
+        find_model(spec, bundle).config, hardware, spec.model.weights, spec.workload.skew,
+        keeps_inputs=bool(plan.limits.kept_inputs), draft_vocab=spec.draft_vocab,
+    )  # fmt: skip
     return steps, ParallelLayout(plan.layout.attention.tp, plan.layout.moe.tp, plan.layout.moe.ep)
 
 

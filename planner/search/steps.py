@@ -102,6 +102,8 @@ class StepModel:
     weights: WeightFormat = "bf16"
     skew: float = 0.0
     engine: Engine | None = None
+    keeps_inputs: bool = False  # where it drafts, inputs are kept and computed again, not a row of state for each
+    draft_vocab: int | None = None
     whole: dict[tuple[Phase, int], OpGraph] = field(default_factory=dict)
     sharded: dict[tuple[ParallelLayout, Phase, int], OpGraph] = field(default_factory=dict)
     graphs: dict[tuple[ParallelLayout, Phase, int, int, int], OpGraph] = field(default_factory=dict)
@@ -222,5 +224,5 @@ class StepModel:
     def _context(self, depth: int) -> BuildContext:
         short = replace(self.config, layer_types=self._kinds())
         workload = WorkloadSpec(first_turn_tokens=1, output_tokens=1)
-        limits = plan_limits(workload, self.config, self.hardware, depth=depth)
-        return BuildContext(short, self.dtype, limits, self.config.vocab_size, lambda prefix: True)
+        limits = plan_limits(workload, self.config, self.hardware, depth=depth, keeps_inputs=self.keeps_inputs)
+        return BuildContext(short, self.dtype, limits, self.config.vocab_size, lambda prefix: True, self.draft_vocab)

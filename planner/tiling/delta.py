@@ -26,32 +26,53 @@ def _heads(work: Work, kind: str) -> dict[str, Attr]:
     return {"A": a, "B": b, "DK": dk, "DV": dv, "GROUP": b // a}
 
 
-def _convolution(work: Work, heads: dict[str, Attr]) -> dict[str, Attr]:
-    taps, channels = work.size("causal_conv", "kernel_size"), work.width("causal_conv_x")
+def _convolution(work: Work, heads: dict[str, Attr], x: str = "causal_conv_x") -> dict[str, Attr]:
+    taps, channels = work.size("causal_conv", "kernel_size"), work.width(x)
     return {"TAPS": taps, "CHANNELS": channels, "L2_EPS": L2_EPS, "SCALE": int(heads["DK"]) ** -0.5}
 
 
 def delta_step(work: Work) -> list[Tiling]:
-    """A program a head and block of columns: a whole head's state would not stay in registers."""
-    heads = _heads(work, "delta_rule")
-    facts = {name: heads[name] for name in ("A", "B", "DK", "DV", "GROUP")} | _convolution(work, heads)
-    facts |= {"EPS": work.part("gated_norm").attrs["eps"]}
-    wide, b, rows = int(heads["DV"]), int(heads["B"]), work.rows_per_seq
+    """One row a sequence, or several that leave a state each."""
+    heads, rows = _heads(work, "delta_rule"), work.rows_per_seq
+    facts = heads | _convolution(work, heads)
     table = work.specs["causal_conv_write_rows"].shape  # of rows to write: one a sequence, or several
     write_rows = work.width("causal_conv_write_rows") if len(table) > 1 else 1
     template = "delta_step" if rows == 1 else "delta_steps"
     steps: dict[str, Attr] = {"ROWS": rows, "WRITE_ROWS": write_rows, "BLOCK_R": up2(rows)}
     facts |= {"BLOCK_TAPS": up2(int(facts["TAPS"]))} if rows == 1 else steps
+    return _by_columns(work, template, facts, {"write_rows": write_rows})
+
+
+def delta_replay(work: Work) -> list[Tiling]:
+    """Any number of rows a sequence, which leave their inputs."""
+    heads, rows = _heads(work, "delta_rule"), work.rows_per_seq
+    facts = heads | _convolution(work, heads, "replay_x")
+    facts |= {"ROWS": rows, "KEPT": work.width("replay_kept_inputs", 1), "BLOCK_R": up2(rows)}
+    return _by_columns(work, "delta_replay", facts, {})
+
+
+def _by_columns(work: Work, template: str, facts: dict[str, Attr], options: dict[str, object]) -> list[Tiling]:
+    """A program a head and block of columns: a whole head's state would not stay in registers."""
+    facts = facts | {"EPS": work.part("gated_norm").attrs["eps"]}
+    wide, b, rows = int(facts["DV"]), int(facts["B"]), work.rows_per_seq
     made = []
-    first = (16, 2 if rows == 1 else 4) if work.num_seqs <= 2 else (64, 4) if work.num_seqs <= 8 else (32, 8)
-    shapes = (Tile(1, min(n, wide), int(heads["DK"]), warps, 1) for n, warps in (first, (16, 4), (8, 4)))
+    first = _columns_and_warps(work, template)
+    shapes = (Tile(1, min(n, wide), int(facts["DK"]), warps, 1) for n, warps in (first, (64, 4), (16, 4), (8, 4)))
     for tile in work.tiles(*((Tile(1, wide, 0, 4, 1),) if work.interpreted else shapes)):
         n, columns = tile.n, wide // tile.n
         scratch = {"partial": per_seq(rows * b * wide), "tickets": per_seq(b, "i32")} if columns > 1 else {}
         grid = (SEQS, fixed(b), fixed(columns))
-        options = {"columns": columns, "write_rows": write_rows}
-        made.append(Tiling(template, facts | {"BLOCK_V": n}, grid, tile.num_warps, 1, options, scratch, True))
+        chosen = options | {"columns": columns}
+        made.append(Tiling(template, facts | {"BLOCK_V": n}, grid, tile.num_warps, 1, chosen, scratch, True))
     return made
+
+
+def _columns_and_warps(work: Work, template: str) -> tuple[int, int]:
+    """As measured on an H200: for few heads many programs; for many, few that share what they compute of a head."""
+    if template == "delta_step":
+        return (16, 2) if work.num_seqs <= 2 else (64, 4) if work.num_seqs <= 8 else (32, 8)
+    few = ((16, 1), (64, 2)) if template == "delta_replay" else ((16, 2), (32, 2))
+    return few[0] if work.num_seqs <= 2 else few[1] if work.num_seqs <= 4 else (128, 4)
 
 
 def conv_qk_norm(work: Work) -> list[Tiling]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenspeed_plan.planner.cost import FEW_ROWS, PLAIN_COLUMNS, PLAIN_ROWS
+from tokenspeed_plan.planner.cost import PLAIN_COLUMNS, PLAIN_ROWS
 from tokenspeed_plan.planner.tiling.tuned import Tile
 from tokenspeed_plan.planner.tiling.work import (
     TRITON_DTYPES,
@@ -17,6 +17,8 @@ from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import DTYPE_BYTES, Attr
 
 DOT_ROWS = 16  # of a tile on the tensor cores, at least
+MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its weights
+ENOUGH = 0.7  # programs a multiprocessor
 
 
 def linear(work: Work) -> list[Tiling]:
@@ -26,7 +28,7 @@ def linear(work: Work) -> list[Tiling]:
     rows = work.num_rows
     if work.interpreted:
         tiles = [_interpreted(work, rows, columns, depth)]
-    elif rows <= PLAIN_ROWS or (rows <= FEW_ROWS and weight_rows <= PLAIN_COLUMNS):
+    elif rows <= PLAIN_ROWS or (rows <= 2 * DOT_ROWS and weight_rows <= PLAIN_COLUMNS):
         tiles = _row_tiles(work, rows, weight_rows, depth)
     else:
         tiles = _matrix_tiles(work, rows, weight_rows, columns)
@@ -77,11 +79,24 @@ def _matrix_tiles(work: Work, rows: int, weight_rows: int, columns: int) -> list
     if rows <= 2 * DOT_ROWS:
         return _skinny_tiles(work, rows, weight_rows)
     narrow = work.dtype == "bf16"
-    if rows <= FEW_ROWS:
-        return [Tile(64, 64, 128 if narrow else 64, 4, 3), Tile(64, 32, 64, 4, 3), Tile(32, 32, 32, 4, 2)]
+    if rows < MANY_ROWS:
+        return _few_tiles(work, rows, columns)
     wide = 128 if work.has("silu_mul") or columns * rows < 128 * 256 * work.hardware.num_sms else 256
     deep = 64 if narrow else 32
     return [Tile(128, n, deep, 8, 3) for n in (wide, wide // 2)] + [Tile(64, 64, 64, 8, 3), Tile(64, 32, 32, 4, 2)]
+
+
+def _few_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
+    """The largest tiles of which there are enough for the machine, as measured on an H200; then smaller ones."""
+    wide, deep = 512 // DTYPE_BYTES[work.dtype], 256 // DTYPE_BYTES[work.dtype]
+    sizes = [
+        Tile(64, 16, wide, 8, 3), Tile(64, 32, deep, 4, 3), Tile(64, 64, deep, 4, 3), Tile(128, 64, deep // 2, 8, 3),
+        Tile(128, 128, deep // 2, 8, 3),
+    ]  # fmt: skip
+    programs = {tile: blocks(rows, tile.m) * blocks(columns, tile.n) for tile in sizes}
+    enough = [tile for tile in sizes if tile.m < 2 * rows and programs[tile] >= ENOUGH * work.hardware.num_sms]
+    first = enough[-1] if enough else Tile(16, 16, wide, 8, 3)
+    return [first, Tile(64, 32, 64, 4, 3), Tile(32, 32, 32, 4, 2)]
 
 
 def _tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) -> Tiling:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokenspeed_plan.planner.tiling.other import best_token, id_columns
-from tokenspeed_plan.planner.tiling.work import Tiling, Work, blocks, fixed, per_rows, up2
+from tokenspeed_plan.planner.tiling.work import Tiling, Work, blocks, fixed, per_rows, rows_table, up2
 from tokenspeed_plan.plans.schema import GridDim, Part
 from tokenspeed_plan.plans.types import Attr
 
@@ -65,11 +65,17 @@ def shift_tokens(work: Work) -> list[Tiling]:
     return [Tiling("shift_tokens", {"BLOCK": 1024}, (per_rows(1024), GridDim(per_seq=1)), 4, 1)]
 
 
+def settle(work: Work) -> list[Tiling]:
+    """One program: it is a number a sequence."""
+    facts: dict[str, Attr] = {"ROWS": work.rows_per_seq, "BLOCK": up2(work.num_seqs)}
+    return [Tiling("settle", facts, (fixed(1),), 1, 1)]
+
+
 def advance_rows(work: Work) -> list[Tiling]:
     """One program: it is a few numbers a row."""
     facts: dict[str, Attr] = {
         "PAGE": work.size("advance_rows", "page_size"), "PAGES": work.width("page_table"),
-        "ROWS": work.size("advance_rows", "rows_per_seq"), "TABLE": work.width("write_rows"),
-        "BLOCK": up2(work.num_seqs),
+        "ROWS": work.size("advance_rows", "rows_per_seq"), "BLOCK": up2(work.num_seqs),
     }  # fmt: skip
+    facts |= rows_table(work, "write_rows")
     return [Tiling("advance_rows", facts, (fixed(1),), 1, 1)]

@@ -68,8 +68,13 @@ class Replay:
         self.reset()
 
     def reset(self) -> None:
-        """Write the inputs again: a program of decode leaves those of the step after it."""
+        """Write the inputs again: a program of decode leaves those of the step after it.
+
+        All drafts count as right, so that a step has as much to do over again as it can have.
+        """
         write_inputs(self.batch, lambda name: self.executor.buffer(name, *self._size), self.plan.limits)
+        if "forced_accept" in self.program.inputs:
+            self.executor.buffer("forced_accept", *self._size).fill_(1.0)
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -77,8 +82,7 @@ class Replay:
 
     def _sequence(self, index: int, count: int) -> Sequence:
         limits = self.plan.limits
-        # Each run makes a sequence longer: by a token, as drafts of random weights are not accepted.
-        longest = self.context + (RUNS if self._advances() else 0)
+        longest = self.context + (RUNS * self.program.rows_per_seq if self._advances() else 0)  # each run adds to it
         pages = -(-longest // limits.page_size)
         if longest > limits.max_seq_len or (index + 1) * pages > limits.num_pages:
             raise PlanError(
@@ -89,10 +93,13 @@ class Replay:
         random = torch.Generator().manual_seed(index)
         ids = torch.randint(0, self.plan.model.vocab_size, (self.context,), generator=random).tolist()
         start = 1 + index * limits.rows_per_slot
+        before = self.context - count
+        request = Request(str(index), tuple(ids), SamplingParams(max_tokens=1 + longest - self.context))
         return Sequence(
-            Request(str(index), tuple(ids), SamplingParams()), 0.0, ids, num_computed=self.context - count,
+            request, 0.0, ids, num_computed=before,
+            num_kept=min(limits.kept_inputs, before) if self.program.phase == "decode" else 0,
             pages=list(range(index * pages, (index + 1) * pages)),
-            row=start if self.context > count else 0, write_rows=list(range(start + 1, start + limits.rows_per_slot)),
+            row=start if before else 0, write_rows=list(range(start + 1, start + limits.rows_per_slot)),
         )  # fmt: skip
 
     def measure(self, machine: Machine) -> dict[str, Any]:
@@ -118,7 +125,7 @@ class Replay:
             "floor_us": floor_us, "share_of_floor": floor_us / taken_us, "flops": flops,
             "share_of_matrix_rate": flops / taken_us * 1e6 / machine.matrix_flops_per_s,
             "depth": self.program.depth,
-            "tokens_per_s": self.tokens / self.program.rows_per_seq / taken_us * 1e6,  # no draft accepted
+            "tokens_per_s": self.tokens / self.program.rows_per_seq / taken_us * 1e6,  # as if no draft were right
             "kernels": self._kernels(calls, loads, machine),
         }  # fmt: skip
 

@@ -32,6 +32,8 @@ BODIES: dict[str, Body] = {
     "qk_l2_norm": delta.qk_l2_norm,
     "delta_gates": delta.delta_gates,
     "delta_rule": delta.delta_rule,
+    "replay": delta.replay,
+    "settle": delta.settle,
     "delta_chunk": delta.delta_chunk,
     "delta_scan": delta.delta_scan,
     "gated_norm": delta.gated_norm,

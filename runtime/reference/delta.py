@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenspeed_plan.plans.ops import REPLAYED
 from tokenspeed_plan.runtime.memory import TORCH_DTYPES as DTYPES
 from tokenspeed_plan.runtime.reference.dense import normalize, widen
 from torch import Tensor
@@ -48,13 +49,13 @@ def causal_conv(
 
     In a decode step each of a sequence's rows leaves the state after it; else the last one does, in the first row.
     """
-    taps, w_CK, before, write_SR = attrs["kernel_size"], w[:, 0], state.index_select(0, read_S), _rows(write_SR)
-    if attrs["mode"] == "update":
-        rows = torch.cat((before, x_TC.unflatten(0, (len(before), -1))), 1)  # [S, K - 1 + R, C]
-        windows = rows.unfold(1, taps, 1).transpose(2, 3)  # [S, R, K, C]
-        for i in range(windows.shape[1]):
+    taps, w_CK, write_SR = attrs["kernel_size"], w[:, 0], _rows(write_SR)
+    before = state.index_select(0, write_SR[:, 0] if attrs["mode"] == REPLAYED else read_S)
+    if attrs["mode"] != "varlen":
+        windows = _windows(before, x_TC.unflatten(0, (len(before), -1)))
+        for i in range(windows.shape[1] if attrs["mode"] == "update" else 0):
             state[write_SR[:, i]] = windows[:, i, 1:]
-        return (F.silu((windows * w_CK.T).sum(2)).flatten(0, 1),)
+        return (_convolved(windows, w_CK),)
     ragged = Ragged(cu_seqlens)
     x = torch.cat((before, ragged.pad(x_TC)), 1)  # [S, K - 1 + L, C]
     last = ragged.lengths_S[:, None] + torch.arange(taps - 1, device=x.device)
@@ -63,6 +64,15 @@ def causal_conv(
     y = sum(x[:, j : j + length] * w_CK[:, j] for j in range(taps))
     assert isinstance(y, Tensor)
     return (F.silu(ragged.pack(y)),)
+
+
+def _windows(before: Tensor, x_SRC: Tensor) -> Tensor:
+    """The inputs that each of a sequence's rows sees, from those before it: [S, R, K, C]."""
+    return torch.cat((before, x_SRC), 1).unfold(1, before.shape[1] + 1, 1).transpose(2, 3)
+
+
+def _convolved(windows_SRKC: Tensor, w_CK: Tensor) -> Tensor:
+    return F.silu((windows_SRKC * w_CK.T).sum(2)).flatten(0, 1)
 
 
 def qk_l2_norm(attrs: Attrs, x_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,16 +101,16 @@ def delta_rule(
 
     In a decode step each of a sequence's rows leaves the state after it; else the last one does, in the first row.
     """
-    heads, group = attrs["num_k_heads"], attrs["num_v_heads"] // attrs["num_k_heads"]
-    q, k = (_shared(widen(x).unflatten(-1, (heads, -1)), group) for x in (q_T, k_T))
-    v = widen(v_T).unflatten(-1, (attrs["num_v_heads"], -1))
-    before, write_SR = state.index_select(0, read_S), _rows(write_SR)
-    if attrs["mode"] == "recurrent":
+    q, k, v = _as_heads(attrs, q_T, k_T, v_T)
+    write_SR = _rows(write_SR)
+    before = state.index_select(0, write_SR[:, 0] if attrs["mode"] == REPLAYED else read_S)
+    if attrs["mode"] != "chunked":
         rows = tuple(x.unflatten(0, (len(before), -1)) for x in (q, k, v, beta_TB, decay_TB))
         ys = []
         for i in range(rows[0].shape[1]):
             y, before = _recurrent(*(x[:, i] for x in rows), before)  # type: ignore[call-arg]
-            state[write_SR[:, i]] = before
+            if attrs["mode"] == "recurrent":
+                state[write_SR[:, i]] = before
             ys.append(y)
         return (torch.stack(ys, 1).flatten(0, 1).flatten(1).to(v_T.dtype),)
     ragged = Ragged(cu_seqlens, CHUNK)
@@ -109,9 +119,49 @@ def delta_rule(
     return (ragged.pack(y.transpose(1, 2)).flatten(1).to(v_T.dtype),)
 
 
+def replay(
+    attrs: Attrs, x_TC: Tensor, b_TB: Tensor, a_TB: Tensor, context_S: Tensor, state_lens_S: Tensor, read_S: Tensor,
+    write_S: Tensor, w: Tensor, a_log_B: Tensor, dt_bias_B: Tensor, conv_state: Tensor, ssm_state: Tensor,
+    kept_inputs: Tensor, kept_gates: Tensor,
+) -> tuple[()]:  # fmt: skip
+    """Bring states up to date: what was kept of the last step goes through the layer again, as far as it came true.
+
+    The states are then those before the new rows, in the row to write, and what is kept there is of the new rows.
+    """
+    window, state, inputs, gates = (x.index_select(0, read_S) for x in (conv_state, ssm_state, kept_inputs, kept_gates))
+    new_SRC = x_TC.unflatten(0, (len(read_S), -1))
+    pending_S = context_S - new_SRC.shape[1] - state_lens_S
+    y = _convolved(_windows(window, inputs), w[:, 0])
+    q, k, v = (x.unflatten(0, inputs.shape[:2]) for x in _as_heads(attrs, *qk_l2_norm(attrs, y)))
+    beta, decay = delta_gates(attrs, gates[:, 0], gates[:, 1], a_log_B, dt_bias_B)
+    for i in range(inputs.shape[1]):
+        _, after = _recurrent(q[:, i], k[:, i], v[:, i], beta[:, i], decay[:, i], state)
+        state = after.where((i < pending_S)[:, None, None, None], state)
+    last = pending_S[:, None] + torch.arange(window.shape[1], device=window.device)
+    ssm_state[write_S] = state
+    conv_state[write_S] = torch.cat((window, inputs), 1).gather(1, last[:, :, None].expand_as(window))
+    kept_inputs[write_S, : new_SRC.shape[1]] = new_SRC
+    for i, gate_TB in enumerate((b_TB, a_TB)):
+        kept_gates[write_S, i, : new_SRC.shape[1]] = gate_TB.view(len(read_S), -1, gate_TB.shape[1])
+    return ()
+
+
+def settle(attrs: Attrs, context_lens_S: Tensor, state_lens_S: Tensor) -> tuple[()]:
+    """So far `replay` has brought the states: to the rows of this step."""
+    state_lens_S.copy_(context_lens_S - attrs.get("rows_per_seq", 1))
+    return ()
+
+
 def _rows(write_rows: Tensor) -> Tensor:
     """Rows to write, [S, R or more]; a plan that does not speculate has one a sequence."""
     return write_rows.long().view(len(write_rows), -1)
+
+
+def _as_heads(attrs: Attrs, q_T: Tensor, k_T: Tensor, v_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, B, k], [T, B, k] and [T, B, v]."""
+    heads, group = attrs["num_k_heads"], attrs["num_v_heads"] // attrs["num_k_heads"]
+    q, k = (_shared(widen(x).unflatten(-1, (heads, -1)), group) for x in (q_T, k_T))
+    return q, k, widen(v_T).unflatten(-1, (attrs["num_v_heads"], -1))
 
 
 def _shared(x_TAk: Tensor, group: int) -> Tensor:

@@ -110,7 +110,10 @@ def advance_rows(
     slot_mapping_T.copy_(slots_SR.where(live_S[:, None], slot_mapping_T.view(-1, count)).flatten())
     for number_S in (context_lens_S, draw_S):
         number_S += step_S
+    write_rows_SR = write_rows_SR.view(len(accepted_S), -1)
     place_S1, before_S = accepted_S[:, None].long(), read_rows_S.clone()
+    if write_rows_SR.shape[1] == 1:  # the one that `replay` wrote
+        place_S1 = torch.zeros_like(place_S1)
     written_S = write_rows_SR.gather(1, place_S1)[:, 0]
     read_rows_S.copy_(written_S.where(live_S, before_S))
     write_rows_SR.scatter_(1, place_S1, before_S.where(live_S, written_S)[:, None])

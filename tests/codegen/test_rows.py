@@ -32,13 +32,24 @@ CASES = {
     "bf16, heads of 128 and 256": rows(4, (0, 90), dtype="bf16", kind="kernel", gpu="H200"),
     "experts of a rank": rows(2, (0, 9, 64), layout=ParallelLayout(2, 1, 2)),
 }
+KEPT = {
+    "four rows, kept": rows(4, (0, 62, 126, 300, 7), gpu="H200", keeps_inputs=True),
+    "two rows, six are kept": rows(2, (64, 9, 0, 300, 66, 7), gpu="H200", deeper=4, keeps_inputs=True),
+    "one row, three are kept": rows(1, (9, 0, 505, 7), deeper=2, keeps_inputs=True),
+    "six rows, three value heads a key head, kept": rows(6, (0, 30, 9), kind="ratio3", keeps_inputs=True),
+    "bf16, heads of 128 and 256, kept": rows(4, (0, 90, 5), dtype="bf16", kind="kernel", gpu="H200", keeps_inputs=True),
+    "heads of a rank, kept": rows(2, (5, 9, 64), layout=ParallelLayout(2, 1, 2), keeps_inputs=True),
+}
 ONE, FOUR = CASES["one row, the deepest program has three"], CASES["four rows, the deepest program has six"]
 ROW, TWO, SIX = *(rows(n, (0, 64, 300), gpu="H200") for n in (1, 2)), CASES["six rows, H200 tiles"]
+FOUR_KEPT, TWO_KEPT = KEPT["four rows, kept"], KEPT["two rows, six are kept"]
 ELEVEN, HEADS = CASES["two rows of eleven, H200 tiles"], CASES["bf16, heads of 128 and 256"]
 
 
 # test_kernels.py has the others, on as many rows.
-BY_ROWS = {"attention_gate", "delta_step", "advance", "advance_rows", "k_norm_rope_write"}
+BY_ROWS = {
+    "attention_gate", "delta_step", "delta_replay", "settle", "advance", "advance_rows", "k_norm_rope_write",
+}  # fmt: skip
 
 
 def alone(case: Case) -> list[Built]:
@@ -46,10 +57,11 @@ def alone(case: Case) -> list[Built]:
     return [built for built in kernels_of(case) if built.source is not None and not is_collective(built.kernel)]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", (CASES | KEPT).values(), ids=(CASES | KEPT).keys())
 def test_kernels_equal_their_references(case: Case) -> None:
     kernels = [built for built in alone(case) if kind_of(built.kernel) in BY_ROWS]
-    assert {kind_of(built.kernel) for built in kernels} >= {"attention_gate", "delta_step"}
+    step = {"delta_replay", "settle"} if case.keeps_inputs else {"delta_step"}
+    assert {kind_of(built.kernel) for built in kernels} >= {"attention_gate", *step}
     for built in kernels:
         for rank in range(case.layout.num_ranks):
             for name, error in errors(built, case, rank=rank):
@@ -66,7 +78,7 @@ def arrives_in_time(built: Built, case: Case) -> bool:
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="plays with the interpreter's time")
-@pytest.mark.parametrize("case", [ROW, TWO, SIX], ids=["one row", "two rows", "six rows"])
+@pytest.mark.parametrize("case", [ROW, TWO, SIX, FOUR_KEPT], ids=["one row", "two rows", "six rows", "four, kept"])
 def test_nothing_is_loaded_before_it_is_there(case: Case) -> None:
     """Neither keys of any new row, nor in a pass that drafts the context itself."""
     kernels = alone(case)
@@ -80,12 +92,15 @@ EARLY = [
     (FOUR, "attention_gate", {"(c < length - ROWS)": "(c < length - 1)", "(c >= length - ROWS)": "(c >= length - 1)"}),
     (ROW, "attention_gate", {"(c < length - 1)": "(c < length)", "(c == length - 1)": "(c == length)"}),
     (FOUR, "delta_step", {"gdc_wait()": "gdc_launch_dependents()"}),
+    (FOUR_KEPT, "delta_replay", {"gdc_wait()": "gdc_launch_dependents()"}),
 ]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="plays with the interpreter's time")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN
-@pytest.mark.parametrize(("case", "kind", "changes"), EARLY, ids=["all new keys but the last", "the new key", "all"])
+@pytest.mark.parametrize(
+    ("case", "kind", "changes"), EARLY, ids=["all new keys but the last", "the new key", "all", "all, kept"]
+)
 def test_what_is_loaded_too_early_is_caught(case: Case, kind: str, changes: dict[str, str]) -> None:
     first = next(iter(changes))
     (kernel,) = (built for built in alone(case) if kind_of(built.kernel) == kind and first in (built.source or ""))
@@ -110,6 +125,23 @@ MUTATIONS = [
     (HEADS, "delta_step", "DV // BLOCK_V - 1", "DV // BLOCK_V - 2"),
     (HEADS, "delta_step", "tl.store(tickets + s * B + head, 0)", "pass"),
     (ONE, "delta_step", "causal_conv_write_rows + s * 3", "causal_conv_write_rows + s"),
+    (TWO_KEPT, "delta_replay", "i < pending", "i <= pending"),
+    (TWO_KEPT, "delta_replay", "- ROWS - tl.load", "- tl.load"),
+    (TWO_KEPT, "delta_replay", "inputs[p + t]", "inputs[p]"),
+    (TWO_KEPT, "delta_replay", "pending == p,", "pending >= p + 1,"),
+    (TWO_KEPT, "delta_replay", "replay_kept_inputs, read * KEPT", "replay_kept_inputs, read * ROWS"),
+    (TWO_KEPT, "delta_replay", "kept_b, kept_b + KEPT * B", "kept_b, kept_b"),
+    (TWO_KEPT, "delta_replay", "replay_kept_gates + read * 2", "replay_kept_gates + write * 2"),
+    (TWO_KEPT, "delta_replay", "(write * 2 * KEPT + r)", "(write * KEPT + r)"),
+    (TWO_KEPT, "delta_replay", "kept + KEPT * B", "kept"),
+    (TWO_KEPT, "delta_replay", "replay_ssm_state + (write * B", "replay_ssm_state + (read * B"),
+    (FOUR_KEPT, "delta_replay", "write, -1, v_c", "write, 0, v_c"),
+    (FOUR_KEPT, "delta_replay", "CHANNELS + v_c, v_in[TAPS - 1 + i]", "CHANNELS + v_c, v_in[TAPS - 1]"),
+    (FOUR_KEPT, "delta_replay", "CHANNELS + k_c, k_in[TAPS - 1 + i]", "CHANNELS + k_c, k_in[i]"),
+    (FOUR_KEPT, "delta_replay", "begin = s * ROWS", "begin = s"),
+    (KEPT["six rows, three value heads a key head, kept"], "delta_replay", "head % GROUP == 0", "head % GROUP == 5"),
+    (FOUR_KEPT, "settle", "- ROWS", "- ROWS + 1"),
+    (FOUR_KEPT, "advance_rows", "tl.store(written, read, mask=ok)", "pass"),
     (ONE, "advance", "write_rows + s * TABLE", "write_rows + s"),
     (ONE, "k_norm_rope_write", "place + PAGE * KV * D", "place + KV * D"),
     (FOUR, "attention_gate", "length - (ROWS - 1)", "length - (ROWS - 2)"),

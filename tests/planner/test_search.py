@@ -68,7 +68,9 @@ def test_prices_are_those_of_the_whole_plan(example: str) -> None:
     """A graph of three layers says what the plan's graph of all layers says, program by program."""
     spec, plan = plan_of(example)
     config = find_model(spec, ROOT / "examples" / example / "spec.yaml").config
-    steps = StepModel(config, find_hardware(spec.target.gpu), spec.model.weights)
+    steps = StepModel(
+        config, find_hardware(spec.target.gpu), spec.model.weights, keeps_inputs=bool(plan.limits.kept_inputs)
+    )
     layout = ParallelLayout(plan.target.count, plan.layout.moe.tp, plan.layout.moe.ep)
     middle = spec.workload.longest_tokens // 2
     for program in (p for p in plan.programs if p.num_streams == 1):
@@ -84,7 +86,9 @@ def test_prices_are_those_of_the_whole_plan(example: str) -> None:
 def test_memory_is_the_plans_to_the_byte(example: str) -> None:
     spec, plan = plan_of(example)
     config = find_model(spec, ROOT / "examples" / example / "spec.yaml").config
-    steps = StepModel(config, find_hardware(spec.target.gpu), spec.model.weights)
+    steps = StepModel(
+        config, find_hardware(spec.target.gpu), spec.model.weights, keeps_inputs=bool(plan.limits.kept_inputs)
+    )
     layout = ParallelLayout(plan.target.count, plan.layout.moe.tp, plan.layout.moe.ep)
     limits, frozen = plan.limits, plan.memory_bytes_per_rank
     made = MemoryModel(steps, layout).map(

@@ -26,20 +26,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_trained(tmp_path_factory.mktemp("trained") / "moe", "moe")
 
 
-def plan_of(folder: Path, depths: dict[int, int]) -> Plan:
+def plan_of(folder: Path, depths: dict[int, int], keeps_inputs: bool = False) -> Plan:
     """A plan of those depths by bucket, whatever the planner would choose."""
     spec = make_spec(folder, workload={"concurrency": max(depths)}, speculation="auto")
     model = find_model(spec)
     found = decide.resolve(spec, model.config, find_hardware("cpu"))
     knobs = replace(found.knobs, depth=max(depths.values()))
-    return compile_bundle(spec, model, decided=replace(found, depths=depths, knobs=knobs)).plan
+    return compile_bundle(
+        spec, model, decided=replace(found, depths=depths, knobs=knobs, keeps_inputs=keeps_inputs)
+    ).plan
 
 
+@pytest.mark.parametrize("keeps_inputs", [False, True])
 @pytest.mark.parametrize("depths", MIXES, ids=str)
-def test_any_mix_of_depths_says_the_same(depths: dict[int, int], folder: Path) -> None:
+def test_any_mix_of_depths_says_the_same(depths: dict[int, int], keeps_inputs: bool, folder: Path) -> None:
     """Sequences end one by one, so that each passes through all buckets."""
     plain = Engine.from_plan(plan_of(folder, dict.fromkeys(depths, 0)), folder)
-    mixed = Engine.from_plan(plan_of(folder, depths), folder)
+    mixed = Engine.from_plan(plan_of(folder, depths, keeps_inputs), folder)
     assert {(p.bucket, p.depth) for p in mixed.plan.programs if p.phase == "decode"} == set(depths.items())
     for params in ({}, {"temperature": 0.9, "top_p": 0.95, "seed": 5}):
         for most in (8, 40):

@@ -95,13 +95,14 @@ def test_large_heads_say_the_same(checkpoint_of_large_heads: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_verified_drafts_say_the_same(tmp_path: Path) -> None:
-    """Three rows of each sequence; some drafts are right, so that steps begin from each of the rows of state."""
-    spec = {"workload": SMALL | {"concurrency": 2}, "speculation": {"depth": 2}}
+@pytest.mark.parametrize("rollback", ["rows", "inputs"])
+def test_verified_drafts_say_the_same(rollback: str, tmp_path: Path) -> None:
+    """Three rows of each sequence; some drafts are right, so that steps begin after each number of them."""
+    spec = {"workload": SMALL | {"concurrency": 2}, "speculation": {"depth": 2, "rollback": rollback}}
     write_bundle(tmp_path / "plan", write_trained(tmp_path / "model", "moe"), **spec)
     engine = Engine.load(tmp_path / "plan")
-    prompts, counts = [[3, 4, 5], [7, 300, 20, 11]], [8, 3]
-    wanted = [list(done.token_ids) for done in engine.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))]
+    prompts, counts = [[3, 4, 5], [7, 300, 20, 11]], [11, 3]
+    wanted = [list(done.token_ids) for done in engine.generate(prompts, SamplingParams(max_tokens=11, ignore_eos=True))]
     accepted = engine.accept_counts
     assert accepted[0] > accepted[1] > accepted[2] > 0
     assert interpreted(tmp_path / "plan", tmp_path, prompts, counts) == [wanted[0], wanted[1][:3]]

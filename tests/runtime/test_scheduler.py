@@ -152,9 +152,9 @@ class Machine(RuleBasedStateMachine):
         check_all_is_given_back(self.engine._scheduler.cache)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
-def test_thousands_of_random_operations(depth: int, checkpoint: Any) -> None:
-    Machine.plan = plan_of(checkpoint("moe"), depth)
+@pytest.mark.parametrize(("depth", "rollback"), [(0, "rows"), (1, "rows"), (3, "rows"), (3, "inputs")])
+def test_thousands_of_random_operations(depth: int, rollback: str, checkpoint: Any) -> None:
+    Machine.plan = plan_of(checkpoint("moe"), depth, rollback)
     Machine.TestCase.settings = settings(
         max_examples=60 if depth else 100,
         stateful_step_count=50,

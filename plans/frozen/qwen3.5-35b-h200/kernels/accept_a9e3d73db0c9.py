@@ -30,15 +30,15 @@ def accept(
     stop_ids,  # input, i32 [num_seqs, 8]
     seed,  # input, i64 [num_seqs]
     draw,  # input, i64 [num_seqs]
-    forced_accept,  # input, fp32 [4]
-    accept_counts,  # state, i64 [4]
+    forced_accept,  # input, fp32 [5]
+    accept_counts,  # state, i64 [5]
     accepted,  # output, i32 [num_seqs]
     lens,  # output, i32 [num_seqs]
     last_tokens,  # output, i32 [num_seqs]
     num_tokens,
     num_seqs,
 ):
-    BLOCK: tl.constexpr = 4
+    BLOCK: tl.constexpr = 2
     BLOCK_R: tl.constexpr = 4
     ROWS: tl.constexpr = 4
     STOPS: tl.constexpr = 8

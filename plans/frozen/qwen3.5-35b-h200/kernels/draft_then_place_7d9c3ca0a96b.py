@@ -1,6 +1,7 @@
-"""draft
+"""draft_then_place
 
 draft: drafts = [earlier | argmax(logits)]
+draft_place: where the row after `lens + step - 1` tokens goes; context_lens = lens + step
 Source: the draft is the best token of all; the programs of a sequence share the vocabulary out
 """
 
@@ -9,10 +10,15 @@ import triton.language as tl
 
 
 @triton.jit
-def draft(
-    logits,  # input, bf16 [num_seqs, 248320]
-    earlier,  # input, i32 [num_seqs, 3]
-    drafts,  # output, i32 [num_seqs, 4]
+def draft_then_place(
+    draft_logits,  # input, bf16 [num_seqs, 248320]
+    draft_earlier,  # input, i32 [num_seqs, 3]
+    draft_place_lens,  # input, i32 [num_seqs]
+    draft_place_page_table,  # input, i32 [num_seqs, 1014]
+    draft_drafts,  # output, i32 [num_seqs, 4]
+    draft_place_positions,  # output, i32 [num_seqs]
+    draft_place_slot_mapping,  # output, i32 [num_seqs]
+    draft_place_context_lens,  # output, i32 [num_seqs]
     bests,  # scratch, fp32 [num_seqs, 31]
     tokens,  # scratch, i32 [num_seqs, 31]
     tickets,  # scratch, i32 [num_seqs, 1]
@@ -22,12 +28,15 @@ def draft(
     BLOCK: tl.constexpr = 8192
     BLOCK_P: tl.constexpr = 32
     KNOWN: tl.constexpr = 3
+    PAGE: tl.constexpr = 64
+    PAGES: tl.constexpr = 1014
     PARTS: tl.constexpr = 31
     RUN: tl.constexpr = 8192
+    STEP: tl.constexpr = 3
     VOCAB: tl.constexpr = 248320
 
     s = tl.program_id(0)
-    row = logits + s.to(tl.int64) * VOCAB
+    row = draft_logits + s.to(tl.int64) * VOCAB
     best = tl.full([], float("-inf"), tl.float32)
     token = tl.full([], 0, tl.int32)
     part = tl.program_id(1)
@@ -50,5 +59,10 @@ def draft(
     best = tl.max(found, 0)
     token = tl.min(tl.where(found == best, names, VOCAB), 0)
     for i in tl.static_range(KNOWN):
-        tl.store(drafts + s * (KNOWN + 1) + i, tl.load(earlier + s * KNOWN + i))
-    tl.store(drafts + s * (KNOWN + 1) + KNOWN, token)
+        tl.store(draft_drafts + s * (KNOWN + 1) + i, tl.load(draft_earlier + s * KNOWN + i))
+    tl.store(draft_drafts + s * (KNOWN + 1) + KNOWN, token)
+    position = tl.load(draft_place_lens + s) + STEP - 1
+    page = tl.load(draft_place_page_table + s * PAGES + tl.minimum(position // PAGE, PAGES - 1))
+    tl.store(draft_place_positions + s, position)
+    tl.store(draft_place_slot_mapping + s, page * PAGE + position % PAGE)
+    tl.store(draft_place_context_lens + s, position + 1)

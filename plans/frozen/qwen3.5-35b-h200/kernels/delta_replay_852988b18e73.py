@@ -1,5 +1,6 @@
-"""delta_step
+"""delta_replay
 
+replay: the states of read_rows, after the first context_lens - R - state_lens inputs kept there, go to write_rows; x, b and a are kept there
 causal_conv: y[t] = silu(sum_j w[j] x[t - K + 1 + j])
 qk_l2_norm: q = q / |q| / sqrt(key_dim), k = k / |k|, v as it is
 delta_gates: sigmoid(b), -exp(a_log) softplus(a + dt_bias)
@@ -66,29 +67,44 @@ def _gates(b_ptr, a_ptr, rate, bias, begin, head, B: tl.constexpr, ROWS: tl.cons
 
 
 @triton.jit
-def _rows(table_ptr, s, WRITE_ROWS: tl.constexpr, ROWS: tl.constexpr):
-    """The row of state to write after each row."""
-    rows = ()
-    for i in tl.static_range(ROWS):
-        rows = rows + (tl.load(table_ptr + s * WRITE_ROWS + i).to(tl.int64),)
-    return rows
+def _newest(inputs, pending, TAPS: tl.constexpr, KEPT: tl.constexpr):
+    """The last inputs before the new rows: after the window come those that were kept, of which `pending` count."""
+    newest = ()
+    for t in tl.static_range(TAPS - 1):
+        x = inputs[t]
+        for p in tl.static_range(1, KEPT + 1):
+            x = tl.where(pending == p, inputs[p + t], x)
+        newest = newest + (x,)
+    return newest
 
 
 @triton.jit
-def delta_step(
-    causal_conv_x,  # input, bf16 [num_tokens, 8192]
+def _step(state, k, v, gates, L2_EPS: tl.constexpr):
+    """The state after one row."""
+    k *= tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
+    state *= gates[0]
+    return state + k[:, None] * (gates[1] * (v - tl.sum(state * k[:, None], 0)))[None, :]
+
+
+@triton.jit
+def delta_replay(
+    replay_x,  # input, bf16 [num_tokens, 8192]
+    replay_b,  # input, bf16 [num_tokens, 32]
+    replay_a,  # input, bf16 [num_tokens, 32]
+    replay_context_lens,  # input, i32 [num_seqs]
+    replay_state_lens,  # input, i32 [num_seqs]
+    replay_read_rows,  # input, i32 [num_seqs]
+    replay_write_rows,  # input, i32 [num_seqs]
     causal_conv_cu_seqlens,  # input, i32 [num_seqs+1]
-    causal_conv_read_rows,  # input, i32 [num_seqs]
-    causal_conv_write_rows,  # input, i32 [num_seqs, 4]
-    delta_gates_b,  # input, bf16 [num_tokens, 32]
-    delta_gates_a,  # input, bf16 [num_tokens, 32]
     gated_norm_z,  # input, bf16 [num_tokens, 4096]
-    causal_conv_w,  # weight, bf16 [8192, 1, 4]
-    delta_gates_a_log,  # weight, fp32 [32]
-    delta_gates_dt_bias,  # weight, fp32 [32]
+    replay_w,  # weight, bf16 [8192, 1, 4]
+    replay_a_log,  # weight, fp32 [32]
+    replay_dt_bias,  # weight, fp32 [32]
     gated_norm_w,  # weight, fp32 [128]
-    causal_conv_conv_state,  # state, bf16 [58, 3, 8192]
-    delta_rule_ssm_state,  # state, fp32 [58, 32, 128, 128]
+    replay_conv_state,  # state, bf16 [46, 3, 8192]
+    replay_ssm_state,  # state, fp32 [46, 32, 128, 128]
+    replay_kept_inputs,  # state, bf16 [46, 5, 8192]
+    replay_kept_gates,  # state, bf16 [46, 2, 5, 32]
     gated_norm_y,  # output, bf16 [num_tokens, 4096]
     partial,  # scratch, fp32 [num_seqs, 16384]
     tickets,  # scratch, i32 [num_seqs, 32]
@@ -104,11 +120,11 @@ def delta_step(
     DV: tl.constexpr = 128
     EPS: tl.constexpr = 1e-06
     GROUP: tl.constexpr = 2
+    KEPT: tl.constexpr = 5
     L2_EPS: tl.constexpr = 1e-06
     ROWS: tl.constexpr = 4
     SCALE: tl.constexpr = 0.08838834764831845
     TAPS: tl.constexpr = 4
-    WRITE_ROWS: tl.constexpr = 4
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     s, head, column = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     key_head = head // GROUP
@@ -116,48 +132,64 @@ def delta_step(
     j = column * BLOCK_V + tl.arange(0, BLOCK_V)
     place = i_k[:, None] * DV + j[None, :]
     q_c, k_c, v_c = key_head * DK + i_k, (A + key_head) * DK + i_k, 2 * A * DK + head * DV + j
-    read = tl.load(causal_conv_read_rows + s).to(tl.int64)
-    writes = _rows(causal_conv_write_rows, s, WRITE_ROWS, ROWS)
-    state = tl.load(delta_rule_ssm_state + (read * B + head) * DK * DV + place)
-    q_in = _kept(causal_conv_conv_state, read, q_c, CHANNELS, TAPS)
-    q_taps = _taps(causal_conv_w, q_c, TAPS)
-    k_in = _kept(causal_conv_conv_state, read, k_c, CHANNELS, TAPS)
-    k_taps = _taps(causal_conv_w, k_c, TAPS)
-    v_in = _kept(causal_conv_conv_state, read, v_c, CHANNELS, TAPS)
-    v_taps = _taps(causal_conv_w, v_c, TAPS)
-    rate = -tl.exp(tl.load(delta_gates_a_log + head))
-    bias = tl.load(delta_gates_dt_bias + head)
+    read = tl.load(replay_read_rows + s).to(tl.int64)
+    write = tl.load(replay_write_rows + s).to(tl.int64)
+    pending = tl.load(replay_context_lens + s) - ROWS - tl.load(replay_state_lens + s)
+    state = tl.load(replay_ssm_state + (read * B + head) * DK * DV + place)
+    q_in = _kept(replay_conv_state, read, q_c, CHANNELS, TAPS)
+    q_in = _followed(q_in, replay_kept_inputs, read * KEPT, q_c, CHANNELS, KEPT)
+    q_taps = _taps(replay_w, q_c, TAPS)
+    k_in = _kept(replay_conv_state, read, k_c, CHANNELS, TAPS)
+    k_in = _followed(k_in, replay_kept_inputs, read * KEPT, k_c, CHANNELS, KEPT)
+    k_taps = _taps(replay_w, k_c, TAPS)
+    v_in = _kept(replay_conv_state, read, v_c, CHANNELS, TAPS)
+    v_in = _followed(v_in, replay_kept_inputs, read * KEPT, v_c, CHANNELS, KEPT)
+    v_taps = _taps(replay_w, v_c, TAPS)
+    rate = -tl.exp(tl.load(replay_a_log + head))
+    bias = tl.load(replay_dt_bias + head)
+    kept_b = replay_kept_gates + read * 2 * KEPT * B
+    gates = _gates(kept_b, kept_b + KEPT * B, rate, bias, 0, head, B, KEPT)
     d = tl.arange(0, DV)
     scale = tl.load(gated_norm_w + d)
+    for i in tl.static_range(KEPT):
+        if i < pending:
+            state = _step(state, _conv(k_in, k_taps, i, TAPS), _conv(v_in, v_taps, i, TAPS), gates[i], L2_EPS)
+    tl.store(replay_ssm_state + (write * B + head) * DK * DV + place, state)
+    leads = (head % GROUP == 0) & (column == 0)  # one of the programs that share a key head keeps its inputs
+    q_in = _newest(q_in, pending, TAPS, KEPT)
+    k_in = _newest(k_in, pending, TAPS, KEPT)
+    v_in = _newest(v_in, pending, TAPS, KEPT)
+    _keep(v_in, replay_conv_state, write, -1, v_c, CHANNELS, TAPS)
+    if leads:
+        _keep(q_in, replay_conv_state, write, -1, q_c, CHANNELS, TAPS)
+        _keep(k_in, replay_conv_state, write, -1, k_c, CHANNELS, TAPS)
 
     tl.extra.cuda.gdc_wait()  # all before this one is done and visible
 
     begin = s * ROWS
-    q_in = _followed(q_in, causal_conv_x, begin, q_c, CHANNELS, ROWS)
-    k_in = _followed(k_in, causal_conv_x, begin, k_c, CHANNELS, ROWS)
-    v_in = _followed(v_in, causal_conv_x, begin, v_c, CHANNELS, ROWS)
-    gates = _gates(delta_gates_b, delta_gates_a, rate, bias, begin, head, B, ROWS)
+    q_in = _followed(q_in, replay_x, begin, q_c, CHANNELS, ROWS)
+    k_in = _followed(k_in, replay_x, begin, k_c, CHANNELS, ROWS)
+    v_in = _followed(v_in, replay_x, begin, v_c, CHANNELS, ROWS)
+    gates = _gates(replay_b, replay_a, rate, bias, begin, head, B, ROWS)
     r = tl.arange(0, BLOCK_R)
     ok = (r < ROWS)[:, None]
     rows = ((begin + r) * B + head)[:, None] * DV + d[None, :]
     z = tl.load(gated_norm_z + rows, mask=ok, other=0.0).to(tl.float32)
-    leads = (head % GROUP == 0) & (column == 0)  # one of the programs that share a key head keeps its inputs
     for i in tl.static_range(ROWS):
         q = _conv(q_in, q_taps, i, TAPS)
-        k = _conv(k_in, k_taps, i, TAPS)
-        v = _conv(v_in, v_taps, i, TAPS)
         q *= tl.rsqrt(tl.sum(q * q, 0) + L2_EPS) * SCALE
-        k *= tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
-        state *= gates[i][0]
-        change = gates[i][1] * (v - tl.sum(state * k[:, None], 0))
-        state += k[:, None] * change[None, :]
+        state = _step(state, _conv(k_in, k_taps, i, TAPS), _conv(v_in, v_taps, i, TAPS), gates[i], L2_EPS)
         part = tl.sum(state * q[:, None], 0)
         tl.store(partial + ((begin + i) * B + head) * DV + j, part)
-        tl.store(delta_rule_ssm_state + (writes[i] * B + head) * DK * DV + place, state)
-        _keep(v_in, causal_conv_conv_state, writes[i], i, v_c, CHANNELS, TAPS)
+        tl.store(replay_kept_inputs + (write * KEPT + i) * CHANNELS + v_c, v_in[TAPS - 1 + i])
         if leads:
-            _keep(q_in, causal_conv_conv_state, writes[i], i, q_c, CHANNELS, TAPS)
-            _keep(k_in, causal_conv_conv_state, writes[i], i, k_c, CHANNELS, TAPS)
+            tl.store(replay_kept_inputs + (write * KEPT + i) * CHANNELS + q_c, q_in[TAPS - 1 + i])
+            tl.store(replay_kept_inputs + (write * KEPT + i) * CHANNELS + k_c, k_in[TAPS - 1 + i])
+    if column == 0:
+        kept = replay_kept_gates + (write * 2 * KEPT + r) * B + head
+        mine = (begin + r) * B + head
+        tl.store(kept, tl.load(replay_b + mine, mask=r < ROWS), mask=r < ROWS)
+        tl.store(kept + KEPT * B, tl.load(replay_a + mine, mask=r < ROWS), mask=r < ROWS)
     tl.debug_barrier()
     if tl.atomic_add(tickets + s * B + head, 1, sem="acq_rel") < DV // BLOCK_V - 1:
         return

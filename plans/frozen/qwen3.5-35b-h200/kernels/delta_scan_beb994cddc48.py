@@ -10,35 +10,34 @@ import triton.language as tl
 
 @triton.jit
 def delta_scan(
-    q,  # input, bf16 [num_tokens, 256]
-    k,  # input, bf16 [num_tokens, 256]
-    u,  # input, bf16 [num_tokens, 1024]
-    w,  # input, bf16 [num_tokens, 1024]
-    total,  # input, fp32 [num_tokens, 8]
+    q,  # input, bf16 [num_tokens, 2048]
+    k,  # input, bf16 [num_tokens, 2048]
+    u,  # input, bf16 [num_tokens, 4096]
+    w,  # input, bf16 [num_tokens, 4096]
+    total,  # input, fp32 [num_tokens, 32]
     cu_seqlens,  # input, i32 [num_seqs+1]
     read_rows,  # input, i32 [num_seqs]
-    write_rows,  # input, i32 [num_seqs, 5]
-    ssm_state,  # state, fp32 [17, 8, 128, 128]
-    y,  # output, bf16 [num_tokens, 1024]
+    write_rows,  # input, i32 [num_seqs]
+    ssm_state,  # state, fp32 [46, 32, 128, 128]
+    y,  # output, bf16 [num_tokens, 4096]
     num_tokens,
     num_seqs,
 ):
-    A: tl.constexpr = 2
-    B: tl.constexpr = 8
+    A: tl.constexpr = 16
+    B: tl.constexpr = 32
     BLOCK_V: tl.constexpr = 32
     CHUNK: tl.constexpr = 64
     DK: tl.constexpr = 128
     DV: tl.constexpr = 128
-    GROUP: tl.constexpr = 4
+    GROUP: tl.constexpr = 2
     PRECISION: tl.constexpr = 'tf32'
     STAGES: tl.constexpr = 2
-    TABLE: tl.constexpr = 5
 
     column, head, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(cu_seqlens + s)
     end = tl.load(cu_seqlens + s + 1)
     read = tl.load(read_rows + s).to(tl.int64)
-    write = tl.load(write_rows + s * TABLE).to(tl.int64)
+    write = tl.load(write_rows + s).to(tl.int64)
     c = tl.arange(0, CHUNK)
     i = tl.arange(0, DK)
     j = column * BLOCK_V + tl.arange(0, BLOCK_V)

@@ -30,8 +30,8 @@ def accept(
     stop_ids,  # input, i32 [num_seqs, 8]
     seed,  # input, i64 [num_seqs]
     draw,  # input, i64 [num_seqs]
-    forced_accept,  # input, fp32 [4]
-    accept_counts,  # state, i64 [4]
+    forced_accept,  # input, fp32 [5]
+    accept_counts,  # state, i64 [5]
     accepted,  # output, i32 [num_seqs]
     lens,  # output, i32 [num_seqs]
     last_tokens,  # output, i32 [num_seqs]
@@ -39,8 +39,8 @@ def accept(
     num_seqs,
 ):
     BLOCK: tl.constexpr = 1
-    BLOCK_R: tl.constexpr = 4
-    ROWS: tl.constexpr = 4
+    BLOCK_R: tl.constexpr = 8
+    ROWS: tl.constexpr = 5
     STOPS: tl.constexpr = 8
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     tl.extra.cuda.gdc_wait()  # all before this one is done and visible

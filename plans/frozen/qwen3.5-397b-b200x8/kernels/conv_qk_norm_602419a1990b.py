@@ -39,27 +39,26 @@ def _conv(
 
 @triton.jit
 def conv_qk_norm(
-    causal_conv_x,  # input, bf16 [num_tokens, 8192]
+    causal_conv_x,  # input, bf16 [num_tokens, 1536]
     causal_conv_cu_seqlens,  # input, i32 [num_seqs+1]
     causal_conv_read_rows,  # input, i32 [num_seqs]
-    causal_conv_write_rows,  # input, i32 [num_seqs, 4]
-    causal_conv_w,  # weight, bf16 [8192, 1, 4]
-    causal_conv_conv_state,  # state, bf16 [58, 3, 8192]
-    qk_l2_norm_q,  # output, bf16 [num_tokens, 2048]
-    qk_l2_norm_k,  # output, bf16 [num_tokens, 2048]
-    qk_l2_norm_v,  # output, bf16 [num_tokens, 4096]
+    causal_conv_write_rows,  # input, i32 [num_seqs]
+    causal_conv_w,  # weight, bf16 [1536, 1, 4]
+    causal_conv_conv_state,  # state, bf16 [13, 3, 1536]
+    qk_l2_norm_q,  # output, bf16 [num_tokens, 256]
+    qk_l2_norm_k,  # output, bf16 [num_tokens, 256]
+    qk_l2_norm_v,  # output, bf16 [num_tokens, 1024]
     num_tokens,
     num_seqs,
 ):
-    A: tl.constexpr = 16
-    B: tl.constexpr = 32
+    A: tl.constexpr = 2
+    B: tl.constexpr = 8
     BLOCK_T: tl.constexpr = 32
-    CHANNELS: tl.constexpr = 8192
+    CHANNELS: tl.constexpr = 1536
     DK: tl.constexpr = 128
     DV: tl.constexpr = 128
     L2_EPS: tl.constexpr = 1e-06
     SCALE: tl.constexpr = 0.08838834764831845
-    TABLE: tl.constexpr = 4
     TAPS: tl.constexpr = 4
 
     block, head, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -68,7 +67,7 @@ def conv_qk_norm(
     if block * BLOCK_T >= count:
         return
     read = tl.load(causal_conv_read_rows + s).to(tl.int64)
-    write = tl.load(causal_conv_write_rows + s * TABLE).to(tl.int64)
+    write = tl.load(causal_conv_write_rows + s).to(tl.int64)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     ok = (t < count)[:, None]
     i = tl.arange(0, DK)

@@ -1,6 +1,6 @@
 """advance_rows
 
-advance_rows: `advance` by accepted + 1 tokens: `drafts` are the next rows, write_rows[accepted] is read next
+advance_rows: `advance` by accepted + 1 tokens: `drafts` are the next rows, write_rows[accepted] is read next, or the one
 Source: inputs of the next step, as far on as drafts were right; rows of state change places, none is copied
 """
 
@@ -11,14 +11,14 @@ import triton.language as tl
 @triton.jit
 def advance_rows(
     accepted,  # input, i32 [num_seqs]
-    drafts,  # input, i32 [num_seqs, 4]
+    drafts,  # input, i32 [num_seqs, 5]
     page_table,  # input, i32 [num_seqs, 1014]
     token_ids,  # state, i32 [num_tokens]
     positions,  # state, i32 [num_tokens]
     slot_mapping,  # state, i32 [num_tokens]
     context_lens,  # state, i32 [num_seqs]
     read_rows,  # state, i32 [num_seqs]
-    write_rows,  # state, i32 [num_seqs, 4]
+    write_rows,  # state, i32 [num_seqs]
     draw,  # state, i64 [num_seqs]
     num_tokens,
     num_seqs,
@@ -26,8 +26,7 @@ def advance_rows(
     BLOCK: tl.constexpr = 1
     PAGE: tl.constexpr = 64
     PAGES: tl.constexpr = 1014
-    ROWS: tl.constexpr = 4
-    TABLE: tl.constexpr = 4
+    ROWS: tl.constexpr = 5
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
     tl.extra.cuda.gdc_wait()  # all before this one is done and visible
 
@@ -36,7 +35,7 @@ def advance_rows(
     read = tl.load(read_rows + s, mask=ok, other=0)
     ok &= read > 0  # others are padding
     count = tl.load(accepted + s, mask=ok, other=0)
-    written = write_rows + s * TABLE + count
+    written = write_rows + s
     tl.store(read_rows + s, tl.load(written, mask=ok, other=0), mask=ok)
     tl.store(written, read, mask=ok)
     tl.store(context_lens + s, tl.load(context_lens + s, mask=ok, other=0) + count + 1, mask=ok)

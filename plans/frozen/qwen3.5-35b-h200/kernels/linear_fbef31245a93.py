@@ -16,9 +16,9 @@ def linear(
     num_tokens,
     num_seqs,
 ):
-    BLOCK_K: tl.constexpr = 256
+    BLOCK_K: tl.constexpr = 128
     BLOCK_M: tl.constexpr = 16
-    BLOCK_N: tl.constexpr = 32
+    BLOCK_N: tl.constexpr = 128
     K: tl.constexpr = 2048
     N: tl.constexpr = 248320
     PRECISION: tl.constexpr = 'tf32'

@@ -40,26 +40,26 @@ def attention_gate(
     sigmoid_gate_g,  # input, bf16 [num_tokens, 4096]
     attention_kv_cache,  # state, bf16 [4053, 2, 64, 2, 256]
     sigmoid_gate_y,  # output, bf16 [num_tokens, 4096]
-    partial,  # scratch, bf16 [num_seqs, 1081344]
-    lse,  # scratch, fp32 [num_seqs, 4224]
+    partial,  # scratch, bf16 [num_seqs, 1351680]
+    lse,  # scratch, fp32 [num_seqs, 5280]
     tickets,  # scratch, i32 [num_seqs, 2]
     num_tokens,
     num_seqs,
 ):
     BLOCK_C: tl.constexpr = 64
-    BLOCK_G: tl.constexpr = 32
-    BLOCK_P: tl.constexpr = 2
+    BLOCK_G: tl.constexpr = 64
+    BLOCK_P: tl.constexpr = 1
     BLOCK_S: tl.constexpr = 128
     D: tl.constexpr = 256
     GROUP: tl.constexpr = 8
-    HEADS: tl.constexpr = 32
+    HEADS: tl.constexpr = 64
     KV: tl.constexpr = 2
-    MIN_RUN: tl.constexpr = 128
+    MIN_RUN: tl.constexpr = 256
     PAGE: tl.constexpr = 64
     PAGES: tl.constexpr = 1014
     PRECISION: tl.constexpr = 'tf32'
     Q: tl.constexpr = 16
-    ROWS: tl.constexpr = 4
+    ROWS: tl.constexpr = 5
     SCALE: tl.constexpr = 0.09016844005556021
     SPLITS: tl.constexpr = 66
     STAGES: tl.constexpr = 3
