@@ -18,6 +18,7 @@ from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.model_config import ModelConfig
+from tokenspeed_plan.planner.passes.choose_again import choose_again
 from tokenspeed_plan.planner.passes.expand import expand
 from tokenspeed_plan.planner.passes.fuse import fuse
 from tokenspeed_plan.planner.passes.lower import lower
@@ -43,7 +44,6 @@ if DEVICE == "cpu":
 # Largest error over the largest value. bf16 products of a kernel are added up in fp32, those of the reference are
 # rounded to bf16 between its parts.
 TOLERANCE = {"fp32": 1e-5 if DEVICE == "cpu" else 1e-4, "bf16": 3e-2}
-MAX_SEQ_LEN = 512
 PAGE = 16
 ONE_RANK = ParallelLayout(1, 1, 1)
 LAB_KINDS = KINDS | {"odd": Kind(sizes={"vocab_size": 700})}  # tokens, no multiple of a block
@@ -68,6 +68,7 @@ class Case:
     deeper: int = 0
     forced: tuple[float, ...] = (0.0,)  # acceptance that a benchmark simulates, by place of the draft
     keeps_inputs: bool = False
+    max_seq_len: int = 512
 
     @property
     def num_tokens(self) -> int:
@@ -93,14 +94,15 @@ def config_of(kind: str) -> ModelConfig:
 def graph_of(case: Case) -> OpGraph:
     seqs, rows = case.num_seqs, case.rows_per_slot
     limits = Limits(
-        max_seqs=seqs, max_seq_len=MAX_SEQ_LEN, max_tokens=max(case.num_tokens, seqs), page_size=PAGE,
-        num_pages=seqs * MAX_SEQ_LEN // PAGE, rows_per_slot=rows, num_rows=2 + rows * seqs, default_max_tokens=8,
+        max_seqs=seqs, max_seq_len=case.max_seq_len, max_tokens=max(case.num_tokens, seqs), page_size=PAGE,
+        num_pages=seqs * case.max_seq_len // PAGE, rows_per_slot=rows, num_rows=2 + rows * seqs, default_max_tokens=8,
         interleaved_tokens=max(case.num_tokens, seqs), checkpoint_interval=PAGE, min_checkpoint_tokens=PAGE,
         num_checkpoints=0, kept_inputs=case.kept_inputs,
     )  # fmt: skip
     context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
     sharded = shard(build(context, case.phase, case.depth), case.layout)
-    return fuse(expand(sharded, case.num_tokens, seqs), case.num_tokens, seqs)
+    sizes = (case.num_tokens, seqs)
+    return choose_again(fuse(expand(sharded, *sizes), *sizes), *sizes)
 
 
 def kernels_of(case: Case) -> list[Built]:
@@ -164,8 +166,8 @@ class Inputs:
             "cu_seqlens": lambda: self.cu_seqlens,
             "context_lens": lambda: self.contexts,
             "page_table": lambda: self._pages(shape),
-            "positions": lambda: self.integers(MAX_SEQ_LEN, shape),
-            "slot_mapping": lambda: torch.randperm(case.num_seqs * MAX_SEQ_LEN, generator=self.random)[: shape[0]],
+            "positions": lambda: self.integers(case.max_seq_len, shape),
+            "slot_mapping": lambda: torch.randperm(case.num_seqs * case.max_seq_len, generator=self.random)[: shape[0]],
             "read_rows": lambda: (rows + 1) * (torch.tensor(case.before) > 0),
             "write_rows": lambda: rows[:, None] + torch.arange(2, case.rows_per_slot + 1),
             "state_lens": lambda: torch.tensor([n - min(n, p) for n, p in zip(case.before, self.pending, strict=True)]),
@@ -216,12 +218,13 @@ class Inputs:
             "accept_counts": lambda: self.integers(1000, shape),
             "forced_accept": lambda: torch.tensor(case.forced).repeat(shape[0])[: shape[0]],
             "drafts": lambda: self.integers(512, shape),
-            "positions": lambda: self.integers(MAX_SEQ_LEN + 4 * PAGE, shape),  # also where there is no page
+            "positions": lambda: self.integers(case.max_seq_len + 4 * PAGE, shape),  # also where there is no page
         }
 
     def _pages(self, shape: tuple[int, ...]) -> Tensor:
         """Those of drafts after the longest sequence are anybody's."""
-        pages, beyond = MAX_SEQ_LEN // PAGE, shape[1] - MAX_SEQ_LEN // PAGE
+        pages = self.case.max_seq_len // PAGE
+        beyond = shape[1] - pages
         own = torch.randperm(shape[0] * pages, generator=self.random).view(-1, pages)
         return torch.cat((own, own[:, :beyond]), 1)
 

@@ -38,12 +38,12 @@ from tokenspeed_plan.runtime.memory import TORCH_DTYPES
 REPLAYS = 3  # a round
 MANY = 256  # rows, from which tiles have rows of their own
 GEMV = {"n": (1, 2, 4, 8, 16), "k": (256, 512, 1024, 2048, 4096), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
-FLASH = {"n": (16, 32, 64), "k": (0,), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
+FLASH = {"n": (32, 64), "k": (1, 2), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
 MATRIX = {"m": (64, 128), "n": (64, 128, 256), "k": (32, 64, 128), "num_warps": (4, 8), "num_stages": (3, 4)}
 FLASH_MANY = {"m": (64, 128), "n": (32, 64), "k": (0,), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
 DOWN = {"n": (1, 2, 4, 8), "k": (64, 128, 256, 512), "num_warps": (2, 4, 8), "num_stages": (1,)}
 UP = {"n": (1, 2, 4, 8, 16), "k": (256, 512, 1024, 2048), "num_warps": (2, 4, 8), "num_stages": (1, 2)}
-DELTA = {"n": (8, 16, 32, 64, 128), "k": (0,), "num_warps": (1, 2, 4, 8, 16), "num_stages": (1,)}
+DELTA = {"n": (8, 16, 32, 64, 128), "k": (0,), "num_warps": (1, 2, 4, 8), "num_stages": (1,)}
 SOME = {"m": (16, 32, 64, 128), "n": (16, 32, 64, 128), "k": (64, 128, 256), "num_warps": (4, 8), "num_stages": (3, 4)}
 DOT = {"n": (16, 32, 64, 128), "k": (64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5)}
 

@@ -6,12 +6,13 @@ import math
 
 from tokenspeed_plan.planner.tiling.rotary import frequencies
 from tokenspeed_plan.planner.tiling.tuned import Tile
-from tokenspeed_plan.planner.tiling.work import Tiling, Work, fixed, per_rows, per_seq, up2
+from tokenspeed_plan.planner.tiling.work import Tiling, Work, blocks, fixed, per_rows, per_seq, up2
 from tokenspeed_plan.plans.schema import GridDim
-from tokenspeed_plan.plans.types import Attr
+from tokenspeed_plan.plans.types import Attr, TensorSpec
 
 MIN_RUN = 64  # tokens of a split, at least
 MAX_SPLITS = 128
+FAN = 8  # splits that are put together at once
 LOG2_E = 1 / math.log(2)
 
 
@@ -37,11 +38,11 @@ def attention(work: Work) -> list[Tiling]:
     return _decode(work) if work.part("attention").attrs["mode"] == "decode" else _prefill(work)
 
 
-def num_splits(work: Work, kv_heads: int, pages: int) -> int:
-    """As many as give each multiprocessor a part of the keys; 1 on a CPU."""
+def num_splits(work: Work, kv_heads: int, pages: int, crowd: int) -> int:
+    """As many as give each multiprocessor `crowd` parts of the keys; 1 on a CPU."""
     busy = work.num_seqs * kv_heads
     longest = pages * int(work.part("attention").attrs["page_size"])
-    return max(min(work.hardware.num_sms // busy, longest // MIN_RUN, MAX_SPLITS), 1)
+    return max(min(crowd * work.hardware.num_sms // busy, longest // MIN_RUN, MAX_SPLITS), 1)
 
 
 def _facts(work: Work) -> dict[str, Attr]:
@@ -53,37 +54,47 @@ def _facts(work: Work) -> dict[str, Attr]:
 
 
 def _decode(work: Work) -> list[Tiling]:
-    """Few sequences leave most of a GPU idle, so their keys are split."""
-    facts = _facts(work)
-    group, kv, d = (int(facts[name]) for name in ("GROUP", "KV", "D"))
-    rows, splits = work.rows_per_seq, num_splits(work, kv, int(facts["PAGES"]))
+    """Few sequences leave most of a GPU idle, so their keys are split; a tile's depth is splits a multiprocessor."""
+    facts, rows = _facts(work), work.rows_per_seq
+    heads = rows * int(facts["GROUP"])
     facts |= {"ROWS": rows} if rows > 1 else {}
-    facts |= {"BLOCK_G": max(16, up2(rows * group)), "SCALE": float(facts["SCALE"]) * LOG2_E}
-    if splits > 1:
-        facts |= {
-            "SPLITS": splits,
-            "BLOCK_S": up2(splits),
-            # Of more rows the last split has more to put together, so it had better be of fewer splits.
-            "MIN_RUN": max(MIN_RUN * max(up2(rows) // 2, 1), int(facts["PAGE"])),
-            "HEADS": up2(rows * group),
-            "BLOCK_P": min(up2(splits), max(8 // up2(rows), 1)),
-        }
-    scratch = {
-        "partial": per_seq(kv * splits * rows * group * d, work.dtype), "lse": per_seq(kv * splits * rows * group),
-        "tickets": per_seq(kv, "i32"),
-    }  # fmt: skip
+    facts |= {"BLOCK_G": max(16, up2(heads)), "SCALE": float(facts["SCALE"]) * LOG2_E}
     # In a pass that drafts, keys and even the context come from kernels that may not be done.
     ahead = work.specs["attention_q"].shape[0] == "num_tokens"
     made = []
-    warps = 4 if int(facts["BLOCK_G"]) < 64 else 8  # so many queries spill in fewer
-    shapes = (Tile(1, 64, 0, 8, 3), Tile(1, 64, 0, 8, 2), Tile(1, 32, 0, warps, 2), Tile(1, 16, 0, warps, 2))
-    for tile in work.tiles(*((Tile(1, 64, 0, 8, 1),) if work.interpreted else shapes)):
-        constants = facts | {"BLOCK_C": tile.n, "STAGES": tile.num_stages}
+    few, many = int(facts["BLOCK_G"]) == 16, int(facts["BLOCK_G"]) >= 64
+    warps = 8 if many else 4  # so many queries spill in fewer
+    first = Tile(1, 32 if many else 64, 1, 8, 2 if few else 3)
+    shapes = (first, Tile(1, 64, 1, 8, 2), Tile(1, 32, 1, warps, 2), Tile(1, 16, 1, warps, 2))
+    for tile in work.tiles(*((Tile(1, 64, 1, 8, 1),) if work.interpreted else shapes)):
+        splits = num_splits(work, int(facts["KV"]), int(facts["PAGES"]), max(tile.k, 1))
+        meeting, scratch = _meeting(work, facts, heads, splits)
+        constants = facts | meeting | {"BLOCK_C": tile.n, "STAGES": tile.num_stages}
         options = {"splits": splits, "rows": rows, "whole_pages": int(facts["PAGE"]) % tile.n == 0}
-        grid = (per_rows(1, by_seqs=True), fixed(kv), fixed(splits))
-        meet, stages = scratch if splits > 1 else {}, tile.num_stages
-        made.append(Tiling("attention_decode", constants, grid, tile.num_warps, stages, options, meet, ahead))
+        grid = (per_rows(1, by_seqs=True), fixed(int(facts["KV"])), fixed(splits))
+        stages = tile.num_stages
+        made.append(Tiling("attention_decode", constants, grid, tile.num_warps, stages, options, scratch, ahead))
     return made
+
+
+def _meeting(
+    work: Work, facts: dict[str, Attr], heads: int, splits: int
+) -> tuple[dict[str, Attr], dict[str, TensorSpec]]:
+    """How splits are put together: constants, and the scratch where they meet."""
+    if splits == 1:
+        return {}, {}
+    kv, d, teams = int(facts["KV"]), int(facts["D"]), blocks(splits, FAN)
+    constants: dict[str, Attr] = {
+        "SPLITS": splits, "FAN": FAN, "TEAMS": teams, "BLOCK_T": up2(teams), "HEADS": up2(heads),
+        # Of more rows there is more to put together, so it had better be of fewer splits.
+        "MIN_RUN": max(MIN_RUN * max(up2(work.rows_per_seq) // 2, 1), int(facts["PAGE"])),
+        "BLOCK_P": max(FAN // up2(work.rows_per_seq), 1),
+    }  # fmt: skip
+    return constants, {
+        "partial": per_seq(kv * splits * heads * d, work.dtype), "lse": per_seq(kv * splits * heads),
+        "team_partial": per_seq(kv * teams * heads * d, work.dtype), "team_lse": per_seq(kv * teams * heads),
+        "tickets": per_seq(kv * (teams + 1), "i32"),
+    }  # fmt: skip
 
 
 def _prefill(work: Work) -> list[Tiling]:

@@ -57,7 +57,9 @@ def _by_columns(work: Work, template: str, facts: dict[str, Attr], options: dict
     wide, b, rows = int(facts["DV"]), int(facts["B"]), work.rows_per_seq
     made = []
     first = _columns_and_warps(work, template)
-    shapes = (Tile(1, min(n, wide), int(facts["DK"]), warps, 1) for n, warps in (first, (64, 4), (16, 4), (8, 4)))
+    shapes = (
+        Tile(1, min(n, wide), int(facts["DK"]), warps, 1) for n, warps in (first, (64, 4), (32, 4), (16, 4), (8, 4))
+    )
     for tile in work.tiles(*((Tile(1, wide, 0, 4, 1),) if work.interpreted else shapes)):
         n, columns = tile.n, wide // tile.n
         scratch = {"partial": per_seq(rows * b * wide), "tickets": per_seq(b, "i32")} if columns > 1 else {}
@@ -71,8 +73,9 @@ def _columns_and_warps(work: Work, template: str) -> tuple[int, int]:
     """As measured on an H200: for few heads many programs; for many, few that share what they compute of a head."""
     if template == "delta_step":
         return (16, 2) if work.num_seqs <= 2 else (64, 4) if work.num_seqs <= 8 else (32, 8)
-    few = ((16, 1), (64, 2)) if template == "delta_replay" else ((16, 2), (32, 2))
-    return few[0] if work.num_seqs <= 2 else few[1] if work.num_seqs <= 4 else (128, 4)
+    if template == "delta_replay":
+        return (16, 4) if work.num_seqs <= 2 else (32, 2) if work.num_seqs <= 4 else (64, 4)
+    return (16, 2) if work.num_seqs <= 2 else (32, 2) if work.num_seqs <= 4 else (128, 4)
 
 
 def conv_qk_norm(work: Work) -> list[Tiling]:

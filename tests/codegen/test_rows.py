@@ -31,6 +31,8 @@ CASES = {
     "one row, the deepest program has three": rows(1, (9, 0, 505), gpu="H200", deeper=2),
     "bf16, heads of 128 and 256": rows(4, (0, 90), dtype="bf16", kind="kernel", gpu="H200"),
     "experts of a rank": rows(2, (0, 9, 64), layout=ParallelLayout(2, 1, 2)),
+    "one row, splits in teams": rows(1, (1600, 511, 512), gpu="H200", max_seq_len=1664),
+    "four rows, splits in teams": rows(4, (2040, 1025, 100), gpu="H200", max_seq_len=2048),
 }
 KEPT = {
     "four rows, kept": rows(4, (0, 62, 126, 300, 7), gpu="H200", keeps_inputs=True),
@@ -43,6 +45,7 @@ KEPT = {
 ONE, FOUR = CASES["one row, the deepest program has three"], CASES["four rows, the deepest program has six"]
 ROW, TWO, SIX = *(rows(n, (0, 64, 300), gpu="H200") for n in (1, 2)), CASES["six rows, H200 tiles"]
 FOUR_KEPT, TWO_KEPT = KEPT["four rows, kept"], KEPT["two rows, six are kept"]
+TEAMS = CASES["one row, splits in teams"]
 ELEVEN, HEADS = CASES["two rows of eleven, H200 tiles"], CASES["bf16, heads of 128 and 256"]
 
 
@@ -125,7 +128,12 @@ MUTATIONS = [
     (HEADS, "delta_step", "DV // BLOCK_V - 1", "DV // BLOCK_V - 2"),
     (HEADS, "delta_step", "tl.store(tickets + s * B + head, 0)", "pass"),
     (ONE, "delta_step", "causal_conv_write_rows + s * 3", "causal_conv_write_rows + s"),
-    (TWO_KEPT, "delta_replay", "i < pending", "i <= pending"),
+    (TWO_KEPT, "delta_replay", "i < count", "i <= count"),
+    (TWO_KEPT, "delta_replay", "logs[KEPT - 1] - logs[i]", "logs[KEPT - 1]"),
+    (TWO_KEPT, "delta_replay", "for l in tl.static_range(i):", "for l in tl.static_range(i - 1):"),
+    (FOUR_KEPT, "delta_replay", "for l in tl.static_range(i + 1):", "for l in tl.static_range(i):"),
+    (FOUR_KEPT, "delta_replay", "gates[i][1] * u", "gates[0][1] * u"),
+    (FOUR_KEPT, "delta_replay", "tl.exp(logs[i]) * seen[i]", "seen[i]"),
     (TWO_KEPT, "delta_replay", "- ROWS - tl.load", "- tl.load"),
     (TWO_KEPT, "delta_replay", "inputs[p + t]", "inputs[p]"),
     (TWO_KEPT, "delta_replay", "pending == p,", "pending >= p + 1,"),
@@ -150,8 +158,14 @@ MUTATIONS = [
     (FOUR, "attention_gate", "g // GROUP) * Q", "g % ROWS) * Q"),
     (FOUR, "attention_gate", "h // GROUP) * Q", "h % ROWS) * Q"),
     (FOUR, "attention_gate", "-1e30", 'float("-inf")'),
+    (TEAMS, "attention_gate", "tl.store(ticket + TEAMS, 0)", "pass"),
+    (TEAMS, "attention_gate", "used - team * FAN", "used - team"),
+    (TEAMS, "attention_gate", "teams - 1", "teams - 2"),
+    (TEAMS, "attention_gate", "used > FAN", "used > FAN + 1"),
+    (TEAMS, "attention_gate", "top + tl.log2(total)", "top"),
+    (TEAMS, "attention_gate", "(base + team) *", "base *"),
     (FOUR, "attention_gate", "tl.where(total > 0.0, total, 1.0)", "total"),
-    (FOUR, "attention_gate", "(base + p)[None, :] * (ROWS * GROUP)", "(base + p)[None, :] * GROUP"),
+    (FOUR, "attention_gate", "row = (base + p)[None, :] * heads", "row = (base + p)[None, :] * (heads // 2)"),
     (FOUR, "attention_gate", "(c >= length - ROWS)", "(c >= length - 1)"),
 ]  # fmt: skip
 
@@ -161,6 +175,6 @@ MUTATIONS = [
     ("case", "kind", "old", "new"), MUTATIONS, ids=[f"{kind}: {new}" for _, kind, _, new in MUTATIONS]
 )
 def test_a_broken_kernel_is_caught(case: Case, kind: str, old: str, new: str) -> None:
-    if DEVICE != "cpu" and "BLOCK_V - 1" in old:
+    if DEVICE != "cpu" and old in ("DV // BLOCK_V - 1", "teams - 1"):
         pytest.skip("the last but one to end may find the last one's result there on a GPU")
     assert is_caught(case, kind, old, new)
