@@ -50,6 +50,7 @@ def render(kind: str, kernel: KernelSpec, launch: Launch, options: dict[str, obj
         "parts": [{"kind": part.kind, "doc": OPS[part.kind].doc} for part in kernel.parts],
         "constants": dict(sorted(launch.constants.items())),
         "pdl": launch.pdl,
+        "late_start": launch.late_start,
         "has": {param.name for param in kernel.params}.__contains__,
     }
     text = _environment().get_template(f"{launch.template}.py.j2").render(context | options)

@@ -22,6 +22,7 @@ from tokenspeed_plan.planner.limits import (
     prefill_buckets,
 )
 from tokenspeed_plan.planner.model_config import ModelConfig, load_model_config, load_preset
+from tokenspeed_plan.planner.passes.choose_again import choose_again
 from tokenspeed_plan.planner.passes.expand import expand
 from tokenspeed_plan.planner.passes.fuse import fuse
 from tokenspeed_plan.planner.passes.lower import Choose, lower
@@ -169,7 +170,7 @@ def _programs(
         tokens = bucket * (graph.depth + 1 if graph.phase == "decode" else 1)
         expanded = check(expand(graph, tokens, seqs))
         load = _load(graph.phase, tokens, seqs, spec)
-        fused = check(fuse(expanded, tokens, seqs))
+        fused = check(choose_again(fuse(expanded, tokens, seqs), tokens, seqs))
         placed = check(place(check(schedule_best(fused, load, hardware, TODAY.most_streams)), tokens, seqs))
         lowered, kernels = lower(placed, hardware, load, (tokens, seqs), choose)
         made.append((bucket, seqs, check(lowered), kernels))

@@ -52,30 +52,24 @@ def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> Decided:
         SpecError: what the spec states is illegal for this model or not planned yet, or nothing fits.
     """
     _check_stated(spec, config)
-    predictors = _predictors(spec, config, hardware)
+    kept = rollback.kept_first(spec, config, hardware)
+    predictors = [Predictor(spec, config, hardware, keeps_inputs=keeps) for keeps in kept]
     predictor, found = _search(predictors, spec.target.count)
+    buckets = decode_buckets(spec.workload.concurrency)
+    ways = rollback.rollbacks(predictors, found.best.candidate, buckets)
+    chosen = rollback.choose(ways)
+    if chosen.predictor is not predictor:  # what is promised must be of the way that is taken
+        predictor, found = _search([chosen.predictor], spec.target.count)
+        ways = rollback.rollbacks(predictors, found.best.candidate, buckets)
+        chosen = next(way for way in ways if way.predictor is predictor)
     wide = Search(predictor, EVERYTHING, spec.target.count).run()
     wide = wide if wide.predictions else found
     best = found.best.candidate
-    ways = rollback.rollbacks(predictors, best, decode_buckets(spec.workload.concurrency))
-    chosen = rollback.choose(ways)
     speculation = depths.decision(predictor, chosen.table), rollback.decision(ways, chosen)
     decisions = _decisions(predictor, found, wide, speculation)
     by_bucket = {each.bucket: each.depth for each in chosen.table}
     knobs, keeps_inputs = replace(best.knobs, depth=chosen.depth), chosen.keeps_inputs and chosen.depth > 0
     return Decided(best.layout, knobs, by_bucket, decisions, advise.predicted(predictor, found, wide), keeps_inputs)
-
-
-def _predictors(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> list[Predictor]:
-    """One for each way to take drafts back, the usual one first; one alone where nothing is drafted.
-
-    A GPU waits for memory, so that it keeps inputs (35B-A3B on an H200: 1.01 to 1.05 times the tokens of rows in every
-    bucket); a CPU for arithmetic.
-    """
-    stated, drafts = spec.stated_rollback, bool(config.num_mtp_layers) and spec.stated_depth != 0
-    usual = hardware.sm > 0
-    kept = [stated == "inputs"] if stated else [usual, not usual] if drafts else [usual]
-    return [Predictor(spec, config, hardware, keeps_inputs=keeps) for keeps in kept]
 
 
 def _search(predictors: Sequence[Predictor], num_gpus: int) -> tuple[Predictor, Found]:
@@ -157,6 +151,11 @@ def _check_stated(spec: Spec, config: ModelConfig) -> None:
         raise SpecError(
             f"`speculation.draft_vocab` is {spec.draft_vocab}, `{config.name}` has {config.vocab_size} tokens",
             "leave it out to draft from all of them",
+        )
+    if spec.draft_vocab and spec.draft_vocab % spec.target.count:
+        raise SpecError(
+            f"`speculation.draft_vocab` is {spec.draft_vocab}, which {spec.target.count} GPUs cannot share",
+            f"name a multiple of {spec.target.count}",
         )
     if spec.serving and spec.serving.kv_dtype == "fp8":
         raise SpecError("`serving.kv_dtype: fp8` is not planned yet", "leave it out; `tokenspeed predict` prices it")

@@ -32,10 +32,28 @@ def check_hazards(program: Program, kernels: Mapping[str, KernelSpec], buffers: 
     Raises:
         ShapeError: a read of what was not written or was overwritten, a race, or an event without its partner.
     """
+    _check_early(program, kernels)
     replay = _Replay(program, buffers)
     for step in program.steps:
         replay.run(step, _accesses(step, kernels), _slots(step, kernels))
     replay.finish()
+
+
+def _check_early(program: Program, kernels: Mapping[str, KernelSpec]) -> None:
+    """What a kernel reads before its predecessor is done must be older than that one."""
+    before: dict[int, Step] = {}
+    for step in program.steps:
+        launch = kernels[step.kernel].launch if isinstance(step, KernelCall) else None
+        if isinstance(step, KernelCall) and launch is not None and launch.early:
+            places = {param.name: name for param, name in zip(kernels[step.kernel].params, step.args, strict=True)}
+            last = before.get(step.stream)
+            known = isinstance(last, KernelCall) and kernels[last.kernel].launch
+            require(bool(known and known.late_start), f"`{step.kernel}` reads ahead of a kernel that does not wait")
+            written = {name for name, access in _accesses(last, kernels) if access != "read"} if last else set()
+            made = {places[name] for name in launch.early if name in places} & written
+            require(not made, f"`{step.kernel}` reads `{min(made, default='')}` ahead of the kernel that makes it")
+        if isinstance(step, (KernelCall, CollectiveCall)):
+            before[step.stream] = step
 
 
 def _accesses(step: Step, kernels: Mapping[str, KernelSpec]) -> list[tuple[str, Access]]:
@@ -199,7 +217,7 @@ class _Replay:
         unpaired = set(self.events) - self.waited
         require(not unpaired, f"event {min(unpaired, default=0)} is recorded and never waited for")
         if self.program.phase == "decode":
-            left = set(BATCH_STATE) & set(self.program.inputs) - self.moved_on
+            left = {*BATCH_STATE, "state_lens"} & set(self.program.inputs) - self.moved_on
             require(not left, f"`{min(left, default='')}` does not move on to the next step")
         for name in self.program.outputs:
             require(name in self.intact, f"output `{name}` is not there at the end")

@@ -284,7 +284,8 @@ class Launch(Frozen):
     """How a kernel is built and started: its template, the constants baked into it, its grid.
 
     `source_sha256` is that of `kernels/<name>.py`. With `pdl` it starts while its predecessor ends, and waits for its
-    results inside (programmatic dependent launch).
+    results inside (programmatic dependent launch). The inputs `early` it reads before that: they must be older than its
+    predecessor, which has `late_start` (its successor starts only when all before it is done).
     """
 
     template: str
@@ -293,6 +294,8 @@ class Launch(Frozen):
     num_warps: Annotated[int, Field(ge=1, le=32)]
     num_stages: Annotated[int, Field(ge=1, le=32)]
     pdl: bool
+    early: tuple[str, ...] = ()
+    late_start: bool = False
     source_sha256: Sha256
 
 

@@ -214,9 +214,19 @@ def _kernels(plan: Plan) -> None:
             _kernel_body(kernel)
         except ShapeError as error:
             raise refuse(f"kernel `{kernel.name}`: {error}") from error
+        _early(kernel)
         kept = {_kept(kernel, part) for part in kernel.parts} - {None}
         check(kept <= {plan.limits.kept_inputs},
               lambda k=kernel: f"kernel `{k.name}` does not keep {plan.limits.kept_inputs} inputs")  # type: ignore[misc] # fmt: skip
+
+
+def _early(kernel: KernelSpec) -> None:
+    """What is read early is an input, and means something only where kernels overlap."""
+    if kernel.launch is None:
+        return
+    launch, inputs = kernel.launch, {param.name for param in kernel.params if param.role == "input"}
+    check(set(launch.early) <= inputs, lambda: f"kernel `{kernel.name}` reads early what is no input of it")
+    check(launch.pdl or not (launch.early or launch.late_start), lambda: f"kernel `{kernel.name}` does not overlap")
 
 
 def _kept(kernel: KernelSpec, part: Part) -> Dim | None:

@@ -42,7 +42,9 @@ def late(kernel: KernelSpec, tensors: list[Tensor], case: Case) -> Iterator[None
             values["attention_kv_cache"][page, :, place] = there
 
     before = cuda.gdc_launch_dependents, cuda.gdc_wait
-    cuda.gdc_launch_dependents, cuda.gdc_wait = begin, wait
+    late_start = kernel.launch is not None and kernel.launch.late_start  # then that call is behind the wait
+    cuda.gdc_launch_dependents, cuda.gdc_wait = (lambda: None) if late_start else begin, wait
+    begin()
     try:
         yield
     finally:
@@ -54,7 +56,12 @@ def _is_late(kernel: KernelSpec, name: str) -> bool:
     param = next(param for param in kernel.params if param.name == name)
     drafts = kind_of(kernel) == "attention_gate" and kernel.params[0].tensor.shape[0] == "num_seqs"
     given = BATCH_INPUTS - ({"context_lens"} if drafts else set())
-    return param.role == "input" and not any(name == role or name.endswith("_" + role) for role in given)
+    early = kernel.launch.early if kernel.launch else ()
+    return (
+        param.role == "input"
+        and name not in early
+        and not any(name == role or name.endswith("_" + role) for role in given)
+    )
 
 
 def _new_slots(values: Mapping[str, Tensor], case: Case) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from tokenspeed_plan.planner.search.best import Found, Search
 from tokenspeed_plan.planner.search.candidate import EVERYTHING, TODAY, check_formats
 from tokenspeed_plan.planner.search.engine import load_engine
 from tokenspeed_plan.planner.search.predict import Prediction, Predictor, digits
+from tokenspeed_plan.planner.search.rollback import kept_first
 from tokenspeed_plan.planner.search.steps import Engine
 from tokenspeed_plan.planner.spec import Spec, load_spec
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
@@ -71,7 +72,8 @@ def search(
     """
     hardware = find_hardware(spec.target.gpu)
     check_formats(spec.model.weights, hardware)
-    predictor = Predictor(spec, config, hardware, engine, reserved)
+    keeps_inputs = engine is None and kept_first(spec, config, hardware)[0]
+    predictor = Predictor(spec, config, hardware, engine, reserved, keeps_inputs)
     found = Search(predictor, EVERYTHING, spec.target.count).run()
     _ = found.best
     return predictor, found

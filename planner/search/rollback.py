@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import geometric_mean
 
-from tokenspeed_plan.planner.hardware import GIB
+from tokenspeed_plan.planner.hardware import GIB, HardwareSpec
+from tokenspeed_plan.planner.model_config import ModelConfig
 from tokenspeed_plan.planner.search.candidate import Candidate
 from tokenspeed_plan.planner.search.depths import WORTH_A_DRAFT, Crossover, crossovers
 from tokenspeed_plan.planner.search.memory import MemoryMap
 from tokenspeed_plan.planner.search.predict import Predictor
+from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.schema import Decision
 
 
@@ -49,6 +51,16 @@ class Rollback:
 
     def __str__(self) -> str:
         return "inputs" if self.keeps_inputs else "rows"
+
+
+def kept_first(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> list[bool]:
+    """Whether inputs are kept, the usual way first; one way alone where the spec says so or nothing is drafted.
+
+    A GPU waits for memory, so that it keeps inputs; a CPU for arithmetic.
+    """
+    stated, drafts = spec.stated_rollback, bool(config.num_mtp_layers) and spec.stated_depth != 0
+    usual = hardware.sm > 0
+    return [stated == "inputs"] if stated else [usual, not usual] if drafts else [usual]
 
 
 def rollbacks(predictors: Sequence[Predictor], candidate: Candidate, buckets: tuple[int, ...]) -> list[Rollback]:

@@ -19,6 +19,7 @@ from tokenspeed_plan.planner.hardware import TIME_KINDS, HardwareSpec, all_reduc
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.limits import plan_limits
 from tokenspeed_plan.planner.model_config import LayerType, ModelConfig
+from tokenspeed_plan.planner.passes.choose_again import choose_again
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS, expand
 from tokenspeed_plan.planner.passes.fuse import fuse
 from tokenspeed_plan.planner.passes.shard import shard
@@ -211,7 +212,8 @@ class StepModel:
         """The fused graph of a short model, for one or two rows, for few or for many; so with the sequences."""
         sizes = (_alike(tokens), _alike(seqs))
         if (key := (layout, phase, depth, *sizes)) not in self.graphs:
-            self.graphs[key] = fuse(expand(self._of_rank(layout, phase, depth), *sizes), *sizes)
+            fused = fuse(expand(self._of_rank(layout, phase, depth), *sizes), *sizes)
+            self.graphs[key] = choose_again(fused, *sizes)
         return self.graphs[key]
 
     def _of_rank(self, layout: ParallelLayout, phase: Phase, depth: int) -> OpGraph:

@@ -10,12 +10,13 @@ from tokenspeed_plan.plans.types import Attr
 
 def _choice(work: Work, logits: str) -> dict[str, Attr]:
     experts, top_k = work.width(logits), work.size("topk", "top_k")
-    return {"EXPERTS": experts, "TOP_K": top_k, "BLOCK_E": up2(experts), "BLOCK_J": up2(top_k)}
+    return {"EXPERTS": experts, "TOP_K": top_k, "BLOCK_E": up2(experts)}
 
 
 def topk(work: Work) -> list[Tiling]:
     """A program a token."""
-    return [Tiling("topk", _choice(work, "logits"), (per_rows(1, work.by_seqs),), 1, 1)]
+    facts = _choice(work, "logits") | {"BLOCK_J": up2(work.size("topk", "top_k"))}
+    return [Tiling("topk", facts, (per_rows(1, work.by_seqs),), 1, 1)]
 
 
 def moe_up(work: Work) -> list[Tiling]:
@@ -24,6 +25,8 @@ def moe_up(work: Work) -> list[Tiling]:
     shared = work.width("linear_w", 0) // 2
     narrow = work.specs["topk_logits"].dtype == "bf16"
     facts = _choice(work, "topk_logits") | {"LOCAL": local, "INNER": inner, "SHARED": shared, "H": hidden}
+    facts |= {"BLOCK_J": up2(int(facts["TOP_K"]))} if "topk_ids" in work.outputs else {}
+    options, late_start = {"narrow": narrow}, "topk_ids" not in work.outputs  # the way down chooses for itself
     made = []
     deep = max(min(hidden & -hidden, 2048), 256)  # no load is masked
     warps = 4 if work.num_tokens == 1 else 2
@@ -32,17 +35,24 @@ def moe_up(work: Work) -> list[Tiling]:
         n = min(shape.n, up2(max(inner, shared)))
         tile: dict[str, Attr] = {"BLOCK_N": n, "BLOCK_K": min(shape.k, up2(hidden)), "STAGES": shape.num_stages}
         grid = (per_rows(1, work.by_seqs), fixed(int(facts["TOP_K"]) + 1), fixed(blocks(max(inner, shared), n)))
-        made.append(Tiling("moe_up", facts | tile, grid, shape.num_warps, shape.num_stages, {"narrow": narrow}))
+        stages = shape.num_stages
+        made.append(Tiling("moe_up", facts | tile, grid, shape.num_warps, stages, options, late_start=late_start))
     return made
 
 
 def moe_down(work: Work) -> list[Tiling]:
     """A program for some columns of one token, over all its experts."""
     local, hidden, inner = (work.width("experts_down_w", dim) for dim in range(3))
-    facts: dict[str, Attr] = {
-        "LOCAL": local, "INNER": inner, "H": hidden, "SHARED": work.width("linear_w"),
-        "TOP_K": work.width("experts_down_weights"),
-    }  # fmt: skip
+    shared: Attr = work.width("linear_w")
+    facts: dict[str, Attr] = {"LOCAL": local, "INNER": inner, "H": hidden, "SHARED": shared}
+    options: dict[str, object] = {"add": work.has("add"), "again": work.has("topk")}
+    early: tuple[str, ...] = ()
+    if work.has("topk"):
+        facts |= _choice(work, "topk_logits")
+        options |= {"narrow": work.specs["topk_logits"].dtype == "bf16"}
+        early = ("topk_logits",)  # made before the way up, which starts its successor late
+    else:
+        facts |= {"TOP_K": work.width("experts_down_weights")}
     made = []
     first = Tile(1, 2, 512, 2, 1) if work.num_tokens == 1 else Tile(1, 1, 256, 2, 1)
     shapes = (first, Tile(1, 4, 256, 4, 1))
@@ -51,8 +61,7 @@ def moe_down(work: Work) -> list[Tiling]:
             "BLOCK_N": min(shape.n, up2(hidden)), "BLOCK_K": min(shape.k, up2(max(inner, int(facts["SHARED"])))),
         }  # fmt: skip
         grid = (per_rows(1, work.by_seqs), fixed(blocks(hidden, int(tile["BLOCK_N"]))))
-        options = {"add": work.has("add")}
-        made.append(Tiling("moe_down", facts | tile, grid, shape.num_warps, 1, options, ahead=True))
+        made.append(Tiling("moe_down", facts | tile, grid, shape.num_warps, 1, options, ahead=True, early=early))
     return made
 
 

@@ -91,6 +91,8 @@ def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         pdl=pdl,
+        early=tiling.early if pdl and tiling.ahead else (),
+        late_start=pdl and tiling.late_start,
         source_sha256="",
     )
     scratch = tuple(

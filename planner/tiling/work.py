@@ -109,7 +109,7 @@ class Tiling:
     """One way to build a kernel.
 
     `options` choose inside the template; programs meet in `scratch`; with `ahead` the kernel loads what no other
-    writes while its predecessor ends.
+    writes while its predecessor ends, and the inputs `early`: its predecessor has `late_start`, and does not make them.
     """
 
     template: str
@@ -120,6 +120,8 @@ class Tiling:
     options: Mapping[str, object] = field(default_factory=dict)
     scratch: Mapping[str, TensorSpec] = field(default_factory=dict)
     ahead: bool = False
+    early: tuple[str, ...] = ()
+    late_start: bool = False
 
 
 def per_seq(width: int, dtype: DType = "fp32") -> TensorSpec:

@@ -149,11 +149,12 @@ class Replay:
         for call, run in self._one_by_one():
             run()
             kernel = self.executor.kernels[call.kernel]
-            chosen = next((o for part in kernel.parts if part.kind == "topk" for o in part.outputs[1:]), None)
-            if chosen is not None:
-                index = [param.name for param in kernel.params].index(chosen)
-                ids = self.executor.buffer_of(self.program, call.args[index], *self._size)
-                hit = int(ids[: self.tokens].unique().numel())
+            choice = next((part for part in kernel.parts if part.kind == "topk"), None)
+            if choice is not None:
+                index = [param.name for param in kernel.params].index(choice.operands[0])
+                logits = self.executor.buffer_of(self.program, call.args[index], *self._size)
+                ids = logits[: self.tokens].topk(int(choice.attrs["top_k"])).indices
+                hit = int(ids.unique().numel())
             yield hit
 
     def _one_by_one(self) -> Iterator[tuple[KernelCall, Callable[[], None]]]:

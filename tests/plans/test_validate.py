@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_spec
+from conftest import ROOT, make_spec
 from tokenspeed_plan.planner import compile as compile_module
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.passes.fuse import fuse
 from tokenspeed_plan.planner.passes.schedule import schedule
-from tokenspeed_plan.plans.bundle import check_digest, dump_plan, parse_plan, seal
+from tokenspeed_plan.plans.bundle import check_digest, dump_plan, load_plan, parse_plan, seal
 from tokenspeed_plan.plans.canon import kernel_name
 from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import BATCH_INPUTS
 from tokenspeed_plan.plans.schema import ArenaSpec, KernelCall, KernelSpec, Plan, Program
 from tokenspeed_plan.plans.types import TensorSpec
@@ -486,6 +487,54 @@ def test_reuse_across_streams_needs_an_order(streamed: Plan) -> None:
         bad = move_buffer(rng, streamed)
         found += bad is not None and refused(bad)
     assert found >= 30
+
+
+def with_launch(plan: Plan, kind: str, **changes: Any) -> Plan:
+    """The plan with the launches of a kind of kernel changed, and all names put right."""
+    made = {}
+    for kernel in plan.kernels:
+        if kind_of(kernel) == kind:
+            assert kernel.launch is not None
+            other = kernel.model_copy(update={"launch": kernel.launch.model_copy(update=changes), "name": ""})
+            made[kernel.name] = other.model_copy(update={"name": kernel_name(kind, other)})
+    names = {old: kernel.name for old, kernel in made.items()}
+    text = reduce(lambda text, pair: text.replace(*pair), names.items(), plan.model_dump_json())
+    return Plan.model_validate_json(text).model_copy(
+        update={"kernels": tuple(made.get(kernel.name, kernel) for kernel in plan.kernels)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("moe_up", {"late_start": False}),
+        ("moe_down_add", {"early": ("topk_logits", "experts_down_h")}),
+        ("norm_linear", {"early": ("rms_norm_x",)}),
+        ("moe_down_add", {"early": ("nonsense",)}),
+        ("moe_up", {"pdl": False}),
+    ],
+    ids=[
+        "its predecessor starts it at once",
+        "its predecessor makes it",
+        "no predecessor waits",
+        "no such input",
+        "no overlap",
+    ],
+)
+def test_what_is_read_ahead_is_older_than_the_kernel_before(kind: str, changes: dict[str, Any]) -> None:
+    plan = load_plan(ROOT / "plans/frozen/qwen3.5-35b-h200").model_copy(update={"binaries": ()})
+    assert not refused(plan)
+    assert not refused(with_launch(plan, kind))
+    assert refused(with_launch(plan, kind, **changes))
+
+
+def test_states_that_are_kept_must_move_on() -> None:
+    """Without its last word on how far states are, a captured program would compute the same inputs again each step."""
+    plan = load_plan(ROOT / "plans/frozen/qwen3.5-35b-h200").model_copy(update={"binaries": ()})
+    index, program = next((i, p) for i, p in enumerate(plan.programs) if p.phase == "decode")
+    settles = [step for step in program.steps if isinstance(step, KernelCall) and step.kernel.startswith("settle")]
+    assert len(settles) == 1
+    assert refused(with_program(plan, index, steps=tuple(step for step in program.steps if step not in settles)))
 
 
 def test_the_digest_seals_everything_else(tiny_plan: Plan) -> None:

@@ -1,0 +1,74 @@
+"""moe_down_add
+
+experts_down: y[t] = sum_j weights[t, j] h[t, j] D^T
+linear: y = x w^T, cut into `splits` columns
+gated_add: y = r + x * sigmoid(g), g one scalar a token
+add: y = x + r
+Source: mixture of experts: the weighted sum of the chosen experts, and the shared one behind its sigmoid gate
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def moe_down_add(
+    experts_down_h,  # input, fp32 [num_tokens, 256]
+    experts_down_ids,  # input, i32 [num_tokens, 2]
+    experts_down_weights,  # input, fp32 [num_tokens, 2]
+    linear_x,  # input, fp32 [num_tokens, 128]
+    gated_add_g,  # input, fp32 [num_tokens, 1]
+    add_r,  # input, fp32 [num_tokens, 256]
+    experts_down_w,  # weight, fp32 [8, 256, 128]
+    linear_w,  # weight, fp32 [256, 128]
+    add_y,  # output, fp32 [num_tokens, 256]
+    num_tokens,
+    num_seqs,
+):
+    BLOCK_K: tl.constexpr = 128
+    BLOCK_N: tl.constexpr = 64
+    H: tl.constexpr = 256
+    INNER: tl.constexpr = 128
+    LOCAL: tl.constexpr = 8
+    SHARED: tl.constexpr = 128
+    TOP_K: tl.constexpr = 2
+
+    t = tl.program_id(0)  # rows that chose the same expert read its weights side by side
+    first = tl.program_id(1) * BLOCK_N
+    n = tl.arange(0, BLOCK_N)
+    ok = first + n < H
+    k = tl.arange(0, BLOCK_K)
+    early_shared = tl.load(
+        linear_w + first.to(tl.int64) * SHARED + n[:, None] * SHARED + k[None, :],
+        mask=ok[:, None] & (k < SHARED)[None, :], other=0.0,
+    )
+
+    experts, there, shares = (), (), ()
+    for j in tl.static_range(TOP_K):
+        experts = experts + (tl.load(experts_down_ids + t * TOP_K + j),)
+        there = there + ((experts[j] >= 0) & (experts[j] < LOCAL),)
+        shares = shares + (tl.load(experts_down_weights + t * TOP_K + j).to(tl.float32),)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for j in tl.static_range(TOP_K):  # unrolled: all experts' weights are on their way at once
+        for k0 in tl.static_range(0, INNER, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            x = tl.load(experts_down_h + (t * TOP_K + j) * INNER + k, mask=there[j] & (k < INNER), other=0.0)
+            w = tl.load(
+            experts_down_w + (tl.where(there[j], experts[j], 0).to(tl.int64) * H + first) * INNER + n[:, None] * INNER + k[None, :],
+            mask=(ok & there[j])[:, None] & (k < INNER)[None, :], other=0.0,
+        )
+            acc += w.to(tl.float32) * (x.to(tl.float32) * shares[j])[None, :]
+    gate = tl.sigmoid(tl.load(gated_add_g + t).to(tl.float32))
+    for k0 in tl.static_range(0, SHARED, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        w = early_shared
+        if k0 > 0:
+            w = tl.load(
+        linear_w + first.to(tl.int64) * SHARED + n[:, None] * SHARED + k[None, :],
+        mask=ok[:, None] & (k < SHARED)[None, :], other=0.0,
+    )
+        x = tl.load(linear_x + t * SHARED + k, mask=k < SHARED, other=0.0).to(tl.float32) * gate
+        acc += w.to(tl.float32) * x[None, :]
+    out = tl.sum(acc, 1)
+    out += tl.load(add_r + t * H + first + n, mask=ok, other=0.0).to(tl.float32)
+    tl.store(add_y + t * H + first + n, out, mask=ok)

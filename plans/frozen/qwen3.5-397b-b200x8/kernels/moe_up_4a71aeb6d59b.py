@@ -1,0 +1,104 @@
+"""moe_up
+
+topk: softmax, k largest, divided by their sum
+experts_up: y[t, j] = silu(x G^T) * (x U^T) of expert ids[t, j]
+linear: y = x w^T, cut into `splits` columns
+silu_mul: y = silu(x[:, :n]) * x[:, n:]
+Source: mixture of experts, SwiGLU (arXiv:2002.05202): a program finds its expert itself, so no launch waits between
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _keys(logits, e):
+    """A key for each expert: its logit in integer order, then the lower index."""
+    bits = logits.to(tl.float32).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ordered & -65536) | (65535 - e)  # the low half of a bf16 says nothing
+
+
+@triton.jit
+def _without(key, best):
+    return tl.where(key == best, -2147483648, key)
+
+
+@triton.jit
+def _expert(best):
+    return (65535 - (best & 65535)).to(tl.int32)
+
+
+@triton.jit
+def moe_up(
+    topk_logits,  # input, bf16 [num_tokens, 512]
+    experts_up_x,  # input, bf16 [num_tokens, 4096]
+    experts_up_w,  # weight, bf16 [512, 256, 4096]
+    linear_w,  # weight, bf16 [256, 4096]
+    topk_weights,  # output, bf16 [num_tokens, 10]
+    topk_ids,  # output, i32 [num_tokens, 10]
+    experts_up_y,  # output, bf16 [num_tokens, 1280]
+    silu_mul_y,  # output, bf16 [num_tokens, 128]
+    num_tokens,
+    num_seqs,
+):
+    BLOCK_E: tl.constexpr = 512
+    BLOCK_J: tl.constexpr = 16
+    BLOCK_K: tl.constexpr = 256
+    BLOCK_N: tl.constexpr = 4
+    EXPERTS: tl.constexpr = 512
+    H: tl.constexpr = 4096
+    INNER: tl.constexpr = 128
+    LOCAL: tl.constexpr = 512
+    SHARED: tl.constexpr = 128
+    STAGES: tl.constexpr = 2
+    TOP_K: tl.constexpr = 10
+    tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
+    tl.extra.cuda.gdc_wait()  # all before this one is done and visible
+
+    t, slot = tl.program_id(0), tl.program_id(1)  # rows that chose the same expert read its weights side by side
+    first = tl.program_id(2) * BLOCK_N
+    n = tl.arange(0, BLOCK_N)
+    if slot < TOP_K:
+        e = tl.arange(0, BLOCK_E)
+        logits = tl.load(topk_logits + t * EXPERTS + e, mask=e < EXPERTS, other=float("-inf")).to(tl.float32)
+        key = _keys(logits, e)
+        keeps = (slot == TOP_K - 1) & (first == 0)  # one program finds all of them, and writes them down
+        j = tl.arange(0, BLOCK_J)
+        chosen = tl.zeros([BLOCK_J], tl.int32)
+        share = tl.full([BLOCK_J], float("-inf"), tl.float32)
+        mine = 0
+        for r in range(slot + 1):
+            best = tl.max(key, 0)
+            mine = _expert(best)
+            if keeps:
+                chosen = tl.where(j == r, mine, chosen)
+                share = tl.where(j == r, tl.max(tl.where(key == best, logits, float("-inf")), 0), share)
+            key = _without(key, best)
+        if keeps:
+            share = tl.exp(share - tl.max(share, 0))
+            tl.store(topk_ids + t * TOP_K + j, chosen, mask=j < TOP_K)
+            tl.store(topk_weights + t * TOP_K + j, share / tl.sum(share, 0), mask=j < TOP_K)
+        there = (mine >= 0) & (mine < LOCAL)
+        weight = experts_up_w + tl.where(there, mine, 0).to(tl.int64) * (2 * INNER * H) + first * H
+        half = INNER
+    else:
+        there = slot == TOP_K
+        weight = linear_w + first.to(tl.int64) * H
+        half = SHARED
+    ok = n < half - first
+    gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for k0 in tl.range(0, H, BLOCK_K, num_stages=STAGES):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = tl.load(experts_up_x + t * H + k, mask=k < H, other=0.0).to(tl.float32)
+        mask = (ok & there)[:, None] & (k < H)[None, :]
+        place = n[:, None] * H + k[None, :]
+        gate += tl.load(weight + place, mask=mask, other=0.0).to(tl.float32) * x[None, :]
+        up += tl.load(weight + half * H + place, mask=mask, other=0.0).to(tl.float32) * x[None, :]
+    out = tl.sum(gate, 1)
+    out = out * tl.sigmoid(out) * tl.sum(up, 1)
+    if slot < TOP_K:
+        tl.store(experts_up_y + (t * TOP_K + slot) * INNER + first + n, out, mask=ok)
+    else:
+        tl.store(silu_mul_y + t * SHARED + first + n, out, mask=ok)
