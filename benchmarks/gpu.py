@@ -1,22 +1,28 @@
-"""One user's decode on one GPU: a plan's engine against transformers; same shape, random bf16 weights, same context.
+"""One user's decode on one GPU: a plan's engine against others; same shape, random bf16 weights, same context.
 
-    python benchmarks/gpu.py plans/frozen/qwen3.5-35b-h200 [--context 1024] [--tokens 128] [--peers eager,compile]
+    python benchmarks/gpu.py DIR [--context 1024] [--tokens 128] [--peers eager,compile,vllm]
 
 Each contestant runs in a process of its own, one after the other on the same GPU, and generates `--tokens` greedy
-tokens after a prompt; the figure is the time of a token after the first. Ours is the whole engine with its scheduler.
+tokens after a prompt; the figure is the time of a token after the first. Ours is the whole engine with its scheduler;
+plan it with `speculation: off`, for the others do not draft either.
 transformers runs with a static cache, its experts as grouped products, eagerly and with the decode step compiled
 (`torch.compile(mode="reduce-overhead")`, CUDA graphs); where flash-linear-attention is installed it uses it.
+vLLM runs in its process too, compiled and with CUDA graphs, with FlashAttention 3 and Triton's delta rule, the text
+model alone; `vllm-h100` lends it the tiles of experts that it ships for an H100, where it has none for the GPU at hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,13 @@ import torch
 
 WARM_UP = 8  # tokens that are not counted
 TIME_LIMIT_S = 600
+REPEATS = 3
+VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 1}  # never built
+VLLM = {  # in one process, without a network, nothing drawn by FlashInfer
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -43,7 +56,8 @@ def ours(bundle: Path, context: int, tokens: int) -> dict[str, Any]:
     prompt, params = prompt_ids(plan.model.vocab_size, context), SamplingParams(max_tokens=tokens, ignore_eos=True)
     engine.generate([prompt], params)
     (done,) = engine.generate([prompt], params)
-    return {"tpot_ms": done.decode_s / (tokens - 1) * 1e3, "ttft_ms": done.ttft_s * 1e3}
+    drafts = plan.limits.max_depth  # 0, to be compared with those that do not draft
+    return {"tpot_ms": done.decode_s / (tokens - 1) * 1e3, "ttft_ms": done.ttft_s * 1e3, "drafts": drafts}
 
 
 def prompt_ids(vocab_size: int, count: int) -> list[int]:
@@ -93,6 +107,50 @@ def timed(run: Step, token: torch.Tensor) -> float:
     return time.perf_counter() - begun
 
 
+def vllm_peer(config: Path, context: int, tokens: int, borrow: bool) -> dict[str, Any]:
+    """vLLM: the time of `tokens` tokens less that of one, with its own scheduler and sampler."""
+    os.environ.update(VLLM)
+    made = json.loads(config.read_text())
+    text = made["text_config"]
+    made["architectures"] = [f"Qwen3_5{'Moe' * ('num_experts' in text)}ForConditionalGeneration"]
+    made |= {"vision_config": VISION | {"out_hidden_size": text["hidden_size"]}, "dtype": "bfloat16"}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(made))
+        if borrow:
+            os.environ["VLLM_TUNED_CONFIG_FOLDER"] = borrowed_tiles(text, folder)
+        from vllm import LLM, SamplingParams
+
+        engine = LLM(
+            folder, load_format="dummy", skip_tokenizer_init=True, language_model_only=True, dtype="bfloat16",
+            max_model_len=context + tokens + 64, max_num_seqs=8, enable_prefix_caching=False,
+            attention_backend="FLASH_ATTN", gdn_prefill_backend="triton",
+            compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8], "max_cudagraph_capture_size": 8},
+        )  # fmt: skip
+
+        def taken(count: int) -> float:
+            params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+            begun = time.perf_counter()
+            engine.generate([{"prompt_token_ids": prompt_ids(text["vocab_size"], context)}], params, use_tqdm=False)
+            return time.perf_counter() - begun
+
+        taken(tokens)
+        pairs = [(taken(1), taken(tokens)) for _ in range(REPEATS)]
+    tpot = statistics.median((long - short) / (tokens - 1) for short, long in pairs)
+    return {"tpot_ms": tpot * 1e3, "ttft_ms": statistics.median(short for short, _ in pairs) * 1e3}
+
+
+def borrowed_tiles(text: dict[str, Any], folder: str) -> str:
+    """A folder with vLLM's tiles for an H100 under this GPU's name."""
+    from vllm.model_executor.layers import fused_moe
+
+    name = f"E={text['num_experts']},N={text['moe_intermediate_size']},device_name="
+    shipped = Path(fused_moe.__file__).parent / "configs" / f"{name}NVIDIA_H100_80GB_HBM3.json"
+    target = Path(folder, "tiles", f"{name}{torch.cuda.get_device_name().replace(' ', '_')}.json")
+    target.parent.mkdir()
+    target.write_text(shipped.read_text())
+    return str(target.parent)
+
+
 def contest(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """A contestant's figures, from a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
@@ -102,6 +160,20 @@ def contest(name: str, options: argparse.Namespace) -> dict[str, Any]:
         return {"error": f"not done after {TIME_LIMIT_S} s"}
     lines = (done.stdout.strip() or "{}").splitlines()
     return json.loads(lines[-1]) if done.returncode == 0 else {"error": done.stderr.strip()[-300:]}
+
+
+def find_distribution(name: str) -> bool:
+    """Whether a package is installed."""
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
+PEERS = {
+    "eager": "transformers, eager", "compile": "transformers, compiled", "vllm": "vLLM",
+    "vllm-h100": "vLLM with an H100's tiles",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -121,20 +193,21 @@ def main() -> None:
     for name in filter(None, options.peers.split(",")):
         found = contest(name, options)
         ratio = found["tpot_ms"] / mine["tpot_ms"] if "tpot_ms" in found and "tpot_ms" in mine else float("nan")
-        print(f"transformers, {name}: {json.dumps(found)} = {ratio:.2f} x the time of ours", flush=True)
+        print(f"{PEERS[name]}: {json.dumps(found)} = {ratio:.2f} x the time of ours", flush=True)
 
 
 def figures(options: argparse.Namespace) -> dict[str, Any]:
     """Of one contestant, in this process."""
     if options.only == "ours":
         return ours(options.bundle, options.context, options.tokens)
-    import transformers
     from tokenspeed_plan.plans.bundle import load_plan
 
-    root = Path(__file__).parent.parent
+    root, name = Path(__file__).parent.parent, options.only
     config = root / "planner/presets" / f"{load_plan(options.bundle).model.name}.json"
-    found = peer(config, options.context, options.tokens, options.only == "compile")
-    return found | {"transformers": transformers.__version__}
+    measure = vllm_peer if name.startswith("vllm") else peer
+    found = measure(config, options.context, options.tokens, name in ("compile", "vllm-h100"))
+    packages = ("transformers", "vllm", "flash-linear-attention")
+    return found | {package: version(package) for package in packages if find_distribution(package)}
 
 
 if __name__ == "__main__":
