@@ -17,9 +17,8 @@ DOWN = ("moe_down", "moe_down_add")
 
 def choose_again(graph: OpGraph, num_tokens: int, num_seqs: int) -> OpGraph:
     """The fused graph of a program of this size; a way up and the way down behind it no longer share a choice."""
-    order, tensors = list(graph.ordered()), dict(graph.tensors)
-    ops = {op.name: op for op in order}
-    for up, down in pairwise(order):
+    tensors, ops = dict(graph.tensors), {op.name: op for op in graph.ops}
+    for up, down in pairwise(graph.ops):  # in order since they were fused
         if up.kind != "moe_up" or down.kind not in DOWN:
             continue
         if tensors[up.inputs[0]].spec.bind(num_tokens, num_seqs)[0] == 1:
