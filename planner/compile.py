@@ -144,7 +144,7 @@ def compile_bundle(
         if model.headers:
             checkpoint.check_sources(built.weights, model.headers)
         graphs[phase, drafts] = check(shard(built, layout))
-    sized = [*((graphs["prefill", depth], bucket) for bucket in prefill_buckets(limits)),
+    sized = [*((graphs["prefill", depth], bucket) for bucket in prefill_buckets(limits, spec.workload.turn_tokens)),
              *((graphs["decode", drafts], bucket) for bucket, drafts in decided.depths.items())]  # fmt: skip
     programs = _programs(sized, limits, hardware, spec, choose)
     limits = limits.model_copy(update={"interleaved_tokens": _interleaved(programs, limits, spec)})

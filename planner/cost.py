@@ -14,7 +14,7 @@ from typing import Literal
 
 from tokenspeed_plan.planner.graph import Op, OpGraph
 from tokenspeed_plan.planner.hardware import HardwareSpec, all_reduce_us
-from tokenspeed_plan.plans.ops import COLLECTIVES, REPLAYED
+from tokenspeed_plan.plans.ops import COLLECTIVES, DELTA_CHUNK, REPLAYED
 from tokenspeed_plan.plans.types import DTYPE_BYTES, TensorSpec
 
 WeightFormat = Literal["bf16", "fp32", "fp8", "nvfp4"]
@@ -256,13 +256,13 @@ def _replay(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) 
 
 
 def _delta_chunk(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    """Chunks of c = 64: K K^T, and A^-1 [V | K]."""
-    return _per_head(attrs, load, lambda key, value: 2 * 64 * key + 2 * 64 * (key + value))
+    """Chunks of c = 64: K K^T and Q K^T, and A^-1 [V | K]."""
+    return _per_head(attrs, load, lambda key, value: 2 * DELTA_CHUNK * (3 * key + value))
 
 
 def _delta_scan(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    """Chunks of c = 64: Q K^T, its product with U, and three products with the state."""
-    return _per_head(attrs, load, lambda key, value: 2 * 64 * (key + value) + 6 * key * value)
+    """Chunks of c = 64: the product of Q K^T and U, and three products with the state."""
+    return _per_head(attrs, load, lambda key, value: 2 * DELTA_CHUNK * value + 6 * key * value)
 
 
 _EXPERTS = ("experts_up", "experts_down", "grouped_up", "grouped_down")

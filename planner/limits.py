@@ -15,6 +15,7 @@ from tokenspeed_plan.plans.types import Phase
 ROWS_PER_SLOT = 2  # one to read, one to write; each draft needs one more, where inputs are not kept instead
 ENDS_PER_CONVERSATION = 2  # checkpoints where the last prompt and the last answer end
 AS_ASKED = "as the spec says"
+TURN_STEP = 256  # tokens to which the prefill of a turn is rounded up
 WORTH_A_STEP = 16  # a prefill step costs as much as this part of a chunk even when it is almost empty
 
 
@@ -125,6 +126,7 @@ def decode_buckets(max_seqs: int) -> tuple[int, ...]:
     return (*powers, max_seqs)
 
 
-def prefill_buckets(limits: Limits) -> tuple[int, ...]:
-    """A quarter of the chunk for short turns, and the chunk."""
-    return tuple(sorted({max(limits.max_tokens // 4, 1), limits.max_tokens}))
+def prefill_buckets(limits: Limits, turn_tokens: int) -> tuple[int, ...]:
+    """The chunk, a quarter of it, and what a later turn brings, where that is less: fewer rows want smaller tiles."""
+    quarter, turn = max(limits.max_tokens // 4, 1), -(-turn_tokens // TURN_STEP) * TURN_STEP
+    return tuple(sorted({quarter, limits.max_tokens} | ({turn} if 0 < turn < quarter else set())))

@@ -18,6 +18,8 @@ from typing import Literal
 
 from tokenspeed_plan.plans.types import Attr, Dim, DType, TensorSpec
 
+DELTA_CHUNK = 64  # tokens of a chunk of the delta rule
+
 Access = Literal["read", "write", "update"]
 Attrs = Mapping[str, Attr]
 Specs = Mapping[str, TensorSpec]
@@ -311,9 +313,10 @@ def _delta_chunk(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     expect(specs, "log_decay", "num_tokens", v_heads, dtype=acc)
     dtype = expect(specs, "v", "num_tokens", v_heads * value_dim).dtype
     require(wide(dtype) == acc, f"`beta` is {acc} beside {dtype}")
-    expect(specs, "k", "num_tokens", k_heads * key_dim, dtype=dtype)
+    for name in ("q", "k"):
+        expect(specs, name, "num_tokens", k_heads * key_dim, dtype=dtype)
     expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
-    widths = {"u": v_heads * value_dim, "w": v_heads * key_dim}
+    widths = {"u": v_heads * value_dim, "w": v_heads * key_dim, "mix": v_heads * DELTA_CHUNK}
     made = {name: TensorSpec(shape=("num_tokens", size), dtype=dtype) for name, size in widths.items()}
     return made | {"total": TensorSpec(shape=("num_tokens", v_heads), dtype=acc)}
 
@@ -322,7 +325,10 @@ def _delta_scan(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     _seq_metadata(specs)
     k_heads, v_heads = integer(attrs, "num_k_heads"), integer(attrs, "num_v_heads")
     key_dim, value_dim = integer(attrs, "key_dim"), integer(attrs, "value_dim")
-    widths = {"q": k_heads * key_dim, "k": k_heads * key_dim, "u": v_heads * value_dim, "w": v_heads * key_dim}
+    widths = {
+        "q": k_heads * key_dim, "k": k_heads * key_dim, "u": v_heads * value_dim, "w": v_heads * key_dim,
+        "mix": v_heads * DELTA_CHUNK,
+    }  # fmt: skip
     for name, size in widths.items():
         expect(specs, name, "num_tokens", size, dtype=dtype_attr(attrs))
     acc = expect(specs, "total", "num_tokens", v_heads, dtype=wide(dtype_attr(attrs))).dtype
@@ -588,13 +594,14 @@ OPS: dict[str, OpDef] = {
         attrs=("mode", "num_k_heads", "num_v_heads", "key_dim", "value_dim"), optional=("rows_per_seq",),
     ),
     "delta_chunk": OpDef(
-        ("k", "v", "beta", "log_decay", "cu_seqlens"), ("u", "w", "total"), _delta_chunk,
-        "per chunk of 64 tokens: A = I + strict_lower(beta K K^T * D); u = A^-1 beta V; w = A^-1 beta e^G K; total = G",
+        ("q", "k", "v", "beta", "log_decay", "cu_seqlens"), ("u", "w", "mix", "total"), _delta_chunk,
+        "per chunk of 64 tokens: A = I + strict_lower(beta K K^T * D); u = A^-1 beta V; w = A^-1 beta e^G K; "
+        "mix = (Q K^T) * D; total = G",
         attrs=("num_k_heads", "num_v_heads", "key_dim", "value_dim"),
     ),
     "delta_scan": OpDef(
-        ("q", "k", "u", "w", "total", *_CONV_META), ("y",), _delta_scan,
-        "U = u - w S; y = e^G Q S + ((Q K^T) * D) U; S = e^G_last S + (e^(G_last - G) K)^T U",
+        ("q", "k", "u", "w", "mix", "total", *_CONV_META), ("y",), _delta_scan,
+        "U = u - w S; y = e^G Q S + mix U; S = e^G_last S + (e^(G_last - G) K)^T U",
         states=(("ssm_state", "update"),), attrs=("num_k_heads", "num_v_heads", "key_dim", "value_dim", "dtype"),
     ),
     "gated_norm": OpDef(

@@ -106,12 +106,13 @@ class CudaKernels:
         shifts = [shift.at(rank) for shift in rank_constants(kernel).values()]
         scalars = (*shifts, num_tokens, num_seqs)
         bound: dict[tuple[int, ...], _Arguments] = {}
+        current_stream, device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device()
 
         def run(attrs: object, *tensors: Tensor) -> tuple[()]:
             key = tuple(x.data_ptr() for x in tensors)
             if key not in bound:
                 bound[key] = _Arguments(key, scalars)
-            config.hStream = torch.cuda.current_stream().cuda_stream
+            config.hStream = current_stream(device)
             call(driver.cuLaunchKernelEx, config, function, bound[key].address, 0)
             return ()
 

@@ -39,10 +39,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A replay that was launched. `outputs` waits for it: tokens, how many drafts were right, and drafts."""
+    """A replay that was launched. `outputs` waits for it: tokens, how many drafts were right, and drafts.
+
+    There are none in the middle of a prompt, so that its next tokens are launched while these are computed.
+    """
 
     batch: Batch
-    outputs: Callable[[], tuple[list[int], ...]]
+    outputs: Callable[[], tuple[list[int], ...]] | None
     logits: Tensor
 
 
@@ -197,6 +200,9 @@ class Engine:
             RequestError: see `check`; or another one of that name is not finished.
         """
         self.check(request)
+        self._queue(request)
+
+    def _queue(self, request: Request) -> None:
         if request.request_id in self._sequences:
             raise RequestError(f"request `{request.request_id}` is not finished", "give each request its own id")
         params = request.params
@@ -252,7 +258,7 @@ class Engine:
         for request in requests:
             self.check(request)  # all of them before one is queued
         for request in requests:
-            self.add(request)
+            self._queue(request)
         done: dict[str, Completion] = {}
         try:
             while any(request.request_id not in done for request in requests):
@@ -294,7 +300,8 @@ class Engine:
                 f"{self.max_seq_len} (max_seq_len)",
                 hint,
             )
-        worst = max(request.prompt_ids, key=lambda token: token if token >= 0 else self.vocab_size - token)
+        lowest, highest = min(request.prompt_ids), max(request.prompt_ids)
+        worst = lowest if lowest < 0 else highest
         if not 0 <= worst < self.vocab_size:
             raise RequestError(
                 f"token id {worst} is not in the vocabulary of {self.vocab_size}", "use the model's own tokenizer"
@@ -316,16 +323,20 @@ class Engine:
         self._last = batch
         with self._away():
             self.executor.run(batch.program, tokens, seqs)
-        return _Flight(batch, self.executor.fetch(*map(buffer, _told(batch.program))), buffer(batch.program.logits))
+        told = None if batch.says_nothing else self.executor.fetch(*map(buffer, _told(batch.program)))
+        return _Flight(batch, told, buffer(batch.program.logits))
 
     def _commit(self, flight: _Flight) -> list[Completion]:
         """Take over what was computed; finish what is done."""
-        with self._away():
-            outputs = flight.outputs()
-        now = time.perf_counter()
         batch, finished = flight.batch, list[Completion]()
         self.metrics.steps += 1
         self.metrics.decode_steps += batch.program.phase == "decode"
+        if flight.outputs is None:
+            self._advance(batch)
+            return finished
+        with self._away():
+            outputs = flight.outputs()
+        now = time.perf_counter()
         for index, sequence in enumerate(batch.sequences):
             if not sequence.is_running:
                 continue  # it had ended before this step was launched, which nobody knew
@@ -342,6 +353,13 @@ class Engine:
                 finished.append(self._completion(sequence))
             self._tell(sequence, news)
         return finished
+
+    def _advance(self, batch: Batch) -> None:
+        """Go on in all prompts of a batch."""
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            if sequence.is_running:
+                sequence.drafts = []
+                self._scheduler.advance(sequence, count)
 
     def _take(self, sequence: Sequence, said: _Said, batch: Batch, index: int) -> list[NewToken]:
         """Bring a sequence to where the replay has left it, or to its end before that."""

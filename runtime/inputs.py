@@ -39,12 +39,22 @@ def _per_token(batch: Batch, limits: Limits) -> Values:
         known = (sequence.token_ids[start : start + count] + sequence.drafts)[:count]
         ids += known + [0] * (count - len(known))
         positions += range(start, start + count)
-        slots += [_page(sequence, p // size, limits) * size + p % size for p in range(start, start + count)]
+        slots += _slots(sequence, start, start + count, limits)
     return {
         "token_ids": ids + [0] * padding,
         "positions": positions + [0] * padding,
         "slot_mapping": slots + [limits.spare_page * size] * padding,
     }
+
+
+def _slots(sequence: Sequence, start: int, end: int, limits: Limits) -> list[int]:
+    """Where the keys of its tokens from `start` to `end` go, page by page: a prompt has thousands of them."""
+    slots: list[int] = []
+    size = limits.page_size
+    for index in range(start // size, -(-end // size)):
+        shift = (_page(sequence, index, limits) - index) * size  # from a token's position to its slot
+        slots += range(max(start, index * size) + shift, min(end, (index + 1) * size) + shift)
+    return slots
 
 
 def _page(sequence: Sequence, index: int, limits: Limits) -> int:

@@ -61,6 +61,12 @@ class Batch:
         """Sequences that the program runs on."""
         return self.program.max_seqs if self.program.captured else len(self.sequences)
 
+    @property
+    def says_nothing(self) -> bool:
+        """Whether no sequence comes to the end of its prompt with it, so that nobody waits for its tokens."""
+        pairs = zip(self.sequences, self.counts, strict=True)
+        return self.program.phase == "prefill" and all(count < sequence.num_left for sequence, count in pairs)
+
     def follows(self, other: Batch | None) -> bool:
         """Whether it is the decode step right after another one, whose program has prepared all inputs already."""
         return (

@@ -83,7 +83,7 @@ def _delta_rule(work: _Expansion) -> list[Op]:
         return [op]
     q, k, v, beta, log_decay, cu_seqlens, *rows = op.inputs
     attrs = {name: value for name, value in op.attrs.items() if name != "mode"}
-    chunk = work.emit(".chunk", "delta_chunk", (k, v, beta, log_decay, cu_seqlens), attrs)
+    chunk = work.emit(".chunk", "delta_chunk", (q, k, v, beta, log_decay, cu_seqlens), attrs)
     inputs = (q, k, *chunk.outputs, cu_seqlens, *rows)
     return [chunk, work.emit("", "delta_scan", inputs, attrs | {"dtype": work.dtype}, op.outputs, keep=True)]
 

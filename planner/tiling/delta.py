@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tokenspeed_plan.planner.tiling.tuned import Tile
 from tokenspeed_plan.planner.tiling.work import (
-    CHUNK,
     L2_EPS,
     TRITON_DTYPES,
     Tiling,
@@ -15,6 +14,7 @@ from tokenspeed_plan.planner.tiling.work import (
     rows_table,
     up2,
 )
+from tokenspeed_plan.plans.ops import DELTA_CHUNK
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Attr
 
@@ -91,8 +91,8 @@ def conv_qk_norm(work: Work) -> list[Tiling]:
 def gates_delta_chunk(work: Work) -> list[Tiling]:
     """A program a head and chunk."""
     heads = _heads(work, "delta_chunk")
-    facts = heads | {"CHUNK": CHUNK, "BLOCK": 16, "PRECISION": work.precision}
-    grid = (per_rows(CHUNK), fixed(int(heads["B"])), SEQS)
+    facts = heads | {"CHUNK": DELTA_CHUNK, "BLOCK": 16, "PRECISION": work.precision}
+    grid = (per_rows(DELTA_CHUNK), fixed(int(heads["B"])), SEQS)
     return [Tiling("gates_delta_chunk", facts, grid, warps, 1, _dtype(work)) for warps in (4, 8)]
 
 
@@ -101,11 +101,11 @@ def delta_scan(work: Work) -> list[Tiling]:
     heads = _heads(work, "delta_scan") | rows_table(work, "write_rows")
     wide = int(heads["DV"])
     made = []
-    for n in (min(32, wide), min(16, wide)):
-        stages = 1 if work.interpreted else 2
-        facts = heads | {"CHUNK": CHUNK, "PRECISION": work.precision, "BLOCK_V": n, "STAGES": stages}
-        grid = (fixed(wide // n), fixed(int(heads["B"])), SEQS)
-        made += [Tiling("delta_scan", facts, grid, warps, stages, _dtype(work)) for warps in (4, 8)]
+    for n, stages in ((32, 1),) if work.interpreted else ((32, 3), (32, 2), (16, 2), (16, 1)):
+        columns = min(n, wide)
+        facts = heads | {"CHUNK": DELTA_CHUNK, "PRECISION": work.precision, "BLOCK_V": columns, "STAGES": stages}
+        grid = (fixed(wide // columns), fixed(int(heads["B"])), SEQS)
+        made.append(Tiling("delta_scan", facts, grid, 4, stages, _dtype(work)))
     return made
 
 

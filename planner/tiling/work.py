@@ -11,7 +11,6 @@ from tokenspeed_plan.plans.ops import rows_per_seq
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
 from tokenspeed_plan.plans.types import Attr, DType, TensorSpec
 
-CHUNK = 64  # tokens of a chunk of the delta rule
 L2_EPS = 1e-6
 
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenspeed_plan.plans.ops import REPLAYED
+from tokenspeed_plan.plans.ops import DELTA_CHUNK, REPLAYED
 from tokenspeed_plan.runtime.memory import TORCH_DTYPES as DTYPES
 from tokenspeed_plan.runtime.reference.dense import normalize, widen
 from torch import Tensor
 
 Attrs = Mapping[str, Any]
-CHUNK = 64
 L2_EPS = 1e-6
 
 
@@ -113,7 +112,7 @@ def delta_rule(
                 state[write_SR[:, i]] = before
             ys.append(y)
         return (torch.stack(ys, 1).flatten(0, 1).flatten(1).to(v_T.dtype),)
-    ragged = Ragged(cu_seqlens, CHUNK)
+    ragged = Ragged(cu_seqlens, DELTA_CHUNK)
     padded = tuple(ragged.pad(x).transpose(1, 2) for x in (q, k, v, beta_TB, decay_TB))
     y, state[write_SR[:, 0]] = _chunked(padded, before)
     return (ragged.pack(y.transpose(1, 2)).flatten(1).to(v_T.dtype),)
@@ -189,13 +188,14 @@ def _chunked(sequences: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tens
     `_solve` prepares all chunks at once, `_scan` carries the state through them.
     """
     q, k, v, beta, decay = (_in_chunks(x) for x in sequences)
-    y, state = _scan(q, k, *_solve(k, v, beta, decay), state)
+    u, w, mix, total = _solve(q, k, v, beta, decay)
+    y, state = _scan(q, k, u, w, mix, total, state)
     return y.flatten(2, 3), state
 
 
 def _in_chunks(x: Tensor) -> Tensor:
     """[S, B, L, ...] -> [S, B, N, c, ...]."""
-    chunks: Tensor = x.unflatten(2, (-1, CHUNK))
+    chunks: Tensor = x.unflatten(2, (-1, DELTA_CHUNK))
     return chunks
 
 
@@ -206,53 +206,53 @@ def _ratio(total: Tensor) -> Tensor:
     return gap.masked_fill(later, float("-inf")).exp()
 
 
-def _solve(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u = A^-1 beta V, w = A^-1 beta e^G K and G, with A = I + strict_lower((beta K K^T) * D)."""
+def _solve(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u = A^-1 beta V, w = A^-1 beta e^G K, (Q K^T) * D and G, with A = I + strict_lower((beta K K^T) * D)."""
     total = decay.cumsum(-1)
-    mix = (k * beta[..., None]) @ k.mT * _ratio(total)
+    ratio = _ratio(total)
     right = torch.cat((v * beta[..., None], k * (beta * total.exp())[..., None]), -1)
-    solved = torch.linalg.solve_triangular(mix.tril(-1), right, upper=False, unitriangular=True)
-    return solved[..., : v.shape[-1]], solved[..., v.shape[-1] :], total
+    lower = ((k * beta[..., None]) @ k.mT * ratio).tril(-1)
+    solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
+    return solved[..., : v.shape[-1]], solved[..., v.shape[-1] :], q @ k.mT * ratio, total
 
 
-def _scan(q: Tensor, k: Tensor, u: Tensor, w: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """U = u - w S; Y = e^G Q S + ((Q K^T) * D) U; S' = e^G_last S + (e^(G_last - G) K)^T U, chunk after chunk."""
-    inside = q @ k.mT * _ratio(total)
+def _scan(
+    q: Tensor, k: Tensor, u: Tensor, w: Tensor, mix: Tensor, total: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """U = u - w S; Y = e^G Q S + mix U; S' = e^G_last S + (e^(G_last - G) K)^T U, chunk after chunk."""
     from_q = q * total.exp()[..., None]
     last = total[..., -1:]
     left = (k * (last - total).exp()[..., None]).mT
     out = []
     for n in range(q.shape[2]):
         added = u[:, :, n] - w[:, :, n] @ state
-        out.append(from_q[:, :, n] @ state + inside[:, :, n] @ added)
+        out.append(from_q[:, :, n] @ state + mix[:, :, n] @ added)
         state = state * last[:, :, n, :, None].exp() + left[:, :, n] @ added
     return torch.stack(out, 2), state
 
 
 def delta_chunk(
-    attrs: Attrs, k_T: Tensor, v_T: Tensor, beta_TB: Tensor, decay_TB: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    attrs: Attrs, q_T: Tensor, k_T: Tensor, v_T: Tensor, beta_TB: Tensor, decay_TB: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, ...]:
     """The part of the chunked delta rule that needs no state; chunks begin anew with each sequence."""
-    heads, group = attrs["num_k_heads"], attrs["num_v_heads"] // attrs["num_k_heads"]
-    k = _shared(widen(k_T).unflatten(-1, (heads, -1)), group)
-    v = widen(v_T).unflatten(-1, (attrs["num_v_heads"], -1))
-    ragged = Ragged(cu_seqlens, CHUNK)
-    solved = _solve(*(_in_chunks(ragged.pad(x).transpose(1, 2)) for x in (k, v, beta_TB, decay_TB)))
-    u, w, total = (ragged.pack(x.flatten(2, 3).transpose(1, 2)) for x in solved)
-    return u.flatten(1).to(v_T.dtype), w.flatten(1).to(v_T.dtype), total
+    q, k, v = _as_heads(attrs, q_T, k_T, v_T)
+    ragged = Ragged(cu_seqlens, DELTA_CHUNK)
+    solved = _solve(*(_in_chunks(ragged.pad(x).transpose(1, 2)) for x in (q, k, v, beta_TB, decay_TB)))
+    *made, total = (ragged.pack(x.flatten(2, 3).transpose(1, 2)) for x in solved)
+    return (*(x.flatten(1).to(v_T.dtype) for x in made), total)
 
 
 def delta_scan(
-    attrs: Attrs, q_T: Tensor, k_T: Tensor, u_T: Tensor, w_T: Tensor, total_TB: Tensor,
+    attrs: Attrs, q_T: Tensor, k_T: Tensor, u_T: Tensor, w_T: Tensor, mix_T: Tensor, total_TB: Tensor,
     cu_seqlens: Tensor, read_S: Tensor, write_SR: Tensor, state: Tensor,
 ) -> tuple[Tensor]:  # fmt: skip
     """The part of the chunked delta rule that carries the state."""
     heads, group = attrs["num_k_heads"], attrs["num_v_heads"] // attrs["num_k_heads"]
     q, k = (_shared(widen(x).unflatten(-1, (heads, -1)), group) for x in (q_T, k_T))
-    u, w = (widen(x).unflatten(-1, (attrs["num_v_heads"], -1)) for x in (u_T, w_T))
-    ragged = Ragged(cu_seqlens, CHUNK)
-    q, k, u, w = (_in_chunks(ragged.pad(x).transpose(1, 2)) for x in (q, k, u, w))
-    y, after = _scan(q, k, u, w, _padded_total(ragged, total_TB), state.index_select(0, read_S))
+    u, w, mix = (widen(x).unflatten(-1, (attrs["num_v_heads"], -1)) for x in (u_T, w_T, mix_T))
+    ragged = Ragged(cu_seqlens, DELTA_CHUNK)
+    q, k, u, w, mix = (_in_chunks(ragged.pad(x).transpose(1, 2)) for x in (q, k, u, w, mix))
+    y, after = _scan(q, k, u, w, mix, _padded_total(ragged, total_TB), state.index_select(0, read_S))
     state[_rows(write_SR)[:, 0]] = after
     return (ragged.pack(y.flatten(2, 3).transpose(1, 2)).flatten(1).to(DTYPES[attrs["dtype"]]),)
 
@@ -260,7 +260,7 @@ def delta_scan(
 def _padded_total(ragged: Ragged, total_TB: Tensor) -> Tensor:
     """G in chunks; after a sequence's end it stays as it was (the rows there decay nothing)."""
     total = _in_chunks(ragged.pad(total_TB).transpose(1, 2))
-    valid = ragged.valid_SL[:, None].unflatten(2, (-1, CHUNK))
+    valid = ragged.valid_SL[:, None].unflatten(2, (-1, DELTA_CHUNK))
     held = total.masked_fill(~valid, float("inf")).cummin(-1).values
     return held.masked_fill(held.isinf(), 0.0)  # chunks that lie after the end
 

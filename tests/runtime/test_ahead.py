@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_spec
+from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.executor import Executor
@@ -27,6 +29,7 @@ class LateExecutor(Executor):
     """Tokens are read at once, but told only when asked for, and only in order: as from a GPU."""
 
     replays = 0
+    asked = 0
     waiting: list[int]
 
     def prepare(self) -> None:
@@ -39,6 +42,7 @@ class LateExecutor(Executor):
 
     def fetch(self, *values: Tensor) -> Callable[[], tuple[list[int], ...]]:
         found, number = super().fetch(*values)(), self.replays
+        self.asked += 1
         self.waiting.append(number)
 
         def tell() -> tuple[list[int], ...]:
@@ -97,6 +101,16 @@ def test_decode_is_launched_before_its_tokens_are_known(tiny_plan: Plan, checkpo
         seen.append(len(executor.waiting))
     assert seen[3:-3] == [1] * len(seen[3:-3])
     assert executor.replays == 20  # none for nothing: the length is known beforehand
+
+
+def test_the_middle_of_a_prompt_is_not_waited_for(checkpoint: Any) -> None:
+    spec = make_spec(checkpoint("moe"), serving={"prefill_chunk": 64})
+    plan = captured(compile_plan(spec, find_model(spec)))
+    engine = Engine.from_plan(plan, checkpoint("moe"), executor=LateExecutor)
+    assert isinstance(engine.executor, LateExecutor)
+    engine.add(Request("a", (7,) * 130, SamplingParams(max_tokens=2)))
+    seen = [(engine.step(), engine.executor.replays, engine.executor.asked) for _ in range(3)]
+    assert seen == [([], 1, 0), ([], 2, 0), ([], 3, 1)]
 
 
 def test_padding_leaves_state_and_pages_alone(tiny_plan: Plan, checkpoint: Any) -> None:

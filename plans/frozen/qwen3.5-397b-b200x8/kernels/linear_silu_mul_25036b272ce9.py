@@ -1,0 +1,57 @@
+"""linear_silu_mul
+
+linear: y = x w^T, cut into `splits` columns
+silu_mul: y = silu(x[:, :n]) * x[:, n:]
+Source: SwiGLU (arXiv:2002.05202); a product that reads each weight once
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def linear_silu_mul(
+    linear_x,  # input, bf16 [num_tokens, 4096]
+    linear_w,  # weight, bf16 [256, 4096]
+    silu_mul_y,  # output, bf16 [num_tokens, 128]
+    num_tokens,
+    num_seqs,
+):
+    BLOCK_K: tl.constexpr = 64
+    BLOCK_M: tl.constexpr = 128
+    BLOCK_N: tl.constexpr = 128
+    GROUP_M: tl.constexpr = 16
+    K: tl.constexpr = 4096
+    N: tl.constexpr = 128
+    PRECISION: tl.constexpr = 'tf32'
+    STAGES: tl.constexpr = 4
+
+    # Neighbours go down GROUP_M tiles of rows, then to the next columns: what they read together stays in the L2 cache.
+    place, wide, high = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0), tl.num_programs(1)
+    above = place // (GROUP_M * wide) * GROUP_M
+    here = tl.minimum(high - above, GROUP_M)
+    tile_m, tile_n = above + place % here, place % (GROUP_M * wide) // here
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_ok = m < num_tokens
+    row = m
+    n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
+    first = tile_n * BLOCK_N
+    n_ok = first + n < N
+    weight = linear_w + first.to(tl.int64) * K
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a = tl.load(linear_x + row[:, None] * K + k[None, :], mask=m_ok[:, None], other=0.0)
+        x_tile = a
+        acc = tl.dot(x_tile, tl.trans(tl.load(weight + n[:, None] * K + k[None, :], mask=n_ok[:, None], other=0.0)), acc, input_precision=PRECISION)
+        acc_up = tl.dot(x_tile, tl.trans(tl.load(weight + N * K + n[:, None] * K + k[None, :], mask=n_ok[:, None], other=0.0)), acc_up, input_precision=PRECISION)
+
+    out = acc
+    up = acc_up
+    out = out * tl.sigmoid(out) * up
+    col = first + n
+    ok = m_ok[:, None] & n_ok[None, :]
+    place = m[:, None] * N + col[None, :]
+    tl.store(silu_mul_y + place, out, mask=ok)
