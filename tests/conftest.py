@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,13 @@ def make_spec(path: Path | str, **changes: Any) -> Spec:
     for key, value in changes.items():
         data[key] = data[key] | value if isinstance(data.get(key), dict) and isinstance(value, dict) else value
     return Spec.model_validate(data)
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """Commands spare what stands from the garbage collector; here many run in one process."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

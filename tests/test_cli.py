@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -249,6 +250,7 @@ def test_run_a_prompt(bundle: Path) -> None:
     result = cli("run", bundle, "--prompt", "def fibonacci(n):", "--max-tokens", 5)
     assert result.exit_code == 0
     assert "5 tokens (length)" in result.stderr
+    assert gc.get_freeze_count() > 100_000, "what stands is spared by the collector while tokens are made"
 
 
 def test_run_a_batch(bundle: Path, batch: Path, tmp_path: Path) -> None:

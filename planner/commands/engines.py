@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -35,7 +36,9 @@ def on_all_ranks(
     if own_rank():
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
-        follow(load_engine(bundle, options).executor)
+        engine = load_engine(bundle, options)
+        spare_heap()
+        follow(engine.executor)
         return 0
     with leading():
         return work()
@@ -67,7 +70,14 @@ def ready_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | Non
     engine = load_engine(bundle, options, chat)
     if not options["no_canary"]:
         engine.time_startup("canary_s", lambda: replay_canary(engine.plan, engine))
+    spare_heap()
     return engine
+
+
+def spare_heap() -> None:
+    """Take what stands from Python's garbage collector: looking through all of a plan holds the loop up for 0.1 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def replay_canary(frozen: Plan, engine: Engine) -> int:

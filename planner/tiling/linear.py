@@ -172,7 +172,7 @@ def grouped(work: Work) -> list[Tiling]:
         grid = (fixed(blocks(columns, tile.n)), tiles_m)
         options = {
             "silu_mul": up, "x": "x" if up else "h", "ragged": depth % tile.k != 0, "uneven": columns % tile.n != 0,
-            "halves": tile.m >= 2 * DOT_ROWS,
+            "halves": tile.m >= 128 or work.interpreted,  # of 32 rows the newest instructions take none
         }  # fmt: skip
         made.append(Tiling("grouped_linear", constants, grid, tile.num_warps, tile.num_stages, options))
     return made
