@@ -46,7 +46,7 @@ if DEVICE == "cpu":
 TOLERANCE = {"fp32": 1e-5 if DEVICE == "cpu" else 1e-4, "bf16": 3e-2}
 PAGE = 16
 ONE_RANK = ParallelLayout(1, 1, 1)
-LAB_KINDS = KINDS | {"odd": Kind(sizes={"vocab_size": 700})}  # tokens, no multiple of a block
+LAB_KINDS = KINDS | {"odd": Kind(sizes={"vocab_size": 700, "hidden_size": 64})}  # tokens, no multiple of a block
 
 
 @dataclass(frozen=True)

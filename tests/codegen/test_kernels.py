@@ -26,13 +26,13 @@ CASES = {
     "ragged prefill": Case("prefill", RAGGED, (0, 3, 0, 100, 17)),
     "ragged prefill, dense": Case("prefill", (5, 66), (0, 9), kind="dense"),
     "H200 tiles, one row": Case("decode", (1,), (200,), gpu="H200"),
-    "H200 tiles, seven rows": Case("decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), gpu="H200"),
+    "H200 tiles, seven rows": Case("decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), gpu="H200", kind="odd"),
     "H200 tiles, prefill": Case("prefill", (1, 70), (5, 0), gpu="H200"),
-    "bf16, one row": Case("decode", (1,), (40,), "bf16", gpu="H200"),
-    "bf16, seven rows": Case("decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), "bf16", gpu="H200"),
+    "bf16, one row": Case("decode", (1,), (40,), "bf16", "odd", "H200"),
+    "bf16, seven rows": Case("decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), "bf16", "odd", "H200"),
     "bf16, prefill": Case("prefill", (1, 70), (5, 0), "bf16", gpu="H200"),
     "bf16, heads of 128 and 256": Case("decode", (1,) * 2, (0, 90), "bf16", "kernel", "H200"),
-    "H200 tiles, four rows": Case("decode", (1,) * 4, (0, 1, 300, 511), gpu="H200"),
+    "H200 tiles, four rows": Case("decode", (1,) * 4, (0, 1, 300, 511), gpu="H200", kind="odd"),
     "experts of a rank": Case("decode", (1,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2)),
     "experts of a rank, prefill": Case("prefill", (40,), (9,), layout=ParallelLayout(2, 1, 2)),
 }
@@ -42,13 +42,13 @@ DRAFTED = {
     "three sequences, two rows": Case("decode", (2,) * 3, (40, 0, 9), depth=1, deeper=2),
     "eight sequences, six rows": Case("decode", (6,) * 8, LAST_PAGE, depth=5, kind="odd"),
     "eight sequences, four rows, dense": Case("decode", (4,) * 8, LAST_PAGE, depth=3, kind="dense"),
-    "H200 tiles, three sequences, four rows": Case("decode", (4,) * 3, (0, 16, 505), gpu="H200", depth=3, kind="odd"),
-    "bf16, one sequence, two rows": Case("decode", (2,), (40,), "bf16", gpu="H200", depth=1),
+    "H200 tiles, two sequences, four rows": Case("decode", (4,) * 2, (16, 505), gpu="H200", depth=3, kind="odd"),
+    "bf16, one sequence, two rows": Case("decode", (2,), (40,), "bf16", "odd", "H200", depth=1),
     "prefill and three drafts": Case("prefill", (1, 65, 3), (0, 3, 100), depth=3, kind="odd"),
     "prefill of many and two drafts": Case("prefill", (2,) * 17, tuple(range(17)), depth=2),
     "experts of a rank, three drafts": Case("decode", (4,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2), depth=3),
 }
-ROWS, TILED = DRAFTED["eight sequences, six rows"], DRAFTED["H200 tiles, three sequences, four rows"]
+ROWS, TILED = DRAFTED["eight sequences, six rows"], DRAFTED["H200 tiles, two sequences, four rows"]
 ALONE = CASES["H200 tiles, one row"]
 FORCED = replace(ROWS, lengths=(6,) * 30, before=tuple(range(30)), forced=(0.9, 0.9, -1.0, 0.5))
 

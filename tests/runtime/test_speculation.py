@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 from collections import Counter
 from functools import cache
 from itertools import pairwise
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import COMMAND
 from checkpoints import KINDS
 from click.testing import CliRunner
 from conftest import ROOT, make_spec
@@ -311,8 +309,6 @@ def test_batch_files(trained: Any, tmp_path: Path) -> None:
         lines = [json.loads(line) for line in output.read_text().splitlines()]
         found.append([line["response"]["body"]["choices"][0]["token_ids"] for line in lines])
     assert found[0] == found[1]
-    checked = subprocess.run([*COMMAND, "run", str(tmp_path / "bundle3"), "--check"], capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stderr
     differ = CliRunner().invoke(main, ["diff", str(tmp_path / "bundle0"), str(tmp_path / "bundle3")])
     assert "speculation" in differ.output
 
