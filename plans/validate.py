@@ -14,7 +14,7 @@ from itertools import pairwise
 from tokenspeed_plan.plans.canon import kernel_name
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.hazards import check_hazards
-from tokenspeed_plan.plans.ops import BATCH_INPUTS, DRAFT_INPUTS, OPS, OpDef, ShapeError, check_numbers
+from tokenspeed_plan.plans.ops import BATCH_INPUTS, DRAFT_INPUTS, OPS, REPLAYED, OpDef, ShapeError, check_numbers
 from tokenspeed_plan.plans.schema import (
     BufferSpec,
     CollectiveCall,
@@ -317,6 +317,7 @@ def _programs(plan: Plan) -> None:
             elif isinstance(step, CollectiveCall):
                 _collective_fits(plan, step, buffers)
         _passes(program, kernels)
+        _brought(program, kernels)
         try:
             check_hazards(program, kernels, buffers)
         except ShapeError as error:
@@ -329,6 +330,21 @@ def _passes(program: Program, kernels: Mapping[str, KernelSpec]) -> None:
     steps = [part.attrs["step"] for kernel in calls for part in kernel.parts if part.kind == "draft_place"]
     check(sorted(steps) == list(range(1, program.depth)),
           lambda: f"{program.phase}/{program.bucket} drafts at steps {steps} for depth {program.depth}")  # fmt: skip
+
+
+def _brought(program: Program, kernels: Mapping[str, KernelSpec]) -> None:
+    """Whoever finds a state where `replay` leaves it comes after one that has left it."""
+    brought: set[str] = set()
+    for step in program.steps:
+        if not isinstance(step, KernelCall):
+            continue
+        kernel = kernels[step.kernel]
+        places = dict(zip((param.name for param in kernel.params), step.args, strict=True))
+        for part in kernel.parts:
+            states = {places[name] for name in part.operands[len(part.operands) - len(OPS[part.kind].states) :]}
+            brought |= states if part.kind == "replay" else set()
+            check(part.attrs.get("mode") != REPLAYED or states <= brought,
+                  lambda k=kernel: f"{program.phase}/{program.bucket}: nothing brings the state of `{k.name}`")  # type: ignore[misc] # fmt: skip
 
 
 def _promised(program: Program) -> set[str]:

@@ -537,6 +537,16 @@ def test_states_that_are_kept_must_move_on() -> None:
     assert refused(with_program(plan, index, steps=tuple(step for step in program.steps if step not in settles)))
 
 
+def test_a_state_is_where_it_is_looked_for() -> None:
+    """Only `replay` leaves it in the row to write before the step is over."""
+    plan = load_plan(ROOT / "plans/frozen/qwen3.5-35b-h200").model_copy(update={"binaries": ()})
+    at, kernel = next((i, k) for i, k in enumerate(plan.kernels) if k.name.startswith("delta_replay"))
+    parts = tuple(part for part in kernel.parts if part.kind != "replay")
+    assert not refused(with_kernel(plan, at, kernel))
+    with pytest.raises(PlanError, match="nothing brings the state"):
+        validate(with_kernel(plan, at, kernel.model_copy(update={"parts": parts})))
+
+
 def test_the_digest_seals_everything_else(tiny_plan: Plan) -> None:
     text = dump_plan(tiny_plan)
     assert parse_plan(text, "p") == tiny_plan
