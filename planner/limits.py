@@ -30,7 +30,8 @@ def plan_limits(
 ) -> Limits:
     """The longest conversation, rounded up to a page; pages for `concurrency` of them, rows for `depth` drafts.
 
-    Where drafts' inputs are kept, the rows are as many as without drafts.
+    Each has a page more: a turn that goes on inside a page copies it, and for a moment both are there. Where drafts'
+    inputs are kept, the rows are as many as without drafts.
 
     `chunk` tokens of a prompt are computed at once, the machine's default where it is None; `checkpoint_tokens` as in
     `checkpoint_spacing`.
@@ -55,7 +56,7 @@ def plan_limits(
         max_seq_len=max_seq_len,
         max_tokens=chunk,
         page_size=hardware.page_size,
-        num_pages=pages * workload.concurrency,
+        num_pages=(pages + 1) * workload.concurrency,
         rows_per_slot=rows,
         num_rows=2 + workload.concurrency * rows + kept,
         default_max_tokens=min(workload.output_tokens, max_seq_len - 1),
@@ -127,6 +128,9 @@ def decode_buckets(max_seqs: int) -> tuple[int, ...]:
 
 
 def prefill_buckets(limits: Limits, turn_tokens: int) -> tuple[int, ...]:
-    """The chunk, a quarter of it, and what a later turn brings, where that is less: fewer rows want smaller tiles."""
-    quarter, turn = max(limits.max_tokens // 4, 1), -(-turn_tokens // TURN_STEP) * TURN_STEP
-    return tuple(sorted({quarter, limits.max_tokens} | ({turn} if 0 < turn < quarter else set())))
+    """The chunk, a quarter of it, and what a later turn brings: fewer rows want smaller tiles.
+
+    With a turn's own tokens comes the last one of the answer before it, which was said but not computed.
+    """
+    quarter, turn = max(limits.max_tokens // 4, 1), (turn_tokens // TURN_STEP + 1) * TURN_STEP
+    return tuple(sorted({quarter, limits.max_tokens} | ({turn} if turn_tokens and turn < limits.max_tokens else set())))

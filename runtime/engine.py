@@ -17,7 +17,7 @@ from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.checks import check_files, check_target, find_weights
 from tokenspeed_plan.runtime.collectives import join
 from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.inputs import write_inputs
+from tokenspeed_plan.runtime.inputs import fill_inputs, input_values
 from tokenspeed_plan.runtime.kernels import Bodies, KernelSource, load_kernels
 from tokenspeed_plan.runtime.memory import Arenas
 from tokenspeed_plan.runtime.metrics import Metrics
@@ -41,7 +41,7 @@ from torch import Tensor
 class _Flight:
     """A replay that was launched. `outputs` waits for it: tokens, how many drafts were right, and drafts.
 
-    There are none in the middle of a prompt, so that its next tokens are launched while these are computed.
+    There are none in the middle of a prompt, so that its next step is prepared while this one is computed.
     """
 
     batch: Batch
@@ -319,7 +319,9 @@ class Engine:
                 page = sequence.pages[sequence.num_computed // self.plan.limits.page_size]
                 self.metrics.copied_bytes += self.executor.copy_page(sequence.copy_from, page)
         if not batch.follows(self._last):
-            write_inputs(batch, buffer, self.plan.limits)
+            values = input_values(batch, self.plan.limits)
+            with self._away():
+                fill_inputs(batch, values, buffer, self.plan.limits)
         self._last = batch
         with self._away():
             self.executor.run(batch.program, tokens, seqs)

@@ -19,7 +19,16 @@ Values = dict[str, list[int] | list[float]]
 
 def write_inputs(batch: Batch, buffer: Buffer, limits: Limits) -> None:
     """Fill the buffers that the batch's program reads; `buffer` gives a view at the size that the batch runs at."""
-    values = _per_token(batch, limits) | _per_sequence(batch, limits)
+    fill_inputs(batch, input_values(batch, limits), buffer, limits)
+
+
+def input_values(batch: Batch, limits: Limits) -> Values:
+    """What the batch's program reads, by name; all but the pages."""
+    return _per_token(batch, limits) | _per_sequence(batch, limits)
+
+
+def fill_inputs(batch: Batch, values: Values, buffer: Buffer, limits: Limits) -> None:
+    """The second half of `write_inputs`: waits for a device that still reads them for the step before."""
     for name in batch.program.inputs:
         view = buffer(name)
         if name == "page_table":

@@ -63,9 +63,9 @@ class Batch:
 
     @property
     def says_nothing(self) -> bool:
-        """Whether no sequence comes to the end of its prompt with it, so that nobody waits for its tokens."""
+        """Whether no sequence comes to its prompt's last token, where it decodes: nobody waits for tokens or drafts."""
         pairs = zip(self.sequences, self.counts, strict=True)
-        return self.program.phase == "prefill" and all(count < sequence.num_left for sequence, count in pairs)
+        return self.program.phase == "prefill" and all(count + 1 < sequence.num_left for sequence, count in pairs)
 
     def follows(self, other: Batch | None) -> bool:
         """Whether it is the decode step right after another one, whose program has prepared all inputs already."""

@@ -166,9 +166,9 @@ def grouped(work: Work) -> list[Tiling]:
             "N": columns, "K": depth, "EXPERTS": experts, "TOP_K": top_k, "BLOCK_E": up2(experts + 1),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "PRECISION": work.precision,
         }  # fmt: skip
-        tiles_m = GridDim(fixed=experts + 1, scale=top_k, block=tile.m)
+        tiles_m = GridDim(fixed=experts, scale=top_k, block=tile.m)  # as many at most end in half-empty tiles
         if work.by_seqs:
-            tiles_m = fixed(experts + 1 + blocks(work.num_rows * top_k, tile.m))
+            tiles_m = fixed(experts + blocks(work.num_rows * top_k, tile.m))
         grid = (fixed(blocks(columns, tile.n)), tiles_m)
         options = {
             "silu_mul": up, "x": "x" if up else "h", "ragged": depth % tile.k != 0, "uneven": columns % tile.n != 0,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import make_spec
 from tokenspeed_plan.planner import compile_plan, find_model
-from tokenspeed_plan.planner.limits import interleaved_tokens
+from tokenspeed_plan.planner.limits import interleaved_tokens, prefill_buckets
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.types import Phase
 
@@ -46,3 +46,11 @@ def test_checkpoints_are_in_the_memory_map(checkpoint: Any) -> None:
     assert limits.num_rows == 2 + 3 * 2 + limits.num_checkpoints
     rows = {buffer.tensor.shape[0] for buffer in plan.buffers if buffer.arena == "state"}
     assert rows == {limits.num_rows}
+
+
+@pytest.mark.parametrize(
+    ("turn_tokens", "buckets"), [(0, (128, 512)), (100, (128, 256, 512)), (256, (128, 512)), (800, (128, 512))]
+)
+def test_a_turn_has_a_program_of_its_size(turn_tokens: int, buckets: tuple[int, ...], tiny_plan: Plan) -> None:
+    """With the last token of the answer before it: 257 of 256."""
+    assert prefill_buckets(tiny_plan.limits, turn_tokens) == buckets

@@ -65,6 +65,19 @@ def test_the_demo_model_says_the_same_with_and_without() -> None:
     assert engine.metrics.hit_tokens > 200
 
 
+def test_the_last_turn_of_the_longest_conversation_is_cached(checkpoint: Any) -> None:
+    """It goes on inside a page, and the pages that it needs are all that the plan has."""
+    talk = {"kind": "agentic", "first_turn_tokens": 600, "turn_tokens": 256, "turns": 3, "output_tokens": 8}
+    spec = make_spec(checkpoint("moe"), workload=talk | {"concurrency": 1})
+    engine = Engine.from_plan(compile_plan(spec, find_model(spec)), checkpoint("moe"))
+    said, cached = [i % 300 for i in range(600)], []
+    for turn in range(3):
+        (done,) = engine.generate([said], SamplingParams(max_tokens=8, ignore_eos=True))
+        cached.append((len(said), done.num_cached_tokens))
+        said += [*done.token_ids, *((7 * i + turn) % 300 for i in range(256))]
+    assert cached == [(600, 0), (864, 607), (1128, 871)]
+
+
 def test_what_is_cheap_to_have_again_goes_first(tiny_plan: Plan, checkpoint: Any) -> None:
     """A long prompt outlives short ones that came after it; one that nobody asks for goes in the end."""
     limits = {"num_pages": 184, "num_checkpoints": 0, "checkpoint_interval": 1024, "min_checkpoint_tokens": 16}

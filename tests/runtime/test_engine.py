@@ -18,6 +18,7 @@ from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.canary import check_canary
 from tokenspeed_plan.runtime.reference.sampling import filtered, sample, uniform
+from trained import write_trained
 
 PROMPT = list(range(60, 90))
 
@@ -232,12 +233,13 @@ def edit(folder: Path, name: str, change: Any) -> None:
 NORM = "model.language_model.layers.1.input_layernorm.weight"
 
 
-@pytest.mark.parametrize(("weights", "kind"), [("fp32", "moe"), ("bf16", "dense")])  # random experts flip in bf16
-def test_the_canary_sings(weights: str, kind: str, checkpoint: Any) -> None:
-    folder = checkpoint(kind)
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_the_canary_sings(weights: str, checkpoint: Any, tmp_path: Path) -> None:
+    """In bf16 of a model that was trained: random routers choose other experts for less than its rounding."""
+    folder = checkpoint("moe") if weights == "fp32" else write_trained(tmp_path / "model", "moe")
     plan = planned(folder, model={"path": str(folder), "weights": weights})
     assert len(plan.canary) == 3
-    assert check_canary(plan, Engine.from_plan(plan, folder)) >= (48 if weights == "fp32" else 3)
+    assert check_canary(plan, Engine.from_plan(plan, folder)) >= (48 if weights == "fp32" else 24)
 
 
 @pytest.mark.parametrize(
