@@ -13,6 +13,7 @@ from tokenspeed_plan.plans.schema import Decision, Limits
 from tokenspeed_plan.plans.types import Phase
 
 ROWS_PER_SLOT = 2  # one to read, one to write; each draft needs one more, where inputs are not kept instead
+COPIED_PAGES = 1  # of a sequence: a turn that goes on inside a page copies it, and for a moment both are there
 ENDS_PER_CONVERSATION = 2  # checkpoints where the last prompt and the last answer end
 AS_ASKED = "as the spec says"
 TURN_STEP = 256  # tokens to which the prefill of a turn is rounded up
@@ -30,8 +31,7 @@ def plan_limits(
 ) -> Limits:
     """The longest conversation, rounded up to a page; pages for `concurrency` of them, rows for `depth` drafts.
 
-    Each has a page more: a turn that goes on inside a page copies it, and for a moment both are there. Where drafts'
-    inputs are kept, the rows are as many as without drafts.
+    Where drafts' inputs are kept, the rows are as many as without drafts.
 
     `chunk` tokens of a prompt are computed at once, the machine's default where it is None; `checkpoint_tokens` as in
     `checkpoint_spacing`.
@@ -56,7 +56,7 @@ def plan_limits(
         max_seq_len=max_seq_len,
         max_tokens=chunk,
         page_size=hardware.page_size,
-        num_pages=(pages + 1) * workload.concurrency,
+        num_pages=(pages + COPIED_PAGES) * workload.concurrency,
         rows_per_slot=rows,
         num_rows=2 + workload.concurrency * rows + kept,
         default_max_tokens=min(workload.output_tokens, max_seq_len - 1),

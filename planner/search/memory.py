@@ -9,7 +9,7 @@ from functools import cached_property
 from tokenspeed_plan.planner.cost import stored_scale
 from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.limits import num_checkpoints, rows_per_slot
+from tokenspeed_plan.planner.limits import COPIED_PAGES, num_checkpoints, rows_per_slot
 from tokenspeed_plan.planner.passes.place import place
 from tokenspeed_plan.planner.passes.schedule import schedule
 from tokenspeed_plan.planner.search.candidate import Knobs
@@ -52,7 +52,7 @@ class MemoryModel:
         """What `num_seqs` sequences of up to `seq_tokens` need; data-parallel groups share the sequences out."""
         own = -(-num_seqs // self.layout.attention_dp)
         seq_pages = -(-seq_tokens // knobs.page_size)
-        pages = -(-own * seq_pages // self.layout.context_split)
+        pages = -(-own * (seq_pages + COPIED_PAGES) // self.layout.context_split)
         rows = 2 + own * rows_per_slot(knobs.depth, self.steps.keeps_inputs)
         units = self._state_units(knobs.depth)
         kept = own * num_checkpoints(seq_pages * knobs.page_size, knobs.spacing)
