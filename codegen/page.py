@@ -112,7 +112,7 @@ def _layer(plan: Plan, layer: str) -> dict[str, Any]:
     kernel_edges: set[tuple[int, int]] = set()
     for step in (step for step in _calls(plan) if _layer_of(step) == layer):
         kernel = by_name[step.kernel]
-        outside = {param.name: arg for param, arg in zip(kernel.params, step.args, strict=True)}
+        outside = step.places(kernel)
         first = len(ops)
         for part in kernel.parts:
             for operand in part.operands:

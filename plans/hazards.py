@@ -45,7 +45,7 @@ def _check_early(program: Program, kernels: Mapping[str, KernelSpec]) -> None:
     for step in program.steps:
         launch = kernels[step.kernel].launch if isinstance(step, KernelCall) else None
         if isinstance(step, KernelCall) and launch is not None and launch.early:
-            places = {param.name: name for param, name in zip(kernels[step.kernel].params, step.args, strict=True)}
+            places = step.places(kernels[step.kernel])
             last = before.get(step.stream)
             known = isinstance(last, KernelCall) and kernels[last.kernel].launch
             require(bool(known and known.late_start), f"`{step.kernel}` reads ahead of a kernel that does not wait")
@@ -72,7 +72,7 @@ def _slots(step: Step, kernels: Mapping[str, KernelSpec]) -> dict[str, str]:
     if not isinstance(step, KernelCall):
         return {}
     kernel = kernels[step.kernel]
-    args = {param.name: name for param, name in zip(kernel.params, step.args, strict=True)}
+    args = step.places(kernel)
     writes = [part for part in kernel.parts if part.kind == "kv_write"]
     return {args[part.operands[3]]: args[part.operands[2]] for part in writes}
 

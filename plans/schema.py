@@ -331,6 +331,10 @@ class KernelCall(Frozen):
     stream: int = 0
     predicted_us: float
 
+    def places(self, kernel: KernelSpec) -> dict[str, str]:
+        """What the call gives to each parameter of its kernel, by the parameter's name."""
+        return {param.name: name for param, name in zip(kernel.params, self.args, strict=True)}
+
 
 class CollectiveCall(Frozen):
     """Combine a buffer over all ranks: the sum, or the columns of all ranks side by side."""

@@ -266,9 +266,14 @@ def _part_outputs(kernel: KernelSpec, part: Part, known: Mapping[str, TensorSpec
     return dict(zip(part.outputs, specs.values(), strict=True))
 
 
+def _states(part: Part) -> tuple[str, ...]:
+    """The last operands of an operator."""
+    return part.operands[len(part.operands) - len(OPS[part.kind].states) :]
+
+
 def _accesses(kernel: KernelSpec, part: Part, op: OpDef) -> None:
     params = {param.name: param for param in kernel.params}
-    for name, access in zip(part.operands[len(part.operands) - len(op.states) :], op.states, strict=True):
+    for name, access in zip(_states(part), op.states, strict=True):
         param = params.get(name)
         check(param is not None and param.role == "state" and param.access == access[1],
               lambda: f"kernel `{kernel.name}`: state `{name}` is not {access[1]}")  # noqa: B023 # fmt: skip
@@ -339,9 +344,9 @@ def _brought(program: Program, kernels: Mapping[str, KernelSpec]) -> None:
         if not isinstance(step, KernelCall):
             continue
         kernel = kernels[step.kernel]
-        places = dict(zip((param.name for param in kernel.params), step.args, strict=True))
+        places = step.places(kernel)
         for part in kernel.parts:
-            states = {places[name] for name in part.operands[len(part.operands) - len(OPS[part.kind].states) :]}
+            states = {places[name] for name in _states(part)}
             brought |= states if part.kind == "replay" else set()
             check(part.attrs.get("mode") != REPLAYED or states <= brought,
                   lambda k=kernel: f"{program.phase}/{program.bucket}: nothing brings the state of `{k.name}`")  # type: ignore[misc] # fmt: skip
@@ -387,7 +392,7 @@ def _batch_fits(program: Program, step: KernelCall, kernel: KernelSpec, made: di
     `made` says of each buffer which operator wrote it, and as what. Each part must count as many rows a sequence as
     the program has.
     """
-    args = {param.name: name for param, name in zip(kernel.params, step.args, strict=True)}
+    args = step.places(kernel)
     inside: dict[str, tuple[str, str]] = {}
     for part in kernel.parts:
         op = OPS[part.kind]
