@@ -7,6 +7,7 @@ content; a damaged entry is made again.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ from tokenspeed_plan.plans.kernel_file import extra_arguments, load_function
 from tokenspeed_plan.plans.schema import KernelSpec
 from tokenspeed_plan.plans.types import DType
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 POINTERS: dict[DType, str] = {"bf16": "*bf16", "fp32": "*fp32", "fp64": "*fp64", "i32": "*i32", "i64": "*i64"}
 WARP_SIZE = 32
 # What Triton, LLVM and ptxas read from the environment. It is in no key, so it may not change a result.
@@ -119,8 +120,18 @@ def _compile_missing(missing: list[Job], cache: Path) -> dict[str, Compiled]:
     return done
 
 
+ADDR_NO_RANDOMIZE = 0x0040000  # of personality(2)
+
+
 def _start_worker(scratch: str) -> None:
-    """Set what Triton reads when it is first imported."""
+    """Set what Triton reads when it is first imported.
+
+    `ptxas` for sm_100 (12.9) allocates registers by the addresses of its objects, so that one PTX gives several
+    cubins. Programs that a worker starts inherit its personality, and lie where they always do.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "personality"):
+        libc.personality(ADDR_NO_RANDOMIZE)
     for name in [name for name in os.environ if name.startswith(SWITCHES)]:
         del os.environ[name]
     os.environ |= {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": scratch, "TRITON_ALWAYS_COMPILE": "1"}
