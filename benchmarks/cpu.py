@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 import transformers
-from tokenspeed_plan.codegen.chat import ChatTemplate
+
+from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.runtime import Engine
-from tokenspeed_plan.runtime.batch import BatchOptions, BatchPlan, RowLimits, run_batch
-from tokenspeed_plan.runtime.batch.rows import parse_row, to_requests
+from tokenspeed_plan.runtime.serving.batch import BatchOptions, BatchPlan, RowLimits, run_batch
+from tokenspeed_plan.runtime.serving.openai.requests import parse_row, to_requests
 
 ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "plans/frozen/demo-cpu"
@@ -58,18 +59,18 @@ class Ours:
         limits = self.plan.limits
         row_limits = RowLimits(limits.max_seq_len, limits.default_max_tokens, self.plan.model.vocab_size)
         self.facts = BatchPlan(self.plan.digest, "demo", limits.max_seqs, row_limits, {})
-        assert self.engine.codec is not None
-        self.codec = self.engine.codec
+        assert self.engine.tokenizer is not None
+        self.tokenizer = self.engine.tokenizer
         lines = self.input.read_bytes().splitlines()
         parsed = [parse_row(line, i, self.plan.digest) for i, line in enumerate(lines)]
-        self.prompts = [list(to_requests(row, self.codec, row_limits)[0].prompt_ids) for row in parsed]
+        self.prompts = [list(to_requests(row, self.tokenizer, row_limits)[0].prompt_ids) for row in parsed]
 
     def run(self) -> tuple[float, list[list[int]]]:
         """Seconds, and what it said."""
         output = self.folder / "out.jsonl"
         output.unlink(missing_ok=True)
         begun = time.perf_counter()
-        run_batch(BatchOptions(self.input, output, quiet=True), self.facts, self.codec, lambda: self.engine)
+        run_batch(BatchOptions(self.input, output, quiet=True), self.facts, self.tokenizer, lambda: self.engine)
         seconds = time.perf_counter() - begun
         lines = [json.loads(line) for line in output.read_text().splitlines()]
         return seconds, [line["response"]["body"]["choices"][0]["token_ids"] for line in lines]

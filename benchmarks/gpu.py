@@ -44,9 +44,9 @@ def ours(bundle: Path, context: int, tokens: int) -> dict[str, Any]:
     """The engine, with random weights."""
     from tokenspeed_plan.plans.bundle import load_plan
     from tokenspeed_plan.runtime import Engine, SamplingParams
+    from tokenspeed_plan.runtime.arenas import Arenas
     from tokenspeed_plan.runtime.graphs import GraphExecutor
-    from tokenspeed_plan.runtime.kernels import load_kernels
-    from tokenspeed_plan.runtime.memory import Arenas
+    from tokenspeed_plan.runtime.triton_kernels import load_kernels
     from tokenspeed_plan.runtime.weights import random_weights
 
     plan = load_plan(bundle)
@@ -203,7 +203,7 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
     from tokenspeed_plan.plans.bundle import load_plan
 
     root, name = Path(__file__).parent.parent, options.only
-    config = root / "planner/presets" / f"{load_plan(options.bundle).model.name}.json"
+    config = root / "planner/models/presets" / f"{load_plan(options.bundle).model.name}.json"
     measure = vllm_peer if name.startswith("vllm") else peer
     found = measure(config, options.context, options.tokens, name in ("compile", "vllm-h100"))
     packages = ("transformers", "vllm", "flash-linear-attention")

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.memory import TORCH_DTYPES, Arenas
+from tokenspeed_plan.runtime.arenas import TORCH_DTYPES, Arenas
 from tokenspeed_plan.runtime.weights import load_weights
 
 SHARD_BYTES = 2 << 30

@@ -13,16 +13,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
+from tokenspeed_plan.planner.advisor.engine_profile import load_engine
+from tokenspeed_plan.planner.advisor.hardware import find_hardware
+from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
+from tokenspeed_plan.planner.advisor.step_model import Engine, StepModel
+from tokenspeed_plan.planner.advisor.workload import ACCEPTANCE, tokens_a_step
 from tokenspeed_plan.planner.commands.predict import search
-from tokenspeed_plan.planner.hardware import find_hardware
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.model_config import load_preset
-from tokenspeed_plan.planner.search.candidate import Candidate, Knobs
-from tokenspeed_plan.planner.search.engine import load_engine
-from tokenspeed_plan.planner.search.predict import Prediction, Predictor
-from tokenspeed_plan.planner.search.steps import Engine, StepModel
+from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.spec import Spec
-from tokenspeed_plan.planner.workload import ACCEPTANCE, tokens_a_step
 
 THEIRS = load_engine(Path(__file__).parent / "engines/tokenspeed.yaml")
 CONFIG = load_preset("qwen3.5-397b-a17b")[0]

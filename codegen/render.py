@@ -11,19 +11,21 @@ from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.kernel_file import extra_arguments
 from tokenspeed_plan.plans.ops import OPS
 from tokenspeed_plan.plans.schema import KernelSpec, Launch
 from tokenspeed_plan.plans.types import Attr, Dim
 
-TEMPLATES = Path(__file__).parent / "templates"
+ROOT = Path(__file__).parent
+FAMILIES = ("attention", "delta_net", "dense", "moe", "sampling", "speculation")
 
 
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader([ROOT, *(ROOT / family for family in FAMILIES)]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -50,7 +52,7 @@ def render(kind: str, kernel: KernelSpec, launch: Launch, options: dict[str, obj
         "parts": [{"kind": part.kind, "doc": OPS[part.kind].doc} for part in kernel.parts],
         "constants": dict(sorted(launch.constants.items())),
         "pdl": launch.pdl,
-        "late_start": launch.late_start,
+        "trigger_after_wait": launch.trigger_after_wait,
         "has": {param.name for param in kernel.params}.__contains__,
     }
     text = _environment().get_template(f"{launch.template}.py.j2").render(context | options)

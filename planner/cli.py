@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import click
+
 from tokenspeed_plan.planner.commands.bench import bench_command
 from tokenspeed_plan.planner.commands.calibrate import calibrate
 from tokenspeed_plan.planner.commands.chat import chat

@@ -8,29 +8,30 @@ from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
 
-from tokenspeed_plan.planner import checkpoint, decide
-from tokenspeed_plan.planner.checks import check
-from tokenspeed_plan.planner.cost import Load
+from tokenspeed_plan.planner.advisor import resolve as decide
+from tokenspeed_plan.planner.advisor.candidate import SUPPORTED
+from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.planner.freeze import LoweredProgram, Parts, freeze
 from tokenspeed_plan.planner.graph import OpGraph
-from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
-from tokenspeed_plan.planner.kernels import KernelChoice
-from tokenspeed_plan.planner.limits import (
+from tokenspeed_plan.planner.models import checkpoint
+from tokenspeed_plan.planner.models.config import ModelConfig, load_model_config, load_preset
+from tokenspeed_plan.planner.models.qwen3_5 import BuildContext, build
+from tokenspeed_plan.planner.passes.cost import Load
+from tokenspeed_plan.planner.passes.expand import expand
+from tokenspeed_plan.planner.passes.fuse import fuse
+from tokenspeed_plan.planner.passes.grammar import check
+from tokenspeed_plan.planner.passes.limits import (
     cache_decisions,
     interleaved_tokens,
     plan_limits,
     prefill_buckets,
 )
-from tokenspeed_plan.planner.model_config import ModelConfig, load_model_config, load_preset
-from tokenspeed_plan.planner.passes.choose_again import choose_again
-from tokenspeed_plan.planner.passes.expand import expand
-from tokenspeed_plan.planner.passes.fuse import fuse
 from tokenspeed_plan.planner.passes.lower import Choose, lower
 from tokenspeed_plan.planner.passes.place import place
+from tokenspeed_plan.planner.passes.recompute_topk import recompute_topk
+from tokenspeed_plan.planner.passes.select import KernelChoice
 from tokenspeed_plan.planner.passes.shard import shard
-from tokenspeed_plan.planner.passes.timeline import schedule_best
-from tokenspeed_plan.planner.qwen3_5 import BuildContext, build
-from tokenspeed_plan.planner.search.candidate import TODAY
+from tokenspeed_plan.planner.passes.simulate import schedule_best
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.bundle import seal
 from tokenspeed_plan.plans.errors import SpecError
@@ -134,7 +135,7 @@ def compile_bundle(
     layout, knobs = decided.layout, decided.knobs
     depth = knobs.depth
     limits = plan_limits(
-        spec.workload, model.config, hardware, knobs.prefill_chunk, knobs.checkpoint_tokens, depth, decided.keeps_inputs
+        spec.workload, model.config, hardware, knobs.prefill_chunk, knobs.checkpoint_tokens, depth, decided.recomputes
     )
     context = BuildContext(model.config, dtype, limits, model.num_valid_tokens, model.fused_experts, spec.draft_vocab)
     graphs: dict[tuple[Phase, int], OpGraph] = {}
@@ -170,8 +171,8 @@ def _programs(
         tokens = bucket * (graph.depth + 1 if graph.phase == "decode" else 1)
         expanded = check(expand(graph, tokens, seqs))
         load = _load(graph.phase, tokens, seqs, spec)
-        fused = check(choose_again(fuse(expanded, tokens, seqs), tokens, seqs))
-        placed = check(place(check(schedule_best(fused, load, hardware, TODAY.most_streams)), tokens, seqs))
+        fused = check(recompute_topk(fuse(expanded, tokens, seqs), tokens, seqs))
+        placed = check(place(check(schedule_best(fused, load, hardware, SUPPORTED.max_streams)), tokens, seqs))
         lowered, kernels = lower(placed, hardware, load, (tokens, seqs), choose)
         made.append((bucket, seqs, check(lowered), kernels))
     return made
@@ -189,7 +190,7 @@ def _tpot_ms(spec: Spec) -> float | None:
 
 def _load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:
     """What a program is priced for: decode in the middle of the conversation, prefill of one sequence."""
-    middle = spec.workload.longest_tokens // 2
+    middle = spec.workload.max_conversation_tokens // 2
     return Load(tokens, seqs, middle) if phase == "decode" else Load(tokens, 1, min(middle, tokens))
 
 

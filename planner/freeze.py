@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from tokenspeed_plan.codegen.kernel_builder import Built
+from tokenspeed_plan.planner.advisor.hardware import GIB, HardwareSpec
 from tokenspeed_plan.planner.graph import OpGraph, Tensor, Weight
-from tokenspeed_plan.planner.hardware import GIB, HardwareSpec
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.passes.lower import scratch_name
 from tokenspeed_plan.planner.spec import Spec
-from tokenspeed_plan.planner.tiling.table import Built
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import (
     SCHEMA_VERSION,

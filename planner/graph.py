@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import networkx as nx
+
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.schema import ArenaName, Step

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from tokenspeed_plan.plans.errors import SpecError
 
 Auto = Literal["auto"]
@@ -82,7 +83,7 @@ class WorkloadSpec(_Section):
     skew: Annotated[float, Field(ge=0, le=4, allow_inf_nan=False)] = 0.0
 
     @property
-    def longest_tokens(self) -> int:
+    def max_conversation_tokens(self) -> int:
         """Tokens of a whole conversation, prompts and answers."""
         return self.first_turn_tokens + (self.turns - 1) * self.turn_tokens + self.turns * self.output_tokens
 
@@ -101,21 +102,21 @@ class ObjectiveSpec(_Section):
     slo: SloSpec | None = None
 
 
-MOST_DRAFTS = 16
+MAX_DRAFTS = 16
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class SpeculationSpec(_Section):
     """Draft tokens a step, and the share of drafts that are accepted after those before them: of all, or by place.
 
-    `rollback`: what a step goes back to where drafts were wrong: a row of state after each token (`rows`), or the state
-    before them all, from where the inputs that came true are computed again (`inputs`: less memory). `draft_vocab`:
+    `rollback`: what a step goes back to where drafts were wrong: a row of state after each token (`snapshot`), or the state
+    before them all, from where the inputs that came true are computed again (`recompute`: less memory). `draft_vocab`:
     drafts are chosen from so many tokens, the first of the vocabulary, whose part of the head is quicker to read.
     """
 
-    depth: Annotated[int, Field(ge=1, le=MOST_DRAFTS)] | Literal["auto"] = "auto"
-    acceptance: Share | Annotated[tuple[Share, ...], Field(min_length=1, max_length=MOST_DRAFTS)] | None = None
-    rollback: Literal["auto", "rows", "inputs"] = "auto"
+    depth: Annotated[int, Field(ge=1, le=MAX_DRAFTS)] | Literal["auto"] = "auto"
+    acceptance: Share | Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_DRAFTS)] | None = None
+    rollback: Literal["auto", "snapshot", "recompute"] = "auto"
     draft_vocab: Count | None = None
 
 
@@ -165,7 +166,7 @@ class Spec(_Section):
         return self.speculation.draft_vocab if isinstance(self.speculation, SpeculationSpec) else None
 
     @property
-    def stated_rollback(self) -> Literal["rows", "inputs"] | None:
+    def stated_rollback(self) -> Literal["snapshot", "recompute"] | None:
         """How wrong drafts are taken back, where the spec says so."""
         rollback = self.speculation.rollback if isinstance(self.speculation, SpeculationSpec) else "auto"
         return None if rollback == "auto" else rollback
@@ -250,6 +251,9 @@ def _changed(data: dict[Any, Any], change: str) -> dict[Any, Any]:
     return made
 
 
+_RENAMED = {("speculation.rollback", "rows"): "snapshot", ("speculation.rollback", "inputs"): "recompute"}
+
+
 def _explain(error: ValidationError, name: str) -> SpecError:
     first = min(error.errors(), key=_rank)
     ends = (int,) if len(first["loc"]) > 1 and first["type"] != "extra_forbidden" else (int, str)
@@ -260,6 +264,9 @@ def _explain(error: ValidationError, name: str) -> SpecError:
         near = difflib.get_close_matches(str(first["loc"][-1]), _KEYS_OF.get(_section(first["loc"]), _KEYS), 1)
         hint = f"did you mean `{near[0]}`?" if near else "the README lists the keys of a spec"
         return SpecError(f"`{name}` has an unknown key `{where}`", hint)
+    if (where, first["input"]) in _RENAMED:
+        new = _RENAMED[where, first["input"]]
+        return SpecError(f"`{name}` at `{where}`: `{first['input']}` has a new name", f"write `{new}`")
     got = _short(first["input"])
     message = first["msg"].removeprefix("Value error, ")
     return SpecError(f"`{name}` at `{where}`: {message[0].lower()}{message[1:]}, got {got}", _type_hint(where))

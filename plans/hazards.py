@@ -44,13 +44,15 @@ def _check_early(program: Program, kernels: Mapping[str, KernelSpec]) -> None:
     before: dict[int, Step] = {}
     for step in program.steps:
         launch = kernels[step.kernel].launch if isinstance(step, KernelCall) else None
-        if isinstance(step, KernelCall) and launch is not None and launch.early:
+        if isinstance(step, KernelCall) and launch is not None and launch.prefetch:
             places = step.places(kernels[step.kernel])
             last = before.get(step.stream)
             known = isinstance(last, KernelCall) and kernels[last.kernel].launch
-            require(bool(known and known.late_start), f"`{step.kernel}` reads ahead of a kernel that does not wait")
+            require(
+                bool(known and known.trigger_after_wait), f"`{step.kernel}` reads ahead of a kernel that does not wait"
+            )
             written = {name for name, access in _accesses(last, kernels) if access != "read"} if last else set()
-            made = {places[name] for name in launch.early if name in places} & written
+            made = {places[name] for name in launch.prefetch if name in places} & written
             require(not made, f"`{step.kernel}` reads `{min(made, default='')}` ahead of the kernel that makes it")
         if isinstance(step, (KernelCall, CollectiveCall)):
             before[step.stream] = step

@@ -6,7 +6,7 @@ One row per operator in `OPS`. The planner builds graphs from these rows, the va
 Shapes: T tokens, S sequences, H hidden, V vocabulary rows, D head_dim, Q query heads, K kv heads,
 A delta-rule key heads, B delta-rule value heads, E experts on this rank, k experts per token.
 
-A decode step that verifies drafts has R = `rows_per_seq` rows of each sequence, one after the other, so that T = S * R.
+A decode step that verifies drafts has R = `query_len` rows of each sequence, one after the other, so that T = S * R.
 It leaves a state after each row; or N inputs are kept, and the next step begins with those that came true (`replay`).
 """
 
@@ -113,9 +113,9 @@ def dtype_attr(attrs: Attrs) -> DType:
     return value  # type: ignore[return-value]
 
 
-def rows_per_seq(attrs: Attrs) -> int:
+def query_len(attrs: Attrs) -> int:
     """How many rows each sequence has in a decode step: 1 where nothing is said."""
-    return integer(attrs, "rows_per_seq") if "rows_per_seq" in attrs else 1
+    return integer(attrs, "query_len") if "query_len" in attrs else 1
 
 
 def _batch_rows(specs: Specs, name: str) -> Dim:
@@ -131,16 +131,16 @@ def _like(specs: Specs, name: str, last: int) -> TensorSpec:
 
 def _seq_metadata(specs: Specs) -> None:
     expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
-    expect(specs, "read_rows", "num_seqs", dtype="i32")
-    _write_rows(specs, 1)
+    expect(specs, "src_state_slots", "num_seqs", dtype="i32")
+    _dst_state_slots(specs, 1)
 
 
-def _write_rows(specs: Specs, needed: int) -> None:
+def _dst_state_slots(specs: Specs, needed: int) -> None:
     """One row a sequence, or in a plan that speculates a row for each token that a decode step can have."""
-    shape = specs["write_rows"].shape
+    shape = specs["dst_state_slots"].shape
     many = len(shape) == 2 and isinstance(shape[1], int) and shape[1] >= max(needed, 2)
-    require(many or (needed == 1 and shape == ("num_seqs",)), f"`write_rows` is {list(shape)} for {needed} rows")
-    expect(specs, "write_rows", "num_seqs", *shape[1:], dtype="i32")
+    require(many or (needed == 1 and shape == ("num_seqs",)), f"`dst_state_slots` is {list(shape)} for {needed} rows")
+    expect(specs, "dst_state_slots", "num_seqs", *shape[1:], dtype="i32")
 
 
 def _embed(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
@@ -210,7 +210,7 @@ def _attention(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     expect(specs, "page_table", "num_seqs", width(specs, "page_table"), dtype="i32")
     dim, decode = _batch_rows(specs, "q"), attrs.get("mode") == "decode"
     require(decode or dim == "num_tokens", "a prefill has many rows a sequence")
-    require(rows_per_seq(attrs) == 1 or (decode and dim == "num_tokens"), "rows_per_seq of one row a sequence")
+    require(query_len(attrs) == 1 or (decode and dim == "num_tokens"), "query_len of one row a sequence")
     return {"y": expect(specs, "q", dim, heads * integer(attrs, "head_dim"))}
 
 
@@ -224,9 +224,9 @@ def _stepping(attrs: Attrs, specs: Specs, step: str, many: str) -> None:
 
     Or a step after a `replay`: it starts from the rows to write, where that has left the state, and changes nothing.
     """
-    require(attrs.get("mode") in (step, many, REPLAYED), f"mode {attrs.get('mode')!r}")
-    require(attrs["mode"] != many or rows_per_seq(attrs) == 1, f"rows_per_seq where the mode is {many}")
-    _write_rows(specs, 1 if attrs["mode"] == REPLAYED else rows_per_seq(attrs))
+    require(attrs.get("mode") in (step, many, RECOMPUTED), f"mode {attrs.get('mode')!r}")
+    require(attrs["mode"] != many or query_len(attrs) == 1, f"query_len where the mode is {many}")
+    _dst_state_slots(specs, 1 if attrs["mode"] == RECOMPUTED else query_len(attrs))
 
 
 def _conv(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
@@ -238,13 +238,13 @@ def _conv(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     return {"y": expect(specs, "x", "num_tokens", channels)}
 
 
-def _replay(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+def _recompute_state(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     heads, taps = integer(attrs, "num_v_heads"), integer(attrs, "kernel_size")
     channels = 2 * integer(attrs, "num_k_heads") * integer(attrs, "key_dim") + heads * integer(attrs, "value_dim")
     x = expect(specs, "x", "num_tokens", channels)
     for name in ("b", "a"):
         expect(specs, name, "num_tokens", heads, dtype=x.dtype)
-    for name in ("context_lens", "state_lens", "read_rows", "write_rows"):
+    for name in ("context_lens", "state_lens", "src_state_slots", "dst_state_slots"):
         expect(specs, name, "num_seqs", dtype="i32")
     expect(specs, "w", channels, 1, taps)
     expect(specs, "a_log", heads)
@@ -252,7 +252,7 @@ def _replay(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     require(specs["conv_state"].shape[1:] == (taps - 1, channels), f"`conv_state` is {list(specs['conv_state'].shape)}")
     _ssm_state(attrs, specs, wide(x.dtype))
     kept = specs["kept_inputs"].shape[1:2]
-    require(kept >= (rows_per_seq(attrs),), f"{list(kept)} inputs are kept of {rows_per_seq(attrs)} rows")
+    require(kept >= (query_len(attrs),), f"{list(kept)} inputs are kept of {query_len(attrs)} rows")
     shapes = {"kept_inputs": (*kept, channels), "kept_gates": (2, *kept, heads)}
     for name, shape in shapes.items():
         require(specs[name].shape[1:] == shape, f"`{name}` is {list(specs[name].shape)}")
@@ -260,10 +260,10 @@ def _replay(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     return {}
 
 
-def _settle(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+def _commit_state_len(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     for name in ("context_lens", "state_lens"):
         expect(specs, name, "num_seqs", dtype="i32")
-    require(rows_per_seq(attrs) > 0, "no rows")
+    require(query_len(attrs) > 0, "no rows")
     return {}
 
 
@@ -432,7 +432,7 @@ def _last_token(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 
 def _select_row(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    integer(attrs, "rows_per_seq")
+    integer(attrs, "query_len")
     expect(specs, "accepted", "num_seqs", dtype="i32")
     expect(specs, "x", "num_tokens", width(specs, "x"))
     return {"y": TensorSpec(shape=("num_seqs", width(specs, "x")), dtype=specs["x"].dtype)}
@@ -445,7 +445,7 @@ def _concat(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 def _sample(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     require(0 < integer(attrs, "num_valid_tokens") <= width(specs, "logits"), "num_valid_tokens over the vocabulary")
-    dim: Dim = "num_tokens" if rows_per_seq(attrs) > 1 else "num_seqs"
+    dim: Dim = "num_tokens" if query_len(attrs) > 1 else "num_seqs"
     expect(specs, "logits", dim, width(specs, "logits"))
     for name, dtype in SAMPLING_INPUTS.items():
         expect(specs, name, "num_seqs", dtype=dtype)
@@ -460,14 +460,14 @@ def _shift_tokens(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 
 def _accept(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    depth = integer(attrs, "rows_per_seq") - 1
+    depth = integer(attrs, "query_len") - 1
     require(depth > 0, "there is nothing to accept")
     for name in ("token_ids", "next_tokens"):
         expect(specs, name, "num_tokens", dtype="i32")
-    for name in ("context_lens", "read_rows", "max_lens"):
+    for name in ("context_lens", "src_state_slots", "max_lens"):
         expect(specs, name, "num_seqs", dtype="i32")
     expect(specs, "stop_ids", "num_seqs", STOP_IDS, dtype="i32")
-    for name in ("seed", "draw"):
+    for name in ("seed", "rng_offset"):
         expect(specs, name, "num_seqs", dtype="i64")
     rows: dict[str, DType] = {"forced_accept": "fp32", "accept_counts": "i64"}
     for name, dtype in rows.items():
@@ -501,11 +501,11 @@ def _advance(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 def _advance_rows(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     integer(attrs, "page_size")
-    count = integer(attrs, "rows_per_seq")
+    count = integer(attrs, "query_len")
     require(count > 1, "one row a sequence is what `advance` moves on")
     expect(specs, "accepted", "num_seqs", dtype="i32")
     expect(specs, "drafts", "num_seqs", count, dtype="i32")
-    _batch_state(specs, 1 if specs["write_rows"].shape == ("num_seqs",) else count)
+    _batch_state(specs, 1 if specs["dst_state_slots"].shape == ("num_seqs",) else count)
     return {}
 
 
@@ -513,20 +513,28 @@ def _batch_state(specs: Specs, count: int) -> None:
     expect(specs, "page_table", "num_seqs", width(specs, "page_table"), dtype="i32")
     for name in ("token_ids", "positions", "slot_mapping"):
         expect(specs, name, "num_tokens", dtype="i32")
-    for name in ("context_lens", "read_rows"):
+    for name in ("context_lens", "src_state_slots"):
         expect(specs, name, "num_seqs", dtype="i32")
-    expect(specs, "draw", "num_seqs", dtype="i64")
-    _write_rows(specs, count)
+    expect(specs, "rng_offset", "num_seqs", dtype="i64")
+    _dst_state_slots(specs, count)
 
 
 STOP_IDS = 8  # tokens a sequence that `accept` stops at; what else ends an answer is found on the host
-REPLAYED = "replayed"  # the mode of a step that finds its state where `replay` has left it
-BATCH_STATE = ("token_ids", "positions", "slot_mapping", "context_lens", "read_rows", "write_rows", "draw")
+RECOMPUTED = "recomputed"  # the mode of a step that finds its state where `replay` has left it
+BATCH_STATE = (
+    "token_ids",
+    "positions",
+    "slot_mapping",
+    "context_lens",
+    "src_state_slots",
+    "dst_state_slots",
+    "rng_offset",
+)
 SAMPLING_INPUTS: dict[str, DType] = {
-    "temperature": "fp32", "top_p": "fp32", "top_k": "i32", "seed": "i64", "draw": "i64",
+    "temperature": "fp32", "top_p": "fp32", "top_k": "i32", "seed": "i64", "rng_offset": "i64",
 }  # fmt: skip
 
-_CONV_META = ("cu_seqlens", "read_rows", "write_rows")
+_CONV_META = ("cu_seqlens", "src_state_slots", "dst_state_slots")
 
 _ACCEPT_INPUTS = ("max_lens", "stop_ids", "following", "forced_accept", "accept_counts", "state_lens")
 
@@ -561,24 +569,24 @@ OPS: dict[str, OpDef] = {
     "attention": OpDef(
         ("q", "page_table", "context_lens", "cu_seqlens"), ("y",), _attention, "softmax(q k^T / sqrt(D)) v, causal",
         states=(("kv_cache", "read"),), attrs=("mode", "num_heads", "num_kv_heads", "head_dim", "page_size"),
-        optional=("rows_per_seq",),
+        optional=("query_len",),
     ),
     "sigmoid_gate": OpDef(("x", "g"), ("y",), _pair, "y = x * sigmoid(g)"),
     "causal_conv": OpDef(
         ("x", *_CONV_META), ("y",), _conv, "y[t] = silu(sum_j w[j] x[t - K + 1 + j])", ("w",),
-        states=(("conv_state", "update"),), attrs=("mode", "kernel_size"), optional=("rows_per_seq",),
+        states=(("conv_state", "update"),), attrs=("mode", "kernel_size"), optional=("query_len",),
     ),
     # b and a of `kept_gates` come one after the other; rows of it and of `kept_inputs` are those of the states.
-    "replay": OpDef(
-        ("x", "b", "a", "context_lens", "state_lens", "read_rows", "write_rows"), (), _replay,
-        "the states of read_rows, after the first context_lens - R - state_lens inputs kept there, go to write_rows; "
+    "recompute_state": OpDef(
+        ("x", "b", "a", "context_lens", "state_lens", "src_state_slots", "dst_state_slots"), (), _recompute_state,
+        "the states of src_state_slots, after the first context_lens - R - state_lens inputs kept there, go to dst_state_slots; "
         "x, b and a are kept there", ("w", "a_log", "dt_bias"),
         states=tuple((name, "update") for name in ("conv_state", "ssm_state", "kept_inputs", "kept_gates")),
-        attrs=("kernel_size", "num_k_heads", "num_v_heads", "key_dim", "value_dim"), optional=("rows_per_seq",),
+        attrs=("kernel_size", "num_k_heads", "num_v_heads", "key_dim", "value_dim"), optional=("query_len",),
     ),
-    "settle": OpDef(
-        ("context_lens",), (), _settle, "state_lens = context_lens - R: so far has `replay` brought the states",
-        states=(("state_lens", "update"),), optional=("rows_per_seq",),
+    "commit_state_len": OpDef(
+        ("context_lens",), (), _commit_state_len, "state_lens = context_lens - R: so far has `replay` brought the states",
+        states=(("state_lens", "update"),), optional=("query_len",),
     ),
     "qk_l2_norm": OpDef(
         ("x",), ("q", "k", "v"), _qk_l2_norm, "q = q / |q| / sqrt(key_dim), k = k / |k|, v as it is",
@@ -591,7 +599,7 @@ OPS: dict[str, OpDef] = {
     "delta_rule": OpDef(
         ("q", "k", "v", "beta", "log_decay", *_CONV_META), ("y",), _delta_rule,
         "S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q", states=(("ssm_state", "update"),),
-        attrs=("mode", "num_k_heads", "num_v_heads", "key_dim", "value_dim"), optional=("rows_per_seq",),
+        attrs=("mode", "num_k_heads", "num_v_heads", "key_dim", "value_dim"), optional=("query_len",),
     ),
     "delta_chunk": OpDef(
         ("q", "k", "v", "beta", "log_decay", "cu_seqlens"), ("u", "w", "mix", "total"), _delta_chunk,
@@ -637,16 +645,16 @@ OPS: dict[str, OpDef] = {
     "last_token": OpDef(("x", "cu_seqlens"), ("y",), _last_token, "the last row of each sequence"),
     "concat": OpDef(("x", "r"), ("y",), _concat, "y = [x | r]"),
     "select_row": OpDef(
-        ("x", "accepted"), ("y",), _select_row, "y[s] = x[s * R + accepted[s]]", attrs=("rows_per_seq",)
+        ("x", "accepted"), ("y",), _select_row, "y[s] = x[s * R + accepted[s]]", attrs=("query_len",)
     ),
     "advance": OpDef(
-        ("next_tokens", "page_table"), (), _advance, "inputs of the next decode step; padding (read_rows = 0) stays",
+        ("next_tokens", "page_table"), (), _advance, "inputs of the next decode step; padding (src_state_slots = 0) stays",
         states=tuple((name, "update") for name in BATCH_STATE), attrs=("page_size",),
     ),
-    # Row i of a sequence is token `draw + i`, drawn as it would be alone.
+    # Row i of a sequence is token `rng_offset + i`, drawn as it would be alone.
     "sample": OpDef(
         ("logits", *SAMPLING_INPUTS), ("next_tokens",), _sample, "argmax, or a draw after top-k and top-p",
-        attrs=("num_valid_tokens",), optional=("rows_per_seq",),
+        attrs=("num_valid_tokens",), optional=("query_len",),
     ),
     "shift_tokens": OpDef(
         ("token_ids", "following", "next_tokens", "cu_seqlens"), ("y",), _shift_tokens,
@@ -654,15 +662,15 @@ OPS: dict[str, OpDef] = {
     ),
     # `forced_accept` is all zeros but in benchmarks that simulate acceptance: where f = forced_accept[i] is not 0, the
     # draft after row i is right if u < f, whatever it is, and a negative f is never right. u is the number in [0, 1) of
-    # the operator `sample` for (seed[s], draw[s] + i): the upper bits of SplitMix64's output for the state
-    # seed + (draw + i + 1) * 0x9E3779B97F4A7C15. Rules for ends hold as ever. What is said is then nonsense.
+    # the operator `sample` for (seed[s], rng_offset[s] + i): the upper bits of SplitMix64's output for the state
+    # seed + (rng_offset + i + 1) * 0x9E3779B97F4A7C15. Rules for ends hold as ever. What is said is then nonsense.
     "accept": OpDef(
-        ("token_ids", "next_tokens", "context_lens", "read_rows", "max_lens", "stop_ids", "seed", "draw",
+        ("token_ids", "next_tokens", "context_lens", "src_state_slots", "max_lens", "stop_ids", "seed", "rng_offset",
          "forced_accept"),
         ("accepted", "lens", "last_tokens"), _accept,
         "n = length of the common prefix of token_ids[1:] and next_tokens, up to the first of `stop_ids` and lens <= "
         "max_lens; lens = context_lens - R + n + 1; last_tokens = next_tokens[n]; accept_counts[:n + 1] += 1",
-        states=(("accept_counts", "update"),), attrs=("rows_per_seq",),
+        states=(("accept_counts", "update"),), attrs=("query_len",),
     ),
     "draft_place": OpDef(
         ("lens", "page_table"), ("positions", "slot_mapping", "context_lens"), _draft_place,
@@ -671,8 +679,8 @@ OPS: dict[str, OpDef] = {
     "draft": OpDef(("logits", "earlier"), ("drafts",), _draft, "drafts = [earlier | argmax(logits)]"),
     "advance_rows": OpDef(
         ("accepted", "drafts", "page_table"), (), _advance_rows,
-        "`advance` by accepted + 1 tokens: `drafts` are the next rows, write_rows[accepted] is read next, or the one",
-        states=tuple((name, "update") for name in BATCH_STATE), attrs=("page_size", "rows_per_seq"),
+        "`advance` by accepted + 1 tokens: `drafts` are the next rows, dst_state_slots[accepted] is read next, or the one",
+        states=tuple((name, "update") for name in BATCH_STATE), attrs=("page_size", "query_len"),
     ),
 }  # fmt: skip
 COLLECTIVES = ("all_reduce", "all_gather")

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
+
 from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.types import (
     Attr,
@@ -26,7 +27,7 @@ from tokenspeed_plan.plans.types import (
     TensorSpec,
 )
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 ArenaName = Literal["weights", "kv_cache", "state", "io", "activations", "scratch"]
 
@@ -84,7 +85,7 @@ class Layout(Frozen):
 class Limits(Frozen):
     """What a plan can serve.
 
-    A running sequence holds `rows_per_slot` rows of recurrent state; row 0 of every state buffer stays zero and is what
+    A running sequence holds `state_slots_per_seq` rows of recurrent state; row 0 of every state buffer stays zero and is what
     a new sequence reads. With `kept_inputs`, a decode step leaves no state after its rows but so many of their inputs,
     and the next step begins with those that came true. `max_tokens` is the largest prefill chunk, `interleaved_tokens`
     the largest between two decode steps. One more page and one more row, the last ones, belong to nobody: padding
@@ -100,8 +101,8 @@ class Limits(Frozen):
     max_tokens: int
     page_size: int
     num_pages: int
-    rows_per_slot: int
-    num_rows: int
+    state_slots_per_seq: int
+    num_state_slots: int
     default_max_tokens: int
     interleaved_tokens: int
     checkpoint_interval: int
@@ -115,7 +116,7 @@ class Limits(Frozen):
 
         Or the inputs of each token, and one row to write.
         """
-        return self.kept_inputs - 1 if self.kept_inputs else self.rows_per_slot - 2
+        return self.kept_inputs - 1 if self.kept_inputs else self.state_slots_per_seq - 2
 
     @property
     def table_pages(self) -> int:
@@ -124,14 +125,14 @@ class Limits(Frozen):
         return -(-(self.max_seq_len + overrun) // self.page_size)
 
     @property
-    def spare_page(self) -> int:
+    def pad_page(self) -> int:
         """Where padding writes its keys and values."""
         return self.num_pages
 
     @property
-    def spare_row(self) -> int:
+    def pad_state_slot(self) -> int:
         """Where padding writes its recurrent state."""
-        return self.num_rows - 1
+        return self.num_state_slots - 1
 
 
 class Option(Frozen):
@@ -285,7 +286,7 @@ class Launch(Frozen):
 
     `source_sha256` is that of `kernels/<name>.py`. With `pdl` it starts while its predecessor ends, and waits for its
     results inside (programmatic dependent launch). The inputs `early` it reads before that: they must be older than its
-    predecessor, which has `late_start` (its successor starts only when all before it is done).
+    predecessor, which has `trigger_after_wait` (its successor starts only when all before it is done).
     """
 
     template: str
@@ -294,8 +295,8 @@ class Launch(Frozen):
     num_warps: Annotated[int, Field(ge=1, le=32)]
     num_stages: Annotated[int, Field(ge=1, le=32)]
     pdl: bool
-    early: tuple[str, ...] = ()
-    late_start: bool = False
+    prefetch: tuple[str, ...] = ()
+    trigger_after_wait: bool = False
     source_sha256: Sha256
 
 
@@ -390,19 +391,19 @@ class Program(Frozen):
     depth: Count = 0
 
     @property
-    def rows_per_seq(self) -> int:
+    def query_len(self) -> int:
         """Rows of each sequence in a decode step."""
         return self.depth + 1 if self.phase == "decode" else 1
 
     @property
     def logits(self) -> str:
         """The output with the logits that tokens were sampled from."""
-        return "verify_logits" if self.rows_per_seq > 1 else "logits"
+        return "verify_logits" if self.query_len > 1 else "logits"
 
     @property
     def tokens(self) -> str:
         """The output with the sampled tokens."""
-        return "verify_tokens" if self.rows_per_seq > 1 else "next_tokens"
+        return "verify_tokens" if self.query_len > 1 else "next_tokens"
 
     @property
     def drafts(self) -> str:

@@ -14,7 +14,7 @@ from itertools import pairwise
 from tokenspeed_plan.plans.canon import kernel_name
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.hazards import check_hazards
-from tokenspeed_plan.plans.ops import BATCH_INPUTS, DRAFT_INPUTS, OPS, REPLAYED, OpDef, ShapeError, check_numbers
+from tokenspeed_plan.plans.ops import BATCH_INPUTS, DRAFT_INPUTS, OPS, RECOMPUTED, OpDef, ShapeError, check_numbers
 from tokenspeed_plan.plans.schema import (
     BufferSpec,
     CollectiveCall,
@@ -76,18 +76,20 @@ def _limits(plan: Plan) -> None:
     check(all(value > -(name in may_be_zero) for name, value in limits.model_dump().items()),
           lambda: "a limit is not positive")  # fmt: skip
     check(
-        limits.num_rows == 2 + limits.max_seqs * limits.rows_per_slot + limits.num_checkpoints,
-        lambda: f"{limits.num_rows} rows for {limits.max_seqs} sequences and {limits.num_checkpoints} checkpoints",
+        limits.num_state_slots == 2 + limits.max_seqs * limits.state_slots_per_seq + limits.num_checkpoints,
+        lambda: (
+            f"{limits.num_state_slots} rows for {limits.max_seqs} sequences and {limits.num_checkpoints} checkpoints"
+        ),
     )
     check(limits.checkpoint_interval % limits.page_size == 0, lambda: "checkpoints are not at the ends of pages")
     check(limits.interleaved_tokens <= limits.max_tokens, lambda: "interleaved_tokens over max_tokens")
-    check(limits.rows_per_slot >= 2, lambda: "a sequence needs a row to read and another to write")
+    check(limits.state_slots_per_seq >= 2, lambda: "a sequence needs a row to read and another to write")
     check(limits.num_pages * limits.page_size >= limits.max_seq_len, lambda: "one longest sequence has no pages")
     check(limits.default_max_tokens < limits.max_seq_len, lambda: "default_max_tokens over max_seq_len")
     deepest = max((program.depth for program in plan.programs), default=0)
-    held = f"{limits.rows_per_slot} rows a slot and {limits.kept_inputs} kept inputs"
+    held = f"{limits.state_slots_per_seq} rows a slot and {limits.kept_inputs} kept inputs"
     check(deepest == limits.max_depth, lambda: f"{held} for {deepest} drafts")
-    check(not limits.kept_inputs or limits.rows_per_slot == 2, lambda: f"{held}: two rows are enough")
+    check(not limits.kept_inputs or limits.state_slots_per_seq == 2, lambda: f"{held}: two rows are enough")
     sizes = {"prefill": limits.max_tokens, "decode": limits.max_seqs}
     for phase, size in sizes.items():
         largest = max((program.bucket for program in plan.programs if program.phase == phase), default=0)
@@ -96,7 +98,7 @@ def _limits(plan: Plan) -> None:
         most = limits.max_tokens if program.phase == "prefill" else limits.max_seqs
         check(0 < program.bucket <= most and 0 < program.max_seqs <= limits.max_seqs,
               lambda: f"program {program.phase}/{program.bucket} is over the limits")  # noqa: B023 # fmt: skip
-        tokens = program.bucket * program.rows_per_seq
+        tokens = program.bucket * program.query_len
         check(tokens == program.max_tokens and program.max_seqs == min(program.bucket, limits.max_seqs),
               lambda: f"bucket {program.bucket} of {program.max_tokens} tokens")  # noqa: B023 # fmt: skip
 
@@ -141,7 +143,7 @@ def _state_shape(plan: Plan, buffer: BufferSpec) -> None:
     shape, limits = buffer.tensor.shape, plan.limits
     expected: dict[str, tuple[Dim, ...]] = {
         "kv_cache": (limits.num_pages + 1, 2, limits.page_size, *shape[3:]),
-        "state": (limits.num_rows, *shape[1:]),
+        "state": (limits.num_state_slots, *shape[1:]),
     }
     if buffer.name == "page_table":
         expected["io"] = (*shape[:-1], limits.table_pages)
@@ -225,14 +227,17 @@ def _early(kernel: KernelSpec) -> None:
     if kernel.launch is None:
         return
     launch, inputs = kernel.launch, {param.name for param in kernel.params if param.role == "input"}
-    check(set(launch.early) <= inputs, lambda: f"kernel `{kernel.name}` reads early what is no input of it")
-    check(launch.pdl or not (launch.early or launch.late_start), lambda: f"kernel `{kernel.name}` does not overlap")
+    check(set(launch.prefetch) <= inputs, lambda: f"kernel `{kernel.name}` reads early what is no input of it")
+    check(
+        launch.pdl or not (launch.prefetch or launch.trigger_after_wait),
+        lambda: f"kernel `{kernel.name}` does not overlap",
+    )
 
 
 def _kept(kernel: KernelSpec, part: Part) -> Dim | None:
     """Inputs that a decode step keeps of its rows, 0 where they leave states; None of other operators."""
-    if part.kind == "replay":
-        place = OPS["replay"].operands.index("kept_inputs")
+    if part.kind == "recompute_state":
+        place = OPS["recompute_state"].operands.index("kept_inputs")
         return next(param.tensor.shape[1] for param in kernel.params if param.name == part.operands[place])
     return 0 if part.attrs.get("mode") in ("update", "recurrent") else None
 
@@ -347,15 +352,15 @@ def _brought(program: Program, kernels: Mapping[str, KernelSpec]) -> None:
         places = step.places(kernel)
         for part in kernel.parts:
             states = {places[name] for name in _states(part)}
-            brought |= states if part.kind == "replay" else set()
-            check(part.attrs.get("mode") != REPLAYED or states <= brought,
+            brought |= states if part.kind == "recompute_state" else set()
+            check(part.attrs.get("mode") != RECOMPUTED or states <= brought,
                   lambda k=kernel: f"{program.phase}/{program.bucket}: nothing brings the state of `{k.name}`")  # type: ignore[misc] # fmt: skip
 
 
 def _promised(program: Program) -> set[str]:
     """What the runtime reads after a replay."""
     drafts = {program.drafts} if program.depth else set()
-    return {program.logits, program.tokens} | drafts | ({"accepted"} if program.rows_per_seq > 1 else set())
+    return {program.logits, program.tokens} | drafts | ({"accepted"} if program.query_len > 1 else set())
 
 
 _ARENAS_OF_ROLE = {
@@ -411,12 +416,12 @@ def _batch_fits(program: Program, step: KernelCall, kernel: KernelSpec, made: di
 
 def _rows_fit(program: Program, kernel: KernelSpec, part: Part) -> None:
     op = OPS[part.kind]
-    if "rows_per_seq" not in (*op.attrs, *op.optional) or program.phase != "decode":
-        check("rows_per_seq" not in part.attrs, lambda: f"`{kernel.name}` has rows of a decode step")
+    if "query_len" not in (*op.attrs, *op.optional) or program.phase != "decode":
+        check("query_len" not in part.attrs, lambda: f"`{kernel.name}` has rows of a decode step")
         return
     shape = {param.name: param.tensor.shape for param in kernel.params}.get(part.operands[0], ("num_tokens",))
-    wanted = 1 if part.kind == "attention" and shape[0] == "num_seqs" else program.rows_per_seq
-    found = part.attrs.get("rows_per_seq", 1)
+    wanted = 1 if part.kind == "attention" and shape[0] == "num_seqs" else program.query_len
+    found = part.attrs.get("query_len", 1)
     check(found == wanted, lambda: f"`{kernel.name}` counts {found} rows a sequence, its program has {wanted}")
 
 

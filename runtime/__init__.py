@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from tokenspeed_plan.runtime.async_engine import AsyncEngine
     from tokenspeed_plan.runtime.engine import Engine
+    from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
 
 
 def __getattr__(name: str) -> Any:
@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return Engine
     if name == "AsyncEngine":
-        from tokenspeed_plan.runtime.async_engine import AsyncEngine
+        from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
 
         return AsyncEngine
     raise AttributeError(f"module `{__name__}` has no `{name}`")

@@ -11,9 +11,10 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from tokenspeed_plan.plans.errors import PlanError, RankError
 from tokenspeed_plan.plans.schema import Plan
-from torch import Tensor
 
 
 class Collectives(Protocol):
@@ -40,13 +41,13 @@ class ProcessCollectives:
 
     def _gather(self, source: Tensor) -> Tensor:
         parts = source.new_empty(dist.get_world_size(), *source.shape)
-        with linked():
+        with translate_dist_errors():
             dist.all_gather(list(parts), source.contiguous())
         return parts
 
 
 @contextmanager
-def linked() -> Iterator[None]:
+def translate_dist_errors() -> Iterator[None]:
     """For calls of torch.distributed: gloo has no class of its own for a lost peer.
 
     Raises:

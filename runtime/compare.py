@@ -1,4 +1,4 @@
-"""Replay with both bodies: each step as a Triton kernel and as its reference, on the same inputs."""
+"""Replay with both backend: each step as a Triton kernel and as its reference, on the same inputs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import KernelCall, KernelSpec, Program
 from tokenspeed_plan.plans.types import DType
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.request import SamplingParams
-from torch import Tensor
 
 # Largest difference over the largest value of the tensor, by the plan's dtype: sums are taken in another order, and a
 # kernel keeps in fp32 what its references round to bf16 in between.
@@ -46,7 +47,7 @@ class ComparingExecutor(Executor):
         for index, step in enumerate(program.steps):
             tensors = self.tensors(step, places)
             kernel = self.kernels.get(step.kernel) if isinstance(step, KernelCall) else None
-            if kernel is None or self.bodies is None or not self.bodies.has(kernel):
+            if kernel is None or self.backend is None or not self.backend.has(kernel):
                 self.tally.skipped += kernel is not None
                 self.execute(self.reference(step, tensors))
                 continue
@@ -56,7 +57,7 @@ class ComparingExecutor(Executor):
     def _compare(
         self, where: str, kernel: KernelSpec, tensors: tuple[Tensor, ...], num_tokens: int, num_seqs: int
     ) -> None:
-        assert self.bodies is not None
+        assert self.backend is not None
         written = {
             i: p.name for i, p in enumerate(kernel.params) if p.role in ("output", "state") and p.access != "read"
         }
@@ -65,7 +66,7 @@ class ComparingExecutor(Executor):
             if param.role == "output":
                 tensors[index].view(torch.uint8).fill_(0xFF)  # NaN: what is not written shows
         self.execute(self.reference_kernel(kernel, wanted))
-        self.bodies.launcher(kernel, self.rank, num_tokens, num_seqs, self.collectives)({}, *tensors)
+        self.backend.launcher(kernel, self.rank, num_tokens, num_seqs, self.collectives)({}, *tensors)
         self.tally.steps += 1
         for index, name in written.items():
             self._judge(f"{where}, `{name}`", kernel.name, tensors[index], wanted[index])

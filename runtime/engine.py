@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan, Program
-from tokenspeed_plan.runtime.checks import check_files, check_target, find_weights
+from tokenspeed_plan.runtime.arenas import Arenas
 from tokenspeed_plan.runtime.collectives import join
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.inputs import fill_inputs, input_values
-from tokenspeed_plan.runtime.kernels import Bodies, KernelSource, load_kernels
-from tokenspeed_plan.runtime.memory import Arenas
 from tokenspeed_plan.runtime.metrics import Metrics
+from tokenspeed_plan.runtime.preflight import check_files, check_target, find_weights
 from tokenspeed_plan.runtime.request import (
     Completion,
     FinishReason,
@@ -31,10 +32,10 @@ from tokenspeed_plan.runtime.request import (
 )
 from tokenspeed_plan.runtime.scheduler import Batch, Scheduler, Usage
 from tokenspeed_plan.runtime.sequence import Sequence
-from tokenspeed_plan.runtime.streaming import Delta, stream
-from tokenspeed_plan.runtime.tokenizer import Codec, Messages
+from tokenspeed_plan.runtime.serving.streaming import Delta, stream
+from tokenspeed_plan.runtime.tokenizer import Messages, Tokenizer
+from tokenspeed_plan.runtime.triton_kernels import Backend, KernelBackend, load_kernels
 from tokenspeed_plan.runtime.weights import load_weights
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class _Flight:
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
+class StepOutput:
     """What a replay says for one sequence: tokens, their logits, and drafts of what comes after them."""
 
     token_ids: list[int]
@@ -66,7 +67,7 @@ class Engine:
 
     Example:
         engine = Engine.load(Path("plans/frozen/demo-cpu"))
-        for completion in engine.generate([engine.codec.encode("def add(a, b):")]):
+        for completion in engine.generate([engine.tokenizer.encode("def add(a, b):")]):
             print(completion.text)
     """
 
@@ -74,12 +75,12 @@ class Engine:
         self,
         plan: Plan,
         executor: Executor,
-        codec: Codec | None = None,
+        tokenizer: Tokenizer | None = None,
         chunk: int | None = None,
         cache: bool = True,
     ) -> None:
         self.plan = plan
-        self.codec = codec
+        self.tokenizer = tokenizer
         self.startup_s: dict[str, float] = {}
         self.executor = executor
         self._chunk, self._cache = chunk, cache
@@ -99,13 +100,13 @@ class Engine:
         bundle: Path,
         weights: Path | None = None,
         chat: Callable[[Messages], str] | None = None,
-        bodies: Bodies | None = None,
+        backend: Backend | None = None,
         executor: type[Executor] | None = None,
         cache: bool = True,
     ) -> Engine:
         """Read and check a bundle, then its weights, then allocate. `chat` writes messages as a prompt.
 
-        Without `bodies`, a GPU runs the bundle's kernels and a CPU the references. Without `cache`, every prompt is
+        Without a `backend`, a GPU runs the bundle's kernels and a CPU the references. Without `cache`, every prompt is
         computed from its beginning.
 
         Raises:
@@ -115,9 +116,9 @@ class Engine:
         plan = load_plan(bundle)
         folder = find_weights(plan, bundle, weights)
         read = time.perf_counter()
-        wanted = bodies or ("reference" if plan.target.device == "cpu" else "kernels")
+        wanted = backend or ("reference" if plan.target.device == "cpu" else "kernels")
         kernels = load_kernels(plan, bundle) if wanted == "kernels" else None
-        engine = cls.from_plan(plan, folder, chat, bodies=kernels, executor=executor, cache=cache)
+        engine = cls.from_plan(plan, folder, chat, backend=kernels, executor=executor, cache=cache)
         engine.startup_s = {"read_plan_s": read - begun, "read_weights_s": time.perf_counter() - read}
         return engine
 
@@ -128,7 +129,7 @@ class Engine:
         folder: Path,
         chat: Callable[[Messages], str] | None = None,
         chunk: int | None = None,
-        bodies: KernelSource | None = None,
+        backend: KernelBackend | None = None,
         executor: type[Executor] | None = None,
         cache: bool = True,
     ) -> Engine:
@@ -137,9 +138,9 @@ class Engine:
         check_files(plan, folder)
         rank, collectives = join(plan)
         arenas, tensors = load_weights(plan, folder, lambda: Arenas(plan.arenas, plan.target.device), rank)
-        codec = Codec.load(folder, chat) if (folder / "tokenizer.json").is_file() else None
+        tokenizer = Tokenizer.load(folder, chat) if (folder / "tokenizer.json").is_file() else None
         chosen = executor or executor_of(plan)
-        return cls(plan, chosen(plan, arenas, tensors, rank, collectives, bodies), codec, chunk, cache)
+        return cls(plan, chosen(plan, arenas, tensors, rank, collectives, backend), tokenizer, chunk, cache)
 
     def time_startup(self, name: str, work: Callable[[], object]) -> None:
         """Do a part of the start-up and note how long it took."""
@@ -238,10 +239,10 @@ class Engine:
         finished: list[Completion] = []
         if self._flying is not None:
             flying = self._flying
-            again = self._scheduler.again(flying.batch)
-            self._flying = self._launch(again) if again else None
+            overlapped = self._scheduler.next_overlapped_batch(flying.batch)
+            self._flying = self._launch(overlapped) if overlapped else None
             finished = self._commit(flying)
-            if finished or again:
+            if finished or overlapped:
                 return finished
         batch = self._scheduler.schedule()
         if batch is not None:
@@ -278,7 +279,7 @@ class Engine:
         """Continue one prompt (token ids): what each step brings, which may be nothing yet. Closing it cancels.
 
         Example:
-            for delta in engine.stream(engine.codec.encode("def add(a, b):")):
+            for delta in engine.stream(engine.tokenizer.encode("def add(a, b):")):
                 print(delta.text, end="", flush=True)
         """
         return stream(self, Request("stream", tuple(prompt_ids), params))
@@ -325,7 +326,7 @@ class Engine:
         self._last = batch
         with self._away():
             self.executor.run(batch.program, tokens, seqs)
-        told = None if batch.says_nothing else self.executor.fetch(*map(buffer, _told(batch.program)))
+        told = None if batch.has_no_output else self.executor.fetch(*map(buffer, host_outputs(batch.program)))
         return _Flight(batch, told, buffer(batch.program.logits))
 
     def _commit(self, flight: _Flight) -> list[Completion]:
@@ -342,7 +343,7 @@ class Engine:
         for index, sequence in enumerate(batch.sequences):
             if not sequence.is_running:
                 continue  # it had ended before this step was launched, which nobody knew
-            said = _said(flight, outputs, index)
+            said = _step_output(flight, outputs, index)
             news = self._take(sequence, said, batch, index)
             if news:
                 sequence.first_token_s, sequence.last_token_s = sequence.first_token_s or now, now
@@ -353,7 +354,7 @@ class Engine:
                 self._scheduler.finish(sequence, ends or self._last is batch)
                 del self._sequences[sequence.request.request_id]
                 finished.append(self._completion(sequence))
-            self._tell(sequence, news)
+            self._emit(sequence, news)
         return finished
 
     def _advance(self, batch: Batch) -> None:
@@ -363,19 +364,19 @@ class Engine:
                 sequence.drafts = []
                 self._scheduler.advance(sequence, count)
 
-    def _take(self, sequence: Sequence, said: _Said, batch: Batch, index: int) -> list[NewToken]:
+    def _take(self, sequence: Sequence, said: StepOutput, batch: Batch, index: int) -> list[NewToken]:
         """Bring a sequence to where the replay has left it, or to its end before that."""
         sequence.drafts = said.drafts
         if batch.program.phase == "prefill":
             self._scheduler.advance(sequence, batch.counts[index])
-            return [] if sequence.num_left else self._say(sequence, said)
-        news = self._say(sequence, said)
+            return [] if sequence.num_left else self._append_tokens(sequence, said)
+        news = self._append_tokens(sequence, said)
         self._scheduler.advance(sequence, len(news))
         self.metrics.decode_passes += 1
         self.metrics.decode_tokens += len(news)
         return news
 
-    def _say(self, sequence: Sequence, said: _Said) -> list[NewToken]:
+    def _append_tokens(self, sequence: Sequence, said: StepOutput) -> list[NewToken]:
         """Add what was said, up to what ends it."""
         news: list[NewToken] = []
         for token, logits_V in zip(said.token_ids, said.logits, strict=False):
@@ -390,7 +391,7 @@ class Engine:
                 break
         return news
 
-    def _tell(self, sequence: Sequence, news: list[NewToken]) -> None:
+    def _emit(self, sequence: Sequence, news: list[NewToken]) -> None:
         """Each token but the last of all; who is told may cancel."""
         ended = sequence.state == "finished"
         for new in news[:-1] if ended else news:
@@ -402,7 +403,7 @@ class Engine:
             return "stop"
         if sequence.request.params.stop and self._hit_stop(sequence):
             return "stop"
-        return "length" if len(sequence.token_ids) == sequence.longest else None
+        return "length" if len(sequence.token_ids) == sequence.max_len else None
 
     def _hit_stop(self, sequence: Sequence) -> bool:
         """Whether a stop string ends in the last token: it spans at most as many tokens as it has bytes."""
@@ -427,7 +428,7 @@ class Engine:
         )
 
     def _text(self, ids: list[int]) -> str:
-        return self.codec.decode(ids) if self.codec else ""
+        return self.tokenizer.decode(ids) if self.tokenizer else ""
 
 
 def executor_of(plan: Plan) -> type[Executor]:
@@ -439,20 +440,20 @@ def executor_of(plan: Plan) -> type[Executor]:
     return GraphExecutor
 
 
-def _told(program: Program) -> tuple[str, ...]:
+def host_outputs(program: Program) -> tuple[str, ...]:
     """The outputs that the host reads after each replay."""
-    accepted = ("accepted",) if program.rows_per_seq > 1 else ()
+    accepted = ("accepted",) if program.query_len > 1 else ()
     return (program.tokens, *accepted, *((program.drafts,) if program.depth else ()))
 
 
-def _said(flight: _Flight, outputs: tuple[list[int], ...], index: int) -> _Said:
+def _step_output(flight: _Flight, outputs: tuple[list[int], ...], index: int) -> StepOutput:
     """The part of one sequence."""
-    program, found = flight.batch.program, dict(zip(_told(flight.batch.program), outputs, strict=True))
-    first = index * program.rows_per_seq
-    end = first + 1 + (found["accepted"][index] if program.rows_per_seq > 1 else 0)
+    program, found = flight.batch.program, dict(zip(host_outputs(flight.batch.program), outputs, strict=True))
+    first = index * program.query_len
+    end = first + 1 + (found["accepted"][index] if program.query_len > 1 else 0)
     size = program.depth + 1
     drafts = found[program.drafts][index * size + 1 : (index + 1) * size] if program.depth else []
-    return _Said(found[program.tokens][first:end], flight.logits[first:end], drafts)
+    return StepOutput(found[program.tokens][first:end], flight.logits[first:end], drafts)
 
 
 def token_logprobs(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from tokenspeed_plan.plans.schema import BufferSpec, CollectiveCall, KernelCall, KernelSpec, Part, Plan, Program, Step
-from tokenspeed_plan.runtime.collectives import Collectives
-from tokenspeed_plan.runtime.kernels import KernelSource
-from tokenspeed_plan.runtime.memory import Arenas
-from tokenspeed_plan.runtime.reference import BODIES, Body
 from torch import Tensor
+
+from tokenspeed_plan.plans.schema import BufferSpec, CollectiveCall, KernelCall, KernelSpec, Part, Plan, Program, Step
+from tokenspeed_plan.runtime.arenas import Arenas
+from tokenspeed_plan.runtime.collectives import Collectives
+from tokenspeed_plan.runtime.reference import REFERENCE_BODIES, Body
+from tokenspeed_plan.runtime.triton_kernels import KernelBackend
 
 MAX_BINDINGS = 64  # distinct (program, tokens, sequences) kept bound
 
@@ -24,7 +25,7 @@ Instruction = tuple[Body, Mapping[str, Any], tuple[Tensor | int, ...], tuple[tup
 
 
 class Executor:
-    """The programs of a plan on one rank. With `bodies`, kernels that have a Triton body run as that."""
+    """The programs of a plan on one rank. With a `backend`, kernels that have a Triton body run as that."""
 
     def __init__(
         self,
@@ -33,12 +34,12 @@ class Executor:
         weights: Mapping[str, Tensor],
         rank: int = 0,
         collectives: Collectives | None = None,
-        bodies: KernelSource | None = None,
+        backend: KernelBackend | None = None,
     ) -> None:
         self.plan = plan
         self.rank = rank
         self.collectives = collectives
-        self.bodies = bodies
+        self.backend = backend
         self.kernels = {kernel.name: kernel for kernel in plan.kernels}
         self._arenas = arenas
         self._weights = weights
@@ -93,8 +94,8 @@ class Executor:
 
     def alone(self) -> Executor:
         """The same, with kernels that do not start while their predecessor ends."""
-        bodies = self.bodies.alone() if self.bodies else None
-        return Executor(self.plan, self._arenas, self._weights, self.rank, self.collectives, bodies)
+        backend = self.backend.alone() if self.backend else None
+        return Executor(self.plan, self._arenas, self._weights, self.rank, self.collectives, backend)
 
     def steps(self, program: Program, num_tokens: int, num_seqs: int) -> Iterator[tuple[Step, Iterable[Instruction]]]:
         """Each step of a program with its instructions."""
@@ -125,9 +126,9 @@ class Executor:
 
     def _step(self, step: Step, tensors: tuple[Tensor, ...], num_tokens: int, num_seqs: int) -> Iterable[Instruction]:
         kernel = self.kernels[step.kernel] if isinstance(step, KernelCall) else None
-        if kernel is None or self.bodies is None or not self.bodies.has(kernel):
+        if kernel is None or self.backend is None or not self.backend.has(kernel):
             return self.reference(step, tensors)
-        launcher = self.bodies.launcher(kernel, self.rank, num_tokens, num_seqs, self.collectives)
+        launcher = self.backend.launcher(kernel, self.rank, num_tokens, num_seqs, self.collectives)
         return ((launcher, {}, tensors, ()),)
 
     def reference(self, step: Step, tensors: tuple[Tensor, ...]) -> list[Instruction]:
@@ -154,7 +155,7 @@ class Executor:
 
     def _body(self, kind: str) -> Body:
         if kind != "all_reduce":
-            return BODIES[kind]
+            return REFERENCE_BODIES[kind]
         reduce = self._collective(kind)
 
         def body(attrs: Mapping[str, Any], source: Tensor) -> tuple[Tensor]:

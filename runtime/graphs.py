@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch import Tensor
+
 from tokenspeed_plan.plans.schema import KernelCall, Program, Step
 from tokenspeed_plan.runtime.executor import Executor, Instruction
 from tokenspeed_plan.runtime.inputs import write_inputs
-from tokenspeed_plan.runtime.kernels import Launcher
 from tokenspeed_plan.runtime.scheduler import Batch
-from torch import Tensor
+from tokenspeed_plan.runtime.triton_kernels import Launcher
 
 FLIGHTS = 4  # replays whose tokens may be on their way at once
 
@@ -52,7 +53,7 @@ class GraphExecutor(Executor):
 
     def steps(self, program: Program, num_tokens: int, num_seqs: int) -> Iterator[tuple[Step, Iterable[Instruction]]]:
         """Kernels take addresses, so tensors are made once, at the program's size: a new size is ready in no time."""
-        if self.bodies is None:
+        if self.backend is None:
             yield from super().steps(program, num_tokens, num_seqs)
             return
         key = (program.phase, program.bucket)
@@ -66,7 +67,9 @@ class GraphExecutor(Executor):
                 continue
             if step.kernel not in launchers:
                 kernel = self.kernels[step.kernel]
-                launchers[step.kernel] = self.bodies.launcher(kernel, self.rank, num_tokens, num_seqs, self.collectives)
+                launchers[step.kernel] = self.backend.launcher(
+                    kernel, self.rank, num_tokens, num_seqs, self.collectives
+                )
             yield step, ((launchers[step.kernel], {}, tensors, ()),)
 
     def fetch(self, *values: Tensor) -> Callable[[], tuple[list[int], ...]]:

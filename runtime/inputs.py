@@ -6,11 +6,12 @@ from collections.abc import Callable
 from itertools import accumulate, chain
 
 import torch
+from torch import Tensor
+
 from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import Limits
 from tokenspeed_plan.runtime.scheduler import Batch
 from tokenspeed_plan.runtime.sequence import Sequence
-from torch import Tensor
 
 Buffer = Callable[[str], Tensor]
 KEPT = ("accept_counts", "forced_accept")  # the device's own; what only a benchmark writes
@@ -52,7 +53,7 @@ def _per_token(batch: Batch, limits: Limits) -> Values:
     return {
         "token_ids": ids + [0] * padding,
         "positions": positions + [0] * padding,
-        "slot_mapping": slots + [limits.spare_page * size] * padding,
+        "slot_mapping": slots + [limits.pad_page * size] * padding,
     }
 
 
@@ -68,12 +69,12 @@ def _slots(sequence: Sequence, start: int, end: int, limits: Limits) -> list[int
 
 def _page(sequence: Sequence, index: int, limits: Limits) -> int:
     """Drafts may be where a sequence has no page."""
-    return sequence.pages[index] if index < len(sequence.pages) else limits.spare_page
+    return sequence.pages[index] if index < len(sequence.pages) else limits.pad_page
 
 
 def _per_sequence(batch: Batch, limits: Limits) -> Values:
     """Padding is a sequence of fewest tokens that reads the zero row and writes where nobody reads."""
-    rows, columns = batch.program.rows_per_seq, limits.rows_per_slot - 1
+    rows, columns = batch.program.query_len, limits.state_slots_per_seq - 1
     params = [sequence.request.params for sequence in batch.sequences]
     padding = batch.run_seqs - len(batch.sequences)
     contexts = [s.num_computed + count for s, count in zip(batch.sequences, batch.counts, strict=True)]
@@ -81,17 +82,17 @@ def _per_sequence(batch: Batch, limits: Limits) -> Values:
         "cu_seqlens": [0, *accumulate([*batch.counts, *[rows] * padding])],
         "context_lens": contexts + [rows] * padding,
         "state_lens": [s.state_len for s in batch.sequences] + [0] * padding,
-        "read_rows": [*batch.read_rows, *[0] * padding],
-        "write_rows": [*chain(*batch.write_rows), *[limits.spare_row] * columns * padding],
+        "src_state_slots": [*batch.src_state_slots, *[0] * padding],
+        "dst_state_slots": [*chain(*batch.dst_state_slots), *[limits.pad_state_slot] * columns * padding],
         "temperature": [p.temperature for p in params] + [0.0] * padding,
         "top_p": [p.top_p for p in params] + [1.0] * padding,
         "top_k": [p.top_k for p in params] + [0] * padding,
         "seed": [_signed(p.seed) for p in params] + [0] * padding,
         "following": [_following(s, count) for s, count in zip(batch.sequences, batch.counts, strict=True)]
         + [-1] * padding,
-        "max_lens": [min(s.longest - 1, len(s.pages) * limits.page_size) for s in batch.sequences] + [0] * padding,
+        "max_lens": [min(s.max_len - 1, len(s.pages) * limits.page_size) for s in batch.sequences] + [0] * padding,
         "stop_ids": [*chain(*map(_stop_ids, batch.sequences)), *[-1] * STOP_IDS * padding],
-        "draw": [len(s.token_ids) - s.num_prompt_tokens for s in batch.sequences] + [0] * padding,
+        "rng_offset": [len(s.token_ids) - s.num_prompt_tokens for s in batch.sequences] + [0] * padding,
     }
 
 
@@ -119,6 +120,6 @@ def _write_pages(batch: Batch, view: Tensor, limits: Limits) -> None:
     """
     beyond = -(-3 * (limits.max_depth + 1) // limits.page_size) + 1 if limits.max_depth else 0
     used = min(max((len(s.pages) for s in batch.sequences), default=1) + beyond, limits.table_pages)
-    rows = [s.pages + [limits.spare_page] * (used - len(s.pages)) for s in batch.sequences]
-    rows += [[limits.spare_page] * used] * (batch.run_seqs - len(rows))
+    rows = [s.pages + [limits.pad_page] * (used - len(s.pages)) for s in batch.sequences]
+    rows += [[limits.pad_page] * used] * (batch.run_seqs - len(rows))
     view[:, :used] = torch.tensor(rows, dtype=view.dtype)

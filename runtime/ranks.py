@@ -7,9 +7,10 @@ from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
+
 from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.schema import Program
-from tokenspeed_plan.runtime.collectives import linked
+from tokenspeed_plan.runtime.collectives import translate_dist_errors
 from tokenspeed_plan.runtime.executor import Executor
 
 STOP, COPY_PAGE = -1, -2
@@ -53,18 +54,18 @@ def leading() -> Iterator[None]:
 
 
 def _share_inputs(executor: Executor, program: Program, num_tokens: int, num_seqs: int) -> None:
-    with linked():
+    with translate_dist_errors():
         for name in program.inputs:
             dist.broadcast(executor.buffer(name, num_tokens, num_seqs), 0)
 
 
 def _send(order: list[int]) -> None:
-    with linked():
+    with translate_dist_errors():
         dist.broadcast(torch.tensor(order), 0)
 
 
 def _receive() -> list[int]:
     order = torch.zeros(3, dtype=torch.int64)
-    with linked():
+    with translate_dist_errors():
         dist.broadcast(order, 0)
     return order.tolist()

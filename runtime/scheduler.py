@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.plans.types import Phase
-from tokenspeed_plan.runtime.cache import Hit, PrefixCache, path_to
 from tokenspeed_plan.runtime.metrics import Metrics
+from tokenspeed_plan.runtime.prefix_cache import Hit, PrefixCache, path_to
 from tokenspeed_plan.runtime.sequence import Sequence
 
 
@@ -33,8 +33,8 @@ class Batch:
     program: Program
     sequences: tuple[Sequence, ...]
     counts: tuple[int, ...]
-    read_rows: tuple[int, ...]
-    write_rows: tuple[tuple[int, ...], ...]
+    src_state_slots: tuple[int, ...]
+    dst_state_slots: tuple[tuple[int, ...], ...]
     pages_versions: tuple[int, ...]
 
     @classmethod
@@ -42,7 +42,7 @@ class Batch:
         """The next step of sequences as they are."""
         held = tuple(sequences)
         return cls(
-            program, held, tuple(counts), tuple(s.row for s in held), tuple(tuple(s.write_rows) for s in held),
+            program, held, tuple(counts), tuple(s.row for s in held), tuple(tuple(s.dst_state_slots) for s in held),
             tuple(s.pages_version for s in held),
         )  # fmt: skip
 
@@ -62,7 +62,7 @@ class Batch:
         return self.program.max_seqs if self.program.captured else len(self.sequences)
 
     @property
-    def says_nothing(self) -> bool:
+    def has_no_output(self) -> bool:
         """Whether no sequence comes to its prompt's last token, where it decodes: nobody waits for tokens or drafts."""
         pairs = zip(self.sequences, self.counts, strict=True)
         return self.program.phase == "prefill" and all(count + 1 < sequence.num_left for sequence, count in pairs)
@@ -108,7 +108,7 @@ class Scheduler:
         self._last: Phase = "decode"
         self._oldest_first = False
         self._num_added = 0
-        self._misfit: Sequence | None = None  # the first that was found not to fit; nothing was freed since
+        self._blocked_head: Sequence | None = None  # the first that was found not to fit; nothing was freed since
 
     @property
     def num_unfinished(self) -> int:
@@ -138,14 +138,14 @@ class Scheduler:
             return self._decode(decoding)
         return self._prefill(prefilling, min(self.chunk, self.limits.interleaved_tokens) if decoding else self.chunk)
 
-    def again(self, batch: Batch) -> Batch | None:
+    def next_overlapped_batch(self, batch: Batch) -> Batch | None:
         """The decode step after one that is not committed yet; None where something else may come first.
 
         A sequence may turn out to have ended: then its part of the step is for nothing, and harms nobody.
         """
         goes_on = (
             batch.program.captured
-            and (self._misfit or not self._waiting or len(self._running) == self.limits.max_seqs)
+            and (self._blocked_head or not self._waiting or len(self._running) == self.limits.max_seqs)
             and len(batch.sequences) == len(self._running)
             and all(map(self._can_go_on, batch.sequences, batch.counts))
         )
@@ -156,8 +156,8 @@ class Scheduler:
         known = len(sequence.token_ids)
         return (
             sequence.state == "decoding"
-            and known + 2 <= sequence.longest
-            and min(known + count, sequence.longest) <= len(sequence.pages) * self.limits.page_size
+            and known + 2 <= sequence.max_len
+            and min(known + count, sequence.max_len) <= len(sequence.pages) * self.limits.page_size
             and sequence.request.params.num_logprobs is None
             and self.cache.rows.holders(sequence.row) == 1
         )
@@ -180,7 +180,7 @@ class Scheduler:
             self._release(sequence)
         else:
             self._waiting.remove(sequence)
-            self._misfit = None
+            self._blocked_head = None
 
     # Admission.
 
@@ -188,7 +188,7 @@ class Scheduler:
         later: list[Sequence] = []
         while self._waiting and len(self._running) < self.limits.max_seqs:
             sequence = self._waiting.popleft()
-            if sequence is self._misfit:
+            if sequence is self._blocked_head:
                 later.append(sequence)
                 break
             self.cache.extend(sequence.digests, sequence.token_ids, len(sequence.token_ids))
@@ -201,7 +201,7 @@ class Scheduler:
                 self._start(sequence, Hit(self.cache.root, 0))  # what it would share is in the way of what it needs
             else:
                 later.append(sequence)
-                self._misfit = sequence
+                self._blocked_head = sequence
                 break
         self._waiting.extendleft(reversed(later))
 
@@ -213,7 +213,7 @@ class Scheduler:
             place = min(num_common(sequence.digests, other.digests) * size, most)
             ahead = other.number < sequence.number and other.num_computed < place
             if ahead and place - hit.num_tokens >= self.limits.min_checkpoint_tokens:
-                other.stops.add(place)
+                other.checkpoint_requests.add(place)
                 return True
         return False
 
@@ -236,10 +236,10 @@ class Scheduler:
         if hit.num_tokens % self.limits.page_size:
             sequence.copy_from = hit.checkpoint.page
         if hit.known_tokens - hit.num_tokens >= self.limits.min_checkpoint_tokens:
-            sequence.stops.add(hit.known_tokens)  # others had this prefix too, and may come again
+            sequence.checkpoint_requests.add(hit.known_tokens)  # others had this prefix too, and may come again
         while len(sequence.pages) < self._num_pages(sequence):
             self._add_page(sequence)
-        sequence.write_rows = [self.cache.take_row() for _ in range(self.limits.rows_per_slot - 1)]
+        sequence.dst_state_slots = [self.cache.take_row() for _ in range(self.limits.state_slots_per_seq - 1)]
         sequence.pages_version += 1
         sequence.move_to(sequence.next_phase)
         self._running.append(sequence)
@@ -262,7 +262,7 @@ class Scheduler:
 
     def _add_room(self, sequence: Sequence) -> None:
         """Pages for drafts of this step and the next, while there are any: what has no page is not accepted."""
-        most = min(len(sequence.token_ids) + 2 * self.limits.max_depth + 1, sequence.longest)
+        most = min(len(sequence.token_ids) + 2 * self.limits.max_depth + 1, sequence.max_len)
         while len(sequence.pages) * self.limits.page_size < most:
             if not self._add_page(sequence):
                 return
@@ -290,15 +290,15 @@ class Scheduler:
         in_prompt = max(sequence.num_prompt_tokens - sequence.num_computed, 0)
         self.metrics.computed_tokens += count if sequence.state == "prefilling" else min(count, in_prompt)
         sequence.num_computed += count
-        before, sequence.row = sequence.row, sequence.write_rows[column]
+        before, sequence.row = sequence.row, sequence.dst_state_slots[column]
         is_own = before and self.cache.rows.holders(before) == 1
-        sequence.write_rows[column : column + 1] = [before] if is_own else []
+        sequence.dst_state_slots[column : column + 1] = [before] if is_own else []
         if before and not is_own:
             self.cache.rows.drop(before)
         if sequence.state == "prefilling":
             self._keep_prefix(sequence)
         if not is_own:
-            sequence.write_rows.insert(column, self.cache.take_row())
+            sequence.dst_state_slots.insert(column, self.cache.take_row())
             sequence.pages_version += 1
         if sequence.state == "prefilling" and sequence.num_left <= 1:
             sequence.move_to("decoding")
@@ -307,7 +307,11 @@ class Scheduler:
         """Let others have what a chunk has computed; a checkpoint where the plan or another wants it, or it ends."""
         self._add_pages(sequence)
         place = sequence.num_computed
-        if place % self.limits.checkpoint_interval == 0 or place in sequence.stops or not sequence.num_left:
+        if (
+            place % self.limits.checkpoint_interval == 0
+            or place in sequence.checkpoint_requests
+            or not sequence.num_left
+        ):
             self._add_checkpoint(sequence)
 
     def _add_pages(self, sequence: Sequence) -> None:
@@ -332,13 +336,13 @@ class Scheduler:
             self._add_checkpoint(sequence)
         for page in sequence.pages:
             self.cache.pages.drop(page)
-        for row in (*sequence.write_rows, *filter(None, [sequence.row])):
+        for row in (*sequence.dst_state_slots, *filter(None, [sequence.row])):
             self.cache.rows.drop(row)
         self.cache.prune(sequence.node)
-        sequence.pages, sequence.write_rows, sequence.row, sequence.node = [], [], 0, None
+        sequence.pages, sequence.dst_state_slots, sequence.row, sequence.node = [], [], 0, None
         sequence.num_computed, sequence.copy_from, sequence.drafts = 0, None, []
-        sequence.stops.clear()
-        self._misfit = None
+        sequence.checkpoint_requests.clear()
+        self._blocked_head = None
 
     # Batches.
 
@@ -357,7 +361,7 @@ class Scheduler:
 
     def _decode(self, decoding: list[Sequence]) -> Batch:
         program = next(p for p in self._programs["decode"] if p.max_seqs >= len(decoding))
-        return Batch.of(program, decoding, [program.rows_per_seq] * len(decoding))
+        return Batch.of(program, decoding, [program.query_len] * len(decoding))
 
 
 def num_common(digests: list[bytes], others: list[bytes]) -> int:

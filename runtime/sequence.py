@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tokenspeed_plan.runtime.cache import Node
+from tokenspeed_plan.runtime.prefix_cache import Node
 from tokenspeed_plan.runtime.request import FinishReason, Request, TokenLogprobs
 
 State = Literal["waiting", "prefilling", "decoding", "preempted", "finished", "cancelled"]
@@ -31,7 +31,7 @@ class Sequence:
     """Progress of a request. `num_computed` tokens of it are in the caches.
 
     It holds its `pages`, its `row` (the state after them, less the last `num_kept`, whose inputs are kept there; 0 for
-    none) and `write_rows`, which nobody else holds; pages and row may be shared. `node` is the last of its pages that
+    none) and `dst_state_slots`, which nobody else holds; pages and row may be shared. `node` is the last of its pages that
     the prefix cache knows.
     """
 
@@ -45,12 +45,12 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     pages_version: int = 0  # rises when pages or rows are not what the last step has left, and more
     row: int = 0
-    write_rows: list[int] = field(default_factory=list)
+    dst_state_slots: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)  # after the last token, to be verified; there may be none
     stop_ids: frozenset[int] = frozenset()  # tokens that end it
     node: Node | None = None
     digests: list[bytes] = field(default_factory=list)  # of its whole pages, chained
-    stops: set[int] = field(default_factory=set)  # positions where others will want a checkpoint
+    checkpoint_requests: set[int] = field(default_factory=set)  # positions where others will want a checkpoint
     copy_from: int | None = None  # page to be copied before its next step to the one where it goes on
     num_cached_tokens: int | None = None  # of the prompt, found in the cache when it was first admitted
     first_token_s: float = 0.0
@@ -99,7 +99,7 @@ class Sequence:
         return "decoding" if self.num_left == 1 and self.row else "prefilling"
 
     @property
-    def longest(self) -> int:
+    def max_len(self) -> int:
         """Tokens that it can come to."""
         return self.num_prompt_tokens + self.request.params.max_tokens
 
@@ -110,7 +110,7 @@ class Sequence:
         """
         start, known = self.num_computed, len(self.token_ids)
         end = min(start + room, known)
-        places = [place for place in self.stops if start < place < end]
+        places = [place for place in self.checkpoint_requests if start < place < end]
         if known - start > interval:
             places.append((start // interval + 1) * interval)
         return min([*places, end])

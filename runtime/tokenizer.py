@@ -6,21 +6,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+import tokenizers
+
 from tokenspeed_plan.plans.errors import PlanError, RequestError
 
 Messages = list[dict[str, Any]]
 
 
-class Codec:
+class Tokenizer:
     """A tokenizer, and where the caller brings one, a way to write a chat as a prompt."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: Callable[[Messages], str] | None = None) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, chat: Callable[[Messages], str] | None = None) -> None:
         self._tokenizer = tokenizer
         self._chat = chat
 
     @classmethod
-    def load(cls, folder: Path, chat: Callable[[Messages], str] | None = None) -> Codec:
+    def load(cls, folder: Path, chat: Callable[[Messages], str] | None = None) -> Tokenizer:
         """From a model folder.
 
         Raises:
@@ -28,7 +29,7 @@ class Codec:
         """
         path = folder / "tokenizer.json"
         try:
-            return cls(Tokenizer.from_str(path.read_text()), chat)
+            return cls(tokenizers.Tokenizer.from_str(path.read_text()), chat)
         except (OSError, ValueError) as error:
             raise PlanError(
                 f"cannot read `{path}`: {error}", "give prompts as token ids, or a complete model folder"

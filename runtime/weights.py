@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import Piece, Plan, WeightSpec
-from tokenspeed_plan.runtime.memory import Arenas
+from tokenspeed_plan.runtime.arenas import Arenas
 from tokenspeed_plan.runtime.staging import Staging
-from torch import Tensor
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _HINT = "name the checkpoint that the plan was made for with `--weights DIR`"

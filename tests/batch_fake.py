@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenspeed_plan.plans.errors import TokenspeedError
-from tokenspeed_plan.runtime.batch import BatchOptions, BatchPlan, RowLimits, Selection, run_batch
 from tokenspeed_plan.runtime.request import Completion, Request, TokenLogprobs
+from tokenspeed_plan.runtime.serving.batch import BatchOptions, BatchPlan, RowLimits, Selection, run_batch
 
 LIMITS = RowLimits(max_seq_len=64, default_max_tokens=8, vocab_size=256)
 
@@ -107,7 +107,7 @@ def die_at_write(count: int) -> None:
         if state["left"] <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    from tokenspeed_plan.runtime.batch import files, resume
+    from tokenspeed_plan.runtime.serving.batch import files, resume
 
     def counted(function: Any) -> Any:
         def call(*args: Any) -> Any:

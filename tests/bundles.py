@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from conftest import make_spec
-from tokenspeed_plan.planner.canary import with_canary
+
 from tokenspeed_plan.planner.compile import compile_bundle, find_model
+from tokenspeed_plan.planner.golden import with_canary
 from tokenspeed_plan.plans.bundle import load_plan, save_plan, seal
 from tokenspeed_plan.plans.canon import kernel_name, sha256
 from tokenspeed_plan.plans.kernel_file import kind_of, read_source
@@ -72,7 +73,7 @@ def in_text(old: str, new: str) -> Change:
     return change
 
 
-def write_rows(path: Path, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Path:
+def dst_state_slots(path: Path, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Path:
     """A batch of greedy completions of token ids, of exactly `counts` tokens each."""
     fixed = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
     rows = [

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from checkpoints import KINDS, write_checkpoint
+
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.schema import Plan

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
-from tokenspeed_plan.runtime.cache import PrefixCache
 from tokenspeed_plan.runtime.executor import Executor
-from torch import Tensor
+from tokenspeed_plan.runtime.prefix_cache import PrefixCache
 
 VOCAB = 480
 
@@ -32,9 +33,9 @@ Conversation = list[Turn]
 def squeezed(plan: Plan, **limits: int) -> Plan:
     """The plan with less of everything; its buffers are larger than it needs."""
     changed = plan.limits.model_copy(update=limits)
-    rows = 2 + changed.max_seqs * changed.rows_per_slot + changed.num_checkpoints
-    assert rows <= plan.limits.num_rows
-    return plan.model_copy(update={"limits": changed.model_copy(update={"num_rows": rows})})
+    rows = 2 + changed.max_seqs * changed.state_slots_per_seq + changed.num_checkpoints
+    assert rows <= plan.limits.num_state_slots
+    return plan.model_copy(update={"limits": changed.model_copy(update={"num_state_slots": rows})})
 
 
 def converse(plan: Plan, folder: Path, count: int, seed: int) -> list[Conversation]:

@@ -1,4 +1,4 @@
-"""The MTP layer two ways: our graph of a prompt on reference bodies, and transformers' own decoder layer."""
+"""The MTP layer two ways: our graph of a prompt on reference backend, and transformers' own decoder layer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from checkpoints import Kind
 from conftest import make_spec
 from safetensors.torch import load_file
-from tokenspeed_plan.planner.compile import find_model
-from tokenspeed_plan.planner.hardware import find_hardware
-from tokenspeed_plan.planner.limits import plan_limits
-from tokenspeed_plan.planner.qwen3_5 import BuildContext, build
-from tokenspeed_plan.runtime.reference import BODIES
 from torch import Tensor
+
+from tokenspeed_plan.planner.advisor.hardware import find_hardware
+from tokenspeed_plan.planner.compile import find_model
+from tokenspeed_plan.planner.models.qwen3_5 import BuildContext, build
+from tokenspeed_plan.planner.passes.limits import plan_limits
+from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ def draft_logits_of_graph(folder: Path, hidden_TH: Tensor, ids_T: Tensor) -> Ten
         states = {name for op in ops for name, _ in op.states}
         values |= {name: torch.zeros(graph.tensors[name].spec.bind(0, 0)) for name in states}
         for op in ops:
-            results = BODIES[op.kind](dict(op.attrs), *(values[name] for name in op.operands))
+            results = REFERENCE_BODIES[op.kind](dict(op.attrs), *(values[name] for name in op.operands))
             values |= dict(zip(op.outputs, results, strict=True))
         rows.append(values["draft_logits"])
     return torch.cat(rows)

@@ -13,29 +13,30 @@ from typing import Any
 
 import torch
 from checkpoints import KINDS, Kind, text_config
-from tokenspeed_plan.planner.cost import Load
+from torch import Tensor
+
+from tokenspeed_plan.codegen.kernel_builder import Built
+from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.planner.graph import OpGraph
-from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.model_config import ModelConfig
-from tokenspeed_plan.planner.passes.choose_again import choose_again
+from tokenspeed_plan.planner.models.config import ModelConfig
+from tokenspeed_plan.planner.models.qwen3_5 import BuildContext, build
+from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.expand import expand
 from tokenspeed_plan.planner.passes.fuse import fuse
 from tokenspeed_plan.planner.passes.lower import lower
 from tokenspeed_plan.planner.passes.place import place
+from tokenspeed_plan.planner.passes.recompute_topk import recompute_topk
 from tokenspeed_plan.planner.passes.schedule import schedule
 from tokenspeed_plan.planner.passes.shard import shard
-from tokenspeed_plan.planner.qwen3_5 import BuildContext, build
-from tokenspeed_plan.planner.tiling.table import Built
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import KernelSpec, Limits, Param
 from tokenspeed_plan.plans.types import DType, Phase
+from tokenspeed_plan.runtime.arenas import TORCH_DTYPES
 from tokenspeed_plan.runtime.compare import difference
-from tokenspeed_plan.runtime.kernels import KernelBodies, interpret
-from tokenspeed_plan.runtime.memory import TORCH_DTYPES
-from tokenspeed_plan.runtime.reference import BODIES
-from torch import Tensor
+from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
+from tokenspeed_plan.runtime.triton_kernels import TritonKernels, interpret
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -67,7 +68,7 @@ class Case:
     depth: int = 0
     deeper: int = 0
     forced: tuple[float, ...] = (0.0,)  # acceptance that a benchmark simulates, by place of the draft
-    keeps_inputs: bool = False
+    recomputes: bool = False
     max_seq_len: int = 512
 
     @property
@@ -80,11 +81,11 @@ class Case:
 
     @property
     def kept_inputs(self) -> int:
-        return self.depth + self.deeper + 1 if self.keeps_inputs else 0
+        return self.depth + self.deeper + 1 if self.recomputes else 0
 
     @property
-    def rows_per_slot(self) -> int:
-        return 2 if self.keeps_inputs else self.depth + self.deeper + 2
+    def state_slots_per_seq(self) -> int:
+        return 2 if self.recomputes else self.depth + self.deeper + 2
 
 
 def config_of(kind: str) -> ModelConfig:
@@ -92,17 +93,17 @@ def config_of(kind: str) -> ModelConfig:
 
 
 def graph_of(case: Case) -> OpGraph:
-    seqs, rows = case.num_seqs, case.rows_per_slot
+    seqs, rows = case.num_seqs, case.state_slots_per_seq
     limits = Limits(
         max_seqs=seqs, max_seq_len=case.max_seq_len, max_tokens=max(case.num_tokens, seqs), page_size=PAGE,
-        num_pages=seqs * case.max_seq_len // PAGE, rows_per_slot=rows, num_rows=2 + rows * seqs, default_max_tokens=8,
+        num_pages=seqs * case.max_seq_len // PAGE, state_slots_per_seq=rows, num_state_slots=2 + rows * seqs, default_max_tokens=8,
         interleaved_tokens=max(case.num_tokens, seqs), checkpoint_interval=PAGE, min_checkpoint_tokens=PAGE,
         num_checkpoints=0, kept_inputs=case.kept_inputs,
     )  # fmt: skip
     context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
     sharded = shard(build(context, case.phase, case.depth), case.layout)
     sizes = (case.num_tokens, seqs)
-    return choose_again(fuse(expand(sharded, *sizes), *sizes), *sizes)
+    return recompute_topk(fuse(expand(sharded, *sizes), *sizes), *sizes)
 
 
 def kernels_of(case: Case) -> list[Built]:
@@ -160,7 +161,7 @@ class Inputs:
 
     def _rules(self, kernel: KernelSpec, shape: tuple[int, ...]) -> dict[str, Any]:
         case, kind = self.case, kind_of(kernel)
-        rows = torch.arange(case.num_seqs) * case.rows_per_slot
+        rows = torch.arange(case.num_seqs) * case.state_slots_per_seq
         first = self._accepting(shape) if kind in ("accept", "advance_rows") else {}
         rules: dict[str, Any] = {
             "cu_seqlens": lambda: self.cu_seqlens,
@@ -168,8 +169,8 @@ class Inputs:
             "page_table": lambda: self._pages(shape),
             "positions": lambda: self.integers(case.max_seq_len, shape),
             "slot_mapping": lambda: torch.randperm(case.num_seqs * case.max_seq_len, generator=self.random)[: shape[0]],
-            "read_rows": lambda: (rows + 1) * (torch.tensor(case.before) > 0),
-            "write_rows": lambda: rows[:, None] + torch.arange(2, case.rows_per_slot + 1),
+            "src_state_slots": lambda: (rows + 1) * (torch.tensor(case.before) > 0),
+            "dst_state_slots": lambda: rows[:, None] + torch.arange(2, case.state_slots_per_seq + 1),
             "state_lens": lambda: torch.tensor([n - min(n, p) for n, p in zip(case.before, self.pending, strict=True)]),
             "token_ids": lambda: self.integers(512, shape),
             "a_log": lambda: self.normal(*shape).abs(),
@@ -181,7 +182,7 @@ class Inputs:
             "top_p": lambda: torch.tensor([1.0, 0.9, 1.0, 0.5, 0.99]).repeat(shape[0])[: shape[0]],
             "top_k": lambda: torch.tensor([0, 0, 5, 40, 0, 1]).repeat(shape[0])[: shape[0]],
             "seed": lambda: self.integers(1 << 40, shape),
-            "draw": lambda: self.integers(1000, shape),
+            "rng_offset": lambda: self.integers(1000, shape),
             "logits": lambda: self.normal(*shape) * 3,
             "next_tokens": lambda: self.integers(512, shape),
             "following": lambda: torch.tensor([7, -1, -1]).repeat(shape[0])[: shape[0]],
@@ -251,7 +252,9 @@ class Inputs:
         shape = next(p for p in kernel.params if p.name == "order").tensor.bind(
             self.case.num_tokens, self.case.num_seqs
         )
-        return BODIES["expert_sort"]({**kernel.parts[0].attrs, **_starts(kernel, self.rank)}, self._ids(shape).int())
+        return REFERENCE_BODIES["expert_sort"](
+            {**kernel.parts[0].attrs, **_starts(kernel, self.rank)}, self._ids(shape).int()
+        )
 
     def _lse(self, shape: tuple[int, ...]) -> Tensor:
         lse = self.normal(*shape)
@@ -269,7 +272,7 @@ def reference(kernel: KernelSpec, tensors: list[Tensor], rank: int = 0) -> None:
     outputs = {param.name for param in kernel.params if param.role == "output"}
     for part in kernel.parts:
         attrs = {**part.attrs, **{name: shift.at(rank) for name, shift in part.rank_attrs.items()}}
-        results = BODIES[part.kind](attrs, *[values[name] for name in part.operands])
+        results = REFERENCE_BODIES[part.kind](attrs, *[values[name] for name in part.operands])
         for name, result in zip(part.outputs, results, strict=True):
             if name in outputs:
                 values[name].copy_(result)
@@ -288,9 +291,9 @@ def run_kernel(
     for param, x in zip(built.kernel.params, own, strict=True):
         if param.role == "output":
             x.view(torch.uint8).fill_(0xFF)
-    bodies = KernelBodies({built.kernel.name: built.source or ""})
+    backend = TritonKernels({built.kernel.name: built.source or ""})
     with around(built.kernel, own, case):
-        bodies.launcher(built.kernel, rank, case.num_tokens, case.num_seqs)({}, *own)
+        backend.launcher(built.kernel, rank, case.num_tokens, case.num_seqs)({}, *own)
     return [x.cpu() for x in own]
 
 
@@ -302,7 +305,7 @@ def errors(built: Built, case: Case, seed: int = 0, rank: int = 0) -> Iterator[t
     for param, mine, wanted in zip(built.kernel.params, got, tensors, strict=True):
         if param.role == "output" or (param.role == "state" and param.access != "read"):
             yield param.name, difference(mine, wanted)
-        if param.role == "scratch" and param.name.endswith("tickets"):
+        if param.role == "scratch" and param.name.endswith("counters"):
             yield param.name, float(mine.count_nonzero())  # the next launch counts from zero
 
 

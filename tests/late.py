@@ -11,10 +11,11 @@ from contextlib import contextmanager
 
 import torch
 from kernel_lab import PAGE, Case
+from torch import Tensor
+
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import BATCH_INPUTS
 from tokenspeed_plan.plans.schema import KernelSpec
-from torch import Tensor
 
 
 @contextmanager
@@ -42,8 +43,10 @@ def late(kernel: KernelSpec, tensors: list[Tensor], case: Case) -> Iterator[None
             values["attention_kv_cache"][page, :, place] = there
 
     before = cuda.gdc_launch_dependents, cuda.gdc_wait
-    late_start = kernel.launch is not None and kernel.launch.late_start  # then that call is behind the wait
-    cuda.gdc_launch_dependents, cuda.gdc_wait = (lambda: None) if late_start else begin, wait
+    trigger_after_wait = (
+        kernel.launch is not None and kernel.launch.trigger_after_wait
+    )  # then that call is behind the wait
+    cuda.gdc_launch_dependents, cuda.gdc_wait = (lambda: None) if trigger_after_wait else begin, wait
     begin()
     try:
         yield
@@ -56,7 +59,7 @@ def _is_late(kernel: KernelSpec, name: str) -> bool:
     param = next(param for param in kernel.params if param.name == name)
     drafts = kind_of(kernel) == "attention_gate" and kernel.params[0].tensor.shape[0] == "num_seqs"
     given = BATCH_INPUTS - ({"context_lens"} if drafts else set())
-    early = kernel.launch.early if kernel.launch else ()
+    early = kernel.launch.prefetch if kernel.launch else ()
     return (
         param.role == "input"
         and name not in early

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import httpx
 import torch
+
 from tokenspeed_plan.planner.cli import main
 
 # Forked from one process that has loaded all this once, and nothing of the tests.
 FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = ["tokenspeed_plan.planner.cli", "tokenspeed_plan.runtime.engine", "tokenspeed_plan.runtime.server"]
+PRELOADED = ["tokenspeed_plan.planner.cli", "tokenspeed_plan.runtime.engine", "tokenspeed_plan.runtime.serving.http"]
 KEY = "sk-of-the-tests"
 IN_USE = ("requests_waiting", "requests_running", "requests_in_flight", "state_rows_used", "kv_pages_used")
 
@@ -62,7 +63,7 @@ class Server:
     def in_use(self) -> dict[str, float]:
         return {name: self.metric(name) for name in IN_USE}
 
-    def settle(self, seconds: float = 10) -> dict[str, float]:
+    def commit_state_len(self, seconds: float = 10) -> dict[str, float]:
         """What is in use once nothing is, or after some time."""
         until = time.monotonic() + seconds
         while any((used := self.in_use()).values()) and time.monotonic() < until:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.inputs import KEPT
 from tokenspeed_plan.runtime.reference import delta, speculation
 from tokenspeed_plan.runtime.reference.batch import advance
-from torch import Tensor
 
 EMPTY = 0
 VOCAB = 97
@@ -52,7 +53,7 @@ class SymbolicExecutor:
         self.keys: dict[tuple[int, int], tuple[int, int]] = {}  # (page, place) -> before, with the token there
         self.num_runs = 0
         self._buffers: dict[str, Tensor] = {}
-        self._told: list[int] = []
+        self.host_outputs: list[int] = []
 
     def prepare(self) -> None:
         pass
@@ -63,8 +64,8 @@ class SymbolicExecutor:
         widths = {"page_table": limits.table_pages, "logits": VOCAB, "verify_logits": VOCAB, "stop_ids": STOP_IDS}
         if limits.max_depth:
             widths[f"drafts_{limits.max_depth}"] = limits.max_depth + 1
-        if limits.rows_per_slot > 2:
-            widths["write_rows"] = limits.rows_per_slot - 1
+        if limits.state_slots_per_seq > 2:
+            widths["dst_state_slots"] = limits.state_slots_per_seq - 1
         if name not in self._buffers:
             shape = (size, widths[name]) if name in widths else (size,)
             self._buffers[name] = torch.zeros(shape, dtype=torch.int64)
@@ -80,10 +81,10 @@ class SymbolicExecutor:
     def fetch(self, *values: Tensor) -> Callable[[], tuple[list[int], ...]]:
         """Told in the order of the runs, as a GPU would."""
         number, found = self.num_runs, tuple(value.flatten().tolist() for value in values)
-        self._told.append(number)
+        self.host_outputs.append(number)
 
         def tell() -> tuple[list[int], ...]:
-            assert self._told.pop(0) == number
+            assert self.host_outputs.pop(0) == number
             return found
 
         return tell
@@ -95,12 +96,12 @@ class SymbolicExecutor:
             return self.buffer(name, num_tokens, num_seqs)
 
         lists: dict[str, Any] = {name: view(name).tolist() for name in program.inputs}
-        rows = program.rows_per_seq
+        rows = program.query_len
         bounds = lists.get("cu_seqlens", list(range(0, num_tokens + 1, rows)))
-        lists["write_rows"] = [[row] if isinstance(row, int) else row for row in lists["write_rows"]]
-        writes = [row for some in lists["write_rows"] for row in some if row != self.limits.spare_row]
+        lists["dst_state_slots"] = [[row] if isinstance(row, int) else row for row in lists["dst_state_slots"]]
+        writes = [row for some in lists["dst_state_slots"] for row in some if row != self.limits.pad_state_slot]
         assert len(set(writes)) == len(writes)
-        assert not set(writes) & set(lists["read_rows"])
+        assert not set(writes) & set(lists["src_state_slots"])
         assert 0 not in writes
         values = [self._rows(lists, index, bounds[index], bounds[index + 1], rows) for index in range(num_seqs)]
         lasts = [0] * num_seqs
@@ -117,21 +118,21 @@ class SymbolicExecutor:
             view(program.drafts).copy_(torch.tensor([*map(self._drafts, ends, unknown)]))
         if program.phase == "decode":
             if self.limits.kept_inputs:
-                delta.settle({"rows_per_seq": rows}, view("context_lens"), view("state_lens"))
-            names = ("page_table", "token_ids", "positions", "slot_mapping", "context_lens", "read_rows", "write_rows",
-                     "draw")  # fmt: skip
+                delta.commit_state_len({"query_len": rows}, view("context_lens"), view("state_lens"))
+            names = ("page_table", "token_ids", "positions", "slot_mapping", "context_lens", "src_state_slots", "dst_state_slots",
+                     "rng_offset")  # fmt: skip
             state = [view(name) for name in names]
             if rows > 1:
-                attrs = {"page_size": self.limits.page_size, "rows_per_seq": rows}
+                attrs = {"page_size": self.limits.page_size, "query_len": rows}
                 speculation.advance_rows(attrs, view("accepted"), view(program.drafts), *state)
             else:
                 advance({"page_size": self.limits.page_size}, view("next_tokens"), *state)
 
     def _verify(self, program: Program, view: Callable[[str], Tensor], values: list[list[int]]) -> list[int]:
         view("verify_tokens").copy_(torch.tensor([said(value) for rows in values for value in rows]))
-        names = ("token_ids", "verify_tokens", "context_lens", "read_rows", "max_lens", "stop_ids", "seed", "draw",
+        names = ("token_ids", "verify_tokens", "context_lens", "src_state_slots", "max_lens", "stop_ids", "seed", "rng_offset",
                  "forced_accept", "accept_counts")  # fmt: skip
-        accepted, *_ = speculation.accept({"rows_per_seq": program.rows_per_seq}, *map(view, names))
+        accepted, *_ = speculation.accept({"query_len": program.query_len}, *map(view, names))
         view("accepted").copy_(accepted)
         return accepted.tolist()  # type: ignore[no-any-return]
 
@@ -147,7 +148,7 @@ class SymbolicExecutor:
     def _rows(self, lists: dict[str, Any], index: int, start: int, end: int, rows: int) -> list[int]:
         """Compute tokens `start` to `end` of the batch, which belong to sequence `index`: the name after each."""
         size, names = self.limits.page_size, list[int]()
-        read, write = lists["read_rows"][index], lists["write_rows"][index][0]
+        read, write = lists["src_state_slots"][index], lists["dst_state_slots"][index][0]
         value = self.state[read]
         if "state_lens" in lists:
             come_true = lists["context_lens"][index] - rows - lists["state_lens"][index]
@@ -160,15 +161,15 @@ class SymbolicExecutor:
             self.keys[slot // size, slot % size] = (value, token)
             value = after(value, token)
             names.append(value)
-        for row, name in zip(lists["write_rows"][index], names if rows > 1 else names[-1:], strict=False):
+        for row, name in zip(lists["dst_state_slots"][index], names if rows > 1 else names[-1:], strict=False):
             if "state_lens" not in lists:
                 self.state[row] = name
         return names
 
     def _check(self, lists: dict[str, Any], index: int, start: int, count: int, context: int) -> None:
         """All keys that the last of `count` rows sees must be of the prefix that its state is of."""
-        writes, size, seen = lists["write_rows"][index], self.limits.page_size, EMPTY
-        if self.limits.spare_row in writes:
+        writes, size, seen = lists["dst_state_slots"][index], self.limits.page_size, EMPTY
+        if self.limits.pad_state_slot in writes:
             return
         pages, before = lists["page_table"][index], lists["context_lens"][index] - self._num_rows(lists)
         for position in range(context):
@@ -181,4 +182,4 @@ class SymbolicExecutor:
             assert self.state[writes[count - 1 if many else 0]] == seen, "state and keys of different prefixes"
 
     def _num_rows(self, lists: dict[str, Any]) -> int:
-        return len(lists["token_ids"]) // len(lists["read_rows"])
+        return len(lists["token_ids"]) // len(lists["src_state_slots"])

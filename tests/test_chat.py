@@ -21,10 +21,11 @@ import pytest
 from bundles import COMMAND
 from click.testing import CliRunner, Result
 from conftest import ROOT
-from tokenspeed_plan.codegen.chat import ChatTemplate
+
+from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.streaming import Delta
+from tokenspeed_plan.runtime.serving.streaming import Delta
 
 BUNDLE = ROOT / "plans/frozen/demo-cpu"
 MODEL = ROOT / "examples/demo/model"
@@ -47,8 +48,8 @@ def answers(engine: Engine, said: list[str], system: str | None = None, seed: in
     messages = [{"role": "system", "content": system}] if system else []
     for number, text in enumerate(said):
         messages.append({"role": "user", "content": text})
-        assert engine.codec
-        ids = engine.codec.encode(engine.codec.render_chat(messages))
+        assert engine.tokenizer
+        ids = engine.tokenizer.encode(engine.tokenizer.render_chat(messages))
         (done,) = engine.generate([ids], SamplingParams(**PARAMS, seed=seed + number))
         messages.append({"role": "assistant", "content": done.text})
     return [message["content"] for message in messages if message["role"] == "assistant"]

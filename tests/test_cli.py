@@ -16,10 +16,11 @@ from click.testing import CliRunner, Result
 from conftest import ROOT, make_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenspeed_plan.codegen.chat import ChatTemplate
+
+from tokenspeed_plan.codegen.chat_template import ChatTemplate
+from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.commands.engines import ready_engine
-from tokenspeed_plan.planner.hardware import find_hardware
 from tokenspeed_plan.plans.bundle import check_cubins, load_plan, save_plan, seal
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import Binary, Program
@@ -38,10 +39,10 @@ SURFACE = {
     "check": {"bundle", "weights", "canary"},
     "run": {"bundle", "source", "output", "prompt", "max_tokens", "temperature", "seed", "weights", "errors", "summary",
             "order", "max_errors", "limit", "shard", "max_concurrency", "no_canary", "no_cache", "quiet",
-            "bodies", "check"},
+            "backend", "check"},
     "serve": {"bundle", "host", "port", "api_key", "model_name", "max_requests", "max_body_bytes", "body_timeout_s",
-              "drain_s", "weights", "bodies", "no_canary"},
-    "chat": {"bundle", "system", "max_tokens", "temperature", "top_p", "top_k", "seed", "weights", "bodies",
+              "drain_s", "weights", "backend", "no_canary"},
+    "chat": {"bundle", "system", "max_tokens", "temperature", "top_p", "top_k", "seed", "weights", "backend",
              "no_canary"},
     "bench": {"bundle", "workload", "weights", "batch", "context", "prefill", "as_json", "conversations", "turns",
               "first_turn_tokens", "turn_tokens", "output_tokens", "seed", "acceptance"},
@@ -136,7 +137,7 @@ def test_predict_takes_any_stated_layout() -> None:
                           "speculation.depth=2", "--set", "serving.prefill_chunk=1024", "--json").stdout)  # fmt: skip
     assert (data["layout"]["attention_tp"], data["layout"]["attention_dp"]) == (1, 2)
     assert (data["knobs"]["depth"], data["knobs"]["prefill_chunk"]) == (2, 1024)
-    assert not data["replayed"] and "attention data parallelism" in data["not_replayed_yet"]
+    assert not data["recomputed"] and "attention data parallelism" in data["not_replayed_yet"]
     assert data["predicted"]["tpot_ms"] > 0 and data["memory_bytes_per_rank"]["total"] > 9e9
     today = ("--set", "speculation=off", "--set", "disaggregation=off")
     assert "can freeze this" in cli("predict", SPEC_397B, *SMALL, *today, "--set", "parallelism.attention.tp=2").stdout
@@ -254,7 +255,7 @@ def test_run_a_prompt(bundle: Path) -> None:
 
 
 def test_engines_of_commands_are_spared_by_the_collector(bundle: Path) -> None:
-    engine = ready_engine(bundle, {"weights": None, "bodies": "reference", "no_canary": True})
+    engine = ready_engine(bundle, {"weights": None, "backend": "reference", "no_canary": True})
     assert gc.is_tracked(engine)
     assert all(found is not engine for found in gc.get_objects())
 
@@ -282,10 +283,10 @@ def test_chat_uses_the_models_template(bundle: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(row))
     assert cli("run", bundle, "--input", path, "--output", tmp_path / "o.jsonl", "--quiet").exit_code == 0
     (line,) = [json.loads(text) for text in (tmp_path / "o.jsonl").read_text().splitlines()]
-    from tokenspeed_plan.runtime.tokenizer import Codec
+    from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
-    codec = Codec.load(Path(line_model(bundle)))
-    wanted = len(codec.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"))
+    tokenizer = Tokenizer.load(Path(line_model(bundle)))
+    wanted = len(tokenizer.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"))
     assert line["response"]["body"]["usage"]["prompt_tokens"] == wanted
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
+
 from tokenspeed_plan.planner import compile_plan, find_model, load_spec
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.bundle import check_sources, load_plan, read_plan

@@ -37,9 +37,4 @@ fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
   ${constraints[@]+"${constraints[@]}"} -e ".${extras:+[$extras]}"
 
-# Type checkers do not follow the editable install's import hook: give them links under the package's own name.
-mkdir -p .typing/tokenspeed_plan
-for folder in codegen planner plans runtime; do
-  ln -sfn "../../$folder" ".typing/tokenspeed_plan/$folder"
-done
 touch "$stamp"

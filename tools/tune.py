@@ -5,7 +5,7 @@ after the other; in prefill, where they are long, in one call.
 
     python tools/tune.py plans/frozen/DIR [--phase prefill] [--bucket N] [--kinds a,b] [--alone] [--longest N]
 
-Prints the lines for `planner/tiling/tuned.yaml`, with the microseconds of the program beside the best tiles.
+Prints the lines for `codegen/tuned.yaml`, with the microseconds of the program beside the best tiles.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from tokenspeed_plan.codegen.build import Compiled, Job, compile_all
-from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware
-from tokenspeed_plan.planner.tiling.table import Built, build_kernel
-from tokenspeed_plan.planner.tiling.tuned import Tile
-from tokenspeed_plan.planner.tiling.work import Work
+from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
+from tokenspeed_plan.codegen.tiling import Work
+from tokenspeed_plan.codegen.tuned import Tile
+from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import Binary, KernelCall, KernelSpec
+from tokenspeed_plan.runtime.arenas import TORCH_DTYPES
 from tokenspeed_plan.runtime.bench import prepare
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 from tokenspeed_plan.runtime.bench.replay import Replay
-from tokenspeed_plan.runtime.cuda import CudaKernels
+from tokenspeed_plan.runtime.cuda_kernels import CudaKernels
 from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.memory import TORCH_DTYPES
 
 REPLAYS = 3  # a round
 MANY = 256  # rows, from which tiles have rows of their own
@@ -56,7 +57,7 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
     special = {
         "attention_gate": FLASH,
         "delta_step": DELTA,
-        "delta_replay": DELTA,
+        "delta_recompute": DELTA,
         "moe_up": UP,
         "moe_down": DOWN,
         "moe_down_add": DOWN,

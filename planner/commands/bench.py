@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tokenspeed_plan.planner.commands.engines import spare_heap
-from tokenspeed_plan.planner.search.replayed import step_prediction
+
+from tokenspeed_plan.planner.advisor.plan_prices import step_prediction
+from tokenspeed_plan.planner.commands.engines import freeze_gc
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import SpecError
 
@@ -77,6 +78,6 @@ def _agentic(bundle: Path, folder: Path | None, options: dict[str, Any]) -> tupl
     names = ("conversations", "turns", "first_turn_tokens", "turn_tokens", "output_tokens", "seed")
     told = agentic.Conversations.of(frozen, **{name: options[name] for name in names})
     engine = Engine(frozen, bench.prepare(frozen, bundle, folder, executor_of(frozen)))
-    spare_heap()
+    freeze_gc()
     found = agentic.agentic(engine, told, options["acceptance"] or ())
     return found, agentic.as_text(found)

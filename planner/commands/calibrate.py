@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
+
 from tokenspeed_plan.codegen.build import default_cache
-from tokenspeed_plan.planner import calibrate as model
+from tokenspeed_plan.planner.advisor import calibration as model
+from tokenspeed_plan.planner.advisor.hardware import Profile, read_profile
 from tokenspeed_plan.planner.compile import Model, build_bundle
-from tokenspeed_plan.planner.hardware import Profile, read_profile
 from tokenspeed_plan.plans.bundle import save_plan
 from tokenspeed_plan.plans.types import Phase
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 CONTEXTS = {"cuda": (1024, 16_384), "cpu": (128,)}
 CHUNK = {"cuda": 4096, "cpu": 128}
-BATCHES = (1, 2, 4, 16, model.MOST_SEQS)
+BATCHES = (1, 2, 4, 16, model.MAX_SEQS)
 
 
 @click.command()

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from tokenspeed_plan.planner.commands.engines import load_chat_template, on_all_ranks, ready_engine
 from tokenspeed_plan.plans.errors import RequestError
 
@@ -33,7 +34,7 @@ HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops an answer"
 @click.option("--seed", type=click.IntRange(-(1 << 63), (1 << 63) - 1), default=0, show_default=True,
               help="Of the first answer; each further one counts on.")  # fmt: skip
 @click.option("--weights", type=Folder, help="Checkpoint folder, where it is not the spec's.")
-@click.option("--bodies", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`.")
+@click.option("--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`.")
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
 def chat(bundle: Path, **options: Any) -> None:
     """Talk with BUNDLE's model. What is said goes to stdout, all else to stderr."""
@@ -104,8 +105,8 @@ class _Conversation:
             self._messages.append({"role": "assistant", "content": answer})
 
     def _answer(self) -> str:
-        assert self._engine.codec is not None
-        ids = self._engine.codec.encode(self._engine.codec.render_chat(self._messages))
+        assert self._engine.tokenizer is not None
+        ids = self._engine.tokenizer.encode(self._engine.tokenizer.render_chat(self._messages))
         done, text = None, ""
         with _interruptible() as interrupted, closing(self._engine.stream(ids, self._params(len(ids)))) as deltas:
             for delta in deltas:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from tokenspeed_plan.planner.commands.engines import load_engine, on_all_ranks, replay_canary
 from tokenspeed_plan.plans.bundle import CUBIN, check_cubins, check_sources, load_plan
 from tokenspeed_plan.plans.errors import PlanError
@@ -28,7 +29,7 @@ def check(bundle: Path, weights: Path | None, canary: bool) -> None:
         raise PlanError("the plan has no canary", "plan from a checkpoint, `model: {path: ...}`, and check again")
     if weights is None and not canary:
         return
-    options = {"weights": weights, "bodies": "reference"}
+    options = {"weights": weights, "backend": "reference"}
     on_all_ranks(bundle, options, lambda: _check_weights(bundle, options, canary))
 
 

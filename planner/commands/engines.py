@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenspeed_plan.codegen.chat import ChatTemplate
+from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import Plan
 
@@ -37,7 +37,7 @@ def on_all_ranks(
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
         engine = load_engine(bundle, options)
-        spare_heap()
+        freeze_gc()
         follow(engine.executor)
         return 0
     with leading():
@@ -46,13 +46,13 @@ def on_all_ranks(
 
 def load_chat_template(bundle: Path, options: dict[str, Any]) -> ChatTemplate | None:
     """How the model of a bundle wants chats; None where it does not say."""
-    from tokenspeed_plan.runtime.checks import find_weights
+    from tokenspeed_plan.runtime.preflight import find_weights
 
     return ChatTemplate.load(find_weights(load_plan(bundle), bundle, options["weights"]))
 
 
 def load_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None = None) -> Engine:
-    """An engine with the weights and bodies of a command's options; rank 0 of several leads the others."""
+    """An engine with the weights and backend of a command's options; rank 0 of several leads the others."""
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.executor import Executor
 
@@ -62,7 +62,7 @@ def load_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None
 
         executor = LeadingExecutor
     cache = not options.get("no_cache", False)
-    return Engine.load(bundle, options["weights"], chat, bodies=options["bodies"], executor=executor, cache=cache)
+    return Engine.load(bundle, options["weights"], chat, backend=options["backend"], executor=executor, cache=cache)
 
 
 def ready_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None = None) -> Engine:
@@ -70,11 +70,11 @@ def ready_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | Non
     engine = load_engine(bundle, options, chat)
     if not options["no_canary"]:
         engine.time_startup("canary_s", lambda: replay_canary(engine.plan, engine))
-    spare_heap()
+    freeze_gc()
     return engine
 
 
-def spare_heap() -> None:
+def freeze_gc() -> None:
     """Take what stands from Python's garbage collector: looking through all of a plan holds the loop up for 0.1 s."""
     gc.collect()
     gc.freeze()

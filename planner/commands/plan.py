@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+
 from tokenspeed_plan.codegen.build import default_cache
-from tokenspeed_plan.planner.canary import with_canary
 from tokenspeed_plan.planner.compile import Compiled, build_bundle, compile_bundle, find_model
+from tokenspeed_plan.planner.golden import with_canary
 from tokenspeed_plan.planner.spec import load_spec
 from tokenspeed_plan.plans.bundle import PLAN_FILE, check_sources, dump_plan, load_plan, read_plan, save_plan, seal
 from tokenspeed_plan.plans.diff import diff

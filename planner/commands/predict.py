@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from tokenspeed_plan.planner.advisor.advise import option
+from tokenspeed_plan.planner.advisor.candidate import ALL_CAPABILITIES, SUPPORTED, check_formats
+from tokenspeed_plan.planner.advisor.engine_profile import load_engine
+from tokenspeed_plan.planner.advisor.hardware import find_hardware
+from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor, digits
+from tokenspeed_plan.planner.advisor.rollback import kept_first
+from tokenspeed_plan.planner.advisor.search import Search, SearchResult
+from tokenspeed_plan.planner.advisor.step_model import Engine
 from tokenspeed_plan.planner.compile import find_model
-from tokenspeed_plan.planner.hardware import find_hardware
-from tokenspeed_plan.planner.model_config import ModelConfig
-from tokenspeed_plan.planner.search.advise import option
-from tokenspeed_plan.planner.search.best import Found, Search
-from tokenspeed_plan.planner.search.candidate import EVERYTHING, TODAY, check_formats
-from tokenspeed_plan.planner.search.engine import load_engine
-from tokenspeed_plan.planner.search.predict import Prediction, Predictor, digits
-from tokenspeed_plan.planner.search.rollback import kept_first
-from tokenspeed_plan.planner.search.steps import Engine
+from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.spec import Spec, load_spec
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
 from tokenspeed_plan.plans.report import DEFINITIONS
@@ -64,7 +65,7 @@ def sweep(spec: Path, gpus: str, counts: str, changes: tuple[str, ...], reserved
 
 def search(
     spec: Spec, config: ModelConfig, engine: Engine | None = None, reserved: bool = False
-) -> tuple[Predictor, Found]:
+) -> tuple[Predictor, SearchResult]:
     """Everything that the spec leaves open, replayed today or not.
 
     Raises:
@@ -72,16 +73,16 @@ def search(
     """
     hardware = find_hardware(spec.target.gpu)
     check_formats(spec.model.weights, hardware)
-    keeps_inputs = engine is None and kept_first(spec, config, hardware)[0]
-    predictor = Predictor(spec, config, hardware, engine, reserved, keeps_inputs)
-    found = Search(predictor, EVERYTHING, spec.target.count).run()
+    recomputes = engine is None and kept_first(spec, config, hardware)[0]
+    predictor = Predictor(spec, config, hardware, engine, reserved, recomputes)
+    found = Search(predictor, ALL_CAPABILITIES, spec.target.count).run()
     _ = found.best
     return predictor, found
 
 
-def _as_json(predictor: Predictor, found: Found) -> dict[str, Any]:
+def _as_json(predictor: Predictor, found: SearchResult) -> dict[str, Any]:
     best = found.best
-    missing = TODAY.missing(best.candidate)
+    missing = SUPPORTED.missing(best.candidate)
     memory = predictor.memory(best.candidate.layout)
     workload = predictor.spec.workload
     return {
@@ -92,12 +93,14 @@ def _as_json(predictor: Predictor, found: Found) -> dict[str, Any]:
         "prefill_layout": asdict(best.candidate.prefill) if best.candidate.prefill else None,
         "replicas": best.candidate.replicas,
         "knobs": asdict(best.candidate.knobs),
-        "replayed": not missing,
+        "recomputed": not missing,
         "not_replayed_yet": missing,
         "predicted": _numbers(best),
         "limits": {
-            "largest_concurrency": memory.most_seqs(best.candidate.knobs, workload.longest_tokens, 65_536),
-            "largest_context_tokens": memory.most_tokens(best.candidate.knobs, workload.concurrency),
+            "largest_concurrency": memory.max_seqs_that_fit(
+                best.candidate.knobs, workload.max_conversation_tokens, 65_536
+            ),
+            "largest_context_tokens": memory.max_tokens_that_fit(best.candidate.knobs, workload.concurrency),
         },
         "memory_bytes_per_rank": asdict(best.memory) | {"total": best.memory.total},
         "slo_missed": found.binding,
@@ -119,9 +122,9 @@ def _numbers(best: Prediction) -> dict[str, Any]:
     }
 
 
-def _as_text(predictor: Predictor, found: Found) -> str:
+def _as_text(predictor: Predictor, found: SearchResult) -> str:
     best, engine = found.best, predictor.engine
-    missing = TODAY.missing(best.candidate)
+    missing = SUPPORTED.missing(best.candidate)
     lines = [
         f"{predictor.config.name} on {best.candidate.num_gpus} x {predictor.hardware.name}"
         + (f", as {engine.name} would replay it" if engine else ""),
@@ -148,7 +151,7 @@ def _row(spec: Spec, config: ModelConfig, gpu: str, count: int, reserved: bool) 
     return {
         "gpu": predictor.hardware.name, "count": count, "used": best.candidate.num_gpus,
         "deployment": str(best.candidate), "predicted": best.as_json(), "slo_missed": found.binding,
-        "not_replayed_yet": TODAY.missing(best.candidate),
+        "not_replayed_yet": SUPPORTED.missing(best.candidate),
     }  # fmt: skip
 
 

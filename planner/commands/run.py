@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from tokenspeed_plan.codegen.chat import ChatTemplate
+
+from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.planner.commands.engines import on_all_ranks, ready_engine
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 
 if TYPE_CHECKING:
-    from tokenspeed_plan.runtime.batch import BatchOptions, Selection
+    from tokenspeed_plan.runtime.serving.batch import BatchOptions, Selection
 
 Folder = click.Path(path_type=Path)
 
@@ -36,7 +37,7 @@ Folder = click.Path(path_type=Path)
 @click.option("--max-concurrency", type=click.IntRange(min=1), help="Rows in flight.")
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
 @click.option("--no-cache", is_flag=True, help="Compute every prompt from its beginning.")
-@click.option("--bodies", type=click.Choice(["reference", "kernels"]),
+@click.option("--backend", type=click.Choice(["reference", "kernels"]),
               help="PyTorch references (a CPU's default), or the bundle's kernels (interpreted on a CPU).")  # fmt: skip
 @click.option("--check", is_flag=True, help="Compare the two bodies step by step; name the first step that differs.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary text.")
@@ -60,7 +61,7 @@ def _run_check(bundle: Path, options: dict[str, Any]) -> None:
     from tokenspeed_plan.runtime.compare import ComparingExecutor, check_steps
     from tokenspeed_plan.runtime.engine import Engine
 
-    engine = Engine.load(bundle, options["weights"], bodies="kernels", executor=ComparingExecutor)
+    engine = Engine.load(bundle, options["weights"], backend="kernels", executor=ComparingExecutor)
     tally = check_steps(engine)
     skipped = f", {tally.skipped} have no kernel" if tally.skipped else ""
     click.echo(
@@ -73,9 +74,9 @@ def _run_prompt(bundle: Path, prompt: str, options: dict[str, Any]) -> None:
     from tokenspeed_plan.runtime.request import SamplingParams
 
     engine = ready_engine(bundle, options)
-    if engine.codec is None:
+    if engine.tokenizer is None:
         raise RequestError("the model has no tokenizer", "give token ids in a batch file")
-    ids = engine.codec.encode(prompt)
+    ids = engine.tokenizer.encode(prompt)
     room = max(engine.max_seq_len - len(ids), 1)
     params = SamplingParams(
         max_tokens=options["max_tokens"] or min(engine.default_max_tokens, room),
@@ -94,29 +95,31 @@ def _run_prompt(bundle: Path, prompt: str, options: dict[str, Any]) -> None:
 
 
 def _run_batch(bundle: Path, source: Path, output: Path, options: dict[str, Any]) -> int:
-    from tokenspeed_plan.runtime.batch import BatchPlan, RowLimits, run_batch
-    from tokenspeed_plan.runtime.checks import check_files, check_target, find_weights
-    from tokenspeed_plan.runtime.tokenizer import Codec
+    from tokenspeed_plan.runtime.preflight import check_files, check_target, find_weights
+    from tokenspeed_plan.runtime.serving.batch import BatchPlan, RowLimits, run_batch
+    from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
     frozen = load_plan(bundle)
     check_target(frozen)
     folder = find_weights(frozen, bundle, options["weights"])
     check_files(frozen, folder)
-    codec = Codec.load(folder, ChatTemplate.load(folder))
+    tokenizer = Tokenizer.load(folder, ChatTemplate.load(folder))
     limits = RowLimits(frozen.limits.max_seq_len, frozen.limits.default_max_tokens, frozen.model.vocab_size)
     plan_facts = BatchPlan(frozen.digest, frozen.model.name, frozen.limits.max_seqs, limits, _predicted(frozen))
-    return run_batch(_batch_options(source, output, options), plan_facts, codec, lambda: ready_engine(bundle, options))
+    return run_batch(
+        _batch_options(source, output, options), plan_facts, tokenizer, lambda: ready_engine(bundle, options)
+    )
 
 
 def _batch_options(source: Path, output: Path, options: dict[str, Any]) -> BatchOptions:
-    from tokenspeed_plan.runtime.batch import BatchOptions
+    from tokenspeed_plan.runtime.serving.batch import BatchOptions
 
     names = ("errors", "summary", "order", "max_errors", "max_concurrency", "quiet")
     return BatchOptions(source, output, selection=_selection(options), **{name: options[name] for name in names})
 
 
 def _selection(options: dict[str, Any]) -> Selection:
-    from tokenspeed_plan.runtime.batch import Selection
+    from tokenspeed_plan.runtime.serving.batch import Selection
 
     index, _, count = (options["shard"] or "1/1").partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):

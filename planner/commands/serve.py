@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from tokenspeed_plan.planner.commands.engines import load_chat_template, on_all_ranks, ready_engine
 from tokenspeed_plan.plans.errors import RequestError
 
@@ -29,7 +30,7 @@ Folder = click.Path(path_type=Path)
 @click.option("--drain", "drain_s", type=click.FloatRange(min=0), default=30.0, show_default=True,
               help="Seconds that SIGTERM leaves to answers in flight.")  # fmt: skip
 @click.option("--weights", type=Folder, help="Checkpoint folder, where it is not the spec's.")
-@click.option("--bodies", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`.")
+@click.option("--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`.")
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
 def serve(bundle: Path, **options: Any) -> None:
     """Serve BUNDLE to OpenAI's clients."""
@@ -48,7 +49,7 @@ def _check_packages() -> None:
 
 
 def _serve(bundle: Path, options: dict[str, Any]) -> None:
-    from tokenspeed_plan.runtime.server import ServerOptions, listen, serve
+    from tokenspeed_plan.runtime.serving.http import ServerOptions, listen, serve
 
     names = ("api_key", "model_name", "max_requests", "max_body_bytes", "body_timeout_s", "drain_s")
     chosen = ServerOptions(**{name: options[name] for name in names})

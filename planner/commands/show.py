@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
+
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.diff import diff
 from tokenspeed_plan.plans.errors import SpecError
@@ -37,8 +38,8 @@ def show(bundle: Path, as_json: bool, kernels: bool, field: str | None, html: Pa
 
 def _page(frozen: Plan, bundle: Path) -> str:
     """The roofline is left out where the model's config is not at hand."""
-    from tokenspeed_plan.codegen.page import render_page
-    from tokenspeed_plan.planner.search.replayed import roofline
+    from tokenspeed_plan.codegen.page.plan_page import render_page
+    from tokenspeed_plan.planner.advisor.plan_prices import roofline
 
     roof = None
     with suppress(SpecError):

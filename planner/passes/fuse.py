@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tokenspeed_plan.planner.cost import PLAIN_COLUMNS, PLAIN_ROWS
+from tokenspeed_plan.codegen.tiling import GEMV_COLUMNS, GEMV_ROWS
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.types import Phase
@@ -19,15 +19,15 @@ from tokenspeed_plan.plans.types import Phase
 class Fusion:
     """One rewrite: `run` (kinds, in order) becomes a kernel of kind `kind`, in the phases where it pays.
 
-    Its members feed each other, unless they only share a launch. With `plain` it pays where a product is plain
+    Its members feed each other, unless they only share a launch. With `gemv_only` it pays where a product is plain
     arithmetic: for few rows, or few columns.
     """
 
     kind: str
     run: tuple[str, ...]
     phases: tuple[Phase, ...] = ("prefill", "decode")
-    apart: bool = False
-    plain: bool = False
+    independent: bool = False
+    gemv_only: bool = False
 
 
 FEW: tuple[Phase, ...] = ("decode",)  # a few rows
@@ -39,10 +39,10 @@ FUSIONS = (
     # Products take in the norm before them, and what is done to their result.
     # On the tensor cores the norm is a launch of its own, so that operands go straight to them: on an H200 four rows
     # through 12,288 x 4096 take 47 us with the norm inside, 2 + 25 us without.
-    Fusion("norm_head", ("rms_norm", "last_token", "linear"), FEW, plain=True),
+    Fusion("norm_head", ("rms_norm", "last_token", "linear"), FEW, gemv_only=True),
     Fusion("head", ("last_token", "linear")),
-    Fusion("norm_linear_silu_mul", ("rms_norm", "linear", "silu_mul"), FEW, plain=True),
-    Fusion("norm_linear", ("rms_norm", "linear"), FEW, plain=True),
+    Fusion("norm_linear_silu_mul", ("rms_norm", "linear", "silu_mul"), FEW, gemv_only=True),
+    Fusion("norm_linear", ("rms_norm", "linear"), FEW, gemv_only=True),
     Fusion("linear_silu_mul", ("linear", "silu_mul")),
     Fusion("expert_sum_linear_add", ("expert_sum", "linear", "gated_add", "add")),
     Fusion("expert_sum_linear", ("expert_sum", "linear", "gated_add")),
@@ -53,7 +53,9 @@ FUSIONS = (
     Fusion("k_norm_rope_write", ("head_norm", "rope", "kv_write")),
     Fusion("attention_gate", ("attention", "sigmoid_gate")),
     # Gated DeltaNet: one step of it, and the chunked form.
-    Fusion("delta_replay", ("replay", "causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
+    Fusion(
+        "delta_recompute", ("recompute_state", "causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")
+    ),
     Fusion("delta_step", ("causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
     Fusion("conv_qk_norm", ("causal_conv", "qk_l2_norm")),
     Fusion("gates_delta_chunk", ("delta_gates", "delta_chunk")),
@@ -64,9 +66,9 @@ FUSIONS = (
     # Drafts: what goes into the layer that makes them, the one row of each sequence that goes on, where the next goes.
     Fusion("embed_norm_concat", ("embed", "rms_norm", "rms_norm", "concat")),
     Fusion("norm_concat", ("rms_norm", "rms_norm", "concat")),
-    Fusion("select_rows", ("select_row",) * 3, apart=True),
-    Fusion("last_rows", ("last_token",) * 3, apart=True),
-    Fusion("draft_then_place", ("draft", "draft_place"), apart=True),
+    Fusion("select_rows", ("select_row",) * 3, independent=True),
+    Fusion("last_rows", ("last_token",) * 3, independent=True),
+    Fusion("draft_then_place", ("draft", "draft_place"), independent=True),
 )
 FUSED_KINDS = frozenset(fusion.kind for fusion in FUSIONS)
 
@@ -95,16 +97,16 @@ def _matches(graph: OpGraph, order: Sequence[Op], index: int, fusion: Fusion, si
     run = order[index : index + len(fusion.run)]
     if tuple(op.kind for op in run) != fusion.run:
         return False
-    if fusion.plain and not all(_is_plain(graph, op, sizes) for op in run if op.kind == "linear"):
+    if fusion.gemv_only and not all(_is_gemv(graph, op, sizes) for op in run if op.kind == "linear"):
         return False
     made = {name for op in run for name in op.outputs}
-    return fusion.apart or all(_feeds(op, run, made) for op in run)
+    return fusion.independent or all(_feeds(op, run, made) for op in run)
 
 
-def _is_plain(graph: OpGraph, op: Op, sizes: tuple[int, int]) -> bool:
+def _is_gemv(graph: OpGraph, op: Op, sizes: tuple[int, int]) -> bool:
     rows = graph.tensors[op.inputs[0]].spec.bind(*sizes)[0]
     columns = graph.weights[op.weights[0]].spec.bind(0, 0)[0]
-    return rows <= PLAIN_ROWS or columns <= PLAIN_COLUMNS
+    return rows <= GEMV_ROWS or columns <= GEMV_COLUMNS
 
 
 def _feeds(op: Op, run: Sequence[Op], made: set[str]) -> bool:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import itemgetter
 
-from tokenspeed_plan.planner.cost import Load, op_time
+from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
+from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
-from tokenspeed_plan.planner.hardware import HardwareSpec
+from tokenspeed_plan.planner.passes.cost import Load, op_time
 from tokenspeed_plan.planner.passes.schedule import ops_by_step, step_key
-from tokenspeed_plan.planner.tiling.table import Built, build_kernel
 from tokenspeed_plan.plans.ops import OPS
 from tokenspeed_plan.plans.schema import CollectiveCall, KernelCall, KernelSpec, Param, Part, Step
 from tokenspeed_plan.plans.types import TensorSpec

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 

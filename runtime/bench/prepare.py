@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.checks import check_files, check_target
+from tokenspeed_plan.runtime.arenas import Arenas
 from tokenspeed_plan.runtime.collectives import join
 from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.kernels import load_kernels
-from tokenspeed_plan.runtime.memory import Arenas
+from tokenspeed_plan.runtime.preflight import check_files, check_target
+from tokenspeed_plan.runtime.triton_kernels import load_kernels
 from tokenspeed_plan.runtime.weights import load_weights, random_weights
 
 

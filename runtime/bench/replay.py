@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import KernelCall, Plan, Program
@@ -82,7 +83,7 @@ class Replay:
 
     def _sequence(self, index: int, count: int) -> Sequence:
         limits = self.plan.limits
-        longest = self.context + (RUNS * self.program.rows_per_seq if self._advances() else 0)  # each run adds to it
+        longest = self.context + (RUNS * self.program.query_len if self._advances() else 0)  # each run adds to it
         pages = -(-longest // limits.page_size)
         if longest > limits.max_seq_len or (index + 1) * pages > limits.num_pages:
             raise PlanError(
@@ -92,14 +93,14 @@ class Replay:
             )
         random = torch.Generator().manual_seed(index)
         ids = torch.randint(0, self.plan.model.vocab_size, (self.context,), generator=random).tolist()
-        start = 1 + index * limits.rows_per_slot
+        start = 1 + index * limits.state_slots_per_seq
         before = self.context - count
         request = Request(str(index), tuple(ids), SamplingParams(max_tokens=1 + longest - self.context))
         return Sequence(
             request, 0.0, ids, num_computed=before,
             num_kept=min(limits.kept_inputs, before) if self.program.phase == "decode" else 0,
             pages=list(range(index * pages, (index + 1) * pages)),
-            row=start if before else 0, write_rows=list(range(start + 1, start + limits.rows_per_slot)),
+            row=start if before else 0, dst_state_slots=list(range(start + 1, start + limits.state_slots_per_seq)),
         )  # fmt: skip
 
     def measure(self, machine: Machine) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class Replay:
             "floor_us": floor_us, "share_of_floor": floor_us / taken_us, "flops": flops,
             "share_of_matrix_rate": flops / taken_us * 1e6 / machine.matrix_flops_per_s,
             "depth": self.program.depth,
-            "tokens_per_s": self.tokens / self.program.rows_per_seq / taken_us * 1e6,  # as if no draft were right
+            "tokens_per_s": self.tokens / self.program.query_len / taken_us * 1e6,  # as if no draft were right
             "kernels": self._kernels(calls, loads, machine),
         }  # fmt: skip
 
@@ -208,7 +209,7 @@ def _row(name: str, found: list[tuple[float, int, int, float]], machine: Machine
 def _rows_per_seq(plan: Plan, seqs: int) -> int:
     """Rows of each sequence in the decode program that takes so many sequences."""
     fitting = [p for p in plan.programs if p.phase == "decode" and p.max_seqs >= seqs]
-    return min(fitting, key=lambda p: p.bucket).rows_per_seq if fitting else 1
+    return min(fitting, key=lambda p: p.bucket).query_len if fitting else 1
 
 
 def _program(plan: Plan, phase: Phase, tokens: int, seqs: int) -> Program:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tokenspeed_plan.runtime.reference import attention, batch, delta, dense, moe, sampling, speculation
 from torch import Tensor
+
+from tokenspeed_plan.runtime.reference import attention, batch, delta, dense, moe, sampling, speculation
 
 Attrs = Mapping[str, bool | int | float | str]
 Body = Callable[..., tuple[Tensor, ...]]
 
-BODIES: dict[str, Body] = {
+REFERENCE_BODIES: dict[str, Body] = {
     "embed": dense.embed,
     "rms_norm": dense.rms_norm,
     "head_norm": dense.head_norm,
@@ -32,8 +33,8 @@ BODIES: dict[str, Body] = {
     "qk_l2_norm": delta.qk_l2_norm,
     "delta_gates": delta.delta_gates,
     "delta_rule": delta.delta_rule,
-    "replay": delta.replay,
-    "settle": delta.settle,
+    "recompute_state": delta.recompute_state,
+    "commit_state_len": delta.commit_state_len,
     "delta_chunk": delta.delta_chunk,
     "delta_scan": delta.delta_scan,
     "gated_norm": delta.gated_norm,
@@ -55,4 +56,4 @@ BODIES: dict[str, Body] = {
     "advance_rows": speculation.advance_rows,
 }
 
-__all__ = ["BODIES", "Body"]
+__all__ = ["REFERENCE_BODIES", "Body"]

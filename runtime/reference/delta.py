@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenspeed_plan.plans.ops import DELTA_CHUNK, REPLAYED
-from tokenspeed_plan.runtime.memory import TORCH_DTYPES as DTYPES
-from tokenspeed_plan.runtime.reference.dense import normalize, widen
 from torch import Tensor
+
+from tokenspeed_plan.plans.ops import DELTA_CHUNK, RECOMPUTED
+from tokenspeed_plan.runtime.arenas import TORCH_DTYPES as DTYPES
+from tokenspeed_plan.runtime.reference.dense import normalize, widen
 
 Attrs = Mapping[str, Any]
 L2_EPS = 1e-6
@@ -49,7 +50,7 @@ def causal_conv(
     In a decode step each of a sequence's rows leaves the state after it; else the last one does, in the first row.
     """
     taps, w_CK, write_SR = attrs["kernel_size"], w[:, 0], _rows(write_SR)
-    before = state.index_select(0, write_SR[:, 0] if attrs["mode"] == REPLAYED else read_S)
+    before = state.index_select(0, write_SR[:, 0] if attrs["mode"] == RECOMPUTED else read_S)
     if attrs["mode"] != "varlen":
         windows = _windows(before, x_TC.unflatten(0, (len(before), -1)))
         for i in range(windows.shape[1] if attrs["mode"] == "update" else 0):
@@ -102,7 +103,7 @@ def delta_rule(
     """
     q, k, v = _as_heads(attrs, q_T, k_T, v_T)
     write_SR = _rows(write_SR)
-    before = state.index_select(0, write_SR[:, 0] if attrs["mode"] == REPLAYED else read_S)
+    before = state.index_select(0, write_SR[:, 0] if attrs["mode"] == RECOMPUTED else read_S)
     if attrs["mode"] != "chunked":
         rows = tuple(x.unflatten(0, (len(before), -1)) for x in (q, k, v, beta_TB, decay_TB))
         ys = []
@@ -118,7 +119,7 @@ def delta_rule(
     return (ragged.pack(y.transpose(1, 2)).flatten(1).to(v_T.dtype),)
 
 
-def replay(
+def recompute_state(
     attrs: Attrs, x_TC: Tensor, b_TB: Tensor, a_TB: Tensor, context_S: Tensor, state_lens_S: Tensor, read_S: Tensor,
     write_S: Tensor, w: Tensor, a_log_B: Tensor, dt_bias_B: Tensor, conv_state: Tensor, ssm_state: Tensor,
     kept_inputs: Tensor, kept_gates: Tensor,
@@ -145,15 +146,15 @@ def replay(
     return ()
 
 
-def settle(attrs: Attrs, context_lens_S: Tensor, state_lens_S: Tensor) -> tuple[()]:
-    """So far `replay` has brought the states: to the rows of this step."""
-    state_lens_S.copy_(context_lens_S - attrs.get("rows_per_seq", 1))
+def commit_state_len(attrs: Attrs, context_lens_S: Tensor, state_lens_S: Tensor) -> tuple[()]:
+    """So far `recompute_state` has brought the states: to the rows of this step."""
+    state_lens_S.copy_(context_lens_S - attrs.get("query_len", 1))
     return ()
 
 
-def _rows(write_rows: Tensor) -> Tensor:
+def _rows(dst_state_slots: Tensor) -> Tensor:
     """Rows to write, [S, R or more]; a plan that does not speculate has one a sequence."""
-    return write_rows.long().view(len(write_rows), -1)
+    return dst_state_slots.long().view(len(dst_state_slots), -1)
 
 
 def _as_heads(attrs: Attrs, q_T: Tensor, k_T: Tensor, v_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:

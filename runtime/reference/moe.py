@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenspeed_plan.runtime.reference.dense import widen
 from torch import Tensor
+
+from tokenspeed_plan.runtime.reference.dense import widen
 
 Attrs = Mapping[str, Any]
 

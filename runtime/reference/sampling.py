@@ -18,19 +18,19 @@ def sample(
     top_p_S: Tensor,
     top_k_S: Tensor,
     seed_S: Tensor,
-    draw_S: Tensor,
+    rng_offset_S: Tensor,
 ) -> tuple[Tensor]:
     """Argmax where the temperature is 0, else one draw from softmax(logits / temperature) after top-k and top-p.
 
-    The draw is a function of a row's seed and of `draw`, its token's number, so that neither batch nor order matter.
-    Where sequences have several rows, row i is token `draw + i`, drawn as it would be alone.
+    The draw is a function of a row's seed and of `rng_offset`, its token's number, so that neither batch nor order matter.
+    Where sequences have several rows, row i is token `rng_offset + i`, drawn as it would be alone.
     Rows of the table that stand for no token are never drawn. Logits without a finite sum give no distribution: argmax.
     """
     greedy_S = logits_SV.argmax(-1).int()
-    params = (temperature_S, top_p_S, top_k_S, seed_S, draw_S)
-    if (count := attrs.get("rows_per_seq", 1)) > 1:
-        *others, draw = (x.repeat_interleave(count) for x in params)
-        params = (*others, draw + torch.arange(len(draw), device=draw.device) % count)
+    params = (temperature_S, top_p_S, top_k_S, seed_S, rng_offset_S)
+    if (count := attrs.get("query_len", 1)) > 1:
+        *others, rng_offset = (x.repeat_interleave(count) for x in params)
+        params = (*others, rng_offset + torch.arange(len(rng_offset), device=rng_offset.device) % count)
     hot = (params[0] > 0).nonzero().flatten()
     if hot.numel():
         greedy_S[hot] = _draw(attrs["num_valid_tokens"], *(x[hot] for x in (greedy_S, logits_SV, *params)))
@@ -45,11 +45,11 @@ def _draw(
     top_p: Tensor,
     top_k: Tensor,
     seed: Tensor,
-    draw: Tensor,
+    rng_offset: Tensor,
 ) -> Tensor:
     probs, ids = filtered(logits[:, :valid], temperature, top_p, top_k)
     cumulative = probs.cumsum(-1)
-    target = uniform(seed, draw)[:, None] * cumulative[:, -1:]
+    target = uniform(seed, rng_offset)[:, None] * cumulative[:, -1:]
     place = (cumulative <= target).sum(-1, keepdim=True)
     last = ((probs > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     drawn = ids.gather(1, torch.minimum(place, last))[:, 0].int()
@@ -71,9 +71,9 @@ def filtered(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) 
     return probs * ((before < top_p.double()[:, None]) | (rank == 0)), ids
 
 
-def uniform(seed: Tensor, draw: Tensor) -> Tensor:
-    """A number in [0, 1) for each (seed, draw): the output function of SplitMix64 (Steele et al., OOPSLA 2014)."""
-    x = seed + (draw + 1) * _signed(0x9E3779B97F4A7C15)
+def uniform(seed: Tensor, rng_offset: Tensor) -> Tensor:
+    """A number in [0, 1) for each (seed, rng_offset): the output function of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    x = seed + (rng_offset + 1) * _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
     return _shift(x ^ _shift(x, 31), 11).double() * 2.0**-53

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tokenspeed_plan.runtime.reference.sampling import uniform
 from torch import Tensor
+
+from tokenspeed_plan.runtime.reference.sampling import uniform
 
 Attrs = Mapping[str, Any]
 
@@ -35,11 +36,11 @@ def accept(
     token_ids_T: Tensor,
     next_tokens_T: Tensor,
     context_S: Tensor,
-    read_rows_S: Tensor,
+    src_state_slots_S: Tensor,
     max_lens_S: Tensor,
     stop_ids_SN: Tensor,
     seed_S: Tensor,
-    draw_S: Tensor,
+    rng_offset_S: Tensor,
     forced: Tensor,
     counts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,24 +49,24 @@ def accept(
     A sequence goes no further than a token that ends it, nor than it has memory for: its state is then where it ends.
     `forced` is zero, unless a benchmark simulates acceptance: see the operator's row in `plans/ops.py`.
     """
-    count = attrs["rows_per_seq"]
+    count = attrs["query_len"]
     said_SR, rows_SR = next_tokens_T.view(-1, count), token_ids_T.view(-1, count)
     stops_SR = (said_SR[:, :, None] == stop_ids_SN[:, None]).any(-1)
     same_SR = said_SR[:, :-1] == rows_SR[:, 1:]
-    chance_SR = uniform(seed_S[:, None], draw_S[:, None] + torch.arange(count - 1, device=draw_S.device))
+    chance_SR = uniform(seed_S[:, None], rng_offset_S[:, None] + torch.arange(count - 1, device=rng_offset_S.device))
     same_SR = torch.where(forced[: count - 1] != 0, chance_SR < forced[: count - 1], same_SR)
     right_SR = same_SR & ~stops_SR[:, :-1]
     before_S = context_S - count
     accepted_S = right_SR.int().cumprod(1).sum(1).minimum(max_lens_S - before_S - 1).clamp(min=0).int()
     reached_SR = torch.arange(count, device=said_SR.device)[None] <= accepted_S[:, None]
-    counts[:count] += (reached_SR & (read_rows_S > 0)[:, None]).sum(0)
+    counts[:count] += (reached_SR & (src_state_slots_S > 0)[:, None]).sum(0)
     last_S = said_SR.gather(1, accepted_S[:, None].long())[:, 0]
     return accepted_S, before_S + accepted_S + 1, last_S
 
 
 def select_row(attrs: Attrs, x_TH: Tensor, accepted_S: Tensor) -> tuple[Tensor]:
     """The row of each sequence up to which its drafts were right."""
-    first_S = torch.arange(len(accepted_S), device=x_TH.device) * attrs["rows_per_seq"]
+    first_S = torch.arange(len(accepted_S), device=x_TH.device) * attrs["query_len"]
     return (x_TH.index_select(0, first_S + accepted_S),)
 
 
@@ -96,25 +97,25 @@ def advance_rows(
     positions_T: Tensor,
     slot_mapping_T: Tensor,
     context_lens_S: Tensor,
-    read_rows_S: Tensor,
+    src_state_slots_S: Tensor,
     write_rows_SR: Tensor,
-    draw_S: Tensor,
+    rng_offset_S: Tensor,
 ) -> tuple[()]:
     """The last token said and the drafts after it are the next rows. Rows of state change places, none is copied."""
-    count = attrs["rows_per_seq"]
-    live_S = read_rows_S > 0
+    count = attrs["query_len"]
+    live_S = src_state_slots_S > 0
     step_S = (accepted_S + 1) * live_S
     token_ids_T.copy_(drafts_SR.where(live_S[:, None], token_ids_T.view(-1, count)).flatten())
     positions_T += step_S.repeat_interleave(count)
     slots_SR = _slots(attrs["page_size"], positions_T.view(-1, count), page_table_SP)
     slot_mapping_T.copy_(slots_SR.where(live_S[:, None], slot_mapping_T.view(-1, count)).flatten())
-    for number_S in (context_lens_S, draw_S):
+    for number_S in (context_lens_S, rng_offset_S):
         number_S += step_S
     write_rows_SR = write_rows_SR.view(len(accepted_S), -1)
-    place_S1, before_S = accepted_S[:, None].long(), read_rows_S.clone()
+    place_S1, before_S = accepted_S[:, None].long(), src_state_slots_S.clone()
     if write_rows_SR.shape[1] == 1:  # the one that `replay` wrote
         place_S1 = torch.zeros_like(place_S1)
     written_S = write_rows_SR.gather(1, place_S1)[:, 0]
-    read_rows_S.copy_(written_S.where(live_S, before_S))
+    src_state_slots_S.copy_(written_S.where(live_S, before_S))
     write_rows_SR.scatter_(1, place_S1, before_S.where(live_S, written_S)[:, None])
     return ()

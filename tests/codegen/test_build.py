@@ -19,28 +19,28 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
+
 from tokenspeed_plan.codegen import build
 from tokenspeed_plan.codegen.build import Compiled, Job, compile_all, default_cache
+from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
 from tokenspeed_plan.codegen.render import source_digest
+from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, find_hardware, known_profiles
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.compile import build_bundle, compile_plan, find_model
-from tokenspeed_plan.planner.cost import Load
-from tokenspeed_plan.planner.hardware import HardwareSpec, find_hardware, known_profiles
-from tokenspeed_plan.planner.kernels import KernelChoice
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.limits import plan_limits
-from tokenspeed_plan.planner.model_config import load_preset
+from tokenspeed_plan.planner.models.config import load_preset
+from tokenspeed_plan.planner.models.qwen3_5 import BuildContext
+from tokenspeed_plan.planner.models.qwen3_5 import build as build_graph
+from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.expand import expand
 from tokenspeed_plan.planner.passes.fuse import fuse
+from tokenspeed_plan.planner.passes.limits import plan_limits
 from tokenspeed_plan.planner.passes.lower import lower
 from tokenspeed_plan.planner.passes.place import place
 from tokenspeed_plan.planner.passes.schedule import schedule
+from tokenspeed_plan.planner.passes.select import KernelChoice
 from tokenspeed_plan.planner.passes.shard import shard
-from tokenspeed_plan.planner.qwen3_5 import BuildContext
-from tokenspeed_plan.planner.qwen3_5 import build as build_graph
 from tokenspeed_plan.planner.spec import SpeculationSpec, WorkloadSpec, load_spec
-from tokenspeed_plan.planner.tiling import build_kernel
-from tokenspeed_plan.planner.tiling.table import Built
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import SpecError
@@ -140,15 +140,19 @@ def test_latency_kernels_keep_their_values_in_registers(name: str, sm: int, made
 
 def with_rows(kernel: KernelSpec, count: int) -> KernelSpec:
     """A kernel of a plan as a plan has it whose decode steps have `count` rows of each sequence."""
-    sizes = {"causal_conv_write_rows": {1: count}, "replay_kept_inputs": {1: count}, "replay_kept_gates": {2: count}}
+    sizes = {
+        "causal_conv_dst_state_slots": {1: count},
+        "recompute_state_kept_inputs": {1: count},
+        "recompute_state_kept_gates": {2: count},
+    }
     params = []
     for param in (param for param in kernel.params if param.role != "scratch"):
         shape = list(param.tensor.shape)
         for dim, size in sizes.get(param.name, {}).items() if len(shape) > 1 else ():
             shape[dim] = size
         params.append(param.model_copy(update={"tensor": TensorSpec(shape=tuple(shape), dtype=param.tensor.dtype)}))
-    parts = [part.model_copy(update={"attrs": {**part.attrs, "rows_per_seq": count}})
-             if "rows_per_seq" in OPS[part.kind].optional else part for part in kernel.parts]  # fmt: skip
+    parts = [part.model_copy(update={"attrs": {**part.attrs, "query_len": count}})
+             if "query_len" in OPS[part.kind].optional else part for part in kernel.parts]  # fmt: skip
     return kernel.model_copy(update={"launch": None, "name": "", "params": tuple(params), "parts": tuple(parts)})
 
 
@@ -162,7 +166,7 @@ def planned(rollback: str) -> Plan:
 
 
 @pytest.mark.parametrize("sm", GPUS)
-@pytest.mark.parametrize(("rollback", "step"), [("rows", "delta_step"), ("inputs", "delta_replay")])
+@pytest.mark.parametrize(("rollback", "step"), [("snapshot", "delta_step"), ("recompute", "delta_recompute")])
 def test_several_rows_a_sequence_stay_in_registers(rollback: str, step: str, sm: int) -> None:
     """Of the rule's tilings the first: it compiles, spills nothing, and large tiles have the newer instructions.
 

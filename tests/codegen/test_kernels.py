@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_lab import TOLERANCE, Case, Inputs, errors, is_caught, kernels_of, reference, run_kernel
+
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.plans.kernel_file import is_collective, kind_of
 
@@ -109,7 +110,7 @@ def test_only_weights_are_loaded_before_the_kernels_before_are_done(case: Case) 
         assert waits, kernel.kernel.name
         words = set(re.findall(r"\w+", before.rpartition("\n):\n")[2]))
         named = {param for param in kernel.kernel.params if param.name in words}
-        early = kernel.kernel.launch.early if kernel.kernel.launch else ()
+        early = kernel.kernel.launch.prefetch if kernel.kernel.launch else ()
         assert all(param.role == "weight" or param.name in early for param in named), (kernel.kernel.name, named)
         loading |= {kind_of(kernel.kernel)} if named else set()
     assert "moe_down_add" in loading, "some kernels do load ahead"
@@ -138,9 +139,9 @@ MUTATIONS = [
     (FEW, "delta_step", "head % GROUP == 0", "head % GROUP == 5"),
     (CASES["bf16, heads of 128 and 256"], "delta_step", "DV // BLOCK_V - 1", "DV // BLOCK_V - 2"),
     (CASES["H200 tiles, seven rows"], "sample", "found == best", "found < best"),
-    (CASES["H200 tiles, seven rows"], "sample", "tl.store(tickets + s, 0)", "pass"),
+    (CASES["H200 tiles, seven rows"], "sample", "tl.store(counters + s, 0)", "pass"),
     (CASES["H200 tiles, seven rows"], "attention_gate", "tl.store(ticket + team, 0)", "pass"),
-    (CASES["bf16, heads of 128 and 256"], "delta_step", "tl.store(tickets + s * B + head, 0)", "pass"),
+    (CASES["bf16, heads of 128 and 256"], "delta_step", "tl.store(counters + s * B + head, 0)", "pass"),
     (FEW, "delta_step", "t == TAPS - 1,", "t == TAPS - 2,"),
     (MANY, "conv_qk_norm", "(at >= 0) & (at < count)", "(at >= 0) & (at < count - 1)"),
     (MANY, "conv_qk_norm", "if first:", "if False:"),
@@ -175,7 +176,7 @@ MUTATIONS = [
     (ROWS, "draft", "range(KNOWN)", "range(KNOWN - 1)"),
     (TILED, "draft", "found == best", "found < best"),
     (TILED, "draft", "mask=v < VOCAB", "mask=v < 64"),
-    (TILED, "draft_then_place", "tl.store(tickets + s, 0)", "pass"),
+    (TILED, "draft_then_place", "tl.store(counters + s, 0)", "pass"),
     (ROWS, "draft_then_place", "+ STEP - 1", "+ STEP"),
     (ROWS, "draft_then_place", "position % PAGE", "position % (PAGE - 1)"),
     (ROWS, "embed_norm_concat", "t * 2 + 1", "t * 2"),
@@ -186,8 +187,8 @@ MUTATIONS = [
     (CHUNKS, "last_rows", "+ s + 1) - 1", "+ s)"),
     (CHUNKS, "shift_tokens", "last >= 0", "last >= -1"),
     (CHUNKS, "shift_tokens", "t + 1 < end", "t + 2 < end"),
-    (CHUNKS, "conv_qk_norm", "write_rows + s * TABLE", "write_rows + s"),
-    (CHUNKS, "delta_scan", "write_rows + s * TABLE", "write_rows + s"),
+    (CHUNKS, "conv_qk_norm", "dst_state_slots + s * TABLE", "dst_state_slots + s"),
+    (CHUNKS, "delta_scan", "dst_state_slots + s * TABLE", "dst_state_slots + s"),
     (CHUNKS, "moe_up", "topk_logits + t * EXPERTS", "topk_logits + t // 2 * EXPERTS"),
     (SEQS, "expert_sort", "num_seqs * TOP_K", "(num_seqs - 1) * TOP_K"),
     (SEQS, "linear_add", "m < num_seqs", "m < num_seqs - 1"),

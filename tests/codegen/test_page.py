@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from tokenspeed_plan.codegen.page import render_page
-from tokenspeed_plan.planner.search.replayed import roofline
+
+from tokenspeed_plan.codegen.page.plan_page import render_page
+from tokenspeed_plan.planner.advisor.plan_prices import roofline
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import KernelCall, Plan
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from kernel_lab import DEVICE, TOLERANCE, Case, Inputs, broken, errors, is_caught, kernels_of, reference, run_kernel
 from late import late
+
+from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.tiling.table import Built
 from tokenspeed_plan.plans.kernel_file import is_collective, kind_of
 from tokenspeed_plan.runtime.compare import difference
 
@@ -35,23 +36,23 @@ CASES = {
     "four rows, splits in teams": rows(4, (2040, 1025, 100), gpu="H200", max_seq_len=2048),
 }
 KEPT = {
-    "four rows, kept": rows(4, (0, 62, 126, 300, 7), gpu="H200", keeps_inputs=True),
-    "two rows, six are kept": rows(2, (64, 9, 0, 300, 66, 7), gpu="H200", deeper=4, keeps_inputs=True),
-    "one row, three are kept": rows(1, (9, 0, 505, 7), deeper=2, keeps_inputs=True),
-    "six rows, three value heads a key head, kept": rows(6, (0, 30, 9), kind="ratio3", keeps_inputs=True),
-    "bf16, heads of 128 and 256, kept": rows(4, (0, 90, 5), dtype="bf16", kind="kernel", gpu="H200", keeps_inputs=True),
-    "heads of a rank, kept": rows(2, (5, 9, 64), layout=ParallelLayout(2, 1, 2), keeps_inputs=True),
+    "four rows, kept": rows(4, (0, 62, 126, 300, 7), gpu="H200", recomputes=True),
+    "two rows, six are kept": rows(2, (64, 9, 0, 300, 66, 7), gpu="H200", deeper=4, recomputes=True),
+    "one row, three are kept": rows(1, (9, 0, 505, 7), deeper=2, recomputes=True),
+    "six rows, three value heads a key head, kept": rows(6, (0, 30, 9), kind="ratio3", recomputes=True),
+    "bf16, heads of 128 and 256, kept": rows(4, (0, 90, 5), dtype="bf16", kind="kernel", gpu="H200", recomputes=True),
+    "heads of a rank, kept": rows(2, (5, 9, 64), layout=ParallelLayout(2, 1, 2), recomputes=True),
 }
 ONE, FOUR = CASES["one row, the deepest program has three"], CASES["four rows, the deepest program has six"]
 ROW, TWO, SIX = *(rows(n, (0, 64, 300), gpu="H200") for n in (1, 2)), CASES["six rows, H200 tiles"]
 FOUR_KEPT, TWO_KEPT = KEPT["four rows, kept"], KEPT["two rows, six are kept"]
-TEAMS = CASES["one row, splits in teams"]
+GROUPS = CASES["one row, splits in teams"]
 ELEVEN, HEADS = CASES["two rows of eleven, H200 tiles"], CASES["bf16, heads of 128 and 256"]
 
 
 # test_kernels.py has the others, on as many rows.
 BY_ROWS = {
-    "attention_gate", "delta_step", "delta_replay", "settle", "advance", "advance_rows", "k_norm_rope_write",
+    "attention_gate", "delta_step", "delta_recompute", "commit_state_len", "advance", "advance_rows", "k_norm_rope_write",
 }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def alone(case: Case) -> list[Built]:
 @pytest.mark.parametrize("case", (CASES | KEPT).values(), ids=(CASES | KEPT).keys())
 def test_kernels_equal_their_references(case: Case) -> None:
     kernels = [built for built in alone(case) if kind_of(built.kernel) in BY_ROWS]
-    step = {"delta_replay", "settle"} if case.keeps_inputs else {"delta_step"}
+    step = {"delta_recompute", "commit_state_len"} if case.recomputes else {"delta_step"}
     assert {kind_of(built.kernel) for built in kernels} >= {"attention_gate", *step}
     for built in kernels:
         for rank in range(case.layout.num_ranks):
@@ -95,7 +96,7 @@ EARLY = [
     (FOUR, "attention_gate", {"(c < length - ROWS)": "(c < length - 1)", "(c >= length - ROWS)": "(c >= length - 1)"}),
     (ROW, "attention_gate", {"(c < length - 1)": "(c < length)", "(c == length - 1)": "(c == length)"}),
     (FOUR, "delta_step", {"gdc_wait()": "gdc_launch_dependents()"}),
-    (FOUR_KEPT, "delta_replay", {"gdc_wait()": "gdc_launch_dependents()"}),
+    (FOUR_KEPT, "delta_recompute", {"gdc_wait()": "gdc_launch_dependents()"}),
 ]
 
 
@@ -126,31 +127,31 @@ MUTATIONS = [
     (CASES["three rows of one"], "delta_step", "(r < ROWS)", "(r < ROWS - 1)"),
     (CASES["two rows"], "delta_step", "r[:, None] == i", "r[:, None] == 0"),
     (HEADS, "delta_step", "DV // BLOCK_V - 1", "DV // BLOCK_V - 2"),
-    (HEADS, "delta_step", "tl.store(tickets + s * B + head, 0)", "pass"),
-    (ONE, "delta_step", "causal_conv_write_rows + s * 3", "causal_conv_write_rows + s"),
-    (TWO_KEPT, "delta_replay", "i < count", "i <= count"),
-    (TWO_KEPT, "delta_replay", "logs[KEPT - 1] - logs[i]", "logs[KEPT - 1]"),
-    (TWO_KEPT, "delta_replay", "for l in tl.static_range(i):", "for l in tl.static_range(i - 1):"),
-    (FOUR_KEPT, "delta_replay", "for l in tl.static_range(i + 1):", "for l in tl.static_range(i):"),
-    (FOUR_KEPT, "delta_replay", "gates[i][1] * u", "gates[0][1] * u"),
-    (FOUR_KEPT, "delta_replay", "tl.exp(logs[i]) * seen[i]", "seen[i]"),
-    (TWO_KEPT, "delta_replay", "- ROWS - tl.load", "- tl.load"),
-    (TWO_KEPT, "delta_replay", "inputs[p + t]", "inputs[p]"),
-    (TWO_KEPT, "delta_replay", "pending == p,", "pending >= p + 1,"),
-    (TWO_KEPT, "delta_replay", "replay_kept_inputs, read * KEPT", "replay_kept_inputs, read * ROWS"),
-    (TWO_KEPT, "delta_replay", "kept_b, kept_b + KEPT * B", "kept_b, kept_b"),
-    (TWO_KEPT, "delta_replay", "replay_kept_gates + read * 2", "replay_kept_gates + write * 2"),
-    (TWO_KEPT, "delta_replay", "(write * 2 * KEPT + r)", "(write * KEPT + r)"),
-    (TWO_KEPT, "delta_replay", "kept + KEPT * B", "kept"),
-    (TWO_KEPT, "delta_replay", "replay_ssm_state + (write * B", "replay_ssm_state + (read * B"),
-    (FOUR_KEPT, "delta_replay", "write, -1, v_c", "write, 0, v_c"),
-    (FOUR_KEPT, "delta_replay", "CHANNELS + v_c, v_in[TAPS - 1 + i]", "CHANNELS + v_c, v_in[TAPS - 1]"),
-    (FOUR_KEPT, "delta_replay", "CHANNELS + k_c, k_in[TAPS - 1 + i]", "CHANNELS + k_c, k_in[i]"),
-    (FOUR_KEPT, "delta_replay", "begin = s * ROWS", "begin = s"),
-    (KEPT["six rows, three value heads a key head, kept"], "delta_replay", "head % GROUP == 0", "head % GROUP == 5"),
-    (FOUR_KEPT, "settle", "- ROWS", "- ROWS + 1"),
+    (HEADS, "delta_step", "tl.store(counters + s * B + head, 0)", "pass"),
+    (ONE, "delta_step", "causal_conv_dst_state_slots + s * 3", "causal_conv_dst_state_slots + s"),
+    (TWO_KEPT, "delta_recompute", "i < count", "i <= count"),
+    (TWO_KEPT, "delta_recompute", "logs[KEPT - 1] - logs[i]", "logs[KEPT - 1]"),
+    (TWO_KEPT, "delta_recompute", "for l in tl.static_range(i):", "for l in tl.static_range(i - 1):"),
+    (FOUR_KEPT, "delta_recompute", "for l in tl.static_range(i + 1):", "for l in tl.static_range(i):"),
+    (FOUR_KEPT, "delta_recompute", "gates[i][1] * u", "gates[0][1] * u"),
+    (FOUR_KEPT, "delta_recompute", "tl.exp(logs[i]) * seen[i]", "seen[i]"),
+    (TWO_KEPT, "delta_recompute", "- ROWS - tl.load", "- tl.load"),
+    (TWO_KEPT, "delta_recompute", "inputs[p + t]", "inputs[p]"),
+    (TWO_KEPT, "delta_recompute", "pending == p,", "pending >= p + 1,"),
+    (TWO_KEPT, "delta_recompute", "recompute_state_kept_inputs, read * KEPT", "recompute_state_kept_inputs, read * ROWS"),
+    (TWO_KEPT, "delta_recompute", "kept_b, kept_b + KEPT * B", "kept_b, kept_b"),
+    (TWO_KEPT, "delta_recompute", "recompute_state_kept_gates + read * 2", "recompute_state_kept_gates + write * 2"),
+    (TWO_KEPT, "delta_recompute", "(write * 2 * KEPT + r)", "(write * KEPT + r)"),
+    (TWO_KEPT, "delta_recompute", "kept + KEPT * B", "kept"),
+    (TWO_KEPT, "delta_recompute", "recompute_state_ssm_state + (write * B", "recompute_state_ssm_state + (read * B"),
+    (FOUR_KEPT, "delta_recompute", "write, -1, v_c", "write, 0, v_c"),
+    (FOUR_KEPT, "delta_recompute", "CHANNELS + v_c, v_in[TAPS - 1 + i]", "CHANNELS + v_c, v_in[TAPS - 1]"),
+    (FOUR_KEPT, "delta_recompute", "CHANNELS + k_c, k_in[TAPS - 1 + i]", "CHANNELS + k_c, k_in[i]"),
+    (FOUR_KEPT, "delta_recompute", "begin = s * ROWS", "begin = s"),
+    (KEPT["six rows, three value heads a key head, kept"], "delta_recompute", "head % GROUP == 0", "head % GROUP == 5"),
+    (FOUR_KEPT, "commit_state_len", "- ROWS", "- ROWS + 1"),
     (FOUR_KEPT, "advance_rows", "tl.store(written, read, mask=ok)", "pass"),
-    (ONE, "advance", "write_rows + s * TABLE", "write_rows + s"),
+    (ONE, "advance", "dst_state_slots + s * TABLE", "dst_state_slots + s"),
     (ONE, "k_norm_rope_write", "place + PAGE * KV * D", "place + KV * D"),
     (FOUR, "attention_gate", "length - (ROWS - 1)", "length - (ROWS - 2)"),
     (FOUR, "attention_gate", "tl.minimum(length - (ROWS - 1) + g // GROUP, end)", "end + 0 * g"),
@@ -158,12 +159,12 @@ MUTATIONS = [
     (FOUR, "attention_gate", "g // GROUP) * Q", "g % ROWS) * Q"),
     (FOUR, "attention_gate", "h // GROUP) * Q", "h % ROWS) * Q"),
     (FOUR, "attention_gate", "-1e30", 'float("-inf")'),
-    (TEAMS, "attention_gate", "tl.store(ticket + TEAMS, 0)", "pass"),
-    (TEAMS, "attention_gate", "used - team * FAN", "used - team"),
-    (TEAMS, "attention_gate", "teams - 1", "teams - 2"),
-    (TEAMS, "attention_gate", "used > FAN", "used > FAN + 1"),
-    (TEAMS, "attention_gate", "top + tl.log2(total)", "top"),
-    (TEAMS, "attention_gate", "(base + team) *", "base *"),
+    (GROUPS, "attention_gate", "tl.store(ticket + GROUPS, 0)", "pass"),
+    (GROUPS, "attention_gate", "used - team * FAN", "used - team"),
+    (GROUPS, "attention_gate", "teams - 1", "teams - 2"),
+    (GROUPS, "attention_gate", "used > FAN", "used > FAN + 1"),
+    (GROUPS, "attention_gate", "top + tl.log2(total)", "top"),
+    (GROUPS, "attention_gate", "(base + team) *", "base *"),
     (FOUR, "attention_gate", "tl.where(total > 0.0, total, 1.0)", "total"),
     (FOUR, "attention_gate", "row = (base + p)[None, :] * heads", "row = (base + p)[None, :] * (heads // 2)"),
     (FOUR, "attention_gate", "(c >= length - ROWS)", "(c >= length - 1)"),

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from tokenspeed_plan.planner import calibrate
+
+from tokenspeed_plan.planner.advisor import calibration as calibrate
+from tokenspeed_plan.planner.advisor.hardware import find_hardware, read_profile
 from tokenspeed_plan.planner.cli import main
-from tokenspeed_plan.planner.hardware import find_hardware, read_profile
 from tokenspeed_plan.plans.errors import SpecError
 
 
@@ -38,8 +39,8 @@ def test_a_fit_finds_what_made_the_samples(noise: float) -> None:
 
 def test_kernels_too_small_to_tell_have_no_voice() -> None:
     found = calibrate.fit([*samples(2.0, {"stream": 1.0}, 0.0), calibrate.Sample("rows", 9.0, 1e-4)], 1.0)
-    assert found.residuals["rows"] == calibrate.MOST_RESIDUAL
-    assert calibrate.fit([calibrate.Sample("rows", 1.0, 5.0)], 1.5).residuals["rows"] == calibrate.LEAST_RESIDUAL
+    assert found.residuals["rows"] == calibrate.MAX_RESIDUAL
+    assert calibrate.fit([calibrate.Sample("rows", 1.0, 5.0)], 1.5).residuals["rows"] == calibrate.MIN_RESIDUAL
 
 
 def test_what_is_written_can_be_read_and_plans(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_a_gpu_that_is_not_there_is_said_in_a_line(tmp_path: Path) -> None:
 
 
 def test_the_command_measures_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> None:
-    from tokenspeed_plan.planner.model_config import load_model_config
+    from tokenspeed_plan.planner.models.config import load_model_config
 
     tiny = replace(load_model_config(checkpoint("moe")), name="tiny")
     monkeypatch.setattr(calibrate, "probe", lambda name, layers=4: tiny)

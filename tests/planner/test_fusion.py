@@ -11,18 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_lab import ONE_RANK
 from test_graph import context
-from tokenspeed_plan.planner.checks import check
-from tokenspeed_plan.planner.cost import Load, op_time
+from torch import Tensor as Values
+
+from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.graph import Op, OpGraph, Source, Stage, Tensor, Weight
-from tokenspeed_plan.planner.hardware import find_hardware
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.models.qwen3_5 import build
+from tokenspeed_plan.planner.passes.cost import Load, op_time
 from tokenspeed_plan.planner.passes.expand import expand
 from tokenspeed_plan.planner.passes.fuse import FUSIONS, fuse
+from tokenspeed_plan.planner.passes.grammar import check
 from tokenspeed_plan.planner.passes.shard import shard
-from tokenspeed_plan.planner.qwen3_5 import build
 from tokenspeed_plan.plans.types import Dim, Phase, TensorSpec
-from tokenspeed_plan.runtime.reference import BODIES
-from torch import Tensor as Values
+from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
 
 T, H = 5, 6
 Emit = Callable[["_Random"], None]
@@ -97,7 +98,7 @@ def evaluate(graph: OpGraph, seed: int) -> dict[str, Values]:
     for op in graph.ordered():
         inside = {name: known[name] for name in (*op.inputs, *op.weights)}
         for member in op.members:
-            body = BODIES.get(member.kind, lambda attrs, x: (x,))  # one rank's all-reduce
+            body = REFERENCE_BODIES.get(member.kind, lambda attrs, x: (x,))  # one rank's all-reduce
             results = body(member.attrs, *(inside[name] for name in member.operands))
             inside |= dict(zip(member.outputs, results, strict=True))
         known |= {name: inside[name] for name in op.outputs}

@@ -11,23 +11,24 @@ from checkpoints import KINDS, oracle_config
 from conftest import make_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from tokenspeed_plan.planner import compile_plan, find_model
-from tokenspeed_plan.planner.checks import GraphError, check
+from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.compile import Model
-from tokenspeed_plan.planner.cost import Load, op_cost
 from tokenspeed_plan.planner.graph import OpGraph
-from tokenspeed_plan.planner.hardware import find_hardware
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.limits import plan_limits
-from tokenspeed_plan.planner.model_config import load_preset, preset_names
+from tokenspeed_plan.planner.models.config import load_preset, preset_names
+from tokenspeed_plan.planner.models.qwen3_5 import BuildContext, build
 from tokenspeed_plan.planner.passes import fuse as fuse_module
+from tokenspeed_plan.planner.passes.cost import Load, op_cost
 from tokenspeed_plan.planner.passes.fuse import FUSIONS, fuse
+from tokenspeed_plan.planner.passes.grammar import GraphError, check
+from tokenspeed_plan.planner.passes.limits import plan_limits
 from tokenspeed_plan.planner.passes.shard import shard
-from tokenspeed_plan.planner.qwen3_5 import BuildContext, build
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.reference import BODIES
+from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
 
 # Parameters of the text model and of the MTP layer, as published (and matched with published file sizes).
 PUBLISHED = {
@@ -86,7 +87,7 @@ def test_state_bytes_of_the_headline() -> None:
 def test_every_operator_has_a_body() -> None:
     from tokenspeed_plan.plans.ops import OPS
 
-    assert set(OPS) == set(BODIES) | {"all_reduce"}  # that one is the collectives'
+    assert set(OPS) == set(REFERENCE_BODIES) | {"all_reduce"}  # that one is the collectives'
 
 
 def test_a_grammar_stands_between_the_passes() -> None:
@@ -132,7 +133,7 @@ def test_fusion_saves_launches() -> None:
 
 @pytest.mark.parametrize("kind", ["moe", "dense"])
 def test_the_draft_layer_equals_transformers(kind: str, checkpoint: Any) -> None:
-    """The MTP graph, run operator by operator on its reference bodies, against transformers' generic class."""
+    """The MTP graph, run operator by operator on its reference backend, against transformers' generic class."""
     from draft_oracle import draft_logits_of_graph, draft_logits_of_transformers
 
     folder = checkpoint(kind)

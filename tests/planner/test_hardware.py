@@ -10,7 +10,8 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenspeed_plan.planner.hardware import (
+
+from tokenspeed_plan.planner.advisor.hardware import (
     all_reduce_us,
     find_hardware,
     hardware_names,

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from conftest import make_spec
+
 from tokenspeed_plan.planner import compile_plan, find_model
-from tokenspeed_plan.planner.limits import interleaved_tokens, prefill_buckets
+from tokenspeed_plan.planner.passes.limits import interleaved_tokens, prefill_buckets
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.types import Phase
 
@@ -43,9 +44,9 @@ def test_checkpoints_are_in_the_memory_map(checkpoint: Any) -> None:
     plan = compile_plan(spec, find_model(spec))
     limits = plan.limits
     assert (limits.checkpoint_interval, limits.num_checkpoints) == (512, 3 * (2 + 1568 // 512))
-    assert limits.num_rows == 2 + 3 * 2 + limits.num_checkpoints
+    assert limits.num_state_slots == 2 + 3 * 2 + limits.num_checkpoints
     rows = {buffer.tensor.shape[0] for buffer in plan.buffers if buffer.arena == "state"}
-    assert rows == {limits.num_rows}
+    assert rows == {limits.num_state_slots}
 
 
 @pytest.mark.parametrize(

@@ -12,20 +12,21 @@ import pytest
 from conftest import ROOT, make_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tokenspeed_plan.planner import compile_plan, find_model, load_spec
+from tokenspeed_plan.planner.advisor.candidate import ALL_CAPABILITIES, DEPTHS, SUPPORTED, Candidate, Knobs
+from tokenspeed_plan.planner.advisor.hardware import find_hardware
+from tokenspeed_plan.planner.advisor.memory_model import MemoryModel
+from tokenspeed_plan.planner.advisor.prediction import Predictor
+from tokenspeed_plan.planner.advisor.resolve import resolve
+from tokenspeed_plan.planner.advisor.search import Found, Search
+from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.advisor.workload import Demand, conversation, serve, tokens_a_step
 from tokenspeed_plan.planner.commands.predict import search
-from tokenspeed_plan.planner.cost import Load, busiest_share, expected_hits
-from tokenspeed_plan.planner.decide import resolve
-from tokenspeed_plan.planner.hardware import find_hardware
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.model_config import ModelConfig, load_preset
-from tokenspeed_plan.planner.search.best import Found, Search
-from tokenspeed_plan.planner.search.candidate import DEPTHS, EVERYTHING, TODAY, Candidate, Knobs
-from tokenspeed_plan.planner.search.memory import MemoryModel
-from tokenspeed_plan.planner.search.predict import Predictor
-from tokenspeed_plan.planner.search.steps import StepModel
+from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
+from tokenspeed_plan.planner.passes.cost import Load, busiest_share, expected_hits
 from tokenspeed_plan.planner.spec import Spec
-from tokenspeed_plan.planner.workload import Demand, conversation, serve, tokens_a_step
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Plan
 
@@ -69,10 +70,10 @@ def test_prices_are_those_of_the_whole_plan(example: str) -> None:
     spec, plan = plan_of(example)
     config = find_model(spec, ROOT / "examples" / example / "spec.yaml").config
     steps = StepModel(
-        config, find_hardware(spec.target.gpu), spec.model.weights, keeps_inputs=bool(plan.limits.kept_inputs)
+        config, find_hardware(spec.target.gpu), spec.model.weights, recomputes=bool(plan.limits.kept_inputs)
     )
     layout = ParallelLayout(plan.target.count, plan.layout.moe.tp, plan.layout.moe.ep)
-    middle = spec.workload.longest_tokens // 2
+    middle = spec.workload.max_conversation_tokens // 2
     for program in (p for p in plan.programs if p.num_streams == 1):
         decode = program.phase == "decode"
         seqs, context = (program.bucket, middle) if decode else (1, min(middle, program.bucket))
@@ -87,7 +88,7 @@ def test_memory_is_the_plans_to_the_byte(example: str) -> None:
     spec, plan = plan_of(example)
     config = find_model(spec, ROOT / "examples" / example / "spec.yaml").config
     steps = StepModel(
-        config, find_hardware(spec.target.gpu), spec.model.weights, keeps_inputs=bool(plan.limits.kept_inputs)
+        config, find_hardware(spec.target.gpu), spec.model.weights, recomputes=bool(plan.limits.kept_inputs)
     )
     layout = ParallelLayout(plan.target.count, plan.layout.moe.tp, plan.layout.moe.ep)
     limits, frozen = plan.limits, plan.memory_bytes_per_rank
@@ -113,9 +114,9 @@ def test_what_is_said_to_fit_fits_and_no_more(gpu: str, count: int, model: str) 
     layout = ParallelLayout(count, count, 1)
     memory, knobs = predictor.memory(layout), Knobs(8192, 64)
     capacity = predictor.hardware.memory_bytes
-    most = memory.most_seqs(knobs, 30_000)
+    most = memory.max_seqs_that_fit(knobs, 30_000)
     assert memory.map(knobs, most, 30_000).total <= capacity < memory.map(knobs, most + 1, 30_000).total
-    tokens = memory.most_tokens(knobs, 16)
+    tokens = memory.max_tokens_that_fit(knobs, 16)
     assert memory.map(knobs, 16, tokens).total <= capacity
     assert tokens == predictor.config.max_positions or memory.map(knobs, 16, tokens + 64).total > capacity
 
@@ -192,7 +193,7 @@ def test_the_front_is_a_front() -> None:
 
 def test_the_same_spec_finds_the_same_in_the_same_order() -> None:
     config, spec = load_preset("qwen3.5-35b-a3b")[0], asked(count=2)
-    runs = [Search(Predictor(spec, config, find_hardware("H200")), EVERYTHING, 2).run() for _ in range(2)]
+    runs = [Search(Predictor(spec, config, find_hardware("H200")), ALL_CAPABILITIES, 2).run() for _ in range(2)]
     assert [str(p.candidate) for p in runs[0].ranked] == [str(p.candidate) for p in runs[1].ranked]
     assert runs[0].best.as_json() == runs[1].best.as_json()
 
@@ -206,8 +207,8 @@ def test_what_a_plan_freezes_the_runtime_replays() -> None:
     assert said["advice"].value == "this plan"
     assert said["speculation"].value == f"depth {plan.limits.max_depth}"
     assert said["disaggregation"].value == "off"
-    narrow = Search(Predictor(spec, load_preset("qwen3.5-397b-a17b")[0], find_hardware("B200")), TODAY, 8).run()
-    assert all(not TODAY.missing(p.candidate) for p in narrow.predictions)
+    narrow = Search(Predictor(spec, load_preset("qwen3.5-397b-a17b")[0], find_hardware("B200")), SUPPORTED, 8).run()
+    assert all(not SUPPORTED.missing(p.candidate) for p in narrow.predictions)
 
 
 def test_refused_layouts_keep_their_reason() -> None:
@@ -264,7 +265,7 @@ def test_each_bucket_drafts_as_deep_as_pays() -> None:
     spec = asked("H200", 1, "35b-a3b", workload={"concurrency": 8}, speculation={"acceptance": (0.9, 0.8, 0.3)})
     config = load_preset("qwen3.5-35b-a3b")[0]
     predictor = Predictor(spec, config, find_hardware("H200"))
-    found = Search(predictor, TODAY, 1).run().best.candidate
+    found = Search(predictor, SUPPORTED, 1).run().best.candidate
     for bucket, depth in depths_of(spec, config).items():
         times = {tried: predictor.token_us(found, bucket, tried) for tried in DEPTHS}
         assert times[depth] <= 1.03 * min(times.values())

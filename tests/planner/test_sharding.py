@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_spec
+from torch import Tensor
+
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime.arenas import Arenas
 from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.memory import Arenas
 from tokenspeed_plan.runtime.weights import load_weights
-from torch import Tensor
 
 PROMPTS = [[5, 6, 7, 8] * 20, [9], list(range(40, 110))]
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)

@@ -12,14 +12,15 @@ import yaml
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenspeed_plan.planner.checkpoint import num_valid_tokens, read_headers
-from tokenspeed_plan.planner.compile import compile_plan, find_model
-from tokenspeed_plan.planner.model_config import ModelConfig, load_preset
-from tokenspeed_plan.planner.spec import Spec, load_spec, parse_spec
-from tokenspeed_plan.planner.tiling.rotary import frequencies
-from tokenspeed_plan.plans.errors import SpecError
 from transformers import Qwen3_5MoeTextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from tokenspeed_plan.codegen.attention.rotary import frequencies
+from tokenspeed_plan.planner.compile import compile_plan, find_model
+from tokenspeed_plan.planner.models.checkpoint import num_valid_tokens, read_headers
+from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
+from tokenspeed_plan.planner.spec import Spec, load_spec, parse_spec
+from tokenspeed_plan.plans.errors import SpecError
 
 EXAMPLES = sorted((ROOT / "examples").glob("*/spec.yaml"))
 FULL = """
@@ -55,7 +56,7 @@ def test_a_depth_is_planned_as_it_is_asked() -> None:
                       .replace("parallelism: {attention: {tp: 2}}", ""), "spec")  # fmt: skip
     plan = compile_plan(spec, find_model(spec))
     assert next(d.value for d in plan.decisions if d.name == "speculation") == "depth 3"
-    assert plan.limits.rows_per_slot == 5
+    assert plan.limits.state_slots_per_seq == 5
     assert {(program.phase, program.depth, program.max_tokens // program.max_seqs) for program in plan.programs} >= {
         ("decode", 3, 4)
     }

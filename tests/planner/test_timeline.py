@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 from conftest import make_spec
+
 from tokenspeed_plan.planner import compile as compile_module
 from tokenspeed_plan.planner import find_model
-from tokenspeed_plan.planner.cost import Load, OpTime, op_time
+from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.graph import OpGraph
-from tokenspeed_plan.planner.hardware import find_hardware
+from tokenspeed_plan.planner.passes.cost import Load, OpTime, op_time
 from tokenspeed_plan.planner.passes.fuse import fuse
 from tokenspeed_plan.planner.passes.schedule import ops_by_step, schedule
-from tokenspeed_plan.planner.passes.timeline import EVENT_US, MIN_GAIN, schedule_best, simulate_us
+from tokenspeed_plan.planner.passes.simulate import EVENT_US, MIN_GAIN, schedule_best, simulate_us
 from tokenspeed_plan.plans.schema import KernelCall, RecordEvent, Step, WaitEvent
 
 

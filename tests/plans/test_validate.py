@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, make_spec
+
 from tokenspeed_plan.planner import compile as compile_module
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.passes.fuse import fuse
@@ -26,7 +27,7 @@ from tokenspeed_plan.plans.schema import ArenaSpec, KernelCall, KernelSpec, Plan
 from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.plans.validate import validate
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.memory import Arenas
+from tokenspeed_plan.runtime.arenas import Arenas
 
 PROMPTS = [[3, 4, 5], list(range(30, 100)), [7]]
 Corruption = Callable[[random.Random, Plan], Plan | None]
@@ -224,7 +225,15 @@ def swap_inputs(rng: random.Random, plan: Plan) -> Plan | None:
 
 def alter_limit(rng: random.Random, plan: Plan) -> Plan | None:
     name = rng.choice(
-        ["max_seqs", "max_tokens", "page_size", "num_pages", "num_rows", "rows_per_slot", "num_checkpoints"]
+        [
+            "max_seqs",
+            "max_tokens",
+            "page_size",
+            "num_pages",
+            "num_state_slots",
+            "state_slots_per_seq",
+            "num_checkpoints",
+        ]
     )
     value = getattr(plan.limits, name)
     limits = plan.limits.model_copy(update={name: value + rng.choice([-1, 1, value])})
@@ -507,10 +516,10 @@ def with_launch(plan: Plan, kind: str, **changes: Any) -> Plan:
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("moe_up", {"late_start": False}),
-        ("moe_down_add", {"early": ("topk_logits", "experts_down_h")}),
-        ("norm_linear", {"early": ("rms_norm_x",)}),
-        ("moe_down_add", {"early": ("nonsense",)}),
+        ("moe_up", {"trigger_after_wait": False}),
+        ("moe_down_add", {"prefetch": ("topk_logits", "experts_down_h")}),
+        ("norm_linear", {"prefetch": ("rms_norm_x",)}),
+        ("moe_down_add", {"prefetch": ("nonsense",)}),
         ("moe_up", {"pdl": False}),
     ],
     ids=[
@@ -532,7 +541,9 @@ def test_states_that_are_kept_must_move_on() -> None:
     """Without its last word on how far states are, a captured program would compute the same inputs again each step."""
     plan = load_plan(ROOT / "plans/frozen/qwen3.5-35b-h200").model_copy(update={"binaries": ()})
     index, program = next((i, p) for i, p in enumerate(plan.programs) if p.phase == "decode")
-    settles = [step for step in program.steps if isinstance(step, KernelCall) and step.kernel.startswith("settle")]
+    settles = [
+        step for step in program.steps if isinstance(step, KernelCall) and step.kernel.startswith("commit_state_len")
+    ]
     assert len(settles) == 1
     assert refused(with_program(plan, index, steps=tuple(step for step in program.steps if step not in settles)))
 
@@ -540,8 +551,8 @@ def test_states_that_are_kept_must_move_on() -> None:
 def test_a_state_is_where_it_is_looked_for() -> None:
     """Only `replay` leaves it in the row to write before the step is over."""
     plan = load_plan(ROOT / "plans/frozen/qwen3.5-35b-h200").model_copy(update={"binaries": ()})
-    at, kernel = next((i, k) for i, k in enumerate(plan.kernels) if k.name.startswith("delta_replay"))
-    parts = tuple(part for part in kernel.parts if part.kind != "replay")
+    at, kernel = next((i, k) for i, k in enumerate(plan.kernels) if k.name.startswith("delta_recompute"))
+    parts = tuple(part for part in kernel.parts if part.kind != "recompute_state")
     assert not refused(with_kernel(plan, at, kernel))
     with pytest.raises(PlanError, match="nothing brings the state"):
         validate(with_kernel(plan, at, kernel.model_copy(update={"parts": parts})))

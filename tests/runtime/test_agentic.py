@@ -7,6 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
+
 from tokenspeed_plan.planner.cli import main
 
 BENCH = ("bench", str(ROOT / "plans/frozen/demo-cpu"), "--workload", "agentic", "--weights",

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_spec
+from torch import Tensor
+
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
+from tokenspeed_plan.runtime.arenas import Arenas
 from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.memory import Arenas
 from tokenspeed_plan.runtime.reference.batch import advance
 from tokenspeed_plan.runtime.weights import load_weights
-from torch import Tensor
 
 
 def captured(plan: Plan) -> Plan:
@@ -126,9 +127,11 @@ def test_padding_leaves_state_and_pages_alone(tiny_plan: Plan, checkpoint: Any) 
         view = arenas.view(buffer.arena, buffer.offset_bytes, buffer.tensor.bind(0, 0), buffer.tensor.dtype)
         used = view.flatten(1).ne(0).any(1).nonzero().flatten().tolist()
         if buffer.arena == "state":
-            assert set(used) <= {1, 2, 3, plan.limits.spare_row}, buffer.name  # one is the checkpoint of its prompt
+            assert set(used) <= {1, 2, 3, plan.limits.pad_state_slot}, (
+                buffer.name
+            )  # one is the checkpoint of its prompt
         else:
-            assert set(used) <= {0, plan.limits.spare_page}, buffer.name
+            assert set(used) <= {0, plan.limits.pad_page}, buffer.name
 
 
 def test_advance_by_hand() -> None:

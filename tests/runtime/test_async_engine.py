@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+
 from tokenspeed_plan.plans.errors import EngineStopped, RankError, RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import AsyncEngine, Completion, Engine, Request, SamplingParams
-from tokenspeed_plan.runtime.streaming import Delta
+from tokenspeed_plan.runtime.serving.streaming import Delta
 
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 FREE = (0, 0, 0, 0)
@@ -186,9 +187,9 @@ def test_one_bad_text_is_one_callers_error(engine: Engine, monkeypatch: pytest.M
             raise ValueError("not a text")
 
     async def work(served: AsyncEngine) -> None:
-        served.codec = Broken()  # type: ignore[assignment]
+        served.tokenizer = Broken()  # type: ignore[assignment]
         broken = served.stream([1], PARAMS)
-        served.codec = engine.codec
+        served.tokenizer = engine.tokenizer
         good = asyncio.create_task(served.generate([2], PARAMS))
         with pytest.raises(ValueError, match="not a text"):
             await anext(broken)
@@ -200,7 +201,7 @@ def test_one_bad_text_is_one_callers_error(engine: Engine, monkeypatch: pytest.M
 
 def test_an_engine_without_a_tokenizer_streams_ids(tiny_plan: Plan, checkpoint: Any) -> None:
     engine = Engine.from_plan(tiny_plan, checkpoint("moe"))
-    engine.codec = None
+    engine.tokenizer = None
 
     async def work(served: AsyncEngine) -> None:
         async with served.stream([1, 2], PARAMS) as stream:
@@ -216,8 +217,10 @@ def test_the_example_runs() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     lines = done.stdout.splitlines()
     first = Engine.load(ROOT / "plans/frozen/demo-cpu")
-    assert first.codec
-    (wanted,) = first.generate([first.codec.encode("def add(a, b):")], SamplingParams(max_tokens=24, stop=("\n\n",)))
+    assert first.tokenizer
+    (wanted,) = first.generate(
+        [first.tokenizer.encode("def add(a, b):")], SamplingParams(max_tokens=24, stop=("\n\n",))
+    )
     assert lines[0] == f"'def add(a, b):' -> {wanted.text!r} ({wanted.finish_reason})"
     assert wanted.text in done.stdout.split("\n", 3)[3]
     assert done.stdout.count("tokens, first after") == 2

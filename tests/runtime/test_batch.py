@@ -22,14 +22,15 @@ from click.testing import CliRunner
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.batch import BatchOptions, Selection, run_batch
-from tokenspeed_plan.runtime.batch.files import STDIO, open_writer, read_whole_lines, spool
-from tokenspeed_plan.runtime.batch.order import GROUP_TOKENS, Waiting
-from tokenspeed_plan.runtime.batch.rows import RowError, check_row, parse_row, to_requests
-from tokenspeed_plan.runtime.batch.summary import Histogram
+from tokenspeed_plan.runtime.serving.batch import BatchOptions, Selection, run_batch
+from tokenspeed_plan.runtime.serving.batch.files import STDIO, open_writer, read_whole_lines, spool
+from tokenspeed_plan.runtime.serving.batch.order import GROUP_TOKENS, Waiting
+from tokenspeed_plan.runtime.serving.batch.summary import Histogram
+from tokenspeed_plan.runtime.serving.openai.requests import RowError, check_row, parse_row, to_requests
 
 FAKE = ROOT / "tests" / "batch_fake.py"
 
@@ -522,7 +523,7 @@ def test_the_quick_check_and_the_real_one_agree() -> None:
 
 
 def test_a_row_that_the_first_look_let_through_becomes_an_error_line(run: Runner, monkeypatch: Any) -> None:
-    monkeypatch.setattr("tokenspeed_plan.runtime.batch.check.check_row", lambda *_: None)
+    monkeypatch.setattr("tokenspeed_plan.runtime.serving.batch.scan.check_row", lambda *_: None)
     assert run([row(0), row(1, prompt="x" * 57), row(2)]) == 1
     lines = run.out()
     assert [line["custom_id"] for line in lines] == ["c0", "c1", "c2"]
@@ -560,7 +561,7 @@ def test_shared_prefixes_meet_in_the_cache(tmp_path: Path) -> None:
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [answer["custom_id"] for answer in answers] == [row["custom_id"] for row in rows]
     plain = Engine.load(Path(bundle), cache=False)
-    assert plain.codec
-    prompts = [plain.codec.encode(row["body"]["prompt"]) for row in rows]
+    assert plain.tokenizer
+    prompts = [plain.tokenizer.encode(row["body"]["prompt"]) for row in rows]
     wanted = [completion.text for completion in plain.generate(prompts, SamplingParams(max_tokens=4))]
     assert [answer["response"]["body"]["choices"][0]["text"] for answer in answers] == wanted

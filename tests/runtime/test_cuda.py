@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 import pytest
+
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.runtime.cuda import CudaKernels
+from tokenspeed_plan.runtime.cuda_kernels import CudaKernels
 
 
 def test_without_the_bindings_there_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

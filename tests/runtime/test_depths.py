@@ -9,13 +9,15 @@ import pytest
 import torch
 from conftest import make_spec
 from test_speculation import PROMPTS, say
-from tokenspeed_plan.planner import decide, find_model
-from tokenspeed_plan.planner.compile import compile_bundle
-from tokenspeed_plan.planner.hardware import find_hardware
-from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.engine import Engine
 from torch import Tensor
 from trained import write_trained
+
+from tokenspeed_plan.planner import find_model
+from tokenspeed_plan.planner.advisor import resolve as decide
+from tokenspeed_plan.planner.advisor.hardware import find_hardware
+from tokenspeed_plan.planner.compile import compile_bundle
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.engine import Engine
 
 MIXED = {1: 3, 2: 0, 4: 1}
 MIXES = [MIXED, {1: 0, 2: 2, 4: 3}, {1: 2, 2: 1, 4: 0}]
@@ -26,23 +28,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_trained(tmp_path_factory.mktemp("trained") / "moe", "moe")
 
 
-def plan_of(folder: Path, depths: dict[int, int], keeps_inputs: bool = False) -> Plan:
+def plan_of(folder: Path, depths: dict[int, int], recomputes: bool = False) -> Plan:
     """A plan of those depths by bucket, whatever the planner would choose."""
     spec = make_spec(folder, workload={"concurrency": max(depths)}, speculation="auto")
     model = find_model(spec)
     found = decide.resolve(spec, model.config, find_hardware("cpu"))
     knobs = replace(found.knobs, depth=max(depths.values()))
-    return compile_bundle(
-        spec, model, decided=replace(found, depths=depths, knobs=knobs, keeps_inputs=keeps_inputs)
-    ).plan
+    return compile_bundle(spec, model, decided=replace(found, depths=depths, knobs=knobs, recomputes=recomputes)).plan
 
 
-@pytest.mark.parametrize("keeps_inputs", [False, True])
+@pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("depths", MIXES, ids=str)
-def test_any_mix_of_depths_says_the_same(depths: dict[int, int], keeps_inputs: bool, folder: Path) -> None:
+def test_any_mix_of_depths_says_the_same(depths: dict[int, int], recomputes: bool, folder: Path) -> None:
     """Sequences end one by one, so that each passes through all buckets."""
     plain = Engine.from_plan(plan_of(folder, dict.fromkeys(depths, 0)), folder)
-    mixed = Engine.from_plan(plan_of(folder, depths, keeps_inputs), folder)
+    mixed = Engine.from_plan(plan_of(folder, depths, recomputes), folder)
     assert {(p.bucket, p.depth) for p in mixed.plan.programs if p.phase == "decode"} == set(depths.items())
     for params in ({}, {"temperature": 0.9, "top_p": 0.95, "seed": 5}):
         for most in (8, 40):

@@ -11,14 +11,15 @@ import pytest
 import torch
 from conftest import make_spec
 from safetensors.torch import load_file, save_file
+from trained import write_trained
+
 from tokenspeed_plan.planner import compile_plan, find_model
-from tokenspeed_plan.planner.canary import with_canary
+from tokenspeed_plan.planner.golden import with_canary
 from tokenspeed_plan.plans.errors import CanaryError, PlanError, RequestError, SpecError, TokenspeedError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.canary import check_canary
 from tokenspeed_plan.runtime.reference.sampling import filtered, sample, uniform
-from trained import write_trained
 
 PROMPT = list(range(60, 90))
 
@@ -44,8 +45,8 @@ def test_stop_token_ends_the_answer_and_is_not_in_the_text(engine: Engine) -> No
     first = full.token_ids.index(stop)
     assert done.token_ids == full.token_ids[: first + 1]
     assert done.finish_reason == "stop"
-    assert engine.codec is not None
-    assert done.text == engine.codec.decode(full.token_ids[:first])
+    assert engine.tokenizer is not None
+    assert done.text == engine.tokenizer.decode(full.token_ids[:first])
 
 
 def test_eos_stops_unless_ignored(tiny_plan: Plan, checkpoint: Any, engine: Engine) -> None:

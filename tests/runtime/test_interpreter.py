@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from bundles import COMMAND, Change, break_kernels, in_text, token_ids, write_bundle, write_rows
+from bundles import COMMAND, Change, break_kernels, dst_state_slots, in_text, token_ids, write_bundle
 from checkpoints import KERNEL, SHORT, Kind, write_checkpoint
 from conftest import ROOT
+from torch import Tensor
+from trained import write_trained
+
 from tokenspeed_plan.plans.schema import GridDim, Launch, Program
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.graphs import GraphExecutor
-from torch import Tensor
-from trained import write_trained
 
 DEMO = ROOT / "plans/frozen/demo-cpu"
 CHUNK = 64  # of the delta rule
@@ -39,8 +40,8 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
 
 def interpreted(bundle: Path, folder: Path, prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
     """What the kernels of a bundle answer."""
-    source, output = write_rows(folder / "in.jsonl", prompts, counts), folder / "out.jsonl"
-    done = run(bundle, "--bodies", "kernels", "--no-canary", "--quiet", "--input", source, "--output", output)
+    source, output = dst_state_slots(folder / "in.jsonl", prompts, counts), folder / "out.jsonl"
+    done = run(bundle, "--backend", "kernels", "--no-canary", "--quiet", "--input", source, "--output", output)
     assert done.returncode == 0, done.stderr
     return token_ids(output)
 
@@ -95,7 +96,7 @@ def test_large_heads_say_the_same(checkpoint_of_large_heads: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rollback", ["rows", "inputs"])
+@pytest.mark.parametrize("rollback", ["snapshot", "recompute"])
 def test_verified_drafts_say_the_same(rollback: str, tmp_path: Path) -> None:
     """Three rows of each sequence; some drafts are right, so that steps begin after each number of them."""
     spec = {"workload": SMALL | {"concurrency": 2}, "speculation": {"depth": 2, "rollback": rollback}}
@@ -147,7 +148,7 @@ def test_check_names_the_broken_step(kind: str, change: Change, bundle: Path, tm
     assert f", `{kind}_" in done.stderr and "error: step " in done.stderr
 
 
-@pytest.mark.parametrize("how", [["--check"], ["--bodies", "kernels", "--prompt", "x", "--max-tokens", "1"]])
+@pytest.mark.parametrize("how", [["--check"], ["--backend", "kernels", "--prompt", "x", "--max-tokens", "1"]])
 def test_an_altered_text_is_refused_before_it_runs(how: list[str], bundle: Path, tmp_path: Path) -> None:
     """Also when it would have done no harm to the result."""
     altered, trace = Path(shutil.copytree(bundle, tmp_path / "plan")), tmp_path / "trace"
@@ -171,7 +172,7 @@ class FullSizeExecutor(GraphExecutor):
 
 
 def full_size_tokens(prompts: list[list[int]], params: SamplingParams) -> list[tuple[int, ...]]:
-    engine = Engine.load(DEMO, bodies="kernels", executor=FullSizeExecutor)
+    engine = Engine.load(DEMO, backend="kernels", executor=FullSizeExecutor)
     return [tuple(done.token_ids) for done in engine.generate(prompts, params)]
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from checkpoints import KINDS, VOCAB, load_oracle, oracle_greedy
 from conftest import make_spec
+
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime.arenas import Arenas
 from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.memory import Arenas
 from tokenspeed_plan.runtime.weights import load_weights
 
 LENGTHS = (1, 2, 3, 5, 63, 64, 65, 300)

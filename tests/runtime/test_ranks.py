@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import COMMAND, break_kernels, in_text, token_ids, write_bundle, write_rows
+from bundles import COMMAND, break_kernels, dst_state_slots, in_text, token_ids, write_bundle
 from checkpoints import SHORT, Kind, write_checkpoint
+
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.kernel_file import kind_of
@@ -29,7 +30,7 @@ from tokenspeed_plan.runtime import Engine, SamplingParams, collectives
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["pytest", "hypothesis", "torch.distributed", "tokenspeed_plan.planner.cli", "tokenspeed_plan.runtime.ranks",
-     "tokenspeed_plan.runtime.batch", "tokenspeed_plan.runtime.engine"]
+     "tokenspeed_plan.runtime.serving.batch", "tokenspeed_plan.runtime.engine"]
 )  # fmt: skip
 LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
@@ -120,14 +121,14 @@ def test_ranks_say_what_one_says(kind: str, count: int, moe: dict[str, int], che
     layout = {"attention": {"tp": count}, "moe": moe}
     plan = write_bundle(bundle, folder, target={"count": count}, parallelism=layout, workload=LONG)
     assert sum(map(len, PROMPTS)) > plan.limits.max_tokens, "the prompts are computed in more than one chunk"
-    write_rows(tmp_path / "in.jsonl", PROMPTS, COUNTS)
+    dst_state_slots(tmp_path / "in.jsonl", PROMPTS, COUNTS)
     assert wait(start(count, batch(bundle, tmp_path), tmp_path)) == [0] * count, logs(tmp_path, count)
     assert token_ids(tmp_path / "out.jsonl") == alone(folder, tmp_path, PROMPTS, COUNTS[0])
 
 
 def test_torchrun_runs_a_batch(pair: Path, checkpoint: Any, tmp_path: Path) -> None:
     """The way that the README and the errors name, canary included."""
-    write_rows(tmp_path / "in.jsonl", PROMPTS, COUNTS)
+    dst_state_slots(tmp_path / "in.jsonl", PROMPTS, COUNTS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, "--master-port", str(free_port()), *COMMAND, *map(str, batch(pair, tmp_path))],
@@ -149,8 +150,8 @@ def test_kernels_of_ranks_say_what_references_say(short: Path, tmp_path: Path) -
     plan = write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
     called = {step.kernel for step in plan.programs[-1].steps if step.kind == "kernel"}
     assert "reduce_add_norm" in {kind_of(kernel) for kernel in plan.kernels if kernel.name in called}
-    write_rows(tmp_path / "in.jsonl", prompts, counts)
-    args = batch(tmp_path / "plan", tmp_path, "--bodies", "kernels")
+    dst_state_slots(tmp_path / "in.jsonl", prompts, counts)
+    args = batch(tmp_path / "plan", tmp_path, "--backend", "kernels")
     assert wait(start(2, args, tmp_path)) == [0, 0], logs(tmp_path, 2)
     assert token_ids(tmp_path / "out.jsonl") == alone(short, tmp_path, prompts, counts[0])
 
@@ -173,7 +174,7 @@ def test_a_broken_sum_over_ranks_is_named(short: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_another_number_of_processes_is_refused_once(count: int, pair: Path, tmp_path: Path) -> None:
-    write_rows(tmp_path / "in.jsonl", PROMPTS, COUNTS)
+    dst_state_slots(tmp_path / "in.jsonl", PROMPTS, COUNTS)
     codes = wait(start(count, batch(pair, tmp_path), tmp_path), 30)
     assert codes == [2] + [0] * (count - 1)
     text = logs(tmp_path, count)
@@ -185,7 +186,7 @@ def test_a_checkpoint_without_its_weights_is_refused_by_all(pair: Path, checkpoi
     """All ranks find out by themselves; none waits for another, none ends in a traceback."""
     model = Path(shutil.copytree(checkpoint("moe"), tmp_path / "model"))
     (model / "model-1.safetensors").unlink()
-    write_rows(tmp_path / "in.jsonl", PROMPTS, COUNTS)
+    dst_state_slots(tmp_path / "in.jsonl", PROMPTS, COUNTS)
     codes = wait(start(2, batch(pair, tmp_path, "--weights", model), tmp_path), 30)
     assert codes == [2, 2]
     for rank in range(2):
@@ -195,7 +196,7 @@ def test_a_checkpoint_without_its_weights_is_refused_by_all(pair: Path, checkpoi
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_death_of_a_rank_ends_the_other(victim: int, pair: Path, tmp_path: Path) -> None:
-    write_rows(tmp_path / "in.jsonl", PROMPTS * 300, COUNTS * 300)
+    dst_state_slots(tmp_path / "in.jsonl", PROMPTS * 300, COUNTS * 300)
     ranks = start(2, batch(pair, tmp_path), tmp_path)
     until = time.monotonic() + 60
     while not (tmp_path / "out.jsonl").exists() or not (tmp_path / "out.jsonl").stat().st_size:

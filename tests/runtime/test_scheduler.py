@@ -16,9 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from symbolic import SymbolicExecutor, after, answer
 from test_ahead import captured
 from test_speculation import plan_of
+
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
-from tokenspeed_plan.runtime import cache as cache_module
+from tokenspeed_plan.runtime import prefix_cache as cache_module
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.sequence import TRANSITIONS, IllegalTransition, Sequence, State
 
@@ -45,7 +46,7 @@ def holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
     rows = Counter(node.row for node in nodes if node.row)
     for sequence in scheduler._running:
         pages.update(sequence.pages)
-        rows.update([*sequence.write_rows, *([sequence.row] if sequence.row else [])])
+        rows.update([*sequence.dst_state_slots, *([sequence.row] if sequence.row else [])])
     return pages, rows
 
 
@@ -152,7 +153,7 @@ class Machine(RuleBasedStateMachine):
         check_all_is_given_back(self.engine._scheduler.cache)
 
 
-@pytest.mark.parametrize(("depth", "rollback"), [(0, "rows"), (1, "rows"), (3, "rows"), (3, "inputs")])
+@pytest.mark.parametrize(("depth", "rollback"), [(0, "snapshot"), (1, "snapshot"), (3, "snapshot"), (3, "recompute")])
 def test_thousands_of_random_operations(depth: int, rollback: str, checkpoint: Any) -> None:
     Machine.plan = plan_of(checkpoint("moe"), depth, rollback)
     Machine.TestCase.settings = settings(

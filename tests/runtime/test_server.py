@@ -21,10 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server_load import load
 from serving import KEY, Server, serving
-from tokenspeed_plan.codegen.chat import ChatTemplate
+
+from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.server import listen
+from tokenspeed_plan.runtime.serving.http import listen
 
 BUNDLE = ROOT / "plans/frozen/demo-cpu"
 MODEL = ROOT / "examples/demo/model"
@@ -39,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     with serving(BUNDLE, folder, "--api-key", KEY, "--model-name", "demo", "--max-body-bytes", 1 << 20) as found:
         yield found
-        assert not any(found.settle().values())
+        assert not any(found.commit_state_len().values())
         assert 'status="5' not in found.http.get("/metrics").text
         found.signal()
         assert found.wait() == 0
@@ -59,13 +60,13 @@ def engine() -> Engine:
 
 def answer(engine: Engine, prompt: str, **params: Any) -> Any:
     """What the engine says by itself."""
-    assert engine.codec
-    return engine.generate([engine.codec.encode(prompt)], SamplingParams(**params))[0]
+    assert engine.tokenizer
+    return engine.generate([engine.tokenizer.encode(prompt)], SamplingParams(**params))[0]
 
 
 def chat_prompt(engine: Engine) -> str:
-    assert engine.codec
-    return engine.codec.render_chat(MESSAGES)
+    assert engine.tokenizer
+    return engine.tokenizer.render_chat(MESSAGES)
 
 
 def is_error(response: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
@@ -138,8 +139,8 @@ def test_several_prompts(client: openai.OpenAI, engine: Engine) -> None:
     wanted = [answer(engine, prompt, max_tokens=8) for prompt in prompts]
     assert [choice.text for choice in done.choices] == [item.text for item in wanted for _ in range(2)]
     assert done.usage and done.usage.prompt_tokens == sum(item.num_prompt_tokens for item in wanted)
-    assert engine.codec
-    ids = client.completions.create(model="demo", prompt=engine.codec.encode(PROMPT), max_tokens=8, temperature=0)
+    assert engine.tokenizer
+    ids = client.completions.create(model="demo", prompt=engine.tokenizer.encode(PROMPT), max_tokens=8, temperature=0)
     assert ids.choices[0].text == wanted[0].text
 
 
@@ -185,8 +186,8 @@ def test_many_clients_at_once_get_what_one_gets(client: openai.OpenAI, engine: E
     with ThreadPoolExecutor(32) as pool:
         texts = list(pool.map(lambda prompt: client.completions.create(
             model="demo", prompt=prompt, max_tokens=10, temperature=0).choices[0].text, prompts))  # fmt: skip
-    assert engine.codec
-    wanted = engine.generate(map(engine.codec.encode, prompts), SamplingParams(max_tokens=10))
+    assert engine.tokenizer
+    wanted = engine.generate(map(engine.tokenizer.encode, prompts), SamplingParams(max_tokens=10))
     assert texts == [done.text for done in wanted]
 
 
@@ -318,7 +319,7 @@ def test_a_client_that_leaves_is_cancelled(server: Server) -> None:
         assert server.metric("requests_in_flight") == 4
     with pytest.raises(httpx.ReadTimeout):
         server.http.post("/v1/completions", json=body, timeout=0.05)
-    assert not any(server.settle().values())
+    assert not any(server.commit_state_len().values())
     assert server.metric("requests_cancelled_total") == before + 8
 
 
@@ -340,7 +341,7 @@ def test_a_client_that_never_reads_holds_up_nobody(server: Server) -> None:
             pass
         done = server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 4})
         assert done.status_code == 200
-    assert not any(server.settle().values())
+    assert not any(server.commit_state_len().values())
 
 
 def test_sixty_four_clients_that_misbehave(server: Server) -> None:
@@ -437,4 +438,4 @@ def test_a_body_that_does_not_come(tmp_path: Path) -> None:
             yield slow[1]
 
         is_error(server.http.post("/v1/completions", content=body()), 408, "request_timeout")
-        assert not any(server.settle().values())
+        assert not any(server.commit_state_len().values())

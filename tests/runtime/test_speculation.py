@@ -17,6 +17,9 @@ from click.testing import CliRunner
 from conftest import ROOT, make_spec
 from conversations import PoisonExecutor, check_all_is_given_back, converse, poisoned, replay, squeezed
 from test_ahead import LateExecutor, captured
+from torch import Tensor
+from trained import Round, Twin, write_trained
+
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.spec import load_spec
@@ -25,8 +28,6 @@ from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.reference import speculation
 from tokenspeed_plan.runtime.reference.sampling import filtered, sample
-from torch import Tensor
-from trained import Round, Twin, write_trained
 
 PROMPTS = ([3, 4, 5], list(range(70)), [50] * 37, [7, 300, 20, 11], list(range(40, 110)))
 DEPTHS = (1, 2, 3, 4, 5)
@@ -44,20 +45,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @cache
-def plan_of(folder: Path, depth: int, rollback: str = "rows", **changes: Any) -> Plan:
+def plan_of(folder: Path, depth: int, rollback: str = "snapshot", **changes: Any) -> Plan:
     spec = make_spec(folder, speculation={"depth": depth, "rollback": rollback} if depth else "off", **changes)
     plan = compile_plan(spec, find_model(spec))
-    assert bool(plan.limits.kept_inputs) == (depth > 0 and rollback == "inputs")
+    assert bool(plan.limits.kept_inputs) == (depth > 0 and rollback == "recompute")
     return plan
 
 
-def engine_of(folder: Path, depth: int, rollback: str = "rows", **options: Any) -> Engine:
+def engine_of(folder: Path, depth: int, rollback: str = "snapshot", **options: Any) -> Engine:
     return Engine.from_plan(plan_of(folder, depth, rollback), folder, **options)
 
 
 ROLLBACKS = (
-    "rows",
-    "inputs",
+    "snapshot",
+    "recompute",
 )  # a state after each row of a step, or its inputs, computed again as far as they were right
 
 
@@ -81,7 +82,7 @@ class Tracer(Executor):
             self.rounds.append(tuple(Round(tuple(d), n) for d, n in zip(drafts, right, strict=True)))
 
 
-@pytest.mark.parametrize(("kind", "rollback"), [("moe", "rows"), ("dense", "rows"), ("moe", "inputs")])
+@pytest.mark.parametrize(("kind", "rollback"), [("moe", "snapshot"), ("dense", "snapshot"), ("moe", "recompute")])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_trained_checkpoints_say_the_same(kind: str, rollback: str, depth: int, trained: Any) -> None:
     """In a batch of mixed lengths, greedy and sampled: the same ids in fewer steps, every number of drafts accepted."""
@@ -106,7 +107,7 @@ def test_random_checkpoints_say_the_same(kind: str, checkpoint: Any) -> None:
     wanted = say(engine_of(folder, 0))
     for depth in DEPTHS if kind in ("moe", "dense") else (3,):
         assert say(engine_of(folder, depth)) == wanted
-    assert say(engine_of(folder, 3, "inputs")) == wanted
+    assert say(engine_of(folder, 3, "recompute")) == wanted
 
 
 @pytest.mark.parametrize("kind", ["moe", "tied"])
@@ -135,9 +136,9 @@ def test_the_demo_model_says_the_same() -> None:
         asked = {"speculation": {"depth": depth} if depth else "off"}
         plan = compile_plan(spec.model_validate(spec.model_dump() | asked), model)
         engine = Engine.from_plan(plan, model.folder)
-        assert engine.codec is not None
+        assert engine.tokenizer is not None
         texts = ("def fibonacci(n):\n", "import os\n\n\nclass Path:\n", "The quick brown fox")
-        found = say(engine, [engine.codec.encode(text) for text in texts], 48)
+        found = say(engine, [engine.tokenizer.encode(text) for text in texts], 48)
         wanted = wanted or found
         assert found == wanted
         assert depth == 0 or engine.metrics.tokens_per_pass > 1.4
@@ -160,7 +161,7 @@ def test_rounds_are_those_of_the_twin(kind: str, trained: Any) -> None:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize(("seed", "rollback"), [(0, "rows"), (1, "rows"), (1, "inputs"), (2, "inputs")])
+@pytest.mark.parametrize(("seed", "rollback"), [(0, "snapshot"), (1, "snapshot"), (1, "recompute"), (2, "recompute")])
 def test_conversations_through_the_cache(seed: int, rollback: str, ahead: bool, trained: Any) -> None:
     """Prefixes that are shared, branched and edited, few pages, requests cut off: each answer as without any of it."""
     folder = trained("moe")
@@ -191,18 +192,18 @@ class LatePoison(LateExecutor, PoisonExecutor):
     """Both."""
 
 
-@pytest.mark.parametrize(("ahead", "rollback"), [(False, "rows"), (True, "rows"), (True, "inputs")])
+@pytest.mark.parametrize(("ahead", "rollback"), [(False, "snapshot"), (True, "snapshot"), (True, "recompute")])
 def test_ends_in_the_middle_of_a_run(ahead: bool, rollback: str, trained: Any) -> None:
     """Each number of tokens, each token as a stop token, and a string: cut where it ends without speculation."""
     folder = trained("dense")
     plain, plan = engine_of(folder, 0), plan_of(folder, 4, rollback)
     fast = Engine.from_plan(captured(plan) if ahead else plan, folder)
     (whole,) = say(plain, PROMPTS[:1], 40)
-    assert plain.codec is not None
+    assert plain.tokenizer is not None
     asked = [{"most": most} for most in range(1, 12)]
     asked += [{"stop_token_ids": (token,)} for token in dict.fromkeys(whole)]
     asked += [{"stop_token_ids": tuple(range(t, t + 200))} for t in (0, 100, 250)]  # more than a kernel looks at
-    asked += [{"stop": (plain.codec.decode([token]),)} for token in dict.fromkeys(whole[8:24])]
+    asked += [{"stop": (plain.tokenizer.decode([token]),)} for token in dict.fromkeys(whole[8:24])]
     for index, changes in enumerate(asked):
         params = SamplingParams(**{"max_tokens": changes.pop("most", 40), "ignore_eos": True} | changes)
         found = [engine.generate(PROMPTS[:1], params)[0] for engine in (plain, fast)]
@@ -229,7 +230,7 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(ahead: bool, rollback: s
         turn = [*prompt, *first.token_ids, 9, 8]
         (second,) = fast.generate([turn], SamplingParams(max_tokens=12, ignore_eos=True))
         missing = len(prompt) + len(first.token_ids) - 1 - second.num_cached_tokens
-        assert missing == 0 if rollback == "rows" else 1 <= missing <= 5
+        assert missing == 0 if rollback == "snapshot" else 1 <= missing <= 5
         assert [second.token_ids] == say(plain, [turn], 12)
     assert fast.metrics.lost_checkpoints == 0
 
@@ -242,14 +243,14 @@ def test_a_checkpoint_that_is_gone_is_not_kept(rollback: str, trained: Any) -> N
     """
     folder, plan = trained("dense"), captured(plan_of(trained("dense"), 4, rollback))
     fast, plain = Engine.from_plan(plan, folder), engine_of(folder, 0)
-    assert plain.codec is not None
+    assert plain.tokenizer is not None
     (whole,) = say(plain, PROMPTS[:1], 40)
     for token in whole[8:24]:
-        params = SamplingParams(max_tokens=40, ignore_eos=True, stop=(plain.codec.decode([token]),))
+        params = SamplingParams(max_tokens=40, ignore_eos=True, stop=(plain.tokenizer.decode([token]),))
         (first,) = fast.generate(PROMPTS[:1], params)
         turn = [*PROMPTS[0], *first.token_ids, 9, 8]
         assert say(fast, [turn], 12) == say(plain, [turn], 12)
-    assert (fast.metrics.lost_checkpoints > 0) == (rollback == "rows")
+    assert (fast.metrics.lost_checkpoints > 0) == (rollback == "snapshot")
     check_all_is_given_back(fast._scheduler.cache)
 
 
@@ -328,7 +329,7 @@ def accept_by_rule(said: Tensor, draft: Tensor) -> Tensor:
     stops = torch.full((count, 8), -1, dtype=torch.int32)
     counts = torch.zeros(2, dtype=torch.int64)
     accepted, _, last = speculation.accept(
-        {"rows_per_seq": 2},
+        {"query_len": 2},
         rows,
         said.flatten().int(),
         zeros + 9,
@@ -367,7 +368,7 @@ def test_the_distribution_is_the_targets(temperature: float, top_p: float, top_k
     params = (torch.full((count,), temperature), torch.full((count,), top_p), torch.full((count,), top_k))
     probs, ids = filtered(logits[None], params[0][:1], params[1][:1], params[2][:1])
     wanted = torch.zeros(vocab, dtype=torch.float64).index_add(0, ids[0], probs[0] / probs.sum())
-    attrs = {"num_valid_tokens": vocab, "rows_per_seq": 2}
+    attrs = {"num_valid_tokens": vocab, "query_len": 2}
     (said,) = sample(
         attrs, logits.expand(2 * count, -1), *params, torch.arange(count), torch.zeros(count, dtype=torch.int64)
     )
@@ -390,7 +391,7 @@ def test_accept_by_hand() -> None:
     lens, reads = torch.tensor([13, 23, 33, 43, 3]), torch.tensor([4, 5, 6, 7, 0])
     limits, counts = torch.tensor([99, 99, 99, 42, 0]), torch.tensor([100, 10, 1, 0])
     accepted, after, last = speculation.accept(
-        {"rows_per_seq": 3}, rows.flatten(), said.flatten(), lens.int(), reads.int(), limits.int(), stops,
+        {"query_len": 3}, rows.flatten(), said.flatten(), lens.int(), reads.int(), limits.int(), stops,
         *unforced(5, 3), counts,
     )  # fmt: skip
     assert accepted.tolist() == [2, 1, 0, 1, 0]
@@ -407,15 +408,15 @@ def test_simulated_acceptance() -> None:
     seeds, draws, _ = unforced(count, 4)
     operands = (rows.flatten(), said.flatten(), zeros + 9, zeros + 1, zeros + 100, stops, seeds, draws)
     counts = torch.zeros(4, dtype=torch.int64)
-    (accepted, *_) = speculation.accept({"rows_per_seq": 4}, *operands, asked, counts)
+    (accepted, *_) = speculation.accept({"query_len": 4}, *operands, asked, counts)
     shares = [counts[1] / counts[0], counts[2] / counts[1]]
     assert shares == pytest.approx([0.9, 0.5], abs=0.01)
     assert counts.tolist() == [int((accepted >= n).sum()) for n in range(4)]
     assert counts[3] == 0  # a negative share is none, and zero compares
-    again, *_ = speculation.accept({"rows_per_seq": 4}, *operands[:-1], draws + 1, asked, counts.clone())
+    again, *_ = speculation.accept({"query_len": 4}, *operands[:-1], draws + 1, asked, counts.clone())
     assert not again.equal(accepted)
     short, *_ = speculation.accept(
-        {"rows_per_seq": 4}, *operands[:4], zeros + 7, *operands[5:], torch.ones(4), counts.clone()
+        {"query_len": 4}, *operands[:4], zeros + 7, *operands[5:], torch.ones(4), counts.clone()
     )
     assert short.tolist() == [1] * count
 
@@ -429,7 +430,7 @@ def test_advance_rows_by_hand() -> None:
     table = torch.tensor([[4, 6, 9], [1, 3, 9], [9, 9, 9]], dtype=torch.int32)
     drafts = torch.tensor([[50, 51], [60, 61], [70, 71]], dtype=torch.int32)
     accepted = torch.tensor([1, 0, 0], dtype=torch.int32)
-    speculation.advance_rows({"page_size": 4, "rows_per_seq": 2}, accepted, drafts, table, *state)
+    speculation.advance_rows({"page_size": 4, "query_len": 2}, accepted, drafts, table, *state)
     assert [x.tolist() for x in state] == [
         [50, 51, 60, 61, 0, 0], [8, 9, 3, 4, 0, 1], [36, 37, 7, 12, 36, 37], [10, 5, 2], [3, 5, 0],
         [[2, 1, 10], [4, 6, 11], [12, 12, 12]], [6, 1, 0],
@@ -450,7 +451,7 @@ def test_random_requests_at_random_moments(trained: Any) -> None:
         plan_of(folder, 0),
         plan_of(folder, 3),
         captured(plan_of(folder, 3)),
-        captured(plan_of(folder, 3, "inputs")),
+        captured(plan_of(folder, 3, "recompute")),
     ]
     found = []
     for plan in plans:

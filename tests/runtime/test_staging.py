@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from tokenspeed_plan.runtime.staging import Staging
 
 

@@ -11,16 +11,17 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ahead import LateExecutor, captured
+
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Completion, Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.request import NewToken
-from tokenspeed_plan.runtime.streaming import AnswerText, Delta, Detokenizer
-from tokenspeed_plan.runtime.tokenizer import Codec
+from tokenspeed_plan.runtime.serving.streaming import AnswerText, Delta, Detokenizer
+from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
-DEMO = Codec.load(ROOT / "examples/demo/model")
+DEMO = Tokenizer.load(ROOT / "examples/demo/model")
 TOKENS = st.lists(st.integers(0, 2047), max_size=12)
-TEXTS = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
+TEXTS = st.text(st.characters(tokenizer="utf-8"), max_size=12) | st.sampled_from(
     ["日本語", "🦜👩‍👩‍👧 ok", "é\u0301", "\ufffd\ufffd"]
 )
 MIXED = st.lists(TOKENS | TEXTS.map(DEMO.encode), max_size=4).map(

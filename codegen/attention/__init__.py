@@ -1,0 +1,1 @@
+"""Attention: its preparation, decode and prefill."""

@@ -1,0 +1,1 @@
+"""Gated DeltaNet: one step, several rows, the chunked form."""

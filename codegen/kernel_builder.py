@@ -1,0 +1,114 @@
+"""Which rule tiles which kind of kernel, and the kernel that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tokenspeed_plan.codegen.attention import attention_tiling as attention
+from tokenspeed_plan.codegen.delta_net import delta_net_tiling as delta
+from tokenspeed_plan.codegen.dense import dense_tiling as linear
+from tokenspeed_plan.codegen.moe import moe_tiling as moe
+from tokenspeed_plan.codegen.render import render, source_digest
+from tokenspeed_plan.codegen.sampling import sampling_tiling as other
+from tokenspeed_plan.codegen.speculation import speculation_tiling as speculation
+from tokenspeed_plan.codegen.tiling import Machine, Tiling, Work
+from tokenspeed_plan.codegen.tuned import Tile
+from tokenspeed_plan.plans.canon import kernel_name
+from tokenspeed_plan.plans.schema import KernelSpec, Launch, Param
+
+Rule = Callable[[Work], list[Tiling]]
+_LINEAR = (
+    "linear", "norm_head", "head", "norm_linear_silu_mul", "norm_linear", "linear_silu_mul", "expert_sum_linear_add",
+    "expert_sum_linear", "linear_add",
+)  # fmt: skip
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_LINEAR, linear.linear),
+    "grouped_up": linear.grouped,
+    "grouped_down": linear.grouped,
+    "qk_norm_rope_write": attention.qk_norm_rope_write,
+    "k_norm_rope_write": attention.qk_norm_rope_write,
+    "attention_gate": attention.attention,
+    "delta_recompute": delta.delta_recompute,
+    "delta_step": delta.delta_step,
+    "conv_qk_norm": delta.conv_qk_norm,
+    "gates_delta_chunk": delta.gates_delta_chunk,
+    "delta_scan": delta.delta_scan,
+    "gated_norm": delta.gated_norm,
+    "topk": moe.topk,
+    "moe_up": moe.moe_up,
+    "moe_down": moe.moe_down,
+    "moe_down_add": moe.moe_down,
+    "expert_sort": moe.expert_sort,
+    "embed": other.embed,
+    "embed_norm_concat": speculation.norm_concat,
+    "norm_concat": speculation.norm_concat,
+    "sample": other.sample,
+    "advance": other.advance,
+    "accept": speculation.accept,
+    "select_rows": speculation.take_rows,
+    "last_rows": speculation.take_rows,
+    "draft": speculation.draft,
+    "draft_then_place": speculation.draft,
+    "shift_tokens": speculation.shift_tokens,
+    "commit_state_len": speculation.commit_state_len,
+    "advance_rows": speculation.advance_rows,
+    "add_norm": other.add_norm,
+    "rms_norm": other.add_norm,
+    "reduce_add_norm": other.add_norm,
+}
+PDL_SM = 90  # programmatic dependent launch from Hopper on
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A kernel and its text."""
+
+    kernel: KernelSpec
+    source: str | None
+
+
+def build_kernel(
+    kind: str, kernel: KernelSpec, rows: tuple[int, int], hardware: Machine, pdl: bool, tile: Tile | None = None
+) -> list[Built]:
+    """The ways to build a kernel, best first; one without a text where only the reference can do it.
+
+    Args:
+        kind: what it is called.
+        kernel: parameters and parts.
+        rows: tokens and sequences of the program.
+        hardware: the target.
+        pdl: whether its neighbours are kernels too.
+        tile: the only one to try.
+    """
+    work = Work(kind, kernel, *rows, hardware, tile)
+    tilings = RULES[kind](work) if kind in RULES and work.dtype != "fp64" else []
+    pdl = pdl and hardware.sm >= PDL_SM
+    return [_built(work, tiling, pdl) for tiling in tilings] or [Built(_named(kind, kernel), None)]
+
+
+def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
+    launch = Launch(
+        template=tiling.template,
+        constants=dict(tiling.constants),
+        grid=tiling.grid,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+        pdl=pdl,
+        prefetch=tiling.prefetch if pdl and tiling.prefetches else (),
+        trigger_after_wait=pdl and tiling.trigger_after_wait,
+        source_sha256="",
+    )
+    scratch = tuple(
+        Param(name=name, role="scratch", tensor=spec, access="update") for name, spec in tiling.scratch.items()
+    )
+    kernel = work.kernel.model_copy(update={"params": work.kernel.params + scratch})
+    num_rows = "num_seqs" if work.by_seqs else "num_tokens"
+    options = dict(tiling.options) | {"prefetches": pdl and tiling.prefetches, "num_rows": num_rows}
+    text = render(work.kind, kernel, launch, options)
+    launch = launch.model_copy(update={"source_sha256": source_digest(text)})
+    return Built(_named(work.kind, kernel.model_copy(update={"launch": launch})), text)
+
+
+def _named(kind: str, kernel: KernelSpec) -> KernelSpec:
+    return kernel.model_copy(update={"name": kernel_name(kind, kernel)})

@@ -1,0 +1,1 @@
+"""Mixture of experts: few rows, and groups of many."""

@@ -1,0 +1,1 @@
+"""The next token, and the inputs of the next step."""

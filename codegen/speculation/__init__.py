@@ -1,0 +1,1 @@
+"""Drafts: made, verified, accepted."""

@@ -1,0 +1,64 @@
+"""The grammar between passes: which operators may exist at which stage, and what a stage must have settled."""
+
+from __future__ import annotations
+
+import networkx as nx
+
+from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
+from tokenspeed_plan.planner.passes.fuse import FUSED_KINDS
+from tokenspeed_plan.plans.ops import COLLECTIVES, OPS
+
+_LOGICAL = frozenset(OPS) - frozenset(COLLECTIVES)
+_SHARDED = _LOGICAL | frozenset(COLLECTIVES)
+_FUSED = _SHARDED | FUSED_KINDS
+ALLOWED = {
+    Stage.BUILT: _LOGICAL,
+    Stage.SHARDED: _SHARDED,
+    Stage.FUSED: _FUSED,
+    Stage.SCHEDULED: _FUSED,
+    Stage.PLACED: _FUSED,
+    Stage.LOWERED: _FUSED,
+}
+_SETTLED = (Stage.SCHEDULED, Stage.PLACED, Stage.LOWERED)
+
+
+class GraphError(AssertionError):
+    """A pass left the graph in a state that its stage does not allow: a defect of ours, not of the user."""
+
+
+def check(graph: OpGraph) -> OpGraph:
+    """The graph itself, when it obeys the grammar of its stage.
+
+    Raises:
+        GraphError: naming the first operator that does not.
+    """
+    allowed = ALLOWED[graph.stage]
+    for op in graph.ops:
+        if op.kind not in allowed:
+            raise GraphError(f"`{op.name}` ({op.kind}) is not allowed when {graph.stage}")
+        _check_operands(graph, op)
+        if graph.stage is not Stage.BUILT and (op.attr_splits or op.shifts or op.partial or op.gathered):
+            raise GraphError(f"`{op.name}` is not cut yet when {graph.stage}")
+    if not nx.is_directed_acyclic_graph(graph.nx):
+        raise GraphError("the graph has a cycle")
+    if graph.stage in _SETTLED and not graph.steps:
+        raise GraphError(f"no steps when {graph.stage}")
+    if graph.stage in _SETTLED[1:]:
+        _check_placed(graph)
+    return graph
+
+
+def _check_operands(graph: OpGraph, op: Op) -> None:
+    for name in (*op.inputs, *op.outputs, *(state for state, _ in op.states)):
+        if name not in graph.tensors:
+            raise GraphError(f"`{op.name}` uses `{name}`, which is not declared")
+    for name in op.weights:
+        if name not in graph.weights:
+            raise GraphError(f"`{op.name}` uses weight `{name}`, which is not declared")
+
+
+def _check_placed(graph: OpGraph) -> None:
+    for op in graph.ops:
+        for name in op.outputs:
+            if graph.tensors[name].arena == "activations" and name not in graph.offsets:
+                raise GraphError(f"`{name}` has no place when {graph.stage}")

@@ -1,1 +1,0 @@
-"""The machines: one YAML file each, a source beside every number. `planner/hardware.py` reads them."""

@@ -1,0 +1,53 @@
+"""linear
+
+linear: y = x w^T, cut into `splits` columns
+Source: a product that reads each weight once
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def linear(
+    x,  # input, bf16 [num_seqs, 4096]
+    w,  # weight, bf16 [513, 4096]
+    y0,  # output, bf16 [num_seqs, 512]
+    y1,  # output, bf16 [num_seqs, 1]
+    num_tokens,
+    num_seqs,
+):
+    BLOCK_K: tl.constexpr = 1024
+    BLOCK_M: tl.constexpr = 1
+    BLOCK_N: tl.constexpr = 1
+    K: tl.constexpr = 4096
+    N: tl.constexpr = 513
+    STAGES: tl.constexpr = 2
+    tl.extra.cuda.gdc_launch_dependents()  # the next kernel may take its place on the machine
+    n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
+    first = tl.program_id(0) * BLOCK_N
+    n_ok = first + n < N
+    weight = w + first.to(tl.int64) * K
+
+    k = tl.arange(0, BLOCK_K)
+    prefetched = tl.load(weight + n[None, :, None] * K + k[None, None, :], mask=n_ok[None, :, None], other=0.0)
+    tl.extra.cuda.gdc_wait()  # all before this one is done and visible
+
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_ok = m < num_seqs
+    row = m
+    acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
+    a = tl.load(x + row[:, None, None] * K + k[None, None, :], mask=m_ok[:, None, None], other=0.0).to(tl.float32)
+    acc += prefetched.to(tl.float32) * a
+
+    for k0 in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a = tl.load(x + row[:, None, None] * K + k[None, None, :], mask=m_ok[:, None, None], other=0.0).to(tl.float32)
+        acc += tl.load(weight + n[None, :, None] * K + k[None, None, :], mask=n_ok[None, :, None], other=0.0).to(tl.float32) * a
+
+    out = tl.sum(acc, 2)
+    col = first + n
+    ok = m_ok[:, None] & n_ok[None, :]
+    place = m[:, None] * N + col[None, :]
+    tl.store(y0 + m[:, None] * 512 + (col - 0)[None, :], out, mask=ok & ((col >= 0) & (col < 512))[None, :])
+    tl.store(y1 + m[:, None] * 1 + (col - 512)[None, :], out, mask=ok & ((col >= 512) & (col < 513))[None, :])

@@ -1,0 +1,52 @@
+"""Arenas: one allocation each, tensors are views at planned offsets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.schema import ArenaSpec
+from tokenspeed_plan.plans.types import DTYPE_BYTES, DType
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "i64": torch.int64,
+    "i32": torch.int32,
+}
+
+
+def _zeros(spec: ArenaSpec, device: str) -> Tensor:
+    try:
+        return torch.zeros(spec.size_bytes, dtype=torch.uint8, device=device)
+    except (RuntimeError, MemoryError) as error:  # PyTorch has no class of its own for this on a CPU
+        reason = str(error).partition("\n")[0]
+        raise PlanError(
+            f"cannot allocate {spec.size_bytes} bytes for `{spec.name}` on this machine's {device}: {reason}",
+            "end other processes, or plan for less: lower `workload.concurrency`",
+        ) from error
+
+
+class Arenas:
+    """The memory of one rank. It starts as zeros: row 0 of every state buffer must be zero, and stays so.
+
+    Raises:
+        PlanError: there is not as much as the plan needs.
+    """
+
+    def __init__(self, specs: Iterable[ArenaSpec], device: str = "cpu") -> None:
+        self._bytes: dict[str, Tensor] = {spec.name: _zeros(spec, device) for spec in specs}
+
+    def view(self, arena: str, offset_bytes: int, shape: tuple[int, ...], dtype: DType) -> Tensor:
+        """A tensor at a planned place; nothing is copied."""
+        size_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        return self._bytes[arena][offset_bytes : offset_bytes + size_bytes].view(TORCH_DTYPES[dtype]).view(shape)
+
+    def poison(self, arena: str) -> None:
+        """Fill an arena with NaN, so that a read of what was not written shows."""
+        self._bytes[arena].fill_(0xFF)

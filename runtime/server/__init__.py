@@ -1,5 +1,0 @@
-"""OpenAI's HTTP API over an engine. Needs the packages of the extra `serve`; nothing else of the runtime imports it."""
-
-from tokenspeed_plan.runtime.server.run import ServerOptions, listen, serve
-
-__all__ = ["ServerOptions", "listen", "serve"]

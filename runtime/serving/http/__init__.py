@@ -1,0 +1,5 @@
+"""OpenAI's HTTP API over an engine. Needs the packages of the extra `serve`; nothing else of the runtime imports it."""
+
+from tokenspeed_plan.runtime.serving.http.server import ServerOptions, listen, serve
+
+__all__ = ["ServerOptions", "listen", "serve"]

@@ -1,0 +1,93 @@
+"""Numbers for Prometheus, in a registry of this server's own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokenspeed_plan.runtime.engine import Engine
+from tokenspeed_plan.runtime.request import Completion
+from tokenspeed_plan.runtime.serving.http.admission import AdmissionLimiter
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """What the server did, and what is in use now."""
+
+    def __init__(self, engine: Engine, gate: AdmissionLimiter) -> None:
+        self._registry = CollectorRegistry()
+        self._add_gauges(engine, gate)
+        self._responses = self._counter("http_responses", "Responses by endpoint and status", "path", "status")
+        self._finished = self._counter("requests_finished", "Choices answered, by reason", "reason")
+        self._cancelled = self._counter("requests_cancelled", "Choices whose client left before the end")
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens of answered choices")
+        self._cached = self._counter("cached_prompt_tokens", "Those of them that were not computed again")
+        self._generated = self._counter("generated_tokens", "Tokens of answers")
+        self._ttft = self._histogram("time_to_first_token_seconds", "From the engine's queue to the first token")
+        self._tpot = self._histogram("time_per_output_token_seconds", "Between two tokens of an answer, its mean")
+
+    def finish(self, done: Completion) -> None:
+        """Count an answer that was read to its end."""
+        tokens = len(done.token_ids)
+        self._finished.labels(done.finish_reason).inc()
+        self._prompt.inc(done.num_prompt_tokens)
+        self._cached.inc(done.num_cached_tokens)
+        self._generated.inc(tokens)
+        self._ttft.observe(done.ttft_s)
+        if tokens > 1:
+            self._tpot.observe(done.decode_s / (tokens - 1))
+
+    def cancel(self, count: int) -> None:
+        """Count answers that nobody read to their end."""
+        self._cancelled.inc(count)
+
+    def respond(self, path: str, status: int) -> None:
+        """Count a response."""
+        self._responses.labels(path, str(status)).inc()
+
+    def text(self) -> bytes:
+        """All of it, in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+    def _add_gauges(self, engine: Engine, gate: AdmissionLimiter) -> None:
+        limits = engine.plan.limits
+        gauges = (
+            ("requests_waiting", "Choices that wait for a slot", lambda: engine.usage.waiting),
+            ("requests_running", "Choices that have a slot", lambda: engine.usage.running),
+            ("requests_in_flight", "Choices, until their response is sent", lambda: gate.num_held),
+            ("state_rows_used", "Rows of recurrent state that requests hold", lambda: engine.usage.rows),
+            ("state_rows", "All of them, the prefix cache's too", lambda: limits.num_state_slots - 2),
+            ("kv_pages_used", "Pages of the KV cache that requests hold", lambda: engine.usage.pages),
+            ("tokens_per_decode_pass", "Tokens a choice says in a decode step", lambda: engine.metrics.tokens_per_pass),
+            ("kv_pages", "All of them, the prefix cache's too", lambda: limits.num_pages),
+        )
+        for name, text, value in gauges:
+            Gauge(f"tokenspeed_{name}", text, registry=self._registry).set_function(value)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"tokenspeed_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"tokenspeed_{name}", text, buckets=_SECONDS, registry=self._registry)
+
+
+class CountResponses:
+    """Counts responses by route; a path that is none of ours is `other`, so that clients cannot make names."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.respond(getattr(scope.get("route"), "path", "other"), message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counted)

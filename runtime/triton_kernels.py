@@ -1,0 +1,169 @@
+"""Triton backend: the bundle's own kernels, on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenspeed_plan.plans.bundle import CUBIN
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.kernel_file import is_collective, load_function, rank_constants, read_source
+from tokenspeed_plan.plans.schema import KernelSpec, Plan
+from tokenspeed_plan.runtime.collectives import Collectives
+
+Launcher = Callable[..., tuple[()]]
+Backend = Literal["reference", "kernels"]
+
+
+def interpret() -> None:
+    """Run kernels in Triton's interpreter from here on; must come before anything else loads Triton.
+
+    Raises:
+        PlanError: Triton is not there, or is loaded already, to compile.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import triton.language as tl
+        import triton.language.extra.cuda as cuda
+        from triton.runtime import JITFunction, interpreter
+    except ImportError as error:
+        raise PlanError("Triton is not installed", "install `triton`, or run with `--backend reference`") from error
+    if isinstance(tl.sum, JITFunction):
+        raise PlanError("Triton is loaded in this process already, to compile", "set TRITON_INTERPRET=1 at its start")
+    # The interpreter runs programs one after the other: there is nothing to wait for.
+    cuda.gdc_wait = cuda.gdc_launch_dependents = _nothing
+    if not hasattr(interpreter, "_tokenspeed"):
+        interpreter._tokenspeed = True
+        _allow_tensor_bounds(interpreter)
+        _widen_products(interpreter)
+
+
+def _allow_tensor_bounds(interpreter: Any) -> None:
+    """Let `range` take a loaded scalar: the interpreter holds it as an array of one, which NumPy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = with_index
+
+
+def _widen_products(interpreter: Any) -> None:
+    """Let `tl.dot` take bf16: the interpreter holds it as 16-bit integers, and would multiply those."""
+    builder = interpreter.InterpreterBuilder
+    product = builder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if not handle.dtype.scalar.is_bf16():
+            return handle
+        wide = (handle.data.view("uint16").astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(wide, interpreter.tl.float32)
+
+    def with_bf16(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return product(self, widened(a), widened(b), *rest)
+
+    builder.create_dot = with_bf16
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    """No operation."""
+
+
+class KernelBackend(Protocol):
+    """The kernels of a plan as functions of tensors."""
+
+    def has(self, kernel: KernelSpec) -> bool:
+        """Whether the kernel has a body here."""
+
+    def alone(self) -> KernelBackend:
+        """The same kernels, none of them started while its predecessor ends."""
+
+    def launcher(
+        self, kernel: KernelSpec, rank: int, num_tokens: int, num_seqs: int, collectives: Collectives | None = None
+    ) -> Launcher:
+        """A function of the kernel's tensors, in the order of its parameters, for a batch of this size."""
+
+
+def load_kernels(plan: Plan, bundle: Path) -> KernelBackend:
+    """The binaries of a bundle where it has brought some, else its texts, for Triton to compile or interpret.
+
+    Raises:
+        PlanError: a file is missing or was altered, or what they need is not installed.
+    """
+    if plan.binaries and (bundle / CUBIN).is_dir():
+        from tokenspeed_plan.runtime.cuda_kernels import CudaKernels
+
+        return CudaKernels.load(plan, bundle)
+    return TritonKernels.load(plan, bundle)
+
+
+class TritonKernels:
+    """Kernels from their texts, by Triton."""
+
+    def __init__(self, sources: Mapping[str, str]) -> None:
+        self._sources = sources
+        self._functions: dict[str, Any] = {}
+
+    @classmethod
+    def load(cls, plan: Plan, bundle: Path) -> TritonKernels:
+        """The kernels of a bundle, all of their texts checked; on a CPU they will be interpreted.
+
+        Raises:
+            PlanError: a text is missing or was altered, or Triton is not installed.
+        """
+        sources = {kernel.name: read_source(bundle, kernel) for kernel in plan.kernels if kernel.launch is not None}
+        if plan.target.sm == 0:
+            interpret()
+        return cls(sources)
+
+    def has(self, kernel: KernelSpec) -> bool:
+        """Whether the kernel has a Triton body that one rank can run alone."""
+        return kernel.launch is not None and kernel.name in self._sources
+
+    def alone(self) -> TritonKernels:
+        """They never overlap."""
+        return self
+
+    def launcher(
+        self, kernel: KernelSpec, rank: int, num_tokens: int, num_seqs: int, collectives: Collectives | None = None
+    ) -> Launcher:
+        """A function of the kernel's tensors, in the order of its parameters, for a batch of this size."""
+        assert kernel.launch is not None
+        launch, function = kernel.launch, self._function(kernel)
+        grid = tuple(dim.at(num_tokens, num_seqs) for dim in launch.grid)
+        shifts = tuple(shift.at(rank) for shift in rank_constants(kernel).values())
+
+        def run(attrs: object, *tensors: Tensor) -> tuple[()]:
+            peers = _Mirrors(kernel, tensors[0], rank, collectives) if collectives and is_collective(kernel) else None
+            tables = peers.arguments if peers else ()
+            scalars = (*shifts, *tables, num_tokens, num_seqs)
+            function[grid](*tensors, *scalars, num_warps=launch.num_warps, num_stages=launch.num_stages)
+            return ()
+
+        return run
+
+    def _function(self, kernel: KernelSpec) -> Any:
+        if kernel.name not in self._functions:
+            self._functions[kernel.name] = load_function(kernel, self._sources[kernel.name])
+        return self._functions[kernel.name]
+
+
+class _Mirrors:
+    """Peer memory on a machine without it: a copy of every rank's part, and flags as if all peers had come."""
+
+    def __init__(self, kernel: KernelSpec, part: Tensor, rank: int, collectives: Collectives) -> None:
+        world = int(next(p.attrs["num_ranks"] for p in kernel.parts if p.kind == "all_reduce"))
+        gathered = part.new_empty(*part.shape[:-1], world * part.shape[-1])
+        collectives.all_gather(part, gathered)
+        self._parts = gathered.unflatten(-1, (world, -1)).movedim(-2, 0).contiguous()
+        self._flags = torch.zeros(world, 2 * part.shape[0], world, dtype=torch.int32)
+        self._flags[rank] = 1  # set by the peers, and not yet by this rank itself
+        self._flags[rank, :, rank] = 0
+        self._tables = [torch.tensor([x.data_ptr() for x in rows]) for rows in (self._parts, self._flags)]
+        self.arguments = (*self._tables, rank)

@@ -1,0 +1,105 @@
+"""The prefix cache changes no answer: under any pressure, in any batch, with preemption and cancellation."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from conftest import ROOT, make_spec
+from conversations import PoisonExecutor, check_all_is_given_back, converse, poisoned, replay, squeezed
+from test_ahead import LateExecutor, captured
+
+from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime import Engine, SamplingParams
+
+PRESSURES: dict[str, dict[str, int]] = {
+    "roomy": {"num_pages": 184, "num_checkpoints": 16, "checkpoint_interval": 64, "min_checkpoint_tokens": 16},
+    "few_pages": {"num_pages": 24, "num_checkpoints": 16, "checkpoint_interval": 32, "min_checkpoint_tokens": 16},
+    "few_rows": {"num_pages": 184, "num_checkpoints": 0, "checkpoint_interval": 32, "min_checkpoint_tokens": 32},
+    "few_of_both": {"num_pages": 23, "num_checkpoints": 1, "checkpoint_interval": 16, "min_checkpoint_tokens": 16,
+                    "interleaved_tokens": 16},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def told(tiny_plan: Plan, checkpoint: Any) -> Any:
+    """told(seed) -> 50 conversations."""
+    return cache(lambda seed: converse(tiny_plan, checkpoint("moe"), 50, seed))
+
+
+@pytest.mark.parametrize(("seed", "pressure"), [*zip((0, 1, 0, 1), PRESSURES, strict=True)])
+def test_answers_do_not_depend_on_the_cache(
+    seed: int, pressure: str, told: Any, tiny_plan: Plan, checkpoint: Any
+) -> None:
+    engine = Engine.from_plan(squeezed(tiny_plan, **PRESSURES[pressure]), checkpoint("moe"))
+    replay(engine, told(seed), seed, cancel=0.1)
+    check_all_is_given_back(engine._scheduler.cache)
+    assert engine.metrics.hit_tokens > 2000
+    assert engine.metrics.evicted_checkpoints > 100
+    assert engine.metrics.preemptions or "pages" not in pressure
+
+
+class LatePoison(LateExecutor, PoisonExecutor):
+    """Both."""
+
+
+@pytest.mark.parametrize("pressure", PRESSURES)
+def test_what_the_cache_holds_is_never_written(pressure: str, told: Any, tiny_plan: Plan, checkpoint: Any) -> None:
+    """Launched ahead, padded, with rubbish in all that is free."""
+    plan = captured(squeezed(tiny_plan, **PRESSURES[pressure]))
+    engine = poisoned(plan, checkpoint("moe"), LatePoison)
+    replay(engine, told(0)[:12], 1, cancel=0.1)
+    check_all_is_given_back(engine._scheduler.cache)
+
+
+def test_the_demo_model_says_the_same_with_and_without() -> None:
+    """Trained weights, its own plan."""
+    folder = ROOT / "examples" / "demo" / "model"
+    spec = make_spec(folder, workload={"first_turn_tokens": 300, "output_tokens": 64, "concurrency": 4})
+    plan = compile_plan(spec, find_model(spec))
+    told = converse(plan, folder, 10, 5)
+    engine = Engine.from_plan(squeezed(plan, num_pages=30, num_checkpoints=4, checkpoint_interval=32), folder)
+    replay(engine, told, 5, cancel=0.05)
+    check_all_is_given_back(engine._scheduler.cache)
+    assert engine.metrics.hit_tokens > 200
+
+
+def test_the_last_turn_of_the_longest_conversation_is_cached(checkpoint: Any) -> None:
+    """It goes on inside a page, and the pages that it needs are all that the plan has."""
+    talk = {"kind": "agentic", "first_turn_tokens": 600, "turn_tokens": 256, "turns": 3, "output_tokens": 8}
+    spec = make_spec(checkpoint("moe"), workload=talk | {"concurrency": 1})
+    engine = Engine.from_plan(compile_plan(spec, find_model(spec)), checkpoint("moe"))
+    said, cached = [i % 300 for i in range(600)], []
+    for turn in range(3):
+        (done,) = engine.generate([said], SamplingParams(max_tokens=8, ignore_eos=True))
+        cached.append((len(said), done.num_cached_tokens))
+        said += [*done.token_ids, *((7 * i + turn) % 300 for i in range(256))]
+    assert cached == [(600, 0), (864, 607), (1128, 871)]
+
+
+def test_what_is_cheap_to_have_again_goes_first(tiny_plan: Plan, checkpoint: Any) -> None:
+    """A long prompt outlives short ones that came after it; one that nobody asks for goes in the end."""
+    limits = {"num_pages": 184, "num_checkpoints": 0, "checkpoint_interval": 1024, "min_checkpoint_tokens": 16}
+    engine = Engine.from_plan(squeezed(tiny_plan, **limits), checkpoint("moe"))
+    room = engine.plan.limits.num_state_slots
+
+    def hits(prompt: list[int]) -> int:
+        before = engine.metrics.hit_tokens
+        engine.generate([prompt], SamplingParams(max_tokens=2, ignore_eos=True))
+        return engine.metrics.hit_tokens - before
+
+    def ask(count: int, first: int) -> list[list[int]]:
+        prompts = [[first + index] * 20 for index in range(count)]
+        assert not any(map(hits, prompts))
+        return prompts
+
+    long, short = [7] * 300, [8] * 20
+    assert not hits(long) and not hits(short)
+    ask(room, 10)
+    assert engine.metrics.evicted_checkpoints > 0
+    assert not hits([*short, 9]) and hits([*long, 9]) > 250
+    for index in range(20):
+        ask(room, 100 + room * index)
+    assert not hits([*long, 9])
