@@ -2,12 +2,14 @@
 
     python benchmarks/cpu.py [--rounds 5]
 
-Both sides run in turn, A B A B, and the figure is the ratio of each pair. Ours is the whole path of a batch file
-(reading, checking, scheduling, writing); transformers gets its prompts already tokenised and padded, in its default
-settings, fp32, greedy. Loading is left out on both sides, and only tokens that a row asked for are counted.
+Both sides run in turn, A B A B, and the figure is the ratio of each pair. Ours is the whole path of
+a batch file (reading, checking, scheduling, writing); transformers gets its prompts already
+tokenised and padded, in its default settings, fp32, greedy. Loading is left out on both sides, and
+only tokens that a row asked for are counted.
 
-Two tables: the demo batch as it is, whose rows ask for 16 to 256 tokens, so that `generate` runs each of its batches to
-the longest row; and the same rows at 64 tokens each, where nothing is left but the speed of a step.
+Two tables: the demo batch as it is, whose rows ask for 16 to 256 tokens, so that `generate` runs
+each of its batches to the longest row; and the same rows at 64 tokens each, where nothing is left
+but the speed of a step.
 """
 
 from __future__ import annotations
@@ -56,21 +58,30 @@ class Ours:
         self.plan = load_plan(BUNDLE)
         self.model = ROOT / str(self.plan.model.location)
         self.engine = Engine.load(BUNDLE, self.model, chat=ChatTemplate.load(self.model))
-        limits = self.plan.limits
-        row_limits = RowLimits(limits.max_seq_len, limits.default_max_tokens, self.plan.model.vocab_size)
+        limits = self.plan.pool.limits
+        row_limits = RowLimits(
+            limits.max_seq_len, limits.default_max_tokens, self.plan.model.vocab_size
+        )
         self.facts = BatchPlan(self.plan.digest, "demo", limits.max_seqs, row_limits, {})
         assert self.engine.tokenizer is not None
         self.tokenizer = self.engine.tokenizer
         lines = self.input.read_bytes().splitlines()
         parsed = [parse_row(line, i, self.plan.digest) for i, line in enumerate(lines)]
-        self.prompts = [list(to_requests(row, self.tokenizer, row_limits)[0].prompt_ids) for row in parsed]
+        self.prompts = [
+            list(to_requests(row, self.tokenizer, row_limits)[0].prompt_ids) for row in parsed
+        ]
 
     def run(self) -> tuple[float, list[list[int]]]:
         """Seconds, and what it said."""
         output = self.folder / "out.jsonl"
         output.unlink(missing_ok=True)
         begun = time.perf_counter()
-        run_batch(BatchOptions(self.input, output, quiet=True), self.facts, self.tokenizer, lambda: self.engine)
+        run_batch(
+            BatchOptions(self.input, output, quiet=True),
+            self.facts,
+            self.tokenizer,
+            lambda: self.engine,
+        )
         seconds = time.perf_counter() - begun
         lines = [json.loads(line) for line in output.read_text().splitlines()]
         return seconds, [line["response"]["body"]["choices"][0]["token_ids"] for line in lines]
@@ -79,8 +90,12 @@ class Ours:
 class Theirs:
     """transformers in its default settings, in batches of as many rows as the plan runs at once."""
 
-    def __init__(self, folder: Path, prompts: list[list[int]], lengths: list[int], batch_size: int) -> None:
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    def __init__(
+        self, folder: Path, prompts: list[list[int]], lengths: list[int], batch_size: int
+    ) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        ).eval()
         starts = range(0, len(prompts), batch_size)
         self.batches = [(prompts[i : i + batch_size], lengths[i : i + batch_size]) for i in starts]
 
@@ -97,9 +112,14 @@ class Theirs:
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         out = self.model.generate(
-            ids, attention_mask=mask, max_new_tokens=steps, min_new_tokens=steps, do_sample=False,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            ids,
+            attention_mask=mask,
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         return [row[:length] for row, length in zip(out[:, width:].tolist(), lengths, strict=True)]
 
 
@@ -112,17 +132,23 @@ def compare(title: str, rows: list[dict[str, Any]], rounds: int) -> None:
         said, wanted = ours.run()[1], theirs.run()[1]  # warm-up
         pairs = [(ours.run()[0], theirs.run()[0]) for _ in range(rounds)]
     tokens, same = sum(lengths), sum(a == b for a, b in zip(said, wanted, strict=True))
-    print(f"{title}: {len(rows)} rows, batch size {ours.facts.max_seqs}, {sum(map(len, ours.prompts))} prompt tokens, "
-          f"{tokens} new tokens; {same} rows say the same")  # fmt: skip
+    print(
+        f"{title}: {len(rows)} rows, batch size {ours.facts.max_seqs}, {sum(map(len, ours.prompts))} prompt tokens, "
+        f"{tokens} new tokens; {same} rows say the same"
+    )
     for name, side in (("tokenspeed run", 0), ("transformers generate", 1)):
         seconds = statistics.median(pair[side] for pair in pairs)
         print(f"  {name:<22} {seconds:7.3f} s {tokens / seconds:8.0f} tokens/s")
     ratios = sorted(b / a for a, b in pairs)
-    print(f"  ratio {statistics.median(ratios):.2f} (of {rounds} pairs: {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(
+        f"  ratio {statistics.median(ratios):.2f} (of {rounds} pairs: {ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"

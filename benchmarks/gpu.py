@@ -2,13 +2,14 @@
 
     python benchmarks/gpu.py DIR [--context 1024] [--tokens 128] [--peers eager,compile,vllm]
 
-Each contestant runs in a process of its own, one after the other on the same GPU, and generates `--tokens` greedy
-tokens after a prompt; the figure is the time of a token after the first. Ours is the whole engine with its scheduler;
-plan it with `speculation: off`, for the others do not draft either.
-transformers runs with a static cache, its experts as grouped products, eagerly and with the decode step compiled
-(`torch.compile(mode="reduce-overhead")`, CUDA graphs); where flash-linear-attention is installed it uses it.
-vLLM runs in its process too, compiled and with CUDA graphs, with FlashAttention 3 and Triton's delta rule, the text
-model alone; `vllm-h100` lends it the tiles of experts that it ships for an H100, where it has none for the GPU at hand.
+Each contestant runs in a process of its own, one after the other on the same GPU, and generates
+`--tokens` greedy tokens after a prompt; the figure is the time of a token after the first. Ours is
+the whole engine with its scheduler; plan it with `speculation: off`, for the others do not draft
+either. transformers runs with a static cache, its experts as grouped products, eagerly and with the
+decode step compiled (`torch.compile(mode="reduce-overhead")`, CUDA graphs); where
+flash-linear-attention is installed it uses it. vLLM runs in its process too, compiled and with CUDA
+graphs, with FlashAttention 3 and Triton's delta rule, the text model alone; `vllm-h100` lends it
+the tiles of experts that it ships for an H100, where it has none for the GPU at hand.
 """
 
 from __future__ import annotations
@@ -33,10 +34,17 @@ TIME_LIMIT_S = 600
 REPEATS = 3
 VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 1}  # never built
 VLLM = {  # in one process, without a network, nothing drawn by FlashInfer
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0",
-    "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_HOST_IP": "127.0.0.1",
-    "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-}  # fmt: skip
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -50,14 +58,21 @@ def ours(bundle: Path, context: int, tokens: int) -> dict[str, Any]:
     from tokenspeed_plan.runtime.weights import random_weights
 
     plan = load_plan(bundle)
-    arenas = Arenas(plan.arenas, "cuda")
+    arenas = Arenas(plan.pool.arenas, "cuda")
     weights = random_weights(plan, arenas)
     engine = Engine(plan, GraphExecutor(plan, arenas, weights, 0, None, load_kernels(plan, bundle)))
-    prompt, params = prompt_ids(plan.model.vocab_size, context), SamplingParams(max_tokens=tokens, ignore_eos=True)
+    prompt, params = (
+        prompt_ids(plan.model.vocab_size, context),
+        SamplingParams(max_tokens=tokens, ignore_eos=True),
+    )
     engine.generate([prompt], params)
     (done,) = engine.generate([prompt], params)
-    drafts = plan.limits.max_depth  # 0, to be compared with those that do not draft
-    return {"tpot_ms": done.decode_s / (tokens - 1) * 1e3, "ttft_ms": done.ttft_s * 1e3, "drafts": drafts}
+    drafts = plan.pool.limits.max_depth  # 0, to be compared with those that do not draft
+    return {
+        "tpot_ms": done.decode_s / (tokens - 1) * 1e3,
+        "ttft_ms": done.ttft_s * 1e3,
+        "drafts": drafts,
+    }
 
 
 def prompt_ids(vocab_size: int, count: int) -> list[int]:
@@ -73,7 +88,9 @@ def transformers_model(config: Path) -> Any:
     text = json.loads(config.read_text())["text_config"]
     made = AutoConfig.for_model(text.pop("model_type"), **text)
     with torch.device("cuda"):
-        options: dict[str, Any] = {"experts_implementation": "grouped_mm"} if "num_experts" in text else {}
+        options: dict[str, Any] = (
+            {"experts_implementation": "grouped_mm"} if "num_experts" in text else {}
+        )
         return AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16, **options).eval()
 
 
@@ -88,7 +105,11 @@ def peer(config: Path, context: int, tokens: int, compiled: bool) -> dict[str, A
 
     def step(ids: torch.Tensor) -> torch.Tensor:
         # By position: transformers 5.24 gives the cache another name.
-        return model(ids, None, None, cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        return (
+            model(ids, None, None, cache, use_cache=True, logits_to_keep=1)
+            .logits[:, -1:]
+            .argmax(-1)
+        )
 
     begun = time.perf_counter()
     token = step(prompt)
@@ -96,7 +117,11 @@ def peer(config: Path, context: int, tokens: int, compiled: bool) -> dict[str, A
     ttft = time.perf_counter() - begun
     run: Step = torch.compile(step, mode="reduce-overhead") if compiled else step
     taken = [timed(run, token) for _ in range(WARM_UP + tokens - 1)]
-    return {"tpot_ms": statistics.median(taken[WARM_UP:]) * 1e3, "ttft_ms": ttft * 1e3, "ttft_is": "cold"}
+    return {
+        "tpot_ms": statistics.median(taken[WARM_UP:]) * 1e3,
+        "ttft_ms": ttft * 1e3,
+        "ttft_is": "cold",
+    }
 
 
 def timed(run: Step, token: torch.Tensor) -> float:
@@ -113,7 +138,10 @@ def vllm_peer(config: Path, context: int, tokens: int, borrow: bool) -> dict[str
     made = json.loads(config.read_text())
     text = made["text_config"]
     made["architectures"] = [f"Qwen3_5{'Moe' * ('num_experts' in text)}ForConditionalGeneration"]
-    made |= {"vision_config": VISION | {"out_hidden_size": text["hidden_size"]}, "dtype": "bfloat16"}
+    made |= {
+        "vision_config": VISION | {"out_hidden_size": text["hidden_size"]},
+        "dtype": "bfloat16",
+    }
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(made))
         if borrow:
@@ -121,16 +149,32 @@ def vllm_peer(config: Path, context: int, tokens: int, borrow: bool) -> dict[str
         from vllm import LLM, SamplingParams
 
         engine = LLM(
-            folder, load_format="dummy", skip_tokenizer_init=True, language_model_only=True, dtype="bfloat16",
-            max_model_len=context + tokens + 64, max_num_seqs=8, enable_prefix_caching=False,
-            attention_backend="FLASH_ATTN", gdn_prefill_backend="triton",
-            compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8], "max_cudagraph_capture_size": 8},
-        )  # fmt: skip
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            language_model_only=True,
+            dtype="bfloat16",
+            max_model_len=context + tokens + 64,
+            max_num_seqs=8,
+            enable_prefix_caching=False,
+            attention_backend="FLASH_ATTN",
+            gdn_prefill_backend="triton",
+            compilation_config={
+                "cudagraph_capture_sizes": [1, 2, 4, 8],
+                "max_cudagraph_capture_size": 8,
+            },
+        )
 
         def taken(count: int) -> float:
-            params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+            params = SamplingParams(
+                temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False
+            )
             begun = time.perf_counter()
-            engine.generate([{"prompt_token_ids": prompt_ids(text["vocab_size"], context)}], params, use_tqdm=False)
+            engine.generate(
+                [{"prompt_token_ids": prompt_ids(text["vocab_size"], context)}],
+                params,
+                use_tqdm=False,
+            )
             return time.perf_counter() - begun
 
         taken(tokens)
@@ -171,13 +215,17 @@ def find_distribution(name: str) -> bool:
 
 
 PEERS = {
-    "eager": "transformers, eager", "compile": "transformers, compiled", "vllm": "vLLM",
+    "eager": "transformers, eager",
+    "compile": "transformers, compiled",
+    "vllm": "vLLM",
     "vllm-h100": "vLLM with an H100's tiles",
-}  # fmt: skip
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=128)
@@ -187,12 +235,18 @@ def main() -> None:
     if options.only:
         print(json.dumps(figures(options)))
         return
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.context} tokens of context")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.context} tokens of context"
+    )
     mine = contest("ours", options)
     print(f"ours: {json.dumps(mine)}", flush=True)
     for name in filter(None, options.peers.split(",")):
         found = contest(name, options)
-        ratio = found["tpot_ms"] / mine["tpot_ms"] if "tpot_ms" in found and "tpot_ms" in mine else float("nan")
+        ratio = (
+            found["tpot_ms"] / mine["tpot_ms"]
+            if "tpot_ms" in found and "tpot_ms" in mine
+            else float("nan")
+        )
         print(f"{PEERS[name]}: {json.dumps(found)} = {ratio:.2f} x the time of ours", flush=True)
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/load.py DIR [--folder /tmp]
 
-Makes a checkpoint of random weights as the plan of DIR wants it, in a temporary folder, and reads it from the page
-cache: raw, by one thread in blocks of 16 MiB, and through `load_weights`, digests and checks of shapes included.
+Makes a checkpoint of random weights as the plan of DIR wants it, in a temporary folder, and reads
+it from the page cache: raw, by one thread in blocks of 16 MiB, and through `load_weights`, digests
+and checks of shapes included.
 """
 
 from __future__ import annotations
@@ -31,15 +32,19 @@ ROUNDS = 3
 def write_checkpoint(plan: Plan, folder: Path) -> int:
     """Random tensors of the names and shapes that the plan reads; their bytes."""
     shapes: dict[str, list[int]] = {}
-    for weight in plan.weights:
+    for weight in plan.pool.weights:
         for piece in weight.pieces:
             ends = [start + size for start, size in zip(piece.start, piece.size, strict=True)]
-            shapes[piece.source] = [max(pair) for pair in zip(shapes.get(piece.source, ends), ends, strict=True)]
-    dtype = TORCH_DTYPES[plan.weights[0].tensor.dtype]
+            shapes[piece.source] = [
+                max(pair) for pair in zip(shapes.get(piece.source, ends), ends, strict=True)
+            ]
+    dtype = TORCH_DTYPES[plan.pool.weights[0].tensor.dtype]
     shard: dict[str, torch.Tensor] = {}
     total = count = 0
     for name, shape in shapes.items():
-        shard[name] = torch.randn(shape[-1], dtype=torch.float32).to(dtype).expand(shape).contiguous()
+        shard[name] = (
+            torch.randn(shape[-1], dtype=torch.float32).to(dtype).expand(shape).contiguous()
+        )
         total += shard[name].nbytes
         if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
             save_file(shard, folder / f"model-{count}.safetensors")
@@ -68,12 +73,14 @@ def best_s(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     options = parser.parse_args()
     plan = load_plan(options.bundle)
-    arenas = Arenas(plan.arenas, plan.target.device)
+    arenas = Arenas(plan.pool.arenas, plan.target.device)
 
     def load() -> None:
         load_weights(plan, Path(folder), lambda: arenas, 0)

@@ -2,10 +2,11 @@
 
     python benchmarks/persistent.py DIR [--context 1024]
 
-DIR is a bundle of Qwen3.5-35B-A3B for one GPU, planned with `speculation: off`. In the decode program of one sequence
-the router, the experts' way up and their way down of every layer are exchanged for one kernel, all of whose programs
-are on the machine at once and which meet twice on a counter in memory. Weights that are known before a meeting are in
-registers by then. Both programs are captured and replayed in turns; the results of a layer are compared first.
+DIR is a bundle of Qwen3.5-35B-A3B for one GPU, planned with `speculation: off`. In the decode
+program of one sequence the router, the experts' way up and their way down of every layer are
+exchanged for one kernel, all of whose programs are on the machine at once and which meet twice on a
+counter in memory. Weights that are known before a meeting are in registers by then. Both programs
+are captured and replayed in turns; the results of a layer are compared first.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ from tokenspeed_plan.runtime.bench.clock import captured, time_us
 from tokenspeed_plan.runtime.bench.replay import Replay
 
 ROUNDS = 9
-SHAPES = ((528, 4, 2, 4), (528, 4, 4, 4), (264, 8, 4, 8), (264, 8, 2, 8))  # programs, warps, tiles up and down
+SHAPES = (
+    (528, 4, 2, 4),
+    (528, 4, 4, 4),
+    (264, 8, 4, 8),
+    (264, 8, 2, 8),
+)  # programs, warps, tiles up and down
 BLOCK = ("norm_linear", "moe_up", "moe_down_add")
 
 
@@ -63,11 +69,29 @@ def _best(logits_E, EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
 
 @triton.jit
 def moe_block(
-    x_H, norm_H, router_EH, up_EIH, shared_up_IH, down_EHI, shared_down_HI, y_H, logits_E, gate_1, h_KI, shared_I,
-    out_H, counter,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, EPS: tl.constexpr,
-    UP: tl.constexpr, DOWN: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+    x_H,
+    norm_H,
+    router_EH,
+    up_EIH,
+    shared_up_IH,
+    down_EHI,
+    shared_down_HI,
+    y_H,
+    logits_E,
+    gate_1,
+    h_KI,
+    shared_I,
+    out_H,
+    counter,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    H: tl.constexpr,
+    INNER: tl.constexpr,
+    EPS: tl.constexpr,
+    UP: tl.constexpr,
+    DOWN: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
     """Router, top-k, gate and up of 8 routed and one shared expert, down, residual: for one token."""
     tl.extra.cuda.gdc_launch_dependents()
     p = tl.program_id(0)
@@ -96,7 +120,9 @@ def moe_block(
         for j in tl.static_range(TOP_K):
             expert = tl.where(slot == j, experts[j], expert)
         routed = up_EIH + expert.to(tl.int64) * (2 * INNER * H)
-        weight = tl.where(slot < TOP_K, routed.to(tl.int64), shared_up_IH.to(tl.int64)).to(tl.pointer_type(tl.bfloat16))
+        weight = tl.where(slot < TOP_K, routed.to(tl.int64), shared_up_IH.to(tl.int64)).to(
+            tl.pointer_type(tl.bfloat16)
+        )
         weight += (first + n)[:, None] * H + k[None, :]
         gate = tl.sum(tl.load(weight).to(tl.float32) * x[None, :], 1)
         up = tl.sum(tl.load(weight + INNER * H).to(tl.float32) * x[None, :], 1)
@@ -110,7 +136,9 @@ def moe_block(
     shared_w = tl.load(shared_down_HI + place, mask=ok, other=0.0)
     early = ()
     for j in tl.static_range(TOP_K):
-        weight = tl.load(down_EHI + experts[j].to(tl.int64) * (H * INNER) + place, mask=ok, other=0.0)
+        weight = tl.load(
+            down_EHI + experts[j].to(tl.int64) * (H * INNER) + place, mask=ok, other=0.0
+        )
         early = early + (weight,)  # noqa: RUF005 - Triton
     _meet(counter, PROGRAMS)
 
@@ -119,10 +147,15 @@ def moe_block(
         total += tl.exp(scores[j] - scores[0])
     acc = tl.zeros([DOWN, INNER], tl.float32)
     for j in tl.static_range(TOP_K):
-        h = tl.load(h_KI + j * INNER + i, cache_modifier=".cg").to(tl.float32) * (tl.exp(scores[j] - scores[0]) / total)
+        h = tl.load(h_KI + j * INNER + i, cache_modifier=".cg").to(tl.float32) * (
+            tl.exp(scores[j] - scores[0]) / total
+        )
         acc += early[j].to(tl.float32) * h[None, :]
     gate = tl.sigmoid(tl.load(gate_1, cache_modifier=".cg").to(tl.float32))
-    acc += shared_w.to(tl.float32) * (tl.load(shared_I + i, cache_modifier=".cg").to(tl.float32) * gate)[None, :]
+    acc += (
+        shared_w.to(tl.float32)
+        * (tl.load(shared_I + i, cache_modifier=".cg").to(tl.float32) * gate)[None, :]
+    )
     out = tl.sum(acc, 1) + tl.load(x_H + m, mask=m < H, other=0.0).to(tl.float32)
     tl.store(out_H + m, out, mask=m < H)
 
@@ -134,9 +167,14 @@ class Exchange:
         executor, self.counter = replay.executor, torch.zeros(1, dtype=torch.int32, device="cuda")
         self.options = {"PROGRAMS": programs, "UP": up, "DOWN": down, "num_warps": warps}
         steps = executor.steps(replay.program, *replay._size)
-        self.calls = [(kind_of(executor.kernels[step.kernel]), step, *work) for step, work in steps
-                      if isinstance(step, KernelCall)]  # fmt: skip
-        self.names = {name: [p.name for p in kernel.params] for name, kernel in executor.kernels.items()}
+        self.calls = [
+            (kind_of(executor.kernels[step.kernel]), step, *work)
+            for step, work in steps
+            if isinstance(step, KernelCall)
+        ]
+        self.names = {
+            name: [p.name for p in kernel.params] for name, kernel in executor.kernels.items()
+        }
 
     def merged(self) -> Iterator[Any]:
         """Instructions."""
@@ -144,7 +182,12 @@ class Exchange:
         while index < len(self.calls):
             run = self.calls[index : index + 3]
             if tuple(kind for kind, *_ in run) == BLOCK:
-                yield self._one(*(dict(zip(self.names[step.kernel], work[2], strict=True)) for _, step, work in run))
+                yield self._one(
+                    *(
+                        dict(zip(self.names[step.kernel], work[2], strict=True))
+                        for _, step, work in run
+                    )
+                )
                 index += 3
             else:
                 yield run[0][2]
@@ -152,10 +195,21 @@ class Exchange:
 
     def _one(self, router: Any, up: Any, down: Any) -> Any:
         tensors = (
-            router["rms_norm_x"], router["rms_norm_w"], router["linear_w"], up["experts_up_w"], up["linear_w"],
-            down["experts_down_w"], down["linear_w"], router["rms_norm_y"], router["linear_y0"], router["linear_y1"],
-            up["experts_up_y"], up["silu_mul_y"], down["add_y"], self.counter,
-        )  # fmt: skip
+            router["rms_norm_x"],
+            router["rms_norm_w"],
+            router["linear_w"],
+            up["experts_up_w"],
+            up["linear_w"],
+            down["experts_down_w"],
+            down["linear_w"],
+            router["rms_norm_y"],
+            router["linear_y0"],
+            router["linear_y1"],
+            up["experts_up_y"],
+            up["silu_mul_y"],
+            down["add_y"],
+            self.counter,
+        )
         experts, twice, hidden = up["experts_up_w"].shape
         sizes = {
             "EXPERTS": experts,
@@ -173,19 +227,26 @@ class Exchange:
 
     def fits(self) -> bool:
         """Whether all programs are on the machine at once: else they would wait for each other for ever."""
-        tensors, options = next(call[1]["arguments"] for call in self.merged() if "arguments" in call[1])
+        tensors, options = next(
+            call[1]["arguments"] for call in self.merged() if "arguments" in call[1]
+        )
         made = moe_block.warmup(*tensors, grid=(1,), **options)
         made._init_handles()
         device = torch.cuda.get_device_properties(0)
         threads = 32 * self.options["num_warps"]
-        resident = min(device.regs_per_multiprocessor // (-(-made.n_regs // 8) * 8 * threads), 2048 // threads)
+        resident = min(
+            device.regs_per_multiprocessor // (-(-made.n_regs // 8) * 8 * threads), 2048 // threads
+        )
         return resident * device.multi_processor_count >= self.options["PROGRAMS"]
 
 
 def error(replay: Replay, exchange: Exchange) -> float:
     """Of the first layer that is exchanged."""
     last = next(i for i, (kind, *_) in enumerate(exchange.calls) if kind == BLOCK[2])
-    three, one = [work for *_, work in exchange.calls[: last + 1]], list(exchange.merged())[: last - 1]
+    three, one = (
+        [work for *_, work in exchange.calls[: last + 1]],
+        list(exchange.merged())[: last - 1],
+    )
     found = []
     for calls in (three, one):
         replay.reset()
@@ -196,7 +257,9 @@ def error(replay: Replay, exchange: Exchange) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--context", type=int, default=1024)
     options = parser.parse_args()
@@ -206,7 +269,9 @@ def main() -> None:
     for programs, warps, up, down in SHAPES:
         exchange = Exchange(replay, programs, warps, up, down)
         if not exchange.fits():
-            print(f"{programs} programs of {warps} warps are not all on the machine at once: left out")
+            print(
+                f"{programs} programs of {warps} warps are not all on the machine at once: left out"
+            )
             continue
         plain, merged = [work for *_, work in exchange.calls], list(exchange.merged())
         graphs = [captured(lambda calls=calls: execute(calls), "cuda") for calls in (plain, merged)]
@@ -215,9 +280,12 @@ def main() -> None:
             for graph, taken in zip(graphs, times, strict=True):
                 taken.append(time_us(graph, "cuda", reset=replay.reset))
         three, one = map(statistics.median, times)
-        print(f"{programs} programs of {warps} warps, tiles of {up} and {down}: {len(plain)} launches {three:.1f} us, "
-              f"{len(merged)} launches {one:.1f} us, {one / three:.3f} x; "
-              f"relative difference {error(replay, exchange):.4f}", flush=True)  # fmt: skip
+        print(
+            f"{programs} programs of {warps} warps, tiles of {up} and {down}: {len(plain)} launches {three:.1f} us, "
+            f"{len(merged)} launches {one:.1f} us, {one / three:.3f} x; "
+            f"relative difference {error(replay, exchange):.4f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

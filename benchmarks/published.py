@@ -2,8 +2,9 @@
 
     python benchmarks/published.py > benchmarks/results/predictions_DATE.md
 
-Published: lightseekorg/tokenspeed's figures for Qwen3.5-397B-A17B (NVFP4 experts, FP8 keys and values), in its post of
-2026-05-27 and the references of its CI. Measured: benchmarks/results/advisor_h200_2026-11-24.md.
+Published: lightseekorg/tokenspeed's figures for Qwen3.5-397B-A17B (NVFP4 experts, FP8 keys and
+values), in its post of 2026-05-27 and the references of its CI. Measured:
+benchmarks/results/advisor_h200_2026-11-24.md.
 """
 
 from __future__ import annotations
@@ -49,22 +50,38 @@ POINTS = (
 )
 LONG = ((131_072, 530), (262_144, 495), (1_048_576, 445))
 MEASURED = (  # batch, context, chunk, milliseconds
-    ("decode", 1, 1024, 1.943), ("decode", 2, 1024, 2.654), ("decode", 4, 1024, 3.782), ("decode", 1, 50_000, 2.330),
+    ("decode", 1, 1024, 1.943),
+    ("decode", 2, 1024, 2.654),
+    ("decode", 4, 1024, 3.782),
+    ("decode", 1, 50_000, 2.330),
     ("prefill", 1, 8192, 133.3),
-)  # fmt: skip
+)
 
 
 def spec(gpu: str, count: int, concurrency: int) -> Spec:
-    return Spec.model_validate({
-        "version": 1, "model": {"preset": "qwen3.5-397b-a17b", "weights": "nvfp4"},
-        "target": {"gpu": gpu, "count": count},
-        "workload": {"kind": "agentic", "first_turn_tokens": 50_000, "turn_tokens": 800, "turns": 12,
-                     "output_tokens": 500, "concurrency": concurrency},
-    })  # fmt: skip
+    return Spec.model_validate(
+        {
+            "version": 1,
+            "model": {"preset": "qwen3.5-397b-a17b", "weights": "nvfp4"},
+            "target": {"gpu": gpu, "count": count},
+            "workload": {
+                "kind": "agentic",
+                "first_turn_tokens": 50_000,
+                "turn_tokens": 800,
+                "turns": 12,
+                "output_tokens": 500,
+                "concurrency": concurrency,
+            },
+        }
+    )
 
 
-def predicted(point: Point, engine: Engine | None, depth: int = DRAFTS, chunk: int | None = None) -> Prediction:
-    predictor = Predictor(spec(point.gpu, point.tp, point.concurrency), CONFIG, find_hardware(point.gpu), engine)
+def predicted(
+    point: Point, engine: Engine | None, depth: int = DRAFTS, chunk: int | None = None
+) -> Prediction:
+    predictor = Predictor(
+        spec(point.gpu, point.tp, point.concurrency), CONFIG, find_hardware(point.gpu), engine
+    )
     knobs = Knobs(chunk or point.chunk, 64, depth, "fp8")
     return predictor.predict(Candidate(ParallelLayout(point.tp, point.tp, 1), knobs))
 
@@ -93,22 +110,32 @@ def agentic() -> None:
 
 
 def long_context() -> None:
-    print("| context | published, tokens/s (decode, TP8 B200) | their engine, predicted | ours, predicted |")
+    print(
+        "| context | published, tokens/s (decode, TP8 B200) | their engine, predicted | ours, predicted |"
+    )
     print("| --- | --- | --- | --- |")
     layout, accepted = ParallelLayout(8, 8, 1), tokens_a_step(DRAFTS, ACCEPTANCE)
     for context, truth in LONG:
         rates = [
-            accepted / StepModel(CONFIG, find_hardware("B200"), "nvfp4", engine=engine)
-            .decode(layout, 1, context, DRAFTS, "fp8").total_us * 1e6
+            accepted
+            / StepModel(CONFIG, find_hardware("B200"), "nvfp4", engine=engine)
+            .decode(layout, 1, context, DRAFTS, "fp8")
+            .total_us
+            * 1e6
             for engine in (THEIRS, None)
-        ]  # fmt: skip
+        ]
         print(f"| {context:,} | {truth} | {off(rates[0], truth)} | {rates[1]:.4g} |")
 
 
 def speculation() -> None:
     print("| batch | published gain of 3 drafts | their engine, predicted | ours, predicted |")
     print("| --- | --- | --- | --- |")
-    for batch, truth in ((1, "+100 to +159 %"), (16, "not published"), (32, "+38 to +90 %"), (64, "about 0 to +90 %")):
+    for batch, truth in (
+        (1, "+100 to +159 %"),
+        (16, "not published"),
+        (32, "+38 to +90 %"),
+        (64, "about 0 to +90 %"),
+    ):
         gains = []
         for engine in (THEIRS, None):
             steps = StepModel(CONFIG, find_hardware("B200"), "nvfp4", engine=engine)
@@ -121,10 +148,17 @@ def speculation() -> None:
 
 def turns() -> None:
     """Derived there from the CI's references: 1.57 s a turn on TP8, 1.22 s on TP4, at concurrency 1."""
-    print("| deployment | derived from the CI's references | their engine, predicted | ours, predicted |")
+    print(
+        "| deployment | derived from the CI's references | their engine, predicted | ours, predicted |"
+    )
     print("| --- | --- | --- | --- |")
     eight, four = POINTS[0], POINTS[1]
-    for point, chunk, truth in ((eight, 2048, 1.57), (eight, 8192, None), (four, 8192, 1.22), (four, 2048, None)):
+    for point, chunk, truth in (
+        (eight, 2048, 1.57),
+        (eight, 8192, None),
+        (four, 8192, 1.22),
+        (four, 2048, None),
+    ):
         theirs, ours = (predicted(point, engine, chunk=chunk).metrics for engine in (THEIRS, None))
         seconds = theirs["turn_time_ms"] / 1e3
         cell = off(seconds, truth) if truth else f"{seconds:.3g}"
@@ -139,11 +173,17 @@ def measured() -> None:
     steps = StepModel(load_preset("qwen3.5-35b-a3b")[0], find_hardware("H200"))
     layout, errors = ParallelLayout(1, 1, 1), []
     for phase, batch, tokens, truth in MEASURED:
-        step = steps.decode(layout, batch, tokens) if phase == "decode" else steps.prefill(layout, tokens, 0)
+        step = (
+            steps.decode(layout, batch, tokens)
+            if phase == "decode"
+            else steps.prefill(layout, tokens, 0)
+        )
         value = step.total_us / 1e3
         errors.append(abs(value / truth - 1))
         print(f"| {phase}, batch {batch}, {tokens} tokens | {truth} | {off(value, truth)} |")
-    print(f"\nMean absolute error {statistics.mean(errors):.1%}, of decode alone {statistics.mean(errors[:-1]):.1%}.")
+    print(
+        f"\nMean absolute error {statistics.mean(errors):.1%}, of decode alone {statistics.mean(errors[:-1]):.1%}."
+    )
 
 
 def speed() -> None:
@@ -159,10 +199,13 @@ def speed() -> None:
 
 def main() -> None:
     for title, part in (
-        ("Agentic workload: 50K, then 800 a turn, 500 out, 12 turns", agentic), ("Long context", long_context),
-        ("Speculation", speculation), ("Seconds a turn, TP8 against TP4, concurrency 1", turns),
-        ("Measured on an H200", measured), ("The search", speed),
-    ):  # fmt: skip
+        ("Agentic workload: 50K, then 800 a turn, 500 out, 12 turns", agentic),
+        ("Long context", long_context),
+        ("Speculation", speculation),
+        ("Seconds a turn, TP8 against TP4, concurrency 1", turns),
+        ("Measured on an H200", measured),
+        ("The search", speed),
+    ):
         print(f"\n## {title}\n")
         part()
 

@@ -1,8 +1,8 @@
 """Compile kernels ahead of time, for a GPU that need not be there.
 
-Each kernel is compiled in a worker process with line information off and floating-point contraction pinned, from a text
-without a path, so that the bytes depend on nothing but text, options, architecture and Triton. Results are kept by
-content; a damaged entry is made again.
+Each kernel is compiled in a worker process with line information off and floating-point contraction
+pinned, from a text without a path, so that the bytes depend on nothing but text, options,
+architecture and Triton. Results are kept by content; a damaged entry is made again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,16 @@ from tokenspeed_plan.plans.schema import KernelSpec
 from tokenspeed_plan.plans.types import DType
 
 CACHE_VERSION = 3
-POINTERS: dict[DType, str] = {"bf16": "*bf16", "fp32": "*fp32", "fp64": "*fp64", "i32": "*i32", "i64": "*i64"}
+POINTERS: dict[DType, str] = {
+    "bf16": "*bf16",
+    "fp32": "*fp32",
+    "fp64": "*fp64",
+    "i32": "*i32",
+    "i64": "*i64",
+}
 WARP_SIZE = 32
-# What Triton, LLVM and ptxas read from the environment. It is in no key, so it may not change a result.
+# What Triton, LLVM and ptxas read from the environment. It is in no key, so it may not change a
+# result.
 SWITCHES = ("TRITON_", "MLIR_", "LLVM_", "DISABLE_", "NVPTX_", "PTXAS_", "USE_IR_LOC", "ALLOW_LHS_")
 
 
@@ -47,8 +54,15 @@ class Job:
         """Digest of all that the result depends on."""
         launch = self.kernel.launch
         assert launch is not None
-        facts = (CACHE_VERSION, compiler_name(), self.sm, self.source, signature(self.kernel), launch.num_warps,
-                 launch.num_stages)  # fmt: skip
+        facts = (
+            CACHE_VERSION,
+            compiler_name(),
+            self.sm,
+            self.source,
+            signature(self.kernel),
+            launch.num_warps,
+            launch.num_stages,
+        )
         return sha256(canonical(facts))
 
 
@@ -73,7 +87,9 @@ def compiler_name() -> str:
     try:
         return f"triton {version('triton')}"
     except PackageNotFoundError as error:
-        raise SpecError("Triton is not installed, so kernels cannot be compiled", "pass `--no-compile`") from error
+        raise SpecError(
+            "Triton is not installed, so kernels cannot be compiled", "pass `--no-compile`"
+        ) from error
 
 
 def signature(kernel: KernelSpec) -> dict[str, str]:
@@ -108,7 +124,9 @@ def _compile_missing(missing: list[Job], cache: Path) -> dict[str, Compiled]:
     workers = min(os.cpu_count() or 1, len(missing))
     with (
         tempfile.TemporaryDirectory(prefix="tokenspeed-") as scratch,
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (scratch,)) as pool,
+        ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), _start_worker, (scratch,)
+        ) as pool,
     ):
         try:
             for job, made in zip(missing, pool.map(compile_kernel, missing), strict=True):
@@ -126,15 +144,20 @@ ADDR_NO_RANDOMIZE = 0x0040000  # of personality(2)
 def _start_worker(scratch: str) -> None:
     """Set what Triton reads when it is first imported.
 
-    `ptxas` for sm_100 (12.9) allocates registers by the addresses of its objects, so that one PTX gives several
-    cubins. Programs that a worker starts inherit its personality, and lie where they always do.
+    `ptxas` for sm_100 (12.9) allocates registers by the addresses of its objects, so that one PTX
+    gives several cubins. Programs that a worker starts inherit its personality, and lie where they
+    always do.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "personality"):
         libc.personality(ADDR_NO_RANDOMIZE)
     for name in [name for name in os.environ if name.startswith(SWITCHES)]:
         del os.environ[name]
-    os.environ |= {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": scratch, "TRITON_ALWAYS_COMPILE": "1"}
+    os.environ |= {
+        "TRITON_DISABLE_LINE_INFO": "1",
+        "TRITON_CACHE_DIR": scratch,
+        "TRITON_ALWAYS_COMPILE": "1",
+    }
 
 
 def compile_kernel(job: Job) -> Compiled:
@@ -146,8 +169,17 @@ def compile_kernel(job: Job) -> Compiled:
     kernel, launch = job.kernel, job.kernel.launch
     assert launch is not None
     aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(kernel.params))}
-    source = ASTSource(fn=load_function(kernel, job.source), signature=signature(kernel), constexprs={}, attrs=aligned)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    source = ASTSource(
+        fn=load_function(kernel, job.source),
+        signature=signature(kernel),
+        constexprs={},
+        attrs=aligned,
+    )
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": True,
+    }
     try:
         made = triton.compile(source, target=GPUTarget("cuda", job.sm, WARP_SIZE), options=options)
     except (OSError, MemoryError):  # of this machine, not of the kernel

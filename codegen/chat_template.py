@@ -27,9 +27,14 @@ def _refuse(message: str) -> NoReturn:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, undefined=_Lenient, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=_Lenient,
+        extensions=["jinja2.ext.loopcontrols"],
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(
+        value, ensure_ascii=False, **options
+    )
     environment.globals["raise_exception"] = _refuse
     return environment
 
@@ -46,7 +51,8 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except TemplateError as error:
             raise PlanError(
-                f"the model's chat template does not parse: {error}", "use the file of the published model"
+                f"the model's chat template does not parse: {error}",
+                "use the file of the published model",
             ) from error
         self._tokens = {name: token or "" for name, token in (special_tokens or {}).items()}
 
@@ -57,7 +63,9 @@ class ChatTemplate:
         try:
             source = path.read_text() if path.is_file() else config.get("chat_template")
         except UnicodeDecodeError as error:
-            raise PlanError(f"`{path}` is not UTF-8", "use the file of the published model") from error
+            raise PlanError(
+                f"`{path}` is not UTF-8", "use the file of the published model"
+            ) from error
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         tokens = {name: config[name] for name in names if isinstance(config.get(name), str)}
         return cls(source, tokens) if isinstance(source, str) else None
@@ -69,7 +77,9 @@ class ChatTemplate:
             RequestError: the template refuses the messages.
         """
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **self._tokens)
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, tools=None, **self._tokens
+            )
         except (
             TemplateError,
             TypeError,
@@ -79,7 +89,9 @@ class ChatTemplate:
             ArithmeticError,
             RecursionError,
         ) as error:
-            raise RequestError(f"the model's chat template refuses the messages: {error}", _HINT) from error
+            raise RequestError(
+                f"the model's chat template refuses the messages: {error}", _HINT
+            ) from error
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -87,5 +99,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
-        raise PlanError(f"`{path}` is not JSON: {error}", "use the file of the published model") from error
+        raise PlanError(
+            f"`{path}` is not JSON: {error}", "use the file of the published model"
+        ) from error
     return data if isinstance(data, dict) else {}

@@ -19,9 +19,16 @@ from tokenspeed_plan.plans.schema import KernelSpec, Launch, Param
 
 Rule = Callable[[Work], list[Tiling]]
 _LINEAR = (
-    "linear", "norm_head", "head", "norm_linear_silu_mul", "norm_linear", "linear_silu_mul", "expert_sum_linear_add",
-    "expert_sum_linear", "linear_add",
-)  # fmt: skip
+    "linear",
+    "norm_head",
+    "head",
+    "norm_linear_silu_mul",
+    "norm_linear",
+    "linear_silu_mul",
+    "expert_sum_linear_add",
+    "expert_sum_linear",
+    "linear_add",
+)
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_LINEAR, linear.linear),
     "grouped_up": linear.grouped,
@@ -69,7 +76,12 @@ class Built:
 
 
 def build_kernel(
-    kind: str, kernel: KernelSpec, rows: tuple[int, int], hardware: Machine, pdl: bool, tile: Tile | None = None
+    kind: str,
+    kernel: KernelSpec,
+    rows: tuple[int, int],
+    hardware: Machine,
+    pdl: bool,
+    tile: Tile | None = None,
 ) -> list[Built]:
     """The ways to build a kernel, best first; one without a text where only the reference can do it.
 
@@ -100,7 +112,8 @@ def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
         source_sha256="",
     )
     scratch = tuple(
-        Param(name=name, role="scratch", tensor=spec, access="update") for name, spec in tiling.scratch.items()
+        Param(name=name, role="scratch", tensor=spec, access="update")
+        for name, spec in tiling.scratch.items()
     )
     kernel = work.kernel.model_copy(update={"params": work.kernel.params + scratch})
     num_rows = "num_seqs" if work.by_seqs else "num_tokens"

@@ -1,7 +1,7 @@
 """Kernel text: a template and the constants that the planner chose become one readable Triton file.
 
-Templates hold plain Triton with every constant baked; Jinja only picks what a kernel has and has not. An unknown name
-in a template is an error.
+Templates hold plain Triton with every constant baked; Jinja only picks what a kernel has and has
+not. An unknown name in a template is an error.
 """
 
 from __future__ import annotations

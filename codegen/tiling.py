@@ -52,7 +52,11 @@ class Work:
 
         Where several rows of a sequence are one program's, their number too.
         """
-        matrices = [p.tensor.shape for p in self.kernel.params if p.role == "weight" and len(p.tensor.shape) > 1]
+        matrices = [
+            p.tensor.shape
+            for p in self.kernel.params
+            if p.role == "weight" and len(p.tensor.shape) > 1
+        ]
         shapes = " ".join("x".join(map(str, shape)) for shape in matrices)
         rows = f"{up2(self.num_rows)}" + (f" by {self.query_len}" if self.query_len > 1 else "")
         return f"{self.kind} {rows} {shapes}".strip()
@@ -65,7 +69,9 @@ class Work:
     @property
     def by_seqs(self) -> bool:
         """Whether what it makes has a row a sequence, not a row a token."""
-        return any(p.role == "output" and p.tensor.shape[0] == "num_seqs" for p in self.kernel.params)
+        return any(
+            p.role == "output" and p.tensor.shape[0] == "num_seqs" for p in self.kernel.params
+        )
 
     @property
     def num_rows(self) -> int:
@@ -121,8 +127,9 @@ class Work:
 class Tiling:
     """One way to build a kernel.
 
-    `options` choose inside the template; programs meet in `scratch`; with `ahead` the kernel loads what no other
-    writes while its predecessor ends, and the inputs `early`: its predecessor has `trigger_after_wait`, and does not make them.
+    `options` choose inside the template; programs meet in `scratch`; with `ahead` the kernel loads
+    what no other writes while its predecessor ends, and the inputs `early`: its predecessor has
+    `trigger_after_wait`, and does not make them.
     """
 
     template: str
@@ -139,12 +146,12 @@ class Tiling:
 
 def per_seq(width: int, dtype: DType = "fp32") -> TensorSpec:
     """Scratch of so many elements a sequence."""
-    return TensorSpec(shape=("num_seqs", width), dtype=dtype)
+    return TensorSpec.of(shape=("num_seqs", width), dtype=dtype)
 
 
 def per_token(width: int, dtype: DType = "fp32") -> TensorSpec:
     """Scratch of so many elements a token."""
-    return TensorSpec(shape=("num_tokens", width), dtype=dtype)
+    return TensorSpec.of(shape=("num_tokens", width), dtype=dtype)
 
 
 TRITON_DTYPES: dict[DType, str] = {"bf16": "tl.bfloat16", "fp32": "tl.float32"}

@@ -16,7 +16,9 @@ PROMPTS = ("def add(a, b):", "import os\n", "class Queue:")
 
 def whole(engine: Engine, params: SamplingParams) -> None:
     """All answers at once, in the order of the prompts."""
-    for prompt, done in zip(PROMPTS, engine.generate(map(engine.tokenizer.encode, PROMPTS), params), strict=True):
+    for prompt, done in zip(
+        PROMPTS, engine.generate(map(engine.tokenizer.encode, PROMPTS), params), strict=True
+    ):
         print(f"{prompt!r} -> {done.text!r} ({done.finish_reason})")
 
 
@@ -30,7 +32,9 @@ def growing(engine: Engine, params: SamplingParams) -> None:
 async def together(engine: Engine, params: SamplingParams) -> None:
     """Three callers on one loop; the third one has heard enough after five tokens."""
     async with AsyncEngine(engine) as served:
-        first, second = (served.generate(engine.tokenizer.encode(prompt), params) for prompt in PROMPTS[:2])
+        first, second = (
+            served.generate(engine.tokenizer.encode(prompt), params) for prompt in PROMPTS[:2]
+        )
         async with served.stream(engine.tokenizer.encode(PROMPTS[2]), params) as answer:
             heard = 0
             async for delta in answer:

@@ -49,5 +49,17 @@ def main() -> None:
     """Compile a language model's deployment into a frozen plan, and replay it."""
 
 
-for command in (plan, show, diff_command, check, run, chat, serve, bench_command, predict, sweep, calibrate):
+for command in (
+    plan,
+    show,
+    diff_command,
+    check,
+    run,
+    chat,
+    serve,
+    bench_command,
+    predict,
+    sweep,
+    calibrate,
+):
     main.add_command(command)

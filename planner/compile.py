@@ -58,7 +58,11 @@ class Model:
 
     def fused_experts(self, prefix: str) -> bool:
         """Whether the experts under a name are one tensor; published BF16 files split only those of the MTP layer."""
-        return f"{prefix}gate_up_proj" in self.headers if self.headers else not prefix.startswith("mtp.")
+        return (
+            f"{prefix}gate_up_proj" in self.headers
+            if self.headers
+            else not prefix.startswith("mtp.")
+        )
 
 
 def find_model(spec: Spec, near: Path | None = None) -> Model:
@@ -72,9 +76,14 @@ def find_model(spec: Spec, near: Path | None = None) -> Model:
         return Model(config, None, None, {}, {})
     assert spec.model.path is not None
     roots = [Path(), *(near.resolve().parents if near else ())]
-    folder = next((root / spec.model.path for root in roots if (root / spec.model.path).is_dir()), None)
+    folder = next(
+        (root / spec.model.path for root in roots if (root / spec.model.path).is_dir()), None
+    )
     if folder is None:
-        raise SpecError(f"there is no folder `{spec.model.path}`", "`model.path` names a Hugging Face model folder")
+        raise SpecError(
+            f"there is no folder `{spec.model.path}`",
+            "`model.path` names a Hugging Face model folder",
+        )
     headers = checkpoint.read_headers(folder)
     config = load_model_config(folder)
     return Model(config, spec.model.path, folder, checkpoint.file_digests(folder), headers)
@@ -124,7 +133,8 @@ def compile_bundle(
 ) -> Compiled:
     """Plan a spec; the canary is added by the caller. `dtype` overrides the spec's (fp64 makes the reference).
 
-    `choose` picks among the tilings of a kernel, best first; `decided` is what was resolved before, if it was.
+    `choose` picks among the tilings of a kernel, best first; `decided` is what was resolved before,
+    if it was.
 
     Raises:
         SpecError: the spec cannot be planned: says what does not fit, and what would.
@@ -135,25 +145,49 @@ def compile_bundle(
     layout, knobs = decided.layout, decided.knobs
     depth = knobs.depth
     limits = plan_limits(
-        spec.workload, model.config, hardware, knobs.prefill_chunk, knobs.checkpoint_tokens, depth, decided.recomputes
+        spec.workload,
+        model.config,
+        hardware,
+        knobs.prefill_chunk,
+        knobs.checkpoint_tokens,
+        depth,
+        decided.recomputes,
     )
-    context = BuildContext(model.config, dtype, limits, model.num_valid_tokens, model.fused_experts, spec.draft_vocab)
+    context = BuildContext(
+        model.config, dtype, limits, model.num_valid_tokens, model.fused_experts, spec.draft_vocab
+    )
     graphs: dict[tuple[Phase, int], OpGraph] = {}
-    wanted: list[tuple[Phase, int]] = [("prefill", depth), *(("decode", each) for each in set(decided.depths.values()))]
+    wanted: list[tuple[Phase, int]] = [
+        ("prefill", depth),
+        *(("decode", each) for each in set(decided.depths.values())),
+    ]
     for phase, drafts in wanted:
         built = check(build(context, phase, drafts))
         if model.headers:
             checkpoint.check_sources(built.weights, model.headers)
         graphs[phase, drafts] = check(shard(built, layout))
-    sized = [*((graphs["prefill", depth], bucket) for bucket in prefill_buckets(limits, spec.workload.turn_tokens)),
-             *((graphs["decode", drafts], bucket) for bucket, drafts in decided.depths.items())]  # fmt: skip
+    sized = [
+        *(
+            (graphs["prefill", depth], bucket)
+            for bucket in prefill_buckets(limits, spec.workload.turn_tokens)
+        ),
+        *((graphs["decode", drafts], bucket) for bucket, drafts in decided.depths.items()),
+    ]
     programs = _programs(sized, limits, hardware, spec, choose)
     limits = limits.model_copy(update={"interleaved_tokens": _interleaved(programs, limits, spec)})
     facts = _facts(model, dtype)
     streams = decide.streams([graph for _, _, graph, _ in programs])
     decisions = (*decided.decisions, streams, *cache_decisions(limits, _tpot_ms(spec)))
     parts = Parts(
-        spec, facts, hardware, layout, limits, decisions, decided.predicted, programs, version("tokenspeed-plan")
+        spec,
+        facts,
+        hardware,
+        layout,
+        limits,
+        decisions,
+        decided.predicted,
+        programs,
+        version("tokenspeed-plan"),
     )
     plan = seal(freeze(parts))
     validate(plan)
@@ -162,7 +196,11 @@ def compile_bundle(
 
 
 def _programs(
-    sized: Sequence[tuple[OpGraph, int]], limits: Limits, hardware: HardwareSpec, spec: Spec, choose: Choose
+    sized: Sequence[tuple[OpGraph, int]],
+    limits: Limits,
+    hardware: HardwareSpec,
+    spec: Spec,
+    choose: Choose,
 ) -> list[LoweredProgram]:
     """(bucket, sequences, lowered graph, kernels) of every program, from its graph and its bucket."""
     made = []
@@ -172,7 +210,9 @@ def _programs(
         expanded = check(expand(graph, tokens, seqs))
         load = _load(graph.phase, tokens, seqs, spec)
         fused = check(recompute_topk(fuse(expanded, tokens, seqs), tokens, seqs))
-        placed = check(place(check(schedule_best(fused, load, hardware, SUPPORTED.max_streams)), tokens, seqs))
+        placed = check(
+            place(check(schedule_best(fused, load, hardware, SUPPORTED.max_streams)), tokens, seqs)
+        )
         lowered, kernels = lower(placed, hardware, load, (tokens, seqs), choose)
         made.append((bucket, seqs, check(lowered), kernels))
     return made

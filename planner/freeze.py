@@ -26,6 +26,7 @@ from tokenspeed_plan.plans.schema import (
     MoeLayout,
     Piece,
     Plan,
+    Pool,
     Predicted,
     Program,
     Shift,
@@ -60,14 +61,38 @@ def freeze(parts: Parts) -> Plan:
         SpecError: it does not fit a rank's memory; the map is in the message.
     """
     graphs = [graph for _, _, graph, _ in parts.programs]
-    weights, weight_bytes = _place_weights({name: w for graph in graphs for name, w in graph.weights.items()}.values())
-    kernels = {name: built.kernel for _, _, _, made in parts.programs for name, built in sorted(made.items())}
+    weights, weight_bytes = _place_weights(
+        {name: w for graph in graphs for name, w in graph.weights.items()}.values()
+    )
+    kernels = {
+        name: built.kernel
+        for _, _, _, made in parts.programs
+        for name, built in sorted(made.items())
+    }
     programs = tuple(
         _program(bucket, seqs, graph, graph.phase != "prefill" and parts.hardware.sm > 0)
         for bucket, seqs, graph, _ in parts.programs
     )
     buffers, arena_bytes = _place_shared(graphs, kernels.values(), programs)
-    arena_bytes |= {"weights": weight_bytes, "activations": max(graph.arena_bytes for graph in graphs)}
+    arena_bytes |= {
+        "weights": weight_bytes,
+        "activations": max(graph.arena_bytes for graph in graphs),
+    }
+    pool = Pool(
+        role="both",
+        layout=Layout(
+            attention=AttentionLayout(tp=parts.layout.attention_tp),
+            moe=MoeLayout(tp=parts.layout.moe_tp, ep=parts.layout.moe_ep),
+        ),
+        limits=parts.limits,
+        memory_bytes_per_rank=_memory(arena_bytes, parts.hardware),
+        arenas=tuple(
+            ArenaSpec(name=name, size_bytes=arena_bytes[name]) for name in sorted(arena_bytes)
+        ),  # type: ignore[arg-type]
+        weights=weights,
+        buffers=buffers,
+        programs=programs,
+    )
     return Plan(
         schema_version=SCHEMA_VERSION,
         compiler_version=parts.compiler_version,
@@ -75,26 +100,21 @@ def freeze(parts: Parts) -> Plan:
         spec=parts.spec.model_dump(mode="json", exclude_none=True),
         model=parts.facts,
         target=Target(gpu=parts.hardware.name, count=parts.layout.num_ranks, sm=parts.hardware.sm),
-        layout=Layout(
-            attention=AttentionLayout(tp=parts.layout.attention_tp),
-            moe=MoeLayout(tp=parts.layout.moe_tp, ep=parts.layout.moe_ep),
-        ),
-        limits=parts.limits,
+        pools=(pool,),
         decisions=parts.decisions,
         predicted=parts.predicted,
-        memory_bytes_per_rank=_memory(arena_bytes, parts.hardware),
-        arenas=tuple(ArenaSpec(name=name, size_bytes=arena_bytes[name]) for name in sorted(arena_bytes)),  # type: ignore[arg-type]
-        weights=weights,
-        buffers=buffers,
         kernels=tuple(kernels[name] for name in sorted(kernels)),
-        programs=programs,
     )
 
 
 def _place_weights(weights: Iterable[Weight]) -> tuple[tuple[WeightSpec, ...], int]:
     placed, top = [], 0
     for weight in weights:
-        placed.append(WeightSpec(name=weight.name, offset_bytes=top, tensor=weight.spec, pieces=_pieces(weight)))
+        placed.append(
+            WeightSpec(
+                name=weight.name, offset_bytes=top, tensor=weight.spec, pieces=_pieces(weight)
+            )
+        )
         top += aligned(weight.spec.size_bytes())
     return tuple(placed), top
 
@@ -104,7 +124,9 @@ def _pieces(weight: Weight) -> tuple[Piece, ...]:
     for source in weight.sources:
         at = tuple(joined if dim == weight.join_dim else 0 for dim in range(len(source.size)))
         shifts = tuple(Shift(dim=dim, by=by) for dim, by in source.ranks)
-        pieces.append(Piece(source=source.name, start=source.start, size=source.size, at=at, shifts=shifts))
+        pieces.append(
+            Piece(source=source.name, start=source.start, size=source.size, at=at, shifts=shifts)
+        )
         joined += source.size[weight.join_dim]
     return tuple(pieces)
 
@@ -115,18 +137,27 @@ def _place_shared(
     """State, io and scratch buffers: they outlive a program, so each has a place of its own."""
     shared: dict[str, Tensor] = {}
     for graph in graphs:
-        shared |= {name: tensor for name, tensor in graph.tensors.items() if tensor.arena != "activations"}
+        shared |= {
+            name: tensor for name, tensor in graph.tensors.items() if tensor.arena != "activations"
+        }
     for kernel in kernels:
         scratch = (param for param in kernel.params if param.role == "scratch")
         shared |= {
-            name: Tensor(name, param.tensor, "scratch") for param in scratch if (name := scratch_name(kernel, param))
+            name: Tensor(name, param.tensor, "scratch")
+            for param in scratch
+            if (name := scratch_name(kernel, param))
         }
     sizes = shared_bytes({name: tensor.spec for name, tensor in shared.items()}, programs)
     tops = {"kv_cache": 0, "state": 0, "io": 0, "scratch": 0}
     buffers = []
     for tensor in shared.values():
         buffers.append(
-            BufferSpec(name=tensor.name, arena=tensor.arena, offset_bytes=tops[tensor.arena], tensor=tensor.spec)
+            BufferSpec(
+                name=tensor.name,
+                arena=tensor.arena,
+                offset_bytes=tops[tensor.arena],
+                tensor=tensor.spec,
+            )
         )
         tops[tensor.arena] += aligned(sizes[tensor.name])
     return tuple(buffers), tops
@@ -141,13 +172,20 @@ def _memory(arena_bytes: dict[str, int], hardware: HardwareSpec) -> Memory:
             f" ({rows}, reserved {hardware.reserved_bytes / GIB:.2f} GiB)",
             "raise `target.count`, or lower `workload.concurrency` or its tokens",
         )
-    return Memory(**arena_bytes, reserved=hardware.reserved_bytes, total=total, capacity=hardware.memory_bytes)
+    return Memory(
+        **arena_bytes, reserved=hardware.reserved_bytes, total=total, capacity=hardware.memory_bytes
+    )
 
 
 def _program(bucket: int, max_seqs: int, graph: OpGraph, captured: bool) -> Program:
     used = [name for op in graph.ordered() for name in op.outputs]
     buffers = tuple(
-        BufferSpec(name=name, arena="activations", offset_bytes=graph.offsets[name], tensor=graph.tensors[name].spec)
+        BufferSpec(
+            name=name,
+            arena="activations",
+            offset_bytes=graph.offsets[name],
+            tensor=graph.tensors[name].spec,
+        )
         for name in used
         if graph.tensors[name].arena == "activations"
     )

@@ -1,6 +1,7 @@
 """The golden tokens of a plan: made by replaying the same model in fp64 on the reference bodies.
 
-In fp64 the last bits differ between machines at 1e-14, so that four decimals are the same everywhere.
+In fp64 the last bits differ between machines at 1e-14, so that four decimals are the same
+everywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from tokenspeed_plan.plans.bundle import seal
 from tokenspeed_plan.plans.schema import CanaryPrompt, Plan
 from tokenspeed_plan.plans.validate import validate
 
-TEXTS = ("def fibonacci(n):\n", "import os\n\n\nclass Path:\n    def __init__(self, ", "The quick brown fox")
+TEXTS = (
+    "def fibonacci(n):\n",
+    "import os\n\n\nclass Path:\n    def __init__(self, ",
+    "The quick brown fox",
+)
 NUM_TOKENS = 16
 
 
@@ -21,8 +26,10 @@ def with_canary(plan: Plan, spec: Spec, model: Model) -> Plan:
     """The plan with golden prompts, where there are weights to make them with."""
     if model.folder is None or not model.headers:
         return plan
-    room = plan.limits.max_seq_len - NUM_TOKENS
-    prompts = [ids[:room] for ids in _prompts(model.folder, model.num_valid_tokens)] if room > 0 else []
+    room = plan.pool.limits.max_seq_len - NUM_TOKENS
+    prompts = (
+        [ids[:room] for ids in _prompts(model.folder, model.num_valid_tokens)] if room > 0 else []
+    )
     sealed = seal(plan.model_copy(update={"canary": _golden(spec, model, model.folder, prompts)}))
     validate(sealed)
     return sealed
@@ -37,7 +44,9 @@ def _prompts(folder: Path, num_tokens: int) -> list[list[int]]:
     return [[(7 * i + 11 * row) % num_tokens for i in range(12)] for row in range(len(TEXTS))]
 
 
-def _golden(spec: Spec, model: Model, folder: Path, prompts: list[list[int]]) -> tuple[CanaryPrompt, ...]:
+def _golden(
+    spec: Spec, model: Model, folder: Path, prompts: list[list[int]]
+) -> tuple[CanaryPrompt, ...]:
     """Planned for one CPU and just these prompts, whatever the spec's target."""
     from tokenspeed_plan.runtime.canary import golden
     from tokenspeed_plan.runtime.engine import Engine
@@ -47,6 +56,8 @@ def _golden(spec: Spec, model: Model, folder: Path, prompts: list[list[int]]) ->
     workload = WorkloadSpec(
         first_turn_tokens=max(map(len, prompts)), output_tokens=NUM_TOKENS, concurrency=len(prompts)
     )
-    small = spec.model_copy(update={"target": TargetSpec(gpu="cpu"), "workload": workload, "parallelism": "auto"})
+    small = spec.model_copy(
+        update={"target": TargetSpec(gpu="cpu"), "workload": workload, "parallelism": "auto"}
+    )
     engine = Engine.from_plan(compile_plan(small, model, dtype="fp64"), folder, cache=False)
     return golden(engine, prompts, NUM_TOKENS)

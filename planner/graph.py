@@ -71,7 +71,8 @@ class Op:
     Attributes:
         name: unique; `L<layer>.<what>` inside a layer.
         kind: an operator of `plans.ops.OPS`, a collective, or a fused kind.
-        inputs, outputs: names of tensors. weights, states: names of parameters and persistent buffers.
+        inputs, outputs: names of tensors. weights, states: names of parameters and persistent
+            buffers.
         attrs: constants. attr_splits: those that count what ranks share out.
         shifts: constants that differ by rank: name -> (size, split); `rank_attrs` once sharded.
         partial: each rank's output is a term of a sum (after `embed` and row-parallel products).

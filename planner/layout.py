@@ -15,8 +15,9 @@ Axis = Literal["attention", "kv", "mlp", "vocab", "experts", "expert_inner"]
 class ParallelLayout:
     """Ranks are numbered `ep_rank * moe_tp + moe_tp_rank`.
 
-    Attention tensor parallelism spans `attention_tp` neighbours; `attention_dp` such groups have their own sequences;
-    `context_split` ranks that hold copies of a KV head can share its tokens out instead.
+    Attention tensor parallelism spans `attention_tp` neighbours; `attention_dp` such groups have
+    their own sequences; `context_split` ranks that hold copies of a KV head can share its tokens
+    out instead.
     """
 
     attention_tp: int
@@ -59,7 +60,9 @@ class Split:
             return self.units // ways
         if self.axis == "kv" and ways % self.units == 0:
             return 1
-        raise SpecError(f"{self.units} {_WHAT[self.axis]} cannot be cut over {ways} GPUs", _HINTS[self.axis])
+        raise SpecError(
+            f"{self.units} {_WHAT[self.axis]} cannot be cut over {ways} GPUs", _HINTS[self.axis]
+        )
 
     def local(self, size: int, layout: ParallelLayout) -> int:
         """The part of a dimension of `size` on one rank."""
@@ -82,7 +85,8 @@ _WHAT: dict[Axis, str] = {
     "expert_inner": "channels of an expert",
 }
 _HINTS: dict[Axis, str] = dict.fromkeys(
-    ("attention", "kv", "mlp", "vocab"), "choose a `target.count` that divides the heads of the model"
+    ("attention", "kv", "mlp", "vocab"),
+    "choose a `target.count` that divides the heads of the model",
 ) | dict.fromkeys(("experts", "expert_inner"), "choose another `parallelism.moe`")  # type: ignore[assignment]
 
 

@@ -69,8 +69,8 @@ class ParallelismSpec(_Section):
 class WorkloadSpec(_Section):
     """What will be served. The longest conversation and the concurrency become the limits of the plan.
 
-    `arrivals_per_s`: turns that come in a second; without it every user sends the next turn at once. `skew`: how uneven
-    the router is, as the exponent of a Zipf law over experts.
+    `arrivals_per_s`: turns that come in a second; without it every user sends the next turn at
+    once. `skew`: how uneven the router is, as the exponent of a Zipf law over experts.
     """
 
     kind: Literal["agentic", "batch"] = "batch"
@@ -85,7 +85,11 @@ class WorkloadSpec(_Section):
     @property
     def max_conversation_tokens(self) -> int:
         """Tokens of a whole conversation, prompts and answers."""
-        return self.first_turn_tokens + (self.turns - 1) * self.turn_tokens + self.turns * self.output_tokens
+        return (
+            self.first_turn_tokens
+            + (self.turns - 1) * self.turn_tokens
+            + self.turns * self.output_tokens
+        )
 
 
 class SloSpec(_Section):
@@ -109,13 +113,16 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 class SpeculationSpec(_Section):
     """Draft tokens a step, and the share of drafts that are accepted after those before them: of all, or by place.
 
-    `rollback`: what a step goes back to where drafts were wrong: a row of state after each token (`snapshot`), or the state
-    before them all, from where the inputs that came true are computed again (`recompute`: less memory). `draft_vocab`:
-    drafts are chosen from so many tokens, the first of the vocabulary, whose part of the head is quicker to read.
+    `rollback`: what a step goes back to where drafts were wrong: a row of state after each token
+    (`snapshot`), or the state before them all, from where the inputs that came true are computed
+    again (`recompute`: less memory). `draft_vocab`: drafts are chosen from so many tokens, the
+    first of the vocabulary, whose part of the head is quicker to read.
     """
 
     depth: Annotated[int, Field(ge=1, le=MAX_DRAFTS)] | Literal["auto"] = "auto"
-    acceptance: Share | Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_DRAFTS)] | None = None
+    acceptance: (
+        Share | Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_DRAFTS)] | None
+    ) = None
     rollback: Literal["auto", "snapshot", "recompute"] = "auto"
     draft_vocab: Count | None = None
 
@@ -130,7 +137,8 @@ class DisaggregationSpec(_Section):
 class ServingSpec(_Section):
     """What is otherwise searched for.
 
-    `checkpoint_tokens`: a checkpoint of recurrent state each so many tokens (0: nothing is kept for the next turn).
+    `checkpoint_tokens`: a checkpoint of recurrent state each so many tokens (0: nothing is kept for
+    the next turn).
     """
 
     prefill_chunk: Count | None = None
@@ -163,12 +171,16 @@ class Spec(_Section):
     @property
     def draft_vocab(self) -> int | None:
         """Tokens that drafts are chosen from; None for all."""
-        return self.speculation.draft_vocab if isinstance(self.speculation, SpeculationSpec) else None
+        return (
+            self.speculation.draft_vocab if isinstance(self.speculation, SpeculationSpec) else None
+        )
 
     @property
     def stated_rollback(self) -> Literal["snapshot", "recompute"] | None:
         """How wrong drafts are taken back, where the spec says so."""
-        rollback = self.speculation.rollback if isinstance(self.speculation, SpeculationSpec) else "auto"
+        rollback = (
+            self.speculation.rollback if isinstance(self.speculation, SpeculationSpec) else "auto"
+        )
         return None if rollback == "auto" else rollback
 
     @model_validator(mode="before")
@@ -190,7 +202,9 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         repeated = sorted({key for key in keys if isinstance(key, str) and keys.count(key) > 1})
         if repeated:
-            raise yaml.constructor.ConstructorError(None, None, f"`{repeated[0]}` is given twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"`{repeated[0]}` is given twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -220,7 +234,9 @@ def parse_spec(text: str, name: str, changes: Sequence[str] = ()) -> Spec:
         data = yaml.load(text, _Loader)  # a subclass of SafeLoader
     except _NOT_YAML as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SpecError(f"`{name}` is not YAML: {reason}", "check indentation and quotes at that line") from error
+        raise SpecError(
+            f"`{name}` is not YAML: {reason}", "check indentation and quotes at that line"
+        ) from error
     if not isinstance(data, dict):
         raise SpecError(f"`{name}` is not a mapping of keys", "start from examples/demo/spec.yaml")
     for change in changes:
@@ -235,11 +251,15 @@ def _changed(data: dict[Any, Any], change: str) -> dict[Any, Any]:
     """The mapping with one value set; sections on the way are made, words such as `auto` are replaced by them."""
     path, equals, text = change.partition("=")
     if not equals or not all(path.split(".")):
-        raise SpecError(f"`--set {change}` is not key=value", "such as `--set parallelism.attention.tp=4`")
+        raise SpecError(
+            f"`--set {change}` is not key=value", "such as `--set parallelism.attention.tp=4`"
+        )
     try:
         value = yaml.load(text, _Loader)
     except _NOT_YAML as error:
-        raise SpecError(f"`--set {change}`: `{text}` is not YAML", "quote it as YAML does") from error
+        raise SpecError(
+            f"`--set {change}`: `{text}` is not YAML", "quote it as YAML does"
+        ) from error
     *folders, last = path.split(".")
     made = dict(data)
     inner = made
@@ -251,30 +271,45 @@ def _changed(data: dict[Any, Any], change: str) -> dict[Any, Any]:
     return made
 
 
-_RENAMED = {("speculation.rollback", "rows"): "snapshot", ("speculation.rollback", "inputs"): "recompute"}
+_RENAMED = {
+    ("speculation.rollback", "rows"): "snapshot",
+    ("speculation.rollback", "inputs"): "recompute",
+}
 
 
 def _explain(error: ValidationError, name: str) -> SpecError:
     first = min(error.errors(), key=_rank)
     ends = (int,) if len(first["loc"]) > 1 and first["type"] != "extra_forbidden" else (int, str)
     last = first["loc"][-1]
-    path = [str(part) for part in first["loc"] if str(part) in _KEYS or (part is last and isinstance(last, ends))]
+    path = [
+        str(part)
+        for part in first["loc"]
+        if str(part) in _KEYS or (part is last and isinstance(last, ends))
+    ]
     where = ".".join(dict.fromkeys(path)).encode("unicode_escape").decode() or "spec"
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), _KEYS_OF.get(_section(first["loc"]), _KEYS), 1)
+        near = difflib.get_close_matches(
+            str(first["loc"][-1]), _KEYS_OF.get(_section(first["loc"]), _KEYS), 1
+        )
         hint = f"did you mean `{near[0]}`?" if near else "the README lists the keys of a spec"
         return SpecError(f"`{name}` has an unknown key `{where}`", hint)
     if (where, first["input"]) in _RENAMED:
         new = _RENAMED[where, first["input"]]
-        return SpecError(f"`{name}` at `{where}`: `{first['input']}` has a new name", f"write `{new}`")
+        return SpecError(
+            f"`{name}` at `{where}`: `{first['input']}` has a new name", f"write `{new}`"
+        )
     got = _short(first["input"])
     message = first["msg"].removeprefix("Value error, ")
-    return SpecError(f"`{name}` at `{where}`: {message[0].lower()}{message[1:]}, got {got}", _type_hint(where))
+    return SpecError(
+        f"`{name}` at `{where}`: {message[0].lower()}{message[1:]}, got {got}", _type_hint(where)
+    )
 
 
 def _rank(item: Any) -> tuple[bool, bool]:
     """An unknown key first; of `auto` or a section, a mapping was meant to be a section."""
-    return item["type"] != "extra_forbidden", item["type"] == "literal_error" and isinstance(item["input"], dict)
+    return item["type"] != "extra_forbidden", item["type"] == "literal_error" and isinstance(
+        item["input"], dict
+    )
 
 
 def _section(location: tuple[int | str, ...]) -> str:
@@ -283,14 +318,20 @@ def _section(location: tuple[int | str, ...]) -> str:
 
 def _short(value: Any) -> str:
     try:
-        text = " ".join(reprlib.repr(value).split())  # never all of it: aliases make a page of YAML endless
+        text = " ".join(
+            reprlib.repr(value).split()
+        )  # never all of it: aliases make a page of YAML endless
     except ValueError:  # Python prints no integer of over 4,300 digits
         return f"a large {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _type_hint(where: str) -> str:
-    return f"see `{where.split('.')[0]}` in the README's spec" if where != "spec" else "see the README's spec"
+    return (
+        f"see `{where.split('.')[0]}` in the README's spec"
+        if where != "spec"
+        else "see the README's spec"
+    )
 
 
 def _sections() -> Mapping[str, type[_Section]]:

@@ -18,8 +18,13 @@ from tokenspeed_plan.plans.validate import validate
 
 PLAN_FILE = "plan.json"
 CUBIN = "cubin"
-# Lists and objects down to this depth get a line for each element, so that a diff of two plans is readable.
-_OPEN_DEPTH = {"programs": 4}
+# Lists and objects down to this depth get a line for each element, so that a diff of two plans is
+# readable.
+_OPEN_DEPTH = {
+    "pools": 3,
+    "programs": 4,
+    **dict.fromkeys(("arenas", "buffers", "limits", "weights"), 2),
+}
 _DEFAULT_OPEN_DEPTH = 2
 
 
@@ -43,14 +48,20 @@ def _spread(value: Any, depth: int, indent: int) -> str:
         return canonical(value)
     pad = " " * (indent + 1)
     if isinstance(value, dict):
-        inner = [f"{canonical(key)}: {_spread(value[key], depth - 1, indent + 1)}" for key in sorted(value)]
+        inner = [
+            f"{canonical(key)}: {_spread(value[key], _OPEN_DEPTH.get(key, depth - 1), indent + 1)}"
+            for key in sorted(value)
+        ]
         return "{\n" + pad + f",\n{pad}".join(inner) + "\n" + " " * indent + "}"
     inner = [_spread(item, depth - 1, indent + 1) for item in value]
     return "[\n" + pad + f",\n{pad}".join(inner) + "\n" + " " * indent + "]"
 
 
 def save_plan(
-    plan: Plan, folder: Path, sources: Mapping[str, str] | None = None, cubins: Mapping[str, bytes] | None = None
+    plan: Plan,
+    folder: Path,
+    sources: Mapping[str, str] | None = None,
+    cubins: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write the bundle, `plan.json` after what it names; each file is there whole or not at all.
 
@@ -109,7 +120,9 @@ def check_sources(plan: Plan, folder: Path) -> int:
     built = [kernel for kernel in plan.kernels if kernel.launch is not None]
     for kernel in built:
         read_source(folder, kernel)
-    strangers = {path.stem for path in (folder / KERNELS).glob("*.py")} - {kernel.name for kernel in built}
+    strangers = {path.stem for path in (folder / KERNELS).glob("*.py")} - {
+        kernel.name for kernel in built
+    }
     if strangers:
         raise PlanError(f"`{folder / KERNELS / min(strangers)}.py` is not in the plan", _REPLAN)
     return len(built)
@@ -140,7 +153,9 @@ def parse_plan(text: str | bytes, name: str) -> Plan:
         raise PlanError(f"`{name}` is not JSON: {error}", _REPLAN) from error
     version = fields.get("schema_version") if isinstance(fields, dict) else None
     if version != SCHEMA_VERSION:
-        raise PlanError(f"`{name}` has schema version {version!r}, this build reads {SCHEMA_VERSION}", _REPLAN)
+        raise PlanError(
+            f"`{name}` has schema version {version!r}, this build reads {SCHEMA_VERSION}", _REPLAN
+        )
     try:
         return Plan.model_validate_json(text)
     except ValidationError as error:
@@ -163,7 +178,9 @@ def read_plan(folder: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise PlanError(f"cannot read `{path}`: {reason}", "name a folder that `tokenspeed plan` wrote") from error
+        raise PlanError(
+            f"cannot read `{path}`: {reason}", "name a folder that `tokenspeed plan` wrote"
+        ) from error
 
 
 def check_digest(plan: Plan) -> None:
@@ -174,7 +191,9 @@ def check_digest(plan: Plan) -> None:
     """
     actual = plan_digest(plan)
     if plan.digest != actual:
-        raise PlanError(f"the plan's digest is {plan.digest[:16]}, its content has {actual[:16]}", _REPLAN)
+        raise PlanError(
+            f"the plan's digest is {plan.digest[:16]}, its content has {actual[:16]}", _REPLAN
+        )
 
 
 def load_plan(folder: Path) -> Plan:

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 def canonical(value: Any) -> str:
     """The one compact spelling of a JSON value: sorted keys, ASCII, no blanks."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
 
 
 def sha256(data: str | bytes) -> str:

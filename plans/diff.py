@@ -37,8 +37,8 @@ def diff(old: Plan, new: Plan) -> tuple[Change, ...]:
         *_numbers("predicted", old.predicted.values, new.predicted.values),
         *_programs(old, new),
         *_kernels(old, new),
-        *_several("weights", _named(old.weights), _named(new.weights)),
-        *_several("buffers", _named(old.buffers), _named(new.buffers)),
+        *_several("weights", _named(old.pool.weights), _named(new.pool.weights)),
+        *_several("buffers", _named(old.pool.buffers), _named(new.pool.buffers)),
         *_changed({"canary": old.canary}, {"canary": new.canary}),
     )
     return found or (Change("~", "digest", f"{old.digest[:12]} -> {new.digest[:12]}"),)
@@ -46,9 +46,12 @@ def diff(old: Plan, new: Plan) -> tuple[Change, ...]:
 
 def _facts(plan: Plan) -> dict[str, Any]:
     groups = {
-        "spec": plan.spec, "model": plan.model.model_dump(), "target": plan.target.model_dump(),
-        "layout": plan.layout.model_dump(), "limits": plan.limits.model_dump(),
-    }  # fmt: skip
+        "spec": plan.spec,
+        "model": plan.model.model_dump(),
+        "target": plan.target.model_dump(),
+        "layout": plan.pool.layout.model_dump(),
+        "limits": plan.pool.limits.model_dump(),
+    }
     facts = {"schema_version": str(plan.schema_version), "compiler_version": plan.compiler_version}
     for name, group in groups.items():
         facts |= dict(_flat(name, group))
@@ -66,16 +69,22 @@ def _decisions(old: Plan, new: Plan) -> Iterator[Change]:
         elif before[name].value != after[name].value:
             yield Change("~", f"decision {name}", f"{before[name].value} -> {after[name].value}")
         elif before[name].reason != after[name].reason:
-            yield Change("~", f"decision {name}", f"still {after[name].value}: {after[name].reason}")
+            yield Change(
+                "~", f"decision {name}", f"still {after[name].value}: {after[name].reason}"
+            )
         elif before[name] != after[name]:
-            yield Change("~", f"decision {name}", f"still {after[name].value}: others that were looked at")
+            yield Change(
+                "~", f"decision {name}", f"still {after[name].value}: others that were looked at"
+            )
 
 
 def _bytes(plan: Plan) -> dict[str, float]:
-    return plan.memory_bytes_per_rank.model_dump()
+    return plan.pool.memory_bytes_per_rank.model_dump()
 
 
-def _numbers(what: str, old: Mapping[str, float], new: Mapping[str, float], unit: str = "") -> Iterator[Change]:
+def _numbers(
+    what: str, old: Mapping[str, float], new: Mapping[str, float], unit: str = ""
+) -> Iterator[Change]:
     """Numbers, with the change as a share."""
     for name in sorted(old.keys() | new.keys()):
         a, b = old.get(name, 0), new.get(name, 0)
@@ -92,10 +101,18 @@ def _kernels(old: Plan, new: Plan) -> Iterator[Change]:
     for kind in sorted(before.keys() | after.keys()):
         if not after[kind] or not before[kind]:
             count = before[kind] or after[kind]
-            yield Change("+" if after[kind] else "-", f"kernel {kind}", f"{count} of them" if count > 1 else "")
+            yield Change(
+                "+" if after[kind] else "-",
+                f"kernel {kind}",
+                f"{count} of them" if count > 1 else "",
+            )
         elif before[kind] != after[kind] or kept[kind] != after[kind]:
             counts = f"{before[kind]} -> {after[kind]}, " if before[kind] != after[kind] else ""
-            yield Change("~", f"kernel {kind}", f"{counts}{after[kind] - kept[kind]} of {after[kind]} are new")
+            yield Change(
+                "~",
+                f"kernel {kind}",
+                f"{counts}{after[kind] - kept[kind]} of {after[kind]} are new",
+            )
 
 
 def _several(what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
@@ -145,8 +162,8 @@ def _arrow(old: Any, new: Any) -> str:
 
 
 def _programs(old: Plan, new: Plan) -> Iterator[Change]:
-    before = {f"{p.phase}/{p.bucket}": p for p in old.programs}
-    after = {f"{p.phase}/{p.bucket}": p for p in new.programs}
+    before = {f"{p.phase}/{p.bucket}": p for p in old.pool.programs}
+    after = {f"{p.phase}/{p.bucket}": p for p in new.pool.programs}
     for name in sorted(before.keys() | after.keys()):
         if name not in after:
             yield Change("-", f"program {name}")
@@ -157,6 +174,9 @@ def _programs(old: Plan, new: Plan) -> Iterator[Change]:
 
 
 def _program_arrow(old: Program, new: Program) -> str:
-    pairs = (("launches", old.launches, new.launches), ("predicted us", old.predicted_us, new.predicted_us))
+    pairs = (
+        ("launches", old.launches, new.launches),
+        ("predicted us", old.predicted_us, new.predicted_us),
+    )
     changed = [f"{what} {a} -> {b} ({b / a - 1:+.1%})" for what, a, b in pairs if a != b]
     return ", ".join(changed) or "steps or offsets"

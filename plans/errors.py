@@ -9,7 +9,8 @@ class TokenspeedError(Exception):
     Attributes:
         message: what is wrong, with the two values that disagree; one line, no full stop.
         hint: what to do about it, one line; a command where there is one.
-        exit_code: 2 where the request was refused, 1 where it was carried out and something differs.
+        exit_code: 2 where the request was refused, 1 where it was carried out and something
+            differs.
     """
 
     exit_code = 2

@@ -1,8 +1,8 @@
 """One symbolic replay of a program: who wrote each byte, and is that ordered before who reads it.
 
-Steps on one stream run in order; streams are ordered only by events. As in a race detector (vector clocks: Mattern,
-1988; FastTrack: Flanagan and Freund, PLDI 2009), each access carries the time of its stream, and two accesses to the
-same bytes, one of them a write, must be ordered.
+Steps on one stream run in order; streams are ordered only by events. As in a race detector (vector
+clocks: Mattern, 1988; FastTrack: Flanagan and Freund, PLDI 2009), each access carries the time of
+its stream, and two accesses to the same bytes, one of them a write, must be ordered.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ Clock = list[int]
 Epoch = tuple[int, int]  # stream, time
 
 
-def check_hazards(program: Program, kernels: Mapping[str, KernelSpec], buffers: Mapping[str, BufferSpec]) -> None:
+def check_hazards(
+    program: Program, kernels: Mapping[str, KernelSpec], buffers: Mapping[str, BufferSpec]
+) -> None:
     """Refuse a program whose result depends on anything but its steps.
 
     Raises:
-        ShapeError: a read of what was not written or was overwritten, a race, or an event without its partner.
+        ShapeError: a read of what was not written or was overwritten, a race, or an event without
+            its partner.
     """
     _check_early(program, kernels)
     replay = _Replay(program, buffers)
@@ -49,11 +52,19 @@ def _check_early(program: Program, kernels: Mapping[str, KernelSpec]) -> None:
             last = before.get(step.stream)
             known = isinstance(last, KernelCall) and kernels[last.kernel].launch
             require(
-                bool(known and known.trigger_after_wait), f"`{step.kernel}` reads ahead of a kernel that does not wait"
+                bool(known and known.trigger_after_wait),
+                f"`{step.kernel}` reads ahead of a kernel that does not wait",
             )
-            written = {name for name, access in _accesses(last, kernels) if access != "read"} if last else set()
+            written = (
+                {name for name, access in _accesses(last, kernels) if access != "read"}
+                if last
+                else set()
+            )
             made = {places[name] for name in launch.prefetch if name in places} & written
-            require(not made, f"`{step.kernel}` reads `{min(made, default='')}` ahead of the kernel that makes it")
+            require(
+                not made,
+                f"`{step.kernel}` reads `{min(made, default='')}` ahead of the kernel that makes it",
+            )
         if isinstance(step, (KernelCall, CollectiveCall)):
             before[step.stream] = step
 
@@ -108,7 +119,10 @@ class _Replay:
         self.input_readers: dict[str, list[Epoch]] = {}
         self.moved_on: set[str] = set()
         for name in program.inputs:
-            require(name in buffers and buffers[name].arena == "io", f"input `{name}` is not an io buffer")
+            require(
+                name in buffers and buffers[name].arena == "io",
+                f"input `{name}` is not an io buffer",
+            )
 
     def run(self, step: Step, accesses: list[tuple[str, Access]], slots: dict[str, str]) -> None:
         clock = self.clocks[step.stream]
@@ -116,17 +130,23 @@ class _Replay:
         if isinstance(step, WaitEvent):
             self._wait(step, clock)
             return
-        require(self.started[step.stream], f"stream {step.stream} works before it waits for another")
+        require(
+            self.started[step.stream], f"stream {step.stream} works before it waits for another"
+        )
         clock[step.stream] += 1
         if isinstance(step, RecordEvent):
             require(step.event not in self.events, f"event {step.event} is recorded twice")
             self.events[step.event] = list(clock)
         epoch = (step.stream, clock[step.stream])
-        for name, access in sorted(accesses, key=lambda item: item[1] == "write"):  # reads come before writes
+        for name, access in sorted(
+            accesses, key=lambda item: item[1] == "write"
+        ):  # reads come before writes
             self._touch(name, access, epoch, clock)
 
     def _wait(self, step: WaitEvent, clock: Clock) -> None:
-        require(step.event in self.events, f"event {step.event} is waited for and not recorded before")
+        require(
+            step.event in self.events, f"event {step.event} is waited for and not recorded before"
+        )
         clock[:] = map(max, clock, self.events[step.event])
         self.waited.add(step.event)
         self.started[step.stream] = True
@@ -134,7 +154,10 @@ class _Replay:
     def _touch(self, name: str, access: Access, epoch: Epoch, clock: Clock) -> None:
         arena = self.buffers[name].arena
         if arena == "scratch":
-            require(_before(self.state.get(name, (0, 0)), clock), f"`{name}` is used by two streams at once")
+            require(
+                _before(self.state.get(name, (0, 0)), clock),
+                f"`{name}` is used by two streams at once",
+            )
             self.state[name] = epoch
         elif arena in ("kv_cache", "state"):
             self._touch_state(name, access, epoch, clock)
@@ -148,12 +171,18 @@ class _Replay:
     def _touch_state(self, name: str, access: Access, epoch: Epoch, clock: Clock) -> None:
         """A row of state is written once; a cache may be written again elsewhere, when all that was read is over."""
         if access == "read":
-            require(name in self.state and _before(self.state[name], clock), f"`{name}` is read before it is written")
+            require(
+                name in self.state and _before(self.state[name], clock),
+                f"`{name}` is read before it is written",
+            )
             self.readers.setdefault(name, []).append(epoch)
             return
         where = self.slots.get(name)
         require(name not in self.state or where is not None, f"`{name}` is written twice")
-        require(where is None or (name, where) not in self.filled, f"`{name}` is written twice at `{where}`")
+        require(
+            where is None or (name, where) not in self.filled,
+            f"`{name}` is written twice at `{where}`",
+        )
         for earlier in (*self.readers.pop(name, ()), *filter(None, [self.state.get(name)])):
             require(_before(earlier, clock), f"`{name}` is written while it may still be in use")
         self.filled.add((name, where or ""))
@@ -161,25 +190,38 @@ class _Replay:
 
     def _read(self, name: str, epoch: Epoch, clock: Clock) -> None:
         if name in self.program.inputs:
-            require(name not in self.moved_on, f"`{name}` is read after it moved on to the next step")
+            require(
+                name not in self.moved_on, f"`{name}` is read after it moved on to the next step"
+            )
             self.input_readers.setdefault(name, []).append(epoch)
             return
         self.unread.discard(name)
         require(name in self.written, f"`{name}` is read before it is written")
         require(name in self.intact, f"`{name}` is overwritten before it is read")
         span = self.intact[name]
-        require(_before(span.writer, clock), f"`{name}` is read while another stream may still write it")
+        require(
+            _before(span.writer, clock), f"`{name}` is read while another stream may still write it"
+        )
         span.readers.append(epoch)
 
     def _move_on(self, name: str, epoch: Epoch, clock: Clock) -> None:
         """An input takes its value for the next replay; all that read this one's must be over."""
-        require(name in self.program.inputs and name not in self.moved_on, f"`{name}` is not an input to move on")
+        require(
+            name in self.program.inputs and name not in self.moved_on,
+            f"`{name}` is not an input to move on",
+        )
         readers = self.input_readers.get(name, [])
-        require(all(_before(reader, clock) for reader in readers), f"`{name}` moves on while it may still be read")
+        require(
+            all(_before(reader, clock) for reader in readers),
+            f"`{name}` moves on while it may still be read",
+        )
         self.moved_on.add(name)
 
     def _write(self, name: str, epoch: Epoch, clock: Clock) -> None:
-        require(name not in self.written and name not in self.program.inputs, f"`{name}` is written twice")
+        require(
+            name not in self.written and name not in self.program.inputs,
+            f"`{name}` is written twice",
+        )
         self.written.add(name)
         self.unread.add(name)
         buffer = self.buffers[name]

@@ -34,10 +34,15 @@ def is_collective(kernel: KernelSpec) -> bool:
 def extra_arguments(kernel: KernelSpec) -> dict[str, str]:
     """What a launch passes after the parameters, with Triton's type of each.
 
-    `peers` and `signals` are tables of addresses, one for each rank: of the kernel's first parameter, and of flags.
+    `peers` and `signals` are tables of addresses, one for each rank: of the kernel's first
+    parameter, and of flags.
     """
     table = {"peers": "*i64", "signals": "*i64", "rank": "i32"} if is_collective(kernel) else {}
-    return dict.fromkeys(rank_constants(kernel), "i32") | table | {"num_tokens": "i32", "num_seqs": "i32"}
+    return (
+        dict.fromkeys(rank_constants(kernel), "i32")
+        | table
+        | {"num_tokens": "i32", "num_seqs": "i32"}
+    )
 
 
 def read_source(bundle: Path, kernel: KernelSpec) -> str:
@@ -71,8 +76,8 @@ _HINT = "make the plan again with `tokenspeed plan SPEC -o DIR`"
 def load_function(kernel: KernelSpec, text: str) -> Any:
     """The Triton function in a kernel's text, whatever folder it came from.
 
-    Triton reads the lines of a function through `linecache`: they are put there, so that what was checked is what is
-    compiled, and no path gets into the result.
+    Triton reads the lines of a function through `linecache`: they are put there, so that what was
+    checked is what is compiled, and no path gets into the result.
 
     Raises:
         PlanError: the text was altered.
@@ -80,6 +85,11 @@ def load_function(kernel: KernelSpec, text: str) -> Any:
     check_source(kernel, text)
     module = ModuleType(kernel.name)
     module.__file__ = f"{kernel.name}.py"
-    linecache.cache[module.__file__] = (len(text), None, text.splitlines(keepends=True), module.__file__)
+    linecache.cache[module.__file__] = (
+        len(text),
+        None,
+        text.splitlines(keepends=True),
+        module.__file__,
+    )
     exec(compile(text, module.__file__, "exec"), module.__dict__)
     return module.__dict__[kind_of(kernel)]

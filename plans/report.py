@@ -34,16 +34,16 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "model": plan.model.model_dump(mode="json"),
         "num_layers": plan.num_layers,
         "target": plan.target.model_dump(mode="json"),
-        "layout": plan.layout.model_dump(mode="json"),
-        "limits": plan.limits.model_dump(mode="json") | _largest(plan),
+        "layout": plan.pool.layout.model_dump(mode="json"),
+        "limits": plan.pool.limits.model_dump(mode="json") | _largest(plan),
         "predicted": _predicted(plan),
         "decisions": [decision.model_dump(mode="json") for decision in plan.decisions],
-        "programs": [_program(plan, program) for program in plan.programs],
+        "programs": [_program(plan, program) for program in plan.pool.programs],
         "top_costs": top_costs(plan),
         "kernels": [kernel.name for kernel in plan.kernels],
         "kernel_compiler": plan.kernel_compiler,
         "binaries": [binary.model_dump(mode="json") for binary in plan.binaries],
-        "memory_bytes_per_rank": plan.memory_bytes_per_rank.model_dump(mode="json"),
+        "memory_bytes_per_rank": plan.pool.memory_bytes_per_rank.model_dump(mode="json"),
         "canary_prompts": len(plan.canary),
     }
 
@@ -61,7 +61,9 @@ def _predicted(plan: Plan) -> dict[str, Any]:
     predicted = plan.predicted
     return {
         **predicted.values,
-        "interval": {name: [predicted.low[name], predicted.high[name]] for name in predicted.values},
+        "interval": {
+            name: [predicted.low[name], predicted.high[name]] for name in predicted.values
+        },
         "decode_batch": predicted.decode_batch,
         "decode_step_us": predicted.decode_step_us,
         "decode_floor_us": predicted.decode_floor_us,
@@ -88,15 +90,20 @@ def _program(plan: Plan, program: Program) -> dict[str, Any]:
 
 def _collectives(plan: Plan, program: Program) -> int:
     """Steps in which ranks meet, alone or inside a kernel."""
-    inside = {kernel.name for kernel in plan.kernels if any(part.kind == "all_reduce" for part in kernel.parts)}
+    inside = {
+        kernel.name
+        for kernel in plan.kernels
+        if any(part.kind == "all_reduce" for part in kernel.parts)
+    }
     return sum(
-        step.kind == "collective" or (isinstance(step, KernelCall) and step.kernel in inside) for step in program.steps
+        step.kind == "collective" or (isinstance(step, KernelCall) and step.kernel in inside)
+        for step in program.steps
     )
 
 
 def smallest_decode(plan: Plan) -> Program:
     """The decode program of the smallest bucket: a lone user's step."""
-    return min((p for p in plan.programs if p.phase == "decode"), key=lambda p: p.bucket)
+    return min((p for p in plan.pool.programs if p.phase == "decode"), key=lambda p: p.bucket)
 
 
 def top_costs(plan: Plan) -> list[dict[str, Any]]:
@@ -109,16 +116,24 @@ def top_costs(plan: Plan) -> list[dict[str, Any]]:
             times[kinds[step.kernel]].append(step.predicted_us)
         elif isinstance(step, CollectiveCall):
             times[step.op].append(step.predicted_us)
-    rows = sorted(((sum(each), kind, len(each)) for kind, each in times.items()), key=lambda row: (-row[0], row[1]))
+    rows = sorted(
+        ((sum(each), kind, len(each)) for kind, each in times.items()),
+        key=lambda row: (-row[0], row[1]),
+    )
     return [
-        {"kind": kind, "calls": calls, "total_us": round(us, 2), "share": round(us / program.predicted_us, 4)}
+        {
+            "kind": kind,
+            "calls": calls,
+            "total_us": round(us, 2),
+            "share": round(us / program.predicted_us, 4),
+        }
         for us, kind, calls in rows[:TOP_COSTS]
     ]
 
 
 def as_text(plan: Plan, kernels: bool = False) -> str:
     """The summary for a person."""
-    target, limits = plan.target, plan.limits
+    target, limits = plan.target, plan.pool.limits
     layout = _value(plan, "parallelism")
     lines = [
         f"{plan.model.name} ({plan.model.dtype}, {plan.num_layers} layers) on {target.count} x {target.gpu}",
@@ -132,7 +147,8 @@ def as_text(plan: Plan, kernels: bool = False) -> str:
         "",
         *_program_lines(plan),
         "",
-        "a lone user's step: " + ", ".join(f"{r['kind']} {r['share']:.0%} ({r['calls']})" for r in top_costs(plan)),
+        "a lone user's step: "
+        + ", ".join(f"{r['kind']} {r['share']:.0%} ({r['calls']})" for r in top_costs(plan)),
         f"limited by {_limit(plan)}",
         "",
         "decisions (`--why NAME` says more)",
@@ -166,14 +182,18 @@ def _limit(plan: Plan) -> str:
     parts = plan.predicted.decode_step_us
     total = sum(parts.values())
     shares = ", ".join(
-        f"{kind} {part / total:.0%}" for kind, part in sorted(parts.items(), key=lambda i: -i[1]) if part
+        f"{kind} {part / total:.0%}"
+        for kind, part in sorted(parts.items(), key=lambda i: -i[1])
+        if part
     )
     floor = plan.predicted.decode_floor_us / total
-    return f"{plan.predicted.limited_by}: {shares}; its bytes at peak rate are {floor:.0%} of a step"
+    return (
+        f"{plan.predicted.limited_by}: {shares}; its bytes at peak rate are {floor:.0%} of a step"
+    )
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    memory = plan.memory_bytes_per_rank.model_dump()
+    memory = plan.pool.memory_bytes_per_rank.model_dump()
     capacity, total = memory.pop("capacity"), memory.pop("total")
     cells = [f"{name} {_size(size).strip()}" for name, size in memory.items() if size]
     return [
@@ -184,7 +204,7 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 def _program_lines(plan: Plan) -> list[str]:
     lines = ["  phase     bucket  drafts  launches  per layer  collectives  predicted"]
-    for row in (_program(plan, program) for program in plan.programs):
+    for row in (_program(plan, program) for program in plan.pool.programs):
         lines.append(
             f"  {row['phase']:<9} {row['bucket']:>6} {row['depth']:>7} {row['launches']:>9} "
             f"{row['launches_per_layer']:>10.2f} {row['collectives']:>12}  {row['predicted_us'] / 1e3:.2f} ms"
@@ -248,7 +268,10 @@ def _kernel_lines(plan: Plan) -> list[str]:
     program = smallest_decode(plan)
     calls = [step.kernel for step in program.steps if isinstance(step, KernelCall)]
     built = {binary.kernel: binary for binary in plan.binaries}
-    lines = ["", f"  {'calls':>5}  {'kernel':<40} {'registers':>9} {'spills':>6} {'shared':>9}  parts"]
+    lines = [
+        "",
+        f"  {'calls':>5}  {'kernel':<40} {'registers':>9} {'spills':>6} {'shared':>9}  parts",
+    ]
     for kernel in plan.kernels:
         parts = " + ".join(part.kind for part in kernel.parts)
         binary = built.get(kernel.name)

@@ -1,7 +1,7 @@
 """The plan: what the planner decided, and all that the runtime obeys.
 
-A plan is one JSON file. It is the same for every rank; what differs by rank is written as a `RankShift`.
-Memory is a handful of arenas with planned offsets, work is a list of steps a program.
+A plan is one JSON file. It is the same for every rank; what differs by rank is written as a
+`RankShift`. Memory is a handful of arenas with planned offsets, work is a list of steps a program.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ ArenaName = Literal["weights", "kv_cache", "state", "io", "activations", "scratc
 class ModelFacts(Frozen):
     """The model that the plan is for, and the files that it was planned from.
 
-    `files` maps a file name to its SHA-256; the runtime refuses other content. `location` is the folder as the spec
-    wrote it, None for a preset.
+    `files` maps a file name to its SHA-256; the runtime refuses other content. `location` is the
+    folder as the spec wrote it, None for a preset.
     """
 
     name: str
@@ -85,15 +85,16 @@ class Layout(Frozen):
 class Limits(Frozen):
     """What a plan can serve.
 
-    A running sequence holds `state_slots_per_seq` rows of recurrent state; row 0 of every state buffer stays zero and is what
-    a new sequence reads. With `kept_inputs`, a decode step leaves no state after its rows but so many of their inputs,
-    and the next step begins with those that came true. `max_tokens` is the largest prefill chunk, `interleaved_tokens`
-    the largest between two decode steps. One more page and one more row, the last ones, belong to nobody: padding
-    writes there.
+    A running sequence holds `state_slots_per_seq` rows of recurrent state; row 0 of every state
+    buffer stays zero and is what a new sequence reads. With `kept_inputs`, a decode step leaves no
+    state after its rows but so many of their inputs, and the next step begins with those that came
+    true. `max_tokens` is the largest prefill chunk, `interleaved_tokens` the largest between two
+    decode steps. One more page and one more row, the last ones, belong to nobody: padding writes
+    there.
 
-    The prefix cache has what running sequences leave of the pages, and `num_checkpoints` rows of its own. Prompts leave
-    a checkpoint every `checkpoint_interval` tokens, a multiple of the page, and at other places where it saves later
-    requests at least `min_checkpoint_tokens`.
+    The prefix cache has what running sequences leave of the pages, and `num_checkpoints` rows of
+    its own. Prompts leave a checkpoint every `checkpoint_interval` tokens, a multiple of the page,
+    and at other places where it saves later requests at least `min_checkpoint_tokens`.
     """
 
     max_seqs: int
@@ -180,8 +181,9 @@ class Transfers(Frozen):
 class Predicted(Frozen):
     """What the spec's workload will see, with intervals. TPOT is the time of a token after the first.
 
-    `decode_step_us` are the kinds of time of a step at `decode_batch`, `limited_by` is the largest; `slo_missed` says
-    which service level is not met, and by how much. `front` and `rejected` are of all deployments, replayed or not.
+    `decode_step_us` are the kinds of time of a step at `decode_batch`, `limited_by` is the largest;
+    `slo_missed` says which service level is not met, and by how much. `front` and `rejected` are of
+    all deployments, replayed or not.
     """
 
     values: dict[str, float]
@@ -225,8 +227,8 @@ class Shift(Frozen):
 class Piece(Frozen):
     """A box of one checkpoint tensor and where it goes in the weight.
 
-    The box starts at `start` (plus the shifts) and has `size`; it lands at `at`. A `source` with `{expert}` in it
-    names one tensor per expert, stacked as a new first dimension.
+    The box starts at `start` (plus the shifts) and has `size`; it lands at `at`. A `source` with
+    `{expert}` in it names one tensor per expert, stacked as a new first dimension.
     """
 
     source: str
@@ -248,7 +250,8 @@ class WeightSpec(Frozen):
 class Param(Frozen):
     """One argument of a kernel.
 
-    `scratch` is memory that its programs meet in: zero before the first launch, no part of what the kernel computes.
+    `scratch` is memory that its programs meet in: zero before the first launch, no part of what the
+    kernel computes.
     """
 
     name: str
@@ -284,9 +287,10 @@ class GridDim(Frozen):
 class Launch(Frozen):
     """How a kernel is built and started: its template, the constants baked into it, its grid.
 
-    `source_sha256` is that of `kernels/<name>.py`. With `pdl` it starts while its predecessor ends, and waits for its
-    results inside (programmatic dependent launch). The inputs `early` it reads before that: they must be older than its
-    predecessor, which has `trigger_after_wait` (its successor starts only when all before it is done).
+    `source_sha256` is that of `kernels/<name>.py`. With `pdl` it starts while its predecessor ends,
+    and waits for its results inside (programmatic dependent launch). The inputs `early` it reads
+    before that: they must be older than its predecessor, which has `trigger_after_wait` (its
+    successor starts only when all before it is done).
     """
 
     template: str
@@ -370,11 +374,11 @@ Step = Annotated[KernelCall | CollectiveCall | RecordEvent | WaitEvent, Field(di
 class Program(Frozen):
     """One phase at one bucket: serves up to `max_tokens` tokens of up to `max_seqs` sequences in one replay.
 
-    With a `depth` it drafts so many tokens after the one that it says; a decode step also verifies as many, so that it
-    has `depth + 1` rows of each sequence.
+    With a `depth` it drafts so many tokens after the one that it says; a decode step also verifies
+    as many, so that it has `depth + 1` rows of each sequence.
 
-    One that is `captured` always runs at its full size, padded, so that a CUDA graph can hold it; it is launched before
-    the tokens of the replay before it are known on the host.
+    One that is `captured` always runs at its full size, padded, so that a CUDA graph can hold it;
+    it is launched before the tokens of the replay before it are known on the host.
     """
 
     phase: Phase
@@ -428,7 +432,9 @@ def shared_bytes(tensors: Mapping[str, TensorSpec], programs: Iterable[Program])
     sizes = dict.fromkeys(tensors, 0)
     for program in programs:
         for name in program.touched & tensors.keys():
-            sizes[name] = max(sizes[name], tensors[name].size_bytes(program.max_tokens, program.max_seqs))
+            sizes[name] = max(
+                sizes[name], tensors[name].size_bytes(program.max_tokens, program.max_seqs)
+            )
     return sizes
 
 
@@ -455,10 +461,27 @@ class Memory(Frozen):
     capacity: int
 
 
+PoolRole = Literal["both", "prefill", "decode"]
+
+
+class Pool(Frozen):
+    """A group of ranks with one role: how the model is cut over them, what they serve, and what each of them holds."""
+
+    role: PoolRole
+    layout: Layout
+    limits: Limits
+    memory_bytes_per_rank: Memory
+    arenas: tuple[ArenaSpec, ...]
+    weights: tuple[WeightSpec, ...]
+    buffers: tuple[BufferSpec, ...]
+    programs: tuple[Program, ...]
+
+
 class Plan(Frozen):
     """Everything that was decided. `digest` is the SHA-256 of the canonical form of all the other fields.
 
-    `binaries` are empty where the kernels were not compiled; `kernel_compiler` names what compiled them.
+    `binaries` are empty where the kernels were not compiled; `kernel_compiler` names what compiled
+    them.
     """
 
     schema_version: int
@@ -467,19 +490,22 @@ class Plan(Frozen):
     spec: dict[str, Any]
     model: ModelFacts
     target: Target
-    layout: Layout
-    limits: Limits
+    pools: Annotated[tuple[Pool, ...], Field(min_length=1)]
     decisions: tuple[Decision, ...]
     predicted: Predicted
-    memory_bytes_per_rank: Memory
-    arenas: tuple[ArenaSpec, ...]
-    weights: tuple[WeightSpec, ...]
-    buffers: tuple[BufferSpec, ...]
     kernels: tuple[KernelSpec, ...]
-    programs: tuple[Program, ...]
     kernel_compiler: str = ""
     binaries: tuple[Binary, ...] = ()
     canary: tuple[CanaryPrompt, ...] = ()
+
+    @property
+    def pool(self) -> Pool:
+        """The pool of a plan that has one; `plans.validate` refuses more until the runtime has them."""
+        return self.pools[0]
+
+    def with_pool(self, **changes: Any) -> Plan:
+        """The plan with some fields of its pool replaced; not sealed."""
+        return self.model_copy(update={"pools": (self.pool.model_copy(update=changes),)})
 
     @property
     def num_layers(self) -> int:
@@ -487,5 +513,9 @@ class Plan(Frozen):
         return self.model.num_layers
 
 
-__all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Frozen)]
-__all__ += ["SCHEMA_VERSION", "ArenaName", "Dim", "Step"]
+__all__ = [
+    name
+    for name, value in list(globals().items())
+    if isinstance(value, type) and issubclass(value, Frozen)
+]
+__all__ += ["SCHEMA_VERSION", "ArenaName", "Dim", "PoolRole", "Step"]

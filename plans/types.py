@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
-DType = Literal["fp64", "fp32", "bf16", "i64", "i32"]
-DTYPE_BYTES: dict[DType, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "i64": 8, "i32": 4}
+DType = Literal["fp64", "fp32", "bf16", "fp8", "fp4", "i64", "i32"]  # fp8 is e4m3, fp4 is e2m1
+DTYPE_BITS: dict[DType, int] = {
+    "fp64": 64,
+    "fp32": 32,
+    "bf16": 16,
+    "fp8": 8,
+    "fp4": 4,
+    "i64": 64,
+    "i32": 32,
+}
 
 Phase = Literal["prefill", "decode"]
 
@@ -18,7 +27,9 @@ Dim = int | SymbolicDim
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # empty until it is known
-KernelName = Annotated[str, Field(pattern="^[a-z0-9_]*$")]  # of a file, so no path; empty until it is digested
+KernelName = Annotated[
+    str, Field(pattern="^[a-z0-9_]*$")
+]  # of a file, so no path; empty until it is digested
 
 Attr = bool | int | float | str
 
@@ -29,11 +40,83 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class Format(Frozen):
+    """How elements are stored: a dtype and, where it is block-scaled, the block that shares a scale and the scale's dtype.
+
+    In JSON it is one word: `bf16`, or `fp8[128x128]:fp32` for 128 x 128 elements with one fp32
+    scale.
+    """
+
+    dtype: DType
+    block: tuple[Positive, ...] = ()
+    scale: DType | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: Any) -> Any:
+        if not isinstance(data, str):
+            return data
+        found = _FORMAT.fullmatch(data)
+        if found is None:
+            raise ValueError(f"`{data}` is no format such as `bf16` or `fp8[128x128]:fp32`")
+        block = tuple(int(size) for size in found["block"].split("x")) if found["block"] else ()
+        return {"dtype": found["dtype"], "block": block, "scale": found["scale"]}
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Format:
+        if bool(self.block) != (self.scale is not None):
+            raise ValueError("a block and the dtype of its scale come together")
+        return self
+
+    @model_serializer
+    def _spell(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.dtype}[{'x'.join(map(str, self.block))}]:{self.scale}"
+            if self.block
+            else self.dtype
+        )
+
+    @property
+    def bytes_per_element(self) -> float:
+        """Scales included."""
+        scale_bits = DTYPE_BITS[self.scale] / math.prod(self.block) if self.scale else 0.0
+        return (DTYPE_BITS[self.dtype] + scale_bits) / 8
+
+
+_FORMAT = re.compile(r"(?P<dtype>\w+)(?:\[(?P<block>\d{1,6}(?:x\d{1,6})*)\]:(?P<scale>\w+))?")
+
+# What published checkpoints are stored in, by the spec's word. FP8: one scale for 128 x 128; NVFP4:
+# one for 16 of a row.
+FORMATS: dict[str, Format] = {
+    "bf16": Format(dtype="bf16"),
+    "fp32": Format(dtype="fp32"),
+    "fp8": Format(dtype="fp8", block=(128, 128), scale="fp32"),
+    "nvfp4": Format(dtype="fp4", block=(1, 16), scale="fp8"),
+}
+
+
 class TensorSpec(Frozen):
     """A dense row-major tensor whose leading dimension may be symbolic."""
 
     shape: tuple[Dim, ...]
-    dtype: DType
+    format: Format
+
+    @classmethod
+    def of(cls, shape: tuple[Dim, ...], dtype: DType) -> TensorSpec:
+        """A tensor of plain elements."""
+        return cls(shape=shape, format=Format(dtype=dtype))
+
+    @property
+    def dtype(self) -> DType:
+        """Of its elements."""
+        return self.format.dtype
+
+    def reshaped(self, shape: tuple[Dim, ...]) -> TensorSpec:
+        """The same format in another shape."""
+        return TensorSpec(shape=shape, format=self.format)
 
     def bind(self, num_tokens: int, num_seqs: int) -> tuple[int, ...]:
         """The shape with the symbols replaced."""
@@ -41,8 +124,8 @@ class TensorSpec(Frozen):
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
 
     def size_bytes(self, num_tokens: int = 0, num_seqs: int = 0) -> int:
-        """Bytes at the given sizes."""
-        return math.prod(self.bind(num_tokens, num_seqs)) * DTYPE_BYTES[self.dtype]
+        """Bytes at the given sizes, scales included."""
+        return math.ceil(math.prod(self.bind(num_tokens, num_seqs)) * self.format.bytes_per_element)
 
 
 class RankShift(Frozen):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import ArenaSpec
-from tokenspeed_plan.plans.types import DTYPE_BYTES, DType
+from tokenspeed_plan.plans.types import DTYPE_BITS, DType
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     "fp64": torch.float64,
@@ -24,7 +24,10 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 def _zeros(spec: ArenaSpec, device: str) -> Tensor:
     try:
         return torch.zeros(spec.size_bytes, dtype=torch.uint8, device=device)
-    except (RuntimeError, MemoryError) as error:  # PyTorch has no class of its own for this on a CPU
+    except (
+        RuntimeError,
+        MemoryError,
+    ) as error:  # PyTorch has no class of its own for this on a CPU
         reason = str(error).partition("\n")[0]
         raise PlanError(
             f"cannot allocate {spec.size_bytes} bytes for `{spec.name}` on this machine's {device}: {reason}",
@@ -44,8 +47,12 @@ class Arenas:
 
     def view(self, arena: str, offset_bytes: int, shape: tuple[int, ...], dtype: DType) -> Tensor:
         """A tensor at a planned place; nothing is copied."""
-        size_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
-        return self._bytes[arena][offset_bytes : offset_bytes + size_bytes].view(TORCH_DTYPES[dtype]).view(shape)
+        size_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+        return (
+            self._bytes[arena][offset_bytes : offset_bytes + size_bytes]
+            .view(TORCH_DTYPES[dtype])
+            .view(shape)
+        )
 
     def poison(self, arena: str) -> None:
         """Fill an arena with NaN, so that a read of what was not written shows."""

@@ -7,7 +7,8 @@ from tokenspeed_plan.plans.schema import CanaryPrompt, Plan
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.request import Completion, SamplingParams
 
-# How far a logprob may be from the fp64 reference: a difference up to this is rounding, more is another model.
+# How far a logprob may be from the fp64 reference: a difference up to this is rounding, more is
+# another model.
 TOLERANCE = {"fp64": 1e-4, "fp32": 1e-2, "bf16": 0.5}
 
 
@@ -28,8 +29,8 @@ def golden(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tuple[C
 def check_canary(plan: Plan, engine: Engine) -> int:
     """Replay the plan's golden prompts; returns how many tokens were compared.
 
-    Where the reference's own lead over the runner-up is within the tolerance, either token is right, and the
-    comparison of that prompt ends there.
+    Where the reference's own lead over the runner-up is within the tolerance, either token is
+    right, and the comparison of that prompt ends there.
 
     Raises:
         CanaryError: another token or another probability.
@@ -55,7 +56,8 @@ def _compare(index: int, wanted: CanaryPrompt, got: Completion, tolerance: float
             if margin <= 2 * tolerance:
                 return place
             raise CanaryError(
-                f"canary prompt {index}, token {place}: got {actual.token_id}, the reference says {token}", hint
+                f"canary prompt {index}, token {place}: got {actual.token_id}, the reference says {token}",
+                hint,
             )
         if not abs(actual.logprob - logprob) <= tolerance:
             raise CanaryError(

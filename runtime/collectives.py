@@ -57,7 +57,9 @@ def translate_dist_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
-        hint = "its own message says why it ended; start all ranks again, a batch goes on where it was"
+        hint = (
+            "its own message says why it ended; start all ranks again, a batch goes on where it was"
+        )
         raise RankError(f"the link to another rank broke: {reason}", hint) from error
 
 
@@ -74,7 +76,9 @@ def own_rank() -> int:
 def _number(name: str, usual: int) -> int:
     text = os.environ.get(name, str(usual))
     if not text.isdecimal():
-        raise RankError(f"the environment has {name}={text}", "unset it, or start the ranks with torchrun")
+        raise RankError(
+            f"the environment has {name}={text}", "unset it, or start the ranks with torchrun"
+        )
     return int(text)
 
 

@@ -15,8 +15,8 @@ from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.request import SamplingParams
 
-# Largest difference over the largest value of the tensor, by the plan's dtype: sums are taken in another order, and a
-# kernel keeps in fp32 what its references round to bf16 in between.
+# Largest difference over the largest value of the tensor, by the plan's dtype: sums are taken in
+# another order, and a kernel keeps in fp32 what its references round to bf16 in between.
 TOLERANCE: dict[DType, float] = {"fp32": 1e-4, "bf16": 3e-2}
 NUM_TOKENS = 4  # generated for each prompt
 
@@ -55,18 +55,27 @@ class ComparingExecutor(Executor):
             self._compare(where, kernel, tensors, num_tokens, num_seqs)
 
     def _compare(
-        self, where: str, kernel: KernelSpec, tensors: tuple[Tensor, ...], num_tokens: int, num_seqs: int
+        self,
+        where: str,
+        kernel: KernelSpec,
+        tensors: tuple[Tensor, ...],
+        num_tokens: int,
+        num_seqs: int,
     ) -> None:
         assert self.backend is not None
         written = {
-            i: p.name for i, p in enumerate(kernel.params) if p.role in ("output", "state") and p.access != "read"
+            i: p.name
+            for i, p in enumerate(kernel.params)
+            if p.role in ("output", "state") and p.access != "read"
         }
         wanted = tuple(x.clone() if i in written else x for i, x in enumerate(tensors))
         for index, param in enumerate(kernel.params):
             if param.role == "output":
                 tensors[index].view(torch.uint8).fill_(0xFF)  # NaN: what is not written shows
         self.execute(self.reference_kernel(kernel, wanted))
-        self.backend.launcher(kernel, self.rank, num_tokens, num_seqs, self.collectives)({}, *tensors)
+        self.backend.launcher(kernel, self.rank, num_tokens, num_seqs, self.collectives)(
+            {}, *tensors
+        )
         self.tally.steps += 1
         for index, name in written.items():
             self._judge(f"{where}, `{name}`", kernel.name, tensors[index], wanted[index])
@@ -75,7 +84,10 @@ class ComparingExecutor(Executor):
         error = difference(got, wanted)
         exact = not got.is_floating_point()
         if not error <= (0.0 if exact else TOLERANCE[self.plan.model.dtype]):
-            raise PlanError(f"{where}: kernel and reference differ by {error:.2e}", "the first such step; report it")
+            raise PlanError(
+                f"{where}: kernel and reference differ by {error:.2e}",
+                "the first such step; report it",
+            )
         if error > self.tally.worst:
             self.tally.worst, self.tally.worst_kernel = error, kernel
 
@@ -106,5 +118,7 @@ def check_steps(engine: Engine, prompts: Mapping[str, tuple[int, ...]] | None = 
     known = [item.prompt_ids for item in engine.plan.canary]
     made_up = [tuple(range(1, 1 + min(n, engine.max_seq_len - NUM_TOKENS))) for n in (70, 3)]
     chosen = list(prompts.values()) if prompts else (known or made_up)
-    engine.generate(chosen[: engine.max_seqs], SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True))
+    engine.generate(
+        chosen[: engine.max_seqs], SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    )
     return executor.tally

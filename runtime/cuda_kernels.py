@@ -60,14 +60,18 @@ def find_driver() -> Any:
 class CudaKernels:
     """The kernels of a plan as functions of tensors on the current GPU."""
 
-    def __init__(self, binaries: Mapping[str, Binary], cubins: Mapping[str, bytes], overlap: bool = True) -> None:
+    def __init__(
+        self, binaries: Mapping[str, Binary], cubins: Mapping[str, bytes], overlap: bool = True
+    ) -> None:
         self._driver = driver = find_driver()
         self._binaries = binaries
         self._cubins = cubins
         self._functions: dict[str, Any] = {}
         self._allow_overlap = overlap
         attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.id = (
+            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        )
         attribute.value.programmaticStreamSerializationAllowed = 1
         self._overlap = [attribute]
 
@@ -79,9 +83,14 @@ class CudaKernels:
             PlanError: one is missing or was altered, or the plan was made without them.
         """
         if not plan.binaries:
-            raise PlanError("the plan has no binaries", "make it again with `tokenspeed plan` and no `--no-compile`")
-        return cls({binary.kernel: binary for binary in plan.binaries},
-                   {binary.kernel: _read(bundle, binary) for binary in plan.binaries})  # fmt: skip
+            raise PlanError(
+                "the plan has no binaries",
+                "make it again with `tokenspeed plan` and no `--no-compile`",
+            )
+        return cls(
+            {binary.kernel: binary for binary in plan.binaries},
+            {binary.kernel: _read(bundle, binary) for binary in plan.binaries},
+        )
 
     def has(self, kernel: KernelSpec) -> bool:
         """Whether there is a binary of it."""
@@ -92,7 +101,12 @@ class CudaKernels:
         return CudaKernels(self._binaries, self._cubins, overlap=False)
 
     def launcher(
-        self, kernel: KernelSpec, rank: int, num_tokens: int, num_seqs: int, collectives: Collectives | None = None
+        self,
+        kernel: KernelSpec,
+        rank: int,
+        num_tokens: int,
+        num_seqs: int,
+        collectives: Collectives | None = None,
     ) -> Launcher:
         """A function of the kernel's tensors, in the order of its parameters, for a batch of this size."""
         assert kernel.launch is not None
@@ -139,7 +153,9 @@ class _Arguments:
         values = [ctypes.c_void_p(x) for x in pointers]
         values += [ctypes.c_int32(x) for x in scalars]  # type: ignore[misc]
         self._values = [*values, ctypes.c_void_p(), ctypes.c_void_p()]
-        self._table = (ctypes.c_void_p * len(self._values))(*(ctypes.addressof(x) for x in self._values))
+        self._table = (ctypes.c_void_p * len(self._values))(
+            *(ctypes.addressof(x) for x in self._values)
+        )
         self.address = ctypes.addressof(self._table)
 
 

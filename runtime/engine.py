@@ -42,7 +42,8 @@ from tokenspeed_plan.runtime.weights import load_weights
 class _Flight:
     """A replay that was launched. `outputs` waits for it: tokens, how many drafts were right, and drafts.
 
-    There are none in the middle of a prompt, so that its next step is prepared while this one is computed.
+    There are none in the middle of a prompt, so that its next step is prepared while this one is
+    computed.
     """
 
     batch: Batch
@@ -106,8 +107,8 @@ class Engine:
     ) -> Engine:
         """Read and check a bundle, then its weights, then allocate. `chat` writes messages as a prompt.
 
-        Without a `backend`, a GPU runs the bundle's kernels and a CPU the references. Without `cache`, every prompt is
-        computed from its beginning.
+        Without a `backend`, a GPU runs the bundle's kernels and a CPU the references. Without
+        `cache`, every prompt is computed from its beginning.
 
         Raises:
             PlanError: the bundle, this machine or the checkpoint does not fit.
@@ -119,7 +120,10 @@ class Engine:
         wanted = backend or ("reference" if plan.target.device == "cpu" else "kernels")
         kernels = load_kernels(plan, bundle) if wanted == "kernels" else None
         engine = cls.from_plan(plan, folder, chat, backend=kernels, executor=executor, cache=cache)
-        engine.startup_s = {"read_plan_s": read - begun, "read_weights_s": time.perf_counter() - read}
+        engine.startup_s = {
+            "read_plan_s": read - begun,
+            "read_weights_s": time.perf_counter() - read,
+        }
         return engine
 
     @classmethod
@@ -137,10 +141,14 @@ class Engine:
         check_target(plan)
         check_files(plan, folder)
         rank, collectives = join(plan)
-        arenas, tensors = load_weights(plan, folder, lambda: Arenas(plan.arenas, plan.target.device), rank)
+        arenas, tensors = load_weights(
+            plan, folder, lambda: Arenas(plan.pool.arenas, plan.target.device), rank
+        )
         tokenizer = Tokenizer.load(folder, chat) if (folder / "tokenizer.json").is_file() else None
         chosen = executor or executor_of(plan)
-        return cls(plan, chosen(plan, arenas, tensors, rank, collectives, backend), tokenizer, chunk, cache)
+        return cls(
+            plan, chosen(plan, arenas, tensors, rank, collectives, backend), tokenizer, chunk, cache
+        )
 
     def time_startup(self, name: str, work: Callable[[], object]) -> None:
         """Do a part of the start-up and note how long it took."""
@@ -151,17 +159,17 @@ class Engine:
     @property
     def max_seqs(self) -> int:
         """Sequences that run at once."""
-        return self.plan.limits.max_seqs
+        return self.plan.pool.limits.max_seqs
 
     @property
     def max_seq_len(self) -> int:
         """Prompt and generated tokens of one sequence."""
-        return self.plan.limits.max_seq_len
+        return self.plan.pool.limits.max_seq_len
 
     @property
     def default_max_tokens(self) -> int:
         """Generated tokens where the request names no number."""
-        return self.plan.limits.default_max_tokens
+        return self.plan.pool.limits.default_max_tokens
 
     @property
     def vocab_size(self) -> int:
@@ -177,9 +185,10 @@ class Engine:
     def accept_counts(self) -> list[int]:
         """Passes of a sequence through a decode step, then those in which the first draft was right, the second too...
 
-        They are kept on the device, and reading them waits for it. Empty where the plan does not speculate.
+        They are kept on the device, and reading them waits for it. Empty where the plan does not
+        speculate.
         """
-        if not self.plan.limits.max_depth:
+        if not self.plan.pool.limits.max_depth:
             return []
         found: list[int] = self.executor.buffer("accept_counts", 0, 0).tolist()
         return found
@@ -205,10 +214,16 @@ class Engine:
 
     def _queue(self, request: Request) -> None:
         if request.request_id in self._sequences:
-            raise RequestError(f"request `{request.request_id}` is not finished", "give each request its own id")
+            raise RequestError(
+                f"request `{request.request_id}` is not finished", "give each request its own id"
+            )
         params = request.params
-        stop_ids = (frozenset() if params.ignore_eos else self._stop_ids).union(params.stop_token_ids)
-        sequence = Sequence(request, time.perf_counter(), list(request.prompt_ids), stop_ids=stop_ids)
+        stop_ids = (frozenset() if params.ignore_eos else self._stop_ids).union(
+            params.stop_token_ids
+        )
+        sequence = Sequence(
+            request, time.perf_counter(), list(request.prompt_ids), stop_ids=stop_ids
+        )
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
 
@@ -253,7 +268,9 @@ class Engine:
                 finished = self._commit(flying)
         return finished
 
-    def generate(self, prompts: Iterable[Seq[int]], params: SamplingParams = SamplingParams()) -> list[Completion]:  # noqa: B008
+    def generate(
+        self, prompts: Iterable[Seq[int]], params: SamplingParams = SamplingParams()
+    ) -> list[Completion]:
         """Continue all prompts (token ids); answers in their order."""
         requests = [Request(f"generate-{next(self._ids)}", tuple(ids), params) for ids in prompts]
         for request in requests:
@@ -275,7 +292,9 @@ class Engine:
         self._sequences.clear()
         self._last = self._flying = None
 
-    def stream(self, prompt_ids: Seq[int], params: SamplingParams = SamplingParams()) -> Generator[Delta, None, None]:  # noqa: B008
+    def stream(
+        self, prompt_ids: Seq[int], params: SamplingParams = SamplingParams()
+    ) -> Generator[Delta, None, None]:
         """Continue one prompt (token ids): what each step brings, which may be nothing yet. Closing it cancels.
 
         Example:
@@ -288,12 +307,17 @@ class Engine:
         """Refuse what cannot be served.
 
         Raises:
-            RequestError: empty, with ids that the model does not have, longer than the plan serves, or with parameters
-                that mean nothing.
+            RequestError: empty, with ids that the model does not have, longer than the plan serves,
+                or with parameters that mean nothing.
         """
-        length, hint = len(request.prompt_ids), "plan for longer conversations: raise `workload` in the spec"
+        length, hint = (
+            len(request.prompt_ids),
+            "plan for longer conversations: raise `workload` in the spec",
+        )
         if length == 0:
-            raise RequestError(f"request `{request.request_id}` has an empty prompt", "give at least one token")
+            raise RequestError(
+                f"request `{request.request_id}` has an empty prompt", "give at least one token"
+            )
         request.params.check(self.vocab_size)
         if length + request.params.max_tokens > self.max_seq_len:
             raise RequestError(
@@ -305,7 +329,8 @@ class Engine:
         worst = lowest if lowest < 0 else highest
         if not 0 <= worst < self.vocab_size:
             raise RequestError(
-                f"token id {worst} is not in the vocabulary of {self.vocab_size}", "use the model's own tokenizer"
+                f"token id {worst} is not in the vocabulary of {self.vocab_size}",
+                "use the model's own tokenizer",
             )
 
     def _launch(self, batch: Batch) -> _Flight:
@@ -317,16 +342,20 @@ class Engine:
 
         for sequence in batch.sequences:
             if sequence.copy_from is not None:
-                page = sequence.pages[sequence.num_computed // self.plan.limits.page_size]
+                page = sequence.pages[sequence.num_computed // self.plan.pool.limits.page_size]
                 self.metrics.copied_bytes += self.executor.copy_page(sequence.copy_from, page)
         if not batch.follows(self._last):
-            values = input_values(batch, self.plan.limits)
+            values = input_values(batch, self.plan.pool.limits)
             with self._away():
-                fill_inputs(batch, values, buffer, self.plan.limits)
+                fill_inputs(batch, values, buffer, self.plan.pool.limits)
         self._last = batch
         with self._away():
             self.executor.run(batch.program, tokens, seqs)
-        told = None if batch.has_no_output else self.executor.fetch(*map(buffer, host_outputs(batch.program)))
+        told = (
+            None
+            if batch.has_no_output
+            else self.executor.fetch(*map(buffer, host_outputs(batch.program)))
+        )
         return _Flight(batch, told, buffer(batch.program.logits))
 
     def _commit(self, flight: _Flight) -> list[Completion]:
@@ -348,9 +377,9 @@ class Engine:
             if news:
                 sequence.first_token_s, sequence.last_token_s = sequence.first_token_s or now, now
             if sequence.finish_reason:
-                # A step that was launched since has written over the state at an end in the middle of a run, but not
-                # over that before the run.
-                ends = len(news) == len(said.token_ids) or bool(self.plan.limits.kept_inputs)
+                # A step that was launched since has written over the state at an end in the middle
+                # of a run, but not over that before the run.
+                ends = len(news) == len(said.token_ids) or bool(self.plan.pool.limits.kept_inputs)
                 self._scheduler.finish(sequence, ends or self._last is batch)
                 del self._sequences[sequence.request.request_id]
                 finished.append(self._completion(sequence))
@@ -364,7 +393,9 @@ class Engine:
                 sequence.drafts = []
                 self._scheduler.advance(sequence, count)
 
-    def _take(self, sequence: Sequence, said: StepOutput, batch: Batch, index: int) -> list[NewToken]:
+    def _take(
+        self, sequence: Sequence, said: StepOutput, batch: Batch, index: int
+    ) -> list[NewToken]:
         """Bring a sequence to where the replay has left it, or to its end before that."""
         sequence.drafts = said.drafts
         if batch.program.phase == "prefill":
@@ -448,7 +479,10 @@ def host_outputs(program: Program) -> tuple[str, ...]:
 
 def _step_output(flight: _Flight, outputs: tuple[list[int], ...], index: int) -> StepOutput:
     """The part of one sequence."""
-    program, found = flight.batch.program, dict(zip(host_outputs(flight.batch.program), outputs, strict=True))
+    program, found = (
+        flight.batch.program,
+        dict(zip(host_outputs(flight.batch.program), outputs, strict=True)),
+    )
     first = index * program.query_len
     end = first + 1 + (found["accepted"][index] if program.query_len > 1 else 0)
     size = program.depth + 1

@@ -1,7 +1,7 @@
 """Replay: the steps of a program, bound to tensors once, then run in a loop that looks nothing up.
 
-Kernels run as their reference bodies, or as the bundle's Triton kernels. What a reference body keeps to itself stays in
-a slot of a small list, what it gives back is copied to the planned place.
+Kernels run as their reference bodies, or as the bundle's Triton kernels. What a reference body
+keeps to itself stays in a slot of a small list, what it gives back is copied to the planned place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.schema import BufferSpec, CollectiveCall, KernelCall, KernelSpec, Part, Plan, Program, Step
+from tokenspeed_plan.plans.schema import (
+    BufferSpec,
+    CollectiveCall,
+    KernelCall,
+    KernelSpec,
+    Part,
+    Plan,
+    Program,
+    Step,
+)
 from tokenspeed_plan.runtime.arenas import Arenas
 from tokenspeed_plan.runtime.collectives import Collectives
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES, Body
@@ -20,8 +29,11 @@ from tokenspeed_plan.runtime.triton_kernels import KernelBackend
 
 MAX_BINDINGS = 64  # distinct (program, tokens, sequences) kept bound
 
-# body, constants, operands (a tensor, or the slot of a value inside the kernel), outputs (slot, planned place)
-Instruction = tuple[Body, Mapping[str, Any], tuple[Tensor | int, ...], tuple[tuple[int, Tensor | None], ...]]
+# body, constants, operands (a tensor, or the slot of a value inside the kernel), outputs (slot,
+# planned place)
+Instruction = tuple[
+    Body, Mapping[str, Any], tuple[Tensor | int, ...], tuple[tuple[int, Tensor | None], ...]
+]
 
 
 class Executor:
@@ -43,7 +55,7 @@ class Executor:
         self.kernels = {kernel.name: kernel for kernel in plan.kernels}
         self._arenas = arenas
         self._weights = weights
-        self._shared = {buffer.name: buffer for buffer in plan.buffers}
+        self._shared = {buffer.name: buffer for buffer in plan.pool.buffers}
         most = max(sum(len(part.outputs) for part in kernel.parts) for kernel in plan.kernels)
         self._temps = [torch.empty(0)] * most
         self._bound: dict[tuple[str, int, int, int], tuple[Instruction, ...]] = {}
@@ -57,7 +69,11 @@ class Executor:
 
     def copy_page(self, source: int, target: int) -> int:
         """Copy a page of keys and values in all layers; the bytes that were copied."""
-        pages = [self._view(buffer, 0, 0) for buffer in self._shared.values() if buffer.arena == "kv_cache"]
+        pages = [
+            self._view(buffer, 0, 0)
+            for buffer in self._shared.values()
+            if buffer.arena == "kv_cache"
+        ]
         for view in pages:
             view[target].copy_(view[source], non_blocking=True)
         return sum(view[source].nbytes for view in pages)
@@ -95,9 +111,13 @@ class Executor:
     def alone(self) -> Executor:
         """The same, with kernels that do not start while their predecessor ends."""
         backend = self.backend.alone() if self.backend else None
-        return Executor(self.plan, self._arenas, self._weights, self.rank, self.collectives, backend)
+        return Executor(
+            self.plan, self._arenas, self._weights, self.rank, self.collectives, backend
+        )
 
-    def steps(self, program: Program, num_tokens: int, num_seqs: int) -> Iterator[tuple[Step, Iterable[Instruction]]]:
+    def steps(
+        self, program: Program, num_tokens: int, num_seqs: int
+    ) -> Iterator[tuple[Step, Iterable[Instruction]]]:
         """Each step of a program with its instructions."""
         places = self.places(program, num_tokens, num_seqs)
         for step in program.steps:
@@ -122,9 +142,13 @@ class Executor:
         """What a step works on, in the order of its arguments."""
         if isinstance(step, KernelCall):
             return tuple(places(name) for name in step.args)
-        return (places(step.source), places(step.target)) if isinstance(step, CollectiveCall) else ()
+        return (
+            (places(step.source), places(step.target)) if isinstance(step, CollectiveCall) else ()
+        )
 
-    def _step(self, step: Step, tensors: tuple[Tensor, ...], num_tokens: int, num_seqs: int) -> Iterable[Instruction]:
+    def _step(
+        self, step: Step, tensors: tuple[Tensor, ...], num_tokens: int, num_seqs: int
+    ) -> Iterable[Instruction]:
         kernel = self.kernels[step.kernel] if isinstance(step, KernelCall) else None
         if kernel is None or self.backend is None or not self.backend.has(kernel):
             return self.reference(step, tensors)
@@ -135,15 +159,23 @@ class Executor:
         """A step as reference bodies; events mean nothing where all runs in order."""
         if isinstance(step, KernelCall):
             return self.reference_kernel(self.kernels[step.kernel], tensors)
-        return [(self._collective(step.op), {}, tensors, ())] if isinstance(step, CollectiveCall) else []
+        return (
+            [(self._collective(step.op), {}, tensors, ())]
+            if isinstance(step, CollectiveCall)
+            else []
+        )
 
-    def reference_kernel(self, kernel: KernelSpec, tensors: tuple[Tensor, ...]) -> list[Instruction]:
+    def reference_kernel(
+        self, kernel: KernelSpec, tensors: tuple[Tensor, ...]
+    ) -> list[Instruction]:
         """A kernel's parts, one after the other."""
         places = {param.name: view for param, view in zip(kernel.params, tensors, strict=True)}
         slots: dict[str, int] = {}
         made: list[Instruction] = []
         for part in kernel.parts:
-            operands = tuple(places[name] if name in places else slots[name] for name in part.operands)
+            operands = tuple(
+                places[name] if name in places else slots[name] for name in part.operands
+            )
             for name in part.outputs:
                 slots.setdefault(name, len(slots))
             outputs = tuple((slots[name], places.get(name)) for name in part.outputs)
@@ -151,7 +183,10 @@ class Executor:
         return made
 
     def _attrs(self, part: Part) -> dict[str, Any]:
-        return {**part.attrs, **{name: shift.at(self.rank) for name, shift in part.rank_attrs.items()}}
+        return {
+            **part.attrs,
+            **{name: shift.at(self.rank) for name, shift in part.rank_attrs.items()},
+        }
 
     def _body(self, kind: str) -> Body:
         if kind != "all_reduce":
@@ -166,7 +201,9 @@ class Executor:
         return body
 
     def _collective(self, op: str) -> Body:
-        assert self.collectives is not None, "the loader refuses a plan of several ranks without collectives"
+        assert self.collectives is not None, (
+            "the loader refuses a plan of several ranks without collectives"
+        )
         call: Callable[[Tensor, Tensor], None] = getattr(self.collectives, op)
 
         def body(attrs: Mapping[str, Any], source: Tensor, target: Tensor) -> tuple[()]:

@@ -23,11 +23,13 @@ class GraphExecutor(Executor):
         """Capture every program that wants it, on a batch of padding; load the kernels of the others."""
         self._full: dict[tuple[str, int], list[tuple[Tensor, ...]]] = {}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
-        most = self.plan.limits.max_seqs * (2 * self.plan.limits.max_depth + 3)  # tokens, how many of them, and drafts
+        most = self.plan.pool.limits.max_seqs * (
+            2 * self.plan.pool.limits.max_depth + 3
+        )  # tokens, how many of them, and drafts
         self._pinned = [torch.empty(most, dtype=torch.int32).pin_memory() for _ in range(FLIGHTS)]
         self._events = [torch.cuda.Event() for _ in range(FLIGHTS)]
         self._turn = 0
-        for program in self.plan.programs:
+        for program in self.plan.pool.programs:
             if program.captured:
                 self._capture(program)
             else:
@@ -36,7 +38,9 @@ class GraphExecutor(Executor):
     @torch.inference_mode()
     def _capture(self, program: Program) -> None:
         rows = (program.max_tokens, program.max_seqs)
-        write_inputs(Batch.of(program, (), ()), lambda name: self.buffer(name, *rows), self.plan.limits)
+        write_inputs(
+            Batch.of(program, (), ()), lambda name: self.buffer(name, *rows), self.plan.pool.limits
+        )
         super().run(program, *rows)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -51,7 +55,9 @@ class GraphExecutor(Executor):
         else:
             super().run(program, num_tokens, num_seqs)
 
-    def steps(self, program: Program, num_tokens: int, num_seqs: int) -> Iterator[tuple[Step, Iterable[Instruction]]]:
+    def steps(
+        self, program: Program, num_tokens: int, num_seqs: int
+    ) -> Iterator[tuple[Step, Iterable[Instruction]]]:
         """Kernels take addresses, so tensors are made once, at the program's size: a new size is ready in no time."""
         if self.backend is None:
             yield from super().steps(program, num_tokens, num_seqs)

@@ -62,7 +62,9 @@ def _slots(sequence: Sequence, start: int, end: int, limits: Limits) -> list[int
     slots: list[int] = []
     size = limits.page_size
     for index in range(start // size, -(-end // size)):
-        shift = (_page(sequence, index, limits) - index) * size  # from a token's position to its slot
+        shift = (
+            _page(sequence, index, limits) - index
+        ) * size  # from a token's position to its slot
         slots += range(max(start, index * size) + shift, min(end, (index + 1) * size) + shift)
     return slots
 
@@ -77,22 +79,31 @@ def _per_sequence(batch: Batch, limits: Limits) -> Values:
     rows, columns = batch.program.query_len, limits.state_slots_per_seq - 1
     params = [sequence.request.params for sequence in batch.sequences]
     padding = batch.run_seqs - len(batch.sequences)
-    contexts = [s.num_computed + count for s, count in zip(batch.sequences, batch.counts, strict=True)]
+    contexts = [
+        s.num_computed + count for s, count in zip(batch.sequences, batch.counts, strict=True)
+    ]
     return {
         "cu_seqlens": [0, *accumulate([*batch.counts, *[rows] * padding])],
         "context_lens": contexts + [rows] * padding,
         "state_lens": [s.state_len for s in batch.sequences] + [0] * padding,
         "src_state_slots": [*batch.src_state_slots, *[0] * padding],
-        "dst_state_slots": [*chain(*batch.dst_state_slots), *[limits.pad_state_slot] * columns * padding],
+        "dst_state_slots": [
+            *chain(*batch.dst_state_slots),
+            *[limits.pad_state_slot] * columns * padding,
+        ],
         "temperature": [p.temperature for p in params] + [0.0] * padding,
         "top_p": [p.top_p for p in params] + [1.0] * padding,
         "top_k": [p.top_k for p in params] + [0] * padding,
         "seed": [_signed(p.seed) for p in params] + [0] * padding,
-        "following": [_following(s, count) for s, count in zip(batch.sequences, batch.counts, strict=True)]
+        "following": [
+            _following(s, count) for s, count in zip(batch.sequences, batch.counts, strict=True)
+        ]
         + [-1] * padding,
-        "max_lens": [min(s.max_len - 1, len(s.pages) * limits.page_size) for s in batch.sequences] + [0] * padding,
+        "max_lens": [min(s.max_len - 1, len(s.pages) * limits.page_size) for s in batch.sequences]
+        + [0] * padding,
         "stop_ids": [*chain(*map(_stop_ids, batch.sequences)), *[-1] * STOP_IDS * padding],
-        "rng_offset": [len(s.token_ids) - s.num_prompt_tokens for s in batch.sequences] + [0] * padding,
+        "rng_offset": [len(s.token_ids) - s.num_prompt_tokens for s in batch.sequences]
+        + [0] * padding,
     }
 
 

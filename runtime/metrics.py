@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 class Metrics:
     """Counters that only grow.
 
-    `hit_tokens` were taken from the prefix cache, `computed_tokens` were not. `host_s` is the time of the steps that
-    was spent neither in a replay nor waiting for its tokens. `copied_bytes` counts pages that were copied because a
-    request goes on inside a page that others share; recurrent state is never copied.
+    `hit_tokens` were taken from the prefix cache, `computed_tokens` were not. `host_s` is the time
+    of the steps that was spent neither in a replay nor waiting for its tokens. `copied_bytes`
+    counts pages that were copied because a request goes on inside a page that others share;
+    recurrent state is never copied.
 
-    `decode_passes` counts each sequence of each decode step, `decode_tokens` what they said: more than one a pass where
-    drafts are accepted. `lost_checkpoints` are ends of answers that were found only after the state there was gone.
+    `decode_passes` counts each sequence of each decode step, `decode_tokens` what they said: more
+    than one a pass where drafts are accepted. `lost_checkpoints` are ends of answers that were
+    found only after the state there was gone.
     """
 
     steps: int = 0

@@ -1,14 +1,15 @@
 """The prefix cache: pages of keys and values by content, and checkpoints of the recurrent state among them.
 
-A tree whose nodes are pages: a node is known by the digest of its tokens chained to its parent's digest, so that equal
-prefixes are equal nodes whoever computed them. A checkpoint is a row of recurrent state that hangs at the end of a
-node; one in the middle of a page hangs at a `tail`, a node of fewer tokens. A hit needs both: all pages up to a
-position and a checkpoint there.
+A tree whose nodes are pages: a node is known by the digest of its tokens chained to its parent's
+digest, so that equal prefixes are equal nodes whoever computed them. A checkpoint is a row of
+recurrent state that hangs at the end of a node; one in the middle of a page hangs at a `tail`, a
+node of fewer tokens. A hit needs both: all pages up to a position and a checkpoint there.
 
-What the cache holds is never written again. A sequence that goes on after a tail copies that one page; state is handed
-on by the number of its row. Pages that no checkpoint needs and no sequence holds are freed at once, so each leaf that
-is not in use is a checkpoint. When a place is needed, the checkpoint goes that is cheapest to compute again per byte,
-aged as GreedyDual does (Cao and Irani, USENIX 1997), and with it the pages that only it needed.
+What the cache holds is never written again. A sequence that goes on after a tail copies that one
+page; state is handed on by the number of its row. Pages that no checkpoint needs and no sequence
+holds are freed at once, so each leaf that is not in use is a checkpoint. When a place is needed,
+the checkpoint goes that is cheapest to compute again per byte, aged as GreedyDual does (Cao and
+Irani, USENIX 1997), and with it the pages that only it needed.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from tokenspeed_plan.runtime.ref_counts import Pool
 
 def chain_digest(parent: bytes, token_ids: Seq[int]) -> bytes:
     """The name of a page: its tokens, and through its parent all tokens before it."""
-    return blake2b(np.asarray(token_ids, dtype=np.int64).tobytes(), digest_size=16, key=parent).digest()
+    return blake2b(
+        np.asarray(token_ids, dtype=np.int64).tobytes(), digest_size=16, key=parent
+    ).digest()
 
 
 @dataclass(slots=True, eq=False)
 class Node:
     """A page with its tokens, or the first tokens of one. `position` counts all tokens up to its end.
 
-    `row` is the checkpoint there, 0 where there is none. `clock` is the cache's age when it was last of use.
+    `row` is the checkpoint there, 0 where there is none. `clock` is the cache's age when it was
+    last of use.
     """
 
     parent: Node | None
@@ -74,12 +78,20 @@ class PrefixCache:
     """
 
     def __init__(
-        self, limits: Limits, seed: bytes, page_bytes: int, row_bytes: int, metrics: Metrics, enabled: bool = True
+        self,
+        limits: Limits,
+        seed: bytes,
+        page_bytes: int,
+        row_bytes: int,
+        metrics: Metrics,
+        enabled: bool = True,
     ) -> None:
         self.enabled = enabled
         self.page_size = limits.page_size
         self.pages = Pool(range(limits.num_pages))
-        self.rows = Pool(range(1, limits.num_state_slots - 1))  # the first is the zero row, the last takes padding
+        self.rows = Pool(
+            range(1, limits.num_state_slots - 1)
+        )  # the first is the zero row, the last takes padding
         self.root = Node(None, seed, (), 0, -1)
         self._index: dict[bytes, Node] = {}
         self._nodes_on = Counter[int]()  # page -> nodes
@@ -113,7 +125,9 @@ class PrefixCache:
         path = [self.root, *self._walk(digests, token_ids)]
         known = min(path[-1].position, most // self.page_size * self.page_size)
         for node in reversed(path):
-            found = [tail for tail in node.tails if tail.position <= most and _agree(tail, token_ids)]
+            found = [
+                tail for tail in node.tails if tail.position <= most and _agree(tail, token_ids)
+            ]
             if found:
                 return Hit(max(found, key=lambda tail: tail.position), known)
             if node.row and node.position <= most:
@@ -133,7 +147,8 @@ class PrefixCache:
     def use(self, hit: Hit) -> tuple[Node, list[int]]:
         """Hold what a hit needs: its row and its whole pages; returns the node of the last one, and all pages.
 
-        A tail keeps its page, from which the caller is to copy, as long as the caller holds its row.
+        A tail keeps its page, from which the caller is to copy, as long as the caller holds its
+        row.
         """
         node = hit.checkpoint
         if node.row:
@@ -145,11 +160,17 @@ class PrefixCache:
     # Entering.
 
     def add_pages(
-        self, node: Node, digests: Seq[bytes], token_ids: Seq[int], num_tokens: int, pages: list[int]
+        self,
+        node: Node,
+        digests: Seq[bytes],
+        token_ids: Seq[int],
+        num_tokens: int,
+        pages: list[int],
     ) -> Node:
         """Enter the whole pages after `node` within `num_tokens`; the caller holds them, and all before.
 
-        Where a page is known already, the caller's is given up for the known one: `pages` is changed.
+        Where a page is known already, the caller's is given up for the known one: `pages` is
+        changed.
         """
         size = self.page_size
         for index in range(node.position // size, num_tokens // size if self.enabled else 0):
@@ -167,7 +188,9 @@ class PrefixCache:
             node = known
         return node
 
-    def add_checkpoint(self, node: Node, token_ids: Seq[int], position: int, row: int, pages: Seq[int]) -> None:
+    def add_checkpoint(
+        self, node: Node, token_ids: Seq[int], position: int, row: int, pages: Seq[int]
+    ) -> None:
         """Enter a row as the state after `position` tokens, which lie in the page after `node` or end with it."""
         rest = tuple(token_ids[node.position : position])
         if not self.enabled or not row or len(rest) >= self.page_size:
@@ -203,7 +226,9 @@ class PrefixCache:
     def take_row(self) -> int:
         """A row for the caller; there is always one, as sequences hold no more than their slots'."""
         while not self.rows.num_free:
-            assert self._evict(lambda node: True), "the running sequences hold more rows than their slots have"
+            assert self._evict(lambda node: True), (
+                "the running sequences hold more rows than their slots have"
+            )
         return self.rows.take()
 
     def _frees_pages(self, node: Node) -> bool:
@@ -214,10 +239,14 @@ class PrefixCache:
 
     def _evict(self, useful: Callable[[Node], bool]) -> bool:
         """Give up the checkpoint that is cheapest to have again, of those that nobody reads."""
-        found = [node for node in self._checkpoints if self.rows.holders(node.row) == 1 and useful(node)]
+        found = [
+            node for node in self._checkpoints if self.rows.holders(node.row) == 1 and useful(node)
+        ]
         if not found:
             return False
-        self._clock, victim = min(((self._worth(node), node) for node in found), key=lambda pair: pair[0])
+        self._clock, victim = min(
+            ((self._worth(node), node) for node in found), key=lambda pair: pair[0]
+        )
         self._metrics.evicted_checkpoints += 1
         before = len(self._index)
         self._remove_checkpoint(victim)
@@ -235,7 +264,11 @@ class PrefixCache:
     def _goes_with(self, step: Node, node: Node) -> bool:
         """Whether the page of a node above a checkpoint would be freed with it."""
         alone = step is node or not step.row
-        return alone and len(step.children) + len(step.tails) <= (step is not node) and not self._in_use(step)
+        return (
+            alone
+            and len(step.children) + len(step.tails) <= (step is not node)
+            and not self._in_use(step)
+        )
 
     def _remove_checkpoint(self, node: Node) -> None:
         self.rows.drop(node.row)

@@ -20,8 +20,11 @@ def check_target(plan: Plan) -> None:
     if wanted != here:
         found = f"this machine's is sm_{here}" if here else "there is none here"
         machine = f"{plan.target.count} x {plan.target.gpu} (sm_{wanted})"
-        raise PlanError(f"the plan is for {machine}, {found}", "plan it again for this machine: `target: {gpu: ...}`")
-    streams = max(program.num_streams for program in plan.programs)
+        raise PlanError(
+            f"the plan is for {machine}, {found}",
+            "plan it again for this machine: `target: {gpu: ...}`",
+        )
+    streams = max(program.num_streams for program in plan.pool.programs)
     if wanted and (plan.target.count > 1 or streams > 1):
         raise PlanError(
             f"the plan is for {plan.target.count} GPUs and {streams} streams, one of each is replayed today",
@@ -48,7 +51,9 @@ def check_files(plan: Plan, folder: Path) -> None:
         if not path.is_file():
             raise PlanError(f"`{path}` is missing", "name the model folder with `--weights DIR`")
         if sha256(path.read_bytes()) != digest:
-            raise PlanError(f"`{path}` is not the file that was planned", "plan again, or restore the file")
+            raise PlanError(
+                f"`{path}` is not the file that was planned", "plan again, or restore the file"
+            )
 
 
 def find_weights(plan: Plan, bundle: Path, given: Path | None) -> Path:
@@ -60,11 +65,15 @@ def find_weights(plan: Plan, bundle: Path, given: Path | None) -> Path:
     if given is not None:
         roots: Mapping[Path, Path] = {given: given}
     elif plan.model.location is None:
-        raise PlanError(f"the plan of `{plan.model.name}` names no checkpoint", "name one with `--weights DIR`")
+        raise PlanError(
+            f"the plan of `{plan.model.name}` names no checkpoint", "name one with `--weights DIR`"
+        )
     else:
         starts = [Path(), *bundle.resolve().parents]
         roots = {start / plan.model.location: start for start in starts}
     found = next((folder for folder in roots if folder.is_dir()), None)
     if found is None:
-        raise PlanError(f"there is no folder `{next(iter(roots))}`", "name the checkpoint with `--weights DIR`")
+        raise PlanError(
+            f"there is no folder `{next(iter(roots))}`", "name the checkpoint with `--weights DIR`"
+        )
     return found

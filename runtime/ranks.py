@@ -21,7 +21,7 @@ class LeadingExecutor(Executor):
 
     def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
         """One replay on all ranks."""
-        _send([self.plan.programs.index(program), num_tokens, num_seqs])
+        _send([self.plan.pool.programs.index(program), num_tokens, num_seqs])
         _share_inputs(self, program, num_tokens, num_seqs)
         super().run(program, num_tokens, num_seqs)
 
@@ -38,7 +38,7 @@ def follow(executor: Executor) -> None:
         if index == COPY_PAGE:
             executor.copy_page(num_tokens, num_seqs)
             continue
-        program = executor.plan.programs[index]
+        program = executor.plan.pool.programs[index]
         _share_inputs(executor, program, num_tokens, num_seqs)
         executor.run(program, num_tokens, num_seqs)
 

@@ -14,9 +14,9 @@ FinishReason = Literal["stop", "length", "cancelled"]  # a cancelled request has
 class SamplingParams:
     """How the next token is chosen and when to stop.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch the filters off. With a `seed` the tokens of a request
-    depend on nothing but the request. `num_logprobs` None returns no logprobs, n returns the chosen token's and the
-    n most likely ones.
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch the filters off. With a `seed` the
+    tokens of a request depend on nothing but the request. `num_logprobs` None returns no logprobs,
+    n returns the chosen token's and the n most likely ones.
     """
 
     max_tokens: int = 16
@@ -78,9 +78,9 @@ class NewToken:
 class Completion:
     """A finished request.
 
-    `token_ids` holds every generated token, a stop token included; `text` ends before the stop token or stop string.
-    `ttft_s` runs from `Engine.add` to the first token, `decode_s` from the first token to the last.
-    `num_cached_tokens` of the prompt came from the prefix cache.
+    `token_ids` holds every generated token, a stop token included; `text` ends before the stop
+    token or stop string. `ttft_s` runs from `Engine.add` to the first token, `decode_s` from the
+    first token to the last. `num_cached_tokens` of the prompt came from the prefix cache.
     """
 
     request_id: str

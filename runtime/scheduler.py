@@ -1,12 +1,13 @@
 """Continuous batching: who runs in the next step, with which program, and in which memory.
 
-A request is admitted when pages for its known tokens can be drawn and one more for each that runs; what it says is
-given pages as it grows. When none is left the youngest is preempted: its state and its pages go to the prefix cache,
-from where it goes on later. The oldest always goes on, and fits, so every request ends.
+A request is admitted when pages for its known tokens can be drawn and one more for each that runs;
+what it says is given pages as it grows. When none is left the youngest is preempted: its state and
+its pages go to the prefix cache, from where it goes on later. The oldest always goes on, and fits,
+so every request ends.
 
-While some sequences prefill and others decode, the two kinds of step take turns. Prefill steps serve by turns the
-oldest first, so that no prompt starves, and the one with the least to do first, so that a short one need not wait for
-long ones.
+While some sequences prefill and others decode, the two kinds of step take turns. Prefill steps
+serve by turns the oldest first, so that no prompt starves, and the one with the least to do first,
+so that a short one need not wait for long ones.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from tokenspeed_plan.runtime.sequence import Sequence
 class Batch:
     """One step: for each sequence, how many rows to compute, and which rows of state to read and to write.
 
-    One that was launched ahead of the results before it knows its rows of state on the device alone.
+    One that was launched ahead of the results before it knows its rows of state on the device
+    alone.
     """
 
     program: Program
@@ -42,9 +44,13 @@ class Batch:
         """The next step of sequences as they are."""
         held = tuple(sequences)
         return cls(
-            program, held, tuple(counts), tuple(s.row for s in held), tuple(tuple(s.dst_state_slots) for s in held),
+            program,
+            held,
+            tuple(counts),
+            tuple(s.row for s in held),
+            tuple(tuple(s.dst_state_slots) for s in held),
             tuple(s.pages_version for s in held),
-        )  # fmt: skip
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +71,9 @@ class Batch:
     def has_no_output(self) -> bool:
         """Whether no sequence comes to its prompt's last token, where it decodes: nobody waits for tokens or drafts."""
         pairs = zip(self.sequences, self.counts, strict=True)
-        return self.program.phase == "prefill" and all(count + 1 < sequence.num_left for sequence, count in pairs)
+        return self.program.phase == "prefill" and all(
+            count + 1 < sequence.num_left for sequence, count in pairs
+        )
 
     def follows(self, other: Batch | None) -> bool:
         """Whether it is the decode step right after another one, whose program has prepared all inputs already."""
@@ -92,15 +100,21 @@ class Scheduler:
     """The queue, the running sequences, and through the prefix cache all pages and rows."""
 
     def __init__(self, plan: Plan, chunk: int | None = None, cache: bool = True) -> None:
-        self.limits = plan.limits
-        self.chunk = min(chunk or plan.limits.max_tokens, plan.limits.max_tokens)
+        self.limits = plan.pool.limits
+        self.chunk = min(chunk or plan.pool.limits.max_tokens, plan.pool.limits.max_tokens)
         self.metrics = Metrics()
         self.cache = PrefixCache(
-            plan.limits, bytes.fromhex(plan.digest[:64]), place_bytes(plan, "kv_cache"), place_bytes(plan, "state"),
-            self.metrics, cache,
-        )  # fmt: skip
+            plan.pool.limits,
+            bytes.fromhex(plan.digest[:64]),
+            place_bytes(plan, "kv_cache"),
+            place_bytes(plan, "state"),
+            self.metrics,
+            cache,
+        )
         self._programs = {
-            phase: sorted((p for p in plan.programs if p.phase == phase), key=lambda p: p.bucket)
+            phase: sorted(
+                (p for p in plan.pool.programs if p.phase == phase), key=lambda p: p.bucket
+            )
             for phase in ("prefill", "decode")
         }
         self._waiting: deque[Sequence] = deque()
@@ -108,7 +122,8 @@ class Scheduler:
         self._last: Phase = "decode"
         self._oldest_first = False
         self._num_added = 0
-        self._blocked_head: Sequence | None = None  # the first that was found not to fit; nothing was freed since
+        # the first that was found not to fit; nothing was freed since
+        self._blocked_head: Sequence | None = None
 
     @property
     def num_unfinished(self) -> int:
@@ -118,7 +133,9 @@ class Scheduler:
     @property
     def usage(self) -> Usage:
         """What is taken now; another thread may ask too."""
-        return Usage(len(self._waiting), len(self._running), self.cache.rows_in_use, self.cache.pages_in_use)
+        return Usage(
+            len(self._waiting), len(self._running), self.cache.rows_in_use, self.cache.pages_in_use
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -133,19 +150,28 @@ class Scheduler:
         prefilling = [s for s in self._running if s.state == "prefilling"]
         if not self._running:
             return None
-        self._last = "prefill" if prefilling and (self._last == "decode" or not decoding) else "decode"
+        self._last = (
+            "prefill" if prefilling and (self._last == "decode" or not decoding) else "decode"
+        )
         if self._last == "decode":
             return self._decode(decoding)
-        return self._prefill(prefilling, min(self.chunk, self.limits.interleaved_tokens) if decoding else self.chunk)
+        return self._prefill(
+            prefilling, min(self.chunk, self.limits.interleaved_tokens) if decoding else self.chunk
+        )
 
     def next_overlapped_batch(self, batch: Batch) -> Batch | None:
         """The decode step after one that is not committed yet; None where something else may come first.
 
-        A sequence may turn out to have ended: then its part of the step is for nothing, and harms nobody.
+        A sequence may turn out to have ended: then its part of the step is for nothing, and harms
+        nobody.
         """
         goes_on = (
             batch.program.captured
-            and (self._blocked_head or not self._waiting or len(self._running) == self.limits.max_seqs)
+            and (
+                self._blocked_head
+                or not self._waiting
+                or len(self._running) == self.limits.max_seqs
+            )
             and len(batch.sequences) == len(self._running)
             and all(map(self._can_go_on, batch.sequences, batch.counts))
         )
@@ -192,13 +218,17 @@ class Scheduler:
                 later.append(sequence)
                 break
             self.cache.extend(sequence.digests, sequence.token_ids, len(sequence.token_ids))
-            hit = self.cache.match(sequence.digests, sequence.token_ids, len(sequence.token_ids) - 1)
+            hit = self.cache.match(
+                sequence.digests, sequence.token_ids, len(sequence.token_ids) - 1
+            )
             if self._is_coming(sequence, hit):
                 later.append(sequence)
             elif self._fits(sequence, hit):
                 self._start(sequence, hit)
             elif not self._running:
-                self._start(sequence, Hit(self.cache.root, 0))  # what it would share is in the way of what it needs
+                self._start(
+                    sequence, Hit(self.cache.root, 0)
+                )  # what it would share is in the way of what it needs
             else:
                 later.append(sequence)
                 self._blocked_head = sequence
@@ -221,7 +251,9 @@ class Scheduler:
         """Whether its pages can be drawn, and one more for each that runs."""
         held = {page for other in self._running for page in self._held_pages(other)}
         found = {node.page for node in path_to(hit.checkpoint)}
-        needed = self._num_pages(sequence) - hit.num_tokens // self.limits.page_size + len(self._running)
+        needed = (
+            self._num_pages(sequence) - hit.num_tokens // self.limits.page_size + len(self._running)
+        )
         return needed <= len(self.cache.pages) - len(held | found)
 
     def _held_pages(self, sequence: Sequence) -> list[int]:
@@ -236,10 +268,14 @@ class Scheduler:
         if hit.num_tokens % self.limits.page_size:
             sequence.copy_from = hit.checkpoint.page
         if hit.known_tokens - hit.num_tokens >= self.limits.min_checkpoint_tokens:
-            sequence.checkpoint_requests.add(hit.known_tokens)  # others had this prefix too, and may come again
+            sequence.checkpoint_requests.add(
+                hit.known_tokens
+            )  # others had this prefix too, and may come again
         while len(sequence.pages) < self._num_pages(sequence):
             self._add_page(sequence)
-        sequence.dst_state_slots = [self.cache.take_row() for _ in range(self.limits.state_slots_per_seq - 1)]
+        sequence.dst_state_slots = [
+            self.cache.take_row() for _ in range(self.limits.state_slots_per_seq - 1)
+        ]
         sequence.pages_version += 1
         sequence.move_to(sequence.next_phase)
         self._running.append(sequence)
@@ -280,15 +316,22 @@ class Scheduler:
         sequence.move_to("preempted")
         self._running.remove(sequence)
         self._release(sequence)
-        self._waiting.insert(sum(other.number < sequence.number for other in self._waiting), sequence)
+        self._waiting.insert(
+            sum(other.number < sequence.number for other in self._waiting), sequence
+        )
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """`count` more tokens are computed. A decode step has written a row of state for each, or kept their inputs."""
         sequence.copy_from = None
         stepped, keeps = sequence.state == "decoding", bool(self.limits.kept_inputs)
-        column, sequence.num_kept = count - 1 if stepped and not keeps else 0, count if stepped and keeps else 0
+        column, sequence.num_kept = (
+            count - 1 if stepped and not keeps else 0,
+            count if stepped and keeps else 0,
+        )
         in_prompt = max(sequence.num_prompt_tokens - sequence.num_computed, 0)
-        self.metrics.computed_tokens += count if sequence.state == "prefilling" else min(count, in_prompt)
+        self.metrics.computed_tokens += (
+            count if sequence.state == "prefilling" else min(count, in_prompt)
+        )
         sequence.num_computed += count
         before, sequence.row = sequence.row, sequence.dst_state_slots[column]
         is_own = before and self.cache.rows.holders(before) == 1
@@ -318,7 +361,11 @@ class Scheduler:
         assert sequence.node is not None
         self.cache.extend(sequence.digests, sequence.token_ids, sequence.num_computed)
         sequence.node = self.cache.add_pages(
-            sequence.node, sequence.digests, sequence.token_ids, sequence.num_computed, sequence.pages
+            sequence.node,
+            sequence.digests,
+            sequence.token_ids,
+            sequence.num_computed,
+            sequence.pages,
         )
         sequence.pages_version += 1
 
@@ -348,15 +395,21 @@ class Scheduler:
 
     def _prefill(self, prefilling: list[Sequence], room: int) -> Batch:
         self._oldest_first = not self._oldest_first
-        order = sorted(prefilling, key=lambda s: (0 if self._oldest_first else s.num_left, s.number))
+        order = sorted(
+            prefilling, key=lambda s: (0 if self._oldest_first else s.num_left, s.number)
+        )
         counts: list[int] = []
         for sequence in order:
-            counts.append(sequence.chunk_end(room, self.limits.checkpoint_interval) - sequence.num_computed)
+            counts.append(
+                sequence.chunk_end(room, self.limits.checkpoint_interval) - sequence.num_computed
+            )
             room -= counts[-1]
             if room == 0:
                 break
         tokens, seqs = sum(counts), len(counts)
-        program = next(p for p in self._programs["prefill"] if p.max_tokens >= tokens and p.max_seqs >= seqs)
+        program = next(
+            p for p in self._programs["prefill"] if p.max_tokens >= tokens and p.max_seqs >= seqs
+        )
         return Batch.of(program, order[:seqs], counts)
 
     def _decode(self, decoding: list[Sequence]) -> Batch:
@@ -366,10 +419,12 @@ class Scheduler:
 
 def num_common(digests: list[bytes], others: list[bytes]) -> int:
     """Whole pages that two sequences begin with: as digests are chained, equal ones have equal ones before them."""
-    return bisect_left(range(min(len(digests), len(others))), True, key=lambda i: digests[i] != others[i])
+    return bisect_left(
+        range(min(len(digests), len(others))), True, key=lambda i: digests[i] != others[i]
+    )
 
 
 def place_bytes(plan: Plan, arena: str) -> int:
     """Bytes of one page, or of one row of state, in all layers."""
-    buffers = [buffer.tensor for buffer in plan.buffers if buffer.arena == arena]
+    buffers = [buffer.tensor for buffer in plan.pool.buffers if buffer.arena == arena]
     return sum(tensor.size_bytes() // int(tensor.shape[0]) for tensor in buffers)

@@ -30,9 +30,9 @@ class IllegalTransition(AssertionError):
 class Sequence:
     """Progress of a request. `num_computed` tokens of it are in the caches.
 
-    It holds its `pages`, its `row` (the state after them, less the last `num_kept`, whose inputs are kept there; 0 for
-    none) and `dst_state_slots`, which nobody else holds; pages and row may be shared. `node` is the last of its pages that
-    the prefix cache knows.
+    It holds its `pages`, its `row` (the state after them, less the last `num_kept`, whose inputs
+    are kept there; 0 for none) and `dst_state_slots`, which nobody else holds; pages and row may be
+    shared. `node` is the last of its pages that the prefix cache knows.
     """
 
     request: Request
@@ -46,13 +46,19 @@ class Sequence:
     pages_version: int = 0  # rises when pages or rows are not what the last step has left, and more
     row: int = 0
     dst_state_slots: list[int] = field(default_factory=list)
-    drafts: list[int] = field(default_factory=list)  # after the last token, to be verified; there may be none
+    drafts: list[int] = field(
+        default_factory=list
+    )  # after the last token, to be verified; there may be none
     stop_ids: frozenset[int] = frozenset()  # tokens that end it
     node: Node | None = None
     digests: list[bytes] = field(default_factory=list)  # of its whole pages, chained
-    checkpoint_requests: set[int] = field(default_factory=set)  # positions where others will want a checkpoint
-    copy_from: int | None = None  # page to be copied before its next step to the one where it goes on
-    num_cached_tokens: int | None = None  # of the prompt, found in the cache when it was first admitted
+    checkpoint_requests: set[int] = field(
+        default_factory=set
+    )  # positions where others will want a checkpoint
+    # page to be copied before its next step to the one where it goes on
+    copy_from: int | None = None
+    # of the prompt, found in the cache when it was first admitted
+    num_cached_tokens: int | None = None
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
@@ -65,7 +71,9 @@ class Sequence:
             IllegalTransition: the table has no such step.
         """
         if state not in TRANSITIONS[self.state]:
-            raise IllegalTransition(f"request `{self.request.request_id}` cannot go from {self.state} to {state}")
+            raise IllegalTransition(
+                f"request `{self.request.request_id}` cannot go from {self.state} to {state}"
+            )
         self.state = state
 
     @property
@@ -106,7 +114,8 @@ class Sequence:
     def chunk_end(self, room: int, interval: int) -> int:
         """Where its next chunk of at most `room` tokens ends: at a place for a checkpoint, if it comes to one.
 
-        What fits between two checkpoints is not cut at the one in between: a second step would cost more than it saves.
+        What fits between two checkpoints is not cut at the one in between: a second step would cost
+        more than it saves.
         """
         start, known = self.num_computed, len(self.token_ids)
         end = min(start + room, known)

@@ -13,7 +13,9 @@ class Staging:
 
     def __init__(self, device: str, half_bytes: int = HALF_BYTES) -> None:
         self._pinned = device == "cuda"
-        self._halves = [torch.empty(half_bytes if self._pinned else 0, dtype=torch.uint8) for _ in range(2)]
+        self._halves = [
+            torch.empty(half_bytes if self._pinned else 0, dtype=torch.uint8) for _ in range(2)
+        ]
         if self._pinned:
             self._halves = [half.pin_memory() for half in self._halves]
             self._sent = [torch.cuda.Event() for _ in range(2)]

@@ -16,7 +16,9 @@ Messages = list[dict[str, Any]]
 class Tokenizer:
     """A tokenizer, and where the caller brings one, a way to write a chat as a prompt."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, chat: Callable[[Messages], str] | None = None) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, chat: Callable[[Messages], str] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._chat = chat
 
@@ -32,10 +34,13 @@ class Tokenizer:
             return cls(tokenizers.Tokenizer.from_str(path.read_text()), chat)
         except (OSError, ValueError) as error:
             raise PlanError(
-                f"cannot read `{path}`: {error}", "give prompts as token ids, or a complete model folder"
+                f"cannot read `{path}`: {error}",
+                "give prompts as token ids, or a complete model folder",
             ) from error
         except Exception as error:  # `tokenizers` raises bare Exception for a malformed file
-            raise PlanError(f"`{path}` is not a tokenizer: {error}", "use the file that came with the model") from error
+            raise PlanError(
+                f"`{path}` is not a tokenizer: {error}", "use the file that came with the model"
+            ) from error
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text.

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.bundle import CUBIN
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.kernel_file import is_collective, load_function, rank_constants, read_source
+from tokenspeed_plan.plans.kernel_file import (
+    is_collective,
+    load_function,
+    rank_constants,
+    read_source,
+)
 from tokenspeed_plan.plans.schema import KernelSpec, Plan
 from tokenspeed_plan.runtime.collectives import Collectives
 
@@ -32,9 +37,14 @@ def interpret() -> None:
         import triton.language.extra.cuda as cuda
         from triton.runtime import JITFunction, interpreter
     except ImportError as error:
-        raise PlanError("Triton is not installed", "install `triton`, or run with `--backend reference`") from error
+        raise PlanError(
+            "Triton is not installed", "install `triton`, or run with `--backend reference`"
+        ) from error
     if isinstance(tl.sum, JITFunction):
-        raise PlanError("Triton is loaded in this process already, to compile", "set TRITON_INTERPRET=1 at its start")
+        raise PlanError(
+            "Triton is loaded in this process already, to compile",
+            "set TRITON_INTERPRET=1 at its start",
+        )
     # The interpreter runs programs one after the other: there is nothing to wait for.
     cuda.gdc_wait = cuda.gdc_launch_dependents = _nothing
     if not hasattr(interpreter, "_tokenspeed"):
@@ -85,7 +95,12 @@ class KernelBackend(Protocol):
         """The same kernels, none of them started while its predecessor ends."""
 
     def launcher(
-        self, kernel: KernelSpec, rank: int, num_tokens: int, num_seqs: int, collectives: Collectives | None = None
+        self,
+        kernel: KernelSpec,
+        rank: int,
+        num_tokens: int,
+        num_seqs: int,
+        collectives: Collectives | None = None,
     ) -> Launcher:
         """A function of the kernel's tensors, in the order of its parameters, for a batch of this size."""
 
@@ -117,7 +132,11 @@ class TritonKernels:
         Raises:
             PlanError: a text is missing or was altered, or Triton is not installed.
         """
-        sources = {kernel.name: read_source(bundle, kernel) for kernel in plan.kernels if kernel.launch is not None}
+        sources = {
+            kernel.name: read_source(bundle, kernel)
+            for kernel in plan.kernels
+            if kernel.launch is not None
+        }
         if plan.target.sm == 0:
             interpret()
         return cls(sources)
@@ -131,7 +150,12 @@ class TritonKernels:
         return self
 
     def launcher(
-        self, kernel: KernelSpec, rank: int, num_tokens: int, num_seqs: int, collectives: Collectives | None = None
+        self,
+        kernel: KernelSpec,
+        rank: int,
+        num_tokens: int,
+        num_seqs: int,
+        collectives: Collectives | None = None,
     ) -> Launcher:
         """A function of the kernel's tensors, in the order of its parameters, for a batch of this size."""
         assert kernel.launch is not None
@@ -140,10 +164,16 @@ class TritonKernels:
         shifts = tuple(shift.at(rank) for shift in rank_constants(kernel).values())
 
         def run(attrs: object, *tensors: Tensor) -> tuple[()]:
-            peers = _Mirrors(kernel, tensors[0], rank, collectives) if collectives and is_collective(kernel) else None
+            peers = (
+                _Mirrors(kernel, tensors[0], rank, collectives)
+                if collectives and is_collective(kernel)
+                else None
+            )
             tables = peers.arguments if peers else ()
             scalars = (*shifts, *tables, num_tokens, num_seqs)
-            function[grid](*tensors, *scalars, num_warps=launch.num_warps, num_stages=launch.num_stages)
+            function[grid](
+                *tensors, *scalars, num_warps=launch.num_warps, num_stages=launch.num_stages
+            )
             return ()
 
         return run
@@ -157,7 +187,9 @@ class TritonKernels:
 class _Mirrors:
     """Peer memory on a machine without it: a copy of every rank's part, and flags as if all peers had come."""
 
-    def __init__(self, kernel: KernelSpec, part: Tensor, rank: int, collectives: Collectives) -> None:
+    def __init__(
+        self, kernel: KernelSpec, part: Tensor, rank: int, collectives: Collectives
+    ) -> None:
         world = int(next(p.attrs["num_ranks"] for p in kernel.parts if p.kind == "all_reduce"))
         gathered = part.new_empty(*part.shape[:-1], world * part.shape[-1])
         collectives.all_gather(part, gathered)
@@ -165,5 +197,7 @@ class _Mirrors:
         self._flags = torch.zeros(world, 2 * part.shape[0], world, dtype=torch.int32)
         self._flags[rank] = 1  # set by the peers, and not yet by this rank itself
         self._flags[rank, :, rank] = 0
-        self._tables = [torch.tensor([x.data_ptr() for x in rows]) for rows in (self._parts, self._flags)]
+        self._tables = [
+            torch.tensor([x.data_ptr() for x in rows]) for rows in (self._parts, self._flags)
+        ]
         self.arguments = (*self._tables, rank)

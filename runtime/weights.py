@@ -45,14 +45,20 @@ class Checkpoint:
             raise PlanError(f"`{self.folder}` has no tensor `{name}`", _HINT)
         tensor = self._slices[name]
         shape = tuple(tensor.get_shape())
-        if len(shape) != len(used) or any(have < need for have, need in zip(shape, used, strict=True)):
+        if len(shape) != len(used) or any(
+            have < need for have, need in zip(shape, used, strict=True)
+        ):
             raise PlanError(f"`{name}` is {list(shape)}, the plan reads up to {list(used)}", _HINT)
         if tensor.get_dtype() not in _FLOATS:
-            raise PlanError(f"`{name}` is stored as {tensor.get_dtype()}, which this plan cannot read", _HINT)
+            raise PlanError(
+                f"`{name}` is stored as {tensor.get_dtype()}, which this plan cannot read", _HINT
+            )
         return tensor
 
 
-def load_weights(plan: Plan, folder: Path, arenas_of: Any, rank: int = 0) -> tuple[Arenas, dict[str, Tensor]]:
+def load_weights(
+    plan: Plan, folder: Path, arenas_of: Any, rank: int = 0
+) -> tuple[Arenas, dict[str, Tensor]]:
     """Check all names, shapes and dtypes, then allocate and fill.
 
     Args:
@@ -66,13 +72,16 @@ def load_weights(plan: Plan, folder: Path, arenas_of: Any, rank: int = 0) -> tup
     """
     with ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
-        for weight in plan.weights:
+        for weight in plan.pool.weights:
             for piece in weight.pieces:
                 for name, box in _boxes(piece, rank):
                     checkpoint.find(name, tuple(part.stop for part in box))
         arenas: Arenas = arenas_of()
         staging = Staging(plan.target.device)
-        made = {weight.name: _assemble(weight, checkpoint, arenas, rank, staging) for weight in plan.weights}
+        made = {
+            weight.name: _assemble(weight, checkpoint, arenas, rank, staging)
+            for weight in plan.pool.weights
+        }
         staging.finish()
         return arenas, made
 
@@ -81,18 +90,24 @@ def random_weights(plan: Plan, arenas: Arenas, seed: int = 0) -> dict[str, Tenso
     """Weights for measuring: normal, matrices scaled so that activations keep their size."""
     random = torch.Generator(plan.target.device).manual_seed(seed)
     made = {}
-    for weight in plan.weights:
+    for weight in plan.pool.weights:
         shape = weight.tensor.bind(0, 0)
         view = arenas.view("weights", weight.offset_bytes, shape, weight.tensor.dtype)
-        made[weight.name] = view.normal_(std=shape[-1] ** -0.5 if len(shape) > 1 else 0.1, generator=random)
+        made[weight.name] = view.normal_(
+            std=shape[-1] ** -0.5 if len(shape) > 1 else 0.1, generator=random
+        )
     return made
 
 
-def _assemble(weight: WeightSpec, checkpoint: Checkpoint, arenas: Arenas, rank: int, staging: Staging) -> Tensor:
+def _assemble(
+    weight: WeightSpec, checkpoint: Checkpoint, arenas: Arenas, rank: int, staging: Staging
+) -> Tensor:
     shape = weight.tensor.bind(0, 0)
     view = arenas.view("weights", weight.offset_bytes, shape, weight.tensor.dtype)
     for piece in weight.pieces:
-        target = view[tuple(slice(at, at + size) for at, size in zip(piece.at, piece.size, strict=True))]
+        target = view[
+            tuple(slice(at, at + size) for at, size in zip(piece.at, piece.size, strict=True))
+        ]
         parts = target.unbind(0) if "{expert}" in piece.source else (target,)
         for (name, box), part in zip(_boxes(piece, rank), parts, strict=True):
             staging.copy(part, checkpoint.find(name, tuple(side.stop for side in box))[box])

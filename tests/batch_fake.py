@@ -16,7 +16,13 @@ from typing import Any
 
 from tokenspeed_plan.plans.errors import TokenspeedError
 from tokenspeed_plan.runtime.request import Completion, Request, TokenLogprobs
-from tokenspeed_plan.runtime.serving.batch import BatchOptions, BatchPlan, RowLimits, Selection, run_batch
+from tokenspeed_plan.runtime.serving.batch import (
+    BatchOptions,
+    BatchPlan,
+    RowLimits,
+    Selection,
+    run_batch,
+)
 
 LIMITS = RowLimits(max_seq_len=64, default_max_tokens=8, vocab_size=256)
 
@@ -64,8 +70,18 @@ class FakeEngine:
             ids = tuple((sum(request.prompt_ids) + i) % 26 + 97 for i in range(length))
             top = tuple((token, -1.0 - token) for token in range(request.params.num_logprobs or 0))
             logprobs = tuple(TokenLogprobs(token, -0.5, top) for token in ids)
-            done.append(Completion(name, ids, FakeCodec().decode(ids), "length", len(request.prompt_ids), 0.01, 0.02,
-                                   logprobs if request.params.num_logprobs is not None else ()))  # fmt: skip
+            done.append(
+                Completion(
+                    name,
+                    ids,
+                    FakeCodec().decode(ids),
+                    "length",
+                    len(request.prompt_ids),
+                    0.01,
+                    0.02,
+                    logprobs if request.params.num_logprobs is not None else (),
+                )
+            )
         return done
 
 
@@ -79,14 +95,23 @@ def main() -> int:
     parser.add_argument("output", type=Path)
     parser.add_argument("--order", default="input")
     parser.add_argument("--step-ms", type=float, default=0.0)
-    parser.add_argument("--die-after", type=int, help="Kill this process at the n-th write to a file.")
+    parser.add_argument(
+        "--die-after", type=int, help="Kill this process at the n-th write to a file."
+    )
     parser.add_argument("--errors", type=Path)
     parser.add_argument("--max-errors", type=int, default=0)
     args = parser.parse_args()
     if args.die_after:
         die_at_write(args.die_after)
-    options = BatchOptions(args.input, args.output, args.errors, order=args.order, max_errors=args.max_errors,
-                           selection=Selection(), quiet=True)  # fmt: skip
+    options = BatchOptions(
+        args.input,
+        args.output,
+        args.errors,
+        order=args.order,
+        max_errors=args.max_errors,
+        selection=Selection(),
+        quiet=True,
+    )
     try:
         return run_batch(options, plan(), FakeCodec(), lambda: FakeEngine(args.step_ms))
     except TokenspeedError as error:
@@ -99,7 +124,12 @@ def die_at_write(count: int) -> None:
     state = {"left": count}
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event in ("open", "os.truncate", "os.remove", "fcntl.flock") and "tokenspeed-" not in str(args[0]):
+        if event in (
+            "open",
+            "os.truncate",
+            "os.remove",
+            "fcntl.flock",
+        ) and "tokenspeed-" not in str(args[0]):
             tick()
 
     def tick() -> None:

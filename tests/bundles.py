@@ -34,17 +34,30 @@ def write_bundle(folder: Path, checkpoint: Path, canary: bool = False, **changes
 def break_kernels(bundle: Path, kind: str, change: Change) -> None:
     """Change text and launch of all kernels of a kind; every name and digest is put right."""
     plan = load_plan(bundle)
-    broken = {kernel.name: _broken(kernel, read_source(bundle, kernel), change)
-              for kernel in plan.kernels if kind_of(kernel) == kind}  # fmt: skip
+    broken = {
+        kernel.name: _broken(kernel, read_source(bundle, kernel), change)
+        for kernel in plan.kernels
+        if kind_of(kernel) == kind
+    }
     assert broken, f"no kernel is a `{kind}`"
-    texts = {kernel.name: read_source(bundle, kernel) for kernel in plan.kernels if kernel.name not in broken}
+    texts = {
+        kernel.name: read_source(bundle, kernel)
+        for kernel in plan.kernels
+        if kernel.name not in broken
+    }
     texts |= {kernel.name: text for kernel, text in broken.values()}
-    kernels = [broken[kernel.name][0] if kernel.name in broken else kernel for kernel in plan.kernels]
+    kernels = [
+        broken[kernel.name][0] if kernel.name in broken else kernel for kernel in plan.kernels
+    ]
     names = {old: kernel.name for old, (kernel, _) in broken.items()}
-    programs = tuple(program.model_copy(update={"steps": tuple(_renamed(step, names) for step in program.steps)})
-                     for program in plan.programs)  # fmt: skip
-    parts = {"kernels": tuple(sorted(kernels, key=lambda kernel: kernel.name)), "programs": programs}
-    save_plan(seal(plan.model_copy(update=parts)), bundle, texts)
+    programs = tuple(
+        program.model_copy(update={"steps": tuple(_renamed(step, names) for step in program.steps)})
+        for program in plan.pool.programs
+    )
+    kept = tuple(sorted(kernels, key=lambda kernel: kernel.name))
+    save_plan(
+        seal(plan.with_pool(programs=programs).model_copy(update={"kernels": kept})), bundle, texts
+    )
 
 
 def _broken(kernel: KernelSpec, text: str, change: Change) -> tuple[KernelSpec, str]:
@@ -77,10 +90,14 @@ def dst_state_slots(path: Path, prompts: Sequence[Sequence[int]], counts: Sequen
     """A batch of greedy completions of token ids, of exactly `counts` tokens each."""
     fixed = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
     rows = [
-        {"custom_id": str(index), "method": "POST", "url": "/v1/completions",
-         "body": {"prompt": list(prompt), "max_tokens": count, **fixed}}
+        {
+            "custom_id": str(index),
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"prompt": list(prompt), "max_tokens": count, **fixed},
+        }
         for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
-    ]  # fmt: skip
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -1,7 +1,8 @@
 """Small random Qwen3.5 checkpoints on disk, and the same model in transformers: the oracle.
 
-Names and shapes come from transformers' own model, so that a name we got wrong cannot agree with itself. Values are
-scaled so that mistakes show: norms away from one, slow and fast heads, decided routers, logits of a few units.
+Names and shapes come from transformers' own model, so that a name we got wrong cannot agree with
+itself. Values are scaled so that mistakes show: norms away from one, slow and fast heads, decided
+routers, logits of a few units.
 """
 
 from __future__ import annotations
@@ -29,16 +30,40 @@ class Kind:
     sizes: dict[str, Any] = field(default_factory=dict)
 
 
-DEEP = {"num_hidden_layers": 8, "num_attention_heads": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 16,
-        "num_experts": 16, "num_experts_per_tok": 4}  # fmt: skip
+DEEP = {
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 16,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+}
 KERNEL = {
-    "hidden_size": 256, "head_dim": 256, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
-    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "intermediate_size": 512,
-    "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "mrope_section": [11, 11, 10],
-}  # fmt: skip
-WIDE = {"num_attention_heads": 8, "linear_num_key_heads": 8, "linear_num_value_heads": 16}  # 8 ranks, 2 kv heads
-SHORT = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}  # for slow interpreters
-THREE = {"num_attention_heads": 6, "linear_num_key_heads": 2, "linear_num_value_heads": 6}  # v:k ratio 3, as the 27B
+    "hidden_size": 256,
+    "head_dim": 256,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "mrope_section": [11, 11, 10],
+}
+WIDE = {
+    "num_attention_heads": 8,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+}  # 8 ranks, 2 kv heads
+SHORT = {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # for slow interpreters
+THREE = {
+    "num_attention_heads": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+}  # v:k ratio 3, as the 27B
 YARN = {"rope": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
 KINDS = {
     "moe": Kind(),
@@ -62,18 +87,44 @@ def text_config(kind: Kind) -> dict[str, Any]:
         sizes.pop("rope", {}),
     )
     config = {
-        "model_type": "qwen3_5_moe_text" if kind.moe else "qwen3_5_text", "vocab_size": VOCAB, "hidden_size": 128,
-        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-        "max_position_embeddings": 4096, "mtp_num_hidden_layers": 1, "tie_word_embeddings": kind.tied,
-        "eos_token_id": VOCAB - 1, "attn_output_gate": True, "dtype": "float32",
-        "layer_types": ["full_attention" if (i + 1) % 4 == 0 else "linear_attention" for i in range(layers)],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
-                            "mrope_section": mrope, "mrope_interleaved": True} | rope,
-    }  # fmt: skip
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-               "shared_expert_intermediate_size": 64}  # fmt: skip
+        "model_type": "qwen3_5_moe_text" if kind.moe else "qwen3_5_text",
+        "vocab_size": VOCAB,
+        "hidden_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "mtp_num_hidden_layers": 1,
+        "tie_word_embeddings": kind.tied,
+        "eos_token_id": VOCAB - 1,
+        "attn_output_gate": True,
+        "dtype": "float32",
+        "layer_types": [
+            "full_attention" if (i + 1) % 4 == 0 else "linear_attention" for i in range(layers)
+        ],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": mrope,
+            "mrope_interleaved": True,
+        }
+        | rope,
+    }
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    }
     return config | (experts if kind.moe else {"intermediate_size": 256}) | sizes
 
 
@@ -84,9 +135,15 @@ def write_checkpoint(folder: Path, kind: Kind, seed: int = 0) -> Path:
     weights = random_weights(kind, config, seed)
     names = sorted(weights)
     for shard, part in enumerate((names[::2], names[1::2])):
-        save_file({name: weights[name].contiguous() for name in part}, folder / f"model-{shard}.safetensors")
-    wrapped = {"model_type": "qwen3_5_moe" if kind.moe else "qwen3_5", "text_config": config,
-               "tie_word_embeddings": kind.tied}  # fmt: skip
+        save_file(
+            {name: weights[name].contiguous() for name in part},
+            folder / f"model-{shard}.safetensors",
+        )
+    wrapped = {
+        "model_type": "qwen3_5_moe" if kind.moe else "qwen3_5",
+        "text_config": config,
+        "tie_word_embeddings": kind.tied,
+    }
     (folder / "config.json").write_text(json.dumps(config if kind.flat else wrapped))
     write_tokenizer(folder)
     return folder
@@ -118,12 +175,20 @@ def random_weights(kind: Kind, config: dict[str, Any], seed: int) -> dict[str, t
         shapes.pop("lm_head.weight")
     layer = next(i for i, t in enumerate(config["layer_types"]) if t == "full_attention")
     prefix = f"model.layers.{layer}."
-    mtp = {f"mtp.layers.0.{n.removeprefix(prefix)}": s for n, s in shapes.items() if n.startswith(prefix)}
+    mtp = {
+        f"mtp.layers.0.{n.removeprefix(prefix)}": s
+        for n, s in shapes.items()
+        if n.startswith(prefix)
+    }
     hidden = config["hidden_size"]
     mtp |= {"mtp.fc.weight": (hidden, 2 * hidden)} | {
-        f"mtp.{n}.weight": (hidden,) for n in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+        f"mtp.{n}.weight": (hidden,)
+        for n in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
     }
-    named = {name if kind.flat else name.replace("model.", "model.language_model.", 1): s for name, s in shapes.items()}
+    named = {
+        name if kind.flat else name.replace("model.", "model.language_model.", 1): s
+        for name, s in shapes.items()
+    }
     weights = {name: _values(name, tuple(shape)) for name, shape in (named | mtp).items()}
     return weights if kind.fused_mtp else _split_mtp_experts(weights)
 
@@ -131,7 +196,9 @@ def random_weights(kind: Kind, config: dict[str, Any], seed: int) -> dict[str, t
 def _values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     if name.endswith("A_log"):
         slow = torch.arange(shape[0]) % 2 == 0
-        return torch.where(slow, torch.rand(shape) * 0.02 + 0.002, torch.rand(shape) * 2 + 0.1).log()
+        return torch.where(
+            slow, torch.rand(shape) * 0.02 + 0.002, torch.rand(shape) * 2 + 0.1
+        ).log()
     if name.endswith("linear_attn.norm.weight"):
         return 1 + 0.2 * torch.randn(shape)
     if name.endswith(("q_norm.weight", "k_norm.weight")):
@@ -139,7 +206,9 @@ def _values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     if len(shape) == 1:
         return torch.randn(shape) * (1.0 if name.endswith("dt_bias") else 0.2)
     gain = {"mlp.gate.weight": 2.0, "lm_head.weight": 3.0, "conv1d.weight": 1.0}
-    scale = next((value for end, value in gain.items() if name.endswith(end)), 1.0) * shape[-1] ** -0.5
+    scale = (
+        next((value for end, value in gain.items() if name.endswith(end)), 1.0) * shape[-1] ** -0.5
+    )
     return torch.randn(shape) * (0.5 if "embed_tokens" in name else scale)
 
 
@@ -163,7 +232,8 @@ def write_tokenizer(folder: Path) -> None:
     text = Path(json.__file__).read_text()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        [text], trainers.BpeTrainer(vocab_size=VOCAB - 16, initial_alphabet=alphabet, show_progress=False)
+        [text],
+        trainers.BpeTrainer(vocab_size=VOCAB - 16, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer.save(str(folder / "tokenizer.json"))

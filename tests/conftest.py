@@ -23,7 +23,9 @@ from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.schema import Plan
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("fixed", derandomize=True)  # the same examples on every run of CI
+hypothesis.settings.register_profile(
+    "fixed", derandomize=True
+)  # the same examples on every run of CI
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("fixed")
 ROOT = Path(__file__).parent.parent
@@ -35,11 +37,20 @@ def make_spec(path: Path | str, **changes: Any) -> Spec:
         "version": 1,
         "model": {"path": str(path), "weights": "fp32"},
         "target": {"gpu": "cpu"},
-        "workload": {"kind": "batch", "first_turn_tokens": 300, "output_tokens": 64, "concurrency": 8},
+        "workload": {
+            "kind": "batch",
+            "first_turn_tokens": 300,
+            "output_tokens": 64,
+            "concurrency": 8,
+        },
         "speculation": "off",
     }
     for key, value in changes.items():
-        data[key] = data[key] | value if isinstance(data.get(key), dict) and isinstance(value, dict) else value
+        data[key] = (
+            data[key] | value
+            if isinstance(data.get(key), dict) and isinstance(value, dict)
+            else value
+        )
     return Spec.model_validate(data)
 
 

@@ -32,10 +32,10 @@ Conversation = list[Turn]
 
 def squeezed(plan: Plan, **limits: int) -> Plan:
     """The plan with less of everything; its buffers are larger than it needs."""
-    changed = plan.limits.model_copy(update=limits)
+    changed = plan.pool.limits.model_copy(update=limits)
     rows = 2 + changed.max_seqs * changed.state_slots_per_seq + changed.num_checkpoints
-    assert rows <= plan.limits.num_state_slots
-    return plan.model_copy(update={"limits": changed.model_copy(update={"num_state_slots": rows})})
+    assert rows <= plan.pool.limits.num_state_slots
+    return plan.with_pool(limits=changed.model_copy(update={"num_state_slots": rows}))
 
 
 def converse(plan: Plan, folder: Path, count: int, seed: int) -> list[Conversation]:
@@ -47,9 +47,15 @@ def converse(plan: Plan, folder: Path, count: int, seed: int) -> list[Conversati
     systems = [draw(rng, size) for size in (5, 33, 64, 90)]
     told: list[Conversation] = [[] for _ in range(count)]
     for _ in range(4):
-        asked = {index: next_prompt(rng, told, index, systems) for index in range(count) if rng.random() < 0.8}
+        asked = {
+            index: next_prompt(rng, told, index, systems)
+            for index in range(count)
+            if rng.random() < 0.8
+        }
         for index, (prompt, most) in asked.items():
-            oracle.add(Request(str(index), prompt, SamplingParams(max_tokens=most, ignore_eos=True)))
+            oracle.add(
+                Request(str(index), prompt, SamplingParams(max_tokens=most, ignore_eos=True))
+            )
         while oracle.num_unfinished:
             for done in oracle.step():
                 index = int(done.request_id)
@@ -61,7 +67,9 @@ def next_prompt(
     rng: random.Random, told: list[Conversation], index: int, systems: list[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], int]:
     most = rng.choice((1, 2, 5, 9, 40))
-    turns = told[index] or (rng.choice(told) if rng.random() < 0.3 else [])  # branch off another conversation
+    turns = told[index] or (
+        rng.choice(told) if rng.random() < 0.3 else []
+    )  # branch off another conversation
     if not turns:
         return rng.choice(systems) + draw(rng, rng.choice((0, 1, 7, 40))), most
     last = turns[-1]
@@ -84,7 +92,11 @@ def replay(engine: Engine, told: list[Conversation], seed: int, cancel: float = 
     flying: dict[str, tuple[int, Turn, Any]] = {}
     number = 0
     while flying or any(left):
-        ready = [i for i, turns in enumerate(left) if turns and not any(f[0] == i for f in flying.values())]
+        ready = [
+            i
+            for i, turns in enumerate(left)
+            if turns and not any(f[0] == i for f in flying.values())
+        ]
         for index in rng.sample(ready, min(len(ready), rng.choice((0, 1, 4)))):
             turn, number = left[index][0], number + 1
             params = SamplingParams(max_tokens=turn.max_tokens, ignore_eos=True)
@@ -95,7 +107,9 @@ def replay(engine: Engine, told: list[Conversation], seed: int, cancel: float = 
             engine._scheduler.cancel(flying.pop(name)[2])
         for done in engine.step():
             index, turn, _ = flying.pop(done.request_id)
-            assert done.token_ids == turn.answer, f"conversation {index}, prompt of {len(turn.prompt_ids)} tokens"
+            assert done.token_ids == turn.answer, (
+                f"conversation {index}, prompt of {len(turn.prompt_ids)} tokens"
+            )
             left[index].pop(0)
     while engine.num_unfinished or engine._flying:
         engine.step()
@@ -130,7 +144,9 @@ class PoisonExecutor(Executor):
         before = self._poisoned()
         super().run(program, num_tokens, num_seqs)
         for view, wanted in before:
-            assert torch.equal(view.nan_to_num(7.0), wanted.nan_to_num(7.0)), "a step wrote what the cache holds"
+            assert torch.equal(view.nan_to_num(7.0), wanted.nan_to_num(7.0)), (
+                "a step wrote what the cache holds"
+            )
 
     def _poisoned(self) -> list[tuple[Tensor, Tensor]]:
         assert self.cache is not None
@@ -140,7 +156,8 @@ class PoisonExecutor(Executor):
         for buffer in self._shared.values():
             view = self._view(buffer, 0, 0) if buffer.arena in ("kv_cache", "state") else None
             if view is not None and buffer.arena == "kv_cache":
-                view[self.cache.pages._free] = 1e4  # finite: masked keys have weight 0, and 0 * NaN is not 0
+                # finite: masked keys have weight 0, and 0 * NaN is not 0
+                view[self.cache.pages._free] = 1e4
                 kept += [view[[node.page for node in nodes]]] if nodes else []
                 kept += [view[tail.page, :, : len(tail.token_ids)] for tail in tails]
             elif view is not None:
@@ -150,7 +167,10 @@ class PoisonExecutor(Executor):
 
 
 def poisoned(
-    plan: Plan, folder: Path, executor: type[PoisonExecutor] = PoisonExecutor, chunk: int | None = None
+    plan: Plan,
+    folder: Path,
+    executor: type[PoisonExecutor] = PoisonExecutor,
+    chunk: int | None = None,
 ) -> Engine:
     engine = Engine.from_plan(plan, folder, executor=executor, chunk=chunk)
     assert isinstance(engine.executor, PoisonExecutor)

@@ -1,6 +1,7 @@
 """Every kernel of a small program, alone: random inputs, poisoned outputs, Triton beside the reference.
 
-On a machine with a GPU the kernels are compiled and run there; elsewhere Triton's interpreter runs them.
+On a machine with a GPU the kernels are compiled and run there; elsewhere Triton's interpreter runs
+them.
 """
 
 from __future__ import annotations
@@ -42,20 +43,22 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     interpret()
 
-# Largest error over the largest value. bf16 products of a kernel are added up in fp32, those of the reference are
-# rounded to bf16 between its parts.
+# Largest error over the largest value. bf16 products of a kernel are added up in fp32, those of the
+# reference are rounded to bf16 between its parts.
 TOLERANCE = {"fp32": 1e-5 if DEVICE == "cpu" else 1e-4, "bf16": 3e-2}
 PAGE = 16
 ONE_RANK = ParallelLayout(1, 1, 1)
-LAB_KINDS = KINDS | {"odd": Kind(sizes={"vocab_size": 700, "hidden_size": 64})}  # tokens, no multiple of a block
+LAB_KINDS = KINDS | {
+    "odd": Kind(sizes={"vocab_size": 700, "hidden_size": 64})
+}  # tokens, no multiple of a block
 
 
 @dataclass(frozen=True)
 class Case:
     """A batch: for each sequence, tokens to compute, and tokens that it already has.
 
-    With a depth, a decode step computes `depth + 1` tokens of each; its plan may have programs that are deeper, and
-    keep inputs of the rows in place of a state after each.
+    With a depth, a decode step computes `depth + 1` tokens of each; its plan may have programs that
+    are deeper, and keep inputs of the rows in place of a state after each.
     """
 
     phase: Phase
@@ -67,7 +70,9 @@ class Case:
     layout: ParallelLayout = ONE_RANK
     depth: int = 0
     deeper: int = 0
-    forced: tuple[float, ...] = (0.0,)  # acceptance that a benchmark simulates, by place of the draft
+    forced: tuple[float, ...] = (
+        0.0,
+    )  # acceptance that a benchmark simulates, by place of the draft
     recomputes: bool = False
     max_seq_len: int = 512
 
@@ -95,11 +100,20 @@ def config_of(kind: str) -> ModelConfig:
 def graph_of(case: Case) -> OpGraph:
     seqs, rows = case.num_seqs, case.state_slots_per_seq
     limits = Limits(
-        max_seqs=seqs, max_seq_len=case.max_seq_len, max_tokens=max(case.num_tokens, seqs), page_size=PAGE,
-        num_pages=seqs * case.max_seq_len // PAGE, state_slots_per_seq=rows, num_state_slots=2 + rows * seqs, default_max_tokens=8,
-        interleaved_tokens=max(case.num_tokens, seqs), checkpoint_interval=PAGE, min_checkpoint_tokens=PAGE,
-        num_checkpoints=0, kept_inputs=case.kept_inputs,
-    )  # fmt: skip
+        max_seqs=seqs,
+        max_seq_len=case.max_seq_len,
+        max_tokens=max(case.num_tokens, seqs),
+        page_size=PAGE,
+        num_pages=seqs * case.max_seq_len // PAGE,
+        state_slots_per_seq=rows,
+        num_state_slots=2 + rows * seqs,
+        default_max_tokens=8,
+        interleaved_tokens=max(case.num_tokens, seqs),
+        checkpoint_interval=PAGE,
+        min_checkpoint_tokens=PAGE,
+        num_checkpoints=0,
+        kept_inputs=case.kept_inputs,
+    )
     context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
     sharded = shard(build(context, case.phase, case.depth), case.layout)
     sizes = (case.num_tokens, seqs)
@@ -132,7 +146,10 @@ class Inputs:
         for param in kernel.params:
             shape = param.tensor.bind(self.case.num_tokens, self.case.num_seqs)
             made.append(
-                self._make(kernel, param, shape).to(TORCH_DTYPES[param.tensor.dtype]).reshape(shape).contiguous()
+                self._make(kernel, param, shape)
+                .to(TORCH_DTYPES[param.tensor.dtype])
+                .reshape(shape)
+                .contiguous()
             )
         return made
 
@@ -168,10 +185,16 @@ class Inputs:
             "context_lens": lambda: self.contexts,
             "page_table": lambda: self._pages(shape),
             "positions": lambda: self.integers(case.max_seq_len, shape),
-            "slot_mapping": lambda: torch.randperm(case.num_seqs * case.max_seq_len, generator=self.random)[: shape[0]],
+            "slot_mapping": lambda: torch.randperm(
+                case.num_seqs * case.max_seq_len, generator=self.random
+            )[: shape[0]],
             "src_state_slots": lambda: (rows + 1) * (torch.tensor(case.before) > 0),
-            "dst_state_slots": lambda: rows[:, None] + torch.arange(2, case.state_slots_per_seq + 1),
-            "state_lens": lambda: torch.tensor([n - min(n, p) for n, p in zip(case.before, self.pending, strict=True)]),
+            "dst_state_slots": lambda: (
+                rows[:, None] + torch.arange(2, case.state_slots_per_seq + 1)
+            ),
+            "state_lens": lambda: torch.tensor(
+                [n - min(n, p) for n, p in zip(case.before, self.pending, strict=True)]
+            ),
             "token_ids": lambda: self.integers(512, shape),
             "a_log": lambda: self.normal(*shape).abs(),
             "ids": lambda: self._ids(shape),
@@ -201,7 +224,10 @@ class Inputs:
     def _accepting(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Any number of right drafts; of three sequences one says a token that ends it, one has little room or none."""
         case, random = self.case, torch.Generator().manual_seed(2)
-        rows_SR, said_SR = (torch.randint(0, 512, (case.num_seqs, case.depth + 1), generator=random) for _ in range(2))
+        rows_SR, said_SR = (
+            torch.randint(0, 512, (case.num_seqs, case.depth + 1), generator=random)
+            for _ in range(2)
+        )
         stops_SN = torch.full((case.num_seqs, STOP_IDS), -1)
         room_S = torch.full((case.num_seqs,), 20)
         for s in range(case.num_seqs):
@@ -219,7 +245,9 @@ class Inputs:
             "accept_counts": lambda: self.integers(1000, shape),
             "forced_accept": lambda: torch.tensor(case.forced).repeat(shape[0])[: shape[0]],
             "drafts": lambda: self.integers(512, shape),
-            "positions": lambda: self.integers(case.max_seq_len + 4 * PAGE, shape),  # also where there is no page
+            "positions": lambda: self.integers(
+                case.max_seq_len + 4 * PAGE, shape
+            ),  # also where there is no page
         }
 
     def _pages(self, shape: tuple[int, ...]) -> Tensor:
@@ -245,8 +273,12 @@ class Inputs:
         experts = config_of(self.case.kind).moe
         assert experts is not None
         random = torch.Generator().manual_seed(1)
-        return torch.stack([torch.randperm(experts.num_experts - 1, generator=random)[: shape[1]]
-                            for _ in range(shape[0])])  # fmt: skip
+        return torch.stack(
+            [
+                torch.randperm(experts.num_experts - 1, generator=random)[: shape[1]]
+                for _ in range(shape[0])
+            ]
+        )
 
     def _sorted(self, kernel: KernelSpec) -> tuple[Tensor, ...]:
         shape = next(p for p in kernel.params if p.name == "order").tensor.bind(
@@ -263,7 +295,9 @@ class Inputs:
 
 
 def _starts(kernel: KernelSpec, rank: int) -> dict[str, int]:
-    return {name: shift.at(rank) for part in kernel.parts for name, shift in part.rank_attrs.items()}
+    return {
+        name: shift.at(rank) for part in kernel.parts for name, shift in part.rank_attrs.items()
+    }
 
 
 def reference(kernel: KernelSpec, tensors: list[Tensor], rank: int = 0) -> None:
@@ -284,7 +318,11 @@ Around = Callable[[KernelSpec, list[Tensor], Case], AbstractContextManager[None]
 
 
 def run_kernel(
-    built: Built, tensors: list[Tensor], case: Case, rank: int = 0, around: Around = lambda *_: nullcontext()
+    built: Built,
+    tensors: list[Tensor],
+    case: Case,
+    rank: int = 0,
+    around: Around = lambda *_: nullcontext(),
 ) -> list[Tensor]:
     """The kernel's own results, from the same inputs and NaN in every output; `around` is told its own tensors."""
     own = [x.clone().to(DEVICE) for x in tensors]
@@ -323,13 +361,19 @@ def broken(built: Built, old: str, new: str) -> Built:
 
 def is_caught(case: Case, kind: str, old: str, new: str) -> bool:
     """Whether a kernel of a kind gives itself away with a piece of its text replaced."""
-    chosen = [kernel for kernel in kernels_of(case) if kind_of(kernel.kernel) == kind and old in (kernel.source or "")]
+    chosen = [
+        kernel
+        for kernel in kernels_of(case)
+        if kind_of(kernel.kernel) == kind and old in (kernel.source or "")
+    ]
     assert chosen, "the piece to break is in no kernel"
     return any(_differs(broken(kernel, old, new), case) for kernel in chosen)
 
 
 def _differs(built: Built, case: Case) -> bool:
-    from triton.runtime.errors import InterpreterError  # only now: Triton must be loaded after `interpret`
+    from triton.runtime.errors import (
+        InterpreterError,
+    )  # only now: Triton must be loaded after `interpret`
 
     try:
         return any(not error <= TOLERANCE[case.dtype] for _, error in errors(built, case))

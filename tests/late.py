@@ -1,7 +1,8 @@
 """What a kernel may not touch before it waits: results of kernels that may still run.
 
-On a GPU a kernel starts while those before it end (programmatic dependent launch). The interpreter runs them one after
-the other, so here it is played: until a kernel waits, what its predecessors write holds NaN.
+On a GPU a kernel starts while those before it end (programmatic dependent launch). The interpreter
+runs them one after the other, so here it is played: until a kernel waits, what its predecessors
+write holds NaN.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def late(kernel: KernelSpec, tensors: list[Tensor], case: Case) -> Iterator[None
     trigger_after_wait = (
         kernel.launch is not None and kernel.launch.trigger_after_wait
     )  # then that call is behind the wait
-    cuda.gdc_launch_dependents, cuda.gdc_wait = (lambda: None) if trigger_after_wait else begin, wait
+    cuda.gdc_launch_dependents, cuda.gdc_wait = (
+        (lambda: None) if trigger_after_wait else begin,
+        wait,
+    )
     begin()
     try:
         yield

@@ -19,7 +19,13 @@ from dataclasses import dataclass, field
 import httpx
 
 PROMPTS = ("def add(a, b):", "import os\n", "class Queue:", "try:\n    import json\n")
-IN_USE = ("requests_waiting", "requests_running", "requests_in_flight", "state_rows_used", "kv_pages_used")
+IN_USE = (
+    "requests_waiting",
+    "requests_running",
+    "requests_in_flight",
+    "state_rows_used",
+    "kv_pages_used",
+)
 
 
 @dataclass
@@ -49,21 +55,34 @@ class Client:
 
     async def read_a_stream(self) -> None:
         """To the end; the same prompt always has the same answer."""
-        body, text, begun = self.body(stream=True, stream_options={"include_usage": True}), "", time.monotonic()
+        body, text, begun = (
+            self.body(stream=True, stream_options={"include_usage": True}),
+            "",
+            time.monotonic(),
+        )
         async with self.http.stream("POST", "/v1/completions", json=body) as response:
             events = [line[6:] async for line in response.aiter_lines() if line]
-        self.tally.expect(response.status_code == 200 and events[-1:] == ["[DONE]"], f"a stream ended with {events}")
+        self.tally.expect(
+            response.status_code == 200 and events[-1:] == ["[DONE]"],
+            f"a stream ended with {events}",
+        )
         for event in map(json.loads, events[:-1]):
             text += "".join(choice["text"] for choice in event["choices"])
             self.tally.tokens += (event["usage"] or {}).get("completion_tokens", 0)
         self.tally.worst_ttft_s = max(self.tally.worst_ttft_s, time.monotonic() - begun)
-        known = self.tally.texts.setdefault((str(body["prompt"]), int(str(body["max_tokens"]))), text)
-        self.tally.expect(known == text, f"{body['prompt']!r} was answered by {known!r} and by {text!r}")
+        known = self.tally.texts.setdefault(
+            (str(body["prompt"]), int(str(body["max_tokens"]))), text
+        )
+        self.tally.expect(
+            known == text, f"{body['prompt']!r} was answered by {known!r} and by {text!r}"
+        )
 
     async def leave_a_stream(self) -> None:
         """After some events."""
         left = self.rng.randrange(4)
-        async with self.http.stream("POST", "/v1/completions", json=self.body(stream=True, max_tokens=400)) as response:
+        async with self.http.stream(
+            "POST", "/v1/completions", json=self.body(stream=True, max_tokens=400)
+        ) as response:
             async for _ in response.aiter_lines():
                 left -= 1
                 if left < 0:
@@ -72,7 +91,11 @@ class Client:
     async def leave_before_the_answer(self) -> None:
         """Of a request that is not streamed."""
         try:
-            await self.http.post("/v1/completions", json=self.body(max_tokens=400), timeout=self.rng.uniform(0.01, 0.2))
+            await self.http.post(
+                "/v1/completions",
+                json=self.body(max_tokens=400),
+                timeout=self.rng.uniform(0.01, 0.2),
+            )
         except httpx.TimeoutException:
             return
 
@@ -86,7 +109,15 @@ class Client:
 
     async def send_nonsense(self) -> None:
         raw = self.rng.choice(
-            (b"", b"{", b"[1]", b"\xff", b'{"prompt": NaN}', b'{"prompt": "a", "prompt_": 1}', b"null")
+            (
+                b"",
+                b"{",
+                b"[1]",
+                b"\xff",
+                b'{"prompt": NaN}',
+                b'{"prompt": "a", "prompt_": 1}',
+                b"null",
+            )
         )
         await self.expect_error(400, content=raw)
 
@@ -102,8 +133,13 @@ class Client:
     async def expect_error(self, status: int, **request: object) -> None:
         response = await self.http.post("/v1/completions", **request)  # type: ignore[arg-type]
         shape = set(response.json().get("error", {}))
-        self.tally.expect(response.status_code == status, f"{response.status_code} in place of {status}")
-        self.tally.expect(shape == {"message", "type", "param", "code"}, f"an error of another shape: {response.text}")
+        self.tally.expect(
+            response.status_code == status, f"{response.status_code} in place of {status}"
+        )
+        self.tally.expect(
+            shape == {"message", "type", "param", "code"},
+            f"an error of another shape: {response.text}",
+        )
 
     @property
     def key(self) -> str:
@@ -111,10 +147,15 @@ class Client:
 
     async def run(self, until_s: float) -> None:
         deeds: list[tuple[Callable[[], Awaitable[None]], int]] = [
-            (self.read_a_stream, 8), (self.leave_a_stream, 4), (self.leave_before_the_answer, 2),
-            (self.leave_in_the_body, 1), (self.send_nonsense, 2), (self.send_too_much, 1), (self.use_a_wrong_key, 1),
+            (self.read_a_stream, 8),
+            (self.leave_a_stream, 4),
+            (self.leave_before_the_answer, 2),
+            (self.leave_in_the_body, 1),
+            (self.send_nonsense, 2),
+            (self.send_too_much, 1),
+            (self.use_a_wrong_key, 1),
             (self.ask_too_much, 1),
-        ]  # fmt: skip
+        ]
         while time.monotonic() < until_s:
             (deed,) = self.rng.choices([deed for deed, _ in deeds], [weight for _, weight in deeds])
             await deed()
@@ -133,11 +174,15 @@ async def load(url: str, key: str, seconds: float, clients: int, seed: int = 0) 
     return tally
 
 
-async def check_all_is_given_back(http: httpx.AsyncClient, tally: Tally, seconds: float = 10) -> None:
+async def check_all_is_given_back(
+    http: httpx.AsyncClient, tally: Tally, seconds: float = 10
+) -> None:
     until = time.monotonic() + seconds
     while True:
         text = (await http.get("/metrics")).text
-        used = {name: float(re.search(rf"^tokenspeed_{name} (.*)$", text, re.M)[1]) for name in IN_USE}  # type: ignore[index]
+        used = {
+            name: float(re.search(rf"^tokenspeed_{name} (.*)$", text, re.M)[1]) for name in IN_USE
+        }  # type: ignore[index]
         if not any(used.values()) or time.monotonic() > until:
             break
         await asyncio.sleep(0.05)

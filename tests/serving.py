@@ -19,9 +19,19 @@ from tokenspeed_plan.planner.cli import main
 
 # Forked from one process that has loaded all this once, and nothing of the tests.
 FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = ["tokenspeed_plan.planner.cli", "tokenspeed_plan.runtime.engine", "tokenspeed_plan.runtime.serving.http"]
+PRELOADED = [
+    "tokenspeed_plan.planner.cli",
+    "tokenspeed_plan.runtime.engine",
+    "tokenspeed_plan.runtime.serving.http",
+]
 KEY = "sk-of-the-tests"
-IN_USE = ("requests_waiting", "requests_running", "requests_in_flight", "state_rows_used", "kv_pages_used")
+IN_USE = (
+    "requests_waiting",
+    "requests_running",
+    "requests_in_flight",
+    "state_rows_used",
+    "kv_pages_used",
+)
 
 
 def be_command(args: Sequence[str], log: Path) -> None:
@@ -39,10 +49,14 @@ class Server:
     def __init__(self, bundle: Path, log: Path, *options: object) -> None:
         args = ["serve", bundle, "--port", 0, "--no-canary", *options]
         self.log = log
-        self.process: BaseProcess = FORKS.Process(target=be_command, args=([*map(str, args)], log), daemon=True)
+        self.process: BaseProcess = FORKS.Process(
+            target=be_command, args=([*map(str, args)], log), daemon=True
+        )
         self.process.start()
         self.url = self._ready()
-        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
+        self.http = httpx.Client(
+            base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30
+        )
 
     def _ready(self, seconds: float = 60) -> str:
         until = time.monotonic() + seconds
@@ -58,7 +72,9 @@ class Server:
     def metric(self, name: str) -> float:
         """One number; all with its labels added up."""
         lines = self.http.get("/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if re.match(rf"tokenspeed_{name}[ {{]", line))
+        return sum(
+            float(line.split()[-1]) for line in lines if re.match(rf"tokenspeed_{name}[ {{]", line)
+        )
 
     def in_use(self) -> dict[str, float]:
         return {name: self.metric(name) for name in IN_USE}

@@ -1,7 +1,7 @@
 """An executor that computes names instead of numbers: state and keys are the hash of all tokens that went into them.
 
-A row that was written for another prefix, a page of another request, a slot that was overwritten: each shows at once,
-as the hash of what is read is not the hash of what should be there.
+A row that was written for another prefix, a page of another request, a slot that was overwritten:
+each shows at once, as the hash of what is read is not the hash of what should be there.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ class SymbolicExecutor:
     """Takes the place of `Executor`: same inputs, same outputs, `advance` on the device included."""
 
     def __init__(self, plan: Plan) -> None:
-        self.limits = plan.limits
+        self.limits = plan.pool.limits
         self.state: dict[int, int] = {0: EMPTY}
         self.kept: dict[int, list[int]] = {}  # row of state -> tokens of the last step
-        self.keys: dict[tuple[int, int], tuple[int, int]] = {}  # (page, place) -> before, with the token there
+        self.keys: dict[
+            tuple[int, int], tuple[int, int]
+        ] = {}  # (page, place) -> before, with the token there
         self.num_runs = 0
         self._buffers: dict[str, Tensor] = {}
         self.host_outputs: list[int] = []
@@ -61,7 +63,12 @@ class SymbolicExecutor:
     def buffer(self, name: str, num_tokens: int, num_seqs: int) -> Tensor:
         limits = self.limits
         size = max(limits.max_tokens, limits.max_seqs * (limits.max_depth + 1)) + 1
-        widths = {"page_table": limits.table_pages, "logits": VOCAB, "verify_logits": VOCAB, "stop_ids": STOP_IDS}
+        widths = {
+            "page_table": limits.table_pages,
+            "logits": VOCAB,
+            "verify_logits": VOCAB,
+            "stop_ids": STOP_IDS,
+        }
         if limits.max_depth:
             widths[f"drafts_{limits.max_depth}"] = limits.max_depth + 1
         if limits.state_slots_per_seq > 2:
@@ -71,7 +78,11 @@ class SymbolicExecutor:
             self._buffers[name] = torch.zeros(shape, dtype=torch.int64)
         per_token = ("token_ids", "positions", "slot_mapping", "verify_tokens", "verify_logits")
         count = num_tokens if name in per_token else num_seqs
-        return self._buffers[name] if name in KEPT else self._buffers[name][: count + (name == "cu_seqlens")]
+        return (
+            self._buffers[name]
+            if name in KEPT
+            else self._buffers[name][: count + (name == "cu_seqlens")]
+        )
 
     def copy_page(self, source: int, target: int) -> int:
         for place in range(self.limits.page_size):
@@ -98,12 +109,22 @@ class SymbolicExecutor:
         lists: dict[str, Any] = {name: view(name).tolist() for name in program.inputs}
         rows = program.query_len
         bounds = lists.get("cu_seqlens", list(range(0, num_tokens + 1, rows)))
-        lists["dst_state_slots"] = [[row] if isinstance(row, int) else row for row in lists["dst_state_slots"]]
-        writes = [row for some in lists["dst_state_slots"] for row in some if row != self.limits.pad_state_slot]
+        lists["dst_state_slots"] = [
+            [row] if isinstance(row, int) else row for row in lists["dst_state_slots"]
+        ]
+        writes = [
+            row
+            for some in lists["dst_state_slots"]
+            for row in some
+            if row != self.limits.pad_state_slot
+        ]
         assert len(set(writes)) == len(writes)
         assert not set(writes) & set(lists["src_state_slots"])
         assert 0 not in writes
-        values = [self._rows(lists, index, bounds[index], bounds[index + 1], rows) for index in range(num_seqs)]
+        values = [
+            self._rows(lists, index, bounds[index], bounds[index + 1], rows)
+            for index in range(num_seqs)
+        ]
         lasts = [0] * num_seqs
         if rows > 1:
             lasts = self._verify(program, view, values)
@@ -111,16 +132,34 @@ class SymbolicExecutor:
             view("next_tokens").copy_(torch.tensor([said(value[-1]) for value in values]))
         for index, last in enumerate(lasts):
             computed = bounds[index + 1] - bounds[index] if rows == 1 else last + 1
-            self._check(lists, index, bounds[index], computed, lists["context_lens"][index] - rows + 1 + last)
+            self._check(
+                lists,
+                index,
+                bounds[index],
+                computed,
+                lists["context_lens"][index] - rows + 1 + last,
+            )
         if program.depth:
-            ends = [value[last if rows > 1 else -1] for value, last in zip(values, lasts, strict=True)]
+            ends = [
+                value[last if rows > 1 else -1] for value, last in zip(values, lasts, strict=True)
+            ]
             unknown = [lists.get("following", [-1] * num_seqs)[index] for index in range(num_seqs)]
             view(program.drafts).copy_(torch.tensor([*map(self._drafts, ends, unknown)]))
         if program.phase == "decode":
             if self.limits.kept_inputs:
-                delta.commit_state_len({"query_len": rows}, view("context_lens"), view("state_lens"))
-            names = ("page_table", "token_ids", "positions", "slot_mapping", "context_lens", "src_state_slots", "dst_state_slots",
-                     "rng_offset")  # fmt: skip
+                delta.commit_state_len(
+                    {"query_len": rows}, view("context_lens"), view("state_lens")
+                )
+            names = (
+                "page_table",
+                "token_ids",
+                "positions",
+                "slot_mapping",
+                "context_lens",
+                "src_state_slots",
+                "dst_state_slots",
+                "rng_offset",
+            )
             state = [view(name) for name in names]
             if rows > 1:
                 attrs = {"page_size": self.limits.page_size, "query_len": rows}
@@ -128,10 +167,24 @@ class SymbolicExecutor:
             else:
                 advance({"page_size": self.limits.page_size}, view("next_tokens"), *state)
 
-    def _verify(self, program: Program, view: Callable[[str], Tensor], values: list[list[int]]) -> list[int]:
-        view("verify_tokens").copy_(torch.tensor([said(value) for rows in values for value in rows]))
-        names = ("token_ids", "verify_tokens", "context_lens", "src_state_slots", "max_lens", "stop_ids", "seed", "rng_offset",
-                 "forced_accept", "accept_counts")  # fmt: skip
+    def _verify(
+        self, program: Program, view: Callable[[str], Tensor], values: list[list[int]]
+    ) -> list[int]:
+        view("verify_tokens").copy_(
+            torch.tensor([said(value) for rows in values for value in rows])
+        )
+        names = (
+            "token_ids",
+            "verify_tokens",
+            "context_lens",
+            "src_state_slots",
+            "max_lens",
+            "stop_ids",
+            "seed",
+            "rng_offset",
+            "forced_accept",
+            "accept_counts",
+        )
         accepted, *_ = speculation.accept({"query_len": program.query_len}, *map(view, names))
         view("accepted").copy_(accepted)
         return accepted.tolist()  # type: ignore[no-any-return]
@@ -145,7 +198,9 @@ class SymbolicExecutor:
             value = after(value, tokens[-1])
         return tokens
 
-    def _rows(self, lists: dict[str, Any], index: int, start: int, end: int, rows: int) -> list[int]:
+    def _rows(
+        self, lists: dict[str, Any], index: int, start: int, end: int, rows: int
+    ) -> list[int]:
         """Compute tokens `start` to `end` of the batch, which belong to sequence `index`: the name after each."""
         size, names = self.limits.page_size, list[int]()
         read, write = lists["src_state_slots"][index], lists["dst_state_slots"][index][0]
@@ -161,17 +216,24 @@ class SymbolicExecutor:
             self.keys[slot // size, slot % size] = (value, token)
             value = after(value, token)
             names.append(value)
-        for row, name in zip(lists["dst_state_slots"][index], names if rows > 1 else names[-1:], strict=False):
+        for row, name in zip(
+            lists["dst_state_slots"][index], names if rows > 1 else names[-1:], strict=False
+        ):
             if "state_lens" not in lists:
                 self.state[row] = name
         return names
 
-    def _check(self, lists: dict[str, Any], index: int, start: int, count: int, context: int) -> None:
+    def _check(
+        self, lists: dict[str, Any], index: int, start: int, count: int, context: int
+    ) -> None:
         """All keys that the last of `count` rows sees must be of the prefix that its state is of."""
         writes, size, seen = lists["dst_state_slots"][index], self.limits.page_size, EMPTY
         if self.limits.pad_state_slot in writes:
             return
-        pages, before = lists["page_table"][index], lists["context_lens"][index] - self._num_rows(lists)
+        pages, before = (
+            lists["page_table"][index],
+            lists["context_lens"][index] - self._num_rows(lists),
+        )
         for position in range(context):
             assert "state_lens" not in lists or position != before or self.state[writes[0]] == seen
             found, token = self.keys[pages[position // size], position % size]
@@ -179,7 +241,9 @@ class SymbolicExecutor:
             seen = after(seen, token)
         if "state_lens" not in lists:
             many = "max_lens" in lists and self._num_rows(lists) > 1
-            assert self.state[writes[count - 1 if many else 0]] == seen, "state and keys of different prefixes"
+            assert self.state[writes[count - 1 if many else 0]] == seen, (
+                "state and keys of different prefixes"
+            )
 
     def _num_rows(self, lists: dict[str, Any]) -> int:
         return len(lists["token_ids"]) // len(lists["src_state_slots"])

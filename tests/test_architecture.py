@@ -30,26 +30,42 @@ FLOORS = {
     },
     "planner": {"networkx", "pydantic", "yaml", "click"},
 }
-MAY_IMPORT = {"plans": {"plans"}, "codegen": {"plans", "codegen"}, "runtime": {"plans", "runtime"},
-              "planner": {"plans", "codegen", "planner"}}  # fmt: skip
+MAY_IMPORT = {
+    "plans": {"plans"},
+    "codegen": {"plans", "codegen"},
+    "runtime": {"plans", "runtime"},
+    "planner": {"plans", "codegen", "planner"},
+}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 EVERY = [path for folder in FLOORS for path in sorted((ROOT / folder).rglob("*.py"))]
-FILES = [path for path in EVERY if "frozen" not in path.relative_to(ROOT).parts]  # a plan's kernels are data
+FILES = [
+    path for path in EVERY if "frozen" not in path.relative_to(ROOT).parts
+]  # a plan's kernels are data
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 
-HTTP = {"fastapi", "starlette", "uvicorn", "prometheus_client"}  # of the extra `serve`: for runtime/serving/http alone
+HTTP = {
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+}  # of the extra `serve`: for runtime/serving/http alone
 
 
 def imports(source: str) -> Iterator[tuple[int, str, bool]]:
     """(line, module, not run at import) of each import; `from tokenspeed_plan import plans` gives the full name."""
     tree = ast.parse(source)
-    lazy = {id(inner) for node in ast.walk(tree) for part in unrun(node) for inner in ast.walk(part)}
+    lazy = {
+        id(inner) for node in ast.walk(tree) for part in unrun(node) for inner in ast.walk(part)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name, id(node) in lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module == "tokenspeed_plan":
-            yield from ((node.lineno, f"tokenspeed_plan.{alias.name}", id(node) in lazy) for alias in node.names)
+            yield from (
+                (node.lineno, f"tokenspeed_plan.{alias.name}", id(node) in lazy)
+                for alias in node.names
+            )
         elif isinstance(node, ast.ImportFrom):
             yield node.lineno, "." * node.level + (node.module or ""), id(node) in lazy
 
@@ -71,7 +87,11 @@ def fault(floor: str, module: str, lazy: bool) -> str | None:
         known = root in FLOORS[floor] | set(sys.stdlib_module_names)
         return None if known else f"{floor} knows only {', '.join(sorted(FLOORS[floor]))}"
     allowed = MAY_IMPORT[floor] | ({"runtime"} if floor == "planner" and lazy else set())
-    return None if rest.partition(".")[0] in allowed else f"{floor} imports only {', '.join(sorted(allowed))} here"
+    return (
+        None
+        if rest.partition(".")[0] in allowed
+        else f"{floor} imports only {', '.join(sorted(allowed))} here"
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
@@ -94,12 +114,20 @@ def test_only_the_server_knows_http() -> None:
         ("plans", "import torch", "plans knows only pydantic"),
         ("plans", "from tokenspeed_plan import planner", "plans imports only plans here"),
         ("runtime", "def f():\n    import networkx", "runtime knows only"),
-        ("runtime", "from tokenspeed_plan.codegen import ChatTemplate", "runtime imports only plans, runtime here"),
+        (
+            "runtime",
+            "from tokenspeed_plan.codegen import ChatTemplate",
+            "runtime imports only plans, runtime here",
+        ),
         ("codegen", "import click", "codegen knows only jinja2, triton, yaml"),
         ("planner", "import plans.ops", "write tokenspeed_plan.plans.ops"),
         ("planner", "from . import spec", "write the full name"),
         ("planner", "import tokenspeed_plan.runtime", "planner imports only"),
-        ("planner", "if TYPE_CHECKING:\n    pass\nelse:\n    import tokenspeed_plan.runtime", "planner imports only"),
+        (
+            "planner",
+            "if TYPE_CHECKING:\n    pass\nelse:\n    import tokenspeed_plan.runtime",
+            "planner imports only",
+        ),
         ("planner", "if TYPE_CHECKING:\n    import tokenspeed_plan.runtime", None),
         ("planner", "async def f():\n    from tokenspeed_plan.runtime.engine import Engine", None),
         ("runtime", "import torch.nn.functional as F", None),
@@ -130,7 +158,12 @@ def test_functions_are_short() -> None:
 def test_everything_is_annotated() -> None:
     for where, node in functions():
         spec = node.args
-        every = (*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *filter(None, (spec.vararg, spec.kwarg)))
+        every = (
+            *spec.posonlyargs,
+            *spec.args,
+            *spec.kwonlyargs,
+            *filter(None, (spec.vararg, spec.kwarg)),
+        )
         arguments = [a for a in every if a.arg not in ("self", "cls")]
         assert node.returns is not None, where
         assert all(a.annotation for a in arguments), where
@@ -145,8 +178,14 @@ def test_the_code_stays_small() -> None:
     [
         ("plans", {"torch", "jinja2", "networkx", "click", "yaml"}),
         ("runtime", {"torch", "jinja2", "networkx", "click"}),
-        ("runtime.engine", {"jinja2.sandbox", "click", "tokenspeed_plan.planner", "tokenspeed_plan.codegen"}),
-        ("runtime.serving.async_engine", {"fastapi", "starlette", "uvicorn", "prometheus_client", "click"}),
+        (
+            "runtime.engine",
+            {"jinja2.sandbox", "click", "tokenspeed_plan.planner", "tokenspeed_plan.codegen"},
+        ),
+        (
+            "runtime.serving.async_engine",
+            {"fastapi", "starlette", "uvicorn", "prometheus_client", "click"},
+        ),
         ("planner", {"torch"}),
         ("planner.cli", {"torch", "fastapi", "uvicorn", "prometheus_client"}),
     ],

@@ -30,7 +30,19 @@ from tokenspeed_plan.runtime.serving.streaming import Delta
 BUNDLE = ROOT / "plans/frozen/demo-cpu"
 MODEL = ROOT / "examples/demo/model"
 PARAMS: dict[str, Any] = {"max_tokens": 12, "temperature": 0.7, "top_p": 0.9, "top_k": 40}
-FLAGS = ("--max-tokens", 12, "--temperature", 0.7, "--top-p", 0.9, "--top-k", 40, "--seed", 5, "--no-canary")
+FLAGS = (
+    "--max-tokens",
+    12,
+    "--temperature",
+    0.7,
+    "--top-p",
+    0.9,
+    "--top-k",
+    40,
+    "--seed",
+    5,
+    "--no-canary",
+)
 
 
 def chat(said: str | bytes, *options: object) -> Result:
@@ -59,10 +71,14 @@ def test_turns_build_on_each_other(engine: Engine) -> None:
     said = ["read a file", "now write one", "  and close it "]
     done = chat("\n\n".join(said) + "\n")
     assert done.exit_code == 0
-    assert done.stdout == "".join(f"{text}\n" for text in answers(engine, [text.strip() for text in said]))
+    assert done.stdout == "".join(
+        f"{text}\n" for text in answers(engine, [text.strip() for text in said])
+    )
     figures = done.stderr.splitlines()
     cached = [int(re.search(r"; (\d+) of \d+ prompt tokens cached\]", line)[1]) for line in figures]  # type: ignore[index]
-    assert len(cached) == 3 and cached[0] == 0 < cached[1] < cached[2], "each turn goes on where the last one ended"
+    assert len(cached) == 3 and cached[0] == 0 < cached[1] < cached[2], (
+        "each turn goes on where the last one ended"
+    )
 
 
 def test_reset_system_and_exit(engine: Engine) -> None:
@@ -75,7 +91,10 @@ def test_reset_system_and_exit(engine: Engine) -> None:
 def test_a_conversation_that_has_grown_too_long_goes_on_after_a_reset(engine: Engine) -> None:
     done = chat("x " * 1300 + "\nshort\n")
     assert done.exit_code == 0
-    assert done.stderr.count("error: the conversation has ") == 1 and "\nhint: forget it with `/reset`" in done.stderr
+    assert (
+        done.stderr.count("error: the conversation has ") == 1
+        and "\nhint: forget it with `/reset`" in done.stderr
+    )
     assert done.stdout == answers(engine, ["short"])[0] + "\n", "what was refused is not part of it"
 
 
@@ -88,13 +107,19 @@ def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
     (model / "chat_template.jinja").unlink()
     done = chat("hi\n", "--weights", model)
     assert done.exit_code == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: the model has no chat template\n\nhint: use `tokenspeed run ")
+    assert done.stderr.startswith(
+        "error: the model has no chat template\n\nhint: use `tokenspeed run "
+    )
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    monkeypatch: pytest.MonkeyPatch, engine: Engine
+) -> None:
     plain, engines = Engine.stream, []
 
-    def stream(self: Engine, ids: list[int], params: SamplingParams) -> Generator[Delta, None, None]:
+    def stream(
+        self: Engine, ids: list[int], params: SamplingParams
+    ) -> Generator[Delta, None, None]:
         engines.append(self)
         for number, delta in enumerate(plain(self, ids, params)):
             if len(engines) == 1 and number == 3:
@@ -123,9 +148,13 @@ class Terminal:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
         self.process = subprocess.Popen(
-            [*COMMAND, *map(str, args)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            [*COMMAND, *map(str, args)],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
             preexec_fn=own_the_terminal,
-        )  # fmt: skip
+        )
         os.close(slave)
         self.seen = ""
 

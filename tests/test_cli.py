@@ -37,16 +37,71 @@ SURFACE = {
     "calibrate": {"out", "base", "device"},
     "diff": {"old", "new"},
     "check": {"bundle", "weights", "canary"},
-    "run": {"bundle", "source", "output", "prompt", "max_tokens", "temperature", "seed", "weights", "errors", "summary",
-            "order", "max_errors", "limit", "shard", "max_concurrency", "no_canary", "no_cache", "quiet",
-            "backend", "check"},
-    "serve": {"bundle", "host", "port", "api_key", "model_name", "max_requests", "max_body_bytes", "body_timeout_s",
-              "drain_s", "weights", "backend", "no_canary"},
-    "chat": {"bundle", "system", "max_tokens", "temperature", "top_p", "top_k", "seed", "weights", "backend",
-             "no_canary"},
-    "bench": {"bundle", "workload", "weights", "batch", "context", "prefill", "as_json", "conversations", "turns",
-              "first_turn_tokens", "turn_tokens", "output_tokens", "seed", "acceptance"},
-}  # fmt: skip
+    "run": {
+        "bundle",
+        "source",
+        "output",
+        "prompt",
+        "max_tokens",
+        "temperature",
+        "seed",
+        "weights",
+        "errors",
+        "summary",
+        "order",
+        "max_errors",
+        "limit",
+        "shard",
+        "max_concurrency",
+        "no_canary",
+        "no_cache",
+        "quiet",
+        "backend",
+        "check",
+    },
+    "serve": {
+        "bundle",
+        "host",
+        "port",
+        "api_key",
+        "model_name",
+        "max_requests",
+        "max_body_bytes",
+        "body_timeout_s",
+        "drain_s",
+        "weights",
+        "backend",
+        "no_canary",
+    },
+    "chat": {
+        "bundle",
+        "system",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "weights",
+        "backend",
+        "no_canary",
+    },
+    "bench": {
+        "bundle",
+        "workload",
+        "weights",
+        "batch",
+        "context",
+        "prefill",
+        "as_json",
+        "conversations",
+        "turns",
+        "first_turn_tokens",
+        "turn_tokens",
+        "output_tokens",
+        "seed",
+        "acceptance",
+    },
+}
 
 
 def cli(*args: Any) -> Result:
@@ -73,14 +128,23 @@ def bundle(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def batch(tmp_path: Path) -> Path:
     path = tmp_path / "in.jsonl"
-    rows = [{"custom_id": f"c{i}", "method": "POST", "url": "/v1/completions",
-             "body": {"prompt": f"def f{i}(", "max_tokens": 4, "temperature": 0}} for i in range(5)]  # fmt: skip
+    rows = [
+        {
+            "custom_id": f"c{i}",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"prompt": f"def f{i}(", "max_tokens": 4, "temperature": 0},
+        }
+        for i in range(5)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def test_the_surface_is_what_the_readme_says() -> None:
-    assert {name: {param.name for param in command.params} for name, command in main.commands.items()} == SURFACE
+    assert {
+        name: {param.name for param in command.params} for name, command in main.commands.items()
+    } == SURFACE
 
 
 def test_show_json_holds_the_contract(bundle: Path) -> None:
@@ -88,15 +152,26 @@ def test_show_json_holds_the_contract(bundle: Path) -> None:
     assert {"digest", "num_layers", "layout", "programs", "memory_bytes_per_rank"} <= set(data)
     wanted = {"phase", "bucket", "launches", "launches_per_layer", "predicted_us"}
     assert all(wanted <= set(program) for program in data["programs"])
-    assert {"weights", "kv_cache", "state", "activations", "total"} <= set(data["memory_bytes_per_rank"])
+    assert {"weights", "kv_cache", "state", "activations", "total"} <= set(
+        data["memory_bytes_per_rank"]
+    )
     assert data["num_layers"] == 4
-    contract = {"ttft_ms", "tpot_ms", "turn_time_ms", "tokens_per_s_user", "tokens_per_s_gpu",
-                "cost_per_million_tokens_usd", "cache_hit_rate"}  # fmt: skip
+    contract = {
+        "ttft_ms",
+        "tpot_ms",
+        "turn_time_ms",
+        "tokens_per_s_user",
+        "tokens_per_s_gpu",
+        "cost_per_million_tokens_usd",
+        "cache_hit_rate",
+    }
     assert contract <= set(data["predicted"]) and contract <= set(data["predicted"]["definitions"])
     for name in contract:
         low, high = data["predicted"]["interval"][name]
         assert low <= data["predicted"][name] <= high
-    assert {"max_seqs", "max_seq_len", "largest_concurrency", "largest_context_tokens"} <= set(data["limits"])
+    assert {"max_seqs", "max_seq_len", "largest_concurrency", "largest_context_tokens"} <= set(
+        data["limits"]
+    )
     assert 0 < len(data["top_costs"]) <= 5
 
 
@@ -123,7 +198,9 @@ def test_show_check_and_diff(bundle: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "~ limits.max_seqs                    8 -> 4" in result.stdout
     assert "- program decode/8" in result.stdout
-    assert any(line.startswith("~ memory.kv_cache ") and "%" in line for line in result.stdout.splitlines())
+    assert any(
+        line.startswith("~ memory.kv_cache ") and "%" in line for line in result.stdout.splitlines()
+    )
     assert any(line.startswith("~ predicted.") for line in result.stdout.splitlines())
     assert len(result.stdout.splitlines()) < 60
 
@@ -133,14 +210,29 @@ SMALL = ("--set", "model.preset=qwen3.5-9b", "--set", "target.count=2")
 
 
 def test_predict_takes_any_stated_layout() -> None:
-    data = json.loads(cli("predict", SPEC_397B, *SMALL, "--set", "parallelism.attention={tp: 1, dp: 2}", "--set",
-                          "speculation.depth=2", "--set", "serving.prefill_chunk=1024", "--json").stdout)  # fmt: skip
+    data = json.loads(
+        cli(
+            "predict",
+            SPEC_397B,
+            *SMALL,
+            "--set",
+            "parallelism.attention={tp: 1, dp: 2}",
+            "--set",
+            "speculation.depth=2",
+            "--set",
+            "serving.prefill_chunk=1024",
+            "--json",
+        ).stdout
+    )
     assert (data["layout"]["attention_tp"], data["layout"]["attention_dp"]) == (1, 2)
     assert (data["knobs"]["depth"], data["knobs"]["prefill_chunk"]) == (2, 1024)
     assert not data["recomputed"] and "attention data parallelism" in data["not_replayed_yet"]
     assert data["predicted"]["tpot_ms"] > 0 and data["memory_bytes_per_rank"]["total"] > 9e9
     today = ("--set", "speculation=off", "--set", "disaggregation=off")
-    assert "can freeze this" in cli("predict", SPEC_397B, *SMALL, *today, "--set", "parallelism.attention.tp=2").stdout
+    assert (
+        "can freeze this"
+        in cli("predict", SPEC_397B, *SMALL, *today, "--set", "parallelism.attention.tp=2").stdout
+    )
 
 
 def test_predict_models_another_engine(tmp_path: Path) -> None:
@@ -148,9 +240,13 @@ def test_predict_models_another_engine(tmp_path: Path) -> None:
     engine = tmp_path / "engine.yaml"
     times = []
     for kernels in (10, 100):
-        engine.write_text(f"{{name: x, kernels_per_layer: {kernels}, collectives_per_layer: 2, host_us_per_step: 0}}")
+        engine.write_text(
+            f"{{name: x, kernels_per_layer: {kernels}, collectives_per_layer: 2, host_us_per_step: 0}}"
+        )
         fixed = ("--set", "speculation=off", "--set", "parallelism={attention: {tp: 2}}")
-        data = json.loads(cli("predict", SPEC_397B, *SMALL, *fixed, "--engine", engine, "--json").stdout)
+        data = json.loads(
+            cli("predict", SPEC_397B, *SMALL, *fixed, "--engine", engine, "--json").stdout
+        )
         times.append(data["predicted"]["decode_step_us"])
     assert times[1]["launches"] == 10 * times[0]["launches"] == 100 * 32
     launch_us = find_hardware("B200").launch_us + find_hardware("B200").waits_us["stream"]
@@ -179,13 +275,30 @@ def test_predict_refuses_in_one_line(change: str, says: str) -> None:
 
 
 def test_nvfp4_needs_a_machine_that_multiplies_it() -> None:
-    is_clean(cli("predict", SPEC_397B, "--set", "target.gpu=H200", "--set", "model.weights=nvfp4"), 2, "no matrix rate")
+    is_clean(
+        cli("predict", SPEC_397B, "--set", "target.gpu=H200", "--set", "model.weights=nvfp4"),
+        2,
+        "no matrix rate",
+    )
 
 
 def test_sweep_names_a_winner_or_a_reason_for_each_machine() -> None:
-    rows = json.loads(cli("sweep", SPEC_397B, "--set", "model.preset=qwen3.5-27b", "--gpus", "H200,RTX5090,a100-80g",
-                          "--count", "1,2", "--json").stdout)  # fmt: skip
-    assert [(row["gpu"], row["count"]) for row in rows] == [(g, n) for g in ("H200", "RTX5090", "A100") for n in (1, 2)]
+    rows = json.loads(
+        cli(
+            "sweep",
+            SPEC_397B,
+            "--set",
+            "model.preset=qwen3.5-27b",
+            "--gpus",
+            "H200,RTX5090,a100-80g",
+            "--count",
+            "1,2",
+            "--json",
+        ).stdout
+    )
+    assert [(row["gpu"], row["count"]) for row in rows] == [
+        (g, n) for g in ("H200", "RTX5090", "A100") for n in (1, 2)
+    ]
     assert all(("predicted" in row) != ("error" in row) for row in rows)
     assert "needs" in rows[2]["error"] and rows[0]["predicted"]["cost_per_million_tokens_usd"] > 0
     table = cli("sweep", SPEC_397B, *SMALL, "--gpus", "H200", "--count", "1").stdout
@@ -199,7 +312,11 @@ def test_a_plan_removes_only_what_the_plan_before_it_wrote(bundle: Path, tmp_pat
     mine = tmp_path / "plan/kernels/mine.py"
     mine.write_text("my own\n")
     plan = load_plan(bundle)
-    save_plan(plan.model_copy(update={"kernels": plan.kernels[:1]}), tmp_path / "plan", {plan.kernels[0].name: "x"})
+    save_plan(
+        plan.model_copy(update={"kernels": plan.kernels[:1]}),
+        tmp_path / "plan",
+        {plan.kernels[0].name: "x"},
+    )
     left = {path.name for path in mine.parent.iterdir()}
     assert left == {"mine.py", f"{plan.kernels[0].name}.py"}
 
@@ -208,13 +325,18 @@ def test_check_looks_at_cubins_and_asks_for_a_canary(bundle: Path, tmp_path: Pat
     plan = load_plan(bundle)
     shutil.copytree(bundle, tmp_path / "plan")
     kernel = next(kernel.name for kernel in plan.kernels if kernel.launch)
-    binary = Binary(kernel=kernel, sm=90, cubin_sha256="0" * 64, registers=1, spill_bytes=0, shared_bytes=0)
+    binary = Binary(
+        kernel=kernel, sm=90, cubin_sha256="0" * 64, registers=1, spill_bytes=0, shared_bytes=0
+    )
     (tmp_path / "cubin").mkdir()
     (tmp_path / f"cubin/{kernel}.sm90.cubin").write_bytes(b"garbage")
     with pytest.raises(PlanError, match="is not the plan's binary"):
         check_cubins(plan.model_copy(update={"binaries": (binary,)}), tmp_path)
-    save_plan(seal(plan.model_copy(update={"canary": ()})), tmp_path / "plan",
-              {k.name: (bundle / f"kernels/{k.name}.py").read_text() for k in plan.kernels})  # fmt: skip
+    save_plan(
+        seal(plan.model_copy(update={"canary": ()})),
+        tmp_path / "plan",
+        {k.name: (bundle / f"kernels/{k.name}.py").read_text() for k in plan.kernels},
+    )
     is_clean(cli("check", tmp_path / "plan", "--canary"), 2, "has no canary")
     assert cli("run", bundle, "--check", "--prompt", "x").exit_code == 2
 
@@ -240,9 +362,17 @@ def test_two_processes_give_the_same_bytes(bundle: Path, tmp_path: Path) -> None
     texts = []
     for seed in ("1", "2"):
         out = tmp_path / seed
-        command = [sys.executable, "-c", "from tokenspeed_plan.planner.cli import main; main()", "plan"]
+        command = [
+            sys.executable,
+            "-c",
+            "from tokenspeed_plan.planner.cli import main; main()",
+            "plan",
+        ]
         subprocess.run(
-            [*command, bundle.parent / "spec.yaml", "-o", out], env={"PYTHONHASHSEED": seed}, check=True, cwd=tmp_path
+            [*command, bundle.parent / "spec.yaml", "-o", out],
+            env={"PYTHONHASHSEED": seed},
+            check=True,
+            cwd=tmp_path,
         )
         texts.append((out / "plan.json").read_bytes())
     assert texts[0] == texts[1] == (bundle / "plan.json").read_bytes()
@@ -262,7 +392,12 @@ def test_engines_of_commands_are_spared_by_the_collector(bundle: Path) -> None:
 
 def test_run_a_batch(bundle: Path, batch: Path, tmp_path: Path) -> None:
     out, summary = tmp_path / "out.jsonl", tmp_path / "s.json"
-    assert cli("run", bundle, "--input", batch, "--output", out, "--summary", summary, "--quiet").exit_code == 0
+    assert (
+        cli(
+            "run", bundle, "--input", batch, "--output", out, "--summary", summary, "--quiet"
+        ).exit_code
+        == 0
+    )
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["custom_id"] for line in lines] == [f"c{i}" for i in range(5)]
     startup = json.loads(summary.read_text())["startup_s"]
@@ -281,7 +416,10 @@ def test_chat_uses_the_models_template(bundle: Path, tmp_path: Path) -> None:
         "body": {"messages": messages, "max_tokens": 2},
     }
     path.write_text(json.dumps(row))
-    assert cli("run", bundle, "--input", path, "--output", tmp_path / "o.jsonl", "--quiet").exit_code == 0
+    assert (
+        cli("run", bundle, "--input", path, "--output", tmp_path / "o.jsonl", "--quiet").exit_code
+        == 0
+    )
     (line,) = [json.loads(text) for text in (tmp_path / "o.jsonl").read_text().splitlines()]
     from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
@@ -295,18 +433,30 @@ def line_model(bundle: Path) -> str:
 
 
 def test_usage_errors(bundle: Path, batch: Path) -> None:
-    for args in (["run", bundle], ["run", bundle, "--input", batch], ["run", bundle, "--prompt", "x", "--output", "o"]):
+    for args in (
+        ["run", bundle],
+        ["run", bundle, "--input", batch],
+        ["run", bundle, "--prompt", "x", "--output", "o"],
+    ):
         assert cli(*args).exit_code == 2
-    is_clean(cli("run", bundle, "--input", batch, "--output", "-", "--shard", "5/4"), 2, "--shard 5/4")
+    is_clean(
+        cli("run", bundle, "--input", batch, "--output", "-", "--shard", "5/4"), 2, "--shard 5/4"
+    )
 
 
 def test_what_is_not_there(bundle: Path, tmp_path: Path) -> None:
     is_clean(cli("plan", tmp_path / "no.yaml", "-o", tmp_path / "o"), 2, "cannot read")
     is_clean(cli("show", tmp_path), 2, "cannot read")
-    is_clean(cli("run", bundle, "--prompt", "x", "--weights", tmp_path / "no"), 2, "there is no folder")
+    is_clean(
+        cli("run", bundle, "--prompt", "x", "--weights", tmp_path / "no"), 2, "there is no folder"
+    )
     is_clean(cli("run", bundle, "--input", tmp_path / "no", "--output", "-"), 2, "there is no file")
     (tmp_path / "file").write_text("")
-    is_clean(cli("plan", bundle.parent / "spec.yaml", "-o", tmp_path / "file" / "x"), 2, "Not a directory")
+    is_clean(
+        cli("plan", bundle.parent / "spec.yaml", "-o", tmp_path / "file" / "x"),
+        2,
+        "Not a directory",
+    )
 
 
 def test_wrong_tokens_are_not_served(bundle: Path, checkpoint: Any, tmp_path: Path) -> None:
@@ -315,13 +465,24 @@ def test_wrong_tokens_are_not_served(bundle: Path, checkpoint: Any, tmp_path: Pa
     folder = Path(shutil.copytree(checkpoint("moe"), tmp_path / "model"))
     for path in folder.glob("*.safetensors"):
         save_file(
-            {name: t + 0.3 if name.endswith("layernorm.weight") else t for name, t in load_file(path).items()}, path
+            {
+                name: t + 0.3 if name.endswith("layernorm.weight") else t
+                for name, t in load_file(path).items()
+            },
+            path,
         )
     is_clean(cli("run", bundle, "--prompt", "x", "--weights", folder), 2, "canary prompt 0")
-    assert cli("run", bundle, "--prompt", "x", "--max-tokens", 1, "--weights", folder, "--no-canary").exit_code == 0
+    assert (
+        cli(
+            "run", bundle, "--prompt", "x", "--max-tokens", 1, "--weights", folder, "--no-canary"
+        ).exit_code
+        == 0
+    )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_damage_to_a_plan_is_refused(data: st.DataObject, bundle: Path, tmp_path: Path) -> None:
     text = (bundle / "plan.json").read_text()
@@ -345,7 +506,17 @@ def json_or_none(text: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "null", "[]", "{}", '{"schema_version": 99}', '{"schema_version": 1}', "[" * 10_000, "\x00"]
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        "{}",
+        '{"schema_version": 99}',
+        '{"schema_version": 1}',
+        "[" * 10_000,
+        "\x00",
+    ],
 )
 def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(text)
@@ -366,12 +537,22 @@ def test_bench_measures_every_kernel(bundle: Path) -> None:
     found = json.loads(done.stdout)
     decode, prefill = found["programs"]
     plan = load_plan(bundle)
-    assert [decode["phase"], decode["batch"], prefill["phase"], prefill["tokens"]] == ["decode", 2, "prefill", 30]
-    program = next(p for p in plan.programs if (p.phase, p.bucket) == ("decode", decode["bucket"]))
+    assert [decode["phase"], decode["batch"], prefill["phase"], prefill["tokens"]] == [
+        "decode",
+        2,
+        "prefill",
+        30,
+    ]
+    program = next(
+        p for p in plan.pool.programs if (p.phase, p.bucket) == ("decode", decode["bucket"])
+    )
     assert sum(row["calls"] for row in decode["kernels"]) == program.launches == decode["launches"]
-    # Every weight but the table of tokens is read once; of 8 experts, 2 tokens hit 2 to 4 in each of 4 layers.
-    held = {weight.name: weight.tensor for weight in plan.weights}
-    experts = sum(spec.size_bytes() for spec in held.values() if len(spec.shape) == 3 and spec.shape[0] == 8)
+    # Every weight but the table of tokens is read once; of 8 experts, 2 tokens hit 2 to 4 in each
+    # of 4 layers.
+    held = {weight.name: weight.tensor for weight in plan.pool.weights}
+    experts = sum(
+        spec.size_bytes() for spec in held.values() if len(spec.shape) == 3 and spec.shape[0] == 8
+    )
     table = max(spec.size_bytes() for name, spec in held.items() if "embed" in name)
     rest = sum(spec.size_bytes() for spec in held.values()) - experts - table
     assert rest + experts * 2 / 8 <= decode["floor_bytes"] <= 1.2 * (rest + experts * 4 / 8)
@@ -379,11 +560,15 @@ def test_bench_measures_every_kernel(bundle: Path) -> None:
     assert "share" in cli("bench", bundle, "--context", 20).stdout
 
 
-def test_bench_counts_what_was_asked_for_and_stays_there(bundle: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_bench_counts_what_was_asked_for_and_stays_there(
+    bundle: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     """A captured program runs padded, and each run of decode makes the sequences longer."""
     plan = load_plan(bundle)
-    captured = tuple(program.model_copy(update={"captured": True}) for program in plan.programs)
-    plan = plan.model_copy(update={"programs": captured})
+    captured = tuple(
+        program.model_copy(update={"captured": True}) for program in plan.pool.programs
+    )
+    plan = plan.with_pool(programs=captured)
     executor = prepare(plan, bundle, None)
     replay = Replay(plan, executor, "decode", 3, 1, 40)
     assert replay.program.captured and replay.program.max_seqs > 3
@@ -398,7 +583,7 @@ def test_bench_counts_what_was_asked_for_and_stays_there(bundle: Path, tmp_path:
     found = replay.measure(Machine("none", 1e9, 1.0, 1e9))
     assert (found["batch"], found["tokens"], found["context"]) == (3, 3, 40)
     assert max(longest) <= 40 + RUNS
-    limit = plan.limits.max_seq_len
+    limit = plan.pool.limits.max_seq_len
     Replay(plan, executor, "decode", 1, 1, limit - RUNS).measure(Machine("none", 1e9, 1.0, 1e9))
     is_clean(cli("bench", bundle, "--context", limit), 2, f"cannot hold 1 x {limit + RUNS} tokens")
 

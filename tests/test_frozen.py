@@ -15,7 +15,11 @@ from tokenspeed_plan.planner import compile_plan, find_model, load_spec
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.bundle import check_sources, load_plan, read_plan
 
-FROZEN = {"demo": "demo-cpu", "qwen3.5-397b-b200x8": "qwen3.5-397b-b200x8", "qwen3.5-35b-h200": "qwen3.5-35b-h200"}
+FROZEN = {
+    "demo": "demo-cpu",
+    "qwen3.5-397b-b200x8": "qwen3.5-397b-b200x8",
+    "qwen3.5-35b-h200": "qwen3.5-35b-h200",
+}
 
 
 def test_every_frozen_plan_has_its_example() -> None:
@@ -48,24 +52,30 @@ def test_frozen_plans_name_no_machine(name: str) -> None:
 
 def test_the_headline_fits_and_counts_its_launches() -> None:
     plan = load_plan(ROOT / "plans/frozen/qwen3.5-397b-b200x8")
-    memory = plan.memory_bytes_per_rank
+    memory = plan.pool.memory_bytes_per_rank
     assert plan.target.count == 8
-    # BF16 text weights over 8 GPUs, and on top of that only what every rank copies: routers, kv heads, norms.
+    # BF16 text weights over 8 GPUs, and on top of that only what every rank copies: routers, kv
+    # heads, norms.
     drafting = sum(
-        weight.tensor.size_bytes() for weight in plan.weights if weight.name.startswith(("mtp.", "L60.", "draft_"))
+        weight.tensor.size_bytes()
+        for weight in plan.pool.weights
+        if weight.name.startswith(("mtp.", "L60.", "draft_"))
     )
     assert memory.weights - drafting == pytest.approx(2 * 396_346_350_336 / 8, rel=0.005)
     assert memory.state > 188_743_680 // 8
-    decode = min((p for p in plan.programs if p.phase == "decode"), key=lambda p: p.bucket)
+    decode = min((p for p in plan.pool.programs if p.phase == "decode"), key=lambda p: p.bucket)
     assert decode.launches / (plan.num_layers + decode.depth) <= 9
 
 
 @pytest.mark.parametrize("speculation", ["auto", "off"])
 def test_one_gpu_counts_its_launches(speculation: Any) -> None:
-    spec = load_spec(ROOT / "examples/qwen3.5-35b-h200/spec.yaml").model_copy(update={"speculation": speculation})
+    spec = load_spec(ROOT / "examples/qwen3.5-35b-h200/spec.yaml").model_copy(
+        update={"speculation": speculation}
+    )
     plan = compile_plan(spec, find_model(spec))
-    for program in (program for program in plan.programs if program.phase == "decode"):
-        # From 4 rows on norms are launches of their own: fewer launches were measured to take longer there.
+    for program in (program for program in plan.pool.programs if program.phase == "decode"):
+        # From 4 rows on norms are launches of their own: fewer launches were measured to take
+        # longer there.
         most = 6.5 if program.max_tokens <= 2 else 8
         assert program.launches / (plan.num_layers + program.depth) <= most
 
@@ -75,7 +85,7 @@ def test_every_kernel_has_a_text_and_layers_share_them(name: str) -> None:
     plan = load_plan(ROOT / "plans/frozen" / name)
     assert all(kernel.launch is not None for kernel in plan.kernels)
     assert check_sources(plan, ROOT / "plans/frozen" / name) == len(plan.kernels)
-    for program in plan.programs:
+    for program in plan.pool.programs:
         assert len({step.kernel for step in program.steps if step.kind == "kernel"}) <= 50
     compiled = {binary.kernel for binary in plan.binaries if binary.spill_bytes == 0}
     assert plan.target.sm == 0 or compiled == {kernel.name for kernel in plan.kernels}
@@ -89,5 +99,7 @@ def test_planning_the_headline_needs_little_memory(tmp_path: Path) -> None:
     )
     # Not getrusage: what that calls the peak includes the process that this one was forked from.
     code += "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT, text=True
+    )
     assert int(done.stdout.split()[-1]) < 1 << 20  # KiB: 1 GiB

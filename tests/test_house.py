@@ -27,7 +27,16 @@ PRIVATE = re.compile(
 
 def house_files() -> list[Path]:
     """What git holds or would add; every file, where there is no git."""
-    listing = ["git", "-C", str(REPO), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = [
+        "git",
+        "-C",
+        str(REPO),
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
     try:
         names = subprocess.run(listing, capture_output=True, check=False).stdout.split(b"\0")
     except FileNotFoundError:
@@ -39,7 +48,9 @@ def house_files() -> list[Path]:
 
 def hidden_or_built(path: Path) -> bool:
     parts = path.relative_to(REPO).parts
-    return any(part.startswith(".") or part in BUILT or part.endswith(".egg-info") for part in parts)
+    return any(
+        part.startswith(".") or part in BUILT or part.endswith(".egg-info") for part in parts
+    )
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
@@ -95,7 +106,9 @@ def test_agents_page_names_the_commands() -> None:
 
 
 def test_make_knows_the_commands() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     assert {command.removeprefix("make ") for command in COMMANDS} <= targets
 
 

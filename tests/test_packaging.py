@@ -37,15 +37,31 @@ def test_the_wheel_holds_the_product_and_nothing_else(tmp_path: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in (*FOLDERS, "tests"):
         shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
-    shutil.copytree(ROOT / "tokenspeed_plan", source / "tokenspeed_plan", ignore=ignore, symlinks=True)
+    shutil.copytree(
+        ROOT / "tokenspeed_plan", source / "tokenspeed_plan", ignore=ignore, symlinks=True
+    )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+    ]
     done = subprocess.run([*pip, "-w", tmp_path, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     files = zipfile.ZipFile(wheel).namelist()
     shipped = {name for name in files if ".dist-info/" not in name}
-    assert shipped == {f"tokenspeed_plan/{name}" for name in (*ours(source), "__init__.py", "py.typed")}
+    assert shipped == {
+        f"tokenspeed_plan/{name}" for name in (*ours(source), "__init__.py", "py.typed")
+    }
     entry = next(name for name in files if name.endswith("entry_points.txt"))
-    assert "tokenspeed = tokenspeed_plan.planner.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    assert (
+        "tokenspeed = tokenspeed_plan.planner.cli:main"
+        in zipfile.ZipFile(wheel).read(entry).decode()
+    )

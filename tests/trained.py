@@ -1,8 +1,8 @@
 """A tiny checkpoint trained for a moment, so that some drafts are right and some are wrong, and a twin of speculation.
 
-The language goes round through a few words. transformers' own layers are trained, the target and the MTP layer
-together; nothing here is ours but the files that it writes. A trained MTP layer would be right about all of so simple a
-language, so some noise is put on its projection.
+The language goes round through a few words. transformers' own layers are trained, the target and
+the MTP layer together; nothing here is ours but the files that it writes. A trained MTP layer would
+be right about all of so simple a language, so some noise is put on its projection.
 """
 
 from __future__ import annotations
@@ -42,10 +42,20 @@ class Mtp(nn.Module):
         size = config.hidden_size
         self.fc = nn.Linear(2 * size, size, bias=False)
         names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
-        self.pre_fc_norm_embedding, self.pre_fc_norm_hidden, self.norm = (norm(size, eps=1e-6) for _ in names)
+        self.pre_fc_norm_embedding, self.pre_fc_norm_hidden, self.norm = (
+            norm(size, eps=1e-6) for _ in names
+        )
         self.layers = nn.ModuleList([layer(config, 0)])
-        own = {name.removeprefix("mtp."): value for name, value in weights.items() if name.startswith("mtp.")}
-        block = {name.removeprefix("layers.0."): value for name, value in own.items() if name.startswith("layers.0.")}
+        own = {
+            name.removeprefix("mtp."): value
+            for name, value in weights.items()
+            if name.startswith("mtp.")
+        }
+        block = {
+            name.removeprefix("layers.0."): value
+            for name, value in own.items()
+            if name.startswith("layers.0.")
+        }
         self.load_state_dict(
             {name: value for name, value in own.items() if not name.startswith("layers.")}
             | {f"layers.0.{name}": value for name, value in fused(block).items()}
@@ -57,7 +67,9 @@ class Mtp(nn.Module):
         count = ids_BT.shape[1]
         places = torch.arange(start, start + count)[None, None].expand(3, len(ids_BT), count)
         mask = torch.full((count, count), float("-inf")).triu(1)[None, None]
-        x = self.layers[0](x, position_embeddings=oracle.model.rotary_emb(x, places), attention_mask=mask)
+        x = self.layers[0](
+            x, position_embeddings=oracle.model.rotary_emb(x, places), attention_mask=mask
+        )
         return self.norm(x)
 
 
@@ -95,7 +107,10 @@ def _loss(oracle: Any, mtp: Mtp, ids_BT: Tensor) -> Tensor:
     second = mtp(oracle, ids_BT[:, 2 : LENGTH + 1], first[:, :-1], 1)
     parts = ((hidden, 1, 1.0), (first, 2, 0.5), (second, 3, 0.25))
     losses = [
-        share * F.cross_entropy(oracle.lm_head(h).flatten(0, 1), ids_BT[:, at : at + h.shape[1]].flatten())
+        share
+        * F.cross_entropy(
+            oracle.lm_head(h).flatten(0, 1), ids_BT[:, at : at + h.shape[1]].flatten()
+        )
         for h, at, share in parts
     ]
     return torch.stack(losses).sum()
@@ -103,10 +118,16 @@ def _loss(oracle: Any, mtp: Mtp, ids_BT: Tensor) -> Tensor:
 
 def _save(folder: Path, oracle: Any, mtp: Mtp) -> None:
     made = {f"mtp.{name}": value for name, value in mtp.state_dict().items()}
-    made |= {name.replace("model.", "model.language_model.", 1): v for name, v in oracle.state_dict().items()}
+    made |= {
+        name.replace("model.", "model.language_model.", 1): v
+        for name, v in oracle.state_dict().items()
+    }
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    save_file({name: value.detach().clone().contiguous() for name, value in made.items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.detach().clone().contiguous() for name, value in made.items()},
+        folder / "model.safetensors",
+    )
 
 
 @dataclass(frozen=True)

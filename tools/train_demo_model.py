@@ -3,8 +3,9 @@
     python tools/train_demo_model.py train --out examples/demo/model
     python tools/train_demo_model.py evaluate --out examples/demo/model
 
-Needs torch, safetensors and tokenizers. Everything is seeded; the text depends on the Python version, which the log
-names. The forward pass is written from the model's equations, with parameters under their published names.
+Needs torch, safetensors and tokenizers. Everything is seeded; the text depends on the Python
+version, which the log names. The forward pass is written from the model's equations, with
+parameters under their published names.
 
 Shapes: B sequences, T tokens, H hidden, A key heads, N value heads, D head size.
 """
@@ -33,10 +34,20 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-    "<|video_pad|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
-)  # fmt: skip
-# The pre-tokeniser of the Qwen3.5 family: words with at most one leading mark, single digits, runs of marks, blanks.
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+)
+# The pre-tokeniser of the Qwen3.5 family: words with at most one leading mark, single digits, runs
+# of marks, blanks.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,32 +56,74 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "__pycache__", "turtledemo",
-                   "pydoc_data", "ensurepip"}  # fmt: skip
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "site-packages",
+    "__pycache__",
+    "turtledemo",
+    "pydoc_data",
+    "ensurepip",
+}
 VOCAB_SIZE, PADDED_ROWS = 2048, 32
 CHUNK = 64
 PREFIX = "model.language_model."
 
 CONFIG = {
-    "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "dtype": "bfloat16",
-    "full_attention_interval": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 256,
-    "initializer_range": 0.02, "layer_types": ["linear_attention"] * 3 + ["full_attention"],
-    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 32, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
-    "linear_value_head_dim": 32, "mamba_ssm_dtype": "float32", "max_position_embeddings": 8192,
-    "mlp_only_layers": [], "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 128,
-    "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "num_attention_heads": 4,
-    "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 4, "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 128,
-    "tie_word_embeddings": False, "use_cache": True, "vocab_size": VOCAB_SIZE,
-    "rope_parameters": {"mrope_interleaved": True, "mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25,
-                        "rope_theta": 10000000, "rope_type": "default"},
-}  # fmt: skip
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_output_gate": True,
+    "dtype": "bfloat16",
+    "full_attention_interval": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "initializer_range": 0.02,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 32,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_value_head_dim": 32,
+    "mamba_ssm_dtype": "float32",
+    "max_position_embeddings": 8192,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_5_moe_text",
+    "moe_intermediate_size": 128,
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 128,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": VOCAB_SIZE,
+    "rope_parameters": {
+        "mrope_interleaved": True,
+        "mrope_section": [3, 3, 2],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "rope_type": "default",
+    },
+}
 
 
 def library_files() -> list[Path]:
     """The standard library's sources, in a stable order."""
     root = Path(os.__file__).parent
-    paths = (path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts))
+    paths = (
+        path
+        for path in root.rglob("*.py")
+        if not SKIPPED_FOLDERS & set(path.relative_to(root).parts)
+    )
     return sorted(paths, key=lambda path: str(path.relative_to(root)))
 
 
@@ -99,22 +152,31 @@ def chat_examples(texts: list[str]) -> Iterator[str]:
                 source = ast.get_source_segment(text, node) or ""
                 if len(source) < 900:
                     question = f"Write the function `{node.name}`."
-                    yield (f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-                           f"{source}<|im_end|>\n<|endoftext|>")  # fmt: skip
+                    yield (
+                        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+                        f"{source}<|im_end|>\n<|endoftext|>"
+                    )
 
 
 def make_tokenizer(texts: list[str], folder: Path) -> Tokenizer:
     """Byte-level BPE, as the family's, trained on the text; the last rows of the table stay unused."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - PADDED_ROWS - len(SPECIAL_TOKENS), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE - PADDED_ROWS - len(SPECIAL_TOKENS),
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.save(str(folder / "tokenizer.json"))
     return tokenizer
@@ -142,7 +204,11 @@ class Initial:
 
     def attention(self, name: str) -> None:
         """Gated attention."""
-        for key, rows in (("q", 2 * 4 * self.head_dim), ("k", 2 * self.head_dim), ("v", 2 * self.head_dim)):
+        for key, rows in (
+            ("q", 2 * 4 * self.head_dim),
+            ("k", 2 * self.head_dim),
+            ("v", 2 * self.head_dim),
+        ):
             self.matrix(f"{name}{key}_proj.weight", rows, self.hidden)
         self.matrix(f"{name}o_proj.weight", self.hidden, 4 * self.head_dim)
         self.zeros(f"{name}q_norm.weight", self.head_dim)
@@ -163,7 +229,11 @@ class Initial:
         self.matrix(f"{name}gate.weight", 8, self.hidden)
         self.matrix(f"{name}experts.gate_up_proj", 8, 256, self.hidden)
         self.matrix(f"{name}experts.down_proj", 8, self.hidden, 128)
-        for key, shape in (("gate", (128, self.hidden)), ("up", (128, self.hidden)), ("down", (self.hidden, 128))):
+        for key, shape in (
+            ("gate", (128, self.hidden)),
+            ("up", (128, self.hidden)),
+            ("down", (self.hidden, 128)),
+        ):
             self.matrix(f"{name}shared_expert.{key}_proj.weight", *shape)
         self.matrix(f"{name}shared_expert_gate.weight", 1, self.hidden)
 
@@ -181,7 +251,9 @@ class Initial:
 def initial_weights(seed: int) -> Weights:
     """All parameters before the first step."""
     initial = Initial(seed)
-    initial.weights[f"{PREFIX}embed_tokens.weight"] = initial.random(VOCAB_SIZE, initial.hidden) * 0.5
+    initial.weights[f"{PREFIX}embed_tokens.weight"] = (
+        initial.random(VOCAB_SIZE, initial.hidden) * 0.5
+    )
     initial.matrix("lm_head.weight", VOCAB_SIZE, initial.hidden)
     initial.zeros(f"{PREFIX}norm.weight", initial.hidden)
     for index, kind in enumerate(CONFIG["layer_types"]):  # type: ignore[arg-type, var-annotated]
@@ -213,7 +285,9 @@ class Model:
         normed = self.norm(x, f"{name}input_layernorm")
         is_delta = f"{name}linear_attn.A_log" in self.weights
         mixed = (
-            self.delta_net(normed, f"{name}linear_attn.") if is_delta else self.attention(normed, f"{name}self_attn.")
+            self.delta_net(normed, f"{name}linear_attn.")
+            if is_delta
+            else self.attention(normed, f"{name}self_attn.")
         )
         x = x + mixed
         return x + self.moe(self.norm(x, f"{name}post_attention_layernorm"), f"{name}mlp.")
@@ -223,10 +297,18 @@ class Model:
         batch, length, _ = x_BTH.shape
         query_gate = F.linear(x_BTH, self.w(f"{name}q_proj")).view(batch, length, 4, 2, 64)
         query, gate = query_gate.unbind(3)
-        key, value = (F.linear(x_BTH, self.w(f"{name}{part}_proj")).view(batch, length, 2, 64) for part in "kv")
-        query, key = rotate(self.norm(query, f"{name}q_norm")), rotate(self.norm(key, f"{name}k_norm"))
+        key, value = (
+            F.linear(x_BTH, self.w(f"{name}{part}_proj")).view(batch, length, 2, 64)
+            for part in "kv"
+        )
+        query, key = (
+            rotate(self.norm(query, f"{name}q_norm")),
+            rotate(self.norm(key, f"{name}k_norm")),
+        )
         heads = (part.transpose(1, 2) for part in (query, key, value))
-        out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+        out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(
+            1, 2
+        )
         return F.linear((out * torch.sigmoid(gate)).flatten(2), self.w(f"{name}o_proj"))
 
     def delta_net(self, x_BTH: Tensor, name: str) -> Tensor:
@@ -235,14 +317,19 @@ class Model:
         u = F.linear(x_BTH, self.w(f"{name}in_proj_qkv")).transpose(1, 2)
         y = F.silu(F.conv1d(F.pad(u, (3, 0)), self.w(f"{name}conv1d"), groups=512)).transpose(1, 2)
         query, key, value = y.split((128, 128, 256), -1)
-        query, key = (l2_norm(part.reshape(batch, length, 4, 32)).repeat_interleave(2, 2) for part in (query, key))
+        query, key = (
+            l2_norm(part.reshape(batch, length, 4, 32)).repeat_interleave(2, 2)
+            for part in (query, key)
+        )
         beta = torch.sigmoid(F.linear(x_BTH, self.w(f"{name}in_proj_b")))
-        step = F.softplus(F.linear(x_BTH, self.w(f"{name}in_proj_a")) + self.weights[f"{name}dt_bias"])
+        step = F.softplus(
+            F.linear(x_BTH, self.w(f"{name}in_proj_a")) + self.weights[f"{name}dt_bias"]
+        )
         decay = -self.weights[f"{name}A_log"].exp() * step
         value = value.reshape(batch, length, 8, 32)
-        out = delta_rule(*(part.transpose(1, 2) for part in (query * 32**-0.5, key, value, beta, decay))).transpose(
-            1, 2
-        )
+        out = delta_rule(
+            *(part.transpose(1, 2) for part in (query * 32**-0.5, key, value, beta, decay))
+        ).transpose(1, 2)
         normed = F.rms_norm(out, (32,), self.w(f"{name}norm"), 1e-6)
         gate = F.silu(F.linear(x_BTH, self.w(f"{name}in_proj_z"))).view(batch, length, 8, 32)
         return F.linear((normed * gate).flatten(2), self.w(f"{name}out_proj"))
@@ -258,11 +345,14 @@ class Model:
         out = torch.zeros_like(x)
         for expert in range(8):
             token, slot = (chosen == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(x[token], self.weights[f"{name}experts.gate_up_proj"][expert]).chunk(2, -1)
+            gate, up = F.linear(
+                x[token], self.weights[f"{name}experts.gate_up_proj"][expert]
+            ).chunk(2, -1)
             down = F.linear(F.silu(gate) * up, self.weights[f"{name}experts.down_proj"][expert])
             out = out.index_add(0, token, down * weights[token, slot, None])
         shared = F.silu(F.linear(x, self.w(f"{name}shared_expert.gate_proj"))) * F.linear(
-            x, self.w(f"{name}shared_expert.up_proj"))  # fmt: skip
+            x, self.w(f"{name}shared_expert.up_proj")
+        )
         shared = F.linear(shared, self.w(f"{name}shared_expert.down_proj"))
         out = out + torch.sigmoid(F.linear(x, self.w(f"{name}shared_expert_gate"))) * shared
         return out.view_as(x_BTH)
@@ -298,7 +388,9 @@ def rotate(x_BTND: Tensor) -> Tensor:
     inverse = 1e7 ** -(torch.arange(8) / 8)
     angle = (torch.arange(x_BTND.shape[1])[:, None] * inverse)[:, None]
     a, b, rest = x_BTND.split((8, 8, 48), -1)
-    return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest), -1)
+    return torch.cat(
+        (a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest), -1
+    )
 
 
 def l2_norm(x: Tensor) -> Tensor:
@@ -336,8 +428,14 @@ def losses(model: Model, ids_BT: Tensor) -> tuple[Tensor, list[float]]:
     main = cross_entropy(model.logits(hidden), ids_BT[:, 1 : length + 1])
     first = model.draft(ids_BT[:, 1 : length + 1], hidden)
     second = model.draft(ids_BT[:, 2 : length + 2], first)
-    drafts = [cross_entropy(model.logits(h), ids_BT[:, i : length + i]) for i, h in ((2, first), (3, second))]
-    return main + 0.3 * drafts[0] + 0.2 * drafts[1] + 0.01 * balance, [main.item(), *(d.item() for d in drafts)]
+    drafts = [
+        cross_entropy(model.logits(h), ids_BT[:, i : length + i])
+        for i, h in ((2, first), (3, second))
+    ]
+    return main + 0.3 * drafts[0] + 0.2 * drafts[1] + 0.01 * balance, [
+        main.item(),
+        *(d.item() for d in drafts),
+    ]
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
@@ -347,13 +445,19 @@ def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over 100 steps, then a cosine to a fiftieth."""
-    return peak * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    return (
+        peak
+        * min(1.0, (step + 1) / 100)
+        * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    )
 
 
 def encode_all(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     """All texts as one stream of ids, each ended by <|endoftext|>; chat examples carry their own end."""
     stop = "<|endoftext|>"
-    encoded = tokenizer.encode_batch([text if text.endswith(stop) else text + stop for text in texts])
+    encoded = tokenizer.encode_batch(
+        [text if text.endswith(stop) else text + stop for text in texts]
+    )
     return torch.tensor([token for item in encoded for token in item.ids])
 
 
@@ -365,8 +469,11 @@ def train(folder: Path, steps: int, batch: int, length: int, peak: float, seed: 
     tokenizer = make_tokenizer(texts, folder)
     chats = list(chat_examples(texts))
     ids = encode_all(tokenizer, texts + chats)
-    print(f"Python {platform.python_version()}, torch {torch.__version__}: {len(texts)} files, {len(chats)} chats, "
-          f"{len(ids)} tokens, {sum(map(len, texts)) / len(ids):.2f} characters a token", flush=True)  # fmt: skip
+    print(
+        f"Python {platform.python_version()}, torch {torch.__version__}: {len(texts)} files, {len(chats)} chats, "
+        f"{len(ids)} tokens, {sum(map(len, texts)) / len(ids):.2f} characters a token",
+        flush=True,
+    )
     weights = {name: value.requires_grad_() for name, value in initial_weights(seed).items()}
     model = Model(weights)
     matrices = [value for value in weights.values() if value.dim() > 1]
@@ -378,7 +485,9 @@ def train(folder: Path, steps: int, batch: int, length: int, peak: float, seed: 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         starts = torch.randint(0, len(ids) - length - 3, (batch,), generator=generator)
-        loss, parts = losses(model, torch.stack([ids[start : start + length + 3] for start in starts]))
+        loss, parts = losses(
+            model, torch.stack([ids[start : start + length + 3] for start in starts])
+        )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
@@ -386,22 +495,34 @@ def train(folder: Path, steps: int, batch: int, length: int, peak: float, seed: 
         log.append(parts)
         if step % 50 == 49 or step == 4:
             recent = torch.tensor(log[-50:]).mean(0).tolist()
-            print(f"step {step + 1}/{steps} next {recent[0]:.3f} draft1 {recent[1]:.3f} draft2 {recent[2]:.3f} "
-                  f"{time.time() - begun:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"step {step + 1}/{steps} next {recent[0]:.3f} draft1 {recent[1]:.3f} draft2 {recent[2]:.3f} "
+                f"{time.time() - begun:.0f} s",
+                flush=True,
+            )
         if step % 500 == 499 or step == steps - 1:
             write_checkpoint(folder, weights, tokenizer)
 
 
 def write_checkpoint(folder: Path, weights: Weights, tokenizer: Tokenizer) -> None:
     """The published layout: two shards and their index, configs, chat template."""
-    tensors = {name: store(name, value.detach()) for name, value in split_draft_experts(weights).items()}
+    tensors = {
+        name: store(name, value.detach()) for name, value in split_draft_experts(weights).items()
+    }
     names, index = sorted(tensors), {}
     for shard, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
         file = f"model.safetensors-{shard:05d}-of-00002.safetensors"
-        save_file({name: tensors[name].contiguous() for name in part}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: tensors[name].contiguous() for name in part},
+            folder / file,
+            metadata={"format": "pt"},
+        )
         index |= dict.fromkeys(part, file)
     size = sum(value.numel() * value.element_size() for value in tensors.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": size}, "weight_map": index},
+    )
     write_configs(folder, tokenizer)
 
 
@@ -426,25 +547,54 @@ def write_configs(folder: Path, tokenizer: Tokenizer) -> None:
     """config.json, tokenizer_config.json, generation_config.json and the chat template."""
     token = {name: tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
     vision = {
-        "deepstack_visual_indexes": [], "depth": 1, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 32,
-        "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 64, "model_type": "qwen3_5_moe",
-        "num_heads": 2, "num_position_embeddings": 16, "out_hidden_size": CONFIG["hidden_size"], "patch_size": 16,
-        "spatial_merge_size": 2, "temporal_patch_size": 2,
-    }  # fmt: skip
-    write_json(folder / "config.json", {
-        "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe",
-        "image_token_id": token["<|image_pad|>"], "video_token_id": token["<|video_pad|>"],
-        "vision_start_token_id": token["<|vision_start|>"], "vision_end_token_id": token["<|vision_end|>"],
-        "text_config": CONFIG | {"eos_token_id": token["<|endoftext|>"]}, "vision_config": vision,
-        "tie_word_embeddings": False,
-    })  # fmt: skip
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None,
-        "unk_token": None, "add_prefix_space": False, "model_max_length": CONFIG["max_position_embeddings"],
-        "clean_up_tokenization_spaces": False, "additional_special_tokens": list(SPECIAL_TOKENS),
-    })  # fmt: skip
+        "deepstack_visual_indexes": [],
+        "depth": 1,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 32,
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "intermediate_size": 64,
+        "model_type": "qwen3_5_moe",
+        "num_heads": 2,
+        "num_position_embeddings": 16,
+        "out_hidden_size": CONFIG["hidden_size"],
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    write_json(
+        folder / "config.json",
+        {
+            "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+            "model_type": "qwen3_5_moe",
+            "image_token_id": token["<|image_pad|>"],
+            "video_token_id": token["<|video_pad|>"],
+            "vision_start_token_id": token["<|vision_start|>"],
+            "vision_end_token_id": token["<|vision_end|>"],
+            "text_config": CONFIG | {"eos_token_id": token["<|endoftext|>"]},
+            "vision_config": vision,
+            "tie_word_embeddings": False,
+        },
+    )
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "bos_token": None,
+            "unk_token": None,
+            "add_prefix_space": False,
+            "model_max_length": CONFIG["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+            "additional_special_tokens": list(SPECIAL_TOKENS),
+        },
+    )
     stops = [token["<|im_end|>"], token["<|endoftext|>"]]
-    write_json(folder / "generation_config.json", {"eos_token_id": stops, "pad_token_id": stops[1], "do_sample": False})
+    write_json(
+        folder / "generation_config.json",
+        {"eos_token_id": stops, "pad_token_id": stops[1], "do_sample": False},
+    )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
@@ -460,8 +610,13 @@ def read_checkpoint(folder: Path) -> Weights:
         with safe_open(path, "pt") as file:
             weights |= {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     experts = "mtp.layers.0.mlp.experts."
-    parts = [[weights.pop(f"{experts}{e}.{key}_proj.weight") for key in ("gate", "up", "down")] for e in range(8)]
-    weights[f"{experts}gate_up_proj"] = torch.stack([torch.cat((gate, up)) for gate, up, _ in parts])
+    parts = [
+        [weights.pop(f"{experts}{e}.{key}_proj.weight") for key in ("gate", "up", "down")]
+        for e in range(8)
+    ]
+    weights[f"{experts}gate_up_proj"] = torch.stack(
+        [torch.cat((gate, up)) for gate, up, _ in parts]
+    )
     weights[f"{experts}down_proj"] = torch.stack([down for _, _, down in parts])
     return weights
 
@@ -478,11 +633,16 @@ def evaluate(folder: Path, length: int, prompts: int, seed: int) -> None:
     mean = nats.mean(0).tolist()
     bits_per_byte = mean[0] / math.log(2) * len(ids) / sum(len(text.encode()) for text in texts)
     forced = [forced_acceptance(model, row) for row in rows[:: max(len(rows) // 32, 1)]]
-    free = [free_acceptance(model, row[: length // 4]) for row in rows[:: max(len(rows) // prompts, 1)][:prompts]]
+    free = [
+        free_acceptance(model, row[: length // 4])
+        for row in rows[:: max(len(rows) // prompts, 1)][:prompts]
+    ]
     print(f"held out: {len(texts)} files, {len(ids)} tokens")
     print(f"next token {mean[0]:.3f} nats, {bits_per_byte:.3f} bits a byte")
     print(f"drafts 1 and 2: {mean[1]:.3f}, {mean[2]:.3f} nats")
-    print(f"acceptance at depth 3, own greedy text: {sum(free) / len(free):.1%} of drafts over {len(free)} prompts")
+    print(
+        f"acceptance at depth 3, own greedy text: {sum(free) / len(free):.1%} of drafts over {len(free)} prompts"
+    )
     print(f"acceptance at depth 3, held-out text forced: {sum(forced) / len(forced):.1%}")
 
 
@@ -532,7 +692,9 @@ def agreeing(drafts: list[int], target: list[int]) -> int:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=("train", "evaluate"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2400)

@@ -1,11 +1,12 @@
 """Measure tiles on this GPU: every kernel of a plan's program, each of its tiles.
 
-In decode a tile is timed in the whole program, whose kernels overlap, or with `--alone` in all calls of its kernel, one
-after the other; in prefill, where they are long, in one call.
+In decode a tile is timed in the whole program, whose kernels overlap, or with `--alone` in all
+calls of its kernel, one after the other; in prefill, where they are long, in one call.
 
     python tools/tune.py plans/frozen/DIR [--phase prefill] [--bucket N] [--kinds a,b] [--alone] [--longest N]
 
-Prints the lines for `codegen/tuned.yaml`, with the microseconds of the program beside the best tiles.
+Prints the lines for `codegen/tuned.yaml`, with the microseconds of the program beside the best
+tiles.
 """
 
 from __future__ import annotations
@@ -38,15 +39,48 @@ from tokenspeed_plan.runtime.executor import Executor
 
 REPLAYS = 3  # a round
 MANY = 256  # rows, from which tiles have rows of their own
-GEMV = {"n": (1, 2, 4, 8, 16), "k": (256, 512, 1024, 2048, 4096), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
+GEMV = {
+    "n": (1, 2, 4, 8, 16),
+    "k": (256, 512, 1024, 2048, 4096),
+    "num_warps": (2, 4, 8),
+    "num_stages": (1, 2, 3),
+}
 FLASH = {"n": (32, 64), "k": (1, 2), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
-MATRIX = {"m": (64, 128), "n": (64, 128, 256), "k": (32, 64, 128), "num_warps": (4, 8), "num_stages": (3, 4)}
-FLASH_MANY = {"m": (64, 128), "n": (32, 64), "k": (0,), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
+MATRIX = {
+    "m": (64, 128),
+    "n": (64, 128, 256),
+    "k": (32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (3, 4),
+}
+FLASH_MANY = {
+    "m": (64, 128),
+    "n": (32, 64),
+    "k": (0,),
+    "num_warps": (4, 8),
+    "num_stages": (1, 2, 3),
+}
 DOWN = {"n": (1, 2, 4, 8), "k": (64, 128, 256, 512), "num_warps": (2, 4, 8), "num_stages": (1,)}
-UP = {"n": (1, 2, 4, 8, 16), "k": (256, 512, 1024, 2048), "num_warps": (2, 4, 8), "num_stages": (1, 2)}
+UP = {
+    "n": (1, 2, 4, 8, 16),
+    "k": (256, 512, 1024, 2048),
+    "num_warps": (2, 4, 8),
+    "num_stages": (1, 2),
+}
 DELTA = {"n": (8, 16, 32, 64, 128), "k": (0,), "num_warps": (1, 2, 4, 8), "num_stages": (1,)}
-SOME = {"m": (16, 32, 64, 128), "n": (16, 32, 64, 128), "k": (64, 128, 256), "num_warps": (4, 8), "num_stages": (3, 4)}
-DOT = {"n": (16, 32, 64, 128), "k": (64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5)}
+SOME = {
+    "m": (16, 32, 64, 128),
+    "n": (16, 32, 64, 128),
+    "k": (64, 128, 256),
+    "num_warps": (4, 8),
+    "num_stages": (3, 4),
+}
+DOT = {
+    "n": (16, 32, 64, 128),
+    "k": (64, 128, 256),
+    "num_warps": (2, 4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
 
 
 def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
@@ -68,7 +102,11 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
         for values in itertools.product(*space.values())
     ]
     if space is GEMV:
-        padded = [Tile(max(rows, 16), *values) for values in itertools.product(*DOT.values())] if rows > 1 else []
+        padded = (
+            [Tile(max(rows, 16), *values) for values in itertools.product(*DOT.values())]
+            if rows > 1
+            else []
+        )
         return plain_tiles(rows) + padded
     return plain_tiles(rows) + tiles if space is DOT and rows < 16 else tiles
 
@@ -76,16 +114,23 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
 def fills(tile: Tile, rows: int, columns: int) -> bool:
     """Whether tiles of a product are enough for the machine, and fit its shared memory."""
     programs = -(-rows // tile.m) * -(-columns // tile.n)
-    return 48 <= programs <= 8192 and 2 * (tile.m + tile.n) * tile.k * tile.num_stages <= 200_000 and tile.m < 2 * rows
+    return (
+        48 <= programs <= 8192
+        and 2 * (tile.m + tile.n) * tile.k * tile.num_stages <= 200_000
+        and tile.m < 2 * rows
+    )
 
 
 def plain_tiles(rows: int) -> list[Tile]:
     """For few rows in plain arithmetic, with a sensible number of elements a thread."""
     tiles = (Tile(rows, *values) for values in itertools.product(*GEMV.values()))
     return [
-        t for t in tiles
-        if 512 <= t.n * t.k // t.num_warps <= 4096 and 2048 <= t.n * t.k <= 16384 and t.m * t.n * t.k <= 32768
-    ]  # fmt: skip
+        t
+        for t in tiles
+        if 512 <= t.n * t.k // t.num_warps <= 4096
+        and 2048 <= t.n * t.k <= 16384
+        and t.m * t.n * t.k <= 32768
+    ]
 
 
 def variants(
@@ -94,13 +139,22 @@ def variants(
     """The kernel in each tile, or in `most` of them."""
     kind = kind_of(kernel)
     plain = kernel.model_copy(
-        update={"name": "", "launch": None, "params": tuple(p for p in kernel.params if p.role != "scratch")}
+        update={
+            "name": "",
+            "launch": None,
+            "params": tuple(p for p in kernel.params if p.role != "scratch"),
+        }
     )
     few = kernel.launch is not None and "PRECISION" not in kernel.launch.constants
-    padded, products = 1 << (rows[0] - 1).bit_length(), [p for p in kernel.parts if p.kind == "linear"]
+    padded, products = (
+        1 << (rows[0] - 1).bit_length(),
+        [p for p in kernel.parts if p.kind == "linear"],
+    )
     if products and 32 < padded < 2048:
         columns = next(
-            p.tensor.shape[0] for p in kernel.params if p.name in products[0].operands and p.role == "weight"
+            p.tensor.shape[0]
+            for p in kernel.params
+            if p.name in products[0].operands and p.role == "weight"
         )
         tiles = [
             tile
@@ -111,7 +165,12 @@ def variants(
         tiles = candidates(kind, padded, few)
     random.Random(0).shuffle(tiles)
     for tile in tiles[:most]:
-        yield tile, build_kernel(kind, plain, rows, hardware, kernel.launch is not None and kernel.launch.pdl, tile)[0]
+        yield (
+            tile,
+            build_kernel(
+                kind, plain, rows, hardware, kernel.launch is not None and kernel.launch.pdl, tile
+            )[0],
+        )
 
 
 class Chain:
@@ -135,30 +194,58 @@ class Chain:
             first = self.names.index(name)
             self.executor.execute(self.calls[:first])  # what it reads
             calls = [calls[first]]
-        return time_us(captured(lambda: self.executor.execute(calls), "cuda"), "cuda", REPLAYS, reset=self.reset)
+        return time_us(
+            captured(lambda: self.executor.execute(calls), "cuda"),
+            "cuda",
+            REPLAYS,
+            reset=self.reset,
+        )
 
     def exchanged(self, name: str, built: Built, made: Compiled) -> list[Any]:
         """All instructions, those of one kernel with another build of it."""
         kernel = built.kernel
-        binary = Binary(kernel=kernel.name, sm=self.sm, cubin_sha256=hashlib.sha256(made.cubin).hexdigest(),
-                        registers=0, spill_bytes=0, shared_bytes=made.shared_bytes)  # fmt: skip
-        run = CudaKernels({kernel.name: binary}, {kernel.name: made.cubin}).launcher(kernel, 0, *self.rows)
-        scratch = tuple(torch.zeros(p.tensor.bind(*self.rows), dtype=TORCH_DTYPES[p.tensor.dtype], device="cuda")
-                        for p in kernel.params if p.role == "scratch")  # fmt: skip
+        binary = Binary(
+            kernel=kernel.name,
+            sm=self.sm,
+            cubin_sha256=hashlib.sha256(made.cubin).hexdigest(),
+            registers=0,
+            spill_bytes=0,
+            shared_bytes=made.shared_bytes,
+        )
+        run = CudaKernels({kernel.name: binary}, {kernel.name: made.cubin}).launcher(
+            kernel, 0, *self.rows
+        )
+        scratch = tuple(
+            torch.zeros(
+                p.tensor.bind(*self.rows), dtype=TORCH_DTYPES[p.tensor.dtype], device="cuda"
+            )
+            for p in kernel.params
+            if p.role == "scratch"
+        )
         before = len(kernel.params) - len(scratch)
-        return [(run, {}, (*call[2][:before], *scratch), ()) if own == name else call
-                for own, call in zip(self.names, self.calls, strict=True)]  # fmt: skip
+        return [
+            (run, {}, (*call[2][:before], *scratch), ()) if own == name else call
+            for own, call in zip(self.names, self.calls, strict=True)
+        ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--phase", choices=["prefill", "decode"], default="decode")
-    parser.add_argument("--bucket", type=int, default=1, help="sequences that decode, or tokens of a prompt")
+    parser.add_argument(
+        "--bucket", type=int, default=1, help="sequences that decode, or tokens of a prompt"
+    )
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--kinds", default="", help="names with commas between; all by default")
-    parser.add_argument("--alone", action="store_true", help="in decode, time the calls of a kernel by themselves")
-    parser.add_argument("--longest", type=int, default=99, help="only so many kernels, those predicted to take most")
+    parser.add_argument(
+        "--alone", action="store_true", help="in decode, time the calls of a kernel by themselves"
+    )
+    parser.add_argument(
+        "--longest", type=int, default=99, help="only so many kernels, those predicted to take most"
+    )
     parser.add_argument("--most", type=int, default=64, help="tiles a kernel")
     options = parser.parse_args()
     plan = load_plan(options.bundle)
@@ -174,10 +261,18 @@ def main() -> None:
     for step in program.steps:
         taken.update({step.kernel: step.predicted_us} if isinstance(step, KernelCall) else {})  # type: ignore[dict-item]
     wanted = set(filter(None, options.kinds.split(",")))
-    kernels = [executor.kernels[name] for name in names if not wanted or kind_of(executor.kernels[name]) in wanted]
+    kernels = [
+        executor.kernels[name]
+        for name in names
+        if not wanted or kind_of(executor.kernels[name]) in wanted
+    ]
     kernels = sorted(kernels, key=lambda kernel: -taken[kernel.name])[: options.longest]
     tried = {k.name: list(variants(k, rows, hardware, options.most)) for k in kernels}
-    jobs = {b.kernel.name: Job(b.kernel, b.source or "", hardware.sm) for found in tried.values() for _, b in found}
+    jobs = {
+        b.kernel.name: Job(b.kernel, b.source or "", hardware.sm)
+        for found in tried.values()
+        for _, b in found
+    }
     results = compile_all(jobs.values(), Path("/tmp/tune-cache"))
     chain = Chain(executor, replay, hardware.sm, options.alone)
     for name, found in tried.items():
@@ -185,7 +280,11 @@ def main() -> None:
 
 
 def report(
-    chain: Chain, name: str, found: list[tuple[Tile, Built]], made: dict[str, Compiled], hardware: HardwareSpec
+    chain: Chain,
+    name: str,
+    found: list[tuple[Tile, Built]],
+    made: dict[str, Compiled],
+    hardware: HardwareSpec,
 ) -> None:
     """The best tile of one kernel, as a line of YAML; it stays in the chain for those that come after."""
     times = []
@@ -203,8 +302,13 @@ def report(
     if times:
         _, best, built, result = times[0]
         chain.calls = chain.exchanged(name, built, result)
-        ranking = "; ".join(f"{us:.1f} {t.m},{t.n},{t.k},{t.num_warps},{t.num_stages}" for us, t, _, _ in times[:5])
-        print(f"  {key}: [{best.m}, {best.n}, {best.k}, {best.num_warps}, {best.num_stages}]  # {ranking}", flush=True)
+        ranking = "; ".join(
+            f"{us:.1f} {t.m},{t.n},{t.k},{t.num_warps},{t.num_stages}" for us, t, _, _ in times[:5]
+        )
+        print(
+            f"  {key}: [{best.m}, {best.n}, {best.k}, {best.num_warps}, {best.num_stages}]  # {ranking}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

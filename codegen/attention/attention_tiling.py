@@ -20,17 +20,32 @@ def qk_norm_rope_write(work: Work) -> list[Tiling]:
     """A program for each head of each token."""
     rope = work.part("rope").attrs
     inverse, magnitude = frequencies(
-        int(rope["rotary_dim"]), float(rope["theta"]), float(rope["factor"]), int(rope["original_max_positions"])
+        int(rope["rotary_dim"]),
+        float(rope["theta"]),
+        float(rope["factor"]),
+        int(rope["original_max_positions"]),
     )
     q = work.size("split_gate", "num_heads") if work.has("split_gate") else 0
     kv, d = work.size("kv_write", "num_kv_heads"), int(rope["head_dim"])
     constants: dict[str, Attr] = {"Q": q} if q else {}
     constants |= {
-        "KV": kv, "D": d, "ROTARY": int(rope["rotary_dim"]), "PAGE": work.size("kv_write", "page_size"),
+        "KV": kv,
+        "D": d,
+        "ROTARY": int(rope["rotary_dim"]),
+        "PAGE": work.size("kv_write", "page_size"),
         "EPS": work.part("head_norm").attrs["eps"],
-    }  # fmt: skip
+    }
     options = {"frequencies": inverse, "magnitude": magnitude}
-    return [Tiling("qk_norm_rope_write", constants, (per_rows(1, work.by_seqs), fixed(q + kv)), 1, 1, options)]
+    return [
+        Tiling(
+            "qk_norm_rope_write",
+            constants,
+            (per_rows(1, work.by_seqs), fixed(q + kv)),
+            1,
+            1,
+            options,
+        )
+    ]
 
 
 def attention(work: Work) -> list[Tiling]:
@@ -48,9 +63,15 @@ def num_splits(work: Work, kv_heads: int, pages: int, crowd: int) -> int:
 def _facts(work: Work) -> dict[str, Attr]:
     q, kv, d = (work.size("attention", name) for name in ("num_heads", "num_kv_heads", "head_dim"))
     return {
-        "Q": q, "KV": kv, "D": d, "GROUP": q // kv, "PAGE": work.size("attention", "page_size"),
-        "PAGES": work.width("attention_page_table"), "SCALE": d**-0.5, "PRECISION": work.precision,
-    }  # fmt: skip
+        "Q": q,
+        "KV": kv,
+        "D": d,
+        "GROUP": q // kv,
+        "PAGE": work.size("attention", "page_size"),
+        "PAGES": work.width("attention_page_table"),
+        "SCALE": d**-0.5,
+        "PRECISION": work.precision,
+    }
 
 
 def _decode(work: Work) -> list[Tiling]:
@@ -73,7 +94,18 @@ def _decode(work: Work) -> list[Tiling]:
         options = {"splits": splits, "rows": rows, "whole_pages": int(facts["PAGE"]) % tile.n == 0}
         grid = (per_rows(1, by_seqs=True), fixed(int(facts["KV"])), fixed(splits))
         stages = tile.num_stages
-        made.append(Tiling("attention_decode", constants, grid, tile.num_warps, stages, options, scratch, prefetches))
+        made.append(
+            Tiling(
+                "attention_decode",
+                constants,
+                grid,
+                tile.num_warps,
+                stages,
+                options,
+                scratch,
+                prefetches,
+            )
+        )
     return made
 
 
@@ -85,16 +117,22 @@ def _split_groups(
         return {}, {}
     kv, d, groups = int(facts["KV"]), int(facts["D"]), blocks(splits, FAN)
     constants: dict[str, Attr] = {
-        "SPLITS": splits, "FAN": FAN, "GROUPS": groups, "BLOCK_T": up2(groups), "HEADS": up2(heads),
+        "SPLITS": splits,
+        "FAN": FAN,
+        "GROUPS": groups,
+        "BLOCK_T": up2(groups),
+        "HEADS": up2(heads),
         # Of more rows there is more to put together, so it had better be of fewer splits.
         "MIN_RUN": max(MIN_RUN * max(up2(work.query_len) // 2, 1), int(facts["PAGE"])),
         "BLOCK_P": max(FAN // up2(work.query_len), 1),
-    }  # fmt: skip
+    }
     return constants, {
-        "partial": per_seq(kv * splits * heads * d, work.dtype), "lse": per_seq(kv * splits * heads),
-        "group_partial": per_seq(kv * groups * heads * d, work.dtype), "group_lse": per_seq(kv * groups * heads),
+        "partial": per_seq(kv * splits * heads * d, work.dtype),
+        "lse": per_seq(kv * splits * heads),
+        "group_partial": per_seq(kv * groups * heads * d, work.dtype),
+        "group_lse": per_seq(kv * groups * heads),
         "counters": per_seq(kv * (groups + 1), "i32"),
-    }  # fmt: skip
+    }
 
 
 def _prefill(work: Work) -> list[Tiling]:
@@ -107,5 +145,7 @@ def _prefill(work: Work) -> list[Tiling]:
         constants = facts | {"BLOCK_M": tile.m, "BLOCK_C": tile.n, "STAGES": tile.num_stages}
         options = {"whole_pages": int(facts["PAGE"]) % tile.n == 0}
         grid = (per_rows(tile.m), fixed(int(facts["Q"])), GridDim(per_seq=1))
-        made.append(Tiling("attention_prefill", constants, grid, tile.num_warps, tile.num_stages, options))
+        made.append(
+            Tiling("attention_prefill", constants, grid, tile.num_warps, tile.num_stages, options)
+        )
     return made

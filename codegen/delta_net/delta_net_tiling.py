@@ -22,7 +22,9 @@ SEQS = GridDim(per_seq=1)
 
 
 def _heads(work: Work, kind: str) -> dict[str, Attr]:
-    a, b, dk, dv = (work.size(kind, name) for name in ("num_k_heads", "num_v_heads", "key_dim", "value_dim"))
+    a, b, dk, dv = (
+        work.size(kind, name) for name in ("num_k_heads", "num_v_heads", "key_dim", "value_dim")
+    )
     return {"A": a, "B": b, "DK": dk, "DV": dv, "GROUP": b // a}
 
 
@@ -35,7 +37,9 @@ def delta_step(work: Work) -> list[Tiling]:
     """One row a sequence, or several that leave a state each."""
     heads, rows = _heads(work, "delta_rule"), work.query_len
     facts = heads | _convolution(work, heads)
-    table = work.specs["causal_conv_dst_state_slots"].shape  # of rows to write: one a sequence, or several
+    table = work.specs[
+        "causal_conv_dst_state_slots"
+    ].shape  # of rows to write: one a sequence, or several
     dst_state_slots = work.width("causal_conv_dst_state_slots") if len(table) > 1 else 1
     template = "delta_step" if rows == 1 else "delta_steps"
     steps: dict[str, Attr] = {"ROWS": rows, "WRITE_ROWS": dst_state_slots, "BLOCK_R": up2(rows)}
@@ -47,25 +51,38 @@ def delta_recompute(work: Work) -> list[Tiling]:
     """Any number of rows a sequence, which leave their inputs."""
     heads, rows = _heads(work, "delta_rule"), work.query_len
     facts = heads | _convolution(work, heads, "recompute_state_x")
-    facts |= {"ROWS": rows, "KEPT": work.width("recompute_state_kept_inputs", 1), "BLOCK_R": up2(rows)}
+    facts |= {
+        "ROWS": rows,
+        "KEPT": work.width("recompute_state_kept_inputs", 1),
+        "BLOCK_R": up2(rows),
+    }
     return _by_columns(work, "delta_recompute", facts, {})
 
 
-def _by_columns(work: Work, template: str, facts: dict[str, Attr], options: dict[str, object]) -> list[Tiling]:
+def _by_columns(
+    work: Work, template: str, facts: dict[str, Attr], options: dict[str, object]
+) -> list[Tiling]:
     """A program a head and block of columns: a whole head's state would not stay in registers."""
     facts = facts | {"EPS": work.part("gated_norm").attrs["eps"]}
     wide, b, rows = int(facts["DV"]), int(facts["B"]), work.query_len
     made = []
     first = _columns_and_warps(work, template)
     shapes = (
-        Tile(1, min(n, wide), int(facts["DK"]), warps, 1) for n, warps in (first, (64, 4), (32, 4), (16, 4), (8, 4))
+        Tile(1, min(n, wide), int(facts["DK"]), warps, 1)
+        for n, warps in (first, (64, 4), (32, 4), (16, 4), (8, 4))
     )
     for tile in work.tiles(*((Tile(1, wide, 0, 4, 1),) if work.interpreted else shapes)):
         n, columns = tile.n, wide // tile.n
-        scratch = {"partial": per_seq(rows * b * wide), "counters": per_seq(b, "i32")} if columns > 1 else {}
+        scratch = (
+            {"partial": per_seq(rows * b * wide), "counters": per_seq(b, "i32")}
+            if columns > 1
+            else {}
+        )
         grid = (SEQS, fixed(b), fixed(columns))
         chosen = options | {"columns": columns}
-        made.append(Tiling(template, facts | {"BLOCK_V": n}, grid, tile.num_warps, 1, chosen, scratch, True))
+        made.append(
+            Tiling(template, facts | {"BLOCK_V": n}, grid, tile.num_warps, 1, chosen, scratch, True)
+        )
     return made
 
 
@@ -85,7 +102,10 @@ def conv_qk_norm(work: Work) -> list[Tiling]:
     facts |= rows_table(work, "causal_conv_dst_state_slots")
     grid_heads = fixed(2 * int(heads["A"]) + int(heads["B"]))
     sizes = (64, 32, 16) if work.interpreted else (32, 16)
-    return [Tiling("conv_qk_norm", facts | {"BLOCK_T": t}, (per_rows(t), grid_heads, SEQS), 4, 1) for t in sizes]
+    return [
+        Tiling("conv_qk_norm", facts | {"BLOCK_T": t}, (per_rows(t), grid_heads, SEQS), 4, 1)
+        for t in sizes
+    ]
 
 
 def gates_delta_chunk(work: Work) -> list[Tiling]:
@@ -103,7 +123,12 @@ def delta_scan(work: Work) -> list[Tiling]:
     made = []
     for n, stages in ((32, 1),) if work.interpreted else ((32, 3), (32, 2), (16, 2), (16, 1)):
         columns = min(n, wide)
-        facts = heads | {"CHUNK": DELTA_CHUNK, "PRECISION": work.precision, "BLOCK_V": columns, "STAGES": stages}
+        facts = heads | {
+            "CHUNK": DELTA_CHUNK,
+            "PRECISION": work.precision,
+            "BLOCK_V": columns,
+            "STAGES": stages,
+        }
         grid = (fixed(wide // columns), fixed(int(heads["B"])), SEQS)
         made.append(Tiling("delta_scan", facts, grid, 4, stages, _dtype(work)))
     return made
@@ -119,6 +144,9 @@ def gated_norm(work: Work) -> list[Tiling]:
     part = work.part("gated_norm").attrs
     block = 64 if work.interpreted else 16
     facts: dict[str, Attr] = {
-        "HEADS": part["num_heads"], "D": part["head_dim"], "EPS": part["eps"], "BLOCK_T": block,
-    }  # fmt: skip
+        "HEADS": part["num_heads"],
+        "D": part["head_dim"],
+        "EPS": part["eps"],
+        "BLOCK_T": block,
+    }
     return [Tiling("gated_norm", facts, (per_rows(block), fixed(int(part["num_heads"]))), 4, 1)]

@@ -14,7 +14,14 @@ import jinja2
 
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.report import DEFINITIONS, as_dict, smallest_decode
-from tokenspeed_plan.plans.schema import CollectiveCall, KernelCall, Plan, RecordEvent, Step, WaitEvent
+from tokenspeed_plan.plans.schema import (
+    CollectiveCall,
+    KernelCall,
+    Plan,
+    RecordEvent,
+    Step,
+    WaitEvent,
+)
 
 WIDTH, HEIGHT = 900, 340
 ROW = 22
@@ -45,7 +52,11 @@ class Roof:
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("page.html.j2")
 
@@ -72,7 +83,7 @@ def render_page(plan: Plan, roof: Roof | None) -> str:
 
 def _memory(plan: Plan) -> list[Point]:
     """Parts of a rank's memory, as pieces of one bar; what is free comes last."""
-    sizes = plan.memory_bytes_per_rank.model_dump()
+    sizes = plan.pool.memory_bytes_per_rank.model_dump()
     capacity, total = sizes.pop("capacity"), sizes.pop("total")
     parts: list[Point] = []
     x = 0.0
@@ -89,7 +100,9 @@ def _calls(plan: Plan) -> list[KernelCall]:
 
 def _layer_of(step: KernelCall) -> str:
     """The layer of what a kernel writes, the last that it names."""
-    names = [name.partition(".")[0] for name in step.args if name[:1] == "L" and name[1:2].isdigit()]
+    names = [
+        name.partition(".")[0] for name in step.args if name[:1] == "L" and name[1:2].isdigit()
+    ]
     return names[-1] if names else ""
 
 
@@ -126,17 +139,23 @@ def _layer(plan: Plan, layer: str) -> dict[str, Any]:
                 made[outside.get(output, f"{len(kernels)}:{output}")] = (len(ops), len(kernels))
             ops.append({"kind": part.kind, "y": len(ops) * ROW})
         height = (len(ops) - first) * ROW
-        kernels.append({"kind": kind_of(kernel), "us": step.predicted_us, "y": first * ROW, "height": height})
+        kernels.append(
+            {"kind": kind_of(kernel), "us": step.predicted_us, "y": first * ROW, "height": height}
+        )
     return {
         "name": layer,
         "ops": ops,
         "kernels": kernels,
-        "op_arcs": [_arc(ops[a]["y"] + ROW / 2, ops[b]["y"] + ROW / 2) for a, b in sorted(op_edges)],
+        "op_arcs": [
+            _arc(ops[a]["y"] + ROW / 2, ops[b]["y"] + ROW / 2) for a, b in sorted(op_edges)
+        ],
         "kernel_arcs": [
-            _arc(_middle(kernels[a]), _middle(kernels[b])) for a, b in sorted(kernel_edges) if a != b
+            _arc(_middle(kernels[a]), _middle(kernels[b]))
+            for a, b in sorted(kernel_edges)
+            if a != b
         ],
         "height": len(ops) * ROW + 8,
-    }  # fmt: skip
+    }
 
 
 def _middle(box: Mapping[str, float]) -> float:
@@ -155,8 +174,11 @@ def _timeline(plan: Plan) -> dict[str, Any]:
     end = max((bar["start"] + bar["us"] for bar in bars), default=1.0)
     kinds = sorted({bar["kind"] for bar in bars})
     for bar in bars:
-        bar |= {"x": bar["start"] / end * WIDTH, "width": max(bar["us"] / end * WIDTH, 0.4),
-                "hue": kinds.index(bar["kind"]) * 360 // max(len(kinds), 1)}  # fmt: skip
+        bar |= {
+            "x": bar["start"] / end * WIDTH,
+            "width": max(bar["us"] / end * WIDTH, 0.4),
+            "hue": kinds.index(bar["kind"]) * 360 // max(len(kinds), 1),
+        }
     return {"bars": bars, "streams": program.num_streams, "end": end, "kinds": kinds}
 
 
@@ -173,7 +195,13 @@ def _bars(plan: Plan, steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
         else:
             kind = step.op if isinstance(step, CollectiveCall) else names[step.kernel]
             layer = _layer_of(step) if isinstance(step, KernelCall) else ""
-            yield {"kind": kind, "layer": layer, "start": start, "us": step.predicted_us, "stream": step.stream}
+            yield {
+                "kind": kind,
+                "layer": layer,
+                "start": start,
+                "us": step.predicted_us,
+                "stream": step.stream,
+            }
             now[step.stream] = start + step.predicted_us
 
 
@@ -184,13 +212,27 @@ def _front(plan: Plan) -> dict[str, Any]:
     others = [option for option in every if "tokens_per_s_user" in option.numbers]
     known = {option.what: option for option in (*plan.predicted.front, *others)}
     points: list[dict[str, Any]] = [
-        {"what": what, "x": option.numbers["tokens_per_s_user"], "y": option.numbers["tokens_per_s_gpu"],
-         "turn": option.numbers["turn_time_ms"], "reason": option.reason, "front": what in front}
+        {
+            "what": what,
+            "x": option.numbers["tokens_per_s_user"],
+            "y": option.numbers["tokens_per_s_gpu"],
+            "turn": option.numbers["turn_time_ms"],
+            "reason": option.reason,
+            "front": what in front,
+        }
         for what, option in known.items()
-    ]  # fmt: skip
+    ]
     values = plan.predicted.values
-    points.append({"what": "this plan", "x": values["tokens_per_s_user"], "y": values["tokens_per_s_gpu"],
-                   "turn": values["turn_time_ms"], "reason": "", "front": "this plan"})  # fmt: skip
+    points.append(
+        {
+            "what": "this plan",
+            "x": values["tokens_per_s_user"],
+            "y": values["tokens_per_s_gpu"],
+            "turn": values["turn_time_ms"],
+            "reason": "",
+            "front": "this plan",
+        }
+    )
     most_x, most_y = (1.08 * max(point[axis] for point in points) for axis in ("x", "y"))
     for point in points:
         point |= {"cx": point["x"] / most_x * WIDTH, "cy": HEIGHT - point["y"] / most_y * HEIGHT}
@@ -219,14 +261,27 @@ def _roof(roof: Roof) -> dict[str, Any]:
         return HEIGHT - (math.log10(value) - low_y) / (high_y - low_y) * HEIGHT
 
     points = [
-        {"name": p.name, "phase": p.phase, "cx": x_of(p.intensity), "cy": y_of(p.flops_per_s), "share": p.share,
-         "radius": 3 + 14 * math.sqrt(p.share), "intensity": p.intensity, "tflops": p.flops_per_s / 1e12}
+        {
+            "name": p.name,
+            "phase": p.phase,
+            "cx": x_of(p.intensity),
+            "cy": y_of(p.flops_per_s),
+            "share": p.share,
+            "radius": 3 + 14 * math.sqrt(p.share),
+            "intensity": p.intensity,
+            "tflops": p.flops_per_s / 1e12,
+        }
         for p in roof.points
-    ]  # fmt: skip
+    ]
     start = 10.0**low_x
     return {
         "points": points,
-        "slope": (x_of(start), y_of(max(start * roof.bytes_per_s, 10.0**low_y)), x_of(ridge), y_of(roof.flops_per_s)),
+        "slope": (
+            x_of(start),
+            y_of(max(start * roof.bytes_per_s, 10.0**low_y)),
+            x_of(ridge),
+            y_of(roof.flops_per_s),
+        ),
         "x_ticks": [(x_of(10.0**k), f"1e{k}") for k in range(low_x + 1, high_x)],
         "y_ticks": [(HEIGHT - y_of(10.0**k), f"1e{k}") for k in range(low_y + 1, high_y)],
     }

@@ -25,7 +25,11 @@ def embed(work: Work) -> list[Tiling]:
     block = min(up2(hidden), 4096)
     facts: dict[str, Attr] = {"ROWS": rows, "H": hidden, "BLOCK_N": block}
     options: dict[str, object] = {"columns": id_columns(work, "token_ids")}
-    return [Tiling("embed", facts, (per_rows(1, work.by_seqs), fixed(blocks(hidden, block))), 4, 1, options)]
+    return [
+        Tiling(
+            "embed", facts, (per_rows(1, work.by_seqs), fixed(blocks(hidden, block))), 4, 1, options
+        )
+    ]
 
 
 def id_columns(work: Work, token_ids: str) -> int:
@@ -36,8 +40,10 @@ def id_columns(work: Work, token_ids: str) -> int:
 def advance(work: Work) -> list[Tiling]:
     """One program: it is a few numbers a sequence."""
     facts: dict[str, Attr] = {
-        "PAGE": work.size("advance", "page_size"), "PAGES": work.width("page_table"), "BLOCK": up2(work.num_seqs),
-    }  # fmt: skip
+        "PAGE": work.size("advance", "page_size"),
+        "PAGES": work.width("page_table"),
+        "BLOCK": up2(work.num_seqs),
+    }
     facts |= rows_table(work, "dst_state_slots")
     return [Tiling("advance", facts, (fixed(1),), 1, 1)]
 
@@ -49,7 +55,9 @@ def sample(work: Work) -> list[Tiling]:
     facts |= {"VALID": work.size("sample", "num_valid_tokens"), "INDEX_BITS": INDEX_BITS}
     facts |= {"ROWS": rows} if rows > 1 else {}
     grid = (per_rows(1, work.by_seqs), fixed(parts))
-    return [Tiling("sample", facts, grid, warps, 1, {"shares": parts}, scratch) for warps in (16, 32)]
+    return [
+        Tiling("sample", facts, grid, warps, 1, {"shares": parts}, scratch) for warps in (16, 32)
+    ]
 
 
 def best_token(work: Work, logits: str) -> tuple[dict[str, Attr], int, dict[str, TensorSpec]]:
@@ -62,7 +70,11 @@ def best_token(work: Work, logits: str) -> tuple[dict[str, Attr], int, dict[str,
         return facts, parts, {}
     facts |= {"PARTS": parts, "BLOCK_P": up2(parts), "RUN": block}
     each = per_seq if work.by_seqs else per_token
-    return facts, parts, {"bests": each(parts), "tokens": each(parts, "i32"), "counters": each(1, "i32")}
+    return (
+        facts,
+        parts,
+        {"bests": each(parts), "tokens": each(parts, "i32"), "counters": each(1, "i32")},
+    )
 
 
 def add_norm(work: Work) -> list[Tiling]:
@@ -70,7 +82,11 @@ def add_norm(work: Work) -> list[Tiling]:
     norm = "rms_norm_" if work.has("add") else ""
     hidden = work.width(f"{norm}w")
     reduce = work.has("all_reduce")
-    facts: dict[str, Attr] = {"H": hidden, "BLOCK_H": up2(hidden), "EPS": work.part("rms_norm").attrs["eps"]}
+    facts: dict[str, Attr] = {
+        "H": hidden,
+        "BLOCK_H": up2(hidden),
+        "EPS": work.part("rms_norm").attrs["eps"],
+    }
     facts |= {"WORLD": work.size("all_reduce", "num_ranks")} if reduce else {}
     options: dict[str, object] = {
         "reduce": reduce,
@@ -78,4 +94,7 @@ def add_norm(work: Work) -> list[Tiling]:
         "norm": norm,
         "dtype": TRITON_DTYPES[work.dtype],
     }
-    return [Tiling("add_norm", facts, (per_rows(1, work.by_seqs),), warps, 1, options) for warps in (8, 4)]
+    return [
+        Tiling("add_norm", facts, (per_rows(1, work.by_seqs),), warps, 1, options)
+        for warps in (8, 4)
+    ]

@@ -30,7 +30,10 @@ def _half(norm: Part, embedded: tuple[str, ...]) -> dict[str, object]:
 def take_rows(work: Work) -> list[Tiling]:
     """A program a sequence and block of columns, of all that is taken."""
     kind = work.kernel.parts[0].kind
-    moved = [(part.operands[0], part.outputs[0], work.width(part.outputs[0])) for part in work.kernel.parts]
+    moved = [
+        (part.operands[0], part.outputs[0], work.width(part.outputs[0]))
+        for part in work.kernel.parts
+    ]
     block = min(up2(max(size for *_, size in moved)), 1024)
     facts: dict[str, Attr] = {"BLOCK_N": block}
     facts |= {"ROWS": work.size(kind, "query_len")} if kind == "select_row" else {}
@@ -42,8 +45,11 @@ def accept(work: Work) -> list[Tiling]:
     """One program: it is a few numbers a sequence."""
     rows = work.size("accept", "query_len")
     facts: dict[str, Attr] = {
-        "ROWS": rows, "BLOCK_R": up2(rows), "STOPS": work.width("stop_ids"), "BLOCK": up2(work.num_seqs),
-    }  # fmt: skip
+        "ROWS": rows,
+        "BLOCK_R": up2(rows),
+        "STOPS": work.width("stop_ids"),
+        "BLOCK": up2(work.num_seqs),
+    }
     return [Tiling("accept", facts, (fixed(1),), 1, 1)]
 
 
@@ -53,7 +59,10 @@ def draft(work: Work) -> list[Tiling]:
     facts, parts, scratch = best_token(work, f"{own}logits")
     facts |= {"KNOWN": work.width(f"{own}drafts") - 1}
     if place:
-        facts |= {"PAGE": work.size("draft_place", "page_size"), "PAGES": work.width("draft_place_page_table")}
+        facts |= {
+            "PAGE": work.size("draft_place", "page_size"),
+            "PAGES": work.width("draft_place_page_table"),
+        }
         facts |= {"STEP": work.size("draft_place", "step")}
     grid = (GridDim(per_seq=1), fixed(parts))
     options: dict[str, object] = {"shares": parts, "place": place, "own": own}
@@ -74,8 +83,10 @@ def commit_state_len(work: Work) -> list[Tiling]:
 def advance_rows(work: Work) -> list[Tiling]:
     """One program: it is a few numbers a row."""
     facts: dict[str, Attr] = {
-        "PAGE": work.size("advance_rows", "page_size"), "PAGES": work.width("page_table"),
-        "ROWS": work.size("advance_rows", "query_len"), "BLOCK": up2(work.num_seqs),
-    }  # fmt: skip
+        "PAGE": work.size("advance_rows", "page_size"),
+        "PAGES": work.width("page_table"),
+        "ROWS": work.size("advance_rows", "query_len"),
+        "BLOCK": up2(work.num_seqs),
+    }
     facts |= rows_table(work, "dst_state_slots")
     return [Tiling("advance_rows", facts, (fixed(1),), 1, 1)]

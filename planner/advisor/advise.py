@@ -11,7 +11,14 @@ from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor, di
 from tokenspeed_plan.planner.advisor.search import Rejected, SearchResult
 from tokenspeed_plan.plans.schema import Decision, LayerMove, Option, Predicted, Transfers
 
-SHOWN = ("turn_time_ms", "ttft_ms", "tpot_ms", "tokens_per_s_user", "tokens_per_s_gpu", "cost_per_million_tokens_usd")
+SHOWN = (
+    "turn_time_ms",
+    "ttft_ms",
+    "tpot_ms",
+    "tokens_per_s_user",
+    "tokens_per_s_gpu",
+    "cost_per_million_tokens_usd",
+)
 MAX_OPTIONS = 8
 
 
@@ -70,19 +77,30 @@ def parallelism(found: SearchResult, by_hand: bool) -> Decision:
         reason = f"least {name} of {len(others) + 1} layouts that the runtime replays: {value:.4g}"
     second = f"{others[0].candidate.layouts}: {others[0].metrics[name]:.4g}" if others else None
     options = tuple(option(p) for p in others[:MAX_OPTIONS])
-    return Decision(name="parallelism", value=best.candidate.layouts, reason=reason, runner_up=second,
-                    options=(*options, *_refused(found.rejected)[: MAX_OPTIONS - len(options)]))  # fmt: skip
+    return Decision(
+        name="parallelism",
+        value=best.candidate.layouts,
+        reason=reason,
+        runner_up=second,
+        options=(*options, *_refused(found.rejected)[: MAX_OPTIONS - len(options)]),
+    )
 
 
 def chunk(found: SearchResult) -> Decision:
     """The prefill chunk, and the others of the same layout."""
     best = found.best
     same = [p for p in found.ranked if p.candidate.layout == best.candidate.layout]
-    others = [p for p in same if p.candidate.knobs.prefill_chunk != best.candidate.knobs.prefill_chunk]
+    others = [
+        p for p in same if p.candidate.knobs.prefill_chunk != best.candidate.knobs.prefill_chunk
+    ]
     name = found.objective
     tokens = best.candidate.knobs.prefill_chunk
     reason = f"{name} {best.metrics[name]:.4g}; a chunk reads every weight again, and decode waits for it"
-    second = f"{others[0].candidate.knobs.prefill_chunk}: {others[0].metrics[name]:.4g}" if others else None
+    second = (
+        f"{others[0].candidate.knobs.prefill_chunk}: {others[0].metrics[name]:.4g}"
+        if others
+        else None
+    )
     return Decision(
         name="prefill_chunk",
         value=str(tokens),
@@ -97,7 +115,11 @@ def advice(found: SearchResult, wide: SearchResult) -> Decision:
     best, now, name = wide.best, found.best, wide.objective
     missing = SUPPORTED.missing(best.candidate)
     gain = f"{name} {best.metrics[name]:.4g}, this plan {now.metrics[name]:.4g}"
-    reason = f"{gain}; not replayed yet: {', '.join(missing)}" if missing else f"{gain}: this plan is the best we know"
+    reason = (
+        f"{gain}; not replayed yet: {', '.join(missing)}"
+        if missing
+        else f"{gain}: this plan is the best we know"
+    )
     second = next((p for p in wide.by_layout[1:]), None)
     return Decision(
         name="advice",
@@ -108,19 +130,28 @@ def advice(found: SearchResult, wide: SearchResult) -> Decision:
     )
 
 
-def disaggregation(predictor: Predictor, found: SearchResult, wide: SearchResult, asked: bool) -> Decision:
+def disaggregation(
+    predictor: Predictor, found: SearchResult, wide: SearchResult, asked: bool
+) -> Decision:
     """One pool; the best split, its numbers, and whether it would be worth it."""
     if not asked:
         return Decision(name="disaggregation", value="off", reason="as the spec says")
     split = [p for p in wide.ranked if p.candidate.prefill is not None]
     later = "prefill and decode pools are not built yet"
     if not split:
-        few = "one GPU cannot be split" if found.best.candidate.num_gpus == 1 else "no two pools fit"
+        few = (
+            "one GPU cannot be split" if found.best.candidate.num_gpus == 1 else "no two pools fit"
+        )
         return Decision(name="disaggregation", value="off", reason=f"{later}; {few}")
     one = next((p for p in wide.ranked if p.candidate.prefill is None), found.best)
     verdict, options = _compare(one, split[0], wide.objective), tuple(option(p) for p in split[:3])
-    return Decision(name="disaggregation", value="off", reason=f"{later}; {verdict}",
-                    runner_up=str(split[0].candidate), options=options)  # fmt: skip
+    return Decision(
+        name="disaggregation",
+        value="off",
+        reason=f"{later}; {verdict}",
+        runner_up=str(split[0].candidate),
+        options=options,
+    )
 
 
 def _compare(one: Prediction, split: Prediction, objective: str) -> str:
@@ -142,11 +173,19 @@ def transfers(wide: SearchResult) -> Transfers | None:
         return None
     one = next((p for p in wide.ranked if p.candidate.prefill is None), split)
     moves = tuple(
-        LayerMove(layer=move.layer, size_bytes=move.size_bytes, start_us=digits(move.start_us),
-                  end_us=digits(move.end_us))
+        LayerMove(
+            layer=move.layer,
+            size_bytes=move.size_bytes,
+            start_us=digits(move.start_us),
+            end_us=digits(move.end_us),
+        )
         for move in split.transfer.layers
-    )  # fmt: skip
-    known = {key: value for key, value in asdict(split.transfer).items() if key in ("transport", "size_bytes")}
+    )
+    known = {
+        key: value
+        for key, value in asdict(split.transfer).items()
+        if key in ("transport", "size_bytes")
+    }
     return Transfers(
         **known,
         bytes_per_s=digits(split.transfer.bytes_per_s),
@@ -161,7 +200,10 @@ def memory_refusal(predictor: Predictor, candidate: Candidate) -> tuple[str, str
     """What does not fit, as an error and a hint."""
     memory, hardware = predictor.fullest(candidate), predictor.hardware
     parts = asdict(memory)
-    rows = ", ".join(f"{name} {parts[name] / GIB:.2f}" for name in (*sorted(parts.keys() - {"reserved"}), "reserved"))
+    rows = ", ".join(
+        f"{name} {parts[name] / GIB:.2f}"
+        for name in (*sorted(parts.keys() - {"reserved"}), "reserved")
+    )
     workload = predictor.spec.workload
     most = predictor.memory(candidate.layout).max_seqs_that_fit(
         candidate.knobs, workload.max_conversation_tokens, 65_536

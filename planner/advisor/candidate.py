@@ -22,9 +22,9 @@ MIN_PAGE_TOKENS = 16
 class Knobs:
     """What is chosen beside the layout.
 
-    `depth` drafts a step; a checkpoint of recurrent state each `checkpoint_tokens` of a prompt (None: where a chunk
-    ends) beside those at the ends of prompts and answers, from which the next turn starts (0: nothing is kept, each
-    turn computes its whole prompt).
+    `depth` drafts a step; a checkpoint of recurrent state each `checkpoint_tokens` of a prompt
+    (None: where a chunk ends) beside those at the ends of prompts and answers, from which the next
+    turn starts (0: nothing is kept, each turn computes its whole prompt).
     """
 
     prefill_chunk: int
@@ -40,8 +40,12 @@ class Knobs:
 
     def __str__(self) -> str:
         parts = [f"chunk {self.prefill_chunk}"]
-        parts += [f"{self.depth} drafts"] * bool(self.depth) + [f"{self.kv_dtype} kv"] * (self.kv_dtype != "bf16")
-        parts += [f"checkpoints each {self.checkpoint_tokens}"] * (self.checkpoint_tokens is not None)
+        parts += [f"{self.depth} drafts"] * bool(self.depth) + [f"{self.kv_dtype} kv"] * (
+            self.kv_dtype != "bf16"
+        )
+        parts += [f"checkpoints each {self.checkpoint_tokens}"] * (
+            self.checkpoint_tokens is not None
+        )
         return ", ".join(parts)
 
 
@@ -57,12 +61,16 @@ class Candidate:
     @property
     def num_gpus(self) -> int:
         """All GPUs that work."""
-        return self.replicas * (self.layout.num_ranks + (self.prefill.num_ranks if self.prefill else 0))
+        return self.replicas * (
+            self.layout.num_ranks + (self.prefill.num_ranks if self.prefill else 0)
+        )
 
     @property
     def layouts(self) -> str:
         """Pools and their layouts in words."""
-        pools = f"prefill {self.prefill}; decode {self.layout}" if self.prefill else str(self.layout)
+        pools = (
+            f"prefill {self.prefill}; decode {self.layout}" if self.prefill else str(self.layout)
+        )
         return f"{self.replicas} x ({pools})" if self.replicas > 1 else pools
 
     def __str__(self) -> str:
@@ -127,8 +135,15 @@ def check_layout(layout: ParallelLayout, config: ModelConfig, weights: str = "bf
         Split("vocab", config.vocab_size),
     ]
     if config.moe:
-        splits += [Split("experts", config.moe.num_experts), Split("expert_inner", config.moe.intermediate_size)]
-    splits.append(Split("mlp", config.moe.shared_intermediate_size if config.moe else config.intermediate_size))
+        splits += [
+            Split("experts", config.moe.num_experts),
+            Split("expert_inner", config.moe.intermediate_size),
+        ]
+    splits.append(
+        Split(
+            "mlp", config.moe.shared_intermediate_size if config.moe else config.intermediate_size
+        )
+    )
     for split in splits:
         split.local_units(layout)
     if weights == "fp8":
@@ -152,4 +167,6 @@ def check_formats(weights: str, hardware: HardwareSpec) -> None:
     """
     if weights in ("fp8", "nvfp4") and weights not in hardware.matrix_flops_per_s:
         known = ", ".join(sorted({"bf16", "fp8", "nvfp4"} & set(hardware.matrix_flops_per_s)))
-        raise SpecError(f"{hardware.name} has no matrix rate for {weights} weights", f"it multiplies {known}")
+        raise SpecError(
+            f"{hardware.name} has no matrix rate for {weights} weights", f"it multiplies {known}"
+        )

@@ -41,4 +41,6 @@ def load_engine(path: Path) -> Engine:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise SpecError(f"`{path}` at `{where}`: {first['msg'].lower()}", hint) from error
-    return Engine(read.name, read.kernels_per_layer, read.collectives_per_layer, read.host_us_per_step)
+    return Engine(
+        read.name, read.kernels_per_layer, read.collectives_per_layer, read.host_us_per_step
+    )

@@ -1,6 +1,7 @@
 """What the cost model and the memory map need to know of a machine, read from a profile: YAML, a source a number.
 
-`planner/advisor/profiles/` holds one file each; `tokenspeed calibrate` writes another, which a spec names by its path.
+`planner/advisor/profiles/` holds one file each; `tokenspeed calibrate` writes another, which a spec
+names by its path.
 """
 
 from __future__ import annotations
@@ -20,9 +21,17 @@ from tokenspeed_plan.plans.errors import SpecError
 
 GIB = 1 << 30
 OP_CLASSES = (
-    "stream", "experts", "few_rows", "product", "grouped", "attention_decode", "attention_prefill", "delta_step",
-    "delta_chunk", "rows",
-)  # fmt: skip
+    "stream",
+    "experts",
+    "few_rows",
+    "product",
+    "grouped",
+    "attention_decode",
+    "attention_prefill",
+    "delta_step",
+    "delta_chunk",
+    "rows",
+)
 TIME_KINDS = ("memory", "matrix", "launch", "collective", "host")
 
 Value = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -35,16 +44,21 @@ class HardwareSpec:
 
     Attributes:
         sm: compute capability without its dot, 0 on a CPU.
-        memory_bytes: what a rank can use. reserved_bytes: the stated margin for what we do not allocate.
-        peak_bytes_per_s: of its memory, by the data sheet. read_bytes_per_s: what a large read reaches.
+        memory_bytes: what a rank can use. reserved_bytes: the stated margin for what we do not
+            allocate.
+        peak_bytes_per_s: of its memory, by the data sheet. read_bytes_per_s: what a large read
+            reaches.
         matrix_flops_per_s: dense peak by dtype. matrix_share: what a large product reaches of it.
         launch_us: from one tiny kernel to the next inside a graph.
         host_us: host work of a replay that no GPU work hides.
-        link_bytes_per_s: to the other GPUs of a node, one direction, all links. nic_*: to another node, for each GPU.
+        link_bytes_per_s: to the other GPUs of a node, one direction, all links. nic_*: to another
+            node, for each GPU.
         one_shot_us, two_shot_us: an all-reduce inside a graph.
-        waits_us: what a kernel loses besides, from its first load to full speed and back, by class of operator.
+        waits_us: what a kernel loses besides, from its first load to full speed and back, by class
+            of operator.
         residuals: busy time over the roofline's, by class. errors: relative, by kind of time.
-        num_sms: multiprocessors (0: a program after the other). max_shared_bytes: shared memory of one program.
+        num_sms: multiprocessors (0: a program after the other). max_shared_bytes: shared memory of
+            one program.
         prefill_chunk, page_size: where nothing else is asked for.
         sources: where each number comes from.
     """
@@ -109,8 +123,16 @@ class Profile(_Section):
 
 
 _NOT_NUMBERS = {
-    "name", "sm", "matrix_flops_per_s", "one_shot_us", "two_shot_us", "waits_us", "residuals", "errors", "sources",
-}  # fmt: skip
+    "name",
+    "sm",
+    "matrix_flops_per_s",
+    "one_shot_us",
+    "two_shot_us",
+    "waits_us",
+    "residuals",
+    "errors",
+    "sources",
+}
 _INTEGERS = {field.name for field in fields(HardwareSpec) if field.type == "int"}
 NUMBERS = tuple(field.name for field in fields(HardwareSpec) if field.name not in _NOT_NUMBERS)
 _MAY_BE_ZERO = {"num_sms", "max_shared_bytes", "reserved_bytes"}
@@ -143,7 +165,9 @@ def read_profile(text: str, name: str) -> Profile:
 def _same_names(name: str, what: str, expected: tuple[str, ...], found: Mapping[str, Any]) -> None:
     wrong = sorted(set(expected) ^ set(found))
     if wrong:
-        raise _bad(name, f"`{what}.{wrong[0]}` is {'missing' if wrong[0] in expected else 'unknown'}")
+        raise _bad(
+            name, f"`{what}.{wrong[0]}` is {'missing' if wrong[0] in expected else 'unknown'}"
+        )
 
 
 def _check_values(name: str, profile: Profile) -> None:
@@ -152,7 +176,9 @@ def _check_values(name: str, profile: Profile) -> None:
             raise _bad(name, f"`numbers.{key}` is 0")
     if profile.numbers["read_bytes_per_s"].value > profile.numbers["peak_bytes_per_s"].value:
         raise _bad(name, "`read_bytes_per_s` is more than `peak_bytes_per_s`")
-    if not profile.matrix_flops_per_s or any(not number.value for number in profile.matrix_flops_per_s.values()):
+    if not profile.matrix_flops_per_s or any(
+        not number.value for number in profile.matrix_flops_per_s.values()
+    ):
         raise _bad(name, "`matrix_flops_per_s` has no positive rate")
     if not profile.all_reduce.get("one_shot") or set(profile.all_reduce) - {"one_shot", "two_shot"}:
         raise _bad(name, "`all_reduce` has not `one_shot`, and perhaps `two_shot`")
@@ -160,27 +186,46 @@ def _check_values(name: str, profile: Profile) -> None:
     used |= {table.source for table in profile.all_reduce.values()}
     unknown, unused = sorted(used - set(profile.sources)), sorted(set(profile.sources) - used)
     if unknown or unused:
-        raise _bad(name, f"source `{unknown[0]}` is not said" if unknown else f"source `{unused[0]}` has no number")
+        raise _bad(
+            name,
+            f"source `{unknown[0]}` is not said"
+            if unknown
+            else f"source `{unused[0]}` has no number",
+        )
 
 
 def _numbers(profile: Profile) -> tuple[Mapping[str, _Number], ...]:
-    return profile.numbers, profile.matrix_flops_per_s, profile.waits, profile.residuals, profile.errors
+    return (
+        profile.numbers,
+        profile.matrix_flops_per_s,
+        profile.waits,
+        profile.residuals,
+        profile.errors,
+    )
 
 
 def _bad(name: str, what: str) -> SpecError:
-    return SpecError(f"profile `{name}`: {what}", "compare it with planner/advisor/profiles/h200.yaml")
+    return SpecError(
+        f"profile `{name}`: {what}", "compare it with planner/advisor/profiles/h200.yaml"
+    )
 
 
 def to_hardware(profile: Profile) -> HardwareSpec:
     """The machine of a profile."""
     numbers = {key: number.value for key, number in profile.numbers.items()}
-    sources = {key: profile.sources[number.source] for group in _numbers(profile) for key, number in group.items()}
+    sources = {
+        key: profile.sources[number.source]
+        for group in _numbers(profile)
+        for key, number in group.items()
+    }
     tables = {f"{kind}_us": _rising(table.us) for kind, table in profile.all_reduce.items()}
     return HardwareSpec(
         name=profile.name,
         sm=profile.sm,
         **{key: int(value) if key in _INTEGERS else value for key, value in numbers.items()},  # type: ignore[arg-type]
-        matrix_flops_per_s={key: number.value for key, number in profile.matrix_flops_per_s.items()},
+        matrix_flops_per_s={
+            key: number.value for key, number in profile.matrix_flops_per_s.items()
+        },
         one_shot_us=tables["one_shot_us"],
         two_shot_us=tables.get("two_shot_us", {}),
         waits_us={key: number.value for key, number in profile.waits.items()},
@@ -232,7 +277,9 @@ def find_hardware(name: str) -> HardwareSpec:
     known = ", ".join(hardware_names())
     raise SpecError(
         f"there is no GPU called `{name}`",
-        f"did you mean `{_known(near[0]).name}`?" if near else f"known: {known}; or the path of a profile",
+        f"did you mean `{_known(near[0]).name}`?"
+        if near
+        else f"known: {known}; or the path of a profile",
     )
 
 
@@ -246,7 +293,9 @@ def load_profile(path: Path) -> Profile:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise SpecError(f"cannot read `{path}`: {reason}", "`tokenspeed calibrate` writes a profile") from error
+        raise SpecError(
+            f"cannot read `{path}`: {reason}", "`tokenspeed calibrate` writes a profile"
+        ) from error
     return read_profile(text, str(path))
 
 
@@ -255,15 +304,21 @@ def all_reduce_us(hardware: HardwareSpec, moved_bytes: float, count: int) -> flo
     if count <= 1:
         return 0.0
     inside = min(count, hardware.gpus_per_node)
-    # In one shot every GPU reads all parts of all others; in two a share of each, then the sums of the other shares.
-    shots = ((hardware.one_shot_us, inside - 1.0), (hardware.two_shot_us, 2.0 * (inside - 1) / inside))
+    # In one shot every GPU reads all parts of all others; in two a share of each, then the sums of
+    # the other shares.
+    shots = (
+        (hardware.one_shot_us, inside - 1.0),
+        (hardware.two_shot_us, 2.0 * (inside - 1) / inside),
+    )
     links = hardware.link_bytes_per_s
     near = min(_at(table, moved_bytes, inside, reads / links) for table, reads in shots if table)
     if count <= hardware.gpus_per_node:
         return near
     nodes = -(-count // hardware.gpus_per_node)
     rounds = 2.0 * (nodes - 1).bit_length()
-    return near + rounds * (hardware.nic_us + moved_bytes / hardware.gpus_per_node / hardware.nic_bytes_per_s * 1e6)
+    return near + rounds * (
+        hardware.nic_us + moved_bytes / hardware.gpus_per_node / hardware.nic_bytes_per_s * 1e6
+    )
 
 
 def _at(table: Table, moved_bytes: float, count: int, s_per_byte: float) -> float:

@@ -15,7 +15,7 @@ from tokenspeed_plan.planner.passes.cost import stored_scale
 from tokenspeed_plan.planner.passes.limits import COPIED_PAGES, num_checkpoints, state_slots_per_seq
 from tokenspeed_plan.planner.passes.place import place
 from tokenspeed_plan.planner.passes.schedule import schedule
-from tokenspeed_plan.plans.types import DTYPE_BYTES, Phase, TensorSpec
+from tokenspeed_plan.plans.types import DTYPE_BITS, Phase, TensorSpec
 from tokenspeed_plan.plans.validate import aligned
 
 
@@ -101,7 +101,8 @@ class MemoryModel:
     def _scratch(self) -> int:
         """Of a row: partial results of attention over parts of its context.
 
-        The smallest bucket splits a context among all multiprocessors, the next one among half as many, and so on.
+        The smallest bucket splits a context among all multiprocessors, the next one among half as
+        many, and so on.
         """
         attention = self.steps.config.attention
         heads = attention.num_qo_heads // self.layout.attention_tp
@@ -122,14 +123,18 @@ class MemoryModel:
     def _stored(self, graph: OpGraph) -> Iterator[tuple[str, int]]:
         """Bytes of each weight as it is stored."""
         formats = formats_of(self.steps.weights)
-        scales = {name: stored_scale(member, graph.weights[name].spec, formats)
-                  for op in graph.ops for member in op.members for name in member.weights}  # fmt: skip
+        scales = {
+            name: stored_scale(member, graph.weights[name].spec, formats)
+            for op in graph.ops
+            for member in op.members
+            for name in member.weights
+        }
         for name, weight in graph.weights.items():
             yield name, int(weight.spec.size_bytes() * scales[name])
 
     def _kv_units(self, knobs: Knobs, draft: bool) -> list[int]:
         """Bytes of a page in each layer's cache."""
-        width = 1 if knobs.kv_dtype == "fp8" else DTYPE_BYTES[self.steps.dtype]
+        width = 1 if knobs.kv_dtype == "fp8" else DTYPE_BITS[self.steps.dtype] // 8
         tokens = knobs.page_size * width
         return [elements * tokens for elements in self._kv_elements(int(draft))]
 
@@ -167,9 +172,14 @@ class MemoryModel:
     def _io(self, knobs: Knobs, seqs: int, seq_tokens: int) -> int:
         """Inputs and outputs, each as large as the phase that needs most of it."""
         overrun = 2 * (knobs.depth + 1) if knobs.depth else 0
-        table = TensorSpec(shape=("num_seqs", -(-(seq_tokens + overrun) // knobs.page_size)), dtype="i32")
+        table = TensorSpec.of(
+            shape=("num_seqs", -(-(seq_tokens + overrun) // knobs.page_size)), dtype="i32"
+        )
         sizes: dict[str, int] = {}
-        rows: dict[Phase, int] = {"prefill": knobs.prefill_chunk, "decode": seqs * (knobs.depth + 1)}
+        rows: dict[Phase, int] = {
+            "prefill": knobs.prefill_chunk,
+            "decode": seqs * (knobs.depth + 1),
+        }
         for phase, tokens in rows.items():
             for name, tensor in self._graph(phase, depth=knobs.depth).tensors.items():
                 if tensor.arena == "io":

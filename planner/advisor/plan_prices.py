@@ -34,7 +34,10 @@ def step_prediction(
     error_us = step.error_us(hardware.errors)
     return {
         "predicted_us": digits(step.total_us),
-        "predicted_interval_us": [digits(step.total_us - error_us), digits(step.total_us + error_us)],
+        "predicted_interval_us": [
+            digits(step.total_us - error_us),
+            digits(step.total_us + error_us),
+        ],
         "predicted_kinds_us": {kind: digits(getattr(step, kind)) for kind in hardware.errors},
     }
 
@@ -43,10 +46,16 @@ def _model_of(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
     spec = Spec.model_validate(plan.spec)
     hardware = find_hardware(spec.target.gpu)
     steps = StepModel(
-        find_model(spec, bundle).config, hardware, spec.model.weights, spec.workload.skew,
-        recomputes=bool(plan.limits.kept_inputs), draft_vocab=spec.draft_vocab,
-    )  # fmt: skip
-    return steps, ParallelLayout(plan.layout.attention.tp, plan.layout.moe.tp, plan.layout.moe.ep)
+        find_model(spec, bundle).config,
+        hardware,
+        spec.model.weights,
+        spec.workload.skew,
+        recomputes=bool(plan.pool.limits.kept_inputs),
+        draft_vocab=spec.draft_vocab,
+    )
+    return steps, ParallelLayout(
+        plan.pool.layout.attention.tp, plan.pool.layout.moe.tp, plan.pool.layout.moe.ep
+    )
 
 
 def roofline(plan: Plan, bundle: Path) -> Roof:
@@ -56,11 +65,15 @@ def roofline(plan: Plan, bundle: Path) -> Roof:
         SpecError: the plan's model is not where its spec says.
     """
     steps, layout = _model_of(plan, bundle)
-    middle, chunk = plan.limits.max_seq_len // 2, plan.limits.max_tokens
-    points = [*_points(steps, layout, "decode", Load(1, 1, middle)),
-              *_points(steps, layout, "prefill", Load(chunk, 1, min(middle, chunk)))]  # fmt: skip
+    middle, chunk = plan.pool.limits.max_seq_len // 2, plan.pool.limits.max_tokens
+    points = [
+        *_points(steps, layout, "decode", Load(1, 1, middle)),
+        *_points(steps, layout, "prefill", Load(chunk, 1, min(middle, chunk))),
+    ]
     rates = steps.hardware.matrix_flops_per_s
-    return Roof(steps.hardware.peak_bytes_per_s, rates.get(steps.dtype, rates["bf16"]), tuple(points))
+    return Roof(
+        steps.hardware.peak_bytes_per_s, rates.get(steps.dtype, rates["bf16"]), tuple(points)
+    )
 
 
 def _points(steps: StepModel, layout: ParallelLayout, phase: Phase, load: Load) -> list[RoofPoint]:

@@ -33,8 +33,9 @@ SHARING_ERROR = 0.10  # of the model of a pool that several users share, where t
 class Prediction:
     """What a user of a candidate sees.
 
-    `step` is a decode step at the average batch, `prompt` the prefill of an average turn, with their kinds of time.
-    Throughput and cost count output tokens; `error` is the relative half-width of the interval of times.
+    `step` is a decode step at the average batch, `prompt` the prefill of an average turn, with
+    their kinds of time. Throughput and cost count output tokens; `error` is the relative half-width
+    of the interval of times.
     """
 
     candidate: Candidate
@@ -105,7 +106,15 @@ class Predictor:
     def steps(self) -> StepModel:
         """Prices of replays."""
         weights, skew = self.spec.model.weights, self.spec.workload.skew
-        return StepModel(self.config, self.hardware, weights, skew, self.engine, self.recomputes, self.spec.draft_vocab)
+        return StepModel(
+            self.config,
+            self.hardware,
+            weights,
+            skew,
+            self.engine,
+            self.recomputes,
+            self.spec.draft_vocab,
+        )
 
     def memory(self, layout: ParallelLayout) -> MemoryModel:
         """The memory of a layout."""
@@ -119,7 +128,9 @@ class Predictor:
         talk = conversation(workload, cached=knobs.checkpoint_tokens != 0)
         users = -(-workload.concurrency // candidate.replicas)
         prefill_layout = candidate.prefill or candidate.layout
-        first, later = (self._prompt(prefill_layout, knobs, turn) for turn in (talk.first, talk.later))
+        first, later = (
+            self._prompt(prefill_layout, knobs, turn) for turn in (talk.first, talk.later)
+        )
         prompt = (first + later * (talk.turns - 1)) * (1.0 / talk.turns)
         steps = talk.output_tokens / self.accepted(knobs.depth)
         step_us = self._step_us(candidate.layout, knobs, talk, users)
@@ -127,7 +138,11 @@ class Predictor:
         demand = Demand(prompt.total_us, chunks, steps, step_us, prefill_layout.attention_dp)
         arrivals = workload.arrivals_per_s
         arrivals = arrivals / candidate.replicas if arrivals else None
-        transfer = plan_transfer(self.steps, candidate, talk.later.new_tokens, prompt) if candidate.prefill else None
+        transfer = (
+            plan_transfer(self.steps, candidate, talk.later.new_tokens, prompt)
+            if candidate.prefill
+            else None
+        )
         served = serve(demand, users, arrivals, transfer.exposed_us if transfer else None)
         step = self._step(candidate.layout, knobs, talk, round(served.batch))
         return Prediction(
@@ -183,10 +198,14 @@ class Predictor:
             middle = round(turn.cached_tokens) + (full - 1) * chunk // 2
             total += self.steps.prefill(layout, chunk, middle, knobs.kv_dtype) * full
         if rest:
-            total += self.steps.prefill(layout, rest, round(turn.prompt_tokens) - rest, knobs.kv_dtype)
+            total += self.steps.prefill(
+                layout, rest, round(turn.prompt_tokens) - rest, knobs.kv_dtype
+            )
         return total
 
-    def _step(self, layout: ParallelLayout, knobs: Knobs, talk: Conversation, batch: int) -> StepTime:
+    def _step(
+        self, layout: ParallelLayout, knobs: Knobs, talk: Conversation, batch: int
+    ) -> StepTime:
         context = round(talk.mean(lambda turn: turn.context_tokens))
         return self.steps.decode(layout, max(batch, 1), context, knobs.depth, knobs.kv_dtype)
 
@@ -214,4 +233,8 @@ class Predictor:
 
     def _price(self) -> float:
         hardware = self.hardware
-        return hardware.usd_per_hour_reserved if self.reserved_price else hardware.usd_per_hour_on_demand
+        return (
+            hardware.usd_per_hour_reserved
+            if self.reserved_price
+            else hardware.usd_per_hour_on_demand
+        )

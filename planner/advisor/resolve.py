@@ -56,7 +56,8 @@ def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> Decided:
     """The best of what the runtime replays; beside it the best of all, as advice.
 
     Raises:
-        SpecError: what the spec states is illegal for this model or not planned yet, or nothing fits.
+        SpecError: what the spec states is illegal for this model or not planned yet, or nothing
+            fits.
     """
     _check_stated(spec, config)
     kept = rollback.kept_first(spec, config, hardware)
@@ -75,8 +76,18 @@ def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> Decided:
     speculation = draft_depths.decision(predictor, chosen.table), rollback.decision(ways, chosen)
     decisions = _decisions(predictor, found, wide, speculation)
     by_bucket = {each.bucket: each.depth for each in chosen.table}
-    knobs, recomputes = replace(best.knobs, depth=chosen.depth), chosen.recomputes and chosen.depth > 0
-    return Decided(best.layout, knobs, by_bucket, decisions, advise.predicted(predictor, found, wide), recomputes)
+    knobs, recomputes = (
+        replace(best.knobs, depth=chosen.depth),
+        chosen.recomputes and chosen.depth > 0,
+    )
+    return Decided(
+        best.layout,
+        knobs,
+        by_bucket,
+        decisions,
+        advise.predicted(predictor, found, wide),
+        recomputes,
+    )
 
 
 def _search(predictors: Sequence[Predictor], num_gpus: int) -> tuple[Predictor, SearchResult]:
@@ -97,7 +108,9 @@ def _decisions(
         advise.parallelism(found, asked),
         *speculation,
         advise.disaggregation(predictor, found, wide, spec.disaggregation != "off"),
-        Decision(name="page_size", value=str(hardware.page_size), reason=f"default of {hardware.name}"),
+        Decision(
+            name="page_size", value=str(hardware.page_size), reason=f"default of {hardware.name}"
+        ),
         advise.chunk(found),
         _STATE_DTYPE,
         _objective(spec, found),
@@ -107,7 +120,13 @@ def _decisions(
 
 def _objective(spec: Spec, found: SearchResult) -> Decision:
     levels = ", ".join(f"{name} at most {most:g}" for name, most in found.slo.items())
-    missed = f"not met: {found.binding}; this is the nearest plan" if found.binding else "met" if levels else ""
+    missed = (
+        f"not met: {found.binding}; this is the nearest plan"
+        if found.binding
+        else "met"
+        if levels
+        else ""
+    )
     reason = "; ".join(part for part in ("as the spec says", levels, missed) if part)
     return Decision(name="objective", value=spec.objective.minimize, reason=reason)
 
@@ -123,10 +142,14 @@ def _refusal(predictor: Predictor) -> SpecError:
         except SpecError as error:
             first = first or error
             continue
-        chunk = prefill_chunk(predictor.hardware.prefill_chunk, spec.workload.max_conversation_tokens)
+        chunk = prefill_chunk(
+            predictor.hardware.prefill_chunk, spec.workload.max_conversation_tokens
+        )
         candidate = Candidate(layout, Knobs(chunk, predictor.hardware.page_size))
         return SpecError(*advise.memory_refusal(predictor, candidate))
-    return first or SpecError("no layout is the one that the spec states", "choose another `parallelism`")
+    return first or SpecError(
+        "no layout is the one that the spec states", "choose another `parallelism`"
+    )
 
 
 _STATE_DTYPE = Decision(
@@ -141,12 +164,19 @@ def streams(graphs: Sequence[OpGraph]) -> Decision:
     """How many streams each program got, and what that is worth."""
     most = max(graph.num_streams for graph in graphs)
     compared = [(graph, graph.runner_up_us) for graph in graphs if graph.runner_up_us is not None]
-    times = [f"{graph.phase} {graph.time_us:.1f} us, with other streams {us:.1f}" for graph, us in compared]
+    times = [
+        f"{graph.phase} {graph.time_us:.1f} us, with other streams {us:.1f}"
+        for graph, us in compared
+    ]
     shorter = sum(us < (1 - MIN_GAIN) * graph.time_us for graph, us in compared)
     if shorter:
         reason = f"{shorter} of {len(graphs)} programs would be shorter with more; the runtime replays {most}"
     elif most == 1:
-        reason = f"no branch shortens a program by {MIN_GAIN:.0%}" if times else "kernels run one after the other"
+        reason = (
+            f"no branch shortens a program by {MIN_GAIN:.0%}"
+            if times
+            else "kernels run one after the other"
+        )
     else:
         reason = f"{sum(graph.num_streams > 1 for graph in graphs)} of {len(graphs)} programs get shorter"
     return Decision(name="streams", value=str(most), reason=": ".join([reason, *times[-1:]]))
@@ -165,7 +195,10 @@ def _check_stated(spec: Spec, config: ModelConfig) -> None:
             f"name a multiple of {spec.target.count}",
         )
     if spec.serving and spec.serving.kv_dtype == "fp8":
-        raise SpecError("`serving.kv_dtype: fp8` is not planned yet", "leave it out; `tokenspeed predict` prices it")
+        raise SpecError(
+            "`serving.kv_dtype: fp8` is not planned yet",
+            "leave it out; `tokenspeed predict` prices it",
+        )
     if spec.parallelism == "auto":
         return
     count, asked = spec.target.count, spec.parallelism
@@ -176,7 +209,10 @@ def _check_stated(spec: Spec, config: ModelConfig) -> None:
             f"set it to {count}, or `target.count` to {attention}; `tokenspeed predict` prices it",
         )
     if asked.attention and asked.attention.context_split not in (None, 1):
-        raise SpecError("`parallelism.attention.context_split` is not planned yet", "`tokenspeed predict` prices it")
+        raise SpecError(
+            "`parallelism.attention.context_split` is not planned yet",
+            "`tokenspeed predict` prices it",
+        )
     if asked.moe is not None:
         _check_moe(asked.moe, count, config)
 
@@ -186,8 +222,12 @@ def _check_moe(asked: MoeSpec, count: int, config: ModelConfig) -> None:
     tp = asked.tp if "tp" in given else count // asked.ep if "ep" in given else count
     ep = asked.ep if "ep" in given else count // max(tp, 1)
     if config.moe is None and ep != 1:
-        raise SpecError(f"`{config.name}` has no experts to spread over {ep} GPUs", "leave `parallelism.moe` out")
+        raise SpecError(
+            f"`{config.name}` has no experts to spread over {ep} GPUs",
+            "leave `parallelism.moe` out",
+        )
     if tp * ep != count:
         raise SpecError(
-            f"moe tp {tp} x ep {ep} is {tp * ep} GPUs, the target has {count}", "make their product the count"
+            f"moe tp {tp} x ep {ep} is {tp * ep} GPUs, the target has {count}",
+            "make their product the count",
         )

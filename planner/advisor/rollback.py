@@ -1,8 +1,9 @@
 """Where a step goes back to when drafts were wrong.
 
-Either each row of a step leaves a state, and the next step reads that after the last one that came true; or the state
-before them all stays, the inputs of the rows are kept, and the next step computes those that came true again. Rows take
-memory and are written anew in each step; inputs take a step's arithmetic twice.
+Either each row of a step leaves a state, and the next step reads that after the last one that came
+true; or the state before them all stays, the inputs of the rows are kept, and the next step
+computes those that came true again. Rows take memory and are written anew in each step; inputs take
+a step's arithmetic twice.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def kept_first(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> list[
     return [stated == "recompute"] if stated else [usual, not usual] if drafts else [usual]
 
 
-def rollbacks(predictors: Sequence[Predictor], candidate: Candidate, buckets: tuple[int, ...]) -> list[Rollback]:
+def rollbacks(
+    predictors: Sequence[Predictor], candidate: Candidate, buckets: tuple[int, ...]
+) -> list[Rollback]:
     """What each way makes of the buckets; raises as `crossovers` does."""
     made = []
     for predictor in predictors:
@@ -95,4 +98,6 @@ def decision(ways: Sequence[Rollback], chosen: Rollback) -> Decision:
     what = f"{gib}, {versus} with {other}; {gain:.3f} times its tokens"
     more = "" if other.depth == chosen.depth else f", which drafts at most {other.depth}"
     fits = "" if other.fits else f", which do not fit: {compared.total / GIB:.1f} GiB"
-    return Decision(name="rollback", value=str(chosen), reason=f"{what}{more}{fits}", runner_up=str(other))
+    return Decision(
+        name="rollback", value=str(chosen), reason=f"{what}{more}{fits}", runner_up=str(other)
+    )

@@ -1,6 +1,7 @@
 """The search: every legal layout, its knobs one after the other, what fits, what is best, and why the rest is not.
 
-What is evaluated does not depend on the objective or on the service levels, so that a tighter one can only take away.
+What is evaluated does not depend on the objective or on the service levels, so that a tighter one
+can only take away.
 """
 
 from __future__ import annotations
@@ -60,11 +61,18 @@ class SearchResult:
     def _order(self, prediction: Prediction) -> tuple[float, float, int, str]:
         metrics = prediction.metrics
         others = metrics["turn_time_ms"] * metrics["cost_per_million_tokens_usd"]
-        return metrics[self.objective], others, prediction.candidate.num_gpus, str(prediction.candidate)
+        return (
+            metrics[self.objective],
+            others,
+            prediction.candidate.num_gpus,
+            str(prediction.candidate),
+        )
 
     def excess(self, prediction: Prediction) -> float:
         """How far it is over the service level that it misses most, as a share; 0 where it meets them all."""
-        return max([prediction.metrics[name] / most - 1.0 for name, most in self.slo.items()] + [0.0])
+        return max(
+            [prediction.metrics[name] / most - 1.0 for name, most in self.slo.items()] + [0.0]
+        )
 
     @property
     def best(self) -> Prediction:
@@ -74,7 +82,9 @@ class SearchResult:
             SpecError: nothing is legal and fits.
         """
         if not self.ranked:
-            reason = f": {self.rejected[0].what}: {self.rejected[0].reason}" if self.rejected else ""
+            reason = (
+                f": {self.rejected[0].what}: {self.rejected[0].reason}" if self.rejected else ""
+            )
             raise SpecError(
                 f"no layout of the model is legal and fits{reason}",
                 "raise `target.count`, or lower `workload.concurrency` or its tokens",
@@ -107,7 +117,9 @@ class SearchResult:
     def front(self) -> list[Prediction]:
         """Deployments that no other beats in both a user's speed and a GPU's throughput, fastest for the user first."""
         made: list[Prediction] = []
-        for prediction in sorted(self.predictions, key=lambda p: (-_speed(p), -_throughput(p), str(p.candidate))):
+        for prediction in sorted(
+            self.predictions, key=lambda p: (-_speed(p), -_throughput(p), str(p.candidate))
+        ):
             if not made or _throughput(prediction) > _throughput(made[-1]):
                 made.append(prediction)
         return made
@@ -167,8 +179,18 @@ class Search:
             for candidate in self._split():
                 self._tune(candidate)
         levels = (spec.objective.slo, spec.slo)
-        slo = {k: v for level in levels if level for k, v in level.model_dump(exclude_none=True).items()}
-        return SearchResult(OBJECTIVES[spec.objective.minimize], slo, tuple(self.seen.values()), tuple(self.rejected))
+        slo = {
+            k: v
+            for level in levels
+            if level
+            for k, v in level.model_dump(exclude_none=True).items()
+        }
+        return SearchResult(
+            OBJECTIVES[spec.objective.minimize],
+            slo,
+            tuple(self.seen.values()),
+            tuple(self.rejected),
+        )
 
     @property
     def _serving(self) -> ServingSpec:
@@ -179,7 +201,9 @@ class Search:
         asked = self.predictor.spec.parallelism
         counts = [self.num_gpus]
         if self.scope.replicas:
-            counts = [1 << bits for bits in range(self.num_gpus.bit_length()) if 1 << bits < self.num_gpus] + counts
+            counts = [
+                1 << bits for bits in range(self.num_gpus.bit_length()) if 1 << bits < self.num_gpus
+            ] + counts
         for count in counts:
             for layout in layouts(count, self.predictor.config, self.scope):
                 if asked == "auto" or matches(layout, asked):
@@ -218,14 +242,19 @@ class Search:
 
     def _chunks(self) -> list[dict[str, int]]:
         """The profile's, a half and a quarter of it; none that is longer than the longest conversation."""
-        largest, longest = self.predictor.hardware.prefill_chunk, self.predictor.spec.workload.max_conversation_tokens
+        largest, longest = (
+            self.predictor.hardware.prefill_chunk,
+            self.predictor.spec.workload.max_conversation_tokens,
+        )
         if self._serving.prefill_chunk:
             return [{"prefill_chunk": prefill_chunk(self._serving.prefill_chunk, longest)}]
         sizes = {prefill_chunk(largest // ways, longest) for ways in (1, 2, 4)}
         return [{"prefill_chunk": size} for size in sorted(sizes, reverse=True)]
 
     def _depths(self) -> list[dict[str, int]]:
-        fixed = self.predictor.spec.stated_depth is not None or not self.predictor.config.num_mtp_layers
+        fixed = (
+            self.predictor.spec.stated_depth is not None or not self.predictor.config.num_mtp_layers
+        )
         return [] if fixed else [{"depth": depth} for depth in DEPTHS]
 
     def _kv_dtypes(self) -> list[dict[str, KvDtype]]:
@@ -233,7 +262,9 @@ class Search:
         if self._serving.kv_dtype in self.scope.kv_dtypes:
             return [{"kv_dtype": self._serving.kv_dtype}]
         quantised = self.predictor.spec.model.weights in ("fp8", "nvfp4")
-        return [{"kv_dtype": dtype} for dtype in self.scope.kv_dtypes if quantised or dtype == "bf16"]
+        return [
+            {"kv_dtype": dtype} for dtype in self.scope.kv_dtypes if quantised or dtype == "bf16"
+        ]
 
     def _evaluate(self, candidate: Candidate) -> Prediction | None:
         if candidate in self.seen:
@@ -241,7 +272,9 @@ class Search:
         memory = self.predictor.fullest(candidate)
         capacity = self.predictor.hardware.memory_bytes
         if memory.total > capacity:
-            reason = f"needs {memory.total / GIB:.1f} GiB on each GPU, which has {capacity / GIB:.1f}"
+            reason = (
+                f"needs {memory.total / GIB:.1f} GiB on each GPU, which has {capacity / GIB:.1f}"
+            )
             self.rejected.append(Rejected(str(candidate), reason))
             return None
         self.seen[candidate] = self.predictor.predict(candidate)
@@ -259,14 +292,25 @@ class Search:
         asked = self.predictor.spec.disaggregation
         if not isinstance(asked, str):
             return [(asked.prefill, asked.decode)]
-        return [(1 << bits, self.num_gpus - (1 << bits)) for bits in range(self.num_gpus.bit_length() - 1)] + [
-            (self.num_gpus - (1 << bits), 1 << bits) for bits in range(self.num_gpus.bit_length() - 2)
+        return [
+            (1 << bits, self.num_gpus - (1 << bits))
+            for bits in range(self.num_gpus.bit_length() - 1)
+        ] + [
+            (self.num_gpus - (1 << bits), 1 << bits)
+            for bits in range(self.num_gpus.bit_length() - 2)
         ]
 
     def _fastest(self, count: int, key: Callable[[Prediction], float]) -> list[ParallelLayout]:
-        known = [layout for layout in layouts(count, self.predictor.config, self.scope) if self._legal(layout)]
+        known = [
+            layout
+            for layout in layouts(count, self.predictor.config, self.scope)
+            if self._legal(layout)
+        ]
         made = [p for layout in known if (p := self._evaluate(Candidate(layout, self._plain())))]
-        return [p.candidate.layout for p in sorted(made, key=lambda p: (key(p), str(p.candidate)))[:POOL_LAYOUTS]]
+        return [
+            p.candidate.layout
+            for p in sorted(made, key=lambda p: (key(p), str(p.candidate)))[:POOL_LAYOUTS]
+        ]
 
 
 def matches(layout: ParallelLayout, asked: ParallelismSpec) -> bool:
@@ -275,8 +319,10 @@ def matches(layout: ParallelLayout, asked: ParallelismSpec) -> bool:
     if asked.attention:
         a = asked.attention
         wanted = (
-            (a.tp, layout.attention_tp), (a.dp, layout.attention_dp), (a.context_split, layout.context_split),
-        )  # fmt: skip
+            (a.tp, layout.attention_tp),
+            (a.dp, layout.attention_dp),
+            (a.context_split, layout.context_split),
+        )
     if asked.moe:
         given = asked.moe.model_fields_set
         wanted = (

@@ -1,7 +1,7 @@
 """How long one replay takes under a layout, and of what kinds of time: the plan's own graphs and prices, a few layers.
 
-Layers of a kind cost the same, so a graph with the first layer and one of each kind is priced, and each price counted
-as often as the model has such layers.
+Layers of a kind cost the same, so a graph with the first layer and one of each kind is priced, and
+each price counted as often as the model has such layers.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class StepModel:
     weights: WeightFormat = "bf16"
     skew: float = 0.0
     engine: Engine | None = None
-    recomputes: bool = False  # where it drafts, inputs are kept and computed again, not a row of state for each
+    # where it drafts, inputs are kept and computed again, not a row of state for each
+    recomputes: bool = False
     draft_vocab: int | None = None
     whole: dict[tuple[Phase, int], OpGraph] = field(default_factory=dict)
     sharded: dict[tuple[ParallelLayout, Phase, int], OpGraph] = field(default_factory=dict)
@@ -117,17 +118,22 @@ class StepModel:
         """What graphs are built with."""
         return "fp32" if self.weights == "fp32" else "bf16"
 
-    def decode(self, layout: ParallelLayout, seqs: int, context: int, depth: int = 0, kv: str = "bf16") -> StepTime:
+    def decode(
+        self, layout: ParallelLayout, seqs: int, context: int, depth: int = 0, kv: str = "bf16"
+    ) -> StepTime:
         """One step of `seqs` sequences in the pool: it verifies `depth` drafts of each and makes as many."""
         own = -(-seqs // layout.attention_dp)
         load = self._load(own * (depth + 1), own, context, layout, kv)
         step = self._priced(layout, "decode", load, depth)
         return self._as_engine(step + self._split_collectives(layout, load), load, depth)
 
-    def prefill(self, layout: ParallelLayout, tokens: int, context: int, kv: str = "bf16", depth: int = 0) -> StepTime:
+    def prefill(
+        self, layout: ParallelLayout, tokens: int, context: int, kv: str = "bf16", depth: int = 0
+    ) -> StepTime:
         """One chunk of a prompt of which `context` tokens are there already, and `depth` drafts of what follows.
 
-        Groups of data-parallel attention have prompts of their own; one prompt keeps one group busy.
+        Groups of data-parallel attention have prompts of their own; one prompt keeps one group
+        busy.
         """
         load = self._load(tokens, 1, context + (tokens + 1) // 2, layout, kv)
         step = self._priced(layout, "prefill", load, depth) + self._split_collectives(layout, load)
@@ -160,8 +166,10 @@ class StepModel:
         cost = op_cost(graph, op, load)
         time = time_of(graph, op, cost, load, self.hardware)
         floor_us = (cost.weight_bytes + cost.state_bytes) / self.hardware.peak_bytes_per_s * 1e6
-        parts = {kind: time.busy_us * (kind == time.bound) + time.latency_us * (kind == time.waits_for)
-                 for kind in ("memory", "matrix", "launch", "collective")}  # fmt: skip
+        parts = {
+            kind: time.busy_us * (kind == time.bound) + time.latency_us * (kind == time.waits_for)
+            for kind in ("memory", "matrix", "launch", "collective")
+        }
         meets = float(time.waits_for == "collective")
         return StepTime(**parts, launches=1.0, collectives=meets, floor_us=floor_us)
 
@@ -169,11 +177,16 @@ class StepModel:
         """Queries and partial results between the ranks that split a context; tokens between data-parallel groups."""
         full = self.config.layer_types.count("full_attention")
         row_bytes = 2.0 * load.num_tokens * self.config.hidden_size
-        merges, gathers = 2 * full * (layout.context_split > 1), self.config.num_layers * (layout.attention_dp > 1)
+        merges, gathers = (
+            2 * full * (layout.context_split > 1),
+            self.config.num_layers * (layout.attention_dp > 1),
+        )
         heads = self.config.attention.num_qo_heads * self.config.attention.head_dim
         rows = 2.0 * load.num_tokens * heads / layout.attention_tp * layout.context_split
         us = merges * all_reduce_us(self.hardware, rows, layout.context_split)
-        us += gathers * all_reduce_us(self.hardware, row_bytes * layout.attention_dp / 2, layout.num_ranks)
+        us += gathers * all_reduce_us(
+            self.hardware, row_bytes * layout.attention_dp / 2, layout.num_ranks
+        )
         return StepTime(collective=us, launches=merges + gathers, collectives=merges + gathers)
 
     def _as_engine(self, step: StepTime, load: Load, depth: int) -> StepTime:
@@ -181,12 +194,20 @@ class StepModel:
         if self.engine is None:
             return step
         layers = self.config.num_layers + depth
-        launches, sums = layers * self.engine.kernels_per_layer, layers * self.engine.collectives_per_layer
+        launches, sums = (
+            layers * self.engine.kernels_per_layer,
+            layers * self.engine.collectives_per_layer,
+        )
         sum_us = step.collective / step.collectives if step.collectives else 0.0
         sums = sums if step.collectives else 0.0
         waits = (launches - sums) * (self.hardware.launch_us + self.hardware.waits_us["stream"])
         return replace(
-            step, launch=waits, collective=sums * sum_us, host=self.engine.host_us, launches=launches, collectives=sums
+            step,
+            launch=waits,
+            collective=sums * sum_us,
+            host=self.engine.host_us,
+            launches=launches,
+            collectives=sums,
         )
 
     def _counted(self, graph: OpGraph) -> Iterator[tuple[Op, int]]:
@@ -209,7 +230,9 @@ class StepModel:
     def _layer_counts(self) -> list[int]:
         return [1, *(self.config.layer_types[1:].count(kind) for kind in self._kinds()[1:])]
 
-    def graph(self, layout: ParallelLayout, phase: Phase, tokens: int, seqs: int = 1, depth: int = 0) -> OpGraph:
+    def graph(
+        self, layout: ParallelLayout, phase: Phase, tokens: int, seqs: int = 1, depth: int = 0
+    ) -> OpGraph:
         """The fused graph of a short model, for one or two rows, for few or for many; so with the sequences."""
         sizes = (_alike(tokens), _alike(seqs))
         if (key := (layout, phase, depth, *sizes)) not in self.graphs:
@@ -227,5 +250,9 @@ class StepModel:
     def _context(self, depth: int) -> BuildContext:
         short = replace(self.config, layer_types=self._kinds())
         workload = WorkloadSpec(first_turn_tokens=1, output_tokens=1)
-        limits = plan_limits(workload, self.config, self.hardware, depth=depth, recomputes=self.recomputes)
-        return BuildContext(short, self.dtype, limits, self.config.vocab_size, lambda prefix: True, self.draft_vocab)
+        limits = plan_limits(
+            workload, self.config, self.hardware, depth=depth, recomputes=self.recomputes
+        )
+        return BuildContext(
+            short, self.dtype, limits, self.config.vocab_size, lambda prefix: True, self.draft_vocab
+        )

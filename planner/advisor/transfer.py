@@ -1,8 +1,9 @@
 """Moving a prompt's cache from a prefill pool to a decode pool: which bytes, when, and what hides them.
 
-The sender pushes: inside a node over NVLink, between nodes by RDMA, and where there is neither over TCP, with a
-warning. A layer's keys and values can leave as soon as that layer of the last chunk is done, and those of earlier
-chunks before that; what is left after the last layer is what the first token's user waits for.
+The sender pushes: inside a node over NVLink, between nodes by RDMA, and where there is neither over
+TCP, with a warning. A layer's keys and values can leave as soon as that layer of the last chunk is
+done, and those of earlier chunks before that; what is left after the last layer is what the first
+token's user waits for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from tokenspeed_plan.planner.advisor.memory_model import MemoryModel
 from tokenspeed_plan.planner.advisor.step_model import StepModel, StepTime
 
 Transport = Literal["nvlink", "rdma", "tcp"]
-LINK_SHARE = 0.8  # of the nominal rate that a large copy reaches (vLLM #52607: 49 of 64 GB/s by CUDA IPC over PCIe 5)
+# of the nominal rate that a large copy reaches (vLLM #52607: 49 of 64 GB/s by CUDA IPC over PCIe 5)
+LINK_SHARE = 0.8
 TCP_BYTES_PER_S = 0.5e9  # NIXL without RDMA (vLLM #52607)
 HANDSHAKE_US = {"nvlink": 15.0, "rdma": 30.0, "tcp": 300.0}
 
@@ -49,7 +51,9 @@ def transport_of(steps: StepModel, num_gpus: int) -> Transport:
     return "nvlink" if hardware.link_bytes_per_s > 1e11 else "tcp"
 
 
-def plan_transfer(steps: StepModel, candidate: Candidate, new_tokens: float, prompt: StepTime) -> Transfer:
+def plan_transfer(
+    steps: StepModel, candidate: Candidate, new_tokens: float, prompt: StepTime
+) -> Transfer:
     """The hand-over of an average later turn: its new tokens, and the whole recurrent state."""
     assert candidate.prefill is not None
     transport = transport_of(steps, candidate.num_gpus)
@@ -69,8 +73,8 @@ def plan_transfer(steps: StepModel, candidate: Candidate, new_tokens: float, pro
         start_us = max(ready_us, free_us)
         free_us = start_us + size / rate * 1e6
         layers.append(LayerTransfer(index, size, start_us, free_us))
-    total = sum(layer.size_bytes for layer in layers) + int((new_tokens - last_tokens) * kv_bytes) * kinds.count(
-        "full_attention"
-    )
+    total = sum(layer.size_bytes for layer in layers) + int(
+        (new_tokens - last_tokens) * kv_bytes
+    ) * kinds.count("full_attention")
     exposed = max(free_us - last_chunk_us, 0.0) + HANDSHAKE_US[transport]
     return Transfer(transport, rate, total, tuple(layers), exposed)

@@ -1,7 +1,7 @@
 """The workload as a model: what a turn of a conversation asks for, and how turns share a pool.
 
-Users are a closed loop: each has one turn under way, and starts the next when it is answered. With an arrival rate,
-as many users are there as Little's law says, at most the concurrency.
+Users are a closed loop: each has one turn under way, and starts the next when it is answered. With
+an arrival rate, as many users are there as Little's law says, at most the concurrency.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from operator import mul
 
 from tokenspeed_plan.planner.spec import WorkloadSpec
 
-# Tokens a step with 3 drafts: 3.39 (InferenceX's reference for this MTP head, thinking on; SGLang on GSM8K: 3.47).
-# 1 + a + a^2 + a^3 = 3.39 gives a = 0.89.
+# Tokens a step with 3 drafts: 3.39 (InferenceX's reference for this MTP head, thinking on; SGLang
+# on GSM8K: 3.47). 1 + a + a^2 + a^3 = 3.39 gives a = 0.89.
 ACCEPTANCE = (0.89,)
 
 
@@ -49,13 +49,16 @@ class Conversation:
     @property
     def hit_rate(self) -> float:
         """The share of prompt tokens that come from the cache."""
-        return self.mean(lambda turn: turn.cached_tokens) / self.mean(lambda turn: turn.prompt_tokens)
+        return self.mean(lambda turn: turn.cached_tokens) / self.mean(
+            lambda turn: turn.prompt_tokens
+        )
 
 
 def conversation(workload: WorkloadSpec, cached: bool = True) -> Conversation:
     """The turns of a workload.
 
-    A turn finds its conversation's keys and values, and recurrent state where the last answer ended, if it is `cached`.
+    A turn finds its conversation's keys and values, and recurrent state where the last answer
+    ended, if it is `cached`.
     """
     output, middle = workload.output_tokens, workload.turns / 2.0
     first = Turn(workload.first_turn_tokens, 0.0, workload.first_turn_tokens + output / 2)
@@ -70,8 +73,9 @@ def conversation(workload: WorkloadSpec, cached: bool = True) -> Conversation:
 def tokens_a_step(depth: int, acceptance: Sequence[float]) -> float:
     """Expected tokens of a step that verifies `depth` drafts: 1 + a1 + a1 a2 + ...
 
-    A draft is accepted, with the share of its place, only if the one before it was; the last share holds for all places
-    after it (Leviathan et al., arXiv:2211.17192, equation 1, where all are the same).
+    A draft is accepted, with the share of its place, only if the one before it was; the last share
+    holds for all places after it (Leviathan et al., arXiv:2211.17192, equation 1, where all are the
+    same).
     """
     shares = [acceptance[min(place, len(acceptance) - 1)] for place in range(depth)]
     return 1.0 + math.fsum(accumulate(shares, mul))
@@ -81,8 +85,8 @@ def tokens_a_step(depth: int, acceptance: Sequence[float]) -> float:
 class Demand:
     """What a turn asks of a pool.
 
-    `prefill_us` of work in `chunks` pieces, then `steps` decode steps; `step_us` is a step's time by its batch.
-    `prefill_parallelism` prompts are computed at once.
+    `prefill_us` of work in `chunks` pieces, then `steps` decode steps; `step_us` is a step's time
+    by its batch. `prefill_parallelism` prompts are computed at once.
     """
 
     prefill_us: float
@@ -109,11 +113,15 @@ class Served:
 
 
 def serve(
-    demand: Demand, concurrency: int, arrivals_per_s: float | None = None, handover_us: float | None = None
+    demand: Demand,
+    concurrency: int,
+    arrivals_per_s: float | None = None,
+    handover_us: float | None = None,
 ) -> Served:
     """The steady state.
 
-    `handover_us` is None where one pool does everything, else what stays exposed of moving a prompt's cache over.
+    `handover_us` is None where one pool does everything, else what stays exposed of moving a
+    prompt's cache over.
     """
 
     def with_users(users: float) -> Served:
@@ -135,9 +143,10 @@ def serve(
 def _shared(demand: Demand, users: float) -> Served:
     """One pool: while a user decodes, prompts of the others take the machine; while his prompt runs, their steps do.
 
-    R is the turn that a user sees. In it each of the others computes one prompt, p. Of a decode phase of length D, the
-    share (n - 1) p / R goes to them; during the own prompt, a step of the others comes after each chunk, and with
-    probability of a prompt being under way it waits for half of one.
+    R is the turn that a user sees. In it each of the others computes one prompt, p. Of a decode
+    phase of length D, the share (n - 1) p / R goes to them; during the own prompt, a step of the
+    others comes after each chunk, and with probability of a prompt being under way it waits for
+    half of one.
     """
     others = users - 1.0
     each_us = demand.prefill_us / demand.prefill_parallelism
@@ -165,15 +174,22 @@ def _split(demand: Demand, users: float, handover_us: float) -> Served:
         for _ in range(4):
             decode_us = demand.steps * demand.step_us(max(batch, 1.0))
             batch = users * min(decode_us / turn_us, 1.0)
-        return demand.prefill_us * (1.0 + busy / (2.0 * (1.0 - busy))) + handover_us, decode_us, batch
+        return (
+            demand.prefill_us * (1.0 + busy / (2.0 * (1.0 - busy))) + handover_us,
+            decode_us,
+            batch,
+        )
 
     return _commit_state_len(phases, users * each_us, users)
 
 
-def _commit_state_len(phases: Callable[[float], tuple[float, float, float]], least_us: float, users: float) -> Served:
+def _commit_state_len(
+    phases: Callable[[float], tuple[float, float, float]], least_us: float, users: float
+) -> Served:
     """The turn that is as long as its phases, by bisection; shorter ones crowd the pool, so the phases take longer.
 
-    No turn is shorter than `least_us`, in which the pool computes everybody's prompt: a user waits for the rest of it.
+    No turn is shorter than `least_us`, in which the pool computes everybody's prompt: a user waits
+    for the rest of it.
     """
     low = max(least_us, 1e-3)
     high = 2.0 * low

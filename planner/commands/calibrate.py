@@ -26,9 +26,15 @@ BATCHES = (1, 2, 4, 16, model.MAX_SEQS)
 
 
 @click.command()
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The profile, as YAML.")
-@click.option("--base", help="The profile whose data-sheet numbers stay (default: by the GPU's name).")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: the GPU, where there is one.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="The profile, as YAML."
+)
+@click.option(
+    "--base", help="The profile whose data-sheet numbers stay (default: by the GPU's name)."
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Default: the GPU, where there is one."
+)
 def calibrate(out: Path, base: str | None, device: str | None) -> None:
     """Measure this machine: read bandwidth, launches, matrix rates, and each class of kernel on probes."""
     from tokenspeed_plan.runtime.bench.machine import provenance, this_machine
@@ -57,8 +63,11 @@ def _measure(profile: Profile, device: str) -> tuple[Profile, Machine]:
     machine = measure_machine(device)
     key = "bf16" if device == "cuda" else "fp32"
     peak = profile.numbers["peak_bytes_per_s"].value
-    numbers = {"read_bytes_per_s": machine.read_bytes_per_s, "launch_us": machine.launch_us,
-               "peak_bytes_per_s": max(peak, machine.read_bytes_per_s)}  # fmt: skip
+    numbers = {
+        "read_bytes_per_s": machine.read_bytes_per_s,
+        "launch_us": machine.launch_us,
+        "peak_bytes_per_s": max(peak, machine.read_bytes_per_s),
+    }
     numbers |= sizes(device)
     if device == "cuda":
         numbers["matrix_share"] = machine.matrix_flops_per_s / profile.matrix_flops_per_s[key].value
@@ -96,12 +105,16 @@ def _samples(profile: Profile, machine: Machine, device: str) -> Iterator[model.
             yield from _probe(name, bare, Path(folder) / name, machine, device)
 
 
-def _probe(name: str, bare: Path, bundle: Path, machine: Machine, device: str) -> Iterator[model.Sample]:
+def _probe(
+    name: str, bare: Path, bundle: Path, machine: Machine, device: str
+) -> Iterator[model.Sample]:
     """Decode in short and in long contexts, and prefill of one chunk: each in a plan that is priced for just that."""
     chunk = CHUNK[device]
     for context in CONTEXTS[device]:
         decode = [Batch("decode", seqs, 1, context) for seqs in BATCHES]
-        yield from _replayed(name, bare, bundle / f"decode-{context}", machine, device, 2 * context, decode)
+        yield from _replayed(
+            name, bare, bundle / f"decode-{context}", machine, device, 2 * context, decode
+        )
     prefill = [Batch("prefill", 1, tokens, tokens) for tokens in (chunk // 4, chunk)]
     yield from _replayed(name, bare, bundle / "prefill", machine, device, chunk, prefill)
 
@@ -116,7 +129,13 @@ class Batch(NamedTuple):
 
 
 def _replayed(
-    name: str, bare: Path, bundle: Path, machine: Machine, device: str, tokens: int, batches: Sequence[Batch]
+    name: str,
+    bare: Path,
+    bundle: Path,
+    machine: Machine,
+    device: str,
+    tokens: int,
+    batches: Sequence[Batch],
 ) -> Iterator[model.Sample]:
     from tokenspeed_plan.runtime.bench.machine import release
     from tokenspeed_plan.runtime.bench.prepare import prepare
@@ -138,5 +157,7 @@ def _report(found: model.Fit, out: Path) -> None:
     click.echo("a kernel waits, then takes a multiple of its roofline time:", err=True)
     for name, residual in found.residuals.items():
         wait_us, left = found.waits_us[name], found.errors[name]
-        click.echo(f"  {name:<18} {wait_us:>6.2f} us {residual:>6.2f} x  (left over: {left:.0%})", err=True)
+        click.echo(
+            f"  {name:<18} {wait_us:>6.2f} us {residual:>6.2f} x  (left over: {left:.0%})", err=True
+        )
     click.echo(f"wrote {out}; use it with `target: {{gpu: {out}}}`", err=True)

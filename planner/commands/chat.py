@@ -28,13 +28,26 @@ HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops an answer"
 @click.argument("bundle", type=Folder)
 @click.option("--system", help="Text of a system message to begin with.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens of an answer.")
-@click.option("--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True, help="0 is greedy.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 2),
+    default=1.0,
+    show_default=True,
+    help="0 is greedy.",
+)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 is all.")
-@click.option("--seed", type=click.IntRange(-(1 << 63), (1 << 63) - 1), default=0, show_default=True,
-              help="Of the first answer; each further one counts on.")  # fmt: skip
+@click.option(
+    "--seed",
+    type=click.IntRange(-(1 << 63), (1 << 63) - 1),
+    default=0,
+    show_default=True,
+    help="Of the first answer; each further one counts on.",
+)
 @click.option("--weights", type=Folder, help="Checkpoint folder, where it is not the spec's.")
-@click.option("--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`.")
+@click.option(
+    "--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`."
+)
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
 def chat(bundle: Path, **options: Any) -> None:
     """Talk with BUNDLE's model. What is said goes to stdout, all else to stderr."""
@@ -44,7 +57,9 @@ def chat(bundle: Path, **options: Any) -> None:
 def _chat(bundle: Path, options: dict[str, Any]) -> None:
     template = load_chat_template(bundle, options)
     if template is None:
-        raise RequestError("the model has no chat template", f"use `tokenspeed run {bundle} --prompt TEXT`")
+        raise RequestError(
+            "the model has no chat template", f"use `tokenspeed run {bundle} --prompt TEXT`"
+        )
     engine = ready_engine(bundle, options, template)
     conversation = _Conversation(engine, options)
     if sys.stdin.isatty():
@@ -108,7 +123,10 @@ class _Conversation:
         assert self._engine.tokenizer is not None
         ids = self._engine.tokenizer.encode(self._engine.tokenizer.render_chat(self._messages))
         done, text = None, ""
-        with _interruptible() as interrupted, closing(self._engine.stream(ids, self._params(len(ids)))) as deltas:
+        with (
+            _interruptible() as interrupted,
+            closing(self._engine.stream(ids, self._params(len(ids)))) as deltas,
+        ):
             for delta in deltas:
                 text, done = text + delta.text, delta.completion
                 click.echo(delta.text, nl=False)

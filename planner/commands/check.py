@@ -21,12 +21,17 @@ Folder = click.Path(path_type=Path)
 def check(bundle: Path, weights: Path | None, canary: bool) -> None:
     """Check a plan's schema, rules and digests, and on request its weights and golden tokens."""
     frozen = load_plan(bundle)
-    click.echo(f"{bundle}: schema {frozen.schema_version}, {len(frozen.programs)} programs, rules and digest hold")
+    click.echo(
+        f"{bundle}: schema {frozen.schema_version}, {len(frozen.pool.programs)} programs, rules and digest hold"
+    )
     click.echo(f"kernels: {check_sources(frozen, bundle)} texts have their digests")
     if (bundle / CUBIN).is_dir():
         click.echo(f"cubins: {check_cubins(frozen, bundle)} have their digests")
     if canary and not frozen.canary:
-        raise PlanError("the plan has no canary", "plan from a checkpoint, `model: {path: ...}`, and check again")
+        raise PlanError(
+            "the plan has no canary",
+            "plan from a checkpoint, `model: {path: ...}`, and check again",
+        )
     if weights is None and not canary:
         return
     options = {"weights": weights, "backend": "reference"}

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def on_all_ranks(
-    bundle: Path, options: dict[str, Any], work: Callable[[], int | None], ignored: tuple[signal.Signals, ...] = ()
+    bundle: Path,
+    options: dict[str, Any],
+    work: Callable[[], int | None],
+    ignored: tuple[signal.Signals, ...] = (),
 ) -> int | None:
     """Do the work on rank 0; other processes of a sharded plan repeat its replays.
 
@@ -62,7 +65,9 @@ def load_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None
 
         executor = LeadingExecutor
     cache = not options.get("no_cache", False)
-    return Engine.load(bundle, options["weights"], chat, backend=options["backend"], executor=executor, cache=cache)
+    return Engine.load(
+        bundle, options["weights"], chat, backend=options["backend"], executor=executor, cache=cache
+    )
 
 
 def ready_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None = None) -> Engine:

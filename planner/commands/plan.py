@@ -11,7 +11,15 @@ from tokenspeed_plan.codegen.build import default_cache
 from tokenspeed_plan.planner.compile import Compiled, build_bundle, compile_bundle, find_model
 from tokenspeed_plan.planner.golden import with_canary
 from tokenspeed_plan.planner.spec import load_spec
-from tokenspeed_plan.plans.bundle import PLAN_FILE, check_sources, dump_plan, load_plan, read_plan, save_plan, seal
+from tokenspeed_plan.plans.bundle import (
+    PLAN_FILE,
+    check_sources,
+    dump_plan,
+    load_plan,
+    read_plan,
+    save_plan,
+    seal,
+)
 from tokenspeed_plan.plans.diff import diff
 from tokenspeed_plan.plans.errors import PlanError, StalePlanError
 from tokenspeed_plan.plans.schema import Plan
@@ -23,7 +31,11 @@ SHOWN_CHANGES = 20
 @click.command()
 @click.argument("spec", type=Folder)
 @click.option("-o", "--out", type=Folder, required=True, help="Folder of the plan bundle.")
-@click.option("--check", is_flag=True, help="Write nothing; exit 1 if the bundle is not what SPEC compiles to.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Write nothing; exit 1 if the bundle is not what SPEC compiles to.",
+)
 @click.option("--no-compile", is_flag=True, help="Skip compiling the kernels for the target's GPU.")
 def plan(spec: Path, out: Path, check: bool, no_compile: bool) -> None:
     """Compile SPEC into a plan."""
@@ -51,7 +63,11 @@ def _echo_written(made: Compiled, out: Path) -> None:
         f"wrote {out / PLAN_FILE} ({plan.digest[:16]}): {plan.model.name} on {plan.target.count} x {plan.target.gpu}",
         err=True,
     )
-    compiled = f"compiled for sm_{plan.target.sm} by {plan.kernel_compiler}" if binaries else "not compiled"
+    compiled = (
+        f"compiled for sm_{plan.target.sm} by {plan.kernel_compiler}"
+        if binaries
+        else "not compiled"
+    )
     click.echo(f"{len(made.sources)} kernels, {compiled}", err=True)
 
 
@@ -63,7 +79,8 @@ def _refuse_stale(made: Compiled, out: Path, spec: Path, no_compile: bool) -> No
         frozen = dump_plan(seal(kept.model_copy(update={"binaries": (), "kernel_compiler": ""})))
     if frozen != fresh:
         raise StalePlanError(
-            f"`{out}` is not what `{spec}` compiles to", f"run `tokenspeed plan {spec} -o {out}` and look at the diff"
+            f"`{out}` is not what `{spec}` compiles to",
+            f"run `tokenspeed plan {spec} -o {out}` and look at the diff",
         )
     check_sources(made.plan, out)
 

@@ -31,9 +31,17 @@ SHOWN = 4
 @click.command()
 @click.argument("spec", type=Folder)
 @click.option(
-    "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the spec: parallelism.attention.tp=4."
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change the spec: parallelism.attention.tp=4.",
 )
-@click.option("--engine", type=Folder, help="Model another engine: the profile with its launches and host work.")
+@click.option(
+    "--engine",
+    type=Folder,
+    help="Model another engine: the profile with its launches and host work.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
 def predict(spec: Path, changes: tuple[str, ...], engine: Path | None, as_json: bool) -> None:
     """Predict what SPEC would do, as stated or as best found; also what the runtime does not replay yet."""
@@ -41,7 +49,9 @@ def predict(spec: Path, changes: tuple[str, ...], engine: Path | None, as_json: 
     config = find_model(asked, spec).config
     modelled = load_engine(engine) if engine else None
     predictor, found = search(asked, config, modelled)
-    click.echo(json.dumps(_as_json(predictor, found), indent=1) if as_json else _as_text(predictor, found))
+    click.echo(
+        json.dumps(_as_json(predictor, found), indent=1) if as_json else _as_text(predictor, found)
+    )
 
 
 @click.command()
@@ -51,14 +61,23 @@ def predict(spec: Path, changes: tuple[str, ...], engine: Path | None, as_json: 
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the spec first.")
 @click.option("--reserved", is_flag=True, help="Prices of reserved machines instead of on demand.")
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
-def sweep(spec: Path, gpus: str, counts: str, changes: tuple[str, ...], reserved: bool, as_json: bool) -> None:
+def sweep(
+    spec: Path, gpus: str, counts: str, changes: tuple[str, ...], reserved: bool, as_json: bool
+) -> None:
     """Find the best deployment of SPEC on each machine: what should I rent?"""
-    numbers = [int(text) if text.isdecimal() and 1 <= int(text) <= 1024 else 0 for text in counts.split(",")]
+    numbers = [
+        int(text) if text.isdecimal() and 1 <= int(text) <= 1024 else 0
+        for text in counts.split(",")
+    ]
     if not all(numbers):
-        raise SpecError(f"`--count {counts}` is not a list of numbers from 1 to 1024", "such as 1,2,4,8")
+        raise SpecError(
+            f"`--count {counts}` is not a list of numbers from 1 to 1024", "such as 1,2,4,8"
+        )
     asked = load_spec(spec, changes)
     config = find_model(asked, spec).config
-    machines = [find_hardware(name).name if not name.endswith(".yaml") else name for name in gpus.split(",")]
+    machines = [
+        find_hardware(name).name if not name.endswith(".yaml") else name for name in gpus.split(",")
+    ]
     rows = [_row(asked, config, gpu, count, reserved) for gpu in machines for count in numbers]
     click.echo(json.dumps(rows, indent=1) if as_json else _table(rows, asked))
 
@@ -69,7 +88,8 @@ def search(
     """Everything that the spec leaves open, replayed today or not.
 
     Raises:
-        SpecError: nothing that the spec allows is legal and fits, or the machine cannot multiply such weights.
+        SpecError: nothing that the spec allows is legal and fits, or the machine cannot multiply
+            such weights.
     """
     hardware = find_hardware(spec.target.gpu)
     check_formats(spec.model.weights, hardware)
@@ -100,7 +120,9 @@ def _as_json(predictor: Predictor, found: SearchResult) -> dict[str, Any]:
             "largest_concurrency": memory.max_seqs_that_fit(
                 best.candidate.knobs, workload.max_conversation_tokens, 65_536
             ),
-            "largest_context_tokens": memory.max_tokens_that_fit(best.candidate.knobs, workload.concurrency),
+            "largest_context_tokens": memory.max_tokens_that_fit(
+                best.candidate.knobs, workload.concurrency
+            ),
         },
         "memory_bytes_per_rank": asdict(best.memory) | {"total": best.memory.total},
         "slo_missed": found.binding,
@@ -129,38 +151,61 @@ def _as_text(predictor: Predictor, found: SearchResult) -> str:
         f"{predictor.config.name} on {best.candidate.num_gpus} x {predictor.hardware.name}"
         + (f", as {engine.name} would replay it" if engine else ""),
         f"{best.candidate}",
-        f"not replayed yet: {', '.join(missing)}" if missing else "`tokenspeed plan` can freeze this",
+        f"not replayed yet: {', '.join(missing)}"
+        if missing
+        else "`tokenspeed plan` can freeze this",
     ]
     lines += [f"service level missed: {found.binding}"] * bool(found.binding)
     lines += ["more turns arrive than it can answer"] * best.served.saturated
     for name, meaning in DEFINITIONS.items():
         low, high = best.interval(name)
-        lines.append(f"  {name:<28} {best.metrics[name]:>10.4g}  ({low:.4g} to {high:.4g})  {meaning}")
-    lines += ["next", *(f"  {p.candidate}: {found.objective} {p.metrics[found.objective]:.4g}"
-                        for p in found.by_layout[1 : SHOWN + 1])]  # fmt: skip
+        lines.append(
+            f"  {name:<28} {best.metrics[name]:>10.4g}  ({low:.4g} to {high:.4g})  {meaning}"
+        )
+    lines += [
+        "next",
+        *(
+            f"  {p.candidate}: {found.objective} {p.metrics[found.objective]:.4g}"
+            for p in found.by_layout[1 : SHOWN + 1]
+        ),
+    ]
     return "\n".join(lines)
 
 
 def _row(spec: Spec, config: ModelConfig, gpu: str, count: int, reserved: bool) -> dict[str, Any]:
-    asked = spec.model_copy(update={"target": spec.target.model_copy(update={"gpu": gpu, "count": count})})
+    asked = spec.model_copy(
+        update={"target": spec.target.model_copy(update={"gpu": gpu, "count": count})}
+    )
     try:
         predictor, found = search(asked, config, reserved=reserved)
     except TokenspeedError as error:
         return {"gpu": gpu, "count": count, "error": error.message}
     best = found.best
     return {
-        "gpu": predictor.hardware.name, "count": count, "used": best.candidate.num_gpus,
-        "deployment": str(best.candidate), "predicted": best.as_json(), "slo_missed": found.binding,
+        "gpu": predictor.hardware.name,
+        "count": count,
+        "used": best.candidate.num_gpus,
+        "deployment": str(best.candidate),
+        "predicted": best.as_json(),
+        "slo_missed": found.binding,
         "not_replayed_yet": SUPPORTED.missing(best.candidate),
-    }  # fmt: skip
+    }
 
 
 def _table(rows: Sequence[dict[str, Any]], spec: Spec) -> str:
-    names = ("turn_time_ms", "ttft_ms", "tpot_ms", "tokens_per_s_gpu", "cost_per_million_tokens_usd")
+    names = (
+        "turn_time_ms",
+        "ttft_ms",
+        "tpot_ms",
+        "tokens_per_s_gpu",
+        "cost_per_million_tokens_usd",
+    )
     heads = ("turn ms", "ttft ms", "tpot ms", "tokens/s/GPU", "USD/M")
     lines = [
         f"least {spec.objective.minimize} of each machine; what the runtime does not replay yet is marked *",
-        f"{'gpu':<8} {'of':>4} {'used':>4} " + " ".join(f"{head:>12}" for head in heads) + "  deployment",
+        f"{'gpu':<8} {'of':>4} {'used':>4} "
+        + " ".join(f"{head:>12}" for head in heads)
+        + "  deployment",
     ]
     for row in rows:
         if "error" in row:
@@ -169,5 +214,7 @@ def _table(rows: Sequence[dict[str, Any]], spec: Spec) -> str:
         numbers = " ".join(f"{row['predicted'][name]:>12.4g}" for name in names)
         mark = "*" if row["not_replayed_yet"] else ""
         missed = f" (service level missed: {row['slo_missed']})" if row["slo_missed"] else ""
-        lines.append(f"{row['gpu']:<8} {row['count']:>4} {row['used']:>4} {numbers}  {row['deployment']}{mark}{missed}")
+        lines.append(
+            f"{row['gpu']:<8} {row['count']:>4} {row['used']:>4} {numbers}  {row['deployment']}{mark}{missed}"
+        )
     return "\n".join(lines)

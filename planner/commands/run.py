@@ -21,7 +21,9 @@ Folder = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("bundle", type=Folder)
-@click.option("--input", "source", type=Folder, help="OpenAI batch file (.jsonl, .jsonl.gz), or - for stdin.")
+@click.option(
+    "--input", "source", type=Folder, help="OpenAI batch file (.jsonl, .jsonl.gz), or - for stdin."
+)
 @click.option("--output", type=Folder, help="Where the answers go, or - for stdout.")
 @click.option("--prompt", help="Answer one prompt, without a batch file.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="With --prompt: tokens to generate.")
@@ -30,18 +32,37 @@ Folder = click.Path(path_type=Path)
 @click.option("--weights", type=Folder, help="Checkpoint folder, where it is not the spec's.")
 @click.option("--errors", type=Folder, help="Where failed rows go (default: into the output).")
 @click.option("--summary", type=Folder, help="Write the summary as JSON.")
-@click.option("--order", type=click.Choice(["input", "completion"]), default="input", help="Order of the output.")
-@click.option("--max-errors", type=click.IntRange(min=0), default=0, help="Bad lines with which the rest still runs.")
+@click.option(
+    "--order",
+    type=click.Choice(["input", "completion"]),
+    default="input",
+    help="Order of the output.",
+)
+@click.option(
+    "--max-errors",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Bad lines with which the rest still runs.",
+)
 @click.option("--limit", type=click.IntRange(min=0), help="Only the first N rows.")
 @click.option("--shard", help="Only every n-th row from the i-th: i/n.")
 @click.option("--max-concurrency", type=click.IntRange(min=1), help="Rows in flight.")
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
 @click.option("--no-cache", is_flag=True, help="Compute every prompt from its beginning.")
-@click.option("--backend", type=click.Choice(["reference", "kernels"]),
-              help="PyTorch references (a CPU's default), or the bundle's kernels (interpreted on a CPU).")  # fmt: skip
-@click.option("--check", is_flag=True, help="Compare the two bodies step by step; name the first step that differs.")
+@click.option(
+    "--backend",
+    type=click.Choice(["reference", "kernels"]),
+    help="PyTorch references (a CPU's default), or the bundle's kernels (interpreted on a CPU).",
+)
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Compare the two bodies step by step; name the first step that differs.",
+)
 @click.option("--quiet", is_flag=True, help="No progress, no summary text.")
-def run(bundle: Path, source: Path | None, output: Path | None, prompt: str | None, **options: Any) -> None:
+def run(
+    bundle: Path, source: Path | None, output: Path | None, prompt: str | None, **options: Any
+) -> None:
     """Replay BUNDLE: answer a batch file, or one --prompt."""
     given = (prompt is not None, source is not None, output is not None)
     if options["check"] and any(given):
@@ -104,10 +125,19 @@ def _run_batch(bundle: Path, source: Path, output: Path, options: dict[str, Any]
     folder = find_weights(frozen, bundle, options["weights"])
     check_files(frozen, folder)
     tokenizer = Tokenizer.load(folder, ChatTemplate.load(folder))
-    limits = RowLimits(frozen.limits.max_seq_len, frozen.limits.default_max_tokens, frozen.model.vocab_size)
-    plan_facts = BatchPlan(frozen.digest, frozen.model.name, frozen.limits.max_seqs, limits, _predicted(frozen))
+    limits = RowLimits(
+        frozen.pool.limits.max_seq_len,
+        frozen.pool.limits.default_max_tokens,
+        frozen.model.vocab_size,
+    )
+    plan_facts = BatchPlan(
+        frozen.digest, frozen.model.name, frozen.pool.limits.max_seqs, limits, _predicted(frozen)
+    )
     return run_batch(
-        _batch_options(source, output, options), plan_facts, tokenizer, lambda: ready_engine(bundle, options)
+        _batch_options(source, output, options),
+        plan_facts,
+        tokenizer,
+        lambda: ready_engine(bundle, options),
     )
 
 
@@ -115,7 +145,9 @@ def _batch_options(source: Path, output: Path, options: dict[str, Any]) -> Batch
     from tokenspeed_plan.runtime.serving.batch import BatchOptions
 
     names = ("errors", "summary", "order", "max_errors", "max_concurrency", "quiet")
-    return BatchOptions(source, output, selection=_selection(options), **{name: options[name] for name in names})
+    return BatchOptions(
+        source, output, selection=_selection(options), **{name: options[name] for name in names}
+    )
 
 
 def _selection(options: dict[str, Any]) -> Selection:
@@ -124,7 +156,8 @@ def _selection(options: dict[str, Any]) -> Selection:
     index, _, count = (options["shard"] or "1/1").partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise RequestError(
-            f"`--shard {options['shard']}` is not i/n with i from 1 to n", "the second of four: `--shard 2/4`"
+            f"`--shard {options['shard']}` is not i/n with i from 1 to n",
+            "the second of four: `--shard 2/4`",
         )
     return Selection(options["limit"], int(index), int(count))
 

@@ -21,8 +21,14 @@ Folder = click.Path(path_type=Path)
 @click.argument("bundle", type=Folder)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--kernels", is_flag=True, help="List the kernels too.")
-@click.option("--why", "field", help="Explain a decision or a predicted number, with the runners-up.")
-@click.option("--html", type=Folder, help="Write one self-contained page: graphs, timeline, memory, roofline, front.")
+@click.option(
+    "--why", "field", help="Explain a decision or a predicted number, with the runners-up."
+)
+@click.option(
+    "--html",
+    type=Folder,
+    help="Write one self-contained page: graphs, timeline, memory, roofline, front.",
+)
 def show(bundle: Path, as_json: bool, kernels: bool, field: str | None, html: Path | None) -> None:
     """Show what a plan decided: layout, memory, predicted numbers, what limits it."""
     frozen = load_plan(bundle)

@@ -53,7 +53,10 @@ def _read_header(path: Path) -> dict[str, dict]:  # type: ignore[type-arg]
                 raise ValueError("header too long")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        if not all({"shape", "dtype"} <= set(entry) and isinstance(entry["shape"], list) for entry in header.values()):
+        if not all(
+            {"shape", "dtype"} <= set(entry) and isinstance(entry["shape"], list)
+            for entry in header.values()
+        ):
             raise ValueError("entry without shape or dtype")
     except (OSError, ValueError, AttributeError, TypeError, RecursionError, struct.error) as error:
         raise SpecError(f"`{path}` is not a safetensors file: {error}", _HINT) from error
@@ -62,7 +65,11 @@ def _read_header(path: Path) -> dict[str, dict]:  # type: ignore[type-arg]
 
 def file_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the small files that a plan depends on."""
-    return {name: sha256((folder / name).read_bytes()) for name in SMALL_FILES if (folder / name).is_file()}
+    return {
+        name: sha256((folder / name).read_bytes())
+        for name in SMALL_FILES
+        if (folder / name).is_file()
+    }
 
 
 def num_valid_tokens(folder: Path, vocab_size: int) -> int:
@@ -76,14 +83,19 @@ def num_valid_tokens(folder: Path, vocab_size: int) -> int:
         return vocab_size
     try:
         data = json.loads(path.read_text())
-        ids = [*data["model"]["vocab"].values(), *(token["id"] for token in data.get("added_tokens", []))]
+        ids = [
+            *data["model"]["vocab"].values(),
+            *(token["id"] for token in data.get("added_tokens", [])),
+        ]
         count = 1 + max(ids)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SpecError(f"`{path}` is not a tokenizer: {error}", _HINT) from error
     if count < 1:
         raise SpecError(f"`{path}` has no id over {count - 1}", _HINT)
     if count > vocab_size:
-        raise SpecError(f"`{path}` has ids up to {count - 1}, the model has {vocab_size} rows", _HINT)
+        raise SpecError(
+            f"`{path}` has ids up to {count - 1}, the model has {vocab_size} rows", _HINT
+        )
     return int(count)
 
 
@@ -112,4 +124,7 @@ def _check_tensor(name: str, shape: tuple[int, ...], header: TensorHeader | None
     if header.shape != shape:
         raise SpecError(f"`{name}` is {list(header.shape)}, its config says {list(shape)}", _HINT)
     if header.dtype not in FLOAT_DTYPES:
-        raise SpecError(f"`{name}` is stored as {header.dtype}, which is not planned yet", "use the BF16 checkpoint")
+        raise SpecError(
+            f"`{name}` is stored as {header.dtype}, which is not planned yet",
+            "use the BF16 checkpoint",
+        )

@@ -15,7 +15,12 @@ LayerType = Literal["linear_attention", "full_attention"]
 MAX_LAYERS = 4096
 PRESETS = "tokenspeed_plan.planner.models.presets"
 MAX_VOCAB = 1 << 20  # sampling packs a token and its logit into 64 bits
-_MODEL_TYPES = {"qwen3_5": False, "qwen3_5_text": False, "qwen3_5_moe": True, "qwen3_5_moe_text": True}
+_MODEL_TYPES = {
+    "qwen3_5": False,
+    "qwen3_5_text": False,
+    "qwen3_5_moe": True,
+    "qwen3_5_moe_text": True,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,9 @@ class ModelConfig:
     max_positions: int
     num_mtp_layers: int
     eos_token_ids: tuple[int, ...]
-    mtp_acceptance: tuple[float, ...] = ()  # by place, the share of drafts that are right if those before were
+    mtp_acceptance: tuple[
+        float, ...
+    ] = ()  # by place, the share of drafts that are right if those before were
     prefix: str = field(default="model.language_model.")
 
     @property
@@ -106,7 +113,9 @@ class ModelConfig:
             moe=_moe(text) if is_moe else None,
             intermediate_size=0 if is_moe else text.integer("intermediate_size"),
             rms_norm_eps=text.number("rms_norm_eps", 1e-6),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+            tie_word_embeddings=bool(
+                config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+            ),
             max_positions=text.integer("max_position_embeddings", 32768),
             num_mtp_layers=text.integer("mtp_num_hidden_layers", 0),
             eos_token_ids=_eos(text),
@@ -133,7 +142,11 @@ class _Reader:
 
     def integer(self, key: str, default: int | None = None, least: int = 0) -> int:
         value = self.data.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < max(least, default is None):
+        if (
+            not isinstance(value, int)
+            or isinstance(value, bool)
+            or value < max(least, default is None)
+        ):
             raise self.error(f"`{key}` is {value!r}, not a positive integer")
         return value
 
@@ -144,13 +157,18 @@ class _Reader:
         return float(value)
 
     def error(self, what: str) -> SpecError:
-        return SpecError(f"config of `{self.name}`: {what}", "use the `config.json` that was published with the model")
+        return SpecError(
+            f"config of `{self.name}`: {what}",
+            "use the `config.json` that was published with the model",
+        )
 
 
 def _shares(reader: _Reader, key: str) -> tuple[float, ...]:
     """Numbers from 0 to 1; it is ours, published configs have none."""
     found = reader.get(key, [])
-    if not isinstance(found, list) or not all(type(x) in (int, float) and 0 <= x <= 1 for x in found):
+    if not isinstance(found, list) or not all(
+        type(x) in (int, float) and 0 <= x <= 1 for x in found
+    ):
         raise reader.error(f"`{key}` must be a list of numbers from 0 to 1")
     return tuple(map(float, found))
 
@@ -195,8 +213,13 @@ def _layer_types(text: _Reader) -> tuple[LayerType, ...]:
     interval = text.integer("full_attention_interval", 4, least=1)
     given = text.get("layer_types")
     if given is None:
-        return tuple("linear_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers))
-    known = isinstance(given, list) and all(kind in ("linear_attention", "full_attention") for kind in given)
+        return tuple(
+            "linear_attention" if (i + 1) % interval else "full_attention"
+            for i in range(num_layers)
+        )
+    known = isinstance(given, list) and all(
+        kind in ("linear_attention", "full_attention") for kind in given
+    )
     if not known or len(given) != num_layers:
         raise text.error(f"`layer_types` does not name {num_layers} layers")
     return tuple(given)
@@ -208,7 +231,9 @@ def _attention(text: _Reader) -> AttentionConfig:
     head_dim = text.integer("head_dim")
     factor = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 0.25))
     if not isinstance(factor, (int, float)) or not 2 <= head_dim * factor <= head_dim:
-        raise text.error(f"`partial_rotary_factor` is {factor!r}, which turns {factor!r} x {head_dim} channels")
+        raise text.error(
+            f"`partial_rotary_factor` is {factor!r}, which turns {factor!r} x {head_dim} channels"
+        )
     heads, kv_heads = text.integer("num_attention_heads"), text.integer("num_key_value_heads")
     if heads % kv_heads:
         raise text.error(f"{heads} attention heads do not share {kv_heads} kv heads evenly")
@@ -225,19 +250,36 @@ def _attention(text: _Reader) -> AttentionConfig:
     )
 
 
-# What a rope setting must be where it is given: everything else that transformers knows would change the angles.
+# What a rope setting must be where it is given: everything else that transformers knows would
+# change the angles.
 _ROPE_DEFAULTS: dict[str, Any] = {
-    "beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None, "mscale_all_dim": None,
-}  # fmt: skip
-_ROPE_READ = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+}
+_ROPE_READ = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "mrope_section",
+    "mrope_interleaved",
+)
 _YARN_READ = ("factor", "original_max_position_embeddings")
 
 
 def _rope_type(text: _Reader) -> str:
     """The kind of rotary embedding; a setting that is not planned is refused, for it would turn every key."""
     if text.get("rope_scaling") is not None:
-        raise text.error(f"`rope_scaling` is {text.get('rope_scaling')!r}, only `rope_parameters` is read")
-    rope = text.child("rope_parameters") if "rope_parameters" in text.data else _Reader(text.name, {})
+        raise text.error(
+            f"`rope_scaling` is {text.get('rope_scaling')!r}, only `rope_parameters` is read"
+        )
+    rope = (
+        text.child("rope_parameters") if "rope_parameters" in text.data else _Reader(text.name, {})
+    )
     kind = rope.get("rope_type", text.get("rope_type", "default"))
     if kind not in ("default", "yarn") or rope.get("type", kind) != kind:
         raise text.error(f"rope_type {rope.get('type', kind)!r} is not planned")
@@ -246,7 +288,9 @@ def _rope_type(text: _Reader) -> str:
         if not known and (key not in _ROPE_DEFAULTS or value != _ROPE_DEFAULTS[key]):
             raise text.error(f"`rope_parameters.{key}` is {value!r}, which is not planned")
     if kind == "yarn" and (rope.number("factor", 1.0) < 1 or rope.number("rope_theta", 1e7) <= 1):
-        raise text.error(f"YaRN of factor {rope.get('factor')!r} and rope_theta {rope.get('rope_theta')!r}")
+        raise text.error(
+            f"YaRN of factor {rope.get('factor')!r} and rope_theta {rope.get('rope_theta')!r}"
+        )
     return str(kind)
 
 
@@ -259,7 +303,9 @@ def _delta_net(text: _Reader) -> DeltaNetConfig:
         conv_kernel_size=text.integer("linear_conv_kernel_dim", 4, least=2),
     )
     if config.num_v_heads % config.num_k_heads:
-        raise text.error(f"{config.num_v_heads} value heads do not share {config.num_k_heads} key heads evenly")
+        raise text.error(
+            f"{config.num_v_heads} value heads do not share {config.num_k_heads} key heads evenly"
+        )
     return config
 
 
@@ -278,7 +324,9 @@ def _moe(text: _Reader) -> MoeConfig:
 def _eos(text: _Reader) -> tuple[int, ...]:
     value = text.get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in values):
+    if not all(
+        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in values
+    ):
         raise text.error(f"`eos_token_id` is {value!r}")
     return tuple(values)
 
@@ -314,7 +362,9 @@ def load_model_config(folder: Path) -> ModelConfig:
         return config
     extra = _eos(_Reader(folder.name, _read_json(generation)))
     merged = tuple(sorted({*config.eos_token_ids, *extra}))
-    return ModelConfig(**{**{key: getattr(config, key) for key in config.__slots__}, "eos_token_ids": merged})
+    return ModelConfig(
+        **{**{key: getattr(config, key) for key in config.__slots__}, "eos_token_ids": merged}
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -322,7 +372,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
-        raise SpecError(f"cannot read `{path}`: {reason}", "`model.path` names a Hugging Face model folder") from error
+        raise SpecError(
+            f"cannot read `{path}`: {reason}", "`model.path` names a Hugging Face model folder"
+        ) from error
     if not isinstance(value, dict):
-        raise SpecError(f"`{path}` is not a JSON object", "use the file that was published with the model")
+        raise SpecError(
+            f"`{path}` is not a JSON object", "use the file that was published with the model"
+        )
     return value

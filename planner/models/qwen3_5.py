@@ -24,8 +24,8 @@ MTP_PREFIX = "mtp."
 class BuildContext:
     """What shapes a graph besides the model: dtype, limits, and how the checkpoint stores its experts.
 
-    `fused_experts` tells for a name prefix whether its experts are one tensor (else one tensor an expert). Drafts are
-    chosen from the first `draft_vocab` tokens.
+    `fused_experts` tells for a name prefix whether its experts are one tensor (else one tensor an
+    expert). Drafts are chosen from the first `draft_vocab` tokens.
     """
 
     config: ModelConfig
@@ -44,7 +44,8 @@ class BuildContext:
 def build(context: BuildContext, phase: Phase, depth: int = 0) -> OpGraph:
     """The target model in one phase: token ids in, next tokens out. With a depth, so many drafts after each too.
 
-    A decode step of a depth verifies as many drafts as it makes: its sequences have `depth + 1` rows each.
+    A decode step of a depth verifies as many drafts as it makes: its sequences have `depth + 1`
+    rows each.
     """
     graph = _Builder(context, phase, depth)
     x = graph.embed("embed", "token_ids")
@@ -57,7 +58,9 @@ def build(context: BuildContext, phase: Phase, depth: int = 0) -> OpGraph:
     last = graph.op("last_token", "last_token", (x, "cu_seqlens"))[0]
     outputs: tuple[str, ...] = (graph.head("logits", last), graph.sample("logits", "next_tokens"))
     if context.limits.max_depth:
-        shifted = graph.op("shift_tokens", "shift_tokens", ("token_ids", "following", "next_tokens", "cu_seqlens"))[0]
+        shifted = graph.op(
+            "shift_tokens", "shift_tokens", ("token_ids", "following", "next_tokens", "cu_seqlens")
+        )[0]
         if depth:
             last_row = _LastRow("last_token", "cu_seqlens")
             outputs += (_drafts(graph, shifted, x, last_row, "context_lens", "next_tokens"),)
@@ -66,7 +69,9 @@ def build(context: BuildContext, phase: Phase, depth: int = 0) -> OpGraph:
     if phase == "decode":
         page_size = {"page_size": context.limits.page_size}
         graph.commit_state_len()
-        graph.op("advance", "advance", ("next_tokens", "page_table"), states=BATCH_STATE, attrs=page_size)
+        graph.op(
+            "advance", "advance", ("next_tokens", "page_table"), states=BATCH_STATE, attrs=page_size
+        )
     return graph.finish(outputs)
 
 
@@ -114,15 +119,20 @@ def _verify(graph: _Builder, hidden: str) -> tuple[str, ...]:
     drafts = _drafts(graph, said, hidden, _LastRow("select_row", accepted, rows), lens, last)
     attrs = rows | {"page_size": graph.context.limits.page_size}
     graph.commit_state_len()
-    graph.op("advance", "advance_rows", (accepted, drafts, "page_table"), states=BATCH_STATE, attrs=attrs)
+    graph.op(
+        "advance", "advance_rows", (accepted, drafts, "page_table"), states=BATCH_STATE, attrs=attrs
+    )
     return logits, said, accepted, drafts
 
 
-def _drafts(graph: _Builder, tokens: str, hidden: str, last_row: _LastRow, lens: str, last: str) -> str:
+def _drafts(
+    graph: _Builder, tokens: str, hidden: str, last_row: _LastRow, lens: str, last: str
+) -> str:
     """The MTP layer, over all new rows and then over its own drafts; gives [last token | drafts] of each sequence.
 
-    The first pass is over what is certain: its keys and values stay. Row i takes the token after row i and the target's
-    hidden state of row i, and only the last row is of further use. Keys of drafts are overwritten by what comes true.
+    The first pass is over what is certain: its keys and values stay. Row i takes the token after
+    row i and the target's hidden state of row i, and only the last row is of further use. Keys of
+    drafts are overwritten by what comes true.
     """
     drafts = last
     for number in range(1, graph.depth + 1):
@@ -145,7 +155,8 @@ class _Builder:
     context: BuildContext
     phase: Phase
     depth: int
-    suffix: str = ""  # of the names of operators and activations, where a layer comes more than once
+    # of the names of operators and activations, where a layer comes more than once
+    suffix: str = ""
     ops: list[Op] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -159,7 +170,9 @@ class _Builder:
             self.tensor(name, ("num_tokens",), "i32", "io")
         for name in ("context_lens", "state_lens", "src_state_slots", "following", "max_lens"):
             self.tensor(name, ("num_seqs",), "i32", "io")
-        self.tensor("dst_state_slots", ("num_seqs", columns) if columns > 1 else ("num_seqs",), "i32", "io")
+        self.tensor(
+            "dst_state_slots", ("num_seqs", columns) if columns > 1 else ("num_seqs",), "i32", "io"
+        )
         self.tensor("stop_ids", ("num_seqs", STOP_IDS), "i32", "io")
         self.tensor("forced_accept", (rows,), "fp32", "io")
         self.tensor("accept_counts", (rows,), "i64", "io")
@@ -179,7 +192,7 @@ class _Builder:
         splits: DimSplits = (),
     ) -> str:
         """Declare a tensor; returns its name."""
-        self.tensors[name] = Tensor(name, TensorSpec(shape=shape, dtype=dtype), arena, splits)
+        self.tensors[name] = Tensor(name, TensorSpec.of(shape=shape, dtype=dtype), arena, splits)
         return name
 
     def op(
@@ -200,15 +213,22 @@ class _Builder:
         """Emit one operator; shapes of its outputs follow from the table. Returns their names."""
         definition = OPS[kind]
         operands = (*inputs, *weights, *states)
-        specs = {role: self._spec(value) for role, value in zip(definition.operands, operands, strict=True)}
+        specs = {
+            role: self._spec(value)
+            for role, value in zip(definition.operands, operands, strict=True)
+        }
         made = definition.infer(attrs or {}, specs)
         name = f"{name}{self.suffix}"
         given = tuple(f"{value}{self.suffix}" for value in out_names)
         names = given or tuple(name if len(made) == 1 else f"{name}.{role}" for role in made)
-        for value, spec, split in zip(names, made.values(), _padded(out_splits, len(made)), strict=True):
+        for value, spec, split in zip(
+            names, made.values(), _padded(out_splits, len(made)), strict=True
+        ):
             splits = ((len(spec.shape) - 1, split),) if split else ()
             self.tensors[value] = Tensor(value, spec, "activations", splits)
-        access = tuple((state, how) for state, (_, how) in zip(states, definition.states, strict=True))
+        access = tuple(
+            (state, how) for state, (_, how) in zip(states, definition.states, strict=True)
+        )
         self.ops.append(
             Op(
                 name,
@@ -230,14 +250,20 @@ class _Builder:
         return self.tensors[name].spec if name in self.tensors else self.weights[name].spec
 
     def matrix(
-        self, name: str, rows: Mapping[str, tuple[int, Splits]], columns: int, dtype: DType | None = None
+        self,
+        name: str,
+        rows: Mapping[str, tuple[int, Splits]],
+        columns: int,
+        dtype: DType | None = None,
     ) -> str:
         """A weight of several checkpoint matrices stacked by rows: name -> (rows, splits)."""
         sources = tuple(
             Source(source, (count, columns), (0, 0), (count, columns), tuple(splits.items()))
             for source, (count, splits) in rows.items()
         )
-        return self.weight(name, (sum(count for count, _ in rows.values()), columns), sources, dtype=dtype)
+        return self.weight(
+            name, (sum(count for count, _ in rows.values()), columns), sources, dtype=dtype
+        )
 
     def weight(
         self,
@@ -248,14 +274,23 @@ class _Builder:
         dtype: DType | None = None,
     ) -> str:
         """Declare a parameter; returns its name."""
-        spec = TensorSpec(shape=shape, dtype=dtype or self.context.dtype)
+        spec = TensorSpec.of(shape=shape, dtype=dtype or self.context.dtype)
         self.weights[name] = Weight(name, spec, sources, join_dim)
         return name
 
-    def vector(self, name: str, source: str, size: int, dtype: DType | None = None, split: Split | None = None) -> str:
+    def vector(
+        self,
+        name: str,
+        source: str,
+        size: int,
+        dtype: DType | None = None,
+        split: Split | None = None,
+    ) -> str:
         """A one-dimensional parameter."""
         splits = ((0, split),) if split else ()
-        return self.weight(name, (size,), (Source(source, (size,), (0,), (size,), splits),), dtype=dtype)
+        return self.weight(
+            name, (size,), (Source(source, (size,), (0,), (size,), splits),), dtype=dtype
+        )
 
     def linear(
         self,
@@ -299,19 +334,27 @@ class _Builder:
     def _table(self) -> str:
         source = f"{self.config.prefix}embed_tokens.weight"
         return self.matrix(
-            "embed.table", {source: (self.config.vocab_size, {0: self._vocab()})}, self.config.hidden_size
+            "embed.table",
+            {source: (self.config.vocab_size, {0: self._vocab()})},
+            self.config.hidden_size,
         )
 
     def norm(self, name: str, source: str, x: str) -> str:
         """Zero-centred RMSNorm."""
         weight = self.vector(f"{name}.weight", source, self.config.hidden_size)
-        return self.op(name, "rms_norm", (x,), (weight,), attrs={"eps": self.config.rms_norm_eps})[0]
+        return self.op(name, "rms_norm", (x,), (weight,), attrs={"eps": self.config.rms_norm_eps})[
+            0
+        ]
 
     def head(self, name: str, x: str) -> str:
         """Logits over the vocabulary, or over the part that drafts are chosen from."""
         drafts = name == "draft_logits"
         rows = (drafts and self.context.draft_vocab) or self.config.vocab_size
-        op, split, table = "draft_head" if drafts else "head", self._vocab(rows), self._head_weight(rows)
+        op, split, table = (
+            "draft_head" if drafts else "head",
+            self._vocab(rows),
+            self._head_weight(rows),
+        )
         return self.linear(op, x, table, ((rows, split),), (name,), gathered=True)[0]
 
     def _head_weight(self, rows: int) -> str:
@@ -321,12 +364,20 @@ class _Builder:
         source = f"{self.config.prefix}embed_tokens.weight" if tied else "lm_head.weight"
         hidden = self.config.hidden_size
         part = Source(source, (whole, hidden), (0, 0), (rows, hidden), ((0, self._vocab(rows)),))
-        return self.weight("head.weight" if rows == whole else "draft_head.weight", (rows, hidden), (part,))
+        return self.weight(
+            "head.weight" if rows == whole else "draft_head.weight", (rows, hidden), (part,)
+        )
 
     def sample(self, logits: str, name: str) -> str:
         """The next token of each row."""
         attrs: dict[str, Attr] = {"num_valid_tokens": self.context.num_valid_tokens}
-        return self.op("sample", "sample", (logits, *SAMPLING_INPUTS), attrs=attrs | self._rows(), out_names=(name,))[0]
+        return self.op(
+            "sample",
+            "sample",
+            (logits, *SAMPLING_INPUTS),
+            attrs=attrs | self._rows(),
+            out_names=(name,),
+        )[0]
 
     def _rows(self) -> dict[str, Attr]:
         """How many rows each sequence has in a decode step, where it is not one."""
@@ -336,26 +387,36 @@ class _Builder:
         """Note how far the states have been brought, where inputs are kept."""
         if self.recomputes:
             self.op(
-                "commit_state_len", "commit_state_len", ("context_lens",), states=("state_lens",), attrs=self._rows()
+                "commit_state_len",
+                "commit_state_len",
+                ("context_lens",),
+                states=("state_lens",),
+                attrs=self._rows(),
             )
 
     def last_row(self, how: _LastRow, name: str, x: str, split: Split | None = None) -> str:
         """The last row of each sequence."""
-        return self.op(f"{name}.last", how.kind, (x, how.which), attrs=how.attrs, out_splits=(split,))[0]
+        return self.op(
+            f"{name}.last", how.kind, (x, how.which), attrs=how.attrs, out_splits=(split,)
+        )[0]
 
     def place(self, lens: str, step: int) -> _Place:
         """Where the row after `lens + step - 1` tokens is."""
         attrs: dict[str, Attr] = {"page_size": self.context.limits.page_size, "step": step}
         return _Place(*self.op("draft_place", "draft_place", (lens, "page_table"), attrs=attrs))
 
-    def draft_layer(self, tokens: str, hidden: str, place: _Place, last_row: _LastRow | None = None) -> str:
+    def draft_layer(
+        self, tokens: str, hidden: str, place: _Place, last_row: _LastRow | None = None
+    ) -> str:
         """The MTP layer: each row's next token and the hidden state that said it in, a hidden state out.
 
-        With `last_row`, keys and values are those of all rows, which lie where the batch says, and only the last row
-        of each sequence goes on, from `place`.
+        With `last_row`, keys and values are those of all rows, which lie where the batch says, and
+        only the last row of each sequence goes on, from `place`.
         """
         x = self._draft_input(tokens, hidden)
-        x = self._draft_block(f"L{self.config.num_layers}", f"{MTP_PREFIX}layers.0.", x, place, last_row)
+        x = self._draft_block(
+            f"L{self.config.num_layers}", f"{MTP_PREFIX}layers.0.", x, place, last_row
+        )
         return self.norm("draft_hidden", f"{MTP_PREFIX}norm.weight", x)
 
     def draft_keys(self, tokens: str, hidden: str) -> None:
@@ -372,19 +433,26 @@ class _Builder:
     def _draft_input(self, tokens: str, hidden: str) -> str:
         size = self.config.hidden_size
         embedded = self.norm(
-            "mtp.embed_norm", f"{MTP_PREFIX}pre_fc_norm_embedding.weight", self.embed("mtp.embed", tokens)
+            "mtp.embed_norm",
+            f"{MTP_PREFIX}pre_fc_norm_embedding.weight",
+            self.embed("mtp.embed", tokens),
         )
         normed = self.norm("mtp.hidden_norm", f"{MTP_PREFIX}pre_fc_norm_hidden.weight", hidden)
         joined = self.op("mtp.concat", "concat", (embedded, normed))[0]
         fc = self.matrix("mtp.fc.weight", {"mtp.fc.weight": (size, {})}, 2 * size)
         return self.linear("mtp.fc", joined, fc, ((size, None),))[0]
 
-    def _draft_block(self, name: str, source: str, x: str, place: _Place, last_row: _LastRow | None) -> str:
+    def _draft_block(
+        self, name: str, source: str, x: str, place: _Place, last_row: _LastRow | None
+    ) -> str:
         normed = self.norm(f"{name}.mixer_norm", f"{source}input_layernorm.weight", x)
         q, gate = self.queries(name, source, normed, _Place() if last_row else place)
         if last_row:
             heads = Split("attention", self.config.attention.num_qo_heads)
-            q, gate = (self.last_row(last_row, f"{name}.{key}", y, heads) for key, y in (("q", q), ("gate", gate)))
+            q, gate = (
+                self.last_row(last_row, f"{name}.{key}", y, heads)
+                for key, y in (("q", q), ("gate", gate))
+            )
             x = self.last_row(last_row, f"{name}.x", x)
         x = self.op(f"{name}.mixer_add", "add", (self.attend(name, source, q, gate, place), x))[0]
         return self.feed_forward(name, source, x)
@@ -414,7 +482,9 @@ class _Builder:
         rows = {f"{source}q_proj.weight": (2 * q_size, {0: heads}), **self._key_rows(source)}
         weight = self.matrix(f"{name}.qkv.weight", rows, self.config.hidden_size)
         outs = ((2 * q_size, heads), (kv_size, kv), (kv_size, kv))
-        qg, k, v = self.linear(f"{name}.qkv", x, weight, outs, (f"{name}.qg", f"{name}.k", f"{name}.v"))
+        qg, k, v = self.linear(
+            f"{name}.qkv", x, weight, outs, (f"{name}.qg", f"{name}.k", f"{name}.v")
+        )
         q, gate = self._split_gate(name, qg, heads)
         q = self._norm_rope(f"{name}.q", f"{source}q_norm.weight", q, heads, place)
         self._write_keys(name, source, k, v, place)
@@ -422,7 +492,9 @@ class _Builder:
 
     def _key_rows(self, source: str) -> dict[str, tuple[int, Splits]]:
         a, kv = self.config.attention, self._heads()[1]
-        return {f"{source}{name}_proj.weight": (a.num_kv_heads * a.head_dim, {0: kv}) for name in "kv"}
+        return {
+            f"{source}{name}_proj.weight": (a.num_kv_heads * a.head_dim, {0: kv}) for name in "kv"
+        }
 
     def _write_keys(self, name: str, source: str, k: str, v: str, place: _Place) -> None:
         kv = self._heads()[1]
@@ -440,20 +512,29 @@ class _Builder:
         """Gated attention of queries to all that is in the cache."""
         heads, kv = self._heads()
         many = self.tensors[q].spec.shape[0] == "num_tokens"
-        mode: dict[str, Attr] = {"mode": "prefill" if self.phase == "prefill" and many else "decode"}
+        mode: dict[str, Attr] = {
+            "mode": "prefill" if self.phase == "prefill" and many else "decode"
+        }
         o = self.op(
             f"{name}.attention",
             "attention",
             (q, "page_table", place.context_lens, "cu_seqlens"),
             states=(self._kv_cache(name),),
-            attrs=self._kv_attrs() | mode | {"num_heads": heads.units} | (self._rows() if many else {}),
+            attrs=self._kv_attrs()
+            | mode
+            | {"num_heads": heads.units}
+            | (self._rows() if many else {}),
             attr_splits={"num_heads": heads, "num_kv_heads": kv},
             out_splits=(heads,),
         )[0]
         gated = self.op(f"{name}.gated", "sigmoid_gate", (o, gate), out_splits=(heads,))[0]
         q_size = heads.units * self.config.attention.head_dim
-        out = self._row_parallel(f"{name}.o.weight", f"{source}self_attn.o_proj.weight", q_size, heads)
-        return self.linear(f"{name}.o", gated, out, ((self.config.hidden_size, None),), partial=True)[0]
+        out = self._row_parallel(
+            f"{name}.o.weight", f"{source}self_attn.o_proj.weight", q_size, heads
+        )
+        return self.linear(
+            f"{name}.o", gated, out, ((self.config.hidden_size, None),), partial=True
+        )[0]
 
     def _heads(self) -> tuple[Split, Split]:
         a = self.config.attention
@@ -461,12 +542,18 @@ class _Builder:
 
     def _kv_attrs(self) -> dict[str, Attr]:
         a = self.config.attention
-        return {"num_kv_heads": a.num_kv_heads, "head_dim": a.head_dim, "page_size": self.context.limits.page_size}
+        return {
+            "num_kv_heads": a.num_kv_heads,
+            "head_dim": a.head_dim,
+            "page_size": self.context.limits.page_size,
+        }
 
     def _kv_cache(self, name: str) -> str:
         a, limits = self.config.attention, self.context.limits
         shape = (limits.num_pages + 1, 2, limits.page_size, a.num_kv_heads, a.head_dim)
-        return self.tensor(f"{name}.kv_cache", shape, self.context.dtype, "kv_cache", ((3, self._heads()[1]),))
+        return self.tensor(
+            f"{name}.kv_cache", shape, self.context.dtype, "kv_cache", ((3, self._heads()[1]),)
+        )
 
     def _split_gate(self, name: str, qg: str, heads: Split) -> tuple[str, ...]:
         return self.op(
@@ -509,7 +596,9 @@ class _Builder:
     def _row_parallel(self, name: str, source: str, size: int, split: Split) -> str:
         hidden = self.config.hidden_size
         return self.weight(
-            name, (hidden, size), (Source(source, (hidden, size), (0, 0), (hidden, size), ((1, split),)),)
+            name,
+            (hidden, size),
+            (Source(source, (hidden, size), (0, 0), (hidden, size), ((1, split),)),),
         )
 
     def delta_net(self, name: str, source: str, x: str) -> str:
@@ -518,8 +607,15 @@ class _Builder:
         k_heads, v_heads = Split("attention", d.num_k_heads), Split("attention", d.num_v_heads)
         z_size = d.num_v_heads * d.value_dim
         weight = self._delta_in_proj(name, source)
-        outs = ((d.conv_channels, k_heads), (z_size, v_heads), (d.num_v_heads, v_heads), (d.num_v_heads, v_heads))
-        u, z, b, a = self.linear(f"{name}.in_proj", x, weight, outs, tuple(f"{name}.{n}" for n in "uzba"))
+        outs = (
+            (d.conv_channels, k_heads),
+            (z_size, v_heads),
+            (d.num_v_heads, v_heads),
+            (d.num_v_heads, v_heads),
+        )
+        u, z, b, a = self.linear(
+            f"{name}.in_proj", x, weight, outs, tuple(f"{name}.{n}" for n in "uzba")
+        )
         heads, head_splits = self._delta_heads(), {"num_k_heads": k_heads, "num_v_heads": v_heads}
         conv, gate = (self._conv_weight(name, source),), self._gate_weights(name, source, v_heads)
         conv_state, state = self._conv_state(name, k_heads), self._delta_state(name, v_heads)
@@ -565,18 +661,26 @@ class _Builder:
             attr_splits=head_splits,
             out_splits=(v_heads,),
         )[0]
-        norm = self.vector(f"{name}.gated_norm.weight", f"{source}norm.weight", d.value_dim, self.context.wide)
+        norm = self.vector(
+            f"{name}.gated_norm.weight", f"{source}norm.weight", d.value_dim, self.context.wide
+        )
         normed = self.op(
             f"{name}.gated_norm",
             "gated_norm",
             (o, z),
             (norm,),
             out_splits=(v_heads,),
-            attrs={"eps": self.config.rms_norm_eps, "num_heads": d.num_v_heads, "head_dim": d.value_dim},
+            attrs={
+                "eps": self.config.rms_norm_eps,
+                "num_heads": d.num_v_heads,
+                "head_dim": d.value_dim,
+            },
             attr_splits={"num_heads": v_heads},
         )[0]
         out = self._row_parallel(f"{name}.o.weight", f"{source}out_proj.weight", z_size, v_heads)
-        return self.linear(f"{name}.o", normed, out, ((self.config.hidden_size, None),), partial=True)[0]
+        return self.linear(
+            f"{name}.o", normed, out, ((self.config.hidden_size, None),), partial=True
+        )[0]
 
     def _delta_in_proj(self, name: str, source: str) -> str:
         """[q | k | v | z | b | a] by rows; q, k and v are three slices of one checkpoint tensor."""
@@ -584,10 +688,18 @@ class _Builder:
         v_heads = Split("attention", d.num_v_heads)
         others = {"z": d.num_v_heads * d.value_dim, "b": d.num_v_heads, "a": d.num_v_heads}
         sources = self._qkv_slices(f"{source}in_proj_qkv.weight", (hidden,)) + tuple(
-            Source(f"{source}in_proj_{key}.weight", (size, hidden), (0, 0), (size, hidden), ((0, v_heads),))
+            Source(
+                f"{source}in_proj_{key}.weight",
+                (size, hidden),
+                (0, 0),
+                (size, hidden),
+                ((0, v_heads),),
+            )
             for key, size in others.items()
         )
-        return self.weight(f"{name}.in_proj.weight", (d.conv_channels + sum(others.values()), hidden), sources)
+        return self.weight(
+            f"{name}.in_proj.weight", (d.conv_channels + sum(others.values()), hidden), sources
+        )
 
     def _qkv_slices(self, source: str, rest: tuple[int, ...]) -> tuple[Source, ...]:
         d = self.config.delta_net
@@ -599,7 +711,13 @@ class _Builder:
         )
         zeros = tuple(0 for _ in rest)
         return tuple(
-            Source(source, (d.conv_channels, *rest), (start, *zeros), (size, *rest), ((0, Split("attention", units)),))
+            Source(
+                source,
+                (d.conv_channels, *rest),
+                (start, *zeros),
+                (size, *rest),
+                ((0, Split("attention", units)),),
+            )
             for start, size, units in parts
         )
 
@@ -637,13 +755,17 @@ class _Builder:
         inputs = (limits.num_state_slots, limits.kept_inputs, d.conv_channels)
         gates = (limits.num_state_slots, 2, limits.kept_inputs, d.num_v_heads)
         return (
-            self.tensor(f"{name}.kept_inputs", inputs, self.context.dtype, "state", ((2, k_heads),)),
+            self.tensor(
+                f"{name}.kept_inputs", inputs, self.context.dtype, "state", ((2, k_heads),)
+            ),
             self.tensor(f"{name}.kept_gates", gates, self.context.dtype, "state", ((3, v_heads),)),
         )
 
     def _gate_weights(self, name: str, source: str, heads: Split) -> tuple[str, ...]:
         return tuple(
-            self.vector(f"{name}.{key.lower()}", f"{source}{key}", heads.units, self.context.wide, heads)
+            self.vector(
+                f"{name}.{key.lower()}", f"{source}{key}", heads.units, self.context.wide, heads
+            )
             for key in ("A_log", "dt_bias")
         )
 
@@ -661,8 +783,12 @@ class _Builder:
         return self.op(f"{name}_act", "silu_mul", (both,), out_splits=(split,))[0]
 
     def _swiglu_down(self, name: str, source: str, inner: str, size: int, partial: bool) -> str:
-        down = self._row_parallel(f"{name}_down.weight", f"{source}down_proj.weight", size, Split("mlp", size))
-        return self.linear(f"{name}_down", inner, down, ((self.config.hidden_size, None),), partial=partial)[0]
+        down = self._row_parallel(
+            f"{name}_down.weight", f"{source}down_proj.weight", size, Split("mlp", size)
+        )
+        return self.linear(
+            f"{name}_down", inner, down, ((self.config.hidden_size, None),), partial=partial
+        )[0]
 
     def moe(self, name: str, source: str, x: str) -> str:
         """Routed experts and the gated shared expert; their sums over ranks are taken together."""
@@ -680,13 +806,21 @@ class _Builder:
             ((m.num_experts, None), (1, None)),
             (f"{name}.router_logits", f"{name}.shared_gate"),
         )
-        weights, ids = self.op(f"{name}.topk", "topk", (logits,), attrs={"top_k": m.num_experts_per_token})
+        weights, ids = self.op(
+            f"{name}.topk", "topk", (logits,), attrs={"top_k": m.num_experts_per_token}
+        )
         # Both ways up, then both ways down: neighbours can be one kernel.
         routed_up = self._experts_up(name, f"{source}experts.", x, ids)
-        shared_up = self._swiglu_up(f"{name}.shared", f"{source}shared_expert.", x, m.shared_intermediate_size)
+        shared_up = self._swiglu_up(
+            f"{name}.shared", f"{source}shared_expert.", x, m.shared_intermediate_size
+        )
         routed = self._experts_down(name, f"{source}experts.", routed_up, ids, weights)
         shared = self._swiglu_down(
-            f"{name}.shared", f"{source}shared_expert.", shared_up, m.shared_intermediate_size, partial=False
+            f"{name}.shared",
+            f"{source}shared_expert.",
+            shared_up,
+            m.shared_intermediate_size,
+            partial=False,
         )
         return self.op(f"{name}.moe", "gated_add", (shared, routed, shared_gate), partial=True)[0]
 
@@ -712,7 +846,12 @@ class _Builder:
             join_dim=1,
         )
         return self.op(
-            f"{name}.experts_up", "experts_up", (x, ids), (up,), out_splits=(inner,), **self._expert_place()
+            f"{name}.experts_up",
+            "experts_up",
+            (x, ids),
+            (up,),
+            out_splits=(inner,),
+            **self._expert_place(),
         )[0]
 
     def _experts_down(self, name: str, source: str, h: str, ids: str, weights: str) -> str:
@@ -727,7 +866,13 @@ class _Builder:
             shape,
             (Source(down_name, shape, (0, 0, 0), shape, ((0, split), (2, inner))),),
         )
-        return self.op(f"{name}.experts_down", "experts_down", (h, ids, weights), (down,), **self._expert_place())[0]
+        return self.op(
+            f"{name}.experts_down",
+            "experts_down",
+            (h, ids, weights),
+            (down,),
+            **self._expert_place(),
+        )[0]
 
     def _expert_up_sources(self, source: str, split: Split, inner: Split) -> tuple[Source, ...]:
         """Gate rows, then up rows, of each expert; both halves are cut by themselves."""
@@ -742,19 +887,30 @@ class _Builder:
                 for start in (0, m.intermediate_size)
             )
         return tuple(
-            Source(f"{source}{{expert}}.{key}_proj.weight", size, (0, 0, 0), size, splits) for key in ("gate", "up")
+            Source(f"{source}{{expert}}.{key}_proj.weight", size, (0, 0, 0), size, splits)
+            for key in ("gate", "up")
         )
 
     def finish(self, outputs: tuple[str, ...]) -> OpGraph:
         """The graph, with the inputs that it really reads; what it gives back lies in the io arena."""
-        read = {name for op in self.ops for name in (*op.inputs, *(state for state, _ in op.states))}
-        inputs = tuple(name for name, tensor in self.tensors.items() if tensor.arena == "io" and name in read)
-        unused = {name for name, tensor in self.tensors.items() if tensor.arena == "io" and name not in read}
+        read = {
+            name for op in self.ops for name in (*op.inputs, *(state for state, _ in op.states))
+        }
+        inputs = tuple(
+            name for name, tensor in self.tensors.items() if tensor.arena == "io" and name in read
+        )
+        unused = {
+            name
+            for name, tensor in self.tensors.items()
+            if tensor.arena == "io" and name not in read
+        }
         tensors = {name: tensor for name, tensor in self.tensors.items() if name not in unused}
         for name in outputs:
             tensors[name] = Tensor(name, tensors[name].spec, "io", tensors[name].splits)
         ops = tuple(self.ops)
-        return OpGraph(self.phase, Stage.BUILT, ops, tensors, self.weights, inputs, outputs, self.depth)
+        return OpGraph(
+            self.phase, Stage.BUILT, ops, tensors, self.weights, inputs, outputs, self.depth
+        )
 
 
 _ROWS = ("cu_seqlens", "src_state_slots", "dst_state_slots")

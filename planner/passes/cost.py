@@ -1,7 +1,8 @@
 """What an operator costs: FLOPs, bytes and state, and the microseconds that follow on a machine.
 
-A kernel waits for its launch and for its first bytes, then works for the larger of its bytes and its FLOPs over what
-the machine reaches for such shapes (the roofline model, Williams et al., CACM 2009, with measured ceilings).
+A kernel waits for its launch and for its first bytes, then works for the larger of its bytes and
+its FLOPs over what the machine reaches for such shapes (the roofline model, Williams et al., CACM
+2009, with measured ceilings).
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from tokenspeed_plan.codegen.tiling import GEMV_ROWS
 from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, all_reduce_us
 from tokenspeed_plan.planner.graph import Op, OpGraph
 from tokenspeed_plan.plans.ops import COLLECTIVES, DELTA_CHUNK, RECOMPUTED
-from tokenspeed_plan.plans.types import DTYPE_BYTES, TensorSpec
+from tokenspeed_plan.plans.types import FORMATS, TensorSpec
 
 WeightFormat = Literal["bf16", "fp32", "fp8", "nvfp4"]
-# An NVFP4 block is 16 halves of a byte and a scale of one; an FP8 block is 128 x 128 bytes and one fp32 scale.
-FORMAT_BYTES: dict[WeightFormat, float] = {"bf16": 2.0, "fp32": 4.0, "fp8": 1.0 + 4 / 128**2, "nvfp4": 0.5 + 1 / 16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +41,8 @@ AS_BUILT = Formats()
 class Load:
     """What one replay carries: tokens, sequences, and tokens of context that each sequence has.
 
-    `skew` is the exponent of a Zipf law of experts (0: routing is uniform). `context_split` ranks share the keys and
-    values of a head: each reads its part, for the queries of all.
+    `skew` is the exponent of a Zipf law of experts (0: routing is uniform). `context_split` ranks
+    share the keys and values of a head: each reads its part, for the queries of all.
     """
 
     num_tokens: int
@@ -96,12 +95,18 @@ def _member_cost(graph: OpGraph, op: Op, load: Load) -> OpCost:
     load = _own(graph, op, load)
     weights = [graph.weights[name].spec for name in op.weights]
     flops = _flops(graph, op, weights, load)
-    return OpCost(flops, _weight_bytes(graph, op, weights, load), 0.0, _state_bytes(graph, op, load))
+    return OpCost(
+        flops, _weight_bytes(graph, op, weights, load), 0.0, _state_bytes(graph, op, load)
+    )
 
 
 def _own(graph: OpGraph, op: Op, load: Load) -> Load:
     """The load of an operator that works on a row a sequence, such as the head."""
-    if load.num_tokens == load.num_seqs or not op.inputs or graph.tensors[op.inputs[0]].spec.shape[0] != "num_seqs":
+    if (
+        load.num_tokens == load.num_seqs
+        or not op.inputs
+        or graph.tensors[op.inputs[0]].spec.shape[0] != "num_seqs"
+    ):
         return load
     return replace(load, num_tokens=load.num_seqs)
 
@@ -118,18 +123,30 @@ def _weight_bytes(graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load)
         return float(load.num_tokens * weights[0].size_bytes() // _rows(weights[0]))
     if op.kind in _EXPERTS:
         hits = _expected_hits(_rows(weights[0]), graph, op, load)
-        return hits * weights[0].size_bytes() * stored_scale(op, weights[0], load.formats) / _rows(weights[0])
+        return (
+            hits
+            * weights[0].size_bytes()
+            * stored_scale(op, weights[0], load.formats)
+            / _rows(weights[0])
+        )
     return sum(spec.size_bytes() * stored_scale(op, spec, load.formats) for spec in weights)
 
 
 def stored_scale(op: Op, spec: TensorSpec, formats: Formats) -> float:
     """Bytes of an operator's weight as stored over bytes as built.
 
-    Experts and projections are quantised; tables, the head, routers, convolutions and vectors are not.
+    Experts and projections are quantised; tables, the head, routers, convolutions and vectors are
+    not.
     """
-    kept = op.kind != "linear" or op.name.partition("@")[0] in ("head", "draft_head") or op.name.endswith(".router")
+    kept = (
+        op.kind != "linear"
+        or op.name.partition("@")[0] in ("head", "draft_head")
+        or op.name.endswith(".router")
+    )
     stored = formats.experts if op.kind in _EXPERTS else None if kept else formats.matrices
-    return 1.0 if stored is None else FORMAT_BYTES[stored] / DTYPE_BYTES[spec.dtype]
+    return (
+        1.0 if stored is None else FORMATS[stored].bytes_per_element / spec.format.bytes_per_element
+    )
 
 
 def _experts_per_token(graph: OpGraph, op: Op) -> int:
@@ -149,7 +166,9 @@ def _rows(spec: TensorSpec) -> int:
 def _expected_hits(local_experts: int, graph: OpGraph, op: Op, load: Load) -> float:
     """Distinct experts that are hit on the rank with the most of them: the others wait for it."""
     ways = _ranks_sharing(op)
-    hits = expected_hits(local_experts * ways, _experts_per_token(graph, op), load.num_tokens, load.skew)
+    hits = expected_hits(
+        local_experts * ways, _experts_per_token(graph, op), load.num_tokens, load.skew
+    )
     return min(busiest_share(hits, ways), float(local_experts))
 
 
@@ -179,8 +198,9 @@ def _busiest(hits: int, ways: int) -> float:
 def expected_hits(num_experts: int, per_token: int, num_tokens: int, skew: float = 0.0) -> float:
     """Distinct experts that T tokens hit: sum_e 1 - (1 - p_e)^T.
 
-    Under uniform routing p = k / E. With skew s the e-th most popular expert is drawn in proportion to e^-s, and
-    p_e = 1 - exp(-c e^-s) with the c at which a token takes k of them (independent draws).
+    Under uniform routing p = k / E. With skew s the e-th most popular expert is drawn in proportion
+    to e^-s, and p_e = 1 - exp(-c e^-s) with the c at which a token takes k of them (independent
+    draws).
     """
     if not skew:
         share = min(per_token / num_experts, 1.0)
@@ -200,8 +220,11 @@ def _state_bytes(graph: OpGraph, op: Op, load: Load) -> float:
     total = 0.0
     for name, access in op.states:
         spec = graph.tensors[name].spec
-        row = math.prod(spec.bind(0, 0)[1:]) * spec.size_bytes() / max(math.prod(spec.bind(0, 0)), 1)
-        narrow = (load.formats.kv_bytes or DTYPE_BYTES[spec.dtype]) / DTYPE_BYTES[spec.dtype]
+        row = (
+            math.prod(spec.bind(0, 0)[1:]) * spec.size_bytes() / max(math.prod(spec.bind(0, 0)), 1)
+        )
+        stored_bytes = spec.format.bytes_per_element
+        narrow = (load.formats.kv_bytes or stored_bytes) / stored_bytes
         if op.kind == "kv_write":
             total += load.num_tokens * row * narrow / int(op.attrs["page_size"])
         elif op.kind == "attention":
@@ -239,7 +262,9 @@ def _attention(attrs: Mapping[str, object], weights: list[TensorSpec], load: Loa
     return 4.0 * pairs * int(str(attrs["num_heads"])) * int(str(attrs["head_dim"]))
 
 
-def _per_head(attrs: Mapping[str, object], load: Load, per_token: Callable[[int, int], int]) -> float:
+def _per_head(
+    attrs: Mapping[str, object], load: Load, per_token: Callable[[int, int], int]
+) -> float:
     key, value = int(str(attrs["key_dim"])), int(str(attrs["value_dim"]))
     return float(load.num_tokens * int(str(attrs["num_v_heads"])) * per_token(key, value))
 
@@ -339,7 +364,9 @@ def time_of(graph: OpGraph, op: Op, cost: OpCost, load: Load, hardware: Hardware
     sums = [member for member in op.members if member.kind == "all_reduce"]
     if not sums:
         return OpTime(hardware.launch_us + hardware.waits_us[name], busy_us, bound)
-    return OpTime(_collective_time(graph, sums[0], load, hardware).latency_us, busy_us, bound, "collective")
+    return OpTime(
+        _collective_time(graph, sums[0], load, hardware).latency_us, busy_us, bound, "collective"
+    )
 
 
 def _class(graph: OpGraph, op: Op, load: Load) -> str:
@@ -362,7 +389,9 @@ def _matrix_s(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> flo
     flops = _flops(graph, op, weights, load)
     if not flops:
         return 0.0
-    rate = hardware.matrix_flops_per_s.get(_matrix_dtype(op, weights, load), hardware.matrix_flops_per_s["bf16"])
+    rate = hardware.matrix_flops_per_s.get(
+        _matrix_dtype(op, weights, load), hardware.matrix_flops_per_s["bf16"]
+    )
     return flops / (rate * hardware.matrix_share * _filled(graph, op, weights, load, hardware))
 
 
@@ -373,7 +402,9 @@ def _matrix_dtype(op: Op, weights: list[TensorSpec], load: Load) -> str:
     return stored if stored and weights else weights[0].dtype if weights else "bf16"
 
 
-def _filled(graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load, hardware: HardwareSpec) -> float:
+def _filled(
+    graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load, hardware: HardwareSpec
+) -> float:
     """The share of the tensor cores that holds numbers: rows padded to a tile, tiles padded to a wave."""
     if not hardware.num_sms or op.kind not in ("linear", *_EXPERTS):
         return 1.0

@@ -1,6 +1,7 @@
 """Expand: operators that no single kernel does well at this size become several that do.
 
-- The chunked delta rule is a part that all chunks can do at once, and a scan that carries the state.
+- The chunked delta rule is a part that all chunks can do at once, and a scan that carries the
+  state.
 - Experts of many rows are products of a group of rows each, so the rows are sorted by expert first.
 """
 
@@ -24,8 +25,14 @@ def expand(graph: OpGraph, num_tokens: int, num_seqs: int) -> OpGraph:
     for op in graph.ops:
         work = _Expansion(op, graph, tensors, (num_tokens, num_seqs), sorted_ids)
         ops += _RULES[op.kind](work) if op.kind in _RULES else [op]
-    used = {name for op in ops for name in (*op.inputs, *op.outputs, *(state for state, _ in op.states))}
-    kept = {name: tensor for name, tensor in tensors.items() if name in used or tensor.arena != "activations"}
+    used = {
+        name for op in ops for name in (*op.inputs, *op.outputs, *(state for state, _ in op.states))
+    }
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in used or tensor.arena != "activations"
+    }
     return replace(graph, ops=tuple(ops), tensors=kept)
 
 
@@ -53,7 +60,9 @@ class _Expansion:
         weights, states, ranks = (op.weights, op.states, op.rank_attrs) if keep else ((), (), {})
         operands = (*inputs, *weights, *(state for state, _ in states))
         specs = {
-            role: self.tensors[value].spec if value in self.tensors else self.graph.weights[value].spec
+            role: self.tensors[value].spec
+            if value in self.tensors
+            else self.graph.weights[value].spec
             for role, value in zip(definition.operands, operands, strict=True)
         }
         made = definition.infer(attrs, specs)
@@ -85,7 +94,10 @@ def _delta_rule(work: _Expansion) -> list[Op]:
     attrs = {name: value for name, value in op.attrs.items() if name != "mode"}
     chunk = work.emit(".chunk", "delta_chunk", (q, k, v, beta, log_decay, cu_seqlens), attrs)
     inputs = (q, k, *chunk.outputs, cu_seqlens, *rows)
-    return [chunk, work.emit("", "delta_scan", inputs, attrs | {"dtype": work.dtype}, op.outputs, keep=True)]
+    return [
+        chunk,
+        work.emit("", "delta_scan", inputs, attrs | {"dtype": work.dtype}, op.outputs, keep=True),
+    ]
 
 
 def _experts_up(work: _Expansion) -> list[Op]:

@@ -37,7 +37,9 @@ def check(graph: OpGraph) -> OpGraph:
         if op.kind not in allowed:
             raise GraphError(f"`{op.name}` ({op.kind}) is not allowed when {graph.stage}")
         _check_operands(graph, op)
-        if graph.stage is not Stage.BUILT and (op.attr_splits or op.shifts or op.partial or op.gathered):
+        if graph.stage is not Stage.BUILT and (
+            op.attr_splits or op.shifts or op.partial or op.gathered
+        ):
             raise GraphError(f"`{op.name}` is not cut yet when {graph.stage}")
     if not nx.is_directed_acyclic_graph(graph.nx):
         raise GraphError("the graph has a cycle")

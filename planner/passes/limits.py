@@ -12,12 +12,15 @@ from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Decision, Limits
 from tokenspeed_plan.plans.types import Phase
 
-ROWS_PER_SLOT = 2  # one to read, one to write; each draft needs one more, where inputs are not kept instead
-COPIED_PAGES = 1  # of a sequence: a turn that goes on inside a page copies it, and for a moment both are there
+# one to read, one to write; each draft needs one more, where inputs are not kept instead
+ROWS_PER_SLOT = 2
+# of a sequence: a turn that goes on inside a page copies it, and for a moment both are there
+COPIED_PAGES = 1
 ENDS_PER_CONVERSATION = 2  # checkpoints where the last prompt and the last answer end
 AS_ASKED = "as the spec says"
 TURN_STEP = 256  # tokens to which the prefill of a turn is rounded up
-WORTH_A_STEP = 16  # a prefill step costs as much as this part of a chunk even when it is almost empty
+# a prefill step costs as much as this part of a chunk even when it is almost empty
+WORTH_A_STEP = 16
 
 
 def plan_limits(
@@ -33,8 +36,8 @@ def plan_limits(
 
     Where drafts' inputs are kept, the rows are as many as without drafts.
 
-    `chunk` tokens of a prompt are computed at once, the machine's default where it is None; `checkpoint_tokens` as in
-    `checkpoint_spacing`.
+    `chunk` tokens of a prompt are computed at once, the machine's default where it is None;
+    `checkpoint_tokens` as in `checkpoint_spacing`.
 
     Raises:
         SpecError: the model has fewer positions than the workload needs.
@@ -92,27 +95,42 @@ def cache_decisions(limits: Limits, tpot_ms: float | None) -> tuple[Decision, ..
     """What was planned for conversations that come again, and why."""
     kept = f"{limits.num_checkpoints} checkpoints, in prompts every {limits.checkpoint_interval} tokens"
     ends = f"{ENDS_PER_CONVERSATION} for each conversation where its last prompt and answer end, and turns start from"
-    within = f"with a decode step within {tpot_ms} ms" if tpot_ms else "a chunk: the spec names no time per token"
+    within = (
+        f"with a decode step within {tpot_ms} ms"
+        if tpot_ms
+        else "a chunk: the spec names no time per token"
+    )
     return (
         Decision(
             name="prefix_cache",
             value=kept if limits.num_checkpoints else "off",
-            reason=f"{ends}; those between serve prompts that begin alike" if limits.num_checkpoints else AS_ASKED,
+            reason=f"{ends}; those between serve prompts that begin alike"
+            if limits.num_checkpoints
+            else AS_ASKED,
         ),
-        Decision(name="interleaving", value=f"{limits.interleaved_tokens} prefill tokens a decode step", reason=within),
+        Decision(
+            name="interleaving",
+            value=f"{limits.interleaved_tokens} prefill tokens a decode step",
+            reason=within,
+        ),
     )
 
 
-def interleaved_tokens(limits: Limits, tpot_ms: float | None, predicted_us: Mapping[tuple[Phase, int], float]) -> int:
+def interleaved_tokens(
+    limits: Limits, tpot_ms: float | None, predicted_us: Mapping[tuple[Phase, int], float]
+) -> int:
     """Prefill tokens between two decode steps, so that both together stay within the planned time per token.
 
-    Times are taken to grow evenly from one bucket to the next. At least one page, so that prompts are computed at all.
+    Times are taken to grow evenly from one bucket to the next. At least one page, so that prompts
+    are computed at all.
     """
     if tpot_ms is None:
         return limits.max_tokens
     decode_us = max(us for (phase, _), us in predicted_us.items() if phase == "decode")
     left_us = tpot_ms * 1e3 - decode_us
-    known = sorted((bucket, us) for (phase, bucket), us in predicted_us.items() if phase == "prefill")
+    known = sorted(
+        (bucket, us) for (phase, bucket), us in predicted_us.items() if phase == "prefill"
+    )
     tokens = known[0][0] if known[0][1] <= left_us else limits.page_size
     for (low, low_us), (high, high_us) in pairwise(known):
         if low_us <= left_us:
@@ -130,7 +148,13 @@ def decode_buckets(max_seqs: int) -> tuple[int, ...]:
 def prefill_buckets(limits: Limits, turn_tokens: int) -> tuple[int, ...]:
     """The chunk, a quarter of it, and what a later turn brings: fewer rows want smaller tiles.
 
-    With a turn's own tokens comes the last one of the answer before it, which was said but not computed.
+    With a turn's own tokens comes the last one of the answer before it, which was said but not
+    computed.
     """
     quarter, turn = max(limits.max_tokens // 4, 1), (turn_tokens // TURN_STEP + 1) * TURN_STEP
-    return tuple(sorted({quarter, limits.max_tokens} | ({turn} if turn_tokens and turn < limits.max_tokens else set())))
+    return tuple(
+        sorted(
+            {quarter, limits.max_tokens}
+            | ({turn} if turn_tokens and turn < limits.max_tokens else set())
+        )
+    )

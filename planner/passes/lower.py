@@ -1,6 +1,7 @@
 """Lower: each operator becomes a call of a specialised kernel, with its arguments and its predicted time.
 
-Layers and programs of the same shape share a kernel: names inside a kernel do not depend on the layer.
+Layers and programs of the same shape share a kernel: names inside a kernel do not depend on the
+layer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ Choose = Callable[[list[Built]], Built]
 
 
 def lower(
-    graph: OpGraph, hardware: HardwareSpec, load: Load, rows: tuple[int, int], choose: Choose = itemgetter(0)
+    graph: OpGraph,
+    hardware: HardwareSpec,
+    load: Load,
+    rows: tuple[int, int],
+    choose: Choose = itemgetter(0),
 ) -> tuple[OpGraph, dict[str, Built]]:
     """The graph with calls for steps, and the kernels that they call, by name.
 
@@ -38,11 +43,21 @@ def lower(
             plain = _kernel(graph, op)
             key = (op.kind, plain.model_dump_json())
             if key not in made:
-                made[key] = choose(build_kernel(op.kind, plain, rows, hardware, graph.phase == "decode"))
+                made[key] = choose(
+                    build_kernel(op.kind, plain, rows, hardware, graph.phase == "decode")
+                )
             kernel = made[key].kernel
             kernels[kernel.name] = made[key]
-            scratch = (scratch_name(kernel, param) for param in kernel.params if param.role == "scratch")
-            args = (*op.inputs, *op.weights, *(name for name, _ in op.states), *op.outputs, *scratch)
+            scratch = (
+                scratch_name(kernel, param) for param in kernel.params if param.role == "scratch"
+            )
+            args = (
+                *op.inputs,
+                *op.weights,
+                *(name for name, _ in op.states),
+                *op.outputs,
+                *scratch,
+            )
             steps.append(
                 KernelCall(
                     kernel=kernel.name,
@@ -67,12 +82,21 @@ def scratch_name(kernel: KernelSpec, param: Param) -> str:
 def _kernel(graph: OpGraph, op: Op) -> KernelSpec:
     local = _local_names(op)
     access = dict(op.states)
-    params = [Param(name=local[name], role="input", tensor=_spec(graph, name)) for name in op.inputs]
-    params += [Param(name=local[name], role="weight", tensor=graph.weights[name].spec) for name in op.weights]
-    params += [
-        Param(name=local[name], role="state", tensor=graph.tensors[name].spec, access=access[name]) for name in access
+    params = [
+        Param(name=local[name], role="input", tensor=_spec(graph, name)) for name in op.inputs
     ]
-    params += [Param(name=local[name], role="output", tensor=_spec(graph, name), access="write") for name in op.outputs]
+    params += [
+        Param(name=local[name], role="weight", tensor=graph.weights[name].spec)
+        for name in op.weights
+    ]
+    params += [
+        Param(name=local[name], role="state", tensor=graph.tensors[name].spec, access=access[name])
+        for name in access
+    ]
+    params += [
+        Param(name=local[name], role="output", tensor=_spec(graph, name), access="write")
+        for name in op.outputs
+    ]
     parts = tuple(
         Part(
             kind=member.kind,
@@ -99,10 +123,16 @@ def _local_names(op: Op) -> Mapping[str, str]:
         for role, tensor in (*roles, *outs):
             wanted = f"{member.kind}_{role}" if op.parts else role
             taken = set(names.values())
-            suffix = next(text for text in ("", *map(str, range(2, 99))) if f"{wanted}{text}" not in taken)
+            suffix = next(
+                text for text in ("", *map(str, range(2, 99))) if f"{wanted}{text}" not in taken
+            )
             names.setdefault(tensor, f"{wanted}{suffix}")
     return names
 
 
 def _output_roles(op: Op) -> tuple[str, ...]:
-    return tuple(f"y{i}" for i in range(len(op.outputs))) if op.kind == "linear" else OPS[op.kind].outputs
+    return (
+        tuple(f"y{i}" for i in range(len(op.outputs)))
+        if op.kind == "linear"
+        else OPS[op.kind].outputs
+    )

@@ -1,7 +1,8 @@
 """Place: every activation gets an offset in the arena; bytes are used again as soon as nobody can still touch them.
 
-A buffer may take the bytes of another when all that was done with the other is ordered before its own write: by the
-stream's order or by an event. First fit at the lowest offset, in the order of the steps.
+A buffer may take the bytes of another when all that was done with the other is ordered before its
+own write: by the stream's order or by an event. First fit at the lowest offset, in the order of the
+steps.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ def place(graph: OpGraph, max_tokens: int, max_seqs: int) -> OpGraph:
             if tensor.arena != "activations":
                 continue
             size = aligned(tensor.spec.size_bytes(max_tokens, max_seqs))
-            busy = sorted((h.start, h.end) for h in held if not all(_over(use, clock, stream) for use in h.uses))
+            busy = sorted(
+                (h.start, h.end)
+                for h in held
+                if not all(_over(use, clock, stream) for use in h.uses)
+            )
             offsets[name] = _first_fit(busy, size)
             held.append(_Held(offsets[name], offsets[name] + size, uses[name]))
             top = max(top, offsets[name] + size)

@@ -1,8 +1,8 @@
 """Choose again: of one row, the experts' way down chooses its experts itself, as the way up before it has done.
 
-So it need not wait for the way up to know which weights it will read, and has them on their way while that one still
-runs: 1.4 % of a step of Qwen3.5-35B-A3B on an H200. With more rows its programs choose for longer than they would wait
-(four rows: 9 % more).
+So it need not wait for the way up to know which weights it will read, and has them on their way
+while that one still runs: 1.4 % of a step of Qwen3.5-35B-A3B on an H200. With more rows its
+programs choose for longer than they would wait (four rows: 9 % more).
 """
 
 from __future__ import annotations
@@ -23,19 +23,34 @@ def recompute_topk(graph: OpGraph, num_tokens: int, num_seqs: int) -> OpGraph:
             continue
         if tensors[up.inputs[0]].spec.bind(num_tokens, num_seqs)[0] == 1:
             choice, old = _copied(up.parts[0], down.name), up.parts[0].outputs
-            tensors |= {new: replace(tensors[name], name=new) for new, name in zip(choice.outputs, old, strict=True)}
+            tensors |= {
+                new: replace(tensors[name], name=new)
+                for new, name in zip(choice.outputs, old, strict=True)
+            }
             ops[down.name] = _choosing(down, choice, old)
-            ops[up.name] = replace(up, outputs=tuple(name for name in up.outputs if name not in old))
+            ops[up.name] = replace(
+                up, outputs=tuple(name for name in up.outputs if name not in old)
+            )
     return replace(graph, ops=tuple(ops.values()), tensors=tensors)
 
 
 def _copied(topk: Op, name: str) -> Op:
-    return replace(topk, name=f"{name}.topk", outputs=tuple(f"{name}.topk.{i}" for i in range(len(topk.outputs))))
+    return replace(
+        topk,
+        name=f"{name}.topk",
+        outputs=tuple(f"{name}.topk.{i}" for i in range(len(topk.outputs))),
+    )
 
 
 def _choosing(down: Op, choice: Op, old: tuple[str, ...]) -> Op:
     """The way down with a choice of its own in place of the old one."""
     own = dict(zip(old, choice.outputs, strict=True))
-    parts = (choice, *(replace(part, inputs=tuple(own.get(name, name) for name in part.inputs)) for part in down.parts))
+    parts = (
+        choice,
+        *(
+            replace(part, inputs=tuple(own.get(name, name) for name in part.inputs))
+            for part in down.parts
+        ),
+    )
     inputs = (*choice.inputs, *(name for name in down.inputs if name not in own))
     return replace(down, inputs=tuple(dict.fromkeys(inputs)), parts=parts)

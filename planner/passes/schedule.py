@@ -1,9 +1,9 @@
 """Schedule: the order of the steps, the stream of each, and the events between streams.
 
-With one stream the order is the graph's own. With more, it is that of the critical path (list scheduling): of what
-is ready, the operator with the longest way to the end goes first. It goes on with the stream of a producer that nobody
-has continued yet, else it opens the next stream; each crossing gets one event. Whether more streams pay is decided by
-simulation (`timeline`).
+With one stream the order is the graph's own. With more, it is that of the critical path (list
+scheduling): of what is ready, the operator with the longest way to the end goes first. It goes on
+with the stream of a producer that nobody has continued yet, else it opens the next stream; each
+crossing gets one event. Whether more streams pay is decided by simulation (`timeline`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.plans.schema import CollectiveCall, KernelCall, RecordEvent, Step, WaitEvent
 
 
-def schedule(graph: OpGraph, num_streams: int = 1, times_us: Mapping[str, float] | None = None) -> OpGraph:
+def schedule(
+    graph: OpGraph, num_streams: int = 1, times_us: Mapping[str, float] | None = None
+) -> OpGraph:
     """The graph with its steps. Kernels are named by their operators until they are lowered.
 
     Args:
@@ -59,9 +61,13 @@ class _Streams:
     steps: list[Step] = field(default_factory=list)
     stream_of: dict[str, int] = field(default_factory=dict)
     tail: dict[int, str] = field(default_factory=dict)  # last operator of each stream
-    seen: dict[tuple[int, int], int] = field(default_factory=dict)  # (waiter, source) -> position already waited for
+    seen: dict[tuple[int, int], int] = field(
+        default_factory=dict
+    )  # (waiter, source) -> position already waited for
     position: dict[str, int] = field(default_factory=dict)
-    waits: list[tuple[int, int, str]] = field(default_factory=list)  # (index in steps, stream, producer)
+    waits: list[tuple[int, int, str]] = field(
+        default_factory=list
+    )  # (index in steps, stream, producer)
 
     def place(self, op: Op, producers: list[str]) -> None:
         """Put an operator on a stream, after waits for what it needs from others."""
@@ -75,15 +81,22 @@ class _Streams:
         self.tail[stream] = op.name
 
     def _choose(self, producers: list[str]) -> int:
-        free = [self.stream_of[name] for name in producers if self.tail[self.stream_of[name]] == name]
+        free = [
+            self.stream_of[name] for name in producers if self.tail[self.stream_of[name]] == name
+        ]
         if free or not producers:
             return min(free, default=0)
         home = self.stream_of[max(producers, key=self.position.__getitem__)]
-        return next((stream for stream in range(self.num_streams) if self._is_idle(stream, home)), home)
+        return next(
+            (stream for stream in range(self.num_streams) if self._is_idle(stream, home)), home
+        )
 
     def _is_idle(self, stream: int, home: int) -> bool:
         """Whether a stream has no work, or none that `home` has not waited for."""
-        return stream not in self.tail or self.seen.get((home, stream), -1) >= self.position[self.tail[stream]]
+        return (
+            stream not in self.tail
+            or self.seen.get((home, stream), -1) >= self.position[self.tail[stream]]
+        )
 
     def _wait(self, stream: int, producer: str) -> None:
         source = self.stream_of[producer]
@@ -104,7 +117,9 @@ class _Streams:
         """The steps with each event recorded right after its producer."""
         records: dict[str, list[Step]] = {}
         for event, (_, _, producer) in enumerate(self.waits):
-            records.setdefault(producer, []).append(RecordEvent(event=event, stream=self.stream_of[producer]))
+            records.setdefault(producer, []).append(
+                RecordEvent(event=event, stream=self.stream_of[producer])
+            )
         done: list[Step] = []
         for step in self.steps:
             done.append(step)
@@ -114,7 +129,9 @@ class _Streams:
 
 def _step(op: Op, stream: int) -> Step:
     if op.kind in ("all_reduce", "all_gather"):
-        return CollectiveCall(op=op.kind, source=op.inputs[0], target=op.outputs[0], stream=stream, predicted_us=0.0)  # type: ignore[arg-type]
+        return CollectiveCall(
+            op=op.kind, source=op.inputs[0], target=op.outputs[0], stream=stream, predicted_us=0.0
+        )  # type: ignore[arg-type]
     return KernelCall(kernel=op.name, args=(), stream=stream, predicted_us=0.0)
 
 

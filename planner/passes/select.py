@@ -18,7 +18,8 @@ from tokenspeed_plan.plans.schema import Binary, Plan
 class KernelChoice:
     """First collects the tilings that a plan asks about, then answers with the first that fits the machine.
 
-    A tiling fits when it compiles, spills no register and needs no more shared memory than a program may have.
+    A tiling fits when it compiles, spills no register and needs no more shared memory than a
+    program may have.
     """
 
     hardware: HardwareSpec
@@ -44,7 +45,11 @@ class KernelChoice:
         """
         left = {name: list(tilings) for name, tilings in self.asked.items()}
         while left:
-            jobs = {name: self._job(tilings[0]) for name, tilings in left.items() if tilings[0].source is not None}
+            jobs = {
+                name: self._job(tilings[0])
+                for name, tilings in left.items()
+                if tilings[0].source is not None
+            }
             results = compile_all(jobs.values(), self.cache)
             for name, tilings in list(left.items()):
                 best = tilings.pop(0)
@@ -61,7 +66,11 @@ class KernelChoice:
         return Job(built.kernel, built.source, self.hardware.sm)
 
     def _fits(self, made: Compiled) -> bool:
-        return not made.error and not made.spill_bytes and made.shared_bytes <= self.hardware.max_shared_bytes
+        return (
+            not made.error
+            and not made.spill_bytes
+            and made.shared_bytes <= self.hardware.max_shared_bytes
+        )
 
     def _refused(self, built: Built, made: Compiled) -> SpecError:
         shared = f"{made.shared_bytes} of {self.hardware.max_shared_bytes} bytes of shared memory"
@@ -74,8 +83,11 @@ class KernelChoice:
 
     def cubins(self, plan: Plan) -> dict[str, bytes]:
         """Binaries by file name."""
-        return {f"{kernel.name}.sm{self.hardware.sm}.cubin": self.made[kernel.name].cubin
-                for kernel in plan.kernels if kernel.name in self.made}  # fmt: skip
+        return {
+            f"{kernel.name}.sm{self.hardware.sm}.cubin": self.made[kernel.name].cubin
+            for kernel in plan.kernels
+            if kernel.name in self.made
+        }
 
     def sign(self, plan: Plan) -> Plan:
         """The plan with what the compiler made of its kernels."""
@@ -91,4 +103,6 @@ class KernelChoice:
             for kernel in plan.kernels
             if (made := self.made.get(kernel.name)) is not None
         )
-        return seal(plan.model_copy(update={"binaries": binaries, "kernel_compiler": compiler_name()}))
+        return seal(
+            plan.model_copy(update={"binaries": binaries, "kernel_compiler": compiler_name()})
+        )

@@ -1,7 +1,8 @@
 """How long a schedule takes, and which takes least: streams replayed against a model of the machine.
 
-A kernel first waits (its launch, or its peers), which costs the other streams nothing; then it works, and kernels that
-work at the same time share the machine's memory and cores evenly. An event between streams costs `EVENT_US`.
+A kernel first waits (its launch, or its peers), which costs the other streams nothing; then it
+works, and kernels that work at the same time share the machine's memory and cores evenly. An event
+between streams costs `EVENT_US`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from tokenspeed_plan.planner.passes.cost import Load, OpTime, op_time
 from tokenspeed_plan.planner.passes.schedule import ops_by_step, schedule, step_key
 from tokenspeed_plan.plans.schema import RecordEvent, Step, WaitEvent
 
-EVENT_US = 1.0  # from a recorded event to the first kernel of a stream that waited for it, inside a graph
+# from a recorded event to the first kernel of a stream that waited for it, inside a graph
+EVENT_US = 1.0
 
 MAX_STREAMS = 3
 MIN_GAIN = 0.01  # less is within the error of the model
@@ -68,7 +70,9 @@ class _Timeline:
         working = [lane for lane in self.lanes if lane.works_us and not lane.waits_us]
         waiting = [lane for lane in self.lanes if lane.waits_us]
         share = max(len(working), 1)
-        step_us = min([lane.waits_us for lane in waiting] + [lane.works_us * share for lane in working])
+        step_us = min(
+            [lane.waits_us for lane in waiting] + [lane.works_us * share for lane in working]
+        )
         self.now_us += step_us
         for lane in waiting:
             lane.waits_us = _less(lane.waits_us, step_us)
@@ -82,7 +86,9 @@ def _less(left: float, by: float) -> float:
 
 def simulate_us(steps: Sequence[Step], num_streams: int, times: Mapping[str, OpTime]) -> float:
     """Microseconds from the first launch to the last result."""
-    lanes = [_Lane([step for step in steps if step.stream == stream]) for stream in range(num_streams)]
+    lanes = [
+        _Lane([step for step in steps if step.stream == stream]) for stream in range(num_streams)
+    ]
     timeline = _Timeline(lanes, times)
     timeline.start()
     while not all(lane.idle for lane in lanes):
@@ -91,16 +97,21 @@ def simulate_us(steps: Sequence[Step], num_streams: int, times: Mapping[str, OpT
     return timeline.now_us
 
 
-def schedule_best(graph: OpGraph, load: Load, hardware: HardwareSpec, replayed: int = MAX_STREAMS) -> OpGraph:
+def schedule_best(
+    graph: OpGraph, load: Load, hardware: HardwareSpec, replayed: int = MAX_STREAMS
+) -> OpGraph:
     """The graph with the steps that take least time; on one stream unless more gain at least `MIN_GAIN`.
 
-    A CPU runs one kernel after the other. More than `replayed` streams are simulated, and not chosen.
+    A CPU runs one kernel after the other. More than `replayed` streams are simulated, and not
+    chosen.
     """
     times = {key: op_time(graph, op, load, hardware) for key, op in ops_by_step(graph).items()}
     lengths = {op.name: times[key].total_us for key, op in ops_by_step(graph).items()}
     most = MAX_STREAMS if hardware.sm else 1
     tried = [schedule(graph, count, lengths) for count in range(1, most + 1)]
-    timed = [replace(made, time_us=simulate_us(made.steps, made.num_streams, times)) for made in tried]
+    timed = [
+        replace(made, time_us=simulate_us(made.steps, made.num_streams, times)) for made in tried
+    ]
     best = min(timed[:replayed], key=lambda made: made.time_us)
     best = best if best.time_us < (1.0 - MIN_GAIN) * timed[0].time_us else timed[0]
     rest = [made.time_us for made in timed if made.num_streams != best.num_streams]

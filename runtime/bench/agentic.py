@@ -43,7 +43,7 @@ class Conversations:
         """The spec's, except what is given otherwise."""
         workload = plan.spec.get("workload", {})
         facts = {name: workload.get(name, default) for name, default in _DEFAULTS.items()}
-        facts["conversations"] = plan.limits.max_seqs
+        facts["conversations"] = plan.pool.limits.max_seqs
         return cls(**facts | {name: value for name, value in given.items() if value is not None})
 
 
@@ -64,7 +64,7 @@ def simulate(engine: Engine, acceptance: Sequence[float]) -> None:
     Raises:
         RequestError: the plan does not make as many drafts, or a chance is not one.
     """
-    depth = engine.plan.limits.max_depth
+    depth = engine.plan.pool.limits.max_depth
     if not 0 < len(acceptance) <= depth or not all(0 <= chance <= 1 for chance in acceptance):
         raise RequestError(
             f"an acceptance of {','.join(f'{chance:g}' for chance in acceptance)} does not fit drafts of depth {depth}",
@@ -76,7 +76,9 @@ def simulate(engine: Engine, acceptance: Sequence[float]) -> None:
     forced.copy_(torch.tensor((chances + never)[: forced.numel()]).view(forced.shape))
 
 
-def agentic(engine: Engine, options: Conversations, acceptance: Sequence[float] = ()) -> dict[str, Any]:
+def agentic(
+    engine: Engine, options: Conversations, acceptance: Sequence[float] = ()
+) -> dict[str, Any]:
     """Have all conversations, and say how it went; `acceptance` is simulated: see `simulate`.
 
     Raises:
@@ -87,11 +89,15 @@ def agentic(engine: Engine, options: Conversations, acceptance: Sequence[float] 
     words = _words(engine.vocab_size, options.seed)
     params = SamplingParams(max_tokens=options.output_tokens, ignore_eos=True)
     engine.generate(
-        [words(min(options.first_turn_tokens, engine.plan.limits.max_tokens))], SamplingParams(max_tokens=2)
+        [words(min(options.first_turn_tokens, engine.plan.pool.limits.max_tokens))],
+        SamplingParams(max_tokens=2),
     )
     before, counts = asdict(engine.metrics), engine.accept_counts
     begun = time.perf_counter()
-    talks = {str(i): _Conversation(words(options.first_turn_tokens)) for i in range(options.conversations)}
+    talks = {
+        str(i): _Conversation(words(options.first_turn_tokens))
+        for i in range(options.conversations)
+    }
     for name, talk in talks.items():
         engine.add(Request(name, tuple(talk.said), params))
     while engine.num_unfinished:
@@ -102,7 +108,9 @@ def agentic(engine: Engine, options: Conversations, acceptance: Sequence[float] 
                 talk.said += [*done.token_ids, *words(options.turn_tokens)]
                 engine.add(Request(done.request_id, tuple(talk.said), params))
     spent = {name: value - before[name] for name, value in asdict(engine.metrics).items()}
-    found = _figures(engine, options, list(talks.values()), spent, counts, time.perf_counter() - begun)
+    found = _figures(
+        engine, options, list(talks.values()), spent, counts, time.perf_counter() - begun
+    )
     return found | {"simulated_acceptance": list(acceptance)}
 
 
@@ -125,19 +133,28 @@ def _figures(
     prompts = sum(done.num_prompt_tokens for done in every)
     generated = sum(len(done.token_ids) for done in every)
     return {
-        "model": engine.plan.model.name, "plan": engine.plan.digest, "workload": asdict(options),
+        "model": engine.plan.model.name,
+        "plan": engine.plan.digest,
+        "workload": asdict(options),
         "hit_rate": sum(done.num_cached_tokens for done in every) / prompts,
         "ttft_ms": [_median_ms([done.ttft_s for done in turn]) for turn in turns],
-        "turn_time_ms": [_median_ms([done.ttft_s + done.decode_s for done in turn]) for turn in turns],
+        "turn_time_ms": [
+            _median_ms([done.ttft_s + done.decode_s for done in turn]) for turn in turns
+        ],
         "tpot_ms": _median_ms(rests),
-        "tokens_per_s_user": generated / len(talks) / wall_s, "tokens_per_s": generated / wall_s, "wall_s": wall_s,
+        "tokens_per_s_user": generated / len(talks) / wall_s,
+        "tokens_per_s": generated / wall_s,
+        "wall_s": wall_s,
         "tokens_per_pass": spent["decode_tokens"] / max(spent["decode_passes"], 1),
         "accept_counts": [now - was for now, was in zip(engine.accept_counts, counts, strict=True)],
         "host_us_per_step": spent["host_s"] / spent["steps"] * 1e6,
         "state_bytes_copied_per_step": spent["copied_bytes"] / spent["steps"],
-        **{name: spent[name] for name in ("steps", "decode_steps", "preemptions", "evicted_checkpoints")},
+        **{
+            name: spent[name]
+            for name in ("steps", "decode_steps", "preemptions", "evicted_checkpoints")
+        },
         "definitions": DEFINITIONS,
-    }  # fmt: skip
+    }
 
 
 def _median_ms(seconds: list[float]) -> float:
@@ -148,18 +165,20 @@ def as_text(found: dict[str, Any]) -> str:
     """What a person reads."""
     told, ttft = found["workload"], found["ttft_ms"]
     later = ttft[1:] or ttft
-    return "\n".join((
-        f"{told['conversations']} conversations of {told['turns']} turns: {told['first_turn_tokens']} tokens, "
-        f"then {told['turn_tokens']} a turn, {told['output_tokens']} out",
-        f"  cache: {found['hit_rate']:.1%} of the prompts' tokens, {found['evicted_checkpoints']:.0f} evictions, "
-        f"{found['preemptions']:.0f} preemptions",
-        f"  TTFT: first turn {ttft[0]:.1f} ms, second {later[0]:.1f} ms, last {later[-1]:.1f} ms",
-        f"  TPOT {found['tpot_ms']:.3f} ms; a turn {found['turn_time_ms'][-1]:.1f} ms (the last)",
-        f"  {found['tokens_per_s_user']:.1f} tokens/s a user, {found['tokens_per_s']:.1f} in all; "
-        f"{found['tokens_per_pass']:.2f} a pass" + _accepted(found),
-        f"  host {found['host_us_per_step']:.0f} us a step; "
-        f"{found['state_bytes_copied_per_step']:.0f} bytes copied a step (pages; recurrent state never)",
-    ))  # fmt: skip
+    return "\n".join(
+        (
+            f"{told['conversations']} conversations of {told['turns']} turns: {told['first_turn_tokens']} tokens, "
+            f"then {told['turn_tokens']} a turn, {told['output_tokens']} out",
+            f"  cache: {found['hit_rate']:.1%} of the prompts' tokens, {found['evicted_checkpoints']:.0f} evictions, "
+            f"{found['preemptions']:.0f} preemptions",
+            f"  TTFT: first turn {ttft[0]:.1f} ms, second {later[0]:.1f} ms, last {later[-1]:.1f} ms",
+            f"  TPOT {found['tpot_ms']:.3f} ms; a turn {found['turn_time_ms'][-1]:.1f} ms (the last)",
+            f"  {found['tokens_per_s_user']:.1f} tokens/s a user, {found['tokens_per_s']:.1f} in all; "
+            f"{found['tokens_per_pass']:.2f} a pass" + _accepted(found),
+            f"  host {found['host_us_per_step']:.0f} us a step; "
+            f"{found['state_bytes_copied_per_step']:.0f} bytes copied a step (pages; recurrent state never)",
+        )
+    )
 
 
 def _accepted(found: dict[str, Any]) -> str:

@@ -26,7 +26,9 @@ def floor_bytes(kernel: KernelSpec, load: Load) -> int:
 def activation_bytes(kernel: KernelSpec, load: Load) -> int:
     """What comes from other kernels and goes to them."""
     sizes = (
-        p.tensor.size_bytes(load.num_tokens, load.num_seqs) for p in kernel.params if p.role in ("input", "output")
+        p.tensor.size_bytes(load.num_tokens, load.num_seqs)
+        for p in kernel.params
+        if p.role in ("input", "output")
     )
     return sum(sizes)
 
@@ -41,7 +43,11 @@ def _weight_bytes(kernel: KernelSpec, param: Param, load: Load) -> int:
     size, rows = param.tensor.size_bytes(), param.tensor.bind(0, 0)[0]
     if any(part.kind == "embed" for part in kernel.parts):
         return load.num_tokens * size // rows
-    return load.experts_hit * size // rows if len(param.tensor.shape) == 3 and _has_experts(kernel) else size
+    return (
+        load.experts_hit * size // rows
+        if len(param.tensor.shape) == 3 and _has_experts(kernel)
+        else size
+    )
 
 
 def _has_experts(kernel: KernelSpec) -> bool:

@@ -15,7 +15,10 @@ RUNS = 10  # of a round
 
 
 def time_us(
-    work: Callable[[], object], device: str, count: int = RUNS, reset: Callable[[], object] = lambda: None
+    work: Callable[[], object],
+    device: str,
+    count: int = RUNS,
+    reset: Callable[[], object] = lambda: None,
 ) -> float:
     """Median over rounds of the mean of `count` runs, after one that is not counted; `reset` before each round."""
     reset()
@@ -55,7 +58,9 @@ def captured(work: Callable[[], object], device: str) -> Callable[[], object]:
     return replay
 
 
-def kernel_times_us(replay: Callable[[], object], names: set[str], count: int = 5) -> list[tuple[str, float]]:
+def kernel_times_us(
+    replay: Callable[[], object], names: set[str], count: int = 5
+) -> list[tuple[str, float]]:
     """(name, microseconds) of the kernels of a replay, in order; the mean over `count` replays."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -65,9 +70,12 @@ def kernel_times_us(replay: Callable[[], object], names: set[str], count: int = 
         for _ in range(count):
             replay()
         torch.cuda.synchronize()
-    events = sorted((e for e in profiler.events() if e.name in names), key=lambda e: e.time_range.start)
+    events = sorted(
+        (e for e in profiler.events() if e.name in names), key=lambda e: e.time_range.start
+    )
     length = len(events) // count
     rounds = [events[i * length : (i + 1) * length] for i in range(count)]
     return [
-        (same[0].name, statistics.mean(e.time_range.elapsed_us() for e in same)) for same in zip(*rounds, strict=True)
+        (same[0].name, statistics.mean(e.time_range.elapsed_us() for e in same))
+        for same in zip(*rounds, strict=True)
     ]

@@ -31,7 +31,9 @@ def this_machine(device: str | None = None) -> tuple[str, str]:
         PlanError: a GPU is asked for, and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise PlanError("there is no GPU here to measure", "leave `--device` out, or say `--device cpu`")
+        raise PlanError(
+            "there is no GPU here to measure", "leave `--device` out, or say `--device cpu`"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return device, "cpu" if device == "cpu" else torch.cuda.get_device_name()
 
@@ -49,7 +51,11 @@ def provenance(device: str) -> dict[str, str]:
     found = {"torch": str(torch.__version__)}
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        found |= {"cuda": str(torch.version.cuda), "free_bytes": str(free), "total_bytes": str(total)}
+        found |= {
+            "cuda": str(torch.version.cuda),
+            "free_bytes": str(free),
+            "total_bytes": str(total),
+        }
     return found
 
 
@@ -96,7 +102,9 @@ def _matrix(device: str) -> float:
     return 2.0 * size**3 / time_us(captured(lambda: a @ b, device), device) * 1e6
 
 
-def measure_sums(sizes_bytes: tuple[int, ...] = (1 << 20, 1 << 24, 1 << 28)) -> dict[int, dict[int, float]]:
+def measure_sums(
+    sizes_bytes: tuple[int, ...] = (1 << 20, 1 << 24, 1 << 28),
+) -> dict[int, dict[int, float]]:
     """Microseconds of NCCL's all-reduce by GPUs and bytes, over all GPUs of this process; empty with fewer than two.
 
     Launched one by one, so that only large messages say something about the links.
@@ -109,7 +117,9 @@ def measure_sums(sizes_bytes: tuple[int, ...] = (1 << 20, 1 << 24, 1 << 28)) -> 
 
 
 def _sum_us(gpus: int, size_bytes: int) -> float:
-    parts = [torch.zeros(size_bytes // 2, device=f"cuda:{i}", dtype=torch.bfloat16) for i in range(gpus)]
+    parts = [
+        torch.zeros(size_bytes // 2, device=f"cuda:{i}", dtype=torch.bfloat16) for i in range(gpus)
+    ]
 
     def work() -> None:
         torch.cuda.nccl.all_reduce(parts)

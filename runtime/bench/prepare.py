@@ -13,7 +13,9 @@ from tokenspeed_plan.runtime.triton_kernels import load_kernels
 from tokenspeed_plan.runtime.weights import load_weights, random_weights
 
 
-def prepare(plan: Plan, bundle: Path, folder: Path | None, kind: type[Executor] = Executor) -> Executor:
+def prepare(
+    plan: Plan, bundle: Path, folder: Path | None, kind: type[Executor] = Executor
+) -> Executor:
     """Checked, allocated and filled; states as if sequences had been there for long.
 
     Raises:
@@ -23,13 +25,17 @@ def prepare(plan: Plan, bundle: Path, folder: Path | None, kind: type[Executor] 
     rank, collectives = join(plan)
     kernels = load_kernels(plan, bundle) if plan.target.device == "cuda" else None
     if folder is None:
-        arenas = Arenas(plan.arenas, plan.target.device)
+        arenas = Arenas(plan.pool.arenas, plan.target.device)
         weights = random_weights(plan, arenas)
     else:
         check_files(plan, folder)
-        arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.arenas, plan.target.device), rank)
-    for buffer in plan.buffers:
+        arenas, weights = load_weights(
+            plan, folder, lambda: Arenas(plan.pool.arenas, plan.target.device), rank
+        )
+    for buffer in plan.pool.buffers:
         if buffer.arena in ("kv_cache", "state"):
-            view = arenas.view(buffer.arena, buffer.offset_bytes, buffer.tensor.bind(0, 0), buffer.tensor.dtype)
+            view = arenas.view(
+                buffer.arena, buffer.offset_bytes, buffer.tensor.bind(0, 0), buffer.tensor.dtype
+            )
             view[1:].normal_(std=0.1)
     return kind(plan, arenas, weights, rank, collectives, kernels)

@@ -41,14 +41,24 @@ def bench(plan: Plan, executor: Executor, options: Options) -> dict[str, Any]:
     device = plan.target.device
     machine = measure_machine(device)
     rows = _rows_per_seq(plan, options.batch)
-    programs = [Replay(plan, executor, "decode", options.batch, rows, options.context).measure(machine)]
+    programs = [
+        Replay(plan, executor, "decode", options.batch, rows, options.context).measure(machine)
+    ]
     if options.chunk:
-        programs.append(Replay(plan, executor, "prefill", 1, options.chunk, options.context).measure(machine))
-    memory = {"planned_bytes": plan.memory_bytes_per_rank.total, "reserved_bytes": plan.memory_bytes_per_rank.reserved}
+        programs.append(
+            Replay(plan, executor, "prefill", 1, options.chunk, options.context).measure(machine)
+        )
+    memory = {
+        "planned_bytes": plan.pool.memory_bytes_per_rank.total,
+        "reserved_bytes": plan.pool.memory_bytes_per_rank.reserved,
+    }
     return {
-        "machine": asdict(machine), "plan": plan.digest, "model": plan.model.name, "programs": programs,
+        "machine": asdict(machine),
+        "plan": plan.digest,
+        "model": plan.model.name,
+        "programs": programs,
         "memory": memory | {"measured_bytes": used_bytes(device)},
-    }  # fmt: skip
+    }
 
 
 class Replay:
@@ -58,14 +68,19 @@ class Replay:
         PlanError: the plan has no program, or no memory, for such a batch.
     """
 
-    def __init__(self, plan: Plan, executor: Executor, phase: Phase, num_seqs: int, count: int, context: int) -> None:
+    def __init__(
+        self, plan: Plan, executor: Executor, phase: Phase, num_seqs: int, count: int, context: int
+    ) -> None:
         self.plan, self.executor = plan, executor
         self.device = plan.target.device
         self.tokens, self.seqs, self.context = num_seqs * count, num_seqs, max(context, count)
         self.program = _program(plan, phase, self.tokens, num_seqs)
         sequences = tuple(self._sequence(i, count) for i in range(num_seqs))
         self.batch = Batch.of(self.program, sequences, (count,) * num_seqs)
-        self.run_tokens, self.run_seqs = self.batch.run_tokens, self.batch.run_seqs  # padded, where it is captured
+        self.run_tokens, self.run_seqs = (
+            self.batch.run_tokens,
+            self.batch.run_seqs,
+        )  # padded, where it is captured
         self.reset()
 
     def reset(self) -> None:
@@ -73,7 +88,9 @@ class Replay:
 
         All drafts count as right, so that a step has as much to do over again as it can have.
         """
-        write_inputs(self.batch, lambda name: self.executor.buffer(name, *self._size), self.plan.limits)
+        write_inputs(
+            self.batch, lambda name: self.executor.buffer(name, *self._size), self.plan.pool.limits
+        )
         if "forced_accept" in self.program.inputs:
             self.executor.buffer("forced_accept", *self._size).fill_(1.0)
 
@@ -82,8 +99,10 @@ class Replay:
         return self.run_tokens, self.run_seqs
 
     def _sequence(self, index: int, count: int) -> Sequence:
-        limits = self.plan.limits
-        longest = self.context + (RUNS * self.program.query_len if self._advances() else 0)  # each run adds to it
+        limits = self.plan.pool.limits
+        longest = self.context + (
+            RUNS * self.program.query_len if self._advances() else 0
+        )  # each run adds to it
         pages = -(-longest // limits.page_size)
         if longest > limits.max_seq_len or (index + 1) * pages > limits.num_pages:
             raise PlanError(
@@ -92,16 +111,24 @@ class Replay:
                 "lower --context or --batch",
             )
         random = torch.Generator().manual_seed(index)
-        ids = torch.randint(0, self.plan.model.vocab_size, (self.context,), generator=random).tolist()
+        ids = torch.randint(
+            0, self.plan.model.vocab_size, (self.context,), generator=random
+        ).tolist()
         start = 1 + index * limits.state_slots_per_seq
         before = self.context - count
-        request = Request(str(index), tuple(ids), SamplingParams(max_tokens=1 + longest - self.context))
+        request = Request(
+            str(index), tuple(ids), SamplingParams(max_tokens=1 + longest - self.context)
+        )
         return Sequence(
-            request, 0.0, ids, num_computed=before,
+            request,
+            0.0,
+            ids,
+            num_computed=before,
             num_kept=min(limits.kept_inputs, before) if self.program.phase == "decode" else 0,
             pages=list(range(index * pages, (index + 1) * pages)),
-            row=start if before else 0, dst_state_slots=list(range(start + 1, start + limits.state_slots_per_seq)),
-        )  # fmt: skip
+            row=start if before else 0,
+            dst_state_slots=list(range(start + 1, start + limits.state_slots_per_seq)),
+        )
 
     def measure(self, machine: Machine) -> dict[str, Any]:
         """Times of the whole program and of each kernel."""
@@ -111,7 +138,8 @@ class Replay:
         loads = [Load(self.tokens, self.seqs, self.context, hit) for hit in hits]
         calls = self._calls()
         floor = sum(
-            floor_bytes(self.executor.kernels[call.kernel], load) for call, load in zip(calls, loads, strict=True)
+            floor_bytes(self.executor.kernels[call.kernel], load)
+            for call, load in zip(calls, loads, strict=True)
         )
         floor_us = floor / machine.read_bytes_per_s * 1e6
         flops = sum(
@@ -119,16 +147,25 @@ class Replay:
             for call, load in zip(calls, loads, strict=True)
         )
         return {
-            "phase": self.program.phase, "bucket": self.program.bucket, "batch": self.seqs, "tokens": self.tokens,
-            "context": self.context, "launches": self.program.launches,
+            "phase": self.program.phase,
+            "bucket": self.program.bucket,
+            "batch": self.seqs,
+            "tokens": self.tokens,
+            "context": self.context,
+            "launches": self.program.launches,
             "launches_per_layer": round(self.program.launches / self.plan.num_layers, 2),
-            "measured_us": taken_us, "predicted_us": self.program.predicted_us, "floor_bytes": floor,
-            "floor_us": floor_us, "share_of_floor": floor_us / taken_us, "flops": flops,
+            "measured_us": taken_us,
+            "predicted_us": self.program.predicted_us,
+            "floor_bytes": floor,
+            "floor_us": floor_us,
+            "share_of_floor": floor_us / taken_us,
+            "flops": flops,
             "share_of_matrix_rate": flops / taken_us * 1e6 / machine.matrix_flops_per_s,
             "depth": self.program.depth,
-            "tokens_per_s": self.tokens / self.program.query_len / taken_us * 1e6,  # as if no draft were right
+            # as if no draft were right
+            "tokens_per_s": self.tokens / self.program.query_len / taken_us * 1e6,
             "kernels": self._kernels(calls, loads, machine),
-        }  # fmt: skip
+        }
 
     def run(self) -> None:
         """Once, kernel after kernel."""
@@ -139,10 +176,15 @@ class Replay:
 
     def _advances(self) -> bool:
         kernels = (self.executor.kernels[call.kernel] for call in self._calls())
-        return any(part.kind in ("advance", "advance_rows") for kernel in kernels for part in kernel.parts)
+        return any(
+            part.kind in ("advance", "advance_rows") for kernel in kernels for part in kernel.parts
+        )
 
     def _top_k(self) -> int:
-        return next((int(p.attrs["top_k"]) for k in self.plan.kernels for p in k.parts if p.kind == "topk"), 1)
+        return next(
+            (int(p.attrs["top_k"]) for k in self.plan.kernels for p in k.parts if p.kind == "topk"),
+            1,
+        )
 
     def _hits(self) -> Iterator[int]:
         """For each kernel call, the distinct experts that the layer's tokens chose; found by a replay step by step."""
@@ -169,7 +211,9 @@ class Replay:
             else:
                 run()
 
-    def _kernels(self, calls: list[KernelCall], loads: list[Load], machine: Machine) -> list[dict[str, Any]]:
+    def _kernels(
+        self, calls: list[KernelCall], loads: list[Load], machine: Machine
+    ) -> list[dict[str, Any]]:
         """Kernels by name: calls, mean microseconds, bytes a second and their share of what the machine can read."""
         times = self._times(calls)
         rows: dict[str, list[tuple[float, int, int, float]]] = defaultdict(list)
@@ -190,9 +234,9 @@ class Replay:
         self.reset()
         kinds = {kind_of(self.executor.kernels[call.kernel]) for call in calls}
         found = kernel_times_us(replay, kinds)
-        assert [name for name, _ in found] == [kind_of(self.executor.kernels[call.kernel]) for call in calls], (
-            "lost a kernel"
-        )
+        assert [name for name, _ in found] == [
+            kind_of(self.executor.kernels[call.kernel]) for call in calls
+        ], "lost a kernel"
         return [time for _, time in found]
 
 
@@ -200,20 +244,32 @@ def _row(name: str, found: list[tuple[float, int, int, float]], machine: Machine
     total, moved, other, predicted = (sum(column) for column in zip(*found, strict=True))
     rate = (moved + other) / total * 1e6 if total else 0.0
     return {
-        "kernel": name, "calls": len(found), "us": total / len(found), "total_us": total,
-        "predicted_us": predicted / len(found), "bytes": (moved + other) // len(found), "bytes_per_s": rate,
+        "kernel": name,
+        "calls": len(found),
+        "us": total / len(found),
+        "total_us": total,
+        "predicted_us": predicted / len(found),
+        "bytes": (moved + other) // len(found),
+        "bytes_per_s": rate,
         "share": rate / machine.read_bytes_per_s,
-    }  # fmt: skip
+    }
 
 
 def _rows_per_seq(plan: Plan, seqs: int) -> int:
     """Rows of each sequence in the decode program that takes so many sequences."""
-    fitting = [p for p in plan.programs if p.phase == "decode" and p.max_seqs >= seqs]
+    fitting = [p for p in plan.pool.programs if p.phase == "decode" and p.max_seqs >= seqs]
     return min(fitting, key=lambda p: p.bucket).query_len if fitting else 1
 
 
 def _program(plan: Plan, phase: Phase, tokens: int, seqs: int) -> Program:
-    fitting = [p for p in plan.programs if p.phase == phase and p.max_tokens >= tokens and p.max_seqs >= seqs]
+    fitting = [
+        p
+        for p in plan.pool.programs
+        if p.phase == phase and p.max_tokens >= tokens and p.max_seqs >= seqs
+    ]
     if not fitting:
-        raise PlanError(f"no {phase} program takes {tokens} tokens of {seqs} sequences", "see `tokenspeed show DIR`")
+        raise PlanError(
+            f"no {phase} program takes {tokens} tokens of {seqs} sequences",
+            "see `tokenspeed show DIR`",
+        )
     return min(fitting, key=lambda p: p.bucket)

@@ -1,7 +1,8 @@
 """The plain PyTorch body of every operator: the CPU path, and the oracle of every kernel.
 
-A body takes the constants of its operator, then its operands in the order of `plans.ops.OPS`, and returns its outputs
-as a tuple. Persistent state is updated in place. Sums and exponentials are taken in fp32 (fp64 in fp64).
+A body takes the constants of its operator, then its operands in the order of `plans.ops.OPS`, and
+returns its outputs as a tuple. Persistent state is updated in place. Sums and exponentials are
+taken in fp32 (fp64 in fp64).
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from tokenspeed_plan.runtime.reference import attention, batch, delta, dense, moe, sampling, speculation
+from tokenspeed_plan.runtime.reference import (
+    attention,
+    batch,
+    delta,
+    dense,
+    moe,
+    sampling,
+    speculation,
+)
 
 Attrs = Mapping[str, bool | int | float | str]
 Body = Callable[..., tuple[Tensor, ...]]

@@ -1,6 +1,7 @@
 """Gated attention over a paged cache.
 
-Shapes: T tokens, S sequences, Q query heads, K kv heads, D head_dim, P pages a sequence, C cached tokens.
+Shapes: T tokens, S sequences, Q query heads, K kv heads, D head_dim, P pages a sequence, C cached
+tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def split_gate(attrs: Attrs, qg_TN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=8)
-def _frequencies(rotary_dim: int, theta: float, factor: float, original: int) -> tuple[Tensor, float]:
+def _frequencies(
+    rotary_dim: int, theta: float, factor: float, original: int
+) -> tuple[Tensor, float]:
     """Angles per position for each pair, and the factor on cos and sin (YaRN, arXiv:2309.00071, where factor > 1)."""
     exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
     inverse = theta**-exponent
@@ -36,14 +39,18 @@ def _frequencies(rotary_dim: int, theta: float, factor: float, original: int) ->
         return rotary_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = max(math.floor(pair_at(32.0)), 0), min(math.ceil(pair_at(1.0)), rotary_dim - 1)
-    ramp = ((torch.arange(rotary_dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = (
+        (torch.arange(rotary_dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)
+    ).clamp(0, 1)
     return inverse / factor * ramp + inverse * (1 - ramp), 0.1 * math.log(factor) + 1.0
 
 
 def rope(attrs: Attrs, x_TN: Tensor, positions_T: Tensor) -> tuple[Tensor]:
     """Rotate the first `rotary_dim` of each head; dimension i is paired with i + rotary_dim / 2 (arXiv:2104.09864)."""
     rotary = attrs["rotary_dim"]
-    inverse, scale = _frequencies(rotary, attrs["theta"], attrs["factor"], attrs["original_max_positions"])
+    inverse, scale = _frequencies(
+        rotary, attrs["theta"], attrs["factor"], attrs["original_max_positions"]
+    )
     x = x_TN.unflatten(-1, (attrs["num_heads"], attrs["head_dim"]))
     angle = positions_T.to(x.dtype if x.dtype == torch.float64 else torch.float32)[:, None]
     angle = angle * inverse.to(angle)
@@ -62,7 +69,12 @@ def kv_write(attrs: Attrs, k_TN: Tensor, v_TN: Tensor, slots_T: Tensor, cache: T
 
 
 def attention(
-    attrs: Attrs, q_TN: Tensor, page_table_SP: Tensor, context_S: Tensor, cu_seqlens: Tensor, cache: Tensor
+    attrs: Attrs,
+    q_TN: Tensor,
+    page_table_SP: Tensor,
+    context_S: Tensor,
+    cu_seqlens: Tensor,
+    cache: Tensor,
 ) -> tuple[Tensor]:
     """softmax(q k^T / sqrt(D)) v over each sequence's own pages, causal; `context` counts the new tokens too.
 
@@ -72,8 +84,10 @@ def attention(
     if attrs["mode"] == "decode":
         return (_decode(q.unflatten(0, (len(context_S), -1)), page_table_SP, context_S, cache),)
     bounds, contexts = cu_seqlens.tolist(), context_S.tolist()
-    rows = [_one_sequence(q[start:end], page_table_SP[i], contexts[i], cache)
-            for i, (start, end) in enumerate(pairwise(bounds))]  # fmt: skip
+    rows = [
+        _one_sequence(q[start:end], page_table_SP[i], contexts[i], cache)
+        for i, (start, end) in enumerate(pairwise(bounds))
+    ]
     return (torch.cat(rows),)
 
 
@@ -81,7 +95,9 @@ def _gather(page_table: Tensor, length: int, cache: Tensor) -> tuple[Tensor, Ten
     """Keys and values [..., K, C, D] of the first `length` tokens of pages [..., P]."""
     page_size = cache.shape[2]
     used = page_table[..., : -(-length // page_size)]
-    pages = cache.index_select(0, used.flatten()).unflatten(0, used.shape)  # [..., P, 2, page, K, D]
+    pages = cache.index_select(0, used.flatten()).unflatten(
+        0, used.shape
+    )  # [..., P, 2, page, K, D]
     kv = pages.movedim(-4, 0).flatten(-4, -3)[..., :length, :, :].transpose(-2, -3)
     return kv[0], kv[1]
 
@@ -92,7 +108,9 @@ def _decode(q_SRQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Ten
     k, v = _gather(page_table_SP, longest, cache)
     seen_SR = context_S[:, None] - torch.arange(count - 1, -1, -1, device=context_S.device)
     visible_SRC = torch.arange(longest, device=context_S.device) < seen_SR[:, :, None]
-    y = F.scaled_dot_product_attention(q_SRQD.transpose(1, 2), k, v, visible_SRC[:, None], enable_gqa=True)
+    y = F.scaled_dot_product_attention(
+        q_SRQD.transpose(1, 2), k, v, visible_SRC[:, None], enable_gqa=True
+    )
     return y.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
@@ -102,7 +120,9 @@ def _one_sequence(q_TQD: Tensor, pages_P: Tensor, length: int, cache: Tensor) ->
     k, v = _gather(pages_P, length, cache)
     place_C = torch.arange(length, device=cache.device)
     visible = place_C[None] <= place_C[length - count :, None]
-    y = F.scaled_dot_product_attention(q_TQD.transpose(0, 1)[None], k[None], v[None], visible, enable_gqa=True)
+    y = F.scaled_dot_product_attention(
+        q_TQD.transpose(0, 1)[None], k[None], v[None], visible, enable_gqa=True
+    )
     return y[0].transpose(0, 1).flatten(1)
 
 

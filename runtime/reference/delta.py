@@ -1,7 +1,7 @@
 """Gated DeltaNet (arXiv:2412.06464): causal convolution, delta rule, gated norm.
 
-Shapes: T tokens, S sequences, L longest sequence of the batch, C channels, K taps, A key heads, B value heads,
-dk and dv their sizes, c a chunk of 64 tokens.
+Shapes: T tokens, S sequences, L longest sequence of the batch, C channels, K taps, A key heads, B
+value heads, dk and dv their sizes, c a chunk of 64 tokens.
 """
 
 from __future__ import annotations
@@ -43,11 +43,18 @@ class Ragged:
 
 
 def causal_conv(
-    attrs: Attrs, x_TC: Tensor, cu_seqlens: Tensor, read_S: Tensor, write_SR: Tensor, w: Tensor, state: Tensor
+    attrs: Attrs,
+    x_TC: Tensor,
+    cu_seqlens: Tensor,
+    read_S: Tensor,
+    write_SR: Tensor,
+    w: Tensor,
+    state: Tensor,
 ) -> tuple[Tensor]:
     """y[t] = silu(sum_j w[j] x[t - K + 1 + j]); the state holds the last K - 1 inputs of a sequence, oldest first.
 
-    In a decode step each of a sequence's rows leaves the state after it; else the last one does, in the first row.
+    In a decode step each of a sequence's rows leaves the state after it; else the last one does, in
+    the first row.
     """
     taps, w_CK, write_SR = attrs["kernel_size"], w[:, 0], _rows(write_SR)
     before = state.index_select(0, write_SR[:, 0] if attrs["mode"] == RECOMPUTED else read_S)
@@ -88,18 +95,29 @@ def _l2_norm(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
-def delta_gates(attrs: Attrs, b_TB: Tensor, a_TB: Tensor, a_log_B: Tensor, dt_bias_B: Tensor) -> tuple[Tensor, Tensor]:
+def delta_gates(
+    attrs: Attrs, b_TB: Tensor, a_TB: Tensor, a_log_B: Tensor, dt_bias_B: Tensor
+) -> tuple[Tensor, Tensor]:
     """beta = sigmoid(b) in (0, 1); log_decay = -exp(a_log) softplus(a + dt_bias) <= 0."""
     return widen(torch.sigmoid(b_TB)), -a_log_B.exp() * F.softplus(widen(a_TB) + dt_bias_B)
 
 
 def delta_rule(
-    attrs: Attrs, q_T: Tensor, k_T: Tensor, v_T: Tensor, beta_TB: Tensor, decay_TB: Tensor,
-    cu_seqlens: Tensor, read_S: Tensor, write_SR: Tensor, state: Tensor,
-) -> tuple[Tensor]:  # fmt: skip
+    attrs: Attrs,
+    q_T: Tensor,
+    k_T: Tensor,
+    v_T: Tensor,
+    beta_TB: Tensor,
+    decay_TB: Tensor,
+    cu_seqlens: Tensor,
+    read_S: Tensor,
+    write_SR: Tensor,
+    state: Tensor,
+) -> tuple[Tensor]:
     """S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q, per value head; the state is [rows, B, dk, dv].
 
-    In a decode step each of a sequence's rows leaves the state after it; else the last one does, in the first row.
+    In a decode step each of a sequence's rows leaves the state after it; else the last one does, in
+    the first row.
     """
     q, k, v = _as_heads(attrs, q_T, k_T, v_T)
     write_SR = _rows(write_SR)
@@ -120,15 +138,30 @@ def delta_rule(
 
 
 def recompute_state(
-    attrs: Attrs, x_TC: Tensor, b_TB: Tensor, a_TB: Tensor, context_S: Tensor, state_lens_S: Tensor, read_S: Tensor,
-    write_S: Tensor, w: Tensor, a_log_B: Tensor, dt_bias_B: Tensor, conv_state: Tensor, ssm_state: Tensor,
-    kept_inputs: Tensor, kept_gates: Tensor,
-) -> tuple[()]:  # fmt: skip
+    attrs: Attrs,
+    x_TC: Tensor,
+    b_TB: Tensor,
+    a_TB: Tensor,
+    context_S: Tensor,
+    state_lens_S: Tensor,
+    read_S: Tensor,
+    write_S: Tensor,
+    w: Tensor,
+    a_log_B: Tensor,
+    dt_bias_B: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    kept_inputs: Tensor,
+    kept_gates: Tensor,
+) -> tuple[()]:
     """Bring states up to date: what was kept of the last step goes through the layer again, as far as it came true.
 
-    The states are then those before the new rows, in the row to write, and what is kept there is of the new rows.
+    The states are then those before the new rows, in the row to write, and what is kept there is of
+    the new rows.
     """
-    window, state, inputs, gates = (x.index_select(0, read_S) for x in (conv_state, ssm_state, kept_inputs, kept_gates))
+    window, state, inputs, gates = (
+        x.index_select(0, read_S) for x in (conv_state, ssm_state, kept_inputs, kept_gates)
+    )
     new_SRC = x_TC.unflatten(0, (len(read_S), -1))
     pending_S = context_S - new_SRC.shape[1] - state_lens_S
     y = _convolved(_windows(window, inputs), w[:, 0])
@@ -139,7 +172,9 @@ def recompute_state(
         state = after.where((i < pending_S)[:, None, None, None], state)
     last = pending_S[:, None] + torch.arange(window.shape[1], device=window.device)
     ssm_state[write_S] = state
-    conv_state[write_S] = torch.cat((window, inputs), 1).gather(1, last[:, :, None].expand_as(window))
+    conv_state[write_S] = torch.cat((window, inputs), 1).gather(
+        1, last[:, :, None].expand_as(window)
+    )
     kept_inputs[write_S, : new_SRC.shape[1]] = new_SRC
     for i, gate_TB in enumerate((b_TB, a_TB)):
         kept_gates[write_S, i, : new_SRC.shape[1]] = gate_TB.view(len(read_S), -1, gate_TB.shape[1])
@@ -170,11 +205,17 @@ def _shared(x_TAk: Tensor, group: int) -> Tensor:
 
 
 def _recurrent(
-    q_SBk: Tensor, k_SBk: Tensor, v_SBv: Tensor, beta_SB: Tensor, decay_SB: Tensor, state_SBkv: Tensor
+    q_SBk: Tensor,
+    k_SBk: Tensor,
+    v_SBv: Tensor,
+    beta_SB: Tensor,
+    decay_SB: Tensor,
+    state_SBkv: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One token a sequence: decay first, error against the decayed state, read after the update.
 
-    k and q meet the old state in one product: S'^T q = a S^T q + (k . q) u with a the decay and u the update.
+    k and q meet the old state in one product: S'^T q = a S^T q + (k . q) u with a the decay and u
+    the update.
     """
     decay = decay_SB.exp()[..., None]
     from_k, from_q = (torch.stack((k_SBk, q_SBk), -2) @ state_SBkv * decay[..., None]).unbind(-2)
@@ -207,7 +248,9 @@ def _ratio(total: Tensor) -> Tensor:
     return gap.masked_fill(later, float("-inf")).exp()
 
 
-def _solve(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _solve(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """u = A^-1 beta V, w = A^-1 beta e^G K, (Q K^T) * D and G, with A = I + strict_lower((beta K K^T) * D)."""
     total = decay.cumsum(-1)
     ratio = _ratio(total)
@@ -233,27 +276,46 @@ def _scan(
 
 
 def delta_chunk(
-    attrs: Attrs, q_T: Tensor, k_T: Tensor, v_T: Tensor, beta_TB: Tensor, decay_TB: Tensor, cu_seqlens: Tensor
+    attrs: Attrs,
+    q_T: Tensor,
+    k_T: Tensor,
+    v_T: Tensor,
+    beta_TB: Tensor,
+    decay_TB: Tensor,
+    cu_seqlens: Tensor,
 ) -> tuple[Tensor, ...]:
     """The part of the chunked delta rule that needs no state; chunks begin anew with each sequence."""
     q, k, v = _as_heads(attrs, q_T, k_T, v_T)
     ragged = Ragged(cu_seqlens, DELTA_CHUNK)
-    solved = _solve(*(_in_chunks(ragged.pad(x).transpose(1, 2)) for x in (q, k, v, beta_TB, decay_TB)))
+    solved = _solve(
+        *(_in_chunks(ragged.pad(x).transpose(1, 2)) for x in (q, k, v, beta_TB, decay_TB))
+    )
     *made, total = (ragged.pack(x.flatten(2, 3).transpose(1, 2)) for x in solved)
     return (*(x.flatten(1).to(v_T.dtype) for x in made), total)
 
 
 def delta_scan(
-    attrs: Attrs, q_T: Tensor, k_T: Tensor, u_T: Tensor, w_T: Tensor, mix_T: Tensor, total_TB: Tensor,
-    cu_seqlens: Tensor, read_S: Tensor, write_SR: Tensor, state: Tensor,
-) -> tuple[Tensor]:  # fmt: skip
+    attrs: Attrs,
+    q_T: Tensor,
+    k_T: Tensor,
+    u_T: Tensor,
+    w_T: Tensor,
+    mix_T: Tensor,
+    total_TB: Tensor,
+    cu_seqlens: Tensor,
+    read_S: Tensor,
+    write_SR: Tensor,
+    state: Tensor,
+) -> tuple[Tensor]:
     """The part of the chunked delta rule that carries the state."""
     heads, group = attrs["num_k_heads"], attrs["num_v_heads"] // attrs["num_k_heads"]
     q, k = (_shared(widen(x).unflatten(-1, (heads, -1)), group) for x in (q_T, k_T))
     u, w, mix = (widen(x).unflatten(-1, (attrs["num_v_heads"], -1)) for x in (u_T, w_T, mix_T))
     ragged = Ragged(cu_seqlens, DELTA_CHUNK)
     q, k, u, w, mix = (_in_chunks(ragged.pad(x).transpose(1, 2)) for x in (q, k, u, w, mix))
-    y, after = _scan(q, k, u, w, mix, _padded_total(ragged, total_TB), state.index_select(0, read_S))
+    y, after = _scan(
+        q, k, u, w, mix, _padded_total(ragged, total_TB), state.index_select(0, read_S)
+    )
     state[_rows(write_SR)[:, 0]] = after
     return (ragged.pack(y.flatten(2, 3).transpose(1, 2)).flatten(1).to(DTYPES[attrs["dtype"]]),)
 

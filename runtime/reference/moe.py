@@ -27,14 +27,19 @@ def topk(attrs: Attrs, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
 
 def _all_at_once(attrs: Attrs, ids_Tk: Tensor) -> bool:
     """Whether one batched product over all experts of this rank is less work than a product for each that is hit."""
-    return attrs["num_experts"] <= ids_Tk.numel() <= 8 * attrs["num_experts"] and "expert_start" not in attrs
+    return (
+        attrs["num_experts"] <= ids_Tk.numel() <= 8 * attrs["num_experts"]
+        and "expert_start" not in attrs
+    )
 
 
 def _groups(attrs: Attrs, ids_Tk: Tensor) -> Iterator[tuple[int, Tensor]]:
     """For each expert of this rank that is hit: the expert, and its flat places in [T, k]."""
     local = ids_Tk.flatten() - int(attrs.get("expert_start", 0))
     order = local.argsort(stable=True)
-    counts = torch.bincount(local.clamp(-1, attrs["num_experts"]) + 1, minlength=attrs["num_experts"] + 2).tolist()
+    counts = torch.bincount(
+        local.clamp(-1, attrs["num_experts"]) + 1, minlength=attrs["num_experts"] + 2
+    ).tolist()
     start = counts[0]  # those of ranks before this one
     for expert in range(attrs["num_experts"]):
         end = start + counts[expert + 1]
@@ -48,7 +53,9 @@ def experts_up(attrs: Attrs, x_TH: Tensor, ids_Tk: Tensor, w_EIH: Tensor) -> tup
     num_tokens, chosen = ids_Tk.shape
     if _all_at_once(attrs, ids_Tk):
         both_ETI = x_TH @ w_EIH.mT
-        gate, up = both_ETI[ids_Tk, torch.arange(num_tokens, device=ids_Tk.device)[:, None]].chunk(2, -1)
+        gate, up = both_ETI[ids_Tk, torch.arange(num_tokens, device=ids_Tk.device)[:, None]].chunk(
+            2, -1
+        )
         return ((F.silu(gate) * up).view(num_tokens, -1),)
     out = x_TH.new_zeros(num_tokens * chosen, w_EIH.shape[1] // 2)
     for expert, places in _groups(attrs, ids_Tk):
@@ -57,13 +64,17 @@ def experts_up(attrs: Attrs, x_TH: Tensor, ids_Tk: Tensor, w_EIH: Tensor) -> tup
     return (out.view(num_tokens, -1),)
 
 
-def experts_down(attrs: Attrs, h_T: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, w_EHI: Tensor) -> tuple[Tensor]:
+def experts_down(
+    attrs: Attrs, h_T: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, w_EHI: Tensor
+) -> tuple[Tensor]:
     """y[t] = sum over j of weights[t, j] h[t, j] D^T."""
     num_tokens, chosen = ids_Tk.shape
     h = h_T.view(num_tokens, chosen, -1)
     if _all_at_once(attrs, ids_Tk):
         spread_ETI = h.new_zeros(w_EHI.shape[0], num_tokens, h.shape[2])
-        spread_ETI[ids_Tk, torch.arange(num_tokens, device=ids_Tk.device)[:, None]] = h * weights_Tk[:, :, None]
+        spread_ETI[ids_Tk, torch.arange(num_tokens, device=ids_Tk.device)[:, None]] = (
+            h * weights_Tk[:, :, None]
+        )
         return ((spread_ETI @ w_EHI.mT).sum(0),)
     out = h.new_zeros(num_tokens * chosen, w_EHI.shape[1])
     flat = h.flatten(0, 1)
@@ -90,7 +101,9 @@ def _runs(order_Tk: Tensor, bounds: Tensor) -> Iterator[tuple[int, Tensor]]:
             yield expert, order[start:end]
 
 
-def grouped_up(attrs: Attrs, x_TH: Tensor, order_Tk: Tensor, bounds: Tensor, w_EIH: Tensor) -> tuple[Tensor]:
+def grouped_up(
+    attrs: Attrs, x_TH: Tensor, order_Tk: Tensor, bounds: Tensor, w_EIH: Tensor
+) -> tuple[Tensor]:
     """`experts_up` from sorted places."""
     chosen = order_Tk.shape[1]
     out = x_TH.new_zeros(order_Tk.numel(), w_EIH.shape[1] // 2)
@@ -100,7 +113,9 @@ def grouped_up(attrs: Attrs, x_TH: Tensor, order_Tk: Tensor, bounds: Tensor, w_E
     return (out.view(order_Tk.shape[0], -1),)
 
 
-def grouped_down(attrs: Attrs, h_T: Tensor, order_Tk: Tensor, bounds: Tensor, w_EHI: Tensor) -> tuple[Tensor]:
+def grouped_down(
+    attrs: Attrs, h_T: Tensor, order_Tk: Tensor, bounds: Tensor, w_EHI: Tensor
+) -> tuple[Tensor]:
     """y[t, j] = h[t, j] D^T of its expert; zeros where that is another rank's."""
     flat = h_T.reshape(order_Tk.numel(), -1)
     out = flat.new_zeros(order_Tk.numel(), w_EHI.shape[1])

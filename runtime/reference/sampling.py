@@ -22,18 +22,24 @@ def sample(
 ) -> tuple[Tensor]:
     """Argmax where the temperature is 0, else one draw from softmax(logits / temperature) after top-k and top-p.
 
-    The draw is a function of a row's seed and of `rng_offset`, its token's number, so that neither batch nor order matter.
-    Where sequences have several rows, row i is token `rng_offset + i`, drawn as it would be alone.
-    Rows of the table that stand for no token are never drawn. Logits without a finite sum give no distribution: argmax.
+    The draw is a function of a row's seed and of `rng_offset`, its token's number, so that neither
+    batch nor order matter. Where sequences have several rows, row i is token `rng_offset + i`,
+    drawn as it would be alone. Rows of the table that stand for no token are never drawn. Logits
+    without a finite sum give no distribution: argmax.
     """
     greedy_S = logits_SV.argmax(-1).int()
     params = (temperature_S, top_p_S, top_k_S, seed_S, rng_offset_S)
     if (count := attrs.get("query_len", 1)) > 1:
         *others, rng_offset = (x.repeat_interleave(count) for x in params)
-        params = (*others, rng_offset + torch.arange(len(rng_offset), device=rng_offset.device) % count)
+        params = (
+            *others,
+            rng_offset + torch.arange(len(rng_offset), device=rng_offset.device) % count,
+        )
     hot = (params[0] > 0).nonzero().flatten()
     if hot.numel():
-        greedy_S[hot] = _draw(attrs["num_valid_tokens"], *(x[hot] for x in (greedy_S, logits_SV, *params)))
+        greedy_S[hot] = _draw(
+            attrs["num_valid_tokens"], *(x[hot] for x in (greedy_S, logits_SV, *params))
+        )
     return (greedy_S,)
 
 
@@ -56,11 +62,13 @@ def _draw(
     return torch.where(cumulative[:, -1] > 0, drawn, greedy)  # NaN is not
 
 
-def filtered(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
+def filtered(
+    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor
+) -> tuple[Tensor, Tensor]:
     """Probabilities [S, V] in fp64, best first, zero where cut off, and their token ids.
 
-    Top-k keeps the k best (0: all), top-p the smallest set of the best that holds at least p of what is left
-    (arXiv:1904.09751); the best token always stays.
+    Top-k keeps the k best (0: all), top-p the smallest set of the best that holds at least p of
+    what is left (arXiv:1904.09751); the best token always stays.
     """
     scaled = logits.double() / temperature.double()[:, None]
     scaled, ids = torch.sort(scaled, dim=-1, descending=True, stable=True)

@@ -1,10 +1,11 @@
 """Draft, verify and accept: what the decode step of a plan that speculates does besides running the model.
 
-A step has R = depth + 1 rows of each sequence: row 0 is its last token, rows 1 to depth are drafts. The target samples
-s_i after each row i, with the random number of that token, as if it came alone. A draft is an argmax, so it proposes
-one token with certainty; for such a proposal x rejection sampling (arXiv:2211.17192) accepts x with probability p(x)
-and else draws from p without x. To draw s_i from p and accept where s_i = x is the same thing: so speculation changes
-neither the distribution nor, for the same seed, a single token.
+A step has R = depth + 1 rows of each sequence: row 0 is its last token, rows 1 to depth are drafts.
+The target samples s_i after each row i, with the random number of that token, as if it came alone.
+A draft is an argmax, so it proposes one token with certainty; for such a proposal x rejection
+sampling (arXiv:2211.17192) accepts x with probability p(x) and else draws from p without x. To draw
+s_i from p and accept where s_i = x is the same thing: so speculation changes neither the
+distribution nor, for the same seed, a single token.
 
 Shapes: T rows, S sequences, R rows of a sequence, H hidden, V vocabulary, P pages of a sequence.
 """
@@ -23,7 +24,11 @@ Attrs = Mapping[str, Any]
 
 
 def shift_tokens(
-    attrs: Attrs, token_ids_T: Tensor, following_S: Tensor, next_tokens_S: Tensor, cu_seqlens: Tensor
+    attrs: Attrs,
+    token_ids_T: Tensor,
+    following_S: Tensor,
+    next_tokens_S: Tensor,
+    cu_seqlens: Tensor,
 ) -> tuple[Tensor]:
     """The token after each one; after a sequence's last one what the host knows to follow, else what was sampled."""
     shifted_T = torch.cat((token_ids_T[1:], token_ids_T[:1]))
@@ -46,18 +51,23 @@ def accept(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How many drafts were right, the tokens computed with them, and the last token said; padding counts nothing.
 
-    A sequence goes no further than a token that ends it, nor than it has memory for: its state is then where it ends.
-    `forced` is zero, unless a benchmark simulates acceptance: see the operator's row in `plans/ops.py`.
+    A sequence goes no further than a token that ends it, nor than it has memory for: its state is
+    then where it ends. `forced` is zero, unless a benchmark simulates acceptance: see the
+    operator's row in `plans/ops.py`.
     """
     count = attrs["query_len"]
     said_SR, rows_SR = next_tokens_T.view(-1, count), token_ids_T.view(-1, count)
     stops_SR = (said_SR[:, :, None] == stop_ids_SN[:, None]).any(-1)
     same_SR = said_SR[:, :-1] == rows_SR[:, 1:]
-    chance_SR = uniform(seed_S[:, None], rng_offset_S[:, None] + torch.arange(count - 1, device=rng_offset_S.device))
+    chance_SR = uniform(
+        seed_S[:, None], rng_offset_S[:, None] + torch.arange(count - 1, device=rng_offset_S.device)
+    )
     same_SR = torch.where(forced[: count - 1] != 0, chance_SR < forced[: count - 1], same_SR)
     right_SR = same_SR & ~stops_SR[:, :-1]
     before_S = context_S - count
-    accepted_S = right_SR.int().cumprod(1).sum(1).minimum(max_lens_S - before_S - 1).clamp(min=0).int()
+    accepted_S = (
+        right_SR.int().cumprod(1).sum(1).minimum(max_lens_S - before_S - 1).clamp(min=0).int()
+    )
     reached_SR = torch.arange(count, device=said_SR.device)[None] <= accepted_S[:, None]
     counts[:count] += (reached_SR & (src_state_slots_S > 0)[:, None]).sum(0)
     last_S = said_SR.gather(1, accepted_S[:, None].long())[:, 0]
@@ -76,10 +86,16 @@ def draft(attrs: Attrs, logits_SV: Tensor, earlier: Tensor) -> tuple[Tensor]:
     return (torch.cat((earlier.view(len(best_S), -1), best_S[:, None]), 1),)
 
 
-def draft_place(attrs: Attrs, lens_S: Tensor, page_table_SP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def draft_place(
+    attrs: Attrs, lens_S: Tensor, page_table_SP: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Position, slot and context of the row that comes `step` after a sequence's last one."""
     positions_S = lens_S + (attrs["step"] - 1)
-    return positions_S, _slots(attrs["page_size"], positions_S[:, None], page_table_SP)[:, 0], positions_S + 1
+    return (
+        positions_S,
+        _slots(attrs["page_size"], positions_S[:, None], page_table_SP)[:, 0],
+        positions_S + 1,
+    )
 
 
 def _slots(page_size: int, positions_SR: Tensor, page_table_SP: Tensor) -> Tensor:

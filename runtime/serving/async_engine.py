@@ -24,13 +24,16 @@ Order = Callable[[], object]
 class Stream:
     """The answers to some requests as they grow, for one reader on the loop.
 
-    What the engine says waits here as bare tokens until it is read, and all that has gathered is read as one delta. So
-    a slow reader holds up nobody, and what waits for it is never more than its own answers.
+    What the engine says waits here as bare tokens until it is read, and all that has gathered is
+    read as one delta. So a slow reader holds up nobody, and what waits for it is never more than
+    its own answers.
     """
 
     def __init__(self, engine: AsyncEngine, requests: Seq[Request]) -> None:
         self._engine = engine
-        self._texts = {request.request_id: AnswerText(request, engine.tokenizer) for request in requests}
+        self._texts = {
+            request.request_id: AnswerText(request, engine.tokenizer) for request in requests
+        }
         self._tokens: dict[str, list[NewToken]] = {}
         self._completions: dict[str, Completion] = {}
         self._news = asyncio.Event()
@@ -140,7 +143,10 @@ class AsyncEngine:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await self.close()
 
@@ -158,7 +164,9 @@ class AsyncEngine:
         """
         return self.submit([Request(f"stream-{next(self._names)}", tuple(prompt_ids), params)])
 
-    async def generate(self, prompt_ids: Seq[int], params: SamplingParams = SamplingParams()) -> Completion:  # noqa: B008
+    async def generate(
+        self, prompt_ids: Seq[int], params: SamplingParams = SamplingParams()
+    ) -> Completion:
         """Continue one prompt to its end; raises as `stream` does. A caller that is cancelled cancels the request."""
         async with self.stream(prompt_ids, params) as answer:
             (completion,) = await answer.completions()
@@ -170,7 +178,9 @@ class AsyncEngine:
             raise self._stopped()
         names = {request.request_id for request in requests}
         if len(names) < len(requests) or names & self._streams.keys():
-            raise RequestError("another request of that name is not finished", "give each request its own id")
+            raise RequestError(
+                "another request of that name is not finished", "give each request its own id"
+            )
         for request in requests:
             self._engine.check(request)
         stream = Stream(self, requests)

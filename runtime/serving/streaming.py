@@ -6,7 +6,13 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tokenspeed_plan.runtime.request import Completion, NewToken, Request, SamplingParams, TokenLogprobs
+from tokenspeed_plan.runtime.request import (
+    Completion,
+    NewToken,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 _REPLACEMENT = "\ufffd"  # what the bytes of an unfinished character are decoded to
 
@@ -22,8 +28,8 @@ class Decoder(Protocol):
 class Delta:
     """What an answer has gained.
 
-    All texts of a request together are the text of its `completion`, which comes with the last one; so are its tokens
-    and logprobs. A token comes with the text that it helped to complete.
+    All texts of a request together are the text of its `completion`, which comes with the last one;
+    so are its tokens and logprobs. A token comes with the text that it helped to complete.
     """
 
     request_id: str
@@ -36,8 +42,8 @@ class Delta:
 class Detokenizer:
     """Text of a growing list of tokens, in pieces of whole characters.
 
-    Only the end of the list is decoded: the tokens of the last whole piece, since some decoders look at what stands
-    before a token, and those after it.
+    Only the end of the list is decoded: the tokens of the last whole piece, since some decoders
+    look at what stands before a token, and those after it.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -51,7 +57,9 @@ class Detokenizer:
         self._ids += token_ids
         text = self._decoder.decode(self._ids)
         if text.endswith(_REPLACEMENT):
-            text = text[:-1]  # of a run of them, only the last one can still become another character
+            text = text[
+                :-1
+            ]  # of a run of them, only the last one can still become another character
             new, self.host_outputs = text[self.host_outputs :], len(text)
             return new
         new = text[self.host_outputs :]
@@ -101,7 +109,11 @@ class AnswerText:
     def _num_held(self) -> int:
         """Characters at the end of the text that begin a stop string; the longest such end."""
         sizes = range(min(len(self._text), self._longest_stop), 0, -1)
-        ends = (size for size in sizes if any(stop.startswith(self._text[-size:]) for stop in self._params.stop))
+        ends = (
+            size
+            for size in sizes
+            if any(stop.startswith(self._text[-size:]) for stop in self._params.stop)
+        )
         return next(ends, 0)
 
 

@@ -1,6 +1,7 @@
 """Kernels for GPUs that are not here: they compile, with the right instructions, to the same bytes everywhere.
 
-What is only read is kept in the user's cache, which planning the examples fills too; all else compiles into empty ones.
+What is only read is kept in the user's cache, which planning the examples fills too; all else
+compiles into empty ones.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ GPUS = {90: find_hardware("H200"), 100: find_hardware("B200")}
 # The product instruction of each architecture. `mma.sync` is that of the one before Hopper.
 PRODUCT = {90: "wgmma.mma", 100: "tcgen05.mma"}
 ANY_PRODUCT = re.compile(r"\b(?:wgmma\.mma|tcgen05\.mma|mma\.sync)")
-# Operators with products of many rows, however they are fused; those after `last_token` have a row a sequence.
+# Operators with products of many rows, however they are fused; those after `last_token` have a row
+# a sequence.
 MATRIX = {"attention", "delta_chunk", "delta_scan", "grouped_down", "grouped_up", "linear"}
 WIDEST = 64  # rows of a tile from which on these instructions exist
 
@@ -72,7 +74,11 @@ def job(name: str, kernel: KernelSpec, sm: int) -> Job:
 
 def job_of(kind: str, sm: int = 90) -> Job:
     """The first kernel of a kind in the H200 plan."""
-    return job(H200_PLAN, next(kernel for kernel in plan_of(H200_PLAN).kernels if kind_of(kernel) == kind), sm)
+    return job(
+        H200_PLAN,
+        next(kernel for kernel in plan_of(H200_PLAN).kernels if kind_of(kernel) == kind),
+        sm,
+    )
 
 
 def used(programs: Iterable[Program]) -> set[str]:
@@ -82,13 +88,21 @@ def used(programs: Iterable[Program]) -> set[str]:
 
 def phase_of(plan: Plan, phase: Phase) -> list[Program]:
     """Programs of a phase, the one with the most rows last."""
-    return sorted((program for program in plan.programs if program.phase == phase), key=lambda program: program.bucket)
+    return sorted(
+        (program for program in plan.pool.programs if program.phase == phase),
+        key=lambda program: program.bucket,
+    )
 
 
 def tilings_of(plan: Plan, kernel: KernelSpec, hardware: HardwareSpec) -> list[Built]:
     """The ways to build a kernel of a plan, for a GPU that need not be the plan's."""
-    program = max((one for one in plan.programs if kernel.name in used([one])), key=lambda one: one.bucket)
-    params = tuple(param for param in kernel.params if param.role != "scratch")  # a tiling brings its own
+    program = max(
+        (one for one in plan.pool.programs if kernel.name in used([one])),
+        key=lambda one: one.bucket,
+    )
+    params = tuple(
+        param for param in kernel.params if param.role != "scratch"
+    )  # a tiling brings its own
     plain = kernel.model_copy(update={"launch": None, "name": "", "params": params})
     rows = (program.max_tokens, program.max_seqs)
     return build_kernel(kind_of(kernel), plain, rows, hardware, program.phase != "prefill")
@@ -127,9 +141,13 @@ def test_every_kernel_compiles_and_fits(name: str, sm: int, made: Made) -> None:
 def test_latency_kernels_keep_their_values_in_registers(name: str, sm: int, made: Made) -> None:
     """Those of decode and draft. A plan's tiles are chosen for its own GPU; for the other one there are tiles too."""
     plan = plan_of(name)
-    kernels = used(program for program in plan.programs if program.phase != "prefill")
+    kernels = used(program for program in plan.pool.programs if program.phase != "prefill")
     assert len(kernels) > 10
-    spilling = [kernel for kernel in plan.kernels if kernel.name in kernels and made[name, kernel.name, sm].spill_bytes]
+    spilling = [
+        kernel
+        for kernel in plan.kernels
+        if kernel.name in kernels and made[name, kernel.name, sm].spill_bytes
+    ]
     assert plan.target.sm not in (0, sm) or spilling == []
     for kernel in spilling:
         choice = KernelChoice(GPUS[sm], default_cache())
@@ -150,10 +168,16 @@ def with_rows(kernel: KernelSpec, count: int) -> KernelSpec:
         shape = list(param.tensor.shape)
         for dim, size in sizes.get(param.name, {}).items() if len(shape) > 1 else ():
             shape[dim] = size
-        params.append(param.model_copy(update={"tensor": TensorSpec(shape=tuple(shape), dtype=param.tensor.dtype)}))
-    parts = [part.model_copy(update={"attrs": {**part.attrs, "query_len": count}})
-             if "query_len" in OPS[part.kind].optional else part for part in kernel.parts]  # fmt: skip
-    return kernel.model_copy(update={"launch": None, "name": "", "params": tuple(params), "parts": tuple(parts)})
+        params.append(param.model_copy(update={"tensor": param.tensor.reshaped(tuple(shape))}))
+    parts = [
+        part.model_copy(update={"attrs": {**part.attrs, "query_len": count}})
+        if "query_len" in OPS[part.kind].optional
+        else part
+        for part in kernel.parts
+    ]
+    return kernel.model_copy(
+        update={"launch": None, "name": "", "params": tuple(params), "parts": tuple(parts)}
+    )
 
 
 @cache
@@ -166,20 +190,27 @@ def planned(rollback: str) -> Plan:
 
 
 @pytest.mark.parametrize("sm", GPUS)
-@pytest.mark.parametrize(("rollback", "step"), [("snapshot", "delta_step"), ("recompute", "delta_recompute")])
+@pytest.mark.parametrize(
+    ("rollback", "step"), [("snapshot", "delta_step"), ("recompute", "delta_recompute")]
+)
 def test_several_rows_a_sequence_stay_in_registers(rollback: str, step: str, sm: int) -> None:
     """Of the rule's tilings the first: it compiles, spills nothing, and large tiles have the newer instructions.
 
-    The delta rule holds a state beside its rows: where its first tiling spills, the second does not.
+    The delta rule holds a state beside its rows: where its first tiling spills, the second does
+    not.
     """
     plan, choice = planned(rollback), KernelChoice(GPUS[sm], default_cache())
     decode = used(phase_of(plan, "decode")[:1])
     kinds = {"attention_gate", step}
-    kernels = [kernel for kernel in plan.kernels if kernel.name in decode and kind_of(kernel) in kinds]
+    kernels = [
+        kernel for kernel in plan.kernels if kernel.name in decode and kind_of(kernel) in kinds
+    ]
     assert {kind_of(kernel) for kernel in kernels} == kinds
     asked = {}
     for kernel, count in itertools.product(kernels, (2, 4, 6)):
-        tilings = build_kernel(kind_of(kernel), with_rows(kernel, count), (count, 1), GPUS[sm], True)
+        tilings = build_kernel(
+            kind_of(kernel), with_rows(kernel, count), (count, 1), GPUS[sm], True
+        )
         asked[choice.ask(tilings).kernel.name] = [built.kernel.name for built in tilings]
     choice.compile()
     for name, built in choice.chosen.items():
@@ -204,14 +235,28 @@ def test_the_demo_model_is_planned_for_a_gpu(gpu: str) -> None:
         }
     )
     bundle = build_bundle(spec, find_model(spec, path), default_cache())
-    assert {binary.kernel for binary in bundle.plan.binaries} == {kernel.name for kernel in bundle.plan.kernels}
+    assert {binary.kernel for binary in bundle.plan.binaries} == {
+        kernel.name for kernel in bundle.plan.kernels
+    }
     assert len(bundle.cubins) == len(bundle.sources) == len(bundle.plan.binaries) > 30
     assert sum(binary.spill_bytes for binary in bundle.plan.binaries) == 0
 
 
-# Kinds that only programs that draft have, or that know there of rows to write, or of rows a sequence.
-DRAFTING = {"accept", "advance_rows", "conv_qk_norm", "delta_scan", "draft", "draft_then_place", "embed_norm_concat",
-            "last_rows", "sample", "select_rows", "shift_tokens"}  # fmt: skip
+# Kinds that only programs that draft have, or that know there of rows to write, or of rows a
+# sequence.
+DRAFTING = {
+    "accept",
+    "advance_rows",
+    "conv_qk_norm",
+    "delta_scan",
+    "draft",
+    "draft_then_place",
+    "embed_norm_concat",
+    "last_rows",
+    "sample",
+    "select_rows",
+    "shift_tokens",
+}
 
 
 def drafts(kernel: KernelSpec) -> bool:
@@ -232,7 +277,9 @@ def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> N
         sharded = shard(build_graph(context, phase, 3), ParallelLayout(1, 1, 1))
         graph = schedule(fuse(expand(sharded, tokens, 3)))
         lower(place(graph, tokens, 3), hardware, Load(tokens, 3, 4096), (tokens, 3), asked.ask)
-    asked.asked = {name: tilings for name, tilings in asked.asked.items() if drafts(tilings[0].kernel)}
+    asked.asked = {
+        name: tilings for name, tilings in asked.asked.items() if drafts(tilings[0].kernel)
+    }
     assert {kind_of(tilings[0].kernel) for tilings in asked.asked.values()} > DRAFTING
     asked.compile()  # refuses what fits in no tiling, or spills
     assert len(asked.made) == len(asked.asked)
@@ -241,15 +288,21 @@ def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> N
 
 @pytest.mark.parametrize("sm", GPUS)
 @pytest.mark.parametrize("name", [H200_PLAN, B200_PLAN])
-def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(name: str, sm: int, made: Made) -> None:
+def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(
+    name: str, sm: int, made: Made
+) -> None:
     """All products of such a kernel, not only one."""
     called = used(phase_of(plan_of(name), "prefill")[-1:])
     seen: set[str] = set()
     for kernel in (kernel for kernel in plan_of(name).kernels if kernel.name in called):
         parts = {part.kind for part in kernel.parts}
-        of_all_rows = all(p.tensor.shape[0] == "num_tokens" for p in kernel.params if p.role == "output")
+        of_all_rows = all(
+            p.tensor.shape[0] == "num_tokens" for p in kernel.params if p.role == "output"
+        )
         if parts & MATRIX and "last_token" not in parts and of_all_rows:
-            assert set(ANY_PRODUCT.findall(made[name, kernel.name, sm].ptx)) == {PRODUCT[sm]}, kernel.name
+            assert set(ANY_PRODUCT.findall(made[name, kernel.name, sm].ptx)) == {PRODUCT[sm]}, (
+                kernel.name
+            )
             seen |= parts & MATRIX
     assert seen == MATRIX
 
@@ -262,7 +315,9 @@ def test_older_instructions_are_for_few_rows_only(name: str, sm: int, made: Made
         if "mma.sync" in ANY_PRODUCT.findall(made[name, kernel.name, sm].ptx):
             assert kernel.launch is not None
             constants = kernel.launch.constants
-            assert int(constants.get("BLOCK_M", constants.get("BLOCK_G", WIDEST))) < WIDEST, kernel.name
+            assert int(constants.get("BLOCK_M", constants.get("BLOCK_G", WIDEST))) < WIDEST, (
+                kernel.name
+            )
 
 
 # With products, with helper functions, with many constants.
@@ -287,8 +342,17 @@ Result = dict[str, list[str]]
 def probe(work: Path, kept: Path, **environment: str) -> subprocess.Popen[str]:
     """Begin to compile PROBED in a process of its own, working in `work`, results kept in `kept`."""
     work.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", PROBE, str(ROOT / "plans/frozen" / H200_PLAN), str(kept), *PROBED]
-    return subprocess.Popen(command, cwd=work, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-c",
+        PROBE,
+        str(ROOT / "plans/frozen" / H200_PLAN),
+        str(kept),
+        *PROBED,
+    ]
+    return subprocess.Popen(
+        command, cwd=work, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    )
 
 
 def answer(process: subprocess.Popen[str]) -> Result:
@@ -307,14 +371,23 @@ def expected(made: Made) -> Result:
 
 
 def test_same_bytes_in_any_folder_and_hash_order(made: Made, tmp_path: Path) -> None:
-    runs = [probe(tmp_path / seed, tmp_path / f"cache {seed}", PYTHONHASHSEED=seed) for seed in ("1", "4711")]
+    runs = [
+        probe(tmp_path / seed, tmp_path / f"cache {seed}", PYTHONHASHSEED=seed)
+        for seed in ("1", "4711")
+    ]
     assert [answer(run) for run in runs] == [expected(made)] * 2
 
 
 def test_the_environment_has_no_say(made: Made, tmp_path: Path) -> None:
     """Each of these would make other code, in an entry that every later plan would trust."""
-    switches = {"DISABLE_LLVM_OPT": "1", "PTXAS_OPTIONS": "-O1", "DISABLE_MMA_V3": "1", "TRITON_OVERRIDE_ARCH": "sm80",
-                "TRITON_INSTRUMENTATION_MODE": "consan", "TRITON_INTERPRET": "1"}  # fmt: skip
+    switches = {
+        "DISABLE_LLVM_OPT": "1",
+        "PTXAS_OPTIONS": "-O1",
+        "DISABLE_MMA_V3": "1",
+        "TRITON_OVERRIDE_ARCH": "sm80",
+        "TRITON_INSTRUMENTATION_MODE": "consan",
+        "TRITON_INTERPRET": "1",
+    }
     assert answer(probe(tmp_path / "work", tmp_path / "cache", **switches)) == expected(made)
 
 
@@ -322,14 +395,20 @@ def no_compiler(missing: list[Job], folder: Path) -> dict[str, Compiled]:
     raise AssertionError(f"not in the cache: {[one.kernel.name for one in missing]}")
 
 
-def test_two_processes_share_a_cache(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_share_a_cache(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "cache"
     runs = [probe(tmp_path, folder), probe(tmp_path, folder)]
     assert [answer(run) for run in runs] == [expected(made)] * 2
-    assert len(list(folder.iterdir())) == 2 * len(PROBED), "a binary and a report each, and no drafts"
+    assert len(list(folder.iterdir())) == 2 * len(PROBED), (
+        "a binary and a report each, and no drafts"
+    )
     monkeypatch.setattr(build, "_compile_missing", no_compiler)
     jobs = [job_of(kind) for kind in PROBED]
-    assert compile_all(jobs, folder) == {one.key: made[H200_PLAN, one.kernel.name, one.sm] for one in jobs}
+    assert compile_all(jobs, folder) == {
+        one.key: made[H200_PLAN, one.kernel.name, one.sm] for one in jobs
+    }
 
 
 def truncate(path: Path) -> None:
@@ -404,7 +483,9 @@ def test_a_damaged_entry_is_compiled_again(
     assert results == {jobs[0].key: fresh, jobs[1].key: made[H200_PLAN, jobs[1].kernel.name, 90]}
 
 
-def test_a_damaged_entry_is_replaced(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_entry_is_replaced(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the compiler itself: the right bytes come back, and stay."""
     jobs = [job_of("topk"), job_of("embed")]
     copy_entries(jobs, tmp_path / "cache")
@@ -418,10 +499,20 @@ def test_a_damaged_entry_is_replaced(made: Made, tmp_path: Path, monkeypatch: py
 
 def altered(text: str, name: str = "wide_1", block: int = 128) -> Job:
     """A kernel of our own: y = x - sum(x) over `block` numbers, by one warp."""
-    tensor = TensorSpec(shape=(block,), dtype="fp32")
-    params = (Param(name="x", role="input", tensor=tensor), Param(name="y", role="output", tensor=tensor))
-    launch = Launch(template="", constants={}, grid=(GridDim(fixed=1),), num_warps=1, num_stages=1, pdl=False,
-                    source_sha256=source_digest(text))  # fmt: skip
+    tensor = TensorSpec.of(shape=(block,), dtype="fp32")
+    params = (
+        Param(name="x", role="input", tensor=tensor),
+        Param(name="y", role="output", tensor=tensor),
+    )
+    launch = Launch(
+        template="",
+        constants={},
+        grid=(GridDim(fixed=1),),
+        num_warps=1,
+        num_stages=1,
+        pdl=False,
+        source_sha256=source_digest(text),
+    )
     return Job(KernelSpec(name=name, params=params, parts=(), launch=launch), text, 90)
 
 
@@ -490,9 +581,13 @@ def test_the_next_tiling_is_taken_where_one_spills(tmp_path: Path) -> None:
 def test_a_kernel_that_fits_in_no_tiling_is_refused(tmp_path: Path) -> None:
     choice = KernelChoice(find_hardware("H200"), tmp_path)
     choice.ask([wide(32768), wide(16384)])
-    with pytest.raises(SpecError, match=r"^error: no tiling of kernel `wide_16384` fits H200 \(sm_90\)") as caught:
+    with pytest.raises(
+        SpecError, match=r"^error: no tiling of kernel `wide_16384` fits H200 \(sm_90\)"
+    ) as caught:
         choice.compile()
-    assert re.search(r"spills [1-9]\d* bytes, needs \d+ of 232448 bytes of shared memory$", caught.value.message)
+    assert re.search(
+        r"spills [1-9]\d* bytes, needs \d+ of 232448 bytes of shared memory$", caught.value.message
+    )
     assert "--no-compile" in caught.value.hint
 
 

@@ -27,10 +27,14 @@ CASES = {
     "ragged prefill": Case("prefill", RAGGED, (0, 3, 0, 100, 17)),
     "ragged prefill, dense": Case("prefill", (5, 66), (0, 9), kind="dense"),
     "H200 tiles, one row": Case("decode", (1,), (200,), gpu="H200"),
-    "H200 tiles, seven rows": Case("decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), gpu="H200", kind="odd"),
+    "H200 tiles, seven rows": Case(
+        "decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), gpu="H200", kind="odd"
+    ),
     "H200 tiles, prefill": Case("prefill", (1, 70), (5, 0), gpu="H200"),
     "bf16, one row": Case("decode", (1,), (40,), "bf16", "odd", "H200"),
-    "bf16, seven rows": Case("decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), "bf16", "odd", "H200"),
+    "bf16, seven rows": Case(
+        "decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), "bf16", "odd", "H200"
+    ),
     "bf16, prefill": Case("prefill", (1, 70), (5, 0), "bf16", gpu="H200"),
     "bf16, heads of 128 and 256": Case("decode", (1,) * 2, (0, 90), "bf16", "kernel", "H200"),
     "H200 tiles, four rows": Case("decode", (1,) * 4, (0, 1, 300, 511), gpu="H200", kind="odd"),
@@ -43,11 +47,15 @@ DRAFTED = {
     "three sequences, two rows": Case("decode", (2,) * 3, (40, 0, 9), depth=1, deeper=2),
     "eight sequences, six rows": Case("decode", (6,) * 8, LAST_PAGE, depth=5, kind="odd"),
     "eight sequences, four rows, dense": Case("decode", (4,) * 8, LAST_PAGE, depth=3, kind="dense"),
-    "H200 tiles, two sequences, four rows": Case("decode", (4,) * 2, (16, 505), gpu="H200", depth=3, kind="odd"),
+    "H200 tiles, two sequences, four rows": Case(
+        "decode", (4,) * 2, (16, 505), gpu="H200", depth=3, kind="odd"
+    ),
     "bf16, one sequence, two rows": Case("decode", (2,), (40,), "bf16", "odd", "H200", depth=1),
     "prefill and three drafts": Case("prefill", (1, 65, 3), (0, 3, 100), depth=3, kind="odd"),
     "prefill of many and two drafts": Case("prefill", (2,) * 17, tuple(range(17)), depth=2),
-    "experts of a rank, three drafts": Case("decode", (4,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2), depth=3),
+    "experts of a rank, three drafts": Case(
+        "decode", (4,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2), depth=3
+    ),
 }
 ROWS, TILED = DRAFTED["eight sequences, six rows"], DRAFTED["H200 tiles, two sequences, four rows"]
 ALONE = CASES["H200 tiles, one row"]
@@ -67,7 +75,9 @@ def test_kernels_equal_their_references(case: Case) -> None:
                 assert error <= TOLERANCE[case.dtype], (kernel.kernel.name, name, rank)
 
 
-@pytest.mark.parametrize("forced", [FORCED.forced, (1.0,) * 4, (-1.0,)], ids=["some", "all", "none"])
+@pytest.mark.parametrize(
+    "forced", [FORCED.forced, (1.0,) * 4, (-1.0,)], ids=["some", "all", "none"]
+)
 def test_simulated_acceptance_equals_the_reference(forced: tuple[float, ...]) -> None:
     case = replace(FORCED, forced=forced)
     (built,) = (kernel for kernel in kernels_of(case) if kind_of(kernel.kernel) == "accept")
@@ -98,7 +108,9 @@ def test_logits_that_are_no_distribution_still_give_a_token(gpu: str) -> None:
 EARLIER = {"attention_gate", "delta_step"}
 
 
-@pytest.mark.parametrize("case", [ROWS, TILED, ALONE], ids=["many sequences", "few sequences", "one row"])
+@pytest.mark.parametrize(
+    "case", [ROWS, TILED, ALONE], ids=["many sequences", "few sequences", "one row"]
+)
 def test_only_weights_are_loaded_before_the_kernels_before_are_done(case: Case) -> None:
     """All else may have been written in the same replay: tokens, places and hidden states of drafts are."""
     loading = set()
@@ -111,7 +123,10 @@ def test_only_weights_are_loaded_before_the_kernels_before_are_done(case: Case) 
         words = set(re.findall(r"\w+", before.rpartition("\n):\n")[2]))
         named = {param for param in kernel.kernel.params if param.name in words}
         early = kernel.kernel.launch.prefetch if kernel.kernel.launch else ()
-        assert all(param.role == "weight" or param.name in early for param in named), (kernel.kernel.name, named)
+        assert all(param.role == "weight" or param.name in early for param in named), (
+            kernel.kernel.name,
+            named,
+        )
         loading |= {kind_of(kernel.kernel)} if named else set()
     assert "moe_down_add" in loading, "some kernels do load ahead"
 
@@ -134,14 +149,24 @@ MUTATIONS = [
     (FEW, "qk_norm_rope_write", "place + PAGE * KV * D", "place + KV * D"),
     (FEW, "attention_gate", "score * SCALE", "score * SCALE * 1.01"),
     (CASES["H200 tiles, seven rows"], "attention_gate", "tl.log2(total)", "0.9 * tl.log2(total)"),
-    (CASES["H200 tiles, seven rows"], "attention_gate", "range(0, count, BLOCK_P", "range(1, count, BLOCK_P"),
+    (
+        CASES["H200 tiles, seven rows"],
+        "attention_gate",
+        "range(0, count, BLOCK_P",
+        "range(1, count, BLOCK_P",
+    ),
     (MANY, "attention_gate", "<= position", "< position"),
     (FEW, "delta_step", "head % GROUP == 0", "head % GROUP == 5"),
     (CASES["bf16, heads of 128 and 256"], "delta_step", "DV // BLOCK_V - 1", "DV // BLOCK_V - 2"),
     (CASES["H200 tiles, seven rows"], "sample", "found == best", "found < best"),
     (CASES["H200 tiles, seven rows"], "sample", "tl.store(counters + s, 0)", "pass"),
     (CASES["H200 tiles, seven rows"], "attention_gate", "tl.store(ticket + team, 0)", "pass"),
-    (CASES["bf16, heads of 128 and 256"], "delta_step", "tl.store(counters + s * B + head, 0)", "pass"),
+    (
+        CASES["bf16, heads of 128 and 256"],
+        "delta_step",
+        "tl.store(counters + s * B + head, 0)",
+        "pass",
+    ),
     (FEW, "delta_step", "t == TAPS - 1,", "t == TAPS - 2,"),
     (MANY, "conv_qk_norm", "(at >= 0) & (at < count)", "(at >= 0) & (at < count - 1)"),
     (MANY, "conv_qk_norm", "if first:", "if False:"),
@@ -159,10 +184,20 @@ MUTATIONS = [
     (MANY, "grouped_up", "begin // BLOCK_M - expert", "begin // BLOCK_M"),
     (MANY, "grouped_down", "BLOCK_M // 2, BLOCK_N", "BLOCK_M // 4, BLOCK_N"),
     (MANY, "grouped_up", "acc * tl.sigmoid(acc) * acc_up", "acc * tl.sigmoid(acc_up) * acc_up"),
-    (MANY, "grouped_down", "range(0, tl.where(there, K, 0)", "range(BLOCK_K, tl.where(there, K, 0)"),
+    (
+        MANY,
+        "grouped_down",
+        "range(0, tl.where(there, K, 0)",
+        "range(BLOCK_K, tl.where(there, K, 0)",
+    ),
     (FEW, "sample", "x ^ (x >> SHIFT)", "x ^ (x >> SHIFT + 1)"),
     (ROWS, "sample", " + s % ROWS", ""),
-    (DRAFTED["three sequences, two rows"], "sample", "temperature + s // ROWS", "temperature + s // (ROWS + 1)"),
+    (
+        DRAFTED["three sequences, two rows"],
+        "sample",
+        "temperature + s // ROWS",
+        "temperature + s // (ROWS + 1)",
+    ),
     (ROWS, "accept", "range(ROWS - 1)", "range(ROWS - 2)"),
     (ROWS, "accept", "== stops)", "== stops - 1)"),
     (ROWS, "accept", "- before - 1", "- before"),
@@ -181,7 +216,12 @@ MUTATIONS = [
     (ROWS, "draft_then_place", "position % PAGE", "position % (PAGE - 1)"),
     (ROWS, "embed_norm_concat", "t * 2 + 1", "t * 2"),
     (ROWS, "embed_norm_concat", "rms_norm_w2 + n", "rms_norm_w + n"),
-    (DRAFTED["experts of a rank, three drafts"], "norm_concat", "(2 * t + half)", "(2 * t + 1 - half)"),
+    (
+        DRAFTED["experts of a rank, three drafts"],
+        "norm_concat",
+        "(2 * t + half)",
+        "(2 * t + 1 - half)",
+    ),
     (DRAFTED["experts of a rank, three drafts"], "embed", "t * 2 + 1", "t * 2"),
     (ROWS, "select_rows", "s * ROWS", "s * (ROWS - 1)"),
     (CHUNKS, "last_rows", "+ s + 1) - 1", "+ s)"),
@@ -194,11 +234,13 @@ MUTATIONS = [
     (SEQS, "linear_add", "m < num_seqs", "m < num_seqs - 1"),
     (SEQS, "qk_norm_rope_write", "rope_positions + t", "rope_positions"),
     (SEQS, "attention_gate", "attention_context_lens + s)", "attention_context_lens)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
-    ("case", "kind", "old", "new"), MUTATIONS, ids=[f"{kind}: {new}" for _, kind, _, new in MUTATIONS]
+    ("case", "kind", "old", "new"),
+    MUTATIONS,
+    ids=[f"{kind}: {new}" for _, kind, _, new in MUTATIONS],
 )
 def test_a_broken_kernel_is_caught(case: Case, kind: str, old: str, new: str) -> None:
     assert is_caught(case, kind, old, new)

@@ -20,7 +20,9 @@ from tokenspeed_plan.plans.schema import KernelCall, Plan
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-with_browser = pytest.mark.skipif(BROWSER is None, reason=f"no browser here: none of {', '.join(BROWSERS)}")
+with_browser = pytest.mark.skipif(
+    BROWSER is None, reason=f"no browser here: none of {', '.join(BROWSERS)}"
+)
 NAMES = ("demo-cpu", "qwen3.5-397b-b200x8")
 
 
@@ -69,7 +71,16 @@ def test_the_page_is_whole_and_fetches_nothing(page: tuple[Plan, str]) -> None:
     checker.feed(text)
     assert checker.open == []
     assert checker.targets <= checker.ids
-    assert {"numbers", "why", "layer", "timeline", "memory", "roofline", "front", "spec"} <= checker.ids
+    assert {
+        "numbers",
+        "why",
+        "layer",
+        "timeline",
+        "memory",
+        "roofline",
+        "front",
+        "spec",
+    } <= checker.ids
     assert not re.search(r"https?://|@import|url\(|fetch\(|\bnan\b", text)
     assert all(decision.name in text for decision in plan.decisions)
 
@@ -77,13 +88,18 @@ def test_the_page_is_whole_and_fetches_nothing(page: tuple[Plan, str]) -> None:
 def test_the_figures_say_what_the_plan_says(page: tuple[Plan, str]) -> None:
     """A bar for each launch of a lone user's step, the memory to the byte, the time of the last bar's end."""
     plan, text = page
-    decode = min((p for p in plan.programs if p.phase == "decode"), key=lambda p: p.bucket)
+    decode = min((p for p in plan.pool.programs if p.phase == "decode"), key=lambda p: p.bucket)
     assert len(re.findall(r'data-say="[^"]*, stream \d+"', text)) == decode.launches
-    assert all(f"{size:,}" in text for name, size in plan.memory_bytes_per_rank.model_dump().items()
-               if name not in ("total", "capacity"))  # fmt: skip
+    assert all(
+        f"{size:,}" in text
+        for name, size in plan.pool.memory_bytes_per_rank.model_dump().items()
+        if name not in ("total", "capacity")
+    )
     if decode.num_streams == 1:
         total = sum(
-            step.predicted_us for step in decode.steps if isinstance(step, KernelCall) or step.kind == "collective"
+            step.predicted_us
+            for step in decode.steps
+            if isinstance(step, KernelCall) or step.kind == "collective"
         )
         assert f"A lone user's step, {total:.1f} us" in text.replace("&#39;", "'")
 
@@ -102,8 +118,18 @@ def test_what_a_spec_says_is_only_text(page: tuple[Plan, str]) -> None:
 
 def browse(path: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     assert BROWSER is not None
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,3600",
-               "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", *options, path.as_uri()]  # fmt: skip
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=1200,3600",
+        "--enable-logging=stderr",
+        f"--user-data-dir={folder / 'profile'}",
+        *options,
+        path.as_uri(),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
 
 
@@ -124,7 +150,12 @@ def test_a_browser_draws_it_in_light_and_dark(page: tuple[Plan, str], tmp_path: 
     drawn = []
     for scheme in (1, 0):  # blink: 0 is dark, 1 is light
         shot = tmp_path / f"{scheme}.png"
-        done = browse(path, tmp_path, f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={scheme}")
+        done = browse(
+            path,
+            tmp_path,
+            f"--screenshot={shot}",
+            f"--blink-settings=preferredColorScheme={scheme}",
+        )
         assert "CONSOLE" not in done.stderr, done.stderr
         drawn.append(pixels(shot))
     assert all(len(set(shot)) > 100 for shot in drawn), "an empty page"

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from kernel_lab import DEVICE, TOLERANCE, Case, Inputs, broken, errors, is_caught, kernels_of, reference, run_kernel
+from kernel_lab import (
+    DEVICE,
+    TOLERANCE,
+    Case,
+    Inputs,
+    broken,
+    errors,
+    is_caught,
+    kernels_of,
+    reference,
+    run_kernel,
+)
 from late import late
 
 from tokenspeed_plan.codegen.kernel_builder import Built
@@ -20,10 +31,13 @@ def rows(count: int, before: tuple[int, ...], **changes: object) -> Case:
     return replace(case, **changes)  # type: ignore[arg-type]
 
 
-# Contexts that end a row or two behind a block, a page, a split; eleven sequences whose splits end inside a block.
+# Contexts that end a row or two behind a block, a page, a split; eleven sequences whose splits end
+# inside a block.
 CASES = {
     "two rows": rows(2, (0, 1, 15, 63, 100)),
-    "two rows of eleven, H200 tiles": rows(2, (0, 1, 14, 63, 64, 95, 126, 127, 300, 400, 510), gpu="H200"),
+    "two rows of eleven, H200 tiles": rows(
+        2, (0, 1, 14, 63, 64, 95, 126, 127, 300, 400, 510), gpu="H200"
+    ),
     "three rows of one": rows(3, (40,), gpu="H200"),
     "three rows, three value heads a key head": rows(3, (0, 30), kind="ratio3"),
     "four rows, the deepest program has six": rows(4, (0, 62, 126, 300), gpu="H200", deeper=2),
@@ -37,13 +51,22 @@ CASES = {
 }
 KEPT = {
     "four rows, kept": rows(4, (0, 62, 126, 300, 7), gpu="H200", recomputes=True),
-    "two rows, six are kept": rows(2, (64, 9, 0, 300, 66, 7), gpu="H200", deeper=4, recomputes=True),
+    "two rows, six are kept": rows(
+        2, (64, 9, 0, 300, 66, 7), gpu="H200", deeper=4, recomputes=True
+    ),
     "one row, three are kept": rows(1, (9, 0, 505, 7), deeper=2, recomputes=True),
-    "six rows, three value heads a key head, kept": rows(6, (0, 30, 9), kind="ratio3", recomputes=True),
-    "bf16, heads of 128 and 256, kept": rows(4, (0, 90, 5), dtype="bf16", kind="kernel", gpu="H200", recomputes=True),
+    "six rows, three value heads a key head, kept": rows(
+        6, (0, 30, 9), kind="ratio3", recomputes=True
+    ),
+    "bf16, heads of 128 and 256, kept": rows(
+        4, (0, 90, 5), dtype="bf16", kind="kernel", gpu="H200", recomputes=True
+    ),
     "heads of a rank, kept": rows(2, (5, 9, 64), layout=ParallelLayout(2, 1, 2), recomputes=True),
 }
-ONE, FOUR = CASES["one row, the deepest program has three"], CASES["four rows, the deepest program has six"]
+ONE, FOUR = (
+    CASES["one row, the deepest program has three"],
+    CASES["four rows, the deepest program has six"],
+)
 ROW, TWO, SIX = *(rows(n, (0, 64, 300), gpu="H200") for n in (1, 2)), CASES["six rows, H200 tiles"]
 FOUR_KEPT, TWO_KEPT = KEPT["four rows, kept"], KEPT["two rows, six are kept"]
 GROUPS = CASES["one row, splits in teams"]
@@ -52,13 +75,23 @@ ELEVEN, HEADS = CASES["two rows of eleven, H200 tiles"], CASES["bf16, heads of 1
 
 # test_kernels.py has the others, on as many rows.
 BY_ROWS = {
-    "attention_gate", "delta_step", "delta_recompute", "commit_state_len", "advance", "advance_rows", "k_norm_rope_write",
-}  # fmt: skip
+    "attention_gate",
+    "delta_step",
+    "delta_recompute",
+    "commit_state_len",
+    "advance",
+    "advance_rows",
+    "k_norm_rope_write",
+}
 
 
 def alone(case: Case) -> list[Built]:
     """Kernels with a text that need no other rank."""
-    return [built for built in kernels_of(case) if built.source is not None and not is_collective(built.kernel)]
+    return [
+        built
+        for built in kernels_of(case)
+        if built.source is not None and not is_collective(built.kernel)
+    ]
 
 
 @pytest.mark.parametrize("case", (CASES | KEPT).values(), ids=(CASES | KEPT).keys())
@@ -82,10 +115,14 @@ def arrives_in_time(built: Built, case: Case) -> bool:
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="plays with the interpreter's time")
-@pytest.mark.parametrize("case", [ROW, TWO, SIX, FOUR_KEPT], ids=["one row", "two rows", "six rows", "four, kept"])
+@pytest.mark.parametrize(
+    "case", [ROW, TWO, SIX, FOUR_KEPT], ids=["one row", "two rows", "six rows", "four, kept"]
+)
 def test_nothing_is_loaded_before_it_is_there(case: Case) -> None:
     """Neither keys of any new row, nor in a pass that drafts the context itself."""
-    kernels = [built for built in alone(case) if case in (ROW, TWO) or kind_of(built.kernel) in BY_ROWS]
+    kernels = [
+        built for built in alone(case) if case in (ROW, TWO) or kind_of(built.kernel) in BY_ROWS
+    ]
     assert all("gdc_wait" in (built.source or "") for built in kernels)
     assert any("newest" in (built.source or "") for built in kernels)
     for built in kernels:
@@ -93,8 +130,16 @@ def test_nothing_is_loaded_before_it_is_there(case: Case) -> None:
 
 
 EARLY = [
-    (FOUR, "attention_gate", {"(c < length - ROWS)": "(c < length - 1)", "(c >= length - ROWS)": "(c >= length - 1)"}),
-    (ROW, "attention_gate", {"(c < length - 1)": "(c < length)", "(c == length - 1)": "(c == length)"}),
+    (
+        FOUR,
+        "attention_gate",
+        {"(c < length - ROWS)": "(c < length - 1)", "(c >= length - ROWS)": "(c >= length - 1)"},
+    ),
+    (
+        ROW,
+        "attention_gate",
+        {"(c < length - 1)": "(c < length)", "(c == length - 1)": "(c == length)"},
+    ),
     (FOUR, "delta_step", {"gdc_wait()": "gdc_launch_dependents()"}),
     (FOUR_KEPT, "delta_recompute", {"gdc_wait()": "gdc_launch_dependents()"}),
 ]
@@ -103,11 +148,17 @@ EARLY = [
 @pytest.mark.skipif(DEVICE != "cpu", reason="plays with the interpreter's time")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN
 @pytest.mark.parametrize(
-    ("case", "kind", "changes"), EARLY, ids=["all new keys but the last", "the new key", "all", "all, kept"]
+    ("case", "kind", "changes"),
+    EARLY,
+    ids=["all new keys but the last", "the new key", "all", "all, kept"],
 )
 def test_what_is_loaded_too_early_is_caught(case: Case, kind: str, changes: dict[str, str]) -> None:
     first = next(iter(changes))
-    (kernel,) = (built for built in alone(case) if kind_of(built.kernel) == kind and first in (built.source or ""))
+    (kernel,) = (
+        built
+        for built in alone(case)
+        if kind_of(built.kernel) == kind and first in (built.source or "")
+    )
     for old, new in changes.items():
         kernel = broken(kernel, old, new)
     assert not arrives_in_time(kernel, case)
@@ -118,7 +169,12 @@ MUTATIONS = [
     (FOUR, "delta_step", "inputs[i + 1 + t]", "inputs[i + t]"),
     (FOUR, "delta_step", "inputs[i + t]", "inputs[t]"),
     (FOUR, "delta_step", "(writes[i] * B", "(writes[0] * B"),
-    (FOUR, "delta_step", "causal_conv_conv_state, writes[i], i, v_c", "causal_conv_conv_state, writes[i], 0, v_c"),
+    (
+        FOUR,
+        "delta_step",
+        "causal_conv_conv_state, writes[i], i, v_c",
+        "causal_conv_conv_state, writes[i], 0, v_c",
+    ),
     (FOUR, "delta_step", "s * WRITE_ROWS + i", "s * ROWS + i"),
     (FOUR, "delta_step", "head % GROUP == 0", "head % GROUP == 5"),
     (FOUR, "delta_step", "gates[i][0]", "gates[0][0]"),
@@ -131,24 +187,59 @@ MUTATIONS = [
     (ONE, "delta_step", "causal_conv_dst_state_slots + s * 3", "causal_conv_dst_state_slots + s"),
     (TWO_KEPT, "delta_recompute", "i < count", "i <= count"),
     (TWO_KEPT, "delta_recompute", "logs[KEPT - 1] - logs[i]", "logs[KEPT - 1]"),
-    (TWO_KEPT, "delta_recompute", "for l in tl.static_range(i):", "for l in tl.static_range(i - 1):"),
-    (FOUR_KEPT, "delta_recompute", "for l in tl.static_range(i + 1):", "for l in tl.static_range(i):"),
+    (
+        TWO_KEPT,
+        "delta_recompute",
+        "for l in tl.static_range(i):",
+        "for l in tl.static_range(i - 1):",
+    ),
+    (
+        FOUR_KEPT,
+        "delta_recompute",
+        "for l in tl.static_range(i + 1):",
+        "for l in tl.static_range(i):",
+    ),
     (FOUR_KEPT, "delta_recompute", "gates[i][1] * u", "gates[0][1] * u"),
     (FOUR_KEPT, "delta_recompute", "tl.exp(logs[i]) * seen[i]", "seen[i]"),
     (TWO_KEPT, "delta_recompute", "- ROWS - tl.load", "- tl.load"),
     (TWO_KEPT, "delta_recompute", "inputs[p + t]", "inputs[p]"),
     (TWO_KEPT, "delta_recompute", "pending == p,", "pending >= p + 1,"),
-    (TWO_KEPT, "delta_recompute", "recompute_state_kept_inputs, read * KEPT", "recompute_state_kept_inputs, read * ROWS"),
+    (
+        TWO_KEPT,
+        "delta_recompute",
+        "recompute_state_kept_inputs, read * KEPT",
+        "recompute_state_kept_inputs, read * ROWS",
+    ),
     (TWO_KEPT, "delta_recompute", "kept_b, kept_b + KEPT * B", "kept_b, kept_b"),
-    (TWO_KEPT, "delta_recompute", "recompute_state_kept_gates + read * 2", "recompute_state_kept_gates + write * 2"),
+    (
+        TWO_KEPT,
+        "delta_recompute",
+        "recompute_state_kept_gates + read * 2",
+        "recompute_state_kept_gates + write * 2",
+    ),
     (TWO_KEPT, "delta_recompute", "(write * 2 * KEPT + r)", "(write * KEPT + r)"),
     (TWO_KEPT, "delta_recompute", "kept + KEPT * B", "kept"),
-    (TWO_KEPT, "delta_recompute", "recompute_state_ssm_state + (write * B", "recompute_state_ssm_state + (read * B"),
+    (
+        TWO_KEPT,
+        "delta_recompute",
+        "recompute_state_ssm_state + (write * B",
+        "recompute_state_ssm_state + (read * B",
+    ),
     (FOUR_KEPT, "delta_recompute", "write, -1, v_c", "write, 0, v_c"),
-    (FOUR_KEPT, "delta_recompute", "CHANNELS + v_c, v_in[TAPS - 1 + i]", "CHANNELS + v_c, v_in[TAPS - 1]"),
+    (
+        FOUR_KEPT,
+        "delta_recompute",
+        "CHANNELS + v_c, v_in[TAPS - 1 + i]",
+        "CHANNELS + v_c, v_in[TAPS - 1]",
+    ),
     (FOUR_KEPT, "delta_recompute", "CHANNELS + k_c, k_in[TAPS - 1 + i]", "CHANNELS + k_c, k_in[i]"),
     (FOUR_KEPT, "delta_recompute", "begin = s * ROWS", "begin = s"),
-    (KEPT["six rows, three value heads a key head, kept"], "delta_recompute", "head % GROUP == 0", "head % GROUP == 5"),
+    (
+        KEPT["six rows, three value heads a key head, kept"],
+        "delta_recompute",
+        "head % GROUP == 0",
+        "head % GROUP == 5",
+    ),
     (FOUR_KEPT, "commit_state_len", "- ROWS", "- ROWS + 1"),
     (FOUR_KEPT, "advance_rows", "tl.store(written, read, mask=ok)", "pass"),
     (ONE, "advance", "dst_state_slots + s * TABLE", "dst_state_slots + s"),
@@ -166,14 +257,21 @@ MUTATIONS = [
     (GROUPS, "attention_gate", "top + tl.log2(total)", "top"),
     (GROUPS, "attention_gate", "(base + team) *", "base *"),
     (FOUR, "attention_gate", "tl.where(total > 0.0, total, 1.0)", "total"),
-    (FOUR, "attention_gate", "row = (base + p)[None, :] * heads", "row = (base + p)[None, :] * (heads // 2)"),
+    (
+        FOUR,
+        "attention_gate",
+        "row = (base + p)[None, :] * heads",
+        "row = (base + p)[None, :] * (heads // 2)",
+    ),
     (FOUR, "attention_gate", "(c >= length - ROWS)", "(c >= length - 1)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN
 @pytest.mark.parametrize(
-    ("case", "kind", "old", "new"), MUTATIONS, ids=[f"{kind}: {new}" for _, kind, _, new in MUTATIONS]
+    ("case", "kind", "old", "new"),
+    MUTATIONS,
+    ids=[f"{kind}: {new}" for _, kind, _, new in MUTATIONS],
 )
 def test_a_broken_kernel_is_caught(case: Case, kind: str, old: str, new: str) -> None:
     if DEVICE != "cpu" and old in ("DV // BLOCK_V - 1", "teams - 1"):

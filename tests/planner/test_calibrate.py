@@ -38,9 +38,14 @@ def test_a_fit_finds_what_made_the_samples(noise: float) -> None:
 
 
 def test_kernels_too_small_to_tell_have_no_voice() -> None:
-    found = calibrate.fit([*samples(2.0, {"stream": 1.0}, 0.0), calibrate.Sample("rows", 9.0, 1e-4)], 1.0)
+    found = calibrate.fit(
+        [*samples(2.0, {"stream": 1.0}, 0.0), calibrate.Sample("rows", 9.0, 1e-4)], 1.0
+    )
     assert found.residuals["rows"] == calibrate.MAX_RESIDUAL
-    assert calibrate.fit([calibrate.Sample("rows", 1.0, 5.0)], 1.5).residuals["rows"] == calibrate.MIN_RESIDUAL
+    assert (
+        calibrate.fit([calibrate.Sample("rows", 1.0, 5.0)], 1.5).residuals["rows"]
+        == calibrate.MIN_RESIDUAL
+    )
 
 
 def test_what_is_written_can_be_read_and_plans(tmp_path: Path) -> None:
@@ -50,7 +55,9 @@ def test_what_is_written_can_be_read_and_plans(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(calibrate.dump(made, "A test."))
     machine = find_hardware(str(path))
-    assert machine.launch_us == pytest.approx(0.9) and machine.waits_us["stream"] == pytest.approx(0.6, rel=0.05)
+    assert machine.launch_us == pytest.approx(0.9) and machine.waits_us["stream"] == pytest.approx(
+        0.6, rel=0.05
+    )
     assert machine.residuals["stream"] == pytest.approx(1.2, rel=0.02)
     assert machine.residuals["product"] == find_hardware("H200").residuals["product"]
     assert machine.sources["launch_us"] == "a test"
@@ -58,8 +65,14 @@ def test_what_is_written_can_be_read_and_plans(tmp_path: Path) -> None:
 
 
 def test_machines_are_found_by_what_they_call_themselves() -> None:
-    for name, wanted in (("NVIDIA H200", "H200"), ("NVIDIA GeForce RTX 5090", "RTX5090"), ("NVIDIA GB200", "GB200"),
-                         ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA B200", "B200"), ("cpu", "cpu")):  # fmt: skip
+    for name, wanted in (
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GeForce RTX 5090", "RTX5090"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA B200", "B200"),
+        ("cpu", "cpu"),
+    ):
         assert calibrate.base_profile(name).name == wanted
     with pytest.raises(SpecError, match="no profile of `Radeon`"):
         calibrate.base_profile("Radeon")
@@ -68,36 +81,55 @@ def test_machines_are_found_by_what_they_call_themselves() -> None:
 def test_a_gpu_that_is_not_there_is_said_in_a_line(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = CliRunner().invoke(main, ["calibrate", "-o", str(tmp_path / "x.yaml"), "--device", "cuda"])
+    done = CliRunner().invoke(
+        main, ["calibrate", "-o", str(tmp_path / "x.yaml"), "--device", "cuda"]
+    )
     assert done.exit_code == 2 and done.stderr.startswith("error: there is no GPU here")
 
 
-def test_the_command_measures_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> None:
+def test_the_command_measures_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Any
+) -> None:
     from tokenspeed_plan.planner.models.config import load_model_config
 
     tiny = replace(load_model_config(checkpoint("moe")), name="tiny")
     monkeypatch.setattr(calibrate, "probe", lambda name, layers=4: tiny)
     monkeypatch.setattr("tokenspeed_plan.runtime.bench.machine.READ_BYTES", {"cpu": 1 << 22})
     out = tmp_path / "cpu.yaml"
-    done = CliRunner().invoke(main, ["calibrate", "-o", str(out), "--device", "cpu"], catch_exceptions=False)
+    done = CliRunner().invoke(
+        main, ["calibrate", "-o", str(out), "--device", "cpu"], catch_exceptions=False
+    )
     assert done.exit_code == 0, done.output
     profile = read_profile(out.read_text(), str(out))
     assert profile.measured["machine"] == "cpu"
     measured = {name for name, number in profile.residuals.items() if number.source == "probes"}
-    assert {"stream", "attention_decode", "attention_prefill", "delta_step", "delta_chunk"} <= measured
+    assert {
+        "stream",
+        "attention_decode",
+        "attention_prefill",
+        "delta_step",
+        "delta_chunk",
+    } <= measured
     assert find_hardware(str(out)).read_bytes_per_s > 1e8
 
 
 def test_times_add_up_to_the_programs() -> None:
     """Kernels that overlap wait less than by themselves; those that seem to take nothing do not decide."""
-    kernels = [{"kernel": "a", "us": 10.0, "calls": 4, "total_us": 40.0, "predicted_us": 6.0},
-               {"kernel": "b", "us": 20.0, "calls": 3, "total_us": 60.0, "predicted_us": 3.0}]  # fmt: skip
+    kernels = [
+        {"kernel": "a", "us": 10.0, "calls": 4, "total_us": 40.0, "predicted_us": 6.0},
+        {"kernel": "b", "us": 20.0, "calls": 3, "total_us": 60.0, "predicted_us": 3.0},
+    ]
     kinds = {"a": ["rms_norm", "linear"], "b": ["attention", "gate"]}
     for taken_us, alone in ((86.0, (8.0, 18.0)), (120.0, (12.0, 24.0))):
         program = {"measured_us": taken_us, "tokens": 1, "batch": 1, "kernels": kernels}
         made = calibrate.samples(program, kinds)
-        assert [(s.op_class, s.busy_us) for s in made] == [("stream", 6.0), ("attention_decode", 3.0)]
+        assert [(s.op_class, s.busy_us) for s in made] == [
+            ("stream", 6.0),
+            ("attention_decode", 3.0),
+        ]
         assert [s.measured_us for s in made] == pytest.approx(alone)
-        assert sum(s.measured_us * k["calls"] for s, k in zip(made, kernels, strict=True)) == pytest.approx(taken_us)
+        assert sum(
+            s.measured_us * k["calls"] for s, k in zip(made, kernels, strict=True)
+        ) == pytest.approx(taken_us)
     odd = [*samples(1.8, {"stream": 1.1}, 0.0), calibrate.Sample("stream", 1e-3, 1.0)]
     assert calibrate.fit(odd, 1.0).residuals["stream"] == pytest.approx(1.1, rel=0.15)

@@ -41,16 +41,18 @@ class _Random:
         self.gates = [self.tensor("g0", 1)]
 
     def tensor(self, name: str, width: int, rows: Dim = "num_tokens") -> str:
-        self.tensors[name] = Tensor(name, TensorSpec(shape=(rows, width), dtype="fp64"))
+        self.tensors[name] = Tensor(name, TensorSpec.of(shape=(rows, width), dtype="fp64"))
         return name
 
     def weight(self, *shape: int) -> str:
         name = f"w{len(self.weights)}"
         source = Source(name, shape, (0,) * len(shape), shape)
-        self.weights[name] = Weight(name, TensorSpec(shape=shape, dtype="fp64"), (source,))
+        self.weights[name] = Weight(name, TensorSpec.of(shape=shape, dtype="fp64"), (source,))
         return name
 
-    def emit(self, kind: str, inputs: tuple[str, ...], width: int, *weights: str, **attrs: float | str) -> str:
+    def emit(
+        self, kind: str, inputs: tuple[str, ...], width: int, *weights: str, **attrs: float | str
+    ) -> str:
         out = self.tensor(f"{kind}{len(self.ops)}", width)
         self.ops.append(Op(out, kind, inputs, (out,), weights, attrs=attrs))
         return out
@@ -62,7 +64,16 @@ class _Random:
     def grow(self) -> None:
         """One more operator, or two that belong together."""
         kind = self.rng.choice(
-            ["rms_norm", "linear", "add", "silu_mul", "sigmoid_gate", "gated_add", "all_reduce", "gate"]
+            [
+                "rms_norm",
+                "linear",
+                "add",
+                "silu_mul",
+                "sigmoid_gate",
+                "gated_add",
+                "all_reduce",
+                "gate",
+            ]
         )
         x = self.row()
         if kind == "rms_norm":
@@ -85,16 +96,30 @@ class _Random:
         for _ in range(self.rng.randrange(3, 25)):
             self.grow()
         kept = tuple(self.rng.sample(self.rows[2:], k=min(2, len(self.rows) - 2)))
-        return OpGraph(self.phase, Stage.SHARDED, tuple(self.ops), self.tensors, self.weights, ("x0", "x1", "g0"), kept)
+        return OpGraph(
+            self.phase,
+            Stage.SHARDED,
+            tuple(self.ops),
+            self.tensors,
+            self.weights,
+            ("x0", "x1", "g0"),
+            kept,
+        )
 
 
 def evaluate(graph: OpGraph, seed: int) -> dict[str, Values]:
     """Reference bodies in fp64; a fused operator shows only what it says that it gives back."""
     random_values = torch.Generator().manual_seed(seed)
-    known = {name: torch.randn(T, graph.tensors[name].spec.bind(T, 1)[1], generator=random_values, dtype=torch.float64)
-             for name in graph.inputs}  # fmt: skip
-    known |= {name: torch.randn(w.spec.bind(T, 1), generator=random_values, dtype=torch.float64)
-              for name, w in sorted(graph.weights.items())}  # fmt: skip
+    known = {
+        name: torch.randn(
+            T, graph.tensors[name].spec.bind(T, 1)[1], generator=random_values, dtype=torch.float64
+        )
+        for name in graph.inputs
+    }
+    known |= {
+        name: torch.randn(w.spec.bind(T, 1), generator=random_values, dtype=torch.float64)
+        for name, w in sorted(graph.weights.items())
+    }
     for op in graph.ordered():
         inside = {name: known[name] for name in (*op.inputs, *op.weights)}
         for member in op.members:
@@ -106,8 +131,14 @@ def evaluate(graph: OpGraph, seed: int) -> dict[str, Values]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(0, 10**9), st.sets(st.sampled_from(range(len(FUSIONS)))), st.sampled_from(["prefill", "decode"]))
-def test_random_graphs_say_the_same_however_they_are_fused(seed: int, chosen: set[int], phase: Phase) -> None:
+@given(
+    st.integers(0, 10**9),
+    st.sets(st.sampled_from(range(len(FUSIONS)))),
+    st.sampled_from(["prefill", "decode"]),
+)
+def test_random_graphs_say_the_same_however_they_are_fused(
+    seed: int, chosen: set[int], phase: Phase
+) -> None:
     plain = _Random(seed, phase).graph()
     fused = check(fuse(plain, 1, 1, tuple(FUSIONS[index] for index in sorted(chosen))))
     wanted, got = evaluate(plain, seed), evaluate(fused, seed)
@@ -115,7 +146,12 @@ def test_random_graphs_say_the_same_however_they_are_fused(seed: int, chosen: se
 
 
 def test_random_graphs_hold_runs_to_fuse() -> None:
-    found = {op.kind for seed in range(200) for op in fuse(_Random(seed, "decode").graph()).ops if op.parts}
+    found = {
+        op.kind
+        for seed in range(200)
+        for op in fuse(_Random(seed, "decode").graph()).ops
+        if op.parts
+    }
     assert {
         "reduce_add_norm",
         "norm_linear",
@@ -132,9 +168,13 @@ def test_every_rewrite_pays_by_the_cost_model(gpu: str, phase: Phase, depth: int
     tokens = 2048 if phase == "prefill" else depth + 1
     layout = ParallelLayout(8, 8, 1) if gpu == "B200" else ONE_RANK
     size = "397b-a17b" if gpu == "B200" else "35b-a3b"
-    sharded = expand(shard(build(context(size, depth), phase, depth), layout), tokens, 1 if depth else tokens)
+    sharded = expand(
+        shard(build(context(size, depth), phase, depth), layout), tokens, 1 if depth else tokens
+    )
     hardware, load = find_hardware(gpu), Load(tokens, 1, 4096)
     apart = {op.name: op for op in sharded.ops}
     for op in fuse(sharded).ops:
-        alone = sum(op_time(sharded, apart[member.name], load, hardware).total_us for member in op.parts)
+        alone = sum(
+            op_time(sharded, apart[member.name], load, hardware).total_us for member in op.parts
+        )
         assert not op.parts or op_time(sharded, op, load, hardware).total_us < alone, op.name

@@ -30,25 +30,33 @@ from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
 
-# Parameters of the text model and of the MTP layer, as published (and matched with published file sizes).
+# Parameters of the text model and of the MTP layer, as published (and matched with published file
+# sizes).
 PUBLISHED = {
-    "397b-a17b": (396_346_350_336, 6_595_568_128), "122b-a10b": (122_111_526_912, 2_523_679_232),
-    "35b-a3b": (34_660_610_688, 844_640_768), "27b": (26_895_998_464, 424_699_392),
-    "9b": (8_953_803_264, 243_290_624), "4b": (4_205_751_296, 120_599_552),
-    "2b": (1_881_825_088, 60_828_160), "0.8b": (752_393_024, 20_452_864),
-}  # fmt: skip
+    "397b-a17b": (396_346_350_336, 6_595_568_128),
+    "122b-a10b": (122_111_526_912, 2_523_679_232),
+    "35b-a3b": (34_660_610_688, 844_640_768),
+    "27b": (26_895_998_464, 424_699_392),
+    "9b": (8_953_803_264, 243_290_624),
+    "4b": (4_205_751_296, 120_599_552),
+    "2b": (1_881_825_088, 60_828_160),
+    "0.8b": (752_393_024, 20_452_864),
+}
 ACTIVE = {"397b-a17b": 16_331_922_176, "35b-a3b": 2_946_429_568, "9b": 7_936_684_544}
 
 
 def context(name: str, depth: int = 0) -> BuildContext:
     config, _ = load_preset(f"qwen3.5-{name}")
     limits = plan_limits(WorkloadSpec(), config, find_hardware("B200"), depth=depth)
-    return BuildContext(config, "bf16", limits, config.vocab_size, lambda prefix: not prefix.startswith("mtp."))
+    return BuildContext(
+        config, "bf16", limits, config.vocab_size, lambda prefix: not prefix.startswith("mtp.")
+    )
 
 
 def num_parameters(graph: OpGraph) -> int:
     return sum(
-        weight.spec.size_bytes() // (4 if weight.spec.dtype == "fp32" else 2) for weight in graph.weights.values()
+        weight.spec.size_bytes() // (4 if weight.spec.dtype == "fp32" else 2)
+        for weight in graph.weights.values()
     )
 
 
@@ -61,7 +69,11 @@ def test_parameters_are_the_published_count(name: str) -> None:
     text, mtp = PUBLISHED[name]
     assert num_parameters(build(context(name), "decode")) == text
     drafting = context(name, 3)
-    assert num_parameters(build(drafting, "decode", 3)) == num_parameters(build(drafting, "prefill", 1)) == text + mtp
+    assert (
+        num_parameters(build(drafting, "decode", 3))
+        == num_parameters(build(drafting, "prefill", 1))
+        == text + mtp
+    )
 
 
 @pytest.mark.parametrize("name", ACTIVE)
@@ -71,16 +83,22 @@ def test_bytes_of_a_decode_step_are_the_active_parameters(name: str) -> None:
     moved = sum(op_cost(graph, op, load).weight_bytes for op in graph.ops if op.kind != "embed")
     assert moved == pytest.approx(2 * ACTIVE[name], rel=2e-3)
     flops = sum(
-        op_cost(graph, op, load).flops for op in graph.ops if op.kind in ("linear", "experts_up", "experts_down")
+        op_cost(graph, op, load).flops
+        for op in graph.ops
+        if op.kind in ("linear", "experts_up", "experts_down")
     )
     assert flops == pytest.approx(2 * ACTIVE[name], rel=2e-3)
 
 
 def test_state_bytes_of_the_headline() -> None:
     graph = shard(build(context("397b-a17b"), "decode"), ParallelLayout(1, 1, 1))
-    delta = sum(op_cost(graph, op, Load(1, 1, 0)).state_bytes for op in graph.ops if op.kind == "delta_rule")
+    delta = sum(
+        op_cost(graph, op, Load(1, 1, 0)).state_bytes for op in graph.ops if op.kind == "delta_rule"
+    )
     assert delta == 2 * 188_743_680  # the recurrent state of 45 layers, read and written
-    cached = sum(op_cost(graph, op, Load(1, 1, 0)).state_bytes for op in graph.ops if op.kind == "kv_write")
+    cached = sum(
+        op_cost(graph, op, Load(1, 1, 0)).state_bytes for op in graph.ops if op.kind == "kv_write"
+    )
     assert cached == 30_720
 
 
@@ -109,11 +127,15 @@ def test_a_grammar_stands_between_the_passes() -> None:
 def greedy(plan: Plan, model: Model) -> list[tuple[int, ...]]:
     assert model.folder is not None
     engine = Engine.from_plan(plan, model.folder)
-    done = engine.generate([[1, 2, 3], list(range(70))], SamplingParams(max_tokens=4, num_logprobs=3, ignore_eos=True))
+    done = engine.generate(
+        [[1, 2, 3], list(range(70))], SamplingParams(max_tokens=4, num_logprobs=3, ignore_eos=True)
+    )
     return [tuple((s.token_id, round(s.logprob, 9)) for s in item.logprobs) for item in done]  # type: ignore[misc]
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(chosen=st.sets(st.sampled_from(range(len(FUSIONS)))))
 def test_fusion_never_changes_a_result(chosen: set[int], checkpoint: Any) -> None:
     spec = make_spec(checkpoint("moe"))
@@ -140,5 +162,7 @@ def test_the_draft_layer_equals_transformers(kind: str, checkpoint: Any) -> None
     torch.manual_seed(0)
     hidden, ids = torch.randn(9, 128), torch.arange(9)
     ours = draft_logits_of_graph(folder, hidden, ids)
-    wanted = draft_logits_of_transformers(folder, oracle_config(KINDS[kind]), KINDS[kind], hidden, ids)
+    wanted = draft_logits_of_transformers(
+        folder, oracle_config(KINDS[kind]), KINDS[kind], hidden, ids
+    )
     assert (ours - wanted).abs().max() < 1e-3

@@ -34,7 +34,12 @@ def test_the_machines_that_we_promise() -> None:
 def test_every_number_says_where_it_comes_from(name: str) -> None:
     machine = find_hardware(name)
     profile = read_profile(known_profiles()[name.lower()], name)
-    for number in (*profile.numbers, *profile.matrix_flops_per_s, *profile.residuals, *profile.errors):
+    for number in (
+        *profile.numbers,
+        *profile.matrix_flops_per_s,
+        *profile.residuals,
+        *profile.errors,
+    ):
         assert len(machine.sources[number]) > 10, number
     assert machine.read_bytes_per_s <= machine.peak_bytes_per_s
     assert machine.usd_per_hour_reserved <= machine.usd_per_hour_on_demand
@@ -43,9 +48,15 @@ def test_every_number_says_where_it_comes_from(name: str) -> None:
 def test_the_tables_are_those_that_were_measured() -> None:
     """Points of aiconfigurator's tables, as the planners' survey gives them."""
     for name, size, count, wanted in (
-        ("H200", 8192, 8, 3.6), ("H200", 131072, 8, 6.7), ("H200", 1 << 20, 8, 13.1), ("H200", 65536, 4, 3.5),
-        ("B200", 8192, 8, 5.1), ("B200", 8192, 4, 4.6), ("B300", 65536, 8, 6.4), ("H100", 16384, 8, 3.8),
-    ):  # fmt: skip
+        ("H200", 8192, 8, 3.6),
+        ("H200", 131072, 8, 6.7),
+        ("H200", 1 << 20, 8, 13.1),
+        ("H200", 65536, 4, 3.5),
+        ("B200", 8192, 8, 5.1),
+        ("B200", 8192, 4, 4.6),
+        ("B300", 65536, 8, 6.4),
+        ("H100", 16384, 8, 3.8),
+    ):
         assert all_reduce_us(find_hardware(name), size, count) == wanted, (name, size, count)
 
 
@@ -55,7 +66,9 @@ def test_more_bytes_and_more_gpus_never_take_less_time(name: str, count: int) ->
     machine = find_hardware(name)
     times = [all_reduce_us(machine, size, count) for size in SIZES]
     assert all(a <= b for a, b in pairwise(times))
-    assert all(all_reduce_us(machine, size, 8) >= all_reduce_us(machine, size, count) for size in SIZES)
+    assert all(
+        all_reduce_us(machine, size, 8) >= all_reduce_us(machine, size, count) for size in SIZES
+    )
     assert all_reduce_us(machine, 8192, 1) == 0.0
     assert all_reduce_us(machine, 8192, 2 * machine.gpus_per_node) > all_reduce_us(machine, 8192, 8)
 
@@ -88,10 +101,18 @@ def changed(path: str, value: Any) -> str:
         ("numbers.launch_us", {"value": 1}, "`numbers.launch_us.source`"),
         ("numbers.launch_us", {"value": -1, "source": "prior"}, "`numbers.launch_us.value`"),
         ("numbers.launch_us", {"value": 0, "source": "prior"}, "`numbers.launch_us` is 0"),
-        ("numbers.launch_us", {"value": float("nan"), "source": "prior"}, "`numbers.launch_us.value`"),
+        (
+            "numbers.launch_us",
+            {"value": float("nan"), "source": "prior"},
+            "`numbers.launch_us.value`",
+        ),
         ("numbers.launch_us", {"value": 1, "source": "hearsay"}, "source `hearsay` is not said"),
         ("sources.rumour", "a blog", "source `rumour` has no number"),
-        ("numbers.read_bytes_per_s", {"value": 9.0e12, "source": "prior"}, "more than `peak_bytes_per_s`"),
+        (
+            "numbers.read_bytes_per_s",
+            {"value": 9.0e12, "source": "prior"},
+            "more than `peak_bytes_per_s`",
+        ),
         ("residuals.product", None, "`residuals.product` is missing"),
         ("errors.memory", None, "`errors.memory` is missing"),
         ("all_reduce.one_shot", None, "`one_shot`"),

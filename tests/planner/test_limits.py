@@ -13,8 +13,11 @@ from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.types import Phase
 
 PREDICTED_US: dict[tuple[Phase, int], float] = {
-    ("decode", 1): 500.0, ("decode", 4): 1000.0, ("prefill", 128): 2000.0, ("prefill", 512): 6000.0,
-}  # fmt: skip
+    ("decode", 1): 500.0,
+    ("decode", 4): 1000.0,
+    ("prefill", 128): 2000.0,
+    ("prefill", 512): 6000.0,
+}
 
 
 @pytest.mark.parametrize(
@@ -25,8 +28,8 @@ def test_prefill_between_decode_steps_keeps_the_time_per_token(
     tpot_ms: float | None, tokens: int, tiny_plan: Plan
 ) -> None:
     """1 ms is the decode step's, the rest the prompt's: 128 tokens in 2 ms, 512 in 6; a page at least."""
-    assert tiny_plan.limits.max_tokens == 512
-    assert interleaved_tokens(tiny_plan.limits, tpot_ms, PREDICTED_US) == tokens
+    assert tiny_plan.pool.limits.max_tokens == 512
+    assert interleaved_tokens(tiny_plan.pool.limits, tpot_ms, PREDICTED_US) == tokens
 
 
 @pytest.mark.parametrize("where", ["slo", "objective"])
@@ -34,7 +37,7 @@ def test_the_spec_sets_the_time_per_token(where: str, checkpoint: Any) -> None:
     slo = {"tpot_ms": 3.0}
     spec = make_spec(checkpoint("moe"), **{where: slo if where == "slo" else {"slo": slo}})
     plan = compile_plan(spec, find_model(spec))
-    assert plan.limits.interleaved_tokens < plan.limits.max_tokens
+    assert plan.pool.limits.interleaved_tokens < plan.pool.limits.max_tokens
     said = {decision.name: decision for decision in plan.decisions}
     assert "within 3.0 ms" in said["interleaving"].reason
 
@@ -42,16 +45,19 @@ def test_the_spec_sets_the_time_per_token(where: str, checkpoint: Any) -> None:
 def test_checkpoints_are_in_the_memory_map(checkpoint: Any) -> None:
     spec = make_spec(checkpoint("moe"), workload={"first_turn_tokens": 1500, "concurrency": 3})
     plan = compile_plan(spec, find_model(spec))
-    limits = plan.limits
+    limits = plan.pool.limits
     assert (limits.checkpoint_interval, limits.num_checkpoints) == (512, 3 * (2 + 1568 // 512))
     assert limits.num_state_slots == 2 + 3 * 2 + limits.num_checkpoints
-    rows = {buffer.tensor.shape[0] for buffer in plan.buffers if buffer.arena == "state"}
+    rows = {buffer.tensor.shape[0] for buffer in plan.pool.buffers if buffer.arena == "state"}
     assert rows == {limits.num_state_slots}
 
 
 @pytest.mark.parametrize(
-    ("turn_tokens", "buckets"), [(0, (128, 512)), (100, (128, 256, 512)), (256, (128, 512)), (800, (128, 512))]
+    ("turn_tokens", "buckets"),
+    [(0, (128, 512)), (100, (128, 256, 512)), (256, (128, 512)), (800, (128, 512))],
 )
-def test_a_turn_has_a_program_of_its_size(turn_tokens: int, buckets: tuple[int, ...], tiny_plan: Plan) -> None:
+def test_a_turn_has_a_program_of_its_size(
+    turn_tokens: int, buckets: tuple[int, ...], tiny_plan: Plan
+) -> None:
     """With the last token of the answer before it: 257 of 256."""
-    assert prefill_buckets(tiny_plan.limits, turn_tokens) == buckets
+    assert prefill_buckets(tiny_plan.pool.limits, turn_tokens) == buckets

@@ -14,12 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenspeed_plan.planner import compile_plan, find_model, load_spec
-from tokenspeed_plan.planner.advisor.candidate import ALL_CAPABILITIES, DEPTHS, SUPPORTED, Candidate, Knobs
+from tokenspeed_plan.planner.advisor.candidate import (
+    ALL_CAPABILITIES,
+    DEPTHS,
+    SUPPORTED,
+    Candidate,
+    Knobs,
+)
 from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.advisor.memory_model import MemoryModel
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.resolve import resolve
-from tokenspeed_plan.planner.advisor.search import Found, Search
+from tokenspeed_plan.planner.advisor.search import Search, SearchResult
 from tokenspeed_plan.planner.advisor.step_model import StepModel
 from tokenspeed_plan.planner.advisor.workload import Demand, conversation, serve, tokens_a_step
 from tokenspeed_plan.planner.commands.predict import search
@@ -30,27 +36,39 @@ from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Plan
 
-WORKLOAD = {"kind": "agentic", "first_turn_tokens": 20000, "turn_tokens": 800, "turns": 6, "output_tokens": 400}
+WORKLOAD = {
+    "kind": "agentic",
+    "first_turn_tokens": 20000,
+    "turn_tokens": 800,
+    "turns": 6,
+    "output_tokens": 400,
+}
 NAMES = ("ttft_ms", "tpot_ms", "turn_time_ms")
 
 
 def asked(gpu: str = "H200", count: int = 8, model: str = "35b-a3b", **changes: Any) -> Spec:
     data: dict[str, Any] = {
-        "version": 1, "model": {"preset": f"qwen3.5-{model}"}, "target": {"gpu": gpu, "count": count},
+        "version": 1,
+        "model": {"preset": f"qwen3.5-{model}"},
+        "target": {"gpu": gpu, "count": count},
         "workload": WORKLOAD | {"concurrency": 4},
-    }  # fmt: skip
+    }
     for key, value in changes.items():
-        data[key] = data[key] | value if isinstance(data.get(key), dict) and isinstance(value, dict) else value
+        data[key] = (
+            data[key] | value
+            if isinstance(data.get(key), dict) and isinstance(value, dict)
+            else value
+        )
     return Spec.model_validate(data)
 
 
 @cache
-def found(text: str) -> Found:
+def found(text: str) -> SearchResult:
     spec = Spec.model_validate_json(text)
     return search(spec, load_preset(str(spec.model.preset))[0])[1]
 
 
-def find(spec: Spec) -> Found:
+def find(spec: Spec) -> SearchResult:
     return found(spec.model_dump_json(exclude_none=True))
 
 
@@ -70,17 +88,30 @@ def test_prices_are_those_of_the_whole_plan(example: str) -> None:
     spec, plan = plan_of(example)
     config = find_model(spec, ROOT / "examples" / example / "spec.yaml").config
     steps = StepModel(
-        config, find_hardware(spec.target.gpu), spec.model.weights, recomputes=bool(plan.limits.kept_inputs)
+        config,
+        find_hardware(spec.target.gpu),
+        spec.model.weights,
+        recomputes=bool(plan.pool.limits.kept_inputs),
     )
-    layout = ParallelLayout(plan.target.count, plan.layout.moe.tp, plan.layout.moe.ep)
+    layout = ParallelLayout(plan.target.count, plan.pool.layout.moe.tp, plan.pool.layout.moe.ep)
     middle = spec.workload.max_conversation_tokens // 2
-    for program in (p for p in plan.programs if p.num_streams == 1):
+    for program in (p for p in plan.pool.programs if p.num_streams == 1):
         decode = program.phase == "decode"
         seqs, context = (program.bucket, middle) if decode else (1, min(middle, program.bucket))
-        priced = steps._priced(layout, program.phase, Load(program.max_tokens, seqs, context), program.depth)
-        keys = decode and not program.depth and plan.limits.max_depth  # for drafts to come: a few launches more
-        assert priced.total_us == pytest.approx(program.predicted_us, rel=0.1 if keys else 1e-3), program.phase
-        assert 0 < program.launches - priced.launches < 12 if keys else program.launches == priced.launches
+        priced = steps._priced(
+            layout, program.phase, Load(program.max_tokens, seqs, context), program.depth
+        )
+        keys = (
+            decode and not program.depth and plan.pool.limits.max_depth
+        )  # for drafts to come: a few launches more
+        assert priced.total_us == pytest.approx(program.predicted_us, rel=0.1 if keys else 1e-3), (
+            program.phase
+        )
+        assert (
+            0 < program.launches - priced.launches < 12
+            if keys
+            else program.launches == priced.launches
+        )
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -88,19 +119,30 @@ def test_memory_is_the_plans_to_the_byte(example: str) -> None:
     spec, plan = plan_of(example)
     config = find_model(spec, ROOT / "examples" / example / "spec.yaml").config
     steps = StepModel(
-        config, find_hardware(spec.target.gpu), spec.model.weights, recomputes=bool(plan.limits.kept_inputs)
+        config,
+        find_hardware(spec.target.gpu),
+        spec.model.weights,
+        recomputes=bool(plan.pool.limits.kept_inputs),
     )
-    layout = ParallelLayout(plan.target.count, plan.layout.moe.tp, plan.layout.moe.ep)
-    limits, frozen = plan.limits, plan.memory_bytes_per_rank
+    layout = ParallelLayout(plan.target.count, plan.pool.layout.moe.tp, plan.pool.layout.moe.ep)
+    limits, frozen = plan.pool.limits, plan.pool.memory_bytes_per_rank
     made = MemoryModel(steps, layout).map(
-        Knobs(limits.max_tokens, limits.page_size, limits.max_depth), limits.max_seqs, limits.max_seq_len
+        Knobs(limits.max_tokens, limits.page_size, limits.max_depth),
+        limits.max_seqs,
+        limits.max_seq_len,
     )
-    again = sum(w.tensor.size_bytes() for w in plan.weights if w.name.endswith(".kv.weight"))  # where some do not draft
-    assert made.weights == frozen.weights - again and again < 0.01 * frozen.weights
+    again = sum(
+        w.tensor.size_bytes() for w in plan.pool.weights if w.name.endswith(".kv.weight")
+    )  # where some do not draft
+    assert made.weights == frozen.pool.weights - again and again < 0.01 * frozen.pool.weights
     for name in ("kv_cache", "activations", "reserved"):
         assert getattr(made, name) == getattr(frozen, name), name
-    largest = next(p for p in plan.programs if p.phase == "decode" and p.bucket == limits.max_seqs)
-    assert made.io == frozen.io if largest.depth == limits.max_depth else made.io > frozen.io  # as deep in all buckets
+    largest = next(
+        p for p in plan.pool.programs if p.phase == "decode" and p.bucket == limits.max_seqs
+    )
+    assert (
+        made.io == frozen.io if largest.depth == limits.max_depth else made.io > frozen.io
+    )  # as deep in all buckets
     assert made.state + made.checkpoints == frozen.state and made.checkpoints > 0
     assert frozen.scratch <= made.scratch and made.total <= 1.005 * frozen.total
 
@@ -115,10 +157,17 @@ def test_what_is_said_to_fit_fits_and_no_more(gpu: str, count: int, model: str) 
     memory, knobs = predictor.memory(layout), Knobs(8192, 64)
     capacity = predictor.hardware.memory_bytes
     most = memory.max_seqs_that_fit(knobs, 30_000)
-    assert memory.map(knobs, most, 30_000).total <= capacity < memory.map(knobs, most + 1, 30_000).total
+    assert (
+        memory.map(knobs, most, 30_000).total
+        <= capacity
+        < memory.map(knobs, most + 1, 30_000).total
+    )
     tokens = memory.max_tokens_that_fit(knobs, 16)
     assert memory.map(knobs, 16, tokens).total <= capacity
-    assert tokens == predictor.config.max_positions or memory.map(knobs, 16, tokens + 64).total > capacity
+    assert (
+        tokens == predictor.config.max_positions
+        or memory.map(knobs, 16, tokens + 64).total > capacity
+    )
 
 
 @pytest.mark.parametrize("drafts", ["off", {"depth": 2}], ids=["plain", "depth 2"])
@@ -135,13 +184,23 @@ def test_the_largest_concurrency_really_plans(drafts: Any) -> None:
 
 @pytest.mark.parametrize(
     ("model", "weights", "objective"),
-    [("35b-a3b", "bf16", "turn_time"), ("397b-a17b", "fp8", "cost_per_token"), ("27b", "bf16", "tpot")],
+    [
+        ("35b-a3b", "bf16", "turn_time"),
+        ("397b-a17b", "fp8", "cost_per_token"),
+        ("27b", "bf16", "tpot"),
+    ],
 )
 def test_more_gpus_never_make_the_best_worse(model: str, weights: str, objective: str) -> None:
-    name = {"turn_time": "turn_time_ms", "tpot": "tpot_ms", "cost_per_token": "cost_per_million_tokens_usd"}[objective]
+    name = {
+        "turn_time": "turn_time_ms",
+        "tpot": "tpot_ms",
+        "cost_per_token": "cost_per_million_tokens_usd",
+    }[objective]
     best = []
     for count in (1, 2, 4, 8):
-        spec = asked("H200", count, model, objective={"minimize": objective}, workload={"concurrency": 2})
+        spec = asked(
+            "H200", count, model, objective={"minimize": objective}, workload={"concurrency": 2}
+        )
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": weights})})
         try:
             best.append(find(spec).best.metrics[name])
@@ -152,7 +211,9 @@ def test_more_gpus_never_make_the_best_worse(model: str, weights: str, objective
 
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(NAMES[:2]), st.floats(0.3, 3.0), st.floats(0.3, 1.0))
-def test_a_tighter_service_level_never_finds_a_faster_plan(name: str, level: float, tighter: float) -> None:
+def test_a_tighter_service_level_never_finds_a_faster_plan(
+    name: str, level: float, tighter: float
+) -> None:
     """What is feasible under the tighter one was feasible before, so the best before was at least as good."""
     free = find(asked())
     loose = replace(free, slo={name: free.best.metrics[name] * level})
@@ -167,7 +228,11 @@ def test_a_tighter_service_level_never_finds_a_faster_plan(name: str, level: flo
 
 def test_no_prediction_is_under_the_floor() -> None:
     """Neither steps under the bytes that they need, nor intervals that leave their value out."""
-    for gpu, model, weights in (("H200", "35b-a3b", "bf16"), ("B200", "397b-a17b", "nvfp4"), ("A100", "27b", "bf16")):
+    for gpu, model, weights in (
+        ("H200", "35b-a3b", "bf16"),
+        ("B200", "397b-a17b", "nvfp4"),
+        ("A100", "27b", "bf16"),
+    ):
         result = find(
             asked(gpu, 8, model).model_copy(
                 update={"model": asked(model=model).model.model_copy(update={"weights": weights})}
@@ -184,7 +249,9 @@ def test_no_prediction_is_under_the_floor() -> None:
 
 def test_the_front_is_a_front() -> None:
     result = find(asked("B200", 8, "35b-a3b", workload={"concurrency": 16}))
-    points = [(p.metrics["tokens_per_s_user"], p.metrics["tokens_per_s_gpu"]) for p in result.predictions]
+    points = [
+        (p.metrics["tokens_per_s_user"], p.metrics["tokens_per_s_gpu"]) for p in result.predictions
+    ]
     front = {(p.metrics["tokens_per_s_user"], p.metrics["tokens_per_s_gpu"]) for p in result.front}
     beaten = {a for a in points if any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in points)}
     assert front == set(points) - beaten
@@ -193,7 +260,10 @@ def test_the_front_is_a_front() -> None:
 
 def test_the_same_spec_finds_the_same_in_the_same_order() -> None:
     config, spec = load_preset("qwen3.5-35b-a3b")[0], asked(count=2)
-    runs = [Search(Predictor(spec, config, find_hardware("H200")), ALL_CAPABILITIES, 2).run() for _ in range(2)]
+    runs = [
+        Search(Predictor(spec, config, find_hardware("H200")), ALL_CAPABILITIES, 2).run()
+        for _ in range(2)
+    ]
     assert [str(p.candidate) for p in runs[0].ranked] == [str(p.candidate) for p in runs[1].ranked]
     assert runs[0].best.as_json() == runs[1].best.as_json()
 
@@ -202,12 +272,18 @@ def test_what_a_plan_freezes_the_runtime_replays() -> None:
     spec = asked("B200", 8, "397b-a17b", workload={"concurrency": 1})
     plan = compile_plan(spec, find_model(spec))
     said = {decision.name: decision for decision in plan.decisions}
-    assert (plan.layout.attention.tp, plan.layout.moe.tp, plan.layout.moe.ep) == (8, 8, 1)
+    assert (plan.pool.layout.attention.tp, plan.pool.layout.moe.tp, plan.pool.layout.moe.ep) == (
+        8,
+        8,
+        1,
+    )
     assert said["parallelism"].runner_up and said["parallelism"].options
     assert said["advice"].value == "this plan"
-    assert said["speculation"].value == f"depth {plan.limits.max_depth}"
+    assert said["speculation"].value == f"depth {plan.pool.limits.max_depth}"
     assert said["disaggregation"].value == "off"
-    narrow = Search(Predictor(spec, load_preset("qwen3.5-397b-a17b")[0], find_hardware("B200")), SUPPORTED, 8).run()
+    narrow = Search(
+        Predictor(spec, load_preset("qwen3.5-397b-a17b")[0], find_hardware("B200")), SUPPORTED, 8
+    ).run()
     assert all(not SUPPORTED.missing(p.candidate) for p in narrow.predictions)
 
 
@@ -225,15 +301,23 @@ def test_refused_layouts_keep_their_reason() -> None:
 @pytest.mark.parametrize(("hits", "ways"), [(10, 8), (10, 2), (38, 8), (140, 8), (3, 4)])
 def test_the_busiest_rank_against_dice(hits: int, ways: int) -> None:
     dice = random.Random(0)
-    rounds = [max(map([dice.randrange(ways) for _ in range(hits)].count, range(ways))) for _ in range(2000)]
+    rounds = [
+        max(map([dice.randrange(ways) for _ in range(hits)].count, range(ways)))
+        for _ in range(2000)
+    ]
     assert busiest_share(float(hits), ways) == pytest.approx(sum(rounds) / 2000, rel=0.12)
     assert busiest_share(float(hits), 1) == hits
 
 
-@pytest.mark.parametrize(("experts", "per_token", "tokens"), [(512, 10, 1), (512, 10, 16), (64, 8, 5), (8, 2, 100)])
+@pytest.mark.parametrize(
+    ("experts", "per_token", "tokens"), [(512, 10, 1), (512, 10, 16), (64, 8, 5), (8, 2, 100)]
+)
 def test_hit_experts_against_dice(experts: int, per_token: int, tokens: int) -> None:
     dice = random.Random(1)
-    rounds = [len({e for _ in range(tokens) for e in dice.sample(range(experts), per_token)}) for _ in range(500)]
+    rounds = [
+        len({e for _ in range(tokens) for e in dice.sample(range(experts), per_token)})
+        for _ in range(500)
+    ]
     assert expected_hits(experts, per_token, tokens) == pytest.approx(sum(rounds) / 500, rel=0.03)
     skewed = expected_hits(experts, per_token, tokens, 1.0)
     assert per_token * 0.999 <= skewed <= expected_hits(experts, per_token, tokens) * 1.001
@@ -262,7 +346,13 @@ def depths_of(spec: Spec, config: ModelConfig) -> dict[int, int]:
 
 def test_each_bucket_drafts_as_deep_as_pays() -> None:
     """The fewest drafts within 3 % of the least time a token, which is that of a step over its tokens."""
-    spec = asked("H200", 1, "35b-a3b", workload={"concurrency": 8}, speculation={"acceptance": (0.9, 0.8, 0.3)})
+    spec = asked(
+        "H200",
+        1,
+        "35b-a3b",
+        workload={"concurrency": 8},
+        speculation={"acceptance": (0.9, 0.8, 0.3)},
+    )
     config = load_preset("qwen3.5-35b-a3b")[0]
     predictor = Predictor(spec, config, find_hardware("H200"))
     found = Search(predictor, SUPPORTED, 1).run().best.candidate
@@ -277,14 +367,18 @@ def test_each_bucket_drafts_as_deep_as_pays() -> None:
 
 @pytest.mark.parametrize(("acceptance", "deepest"), [(0.0, 0), (0.05, 0), (0.99, max(DEPTHS))])
 def test_drafts_that_are_never_right_are_not_made(acceptance: float, deepest: int) -> None:
-    spec = asked("H200", 1, "9b", workload={"concurrency": 4}, speculation={"acceptance": acceptance})
+    spec = asked(
+        "H200", 1, "9b", workload={"concurrency": 4}, speculation={"acceptance": acceptance}
+    )
     assert set(depths_of(spec, load_preset("qwen3.5-9b")[0]).values()) == {deepest}
 
 
 def test_acceptance_is_the_specs_or_the_models_or_usual() -> None:
     config = replace(load_preset("qwen3.5-9b")[0], mtp_acceptance=(0.0,))
     assert set(depths_of(asked("H200", 1, "9b"), config).values()) == {0}
-    assert min(depths_of(asked("H200", 1, "9b", speculation={"acceptance": 0.9}), config).values()) > 0
+    assert (
+        min(depths_of(asked("H200", 1, "9b", speculation={"acceptance": 0.9}), config).values()) > 0
+    )
     assert min(depths_of(asked("H200", 1, "9b"), replace(config, mtp_acceptance=())).values()) > 0
 
 
@@ -294,12 +388,14 @@ def test_drafts_that_do_not_fit_are_not_made() -> None:
     most = compile_plan(plain, find_model(plain)).predicted.largest_concurrency
     spec = asked("H200", 1, "9b", workload={"concurrency": most})
     plan = compile_plan(spec, find_model(spec))
-    assert plan.limits.max_seqs == most and plan.limits.max_depth == 0
+    assert plan.pool.limits.max_seqs == most and plan.pool.limits.max_depth == 0
 
 
 @settings(deadline=None)
 @given(st.floats(1, 1e6), st.integers(1, 64), st.integers(1, 1000), st.floats(1, 1e5))
-def test_a_pool_obeys_the_laws_of_queues(prefill_us: float, users: int, steps: int, step_us: float) -> None:
+def test_a_pool_obeys_the_laws_of_queues(
+    prefill_us: float, users: int, steps: int, step_us: float
+) -> None:
     """A lone user waits for nobody; nobody beats him; the pool never does more work than it has time."""
     demand = Demand(prefill_us, 1.0, steps, lambda batch: step_us * (0.5 + 0.5 * batch))
     alone, many = serve(demand, 1), serve(demand, users)
@@ -322,7 +418,9 @@ def test_arrivals_fill_a_pool_as_littles_law_says() -> None:
 
 def test_a_conversation_is_what_its_turns_add_up_to() -> None:
     """Turn by turn by hand: prompts of 100, 100+20+10, ...; what is cached ends where the last answer did."""
-    spec = asked(workload={"first_turn_tokens": 100, "turn_tokens": 10, "output_tokens": 20, "turns": 5})
+    spec = asked(
+        workload={"first_turn_tokens": 100, "turn_tokens": 10, "output_tokens": 20, "turns": 5}
+    )
     talk = conversation(spec.workload)
     prompts = [100 + 30 * k for k in range(5)]
     cached = [0] + [prompt - 10 for prompt in prompts[1:]]
@@ -335,7 +433,9 @@ def test_a_split_says_do_not_when_it_loses_and_do_when_it_wins() -> None:
     config = load_preset("qwen3.5-35b-a3b")[0]
     hardware = find_hardware("H200")
     for users, turns, first in ((1, 12, 2000), (32, 1, 60000)):
-        spec = asked("H200", 2, workload={"concurrency": users, "turns": turns, "first_turn_tokens": first})
+        spec = asked(
+            "H200", 2, workload={"concurrency": users, "turns": turns, "first_turn_tokens": first}
+        )
         predictor = Predictor(spec, config, hardware)
         knobs = Knobs(8192, 64, 0, "bf16", 0)
         half = ParallelLayout(1, 1, 1)
@@ -345,12 +445,17 @@ def test_a_split_says_do_not_when_it_loses_and_do_when_it_wins() -> None:
         transfer = two.transfer
         assert transfer is not None and transfer.transport == "nvlink"
         assert len(transfer.layers) == config.num_layers
-        assert all(a.end_us <= b.start_us + 1e-6 for a, b in zip(transfer.layers, transfer.layers[1:], strict=False))
+        assert all(
+            a.end_us <= b.start_us + 1e-6
+            for a, b in zip(transfer.layers, transfer.layers[1:], strict=False)
+        )
         # Keys and values of ten attention layers, and thirty rows of state, counted by hand.
         state = 32 * 128 * 128 * 4 + 3 * (2 * 16 * 128 + 32 * 128) * 2
         new = spec.workload.first_turn_tokens if turns == 1 else None
         if new:
-            assert transfer.size_bytes == pytest.approx(new * 10 * 2 * 2 * 256 * 2 + 30 * state, rel=0.01)
+            assert transfer.size_bytes == pytest.approx(
+                new * 10 * 2 * 2 * 256 * 2 + 30 * state, rel=0.01
+            )
 
 
 def test_demo_is_priced_without_a_gpu(checkpoint: Any) -> None:

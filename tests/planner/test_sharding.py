@@ -52,7 +52,7 @@ def run_ranks(plan: Plan, folder: Path) -> list[list[tuple[int, ...]]]:
     barrier = threading.Barrier(count, timeout=60)
 
     def rank(index: int) -> list[tuple[int, ...]]:
-        arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.arenas), index)
+        arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas), index)
         executor = Executor(plan, arenas, weights, index, ThreadCollectives(index, shared, barrier))
         return [done.token_ids for done in Engine(plan, executor).generate(PROMPTS, PARAMS)]
 
@@ -86,15 +86,17 @@ def test_ranks_agree_with_one(
     plain = plan_of(folder)
     alone = [done.token_ids for done in Engine.from_plan(plain, folder).generate(PROMPTS, PARAMS)]
     parallelism = {"attention": {"tp": count}, "moe": moe} if moe else "auto"
-    plan = plan_of(folder, target={"count": count}, parallelism=parallelism, speculation=speculation)
-    assert plan.memory_bytes_per_rank.weights < plain.memory_bytes_per_rank.weights
+    plan = plan_of(
+        folder, target={"count": count}, parallelism=parallelism, speculation=speculation
+    )
+    assert plan.pool.memory_bytes_per_rank.weights < plain.memory_bytes_per_rank.weights
     for rank in run_ranks(plan, folder):
         assert rank == alone
 
 
 def test_collectives_are_two_a_layer_and_one_for_the_embedding(checkpoint: Any) -> None:
     plan = plan_of(checkpoint("moe"), target={"count": 2})
-    for program in plan.programs:
+    for program in plan.pool.programs:
         plain = [step.op for step in program.steps if step.kind == "collective"]
         fused = num_fused_reduces(plan, program)
         assert plain == ["all_reduce"] * (2 * plan.num_layers + 1 - fused) + ["all_gather"]
@@ -108,8 +110,12 @@ def num_fused_reduces(plan: Plan, program: Program) -> int:
 
 
 def preset(name: str, count: int, **parallelism: Any) -> Plan:
-    data = {"version": 1, "model": {"preset": f"qwen3.5-{name}"}, "target": {"gpu": "B200", "count": count},
-            "speculation": "off"}  # fmt: skip
+    data = {
+        "version": 1,
+        "model": {"preset": f"qwen3.5-{name}"},
+        "target": {"gpu": "B200", "count": count},
+        "speculation": "off",
+    }
     spec = Spec.model_validate(data | ({"parallelism": parallelism} if parallelism else {}))
     return compile_plan(spec, find_model(spec))
 
@@ -117,11 +123,15 @@ def preset(name: str, count: int, **parallelism: Any) -> Plan:
 @pytest.mark.parametrize("count", [8, 16])
 def test_the_headline_splits_as_published(count: int) -> None:
     plan = preset("397b-a17b", count)
-    cache = next(buffer for buffer in plan.buffers if buffer.arena == "kv_cache")
+    cache = next(buffer for buffer in plan.pool.buffers if buffer.arena == "kv_cache")
     assert cache.tensor.shape[3] == 1  # 2 kv heads, copied over the ranks
-    reduces = [step for step in plan.programs[-1].steps if step.kind == "collective" and step.op == "all_reduce"]
-    assert len(reduces) + num_fused_reduces(plan, plan.programs[-1]) == 121
-    table = next(weight for weight in plan.weights if weight.name == "embed.table")
+    reduces = [
+        step
+        for step in plan.pool.programs[-1].steps
+        if step.kind == "collective" and step.op == "all_reduce"
+    ]
+    assert len(reduces) + num_fused_reduces(plan, plan.pool.programs[-1]) == 121
+    table = next(weight for weight in plan.pool.weights if weight.name == "embed.table")
     assert table.tensor.shape == (248320 // count, 4096)
 
 
@@ -136,7 +146,9 @@ def test_the_headline_splits_as_published(count: int) -> None:
         ("35b-a3b", 64, {}, "16 heads cannot be cut over 64 GPUs"),
     ],
 )
-def test_illegal_layouts_say_why(name: str, count: int, parallelism: dict[str, Any], says: str) -> None:
+def test_illegal_layouts_say_why(
+    name: str, count: int, parallelism: dict[str, Any], says: str
+) -> None:
     with pytest.raises(SpecError, match=says) as caught:
         preset(name, count, **parallelism)
     assert caught.value.hint
@@ -150,7 +162,12 @@ def test_kv_heads_are_copied_where_there_are_more_ranks() -> None:
 def test_expert_ranks_are_the_slow_axis() -> None:
     layout = ParallelLayout(4, 2, 2)
     assert [Split("experts", 8).shift(8, layout).at(rank) for rank in range(4)] == [0, 0, 4, 4]
-    assert [Split("expert_inner", 64).shift(64, layout).at(rank) for rank in range(4)] == [0, 32, 0, 32]
+    assert [Split("expert_inner", 64).shift(64, layout).at(rank) for rank in range(4)] == [
+        0,
+        32,
+        0,
+        32,
+    ]
 
 
 def test_fp8_blocks_limit_the_ways() -> None:

@@ -44,31 +44,38 @@ def test_examples_are_specs(path: Path) -> None:
 def test_every_key_is_accepted_and_resolved() -> None:
     spec = parse_spec(FULL, "spec")
     plan = compile_plan(spec, find_model(spec))
-    assert plan.limits.max_seq_len == 832  # 500 + 2 * 80 + 3 * 50 = 810, in pages of 64
+    assert plan.pool.limits.max_seq_len == 832  # 500 + 2 * 80 + 3 * 50 = 810, in pages of 64
     said = {decision.name: decision for decision in plan.decisions}
-    assert said["speculation"].value == f"depth {plan.limits.max_depth}" != "depth 0"
+    assert said["speculation"].value == f"depth {plan.pool.limits.max_depth}" != "depth 0"
     assert "least time a token by batch; with 0.89 of drafts accepted" in said["speculation"].reason
     assert said["disaggregation"].value == "off"
 
 
 def test_a_depth_is_planned_as_it_is_asked() -> None:
-    spec = parse_spec(FULL.replace("B200, count: 2", "cpu").replace("speculation: auto", "speculation: {depth: 3}")
-                      .replace("parallelism: {attention: {tp: 2}}", ""), "spec")  # fmt: skip
+    spec = parse_spec(
+        FULL.replace("B200, count: 2", "cpu")
+        .replace("speculation: auto", "speculation: {depth: 3}")
+        .replace("parallelism: {attention: {tp: 2}}", ""),
+        "spec",
+    )
     plan = compile_plan(spec, find_model(spec))
     assert next(d.value for d in plan.decisions if d.name == "speculation") == "depth 3"
-    assert plan.limits.state_slots_per_seq == 5
-    assert {(program.phase, program.depth, program.max_tokens // program.max_seqs) for program in plan.programs} >= {
-        ("decode", 3, 4)
-    }
+    assert plan.pool.limits.state_slots_per_seq == 5
+    assert {
+        (program.phase, program.depth, program.max_tokens // program.max_seqs)
+        for program in plan.pool.programs
+    } >= {("decode", 3, 4)}
     asked = parse_spec(FULL.replace("speculation: auto", "speculation: {depth: 3}"), "spec")
     on_gpus = compile_plan(asked, find_model(asked))
-    assert {program.depth for program in on_gpus.programs if program.phase == "decode"} == {3}
+    assert {program.depth for program in on_gpus.pool.programs if program.phase == "decode"} == {3}
     assert all(kernel.launch for kernel in on_gpus.kernels)
 
 
 @pytest.mark.parametrize("word", ["off", "'off'"])
 def test_yaml_off_is_off(word: str) -> None:
-    spec = parse_spec(f"version: 1\nmodel: {{preset: x}}\ntarget: {{gpu: cpu}}\nspeculation: {word}\n", "spec")
+    spec = parse_spec(
+        f"version: 1\nmodel: {{preset: x}}\ntarget: {{gpu: cpu}}\nspeculation: {word}\n", "spec"
+    )
     assert spec.speculation == "off"
 
 
@@ -76,8 +83,16 @@ def test_yaml_off_is_off(word: str) -> None:
     ("change", "says", "hint"),
     [
         ({"modle": 1}, "unknown key `modle`", "did you mean `model`?"),
-        ({"model": {"path": "x", "weigths": "bf16"}}, "unknown key `model.weigths`", "did you mean `weights`?"),
-        ({"workload": {"concurency": 2}}, "unknown key `workload.concurency`", "did you mean `concurrency`?"),
+        (
+            {"model": {"path": "x", "weigths": "bf16"}},
+            "unknown key `model.weigths`",
+            "did you mean `weights`?",
+        ),
+        (
+            {"workload": {"concurency": 2}},
+            "unknown key `workload.concurency`",
+            "did you mean `concurrency`?",
+        ),
         ({"workload": {"turns": 0}}, "`workload.turns`", "workload"),
         ({"workload": {"turns": "many"}}, "got 'many'", "workload"),
         ({"workload": {"turns": True}}, "got True", "workload"),
@@ -108,9 +123,21 @@ def test_bad_specs(change: dict[str, Any], says: str, hint: str) -> None:
         ({"target": {"gpu": "B20"}}, "no GPU called `B20`"),
         ({"model": {"preset": "qwen3.5-8b"}}, "no preset `qwen3.5-8b`"),
         ({"model": {"path": "no/such"}}, "no folder `no/such`"),
-        ({"model": {"preset": "qwen3.5-9b", "weights": "fp8"}}, "`model.weights: fp8` is not planned yet"),
-        ({"model": {"preset": "qwen3.5-9b", "weights": "nvfp4"}}, "`model.weights: nvfp4` is not planned yet"),
-        ({"model": {"preset": "qwen3.5-4b", "weights": "fp8"}, "target": {"gpu": "H200", "count": 16}}, "FP8 blocks"),
+        (
+            {"model": {"preset": "qwen3.5-9b", "weights": "fp8"}},
+            "`model.weights: fp8` is not planned yet",
+        ),
+        (
+            {"model": {"preset": "qwen3.5-9b", "weights": "nvfp4"}},
+            "`model.weights: nvfp4` is not planned yet",
+        ),
+        (
+            {
+                "model": {"preset": "qwen3.5-4b", "weights": "fp8"},
+                "target": {"gpu": "H200", "count": 16},
+            },
+            "FP8 blocks",
+        ),
         ({"workload": {"first_turn_tokens": 300_000}}, "has 262144 positions"),
         ({"model": {"preset": "qwen3.5-397b-a17b"}, "target": {"gpu": "H100"}}, "GiB on each H100"),
         ({"workload": {"concurrency": 60_000}}, "GiB on each"),
@@ -126,15 +153,28 @@ def test_what_cannot_be_planned_says_why(change: dict[str, Any], says: str) -> N
 
 
 def test_a_plan_that_does_not_fit_shows_its_memory_map() -> None:
-    spec = Spec.model_validate({"version": 1, "model": {"preset": "qwen3.5-35b-a3b"}, "target": {"gpu": "H100"},
-                                "workload": {"concurrency": 500}})  # fmt: skip
+    spec = Spec.model_validate(
+        {
+            "version": 1,
+            "model": {"preset": "qwen3.5-35b-a3b"},
+            "target": {"gpu": "H100"},
+            "workload": {"concurrency": 500},
+        }
+    )
     with pytest.raises(SpecError, match=r"activations .*kv_cache .*state .*weights .*reserved"):
         compile_plan(spec, find_model(spec))
 
 
 @pytest.mark.parametrize(
     "text",
-    ["version: !!bool x", "version: !!timestamp x", f"version: 0x{'f' * 6000}", "[" * 5000, "a: &a [*a]", "a: *b"],
+    [
+        "version: !!bool x",
+        "version: !!timestamp x",
+        f"version: 0x{'f' * 6000}",
+        "[" * 5000,
+        "a: &a [*a]",
+        "a: *b",
+    ],
 )
 def test_odd_yaml_is_refused(text: str) -> None:
     with pytest.raises(SpecError) as caught:
@@ -144,10 +184,14 @@ def test_odd_yaml_is_refused(text: str) -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats() | st.text(max_size=8),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3)
+    ),
     max_leaves=6,
 )
-KEYS = st.sampled_from(["version", "model", "target", "parallelism", "workload", "objective", "speculation", "zzz"])
+KEYS = st.sampled_from(
+    ["version", "model", "target", "parallelism", "workload", "objective", "speculation", "zzz"]
+)
 
 
 def is_refused_or_right(text: str) -> None:
@@ -162,11 +206,16 @@ def is_refused_or_right(text: str) -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(KEYS, json_values, max_size=6))
 def test_any_mapping_is_refused_or_a_spec(data: dict[str, Any]) -> None:
-    is_refused_or_right(yaml.safe_dump({"version": 1, "model": {"path": "x"}, "target": {"gpu": "cpu"}} | data))
+    is_refused_or_right(
+        yaml.safe_dump({"version": 1, "model": {"path": "x"}, "target": {"gpu": "cpu"}} | data)
+    )
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text(max_size=60) | st.sampled_from(["[" * 5000, "a: *b", "!!python/object:os.system {}", "a: 1\na: 2", "%"]))
+@given(
+    st.text(max_size=60)
+    | st.sampled_from(["[" * 5000, "a: *b", "!!python/object:os.system {}", "a: 1\na: 2", "%"])
+)
 def test_any_text_is_refused_or_a_spec(text: str) -> None:
     is_refused_or_right(text)
 
@@ -225,9 +274,13 @@ def test_bad_configs(change: dict[str, Any], says: str) -> None:
         ModelConfig.from_hf(config, "m")
 
 
-@pytest.mark.parametrize("extra", [{}, {"beta_fast": 32, "beta_slow": 1.0, "truncate": True, "mscale": None}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"beta_fast": 32, "beta_slow": 1.0, "truncate": True, "mscale": None}]
+)
 def test_yarn_angles_against_transformers(extra: dict[str, Any]) -> None:
-    config = published()["text_config"] | {"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25}}
+    config = published()["text_config"] | {
+        "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    }
     config["rope_parameters"] |= YARN | extra
     ours = ModelConfig.from_hf(config, "m").attention
     theirs, scale = ROPE_INIT_FUNCTIONS["yarn"](Qwen3_5MoeTextConfig(**config), "cpu")
@@ -247,7 +300,10 @@ DEEP = b'{"a": ' + b"[" * 200_000
         ("tokenizer.json", DEEP),
         ("tokenizer.json", b'{"model": {"vocab": {"a": -5}}}'),
         ("x.safetensors", struct.pack("<Q", len(DEEP)) + DEEP),
-        ("x.safetensors", struct.pack("<Q", 34) + b'{"a": {"shape": 5, "dtype": "F32"}'[:33] + b"}}"[:1]),
+        (
+            "x.safetensors",
+            struct.pack("<Q", 34) + b'{"a": {"shape": 5, "dtype": "F32"}'[:33] + b"}}"[:1],
+        ),
         ("x.safetensors", struct.pack("<Q", 38) + b'{"a": {"shape": null, "dtype": "F32"}}'),
     ],
 )
@@ -259,7 +315,9 @@ def test_damaged_checkpoints(name: str, content: bytes, tmp_path: Path) -> None:
 
 
 def test_nested_aliases_are_shown_in_short() -> None:
-    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    lines = ["a0: &a0 [x, x]"] + [
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)
+    ]
     with pytest.raises(SpecError):
         parse_spec("\n".join([*lines, "version: *a29"]), "spec")
 

@@ -35,9 +35,19 @@ def test_two_streams_share_the_machine_but_not_the_waiting() -> None:
 
 
 def test_an_event_costs_who_waits() -> None:
-    steps = [kernel("a"), RecordEvent(event=0, stream=0), WaitEvent(event=0, stream=1), kernel("b", 1)]
+    steps = [
+        kernel("a"),
+        RecordEvent(event=0, stream=0),
+        WaitEvent(event=0, stream=1),
+        kernel("b", 1),
+    ]
     assert simulate_us(steps, 2, TIMES) == pytest.approx(5.0 + EVENT_US + 6.0)
-    early = [WaitEvent(event=0, stream=1), kernel("b", 1), kernel("a"), RecordEvent(event=0, stream=0)]
+    early = [
+        WaitEvent(event=0, stream=1),
+        kernel("b", 1),
+        kernel("a"),
+        RecordEvent(event=0, stream=0),
+    ]
     assert simulate_us(early, 2, TIMES) == pytest.approx(5.0 + EVENT_US + 6.0)
 
 
@@ -47,14 +57,20 @@ def graphs(checkpoint: Any) -> list[OpGraph]:
     found: list[OpGraph] = []
     spec = make_spec(checkpoint("moe"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile_module, "fuse", lambda graph, *sizes: found.append(fuse(graph, *sizes, ())) or found[-1])
+        patch.setattr(
+            compile_module,
+            "fuse",
+            lambda graph, *sizes: found.append(fuse(graph, *sizes, ())) or found[-1],
+        )
         compile_module.compile_plan(spec, find_model(spec))
     return found
 
 
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 @pytest.mark.parametrize("streams", [1, 2, 3])
-def test_no_schedule_beats_the_critical_path_or_the_work(gpu: str, streams: int, graphs: list[OpGraph]) -> None:
+def test_no_schedule_beats_the_critical_path_or_the_work(
+    gpu: str, streams: int, graphs: list[OpGraph]
+) -> None:
     hardware = find_hardware(gpu)
     for graph in graphs:
         load = Load(64, 1, 64)
@@ -71,7 +87,9 @@ def test_no_schedule_beats_the_critical_path_or_the_work(gpu: str, streams: int,
         assert taken >= max(ends.values()) - 1e-6
         assert taken >= sum(time.busy_us for time in times.values()) - 1e-6
         if streams == 1:
-            assert taken == pytest.approx(sum(time.latency_us + time.busy_us for time in times.values()))
+            assert taken == pytest.approx(
+                sum(time.latency_us + time.busy_us for time in times.values())
+            )
 
 
 def test_streams_stay_only_where_they_pay(graphs: list[OpGraph]) -> None:
@@ -86,5 +104,9 @@ def test_streams_stay_only_where_they_pay(graphs: list[OpGraph]) -> None:
             assert best.time_us <= best.runner_up_us
         assert schedule_best(graph, load, find_hardware("cpu")).num_streams == 1
         held = schedule_best(graph, load, find_hardware("H200"), replayed=1)
-        assert held.num_streams == 1 and (best.num_streams == 1 or held.runner_up_us == best.time_us)
-    assert any(schedule_best(graph, load, find_hardware("H200")).num_streams > 1 for graph in graphs)
+        assert held.num_streams == 1 and (
+            best.num_streams == 1 or held.runner_up_us == best.time_us
+        )
+    assert any(
+        schedule_best(graph, load, find_hardware("H200")).num_streams > 1 for graph in graphs
+    )

@@ -36,7 +36,9 @@ Corruption = Callable[[random.Random, Plan], Plan | None]
 def answers(plan: Plan, folder: Path) -> Any:
     """What a plan says, or the error it dies of: the judge of whether a corruption changes meaning."""
     try:
-        done = Engine.from_plan(plan, folder).generate(PROMPTS, SamplingParams(max_tokens=3, num_logprobs=1))
+        done = Engine.from_plan(plan, folder).generate(
+            PROMPTS, SamplingParams(max_tokens=3, num_logprobs=1)
+        )
     except Exception as error:
         return type(error)
     return [tuple((step.token_id, step.logprob) for step in item.logprobs) for item in done]
@@ -52,14 +54,14 @@ def refused(plan: Plan) -> bool:
 
 
 def with_program(plan: Plan, index: int, **changes: Any) -> Plan:
-    programs = list(plan.programs)
+    programs = list(plan.pool.programs)
     programs[index] = programs[index].model_copy(update=changes)
-    return plan.model_copy(update={"programs": tuple(programs)})
+    return plan.with_pool(programs=tuple(programs))
 
 
 def pick(rng: random.Random, plan: Plan) -> tuple[int, Program]:
-    index = rng.randrange(len(plan.programs))
-    return index, plan.programs[index]
+    index = rng.randrange(len(plan.pool.programs))
+    return index, plan.pool.programs[index]
 
 
 def swap_offsets(rng: random.Random, plan: Plan) -> Plan | None:
@@ -101,18 +103,24 @@ def drop_step(rng: random.Random, plan: Plan) -> Plan | None:
 def double_step(rng: random.Random, plan: Plan) -> Plan | None:
     index, program = pick(rng, plan)
     at = rng.randrange(len(program.steps))
-    return with_program(plan, index, steps=(*program.steps[:at], program.steps[at], *program.steps[at:]))
+    return with_program(
+        plan, index, steps=(*program.steps[:at], program.steps[at], *program.steps[at:])
+    )
 
 
 def altered(rng: random.Random, spec: TensorSpec) -> TensorSpec:
     if rng.random() < 0.3:
         return spec.model_copy(
-            update={"dtype": rng.choice([d for d in ("fp32", "bf16", "i32", "fp64") if d != spec.dtype])}
+            update={
+                "dtype": rng.choice([d for d in ("fp32", "bf16", "i32", "fp64") if d != spec.dtype])
+            }
         )
     shape = list(spec.shape)
     dim = rng.randrange(len(shape))
     value = shape[dim]
-    shape[dim] = rng.choice([value + 1, value * 2, max(value // 2, 1)]) if isinstance(value, int) else 1
+    shape[dim] = (
+        rng.choice([value + 1, value * 2, max(value // 2, 1)]) if isinstance(value, int) else 1
+    )
     return spec.model_copy(update={"shape": tuple(shape)})
 
 
@@ -129,26 +137,27 @@ def alter_buffer(rng: random.Random, plan: Plan) -> Plan | None:
 
 def alter_shared(rng: random.Random, plan: Plan) -> Plan | None:
     field = rng.choice(["buffers", "weights"])
-    items = list(getattr(plan, field))
+    items = list(getattr(plan.pool, field))
     at = rng.randrange(len(items))
     changed = altered(rng, items[at].tensor)
     if changed == items[at].tensor:
         return None
     items[at] = items[at].model_copy(update={"tensor": changed})
-    return plan.model_copy(update={field: tuple(items)})
+    return plan.with_pool(**{field: tuple(items)})
 
 
 def overlap_shared(rng: random.Random, plan: Plan) -> Plan | None:
     field = rng.choice(["buffers", "weights"])
-    items = list(getattr(plan, field))
+    items = list(getattr(plan.pool, field))
     a, b = rng.sample(range(len(items)), 2)
     if field == "buffers" and items[a].arena != items[b].arena:
         return None
     items[a] = items[a].model_copy(update={"offset_bytes": items[b].offset_bytes})
-    return plan.model_copy(update={field: tuple(items)})
+    return plan.with_pool(**{field: tuple(items)})
 
 
-# Numbers of a model that no shape depends on: another one makes another valid plan, which only a canary can tell.
+# Numbers of a model that no shape depends on: another one makes another valid plan, which only a
+# canary can tell.
 FREE = ("eps", "theta", "factor", "original_max_positions", "rotary_dim", "num_valid_tokens")
 
 
@@ -172,12 +181,14 @@ def with_kernel(plan: Plan, at: int, changed: KernelSpec) -> Plan:
     old = plan.kernels[at].name
     changed = changed.model_copy(update={"name": kernel_name(old.rpartition("_")[0], changed)})
     kernels = (*plan.kernels[:at], changed, *plan.kernels[at + 1 :])
-    text = dump_plan(plan.model_copy(update={"kernels": kernels, "binaries": ()})).replace(old, changed.name)
+    text = dump_plan(plan.model_copy(update={"kernels": kernels, "binaries": ()})).replace(
+        old, changed.name
+    )
     return parse_plan(text, "plan")
 
 
 def alter_piece(rng: random.Random, plan: Plan) -> Plan | None:
-    weights = list(plan.weights)
+    weights = list(plan.pool.weights)
     at = rng.randrange(len(weights))
     pieces = list(weights[at].pieces)
     where = rng.randrange(len(pieces))
@@ -187,7 +198,7 @@ def alter_piece(rng: random.Random, plan: Plan) -> Plan | None:
     values[dim] += rng.choice([-1, 1])
     pieces[where] = pieces[where].model_copy(update={field: tuple(values)})
     weights[at] = weights[at].model_copy(update={"pieces": tuple(pieces)})
-    return plan.model_copy(update={"weights": tuple(weights)})
+    return plan.with_pool(weights=tuple(weights))
 
 
 def retarget_argument(rng: random.Random, plan: Plan) -> Plan | None:
@@ -196,11 +207,15 @@ def retarget_argument(rng: random.Random, plan: Plan) -> Plan | None:
     at = rng.choice([i for i, step in enumerate(program.steps) if isinstance(step, KernelCall)])
     step = program.steps[at]
     assert isinstance(step, KernelCall)
-    specs = {b.name: b.tensor for b in (*program.buffers, *plan.buffers)} | {w.name: w.tensor for w in plan.weights}
+    specs = {b.name: b.tensor for b in (*program.buffers, *plan.pool.buffers)} | {
+        w.name: w.tensor for w in plan.pool.weights
+    }
     place = rng.randrange(len(step.args))
     was = step.args[place]
     inputs = BATCH_INPUTS if was in BATCH_INPUTS else ()
-    others = sorted(name for name in specs if name != was and (specs[name] != specs[was] or name in inputs))
+    others = sorted(
+        name for name in specs if name != was and (specs[name] != specs[was] or name in inputs)
+    )
     args = (*step.args[:place], rng.choice(others), *step.args[place + 1 :])
     changed = step.model_copy(update={"args": args})
     return with_program(plan, index, steps=(*program.steps[:at], changed, *program.steps[at + 1 :]))
@@ -209,12 +224,16 @@ def retarget_argument(rng: random.Random, plan: Plan) -> Plan | None:
 def swap_inputs(rng: random.Random, plan: Plan) -> Plan | None:
     """Two inputs of one shape, in one step."""
     index, program = pick(rng, plan)
-    specs = {b.name: b.tensor for b in plan.buffers}
+    specs = {b.name: b.tensor for b in plan.pool.buffers}
     at = rng.choice([i for i, step in enumerate(program.steps) if isinstance(step, KernelCall)])
     step = program.steps[at]
     assert isinstance(step, KernelCall)
-    pairs = [(a, b) for a in step.args for b in sorted(BATCH_INPUTS & set(specs))
-             if a in BATCH_INPUTS and a != b and specs[a] == specs[b]]  # fmt: skip
+    pairs = [
+        (a, b)
+        for a in step.args
+        for b in sorted(BATCH_INPUTS & set(specs))
+        if a in BATCH_INPUTS and a != b and specs[a] == specs[b]
+    ]
     if not pairs:
         return None
     one, other = rng.choice(pairs)
@@ -235,23 +254,33 @@ def alter_limit(rng: random.Random, plan: Plan) -> Plan | None:
             "num_checkpoints",
         ]
     )
-    value = getattr(plan.limits, name)
-    limits = plan.limits.model_copy(update={name: value + rng.choice([-1, 1, value])})
-    return plan.model_copy(update={"limits": limits})
+    value = getattr(plan.pool.limits, name)
+    limits = plan.pool.limits.model_copy(update={name: value + rng.choice([-1, 1, value])})
+    return plan.with_pool(limits=limits)
 
 
 def alter_memory(rng: random.Random, plan: Plan) -> Plan | None:
     name = rng.choice(["weights", "kv_cache", "state", "activations", "io", "total"])
-    memory = plan.memory_bytes_per_rank
+    memory = plan.pool.memory_bytes_per_rank
     changed = memory.model_copy(update={name: getattr(memory, name) + rng.choice([-256, 256])})
-    return plan.model_copy(update={"memory_bytes_per_rank": changed})
+    return plan.with_pool(memory_bytes_per_rank=changed)
 
 
-# Corruptions that always change what the plan says or promises, and those whose effect the engine itself judges.
+# Corruptions that always change what the plan says or promises, and those whose effect the engine
+# itself judges.
 ALWAYS: tuple[Corruption, ...] = (
-    drop_step, double_step, alter_buffer, alter_shared, overlap_shared, alter_kernel, alter_piece,
-    retarget_argument, swap_inputs, alter_limit, alter_memory,
-)  # fmt: skip
+    drop_step,
+    double_step,
+    alter_buffer,
+    alter_shared,
+    overlap_shared,
+    alter_kernel,
+    alter_piece,
+    retarget_argument,
+    swap_inputs,
+    alter_limit,
+    alter_memory,
+)
 JUDGED: tuple[Corruption, ...] = (swap_offsets, move_buffer, reorder_steps)
 
 
@@ -289,17 +318,21 @@ def test_corruptions_are_refused(corrupt: Corruption, tiny_plan: Plan) -> None:
 
 
 def test_weights_are_aligned_as_the_kernels_expect(tiny_plan: Plan) -> None:
-    last = max(tiny_plan.weights, key=lambda weight: weight.offset_bytes)
+    last = max(tiny_plan.pool.weights, key=lambda weight: weight.offset_bytes)
     moved = last.model_copy(update={"offset_bytes": last.offset_bytes + 16})
-    arenas = tuple(a.model_copy(update={"size_bytes": a.size_bytes + 256}) if a.name == "weights" else a
-                   for a in tiny_plan.arenas)  # fmt: skip
-    memory = tiny_plan.memory_bytes_per_rank
-    memory = memory.model_copy(update={"weights": memory.weights + 256, "total": memory.total + 256})
+    arenas = tuple(
+        a.model_copy(update={"size_bytes": a.size_bytes + 256}) if a.name == "weights" else a
+        for a in tiny_plan.pool.arenas
+    )
+    memory = tiny_plan.pool.memory_bytes_per_rank
+    memory = memory.model_copy(
+        update={"weights": memory.weights + 256, "total": memory.total + 256}
+    )
     changes = {"arenas": arenas, "memory_bytes_per_rank": memory}
-    validate(tiny_plan.model_copy(update=changes))
-    weights = tuple(moved if weight == last else weight for weight in tiny_plan.weights)
+    validate(tiny_plan.with_pool(**changes))
+    weights = tuple(moved if weight == last else weight for weight in tiny_plan.pool.weights)
     with pytest.raises(PlanError, match="not aligned"):
-        validate(tiny_plan.model_copy(update=changes | {"weights": weights}))
+        validate(tiny_plan.with_pool(**changes | {"weights": weights}))
 
 
 @pytest.mark.parametrize(
@@ -313,15 +346,28 @@ def test_weights_are_aligned_as_the_kernels_expect(tiny_plan: Plan) -> None:
         ("attention", {"num_kv_heads": 0}, "`num_kv_heads` is 0"),
     ],
 )
-def test_constants_that_no_kernel_can_have(kind: str, attrs: dict[str, Any], says: str, tiny_plan: Plan) -> None:
-    at, kernel = next((i, k) for i, k in enumerate(tiny_plan.kernels) if kind in {part.kind for part in k.parts})
-    parts = tuple(part.model_copy(update={"attrs": part.attrs | attrs}) if part.kind == kind else part
-                  for part in kernel.parts)  # fmt: skip
+def test_constants_that_no_kernel_can_have(
+    kind: str, attrs: dict[str, Any], says: str, tiny_plan: Plan
+) -> None:
+    at, kernel = next(
+        (i, k) for i, k in enumerate(tiny_plan.kernels) if kind in {part.kind for part in k.parts}
+    )
+    parts = tuple(
+        part.model_copy(update={"attrs": part.attrs | attrs}) if part.kind == kind else part
+        for part in kernel.parts
+    )
     with pytest.raises(PlanError, match=says):
         validate(with_kernel(tiny_plan, at, kernel.model_copy(update={"parts": parts})))
 
 
-BINARY = {"kernel": "k", "sm": 90, "cubin_sha256": "0" * 64, "registers": 1, "spill_bytes": 0, "shared_bytes": 0}
+BINARY = {
+    "kernel": "k",
+    "sm": 90,
+    "cubin_sha256": "0" * 64,
+    "registers": 1,
+    "spill_bytes": 0,
+    "shared_bytes": 0,
+}
 CANARY = {"prompt_ids": [1], "token_ids": [1], "logprobs": [], "margins": []}
 
 
@@ -365,7 +411,9 @@ def test_memory_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("corrupt", JUDGED, ids=lambda c: c.__name__)
-def test_what_is_accepted_computes_the_same(corrupt: Corruption, tiny_plan: Plan, checkpoint: Any) -> None:
+def test_what_is_accepted_computes_the_same(
+    corrupt: Corruption, tiny_plan: Plan, checkpoint: Any
+) -> None:
     """Some swaps are harmless. Those that the validator lets through must not change one bit."""
     folder = checkpoint("moe")
     wanted = answers(tiny_plan, folder)
@@ -398,26 +446,30 @@ def streamed(checkpoint: Any) -> Plan:
 
 
 def test_streams_say_the_same(streamed: Plan, tiny_plan: Plan, checkpoint: Any) -> None:
-    assert any(step.kind == "wait" for step in streamed.programs[0].steps)
-    assert max(step.stream for step in streamed.programs[0].steps) >= 1
+    assert any(step.kind == "wait" for step in streamed.pool.programs[0].steps)
+    assert max(step.stream for step in streamed.pool.programs[0].steps) >= 1
     assert answers(streamed, checkpoint("moe")) == answers(tiny_plan, checkpoint("moe"))
 
 
 def test_every_event_matters(streamed: Plan) -> None:
     """Drop each record and each wait of each program, one at a time."""
     count = 0
-    for index, program in enumerate(streamed.programs):
+    for index, program in enumerate(streamed.pool.programs):
         for at, step in enumerate(program.steps):
             if step.kind in ("record", "wait"):
                 count += 1
-                assert refused(with_program(streamed, index, steps=program.steps[:at] + program.steps[at + 1 :]))
+                assert refused(
+                    with_program(
+                        streamed, index, steps=program.steps[:at] + program.steps[at + 1 :]
+                    )
+                )
     assert count >= 96
 
 
 def has_race(plan: Plan, program: Program) -> bool:
     """By brute force: a path in the graph of streams and events between any two accesses to the same bytes."""
     kernels = {kernel.name: kernel for kernel in plan.kernels}
-    places = {buffer.name: buffer for buffer in (*program.buffers, *plan.buffers)}
+    places = {buffer.name: buffer for buffer in (*program.buffers, *plan.pool.buffers)}
     reach: list[int] = []  # per step: a bit for every step that is ordered before it
     last: dict[int, int] = {}
     recorded: dict[int, int] = {}
@@ -430,7 +482,11 @@ def has_race(plan: Plan, program: Program) -> bool:
             recorded[step.event] = index
         elif isinstance(step, KernelCall):
             params = zip(kernels[step.kernel].params, step.args, strict=True)
-            touched += [(index, a, p.role == "output" or p.access != "read") for p, a in params if p.role != "weight"]
+            touched += [
+                (index, a, p.role == "output" or p.access != "read")
+                for p, a in params
+                if p.role != "weight"
+            ]
         reach.append(sum({1 << b for b in before}) | _union(reach[b] for b in before))
         last[step.stream] = index
     ends = [index for stream, index in last.items() if stream]
@@ -455,7 +511,8 @@ def _overlap(program: Program, a: Any, b: Any) -> bool:
     if a.name == b.name:
         return True
     spans = [
-        (x.offset_bytes, x.offset_bytes + x.tensor.size_bytes(program.max_tokens, program.max_seqs)) for x in (a, b)
+        (x.offset_bytes, x.offset_bytes + x.tensor.size_bytes(program.max_tokens, program.max_seqs))
+        for x in (a, b)
     ]
     same_arena = a.arena == b.arena == "activations"
     return same_arena and spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
@@ -468,21 +525,27 @@ def test_moving_work_to_another_stream_is_judged_as_by_brute_force(streamed: Pla
         at = rng.choice([i for i, step in enumerate(program.steps) if isinstance(step, KernelCall)])
         other = (program.steps[at].stream + 1) % program.num_streams
         moved = program.steps[at].model_copy(update={"stream": other})
-        changed = with_program(streamed, index, steps=(*program.steps[:at], moved, *program.steps[at + 1 :]))
+        changed = with_program(
+            streamed, index, steps=(*program.steps[:at], moved, *program.steps[at + 1 :])
+        )
         race = has_race(changed, changed.programs[index])
         assert refused(changed) == race
         verdicts[race] += 1
     assert verdicts[True] > 80
     assert verdicts[False] > 2
-    assert not any(has_race(streamed, program) for program in streamed.programs)
+    assert not any(has_race(streamed, program) for program in streamed.pool.programs)
 
 
 def test_a_wait_that_comes_too_late_is_a_race(streamed: Plan) -> None:
     """All events are paired and all streams joined; only the read right before the wait is not ordered any more."""
     refusals = 0
-    for index, program in enumerate(streamed.programs):
+    for index, program in enumerate(streamed.pool.programs):
         for at, (step, after) in enumerate(pairwise(program.steps)):
-            if step.kind == "wait" and isinstance(after, KernelCall) and after.stream == step.stream:
+            if (
+                step.kind == "wait"
+                and isinstance(after, KernelCall)
+                and after.stream == step.stream
+            ):
                 steps = (*program.steps[:at], after, step, *program.steps[at + 2 :])
                 changed = with_program(streamed, index, steps=steps)
                 assert refused(changed)
@@ -504,7 +567,9 @@ def with_launch(plan: Plan, kind: str, **changes: Any) -> Plan:
     for kernel in plan.kernels:
         if kind_of(kernel) == kind:
             assert kernel.launch is not None
-            other = kernel.model_copy(update={"launch": kernel.launch.model_copy(update=changes), "name": ""})
+            other = kernel.model_copy(
+                update={"launch": kernel.launch.model_copy(update=changes), "name": ""}
+            )
             made[kernel.name] = other.model_copy(update={"name": kernel_name(kind, other)})
     names = {old: kernel.name for old, kernel in made.items()}
     text = reduce(lambda text, pair: text.replace(*pair), names.items(), plan.model_dump_json())
@@ -530,7 +595,9 @@ def with_launch(plan: Plan, kind: str, **changes: Any) -> Plan:
         "no overlap",
     ],
 )
-def test_what_is_read_ahead_is_older_than_the_kernel_before(kind: str, changes: dict[str, Any]) -> None:
+def test_what_is_read_ahead_is_older_than_the_kernel_before(
+    kind: str, changes: dict[str, Any]
+) -> None:
     plan = load_plan(ROOT / "plans/frozen/qwen3.5-35b-h200").model_copy(update={"binaries": ()})
     assert not refused(plan)
     assert not refused(with_launch(plan, kind))
@@ -540,18 +607,26 @@ def test_what_is_read_ahead_is_older_than_the_kernel_before(kind: str, changes: 
 def test_states_that_are_kept_must_move_on() -> None:
     """Without its last word on how far states are, a captured program would compute the same inputs again each step."""
     plan = load_plan(ROOT / "plans/frozen/qwen3.5-35b-h200").model_copy(update={"binaries": ()})
-    index, program = next((i, p) for i, p in enumerate(plan.programs) if p.phase == "decode")
+    index, program = next((i, p) for i, p in enumerate(plan.pool.programs) if p.phase == "decode")
     settles = [
-        step for step in program.steps if isinstance(step, KernelCall) and step.kernel.startswith("commit_state_len")
+        step
+        for step in program.steps
+        if isinstance(step, KernelCall) and step.kernel.startswith("commit_state_len")
     ]
     assert len(settles) == 1
-    assert refused(with_program(plan, index, steps=tuple(step for step in program.steps if step not in settles)))
+    assert refused(
+        with_program(
+            plan, index, steps=tuple(step for step in program.steps if step not in settles)
+        )
+    )
 
 
 def test_a_state_is_where_it_is_looked_for() -> None:
     """Only `replay` leaves it in the row to write before the step is over."""
     plan = load_plan(ROOT / "plans/frozen/qwen3.5-35b-h200").model_copy(update={"binaries": ()})
-    at, kernel = next((i, k) for i, k in enumerate(plan.kernels) if k.name.startswith("delta_recompute"))
+    at, kernel = next(
+        (i, k) for i, k in enumerate(plan.kernels) if k.name.startswith("delta_recompute")
+    )
     parts = tuple(part for part in kernel.parts if part.kind != "recompute_state")
     assert not refused(with_kernel(plan, at, kernel))
     with pytest.raises(PlanError, match="nothing brings the state"):
@@ -569,6 +644,8 @@ def test_the_digest_seals_everything_else(tiny_plan: Plan) -> None:
 
 def test_offsets_are_reused(tiny_plan: Plan) -> None:
     """Placement is real: the arena is far smaller than all its buffers together."""
-    program = max(tiny_plan.programs, key=lambda p: p.max_tokens)
-    total = sum(buffer.tensor.size_bytes(program.max_tokens, program.max_seqs) for buffer in program.buffers)
-    assert tiny_plan.memory_bytes_per_rank.activations < total / 3
+    program = max(tiny_plan.pool.programs, key=lambda p: p.max_tokens)
+    total = sum(
+        buffer.tensor.size_bytes(program.max_tokens, program.max_seqs) for buffer in program.buffers
+    )
+    assert tiny_plan.pool.memory_bytes_per_rank.activations < total / 3

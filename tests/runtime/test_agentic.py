@@ -10,8 +10,18 @@ from conftest import ROOT
 
 from tokenspeed_plan.planner.cli import main
 
-BENCH = ("bench", str(ROOT / "plans/frozen/demo-cpu"), "--workload", "agentic", "--weights",
-         str(ROOT / "examples/demo/model"), "--turn-tokens", "16", "--output-tokens", "8")  # fmt: skip
+BENCH = (
+    "bench",
+    str(ROOT / "plans/frozen/demo-cpu"),
+    "--workload",
+    "agentic",
+    "--weights",
+    str(ROOT / "examples/demo/model"),
+    "--turn-tokens",
+    "16",
+    "--output-tokens",
+    "8",
+)
 
 
 def test_an_agents_conversations_are_nine_tenths_cached() -> None:
@@ -21,7 +31,12 @@ def test_an_agents_conversations_are_nine_tenths_cached() -> None:
     found = json.loads(done.output)
     assert found["hit_rate"] >= 0.9
     assert len(found["ttft_ms"]) == len(found["turn_time_ms"]) == 12
-    assert {"tpot_ms", "host_us_per_step", "state_bytes_copied_per_step", "tokens_per_s_user"} <= set(found)
+    assert {
+        "tpot_ms",
+        "host_us_per_step",
+        "state_bytes_copied_per_step",
+        "tokens_per_s_user",
+    } <= set(found)
 
 
 def test_as_text() -> None:

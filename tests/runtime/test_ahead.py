@@ -22,8 +22,10 @@ from tokenspeed_plan.runtime.weights import load_weights
 
 def captured(plan: Plan) -> Plan:
     """The plan as it would be for a GPU: decode programs of a fixed size, launched ahead."""
-    programs = tuple(p.model_copy(update={"captured": p.phase == "decode"}) for p in plan.programs)
-    return plan.model_copy(update={"programs": programs})
+    programs = tuple(
+        p.model_copy(update={"captured": p.phase == "decode"}) for p in plan.pool.programs
+    )
+    return plan.with_pool(programs=programs)
 
 
 class LateExecutor(Executor):
@@ -37,7 +39,10 @@ class LateExecutor(Executor):
         self.waiting = []
 
     def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
-        assert not program.captured or (num_tokens, num_seqs) == (program.max_tokens, program.max_seqs)
+        assert not program.captured or (num_tokens, num_seqs) == (
+            program.max_tokens,
+            program.max_seqs,
+        )
         self.replays += 1
         super().run(program, num_tokens, num_seqs)
 
@@ -84,7 +89,9 @@ def answers(engine: Engine, asked: list[Request], seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_answers_do_not_depend_on_looking_ahead(seed: int, tiny_plan: Plan, checkpoint: Any) -> None:
+def test_answers_do_not_depend_on_looking_ahead(
+    seed: int, tiny_plan: Plan, checkpoint: Any
+) -> None:
     folder, asked = checkpoint("moe"), requests(14, seed)
     plain = Engine.from_plan(tiny_plan, folder)
     ahead = Engine.from_plan(captured(tiny_plan), folder, executor=LateExecutor)
@@ -116,30 +123,40 @@ def test_the_middle_of_a_prompt_is_not_waited_for(checkpoint: Any) -> None:
 
 def test_padding_leaves_state_and_pages_alone(tiny_plan: Plan, checkpoint: Any) -> None:
     plan, folder = captured(tiny_plan), checkpoint("moe")
-    arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.arenas))
+    arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas))
     engine = Engine(plan, Executor(plan, arenas, weights))
     engine.add(Request("a", (1, 2, 3), SamplingParams(max_tokens=6, ignore_eos=True)))
     while engine.num_unfinished:
         engine.step()
-    for buffer in plan.buffers:
+    for buffer in plan.pool.buffers:
         if buffer.arena not in ("state", "kv_cache"):
             continue
-        view = arenas.view(buffer.arena, buffer.offset_bytes, buffer.tensor.bind(0, 0), buffer.tensor.dtype)
+        view = arenas.view(
+            buffer.arena, buffer.offset_bytes, buffer.tensor.bind(0, 0), buffer.tensor.dtype
+        )
         used = view.flatten(1).ne(0).any(1).nonzero().flatten().tolist()
         if buffer.arena == "state":
-            assert set(used) <= {1, 2, 3, plan.limits.pad_state_slot}, (
+            assert set(used) <= {1, 2, 3, plan.pool.limits.pad_state_slot}, (
                 buffer.name
             )  # one is the checkpoint of its prompt
         else:
-            assert set(used) <= {0, plan.limits.pad_page}, buffer.name
+            assert set(used) <= {0, plan.pool.limits.pad_page}, buffer.name
 
 
 def test_advance_by_hand() -> None:
     """Two sequences and a row of padding; the second goes over the edge of a page, the first past its last page."""
-    state = [torch.tensor(x, dtype=torch.int32) for x in
-             ([5, 6, 0], [7, 3, 0], [11, 7, 36], [8, 4, 1], [1, 4, 0], [2, 3, 5], [4, 0, 0])]  # fmt: skip
+    state = [
+        torch.tensor(x, dtype=torch.int32)
+        for x in ([5, 6, 0], [7, 3, 0], [11, 7, 36], [8, 4, 1], [1, 4, 0], [2, 3, 5], [4, 0, 0])
+    ]
     table = torch.tensor([[4, 2], [1, 3], [9, 9]], dtype=torch.int32)
     advance({"page_size": 4}, torch.tensor([50, 60, 70], dtype=torch.int32), table, *state)
     assert [x.tolist() for x in state] == [
-        [50, 60, 0], [8, 4, 0], [8, 12, 36], [9, 5, 1], [2, 3, 0], [1, 4, 5], [5, 1, 0],
-    ]  # fmt: skip
+        [50, 60, 0],
+        [8, 4, 0],
+        [8, 12, 36],
+        [9, 5, 1],
+        [2, 3, 0],
+        [1, 4, 5],
+        [5, 1, 0],
+    ]

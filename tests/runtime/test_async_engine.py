@@ -65,7 +65,11 @@ def test_everybody_gets_their_own(engine: Engine) -> None:
         for task in tasks[1::3]:
             task.cancel()
         found = await asyncio.gather(*tasks, return_exceptions=True)
-        assert not [item for item in found if item is not None and not isinstance(item, asyncio.CancelledError)]
+        assert not [
+            item
+            for item in found
+            if item is not None and not isinstance(item, asyncio.CancelledError)
+        ]
         assert served.num_open == 0
         assert (await served.generate(asked[7], PARAMS)).text == wanted[7].text
 
@@ -79,7 +83,8 @@ def test_a_stream_of_several_requests(engine: Engine) -> None:
     async def work(served: AsyncEngine) -> None:
         found = await served.submit(asked).completions()
         assert [(done.request_id, done.token_ids) for done in found] == [
-            (request.request_id, done.token_ids) for request, done in zip(asked, wanted, strict=True)
+            (request.request_id, done.token_ids)
+            for request, done in zip(asked, wanted, strict=True)
         ]
 
     with_served(engine, work)
@@ -94,7 +99,10 @@ def test_a_slow_reader_holds_up_nobody(engine: Engine) -> None:
             done = await asyncio.gather(*(served.generate([index], PARAMS) for index in range(20)))
             assert len(done) == 20
             rest = [delta async for delta in slow]
-            assert len(rest) <= 2 and len(first.token_ids) + sum(len(delta.token_ids) for delta in rest) == 12
+            assert (
+                len(rest) <= 2
+                and len(first.token_ids) + sum(len(delta.token_ids) for delta in rest) == 12
+            )
 
     with_served(engine, work)
 
@@ -103,7 +111,11 @@ def test_what_is_refused_harms_nobody(engine: Engine) -> None:
     async def work(served: AsyncEngine) -> None:
         going = asyncio.create_task(served.generate([1, 2], PARAMS))
         await asyncio.sleep(0)
-        for bad in (Request("a", ()), Request("a", (10**6,)), Request("a", (1,), SamplingParams(top_k=1 << 40))):
+        for bad in (
+            Request("a", ()),
+            Request("a", (10**6,)),
+            Request("a", (1,), SamplingParams(top_k=1 << 40)),
+        ):
             with pytest.raises(RequestError):
                 served.submit([Request("good", (1,), PARAMS), bad])
         with pytest.raises(RequestError, match="not finished"):
@@ -127,7 +139,10 @@ def test_completions_are_told_of(engine: Engine) -> None:
 
 def test_closing_ends_every_stream(engine: Engine) -> None:
     async def work(served: AsyncEngine) -> None:
-        streams = [served.stream([index], SamplingParams(max_tokens=300, ignore_eos=True)) for index in range(12)]
+        streams = [
+            served.stream([index], SamplingParams(max_tokens=300, ignore_eos=True))
+            for index in range(12)
+        ]
         first = await anext(streams[0])
         assert first.token_ids
         assert not await served.drain(0.01)
@@ -152,8 +167,12 @@ def test_draining_waits_for_answers(engine: Engine) -> None:
     with_served(engine, work)
 
 
-@pytest.mark.parametrize("error", [RankError("the link broke", "start again"), ZeroDivisionError("in a kernel")])
-def test_an_engine_that_fails_says_so_to_all(error: Exception, tiny_plan: Plan, checkpoint: Any) -> None:
+@pytest.mark.parametrize(
+    "error", [RankError("the link broke", "start again"), ZeroDivisionError("in a kernel")]
+)
+def test_an_engine_that_fails_says_so_to_all(
+    error: Exception, tiny_plan: Plan, checkpoint: Any
+) -> None:
     engine, steps = Engine.from_plan(tiny_plan, checkpoint("moe")), 0
 
     def step() -> list[Completion]:
@@ -169,7 +188,9 @@ def test_an_engine_that_fails_says_so_to_all(error: Exception, tiny_plan: Plan, 
         async with AsyncEngine(engine) as served, asyncio.timeout(60):
             streams = [served.stream([index], PARAMS) for index in range(3)]
             for stream in streams:
-                with pytest.raises(EngineStopped, match=r"the engine has failed: .*(the link broke|in a kernel)"):
+                with pytest.raises(
+                    EngineStopped, match=r"the engine has failed: .*(the link broke|in a kernel)"
+                ):
                     await stream.completions()
             assert served.error is error
             with pytest.raises(EngineStopped):

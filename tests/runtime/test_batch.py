@@ -30,7 +30,12 @@ from tokenspeed_plan.runtime.serving.batch import BatchOptions, Selection, run_b
 from tokenspeed_plan.runtime.serving.batch.files import STDIO, open_writer, read_whole_lines, spool
 from tokenspeed_plan.runtime.serving.batch.order import GROUP_TOKENS, Waiting
 from tokenspeed_plan.runtime.serving.batch.summary import Histogram
-from tokenspeed_plan.runtime.serving.openai.requests import RowError, check_row, parse_row, to_requests
+from tokenspeed_plan.runtime.serving.openai.requests import (
+    RowError,
+    check_row,
+    parse_row,
+    to_requests,
+)
 
 FAKE = ROOT / "tests" / "batch_fake.py"
 
@@ -62,7 +67,9 @@ class Runner:
         self.folder = folder
         self.engine = FakeEngine()
 
-    def __call__(self, rows: list[Any] | None, output: str = "out.jsonl", digest: str = "d", **options: Any) -> int:
+    def __call__(
+        self, rows: list[Any] | None, output: str = "out.jsonl", digest: str = "d", **options: Any
+    ) -> int:
         source = self.folder / "in.jsonl"
         if rows is not None:
             write(source, rows)
@@ -89,7 +96,10 @@ def test_rows_come_back_in_order_with_every_field(run: Runner) -> None:
     assert set(first["response"]) == {"status_code", "request_id", "body"}
     body = first["response"]["body"]
     assert set(body) == {"id", "object", "created", "model", "choices", "usage"}
-    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
+    assert (
+        body["usage"]["total_tokens"]
+        == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
+    )
     assert not (run.folder / "out.jsonl.resume").exists()
 
 
@@ -116,10 +126,12 @@ def test_completion_order_holds_the_same_lines(run: Runner) -> None:
 
 
 def test_chat_choices_token_ids_and_logprobs(run: Runner) -> None:
-    run([
-        chat(0, n=2, return_token_ids=True, logprobs=True, top_logprobs=2, seed=1),
-        row(1, prompt=[1, 2, 3], logprobs=2, return_token_ids=True, temperature=0),
-    ])  # fmt: skip
+    run(
+        [
+            chat(0, n=2, return_token_ids=True, logprobs=True, top_logprobs=2, seed=1),
+            row(1, prompt=[1, 2, 3], logprobs=2, return_token_ids=True, temperature=0),
+        ]
+    )
     answer, text = (line["response"]["body"] for line in run.out())
     assert answer["object"] == "chat.completion"
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
@@ -301,8 +313,13 @@ def test_somebody_elses_file_is_left_alone(run: Runner) -> None:
         ({"errors": Path("no/such/e.jsonl")}, "cannot write"),
     ],
 )
-def test_paths_that_would_destroy_something(options: dict[str, Any], says: str, run: Runner) -> None:
-    options = {name: run.folder / value if name in ("errors", "summary") else value for name, value in options.items()}
+def test_paths_that_would_destroy_something(
+    options: dict[str, Any], says: str, run: Runner
+) -> None:
+    options = {
+        name: run.folder / value if name in ("errors", "summary") else value
+        for name, value in options.items()
+    }
     with pytest.raises(RequestError, match=says):
         run([row(0)], **options)
 
@@ -327,7 +344,9 @@ def test_somebody_elses_finished_lines_are_left_alone(run: Runner) -> None:
 def test_answers_of_another_input_are_not_thrown_away(run: Runner) -> None:
     run([row(i) for i in range(3)])
     before = (run.folder / "out.jsonl").read_bytes()
-    with pytest.raises(RequestError, match="holds the answer to 'c2', which the input does not have"):
+    with pytest.raises(
+        RequestError, match="holds the answer to 'c2', which the input does not have"
+    ):
         run([row(0), row(1)])
     assert (run.folder / "out.jsonl").read_bytes() == before
     assert not (run.folder / "out.jsonl.resume").exists()
@@ -343,7 +362,9 @@ def test_an_engine_that_does_not_start_leaves_the_output_alone(run: Runner) -> N
 
     for name in ("out.jsonl", "new.jsonl"):
         with pytest.raises(RequestError, match="canary"):
-            run_batch(BatchOptions(source, run.folder / name, quiet=True), plan(), FakeCodec(), fails)
+            run_batch(
+                BatchOptions(source, run.folder / name, quiet=True), plan(), FakeCodec(), fails
+            )
     assert (run.folder / "out.jsonl").read_bytes() == before
     assert not (run.folder / "new.jsonl").exists()
     assert not (run.folder / "new.jsonl.resume").exists()
@@ -363,7 +384,10 @@ def test_gz_input_and_stdout(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, FAKE, source, "-"], capture_output=True, check=True)
     assert len(done.stdout.splitlines()) == 5
     done = subprocess.run(
-        [sys.executable, FAKE, "-", "-"], input=gzip.decompress(source.read_bytes()), capture_output=True, check=True
+        [sys.executable, FAKE, "-", "-"],
+        input=gzip.decompress(source.read_bytes()),
+        capture_output=True,
+        check=True,
     )
     assert len(done.stdout.splitlines()) == 5
     pipe = tmp_path / "pipe"
@@ -382,7 +406,9 @@ def test_closed_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         open_writer(STDIO)
 
 
-@pytest.mark.parametrize(("name", "order"), [("o.jsonl", "input"), ("o.jsonl", "completion"), ("o.jsonl.gz", "input")])
+@pytest.mark.parametrize(
+    ("name", "order"), [("o.jsonl", "input"), ("o.jsonl", "completion"), ("o.jsonl.gz", "input")]
+)
 def test_kill_9_at_any_moment(name: str, order: str, tmp_path: Path) -> None:
     """Die at the first, second, third ... event that touches a file, and go on each time."""
     source = write(tmp_path / "in.jsonl", [row(i) for i in range(24)])
@@ -398,18 +424,27 @@ def test_kill_9_at_any_moment(name: str, order: str, tmp_path: Path) -> None:
             "--order",
             order,
             "--die-after",
-            str(rng.randrange(1, 40 + 4 * kills)),  # small ones too: a run from nothing must be able to die
+            str(
+                rng.randrange(1, 40 + 4 * kills)
+            ),  # small ones too: a run from nothing must be able to die
         ]
         kills += subprocess.run(command, check=False).returncode == -signal.SIGKILL
         if target.exists():
             ids = [line["custom_id"] for line in read(target)]
             assert len(ids) == len(set(ids))
-        if kills < 20 and not (tmp_path / f"{name}.resume").exists() and target.exists() and len(read(target)) == 24:
+        if (
+            kills < 20
+            and not (tmp_path / f"{name}.resume").exists()
+            and target.exists()
+            and len(read(target)) == 24
+        ):
             target.unlink()  # it got through: begin again
     subprocess.run([sys.executable, FAKE, source, target, "--order", order], check=True)
     key = lambda line: line["custom_id"]  # noqa: E731
     got, wanted = read(target), read(clean)
-    assert (got == wanted) if order == "input" else (sorted(got, key=key) == sorted(wanted, key=key))
+    assert (
+        (got == wanted) if order == "input" else (sorted(got, key=key) == sorted(wanted, key=key))
+    )
     assert not (tmp_path / f"{name}.resume").exists()
 
 
@@ -462,16 +497,31 @@ def test_percentiles_are_within_a_per_cent() -> None:
     for value in values:
         histogram.add(value)
     for share in (0.5, 0.95, 0.99):
-        assert histogram.percentile(share) == pytest.approx(values[int(share * 5000) - 1], rel=0.011)
+        assert histogram.percentile(share) == pytest.approx(
+            values[int(share * 5000) - 1], rel=0.011
+        )
 
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=6), children, max_size=3),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=6), children, max_size=3)
+    ),
     max_leaves=5,
 )
 FIELDS = st.sampled_from(
-    ["prompt", "messages", "max_tokens", "stop", "n", "logprobs", "seed", "top_k", "temperature", "x"]
+    [
+        "prompt",
+        "messages",
+        "max_tokens",
+        "stop",
+        "n",
+        "logprobs",
+        "seed",
+        "top_k",
+        "temperature",
+        "x",
+    ]
 )
 
 
@@ -511,7 +561,9 @@ def test_the_quick_check_and_the_real_one_agree() -> None:
     """The first pass may skip tokenising; it must not let through what the second refuses."""
     for length in range(1, 80):
         for letter in ("e", "é", "\u0958"):  # the last one is twice as long once it is normalised
-            parsed = parse_row(json.dumps(row(1, prompt=letter * length, max_tokens=8)).encode(), 1, "d")
+            parsed = parse_row(
+                json.dumps(row(1, prompt=letter * length, max_tokens=8)).encode(), 1, "d"
+            )
             outcomes = []
             for step in (check_row, to_requests):
                 try:
@@ -522,7 +574,9 @@ def test_the_quick_check_and_the_real_one_agree() -> None:
             assert outcomes[0] == outcomes[1]
 
 
-def test_a_row_that_the_first_look_let_through_becomes_an_error_line(run: Runner, monkeypatch: Any) -> None:
+def test_a_row_that_the_first_look_let_through_becomes_an_error_line(
+    run: Runner, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("tokenspeed_plan.runtime.serving.batch.scan.check_row", lambda *_: None)
     assert run([row(0), row(1, prompt="x" * 57), row(2)]) == 1
     lines = run.out()
@@ -536,7 +590,13 @@ def test_rows_that_begin_alike_run_one_after_the_other() -> None:
     waiting = Waiting[str]()
     alike = list(range(GROUP_TOKENS))
     for number, (name, prompt, tokens) in enumerate(
-        [("a1", [*alike, 1], 5), ("b", [7], 50), ("a2", [*alike, 2], 90), ("c", [8], 40), ("a3", [*alike, 3], 5)]
+        [
+            ("a1", [*alike, 1], 5),
+            ("b", [7], 50),
+            ("a2", [*alike, 2], 90),
+            ("c", [8], 40),
+            ("a3", [*alike, 3], 5),
+        ]
     ):
         waiting.add(name, prompt, tokens, number)
     assert len(waiting) == 5
@@ -546,15 +606,42 @@ def test_rows_that_begin_alike_run_one_after_the_other() -> None:
 
 def test_shared_prefixes_meet_in_the_cache(tmp_path: Path) -> None:
     """Two prefixes take turns in the file; answers and their order are those without a cache."""
-    prefixes = ["def first(path):\n    " + "x = open(path)\n    " * 12, "class Second:\n    " + "y = 2\n    " * 20]
-    rows = [{"custom_id": str(i), "method": "POST", "url": "/v1/completions",
-             "body": {"model": "m", "prompt": prefixes[i % 2] + f"# {i}\n", "max_tokens": 4, "temperature": 0}}
-            for i in range(40)]  # fmt: skip
+    prefixes = [
+        "def first(path):\n    " + "x = open(path)\n    " * 12,
+        "class Second:\n    " + "y = 2\n    " * 20,
+    ]
+    rows = [
+        {
+            "custom_id": str(i),
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {
+                "model": "m",
+                "prompt": prefixes[i % 2] + f"# {i}\n",
+                "max_tokens": 4,
+                "temperature": 0,
+            },
+        }
+        for i in range(40)
+    ]
     source, output, summary = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "sum.json"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     bundle = str(ROOT / "plans/frozen/demo-cpu")
-    done = CliRunner().invoke(main, ["run", bundle, "--input", str(source), "--output", str(output), "--summary",
-                                     str(summary), "--no-canary"], catch_exceptions=False)  # fmt: skip
+    done = CliRunner().invoke(
+        main,
+        [
+            "run",
+            bundle,
+            "--input",
+            str(source),
+            "--output",
+            str(output),
+            "--summary",
+            str(summary),
+            "--no-canary",
+        ],
+        catch_exceptions=False,
+    )
     assert done.exit_code == 0 and " of them cached), " in done.stderr
     tokens = json.loads(summary.read_text())["tokens"]
     assert tokens["cached"] > 0.8 * tokens["prompt"]
@@ -563,5 +650,7 @@ def test_shared_prefixes_meet_in_the_cache(tmp_path: Path) -> None:
     plain = Engine.load(Path(bundle), cache=False)
     assert plain.tokenizer
     prompts = [plain.tokenizer.encode(row["body"]["prompt"]) for row in rows]
-    wanted = [completion.text for completion in plain.generate(prompts, SamplingParams(max_tokens=4))]
+    wanted = [
+        completion.text for completion in plain.generate(prompts, SamplingParams(max_tokens=4))
+    ]
     assert [answer["response"]["body"]["choices"][0]["text"] for answer in answers] == wanted

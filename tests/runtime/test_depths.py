@@ -34,16 +34,22 @@ def plan_of(folder: Path, depths: dict[int, int], recomputes: bool = False) -> P
     model = find_model(spec)
     found = decide.resolve(spec, model.config, find_hardware("cpu"))
     knobs = replace(found.knobs, depth=max(depths.values()))
-    return compile_bundle(spec, model, decided=replace(found, depths=depths, knobs=knobs, recomputes=recomputes)).plan
+    return compile_bundle(
+        spec, model, decided=replace(found, depths=depths, knobs=knobs, recomputes=recomputes)
+    ).plan
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("depths", MIXES, ids=str)
-def test_any_mix_of_depths_says_the_same(depths: dict[int, int], recomputes: bool, folder: Path) -> None:
+def test_any_mix_of_depths_says_the_same(
+    depths: dict[int, int], recomputes: bool, folder: Path
+) -> None:
     """Sequences end one by one, so that each passes through all buckets."""
     plain = Engine.from_plan(plan_of(folder, dict.fromkeys(depths, 0)), folder)
     mixed = Engine.from_plan(plan_of(folder, depths, recomputes), folder)
-    assert {(p.bucket, p.depth) for p in mixed.plan.programs if p.phase == "decode"} == set(depths.items())
+    assert {(p.bucket, p.depth) for p in mixed.plan.pool.programs if p.phase == "decode"} == set(
+        depths.items()
+    )
     for params in ({}, {"temperature": 0.9, "top_p": 0.95, "seed": 5}):
         for most in (8, 40):
             assert say(mixed, most=most, **params) == say(plain, most=most, **params)
@@ -52,23 +58,35 @@ def test_any_mix_of_depths_says_the_same(depths: dict[int, int], recomputes: boo
     assert mixed.accept_counts[1] > 0
 
 
-def keys_of(depths: dict[int, int], folder: Path, prompt: list[int], most: int) -> tuple[Tensor, tuple[int, ...]]:
+def keys_of(
+    depths: dict[int, int], folder: Path, prompt: list[int], most: int
+) -> tuple[Tensor, tuple[int, ...]]:
     """Keys and values of the layer that drafts, after one sequence, by page."""
     engine = Engine.from_plan(plan_of(folder, depths), folder, cache=False)
     (ids,) = say(engine, [prompt], most)
-    buffer = next(b for b in engine.plan.buffers if b.name == f"L{engine.plan.model.num_layers}.kv_cache")
+    buffer = next(
+        b for b in engine.plan.pool.buffers if b.name == f"L{engine.plan.model.num_layers}.kv_cache"
+    )
     shape = buffer.tensor.bind(0, 0)
-    return engine.executor._arenas.view(buffer.arena, buffer.offset_bytes, shape, buffer.tensor.dtype).clone(), ids
+    return engine.executor._arenas.view(
+        buffer.arena, buffer.offset_bytes, shape, buffer.tensor.dtype
+    ).clone(), ids
 
 
 def test_rows_that_draft_nothing_leave_their_keys(folder: Path) -> None:
     """Those who draft after them find what they would have written themselves."""
     prompt = list(range(5, 25))
-    (without, ids), (drafting, same) = (keys_of({1: depth, 2: 1}, folder, prompt, 30) for depth in (0, 1))
+    (without, ids), (drafting, same) = (
+        keys_of({1: depth, 2: 1}, folder, prompt, 30) for depth in (0, 1)
+    )
     assert ids == same
     known = len(prompt) + len(ids) - 1
-    rows = [cache.transpose(1, 2).flatten(0, 1) for cache in (without, drafting)]  # pages and places in one
+    rows = [
+        cache.transpose(1, 2).flatten(0, 1) for cache in (without, drafting)
+    ]  # pages and places in one
     written = [int(row.flatten(1).any(1).sum()) for row in rows]
     assert min(written) >= known
     first = next(index for index in range(len(rows[0])) if rows[0][index].any())
-    torch.testing.assert_close(rows[0][first : first + known - 1], rows[1][first : first + known - 1])
+    torch.testing.assert_close(
+        rows[0][first : first + known - 1], rows[1][first : first + known - 1]
+    )

@@ -15,7 +15,13 @@ from trained import write_trained
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.golden import with_canary
-from tokenspeed_plan.plans.errors import CanaryError, PlanError, RequestError, SpecError, TokenspeedError
+from tokenspeed_plan.plans.errors import (
+    CanaryError,
+    PlanError,
+    RequestError,
+    SpecError,
+    TokenspeedError,
+)
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.canary import check_canary
@@ -30,12 +36,18 @@ def engine(tiny_plan: Plan, checkpoint: Any) -> Engine:
 
 
 def greedy(engine: Engine, **params: Any) -> Any:
-    return engine.generate([PROMPT], SamplingParams(**({"max_tokens": 20, "ignore_eos": True} | params)))[0]
+    return engine.generate(
+        [PROMPT], SamplingParams(**({"max_tokens": 20, "ignore_eos": True} | params))
+    )[0]
 
 
 def test_max_tokens(engine: Engine) -> None:
     done = greedy(engine, max_tokens=7)
-    assert (len(done.token_ids), done.finish_reason, done.num_prompt_tokens) == (7, "length", len(PROMPT))
+    assert (len(done.token_ids), done.finish_reason, done.num_prompt_tokens) == (
+        7,
+        "length",
+        len(PROMPT),
+    )
 
 
 def test_stop_token_ends_the_answer_and_is_not_in_the_text(engine: Engine) -> None:
@@ -71,7 +83,9 @@ def test_logprobs_are_a_distribution(engine: Engine) -> None:
     for step, token in zip(done.logprobs, done.token_ids, strict=True):
         assert step.token_id == token == step.top[0][0]
         assert step.logprob == step.top[0][1]
-        assert sum(torch.tensor([value for _, value in step.top], dtype=torch.float64).exp()) == pytest.approx(1.0)
+        assert sum(
+            torch.tensor([value for _, value in step.top], dtype=torch.float64).exp()
+        ) == pytest.approx(1.0)
 
 
 def test_seeds(engine: Engine) -> None:
@@ -134,7 +148,9 @@ def interrupt() -> None:
 
 
 def test_a_top_k_over_the_vocabulary_is_no_filter(engine: Engine) -> None:
-    plain, huge = (greedy(engine, temperature=1.0, seed=3, top_k=k).token_ids for k in (0, (1 << 31) - 1))
+    plain, huge = (
+        greedy(engine, temperature=1.0, seed=3, top_k=k).token_ids for k in (0, (1 << 31) - 1)
+    )
     assert plain == huge
     with pytest.raises(RequestError, match="top_k is 2147483648"):
         greedy(engine, top_k=1 << 31)
@@ -147,34 +163,53 @@ def test_the_longest_sequence_fits_exactly(engine: Engine) -> None:
 
 def test_many_requests_give_everything_back(engine: Engine) -> None:
     for _ in range(2):
-        assert len(engine.generate([[i % 500] * (i % 9 + 1) for i in range(40)], SamplingParams(max_tokens=3))) == 40
+        assert (
+            len(
+                engine.generate(
+                    [[i % 500] * (i % 9 + 1) for i in range(40)], SamplingParams(max_tokens=3)
+                )
+            )
+            == 40
+        )
 
 
 # Sampling: the distribution itself.
 
 
-def draws(logits: torch.Tensor, count: int, temperature: float, top_p: float = 1.0, top_k: int = 0) -> torch.Tensor:
+def draws(
+    logits: torch.Tensor, count: int, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> torch.Tensor:
     rows = logits.expand(count, -1)
     (tokens,) = sample(
-        {"num_valid_tokens": logits.shape[0]}, rows, torch.full((count,), temperature), torch.full((count,), top_p),
-        torch.full((count,), top_k, dtype=torch.int32), torch.full((count,), 11), torch.arange(count),
-    )  # fmt: skip
+        {"num_valid_tokens": logits.shape[0]},
+        rows,
+        torch.full((count,), temperature),
+        torch.full((count,), top_p),
+        torch.full((count,), top_k, dtype=torch.int32),
+        torch.full((count,), 11),
+        torch.arange(count),
+    )
     return torch.bincount(tokens, minlength=logits.shape[0])
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.7, 0), (2.0, 1.0, 5), (1.3, 0.8, 8)]
+    ("temperature", "top_p", "top_k"),
+    [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.7, 0), (2.0, 1.0, 5), (1.3, 0.8, 8)],
 )
 def test_draws_follow_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
     torch.manual_seed(0)
     logits, count = torch.randn(16) * 1.5, 20_000
-    probs, ids = filtered(logits[None], torch.tensor([temperature]), torch.tensor([top_p]), torch.tensor([top_k]))
+    probs, ids = filtered(
+        logits[None], torch.tensor([temperature]), torch.tensor([top_p]), torch.tensor([top_k])
+    )
     wanted = torch.zeros(16, dtype=torch.float64).scatter(0, ids[0], probs[0] / probs.sum()) * count
     counted = draws(logits, count, temperature, top_p, top_k)
     kept = wanted > 0
     assert counted[~kept].sum() == 0
     chi_squared = ((counted[kept] - wanted[kept]) ** 2 / wanted[kept]).sum().item()
-    assert chi_squared < 40  # 15 degrees of freedom: one in 2,000 by chance, but the draws are fixed
+    assert (
+        chi_squared < 40
+    )  # 15 degrees of freedom: one in 2,000 by chance, but the draws are fixed
 
 
 def test_filters_against_a_loop() -> None:
@@ -187,7 +222,9 @@ def test_filters_against_a_loop() -> None:
             if not kept or total < top_p:
                 kept.append(token)
             total += p
-        got, ids = filtered(logits[None], torch.ones(1), torch.tensor([top_p]), torch.tensor([top_k]))
+        got, ids = filtered(
+            logits[None], torch.ones(1), torch.tensor([top_p]), torch.tensor([top_k])
+        )
         assert sorted(ids[0][got[0] > 0].tolist()) == sorted(kept)
 
 
@@ -197,7 +234,13 @@ def test_padded_rows_are_never_drawn() -> None:
     many = logits.expand(500, -1)
     ones, zeros = torch.ones(500), torch.zeros(500, dtype=torch.int32)
     (tokens,) = sample(
-        {"num_valid_tokens": 8}, many, ones, ones, zeros, torch.zeros(500, dtype=torch.int64), torch.arange(500)
+        {"num_valid_tokens": 8},
+        many,
+        ones,
+        ones,
+        zeros,
+        torch.zeros(500, dtype=torch.int64),
+        torch.arange(500),
     )
     assert int(tokens.max()) < 8
 
@@ -278,7 +321,9 @@ def test_another_checkpoint_is_refused(change: Any, says: str, copied: Path) -> 
         planned(copied)
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff" * 20, b"\x10\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"\xff" * 20, b"\x10\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]"]
+)
 def test_damaged_files_are_refused(damage: bytes, copied: Path) -> None:
     plan = planned(copied)
     next(copied.glob("*.safetensors")).write_bytes(damage)

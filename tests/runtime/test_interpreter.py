@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from bundles import COMMAND, Change, break_kernels, dst_state_slots, in_text, token_ids, write_bundle
+from bundles import (
+    COMMAND,
+    Change,
+    break_kernels,
+    dst_state_slots,
+    in_text,
+    token_ids,
+    write_bundle,
+)
 from checkpoints import KERNEL, SHORT, Kind, write_checkpoint
 from conftest import ROOT
 from torch import Tensor
@@ -25,23 +33,47 @@ from tokenspeed_plan.runtime.graphs import GraphExecutor
 
 DEMO = ROOT / "plans/frozen/demo-cpu"
 CHUNK = 64  # of the delta rule
-# Heads as large as those of the published models, but few of them: the interpreter takes a second for a large matrix.
-FEW_HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_key_heads": 1,
-             "linear_num_value_heads": 2}  # fmt: skip
-SMALL = {"first_turn_tokens": 8, "output_tokens": 8, "concurrency": 1}  # one prompt of 12 tokens is compared
+# Heads as large as those of the published models, but few of them: the interpreter takes a second
+# for a large matrix.
+FEW_HEADS = {
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+}
+SMALL = {
+    "first_turn_tokens": 8,
+    "output_tokens": 8,
+    "concurrency": 1,
+}  # one prompt of 12 tokens is compared
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, where nobody has asked for the interpreter yet."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     words = [str(arg) for arg in args]
-    return subprocess.run([*COMMAND, "run", *words], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [*COMMAND, "run", *words], env=env, capture_output=True, text=True, timeout=300
+    )
 
 
-def interpreted(bundle: Path, folder: Path, prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
+def interpreted(
+    bundle: Path, folder: Path, prompts: list[list[int]], counts: list[int]
+) -> list[list[int]]:
     """What the kernels of a bundle answer."""
     source, output = dst_state_slots(folder / "in.jsonl", prompts, counts), folder / "out.jsonl"
-    done = run(bundle, "--backend", "kernels", "--no-canary", "--quiet", "--input", source, "--output", output)
+    done = run(
+        bundle,
+        "--backend",
+        "kernels",
+        "--no-canary",
+        "--quiet",
+        "--input",
+        source,
+        "--output",
+        output,
+    )
     assert done.returncode == 0, done.stderr
     return token_ids(output)
 
@@ -69,7 +101,9 @@ def is_clean(done: subprocess.CompletedProcess[str], says: str) -> None:
 @pytest.fixture(scope="module")
 def checkpoint_of_large_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the `kernel` kind, with heads of 128 and 256, but shorter."""
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "heads", Kind(sizes=KERNEL | SHORT | FEW_HEADS))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("models") / "heads", Kind(sizes=KERNEL | SHORT | FEW_HEADS)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +126,26 @@ def test_large_heads_say_the_same(checkpoint_of_large_heads: Path, tmp_path: Pat
     """Two chunks of the delta rule beside a short prompt, then a ragged batch in decode."""
     write_bundle(tmp_path / "plan", checkpoint_of_large_heads)
     prompts, counts = [prompt(CHUNK + 1, 400), prompt(3, 400)], [8, 8]
-    assert interpreted(tmp_path / "plan", tmp_path, prompts, counts) == referred(tmp_path / "plan", prompts, counts)
+    assert interpreted(tmp_path / "plan", tmp_path, prompts, counts) == referred(
+        tmp_path / "plan", prompts, counts
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rollback", ["snapshot", "recompute"])
 def test_verified_drafts_say_the_same(rollback: str, tmp_path: Path) -> None:
     """Three rows of each sequence; some drafts are right, so that steps begin after each number of them."""
-    spec = {"workload": SMALL | {"concurrency": 2}, "speculation": {"depth": 2, "rollback": rollback}}
+    spec = {
+        "workload": SMALL | {"concurrency": 2},
+        "speculation": {"depth": 2, "rollback": rollback},
+    }
     write_bundle(tmp_path / "plan", write_trained(tmp_path / "model", "moe"), **spec)
     engine = Engine.load(tmp_path / "plan")
     prompts, counts = [[3, 4, 5], [7, 300, 20, 11]], [11, 3]
-    wanted = [list(done.token_ids) for done in engine.generate(prompts, SamplingParams(max_tokens=11, ignore_eos=True))]
+    wanted = [
+        list(done.token_ids)
+        for done in engine.generate(prompts, SamplingParams(max_tokens=11, ignore_eos=True))
+    ]
     accepted = engine.accept_counts
     assert accepted[0] > accepted[1] > accepted[2] > 0
     assert interpreted(tmp_path / "plan", tmp_path, prompts, counts) == [wanted[0], wanted[1][:3]]
@@ -135,11 +177,15 @@ def half_a_grid(text: str, launch: Launch) -> tuple[str, Launch]:
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
-        pytest.param("gated_norm", in_text("* gate * tl.sigmoid(gate)", "* tl.sigmoid(gate)"), id="its text"),
+        pytest.param(
+            "gated_norm", in_text("* gate * tl.sigmoid(gate)", "* tl.sigmoid(gate)"), id="its text"
+        ),
         pytest.param("gated_norm", half_a_grid, id="its launch"),
     ],
 )
-def test_check_names_the_broken_step(kind: str, change: Change, bundle: Path, tmp_path: Path) -> None:
+def test_check_names_the_broken_step(
+    kind: str, change: Change, bundle: Path, tmp_path: Path
+) -> None:
     """Digests are those of the broken kernel: only what it computes gives it away."""
     broken = Path(shutil.copytree(bundle, tmp_path / "plan"))
     break_kernels(broken, kind, change)
@@ -148,8 +194,12 @@ def test_check_names_the_broken_step(kind: str, change: Change, bundle: Path, tm
     assert f", `{kind}_" in done.stderr and "error: step " in done.stderr
 
 
-@pytest.mark.parametrize("how", [["--check"], ["--backend", "kernels", "--prompt", "x", "--max-tokens", "1"]])
-def test_an_altered_text_is_refused_before_it_runs(how: list[str], bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how", [["--check"], ["--backend", "kernels", "--prompt", "x", "--max-tokens", "1"]]
+)
+def test_an_altered_text_is_refused_before_it_runs(
+    how: list[str], bundle: Path, tmp_path: Path
+) -> None:
     """Also when it would have done no harm to the result."""
     altered, trace = Path(shutil.copytree(bundle, tmp_path / "plan")), tmp_path / "trace"
     path = min((altered / "kernels").glob("gated_norm_*.py"))

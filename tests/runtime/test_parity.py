@@ -27,7 +27,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 def poisoned_engine(plan: Plan, folder: Path, chunk: int | None = None) -> Engine:
     """An engine whose activations start as NaN: a read of what was not written shows."""
-    arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.arenas))
+    arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas))
     arenas.poison("activations")
     return Engine(plan, Executor(plan, arenas, weights), chunk=chunk)
 
@@ -44,13 +44,17 @@ def test_logits_and_tokens_equal_transformers(kind: str, checkpoint: Any) -> Non
     prompts = [prompt(length, seed) for seed, length in enumerate(LENGTHS)]
     wanted = [oracle_greedy(oracle, ids, 64) for ids in prompts]
     engine = poisoned_engine(plan_of(folder), folder)
-    done = engine.generate(prompts, SamplingParams(max_tokens=64, ignore_eos=True, num_logprobs=VOCAB))
+    done = engine.generate(
+        prompts, SamplingParams(max_tokens=64, ignore_eos=True, num_logprobs=VOCAB)
+    )
     assert [list(item.token_ids) for item in done] == wanted
     with torch.no_grad():
         for ids, item in zip(prompts, done, strict=True):
             text = torch.tensor([ids + list(item.token_ids)])
             logits = oracle(input_ids=text).logits[0, len(ids) - 1 : -1]
-            ours = torch.tensor([[value for _, value in sorted(step.top)] for step in item.logprobs])
+            ours = torch.tensor(
+                [[value for _, value in sorted(step.top)] for step in item.logprobs]
+            )
             difference = (ours - torch.log_softmax(logits.double(), -1)).abs()
             assert difference.max() <= 1e-3
             assert difference.mean() <= 5e-5
@@ -84,7 +88,9 @@ def test_bf16_stays_near_the_fp32_reference(checkpoint: Any) -> None:
     folder = checkpoint("dense")
     oracle = load_oracle(folder, KINDS["dense"])
     ids = prompt(120, 1)
-    engine = poisoned_engine(plan_of(folder, model={"path": str(folder), "weights": "bf16"}), folder)
+    engine = poisoned_engine(
+        plan_of(folder, model={"path": str(folder), "weights": "bf16"}), folder
+    )
     (done,) = engine.generate([ids], SamplingParams(max_tokens=1, num_logprobs=VOCAB))
     with torch.no_grad():
         wanted = torch.log_softmax(oracle(input_ids=torch.tensor([ids])).logits[0, -1], -1)

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, make_spec
-from conversations import PoisonExecutor, check_all_is_given_back, converse, poisoned, replay, squeezed
+from conversations import (
+    PoisonExecutor,
+    check_all_is_given_back,
+    converse,
+    poisoned,
+    replay,
+    squeezed,
+)
 from test_ahead import LateExecutor, captured
 
 from tokenspeed_plan.planner import compile_plan, find_model
@@ -15,12 +22,32 @@ from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
 
 PRESSURES: dict[str, dict[str, int]] = {
-    "roomy": {"num_pages": 184, "num_checkpoints": 16, "checkpoint_interval": 64, "min_checkpoint_tokens": 16},
-    "few_pages": {"num_pages": 24, "num_checkpoints": 16, "checkpoint_interval": 32, "min_checkpoint_tokens": 16},
-    "few_rows": {"num_pages": 184, "num_checkpoints": 0, "checkpoint_interval": 32, "min_checkpoint_tokens": 32},
-    "few_of_both": {"num_pages": 23, "num_checkpoints": 1, "checkpoint_interval": 16, "min_checkpoint_tokens": 16,
-                    "interleaved_tokens": 16},
-}  # fmt: skip
+    "roomy": {
+        "num_pages": 184,
+        "num_checkpoints": 16,
+        "checkpoint_interval": 64,
+        "min_checkpoint_tokens": 16,
+    },
+    "few_pages": {
+        "num_pages": 24,
+        "num_checkpoints": 16,
+        "checkpoint_interval": 32,
+        "min_checkpoint_tokens": 16,
+    },
+    "few_rows": {
+        "num_pages": 184,
+        "num_checkpoints": 0,
+        "checkpoint_interval": 32,
+        "min_checkpoint_tokens": 32,
+    },
+    "few_of_both": {
+        "num_pages": 23,
+        "num_checkpoints": 1,
+        "checkpoint_interval": 16,
+        "min_checkpoint_tokens": 16,
+        "interleaved_tokens": 16,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +73,9 @@ class LatePoison(LateExecutor, PoisonExecutor):
 
 
 @pytest.mark.parametrize("pressure", PRESSURES)
-def test_what_the_cache_holds_is_never_written(pressure: str, told: Any, tiny_plan: Plan, checkpoint: Any) -> None:
+def test_what_the_cache_holds_is_never_written(
+    pressure: str, told: Any, tiny_plan: Plan, checkpoint: Any
+) -> None:
     """Launched ahead, padded, with rubbish in all that is free."""
     plan = captured(squeezed(tiny_plan, **PRESSURES[pressure]))
     engine = poisoned(plan, checkpoint("moe"), LatePoison)
@@ -57,10 +86,14 @@ def test_what_the_cache_holds_is_never_written(pressure: str, told: Any, tiny_pl
 def test_the_demo_model_says_the_same_with_and_without() -> None:
     """Trained weights, its own plan."""
     folder = ROOT / "examples" / "demo" / "model"
-    spec = make_spec(folder, workload={"first_turn_tokens": 300, "output_tokens": 64, "concurrency": 4})
+    spec = make_spec(
+        folder, workload={"first_turn_tokens": 300, "output_tokens": 64, "concurrency": 4}
+    )
     plan = compile_plan(spec, find_model(spec))
     told = converse(plan, folder, 10, 5)
-    engine = Engine.from_plan(squeezed(plan, num_pages=30, num_checkpoints=4, checkpoint_interval=32), folder)
+    engine = Engine.from_plan(
+        squeezed(plan, num_pages=30, num_checkpoints=4, checkpoint_interval=32), folder
+    )
     replay(engine, told, 5, cancel=0.05)
     check_all_is_given_back(engine._scheduler.cache)
     assert engine.metrics.hit_tokens > 200
@@ -68,7 +101,13 @@ def test_the_demo_model_says_the_same_with_and_without() -> None:
 
 def test_the_last_turn_of_the_longest_conversation_is_cached(checkpoint: Any) -> None:
     """It goes on inside a page, and the pages that it needs are all that the plan has."""
-    talk = {"kind": "agentic", "first_turn_tokens": 600, "turn_tokens": 256, "turns": 3, "output_tokens": 8}
+    talk = {
+        "kind": "agentic",
+        "first_turn_tokens": 600,
+        "turn_tokens": 256,
+        "turns": 3,
+        "output_tokens": 8,
+    }
     spec = make_spec(checkpoint("moe"), workload=talk | {"concurrency": 1})
     engine = Engine.from_plan(compile_plan(spec, find_model(spec)), checkpoint("moe"))
     said, cached = [i % 300 for i in range(600)], []
@@ -81,9 +120,14 @@ def test_the_last_turn_of_the_longest_conversation_is_cached(checkpoint: Any) ->
 
 def test_what_is_cheap_to_have_again_goes_first(tiny_plan: Plan, checkpoint: Any) -> None:
     """A long prompt outlives short ones that came after it; one that nobody asks for goes in the end."""
-    limits = {"num_pages": 184, "num_checkpoints": 0, "checkpoint_interval": 1024, "min_checkpoint_tokens": 16}
+    limits = {
+        "num_pages": 184,
+        "num_checkpoints": 0,
+        "checkpoint_interval": 1024,
+        "min_checkpoint_tokens": 16,
+    }
     engine = Engine.from_plan(squeezed(tiny_plan, **limits), checkpoint("moe"))
-    room = engine.plan.limits.num_state_slots
+    room = engine.plan.pool.limits.num_state_slots
 
     def hits(prompt: list[int]) -> int:
         before = engine.metrics.hit_tokens

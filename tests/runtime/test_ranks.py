@@ -26,18 +26,30 @@ from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.runtime import Engine, SamplingParams, collectives
 
-# Ranks are forked from one process that has loaded all this once. It is a fresh one: nothing of the tests is in it.
+# Ranks are forked from one process that has loaded all this once. It is a fresh one: nothing of the
+# tests is in it.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["pytest", "hypothesis", "torch.distributed", "tokenspeed_plan.planner.cli", "tokenspeed_plan.runtime.ranks",
-     "tokenspeed_plan.runtime.serving.batch", "tokenspeed_plan.runtime.engine"]
-)  # fmt: skip
+    [
+        "pytest",
+        "hypothesis",
+        "torch.distributed",
+        "tokenspeed_plan.planner.cli",
+        "tokenspeed_plan.runtime.ranks",
+        "tokenspeed_plan.runtime.serving.batch",
+        "tokenspeed_plan.runtime.engine",
+    ]
+)
 LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 PROMPTS = [[5, 6, 7, 8] * 20, [9], list(range(40, 110))]
 COUNTS = [9, 9, 9]  # one of prefill, eight of decode
 LONG = {"first_turn_tokens": 96, "output_tokens": 16, "concurrency": 4}
-SMALL = {"first_turn_tokens": 8, "output_tokens": 8, "concurrency": 1}  # one prompt of 12 tokens is compared
+SMALL = {
+    "first_turn_tokens": 8,
+    "output_tokens": 8,
+    "concurrency": 1,
+}  # one prompt of 12 tokens is compared
 LAYOUTS = {
     "tp 2": ("moe", 2, {"tp": 2}),
     "tp 4": ("deep", 4, {"tp": 4}),
@@ -60,7 +72,9 @@ def be_rank(rank: int, world: int, port: int, args: Sequence[str], log: Path) ->
 def start(count: int, args: Sequence[object], folder: Path) -> list[BaseProcess]:
     port, words = free_port(), [str(arg) for arg in args]
     ranks: list[BaseProcess] = [
-        FORKS.Process(target=be_rank, args=(rank, count, port, words, folder / f"{rank}.log"), daemon=True)
+        FORKS.Process(
+            target=be_rank, args=(rank, count, port, words, folder / f"{rank}.log"), daemon=True
+        )
         for rank in range(count)
     ]
     for rank in ranks:
@@ -91,14 +105,28 @@ def logs(folder: Path, count: int) -> str:
 
 def batch(bundle: Path, folder: Path, *options: object) -> list[object]:
     """Arguments that answer `in.jsonl` of a folder."""
-    return ["run", bundle, "--input", folder / "in.jsonl", "--output", folder / "out.jsonl", "--quiet", *options]
+    return [
+        "run",
+        bundle,
+        "--input",
+        folder / "in.jsonl",
+        "--output",
+        folder / "out.jsonl",
+        "--quiet",
+        *options,
+    ]
 
 
-def alone(checkpoint: Path, folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+def alone(
+    checkpoint: Path, folder: Path, prompts: Sequence[Sequence[int]], count: int
+) -> list[list[int]]:
     """What one rank answers, in this process."""
     plan = write_bundle(folder / "alone", checkpoint)
     params = SamplingParams(max_tokens=count, ignore_eos=True)
-    return [list(done.token_ids) for done in Engine.from_plan(plan, checkpoint).generate(prompts, params)]
+    return [
+        list(done.token_ids)
+        for done in Engine.from_plan(plan, checkpoint).generate(prompts, params)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -116,26 +144,44 @@ def pair(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "count", "moe"), LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_ranks_say_what_one_says(kind: str, count: int, moe: dict[str, int], checkpoint: Any, tmp_path: Path) -> None:
+def test_ranks_say_what_one_says(
+    kind: str, count: int, moe: dict[str, int], checkpoint: Any, tmp_path: Path
+) -> None:
     folder, bundle = checkpoint(kind), tmp_path / "plan"
     layout = {"attention": {"tp": count}, "moe": moe}
     plan = write_bundle(bundle, folder, target={"count": count}, parallelism=layout, workload=LONG)
-    assert sum(map(len, PROMPTS)) > plan.limits.max_tokens, "the prompts are computed in more than one chunk"
+    assert sum(map(len, PROMPTS)) > plan.pool.limits.max_tokens, (
+        "the prompts are computed in more than one chunk"
+    )
     dst_state_slots(tmp_path / "in.jsonl", PROMPTS, COUNTS)
-    assert wait(start(count, batch(bundle, tmp_path), tmp_path)) == [0] * count, logs(tmp_path, count)
+    assert wait(start(count, batch(bundle, tmp_path), tmp_path)) == [0] * count, logs(
+        tmp_path, count
+    )
     assert token_ids(tmp_path / "out.jsonl") == alone(folder, tmp_path, PROMPTS, COUNTS[0])
 
 
 def test_torchrun_runs_a_batch(pair: Path, checkpoint: Any, tmp_path: Path) -> None:
     """The way that the README and the errors name, canary included."""
     dst_state_slots(tmp_path / "in.jsonl", PROMPTS, COUNTS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--no-python",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run(
         [*torchrun, "--master-port", str(free_port()), *COMMAND, *map(str, batch(pair, tmp_path))],
-        env=os.environ | LOOPBACK, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env=os.environ | LOOPBACK,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
-    assert token_ids(tmp_path / "out.jsonl") == alone(checkpoint("moe"), tmp_path, PROMPTS, COUNTS[0])
+    assert token_ids(tmp_path / "out.jsonl") == alone(
+        checkpoint("moe"), tmp_path, PROMPTS, COUNTS[0]
+    )
 
 
 def test_check_replays_the_canary_on_all_ranks(pair: Path, tmp_path: Path) -> None:
@@ -148,8 +194,10 @@ def test_kernels_of_ranks_say_what_references_say(short: Path, tmp_path: Path) -
     """Decode adds up over the ranks inside a kernel, with the residual and the norm."""
     prompts, counts = [[7, 8, 9]], [5]
     plan = write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
-    called = {step.kernel for step in plan.programs[-1].steps if step.kind == "kernel"}
-    assert "reduce_add_norm" in {kind_of(kernel) for kernel in plan.kernels if kernel.name in called}
+    called = {step.kernel for step in plan.pool.programs[-1].steps if step.kind == "kernel"}
+    assert "reduce_add_norm" in {
+        kind_of(kernel) for kernel in plan.kernels if kernel.name in called
+    }
     dst_state_slots(tmp_path / "in.jsonl", prompts, counts)
     args = batch(tmp_path / "plan", tmp_path, "--backend", "kernels")
     assert wait(start(2, args, tmp_path)) == [0, 0], logs(tmp_path, 2)
@@ -159,30 +207,44 @@ def test_kernels_of_ranks_say_what_references_say(short: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_every_step_of_two_ranks_is_compared(short: Path, tmp_path: Path) -> None:
     write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
-    assert wait(start(2, ["run", tmp_path / "plan", "--check"], tmp_path)) == [0, 0], logs(tmp_path, 2)
-    assert logs(tmp_path, 2).count("kernels and references agree; ") == 2, "a step of each kernel, none left out"
+    assert wait(start(2, ["run", tmp_path / "plan", "--check"], tmp_path)) == [0, 0], logs(
+        tmp_path, 2
+    )
+    assert logs(tmp_path, 2).count("kernels and references agree; ") == 2, (
+        "a step of each kernel, none left out"
+    )
 
 
 def test_a_broken_sum_over_ranks_is_named(short: Path, tmp_path: Path) -> None:
     """Of the parts, only that of the last rank is taken."""
     write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
-    break_kernels(tmp_path / "plan", "reduce_add_norm", in_text("x += tl.load(part", "x = tl.load(part"))
+    break_kernels(
+        tmp_path / "plan", "reduce_add_norm", in_text("x += tl.load(part", "x = tl.load(part")
+    )
     codes = wait(start(2, ["run", tmp_path / "plan", "--check"], tmp_path))
     assert all(codes), logs(tmp_path, 2)
-    assert re.search(r"step \d+ of decode/\d+, `reduce_add_norm_\w+`, .* differ by ", logs(tmp_path, 2))
+    assert re.search(
+        r"step \d+ of decode/\d+, `reduce_add_norm_\w+`, .* differ by ", logs(tmp_path, 2)
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_another_number_of_processes_is_refused_once(count: int, pair: Path, tmp_path: Path) -> None:
+def test_another_number_of_processes_is_refused_once(
+    count: int, pair: Path, tmp_path: Path
+) -> None:
     dst_state_slots(tmp_path / "in.jsonl", PROMPTS, COUNTS)
     codes = wait(start(count, batch(pair, tmp_path), tmp_path), 30)
     assert codes == [2] + [0] * (count - 1)
     text = logs(tmp_path, count)
-    assert text.startswith(f"error: the plan has 2 ranks, this is one of {count} processes\n\nhint: ")
+    assert text.startswith(
+        f"error: the plan has 2 ranks, this is one of {count} processes\n\nhint: "
+    )
     assert text.count("error: ") == text.count("hint: ") == 1
 
 
-def test_a_checkpoint_without_its_weights_is_refused_by_all(pair: Path, checkpoint: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_weights_is_refused_by_all(
+    pair: Path, checkpoint: Any, tmp_path: Path
+) -> None:
     """All ranks find out by themselves; none waits for another, none ends in a traceback."""
     model = Path(shutil.copytree(checkpoint("moe"), tmp_path / "model"))
     (model / "model-1.safetensors").unlink()
@@ -200,7 +262,9 @@ def test_the_death_of_a_rank_ends_the_other(victim: int, pair: Path, tmp_path: P
     ranks = start(2, batch(pair, tmp_path), tmp_path)
     until = time.monotonic() + 60
     while not (tmp_path / "out.jsonl").exists() or not (tmp_path / "out.jsonl").stat().st_size:
-        assert time.monotonic() < until and all(rank.is_alive() for rank in ranks), logs(tmp_path, 2)
+        assert time.monotonic() < until and all(rank.is_alive() for rank in ranks), logs(
+            tmp_path, 2
+        )
         time.sleep(0.05)
     ranks[victim].kill()
     codes = wait(ranks, 20)

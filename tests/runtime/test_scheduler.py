@@ -23,7 +23,8 @@ from tokenspeed_plan.runtime import prefix_cache as cache_module
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.sequence import TRANSITIONS, IllegalTransition, Sequence, State
 
-PATIENCE = 5  # steps: prefill and decode take turns, prompts take turns, and one step may be in flight
+# steps: prefill and decode take turns, prompts take turns, and one step may be in flight
+PATIENCE = 5
 
 
 def engine_of(plan: Plan, cache: bool = True) -> Engine:
@@ -32,8 +33,17 @@ def engine_of(plan: Plan, cache: bool = True) -> Engine:
 
 def small(plan: Plan, **limits: int) -> Plan:
     """Pages of four tokens, chunks of at most sixteen, two sequences, unless told otherwise."""
-    few = {"page_size": 4, "max_seq_len": 64, "max_tokens": 16, "interleaved_tokens": 8, "max_seqs": 2,
-           "num_pages": 20, "num_checkpoints": 2, "checkpoint_interval": 8, "min_checkpoint_tokens": 4}  # fmt: skip
+    few = {
+        "page_size": 4,
+        "max_seq_len": 64,
+        "max_tokens": 16,
+        "interleaved_tokens": 8,
+        "max_seqs": 2,
+        "num_pages": 20,
+        "num_checkpoints": 2,
+        "checkpoint_interval": 8,
+        "min_checkpoint_tokens": 4,
+    }
     return squeezed(plan, **(few | limits))
 
 
@@ -57,12 +67,24 @@ class Machine(RuleBasedStateMachine):
     fine = False  # until it has begun, and after a step that failed
 
     @initialize(
-        pages=st.integers(16, 40), checkpoints=st.integers(0, 6), seqs=st.integers(1, 4), ahead=st.booleans(),
-        interval=st.sampled_from((4, 8, 32)), worth=st.sampled_from((1, 4, 12)),
-    )  # fmt: skip
-    def start(self, pages: int, checkpoints: int, seqs: int, ahead: bool, interval: int, worth: int) -> None:
-        plan = small(self.plan, num_pages=pages, num_checkpoints=checkpoints, max_seqs=seqs,
-                     checkpoint_interval=interval, min_checkpoint_tokens=worth)  # fmt: skip
+        pages=st.integers(16, 40),
+        checkpoints=st.integers(0, 6),
+        seqs=st.integers(1, 4),
+        ahead=st.booleans(),
+        interval=st.sampled_from((4, 8, 32)),
+        worth=st.sampled_from((1, 4, 12)),
+    )
+    def start(
+        self, pages: int, checkpoints: int, seqs: int, ahead: bool, interval: int, worth: int
+    ) -> None:
+        plan = small(
+            self.plan,
+            num_pages=pages,
+            num_checkpoints=checkpoints,
+            max_seqs=seqs,
+            checkpoint_interval=interval,
+            min_checkpoint_tokens=worth,
+        )
         self.engine = engine_of(captured(plan) if ahead else plan)
         self.sequences: dict[str, Sequence] = {}
         self.texts: list[tuple[int, ...]] = [()]
@@ -71,9 +93,12 @@ class Machine(RuleBasedStateMachine):
         self.running: set[int] = set()
 
     @rule(
-        text=st.integers(0, 7), cut=st.integers(0, 3), more=st.lists(st.integers(0, 1), min_size=0, max_size=30),
-        most=st.sampled_from((1, 2, 6, 40)), logprobs=st.sampled_from((None, None, None, 0)),
-    )  # fmt: skip
+        text=st.integers(0, 7),
+        cut=st.integers(0, 3),
+        more=st.lists(st.integers(0, 1), min_size=0, max_size=30),
+        most=st.sampled_from((1, 2, 6, 40)),
+        logprobs=st.sampled_from((None, None, None, 0)),
+    )
     def add(self, text: int, cut: int, more: list[int], most: int, logprobs: int | None) -> None:
         base = self.texts[-1 - text % len(self.texts)]
         prompt = (base[: len(base) - cut] + tuple(more))[: 64 - most] or (1,)
@@ -115,7 +140,9 @@ class Machine(RuleBasedStateMachine):
         same = (first.request.request_id, progress) == (self.oldest, self.progress)
         self.stuck = self.stuck + 1 if same and (first.is_running or not running) else 0
         assert self.stuck <= PATIENCE, f"request {self.oldest} does not go on"
-        assert not same or first.is_running or running <= self.running, f"{self.oldest} is passed by"
+        assert not same or first.is_running or running <= self.running, (
+            f"{self.oldest} is passed by"
+        )
         self.oldest, self.progress, self.running = first.request.request_id, progress, running
 
     @invariant()
@@ -153,7 +180,9 @@ class Machine(RuleBasedStateMachine):
         check_all_is_given_back(self.engine._scheduler.cache)
 
 
-@pytest.mark.parametrize(("depth", "rollback"), [(0, "snapshot"), (1, "snapshot"), (3, "snapshot"), (3, "recompute")])
+@pytest.mark.parametrize(
+    ("depth", "rollback"), [(0, "snapshot"), (1, "snapshot"), (3, "snapshot"), (3, "recompute")]
+)
 def test_thousands_of_random_operations(depth: int, rollback: str, checkpoint: Any) -> None:
     Machine.plan = plan_of(checkpoint("moe"), depth, rollback)
     Machine.TestCase.settings = settings(
@@ -177,11 +206,15 @@ def test_only_the_table_says_what_may_come_next(before: State, after: State) -> 
             sequence.move_to(after)
 
 
-def test_a_digest_that_collides_changes_no_answer(tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_digest_that_collides_changes_no_answer(
+    tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two names for all pages there are: what the cache finds must still be compared."""
     monkeypatch.setattr(cache_module, "chain_digest", lambda parent, ids: bytes([sum(ids) % 2]))
     engine = engine_of(small(tiny_plan, checkpoint_interval=4, num_checkpoints=12))
-    prompts = [tuple(range(start, start + 30)) for start in range(0, 24, 4)]  # all first pages have one name
+    prompts = [
+        tuple(range(start, start + 30)) for start in range(0, 24, 4)
+    ]  # all first pages have one name
     done = engine.generate(prompts * 2, SamplingParams(max_tokens=5, ignore_eos=True))
     assert [d.token_ids for d in done] == [answer(prompt, 5) for prompt in prompts * 2]
     check_all_is_given_back(engine._scheduler.cache)
@@ -217,7 +250,10 @@ def steps_until(engine: Engine, name: str, flood: Iterator[Request]) -> int:
 
 
 def prompts_of(rng: random.Random, length: int, most: int) -> Iterator[Request]:
-    return (asked(f"flood {i}", tuple(rng.randrange(90) for _ in range(length)), most) for i in count_from(0))
+    return (
+        asked(f"flood {i}", tuple(rng.randrange(90) for _ in range(length)), most)
+        for i in count_from(0)
+    )
 
 
 def test_a_short_prompt_does_not_wait_for_long_ones(tiny_plan: Plan) -> None:
@@ -268,7 +304,9 @@ def test_equal_prompts_are_computed_once(tiny_plan: Plan) -> None:
     """Three at once: the second waits until the first has left a checkpoint where they part, then shares its pages."""
     engine = engine_of(small(tiny_plan, max_seqs=4, num_pages=64, num_checkpoints=8))
     prompt = tuple(range(40))
-    most = max(len(used) for used in watch(engine, [asked(str(i), (*prompt, i), 8) for i in range(3)]))
+    most = max(
+        len(used) for used in watch(engine, [asked(str(i), (*prompt, i), 8) for i in range(3)])
+    )
     assert engine.metrics.computed_tokens == 41 + 1 + 1
     assert engine.metrics.hit_tokens == 80
     assert most == 10 + 3 * 2  # pages: the prefix once, and for each its own nine tokens
@@ -291,7 +329,10 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(tiny_plan: Plan) -> None
     before = engine.metrics.computed_tokens
     prompt = (*range(21), *first.token_ids, 7, 8)
     (second,) = engine.generate([prompt], SamplingParams(max_tokens=3, ignore_eos=True))
-    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 25)  # the last token said is not computed
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (
+        0,
+        25,
+    )  # the last token said is not computed
     assert engine.metrics.computed_tokens - before == 3
     assert second.token_ids == answer(prompt, 3)
 

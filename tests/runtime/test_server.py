@@ -38,7 +38,9 @@ ERROR = {"message", "type", "param", "code"}
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """All tests here leave it as they found it: nothing in use, no 5xx, nothing in its log."""
     folder = tmp_path_factory.mktemp("server")
-    with serving(BUNDLE, folder, "--api-key", KEY, "--model-name", "demo", "--max-body-bytes", 1 << 20) as found:
+    with serving(
+        BUNDLE, folder, "--api-key", KEY, "--model-name", "demo", "--max-body-bytes", 1 << 20
+    ) as found:
         yield found
         assert not any(found.commit_state_len().values())
         assert 'status="5' not in found.http.get("/metrics").text
@@ -72,7 +74,9 @@ def chat_prompt(engine: Engine) -> str:
 def is_error(response: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert set(error) == ERROR and error["message"] and (code is None or error["code"] == code), error
+    assert set(error) == ERROR and error["message"] and (code is None or error["code"] == code), (
+        error
+    )
     return dict(error)
 
 
@@ -81,12 +85,19 @@ def is_error(response: httpx.Response, status: int, code: str | None = None) -> 
 
 def test_completions_are_the_engines(client: openai.OpenAI, engine: Engine) -> None:
     wanted = answer(engine, PROMPT, max_tokens=30)
-    done = client.completions.create(model="demo", prompt=PROMPT, max_tokens=30, temperature=0, user="anybody")
-    assert (done.choices[0].text, done.choices[0].finish_reason) == (wanted.text, wanted.finish_reason)
+    done = client.completions.create(
+        model="demo", prompt=PROMPT, max_tokens=30, temperature=0, user="anybody"
+    )
+    assert (done.choices[0].text, done.choices[0].finish_reason) == (
+        wanted.text,
+        wanted.finish_reason,
+    )
     assert done.usage and done.usage.model_dump(exclude_none=True) == {
-        "prompt_tokens": wanted.num_prompt_tokens, "completion_tokens": 30,
-        "total_tokens": wanted.num_prompt_tokens + 30, "prompt_tokens_details": {"cached_tokens": 0},
-    }  # fmt: skip
+        "prompt_tokens": wanted.num_prompt_tokens,
+        "completion_tokens": 30,
+        "total_tokens": wanted.num_prompt_tokens + 30,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert (done.object, done.model, done.id[:5]) == ("text_completion", "demo", "cmpl-")
     assert abs(done.created - time.time()) < 60
 
@@ -95,11 +106,20 @@ def test_a_streamed_completion_is_the_same(client: openai.OpenAI, engine: Engine
     wanted = answer(engine, PROMPT, max_tokens=30)
     create, options = client.completions.create, {"include_usage": True}
     chunks = list(
-        create(model="demo", prompt=PROMPT, max_tokens=30, temperature=0, stream=True, stream_options=options)
+        create(
+            model="demo",
+            prompt=PROMPT,
+            max_tokens=30,
+            temperature=0,
+            stream=True,
+            stream_options=options,
+        )
     )  # type: ignore[call-overload]
     *text, usage = chunks
     assert "".join(chunk.choices[0].text for chunk in text) == wanted.text
-    assert [chunk.choices[0].finish_reason for chunk in text] == [None] * (len(text) - 1) + ["length"]
+    assert [chunk.choices[0].finish_reason for chunk in text] == [None] * (len(text) - 1) + [
+        "length"
+    ]
     assert len(text) > 10 and len({chunk.id for chunk in chunks}) == 1
     assert usage.choices == [] and usage.usage.completion_tokens == 30
     assert all(chunk.usage is None for chunk in text)
@@ -110,18 +130,36 @@ def test_chats_are_the_engines(client: openai.OpenAI, engine: Engine) -> None:
     create = client.chat.completions.create
     done = create(model="demo", messages=MESSAGES, max_completion_tokens=40, temperature=0)
     message = done.choices[0].message
-    assert (message.role, message.content, done.choices[0].finish_reason) == ("assistant", wanted.text, "length")
+    assert (message.role, message.content, done.choices[0].finish_reason) == (
+        "assistant",
+        wanted.text,
+        "length",
+    )
     parts = [{"role": "user", "content": [{"type": "text", "text": MESSAGES[0]["content"]}]}]
     chunks = list(create(model="demo", messages=parts, max_tokens=40, temperature=0, stream=True))  # type: ignore[call-overload]
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == wanted.text
-    assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant"] + [None] * (len(chunks) - 1)
-    assert chunks[-1].choices[0].finish_reason == "length" and chunks[0].object == "chat.completion.chunk"
+    assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant"] + [None] * (
+        len(chunks) - 1
+    )
+    assert (
+        chunks[-1].choices[0].finish_reason == "length"
+        and chunks[0].object == "chat.completion.chunk"
+    )
 
 
 def test_seeds_and_choices(client: openai.OpenAI, engine: Engine) -> None:
     """Choice `i` of a seed is the engine's answer to seed + i; without a seed no two answers are alike."""
-    asked: dict[str, Any] = {"model": "demo", "prompt": PROMPT, "max_tokens": 12, "temperature": 1.2, "top_p": 0.95}
-    wanted = [answer(engine, PROMPT, max_tokens=12, temperature=1.2, top_p=0.95, seed=seed).text for seed in (7, 8, 9)]
+    asked: dict[str, Any] = {
+        "model": "demo",
+        "prompt": PROMPT,
+        "max_tokens": 12,
+        "temperature": 1.2,
+        "top_p": 0.95,
+    }
+    wanted = [
+        answer(engine, PROMPT, max_tokens=12, temperature=1.2, top_p=0.95, seed=seed).text
+        for seed in (7, 8, 9)
+    ]
     done = client.completions.create(**asked, n=3, seed=7)
     assert [(choice.index, choice.text) for choice in done.choices] == list(enumerate(wanted))
     assert done.usage and done.usage.completion_tokens == 36
@@ -137,17 +175,27 @@ def test_several_prompts(client: openai.OpenAI, engine: Engine) -> None:
     prompts = [PROMPT, "import os\n"]
     done = client.completions.create(model="demo", prompt=prompts, max_tokens=8, temperature=0, n=2)
     wanted = [answer(engine, prompt, max_tokens=8) for prompt in prompts]
-    assert [choice.text for choice in done.choices] == [item.text for item in wanted for _ in range(2)]
+    assert [choice.text for choice in done.choices] == [
+        item.text for item in wanted for _ in range(2)
+    ]
     assert done.usage and done.usage.prompt_tokens == sum(item.num_prompt_tokens for item in wanted)
     assert engine.tokenizer
-    ids = client.completions.create(model="demo", prompt=engine.tokenizer.encode(PROMPT), max_tokens=8, temperature=0)
+    ids = client.completions.create(
+        model="demo", prompt=engine.tokenizer.encode(PROMPT), max_tokens=8, temperature=0
+    )
     assert ids.choices[0].text == wanted[0].text
 
 
 def test_stop_strings(client: openai.OpenAI, engine: Engine) -> None:
     full = answer(engine, PROMPT, max_tokens=30).text
     stop = full[12:15]
-    asked: dict[str, Any] = {"model": "demo", "prompt": PROMPT, "max_tokens": 30, "temperature": 0, "stop": [stop, "~"]}
+    asked: dict[str, Any] = {
+        "model": "demo",
+        "prompt": PROMPT,
+        "max_tokens": 30,
+        "temperature": 0,
+        "stop": [stop, "~"],
+    }
     done = client.completions.create(**asked).choices[0]
     assert (done.text, done.finish_reason) == (full[: full.index(stop)], "stop")
     chunks = list(client.completions.create(**asked, stream=True))
@@ -159,19 +207,46 @@ def test_logprobs(client: openai.OpenAI, engine: Engine) -> None:
     wanted = answer(engine, PROMPT, max_tokens=6, num_logprobs=2)
     values = pytest.approx([item.logprob for item in wanted.logprobs], abs=1e-4)
     tops = [pytest.approx([value for _, value in item.top], abs=1e-4) for item in wanted.logprobs]
-    asked: dict[str, Any] = {"model": "demo", "prompt": PROMPT, "max_tokens": 6, "temperature": 0, "logprobs": 2}
+    asked: dict[str, Any] = {
+        "model": "demo",
+        "prompt": PROMPT,
+        "max_tokens": 6,
+        "temperature": 0,
+        "logprobs": 2,
+    }
     found = client.completions.create(**asked).choices[0].logprobs
-    assert found and found.token_logprobs == values and found.tokens and "".join(found.tokens) == wanted.text
-    assert found.top_logprobs and [sorted(top.values(), reverse=True) for top in found.top_logprobs] == tops
-    streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+    assert (
+        found
+        and found.token_logprobs == values
+        and found.tokens
+        and "".join(found.tokens) == wanted.text
+    )
+    assert (
+        found.top_logprobs
+        and [sorted(top.values(), reverse=True) for top in found.top_logprobs] == tops
+    )
+    streamed = [
+        chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)
+    ]
     assert [value for item in streamed if item for value in item.token_logprobs or ()] == values
-    assert [offset for item in streamed if item for offset in item.text_offset or ()] == found.text_offset
+    assert [
+        offset for item in streamed if item for offset in item.text_offset or ()
+    ] == found.text_offset
     chat = answer(engine, chat_prompt(engine), max_tokens=6, num_logprobs=2)
-    talked: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "max_tokens": 6, "temperature": 0}
+    talked: dict[str, Any] = {
+        "model": "demo",
+        "messages": MESSAGES,
+        "max_tokens": 6,
+        "temperature": 0,
+    }
     chunks = client.chat.completions.create(**talked, logprobs=True, top_logprobs=2, stream=True)
     content = [item for chunk in chunks for item in (chunk.choices[0].logprobs.content or [])]
-    assert [item.logprob for item in content] == pytest.approx([item.logprob for item in chat.logprobs], abs=1e-4)
-    assert "".join(item.token for item in content) == chat.text and all(len(i.top_logprobs) == 2 for i in content)
+    assert [item.logprob for item in content] == pytest.approx(
+        [item.logprob for item in chat.logprobs], abs=1e-4
+    )
+    assert "".join(item.token for item in content) == chat.text and all(
+        len(i.top_logprobs) == 2 for i in content
+    )
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -184,8 +259,18 @@ def test_models(client: openai.OpenAI) -> None:
 def test_many_clients_at_once_get_what_one_gets(client: openai.OpenAI, engine: Engine) -> None:
     prompts = [f"def f{index}(" for index in range(32)]
     with ThreadPoolExecutor(32) as pool:
-        texts = list(pool.map(lambda prompt: client.completions.create(
-            model="demo", prompt=prompt, max_tokens=10, temperature=0).choices[0].text, prompts))  # fmt: skip
+        texts = list(
+            pool.map(
+                lambda prompt: (
+                    client.completions.create(
+                        model="demo", prompt=prompt, max_tokens=10, temperature=0
+                    )
+                    .choices[0]
+                    .text
+                ),
+                prompts,
+            )
+        )
     assert engine.tokenizer
     wanted = engine.generate(map(engine.tokenizer.encode, prompts), SamplingParams(max_tokens=10))
     assert texts == [done.text for done in wanted]
@@ -217,7 +302,12 @@ def test_many_clients_at_once_get_what_one_gets(client: openai.OpenAI, engine: E
         ({"sed": 1}, 400, "unsupported_parameter", "sed"),
         ({"stream": "yes"}, 400, "invalid_value", "stream"),
         ({"stream_options": {"include_usage": True}}, 400, "invalid_value", "stream_options"),
-        ({"stream": True, "stream_options": {"include_use": True}}, 400, "invalid_value", "stream_options"),
+        (
+            {"stream": True, "stream_options": {"include_use": True}},
+            400,
+            "invalid_value",
+            "stream_options",
+        ),
         ({"prompt": None}, 400, "missing_required_parameter", "prompt"),
         ({"prompt": ""}, 400, None, None),
         ({"prompt": []}, 400, None, None),
@@ -225,26 +315,46 @@ def test_many_clients_at_once_get_what_one_gets(client: openai.OpenAI, engine: E
         ({"prompt": "\ud800"}, 400, None, None),
     ],
     ids=str,
-)  # fmt: skip
-def test_bad_bodies(change: dict[str, Any], status: int, code: str | None, param: str | None, server: Server) -> None:
+)
+def test_bad_bodies(
+    change: dict[str, Any], status: int, code: str | None, param: str | None, server: Server
+) -> None:
     body = {"model": "demo", "prompt": "a", "max_tokens": 2} | change
     for stream in (None, True):
         raw = json.dumps({"stream": stream} | body if "stream_options" not in change else body)
         error = is_error(server.http.post("/v1/completions", content=raw), status)
-        assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param)
+        assert (error["type"], error["code"], error["param"]) == (
+            "invalid_request_error",
+            code,
+            param,
+        )
 
 
 @pytest.mark.parametrize(
     "message",
-    [{"role": "user", "content": [{"type": "image_url"}]}, {"content": "x"}, {"role": "user", "content": 1}, 7],
+    [
+        {"role": "user", "content": [{"type": "image_url"}]},
+        {"content": "x"},
+        {"role": "user", "content": 1},
+        7,
+    ],
 )
 def test_bad_messages(message: Any, server: Server) -> None:
-    is_error(server.http.post("/v1/chat/completions", json={"messages": [message]}), 400, "invalid_value")
+    is_error(
+        server.http.post("/v1/chat/completions", json={"messages": [message]}), 400, "invalid_value"
+    )
 
 
 def test_what_null_asks_for(server: Server) -> None:
     """Clients that send every field they know."""
-    body = {"prompt": "a", "max_tokens": 1, "stop": None, "logit_bias": None, "stream": None, "presence_penalty": 0.0}
+    body = {
+        "prompt": "a",
+        "max_tokens": 1,
+        "stop": None,
+        "logit_bias": None,
+        "stream": None,
+        "presence_penalty": 0.0,
+    }
     assert server.http.post("/v1/completions", json=body).status_code == 200
 
 
@@ -257,7 +367,12 @@ def test_what_is_no_json(raw: bytes, server: Server) -> None:
 
 
 def test_who_has_not_the_key(server: Server) -> None:
-    for headers in ({}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": KEY}, {"Authorization": "Bearer é"}):
+    for headers in (
+        {},
+        {"Authorization": f"Bearer {KEY}x"},
+        {"Authorization": KEY},
+        {"Authorization": "Bearer é"},
+    ):
         with httpx.Client(base_url=server.url) as stranger:
             raw = {name: value.encode("latin-1") for name, value in headers.items()}
             found = stranger.post("/v1/completions", content=b"x" * (2 << 20), headers=raw)
@@ -274,28 +389,66 @@ def test_routes_and_sizes(server: Server) -> None:
     assert is_error(server.http.get("/v1/completions"), 405, "method_not_allowed")
     assert server.http.get("/v1/completions").headers["allow"] == "POST"
     is_error(server.http.post("/v1/completions", content=b"x" * (1 << 20)), 400)
-    is_error(server.http.post("/v1/completions", content=b"x" * ((1 << 20) + 1)), 413, "request_too_large")
+    is_error(
+        server.http.post("/v1/completions", content=b"x" * ((1 << 20) + 1)),
+        413,
+        "request_too_large",
+    )
     chunked = (b"x" * 65536 for _ in range(20))
     is_error(server.http.post("/v1/completions", content=chunked), 413, "request_too_large")
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8,
-)  # fmt: skip
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
 FIELDS = st.sampled_from(
-    ["model", "prompt", "messages", "n", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options",
-     "logprobs", "top_logprobs", "stop_token_ids", "ignore_eos", "return_token_ids", "user", "metadata", "max_tokens",
-     "max_completion_tokens", "presence_penalty", "frequency_penalty", "echo", "best_of", "tools", "logit_bias"]
-)  # fmt: skip
+    [
+        "model",
+        "prompt",
+        "messages",
+        "n",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "stop",
+        "stream",
+        "stream_options",
+        "logprobs",
+        "top_logprobs",
+        "stop_token_ids",
+        "ignore_eos",
+        "return_token_ids",
+        "user",
+        "metadata",
+        "max_tokens",
+        "max_completion_tokens",
+        "presence_penalty",
+        "frequency_penalty",
+        "echo",
+        "best_of",
+        "tools",
+        "logit_bias",
+    ]
+)
 LIKELY = st.sampled_from(
     [0, 1, 2, -1, 1.0, 0.5, True, False, "a", "", "demo", ["a"], [[1, 2]], [1], {}, 2**63, -(2**63)]
 )
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-@given(fields=st.dictionaries(FIELDS, LIKELY | JSON, max_size=4), cut=st.integers(0, 400), chat=st.booleans())
-def test_any_body_is_answered_or_refused_in_order(fields: Any, cut: int, chat: bool, server: Server) -> None:
+@given(
+    fields=st.dictionaries(FIELDS, LIKELY | JSON, max_size=4),
+    cut=st.integers(0, 400),
+    chat=st.booleans(),
+)
+def test_any_body_is_answered_or_refused_in_order(
+    fields: Any, cut: int, chat: bool, server: Server
+) -> None:
     base: dict[str, Any] = {"messages": MESSAGES} if chat else {"prompt": "a"}
     raw = json.dumps(base | {"max_tokens": 2} | fields)[: cut or None].encode()
     found = server.http.post("/v1/chat/completions" if chat else "/v1/completions", content=raw)
@@ -325,7 +478,16 @@ def test_a_client_that_leaves_is_cancelled(server: Server) -> None:
 
 def test_a_client_that_never_reads_holds_up_nobody(server: Server) -> None:
     """Its answer waits for it in this process, the engine is free."""
-    body = json.dumps({"prompt": "a", "max_tokens": 1200, "ignore_eos": True, "stream": True, "n": 8, "logprobs": 20})
+    body = json.dumps(
+        {
+            "prompt": "a",
+            "max_tokens": 1200,
+            "ignore_eos": True,
+            "stream": True,
+            "n": 8,
+            "logprobs": 20,
+        }
+    )
     fields = (
         "POST /v1/completions HTTP/1.1",
         "Host: x",
@@ -358,8 +520,15 @@ def test_metrics_count(server: Server) -> None:
         "time_to_first_token_seconds_count",
     )
     before = [server.metric(name) for name in names]
-    server.http.post("/v1/completions", json={"prompt": [1, 2, 3], "max_tokens": 5, "ignore_eos": True, "n": 2})
-    assert [server.metric(name) - was for name, was in zip(names, before, strict=True)] == [10, 6, 2, 2]
+    server.http.post(
+        "/v1/completions", json={"prompt": [1, 2, 3], "max_tokens": 5, "ignore_eos": True, "n": 2}
+    )
+    assert [server.metric(name) - was for name, was in zip(names, before, strict=True)] == [
+        10,
+        6,
+        2,
+        2,
+    ]
     assert server.metric("state_rows") > 32 and server.metric("kv_pages") == 1296
     text = server.http.get("/metrics").text
     assert 'tokenspeed_http_responses_total{path="/v1/completions",status="200"}' in text
@@ -370,7 +539,9 @@ def test_metrics_count(server: Server) -> None:
 
 
 def ask(server: Server, **body: Any) -> httpx.Response:
-    return server.http.post("/v1/completions", json={"prompt": "a", "temperature": 0, "ignore_eos": True} | body)
+    return server.http.post(
+        "/v1/completions", json={"prompt": "a", "temperature": 0, "ignore_eos": True} | body
+    )
 
 
 def until(server: Server, name: str, least: float) -> None:
@@ -382,14 +553,20 @@ def until(server: Server, name: str, least: float) -> None:
 @pytest.mark.parametrize("how", ["answers", "bound"])
 def test_sigterm_finishes_what_runs_and_takes_no_more(how: str, tmp_path: Path) -> None:
     drain = 30 if how == "answers" else 0.3
-    with serving(BUNDLE, tmp_path, "--drain", drain, "--max-requests", 6) as server, ThreadPoolExecutor(8) as pool:
+    with (
+        serving(BUNDLE, tmp_path, "--drain", drain, "--max-requests", 6) as server,
+        ThreadPoolExecutor(8) as pool,
+    ):
         tokens = 300 if how == "answers" else 1200
         whole = [pool.submit(ask, server, max_tokens=tokens, n=2) for _ in range(2)]
         parts = pool.submit(lambda: ask(server, max_tokens=tokens, stream=True).text)
         until(server, "requests_running", 5)
         full = ask(server, max_tokens=1, n=2)
         is_error(full, 429, "rate_limit_exceeded")
-        assert full.headers["retry-after"] == "1" and full.json()["error"]["type"] == "rate_limit_error"
+        assert (
+            full.headers["retry-after"] == "1"
+            and full.json()["error"]["type"] == "rate_limit_error"
+        )
         server.signal()
         while server.http.get("/health").status_code == 200:
             pass
@@ -399,9 +576,14 @@ def test_sigterm_finishes_what_runs_and_takes_no_more(how: str, tmp_path: Path) 
         found = [item.result() for item in whole]
         if how == "answers":
             assert all(len(item.json()["choices"]) == 2 for item in found)
-            assert parts.result().endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in parts.result()
+            assert (
+                parts.result().endswith("data: [DONE]\n\n")
+                and '"finish_reason":"length"' in parts.result()
+            )
         else:
-            assert [is_error(item, 503, "engine_stopped")["type"] for item in found] == ["server_error"] * 2
+            assert [is_error(item, 503, "engine_stopped")["type"] for item in found] == [
+                "server_error"
+            ] * 2
             *_, last = parts.result().strip().split("\n\n")
             assert set(json.loads(last.removeprefix("data: "))["error"]) == ERROR
         assert server.wait() == 0
@@ -413,7 +595,9 @@ def test_an_address_that_is_taken_and_one_that_is_not(server: Server) -> None:
     with pytest.raises(RequestError, match=rf"cannot listen on 127.0.0.1:{port}: "):
         listen("127.0.0.1", port)
     with listen("127.0.0.1", 0) as found:
-        assert found.proto == socket.IPPROTO_TCP, "else asyncio lets Nagle's algorithm hold each event back for 40 ms"
+        assert found.proto == socket.IPPROTO_TCP, (
+            "else asyncio lets Nagle's algorithm hold each event back for 40 ms"
+        )
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ import torch
 from checkpoints import KINDS
 from click.testing import CliRunner
 from conftest import ROOT, make_spec
-from conversations import PoisonExecutor, check_all_is_given_back, converse, poisoned, replay, squeezed
+from conversations import (
+    PoisonExecutor,
+    check_all_is_given_back,
+    converse,
+    poisoned,
+    replay,
+    squeezed,
+)
 from test_ahead import LateExecutor, captured
 from torch import Tensor
 from trained import Round, Twin, write_trained
@@ -46,9 +53,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @cache
 def plan_of(folder: Path, depth: int, rollback: str = "snapshot", **changes: Any) -> Plan:
-    spec = make_spec(folder, speculation={"depth": depth, "rollback": rollback} if depth else "off", **changes)
+    spec = make_spec(
+        folder, speculation={"depth": depth, "rollback": rollback} if depth else "off", **changes
+    )
     plan = compile_plan(spec, find_model(spec))
-    assert bool(plan.limits.kept_inputs) == (depth > 0 and rollback == "recompute")
+    assert bool(plan.pool.limits.kept_inputs) == (depth > 0 and rollback == "recompute")
     return plan
 
 
@@ -62,8 +71,12 @@ ROLLBACKS = (
 )  # a state after each row of a step, or its inputs, computed again as far as they were right
 
 
-def say(engine: Engine, prompts: Any = PROMPTS, most: int = 24, **params: Any) -> list[tuple[int, ...]]:
-    done = engine.generate(prompts, SamplingParams(max_tokens=most, **{"ignore_eos": True} | params))
+def say(
+    engine: Engine, prompts: Any = PROMPTS, most: int = 24, **params: Any
+) -> list[tuple[int, ...]]:
+    done = engine.generate(
+        prompts, SamplingParams(max_tokens=most, **{"ignore_eos": True} | params)
+    )
     return [item.token_ids for item in done]
 
 
@@ -79,12 +92,18 @@ class Tracer(Executor):
         if program.phase == "decode":
             right = self.buffer("accepted", num_tokens, num_seqs).tolist()
             drafts = rows.view(num_seqs, -1)[:, 1:].tolist()
-            self.rounds.append(tuple(Round(tuple(d), n) for d, n in zip(drafts, right, strict=True)))
+            self.rounds.append(
+                tuple(Round(tuple(d), n) for d, n in zip(drafts, right, strict=True))
+            )
 
 
-@pytest.mark.parametrize(("kind", "rollback"), [("moe", "snapshot"), ("dense", "snapshot"), ("moe", "recompute")])
+@pytest.mark.parametrize(
+    ("kind", "rollback"), [("moe", "snapshot"), ("dense", "snapshot"), ("moe", "recompute")]
+)
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_trained_checkpoints_say_the_same(kind: str, rollback: str, depth: int, trained: Any) -> None:
+def test_trained_checkpoints_say_the_same(
+    kind: str, rollback: str, depth: int, trained: Any
+) -> None:
     """In a batch of mixed lengths, greedy and sampled: the same ids in fewer steps, every number of drafts accepted."""
     folder = trained(kind)
     plain, fast = engine_of(folder, 0), engine_of(folder, depth, rollback, executor=Tracer)
@@ -121,7 +140,12 @@ def test_drafts_of_a_part_of_the_vocabulary(kind: str, trained: Any, checkpoint:
         assert say(engine, most=48) == wanted
         assert isinstance(engine.executor, Tracer)
         # A sequence's first rows after a prefill are padding where it has no drafts: 0.
-        assert max(draft for step in engine.executor.rounds for found in step for draft in found.drafts) < part
+        assert (
+            max(
+                draft for step in engine.executor.rounds for found in step for draft in found.drafts
+            )
+            < part
+        )
         if kind == "moe":
             assert engine.metrics.tokens_per_pass > 1.05
 
@@ -161,13 +185,21 @@ def test_rounds_are_those_of_the_twin(kind: str, trained: Any) -> None:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize(("seed", "rollback"), [(0, "snapshot"), (1, "snapshot"), (1, "recompute"), (2, "recompute")])
-def test_conversations_through_the_cache(seed: int, rollback: str, ahead: bool, trained: Any) -> None:
+@pytest.mark.parametrize(
+    ("seed", "rollback"), [(0, "snapshot"), (1, "snapshot"), (1, "recompute"), (2, "recompute")]
+)
+def test_conversations_through_the_cache(
+    seed: int, rollback: str, ahead: bool, trained: Any
+) -> None:
     """Prefixes that are shared, branched and edited, few pages, requests cut off: each answer as without any of it."""
     folder = trained("moe")
     told = converse(plan_of(folder, 0), folder, 8, seed)
-    plan = squeezed(plan_of(folder, 1 + 2 * seed, rollback), num_pages=24, num_checkpoints=6, max_seqs=6)
-    engine = poisoned(captured(plan) if ahead else plan, folder, LatePoison if ahead else PoisonExecutor)
+    plan = squeezed(
+        plan_of(folder, 1 + 2 * seed, rollback), num_pages=24, num_checkpoints=6, max_seqs=6
+    )
+    engine = poisoned(
+        captured(plan) if ahead else plan, folder, LatePoison if ahead else PoisonExecutor
+    )
     replay(engine, told, seed, cancel=0.05)
     assert engine.metrics.hit_tokens
     assert engine.metrics.tokens_per_pass > 1.02
@@ -180,7 +212,9 @@ def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, rollback: str, tra
     """Prompts in chunks, then answers of six pages each, in sixteen; the tiny page table's end is reached too."""
     folder = trained("moe")
     plan = squeezed(plan_of(folder, 4, rollback), num_pages=16, num_checkpoints=4, max_seqs=4)
-    engine = poisoned(captured(plan) if ahead else plan, folder, LatePoison if ahead else PoisonExecutor, chunk=16)
+    engine = poisoned(
+        captured(plan) if ahead else plan, folder, LatePoison if ahead else PoisonExecutor, chunk=16
+    )
     prompts = [[index, *range(20)] for index in range(5)]
     assert say(engine, prompts, 64) == say(engine_of(folder, 0), prompts, 64)
     assert engine.metrics.preemptions
@@ -192,7 +226,9 @@ class LatePoison(LateExecutor, PoisonExecutor):
     """Both."""
 
 
-@pytest.mark.parametrize(("ahead", "rollback"), [(False, "snapshot"), (True, "snapshot"), (True, "recompute")])
+@pytest.mark.parametrize(
+    ("ahead", "rollback"), [(False, "snapshot"), (True, "snapshot"), (True, "recompute")]
+)
 def test_ends_in_the_middle_of_a_run(ahead: bool, rollback: str, trained: Any) -> None:
     """Each number of tokens, each token as a stop token, and a string: cut where it ends without speculation."""
     folder = trained("dense")
@@ -202,10 +238,14 @@ def test_ends_in_the_middle_of_a_run(ahead: bool, rollback: str, trained: Any) -
     assert plain.tokenizer is not None
     asked = [{"most": most} for most in range(1, 12)]
     asked += [{"stop_token_ids": (token,)} for token in dict.fromkeys(whole)]
-    asked += [{"stop_token_ids": tuple(range(t, t + 200))} for t in (0, 100, 250)]  # more than a kernel looks at
+    asked += [
+        {"stop_token_ids": tuple(range(t, t + 200))} for t in (0, 100, 250)
+    ]  # more than a kernel looks at
     asked += [{"stop": (plain.tokenizer.decode([token]),)} for token in dict.fromkeys(whole[8:24])]
     for index, changes in enumerate(asked):
-        params = SamplingParams(**{"max_tokens": changes.pop("most", 40), "ignore_eos": True} | changes)
+        params = SamplingParams(
+            **{"max_tokens": changes.pop("most", 40), "ignore_eos": True} | changes
+        )
         found = [engine.generate(PROMPTS[:1], params)[0] for engine in (plain, fast)]
         want, got = ((d.token_ids, d.text, d.finish_reason) for d in found)
         assert got == want, (index, changes)
@@ -214,17 +254,27 @@ def test_ends_in_the_middle_of_a_run(ahead: bool, rollback: str, trained: Any) -
 
 @pytest.mark.parametrize("rollback", ROLLBACKS)
 @pytest.mark.parametrize("ahead", [False, True])
-def test_the_next_turn_goes_on_where_the_last_one_ended(ahead: bool, rollback: str, trained: Any) -> None:
+def test_the_next_turn_goes_on_where_the_last_one_ended(
+    ahead: bool, rollback: str, trained: Any
+) -> None:
     """The state at the end of an answer is one that was written on the way: the cache has it, whatever the end.
 
-    Where inputs are kept, it is that before the last step: at most so many tokens earlier as a step has rows.
+    Where inputs are kept, it is that before the last step: at most so many tokens earlier as a step
+    has rows.
     """
     folder, plan = trained("dense"), plan_of(trained("dense"), 4, rollback)
-    fast, plain = Engine.from_plan(captured(plan) if ahead else plan, folder), engine_of(folder, 0, cache=False)
+    fast, plain = (
+        Engine.from_plan(captured(plan) if ahead else plan, folder),
+        engine_of(folder, 0, cache=False),
+    )
     for number in range(24):
         prompt = [number, *PROMPTS[1]]
         ((*_, last),) = say(plain, [prompt], 8 + number)
-        ends = {"max_tokens": 8 + number} if number % 2 else {"max_tokens": 40, "stop_token_ids": (last,)}
+        ends = (
+            {"max_tokens": 8 + number}
+            if number % 2
+            else {"max_tokens": 40, "stop_token_ids": (last,)}
+        )
         params = SamplingParams(**{"ignore_eos": True} | ends)
         (first,) = fast.generate([prompt], params)
         turn = [*prompt, *first.token_ids, 9, 8]
@@ -246,7 +296,9 @@ def test_a_checkpoint_that_is_gone_is_not_kept(rollback: str, trained: Any) -> N
     assert plain.tokenizer is not None
     (whole,) = say(plain, PROMPTS[:1], 40)
     for token in whole[8:24]:
-        params = SamplingParams(max_tokens=40, ignore_eos=True, stop=(plain.tokenizer.decode([token]),))
+        params = SamplingParams(
+            max_tokens=40, ignore_eos=True, stop=(plain.tokenizer.decode([token]),)
+        )
         (first,) = fast.generate(PROMPTS[:1], params)
         turn = [*PROMPTS[0], *first.token_ids, 9, 8]
         assert say(fast, [turn], 12) == say(plain, [turn], 12)
@@ -264,7 +316,12 @@ def test_each_token_is_told_with_its_logprobs(trained: Any) -> None:
         news: list[Any] = []
         engine.on_token = news.append
         answers.append(engine.generate(PROMPTS[:2], params))
-        told.append({p: [n.token_id for n in news if n.request_id == p] for p in sorted({n.request_id for n in news})})
+        told.append(
+            {
+                p: [n.token_id for n in news if n.request_id == p]
+                for p in sorted({n.request_id for n in news})
+            }
+        )
     assert told[0] == told[1]
     for one, other in zip(*answers, strict=True):
         assert one.token_ids == other.token_ids == tuple(item.token_id for item in other.logprobs)
@@ -292,10 +349,22 @@ def test_a_request_that_is_cancelled_while_it_is_told(trained: Any) -> None:
 
 def test_batch_files(trained: Any, tmp_path: Path) -> None:
     """The command answers a file as it does without speculation."""
-    body = {"prompt": PROMPTS[0], "max_tokens": 30, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    rows = [{"custom_id": str(i), "method": "POST", "url": "/v1/completions",
-             "body": body | {"prompt": prompt, "temperature": i % 2 * 0.7, "seed": i}}
-            for i, prompt in enumerate(PROMPTS)]  # fmt: skip
+    body = {
+        "prompt": PROMPTS[0],
+        "max_tokens": 30,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    rows = [
+        {
+            "custom_id": str(i),
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": body | {"prompt": prompt, "temperature": i % 2 * 0.7, "seed": i},
+        }
+        for i, prompt in enumerate(PROMPTS)
+    ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = []
     for depth in (0, 3):
@@ -303,14 +372,19 @@ def test_batch_files(trained: Any, tmp_path: Path) -> None:
         asked = make_spec(trained("moe"), speculation={"depth": depth} if depth else "off")
         spec.write_text(json.dumps(asked.model_dump(mode="json", exclude_none=True)))
         bundle, output = tmp_path / f"bundle{depth}", tmp_path / f"{depth}.jsonl"
-        for words in (["plan", spec, "-o", bundle], ["show", bundle],
-                      ["run", bundle, "--input", tmp_path / "in.jsonl", "--output", output]):  # fmt: skip
+        for words in (
+            ["plan", spec, "-o", bundle],
+            ["show", bundle],
+            ["run", bundle, "--input", tmp_path / "in.jsonl", "--output", output],
+        ):
             done = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
             assert done.exit_code == 0, done.output
         lines = [json.loads(line) for line in output.read_text().splitlines()]
         found.append([line["response"]["body"]["choices"][0]["token_ids"] for line in lines])
     assert found[0] == found[1]
-    differ = CliRunner().invoke(main, ["diff", str(tmp_path / "bundle0"), str(tmp_path / "bundle3")])
+    differ = CliRunner().invoke(
+        main, ["diff", str(tmp_path / "bundle0"), str(tmp_path / "bundle3")]
+    )
     assert "speculation" in differ.output
 
 
@@ -352,7 +426,9 @@ def chi_squared(found: Tensor, probs: Tensor) -> tuple[float, float]:
     expected = probs * found.sum()
     kept = expected >= 5
     rest = torch.tensor([found[~kept].sum(), expected[~kept].sum()])
-    parts = ((found[kept] - expected[kept]) ** 2 / expected[kept]).sum() + (rest[0] - rest[1]) ** 2 / max(rest[1], 1)
+    parts = ((found[kept] - expected[kept]) ** 2 / expected[kept]).sum() + (
+        rest[0] - rest[1]
+    ) ** 2 / max(rest[1], 1)
     free = int(kept.sum()) - 1 + int(rest[1] > 1)
     return float(parts), free * (1 - 2 / (9 * free) + 4.27 * (2 / (9 * free)) ** 0.5) ** 3
 
@@ -365,19 +441,31 @@ def test_the_distribution_is_the_targets(temperature: float, top_p: float, top_k
     count, vocab = 40_000, 40
     torch.manual_seed(1)
     logits = torch.randn(vocab) * 1.5
-    params = (torch.full((count,), temperature), torch.full((count,), top_p), torch.full((count,), top_k))
+    params = (
+        torch.full((count,), temperature),
+        torch.full((count,), top_p),
+        torch.full((count,), top_k),
+    )
     probs, ids = filtered(logits[None], params[0][:1], params[1][:1], params[2][:1])
     wanted = torch.zeros(vocab, dtype=torch.float64).index_add(0, ids[0], probs[0] / probs.sum())
     attrs = {"num_valid_tokens": vocab, "query_len": 2}
     (said,) = sample(
-        attrs, logits.expand(2 * count, -1), *params, torch.arange(count), torch.zeros(count, dtype=torch.int64)
+        attrs,
+        logits.expand(2 * count, -1),
+        *params,
+        torch.arange(count),
+        torch.zeros(count, dtype=torch.int64),
     )
     for draft in (int(wanted.argmax()), int(ids[0, 2])):
         guess = torch.full((count,), draft)
-        found = torch.bincount(accept_by_rule(said.view(-1, 2), guess).long(), minlength=vocab).double()
+        found = torch.bincount(
+            accept_by_rule(said.view(-1, 2), guess).long(), minlength=vocab
+        ).double()
         value, limit = chi_squared(found, wanted)
         assert value < limit
-        broken = torch.bincount(accept_always(said.view(-1, 2), guess).long(), minlength=vocab).double()
+        broken = torch.bincount(
+            accept_always(said.view(-1, 2), guess).long(), minlength=vocab
+        ).double()
         value, limit = chi_squared(broken, wanted)
         assert value > limit
 
@@ -391,9 +479,16 @@ def test_accept_by_hand() -> None:
     lens, reads = torch.tensor([13, 23, 33, 43, 3]), torch.tensor([4, 5, 6, 7, 0])
     limits, counts = torch.tensor([99, 99, 99, 42, 0]), torch.tensor([100, 10, 1, 0])
     accepted, after, last = speculation.accept(
-        {"query_len": 3}, rows.flatten(), said.flatten(), lens.int(), reads.int(), limits.int(), stops,
-        *unforced(5, 3), counts,
-    )  # fmt: skip
+        {"query_len": 3},
+        rows.flatten(),
+        said.flatten(),
+        lens.int(),
+        reads.int(),
+        limits.int(),
+        stops,
+        *unforced(5, 3),
+        counts,
+    )
     assert accepted.tolist() == [2, 1, 0, 1, 0]
     assert after.tolist() == [13, 22, 31, 42, 1]
     assert last.tolist() == [7, 9, 5, 6, 0]
@@ -406,14 +501,25 @@ def test_simulated_acceptance() -> None:
     rows, said = torch.zeros(count, 4).int(), torch.ones(count, 4).int()
     zeros, stops = torch.zeros(count).int(), torch.full((count, 8), -1).int()
     seeds, draws, _ = unforced(count, 4)
-    operands = (rows.flatten(), said.flatten(), zeros + 9, zeros + 1, zeros + 100, stops, seeds, draws)
+    operands = (
+        rows.flatten(),
+        said.flatten(),
+        zeros + 9,
+        zeros + 1,
+        zeros + 100,
+        stops,
+        seeds,
+        draws,
+    )
     counts = torch.zeros(4, dtype=torch.int64)
     (accepted, *_) = speculation.accept({"query_len": 4}, *operands, asked, counts)
     shares = [counts[1] / counts[0], counts[2] / counts[1]]
     assert shares == pytest.approx([0.9, 0.5], abs=0.01)
     assert counts.tolist() == [int((accepted >= n).sum()) for n in range(4)]
     assert counts[3] == 0  # a negative share is none, and zero compares
-    again, *_ = speculation.accept({"query_len": 4}, *operands[:-1], draws + 1, asked, counts.clone())
+    again, *_ = speculation.accept(
+        {"query_len": 4}, *operands[:-1], draws + 1, asked, counts.clone()
+    )
     assert not again.equal(accepted)
     short, *_ = speculation.accept(
         {"query_len": 4}, *operands[:4], zeros + 7, *operands[5:], torch.ones(4), counts.clone()
@@ -423,30 +529,51 @@ def test_simulated_acceptance() -> None:
 
 def test_advance_rows_by_hand() -> None:
     """Two sequences of two rows in pages of four, the first goes beyond its pages; and padding."""
-    state = [torch.tensor(x, dtype=torch.int32) for x in (
-        [5, 6, 7, 8, 0, 0], [6, 7, 2, 3, 0, 1], [26, 27, 6, 7, 36, 37], [8, 4, 2], [1, 4, 0],
-        [[2, 3, 10], [5, 6, 11], [12, 12, 12]], [4, 0, 0],
-    )]  # fmt: skip
+    state = [
+        torch.tensor(x, dtype=torch.int32)
+        for x in (
+            [5, 6, 7, 8, 0, 0],
+            [6, 7, 2, 3, 0, 1],
+            [26, 27, 6, 7, 36, 37],
+            [8, 4, 2],
+            [1, 4, 0],
+            [[2, 3, 10], [5, 6, 11], [12, 12, 12]],
+            [4, 0, 0],
+        )
+    ]
     table = torch.tensor([[4, 6, 9], [1, 3, 9], [9, 9, 9]], dtype=torch.int32)
     drafts = torch.tensor([[50, 51], [60, 61], [70, 71]], dtype=torch.int32)
     accepted = torch.tensor([1, 0, 0], dtype=torch.int32)
     speculation.advance_rows({"page_size": 4, "query_len": 2}, accepted, drafts, table, *state)
     assert [x.tolist() for x in state] == [
-        [50, 51, 60, 61, 0, 0], [8, 9, 3, 4, 0, 1], [36, 37, 7, 12, 36, 37], [10, 5, 2], [3, 5, 0],
-        [[2, 1, 10], [4, 6, 11], [12, 12, 12]], [6, 1, 0],
-    ]  # fmt: skip
+        [50, 51, 60, 61, 0, 0],
+        [8, 9, 3, 4, 0, 1],
+        [36, 37, 7, 12, 36, 37],
+        [10, 5, 2],
+        [3, 5, 0],
+        [[2, 1, 10], [4, 6, 11], [12, 12, 12]],
+        [6, 1, 0],
+    ]
 
 
 def test_random_requests_at_random_moments(trained: Any) -> None:
     """Stops, logprobs, temperatures and lengths mixed, launched ahead or not: all answers as without speculation."""
     folder, rng = trained("moe"), random.Random(3)
     asked = [
-        Request(str(i), tuple(rng.randrange(60) for _ in range(rng.choice((1, 2, 17, 64, 70)))), SamplingParams(
-            max_tokens=rng.choice((1, 2, 3, 9, 40)), ignore_eos=True, temperature=rng.choice((0.0, 0.0, 0.8)), seed=i,
-            stop_token_ids=tuple(rng.sample(range(60), rng.choice((0, 0, 6, 20)))),
-            num_logprobs=rng.choice((None, None, None, 2)),
-        )) for i in range(24)
-    ]  # fmt: skip
+        Request(
+            str(i),
+            tuple(rng.randrange(60) for _ in range(rng.choice((1, 2, 17, 64, 70)))),
+            SamplingParams(
+                max_tokens=rng.choice((1, 2, 3, 9, 40)),
+                ignore_eos=True,
+                temperature=rng.choice((0.0, 0.0, 0.8)),
+                seed=i,
+                stop_token_ids=tuple(rng.sample(range(60), rng.choice((0, 0, 6, 20)))),
+                num_logprobs=rng.choice((None, None, None, 2)),
+            ),
+        )
+        for i in range(24)
+    ]
     plans = [
         plan_of(folder, 0),
         plan_of(folder, 3),

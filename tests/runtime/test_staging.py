@@ -14,7 +14,10 @@ from tokenspeed_plan.runtime.staging import Staging
 def staging(monkeypatch: pytest.MonkeyPatch) -> Staging:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(
-        torch.cuda, "Event", lambda: SimpleNamespace(synchronize=lambda: None, record=lambda: None), raising=True
+        torch.cuda,
+        "Event",
+        lambda: SimpleNamespace(synchronize=lambda: None, record=lambda: None),
+        raising=True,
     )
     return Staging("cuda", half_bytes=64)
 
@@ -32,7 +35,9 @@ def test_every_value_arrives(count: int, dtype: torch.dtype, staging: Staging) -
 def test_matrices_and_what_is_not_contiguous(staging: Staging) -> None:
     source, whole = torch.randn(7, 9), torch.zeros(7, 20)
     staging.copy(whole[:, 3:12], source)
-    assert torch.equal(whole[:, 3:12], source) and not whole[:, :3].any() and not whole[:, 12:].any()
+    assert (
+        torch.equal(whole[:, 3:12], source) and not whole[:, :3].any() and not whole[:, 12:].any()
+    )
     target = torch.empty(7, 9)
     staging.copy(target, source)
     assert torch.equal(target, source)

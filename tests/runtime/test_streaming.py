@@ -21,7 +21,7 @@ from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 DEMO = Tokenizer.load(ROOT / "examples/demo/model")
 TOKENS = st.lists(st.integers(0, 2047), max_size=12)
-TEXTS = st.text(st.characters(tokenizer="utf-8"), max_size=12) | st.sampled_from(
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
     ["日本語", "🦜👩‍👩‍👧 ok", "é\u0301", "\ufffd\ufffd"]
 )
 MIXED = st.lists(TOKENS | TEXTS.map(DEMO.encode), max_size=4).map(
@@ -65,7 +65,11 @@ def test_a_decoder_that_looks_at_its_neighbours() -> None:
 def tell(ids: Sequence[int], params: SamplingParams, size: int) -> tuple[list[Delta], str]:
     """Deltas of an answer that ends as the engine ends it: with the token that completes a stop string."""
     answer = AnswerText(Request("r", (1,), params), DEMO)
-    ends = [n for n in range(1, len(ids) + 1) if any(stop in DEMO.decode(list(ids[:n])) for stop in params.stop)]
+    ends = [
+        n
+        for n in range(1, len(ids) + 1)
+        if any(stop in DEMO.decode(list(ids[:n])) for stop in params.stop)
+    ]
     last = min(ends, default=len(ids))
     text = DEMO.decode(list(ids[:last]))
     cut = min((text.find(stop) for stop in params.stop if stop in text), default=len(text))
@@ -89,7 +93,9 @@ def test_what_may_become_a_stop_string_waits(data: st.DataObject, size: int) -> 
 
 def test_text_that_is_no_stop_string_after_all_is_told() -> None:
     deltas, _ = tell(DEMO.encode("abcabd abx"), SamplingParams(stop=("abd!",)), 1)
-    assert "".join(delta.text for delta in deltas[:-1]).startswith("abcab"), "`abc` cannot become `abd!` any more"
+    assert "".join(delta.text for delta in deltas[:-1]).startswith("abcab"), (
+        "`abc` cannot become `abd!` any more"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +107,9 @@ def engine(tiny_plan: Plan, checkpoint: Any) -> Engine:
 def test_a_stream_says_what_generate_says(seed: int, engine: Engine) -> None:
     rng = random.Random(seed)
     ids = [rng.randrange(500) for _ in range(rng.choice((1, 9, 70)))]
-    params = SamplingParams(max_tokens=40, temperature=1.8, seed=seed, ignore_eos=True, num_logprobs=seed % 3 or None)
+    params = SamplingParams(
+        max_tokens=40, temperature=1.8, seed=seed, ignore_eos=True, num_logprobs=seed % 3 or None
+    )
     (plain,) = engine.generate([ids], params)
     at = len(plain.text) // 2
     stopped = SamplingParams(
@@ -113,7 +121,9 @@ def test_a_stream_says_what_generate_says(seed: int, engine: Engine) -> None:
         assert "".join(delta.text for delta in deltas) == wanted.text
         assert sum((delta.token_ids for delta in deltas), ()) == wanted.token_ids
         assert sum((delta.logprobs for delta in deltas), ()) == wanted.logprobs
-        assert [delta.completion is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+        assert [delta.completion is not None for delta in deltas] == [False] * (len(deltas) - 1) + [
+            True
+        ]
         assert len([delta for delta in deltas if delta.text]) > 3
 
 
@@ -132,12 +142,16 @@ def taken(engine: Engine) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["plain", "ahead"])
 @pytest.mark.parametrize("seed", range(4))
-def test_cancelling_disturbs_nobody(seed: int, ahead: bool, tiny_plan: Plan, checkpoint: Any) -> None:
+def test_cancelling_disturbs_nobody(
+    seed: int, ahead: bool, tiny_plan: Plan, checkpoint: Any
+) -> None:
     """At any moment, waiting, running or with a step in flight; slots and pages go to others at once."""
     rng, folder = random.Random(seed), checkpoint("moe")
     prompts = [[rng.randrange(400) for _ in range(rng.choice((1, 17, 90)))] for _ in range(24)]
     params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.7, seed=seed)
-    wanted = [done.token_ids for done in Engine.from_plan(tiny_plan, folder).generate(prompts, params)]
+    wanted = [
+        done.token_ids for done in Engine.from_plan(tiny_plan, folder).generate(prompts, params)
+    ]
     engine = (
         Engine.from_plan(captured(tiny_plan), folder, executor=LateExecutor)
         if ahead
@@ -153,7 +167,9 @@ def test_cancelling_disturbs_nobody(seed: int, ahead: bool, tiny_plan: Plan, che
             name = str(rng.randrange(len(prompts)))
             cancelled |= {name} if engine.cancel(name) else set()
     assert 2 < len(cancelled) < 20
-    assert done == {str(index): ids for index, ids in enumerate(wanted) if str(index) not in cancelled}
+    assert done == {
+        str(index): ids for index, ids in enumerate(wanted) if str(index) not in cancelled
+    }
     assert taken(engine) == (0, 0, 0, 0)
 
 
@@ -183,6 +199,8 @@ def test_a_name_is_used_once(engine: Engine) -> None:
         ({"num_logprobs": 513}, "num_logprobs is 513"),
     ],
 )
-def test_parameters_that_would_break_a_batch_are_refused(params: dict[str, Any], says: str, engine: Engine) -> None:
+def test_parameters_that_would_break_a_batch_are_refused(
+    params: dict[str, Any], says: str, engine: Engine
+) -> None:
     with pytest.raises(RequestError, match=says):
         engine.add(Request("r", (1,), SamplingParams(**params)))

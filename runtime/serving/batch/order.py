@@ -15,7 +15,8 @@ Row = TypeVar("Row")
 class Waiting(Generic[Row]):
     """Rows that were read and not started, grouped by their first tokens.
 
-    In a group, and among groups, the longest answers come first: they would else run alone at the end.
+    In a group, and among groups, the longest answers come first: they would else run alone at the
+    end.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,10 @@
 """What an earlier run left behind, so that no answer is computed twice.
 
-Finished lines live in two files: the output itself, and `OUTPUT.resume` beside it. When a run starts it first appends
-the output's whole lines to `OUTPUT.resume` and makes that safe on the disk, and only then writes the output anew,
-taking lines from `OUTPUT.resume` where their key fits. A kill between any two of these leaves every finished line in
-at least one of the files; keys make doubles harmless. A line's key is its `id`: the digest of plan and row.
+Finished lines live in two files: the output itself, and `OUTPUT.resume` beside it. When a run
+starts it first appends the output's whole lines to `OUTPUT.resume` and makes that safe on the disk,
+and only then writes the output anew, taking lines from `OUTPUT.resume` where their key fits. A kill
+between any two of these leaves every finished line in at least one of the files; keys make doubles
+harmless. A line's key is its `id`: the digest of plan and row.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Sidecar:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            raise RequestError(f"another run is writing `{output}`", "wait for it, or name another output") from error
+            raise RequestError(
+                f"another run is writing `{output}`", "wait for it, or name another output"
+            ) from error
         try:
             self._recover()
         except RequestError:
@@ -54,7 +57,8 @@ class Sidecar:
         self._file.seek(0)
         if not _is_ours(self._file.readline(), torn=True):
             raise RequestError(
-                f"`{self.path}` exists and holds no answers of a batch", "name another output, or delete it"
+                f"`{self.path}` exists and holds no answers of a batch",
+                "name another output, or delete it",
             )
         self._file.seek(0)
         end = 0
@@ -94,7 +98,8 @@ class Sidecar:
                 self.save(key, line)
         if not ours and not _is_torn_start(output):
             raise RequestError(
-                f"`{output}` exists and is not the output of a batch", "name another output, or delete it"
+                f"`{output}` exists and is not the output of a batch",
+                "name another output, or delete it",
             )
 
     def _finished(self, line: bytes) -> str | None:
@@ -105,7 +110,11 @@ class Sidecar:
         """
         data = _object(line)
         key, custom_id = data.get("id"), data.get("custom_id")
-        if not isinstance(data.get("response"), dict) or not isinstance(key, str) or not key.startswith("batch_req_"):
+        if (
+            not isinstance(data.get("response"), dict)
+            or not isinstance(key, str)
+            or not key.startswith("batch_req_")
+        ):
             return None
         if not self._notebook.knows(str(custom_id)):
             raise RequestError(
@@ -161,7 +170,9 @@ def _is_torn_start(output: Path) -> bool:
     return b"\n" not in head and _is_ours(head, torn=True)
 
 
-def check_paths(source: Path, output: Path, errors: Path | None, summary: Path | None = None) -> None:
+def check_paths(
+    source: Path, output: Path, errors: Path | None, summary: Path | None = None
+) -> None:
     """Refuse paths that would destroy something: of input, output, its sidecar, errors and summary no two are one.
 
     Raises:
@@ -172,10 +183,14 @@ def check_paths(source: Path, output: Path, errors: Path | None, summary: Path |
         named["finished lines"] = sidecar_path(output)
     files = {role: path for role, path in named.items() if path is not None and path != STDIO}
     if source != STDIO and (not source.exists() or source.is_dir()):
-        raise RequestError(f"there is no file `{source}`", "name a JSONL file, or `-` for standard input")
+        raise RequestError(
+            f"there is no file `{source}`", "name a JSONL file, or `-` for standard input"
+        )
     for role, path in files.items():
         if role != "input" and (not path.parent.is_dir() or path.is_dir()):
             raise RequestError(f"cannot write `{path}`", "name a file in a folder that exists")
     for (role, path), (other, second) in combinations(files.items(), 2):
-        if path.resolve() == second.resolve() or (path.exists() and second.exists() and path.samefile(second)):
+        if path.resolve() == second.resolve() or (
+            path.exists() and second.exists() and path.samefile(second)
+        ):
             raise RequestError(f"`{second}` is named for {role} and for {other}", "name two files")

@@ -17,10 +17,23 @@ from tokenspeed_plan.runtime.serving.batch.files import STDIO, LineWriter, open_
 from tokenspeed_plan.runtime.serving.batch.order import Waiting
 from tokenspeed_plan.runtime.serving.batch.progress import Progress
 from tokenspeed_plan.runtime.serving.batch.resume import Sidecar, check_paths
-from tokenspeed_plan.runtime.serving.batch.scan import Notebook, Selection, check_file, refuse_bad, src_state_slots
+from tokenspeed_plan.runtime.serving.batch.scan import (
+    Notebook,
+    Selection,
+    check_file,
+    refuse_bad,
+    src_state_slots,
+)
 from tokenspeed_plan.runtime.serving.batch.summary import Tally, as_text
 from tokenspeed_plan.runtime.serving.openai.answers import answer_line, error_line
-from tokenspeed_plan.runtime.serving.openai.requests import Row, RowError, RowLimits, Tokenizer, parse_row, to_requests
+from tokenspeed_plan.runtime.serving.openai.requests import (
+    Row,
+    RowError,
+    RowLimits,
+    Tokenizer,
+    parse_row,
+    to_requests,
+)
 
 ANSWERED, SOME_FAILED, INTERRUPTED = 0, 1, 130
 
@@ -78,7 +91,10 @@ class _Pending:
 
 
 def run_batch(
-    options: BatchOptions, plan: BatchPlan, tokenizer: Tokenizer, load_engine: Callable[[], BatchEngine]
+    options: BatchOptions,
+    plan: BatchPlan,
+    tokenizer: Tokenizer,
+    load_engine: Callable[[], BatchEngine],
 ) -> int:
     """Answer a batch file. `load_engine` is called once all lines are checked, if there is anything to run.
 
@@ -137,7 +153,9 @@ class _Run:
 
     def open(self, source: Path) -> _Run:
         """Take over what is done, load the engine if there is more to do, and only then begin the output anew."""
-        self._sidecar = None if self.options.output == STDIO else Sidecar(self.options.output, self._notebook)
+        self._sidecar = (
+            None if self.options.output == STDIO else Sidecar(self.options.output, self._notebook)
+        )
         try:
             if self._has_work(source):
                 self._engine = self._load_engine()
@@ -151,7 +169,9 @@ class _Run:
 
     def __enter__(self) -> _Run:
         self._writer = open_writer(self.options.output)
-        self._errors: LineWriter = open_writer(self.options.errors) if self.options.errors else self._writer
+        self._errors: LineWriter = (
+            open_writer(self.options.errors) if self.options.errors else self._writer
+        )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
@@ -190,7 +210,10 @@ class _Run:
 
     def _selected(self, source: Path) -> Iterator[tuple[bool, int, bytes]]:
         """(asked for, line number, bytes) of each row."""
-        return ((self.options.selection.holds(number), line, raw) for number, line, raw in src_state_slots(source))
+        return (
+            (self.options.selection.holds(number), line, raw)
+            for number, line, raw in src_state_slots(source)
+        )
 
     def _read_next(self, rows: Iterator[tuple[bool, int, bytes]]) -> bool:
         """Read one row; False at the end of the file."""
@@ -243,7 +266,9 @@ class _Run:
         pending.line = _encode(answer_line(pending.row, choices, self.tokenizer, self.plan.model))
         self._tally.answered += 1
         if self._sidecar and self.options.order == "input" and pending is not self._window[0]:
-            self._sidecar.save(pending.row.key, pending.line)  # it must wait for its turn, and survive a kill
+            self._sidecar.save(
+                pending.row.key, pending.line
+            )  # it must wait for its turn, and survive a kill
 
     def _write_ready(self) -> None:
         if self.options.order == "completion":

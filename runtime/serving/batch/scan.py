@@ -11,7 +11,14 @@ from pathlib import Path
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch.files import read_lines
-from tokenspeed_plan.runtime.serving.openai.requests import Row, RowError, RowLimits, Tokenizer, check_row, parse_row
+from tokenspeed_plan.runtime.serving.openai.requests import (
+    Row,
+    RowError,
+    RowLimits,
+    Tokenizer,
+    check_row,
+    parse_row,
+)
 
 MAX_SHOWN = 20
 
@@ -55,16 +62,21 @@ class Notebook:
             "BEGIN",
         ):
             self._db.execute(statement)
-        file.close()  # deletes the name: the database is ours alone, and a kill leaves nothing behind
+        # deletes the name: the database is ours alone, and a kill leaves nothing behind
+        file.close()
 
     def first_line_of(self, custom_id: str, line: int) -> int:
         """Remember an id; the line that had it first."""
         self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (custom_id, line))
-        return int(self._db.execute("SELECT line FROM ids WHERE id = ?", (custom_id,)).fetchone()[0])
+        return int(
+            self._db.execute("SELECT line FROM ids WHERE id = ?", (custom_id,)).fetchone()[0]
+        )
 
     def knows(self, custom_id: str) -> bool:
         """Whether a row has this id."""
-        return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (custom_id,)).fetchone() is not None
+        return (
+            self._db.execute("SELECT 1 FROM ids WHERE id = ?", (custom_id,)).fetchone() is not None
+        )
 
     def add_bad(self, line: int, custom_id: str | None, message: str) -> None:
         """Remember a bad line."""
@@ -77,7 +89,12 @@ class Notebook:
 
     def add_saved(self, key: str, start: int, size: int) -> bool:
         """Remember where a finished line lies; False when it was known."""
-        return self._db.execute("INSERT OR IGNORE INTO saved VALUES (?, ?, ?)", (key, start, size)).rowcount == 1
+        return (
+            self._db.execute(
+                "INSERT OR IGNORE INTO saved VALUES (?, ?, ?)", (key, start, size)
+            ).rowcount
+            == 1
+        )
 
     def saved(self, key: str) -> tuple[int, int] | None:
         """(start, size) of a finished line."""
@@ -102,11 +119,18 @@ def src_state_slots(path: Path) -> Iterator[tuple[int, int, bytes]]:
                 yield number, line, raw
                 number += 1
     except (OSError, EOFError, zlib.error) as error:
-        raise RequestError(f"cannot read `{path}`: {error}", "name a JSONL file, or `-` for standard input") from error
+        raise RequestError(
+            f"cannot read `{path}`: {error}", "name a JSONL file, or `-` for standard input"
+        ) from error
 
 
 def check_file(
-    path: Path, selection: Selection, digest: str, tokenizer: Tokenizer, limits: RowLimits, notebook: Notebook
+    path: Path,
+    selection: Selection,
+    digest: str,
+    tokenizer: Tokenizer,
+    limits: RowLimits,
+    notebook: Notebook,
 ) -> Checked:
     """Look at every line of the file; bad ones go to the notebook."""
     found = Checked()
@@ -140,7 +164,9 @@ def refuse_bad(found: Checked, max_errors: int) -> None:
     if found.num_bad <= max_errors:
         return
     rest = found.num_bad - len(found.shown)
-    lines = "".join(f"\n  {text}" for text in found.shown) + (f"\n  and {rest} more" if rest else "")
+    lines = "".join(f"\n  {text}" for text in found.shown) + (
+        f"\n  and {rest} more" if rest else ""
+    )
     raise RequestError(
         f"{found.num_bad} of {found.num_rows} lines cannot be run{lines}",
         f"mend them, or run the others with `--max-errors {found.num_bad}`",

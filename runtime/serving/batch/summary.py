@@ -37,7 +37,9 @@ class Histogram:
     def in_ms(self) -> dict[str, float | None]:
         """p50, p95 and p99 of seconds, in milliseconds."""
         values = {f"p{share}": self.percentile(share / 100) for share in (50, 95, 99)}
-        return {name: None if value is None else round(value * 1e3, 3) for name, value in values.items()}
+        return {
+            name: None if value is None else round(value * 1e3, 3) for name, value in values.items()
+        }
 
 
 @dataclass
@@ -91,21 +93,30 @@ class Tally:
         tokens_in, tokens_out = self.rates()
         ttft, tpot = self.ttft_s.in_ms(), self.tpot_s.in_ms()
         return {
-            "rows": {"total": self.num_rows, "answered": self.answered, "failed": self.failed, "skipped": self.skipped},
+            "rows": {
+                "total": self.num_rows,
+                "answered": self.answered,
+                "failed": self.failed,
+                "skipped": self.skipped,
+            },
             "errors": dict(self.errors),
             "interrupted": interrupted,
             "wall_s": round(time.perf_counter() - self.begun_s, 4),
             "startup_s": {name: round(value, 4) for name, value in self.startup_s.items()},
             "tokens": {
-                "prompt": self.prompt_tokens, "cached": self.cached_tokens, "generated": self.generated_tokens,
+                "prompt": self.prompt_tokens,
+                "cached": self.cached_tokens,
+                "generated": self.generated_tokens,
             },
             "tokens_per_s": {"prompt": round(tokens_in, 2), "generated": round(tokens_out, 2)},
             "ttft_ms": ttft,
             "tpot_ms": tpot,
-            "definitions": {"tpot_ms": "time after the first token over tokens after the first; TTFT is not in it"},
+            "definitions": {
+                "tpot_ms": "time after the first token over tokens after the first; TTFT is not in it"
+            },
             "predicted": dict(predicted),
             "measured": {"tpot_ms": tpot["p50"], "ttft_ms": ttft["p50"]},
-        }  # fmt: skip
+        }
 
 
 def as_text(summary: Mapping[str, Any]) -> str:
@@ -119,15 +130,21 @@ def as_text(summary: Mapping[str, Any]) -> str:
     ]
     if summary["startup_s"]:
         lines.append(
-            "start-up: " + ", ".join(f"{k.removesuffix('_s')} {v:.3f} s" for k, v in summary["startup_s"].items())
+            "start-up: "
+            + ", ".join(
+                f"{k.removesuffix('_s')} {v:.3f} s" for k, v in summary["startup_s"].items()
+            )
         )
     for name in ("ttft_ms", "tpot_ms"):
         if summary[name]["p50"] is not None:
             lines.append(
-                f"{name.removesuffix('_ms')}: " + ", ".join(f"{k} {v:.2f} ms" for k, v in summary[name].items())
+                f"{name.removesuffix('_ms')}: "
+                + ", ".join(f"{k} {v:.2f} ms" for k, v in summary[name].items())
             )
     for name, value in summary["predicted"].items():
         measured = summary["measured"].get(name)
         if measured:
-            lines.append(f"{name}: predicted {value:.2f}, measured {measured:.2f} ({measured / value:.2f} x)")
+            lines.append(
+                f"{name}: predicted {value:.2f}, measured {measured:.2f} ({measured / value:.2f} x)"
+            )
     return "\n".join(lines)

@@ -75,11 +75,19 @@ class AdmissionLimiter:
     def widen(self, ticket: Lease, size: int) -> None:
         """A place for each choice instead of one."""
         if size > self._limit:
-            raise ApiError(400, f"{size} choices are asked for, at most {self._limit} may be in flight", param="n")
+            raise ApiError(
+                400,
+                f"{size} choices are asked for, at most {self._limit} may be in flight",
+                param="n",
+            )
         self._make_room(size - ticket.size)
         self.num_held += size - ticket.size
         ticket.size = size
 
     def _make_room(self, more: int) -> None:
         if self.num_held + more > self._limit:
-            raise try_later(429, f"{self.num_held} of {self._limit} requests are in flight", "rate_limit_exceeded")
+            raise try_later(
+                429,
+                f"{self.num_held} of {self._limit} requests are in flight",
+                "rate_limit_exceeded",
+            )

@@ -34,7 +34,14 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The error object."""
-        return {"error": {"message": str(self), "type": self._type, "param": self.param, "code": self.code}}
+        return {
+            "error": {
+                "message": str(self),
+                "type": self._type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
     @property
     def _type(self) -> str:
@@ -49,7 +56,12 @@ class ApiError(Exception):
 
 def no_model(asked: str, served: str) -> ApiError:
     """A model that is not here."""
-    return ApiError(404, f"the model `{asked:.80}` does not exist; here is `{served}`", "model_not_found", "model")
+    return ApiError(
+        404,
+        f"the model `{asked:.80}` does not exist; here is `{served}`",
+        "model_not_found",
+        "model",
+    )
 
 
 def try_later(status: int, message: str, code: str) -> ApiError:

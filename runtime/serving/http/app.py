@@ -27,7 +27,10 @@ from tokenspeed_plan.runtime.serving.http.responses import Answer
 from tokenspeed_plan.runtime.serving.openai.requests import RowLimits, Tokenizer, Url
 
 _CLIENT_LEFT = 499  # nginx's word for a response that nobody waits for; it is only counted
-_EVENTS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies shall pass each event on at once
+_EVENTS = {
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}  # proxies shall pass each event on at once
 _T = TypeVar("_T")
 
 
@@ -58,7 +61,9 @@ async def check_key(request: Request) -> None:
     key = service_of(request).api_key
     given = request.headers.get("authorization", "").encode("latin-1")
     if key is not None and not hmac.compare_digest(given, b"Bearer " + key.encode()):
-        message = "the API key is wrong" if given else "an API key is needed: `Authorization: Bearer KEY`"
+        message = (
+            "the API key is wrong" if given else "an API key is needed: `Authorization: Bearer KEY`"
+        )
         raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
@@ -129,7 +134,8 @@ def make_app(service: Service) -> FastAPI:
         async with service.engine:
             yield
 
-    # No page of FastAPI's: it would not know the backend, which are checked as those of batch files are.
+    # No page of FastAPI's: it would not know the backend, which are checked as those of batch files
+    # are.
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.state.service = service
     app.include_router(v1)
@@ -145,11 +151,15 @@ def make_app(service: Service) -> FastAPI:
 async def _answer(request: Request, url: Url, ticket: Lease) -> Response:
     service = service_of(request)
     raw = await _read_body(request, service.max_body_bytes, service.body_timeout_s)
-    asked = await run_in_threadpool(parse, raw, url, service.model, service.tokenizer, service.limits)
+    asked = await run_in_threadpool(
+        parse, raw, url, service.model, service.tokenizer, service.limits
+    )
     stream = ticket.submit(asked.requests)
     answer = Answer(asked, service.tokenizer, service.model, int(time.time()))
     if asked.stream:
-        return StreamingResponse(answer.events(stream), media_type="text/event-stream", headers=_EVENTS)
+        return StreamingResponse(
+            answer.events(stream), media_type="text/event-stream", headers=_EVENTS
+        )
     try:
         done = await _unless_gone(request, stream.completions())
     except EngineStopped as error:
@@ -165,9 +175,13 @@ async def _read_body(request: Request, limit_bytes: int, timeout_s: float) -> by
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > limit_bytes:
-                    raise ApiError(413, f"the body is larger than {limit_bytes} bytes", "request_too_large")
+                    raise ApiError(
+                        413, f"the body is larger than {limit_bytes} bytes", "request_too_large"
+                    )
     except TimeoutError:
-        raise ApiError(408, f"the body did not come within {timeout_s:g} s", "request_timeout") from None
+        raise ApiError(
+            408, f"the body did not come within {timeout_s:g} s", "request_timeout"
+        ) from None
     return bytes(body)
 
 
@@ -206,7 +220,10 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
     """No such path, or not by this method."""
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path:.80}"
-    codes = {404: ("there is nothing at", "unknown_url"), 405: ("the method is not allowed:", "method_not_allowed")}
+    codes = {
+        404: ("there is nothing at", "unknown_url"),
+        405: ("the method is not allowed:", "method_not_allowed"),
+    }
     text, code = codes.get(error.status_code, (error.detail, None))
     return ApiError(error.status_code, f"{text} {where}", code, headers=error.headers).response()
 
@@ -217,4 +234,6 @@ async def _note_gone(request: Request, error: Exception) -> Response:
 
 async def _fail(request: Request, error: Exception) -> Response:
     """A fault of ours; the log has it."""
-    return ApiError(500, "the server has failed to answer; its log says more", "internal_error").response()
+    return ApiError(
+        500, "the server has failed to answer; its log says more", "internal_error"
+    ).response()

@@ -57,15 +57,21 @@ class ParsedRequest:
         return isinstance(self.body, ChatBody)
 
 
-def parse(raw: bytes, url: Url, model: str, tokenizer: Tokenizer, limits: RowLimits) -> ParsedRequest:
+def parse(
+    raw: bytes, url: Url, model: str, tokenizer: Tokenizer, limits: RowLimits
+) -> ParsedRequest:
     """Check a body and make its requests.
 
     Raises:
         ApiError: what is wrong with it.
     """
     try:
-        given = {name: value for name, value in parse_json(raw, "body").items() if value is not None}
-        fields = _stream_fields({name: given.pop(name) for name in _StreamFields.model_fields if name in given})
+        given = {
+            name: value for name, value in parse_json(raw, "body").items() if value is not None
+        }
+        fields = _stream_fields(
+            {name: given.pop(name) for name in _StreamFields.model_fields if name in given}
+        )
         body = parse_body(url, given)
         if body.model not in (None, model):
             raise no_model(str(body.model), model)
@@ -74,7 +80,9 @@ def parse(raw: bytes, url: Url, model: str, tokenizer: Tokenizer, limits: RowLim
     except RowError as error:
         raise ApiError(400, str(error), error.code, error.param) from None
     options = fields.stream_options or _StreamOptions()
-    return ParsedRequest(rows[0].key, body, requests, body.n or 1, bool(fields.stream), bool(options.include_usage))
+    return ParsedRequest(
+        rows[0].key, body, requests, body.n or 1, bool(fields.stream), bool(options.include_usage)
+    )
 
 
 def _stream_fields(given: dict[str, Any]) -> _StreamFields:
@@ -83,7 +91,9 @@ def _stream_fields(given: dict[str, Any]) -> _StreamFields:
     except ValidationError as error:
         raise explain(error, _StreamFields) from None
     if fields.stream_options and not fields.stream:
-        raise RowError("`stream_options` is only for `stream: true`", "stream_options", "invalid_value")
+        raise RowError(
+            "`stream_options` is only for `stream: true`", "stream_options", "invalid_value"
+        )
     return fields
 
 

@@ -18,14 +18,24 @@ class Metrics:
     def __init__(self, engine: Engine, gate: AdmissionLimiter) -> None:
         self._registry = CollectorRegistry()
         self._add_gauges(engine, gate)
-        self._responses = self._counter("http_responses", "Responses by endpoint and status", "path", "status")
+        self._responses = self._counter(
+            "http_responses", "Responses by endpoint and status", "path", "status"
+        )
         self._finished = self._counter("requests_finished", "Choices answered, by reason", "reason")
-        self._cancelled = self._counter("requests_cancelled", "Choices whose client left before the end")
+        self._cancelled = self._counter(
+            "requests_cancelled", "Choices whose client left before the end"
+        )
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of answered choices")
-        self._cached = self._counter("cached_prompt_tokens", "Those of them that were not computed again")
+        self._cached = self._counter(
+            "cached_prompt_tokens", "Those of them that were not computed again"
+        )
         self._generated = self._counter("generated_tokens", "Tokens of answers")
-        self._ttft = self._histogram("time_to_first_token_seconds", "From the engine's queue to the first token")
-        self._tpot = self._histogram("time_per_output_token_seconds", "Between two tokens of an answer, its mean")
+        self._ttft = self._histogram(
+            "time_to_first_token_seconds", "From the engine's queue to the first token"
+        )
+        self._tpot = self._histogram(
+            "time_per_output_token_seconds", "Between two tokens of an answer, its mean"
+        )
 
     def finish(self, done: Completion) -> None:
         """Count an answer that was read to its end."""
@@ -51,15 +61,31 @@ class Metrics:
         return generate_latest(self._registry)
 
     def _add_gauges(self, engine: Engine, gate: AdmissionLimiter) -> None:
-        limits = engine.plan.limits
+        limits = engine.plan.pool.limits
         gauges = (
             ("requests_waiting", "Choices that wait for a slot", lambda: engine.usage.waiting),
             ("requests_running", "Choices that have a slot", lambda: engine.usage.running),
             ("requests_in_flight", "Choices, until their response is sent", lambda: gate.num_held),
-            ("state_rows_used", "Rows of recurrent state that requests hold", lambda: engine.usage.rows),
-            ("state_rows", "All of them, the prefix cache's too", lambda: limits.num_state_slots - 2),
-            ("kv_pages_used", "Pages of the KV cache that requests hold", lambda: engine.usage.pages),
-            ("tokens_per_decode_pass", "Tokens a choice says in a decode step", lambda: engine.metrics.tokens_per_pass),
+            (
+                "state_rows_used",
+                "Rows of recurrent state that requests hold",
+                lambda: engine.usage.rows,
+            ),
+            (
+                "state_rows",
+                "All of them, the prefix cache's too",
+                lambda: limits.num_state_slots - 2,
+            ),
+            (
+                "kv_pages_used",
+                "Pages of the KV cache that requests hold",
+                lambda: engine.usage.pages,
+            ),
+            (
+                "tokens_per_decode_pass",
+                "Tokens a choice says in a decode step",
+                lambda: engine.metrics.tokens_per_pass,
+            ),
             ("kv_pages", "All of them, the prefix cache's too", lambda: limits.num_pages),
         )
         for name, text, value in gauges:
@@ -87,7 +113,9 @@ class CountResponses:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._metrics.respond(getattr(scope.get("route"), "path", "other"), message["status"])
+                self._metrics.respond(
+                    getattr(scope.get("route"), "path", "other"), message["status"]
+                )
             await send(message)
 
         await self._app(scope, receive, counted)

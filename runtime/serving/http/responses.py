@@ -10,7 +10,12 @@ from tokenspeed_plan.plans.errors import EngineStopped
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.http.api_errors import try_later
 from tokenspeed_plan.runtime.serving.http.parsing import ParsedRequest
-from tokenspeed_plan.runtime.serving.openai.answers import chat_logprobs, choice, text_logprobs, usage
+from tokenspeed_plan.runtime.serving.openai.answers import (
+    chat_logprobs,
+    choice,
+    text_logprobs,
+    usage,
+)
 from tokenspeed_plan.runtime.serving.openai.requests import Tokenizer
 from tokenspeed_plan.runtime.serving.streaming import Delta
 
@@ -21,18 +26,30 @@ _DONE = b"data: [DONE]\n\n"
 class Answer:
     """Writes what one request gets."""
 
-    def __init__(self, asked: ParsedRequest, tokenizer: Tokenizer, model: str, created: int) -> None:
+    def __init__(
+        self, asked: ParsedRequest, tokenizer: Tokenizer, model: str, created: int
+    ) -> None:
         self._asked = asked
         self._tokenizer = tokenizer
-        prefix, kind = ("chatcmpl", "chat.completion") if asked.is_chat else ("cmpl", "text_completion")
-        self._head: Json = {"id": f"{prefix}-{asked.key}", "object": kind, "created": created, "model": model}
+        prefix, kind = (
+            ("chatcmpl", "chat.completion") if asked.is_chat else ("cmpl", "text_completion")
+        )
+        self._head: Json = {
+            "id": f"{prefix}-{asked.key}",
+            "object": kind,
+            "created": created,
+            "model": model,
+        }
         self._index = {request.request_id: number for number, request in enumerate(asked.requests)}
         self.host_outputs = [0] * len(asked.requests)  # characters, of each choice that has begun
         self._begun = [False] * len(asked.requests)
 
     def whole(self, completions: Sequence[Completion]) -> Json:
         """The body of a response that is not streamed."""
-        choices = [choice(self._asked.body, index, done, self._tokenizer) for index, done in enumerate(completions)]
+        choices = [
+            choice(self._asked.body, index, done, self._tokenizer)
+            for index, done in enumerate(completions)
+        ]
         return self._head | {"choices": choices, "usage": self._usage(completions)}
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
@@ -63,13 +80,17 @@ class Answer:
             "finish_reason": delta.completion.finish_reason if delta.completion else None,
         }
         if self._asked.is_chat:
-            made["delta"] = ({} if self._begun[index] else {"role": "assistant"}) | {"content": delta.text}
+            made["delta"] = ({} if self._begun[index] else {"role": "assistant"}) | {
+                "content": delta.text
+            }
             if delta.logprobs:
                 made["logprobs"] = chat_logprobs(delta.logprobs, self._tokenizer)
         else:
             made["text"] = delta.text
             if delta.logprobs:
-                made["logprobs"] = text_logprobs(delta.logprobs, self._tokenizer, self.host_outputs[index])
+                made["logprobs"] = text_logprobs(
+                    delta.logprobs, self._tokenizer, self.host_outputs[index]
+                )
         if self._asked.body.return_token_ids:
             made["token_ids"] = list(delta.token_ids)
         self._begun[index] = True

@@ -48,11 +48,15 @@ def listen(host: str, port: int) -> socket.socket:
         found.bind((host, port))
     except OSError as error:
         found.close()
-        raise RequestError(f"cannot listen on {host}:{port}: {error.strerror}", "choose another `--port`") from error
+        raise RequestError(
+            f"cannot listen on {host}:{port}: {error.strerror}", "choose another `--port`"
+        ) from error
     return found
 
 
-def serve(engine: Engine, options: ServerOptions, place: socket.socket, ready: Callable[[], None]) -> None:
+def serve(
+    engine: Engine, options: ServerOptions, place: socket.socket, ready: Callable[[], None]
+) -> None:
     """Serve until a signal says stop and everything begun is answered, or `drain_s` is over.
 
     Raises:
@@ -68,7 +72,9 @@ def serve(engine: Engine, options: ServerOptions, place: socket.socket, ready: C
         server_header=False,
         timeout_graceful_shutdown=_FLUSH_S,
     )
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that leave in mid-stream are no news
+    logging.getLogger("asyncio").setLevel(
+        logging.ERROR
+    )  # clients that leave in mid-stream are no news
     _Server(config, service, options.drain_s, ready).run([place])
     if service.engine.error:
         raise service.engine.error
@@ -76,7 +82,10 @@ def serve(engine: Engine, options: ServerOptions, place: socket.socket, ready: C
 
 def _service(engine: Engine, options: ServerOptions) -> Service:
     if engine.tokenizer is None:
-        raise RequestError("the model has no tokenizer", "add its `tokenizer.json` to the model folder and plan again")
+        raise RequestError(
+            "the model has no tokenizer",
+            "add its `tokenizer.json` to the model folder and plan again",
+        )
     served = AsyncEngine(engine)
     gate = AdmissionLimiter(served, options.max_requests)
     metrics = Metrics(engine, gate)
@@ -101,7 +110,9 @@ class _Server(uvicorn.Server):
     The second signal ends it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float, ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, drain_s: float, ready: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self._service = service
         self._drain_s = drain_s

@@ -90,7 +90,9 @@ class Message(BaseModel):
         if not isinstance(content, list):
             return content
         parts = [part if isinstance(part, dict) else {} for part in content]
-        if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
+        if not all(
+            part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+        ):
             raise ValueError("only parts of type `text` are supported")
         return "".join(part["text"] for part in parts)
 
@@ -204,10 +206,14 @@ def explain(error: ValidationError, model: type[BaseModel]) -> RowError:
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         near = difflib.get_close_matches(field, model.model_fields, 1)
         rest = f"did you mean `{near[0]}`?" if near else "it is not supported"
-        return RowError(f"unknown field `{_ascii(field)}`, {rest}", _ascii(field), "unsupported_parameter")
+        return RowError(
+            f"unknown field `{_ascii(field)}`, {rest}", _ascii(field), "unsupported_parameter"
+        )
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return RowError(f"`{field}` is missing", field, "missing_required_parameter")
-    text = _ascii(f"`{field}`: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r:.60}")
+    text = _ascii(
+        f"`{field}`: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r:.60}"
+    )
     return RowError(text, field, "invalid_value")
 
 
@@ -228,14 +234,19 @@ class RowLimits:
 def check_row(row: Row, tokenizer: Tokenizer, limits: RowLimits) -> None:
     """Find what would be refused later, without tokenising where bytes already tell.
 
-    A byte-level tokenizer never makes more tokens of ASCII than there are bytes; other text may grow when normalised.
+    A byte-level tokenizer never makes more tokens of ASCII than there are bytes; other text may
+    grow when normalised.
 
     Raises:
         RowError: see `to_requests`.
     """
     body = row.body
     prompt = body.prompt if isinstance(body, CompletionBody) else None
-    if isinstance(prompt, str) and prompt.isascii() and 0 < len(prompt) <= limits.max_seq_len - (body.max_tokens or 1):
+    if (
+        isinstance(prompt, str)
+        and prompt.isascii()
+        and 0 < len(prompt) <= limits.max_seq_len - (body.max_tokens or 1)
+    ):
         return
     to_requests(row, tokenizer, limits)
 
@@ -264,13 +275,18 @@ def to_requests(row: Row, tokenizer: Tokenizer, limits: RowLimits) -> tuple[Requ
         )
     base = _params(row, asked or min(limits.default_max_tokens, room))
     seed = row.body.seed if row.body.seed is not None else int(row.key[-15:], 16)
-    return tuple(Request(f"{row.key}:{choice}", tuple(ids), base(seed + choice)) for choice in range(row.body.n or 1))
+    return tuple(
+        Request(f"{row.key}:{choice}", tuple(ids), base(seed + choice))
+        for choice in range(row.body.n or 1)
+    )
 
 
 def _prompt_ids(row: Row, tokenizer: Tokenizer) -> list[int]:
     try:
         if isinstance(row.body, ChatBody):
-            return tokenizer.encode(tokenizer.render_chat([m.model_dump(exclude_none=True) for m in row.body.messages]))
+            return tokenizer.encode(
+                tokenizer.render_chat([m.model_dump(exclude_none=True) for m in row.body.messages])
+            )
         prompt: Any = row.body.prompt
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
             if len(prompt) > 1:
