@@ -16,7 +16,7 @@ from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.kernel_file import extra_arguments
 from tokenspeed_plan.plans.ops import OPS
 from tokenspeed_plan.plans.schema import KernelSpec, Launch
-from tokenspeed_plan.plans.types import Attr, Dim
+from tokenspeed_plan.plans.types import Constant, Dim
 
 ROOT = Path(__file__).parent
 FAMILIES = ("attention", "delta_net", "dense", "moe", "sampling", "speculation")
@@ -59,7 +59,7 @@ def render(kind: str, kernel: KernelSpec, launch: Launch, options: dict[str, obj
     return re.sub(r"\n{4,}", "\n\n\n", re.sub(r"[ \t]+\n", "\n", text)).rstrip() + "\n"
 
 
-def _literal(value: Attr) -> str:
+def _literal(value: Constant) -> str:
     return repr(value)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tokenspeed_plan.codegen.tuned import Tile, find_tile
-from tokenspeed_plan.plans.ops import query_len
+from tokenspeed_plan.plans.ops import integer, number, query_len
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
-from tokenspeed_plan.plans.types import Attr, DType, TensorSpec
+from tokenspeed_plan.plans.types import Constant, DType, TensorSpec
 
 L2_EPS = 1e-6
 GEMV_ROWS = 2  # up to here plain arithmetic keeps up with the memory, so products are computed so
@@ -114,7 +114,11 @@ class Work:
 
     def size(self, kind: str, name: str) -> int:
         """An integer constant of a part."""
-        return int(self.part(kind).attrs[name])
+        return integer(self.part(kind).attrs, name)
+
+    def number(self, kind: str, name: str) -> float:
+        """A constant of a part."""
+        return number(self.part(kind).attrs, name)
 
     def width(self, name: str, dim: int = -1) -> int:
         """A fixed dimension of a parameter."""
@@ -133,7 +137,7 @@ class Tiling:
     """
 
     template: str
-    constants: Mapping[str, Attr]
+    constants: Mapping[str, Constant]
     grid: tuple[GridDim, ...]
     num_warps: int = 4
     num_stages: int = 2
@@ -157,7 +161,7 @@ def per_token(width: int, dtype: DType = "fp32") -> TensorSpec:
 TRITON_DTYPES: dict[DType, str] = {"bf16": "tl.bfloat16", "fp32": "tl.float32"}
 
 
-def rows_table(work: Work, rows: str) -> dict[str, Attr]:
+def rows_table(work: Work, rows: str) -> dict[str, Constant]:
     """Columns of the rows to write where each sequence has several: what leaves one state leaves it in the first."""
     return {"TABLE": work.width(rows)} if len(work.specs[rows].shape) == 2 else {}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import networkx as nx
 
@@ -15,6 +15,8 @@ from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.schema import ArenaName, Step
 from tokenspeed_plan.plans.types import Attr, Phase, RankShift, TensorSpec
 
+# `residual` are norms and sums of the residual stream, `batch` what keeps the batch's own numbers.
+Role = Literal["embed", "mixer", "ffn", "router", "residual", "head", "draft", "batch"]
 DimSplits = tuple[tuple[int, Split], ...]
 
 
@@ -69,7 +71,7 @@ class Op:
     """One operator, or after fusion one kernel made of `parts`.
 
     Attributes:
-        name: unique; `L<layer>.<what>` inside a layer.
+        name: unique.
         kind: an operator of `plans.ops.OPS`, a collective, or a fused kind.
         inputs, outputs: names of tensors. weights, states: names of parameters and persistent
             buffers.
@@ -77,6 +79,8 @@ class Op:
         shifts: constants that differ by rank: name -> (size, split); `rank_attrs` once sharded.
         partial: each rank's output is a term of a sum (after `embed` and row-parallel products).
         gathered: each rank's output is a block of columns that every rank needs.
+        layer: number of its decoder layer (the MTP layer comes after the last), None outside of them.
+        role: what it does for the model.
     """
 
     name: str
@@ -92,6 +96,8 @@ class Op:
     partial: bool = False
     gathered: bool = False
     parts: tuple[Op, ...] = ()
+    layer: int | None = None
+    role: Role = "batch"
 
     @property
     def members(self) -> tuple[Op, ...]:
@@ -102,12 +108,6 @@ class Op:
     def operands(self) -> tuple[str, ...]:
         """Everything it reads or updates, in the order of its definition."""
         return self.inputs + self.weights + tuple(name for name, _ in self.states)
-
-    @property
-    def layer(self) -> str:
-        """The layer that it belongs to, or an empty string."""
-        head = self.name.partition(".")[0]
-        return head if head[:1] == "L" and head[1:].isdigit() else ""
 
 
 @dataclass(frozen=True)

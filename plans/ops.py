@@ -13,6 +13,7 @@ with those that came true (`replay`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -73,16 +74,19 @@ def integer(attrs: Attrs, name: str) -> int:
     return value  # type: ignore[return-value]
 
 
+def number(attrs: Attrs, name: str) -> float:
+    """The positive finite constant `name`."""
+    value = attrs.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ShapeError(f"constant `{name}` is {value!r}, not a positive number")
+    return float(value)
+
+
 def check_numbers(attrs: Attrs) -> None:
     """The constants that no shape depends on."""
     for name in ("eps", "theta", "factor"):
-        value = attrs.get(name, 1.0)
-        fits = (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and 0 < value < float("inf")
-        )
-        require(fits, f"constant `{name}` is {value!r}, not a positive number")
+        if name in attrs:
+            number(attrs, name)
 
 
 def expect(specs: Specs, name: str, *shape: Dim, dtype: DType | None = None) -> TensorSpec:
@@ -173,11 +177,10 @@ def _head_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 
 def _linear(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    names = str(attrs["splits"]).split(",")
-    require(
-        all(name.isdecimal() and len(name) < 10 for name in names), f"splits {attrs['splits']!r}"
-    )
-    splits = [int(name) for name in names]
+    splits = attrs["splits"]
+    fits = isinstance(splits, tuple) and all(0 < size < 1 << 31 for size in splits)
+    require(fits and bool(splits), f"splits {splits!r}")
+    assert isinstance(splits, tuple)
     expect(specs, "w", sum(splits), width(specs, "x"), dtype=specs["x"].dtype)
     return {f"y{i}": _like(specs, "x", part) for i, part in enumerate(splits)}
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.types import (
     Attr,
+    Constant,
     Count,
     Dim,
     DType,
@@ -294,7 +295,7 @@ class Launch(Frozen):
     """
 
     template: str
-    constants: dict[str, Attr]
+    constants: dict[str, Constant]
     grid: Annotated[tuple[GridDim, ...], Field(min_length=1, max_length=3)]
     num_warps: Annotated[int, Field(ge=1, le=32)]
     num_stages: Annotated[int, Field(ge=1, le=32)]

@@ -31,7 +31,8 @@ KernelName = Annotated[
     str, Field(pattern="^[a-z0-9_]*$")
 ]  # of a file, so no path; empty until it is digested
 
-Attr = bool | int | float | str
+Constant = bool | int | float | str
+Attr = Constant | tuple[int, ...]
 
 
 class Frozen(BaseModel):

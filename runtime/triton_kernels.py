@@ -18,6 +18,7 @@ from tokenspeed_plan.plans.kernel_file import (
     rank_constants,
     read_source,
 )
+from tokenspeed_plan.plans.ops import integer
 from tokenspeed_plan.plans.schema import KernelSpec, Plan
 from tokenspeed_plan.runtime.collectives import Collectives
 
@@ -190,7 +191,7 @@ class _Mirrors:
     def __init__(
         self, kernel: KernelSpec, part: Tensor, rank: int, collectives: Collectives
     ) -> None:
-        world = int(next(p.attrs["num_ranks"] for p in kernel.parts if p.kind == "all_reduce"))
+        world = next(integer(p.attrs, "num_ranks") for p in kernel.parts if p.kind == "all_reduce")
         gathered = part.new_empty(*part.shape[:-1], world * part.shape[-1])
         collectives.all_gather(part, gathered)
         self._parts = gathered.unflatten(-1, (world, -1)).movedim(-2, 0).contiguous()

@@ -8,7 +8,7 @@ from tokenspeed_plan.codegen.attention.rotary import frequencies
 from tokenspeed_plan.codegen.tiling import Tiling, Work, blocks, fixed, per_rows, per_seq, up2
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.schema import GridDim
-from tokenspeed_plan.plans.types import Attr, TensorSpec
+from tokenspeed_plan.plans.types import Constant, TensorSpec
 
 MIN_RUN = 64  # tokens of a split, at least
 MAX_SPLITS = 128
@@ -18,22 +18,21 @@ LOG2_E = 1 / math.log(2)
 
 def qk_norm_rope_write(work: Work) -> list[Tiling]:
     """A program for each head of each token."""
-    rope = work.part("rope").attrs
     inverse, magnitude = frequencies(
-        int(rope["rotary_dim"]),
-        float(rope["theta"]),
-        float(rope["factor"]),
-        int(rope["original_max_positions"]),
+        work.size("rope", "rotary_dim"),
+        work.number("rope", "theta"),
+        work.number("rope", "factor"),
+        work.size("rope", "original_max_positions"),
     )
     q = work.size("split_gate", "num_heads") if work.has("split_gate") else 0
-    kv, d = work.size("kv_write", "num_kv_heads"), int(rope["head_dim"])
-    constants: dict[str, Attr] = {"Q": q} if q else {}
+    kv, d = work.size("kv_write", "num_kv_heads"), work.size("rope", "head_dim")
+    constants: dict[str, Constant] = {"Q": q} if q else {}
     constants |= {
         "KV": kv,
         "D": d,
-        "ROTARY": int(rope["rotary_dim"]),
+        "ROTARY": work.size("rope", "rotary_dim"),
         "PAGE": work.size("kv_write", "page_size"),
-        "EPS": work.part("head_norm").attrs["eps"],
+        "EPS": work.number("head_norm", "eps"),
     }
     options = {"frequencies": inverse, "magnitude": magnitude}
     return [
@@ -56,11 +55,11 @@ def attention(work: Work) -> list[Tiling]:
 def num_splits(work: Work, kv_heads: int, pages: int, crowd: int) -> int:
     """As many as give each multiprocessor `crowd` parts of the keys; 1 on a CPU."""
     busy = work.num_seqs * kv_heads
-    longest = pages * int(work.part("attention").attrs["page_size"])
+    longest = pages * work.size("attention", "page_size")
     return max(min(crowd * work.hardware.num_sms // busy, longest // MIN_RUN, MAX_SPLITS), 1)
 
 
-def _facts(work: Work) -> dict[str, Attr]:
+def _facts(work: Work) -> dict[str, Constant]:
     q, kv, d = (work.size("attention", name) for name in ("num_heads", "num_kv_heads", "head_dim"))
     return {
         "Q": q,
@@ -110,13 +109,13 @@ def _decode(work: Work) -> list[Tiling]:
 
 
 def _split_groups(
-    work: Work, facts: dict[str, Attr], heads: int, splits: int
-) -> tuple[dict[str, Attr], dict[str, TensorSpec]]:
+    work: Work, facts: dict[str, Constant], heads: int, splits: int
+) -> tuple[dict[str, Constant], dict[str, TensorSpec]]:
     """How splits are put together: constants, and the scratch where they meet."""
     if splits == 1:
         return {}, {}
     kv, d, groups = int(facts["KV"]), int(facts["D"]), blocks(splits, FAN)
-    constants: dict[str, Attr] = {
+    constants: dict[str, Constant] = {
         "SPLITS": splits,
         "FAN": FAN,
         "GROUPS": groups,

@@ -16,19 +16,21 @@ from tokenspeed_plan.codegen.tiling import (
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.ops import DELTA_CHUNK
 from tokenspeed_plan.plans.schema import GridDim
-from tokenspeed_plan.plans.types import Attr
+from tokenspeed_plan.plans.types import Constant
 
 SEQS = GridDim(per_seq=1)
 
 
-def _heads(work: Work, kind: str) -> dict[str, Attr]:
+def _heads(work: Work, kind: str) -> dict[str, Constant]:
     a, b, dk, dv = (
         work.size(kind, name) for name in ("num_k_heads", "num_v_heads", "key_dim", "value_dim")
     )
     return {"A": a, "B": b, "DK": dk, "DV": dv, "GROUP": b // a}
 
 
-def _convolution(work: Work, heads: dict[str, Attr], x: str = "causal_conv_x") -> dict[str, Attr]:
+def _convolution(
+    work: Work, heads: dict[str, Constant], x: str = "causal_conv_x"
+) -> dict[str, Constant]:
     taps, channels = work.size("causal_conv", "kernel_size"), work.width(x)
     return {"TAPS": taps, "CHANNELS": channels, "L2_EPS": L2_EPS, "SCALE": int(heads["DK"]) ** -0.5}
 
@@ -42,7 +44,7 @@ def delta_step(work: Work) -> list[Tiling]:
     ].shape  # of rows to write: one a sequence, or several
     dst_state_slots = work.width("causal_conv_dst_state_slots") if len(table) > 1 else 1
     template = "delta_step" if rows == 1 else "delta_steps"
-    steps: dict[str, Attr] = {"ROWS": rows, "WRITE_ROWS": dst_state_slots, "BLOCK_R": up2(rows)}
+    steps: dict[str, Constant] = {"ROWS": rows, "WRITE_ROWS": dst_state_slots, "BLOCK_R": up2(rows)}
     facts |= {"BLOCK_TAPS": up2(int(facts["TAPS"]))} if rows == 1 else steps
     return _by_columns(work, template, facts, {"dst_state_slots": dst_state_slots})
 
@@ -60,10 +62,10 @@ def delta_recompute(work: Work) -> list[Tiling]:
 
 
 def _by_columns(
-    work: Work, template: str, facts: dict[str, Attr], options: dict[str, object]
+    work: Work, template: str, facts: dict[str, Constant], options: dict[str, object]
 ) -> list[Tiling]:
     """A program a head and block of columns: a whole head's state would not stay in registers."""
-    facts = facts | {"EPS": work.part("gated_norm").attrs["eps"]}
+    facts = facts | {"EPS": work.number("gated_norm", "eps")}
     wide, b, rows = int(facts["DV"]), int(facts["B"]), work.query_len
     made = []
     first = _columns_and_warps(work, template)
@@ -141,12 +143,19 @@ def _dtype(work: Work) -> dict[str, object]:
 
 def gated_norm(work: Work) -> list[Tiling]:
     """A program a head and block of tokens."""
-    part = work.part("gated_norm").attrs
     block = 64 if work.interpreted else 16
-    facts: dict[str, Attr] = {
-        "HEADS": part["num_heads"],
-        "D": part["head_dim"],
-        "EPS": part["eps"],
+    facts: dict[str, Constant] = {
+        "HEADS": work.size("gated_norm", "num_heads"),
+        "D": work.size("gated_norm", "head_dim"),
+        "EPS": work.number("gated_norm", "eps"),
         "BLOCK_T": block,
     }
-    return [Tiling("gated_norm", facts, (per_rows(block), fixed(int(part["num_heads"]))), 4, 1)]
+    return [
+        Tiling(
+            "gated_norm",
+            facts,
+            (per_rows(block), fixed(work.size("gated_norm", "num_heads"))),
+            4,
+            1,
+        )
+    ]

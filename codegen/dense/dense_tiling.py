@@ -15,7 +15,7 @@ from tokenspeed_plan.codegen.tiling import (
 )
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.schema import GridDim
-from tokenspeed_plan.plans.types import DTYPE_BITS, Attr
+from tokenspeed_plan.plans.types import DTYPE_BITS, Attr, Constant
 
 DOT_ROWS = 16  # of a tile on the tensor cores, at least
 MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its weights
@@ -120,7 +120,7 @@ def _few_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
 
 
 def _tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) -> Tiling:
-    constants: dict[str, Attr] = {
+    constants: dict[str, Constant] = {
         "N": columns,
         "K": depth,
         "BLOCK_M": tile.m,
@@ -132,7 +132,7 @@ def _tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) -> Tili
     if dot:
         constants |= {"PRECISION": work.precision} | _groups(work, rows)
     if work.has("rms_norm"):
-        constants |= {"EPS": work.part("rms_norm").attrs["eps"]}
+        constants |= {"EPS": work.number("rms_norm", "eps")}
     if work.has("expert_sum"):
         constants |= {"TOP_K": work.width("expert_sum_weights")}
     # Of sequences as many as the program has at most: those past the last write nothing.
@@ -146,7 +146,7 @@ def _tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) -> Tili
     )
 
 
-def _groups(work: Work, rows: int) -> dict[str, Attr]:
+def _groups(work: Work, rows: int) -> dict[str, Constant]:
     """Of many tiles of rows, how many go side by side; measured on an H200: 4 and 8 are 5 and 2 % slower."""
     if work.interpreted:
         return {"GROUP_M": 2} if rows > DOT_ROWS else {}
@@ -176,16 +176,16 @@ def _options(work: Work, dot: bool, deep: int, depth: int) -> dict[str, object]:
         "ragged": depth % deep != 0,
         "dtype": TRITON_DTYPES[work.dtype],
         "weight_name": "linear_w" if "linear_w" in work.specs else "w",
-        "outputs": _outputs(work, str(product.attrs["splits"])),
+        "outputs": _outputs(work, product.attrs["splits"]),
     }
 
 
-def _outputs(work: Work, splits: str) -> list[tuple[str, int, int]]:
+def _outputs(work: Work, sizes: Attr) -> list[tuple[str, int, int]]:
     """(name, first column, columns) of what the last part writes."""
     names = [name for name in work.outputs if name != "rms_norm_y"]
     if len(names) == 1:
         return [(names[0], 0, 0)]
-    sizes = [int(size) for size in splits.split(",")]
+    assert isinstance(sizes, tuple)
     return [(name, sum(sizes[:i]), sizes[i]) for i, name in enumerate(names)]
 
 
@@ -199,7 +199,7 @@ def grouped(work: Work) -> list[Tiling]:
     tiles = _group_tiles(work, pairs, columns, depth)
     made = []
     for tile in work.tiles(*tiles):
-        constants: dict[str, Attr] = {
+        constants: dict[str, Constant] = {
             "N": columns,
             "K": depth,
             "EXPERTS": experts,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from tokenspeed_plan.codegen.tiling import Tiling, Work, blocks, fixed, per_rows, up2
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.schema import GridDim
-from tokenspeed_plan.plans.types import Attr
+from tokenspeed_plan.plans.types import Constant
 
 
-def _choice(work: Work, logits: str) -> dict[str, Attr]:
+def _choice(work: Work, logits: str) -> dict[str, Constant]:
     experts, top_k = work.width(logits), work.size("topk", "top_k")
     return {"EXPERTS": experts, "TOP_K": top_k, "BLOCK_E": up2(experts)}
 
@@ -49,7 +49,7 @@ def moe_up(work: Work) -> list[Tiling]:
     )
     for shape in work.tiles(*((Tile(1, 32, 128, 8, 1),) if work.interpreted else shapes)):
         n = min(shape.n, up2(max(inner, shared)))
-        tile: dict[str, Attr] = {
+        tile: dict[str, Constant] = {
             "BLOCK_N": n,
             "BLOCK_K": min(shape.k, up2(hidden)),
             "STAGES": shape.num_stages,
@@ -77,8 +77,8 @@ def moe_up(work: Work) -> list[Tiling]:
 def moe_down(work: Work) -> list[Tiling]:
     """A program for some columns of one token, over all its experts."""
     local, hidden, inner = (work.width("experts_down_w", dim) for dim in range(3))
-    shared: Attr = work.width("linear_w")
-    facts: dict[str, Attr] = {"LOCAL": local, "INNER": inner, "H": hidden, "SHARED": shared}
+    shared: Constant = work.width("linear_w")
+    facts: dict[str, Constant] = {"LOCAL": local, "INNER": inner, "H": hidden, "SHARED": shared}
     options: dict[str, object] = {"add": work.has("add"), "recompute": work.has("topk")}
     prefetch: tuple[str, ...] = ()
     if work.has("topk"):
@@ -91,7 +91,7 @@ def moe_down(work: Work) -> list[Tiling]:
     first = Tile(1, 2, 512, 2, 1) if work.num_tokens == 1 else Tile(1, 1, 256, 2, 1)
     shapes = (first, Tile(1, 4, 256, 4, 1))
     for shape in work.tiles(*((Tile(1, 64, 128, 8, 1),) if work.interpreted else shapes)):
-        tile: dict[str, Attr] = {
+        tile: dict[str, Constant] = {
             "BLOCK_N": min(shape.n, up2(hidden)),
             "BLOCK_K": min(shape.k, up2(max(inner, int(facts["SHARED"])))),
         }
@@ -118,7 +118,7 @@ def expert_sort(work: Work) -> list[Tiling]:
     block = (
         1024 if work.interpreted else min(up2(work.num_rows * top_k), 8192)
     )  # as measured on an H200
-    facts: dict[str, Attr] = {"EXPERTS": experts, "TOP_K": top_k, "BLOCK": block}
+    facts: dict[str, Constant] = {"EXPERTS": experts, "TOP_K": top_k, "BLOCK": block}
     return [
         Tiling("expert_sort", facts, (GridDim(fixed=experts + 1),), 8 if block > 1024 else 4, 1)
     ]

@@ -14,7 +14,8 @@ from tokenspeed_plan.codegen.tiling import (
     rows_table,
     up2,
 )
-from tokenspeed_plan.plans.types import Attr, TensorSpec
+from tokenspeed_plan.plans.ops import query_len
+from tokenspeed_plan.plans.types import Constant, TensorSpec
 
 INDEX_BITS = 20  # of a key: vocabularies up to a million
 
@@ -23,7 +24,7 @@ def embed(work: Work) -> list[Tiling]:
     """A program a token and block of columns."""
     rows, hidden = work.width("table", 0), work.width("table")
     block = min(up2(hidden), 4096)
-    facts: dict[str, Attr] = {"ROWS": rows, "H": hidden, "BLOCK_N": block}
+    facts: dict[str, Constant] = {"ROWS": rows, "H": hidden, "BLOCK_N": block}
     options: dict[str, object] = {"columns": id_columns(work, "token_ids")}
     return [
         Tiling(
@@ -39,7 +40,7 @@ def id_columns(work: Work, token_ids: str) -> int:
 
 def advance(work: Work) -> list[Tiling]:
     """One program: it is a few numbers a sequence."""
-    facts: dict[str, Attr] = {
+    facts: dict[str, Constant] = {
         "PAGE": work.size("advance", "page_size"),
         "PAGES": work.width("page_table"),
         "BLOCK": up2(work.num_seqs),
@@ -50,7 +51,7 @@ def advance(work: Work) -> list[Tiling]:
 
 def sample(work: Work) -> list[Tiling]:
     """A program a row and part of the vocabulary; the last to end draws."""
-    rows = int(work.part("sample").attrs.get("query_len", 1))
+    rows = query_len(work.part("sample").attrs)
     facts, parts, scratch = best_token(work, "logits")
     facts |= {"VALID": work.size("sample", "num_valid_tokens"), "INDEX_BITS": INDEX_BITS}
     facts |= {"ROWS": rows} if rows > 1 else {}
@@ -60,12 +61,12 @@ def sample(work: Work) -> list[Tiling]:
     ]
 
 
-def best_token(work: Work, logits: str) -> tuple[dict[str, Attr], int, dict[str, TensorSpec]]:
+def best_token(work: Work, logits: str) -> tuple[dict[str, Constant], int, dict[str, TensorSpec]]:
     """Constants, parts of the vocabulary, and where the programs of a row meet, of a search for its best token."""
     vocab = work.width(logits)
     block = min(up2(vocab), 8192) if work.interpreted else max(up2(vocab) // 32, 256)
     parts = 1 if work.interpreted else blocks(vocab, block)
-    facts: dict[str, Attr] = {"VOCAB": vocab, "BLOCK": block}
+    facts: dict[str, Constant] = {"VOCAB": vocab, "BLOCK": block}
     if parts == 1:
         return facts, parts, {}
     facts |= {"PARTS": parts, "BLOCK_P": up2(parts), "RUN": block}
@@ -82,10 +83,10 @@ def add_norm(work: Work) -> list[Tiling]:
     norm = "rms_norm_" if work.has("add") else ""
     hidden = work.width(f"{norm}w")
     reduce = work.has("all_reduce")
-    facts: dict[str, Attr] = {
+    facts: dict[str, Constant] = {
         "H": hidden,
         "BLOCK_H": up2(hidden),
-        "EPS": work.part("rms_norm").attrs["eps"],
+        "EPS": work.number("rms_norm", "eps"),
     }
     facts |= {"WORLD": work.size("all_reduce", "num_ranks")} if reduce else {}
     options: dict[str, object] = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 from tokenspeed_plan.codegen.sampling.sampling_tiling import best_token, id_columns
 from tokenspeed_plan.codegen.tiling import Tiling, Work, blocks, fixed, per_rows, rows_table, up2
 from tokenspeed_plan.plans.schema import GridDim, Part
-from tokenspeed_plan.plans.types import Attr
+from tokenspeed_plan.plans.types import Constant
 
 
 def norm_concat(work: Work) -> list[Tiling]:
     """A program a row and half of what comes out."""
     hidden = work.width("concat_y") // 2
-    facts: dict[str, Attr] = {"H": hidden, "BLOCK_H": up2(hidden)}
+    facts: dict[str, Constant] = {"H": hidden, "BLOCK_H": up2(hidden)}
     embedded = work.part("embed").outputs if work.has("embed") else ()
     norms = {part.outputs[0]: part for part in work.kernel.parts if part.kind == "rms_norm"}
     halves = [_half(norms[name], embedded) for name in work.part("concat").operands]
@@ -35,7 +35,7 @@ def take_rows(work: Work) -> list[Tiling]:
         for part in work.kernel.parts
     ]
     block = min(up2(max(size for *_, size in moved)), 1024)
-    facts: dict[str, Attr] = {"BLOCK_N": block}
+    facts: dict[str, Constant] = {"BLOCK_N": block}
     facts |= {"ROWS": work.size(kind, "query_len")} if kind == "select_row" else {}
     grid = (GridDim(per_seq=1), fixed(blocks(max(size for *_, size in moved), block)))
     return [Tiling("take_rows", facts, grid, 4, 1, {"moved": moved, "which": f"{kind}_"})]
@@ -44,7 +44,7 @@ def take_rows(work: Work) -> list[Tiling]:
 def accept(work: Work) -> list[Tiling]:
     """One program: it is a few numbers a sequence."""
     rows = work.size("accept", "query_len")
-    facts: dict[str, Attr] = {
+    facts: dict[str, Constant] = {
         "ROWS": rows,
         "BLOCK_R": up2(rows),
         "STOPS": work.width("stop_ids"),
@@ -76,13 +76,13 @@ def shift_tokens(work: Work) -> list[Tiling]:
 
 def commit_state_len(work: Work) -> list[Tiling]:
     """One program: it is a number a sequence."""
-    facts: dict[str, Attr] = {"ROWS": work.query_len, "BLOCK": up2(work.num_seqs)}
+    facts: dict[str, Constant] = {"ROWS": work.query_len, "BLOCK": up2(work.num_seqs)}
     return [Tiling("commit_state_len", facts, (fixed(1),), 1, 1)]
 
 
 def advance_rows(work: Work) -> list[Tiling]:
     """One program: it is a few numbers a row."""
-    facts: dict[str, Attr] = {
+    facts: dict[str, Constant] = {
         "PAGE": work.size("advance_rows", "page_size"),
         "PAGES": work.width("page_table"),
         "ROWS": work.size("advance_rows", "query_len"),

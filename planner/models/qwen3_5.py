@@ -5,11 +5,21 @@ Shapes: T tokens, S sequences, H hidden, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenspeed_plan.planner.graph import DimSplits, Op, OpGraph, Source, Stage, Tensor, Weight
+from tokenspeed_plan.planner.graph import (
+    DimSplits,
+    Op,
+    OpGraph,
+    Role,
+    Source,
+    Stage,
+    Tensor,
+    Weight,
+)
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.plans.ops import BATCH_STATE, OPS, RECOMPUTED, SAMPLING_INPUTS, STOP_IDS
@@ -51,7 +61,8 @@ def build(context: BuildContext, phase: Phase, depth: int = 0) -> OpGraph:
     x = graph.embed("embed", "token_ids")
     for index, kind in enumerate(context.config.layer_types):
         mixer = graph.delta_net if kind == "linear_attention" else graph.attention
-        x = graph.layer(f"L{index}", f"{context.config.prefix}layers.{index}.", x, mixer)
+        with graph.within("mixer", index):
+            x = graph.layer(f"L{index}", f"{context.config.prefix}layers.{index}.", x, mixer)
     x = graph.norm("final_norm", f"{context.config.prefix}norm.weight", x)
     if depth and phase == "decode":
         return graph.finish(_verify(graph, x))
@@ -157,6 +168,8 @@ class _Builder:
     depth: int
     # of the names of operators and activations, where a layer comes more than once
     suffix: str = ""
+    layer_index: int | None = None
+    role: Role = "batch"
     ops: list[Op] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -182,6 +195,14 @@ class _Builder:
             self.tensor(name, ("num_seqs",), dtype, "io")
 
     # Emission.
+
+    @contextmanager
+    def within(self, role: Role, layer: int | None = None) -> Iterator[None]:
+        """Operators emitted inside have this role, and this layer or that around it."""
+        before = self.role, self.layer_index
+        self.role, self.layer_index = role, self.layer_index if layer is None else layer
+        yield
+        self.role, self.layer_index = before
 
     def tensor(
         self,
@@ -242,6 +263,8 @@ class _Builder:
                 shifts or {},
                 partial=partial,
                 gathered=gathered,
+                layer=self.layer_index,
+                role=self.role,
             )
         )
         return names
@@ -308,7 +331,7 @@ class _Builder:
             "linear",
             (x,),
             (weight,),
-            attrs={"splits": ",".join(str(size) for size, _ in outs)},
+            attrs={"splits": tuple(size for size, _ in outs)},
             out_splits=[split for _, split in outs],
             out_names=names,
             partial=partial,
@@ -319,14 +342,9 @@ class _Builder:
 
     def embed(self, name: str, ids: str) -> str:
         """x = E[ids]."""
-        return self.op(
-            name,
-            "embed",
-            (ids,),
-            (self._table(),),
-            partial=True,
-            shifts={"row_start": (self.config.vocab_size, self._vocab())},
-        )[0]
+        shifts = {"row_start": (self.config.vocab_size, self._vocab())}
+        with self.within("embed"):
+            return self.op(name, "embed", (ids,), (self._table(),), partial=True, shifts=shifts)[0]
 
     def _vocab(self, rows: int | None = None) -> Split:
         return Split("vocab", rows or self.config.vocab_size)
@@ -342,9 +360,9 @@ class _Builder:
     def norm(self, name: str, source: str, x: str) -> str:
         """Zero-centred RMSNorm."""
         weight = self.vector(f"{name}.weight", source, self.config.hidden_size)
-        return self.op(name, "rms_norm", (x,), (weight,), attrs={"eps": self.config.rms_norm_eps})[
-            0
-        ]
+        eps = {"eps": self.config.rms_norm_eps}
+        with self.within("residual"):
+            return self.op(name, "rms_norm", (x,), (weight,), attrs=eps)[0]
 
     def head(self, name: str, x: str) -> str:
         """Logits over the vocabulary, or over the part that drafts are chosen from."""
@@ -355,7 +373,8 @@ class _Builder:
             self._vocab(rows),
             self._head_weight(rows),
         )
-        return self.linear(op, x, table, ((rows, split),), (name,), gathered=True)[0]
+        with self.within("head"):
+            return self.linear(op, x, table, ((rows, split),), (name,), gathered=True)[0]
 
     def _head_weight(self, rows: int) -> str:
         tied, whole = self.config.tie_word_embeddings, self.config.vocab_size
@@ -414,15 +433,20 @@ class _Builder:
         only the last row of each sequence goes on, from `place`.
         """
         x = self._draft_input(tokens, hidden)
-        x = self._draft_block(
-            f"L{self.config.num_layers}", f"{MTP_PREFIX}layers.0.", x, place, last_row
-        )
+        with self.within("mixer", self.config.num_layers):
+            x = self._draft_block(
+                f"L{self.config.num_layers}", f"{MTP_PREFIX}layers.0.", x, place, last_row
+            )
         return self.norm("draft_hidden", f"{MTP_PREFIX}norm.weight", x)
 
     def draft_keys(self, tokens: str, hidden: str) -> None:
         """Keys and values of rows that draft nothing, for those that draft after them."""
         name, source = f"L{self.config.num_layers}", f"{MTP_PREFIX}layers.0."
         x = self._draft_input(tokens, hidden)
+        with self.within("mixer", self.config.num_layers):
+            self._draft_keys(name, source, x)
+
+    def _draft_keys(self, name: str, source: str, x: str) -> None:
         x = self.norm(f"{name}.mixer_norm", f"{source}input_layernorm.weight", x)
         rows = self._key_rows(f"{source}self_attn.")
         weight = self.matrix(f"{name}.kv.weight", rows, self.config.hidden_size)
@@ -432,15 +456,13 @@ class _Builder:
 
     def _draft_input(self, tokens: str, hidden: str) -> str:
         size = self.config.hidden_size
-        embedded = self.norm(
-            "mtp.embed_norm",
-            f"{MTP_PREFIX}pre_fc_norm_embedding.weight",
-            self.embed("mtp.embed", tokens),
-        )
+        x = self.embed("mtp.embed", tokens)
+        embedded = self.norm("mtp.embed_norm", f"{MTP_PREFIX}pre_fc_norm_embedding.weight", x)
         normed = self.norm("mtp.hidden_norm", f"{MTP_PREFIX}pre_fc_norm_hidden.weight", hidden)
-        joined = self.op("mtp.concat", "concat", (embedded, normed))[0]
         fc = self.matrix("mtp.fc.weight", {"mtp.fc.weight": (size, {})}, 2 * size)
-        return self.linear("mtp.fc", joined, fc, ((size, None),))[0]
+        with self.within("draft"):
+            joined = self.op("mtp.concat", "concat", (embedded, normed))[0]
+            return self.linear("mtp.fc", joined, fc, ((size, None),))[0]
 
     def _draft_block(
         self, name: str, source: str, x: str, place: _Place, last_row: _LastRow | None
@@ -454,20 +476,27 @@ class _Builder:
                 for key, y in (("q", q), ("gate", gate))
             )
             x = self.last_row(last_row, f"{name}.x", x)
-        x = self.op(f"{name}.mixer_add", "add", (self.attend(name, source, q, gate, place), x))[0]
+        x = self.add(f"{name}.mixer_add", self.attend(name, source, q, gate, place), x)
         return self.feed_forward(name, source, x)
 
     def layer(self, name: str, source: str, x: str, mixer: Callable[[str, str, str], str]) -> str:
         """x + mixer(norm(x)), then x + ffn(norm(x))."""
         normed = self.norm(f"{name}.mixer_norm", f"{source}input_layernorm.weight", x)
-        x = self.op(f"{name}.mixer_add", "add", (mixer(name, source, normed), x))[0]
+        x = self.add(f"{name}.mixer_add", mixer(name, source, normed), x)
         return self.feed_forward(name, source, x)
 
     def feed_forward(self, name: str, source: str, x: str) -> str:
         """x + ffn(norm(x))."""
         normed = self.norm(f"{name}.ffn_norm", f"{source}post_attention_layernorm.weight", x)
         ffn = self.moe if self.config.moe else self.mlp
-        return self.op(f"{name}.ffn_add", "add", (ffn(name, f"{source}mlp.", normed), x))[0]
+        with self.within("ffn"):
+            y = ffn(name, f"{source}mlp.", normed)
+        return self.add(f"{name}.ffn_add", y, x)
+
+    def add(self, name: str, x: str, residual: str) -> str:
+        """x + residual."""
+        with self.within("residual"):
+            return self.op(name, "add", (x, residual))[0]
 
     def attention(self, name: str, source: str, x: str) -> str:
         """Gated attention with q/k norm and partial rotary embedding."""
@@ -799,16 +828,12 @@ class _Builder:
             f"{source}shared_expert_gate.weight": (1, {}),
         }
         router = self.matrix(f"{name}.router.weight", rows, self.config.hidden_size)
-        logits, shared_gate = self.linear(
-            f"{name}.router",
-            x,
-            router,
-            ((m.num_experts, None), (1, None)),
-            (f"{name}.router_logits", f"{name}.shared_gate"),
-        )
-        weights, ids = self.op(
-            f"{name}.topk", "topk", (logits,), attrs={"top_k": m.num_experts_per_token}
-        )
+        outs = (f"{name}.router_logits", f"{name}.shared_gate")
+        columns = ((m.num_experts, None), (1, None))
+        with self.within("router"):
+            logits, shared_gate = self.linear(f"{name}.router", x, router, columns, outs)
+            top_k = {"top_k": m.num_experts_per_token}
+            weights, ids = self.op(f"{name}.topk", "topk", (logits,), attrs=top_k)
         # Both ways up, then both ways down: neighbours can be one kernel.
         routed_up = self._experts_up(name, f"{source}experts.", x, ids)
         shared_up = self._swiglu_up(

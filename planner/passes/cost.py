@@ -16,7 +16,7 @@ from typing import Literal
 from tokenspeed_plan.codegen.tiling import GEMV_ROWS
 from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, all_reduce_us
 from tokenspeed_plan.planner.graph import Op, OpGraph
-from tokenspeed_plan.plans.ops import COLLECTIVES, DELTA_CHUNK, RECOMPUTED
+from tokenspeed_plan.plans.ops import COLLECTIVES, DELTA_CHUNK, RECOMPUTED, integer, query_len
 from tokenspeed_plan.plans.types import FORMATS, TensorSpec
 
 WeightFormat = Literal["bf16", "fp32", "fp8", "nvfp4"]
@@ -226,9 +226,11 @@ def _state_bytes(graph: OpGraph, op: Op, load: Load) -> float:
         stored_bytes = spec.format.bytes_per_element
         narrow = (load.formats.kv_bytes or stored_bytes) / stored_bytes
         if op.kind == "kv_write":
-            total += load.num_tokens * row * narrow / int(op.attrs["page_size"])
+            total += load.num_tokens * row * narrow / integer(op.attrs, "page_size")
         elif op.kind == "attention":
-            read = load.num_seqs * load.context_tokens * row * narrow / int(op.attrs["page_size"])
+            read = (
+                load.num_seqs * load.context_tokens * row * narrow / integer(op.attrs, "page_size")
+            )
             total += read / load.context_split
         else:
             total += load.num_seqs * row * _times(op, access)
@@ -241,7 +243,7 @@ def _times(op: Op, access: str) -> int:
         return 2
     if op.attrs.get("mode") == RECOMPUTED:  # it is in registers since the replay
         return 0
-    return 1 + (int(op.attrs.get("query_len", 1)) if access == "update" else 0)
+    return 1 + (query_len(op.attrs) if access == "update" else 0)
 
 
 Flops = Callable[[Mapping[str, object], list[TensorSpec], Load], float]
@@ -378,7 +380,7 @@ def _class(graph: OpGraph, op: Op, load: Load) -> str:
 def _collective_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTime:
     """A gather sends each part once, where a sum goes there and back: half of the bytes of an all-reduce."""
     moved = _bytes(graph, op.outputs[0], load) * (0.5 if op.kind == "all_gather" else 1.0)
-    taken = all_reduce_us(hardware, moved, int(op.attrs["num_ranks"]))
+    taken = all_reduce_us(hardware, moved, integer(op.attrs, "num_ranks"))
     return OpTime(max(taken, hardware.launch_us), 0.0, "collective", "collective")
 
 

@@ -67,12 +67,18 @@ def _cut_op(op: Op, tensors: Mapping[str, Tensor], layout: ParallelLayout) -> Op
         name: split.local_units(layout) for name, split in op.attr_splits.items()
     }
     if op.kind == "linear":
-        attrs["splits"] = ",".join(str(tensors[name].spec.shape[-1]) for name in op.outputs)
+        attrs["splits"] = tuple(_width(tensors[name]) for name in op.outputs)
     shifts = {name: split.shift(size, layout) for name, (size, split) in op.shifts.items()}
     ranks = {name: shift for name, shift in shifts.items() if shift.mod > 1}
     return replace(
         op, attrs=attrs, attr_splits={}, shifts={}, rank_attrs=ranks, partial=False, gathered=False
     )
+
+
+def _width(tensor: Tensor) -> int:
+    width = tensor.spec.shape[-1]
+    assert isinstance(width, int)
+    return width
 
 
 def _collective(op: Op) -> str | None:

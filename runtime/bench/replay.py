@@ -11,6 +11,7 @@ import torch
 
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_file import kind_of
+from tokenspeed_plan.plans.ops import integer
 from tokenspeed_plan.plans.schema import KernelCall, Plan, Program
 from tokenspeed_plan.plans.types import Phase
 from tokenspeed_plan.runtime.bench.bytes import Load, activation_bytes, bound_flops, floor_bytes
@@ -182,7 +183,12 @@ class Replay:
 
     def _top_k(self) -> int:
         return next(
-            (int(p.attrs["top_k"]) for k in self.plan.kernels for p in k.parts if p.kind == "topk"),
+            (
+                integer(p.attrs, "top_k")
+                for k in self.plan.kernels
+                for p in k.parts
+                if p.kind == "topk"
+            ),
             1,
         )
 
@@ -196,7 +202,7 @@ class Replay:
             if choice is not None:
                 index = [param.name for param in kernel.params].index(choice.operands[0])
                 logits = self.executor.buffer_of(self.program, call.args[index], *self._size)
-                ids = logits[: self.tokens].topk(int(choice.attrs["top_k"])).indices
+                ids = logits[: self.tokens].topk(integer(choice.attrs, "top_k")).indices
                 hit = int(ids.unique().numel())
             yield hit
 

@@ -52,12 +52,7 @@ def head_norm(attrs: Attrs, x_TN: Tensor, w_D: Tensor) -> tuple[Tensor]:
 def linear(attrs: Attrs, x_TK: Tensor, w_NK: Tensor) -> tuple[Tensor, ...]:
     """y = x w^T, cut into columns."""
     y_TN = F.linear(x_TK, w_NK)
-    splits = str(attrs["splits"])
-    return (
-        tuple(y_TN.split([int(size) for size in splits.split(",")], -1))
-        if "," in splits
-        else (y_TN,)
-    )
+    return tuple(y_TN.split(attrs["splits"], -1))
 
 
 def add(attrs: Attrs, x_TH: Tensor, r_TH: Tensor) -> tuple[Tensor]:

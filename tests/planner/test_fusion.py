@@ -79,12 +79,12 @@ class _Random:
         if kind == "rms_norm":
             self.rows.append(self.emit(kind, (x,), H, self.weight(H), eps=1e-6))
         elif kind == "linear":
-            self.rows.append(self.emit(kind, (x,), H, self.weight(H, H), splits=str(H)))
+            self.rows.append(self.emit(kind, (x,), H, self.weight(H, H), splits=(H,)))
         elif kind == "silu_mul":
-            both = self.emit("linear", (x,), 2 * H, self.weight(2 * H, H), splits=str(2 * H))
+            both = self.emit("linear", (x,), 2 * H, self.weight(2 * H, H), splits=(2 * H,))
             self.rows.append(self.emit(kind, (both,), H))
         elif kind == "gate":
-            self.gates.append(self.emit("linear", (x,), 1, self.weight(1, H), splits="1"))
+            self.gates.append(self.emit("linear", (x,), 1, self.weight(1, H), splits=(1,)))
         elif kind == "gated_add":
             self.rows.append(self.emit(kind, (x, self.row(), self.rng.choice(self.gates)), H))
         elif kind == "all_reduce":
