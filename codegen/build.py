@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tokenspeed_plan.plans.canon import canonical, sha256
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.kernel_file import extra_arguments, load_function
+from tokenspeed_plan.plans.kernel_file import load_function
 from tokenspeed_plan.plans.schema import KernelSpec
 from tokenspeed_plan.plans.types import DType
 
@@ -93,9 +93,12 @@ def compiler_name() -> str:
 
 
 def signature(kernel: KernelSpec) -> dict[str, str]:
-    """Triton's types of the arguments, by name."""
-    types = {param.name: POINTERS[param.tensor.dtype] for param in kernel.params}
-    return types | extra_arguments(kernel)
+    """Triton's types of all launch arguments, by name: tensors and tables are pointers, scalars are values."""
+    types: dict[str, str] = {}
+    for param in kernel.params:
+        dtype = param.tensor.dtype
+        types[param.name] = POINTERS[dtype] if param.tensor.shape else dtype
+    return types
 
 
 def default_cache() -> Path:
@@ -168,7 +171,7 @@ def compile_kernel(job: Job) -> Compiled:
 
     kernel, launch = job.kernel, job.kernel.launch
     assert launch is not None
-    aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(kernel.params))}
+    aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(kernel.tensors))}
     source = ASTSource(
         fn=load_function(kernel, job.source),
         signature=signature(kernel),

@@ -15,6 +15,7 @@ from tokenspeed_plan.codegen.speculation import speculation_tiling as speculatio
 from tokenspeed_plan.codegen.tiling import Machine, Tiling, Work
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.canon import kernel_name
+from tokenspeed_plan.plans.kernel_abi import with_launch_params
 from tokenspeed_plan.plans.schema import KernelSpec, Launch, Param
 
 Rule = Callable[[Work], list[Tiling]]
@@ -87,16 +88,18 @@ def build_kernel(
 
     Args:
         kind: what it is called.
-        kernel: parameters and parts.
+        kernel: its tensors and parts; scratch and launch parameters are added here.
         rows: tokens and sequences of the program.
         hardware: the target.
         pdl: whether its neighbours are kernels too.
         tile: the only one to try.
     """
-    work = Work(kind, kernel, *rows, hardware, tile)
+    tensors = tuple(param for param in kernel.tensors if param.role != "scratch")
+    plain = kernel.model_copy(update={"params": tensors})
+    work = Work(kind, plain, *rows, hardware, tile)
     tilings = RULES[kind](work) if kind in RULES and work.dtype != "fp64" else []
     pdl = pdl and hardware.sm >= PDL_SM
-    return [_built(work, tiling, pdl) for tiling in tilings] or [Built(_named(kind, kernel), None)]
+    return [_built(work, tiling, pdl) for tiling in tilings] or [Built(_named(kind, plain), None)]
 
 
 def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
@@ -115,7 +118,7 @@ def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
         Param(name=name, role="scratch", tensor=spec, access="update")
         for name, spec in tiling.scratch.items()
     )
-    kernel = work.kernel.model_copy(update={"params": work.kernel.params + scratch})
+    kernel = with_launch_params(work.kernel, scratch)
     num_rows = "num_seqs" if work.by_seqs else "num_tokens"
     options = dict(tiling.options) | {"prefetches": pdl and tiling.prefetches, "num_rows": num_rows}
     text = render(work.kind, kernel, launch, options)

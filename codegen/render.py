@@ -13,7 +13,6 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tokenspeed_plan.plans.canon import sha256
-from tokenspeed_plan.plans.kernel_file import extra_arguments
 from tokenspeed_plan.plans.ops import OPS
 from tokenspeed_plan.plans.schema import KernelSpec, Launch
 from tokenspeed_plan.plans.types import Constant, Dim
@@ -47,13 +46,14 @@ def render(kind: str, kernel: KernelSpec, launch: Launch, options: dict[str, obj
     """
     context = {
         "kind": kind,
-        "params": kernel.params,
-        "scalars": extra_arguments(kernel),
+        "tensors": kernel.tensors,
+        "launch_params": kernel.launch_params,
+        "scalars": {param.name for param in kernel.launch_params},
         "parts": [{"kind": part.kind, "doc": OPS[part.kind].doc} for part in kernel.parts],
         "constants": dict(sorted(launch.constants.items())),
         "pdl": launch.pdl,
         "trigger_after_wait": launch.trigger_after_wait,
-        "has": {param.name for param in kernel.params}.__contains__,
+        "has": {param.name for param in kernel.tensors}.__contains__,
     }
     text = _environment().get_template(f"{launch.template}.py.j2").render(context | options)
     return re.sub(r"\n{4,}", "\n\n\n", re.sub(r"[ \t]+\n", "\n", text)).rstrip() + "\n"

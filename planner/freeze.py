@@ -34,7 +34,7 @@ from tokenspeed_plan.plans.schema import (
     WeightSpec,
     shared_bytes,
 )
-from tokenspeed_plan.plans.validate import aligned
+from tokenspeed_plan.plans.types import aligned
 
 LoweredProgram = tuple[int, int, OpGraph, dict[str, Built]]
 

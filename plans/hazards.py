@@ -73,7 +73,7 @@ def _accesses(step: Step, kernels: Mapping[str, KernelSpec]) -> list[tuple[str, 
     """The buffers that a step touches; weights are left out, they never change."""
     if isinstance(step, KernelCall):
         access: dict[str, Access] = {"input": "read", "output": "write"}
-        params = zip(kernels[step.kernel].params, step.args, strict=True)
+        params = zip(kernels[step.kernel].tensors, step.args, strict=True)
         return [(name, access.get(p.role, p.access)) for p, name in params if p.role != "weight"]
     if isinstance(step, CollectiveCall):
         return [(step.source, "read"), (step.target, "write")]

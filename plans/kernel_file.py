@@ -10,7 +10,6 @@ from typing import Any
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import KernelSpec
-from tokenspeed_plan.plans.types import RankShift
 
 KERNELS = "kernels"
 
@@ -18,31 +17,6 @@ KERNELS = "kernels"
 def kind_of(kernel: KernelSpec) -> str:
     """The name of its function: that of the kernel without the digest."""
     return kernel.name.rpartition("_")[0]
-
-
-def rank_constants(kernel: KernelSpec) -> dict[str, RankShift]:
-    """Constants that differ by rank, in the order in which a launch passes them."""
-    found = {name: shift for part in kernel.parts for name, shift in part.rank_attrs.items()}
-    return dict(sorted(found.items()))
-
-
-def is_collective(kernel: KernelSpec) -> bool:
-    """Whether it reads what other ranks made."""
-    return any(part.kind == "all_reduce" for part in kernel.parts)
-
-
-def extra_arguments(kernel: KernelSpec) -> dict[str, str]:
-    """What a launch passes after the parameters, with Triton's type of each.
-
-    `peers` and `signals` are tables of addresses, one for each rank: of the kernel's first
-    parameter, and of flags.
-    """
-    table = {"peers": "*i64", "signals": "*i64", "rank": "i32"} if is_collective(kernel) else {}
-    return (
-        dict.fromkeys(rank_constants(kernel), "i32")
-        | table
-        | {"num_tokens": "i32", "num_seqs": "i32"}
-    )
 
 
 def read_source(bundle: Path, kernel: KernelSpec) -> str:

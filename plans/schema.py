@@ -7,8 +7,7 @@ A plan is one JSON file. It is the same for every rank; what differs by rank is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import chain
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -30,7 +29,13 @@ from tokenspeed_plan.plans.types import (
 
 SCHEMA_VERSION = 6
 
-ArenaName = Literal["weights", "kv_cache", "state", "io", "activations", "scratch"]
+ArenaName = Literal["weights", "kv_cache", "state", "io", "activations", "scratch", "symmetric"]
+TensorRole = Literal["input", "weight", "state", "output", "scratch"]
+LaunchRole = Literal[
+    "rank_constant", "peer_table", "signal_table", "rank", "num_tokens", "num_seqs"
+]
+TENSOR_ROLES: frozenset[str] = frozenset(get_args(TensorRole))
+SIGNALS = "signals"  # the buffer of flags at which ranks wait for each other, i32
 
 
 class ModelFacts(Frozen):
@@ -249,16 +254,32 @@ class WeightSpec(Frozen):
 
 
 class Param(Frozen):
-    """One argument of a kernel.
+    """One argument of a kernel's launch.
 
-    `scratch` is memory that its programs meet in: zero before the first launch, no part of what the
-    kernel computes.
+    A tensor has the role `input`, `weight`, `state`, `output` or `scratch`. Scratch is memory that the
+    programs of one launch share: it is zero before the first launch, and no result of the kernel.
+
+    The other roles are what the launcher fills in:
+
+        rank_constant  i32     a constant that depends on the rank, such as its first expert
+        peer_table     i64[R]  for each of R ranks the address of the tensor that this kernel reduces
+        signal_table   i64[R]  for each of R ranks the address of its flags (the buffer `signals`)
+        rank           i32     the rank that runs the kernel
+        num_tokens     i32     of the batch
+        num_seqs       i32     of the batch
+
+    Scalars have the shape `()` and are passed by value, all else is passed by address.
     """
 
     name: str
-    role: Literal["input", "output", "weight", "state", "scratch"]
+    role: TensorRole | LaunchRole
     tensor: TensorSpec
     access: Access = "read"
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether a call names a buffer or a weight for it."""
+        return self.role in TENSOR_ROLES
 
 
 class Part(Frozen):
@@ -308,13 +329,33 @@ class Launch(Frozen):
 class KernelSpec(Frozen):
     """One specialised kernel, shared by all steps that need it; the name ends with a digest of the rest.
 
-    Without `launch` it has no Triton body (fp64, which only the reference computes in).
+    `params` are all arguments of a launch, in the order of the ABI: the tensors first, then what the
+    launcher fills in. A kernel without `launch` has no Triton body and only tensors: fp64, which only
+    the reference computes in.
     """
 
     name: KernelName
     params: tuple[Param, ...]
     parts: tuple[Part, ...]
     launch: Launch | None = None
+
+    @property
+    def tensors(self) -> tuple[Param, ...]:
+        """The parameters that a call names buffers and weights for."""
+        return tuple(param for param in self.params if param.is_tensor)
+
+    @property
+    def launch_params(self) -> tuple[Param, ...]:
+        """The parameters that the launcher fills in."""
+        return tuple(param for param in self.params if not param.is_tensor)
+
+    @property
+    def reduced_operand(self) -> str | None:
+        """The parameter that the kernel adds up over all ranks, which peers read; None of most kernels."""
+        for part in self.parts:
+            if part.kind == "all_reduce":
+                return part.operands[0]
+        return None
 
 
 class Binary(Frozen):
@@ -329,17 +370,22 @@ class Binary(Frozen):
 
 
 class KernelCall(Frozen):
-    """Run a kernel. `args` are names of buffers and weights, in the order of the kernel's parameters."""
+    """Run a kernel. `args` are names of buffers and weights, in the order of the kernel's tensors.
+
+    `flops` and `moved_bytes` are those of one call at the batch that `predicted_us` is for.
+    """
 
     kind: Literal["kernel"] = "kernel"
     kernel: str
     args: tuple[str, ...]
     stream: int = 0
     predicted_us: float
+    flops: float = 0.0
+    moved_bytes: float = 0.0
 
     def places(self, kernel: KernelSpec) -> dict[str, str]:
         """What the call gives to each parameter of its kernel, by the parameter's name."""
-        return {param.name: name for param, name in zip(kernel.params, self.args, strict=True)}
+        return {param.name: name for param, name in zip(kernel.tensors, self.args, strict=True)}
 
 
 class CollectiveCall(Frozen):
@@ -351,6 +397,25 @@ class CollectiveCall(Frozen):
     target: str
     stream: int = 0
     predicted_us: float
+
+
+class LibraryCall(Frozen):
+    """Call a function of a library, such as a GEMM of cuBLAS.
+
+    `reads` and `writes` are names of buffers and weights in the order of the function's arguments.
+    """
+
+    kind: Literal["library"] = "library"
+    package: str
+    version: str
+    function: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    workspace_bytes: Count = 0
+    stream: int = 0
+    predicted_us: float
+    flops: float = 0.0
+    moved_bytes: float = 0.0
 
 
 class RecordEvent(Frozen):
@@ -369,7 +434,21 @@ class WaitEvent(Frozen):
     stream: int
 
 
-Step = Annotated[KernelCall | CollectiveCall | RecordEvent | WaitEvent, Field(discriminator="kind")]
+Step = Annotated[
+    KernelCall | CollectiveCall | LibraryCall | RecordEvent | WaitEvent,
+    Field(discriminator="kind"),
+]
+
+
+def named_by(step: Step) -> tuple[str, ...]:
+    """The buffers and weights that a step names."""
+    if isinstance(step, KernelCall):
+        return step.args
+    if isinstance(step, CollectiveCall):
+        return (step.source, step.target)
+    if isinstance(step, LibraryCall):
+        return (*step.reads, *step.writes)
+    return ()
 
 
 class Program(Frozen):
@@ -418,24 +497,28 @@ class Program(Frozen):
     @property
     def touched(self) -> frozenset[str]:
         """Everything that it reads or writes."""
-        args = (step.args for step in self.steps if step.kind == "kernel")
-        ends = ((step.source, step.target) for step in self.steps if step.kind == "collective")
-        return frozenset((*self.inputs, *self.outputs, *chain.from_iterable((*args, *ends))))
+        names = {*self.inputs, *self.outputs}
+        for step in self.steps:
+            names.update(named_by(step))
+        return frozenset(names)
 
     @property
     def launches(self) -> int:
-        """Kernels and collectives in one replay."""
-        return sum(step.kind in ("kernel", "collective") for step in self.steps)
+        """Kernels, collectives and library calls in one replay."""
+        return sum(step.kind not in ("record", "wait") for step in self.steps)
 
 
 def shared_bytes(tensors: Mapping[str, TensorSpec], programs: Iterable[Program]) -> dict[str, int]:
-    """Bytes of each buffer that programs share: what the largest of those that touch it needs."""
+    """Bytes of each buffer that programs share: what the largest of those that touch it needs.
+
+    No step names the flags `signals`, since a launcher finds them by itself: they are as large as the
+    largest program needs.
+    """
     sizes = dict.fromkeys(tensors, 0)
     for program in programs:
-        for name in program.touched & tensors.keys():
-            sizes[name] = max(
-                sizes[name], tensors[name].size_bytes(program.max_tokens, program.max_seqs)
-            )
+        for name in (program.touched | {SIGNALS}) & tensors.keys():
+            size = tensors[name].size_bytes(program.max_tokens, program.max_seqs)
+            sizes[name] = max(sizes[name], size)
     return sizes
 
 
@@ -457,6 +540,7 @@ class Memory(Frozen):
     activations: int
     io: int
     scratch: int
+    symmetric: int = 0
     reserved: int
     total: int
     capacity: int
@@ -519,4 +603,5 @@ __all__ = [
     for name, value in list(globals().items())
     if isinstance(value, type) and issubclass(value, Frozen)
 ]
-__all__ += ["SCHEMA_VERSION", "ArenaName", "Dim", "PoolRole", "Step"]
+__all__ += ["SCHEMA_VERSION", "SIGNALS", "TENSOR_ROLES", "ArenaName", "Dim", "LaunchRole"]
+__all__ += ["PoolRole", "Step", "TensorRole"]

@@ -19,6 +19,8 @@ DTYPE_BITS: dict[DType, int] = {
     "i32": 32,
 }
 
+ALIGNMENT_BYTES = 256  # of every buffer and weight in its arena
+
 Phase = Literal["prefill", "decode"]
 
 SymbolicDim = Literal["num_tokens", "num_seqs", "num_seqs+1"]
@@ -33,6 +35,11 @@ KernelName = Annotated[
 
 Constant = bool | int | float | str
 Attr = Constant | tuple[int, ...]
+
+
+def aligned(size_bytes: int) -> int:
+    """`size_bytes` rounded up to the alignment of buffers."""
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 class Frozen(BaseModel):

@@ -36,9 +36,8 @@ from tokenspeed_plan.plans.schema import (
     WeightSpec,
     shared_bytes,
 )
-from tokenspeed_plan.plans.types import Dim, TensorSpec
+from tokenspeed_plan.plans.types import ALIGNMENT_BYTES, Dim, TensorSpec
 
-ALIGNMENT_BYTES = 256
 _HINT = "make the plan again with `tokenspeed plan SPEC -o DIR`"
 
 
@@ -230,6 +229,7 @@ def _memory_map(plan: Plan) -> None:
         memory.activations,
         memory.io,
         memory.scratch,
+        memory.symmetric,
         memory.reserved,
     )
     check(min(parts) >= 0 and sum(parts) == memory.total, lambda: "the memory map does not add up")
@@ -324,10 +324,10 @@ def _kept(kernel: KernelSpec, part: Part) -> Dim | None:
 
 def _kernel_body(kernel: KernelSpec) -> None:
     _unique("parameter", (param.name for param in kernel.params))
-    known = {param.name: param.tensor for param in kernel.params if param.role != "output"}
+    known = {param.name: param.tensor for param in kernel.tensors if param.role != "output"}
     for part in kernel.parts:
         known |= _part_outputs(kernel, part, known)
-    for param in kernel.params:
+    for param in kernel.tensors:
         check(
             known.get(param.name) == param.tensor,
             lambda p=param: f"kernel `{kernel.name}`: output `{p.name}`",
@@ -478,7 +478,7 @@ def _promised(program: Program) -> set[str]:
     )
 
 
-_ARENAS_OF_ROLE = {
+_ARENAS_OF_ROLE: dict[str, tuple[str, ...]] = {
     "input": ("io", "activations"),
     "output": ("io", "activations"),
     "state": ("kv_cache", "state", "io"),
@@ -494,11 +494,11 @@ def _call_fits(
     buffers: Mapping[str, BufferSpec],
 ) -> None:
     kernel = kernels.get(step.kernel)
-    if kernel is None or len(kernel.params) != len(step.args):
+    if kernel is None or len(kernel.tensors) != len(step.args):
         raise refuse(
             f"a step of {program.phase}/{program.bucket} does not fit kernel `{step.kernel}`"
         )
-    for param, name in zip(kernel.params, step.args, strict=True):
+    for param, name in zip(kernel.tensors, step.args, strict=True):
         if param.role == "weight":
             actual = weights.get(name)
         else:
@@ -570,8 +570,3 @@ def _collective_fits(plan: Plan, step: CollectiveCall, buffers: Mapping[str, Buf
         target.tensor == source.tensor.reshaped(shape),
         lambda: f"`{step.target}` cannot hold the {step.op} of `{step.source}`",
     )
-
-
-def aligned(size_bytes: int) -> int:
-    """`size_bytes` rounded up to the alignment of buffers."""
-    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

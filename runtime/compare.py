@@ -65,11 +65,11 @@ class ComparingExecutor(Executor):
         assert self.backend is not None
         written = {
             i: p.name
-            for i, p in enumerate(kernel.params)
+            for i, p in enumerate(kernel.tensors)
             if p.role in ("output", "state") and p.access != "read"
         }
         wanted = tuple(x.clone() if i in written else x for i, x in enumerate(tensors))
-        for index, param in enumerate(kernel.params):
+        for index, param in enumerate(kernel.tensors):
             if param.role == "output":
                 tensors[index].view(torch.uint8).fill_(0xFF)  # NaN: what is not written shows
         self.execute(self.reference_kernel(kernel, wanted))

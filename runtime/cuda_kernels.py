@@ -1,12 +1,13 @@
 """Kernels from a bundle's cubins, started through the CUDA driver: no compiler, no Triton.
 
-Triton's kernels take their parameters in order, then two scratch pointers that ours do not use.
+A kernel takes its parameters in the order of `KernelSpec.params`, then two scratch pointers of
+Triton's that ours do not use.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from tokenspeed_plan.plans.bundle import CUBIN
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.kernel_file import kind_of, rank_constants
+from tokenspeed_plan.plans.kernel_abi import bind_launch
+from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import Binary, KernelSpec, Plan
 from tokenspeed_plan.runtime.collectives import Collectives
 from tokenspeed_plan.runtime.triton_kernels import Launcher
@@ -118,15 +120,14 @@ class CudaKernels:
         config.sharedMemBytes = self._binaries[kernel.name].shared_bytes
         if launch.pdl and self._allow_overlap:
             config.attrs, config.numAttrs = self._overlap, 1
-        shifts = [shift.at(rank) for shift in rank_constants(kernel).values()]
-        scalars = (*shifts, num_tokens, num_seqs)
+        values: tuple[int | Tensor, ...] = bind_launch(kernel, rank, num_tokens, num_seqs)
         bound: dict[tuple[int, ...], _Arguments] = {}
         current_stream, device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device()
 
         def run(attrs: object, *tensors: Tensor) -> tuple[()]:
             key = tuple(x.data_ptr() for x in tensors)
             if key not in bound:
-                bound[key] = _Arguments(key, scalars)
+                bound[key] = _Arguments(kernel, (*key, *values))
             config.hStream = current_stream(device)
             call(driver.cuLaunchKernelEx, config, function, bound[key].address, 0)
             return ()
@@ -147,15 +148,24 @@ class CudaKernels:
 
 
 class _Arguments:
-    """A kernel's arguments in C: pointers, then 32-bit scalars, then no scratch."""
+    """A kernel's arguments in C, and a table of their addresses for the driver.
 
-    def __init__(self, pointers: tuple[int, ...], scalars: tuple[int, ...]) -> None:
-        values = [ctypes.c_void_p(x) for x in pointers]
-        values += [ctypes.c_int32(x) for x in scalars]  # type: ignore[misc]
-        self._values = [*values, ctypes.c_void_p(), ctypes.c_void_p()]
-        self._table = (ctypes.c_void_p * len(self._values))(
-            *(ctypes.addressof(x) for x in self._values)
-        )
+    Args:
+        kernel: names each argument by its parameters.
+        values: one a parameter: an address (or a tensor, for its address) or a 32-bit scalar.
+    """
+
+    def __init__(self, kernel: KernelSpec, values: Sequence[int | Tensor]) -> None:
+        self._tensors = [value for value in values if isinstance(value, Tensor)]  # kept alive
+        self._values: list[ctypes.c_void_p | ctypes.c_int32] = []
+        for param, value in zip(kernel.params, values, strict=True):
+            if isinstance(value, Tensor):
+                value = value.data_ptr()
+            is_scalar = not param.tensor.shape
+            self._values.append(ctypes.c_int32(value) if is_scalar else ctypes.c_void_p(value))
+        self._values += [ctypes.c_void_p(), ctypes.c_void_p()]
+        addresses = [ctypes.addressof(value) for value in self._values]
+        self._table = (ctypes.c_void_p * len(addresses))(*addresses)
         self.address = ctypes.addressof(self._table)
 
 

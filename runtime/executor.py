@@ -169,7 +169,7 @@ class Executor:
         self, kernel: KernelSpec, tensors: tuple[Tensor, ...]
     ) -> list[Instruction]:
         """A kernel's parts, one after the other."""
-        places = {param.name: view for param, view in zip(kernel.params, tensors, strict=True)}
+        places = {param.name: view for param, view in zip(kernel.tensors, tensors, strict=True)}
         slots: dict[str, int] = {}
         made: list[Instruction] = []
         for part in kernel.parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,13 +12,8 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.bundle import CUBIN
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.kernel_file import (
-    is_collective,
-    load_function,
-    rank_constants,
-    read_source,
-)
-from tokenspeed_plan.plans.ops import integer
+from tokenspeed_plan.plans.kernel_abi import bind_launch, num_ranks
+from tokenspeed_plan.plans.kernel_file import load_function, read_source
 from tokenspeed_plan.plans.schema import KernelSpec, Plan
 from tokenspeed_plan.runtime.collectives import Collectives
 
@@ -162,19 +157,15 @@ class TritonKernels:
         assert kernel.launch is not None
         launch, function = kernel.launch, self._function(kernel)
         grid = tuple(dim.at(num_tokens, num_seqs) for dim in launch.grid)
-        shifts = tuple(shift.at(rank) for shift in rank_constants(kernel).values())
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
 
         def run(attrs: object, *tensors: Tensor) -> tuple[()]:
-            peers = (
-                _Mirrors(kernel, tensors[0], rank, collectives)
-                if collectives and is_collective(kernel)
-                else None
-            )
-            tables = peers.arguments if peers else ()
-            scalars = (*shifts, *tables, num_tokens, num_seqs)
-            function[grid](
-                *tensors, *scalars, num_warps=launch.num_warps, num_stages=launch.num_stages
-            )
+            mirrors = None
+            if kernel.reduced_operand is not None and collectives is not None:
+                mirrors = _Mirrors(kernel, tensors, rank, collectives)
+            tables = mirrors.tables if mirrors is not None else {}
+            values = bind_launch(kernel, rank, num_tokens, num_seqs, tables)
+            function[grid](*tensors, *values, **options)
             return ()
 
         return run
@@ -186,19 +177,35 @@ class TritonKernels:
 
 
 class _Mirrors:
-    """Peer memory on a machine without it: a copy of every rank's part, and flags as if all peers had come."""
+    """Peer memory on a machine without it: a copy of every rank's part, and flags as if all peers had come.
+
+    `tables` hold the addresses of both, by the role of the parameter that takes them; they are valid
+    as long as this object lives.
+    """
 
     def __init__(
-        self, kernel: KernelSpec, part: Tensor, rank: int, collectives: Collectives
+        self,
+        kernel: KernelSpec,
+        tensors: Sequence[Tensor],
+        rank: int,
+        collectives: Collectives,
     ) -> None:
-        world = next(integer(p.attrs, "num_ranks") for p in kernel.parts if p.kind == "all_reduce")
+        names = [param.name for param in kernel.tensors]
+        assert kernel.reduced_operand is not None
+        part = tensors[names.index(kernel.reduced_operand)]
+        world = num_ranks(kernel)
         gathered = part.new_empty(*part.shape[:-1], world * part.shape[-1])
         collectives.all_gather(part, gathered)
         self._parts = gathered.unflatten(-1, (world, -1)).movedim(-2, 0).contiguous()
         self._flags = torch.zeros(world, 2 * part.shape[0], world, dtype=torch.int32)
         self._flags[rank] = 1  # set by the peers, and not yet by this rank itself
         self._flags[rank, :, rank] = 0
-        self._tables = [
-            torch.tensor([x.data_ptr() for x in rows]) for rows in (self._parts, self._flags)
-        ]
-        self.arguments = (*self._tables, rank)
+        self.tables = {
+            "peer_table": _addresses(self._parts),
+            "signal_table": _addresses(self._flags),
+        }
+
+
+def _addresses(tensors: Tensor) -> Tensor:
+    """Where each rank's part begins, i64[num_ranks]."""
+    return torch.tensor([tensor.data_ptr() for tensor in tensors])

@@ -143,7 +143,7 @@ class Inputs:
 
     def of(self, kernel: KernelSpec) -> list[Tensor]:
         made = []
-        for param in kernel.params:
+        for param in kernel.tensors:
             shape = param.tensor.bind(self.case.num_tokens, self.case.num_seqs)
             made.append(
                 self._make(kernel, param, shape)
@@ -302,7 +302,7 @@ def _starts(kernel: KernelSpec, rank: int) -> dict[str, int]:
 
 def reference(kernel: KernelSpec, tensors: list[Tensor], rank: int = 0) -> None:
     """The parts, one after the other, into the outputs and states among the tensors."""
-    values = {param.name: x for param, x in zip(kernel.params, tensors, strict=True)}
+    values = {param.name: x for param, x in zip(kernel.tensors, tensors, strict=True)}
     outputs = {param.name for param in kernel.params if param.role == "output"}
     for part in kernel.parts:
         attrs = {**part.attrs, **{name: shift.at(rank) for name, shift in part.rank_attrs.items()}}
@@ -326,7 +326,7 @@ def run_kernel(
 ) -> list[Tensor]:
     """The kernel's own results, from the same inputs and NaN in every output; `around` is told its own tensors."""
     own = [x.clone().to(DEVICE) for x in tensors]
-    for param, x in zip(built.kernel.params, own, strict=True):
+    for param, x in zip(built.kernel.tensors, own, strict=True):
         if param.role == "output":
             x.view(torch.uint8).fill_(0xFF)
     backend = TritonKernels({built.kernel.name: built.source or ""})
@@ -340,7 +340,7 @@ def errors(built: Built, case: Case, seed: int = 0, rank: int = 0) -> Iterator[t
     tensors = Inputs(case, seed, rank).of(built.kernel)
     got = run_kernel(built, tensors, case, rank)
     reference(built.kernel, tensors, rank)
-    for param, mine, wanted in zip(built.kernel.params, got, tensors, strict=True):
+    for param, mine, wanted in zip(built.kernel.tensors, got, tensors, strict=True):
         if param.role == "output" or (param.role == "state" and param.access != "read"):
             yield param.name, difference(mine, wanted)
         if param.role == "scratch" and param.name.endswith("counters"):

@@ -24,7 +24,7 @@ def late(kernel: KernelSpec, tensors: list[Tensor], case: Case) -> Iterator[None
     """Each program of a kernel finds what those before it write only once it waits for them."""
     import triton.language.extra.cuda as cuda  # only now: Triton must be loaded after `interpret`
 
-    values = {param.name: x for param, x in zip(kernel.params, tensors, strict=True)}
+    values = {param.name: x for param, x in zip(kernel.tensors, tensors, strict=True)}
     missing = [x.view(-1) for name, x in values.items() if _is_late(kernel, name)]
     whole = [x.clone() for x in missing]
     cache = values.get("attention_kv_cache")

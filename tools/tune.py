@@ -222,7 +222,7 @@ class Chain:
             for p in kernel.params
             if p.role == "scratch"
         )
-        before = len(kernel.params) - len(scratch)
+        before = len(kernel.tensors) - len(scratch)
         return [
             (run, {}, (*call[2][:before], *scratch), ()) if own == name else call
             for own, call in zip(self.names, self.calls, strict=True)

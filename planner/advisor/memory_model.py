@@ -15,8 +15,7 @@ from tokenspeed_plan.planner.passes.cost import stored_scale
 from tokenspeed_plan.planner.passes.limits import COPIED_PAGES, num_checkpoints, state_slots_per_seq
 from tokenspeed_plan.planner.passes.place import place
 from tokenspeed_plan.planner.passes.schedule import schedule
-from tokenspeed_plan.plans.types import DTYPE_BITS, Phase, TensorSpec
-from tokenspeed_plan.plans.validate import aligned
+from tokenspeed_plan.plans.types import DTYPE_BITS, Phase, TensorSpec, aligned
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.passes.schedule import ops_by_step, step_key
 from tokenspeed_plan.plans.schema import RecordEvent, WaitEvent
-from tokenspeed_plan.plans.validate import aligned
+from tokenspeed_plan.plans.types import aligned
 
 Epoch = tuple[int, int]
 

@@ -21,7 +21,7 @@ from late import late
 
 from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.plans.kernel_file import is_collective, kind_of
+from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.runtime.compare import difference
 
 
@@ -90,7 +90,7 @@ def alone(case: Case) -> list[Built]:
     return [
         built
         for built in kernels_of(case)
-        if built.source is not None and not is_collective(built.kernel)
+        if built.source is not None and built.kernel.reduced_operand is None
     ]
 
 
@@ -110,7 +110,7 @@ def arrives_in_time(built: Built, case: Case) -> bool:
     tensors = Inputs(case).of(built.kernel)
     got = run_kernel(built, tensors, case, around=late)
     reference(built.kernel, tensors)
-    outputs = [i for i, param in enumerate(built.kernel.params) if param.role == "output"]
+    outputs = [i for i, param in enumerate(built.kernel.tensors) if param.role == "output"]
     return all(difference(got[i], tensors[i]) <= TOLERANCE[case.dtype] for i in outputs)
 
 

@@ -481,7 +481,7 @@ def has_race(plan: Plan, program: Program) -> bool:
         elif step.kind == "record":
             recorded[step.event] = index
         elif isinstance(step, KernelCall):
-            params = zip(kernels[step.kernel].params, step.args, strict=True)
+            params = zip(kernels[step.kernel].tensors, step.args, strict=True)
             touched += [
                 (index, a, p.role == "output" or p.access != "read")
                 for p, a in params

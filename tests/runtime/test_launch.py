@@ -1,0 +1,178 @@
+"""Both launchers bind exactly the parameters of a kernel, in their order."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.kernel_abi import with_launch_params
+from tokenspeed_plan.plans.schema import Binary, GridDim, KernelSpec, Launch, Param, Part
+from tokenspeed_plan.plans.types import RankShift, TensorSpec
+from tokenspeed_plan.runtime import cuda_kernels, triton_kernels
+from tokenspeed_plan.runtime.cuda_kernels import CudaKernels
+from tokenspeed_plan.runtime.triton_kernels import TritonKernels
+
+RANK, NUM_TOKENS, NUM_SEQS, WIDTH = 1, 3, 2, 4
+SHIFTS = {
+    "row_start": RankShift(div=1, mod=2, step=10),
+    "expert_start": RankShift(div=1, mod=2, step=7),
+}
+
+
+def make_kernel(ranks: int) -> KernelSpec:
+    """A kernel with every role; with one rank without the tables."""
+    rows = TensorSpec.of(shape=("num_tokens", WIDTH), dtype="fp32")
+    tensors = (
+        Param(name="add_r", role="input", tensor=rows),
+        Param(name="x", role="input", tensor=rows),
+        Param(name="w", role="weight", tensor=TensorSpec.of(shape=(WIDTH,), dtype="fp32")),
+        Param(name="y", role="output", tensor=rows, access="write"),
+    )
+    scratch = Param(name="counters", role="scratch", tensor=rows, access="update")
+    parts = [Part(kind="embed", operands=(), outputs=(), attrs={}, rank_attrs=SHIFTS)]
+    if ranks > 1:
+        attrs = {"num_ranks": ranks}
+        parts.append(Part(kind="all_reduce", operands=("x",), outputs=("z",), attrs=attrs))
+    launch = Launch(
+        template="t",
+        constants={},
+        grid=(GridDim(block=1),),
+        num_warps=4,
+        num_stages=1,
+        pdl=False,
+        source_sha256="",
+    )
+    kernel = KernelSpec(name="test_0", params=tensors, parts=tuple(parts), launch=launch)
+    return with_launch_params(kernel, (scratch,))
+
+
+def make_tensors(kernel: KernelSpec) -> list[Tensor]:
+    shapes = (param.tensor.bind(NUM_TOKENS, NUM_SEQS) for param in kernel.tensors)
+    return [torch.full(shape, float(index)) for index, shape in enumerate(shapes)]
+
+
+class Gather:
+    """Two ranks of which the other holds the negative of what this one does."""
+
+    def all_reduce(self, source: Tensor, target: Tensor) -> None:
+        raise AssertionError("a kernel reduces by itself")
+
+    def all_gather(self, source: Tensor, target: Tensor) -> None:
+        target.copy_(torch.cat((-source, source), -1))
+
+
+def by_name(kernel: KernelSpec, values: tuple[Any, ...]) -> dict[str, Any]:
+    names = [param.name for param in kernel.params]
+    return dict(zip(names, values, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_triton_binds_all_parameters_in_order(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, launches = make_kernel(ranks), list[tuple[Any, ...]]()
+    found: dict[str, Any] = {}
+
+    class Function:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            assert grid == (NUM_TOKENS,)
+            return self.launch
+
+        def launch(self, *args: Any, num_warps: int, num_stages: int) -> None:
+            launches.append(args)
+            if ranks > 1:  # the tables are valid during the launch
+                address = int(by_name(kernel, args)["peers"][0])
+                found["peer"] = ctypes.c_float.from_address(address).value
+
+    monkeypatch.setattr(triton_kernels, "load_function", lambda *_: Function())
+    tensors, backend = make_tensors(kernel), TritonKernels({kernel.name: ""})
+    backend.launcher(kernel, RANK, NUM_TOKENS, NUM_SEQS, Gather())({}, *tensors)
+    (args,) = launches
+    bound = by_name(kernel, args)
+    assert all(bound[p.name] is x for p, x in zip(kernel.tensors, tensors, strict=True))
+    assert (bound["row_start"], bound["expert_start"]) == (10, 7)
+    assert (bound["num_tokens"], bound["num_seqs"]) == (NUM_TOKENS, NUM_SEQS)
+    if ranks > 1:
+        assert bound["rank"] == RANK
+        assert bound["peers"].shape == bound["signals"].shape == (ranks,)
+        assert found["peer"] == -1.0  # what rank 0 reduces is the second tensor, `x`, not the first
+
+
+class Driver:
+    """The driver's functions; a launch reads the table of arguments as a GPU would."""
+
+    def __init__(self, kernel: KernelSpec) -> None:
+        self.kernel = kernel
+        self.launched: list[dict[str, int]] = []
+        self.CUlaunchAttribute = lambda: SimpleNamespace(value=SimpleNamespace())
+        self.CUlaunchAttributeID = SimpleNamespace(
+            CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=1
+        )
+        self.CUlaunchConfig = SimpleNamespace
+
+    def cuModuleLoadData(self, cubin: bytes) -> tuple[int, int]:
+        return 0, 1
+
+    def cuModuleGetFunction(self, module: int, name: bytes) -> tuple[int, int]:
+        return 0, 1
+
+    def cuLaunchKernelEx(self, config: Any, function: int, address: int, extra: int) -> tuple[int]:
+        table = (ctypes.c_void_p * (len(self.kernel.params) + 2)).from_address(address)
+        values = {}
+        for param, place in zip(self.kernel.params, table, strict=False):
+            assert place is not None
+            kind = ctypes.c_uint64 if param.tensor.shape else ctypes.c_int32
+            values[param.name] = kind.from_address(place).value
+        scratch = [ctypes.c_uint64.from_address(place or 0).value for place in table[-2:]]
+        assert scratch == [0, 0]
+        self.launched.append(values)
+        return (0,)
+
+
+def cuda_backend(kernel: KernelSpec, monkeypatch: pytest.MonkeyPatch) -> tuple[CudaKernels, Driver]:
+    driver = Driver(kernel)
+    monkeypatch.setattr(cuda_kernels, "find_driver", lambda: driver)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    binary = Binary(
+        kernel=kernel.name, sm=90, cubin_sha256="", registers=1, spill_bytes=0, shared_bytes=0
+    )
+    return CudaKernels({kernel.name: binary}, {kernel.name: b""}), driver
+
+
+def test_cuda_binds_all_parameters_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = make_kernel(1)
+    backend, driver = cuda_backend(kernel, monkeypatch)
+    tensors = make_tensors(kernel)
+    backend.launcher(kernel, RANK, NUM_TOKENS, NUM_SEQS)({}, *tensors)
+    wanted = {p.name: x.data_ptr() for p, x in zip(kernel.tensors, tensors, strict=True)}
+    wanted |= {"expert_start": 7, "row_start": 10, "num_tokens": 3, "num_seqs": 2}
+    assert driver.launched == [wanted]
+
+
+def test_cuda_arguments_take_tables_between_constants_and_sizes() -> None:
+    kernel = make_kernel(2)
+    tensors, tables = make_tensors(kernel), (torch.tensor([5, 6]), torch.tensor([7, 8]))
+    addresses = [x.data_ptr() for x in tensors]
+    values = (*addresses, 7, 10, *tables, RANK, NUM_TOKENS, NUM_SEQS)
+    arguments = cuda_kernels._Arguments(kernel, values)
+    driver = Driver(kernel)
+    driver.cuLaunchKernelEx(None, 0, arguments.address, 0)
+    (launched,) = driver.launched
+    assert list(launched) == [param.name for param in kernel.params]
+    assert launched["peers"] == tables[0].data_ptr()
+    assert launched["signals"] == tables[1].data_ptr()
+    assert [launched[name] for name in ("rank", "num_tokens", "num_seqs")] == [1, 3, 2]
+    with pytest.raises(ValueError, match="zip"):
+        cuda_kernels._Arguments(kernel, values[:-1])
+
+
+def test_a_kernel_without_its_tables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = make_kernel(2)
+    backend, _ = cuda_backend(kernel, monkeypatch)
+    with pytest.raises(PlanError, match="needs a peer_table"):
+        backend.launcher(kernel, RANK, NUM_TOKENS, NUM_SEQS)
