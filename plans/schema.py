@@ -475,8 +475,13 @@ class Program(Frozen):
     depth: Count = 0
 
     @property
+    def name(self) -> str:
+        """Such as `decode/32`."""
+        return f"{self.phase}/{self.bucket}"
+
+    @property
     def query_len(self) -> int:
-        """Rows of each sequence in a decode step."""
+        """Queries of each sequence in a decode step."""
         return self.depth + 1 if self.phase == "decode" else 1
 
     @property

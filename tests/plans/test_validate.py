@@ -110,11 +110,8 @@ def double_step(rng: random.Random, plan: Plan) -> Plan | None:
 
 def altered(rng: random.Random, spec: TensorSpec) -> TensorSpec:
     if rng.random() < 0.3:
-        return spec.model_copy(
-            update={
-                "dtype": rng.choice([d for d in ("fp32", "bf16", "i32", "fp64") if d != spec.dtype])
-            }
-        )
+        others = [d for d in ("fp32", "bf16", "i32", "fp64") if d != spec.dtype]
+        return TensorSpec.of(spec.shape, rng.choice(others))
     shape = list(spec.shape)
     dim = rng.randrange(len(shape))
     value = shape[dim]
@@ -386,13 +383,13 @@ CANARY = {"prompt_ids": [1], "token_ids": [1], "logprobs": [], "margins": []}
         ("binaries", [BINARY | {"sm": -5}]),
         ("binaries", [BINARY]),
         ("binaries", [BINARY, BINARY]),
-        ("programs.0.num_streams", 50_000),
-        ("programs.0.num_streams", 0),
-        ("programs.0.captured", True),
-        ("programs.0.outputs", ["logits"]),
+        ("pools.0.programs.0.num_streams", 50_000),
+        ("pools.0.programs.0.num_streams", 0),
+        ("pools.0.programs.0.captured", True),
+        ("pools.0.programs.0.outputs", ["logits"]),
         ("model.vocab_size", 5000),
         ("canary", [CANARY]),
-        ("arenas.0.size_bytes", 10**30),
+        ("pools.0.arenas.0.size_bytes", 10**30),
     ],
 )
 def test_fields_out_of_their_bounds(where: str, value: Any, tiny_plan: Plan) -> None:
@@ -528,7 +525,7 @@ def test_moving_work_to_another_stream_is_judged_as_by_brute_force(streamed: Pla
         changed = with_program(
             streamed, index, steps=(*program.steps[:at], moved, *program.steps[at + 1 :])
         )
-        race = has_race(changed, changed.programs[index])
+        race = has_race(changed, changed.pool.programs[index])
         assert refused(changed) == race
         verdicts[race] += 1
     assert verdicts[True] > 80
@@ -549,7 +546,7 @@ def test_a_wait_that_comes_too_late_is_a_race(streamed: Plan) -> None:
                 steps = (*program.steps[:at], after, step, *program.steps[at + 2 :])
                 changed = with_program(streamed, index, steps=steps)
                 assert refused(changed)
-                refusals += has_race(changed, changed.programs[index])
+                refusals += has_race(changed, changed.pool.programs[index])
     assert refusals >= 24
 
 

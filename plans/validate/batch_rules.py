@@ -1,0 +1,73 @@
+"""Metadata of the batch: many inputs have one shape, and only their names tell them apart."""
+
+from __future__ import annotations
+
+from tokenspeed_plan.plans.ops import BATCH_INPUTS, DRAFT_INPUTS, OPS
+from tokenspeed_plan.plans.schema import KernelCall, KernelSpec, Part, Program
+from tokenspeed_plan.plans.validate.refusal import refuse
+
+Producer = tuple[str, str]  # an operator, and its output
+
+
+def check_batch(
+    program: Program, step: KernelCall, kernel: KernelSpec, producers: dict[str, Producer]
+) -> None:
+    """A kernel takes the batch's own input for each role, or what a draft pass made for that role.
+
+    Args:
+        program: whose step it is.
+        step: the call.
+        kernel: what it calls.
+        producers: for each buffer written so far the operator that wrote it; the outputs of this
+            step are added.
+
+    Raises:
+        PlanError: an input of another role, or another number of queries a sequence.
+    """
+    args = step.places(kernel)
+    inside: dict[str, Producer] = {}
+    for part in kernel.parts:
+        for role, operand in zip(OPS[part.kind].operands, part.operands, strict=True):
+            name = args.get(operand, operand)
+            producer = inside.get(operand) or producers.get(name)
+            if not _fits_role(role, name, producer):
+                raise refuse(f"`{name}` is given to `{step.kernel}` as `{role}`")
+            if (part.kind, role) == ("draft_place", "lens"):
+                _check_draft_start(program, name, producer)
+        for role, output in zip(OPS[part.kind].outputs, part.outputs, strict=False):
+            inside[output] = (part.kind, role)
+        _check_query_len(program, kernel, part)
+    for local, producer in inside.items():
+        if local in args:
+            producers[args[local]] = producer
+
+
+def _fits_role(role: str, name: str, producer: Producer | None) -> bool:
+    if role not in BATCH_INPUTS or name == role:
+        return True
+    return producer in DRAFT_INPUTS.get(role, ())
+
+
+def _check_draft_start(program: Program, name: str, producer: Producer | None) -> None:
+    """Drafts go on after the context of a prefill, or after the tokens that were accepted."""
+    own = program.phase == "prefill" and name == "context_lens"
+    if not own and producer != ("accept", "lens"):
+        raise refuse(f"`{name}` is where drafts go on")
+
+
+def _check_query_len(program: Program, kernel: KernelSpec, part: Part) -> None:
+    """Each part must count as many queries a sequence as its program has."""
+    op = OPS[part.kind]
+    counts = "query_len" in op.attrs or "query_len" in op.optional
+    if not counts or program.phase != "decode":
+        if "query_len" in part.attrs:
+            raise refuse(f"`{kernel.name}` has a query_len outside of a decode step")
+        return
+    wanted = program.query_len
+    shapes = {param.name: param.tensor.shape for param in kernel.tensors}
+    first = shapes.get(part.operands[0], ("num_tokens",))
+    if part.kind == "attention" and first[0] == "num_seqs":
+        wanted = 1  # a draft pass, with one token a sequence
+    found = part.attrs.get("query_len", 1)
+    if found != wanted:
+        raise refuse(f"`{kernel.name}` has query_len {found}, its program has {wanted}")

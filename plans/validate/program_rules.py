@@ -1,0 +1,166 @@
+"""Programs: steps whose arguments fit, in an order that gives what the runtime reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokenspeed_plan.plans.hazards import check_hazards
+from tokenspeed_plan.plans.ops import RECOMPUTED, ShapeError
+from tokenspeed_plan.plans.schema import (
+    BufferSpec,
+    CollectiveCall,
+    KernelCall,
+    KernelSpec,
+    LibraryCall,
+    Plan,
+    Pool,
+    Program,
+)
+from tokenspeed_plan.plans.types import TensorSpec
+from tokenspeed_plan.plans.validate.batch_rules import Producer, check_batch
+from tokenspeed_plan.plans.validate.kernel_rules import states_of
+from tokenspeed_plan.plans.validate.peer_rules import check_peers
+from tokenspeed_plan.plans.validate.refusal import refuse
+
+_ARENAS_OF_ROLE: dict[str, tuple[str, ...]] = {
+    "input": ("io", "activations", "symmetric"),
+    "output": ("io", "activations", "symmetric"),
+    "state": ("kv_cache", "state", "io"),
+    "scratch": ("scratch",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """A program and what its steps can name; `producers` says which operator wrote a buffer."""
+
+    program: Program
+    kernels: dict[str, KernelSpec]
+    weights: dict[str, TensorSpec]
+    buffers: dict[str, BufferSpec]
+    num_ranks: int
+    producers: dict[str, Producer] = field(default_factory=dict)
+
+
+def check_programs(plan: Plan, pool: Pool) -> None:
+    """Each program computes what its steps say.
+
+    Raises:
+        PlanError: naming the program, and the step that does not fit.
+    """
+    kernels = {kernel.name: kernel for kernel in plan.kernels}
+    weights = {weight.name: weight.tensor for weight in pool.weights}
+    for program in pool.programs:
+        buffers = {buffer.name: buffer for buffer in (*pool.buffers, *program.buffers)}
+        scope = _Scope(program, kernels, weights, buffers, plan.target.count)
+        _check_outputs(program)
+        _check_steps(scope)
+        _check_draft_steps(scope)
+        _check_recomputed(scope)
+        try:
+            check_hazards(program, kernels, buffers)
+        except ShapeError as error:
+            raise refuse(f"program {program.name}: {error}") from error
+
+
+def _check_outputs(program: Program) -> None:
+    """What the runtime reads after a replay must be an output."""
+    promised = {program.logits, program.tokens}
+    if program.depth:
+        promised.add(program.drafts)
+    if program.query_len > 1:
+        promised.add("accepted")
+    missing = promised - set(program.outputs)
+    if missing:
+        raise refuse(f"{program.name} does not give `{min(missing)}`")
+    if program.captured and program.phase != "decode":
+        raise refuse(f"{program.phase} is captured")
+
+
+def _check_steps(scope: _Scope) -> None:
+    for step in scope.program.steps:
+        if not 0 <= step.stream < scope.program.num_streams:
+            raise refuse(f"there is no stream {step.stream}")
+        if isinstance(step, KernelCall):
+            kernel = _check_call(scope, step)
+            check_batch(scope.program, step, kernel, scope.producers)
+            check_peers(scope.program, step, kernel, scope.buffers, scope.num_ranks)
+        elif isinstance(step, CollectiveCall):
+            _check_collective(scope, step)
+        elif isinstance(step, LibraryCall):
+            _check_library(scope, step)
+
+
+def _check_call(scope: _Scope, step: KernelCall) -> KernelSpec:
+    kernel = scope.kernels.get(step.kernel)
+    if kernel is None or len(kernel.tensors) != len(step.args):
+        raise refuse(f"a step of {scope.program.name} does not fit kernel `{step.kernel}`")
+    for param, name in zip(kernel.tensors, step.args, strict=True):
+        if _tensor_for_role(scope, name, param.role) != param.tensor:
+            raise refuse(f"`{name}` does not fit parameter `{param.name}` of `{step.kernel}`")
+    return kernel
+
+
+def _tensor_for_role(scope: _Scope, name: str, role: str) -> TensorSpec | None:
+    """The weight or buffer of that name, None where it may not have the role."""
+    if role == "weight":
+        return scope.weights.get(name)
+    buffer = scope.buffers.get(name)
+    if buffer is None or buffer.arena not in _ARENAS_OF_ROLE[role]:
+        return None
+    return buffer.tensor
+
+
+def _check_collective(scope: _Scope, step: CollectiveCall) -> None:
+    source, target = scope.buffers.get(step.source), scope.buffers.get(step.target)
+    if source is None or target is None or step.source == step.target:
+        raise refuse(f"collective from `{step.source}` to `{step.target}`")
+    *leading, last = source.tensor.shape
+    if scope.num_ranks == 1 or not isinstance(last, int):
+        raise refuse(f"`{step.op}` of `{step.source}`")
+    if step.op == "all_gather":
+        last *= scope.num_ranks
+    if target.tensor != source.tensor.reshaped((*leading, last)):
+        raise refuse(f"`{step.target}` cannot hold the {step.op} of `{step.source}`")
+
+
+def _check_library(scope: _Scope, step: LibraryCall) -> None:
+    """Its operands must exist; the runtime has no libraries yet."""
+    function = f"{step.package} {step.version} `{step.function}`"
+    for name in step.reads:
+        tensor = scope.weights.get(name) or _tensor_for_role(scope, name, "input")
+        if tensor is None:
+            raise refuse(f"{function} reads `{name}`, which is no input or weight")
+    for name in step.writes:
+        if _tensor_for_role(scope, name, "output") is None:
+            raise refuse(f"{function} writes `{name}`, which is no activation or output")
+    raise refuse(f"{function}: library steps are not replayed yet")
+
+
+def _check_draft_steps(scope: _Scope) -> None:
+    """Each pass that drafts a token is one position further than the one before it."""
+    steps = []
+    for step in scope.program.steps:
+        if isinstance(step, KernelCall):
+            parts = scope.kernels[step.kernel].parts
+            steps += [part.attrs["step"] for part in parts if part.kind == "draft_place"]
+    if sorted(steps) != list(range(1, scope.program.depth)):
+        depth = scope.program.depth
+        raise refuse(f"{scope.program.name} drafts at steps {steps} for depth {depth}")
+
+
+def _check_recomputed(scope: _Scope) -> None:
+    """A kernel that expects a recomputed state comes after `recompute_state` has written it."""
+    written: set[str] = set()
+    for step in scope.program.steps:
+        if not isinstance(step, KernelCall):
+            continue
+        kernel = scope.kernels[step.kernel]
+        places = step.places(kernel)
+        for part in kernel.parts:
+            states = {places[name] for name in states_of(part)}
+            if part.kind == "recompute_state":
+                written |= states
+            elif part.attrs.get("mode") == RECOMPUTED and not states <= written:
+                name = scope.program.name
+                raise refuse(f"{name}: nothing brings the state of `{kernel.name}`")
