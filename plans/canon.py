@@ -27,6 +27,31 @@ def plan_digest(plan: Plan) -> str:
     return sha256(canonical(plan.model_dump(mode="json", exclude={"digest"})))
 
 
+_TIMES = {"predicted_us", "flops", "moved_bytes"}
+_PROGRAM_TIMES = {"predicted_us": True, "steps": {"__all__": _TIMES}}
+_NO_PART_OF_ANSWERS = {
+    "model": {"location"},
+    "target": {"gpu", "count"},
+    "pools": {"__all__": {"memory_bytes_per_rank": True, "programs": {"__all__": _PROGRAM_TIMES}}},
+}
+
+
+def answer_digest(plan: Plan) -> str:
+    """SHA-256 of all that decides an answer, and of nothing that explains, times or compiles it.
+
+    In it are the model with the digests of its files, the compute capability, what each pool holds
+    and runs, and the kernels with the digests of their texts. Not in it are the spec, decisions,
+    predictions, the memory map, canary prompts, and the binaries with their compiler: the same text
+    can be compiled to other bytes that compute the same.
+    """
+    fields = plan.model_dump(
+        mode="json",
+        include={"model", "target", "pools", "kernels"},
+        exclude=_NO_PART_OF_ANSWERS,
+    )
+    return sha256(canonical(fields))
+
+
 def kernel_name(kind: str, kernel: KernelSpec) -> str:
     """`<kind>_<digest>`: a kernel whose content was altered no longer has its own name."""
     return f"{kind}_{sha256(canonical(kernel.model_dump(mode='json', exclude={'name'})))[:12]}"

@@ -35,7 +35,7 @@ def num_ranks(kernel: KernelSpec) -> int:
 
 
 def launch_params(kernel: KernelSpec) -> tuple[Param, ...]:
-    """The parameters that a launch of this kernel takes after its tensors, in the order of the ABI."""
+    """What a launch of this kernel takes after its tensors, in the order of the ABI."""
     params = [_scalar(name, "rank_constant") for name in rank_constants(kernel)]
     ranks = num_ranks(kernel)
     if ranks > 1:

@@ -1,4 +1,4 @@
-"""The words that planner and runtime share: dtypes, phases, symbolic dimensions, tensors."""
+"""The words that planner and runtime share: dtypes, formats, phases, dimensions, tensors."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class Frozen(BaseModel):
 
 
 class Format(Frozen):
-    """How elements are stored: a dtype and, where it is block-scaled, the block that shares a scale and the scale's dtype.
+    """How elements are stored: their dtype, and for block-scaled ones the block and its scale.
 
-    In JSON it is one word: `bf16`, or `fp8[128x128]:fp32` for 128 x 128 elements with one fp32
-    scale.
+    In JSON it is one word: `bf16`, or `fp8[128x128]:fp32` for blocks of 128 x 128 elements that
+    share one fp32 scale.
     """
 
     dtype: DType
@@ -67,7 +67,13 @@ class Format(Frozen):
         found = _FORMAT.fullmatch(data)
         if found is None:
             raise ValueError(f"`{data}` is no format such as `bf16` or `fp8[128x128]:fp32`")
-        block = tuple(int(size) for size in found["block"].split("x")) if found["block"] else ()
+        for dtype in (found["dtype"], found["scale"]):
+            if dtype is not None and dtype not in DTYPE_BITS:
+                known = ", ".join(DTYPE_BITS)
+                raise ValueError(f"`{data}` has the unknown dtype `{dtype}`; known are {known}")
+        block: tuple[int, ...] = ()
+        if found["block"] is not None:
+            block = tuple(map(int, found["block"].split("x")))
         return {"dtype": found["dtype"], "block": block, "scale": found["scale"]}
 
     @model_validator(mode="after")
@@ -81,23 +87,24 @@ class Format(Frozen):
         return str(self)
 
     def __str__(self) -> str:
-        return (
-            f"{self.dtype}[{'x'.join(map(str, self.block))}]:{self.scale}"
-            if self.block
-            else self.dtype
-        )
+        if not self.block:
+            return self.dtype
+        block = "x".join(map(str, self.block))
+        return f"{self.dtype}[{block}]:{self.scale}"
 
     @property
     def bytes_per_element(self) -> float:
-        """Scales included."""
-        scale_bits = DTYPE_BITS[self.scale] / math.prod(self.block) if self.scale else 0.0
-        return (DTYPE_BITS[self.dtype] + scale_bits) / 8
+        """Of one element and its share of a scale."""
+        bits: float = DTYPE_BITS[self.dtype]
+        if self.scale is not None:
+            bits += DTYPE_BITS[self.scale] / math.prod(self.block)
+        return bits / 8
 
 
 _FORMAT = re.compile(r"(?P<dtype>\w+)(?:\[(?P<block>\d{1,6}(?:x\d{1,6})*)\]:(?P<scale>\w+))?")
 
-# What published checkpoints are stored in, by the spec's word. FP8: one scale for 128 x 128; NVFP4:
-# one for 16 of a row.
+# The formats of published checkpoints, by the spec's word. FP8 has a scale for 128 x 128 elements,
+# NVFP4 one for 16 elements of a row.
 FORMATS: dict[str, Format] = {
     "bf16": Format(dtype="bf16"),
     "fp32": Format(dtype="fp32"),

@@ -47,9 +47,9 @@ def check_memory(plan: Plan, pool: Pool) -> None:
         PlanError: naming the tensor or the arena.
     """
     _check_map(pool)
-    if plan.target.count == 1 and any(arena.name == "symmetric" for arena in pool.arenas):
-        raise refuse("one rank has no peers, and needs no symmetric arena")
     sizes: dict[str, int] = {arena.name: arena.size_bytes for arena in pool.arenas}
+    if plan.target.count == 1 and sizes.get("symmetric"):
+        raise refuse(f"{sizes['symmetric']} symmetric bytes for one rank, which has no peers")
     for program in pool.programs:
         for span in _program_spans(program):
             _check_inside(span, sizes)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, make_spec
+from plan_edits import refused, with_kernel, with_program
 
 from tokenspeed_plan.planner import compile as compile_module
 from tokenspeed_plan.planner import compile_plan, find_model
@@ -23,7 +24,7 @@ from tokenspeed_plan.plans.canon import kernel_name
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import BATCH_INPUTS
-from tokenspeed_plan.plans.schema import ArenaSpec, KernelCall, KernelSpec, Plan, Program
+from tokenspeed_plan.plans.schema import ArenaSpec, KernelCall, Plan, Program
 from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.plans.validate import validate
 from tokenspeed_plan.runtime import Engine, SamplingParams
@@ -42,21 +43,6 @@ def answers(plan: Plan, folder: Path) -> Any:
     except Exception as error:
         return type(error)
     return [tuple((step.token_id, step.logprob) for step in item.logprobs) for item in done]
-
-
-def refused(plan: Plan) -> bool:
-    try:
-        validate(plan)
-    except PlanError as error:
-        assert error.hint
-        return True
-    return False
-
-
-def with_program(plan: Plan, index: int, **changes: Any) -> Plan:
-    programs = list(plan.pool.programs)
-    programs[index] = programs[index].model_copy(update=changes)
-    return plan.with_pool(programs=tuple(programs))
 
 
 def pick(rng: random.Random, plan: Plan) -> tuple[int, Program]:
@@ -171,17 +157,6 @@ def alter_kernel(rng: random.Random, plan: Plan) -> Plan | None:
     attrs = dict(parts[where].attrs) | {name: numbers[name] * 2 + 1}
     parts[where] = parts[where].model_copy(update={"attrs": attrs})
     return with_kernel(plan, at, kernels[at].model_copy(update={"parts": tuple(parts)}))
-
-
-def with_kernel(plan: Plan, at: int, changed: KernelSpec) -> Plan:
-    """The digest in its name put right, in its steps and in the buffers of its scratch too."""
-    old = plan.kernels[at].name
-    changed = changed.model_copy(update={"name": kernel_name(old.rpartition("_")[0], changed)})
-    kernels = (*plan.kernels[:at], changed, *plan.kernels[at + 1 :])
-    text = dump_plan(plan.model_copy(update={"kernels": kernels, "binaries": ()})).replace(
-        old, changed.name
-    )
-    return parse_plan(text, "plan")
 
 
 def alter_piece(rng: random.Random, plan: Plan) -> Plan | None:
