@@ -29,7 +29,7 @@ def plan_digest(plan: Plan) -> str:
 
 _TIMES = {"predicted_us", "flops", "moved_bytes"}
 _PROGRAM_TIMES = {"predicted_us": True, "steps": {"__all__": _TIMES}}
-_NO_PART_OF_ANSWERS = {
+_NO_PART_OF_ANSWERS: dict[str, Any] = {
     "model": {"location"},
     "target": {"gpu", "count"},
     "pools": {"__all__": {"memory_bytes_per_rank": True, "programs": {"__all__": _PROGRAM_TIMES}}},

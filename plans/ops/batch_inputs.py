@@ -1,0 +1,88 @@
+"""What a batch brings: metadata of its sequences, which operators share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tokenspeed_plan.plans.ops.op_def import Specs, expect, require, width
+from tokenspeed_plan.plans.types import DType
+
+STOP_IDS = 8  # tokens a sequence that `accept` stops at; other ends are found on the host
+BATCH_STATE = (
+    "token_ids",
+    "positions",
+    "slot_mapping",
+    "context_lens",
+    "src_state_slots",
+    "dst_state_slots",
+    "rng_offset",
+)
+SEQ_METADATA = ("cu_seqlens", "src_state_slots", "dst_state_slots")
+SAMPLING_INPUTS: dict[str, DType] = {
+    "temperature": "fp32",
+    "top_p": "fp32",
+    "top_k": "i32",
+    "seed": "i64",
+    "rng_offset": "i64",
+}
+_ACCEPT_INPUTS = (
+    "max_lens",
+    "stop_ids",
+    "following",
+    "forced_accept",
+    "accept_counts",
+    "state_lens",
+)
+
+# Operands of these roles are the io buffers of the same name. Many have one shape, and only the
+# name tells them apart.
+BATCH_INPUTS = frozenset(
+    (*BATCH_STATE, *SAMPLING_INPUTS, "page_table", "cu_seqlens", *_ACCEPT_INPUTS)
+)
+# In a draft pass an earlier operator can make the operand of a role: role -> (operator, output).
+DRAFT_INPUTS: Mapping[str, frozenset[tuple[str, str]]] = {
+    "token_ids": frozenset({("shift_tokens", "y"), ("sample", "next_tokens"), ("draft", "drafts")}),
+    "positions": frozenset({("draft_place", "positions")}),
+    "slot_mapping": frozenset({("draft_place", "slot_mapping")}),
+    "context_lens": frozenset({("draft_place", "context_lens"), ("accept", "lens")}),
+}
+
+
+def expect_seq_metadata(specs: Specs) -> None:
+    """Where each sequence begins, and the state slots that it reads and writes.
+
+    Raises:
+        ShapeError: one has another shape.
+    """
+    expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
+    expect(specs, "src_state_slots", "num_seqs", dtype="i32")
+    expect_dst_state_slots(specs, 1)
+
+
+def expect_dst_state_slots(specs: Specs, needed: int) -> None:
+    """One slot a sequence, or a matrix with a slot for each token that a decode step can verify.
+
+    Raises:
+        ShapeError: it has fewer columns than `needed`.
+    """
+    shape = specs["dst_state_slots"].shape
+    fits = needed == 1 and shape == ("num_seqs",)
+    if len(shape) == 2 and isinstance(shape[1], int):
+        fits = shape[1] >= max(needed, 2)
+    require(fits, f"`dst_state_slots` is {list(shape)} for {needed} state slots a sequence")
+    expect(specs, "dst_state_slots", "num_seqs", *shape[1:], dtype="i32")
+
+
+def expect_batch_state(specs: Specs, needed: int) -> None:
+    """The inputs that a decode step advances, with `needed` state slots a sequence to write.
+
+    Raises:
+        ShapeError: one has another shape.
+    """
+    expect(specs, "page_table", "num_seqs", width(specs, "page_table"), dtype="i32")
+    for name in ("token_ids", "positions", "slot_mapping"):
+        expect(specs, name, "num_tokens", dtype="i32")
+    for name in ("context_lens", "src_state_slots"):
+        expect(specs, name, "num_seqs", dtype="i32")
+    expect(specs, "rng_offset", "num_seqs", dtype="i64")
+    expect_dst_state_slots(specs, needed)

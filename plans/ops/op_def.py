@@ -1,0 +1,177 @@
+"""A row of the table of operators, and the checks that its shape rules are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenspeed_plan.plans.types import Attr, Dim, DType, TensorSpec
+
+Access = Literal["read", "write", "update"]
+Attrs = Mapping[str, Attr]
+Specs = Mapping[str, TensorSpec]
+
+
+class ShapeError(ValueError):
+    """The tensors of an operator do not fit together."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpDef:
+    """One operator.
+
+    Attributes:
+        inputs: activations and metadata that it reads.
+        outputs: what it writes, in order; `linear` may have any number.
+        infer: the output specs, from constants and inputs; raises `ShapeError`.
+        doc: the formula.
+        weights: parameters that it reads.
+        states: persistent buffers that outlive the step, with the access.
+        attrs: names of its constants.
+        optional: names of constants that may be left out.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    infer: Callable[[Attrs, Specs], dict[str, TensorSpec]]
+    doc: str
+    weights: tuple[str, ...] = ()
+    states: tuple[tuple[str, Access], ...] = ()
+    attrs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Everything that it reads or updates, in argument order."""
+        return self.inputs + self.weights + tuple(name for name, _ in self.states)
+
+
+def require(condition: bool, message: str) -> None:
+    """Check a condition on shapes.
+
+    Raises:
+        ShapeError: it does not hold.
+    """
+    if not condition:
+        raise ShapeError(message)
+
+
+def integer(attrs: Attrs, name: str) -> int:
+    """The positive integer constant `name`.
+
+    Raises:
+        ShapeError: it is something else.
+    """
+    value = attrs.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ShapeError(f"constant `{name}` is {value!r}, not a positive integer")
+    return value
+
+
+def number(attrs: Attrs, name: str) -> float:
+    """The positive finite constant `name`.
+
+    Raises:
+        ShapeError: it is something else.
+    """
+    value = attrs.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ShapeError(f"constant `{name}` is {value!r}, not a positive number")
+    return float(value)
+
+
+def check_numbers(attrs: Attrs) -> None:
+    """The constants that no shape depends on.
+
+    Raises:
+        ShapeError: one is not a positive number.
+    """
+    for name in ("eps", "theta", "factor"):
+        if name in attrs:
+            number(attrs, name)
+
+
+def expect(specs: Specs, name: str, *shape: Dim, dtype: DType | None = None) -> TensorSpec:
+    """The operand `name`, which must have this shape and, where given, this dtype.
+
+    Raises:
+        ShapeError: it has another.
+    """
+    spec = specs[name]
+    require(spec.shape == shape, f"`{name}` is {list(spec.shape)} where {list(shape)} is needed")
+    fits = dtype is None or spec.dtype == dtype
+    require(fits, f"`{name}` is {spec.dtype} where {dtype} is needed")
+    return spec
+
+
+def width(specs: Specs, name: str) -> int:
+    """The last dimension of `name`, an integer.
+
+    Raises:
+        ShapeError: it is symbolic, or `name` is a scalar.
+    """
+    for dim in specs[name].shape[-1:]:
+        if isinstance(dim, int):
+            return dim
+    raise ShapeError(f"`{name}` has no fixed last dimension")
+
+
+def rows(specs: Specs, name: str) -> Dim:
+    """The leading dimension of the matrix `name`.
+
+    Raises:
+        ShapeError: it is no matrix.
+    """
+    shape = specs[name].shape
+    require(len(shape) == 2, f"`{name}` is {list(shape)}, not a matrix")
+    return shape[0]
+
+
+def batch_rows(specs: Specs, name: str) -> Dim:
+    """The leading dimension of a matrix: `num_tokens`, or `num_seqs` at one token a sequence.
+
+    Raises:
+        ShapeError: it is something else.
+    """
+    dim = rows(specs, name)
+    require(dim in ("num_tokens", "num_seqs"), f"`{name}` has {dim} rows")
+    return dim
+
+
+def like(specs: Specs, name: str, last: int) -> TensorSpec:
+    """A matrix with the rows and the dtype of `name`, and `last` columns."""
+    return TensorSpec.of(shape=(rows(specs, name), last), dtype=specs[name].dtype)
+
+
+def wide(dtype: DType) -> DType:
+    """The accumulation dtype: fp32, or fp64 where the plan computes in fp64."""
+    if dtype == "fp64":
+        return "fp64"
+    return "fp32"
+
+
+def dtype_attr(attrs: Attrs) -> DType:
+    """The constant `dtype`: what an operator that computes in the accumulation dtype gives back.
+
+    Raises:
+        ShapeError: it is no floating-point dtype.
+    """
+    value = attrs.get("dtype")
+    known: tuple[DType, ...] = ("fp64", "fp32", "bf16")
+    for dtype in known:
+        if value == dtype:
+            return dtype
+    raise ShapeError(f"dtype {value!r}")
+
+
+def query_len(attrs: Attrs) -> int:
+    """Queries of each sequence in a decode step: 1 where the constant is left out.
+
+    Raises:
+        ShapeError: it is not a positive integer.
+    """
+    if "query_len" not in attrs:
+        return 1
+    return integer(attrs, "query_len")

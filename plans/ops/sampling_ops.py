@@ -1,0 +1,69 @@
+"""The last token of each sequence, its sample, and the next decode step."""
+
+from __future__ import annotations
+
+from tokenspeed_plan.plans.ops.batch_inputs import BATCH_STATE, SAMPLING_INPUTS, expect_batch_state
+from tokenspeed_plan.plans.ops.op_def import (
+    Attrs,
+    OpDef,
+    Specs,
+    expect,
+    integer,
+    query_len,
+    require,
+    width,
+)
+from tokenspeed_plan.plans.types import Dim, TensorSpec
+
+
+def _last_token(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
+    expect(specs, "x", "num_tokens", width(specs, "x"))
+    return {"y": TensorSpec.of(shape=("num_seqs", width(specs, "x")), dtype=specs["x"].dtype)}
+
+
+def _sample(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    vocabulary = width(specs, "logits")
+    fits = integer(attrs, "num_valid_tokens") <= vocabulary
+    require(fits, "num_valid_tokens over the vocabulary")
+    dim: Dim = "num_seqs"
+    if query_len(attrs) > 1:
+        dim = "num_tokens"
+    expect(specs, "logits", dim, vocabulary)
+    for name, dtype in SAMPLING_INPUTS.items():
+        expect(specs, name, "num_seqs", dtype=dtype)
+    return {"next_tokens": TensorSpec.of(shape=(dim,), dtype="i32")}
+
+
+def _advance(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    integer(attrs, "page_size")
+    expect(specs, "next_tokens", "num_seqs", dtype="i32")
+    expect_batch_state(specs, 1)
+    return {}
+
+
+SAMPLING_OPS: dict[str, OpDef] = {
+    "last_token": OpDef(
+        inputs=("x", "cu_seqlens"),
+        outputs=("y",),
+        infer=_last_token,
+        doc="y[s] = x[cu_seqlens[s + 1] - 1]",
+    ),
+    # Query i of a sequence is token `rng_offset + i`, and is drawn as it would be alone.
+    "sample": OpDef(
+        inputs=("logits", *SAMPLING_INPUTS),
+        outputs=("next_tokens",),
+        infer=_sample,
+        doc="next_tokens = argmax(logits), or a sample after top-k and top-p",
+        attrs=("num_valid_tokens",),
+        optional=("query_len",),
+    ),
+    "advance": OpDef(
+        inputs=("next_tokens", "page_table"),
+        outputs=(),
+        infer=_advance,
+        doc="the inputs of the next decode step, in place; padding (src_state_slots = 0) stays",
+        states=tuple((name, "update") for name in BATCH_STATE),
+        attrs=("page_size",),
+    ),
+}
