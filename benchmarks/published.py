@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
-from tokenspeed_plan.planner.advisor.engine_profile import load_engine
+from tokenspeed_plan.planner.advisor.engine_profile import Engine, load_engine
 from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
-from tokenspeed_plan.planner.advisor.step_model import Engine, StepModel
-from tokenspeed_plan.planner.advisor.workload import ACCEPTANCE, tokens_a_step
+from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.advisor.workload import ACCEPTANCE, tokens_per_step
 from tokenspeed_plan.planner.commands.predict import search
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.models.config import load_preset
@@ -114,7 +114,7 @@ def long_context() -> None:
         "| context | published, tokens/s (decode, TP8 B200) | their engine, predicted | ours, predicted |"
     )
     print("| --- | --- | --- | --- |")
-    layout, accepted = ParallelLayout(8, 8, 1), tokens_a_step(DRAFTS, ACCEPTANCE)
+    layout, accepted = ParallelLayout(8, 8, 1), tokens_per_step(DRAFTS, ACCEPTANCE)
     for context, truth in LONG:
         rates = [
             accepted
@@ -142,7 +142,7 @@ def speculation() -> None:
             layout = ParallelLayout(8, 8, 1)
             alone = steps.decode(layout, batch, 8000, 0, "fp8").total_us
             drafted = steps.decode(layout, batch, 8000, DRAFTS, "fp8").total_us
-            gains.append(tokens_a_step(DRAFTS, ACCEPTANCE) * alone / drafted - 1)
+            gains.append(tokens_per_step(DRAFTS, ACCEPTANCE) * alone / drafted - 1)
         print(f"| {batch} | {truth} | {gains[0]:+.0%} | {gains[1]:+.0%} |")
 
 

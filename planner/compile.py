@@ -1,48 +1,49 @@
-"""From a spec to a plan: the pipeline on one screen."""
+"""From a spec to a plan: the compiler on one screen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from operator import itemgetter
 from pathlib import Path
 
+from tokenspeed_plan.codegen.build import Compiled as CompiledKernel
+from tokenspeed_plan.codegen.build import Job, compile_all, compiler_name
+from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.advisor import resolve as decide
 from tokenspeed_plan.planner.advisor.candidate import SUPPORTED
 from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, find_hardware
-from tokenspeed_plan.planner.freeze import LoweredProgram, Parts, freeze
-from tokenspeed_plan.planner.graph import OpGraph
+from tokenspeed_plan.planner.freeze import Parts, freeze
+from tokenspeed_plan.planner.graph import OpGraph, Stage
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.models import checkpoint
 from tokenspeed_plan.planner.models.config import ModelConfig, load_model_config, load_preset
 from tokenspeed_plan.planner.models.qwen3_5 import BuildContext, build
 from tokenspeed_plan.planner.passes.cost import Load
-from tokenspeed_plan.planner.passes.expand import expand
-from tokenspeed_plan.planner.passes.fuse import fuse
 from tokenspeed_plan.planner.passes.grammar import check
 from tokenspeed_plan.planner.passes.limits import (
-    cache_decisions,
-    interleaved_tokens,
+    plan_capacity,
     plan_limits,
     prefill_buckets,
+    record_cache,
 )
-from tokenspeed_plan.planner.passes.lower import Choose, lower
-from tokenspeed_plan.planner.passes.place import place
-from tokenspeed_plan.planner.passes.recompute_topk import recompute_topk
-from tokenspeed_plan.planner.passes.select import KernelChoice
-from tokenspeed_plan.planner.passes.shard import shard
-from tokenspeed_plan.planner.passes.simulate import schedule_best
+from tokenspeed_plan.planner.passes.lower import LoweredProgram
+from tokenspeed_plan.planner.passes.pipeline import DEFAULT_OPTIONS, PassContext, PassOptions, run
+from tokenspeed_plan.planner.passes.select import Candidates, select, select_first, unreported
+from tokenspeed_plan.planner.passes.simulate import record_streams
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.bundle import seal
+from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.schema import Limits, ModelFacts, Plan
+from tokenspeed_plan.plans.schema import Binary, Capacity, ModelFacts, Plan
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.plans.validate import validate
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as planning sees it: its config, and where there is a checkpoint, its headers."""
+    """A model as planning sees it: its config and, where there is a checkpoint, its headers."""
 
     config: ModelConfig
     location: str | None
@@ -52,21 +53,23 @@ class Model:
 
     @property
     def num_valid_tokens(self) -> int:
-        """Vocabulary rows that stand for a token."""
-        rows = self.config.vocab_size
-        return checkpoint.num_valid_tokens(self.folder, rows) if self.folder else rows
+        """Rows of the vocabulary that stand for a token."""
+        if self.folder is None:
+            return self.config.vocab_size
+        return checkpoint.num_valid_tokens(self.folder, self.config.vocab_size)
 
     def fused_experts(self, prefix: str) -> bool:
-        """Whether the experts under a name are one tensor; published BF16 files split only those of the MTP layer."""
-        return (
-            f"{prefix}gate_up_proj" in self.headers
-            if self.headers
-            else not prefix.startswith("mtp.")
-        )
+        """Whether the experts under a prefix are one tensor.
+
+        Published BF16 files split only the experts of the MTP layer.
+        """
+        if self.headers:
+            return f"{prefix}gate_up_proj" in self.headers
+        return not prefix.startswith("mtp.")
 
 
 def find_model(spec: Spec, near: Path | None = None) -> Model:
-    """The model of a spec. A relative path is looked up from here, then from the folders above `near`.
+    """The model of a spec. A relative path is looked up from here, then from folders above `near`.
 
     Raises:
         SpecError: no such preset or folder, or not a model that can be planned.
@@ -75,10 +78,7 @@ def find_model(spec: Spec, near: Path | None = None) -> Model:
         config, _ = load_preset(spec.model.preset)
         return Model(config, None, None, {}, {})
     assert spec.model.path is not None
-    roots = [Path(), *(near.resolve().parents if near else ())]
-    folder = next(
-        (root / spec.model.path for root in roots if (root / spec.model.path).is_dir()), None
-    )
+    folder = _find_folder(spec.model.path, near)
     if folder is None:
         raise SpecError(
             f"there is no folder `{spec.model.path}`",
@@ -87,6 +87,16 @@ def find_model(spec: Spec, near: Path | None = None) -> Model:
     headers = checkpoint.read_headers(folder)
     config = load_model_config(folder)
     return Model(config, spec.model.path, folder, checkpoint.file_digests(folder), headers)
+
+
+def _find_folder(path: str, near: Path | None) -> Path | None:
+    roots = [Path()]
+    if near is not None:
+        roots += near.resolve().parents
+    for root in roots:
+        if (root / path).is_dir():
+            return root / path
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,129 +108,210 @@ class Compiled:
     cubins: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def compile_plan(spec: Spec, model: Model, dtype: DType | None = None) -> Plan:
-    """The plan of `compile_bundle` alone, its kernels not compiled.
+def compile_plan(
+    spec: Spec,
+    model: Model,
+    dtype: DType | None = None,
+    options: PassOptions = DEFAULT_OPTIONS,
+) -> Plan:
+    """The plan of `compile_bundle` alone.
 
     Raises:
         SpecError: the spec cannot be planned: says what does not fit, and what would.
     """
-    return compile_bundle(spec, model, dtype).plan
-
-
-def build_bundle(spec: Spec, model: Model, cache: Path) -> Compiled:
-    """`compile_bundle`, with kernels that are compiled for the target and proved to fit it.
-
-    Raises:
-        SpecError: the spec cannot be planned, or a kernel fits the target in no tiling.
-    """
-    hardware = find_hardware(spec.target.gpu)
-    if hardware.sm == 0:
-        return compile_bundle(spec, model)
-    choice = KernelChoice(hardware, cache)
-    decided = decide.resolve(spec, model.config, hardware)
-    compile_bundle(spec, model, choose=choice.ask, decided=decided)
-    choice.compile()
-    made = compile_bundle(spec, model, choose=choice.answer, decided=decided)
-    return Compiled(choice.sign(made.plan), made.sources, choice.cubins(made.plan))
+    return compile_bundle(spec, model, dtype, options).plan
 
 
 def compile_bundle(
     spec: Spec,
     model: Model,
     dtype: DType | None = None,
-    choose: Choose = itemgetter(0),
-    decided: decide.Decided | None = None,
+    options: PassOptions = DEFAULT_OPTIONS,
 ) -> Compiled:
-    """Plan a spec; the canary is added by the caller. `dtype` overrides the spec's (fp64 makes the reference).
+    """Plan a spec with the best tiling of each kernel, not compiled; the caller adds the canary.
 
-    `choose` picks among the tilings of a kernel, best first; `decided` is what was resolved before,
-    if it was.
+    Args:
+        spec: what to plan.
+        model: of the spec.
+        dtype: overrides the spec's; fp64 makes the reference.
+        options: of the passes.
 
     Raises:
         SpecError: the spec cannot be planned: says what does not fit, and what would.
     """
+    parts = plan_parts(spec, model, dtype, options)
+    return _bundle(parts, select_first(parts.candidates))
+
+
+def build_bundle(spec: Spec, model: Model, cache: Path) -> Compiled:
+    """Plan a spec with kernels that are compiled for the target and proved to fit it.
+
+    Raises:
+        SpecError: the spec cannot be planned, or a kernel fits the target in no tiling.
+    """
+    parts = plan_parts(spec, model)
+    if parts.hardware.sm == 0:
+        return _bundle(parts, select_first(parts.candidates))
+    reports = compile_candidates(parts.candidates, parts.hardware, cache)
+    chosen = select(parts.candidates, reports, parts.hardware)
+    return _signed(_bundle(parts, chosen), reports, parts.hardware)
+
+
+def compile_candidates(
+    candidates: Candidates, hardware: HardwareSpec, cache: Path
+) -> dict[str, CompiledKernel]:
+    """Compile the best tiling of each kernel, then the next of those that do not fit, and so on.
+
+    Returns:
+        What the compiler made of each tiling that was tried, by its kernel's name.
+
+    Raises:
+        SpecError: no tiling of a kernel fits.
+    """
+    reports: dict[str, CompiledKernel] = {}
+    while tilings := unreported(candidates, reports, hardware):
+        jobs = {tiling.kernel.name: _job(tiling, hardware) for tiling in tilings}
+        results = compile_all(jobs.values(), cache)
+        reports |= {name: results[job.key] for name, job in jobs.items()}
+    return reports
+
+
+def _job(tiling: Built, hardware: HardwareSpec) -> Job:
+    assert tiling.source is not None
+    return Job(tiling.kernel, tiling.source, hardware.sm)
+
+
+def _bundle(parts: Parts, chosen: Mapping[str, Built]) -> Compiled:
+    plan = seal(freeze(parts, chosen))
+    validate(plan)
+    texts = {built.kernel.name: built.source for built in chosen.values()}
+    return Compiled(plan, {name: text for name, text in sorted(texts.items()) if text is not None})
+
+
+def _signed(
+    bundle: Compiled, reports: Mapping[str, CompiledKernel], hardware: HardwareSpec
+) -> Compiled:
+    """The bundle with what the compiler made of its kernels."""
+    binaries, cubins = [], {}
+    for kernel in bundle.plan.kernels:
+        report = reports.get(kernel.name)
+        if report is None:
+            continue
+        cubins[f"{kernel.name}.sm{hardware.sm}.cubin"] = report.cubin
+        binaries.append(
+            Binary(
+                kernel=kernel.name,
+                sm=hardware.sm,
+                cubin_sha256=sha256(report.cubin),
+                registers=report.registers,
+                spill_bytes=report.spill_bytes,
+                shared_bytes=report.shared_bytes,
+            )
+        )
+    changes = {"binaries": tuple(binaries), "kernel_compiler": compiler_name()}
+    return Compiled(seal(bundle.plan.model_copy(update=changes)), bundle.sources, cubins)
+
+
+def plan_parts(
+    spec: Spec,
+    model: Model,
+    dtype: DType | None = None,
+    options: PassOptions = DEFAULT_OPTIONS,
+) -> Parts:
+    """Decide everything but the tilings of the kernels.
+
+    Raises:
+        SpecError: the spec cannot be planned: says what does not fit, and what would.
+    """
+    ledger = Ledger()
     hardware = find_hardware(spec.target.gpu)
-    decided = decided or decide.resolve(spec, model.config, hardware)
+    decided = decide.resolve(spec, model.config, hardware, ledger)
     dtype = dtype or decide.weight_dtype(spec)
-    layout, knobs = decided.layout, decided.knobs
-    depth = knobs.depth
-    limits = plan_limits(
+    capacity = plan_capacity(
         spec.workload,
         model.config,
         hardware,
-        knobs.prefill_chunk,
-        knobs.checkpoint_tokens,
-        depth,
+        decided.knobs.prefill_chunk,
+        decided.knobs.checkpoint_tokens,
+        decided.knobs.depth,
         decided.recomputes,
     )
-    context = BuildContext(
-        model.config, dtype, limits, model.num_valid_tokens, model.fused_experts, spec.draft_vocab
-    )
-    graphs: dict[tuple[Phase, int], OpGraph] = {}
-    wanted: list[tuple[Phase, int]] = [
-        ("prefill", depth),
-        *(("decode", each) for each in set(decided.depths.values())),
-    ]
-    for phase, drafts in wanted:
-        built = check(build(context, phase, drafts))
-        if model.headers:
-            checkpoint.check_sources(built.weights, model.headers)
-        graphs[phase, drafts] = check(shard(built, layout))
-    sized = [
-        *(
-            (graphs["prefill", depth], bucket)
-            for bucket in prefill_buckets(limits, spec.workload.turn_tokens)
-        ),
-        *((graphs["decode", drafts], bucket) for bucket, drafts in decided.depths.items()),
-    ]
-    programs = _programs(sized, limits, hardware, spec, choose)
-    limits = limits.model_copy(update={"interleaved_tokens": _interleaved(programs, limits, spec)})
-    facts = _facts(model, dtype)
-    streams = decide.streams([graph for _, _, graph, _ in programs])
-    decisions = (*decided.decisions, streams, *cache_decisions(limits, _tpot_ms(spec)))
-    parts = Parts(
+    work = _Programs(spec, model, hardware, decided, capacity, dtype, options)
+    programs = tuple(work.lowered())
+    predicted_us = {
+        (program.graph.phase, program.bucket): program.graph.time_us for program in programs
+    }
+    limits = plan_limits(capacity, _tpot_ms(spec), predicted_us)
+    record_streams(ledger, [program.graph for program in programs])
+    record_cache(ledger, limits, _tpot_ms(spec))
+    return Parts(
         spec,
-        facts,
+        _facts(model, dtype),
         hardware,
-        layout,
+        decided.layout,
         limits,
-        decisions,
+        ledger.decisions,
         decided.predicted,
         programs,
         version("tokenspeed-plan"),
     )
-    plan = seal(freeze(parts))
-    validate(plan)
-    texts = {name: kernel.source for *_, kernels in programs for name, kernel in kernels.items()}
-    return Compiled(plan, {name: text for name, text in sorted(texts.items()) if text is not None})
 
 
-def _programs(
-    sized: Sequence[tuple[OpGraph, int]],
-    limits: Limits,
-    hardware: HardwareSpec,
-    spec: Spec,
-    choose: Choose,
-) -> list[LoweredProgram]:
-    """(bucket, sequences, lowered graph, kernels) of every program, from its graph and its bucket."""
-    made = []
-    for graph, bucket in sized:
-        seqs = min(bucket, limits.max_seqs)
-        tokens = bucket * (graph.depth + 1 if graph.phase == "decode" else 1)
-        expanded = check(expand(graph, tokens, seqs))
-        load = _load(graph.phase, tokens, seqs, spec)
-        fused = check(recompute_topk(fuse(expanded, tokens, seqs), tokens, seqs))
-        placed = check(
-            place(check(schedule_best(fused, load, hardware, SUPPORTED.max_streams)), tokens, seqs)
+@dataclass(frozen=True)
+class _Programs:
+    """Builds the graph of each phase and depth once, and lowers it for each bucket."""
+
+    spec: Spec
+    model: Model
+    hardware: HardwareSpec
+    decided: decide.Decided
+    capacity: Capacity
+    dtype: DType
+    options: PassOptions
+
+    def lowered(self) -> Iterator[LoweredProgram]:
+        """The programs of the plan: prefill, then decode, each by bucket."""
+        prefill = self._sharded("prefill", self.decided.knobs.depth)
+        decode = {
+            depth: self._sharded("decode", depth) for depth in set(self.decided.depths.values())
+        }
+        for bucket in prefill_buckets(self.capacity, self.spec.workload.turn_tokens):
+            yield self._lower(prefill, bucket)
+        for bucket, depth in self.decided.depths.items():
+            yield self._lower(decode[depth], bucket)
+
+    def _sharded(self, phase: Phase, depth: int) -> OpGraph:
+        context = BuildContext(
+            self.model.config,
+            self.dtype,
+            self.capacity,
+            self.model.num_valid_tokens,
+            self.model.fused_experts,
+            self.spec.draft_vocab,
         )
-        lowered, kernels = lower(placed, hardware, load, (tokens, seqs), choose)
-        made.append((bucket, seqs, check(lowered), kernels))
-    return made
+        graph = check(build(context, phase, depth))
+        if self.model.headers:
+            checkpoint.check_sources(graph.weights, self.model.headers)
+        return run(graph, PassContext(self.layout, self.hardware), until=Stage.SHARDED)
 
+    def _lower(self, graph: OpGraph, bucket: int) -> LoweredProgram:
+        num_seqs = min(bucket, self.capacity.max_seqs)
+        num_tokens = bucket * graph.num_queries
+        context = PassContext(
+            self.layout,
+            self.hardware,
+            num_tokens,
+            num_seqs,
+            _load(graph.phase, num_tokens, num_seqs, self.spec),
+            SUPPORTED.max_streams,
+            self.options,
+        )
+        return LoweredProgram(bucket, num_seqs, run(graph, context))
 
-def _interleaved(programs: Sequence[LoweredProgram], limits: Limits, spec: Spec) -> int:
-    predicted_us = {(graph.phase, bucket): graph.time_us for bucket, _, graph, _ in programs}
-    return interleaved_tokens(limits, _tpot_ms(spec), predicted_us)
+    @property
+    def layout(self) -> ParallelLayout:
+        """How the model is cut over the ranks."""
+        return self.decided.layout
 
 
 def _tpot_ms(spec: Spec) -> float | None:
@@ -229,9 +320,11 @@ def _tpot_ms(spec: Spec) -> float | None:
 
 
 def _load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:
-    """What a program is priced for: decode in the middle of the conversation, prefill of one sequence."""
+    """What a program is priced for: decode halfway through a conversation, or one prompt."""
     middle = spec.workload.max_conversation_tokens // 2
-    return Load(tokens, seqs, middle) if phase == "decode" else Load(tokens, 1, min(middle, tokens))
+    if phase == "decode":
+        return Load(tokens, seqs, middle)
+    return Load(tokens, 1, min(middle, tokens))
 
 
 def _facts(model: Model, dtype: DType) -> ModelFacts:

@@ -1,23 +1,28 @@
-"""From lowered graphs to the plan: nothing is decided here any more, only written down."""
+"""From lowered programs to the plan: nothing is decided here, only written down."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tokenspeed_plan.codegen.kernel_builder import Built
-from tokenspeed_plan.planner.advisor.hardware import GIB, HardwareSpec
-from tokenspeed_plan.planner.graph import OpGraph, Tensor, Weight
+from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
+from tokenspeed_plan.planner.graph import LoweredCall, LoweredStep, OpGraph, Source, Tensor, Weight
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.passes.lower import scratch_name
+from tokenspeed_plan.planner.passes.lower import LoweredProgram, scratch_name
+from tokenspeed_plan.planner.passes.place import PLACED_ARENAS
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.report import GIB
 from tokenspeed_plan.plans.schema import (
     SCHEMA_VERSION,
+    SIGNALS,
+    ArenaName,
     ArenaSpec,
     AttentionLayout,
     BufferSpec,
     Decision,
+    KernelCall,
     KernelSpec,
     Layout,
     Limits,
@@ -30,18 +35,19 @@ from tokenspeed_plan.plans.schema import (
     Predicted,
     Program,
     Shift,
+    Step,
     Target,
     WeightSpec,
     shared_bytes,
 )
-from tokenspeed_plan.plans.types import aligned
+from tokenspeed_plan.plans.types import TensorSpec, aligned
 
-LoweredProgram = tuple[int, int, OpGraph, dict[str, Built]]
+Chosen = Mapping[str, Built]  # the tiling of each kernel by its key
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Everything that goes into a plan."""
+    """Everything that goes into a plan, except which tiling each kernel has."""
 
     spec: Spec
     facts: ModelFacts
@@ -50,156 +56,219 @@ class Parts:
     limits: Limits
     decisions: tuple[Decision, ...]
     predicted: Predicted
-    programs: list[LoweredProgram]
+    programs: tuple[LoweredProgram, ...]
     compiler_version: str
 
+    @property
+    def candidates(self) -> dict[str, tuple[Built, ...]]:
+        """The tilings of all kernels by key, best first."""
+        merged: dict[str, tuple[Built, ...]] = {}
+        for program in self.programs:
+            merged |= program.candidates
+        return merged
 
-def freeze(parts: Parts) -> Plan:
+
+def freeze(parts: Parts, chosen: Chosen) -> Plan:
     """The plan, not sealed yet.
 
     Raises:
         SpecError: it does not fit a rank's memory; the map is in the message.
     """
-    graphs = [graph for _, _, graph, _ in parts.programs]
-    weights, weight_bytes = _place_weights(
-        {name: w for graph in graphs for name, w in graph.weights.items()}.values()
-    )
-    kernels = {
-        name: built.kernel
-        for _, _, _, made in parts.programs
-        for name, built in sorted(made.items())
-    }
-    programs = tuple(
-        _program(bucket, seqs, graph, graph.phase != "prefill" and parts.hardware.sm > 0)
-        for bucket, seqs, graph, _ in parts.programs
-    )
-    buffers, arena_bytes = _place_shared(graphs, kernels.values(), programs)
-    arena_bytes |= {
-        "weights": weight_bytes,
-        "activations": max(graph.arena_bytes for graph in graphs),
-    }
-    pool = Pool(
-        role="both",
-        layout=Layout(
-            attention=AttentionLayout(tp=parts.layout.attention_tp),
-            moe=MoeLayout(tp=parts.layout.moe_tp, ep=parts.layout.moe_ep),
-        ),
-        limits=parts.limits,
-        memory_bytes_per_rank=_memory(arena_bytes, parts.hardware),
-        arenas=tuple(
-            ArenaSpec(name=name, size_bytes=arena_bytes[name]) for name in sorted(arena_bytes)
-        ),  # type: ignore[arg-type]
-        weights=weights,
-        buffers=buffers,
-        programs=programs,
-    )
+    kernels = _kernels(parts.programs, chosen)
+    target = Target(gpu=parts.hardware.name, count=parts.layout.num_ranks, sm=parts.hardware.sm)
     return Plan(
         schema_version=SCHEMA_VERSION,
         compiler_version=parts.compiler_version,
         digest="",
         spec=parts.spec.model_dump(mode="json", exclude_none=True),
         model=parts.facts,
-        target=Target(gpu=parts.hardware.name, count=parts.layout.num_ranks, sm=parts.hardware.sm),
-        pools=(pool,),
+        target=target,
+        pools=(_pool(parts, chosen, kernels),),
         decisions=parts.decisions,
         predicted=parts.predicted,
         kernels=tuple(kernels[name] for name in sorted(kernels)),
     )
 
 
+def _kernels(programs: Sequence[LoweredProgram], chosen: Chosen) -> dict[str, KernelSpec]:
+    """The chosen kernels by name, program by program."""
+    kernels: dict[str, KernelSpec] = {}
+    for program in programs:
+        used = {chosen[key].kernel.name: chosen[key].kernel for key in program.candidates}
+        kernels |= dict(sorted(used.items()))
+    return kernels
+
+
+def _pool(parts: Parts, chosen: Chosen, kernels: Mapping[str, KernelSpec]) -> Pool:
+    graphs = [program.graph for program in parts.programs]
+    all_weights: dict[str, Weight] = {}
+    for graph in graphs:
+        all_weights |= graph.weights
+    weights, weight_bytes = _place_weights(all_weights.values())
+    on_gpu = parts.hardware.sm > 0
+    programs = tuple(_program(program, chosen, on_gpu) for program in parts.programs)
+    own = _program_bytes(graphs)
+    tensors = _shared_tensors(graphs, kernels.values())
+    if "symmetric" in own:
+        tensors[SIGNALS] = _signals(parts.layout.num_ranks)
+    buffers, arena_bytes = _place_shared(tensors, programs, own)
+    arena_bytes["weights"] = weight_bytes
+    return Pool(
+        role="both",
+        layout=_layout(parts.layout),
+        limits=parts.limits,
+        memory_bytes_per_rank=_memory(arena_bytes, parts.hardware),
+        arenas=tuple(
+            ArenaSpec(name=name, size_bytes=size) for name, size in sorted(arena_bytes.items())
+        ),
+        weights=weights,
+        buffers=buffers,
+        programs=programs,
+    )
+
+
+def _layout(layout: ParallelLayout) -> Layout:
+    return Layout(
+        attention=AttentionLayout(tp=layout.attention_tp),
+        moe=MoeLayout(tp=layout.moe_tp, ep=layout.moe_ep),
+    )
+
+
 def _place_weights(weights: Iterable[Weight]) -> tuple[tuple[WeightSpec, ...], int]:
+    """The weights one after the other, and the bytes that they need."""
     placed, top = [], 0
     for weight in weights:
+        pieces = _pieces(weight)
         placed.append(
-            WeightSpec(
-                name=weight.name, offset_bytes=top, tensor=weight.spec, pieces=_pieces(weight)
-            )
+            WeightSpec(name=weight.name, offset_bytes=top, tensor=weight.spec, pieces=pieces)
         )
         top += aligned(weight.spec.size_bytes())
     return tuple(placed), top
 
 
 def _pieces(weight: Weight) -> tuple[Piece, ...]:
+    """The sources of a weight, side by side along its joined dimension."""
     pieces, joined = [], 0
     for source in weight.sources:
-        at = tuple(joined if dim == weight.join_dim else 0 for dim in range(len(source.size)))
-        shifts = tuple(Shift(dim=dim, by=by) for dim, by in source.ranks)
-        pieces.append(
-            Piece(source=source.name, start=source.start, size=source.size, at=at, shifts=shifts)
-        )
+        at = [0] * len(source.size)
+        at[weight.join_dim] = joined
+        pieces.append(_piece(source, tuple(at)))
         joined += source.size[weight.join_dim]
     return tuple(pieces)
 
 
+def _piece(source: Source, at: tuple[int, ...]) -> Piece:
+    shifts = tuple(Shift(dim=dim, by=by) for dim, by in source.ranks)
+    return Piece(source=source.name, start=source.start, size=source.size, at=at, shifts=shifts)
+
+
+def _program_bytes(graphs: Sequence[OpGraph]) -> dict[ArenaName, int]:
+    """Bytes that the buffers of the largest program need, by arena; no peers, no symmetric ones."""
+    own: dict[ArenaName, int] = {}
+    for arena in PLACED_ARENAS:
+        size = max(graph.arena_bytes[arena] for graph in graphs)
+        if size or arena == "activations":
+            own[arena] = size
+    return own
+
+
 def _place_shared(
-    graphs: list[OpGraph], kernels: Iterable[KernelSpec], programs: Sequence[Program]
-) -> tuple[tuple[BufferSpec, ...], dict[str, int]]:
-    """State, io and scratch buffers: they outlive a program, so each has a place of its own."""
-    shared: dict[str, Tensor] = {}
-    for graph in graphs:
-        shared |= {
-            name: tensor for name, tensor in graph.tensors.items() if tensor.arena != "activations"
-        }
-    for kernel in kernels:
-        scratch = (param for param in kernel.params if param.role == "scratch")
-        shared |= {
-            name: Tensor(name, param.tensor, "scratch")
-            for param in scratch
-            if (name := scratch_name(kernel, param))
-        }
+    shared: Mapping[str, Tensor], programs: Sequence[Program], own: Mapping[ArenaName, int]
+) -> tuple[tuple[BufferSpec, ...], dict[ArenaName, int]]:
+    """State, io and scratch buffers, and signals, which outlive a program.
+
+    Each has a place of its own, after the bytes that programs need for their `own` buffers.
+    """
     sizes = shared_bytes({name: tensor.spec for name, tensor in shared.items()}, programs)
-    tops = {"kv_cache": 0, "state": 0, "io": 0, "scratch": 0}
+    tops: dict[ArenaName, int] = {"kv_cache": 0, "state": 0, "io": 0, "scratch": 0, **own}
     buffers = []
-    for tensor in shared.values():
+    for name, tensor in shared.items():
+        offset = tops[tensor.arena]
         buffers.append(
-            BufferSpec(
-                name=tensor.name,
-                arena=tensor.arena,
-                offset_bytes=tops[tensor.arena],
-                tensor=tensor.spec,
-            )
+            BufferSpec(name=name, arena=tensor.arena, offset_bytes=offset, tensor=tensor.spec)
         )
-        tops[tensor.arena] += aligned(sizes[tensor.name])
+        tops[tensor.arena] = offset + aligned(sizes[name])
     return tuple(buffers), tops
 
 
-def _memory(arena_bytes: dict[str, int], hardware: HardwareSpec) -> Memory:
+def _signals(num_ranks: int) -> Tensor:
+    """The flags of fused all-reduces: each token has two barriers, with a flag for each rank."""
+    spec = TensorSpec.of(shape=("num_tokens", 2 * num_ranks), dtype="i32")
+    return Tensor(SIGNALS, spec, "symmetric")
+
+
+def _shared_tensors(graphs: Sequence[OpGraph], kernels: Iterable[KernelSpec]) -> dict[str, Tensor]:
+    shared: dict[str, Tensor] = {}
+    for graph in graphs:
+        for name, tensor in graph.tensors.items():
+            if tensor.arena not in PLACED_ARENAS:
+                shared[name] = tensor
+    for kernel in kernels:
+        for param in kernel.params:
+            if param.role == "scratch":
+                name = scratch_name(kernel, param)
+                shared[name] = Tensor(name, param.tensor, "scratch")
+    return shared
+
+
+def _memory(arena_bytes: Mapping[ArenaName, int], hardware: HardwareSpec) -> Memory:
     total = sum(arena_bytes.values()) + hardware.reserved_bytes
     if total > hardware.memory_bytes:
-        rows = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sorted(arena_bytes.items()))
+        sizes = [*sorted(arena_bytes.items()), ("reserved", hardware.reserved_bytes)]
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes)
+        capacity = hardware.memory_bytes / GIB
         raise SpecError(
-            f"needs {total / GIB:.2f} GiB on each {hardware.name}, which has {hardware.memory_bytes / GIB:.2f}"
-            f" ({rows}, reserved {hardware.reserved_bytes / GIB:.2f} GiB)",
+            f"needs {total / GIB:.2f} GiB on each {hardware.name}, which has {capacity:.2f} "
+            f"({parts} GiB)",
             "raise `target.count`, or lower `workload.concurrency` or its tokens",
         )
-    return Memory(
-        **arena_bytes, reserved=hardware.reserved_bytes, total=total, capacity=hardware.memory_bytes
-    )
+    reserved, capacity_bytes = hardware.reserved_bytes, hardware.memory_bytes
+    rest = {"reserved": reserved, "total": total, "capacity": capacity_bytes}
+    return Memory.model_validate({**arena_bytes, **rest})
 
 
-def _program(bucket: int, max_seqs: int, graph: OpGraph, captured: bool) -> Program:
-    used = [name for op in graph.ordered() for name in op.outputs]
-    buffers = tuple(
-        BufferSpec(
-            name=name,
-            arena="activations",
-            offset_bytes=graph.offsets[name],
-            tensor=graph.tensors[name].spec,
-        )
-        for name in used
-        if graph.tensors[name].arena == "activations"
-    )
+def _program(program: LoweredProgram, chosen: Chosen, on_gpu: bool) -> Program:
+    graph = program.graph
     return Program(
         phase=graph.phase,
-        bucket=bucket,
-        max_tokens=bucket * (graph.depth + 1 if graph.phase == "decode" else 1),
-        max_seqs=max_seqs,
+        bucket=program.bucket,
+        max_tokens=program.bucket * graph.num_queries,
+        max_seqs=program.max_seqs,
         inputs=graph.inputs,
         outputs=graph.outputs,
-        buffers=buffers,
-        steps=graph.steps,
+        buffers=_activations(graph),
+        steps=tuple(_step(step, chosen) for step in graph.calls),
         num_streams=graph.num_streams,
-        captured=captured,
+        captured=on_gpu and graph.phase != "prefill",
         predicted_us=round(graph.time_us, 2),
         depth=graph.depth,
+    )
+
+
+def _activations(graph: OpGraph) -> tuple[BufferSpec, ...]:
+    """The buffers of one program, in the order in which they are written."""
+    buffers = []
+    for name in (name for op in graph.ordered() for name in op.outputs):
+        tensor = graph.tensors[name]
+        if tensor.arena in PLACED_ARENAS:
+            offset = graph.offsets[name]
+            buffers.append(
+                BufferSpec(name=name, arena=tensor.arena, offset_bytes=offset, tensor=tensor.spec)
+            )
+    return tuple(buffers)
+
+
+def _step(step: LoweredStep, chosen: Chosen) -> Step:
+    """The step of the plan: a call is bound to the kernel that was chosen, and gets its scratch."""
+    if not isinstance(step, LoweredCall):
+        return step
+    kernel = chosen[step.key].kernel
+    scratch = (scratch_name(kernel, param) for param in kernel.params if param.role == "scratch")
+    return KernelCall(
+        kernel=kernel.name,
+        args=(*step.args, *scratch),
+        stream=step.stream,
+        predicted_us=step.predicted_us,
+        flops=step.flops,
+        moved_bytes=step.moved_bytes,
     )

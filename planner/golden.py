@@ -1,7 +1,6 @@
-"""The golden tokens of a plan: made by replaying the same model in fp64 on the reference bodies.
+"""The golden tokens of a plan, from the same model in fp64 on the reference backend.
 
-In fp64 the last bits differ between machines at 1e-14, so that four decimals are the same
-everywhere.
+In fp64, machines differ at 1e-14, so that four decimals are the same everywhere.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ NUM_TOKENS = 16
 
 
 def with_canary(plan: Plan, spec: Spec, model: Model) -> Plan:
-    """The plan with golden prompts, where there are weights to make them with."""
+    """The plan with golden prompts, if there are weights to make them with."""
     if model.folder is None or not model.headers:
         return plan
-    room = plan.pool.limits.max_seq_len - NUM_TOKENS
-    prompts = (
-        [ids[:room] for ids in _prompts(model.folder, model.num_valid_tokens)] if room > 0 else []
-    )
+    max_prompt_len = plan.pool.limits.max_seq_len - NUM_TOKENS
+    prompts: list[list[int]] = []
+    if max_prompt_len > 0:
+        prompts = _prompts(model.folder, model.num_valid_tokens)
+        prompts = [ids[:max_prompt_len] for ids in prompts]
     sealed = seal(plan.model_copy(update={"canary": _golden(spec, model, model.folder, prompts)}))
     validate(sealed)
     return sealed
@@ -41,13 +41,14 @@ def _prompts(folder: Path, num_tokens: int) -> list[list[int]]:
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(folder)
         return [tokenizer.encode(text) for text in TEXTS]
-    return [[(7 * i + 11 * row) % num_tokens for i in range(12)] for row in range(len(TEXTS))]
+    positions = range(12)
+    return [[(7 * i + 11 * row) % num_tokens for i in positions] for row in range(len(TEXTS))]
 
 
 def _golden(
     spec: Spec, model: Model, folder: Path, prompts: list[list[int]]
 ) -> tuple[CanaryPrompt, ...]:
-    """Planned for one CPU and just these prompts, whatever the spec's target."""
+    """The continuations of the prompts, from a plan for one CPU and just these prompts."""
     from tokenspeed_plan.runtime.canary import golden
     from tokenspeed_plan.runtime.engine import Engine
 

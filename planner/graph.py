@@ -1,4 +1,4 @@
-"""The operator graph: a typed shell over `networkx.DiGraph` with a stable order."""
+"""The operator graph: operators, tensors and weights, with `networkx` for their order."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import networkx as nx
 
+from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.plans.ops import Access
-from tokenspeed_plan.plans.schema import ArenaName, Step
+from tokenspeed_plan.plans.schema import ArenaName, CollectiveCall, RecordEvent, WaitEvent
 from tokenspeed_plan.plans.types import Attr, Phase, RankShift, TensorSpec
 
-# `residual` are norms and sums of the residual stream, `batch` what keeps the batch's own numbers.
+# `residual` are norms and sums of the residual stream; `batch` operators update the batch's inputs.
 Role = Literal["embed", "mixer", "ffn", "router", "residual", "head", "draft", "batch"]
 DimSplits = tuple[tuple[int, Split], ...]
 
@@ -25,7 +26,9 @@ class Stage(StrEnum):
 
     BUILT = "built"
     SHARDED = "sharded"
+    EXPANDED = "expanded"
     FUSED = "fused"
+    RECOMPUTED = "recomputed"
     SCHEDULED = "scheduled"
     PLACED = "placed"
     LOWERED = "lowered"
@@ -33,7 +36,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An activation, an input or a state buffer. `splits` says which dimensions ranks will share out."""
+    """An activation, an input or a state buffer. Ranks share out the dimensions in `splits`."""
 
     name: str
     spec: TensorSpec
@@ -43,9 +46,14 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint tensor that goes into a weight, with the dimensions that ranks share out.
+    """A box of a checkpoint tensor that goes into a weight. Ranks share out dimensions in `splits`.
 
-    A name with `{expert}` stands for one tensor an expert, stacked.
+    A name with `{expert}` stands for one tensor per expert, stacked.
+
+    Packed rows: with `every`, the piece takes `run` rows out of each `every` rows of the checkpoint
+    tensor, beginning at `start[0]`. Then `size[0]` is the number of groups times `run`, and a split
+    of dimension 0 shares whole groups out. `shard` replaces such a source by one ordinary source
+    for each group.
     """
 
     name: str
@@ -54,6 +62,8 @@ class Source:
     size: tuple[int, ...]
     splits: DimSplits = ()
     ranks: tuple[tuple[int, RankShift], ...] = ()
+    run: int = 0
+    every: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +89,7 @@ class Op:
         shifts: constants that differ by rank: name -> (size, split); `rank_attrs` once sharded.
         partial: each rank's output is a term of a sum (after `embed` and row-parallel products).
         gathered: each rank's output is a block of columns that every rank needs.
-        layer: number of its decoder layer (the MTP layer comes after the last), None outside of them.
+        layer: number of its decoder layer, None outside of them; the MTP layer follows the last.
         role: what it does for the model.
     """
 
@@ -110,9 +120,51 @@ class Op:
         return self.inputs + self.weights + tuple(name for name, _ in self.states)
 
 
+@dataclass(frozen=True, slots=True)
+class ScheduledOp:
+    """An operator's turn in the order of the program, on its stream."""
+
+    op_name: str
+    stream: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredCall:
+    """The call of a kernel whose tiling is not chosen yet.
+
+    Attributes:
+        key: of the kernel in `OpGraph.candidates`.
+        args: names of buffers and weights; the scratch of the chosen tiling comes after them.
+        stream: where it runs.
+        predicted_us, flops, moved_bytes: of one call.
+    """
+
+    key: str
+    args: tuple[str, ...]
+    stream: int
+    predicted_us: float
+    flops: float
+    moved_bytes: float
+
+
+ScheduledStep = ScheduledOp | RecordEvent | WaitEvent
+LoweredStep = LoweredCall | CollectiveCall | RecordEvent | WaitEvent
+
+
 @dataclass(frozen=True)
 class OpGraph:
-    """A program on its way to the plan. Passes return a new graph; nothing is changed in place."""
+    """A program on its way to the plan. Passes return a new graph and change nothing in place.
+
+    Attributes:
+        phase, stage: what the program does, and how far it has come.
+        ops, tensors, weights: the operators in order, and what they name.
+        inputs, outputs: names of tensors.
+        depth: drafts that the program makes for each sequence.
+        steps, num_streams: set by `schedule`.
+        time_us, runner_up_us: predicted time, and the best one with another number of streams.
+        offsets, arena_bytes: where activations lie, and how much each arena needs, set by `place`.
+        calls, candidates: set by `lower`; the tilings of each kernel by key, best first.
+    """
 
     phase: Phase
     stage: Stage
@@ -121,35 +173,54 @@ class OpGraph:
     weights: Mapping[str, Weight]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    depth: int = 0  # drafts that it makes
-    steps: tuple[Step, ...] = ()
+    depth: int = 0
+    steps: tuple[ScheduledStep, ...] = ()
     num_streams: int = 1
     time_us: float = 0.0
-    runner_up_us: float | None = None  # with another number of streams
+    runner_up_us: float | None = None
     offsets: Mapping[str, int] = field(default_factory=dict)
-    arena_bytes: int = 0
+    arena_bytes: Mapping[ArenaName, int] = field(default_factory=dict)
+    calls: tuple[LoweredStep, ...] = ()
+    candidates: Mapping[str, tuple[Built, ...]] = field(default_factory=dict)
 
     def to(self, stage: Stage, **changes: Any) -> OpGraph:
         """The graph at the next stage."""
         return replace(self, stage=stage, **changes)
 
     @cached_property
+    def by_name(self) -> Mapping[str, Op]:
+        """Operators by name."""
+        return {op.name: op for op in self.ops}
+
+    @property
+    def num_queries(self) -> int:
+        """Tokens of each sequence in a decode step, 1 in prefill."""
+        return self.depth + 1 if self.phase == "decode" else 1
+
+    @cached_property
     def nx(self) -> nx.DiGraph[str]:
-        """Operators as nodes; edges are data, state written and then read, and inputs read before they move on."""
+        """Operators as nodes.
+
+        Edges are data, state that is written and then read, and inputs that are read before the
+        program updates them.
+        """
         graph: nx.DiGraph[str] = nx.DiGraph()
-        made_by: dict[str, str] = {}
+        written_by: dict[str, str] = {}
         readers: dict[str, list[str]] = {}
         for op in self.ops:
             graph.add_node(op.name)
-            for name in (state for state, _ in op.states if state in self.inputs):
-                graph.add_edges_from((reader, op.name) for reader in readers.get(name, ()))
+            states = dict(op.states)
+            for name in states:
+                if name in self.inputs:
+                    graph.add_edges_from((reader, op.name) for reader in readers.get(name, ()))
             for name in op.inputs:
                 readers.setdefault(name, []).append(op.name)
-            for name in (*op.inputs, *(name for name, access in op.states if access == "read")):
-                if name in made_by:
-                    graph.add_edge(made_by[name], op.name, tensor=name)
-            made_by |= dict.fromkeys(op.outputs, op.name)
-            made_by |= {name: op.name for name, access in op.states if access != "read"}
+            read = [name for name, access in op.states if access == "read"]
+            for name in (*op.inputs, *read):
+                if name in written_by:
+                    graph.add_edge(written_by[name], op.name, tensor=name)
+            written_by |= dict.fromkeys(op.outputs, op.name)
+            written_by |= {name: op.name for name in states if name not in read}
         return graph
 
     def ordered(self) -> Iterator[Op]:

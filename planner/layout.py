@@ -15,9 +15,9 @@ Axis = Literal["attention", "kv", "mlp", "vocab", "experts", "expert_inner"]
 class ParallelLayout:
     """Ranks are numbered `ep_rank * moe_tp + moe_tp_rank`.
 
-    Attention tensor parallelism spans `attention_tp` neighbours; `attention_dp` such groups have
-    their own sequences; `context_split` ranks that hold copies of a KV head can share its tokens
-    out instead.
+    Attention tensor parallelism spans `attention_tp` neighbours, and each of the `attention_dp`
+    groups has its own sequences. `context_split` ranks that would hold copies of a KV head share
+    its tokens out instead.
     """
 
     attention_tp: int
@@ -33,18 +33,28 @@ class ParallelLayout:
 
     def ways(self, axis: Axis) -> int:
         """Into how many parts an axis is cut."""
-        own = {"experts": self.moe_ep, "expert_inner": self.moe_tp}
-        return own.get(axis, self.attention_tp if axis in ("attention", "kv") else self.num_ranks)
+        match axis:
+            case "experts":
+                return self.moe_ep
+            case "expert_inner":
+                return self.moe_tp
+            case "attention" | "kv":
+                return self.attention_tp
+            case "mlp" | "vocab":
+                return self.num_ranks
 
     def __str__(self) -> str:
-        more = f" x dp {self.attention_dp}" if self.attention_dp > 1 else ""
-        more += f" / context {self.context_split}" if self.context_split > 1 else ""
-        return f"attention tp {self.attention_tp}{more}, moe tp {self.moe_tp} x ep {self.moe_ep}"
+        attention = f"attention tp {self.attention_tp}"
+        if self.attention_dp > 1:
+            attention += f" x dp {self.attention_dp}"
+        if self.context_split > 1:
+            attention += f" / context {self.context_split}"
+        return f"{attention}, moe tp {self.moe_tp} x ep {self.moe_ep}"
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A dimension made of `units` equal blocks (heads, channels, experts) that ranks share out along `axis`."""
+    """A dimension of `units` equal blocks (heads, channels, experts), shared out along `axis`."""
 
     axis: Axis
     units: int
@@ -84,10 +94,16 @@ _WHAT: dict[Axis, str] = {
     "experts": "experts",
     "expert_inner": "channels of an expert",
 }
-_HINTS: dict[Axis, str] = dict.fromkeys(
-    ("attention", "kv", "mlp", "vocab"),
-    "choose a `target.count` that divides the heads of the model",
-) | dict.fromkeys(("experts", "expert_inner"), "choose another `parallelism.moe`")  # type: ignore[assignment]
+_COUNT_HINT = "choose a `target.count` that divides the heads of the model"
+_MOE_HINT = "choose another `parallelism.moe`"
+_HINTS: dict[Axis, str] = {
+    "attention": _COUNT_HINT,
+    "kv": _COUNT_HINT,
+    "mlp": _COUNT_HINT,
+    "vocab": _COUNT_HINT,
+    "experts": _MOE_HINT,
+    "expert_inner": _MOE_HINT,
+}
 
 
 def check_fp8_blocks(inner_size: int, ways: int, what: str, block: int = 128) -> None:
@@ -98,6 +114,7 @@ def check_fp8_blocks(inner_size: int, ways: int, what: str, block: int = 128) ->
     """
     if inner_size % ways or inner_size // ways % block:
         raise SpecError(
-            f"{what} of {inner_size} channels over {ways} GPUs is not whole {block}-wide FP8 blocks",
+            f"{what} of {inner_size} channels over {ways} GPUs "
+            f"is not whole {block}-wide FP8 blocks",
             "use fewer ways of tensor parallelism, or expert parallelism",
         )

@@ -15,6 +15,8 @@ from tokenspeed_plan.plans.errors import SpecError
 
 Auto = Literal["auto"]
 AutoOrOff = Literal["auto", "off"]
+MAX_GPUS = 1024
+MAX_CONCURRENCY = 65_536
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -41,7 +43,7 @@ class TargetSpec(_Section):
     """Which GPU, and how many."""
 
     gpu: str
-    count: Annotated[int, Field(ge=1, le=1024)] = 1
+    count: Annotated[int, Field(ge=1, le=MAX_GPUS)] = 1
 
 
 class AttentionSpec(_Section):
@@ -78,7 +80,7 @@ class WorkloadSpec(_Section):
     turn_tokens: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
     turns: Count = 1
     output_tokens: Count = 512
-    concurrency: Annotated[int, Field(ge=1, le=65_536)] = 1
+    concurrency: Annotated[int, Field(ge=1, le=MAX_CONCURRENCY)] = 1
     arrivals_per_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     skew: Annotated[float, Field(ge=0, le=4, allow_inf_nan=False)] = 0.0
 
@@ -107,6 +109,7 @@ class ObjectiveSpec(_Section):
 
 
 MAX_DRAFTS = 16
+RollbackWord = Literal["snapshot", "recompute"]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 

@@ -18,14 +18,28 @@ from tokenspeed_plan.plans.validate import validate
 
 PLAN_FILE = "plan.json"
 CUBIN = "cubin"
-# Lists and objects down to this depth get a line for each element, so that a diff of two plans is
-# readable.
-_OPEN_DEPTH = {
-    "pools": 3,
-    "programs": 4,
-    **dict.fromkeys(("arenas", "buffers", "limits", "weights"), 2),
-}
-_DEFAULT_OPEN_DEPTH = 2
+# The elements of these fields get a line each, so that a diff of two plans is readable: one line
+# for each weight, buffer, kernel and step.
+_OPENED = frozenset(
+    (
+        "arenas",
+        "binaries",
+        "buffers",
+        "canary",
+        "decisions",
+        "kernels",
+        "limits",
+        "model",
+        "pools",
+        "predicted",
+        "programs",
+        "spec",
+        "steps",
+        "target",
+        "weights",
+    )
+)
+_OPENED_ITEMS = frozenset(("pools", "programs"))  # and their elements are opened too
 
 
 def seal(plan: Plan) -> Plan:
@@ -35,26 +49,34 @@ def seal(plan: Plan) -> Plan:
 
 def dump_plan(plan: Plan) -> str:
     """The text of plan.json: canonical, one line for each weight, buffer, kernel and step."""
-    fields = plan.model_dump(mode="json")
-    lines = [
-        f"{canonical(key)}: {_spread(fields[key], _OPEN_DEPTH.get(key, _DEFAULT_OPEN_DEPTH), 1)}"
-        for key in sorted(fields)
-    ]
-    return "{\n " + ",\n ".join(lines) + "\n}\n"
+    return _open(plan.model_dump(mode="json"), "", 0) + "\n"
 
 
-def _spread(value: Any, depth: int, indent: int) -> str:
-    if depth == 1 or not isinstance(value, (dict, list)) or not value:
-        return canonical(value)
-    pad = " " * (indent + 1)
+def _open(value: dict[str, Any] | list[Any], key: str, indent: int) -> str:
+    """The elements of the field `key`, one below the other."""
     if isinstance(value, dict):
         inner = [
-            f"{canonical(key)}: {_spread(value[key], _OPEN_DEPTH.get(key, depth - 1), indent + 1)}"
-            for key in sorted(value)
+            f"{canonical(name)}: {_spell(value[name], name, indent)}" for name in sorted(value)
         ]
-        return "{\n" + pad + f",\n{pad}".join(inner) + "\n" + " " * indent + "}"
-    inner = [_spread(item, depth - 1, indent + 1) for item in value]
-    return "[\n" + pad + f",\n{pad}".join(inner) + "\n" + " " * indent + "]"
+        return _bracket("{", inner, "}", indent)
+    inner = [canonical(item) for item in value]
+    if key in _OPENED_ITEMS:
+        inner = [_open(item, "", indent + 1) for item in value]
+    return _bracket("[", inner, "]", indent)
+
+
+def _spell(value: Any, key: str, indent: int) -> str:
+    """The field `key`, opened if it is one of those that are and has elements."""
+    has_elements = isinstance(value, (dict, list)) and len(value) > 0
+    if key not in _OPENED or not has_elements:
+        return canonical(value)
+    return _open(value, key, indent + 1)
+
+
+def _bracket(opening: str, inner: list[str], closing: str, indent: int) -> str:
+    pad = "\n" + " " * indent
+    lines = f",{pad} ".join(inner)
+    return f"{opening}{pad} {lines}{pad}{closing}"
 
 
 def save_plan(
@@ -95,7 +117,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _files_listed(path: Path) -> set[str]:
-    """Names of the kernels and binaries of the plan that is about to be replaced, of any schema version."""
+    """Files of kernels and binaries of the plan to be replaced, of any schema version."""
     try:
         fields = json.loads(path.read_bytes())
         cubins = {f"{item['kernel']}.sm{item['sm']}.cubin" for item in fields["binaries"]}
@@ -105,7 +127,7 @@ def _files_listed(path: Path) -> set[str]:
 
 
 def _drop_replaced(folder: Path, names: set[str]) -> None:
-    """What the plan before left behind; what somebody else put there stays."""
+    """Delete files of the replaced plan; other files stay."""
     for path in sorted(folder.glob("*")):
         if path.name in names:
             path.unlink()

@@ -243,7 +243,7 @@ class _RaceDetector:
         span.readers.append(epoch)
 
     def _advance(self, name: str, clock: Clock) -> None:
-        """An input takes its value for the next replay; all that read this one's must be over."""
+        """An input takes its value for the next run; all that read this one's must be over."""
         known = name in self.program.inputs and name not in self.advanced
         require(known, f"`{name}` is not an input to advance")
         for reader in self.input_readers.get(name, []):

@@ -1,4 +1,4 @@
-"""The text of a kernel: checked against its plan, then made a function. Nothing runs before the check."""
+"""The text of a kernel: checked against its plan, then run to define its function."""
 
 from __future__ import annotations
 

@@ -9,7 +9,16 @@ from typing import Any
 
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_file import kind_of
-from tokenspeed_plan.plans.schema import CollectiveCall, Decision, KernelCall, Option, Plan, Program
+from tokenspeed_plan.plans.schema import (
+    Binary,
+    CollectiveCall,
+    Decision,
+    KernelCall,
+    LibraryCall,
+    Option,
+    Plan,
+    Program,
+)
 
 MIB, GIB = 1 << 20, 1 << 30
 TOP_COSTS = 5
@@ -49,7 +58,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def _largest(plan: Plan) -> dict[str, int]:
-    """What would still fit this memory, were the plan made for it."""
+    """The largest sizes that would fit this memory, with another plan."""
     predicted = plan.predicted
     return {
         "largest_concurrency": predicted.largest_concurrency,
@@ -90,15 +99,13 @@ def _program(plan: Plan, program: Program) -> dict[str, Any]:
 
 def _collectives(plan: Plan, program: Program) -> int:
     """Steps in which ranks meet, alone or inside a kernel."""
-    inside = {
-        kernel.name
-        for kernel in plan.kernels
-        if any(part.kind == "all_reduce" for part in kernel.parts)
-    }
-    return sum(
-        step.kind == "collective" or (isinstance(step, KernelCall) and step.kernel in inside)
-        for step in program.steps
-    )
+    inside = {kernel.name for kernel in plan.kernels if kernel.reduced_operand is not None}
+    count = 0
+    for step in program.steps:
+        meets = isinstance(step, KernelCall) and step.kernel in inside
+        if meets or isinstance(step, CollectiveCall):
+            count += 1
+    return count
 
 
 def smallest_decode(plan: Plan) -> Program:
@@ -107,7 +114,7 @@ def smallest_decode(plan: Plan) -> Program:
 
 
 def top_costs(plan: Plan) -> list[dict[str, Any]]:
-    """Where a lone user's step goes: kinds of kernels by predicted time."""
+    """Where a lone user's step goes: kinds of steps by predicted time, the largest first."""
     program = smallest_decode(plan)
     kinds = {kernel.name: kind_of(kernel) for kernel in plan.kernels}
     times: dict[str, list[float]] = defaultdict(list)
@@ -116,30 +123,27 @@ def top_costs(plan: Plan) -> list[dict[str, Any]]:
             times[kinds[step.kernel]].append(step.predicted_us)
         elif isinstance(step, CollectiveCall):
             times[step.op].append(step.predicted_us)
-    rows = sorted(
-        ((sum(each), kind, len(each)) for kind, each in times.items()),
-        key=lambda row: (-row[0], row[1]),
-    )
-    return [
-        {
-            "kind": kind,
-            "calls": calls,
-            "total_us": round(us, 2),
-            "share": round(us / program.predicted_us, 4),
-        }
-        for us, kind, calls in rows[:TOP_COSTS]
-    ]
+        elif isinstance(step, LibraryCall):
+            times[step.function].append(step.predicted_us)
+    largest = sorted(times, key=lambda kind: (-sum(times[kind]), kind))
+    return [_cost(program, kind, times[kind]) for kind in largest[:TOP_COSTS]]
+
+
+def _cost(program: Program, kind: str, times: list[float]) -> dict[str, Any]:
+    total_us = sum(times)
+    return {
+        "kind": kind,
+        "calls": len(times),
+        "total_us": round(total_us, 2),
+        "share": round(total_us / program.predicted_us, 4),
+    }
 
 
 def as_text(plan: Plan, kernels: bool = False) -> str:
     """The summary for a person."""
-    target, limits = plan.target, plan.pool.limits
-    layout = _value(plan, "parallelism")
+    costs = [f"{r['kind']} {r['share']:.0%} ({r['calls']})" for r in top_costs(plan)]
     lines = [
-        f"{plan.model.name} ({plan.model.dtype}, {plan.num_layers} layers) on {target.count} x {target.gpu}",
-        f"digest {plan.digest[:16]}, planned by tokenspeed-plan {plan.compiler_version}",
-        f"layout {layout}; serves {limits.max_seqs} sequences at once, each up to {limits.max_seq_len} tokens "
-        f"(would fit: {plan.predicted.largest_concurrency}, or {plan.predicted.largest_context_tokens} tokens)",
+        *_title_lines(plan),
         "",
         *_predicted_lines(plan),
         "",
@@ -147,18 +151,35 @@ def as_text(plan: Plan, kernels: bool = False) -> str:
         "",
         *_program_lines(plan),
         "",
-        "a lone user's step: "
-        + ", ".join(f"{r['kind']} {r['share']:.0%} ({r['calls']})" for r in top_costs(plan)),
+        f"a lone user's step: {', '.join(costs)}",
         f"limited by {_limit(plan)}",
         "",
         "decisions (`--why NAME` says more)",
         *(_clip(f"  {d.name:<16} {d.value}: {d.reason}") for d in plan.decisions),
     ]
-    return "\n".join([*lines, *_kernel_lines(plan)] if kernels else lines)
+    if kernels:
+        lines += _kernel_lines(plan)
+    return "\n".join(lines)
+
+
+def _title_lines(plan: Plan) -> Iterator[str]:
+    model, target, limits = plan.model, plan.target, plan.pool.limits
+    yield (
+        f"{model.name} ({model.dtype}, {plan.num_layers} layers) on {target.count} x {target.gpu}"
+    )
+    yield f"digest {plan.digest[:16]}, planned by tokenspeed-plan {plan.compiler_version}"
+    predicted = plan.predicted
+    yield (
+        f"layout {_value(plan, 'parallelism')}; serves {limits.max_seqs} sequences at once,"
+        f" each up to {limits.max_seq_len} tokens (would fit: {predicted.largest_concurrency},"
+        f" or {predicted.largest_context_tokens} tokens)"
+    )
 
 
 def _clip(line: str) -> str:
-    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
+    if len(line) <= WIDTH:
+        return line
+    return f"{line[: WIDTH - 3]}..."
 
 
 def _value(plan: Plan, name: str) -> str:
@@ -168,28 +189,24 @@ def _value(plan: Plan, name: str) -> str:
 def _predicted_lines(plan: Plan) -> Iterator[str]:
     """The contract's numbers, two a line, each with its interval."""
     predicted = plan.predicted
-    cells = [
-        f"{name:<27} {predicted.values[name]:>9.4g} ({predicted.low[name]:.4g} to {predicted.high[name]:.4g})"
-        for name in DEFINITIONS
-    ]
+    cells = []
+    for name in DEFINITIONS:
+        interval = f"({predicted.low[name]:.4g} to {predicted.high[name]:.4g})"
+        cells.append(f"{name:<27} {predicted.values[name]:>9.4g} {interval}")
     yield "predicted for the spec's workload (TPOT without TTFT)"
     for left, right in zip(cells[::2], [*cells[1::2], ""], strict=False):
         yield f"  {left:<58} {right}".rstrip()
 
 
 def _limit(plan: Plan) -> str:
-    """The kinds of time of a step, and how far it is from the floor."""
+    """What limits a step, by share, and the part of it that moving its bytes takes at peak rate."""
     parts = plan.predicted.decode_step_us
     total = sum(parts.values())
-    shares = ", ".join(
-        f"{kind} {part / total:.0%}"
-        for kind, part in sorted(parts.items(), key=lambda i: -i[1])
-        if part
-    )
+    largest = sorted(parts.items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{kind} {part / total:.0%}" for kind, part in largest if part)
     floor = plan.predicted.decode_floor_us / total
-    return (
-        f"{plan.predicted.limited_by}: {shares}; its bytes at peak rate are {floor:.0%} of a step"
-    )
+    limited_by = plan.predicted.limited_by
+    return f"{limited_by}: {shares}; its bytes at peak rate are {floor:.0%} of a step"
 
 
 def _memory_lines(plan: Plan) -> list[str]:
@@ -204,20 +221,24 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 def _program_lines(plan: Plan) -> list[str]:
     lines = ["  phase     bucket  drafts  launches  per layer  collectives  predicted"]
-    for row in (_program(plan, program) for program in plan.pool.programs):
+    for program in plan.pool.programs:
+        row = _program(plan, program)
         lines.append(
             f"  {row['phase']:<9} {row['bucket']:>6} {row['depth']:>7} {row['launches']:>9} "
-            f"{row['launches_per_layer']:>10.2f} {row['collectives']:>12}  {row['predicted_us'] / 1e3:.2f} ms"
+            f"{row['launches_per_layer']:>10.2f} {row['collectives']:>12}"
+            f"  {row['predicted_us'] / 1e3:.2f} ms"
         )
     return lines
 
 
 def _size(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:>9.2f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:>9.2f} MiB"
+    if size_bytes >= GIB:
+        return f"{size_bytes / GIB:>9.2f} GiB"
+    return f"{size_bytes / MIB:>9.2f} MiB"
 
 
 def why(plan: Plan, name: str) -> str:
-    """One decision: what, why, and the others with their numbers. A predicted number is explained too.
+    """One decision or predicted number: what it is, why, and the options with their numbers.
 
     Raises:
         PlanError: the plan has no such decision.
@@ -228,11 +249,10 @@ def why(plan: Plan, name: str) -> str:
     if name in plan.predicted.values:
         return "\n".join(_number_lines(plan, name))
     known = [*(d.name for d in plan.decisions), *plan.predicted.values]
-    near = difflib.get_close_matches(name, known, 1)
-    raise PlanError(
-        f"the plan has no decision called `{name}`",
-        f"did you mean `{near[0]}`?" if near else f"decisions: {', '.join(known)}",
-    )
+    hint = f"decisions: {', '.join(known)}"
+    for near in difflib.get_close_matches(name, known, 1):
+        hint = f"did you mean `{near}`?"
+    raise PlanError(f"the plan has no decision called `{name}`", hint)
 
 
 def _decision_lines(decision: Decision) -> Iterator[str]:
@@ -246,8 +266,11 @@ def _decision_lines(decision: Decision) -> Iterator[str]:
 
 
 def option_lines(one: Option) -> Iterator[str]:
-    """A deployment and its numbers, or why it cannot be."""
-    yield one.what + (f": {one.reason}" if one.reason else "")
+    """A deployment and its numbers, or why it is impossible."""
+    if one.reason:
+        yield f"{one.what}: {one.reason}"
+    else:
+        yield one.what
     if one.numbers:
         yield "  " + ", ".join(f"{name} {value:.4g}" for name, value in one.numbers.items())
 
@@ -257,28 +280,30 @@ def _number_lines(plan: Plan, name: str) -> Iterator[str]:
     low, high = predicted.low[name], predicted.high[name]
     yield f"{name}: {predicted.values[name]:.5g}, between {low:.5g} and {high:.5g}"
     yield f"  means    {DEFINITIONS.get(name, 'a detail of the contract numbers')}"
-    yield f"  step     at an average batch of {predicted.decode_batch:.3g}, limited by {_limit(plan)}"
+    batch = f"{predicted.decode_batch:.3g}"
+    yield f"  step     at an average batch of {batch}, limited by {_limit(plan)}"
     for kind, part in sorted(predicted.decode_step_us.items(), key=lambda item: -item[1]):
         if part:
             yield f"    {kind:<11} {part:>9.1f} us"
 
 
 def _kernel_lines(plan: Plan) -> list[str]:
-    """Each kernel: calls in the smallest decode program, what the compiler made of it, and its parts."""
+    """Each kernel: its calls in the smallest decode program, its binary, and its parts."""
     program = smallest_decode(plan)
     calls = [step.kernel for step in program.steps if isinstance(step, KernelCall)]
     built = {binary.kernel: binary for binary in plan.binaries}
-    lines = [
-        "",
-        f"  {'calls':>5}  {'kernel':<40} {'registers':>9} {'spills':>6} {'shared':>9}  parts",
-    ]
+    columns = f"{'registers':>9} {'spills':>6} {'shared':>9}"
+    lines = ["", f"  {'calls':>5}  {'kernel':<40} {columns}  parts"]
     for kernel in plan.kernels:
         parts = " + ".join(part.kind for part in kernel.parts)
-        binary = built.get(kernel.name)
-        made = (
-            f"{binary.registers:>9} {binary.spill_bytes:>6} {binary.shared_bytes / 1024:>5.1f} KiB"
-            if binary
-            else " " * 26
-        )
-        lines.append(f"  {calls.count(kernel.name):>5}  {kernel.name:<40} {made}  {parts}")
+        count = calls.count(kernel.name)
+        resources = _resources(built.get(kernel.name))
+        lines.append(f"  {count:>5}  {kernel.name:<40} {resources}  {parts}")
     return lines
+
+
+def _resources(binary: Binary | None) -> str:
+    if binary is None:
+        return " " * 26
+    shared_kib = binary.shared_bytes / 1024
+    return f"{binary.registers:>9} {binary.spill_bytes:>6} {shared_kib:>5.1f} KiB"

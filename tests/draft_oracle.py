@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.compile import find_model
 from tokenspeed_plan.planner.models.qwen3_5 import BuildContext, build
-from tokenspeed_plan.planner.passes.limits import plan_limits
+from tokenspeed_plan.planner.passes.limits import plan_capacity
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
 
 
@@ -31,7 +31,7 @@ def draft_logits_of_graph(folder: Path, hidden_TH: Tensor, ids_T: Tensor) -> Ten
     """After each row: the graph computes the last row's logits alone, so it is run on ever more rows."""
     spec = make_spec(folder, speculation={"depth": 1})
     model = find_model(spec)
-    limits = plan_limits(spec.workload, model.config, find_hardware("cpu"), depth=1)
+    limits = plan_capacity(spec.workload, model.config, find_hardware("cpu"), depth=1)
     graph = build(
         BuildContext(model.config, "fp32", limits, model.num_valid_tokens, model.fused_experts),
         "prefill",

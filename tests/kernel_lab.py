@@ -17,19 +17,13 @@ from checkpoints import KINDS, Kind, text_config
 from torch import Tensor
 
 from tokenspeed_plan.codegen.kernel_builder import Built
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, find_hardware
-from tokenspeed_plan.planner.graph import OpGraph
+from tokenspeed_plan.planner.advisor.hardware import find_hardware
+from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.models.qwen3_5 import BuildContext, build
 from tokenspeed_plan.planner.passes.cost import Load
-from tokenspeed_plan.planner.passes.expand import expand
-from tokenspeed_plan.planner.passes.fuse import fuse
-from tokenspeed_plan.planner.passes.lower import lower
-from tokenspeed_plan.planner.passes.place import place
-from tokenspeed_plan.planner.passes.recompute_topk import recompute_topk
-from tokenspeed_plan.planner.passes.schedule import schedule
-from tokenspeed_plan.planner.passes.shard import shard
+from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import KernelSpec, Limits, Param
@@ -97,7 +91,7 @@ def config_of(kind: str) -> ModelConfig:
     return ModelConfig.from_hf(text_config(LAB_KINDS[kind]), "lab")
 
 
-def graph_of(case: Case) -> OpGraph:
+def built_graph(case: Case) -> OpGraph:
     seqs, rows = case.num_seqs, case.state_slots_per_seq
     limits = Limits(
         max_seqs=seqs,
@@ -115,19 +109,26 @@ def graph_of(case: Case) -> OpGraph:
         kept_inputs=case.kept_inputs,
     )
     context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
-    sharded = shard(build(context, case.phase, case.depth), case.layout)
-    sizes = (case.num_tokens, seqs)
-    return recompute_topk(fuse(expand(sharded, *sizes), *sizes), *sizes)
+    return build(context, case.phase, case.depth)
+
+
+def graph_of(case: Case, until: Stage = Stage.RECOMPUTED) -> OpGraph:
+    """The graph of a case at a stage, on one stream."""
+    sizes = (case.num_tokens, case.num_seqs)
+    context = PassContext(
+        case.layout,
+        find_hardware(case.gpu),
+        *sizes,
+        Load(*sizes, 64),
+        options=PassOptions(num_streams=1),
+    )
+    return run(built_graph(case), context, until)
 
 
 def kernels_of(case: Case) -> list[Built]:
-    """The distinct kernels of the program for this batch."""
-    graph = schedule(graph_of(case))
-    rows = (case.num_tokens, case.num_seqs)
-    hardware: HardwareSpec = find_hardware(case.gpu)
-    placed = place(graph, *rows)
-    _, kernels = lower(placed, hardware, Load(*rows, 64), rows)
-    return [kernels[name] for name in sorted(kernels)]
+    """The distinct kernels of the program for this batch, each in its best tiling."""
+    candidates = graph_of(case, Stage.LOWERED).candidates
+    return [tilings[0] for _, tilings in sorted(candidates.items())]
 
 
 class Inputs:

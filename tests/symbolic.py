@@ -1,18 +1,21 @@
-"""An executor that computes names instead of numbers: state and keys are the hash of all tokens that went into them.
+"""An executor that computes names instead of numbers.
 
-A row that was written for another prefix, a page of another request, a slot that was overwritten:
-each shows at once, as the hash of what is read is not the hash of what should be there.
+The name of a prefix is the hash of its tokens. A state slot holds the name of the prefix that it is
+the state of, and each place of the KV cache the name of the prefix before it with its token. A slot
+of another prefix, a page of another request, a place that was overwritten: each shows at once,
+because the name that is read is not the name that should be there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.ops import STOP_IDS
+from tokenspeed_plan.plans.ops import BATCH_STATE, STOP_IDS
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.inputs import KEPT
 from tokenspeed_plan.runtime.reference import delta, speculation
@@ -27,32 +30,31 @@ def after(value: int, token: int) -> int:
     return hash((value, token))
 
 
-def said(value: int) -> int:
+def next_token(value: int) -> int:
     """The token that follows a prefix."""
     return value % VOCAB
 
 
 def answer(prompt_ids: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """What a request must say."""
+    """The tokens that a request must get."""
     value, tokens = EMPTY, list(prompt_ids)
     for token in prompt_ids:
         value = after(value, token)
     for _ in range(count):
-        tokens.append(said(value))
+        tokens.append(next_token(value))
         value = after(value, tokens[-1])
     return tuple(tokens[len(prompt_ids) :])
 
 
 class SymbolicExecutor:
-    """Takes the place of `Executor`: same inputs, same outputs, `advance` on the device included."""
+    """Stands in for `Executor`: same inputs and outputs, `advance` on the device included."""
 
     def __init__(self, plan: Plan) -> None:
         self.limits = plan.pool.limits
         self.state: dict[int, int] = {0: EMPTY}
-        self.kept: dict[int, list[int]] = {}  # row of state -> tokens of the last step
-        self.keys: dict[
-            tuple[int, int], tuple[int, int]
-        ] = {}  # (page, place) -> before, with the token there
+        self.kept: dict[int, list[int]] = {}  # state slot -> tokens of the last step
+        # (page, place) -> the name of the prefix before it, and the token there
+        self.keys: dict[tuple[int, int], tuple[int, int]] = {}
         self.num_runs = 0
         self._buffers: dict[str, Tensor] = {}
         self.host_outputs: list[int] = []
@@ -90,7 +92,7 @@ class SymbolicExecutor:
         return 1
 
     def fetch(self, *values: Tensor) -> Callable[[], tuple[list[int], ...]]:
-        """Told in the order of the runs, as a GPU would."""
+        """The values come in the order of the runs, as from a GPU."""
         number, found = self.num_runs, tuple(value.flatten().tolist() for value in values)
         self.host_outputs.append(number)
 
@@ -107,72 +109,69 @@ class SymbolicExecutor:
             return self.buffer(name, num_tokens, num_seqs)
 
         lists: dict[str, Any] = {name: view(name).tolist() for name in program.inputs}
-        rows = program.query_len
-        bounds = lists.get("cu_seqlens", list(range(0, num_tokens + 1, rows)))
-        lists["dst_state_slots"] = [
-            [row] if isinstance(row, int) else row for row in lists["dst_state_slots"]
-        ]
-        writes = [
-            row
-            for some in lists["dst_state_slots"]
-            for row in some
-            if row != self.limits.pad_state_slot
-        ]
-        assert len(set(writes)) == len(writes)
-        assert not set(writes) & set(lists["src_state_slots"])
-        assert 0 not in writes
-        values = [
-            self._rows(lists, index, bounds[index], bounds[index + 1], rows)
-            for index in range(num_seqs)
-        ]
-        lasts = [0] * num_seqs
-        if rows > 1:
+        queries = program.query_len
+        bounds = lists.get("cu_seqlens", list(range(0, num_tokens + 1, queries)))
+        slots = [[one] if isinstance(one, int) else one for one in lists["dst_state_slots"]]
+        lists["dst_state_slots"] = slots
+        self._check_slots(lists)
+        spans = list(pairwise(bounds[: num_seqs + 1]))
+        values = [self._compute(lists, i, *span, queries) for i, span in enumerate(spans)]
+        lasts = [0] * num_seqs  # of the queries of a sequence the last one that is accepted
+        if queries > 1:
             lasts = self._verify(program, view, values)
         else:
-            view("next_tokens").copy_(torch.tensor([said(value[-1]) for value in values]))
-        for index, last in enumerate(lasts):
-            computed = bounds[index + 1] - bounds[index] if rows == 1 else last + 1
-            self._check(
-                lists,
-                index,
-                bounds[index],
-                computed,
-                lists["context_lens"][index] - rows + 1 + last,
-            )
+            tokens = [next_token(value[-1]) for value in values]
+            view("next_tokens").copy_(torch.tensor(tokens))
+        for index, (start, end) in enumerate(spans):
+            computed = end - start if queries == 1 else lasts[index] + 1
+            context = lists["context_lens"][index] - queries + 1 + lasts[index]
+            self._check(lists, index, start, computed, context)
         if program.depth:
-            ends = [
-                value[last if rows > 1 else -1] for value, last in zip(values, lasts, strict=True)
-            ]
-            unknown = [lists.get("following", [-1] * num_seqs)[index] for index in range(num_seqs)]
-            view(program.drafts).copy_(torch.tensor([*map(self._drafts, ends, unknown)]))
+            self._draft(program, view, lists, values, lasts)
         if program.phase == "decode":
-            if self.limits.kept_inputs:
-                delta.commit_state_len(
-                    {"query_len": rows}, view("context_lens"), view("state_lens")
-                )
-            names = (
-                "page_table",
-                "token_ids",
-                "positions",
-                "slot_mapping",
-                "context_lens",
-                "src_state_slots",
-                "dst_state_slots",
-                "rng_offset",
-            )
-            state = [view(name) for name in names]
-            if rows > 1:
-                attrs = {"page_size": self.limits.page_size, "query_len": rows}
-                speculation.advance_rows(attrs, view("accepted"), view(program.drafts), *state)
-            else:
-                advance({"page_size": self.limits.page_size}, view("next_tokens"), *state)
+            self._advance(program, view)
+
+    def _check_slots(self, lists: dict[str, Any]) -> None:
+        """No slot is written twice or read and written in one step; slot 0 is never written."""
+        written = [slot for some in lists["dst_state_slots"] for slot in some]
+        written = [slot for slot in written if slot != self.limits.pad_state_slot]
+        assert len(set(written)) == len(written)
+        assert not set(written) & set(lists["src_state_slots"])
+        assert 0 not in written
+
+    def _draft(
+        self,
+        program: Program,
+        view: Callable[[str], Tensor],
+        lists: dict[str, Any],
+        values: list[list[int]],
+        lasts: list[int],
+    ) -> None:
+        drafts = []
+        following = lists.get("following", [-1] * len(values))
+        for value, last, token in zip(values, lasts, following, strict=True):
+            end = value[last] if program.query_len > 1 else value[-1]
+            drafts.append(self._drafts(end, token))
+        view(program.drafts).copy_(torch.tensor(drafts))
+
+    def _advance(self, program: Program, view: Callable[[str], Tensor]) -> None:
+        """The inputs of the next step, by the reference bodies."""
+        queries = program.query_len
+        if self.limits.kept_inputs:
+            attrs = {"query_len": queries}
+            delta.commit_state_len(attrs, view("context_lens"), view("state_lens"))
+        state = [view(name) for name in ("page_table", *BATCH_STATE)]
+        if queries > 1:
+            sizes = {"page_size": self.limits.page_size, "query_len": queries}
+            speculation.advance_rows(sizes, view("accepted"), view(program.drafts), *state)
+        else:
+            advance({"page_size": self.limits.page_size}, view("next_tokens"), *state)
 
     def _verify(
         self, program: Program, view: Callable[[str], Tensor], values: list[list[int]]
     ) -> list[int]:
-        view("verify_tokens").copy_(
-            torch.tensor([said(value) for rows in values for value in rows])
-        )
+        tokens = [next_token(value) for one in values for value in one]
+        view("verify_tokens").copy_(torch.tensor(tokens))
         names = (
             "token_ids",
             "verify_tokens",
@@ -190,60 +189,64 @@ class SymbolicExecutor:
         return accepted.tolist()  # type: ignore[no-any-return]
 
     def _drafts(self, value: int, following: int) -> list[int]:
-        """What is said after a prefix, and guesses at what comes then, some of which are wrong."""
-        tokens = [said(value)]
+        """The token after a prefix, and guesses at those after it, some of which are wrong."""
+        tokens = [next_token(value)]
         value = after(value, tokens[0] if following < 0 else following)
         while len(tokens) <= self.limits.max_depth:
-            tokens.append(said(value) if value % 5 else 1)
+            tokens.append(next_token(value) if value % 5 else 1)
             value = after(value, tokens[-1])
         return tokens
 
-    def _rows(
-        self, lists: dict[str, Any], index: int, start: int, end: int, rows: int
+    def _compute(
+        self, lists: dict[str, Any], index: int, start: int, end: int, queries: int
     ) -> list[int]:
-        """Compute tokens `start` to `end` of the batch, which belong to sequence `index`: the name after each."""
+        """Compute tokens `start` to `end`, of sequence `index`; gives the name after each."""
         size, names = self.limits.page_size, list[int]()
-        read, write = lists["src_state_slots"][index], lists["dst_state_slots"][index][0]
+        read, write = lists["src_state_slots"][index], lists["dst_state_slots"][index]
         value = self.state[read]
         if "state_lens" in lists:
-            come_true = lists["context_lens"][index] - rows - lists["state_lens"][index]
-            assert 0 <= come_true <= len(self.kept.get(read, []))
-            for token in self.kept.get(read, [])[:come_true]:
-                value = after(value, token)
-            self.state[write], self.kept[write] = value, lists["token_ids"][start:end]
+            value = self._recompute(lists, index, queries)
+            self.state[write[0]], self.kept[write[0]] = value, lists["token_ids"][start:end]
         for at in range(start, end):
             slot, token = lists["slot_mapping"][at], lists["token_ids"][at]
             self.keys[slot // size, slot % size] = (value, token)
             value = after(value, token)
             names.append(value)
-        for row, name in zip(
-            lists["dst_state_slots"][index], names if rows > 1 else names[-1:], strict=False
-        ):
-            if "state_lens" not in lists:
-                self.state[row] = name
+        if "state_lens" not in lists:
+            states = names if queries > 1 else names[-1:]
+            self.state.update(zip(write, states, strict=False))
         return names
+
+    def _recompute(self, lists: dict[str, Any], index: int, queries: int) -> int:
+        """The name after the accepted ones of the tokens that the last step kept."""
+        read = lists["src_state_slots"][index]
+        kept = self.kept.get(read, [])
+        accepted = lists["context_lens"][index] - queries - lists["state_lens"][index]
+        assert 0 <= accepted <= len(kept)
+        value = self.state[read]
+        for token in kept[:accepted]:
+            value = after(value, token)
+        return value
 
     def _check(
         self, lists: dict[str, Any], index: int, start: int, count: int, context: int
     ) -> None:
-        """All keys that the last of `count` rows sees must be of the prefix that its state is of."""
+        """All keys that the last of `count` queries sees are of the prefix that its state is of."""
         writes, size, seen = lists["dst_state_slots"][index], self.limits.page_size, EMPTY
         if self.limits.pad_state_slot in writes:
             return
-        pages, before = (
-            lists["page_table"][index],
-            lists["context_lens"][index] - self._num_rows(lists),
-        )
+        pages, queries = lists["page_table"][index], self._num_queries(lists)
+        before = lists["context_lens"][index] - queries
         for position in range(context):
-            assert "state_lens" not in lists or position != before or self.state[writes[0]] == seen
+            if "state_lens" in lists and position == before:
+                assert self.state[writes[0]] == seen
             found, token = self.keys[pages[position // size], position % size]
             assert found == seen, f"the key at {position} is not of this prefix"
             seen = after(seen, token)
         if "state_lens" not in lists:
-            many = "max_lens" in lists and self._num_rows(lists) > 1
-            assert self.state[writes[count - 1 if many else 0]] == seen, (
-                "state and keys of different prefixes"
-            )
+            verifies = "max_lens" in lists and queries > 1
+            state = self.state[writes[count - 1 if verifies else 0]]
+            assert state == seen, "state and keys of different prefixes"
 
-    def _num_rows(self, lists: dict[str, Any]) -> int:
+    def _num_queries(self, lists: dict[str, Any]) -> int:
         return len(lists["token_ids"]) // len(lists["src_state_slots"])

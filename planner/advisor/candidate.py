@@ -1,36 +1,34 @@
-"""What can be asked for: layouts and knobs, which of them are legal, and what the runtime replays today."""
+"""A deployment: its layout and its knobs; and which deployments the runtime can replay."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
-from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
-from tokenspeed_plan.planner.models.config import ModelConfig
+from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.passes.limits import checkpoint_spacing
 from tokenspeed_plan.planner.spec import MAX_DRAFTS
-from tokenspeed_plan.plans.errors import SpecError
-
-KvDtype = Literal["bf16", "fp8"]
-DEPTHS = (0, 1, 2, 3, 4)  # that are chosen from
-MIN_PAGE_TOKENS = 16
+from tokenspeed_plan.plans.types import DType
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Knobs:
     """What is chosen beside the layout.
 
-    `depth` drafts a step; a checkpoint of recurrent state each `checkpoint_tokens` of a prompt
-    (None: where a chunk ends) beside those at the ends of prompts and answers, from which the next
-    turn starts (0: nothing is kept, each turn computes its whole prompt).
+    Attributes:
+        prefill_chunk: tokens of a prompt that are computed at once.
+        page_size: tokens in a page of keys and values.
+        depth: drafts that a step verifies.
+        kv_dtype: `fp8`, or `bf16` for keys and values in the dtype of the weights.
+        checkpoint_tokens: tokens between two checkpoints of recurrent state in a prompt; None for
+            one at the end of each chunk. Checkpoints at the ends of prompts and answers, where the
+            next turn starts, come on top. 0 keeps none at all, so that each turn computes its whole
+            prompt.
     """
 
     prefill_chunk: int
     page_size: int
     depth: int = 0
-    kv_dtype: KvDtype = "bf16"
+    kv_dtype: DType = "bf16"
     checkpoint_tokens: int | None = None
 
     @property
@@ -40,18 +38,18 @@ class Knobs:
 
     def __str__(self) -> str:
         parts = [f"chunk {self.prefill_chunk}"]
-        parts += [f"{self.depth} drafts"] * bool(self.depth) + [f"{self.kv_dtype} kv"] * (
-            self.kv_dtype != "bf16"
-        )
-        parts += [f"checkpoints each {self.checkpoint_tokens}"] * (
-            self.checkpoint_tokens is not None
-        )
+        if self.depth:
+            parts.append(f"{self.depth} drafts")
+        if self.kv_dtype != "bf16":
+            parts.append(f"{self.kv_dtype} kv")
+        if self.checkpoint_tokens is not None:
+            parts.append(f"checkpoints each {self.checkpoint_tokens}")
         return ", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One deployment: `replicas` of a pool that does everything, or of a prefill pool beside a decode pool."""
+    """One deployment: replicas of one pool, or of a decode pool with a prefill pool beside it."""
 
     layout: ParallelLayout
     knobs: Knobs
@@ -60,18 +58,21 @@ class Candidate:
 
     @property
     def num_gpus(self) -> int:
-        """All GPUs that work."""
-        return self.replicas * (
-            self.layout.num_ranks + (self.prefill.num_ranks if self.prefill else 0)
-        )
+        """All GPUs of the deployment."""
+        ranks = self.layout.num_ranks
+        if self.prefill:
+            ranks += self.prefill.num_ranks
+        return self.replicas * ranks
 
     @property
     def layouts(self) -> str:
-        """Pools and their layouts in words."""
-        pools = (
-            f"prefill {self.prefill}; decode {self.layout}" if self.prefill else str(self.layout)
-        )
-        return f"{self.replicas} x ({pools})" if self.replicas > 1 else pools
+        """The pools and their layouts in words."""
+        pools = str(self.layout)
+        if self.prefill:
+            pools = f"prefill {self.prefill}; decode {self.layout}"
+        if self.replicas > 1:
+            return f"{self.replicas} x ({pools})"
+        return pools
 
     def __str__(self) -> str:
         return f"{self.layouts}; {self.knobs}"
@@ -79,18 +80,22 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a frozen plan can hold today. The search for `tokenspeed plan` keeps to it; `predict` and `sweep` do not."""
+    """What a deployment may use.
+
+    `tokenspeed plan` searches within what a plan can hold (`SUPPORTED`); `predict` and `sweep`
+    search among everything that is modelled (`ALL`).
+    """
 
     attention_dp: bool = False
     context_split: bool = False
     pools: bool = False
     replicas: bool = False
     max_drafts: int = 0
-    kv_dtypes: tuple[KvDtype, ...] = ("bf16",)
+    kv_dtypes: tuple[DType, ...] = ("bf16",)
     max_streams: int = 1
 
     def missing(self, candidate: Candidate) -> list[str]:
-        """What a candidate needs that the runtime does not replay yet."""
+        """What a deployment needs beyond these capabilities, in words."""
         layout, knobs = candidate.layout, candidate.knobs
         needs = {
             "attention data parallelism": layout.attention_dp > 1 and not self.attention_dp,
@@ -104,69 +109,11 @@ class Capabilities:
 
 
 SUPPORTED = Capabilities(max_drafts=MAX_DRAFTS)
-ALL_CAPABILITIES = Capabilities(True, True, True, True, MAX_DRAFTS, ("bf16", "fp8"))
-
-
-def layouts(num_gpus: int, config: ModelConfig, scope: Capabilities) -> Iterator[ParallelLayout]:
-    """Every way to spread a model over so many GPUs, legal or not."""
-    for attention_dp in _divisors(num_gpus) if scope.attention_dp else (1,):
-        attention_tp = num_gpus // attention_dp
-        copies = max(attention_tp // config.attention.num_kv_heads, 1)
-        for split in _divisors(copies) if scope.context_split else (1,):
-            for moe_ep in _divisors(num_gpus) if config.moe else (1,):
-                yield ParallelLayout(attention_tp, num_gpus // moe_ep, moe_ep, attention_dp, split)
-
-
-def _divisors(value: int) -> list[int]:
-    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
-
-
-def check_layout(layout: ParallelLayout, config: ModelConfig, weights: str = "bf16") -> None:
-    """Refuse before any graph is built, so that the message names the model's own numbers.
-
-    Raises:
-        SpecError: the layout does not divide the model.
-    """
-    splits = [
-        Split("attention", config.attention.num_qo_heads),
-        Split("kv", config.attention.num_kv_heads),
-        Split("attention", config.delta_net.num_k_heads),
-        Split("attention", config.delta_net.num_v_heads),
-        Split("vocab", config.vocab_size),
-    ]
-    if config.moe:
-        splits += [
-            Split("experts", config.moe.num_experts),
-            Split("expert_inner", config.moe.intermediate_size),
-        ]
-    splits.append(
-        Split(
-            "mlp", config.moe.shared_intermediate_size if config.moe else config.intermediate_size
-        )
-    )
-    for split in splits:
-        split.local_units(layout)
-    if weights == "fp8":
-        _check_fp8(layout, config)
-
-
-def _check_fp8(layout: ParallelLayout, config: ModelConfig) -> None:
-    """Each rank's part of an FFN must be whole blocks of the published FP8 checkpoints."""
-    if config.moe is None:
-        check_fp8_blocks(config.intermediate_size, layout.num_ranks, "the FFN")
-        return
-    check_fp8_blocks(config.moe.intermediate_size, layout.moe_tp, "an expert")
-    check_fp8_blocks(config.moe.shared_intermediate_size, layout.num_ranks, "the shared expert")
-
-
-def check_formats(weights: str, hardware: HardwareSpec) -> None:
-    """Refuse weights that the machine cannot multiply.
-
-    Raises:
-        SpecError: its tensor cores do not know the format.
-    """
-    if weights in ("fp8", "nvfp4") and weights not in hardware.matrix_flops_per_s:
-        known = ", ".join(sorted({"bf16", "fp8", "nvfp4"} & set(hardware.matrix_flops_per_s)))
-        raise SpecError(
-            f"{hardware.name} has no matrix rate for {weights} weights", f"it multiplies {known}"
-        )
+ALL = Capabilities(
+    attention_dp=True,
+    context_split=True,
+    pools=True,
+    replicas=True,
+    max_drafts=MAX_DRAFTS,
+    kv_dtypes=("bf16", "fp8"),
+)

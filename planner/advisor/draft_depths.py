@@ -1,23 +1,23 @@
-"""How many drafts each decode bucket verifies a step: as many as make a token cheapest, none where none pays."""
+"""How many drafts each decode bucket verifies: the number with the cheapest token, none where none pays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 
-from tokenspeed_plan.planner.advisor.candidate import DEPTHS, Candidate
-from tokenspeed_plan.planner.advisor.prediction import Predictor, digits
+from tokenspeed_plan.planner.advisor.candidate import Candidate
+from tokenspeed_plan.planner.advisor.prediction import Predictor
+from tokenspeed_plan.planner.advisor.search_space import DEPTHS
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.schema import Decision, Option
 
-# of a token's time: a prediction does not tell depths apart that are closer (measured on an H200)
+# The share of a token's time that more drafts must save: predictions do not tell depths apart that
+# are closer (measured on an H200).
 WORTH_A_DRAFT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Crossover:
-    """Of one bucket: microseconds a token of a sequence takes with each number of drafts, and the number chosen."""
+class BucketDepth:
+    """The drafts of one bucket, and microseconds for each token of a sequence by the number of drafts."""
 
     bucket: int
     token_us: Mapping[int, float]
@@ -25,17 +25,22 @@ class Crossover:
 
     @property
     def gain(self) -> float:
-        """Tokens a second over those without drafts."""
+        """The rate of tokens over that without drafts."""
         return self.token_us[0] / self.token_us[self.depth]
 
+    def at_most(self, max_depth: int) -> BucketDepth:
+        """The same bucket with the best of fewer drafts."""
+        allowed = [depth for depth in self.token_us if depth <= max_depth]
+        return replace(self, depth=_cheapest(self.token_us, allowed))
 
-def crossovers(
+
+def bucket_depths(
     predictor: Predictor, candidate: Candidate, buckets: tuple[int, ...]
-) -> tuple[Crossover, ...]:
-    """Each bucket's depth: the one that the spec states, else the fewest drafts near the least time a token.
+) -> tuple[BucketDepth, ...]:
+    """The number of drafts of each bucket: what the spec states, else the fewest near the least time.
 
-    Where rows of state for the deepest do not fit, all are at most as deep as the candidate, which
-    does.
+    Where the state of the deepest does not fit, no bucket drafts more than the candidate, which
+    does fit.
 
     Raises:
         SpecError: drafts are asked for, and the model has no layer that makes them.
@@ -47,76 +52,33 @@ def crossovers(
                 f"`{predictor.config.name}` has no MTP layer to draft with",
                 "set `speculation: off`",
             )
-        return tuple(Crossover(bucket, {0: 1.0}, 0) for bucket in buckets)
-    made = tuple(_crossover(predictor, candidate, bucket, stated) for bucket in buckets)
-    deepest = replace(
-        candidate, knobs=replace(candidate.knobs, depth=max(each.depth for each in made))
-    )
-    if stated is None and predictor.fullest(deepest).total > predictor.hardware.memory_bytes:
-        most = candidate.knobs.depth
-        made = tuple(
-            replace(
-                each, depth=_shallowest({d: us for d, us in each.token_us.items() if d <= most})
-            )
-            for each in made
-        )
-    return made
+        return tuple(BucketDepth(bucket, {0: 1.0}, 0) for bucket in buckets)
+    if stated is not None:
+        return tuple(_stated(predictor, candidate, bucket, stated) for bucket in buckets)
+    table = tuple(_cheapest_of(predictor, candidate, bucket) for bucket in buckets)
+    deepest = replace(candidate, knobs=replace(candidate.knobs, depth=max_depth(table)))
+    if predictor.fullest(deepest).total > predictor.hardware.memory_bytes:
+        return tuple(each.at_most(candidate.knobs.depth) for each in table)
+    return table
 
 
-def _crossover(
-    predictor: Predictor, candidate: Candidate, bucket: int, stated: int | None
-) -> Crossover:
-    depths = DEPTHS if stated is None else sorted({0, stated})
-    token_us = {depth: predictor.token_us(candidate, bucket, depth) for depth in depths}
-    return Crossover(bucket, token_us, _shallowest(token_us) if stated is None else stated)
+def max_depth(table: Iterable[BucketDepth]) -> int:
+    """The most drafts of any bucket."""
+    return max(each.depth for each in table)
 
 
-def _shallowest(token_us: Mapping[int, float]) -> int:
-    least = min(token_us.values())
-    return min(depth for depth, us in token_us.items() if us <= least * (1 + WORTH_A_DRAFT))
+def _stated(predictor: Predictor, candidate: Candidate, bucket: int, depth: int) -> BucketDepth:
+    token_us = {tried: predictor.token_us(candidate, bucket, tried) for tried in sorted({0, depth})}
+    return BucketDepth(bucket, token_us, depth)
 
 
-def decision(predictor: Predictor, found: tuple[Crossover, ...]) -> Decision:
-    """What each bucket does, and the table in which one sees where that changes."""
-    if predictor.spec.speculation == "off":
-        return Decision(name="speculation", value="off", reason="as the spec says")
-    if not predictor.config.num_mtp_layers:
-        return Decision(
-            name="speculation", value="off", reason="the model has no layer that drafts"
-        )
-    stated, gains = (
-        predictor.spec.stated_depth,
-        ", ".join(f"{each.gain:.2f} at {each.bucket}" for each in found),
-    )
-    how = "as the spec says" if stated is not None else "least time a token by batch"
-    rates, few = ", ".join(f"{rate:g}" for rate in predictor.acceptance), predictor.spec.draft_vocab
-    of = f" (of the first {few} tokens)" if few else ""
-    return Decision(
-        name="speculation",
-        value=_value(found),
-        reason=f"{how}; with {rates} of drafts{of} accepted, times the tokens without: {gains}",
-        options=tuple(_option(each) for each in found),
-    )
+def _cheapest_of(predictor: Predictor, candidate: Candidate, bucket: int) -> BucketDepth:
+    token_us = {depth: predictor.token_us(candidate, bucket, depth) for depth in DEPTHS}
+    return BucketDepth(bucket, token_us, _cheapest(token_us, DEPTHS))
 
 
-def _value(found: tuple[Crossover, ...]) -> str:
-    runs = [
-        (depth, [each.bucket for each in run])
-        for depth, run in groupby(found, key=lambda each: each.depth)
-    ]
-    if len(runs) == 1:
-        return f"depth {runs[0][0]}" if runs[0][0] else "off"
-    words = [f"depth {depth}" if depth else "off" for depth, _ in runs]
-    return ", ".join(
-        f"{word} at batch {', '.join(map(str, of))}"
-        for word, (_, of) in zip(words, runs, strict=True)
-    )
-
-
-def _option(each: Crossover) -> Option:
-    numbers = {f"{depth} drafts": digits(us) for depth, us in each.token_us.items()}
-    return Option(
-        what=f"batch {each.bucket}, us a token",
-        numbers=numbers,
-        reason=f"{each.depth} drafts" if each.depth else "none",
-    )
+def _cheapest(token_us: Mapping[int, float], depths: Iterable[int]) -> int:
+    """The fewest drafts whose token takes almost as little time as the best."""
+    allowed = list(depths)
+    limit_us = min(token_us[depth] for depth in allowed) * (1 + WORTH_A_DRAFT)
+    return min(depth for depth in allowed if token_us[depth] <= limit_us)

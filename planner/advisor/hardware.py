@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenspeed_plan.plans.errors import SpecError
 
-GIB = 1 << 30
 OP_CLASSES = (
     "stream",
     "experts",
@@ -67,10 +66,8 @@ class HardwareSpec:
     sm: int
     memory_bytes: int
     reserved_bytes: int
-    host_memory_bytes: int
     peak_bytes_per_s: float
     read_bytes_per_s: float
-    l2_bytes: int
     max_shared_bytes: int
     num_sms: int
     matrix_share: float

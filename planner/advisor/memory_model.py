@@ -1,28 +1,36 @@
-"""What a deployment needs on each rank: to the byte for what we allocate, and the profile's margin for the rest."""
+"""What fits: the memory of a deployment on each rank.
+
+What the plan allocates is counted to the byte; the profile's margin stands for the rest.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from tokenspeed_plan.codegen.attention.attention_tiling import MAX_SPLITS
 from tokenspeed_plan.planner.advisor.candidate import Knobs
-from tokenspeed_plan.planner.advisor.step_model import StepModel, formats_of
-from tokenspeed_plan.planner.graph import OpGraph
+from tokenspeed_plan.planner.advisor.numbers import ceil_div
+from tokenspeed_plan.planner.advisor.step_model import StepModel, stored_formats
+from tokenspeed_plan.planner.graph import OpGraph, Stage, Tensor
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.passes.cost import stored_scale
 from tokenspeed_plan.planner.passes.limits import COPIED_PAGES, num_checkpoints, state_slots_per_seq
-from tokenspeed_plan.planner.passes.place import place
-from tokenspeed_plan.planner.passes.schedule import schedule
+from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
+from tokenspeed_plan.plans.schema import ArenaName
 from tokenspeed_plan.plans.types import DTYPE_BITS, Phase, TensorSpec, aligned
+
+SHARED_STATE_SLOTS = 2  # of padding, beside those of the sequences
+LONG_CHUNK = 8  # a chunk of so many times a decode step's tokens needs more activations than it
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryMap:
-    """Bytes on a rank. `checkpoints` of recurrent state are kept for the next turns; `reserved` is the margin.
+    """Bytes on a rank.
 
-    `scratch` is a bound: what kernels meet in is known once they are tiled.
+    `checkpoints` are recurrent states that are kept for later turns. `scratch` is an upper bound:
+    its size is known once kernels are tiled. `reserved` is the profile's margin.
     """
 
     weights: int = 0
@@ -36,39 +44,48 @@ class MemoryMap:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(getattr(self, each.name) for each in fields(self))
 
 
 @dataclass
 class MemoryModel:
-    """The memory of one layout, for any number of sequences and tokens."""
+    """The memory of one layout, for any number of sequences and tokens.
+
+    Attributes:
+        steps: has the graphs. layout: of the pool.
+        buffers: persistent buffers by arena and drafts, with their number of layers; a cache.
+    """
 
     steps: StepModel
     layout: ParallelLayout
+    buffers: dict[tuple[ArenaName, int], list[tuple[Tensor, int]]] = field(default_factory=dict)
 
     def map(self, knobs: Knobs, num_seqs: int, seq_tokens: int) -> MemoryMap:
-        """What `num_seqs` sequences of up to `seq_tokens` need; data-parallel groups share the sequences out."""
-        own = -(-num_seqs // self.layout.attention_dp)
-        seq_pages = -(-seq_tokens // knobs.page_size)
-        pages = -(-own * (seq_pages + COPIED_PAGES) // self.layout.context_split)
-        rows = 2 + own * state_slots_per_seq(knobs.depth, self.steps.recomputes)
-        units = self._state_units(knobs.depth)
-        kept = own * num_checkpoints(seq_pages * knobs.page_size, knobs.spacing)
-        draft = knobs.depth > 0
+        """The memory that `num_seqs` sequences of up to `seq_tokens` tokens need on a rank.
+
+        Data-parallel groups share the sequences out.
+        """
+        local_seqs = ceil_div(num_seqs, self.layout.attention_dp)
+        seq_pages = ceil_div(seq_tokens, knobs.page_size)
+        slots = local_seqs * state_slots_per_seq(knobs.depth, self.steps.recomputes)
+        slots += SHARED_STATE_SLOTS
+        kept = local_seqs * num_checkpoints(seq_pages * knobs.page_size, knobs.spacing)
+        slot_bytes = self._slot_bytes(knobs.depth)
+        state = sum(aligned((slots + kept) * size) - kept * size for size in slot_bytes)
         return MemoryMap(
-            weights=self._weights(draft),
-            kv_cache=sum(aligned((pages + 1) * unit) for unit in self._kv_units(knobs, draft)),
-            state=sum(aligned((rows + kept) * unit) - kept * unit for unit in units),
-            checkpoints=kept * sum(units),
-            activations=self._activations(knobs, own),
-            io=self._io(knobs, own, seq_tokens),
-            scratch=own * (knobs.depth + 1) * self._scratch,
+            weights=self._weights(knobs.depth > 0),
+            kv_cache=self._kv_cache(knobs, local_seqs * (seq_pages + COPIED_PAGES)),
+            state=state,
+            checkpoints=kept * sum(slot_bytes),
+            activations=self._activations(knobs, local_seqs),
+            io=self._io(knobs, local_seqs, seq_tokens),
+            scratch=local_seqs * (knobs.depth + 1) * self._scratch_per_query,
             reserved=self.steps.hardware.reserved_bytes,
         )
 
     def max_seqs_that_fit(self, knobs: Knobs, seq_tokens: int, limit: int = 1 << 20) -> int:
-        """The most sequences of that length that fit."""
+        """The largest number of sequences of that length that fit."""
         return self._largest(limit, lambda count: self.map(knobs, count, seq_tokens).total)
 
     def max_tokens_that_fit(self, knobs: Knobs, num_seqs: int) -> int:
@@ -77,28 +94,33 @@ class MemoryModel:
         return self._largest(positions, lambda tokens: self.map(knobs, num_seqs, tokens).total)
 
     def layer_bytes(self, knobs: Knobs) -> tuple[int, int]:
-        """Of one layer on a rank: keys and values of a token, and a row of recurrent state."""
-        kv = [units // knobs.page_size for units in self._kv_units(knobs, draft=False)]
-        layers = max(self.steps.config.layer_types.count("linear_attention"), 1)
-        return max(kv, default=0), sum(self._state_units(0)) // layers
+        """Bytes of one layer on a rank: keys and values of a token, and a slot of recurrent state."""
+        kv = [size // knobs.page_size for size in self._page_bytes(knobs, draft=False)]
+        num_linear = self.steps.config.layer_types.count("linear_attention")
+        return max(kv, default=0), sum(self._slot_bytes(0)) // max(num_linear, 1)
 
     def _largest(self, limit: int, total: Callable[[int], int]) -> int:
+        """The largest number, up to a limit, whose memory fits."""
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2
-            fits = total(middle) <= self.steps.hardware.memory_bytes
-            low, high = (middle, high) if fits else (low, middle - 1)
+            if total(middle) <= self.steps.hardware.memory_bytes:
+                low = middle
+            else:
+                high = middle - 1
         return low
 
     def _graph(self, phase: Phase, tokens: int = 1, seqs: int = 1, depth: int = 0) -> OpGraph:
         return self.steps.graph(self.layout, phase, tokens, seqs, depth)
 
     def _weights(self, draft: bool) -> int:
-        return self._target_weights + (self._draft_weights if draft else 0)
+        if draft:
+            return self._target_weights + self._draft_weights
+        return self._target_weights
 
     @cached_property
-    def _scratch(self) -> int:
-        """Of a row: partial results of attention over parts of its context.
+    def _scratch_per_query(self) -> int:
+        """Bytes of attention's partial results for one query.
 
         The smallest bucket splits a context among all multiprocessors, the next one among half as
         many, and so on.
@@ -111,77 +133,112 @@ class MemoryModel:
     @cached_property
     def _target_weights(self) -> int:
         graph = self._graph("decode")
-        return sum(aligned(size) * self.steps.count_of(name) for name, size in self._stored(graph))
+        layers = _layers_of(graph)
+        return sum(
+            aligned(size) * self.steps.count_of(layers[name]) for name, size in self._stored(graph)
+        )
 
     @cached_property
     def _draft_weights(self) -> int:
+        """Bytes of the weights that only drafting uses."""
         known = self._graph("decode").weights
         drafting = self._graph("decode", depth=1)
         return sum(aligned(size) for name, size in self._stored(drafting) if name not in known)
 
     def _stored(self, graph: OpGraph) -> Iterator[tuple[str, int]]:
-        """Bytes of each weight as it is stored."""
-        formats = formats_of(self.steps.weights)
-        scales = {
-            name: stored_scale(member, graph.weights[name].spec, formats)
-            for op in graph.ops
-            for member in op.members
-            for name in member.weights
-        }
+        """Bytes of each weight as the checkpoint stores it."""
+        formats = stored_formats(self.steps.weights)
+        members = [member for op in graph.ops for member in op.members]
+        users = {name: member for member in members for name in member.weights}
         for name, weight in graph.weights.items():
-            yield name, int(weight.spec.size_bytes() * scales[name])
+            scale = stored_scale(users[name], weight.spec, formats)
+            yield name, int(weight.spec.size_bytes() * scale)
 
-    def _kv_units(self, knobs: Knobs, draft: bool) -> list[int]:
-        """Bytes of a page in each layer's cache."""
-        width = 1 if knobs.kv_dtype == "fp8" else DTYPE_BITS[self.steps.dtype] // 8
-        tokens = knobs.page_size * width
-        return [elements * tokens for elements in self._kv_elements(int(draft))]
+    def _kv_cache(self, knobs: Knobs, num_pages: int) -> int:
+        """Bytes of so many pages of the pool's keys and values, one page of padding and alignment included."""
+        local_pages = ceil_div(num_pages, self.layout.context_split)
+        page_bytes = self._page_bytes(knobs, knobs.depth > 0)
+        return sum(aligned((local_pages + 1) * size) for size in page_bytes)
 
-    def _kv_elements(self, depth: int) -> list[int]:
-        """Keys and values of a token in each layer."""
-        found = []
-        for name, tensor in self._graph("decode", depth=depth).tensors.items():
-            if tensor.arena == "kv_cache":
-                _, two, _, heads, width = tensor.spec.bind(0, 0)
-                found += [two * heads * width] * self.steps.count_of(name)
-        return found
+    def _page_bytes(self, knobs: Knobs, draft: bool) -> list[int]:
+        """Bytes of a page in the cache of each layer."""
+        element_bytes = DTYPE_BITS[self.steps.dtype] // 8
+        if knobs.kv_dtype == "fp8":
+            element_bytes = 1
+        sizes = []
+        for tensor, count in self._buffers("kv_cache", int(draft)):
+            _, two, _, heads, width = tensor.spec.bind(0, 0)
+            size = two * heads * width * knobs.page_size * element_bytes
+            sizes += [size] * count
+        return sizes
 
-    def _state_units(self, depth: int) -> list[int]:
-        """Bytes of a row in each layer's state, and of the inputs that are kept with it."""
-        found: list[int] = []
-        for name, tensor in self._graph("decode", depth=depth).tensors.items():
-            if tensor.arena == "state":
-                rows = tensor.spec.bind(0, 0)[0]
-                found += [tensor.spec.size_bytes() // rows] * self.steps.count_of(name)
-        return found
+    def _slot_bytes(self, depth: int) -> list[int]:
+        """Bytes of a slot of each layer's state, and of the inputs that are kept to recompute it."""
+        sizes: list[int] = []
+        for tensor, count in self._buffers("state", depth):
+            slots = tensor.spec.bind(0, 0)[0]
+            sizes += [tensor.spec.size_bytes() // slots] * count
+        return sizes
+
+    def _buffers(self, arena: ArenaName, depth: int) -> list[tuple[Tensor, int]]:
+        """The decode graph's buffers in an arena, and how many layers each stands for."""
+        if (arena, depth) not in self.buffers:
+            graph = self._graph("decode", depth=depth)
+            layers = _layers_of(graph)
+            self.buffers[arena, depth] = [
+                (tensor, self.steps.count_of(layers[name]))
+                for name, tensor in graph.tensors.items()
+                if tensor.arena == arena
+            ]
+        return self.buffers[arena, depth]
 
     def _activations(self, knobs: Knobs, seqs: int) -> int:
-        """The larger phase; a chunk far longer than a step is that without looking."""
+        """Bytes of the phase that needs more."""
         chunk, tokens = knobs.prefill_chunk, seqs * (knobs.depth + 1)
-        step = 0 if chunk >= 8 * tokens else self._arena("decode", tokens, seqs, knobs.depth)
-        return max(step, self._arena("prefill", chunk, min(seqs, chunk), knobs.depth))
+        prefill = self._arena("prefill", chunk, min(seqs, chunk), knobs.depth)
+        if chunk >= LONG_CHUNK * tokens:
+            return prefill
+        return max(prefill, self._arena("decode", tokens, seqs, knobs.depth))
 
     def _arena(self, phase: Phase, tokens: int, seqs: int, depth: int) -> int:
         key = (self.layout, phase, tokens, seqs, depth)
         if key not in self.steps.arenas:
             graph = self._graph(phase, tokens, seqs, depth)
-            self.steps.arenas[key] = place(schedule(graph), tokens, seqs).arena_bytes
+            hardware, options = self.steps.hardware, PassOptions(num_streams=1)
+            context = PassContext(self.layout, hardware, tokens, seqs, options=options)
+            placed = run(graph, context, until=Stage.PLACED)
+            self.steps.arenas[key] = sum(placed.arena_bytes.values())
         return self.steps.arenas[key]
 
     def _io(self, knobs: Knobs, seqs: int, seq_tokens: int) -> int:
-        """Inputs and outputs, each as large as the phase that needs most of it."""
-        overrun = 2 * (knobs.depth + 1) if knobs.depth else 0
-        table = TensorSpec.of(
-            shape=("num_seqs", -(-(seq_tokens + overrun) // knobs.page_size)), dtype="i32"
-        )
+        """Bytes of inputs and outputs, each as large as the phase that needs more of it."""
         sizes: dict[str, int] = {}
-        rows: dict[Phase, int] = {
+        num_tokens: dict[Phase, int] = {
             "prefill": knobs.prefill_chunk,
             "decode": seqs * (knobs.depth + 1),
         }
-        for phase, tokens in rows.items():
+        page_table = _page_table(knobs, seq_tokens)
+        for phase, tokens in num_tokens.items():
             for name, tensor in self._graph(phase, depth=knobs.depth).tensors.items():
-                if tensor.arena == "io":
-                    spec = table if name == "page_table" else tensor.spec
-                    sizes[name] = max(sizes.get(name, 0), spec.size_bytes(tokens, seqs))
+                if tensor.arena != "io":
+                    continue
+                spec = page_table if name == "page_table" else tensor.spec
+                sizes[name] = max(sizes.get(name, 0), spec.size_bytes(tokens, seqs))
         return sum(map(aligned, sizes.values()))
+
+
+def _layers_of(graph: OpGraph) -> dict[str, int | None]:
+    """The layer of each weight and state: that of the operator that uses it."""
+    layers: dict[str, int | None] = {}
+    for op in graph.ops:
+        for member in op.members:
+            layers |= dict.fromkeys(member.weights, member.layer)
+            layers |= {name: member.layer for name, _ in member.states}
+    return layers
+
+
+def _page_table(knobs: Knobs, seq_tokens: int) -> TensorSpec:
+    """The page table; a step that drafts may write past the end of a sequence."""
+    overrun = 2 * (knobs.depth + 1) if knobs.depth else 0
+    pages = ceil_div(seq_tokens + overrun, knobs.page_size)
+    return TensorSpec.of(shape=("num_seqs", pages), dtype="i32")

@@ -1,9 +1,10 @@
-"""Where a step goes back to when drafts were wrong.
+"""How a decode step takes rejected drafts back.
 
-Either each row of a step leaves a state, and the next step reads that after the last one that came
-true; or the state before them all stays, the inputs of the rows are kept, and the next step
-computes those that came true again. Rows take memory and are written anew in each step; inputs take
-a step's arithmetic twice.
+`snapshot`: a step leaves a recurrent state after each of its queries, and the next step starts from
+the one after the last accepted draft. This takes memory, and writes every state in each step.
+
+`recompute`: the state before the step stays, the inputs of its queries are kept, and the next step
+computes those of the accepted drafts again. This does a step's arithmetic twice.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from dataclasses import dataclass, replace
 from statistics import geometric_mean
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate
-from tokenspeed_plan.planner.advisor.draft_depths import WORTH_A_DRAFT, Crossover, crossovers
-from tokenspeed_plan.planner.advisor.hardware import GIB, HardwareSpec
+from tokenspeed_plan.planner.advisor.draft_depths import (
+    WORTH_A_DRAFT,
+    BucketDepth,
+    bucket_depths,
+    max_depth,
+)
+from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.advisor.memory_model import MemoryMap
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.models.config import ModelConfig
-from tokenspeed_plan.planner.spec import Spec
-from tokenspeed_plan.plans.schema import Decision
+from tokenspeed_plan.planner.spec import RollbackWord, Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,77 +32,72 @@ class Rollback:
     """One of the two ways, with the drafts of each bucket and the memory that it takes."""
 
     predictor: Predictor
-    table: tuple[Crossover, ...]
+    table: tuple[BucketDepth, ...]
     memory: MemoryMap
 
     @property
     def recomputes(self) -> bool:
-        """Inputs, not rows."""
+        """Whether the state is recomputed, not read from a snapshot."""
         return self.predictor.recomputes
 
     @property
     def depth(self) -> int:
-        """The most drafts."""
-        return max(each.depth for each in self.table)
+        """The most drafts of any bucket."""
+        return max_depth(self.table)
 
     @property
     def fits(self) -> bool:
-        """Whether a GPU holds it."""
+        """Whether a GPU has the memory."""
         return self.memory.total <= self.predictor.hardware.memory_bytes
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of recurrent state on a rank, checkpoints included."""
+        return self.memory.state + self.memory.checkpoints
+
+    @property
     def token_us(self) -> float:
-        """Time a token of a sequence, over all buckets."""
+        """Microseconds for a token of a sequence, the mean over all buckets."""
         return geometric_mean(each.token_us[each.depth] for each in self.table)
 
     def __str__(self) -> str:
         return "recompute" if self.recomputes else "snapshot"
 
 
-def kept_first(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> list[bool]:
-    """Whether inputs are kept, the usual way first; one way alone where the spec says so or nothing is drafted.
+def allowed_rollbacks(
+    spec: Spec, config: ModelConfig, hardware: HardwareSpec
+) -> tuple[RollbackWord, ...]:
+    """The ways to try, the usual one first; a single one where the spec states it or nothing drafts.
 
-    A GPU waits for memory, so that it keeps inputs; a CPU for arithmetic.
+    A GPU waits for memory, so that it usually recomputes; a CPU waits for arithmetic.
     """
-    stated, drafts = spec.stated_rollback, bool(config.num_mtp_layers) and spec.stated_depth != 0
-    usual = hardware.sm > 0
-    return [stated == "recompute"] if stated else [usual, not usual] if drafts else [usual]
+    if spec.stated_rollback:
+        return (spec.stated_rollback,)
+    ways: tuple[RollbackWord, ...] = ("snapshot", "recompute")
+    if hardware.sm > 0:
+        ways = ("recompute", "snapshot")
+    drafts = config.num_mtp_layers > 0 and spec.stated_depth != 0
+    return ways if drafts else ways[:1]
 
 
 def rollbacks(
     predictors: Sequence[Predictor], candidate: Candidate, buckets: tuple[int, ...]
 ) -> list[Rollback]:
-    """What each way makes of the buckets; raises as `crossovers` does."""
-    made = []
+    """Each way with its drafts and its memory; raises as `bucket_depths` does."""
+    ways = []
     for predictor in predictors:
-        table = crossovers(predictor, candidate, buckets)
-        knobs = replace(candidate.knobs, depth=max(each.depth for each in table))
-        made.append(Rollback(predictor, table, predictor.fullest(replace(candidate, knobs=knobs))))
-    return made
+        table = bucket_depths(predictor, candidate, buckets)
+        knobs = replace(candidate.knobs, depth=max_depth(table))
+        memory = predictor.fullest(replace(candidate, knobs=knobs))
+        ways.append(Rollback(predictor, table, memory))
+    return ways
 
 
 def choose(ways: Sequence[Rollback]) -> Rollback:
-    """The first that fits, unless another one is worth it."""
+    """The first way that fits, unless another one saves enough time."""
     fitting = [way for way in ways if way.fits] or list(ways)
-    best = min(fitting, key=lambda way: way.token_us)
-    return best if best.token_us * (1 + WORTH_A_DRAFT) < fitting[0].token_us else fitting[0]
-
-
-def decision(ways: Sequence[Rollback], chosen: Rollback) -> Decision:
-    """What is gone back to, and what the other way would take."""
-    if not chosen.depth:
-        return Decision(name="rollback", value="none", reason="nothing is drafted")
-    others = [way for way in ways if way is not chosen]
-    if not others:
-        return Decision(name="rollback", value=str(chosen), reason="as the spec says")
-    (other,) = others
-    state, compared = chosen.memory, other.memory
-    gib = f"{(state.state + state.checkpoints) / GIB:.2f} GiB of state"
-    versus = f"{(compared.state + compared.checkpoints) / GIB:.2f}"
-    gain = other.token_us / chosen.token_us
-    what = f"{gib}, {versus} with {other}; {gain:.3f} times its tokens"
-    more = "" if other.depth == chosen.depth else f", which drafts at most {other.depth}"
-    fits = "" if other.fits else f", which do not fit: {compared.total / GIB:.1f} GiB"
-    return Decision(
-        name="rollback", value=str(chosen), reason=f"{what}{more}{fits}", runner_up=str(other)
-    )
+    usual = fitting[0]
+    fastest = min(fitting, key=lambda way: way.token_us)
+    if fastest.token_us * (1 + WORTH_A_DRAFT) < usual.token_us:
+        return fastest
+    return usual

@@ -1,30 +1,34 @@
 """Moving a prompt's cache from a prefill pool to a decode pool: which bytes, when, and what hides them.
 
-The sender pushes: inside a node over NVLink, between nodes by RDMA, and where there is neither over
-TCP, with a warning. A layer's keys and values can leave as soon as that layer of the last chunk is
-done, and those of earlier chunks before that; what is left after the last layer is what the first
-token's user waits for.
+The sender pushes: over NVLink inside a node, by RDMA between nodes, and over TCP, with a warning,
+where there is neither. A layer's keys and values can leave as soon as that layer of the last chunk
+is computed; those of earlier chunks leave before. The user waits for what is left after the last
+layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate
+from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.advisor.memory_model import MemoryModel
-from tokenspeed_plan.planner.advisor.step_model import StepModel, StepTime
+from tokenspeed_plan.planner.advisor.step_time import StepTime
 
 Transport = Literal["nvlink", "rdma", "tcp"]
-# of the nominal rate that a large copy reaches (vLLM #52607: 49 of 64 GB/s by CUDA IPC over PCIe 5)
+# The share of the nominal rate that a large copy reaches: 49 of 64 GB/s by CUDA IPC over PCIe 5
+# (vLLM #52607).
 LINK_SHARE = 0.8
+MIN_NVLINK_BYTES_PER_S = 1e11  # slower links are PCIe
 TCP_BYTES_PER_S = 0.5e9  # NIXL without RDMA (vLLM #52607)
 HANDSHAKE_US = {"nvlink": 15.0, "rdma": 30.0, "tcp": 300.0}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerTransfer:
-    """One layer: bytes from a sender, when they can start after the last chunk's begin, and when they have left."""
+    """The bytes of one layer, when they can start after the last chunk's begin, and when they have left."""
 
     layer: int
     size_bytes: int
@@ -34,7 +38,7 @@ class LayerTransfer:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """The schedule of one prompt. `exposed_us` comes after the last layer is computed."""
+    """The schedule of one prompt; `exposed_us` comes after the last layer is computed."""
 
     transport: Transport
     bytes_per_s: float
@@ -43,38 +47,58 @@ class Transfer:
     exposed_us: float
 
 
-def transport_of(steps: StepModel, num_gpus: int) -> Transport:
-    """Push over NVLink while both pools are in a node; the 5090 and the CPU have none."""
-    hardware = steps.hardware
+def transport_of(hardware: HardwareSpec, num_gpus: int) -> Transport:
+    """How two pools with so many GPUs in all reach each other."""
     if num_gpus > hardware.gpus_per_node:
         return "rdma"
-    return "nvlink" if hardware.link_bytes_per_s > 1e11 else "tcp"
+    if hardware.link_bytes_per_s > MIN_NVLINK_BYTES_PER_S:
+        return "nvlink"
+    return "tcp"
 
 
 def plan_transfer(
-    steps: StepModel, candidate: Candidate, new_tokens: float, prompt: StepTime
+    memory: MemoryModel, candidate: Candidate, new_tokens: float, prompt: StepTime
 ) -> Transfer:
-    """The hand-over of an average later turn: its new tokens, and the whole recurrent state."""
-    assert candidate.prefill is not None
-    transport = transport_of(steps, candidate.num_gpus)
-    hardware = steps.hardware
-    rates = {"nvlink": hardware.link_bytes_per_s, "rdma": hardware.nic_bytes_per_s}
-    rate = rates[transport] * LINK_SHARE if transport in rates else TCP_BYTES_PER_S
-    memory = MemoryModel(steps, candidate.prefill)
+    """The schedule of an average later turn: its new tokens, and the whole recurrent state.
+
+    Args:
+        memory: of the prefill pool.
+        candidate: the deployment.
+        new_tokens: tokens of the prompt that are not cached.
+        prompt: the time of its prefill.
+    """
+    hardware = memory.steps.hardware
+    transport = transport_of(hardware, candidate.num_gpus)
+    bytes_per_s = _bytes_per_s(hardware, transport)
     kv_bytes, state_bytes = memory.layer_bytes(candidate.knobs)
     chunks = max(new_tokens / candidate.knobs.prefill_chunk, 1.0)
-    last_chunk_us, last_tokens = prompt.total_us / chunks, new_tokens / chunks
-    layers: list[LayerTransfer] = []
-    free_us = HANDSHAKE_US[transport]
-    kinds = steps.config.layer_types
-    for index, kind in enumerate(kinds):
-        size = int(kv_bytes * last_tokens) if kind == "full_attention" else state_bytes
-        ready_us = last_chunk_us * (index + 1) / len(kinds)
+    last_tokens, last_chunk_us = new_tokens / chunks, prompt.total_us / chunks
+    layer_types = memory.steps.config.layer_types
+    sizes = [
+        int(kv_bytes * last_tokens) if kind == "full_attention" else state_bytes
+        for kind in layer_types
+    ]
+    layers = tuple(_layers(sizes, last_chunk_us, HANDSHAKE_US[transport], bytes_per_s))
+    before = int((new_tokens - last_tokens) * kv_bytes) * layer_types.count("full_attention")
+    exposed_us = max(layers[-1].end_us - last_chunk_us, 0.0) + HANDSHAKE_US[transport]
+    return Transfer(transport, bytes_per_s, sum(sizes) + before, layers, exposed_us)
+
+
+def _bytes_per_s(hardware: HardwareSpec, transport: Transport) -> float:
+    if transport == "nvlink":
+        return hardware.link_bytes_per_s * LINK_SHARE
+    if transport == "rdma":
+        return hardware.nic_bytes_per_s * LINK_SHARE
+    return TCP_BYTES_PER_S
+
+
+def _layers(
+    sizes: list[int], chunk_us: float, handshake_us: float, bytes_per_s: float
+) -> Iterator[LayerTransfer]:
+    """One layer after the other, each when it is computed and the link is free."""
+    free_us = handshake_us
+    for layer, size in enumerate(sizes):
+        ready_us = chunk_us * (layer + 1) / len(sizes)
         start_us = max(ready_us, free_us)
-        free_us = start_us + size / rate * 1e6
-        layers.append(LayerTransfer(index, size, start_us, free_us))
-    total = sum(layer.size_bytes for layer in layers) + int(
-        (new_tokens - last_tokens) * kv_bytes
-    ) * kinds.count("full_attention")
-    exposed = max(free_us - last_chunk_us, 0.0) + HANDSHAKE_US[transport]
-    return Transfer(transport, rate, total, tuple(layers), exposed)
+        free_us = start_us + size / bytes_per_s * 1e6
+        yield LayerTransfer(layer, size, start_us, free_us)

@@ -1,27 +1,30 @@
-"""The workload as a model: what a turn of a conversation asks for, and how turns share a pool.
+"""The workload as a model: what a turn of a conversation asks for, and how users share a pool.
 
 Users are a closed loop: each has one turn under way, and starts the next when it is answered. With
-an arrival rate, as many users are there as Little's law says, at most the concurrency.
+an arrival rate there are as many users as Little's law says, at most the concurrency.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import mul
 
 from tokenspeed_plan.planner.spec import WorkloadSpec
 
-# Tokens a step with 3 drafts: 3.39 (InferenceX's reference for this MTP head, thinking on; SGLang
+# Tokens of a step with 3 drafts: 3.39 (InferenceX's reference for this MTP head, thinking on; SGLang
 # on GSM8K: 3.47). 1 + a + a^2 + a^3 = 3.39 gives a = 0.89.
 ACCEPTANCE = (0.89,)
+MAX_BUSY = 0.999  # share of the time that prompts may take, so that decode still gets some
+BATCH_ROUNDS = 4  # after which the batch and the time of a step agree
+ARRIVAL_ROUNDS, TURN_ROUNDS = 40, 50  # of bisection
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A turn: its prompt, how much of it is in the cache, and the context in the middle of its answer."""
+    """Tokens of a turn: its prompt, the cached part of it, and the context in the middle of its answer."""
 
     prompt_tokens: float
     cached_tokens: float
@@ -29,13 +32,13 @@ class Turn:
 
     @property
     def new_tokens(self) -> float:
-        """What must be computed before the first token."""
+        """Tokens that must be computed before the first one of the answer."""
         return self.prompt_tokens - self.cached_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The first turn, and the average of those after it (the first again where there is one alone)."""
+    """The first turn, and the average of the later ones (the first again where it is the only one)."""
 
     first: Turn
     later: Turn
@@ -47,35 +50,41 @@ class Conversation:
         return (of(self.first) + (self.turns - 1) * of(self.later)) / self.turns
 
     @property
+    def mean_context(self) -> int:
+        """Tokens of context of an average decode step."""
+        return round(self.mean(lambda turn: turn.context_tokens))
+
+    @property
     def hit_rate(self) -> float:
         """The share of prompt tokens that come from the cache."""
-        return self.mean(lambda turn: turn.cached_tokens) / self.mean(
-            lambda turn: turn.prompt_tokens
-        )
+        cached = self.mean(lambda turn: turn.cached_tokens)
+        return cached / self.mean(lambda turn: turn.prompt_tokens)
 
 
 def conversation(workload: WorkloadSpec, cached: bool = True) -> Conversation:
     """The turns of a workload.
 
-    A turn finds its conversation's keys and values, and recurrent state where the last answer
-    ended, if it is `cached`.
+    Args:
+        workload: the spec's.
+        cached: a turn finds the keys, values and recurrent state of the turns before it.
     """
-    output, middle = workload.output_tokens, workload.turns / 2.0
-    first = Turn(workload.first_turn_tokens, 0.0, workload.first_turn_tokens + output / 2)
+    output, first_tokens = workload.output_tokens, workload.first_turn_tokens
+    first = Turn(first_tokens, 0.0, first_tokens + output / 2)
     if workload.turns == 1:
         return Conversation(first, first, 1, output)
-    before = workload.first_turn_tokens + (middle - 1.0) * workload.turn_tokens + middle * output
-    found = before if cached else 0.0
+    middle = workload.turns / 2.0
+    before = first_tokens + (middle - 1.0) * workload.turn_tokens + middle * output
     prompt = before + workload.turn_tokens
-    return Conversation(first, Turn(prompt, found, prompt + output / 2), workload.turns, output)
+    later = Turn(prompt, before if cached else 0.0, prompt + output / 2)
+    return Conversation(first, later, workload.turns, output)
 
 
-def tokens_a_step(depth: int, acceptance: Sequence[float]) -> float:
+def tokens_per_step(depth: int, acceptance: Sequence[float]) -> float:
     """Expected tokens of a step that verifies `depth` drafts: 1 + a1 + a1 a2 + ...
 
     A draft is accepted, with the share of its place, only if the one before it was; the last share
-    holds for all places after it (Leviathan et al., arXiv:2211.17192, equation 1, where all are the
-    same).
+    holds for all places after it (Leviathan et al., arXiv:2211.17192, equation 1, where all shares
+    are equal).
     """
     shares = [acceptance[min(place, len(acceptance) - 1)] for place in range(depth)]
     return 1.0 + math.fsum(accumulate(shares, mul))
@@ -85,8 +94,12 @@ def tokens_a_step(depth: int, acceptance: Sequence[float]) -> float:
 class Demand:
     """What a turn asks of a pool.
 
-    `prefill_us` of work in `chunks` pieces, then `steps` decode steps; `step_us` is a step's time
-    by its batch. `prefill_parallelism` prompts are computed at once.
+    Attributes:
+        prefill_us: time of the prompt alone on the pool.
+        chunks: pieces in which the prompt is computed.
+        steps: decode steps of the answer.
+        step_us: microseconds of a decode step by its batch.
+        prefill_parallelism: prompts that the pool computes at once.
     """
 
     prefill_us: float
@@ -95,10 +108,18 @@ class Demand:
     step_us: Callable[[float], float]
     prefill_parallelism: int = 1
 
+    @property
+    def prefill_share_us(self) -> float:
+        """The pool's time for one prompt."""
+        return self.prefill_us / self.prefill_parallelism
+
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """A turn as its user sees it, with `users` of them on a pool, `batch` decoding on average."""
+class TurnTime:
+    """A turn as its user sees it, with `users` on the pool, of whom `batch` decode on average.
+
+    `saturated`: more turns arrive than the pool can answer.
+    """
 
     first_token_us: float
     decode_us: float
@@ -112,91 +133,106 @@ class Served:
         return self.first_token_us + self.decode_us
 
 
+@dataclass(frozen=True, slots=True)
+class _Phases:
+    """The two parts of a turn, if it had a certain length."""
+
+    first_token_us: float
+    decode_us: float
+    batch: float
+
+    @property
+    def turn_us(self) -> float:
+        return self.first_token_us + self.decode_us
+
+
 def serve(
     demand: Demand,
     concurrency: int,
     arrivals_per_s: float | None = None,
     handover_us: float | None = None,
-) -> Served:
-    """The steady state.
+) -> TurnTime:
+    """The steady state of a pool.
 
-    `handover_us` is None where one pool does everything, else what stays exposed of moving a
-    prompt's cache over.
+    Args:
+        demand: of each turn.
+        concurrency: users at most.
+        arrivals_per_s: turns that arrive; None where each user sends the next turn at once.
+        handover_us: exposed time of moving a prompt's cache to the decode pool; None where one
+            pool does everything.
     """
-
-    def with_users(users: float) -> Served:
-        return _shared(demand, users) if handover_us is None else _split(demand, users, handover_us)
-
+    everybody = _with_users(demand, float(concurrency), handover_us)
     if arrivals_per_s is None:
-        return with_users(float(concurrency))
-    full = with_users(float(concurrency))
-    if arrivals_per_s * full.turn_us * 1e-6 >= concurrency:
-        return Served(full.first_token_us, full.decode_us, full.users, full.batch, saturated=True)
+        return everybody
+    if arrivals_per_s * everybody.turn_us * 1e-6 >= concurrency:
+        return replace(everybody, saturated=True)
     low, high = 0.0, float(concurrency)
-    for _ in range(40):
+    for _ in range(ARRIVAL_ROUNDS):
         users = (low + high) / 2.0
-        too_few = arrivals_per_s * with_users(max(users, 1.0)).turn_us * 1e-6 > users
-        low, high = (users, high) if too_few else (low, users)
-    return with_users(max(high, 1.0))
+        turn_s = _with_users(demand, max(users, 1.0), handover_us).turn_us * 1e-6
+        if arrivals_per_s * turn_s > users:
+            low = users
+        else:
+            high = users
+    return _with_users(demand, max(high, 1.0), handover_us)
 
 
-def _shared(demand: Demand, users: float) -> Served:
-    """One pool: while a user decodes, prompts of the others take the machine; while his prompt runs, their steps do.
+def _with_users(demand: Demand, users: float, handover_us: float | None) -> TurnTime:
+    if handover_us is None:
+        return _steady(demand, users, lambda turn_us: _shared(demand, users, turn_us))
+    return _steady(demand, users, lambda turn_us: _split(demand, users, handover_us, turn_us))
 
-    R is the turn that a user sees. In it each of the others computes one prompt, p. Of a decode
-    phase of length D, the share (n - 1) p / R goes to them; during the own prompt, a step of the
-    others comes after each chunk, and with probability of a prompt being under way it waits for
-    half of one.
+
+def _shared(demand: Demand, users: float, turn_us: float) -> _Phases:
+    """One pool: prompts and decode steps of all users take turns on it.
+
+    In a turn of length R, each of the other users computes one prompt, p. Of a decode phase of
+    length D, the share (n - 1) p / R goes to them. During the user's own prompt, a decode step of
+    the others comes after each chunk; and if another prompt is under way when the turn starts, it
+    waits for half of one.
     """
     others = users - 1.0
-    each_us = demand.prefill_us / demand.prefill_parallelism
-
-    def phases(turn_us: float) -> tuple[float, float, float]:
-        busy = min(others * each_us / turn_us, 0.999)
-        decode_us, batch = 0.0, users
-        for _ in range(4):
-            decode_us = demand.steps * demand.step_us(max(batch, 1.0)) / (1.0 - busy)
-            batch = users * min(decode_us / turn_us, 1.0)
-        between = demand.chunks * demand.step_us(max(batch, 1.0)) * min(others, batch, 1.0)
-        return demand.prefill_us * (1.0 + busy / 2.0) + between, decode_us, batch
-
-    return _commit_state_len(phases, users * each_us, users)
+    busy = min(others * demand.prefill_share_us / turn_us, MAX_BUSY)
+    decode_us, batch = _decode(demand, users, turn_us, 1.0 - busy)
+    step_us = demand.step_us(max(batch, 1.0))
+    between_us = demand.chunks * step_us * min(others, batch, 1.0)
+    return _Phases(demand.prefill_us * (1.0 + busy / 2.0) + between_us, decode_us, batch)
 
 
-def _split(demand: Demand, users: float, handover_us: float) -> Served:
-    """Two pools: decode is never interrupted, prompts wait only for prompts."""
+def _split(demand: Demand, users: float, handover_us: float, turn_us: float) -> _Phases:
+    """Two pools: decode is never interrupted, and prompts wait only for prompts."""
     others = users - 1.0
-    each_us = demand.prefill_us / demand.prefill_parallelism
-
-    def phases(turn_us: float) -> tuple[float, float, float]:
-        busy = min(others * each_us / turn_us, 0.999)
-        batch = users
-        for _ in range(4):
-            decode_us = demand.steps * demand.step_us(max(batch, 1.0))
-            batch = users * min(decode_us / turn_us, 1.0)
-        return (
-            demand.prefill_us * (1.0 + busy / (2.0 * (1.0 - busy))) + handover_us,
-            decode_us,
-            batch,
-        )
-
-    return _commit_state_len(phases, users * each_us, users)
+    busy = min(others * demand.prefill_share_us / turn_us, MAX_BUSY)
+    decode_us, batch = _decode(demand, users, turn_us, 1.0)
+    waiting = busy / (2.0 * (1.0 - busy))
+    return _Phases(demand.prefill_us * (1.0 + waiting) + handover_us, decode_us, batch)
 
 
-def _commit_state_len(
-    phases: Callable[[float], tuple[float, float, float]], least_us: float, users: float
-) -> Served:
-    """The turn that is as long as its phases, by bisection; shorter ones crowd the pool, so the phases take longer.
+def _decode(demand: Demand, users: float, turn_us: float, share: float) -> tuple[float, float]:
+    """Microseconds of an answer that gets a share of the pool, and the batch that goes with it."""
+    decode_us, batch = 0.0, users
+    for _ in range(BATCH_ROUNDS):
+        decode_us = demand.steps * demand.step_us(max(batch, 1.0)) / share
+        batch = users * min(decode_us / turn_us, 1.0)
+    return decode_us, batch
 
-    No turn is shorter than `least_us`, in which the pool computes everybody's prompt: a user waits
-    for the rest of it.
+
+def _steady(demand: Demand, users: float, phases: Callable[[float], _Phases]) -> TurnTime:
+    """The turn that is as long as its phases, by bisection: in shorter turns the phases take longer.
+
+    No turn is shorter than the prompts of all users, of which the pool computes one after the
+    other; a user waits for the rest of that time.
     """
-    low = max(least_us, 1e-3)
+    low = max(users * demand.prefill_share_us, 1e-3)
     high = 2.0 * low
-    while sum(phases(high)[:2]) > high and high < 1e15:
+    while phases(high).turn_us > high and high < 1e15:
         high *= 2.0
-    for _ in range(50):
+    for _ in range(TURN_ROUNDS):
         middle = (low + high) / 2.0
-        low, high = (middle, high) if sum(phases(middle)[:2]) > middle else (low, middle)
-    first_us, decode_us, batch = phases(high)
-    return Served(max(first_us, high - decode_us), decode_us, users, batch)
+        if phases(middle).turn_us > middle:
+            low = middle
+        else:
+            high = middle
+    final = phases(high)
+    first_token_us = max(final.first_token_us, high - final.decode_us)
+    return TurnTime(first_token_us, final.decode_us, users, final.batch)

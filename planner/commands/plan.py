@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,12 +22,22 @@ from tokenspeed_plan.plans.bundle import (
     save_plan,
     seal,
 )
-from tokenspeed_plan.plans.diff import diff
+from tokenspeed_plan.plans.diff import Change, diff
 from tokenspeed_plan.plans.errors import PlanError, StalePlanError
 from tokenspeed_plan.plans.schema import Plan
 
 Folder = click.Path(path_type=Path)
-SHOWN_CHANGES = 20
+MAX_CHANGES = 20  # that are listed
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """The options of `tokenspeed plan`."""
+
+    spec: Path
+    out: Path
+    check: bool
+    no_compile: bool
 
 
 @click.command()
@@ -37,64 +49,76 @@ SHOWN_CHANGES = 20
     help="Write nothing; exit 1 if the bundle is not what SPEC compiles to.",
 )
 @click.option("--no-compile", is_flag=True, help="Skip compiling the kernels for the target's GPU.")
-def plan(spec: Path, out: Path, check: bool, no_compile: bool) -> None:
+def plan(**options: Any) -> None:
     """Compile SPEC into a plan."""
-    made = _compile(spec, no_compile)
-    if check:
-        _refuse_stale(made, out, spec, no_compile)
-        click.echo(f"{out} is up to date", err=True)
+    _plan(PlanOptions(**options))
+
+
+def _plan(options: PlanOptions) -> None:
+    bundle = _compile(options)
+    if options.check:
+        _refuse_stale(bundle, options)
+        click.echo(f"{options.out} is up to date", err=True)
         return
-    old = _old_plan(out)
-    save_plan(made.plan, out, made.sources, made.cubins)
-    _echo_changes(old, made.plan)
-    _echo_written(made, out)
+    old = _old_plan(options.out)
+    save_plan(bundle.plan, options.out, bundle.sources, bundle.cubins)
+    if old:
+        _echo_changes(diff(old, bundle.plan))
+    _echo_written(bundle, options.out)
 
 
-def _compile(spec_path: Path, no_compile: bool) -> Compiled:
-    spec = load_spec(spec_path)
-    model = find_model(spec, spec_path)
-    made = compile_bundle(spec, model) if no_compile else build_bundle(spec, model, default_cache())
-    return replace(made, plan=with_canary(made.plan, spec, model))
+def _compile(options: PlanOptions) -> Compiled:
+    spec = load_spec(options.spec)
+    model = find_model(spec, options.spec)
+    if options.no_compile:
+        bundle = compile_bundle(spec, model)
+    else:
+        bundle = build_bundle(spec, model, default_cache())
+    return replace(bundle, plan=with_canary(bundle.plan, spec, model))
 
 
-def _echo_written(made: Compiled, out: Path) -> None:
-    plan, binaries = made.plan, made.plan.binaries
+def _echo_written(bundle: Compiled, out: Path) -> None:
+    plan, target = bundle.plan, bundle.plan.target
+    path = out / PLAN_FILE
     click.echo(
-        f"wrote {out / PLAN_FILE} ({plan.digest[:16]}): {plan.model.name} on {plan.target.count} x {plan.target.gpu}",
+        f"wrote {path} ({plan.digest[:16]}): {plan.model.name} on {target.count} x {target.gpu}",
         err=True,
     )
-    compiled = (
-        f"compiled for sm_{plan.target.sm} by {plan.kernel_compiler}"
-        if binaries
-        else "not compiled"
-    )
-    click.echo(f"{len(made.sources)} kernels, {compiled}", err=True)
+    compiled = "not compiled"
+    if plan.binaries:
+        compiled = f"compiled for sm_{target.sm} by {plan.kernel_compiler}"
+    click.echo(f"{len(bundle.sources)} kernels, {compiled}", err=True)
 
 
-def _refuse_stale(made: Compiled, out: Path, spec: Path, no_compile: bool) -> None:
-    """The frozen bundle must be what was just made; without compiling, what the compiler said of it is not compared."""
-    fresh, frozen = dump_plan(made.plan), read_plan(out)
-    if no_compile and frozen != fresh:
-        kept = load_plan(out)
-        frozen = dump_plan(seal(kept.model_copy(update={"binaries": (), "kernel_compiler": ""})))
+def _refuse_stale(bundle: Compiled, options: PlanOptions) -> None:
+    """Refuse a frozen bundle that differs from a fresh one; without compiling, binaries are not compared."""
+    fresh, frozen = dump_plan(bundle.plan), read_plan(options.out)
+    if options.no_compile and frozen != fresh:
+        frozen = dump_plan(_without_binaries(load_plan(options.out)))
     if frozen != fresh:
         raise StalePlanError(
-            f"`{out}` is not what `{spec}` compiles to",
-            f"run `tokenspeed plan {spec} -o {out}` and look at the diff",
+            f"`{options.out}` is not what `{options.spec}` compiles to",
+            f"run `tokenspeed plan {options.spec} -o {options.out}` and look at the diff",
         )
-    check_sources(made.plan, out)
+    check_sources(bundle.plan, options.out)
+
+
+def _without_binaries(plan: Plan) -> Plan:
+    return seal(plan.model_copy(update={"binaries": (), "kernel_compiler": ""}))
 
 
 def _old_plan(out: Path) -> Plan | None:
+    """The plan that is replaced; None where there is none that this version can read."""
+    if not (out / PLAN_FILE).is_file():
+        return None
     try:
-        return load_plan(out) if (out / PLAN_FILE).is_file() else None
+        return load_plan(out)
     except PlanError:
-        return None  # a damaged or older plan is simply replaced
+        return None
 
 
-def _echo_changes(old: Plan | None, new: Plan) -> None:
-    changes = diff(old, new) if old else ()
-    for change in changes[:SHOWN_CHANGES]:
+def _echo_changes(changes: Sequence[Change]) -> None:
+    for change in changes[:MAX_CHANGES]:
         click.echo(str(change), err=True)
-    if len(changes) > SHOWN_CHANGES:
-        click.echo(f"  and {len(changes) - SHOWN_CHANGES} more changes", err=True)
+    if len(changes) > MAX_CHANGES:
+        click.echo(f"  and {len(changes) - MAX_CHANGES} more changes", err=True)

@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tokenspeed_plan.planner.advisor.advise import option
-from tokenspeed_plan.planner.advisor.candidate import ALL_CAPABILITIES, SUPPORTED, check_formats
-from tokenspeed_plan.planner.advisor.engine_profile import load_engine
+from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED
+from tokenspeed_plan.planner.advisor.engine_profile import Engine, load_engine
 from tokenspeed_plan.planner.advisor.hardware import find_hardware
-from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor, digits
-from tokenspeed_plan.planner.advisor.rollback import kept_first
-from tokenspeed_plan.planner.advisor.search import Search, SearchResult
-from tokenspeed_plan.planner.advisor.step_model import Engine
+from tokenspeed_plan.planner.advisor.legality import check_formats
+from tokenspeed_plan.planner.advisor.numbers import digits
+from tokenspeed_plan.planner.advisor.predicted import max_concurrency, max_context_tokens, option
+from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
+from tokenspeed_plan.planner.advisor.ranking import SearchResult
+from tokenspeed_plan.planner.advisor.rollback import allowed_rollbacks
+from tokenspeed_plan.planner.advisor.search import Search
 from tokenspeed_plan.planner.compile import find_model
 from tokenspeed_plan.planner.models.config import ModelConfig
-from tokenspeed_plan.planner.spec import Spec, load_spec
+from tokenspeed_plan.planner.spec import MAX_GPUS, Spec, load_spec
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
 from tokenspeed_plan.plans.report import DEFINITIONS
 
 Folder = click.Path(path_type=Path)
-SHOWN = 4
+MAX_RUNNERS_UP = 4
+SWEEP_COLUMNS = {
+    "turn_time_ms": "turn ms",
+    "ttft_ms": "ttft ms",
+    "tpot_ms": "tpot ms",
+    "tokens_per_s_gpu": "tokens/s/GPU",
+    "cost_per_million_tokens_usd": "USD/M",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PredictOptions:
+    """The options of `tokenspeed predict`."""
+
+    spec: Path
+    changes: tuple[str, ...]
+    engine: Path | None
+    as_json: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SweepOptions:
+    """The options of `tokenspeed sweep`; `gpus` and `counts` are lists with commas."""
+
+    spec: Path
+    changes: tuple[str, ...]
+    gpus: str
+    counts: str
+    reserved: bool
+    as_json: bool
 
 
 @click.command()
@@ -43,15 +74,22 @@ SHOWN = 4
     help="Model another engine: the profile with its launches and host work.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
-def predict(spec: Path, changes: tuple[str, ...], engine: Path | None, as_json: bool) -> None:
+def predict(**options: Any) -> None:
     """Predict what SPEC would do, as stated or as best found; also what the runtime does not replay yet."""
-    asked = load_spec(spec, changes)
-    config = find_model(asked, spec).config
-    modelled = load_engine(engine) if engine else None
-    predictor, found = search(asked, config, modelled)
-    click.echo(
-        json.dumps(_as_json(predictor, found), indent=1) if as_json else _as_text(predictor, found)
-    )
+    _predict(PredictOptions(**options))
+
+
+def _predict(options: PredictOptions) -> None:
+    spec = load_spec(options.spec, options.changes)
+    config = find_model(spec, options.spec).config
+    engine = None
+    if options.engine:
+        engine = load_engine(options.engine)
+    predictor, result = search(spec, config, engine)
+    if options.as_json:
+        click.echo(json.dumps(_as_json(predictor, result), indent=1))
+    else:
+        click.echo("\n".join(_as_text(predictor, result)))
 
 
 @click.command()
@@ -61,31 +99,61 @@ def predict(spec: Path, changes: tuple[str, ...], engine: Path | None, as_json: 
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the spec first.")
 @click.option("--reserved", is_flag=True, help="Prices of reserved machines instead of on demand.")
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
-def sweep(
-    spec: Path, gpus: str, counts: str, changes: tuple[str, ...], reserved: bool, as_json: bool
-) -> None:
+def sweep(**options: Any) -> None:
     """Find the best deployment of SPEC on each machine: what should I rent?"""
-    numbers = [
-        int(text) if text.isdecimal() and 1 <= int(text) <= 1024 else 0
-        for text in counts.split(",")
+    _sweep(SweepOptions(**options))
+
+
+def _sweep(options: SweepOptions) -> None:
+    counts = _parse_counts(options.counts)
+    spec = load_spec(options.spec, options.changes)
+    config = find_model(spec, options.spec).config
+    gpus = [_checked_name(name) for name in options.gpus.split(",")]
+    rows = [
+        _sweep_row(_with_target(spec, gpu, count), config, options.reserved)
+        for gpu in gpus
+        for count in counts
     ]
-    if not all(numbers):
-        raise SpecError(
-            f"`--count {counts}` is not a list of numbers from 1 to 1024", "such as 1,2,4,8"
-        )
-    asked = load_spec(spec, changes)
-    config = find_model(asked, spec).config
-    machines = [
-        find_hardware(name).name if not name.endswith(".yaml") else name for name in gpus.split(",")
-    ]
-    rows = [_row(asked, config, gpu, count, reserved) for gpu in machines for count in numbers]
-    click.echo(json.dumps(rows, indent=1) if as_json else _table(rows, asked))
+    if options.as_json:
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        click.echo("\n".join(_sweep_table(rows, spec)))
+
+
+def _parse_counts(text: str) -> list[int]:
+    counts = []
+    for word in text.split(","):
+        if not word.isdecimal() or not 1 <= int(word) <= MAX_GPUS:
+            raise SpecError(
+                f"`--count {text}` is not a list of numbers from 1 to {MAX_GPUS}",
+                "such as 1,2,4,8",
+            )
+        counts.append(int(word))
+    return counts
+
+
+def _checked_name(name: str) -> str:
+    """The name of a machine that we know; the path of a profile as it is."""
+    if name.endswith(".yaml"):
+        return name
+    return find_hardware(name).name
+
+
+def _with_target(spec: Spec, gpu: str, count: int) -> Spec:
+    target = spec.target.model_copy(update={"gpu": gpu, "count": count})
+    return spec.model_copy(update={"target": target})
 
 
 def search(
     spec: Spec, config: ModelConfig, engine: Engine | None = None, reserved: bool = False
 ) -> tuple[Predictor, SearchResult]:
-    """Everything that the spec leaves open, replayed today or not.
+    """Search everything that the spec leaves open, whether or not the runtime replays it yet.
+
+    Args:
+        spec: what was asked.
+        config: of the model.
+        engine: another engine to model; none of them recomputes states.
+        reserved: price GPUs as reserved.
 
     Raises:
         SpecError: nothing that the spec allows is legal and fits, or the machine cannot multiply
@@ -93,128 +161,115 @@ def search(
     """
     hardware = find_hardware(spec.target.gpu)
     check_formats(spec.model.weights, hardware)
-    recomputes = engine is None and kept_first(spec, config, hardware)[0]
+    usual = allowed_rollbacks(spec, config, hardware)[0]
+    recomputes = engine is None and usual == "recompute"
     predictor = Predictor(spec, config, hardware, engine, reserved, recomputes)
-    found = Search(predictor, ALL_CAPABILITIES, spec.target.count).run()
-    _ = found.best
-    return predictor, found
+    result = Search(predictor, ALL, spec.target.count).run()
+    _ = result.best
+    return predictor, result
 
 
-def _as_json(predictor: Predictor, found: SearchResult) -> dict[str, Any]:
-    best = found.best
-    missing = SUPPORTED.missing(best.candidate)
-    memory = predictor.memory(best.candidate.layout)
-    workload = predictor.spec.workload
+def _as_json(predictor: Predictor, result: SearchResult) -> dict[str, Any]:
+    best, engine = result.best, predictor.engine
+    candidate = best.candidate
+    missing = SUPPORTED.missing(candidate)
     return {
-        "engine": predictor.engine.name if predictor.engine else "tokenspeed-plan",
-        "target": {"gpu": predictor.hardware.name, "count": best.candidate.num_gpus},
-        "deployment": str(best.candidate),
-        "layout": asdict(best.candidate.layout),
-        "prefill_layout": asdict(best.candidate.prefill) if best.candidate.prefill else None,
-        "replicas": best.candidate.replicas,
-        "knobs": asdict(best.candidate.knobs),
+        "engine": engine.name if engine else "tokenspeed-plan",
+        "target": {"gpu": predictor.hardware.name, "count": candidate.num_gpus},
+        "deployment": str(candidate),
+        "layout": asdict(candidate.layout),
+        "prefill_layout": asdict(candidate.prefill) if candidate.prefill else None,
+        "replicas": candidate.replicas,
+        "knobs": asdict(candidate.knobs),
         "recomputed": not missing,
         "not_replayed_yet": missing,
         "predicted": _numbers(best),
         "limits": {
-            "largest_concurrency": memory.max_seqs_that_fit(
-                best.candidate.knobs, workload.max_conversation_tokens, 65_536
-            ),
-            "largest_context_tokens": memory.max_tokens_that_fit(
-                best.candidate.knobs, workload.concurrency
-            ),
+            "largest_concurrency": max_concurrency(predictor, candidate),
+            "largest_context_tokens": max_context_tokens(predictor, candidate),
         },
         "memory_bytes_per_rank": asdict(best.memory) | {"total": best.memory.total},
-        "slo_missed": found.binding,
-        "runners_up": [option(p).model_dump() for p in found.by_layout[1 : SHOWN + 1]],
+        "slo_missed": result.binding,
+        "runners_up": [option(each).model_dump() for each in _runners_up(result)],
     }
 
 
+def _runners_up(result: SearchResult) -> list[Prediction]:
+    return result.by_layout[1 : MAX_RUNNERS_UP + 1]
+
+
 def _numbers(best: Prediction) -> dict[str, Any]:
-    step = {key: digits(value) for key, value in asdict(best.step).items()}
+    step_us = {key: digits(value) for key, value in asdict(best.step).items()}
     intervals = {name: [digits(end) for end in best.interval(name)] for name in best.metrics}
     return {
         **best.as_json(),
         "interval": intervals,
-        "decode_batch": digits(best.served.batch),
-        "decode_step_us": step | {"total": digits(best.step.total_us)},
+        "decode_batch": digits(best.turn.batch),
+        "decode_step_us": step_us | {"total": digits(best.step.total_us)},
         "limited_by": best.step.bound,
-        "saturated": best.served.saturated,
+        "saturated": best.turn.saturated,
         "definitions": DEFINITIONS,
     }
 
 
-def _as_text(predictor: Predictor, found: SearchResult) -> str:
-    best, engine = found.best, predictor.engine
+def _as_text(predictor: Predictor, result: SearchResult) -> Iterator[str]:
+    best, hardware = result.best, predictor.hardware
+    title = f"{predictor.config.name} on {best.candidate.num_gpus} x {hardware.name}"
+    if predictor.engine:
+        title += f", as {predictor.engine.name} would run it"
+    yield title
+    yield str(best.candidate)
     missing = SUPPORTED.missing(best.candidate)
-    lines = [
-        f"{predictor.config.name} on {best.candidate.num_gpus} x {predictor.hardware.name}"
-        + (f", as {engine.name} would replay it" if engine else ""),
-        f"{best.candidate}",
-        f"not replayed yet: {', '.join(missing)}"
-        if missing
-        else "`tokenspeed plan` can freeze this",
-    ]
-    lines += [f"service level missed: {found.binding}"] * bool(found.binding)
-    lines += ["more turns arrive than it can answer"] * best.served.saturated
+    if missing:
+        yield f"not replayed yet: {', '.join(missing)}"
+    else:
+        yield "`tokenspeed plan` can freeze this"
+    if result.binding:
+        yield f"service level missed: {result.binding}"
+    if best.turn.saturated:
+        yield "more turns arrive than it can answer"
     for name, meaning in DEFINITIONS.items():
         low, high = best.interval(name)
-        lines.append(
-            f"  {name:<28} {best.metrics[name]:>10.4g}  ({low:.4g} to {high:.4g})  {meaning}"
-        )
-    lines += [
-        "next",
-        *(
-            f"  {p.candidate}: {found.objective} {p.metrics[found.objective]:.4g}"
-            for p in found.by_layout[1 : SHOWN + 1]
-        ),
-    ]
-    return "\n".join(lines)
+        value = best.metrics[name]
+        yield f"  {name:<28} {value:>10.4g}  ({low:.4g} to {high:.4g})  {meaning}"
+    yield "next"
+    for each in _runners_up(result):
+        yield f"  {each.candidate}: {result.objective} {each.metrics[result.objective]:.4g}"
 
 
-def _row(spec: Spec, config: ModelConfig, gpu: str, count: int, reserved: bool) -> dict[str, Any]:
-    asked = spec.model_copy(
-        update={"target": spec.target.model_copy(update={"gpu": gpu, "count": count})}
-    )
+def _sweep_row(spec: Spec, config: ModelConfig, reserved: bool) -> dict[str, Any]:
+    """The best deployment on one machine, or why there is none."""
+    count = spec.target.count
     try:
-        predictor, found = search(asked, config, reserved=reserved)
+        predictor, result = search(spec, config, reserved=reserved)
     except TokenspeedError as error:
-        return {"gpu": gpu, "count": count, "error": error.message}
-    best = found.best
+        return {"gpu": spec.target.gpu, "count": count, "error": error.message}
+    candidate = result.best.candidate
     return {
         "gpu": predictor.hardware.name,
         "count": count,
-        "used": best.candidate.num_gpus,
-        "deployment": str(best.candidate),
-        "predicted": best.as_json(),
-        "slo_missed": found.binding,
-        "not_replayed_yet": SUPPORTED.missing(best.candidate),
+        "used": candidate.num_gpus,
+        "deployment": str(candidate),
+        "predicted": result.best.as_json(),
+        "slo_missed": result.binding,
+        "not_replayed_yet": SUPPORTED.missing(candidate),
     }
 
 
-def _table(rows: Sequence[dict[str, Any]], spec: Spec) -> str:
-    names = (
-        "turn_time_ms",
-        "ttft_ms",
-        "tpot_ms",
-        "tokens_per_s_gpu",
-        "cost_per_million_tokens_usd",
+def _sweep_table(rows: Sequence[dict[str, Any]], spec: Spec) -> Iterator[str]:
+    yield (
+        f"least {spec.objective.minimize} of each machine; "
+        "what the runtime does not replay yet is marked *"
     )
-    heads = ("turn ms", "ttft ms", "tpot ms", "tokens/s/GPU", "USD/M")
-    lines = [
-        f"least {spec.objective.minimize} of each machine; what the runtime does not replay yet is marked *",
-        f"{'gpu':<8} {'of':>4} {'used':>4} "
-        + " ".join(f"{head:>12}" for head in heads)
-        + "  deployment",
-    ]
+    heads = " ".join(f"{head:>12}" for head in SWEEP_COLUMNS.values())
+    yield f"{'gpu':<8} {'of':>4} {'used':>4} {heads}  deployment"
     for row in rows:
+        machine = f"{row['gpu']:<8} {row['count']:>4}"
         if "error" in row:
-            lines.append(f"{row['gpu']:<8} {row['count']:>4}    - {row['error']}")
+            yield f"{machine}    - {row['error']}"
             continue
-        numbers = " ".join(f"{row['predicted'][name]:>12.4g}" for name in names)
+        numbers = " ".join(f"{row['predicted'][name]:>12.4g}" for name in SWEEP_COLUMNS)
         mark = "*" if row["not_replayed_yet"] else ""
-        missed = f" (service level missed: {row['slo_missed']})" if row["slo_missed"] else ""
-        lines.append(
-            f"{row['gpu']:<8} {row['count']:>4} {row['used']:>4} {numbers}  {row['deployment']}{mark}{missed}"
-        )
-    return "\n".join(lines)
+        if row["slo_missed"]:
+            mark += f" (service level missed: {row['slo_missed']})"
+        yield f"{machine} {row['used']:>4} {numbers}  {row['deployment']}{mark}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,6 +17,17 @@ from tokenspeed_plan.plans.report import as_dict, as_text, why
 from tokenspeed_plan.plans.schema import Plan
 
 Folder = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True, slots=True)
+class ShowOptions:
+    """The options of `tokenspeed show`."""
+
+    bundle: Path
+    as_json: bool
+    kernels: bool
+    field: str | None
+    html: Path | None
 
 
 @click.command()
@@ -29,21 +42,26 @@ Folder = click.Path(path_type=Path)
     type=Folder,
     help="Write one self-contained page: graphs, timeline, memory, roofline, front.",
 )
-def show(bundle: Path, as_json: bool, kernels: bool, field: str | None, html: Path | None) -> None:
+def show(**options: Any) -> None:
     """Show what a plan decided: layout, memory, predicted numbers, what limits it."""
-    frozen = load_plan(bundle)
-    if html is not None:
-        html.write_text(_page(frozen, bundle), encoding="utf-8")
-        click.echo(f"wrote {html}", err=True)
-        return
-    if field is not None:
-        click.echo(why(frozen, field))
-        return
-    click.echo(json.dumps(as_dict(frozen), indent=1) if as_json else as_text(frozen, kernels))
+    _show(ShowOptions(**options))
+
+
+def _show(options: ShowOptions) -> None:
+    frozen = load_plan(options.bundle)
+    if options.html is not None:
+        options.html.write_text(_page(frozen, options.bundle), encoding="utf-8")
+        click.echo(f"wrote {options.html}", err=True)
+    elif options.field is not None:
+        click.echo(why(frozen, options.field))
+    elif options.as_json:
+        click.echo(json.dumps(as_dict(frozen), indent=1))
+    else:
+        click.echo(as_text(frozen, options.kernels))
 
 
 def _page(frozen: Plan, bundle: Path) -> str:
-    """The roofline is left out where the model's config is not at hand."""
+    """The page; without the roofline where the model's config is not at hand."""
     from tokenspeed_plan.codegen.page.plan_page import render_page
     from tokenspeed_plan.planner.advisor.plan_prices import roofline
 

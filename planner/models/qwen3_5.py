@@ -23,7 +23,7 @@ from tokenspeed_plan.planner.graph import (
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.plans.ops import BATCH_STATE, OPS, RECOMPUTED, SAMPLING_INPUTS, STOP_IDS
-from tokenspeed_plan.plans.schema import ArenaName, Limits
+from tokenspeed_plan.plans.schema import ArenaName, Capacity
 from tokenspeed_plan.plans.types import Attr, Dim, DType, Phase, TensorSpec
 
 Splits = Mapping[int, Split]
@@ -40,7 +40,7 @@ class BuildContext:
 
     config: ModelConfig
     dtype: DType
-    limits: Limits
+    limits: Capacity
     num_valid_tokens: int
     fused_experts: Callable[[str], bool]
     draft_vocab: int | None = None

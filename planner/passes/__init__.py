@@ -1,1 +1,1 @@
-"""The passes, each `graph -> graph` and pure: shard, fuse, schedule, place, lower."""
+"""The passes, each a pure function of a graph; `pipeline` has all of them in order."""

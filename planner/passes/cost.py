@@ -1,8 +1,8 @@
 """What an operator costs: FLOPs, bytes and state, and the microseconds that follow on a machine.
 
-A kernel waits for its launch and for its first bytes, then works for the larger of its bytes and
-its FLOPs over what the machine reaches for such shapes (the roofline model, Williams et al., CACM
-2009, with measured ceilings).
+A kernel waits for its launch and for its first bytes. Then it is busy for the larger of two times:
+its bytes over the memory's rate, and its FLOPs over the rate of the tensor cores for such shapes
+(the roofline model, Williams et al., CACM 2009, with measured ceilings).
 """
 
 from __future__ import annotations
@@ -17,21 +17,16 @@ from tokenspeed_plan.codegen.tiling import GEMV_ROWS
 from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, all_reduce_us
 from tokenspeed_plan.planner.graph import Op, OpGraph
 from tokenspeed_plan.plans.ops import COLLECTIVES, DELTA_CHUNK, RECOMPUTED, integer, query_len
-from tokenspeed_plan.plans.types import FORMATS, TensorSpec
-
-WeightFormat = Literal["bf16", "fp32", "fp8", "nvfp4"]
+from tokenspeed_plan.plans.types import Format, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Formats:
-    """How weights and the KV cache are stored, where that is not what the graph was built with.
+    """How experts, projections, and keys and values are stored; None for as the graph was built."""
 
-    `experts` and `matrices` are None for the graph's own dtype; `kv_bytes` are those of an element.
-    """
-
-    experts: WeightFormat | None = None
-    matrices: WeightFormat | None = None
-    kv_bytes: float | None = None
+    experts: Format | None = None
+    matrices: Format | None = None
+    kv: Format | None = None
 
 
 AS_BUILT = Formats()
@@ -39,10 +34,10 @@ AS_BUILT = Formats()
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one replay carries: tokens, sequences, and tokens of context that each sequence has.
+    """The batch of one step: tokens, sequences, and tokens of context that each sequence has.
 
-    `skew` is the exponent of a Zipf law of experts (0: routing is uniform). `context_split` ranks
-    share the keys and values of a head: each reads its part, for the queries of all.
+    `skew` is the exponent of a Zipf law of experts; 0 means uniform routing. `context_split` ranks
+    share the keys and values of a head: each reads its part, for the queries of all of them.
     """
 
     num_tokens: int
@@ -77,14 +72,13 @@ class OpCost:
 
 
 def op_cost(graph: OpGraph, op: Op, load: Load) -> OpCost:
-    """The cost of an operator; of a fused one, of its members less what never leaves the kernel."""
-    members = [_member_cost(graph, member, load) for member in op.members]
+    """The cost of an operator; that of a fused one leaves out what never leaves the kernel."""
     total = OpCost()
-    for cost in members:
-        total += cost
+    for member in op.members:
+        total += _member_cost(graph, member, load)
     names = dict.fromkeys((*op.inputs, *op.outputs))
     moved = sum(_bytes(graph, name, load) for name in names)
-    return OpCost(total.flops, total.weight_bytes, moved, total.state_bytes)
+    return replace(total, activation_bytes=moved)
 
 
 def _bytes(graph: OpGraph, name: str, load: Load) -> int:
@@ -101,12 +95,10 @@ def _member_cost(graph: OpGraph, op: Op, load: Load) -> OpCost:
 
 
 def _own(graph: OpGraph, op: Op, load: Load) -> Load:
-    """The load of an operator that works on a row a sequence, such as the head."""
-    if (
-        load.num_tokens == load.num_seqs
-        or not op.inputs
-        or graph.tensors[op.inputs[0]].spec.shape[0] != "num_seqs"
-    ):
+    """The load of an operator: one token per sequence where its first operand has as many rows."""
+    if load.num_tokens == load.num_seqs or not op.inputs:
+        return load
+    if graph.tensors[op.inputs[0]].spec.shape[0] != "num_seqs":
         return load
     return replace(load, num_tokens=load.num_seqs)
 
@@ -114,39 +106,40 @@ def _own(graph: OpGraph, op: Op, load: Load) -> Load:
 def _flops(graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load) -> float:
     if op.kind not in _FLOPS:
         return 0.0
-    shared = _experts_per_token(graph, op) / _ranks_sharing(op) if op.kind in _EXPERTS else 1.0
-    return shared * _FLOPS[op.kind](op.attrs, weights, load)
+    flops = _FLOPS[op.kind](op.attrs, weights, load)
+    if op.kind not in _EXPERTS:
+        return flops
+    return _experts_per_token(graph, op) / _ranks_sharing(op) * flops
 
 
 def _weight_bytes(graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load) -> float:
     if op.kind == "embed":
         return float(load.num_tokens * weights[0].size_bytes() // _rows(weights[0]))
     if op.kind in _EXPERTS:
-        hits = _expected_hits(_rows(weights[0]), graph, op, load)
-        return (
-            hits
-            * weights[0].size_bytes()
-            * stored_scale(op, weights[0], load.formats)
-            / _rows(weights[0])
-        )
+        num_experts = _rows(weights[0])
+        hits = _expected_hits(num_experts, graph, op, load)
+        scale = stored_scale(op, weights[0], load.formats)
+        return hits * weights[0].size_bytes() * scale / num_experts
     return sum(spec.size_bytes() * stored_scale(op, spec, load.formats) for spec in weights)
 
 
 def stored_scale(op: Op, spec: TensorSpec, formats: Formats) -> float:
-    """Bytes of an operator's weight as stored over bytes as built.
+    """Bytes of an operator's weight as stored, divided by its bytes as built.
 
-    Experts and projections are quantised; tables, the head, routers, convolutions and vectors are
-    not.
+    Experts and projections are quantised. Tables, heads, routers, convolutions and vectors are not.
     """
-    kept = (
-        op.kind != "linear"
-        or op.name.partition("@")[0] in ("head", "draft_head")
-        or op.name.endswith(".router")
-    )
-    stored = formats.experts if op.kind in _EXPERTS else None if kept else formats.matrices
-    return (
-        1.0 if stored is None else FORMATS[stored].bytes_per_element / spec.format.bytes_per_element
-    )
+    stored = _stored_format(op, formats)
+    if stored is None:
+        return 1.0
+    return stored.bytes_per_element / spec.format.bytes_per_element
+
+
+def _stored_format(op: Op, formats: Formats) -> Format | None:
+    if op.kind in _EXPERTS:
+        return formats.experts
+    if op.kind == "linear" and op.role not in ("head", "router"):
+        return formats.matrices
+    return None
 
 
 def _experts_per_token(graph: OpGraph, op: Op) -> int:
@@ -156,7 +149,9 @@ def _experts_per_token(graph: OpGraph, op: Op) -> int:
 
 
 def _ranks_sharing(op: Op) -> int:
-    return op.rank_attrs["expert_start"].mod if "expert_start" in op.rank_attrs else 1
+    if "expert_start" not in op.rank_attrs:
+        return 1
+    return op.rank_attrs["expert_start"].mod
 
 
 def _rows(spec: TensorSpec) -> int:
@@ -164,7 +159,7 @@ def _rows(spec: TensorSpec) -> int:
 
 
 def _expected_hits(local_experts: int, graph: OpGraph, op: Op, load: Load) -> float:
-    """Distinct experts that are hit on the rank with the most of them: the others wait for it."""
+    """Distinct experts that are hit on the busiest rank, which the others wait for."""
     ways = _ranks_sharing(op)
     hits = expected_hits(
         local_experts * ways, _experts_per_token(graph, op), load.num_tokens, load.skew
@@ -176,7 +171,7 @@ def _expected_hits(local_experts: int, graph: OpGraph, op: Op, load: Load) -> fl
 def busiest_share(hits: float, ways: int) -> float:
     """Expected hits of the busiest of `ways` ranks, each hit falling on any of them.
 
-    E[max] = sum_x 1 - P(B <= x)^ways with B binomial; as if ranks were independent, which is close.
+    E[max] = sum_x 1 - P(B <= x)^ways with B binomial. Ranks count as independent, which is close.
     """
     if ways == 1:
         return hits
@@ -217,33 +212,34 @@ def expected_hits(num_experts: int, per_token: int, num_tokens: int, skew: float
 
 
 def _state_bytes(graph: OpGraph, op: Op, load: Load) -> float:
-    total = 0.0
-    for name, access in op.states:
-        spec = graph.tensors[name].spec
-        row = (
-            math.prod(spec.bind(0, 0)[1:]) * spec.size_bytes() / max(math.prod(spec.bind(0, 0)), 1)
-        )
-        stored_bytes = spec.format.bytes_per_element
-        narrow = (load.formats.kv_bytes or stored_bytes) / stored_bytes
-        if op.kind == "kv_write":
-            total += load.num_tokens * row * narrow / integer(op.attrs, "page_size")
-        elif op.kind == "attention":
-            read = (
-                load.num_seqs * load.context_tokens * row * narrow / integer(op.attrs, "page_size")
-            )
-            total += read / load.context_split
-        else:
-            total += load.num_seqs * row * _times(op, access)
-    return total
+    return sum(_access_bytes(graph, op, name, access, load) for name, access in op.states)
+
+
+def _access_bytes(graph: OpGraph, op: Op, name: str, access: str, load: Load) -> float:
+    """Bytes that an operator moves of one buffer: of pages by token, of state slots by sequence."""
+    spec = graph.tensors[name].spec
+    shape = spec.bind(0, 0)
+    slot_bytes = math.prod(shape[1:]) * spec.size_bytes() / max(math.prod(shape), 1)
+    kv_format = load.formats.kv or spec.format
+    stored = kv_format.bytes_per_element / spec.format.bytes_per_element
+    if op.kind == "kv_write":
+        return load.num_tokens * slot_bytes * stored / integer(op.attrs, "page_size")
+    if op.kind == "attention":
+        tokens = load.num_seqs * load.context_tokens
+        read = tokens * slot_bytes * stored / integer(op.attrs, "page_size")
+        return read / load.context_split
+    return load.num_seqs * slot_bytes * _times(op, access)
 
 
 def _times(op: Op, access: str) -> int:
-    """How often an operator reads or writes the rows of its state: a step leaves a state after each row that it has."""
+    """How often an operator moves a state: a step reads one and may write one after each query."""
     if op.kind == "recompute_state":
         return 2
-    if op.attrs.get("mode") == RECOMPUTED:  # it is in registers since the replay
+    if op.attrs.get("mode") == RECOMPUTED:  # `recompute_state` left it in registers
         return 0
-    return 1 + (query_len(op.attrs) if access == "update" else 0)
+    if access != "update":
+        return 1
+    return 1 + query_len(op.attrs)
 
 
 Flops = Callable[[Mapping[str, object], list[TensorSpec], Load], float]
@@ -259,7 +255,7 @@ def _experts(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load)
 
 
 def _attention(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    """Scores and values: 4 D a query head for each pair of query and key."""
+    """Scores and values: 4 D for each query head and each pair of query and key."""
     pairs = load.num_tokens * load.context_tokens
     return 4.0 * pairs * int(str(attrs["num_heads"])) * int(str(attrs["head_dim"]))
 
@@ -272,14 +268,14 @@ def _per_head(
 
 
 def _delta_rule(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    """One token after the other: 7 dk dv each."""
+    """One token after the other: 7 dk dv for each."""
     if attrs["mode"] == "chunked":
         return _delta_chunk(attrs, weights, load) + _delta_scan(attrs, weights, load)
     return _per_head(attrs, load, lambda key, value: 7 * key * value)
 
 
 def _recompute_state(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    """What came true of a step before that had as many rows: 5 dk dv each, all of them at most."""
+    """The accepted tokens of the step before, at most as many as its queries: 5 dk dv for each."""
     return _per_head(attrs, load, lambda key, value: 5 * key * value)
 
 
@@ -318,24 +314,29 @@ _CLASSES: tuple[tuple[str, str], ...] = (
     ("linear", "product"),
     ("embed", "rows"),
 )
-FEW_ROWS = 64  # up to here it waits for its weights on every machine that we know
+# With up to so many rows a product waits for its weights on every machine that we know.
+MEMORY_BOUND_ROWS = 64
 
 
 def op_class(kinds: Collection[str], num_rows: int, num_seqs: int) -> str:
-    """The class whose wait and residual a kernel of such members takes from the machine's profile."""
-    found = next((name for kind, name in _CLASSES if kind in kinds), "rows")
-    if found == "attention":
-        return "attention_prefill" if num_rows > FEW_ROWS * num_seqs else "attention_decode"
-    if found == "product" and num_rows <= FEW_ROWS:
-        return "stream" if num_rows <= GEMV_ROWS else "few_rows"
-    return found
+    """The class of a kernel with such members; the machine's profile prices each class."""
+    heaviest = next((name for kind, name in _CLASSES if kind in kinds), "rows")
+    if heaviest == "attention":
+        if num_rows > MEMORY_BOUND_ROWS * num_seqs:
+            return "attention_prefill"
+        return "attention_decode"
+    if heaviest == "product" and num_rows <= GEMV_ROWS:
+        return "stream"
+    if heaviest == "product" and num_rows <= MEMORY_BOUND_ROWS:
+        return "few_rows"
+    return heaviest
 
 
 @dataclass(frozen=True, slots=True)
 class OpTime:
-    """Microseconds in which the machine is waited for, then those in which its memory or its cores are kept busy.
+    """Microseconds of waiting, then microseconds in which the memory or the cores are busy.
 
-    `bound` is the kind of time that the busy part is, `waits_for` that of the latency.
+    `bound` says which of them the busy part is, `waits_for` what the latency is.
     """
 
     latency_us: float
@@ -355,7 +356,7 @@ def op_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTim
 
 
 def time_of(graph: OpGraph, op: Op, cost: OpCost, load: Load, hardware: HardwareSpec) -> OpTime:
-    """`op_time`, of an operator whose cost is known."""
+    """`op_time` of an operator whose cost is known."""
     if op.kind in COLLECTIVES:
         return _collective_time(graph, op, load, hardware)
     memory_s = cost.moved_bytes / hardware.read_bytes_per_s
@@ -372,14 +373,16 @@ def time_of(graph: OpGraph, op: Op, cost: OpCost, load: Load, hardware: Hardware
 
 
 def _class(graph: OpGraph, op: Op, load: Load) -> str:
-    """By the rows of the member that works on the fewest: a head works on the last ones alone."""
+    """By the fewest rows that a member works on: a head works on the last row of each sequence."""
     rows = min(_own(graph, member, load).num_tokens for member in op.members)
     return op_class({member.kind for member in op.members}, rows, load.num_seqs)
 
 
 def _collective_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTime:
-    """A gather sends each part once, where a sum goes there and back: half of the bytes of an all-reduce."""
-    moved = _bytes(graph, op.outputs[0], load) * (0.5 if op.kind == "all_gather" else 1.0)
+    """An all-gather sends each part once, an all-reduce there and back, so twice the bytes."""
+    moved = float(_bytes(graph, op.outputs[0], load))
+    if op.kind == "all_gather":
+        moved *= 0.5
     taken = all_reduce_us(hardware, moved, integer(op.attrs, "num_ranks"))
     return OpTime(max(taken, hardware.launch_us), 0.0, "collective", "collective")
 
@@ -400,22 +403,31 @@ def _matrix_s(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> flo
 def _matrix_dtype(op: Op, weights: list[TensorSpec], load: Load) -> str:
     if op.kind.startswith("delta"):
         return "tf32"  # the state stays fp32
+    if not weights:
+        return "bf16"
     stored = load.formats.experts if op.kind in _EXPERTS else load.formats.matrices
-    return stored if stored and weights else weights[0].dtype if weights else "bf16"
+    return stored.dtype if stored else weights[0].dtype
 
 
 def _filled(
     graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load, hardware: HardwareSpec
 ) -> float:
-    """The share of the tensor cores that holds numbers: rows padded to a tile, tiles padded to a wave."""
+    """The share of the tensor cores in use: rows are padded to a tile, tiles to a wave."""
     if not hardware.num_sms or op.kind not in ("linear", *_EXPERTS):
         return 1.0
-    experts = op.kind in _EXPERTS
     columns = weights[0].bind(0, 0)[-2]
-    pairs = load.num_tokens * (_experts_per_token(graph, op) if experts else 1)
-    groups = max(_expected_hits(_rows(weights[0]), graph, op, load), 1.0) if experts else 1.0
-    rows = pairs / (_ranks_sharing(op) if experts else 1) / groups
-    tile = 16 if rows <= 16 else 64 if rows <= 64 or experts else 128
+    groups, rows = 1.0, float(load.num_tokens)
+    if op.kind in _EXPERTS:
+        groups = max(_expected_hits(_rows(weights[0]), graph, op, load), 1.0)
+        rows = rows * _experts_per_token(graph, op) / _ranks_sharing(op) / groups
+    tile = _tile_rows(rows, op.kind in _EXPERTS)
     padded = math.ceil(rows / tile) * tile
     tiles = math.ceil(groups * padded / tile * columns / 128)
-    return rows / padded * tiles / (math.ceil(tiles / hardware.num_sms) * hardware.num_sms)
+    wave = math.ceil(tiles / hardware.num_sms) * hardware.num_sms
+    return rows / padded * tiles / wave
+
+
+def _tile_rows(rows: float, experts: bool) -> int:
+    if rows <= 16:
+        return 16
+    return 64 if rows <= 64 or experts else 128

@@ -1,8 +1,8 @@
-"""Expand: operators that no single kernel does well at this size become several that do.
+"""Expand: an operator that no single kernel does well at this size becomes several.
 
-- The chunked delta rule is a part that all chunks can do at once, and a scan that carries the
-  state.
-- Experts of many rows are products of a group of rows each, so the rows are sorted by expert first.
+- The chunked delta rule becomes a part that works on all chunks at once, and a scan that carries
+  the state from chunk to chunk.
+- Experts of many tokens become grouped products: tokens are sorted by expert first.
 """
 
 from __future__ import annotations
@@ -10,35 +10,39 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from tokenspeed_plan.planner.graph import Op, OpGraph, Tensor
+from tokenspeed_plan.planner.graph import Op, OpGraph, Stage, Tensor
 from tokenspeed_plan.plans.ops import OPS
-from tokenspeed_plan.plans.types import Attr, DType
+from tokenspeed_plan.plans.types import Attr, DType, TensorSpec
 
-FEW_ROWS = 16  # up to here a product for each pair of row and expert reads hardly any expert twice
+# With up to so many tokens, one product for each pair of token and expert reads hardly any expert
+# twice.
+FEW_ROWS = 16
 
 
 def expand(graph: OpGraph, num_tokens: int, num_seqs: int) -> OpGraph:
-    """The graph with the operators that suit a program of so many tokens and sequences."""
+    """The graph with the operators that suit a program of this size."""
     tensors = dict(graph.tensors)
     ops: list[Op] = []
     sorted_ids: dict[str, tuple[str, str]] = {}
     for op in graph.ops:
         work = _Expansion(op, graph, tensors, (num_tokens, num_seqs), sorted_ids)
-        ops += _RULES[op.kind](work) if op.kind in _RULES else [op]
-    used = {
-        name for op in ops for name in (*op.inputs, *op.outputs, *(state for state, _ in op.states))
-    }
-    kept = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name in used or tensor.arena != "activations"
-    }
-    return replace(graph, ops=tuple(ops), tensors=kept)
+        if op.kind in _RULES:
+            ops += _RULES[op.kind](work)
+        else:
+            ops.append(op)
+    used = {*graph.inputs, *graph.outputs}
+    for op in ops:
+        used.update(op.inputs, op.outputs, dict(op.states))
+    kept = {}
+    for name, tensor in tensors.items():
+        if name in used or tensor.arena != "activations":
+            kept[name] = tensor
+    return graph.to(Stage.EXPANDED, ops=tuple(ops), tensors=kept)
 
 
 @dataclass
 class _Expansion:
-    """One operator on its way to several."""
+    """One operator that becomes several; `sorted_ids` are the results of `expert_sort` by ids."""
 
     op: Op
     graph: OpGraph
@@ -55,21 +59,40 @@ class _Expansion:
         outputs: tuple[str, ...] = (),
         keep: bool = False,
     ) -> Op:
-        """An operator in place of ours; with `keep` it takes over weights, states and rank constants."""
-        op, definition, name = self.op, OPS[kind], f"{self.op.name}{suffix}"
-        weights, states, ranks = (op.weights, op.states, op.rank_attrs) if keep else ((), (), {})
-        operands = (*inputs, *weights, *(state for state, _ in states))
-        specs = {
-            role: self.tensors[value].spec
-            if value in self.tensors
-            else self.graph.weights[value].spec
-            for role, value in zip(definition.operands, operands, strict=True)
-        }
-        made = definition.infer(attrs, specs)
-        names = outputs or tuple(f"{name}.{role}" for role in made)
-        for value, spec in zip(names, made.values(), strict=True):
-            self.tensors.setdefault(value, Tensor(value, spec))
-        return Op(name, kind, inputs, names, weights, states, dict(attrs), rank_attrs=dict(ranks))
+        """An operator in place of ours; `keep` keeps the weights, states and rank constants."""
+        op = Op(
+            name=f"{self.op.name}{suffix}",
+            kind=kind,
+            inputs=inputs,
+            outputs=outputs,
+            attrs=dict(attrs),
+            layer=self.op.layer,
+            role=self.op.role,
+        )
+        if keep:
+            op = replace(
+                op,
+                weights=self.op.weights,
+                states=self.op.states,
+                rank_attrs=dict(self.op.rank_attrs),
+            )
+        return self._with_outputs(op)
+
+    def _with_outputs(self, op: Op) -> Op:
+        """The operator with its outputs declared, and named where they have no names yet."""
+        definition = OPS[op.kind]
+        operands = zip(definition.operands, op.operands, strict=True)
+        specs = {role: self._spec(name) for role, name in operands}
+        inferred = definition.infer(op.attrs, specs)
+        names = op.outputs or tuple(f"{op.name}.{role}" for role in inferred)
+        for name, spec in zip(names, inferred.values(), strict=True):
+            self.tensors.setdefault(name, Tensor(name, spec))
+        return replace(op, outputs=names)
+
+    def _spec(self, name: str) -> TensorSpec:
+        if name in self.tensors:
+            return self.tensors[name].spec
+        return self.graph.weights[name].spec
 
     def attrs(self, *names: str) -> dict[str, Attr]:
         """Some of the operator's constants."""

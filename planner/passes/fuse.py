@@ -1,27 +1,31 @@
 """Fuse: runs of neighbouring operators become one kernel.
 
-`FUSIONS` is the whole policy: a kernel kind and the run of operators that it replaces. A run that
-stands together in a topological order is always convex, so no rewrite can make a cycle. What is
-only used inside stays in registers.
+`FUSIONS` is the whole policy: a kernel kind and the run of operators that it replaces. Operators
+that stand together in a topological order are always convex, so no rewrite can make a cycle. What
+only the run itself uses stays in registers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tokenspeed_plan.codegen.tiling import GEMV_COLUMNS, GEMV_ROWS
-from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
+from tokenspeed_plan.planner.graph import Op, OpGraph, Stage, Tensor
 from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.types import Phase
 
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """One rewrite: `run` (kinds, in order) becomes a kernel of kind `kind`, in the phases where it pays.
+    """One rewrite: `run` becomes a kernel of kind `kind`, in the phases where that pays.
 
-    Its members feed each other, unless they only share a launch. With `gemv_only` it pays where a
-    product is plain arithmetic: for few rows, or few columns.
+    Attributes:
+        kind: the kernel's.
+        run: kinds of operators, in order.
+        phases: where it pays.
+        independent: the members only share a launch; elsewhere they feed each other.
+        gemv_only: it pays only where a product needs no tensor cores: few rows, or few columns.
     """
 
     kind: str
@@ -31,15 +35,15 @@ class Fusion:
     gemv_only: bool = False
 
 
-FEW: tuple[Phase, ...] = ("decode",)  # a few rows
+FEW: tuple[Phase, ...] = ("decode",)  # programs of a few tokens
 
 FUSIONS = (
-    # Sums over ranks end in the residual stream and its norm. Few rows are read from all peers at
-    # once; many would cross the links once for each pair of ranks.
+    # A sum over ranks is added to the residual stream, which is then normed. With few tokens each
+    # rank reads the parts of all peers at once; many would cross the links once for each pair.
     Fusion("reduce_add_norm", ("all_reduce", "add", "rms_norm"), FEW),
-    # Products take in the norm before them, and what is done to their result. On the tensor cores
-    # the norm is a launch of its own, so that operands go straight to them: on an H200 four rows
-    # through 12,288 x 4096 take 47 us with the norm inside, 2 + 25 us without.
+    # Products include the norm before them and the operators after them. On the tensor cores the
+    # norm is a launch of its own, so that operands go straight to them: on an H200, four rows times
+    # 12,288 x 4096 take 47 us with the norm inside and 2 + 25 us without.
     Fusion("norm_head", ("rms_norm", "last_token", "linear"), FEW, gemv_only=True),
     Fusion("head", ("last_token", "linear")),
     Fusion("norm_linear_silu_mul", ("rms_norm", "linear", "silu_mul"), FEW, gemv_only=True),
@@ -55,7 +59,7 @@ FUSIONS = (
     ),
     Fusion("k_norm_rope_write", ("head_norm", "rope", "kv_write")),
     Fusion("attention_gate", ("attention", "sigmoid_gate")),
-    # Gated DeltaNet: one step of it, and the chunked form.
+    # Gated DeltaNet: the decode step, and the chunked form of prefill.
     Fusion(
         "delta_recompute",
         ("recompute_state", "causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm"),
@@ -63,12 +67,12 @@ FUSIONS = (
     Fusion("delta_step", ("causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
     Fusion("conv_qk_norm", ("causal_conv", "qk_l2_norm")),
     Fusion("gates_delta_chunk", ("delta_gates", "delta_chunk")),
-    # Mixture of experts, a few rows.
+    # Mixture of experts with a few tokens.
     Fusion("moe_up", ("topk", "experts_up", "linear", "silu_mul")),
     Fusion("moe_down_add", ("experts_down", "linear", "gated_add", "add")),
     Fusion("moe_down", ("experts_down", "linear", "gated_add")),
-    # Drafts: what goes into the layer that makes them, the one row of each sequence that goes on,
-    # where the next goes.
+    # Drafts: the input of the MTP layer, the one row of each sequence that continues, and the
+    # positions and slots of the next draft.
     Fusion("embed_norm_concat", ("embed", "rms_norm", "rms_norm", "concat")),
     Fusion("norm_concat", ("rms_norm", "rms_norm", "concat")),
     Fusion("select_rows", ("select_row",) * 3, independent=True),
@@ -81,72 +85,100 @@ FUSED_KINDS = frozenset(fusion.kind for fusion in FUSIONS)
 def fuse(
     graph: OpGraph, num_tokens: int = 1, num_seqs: int = 1, fusions: Sequence[Fusion] = FUSIONS
 ) -> OpGraph:
-    """The graph of a program of this size; each run is replaced by the first line of the table that fits."""
-    sizes = (num_tokens, num_seqs)
-    order = list(graph.ordered())
-    at_hand = [fusion for fusion in fusions if graph.phase in fusion.phases]
+    """The graph of a program of this size; each run is replaced by the first fusion that fits."""
+    work = _Fuser(graph, tuple(graph.ordered()), (num_tokens, num_seqs))
+    in_phase = [fusion for fusion in fusions if graph.phase in fusion.phases]
     ops: list[Op] = []
     index = 0
-    while index < len(order):
-        likely = (f for f in at_hand if f.run[0] == order[index].kind)
-        fusion = next((f for f in likely if _matches(graph, order, index, f, sizes)), None)
-        length = len(fusion.run) if fusion else 1
-        ops.append(_merge(graph, order, index, fusion) if fusion else order[index])
-        index += length
-    return graph.to(Stage.FUSED, ops=tuple(ops))
+    while index < len(work.order):
+        fusion = next((each for each in in_phase if work.matches(index, each)), None)
+        if fusion is None:
+            ops.append(work.order[index])
+            index += 1
+        else:
+            ops.append(work.merge(index, fusion))
+            index += len(fusion.run)
+    return graph.to(Stage.FUSED, ops=tuple(ops), tensors=_with_peer_memory(graph, ops))
 
 
-def _matches(
-    graph: OpGraph, order: Sequence[Op], index: int, fusion: Fusion, sizes: tuple[int, int]
-) -> bool:
-    """Whether the run is there, and each member takes something that the run made, or makes what it takes.
-
-    A state that both touch counts too.
-    """
-    run = order[index : index + len(fusion.run)]
-    if tuple(op.kind for op in run) != fusion.run:
-        return False
-    if fusion.gemv_only and not all(
-        _is_gemv(graph, op, sizes) for op in run if op.kind == "linear"
-    ):
-        return False
-    made = {name for op in run for name in op.outputs}
-    return fusion.independent or all(_feeds(op, run, made) for op in run)
+def _with_peer_memory(graph: OpGraph, ops: Sequence[Op]) -> dict[str, Tensor]:
+    """The tensors; those that peers read inside a fused kernel move to the symmetric arena."""
+    tensors = dict(graph.tensors)
+    for op in ops:
+        for part in op.parts:
+            if part.kind == "all_reduce":
+                name = part.inputs[0]
+                tensors[name] = replace(tensors[name], arena="symmetric")
+    return tensors
 
 
-def _is_gemv(graph: OpGraph, op: Op, sizes: tuple[int, int]) -> bool:
-    rows = graph.tensors[op.inputs[0]].spec.bind(*sizes)[0]
-    columns = graph.weights[op.weights[0]].spec.bind(0, 0)[0]
-    return rows <= GEMV_ROWS or columns <= GEMV_COLUMNS
+@dataclass(frozen=True, slots=True)
+class _Fuser:
+    """The operators of a program in order, and its tokens and sequences."""
+
+    graph: OpGraph
+    order: tuple[Op, ...]
+    sizes: tuple[int, int]
+
+    def matches(self, index: int, fusion: Fusion) -> bool:
+        """Whether the run begins at this index.
+
+        Each member must read or update something that another member writes, or write something
+        that another reads, unless they only share a launch.
+        """
+        run = self.order[index : index + len(fusion.run)]
+        if tuple(op.kind for op in run) != fusion.run:
+            return False
+        products = (op for op in run if op.kind == "linear")
+        if fusion.gemv_only and not all(map(self._is_gemv, products)):
+            return False
+        return fusion.independent or all(_is_connected(op, run) for op in run)
+
+    def _is_gemv(self, op: Op) -> bool:
+        rows = self.graph.tensors[op.inputs[0]].spec.bind(*self.sizes)[0]
+        columns = self.graph.weights[op.weights[0]].spec.bind(0, 0)[0]
+        return rows <= GEMV_ROWS or columns <= GEMV_COLUMNS
+
+    def merge(self, index: int, fusion: Fusion) -> Op:
+        """The kernel in place of the run at this index. It has the name of the last member."""
+        end = index + len(fusion.run)
+        run = self.order[index:end]
+        written = [name for op in run for name in op.outputs]
+        needed = set(self.graph.outputs)
+        for op in (*self.order[:index], *self.order[end:]):
+            needed.update(op.inputs)
+        return Op(
+            name=run[-1].name,
+            kind=fusion.kind,
+            inputs=_unique(name for op in run for name in op.inputs if name not in written),
+            outputs=tuple(name for name in written if name in needed),
+            weights=_unique(name for op in run for name in op.weights),
+            states=_states(run),
+            parts=tuple(replace(op) for op in run),
+            layer=run[-1].layer,
+            role=run[-1].role,
+        )
 
 
-def _feeds(op: Op, run: Sequence[Op], made: set[str]) -> bool:
-    used = {name for other in run for name in other.inputs}
+def _is_connected(op: Op, run: Sequence[Op]) -> bool:
+    """Whether an operator shares a tensor or a state with another of the run."""
+    written = {name for other in run for name in other.outputs}
+    read = {name for other in run for name in other.inputs}
+    if written & set(op.inputs) or read & set(op.outputs):
+        return True
     touched = {name for other in run if other is not op for name, _ in other.states}
-    return bool(
-        made & set(op.inputs) or used & set(op.outputs) or touched & {name for name, _ in op.states}
-    )
+    return any(name in touched for name, _ in op.states)
 
 
-def _merge(graph: OpGraph, order: Sequence[Op], index: int, fusion: Fusion) -> Op:
-    run = tuple(order[index : index + len(fusion.run)])
-    made = [name for op in run for name in op.outputs]
-    outside = {
-        name for op in (*order[:index], *order[index + len(run) :]) for name in op.inputs
-    } | set(graph.outputs)
+def _states(run: Sequence[Op]) -> tuple[tuple[str, Access], ...]:
+    """The states of a run; one that a member updates is updated."""
     states: dict[str, Access] = {}
     for op in run:
-        states |= {name: access for name, access in op.states if states.get(name) != "update"}
-    return Op(
-        name=run[-1].name,
-        kind=fusion.kind,
-        inputs=_unique(name for op in run for name in op.inputs if name not in made),
-        outputs=tuple(name for name in made if name in outside),
-        weights=_unique(name for op in run for name in op.weights),
-        states=tuple(states.items()),
-        parts=tuple(replace(op) for op in run),
-    )
+        for name, access in op.states:
+            if states.get(name) != "update":
+                states[name] = access
+    return tuple(states.items())
 
 
-def _unique(names: object) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))  # type: ignore[call-overload]
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))

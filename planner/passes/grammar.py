@@ -1,11 +1,12 @@
-"""The grammar between passes: which operators may exist at which stage, and what a stage must have settled."""
+"""The grammar between passes: which operators a stage allows, and what it must have decided."""
 
 from __future__ import annotations
 
 import networkx as nx
 
-from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
+from tokenspeed_plan.planner.graph import LoweredCall, Op, OpGraph, Stage
 from tokenspeed_plan.planner.passes.fuse import FUSED_KINDS
+from tokenspeed_plan.planner.passes.place import PLACED_ARENAS
 from tokenspeed_plan.plans.ops import COLLECTIVES, OPS
 
 _LOGICAL = frozenset(OPS) - frozenset(COLLECTIVES)
@@ -14,7 +15,9 @@ _FUSED = _SHARDED | FUSED_KINDS
 ALLOWED = {
     Stage.BUILT: _LOGICAL,
     Stage.SHARDED: _SHARDED,
+    Stage.EXPANDED: _SHARDED,
     Stage.FUSED: _FUSED,
+    Stage.RECOMPUTED: _FUSED,
     Stage.SCHEDULED: _FUSED,
     Stage.PLACED: _FUSED,
     Stage.LOWERED: _FUSED,
@@ -23,11 +26,11 @@ _SETTLED = (Stage.SCHEDULED, Stage.PLACED, Stage.LOWERED)
 
 
 class GraphError(AssertionError):
-    """A pass left the graph in a state that its stage does not allow: a defect of ours, not of the user."""
+    """A pass left the graph in a state that its stage does not allow: a defect of the planner."""
 
 
 def check(graph: OpGraph) -> OpGraph:
-    """The graph itself, when it obeys the grammar of its stage.
+    """The graph itself, if it obeys the grammar of its stage.
 
     Raises:
         GraphError: naming the first operator that does not.
@@ -37,9 +40,7 @@ def check(graph: OpGraph) -> OpGraph:
         if op.kind not in allowed:
             raise GraphError(f"`{op.name}` ({op.kind}) is not allowed when {graph.stage}")
         _check_operands(graph, op)
-        if graph.stage is not Stage.BUILT and (
-            op.attr_splits or op.shifts or op.partial or op.gathered
-        ):
+        if graph.stage is not Stage.BUILT and _is_whole(op):
             raise GraphError(f"`{op.name}` is not cut yet when {graph.stage}")
     if not nx.is_directed_acyclic_graph(graph.nx):
         raise GraphError("the graph has a cycle")
@@ -47,7 +48,14 @@ def check(graph: OpGraph) -> OpGraph:
         raise GraphError(f"no steps when {graph.stage}")
     if graph.stage in _SETTLED[1:]:
         _check_placed(graph)
+    if graph.stage is Stage.LOWERED:
+        _check_lowered(graph)
     return graph
+
+
+def _is_whole(op: Op) -> bool:
+    """Whether `shard` has not cut the operator yet."""
+    return bool(op.attr_splits or op.shifts) or op.partial or op.gathered
 
 
 def _check_operands(graph: OpGraph, op: Op) -> None:
@@ -62,5 +70,13 @@ def _check_operands(graph: OpGraph, op: Op) -> None:
 def _check_placed(graph: OpGraph) -> None:
     for op in graph.ops:
         for name in op.outputs:
-            if graph.tensors[name].arena == "activations" and name not in graph.offsets:
+            if graph.tensors[name].arena in PLACED_ARENAS and name not in graph.offsets:
                 raise GraphError(f"`{name}` has no place when {graph.stage}")
+
+
+def _check_lowered(graph: OpGraph) -> None:
+    for step in graph.calls:
+        if isinstance(step, LoweredCall) and not graph.candidates.get(step.key):
+            raise GraphError(f"a call of `{step.key}`, which has no tiling when {graph.stage}")
+    if len(graph.calls) != len(graph.steps):
+        raise GraphError(f"{len(graph.calls)} calls of {len(graph.steps)} steps when lowered")

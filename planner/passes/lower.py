@@ -1,113 +1,135 @@
-"""Lower: each operator becomes a call of a specialised kernel, with its arguments and its predicted time.
+"""Lower: each operator becomes the call of a specialised kernel, with arguments and predicted cost.
 
-Layers and programs of the same shape share a kernel: names inside a kernel do not depend on the
+Every kernel keeps all its candidate tilings: `select` chooses among them once the compiler has
+reported. Layers of the same shape share a kernel, since names inside a kernel do not depend on the
 layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from operator import itemgetter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
 from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
-from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
-from tokenspeed_plan.planner.passes.cost import Load, op_time
-from tokenspeed_plan.planner.passes.schedule import ops_by_step, step_key
-from tokenspeed_plan.plans.ops import OPS
-from tokenspeed_plan.plans.schema import CollectiveCall, KernelCall, KernelSpec, Param, Part, Step
+from tokenspeed_plan.planner.graph import LoweredCall, LoweredStep, Op, OpGraph, ScheduledOp, Stage
+from tokenspeed_plan.planner.passes.cost import Load, op_cost, time_of
+from tokenspeed_plan.plans.ops import COLLECTIVES, OPS
+from tokenspeed_plan.plans.schema import CollectiveCall, KernelSpec, Param, Part
 from tokenspeed_plan.plans.types import TensorSpec
 
-Choose = Callable[[list[Built]], Built]
 
+@dataclass(frozen=True, slots=True)
+class LoweredProgram:
+    """A program whose kernels are known up to their tilings.
 
-def lower(
-    graph: OpGraph,
-    hardware: HardwareSpec,
-    load: Load,
-    rows: tuple[int, int],
-    choose: Choose = itemgetter(0),
-) -> tuple[OpGraph, dict[str, Built]]:
-    """The graph with calls for steps, and the kernels that they call, by name.
-
-    The program takes at most `rows` tokens and sequences; `choose` picks among a kernel's tilings.
+    `bucket` is its size: tokens of a prefill program, sequences of a decode program.
     """
-    kernels: dict[str, Built] = {}
-    made: dict[tuple[str, str], Built] = {}
-    by_step = ops_by_step(graph)
-    steps: list[Step] = []
+
+    bucket: int
+    max_seqs: int
+    graph: OpGraph
+
+    @property
+    def candidates(self) -> Mapping[str, tuple[Built, ...]]:
+        """The tilings of each kernel by its key, best first."""
+        return self.graph.candidates
+
+
+def lower(graph: OpGraph, hardware: HardwareSpec, load: Load, sizes: tuple[int, int]) -> OpGraph:
+    """The graph with a call for each step, and the candidate tilings of each kernel.
+
+    Args:
+        graph: placed.
+        hardware: the target.
+        load: what a call is priced for.
+        sizes: the most tokens and sequences that the program takes.
+    """
+    kernels = _Kernels(graph, hardware, sizes)
+    calls: list[LoweredStep] = []
     for step in graph.steps:
-        if isinstance(step, KernelCall):
-            op = by_step[step_key(step)]
-            plain = _kernel(graph, op)
-            key = (op.kind, plain.model_dump_json())
-            if key not in made:
-                made[key] = choose(
-                    build_kernel(op.kind, plain, rows, hardware, graph.phase == "decode")
-                )
-            kernel = made[key].kernel
-            kernels[kernel.name] = made[key]
-            scratch = (
-                scratch_name(kernel, param) for param in kernel.params if param.role == "scratch"
-            )
-            args = (
-                *op.inputs,
-                *op.weights,
-                *(name for name, _ in op.states),
-                *op.outputs,
-                *scratch,
-            )
-            steps.append(
-                KernelCall(
-                    kernel=kernel.name,
-                    args=args,
-                    stream=step.stream,
-                    predicted_us=op_time(graph, op, load, hardware).total_us,
-                )
-            )
-        elif isinstance(step, CollectiveCall):
-            time_us = op_time(graph, by_step[step_key(step)], load, hardware).total_us
-            steps.append(step.model_copy(update={"predicted_us": time_us}))
-        else:
-            steps.append(step)
-    return replace(graph, stage=Stage.LOWERED, steps=tuple(steps)), kernels
+        if not isinstance(step, ScheduledOp):
+            calls.append(step)
+            continue
+        op = graph.by_name[step.op_name]
+        cost = op_cost(graph, op, load)
+        time_us = time_of(graph, op, cost, load, hardware).total_us
+        if op.kind in COLLECTIVES:
+            calls.append(_collective(op, step.stream, time_us))
+            continue
+        args = (*op.inputs, *op.weights, *(name for name, _ in op.states), *op.outputs)
+        key = kernels.key_of(op)
+        calls.append(LoweredCall(key, args, step.stream, time_us, cost.flops, cost.moved_bytes))
+    return graph.to(Stage.LOWERED, calls=tuple(calls), candidates=kernels.candidates)
+
+
+def _collective(op: Op, stream: int, time_us: float) -> CollectiveCall:
+    return CollectiveCall.model_validate(
+        {
+            "op": op.kind,
+            "source": op.inputs[0],
+            "target": op.outputs[0],
+            "stream": stream,
+            "predicted_us": time_us,
+        }
+    )
+
+
+@dataclass
+class _Kernels:
+    """The distinct kernels of one program. A kernel's key is the name that its best tiling has."""
+
+    graph: OpGraph
+    hardware: HardwareSpec
+    sizes: tuple[int, int]
+    candidates: dict[str, tuple[Built, ...]] = field(default_factory=dict)
+    keys: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def key_of(self, op: Op) -> str:
+        """The key of an operator's kernel, whose tilings are built when it is new."""
+        plain = _kernel(self.graph, op)
+        content = (op.kind, plain.model_dump_json())
+        if content not in self.keys:
+            launched_by_kernels = self.graph.phase == "decode"
+            tilings = build_kernel(op.kind, plain, self.sizes, self.hardware, launched_by_kernels)
+            key = tilings[0].kernel.name
+            self.keys[content] = key
+            self.candidates[key] = tuple(tilings)
+        return self.keys[content]
 
 
 def scratch_name(kernel: KernelSpec, param: Param) -> str:
-    """The buffer of a kernel's scratch: one for all of its calls, which come one after the other."""
+    """The buffer of a kernel's scratch: one for all of its calls, which run one after the other."""
     return f"{kernel.name}.{param.name}"
 
 
 def _kernel(graph: OpGraph, op: Op) -> KernelSpec:
+    """The kernel without a tiling: its parameters and parts, under local names."""
     local = _local_names(op)
-    access = dict(op.states)
-    params = [
-        Param(name=local[name], role="input", tensor=_spec(graph, name)) for name in op.inputs
-    ]
-    params += [
-        Param(name=local[name], role="weight", tensor=graph.weights[name].spec)
-        for name in op.weights
-    ]
-    params += [
-        Param(name=local[name], role="state", tensor=graph.tensors[name].spec, access=access[name])
-        for name in access
-    ]
-    params += [
-        Param(name=local[name], role="output", tensor=_spec(graph, name), access="write")
-        for name in op.outputs
-    ]
-    parts = tuple(
-        Part(
-            kind=member.kind,
-            operands=tuple(local[name] for name in member.operands),
-            outputs=tuple(local[name] for name in member.outputs),
-            attrs=dict(member.attrs),
-            rank_attrs=dict(member.rank_attrs),
-        )
-        for member in op.members
-    )
+    params: list[Param] = []
+    for name in op.inputs:
+        params.append(Param(name=local[name], role="input", tensor=_spec(graph, name)))
+    for name in op.weights:
+        spec = graph.weights[name].spec
+        params.append(Param(name=local[name], role="weight", tensor=spec))
+    for name, access in op.states:
+        spec = _spec(graph, name)
+        params.append(Param(name=local[name], role="state", tensor=spec, access=access))
+    for name in op.outputs:
+        spec = _spec(graph, name)
+        params.append(Param(name=local[name], role="output", tensor=spec, access="write"))
+    parts = tuple(_part(member, local) for member in op.members)
     return KernelSpec(name="", params=tuple(params), parts=parts)
+
+
+def _part(member: Op, local: Mapping[str, str]) -> Part:
+    return Part(
+        kind=member.kind,
+        operands=tuple(local[name] for name in member.operands),
+        outputs=tuple(local[name] for name in member.outputs),
+        attrs=dict(member.attrs),
+        rank_attrs=dict(member.rank_attrs),
+    )
 
 
 def _spec(graph: OpGraph, name: str) -> TensorSpec:
@@ -115,24 +137,26 @@ def _spec(graph: OpGraph, name: str) -> TensorSpec:
 
 
 def _local_names(op: Op) -> Mapping[str, str]:
-    """tensor -> name inside the kernel: its first role, after the operator's kind where there are several."""
+    """tensor -> name inside the kernel: its first role, after its operator's kind where fused."""
     names: dict[str, str] = {}
     for member in op.members:
         roles = zip(OPS[member.kind].operands, member.operands, strict=True)
         outs = zip(_output_roles(member), member.outputs, strict=True)
         for role, tensor in (*roles, *outs):
-            wanted = f"{member.kind}_{role}" if op.parts else role
-            taken = set(names.values())
-            suffix = next(
-                text for text in ("", *map(str, range(2, 99))) if f"{wanted}{text}" not in taken
-            )
-            names.setdefault(tensor, f"{wanted}{suffix}")
+            local = f"{member.kind}_{role}" if op.parts else role
+            names.setdefault(tensor, _unused(local, set(names.values())))
     return names
 
 
+def _unused(name: str, taken: set[str]) -> str:
+    """The name, or the first of `name2`, `name3` and so on that is not taken."""
+    candidate, number = name, 2
+    while candidate in taken:
+        candidate, number = f"{name}{number}", number + 1
+    return candidate
+
+
 def _output_roles(op: Op) -> tuple[str, ...]:
-    return (
-        tuple(f"y{i}" for i in range(len(op.outputs)))
-        if op.kind == "linear"
-        else OPS[op.kind].outputs
-    )
+    if op.kind == "linear":
+        return tuple(f"y{i}" for i in range(len(op.outputs)))
+    return OPS[op.kind].outputs

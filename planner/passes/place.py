@@ -1,8 +1,7 @@
-"""Place: every activation gets an offset in the arena; bytes are used again as soon as nobody can still touch them.
+"""Place: every activation gets an offset in its arena, and bytes are reused as soon as possible.
 
-A buffer may take the bytes of another when all that was done with the other is ordered before its
-own write: by the stream's order or by an event. First fit at the lowest offset, in the order of the
-steps.
+A buffer may take the bytes of another when every use of the other is ordered before its own write,
+by the order of the stream or by an event. First fit at the lowest offset, in the order of steps.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tokenspeed_plan.planner.graph import OpGraph, Stage
-from tokenspeed_plan.planner.passes.schedule import ops_by_step, step_key
-from tokenspeed_plan.plans.schema import RecordEvent, WaitEvent
+from tokenspeed_plan.plans.schema import ArenaName, RecordEvent, WaitEvent
 from tokenspeed_plan.plans.types import aligned
 
 Epoch = tuple[int, int]
@@ -20,42 +18,63 @@ Epoch = tuple[int, int]
 
 @dataclass(slots=True)
 class _Held:
-    """Bytes given to a buffer, and everyone who touches them."""
+    """Bytes given to a buffer, and the uses of that buffer."""
 
     start: int
     end: int
     uses: list[Epoch] = field(default_factory=list)
+
+    def is_over(self, clock: list[int], stream: int) -> bool:
+        """Whether every use is ordered before the operator at this clock."""
+        return all(_over(use, clock, stream) for use in self.uses)
+
+
+PLACED_ARENAS: tuple[ArenaName, ...] = ("activations", "symmetric")  # of programs
 
 
 def place(graph: OpGraph, max_tokens: int, max_seqs: int) -> OpGraph:
     """The graph with offsets for a program of this many tokens and sequences."""
     clocks = _clocks(graph)
     uses = _uses(graph, clocks)
+    arenas = {name: _Arena() for name in PLACED_ARENAS}
     offsets: dict[str, int] = {}
-    held: list[_Held] = []
-    top = 0
     for op in graph.ordered():
         stream, clock = clocks[op.name]
         for name in op.outputs:
             tensor = graph.tensors[name]
-            if tensor.arena != "activations":
-                continue
-            size = aligned(tensor.spec.size_bytes(max_tokens, max_seqs))
-            busy = sorted(
-                (h.start, h.end)
-                for h in held
-                if not all(_over(use, clock, stream) for use in h.uses)
-            )
-            offsets[name] = _first_fit(busy, size)
-            held.append(_Held(offsets[name], offsets[name] + size, uses[name]))
-            top = max(top, offsets[name] + size)
+            if tensor.arena in arenas:
+                size = aligned(tensor.spec.size_bytes(max_tokens, max_seqs))
+                arena = arenas[tensor.arena]
+                offsets[name] = arena.take(size, uses[name], clock, stream)
         if graph.num_streams == 1:
-            held = [h for h in held if not all(_over(use, clock, stream) for use in h.uses)]
-    return graph.to(Stage.PLACED, offsets=offsets, arena_bytes=top)
+            for arena in arenas.values():
+                arena.drop(clock, stream)
+    sizes = {name: arena.top for name, arena in arenas.items()}
+    return graph.to(Stage.PLACED, offsets=offsets, arena_bytes=sizes)
+
+
+@dataclass(slots=True)
+class _Arena:
+    """One arena while it is filled: what is held, and the most bytes so far."""
+
+    held: list[_Held] = field(default_factory=list)
+    top: int = 0
+
+    def take(self, size: int, uses: list[Epoch], clock: list[int], stream: int) -> int:
+        """The offset of a buffer that an operator at this clock writes first."""
+        busy = [(h.start, h.end) for h in self.held if not h.is_over(clock, stream)]
+        offset = _first_fit(sorted(busy), size)
+        self.held.append(_Held(offset, offset + size, uses))
+        self.top = max(self.top, offset + size)
+        return offset
+
+    def drop(self, clock: list[int], stream: int) -> None:
+        """Forget the buffers that are over; with one stream they stay so."""
+        self.held = [h for h in self.held if not h.is_over(clock, stream)]
 
 
 def _over(use: Epoch, clock: list[int], stream: int) -> bool:
-    """Whether a use is ordered before the operator at this clock, that operator itself not counted."""
+    """Whether a use is ordered before the operator at this clock and is not its own."""
     user, time = use
     return clock[user] >= time and not (user == stream and clock[stream] == time)
 
@@ -73,7 +92,6 @@ def _clocks(graph: OpGraph) -> Mapping[str, tuple[int, list[int]]]:
     """The stream and vector clock of each operator."""
     now = [[0] * graph.num_streams for _ in range(graph.num_streams)]
     events: dict[int, list[int]] = {}
-    by_step = ops_by_step(graph)
     clocks: dict[str, tuple[int, list[int]]] = {}
     for step in graph.steps:
         clock = now[step.stream]
@@ -83,7 +101,7 @@ def _clocks(graph: OpGraph) -> Mapping[str, tuple[int, list[int]]]:
             events[step.event] = list(clock)
         else:
             clock[step.stream] += 1
-            clocks[by_step[step_key(step)].name] = (step.stream, list(clock))
+            clocks[step.op_name] = (step.stream, list(clock))
     return clocks
 
 

@@ -3,71 +3,84 @@
 With one stream the order is the graph's own. With more, it is that of the critical path (list
 scheduling): of what is ready, the operator with the longest way to the end goes first. It goes on
 with the stream of a producer that nobody has continued yet, else it opens the next stream; each
-crossing gets one event. Whether more streams pay is decided by simulation (`timeline`).
+crossing gets one event. Whether more streams pay is decided by simulation (`simulate`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
-from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
-from tokenspeed_plan.plans.schema import CollectiveCall, KernelCall, RecordEvent, Step, WaitEvent
+from tokenspeed_plan.planner.graph import Op, OpGraph, ScheduledOp, ScheduledStep, Stage
+from tokenspeed_plan.plans.schema import RecordEvent, WaitEvent
 
 
 def schedule(
     graph: OpGraph, num_streams: int = 1, times_us: Mapping[str, float] | None = None
 ) -> OpGraph:
-    """The graph with its steps. Kernels are named by their operators until they are lowered.
+    """The graph with its steps.
 
     Args:
         graph: fused.
-        num_streams: at most so many.
-        times_us: of each operator; all equal where they are not given.
+        num_streams: the most streams to use.
+        times_us: predicted time of each operator by name; all count the same where it is missing.
     """
-    plan = _Streams(num_streams)
-    for op in graph.ordered() if num_streams == 1 else _by_critical_path(graph, times_us or {}):
+    order = graph.ordered()
+    if num_streams > 1:
+        order = _by_critical_path(graph, times_us or {})
+    streams = _Streams(num_streams)
+    for op in order:
         producers = list(graph.nx.predecessors(op.name))
-        plan.place(op, producers)
-    plan.join()
-    return graph.to(Stage.SCHEDULED, steps=tuple(plan.finish()), num_streams=plan.used)
+        streams.place(op, producers)
+    streams.join()
+    steps = tuple(streams.finish())
+    return graph.to(Stage.SCHEDULED, steps=steps, num_streams=streams.used)
 
 
 def _by_critical_path(graph: OpGraph, times_us: Mapping[str, float]) -> Iterator[Op]:
-    """Operators in topological order; of those that are ready the one with the longest way to the end."""
+    """Operators in topological order: of those that are ready, the one furthest from the end."""
     order = list(graph.ordered())
     left: dict[str, float] = {}
     for op in reversed(order):
         after = max((left[name] for name in graph.nx.successors(op.name)), default=0.0)
         left[op.name] = after + times_us.get(op.name, 1.0)
-    place = {op.name: index for index, op in enumerate(order)}
+    position = {op.name: index for index, op in enumerate(order)}
     waiting = {op.name: graph.nx.in_degree(op.name) for op in order}
-    ready = [(-left[name], place[name]) for name, count in waiting.items() if count == 0]
-    heapify(ready)
+    ready: list[tuple[float, int]] = []
+    for name, count in waiting.items():
+        if count == 0:
+            heappush(ready, (-left[name], position[name]))
     while ready:
         op = order[heappop(ready)[1]]
         yield op
         for name in graph.nx.successors(op.name):
             waiting[name] -= 1
             if waiting[name] == 0:
-                heappush(ready, (-left[name], place[name]))
+                heappush(ready, (-left[name], position[name]))
 
 
 @dataclass
 class _Streams:
+    """The streams so far.
+
+    Attributes:
+        num_streams, used: the most streams, and how many there are.
+        steps: in order, without the records of events.
+        stream_of, position: of each operator.
+        tail: last operator of each stream.
+        seen: (waiting stream, other stream) -> position already waited for.
+        waits: the producer of each event.
+    """
+
     num_streams: int
     used: int = 1
-    steps: list[Step] = field(default_factory=list)
+    steps: list[ScheduledStep] = field(default_factory=list)
     stream_of: dict[str, int] = field(default_factory=dict)
-    tail: dict[int, str] = field(default_factory=dict)  # last operator of each stream
-    seen: dict[tuple[int, int], int] = field(
-        default_factory=dict
-    )  # (waiter, source) -> position already waited for
     position: dict[str, int] = field(default_factory=dict)
-    waits: list[tuple[int, int, str]] = field(
-        default_factory=list
-    )  # (index in steps, stream, producer)
+    tail: dict[int, str] = field(default_factory=dict)
+    seen: dict[tuple[int, int], int] = field(default_factory=dict)
+    waits: list[str] = field(default_factory=list)
 
     def place(self, op: Op, producers: list[str]) -> None:
         """Put an operator on a stream, after waits for what it needs from others."""
@@ -75,28 +88,28 @@ class _Streams:
         self.used = max(self.used, stream + 1)
         for producer in producers:
             self._wait(stream, producer)
-        self.steps.append(_step(op, stream))
+        self.steps.append(ScheduledOp(op.name, stream))
         self.stream_of[op.name] = stream
         self.position[op.name] = len(self.position)
         self.tail[stream] = op.name
 
     def _choose(self, producers: list[str]) -> int:
-        free = [
-            self.stream_of[name] for name in producers if self.tail[self.stream_of[name]] == name
-        ]
+        streams = {name: self.stream_of[name] for name in producers}
+        free = [stream for name, stream in streams.items() if self.tail[stream] == name]
         if free or not producers:
             return min(free, default=0)
-        home = self.stream_of[max(producers, key=self.position.__getitem__)]
-        return next(
-            (stream for stream in range(self.num_streams) if self._is_idle(stream, home)), home
-        )
+        home = streams[max(producers, key=self.position.__getitem__)]
+        for stream in range(self.num_streams):
+            if self._is_idle(stream, home):
+                return stream
+        return home
 
     def _is_idle(self, stream: int, home: int) -> bool:
         """Whether a stream has no work, or none that `home` has not waited for."""
-        return (
-            stream not in self.tail
-            or self.seen.get((home, stream), -1) >= self.position[self.tail[stream]]
-        )
+        if stream not in self.tail:
+            return True
+        last = self.position[self.tail[stream]]
+        return self.seen.get((home, stream), -1) >= last
 
     def _wait(self, stream: int, producer: str) -> None:
         source = self.stream_of[producer]
@@ -104,8 +117,8 @@ class _Streams:
         if source == stream or self.seen.get(key, -1) >= self.position[producer]:
             return
         self.seen[key] = self.position[producer]
-        self.waits.append((len(self.steps), stream, producer))
-        self.steps.append(WaitEvent(event=len(self.waits) - 1, stream=stream))
+        self.steps.append(WaitEvent(event=len(self.waits), stream=stream))
+        self.waits.append(producer)
 
     def join(self) -> None:
         """Stream 0 waits for what is still running elsewhere."""
@@ -113,35 +126,15 @@ class _Streams:
             if stream:
                 self._wait(0, last)
 
-    def finish(self) -> list[Step]:
+    def finish(self) -> list[ScheduledStep]:
         """The steps with each event recorded right after its producer."""
-        records: dict[str, list[Step]] = {}
-        for event, (_, _, producer) in enumerate(self.waits):
-            records.setdefault(producer, []).append(
-                RecordEvent(event=event, stream=self.stream_of[producer])
-            )
-        done: list[Step] = []
+        records: dict[str, list[RecordEvent]] = {}
+        for event, producer in enumerate(self.waits):
+            record = RecordEvent(event=event, stream=self.stream_of[producer])
+            records.setdefault(producer, []).append(record)
+        done: list[ScheduledStep] = []
         for step in self.steps:
             done.append(step)
-            done += records.get(step_key(step), [])
+            if isinstance(step, ScheduledOp):
+                done += records.get(step.op_name, [])
         return done
-
-
-def _step(op: Op, stream: int) -> Step:
-    if op.kind in ("all_reduce", "all_gather"):
-        return CollectiveCall(
-            op=op.kind, source=op.inputs[0], target=op.outputs[0], stream=stream, predicted_us=0.0
-        )  # type: ignore[arg-type]
-    return KernelCall(kernel=op.name, args=(), stream=stream, predicted_us=0.0)
-
-
-def step_key(step: Step) -> str:
-    """The operator that a step stands for: collectives are found by what they write."""
-    if isinstance(step, KernelCall):
-        return step.kernel
-    return f"{step.target}.{step.op}" if isinstance(step, CollectiveCall) else ""
-
-
-def ops_by_step(graph: OpGraph) -> Mapping[str, Op]:
-    """Operators by the key of their step."""
-    return {step_key(_step(op, 0)): op for op in graph.ops}

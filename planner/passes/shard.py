@@ -1,18 +1,19 @@
 """Shard: every dimension becomes what one rank holds, and collectives make the ranks agree again.
 
-Column-parallel products need nothing; row-parallel ones, the embedding and the expert block give
-partial sums, which an all-reduce adds up; the head gives a block of logits, which an all-gather
-puts together (Megatron-LM, arXiv:1909.08053; KV heads are copied where there are more ranks than
-heads).
+Column-parallel products need no collective. Row-parallel ones, the embedding and the expert block
+give partial sums, which an all-reduce adds up. The head gives a block of logits, which an
+all-gather puts together (Megatron-LM, arXiv:1909.08053). KV heads are copied where there are more
+ranks than heads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from tokenspeed_plan.planner.graph import Op, OpGraph, Source, Stage, Tensor, Weight
-from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.layout import Axis, ParallelLayout
 from tokenspeed_plan.plans.types import Dim
 
 
@@ -27,12 +28,11 @@ def shard(graph: OpGraph, layout: ParallelLayout) -> OpGraph:
     ops: list[Op] = []
     for op in graph.ops:
         local = _cut_op(op, tensors, layout)
-        kind, count = _collective(op), _ranks_of(op, graph, layout)
-        ops += (
-            [local]
-            if kind is None or count == 1
-            else _with_collective(local, kind, graph, tensors, count)
-        )
+        kind, num_ranks = _collective(op), _ranks_of(op, graph, layout)
+        if kind is None or num_ranks == 1:
+            ops.append(local)
+        else:
+            ops += _with_collective(local, kind, graph, tensors, num_ranks)
     return graph.to(Stage.SHARDED, ops=tuple(ops), tensors=tensors, weights=weights)
 
 
@@ -46,10 +46,12 @@ def _localize(tensor: Tensor, layout: ParallelLayout) -> Tensor:
 
 
 def _cut_weight(weight: Weight, layout: ParallelLayout) -> Weight:
-    sources = tuple(_cut_source(source, layout) for source in weight.sources)
+    sources: list[Source] = []
+    for source in weight.sources:
+        sources += _unpack(source, layout) if source.every else [_cut_source(source, layout)]
     shape = list(sources[0].size)
     shape[weight.join_dim] = sum(source.size[weight.join_dim] for source in sources)
-    return replace(weight, sources=sources, spec=weight.spec.reshaped(tuple(shape)))
+    return replace(weight, sources=tuple(sources), spec=weight.spec.reshaped(tuple(shape)))
 
 
 def _cut_source(source: Source, layout: ParallelLayout) -> Source:
@@ -62,10 +64,26 @@ def _cut_source(source: Source, layout: ParallelLayout) -> Source:
     return replace(source, size=tuple(size), splits=(), ranks=tuple(ranks))
 
 
+def _unpack(source: Source, layout: ParallelLayout) -> list[Source]:
+    """One ordinary source for each group of packed rows that a rank holds.
+
+    The groups are cut as if they stood for all of their `every` rows, so that a rank's shift steps
+    over whole groups of the checkpoint tensor; then each group keeps its own `run` rows.
+    """
+    num_groups = source.size[0] // source.run
+    whole = replace(source, size=(num_groups * source.every, *source.size[1:]), run=0, every=0)
+    local = _cut_source(whole, layout)
+    first, rest = source.start[0], source.start[1:]
+    return [
+        replace(local, start=(first + offset, *rest), size=(source.run, *local.size[1:]))
+        for offset in range(0, local.size[0], source.every)
+    ]
+
+
 def _cut_op(op: Op, tensors: Mapping[str, Tensor], layout: ParallelLayout) -> Op:
-    attrs = dict(op.attrs) | {
-        name: split.local_units(layout) for name, split in op.attr_splits.items()
-    }
+    attrs = dict(op.attrs)
+    for name, split in op.attr_splits.items():
+        attrs[name] = split.local_units(layout)
     if op.kind == "linear":
         attrs["splits"] = tuple(_width(tensors[name]) for name in op.outputs)
     shifts = {name: split.shift(size, layout) for name, (size, split) in op.shifts.items()}
@@ -82,29 +100,37 @@ def _width(tensor: Tensor) -> int:
 
 
 def _collective(op: Op) -> str | None:
-    return "all_reduce" if op.partial else "all_gather" if op.gathered else None
+    if op.partial:
+        return "all_reduce"
+    return "all_gather" if op.gathered else None
 
 
 def _ranks_of(op: Op, graph: OpGraph, layout: ParallelLayout) -> int:
-    """How many ranks hold the terms: those that share the axis along which the operator's weight is cut."""
-    splits = [
-        split
-        for name in op.weights
-        for source in graph.weights[name].sources
-        for _, split in source.splits
-    ]
-    return layout.ways(splits[0].axis) if splits else layout.num_ranks
+    """How many ranks hold the terms: the product over the axes along which its weights are cut."""
+    axes: set[Axis] = set()
+    for name in op.weights:
+        for source in graph.weights[name].sources:
+            axes.update(split.axis for _, split in source.splits)
+    if not axes:
+        return layout.num_ranks
+    return math.prod(layout.ways(axis) for axis in axes)
 
 
 def _with_collective(
     op: Op, kind: str, graph: OpGraph, tensors: dict[str, Tensor], num_ranks: int
 ) -> list[Op]:
-    """The operator writes a local tensor; the collective writes the one that everybody reads."""
+    """The operator writes a local tensor; the collective writes the one that others read."""
     (name,) = op.outputs
     local = tensors[name]
     tensors[f"{name}.local"] = replace(local, name=f"{name}.local", arena="activations")
     tensors[name] = replace(local, spec=graph.tensors[name].spec)
     collective = Op(
-        f"{name}.{kind}", kind, (f"{name}.local",), (name,), attrs={"num_ranks": num_ranks}
+        f"{name}.{kind}",
+        kind,
+        (f"{name}.local",),
+        (name,),
+        attrs={"num_ranks": num_ranks},
+        layer=op.layer,
+        role=op.role,
     )
     return [replace(op, outputs=(f"{name}.local",)), collective]

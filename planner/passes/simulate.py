@@ -1,8 +1,8 @@
-"""How long a schedule takes, and which takes least: streams replayed against a model of the machine.
+"""How long a schedule takes, and which is shortest: streams simulated on a model of the machine.
 
-A kernel first waits (its launch, or its peers), which costs the other streams nothing; then it
-works, and kernels that work at the same time share the machine's memory and cores evenly. An event
-between streams costs `EVENT_US`.
+A kernel first waits (for its launch, or for its peers), which costs the other streams nothing. Then
+it works, and kernels that work at the same time share the machine's memory and cores evenly. An
+event between streams costs `EVENT_US`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
-from tokenspeed_plan.planner.graph import OpGraph
+from tokenspeed_plan.planner.graph import OpGraph, ScheduledStep
+from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.passes.cost import Load, OpTime, op_time
-from tokenspeed_plan.planner.passes.schedule import ops_by_step, schedule, step_key
-from tokenspeed_plan.plans.schema import RecordEvent, Step, WaitEvent
+from tokenspeed_plan.planner.passes.schedule import schedule
+from tokenspeed_plan.plans.schema import RecordEvent, WaitEvent
 
-# from a recorded event to the first kernel of a stream that waited for it, inside a graph
+# Inside a CUDA graph, from a recorded event to the first kernel of a stream that waited for it.
 EVENT_US = 1.0
 
 MAX_STREAMS = 3
@@ -27,7 +28,7 @@ MIN_GAIN = 0.01  # less is within the error of the model
 class _Lane:
     """One stream: the steps that are left, and the kernel under way."""
 
-    steps: list[Step]
+    steps: list[ScheduledStep]
     waits_us: float = 0.0
     works_us: float = 0.0
 
@@ -44,7 +45,7 @@ class _Timeline:
     recorded: set[int] = field(default_factory=set)
 
     def start(self) -> None:
-        """Begin whatever can begin now; events take no time but what they cost who waits."""
+        """Begin whatever can begin now; an event costs time only where a stream waits for it."""
         moved = True
         while moved:
             moved = sum(map(self._start, self.lanes)) > 0
@@ -60,7 +61,7 @@ class _Timeline:
         elif isinstance(step, RecordEvent):
             self.recorded.add(step.event)
         else:
-            time = self.times[step_key(step)]
+            time = self.times[step.op_name]
             lane.waits_us, lane.works_us = time.latency_us, time.busy_us
         lane.steps.pop(0)
         return True
@@ -84,7 +85,9 @@ def _less(left: float, by: float) -> float:
     return left - by if left - by > 1e-9 else 0.0
 
 
-def simulate_us(steps: Sequence[Step], num_streams: int, times: Mapping[str, OpTime]) -> float:
+def simulate_us(
+    steps: Sequence[ScheduledStep], num_streams: int, times: Mapping[str, OpTime]
+) -> float:
     """Microseconds from the first launch to the last result."""
     lanes = [
         _Lane([step for step in steps if step.stream == stream]) for stream in range(num_streams)
@@ -98,21 +101,49 @@ def simulate_us(steps: Sequence[Step], num_streams: int, times: Mapping[str, OpT
 
 
 def schedule_best(
-    graph: OpGraph, load: Load, hardware: HardwareSpec, replayed: int = MAX_STREAMS
+    graph: OpGraph, load: Load, hardware: HardwareSpec, max_streams: int = MAX_STREAMS
 ) -> OpGraph:
-    """The graph with the steps that take least time; on one stream unless more gain at least `MIN_GAIN`.
+    """The graph with the shortest steps; on one stream unless more gain at least `MIN_GAIN`.
 
-    A CPU runs one kernel after the other. More than `replayed` streams are simulated, and not
-    chosen.
+    A CPU runs one kernel after the other. More than `max_streams` streams are simulated for the
+    record, and not chosen.
     """
-    times = {key: op_time(graph, op, load, hardware) for key, op in ops_by_step(graph).items()}
-    lengths = {op.name: times[key].total_us for key, op in ops_by_step(graph).items()}
+    times = {op.name: op_time(graph, op, load, hardware) for op in graph.ops}
+    lengths = {name: time.total_us for name, time in times.items()}
     most = MAX_STREAMS if hardware.sm else 1
-    tried = [schedule(graph, count, lengths) for count in range(1, most + 1)]
-    timed = [
-        replace(made, time_us=simulate_us(made.steps, made.num_streams, times)) for made in tried
-    ]
-    best = min(timed[:replayed], key=lambda made: made.time_us)
-    best = best if best.time_us < (1.0 - MIN_GAIN) * timed[0].time_us else timed[0]
-    rest = [made.time_us for made in timed if made.num_streams != best.num_streams]
-    return replace(best, runner_up_us=min(rest, default=None))
+    tried = []
+    for num_streams in range(1, most + 1):
+        scheduled = schedule(graph, num_streams, lengths)
+        time_us = simulate_us(scheduled.steps, scheduled.num_streams, times)
+        tried.append(replace(scheduled, time_us=time_us))
+    best = min(tried[:max_streams], key=lambda each: each.time_us)
+    if best.time_us >= (1.0 - MIN_GAIN) * tried[0].time_us:
+        best = tried[0]
+    others = [each.time_us for each in tried if each.num_streams != best.num_streams]
+    return replace(best, runner_up_us=min(others, default=None))
+
+
+def record_streams(ledger: Ledger, graphs: Sequence[OpGraph]) -> None:
+    """Write down how many streams the programs got, and what that is worth."""
+    most = max(graph.num_streams for graph in graphs)
+    compared = [(graph, graph.runner_up_us) for graph in graphs if graph.runner_up_us is not None]
+    reason = _reason(graphs, compared, most)
+    if compared:
+        graph, us = compared[-1]
+        reason += f": {graph.phase} {graph.time_us:.1f} us, with other streams {us:.1f}"
+    ledger.record("streams", str(most), reason)
+
+
+def _reason(graphs: Sequence[OpGraph], compared: Sequence[tuple[OpGraph, float]], most: int) -> str:
+    shorter = sum(us < (1 - MIN_GAIN) * graph.time_us for graph, us in compared)
+    if shorter:
+        return (
+            f"{shorter} of {len(graphs)} programs would be shorter with more; "
+            f"the runtime replays {most}"
+        )
+    if most > 1:
+        gaining = sum(graph.num_streams > 1 for graph in graphs)
+        return f"{gaining} of {len(graphs)} programs get shorter"
+    if compared:
+        return f"no branch shortens a program by {MIN_GAIN:.0%}"
+    return "kernels run one after the other"

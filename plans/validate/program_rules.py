@@ -64,7 +64,7 @@ def check_programs(plan: Plan, pool: Pool) -> None:
 
 
 def _check_outputs(program: Program) -> None:
-    """What the runtime reads after a replay must be an output."""
+    """What the runtime reads after a run must be an output."""
     promised = {program.logits, program.tokens}
     if program.depth:
         promised.add(program.drafts)

@@ -1,4 +1,4 @@
-"""Kernels for GPUs that are not here: they compile, with the right instructions, to the same bytes everywhere.
+"""Kernels for GPUs that are not here: they compile to the right instructions, and the same bytes.
 
 What is only read is kept in the user's cache, which planning the examples fills too; all else
 compiles into empty ones.
@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,20 +27,21 @@ from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
 from tokenspeed_plan.codegen.render import source_digest
 from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, find_hardware, known_profiles
 from tokenspeed_plan.planner.cli import main
-from tokenspeed_plan.planner.compile import build_bundle, compile_plan, find_model
+from tokenspeed_plan.planner.compile import (
+    build_bundle,
+    compile_candidates,
+    compile_plan,
+    find_model,
+)
+from tokenspeed_plan.planner.graph import Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.models.qwen3_5 import BuildContext
 from tokenspeed_plan.planner.models.qwen3_5 import build as build_graph
 from tokenspeed_plan.planner.passes.cost import Load
-from tokenspeed_plan.planner.passes.expand import expand
-from tokenspeed_plan.planner.passes.fuse import fuse
-from tokenspeed_plan.planner.passes.limits import plan_limits
-from tokenspeed_plan.planner.passes.lower import lower
-from tokenspeed_plan.planner.passes.place import place
-from tokenspeed_plan.planner.passes.schedule import schedule
-from tokenspeed_plan.planner.passes.select import KernelChoice
-from tokenspeed_plan.planner.passes.shard import shard
+from tokenspeed_plan.planner.passes.limits import plan_capacity
+from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
+from tokenspeed_plan.planner.passes.select import select
 from tokenspeed_plan.planner.spec import SpeculationSpec, WorkloadSpec, load_spec
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.canon import sha256
@@ -108,12 +109,21 @@ def tilings_of(plan: Plan, kernel: KernelSpec, hardware: HardwareSpec) -> list[B
     return build_kernel(kind_of(kernel), plain, rows, hardware, program.phase != "prefill")
 
 
+def settle(
+    candidates: Mapping[str, Sequence[Built]], hardware: HardwareSpec, cache: Path
+) -> dict[str, tuple[Built, Compiled]]:
+    """The tiling that is chosen of each kernel, and what the compiler made of it."""
+    reports = compile_candidates(candidates, hardware, cache)
+    chosen = select(candidates, reports, hardware)
+    return {key: (built, reports[built.kernel.name]) for key, built in chosen.items()}
+
+
 Made = dict[tuple[str, str, int], Compiled]
 
 
 @pytest.fixture(scope="module")
 def made() -> Made:
-    """(plan, kernel, sm) -> what the compiler made of it: every kernel for both architectures, in one go."""
+    """(plan, kernel, sm) -> what the compiler made of it, every kernel for both architectures."""
     jobs = {
         (name, kernel.name, sm): job(name, kernel, sm)
         for name in NAMES
@@ -139,7 +149,7 @@ def test_every_kernel_compiles_and_fits(name: str, sm: int, made: Made) -> None:
 @pytest.mark.parametrize("sm", GPUS)
 @pytest.mark.parametrize("name", NAMES)
 def test_latency_kernels_keep_their_values_in_registers(name: str, sm: int, made: Made) -> None:
-    """Those of decode and draft. A plan's tiles are chosen for its own GPU; for the other one there are tiles too."""
+    """Those of decode. A plan's tiles are chosen for its own GPU; the other one has tiles too."""
     plan = plan_of(name)
     kernels = used(program for program in plan.pool.programs if program.phase != "prefill")
     assert len(kernels) > 10
@@ -150,10 +160,9 @@ def test_latency_kernels_keep_their_values_in_registers(name: str, sm: int, made
     ]
     assert plan.target.sm not in (0, sm) or spilling == []
     for kernel in spilling:
-        choice = KernelChoice(GPUS[sm], default_cache())
-        first = choice.ask(tilings_of(plan, kernel, GPUS[sm]))
-        choice.compile()
-        assert choice.made[choice.answer([first]).kernel.name].spill_bytes == 0
+        tilings = tilings_of(plan, kernel, GPUS[sm])
+        chosen = settle({kernel.name: tilings}, GPUS[sm], default_cache())
+        assert chosen[kernel.name][1].spill_bytes == 0
 
 
 def with_rows(kernel: KernelSpec, count: int) -> KernelSpec:
@@ -194,38 +203,36 @@ def planned(rollback: str) -> Plan:
     ("rollback", "step"), [("snapshot", "delta_step"), ("recompute", "delta_recompute")]
 )
 def test_several_rows_a_sequence_stay_in_registers(rollback: str, step: str, sm: int) -> None:
-    """Of the rule's tilings the first: it compiles, spills nothing, and large tiles have the newer instructions.
+    """The first tiling compiles, spills nothing, and has the newer instructions if it is large.
 
     The delta rule holds a state beside its rows: where its first tiling spills, the second does
     not.
     """
-    plan, choice = planned(rollback), KernelChoice(GPUS[sm], default_cache())
+    plan = planned(rollback)
     decode = used(phase_of(plan, "decode")[:1])
     kinds = {"attention_gate", step}
     kernels = [
         kernel for kernel in plan.kernels if kernel.name in decode and kind_of(kernel) in kinds
     ]
     assert {kind_of(kernel) for kernel in kernels} == kinds
-    asked = {}
+    candidates = {}
     for kernel, count in itertools.product(kernels, (2, 4, 6)):
         tilings = build_kernel(
             kind_of(kernel), with_rows(kernel, count), (count, 1), GPUS[sm], True
         )
-        asked[choice.ask(tilings).kernel.name] = [built.kernel.name for built in tilings]
-    choice.compile()
-    for name, built in choice.chosen.items():
+        candidates[tilings[0].kernel.name] = tilings
+    for key, (built, report) in settle(candidates, GPUS[sm], default_cache()).items():
         launch = built.kernel.launch
         assert launch is not None
-        assert built.kernel.name in asked[name][: 2 if kind_of(built.kernel) == step else 1]
+        assert built in candidates[key][: 2 if kind_of(built.kernel) == step else 1]
         assert launch.constants["ROWS"] in (2, 4, 6)
         narrow = int(launch.constants.get("BLOCK_G", 0)) < WIDEST
-        made = choice.made[built.kernel.name]
-        assert set(ANY_PRODUCT.findall(made.ptx)) <= {"mma.sync" if narrow else PRODUCT[sm]}
+        assert set(ANY_PRODUCT.findall(report.ptx)) <= {"mma.sync" if narrow else PRODUCT[sm]}
 
 
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 def test_the_demo_model_is_planned_for_a_gpu(gpu: str) -> None:
-    """Its frozen plan is for a CPU, whose tiles spill in prefill; planned for a GPU no kernel does."""
+    """Its frozen plan is for a CPU, whose tiles spill in prefill; planned for a GPU none does."""
     path = ROOT / "examples/demo/spec.yaml"
     spec = load_spec(path)
     spec = spec.model_copy(
@@ -267,23 +274,30 @@ def drafts(kernel: KernelSpec) -> bool:
 
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> None:
-    """No frozen plan has them: those of three drafts of three sequences, in decode and after a prefill."""
-    hardware, asked = find_hardware(gpu), KernelChoice(find_hardware(gpu), default_cache())
+    """Three drafts of three sequences, in decode and after a prefill: no frozen plan has them."""
+    hardware = find_hardware(gpu)
     config, _ = load_preset("qwen3.5-35b-a3b")
-    limits = plan_limits(WorkloadSpec(), config, hardware, depth=3)
+    limits = plan_capacity(WorkloadSpec(), config, hardware, depth=3)
     context = BuildContext(config, "bf16", limits, config.vocab_size, lambda prefix: True)
     phases: dict[Phase, int] = {"decode": 12, "prefill": 2048}
+    candidates: dict[str, tuple[Built, ...]] = {}
     for phase, tokens in phases.items():
-        sharded = shard(build_graph(context, phase, 3), ParallelLayout(1, 1, 1))
-        graph = schedule(fuse(expand(sharded, tokens, 3)))
-        lower(place(graph, tokens, 3), hardware, Load(tokens, 3, 4096), (tokens, 3), asked.ask)
-    asked.asked = {
-        name: tilings for name, tilings in asked.asked.items() if drafts(tilings[0].kernel)
-    }
-    assert {kind_of(tilings[0].kernel) for tilings in asked.asked.values()} > DRAFTING
-    asked.compile()  # refuses what fits in no tiling, or spills
-    assert len(asked.made) == len(asked.asked)
-    assert sum(made.spill_bytes for made in asked.made.values()) == 0
+        passes = PassContext(
+            ParallelLayout(1, 1, 1),
+            hardware,
+            tokens,
+            3,
+            Load(tokens, 3, 4096),
+            options=PassOptions(num_streams=1),
+        )
+        lowered = run(build_graph(context, phase, 3), passes, Stage.LOWERED)
+        candidates |= lowered.candidates
+    drafting = {key: tilings for key, tilings in candidates.items() if drafts(tilings[0].kernel)}
+    assert {kind_of(tilings[0].kernel) for tilings in drafting.values()} > DRAFTING
+    chosen = settle(
+        drafting, hardware, default_cache()
+    )  # refuses what fits in no tiling, or spills
+    assert sum(report.spill_bytes for _, report in chosen.values()) == 0
 
 
 @pytest.mark.parametrize("sm", GPUS)
@@ -340,7 +354,7 @@ Result = dict[str, list[str]]
 
 
 def probe(work: Path, kept: Path, **environment: str) -> subprocess.Popen[str]:
-    """Begin to compile PROBED in a process of its own, working in `work`, results kept in `kept`."""
+    """Compile PROBED in a process of its own, working in `work`, with results in `kept`."""
     work.mkdir(exist_ok=True)
     command = [
         sys.executable,
@@ -562,29 +576,24 @@ def test_the_next_tiling_is_taken_where_shared_memory_is_little() -> None:
     results = compile_all(jobs, default_cache())
     *others, least = (results[one.key].shared_bytes for one in jobs)
     assert 0 < least < min(others)
-    choice = KernelChoice(replace(hardware, max_shared_bytes=least), default_cache())
-    assert choice.ask(tilings) is tilings[0]
-    choice.compile()
-    assert choice.answer(tilings) is tilings[-1]
-    assert choice.made == {tilings[-1].kernel.name: results[jobs[-1].key]}
+    small = replace(hardware, max_shared_bytes=least)
+    chosen = settle({"attention": tilings}, small, default_cache())
+    assert chosen == {"attention": (tilings[-1], results[jobs[-1].key])}
 
 
 def test_the_next_tiling_is_taken_where_one_spills(tmp_path: Path) -> None:
     tilings = [wide(32768), wide(16384), wide(128), wide(64)]
-    choice = KernelChoice(find_hardware("H200"), tmp_path)
-    choice.ask(tilings)
-    choice.compile()
-    assert choice.answer(tilings) is tilings[2]
-    assert choice.made["wide_128"].spill_bytes == 0
+    built, report = settle({"wide": tilings}, find_hardware("H200"), tmp_path)["wide"]
+    assert built is tilings[2]
+    assert report.spill_bytes == 0
 
 
 def test_a_kernel_that_fits_in_no_tiling_is_refused(tmp_path: Path) -> None:
-    choice = KernelChoice(find_hardware("H200"), tmp_path)
-    choice.ask([wide(32768), wide(16384)])
+    tilings = [wide(32768), wide(16384)]
     with pytest.raises(
         SpecError, match=r"^error: no tiling of kernel `wide_16384` fits H200 \(sm_90\)"
     ) as caught:
-        choice.compile()
+        compile_candidates({"wide": tilings}, find_hardware("H200"), tmp_path)
     assert re.search(
         r"spills [1-9]\d* bytes, needs \d+ of 232448 bytes of shared memory$", caught.value.message
     )

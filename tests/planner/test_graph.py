@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.compile import Model
-from tokenspeed_plan.planner.graph import OpGraph
+from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.models.config import load_preset, preset_names
 from tokenspeed_plan.planner.models.qwen3_5 import BuildContext, build
-from tokenspeed_plan.planner.passes import fuse as fuse_module
 from tokenspeed_plan.planner.passes.cost import Load, op_cost
-from tokenspeed_plan.planner.passes.fuse import FUSIONS, fuse
+from tokenspeed_plan.planner.passes.fuse import FUSIONS, Fusion
 from tokenspeed_plan.planner.passes.grammar import GraphError, check
-from tokenspeed_plan.planner.passes.limits import plan_limits
-from tokenspeed_plan.planner.passes.shard import shard
+from tokenspeed_plan.planner.passes.limits import plan_capacity
+from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
@@ -47,10 +46,17 @@ ACTIVE = {"397b-a17b": 16_331_922_176, "35b-a3b": 2_946_429_568, "9b": 7_936_684
 
 def context(name: str, depth: int = 0) -> BuildContext:
     config, _ = load_preset(f"qwen3.5-{name}")
-    limits = plan_limits(WorkloadSpec(), config, find_hardware("B200"), depth=depth)
+    limits = plan_capacity(WorkloadSpec(), config, find_hardware("B200"), depth=depth)
     return BuildContext(
         config, "bf16", limits, config.vocab_size, lambda prefix: not prefix.startswith("mtp.")
     )
+
+
+def one_rank(graph: OpGraph, until: Stage, fusions: tuple[Fusion, ...] = FUSIONS) -> OpGraph:
+    """The graph of a lone rank at a stage, for one token."""
+    options = PassOptions(fusions=fusions)
+    layout = ParallelLayout(1, 1, 1)
+    return run(graph, PassContext(layout, find_hardware("B200"), options=options), until)
 
 
 def num_parameters(graph: OpGraph) -> int:
@@ -78,7 +84,7 @@ def test_parameters_are_the_published_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", ACTIVE)
 def test_bytes_of_a_decode_step_are_the_active_parameters(name: str) -> None:
-    graph = shard(build(context(name), "decode"), ParallelLayout(1, 1, 1))
+    graph = one_rank(build(context(name), "decode"), Stage.SHARDED)
     load = Load(1, 1, 1024)
     moved = sum(op_cost(graph, op, load).weight_bytes for op in graph.ops if op.kind != "embed")
     assert moved == pytest.approx(2 * ACTIVE[name], rel=2e-3)
@@ -91,7 +97,7 @@ def test_bytes_of_a_decode_step_are_the_active_parameters(name: str) -> None:
 
 
 def test_state_bytes_of_the_headline() -> None:
-    graph = shard(build(context("397b-a17b"), "decode"), ParallelLayout(1, 1, 1))
+    graph = one_rank(build(context("397b-a17b"), "decode"), Stage.SHARDED)
     delta = sum(
         op_cost(graph, op, Load(1, 1, 0)).state_bytes for op in graph.ops if op.kind == "delta_rule"
     )
@@ -110,8 +116,8 @@ def test_every_operator_has_a_body() -> None:
 
 def test_a_grammar_stands_between_the_passes() -> None:
     built = build(context("35b-a3b"), "decode")
-    sharded = shard(built, ParallelLayout(1, 1, 1))
-    fused = fuse(sharded)
+    sharded = one_rank(built, Stage.SHARDED)
+    fused = one_rank(built, Stage.FUSED)
     for graph in (built, sharded, fused):
         assert check(graph) is graph
     with pytest.raises(GraphError, match="not allowed when built"):
@@ -141,21 +147,20 @@ def test_fusion_never_changes_a_result(chosen: set[int], checkpoint: Any) -> Non
     spec = make_spec(checkpoint("moe"))
     model = find_model(spec)
     wanted = greedy(compile_plan(spec, model, "fp64"), model)
-    with pytest.MonkeyPatch.context() as patch:
-        some = tuple(FUSIONS[index] for index in sorted(chosen))
-        patch.setattr(fuse_module.fuse, "__defaults__", (some,))
-        plan = compile_plan(spec, model, "fp64")
+    some = PassOptions(fusions=tuple(FUSIONS[index] for index in sorted(chosen)))
+    plan = compile_plan(spec, model, "fp64", some)
     assert greedy(plan, model) == wanted
 
 
 def test_fusion_saves_launches() -> None:
-    sharded = shard(build(context("35b-a3b"), "decode"), ParallelLayout(1, 1, 1))
-    assert len(fuse(sharded, 1, 1, ()).ops) > 1.5 * len(fuse(sharded).ops)
+    sharded = one_rank(build(context("35b-a3b"), "decode"), Stage.SHARDED)
+    unfused, fused = one_rank(sharded, Stage.FUSED, ()), one_rank(sharded, Stage.FUSED)
+    assert len(unfused.ops) > 1.5 * len(fused.ops)
 
 
 @pytest.mark.parametrize("kind", ["moe", "dense"])
 def test_the_draft_layer_equals_transformers(kind: str, checkpoint: Any) -> None:
-    """The MTP graph, run operator by operator on its reference backend, against transformers' generic class."""
+    """The MTP graph on its reference backend, against transformers' generic class."""
     from draft_oracle import draft_logits_of_graph, draft_logits_of_transformers
 
     folder = checkpoint(kind)

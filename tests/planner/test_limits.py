@@ -1,4 +1,4 @@
-"""What the planner leaves for the prefix cache, and how much of a prompt it lets between two decode steps."""
+"""What the planner leaves for the prefix cache, and prefill between two decode steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PREDICTED_US: dict[tuple[Phase, int], float] = {
 def test_prefill_between_decode_steps_keeps_the_time_per_token(
     tpot_ms: float | None, tokens: int, tiny_plan: Plan
 ) -> None:
-    """1 ms is the decode step's, the rest the prompt's: 128 tokens in 2 ms, 512 in 6; a page at least."""
+    """1 ms is the decode step's, the rest the prompt's: 128 tokens in 2 ms, 512 in 6; or a page."""
     assert tiny_plan.pool.limits.max_tokens == 512
     assert interleaved_tokens(tiny_plan.pool.limits, tpot_ms, PREDICTED_US) == tokens
 

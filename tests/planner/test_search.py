@@ -14,22 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenspeed_plan.planner import compile_plan, find_model, load_spec
-from tokenspeed_plan.planner.advisor.candidate import (
-    ALL_CAPABILITIES,
-    DEPTHS,
-    SUPPORTED,
-    Candidate,
-    Knobs,
-)
+from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED, Candidate, Knobs
 from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.advisor.memory_model import MemoryModel
 from tokenspeed_plan.planner.advisor.prediction import Predictor
+from tokenspeed_plan.planner.advisor.ranking import SearchResult
 from tokenspeed_plan.planner.advisor.resolve import resolve
-from tokenspeed_plan.planner.advisor.search import Search, SearchResult
+from tokenspeed_plan.planner.advisor.search import Search
+from tokenspeed_plan.planner.advisor.search_space import DEPTHS
 from tokenspeed_plan.planner.advisor.step_model import StepModel
-from tokenspeed_plan.planner.advisor.workload import Demand, conversation, serve, tokens_a_step
+from tokenspeed_plan.planner.advisor.workload import Demand, conversation, serve, tokens_per_step
 from tokenspeed_plan.planner.commands.predict import search
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
 from tokenspeed_plan.planner.passes.cost import Load, busiest_share, expected_hits
 from tokenspeed_plan.planner.spec import Spec
@@ -98,7 +95,7 @@ def test_prices_are_those_of_the_whole_plan(example: str) -> None:
     for program in (p for p in plan.pool.programs if p.num_streams == 1):
         decode = program.phase == "decode"
         seqs, context = (program.bucket, middle) if decode else (1, min(middle, program.bucket))
-        priced = steps._priced(
+        priced = steps.priced(
             layout, program.phase, Load(program.max_tokens, seqs, context), program.depth
         )
         keys = (
@@ -260,10 +257,7 @@ def test_the_front_is_a_front() -> None:
 
 def test_the_same_spec_finds_the_same_in_the_same_order() -> None:
     config, spec = load_preset("qwen3.5-35b-a3b")[0], asked(count=2)
-    runs = [
-        Search(Predictor(spec, config, find_hardware("H200")), ALL_CAPABILITIES, 2).run()
-        for _ in range(2)
-    ]
+    runs = [Search(Predictor(spec, config, find_hardware("H200")), ALL, 2).run() for _ in range(2)]
     assert [str(p.candidate) for p in runs[0].ranked] == [str(p.candidate) for p in runs[1].ranked]
     assert runs[0].best.as_json() == runs[1].best.as_json()
 
@@ -327,19 +321,19 @@ def test_hit_experts_against_dice(experts: int, per_token: int, tokens: int) -> 
 def test_accepted_tokens_against_the_geometric_law(share: float, depth: int) -> None:
     """P(exactly i accepted) = a^i (1 - a) for i < k and a^k for all; and the verify step's own token."""
     exact = sum((i + 1) * share**i * (1 - share) for i in range(depth)) + (depth + 1) * share**depth
-    assert tokens_a_step(depth, (share,)) == pytest.approx(exact)
-    assert tokens_a_step(depth, (share,) * 2) == pytest.approx(exact)
+    assert tokens_per_step(depth, (share,)) == pytest.approx(exact)
+    assert tokens_per_step(depth, (share,) * 2) == pytest.approx(exact)
 
 
 def test_each_place_has_its_share() -> None:
-    assert tokens_a_step(3, (0.9, 0.5)) == pytest.approx(1 + 0.9 + 0.9 * 0.5 + 0.9 * 0.5 * 0.5)
+    assert tokens_per_step(3, (0.9, 0.5)) == pytest.approx(1 + 0.9 + 0.9 * 0.5 + 0.9 * 0.5 * 0.5)
 
 
 # How many drafts.
 
 
 def depths_of(spec: Spec, config: ModelConfig) -> dict[int, int]:
-    found = resolve(spec, config, find_hardware(spec.target.gpu))
+    found = resolve(spec, config, find_hardware(spec.target.gpu), Ledger())
     assert found.knobs.depth == max(found.depths.values())
     return dict(found.depths)
 

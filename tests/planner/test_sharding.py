@@ -13,10 +13,14 @@ from conftest import make_spec
 from torch import Tensor
 
 from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner.graph import Op, OpGraph, Source, Stage, Weight
+from tokenspeed_plan.planner.graph import Tensor as GraphTensor
 from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
+from tokenspeed_plan.planner.passes.shard import shard
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.arenas import Arenas
 from tokenspeed_plan.runtime.executor import Executor
@@ -174,3 +178,38 @@ def test_fp8_blocks_limit_the_ways() -> None:
     check_fp8_blocks(512, 4, "experts")  # 35B: 512 / 4 = 128
     with pytest.raises(SpecError, match="128-wide FP8 blocks"):
         check_fp8_blocks(512, 8, "experts")
+
+
+def packed_sources(layout: ParallelLayout) -> list[Source]:
+    """One rank's sources of a weight: 4 groups of 3 rows, one out of each 10 rows from row 2 on."""
+    split = ((0, Split("attention", 4)),)
+    source = Source("w", (40, 6), (2, 0), (12, 6), split, run=3, every=10)
+    weight = Weight("w", TensorSpec.of(shape=(12, 6), dtype="bf16"), (source,))
+    graph = OpGraph("decode", Stage.BUILT, (), {}, {"w": weight}, (), ())
+    return list(shard(graph, layout).weights["w"].sources)
+
+
+def test_packed_rows_become_a_source_for_each_group() -> None:
+    whole = packed_sources(ParallelLayout(1, 1, 1))
+    assert [(source.start, source.size) for source in whole] == [
+        ((first, 0), (3, 6)) for first in (2, 12, 22, 32)
+    ]
+    assert all(not source.ranks and not source.every for source in whole)
+    half = packed_sources(ParallelLayout(2, 2, 1))
+    assert [source.start[0] for source in half] == [2, 12]
+    assert all(shift.at(1) == 20 for source in half for _, shift in source.ranks)
+
+
+def test_a_partial_sum_over_two_axes_is_reduced_over_both() -> None:
+    """Experts without a shared expert: their weight is cut by expert and by inner channel."""
+    splits = ((0, Split("experts", 4)), (2, Split("expert_inner", 4)))
+    source = Source("down", (4, 8, 4), (0, 0, 0), (4, 8, 4), splits)
+    weight = Weight("down", TensorSpec.of(shape=(4, 8, 4), dtype="bf16"), (source,))
+    op = Op("down", "experts_down", ("h",), ("y",), ("down",), partial=True)
+    tensors = {
+        name: GraphTensor(name, TensorSpec.of(shape=("num_tokens", 8), dtype="bf16"))
+        for name in ("h", "y")
+    }
+    graph = OpGraph("decode", Stage.BUILT, (op,), tensors, {"down": weight}, ("h",), ("y",))
+    reduce = shard(graph, ParallelLayout(4, 2, 2)).ops[-1]
+    assert (reduce.kind, reduce.attrs) == ("all_reduce", {"num_ranks": 4})

@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 from conftest import make_spec
 
-from tokenspeed_plan.planner import compile as compile_module
 from tokenspeed_plan.planner import find_model
 from tokenspeed_plan.planner.advisor.hardware import find_hardware
-from tokenspeed_plan.planner.graph import OpGraph
+from tokenspeed_plan.planner.compile import plan_parts
+from tokenspeed_plan.planner.graph import OpGraph, ScheduledOp, ScheduledStep
 from tokenspeed_plan.planner.passes.cost import Load, OpTime, op_time
-from tokenspeed_plan.planner.passes.fuse import fuse
-from tokenspeed_plan.planner.passes.schedule import ops_by_step, schedule
+from tokenspeed_plan.planner.passes.pipeline import PassOptions
+from tokenspeed_plan.planner.passes.schedule import schedule
 from tokenspeed_plan.planner.passes.simulate import EVENT_US, MIN_GAIN, schedule_best, simulate_us
-from tokenspeed_plan.plans.schema import KernelCall, RecordEvent, Step, WaitEvent
+from tokenspeed_plan.plans.schema import RecordEvent, WaitEvent
 
 
-def kernel(name: str, stream: int = 0) -> Step:
-    return KernelCall(kernel=name, args=(), stream=stream, predicted_us=0.0)
+def kernel(name: str, stream: int = 0) -> ScheduledStep:
+    return ScheduledOp(name, stream)
 
 
 TIMES = {"a": OpTime(1.0, 4.0), "b": OpTime(2.0, 4.0), "c": OpTime(1.0, 10.0)}
@@ -54,16 +54,9 @@ def test_an_event_costs_who_waits() -> None:
 @pytest.fixture(scope="module")
 def graphs(checkpoint: Any) -> list[OpGraph]:
     """Graphs with nothing fused, so with many branches."""
-    found: list[OpGraph] = []
     spec = make_spec(checkpoint("moe"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            compile_module,
-            "fuse",
-            lambda graph, *sizes: found.append(fuse(graph, *sizes, ())) or found[-1],
-        )
-        compile_module.compile_plan(spec, find_model(spec))
-    return found
+    parts = plan_parts(spec, find_model(spec), options=PassOptions(fusions=()))
+    return [program.graph for program in parts.programs]
 
 
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
@@ -74,15 +67,14 @@ def test_no_schedule_beats_the_critical_path_or_the_work(
     hardware = find_hardware(gpu)
     for graph in graphs:
         load = Load(64, 1, 64)
-        times = {key: op_time(graph, op, load, hardware) for key, op in ops_by_step(graph).items()}
-        by_name = {op.name: times[key] for key, op in ops_by_step(graph).items()}
-        made = schedule(graph, streams, {name: time.total_us for name, time in by_name.items()})
-        assert len([s for s in made.steps if s.kind in ("kernel", "collective")]) == len(graph.ops)
+        times = {op.name: op_time(graph, op, load, hardware) for op in graph.ops}
+        made = schedule(graph, streams, {name: time.total_us for name, time in times.items()})
+        assert sum(isinstance(step, ScheduledOp) for step in made.steps) == len(graph.ops)
         taken = simulate_us(made.steps, made.num_streams, times)
         ends: dict[str, float] = {}
         for op in graph.ordered():
             before = max((ends[name] for name in graph.nx.predecessors(op.name)), default=0.0)
-            time = by_name[op.name]
+            time = times[op.name]
             ends[op.name] = before + time.latency_us + time.busy_us
         assert taken >= max(ends.values()) - 1e-6
         assert taken >= sum(time.busy_us for time in times.values()) - 1e-6
@@ -93,7 +85,7 @@ def test_no_schedule_beats_the_critical_path_or_the_work(
 
 
 def test_streams_stay_only_where_they_pay(graphs: list[OpGraph]) -> None:
-    """Unfused branches are worth streams, and the one that is taken is the shortest; a CPU has one."""
+    """Unfused branches are worth streams, and the shortest schedule is taken; a CPU has one."""
     load = Load(64, 1, 64)
     for graph in graphs:
         best = schedule_best(graph, load, find_hardware("H200"))
@@ -103,7 +95,7 @@ def test_streams_stay_only_where_they_pay(graphs: list[OpGraph]) -> None:
         else:
             assert best.time_us <= best.runner_up_us
         assert schedule_best(graph, load, find_hardware("cpu")).num_streams == 1
-        held = schedule_best(graph, load, find_hardware("H200"), replayed=1)
+        held = schedule_best(graph, load, find_hardware("H200"), max_streams=1)
         assert held.num_streams == 1 and (
             best.num_streams == 1 or held.runner_up_us == best.time_us
         )

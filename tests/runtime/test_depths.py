@@ -16,6 +16,7 @@ from tokenspeed_plan.planner import find_model
 from tokenspeed_plan.planner.advisor import resolve as decide
 from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.compile import compile_bundle
+from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.engine import Engine
 
@@ -32,11 +33,11 @@ def plan_of(folder: Path, depths: dict[int, int], recomputes: bool = False) -> P
     """A plan of those depths by bucket, whatever the planner would choose."""
     spec = make_spec(folder, workload={"concurrency": max(depths)}, speculation="auto")
     model = find_model(spec)
-    found = decide.resolve(spec, model.config, find_hardware("cpu"))
+    ledger = Ledger()
+    found = decide.resolve(spec, model.config, find_hardware("cpu"), ledger)
     knobs = replace(found.knobs, depth=max(depths.values()))
-    return compile_bundle(
-        spec, model, decided=replace(found, depths=depths, knobs=knobs, recomputes=recomputes)
-    ).plan
+    decided = replace(found, depths=depths, knobs=knobs, recomputes=recomputes)
+    return compile_bundle(spec, model, decided=decided, ledger=ledger).plan
 
 
 @pytest.mark.parametrize("recomputes", [False, True])

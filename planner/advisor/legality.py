@@ -1,0 +1,153 @@
+"""Which layouts and formats are legal for a model and a machine, and which stated ones can be planned."""
+
+from __future__ import annotations
+
+from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
+from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
+from tokenspeed_plan.planner.models.config import ModelConfig
+from tokenspeed_plan.planner.spec import AttentionSpec, MoeSpec, ParallelismSpec, Spec
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.types import FORMATS
+
+QUANTIZED = ("fp8", "nvfp4")
+
+
+def check_layout(layout: ParallelLayout, config: ModelConfig, weights: str = "bf16") -> None:
+    """Refuse an illegal layout before any graph is built, so that the message has the model's own numbers.
+
+    Raises:
+        SpecError: the layout does not divide the model.
+    """
+    for split in _splits(config):
+        split.local_units(layout)
+    if weights == "fp8":
+        _check_fp8(layout, config)
+
+
+def _splits(config: ModelConfig) -> list[Split]:
+    """Every dimension that ranks share out."""
+    splits = [
+        Split("attention", config.attention.num_qo_heads),
+        Split("kv", config.attention.num_kv_heads),
+        Split("attention", config.delta_net.num_k_heads),
+        Split("attention", config.delta_net.num_v_heads),
+        Split("vocab", config.vocab_size),
+    ]
+    if config.moe is None:
+        return [*splits, Split("mlp", config.intermediate_size)]
+    return [
+        *splits,
+        Split("experts", config.moe.num_experts),
+        Split("expert_inner", config.moe.intermediate_size),
+        Split("mlp", config.moe.shared_intermediate_size),
+    ]
+
+
+def _check_fp8(layout: ParallelLayout, config: ModelConfig) -> None:
+    """Each rank's part of an FFN must be whole blocks of the published FP8 checkpoints."""
+    if config.moe is None:
+        check_fp8_blocks(config.intermediate_size, layout.num_ranks, "the FFN")
+        return
+    check_fp8_blocks(config.moe.intermediate_size, layout.moe_tp, "an expert")
+    check_fp8_blocks(config.moe.shared_intermediate_size, layout.num_ranks, "the shared expert")
+
+
+def check_formats(weights: str, hardware: HardwareSpec) -> None:
+    """Refuse weights that the machine cannot multiply.
+
+    Raises:
+        SpecError: its tensor cores do not know the format.
+    """
+    rates = hardware.matrix_flops_per_s
+    if weights not in QUANTIZED or FORMATS[weights].dtype in rates:
+        return
+    words = sorted(("bf16", *QUANTIZED))
+    known = ", ".join(word for word in words if FORMATS[word].dtype in rates)
+    raise SpecError(
+        f"{hardware.name} has no matrix rate for {weights} weights", f"it multiplies {known}"
+    )
+
+
+def matches(layout: ParallelLayout, asked: ParallelismSpec) -> bool:
+    """Whether a layout has everything that a spec states."""
+    stated: list[tuple[int | None, int]] = []
+    if asked.attention:
+        stated += [
+            (asked.attention.tp, layout.attention_tp),
+            (asked.attention.dp, layout.attention_dp),
+            (asked.attention.context_split, layout.context_split),
+        ]
+    if asked.moe:
+        given = asked.moe.model_fields_set
+        if "tp" in given:
+            stated.append((asked.moe.tp, layout.moe_tp))
+        if "ep" in given:
+            stated.append((asked.moe.ep, layout.moe_ep))
+    return all(value is None or value == actual for value, actual in stated)
+
+
+def check_stated(spec: Spec, config: ModelConfig) -> None:
+    """Refuse a spec that states what the model cannot do or a plan cannot hold.
+
+    Raises:
+        SpecError: names the key, both values, and what to write.
+    """
+    if spec.draft_vocab:
+        _check_draft_vocab(spec.draft_vocab, spec.target.count, config)
+    if spec.serving and spec.serving.kv_dtype == "fp8":
+        raise SpecError(
+            "`serving.kv_dtype: fp8` is not planned yet",
+            "leave it out; `tokenspeed predict` prices it",
+        )
+    if spec.parallelism == "auto":
+        return
+    if spec.parallelism.attention:
+        _check_attention(spec.parallelism.attention, spec.target.count)
+    if spec.parallelism.moe:
+        _check_moe(spec.parallelism.moe, spec.target.count, config)
+
+
+def _check_draft_vocab(draft_vocab: int, count: int, config: ModelConfig) -> None:
+    if draft_vocab > config.vocab_size:
+        raise SpecError(
+            f"`speculation.draft_vocab` is {draft_vocab}, `{config.name}` has {config.vocab_size} tokens",
+            "leave it out to draft from all of them",
+        )
+    if draft_vocab % count:
+        raise SpecError(
+            f"`speculation.draft_vocab` is {draft_vocab}, which {count} GPUs cannot share",
+            f"name a multiple of {count}",
+        )
+
+
+def _check_attention(asked: AttentionSpec, count: int) -> None:
+    if asked.tp != count or asked.dp not in (None, 1):
+        raise SpecError(
+            f"`parallelism.attention.tp` is {asked.tp} on {count} GPUs, attention data parallelism is not planned yet",
+            f"set it to {count}, or `target.count` to {asked.tp}; `tokenspeed predict` prices it",
+        )
+    if asked.context_split not in (None, 1):
+        raise SpecError(
+            "`parallelism.attention.context_split` is not planned yet",
+            "`tokenspeed predict` prices it",
+        )
+
+
+def _check_moe(asked: MoeSpec, count: int, config: ModelConfig) -> None:
+    given = asked.model_fields_set
+    tp = asked.tp
+    if "tp" not in given:
+        tp = count // asked.ep if "ep" in given else count
+    ep = asked.ep
+    if "ep" not in given:
+        ep = count // max(tp, 1)
+    if config.moe is None and ep != 1:
+        raise SpecError(
+            f"`{config.name}` has no experts to spread over {ep} GPUs",
+            "leave `parallelism.moe` out",
+        )
+    if tp * ep != count:
+        raise SpecError(
+            f"moe tp {tp} x ep {ep} is {tp * ep} GPUs, the target has {count}",
+            "make their product the count",
+        )

@@ -1,0 +1,144 @@
+"""What is best: the predictions of a search, ranked by the objective and the service levels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from tokenspeed_plan.planner.advisor.prediction import Prediction
+from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.plans.errors import SpecError
+
+OBJECTIVES = {
+    "turn_time": "turn_time_ms",
+    "tpot": "tpot_ms",
+    "cost_per_token": "cost_per_million_tokens_usd",
+}
+TIME_SPENT = {
+    "memory": "reading memory",
+    "matrix": "multiplying",
+    "launch": "launching kernels",
+    "collective": "waiting for other GPUs",
+    "host": "host work",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A deployment that is not possible, and the reason."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search evaluated.
+
+    Attributes:
+        objective: name of the metric to minimise.
+        slo: the largest allowed value of each metric that has a service level.
+        predictions: every deployment that is legal and fits.
+        rejected: those that are not, with the reasons.
+    """
+
+    objective: str
+    slo: dict[str, float]
+    predictions: tuple[Prediction, ...]
+    rejected: tuple[Rejected, ...]
+
+    @cached_property
+    def ranked(self) -> list[Prediction]:
+        """Best first: those that meet the service levels by the objective, then the nearest misses."""
+        return sorted(self.predictions, key=lambda p: (self.excess(p), *self._order(p)))
+
+    def _order(self, prediction: Prediction) -> tuple[float, float, int, str]:
+        """The objective; ties go to less time and cost, to fewer GPUs, then by name."""
+        metrics, candidate = prediction.metrics, prediction.candidate
+        tie = metrics["turn_time_ms"] * metrics["cost_per_million_tokens_usd"]
+        return metrics[self.objective], tie, candidate.num_gpus, str(candidate)
+
+    def excess(self, prediction: Prediction) -> float:
+        """By how much it exceeds the service level that it misses most, as a share; 0 if it meets all."""
+        shares = [prediction.metrics[name] / limit - 1.0 for name, limit in self.slo.items()]
+        return max([0.0, *shares])
+
+    @property
+    def best(self) -> Prediction:
+        """The winner.
+
+        Raises:
+            SpecError: nothing is legal and fits.
+        """
+        if self.ranked:
+            return self.ranked[0]
+        reason = ""
+        if self.rejected:
+            reason = f": {self.rejected[0].what}: {self.rejected[0].reason}"
+        raise SpecError(
+            f"no layout of the model is legal and fits{reason}",
+            "raise `target.count`, or lower `workload.concurrency` or its tokens",
+        )
+
+    @property
+    def binding(self) -> str | None:
+        """The service level that even the best deployment misses, with numbers; None if it meets all."""
+        best = self.best
+        if not self.excess(best):
+            return None
+        name = max(self.slo, key=lambda key: best.metrics[key] / self.slo[key])
+        time = best.prompt if name.startswith("ttft") else best.step
+        share = getattr(time, time.bound) / time.total_us
+        return (
+            f"{name} is {best.metrics[name]:.4g} against {self.slo[name]:g} at best; "
+            f"{share:.0%} of that time is {TIME_SPENT[time.bound]}"
+        )
+
+    @cached_property
+    def by_layout(self) -> list[Prediction]:
+        """The best of each layout, best first."""
+        seen: dict[str, Prediction] = {}
+        for prediction in self.ranked:
+            seen.setdefault(prediction.candidate.layouts, prediction)
+        return list(seen.values())
+
+    @cached_property
+    def split(self) -> Prediction | None:
+        """The best deployment with a prefill pool and a decode pool."""
+        pooled = (p for p in self.ranked if p.candidate.prefill is not None)
+        return next(pooled, None)
+
+    @cached_property
+    def unsplit(self) -> Prediction | None:
+        """The best deployment in which one pool does both."""
+        single = (p for p in self.ranked if p.candidate.prefill is None)
+        return next(single, None)
+
+    @cached_property
+    def front(self) -> list[Prediction]:
+        """The Pareto front of a user's speed and a GPU's throughput, fastest for the user first."""
+        front: list[Prediction] = []
+        for prediction in sorted(self.predictions, key=_by_speed):
+            if not front or _throughput(prediction) > _throughput(front[-1]):
+                front.append(prediction)
+        return front
+
+
+def search_result(
+    spec: Spec, predictions: tuple[Prediction, ...], rejected: tuple[Rejected, ...]
+) -> SearchResult:
+    """The result of a search under the objective and the service levels of a spec."""
+    slo: dict[str, float] = {}
+    for levels in (spec.objective.slo, spec.slo):
+        if levels:
+            slo |= levels.model_dump(exclude_none=True)
+    return SearchResult(OBJECTIVES[spec.objective.minimize], slo, predictions, rejected)
+
+
+def _by_speed(prediction: Prediction) -> tuple[float, float, str]:
+    speed = prediction.metrics["tokens_per_s_user"]
+    return -speed, -_throughput(prediction), str(prediction.candidate)
+
+
+def _throughput(prediction: Prediction) -> float:
+    return prediction.metrics["tokens_per_s_gpu"]

@@ -1,0 +1,241 @@
+"""Why: every decision of the advisor with its reason, its runner-up and the other options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import groupby
+
+from tokenspeed_plan.planner.advisor.candidate import Candidate
+from tokenspeed_plan.planner.advisor.draft_depths import BucketDepth
+from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
+from tokenspeed_plan.planner.advisor.numbers import digits
+from tokenspeed_plan.planner.advisor.predicted import (
+    MAX_OPTIONS,
+    max_concurrency,
+    missing_option,
+    not_replayed,
+    option,
+    refused,
+)
+from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
+from tokenspeed_plan.planner.advisor.ranking import SearchResult
+from tokenspeed_plan.planner.advisor.rollback import Rollback
+from tokenspeed_plan.planner.ledger import Ledger
+from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.plans.report import GIB
+from tokenspeed_plan.plans.schema import Option
+
+AS_STATED = "as the spec says"
+
+
+def record_parallelism(ledger: Ledger, result: SearchResult, stated: bool) -> None:
+    """Record the layout, and the layouts that it beat."""
+    best, *others = result.by_layout
+    name = result.objective
+    value = f"{best.metrics[name]:.4g}"
+    if stated:
+        reason = AS_STATED
+    elif others:
+        count = len(others) + 1
+        reason = f"least {name} of {count} layouts that the runtime replays: {value}"
+    elif best.candidate.num_gpus == 1:
+        reason = f"one GPU; {name} {value}"
+    else:
+        reason = f"the only legal layout that the runtime replays; {name} {value}"
+    runner_up = None
+    if others:
+        runner_up = f"{others[0].candidate.layouts}: {others[0].metrics[name]:.4g}"
+    options = (*map(option, others), *refused(result.rejected))
+    ledger.record("parallelism", best.candidate.layouts, reason, runner_up, options[:MAX_OPTIONS])
+
+
+def record_speculation(ledger: Ledger, predictor: Predictor, table: Sequence[BucketDepth]) -> None:
+    """Record the drafts of each bucket, and the table that shows where their number changes."""
+    spec = predictor.spec
+    if spec.speculation == "off":
+        ledger.record("speculation", "off", AS_STATED)
+        return
+    if not predictor.config.num_mtp_layers:
+        ledger.record("speculation", "off", "the model has no layer that drafts")
+        return
+    how = "least time a token by batch"
+    if spec.stated_depth is not None:
+        how = AS_STATED
+    rates = ", ".join(f"{rate:g}" for rate in predictor.acceptance)
+    vocab = ""
+    if spec.draft_vocab:
+        vocab = f" (of the first {spec.draft_vocab} tokens)"
+    gains = ", ".join(f"{each.gain:.2f} at {each.bucket}" for each in table)
+    reason = f"{how}; with {rates} of drafts{vocab} accepted, times the tokens without: {gains}"
+    options = tuple(_bucket_option(each) for each in table)
+    ledger.record("speculation", _depths_in_words(table), reason, options=options)
+
+
+def _depths_in_words(table: Sequence[BucketDepth]) -> str:
+    """One word where all buckets draft alike, else each depth with its buckets."""
+    parts = []
+    for depth, run in groupby(table, key=lambda each: each.depth):
+        word = f"depth {depth}" if depth else "off"
+        buckets = ", ".join(str(each.bucket) for each in run)
+        parts.append((word, buckets))
+    if len(parts) == 1:
+        return parts[0][0]
+    return ", ".join(f"{word} at batch {buckets}" for word, buckets in parts)
+
+
+def _bucket_option(each: BucketDepth) -> Option:
+    return Option(
+        what=f"batch {each.bucket}, us a token",
+        numbers={f"{depth} drafts": digits(us) for depth, us in each.token_us.items()},
+        reason=f"{each.depth} drafts" if each.depth else "none",
+    )
+
+
+def record_rollback(ledger: Ledger, ways: Sequence[Rollback], chosen: Rollback) -> None:
+    """Record how rejected drafts are taken back, and what the other way would take."""
+    if not chosen.depth:
+        ledger.record("rollback", "none", "nothing is drafted")
+        return
+    others = [way for way in ways if way is not chosen]
+    if not others:
+        ledger.record("rollback", str(chosen), AS_STATED)
+        return
+    (other,) = others
+    gain = other.token_us / chosen.token_us
+    reason = (
+        f"{chosen.state_bytes / GIB:.2f} GiB of state, {other.state_bytes / GIB:.2f} with {other}; "
+        f"{gain:.3f} times its tokens"
+    )
+    if other.depth != chosen.depth:
+        reason += f", which drafts at most {other.depth}"
+    if not other.fits:
+        reason += f", which does not fit: {other.memory.total / GIB:.1f} GiB"
+    ledger.record("rollback", str(chosen), reason, str(other))
+
+
+def record_disaggregation(
+    ledger: Ledger, spec: Spec, result: SearchResult, unrestricted: SearchResult
+) -> None:
+    """Record that there is one pool, and whether the best two pools would be worth it."""
+    if spec.disaggregation == "off":
+        ledger.record("disaggregation", "off", AS_STATED)
+        return
+    later = "prefill and decode pools are not built yet"
+    split = [each for each in unrestricted.ranked if each.candidate.prefill is not None]
+    if not split:
+        why = "no two pools fit"
+        if result.best.candidate.num_gpus == 1:
+            why = "one GPU cannot be split"
+        ledger.record("disaggregation", "off", f"{later}; {why}")
+        return
+    unsplit = unrestricted.unsplit or result.best
+    verdict = _split_verdict(unsplit, split[0], unrestricted.objective)
+    ledger.record(
+        "disaggregation",
+        "off",
+        f"{later}; {verdict}",
+        str(split[0].candidate),
+        tuple(option(each) for each in split[:3]),
+    )
+
+
+def _split_verdict(unsplit: Prediction, split: Prediction, objective: str) -> str:
+    transfer = split.transfer
+    assert transfer is not None
+    old, new = unsplit.metrics, split.metrics
+    advice = "do split" if new[objective] < old[objective] else "do not split"
+    parts = [
+        f"{advice}: {objective} {new[objective]:.4g} with, {old[objective]:.4g} without",
+        f"ttft_ms {new['ttft_ms']:.4g} with, {old['ttft_ms']:.4g} without",
+        f"{transfer.size_bytes / 1e6:.0f} MB a turn by {transfer.transport}, "
+        f"{transfer.exposed_us:.0f} us of it exposed",
+    ]
+    if transfer.transport == "tcp":
+        parts.append("warning: TCP")
+    return "; ".join(parts)
+
+
+def record_page_size(ledger: Ledger, hardware: HardwareSpec) -> None:
+    """Record the tokens of a page."""
+    ledger.record("page_size", str(hardware.page_size), f"default of {hardware.name}")
+
+
+def record_prefill_chunk(ledger: Ledger, result: SearchResult) -> None:
+    """Record the prefill chunk, and the others that were tried with the same layout."""
+    best, name = result.best, result.objective
+    chunk = best.candidate.knobs.prefill_chunk
+    others = [each for each in result.ranked if _differs_in_chunk(each, best)]
+    runner_up = None
+    if others:
+        second = others[0]
+        runner_up = f"{second.candidate.knobs.prefill_chunk}: {second.metrics[name]:.4g}"
+    reason = f"{name} {best.metrics[name]:.4g}; a chunk reads every weight again, and decode waits for it"
+    options = tuple(option(each) for each in others[:MAX_OPTIONS])
+    ledger.record("prefill_chunk", str(chunk), reason, runner_up, options)
+
+
+def _differs_in_chunk(one: Prediction, other: Prediction) -> bool:
+    if one.candidate.layout != other.candidate.layout:
+        return False
+    return one.candidate.knobs.prefill_chunk != other.candidate.knobs.prefill_chunk
+
+
+def record_state_dtype(ledger: Ledger) -> None:
+    """Record the dtype of recurrent state."""
+    ledger.record(
+        "state_dtype",
+        "fp32",
+        "bf16 state costs 60 to 90 times the error of a bf16 KV cache",
+        "bf16, half the bytes",
+    )
+
+
+def record_objective(ledger: Ledger, spec: Spec, result: SearchResult) -> None:
+    """Record what is minimised, and which service levels are met."""
+    levels = ", ".join(f"{name} at most {limit:g}" for name, limit in result.slo.items())
+    met = ""
+    if result.binding:
+        met = f"not met: {result.binding}; this is the nearest plan"
+    elif levels:
+        met = "met"
+    reason = "; ".join(part for part in (AS_STATED, levels, met) if part)
+    ledger.record("objective", spec.objective.minimize, reason)
+
+
+def record_advice(ledger: Ledger, result: SearchResult, unrestricted: SearchResult) -> None:
+    """Record the best deployment of all, whether or not the runtime replays it yet."""
+    best, name = unrestricted.best, unrestricted.objective
+    missing = not_replayed(best.candidate)
+    value = str(best.candidate) if missing else "this plan"
+    gain = f"{name} {best.metrics[name]:.4g}, this plan {result.best.metrics[name]:.4g}"
+    reason = f"{gain}: this plan is the best we know"
+    if missing:
+        reason = f"{gain}; {missing}"
+    runner_up = None
+    if len(unrestricted.by_layout) > 1:
+        second = unrestricted.by_layout[1]
+        runner_up = f"{second.candidate}: {second.metrics[name]:.4g}"
+    ledger.record("advice", value, reason, runner_up, _best_layouts(unrestricted.by_layout))
+
+
+def _best_layouts(predictions: Iterable[Prediction]) -> tuple[Option, ...]:
+    return tuple(missing_option(each) for each in list(predictions)[:MAX_OPTIONS])
+
+
+def memory_refusal(predictor: Predictor, candidate: Candidate) -> tuple[str, str]:
+    """What does not fit, as an error and a hint."""
+    memory, hardware = predictor.fullest(candidate), predictor.hardware
+    sizes = asdict(memory)
+    names = [*sorted(sizes.keys() - {"reserved"}), "reserved"]
+    parts = ", ".join(f"{name} {sizes[name] / GIB:.2f}" for name in names)
+    tokens = predictor.spec.workload.max_conversation_tokens
+    max_seqs = max_concurrency(predictor, candidate)
+    fitting = "not even one sequence fits"
+    if max_seqs:
+        fitting = f"{max_seqs} sequences of {tokens} tokens would fit"
+    return (
+        f"needs {memory.total / GIB:.2f} GiB on each {hardware.name}, "
+        f"which has {hardware.memory_bytes / GIB:.2f} ({parts} GiB)",
+        f"raise `target.count`, or lower `workload.concurrency` or its tokens: {fitting}",
+    )

@@ -1,0 +1,137 @@
+"""Which deployments are tried: layouts, replicas and pools for so many GPUs, and the values of each knob."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tokenspeed_plan.planner.advisor.candidate import Capabilities, Knobs
+from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
+from tokenspeed_plan.planner.advisor.legality import QUANTIZED, matches
+from tokenspeed_plan.planner.advisor.numbers import powers_of_two
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.models.config import ModelConfig
+from tokenspeed_plan.planner.passes.limits import prefill_chunk
+from tokenspeed_plan.planner.spec import ServingSpec, Spec
+from tokenspeed_plan.plans.types import DType
+
+DEPTHS = (0, 1, 2, 3, 4)  # drafts a step that are tried
+CHUNK_DIVISORS = (1, 2, 4)  # of the machine's default prefill chunk
+
+
+def layouts(num_gpus: int, config: ModelConfig, scope: Capabilities) -> Iterator[ParallelLayout]:
+    """Every way to spread a model over so many GPUs, legal or not."""
+    for attention_dp in _divisors(num_gpus) if scope.attention_dp else [1]:
+        attention_tp = num_gpus // attention_dp
+        copies = max(attention_tp // config.attention.num_kv_heads, 1)
+        for split in _divisors(copies) if scope.context_split else [1]:
+            for moe_ep in _divisors(num_gpus) if config.moe else [1]:
+                yield ParallelLayout(attention_tp, num_gpus // moe_ep, moe_ep, attention_dp, split)
+
+
+def _divisors(value: int) -> list[int]:
+    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a spec leaves open, within the capabilities of a search."""
+
+    spec: Spec
+    config: ModelConfig
+    hardware: HardwareSpec
+    scope: Capabilities
+    num_gpus: int
+
+    @property
+    def has_single_pool(self) -> bool:
+        """Whether one pool may do prefill and decode."""
+        return isinstance(self.spec.disaggregation, str) or not self.scope.pools
+
+    @property
+    def has_two_pools(self) -> bool:
+        """Whether a prefill pool and a decode pool may share the GPUs."""
+        return self.scope.pools and self.spec.disaggregation != "off" and self.num_gpus > 1
+
+    def pool_layouts(self) -> Iterator[ParallelLayout]:
+        """Layouts of a single pool: on all GPUs, and on a part of them where replicas fill the rest."""
+        asked = self.spec.parallelism
+        for count in self._pool_sizes():
+            for layout in layouts(count, self.config, self.scope):
+                if asked == "auto" or matches(layout, asked):
+                    yield layout
+
+    def _pool_sizes(self) -> list[int]:
+        if not self.scope.replicas:
+            return [self.num_gpus]
+        smaller = [size for size in powers_of_two(self.num_gpus) if size < self.num_gpus]
+        return [*smaller, self.num_gpus]
+
+    def replicas(self, pool_size: int) -> list[int]:
+        """Numbers of replicas of a pool: powers of two, and as many as there are GPUs for."""
+        if not self.scope.replicas:
+            return [1]
+        largest = self.num_gpus // pool_size
+        return sorted({*powers_of_two(largest), largest})
+
+    def pool_pairs(self) -> list[tuple[int, int]]:
+        """GPUs of the prefill pool and of the decode pool: one of the two is a power of two."""
+        asked = self.spec.disaggregation
+        if not isinstance(asked, str):
+            return [(asked.prefill, asked.decode)]
+        bits = self.num_gpus.bit_length()
+        small = [1 << index for index in range(bits - 1)]
+        few_prefill = [(size, self.num_gpus - size) for size in small]
+        few_decode = [(self.num_gpus - size, size) for size in small[: max(bits - 2, 0)]]
+        return few_prefill + few_decode
+
+    def split_layouts(self, count: int) -> Iterator[ParallelLayout]:
+        """Layouts of one of two pools."""
+        return layouts(count, self.config, self.scope)
+
+    def default_knobs(self) -> Knobs:
+        """The first value of each knob, or what the spec states."""
+        return Knobs(
+            self._chunks()[0],
+            self.hardware.page_size,
+            self.spec.stated_depth or 0,
+            self._kv_dtypes()[0],
+            self._serving.checkpoint_tokens,
+        )
+
+    def with_chunks(self, knobs: Knobs) -> list[Knobs]:
+        """The knobs with each prefill chunk, the longest first."""
+        return [replace(knobs, prefill_chunk=chunk) for chunk in self._chunks()]
+
+    def with_depths(self, knobs: Knobs) -> list[Knobs]:
+        """The knobs with each number of drafts; none where the spec states it or nothing drafts."""
+        if self.spec.stated_depth is not None or not self.config.num_mtp_layers:
+            return []
+        return [replace(knobs, depth=depth) for depth in DEPTHS]
+
+    def with_kv_dtypes(self, knobs: Knobs) -> list[Knobs]:
+        """The knobs with each way to store keys and values."""
+        return [replace(knobs, kv_dtype=dtype) for dtype in self._kv_dtypes()]
+
+    @property
+    def _serving(self) -> ServingSpec:
+        return self.spec.serving or ServingSpec()
+
+    def _chunks(self) -> list[int]:
+        """Parts of the machine's default, none longer than the longest conversation needs."""
+        max_tokens = self.spec.workload.max_conversation_tokens
+        stated = self._serving.prefill_chunk
+        if stated:
+            return [prefill_chunk(stated, max_tokens)]
+        default = self.hardware.prefill_chunk
+        sizes = {prefill_chunk(default // divisor, max_tokens) for divisor in CHUNK_DIVISORS}
+        return sorted(sizes, reverse=True)
+
+    def _kv_dtypes(self) -> list[DType]:
+        """FP8 keys and values are tried where weights are quantised already."""
+        stated = self._serving.kv_dtype
+        if stated in self.scope.kv_dtypes:
+            return [stated]
+        if self.spec.model.weights in QUANTIZED:
+            return list(self.scope.kv_dtypes)
+        return [dtype for dtype in self.scope.kv_dtypes if dtype == "bf16"]

@@ -1,0 +1,56 @@
+"""The time of one step, by what the machine spends it on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from operator import add, attrgetter
+
+from tokenspeed_plan.planner.advisor.hardware import TIME_KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Microseconds of one step by kind, and the number of launches behind them.
+
+    `floor_us`: reading the needed weights and state once, at the memory's peak rate.
+    """
+
+    memory: float = 0.0
+    matrix: float = 0.0
+    launch: float = 0.0
+    collective: float = 0.0
+    host: float = 0.0
+    launches: float = 0.0
+    collectives: float = 0.0
+    floor_us: float = 0.0
+
+    @property
+    def total_us(self) -> float:
+        """The sum of all kinds."""
+        return self.memory + self.matrix + self.launch + self.collective + self.host
+
+    def __add__(self, other: StepTime) -> StepTime:
+        return StepTime(*map(add, _VALUES(self), _VALUES(other)))
+
+    def __mul__(self, count: float) -> StepTime:
+        return StepTime(*(count * value for value in _VALUES(self)))
+
+    def error_us(self, errors: Mapping[str, float]) -> float:
+        """Half the width of the interval.
+
+        Errors of different kinds are independent; those within a kind add up.
+
+        Args:
+            errors: the relative error of each kind of time.
+        """
+        return math.hypot(*(errors[kind] * getattr(self, kind) for kind in TIME_KINDS))
+
+    @property
+    def bound(self) -> str:
+        """The kind that takes the most time."""
+        return max(TIME_KINDS, key=lambda kind: getattr(self, kind))
+
+
+_VALUES = attrgetter(*(each.name for each in fields(StepTime)))

@@ -1,0 +1,113 @@
+"""The pipeline: all passes in order, as one value, and the one function that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
+from tokenspeed_plan.planner.graph import OpGraph, Stage
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.passes.cost import Load
+from tokenspeed_plan.planner.passes.expand import expand
+from tokenspeed_plan.planner.passes.fuse import FUSIONS, Fusion, fuse
+from tokenspeed_plan.planner.passes.grammar import check
+from tokenspeed_plan.planner.passes.lower import lower
+from tokenspeed_plan.planner.passes.place import place
+from tokenspeed_plan.planner.passes.recompute_topk import recompute_topk
+from tokenspeed_plan.planner.passes.schedule import schedule
+from tokenspeed_plan.planner.passes.shard import shard
+from tokenspeed_plan.planner.passes.simulate import MAX_STREAMS, schedule_best
+
+
+@dataclass(frozen=True, slots=True)
+class PassOptions:
+    """What a caller may ask of the passes.
+
+    Attributes:
+        fusions: the rewrites to use.
+        num_streams: schedule on at most so many streams, without simulating which number is best.
+    """
+
+    fusions: tuple[Fusion, ...] = FUSIONS
+    num_streams: int | None = None
+
+
+DEFAULT_OPTIONS = PassOptions()
+ONE_TOKEN = Load(1, 1, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class PassContext:
+    """What the passes know of a program besides its graph.
+
+    Attributes:
+        layout: how the model is cut over the ranks.
+        hardware: the target.
+        num_tokens, num_seqs: the most tokens and sequences that the program takes.
+        load: the batch that the program is priced for.
+        max_streams: the most streams that the runtime replays.
+        options: what the caller asked for.
+    """
+
+    layout: ParallelLayout
+    hardware: HardwareSpec
+    num_tokens: int = 1
+    num_seqs: int = 1
+    load: Load = ONE_TOKEN
+    max_streams: int = MAX_STREAMS
+    options: PassOptions = DEFAULT_OPTIONS
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens and sequences."""
+        return self.num_tokens, self.num_seqs
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A pure function of a graph and its context, and the stage that it takes the graph to."""
+
+    reaches: Stage
+    apply: Callable[[OpGraph, PassContext], OpGraph]
+
+
+def _fuse(graph: OpGraph, context: PassContext) -> OpGraph:
+    return fuse(graph, *context.sizes, context.options.fusions)
+
+
+def _schedule(graph: OpGraph, context: PassContext) -> OpGraph:
+    if context.options.num_streams is not None:
+        return schedule(graph, context.options.num_streams)
+    return schedule_best(graph, context.load, context.hardware, context.max_streams)
+
+
+def _lower(graph: OpGraph, context: PassContext) -> OpGraph:
+    return lower(graph, context.hardware, context.load, context.sizes)
+
+
+PASSES: tuple[Pass, ...] = (
+    Pass(Stage.SHARDED, lambda graph, context: shard(graph, context.layout)),
+    Pass(Stage.EXPANDED, lambda graph, context: expand(graph, *context.sizes)),
+    Pass(Stage.FUSED, _fuse),
+    Pass(Stage.RECOMPUTED, lambda graph, context: recompute_topk(graph, *context.sizes)),
+    Pass(Stage.SCHEDULED, _schedule),
+    Pass(Stage.PLACED, lambda graph, context: place(graph, *context.sizes)),
+    Pass(Stage.LOWERED, _lower),
+)
+_ORDER = {stage: index for index, stage in enumerate(Stage)}
+
+
+def run(graph: OpGraph, context: PassContext, until: Stage = Stage.LOWERED) -> OpGraph:
+    """Run the passes that the graph still needs to be at stage `until`.
+
+    The grammar is checked after each of them.
+
+    Raises:
+        SpecError: the layout does not divide the model.
+        GraphError: a pass broke the grammar.
+    """
+    for each in PASSES:
+        if _ORDER[graph.stage] < _ORDER[each.reaches] <= _ORDER[until]:
+            graph = check(each.apply(graph, context))
+    return graph

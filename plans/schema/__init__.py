@@ -1,0 +1,269 @@
+"""The plan: what the planner decided, and all that the runtime obeys.
+
+A plan is one JSON file. It is the same for every rank; what differs by rank is written as a
+`RankShift`. Memory is a handful of arenas with planned offsets, work is a list of steps a program.
+
+`Plan` and what it serves are here; its parts are in the files beside this one, by subject.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tokenspeed_plan.plans.schema.kernel_specs import (
+    TENSOR_ROLES,
+    Binary,
+    GridDim,
+    KernelSpec,
+    Launch,
+    LaunchRole,
+    Param,
+    Part,
+    TensorRole,
+)
+from tokenspeed_plan.plans.schema.memory_specs import (
+    ArenaName,
+    ArenaSpec,
+    BufferSpec,
+    Memory,
+    Piece,
+    Shift,
+    WeightSpec,
+)
+from tokenspeed_plan.plans.schema.prediction_specs import (
+    CanaryPrompt,
+    Decision,
+    LayerMove,
+    Option,
+    Predicted,
+    Transfers,
+)
+from tokenspeed_plan.plans.schema.program_specs import (
+    SIGNALS,
+    CollectiveCall,
+    KernelCall,
+    LibraryCall,
+    Program,
+    RecordEvent,
+    Step,
+    WaitEvent,
+    shared_bytes,
+)
+from tokenspeed_plan.plans.types import DType, Frozen
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "SIGNALS",
+    "TENSOR_ROLES",
+    "ArenaName",
+    "ArenaSpec",
+    "AttentionLayout",
+    "Binary",
+    "BufferSpec",
+    "CanaryPrompt",
+    "Capacity",
+    "CollectiveCall",
+    "Decision",
+    "GridDim",
+    "KernelCall",
+    "KernelSpec",
+    "Launch",
+    "LaunchRole",
+    "LayerMove",
+    "Layout",
+    "LibraryCall",
+    "Limits",
+    "Memory",
+    "ModelFacts",
+    "MoeLayout",
+    "Option",
+    "Param",
+    "Part",
+    "Piece",
+    "Plan",
+    "Pool",
+    "PoolRole",
+    "Predicted",
+    "Program",
+    "RecordEvent",
+    "Shift",
+    "Step",
+    "Target",
+    "TensorRole",
+    "Transfers",
+    "WaitEvent",
+    "WeightSpec",
+    "shared_bytes",
+]
+
+SCHEMA_VERSION = 6
+
+
+class ModelFacts(Frozen):
+    """The model that the plan is for, and the files that it was planned from.
+
+    `files` maps a file name to its SHA-256; the runtime refuses other content. `location` is the
+    folder as the spec wrote it, None for a preset.
+    """
+
+    name: str
+    location: str | None
+    dtype: DType
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    files: dict[str, str]
+
+
+class Target(Frozen):
+    """The machine: `sm` is the compute capability (90 for H200), 0 on a CPU."""
+
+    gpu: str
+    count: int
+    sm: int
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where its tensors live, as PyTorch says it."""
+        return "cuda" if self.sm else "cpu"
+
+
+class AttentionLayout(Frozen):
+    """Tensor-parallel size of the mixers."""
+
+    tp: int
+
+
+class MoeLayout(Frozen):
+    """Tensor and expert parallel sizes of the expert blocks (of the dense MLP: tp)."""
+
+    tp: int
+    ep: int
+
+
+class Layout(Frozen):
+    """How the model is cut over the ranks."""
+
+    attention: AttentionLayout
+    moe: MoeLayout
+
+
+class Capacity(Frozen):
+    """What a pool has memory and programs for; graphs are built from it.
+
+    Sequences: up to `max_seqs` run at once, each up to `max_seq_len` tokens. A prefill chunk has up
+    to `max_tokens` tokens.
+
+    Memory: `num_pages` pages of `page_size` tokens for keys and values, and `num_state_slots` slots
+    for recurrent states. Slot 0 stays zero: a new sequence reads it. A running sequence holds
+    `state_slots_per_seq` slots. With `kept_inputs`, a decode step keeps the inputs of that many
+    queries instead of a state after each, and the next step recomputes the state after the accepted
+    ones. One more page and the last slot belong to nobody: padding writes there.
+
+    The prefix cache has the pages that running sequences leave, and `num_checkpoints` slots of its
+    own. A prompt leaves a checkpoint every `checkpoint_interval` tokens (a multiple of the page),
+    and at other places where it saves later requests at least `min_checkpoint_tokens`.
+    """
+
+    max_seqs: int
+    max_seq_len: int
+    max_tokens: int
+    page_size: int
+    num_pages: int
+    state_slots_per_seq: int
+    num_state_slots: int
+    default_max_tokens: int
+    checkpoint_interval: int
+    min_checkpoint_tokens: int
+    num_checkpoints: int
+    kept_inputs: int = 0
+
+    @property
+    def max_depth(self) -> int:
+        """The most drafts that a decode step verifies.
+
+        A sequence has a slot to read and one to write for each query, or room for the inputs of
+        each query.
+        """
+        if self.kept_inputs:
+            return self.kept_inputs - 1
+        return self.state_slots_per_seq - 2
+
+    @property
+    def table_pages(self) -> int:
+        """Columns of the page table, with room for drafts beyond the last token of a sequence."""
+        tokens = self.max_seq_len
+        if self.max_depth:
+            tokens += 2 * (self.max_depth + 1)
+        return -(-tokens // self.page_size)
+
+    @property
+    def pad_page(self) -> int:
+        """Where padding writes its keys and values."""
+        return self.num_pages
+
+    @property
+    def pad_state_slot(self) -> int:
+        """Where padding writes its recurrent state."""
+        return self.num_state_slots - 1
+
+
+class Limits(Capacity):
+    """What a plan can serve: its capacity, and the most prefill tokens between two decode steps."""
+
+    interleaved_tokens: int
+
+
+PoolRole = Literal["both", "prefill", "decode"]
+
+
+class Pool(Frozen):
+    """Ranks with one role: how they share the model, what they serve, and what each rank holds."""
+
+    role: PoolRole
+    layout: Layout
+    limits: Limits
+    memory_bytes_per_rank: Memory
+    arenas: tuple[ArenaSpec, ...]
+    weights: tuple[WeightSpec, ...]
+    buffers: tuple[BufferSpec, ...]
+    programs: tuple[Program, ...]
+
+
+class Plan(Frozen):
+    """Everything that was decided. `digest` is the SHA-256 of all other fields in canonical form.
+
+    `binaries` are empty where the kernels were not compiled; `kernel_compiler` names what compiled
+    them.
+    """
+
+    schema_version: int
+    compiler_version: str
+    digest: str
+    spec: dict[str, Any]
+    model: ModelFacts
+    target: Target
+    pools: Annotated[tuple[Pool, ...], Field(min_length=1)]
+    decisions: tuple[Decision, ...]
+    predicted: Predicted
+    kernels: tuple[KernelSpec, ...]
+    kernel_compiler: str = ""
+    binaries: tuple[Binary, ...] = ()
+    canary: tuple[CanaryPrompt, ...] = ()
+
+    @property
+    def pool(self) -> Pool:
+        """The only pool: `plans.validate` refuses more until the runtime has them."""
+        return self.pools[0]
+
+    def with_pool(self, **changes: Any) -> Plan:
+        """The plan with some fields of its pool replaced; not sealed."""
+        return self.model_copy(update={"pools": (self.pool.model_copy(update=changes),)})
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return self.model.num_layers

@@ -1,0 +1,72 @@
+"""Memory of a rank: arenas, the buffers and weights in them, and their bytes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tokenspeed_plan.plans.types import Frozen, RankShift, TensorSpec
+
+ArenaName = Literal["weights", "kv_cache", "state", "io", "activations", "scratch", "symmetric"]
+
+
+class ArenaSpec(Frozen):
+    """One allocation."""
+
+    name: ArenaName
+    size_bytes: Annotated[int, Field(ge=0, lt=1 << 50)]
+
+
+class BufferSpec(Frozen):
+    """A tensor at a planned place."""
+
+    name: str
+    arena: ArenaName
+    offset_bytes: int
+    tensor: TensorSpec
+
+
+class Shift(Frozen):
+    """A rank-dependent start along one dimension of a checkpoint tensor."""
+
+    dim: int
+    by: RankShift
+
+
+class Piece(Frozen):
+    """A box of one checkpoint tensor and where it goes in the weight.
+
+    The box starts at `start` (plus the shifts) and has `size`; it lands at `at`. A `source` with
+    `{expert}` in it names one tensor per expert, stacked as a new first dimension.
+    """
+
+    source: str
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    at: tuple[int, ...]
+    shifts: tuple[Shift, ...] = ()
+
+
+class WeightSpec(Frozen):
+    """One parameter as a rank holds it, assembled from pieces of the checkpoint."""
+
+    name: str
+    offset_bytes: int
+    tensor: TensorSpec
+    pieces: tuple[Piece, ...]
+
+
+class Memory(Frozen):
+    """Bytes on each rank."""
+
+    weights: int
+    kv_cache: int
+    state: int
+    activations: int
+    io: int
+    scratch: int
+    symmetric: int = 0
+    reserved: int
+    total: int
+    capacity: int

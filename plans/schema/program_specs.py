@@ -1,0 +1,177 @@
+"""Programs: steps on streams, for one phase at one size of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tokenspeed_plan.plans.schema.kernel_specs import KernelSpec
+from tokenspeed_plan.plans.schema.memory_specs import BufferSpec
+from tokenspeed_plan.plans.types import Count, Frozen, Phase, TensorSpec
+
+SIGNALS = "signals"  # the buffer of flags at which ranks wait for each other, i32
+
+
+class KernelCall(Frozen):
+    """Run a kernel. `args` name buffers and weights, in the order of the kernel's tensors.
+
+    `flops` and `moved_bytes` are those of one call at the batch that `predicted_us` is for.
+    """
+
+    kind: Literal["kernel"] = "kernel"
+    kernel: str
+    args: tuple[str, ...]
+    stream: int = 0
+    predicted_us: float
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+
+    def places(self, kernel: KernelSpec) -> dict[str, str]:
+        """What the call gives to each parameter of its kernel, by the parameter's name."""
+        return {param.name: name for param, name in zip(kernel.tensors, self.args, strict=True)}
+
+
+class CollectiveCall(Frozen):
+    """Combine a buffer over all ranks: the sum, or the columns of all ranks side by side."""
+
+    kind: Literal["collective"] = "collective"
+    op: Literal["all_reduce", "all_gather"]
+    source: str
+    target: str
+    stream: int = 0
+    predicted_us: float
+
+
+class LibraryCall(Frozen):
+    """Call a function of a library, such as a GEMM of cuBLAS.
+
+    `reads` and `writes` are names of buffers and weights in the order of the function's arguments.
+    """
+
+    kind: Literal["library"] = "library"
+    package: str
+    version: str
+    function: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    workspace_bytes: Count = 0
+    stream: int = 0
+    predicted_us: float
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+
+
+class RecordEvent(Frozen):
+    """Mark this point of a stream."""
+
+    kind: Literal["record"] = "record"
+    event: int
+    stream: int
+
+
+class WaitEvent(Frozen):
+    """Hold a stream until the event is reached."""
+
+    kind: Literal["wait"] = "wait"
+    event: int
+    stream: int
+
+
+Step = Annotated[
+    KernelCall | CollectiveCall | LibraryCall | RecordEvent | WaitEvent,
+    Field(discriminator="kind"),
+]
+
+
+def named_by(step: Step) -> tuple[str, ...]:
+    """The buffers and weights that a step names."""
+    if isinstance(step, KernelCall):
+        return step.args
+    if isinstance(step, CollectiveCall):
+        return (step.source, step.target)
+    if isinstance(step, LibraryCall):
+        return (*step.reads, *step.writes)
+    return ()
+
+
+class Program(Frozen):
+    """One phase at one bucket: up to `max_tokens` tokens of up to `max_seqs` sequences.
+
+    With a `depth` it drafts that many tokens after the one that it samples. A decode step then also
+    verifies as many drafts, so that it has `depth + 1` queries of each sequence.
+
+    A `captured` program always runs at its full size, padded, so that a CUDA graph can hold it. It
+    is launched before the host knows the tokens of the run before it.
+    """
+
+    phase: Phase
+    bucket: int
+    max_tokens: int
+    max_seqs: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    buffers: tuple[BufferSpec, ...]
+    steps: tuple[Step, ...]
+    num_streams: Annotated[int, Field(ge=1, le=64)]
+    captured: bool
+    predicted_us: float
+    depth: Count = 0
+
+    @property
+    def name(self) -> str:
+        """Such as `decode/32`."""
+        return f"{self.phase}/{self.bucket}"
+
+    @property
+    def query_len(self) -> int:
+        """Queries of each sequence in a decode step."""
+        if self.phase == "prefill":
+            return 1
+        return self.depth + 1
+
+    @property
+    def logits(self) -> str:
+        """The output with the logits that tokens were sampled from."""
+        if self.query_len > 1:
+            return "verify_logits"
+        return "logits"
+
+    @property
+    def tokens(self) -> str:
+        """The output with the sampled tokens."""
+        if self.query_len > 1:
+            return "verify_tokens"
+        return "next_tokens"
+
+    @property
+    def drafts(self) -> str:
+        """The output with each sequence's last token and the drafts after it."""
+        return f"drafts_{self.depth}"
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Everything that it reads or writes."""
+        names = {*self.inputs, *self.outputs}
+        for step in self.steps:
+            names.update(named_by(step))
+        return frozenset(names)
+
+    @property
+    def launches(self) -> int:
+        """Kernels, collectives and library calls in one run."""
+        return sum(step.kind not in ("record", "wait") for step in self.steps)
+
+
+def shared_bytes(tensors: Mapping[str, TensorSpec], programs: Iterable[Program]) -> dict[str, int]:
+    """Bytes of each buffer that programs share: what the largest program that touches it needs.
+
+    No step names the flags `signals`, which the launcher finds by itself: every program counts.
+    """
+    sizes = dict.fromkeys(tensors, 0)
+    for program in programs:
+        for name in (program.touched | {SIGNALS}) & tensors.keys():
+            size = tensors[name].size_bytes(program.max_tokens, program.max_seqs)
+            sizes[name] = max(sizes[name], size)
+    return sizes
