@@ -53,14 +53,18 @@ def ours(bundle: Path, context: int, tokens: int) -> dict[str, Any]:
     from tokenspeed_plan.plans.bundle import load_plan
     from tokenspeed_plan.runtime import Engine, SamplingParams
     from tokenspeed_plan.runtime.arenas import Arenas
-    from tokenspeed_plan.runtime.graphs import GraphExecutor
-    from tokenspeed_plan.runtime.triton_kernels import load_kernels
+    from tokenspeed_plan.runtime.backend import ReferenceBackend, load_kernels
+    from tokenspeed_plan.runtime.engine_loader import make_backend
+    from tokenspeed_plan.runtime.executor import Executor
+    from tokenspeed_plan.runtime.graphs import GraphLaunch
+    from tokenspeed_plan.runtime.plan_memory import PlanMemory
     from tokenspeed_plan.runtime.weights import random_weights
 
     plan = load_plan(bundle)
     arenas = Arenas(plan.pool.arenas, "cuda")
     weights = random_weights(plan, arenas)
-    engine = Engine(plan, GraphExecutor(plan, arenas, weights, 0, None, load_kernels(plan, bundle)))
+    backend = make_backend(plan, ReferenceBackend(plan), load_kernels(plan, bundle))
+    engine = Engine(plan, Executor(PlanMemory(plan, arenas, weights), backend, GraphLaunch()))
     prompt, params = (
         prompt_ids(plan.model.vocab_size, context),
         SamplingParams(max_tokens=tokens, ignore_eos=True),

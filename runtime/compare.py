@@ -1,24 +1,36 @@
-"""Replay with both backend: each step as a Triton kernel and as its reference, on the same inputs."""
+"""Replay with both backends: each step as a Triton kernel and as its reference, on the same inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.schema import KernelCall, KernelSpec, Program
+from tokenspeed_plan.plans.schema import KernelCall, KernelSpec, Param, Plan, Program
 from tokenspeed_plan.plans.types import DType
-from tokenspeed_plan.runtime.engine import Engine
-from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.backend import (
+    BoundStep,
+    Instruction,
+    KernelBackend,
+    execute,
+    num_outputs,
+)
+from tokenspeed_plan.runtime.launch import EagerLaunch
 from tokenspeed_plan.runtime.request import SamplingParams
+
+if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.engine import Engine
 
 # Largest difference over the largest value of the tensor, by the plan's dtype: sums are taken in
 # another order, and a kernel keeps in fp32 what its references round to bf16 in between.
 TOLERANCE: dict[DType, float] = {"fp32": 1e-4, "bf16": 3e-2}
 NUM_TOKENS = 4  # generated for each prompt
+PROMPT_LENGTHS = (70, 3)  # of made-up prompts, where the plan has no canary
+MIN_SCALE = 1e-6  # differences of smaller values are not magnified
 
 
 @dataclass(slots=True)
@@ -31,65 +43,106 @@ class Tally:
     worst_kernel: str = ""
 
 
-class ComparingExecutor(Executor):
-    """Runs every step twice and refuses the first that differs; goes on with what the kernel said."""
+class ComparingBackend:
+    """Runs every step twice and refuses the first that differs; goes on with what the kernel computed.
 
-    tally: Tally
+    It reads results on the host, so it is launched eagerly.
+    """
 
-    @torch.inference_mode()
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
-        """One replay, step by step.
+    full_size = False
 
-        Raises:
-            PlanError: naming the first step whose kernel and reference differ.
-        """
-        places = self.places(program, num_tokens, num_seqs)
-        for index, step in enumerate(program.steps):
-            tensors = self.tensors(step, places)
-            kernel = self.kernels.get(step.kernel) if isinstance(step, KernelCall) else None
-            if kernel is None or self.backend is None or not self.backend.has(kernel):
-                self.tally.skipped += kernel is not None
-                self.execute(self.reference(step, tensors))
-                continue
-            where = f"step {index} of {program.phase}/{program.bucket}, `{kernel.name}`"
-            self._compare(where, kernel, tensors, num_tokens, num_seqs)
+    def __init__(self, plan: Plan, backend: KernelBackend) -> None:
+        self.tally = Tally()
+        self._plan = plan
+        self._backend = backend
+        self._tolerance = TOLERANCE[plan.model.dtype]
 
-    def _compare(
+    def bind(
         self,
-        where: str,
-        kernel: KernelSpec,
-        tensors: tuple[Tensor, ...],
+        program: Program,
+        operands: Sequence[tuple[Tensor, ...]],
         num_tokens: int,
         num_seqs: int,
-    ) -> None:
-        assert self.backend is not None
-        written = {
-            i: p.name
-            for i, p in enumerate(kernel.tensors)
-            if p.role in ("output", "state") and p.access != "read"
-        }
-        wanted = tuple(x.clone() if i in written else x for i, x in enumerate(tensors))
-        for index, param in enumerate(kernel.tensors):
-            if param.role == "output":
-                tensors[index].view(torch.uint8).fill_(0xFF)  # NaN: what is not written shows
-        self.execute(self.reference_kernel(kernel, wanted))
-        self.backend.launcher(kernel, self.rank, num_tokens, num_seqs, self.collectives)(
-            {}, *tensors
-        )
-        self.tally.steps += 1
-        for index, name in written.items():
-            self._judge(f"{where}, `{name}`", kernel.name, tensors[index], wanted[index])
+    ) -> Iterator[BoundStep]:
+        """Each step as one instruction that runs both; a step without a kernel as its reference."""
+        for index, step in enumerate(program.steps):
+            tensors = operands[index]
+            kernel = self._backend.kernel_of(step)
+            if kernel is None:
+                instructions = self._backend.reference.bind_step(step, tensors)
+                if isinstance(step, KernelCall):
+                    instructions.append(Instruction(self._count_skipped, {}, (), ()))
+                yield step, instructions
+                continue
+            where = f"step {index} of {program.phase}/{program.bucket}, `{kernel.name}`"
+            compare = _Comparison(self, where, kernel, num_tokens, num_seqs)
+            yield step, [Instruction(compare, {}, tensors, ())]
 
-    def _judge(self, where: str, kernel: str, got: Tensor, wanted: Tensor) -> None:
+    def without_overlap(self) -> ComparingBackend:
+        """Steps that are compared never overlap."""
+        return self
+
+    def run_reference(self, kernel: KernelSpec, tensors: tuple[Tensor, ...]) -> None:
+        """A kernel as its reference bodies."""
+        instructions = self._backend.reference.bind_kernel(kernel, tensors)
+        execute(instructions, num_outputs(kernel))
+
+    def run_kernel(
+        self, kernel: KernelSpec, tensors: tuple[Tensor, ...], num_tokens: int, num_seqs: int
+    ) -> None:
+        """A kernel as itself."""
+        launcher = self._backend.launcher(kernel, num_tokens, num_seqs)
+        launcher({}, *tensors)
+
+    def judge(self, where: str, kernel: str, got: Tensor, wanted: Tensor) -> None:
+        """Note a difference.
+
+        Raises:
+            PlanError: it is over the tolerance; integers must be equal.
+        """
         error = difference(got, wanted)
-        exact = not got.is_floating_point()
-        if not error <= (0.0 if exact else TOLERANCE[self.plan.model.dtype]):
+        tolerance = self._tolerance if got.is_floating_point() else 0.0
+        if not error <= tolerance:
             raise PlanError(
                 f"{where}: kernel and reference differ by {error:.2e}",
                 "the first such step; report it",
             )
         if error > self.tally.worst:
-            self.tally.worst, self.tally.worst_kernel = error, kernel
+            self.tally.worst = error
+            self.tally.worst_kernel = kernel
+
+    def _count_skipped(self, attrs: object) -> tuple[()]:
+        self.tally.skipped += 1
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """The body of one step that is compared."""
+
+    backend: ComparingBackend
+    where: str
+    kernel: KernelSpec
+    num_tokens: int
+    num_seqs: int
+
+    def __call__(self, attrs: object, *tensors: Tensor) -> tuple[()]:
+        written = {i: param for i, param in enumerate(self.kernel.tensors) if _is_written(param)}
+        wanted = tuple(x.clone() if i in written else x for i, x in enumerate(tensors))
+        for param, tensor in zip(self.kernel.tensors, tensors, strict=True):
+            if param.role == "output":
+                tensor.view(torch.uint8).fill_(0xFF)  # NaN: what the kernel leaves out shows
+        self.backend.run_reference(self.kernel, wanted)
+        self.backend.run_kernel(self.kernel, tensors, self.num_tokens, self.num_seqs)
+        self.backend.tally.steps += 1
+        for index, param in written.items():
+            where = f"{self.where}, `{param.name}`"
+            self.backend.judge(where, self.kernel.name, tensors[index], wanted[index])
+        return ()
+
+
+def _is_written(param: Param) -> bool:
+    return param.role in ("output", "state") and param.access != "read"
 
 
 def difference(got: Tensor, wanted: Tensor) -> float:
@@ -103,22 +156,33 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     if not finite.any():
         return 0.0
     scale = wanted[finite].abs().max().float().item()
-    return (got[finite].float() - wanted[finite].float()).abs().max().item() / max(scale, 1e-6)
+    largest = (got[finite].float() - wanted[finite].float()).abs().max().item()
+    return largest / max(scale, MIN_SCALE)
 
 
 def check_steps(engine: Engine, prompts: Mapping[str, tuple[int, ...]] | None = None) -> Tally:
     """Compare all steps of prefill and a few of decode on the plan's canary prompts, or on made-up ones.
 
+    Args:
+        engine: loaded with the backend `compare`.
+        prompts: other prompts, by name.
+
     Raises:
         PlanError: naming the first step that differs.
     """
-    executor = engine.executor
-    assert isinstance(executor, ComparingExecutor)
-    executor.tally = Tally()
-    known = [item.prompt_ids for item in engine.plan.canary]
-    made_up = [tuple(range(1, 1 + min(n, engine.max_seq_len - NUM_TOKENS))) for n in (70, 3)]
-    chosen = list(prompts.values()) if prompts else (known or made_up)
-    engine.generate(
-        chosen[: engine.max_seqs], SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
-    )
-    return executor.tally
+    backend = engine.executor.backend
+    assert isinstance(backend, ComparingBackend)
+    assert isinstance(engine.executor.launch, EagerLaunch)
+    backend.tally = Tally()
+    chosen = list(prompts.values()) if prompts else _prompts(engine)
+    params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    engine.generate(chosen[: engine.max_seqs], params)
+    return backend.tally
+
+
+def _prompts(engine: Engine) -> list[tuple[int, ...]]:
+    """The prompts of the canary; without one, ascending token ids."""
+    if engine.plan.canary:
+        return [item.prompt_ids for item in engine.plan.canary]
+    longest = engine.max_seq_len - NUM_TOKENS
+    return [tuple(range(1, 1 + min(length, longest))) for length in PROMPT_LENGTHS]

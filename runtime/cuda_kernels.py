@@ -21,7 +21,7 @@ from tokenspeed_plan.plans.kernel_abi import bind_launch
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import Binary, KernelSpec, Plan
 from tokenspeed_plan.runtime.collectives import Collectives
-from tokenspeed_plan.runtime.triton_kernels import Launcher
+from tokenspeed_plan.runtime.kernels import Launcher
 
 WARP_SIZE = 32
 DEFAULT_SHARED_BYTES = 48 << 10  # a kernel that needs more has to ask
@@ -98,8 +98,8 @@ class CudaKernels:
         """Whether there is a binary of it."""
         return kernel.name in self._cubins
 
-    def alone(self) -> CudaKernels:
-        """The same kernels, none of them started while its predecessor ends."""
+    def without_overlap(self) -> CudaKernels:
+        """The same kernels; none of them starts before its predecessor has ended."""
         return CudaKernels(self._binaries, self._cubins, overlap=False)
 
     def launcher(

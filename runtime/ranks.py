@@ -12,35 +12,51 @@ from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.collectives import translate_dist_errors
 from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.plan_memory import PlanMemory
 
+# An order has three numbers: the index of a program and the size of its batch, or one of these
+# and its two arguments.
 STOP, COPY_PAGE = -1, -2
 
 
-class LeadingExecutor(Executor):
-    """Rank 0: tells the others what to replay, then replays it too."""
+class Leader:
+    """Rank 0: tells the others what it is about to do."""
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
-        """One replay on all ranks."""
-        _send([self.plan.pool.programs.index(program), num_tokens, num_seqs])
-        _share_inputs(self, program, num_tokens, num_seqs)
-        super().run(program, num_tokens, num_seqs)
+    def before_run(
+        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
+    ) -> None:
+        """Name the program, then send its inputs."""
+        _send([memory.plan.pool.programs.index(program), num_tokens, num_seqs])
+        _share_inputs(memory, program, num_tokens, num_seqs)
 
-    def copy_page(self, source: int, target: int) -> int:
-        """One copy on all ranks."""
+    def before_copy(self, source: int, target: int) -> None:
+        """Name both pages."""
         _send([COPY_PAGE, source, target])
-        return super().copy_page(source, target)
+
+
+class Follower:
+    """The other ranks: `follow` receives the order, and this the inputs of a replay."""
+
+    def before_run(
+        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
+    ) -> None:
+        """Receive the inputs."""
+        _share_inputs(memory, program, num_tokens, num_seqs)
+
+    def before_copy(self, source: int, target: int) -> None:
+        """The order named both pages."""
 
 
 def follow(executor: Executor) -> None:
-    """Ranks other than 0: replay what rank 0 says, until it stops."""
-    while (order := _receive())[0] != STOP:
-        index, num_tokens, num_seqs = order
+    """Ranks other than 0: do what rank 0 says, until it stops. Its `lead` is a `Follower`."""
+    while True:
+        index, first, second = _receive()
+        if index == STOP:
+            return
         if index == COPY_PAGE:
-            executor.copy_page(num_tokens, num_seqs)
-            continue
-        program = executor.plan.pool.programs[index]
-        _share_inputs(executor, program, num_tokens, num_seqs)
-        executor.run(program, num_tokens, num_seqs)
+            executor.copy_page(first, second)
+        else:
+            executor.run(executor.plan.pool.programs[index], first, second)
 
 
 @contextmanager
@@ -53,10 +69,10 @@ def leading() -> Iterator[None]:
             _send([STOP, 0, 0])
 
 
-def _share_inputs(executor: Executor, program: Program, num_tokens: int, num_seqs: int) -> None:
+def _share_inputs(memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int) -> None:
     with translate_dist_errors():
         for name in program.inputs:
-            dist.broadcast(executor.buffer(name, num_tokens, num_seqs), 0)
+            dist.broadcast(memory.buffer(name, num_tokens, num_seqs), 0)
 
 
 def _send(order: list[int]) -> None:

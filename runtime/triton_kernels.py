@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.bundle import CUBIN
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_abi import bind_launch, num_ranks
 from tokenspeed_plan.plans.kernel_file import load_function, read_source
 from tokenspeed_plan.plans.schema import KernelSpec, Plan
 from tokenspeed_plan.runtime.collectives import Collectives
-
-Launcher = Callable[..., tuple[()]]
-Backend = Literal["reference", "kernels"]
+from tokenspeed_plan.runtime.kernels import Launcher
 
 
 def interpret() -> None:
@@ -81,39 +78,6 @@ def _nothing(*args: object, **kwargs: object) -> None:
     """No operation."""
 
 
-class KernelBackend(Protocol):
-    """The kernels of a plan as functions of tensors."""
-
-    def has(self, kernel: KernelSpec) -> bool:
-        """Whether the kernel has a body here."""
-
-    def alone(self) -> KernelBackend:
-        """The same kernels, none of them started while its predecessor ends."""
-
-    def launcher(
-        self,
-        kernel: KernelSpec,
-        rank: int,
-        num_tokens: int,
-        num_seqs: int,
-        collectives: Collectives | None = None,
-    ) -> Launcher:
-        """A function of the kernel's tensors, in the order of its parameters, for a batch of this size."""
-
-
-def load_kernels(plan: Plan, bundle: Path) -> KernelBackend:
-    """The binaries of a bundle where it has brought some, else its texts, for Triton to compile or interpret.
-
-    Raises:
-        PlanError: a file is missing or was altered, or what they need is not installed.
-    """
-    if plan.binaries and (bundle / CUBIN).is_dir():
-        from tokenspeed_plan.runtime.cuda_kernels import CudaKernels
-
-        return CudaKernels.load(plan, bundle)
-    return TritonKernels.load(plan, bundle)
-
-
 class TritonKernels:
     """Kernels from their texts, by Triton."""
 
@@ -141,8 +105,8 @@ class TritonKernels:
         """Whether the kernel has a Triton body that one rank can run alone."""
         return kernel.launch is not None and kernel.name in self._sources
 
-    def alone(self) -> TritonKernels:
-        """They never overlap."""
+    def without_overlap(self) -> TritonKernels:
+        """Triton's launches never overlap."""
         return self
 
     def launcher(

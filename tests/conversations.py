@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from launches import LateLaunch
 from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
-from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.launch import EagerLaunch, HostValues
+from tokenspeed_plan.runtime.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.prefix_cache import PrefixCache
 
 VOCAB = 480
@@ -89,29 +91,30 @@ def replay(engine: Engine, told: list[Conversation], seed: int, cancel: float = 
     """Have all conversations at once; each answer must be the oracle's. `cancel`: how often one is cut and repeated."""
     rng = random.Random(seed)
     left = [list(turns) for turns in told]
-    flying: dict[str, tuple[int, Turn, Any]] = {}
+    running: dict[str, tuple[int, Turn]] = {}
     number = 0
-    while flying or any(left):
+    while running or any(left):
         ready = [
             i
             for i, turns in enumerate(left)
-            if turns and not any(f[0] == i for f in flying.values())
+            if turns and not any(f[0] == i for f in running.values())
         ]
         for index in rng.sample(ready, min(len(ready), rng.choice((0, 1, 4)))):
             turn, number = left[index][0], number + 1
             params = SamplingParams(max_tokens=turn.max_tokens, ignore_eos=True)
             engine.add(Request(str(number), turn.prompt_ids, params))
-            flying[str(number)] = (index, turn, engine._scheduler._waiting[-1])
-        if flying and rng.random() < cancel:
-            name = rng.choice(sorted(flying))
-            engine._scheduler.cancel(flying.pop(name)[2])
+            running[str(number)] = (index, turn)
+        if running and rng.random() < cancel:
+            name = rng.choice(sorted(running))
+            del running[name]
+            engine.cancel(name)
         for done in engine.step():
-            index, turn, _ = flying.pop(done.request_id)
+            index, turn = running.pop(done.request_id)
             assert done.token_ids == turn.answer, (
                 f"conversation {index}, prompt of {len(turn.prompt_ids)} tokens"
             )
             left[index].pop(0)
-    while engine.num_unfinished or engine._flying:
+    while engine.num_unfinished or engine.has_step_in_flight:
         engine.step()
 
 
@@ -122,57 +125,66 @@ def check_all_is_given_back(cache: PrefixCache) -> None:
         node = stack.pop()
         below = [*node.children.values(), *node.tails]
         assert all(child.parent is node for child in below)
-        assert node is cache.root or not node.is_leaf or node.row, "a leaf that no hit can use"
+        assert node is cache.root or not node.is_leaf or node.state_slot, (
+            "a leaf that no hit can use"
+        )
         nodes += below
         stack += below
     pages = [node.page for node in nodes]
-    rows = [node.row for node in (*nodes, cache.root) if node.row]
-    for pool, held in ((cache.pages, pages), (cache.rows, rows)):
-        for place in pool._holders:
-            assert pool.holders(place) == held.count(place)
-        assert sorted(pool._free) == sorted(set(pool._holders) - set(held))
-    assert {node for node in nodes if node.row} == set(cache._checkpoints)
-    assert {node.digest: node for node in nodes if node.digest} == cache._index
+    state_slots = [node.state_slot for node in (*nodes, cache.root) if node.state_slot]
+    for slots, held in ((cache.pages, pages), (cache.state_slots, state_slots)):
+        for slot in slots:
+            assert slots.holders(slot) == held.count(slot)
+        assert sorted(slots.free) == sorted(set(slots) - set(held))
+    assert {node for node in nodes if node.state_slot} == set(cache.checkpoints)
+    assert set(nodes) == set(cache.nodes()) and len(nodes) == len(list(cache.nodes()))
+    found = {node.digest: cache.find(node.digest) for node in nodes if node.digest}
+    assert found == {node.digest: node for node in nodes if node.digest}
 
 
-class PoisonExecutor(Executor):
+class PoisonLaunch:
     """What is free is filled with rubbish before each step; what the cache holds must not change in it."""
 
-    cache: PrefixCache | None = None
+    def __init__(self) -> None:
+        self.cache: PrefixCache | None = None
+        self._eager = EagerLaunch()
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
-        before = self._poisoned()
-        super().run(program, num_tokens, num_seqs)
+    def prepare(self, programs: BoundPrograms) -> None:
+        self._eager.prepare(programs)
+
+    def copy_to_host(self, *values: Tensor) -> HostValues:
+        return self._eager.copy_to_host(*values)
+
+    def run(
+        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+    ) -> None:
+        before = self._poison(programs.memory)
+        self._eager.run(programs, program, num_tokens, num_seqs)
         for view, wanted in before:
             assert torch.equal(view.nan_to_num(7.0), wanted.nan_to_num(7.0)), (
                 "a step wrote what the cache holds"
             )
 
-    def _poisoned(self) -> list[tuple[Tensor, Tensor]]:
+    def _poison(self, memory: PlanMemory) -> list[tuple[Tensor, Tensor]]:
         assert self.cache is not None
-        nodes = list(self.cache._index.values())
-        tails = [tail for node in (self.cache.root, *nodes) for tail in node.tails]
+        nodes = [node for node in self.cache.nodes() if node.digest]
+        tails = [node for node in self.cache.nodes() if not node.digest]
         kept = []
-        for buffer in self._shared.values():
-            view = self._view(buffer, 0, 0) if buffer.arena in ("kv_cache", "state") else None
-            if view is not None and buffer.arena == "kv_cache":
-                # finite: masked keys have weight 0, and 0 * NaN is not 0
-                view[self.cache.pages._free] = 1e4
-                kept += [view[[node.page for node in nodes]]] if nodes else []
-                kept += [view[tail.page, :, : len(tail.token_ids)] for tail in tails]
-            elif view is not None:
-                view[self.cache.rows._free] = float("nan")
-                kept += [view[node.row] for node in self.cache._checkpoints]
+        for view in memory.states("kv_cache"):
+            # finite: masked keys have weight 0, and 0 * NaN is not 0
+            view[self.cache.pages.free] = 1e4
+            kept += [view[[node.page for node in nodes]]] if nodes else []
+            kept += [view[tail.page, :, : len(tail.token_ids)] for tail in tails]
+        for view in memory.states("state"):
+            view[self.cache.state_slots.free] = float("nan")
+            kept += [view[node.state_slot] for node in self.cache.checkpoints]
         return [(part, part.clone()) for part in kept]
 
 
-def poisoned(
-    plan: Plan,
-    folder: Path,
-    executor: type[PoisonExecutor] = PoisonExecutor,
-    chunk: int | None = None,
-) -> Engine:
-    engine = Engine.from_plan(plan, folder, executor=executor, chunk=chunk)
-    assert isinstance(engine.executor, PoisonExecutor)
-    engine.executor.cache = engine._scheduler.cache
+def poisoned(plan: Plan, folder: Path, chunk: int | None = None, late: bool = False) -> Engine:
+    """An engine under poison; `late`: its outputs are handed out as from a GPU."""
+    poison = PoisonLaunch()
+    launch = LateLaunch(poison) if late else poison
+    engine = Engine.from_plan(plan, folder, launch=launch, chunk=chunk)
+    poison.cache = engine.scheduler.cache
     return engine

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.ops import BATCH_STATE, STOP_IDS
 from tokenspeed_plan.plans.schema import Plan, Program
-from tokenspeed_plan.runtime.inputs import KEPT
+from tokenspeed_plan.runtime.inputs import DEVICE_ONLY
 from tokenspeed_plan.runtime.reference import delta, speculation
 from tokenspeed_plan.runtime.reference.batch import advance
 
@@ -82,7 +82,7 @@ class SymbolicExecutor:
         count = num_tokens if name in per_token else num_seqs
         return (
             self._buffers[name]
-            if name in KEPT
+            if name in DEVICE_ONLY
             else self._buffers[name][: count + (name == "cu_seqlens")]
         )
 
@@ -91,7 +91,7 @@ class SymbolicExecutor:
             self.keys[target, place] = self.keys.get((source, place), (-1, -1))
         return 1
 
-    def fetch(self, *values: Tensor) -> Callable[[], tuple[list[int], ...]]:
+    def copy_to_host(self, *values: Tensor) -> Callable[[], tuple[list[int], ...]]:
         """The values come in the order of the runs, as from a GPU."""
         number, found = self.num_runs, tuple(value.flatten().tolist() for value in values)
         self.host_outputs.append(number)

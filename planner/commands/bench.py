@@ -108,12 +108,13 @@ def _agentic(
 ) -> tuple[dict[str, Any], str]:
     from tokenspeed_plan.runtime import bench
     from tokenspeed_plan.runtime.bench import agentic
-    from tokenspeed_plan.runtime.engine import Engine, executor_of
+    from tokenspeed_plan.runtime.engine import Engine
+    from tokenspeed_plan.runtime.engine_loader import default_launch
 
     frozen = load_plan(bundle)
     names = ("conversations", "turns", "first_turn_tokens", "turn_tokens", "output_tokens", "seed")
     told = agentic.Conversations.of(frozen, **{name: options[name] for name in names})
-    engine = Engine(frozen, bench.prepare(frozen, bundle, folder, executor_of(frozen)))
+    engine = Engine(frozen, bench.prepare(frozen, bundle, folder, default_launch(frozen)))
     freeze_gc()
     found = agentic.agentic(engine, told, options["acceptance"] or ())
     return found, agentic.as_text(found)

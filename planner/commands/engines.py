@@ -57,16 +57,16 @@ def load_chat_template(bundle: Path, options: dict[str, Any]) -> ChatTemplate | 
 def load_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None = None) -> Engine:
     """An engine with the weights and backend of a command's options; rank 0 of several leads the others."""
     from tokenspeed_plan.runtime.engine import Engine
-    from tokenspeed_plan.runtime.executor import Executor
+    from tokenspeed_plan.runtime.executor import Lead
 
-    executor: type[Executor] | None = None
-    if os.environ.get("RANK", "0") == "0" and os.environ.get("WORLD_SIZE", "1") != "1":
-        from tokenspeed_plan.runtime.ranks import LeadingExecutor
+    lead: Lead | None = None
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from tokenspeed_plan.runtime.ranks import Follower, Leader
 
-        executor = LeadingExecutor
+        lead = Leader() if os.environ.get("RANK", "0") == "0" else Follower()
     cache = not options.get("no_cache", False)
     return Engine.load(
-        bundle, options["weights"], chat, backend=options["backend"], executor=executor, cache=cache
+        bundle, options["weights"], chat, backend=options["backend"], lead=lead, cache=cache
     )
 
 

@@ -79,10 +79,10 @@ def run(
 
 
 def _run_check(bundle: Path, options: dict[str, Any]) -> None:
-    from tokenspeed_plan.runtime.compare import ComparingExecutor, check_steps
+    from tokenspeed_plan.runtime.compare import check_steps
     from tokenspeed_plan.runtime.engine import Engine
 
-    engine = Engine.load(bundle, options["weights"], backend="kernels", executor=ComparingExecutor)
+    engine = Engine.load(bundle, options["weights"], backend="compare")
     tally = check_steps(engine)
     skipped = f", {tally.skipped} have no kernel" if tally.skipped else ""
     click.echo(

@@ -21,7 +21,12 @@ from tokenspeed_plan.plans.ops.batch_inputs import (
     SAMPLING_INPUTS,
     STOP_IDS,
 )
-from tokenspeed_plan.plans.ops.delta_net_ops import DELTA_CHUNK, DELTA_NET_OPS, RECOMPUTED
+from tokenspeed_plan.plans.ops.delta_net_ops import (
+    DELTA_CHUNK,
+    DELTA_NET_OPS,
+    L2_EPS,
+    RECOMPUTED,
+)
 from tokenspeed_plan.plans.ops.dense_ops import DENSE_OPS
 from tokenspeed_plan.plans.ops.moe_ops import MOE_OPS
 from tokenspeed_plan.plans.ops.op_def import (
@@ -45,6 +50,7 @@ __all__ = [
     "COLLECTIVES",
     "DELTA_CHUNK",
     "DRAFT_INPUTS",
+    "L2_EPS",
     "OPS",
     "RECOMPUTED",
     "SAMPLING_INPUTS",

@@ -7,6 +7,7 @@ from tokenspeed_plan.plans.ops.op_def import (
     OpDef,
     Specs,
     batch_rows,
+    check_norm_weight,
     expect,
     integer,
     like,
@@ -19,6 +20,7 @@ from tokenspeed_plan.plans.types import TensorSpec
 
 
 def _head_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    check_norm_weight(attrs)
     expect(specs, "w", integer(attrs, "head_dim"))
     expect(specs, "x", rows(specs, "x"), integer(attrs, "num_heads") * integer(attrs, "head_dim"))
     return {"y": specs["x"]}
@@ -86,6 +88,7 @@ ATTENTION_OPS: dict[str, OpDef] = {
         doc="y = rms_norm(x) of each head",
         weights=("w",),
         attrs=("eps", "num_heads", "head_dim"),
+        optional=("plain",),
     ),
     "split_gate": OpDef(
         inputs=("qg",),

@@ -7,6 +7,7 @@ from tokenspeed_plan.plans.ops.op_def import (
     OpDef,
     ShapeError,
     Specs,
+    check_norm_weight,
     expect,
     integer,
     like,
@@ -27,6 +28,7 @@ def _embed(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 
 def _rms_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    check_norm_weight(attrs)
     expect(specs, "w", width(specs, "x"))
     return {"y": like(specs, "x", width(specs, "x"))}
 
@@ -76,6 +78,7 @@ DENSE_OPS: dict[str, OpDef] = {
         doc="y = x / sqrt(mean(x^2) + eps) * (1 + w)",
         weights=("w",),
         attrs=("eps",),
+        optional=("plain",),
     ),
     "linear": OpDef(
         inputs=("x",),

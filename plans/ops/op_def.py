@@ -166,6 +166,16 @@ def dtype_attr(attrs: Attrs) -> DType:
     raise ShapeError(f"dtype {value!r}")
 
 
+def check_norm_weight(attrs: Attrs) -> None:
+    """The constant `plain`, where given, is true: a plain norm multiplies by w, not by 1 + w.
+
+    Raises:
+        ShapeError: it is something else.
+    """
+    plain = attrs.get("plain", True)
+    require(plain is True, f"plain is {plain!r}, not true")
+
+
 def query_len(attrs: Attrs) -> int:
     """Queries of each sequence in a decode step: 1 where the constant is left out.
 

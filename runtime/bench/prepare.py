@@ -6,15 +6,22 @@ from pathlib import Path
 
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.arenas import Arenas
+from tokenspeed_plan.runtime.backend import (
+    Backend,
+    KernelBackend,
+    ReferenceBackend,
+    load_kernels,
+)
 from tokenspeed_plan.runtime.collectives import join
 from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.launch import Launch
+from tokenspeed_plan.runtime.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.preflight import check_files, check_target
-from tokenspeed_plan.runtime.triton_kernels import load_kernels
 from tokenspeed_plan.runtime.weights import load_weights, random_weights
 
 
 def prepare(
-    plan: Plan, bundle: Path, folder: Path | None, kind: type[Executor] = Executor
+    plan: Plan, bundle: Path, folder: Path | None, launch: Launch | None = None
 ) -> Executor:
     """Checked, allocated and filled; states as if sequences had been there for long.
 
@@ -38,4 +45,8 @@ def prepare(
                 buffer.arena, buffer.offset_bytes, buffer.tensor.bind(0, 0), buffer.tensor.dtype
             )
             view[1:].normal_(std=0.1)
-    return kind(plan, arenas, weights, rank, collectives, kernels)
+    reference = ReferenceBackend(plan, rank, collectives)
+    backend: Backend = reference
+    if kernels is not None:
+        backend = KernelBackend(plan, kernels, reference, full_size=launch is not None)
+    return Executor(PlanMemory(plan, arenas, weights), backend, launch)

@@ -14,13 +14,13 @@ from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import integer
 from tokenspeed_plan.plans.schema import KernelCall, Plan, Program
 from tokenspeed_plan.plans.types import Phase
+from tokenspeed_plan.runtime.batch import Batch
 from tokenspeed_plan.runtime.bench.bytes import Load, activation_bytes, bound_flops, floor_bytes
 from tokenspeed_plan.runtime.bench.clock import RUNS, captured, kernel_times_us, time_us
 from tokenspeed_plan.runtime.bench.machine import Machine, measure_machine, used_bytes
 from tokenspeed_plan.runtime.executor import Executor
 from tokenspeed_plan.runtime.inputs import write_inputs
 from tokenspeed_plan.runtime.request import Request, SamplingParams
-from tokenspeed_plan.runtime.scheduler import Batch
 from tokenspeed_plan.runtime.sequence import Sequence
 
 
@@ -127,8 +127,8 @@ class Replay:
             num_computed=before,
             num_kept=min(limits.kept_inputs, before) if self.program.phase == "decode" else 0,
             pages=list(range(index * pages, (index + 1) * pages)),
-            row=start if before else 0,
-            dst_state_slots=list(range(start + 1, start + limits.state_slots_per_seq)),
+            state_slot=start if before else 0,
+            own_slots=list(range(start + 1, start + limits.state_slots_per_seq)),
         )
 
     def measure(self, machine: Machine) -> dict[str, Any]:
@@ -235,7 +235,7 @@ class Replay:
         self.reset()
         if self.device == "cpu":
             return [time_us(run, "cpu", 1) for _, run in self._one_by_one()]
-        alone = self.executor.alone()
+        alone = self.executor.without_overlap()
         replay = captured(lambda: alone.run(self.program, *self._size), self.device)
         self.reset()
         kinds = {kind_of(self.executor.kernels[call.kernel]) for call in calls}

@@ -1,7 +1,7 @@
 """Gated attention over a paged cache.
 
-Shapes: T tokens, S sequences, Q query heads, K kv heads, D head_dim, P pages a sequence, C cached
-tokens.
+Shapes: T tokens, S sequences, R queries a sequence, Q query heads, K kv heads, D head_dim, P pages a
+sequence, C cached tokens.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def _frequencies(
     def pair_at(rotations: float) -> float:
         return rotary_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = max(math.floor(pair_at(32.0)), 0), min(math.ceil(pair_at(1.0)), rotary_dim - 1)
-    ramp = (
-        (torch.arange(rotary_dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)
-    ).clamp(0, 1)
-    return inverse / factor * ramp + inverse * (1 - ramp), 0.1 * math.log(factor) + 1.0
+    low = max(math.floor(pair_at(32.0)), 0)
+    high = min(math.ceil(pair_at(1.0)), rotary_dim - 1)
+    pair = torch.arange(rotary_dim // 2, dtype=torch.float64)
+    ramp = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+    scale = 0.1 * math.log(factor) + 1.0
+    return inverse / factor * ramp + inverse * (1 - ramp), scale
 
 
 def rope(attrs: Attrs, x_TN: Tensor, positions_T: Tensor) -> tuple[Tensor]:
@@ -52,19 +53,23 @@ def rope(attrs: Attrs, x_TN: Tensor, positions_T: Tensor) -> tuple[Tensor]:
         rotary, attrs["theta"], attrs["factor"], attrs["original_max_positions"]
     )
     x = x_TN.unflatten(-1, (attrs["num_heads"], attrs["head_dim"]))
-    angle = positions_T.to(x.dtype if x.dtype == torch.float64 else torch.float32)[:, None]
-    angle = angle * inverse.to(angle)
-    cos, sin = ((f(angle) * scale).to(x.dtype)[:, None] for f in (torch.cos, torch.sin))
-    a, b, rest = x[..., : rotary // 2], x[..., rotary // 2 : rotary], x[..., rotary:]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    position = positions_T.to(wide)[:, None]
+    angle = position * inverse.to(position)
+    cos = (angle.cos() * scale).to(x.dtype)[:, None]
+    sin = (angle.sin() * scale).to(x.dtype)[:, None]
+    half = rotary // 2
+    a, b, rest = x[..., :half], x[..., half:rotary], x[..., rotary:]
     return (torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1).flatten(1),)
 
 
 def kv_write(attrs: Attrs, k_TN: Tensor, v_TN: Tensor, slots_T: Tensor, cache: Tensor) -> tuple[()]:
-    """cache[page, 0 | 1, place] = k | v, where slot = page * page_size + place."""
-    page, place = slots_T.long() // attrs["page_size"], slots_T.long() % attrs["page_size"]
+    """cache[page, 0 | 1, offset] = k | v, where slot = page * page_size + offset."""
+    page_T = slots_T.long() // attrs["page_size"]
+    offset_T = slots_T.long() % attrs["page_size"]
     heads = (attrs["num_kv_heads"], attrs["head_dim"])
-    cache[page, 0, place] = k_TN.unflatten(-1, heads)
-    cache[page, 1, place] = v_TN.unflatten(-1, heads)
+    cache[page_T, 0, offset_T] = k_TN.unflatten(-1, heads)
+    cache[page_T, 1, offset_T] = v_TN.unflatten(-1, heads)
     return ()
 
 
@@ -78,7 +83,7 @@ def attention(
 ) -> tuple[Tensor]:
     """softmax(q k^T / sqrt(D)) v over each sequence's own pages, causal; `context` counts the new tokens too.
 
-    In a decode step of R rows a sequence, row i sees R - 1 - i tokens less than the last one.
+    In a decode step of R queries a sequence, query i sees R - 1 - i tokens less than the last one.
     """
     q = q_TN.unflatten(-1, (attrs["num_heads"], attrs["head_dim"]))
     if attrs["mode"] == "decode":
@@ -95,19 +100,21 @@ def _gather(page_table: Tensor, length: int, cache: Tensor) -> tuple[Tensor, Ten
     """Keys and values [..., K, C, D] of the first `length` tokens of pages [..., P]."""
     page_size = cache.shape[2]
     used = page_table[..., : -(-length // page_size)]
-    pages = cache.index_select(0, used.flatten()).unflatten(
-        0, used.shape
-    )  # [..., P, 2, page, K, D]
-    kv = pages.movedim(-4, 0).flatten(-4, -3)[..., :length, :, :].transpose(-2, -3)
+    pages = cache.index_select(0, used.flatten())
+    pages = pages.unflatten(0, used.shape)  # [..., P, 2, page_size, K, D]
+    kv = pages.movedim(-4, 0).flatten(-4, -3)  # [2, ..., P * page_size, K, D]
+    kv = kv[..., :length, :, :].transpose(-2, -3)
     return kv[0], kv[1]
 
 
 def _decode(q_SRQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Tensor) -> Tensor:
     """One query a sequence, or a few; shorter sequences are masked to the longest."""
-    longest, count = int(context_S.max()), q_SRQD.shape[1]
+    longest, query_len = int(context_S.max()), q_SRQD.shape[1]
     k, v = _gather(page_table_SP, longest, cache)
-    seen_SR = context_S[:, None] - torch.arange(count - 1, -1, -1, device=context_S.device)
-    visible_SRC = torch.arange(longest, device=context_S.device) < seen_SR[:, :, None]
+    queries_after_R = torch.arange(query_len - 1, -1, -1, device=context_S.device)
+    seen_SR = context_S[:, None] - queries_after_R
+    position_C = torch.arange(longest, device=context_S.device)
+    visible_SRC = position_C < seen_SR[:, :, None]
     y = F.scaled_dot_product_attention(
         q_SRQD.transpose(1, 2), k, v, visible_SRC[:, None], enable_gqa=True
     )
@@ -118,8 +125,8 @@ def _one_sequence(q_TQD: Tensor, pages_P: Tensor, length: int, cache: Tensor) ->
     """All new queries of one sequence; its own keys are already in the cache."""
     count = q_TQD.shape[0]
     k, v = _gather(pages_P, length, cache)
-    place_C = torch.arange(length, device=cache.device)
-    visible = place_C[None] <= place_C[length - count :, None]
+    position_C = torch.arange(length, device=cache.device)
+    visible = position_C[None] <= position_C[length - count :, None]
     y = F.scaled_dot_product_attention(
         q_TQD.transpose(0, 1)[None], k[None], v[None], visible, enable_gqa=True
     )

@@ -22,17 +22,24 @@ def advance(
     dst_state_slots_S: Tensor,
     rng_offset_S: Tensor,
 ) -> tuple[()]:
-    """One token further: it is the next input, and the row that was written is read. Rows of padding (0) stay."""
-    live = src_state_slots_S > 0
-    token_ids_S.copy_(next_tokens_S.where(live, token_ids_S))
-    for count in (positions_S, context_lens_S, rng_offset_S):
-        count += live
+    """Advance by one token: it is the next input, and the state slot that was written is read next.
+
+    The slot that was read is the next to write. Padding (state slot 0) stays as it is.
+    """
+    live_S = src_state_slots_S > 0
+    token_ids_S.copy_(next_tokens_S.where(live_S, token_ids_S))
+    for number_S in (positions_S, context_lens_S, rng_offset_S):
+        number_S += live_S
     page_size = attrs["page_size"]
-    column = (positions_S // page_size).clamp(max=page_table_SP.shape[1] - 1).long()
-    slot = page_table_SP.gather(1, column[:, None])[:, 0] * page_size + positions_S % page_size
-    slot_mapping_S.copy_(slot.where(live, slot_mapping_S))
-    first_S = dst_state_slots_S if dst_state_slots_S.dim() == 1 else dst_state_slots_S[:, 0]
-    read, write = src_state_slots_S.clone(), first_S.clone()
-    src_state_slots_S.copy_(write.where(live, read))
-    first_S.copy_(read.where(live, write))
+    column_S = (positions_S // page_size).clamp(max=page_table_SP.shape[1] - 1)
+    page_S = page_table_SP.gather(1, column_S.long()[:, None])[:, 0]
+    slot_S = page_S * page_size + positions_S % page_size
+    slot_mapping_S.copy_(slot_S.where(live_S, slot_mapping_S))
+    first_S = dst_state_slots_S
+    if dst_state_slots_S.dim() > 1:
+        first_S = dst_state_slots_S[:, 0]
+    read_S = src_state_slots_S.clone()
+    written_S = first_S.clone()
+    src_state_slots_S.copy_(written_S.where(live_S, read_S))
+    first_S.copy_(read_S.where(live_S, written_S))
     return ()

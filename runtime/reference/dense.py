@@ -23,9 +23,10 @@ def widen(x: Tensor) -> Tensor:
 def embed(attrs: Attrs, ids: Tensor, table_VH: Tensor) -> tuple[Tensor]:
     """y = table[ids]; a rank that holds only rows from `row_start` on gives zeros for the others.
 
-    Of a matrix of ids, a sequence a row, the last column counts: the draft that was made last.
+    Where `ids` is a matrix (one row for each sequence), the last column counts: the latest draft.
     """
-    rows_T = (ids if ids.dim() == 1 else ids[:, -1]).long() - int(attrs.get("row_start", 0))
+    ids_T = ids if ids.dim() == 1 else ids[:, -1]
+    rows_T = ids_T.long() - int(attrs.get("row_start", 0))
     if "row_start" not in attrs:
         return (table_VH.index_select(0, rows_T),)
     mine_T = (rows_T >= 0) & (rows_T < table_VH.shape[0])
@@ -39,13 +40,21 @@ def normalize(x: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(attrs: Attrs, x_TH: Tensor, w_H: Tensor) -> tuple[Tensor]:
-    """y = x / sqrt(mean(x^2) + eps) * (1 + w): the stored weight is the offset from one."""
-    return ((normalize(x_TH, attrs["eps"]) * (1 + widen(w_H))).to(x_TH.dtype),)
+    """y = x / sqrt(mean(x^2) + eps) * (1 + w): the stored weight is the offset from one.
+
+    With `plain` it is the factor w itself.
+    """
+    factor_H = widen(w_H)
+    if not attrs.get("plain"):
+        factor_H = 1 + factor_H
+    y_TH = normalize(x_TH, attrs["eps"]) * factor_H
+    return (y_TH.to(x_TH.dtype),)
 
 
 def head_norm(attrs: Attrs, x_TN: Tensor, w_D: Tensor) -> tuple[Tensor]:
     """`rms_norm` of each head."""
-    (y,) = rms_norm(attrs, x_TN.unflatten(-1, (attrs["num_heads"], attrs["head_dim"])), w_D)
+    heads = x_TN.unflatten(-1, (attrs["num_heads"], attrs["head_dim"]))
+    (y,) = rms_norm(attrs, heads, w_D)
     return (y.flatten(-2),)
 
 

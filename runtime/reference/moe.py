@@ -20,9 +20,12 @@ Attrs = Mapping[str, Any]
 
 def topk(attrs: Attrs, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over all experts, the k largest (of equals the first), divided by their sum."""
+    top_k = attrs["top_k"]
     sorted_TE, order_TE = widen(logits_TE).sort(dim=-1, descending=True, stable=True)
-    weights_Tk, ids_Tk = sorted_TE[:, : attrs["top_k"]].softmax(-1), order_TE[:, : attrs["top_k"]]
-    return (weights_Tk / weights_Tk.sum(-1, keepdim=True)).to(logits_TE.dtype), ids_Tk.int()
+    weights_Tk = sorted_TE[:, :top_k].softmax(-1)
+    weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
+    ids_Tk = order_TE[:, :top_k]
+    return weights_Tk.to(logits_TE.dtype), ids_Tk.int()
 
 
 def _all_at_once(attrs: Attrs, ids_Tk: Tensor) -> bool:
@@ -35,13 +38,13 @@ def _all_at_once(attrs: Attrs, ids_Tk: Tensor) -> bool:
 
 def _groups(attrs: Attrs, ids_Tk: Tensor) -> Iterator[tuple[int, Tensor]]:
     """For each expert of this rank that is hit: the expert, and its flat places in [T, k]."""
+    num_experts = attrs["num_experts"]
     local = ids_Tk.flatten() - int(attrs.get("expert_start", 0))
     order = local.argsort(stable=True)
-    counts = torch.bincount(
-        local.clamp(-1, attrs["num_experts"]) + 1, minlength=attrs["num_experts"] + 2
-    ).tolist()
-    start = counts[0]  # those of ranks before this one
-    for expert in range(attrs["num_experts"]):
+    group = local.clamp(-1, num_experts) + 1  # the first and the last are other ranks' experts
+    counts = torch.bincount(group, minlength=num_experts + 2).tolist()
+    start = counts[0]
+    for expert in range(num_experts):
         end = start + counts[expert + 1]
         if end > start:
             yield expert, order[start:end]
@@ -53,9 +56,8 @@ def experts_up(attrs: Attrs, x_TH: Tensor, ids_Tk: Tensor, w_EIH: Tensor) -> tup
     num_tokens, chosen = ids_Tk.shape
     if _all_at_once(attrs, ids_Tk):
         both_ETI = x_TH @ w_EIH.mT
-        gate, up = both_ETI[ids_Tk, torch.arange(num_tokens, device=ids_Tk.device)[:, None]].chunk(
-            2, -1
-        )
+        token_T1 = torch.arange(num_tokens, device=ids_Tk.device)[:, None]
+        gate, up = both_ETI[ids_Tk, token_T1].chunk(2, -1)
         return ((F.silu(gate) * up).view(num_tokens, -1),)
     out = x_TH.new_zeros(num_tokens * chosen, w_EIH.shape[1] // 2)
     for expert, places in _groups(attrs, ids_Tk):
@@ -72,9 +74,8 @@ def experts_down(
     h = h_T.view(num_tokens, chosen, -1)
     if _all_at_once(attrs, ids_Tk):
         spread_ETI = h.new_zeros(w_EHI.shape[0], num_tokens, h.shape[2])
-        spread_ETI[ids_Tk, torch.arange(num_tokens, device=ids_Tk.device)[:, None]] = (
-            h * weights_Tk[:, :, None]
-        )
+        token_T1 = torch.arange(num_tokens, device=ids_Tk.device)[:, None]
+        spread_ETI[ids_Tk, token_T1] = h * weights_Tk[:, :, None]
         return ((spread_ETI @ w_EHI.mT).sum(0),)
     out = h.new_zeros(num_tokens * chosen, w_EHI.shape[1])
     flat = h.flatten(0, 1)

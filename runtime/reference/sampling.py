@@ -22,25 +22,38 @@ def sample(
 ) -> tuple[Tensor]:
     """Argmax where the temperature is 0, else one draw from softmax(logits / temperature) after top-k and top-p.
 
-    The draw is a function of a row's seed and of `rng_offset`, its token's number, so that neither
-    batch nor order matter. Where sequences have several rows, row i is token `rng_offset + i`,
-    drawn as it would be alone. Rows of the table that stand for no token are never drawn. Logits
-    without a finite sum give no distribution: argmax.
+    The draw is a function of a sequence's seed and of `rng_offset`, its token's number, so that
+    neither batch nor order matter. Where sequences have several queries, query i is token
+    `rng_offset + i`, drawn as it would be alone. Rows of the table that stand for no token are
+    never drawn. Logits without a finite sum give no distribution: argmax.
     """
-    greedy_S = logits_SV.argmax(-1).int()
+    tokens_S = logits_SV.argmax(-1).int()
     params = (temperature_S, top_p_S, top_k_S, seed_S, rng_offset_S)
-    if (count := attrs.get("query_len", 1)) > 1:
-        *others, rng_offset = (x.repeat_interleave(count) for x in params)
-        params = (
-            *others,
-            rng_offset + torch.arange(len(rng_offset), device=rng_offset.device) % count,
-        )
+    query_len = attrs.get("query_len", 1)
+    if query_len > 1:
+        params = _for_each_query(query_len, *params)
     hot = (params[0] > 0).nonzero().flatten()
     if hot.numel():
-        greedy_S[hot] = _draw(
-            attrs["num_valid_tokens"], *(x[hot] for x in (greedy_S, logits_SV, *params))
-        )
-    return (greedy_S,)
+        of_hot = [x[hot] for x in (tokens_S, logits_SV, *params)]
+        tokens_S[hot] = _draw(attrs["num_valid_tokens"], *of_hot)
+    return (tokens_S,)
+
+
+def _for_each_query(
+    query_len: int,
+    temperature_S: Tensor,
+    top_p_S: Tensor,
+    top_k_S: Tensor,
+    seed_S: Tensor,
+    rng_offset_S: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The parameters of each query, whose `rng_offset` counts on from its sequence's."""
+    temperature, top_p, top_k, seed, rng_offset = (
+        x.repeat_interleave(query_len)
+        for x in (temperature_S, top_p_S, top_k_S, seed_S, rng_offset_S)
+    )
+    query = torch.arange(len(rng_offset), device=rng_offset.device) % query_len
+    return temperature, top_p, top_k, seed, rng_offset + query
 
 
 def _draw(

@@ -23,7 +23,9 @@ from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.arenas import Arenas
+from tokenspeed_plan.runtime.backend import ReferenceBackend
 from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.weights import load_weights
 
 PROMPTS = [[5, 6, 7, 8] * 20, [9], list(range(40, 110))]
@@ -57,7 +59,8 @@ def run_ranks(plan: Plan, folder: Path) -> list[list[tuple[int, ...]]]:
 
     def rank(index: int) -> list[tuple[int, ...]]:
         arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas), index)
-        executor = Executor(plan, arenas, weights, index, ThreadCollectives(index, shared, barrier))
+        backend = ReferenceBackend(plan, index, ThreadCollectives(index, shared, barrier))
+        executor = Executor(PlanMemory(plan, arenas, weights), backend)
         return [done.token_ids for done in Engine(plan, executor).generate(PROMPTS, PARAMS)]
 
     with ThreadPoolExecutor(count) as pool:

@@ -3,59 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_spec
-from torch import Tensor
+from launches import LateLaunch, captured
 
 from tokenspeed_plan.planner import compile_plan, find_model
-from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.arenas import Arenas
+from tokenspeed_plan.runtime.backend import ReferenceBackend
 from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.reference.batch import advance
 from tokenspeed_plan.runtime.weights import load_weights
-
-
-def captured(plan: Plan) -> Plan:
-    """The plan as it would be for a GPU: decode programs of a fixed size, launched ahead."""
-    programs = tuple(
-        p.model_copy(update={"captured": p.phase == "decode"}) for p in plan.pool.programs
-    )
-    return plan.with_pool(programs=programs)
-
-
-class LateExecutor(Executor):
-    """Tokens are read at once, but told only when asked for, and only in order: as from a GPU."""
-
-    replays = 0
-    asked = 0
-    waiting: list[int]
-
-    def prepare(self) -> None:
-        self.waiting = []
-
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
-        assert not program.captured or (num_tokens, num_seqs) == (
-            program.max_tokens,
-            program.max_seqs,
-        )
-        self.replays += 1
-        super().run(program, num_tokens, num_seqs)
-
-    def fetch(self, *values: Tensor) -> Callable[[], tuple[list[int], ...]]:
-        found, number = super().fetch(*values)(), self.replays
-        self.asked += 1
-        self.waiting.append(number)
-
-        def tell() -> tuple[list[int], ...]:
-            assert self.waiting.pop(0) == number
-            return found
-
-        return tell
 
 
 def requests(count: int, seed: int, vocab: int = 400) -> list[Request]:
@@ -94,37 +57,36 @@ def test_answers_do_not_depend_on_looking_ahead(
 ) -> None:
     folder, asked = checkpoint("moe"), requests(14, seed)
     plain = Engine.from_plan(tiny_plan, folder)
-    ahead = Engine.from_plan(captured(tiny_plan), folder, executor=LateExecutor)
+    ahead = Engine.from_plan(captured(tiny_plan), folder, launch=LateLaunch())
     assert answers(ahead, asked, seed) == answers(plain, asked, seed + 1)
 
 
 def test_decode_is_launched_before_its_tokens_are_known(tiny_plan: Plan, checkpoint: Any) -> None:
-    engine = Engine.from_plan(captured(tiny_plan), checkpoint("moe"), executor=LateExecutor)
-    executor = engine.executor
-    assert isinstance(executor, LateExecutor)
+    launch = LateLaunch()
+    engine = Engine.from_plan(captured(tiny_plan), checkpoint("moe"), launch=launch)
     engine.add(Request("a", (1, 2, 3), SamplingParams(max_tokens=20, ignore_eos=True)))
     seen = []
     while engine.num_unfinished:
         engine.step()
-        seen.append(len(executor.waiting))
+        seen.append(len(launch.waiting))
     assert seen[3:-3] == [1] * len(seen[3:-3])
-    assert executor.replays == 20  # none for nothing: the length is known beforehand
+    assert launch.replays == 20  # none for nothing: the length is known beforehand
 
 
 def test_the_middle_of_a_prompt_is_not_waited_for(checkpoint: Any) -> None:
     spec = make_spec(checkpoint("moe"), serving={"prefill_chunk": 64})
     plan = captured(compile_plan(spec, find_model(spec)))
-    engine = Engine.from_plan(plan, checkpoint("moe"), executor=LateExecutor)
-    assert isinstance(engine.executor, LateExecutor)
+    launch = LateLaunch()
+    engine = Engine.from_plan(plan, checkpoint("moe"), launch=launch)
     engine.add(Request("a", (7,) * 130, SamplingParams(max_tokens=2)))
-    seen = [(engine.step(), engine.executor.replays, engine.executor.asked) for _ in range(3)]
+    seen = [(engine.step(), launch.replays, launch.asked) for _ in range(3)]
     assert seen == [([], 1, 0), ([], 2, 0), ([], 3, 1)]
 
 
 def test_padding_leaves_state_and_pages_alone(tiny_plan: Plan, checkpoint: Any) -> None:
     plan, folder = captured(tiny_plan), checkpoint("moe")
     arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas))
-    engine = Engine(plan, Executor(plan, arenas, weights))
+    engine = Engine(plan, Executor(PlanMemory(plan, arenas, weights), ReferenceBackend(plan)))
     engine.add(Request("a", (1, 2, 3), SamplingParams(max_tokens=6, ignore_eos=True)))
     while engine.num_unfinished:
         engine.step()

@@ -28,7 +28,7 @@ def engine(tiny_plan: Plan, checkpoint: Any) -> Engine:
 
 def taken(engine: Engine) -> tuple[int, ...]:
     used = engine.usage
-    return used.waiting, used.running, used.rows, used.pages
+    return used.waiting, used.running, used.state_slots, used.pages
 
 
 def with_served(engine: Engine, work: Callable[[AsyncEngine], Coroutine[Any, Any, None]]) -> None:

@@ -65,13 +65,8 @@ def keys_of(
     """Keys and values of the layer that drafts, after one sequence, by page."""
     engine = Engine.from_plan(plan_of(folder, depths), folder, cache=False)
     (ids,) = say(engine, [prompt], most)
-    buffer = next(
-        b for b in engine.plan.pool.buffers if b.name == f"L{engine.plan.model.num_layers}.kv_cache"
-    )
-    shape = buffer.tensor.bind(0, 0)
-    return engine.executor._arenas.view(
-        buffer.arena, buffer.offset_bytes, shape, buffer.tensor.dtype
-    ).clone(), ids
+    name = f"L{engine.plan.model.num_layers}.kv_cache"
+    return engine.executor.buffer(name, 0, 0).clone(), ids
 
 
 def test_rows_that_draft_nothing_leave_their_keys(folder: Path) -> None:

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -23,13 +22,17 @@ from bundles import (
 )
 from checkpoints import KERNEL, SHORT, Kind, write_checkpoint
 from conftest import ROOT
-from torch import Tensor
 from trained import write_trained
 
-from tokenspeed_plan.plans.schema import GridDim, Launch, Program
+from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.schema import GridDim, Launch
 from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime.arenas import Arenas
+from tokenspeed_plan.runtime.backend import KernelBackend, ReferenceBackend, load_kernels
 from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.graphs import GraphExecutor
+from tokenspeed_plan.runtime.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.preflight import find_weights
+from tokenspeed_plan.runtime.weights import load_weights
 
 DEMO = ROOT / "plans/frozen/demo-cpu"
 CHUNK = 64  # of the delta rule
@@ -208,21 +211,14 @@ def test_an_altered_text_is_refused_before_it_runs(
     assert not trace.exists()
 
 
-class FullSizeExecutor(GraphExecutor):
-    """A GPU's way to bind kernels, to addresses at a program's full size, without its graphs."""
-
-    def prepare(self) -> None:
-        self._full = {}
-
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
-        Executor.run(self, program, num_tokens, num_seqs)
-
-    def fetch(self, *values: Tensor) -> Callable[[], tuple[list[int], ...]]:
-        return Executor.fetch(self, *values)
-
-
 def full_size_tokens(prompts: list[list[int]], params: SamplingParams) -> list[tuple[int, ...]]:
-    engine = Engine.load(DEMO, backend="kernels", executor=FullSizeExecutor)
+    """A GPU's way to bind kernels, to addresses at a program's full size, without its graphs."""
+    plan = load_plan(DEMO)
+    folder = find_weights(plan, DEMO, None)
+    arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas))
+    kernels, reference = load_kernels(plan, DEMO), ReferenceBackend(plan)
+    backend = KernelBackend(plan, kernels, reference, full_size=True)
+    engine = Engine(plan, Executor(PlanMemory(plan, arenas, weights), backend))
     return [tuple(done.token_ids) for done in engine.generate(prompts, params)]
 
 

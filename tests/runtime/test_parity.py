@@ -14,7 +14,9 @@ from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.arenas import Arenas
+from tokenspeed_plan.runtime.backend import ReferenceBackend
 from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.weights import load_weights
 
 LENGTHS = (1, 2, 3, 5, 63, 64, 65, 300)
@@ -29,7 +31,9 @@ def poisoned_engine(plan: Plan, folder: Path, chunk: int | None = None) -> Engin
     """An engine whose activations start as NaN: a read of what was not written shows."""
     arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas))
     arenas.poison("activations")
-    return Engine(plan, Executor(plan, arenas, weights), chunk=chunk)
+    return Engine(
+        plan, Executor(PlanMemory(plan, arenas, weights), ReferenceBackend(plan)), chunk=chunk
+    )
 
 
 def plan_of(folder: Path, **changes: Any) -> Plan:

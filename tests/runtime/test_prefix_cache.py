@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from conftest import ROOT, make_spec
 from conversations import (
-    PoisonExecutor,
     check_all_is_given_back,
     converse,
     poisoned,
     replay,
     squeezed,
 )
-from test_ahead import LateExecutor, captured
+from launches import captured
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan
@@ -62,14 +61,10 @@ def test_answers_do_not_depend_on_the_cache(
 ) -> None:
     engine = Engine.from_plan(squeezed(tiny_plan, **PRESSURES[pressure]), checkpoint("moe"))
     replay(engine, told(seed), seed, cancel=0.1)
-    check_all_is_given_back(engine._scheduler.cache)
+    check_all_is_given_back(engine.scheduler.cache)
     assert engine.metrics.hit_tokens > 2000
     assert engine.metrics.evicted_checkpoints > 100
     assert engine.metrics.preemptions or "pages" not in pressure
-
-
-class LatePoison(LateExecutor, PoisonExecutor):
-    """Both."""
 
 
 @pytest.mark.parametrize("pressure", PRESSURES)
@@ -78,9 +73,9 @@ def test_what_the_cache_holds_is_never_written(
 ) -> None:
     """Launched ahead, padded, with rubbish in all that is free."""
     plan = captured(squeezed(tiny_plan, **PRESSURES[pressure]))
-    engine = poisoned(plan, checkpoint("moe"), LatePoison)
+    engine = poisoned(plan, checkpoint("moe"), late=True)
     replay(engine, told(0)[:12], 1, cancel=0.1)
-    check_all_is_given_back(engine._scheduler.cache)
+    check_all_is_given_back(engine.scheduler.cache)
 
 
 def test_the_demo_model_says_the_same_with_and_without() -> None:
@@ -95,7 +90,7 @@ def test_the_demo_model_says_the_same_with_and_without() -> None:
         squeezed(plan, num_pages=30, num_checkpoints=4, checkpoint_interval=32), folder
     )
     replay(engine, told, 5, cancel=0.05)
-    check_all_is_given_back(engine._scheduler.cache)
+    check_all_is_given_back(engine.scheduler.cache)
     assert engine.metrics.hit_tokens > 200
 
 

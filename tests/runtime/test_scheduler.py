@@ -1,4 +1,4 @@
-"""Scheduler and cache by themselves: thousands of random operations, every page and row counted, nobody starved."""
+"""Scheduler and cache by themselves: thousands of random operations, every page and state slot counted, nobody starved."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from conversations import check_all_is_given_back, squeezed
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from launches import captured
 from symbolic import SymbolicExecutor, after, answer
-from test_ahead import captured
 from test_speculation import plan_of
 
 from tokenspeed_plan.plans.schema import Plan
@@ -48,16 +48,15 @@ def small(plan: Plan, **limits: int) -> Plan:
 
 
 def holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
-    """Pages and rows as often as running sequences and the tree hold them."""
-    scheduler = engine._scheduler
-    nodes = list(scheduler.cache._index.values())
-    nodes += [tail for node in (*nodes, scheduler.cache.root) for tail in node.tails]
+    """Pages and state slots as often as running sequences and the tree hold them."""
+    nodes = engine.scheduler.cache.nodes()
     pages = Counter(node.page for node in nodes)
-    rows = Counter(node.row for node in nodes if node.row)
-    for sequence in scheduler._running:
+    state_slots = Counter(node.state_slot for node in nodes if node.state_slot)
+    for sequence in engine.scheduler.running:
         pages.update(sequence.pages)
-        rows.update([*sequence.dst_state_slots, *([sequence.row] if sequence.row else [])])
-    return pages, rows
+        state_slots.update(sequence.own_slots)
+        state_slots.update([sequence.state_slot] if sequence.state_slot else [])
+    return pages, state_slots
 
 
 class Machine(RuleBasedStateMachine):
@@ -105,7 +104,7 @@ class Machine(RuleBasedStateMachine):
         name = str(len(self.sequences))
         params = SamplingParams(max_tokens=most, ignore_eos=True, num_logprobs=logprobs)
         self.engine.add(Request(name, prompt, params))
-        self.sequences[name] = self.engine._scheduler._waiting[-1]
+        self.sequences[name] = self.engine.scheduler.waiting[-1]
 
     @rule(count=st.integers(1, 12))
     def step(self, count: int) -> None:
@@ -119,9 +118,9 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1 << 16))
     def cancel(self, which: int) -> None:
         if self.sequences:
-            sequence = self.sequences[sorted(self.sequences)[which % len(self.sequences)]]
-            self.engine._scheduler.cancel(sequence)
-            assert sequence.state in ("cancelled", "finished")
+            name = sorted(self.sequences)[which % len(self.sequences)]
+            self.engine.cancel(name)
+            assert self.sequences[name].state in ("cancelled", "finished")
 
     def check_answer(self, done: Completion) -> None:
         request = self.sequences[done.request_id].request
@@ -136,7 +135,7 @@ class Machine(RuleBasedStateMachine):
             return
         first = min(left, key=lambda s: s.number)
         progress = first.num_computed + len(first.token_ids)
-        running = {s.number for s in self.engine._scheduler._running}
+        running = {s.number for s in self.engine.scheduler.running}
         same = (first.request.request_id, progress) == (self.oldest, self.progress)
         self.stuck = self.stuck + 1 if same and (first.is_running or not running) else 0
         assert self.stuck <= PATIENCE, f"request {self.oldest} does not go on"
@@ -149,16 +148,17 @@ class Machine(RuleBasedStateMachine):
     def all_is_accounted_for(self) -> None:
         if not hasattr(self, "engine"):
             return
-        cache = self.engine._scheduler.cache
-        for pool, held in zip((cache.pages, cache.rows), holders(self.engine), strict=True):
-            assert {place: count for place, count in pool._holders.items() if count} == dict(held)
-            assert sorted([*pool._free, *held]) == sorted(pool._holders)
+        cache = self.engine.scheduler.cache
+        both = (cache.pages, cache.state_slots)
+        for slots, held in zip(both, holders(self.engine), strict=True):
+            assert {slot: slots.holders(slot) for slot in slots if slots.holders(slot)} == held
+            assert sorted([*slots.free, *held]) == sorted(slots)
 
     @invariant()
     def what_is_cached_is_right(self) -> None:
         if not hasattr(self, "engine"):
             return
-        cache, executor = self.engine._scheduler.cache, self.engine.executor
+        cache, executor = self.engine.scheduler.cache, self.engine.executor
         assert isinstance(executor, SymbolicExecutor)
         stack = [(cache.root, 0)]
         while stack:
@@ -166,7 +166,7 @@ class Machine(RuleBasedStateMachine):
             for place, token in enumerate(node.token_ids):
                 assert executor.keys[node.page, place] == (value, token)
                 value = after(value, token)
-            assert not node.row or executor.state[node.row] == value
+            assert not node.state_slot or executor.state[node.state_slot] == value
             stack += [(child, value) for child in (*node.children.values(), *node.tails)]
 
     def teardown(self) -> None:
@@ -174,10 +174,10 @@ class Machine(RuleBasedStateMachine):
             return
         for _ in range(200 * len(self.sequences)):
             self.step(1)
-            if not (self.engine.num_unfinished or self.engine._flying):
+            if not (self.engine.num_unfinished or self.engine.has_step_in_flight):
                 break
         assert {s.state for s in self.sequences.values()} <= {"finished", "cancelled"}
-        check_all_is_given_back(self.engine._scheduler.cache)
+        check_all_is_given_back(self.engine.scheduler.cache)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_digest_that_collides_changes_no_answer(
     ]  # all first pages have one name
     done = engine.generate(prompts * 2, SamplingParams(max_tokens=5, ignore_eos=True))
     assert [d.token_ids for d in done] == [answer(prompt, 5) for prompt in prompts * 2]
-    check_all_is_given_back(engine._scheduler.cache)
+    check_all_is_given_back(engine.scheduler.cache)
 
 
 def asked(name: str, prompt: tuple[int, ...], most: int) -> Request:
@@ -237,7 +237,7 @@ def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, tiny_plan: Plan) -
     assert all(done.token_ids == answer((int(done.request_id), 1, 2), 40) for done in ended)
     assert engine.metrics.preemptions >= 3
     assert engine.metrics.computed_tokens < 4 * 3 + 3 * 40  # a preempted one does not begin anew
-    check_all_is_given_back(engine._scheduler.cache)
+    check_all_is_given_back(engine.scheduler.cache)
 
 
 def steps_until(engine: Engine, name: str, flood: Iterator[Request]) -> int:
@@ -291,10 +291,10 @@ def test_prompts_between_decode_steps_are_cut_as_planned(tiny_plan: Plan) -> Non
     engine.step()
     engine.add(asked("prefills", tuple(range(50)), 1))
     seen = []
-    while engine._scheduler.num_unfinished == 2:
+    while engine.num_unfinished == 2:
         engine.step()
-        assert engine._last is not None
-        seen.append((engine._last.program.phase, engine._last.num_tokens))
+        assert engine.last_batch is not None
+        seen.append((engine.last_batch.program.phase, engine.last_batch.num_tokens))
     assert {tokens for phase, tokens in seen if phase == "prefill"} <= {2, 4}
     phases = [phase for phase, _ in seen]
     assert "prefill prefill" not in " ".join(phases)
@@ -320,7 +320,7 @@ def watch(engine: Engine, requests: list[Request]) -> Iterator[set[int]]:
         for done in engine.step():
             prompt = next(r for r in requests if r.request_id == done.request_id).prompt_ids
             assert done.token_ids == answer(prompt, len(done.token_ids))
-        yield {page for sequence in engine._scheduler._running for page in sequence.pages}
+        yield {page for sequence in engine.scheduler.running for page in sequence.pages}
 
 
 def test_the_next_turn_goes_on_where_the_last_one_ended(tiny_plan: Plan) -> None:

@@ -16,14 +16,13 @@ from checkpoints import KINDS
 from click.testing import CliRunner
 from conftest import ROOT, make_spec
 from conversations import (
-    PoisonExecutor,
     check_all_is_given_back,
     converse,
     poisoned,
     replay,
     squeezed,
 )
-from test_ahead import LateExecutor, captured
+from launches import LateLaunch, captured
 from torch import Tensor
 from trained import Round, Twin, write_trained
 
@@ -32,7 +31,8 @@ from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.spec import load_spec
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
-from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.launch import EagerLaunch
 from tokenspeed_plan.runtime.reference import speculation
 from tokenspeed_plan.runtime.reference.sampling import filtered, sample
 
@@ -80,20 +80,23 @@ def say(
     return [item.token_ids for item in done]
 
 
-class Tracer(Executor):
-    """Notes for each decode step the rows, how many drafts were right, and the rows of state before and after."""
+class TracingLaunch(EagerLaunch):
+    """Notes for each decode step the drafts, and how many of them were accepted."""
 
-    def prepare(self) -> None:
+    def __init__(self) -> None:
         self.rounds: list[tuple[Round, ...]] = []
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
-        rows = self.buffer("token_ids", num_tokens, num_seqs).clone()
-        super().run(program, num_tokens, num_seqs)
+    def run(
+        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+    ) -> None:
+        memory = programs.memory
+        token_ids = memory.buffer("token_ids", num_tokens, num_seqs).clone()
+        super().run(programs, program, num_tokens, num_seqs)
         if program.phase == "decode":
-            right = self.buffer("accepted", num_tokens, num_seqs).tolist()
-            drafts = rows.view(num_seqs, -1)[:, 1:].tolist()
+            accepted = memory.buffer("accepted", num_tokens, num_seqs).tolist()
+            drafts = token_ids.view(num_seqs, -1)[:, 1:].tolist()
             self.rounds.append(
-                tuple(Round(tuple(d), n) for d, n in zip(drafts, right, strict=True))
+                tuple(Round(tuple(d), n) for d, n in zip(drafts, accepted, strict=True))
             )
 
 
@@ -106,12 +109,12 @@ def test_trained_checkpoints_say_the_same(
 ) -> None:
     """In a batch of mixed lengths, greedy and sampled: the same ids in fewer steps, every number of drafts accepted."""
     folder = trained(kind)
-    plain, fast = engine_of(folder, 0), engine_of(folder, depth, rollback, executor=Tracer)
+    trace = TracingLaunch()
+    plain, fast = engine_of(folder, 0), engine_of(folder, depth, rollback, launch=trace)
     assert say(fast, most=64) == say(plain, most=64)
     hot = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
     assert say(fast, **hot) == say(plain, **hot) != say(plain)
-    assert isinstance(fast.executor, Tracer)
-    accepted = Counter(found.accepted for step in fast.executor.rounds for found in step)
+    accepted = Counter(found.accepted for step in trace.rounds for found in step)
     assert set(accepted) == set(range(depth + 1))
     assert fast.metrics.tokens_per_pass > 1.3
     assert fast.metrics.copied_bytes == 0
@@ -136,15 +139,12 @@ def test_drafts_of_a_part_of_the_vocabulary(kind: str, trained: Any, checkpoint:
     wanted = say(engine_of(folder, 0), most=48)
     for part in (64, 300):
         spec = make_spec(folder, speculation={"depth": 3, "draft_vocab": part})
-        engine = Engine.from_plan(compile_plan(spec, find_model(spec)), folder, executor=Tracer)
+        trace = TracingLaunch()
+        engine = Engine.from_plan(compile_plan(spec, find_model(spec)), folder, launch=trace)
         assert say(engine, most=48) == wanted
-        assert isinstance(engine.executor, Tracer)
         # A sequence's first rows after a prefill are padding where it has no drafts: 0.
         assert (
-            max(
-                draft for step in engine.executor.rounds for found in step for draft in found.drafts
-            )
-            < part
+            max(draft for step in trace.rounds for found in step for draft in found.drafts) < part
         )
         if kind == "moe":
             assert engine.metrics.tokens_per_pass > 1.05
@@ -175,10 +175,10 @@ def test_rounds_are_those_of_the_twin(kind: str, trained: Any) -> None:
     twin = Twin(folder, KINDS[kind])
     for prompt, depth in (([3, 4, 5], 3), (list(range(70)), 2), ([7, 300, 20, 11], 5)):
         ids, rounds = twin.rounds(prompt, 40, depth)
-        engine = engine_of(folder, depth, executor=Tracer, chunk=32)
+        trace = TracingLaunch()
+        engine = engine_of(folder, depth, launch=trace, chunk=32)
         assert say(engine, [prompt], 40) == [tuple(ids)]
-        assert isinstance(engine.executor, Tracer)
-        found = [step[0] for step in engine.executor.rounds]
+        found = [step[0] for step in trace.rounds]
         assert found[:-1] == rounds[:-1]  # the last one may be cut at the end
         assert found[-1].drafts == rounds[-1].drafts
         assert len({made.accepted for made in rounds}) > 2
@@ -197,13 +197,11 @@ def test_conversations_through_the_cache(
     plan = squeezed(
         plan_of(folder, 1 + 2 * seed, rollback), num_pages=24, num_checkpoints=6, max_seqs=6
     )
-    engine = poisoned(
-        captured(plan) if ahead else plan, folder, LatePoison if ahead else PoisonExecutor
-    )
+    engine = poisoned(captured(plan) if ahead else plan, folder, late=ahead)
     replay(engine, told, seed, cancel=0.05)
     assert engine.metrics.hit_tokens
     assert engine.metrics.tokens_per_pass > 1.02
-    check_all_is_given_back(engine._scheduler.cache)
+    check_all_is_given_back(engine.scheduler.cache)
 
 
 @pytest.mark.parametrize("rollback", ROLLBACKS)
@@ -212,18 +210,12 @@ def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, rollback: str, tra
     """Prompts in chunks, then answers of six pages each, in sixteen; the tiny page table's end is reached too."""
     folder = trained("moe")
     plan = squeezed(plan_of(folder, 4, rollback), num_pages=16, num_checkpoints=4, max_seqs=4)
-    engine = poisoned(
-        captured(plan) if ahead else plan, folder, LatePoison if ahead else PoisonExecutor, chunk=16
-    )
+    engine = poisoned(captured(plan) if ahead else plan, folder, late=ahead, chunk=16)
     prompts = [[index, *range(20)] for index in range(5)]
     assert say(engine, prompts, 64) == say(engine_of(folder, 0), prompts, 64)
     assert engine.metrics.preemptions
     assert engine.metrics.tokens_per_pass > 1.3
-    check_all_is_given_back(engine._scheduler.cache)
-
-
-class LatePoison(LateExecutor, PoisonExecutor):
-    """Both."""
+    check_all_is_given_back(engine.scheduler.cache)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +241,7 @@ def test_ends_in_the_middle_of_a_run(ahead: bool, rollback: str, trained: Any) -
         found = [engine.generate(PROMPTS[:1], params)[0] for engine in (plain, fast)]
         want, got = ((d.token_ids, d.text, d.finish_reason) for d in found)
         assert got == want, (index, changes)
-    check_all_is_given_back(fast._scheduler.cache)
+    check_all_is_given_back(fast.scheduler.cache)
 
 
 @pytest.mark.parametrize("rollback", ROLLBACKS)
@@ -303,7 +295,7 @@ def test_a_checkpoint_that_is_gone_is_not_kept(rollback: str, trained: Any) -> N
         turn = [*PROMPTS[0], *first.token_ids, 9, 8]
         assert say(fast, [turn], 12) == say(plain, [turn], 12)
     assert (fast.metrics.lost_checkpoints > 0) == (rollback == "snapshot")
-    check_all_is_given_back(fast._scheduler.cache)
+    check_all_is_given_back(fast.scheduler.cache)
 
 
 def test_each_token_is_told_with_its_logprobs(trained: Any) -> None:
@@ -344,7 +336,7 @@ def test_a_request_that_is_cancelled_while_it_is_told(trained: Any) -> None:
     while engine.num_unfinished:
         assert engine.step() == []
     assert seen == list(say(engine_of(trained("moe"), 0), PROMPTS[:1], 9)[0])
-    check_all_is_given_back(engine._scheduler.cache)
+    check_all_is_given_back(engine.scheduler.cache)
 
 
 def test_batch_files(trained: Any, tmp_path: Path) -> None:
@@ -582,7 +574,7 @@ def test_random_requests_at_random_moments(trained: Any) -> None:
     ]
     found = []
     for plan in plans:
-        engine = Engine.from_plan(plan, folder, executor=LateExecutor)
+        engine = Engine.from_plan(plan, folder, launch=LateLaunch())
         left, done = list(asked), {}
         while left or engine.num_unfinished:
             for _ in range(min(rng.choice((0, 0, 1, 3)), len(left))):

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ahead import LateExecutor, captured
+from launches import LateLaunch, captured
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
@@ -130,14 +130,14 @@ def test_a_stream_says_what_generate_says(seed: int, engine: Engine) -> None:
 def test_a_stream_that_is_closed_is_cancelled(engine: Engine) -> None:
     deltas = engine.stream([1, 2, 3], SamplingParams(max_tokens=40, ignore_eos=True))
     next(deltas)
-    assert engine.usage.running == 1 and engine.usage.rows == 2 and engine.usage.pages > 0
+    assert engine.usage.running == 1 and engine.usage.state_slots == 2 and engine.usage.pages > 0
     deltas.close()
     assert taken(engine) == (0, 0, 0, 0) and engine.on_token is None
 
 
 def taken(engine: Engine) -> tuple[int, ...]:
     used = engine.usage
-    return used.waiting, used.running, used.rows, used.pages
+    return used.waiting, used.running, used.state_slots, used.pages
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["plain", "ahead"])
@@ -153,7 +153,7 @@ def test_cancelling_disturbs_nobody(
         done.token_ids for done in Engine.from_plan(tiny_plan, folder).generate(prompts, params)
     ]
     engine = (
-        Engine.from_plan(captured(tiny_plan), folder, executor=LateExecutor)
+        Engine.from_plan(captured(tiny_plan), folder, launch=LateLaunch())
         if ahead
         else Engine.from_plan(tiny_plan, folder)
     )

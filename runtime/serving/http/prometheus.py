@@ -69,7 +69,7 @@ class Metrics:
             (
                 "state_rows_used",
                 "Rows of recurrent state that requests hold",
-                lambda: engine.usage.rows,
+                lambda: engine.usage.state_slots,
             ),
             (
                 "state_rows",

@@ -1,0 +1,207 @@
+"""The steps of an engine: schedule a batch, launch it, and commit what it computed.
+
+A captured program is launched ahead: while one step is in flight, the next is launched, and only
+then are the outputs of the first read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokenspeed_plan.runtime.batch import Batch
+from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.inputs import fill_inputs, input_values
+from tokenspeed_plan.runtime.launch import HostValues
+from tokenspeed_plan.runtime.metrics import Metrics
+from tokenspeed_plan.runtime.output import OutputProcessor, StepOutput, host_outputs, step_output
+from tokenspeed_plan.runtime.request import Completion, NewToken
+from tokenspeed_plan.runtime.scheduler import Scheduler
+from tokenspeed_plan.runtime.sequence import Sequence
+
+OnToken = Callable[[NewToken], object]
+
+
+@dataclass(frozen=True, slots=True)
+class InFlightBatch:
+    """A batch that was launched.
+
+    `outputs` waits for its tokens, how many drafts were accepted, and new drafts. It is None in the
+    middle of a prompt, so that the next step is prepared while this one is computed.
+    """
+
+    batch: Batch
+    outputs: HostValues | None
+    logits: Tensor
+
+
+class StepLoop:
+    """Launches and commits the batches of a scheduler.
+
+    Attributes:
+        sequences: the requests that are not finished, by their id.
+        in_flight: the batch that was launched and is not committed.
+        last_batch: the batch that was launched last.
+    """
+
+    def __init__(self, executor: Executor, scheduler: Scheduler, outputs: OutputProcessor) -> None:
+        self.sequences: dict[str, Sequence] = {}
+        self.in_flight: InFlightBatch | None = None
+        self.last_batch: Batch | None = None
+        self._executor = executor
+        self._scheduler = scheduler
+        self._outputs = outputs
+        self._limits = scheduler.limits
+        self._waited_s = 0.0
+
+    @property
+    def metrics(self) -> Metrics:
+        """The counters of the scheduler."""
+        return self._scheduler.metrics
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self.sequences[sequence.request.request_id] = sequence
+        self._scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request that waits or runs; False where there is none."""
+        sequence = self.sequences.pop(request_id, None)
+        if sequence is None:
+            return False
+        sequence.finish_reason = "cancelled"  # what is in flight for it is thrown away
+        self._scheduler.cancel(sequence)
+        return True
+
+    def step(self, on_token: OnToken | None) -> list[Completion]:
+        """Launch a batch, and commit the one before it; returns the requests that are finished now."""
+        begun = time.perf_counter()
+        self._waited_s = 0.0
+        finished = self._step(on_token)
+        self.metrics.host_s += time.perf_counter() - begun - self._waited_s
+        return finished
+
+    def _step(self, on_token: OnToken | None) -> list[Completion]:
+        finished: list[Completion] = []
+        if self.in_flight is not None:
+            in_flight = self.in_flight
+            overlapped = self._scheduler.next_overlapped_batch(in_flight.batch)
+            self.in_flight = self._launch(overlapped) if overlapped else None
+            finished = self._commit(in_flight, on_token)
+            if finished or overlapped:
+                return finished
+        batch = self._scheduler.schedule()
+        if batch is not None:
+            launched = self._launch(batch)
+            if batch.program.captured:
+                self.in_flight = launched
+            else:
+                finished = self._commit(launched, on_token)
+        return finished
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Time in a replay, or waiting for its tokens, is no work of the host."""
+        begun = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - begun
+
+    def _launch(self, batch: Batch) -> InFlightBatch:
+        """Start a replay; where it follows the last one, its inputs are on the device already."""
+
+        def buffer(name: str) -> Tensor:
+            return self._executor.buffer(name, batch.run_tokens, batch.run_seqs)
+
+        self._copy_pages(batch)
+        if not batch.follows(self.last_batch):
+            values = input_values(batch, self._limits)
+            with self._waiting():
+                fill_inputs(batch, values, buffer, self._limits)
+        self.last_batch = batch
+        with self._waiting():
+            self._executor.run(batch.program, batch.run_tokens, batch.run_seqs)
+        outputs = None
+        if not batch.has_no_output:
+            outputs = self._executor.copy_to_host(*map(buffer, host_outputs(batch.program)))
+        return InFlightBatch(batch, outputs, buffer(batch.program.logits))
+
+    def _copy_pages(self, batch: Batch) -> None:
+        """Give a sequence its own copy of a page that it shares and goes on inside."""
+        for sequence in batch.sequences:
+            if sequence.copy_from is not None:
+                page = sequence.pages[sequence.num_computed // self._limits.page_size]
+                self.metrics.copied_bytes += self._executor.copy_page(sequence.copy_from, page)
+
+    def _commit(self, in_flight: InFlightBatch, on_token: OnToken | None) -> list[Completion]:
+        """Take over what was computed; finish what is done."""
+        batch, finished = in_flight.batch, list[Completion]()
+        self.metrics.steps += 1
+        self.metrics.decode_steps += batch.program.phase == "decode"
+        if in_flight.outputs is None:
+            self._advance(batch)
+            return finished
+        with self._waiting():
+            outputs = in_flight.outputs()
+        now = time.perf_counter()
+        for index, sequence in enumerate(batch.sequences):
+            if not sequence.is_running:
+                continue  # it had ended before this step was launched, which nobody knew
+            output = step_output(batch.program, outputs, in_flight.logits, index)
+            new_tokens = self._commit_sequence(sequence, output, batch, index)
+            if new_tokens:
+                sequence.note_token(now)
+            if sequence.finish_reason:
+                all_taken = len(new_tokens) == len(output.token_ids)
+                finished.append(self._finish(sequence, batch, all_taken))
+            self._emit(sequence, new_tokens, on_token)
+        return finished
+
+    def _advance(self, batch: Batch) -> None:
+        """Advance in all prompts of a batch."""
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            if sequence.is_running:
+                sequence.drafts = []
+                self._scheduler.advance(sequence, count)
+
+    def _commit_sequence(
+        self, sequence: Sequence, output: StepOutput, batch: Batch, index: int
+    ) -> list[NewToken]:
+        """Bring a sequence to where the replay has left it, or to its end before that."""
+        sequence.drafts = output.drafts
+        if batch.program.phase == "prefill":
+            self._scheduler.advance(sequence, batch.counts[index])
+            if sequence.num_left:
+                return []
+            return self._outputs.append_tokens(sequence, output)
+        new_tokens = self._outputs.append_tokens(sequence, output)
+        self._scheduler.advance(sequence, len(new_tokens))
+        self.metrics.decode_passes += 1
+        self.metrics.decode_tokens += len(new_tokens)
+        return new_tokens
+
+    def _finish(self, sequence: Sequence, batch: Batch, all_taken: bool) -> Completion:
+        """End a sequence; `all_taken`: all tokens that the step computed for it belong to it.
+
+        If it ends before the step's last token, a step that was launched since has written over the
+        state at its end; the inputs that a plan keeps are still there.
+        """
+        has_state = all_taken or bool(self._limits.kept_inputs) or self.last_batch is batch
+        self._scheduler.finish(sequence, has_state)
+        del self.sequences[sequence.request.request_id]
+        return self._outputs.completion(sequence)
+
+    def _emit(
+        self, sequence: Sequence, new_tokens: list[NewToken], on_token: OnToken | None
+    ) -> None:
+        """Pass on each token but the last of all, which comes with the completion; the callback may cancel."""
+        if on_token is None:
+            return
+        has_ended = sequence.state == "finished"
+        emitted = new_tokens[:-1] if has_ended else new_tokens
+        for new_token in emitted:
+            if has_ended or sequence.is_running:
+                on_token(new_token)

@@ -1,0 +1,49 @@
+"""Plans as for a GPU, and a launch that hands out its outputs as late as one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.runtime.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.launch import EagerLaunch, HostValues, Launch
+
+
+def captured(plan: Plan) -> Plan:
+    """The plan as it would be for a GPU: decode programs of a fixed size, launched ahead."""
+    programs = tuple(
+        p.model_copy(update={"captured": p.phase == "decode"}) for p in plan.pool.programs
+    )
+    return plan.with_pool(programs=programs)
+
+
+class LateLaunch:
+    """Outputs are read at once, but handed out only when asked for, and only in order: as from a GPU."""
+
+    def __init__(self, inner: Launch | None = None) -> None:
+        self.replays = 0
+        self.asked = 0
+        self.waiting: list[int] = []
+        self._inner = inner or EagerLaunch()
+
+    def prepare(self, programs: BoundPrograms) -> None:
+        self._inner.prepare(programs)
+
+    def run(
+        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+    ) -> None:
+        full_size = (program.max_tokens, program.max_seqs)
+        assert not program.captured or (num_tokens, num_seqs) == full_size
+        self.replays += 1
+        self._inner.run(programs, program, num_tokens, num_seqs)
+
+    def copy_to_host(self, *values: Tensor) -> HostValues:
+        found, number = self._inner.copy_to_host(*values)(), self.replays
+        self.asked += 1
+        self.waiting.append(number)
+
+        def wait() -> tuple[list[int], ...]:
+            assert self.waiting.pop(0) == number
+            return found
+
+        return wait
