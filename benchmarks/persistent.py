@@ -4,8 +4,8 @@
 
 DIR is a bundle of Qwen3.5-35B-A3B for one GPU, planned with `speculation: off`. In the decode
 program of one sequence the router, the experts' way up and their way down of every layer are
-exchanged for one kernel, all of whose programs are on the machine at once and which meet twice on a
-counter in memory. Weights that are known before a meeting are in registers by then. Both programs
+exchanged for one kernel, all of whose programs are on the machine at once and which wait for each other twice at a
+counter in memory. Weights that are known before a barrier are in registers by then. Both programs
 are captured and replayed in turns; the results of a layer are compared first.
 """
 
@@ -39,7 +39,7 @@ BLOCK = ("norm_linear", "moe_up", "moe_down_add")
 
 
 @triton.jit
-def _meet(counter, count: tl.constexpr):
+def _barrier(counter, count: tl.constexpr):
     """Wait until all programs are here; the counter never goes back, so that no launch has to clear it."""
     tl.debug_barrier()
     mine = tl.atomic_add(counter, 1, sem="acq_rel")
@@ -109,7 +109,7 @@ def moe_block(
         else:
             tl.store(gate_1, logit)
     x = (x * scale).to(tl.bfloat16).to(tl.float32)
-    _meet(counter, PROGRAMS)
+    _barrier(counter, PROGRAMS)
 
     experts, scores = _best(logits_E, EXPERTS, TOP_K)
     blocks: tl.constexpr = INNER // UP
@@ -132,15 +132,15 @@ def moe_block(
     i = tl.arange(0, INNER)
     m = p * DOWN + tl.arange(0, DOWN)
     ok = (m < H)[:, None]
-    place = m[:, None] * INNER + i[None, :]
-    shared_w = tl.load(shared_down_HI + place, mask=ok, other=0.0)
-    early = ()
+    offsets = m[:, None] * INNER + i[None, :]
+    shared_w = tl.load(shared_down_HI + offsets, mask=ok, other=0.0)
+    prefetched = ()
     for j in tl.static_range(TOP_K):
         weight = tl.load(
-            down_EHI + experts[j].to(tl.int64) * (H * INNER) + place, mask=ok, other=0.0
+            down_EHI + experts[j].to(tl.int64) * (H * INNER) + offsets, mask=ok, other=0.0
         )
-        early = early + (weight,)  # noqa: RUF005 - Triton
-    _meet(counter, PROGRAMS)
+        prefetched = prefetched + (weight,)  # noqa: RUF005 - Triton
+    _barrier(counter, PROGRAMS)
 
     total = 0.0
     for j in tl.static_range(TOP_K):
@@ -150,7 +150,7 @@ def moe_block(
         h = tl.load(h_KI + j * INNER + i, cache_modifier=".cg").to(tl.float32) * (
             tl.exp(scores[j] - scores[0]) / total
         )
-        acc += early[j].to(tl.float32) * h[None, :]
+        acc += prefetched[j].to(tl.float32) * h[None, :]
     gate = tl.sigmoid(tl.load(gate_1, cache_modifier=".cg").to(tl.float32))
     acc += (
         shared_w.to(tl.float32)

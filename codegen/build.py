@@ -1,8 +1,8 @@
 """Compile kernels ahead of time, for a GPU that need not be there.
 
-Each kernel is compiled in a worker process with line information off and floating-point contraction
-pinned, from a text without a path, so that the bytes depend on nothing but text, options,
-architecture and Triton. Results are kept by content; a damaged entry is made again.
+Each kernel is compiled in a worker process, without line information, with floating-point
+contraction pinned, and from a text without a path: its bytes depend on nothing but text, options,
+architecture and Triton. Results are cached by content; a damaged entry is compiled again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tokenspeed_plan.plans.canon import canonical, sha256
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.kernel_file import load_function
 from tokenspeed_plan.plans.schema import KernelSpec
-from tokenspeed_plan.plans.types import DType
+from tokenspeed_plan.plans.types import WARP_SIZE, DType
 
 CACHE_VERSION = 3
 POINTERS: dict[DType, str] = {
@@ -35,15 +35,14 @@ POINTERS: dict[DType, str] = {
     "i32": "*i32",
     "i64": "*i64",
 }
-WARP_SIZE = 32
-# What Triton, LLVM and ptxas read from the environment. It is in no key, so it may not change a
-# result.
+# Prefixes of variables that Triton, LLVM and ptxas read. No cache key holds them, so workers unset
+# them.
 SWITCHES = ("TRITON_", "MLIR_", "LLVM_", "DISABLE_", "NVPTX_", "PTXAS_", "USE_IR_LOC", "ALLOW_LHS_")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A kernel to compile, and for what."""
+    """A kernel to compile for the compute capability `sm`."""
 
     kernel: KernelSpec
     source: str
@@ -51,10 +50,10 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Digest of all that the result depends on."""
+        """Digest of everything that the result depends on."""
         launch = self.kernel.launch
         assert launch is not None
-        facts = (
+        inputs = (
             CACHE_VERSION,
             compiler_name(),
             self.sm,
@@ -63,12 +62,21 @@ class Job:
             launch.num_warps,
             launch.num_stages,
         )
-        return sha256(canonical(facts))
+        return sha256(canonical(inputs))
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What came of it, or `error`: registers a thread, bytes of stack (all of it spills) and of shared memory."""
+    """The result of a compilation, or its `error`.
+
+    Attributes:
+        cubin: the binary.
+        ptx: its text.
+        registers: of a thread.
+        spill_bytes: stack of a thread; all of it is spilled registers.
+        shared_bytes: shared memory of a program.
+        error: what went wrong, or empty.
+    """
 
     cubin: bytes = b""
     ptx: str = ""
@@ -114,8 +122,13 @@ def compile_all(jobs: Iterable[Job], cache: Path) -> dict[str, Compiled]:
         SpecError: a worker died.
     """
     todo = {job.key: job for job in jobs}
-    done = {key: found for key in todo if (found := _recall(cache, key)) is not None}
-    missing = [job for key, job in todo.items() if key not in done]
+    done, missing = {}, []
+    for key, job in todo.items():
+        cached = _recall(cache, key)
+        if cached is None:
+            missing.append(job)
+        else:
+            done[key] = cached
     if missing:
         done |= _compile_missing(missing, cache)
     return done
@@ -125,16 +138,15 @@ def _compile_missing(missing: list[Job], cache: Path) -> dict[str, Compiled]:
     cache.mkdir(parents=True, exist_ok=True)
     done = {}
     workers = min(os.cpu_count() or 1, len(missing))
+    spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory(prefix="tokenspeed-") as scratch,
-        ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), _start_worker, (scratch,)
-        ) as pool,
+        ProcessPoolExecutor(workers, spawn, _start_worker, (scratch,)) as pool,
     ):
         try:
-            for job, made in zip(missing, pool.map(compile_kernel, missing), strict=True):
-                _remember(cache, job.key, made)
-                done[job.key] = made
+            for job, compiled in zip(missing, pool.map(compile_kernel, missing), strict=True):
+                _remember(cache, job.key, compiled)
+                done[job.key] = compiled
         except BrokenProcessPool as error:
             hint = "close other programs if memory is short; `--no-compile` plans without compiling"
             raise SpecError("a worker process died while it compiled kernels", hint) from error
@@ -145,11 +157,11 @@ ADDR_NO_RANDOMIZE = 0x0040000  # of personality(2)
 
 
 def _start_worker(scratch: str) -> None:
-    """Set what Triton reads when it is first imported.
+    """Prepare a worker process, before it imports Triton.
 
     `ptxas` for sm_100 (12.9) allocates registers by the addresses of its objects, so that one PTX
-    gives several cubins. Programs that a worker starts inherit its personality, and lie where they
-    always do.
+    gives several cubins. Without address space randomisation, which the programs that a worker
+    starts inherit, it gives one.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "personality"):
@@ -184,14 +196,22 @@ def compile_kernel(job: Job) -> Compiled:
         "enable_fp_fusion": True,
     }
     try:
-        made = triton.compile(source, target=GPUTarget("cuda", job.sm, WARP_SIZE), options=options)
-    except (OSError, MemoryError):  # of this machine, not of the kernel
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", job.sm, WARP_SIZE), options=options
+        )
+    except (OSError, MemoryError):  # the machine's fault, not the kernel's
         raise
     except Exception as error:
         return Compiled(error=f"{type(error).__name__}: {str(error.__cause__ or error).strip()}")
-    cubin: bytes = made.asm["cubin"]
-    registers, stack = _resources(cubin)
-    return Compiled(cubin, made.asm["ptx"], registers, stack, made.metadata.shared)
+    cubin: bytes = compiled.asm["cubin"]
+    registers, stack_bytes = _resources(cubin)
+    return Compiled(
+        cubin=cubin,
+        ptx=compiled.asm["ptx"],
+        registers=registers,
+        spill_bytes=stack_bytes,
+        shared_bytes=compiled.metadata.shared,
+    )
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -209,11 +229,14 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _recall(cache: Path, key: str) -> Compiled | None:
+    """The result that the cache holds, or None where it has none or a damaged one."""
     try:
         report = json.loads((cache / f"{key}.json").read_text())
         cubin = (cache / f"{key}.cubin").read_bytes()
         facts = report["facts"]
-        return Compiled(cubin, **facts) if report["digest"] == _digest(key, facts, cubin) else None
+        if report["digest"] != _digest(key, facts, cubin):
+            return None
+        return Compiled(cubin, **facts)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -222,13 +245,18 @@ def _digest(key: str, facts: Mapping[str, object], cubin: bytes) -> str:
     return sha256(canonical((key, facts, sha256(cubin))))
 
 
-def _remember(cache: Path, key: str, made: Compiled) -> None:
-    """The report comes last: an entry without one does not exist. A failure may be the machine's, and is forgotten."""
-    if made.error:
+def _remember(cache: Path, key: str, compiled: Compiled) -> None:
+    """Write a result to the cache, its report last: an entry without a report does not exist.
+
+    An error is not kept, since it may be the machine's.
+    """
+    if compiled.error:
         return
-    facts = {name: value for name, value in asdict(made).items() if name != "cubin"}
-    report = {"digest": _digest(key, facts, made.cubin), "facts": facts}
-    for name, data in ((f"{key}.cubin", made.cubin), (f"{key}.json", json.dumps(report).encode())):
+    facts = asdict(compiled)
+    del facts["cubin"]
+    report = {"digest": _digest(key, facts, compiled.cubin), "facts": facts}
+    files = {f"{key}.cubin": compiled.cubin, f"{key}.json": json.dumps(report).encode()}
+    for name, data in files.items():
         draft = cache / f".{name}.{os.getpid()}"
         draft.write_bytes(data)
         draft.replace(cache / name)

@@ -1,4 +1,4 @@
-"""Which rule tiles which kind of kernel, and the kernel that comes of it."""
+"""Which rule tiles which kind of kernel, and the kernels that it builds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from tokenspeed_plan.codegen.attention import attention_tiling as attention
 from tokenspeed_plan.codegen.delta_net import delta_net_tiling as delta
-from tokenspeed_plan.codegen.dense import dense_tiling as linear
+from tokenspeed_plan.codegen.dense import dense_tiling as dense
 from tokenspeed_plan.codegen.moe import moe_tiling as moe
 from tokenspeed_plan.codegen.render import render, source_digest
-from tokenspeed_plan.codegen.sampling import sampling_tiling as other
+from tokenspeed_plan.codegen.sampling import sampling_tiling as sampling
 from tokenspeed_plan.codegen.speculation import speculation_tiling as speculation
 from tokenspeed_plan.codegen.tiling import Machine, Tiling, Work
 from tokenspeed_plan.codegen.tuned import Tile
@@ -31,12 +31,13 @@ _LINEAR = (
     "linear_add",
 )
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_LINEAR, linear.linear),
-    "grouped_up": linear.grouped,
-    "grouped_down": linear.grouped,
+    **dict.fromkeys(_LINEAR, dense.linear),
+    "grouped_up": moe.grouped,
+    "grouped_down": moe.grouped,
     "qk_norm_rope_write": attention.qk_norm_rope_write,
     "k_norm_rope_write": attention.qk_norm_rope_write,
     "attention_gate": attention.attention,
+    "attention_only": attention.attention,
     "delta_recompute": delta.delta_recompute,
     "delta_step": delta.delta_step,
     "conv_qk_norm": delta.conv_qk_norm,
@@ -48,11 +49,13 @@ RULES: dict[str, Rule] = {
     "moe_down": moe.moe_down,
     "moe_down_add": moe.moe_down,
     "expert_sort": moe.expert_sort,
-    "embed": other.embed,
+    "expert_sum": moe.expert_sum,
+    "expert_sum_add": moe.expert_sum,
+    "embed": dense.embed,
     "embed_norm_concat": speculation.norm_concat,
     "norm_concat": speculation.norm_concat,
-    "sample": other.sample,
-    "advance": other.advance,
+    "sample": sampling.sample,
+    "advance": sampling.advance,
     "accept": speculation.accept,
     "select_rows": speculation.take_rows,
     "last_rows": speculation.take_rows,
@@ -61,16 +64,16 @@ RULES: dict[str, Rule] = {
     "shift_tokens": speculation.shift_tokens,
     "commit_state_len": speculation.commit_state_len,
     "advance_rows": speculation.advance_rows,
-    "add_norm": other.add_norm,
-    "rms_norm": other.add_norm,
-    "reduce_add_norm": other.add_norm,
+    "add_norm": dense.add_norm,
+    "rms_norm": dense.add_norm,
+    "reduce_add_norm": dense.add_norm,
 }
 PDL_SM = 90  # programmatic dependent launch from Hopper on
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A kernel and its text."""
+    """A kernel and its text, or None where only the reference implements it."""
 
     kernel: KernelSpec
     source: str | None
@@ -84,25 +87,29 @@ def build_kernel(
     pdl: bool,
     tile: Tile | None = None,
 ) -> list[Built]:
-    """The ways to build a kernel, best first; one without a text where only the reference can do it.
+    """The ways to build a kernel, best first.
+
+    Where only the reference implements it, there is one, without a text.
 
     Args:
         kind: what it is called.
         kernel: its tensors and parts; scratch and launch parameters are added here.
-        rows: tokens and sequences of the program.
+        rows: tokens and sequences of the program, at most.
         hardware: the target.
-        pdl: whether its neighbours are kernels too.
+        pdl: whether its neighbours are kernels too, so that it may overlap with them.
         tile: the only one to try.
     """
     tensors = tuple(param for param in kernel.tensors if param.role != "scratch")
-    plain = kernel.model_copy(update={"params": tensors})
-    work = Work(kind, plain, *rows, hardware, tile)
-    tilings = RULES[kind](work) if kind in RULES and work.dtype != "fp64" else []
+    unlaunched = kernel.model_copy(update={"params": tensors})
+    work = Work(kind, unlaunched, *rows, hardware, tile)
+    if kind not in RULES or work.dtype == "fp64":
+        return [Built(_named(kind, unlaunched), None)]
     pdl = pdl and hardware.sm >= PDL_SM
-    return [_built(work, tiling, pdl) for tiling in tilings] or [Built(_named(kind, plain), None)]
+    return [_built(work, tiling, pdl) for tiling in RULES[kind](work)]
 
 
 def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
+    prefetches = pdl and tiling.prefetches
     launch = Launch(
         template=tiling.template,
         constants=dict(tiling.constants),
@@ -110,7 +117,7 @@ def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         pdl=pdl,
-        prefetch=tiling.prefetch if pdl and tiling.prefetches else (),
+        prefetch=tiling.prefetch if prefetches else (),
         trigger_after_wait=pdl and tiling.trigger_after_wait,
         source_sha256="",
     )
@@ -120,7 +127,7 @@ def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
     )
     kernel = with_launch_params(work.kernel, scratch)
     num_rows = "num_seqs" if work.by_seqs else "num_tokens"
-    options = dict(tiling.options) | {"prefetches": pdl and tiling.prefetches, "num_rows": num_rows}
+    options = dict(tiling.options) | {"prefetches": prefetches, "num_rows": num_rows}
     text = render(work.kind, kernel, launch, options)
     launch = launch.model_copy(update={"source_sha256": source_digest(text)})
     return Built(_named(work.kind, kernel.model_copy(update={"launch": launch})), text)

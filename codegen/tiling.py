@@ -11,26 +11,34 @@ from tokenspeed_plan.plans.ops import integer, number, query_len
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
 from tokenspeed_plan.plans.types import Constant, DType, TensorSpec
 
-L2_EPS = 1e-6
-GEMV_ROWS = 2  # up to here plain arithmetic keeps up with the memory, so products are computed so
-GEMV_COLUMNS = 1024  # of a router: too few for tiles of the tensor cores, with few rows
+GEMV_ROWS = 2  # with so few rows of x, plain arithmetic keeps up with the memory
+GEMV_COLUMNS = 1024  # columns of a router: with few rows of x too few for the tensor cores
 
 
 class Machine(Protocol):
-    """What a tiling rule asks of the target: compute capability (0: a CPU) and streaming multiprocessors."""
+    """What a tiling rule asks of the target."""
 
     @property
     def sm(self) -> int:
-        """Compute capability, 90 for an H200."""
+        """Compute capability: 90 for an H200, 0 for a CPU."""
 
     @property
     def num_sms(self) -> int:
-        """Streaming multiprocessors, 0 where programs are interpreted one after the other."""
+        """Streaming multiprocessors; 0 where programs are interpreted one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A kernel to tile: its parts, its tensors, and how many rows its program has at most."""
+    """A kernel to tile.
+
+    Attributes:
+        kind: what it is called.
+        kernel: its parts and parameters.
+        num_tokens: tokens of its program, at most.
+        num_seqs: sequences of its program, at most.
+        hardware: the target.
+        forced: the only tile to try, or None.
+    """
 
     kind: str
     kernel: KernelSpec
@@ -40,43 +48,53 @@ class Work:
     forced: Tile | None = None
 
     def tiles(self, *heuristic: Tile) -> list[Tile]:
-        """The tiles to try, best first: a forced one alone, else a measured one, then those of the rule."""
+        """The tiles to try, best first: the forced one alone, or a measured one and the heuristic's."""
         if self.forced:
             return [self.forced]
         measured = find_tile(self.hardware.sm, self.key)
-        return [measured, *heuristic] if measured else list(heuristic)
+        if measured:
+            return [measured, *heuristic]
+        return list(heuristic)
 
     @property
     def key(self) -> str:
-        """What a measured tile is filed under: the kind, rows rounded up to a power of two, and the weights' shapes.
+        """What a measured tile is filed under in `tuned.yaml`.
 
-        Where several rows of a sequence are one program's, their number too.
+        The kind, rows rounded up to a power of two, queries of a sequence where there are several,
+        and the shapes of the weight matrices.
         """
-        matrices = [
-            p.tensor.shape
-            for p in self.kernel.params
-            if p.role == "weight" and len(p.tensor.shape) > 1
-        ]
-        shapes = " ".join("x".join(map(str, shape)) for shape in matrices)
-        rows = f"{up2(self.num_rows)}" + (f" by {self.query_len}" if self.query_len > 1 else "")
-        return f"{self.kind} {rows} {shapes}".strip()
+        words = [self.kind, str(up2(self.num_rows))]
+        if self.query_len > 1:
+            words.append(f"by {self.query_len}")
+        for param in self.kernel.params:
+            if param.role == "weight" and len(param.tensor.shape) > 1:
+                words.append("x".join(map(str, param.tensor.shape)))
+        return " ".join(words)
 
     @property
     def query_len(self) -> int:
-        """Rows of a sequence in a decode step, where the kernel must know."""
+        """Queries of each sequence in a decode step, where the kernel must know; else 1."""
         return max((query_len(part.attrs) for part in self.kernel.parts), default=1)
 
     @property
+    def plain_norm(self) -> bool:
+        """Whether its norm, if it has one, multiplies by w, not by 1 + w."""
+        norms = (part for part in self.kernel.parts if part.kind in ("rms_norm", "head_norm"))
+        return any(part.attrs.get("plain") for part in norms)
+
+    @property
     def by_seqs(self) -> bool:
-        """Whether what it makes has a row a sequence, not a row a token."""
+        """Whether its outputs have a row for each sequence, not for each token."""
         return any(
             p.role == "output" and p.tensor.shape[0] == "num_seqs" for p in self.kernel.params
         )
 
     @property
     def num_rows(self) -> int:
-        """Rows of what it makes, at most."""
-        return self.num_seqs if self.by_seqs else self.num_tokens
+        """Rows of its outputs, at most."""
+        if self.by_seqs:
+            return self.num_seqs
+        return self.num_tokens
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -90,19 +108,23 @@ class Work:
 
     @property
     def interpreted(self) -> bool:
-        """Whether programs run one after the other, so that a few large ones are best."""
+        """Whether programs are interpreted one after the other, so that few large ones are best."""
         return self.hardware.num_sms == 0
 
     @property
     def dtype(self) -> DType:
         """Of the activations and weights."""
-        floats = [spec.dtype for spec in self.specs.values() if spec.dtype in ("bf16", "fp64")]
-        return floats[0] if floats else "fp32"
+        for spec in self.specs.values():
+            if spec.dtype in ("bf16", "fp64"):
+                return spec.dtype
+        return "fp32"
 
     @property
     def precision(self) -> str:
-        """How products of fp32 operands are taken: exactly in an fp32 plan, in TF32 beside bf16 activations."""
-        return "ieee" if self.dtype == "fp32" else "tf32"
+        """Of products of fp32 operands: exact in an fp32 plan, TF32 beside bf16 activations."""
+        if self.dtype == "fp32":
+            return "ieee"
+        return "tf32"
 
     def has(self, kind: str) -> bool:
         """Whether it holds such a part."""
@@ -131,9 +153,18 @@ class Work:
 class Tiling:
     """One way to build a kernel.
 
-    `options` choose inside the template; programs meet in `scratch`; with `ahead` the kernel loads
-    what no other writes while its predecessor ends, and the inputs `early`: its predecessor has
-    `trigger_after_wait`, and does not make them.
+    Attributes:
+        template: the name of its template.
+        constants: values that the text bakes in, by upper-case name.
+        grid: its programs.
+        num_warps: warps of a program.
+        num_stages: loads in flight at once.
+        options: what the template chooses by.
+        scratch: buffers through which its programs exchange results, by name.
+        prefetches: whether it loads weights while the kernel before it still runs.
+        prefetch: inputs that it loads then, too; an older kernel wrote them, and is done because
+            the kernel before this one has `trigger_after_wait`.
+        trigger_after_wait: let the next kernel start only when those before this one are done.
     """
 
     template: str
@@ -148,42 +179,53 @@ class Tiling:
     trigger_after_wait: bool = False
 
 
+TRITON_DTYPES: dict[DType, str] = {"bf16": "tl.bfloat16", "fp32": "tl.float32"}
+
+
 def per_seq(width: int, dtype: DType = "fp32") -> TensorSpec:
-    """Scratch of so many elements a sequence."""
+    """Scratch of `width` elements a sequence."""
     return TensorSpec.of(shape=("num_seqs", width), dtype=dtype)
 
 
 def per_token(width: int, dtype: DType = "fp32") -> TensorSpec:
-    """Scratch of so many elements a token."""
+    """Scratch of `width` elements a token."""
     return TensorSpec.of(shape=("num_tokens", width), dtype=dtype)
 
 
-TRITON_DTYPES: dict[DType, str] = {"bf16": "tl.bfloat16", "fp32": "tl.float32"}
+def dst_slots(work: Work, name: str) -> dict[str, Constant]:
+    """State slots that a sequence may write to, where the input `name` has several of each."""
+    if len(work.specs[name].shape) == 2:
+        return {"DST_SLOTS": work.width(name)}
+    return {}
 
 
-def rows_table(work: Work, rows: str) -> dict[str, Constant]:
-    """Columns of the rows to write where each sequence has several: what leaves one state leaves it in the first."""
-    return {"TABLE": work.width(rows)} if len(work.specs[rows].shape) == 2 else {}
+def id_columns(work: Work, name: str) -> int:
+    """Columns of token ids, the last of which counts; 1 where they are a list."""
+    if len(work.specs[name].shape) == 2:
+        return work.width(name)
+    return 1
 
 
 def up2(value: int) -> int:
-    """The power of two from `value` up."""
+    """The smallest power of two that is not below `value`."""
     return 1 << max(value - 1, 0).bit_length()
 
 
 def down2(value: int) -> int:
-    """The power of two from `value` down, at least 1."""
+    """The largest power of two that is not above `value`, at least 1."""
     return 1 << (max(value, 1).bit_length() - 1)
 
 
 def fixed(count: int) -> GridDim:
-    """So many programs, always."""
+    """Always `count` programs."""
     return GridDim(fixed=count)
 
 
 def per_rows(block: int, by_seqs: bool = False) -> GridDim:
     """A program for each `block` tokens, or for each sequence."""
-    return GridDim(per_seq=1) if by_seqs else GridDim(block=block)
+    if by_seqs:
+        return GridDim(per_seq=1)
+    return GridDim(block=block)
 
 
 def blocks(size: int, block: int) -> int:

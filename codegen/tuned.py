@@ -1,4 +1,7 @@
-"""Tiles that were measured on a machine (`tools/tune.py`), by architecture and kernel; the rules come after them."""
+"""Tiles that were measured on a machine (`tools/tune.py`), by architecture and kernel.
+
+They come before the tiles of the rules.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,15 @@ TUNED = Path(__file__).parent / "tuned.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows, columns and depth of a program's tile, its warps, and how many loads run ahead."""
+    """The tile of a program.
+
+    Attributes:
+        m: rows.
+        n: columns.
+        k: depth of a product; splits a multiprocessor in decode attention.
+        num_warps: warps of the program.
+        num_stages: loads in flight at once.
+    """
 
     m: int
     n: int
@@ -28,6 +39,13 @@ def _table() -> dict[str, dict[str, list[int]]]:
 
 
 def find_tile(sm: int, key: str) -> Tile | None:
-    """The measured tile of a kernel on an architecture."""
-    found = _table().get(f"sm_{sm}", {}).get(key)
-    return Tile(*found) if found else None
+    """The measured tile of a kernel on an architecture, or None.
+
+    Args:
+        sm: compute capability, 90 for an H200.
+        key: `Work.key` of the kernel.
+    """
+    architecture = _table().get(f"sm_{sm}", {})
+    if key not in architecture:
+        return None
+    return Tile(*architecture[key])

@@ -18,8 +18,9 @@ from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.models import checkpoint
+from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import ModelConfig, load_model_config, load_preset
-from tokenspeed_plan.planner.models.qwen3_5 import BuildContext, build
+from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.grammar import check
 from tokenspeed_plan.planner.passes.limits import (
@@ -61,11 +62,12 @@ class Model:
     def fused_experts(self, prefix: str) -> bool:
         """Whether the experts under a prefix are one tensor.
 
-        Published BF16 files split only the experts of the MTP layer.
+        Published files always split those of the MTP layer.
         """
         if self.headers:
             return f"{prefix}gate_up_proj" in self.headers
-        return not prefix.startswith("mtp.")
+        moe = self.config.moe
+        return moe is not None and moe.fused and not prefix.startswith("mtp.")
 
 
 def find_model(spec: Spec, near: Path | None = None) -> Model:
@@ -85,7 +87,7 @@ def find_model(spec: Spec, near: Path | None = None) -> Model:
             "`model.path` names a Hugging Face model folder",
         )
     headers = checkpoint.read_headers(folder)
-    config = load_model_config(folder)
+    config = load_model_config(folder, headers)
     return Model(config, spec.model.path, folder, checkpoint.file_digests(folder), headers)
 
 
@@ -243,7 +245,7 @@ def plan_parts(
     }
     limits = plan_limits(capacity, _tpot_ms(spec), predicted_us)
     record_streams(ledger, [program.graph for program in programs])
-    record_cache(ledger, limits, _tpot_ms(spec))
+    record_cache(ledger, limits, _tpot_ms(spec), model.config.has_state)
     return Parts(
         spec,
         _facts(model, dtype),

@@ -23,6 +23,8 @@ ALIGNMENT_BYTES = 256  # of every buffer and weight in its arena
 
 Phase = Literal["prefill", "decode"]
 
+WARP_SIZE = 32  # threads
+
 SymbolicDim = Literal["num_tokens", "num_seqs", "num_seqs+1"]
 Dim = int | SymbolicDim
 

@@ -20,10 +20,10 @@ from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_abi import bind_launch
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import Binary, KernelSpec, Plan
+from tokenspeed_plan.plans.types import WARP_SIZE
 from tokenspeed_plan.runtime.collectives import Collectives
 from tokenspeed_plan.runtime.kernels import Launcher
 
-WARP_SIZE = 32
 DEFAULT_SHARED_BYTES = 48 << 10  # a kernel that needs more has to ask
 
 

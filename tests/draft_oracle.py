@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.compile import find_model
-from tokenspeed_plan.planner.models.qwen3_5 import BuildContext, build
+from tokenspeed_plan.planner.models.builder import BuildContext
+from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.limits import plan_capacity
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
 

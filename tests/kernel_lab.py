@@ -1,4 +1,4 @@
-"""Every kernel of a small program, alone: random inputs, poisoned outputs, Triton beside the reference.
+"""Every kernel of a small program by itself: random inputs, NaN in outputs, and the reference.
 
 On a machine with a GPU the kernels are compiled and run there; elsewhere Triton's interpreter runs
 them.
@@ -10,18 +10,21 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from checkpoints import KINDS, Kind, text_config
+from families import FAMILIES, tiny_config
 from torch import Tensor
 
 from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import ModelConfig
-from tokenspeed_plan.planner.models.qwen3_5 import BuildContext, build
+from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.plans.kernel_file import kind_of
@@ -42,17 +45,23 @@ if DEVICE == "cpu":
 TOLERANCE = {"fp32": 1e-5 if DEVICE == "cpu" else 1e-4, "bf16": 3e-2}
 PAGE = 16
 ONE_RANK = ParallelLayout(1, 1, 1)
+FEW_HEADS = {
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_value_head_dim": 64,
+}
 LAB_KINDS = KINDS | {
-    "odd": Kind(sizes={"vocab_size": 700, "hidden_size": 64})
-}  # tokens, no multiple of a block
+    "odd": Kind(sizes={"vocab_size": 700, "hidden_size": 64}),  # tokens: no multiple of a block
+    "few heads": Kind(moe=False, sizes=FEW_HEADS),  # the smallest delta rule, for broken kernels
+}
 
 
 @dataclass(frozen=True)
 class Case:
     """A batch: for each sequence, tokens to compute, and tokens that it already has.
 
-    With a depth, a decode step computes `depth + 1` tokens of each; its plan may have programs that
-    are deeper, and keep inputs of the rows in place of a state after each.
+    With a depth, a decode step computes `depth + 1` tokens of each. Its plan may have programs that
+    draft `deeper` tokens more, and may keep inputs in place of a snapshot after each token.
     """
 
     phase: Phase
@@ -88,6 +97,8 @@ class Case:
 
 
 def config_of(kind: str) -> ModelConfig:
+    if kind in FAMILIES:
+        return ModelConfig.from_hf(tiny_config(kind), "lab")
     return ModelConfig.from_hf(text_config(LAB_KINDS[kind]), "lab")
 
 
@@ -125,8 +136,12 @@ def graph_of(case: Case, until: Stage = Stage.RECOMPUTED) -> OpGraph:
     return run(built_graph(case), context, until)
 
 
+@cache
 def kernels_of(case: Case) -> list[Built]:
-    """The distinct kernels of the program for this batch, each in its best tiling."""
+    """The distinct kernels of the program for this batch, each in its best tiling.
+
+    They are built once for all tests.
+    """
     candidates = graph_of(case, Stage.LOWERED).candidates
     return [tilings[0] for _, tilings in sorted(candidates.items())]
 
@@ -156,7 +171,7 @@ class Inputs:
 
     @property
     def pending(self) -> list[int]:
-        """Kept inputs of each sequence that came true: none, one, ..., all."""
+        """Kept inputs of each sequence that were accepted: none, one, ..., all."""
         return [(3 * s + 2) % (self.case.kept_inputs + 1) for s in range(self.case.num_seqs)]
 
     def normal(self, *shape: int) -> Tensor:
@@ -223,7 +238,7 @@ class Inputs:
         return {**first, **{name: rule for name, rule in rules.items() if name not in first}}
 
     def _accepting(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Any number of right drafts; of three sequences one says a token that ends it, one has little room or none."""
+        """Any number of accepted drafts; of three, one samples a stop token and one has no room."""
         case, random = self.case, torch.Generator().manual_seed(2)
         rows_SR, said_SR = (
             torch.randint(0, 512, (case.num_seqs, case.depth + 1), generator=random)
@@ -252,7 +267,7 @@ class Inputs:
         }
 
     def _pages(self, shape: tuple[int, ...]) -> Tensor:
-        """Those of drafts after the longest sequence are anybody's."""
+        """Pages past the longest sequence, which only drafts reach, may be any."""
         pages = self.case.max_seq_len // PAGE
         beyond = shape[1] - pages
         own = torch.randperm(shape[0] * pages, generator=self.random).view(-1, pages)
@@ -325,7 +340,7 @@ def run_kernel(
     rank: int = 0,
     around: Around = lambda *_: nullcontext(),
 ) -> list[Tensor]:
-    """The kernel's own results, from the same inputs and NaN in every output; `around` is told its own tensors."""
+    """The kernel's results from the same inputs, with NaN in every output; `around` is entered."""
     own = [x.clone().to(DEVICE) for x in tensors]
     for param, x in zip(built.kernel.tensors, own, strict=True):
         if param.role == "output":
@@ -337,7 +352,7 @@ def run_kernel(
 
 
 def errors(built: Built, case: Case, seed: int = 0, rank: int = 0) -> Iterator[tuple[str, float]]:
-    """(parameter, error) of everything that a kernel writes, and of what it must leave as it was."""
+    """(parameter, error) of all that a kernel writes, and of what it must leave as it was."""
     tensors = Inputs(case, seed, rank).of(built.kernel)
     got = run_kernel(built, tensors, case, rank)
     reference(built.kernel, tensors, rank)

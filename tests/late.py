@@ -1,7 +1,7 @@
-"""What a kernel may not touch before it waits: results of kernels that may still run.
+"""What a kernel may not read before it waits: results of kernels that may still run.
 
 On a GPU a kernel starts while those before it end (programmatic dependent launch). The interpreter
-runs them one after the other, so here it is played: until a kernel waits, what its predecessors
+runs them one after the other, so this simulates it: until a kernel waits, what its predecessors
 write holds NaN.
 """
 
@@ -44,13 +44,13 @@ def late(kernel: KernelSpec, tensors: list[Tensor], case: Case) -> Iterator[None
             values["attention_kv_cache"][page, :, place] = there
 
     before = cuda.gdc_launch_dependents, cuda.gdc_wait
-    trigger_after_wait = (
+    if (
         kernel.launch is not None and kernel.launch.trigger_after_wait
-    )  # then that call is behind the wait
-    cuda.gdc_launch_dependents, cuda.gdc_wait = (
-        (lambda: None) if trigger_after_wait else begin,
-        wait,
-    )
+    ):  # it calls that after waiting
+        cuda.gdc_launch_dependents = _do_nothing
+    else:
+        cuda.gdc_launch_dependents = begin
+    cuda.gdc_wait = wait
     begin()
     try:
         yield
@@ -58,8 +58,12 @@ def late(kernel: KernelSpec, tensors: list[Tensor], case: Case) -> Iterator[None
         cuda.gdc_launch_dependents, cuda.gdc_wait = before
 
 
+def _do_nothing() -> None:
+    pass
+
+
 def _is_late(kernel: KernelSpec, name: str) -> bool:
-    """Whether it is made in the same step; in a pass that drafts that is true of the context too."""
+    """Whether a kernel of the same step writes it; in a draft pass that includes the context."""
     param = next(param for param in kernel.params if param.name == name)
     drafts = kind_of(kernel) == "attention_gate" and kernel.params[0].tensor.shape[0] == "num_seqs"
     given = BATCH_INPUTS - ({"context_lens"} if drafts else set())

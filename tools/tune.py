@@ -3,7 +3,8 @@
 In decode a tile is timed in the whole program, whose kernels overlap, or with `--alone` in all
 calls of its kernel, one after the other; in prefill, where they are long, in one call.
 
-    python tools/tune.py plans/frozen/DIR [--phase prefill] [--bucket N] [--kinds a,b] [--alone] [--longest N]
+    python tools/tune.py plans/frozen/DIR [--phase prefill] [--bucket N] [--kinds a,b] [--alone]
+        [--longest N]
 
 Prints the lines for `codegen/tuned.yaml`, with the microseconds of the program beside the best
 tiles.
@@ -15,7 +16,7 @@ import argparse
 import hashlib
 import itertools
 import random
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def variants(
 
 
 class Chain:
-    """The whole program with its kernels overlapping, in which one kernel at a time is exchanged."""
+    """The whole program, its kernels overlapping; one kernel at a time is exchanged."""
 
     def __init__(self, executor: Executor, replay: Replay, sm: int, alone: bool) -> None:
         program, self.reset = replay.program, replay.reset
@@ -185,9 +186,13 @@ class Chain:
         self.calls = [next(iter(work)) for step, work in steps if isinstance(step, KernelCall)]
         self.executor, self.sm = executor, sm
 
-    def time(self, name: str, built: Built, made: Compiled) -> float:
-        """Microseconds of a replay with another build of a kernel; of its calls, or the first, by themselves."""
-        calls = self.exchanged(name, built, made)
+    def time(self, name: str, built: Built, compiled: Compiled) -> float:
+        """Microseconds with another build of a kernel.
+
+        Of the whole program; or only of the kernel's calls (`alone`), or of its first call where
+        the program is not captured.
+        """
+        calls = self.exchanged(name, built, compiled)
         if self.alone:
             calls = [call for own, call in zip(self.names, calls, strict=True) if own == name]
         elif not self.whole:
@@ -201,18 +206,18 @@ class Chain:
             reset=self.reset,
         )
 
-    def exchanged(self, name: str, built: Built, made: Compiled) -> list[Any]:
+    def exchanged(self, name: str, built: Built, compiled: Compiled) -> list[Any]:
         """All instructions, those of one kernel with another build of it."""
         kernel = built.kernel
         binary = Binary(
             kernel=kernel.name,
             sm=self.sm,
-            cubin_sha256=hashlib.sha256(made.cubin).hexdigest(),
+            cubin_sha256=hashlib.sha256(compiled.cubin).hexdigest(),
             registers=0,
             spill_bytes=0,
-            shared_bytes=made.shared_bytes,
+            shared_bytes=compiled.shared_bytes,
         )
-        run = CudaKernels({kernel.name: binary}, {kernel.name: made.cubin}).launcher(
+        run = CudaKernels({kernel.name: binary}, {kernel.name: compiled.cubin}).launcher(
             kernel, 0, *self.rows
         )
         scratch = tuple(
@@ -257,9 +262,10 @@ def main() -> None:
     program = replay.program
     rows = (replay.run_tokens, replay.run_seqs)
     names = dict.fromkeys(step.kernel for step in program.steps if isinstance(step, KernelCall))
-    taken = Counter[str]()
+    taken: defaultdict[str, float] = defaultdict(float)
     for step in program.steps:
-        taken.update({step.kernel: step.predicted_us} if isinstance(step, KernelCall) else {})  # type: ignore[dict-item]
+        if isinstance(step, KernelCall):
+            taken[step.kernel] += step.predicted_us
     wanted = set(filter(None, options.kinds.split(",")))
     kernels = [
         executor.kernels[name]
@@ -283,13 +289,13 @@ def report(
     chain: Chain,
     name: str,
     found: list[tuple[Tile, Built]],
-    made: dict[str, Compiled],
+    compiled: dict[str, Compiled],
     hardware: HardwareSpec,
 ) -> None:
     """The best tile of one kernel, as a line of YAML; it stays in the chain for those that come after."""
     times = []
     for tile, built in found:
-        result = made[built.kernel.name]
+        result = compiled[built.kernel.name]
         if result.error or result.spill_bytes or result.shared_bytes > hardware.max_shared_bytes:
             continue
         try:
@@ -305,10 +311,8 @@ def report(
         ranking = "; ".join(
             f"{us:.1f} {t.m},{t.n},{t.k},{t.num_warps},{t.num_stages}" for us, t, _, _ in times[:5]
         )
-        print(
-            f"  {key}: [{best.m}, {best.n}, {best.k}, {best.num_warps}, {best.num_stages}]  # {ranking}",
-            flush=True,
-        )
+        line = f"[{best.m}, {best.n}, {best.k}, {best.num_warps}, {best.num_stages}]"
+        print(f"  {key}: {line}  # {ranking}", flush=True)
 
 
 if __name__ == "__main__":

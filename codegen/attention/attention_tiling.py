@@ -1,4 +1,4 @@
-"""Attention: its preparation, one query a sequence, many queries."""
+"""Attention: preparation of queries and keys, decode (few queries a sequence), prefill (many)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Constant, TensorSpec
 
-MIN_RUN = 64  # tokens of a split, at least
+MIN_SPLIT_TOKENS = 64
 MAX_SPLITS = 128
-FAN = 8  # splits that are put together at once
+GROUP_SIZE = 8  # splits that are merged at once
 LOG2_E = 1 / math.log(2)
+MMA_ROWS = 16  # of the smallest tile of queries
+MANY_QUERIES = 64  # queries of a tile that spill in few warps
 
 
 def qk_norm_rope_write(work: Work) -> list[Tiling]:
@@ -24,127 +26,150 @@ def qk_norm_rope_write(work: Work) -> list[Tiling]:
         work.number("rope", "factor"),
         work.size("rope", "original_max_positions"),
     )
-    q = work.size("split_gate", "num_heads") if work.has("split_gate") else 0
-    kv, d = work.size("kv_write", "num_kv_heads"), work.size("rope", "head_dim")
-    constants: dict[str, Constant] = {"Q": q} if q else {}
-    constants |= {
-        "KV": kv,
-        "D": d,
+    kv_heads = work.size("kv_write", "num_kv_heads")
+    constants: dict[str, Constant] = {
+        "KV": kv_heads,
+        "D": work.size("rope", "head_dim"),
         "ROTARY": work.size("rope", "rotary_dim"),
         "PAGE": work.size("kv_write", "page_size"),
         "EPS": work.number("head_norm", "eps"),
     }
-    options = {"frequencies": inverse, "magnitude": magnitude}
-    return [
-        Tiling(
-            "qk_norm_rope_write",
-            constants,
-            (per_rows(1, work.by_seqs), fixed(q + kv)),
-            1,
-            1,
-            options,
-        )
-    ]
+    q_heads = 0
+    if work.kind != "k_norm_rope_write":
+        q_heads = work.size("head_norm", "num_heads")
+        constants["Q"] = q_heads
+    tiling = Tiling(
+        template="qk_norm_rope_write",
+        constants=constants,
+        grid=(per_rows(1, work.by_seqs), fixed(q_heads + kv_heads)),
+        num_warps=1,
+        num_stages=1,
+        options={"frequencies": inverse, "magnitude": magnitude, "plain": work.plain_norm},
+    )
+    return [tiling]
 
 
 def attention(work: Work) -> list[Tiling]:
-    """Whole attention, gated: of one query a sequence or of many."""
-    return _decode(work) if work.part("attention").attrs["mode"] == "decode" else _prefill(work)
+    """Attention and its output gate where there is one, for decode or for prefill."""
+    if work.part("attention").attrs["mode"] == "decode":
+        return _decode(work)
+    return _prefill(work)
 
 
-def num_splits(work: Work, kv_heads: int, pages: int, crowd: int) -> int:
-    """As many as give each multiprocessor `crowd` parts of the keys; 1 on a CPU."""
-    busy = work.num_seqs * kv_heads
-    longest = pages * work.size("attention", "page_size")
-    return max(min(crowd * work.hardware.num_sms // busy, longest // MIN_RUN, MAX_SPLITS), 1)
+def num_splits(work: Work, kv_heads: int, pages: int, splits_per_sm: int) -> int:
+    """As many splits as give each multiprocessor `splits_per_sm` of them; 1 on a CPU."""
+    programs = work.num_seqs * kv_heads
+    max_tokens = pages * work.size("attention", "page_size")
+    wanted = splits_per_sm * work.hardware.num_sms // programs
+    return max(min(wanted, max_tokens // MIN_SPLIT_TOKENS, MAX_SPLITS), 1)
 
 
-def _facts(work: Work) -> dict[str, Constant]:
-    q, kv, d = (work.size("attention", name) for name in ("num_heads", "num_kv_heads", "head_dim"))
+def _constants(work: Work) -> dict[str, Constant]:
+    """Constants that decode and prefill share; exponents of the softmax are powers of 2."""
+    q_heads = work.size("attention", "num_heads")
+    kv_heads = work.size("attention", "num_kv_heads")
+    head_dim = work.size("attention", "head_dim")
     return {
-        "Q": q,
-        "KV": kv,
-        "D": d,
-        "GROUP": q // kv,
+        "Q": q_heads,
+        "KV": kv_heads,
+        "D": head_dim,
+        "GROUP": q_heads // kv_heads,
         "PAGE": work.size("attention", "page_size"),
         "PAGES": work.width("attention_page_table"),
-        "SCALE": d**-0.5,
+        "SCALE": head_dim**-0.5 * LOG2_E,
         "PRECISION": work.precision,
     }
 
 
 def _decode(work: Work) -> list[Tiling]:
-    """Few sequences leave most of a GPU idle, so their keys are split; a tile's depth is splits a multiprocessor."""
-    facts, rows = _facts(work), work.query_len
-    heads = rows * int(facts["GROUP"])
-    facts |= {"ROWS": rows} if rows > 1 else {}
-    facts |= {"BLOCK_G": max(16, up2(heads)), "SCALE": float(facts["SCALE"]) * LOG2_E}
-    # In a pass that drafts, keys and even the context come from kernels that may not be done.
-    prefetches = work.specs["attention_q"].shape[0] == "num_tokens"
-    made = []
-    few, many = int(facts["BLOCK_G"]) == 16, int(facts["BLOCK_G"]) >= 64
-    warps = 8 if many else 4  # so many queries spill in fewer
-    first = Tile(1, 32 if many else 64, 1, 8, 2 if few else 3)
-    shapes = (first, Tile(1, 64, 1, 8, 2), Tile(1, 32, 1, warps, 2), Tile(1, 16, 1, warps, 2))
-    for tile in work.tiles(*((Tile(1, 64, 1, 8, 1),) if work.interpreted else shapes)):
-        splits = num_splits(work, int(facts["KV"]), int(facts["PAGES"]), max(tile.k, 1))
-        grouping, scratch = _split_groups(work, facts, heads, splits)
-        constants = facts | grouping | {"BLOCK_C": tile.n, "STAGES": tile.num_stages}
-        options = {"splits": splits, "rows": rows, "whole_pages": int(facts["PAGE"]) % tile.n == 0}
-        grid = (per_rows(1, by_seqs=True), fixed(int(facts["KV"])), fixed(splits))
-        stages = tile.num_stages
-        made.append(
-            Tiling(
-                "attention_decode",
-                constants,
-                grid,
-                tile.num_warps,
-                stages,
-                options,
-                scratch,
-                prefetches,
-            )
-        )
-    return made
+    """Few sequences would leave most of a GPU idle, so their keys are split.
+
+    The depth of a tile is the number of splits for each multiprocessor.
+    """
+    constants = _constants(work)
+    queries = work.query_len * int(constants["GROUP"])
+    constants["BLOCK_G"] = max(MMA_ROWS, up2(queries))
+    if work.query_len > 1:
+        constants["QUERY_LEN"] = work.query_len
+    shapes = _decode_tiles(work, int(constants["BLOCK_G"]))
+    return [_decode_tiling(work, tile, constants, queries) for tile in work.tiles(*shapes)]
+
+
+def _decode_tiles(work: Work, block_g: int) -> list[Tile]:
+    if work.interpreted:
+        return [Tile(1, 64, 1, 8, 1)]
+    later = Tile(1, 64, 1, 8, 2)
+    if block_g >= MANY_QUERIES:
+        return [Tile(1, 32, 1, 8, 3), later, Tile(1, 32, 1, 8, 2), Tile(1, 16, 1, 8, 2)]
+    stages = 2 if block_g == MMA_ROWS else 3
+    return [Tile(1, 64, 1, 8, stages), later, Tile(1, 32, 1, 4, 2), Tile(1, 16, 1, 4, 2)]
+
+
+def _decode_tiling(work: Work, tile: Tile, constants: dict[str, Constant], queries: int) -> Tiling:
+    kv_heads, pages = int(constants["KV"]), int(constants["PAGES"])
+    splits = num_splits(work, kv_heads, pages, max(tile.k, 1))
+    grouping, scratch = _split_groups(work, constants, queries, splits)
+    return Tiling(
+        template="attention_decode",
+        constants=constants | grouping | {"BLOCK_C": tile.n, "STAGES": tile.num_stages},
+        grid=(per_rows(1, by_seqs=True), fixed(kv_heads), fixed(splits)),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        options={
+            "splits": splits,
+            "query_len": work.query_len,
+            "whole_pages": int(constants["PAGE"]) % tile.n == 0,
+        },
+        scratch=scratch,
+        # In a draft pass kernels that may still run write the keys, and even the context length.
+        prefetches=work.specs["attention_q"].shape[0] == "num_tokens",
+    )
 
 
 def _split_groups(
-    work: Work, facts: dict[str, Constant], heads: int, splits: int
+    work: Work, constants: dict[str, Constant], queries: int, splits: int
 ) -> tuple[dict[str, Constant], dict[str, TensorSpec]]:
-    """How splits are put together: constants, and the scratch where they meet."""
+    """How splits are merged: constants, and the scratch through which programs exchange results."""
     if splits == 1:
         return {}, {}
-    kv, d, groups = int(facts["KV"]), int(facts["D"]), blocks(splits, FAN)
-    constants: dict[str, Constant] = {
+    kv_heads, head_dim = int(constants["KV"]), int(constants["D"])
+    groups = blocks(splits, GROUP_SIZE)
+    # More queries have more to merge, so there are fewer splits of more tokens.
+    min_tokens = MIN_SPLIT_TOKENS * max(up2(work.query_len) // 2, 1)
+    grouping: dict[str, Constant] = {
         "SPLITS": splits,
-        "FAN": FAN,
+        "GROUP_SIZE": GROUP_SIZE,
         "GROUPS": groups,
-        "BLOCK_T": up2(groups),
-        "HEADS": up2(heads),
-        # Of more rows there is more to put together, so it had better be of fewer splits.
-        "MIN_RUN": max(MIN_RUN * max(up2(work.query_len) // 2, 1), int(facts["PAGE"])),
-        "BLOCK_P": max(FAN // up2(work.query_len), 1),
+        "BLOCK_GROUPS": up2(groups),
+        "BLOCK_H": up2(queries),
+        "MIN_SPLIT_TOKENS": max(min_tokens, int(constants["PAGE"])),
+        "BLOCK_S": max(GROUP_SIZE // up2(work.query_len), 1),
     }
-    return constants, {
-        "partial": per_seq(kv * splits * heads * d, work.dtype),
-        "lse": per_seq(kv * splits * heads),
-        "group_partial": per_seq(kv * groups * heads * d, work.dtype),
-        "group_lse": per_seq(kv * groups * heads),
-        "counters": per_seq(kv * (groups + 1), "i32"),
+    scratch = {
+        "partial": per_seq(kv_heads * splits * queries * head_dim, work.dtype),
+        "lse": per_seq(kv_heads * splits * queries),
+        "group_partial": per_seq(kv_heads * groups * queries * head_dim, work.dtype),
+        "group_lse": per_seq(kv_heads * groups * queries),
+        "counters": per_seq(kv_heads * (groups + 1), "i32"),
     }
+    return grouping, scratch
 
 
 def _prefill(work: Work) -> list[Tiling]:
-    """A block of queries of one head walks all keys that it sees."""
-    facts = _facts(work)
-    facts |= {"SCALE": float(facts["SCALE"]) * LOG2_E}
-    shapes = (Tile(128, 64, 0, 8, 2), Tile(64, 64, 0, 8, 2), Tile(64, 32, 0, 8, 1))
-    made = []
-    for tile in work.tiles(*((Tile(64, 64, 0, 8, 1),) if work.interpreted else shapes)):
-        constants = facts | {"BLOCK_M": tile.m, "BLOCK_C": tile.n, "STAGES": tile.num_stages}
-        options = {"whole_pages": int(facts["PAGE"]) % tile.n == 0}
-        grid = (per_rows(tile.m), fixed(int(facts["Q"])), GridDim(per_seq=1))
-        made.append(
-            Tiling("attention_prefill", constants, grid, tile.num_warps, tile.num_stages, options)
-        )
-    return made
+    """A program for a block of queries of one head, over all keys that they see."""
+    shapes = [Tile(128, 64, 0, 8, 2), Tile(64, 64, 0, 8, 2), Tile(64, 32, 0, 8, 1)]
+    if work.interpreted:
+        shapes = [Tile(64, 64, 0, 8, 1)]
+    return [_prefill_tiling(tile, _constants(work)) for tile in work.tiles(*shapes)]
+
+
+def _prefill_tiling(tile: Tile, constants: dict[str, Constant]) -> Tiling:
+    sizes = {"BLOCK_M": tile.m, "BLOCK_C": tile.n, "STAGES": tile.num_stages}
+    return Tiling(
+        template="attention_prefill",
+        constants=constants | sizes,
+        grid=(per_rows(tile.m), fixed(int(constants["Q"])), GridDim(per_seq=1)),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        options={"whole_pages": int(constants["PAGE"]) % tile.n == 0},
+    )

@@ -1,161 +1,204 @@
-"""Gated DeltaNet: one step, and the chunked form."""
+"""Gated DeltaNet: few tokens a sequence with the state in registers, and the chunked form."""
 
 from __future__ import annotations
 
 from tokenspeed_plan.codegen.tiling import (
-    L2_EPS,
     TRITON_DTYPES,
     Tiling,
     Work,
+    dst_slots,
     fixed,
     per_rows,
     per_seq,
-    rows_table,
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
-from tokenspeed_plan.plans.ops import DELTA_CHUNK
+from tokenspeed_plan.plans.ops import DELTA_CHUNK, L2_EPS
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Constant
 
 SEQS = GridDim(per_seq=1)
+# (columns, warps) by (sequences at most), as measured on an H200: for few heads many programs; for
+# many heads few programs, which share what they compute of a head.
+COLUMNS_AND_WARPS = {
+    "delta_step": {2: (16, 2), 8: (64, 4)},
+    "delta_steps": {2: (16, 2), 4: (32, 2)},
+    "delta_recompute": {2: (16, 4), 4: (32, 2)},
+}
+MANY_COLUMNS_AND_WARPS = {
+    "delta_step": (32, 8),
+    "delta_steps": (128, 4),
+    "delta_recompute": (64, 4),
+}
 
 
 def _heads(work: Work, kind: str) -> dict[str, Constant]:
-    a, b, dk, dv = (
-        work.size(kind, name) for name in ("num_k_heads", "num_v_heads", "key_dim", "value_dim")
-    )
-    return {"A": a, "B": b, "DK": dk, "DV": dv, "GROUP": b // a}
+    k_heads, v_heads = work.size(kind, "num_k_heads"), work.size(kind, "num_v_heads")
+    return {
+        "A": k_heads,
+        "B": v_heads,
+        "DK": work.size(kind, "key_dim"),
+        "DV": work.size(kind, "value_dim"),
+        "GROUP": v_heads // k_heads,
+    }
 
 
 def _convolution(
     work: Work, heads: dict[str, Constant], x: str = "causal_conv_x"
 ) -> dict[str, Constant]:
-    taps, channels = work.size("causal_conv", "kernel_size"), work.width(x)
-    return {"TAPS": taps, "CHANNELS": channels, "L2_EPS": L2_EPS, "SCALE": int(heads["DK"]) ** -0.5}
+    """Constants of the convolution over `x`, and of the norm and scale of its queries."""
+    return {
+        "TAPS": work.size("causal_conv", "kernel_size"),
+        "CHANNELS": work.width(x),
+        "L2_EPS": L2_EPS,
+        "SCALE": int(heads["DK"]) ** -0.5,
+    }
 
 
 def delta_step(work: Work) -> list[Tiling]:
-    """One row a sequence, or several that leave a state each."""
-    heads, rows = _heads(work, "delta_rule"), work.query_len
-    facts = heads | _convolution(work, heads)
-    table = work.specs[
-        "causal_conv_dst_state_slots"
-    ].shape  # of rows to write: one a sequence, or several
-    dst_state_slots = work.width("causal_conv_dst_state_slots") if len(table) > 1 else 1
-    template = "delta_step" if rows == 1 else "delta_steps"
-    steps: dict[str, Constant] = {"ROWS": rows, "WRITE_ROWS": dst_state_slots, "BLOCK_R": up2(rows)}
-    facts |= {"BLOCK_TAPS": up2(int(facts["TAPS"]))} if rows == 1 else steps
-    return _by_columns(work, template, facts, {"dst_state_slots": dst_state_slots})
+    """One token a sequence, or several of which each leaves a snapshot."""
+    heads = _heads(work, "delta_rule")
+    constants = heads | _convolution(work, heads)
+    slots = dst_slots(work, "causal_conv_dst_state_slots")
+    if work.query_len == 1:
+        constants["BLOCK_TAPS"] = up2(int(constants["TAPS"]))
+        return _by_columns(work, "delta_step", constants | slots)
+    constants |= {"DST_SLOTS": 1} | slots
+    return _by_columns(work, "delta_steps", constants | _queries(work))
 
 
 def delta_recompute(work: Work) -> list[Tiling]:
-    """Any number of rows a sequence, which leave their inputs."""
-    heads, rows = _heads(work, "delta_rule"), work.query_len
-    facts = heads | _convolution(work, heads, "recompute_state_x")
-    facts |= {
-        "ROWS": rows,
-        "KEPT": work.width("recompute_state_kept_inputs", 1),
-        "BLOCK_R": up2(rows),
-    }
-    return _by_columns(work, "delta_recompute", facts, {})
+    """Any number of tokens a sequence, which leave their inputs."""
+    heads = _heads(work, "delta_rule")
+    constants = heads | _convolution(work, heads, "recompute_state_x") | _queries(work)
+    constants["KEPT_INPUTS"] = work.width("recompute_state_kept_inputs", 1)
+    return _by_columns(work, "delta_recompute", constants)
 
 
-def _by_columns(
-    work: Work, template: str, facts: dict[str, Constant], options: dict[str, object]
-) -> list[Tiling]:
+def _queries(work: Work) -> dict[str, Constant]:
+    return {"QUERY_LEN": work.query_len, "BLOCK_R": up2(work.query_len)}
+
+
+def _by_columns(work: Work, template: str, constants: dict[str, Constant]) -> list[Tiling]:
     """A program a head and block of columns: a whole head's state would not stay in registers."""
-    facts = facts | {"EPS": work.number("gated_norm", "eps")}
-    wide, b, rows = int(facts["DV"]), int(facts["B"]), work.query_len
-    made = []
-    first = _columns_and_warps(work, template)
-    shapes = (
-        Tile(1, min(n, wide), int(facts["DK"]), warps, 1)
-        for n, warps in (first, (64, 4), (32, 4), (16, 4), (8, 4))
+    constants = constants | {"EPS": work.number("gated_norm", "eps")}
+    key_dim, value_dim = int(constants["DK"]), int(constants["DV"])
+    if work.interpreted:
+        shapes = [Tile(1, value_dim, 0, 4, 1)]
+    else:
+        first = _columns_and_warps(work, template)
+        sizes = (first, (64, 4), (32, 4), (16, 4), (8, 4))
+        shapes = [Tile(1, min(n, value_dim), key_dim, warps, 1) for n, warps in sizes]
+    return [_column_tiling(work, template, constants, tile) for tile in work.tiles(*shapes)]
+
+
+def _column_tiling(work: Work, template: str, constants: dict[str, Constant], tile: Tile) -> Tiling:
+    value_dim, v_heads = int(constants["DV"]), int(constants["B"])
+    columns = value_dim // tile.n
+    scratch = {}
+    if columns > 1:
+        scratch = {
+            "partial": per_seq(work.query_len * v_heads * value_dim),
+            "counters": per_seq(v_heads, "i32"),
+        }
+    return Tiling(
+        template=template,
+        constants=constants | {"BLOCK_V": tile.n},
+        grid=(SEQS, fixed(v_heads), fixed(columns)),
+        num_warps=tile.num_warps,
+        num_stages=1,
+        options={"columns": columns},
+        scratch=scratch,
+        prefetches=True,
     )
-    for tile in work.tiles(*((Tile(1, wide, 0, 4, 1),) if work.interpreted else shapes)):
-        n, columns = tile.n, wide // tile.n
-        scratch = (
-            {"partial": per_seq(rows * b * wide), "counters": per_seq(b, "i32")}
-            if columns > 1
-            else {}
-        )
-        grid = (SEQS, fixed(b), fixed(columns))
-        chosen = options | {"columns": columns}
-        made.append(
-            Tiling(template, facts | {"BLOCK_V": n}, grid, tile.num_warps, 1, chosen, scratch, True)
-        )
-    return made
 
 
 def _columns_and_warps(work: Work, template: str) -> tuple[int, int]:
-    """As measured on an H200: for few heads many programs; for many, few that share what they compute of a head."""
-    if template == "delta_step":
-        return (16, 2) if work.num_seqs <= 2 else (64, 4) if work.num_seqs <= 8 else (32, 8)
-    if template == "delta_recompute":
-        return (16, 4) if work.num_seqs <= 2 else (32, 2) if work.num_seqs <= 4 else (64, 4)
-    return (16, 2) if work.num_seqs <= 2 else (32, 2) if work.num_seqs <= 4 else (128, 4)
+    for max_seqs, found in COLUMNS_AND_WARPS[template].items():
+        if work.num_seqs <= max_seqs:
+            return found
+    return MANY_COLUMNS_AND_WARPS[template]
 
 
 def conv_qk_norm(work: Work) -> list[Tiling]:
     """A program a head and block of tokens."""
     heads = _heads(work, "qk_l2_norm")
-    facts = {name: heads[name] for name in ("A", "B", "DK", "DV")} | _convolution(work, heads)
-    facts |= rows_table(work, "causal_conv_dst_state_slots")
-    grid_heads = fixed(2 * int(heads["A"]) + int(heads["B"]))
+    constants = heads | _convolution(work, heads)
+    constants |= dst_slots(work, "causal_conv_dst_state_slots")
+    del constants["GROUP"]
+    num_heads = 2 * int(heads["A"]) + int(heads["B"])
     sizes = (64, 32, 16) if work.interpreted else (32, 16)
     return [
-        Tiling("conv_qk_norm", facts | {"BLOCK_T": t}, (per_rows(t), grid_heads, SEQS), 4, 1)
-        for t in sizes
+        Tiling(
+            template="conv_qk_norm",
+            constants=constants | {"BLOCK_T": block},
+            grid=(per_rows(block), fixed(num_heads), SEQS),
+            num_warps=4,
+            num_stages=1,
+        )
+        for block in sizes
     ]
 
 
 def gates_delta_chunk(work: Work) -> list[Tiling]:
     """A program a head and chunk."""
-    heads = _heads(work, "delta_chunk")
-    facts = heads | {"CHUNK": DELTA_CHUNK, "BLOCK": 16, "PRECISION": work.precision}
-    grid = (per_rows(DELTA_CHUNK), fixed(int(heads["B"])), SEQS)
-    return [Tiling("gates_delta_chunk", facts, grid, warps, 1, _dtype(work)) for warps in (4, 8)]
+    constants = _heads(work, "delta_chunk")
+    constants |= {"CHUNK": DELTA_CHUNK, "BLOCK": 16, "PRECISION": work.precision}
+    return [
+        Tiling(
+            template="gates_delta_chunk",
+            constants=constants,
+            grid=(per_rows(DELTA_CHUNK), fixed(int(constants["B"])), SEQS),
+            num_warps=num_warps,
+            num_stages=1,
+            options=_dtype(work),
+        )
+        for num_warps in (4, 8)
+    ]
 
 
 def delta_scan(work: Work) -> list[Tiling]:
     """A program a head and block of columns of the state, through all chunks of a sequence."""
-    heads = _heads(work, "delta_scan") | rows_table(work, "dst_state_slots")
-    wide = int(heads["DV"])
-    made = []
-    for n, stages in ((32, 1),) if work.interpreted else ((32, 3), (32, 2), (16, 2), (16, 1)):
-        columns = min(n, wide)
-        facts = heads | {
-            "CHUNK": DELTA_CHUNK,
-            "PRECISION": work.precision,
-            "BLOCK_V": columns,
-            "STAGES": stages,
-        }
-        grid = (fixed(wide // columns), fixed(int(heads["B"])), SEQS)
-        made.append(Tiling("delta_scan", facts, grid, 4, stages, _dtype(work)))
-    return made
+    constants = _heads(work, "delta_scan") | dst_slots(work, "dst_state_slots")
+    constants |= {"CHUNK": DELTA_CHUNK, "PRECISION": work.precision}
+    value_dim, v_heads = int(constants["DV"]), int(constants["B"])
+    sizes = [(32, 3), (32, 2), (16, 2), (16, 1)]
+    if work.interpreted:
+        sizes = [(32, 1)]
+    tilings = []
+    for block, stages in sizes:
+        columns = min(block, value_dim)
+        tiling = Tiling(
+            template="delta_scan",
+            constants=constants | {"BLOCK_V": columns, "STAGES": stages},
+            grid=(fixed(value_dim // columns), fixed(v_heads), SEQS),
+            num_warps=4,
+            num_stages=stages,
+            options=_dtype(work),
+        )
+        tilings.append(tiling)
+    return tilings
 
 
 def _dtype(work: Work) -> dict[str, object]:
-    """Products take operands in the dtype of the activations, and add up in fp32."""
+    """Products take operands in the dtype of the activations, and accumulate in fp32."""
     return {"dtype": TRITON_DTYPES[work.dtype]}
 
 
 def gated_norm(work: Work) -> list[Tiling]:
     """A program a head and block of tokens."""
+    heads = work.size("gated_norm", "num_heads")
     block = 64 if work.interpreted else 16
-    facts: dict[str, Constant] = {
-        "HEADS": work.size("gated_norm", "num_heads"),
-        "D": work.size("gated_norm", "head_dim"),
-        "EPS": work.number("gated_norm", "eps"),
-        "BLOCK_T": block,
-    }
-    return [
-        Tiling(
-            "gated_norm",
-            facts,
-            (per_rows(block), fixed(work.size("gated_norm", "num_heads"))),
-            4,
-            1,
-        )
-    ]
+    tiling = Tiling(
+        template="gated_norm",
+        constants={
+            "HEADS": heads,
+            "D": work.size("gated_norm", "head_dim"),
+            "EPS": work.number("gated_norm", "eps"),
+            "BLOCK_T": block,
+        },
+        grid=(per_rows(block), fixed(heads)),
+        num_warps=4,
+        num_stages=1,
+    )
+    return [tiling]

@@ -1,4 +1,4 @@
-"""Mixture of experts: a few rows, and the sort before many."""
+"""Mixture of experts: kernels for few tokens, and the sort and the grouped products for many."""
 
 from __future__ import annotations
 
@@ -9,116 +9,221 @@ from tokenspeed_plan.plans.types import Constant
 
 
 def _choice(work: Work, logits: str) -> dict[str, Constant]:
-    experts, top_k = work.width(logits), work.size("topk", "top_k")
-    return {"EXPERTS": experts, "TOP_K": top_k, "BLOCK_E": up2(experts)}
+    """Constants of a top-k over `logits`."""
+    experts = work.width(logits)
+    return {"EXPERTS": experts, "TOP_K": work.size("topk", "top_k"), "BLOCK_E": up2(experts)}
 
 
 def topk(work: Work) -> list[Tiling]:
     """A program a token."""
-    facts = _choice(work, "logits") | {"BLOCK_J": up2(work.size("topk", "top_k"))}
-    return [Tiling("topk", facts, (per_rows(1, work.by_seqs),), 1, 1)]
+    constants = _choice(work, "logits")
+    constants["BLOCK_J"] = up2(int(constants["TOP_K"]))
+    tiling = Tiling(
+        template="topk",
+        constants=constants,
+        grid=(per_rows(1, work.by_seqs),),
+        num_warps=1,
+        num_stages=1,
+    )
+    return [tiling]
 
 
 def moe_up(work: Work) -> list[Tiling]:
-    """A program for some channels of one expert of one token, tokens side by side; the shared expert is one more."""
-    local, inner, hidden = (
-        work.width("experts_up_w", 0),
-        work.width("experts_up_w", 1) // 2,
-        work.width("experts_up_w"),
-    )
-    shared = work.width("linear_w", 0) // 2
-    narrow = work.specs["topk_logits"].dtype == "bf16"
-    facts = _choice(work, "topk_logits") | {
-        "LOCAL": local,
-        "INNER": inner,
-        "SHARED": shared,
-        "H": hidden,
+    """A program a token, expert (a shared one is one more) and block of channels."""
+    writes_topk = "topk_ids" in work.outputs
+    constants = _choice(work, "topk_logits") | {
+        "LOCAL": work.width("experts_up_w", 0),
+        "INNER": work.width("experts_up_w", 1) // 2,
+        "H": work.width("experts_up_w"),
     }
-    facts |= {"BLOCK_J": up2(int(facts["TOP_K"]))} if "topk_ids" in work.outputs else {}
-    options, trigger_after_wait = (
-        {"narrow": narrow},
-        "topk_ids" not in work.outputs,
-    )  # the way down chooses for itself
-    made = []
-    deep = max(min(hidden & -hidden, 2048), 256)  # no load is masked
-    warps = 4 if work.num_tokens == 1 else 2
-    shapes = (
-        Tile(1, min(8192 // deep, 8), deep, warps, 2),
-        Tile(1, 4, 256, 4, 2),
-        Tile(1, 2, 256, 4, 1),
+    if work.has("linear"):
+        constants["SHARED"] = work.width("linear_w", 0) // 2
+    if writes_topk:
+        constants["BLOCK_J"] = up2(int(constants["TOP_K"]))
+    shapes = _up_tiles(work, int(constants["H"]))
+    # A down projection that recomputes the top-k prefetches the logits, from before this kernel.
+    late = not writes_topk
+    return [_up_tiling(work, tile, constants, late) for tile in work.tiles(*shapes)]
+
+
+def _up_tiles(work: Work, hidden: int) -> list[Tile]:
+    if work.interpreted:
+        return [Tile(1, 32, 128, 8, 1)]
+    depth = max(min(hidden & -hidden, 2048), 256)  # divides the hidden size: no load is masked
+    num_warps = 4 if work.num_tokens == 1 else 2
+    first = Tile(1, min(8192 // depth, 8), depth, num_warps, 2)
+    return [first, Tile(1, 4, 256, 4, 2), Tile(1, 2, 256, 4, 1)]
+
+
+def _up_tiling(work: Work, tile: Tile, constants: dict[str, Constant], late: bool) -> Tiling:
+    shared = int(constants.get("SHARED", 0))
+    channels = max(int(constants["INNER"]), shared)
+    block = min(tile.n, up2(channels))
+    sizes: dict[str, Constant] = {
+        "BLOCK_N": block,
+        "BLOCK_K": min(tile.k, up2(int(constants["H"]))),
+        "STAGES": tile.num_stages,
+    }
+    num_experts = int(constants["TOP_K"]) + int(shared > 0)
+    return Tiling(
+        template="moe_up",
+        constants=constants | sizes,
+        grid=(per_rows(1, work.by_seqs), fixed(num_experts), fixed(blocks(channels, block))),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        options={"narrow": work.specs["topk_logits"].dtype == "bf16", "shared": shared > 0},
+        trigger_after_wait=late,
     )
-    for shape in work.tiles(*((Tile(1, 32, 128, 8, 1),) if work.interpreted else shapes)):
-        n = min(shape.n, up2(max(inner, shared)))
-        tile: dict[str, Constant] = {
-            "BLOCK_N": n,
-            "BLOCK_K": min(shape.k, up2(hidden)),
-            "STAGES": shape.num_stages,
-        }
-        grid = (
-            per_rows(1, work.by_seqs),
-            fixed(int(facts["TOP_K"]) + 1),
-            fixed(blocks(max(inner, shared), n)),
-        )
-        stages = shape.num_stages
-        made.append(
-            Tiling(
-                "moe_up",
-                facts | tile,
-                grid,
-                shape.num_warps,
-                stages,
-                options,
-                trigger_after_wait=trigger_after_wait,
-            )
-        )
-    return made
 
 
 def moe_down(work: Work) -> list[Tiling]:
     """A program for some columns of one token, over all its experts."""
-    local, hidden, inner = (work.width("experts_down_w", dim) for dim in range(3))
-    shared: Constant = work.width("linear_w")
-    facts: dict[str, Constant] = {"LOCAL": local, "INNER": inner, "H": hidden, "SHARED": shared}
-    options: dict[str, object] = {"add": work.has("add"), "recompute": work.has("topk")}
-    prefetch: tuple[str, ...] = ()
+    constants: dict[str, Constant] = {
+        "LOCAL": work.width("experts_down_w", 0),
+        "H": work.width("experts_down_w", 1),
+        "INNER": work.width("experts_down_w", 2),
+    }
+    if work.has("linear"):
+        constants["SHARED"] = work.width("linear_w")
+    options: dict[str, object] = {
+        "add": work.has("add"),
+        "recompute": work.has("topk"),
+        "shared": work.has("linear"),
+    }
     if work.has("topk"):
-        facts |= _choice(work, "topk_logits")
-        options |= {"narrow": work.specs["topk_logits"].dtype == "bf16"}
-        prefetch = ("topk_logits",)  # made before the way up, which starts its successor late
+        constants |= _choice(work, "topk_logits")
+        options["narrow"] = work.specs["topk_logits"].dtype == "bf16"
     else:
-        facts |= {"TOP_K": work.width("experts_down_weights")}
-    made = []
-    first = Tile(1, 2, 512, 2, 1) if work.num_tokens == 1 else Tile(1, 1, 256, 2, 1)
-    shapes = (first, Tile(1, 4, 256, 4, 1))
-    for shape in work.tiles(*((Tile(1, 64, 128, 8, 1),) if work.interpreted else shapes)):
-        tile: dict[str, Constant] = {
-            "BLOCK_N": min(shape.n, up2(hidden)),
-            "BLOCK_K": min(shape.k, up2(max(inner, int(facts["SHARED"])))),
-        }
-        grid = (per_rows(1, work.by_seqs), fixed(blocks(hidden, int(tile["BLOCK_N"]))))
-        made.append(
-            Tiling(
-                "moe_down",
-                facts | tile,
-                grid,
-                shape.num_warps,
-                1,
-                options,
-                prefetches=True,
-                prefetch=prefetch,
-            )
-        )
-    return made
+        constants["TOP_K"] = work.width("experts_down_weights")
+    shapes = _down_tiles(work)
+    return [_down_tiling(work, tile, constants, options) for tile in work.tiles(*shapes)]
+
+
+def _down_tiles(work: Work) -> list[Tile]:
+    if work.interpreted:
+        return [Tile(1, 64, 128, 8, 1)]
+    first = Tile(1, 1, 256, 2, 1)
+    if work.num_tokens == 1:
+        first = Tile(1, 2, 512, 2, 1)
+    return [first, Tile(1, 4, 256, 4, 1)]
+
+
+def _down_tiling(
+    work: Work, tile: Tile, constants: dict[str, Constant], options: dict[str, object]
+) -> Tiling:
+    hidden = int(constants["H"])
+    depth = max(int(constants["INNER"]), int(constants.get("SHARED", 0)))
+    block = min(tile.n, up2(hidden))
+    prefetch: tuple[str, ...] = ()
+    if work.has(
+        "topk"
+    ):  # the logits are older than the up projection, which triggers after its wait
+        prefetch = ("topk_logits",)
+    return Tiling(
+        template="moe_down",
+        constants=constants | {"BLOCK_N": block, "BLOCK_K": min(tile.k, up2(depth))},
+        grid=(per_rows(1, work.by_seqs), fixed(blocks(hidden, block))),
+        num_warps=tile.num_warps,
+        num_stages=1,
+        options=options,
+        prefetches=True,
+        prefetch=prefetch,
+    )
 
 
 def expert_sort(work: Work) -> list[Tiling]:
     """A program an expert."""
-    experts = work.size("expert_sort", "num_experts")
-    top_k = work.width("ids")
-    block = (
-        1024 if work.interpreted else min(up2(work.num_rows * top_k), 8192)
-    )  # as measured on an H200
-    facts: dict[str, Constant] = {"EXPERTS": experts, "TOP_K": top_k, "BLOCK": block}
-    return [
-        Tiling("expert_sort", facts, (GridDim(fixed=experts + 1),), 8 if block > 1024 else 4, 1)
-    ]
+    experts, top_k = work.size("expert_sort", "num_experts"), work.width("ids")
+    block = 1024
+    if not work.interpreted:  # as measured on an H200
+        block = min(up2(work.num_rows * top_k), 8192)
+    tiling = Tiling(
+        template="expert_sort",
+        constants={"EXPERTS": experts, "TOP_K": top_k, "BLOCK": block},
+        grid=(fixed(experts + 1),),
+        num_warps=8 if block > 1024 else 4,
+        num_stages=1,
+    )
+    return [tiling]
+
+
+def expert_sum(work: Work) -> list[Tiling]:
+    """A program for a block of columns of one token."""
+    prefix = "expert_sum_" if work.has("add") else ""
+    top_k = work.width(f"{prefix}weights")
+    hidden = work.width(f"{prefix}d") // top_k
+    block = min(up2(hidden), 1024)
+    tiling = Tiling(
+        template="expert_sum",
+        constants={"H": hidden, "TOP_K": top_k, "BLOCK_H": block},
+        grid=(per_rows(1, work.by_seqs), fixed(blocks(hidden, block))),
+        num_warps=4,
+        num_stages=1,
+        options={"add": work.has("add"), "prefix": prefix},
+    )
+    return [tiling]
+
+
+def grouped(work: Work) -> list[Tiling]:
+    """Products of sorted (token, expert) pairs: up with its SwiGLU, or down."""
+    experts, columns = work.width("w", 0), work.width("w", 1)
+    top_k = work.width("order")
+    if _is_up(work):
+        columns //= 2
+    constants: dict[str, Constant] = {
+        "N": columns,
+        "K": work.width("w", 2),
+        "EXPERTS": experts,
+        "TOP_K": top_k,
+        "BLOCK_E": up2(experts + 1),
+        "PRECISION": work.precision,
+    }
+    pairs = work.num_rows * top_k // max(experts, 1)
+    shapes = _group_tiles(work, pairs, columns)
+    return [_grouped_tiling(work, tile, constants) for tile in work.tiles(*shapes)]
+
+
+def _is_up(work: Work) -> bool:
+    return work.kind == "grouped_up"
+
+
+def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
+    """Tiles for so many pairs an expert."""
+    if work.interpreted:
+        return [Tile(32, 64, 64, 8, 1)]
+    if pairs > 128:
+        return [
+            Tile(128, 128, 64, 8, 4),
+            Tile(128, 64, 64, 8, 3),
+            Tile(64, 64, 64, 4, 3),
+            Tile(64, 32, 32, 4, 3),
+        ]
+    m = 64 if pairs > 16 else 16
+    tiles = [Tile(m, 64, 64, 4, 3), Tile(m, 32, 64, 4, 3), Tile(16, 32, 32, 4, 2)]
+    if m == 64 and work.dtype == "bf16" and columns >= 128:
+        tiles.insert(0, Tile(64, 128, 64, 4, 4))
+    return tiles
+
+
+def _grouped_tiling(work: Work, tile: Tile, constants: dict[str, Constant]) -> Tiling:
+    columns, depth = int(constants["N"]), int(constants["K"])
+    experts, top_k = int(constants["EXPERTS"]), int(constants["TOP_K"])
+    # Each expert may end in a tile that is not full.
+    tiles_m = GridDim(fixed=experts, scale=top_k, block=tile.m)
+    if work.by_seqs:
+        tiles_m = fixed(experts + blocks(work.num_rows * top_k, tile.m))
+    return Tiling(
+        template="grouped_linear",
+        constants=constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
+        grid=(fixed(blocks(columns, tile.n)), tiles_m),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        options={
+            "silu_mul": _is_up(work),
+            "x": "x" if _is_up(work) else "h",
+            "ragged": depth % tile.k != 0,
+            "uneven": columns % tile.n != 0,
+            # Hopper's products take 64 rows at least, so a tile of 64 has no half.
+            "halves": tile.m >= 128 or work.interpreted,
+        },
+    )

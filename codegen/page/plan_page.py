@@ -1,4 +1,4 @@
-"""A plan as one HTML page: figures computed here, drawn as SVG by `templates/page.html.j2`. Nothing is fetched."""
+"""A plan as one HTML page, which fetches nothing: computed here, drawn by `page.html.j2`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tokenspeed_plan.plans.report import DEFINITIONS, as_dict, smallest_decode
 from tokenspeed_plan.plans.schema import (
     CollectiveCall,
     KernelCall,
+    LibraryCall,
     Plan,
     RecordEvent,
     Step,
@@ -30,7 +31,15 @@ Point = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class RoofPoint:
-    """A kernel on the roofline: FLOPs for each byte, FLOPs a second, and how much of a step it takes."""
+    """A kernel on the roofline.
+
+    Attributes:
+        name: what it is called.
+        phase: prefill or decode.
+        intensity: FLOPs for each byte that it moves.
+        flops_per_s: FLOPs that it reaches.
+        share: its part of a step's time, 0 to 1.
+    """
 
     name: str
     phase: str
@@ -107,7 +116,7 @@ def _layer_of(step: KernelCall) -> str:
 
 
 def _shown_layers(plan: Plan) -> list[str]:
-    """The second layer of each kind of mixer (the first of a model begins differently), else the first."""
+    """The second layer of each kind of mixer, or the only one: the first begins differently."""
     kinds: dict[str, list[str]] = {}
     by_name = {kernel.name: kernel for kernel in plan.kernels}
     for step in _calls(plan):
@@ -118,7 +127,7 @@ def _shown_layers(plan: Plan) -> list[str]:
 
 
 def _layer(plan: Plan, layer: str) -> dict[str, Any]:
-    """Operators of a layer from top to bottom, the kernels that they became, and who feeds whom on either side."""
+    """Operators of a layer from top to bottom, the kernels they became, and what feeds what."""
     by_name = {kernel.name: kernel for kernel in plan.kernels}
     ops: list[dict[str, Any]] = []
     kernels: list[dict[str, Any]] = []
@@ -182,6 +191,12 @@ def _timeline(plan: Plan) -> dict[str, Any]:
     return {"bars": bars, "streams": program.num_streams, "end": end, "kinds": kinds}
 
 
+def _function_of(step: CollectiveCall | LibraryCall) -> str:
+    if isinstance(step, CollectiveCall):
+        return step.op
+    return step.function
+
+
 def _bars(plan: Plan, steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
     names = {kernel.name: kind_of(kernel) for kernel in plan.kernels}
     now: dict[int, float] = {}
@@ -193,7 +208,7 @@ def _bars(plan: Plan, steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
         elif isinstance(step, RecordEvent):
             events[step.event] = start
         else:
-            kind = step.op if isinstance(step, CollectiveCall) else names[step.kernel]
+            kind = names[step.kernel] if isinstance(step, KernelCall) else _function_of(step)
             layer = _layer_of(step) if isinstance(step, KernelCall) else ""
             yield {
                 "kind": kind,
@@ -206,7 +221,7 @@ def _bars(plan: Plan, steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
 
 
 def _front(plan: Plan) -> dict[str, Any]:
-    """Deployments by a user's speed and a GPU's throughput: those on the front, and others that were looked at."""
+    """Deployments by a user's speed and a GPU's throughput: the Pareto front, and others."""
     front = {option.what for option in plan.predicted.front}
     every = [option for decision in plan.decisions for option in decision.options]
     others = [option for option in every if "tokens_per_s_user" in option.numbers]

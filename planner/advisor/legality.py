@@ -29,18 +29,19 @@ def _splits(config: ModelConfig) -> list[Split]:
     splits = [
         Split("attention", config.attention.num_qo_heads),
         Split("kv", config.attention.num_kv_heads),
-        Split("attention", config.delta_net.num_k_heads),
-        Split("attention", config.delta_net.num_v_heads),
         Split("vocab", config.vocab_size),
     ]
-    if config.moe is None:
-        return [*splits, Split("mlp", config.intermediate_size)]
-    return [
-        *splits,
-        Split("experts", config.moe.num_experts),
-        Split("expert_inner", config.moe.intermediate_size),
-        Split("mlp", config.moe.shared_intermediate_size),
-    ]
+    if config.delta_net:
+        splits.append(Split("attention", config.delta_net.num_k_heads))
+        splits.append(Split("attention", config.delta_net.num_v_heads))
+    dense_size = config.intermediate_size
+    if config.moe:
+        splits.append(Split("experts", config.moe.num_experts))
+        splits.append(Split("expert_inner", config.moe.intermediate_size))
+        dense_size = config.moe.shared_intermediate_size
+    if dense_size:
+        splits.append(Split("mlp", dense_size))
+    return splits
 
 
 def _check_fp8(layout: ParallelLayout, config: ModelConfig) -> None:
@@ -49,7 +50,9 @@ def _check_fp8(layout: ParallelLayout, config: ModelConfig) -> None:
         check_fp8_blocks(config.intermediate_size, layout.num_ranks, "the FFN")
         return
     check_fp8_blocks(config.moe.intermediate_size, layout.moe_tp, "an expert")
-    check_fp8_blocks(config.moe.shared_intermediate_size, layout.num_ranks, "the shared expert")
+    shared_size = config.moe.shared_intermediate_size
+    if shared_size:
+        check_fp8_blocks(shared_size, layout.num_ranks, "the shared expert")
 
 
 def check_formats(weights: str, hardware: HardwareSpec) -> None:

@@ -16,8 +16,9 @@ from tokenspeed_plan.planner.advisor.numbers import ceil_div
 from tokenspeed_plan.planner.advisor.step_time import StepTime
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import LayerType, ModelConfig
-from tokenspeed_plan.planner.models.qwen3_5 import BuildContext, build
+from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.cost import Formats, Load, op_cost, time_of
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS
 from tokenspeed_plan.planner.passes.limits import plan_capacity

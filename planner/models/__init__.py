@@ -1,1 +1,1 @@
-"""The model families: what a config says, what a checkpoint holds, and the operator graph of each."""
+"""The model families: what a config says, what a checkpoint holds, and each graph of operators."""

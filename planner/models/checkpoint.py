@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, read from its headers only: names, shapes, dtypes, digests of its small files."""
+"""What a checkpoint folder holds: names, shapes, dtypes, and digests of its small files."""
 
 from __future__ import annotations
 

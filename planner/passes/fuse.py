@@ -51,14 +51,17 @@ FUSIONS = (
     Fusion("linear_silu_mul", ("linear", "silu_mul")),
     Fusion("expert_sum_linear_add", ("expert_sum", "linear", "gated_add", "add")),
     Fusion("expert_sum_linear", ("expert_sum", "linear", "gated_add")),
+    Fusion("expert_sum_add", ("expert_sum", "add")),
     Fusion("linear_add", ("linear", "add")),
     Fusion("add_norm", ("add", "rms_norm")),
     # Attention.
     Fusion(
         "qk_norm_rope_write", ("split_gate", "head_norm", "rope", "head_norm", "rope", "kv_write")
     ),
+    Fusion("qk_norm_rope_write", ("head_norm", "rope", "head_norm", "rope", "kv_write")),
     Fusion("k_norm_rope_write", ("head_norm", "rope", "kv_write")),
     Fusion("attention_gate", ("attention", "sigmoid_gate")),
+    Fusion("attention_only", ("attention",), independent=True),
     # Gated DeltaNet: the decode step, and the chunked form of prefill.
     Fusion(
         "delta_recompute",
@@ -71,6 +74,10 @@ FUSIONS = (
     Fusion("moe_up", ("topk", "experts_up", "linear", "silu_mul")),
     Fusion("moe_down_add", ("experts_down", "linear", "gated_add", "add")),
     Fusion("moe_down", ("experts_down", "linear", "gated_add")),
+    # The same without a shared expert.
+    Fusion("moe_up", ("topk", "experts_up")),
+    Fusion("moe_down_add", ("experts_down", "add")),
+    Fusion("moe_down", ("experts_down",), independent=True),
     # Drafts: the input of the MTP layer, the one row of each sequence that continues, and the
     # positions and slots of the next draft.
     Fusion("embed_norm_concat", ("embed", "rms_norm", "rms_norm", "concat")),

@@ -61,6 +61,10 @@ def plan_capacity(
     chunk = prefill_chunk(chunk or hardware.prefill_chunk, max_seq_len)
     spacing = checkpoint_spacing(checkpoint_tokens, chunk, hardware.page_size)
     kept = workload.concurrency * num_checkpoints(max_seq_len, spacing)
+    interval = spacing or max(chunk, hardware.page_size)
+    if not config.has_state:
+        # Each page is a checkpoint by itself. State slots are numbers then, without memory.
+        kept, interval = 0, pages * hardware.page_size
     slots = state_slots_per_seq(depth, recomputes)
     return Capacity(
         max_seqs=workload.concurrency,
@@ -71,7 +75,7 @@ def plan_capacity(
         state_slots_per_seq=slots,
         num_state_slots=2 + workload.concurrency * slots + kept,
         default_max_tokens=min(workload.output_tokens, max_seq_len - 1),
-        checkpoint_interval=spacing or max(chunk, hardware.page_size),
+        checkpoint_interval=interval,
         min_checkpoint_tokens=max(chunk // WORTH_A_STEP, hardware.page_size),
         num_checkpoints=kept,
         kept_inputs=depth + 1 if depth and recomputes else 0,
@@ -112,7 +116,9 @@ def num_checkpoints(seq_tokens: int, spacing: int) -> int:
     return ENDS_PER_CONVERSATION + seq_tokens // spacing
 
 
-def record_cache(ledger: Ledger, limits: Limits, tpot_ms: float | None) -> None:
+def record_cache(
+    ledger: Ledger, limits: Limits, tpot_ms: float | None, has_state: bool = True
+) -> None:
     """Write down what is planned for the prefix cache, and for prefill between decode steps."""
     value, reason = "off", AS_ASKED
     if limits.num_checkpoints:
@@ -121,6 +127,11 @@ def record_cache(ledger: Ledger, limits: Limits, tpot_ms: float | None) -> None:
         reason = (
             f"{ENDS_PER_CONVERSATION} for each conversation where its last prompt and answer end, "
             "and turns start from; those between serve prompts that begin alike"
+        )
+    if not has_state:
+        value, reason = (
+            "every page",
+            "without recurrent state, keys and values are all that a hit needs",
         )
     ledger.record("prefix_cache", value, reason)
     within = "a chunk: the spec names no time per token"

@@ -7,7 +7,7 @@ from tokenspeed_plan.plans.ops.op_def import (
     OpDef,
     Specs,
     batch_rows,
-    check_norm_weight,
+    check_norm_kind,
     expect,
     integer,
     like,
@@ -20,7 +20,7 @@ from tokenspeed_plan.plans.types import TensorSpec
 
 
 def _head_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    check_norm_weight(attrs)
+    check_norm_kind(attrs)
     expect(specs, "w", integer(attrs, "head_dim"))
     expect(specs, "x", rows(specs, "x"), integer(attrs, "num_heads") * integer(attrs, "head_dim"))
     return {"y": specs["x"]}

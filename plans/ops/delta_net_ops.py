@@ -23,7 +23,7 @@ from tokenspeed_plan.plans.ops.op_def import (
 from tokenspeed_plan.plans.types import Dim, DType, TensorSpec
 
 DELTA_CHUNK = 64  # tokens of a chunk of the delta rule
-L2_EPS = 1e-6  # of the norm of queries and keys
+L2_EPS = 1e-6  # of the norm of its queries and keys
 RECOMPUTED = "recomputed"  # the mode of a step that finds its state where `recompute_state` left it
 
 

@@ -7,7 +7,7 @@ from tokenspeed_plan.plans.ops.op_def import (
     OpDef,
     ShapeError,
     Specs,
-    check_norm_weight,
+    check_norm_kind,
     expect,
     integer,
     like,
@@ -28,7 +28,7 @@ def _embed(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 
 def _rms_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    check_norm_weight(attrs)
+    check_norm_kind(attrs)
     expect(specs, "w", width(specs, "x"))
     return {"y": like(specs, "x", width(specs, "x"))}
 

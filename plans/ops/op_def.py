@@ -93,6 +93,15 @@ def check_numbers(attrs: Attrs) -> None:
             number(attrs, name)
 
 
+def check_norm_kind(attrs: Attrs) -> None:
+    """`plain`, where it is given, is true: the norm multiplies by w, not by 1 + w.
+
+    Raises:
+        ShapeError: it is something else.
+    """
+    require(attrs.get("plain", True) is True, f"plain is {attrs.get('plain')!r}, not true")
+
+
 def expect(specs: Specs, name: str, *shape: Dim, dtype: DType | None = None) -> TensorSpec:
     """The operand `name`, which must have this shape and, where given, this dtype.
 
@@ -164,16 +173,6 @@ def dtype_attr(attrs: Attrs) -> DType:
         if value == dtype:
             return dtype
     raise ShapeError(f"dtype {value!r}")
-
-
-def check_norm_weight(attrs: Attrs) -> None:
-    """The constant `plain`, where given, is true: a plain norm multiplies by w, not by 1 + w.
-
-    Raises:
-        ShapeError: it is something else.
-    """
-    plain = attrs.get("plain", True)
-    require(plain is True, f"plain is {plain!r}, not true")
 
 
 def query_len(attrs: Attrs) -> int:

@@ -35,9 +35,9 @@ from tokenspeed_plan.planner.compile import (
 )
 from tokenspeed_plan.planner.graph import Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import load_preset
-from tokenspeed_plan.planner.models.qwen3_5 import BuildContext
-from tokenspeed_plan.planner.models.qwen3_5 import build as build_graph
+from tokenspeed_plan.planner.models.decoder import build as build_graph
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.limits import plan_capacity
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
@@ -225,7 +225,7 @@ def test_several_rows_a_sequence_stay_in_registers(rollback: str, step: str, sm:
         launch = built.kernel.launch
         assert launch is not None
         assert built in candidates[key][: 2 if kind_of(built.kernel) == step else 1]
-        assert launch.constants["ROWS"] in (2, 4, 6)
+        assert launch.constants["QUERY_LEN"] in (2, 4, 6)
         narrow = int(launch.constants.get("BLOCK_G", 0)) < WIDEST
         assert set(ANY_PRODUCT.findall(report.ptx)) <= {"mma.sync" if narrow else PRODUCT[sm]}
 

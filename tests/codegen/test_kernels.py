@@ -1,4 +1,7 @@
-"""Each Triton kernel beside its reference: odd sizes, ragged batches, empty experts, and broken ones are caught."""
+"""Each Triton kernel beside its reference: odd sizes, ragged batches, empty experts.
+
+Broken kernels must be caught.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.plans.kernel_file import kind_of
 
 RAGGED = (1, 64, 65, 3, 130)
+MAX_SAMPLED = 20  # rows of a decode step: interpreted, each takes half a second
 CASES = {
     "one row": Case("decode", (1,), (40,)),
     "one row, nothing before": Case("decode", (1,), (0,)),
@@ -41,6 +45,25 @@ CASES = {
     "experts of a rank": Case("decode", (1,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2)),
     "experts of a rank, prefill": Case("prefill", (40,), (9,), layout=ParallelLayout(2, 1, 2)),
 }
+# Plain norms and no gate; no shared expert.
+FAMILY_CASES = {
+    "qwen3, one row": Case("decode", (1,), (40,), kind="qwen3"),
+    "qwen3, bf16, seven rows": Case(
+        "decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), "bf16", "qwen3", "H200"
+    ),
+    "qwen3, prefill": Case("prefill", (1, 70), (5, 0), kind="qwen3"),
+    "qwen3 moe, one row": Case("decode", (1,), (40,), kind="qwen3_moe"),
+    "qwen3 moe, H200 tiles, three rows": Case(
+        "decode", (1,) * 3, (0, 5, 64), gpu="H200", kind="qwen3_moe"
+    ),
+    "qwen3 moe, prefill": Case("prefill", (1, 70), (5, 0), kind="qwen3_moe"),
+    "qwen3 moe, experts of a rank": Case(
+        "decode", (1,) * 3, (0, 9, 64), kind="qwen3_moe", layout=ParallelLayout(2, 1, 2)
+    ),
+    "qwen3 moe, experts of a rank, prefill": Case(
+        "prefill", (40,), (9,), kind="qwen3_moe", layout=ParallelLayout(2, 1, 2)
+    ),
+}
 LAST_PAGE = (0, 1, 15, 16, 17, 100, 300, 505)
 DRAFTED = {
     "one sequence, four rows": Case("decode", (4,), (40,), depth=3),
@@ -62,7 +85,10 @@ ALONE = CASES["H200 tiles, one row"]
 FORCED = replace(ROWS, lengths=(6,) * 30, before=tuple(range(30)), forced=(0.9, 0.9, -1.0, 0.5))
 
 
-@pytest.mark.parametrize("case", (CASES | DRAFTED).values(), ids=(CASES | DRAFTED).keys())
+ALL_CASES = CASES | FAMILY_CASES | DRAFTED
+
+
+@pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES.keys())
 def test_kernels_equal_their_references(case: Case) -> None:
     built = kernels_of(case)
     missing = {kind_of(kernel.kernel) for kernel in built if kernel.source is None}
@@ -70,6 +96,8 @@ def test_kernels_equal_their_references(case: Case) -> None:
     for kernel in built:
         if kernel.kernel.reduced_operand is not None:
             continue  # needs its peers: tests/runtime/test_ranks.py
+        if kind_of(kernel.kernel) == "sample" and case.num_tokens > MAX_SAMPLED:
+            continue
         for rank in range(case.layout.num_ranks):
             for name, error in errors(kernel, case, rank=rank):
                 assert error <= TOLERANCE[case.dtype], (kernel.kernel.name, name, rank)
@@ -87,7 +115,7 @@ def test_simulated_acceptance_equals_the_reference(forced: tuple[float, ...]) ->
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN
 @pytest.mark.parametrize("gpu", ["cpu", "H200"])
 def test_logits_that_are_no_distribution_still_give_a_token(gpu: str) -> None:
-    """NaN and infinities at any temperature: kernel and reference fall back to the same greedy token."""
+    """NaN and infinities at any temperature: kernel and reference take the same greedy token."""
     rows = torch.zeros(8, 512)
     rows[:2], rows[2:4, 7], rows[4:6] = torch.nan, torch.inf, -torch.inf
     rows[6:, 100:], rows[6:, 3] = -torch.inf, 1.0
@@ -104,7 +132,7 @@ def test_logits_that_are_no_distribution_still_give_a_token(gpu: str) -> None:
     assert all(0 <= token < 100 for token in got[6:])
 
 
-# Of each row, a token: these load what an earlier replay wrote, a graph's launch before.
+# With a row for each token, these load what an earlier step wrote.
 EARLIER = {"attention_gate", "delta_step"}
 
 
@@ -112,7 +140,7 @@ EARLIER = {"attention_gate", "delta_step"}
     "case", [ROWS, TILED, ALONE], ids=["many sequences", "few sequences", "one row"]
 )
 def test_only_weights_are_loaded_before_the_kernels_before_are_done(case: Case) -> None:
-    """All else may have been written in the same replay: tokens, places and hidden states of drafts are."""
+    """All else may be written in the same step, as tokens and hidden states of drafts are."""
     loading = set()
     for kernel in kernels_of(replace(case, gpu="H200")):
         rows = {param.tensor.shape[0] for param in kernel.kernel.params if param.role == "output"}
@@ -134,10 +162,17 @@ def test_only_weights_are_loaded_before_the_kernels_before_are_done(case: Case) 
 # One constant or sign in each template, by the kinds that are made from it.
 FEW, MANY = CASES["seven rows"], CASES["ragged prefill"]
 CHUNKS, SEQS = DRAFTED["prefill and three drafts"], DRAFTED["prefill of many and two drafts"]
+# The smallest batches on which the slowest kernels can fail.
+SOME = Case("prefill", (3, 66), (5, 0))
+TWO = Case("decode", (1,) * 2, (5, 64), kind="few heads")
+COLUMNS = Case("decode", (1,), (40,), gpu="H200", kind="few heads")
+PAIRS = DRAFTED["three sequences, two rows"]
+SLOTS = Case("prefill", (1, 5), (0, 3), depth=3, kind="few heads")
+FEW_SEQS = Case("prefill", (2,) * 3, (0, 1, 2), depth=2)
 MUTATIONS = [
     (MANY, "rms_norm", "/ H + EPS", "/ H + 0.1"),
     (FEW, "advance", "+ position % PAGE", "+ position % PAGE + 1"),
-    (FEW, "embed", "< ROWS)", "< ROWS - 400)"),
+    (FEW, "embed", "< VOCAB)", "< VOCAB - 400)"),
     (FEW, "norm_linear", "+ EPS", "+ 0.1"),
     (FEW, "norm_linear", "1.0 + tl.load(rms_norm_w", "0.9 + tl.load(rms_norm_w"),
     (FEW, "linear_add", "out += tl.load(add_r", "out -= tl.load(add_r"),
@@ -146,69 +181,69 @@ MUTATIONS = [
     (MANY, "linear_silu_mul", "out * tl.sigmoid(out) * up", "out * tl.sigmoid(up) * up"),
     (MANY, "expert_sum_linear_add", "for j in range(TOP_K)", "for j in range(TOP_K - 1)"),
     (FEW, "qk_norm_rope_write", "1 / 120", "1 / 12"),
-    (FEW, "qk_norm_rope_write", "place + PAGE * KV * D", "place + KV * D"),
+    (FEW, "qk_norm_rope_write", "offset + PAGE * KV * D", "offset + KV * D"),
     (FEW, "attention_gate", "score * SCALE", "score * SCALE * 1.01"),
     (CASES["H200 tiles, seven rows"], "attention_gate", "tl.log2(total)", "0.9 * tl.log2(total)"),
     (
         CASES["H200 tiles, seven rows"],
         "attention_gate",
-        "range(0, count, BLOCK_P",
-        "range(1, count, BLOCK_P",
+        "range(0, count, BLOCK_S",
+        "range(1, count, BLOCK_S",
     ),
     (MANY, "attention_gate", "<= position", "< position"),
-    (FEW, "delta_step", "head % GROUP == 0", "head % GROUP == 5"),
-    (CASES["bf16, heads of 128 and 256"], "delta_step", "DV // BLOCK_V - 1", "DV // BLOCK_V - 2"),
-    (CASES["H200 tiles, seven rows"], "sample", "found == best", "found < best"),
-    (CASES["H200 tiles, seven rows"], "sample", "tl.store(counters + s, 0)", "pass"),
-    (CASES["H200 tiles, seven rows"], "attention_gate", "tl.store(ticket + team, 0)", "pass"),
+    (TWO, "delta_step", "head % GROUP == 0", "head % GROUP == 5"),
+    (COLUMNS, "delta_step", "DV // BLOCK_V - 1", "DV // BLOCK_V - 2"),
+    (ALONE, "sample", "found == best", "found < best"),
+    (ALONE, "sample", "tl.store(counters + s, 0)", "pass"),
+    (CASES["H200 tiles, seven rows"], "attention_gate", "tl.store(counter + group, 0)", "pass"),
     (
-        CASES["bf16, heads of 128 and 256"],
+        COLUMNS,
         "delta_step",
         "tl.store(counters + s * B + head, 0)",
         "pass",
     ),
-    (FEW, "delta_step", "t == TAPS - 1,", "t == TAPS - 2,"),
-    (MANY, "conv_qk_norm", "(at >= 0) & (at < count)", "(at >= 0) & (at < count - 1)"),
-    (MANY, "conv_qk_norm", "if first:", "if False:"),
-    (MANY, "linear", "above + place % here", "above + place % GROUP_M"),
-    (MANY, "gates_delta_chunk", "range(2, BLOCK)", "range(3, BLOCK)"),
-    (MANY, "gates_delta_chunk", "c[:, None] >= c[None, :]", "c[:, None] > c[None, :]"),
-    (MANY, "gated_norm", "* tl.sigmoid(gate)", "* gate"),
-    (MANY, "topk", "range(TOP_K)", "range(TOP_K - 1)"),
-    (FEW, "moe_up", "half * H + place", "half * H + H + place"),
+    (TWO, "delta_step", "t == TAPS - 1,", "t == TAPS - 2,"),
+    (SOME, "conv_qk_norm", "(at >= 0) & (at < count)", "(at >= 0) & (at < count - 1)"),
+    (SOME, "conv_qk_norm", "if first:", "if False:"),
+    (MANY, "linear", "above + index % here", "above + index % GROUP_M"),
+    (SOME, "gates_delta_chunk", "range(2, BLOCK)", "range(3, BLOCK)"),
+    (SOME, "gates_delta_chunk", "c[:, None] >= c[None, :]", "c[:, None] > c[None, :]"),
+    (SOME, "gated_norm", "* tl.sigmoid(gate)", "* gate"),
+    (SOME, "topk", "range(TOP_K)", "range(TOP_K - 1)"),
+    (FEW, "moe_up", "half * H + offsets", "half * H + H + offsets"),
     (FEW, "moe_down_add", "* shares[j]", "* 1.0"),
     (CASES["one row"], "moe_down_add", "key = _without(key, best)", "pass"),
     (CASES["one row"], "moe_down_add", "scores[j] - scores[0]", "scores[0]"),
     (CASES["one row"], "moe_up", "range(slot)", "range(slot // 2)"),
     (MANY, "expert_sort", "group < expert", "group + 1 < expert"),
     (MANY, "grouped_up", "begin // BLOCK_M - expert", "begin // BLOCK_M"),
-    (MANY, "grouped_down", "BLOCK_M // 2, BLOCK_N", "BLOCK_M // 4, BLOCK_N"),
+    (MANY, "grouped_down", "BLOCK_M // 2,", "BLOCK_M // 4,"),
     (MANY, "grouped_up", "acc * tl.sigmoid(acc) * acc_up", "acc * tl.sigmoid(acc_up) * acc_up"),
     (
         MANY,
         "grouped_down",
-        "range(0, tl.where(there, K, 0)",
-        "range(BLOCK_K, tl.where(there, K, 0)",
+        "range(0, tl.where(is_local, K, 0)",
+        "range(BLOCK_K, tl.where(is_local, K, 0)",
     ),
-    (FEW, "sample", "x ^ (x >> SHIFT)", "x ^ (x >> SHIFT + 1)"),
-    (ROWS, "sample", " + s % ROWS", ""),
+    (PAIRS, "sample", "x ^ (x >> SHIFT)", "x ^ (x >> SHIFT + 1)"),
+    (PAIRS, "sample", " + s % QUERY_LEN", ""),
     (
-        DRAFTED["three sequences, two rows"],
+        PAIRS,
         "sample",
-        "temperature + s // ROWS",
-        "temperature + s // (ROWS + 1)",
+        "temperature + s // QUERY_LEN",
+        "temperature + s // (QUERY_LEN + 1)",
     ),
-    (ROWS, "accept", "range(ROWS - 1)", "range(ROWS - 2)"),
+    (ROWS, "accept", "range(QUERY_LEN - 1)", "range(QUERY_LEN - 2)"),
     (ROWS, "accept", "== stops)", "== stops - 1)"),
     (ROWS, "accept", "- before - 1", "- before"),
     (ROWS, "accept", "(count, room), 0)", "(count, room), -1)"),
     (ROWS, "accept", " & live[:, None]", ""),
-    (FORCED, "accept", "draws + i", "draws"),
+    (FORCED, "accept", "rng_offsets + i", "rng_offsets"),
     (FORCED, "accept", "!= 0.0", "> 0.0"),
-    (ROWS, "advance_rows", "ok &= read > 0", "ok &= read >= 0"),
+    (ROWS, "advance_rows", "ok &= src > 0", "ok &= src >= 0"),
     (ROWS, "advance_rows", "PAGES - 1", "PAGES - 2"),
-    (ROWS, "advance_rows", "tl.store(written, read, mask=ok)", "pass"),
-    (ROWS, "draft", "range(KNOWN)", "range(KNOWN - 1)"),
+    (ROWS, "advance_rows", "tl.store(dst_ptr, src, mask=ok)", "pass"),
+    (ROWS, "draft", "range(EARLIER)", "range(EARLIER - 1)"),
     (TILED, "draft", "found == best", "found < best"),
     (TILED, "draft", "mask=v < VOCAB", "mask=v < 64"),
     (TILED, "draft_then_place", "tl.store(counters + s, 0)", "pass"),
@@ -223,17 +258,17 @@ MUTATIONS = [
         "(2 * t + 1 - half)",
     ),
     (DRAFTED["experts of a rank, three drafts"], "embed", "t * 2 + 1", "t * 2"),
-    (ROWS, "select_rows", "s * ROWS", "s * (ROWS - 1)"),
+    (ROWS, "select_rows", "s * QUERY_LEN", "s * (QUERY_LEN - 1)"),
     (CHUNKS, "last_rows", "+ s + 1) - 1", "+ s)"),
     (CHUNKS, "shift_tokens", "last >= 0", "last >= -1"),
     (CHUNKS, "shift_tokens", "t + 1 < end", "t + 2 < end"),
-    (CHUNKS, "conv_qk_norm", "dst_state_slots + s * TABLE", "dst_state_slots + s"),
-    (CHUNKS, "delta_scan", "dst_state_slots + s * TABLE", "dst_state_slots + s"),
+    (SLOTS, "conv_qk_norm", "dst_state_slots + s * DST_SLOTS", "dst_state_slots + s"),
+    (SLOTS, "delta_scan", "dst_state_slots + s * DST_SLOTS", "dst_state_slots + s"),
     (CHUNKS, "moe_up", "topk_logits + t * EXPERTS", "topk_logits + t // 2 * EXPERTS"),
     (SEQS, "expert_sort", "num_seqs * TOP_K", "(num_seqs - 1) * TOP_K"),
     (SEQS, "linear_add", "m < num_seqs", "m < num_seqs - 1"),
-    (SEQS, "qk_norm_rope_write", "rope_positions + t", "rope_positions"),
-    (SEQS, "attention_gate", "attention_context_lens + s)", "attention_context_lens)"),
+    (FEW_SEQS, "qk_norm_rope_write", "rope_positions + t", "rope_positions"),
+    (FEW_SEQS, "attention_gate", "attention_context_lens + s)", "attention_context_lens)"),
 ]
 
 

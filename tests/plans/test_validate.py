@@ -311,6 +311,7 @@ def test_weights_are_aligned_as_the_kernels_expect(tiny_plan: Plan) -> None:
         ("advance", {"page_size": 1}, "pages of 1"),
         ("linear", {"splits": "a"}, "splits 'a'"),
         ("rms_norm", {"eps": "small"}, "`eps` is 'small'"),
+        ("rms_norm", {"plain": False}, "plain is False, not true"),
         ("rope", {"theta": "x"}, "`theta` is 'x'"),
         ("delta_rule", {"num_k_heads": 0}, "`num_k_heads` is 0"),
         ("attention", {"num_kv_heads": 0}, "`num_kv_heads` is 0"),

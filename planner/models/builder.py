@@ -1,0 +1,297 @@
+"""Emission of operators, tensors and weights. Nothing here knows a model.
+
+Shapes: T tokens, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from tokenspeed_plan.planner.graph import (
+    DimSplits,
+    Op,
+    OpGraph,
+    Role,
+    Source,
+    Stage,
+    Tensor,
+    Weight,
+)
+from tokenspeed_plan.planner.layout import Split
+from tokenspeed_plan.planner.models.config import ModelConfig
+from tokenspeed_plan.plans.ops import OPS, SAMPLING_INPUTS, STOP_IDS
+from tokenspeed_plan.plans.schema import ArenaName, Capacity
+from tokenspeed_plan.plans.types import Attr, Dim, DType, Phase, TensorSpec
+
+Splits = Mapping[int, Split]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """What shapes a graph besides the model: dtype, limits, and how the checkpoint stores experts.
+
+    Attributes:
+        config: the model.
+        dtype: element type of weights and activations.
+        limits: sizes of caches and batches.
+        num_valid_tokens: vocabulary entries that stand for a token.
+        fused_experts: whether the experts under a name prefix are one tensor; otherwise each
+            expert has tensors of its own.
+        draft_vocab: drafts are chosen from this many of the first tokens; from all where None.
+    """
+
+    config: ModelConfig
+    dtype: DType
+    limits: Capacity
+    num_valid_tokens: int
+    fused_experts: Callable[[str], bool]
+    draft_vocab: int | None = None
+
+    @property
+    def wide(self) -> DType:
+        """The dtype of recurrent state and gates."""
+        return "fp64" if self.dtype == "fp64" else "fp32"
+
+
+@dataclass
+class GraphBuilder:
+    """Emits operators in order, and keeps the tensors and weights that they use.
+
+    Attributes:
+        context: what shapes the graph.
+        phase: prefill or decode.
+        depth: drafts that the graph makes for each sequence.
+        suffix: appended to names of operators and activations, where a layer is emitted again.
+        layer_index: the layer of the operators that are emitted now.
+        role: their role.
+    """
+
+    context: BuildContext
+    phase: Phase
+    depth: int
+    suffix: str = ""
+    layer_index: int | None = None
+    role: Role = "batch"
+    ops: list[Op] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.config = self.context.config
+        self.recomputes = bool(self.context.limits.kept_inputs) and self.phase == "decode"
+        self._declare_batch()
+
+    def _declare_batch(self) -> None:
+        """The inputs of a batch; `finish` drops those that no operator reads."""
+        limits = self.context.limits
+        queries, dst_slots = limits.max_depth + 1, limits.state_slots_per_seq - 1
+        for name in ("token_ids", "positions", "slot_mapping"):
+            self.tensor(name, ("num_tokens",), "i32", "io")
+        for name in ("context_lens", "state_lens", "src_state_slots", "following", "max_lens"):
+            self.tensor(name, ("num_seqs",), "i32", "io")
+        dst_shape: tuple[Dim, ...] = ("num_seqs",)
+        if dst_slots > 1:
+            dst_shape = ("num_seqs", dst_slots)
+        self.tensor("dst_state_slots", dst_shape, "i32", "io")
+        self.tensor("stop_ids", ("num_seqs", STOP_IDS), "i32", "io")
+        self.tensor("forced_accept", (queries,), "fp32", "io")
+        self.tensor("accept_counts", (queries,), "i64", "io")
+        self.tensor("cu_seqlens", ("num_seqs+1",), "i32", "io")
+        self.tensor("page_table", ("num_seqs", limits.table_pages), "i32", "io")
+        for name, dtype in SAMPLING_INPUTS.items():
+            self.tensor(name, ("num_seqs",), dtype, "io")
+
+    @property
+    def query_attrs(self) -> dict[str, Attr]:
+        """`query_len`, the tokens of each sequence in a decode step; empty where that is 1."""
+        if self.depth and self.phase == "decode":
+            return {"query_len": self.depth + 1}
+        return {}
+
+    @contextmanager
+    def within(self, role: Role, layer: int | None = None) -> Iterator[None]:
+        """Operators emitted inside have this role and layer (the enclosing layer where None)."""
+        before = self.role, self.layer_index
+        self.role = role
+        if layer is not None:
+            self.layer_index = layer
+        yield
+        self.role, self.layer_index = before
+
+    def tensor(
+        self,
+        name: str,
+        shape: tuple[Dim, ...],
+        dtype: DType,
+        arena: ArenaName = "activations",
+        splits: DimSplits = (),
+    ) -> str:
+        """Declare a tensor; returns its name."""
+        self.tensors[name] = Tensor(name, TensorSpec.of(shape=shape, dtype=dtype), arena, splits)
+        return name
+
+    def op(
+        self,
+        name: str,
+        kind: str,
+        inputs: Sequence[str],
+        weights: Sequence[str] = (),
+        states: Sequence[str] = (),
+        attrs: Mapping[str, Attr] | None = None,
+        attr_splits: Mapping[str, Split] | None = None,
+        shifts: Mapping[str, tuple[int, Split]] | None = None,
+        out_splits: Sequence[Split | None] = (),
+        out_names: Sequence[str] = (),
+        partial: bool = False,
+        gathered: bool = False,
+    ) -> tuple[str, ...]:
+        """Emit one operator; the table gives the shapes of its outputs. Returns their names."""
+        operands = (*inputs, *weights, *states)
+        specs = self._output_specs(kind, operands, attrs or {})
+        name = f"{name}{self.suffix}"
+        outputs = self._output_names(name, tuple(specs), out_names)
+        self._declare_outputs(outputs, tuple(specs.values()), out_splits)
+        accesses = [access for _, access in OPS[kind].states]
+        self.ops.append(
+            Op(
+                name,
+                kind,
+                tuple(inputs),
+                outputs,
+                tuple(weights),
+                tuple(zip(states, accesses, strict=True)),
+                attrs or {},
+                attr_splits or {},
+                shifts or {},
+                partial=partial,
+                gathered=gathered,
+                layer=self.layer_index,
+                role=self.role,
+            )
+        )
+        return outputs
+
+    def _output_specs(
+        self, kind: str, operands: Sequence[str], attrs: Mapping[str, Attr]
+    ) -> dict[str, TensorSpec]:
+        definition = OPS[kind]
+        named = zip(definition.operands, operands, strict=True)
+        return definition.infer(attrs, {role: self._spec(value) for role, value in named})
+
+    def _output_names(self, op: str, roles: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
+        if given:
+            return tuple(f"{name}{self.suffix}" for name in given)
+        if len(roles) == 1:
+            return (op,)
+        return tuple(f"{op}.{role}" for role in roles)
+
+    def _declare_outputs(
+        self, names: Sequence[str], specs: Sequence[TensorSpec], splits: Sequence[Split | None]
+    ) -> None:
+        """Outputs are activations; a split of theirs is of the last dimension."""
+        all_splits = tuple(splits) or (None,) * len(names)
+        for name, spec, split in zip(names, specs, all_splits, strict=True):
+            cut: DimSplits = ()
+            if split:
+                cut = ((len(spec.shape) - 1, split),)
+            self.tensors[name] = Tensor(name, spec, "activations", cut)
+
+    def _spec(self, name: str) -> TensorSpec:
+        if name in self.tensors:
+            return self.tensors[name].spec
+        return self.weights[name].spec
+
+    def linear(
+        self,
+        name: str,
+        x: str,
+        weight: str,
+        outs: Sequence[tuple[int, Split | None]],
+        names: Sequence[str] = (),
+        partial: bool = False,
+        gathered: bool = False,
+    ) -> tuple[str, ...]:
+        """A product with one or more outputs: (columns, how ranks share them)."""
+        return self.op(
+            name,
+            "linear",
+            (x,),
+            (weight,),
+            attrs={"splits": tuple(size for size, _ in outs)},
+            out_splits=[split for _, split in outs],
+            out_names=names,
+            partial=partial,
+            gathered=gathered,
+        )
+
+    def weight(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        sources: tuple[Source, ...],
+        join_dim: int = 0,
+        dtype: DType | None = None,
+    ) -> str:
+        """Declare a parameter; returns its name."""
+        spec = TensorSpec.of(shape=shape, dtype=dtype or self.context.dtype)
+        self.weights[name] = Weight(name, spec, sources, join_dim)
+        return name
+
+    def matrix(
+        self,
+        name: str,
+        blocks: Mapping[str, tuple[int, Splits]],
+        columns: int,
+    ) -> str:
+        """Checkpoint matrices stacked by rows: name -> (rows, splits)."""
+        sources = []
+        for source, (rows, splits) in blocks.items():
+            shape = (rows, columns)
+            sources.append(Source(source, shape, (0, 0), shape, tuple(splits.items())))
+        total_rows = sum(rows for rows, _ in blocks.values())
+        return self.weight(name, (total_rows, columns), tuple(sources))
+
+    def vector(
+        self,
+        name: str,
+        source: str,
+        size: int,
+        dtype: DType | None = None,
+        split: Split | None = None,
+    ) -> str:
+        """A one-dimensional parameter."""
+        splits: DimSplits = ()
+        if split:
+            splits = ((0, split),)
+        part = Source(source, (size,), (0,), (size,), splits)
+        return self.weight(name, (size,), (part,), dtype=dtype)
+
+    def row_parallel(self, name: str, source: str, shape: tuple[int, int], split: Split) -> str:
+        """A matrix [outputs, inputs] whose inputs ranks share out: products are partial sums."""
+        part = Source(source, shape, (0, 0), shape, ((1, split),))
+        return self.weight(name, shape, (part,))
+
+    def finish(self, outputs: tuple[str, ...]) -> OpGraph:
+        """The graph, with the inputs that it really reads; its outputs lie in the io arena."""
+        read: set[str] = set()
+        for op in self.ops:
+            read.update(op.inputs)
+            read.update(state for state, _ in op.states)
+        batch = [name for name, tensor in self.tensors.items() if tensor.arena == "io"]
+        inputs = tuple(name for name in batch if name in read)
+        unused = set(batch) - read
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name not in unused}
+        for name in outputs:
+            tensors[name] = Tensor(name, tensors[name].spec, "io", tensors[name].splits)
+        return OpGraph(
+            self.phase,
+            Stage.BUILT,
+            tuple(self.ops),
+            tensors,
+            self.weights,
+            inputs,
+            outputs,
+            self.depth,
+        )

@@ -1,0 +1,115 @@
+"""Blocks that every decoder has: embedding, norms, residual sums, head and sampler.
+
+Shapes: T tokens, H hidden, V vocabulary entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenspeed_plan.planner.graph import Source
+from tokenspeed_plan.planner.layout import Split
+from tokenspeed_plan.planner.models.builder import GraphBuilder
+from tokenspeed_plan.plans.ops import SAMPLING_INPUTS
+from tokenspeed_plan.plans.types import Attr
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPlaces:
+    """Names of the tensors that say where tokens are: those of the batch, or of `draft_place`."""
+
+    positions: str = "positions"
+    slot_mapping: str = "slot_mapping"
+    context_lens: str = "context_lens"
+
+
+BATCH_PLACES = TokenPlaces()
+
+
+def embed(graph: GraphBuilder, name: str, token_ids: str) -> str:
+    """x = E[token_ids]."""
+    vocab_size = graph.config.vocab_size
+    shifts = {"row_start": (vocab_size, Split("vocab", vocab_size))}
+    with graph.within("embed"):
+        table = _embedding_table(graph)
+        return graph.op(name, "embed", (token_ids,), (table,), partial=True, shifts=shifts)[0]
+
+
+def _embedding_table(graph: GraphBuilder) -> str:
+    vocab_size = graph.config.vocab_size
+    block = {_embedding_name(graph): (vocab_size, {0: Split("vocab", vocab_size)})}
+    return graph.matrix("embed.table", block, graph.config.hidden_size)
+
+
+def _embedding_name(graph: GraphBuilder) -> str:
+    return f"{graph.config.prefix}embed_tokens.weight"
+
+
+def norm_attrs(graph: GraphBuilder) -> dict[str, Attr]:
+    """Constants of an RMSNorm; `plain` where the weight is `w`, not `1 + w`."""
+    attrs: dict[str, Attr] = {"eps": graph.config.rms_norm_eps}
+    if graph.config.plain_norms:
+        attrs["plain"] = True
+    return attrs
+
+
+def norm(graph: GraphBuilder, name: str, source: str, x: str) -> str:
+    """RMSNorm over the hidden dimension."""
+    weight = graph.vector(f"{name}.weight", source, graph.config.hidden_size)
+    with graph.within("residual"):
+        return graph.op(name, "rms_norm", (x,), (weight,), attrs=norm_attrs(graph))[0]
+
+
+def add(graph: GraphBuilder, name: str, x: str, residual: str) -> str:
+    """x + residual."""
+    with graph.within("residual"):
+        return graph.op(name, "add", (x, residual))[0]
+
+
+def head(graph: GraphBuilder, x: str, logits: str) -> str:
+    """Logits [., V] over the whole vocabulary."""
+    vocab_size = graph.config.vocab_size
+    weight = _head_weight(graph, "head.weight", vocab_size)
+    return _head_product(graph, "head", x, weight, vocab_size, logits)
+
+
+def draft_head(graph: GraphBuilder, x: str, logits: str) -> str:
+    """Logits over the tokens that drafts are chosen from: the first `draft_vocab`, or all."""
+    vocab_size = graph.config.vocab_size
+    rows = graph.context.draft_vocab or vocab_size
+    name = "draft_head.weight"
+    if rows == vocab_size:
+        name = "head.weight"
+    weight = _head_weight(graph, name, rows)
+    return _head_product(graph, "draft_head", x, weight, rows, logits)
+
+
+def _head_product(
+    graph: GraphBuilder, name: str, x: str, weight: str, rows: int, logits: str
+) -> str:
+    outs = ((rows, Split("vocab", rows)),)
+    with graph.within("head"):
+        return graph.linear(name, x, weight, outs, (logits,), gathered=True)[0]
+
+
+def _head_weight(graph: GraphBuilder, name: str, rows: int) -> str:
+    """The first `rows` rows of the head, which is the embedding table where the two are tied."""
+    tied, vocab_size = graph.config.tie_word_embeddings, graph.config.vocab_size
+    if tied and rows == vocab_size:
+        return _embedding_table(graph)
+    source = "lm_head.weight"
+    if tied:
+        source = _embedding_name(graph)
+    hidden = graph.config.hidden_size
+    size, splits = (rows, hidden), ((0, Split("vocab", rows)),)
+    part = Source(source, (vocab_size, hidden), (0, 0), size, splits)
+    return graph.weight(name, size, (part,))
+
+
+def sample(graph: GraphBuilder, logits: str, name: str) -> str:
+    """The next token after each row of logits."""
+    attrs: dict[str, Attr] = {"num_valid_tokens": graph.context.num_valid_tokens}
+    inputs = (logits, *SAMPLING_INPUTS)
+    return graph.op("sample", "sample", inputs, attrs=attrs | graph.query_attrs, out_names=(name,))[
+        0
+    ]

@@ -1,0 +1,285 @@
+"""Gated DeltaNet: projections, causal convolution, delta rule, gated norm.
+
+Shapes: A key heads of K channels, B value heads of N channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenspeed_plan.planner.graph import Source
+from tokenspeed_plan.planner.layout import Split
+from tokenspeed_plan.planner.models.builder import GraphBuilder
+from tokenspeed_plan.planner.models.config import DeltaNetConfig
+from tokenspeed_plan.plans.ops import RECOMPUTED
+from tokenspeed_plan.plans.types import Attr
+
+_BATCH = ("cu_seqlens", "src_state_slots", "dst_state_slots")
+_RECOMPUTE_BATCH = ("context_lens", "state_lens", "src_state_slots", "dst_state_slots")
+
+
+def delta_net(graph: GraphBuilder, name: str, source: str, x: str) -> str:
+    """The whole block, from the normed hidden state to the term of the residual stream."""
+    config = graph.config.delta_net
+    assert config is not None
+    return _Block(graph, config, name, f"{source}linear_attn.").emit(x)
+
+
+@dataclass(frozen=True, slots=True)
+class _Projected:
+    """Names of what the input projection gives: [q | k | v], z, b and a."""
+
+    qkv: str
+    z: str
+    b: str
+    a: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """One block of one layer; `source` is what its tensors' names begin with."""
+
+    graph: GraphBuilder
+    config: DeltaNetConfig
+    name: str
+    source: str
+
+    @property
+    def k_heads(self) -> Split:
+        return Split("attention", self.config.num_k_heads)
+
+    @property
+    def v_heads(self) -> Split:
+        return Split("attention", self.config.num_v_heads)
+
+    @property
+    def head_attrs(self) -> dict[str, Attr]:
+        return {
+            "num_k_heads": self.config.num_k_heads,
+            "num_v_heads": self.config.num_v_heads,
+            "key_dim": self.config.key_dim,
+            "value_dim": self.config.value_dim,
+        }
+
+    @property
+    def head_splits(self) -> dict[str, Split]:
+        return {"num_k_heads": self.k_heads, "num_v_heads": self.v_heads}
+
+    def mode(self, step: str, many: str) -> dict[str, Attr]:
+        """How an operator with recurrent state works in this phase."""
+        if self.graph.phase == "prefill":
+            return {"mode": many}
+        if self.graph.recomputes:
+            return {"mode": RECOMPUTED}
+        return {"mode": step}
+
+    def emit(self, x: str) -> str:
+        projected = self.project(x)
+        conv_weight, gate_weights = self.conv_weight(), self.gate_weights()
+        conv_state, ssm_state = self.conv_state(), self.ssm_state()
+        if self.graph.recomputes:
+            states = (conv_state, ssm_state, *self.kept_inputs())
+            self.recompute(projected, (conv_weight, *gate_weights), states)
+        y = self.convolve(projected.qkv, conv_weight, conv_state)
+        o = self.delta_rule(y, projected, gate_weights, ssm_state)
+        normed = self.gated_norm(o, projected.z)
+        hidden, z_size = self.graph.config.hidden_size, self.config.value_channels
+        weight = self.graph.row_parallel(
+            f"{self.name}.o.weight", f"{self.source}out_proj.weight", (hidden, z_size), self.v_heads
+        )
+        outs = ((hidden, None),)
+        return self.graph.linear(f"{self.name}.o", normed, weight, outs, partial=True)[0]
+
+    def project(self, x: str) -> _Projected:
+        d, v_heads = self.config, self.v_heads
+        outs = (
+            (d.conv_channels, self.k_heads),
+            (d.value_channels, v_heads),
+            (d.num_v_heads, v_heads),
+            (d.num_v_heads, v_heads),
+        )
+        columns, hidden = sum(size for size, _ in outs), self.graph.config.hidden_size
+        sources = self.flat_projections()
+        if d.packed:
+            sources = self.packed_projections()
+        weight = self.graph.weight(f"{self.name}.in_proj.weight", (columns, hidden), sources)
+        names = tuple(f"{self.name}.{key}" for key in "uzba")
+        return _Projected(*self.graph.linear(f"{self.name}.in_proj", x, weight, outs, names))
+
+    def flat_projections(self) -> tuple[Source, ...]:
+        """[q | k | v | z | b | a] by rows; q, k and v are three slices of one checkpoint tensor."""
+        d, hidden = self.config, self.graph.config.hidden_size
+        rest = []
+        for key, rows in (("z", d.value_channels), ("b", d.num_v_heads), ("a", d.num_v_heads)):
+            shape, splits = (rows, hidden), ((0, self.v_heads),)
+            rest.append(Source(f"{self.source}in_proj_{key}.weight", shape, (0, 0), shape, splits))
+        return (*self.qkv_slices("in_proj_qkv.weight", (hidden,)), *rest)
+
+    def packed_projections(self) -> tuple[Source, ...]:
+        """The same rows where the checkpoint packs them by key head.
+
+        For each key head `in_proj_qkvz` has its q, its k, then v and then z of its value heads;
+        `in_proj_ba` has b and then a of its value heads (transformers, modeling_qwen3_next.py,
+        `fix_query_key_value_ordering`).
+        """
+        d = self.config
+        ratio = d.num_v_heads // d.num_k_heads
+        values = ratio * d.value_dim
+        qkvz = self.packed("in_proj_qkvz.weight", (d.key_dim, d.key_dim, values, values))
+        return qkvz + self.packed("in_proj_ba.weight", (ratio, ratio))
+
+    def packed(self, source: str, runs: tuple[int, ...]) -> tuple[Source, ...]:
+        """The parts of a tensor that has `runs` rows of each part for each key head."""
+        groups, hidden, period = self.config.num_k_heads, self.graph.config.hidden_size, sum(runs)
+        shape, splits = (groups * period, hidden), ((0, self.k_heads),)
+        starts = [sum(runs[:index]) for index in range(len(runs))]
+        return tuple(
+            Source(
+                f"{self.source}{source}",
+                shape,
+                (start, 0),
+                (groups * run, hidden),
+                splits,
+                run=run,
+                every=period,
+            )
+            for start, run in zip(starts, runs, strict=True)
+        )
+
+    def qkv_slices(self, source: str, rest: tuple[int, ...]) -> tuple[Source, ...]:
+        d = self.config
+        keys = d.num_k_heads * d.key_dim
+        parts = (
+            (0, keys, self.k_heads),
+            (keys, keys, self.k_heads),
+            (2 * keys, d.value_channels, self.v_heads),
+        )
+        shape, zeros = (d.conv_channels, *rest), (0,) * len(rest)
+        return tuple(
+            Source(f"{self.source}{source}", shape, (start, *zeros), (size, *rest), ((0, heads),))
+            for start, size, heads in parts
+        )
+
+    def recompute(
+        self, projected: _Projected, weights: tuple[str, ...], states: tuple[str, ...]
+    ) -> None:
+        """Bring the states to the last accepted token, and keep the inputs of this step's."""
+        taps: dict[str, Attr] = {"kernel_size": self.config.conv_kernel_size}
+        self.graph.op(
+            f"{self.name}.recompute",
+            "recompute_state",
+            (projected.qkv, projected.b, projected.a, *_RECOMPUTE_BATCH),
+            weights,
+            states,
+            self.head_attrs | taps | self.graph.query_attrs,
+            attr_splits=self.head_splits,
+        )
+
+    def convolve(self, qkv: str, weight: str, state: str) -> str:
+        taps: dict[str, Attr] = {"kernel_size": self.config.conv_kernel_size}
+        return self.graph.op(
+            f"{self.name}.conv",
+            "causal_conv",
+            (qkv, *_BATCH),
+            (weight,),
+            (state,),
+            attrs=self.mode("update", "varlen") | taps | self.graph.query_attrs,
+            out_splits=(self.k_heads,),
+        )[0]
+
+    def delta_rule(
+        self, y: str, projected: _Projected, gate_weights: tuple[str, ...], state: str
+    ) -> str:
+        graph, v_heads = self.graph, self.v_heads
+        qkv = graph.op(
+            f"{self.name}.qkv",
+            "qk_l2_norm",
+            (y,),
+            attrs=self.head_attrs,
+            attr_splits=self.head_splits,
+            out_splits=(self.k_heads, self.k_heads, v_heads),
+        )
+        gates = graph.op(
+            f"{self.name}.gates",
+            "delta_gates",
+            (projected.b, projected.a),
+            gate_weights,
+            out_splits=(v_heads, v_heads),
+        )
+        return graph.op(
+            f"{self.name}.delta_rule",
+            "delta_rule",
+            (*qkv, *gates, *_BATCH),
+            states=(state,),
+            attrs=self.head_attrs | self.mode("recurrent", "chunked") | graph.query_attrs,
+            attr_splits=self.head_splits,
+            out_splits=(v_heads,),
+        )[0]
+
+    def gated_norm(self, o: str, z: str) -> str:
+        graph, d = self.graph, self.config
+        name = f"{self.name}.gated_norm"
+        weight = graph.vector(
+            f"{name}.weight", f"{self.source}norm.weight", d.value_dim, graph.context.wide
+        )
+        attrs: dict[str, Attr] = {
+            "eps": graph.config.rms_norm_eps,
+            "num_heads": d.num_v_heads,
+            "head_dim": d.value_dim,
+        }
+        return graph.op(
+            name,
+            "gated_norm",
+            (o, z),
+            (weight,),
+            out_splits=(self.v_heads,),
+            attrs=attrs,
+            attr_splits={"num_heads": self.v_heads},
+        )[0]
+
+    def conv_weight(self) -> str:
+        d = self.config
+        rest = (1, d.conv_kernel_size)
+        slices = self.qkv_slices("conv1d.weight", rest)
+        return self.graph.weight(f"{self.name}.conv.weight", (d.conv_channels, *rest), slices)
+
+    def gate_weights(self) -> tuple[str, ...]:
+        wide, heads = self.graph.context.wide, self.v_heads
+        return tuple(
+            self.graph.vector(
+                f"{self.name}.{key.lower()}", f"{self.source}{key}", heads.units, wide, heads
+            )
+            for key in ("A_log", "dt_bias")
+        )
+
+    def conv_state(self) -> str:
+        d, context = self.config, self.graph.context
+        shape = (context.limits.num_state_slots, d.conv_kernel_size - 1, d.conv_channels)
+        splits = ((2, self.k_heads),)
+        return self.graph.tensor(f"{self.name}.conv_state", shape, context.dtype, "state", splits)
+
+    def ssm_state(self) -> str:
+        d, context = self.config, self.graph.context
+        shape = (context.limits.num_state_slots, d.num_v_heads, d.key_dim, d.value_dim)
+        splits = ((1, self.v_heads),)
+        return self.graph.tensor(f"{self.name}.ssm_state", shape, context.wide, "state", splits)
+
+    def kept_inputs(self) -> tuple[str, str]:
+        """What is kept of a step's tokens: inputs of the convolution, and of the gates."""
+        d, context = self.config, self.graph.context
+        slots, kept = context.limits.num_state_slots, context.limits.kept_inputs
+        inputs = self.graph.tensor(
+            f"{self.name}.kept_inputs",
+            (slots, kept, d.conv_channels),
+            context.dtype,
+            "state",
+            ((2, self.k_heads),),
+        )
+        gates = self.graph.tensor(
+            f"{self.name}.kept_gates",
+            (slots, 2, kept, d.num_v_heads),
+            context.dtype,
+            "state",
+            ((3, self.v_heads),),
+        )
+        return inputs, gates
