@@ -92,7 +92,8 @@ def off(value: float, truth: float) -> str:
 
 def agentic() -> None:
     print(
-        "| GPUs, concurrency | published, tokens/s a user (decode) | their engine, predicted | ours, predicted "
+        "| GPUs, concurrency "
+        "| published, tokens/s a user (decode) | their engine, predicted | ours, predicted "
         "| published, tokens/s a GPU (in + out) | their engine, predicted | ours, predicted |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -111,7 +112,8 @@ def agentic() -> None:
 
 def long_context() -> None:
     print(
-        "| context | published, tokens/s (decode, TP8 B200) | their engine, predicted | ours, predicted |"
+        "| context | published, tokens/s (decode, TP8 B200) "
+        "| their engine, predicted | ours, predicted |"
     )
     print("| --- | --- | --- | --- |")
     layout, accepted = ParallelLayout(8, 8, 1), tokens_per_step(DRAFTS, ACCEPTANCE)
@@ -147,9 +149,10 @@ def speculation() -> None:
 
 
 def turns() -> None:
-    """Derived there from the CI's references: 1.57 s a turn on TP8, 1.22 s on TP4, at concurrency 1."""
+    """Concurrency 1; from the references of their CI follow 1.57 s a turn on TP8, 1.22 s on TP4."""
     print(
-        "| deployment | derived from the CI's references | their engine, predicted | ours, predicted |"
+        "| deployment | derived from the CI's references "
+        "| their engine, predicted | ours, predicted |"
     )
     print("| --- | --- | --- | --- |")
     eight, four = POINTS[0], POINTS[1]
@@ -163,7 +166,8 @@ def turns() -> None:
         seconds = theirs["turn_time_ms"] / 1e3
         cell = off(seconds, truth) if truth else f"{seconds:.3g}"
         print(
-            f"| TP{point.tp} {point.gpu}, chunk {chunk} | {truth or '-'} | {cell} | {ours['turn_time_ms'] / 1e3:.3g} |"
+            f"| TP{point.tp} {point.gpu}, chunk {chunk} | {truth or '-'} | {cell} "
+            f"| {ours['turn_time_ms'] / 1e3:.3g} |"
         )
 
 
@@ -182,18 +186,20 @@ def measured() -> None:
         errors.append(abs(value / truth - 1))
         print(f"| {phase}, batch {batch}, {tokens} tokens | {truth} | {off(value, truth)} |")
     print(
-        f"\nMean absolute error {statistics.mean(errors):.1%}, of decode alone {statistics.mean(errors[:-1]):.1%}."
+        f"\nMean absolute error {statistics.mean(errors):.1%}, "
+        f"of decode alone {statistics.mean(errors[:-1]):.1%}."
     )
 
 
 def speed() -> None:
     for gpu, concurrency in (("B200", 1), ("B200", 16)):
         begun = time.perf_counter()
-        _, found = search(spec(gpu, 8, concurrency), CONFIG)
+        _, result = search(spec(gpu, 8, concurrency), CONFIG)
         taken = time.perf_counter() - begun
         print(
-            f"Search for 397B on 8 x {gpu}, concurrency {concurrency}: {len(found.predictions)} deployments predicted, "
-            f"{len(found.rejected)} refused, {taken:.1f} s. Best: {found.best.candidate}.\n"
+            f"Search for 397B on 8 x {gpu}, concurrency {concurrency}: "
+            f"{len(result.predictions)} deployments predicted, {len(result.rejected)} refused, "
+            f"{taken:.1f} s. Best: {result.best.candidate}.\n"
         )
 
 

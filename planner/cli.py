@@ -1,4 +1,4 @@
-"""The command line: the composition root. A command is a file of `planner/commands/`."""
+"""The command line, the composition root; each command is a file of `planner/commands/`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from tokenspeed_plan.planner.commands.serve import serve
 from tokenspeed_plan.planner.commands.show import diff_command, show
 from tokenspeed_plan.plans.errors import TokenspeedError
 
+FILE_HINT = "check the path, its permissions and the space left"
+
 
 class _Group(click.Group):
-    """Errors of ours become `error:` and `hint:` on stderr, with their exit code."""
+    """Writes errors of ours as `error:` and `hint:` to stderr, and exits with their code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -35,12 +37,15 @@ class _Group(click.Group):
             sys.stderr.close()
             ctx.exit(1)
         except OSError as error:
-            name = f"`{error.filename}`: " if error.filename else ""
-            click.echo(
-                f"error: {name}{error.strerror or error}\n\nhint: check the path, its permissions and the space left",
-                err=True,
-            )
+            click.echo(f"error: {_describe(error)}\n\nhint: {FILE_HINT}", err=True)
             ctx.exit(2)
+
+
+def _describe(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if not error.filename:
+        return reason
+    return f"`{error.filename}`: {reason}"
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -184,8 +184,11 @@ class OpGraph:
     candidates: Mapping[str, tuple[Built, ...]] = field(default_factory=dict)
 
     def to(self, stage: Stage, **changes: Any) -> OpGraph:
-        """The graph at the next stage."""
-        return replace(self, stage=stage, **changes)
+        """The graph at the next stage; its order is kept where the operators stay the same."""
+        graph = replace(self, stage=stage, **changes)
+        if graph.ops is self.ops and "nx" in self.__dict__:
+            graph.__dict__["nx"] = self.nx
+        return graph
 
     @cached_property
     def by_name(self) -> Mapping[str, Op]:

@@ -47,7 +47,13 @@ class TargetSpec(_Section):
 
 
 class AttentionSpec(_Section):
-    """Tensor parallelism of the mixers, groups of it with sequences of their own, ranks that split a context."""
+    """The layout of attention.
+
+    Attributes:
+        tp: tensor parallelism of the mixers.
+        dp: groups of `tp` ranks, each with sequences of its own.
+        context_split: ranks that share the tokens of a context.
+    """
 
     tp: Count
     dp: Count | None = None
@@ -55,7 +61,7 @@ class AttentionSpec(_Section):
 
 
 class MoeSpec(_Section):
-    """Tensor and expert parallelism of the expert blocks."""
+    """The layout of the experts: tensor and expert parallelism."""
 
     tp: Count = 1
     ep: Count = 1
@@ -69,10 +75,18 @@ class ParallelismSpec(_Section):
 
 
 class WorkloadSpec(_Section):
-    """What will be served. The longest conversation and the concurrency become the limits of the plan.
+    """What will be served; the longest conversation and the concurrency limit the plan.
 
-    `arrivals_per_s`: turns that come in a second; without it every user sends the next turn at
-    once. `skew`: how uneven the router is, as the exponent of a Zipf law over experts.
+    Attributes:
+        kind: `agentic` for conversations, `batch` for rows of a file.
+        first_turn_tokens: tokens of a conversation's first prompt.
+        turn_tokens: tokens that each later turn adds before its answer.
+        turns: of a conversation.
+        output_tokens: of each answer.
+        concurrency: sequences at the same time.
+        arrivals_per_s: turns that arrive in a second; without it every user sends the next turn at
+            once.
+        skew: how uneven the router is: the exponent of a Zipf law of experts, 0 for uniform.
     """
 
     kind: Literal["agentic", "batch"] = "batch"
@@ -87,11 +101,8 @@ class WorkloadSpec(_Section):
     @property
     def max_conversation_tokens(self) -> int:
         """Tokens of a whole conversation, prompts and answers."""
-        return (
-            self.first_turn_tokens
-            + (self.turns - 1) * self.turn_tokens
-            + self.turns * self.output_tokens
-        )
+        prompts = self.first_turn_tokens + (self.turns - 1) * self.turn_tokens
+        return prompts + self.turns * self.output_tokens
 
 
 class SloSpec(_Section):
@@ -114,19 +125,24 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class SpeculationSpec(_Section):
-    """Draft tokens a step, and the share of drafts that are accepted after those before them: of all, or by place.
+    """How drafts are made, verified and taken back.
 
-    `rollback`: what a step goes back to where drafts were wrong: a row of state after each token
-    (`snapshot`), or the state before them all, from where the inputs that came true are computed
-    again (`recompute`: less memory). `draft_vocab`: drafts are chosen from so many tokens, the
-    first of the vocabulary, whose part of the head is quicker to read.
+    Attributes:
+        depth: drafts that a step verifies.
+        acceptance: the share of drafts that are accepted if those before were: one for all places,
+            or one for each.
+        rollback: how rejected drafts are taken back. With `snapshot`, a step leaves a recurrent
+            state after each of its queries; with `recompute`, it keeps their inputs, and the next
+            step computes the accepted ones again, which needs less memory.
+        draft_vocab: drafts are chosen from the first so many tokens of the vocabulary, whose part
+            of the head is faster to read.
     """
 
     depth: Annotated[int, Field(ge=1, le=MAX_DRAFTS)] | Literal["auto"] = "auto"
     acceptance: (
         Share | Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_DRAFTS)] | None
     ) = None
-    rollback: Literal["auto", "snapshot", "recompute"] = "auto"
+    rollback: Auto | RollbackWord = "auto"
     draft_vocab: Count | None = None
 
 
@@ -138,10 +154,13 @@ class DisaggregationSpec(_Section):
 
 
 class ServingSpec(_Section):
-    """What is otherwise searched for.
+    """Knobs that are searched for where the spec leaves them out.
 
-    `checkpoint_tokens`: a checkpoint of recurrent state each so many tokens (0: nothing is kept for
-    the next turn).
+    Attributes:
+        prefill_chunk: tokens of a prompt that are computed at once.
+        kv_dtype: how keys and values are stored.
+        checkpoint_tokens: tokens between two checkpoints of recurrent state in a prompt; 0 keeps
+            nothing for the next turn.
     """
 
     prefill_chunk: Count | None = None
@@ -165,26 +184,26 @@ class Spec(_Section):
 
     @property
     def stated_depth(self) -> int | None:
-        """Drafts a step that the spec fixes; None where the planner chooses."""
+        """Drafts of a step that the spec fixes; None where the planner chooses."""
         if self.speculation == "off":
             return 0
-        depth = self.speculation.depth if isinstance(self.speculation, SpeculationSpec) else "auto"
-        return None if depth == "auto" else depth
+        if self.speculation == "auto" or self.speculation.depth == "auto":
+            return None
+        return self.speculation.depth
 
     @property
     def draft_vocab(self) -> int | None:
         """Tokens that drafts are chosen from; None for all."""
-        return (
-            self.speculation.draft_vocab if isinstance(self.speculation, SpeculationSpec) else None
-        )
+        if isinstance(self.speculation, str):
+            return None
+        return self.speculation.draft_vocab
 
     @property
-    def stated_rollback(self) -> Literal["snapshot", "recompute"] | None:
-        """How wrong drafts are taken back, where the spec says so."""
-        rollback = (
-            self.speculation.rollback if isinstance(self.speculation, SpeculationSpec) else "auto"
-        )
-        return None if rollback == "auto" else rollback
+    def stated_rollback(self) -> RollbackWord | None:
+        """How rejected drafts are taken back, where the spec states it."""
+        if isinstance(self.speculation, str) or self.speculation.rollback == "auto":
+            return None
+        return self.speculation.rollback
 
     @model_validator(mode="before")
     @classmethod
@@ -192,10 +211,11 @@ class Spec(_Section):
         """YAML 1.1 reads a bare `off` as false."""
         if not isinstance(data, dict):
             return data
-        return {
-            key: "off" if key in ("speculation", "disaggregation") and value is False else value
-            for key, value in data.items()
-        }
+        fixed = dict(data)
+        for key in ("speculation", "disaggregation"):
+            if fixed.get(key) is False:
+                fixed[key] = "off"
+        return fixed
 
 
 class _Loader(yaml.SafeLoader):
@@ -211,28 +231,34 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# The loader's own, and what it lets through: a tag that its text does not fit, endless nesting.
+# Besides its own errors, the loader lets others through: of a tag that does not fit its text, of
+# endless nesting.
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError)
 
 
 def load_spec(path: Path, changes: Sequence[str] = ()) -> Spec:
-    """Read a spec; `changes` are `key.key=value`, the value in YAML, and come after the file.
+    """Read a spec.
+
+    Args:
+        path: of the file.
+        changes: `key.key=value` with the value in YAML; they are applied after the file is read.
 
     Raises:
-        SpecError: unreadable, not YAML, or not a spec; says which key and what was meant.
+        SpecError: it cannot be read, is not YAML, or is not a spec; says which key and what was
+            meant.
     """
+    hint = "name a YAML spec, such as examples/demo/spec.yaml"
     try:
         text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise SpecError(
-            f"cannot read `{path}`: {reason}", "name a YAML spec, such as examples/demo/spec.yaml"
-        ) from error
+    except OSError as error:
+        raise SpecError(f"cannot read `{path}`: {error.strerror}", hint) from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"cannot read `{path}`: not UTF-8", hint) from error
     return parse_spec(text, str(path), changes)
 
 
 def parse_spec(text: str, name: str, changes: Sequence[str] = ()) -> Spec:
-    """A spec from YAML text; raises as `load_spec` does."""
+    """Read a spec from YAML text; raises as `load_spec` does."""
     try:
         data = yaml.load(text, _Loader)  # a subclass of SafeLoader
     except _NOT_YAML as error:
@@ -251,7 +277,7 @@ def parse_spec(text: str, name: str, changes: Sequence[str] = ()) -> Spec:
 
 
 def _changed(data: dict[Any, Any], change: str) -> dict[Any, Any]:
-    """The mapping with one value set; sections on the way are made, words such as `auto` are replaced by them."""
+    """The mapping with one value set; sections are made, also in place of words like `auto`."""
     path, equals, text = change.partition("=")
     if not equals or not all(path.split(".")):
         raise SpecError(
@@ -264,14 +290,14 @@ def _changed(data: dict[Any, Any], change: str) -> dict[Any, Any]:
             f"`--set {change}`: `{text}` is not YAML", "quote it as YAML does"
         ) from error
     *folders, last = path.split(".")
-    made = dict(data)
-    inner = made
+    changed = dict(data)
+    inner = changed
     for folder in folders:
         section = inner.get(folder)
         inner[folder] = dict(section) if isinstance(section, dict) else {}
         inner = inner[folder]
     inner[last] = value
-    return made
+    return changed
 
 
 _RENAMED = {
@@ -281,60 +307,70 @@ _RENAMED = {
 
 
 def _explain(error: ValidationError, name: str) -> SpecError:
+    """The first error in plain words, with a hint."""
     first = min(error.errors(), key=_rank)
-    ends = (int,) if len(first["loc"]) > 1 and first["type"] != "extra_forbidden" else (int, str)
-    last = first["loc"][-1]
-    path = [
-        str(part)
-        for part in first["loc"]
-        if str(part) in _KEYS or (part is last and isinstance(last, ends))
-    ]
-    where = ".".join(dict.fromkeys(path)).encode("unicode_escape").decode() or "spec"
+    where = _where(first["loc"], unknown=first["type"] == "extra_forbidden")
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(
-            str(first["loc"][-1]), _KEYS_OF.get(_section(first["loc"]), _KEYS), 1
-        )
-        hint = f"did you mean `{near[0]}`?" if near else "the README lists the keys of a spec"
-        return SpecError(f"`{name}` has an unknown key `{where}`", hint)
-    if (where, first["input"]) in _RENAMED:
-        new = _RENAMED[where, first["input"]]
+        return SpecError(f"`{name}` has an unknown key `{where}`", _nearest_key(first["loc"]))
+    value = first["input"]
+    if isinstance(value, str) and (where, value) in _RENAMED:
         return SpecError(
-            f"`{name}` at `{where}`: `{first['input']}` has a new name", f"write `{new}`"
+            f"`{name}` at `{where}`: `{value}` has a new name", f"write `{_RENAMED[where, value]}`"
         )
-    got = _short(first["input"])
+    got = _short(value)
     message = first["msg"].removeprefix("Value error, ")
-    return SpecError(
-        f"`{name}` at `{where}`: {message[0].lower()}{message[1:]}, got {got}", _type_hint(where)
-    )
+    message = message[0].lower() + message[1:]
+    return SpecError(f"`{name}` at `{where}`: {message}, got {got}", _type_hint(where))
+
+
+def _where(location: tuple[int | str, ...], unknown: bool) -> str:
+    """The path of a key, without the names of types that pydantic puts into it."""
+    last = location[-1]
+    keeps_last = isinstance(last, int) or len(location) == 1 or (unknown and isinstance(last, str))
+    path = []
+    for part in location:
+        if str(part) in _KEYS or (part is last and keeps_last):
+            path.append(str(part))
+    return ".".join(dict.fromkeys(path)).encode("unicode_escape").decode() or "spec"
+
+
+def _nearest_key(location: tuple[int | str, ...]) -> str:
+    known = _KEYS_OF.get(_section(location), _KEYS)
+    near = difflib.get_close_matches(str(location[-1]), known, 1)
+    if near:
+        return f"did you mean `{near[0]}`?"
+    return "the README lists the keys of a spec"
 
 
 def _rank(item: Any) -> tuple[bool, bool]:
-    """An unknown key first; of `auto` or a section, a mapping was meant to be a section."""
-    return item["type"] != "extra_forbidden", item["type"] == "literal_error" and isinstance(
-        item["input"], dict
-    )
+    """An unknown key comes first; where a mapping was given, it was not meant to be a word."""
+    is_word = item["type"] == "literal_error" and isinstance(item["input"], dict)
+    return item["type"] != "extra_forbidden", is_word
 
 
 def _section(location: tuple[int | str, ...]) -> str:
-    return next((str(part) for part in reversed(location[:-1]) if str(part) in _KEYS_OF), "")
+    for part in reversed(location[:-1]):
+        if str(part) in _KEYS_OF:
+            return str(part)
+    return ""
 
 
 def _short(value: Any) -> str:
+    """The value in at most 60 characters."""
     try:
-        text = " ".join(
-            reprlib.repr(value).split()
-        )  # never all of it: aliases make a page of YAML endless
+        # Never all of it: aliases make a page of YAML endless.
+        text = " ".join(reprlib.repr(value).split())
     except ValueError:  # Python prints no integer of over 4,300 digits
         return f"a large {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if len(text) > 60:
+        return f"{text[:57]}..."
+    return text
 
 
 def _type_hint(where: str) -> str:
-    return (
-        f"see `{where.split('.')[0]}` in the README's spec"
-        if where != "spec"
-        else "see the README's spec"
-    )
+    if where == "spec":
+        return "see the README's spec"
+    return f"see `{where.split('.')[0]}` in the README's spec"
 
 
 def _sections() -> Mapping[str, type[_Section]]:

@@ -1,4 +1,4 @@
-"""Which of the waiting requests start: first come, first served, while pages for their tokens are left."""
+"""Which waiting requests start: first come, first served, while pages for their tokens are left."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Admission:
         return self._cache.match(sequence.digests, sequence.token_ids, num_tokens - 1)
 
     def _is_coming(self, sequence: Sequence, hit: Hit) -> bool:
-        """Whether an older one is about to compute much more of the same prefix: then it leaves a checkpoint there."""
+        """Whether an older one is about to compute much more of the prefix, and is asked for a checkpoint."""
         if not self._cache.enabled:
             return False
         size = self._limits.page_size
@@ -111,6 +111,6 @@ class Admission:
 
 
 def num_common(digests: list[bytes], others: list[bytes]) -> int:
-    """Whole pages that two sequences begin with: as digests are chained, equal ones have equal ones before them."""
+    """Whole pages that two sequences share; digests are chained, so those before equal ones are equal."""
     shorter = min(len(digests), len(others))
     return bisect_left(range(shorter), True, key=lambda i: digests[i] != others[i])

@@ -36,7 +36,7 @@ def _zeros(spec: ArenaSpec, device: str) -> Tensor:
 
 
 class Arenas:
-    """The memory of one rank. It starts as zeros: row 0 of every state buffer must be zero, and stays so.
+    """The memory of one rank. It starts as zeros; state slot 0 must be zero, and stays so.
 
     Raises:
         PlanError: there is not as much as the plan needs.

@@ -74,7 +74,7 @@ class Backend(Protocol):
         num_tokens: int,
         num_seqs: int,
     ) -> Iterator[BoundStep]:
-        """Each step with its instructions, for a batch of this size; `operands` are those of each step."""
+        """Each step with its instructions for a batch of this size; `operands` are one tuple a step."""
 
     def without_overlap(self) -> Backend:
         """The same, with kernels that do not start before their predecessor has ended."""
@@ -218,7 +218,7 @@ class KernelBackend:
 
 
 def load_kernels(plan: Plan, bundle: Path) -> Kernels:
-    """The binaries of a bundle where it has some, else its sources, which Triton compiles or interprets.
+    """The binaries of a bundle, or else its sources, which Triton compiles or interprets.
 
     Raises:
         PlanError: a file is missing or was altered, or what they need is not installed.

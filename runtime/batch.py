@@ -1,4 +1,4 @@
-"""A batch: which sequences a step computes, with which program, and which state slots it reads and writes."""
+"""A batch: which sequences a step computes, with which program, and in which state slots."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class Batch:
 
     @property
     def has_no_output(self) -> bool:
-        """Whether nobody waits for tokens or drafts: every sequence stays in the middle of its prompt."""
+        """Whether nobody waits for tokens or drafts: every sequence stays inside its prompt."""
         pairs = zip(self.sequences, self.counts, strict=True)
         return self.program.phase == "prefill" and all(
             count + 1 < sequence.num_left for sequence, count in pairs
         )
 
     def follows(self, other: Batch | None) -> bool:
-        """Whether it is the decode step right after another one, whose program has prepared all inputs already."""
+        """Whether it is the decode step right after `other`, whose program has prepared all inputs."""
         return (
             other is not None
             and self.program is other.program

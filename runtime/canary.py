@@ -1,4 +1,4 @@
-"""Golden tokens: proof, in about a second, that plan, weights and this machine still say what the reference said."""
+"""Golden tokens: a proof, in about a second, that plan, weights and machine agree with the reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOLERANCE = {"fp64": 1e-4, "fp32": 1e-2, "bf16": 0.5}
 
 
 def golden(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tuple[CanaryPrompt, ...]:
-    """What the engine says, with logprobs and the lead of each token, to four decimals."""
+    """The engine's tokens, with logprobs and the lead of each token, to four decimals."""
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, num_logprobs=2)
     return tuple(
         CanaryPrompt(
@@ -48,20 +48,20 @@ def check_canary(plan: Plan, engine: Engine) -> int:
 
 def _compare(index: int, wanted: CanaryPrompt, got: Completion, tolerance: float) -> int:
     hint = "the weights or the plan were changed: plan again, or restore the checkpoint"
-    for place, (token, logprob, margin) in enumerate(
+    for position, (token, logprob, margin) in enumerate(
         zip(wanted.token_ids, wanted.logprobs, wanted.margins, strict=True)
     ):
-        actual = got.logprobs[place]
+        actual = got.logprobs[position]
         if actual.token_id != token:
             if margin <= 2 * tolerance:
-                return place
+                return position
             raise CanaryError(
-                f"canary prompt {index}, token {place}: got {actual.token_id}, the reference says {token}",
+                f"canary prompt {index}, token {position}: got {actual.token_id}, the reference says {token}",
                 hint,
             )
         if not abs(actual.logprob - logprob) <= tolerance:
             raise CanaryError(
-                f"canary prompt {index}, token {place}: logprob {actual.logprob:.4f}, the reference says {logprob:.4f}",
+                f"canary prompt {index}, token {position}: logprob {actual.logprob:.4f}, the reference says {logprob:.4f}",
                 hint,
             )
     return len(wanted.token_ids)

@@ -1,4 +1,4 @@
-"""Replay with both backends: each step as a Triton kernel and as its reference, on the same inputs."""
+"""Replay with both backends: each step as a kernel and as its reference, on the same inputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Tally:
 
 
 class ComparingBackend:
-    """Runs every step twice and refuses the first that differs; goes on with what the kernel computed.
+    """Runs every step twice, refuses the first that differs, and goes on with the kernel's results.
 
     It reads results on the host, so it is launched eagerly.
     """
@@ -146,7 +146,7 @@ def _is_written(param: Param) -> bool:
 
 
 def difference(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference over the largest finite value; NaN where only one is finite, or infinities differ."""
+    """The largest difference over the largest finite value; NaN where what is not finite differs."""
     if not got.is_floating_point():
         return float((got != wanted).sum())
     finite = wanted.isfinite()
@@ -161,7 +161,7 @@ def difference(got: Tensor, wanted: Tensor) -> float:
 
 
 def check_steps(engine: Engine, prompts: Mapping[str, tuple[int, ...]] | None = None) -> Tally:
-    """Compare all steps of prefill and a few of decode on the plan's canary prompts, or on made-up ones.
+    """Compare all steps of prefill and a few of decode on the canary's prompts, or on made-up ones.
 
     Args:
         engine: loaded with the backend `compare`.

@@ -153,7 +153,7 @@ class Engine:
 
     @property
     def accept_counts(self) -> list[int]:
-        """How often a sequence passed through a decode step, then how often its first draft was right, its second...
+        """Passes of a sequence through a decode step, then how often its first draft was accepted, its second...
 
         They are kept on the device, and reading them waits for it. Empty where the plan does not
         speculate.
@@ -217,7 +217,7 @@ class Engine:
         return self._loop.cancel(request_id)
 
     def step(self) -> list[Completion]:
-        """Launch a replay, and commit the one before it; returns the requests that are finished now."""
+        """Launch a replay, and commit the one before it; returns the requests that finished."""
         return self._loop.step(self.on_token)
 
     def generate(

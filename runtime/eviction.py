@@ -1,4 +1,4 @@
-"""Which checkpoint the prefix cache gives up: the cheapest to compute again per byte, aged as GreedyDual does.
+"""Which checkpoint the prefix cache evicts: the cheapest to compute again per byte, aged by GreedyDual.
 
 Source: Cao and Irani, Cost-Aware WWW Proxy Caching Algorithms, USENIX 1997. Without recurrent state
 the checkpoint goes that was not used for longest.
@@ -49,7 +49,7 @@ class Checkpoints:
         node.clock = self.clock
 
     def add_hit_point(self, node: Node, state_slot: int) -> None:
-        """Let requests start at the end of a page, where no state need be kept; takes over the slot."""
+        """Let requests start at the end of a page without state; takes over the slot."""
         node.state_slot = state_slot
         self.nodes[node] = None
 
@@ -61,7 +61,7 @@ class Checkpoints:
         self.touch(node)
 
     def touch(self, node: Node) -> None:
-        """Without state: make the pages up to a node the youngest; among them the deepest are evicted first."""
+        """Without state: make the pages up to a node the youngest; the deepest are evicted first."""
         if self.has_state:
             return
         for step in reversed(path_to(node)):
@@ -69,7 +69,7 @@ class Checkpoints:
                 self.nodes.move_to_end(step)
 
     def evict(self, is_useful: Callable[[Node], bool]) -> bool:
-        """Give up a checkpoint of those that nobody reads and that are `is_useful`; False where there is none."""
+        """Evict a checkpoint that nobody reads and that `is_useful`; False where there is none."""
         victim = self._victim(is_useful)
         if victim is None:
             return False

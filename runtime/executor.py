@@ -82,7 +82,7 @@ class Executor:
         self.launch.run(self.programs, program, num_tokens, num_seqs)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
-        """A function that returns each of the values as the last replay left them, once they are there."""
+        """A function that waits for the values of the last replay and returns them."""
         return self.launch.copy_to_host(*values)
 
     def copy_page(self, source: int, target: int) -> int:
@@ -91,7 +91,7 @@ class Executor:
         return self.memory.copy_page(source, target)
 
     def without_overlap(self) -> Executor:
-        """The same steps one by one, with kernels that do not start before their predecessor has ended."""
+        """The same steps one by one; no kernel starts before its predecessor has ended."""
         return Executor(self.memory, self.backend.without_overlap())
 
     def steps(self, program: Program, num_tokens: int, num_seqs: int) -> Iterator[BoundStep]:

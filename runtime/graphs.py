@@ -1,4 +1,4 @@
-"""Launch on a GPU: programs of a fixed size as one CUDA graph each, tokens back through pinned memory."""
+"""Launch on a GPU: captured programs as one CUDA graph each, outputs through pinned memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class GraphLaunch:
         self._turn = 0
 
     def prepare(self, programs: BoundPrograms) -> None:
-        """Capture every program that wants it, on a batch of padding; load the kernels of the others."""
+        """Capture every program that wants it, on padding; load the kernels of the others."""
         limits = programs.plan.pool.limits
         values_per_seq = 2 * limits.max_depth + 3  # tokens, the number accepted, and drafts
         for _ in range(MAX_IN_FLIGHT):

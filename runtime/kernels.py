@@ -1,4 +1,4 @@
-"""The protocol between a plan's kernels and whoever binds them; Triton and the CUDA driver implement it."""
+"""The protocol of a plan's kernels; Triton and the CUDA driver implement it."""
 
 from __future__ import annotations
 
@@ -29,4 +29,4 @@ class Kernels(Protocol):
         num_seqs: int,
         collectives: Collectives | None = None,
     ) -> Launcher:
-        """A function of the kernel's tensors, in the order of its parameters, for a batch of this size."""
+        """A function of the kernel's tensors, in the order of its parameters, for this size."""

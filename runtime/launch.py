@@ -25,7 +25,7 @@ class Launch(Protocol):
         """Start one replay on the io buffers."""
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
-        """A function that returns each of the values as the last replay left them, once they are there."""
+        """A function that waits for the values of the last replay and returns them."""
 
 
 class EagerLaunch:

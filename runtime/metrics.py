@@ -14,7 +14,7 @@ class Metrics:
     counts pages that were copied because a request goes on inside a page that others share;
     recurrent state is never copied.
 
-    `decode_passes` counts each sequence of each decode step, `decode_tokens` what they said: more
+    `decode_passes` counts each sequence of each decode step, `decode_tokens` their new tokens: more
     than one a pass where drafts are accepted. `lost_checkpoints` are ends of answers that were
     found only after the state there was gone.
     """
@@ -39,7 +39,7 @@ class Metrics:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens that a sequence says in a decode step."""
+        """New tokens of a sequence in a decode step."""
         return self.decode_tokens / max(self.decode_passes, 1)
 
     @property

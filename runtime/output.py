@@ -1,4 +1,4 @@
-"""What a step computed for a sequence -> its tokens, why it ends, and its completion. Shapes: V vocabulary."""
+"""Step outputs -> the tokens of a sequence, why it ends, and its completion. Shapes: V vocabulary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STOP_WINDOW_MARGIN = 4
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step computed for one sequence: tokens, their logits, and drafts of what comes after them."""
+    """What a step computed for one sequence: tokens, their logits, and drafts after them."""
 
     token_ids: list[int]
     logits: Tensor
@@ -51,7 +51,7 @@ def step_output(
 
 
 def token_logprobs(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs:
-    """The logprob of a token and of the `count` best, over the whole vocabulary and before temperature."""
+    """Logprobs of a token and of the `count` best, over the whole vocabulary, before temperature."""
     logprobs_V = torch.log_softmax(logits_V.double(), -1)
     top = logprobs_V.topk(count)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -69,7 +69,7 @@ class OutputProcessor:
         self._tokenizer = tokenizer
 
     def append_tokens(self, sequence: Sequence, output: StepOutput) -> list[NewToken]:
-        """Add the tokens of a step, up to the one that ends the sequence; returns those that were added."""
+        """Add the tokens of a step, up to the one that ends the sequence; returns those added."""
         new_tokens: list[NewToken] = []
         for token_id, logits_V in zip(output.token_ids, output.logits, strict=False):
             sequence.token_ids.append(token_id)
@@ -117,7 +117,7 @@ class OutputProcessor:
         return "length" if len(sequence.token_ids) == sequence.max_len else None
 
     def _hits_stop(self, sequence: Sequence) -> bool:
-        """Whether a stop string ends in the last token; it spans at most as many tokens as it has bytes."""
+        """Whether a stop string ends in the last token; it spans at most one token a byte."""
         stops = sequence.request.params.stop
         window = max(len(stop.encode()) for stop in stops) + STOP_WINDOW_MARGIN
         tail = self._text(sequence.generated[-window:])

@@ -1,4 +1,4 @@
-"""The prefix cache: pages of keys and values by content, and checkpoints of the recurrent state among them.
+"""The prefix cache: pages of keys and values by content, with checkpoints of the recurrent state.
 
 A hit needs both: all pages up to a position, and a checkpoint there. What the cache holds is never
 written again: a sequence that goes on after a tail copies that one page, and state is handed on by
@@ -38,7 +38,7 @@ def chain_digest(parent: bytes, token_ids: Seq[int]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """What the cache knows of a prompt: its deepest checkpoint, and how many tokens have pages at all."""
+    """What the cache has of a prompt: its deepest checkpoint, and how many tokens have pages."""
 
     checkpoint: Node
     known_tokens: int
@@ -50,7 +50,7 @@ class Hit:
 
 
 class PrefixCache:
-    """All pages and state slots, those of the running sequences included: they take theirs here too.
+    """All pages and state slots; running sequences take theirs here, too.
 
     Args:
         limits: how many there are.
@@ -121,7 +121,7 @@ class PrefixCache:
             digests.append(chain_digest(parent, token_ids[start : start + size]))
 
     def match(self, digests: Seq[bytes], token_ids: Seq[int], max_tokens: int) -> Hit:
-        """The deepest checkpoint within the first `max_tokens` tokens; the root, of no tokens, where there is none."""
+        """The deepest checkpoint within the first `max_tokens` tokens; the root where there is none."""
         path = [self.root]
         if self.enabled:
             path += self._tree.walk(digests, token_ids)
@@ -162,7 +162,7 @@ class PrefixCache:
         num_tokens: int,
         pages: list[int],
     ) -> Node:
-        """Enter the whole pages after `node` within `num_tokens`; the caller holds them, and all before.
+        """Enter the whole pages after `node` within `num_tokens`; the caller holds them.
 
         Where a page is known already, the caller's is given up for the known one: `pages` is
         changed.
@@ -189,7 +189,7 @@ class PrefixCache:
     def add_checkpoint(
         self, node: Node, token_ids: Seq[int], position: int, state_slot: int, pages: Seq[int]
     ) -> None:
-        """Enter a state slot as the state after `position` tokens, which end with `node` or in the page after it."""
+        """Enter the state after `position` tokens, which end with `node` or in the page after it."""
         rest = tuple(token_ids[node.position : position])
         if not self.enabled or not state_slot or len(rest) >= self.page_size:
             return
@@ -206,7 +206,7 @@ class PrefixCache:
         return self.pages.take()
 
     def take_state_slot(self) -> int:
-        """A state slot for the caller; there is always one, as sequences hold no more than their share."""
+        """A state slot for the caller; there is always one, as each sequence has its share."""
         while not self.state_slots.num_free:
             assert self._evict(lambda node: True), (
                 "the running sequences hold more state slots than are theirs"

@@ -1,4 +1,4 @@
-"""Does a plan fit this machine and this folder? ParsedRequest before anything is loaded."""
+"""Does a plan fit this machine and this folder? Checked before anything is loaded."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from tokenspeed_plan.runtime.sequence_memory import SequenceMemory
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What is taken: requests that wait and run, state slots and pages that they hold; the cache's are left out."""
+    """Requests that wait and run, and the state slots and pages that they hold; not the cache's."""
 
     waiting: int
     running: int
@@ -88,7 +88,7 @@ class Scheduler:
         self._admission.add(sequence)
 
     def schedule(self) -> Batch | None:
-        """The next step, None when there is nothing to do. All steps before it must be committed."""
+        """The next step; None when there is nothing to do. All before it must be committed."""
         self._admission.admit()
         decoding = self._grow([s for s in self._running if s.state == "decoding"])
         prefilling = [s for s in self._running if s.state == "prefilling"]
@@ -104,7 +104,7 @@ class Scheduler:
         return self._batches.prefill(prefilling, max_tokens)
 
     def next_overlapped_batch(self, batch: Batch) -> Batch | None:
-        """The decode step after one that is not committed yet; None where something else may come first.
+        """The decode step after one in flight; None where something else may come first.
 
         A sequence may turn out to have ended: then its part of the step is for nothing, and harms
         nobody.
@@ -118,7 +118,7 @@ class Scheduler:
         return replace(batch) if goes_on else None
 
     def _can_go_on(self, sequence: Sequence, count: int) -> bool:
-        """Whether it does not end with the step before, and wherever that leaves it has a page for what is next."""
+        """Whether it surely goes on after the step in flight, and has pages for what is next."""
         known = len(sequence.token_ids)
         return (
             sequence.state == "decoding"
@@ -141,7 +141,7 @@ class Scheduler:
         self._stop(sequence, has_state)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Forget a request in any state; what it has computed stays in the cache. A step in flight harms nobody."""
+        """Forget a request in any state; the cache keeps what it computed. A step in flight harms nobody."""
         if sequence.state in ("finished", "cancelled"):
             return
         was_running = sequence.is_running
@@ -152,7 +152,7 @@ class Scheduler:
             self._admission.remove(sequence)
 
     def _grow(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Those that decode, each with a page for its next token; the youngest are preempted where there is none."""
+        """Those that decode, each with a page for its next token; for lack of one the youngest are preempted."""
         for sequence in sorted(decoding, key=lambda s: s.number):
             while sequence.is_running and len(sequence.pages) < self._memory.num_pages(sequence):
                 if not self._memory.add_page(sequence):

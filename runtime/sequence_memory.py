@@ -1,4 +1,4 @@
-"""Pages and state slots of the running sequences, all taken from the prefix cache and given back to it."""
+"""Pages and state slots of the running sequences, taken from the prefix cache and given back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SequenceMemory:
         return -(-len(sequence.token_ids) // self.limits.page_size)
 
     def start(self, sequence: Sequence, hit: Hit) -> None:
-        """Give a sequence what the cache has of it, pages for its other tokens, and its own state slots."""
+        """Give a sequence what the cache has, pages for its other tokens, and its own state slots."""
         sequence.node, sequence.pages = self.cache.use(hit)
         sequence.state_slot = hit.checkpoint.state_slot
         sequence.num_computed = hit.num_tokens
@@ -60,7 +60,7 @@ class SequenceMemory:
         return True
 
     def add_draft_pages(self, sequence: Sequence) -> None:
-        """Pages for drafts of this step and the next, while there are any: what has no page is not accepted."""
+        """Pages for drafts of two steps, while there are any: a draft without a page is not accepted."""
         length = len(sequence.token_ids) + 2 * self.limits.max_depth + 1
         length = min(length, sequence.max_len)
         while len(sequence.pages) * self.limits.page_size < length:
@@ -105,7 +105,7 @@ class SequenceMemory:
         return False
 
     def _keep_prefix(self, sequence: Sequence) -> None:
-        """Let others have what a chunk has computed; a checkpoint where the plan or another wants it, or it ends."""
+        """Cache what a chunk computed; a checkpoint where the plan or another wants it, or the prompt ends."""
         self._add_pages_to_cache(sequence)
         position = sequence.num_computed
         if (

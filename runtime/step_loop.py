@@ -78,7 +78,7 @@ class StepLoop:
         return True
 
     def step(self, on_token: OnToken | None) -> list[Completion]:
-        """Launch a batch, and commit the one before it; returns the requests that are finished now."""
+        """Launch a batch, and commit the one before it; returns the requests that finished."""
         begun = time.perf_counter()
         self._waited_s = 0.0
         finished = self._step(on_token)
@@ -197,7 +197,7 @@ class StepLoop:
     def _emit(
         self, sequence: Sequence, new_tokens: list[NewToken], on_token: OnToken | None
     ) -> None:
-        """Pass on each token but the last of all, which comes with the completion; the callback may cancel."""
+        """Pass on each token but the last, which comes with the completion; the callback may cancel."""
         if on_token is None:
             return
         has_ended = sequence.state == "finished"

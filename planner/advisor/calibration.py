@@ -1,7 +1,7 @@
-"""A measured profile: what a machine did on probes, turned into the numbers that the cost model asks for.
+"""A measured profile: kernel times on probes, turned into the numbers that the cost model reads.
 
-The probes are not the models that predictions are judged by: a few layers of two other published
-shapes.
+The probes are not the models by which predictions are judged: they are a few layers of two other
+published shapes.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 
 NO_WAIT_US = 1e-6
-MIN_SAMPLES = 3  # samples from which a line is drawn
-LEAST_ERROR = 0.03
-MIN_RESIDUAL, MAX_RESIDUAL = 0.2, 20.0  # beyond, a probe was too small to say anything
+MIN_SAMPLES = 3  # samples of a class for which a line is fitted
+MIN_ERROR = 0.03
+MIN_RESIDUAL, MAX_RESIDUAL = 0.2, 20.0  # beyond these, a probe was too small to tell
 MATRIX_CLASSES = ("product", "grouped", "attention_prefill", "delta_chunk")
 PROBES = ("qwen3.5-122b-a10b", "qwen3.5-27b")
 SMALL_PROBE = "qwen3.5-0.8b"
 MAX_SEQS = 32
+ANSWER_TOKENS = 16
 LAYERS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One kernel of a probe: microseconds a call as measured, and its busy time by the roofline."""
+    """One kernel of a probe: its measured microseconds, and its busy time by the roofline."""
 
     op_class: str
     measured_us: float
@@ -46,7 +47,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """By class: the waiting and the residual factor that explain the samples, and the relative error that is left."""
+    """By class: the wait and the residual factor that explain the samples, and the error left."""
 
     waits_us: Mapping[str, float]
     residuals: Mapping[str, float]
@@ -61,6 +62,11 @@ def probe(name: str, layers: int = LAYERS) -> ModelConfig:
 
 def probe_spec(gpu: str, is_gpu: bool, tokens: int, chunk: int) -> Spec:
     """Up to `MAX_SEQS` sequences of so many tokens; a plan is priced in the middle of them."""
+    workload = {
+        "first_turn_tokens": tokens - ANSWER_TOKENS,
+        "output_tokens": ANSWER_TOKENS,
+        "concurrency": MAX_SEQS,
+    }
     return Spec.model_validate(
         {
             "version": 1,
@@ -69,86 +75,103 @@ def probe_spec(gpu: str, is_gpu: bool, tokens: int, chunk: int) -> Spec:
             "speculation": "off",
             "disaggregation": "off",
             "serving": {"prefill_chunk": chunk},
-            "workload": {
-                "first_turn_tokens": tokens - 16,
-                "output_tokens": 16,
-                "concurrency": MAX_SEQS,
-            },
+            "workload": workload,
         }
     )
 
 
 def samples(program: Mapping[str, Any], kinds: Mapping[str, Sequence[str]]) -> list[Sample]:
-    """The kernels of a program as `bench` measured it, each of the members `kinds`.
+    """The kernels of a program as `bench` measured it.
 
-    A kernel is timed by itself, where it waits for the one before it; in the program that is partly
-    hidden, of every kernel alike. Where the program takes longer than its kernels, they had found
-    something in the cache.
+    A kernel is timed alone, where it waits for the one before it. In the program a part of that
+    wait is hidden, the same for every kernel. Where the program takes longer than its kernels, they
+    had found something in the cache when they were timed alone.
+
+    Args:
+        program: measurements of the program and of each kernel.
+        kinds: the operators inside each kernel.
     """
-    rows = {
-        name: program["batch"] if "last_token" in parts else program["tokens"]
-        for name, parts in kinds.items()
-    }
-    alone_us, calls = (
-        sum(kernel[key] for kernel in program["kernels"]) for key in ("total_us", "calls")
-    )
+    kernels = program["kernels"]
+    alone_us = sum(kernel["total_us"] for kernel in kernels)
+    calls = sum(kernel["calls"] for kernel in kernels)
     hidden_us = max((alone_us - program["measured_us"]) / calls, 0.0)
     slower = max(program["measured_us"] / alone_us, 1.0)
-    return [
-        Sample(
-            op_class(kinds[kernel["kernel"]], rows[kernel["kernel"]], program["batch"]),
+    measured = []
+    for kernel in kernels:
+        members = kinds[kernel["kernel"]]
+        rows = program["batch"] if "last_token" in members else program["tokens"]
+        sample = Sample(
+            op_class(members, rows, program["batch"]),
             max(kernel["us"] - hidden_us, 0.0) * slower,
             kernel["predicted_us"],
         )
-        for kernel in program["kernels"]
-    ]
+        measured.append(sample)
+    return measured
 
 
 def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
-    """measured = wait + residual x busy, each class its own; of a class with few samples the residual alone."""
+    """Fit measured = wait + residual x busy for each class.
+
+    Where a class has few samples, the wait is a launch and only the residual is fitted.
+    """
     waits_us: dict[str, float] = {}
     residuals: dict[str, float] = {}
     errors: dict[str, float] = {}
     for name in OP_CLASSES:
-        those = [s for s in samples if s.op_class == name]
-        if sum(s.busy_us for s in those):
-            wait_us, residual = (
-                _line(those, launch_us) if len(those) >= MIN_SAMPLES else _slope(those, launch_us)
-            )
-            waits_us[name], residuals[name] = (
-                wait_us,
-                min(max(residual, MIN_RESIDUAL), MAX_RESIDUAL),
-            )
-            errors[name] = _error(those, wait_us, residuals[name])
+        own = [sample for sample in samples if sample.op_class == name]
+        if not sum(sample.busy_us for sample in own):
+            continue
+        if len(own) >= MIN_SAMPLES:
+            wait_us, slope = _line(own, launch_us)
+        else:
+            wait_us, slope = _slope(own, launch_us)
+        residual = min(max(slope, MIN_RESIDUAL), MAX_RESIDUAL)
+        waits_us[name], residuals[name] = wait_us, residual
+        errors[name] = _error(own, wait_us, residual)
     return Fit(waits_us, residuals, errors)
 
 
 def _slope(samples: Sequence[Sample], wait_us: float) -> tuple[float, float]:
-    """The wait as given, and what explains all time together: those too small to say anything have no voice."""
-    above_us = sum(max(s.measured_us - wait_us, 0.0) for s in samples)
-    return wait_us, above_us / sum(s.busy_us for s in samples)
+    """The given wait, and the factor that explains the time of all samples together.
+
+    Samples that are too small to tell hardly count.
+    """
+    above_us = sum(max(sample.measured_us - wait_us, 0.0) for sample in samples)
+    return wait_us, above_us / sum(sample.busy_us for sample in samples)
 
 
 def _line(samples: Sequence[Sample], launch_us: float) -> tuple[float, float]:
-    """Least squares, measured = wait + slope x busy, each sample by the inverse of what it should take.
+    """Weighted least squares of measured = wait + slope x busy; the wait is at least 0.
 
-    The wait is at least 0. Never by the inverse of what was measured: one that seems to take
-    nothing would decide all.
+    A sample weighs by the inverse square of what it should take. The measured time would be a bad
+    weight: a sample that seems to take nothing would decide everything.
     """
-    rows = [(1.0, s.busy_us, s.measured_us, (s.busy_us + launch_us) ** -2) for s in samples]
-    aa, ab, bb = (sum(x[i] * x[j] * x[3] for x in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
-    a, b = (sum(x[i] * x[2] * x[3] for x in rows) for i in (0, 1))
-    determinant = aa * bb - ab * ab
-    wait = (a * bb - b * ab) / determinant if determinant > 1e-12 else 0.0
-    slope = (b * aa - a * ab) / determinant if determinant > 1e-12 else b / bb
-    return (wait, slope) if wait > 0 and slope > 0 else _slope(samples, 0.0)
+    weights = [(sample.busy_us + launch_us) ** -2 for sample in samples]
+    pairs = list(zip(weights, samples, strict=True))
+    weight = sum(weights)
+    busy = sum(w * sample.busy_us for w, sample in pairs)
+    busy_busy = sum(w * sample.busy_us * sample.busy_us for w, sample in pairs)
+    measured = sum(w * sample.measured_us for w, sample in pairs)
+    busy_measured = sum(w * sample.busy_us * sample.measured_us for w, sample in pairs)
+    determinant = weight * busy_busy - busy * busy
+    wait, slope = 0.0, busy_measured / busy_busy
+    if determinant > 1e-12:
+        wait = (measured * busy_busy - busy_measured * busy) / determinant
+        slope = (busy_measured * weight - measured * busy) / determinant
+    if wait > 0 and slope > 0:
+        return wait, slope
+    return _slope(samples, 0.0)
 
 
 def _error(samples: Iterable[Sample], wait_us: float, residual: float) -> float:
-    """The time that the fit has wrong, as a share of all time of the class."""
-    pairs = [(abs(wait_us + residual * s.busy_us - s.measured_us), s.measured_us) for s in samples]
-    total_us = sum(measured for _, measured in pairs)
-    return sum(wrong for wrong, _ in pairs) / total_us if total_us else 0.0
+    """The time by which the fit is wrong, as a share of all time of the class."""
+    wrong_us = total_us = 0.0
+    for sample in samples:
+        wrong_us += abs(wait_us + residual * sample.busy_us - sample.measured_us)
+        total_us += sample.measured_us
+    if not total_us:
+        return 0.0
+    return wrong_us / total_us
 
 
 def base_profile(name: str) -> Profile:
@@ -158,78 +181,100 @@ def base_profile(name: str) -> Profile:
         SpecError: we ship none.
     """
     plain = name.lower().replace(" ", "").replace("-", "")
-    keys = sorted((key for key in known_profiles() if key in plain), key=len)
+    keys = [key for key in known_profiles() if key in plain]
     if not keys:
         raise SpecError(
             f"there is no profile of `{name}` to start from",
             f"name one with --base: {', '.join(hardware_names())}",
         )
-    return read_profile(known_profiles()[keys[-1]], keys[-1])
+    key = sorted(keys, key=len)[-1]
+    return read_profile(known_profiles()[key], key)
 
 
 def with_numbers(
     profile: Profile,
     source: str,
     numbers: Mapping[str, float],
-    said: str,
+    text: str,
     **groups: Mapping[str, float],
 ) -> Profile:
-    """The profile with measured numbers, in `numbers` and in other groups; sources that nothing needs any more go."""
+    """The profile with measured numbers; sources that no number names any more are dropped.
+
+    Args:
+        profile: to start from.
+        source: name of the measurement.
+        text: its description.
+        numbers: new values of `numbers`.
+        **groups: new values of other groups.
+    """
     data = profile.model_dump()
     for group, values in (("numbers", numbers), *groups.items()):
-        data[group] |= {
-            key: {"value": _rounded(value), "source": source} for key, value in values.items()
-        }
-    data["sources"][source] = said
-    used = {
-        number["source"]
-        for group in ("numbers", "matrix_flops_per_s", "waits", "residuals", "errors")
-        for number in data[group].values()
-    }
-    used |= {table["source"] for table in data["all_reduce"].values()}
-    data["sources"] = {key: text for key, text in data["sources"].items() if key in used}
-    return Profile.model_validate(data)
+        for key, value in values.items():
+            data[group][key] = {"value": _rounded(value), "source": source}
+    data["sources"][source] = text
+    changed = Profile.model_validate(data)
+    used = changed.used_sources
+    sources = {key: text for key, text in changed.sources.items() if key in used}
+    return changed.model_copy(update={"sources": sources})
 
 
 def _rounded(value: float) -> float:
-    """Bytes and counts as they are, rates to four digits."""
-    return value if isinstance(value, int) else float(f"{value:.4g}")
+    """Rates to four digits; bytes and counts as they are."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.4g}")
 
 
 def bare(profile: Profile) -> Profile:
-    """Without waiting and residuals, so that predicted times are busy times alone."""
-    ones, zeros = dict.fromkeys(OP_CLASSES, 1.0), dict.fromkeys(OP_CLASSES, 0.0)
-    said = "nothing but the roofline"
+    """The profile without waits and residuals, so that predicted times are busy times alone."""
     return with_numbers(
-        profile, "bare", {"launch_us": NO_WAIT_US}, said, waits=zeros, residuals=ones
+        profile,
+        "bare",
+        {"launch_us": NO_WAIT_US},
+        "nothing but the roofline",
+        waits=dict.fromkeys(OP_CLASSES, 0.0),
+        residuals=dict.fromkeys(OP_CLASSES, 1.0),
     )
 
 
 def calibrated(
-    profile: Profile, found: Fit, launch_us: float, said: str, measured: Mapping[str, str]
+    profile: Profile, result: Fit, launch_us: float, text: str, measured: Mapping[str, str]
 ) -> Profile:
-    """The profile with what the probes said."""
-    launch = max(min(launch_us, found.waits_us["stream"]), NO_WAIT_US)
-    waits = {name: max(wait_us - launch, 0.0) for name, wait_us in found.waits_us.items()}
-    many = [found.errors[name] for name in MATRIX_CLASSES if name in found.errors]
-    stream = found.errors["stream"]
-    errors = {"memory": max(stream, LEAST_ERROR), "launch": max(stream, 2 * LEAST_ERROR)}
-    if many:
-        errors["matrix"] = max(sum(many) / len(many), LEAST_ERROR)
-    made = with_numbers(
+    """The profile with what the probes showed.
+
+    Args:
+        profile: to start from.
+        result: of the fit.
+        launch_us: of a chain of tiny kernels.
+        text: description of the measurement.
+        measured: machine, date and versions.
+    """
+    launch = max(min(launch_us, result.waits_us["stream"]), NO_WAIT_US)
+    waits = {name: max(wait_us - launch, 0.0) for name, wait_us in result.waits_us.items()}
+    changed = with_numbers(
         profile,
         "probes",
         {"launch_us": launch},
-        said,
+        text,
         waits=waits,
-        residuals=found.residuals,
-        errors=errors,
+        residuals=result.residuals,
+        errors=_errors(result),
     )
-    return made.model_copy(update={"measured": dict(measured)})
+    return changed.model_copy(update={"measured": dict(measured)})
+
+
+def _errors(result: Fit) -> dict[str, float]:
+    """The error of each kind of time, from the classes of kernels that it limits."""
+    stream = result.errors["stream"]
+    errors = {"memory": max(stream, MIN_ERROR), "launch": max(stream, 2 * MIN_ERROR)}
+    matrix = [result.errors[name] for name in MATRIX_CLASSES if name in result.errors]
+    if matrix:
+        errors["matrix"] = max(sum(matrix) / len(matrix), MIN_ERROR)
+    return errors
 
 
 def dump(profile: Profile, head: str) -> str:
-    """The profile as YAML."""
+    """The profile as YAML, below a comment."""
     data: dict[str, Any] = profile.model_dump(exclude_defaults=True)
     text: str = yaml.safe_dump(
         data, sort_keys=False, width=118, allow_unicode=True, default_flow_style=None

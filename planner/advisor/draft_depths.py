@@ -1,4 +1,4 @@
-"""How many drafts each decode bucket verifies: the number with the cheapest token, none where none pays."""
+"""How many drafts each decode bucket verifies: the number with the least time for a token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORTH_A_DRAFT = 0.05
 
 @dataclass(frozen=True, slots=True)
 class BucketDepth:
-    """The drafts of one bucket, and microseconds for each token of a sequence by the number of drafts."""
+    """The drafts of one bucket, and its microseconds for a token by the number of drafts."""
 
     bucket: int
     token_us: Mapping[int, float]
@@ -37,7 +37,7 @@ class BucketDepth:
 def bucket_depths(
     predictor: Predictor, candidate: Candidate, buckets: tuple[int, ...]
 ) -> tuple[BucketDepth, ...]:
-    """The number of drafts of each bucket: what the spec states, else the fewest near the least time.
+    """The drafts of each bucket: what the spec states, else the fewest near the least time.
 
     Where the state of the deepest does not fit, no bucket drafts more than the candidate, which
     does fit.

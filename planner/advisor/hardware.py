@@ -1,23 +1,26 @@
-"""What the cost model and the memory map need to know of a machine, read from a profile: YAML, a source a number.
+"""A machine as the cost model and the memory model see it, read from a profile.
 
-`planner/advisor/profiles/` holds one file each; `tokenspeed calibrate` writes another, which a spec
-names by its path.
+A profile is YAML in which every number names its source. `planner/advisor/profiles/` has one file
+for each machine; `tokenspeed calibrate` writes another one, which a spec names by its path.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.types import DType
 
 OP_CLASSES = (
     "stream",
@@ -32,6 +35,7 @@ OP_CLASSES = (
     "rows",
 )
 TIME_KINDS = ("memory", "matrix", "launch", "collective", "host")
+MATRIX_DTYPES = (*get_args(DType), "tf32")  # that a profile may have a rate for
 
 Value = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Table = Mapping[int, Mapping[int, float]]  # GPUs -> bytes -> microseconds
@@ -43,22 +47,24 @@ class HardwareSpec:
 
     Attributes:
         sm: compute capability without its dot, 0 on a CPU.
-        memory_bytes: what a rank can use. reserved_bytes: the stated margin for what we do not
-            allocate.
-        peak_bytes_per_s: of its memory, by the data sheet. read_bytes_per_s: what a large read
-            reaches.
-        matrix_flops_per_s: dense peak by dtype. matrix_share: what a large product reaches of it.
+        memory_bytes: what a rank can use.
+        reserved_bytes: the stated margin for what we do not allocate.
+        peak_bytes_per_s: of its memory, by the data sheet.
+        read_bytes_per_s: what a large read reaches.
+        max_shared_bytes: shared memory of one program.
+        num_sms: multiprocessors; 0 where programs run one after the other.
+        matrix_share: the share of the peak rate that a large product reaches.
         launch_us: from one tiny kernel to the next inside a graph.
-        host_us: host work of a replay that no GPU work hides.
-        link_bytes_per_s: to the other GPUs of a node, one direction, all links. nic_*: to another
-            node, for each GPU.
-        one_shot_us, two_shot_us: an all-reduce inside a graph.
-        waits_us: what a kernel loses besides, from its first load to full speed and back, by class
-            of operator.
-        residuals: busy time over the roofline's, by class. errors: relative, by kind of time.
-        num_sms: multiprocessors (0: a program after the other). max_shared_bytes: shared memory of
-            one program.
-        prefill_chunk, page_size: where nothing else is asked for.
+        host_us: host work of a step that no GPU work hides.
+        link_bytes_per_s: to the other GPUs of a node, one direction, all links.
+        nic_bytes_per_s, nic_us: to another node, for each GPU.
+        prefill_chunk, page_size: defaults, in tokens.
+        matrix_flops_per_s: dense peak by dtype.
+        one_shot_us, two_shot_us: time of an all-reduce inside a graph.
+        waits_us: what a kernel loses besides its launch, from its first load to full speed and
+            back, by class of operator.
+        residuals: busy time over the roofline's, by class of operator.
+        errors: relative error of a prediction, by kind of time.
         sources: where each number comes from.
     """
 
@@ -118,6 +124,23 @@ class Profile(_Section):
     errors: dict[str, _Number]
     measured: dict[str, str] = {}
 
+    @property
+    def number_groups(self) -> tuple[Mapping[str, _Number], ...]:
+        """Everything that has a value and a source."""
+        return (
+            self.numbers,
+            self.matrix_flops_per_s,
+            self.waits,
+            self.residuals,
+            self.errors,
+        )
+
+    @property
+    def used_sources(self) -> set[str]:
+        """The sources that a number names."""
+        used = {number.source for group in self.number_groups for number in group.values()}
+        return used | {table.source for table in self.all_reduce.values()}
+
 
 _NOT_NUMBERS = {
     "name",
@@ -136,10 +159,10 @@ _MAY_BE_ZERO = {"num_sms", "max_shared_bytes", "reserved_bytes"}
 
 
 def read_profile(text: str, name: str) -> Profile:
-    """A profile from its text.
+    """Read a profile from its text.
 
     Raises:
-        SpecError: not YAML, a number missing, unknown, impossible or without a source.
+        SpecError: it is not YAML, or a number is missing, unknown, impossible or without a source.
     """
     try:
         profile = Profile.model_validate(yaml.safe_load(text))
@@ -148,23 +171,19 @@ def read_profile(text: str, name: str) -> Profile:
     except ValidationError as error:
         first = error.errors()[0]
         raise _bad(name, f"`{'.'.join(map(str, first['loc']))}`: {first['msg'].lower()}") from error
-    for what, expected, found in (
-        ("numbers", NUMBERS, profile.numbers),
-        ("waits", OP_CLASSES, profile.waits),
-        ("residuals", OP_CLASSES, profile.residuals),
-        ("errors", TIME_KINDS, profile.errors),
-    ):
-        _same_names(name, what, expected, found)
+    _check_names(name, "numbers", NUMBERS, profile.numbers)
+    _check_names(name, "waits", OP_CLASSES, profile.waits)
+    _check_names(name, "residuals", OP_CLASSES, profile.residuals)
+    _check_names(name, "errors", TIME_KINDS, profile.errors)
     _check_values(name, profile)
+    _check_sources(name, profile)
     return profile
 
 
-def _same_names(name: str, what: str, expected: tuple[str, ...], found: Mapping[str, Any]) -> None:
-    wrong = sorted(set(expected) ^ set(found))
-    if wrong:
-        raise _bad(
-            name, f"`{what}.{wrong[0]}` is {'missing' if wrong[0] in expected else 'unknown'}"
-        )
+def _check_names(name: str, group: str, expected: Iterable[str], actual: Mapping[str, Any]) -> None:
+    for key in sorted(set(expected) ^ set(actual)):
+        problem = "unknown" if key in actual else "missing"
+        raise _bad(name, f"`{group}.{key}` is {problem}")
 
 
 def _check_values(name: str, profile: Profile) -> None:
@@ -173,32 +192,22 @@ def _check_values(name: str, profile: Profile) -> None:
             raise _bad(name, f"`numbers.{key}` is 0")
     if profile.numbers["read_bytes_per_s"].value > profile.numbers["peak_bytes_per_s"].value:
         raise _bad(name, "`read_bytes_per_s` is more than `peak_bytes_per_s`")
-    if not profile.matrix_flops_per_s or any(
-        not number.value for number in profile.matrix_flops_per_s.values()
-    ):
+    rates = profile.matrix_flops_per_s
+    if not rates or not all(number.value for number in rates.values()):
         raise _bad(name, "`matrix_flops_per_s` has no positive rate")
-    if not profile.all_reduce.get("one_shot") or set(profile.all_reduce) - {"one_shot", "two_shot"}:
-        raise _bad(name, "`all_reduce` has not `one_shot`, and perhaps `two_shot`")
-    used = {number.source for group in _numbers(profile) for number in group.values()}
-    used |= {table.source for table in profile.all_reduce.values()}
-    unknown, unused = sorted(used - set(profile.sources)), sorted(set(profile.sources) - used)
-    if unknown or unused:
-        raise _bad(
-            name,
-            f"source `{unknown[0]}` is not said"
-            if unknown
-            else f"source `{unused[0]}` has no number",
-        )
+    for key in sorted(set(rates) - set(MATRIX_DTYPES)):
+        raise _bad(name, f"`matrix_flops_per_s.{key}` is not a dtype such as `bf16` or `fp4`")
+    tables = set(profile.all_reduce)
+    if "one_shot" not in tables or tables - {"one_shot", "two_shot"}:
+        raise _bad(name, "`all_reduce` needs `one_shot`, and may have `two_shot`")
 
 
-def _numbers(profile: Profile) -> tuple[Mapping[str, _Number], ...]:
-    return (
-        profile.numbers,
-        profile.matrix_flops_per_s,
-        profile.waits,
-        profile.residuals,
-        profile.errors,
-    )
+def _check_sources(name: str, profile: Profile) -> None:
+    stated, used = set(profile.sources), profile.used_sources
+    for source in sorted(used - stated):
+        raise _bad(name, f"source `{source}` is not said")
+    for source in sorted(stated - used):
+        raise _bad(name, f"source `{source}` has no number")
 
 
 def _bad(name: str, what: str) -> SpecError:
@@ -209,36 +218,47 @@ def _bad(name: str, what: str) -> SpecError:
 
 def to_hardware(profile: Profile) -> HardwareSpec:
     """The machine of a profile."""
-    numbers = {key: number.value for key, number in profile.numbers.items()}
-    sources = {
-        key: profile.sources[number.source]
-        for group in _numbers(profile)
-        for key, number in group.items()
+    two_shot = profile.all_reduce.get("two_shot")
+    numbers: dict[str, Any] = {
+        key: int(value) if key in _INTEGERS else value
+        for key, value in _values(profile.numbers).items()
     }
-    tables = {f"{kind}_us": _rising(table.us) for kind, table in profile.all_reduce.items()}
     return HardwareSpec(
         name=profile.name,
         sm=profile.sm,
-        **{key: int(value) if key in _INTEGERS else value for key, value in numbers.items()},  # type: ignore[arg-type]
-        matrix_flops_per_s={
-            key: number.value for key, number in profile.matrix_flops_per_s.items()
-        },
-        one_shot_us=tables["one_shot_us"],
-        two_shot_us=tables.get("two_shot_us", {}),
-        waits_us={key: number.value for key, number in profile.waits.items()},
-        residuals={key: number.value for key, number in profile.residuals.items()},
-        errors={key: number.value for key, number in profile.errors.items()},
-        sources=sources | {"all_reduce": profile.sources[profile.all_reduce["one_shot"].source]},
+        **numbers,
+        matrix_flops_per_s=_values(profile.matrix_flops_per_s),
+        one_shot_us=_rising(profile.all_reduce["one_shot"].us),
+        two_shot_us=_rising(two_shot.us) if two_shot else {},
+        waits_us=_values(profile.waits),
+        residuals=_values(profile.residuals),
+        errors=_values(profile.errors),
+        sources=_sources(profile),
     )
 
 
+def _values(group: Mapping[str, _Number]) -> dict[str, float]:
+    return {key: number.value for key, number in group.items()}
+
+
+def _sources(profile: Profile) -> dict[str, str]:
+    """The text of the source of each number."""
+    sources = {
+        key: profile.sources[number.source]
+        for group in profile.number_groups
+        for key, number in group.items()
+    }
+    return sources | {"all_reduce": profile.sources[profile.all_reduce["one_shot"].source]}
+
+
 def _rising(table: Table) -> Table:
-    """Sorted; a larger message never takes less time than a smaller one, whatever the noise of a measurement."""
-    made: dict[int, dict[int, float]] = {}
-    for count, row in sorted(table.items()):
-        most = 0.0
-        made[count] = {size: (most := max(most, row[size])) for size in sorted(row)}
-    return made
+    """The sorted table, without noise that makes a larger message faster than a smaller one."""
+    rising: dict[int, dict[int, float]] = {}
+    for count, measured in sorted(table.items()):
+        sizes = sorted(measured)
+        times = accumulate((measured[size] for size in sizes), max)
+        rising[count] = dict(zip(sizes, times, strict=True))
+    return rising
 
 
 @cache
@@ -260,7 +280,7 @@ def hardware_names() -> list[str]:
 
 
 def find_hardware(name: str) -> HardwareSpec:
-    """The machine called `name`, in any case; or that of the profile at the path `name`, which ends in `.yaml`.
+    """The machine called `name` in any case, or that of the profile at a path ending in `.yaml`.
 
     Raises:
         SpecError: there is no such machine, or the profile is not one.
@@ -271,63 +291,72 @@ def find_hardware(name: str) -> HardwareSpec:
     if key in known_profiles():
         return _known(key)
     near = difflib.get_close_matches(key, known_profiles(), 1)
-    known = ", ".join(hardware_names())
-    raise SpecError(
-        f"there is no GPU called `{name}`",
-        f"did you mean `{_known(near[0]).name}`?"
-        if near
-        else f"known: {known}; or the path of a profile",
-    )
+    if near:
+        hint = f"did you mean `{_known(near[0]).name}`?"
+    else:
+        hint = f"known: {', '.join(hardware_names())}; or the path of a profile"
+    raise SpecError(f"there is no GPU called `{name}`", hint)
 
 
 def load_profile(path: Path) -> Profile:
-    """A profile from a file.
+    """Read a profile from a file.
 
     Raises:
-        SpecError: unreadable, or as `read_profile`.
+        SpecError: it cannot be read, or as `read_profile`.
     """
+    hint = "`tokenspeed calibrate` writes a profile"
     try:
         text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise SpecError(
-            f"cannot read `{path}`: {reason}", "`tokenspeed calibrate` writes a profile"
-        ) from error
+    except OSError as error:
+        raise SpecError(f"cannot read `{path}`: {error.strerror}", hint) from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"cannot read `{path}`: not UTF-8", hint) from error
     return read_profile(text, str(path))
 
 
 def all_reduce_us(hardware: HardwareSpec, moved_bytes: float, count: int) -> float:
-    """An all-reduce of so many bytes: from the tables inside a node, and on to the other nodes over the network."""
+    """Microseconds of an all-reduce: from the tables inside a node, over the network between nodes.
+
+    In one shot, every GPU reads the parts of all others. In two shots, it reads its share of them,
+    and then the sums of the other shares.
+
+    Args:
+        hardware: of all GPUs.
+        moved_bytes: of the reduced tensor.
+        count: GPUs that take part.
+    """
     if count <= 1:
         return 0.0
     inside = min(count, hardware.gpus_per_node)
-    # In one shot every GPU reads all parts of all others; in two a share of each, then the sums of
-    # the other shares.
-    shots = (
-        (hardware.one_shot_us, inside - 1.0),
-        (hardware.two_shot_us, 2.0 * (inside - 1) / inside),
-    )
+    one_shot_reads, two_shot_reads = inside - 1.0, 2.0 * (inside - 1) / inside
     links = hardware.link_bytes_per_s
-    near = min(_at(table, moved_bytes, inside, reads / links) for table, reads in shots if table)
+    node_us = _at(hardware.one_shot_us, moved_bytes, inside, one_shot_reads / links)
+    if hardware.two_shot_us:
+        two_shot_us = _at(hardware.two_shot_us, moved_bytes, inside, two_shot_reads / links)
+        node_us = min(node_us, two_shot_us)
     if count <= hardware.gpus_per_node:
-        return near
+        return node_us
     nodes = -(-count // hardware.gpus_per_node)
     rounds = 2.0 * (nodes - 1).bit_length()
-    return near + rounds * (
-        hardware.nic_us + moved_bytes / hardware.gpus_per_node / hardware.nic_bytes_per_s * 1e6
-    )
+    gpu_bytes = moved_bytes / hardware.gpus_per_node
+    return node_us + rounds * (hardware.nic_us + gpu_bytes / hardware.nic_bytes_per_s * 1e6)
 
 
 def _at(table: Table, moved_bytes: float, count: int, s_per_byte: float) -> float:
-    """Linear between the points of the next larger GPU count; past the last point the links' bandwidth is added."""
+    """Linear between the points of the next larger GPU count.
+
+    Past the last point the links' bandwidth is added; before the first, a message takes as long as
+    the smallest.
+    """
     counts = [known for known in table if known >= count]
-    row = table[min(counts) if counts else max(table)]
-    sizes = list(row)
+    times = table[min(counts)] if counts else table[max(table)]
+    sizes = list(times)
     if moved_bytes >= sizes[-1]:
-        return row[sizes[-1]] + (moved_bytes - sizes[-1]) * s_per_byte * 1e6
-    upper = next(size for size in sizes if size > moved_bytes)
-    lower = max((size for size in sizes if size <= moved_bytes), default=0)
-    if not lower:
-        return row[upper]  # what is smaller than the smallest takes as long
+        return times[sizes[-1]] + (moved_bytes - sizes[-1]) * s_per_byte * 1e6
+    index = bisect_right(sizes, moved_bytes)
+    upper = sizes[index]
+    if index == 0:
+        return times[upper]
+    lower = sizes[index - 1]
     share = (moved_bytes - lower) / (upper - lower)
-    return row[lower] + share * (row[upper] - row[lower])
+    return times[lower] + share * (times[upper] - times[lower])

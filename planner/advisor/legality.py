@@ -1,4 +1,4 @@
-"""Which layouts and formats are legal for a model and a machine, and which stated ones can be planned."""
+"""What is legal: layouts for a model, formats for a machine, and what a spec may state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUANTIZED = ("fp8", "nvfp4")
 
 
 def check_layout(layout: ParallelLayout, config: ModelConfig, weights: str = "bf16") -> None:
-    """Refuse an illegal layout before any graph is built, so that the message has the model's own numbers.
+    """Refuse an illegal layout, with the model's own numbers, before any graph is built.
 
     Raises:
         SpecError: the layout does not divide the model.
@@ -113,7 +113,8 @@ def check_stated(spec: Spec, config: ModelConfig) -> None:
 def _check_draft_vocab(draft_vocab: int, count: int, config: ModelConfig) -> None:
     if draft_vocab > config.vocab_size:
         raise SpecError(
-            f"`speculation.draft_vocab` is {draft_vocab}, `{config.name}` has {config.vocab_size} tokens",
+            f"`speculation.draft_vocab` is {draft_vocab}, "
+            f"`{config.name}` has {config.vocab_size} tokens",
             "leave it out to draft from all of them",
         )
     if draft_vocab % count:
@@ -126,7 +127,8 @@ def _check_draft_vocab(draft_vocab: int, count: int, config: ModelConfig) -> Non
 def _check_attention(asked: AttentionSpec, count: int) -> None:
     if asked.tp != count or asked.dp not in (None, 1):
         raise SpecError(
-            f"`parallelism.attention.tp` is {asked.tp} on {count} GPUs, attention data parallelism is not planned yet",
+            f"`parallelism.attention.tp` is {asked.tp} on {count} GPUs, "
+            "attention data parallelism is not planned yet",
             f"set it to {count}, or `target.count` to {asked.tp}; `tokenspeed predict` prices it",
         )
     if asked.context_split not in (None, 1):

@@ -1,4 +1,4 @@
-"""A frozen plan's programs at the advisor's prices: for a given batch, and under the machine's roofline."""
+"""What the programs of a frozen plan cost by the advisor: for a batch, and as a roofline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def step_prediction(
         plan: the frozen plan.
         bundle: its folder, near which the model is looked up.
         phase: `decode` or `prefill`.
-        tokens: of the chunk, for prefill. seqs: of the batch, for decode.
+        tokens: of the chunk, for prefill.
+        seqs: sequences of the batch, for decode.
         context: tokens of each sequence, those of the chunk included.
         depth: drafts of each sequence.
 
@@ -65,7 +66,7 @@ def _step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
 
 
 def roofline(plan: Plan, bundle: Path) -> Roof:
-    """Kernels of a single user's decode step and of the largest chunk, by kind, under the data sheet's limits.
+    """Kernels of a decode step at batch 1 and of the largest chunk, by kind, under the peak rates.
 
     Raises:
         SpecError: the plan's model is not where its spec says.

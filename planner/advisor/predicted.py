@@ -1,4 +1,4 @@
-"""What a plan promises: predicted numbers with their intervals, the Pareto front, and what was refused."""
+"""What a plan promises: predicted numbers, their intervals, the front, and what was refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def missing_option(prediction: Prediction) -> Option:
 
 
 def not_replayed(candidate: Candidate) -> str:
-    """What the runtime does not replay yet of a deployment, as a clause; empty if it replays all."""
+    """What the runtime does not replay yet, as a clause; empty if it replays all of it."""
     missing = SUPPORTED.missing(candidate)
     if not missing:
         return ""

@@ -1,4 +1,4 @@
-"""What a deployment costs its users: times with their intervals, rates, prices, and what limits it."""
+"""What a deployment costs its users: times with their intervals, rates and prices."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class Predictor:
         )
 
     def token_us(self, candidate: Candidate, batch: int, depth: int) -> float:
-        """Microseconds of a decode step for each token that a sequence gets from it, in mid-conversation."""
+        """Microseconds for one token of a sequence, in the middle of the conversation."""
         context = conversation(self.spec.workload).mean_context
         step = self.steps.decode(candidate.layout, batch, context, depth, candidate.knobs.kv_dtype)
         return step.total_us / self.accepted(depth)
@@ -199,7 +199,7 @@ class Predictor:
         return tokens_per_step(depth, self.acceptance)
 
     def fullest(self, candidate: Candidate) -> MemoryMap:
-        """The memory of the pool that needs most, at the spec's concurrency and longest conversation."""
+        """The memory of the fullest pool, at the spec's concurrency and longest conversation."""
         users = ceil_div(self.spec.workload.concurrency, candidate.replicas)
         tokens = self.spec.workload.max_conversation_tokens
         pools = [self.memory(candidate.layout).map(candidate.knobs, users, tokens)]

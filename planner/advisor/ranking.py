@@ -49,7 +49,7 @@ class SearchResult:
 
     @cached_property
     def ranked(self) -> list[Prediction]:
-        """Best first: those that meet the service levels by the objective, then the nearest misses."""
+        """Best first: what meets the service levels, by the objective; then the nearest misses."""
         return sorted(self.predictions, key=lambda p: (self.excess(p), *self._order(p)))
 
     def _order(self, prediction: Prediction) -> tuple[float, float, int, str]:
@@ -59,7 +59,7 @@ class SearchResult:
         return metrics[self.objective], tie, candidate.num_gpus, str(candidate)
 
     def excess(self, prediction: Prediction) -> float:
-        """By how much it exceeds the service level that it misses most, as a share; 0 if it meets all."""
+        """By which share it exceeds the service level that it misses most; 0 if none."""
         shares = [prediction.metrics[name] / limit - 1.0 for name, limit in self.slo.items()]
         return max([0.0, *shares])
 
@@ -82,7 +82,7 @@ class SearchResult:
 
     @property
     def binding(self) -> str | None:
-        """The service level that even the best deployment misses, with numbers; None if it meets all."""
+        """The service level that even the best misses, with numbers; None if it meets all."""
         best = self.best
         if not self.excess(best):
             return None

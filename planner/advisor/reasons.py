@@ -170,7 +170,8 @@ def record_prefill_chunk(ledger: Ledger, result: SearchResult) -> None:
     if others:
         second = others[0]
         runner_up = f"{second.candidate.knobs.prefill_chunk}: {second.metrics[name]:.4g}"
-    reason = f"{name} {best.metrics[name]:.4g}; a chunk reads every weight again, and decode waits for it"
+    cost = "a chunk reads every weight again, and decode waits for it"
+    reason = f"{name} {best.metrics[name]:.4g}; {cost}"
     options = tuple(option(each) for each in others[:MAX_OPTIONS])
     ledger.record("prefill_chunk", str(chunk), reason, runner_up, options)
 

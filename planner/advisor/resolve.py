@@ -99,7 +99,7 @@ def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec, ledger: Led
 
 
 def _choose(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> _Choice:
-    """The deployment and its rollback; the search is made again where its rollback was not chosen."""
+    """The deployment and its rollback; another rollback than the first needs a second search."""
     words = allowed_rollbacks(spec, config, hardware)
     predictors = [
         Predictor(spec, config, hardware, recomputes=word == "recompute") for word in words
@@ -140,7 +140,7 @@ def _record(ledger: Ledger, choice: _Choice, unrestricted: SearchResult) -> None
 
 
 def _refusal(predictor: Predictor) -> SpecError:
-    """Why nothing is left: the memory that the first legal layout lacks, else the law that the first layout breaks."""
+    """Why nothing fits: the memory that the first legal layout lacks, else why none is legal."""
     spec, hardware = predictor.spec, predictor.hardware
     first: SpecError | None = None
     for layout in layouts(spec.target.count, predictor.config, SUPPORTED):

@@ -67,7 +67,7 @@ class Rollback:
 def allowed_rollbacks(
     spec: Spec, config: ModelConfig, hardware: HardwareSpec
 ) -> tuple[RollbackWord, ...]:
-    """The ways to try, the usual one first; a single one where the spec states it or nothing drafts.
+    """The ways to try, the usual one first; one alone where the spec states it or nothing drafts.
 
     A GPU waits for memory, so that it usually recomputes; a CPU waits for arithmetic.
     """

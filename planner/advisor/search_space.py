@@ -1,4 +1,4 @@
-"""Which deployments are tried: layouts, replicas and pools for so many GPUs, and the values of each knob."""
+"""Which deployments are tried: layouts, replicas, pools, and the values of each knob."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SearchSpace:
         return self.scope.pools and self.spec.disaggregation != "off" and self.num_gpus > 1
 
     def pool_layouts(self) -> Iterator[ParallelLayout]:
-        """Layouts of a single pool: on all GPUs, and on a part of them where replicas fill the rest."""
+        """Layouts of a single pool: on all GPUs, or on a part of them where there are replicas."""
         asked = self.spec.parallelism
         for count in self._pool_sizes():
             for layout in layouts(count, self.config, self.scope):

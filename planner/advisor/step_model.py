@@ -22,10 +22,11 @@ from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.cost import Formats, Load, op_cost, time_of
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS
 from tokenspeed_plan.planner.passes.limits import plan_capacity
-from tokenspeed_plan.planner.passes.pipeline import PassContext, run
+from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.types import FORMATS, DType, Format, Phase
 
+UNCHECKED = PassOptions(checks=False)
 KERNEL_TIME_KINDS = ("memory", "matrix", "launch", "collective")
 
 
@@ -235,7 +236,7 @@ class StepModel:
         """The fused graph of the short model; sizes with the same kernels share one graph."""
         sizes = (_graph_size(tokens), _graph_size(seqs))
         if (key := (layout, phase, depth, *sizes)) not in self.graphs:
-            context = PassContext(layout, self.hardware, *sizes)
+            context = PassContext(layout, self.hardware, *sizes, options=UNCHECKED)
             sharded = self._of_rank(layout, phase, depth)
             self.graphs[key] = run(sharded, context, until=Stage.RECOMPUTED)
         return self.graphs[key]
@@ -244,7 +245,7 @@ class StepModel:
         if (phase, depth) not in self.whole:
             self.whole[phase, depth] = build(self._context(depth), phase, depth)
         if (key := (layout, phase, depth)) not in self.sharded:
-            context = PassContext(layout, self.hardware)
+            context = PassContext(layout, self.hardware, options=UNCHECKED)
             self.sharded[key] = run(self.whole[phase, depth], context, until=Stage.SHARDED)
         return self.sharded[key]
 

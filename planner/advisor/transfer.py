@@ -1,4 +1,4 @@
-"""Moving a prompt's cache from a prefill pool to a decode pool: which bytes, when, and what hides them.
+"""Moving a prompt's cache from a prefill pool to a decode pool: which bytes, and when.
 
 The sender pushes: over NVLink inside a node, by RDMA between nodes, and over TCP, with a warning,
 where there is neither. A layer's keys and values can leave as soon as that layer of the last chunk
@@ -28,7 +28,7 @@ HANDSHAKE_US = {"nvlink": 15.0, "rdma": 30.0, "tcp": 300.0}
 
 @dataclass(frozen=True, slots=True)
 class LayerTransfer:
-    """The bytes of one layer, when they can start after the last chunk's begin, and when they have left."""
+    """The bytes of one layer, and when they leave, counted from the start of the last chunk."""
 
     layer: int
     size_bytes: int

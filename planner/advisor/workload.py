@@ -14,8 +14,8 @@ from operator import mul
 
 from tokenspeed_plan.planner.spec import WorkloadSpec
 
-# Tokens of a step with 3 drafts: 3.39 (InferenceX's reference for this MTP head, thinking on; SGLang
-# on GSM8K: 3.47). 1 + a + a^2 + a^3 = 3.39 gives a = 0.89.
+# A step with 3 drafts yields 3.39 tokens (InferenceX's reference for this MTP head, thinking on;
+# SGLang on GSM8K: 3.47). 1 + a + a^2 + a^3 = 3.39 gives a = 0.89.
 ACCEPTANCE = (0.89,)
 MAX_BUSY = 0.999  # share of the time that prompts may take, so that decode still gets some
 BATCH_ROUNDS = 4  # after which the batch and the time of a step agree
@@ -24,7 +24,7 @@ ARRIVAL_ROUNDS, TURN_ROUNDS = 40, 50  # of bisection
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Tokens of a turn: its prompt, the cached part of it, and the context in the middle of its answer."""
+    """Tokens of a turn: its prompt, the cached part, and the context in mid-answer."""
 
     prompt_tokens: float
     cached_tokens: float
@@ -38,7 +38,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The first turn, and the average of the later ones (the first again where it is the only one)."""
+    """The first turn, and the average of the later ones (the first again if it is the only one)."""
 
     first: Turn
     later: Turn
@@ -218,7 +218,7 @@ def _decode(demand: Demand, users: float, turn_us: float, share: float) -> tuple
 
 
 def _steady(demand: Demand, users: float, phases: Callable[[float], _Phases]) -> TurnTime:
-    """The turn that is as long as its phases, by bisection: in shorter turns the phases take longer.
+    """The turn that is as long as its phases, by bisection: shorter turns have longer phases.
 
     No turn is shorter than the prompts of all users, of which the pool computes one after the
     other; a user waits for the rest of that time.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from tokenspeed_plan.codegen.build import default_cache
-from tokenspeed_plan.planner.advisor import calibration as model
+from tokenspeed_plan.planner.advisor import calibration
 from tokenspeed_plan.planner.advisor.hardware import Profile, read_profile
 from tokenspeed_plan.planner.compile import Model, build_bundle
 from tokenspeed_plan.plans.bundle import save_plan
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
 
 CONTEXTS = {"cuda": (1024, 16_384), "cpu": (128,)}
 CHUNK = {"cuda": 4096, "cpu": 128}
-BATCHES = (1, 2, 4, 16, model.MAX_SEQS)
+BATCHES = (1, 2, 4, 16, calibration.MAX_SEQS)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """The options of `tokenspeed calibrate`."""
+
+    out: Path
+    base: str | None
+    device: str | None
 
 
 @click.command()
@@ -35,55 +45,66 @@ BATCHES = (1, 2, 4, 16, model.MAX_SEQS)
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="Default: the GPU, where there is one."
 )
-def calibrate(out: Path, base: str | None, device: str | None) -> None:
-    """Measure this machine: read bandwidth, launches, matrix rates, and each class of kernel on probes."""
+def calibrate(**options: Any) -> None:
+    """Measure this machine: read bandwidth, launches, matrix rates, and each class of kernel."""
+    _calibrate(CalibrateOptions(**options))
+
+
+def _calibrate(options: CalibrateOptions) -> None:
     from tokenspeed_plan.runtime.bench.machine import provenance, this_machine
 
-    device, name = this_machine(device)
-    profile = model.base_profile(base or name)
-    click.echo(f"measuring {name}, from the profile of {profile.name}", err=True)
-    profile, machine = _measure(profile, device)
+    device, name = this_machine(options.device)
+    base = calibration.base_profile(options.base or name)
+    click.echo(f"measuring {name}, from the profile of {base.name}", err=True)
+    profile, machine = _measure(base, device)
     samples = list(_samples(profile, machine, device))
-    found = model.fit(samples, machine.launch_us)
+    result = calibration.fit(samples, machine.launch_us)
+    probes = f"{', '.join(_probes(device))}, {calibration.LAYERS} layers each"
+    text = f"`tokenspeed calibrate` on {name}: {len(samples)} kernels of {probes}"
     measured = {"machine": name, "date": date.today().isoformat(), **provenance(device)}
-    probes = f"{', '.join(_probes(device))}, {model.LAYERS} layers each"
-    said = f"`tokenspeed calibrate` on {name}: {len(samples)} kernels of {probes}"
-    done = model.calibrated(profile, found, machine.launch_us, said, measured)
-    text = model.dump(done, f"Measured by `tokenspeed calibrate` on {name}.")
+    profile = calibration.calibrated(profile, result, machine.launch_us, text, measured)
+    _write(profile, name, options.out)
+    _report(result, options.out)
+
+
+def _write(profile: Profile, name: str, out: Path) -> None:
+    text = calibration.dump(profile, f"Measured by `tokenspeed calibrate` on {name}.")
     read_profile(text, str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
-    _report(found, out)
 
 
 def _measure(profile: Profile, device: str) -> tuple[Profile, Machine]:
-    """Rates of the machine itself."""
+    """Measure the rates of the machine itself."""
     from tokenspeed_plan.runtime.bench.machine import measure_machine, measure_sums, sizes
 
     machine = measure_machine(device)
-    key = "bf16" if device == "cuda" else "fp32"
     peak = profile.numbers["peak_bytes_per_s"].value
     numbers = {
         "read_bytes_per_s": machine.read_bytes_per_s,
         "launch_us": machine.launch_us,
         "peak_bytes_per_s": max(peak, machine.read_bytes_per_s),
+        "matrix_share": 1.0,
+        **sizes(device),
     }
-    numbers |= sizes(device)
+    rates: Mapping[str, float] = {}
     if device == "cuda":
-        numbers["matrix_share"] = machine.matrix_flops_per_s / profile.matrix_flops_per_s[key].value
-        rates: Mapping[str, float] = {}
+        peak_flops = profile.matrix_flops_per_s["bf16"].value
+        numbers["matrix_share"] = machine.matrix_flops_per_s / peak_flops
     else:
-        numbers["matrix_share"] = 1.0
         rates = dict.fromkeys(profile.matrix_flops_per_s, machine.matrix_flops_per_s)
-    kept = {name: value for name, value in numbers.items() if value != profile.numbers[name].value}
-    said = "`tokenspeed calibrate`: a large sum, a chain of tiny kernels, one large product"
-    done = model.with_numbers(profile, "machine", kept, said, matrix_flops_per_s=rates)
-    done = _with_sums(done, measure_sums()) if device == "cuda" else done
-    return done, machine
+    changed = {
+        name: value for name, value in numbers.items() if value != profile.numbers[name].value
+    }
+    text = "`tokenspeed calibrate`: a large sum, a chain of tiny kernels, one large product"
+    measured = calibration.with_numbers(profile, "machine", changed, text, matrix_flops_per_s=rates)
+    if device == "cuda":
+        measured = _with_sums(measured, measure_sums())
+    return measured, machine
 
 
 def _with_sums(profile: Profile, sums: dict[int, dict[int, float]]) -> Profile:
-    """Large all-reduces as measured; small ones stay those of kernels in a graph."""
+    """The profile with measured large all-reduces; small ones stay those of kernels in a graph."""
     if not sums:
         return profile
     data = profile.model_dump()
@@ -93,34 +114,24 @@ def _with_sums(profile: Profile, sums: dict[int, dict[int, float]]) -> Profile:
 
 
 def _probes(device: str) -> tuple[str, ...]:
-    return model.PROBES if device == "cuda" else (model.SMALL_PROBE,)
+    if device == "cuda":
+        return calibration.PROBES
+    return (calibration.SMALL_PROBE,)
 
 
-def _samples(profile: Profile, machine: Machine, device: str) -> Iterator[model.Sample]:
-    """Every kernel of the probes, in decode and in prefill."""
+def _samples(profile: Profile, machine: Machine, device: str) -> Iterator[calibration.Sample]:
+    """Measure every kernel of the probes, in decode and in prefill."""
     with tempfile.TemporaryDirectory() as folder:
-        bare = Path(folder) / "bare.yaml"
-        bare.write_text(model.dump(model.bare(profile), "A roofline without waiting."))
+        roofline = Path(folder) / "bare.yaml"
+        text = calibration.dump(calibration.bare(profile), "A roofline without waiting.")
+        roofline.write_text(text)
         for name in _probes(device):
-            yield from _probe(name, bare, Path(folder) / name, machine, device)
-
-
-def _probe(
-    name: str, bare: Path, bundle: Path, machine: Machine, device: str
-) -> Iterator[model.Sample]:
-    """Decode in short and in long contexts, and prefill of one chunk: each in a plan that is priced for just that."""
-    chunk = CHUNK[device]
-    for context in CONTEXTS[device]:
-        decode = [Batch("decode", seqs, 1, context) for seqs in BATCHES]
-        yield from _replayed(
-            name, bare, bundle / f"decode-{context}", machine, device, 2 * context, decode
-        )
-    prefill = [Batch("prefill", 1, tokens, tokens) for tokens in (chunk // 4, chunk)]
-    yield from _replayed(name, bare, bundle / "prefill", machine, device, chunk, prefill)
+            probe = _Probe(name, roofline, Path(folder) / name, machine, device)
+            yield from probe.samples()
 
 
 class Batch(NamedTuple):
-    """What is replayed."""
+    """What a step computes: its sequences, and of each the new tokens and the context."""
 
     phase: Phase
     num_seqs: int
@@ -128,36 +139,58 @@ class Batch(NamedTuple):
     context: int
 
 
-def _replayed(
-    name: str,
-    bare: Path,
-    bundle: Path,
-    machine: Machine,
-    device: str,
-    tokens: int,
-    batches: Sequence[Batch],
-) -> Iterator[model.Sample]:
-    from tokenspeed_plan.runtime.bench.machine import release
-    from tokenspeed_plan.runtime.bench.prepare import prepare
-    from tokenspeed_plan.runtime.bench.replay import Replay
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """One probe on one machine.
 
-    spec = model.probe_spec(str(bare), device == "cuda", tokens, CHUNK[device])
-    made = build_bundle(spec, Model(model.probe(name), None, None, {}, {}), default_cache())
-    save_plan(made.plan, bundle, made.sources, made.cubins)
-    click.echo(f"probing {name}: {len(made.plan.kernels)} kernels", err=True)
-    executor = prepare(made.plan, bundle, None)
-    kinds = {kernel.name: [part.kind for part in kernel.parts] for kernel in made.plan.kernels}
-    for batch in batches:
-        yield from model.samples(Replay(made.plan, executor, *batch).measure(machine), kinds)
-    del executor
-    release()
+    Attributes:
+        name: a published model. roofline: the profile by which its plans are priced.
+        folder: where its plans go.
+    """
+
+    name: str
+    roofline: Path
+    folder: Path
+    machine: Machine
+    device: str
+
+    def samples(self) -> Iterator[calibration.Sample]:
+        """Decode in short and long contexts, and prefill of a chunk, each in its own plan."""
+        chunk = CHUNK[self.device]
+        for context in CONTEXTS[self.device]:
+            decode = [Batch("decode", num_seqs, 1, context) for num_seqs in BATCHES]
+            yield from self._replay(f"decode-{context}", 2 * context, decode)
+        prefill = [Batch("prefill", 1, tokens, tokens) for tokens in (chunk // 4, chunk)]
+        yield from self._replay("prefill", chunk, prefill)
+
+    def _replay(
+        self, name: str, tokens: int, batches: Sequence[Batch]
+    ) -> Iterator[calibration.Sample]:
+        """Measure batches on a plan for sequences of so many tokens."""
+        from tokenspeed_plan.runtime.bench.machine import release
+        from tokenspeed_plan.runtime.bench.prepare import prepare
+        from tokenspeed_plan.runtime.bench.replay import Replay
+
+        chunk, is_gpu = CHUNK[self.device], self.device == "cuda"
+        spec = calibration.probe_spec(str(self.roofline), is_gpu, tokens, chunk)
+        model = Model(calibration.probe(self.name), None, None, {}, {})
+        bundle, folder = build_bundle(spec, model, default_cache()), self.folder / name
+        plan = bundle.plan
+        save_plan(plan, folder, bundle.sources, bundle.cubins)
+        click.echo(f"probing {self.name}: {len(plan.kernels)} kernels", err=True)
+        executor = prepare(plan, folder, None)
+        kinds = {kernel.name: [part.kind for part in kernel.parts] for kernel in plan.kernels}
+        for batch in batches:
+            measured = Replay(plan, executor, *batch).measure(self.machine)
+            yield from calibration.samples(measured, kinds)
+        del executor
+        release()
 
 
-def _report(found: model.Fit, out: Path) -> None:
+def _report(result: calibration.Fit, out: Path) -> None:
     click.echo("a kernel waits, then takes a multiple of its roofline time:", err=True)
-    for name, residual in found.residuals.items():
-        wait_us, left = found.waits_us[name], found.errors[name]
-        click.echo(
-            f"  {name:<18} {wait_us:>6.2f} us {residual:>6.2f} x  (left over: {left:.0%})", err=True
-        )
+    for name, residual in result.residuals.items():
+        wait_us, error = result.waits_us[name], result.errors[name]
+        line = f"  {name:<18} {wait_us:>6.2f} us {residual:>6.2f} x  (left over: {error:.0%})"
+        click.echo(line, err=True)
     click.echo(f"wrote {out}; use it with `target: {{gpu: {out}}}`", err=True)

@@ -91,7 +91,7 @@ def _echo_written(bundle: Compiled, out: Path) -> None:
 
 
 def _refuse_stale(bundle: Compiled, options: PlanOptions) -> None:
-    """Refuse a frozen bundle that differs from a fresh one; without compiling, binaries are not compared."""
+    """Refuse a bundle that differs from a fresh one; binaries only count if they were compiled."""
     fresh, frozen = dump_plan(bundle.plan), read_plan(options.out)
     if options.no_compile and frozen != fresh:
         frozen = dump_plan(_without_binaries(load_plan(options.out)))

@@ -1,4 +1,4 @@
-"""`tokenspeed predict` and `tokenspeed sweep`: what a deployment would do, and which to rent; nothing is planned."""
+"""`tokenspeed predict` and `tokenspeed sweep`: what a deployment would do, and which to rent."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class SweepOptions:
 )
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
 def predict(**options: Any) -> None:
-    """Predict what SPEC would do, as stated or as best found; also what the runtime does not replay yet."""
+    """Predict what SPEC would do, as stated or at best, also where no plan can hold it yet."""
     _predict(PredictOptions(**options))
 
 
@@ -109,15 +109,15 @@ def _sweep(options: SweepOptions) -> None:
     spec = load_spec(options.spec, options.changes)
     config = find_model(spec, options.spec).config
     gpus = [_checked_name(name) for name in options.gpus.split(",")]
-    rows = [
-        _sweep_row(_with_target(spec, gpu, count), config, options.reserved)
+    entries = [
+        _sweep_entry(_with_target(spec, gpu, count), config, options.reserved)
         for gpu in gpus
         for count in counts
     ]
     if options.as_json:
-        click.echo(json.dumps(rows, indent=1))
+        click.echo(json.dumps(entries, indent=1))
     else:
-        click.echo("\n".join(_sweep_table(rows, spec)))
+        click.echo("\n".join(_sweep_table(entries, spec)))
 
 
 def _parse_counts(text: str) -> list[int]:
@@ -237,7 +237,7 @@ def _as_text(predictor: Predictor, result: SearchResult) -> Iterator[str]:
         yield f"  {each.candidate}: {result.objective} {each.metrics[result.objective]:.4g}"
 
 
-def _sweep_row(spec: Spec, config: ModelConfig, reserved: bool) -> dict[str, Any]:
+def _sweep_entry(spec: Spec, config: ModelConfig, reserved: bool) -> dict[str, Any]:
     """The best deployment on one machine, or why there is none."""
     count = spec.target.count
     try:
@@ -256,20 +256,20 @@ def _sweep_row(spec: Spec, config: ModelConfig, reserved: bool) -> dict[str, Any
     }
 
 
-def _sweep_table(rows: Sequence[dict[str, Any]], spec: Spec) -> Iterator[str]:
+def _sweep_table(entries: Sequence[dict[str, Any]], spec: Spec) -> Iterator[str]:
     yield (
         f"least {spec.objective.minimize} of each machine; "
         "what the runtime does not replay yet is marked *"
     )
     heads = " ".join(f"{head:>12}" for head in SWEEP_COLUMNS.values())
     yield f"{'gpu':<8} {'of':>4} {'used':>4} {heads}  deployment"
-    for row in rows:
-        machine = f"{row['gpu']:<8} {row['count']:>4}"
-        if "error" in row:
-            yield f"{machine}    - {row['error']}"
+    for entry in entries:
+        machine = f"{entry['gpu']:<8} {entry['count']:>4}"
+        if "error" in entry:
+            yield f"{machine}    - {entry['error']}"
             continue
-        numbers = " ".join(f"{row['predicted'][name]:>12.4g}" for name in SWEEP_COLUMNS)
-        mark = "*" if row["not_replayed_yet"] else ""
-        if row["slo_missed"]:
-            mark += f" (service level missed: {row['slo_missed']})"
-        yield f"{machine} {row['used']:>4} {numbers}  {row['deployment']}{mark}"
+        numbers = " ".join(f"{entry['predicted'][name]:>12.4g}" for name in SWEEP_COLUMNS)
+        mark = "*" if entry["not_replayed_yet"] else ""
+        if entry["slo_missed"]:
+            mark += f" (service level missed: {entry['slo_missed']})"
+        yield f"{machine} {entry['used']:>4} {numbers}  {entry['deployment']}{mark}"

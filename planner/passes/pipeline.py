@@ -27,10 +27,13 @@ class PassOptions:
     Attributes:
         fusions: the rewrites to use.
         num_streams: schedule on at most so many streams, without simulating which number is best.
+        checks: check the grammar after each pass. The advisor does without: it runs the passes
+            hundreds of times, on graphs like those of the plan, which are checked.
     """
 
     fusions: tuple[Fusion, ...] = FUSIONS
     num_streams: int | None = None
+    checks: bool = True
 
 
 DEFAULT_OPTIONS = PassOptions()
@@ -101,7 +104,7 @@ _ORDER = {stage: index for index, stage in enumerate(Stage)}
 def run(graph: OpGraph, context: PassContext, until: Stage = Stage.LOWERED) -> OpGraph:
     """Run the passes that the graph still needs to be at stage `until`.
 
-    The grammar is checked after each of them.
+    The grammar is checked after each of them, unless the options say otherwise.
 
     Raises:
         SpecError: the layout does not divide the model.
@@ -109,5 +112,7 @@ def run(graph: OpGraph, context: PassContext, until: Stage = Stage.LOWERED) -> O
     """
     for each in PASSES:
         if _ORDER[graph.stage] < _ORDER[each.reaches] <= _ORDER[until]:
-            graph = check(each.apply(graph, context))
+            graph = each.apply(graph, context)
+            if context.options.checks:
+                check(graph)
     return graph

@@ -235,8 +235,8 @@ class Replay:
         self.reset()
         if self.device == "cpu":
             return [time_us(run, "cpu", 1) for _, run in self._one_by_one()]
-        alone = self.executor.without_overlap()
-        replay = captured(lambda: alone.run(self.program, *self._size), self.device)
+        separate = self.executor.without_overlap()
+        replay = captured(lambda: separate.run(self.program, *self._size), self.device)
         self.reset()
         kinds = {kind_of(self.executor.kernels[call.kernel]) for call in calls}
         found = kernel_times_us(replay, kinds)

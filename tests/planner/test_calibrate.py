@@ -114,7 +114,7 @@ def test_the_command_measures_this_machine(
 
 
 def test_times_add_up_to_the_programs() -> None:
-    """Kernels that overlap wait less than by themselves; those that seem to take nothing do not decide."""
+    """Kernels that overlap wait less than alone; a sample of no time does not decide the fit."""
     kernels = [
         {"kernel": "a", "us": 10.0, "calls": 4, "total_us": 40.0, "predicted_us": 6.0},
         {"kernel": "b", "us": 20.0, "calls": 3, "total_us": 60.0, "predicted_us": 3.0},

@@ -1,4 +1,4 @@
-"""Profiles of machines: complete, sourced, physically possible; and what is wrong with one is said in a line."""
+"""Profiles of machines are complete, sourced and possible; errors are one line."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_more_bytes_and_more_gpus_never_take_less_time(name: str, count: int) ->
 
 
 def test_past_the_tables_the_links_set_the_pace() -> None:
-    """64 MiB over eight GPUs: seven eighths there and seven eighths back, over the links' bandwidth, and no more."""
+    """64 MiB over eight GPUs take seven eighths there and back over the links, and no more."""
     machine = find_hardware("H200")
     least_us = 2 * 7 / 8 * (64 << 20) / machine.link_bytes_per_s * 1e6
     assert least_us < all_reduce_us(machine, 64 << 20, 8) < 1.05 * least_us

@@ -1,4 +1,4 @@
-"""The advisor: its prices are the plan's own, its memory is the plan's to the byte, and what must hold does."""
+"""The advisor: its times and its memory are those of the plan, and its laws hold."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_what_is_said_to_fit_fits_and_no_more(gpu: str, count: int, model: str) 
 
 @pytest.mark.parametrize("drafts", ["off", {"depth": 2}], ids=["plain", "depth 2"])
 def test_the_largest_concurrency_really_plans(drafts: Any) -> None:
-    """What `show` says would fit is a plan; two pages of KV more a GPU is the whole difference to the next."""
+    """The concurrency that `show` names can be planned, and one sequence more cannot."""
     spec = asked("H200", 1, "9b", workload={"concurrency": 2}, speculation=drafts)
     most = compile_plan(spec, find_model(spec)).predicted.largest_concurrency
     larger = asked("H200", 1, "9b", workload={"concurrency": most}, speculation=drafts)
@@ -211,7 +211,7 @@ def test_more_gpus_never_make_the_best_worse(model: str, weights: str, objective
 def test_a_tighter_service_level_never_finds_a_faster_plan(
     name: str, level: float, tighter: float
 ) -> None:
-    """What is feasible under the tighter one was feasible before, so the best before was at least as good."""
+    """What meets the tighter level met the looser one, whose best is therefore no worse."""
     free = find(asked())
     loose = replace(free, slo={name: free.best.metrics[name] * level})
     tight = replace(free, slo={name: free.best.metrics[name] * level * tighter})
@@ -319,7 +319,7 @@ def test_hit_experts_against_dice(experts: int, per_token: int, tokens: int) -> 
 
 @given(st.floats(0, 1), st.integers(0, 6))
 def test_accepted_tokens_against_the_geometric_law(share: float, depth: int) -> None:
-    """P(exactly i accepted) = a^i (1 - a) for i < k and a^k for all; and the verify step's own token."""
+    """P(exactly i accepted) = a^i (1 - a) for i < k and a^k for all; plus the step's own token."""
     exact = sum((i + 1) * share**i * (1 - share) for i in range(depth)) + (depth + 1) * share**depth
     assert tokens_per_step(depth, (share,)) == pytest.approx(exact)
     assert tokens_per_step(depth, (share,) * 2) == pytest.approx(exact)
@@ -339,7 +339,7 @@ def depths_of(spec: Spec, config: ModelConfig) -> dict[int, int]:
 
 
 def test_each_bucket_drafts_as_deep_as_pays() -> None:
-    """The fewest drafts within 3 % of the least time a token, which is that of a step over its tokens."""
+    """The fewest drafts within 3 % of the least time of a step for each of its tokens."""
     spec = asked(
         "H200",
         1,
@@ -390,7 +390,7 @@ def test_drafts_that_do_not_fit_are_not_made() -> None:
 def test_a_pool_obeys_the_laws_of_queues(
     prefill_us: float, users: int, steps: int, step_us: float
 ) -> None:
-    """A lone user waits for nobody; nobody beats him; the pool never does more work than it has time."""
+    """A lone user never waits, nobody is faster, and the pool is never more than busy."""
     demand = Demand(prefill_us, 1.0, steps, lambda batch: step_us * (0.5 + 0.5 * batch))
     alone, many = serve(demand, 1), serve(demand, users)
     assert alone.turn_us == pytest.approx(prefill_us + steps * step_us, rel=1e-3)
@@ -411,7 +411,7 @@ def test_arrivals_fill_a_pool_as_littles_law_says() -> None:
 
 
 def test_a_conversation_is_what_its_turns_add_up_to() -> None:
-    """Turn by turn by hand: prompts of 100, 100+20+10, ...; what is cached ends where the last answer did."""
+    """By hand: prompts of 100, 100+20+10, ...; the cache reaches to the end of the last answer."""
     spec = asked(
         workload={"first_turn_tokens": 100, "turn_tokens": 10, "output_tokens": 20, "turns": 5}
     )

@@ -96,7 +96,7 @@ def test_ranks_agree_with_one(
     plan = plan_of(
         folder, target={"count": count}, parallelism=parallelism, speculation=speculation
     )
-    assert plan.pool.memory_bytes_per_rank.weights < plain.memory_bytes_per_rank.weights
+    assert plan.pool.memory_bytes_per_rank.weights < plain.pool.memory_bytes_per_rank.weights
     for rank in run_ranks(plan, folder):
         assert rank == alone
 

@@ -28,7 +28,9 @@ version: 1
 model: {preset: qwen3.5-0.8b, weights: bf16}
 target: {gpu: B200, count: 2}
 parallelism: {attention: {tp: 2}}
-workload: {kind: agentic, first_turn_tokens: 500, turn_tokens: 80, turns: 3, output_tokens: 50, concurrency: 2}
+workload:
+  {kind: agentic, first_turn_tokens: 500, turn_tokens: 80, turns: 3, output_tokens: 50,
+   concurrency: 2}
 objective: {minimize: tpot, slo: {ttft_ms: 200, tpot_ms: 2.5}}
 slo: {ttft_ms: 200}
 speculation: auto

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,11 +14,9 @@ from test_speculation import PROMPTS, say
 from torch import Tensor
 from trained import write_trained
 
-from tokenspeed_plan.planner import find_model
+from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.advisor import resolve as decide
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
-from tokenspeed_plan.planner.compile import compile_bundle
-from tokenspeed_plan.planner.ledger import Ledger
+from tokenspeed_plan.planner.advisor.resolve import Decided, resolve
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.engine import Engine
 
@@ -32,12 +32,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan_of(folder: Path, depths: dict[int, int], recomputes: bool = False) -> Plan:
     """A plan of those depths by bucket, whatever the planner would choose."""
     spec = make_spec(folder, workload={"concurrency": max(depths)}, speculation="auto")
-    model = find_model(spec)
-    ledger = Ledger()
-    found = decide.resolve(spec, model.config, find_hardware("cpu"), ledger)
-    knobs = replace(found.knobs, depth=max(depths.values()))
-    decided = replace(found, depths=depths, knobs=knobs, recomputes=recomputes)
-    return compile_bundle(spec, model, decided=decided, ledger=ledger).plan
+
+    def forced(*asked: Any) -> Decided:
+        decided = resolve(*asked)
+        knobs = replace(decided.knobs, depth=max(depths.values()))
+        return replace(decided, depths=depths, knobs=knobs, recomputes=recomputes)
+
+    with patch.object(decide, "resolve", forced):
+        return compile_plan(spec, find_model(spec))
 
 
 @pytest.mark.parametrize("recomputes", [False, True])

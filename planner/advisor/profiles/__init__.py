@@ -1,1 +1,1 @@
-"""The machines: one YAML file each, a source beside every number. `planner/advisor/hardware.py` reads them."""
+"""Machines, one YAML file each, which `planner/advisor/hardware.py` reads."""
