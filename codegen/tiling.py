@@ -48,7 +48,7 @@ class Work:
     forced: Tile | None = None
 
     def tiles(self, *heuristic: Tile) -> list[Tile]:
-        """The tiles to try, best first: the forced one alone, or a measured one and the heuristic's."""
+        """The tiles to try, best first: the forced one alone, or a measured one and the others."""
         if self.forced:
             return [self.forced]
         measured = find_tile(self.hardware.sm, self.key)

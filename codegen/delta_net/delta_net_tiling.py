@@ -15,7 +15,7 @@ from tokenspeed_plan.codegen.tiling import (
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.ops import DELTA_CHUNK, L2_EPS
 from tokenspeed_plan.plans.schema import GridDim
-from tokenspeed_plan.plans.types import Constant
+from tokenspeed_plan.plans.types import Constant, TensorSpec
 
 SEQS = GridDim(per_seq=1)
 # (columns, warps) by (sequences at most), as measured on an H200: for few heads many programs; for
@@ -95,7 +95,7 @@ def _by_columns(work: Work, template: str, constants: dict[str, Constant]) -> li
 def _column_tiling(work: Work, template: str, constants: dict[str, Constant], tile: Tile) -> Tiling:
     value_dim, v_heads = int(constants["DV"]), int(constants["B"])
     columns = value_dim // tile.n
-    scratch = {}
+    scratch: dict[str, TensorSpec] = {}
     if columns > 1:
         scratch = {
             "partial": per_seq(work.query_len * v_heads * value_dim),

@@ -92,7 +92,9 @@ def linear(work: Work) -> list[Tiling]:
 
 
 def _weight(work: Work) -> str:
-    return "linear_w" if "linear_w" in work.specs else "w"
+    if "linear_w" in work.specs:
+        return "linear_w"
+    return "w"
 
 
 def _interpreted_tile(work: Work, rows: int, columns: int, depth: int) -> Tile:
@@ -142,9 +144,9 @@ def _matrix_tiles(work: Work, rows: int, weight_rows: int, columns: int) -> list
         return _skinny_tiles(work, rows, weight_rows)
     if rows < MANY_ROWS:
         return _few_tiles(work, rows, columns)
-    few_columns = columns * rows < 128 * 256 * work.hardware.num_sms
-    n = 128 if work.has("silu_mul") or few_columns else 256
-    k = 64 if work.dtype == "bf16" else 32
+    n, k = 256, _elements(work, 128)
+    if work.has("silu_mul") or columns * rows < 128 * 256 * work.hardware.num_sms:
+        n = 128
     return [
         Tile(128, n, k, 8, 4),
         Tile(128, n, k, 8, 3),
@@ -157,8 +159,9 @@ def _matrix_tiles(work: Work, rows: int, weight_rows: int, columns: int) -> list
 
 def _skinny_tiles(work: Work, rows: int, weight_rows: int) -> list[Tile]:
     """Few rows of x: a few programs on each multiprocessor read long pieces of the weight."""
-    m = max(up2(rows), DOT_ROWS)
-    n = 32 if weight_rows >= 24 * work.hardware.num_sms else 16
+    m, n = max(up2(rows), DOT_ROWS), 16
+    if weight_rows >= 24 * work.hardware.num_sms:
+        n = 32
     num_warps = 2 if m == DOT_ROWS else 4
     return [
         Tile(m, n, _elements(work, 512), num_warps, 4),

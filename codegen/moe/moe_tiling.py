@@ -188,7 +188,7 @@ def _is_up(work: Work) -> bool:
 
 
 def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
-    """Tiles for so many pairs an expert."""
+    """Tiles for `pairs` (token, expert) pairs of each expert."""
     if work.interpreted:
         return [Tile(32, 64, 64, 8, 1)]
     if pairs > 128:
