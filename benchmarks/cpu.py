@@ -30,8 +30,9 @@ import transformers
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.runtime import Engine
-from tokenspeed_plan.runtime.serving.batch import BatchOptions, BatchPlan, RowLimits, run_batch
-from tokenspeed_plan.runtime.serving.openai.requests import parse_row, to_requests
+from tokenspeed_plan.runtime.serving.batch import BatchOptions, BatchPlan, RequestLimits, run_batch
+from tokenspeed_plan.runtime.serving.batch.lines import parse_row
+from tokenspeed_plan.runtime.serving.openai.conversion import to_requests
 
 ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "plans/frozen/demo-cpu"
@@ -59,7 +60,7 @@ class Ours:
         self.model = ROOT / str(self.plan.model.location)
         self.engine = Engine.load(BUNDLE, self.model, chat=ChatTemplate.load(self.model))
         limits = self.plan.pool.limits
-        row_limits = RowLimits(
+        row_limits = RequestLimits(
             limits.max_seq_len, limits.default_max_tokens, self.plan.model.vocab_size
         )
         self.facts = BatchPlan(self.plan.digest, "demo", limits.max_seqs, row_limits, {})
@@ -68,7 +69,8 @@ class Ours:
         lines = self.input.read_bytes().splitlines()
         parsed = [parse_row(line, i, self.plan.digest) for i, line in enumerate(lines)]
         self.prompts = [
-            list(to_requests(row, self.tokenizer, row_limits)[0].prompt_ids) for row in parsed
+            list(to_requests(row.body, row.key, self.tokenizer, row_limits)[0].prompt_ids)
+            for row in parsed
         ]
 
     def run(self) -> tuple[float, list[list[int]]]:

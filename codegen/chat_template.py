@@ -1,4 +1,4 @@
-"""A model's own chat template, rendered in Jinja's sandbox: a template comes with a checkpoint and is not trusted."""
+"""A model's chat template, rendered in Jinja's sandbox: checkpoints are not trusted."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ _HINT = "mend the messages, or use `/v1/completions`"
 
 
 class _Lenient(Undefined):
-    """Published templates test for optional names; only printing one is an error."""
+    """An undefined name: published templates test for it; printing it is an error."""
 
     __str__ = StrictUndefined.__str__
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, **options)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -32,15 +36,13 @@ def _environment() -> ImmutableSandboxedEnvironment:
         undefined=_Lenient,
         extensions=["jinja2.ext.loopcontrols"],
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(
-        value, ensure_ascii=False, **options
-    )
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     return environment
 
 
 class ChatTemplate:
-    """`messages` -> the text of a prompt that ends where the assistant speaks.
+    """Chat messages -> text of a prompt that ends where the assistant's answer begins.
 
     Raises:
         PlanError: the template cannot be parsed.
@@ -58,20 +60,27 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
-        """The template of a model folder, from its own file or from `tokenizer_config.json`; None without one."""
-        path, config = folder / "chat_template.jinja", _tokenizer_config(folder)
-        try:
-            source = path.read_text() if path.is_file() else config.get("chat_template")
-        except UnicodeDecodeError as error:
-            raise PlanError(
-                f"`{path}` is not UTF-8", "use the file of the published model"
-            ) from error
+        """The template of a model folder: `chat_template.jinja`, else `tokenizer_config.json`'s.
+
+        Returns:
+            None if the model has no template.
+
+        Raises:
+            PlanError: a file is not UTF-8 or not JSON, or the template cannot be parsed.
+        """
+        config = _tokenizer_config(folder)
+        source = config.get("chat_template")
+        path = folder / "chat_template.jinja"
+        if path.is_file():
+            source = _read_template(path)
+        if not isinstance(source, str):
+            return None
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         tokens = {name: config[name] for name in names if isinstance(config.get(name), str)}
-        return cls(source, tokens) if isinstance(source, str) else None
+        return cls(source, tokens)
 
     def __call__(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Render.
+        """Render messages as a prompt.
 
         Raises:
             RequestError: the template refuses the messages.
@@ -94,12 +103,23 @@ class ChatTemplate:
             ) from error
 
 
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise PlanError(f"`{path}` is not UTF-8", "use the file of the published model") from error
+
+
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
     try:
-        data = json.loads(path.read_text()) if path.is_file() else {}
+        data = json.loads(path.read_text())
     except ValueError as error:
         raise PlanError(
             f"`{path}` is not JSON: {error}", "use the file of the published model"
         ) from error
-    return data if isinstance(data, dict) else {}
+    if isinstance(data, dict):
+        return data
+    return {}

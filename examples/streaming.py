@@ -15,31 +15,31 @@ PROMPTS = ("def add(a, b):", "import os\n", "class Queue:")
 
 
 def whole(engine: Engine, params: SamplingParams) -> None:
-    """All answers at once, in the order of the prompts."""
-    for prompt, done in zip(
-        PROMPTS, engine.generate(map(engine.tokenizer.encode, PROMPTS), params), strict=True
-    ):
+    """Generate all answers in one batch, in the order of the prompts."""
+    prompts = [engine.tokenizer.encode(prompt) for prompt in PROMPTS]
+    completions = engine.generate(prompts, params)
+    for prompt, done in zip(PROMPTS, completions, strict=True):
         print(f"{prompt!r} -> {done.text!r} ({done.finish_reason})")
 
 
 def growing(engine: Engine, params: SamplingParams) -> None:
-    """One answer, as it grows. Closing the generator early would cancel the request."""
+    """Print one answer as it grows. Closing the generator early would cancel the request."""
     for delta in engine.stream(engine.tokenizer.encode(PROMPTS[0]), params):
         print(delta.text, end="", flush=True)
     print()
 
 
 async def together(engine: Engine, params: SamplingParams) -> None:
-    """Three callers on one loop; the third one has heard enough after five tokens."""
+    """Three requests on one loop; the third is cancelled after five tokens."""
     async with AsyncEngine(engine) as served:
         first, second = (
             served.generate(engine.tokenizer.encode(prompt), params) for prompt in PROMPTS[:2]
         )
         async with served.stream(engine.tokenizer.encode(PROMPTS[2]), params) as answer:
-            heard = 0
+            num_tokens = 0
             async for delta in answer:
-                heard += len(delta.token_ids)
-                if heard >= 5:
+                num_tokens += len(delta.token_ids)
+                if num_tokens >= 5:
                     break  # leaving the block cancels
         for done in await asyncio.gather(first, second):
             print(f"{len(done.token_ids)} tokens, first after {done.ttft_s * 1e3:.0f} ms")
@@ -47,7 +47,7 @@ async def together(engine: Engine, params: SamplingParams) -> None:
 
 
 def main() -> None:
-    """Load a plan, and ask it in three ways."""
+    """Load a plan and use it in three ways."""
     engine = Engine.load(Path(sys.argv[1]))
     params = SamplingParams(max_tokens=24, stop=("\n\n",))
     whole(engine, params)

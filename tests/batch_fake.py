@@ -1,4 +1,4 @@
-"""A batch run with a fake engine: answers are a function of the prompt, steps take as long as they are told to.
+"""A batch run with a fake engine: answers are a function of the prompt, steps take a set time.
 
 python batch_fake.py INPUT OUTPUT [--order ...] [--step-ms ...] [--die-after N]
 """
@@ -19,15 +19,15 @@ from tokenspeed_plan.runtime.request import Completion, Request, TokenLogprobs
 from tokenspeed_plan.runtime.serving.batch import (
     BatchOptions,
     BatchPlan,
-    RowLimits,
+    RequestLimits,
     Selection,
     run_batch,
 )
 
-LIMITS = RowLimits(max_seq_len=64, default_max_tokens=8, vocab_size=256)
+LIMITS = RequestLimits(max_seq_len=64, default_max_tokens=8, vocab_size=256)
 
 
-class FakeCodec:
+class FakeTokenizer:
     """A byte is a token."""
 
     def encode(self, text: str) -> list[int]:
@@ -74,7 +74,7 @@ class FakeEngine:
                 Completion(
                     name,
                     ids,
-                    FakeCodec().decode(ids),
+                    FakeTokenizer().decode(ids),
                     "length",
                     len(request.prompt_ids),
                     0.01,
@@ -113,14 +113,14 @@ def main() -> int:
         quiet=True,
     )
     try:
-        return run_batch(options, plan(), FakeCodec(), lambda: FakeEngine(args.step_ms))
+        return run_batch(options, plan(), FakeTokenizer(), lambda: FakeEngine(args.step_ms))
     except TokenspeedError as error:
         print(error, file=sys.stderr)
         return error.exit_code
 
 
 def die_at_write(count: int) -> None:
-    """kill -9 ourselves at the n-th event that touches a file: opens, truncates, renames, removals, lines."""
+    """kill -9 this process at the n-th event that touches a file: open, truncate, remove, write."""
     state = {"left": count}
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -148,7 +148,11 @@ def die_at_write(count: int) -> None:
 
         return call
 
-    for cls, name in ((files._Plain, "write"), (files._Gzip, "write"), (resume.Sidecar, "save")):
+    for cls, name in (
+        (files.PlainWriter, "write"),
+        (files.GzipWriter, "write"),
+        (resume.Sidecar, "save"),
+    ):
         setattr(cls, name, counted(getattr(cls, name)))
     sys.addaudithook(hook)
 

@@ -23,7 +23,7 @@ IN_USE = (
     "requests_waiting",
     "requests_running",
     "requests_in_flight",
-    "state_rows_used",
+    "state_slots_used",
     "kv_pages_used",
 )
 

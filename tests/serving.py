@@ -29,7 +29,7 @@ IN_USE = (
     "requests_waiting",
     "requests_running",
     "requests_in_flight",
-    "state_rows_used",
+    "state_slots_used",
     "kv_pages_used",
 )
 
@@ -79,8 +79,8 @@ class Server:
     def in_use(self) -> dict[str, float]:
         return {name: self.metric(name) for name in IN_USE}
 
-    def commit_state_len(self, seconds: float = 10) -> dict[str, float]:
-        """What is in use once nothing is, or after some time."""
+    def wait_until_idle(self, seconds: float = 10) -> dict[str, float]:
+        """What is in use once nothing is, or when the time is over."""
         until = time.monotonic() + seconds
         while any((used := self.in_use()).values()) and time.monotonic() < until:
             time.sleep(0.02)

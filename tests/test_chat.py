@@ -1,4 +1,4 @@
-"""`tokenspeed chat`: the answers of the model's own template, turn by turn, and a program that does not end early."""
+"""`tokenspeed chat`: answers with the model's template turn by turn, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def type_until(self, typed: str, answer: str) -> None:
-        """Type again where it was lost: readline shows its prompt before it listens, and drops what came until then."""
+        """Type, and again if it was lost: readline drops what is typed before it listens."""
         for _ in range(5):
             self.type(typed)
             with contextlib.suppress(AssertionError):

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.cli import main
-from tokenspeed_plan.planner.commands.engines import ready_engine
+from tokenspeed_plan.planner.commands.engines import EngineOptions, ready_engine
 from tokenspeed_plan.plans.bundle import check_cubins, load_plan, save_plan, seal
+from tokenspeed_plan.plans.canon import answer_digest
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import Binary, Program
 from tokenspeed_plan.runtime.bench.clock import RUNS
@@ -241,7 +242,8 @@ def test_predict_models_another_engine(tmp_path: Path) -> None:
     times = []
     for kernels in (10, 100):
         engine.write_text(
-            f"{{name: x, kernels_per_layer: {kernels}, collectives_per_layer: 2, host_us_per_step: 0}}"
+            f"{{name: x, kernels_per_layer: {kernels}, collectives_per_layer: 2, "
+            "host_us_per_step: 0}"
         )
         fixed = ("--set", "speculation=off", "--set", "parallelism={attention: {tp: 2}}")
         data = json.loads(
@@ -385,9 +387,17 @@ def test_run_a_prompt(bundle: Path) -> None:
 
 
 def test_engines_of_commands_are_spared_by_the_collector(bundle: Path) -> None:
-    engine = ready_engine(bundle, {"weights": None, "backend": "reference", "no_canary": True})
+    engine = ready_engine(bundle, EngineOptions(backend="reference", canary=False))
     assert gc.is_tracked(engine)
     assert all(found is not engine for found in gc.get_objects())
+
+
+def test_an_option_that_was_renamed_names_the_new_one(bundle: Path) -> None:
+    for command in ("run", "serve", "chat"):
+        result = cli(command, bundle, "--bodies", "reference")
+        is_clean(result, 2, "the option `--bodies` was renamed\n\nhint: use `--backend`")
+    unknown = cli("run", bundle, "--bodices", "reference")
+    assert unknown.exit_code == 2 and "No such option" in unknown.stderr
 
 
 def test_run_a_batch(bundle: Path, batch: Path, tmp_path: Path) -> None:
@@ -404,6 +414,34 @@ def test_run_a_batch(bundle: Path, batch: Path, tmp_path: Path) -> None:
     assert set(startup) == {"read_plan_s", "read_weights_s", "canary_s"}
     alone = cli("run", bundle, "--prompt", "def f3(", "--max-tokens", 4, "--quiet").stdout
     assert lines[3]["response"]["body"]["choices"][0]["text"] + "\n" == alone
+
+
+def test_an_output_is_resumed_with_a_plan_of_other_binaries(
+    bundle: Path, batch: Path, tmp_path: Path
+) -> None:
+    """The id of a line holds what decides the answer, so not the bytes of binaries."""
+    plan, texts = load_plan(bundle), {}
+    facts = {"cubin_sha256": "0" * 64, "registers": 1, "spill_bytes": 0, "shared_bytes": 0}
+    binaries = tuple(Binary(kernel=kernel.name, sm=90, **facts) for kernel in plan.kernels)
+    assert answer_digest(plan.model_copy(update={"binaries": binaries})) == answer_digest(plan)
+    for kernel in plan.kernels:
+        texts[kernel.name] = (bundle / f"kernels/{kernel.name}.py").read_text()
+    limits = plan.pool.limits.model_copy(update={"default_max_tokens": 7})
+    plans = {
+        "one": plan.model_copy(update={"kernel_compiler": "one", "canary": ()}),
+        "two": plan.model_copy(update={"kernel_compiler": "two"}),
+        "other": plan.with_pool(limits=limits),
+    }
+    out, summary, skipped = tmp_path / "out.jsonl", tmp_path / "s.json", []
+    answers = []
+    for name, changed in plans.items():
+        save_plan(seal(changed), tmp_path / name, texts)
+        args = ("--input", batch, "--output", out, "--summary", summary, "--no-canary", "--quiet")
+        assert cli("run", tmp_path / name, *args).exit_code == 0
+        skipped.append(json.loads(summary.read_text())["rows"]["skipped"])
+        answers.append(out.read_bytes())
+    assert skipped == [0, 5, 0]
+    assert answers[0] == answers[1] != answers[2]
 
 
 def test_chat_uses_the_models_template(bundle: Path, tmp_path: Path) -> None:

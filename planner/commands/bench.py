@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,60 @@ Some = click.IntRange(min=1)
 
 
 class Chances(click.ParamType):  # type: ignore[type-arg]
-    """Numbers with commas between them."""
+    """A list of numbers, separated by commas."""
 
     name = "numbers"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[float, ...]:
-        """As floats."""
+        """The numbers."""
         try:
             return tuple(float(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"`{value}` is not a list of numbers, such as 0.9,0.8,0.7", param, ctx)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramOptions:
+    """Programs to measure.
+
+    Attributes:
+        batch: sequences that decode.
+        context: tokens that each of them has.
+        prefill: tokens of the prefill program; 0 measures none.
+    """
+
+    batch: int
+    context: int
+    prefill: int
+
+
+@dataclass(frozen=True, slots=True)
+class AgenticOptions:
+    """Conversations to run through the engine; None takes the value of the spec's workload.
+
+    Attributes:
+        conversations: how many run at once.
+        turns: of each conversation.
+        acceptance: chance that each draft is right; empty takes the drafts as they are.
+    """
+
+    conversations: int | None
+    turns: int | None
+    first_turn_tokens: int | None
+    turn_tokens: int | None
+    output_tokens: int | None
+    acceptance: tuple[float, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """Options of `tokenspeed bench`; `weights` None are random."""
+
+    weights: Path | None
+    work: ProgramOptions | AgenticOptions
 
 
 @click.command(name="bench")
@@ -76,35 +119,74 @@ class Chances(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--seed", type=int, default=0, help="Agentic: of the random tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
-def bench_command(bundle: Path, workload: str, weights: str, as_json: bool, **options: Any) -> None:
-    """Measure BUNDLE on this machine: programs beside the floor and the prediction, or an agent's conversations."""
-    folder = None if weights == "random" else Path(weights)
-    measure = _agentic if workload == "agentic" else _programs
-    found, text = measure(bundle, folder, options)
-    click.echo(json.dumps(found, indent=2) if as_json else text)
+def bench_command(
+    bundle: Path,
+    workload: str,
+    weights: str,
+    batch: int,
+    context: int,
+    prefill: int,
+    conversations: int | None,
+    turns: int | None,
+    first_turn_tokens: int | None,
+    turn_tokens: int | None,
+    output_tokens: int | None,
+    acceptance: tuple[float, ...] | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Measure BUNDLE on this machine.
+
+    Its programs are shown beside their floor and the prediction; `--workload agentic` runs whole
+    conversations through the engine.
+    """
+    folder = None
+    if weights != "random":
+        folder = Path(weights)
+    work: ProgramOptions | AgenticOptions = ProgramOptions(batch, context, prefill)
+    if workload == "agentic":
+        work = AgenticOptions(
+            conversations,
+            turns,
+            first_turn_tokens,
+            turn_tokens,
+            output_tokens,
+            acceptance or (),
+            seed,
+        )
+    result, text = _measure(bundle, BenchOptions(folder, work))
+    if as_json:
+        text = json.dumps(result, indent=2)
+    click.echo(text)
+
+
+def _measure(bundle: Path, options: BenchOptions) -> tuple[dict[str, Any], str]:
+    """The figures, as JSON and as text."""
+    if isinstance(options.work, AgenticOptions):
+        return _agentic(bundle, options.weights, options.work)
+    return _programs(bundle, options.weights, options.work)
 
 
 def _programs(
-    bundle: Path, folder: Path | None, options: dict[str, Any]
+    bundle: Path, folder: Path | None, options: ProgramOptions
 ) -> tuple[dict[str, Any], str]:
     from tokenspeed_plan.runtime import bench
 
     frozen = load_plan(bundle)
     executor = bench.prepare(frozen, bundle, folder)
-    found = bench.bench(
-        frozen, executor, bench.Options(options["batch"], options["context"], options["prefill"])
-    )
+    sizes = bench.Options(options.batch, options.context, options.prefill)
+    found = bench.bench(frozen, executor, sizes)
     for program in found["programs"]:
         batch = (program["tokens"], program["batch"], program["context"])
-        with suppress(
-            SpecError
-        ):  # the model's folder is elsewhere: what the plan says of its own batch stays
+        # The step model needs the model's folder. Where it is not found, the plan's own prediction
+        # stays.
+        with suppress(SpecError):
             program |= step_prediction(frozen, bundle, program["phase"], *batch, program["depth"])
     return found, bench.as_text(found)
 
 
 def _agentic(
-    bundle: Path, folder: Path | None, options: dict[str, Any]
+    bundle: Path, folder: Path | None, options: AgenticOptions
 ) -> tuple[dict[str, Any], str]:
     from tokenspeed_plan.runtime import bench
     from tokenspeed_plan.runtime.bench import agentic
@@ -112,9 +194,16 @@ def _agentic(
     from tokenspeed_plan.runtime.engine_loader import default_launch
 
     frozen = load_plan(bundle)
-    names = ("conversations", "turns", "first_turn_tokens", "turn_tokens", "output_tokens", "seed")
-    told = agentic.Conversations.of(frozen, **{name: options[name] for name in names})
+    conversations = agentic.Conversations.of(
+        frozen,
+        conversations=options.conversations,
+        turns=options.turns,
+        first_turn_tokens=options.first_turn_tokens,
+        turn_tokens=options.turn_tokens,
+        output_tokens=options.output_tokens,
+        seed=options.seed,
+    )
     engine = Engine(frozen, bench.prepare(frozen, bundle, folder, default_launch(frozen)))
     freeze_gc()
-    found = agentic.agentic(engine, told, options["acceptance"] or ())
+    found = agentic.agentic(engine, conversations, options.acceptance)
     return found, agentic.as_text(found)

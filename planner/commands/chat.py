@@ -5,15 +5,22 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokenspeed_plan.planner.commands.engines import load_chat_template, on_all_ranks, ready_engine
+from tokenspeed_plan.planner.commands.engines import (
+    Backend,
+    EngineOptions,
+    ReplayCommand,
+    load_chat_template,
+    on_all_ranks,
+    ready_engine,
+)
 from tokenspeed_plan.plans.errors import RequestError
 
 if TYPE_CHECKING:
@@ -24,7 +31,25 @@ Folder = click.Path(path_type=Path)
 HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops an answer"
 
 
-@click.command()
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """Options of a conversation.
+
+    Attributes:
+        system: text of the system message; None for no such message.
+        max_tokens: tokens of an answer; the plan's default if None.
+        seed: of the first answer; each further answer adds one.
+    """
+
+    system: str | None
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
+@click.command(cls=ReplayCommand)
 @click.argument("bundle", type=Folder)
 @click.option("--system", help="Text of a system message to begin with.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens of an answer.")
@@ -49,18 +74,31 @@ HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops an answer"
     "--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`."
 )
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
-def chat(bundle: Path, **options: Any) -> None:
-    """Talk with BUNDLE's model. What is said goes to stdout, all else to stderr."""
-    on_all_ranks(bundle, options, lambda: _chat(bundle, options), ignored=(signal.SIGINT,))
+def chat(
+    bundle: Path,
+    system: str | None,
+    max_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+    weights: Path | None,
+    backend: Backend | None,
+    no_canary: bool,
+) -> None:
+    """Talk with BUNDLE's model. Answers go to stdout, all else to stderr."""
+    engine = EngineOptions(weights, backend, canary=not no_canary)
+    options = ChatOptions(system, max_tokens, temperature, top_p, top_k, seed)
+    on_all_ranks(bundle, engine, lambda: _chat(bundle, engine, options), ignored=(signal.SIGINT,))
 
 
-def _chat(bundle: Path, options: dict[str, Any]) -> None:
-    template = load_chat_template(bundle, options)
+def _chat(bundle: Path, engine_options: EngineOptions, options: ChatOptions) -> None:
+    template = load_chat_template(bundle, engine_options)
     if template is None:
         raise RequestError(
             "the model has no chat template", f"use `tokenspeed run {bundle} --prompt TEXT`"
         )
-    engine = ready_engine(bundle, options, template)
+    engine = ready_engine(bundle, engine_options, template)
     conversation = _Conversation(engine, options)
     if sys.stdin.isatty():
         click.echo(HELP, err=True)
@@ -72,16 +110,18 @@ def _chat(bundle: Path, options: dict[str, Any]) -> None:
         elif line.startswith("/") and line[1:].isalpha():
             click.echo(f"there is no `{line}`: {HELP}", err=True)
         else:
-            conversation.say(line)
+            conversation.answer(line)
 
 
 def _lines() -> Iterator[str]:
-    """What the user says, until the end of the input; a Ctrl-C here drops what was typed."""
+    """Lines of the user until the end of the input. Ctrl-C drops a line that is being typed."""
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     with suppress(ImportError):
         import readline  # noqa: F401  # `input` then edits lines and remembers them
-    prompt = "> " if sys.stdin.isatty() else ""
+    prompt = ""
+    if sys.stdin.isatty():
+        prompt = "> "
     while True:
         try:
             line = input(prompt).strip()
@@ -97,19 +137,20 @@ def _lines() -> Iterator[str]:
 class _Conversation:
     """The messages so far, and the engine that answers them."""
 
-    def __init__(self, engine: Engine, options: dict[str, Any]) -> None:
+    def __init__(self, engine: Engine, options: ChatOptions) -> None:
         self._engine = engine
         self._options = options
         self._num_answers = 0
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew."""
-        system = self._options["system"]
-        self._messages = [{"role": "system", "content": system}] if system is not None else []
+        """Begin a new conversation."""
+        self._messages: list[dict[str, Any]] = []
+        if self._options.system is not None:
+            self._messages.append({"role": "system", "content": self._options.system})
 
-    def say(self, text: str) -> None:
-        """Add a message and show its answer; a message that cannot be answered is taken back."""
+    def answer(self, text: str) -> None:
+        """Add a message and print its answer; if there is none, remove the message again."""
         self._messages.append({"role": "user", "content": text})
         try:
             answer = self._answer()
@@ -120,21 +161,26 @@ class _Conversation:
             self._messages.append({"role": "assistant", "content": answer})
 
     def _answer(self) -> str:
+        """Print the answer to the last message as it grows; Ctrl-C stops it after a step."""
+        from tokenspeed_plan.runtime.serving.interrupt import Interrupt
+
         assert self._engine.tokenizer is not None
         ids = self._engine.tokenizer.encode(self._engine.tokenizer.render_chat(self._messages))
-        done, text = None, ""
-        with (
-            _interruptible() as interrupted,
-            closing(self._engine.stream(ids, self._params(len(ids)))) as deltas,
-        ):
+        completion, text = None, ""
+        deltas = self._engine.stream(ids, self._params(len(ids)))
+        with Interrupt(signal.SIGINT) as interrupt, closing(deltas):
             for delta in deltas:
-                text, done = text + delta.text, delta.completion
+                text += delta.text
+                completion = delta.completion
                 click.echo(delta.text, nl=False)
-                if interrupted:
+                if interrupt.seen:
                     break
         self._num_answers += 1
         click.echo()
-        click.echo(_figures(done) if done else "[stopped]", err=True)
+        figures = "[stopped]"
+        if completion:
+            figures = _figures(completion)
+        click.echo(figures, err=True)
         return text
 
     def _params(self, num_prompt_tokens: int) -> SamplingParams:
@@ -143,37 +189,26 @@ class _Conversation:
         room = self._engine.max_seq_len - num_prompt_tokens
         if room < 1:
             raise RequestError(
-                f"the conversation has {num_prompt_tokens} tokens, the plan's limit is {self._engine.max_seq_len}",
+                f"the conversation has {num_prompt_tokens} tokens, "
+                f"the plan's limit is {self._engine.max_seq_len}",
                 "forget it with `/reset`",
             )
         return SamplingParams(
-            max_tokens=min(self._options["max_tokens"] or self._engine.default_max_tokens, room),
-            temperature=self._options["temperature"],
-            top_p=self._options["top_p"],
-            top_k=self._options["top_k"],
-            seed=self._options["seed"] + self._num_answers,
+            max_tokens=min(self._options.max_tokens or self._engine.default_max_tokens, room),
+            temperature=self._options.temperature,
+            top_p=self._options.top_p,
+            top_k=self._options.top_k,
+            seed=self._options.seed + self._num_answers,
         )
 
 
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C fills the list, and leaves it to the loop to stop between two steps; a second one does not wait for it."""
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _figures(done: Completion) -> str:
-    tokens = len(done.token_ids)
-    rate = f", then {(tokens - 1) / done.decode_s:.0f} tokens/s" if done.decode_s else ""
-    cached = f"{done.num_cached_tokens} of {done.num_prompt_tokens} prompt tokens cached"
-    return f"[{tokens} tokens ({done.finish_reason}), first after {done.ttft_s * 1e3:.0f} ms{rate}; {cached}]"
+def _figures(completion: Completion) -> str:
+    num_tokens = len(completion.token_ids)
+    rate = ""
+    if completion.decode_s:
+        rate = f", then {(num_tokens - 1) / completion.decode_s:.0f} tokens/s"
+    return (
+        f"[{num_tokens} tokens ({completion.finish_reason}), "
+        f"first after {completion.ttft_s * 1e3:.0f} ms{rate}; "
+        f"{completion.num_cached_tokens} of {completion.num_prompt_tokens} prompt tokens cached]"
+    )

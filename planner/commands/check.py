@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from tokenspeed_plan.planner.commands.engines import load_engine, on_all_ranks, replay_canary
+from tokenspeed_plan.planner.commands.engines import (
+    EngineOptions,
+    load_engine,
+    on_all_ranks,
+    replay_canary,
+)
 from tokenspeed_plan.plans.bundle import CUBIN, check_cubins, check_sources, load_plan
 from tokenspeed_plan.plans.errors import PlanError
 
@@ -22,7 +26,8 @@ def check(bundle: Path, weights: Path | None, canary: bool) -> None:
     """Check a plan's schema, rules and digests, and on request its weights and golden tokens."""
     frozen = load_plan(bundle)
     click.echo(
-        f"{bundle}: schema {frozen.schema_version}, {len(frozen.pool.programs)} programs, rules and digest hold"
+        f"{bundle}: schema {frozen.schema_version}, {len(frozen.pool.programs)} programs, "
+        "rules and digest hold"
     )
     click.echo(f"kernels: {check_sources(frozen, bundle)} texts have their digests")
     if (bundle / CUBIN).is_dir():
@@ -34,11 +39,11 @@ def check(bundle: Path, weights: Path | None, canary: bool) -> None:
         )
     if weights is None and not canary:
         return
-    options = {"weights": weights, "backend": "reference"}
+    options = EngineOptions(weights, "reference")
     on_all_ranks(bundle, options, lambda: _check_weights(bundle, options, canary))
 
 
-def _check_weights(bundle: Path, options: dict[str, Any], canary: bool) -> None:
+def _check_weights(bundle: Path, options: EngineOptions, canary: bool) -> None:
     engine = load_engine(bundle, options)
     click.echo("weights: names, shapes and dtypes fit")
     if canary:

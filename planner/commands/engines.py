@@ -1,4 +1,4 @@
-"""What the commands that replay a plan share: engines, and the processes of a sharded plan."""
+"""Shared by the commands that replay a plan: engine options, engines, ranks."""
 
 from __future__ import annotations
 
@@ -6,26 +6,74 @@ import gc
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
+
+import click
 
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.engine import Engine
 
 
+Backend = Literal["reference", "kernels"]
+_RENAMED_OPTIONS = {"--bodies": "--backend"}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Options of an engine.
+
+    Attributes:
+        weights: checkpoint folder; the one that the plan names by default.
+        backend: what runs the kernels; the references on a CPU and the kernels on a GPU by default.
+        cache: whether prompts are looked up in the prefix cache.
+        canary: whether the golden prompts are replayed before the engine is used.
+    """
+
+    weights: Path | None = None
+    backend: Backend | None = None
+    cache: bool = True
+    canary: bool = True
+
+
+class ReplayCommand(click.Command):
+    """A command that names the new option where an old one is given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line.
+
+        Raises:
+            RequestError: an option was renamed.
+        """
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            new_name = _RENAMED_OPTIONS.get(error.option_name)
+            if new_name is None:
+                raise
+            raise RequestError(
+                f"the option `{error.option_name}` was renamed", f"use `{new_name}`"
+            ) from error
+
+
 def on_all_ranks(
     bundle: Path,
-    options: dict[str, Any],
+    options: EngineOptions,
     work: Callable[[], int | None],
     ignored: tuple[signal.Signals, ...] = (),
 ) -> int | None:
-    """Do the work on rank 0; other processes of a sharded plan repeat its replays.
+    """Do the work on rank 0, while the other ranks of a sharded plan repeat its replays.
 
-    They ignore some signals, where rank 0 is the one to say when it is over.
+    The other ranks ignore the signals `ignored`: rank 0 handles them and tells them when to stop.
+
+    Returns:
+        What the work returns on rank 0, else 0.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return work()
@@ -34,7 +82,7 @@ def on_all_ranks(
 
     frozen = load_plan(bundle)
     if own_rank() and frozen.target.count != world_size():
-        return 0  # rank 0 says so
+        return 0  # rank 0 reports the error
     join(frozen)
     if own_rank():
         for number in ignored:
@@ -47,15 +95,15 @@ def on_all_ranks(
         return work()
 
 
-def load_chat_template(bundle: Path, options: dict[str, Any]) -> ChatTemplate | None:
-    """How the model of a bundle wants chats; None where it does not say."""
+def load_chat_template(bundle: Path, options: EngineOptions) -> ChatTemplate | None:
+    """The chat template of a bundle's model; None if it has none."""
     from tokenspeed_plan.runtime.preflight import find_weights
 
-    return ChatTemplate.load(find_weights(load_plan(bundle), bundle, options["weights"]))
+    return ChatTemplate.load(find_weights(load_plan(bundle), bundle, options.weights))
 
 
-def load_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None = None) -> Engine:
-    """An engine with the weights and backend of a command's options; rank 0 of several leads the others."""
+def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:
+    """Load an engine. Of several ranks, rank 0 leads the others."""
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.executor import Lead
 
@@ -64,29 +112,35 @@ def load_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None
         from tokenspeed_plan.runtime.ranks import Follower, Leader
 
         lead = Leader() if os.environ.get("RANK", "0") == "0" else Follower()
-    cache = not options.get("no_cache", False)
     return Engine.load(
-        bundle, options["weights"], chat, backend=options["backend"], lead=lead, cache=cache
+        bundle, options.weights, chat, backend=options.backend, lead=lead, cache=options.cache
     )
 
 
-def ready_engine(bundle: Path, options: dict[str, Any], chat: ChatTemplate | None = None) -> Engine:
-    """An engine that has proved itself."""
+def ready_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:
+    """Load an engine, and replay the golden prompts unless the options say otherwise."""
     engine = load_engine(bundle, options, chat)
-    if not options["no_canary"]:
+    if options.canary:
         engine.time_startup("canary_s", lambda: replay_canary(engine.plan, engine))
     freeze_gc()
     return engine
 
 
 def freeze_gc() -> None:
-    """Take what stands from Python's garbage collector: looking through all of a plan holds the loop up for 0.1 s."""
+    """Exempt all live objects from garbage collection.
+
+    A full collection over the objects of a plan stops the loop for 0.1 s.
+    """
     gc.collect()
     gc.freeze()
 
 
 def replay_canary(frozen: Plan, engine: Engine) -> int:
-    """Tokens that agree; an error names the first that does not."""
+    """Number of golden tokens that agree.
+
+    Raises:
+        CanaryError: with the first token that does not.
+    """
     from tokenspeed_plan.runtime.canary import check_canary
 
     return check_canary(frozen, engine)

@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
-from tokenspeed_plan.planner.commands.engines import on_all_ranks, ready_engine
+from tokenspeed_plan.planner.commands.engines import (
+    Backend,
+    EngineOptions,
+    ReplayCommand,
+    on_all_ranks,
+    ready_engine,
+)
 from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.canon import answer_digest
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 
 if TYPE_CHECKING:
-    from tokenspeed_plan.runtime.serving.batch import BatchOptions, Selection
+    from tokenspeed_plan.runtime.request import Completion
+    from tokenspeed_plan.runtime.serving.batch import BatchOptions, BatchPlan, Selection
 
 Folder = click.Path(path_type=Path)
 
 
-@click.command()
+@dataclass(frozen=True, slots=True)
+class PromptOptions:
+    """A prompt and how to continue it; `max_tokens` None is the plan's default."""
+
+    prompt: str
+    max_tokens: int | None
+    temperature: float
+    seed: int
+    quiet: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Options of `tokenspeed run`: an engine, and either a batch file or a prompt."""
+
+    engine: EngineOptions
+    work: BatchOptions | PromptOptions
+
+
+@click.command(cls=ReplayCommand)
 @click.argument("bundle", type=Folder)
 @click.option(
     "--input", "source", type=Folder, help="OpenAI batch file (.jsonl, .jsonl.gz), or - for stdin."
@@ -57,112 +85,146 @@ Folder = click.Path(path_type=Path)
 @click.option(
     "--check",
     is_flag=True,
-    help="Compare the two bodies step by step; name the first step that differs.",
+    help="Compare the two backends step by step; name the first step that differs.",
 )
 @click.option("--quiet", is_flag=True, help="No progress, no summary text.")
 def run(
-    bundle: Path, source: Path | None, output: Path | None, prompt: str | None, **options: Any
+    bundle: Path,
+    source: Path | None,
+    output: Path | None,
+    prompt: str | None,
+    max_tokens: int | None,
+    temperature: float,
+    seed: int,
+    weights: Path | None,
+    errors: Path | None,
+    summary: Path | None,
+    order: Literal["input", "completion"],
+    max_errors: int,
+    limit: int | None,
+    shard: str | None,
+    max_concurrency: int | None,
+    no_canary: bool,
+    no_cache: bool,
+    backend: Backend | None,
+    check: bool,
+    quiet: bool,
 ) -> None:
     """Replay BUNDLE: answer a batch file, or one --prompt."""
-    given = (prompt is not None, source is not None, output is not None)
-    if options["check"] and any(given):
-        raise click.UsageError("--check takes no prompt and no batch")
-    if options["check"]:
-        _run_check(bundle, options)
-    elif given == (True, False, False):
-        on_all_ranks(bundle, options, lambda: _run_prompt(bundle, str(prompt), options))
-    elif source is not None and output is not None and prompt is None:
-        code = on_all_ranks(bundle, options, lambda: _run_batch(bundle, source, output, options))
-        raise click.exceptions.Exit(code or 0)
+    from tokenspeed_plan.runtime.serving.batch import BatchOptions
+
+    engine = EngineOptions(weights, backend, cache=not no_cache, canary=not no_canary)
+    if check:
+        if not (prompt is None and source is None and output is None):
+            raise click.UsageError("--check takes no prompt and no batch")
+        _run_check(bundle, engine)
+        return
+    work: BatchOptions | PromptOptions
+    if prompt is not None and source is None and output is None:
+        work = PromptOptions(prompt, max_tokens, temperature, seed, quiet)
+    elif prompt is None and source is not None and output is not None:
+        selection = _selection(limit, shard)
+        work = BatchOptions(
+            source, output, errors, summary, order, max_errors, max_concurrency, selection, quiet
+        )
     else:
         raise click.UsageError("give either --input and --output, or --prompt, or --check alone")
+    options = RunOptions(engine, work)
+    code = on_all_ranks(bundle, engine, lambda: _run(bundle, options))
+    raise click.exceptions.Exit(code or 0)
 
 
-def _run_check(bundle: Path, options: dict[str, Any]) -> None:
+def _run(bundle: Path, options: RunOptions) -> int:
+    """Returns the exit code."""
+    if isinstance(options.work, PromptOptions):
+        _run_prompt(bundle, options.engine, options.work)
+        return 0
+    return _run_batch(bundle, options.engine, options.work)
+
+
+def _run_check(bundle: Path, options: EngineOptions) -> None:
     from tokenspeed_plan.runtime.compare import check_steps
     from tokenspeed_plan.runtime.engine import Engine
 
-    engine = Engine.load(bundle, options["weights"], backend="compare")
+    engine = Engine.load(bundle, options.weights, backend="compare")
     tally = check_steps(engine)
-    skipped = f", {tally.skipped} have no kernel" if tally.skipped else ""
+    skipped = ""
+    if tally.skipped:
+        skipped = f", {tally.skipped} have no kernel"
     click.echo(
         f"{tally.steps} steps: kernels and references agree{skipped}; "
         f"the largest difference is {tally.worst:.1e} ({tally.worst_kernel})"
     )
 
 
-def _run_prompt(bundle: Path, prompt: str, options: dict[str, Any]) -> None:
+def _run_prompt(bundle: Path, engine_options: EngineOptions, options: PromptOptions) -> None:
     from tokenspeed_plan.runtime.request import SamplingParams
 
-    engine = ready_engine(bundle, options)
+    engine = ready_engine(bundle, engine_options)
     if engine.tokenizer is None:
         raise RequestError("the model has no tokenizer", "give token ids in a batch file")
-    ids = engine.tokenizer.encode(prompt)
+    ids = engine.tokenizer.encode(options.prompt)
     room = max(engine.max_seq_len - len(ids), 1)
-    params = SamplingParams(
-        max_tokens=options["max_tokens"] or min(engine.default_max_tokens, room),
-        temperature=options["temperature"],
-        seed=options["seed"],
+    max_tokens = options.max_tokens or min(engine.default_max_tokens, room)
+    params = SamplingParams(max_tokens, options.temperature, seed=options.seed)
+    (completion,) = engine.generate([ids], params)
+    click.echo(completion.text)
+    if not options.quiet:
+        click.echo(_figures(completion), err=True)
+
+
+def _figures(completion: Completion) -> str:
+    num_tokens = len(completion.token_ids)
+    rate = 0.0
+    if completion.decode_s:
+        rate = (num_tokens - 1) / completion.decode_s
+    return (
+        f"{num_tokens} tokens ({completion.finish_reason}), "
+        f"first after {completion.ttft_s * 1e3:.1f} ms, then {rate:.0f} tokens/s"
     )
-    (done,) = engine.generate([ids], params)
-    click.echo(done.text)
-    if not options["quiet"]:
-        rate = (len(done.token_ids) - 1) / done.decode_s if done.decode_s else 0.0
-        click.echo(
-            f"{len(done.token_ids)} tokens ({done.finish_reason}), first after {done.ttft_s * 1e3:.1f} ms, "
-            f"then {rate:.0f} tokens/s",
-            err=True,
-        )
 
 
-def _run_batch(bundle: Path, source: Path, output: Path, options: dict[str, Any]) -> int:
+def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOptions) -> int:
     from tokenspeed_plan.runtime.preflight import check_files, check_target, find_weights
-    from tokenspeed_plan.runtime.serving.batch import BatchPlan, RowLimits, run_batch
+    from tokenspeed_plan.runtime.serving.batch import run_batch
     from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
     frozen = load_plan(bundle)
     check_target(frozen)
-    folder = find_weights(frozen, bundle, options["weights"])
+    folder = find_weights(frozen, bundle, engine_options.weights)
     check_files(frozen, folder)
     tokenizer = Tokenizer.load(folder, ChatTemplate.load(folder))
-    limits = RowLimits(
-        frozen.pool.limits.max_seq_len,
-        frozen.pool.limits.default_max_tokens,
-        frozen.model.vocab_size,
-    )
-    plan_facts = BatchPlan(
-        frozen.digest, frozen.model.name, frozen.pool.limits.max_seqs, limits, _predicted(frozen)
-    )
-    return run_batch(
-        _batch_options(source, output, options),
-        plan_facts,
-        tokenizer,
-        lambda: ready_engine(bundle, options),
-    )
+    facts = _batch_plan(frozen)
+    return run_batch(options, facts, tokenizer, lambda: ready_engine(bundle, engine_options))
 
 
-def _batch_options(source: Path, output: Path, options: dict[str, Any]) -> BatchOptions:
-    from tokenspeed_plan.runtime.serving.batch import BatchOptions
+def _batch_plan(frozen: Plan) -> BatchPlan:
+    """Facts of a plan for a batch run; predictions are of the plan's own workload."""
+    from tokenspeed_plan.runtime.serving.batch import BatchPlan, RequestLimits
 
-    names = ("errors", "summary", "order", "max_errors", "max_concurrency", "quiet")
-    return BatchOptions(
-        source, output, selection=_selection(options), **{name: options[name] for name in names}
+    limits = frozen.pool.limits
+    request_limits = RequestLimits(
+        limits.max_seq_len, limits.default_max_tokens, frozen.model.vocab_size
+    )
+    predicted = {name: frozen.predicted.values[name] for name in ("tpot_ms", "ttft_ms")}
+    return BatchPlan(
+        answer_digest(frozen), frozen.model.name, limits.max_seqs, request_limits, predicted
     )
 
 
-def _selection(options: dict[str, Any]) -> Selection:
+def _selection(limit: int | None, shard: str | None) -> Selection:
+    """The rows of `--limit` and `--shard`.
+
+    Raises:
+        RequestError: the shard is not `i/n`.
+    """
     from tokenspeed_plan.runtime.serving.batch import Selection
 
-    index, _, count = (options["shard"] or "1/1").partition("/")
-    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise RequestError(
-            f"`--shard {options['shard']}` is not i/n with i from 1 to n",
-            "the second of four: `--shard 2/4`",
-        )
-    return Selection(options["limit"], int(index), int(count))
-
-
-def _predicted(frozen: Plan) -> dict[str, float]:
-    """What the plan promises for its workload: a token after the first (no TTFT in it), and the first."""
-    values = frozen.predicted.values
-    return {"tpot_ms": values["tpot_ms"], "ttft_ms": values["ttft_ms"]}
+    if shard is None:
+        return Selection(limit)
+    index, _, count = shard.partition("/")
+    if index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
+        return Selection(limit, int(index), int(count))
+    raise RequestError(
+        f"`--shard {shard}` is not i/n with i from 1 to n", "the second of four: `--shard 2/4`"
+    )

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from tokenspeed_plan.planner.commands.engines import load_chat_template, on_all_ranks, ready_engine
+from tokenspeed_plan.planner.commands.engines import (
+    Backend,
+    EngineOptions,
+    ReplayCommand,
+    load_chat_template,
+    on_all_ranks,
+    ready_engine,
+)
 from tokenspeed_plan.plans.errors import RequestError
+
+if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.serving.http import ServerOptions
 
 Folder = click.Path(path_type=Path)
 
 
-@click.command()
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Options of `tokenspeed serve`: the address, the engine and the server."""
+
+    host: str
+    port: int
+    engine: EngineOptions
+    server: ServerOptions
+
+
+@click.command(cls=ReplayCommand)
 @click.argument("bundle", type=Folder)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
@@ -67,14 +88,33 @@ Folder = click.Path(path_type=Path)
     "--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`."
 )
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
-def serve(bundle: Path, **options: Any) -> None:
+def serve(
+    bundle: Path,
+    host: str,
+    port: int,
+    api_key: str | None,
+    model_name: str | None,
+    max_requests: int,
+    max_body_bytes: int,
+    body_timeout_s: float,
+    drain_s: float,
+    weights: Path | None,
+    backend: Backend | None,
+    no_canary: bool,
+) -> None:
     """Serve BUNDLE to OpenAI's clients."""
     _check_packages()
-    if options["api_key"] == "":
+    from tokenspeed_plan.runtime.serving.http import ServerOptions
+
+    if api_key == "":
         raise RequestError("the API key is empty", "give one, or no `--api-key` at all")
-    on_all_ranks(
-        bundle, options, lambda: _serve(bundle, options), ignored=(signal.SIGTERM, signal.SIGINT)
+    server = ServerOptions(
+        api_key, model_name, max_requests, max_body_bytes, body_timeout_s, drain_s
     )
+    engine = EngineOptions(weights, backend, canary=not no_canary)
+    options = ServeOptions(host, port, engine, server)
+    signals = (signal.SIGTERM, signal.SIGINT)
+    on_all_ranks(bundle, engine, lambda: _serve(bundle, options), ignored=signals)
 
 
 def _check_packages() -> None:
@@ -88,15 +128,14 @@ def _check_packages() -> None:
         )
 
 
-def _serve(bundle: Path, options: dict[str, Any]) -> None:
-    from tokenspeed_plan.runtime.serving.http import ServerOptions, listen, serve
+def _serve(bundle: Path, options: ServeOptions) -> None:
+    from tokenspeed_plan.runtime.serving.http import listen, serve
 
-    names = ("api_key", "model_name", "max_requests", "max_body_bytes", "body_timeout_s", "drain_s")
-    chosen = ServerOptions(**{name: options[name] for name in names})
-    with listen(options["host"], options["port"]) as place:
-        engine = ready_engine(bundle, options, load_chat_template(bundle, options))
-        host, port = place.getsockname()[:2]
-        name = f"[{host}]" if ":" in host else host
-        serve(
-            engine, chosen, place, lambda: click.echo(f"ready at http://{name}:{port}/v1", err=True)
-        )
+    with listen(options.host, options.port) as listener:
+        template = load_chat_template(bundle, options.engine)
+        engine = ready_engine(bundle, options.engine, template)
+        host, port = listener.getsockname()[:2]
+        if ":" in host:
+            host = f"[{host}]"
+        ready = f"ready at http://{host}:{port}/v1"
+        serve(engine, options.server, listener, lambda: click.echo(ready, err=True))

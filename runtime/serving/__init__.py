@@ -1,1 +1,1 @@
-"""Who asks the engine: batch files, HTTP, and what both take from OpenAI's API."""
+"""Serving: batch files, HTTP, and the parts of OpenAI's API that both share."""

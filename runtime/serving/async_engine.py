@@ -1,4 +1,7 @@
-"""An engine for many callers on an asyncio loop: one thread steps it, tokens come back to whoever asked for them."""
+"""An engine for many callers on an asyncio loop.
+
+One thread steps the engine; each stream gets the tokens of its requests on the loop.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,15 @@ from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.request import Completion, NewToken, Request, SamplingParams
 from tokenspeed_plan.runtime.serving.streaming import AnswerText, Delta
 
-Order = Callable[[], object]
+Command = Callable[[], object]
+_GREEDY = SamplingParams()
 
 
 class Stream:
-    """The answers to some requests as they grow, for one reader on the loop.
+    """Growing answers to some requests, for one reader on the loop.
 
-    What the engine says waits here as bare tokens until it is read, and all that has gathered is
-    read as one delta. So a slow reader holds up nobody, and what waits for it is never more than
-    its own answers.
+    Tokens are buffered here until they are read, and all that have gathered are read as one delta.
+    So a slow reader does not block others, and the buffer never holds more than its own answers.
     """
 
     def __init__(self, engine: AsyncEngine, requests: Seq[Request]) -> None:
@@ -36,19 +39,19 @@ class Stream:
         }
         self._tokens: dict[str, list[NewToken]] = {}
         self._completions: dict[str, Completion] = {}
-        self._news = asyncio.Event()
+        self._has_news = asyncio.Event()
         self.error: EngineStopped | None = None
 
     @property
     def num_open(self) -> int:
-        """Requests whose answers are not read to their end."""
+        """Number of requests whose answers are not read to their end."""
         return len(self._texts)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delta:
-        """What one of the requests has gained.
+        """The next delta of one of the requests.
 
         Raises:
             EngineStopped: the engine has failed, or was closed.
@@ -59,21 +62,24 @@ class Stream:
                 return delta
             if self.error:
                 raise self.error
-            self._news.clear()
-            await self._news.wait()
+            self._has_news.clear()
+            await self._has_news.wait()
         raise StopAsyncIteration
 
     async def completions(self) -> list[Completion]:
-        """Read to the end: the answers, in the order of the requests."""
+        """Read to the end; returns the completions in the order of the requests."""
         names = list(self._texts)
-        done = {delta.request_id: delta.completion async for delta in self if delta.completion}
-        return [done[name] for name in names]
+        completions = {}
+        async for delta in self:
+            if delta.completion:
+                completions[delta.request_id] = delta.completion
+        return [completions[name] for name in names]
 
     def cancel(self) -> None:
-        """Drop what is not answered yet; nothing more comes."""
+        """Cancel the requests that are not finished; the stream ends."""
         self._engine.cancel(*self._texts)
         self._texts.clear()
-        self._news.set()
+        self._has_news.set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -81,21 +87,21 @@ class Stream:
     async def __aexit__(self, *error: object) -> None:
         self.cancel()
 
-    def put(self, news: NewToken | Completion) -> None:
-        """Take over what the engine said; on the loop."""
-        if isinstance(news, Completion):
-            self._completions[news.request_id] = news
+    def put(self, item: NewToken | Completion) -> None:
+        """Buffer a token or a completion; called on the loop."""
+        if isinstance(item, Completion):
+            self._completions[item.request_id] = item
         else:
-            self._tokens.setdefault(news.request_id, []).append(news)
-        self._news.set()
+            self._tokens.setdefault(item.request_id, []).append(item)
+        self._has_news.set()
 
     def fail(self, error: EngineStopped) -> None:
-        """There will be no more; on the loop."""
+        """End the stream with an error; called on the loop."""
         self.error = error
-        self._news.set()
+        self._has_news.set()
 
     def _read(self) -> Delta | None:
-        """The gathered news of one request, if they make up any text."""
+        """A delta of all that is buffered for one request; None if that makes no text yet."""
         while self._completions:
             name, completion = self._completions.popitem()
             self._tokens.pop(name, None)
@@ -112,8 +118,8 @@ class AsyncEngine:
     """One engine, its thread, and the streams of its requests.
 
     Attributes:
-        on_completion: is told, on the loop, each answer that somebody still wanted.
-        error: what ended the thread before its time.
+        on_completion: called on the loop with each completion whose request was not cancelled.
+        error: the error that ended the thread; None while it runs or was closed.
 
     Example:
         async with AsyncEngine(Engine.load(bundle)) as engine:
@@ -127,8 +133,7 @@ class AsyncEngine:
         self.on_completion: Callable[[Completion], object] | None = None
         self.error: BaseException | None = None
         self._engine = engine
-        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
-        self._news: list[NewToken] = []
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}
         self._names = itertools.count()
         self._closed = False
@@ -152,11 +157,13 @@ class AsyncEngine:
 
     @property
     def num_open(self) -> int:
-        """Requests that are not finished."""
+        """Number of requests that are not finished."""
         return len(self._streams)
 
-    def stream(self, prompt_ids: Seq[int], params: SamplingParams = SamplingParams()) -> Stream:  # noqa: B008
-        """Continue one prompt (token ids). Leave the stream's `async with` to cancel.
+    def stream(self, prompt_ids: Seq[int], params: SamplingParams = _GREEDY) -> Stream:
+        """Continue one prompt (token ids).
+
+        Leaving the stream's `async with` block cancels the request.
 
         Raises:
             RequestError: see `Engine.check`.
@@ -164,16 +171,22 @@ class AsyncEngine:
         """
         return self.submit([Request(f"stream-{next(self._names)}", tuple(prompt_ids), params)])
 
-    async def generate(
-        self, prompt_ids: Seq[int], params: SamplingParams = SamplingParams()
-    ) -> Completion:
-        """Continue one prompt to its end; raises as `stream` does. A caller that is cancelled cancels the request."""
+    async def generate(self, prompt_ids: Seq[int], params: SamplingParams = _GREEDY) -> Completion:
+        """Continue one prompt to its end. Cancelling the caller's task cancels the request.
+
+        Raises:
+            RequestError, EngineStopped: see `stream`.
+        """
         async with self.stream(prompt_ids, params) as answer:
             (completion,) = await answer.completions()
-            return completion
+        return completion
 
     def submit(self, requests: Seq[Request]) -> Stream:
-        """Start some requests, all or none; one stream tells of all. Raises as `stream` does."""
+        """Start some requests, all or none, with one stream for all of them.
+
+        Raises:
+            RequestError, EngineStopped: see `stream`.
+        """
         if self._closed or self.error:
             raise self._stopped()
         names = {request.request_id for request in requests}
@@ -186,59 +199,64 @@ class AsyncEngine:
         stream = Stream(self, requests)
         for request in requests:
             self._streams[request.request_id] = stream
-            self._orders.put(partial(self._engine.add, request))
+            self._commands.put(partial(self._engine.add, request))
         self._idle.clear()
         return stream
 
     def cancel(self, *request_ids: str) -> None:
-        """Drop requests; those that are finished or unknown are left alone."""
+        """Cancel requests; those that are finished or unknown are ignored."""
         for name in request_ids:
             if self._streams.pop(name, None):
-                self._orders.put(partial(self._engine.cancel, name))
+                self._commands.put(partial(self._engine.cancel, name))
         self._note_idle()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Wait until all requests are finished, at most so long; whether they are."""
+        """Wait until all requests are finished, or for `timeout_s`; returns whether they are."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         return not self._streams
 
     async def close(self) -> None:
-        """Cancel what is not finished, and end the thread."""
+        """Cancel the requests that are not finished, and end the thread."""
         self._closed = True
         open_streams = dict(self._streams)
         self.cancel(*open_streams)
         for stream in open_streams.values():
             stream.fail(self._stopped())
-        self._orders.put(None)
+        self._commands.put(None)
         await asyncio.wait({self._thread})
         self._pool.shutdown()
 
     def _work(self) -> None:
-        """On the thread: carry out orders, step, send the news to the loop."""
-        self._engine.on_token = self._news.append
-        while self._take_orders():
-            finished = self._engine.step()
-            news: tuple[NewToken | Completion, ...] = (*self._news, *finished)
-            self._news.clear()
-            if news:
-                self._loop.call_soon_threadsafe(self._deliver, news)
+        """On the thread: run commands, step, send tokens and completions to the loop."""
+        tokens = list[NewToken]()
+        self._engine.on_token = tokens.append
+        while self._run_commands():
+            completions = self._engine.step()
+            items: tuple[NewToken | Completion, ...] = (*tokens, *completions)
+            tokens.clear()
+            if items:
+                self._loop.call_soon_threadsafe(self._deliver, items)
 
-    def _take_orders(self) -> bool:
-        """Carry out what was asked for since the last step; waits while there is nothing to step. False: it is over."""
+    def _run_commands(self) -> bool:
+        """Run the commands that came since the last step; blocks while there is nothing to step.
+
+        Returns:
+            False once the engine is closed.
+        """
         while True:
             try:
-                order = self._orders.get(block=not self._engine.num_unfinished)
+                command = self._commands.get(block=not self._engine.num_unfinished)
             except queue.Empty:
                 return True
-            if order is None:
+            if command is None:
                 return False
-            order()
+            command()
 
-    def _deliver(self, news: tuple[NewToken | Completion, ...]) -> None:
-        """On the loop. What was cancelled meanwhile has no stream any more."""
-        for item in news:
+    def _deliver(self, items: tuple[NewToken | Completion, ...]) -> None:
+        """On the loop: put each item into its stream; a cancelled request has none any more."""
+        for item in items:
             stream = self._streams.get(item.request_id)
             if stream:
                 stream.put(item)
@@ -253,7 +271,7 @@ class AsyncEngine:
             self._idle.set()
 
     def _end(self, thread: asyncio.Future[None]) -> None:
-        """On the loop, once the thread is over: if by an error, nobody may wait for it any longer."""
+        """On the loop, once the thread has ended: end all streams, so that nobody waits for it."""
         self.error = thread.exception()
         for stream in self._streams.values():
             stream.fail(self._stopped())
@@ -263,5 +281,7 @@ class AsyncEngine:
     def _stopped(self) -> EngineStopped:
         if self.error is None:
             return EngineStopped("the engine was closed", "start it again")
-        text = self.error.message if isinstance(self.error, TokenspeedError) else repr(self.error)
+        text = repr(self.error)
+        if isinstance(self.error, TokenspeedError):
+            text = self.error.message
         return EngineStopped(f"the engine has failed: {text}", "start it again; its log says more")

@@ -1,4 +1,4 @@
-"""Tokens -> text while an answer grows: whole characters only, and nothing that has to be taken back."""
+"""Tokens -> text of a growing answer: whole characters, none of them withdrawn later."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from tokenspeed_plan.runtime.request import (
     Completion,
     NewToken,
     Request,
-    SamplingParams,
     TokenLogprobs,
 )
 
-_REPLACEMENT = "\ufffd"  # what the bytes of an unfinished character are decoded to
+_REPLACEMENT = "\ufffd"  # decoders return it for the bytes of an incomplete character
 
 
 class Decoder(Protocol):
-    """What gives token ids their text."""
+    """The half of a tokenizer that makes text."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids."""
@@ -26,10 +25,13 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What an answer has gained.
+    """What an answer has gained since the last delta.
 
-    All texts of a request together are the text of its `completion`, which comes with the last one;
-    so are its tokens and logprobs. A token comes with the text that it helped to complete.
+    The texts of all deltas of a request, joined, are the text of its `completion`; the same holds
+    for tokens and logprobs. A token comes with the text that it helped to complete.
+
+    Attributes:
+        completion: comes with the last delta alone.
     """
 
     request_id: str
@@ -42,83 +44,89 @@ class Delta:
 class Detokenizer:
     """Text of a growing list of tokens, in pieces of whole characters.
 
-    Only the end of the list is decoded: the tokens of the last whole piece, since some decoders
-    look at what stands before a token, and those after it.
+    Only the end of the list is decoded again: the new tokens and those of the last whole piece,
+    since the text of a token may depend on the token before it.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._ids: list[int] = []
-        self._num_told = 0  # of `_ids`, those whose text is told whole
-        self.host_outputs = 0  # characters of the text of `_ids` that are told
+        self._num_complete_ids = 0  # leading `_ids` that belong to the last whole piece
+        self._num_returned_chars = 0  # characters of the text of `_ids` that were returned
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """The text that these tokens bring; an unfinished character waits."""
+        """The text that these tokens add; the bytes of an incomplete character wait."""
         self._ids += token_ids
         text = self._decoder.decode(self._ids)
         if text.endswith(_REPLACEMENT):
-            text = text[
-                :-1
-            ]  # of a run of them, only the last one can still become another character
-            new, self.host_outputs = text[self.host_outputs :], len(text)
-            return new
-        new = text[self.host_outputs :]
-        del self._ids[: self._num_told]
-        self._num_told, self.host_outputs = len(self._ids), len(self._decoder.decode(self._ids))
-        return new
+            # Of several replacement characters only the last can still change.
+            text = text[:-1]
+            piece = text[self._num_returned_chars :]
+            self._num_returned_chars = len(text)
+            return piece
+        piece = text[self._num_returned_chars :]
+        del self._ids[: self._num_complete_ids]
+        self._num_complete_ids = len(self._ids)
+        self._num_returned_chars = len(self._decoder.decode(self._ids))
+        return piece
 
 
 class AnswerText:
-    """One request's deltas. Text that may become a stop string waits until it has, or cannot any more."""
+    """Makes the deltas of one request; text that may become a stop string is held back."""
 
     def __init__(self, request: Request, decoder: Decoder | None) -> None:
         self._request_id = request.request_id
-        self._params: SamplingParams = request.params
-        self._detokenizer = Detokenizer(decoder) if decoder else None
-        self._longest_stop = max(map(len, request.params.stop), default=0)
-        self._text = ""  # whole characters that wait
-        self._tokens: list[NewToken] = []  # those that wait with them
-        self._num_told = 0  # tokens that were told
-        self.host_outputs = 0  # characters that were told
+        self._stops = request.params.stop
+        self._max_stop_chars = max(map(len, self._stops), default=0)
+        self._detokenizer: Detokenizer | None = None
+        if decoder:
+            self._detokenizer = Detokenizer(decoder)
+        self._text = ""  # whole characters that are held back
+        self._tokens: list[NewToken] = []  # tokens that are held back with them
+        self._num_sent_tokens = 0
+        self._num_sent_chars = 0
 
     def push(self, tokens: Sequence[NewToken]) -> Delta:
-        """What these tokens add; its text may be empty, then they wait."""
+        """What these tokens add; it is empty if all of it is held back."""
         self._tokens += tokens
         if self._detokenizer and tokens:
             self._text += self._detokenizer.push(token.token_id for token in tokens)
-        end = len(self._text) - self._num_held()
-        if not end and self._detokenizer:
+        end = len(self._text) - self._num_held_chars()
+        if end == 0 and self._detokenizer:
             return Delta(self._request_id, "")
-        ready, self._tokens = self._tokens, []
-        text, self._text = self._text[:end], self._text[end:]
-        self.host_outputs += len(text)
-        self._num_told += len(ready)
-        logprobs = tuple(token.logprobs for token in ready if token.logprobs)
-        return Delta(self._request_id, text, tuple(token.token_id for token in ready), logprobs)
+        return self._send(end)
 
     def finish(self, completion: Completion) -> Delta:
-        """The rest, with the completion."""
+        """The rest of the answer, with its completion."""
         return Delta(
             self._request_id,
-            completion.text[self.host_outputs :],
-            completion.token_ids[self._num_told :],
-            completion.logprobs[self._num_told :],
+            completion.text[self._num_sent_chars :],
+            completion.token_ids[self._num_sent_tokens :],
+            completion.logprobs[self._num_sent_tokens :],
             completion,
         )
 
-    def _num_held(self) -> int:
-        """Characters at the end of the text that begin a stop string; the longest such end."""
-        sizes = range(min(len(self._text), self._longest_stop), 0, -1)
-        ends = (
-            size
-            for size in sizes
-            if any(stop.startswith(self._text[-size:]) for stop in self._params.stop)
-        )
-        return next(ends, 0)
+    def _send(self, end: int) -> Delta:
+        """A delta of all tokens, and of the text up to `end`."""
+        text, self._text = self._text[:end], self._text[end:]
+        tokens, self._tokens = self._tokens, []
+        self._num_sent_chars += len(text)
+        self._num_sent_tokens += len(tokens)
+        token_ids = tuple(token.token_id for token in tokens)
+        logprobs = tuple(token.logprobs for token in tokens if token.logprobs)
+        return Delta(self._request_id, text, token_ids, logprobs)
+
+    def _num_held_chars(self) -> int:
+        """Length of the longest end of the text that is the beginning of a stop string."""
+        for size in range(min(len(self._text), self._max_stop_chars), 0, -1):
+            end = self._text[-size:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return size
+        return 0
 
 
-class Steps(Protocol):
-    """What streaming needs of an engine."""
+class StepEngine(Protocol):
+    """The members of an engine that streaming uses."""
 
     on_token: Callable[[NewToken], object] | None
 
@@ -133,22 +141,27 @@ class Steps(Protocol):
         """Drop a request."""
 
     def step(self) -> list[Completion]:
-        """One step; returns what it finished."""
+        """Run one step; returns the requests that it finished."""
 
 
-def stream(engine: Steps, request: Request) -> Generator[Delta, None, None]:
-    """Step an engine until one request is answered: a delta a step. Closing it cancels the request."""
-    text, tokens = AnswerText(request, engine.tokenizer), list[NewToken]()
+def stream(engine: StepEngine, request: Request) -> Generator[Delta, None, None]:
+    """Step an engine until one request is finished; yields a delta a step.
+
+    Closing the generator cancels the request.
+    """
+    answer = AnswerText(request, engine.tokenizer)
+    tokens = list[NewToken]()
     engine.add(request)
     engine.on_token = tokens.append
     try:
         while True:
-            finished = [done for done in engine.step() if done.request_id == request.request_id]
-            if finished:
-                yield text.finish(finished[0])
-                return
-            yield text.push([token for token in tokens if token.request_id == request.request_id])
+            for completion in engine.step():
+                if completion.request_id == request.request_id:
+                    yield answer.finish(completion)
+                    return
+            new = [token for token in tokens if token.request_id == request.request_id]
             tokens.clear()
+            yield answer.push(new)
     finally:
         engine.on_token = None
         engine.cancel(request.request_id)

@@ -1,4 +1,4 @@
-"""Many callers on one loop: everybody's answer is their own, whoever leaves, reads slowly or asks for nonsense."""
+"""Many callers on one loop: answers are right whoever leaves, reads slowly or is refused."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def prompts(count: int, seed: int) -> list[list[int]]:
     return [[rng.randrange(400) for _ in range(rng.choice((1, 17, 90)))] for _ in range(count)]
 
 
-def test_everybody_gets_their_own(engine: Engine) -> None:
-    """Forty callers; a third of them leaves after a few deltas, by leaving the block or by being cancelled."""
-    asked = prompts(40, 0)
-    wanted = engine.generate(asked, PARAMS)
+def test_everybody_gets_their_own_answer(engine: Engine) -> None:
+    """Forty callers; a third leave the block after a few deltas, a third are cancelled."""
+    requested = prompts(40, 0)
+    wanted = engine.generate(requested, PARAMS)
 
     async def caller(served: AsyncEngine, index: int) -> None:
         text, seen = "", 0
-        async with served.stream(asked[index], PARAMS) as stream:
+        async with served.stream(requested[index], PARAMS) as stream:
             async for delta in stream:
                 text, seen = text + delta.text, seen + 1
                 if index % 3 == 0 and seen > index % 5:
@@ -60,7 +60,7 @@ def test_everybody_gets_their_own(engine: Engine) -> None:
         assert text == wanted[index].text
 
     async def work(served: AsyncEngine) -> None:
-        tasks = [asyncio.create_task(caller(served, index)) for index in range(len(asked))]
+        tasks = [asyncio.create_task(caller(served, index)) for index in range(len(requested))]
         await asyncio.sleep(0.02)
         for task in tasks[1::3]:
             task.cancel()
@@ -71,20 +71,20 @@ def test_everybody_gets_their_own(engine: Engine) -> None:
             if item is not None and not isinstance(item, asyncio.CancelledError)
         ]
         assert served.num_open == 0
-        assert (await served.generate(asked[7], PARAMS)).text == wanted[7].text
+        assert (await served.generate(requested[7], PARAMS)).text == wanted[7].text
 
     with_served(engine, work)
 
 
 def test_a_stream_of_several_requests(engine: Engine) -> None:
-    asked = [Request(str(index), tuple(ids), PARAMS) for index, ids in enumerate(prompts(5, 1))]
-    wanted = engine.generate([request.prompt_ids for request in asked], PARAMS)
+    requested = [Request(str(index), tuple(ids), PARAMS) for index, ids in enumerate(prompts(5, 1))]
+    wanted = engine.generate([request.prompt_ids for request in requested], PARAMS)
 
     async def work(served: AsyncEngine) -> None:
-        found = await served.submit(asked).completions()
+        found = await served.submit(requested).completions()
         assert [(done.request_id, done.token_ids) for done in found] == [
             (request.request_id, done.token_ids)
-            for request, done in zip(asked, wanted, strict=True)
+            for request, done in zip(requested, wanted, strict=True)
         ]
 
     with_served(engine, work)
@@ -126,13 +126,13 @@ def test_what_is_refused_harms_nobody(engine: Engine) -> None:
     with_served(engine, work)
 
 
-def test_completions_are_told_of(engine: Engine) -> None:
-    told: list[Completion] = []
+def test_on_completion_gets_each_completion(engine: Engine) -> None:
+    seen: list[Completion] = []
 
     async def work(served: AsyncEngine) -> None:
-        served.on_completion = told.append
+        served.on_completion = seen.append
         done = await served.generate([4], PARAMS)
-        assert told == [done]
+        assert seen == [done]
 
     with_served(engine, work)
 

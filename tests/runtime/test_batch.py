@@ -1,4 +1,4 @@
-"""OpenAI batch files: every bad line is named, nothing is lost or doubled, order and resume hold."""
+"""OpenAI batch files: bad lines are named, no row is lost or doubled, order and resume hold."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import subprocess
 import sys
 import time
 import unicodedata
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_fake import LIMITS, FakeCodec, FakeEngine, plan
+from batch_fake import LIMITS, FakeEngine, FakeTokenizer, plan
 from click.testing import CliRunner
 from conftest import ROOT
 from hypothesis import given, settings
@@ -27,15 +28,17 @@ from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.serving.batch import BatchOptions, Selection, run_batch
-from tokenspeed_plan.runtime.serving.batch.files import STDIO, open_writer, read_whole_lines, spool
+from tokenspeed_plan.runtime.serving.batch.files import (
+    STDIO,
+    InputFile,
+    open_writer,
+    read_whole_lines,
+)
+from tokenspeed_plan.runtime.serving.batch.lines import parse_row
 from tokenspeed_plan.runtime.serving.batch.order import GROUP_TOKENS, Waiting
 from tokenspeed_plan.runtime.serving.batch.summary import Histogram
-from tokenspeed_plan.runtime.serving.openai.requests import (
-    RowError,
-    check_row,
-    parse_row,
-    to_requests,
-)
+from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
+from tokenspeed_plan.runtime.serving.openai.conversion import check_body, to_requests
 
 FAKE = ROOT / "tests" / "batch_fake.py"
 
@@ -75,7 +78,7 @@ class Runner:
             write(source, rows)
         self.engine = FakeEngine()
         settings = BatchOptions(source, self.folder / output, **({"quiet": True} | options))
-        return run_batch(settings, plan(digest), FakeCodec(), lambda: self.engine)
+        return run_batch(settings, plan(digest), FakeTokenizer(), lambda: self.engine)
 
     def out(self, name: str = "out.jsonl") -> list[dict[str, Any]]:
         return read(self.folder / name)
@@ -245,6 +248,56 @@ def test_a_second_run_has_nothing_to_do(run: Runner) -> None:
     assert (run.folder / "out.jsonl").read_bytes() == before
 
 
+def test_a_file_is_scanned_once_and_a_line_read_again_only_if_it_runs(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(i) for i in range(10)]
+    run(rows)
+    rows[4] = row(4, prompt="new")
+    scans, reads = [], []
+    lines, read_bytes = InputFile.lines, InputFile.read
+
+    def counted_lines(self: InputFile) -> Any:
+        scans.append(1)
+        return lines(self)
+
+    def counted_read(self: InputFile, offset: int, size_bytes: int) -> bytes:
+        reads.append(read_bytes(self, offset, size_bytes))
+        return reads[-1]
+
+    monkeypatch.setattr(InputFile, "lines", counted_lines)
+    monkeypatch.setattr(InputFile, "read", counted_read)
+    assert run(rows) == 0
+    assert len(scans) == 1
+    assert reads == [json.dumps(rows[4]).encode()]
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
+def test_lines_are_found_again_by_offset(name: str, tmp_path: Path) -> None:
+    rows = [json.dumps(row(i, prompt="é" * (i % 7 + 1))) + "\r\n" * (i % 3) for i in range(50)]
+    with InputFile(write(tmp_path / name, rows)) as source:
+        lines = list(source.lines())
+        assert len(lines) == 50
+        for line in [*lines[::7], *reversed(lines)]:
+            assert source.read(line.offset, len(line.raw)) == line.raw
+            assert json.loads(line.raw)
+
+
+def test_a_line_that_changes_after_its_check_is_not_run(run: Runner) -> None:
+    """Its answer would have the id of another row."""
+    source = write(run.folder / "in.jsonl", [row(i) for i in range(300)])
+
+    def load() -> FakeEngine:
+        source.write_bytes(source.read_bytes().replace(b'"row 1"', b'"row x"'))
+        return FakeEngine()
+
+    options = BatchOptions(source, run.folder / "out.jsonl", quiet=True)
+    assert run_batch(options, plan(), FakeTokenizer(), load) == 1
+    errors = [line["error"] for line in run.out() if line["error"]]
+    assert [error["line"] for error in errors] == [2]
+    assert "was changed after it was checked" in errors[0]["message"]
+
+
 def test_changed_rows_and_plans_run_again(run: Runner) -> None:
     rows = [row(i) for i in range(10)]
     run(rows)
@@ -328,7 +381,7 @@ def test_an_input_that_is_the_finished_lines_of_its_output(run: Runner) -> None:
     source = write(run.folder / "x.jsonl.resume", [row(0)])
     options = BatchOptions(source, run.folder / "x.jsonl", quiet=True)
     with pytest.raises(RequestError, match="named for input and for finished lines"):
-        run_batch(options, plan(), FakeCodec(), FakeEngine)
+        run_batch(options, plan(), FakeTokenizer(), FakeEngine)
     assert source.exists()
 
 
@@ -363,7 +416,7 @@ def test_an_engine_that_does_not_start_leaves_the_output_alone(run: Runner) -> N
     for name in ("out.jsonl", "new.jsonl"):
         with pytest.raises(RequestError, match="canary"):
             run_batch(
-                BatchOptions(source, run.folder / name, quiet=True), plan(), FakeCodec(), fails
+                BatchOptions(source, run.folder / name, quiet=True), plan(), FakeTokenizer(), fails
             )
     assert (run.folder / "out.jsonl").read_bytes() == before
     assert not (run.folder / "new.jsonl").exists()
@@ -401,7 +454,7 @@ def test_closed_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(RequestError, match="standard input is closed"):
-        spool(STDIO)
+        InputFile(STDIO)
     with pytest.raises(RequestError, match="standard output is closed"):
         open_writer(STDIO)
 
@@ -528,9 +581,9 @@ FIELDS = st.sampled_from(
 def is_refused_or_runs(raw: bytes) -> None:
     try:
         parsed = parse_row(raw, 1, "d")
-        check_row(parsed, FakeCodec(), LIMITS)
-        to_requests(parsed, FakeCodec(), LIMITS)
-    except RowError as error:
+        check_body(parsed.body, FakeTokenizer(), LIMITS)
+        to_requests(parsed.body, parsed.key, FakeTokenizer(), LIMITS)
+    except InvalidRequestError as error:
         text = str(error)
         assert text
         assert text.isascii() or text.encode()
@@ -550,7 +603,7 @@ def test_any_body_is_refused_or_runs(body: dict[str, Any], is_chat: bool) -> Non
     is_refused_or_runs(json.dumps(data).encode())
 
 
-class NormalisingCodec(FakeCodec):
+class NormalisingTokenizer(FakeTokenizer):
     """A byte is a token, after NFC."""
 
     def encode(self, text: str) -> list[int]:
@@ -565,11 +618,14 @@ def test_the_quick_check_and_the_real_one_agree() -> None:
                 json.dumps(row(1, prompt=letter * length, max_tokens=8)).encode(), 1, "d"
             )
             outcomes = []
-            for step in (check_row, to_requests):
+            tokenizer = NormalisingTokenizer()
+            quick_check = partial(check_body, parsed.body)
+            conversion = partial(to_requests, parsed.body, parsed.key)
+            for step in (quick_check, conversion):
                 try:
-                    step(parsed, NormalisingCodec(), LIMITS)
+                    step(tokenizer, LIMITS)
                     outcomes.append(True)
-                except RowError:
+                except InvalidRequestError:
                     outcomes.append(False)
             assert outcomes[0] == outcomes[1]
 
@@ -577,7 +633,7 @@ def test_the_quick_check_and_the_real_one_agree() -> None:
 def test_a_row_that_the_first_look_let_through_becomes_an_error_line(
     run: Runner, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("tokenspeed_plan.runtime.serving.batch.scan.check_row", lambda *_: None)
+    monkeypatch.setattr("tokenspeed_plan.runtime.serving.batch.scan.check_body", lambda *_: None)
     assert run([row(0), row(1, prompt="x" * 57), row(2)]) == 1
     lines = run.out()
     assert [line["custom_id"] for line in lines] == ["c0", "c1", "c2"]

@@ -1,4 +1,4 @@
-"""`tokenspeed serve` on the demo model, asked by OpenAI's own client and by clients that mean no good."""
+"""`tokenspeed serve` on the demo model, with OpenAI's client and with hostile clients."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         BUNDLE, folder, "--api-key", KEY, "--model-name", "demo", "--max-body-bytes", 1 << 20
     ) as found:
         yield found
-        assert not any(found.commit_state_len().values())
+        assert not any(found.wait_until_idle().values())
         assert 'status="5' not in found.http.get("/metrics").text
         found.signal()
         assert found.wait() == 0
@@ -148,7 +148,7 @@ def test_chats_are_the_engines(client: openai.OpenAI, engine: Engine) -> None:
 
 
 def test_seeds_and_choices(client: openai.OpenAI, engine: Engine) -> None:
-    """Choice `i` of a seed is the engine's answer to seed + i; without a seed no two answers are alike."""
+    """Choice `i` of a seed is the engine's answer to seed + i; without one, answers differ."""
     asked: dict[str, Any] = {
         "model": "demo",
         "prompt": PROMPT,
@@ -472,7 +472,7 @@ def test_a_client_that_leaves_is_cancelled(server: Server) -> None:
         assert server.metric("requests_in_flight") == 4
     with pytest.raises(httpx.ReadTimeout):
         server.http.post("/v1/completions", json=body, timeout=0.05)
-    assert not any(server.commit_state_len().values())
+    assert not any(server.wait_until_idle().values())
     assert server.metric("requests_cancelled_total") == before + 8
 
 
@@ -503,7 +503,7 @@ def test_a_client_that_never_reads_holds_up_nobody(server: Server) -> None:
             pass
         done = server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 4})
         assert done.status_code == 200
-    assert not any(server.commit_state_len().values())
+    assert not any(server.wait_until_idle().values())
 
 
 def test_sixty_four_clients_that_misbehave(server: Server) -> None:
@@ -529,7 +529,7 @@ def test_metrics_count(server: Server) -> None:
         2,
         2,
     ]
-    assert server.metric("state_rows") > 32 and server.metric("kv_pages") == 1296
+    assert server.metric("state_slots") > 32 and server.metric("kv_pages") == 1296
     text = server.http.get("/metrics").text
     assert 'tokenspeed_http_responses_total{path="/v1/completions",status="200"}' in text
     assert len(set(re.findall(r'path="([^"]*)"', text))) <= 7, "clients cannot make names"
@@ -622,4 +622,4 @@ def test_a_body_that_does_not_come(tmp_path: Path) -> None:
             yield slow[1]
 
         is_error(server.http.post("/v1/completions", content=body()), 408, "request_timeout")
-        assert not any(server.commit_state_len().values())
+        assert not any(server.wait_until_idle().values())

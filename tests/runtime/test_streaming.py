@@ -1,4 +1,4 @@
-"""Text while it grows: whole characters, nothing taken back, and together exactly what the completion says."""
+"""Growing text: whole characters, none withdrawn, and joined exactly the completion's text."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Spelled:
 @given(ids=MIXED, cuts=st.randoms(use_true_random=False))
 def test_pieces_are_a_prefix_that_never_changes(ids: list[int], cuts: random.Random) -> None:
     """Whatever comes after: so no piece holds half a character."""
-    made, told, left = Detokenizer(DEMO), "", list(ids)
+    made, text, left = Detokenizer(DEMO), "", list(ids)
     while left:
         size = cuts.randint(1, 3)
-        told += made.push(left[:size])
+        text += made.push(left[:size])
         del left[:size]
         now = DEMO.decode(ids[: len(ids) - len(left)])
-        assert DEMO.decode(ids).startswith(told)
-        assert len(now) - len(told) <= 1, "at most one character waits"
+        assert DEMO.decode(ids).startswith(text)
+        assert len(now) - len(text) <= 1, "at most one character waits"
 
 
 def test_a_character_of_many_tokens_comes_whole() -> None:
@@ -62,8 +62,8 @@ def test_a_decoder_that_looks_at_its_neighbours() -> None:
     assert "".join(made.push([token]) for token in range(5)) == "w0 w1 w2 w3 w4"
 
 
-def tell(ids: Sequence[int], params: SamplingParams, size: int) -> tuple[list[Delta], str]:
-    """Deltas of an answer that ends as the engine ends it: with the token that completes a stop string."""
+def answer_deltas(ids: Sequence[int], params: SamplingParams, size: int) -> tuple[list[Delta], str]:
+    """Deltas of an answer that ends with the token that completes a stop string."""
     answer = AnswerText(Request("r", (1,), params), DEMO)
     ends = [
         n
@@ -84,15 +84,15 @@ def tell(ids: Sequence[int], params: SamplingParams, size: int) -> tuple[list[De
 def test_what_may_become_a_stop_string_waits(data: st.DataObject, size: int) -> None:
     ids = data.draw(st.text("ab\né👍", min_size=1, max_size=20).map(DEMO.encode))
     stops = data.draw(st.lists(st.text("ab\né👍", min_size=1, max_size=5), max_size=3))
-    deltas, text = tell(ids, SamplingParams(stop=tuple(stops)), size)
+    deltas, text = answer_deltas(ids, SamplingParams(stop=tuple(stops)), size)
     assert "".join(delta.text for delta in deltas) == text
     done = deltas[-1].completion
     assert done and sum((delta.token_ids for delta in deltas), ()) == done.token_ids
     assert all(delta.token_ids for delta in deltas if delta.text), "text comes with tokens"
 
 
-def test_text_that_is_no_stop_string_after_all_is_told() -> None:
-    deltas, _ = tell(DEMO.encode("abcabd abx"), SamplingParams(stop=("abd!",)), 1)
+def test_text_that_is_no_stop_string_after_all_is_sent() -> None:
+    deltas, _ = answer_deltas(DEMO.encode("abcabd abx"), SamplingParams(stop=("abd!",)), 1)
     assert "".join(delta.text for delta in deltas[:-1]).startswith("abcab"), (
         "`abc` cannot become `abd!` any more"
     )
@@ -104,7 +104,7 @@ def engine(tiny_plan: Plan, checkpoint: Any) -> Engine:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_stream_says_what_generate_says(seed: int, engine: Engine) -> None:
+def test_a_stream_gives_what_generate_gives(seed: int, engine: Engine) -> None:
     rng = random.Random(seed)
     ids = [rng.randrange(500) for _ in range(rng.choice((1, 9, 70)))]
     params = SamplingParams(
@@ -145,7 +145,7 @@ def taken(engine: Engine) -> tuple[int, ...]:
 def test_cancelling_disturbs_nobody(
     seed: int, ahead: bool, tiny_plan: Plan, checkpoint: Any
 ) -> None:
-    """At any moment, waiting, running or with a step in flight; slots and pages go to others at once."""
+    """Waiting, running or with a step in flight; slots and pages go to others at once."""
     rng, folder = random.Random(seed), checkpoint("moe")
     prompts = [[rng.randrange(400) for _ in range(rng.choice((1, 17, 90)))] for _ in range(24)]
     params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.7, seed=seed)

@@ -1,7 +1,8 @@
-"""OpenAI batch files: in, through the engine, out."""
+"""OpenAI batch files: every row is checked, answered by the engine, and written."""
 
-from tokenspeed_plan.runtime.serving.batch.runner import BatchOptions, BatchPlan, run_batch
+from tokenspeed_plan.runtime.serving.batch.options import BatchOptions, BatchPlan
+from tokenspeed_plan.runtime.serving.batch.runner import run_batch
 from tokenspeed_plan.runtime.serving.batch.scan import Selection
-from tokenspeed_plan.runtime.serving.openai.requests import RowLimits
+from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
 
-__all__ = ["BatchOptions", "BatchPlan", "RowLimits", "Selection", "run_batch"]
+__all__ = ["BatchOptions", "BatchPlan", "RequestLimits", "Selection", "run_batch"]

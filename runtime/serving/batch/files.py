@@ -1,4 +1,4 @@
-"""Files of a batch run: plain, gzip, standard streams; lines that survive a torn end."""
+"""Files of a batch run: plain, gzipped or standard streams; readers that tolerate a torn end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol, Self, cast
 
 from tokenspeed_plan.plans.errors import RequestError
 
@@ -19,7 +19,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 class LineWriter(Protocol):
-    """Takes whole lines; each is on its way to the file when `write` returns."""
+    """Takes whole lines; each has been handed to the operating system when `write` returns."""
 
     def write(self, line: bytes) -> None:
         """Append one line, its newline included."""
@@ -28,58 +28,138 @@ class LineWriter(Protocol):
         """Flush and close."""
 
 
-class _Plain:
+class PlainWriter:
+    """Writes to a file or a standard stream; a standard stream stays open."""
+
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
 
     def write(self, line: bytes) -> None:
+        """Append one line, its newline included."""
         self._file.write(line)
         self._file.flush()
 
     def close(self) -> None:
+        """Flush, and close a file."""
         self._file.flush()
-        if self._file.fileno() > 2:  # not a standard stream
+        is_standard_stream = self._file.fileno() <= 2
+        if not is_standard_stream:
             self._file.close()
 
 
-class _Gzip:
-    """One stream, flushed so that every line can be read back even when the end is torn off."""
+class GzipWriter:
+    """One gzip stream, flushed after each line, so that all lines before a torn end can be read."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         self._zip = gzip.GzipFile(filename="", mode="wb", fileobj=self._file, mtime=0)
 
     def write(self, line: bytes) -> None:
+        """Append one line, its newline included."""
         self._zip.write(line)
         self._zip.flush(zlib.Z_SYNC_FLUSH)
         self._file.flush()
 
     def close(self) -> None:
+        """Flush and close."""
         self._zip.close()
         self._file.close()
 
 
 def open_writer(path: Path) -> LineWriter:
-    """A new, empty file; `-` is standard output."""
+    """Open a new, empty file; `-` is standard output.
+
+    Raises:
+        RequestError: standard output is closed.
+    """
     if path == STDIO:
         if sys.stdout is None:
             raise RequestError("standard output is closed", "name a file to write")
-        return _Plain(sys.stdout.buffer)
-    return _Gzip(path) if path.suffix == ".gz" else _Plain(path.open("wb"))
+        return PlainWriter(sys.stdout.buffer)
+    if path.suffix == ".gz":
+        return GzipWriter(path)
+    return PlainWriter(path.open("wb"))
 
 
-def spool(path: Path) -> tuple[Path, tempfile._TemporaryFileWrapper[bytes] | None]:
-    """A path that can be read twice: a stream is copied to a temporary file, which is also returned."""
-    if path.is_file():
-        return path, None
-    file = tempfile.NamedTemporaryFile(prefix="tokenspeed-", suffix=".jsonl")  # noqa: SIM115
-    with _stream(path) as stream:
+class InputLine(NamedTuple):
+    """A line that is not blank: number from 1, offset in the (decompressed) file, bytes."""
+
+    number: int
+    offset: int
+    raw: bytes
+
+
+class InputFile:
+    """A batch file that is read once from its beginning, and then line by line by offset.
+
+    A stream cannot be sought, so it is copied to a temporary file first. A gzip file is sought by
+    decompressing up to the offset, so offsets are best read in ascending order.
+
+    Raises:
+        RequestError: the file cannot be read, or standard input is closed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = _open_seekable(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def lines(self) -> Iterator[InputLine]:
+        """All lines that are not blank, without their ends (LF, CR LF).
+
+        Raises:
+            RequestError: the file cannot be read.
+        """
+        offset = 0
+        try:
+            for number, line in enumerate(self._file, 1):
+                if line.strip():
+                    yield InputLine(number, offset, line.rstrip(b"\r\n"))
+                offset += len(line)
+        except (OSError, EOFError, zlib.error) as error:
+            raise self._unreadable(error) from error
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """Some bytes of the (decompressed) file.
+
+        Raises:
+            RequestError: the file cannot be read.
+        """
+        try:
+            self._file.seek(offset)
+            return self._file.read(size_bytes)
+        except (OSError, EOFError, zlib.error) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> RequestError:
+        return RequestError(
+            f"cannot read `{self._path}`: {error}", "name a JSONL file, or `-` for standard input"
+        )
+
+
+def _open_seekable(path: Path) -> BinaryIO:
+    if not path.is_file():
+        return _spool(path)
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    return path.open("rb")
+
+
+def _spool(path: Path) -> BinaryIO:
+    """Copy a stream to a temporary file that has no name, and so is gone when it is closed."""
+    with _open_stream(path) as stream:
+        file = tempfile.TemporaryFile(prefix="tokenspeed-")  # noqa: SIM115
         shutil.copyfileobj(stream, file)
-    file.flush()
-    return Path(file.name), file
+    file.seek(0)
+    return cast(BinaryIO, file)
 
 
-def _stream(path: Path) -> AbstractContextManager[BinaryIO]:
+def _open_stream(path: Path) -> AbstractContextManager[BinaryIO]:
     if path != STDIO:
         return path.open("rb")  # a pipe
     if sys.stdin is None:
@@ -87,37 +167,33 @@ def _stream(path: Path) -> AbstractContextManager[BinaryIO]:
     return nullcontext(sys.stdin.buffer)
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Lines without their newline; the last one need not have any."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for line in file:
-            yield line.rstrip(b"\r\n")
-
-
 def read_whole_lines(path: Path) -> Iterator[bytes]:
-    """Only lines that end in a newline, each with it; a torn end, compressed or not, is left out."""
+    """Lines with their newline; an incomplete last line is left out, compressed or not."""
+    chunks = _read_chunks(path)
+    if path.suffix == ".gz":
+        chunks = _decompress(chunks)
     rest = b""
-    for chunk in _inflate(path) if path.suffix == ".gz" else _chunks(path):
+    for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield line + b"\n"
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def _read_chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             yield chunk
 
 
-def _inflate(path: Path) -> Iterator[bytes]:
-    """As much as can be decompressed."""
+def _decompress(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The text of gzip members, up to the first byte that cannot be decompressed."""
     stream = zlib.decompressobj(wbits=31)
-    for chunk in _chunks(path):
-        while chunk:
+    for compressed in chunks:
+        while compressed:
             try:
-                yield stream.decompress(chunk)
+                yield stream.decompress(compressed)
             except zlib.error:
                 return
-            chunk = stream.unused_data
-            if chunk:
+            compressed = stream.unused_data
+            if compressed:  # another gzip member begins
                 stream = zlib.decompressobj(wbits=31)

@@ -1,4 +1,4 @@
-"""How far a run is, on stderr: one line that is rewritten on a terminal, else a line every few seconds."""
+"""Progress of a run on stderr: a line that is rewritten on a terminal, else one every 5 s."""
 
 from __future__ import annotations
 
@@ -8,40 +8,54 @@ from typing import TextIO
 
 from tokenspeed_plan.runtime.serving.batch.summary import Tally
 
-TERMINAL_EVERY_S, PLAIN_EVERY_S = 0.2, 5.0
+TERMINAL_INTERVAL_S = 0.2
+PLAIN_INTERVAL_S = 5.0
+_CLEAR_LINE = "\r\x1b[K"
 
 
 class Progress:
-    """Shows a tally now and then."""
+    """Shows a tally at intervals."""
 
     def __init__(self, tally: Tally, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._tally = tally
         self.stream = stream or sys.stderr
-        self._terminal = self.stream.isatty()
-        self._every_s = TERMINAL_EVERY_S if self._terminal else PLAIN_EVERY_S
-        self._next_s = float("inf") if quiet else time.perf_counter() + self._every_s
+        self._is_terminal = self.stream.isatty()
+        self._interval_s = PLAIN_INTERVAL_S
+        if self._is_terminal:
+            self._interval_s = TERMINAL_INTERVAL_S
+        self._next_s = time.perf_counter() + self._interval_s
+        if quiet:
+            self._next_s = float("inf")
 
     def show(self) -> None:
-        """Show the state if it is time to."""
+        """Show the state if the interval is over."""
         now = time.perf_counter()
-        if now >= self._next_s:
-            self._next_s = now + self._every_s
-            end = "" if self._terminal else "\n"
-            start = "\r\x1b[K" if self._terminal else ""
-            print(f"{start}{self._text(now)}", end=end, file=self.stream, flush=True)
+        if now < self._next_s:
+            return
+        self._next_s = now + self._interval_s
+        text = self._text(now)
+        if self._is_terminal:
+            self._print(_CLEAR_LINE + text)
+        else:
+            self._print(text + "\n")
 
     def close(self) -> None:
         """Leave the terminal's line empty."""
-        if self._terminal:
-            print("\r\x1b[K", end="", file=self.stream, flush=True)
+        if self._is_terminal:
+            self._print(_CLEAR_LINE)
+
+    def _print(self, text: str) -> None:
+        print(text, end="", file=self.stream, flush=True)
 
     def _text(self, now: float) -> str:
         tally = self._tally
         tokens_in, tokens_out = tally.rates()
-        new = tally.answered + tally.failed
-        left = (tally.num_rows - tally.done) * (now - tally.begun_s) / new if new else None
-        eta = f", {left:.0f} s left" if left is not None else ""
-        return (
+        text = (
             f"{tally.done}/{tally.num_rows} done, {tally.failed} failed, "
-            f"{tokens_in:.0f} tokens/s in, {tokens_out:.0f} out{eta}"
+            f"{tokens_in:.0f} tokens/s in, {tokens_out:.0f} out"
         )
+        num_new = tally.answered + tally.failed
+        if num_new:
+            left_s = (tally.num_rows - tally.done) * (now - tally.begun_s) / num_new
+            text += f", {left_s:.0f} s left"
+        return text

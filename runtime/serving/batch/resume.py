@@ -1,10 +1,10 @@
-"""What an earlier run left behind, so that no answer is computed twice.
+"""Finished lines of an earlier run, so that no answer is computed twice.
 
-Finished lines live in two files: the output itself, and `OUTPUT.resume` beside it. When a run
-starts it first appends the output's whole lines to `OUTPUT.resume` and makes that safe on the disk,
-and only then writes the output anew, taking lines from `OUTPUT.resume` where their key fits. A kill
-between any two of these leaves every finished line in at least one of the files; keys make doubles
-harmless. A line's key is its `id`: the digest of plan and row.
+Finished lines are kept in two files: the output itself, and `OUTPUT.resume` beside it. A run first
+appends the output's complete lines to `OUTPUT.resume` and syncs it to disk. Only then does it write
+the output anew, with lines from `OUTPUT.resume` where their key fits. A kill at any moment leaves
+every finished line in at least one of the files; a line that is in both does no harm, since lines
+are found by key. A line's key is its `id`: the digest of plan and row.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
+from typing import Self
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch.files import STDIO, read_whole_lines
-from tokenspeed_plan.runtime.serving.batch.scan import Notebook
+from tokenspeed_plan.runtime.serving.batch.lines import KEY_PREFIX
+from tokenspeed_plan.runtime.serving.batch.notebook import Notebook
 
 _LINE_START = b'{"custom_id": '
 
@@ -27,32 +30,72 @@ def sidecar_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.resume")
 
 
-class Sidecar:
-    """The file of finished lines; locked while a run goes on."""
+class FinishedLines:
+    """Finished lines of standard output: there are none, and none are kept.
+
+    Attributes:
+        complete: set it once the output holds everything.
+    """
+
+    complete = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def line(self, key: str) -> bytes | None:
+        """The finished line of a key."""
+        return None
+
+    def save(self, key: str, line: bytes) -> None:
+        """Keep a finished line."""
+
+    def close(self) -> None:
+        """Release the file."""
+
+
+def open_finished(output: Path, notebook: Notebook) -> FinishedLines:
+    """Finished lines of an output; its file is locked until they are closed.
+
+    Raises:
+        RequestError: another run is writing, or the files hold something else.
+    """
+    if output == STDIO:
+        return FinishedLines()
+    return Sidecar(output, notebook)
+
+
+class Sidecar(FinishedLines):
+    """The file of finished lines beside an output; locked while a run goes on."""
 
     def __init__(self, output: Path, notebook: Notebook) -> None:
-        self.path, self._output = sidecar_path(output), output
+        self.path = sidecar_path(output)
+        self._output = output
         self._notebook = notebook
         self._file = self.path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise RequestError(
-                f"another run is writing `{output}`", "wait for it, or name another output"
-            ) from error
-        try:
+            self._lock()
             self._recover()
         except RequestError:
             self._file.close()
             raise
-        self._take_over(output)
+        self._take_over()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RequestError(
+                f"another run is writing `{self._output}`", "wait for it, or name another output"
+            ) from error
 
     def _recover(self) -> None:
-        """Index what an interrupted run saved; cut a torn end.
+        """Index what an interrupted run saved; cut off an incomplete last line.
 
         Raises:
-            RequestError: it is somebody else's file, or of other rows.
+            RequestError: the file holds something else, or answers to other rows.
         """
         self._file.seek(0)
         if not _is_ours(self._file.readline(), torn=True):
@@ -71,54 +114,53 @@ class Sidecar:
             end += len(line)
         self._file.truncate(end)
 
-    def _take_over(self, output: Path) -> None:
-        """Move the output's finished lines here.
+    def _take_over(self) -> None:
+        """Copy the output's finished lines here and sync them to disk.
 
         Raises:
-            RequestError: the output is somebody else's file, or of other rows.
+            RequestError: the output holds something else, or answers to other rows.
         """
-        before = os.fstat(self._file.fileno()).st_size
+        size_before = os.fstat(self._file.fileno()).st_size
         try:
-            self._read_output(output)
+            self._read_output()
         except RequestError:
-            self._file.truncate(before)
+            self._file.truncate(size_before)
             self.close()
             raise
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _read_output(self, output: Path) -> None:
-        if not output.exists() or output.stat().st_size == 0:
+    def _read_output(self) -> None:
+        if not self._output.exists() or self._output.stat().st_size == 0:
             return
         ours = False
-        for line in read_whole_lines(output):
+        for line in read_whole_lines(self._output):
             key = self._finished(line)
             ours = ours or _is_ours(line)
             if key:
                 self.save(key, line)
-        if not ours and not _is_torn_start(output):
+        if not ours and not _is_torn_start(self._output):
             raise RequestError(
-                f"`{output}` exists and is not the output of a batch",
+                f"`{self._output}` exists and is not the output of a batch",
                 "name another output, or delete it",
             )
 
     def _finished(self, line: bytes) -> str | None:
-        """The key of a line that holds an answer.
+        """The key of a line that holds an answer; None of any other line.
 
         Raises:
-            RequestError: to a row that the input does not have: nobody asked to forget it.
+            RequestError: the input has no row for this answer. It would be lost.
         """
         data = _object(line)
         key, custom_id = data.get("id"), data.get("custom_id")
-        if (
-            not isinstance(data.get("response"), dict)
-            or not isinstance(key, str)
-            or not key.startswith("batch_req_")
-        ):
+        if not isinstance(key, str) or not key.startswith(KEY_PREFIX):
+            return None
+        if not isinstance(data.get("response"), dict):
             return None
         if not self._notebook.knows(str(custom_id)):
             raise RequestError(
-                f"`{self._output}` holds the answer to {custom_id!a:.80}, which the input does not have",
+                f"`{self._output}` holds the answer to {custom_id!a:.80}, "
+                "which the input does not have",
                 "name another output, or delete it",
             )
         return key
@@ -132,16 +174,17 @@ class Sidecar:
 
     def line(self, key: str) -> bytes | None:
         """The finished line of a key."""
-        place = self._notebook.saved(key)
-        if place is None:
+        found = self._notebook.saved(key)
+        if found is None:
             return None
-        self._file.seek(place[0])
-        return self._file.read(place[1])
+        start, size = found
+        self._file.seek(start)
+        return self._file.read(size)
 
-    def close(self, done: bool = False) -> None:
-        """Release the file; delete it when the output holds everything, or there is nothing in it."""
+    def close(self) -> None:
+        """Release the file; delete it if the output is complete, or if it holds nothing."""
         self._file.flush()
-        if done or os.fstat(self._file.fileno()).st_size == 0:
+        if self.complete or os.fstat(self._file.fileno()).st_size == 0:
             self.path.unlink(missing_ok=True)
         self._file.close()
 
@@ -151,18 +194,20 @@ def _object(line: bytes) -> dict[str, object]:
         data = json.loads(line)
     except (ValueError, RecursionError):
         return {}
-    return data if isinstance(data, dict) else {}
+    if isinstance(data, dict):
+        return data
+    return {}
 
 
 def _is_ours(line: bytes, torn: bool = False) -> bool:
-    """Whether a line is one of ours, or with `torn` the beginning of one."""
+    """Whether a line is of a batch output; with `torn`, an incomplete line counts if it fits."""
     if torn and not line.endswith(b"\n"):
         return line.startswith(_LINE_START) or _LINE_START.startswith(line)
-    return str(_object(line).get("id", "")).startswith("batch_req_")
+    return str(_object(line).get("id", "")).startswith(KEY_PREFIX)
 
 
 def _is_torn_start(output: Path) -> bool:
-    """Whether the file is the beginning of our first line: a kill can leave that too."""
+    """Whether the file is only the beginning of a batch output's first line, as after a kill."""
     if output.suffix == ".gz":
         return output.stat().st_size < 32 or next(iter(read_whole_lines(output)), None) is None
     with output.open("rb") as file:
@@ -173,24 +218,34 @@ def _is_torn_start(output: Path) -> bool:
 def check_paths(
     source: Path, output: Path, errors: Path | None, summary: Path | None = None
 ) -> None:
-    """Refuse paths that would destroy something: of input, output, its sidecar, errors and summary no two are one.
+    """Refuse paths with which a run would overwrite a file that it needs.
 
     Raises:
-        RequestError: two are one file, or a folder is missing.
+        RequestError: two of input, output, its sidecar, errors and summary are one file; the input
+            or a folder is missing.
     """
-    named = {"input": source, "output": output, "errors": errors, "summary": summary}
-    if output != STDIO:
-        named["finished lines"] = sidecar_path(output)
-    files = {role: path for role, path in named.items() if path is not None and path != STDIO}
     if source != STDIO and (not source.exists() or source.is_dir()):
         raise RequestError(
             f"there is no file `{source}`", "name a JSONL file, or `-` for standard input"
         )
-    for role, path in files.items():
-        if role != "input" and (not path.parent.is_dir() or path.is_dir()):
+    written = {"output": output, "errors": errors, "summary": summary}
+    if output != STDIO:
+        written["finished lines"] = sidecar_path(output)
+    for path in _real_files(written).values():
+        if not path.parent.is_dir() or path.is_dir():
             raise RequestError(f"cannot write `{path}`", "name a file in a folder that exists")
+    files = _real_files({"input": source} | written)
     for (role, path), (other, second) in combinations(files.items(), 2):
-        if path.resolve() == second.resolve() or (
-            path.exists() and second.exists() and path.samefile(second)
-        ):
+        if _is_same_file(path, second):
             raise RequestError(f"`{second}` is named for {role} and for {other}", "name two files")
+
+
+def _real_files(named: Mapping[str, Path | None]) -> dict[str, Path]:
+    """Paths that are given and are no standard stream."""
+    return {role: path for role, path in named.items() if path is not None and path != STDIO}
+
+
+def _is_same_file(first: Path, second: Path) -> bool:
+    if first.resolve() == second.resolve():
+        return True
+    return first.exists() and second.exists() and first.samefile(second)

@@ -1,4 +1,4 @@
-"""Numbers of a batch run, kept in constant memory."""
+"""Counts and latencies of a batch run, in constant memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from tokenspeed_plan.runtime.request import Completion
 
-_BINS_PER_E = 100  # bins of one per cent
+_BINS_PER_E = 100  # each bin is one per cent wide
 
 
 class Histogram:
-    """Percentiles of positive numbers, exact to one per cent: logarithmic bins."""
+    """Percentiles of positive numbers within one per cent, from logarithmic bins."""
 
     def __init__(self) -> None:
         self._bins: Counter[int] = Counter()
@@ -25,7 +25,7 @@ class Histogram:
         self._bins[round(math.log(max(value, 1e-9)) * _BINS_PER_E)] += 1
 
     def percentile(self, share: float) -> float | None:
-        """The value below which `share` of all lie, None without any."""
+        """The value below which `share` (0 to 1) of all values lie; None without values."""
         target = share * sum(self._bins.values())
         seen = 0
         for index in sorted(self._bins):
@@ -36,15 +36,27 @@ class Histogram:
 
     def in_ms(self) -> dict[str, float | None]:
         """p50, p95 and p99 of seconds, in milliseconds."""
-        values = {f"p{share}": self.percentile(share / 100) for share in (50, 95, 99)}
-        return {
-            name: None if value is None else round(value * 1e3, 3) for name, value in values.items()
-        }
+        return {f"p{percent}": self._ms(percent / 100) for percent in (50, 95, 99)}
+
+    def _ms(self, share: float) -> float | None:
+        value_s = self.percentile(share)
+        if value_s is None:
+            return None
+        return round(value_s * 1e3, 3)
 
 
 @dataclass
 class Tally:
-    """Counts of a run. TTFT runs from the row's start to its first token; TPOT is over the tokens after it."""
+    """Counts of a run.
+
+    TTFT runs from the start of a row to its first token. TPOT is the time after the first token
+    divided by the tokens after it.
+
+    Attributes:
+        skipped: rows that an earlier run had answered.
+        cached_tokens: prompt tokens that were found in the prefix cache.
+        running_s: when the engine was ready (`time.perf_counter`); None before.
+    """
 
     num_rows: int
     begun_s: float = field(default_factory=time.perf_counter)
@@ -52,13 +64,13 @@ class Tally:
     failed: int = 0
     skipped: int = 0
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompts, found in the prefix cache
+    cached_tokens: int = 0
     generated_tokens: int = 0
     ttft_s: Histogram = field(default_factory=Histogram)
     tpot_s: Histogram = field(default_factory=Histogram)
     errors: Counter[str] = field(default_factory=Counter)
     startup_s: dict[str, float] = field(default_factory=dict)
-    running_s: float | None = None  # when the engine was ready
+    running_s: float | None = None
 
     @property
     def done(self) -> int:
@@ -66,7 +78,7 @@ class Tally:
         return self.answered + self.failed + self.skipped
 
     def start_running(self) -> None:
-        """The engine is ready: rates count from here."""
+        """Note that the engine is ready; rates count from here."""
         self.running_s = time.perf_counter()
 
     def add(self, completion: Completion) -> None:
@@ -75,8 +87,9 @@ class Tally:
         self.cached_tokens += completion.num_cached_tokens
         self.generated_tokens += len(completion.token_ids)
         self.ttft_s.add(completion.ttft_s)
-        if len(completion.token_ids) > 1:
-            self.tpot_s.add(completion.decode_s / (len(completion.token_ids) - 1))
+        num_later_tokens = len(completion.token_ids) - 1
+        if num_later_tokens > 0:
+            self.tpot_s.add(completion.decode_s / num_later_tokens)
 
     def fail(self, code: str) -> None:
         """Count a row without an answer."""
@@ -84,9 +97,10 @@ class Tally:
         self.errors[code] += 1
 
     def rates(self) -> tuple[float, float]:
-        """Tokens a second, in and out, since the engine was ready."""
-        elapsed = max(time.perf_counter() - (self.running_s or self.begun_s), 1e-9)
-        return self.prompt_tokens / elapsed, self.generated_tokens / elapsed
+        """(prompt, generated) tokens per second since the engine was ready."""
+        start_s = self.running_s or self.begun_s
+        elapsed_s = max(time.perf_counter() - start_s, 1e-9)
+        return self.prompt_tokens / elapsed_s, self.generated_tokens / elapsed_s
 
     def as_dict(self, predicted: Mapping[str, float], interrupted: bool) -> dict[str, Any]:
         """The summary as JSON."""
@@ -112,7 +126,8 @@ class Tally:
             "ttft_ms": ttft,
             "tpot_ms": tpot,
             "definitions": {
-                "tpot_ms": "time after the first token over tokens after the first; TTFT is not in it"
+                "tpot_ms": "time after the first token over tokens after the first; "
+                "TTFT is not in it"
             },
             "predicted": dict(predicted),
             "measured": {"tpot_ms": tpot["p50"], "ttft_ms": ttft["p50"]},
@@ -120,31 +135,32 @@ class Tally:
 
 
 def as_text(summary: Mapping[str, Any]) -> str:
-    """The summary for a person."""
-    rows, tokens, rates = summary["rows"], summary["tokens"], summary["tokens_per_s"]
-    lines = [
-        f"{rows['answered']} answered, {rows['failed']} failed, {rows['skipped']} done before, of {rows['total']} rows"
-        f" in {summary['wall_s']:.2f} s",
-        f"tokens: {tokens['prompt']} in ({tokens['cached']} of them cached), {tokens['generated']} out;"
-        f" {rates['prompt']:.0f}/s in, {rates['generated']:.0f}/s out",
-    ]
-    if summary["startup_s"]:
-        lines.append(
-            "start-up: "
-            + ", ".join(
-                f"{k.removesuffix('_s')} {v:.3f} s" for k, v in summary["startup_s"].items()
-            )
-        )
+    """The summary as a few lines of text."""
+    lines = _count_lines(summary)
+    startup_s = summary["startup_s"]
+    if startup_s:
+        parts = [f"{name.removesuffix('_s')} {value:.3f} s" for name, value in startup_s.items()]
+        lines.append("start-up: " + ", ".join(parts))
     for name in ("ttft_ms", "tpot_ms"):
-        if summary[name]["p50"] is not None:
-            lines.append(
-                f"{name.removesuffix('_ms')}: "
-                + ", ".join(f"{k} {v:.2f} ms" for k, v in summary[name].items())
-            )
-    for name, value in summary["predicted"].items():
+        percentiles = summary[name]
+        if percentiles["p50"] is not None:
+            parts = [f"{percent} {value:.2f} ms" for percent, value in percentiles.items()]
+            lines.append(f"{name.removesuffix('_ms')}: " + ", ".join(parts))
+    for name, predicted in summary["predicted"].items():
         measured = summary["measured"].get(name)
         if measured:
+            ratio = measured / predicted
             lines.append(
-                f"{name}: predicted {value:.2f}, measured {measured:.2f} ({measured / value:.2f} x)"
+                f"{name}: predicted {predicted:.2f}, measured {measured:.2f} ({ratio:.2f} x)"
             )
     return "\n".join(lines)
+
+
+def _count_lines(summary: Mapping[str, Any]) -> list[str]:
+    rows, tokens, rates = summary["rows"], summary["tokens"], summary["tokens_per_s"]
+    return [
+        f"{rows['answered']} answered, {rows['failed']} failed, {rows['skipped']} done before, "
+        f"of {rows['total']} rows in {summary['wall_s']:.2f} s",
+        f"tokens: {tokens['prompt']} in ({tokens['cached']} of them cached), "
+        f"{tokens['generated']} out; {rates['prompt']:.0f}/s in, {rates['generated']:.0f}/s out",
+    ]

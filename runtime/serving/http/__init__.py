@@ -1,4 +1,7 @@
-"""OpenAI's HTTP API over an engine. Needs the packages of the extra `serve`; nothing else of the runtime imports it."""
+"""OpenAI's HTTP API over an engine.
+
+It needs the packages of the extra `serve`, so nothing else of the runtime imports it.
+"""
 
 from tokenspeed_plan.runtime.serving.http.server import ServerOptions, listen, serve
 

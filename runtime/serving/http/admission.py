@@ -1,4 +1,4 @@
-"""How much is in flight: who comes in, and that everything is given back however a request ends."""
+"""Admission: how many choices are in flight, and that each is released however its request ends."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, try_later
 
 
 class Lease:
-    """One HTTP request's place; it counts as many as it has choices."""
+    """The share of the limit that one HTTP request holds: one for each of its choices."""
 
-    def __init__(self, gate: AdmissionLimiter) -> None:
-        self._gate = gate
+    def __init__(self, limiter: AdmissionLimiter) -> None:
+        self._limiter = limiter
         self._stream: Stream | None = None
         self.size = 1
 
     def submit(self, requests: Sequence[Request]) -> Stream:
-        """Start its requests on the engine.
+        """Start the requests on the engine, one for each choice.
 
         Raises:
-            ApiError: they are more than there is room for.
+            ApiError: they are over the limit, or the engine refuses them.
         """
-        self._gate.widen(self, len(requests))
+        self._limiter.grow(self, len(requests))
         try:
-            self._stream = self._gate.engine.submit(requests)
+            self._stream = self._limiter.engine.submit(requests)
         except RequestError as error:
             raise ApiError(400, error.message) from None
         except EngineStopped as error:
@@ -36,58 +36,65 @@ class Lease:
 
     @property
     def num_unread(self) -> int:
-        """Choices whose answer has not been read to its end."""
-        return self._stream.num_open if self._stream else 0
+        """Number of choices whose answer was not read to its end."""
+        if self._stream is None:
+            return 0
+        return self._stream.num_open
 
-    def leave(self) -> None:
-        """Cancel what is not answered."""
+    def cancel(self) -> None:
+        """Cancel the choices that are not answered."""
         if self._stream:
             self._stream.cancel()
 
 
 class AdmissionLimiter:
-    """Lets in up to `limit` choices at once, and none while the server drains."""
+    """Admits up to `limit` choices at once, and none while the server drains."""
 
     def __init__(self, engine: AsyncEngine, limit: int) -> None:
         self.engine = engine
         self.draining = False
-        self.num_held = 0
+        self.num_in_flight = 0
         self._limit = limit
 
     @contextmanager
-    def ticket(self) -> Iterator[Lease]:
-        """A place, until the response is sent or its client is gone.
+    def lease(self) -> Iterator[Lease]:
+        """A lease until the response is sent or its client is gone.
 
         Raises:
-            ApiError: there is none.
+            ApiError: the limit is reached, or the server drains.
         """
         if self.draining:
             raise try_later(503, "the server is shutting down", "shutting_down")
-        self._make_room(1)
-        ticket = Lease(self)
-        self.num_held += 1
+        self._check_limit(1)
+        lease = Lease(self)
+        self.num_in_flight += 1
         try:
-            yield ticket
+            yield lease
         finally:
-            self.num_held -= ticket.size
-            ticket.leave()
+            self.num_in_flight -= lease.size
+            lease.cancel()
 
-    def widen(self, ticket: Lease, size: int) -> None:
-        """A place for each choice instead of one."""
+    def grow(self, lease: Lease, size: int) -> None:
+        """Grow a lease to `size` choices.
+
+        Raises:
+            ApiError: there is no room for them.
+        """
         if size > self._limit:
             raise ApiError(
                 400,
-                f"{size} choices are asked for, at most {self._limit} may be in flight",
+                f"the request has {size} choices, at most {self._limit} may be in flight",
                 param="n",
             )
-        self._make_room(size - ticket.size)
-        self.num_held += size - ticket.size
-        ticket.size = size
+        num_more = size - lease.size
+        self._check_limit(num_more)
+        self.num_in_flight += num_more
+        lease.size = size
 
-    def _make_room(self, more: int) -> None:
-        if self.num_held + more > self._limit:
+    def _check_limit(self, num_more: int) -> None:
+        if self.num_in_flight + num_more > self._limit:
             raise try_later(
                 429,
-                f"{self.num_held} of {self._limit} requests are in flight",
+                f"{self.num_in_flight} of {self._limit} requests are in flight",
                 "rate_limit_exceeded",
             )

@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong: OpenAI's error object, always."""
+"""Errors of the API: every one is OpenAI's error object."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from fastapi.responses import JSONResponse
 
 
 class ApiError(Exception):
-    """A request that gets no answer.
+    """A request that is refused or failed.
 
     Attributes:
-        status: of HTTP.
-        code: the name of the fault for programs, where it has one.
-        param: the field of the body that is at fault.
+        status: HTTP status code.
+        code: OpenAI's code for the fault, if there is one.
+        param: the field of the body at fault.
+        headers: further headers of the response.
     """
 
     def __init__(
@@ -47,23 +48,25 @@ class ApiError(Exception):
     def _type(self) -> str:
         if self.status == 429:
             return "rate_limit_error"
-        return "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status >= 500:
+            return "server_error"
+        return "invalid_request_error"
 
     def response(self) -> JSONResponse:
-        """As HTTP."""
+        """The HTTP response."""
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
-def no_model(asked: str, served: str) -> ApiError:
-    """A model that is not here."""
+def unknown_model(name: str, served: str) -> ApiError:
+    """The request names a model other than the one that is served."""
     return ApiError(
         404,
-        f"the model `{asked:.80}` does not exist; here is `{served}`",
+        f"the model `{name:.80}` does not exist; this server has `{served}`",
         "model_not_found",
         "model",
     )
 
 
 def try_later(status: int, message: str, code: str) -> ApiError:
-    """The server cannot take it now; OpenAI's clients try again by themselves."""
+    """The server cannot take the request now. OpenAI's clients retry by themselves."""
     return ApiError(status, message, code, headers={"Retry-After": "1"})

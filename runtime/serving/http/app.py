@@ -1,4 +1,4 @@
-"""The endpoints."""
+"""The endpoints of the server."""
 
 from __future__ import annotations
 
@@ -20,122 +20,136 @@ from starlette.requests import ClientDisconnect
 from tokenspeed_plan.plans.errors import EngineStopped
 from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
 from tokenspeed_plan.runtime.serving.http.admission import AdmissionLimiter, Lease
-from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, no_model, try_later
+from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, try_later, unknown_model
 from tokenspeed_plan.runtime.serving.http.parsing import parse
 from tokenspeed_plan.runtime.serving.http.prometheus import CountResponses, Metrics
 from tokenspeed_plan.runtime.serving.http.responses import Answer
-from tokenspeed_plan.runtime.serving.openai.requests import RowLimits, Tokenizer, Url
+from tokenspeed_plan.runtime.serving.openai.bodies import Url
+from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
+from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
-_CLIENT_LEFT = 499  # nginx's word for a response that nobody waits for; it is only counted
-_EVENTS = {
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}  # proxies shall pass each event on at once
+# nginx's code for "client closed request"; it only shows in the metrics.
+_CLIENT_LEFT = 499
+# Proxies must pass on each event at once.
+_EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What the endpoints work with. `created` is the second in which the model was loaded."""
+    """What the endpoints work with.
+
+    Attributes:
+        model: the name that clients use.
+        created: when the model was loaded, in seconds since 1970.
+        api_key: key that clients of /v1 must send; None if they need none.
+        body_timeout_s: time within which a body must arrive.
+    """
 
     engine: AsyncEngine
     tokenizer: Tokenizer
     model: str
-    limits: RowLimits
+    limits: RequestLimits
     created: int
     api_key: str | None
     max_body_bytes: int
     body_timeout_s: float
-    gate: AdmissionLimiter
+    limiter: AdmissionLimiter
     metrics: Metrics
 
 
 def service_of(request: Request) -> Service:
-    """The service that an app was made for."""
+    """The service of the app that got a request."""
     service: Service = request.app.state.service
     return service
 
 
 async def check_key(request: Request) -> None:
-    """Refuse who has not the key, and tell nothing by how long that takes."""
+    """Refuse a wrong API key; the comparison takes the same time for every key.
+
+    Raises:
+        ApiError: the key is wrong or missing.
+    """
     key = service_of(request).api_key
-    given = request.headers.get("authorization", "").encode("latin-1")
-    if key is not None and not hmac.compare_digest(given, b"Bearer " + key.encode()):
-        message = (
-            "the API key is wrong" if given else "an API key is needed: `Authorization: Bearer KEY`"
-        )
-        raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    if key is None:
+        return
+    header = request.headers.get("authorization", "").encode("latin-1")
+    if hmac.compare_digest(header, b"Bearer " + key.encode()):
+        return
+    message = "an API key is needed: `Authorization: Bearer KEY`"
+    if header:
+        message = "the API key is wrong"
+    raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 async def take_lease(request: Request) -> AsyncIterator[Lease]:
-    """A place in flight until the response is sent, or cannot be."""
+    """A lease until the response is sent, or cannot be."""
     service = service_of(request)
-    with service.gate.ticket() as ticket:
+    with service.limiter.lease() as lease:
         try:
-            yield ticket
+            yield lease
         finally:
-            service.metrics.cancel(ticket.num_unread)
+            service.metrics.cancel(lease.num_unread)
 
 
-Held = Annotated[Lease, Depends(take_lease)]
+AdmittedLease = Annotated[Lease, Depends(take_lease)]
 v1 = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
 public = APIRouter()
 
 
 @v1.post("/completions")
-async def completions(request: Request, ticket: Held) -> Response:
+async def completions(request: Request, lease: AdmittedLease) -> Response:
     """Continue a prompt."""
-    return await _answer(request, "/v1/completions", ticket)
+    return await _answer(request, "/v1/completions", lease)
 
 
 @v1.post("/chat/completions")
-async def chat_completions(request: Request, ticket: Held) -> Response:
+async def chat_completions(request: Request, lease: AdmittedLease) -> Response:
     """Continue a chat."""
-    return await _answer(request, "/v1/chat/completions", ticket)
+    return await _answer(request, "/v1/chat/completions", lease)
 
 
 @v1.get("/models")
 async def models(request: Request) -> Response:
-    """The one model."""
+    """List the model."""
     return JSONResponse({"object": "list", "data": [_card(service_of(request))]})
 
 
 @v1.get("/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
-    """The one model, by its name."""
+    """Describe the model."""
     service = service_of(request)
     if name != service.model:
-        raise no_model(name, service.model)
+        raise unknown_model(name, service.model)
     return JSONResponse(_card(service))
 
 
 @public.get("/health")
 async def health(request: Request) -> Response:
-    """Whether it takes requests."""
+    """Whether the server takes requests."""
     service = service_of(request)
     if service.engine.error:
         raise try_later(503, "the engine has failed", "engine_stopped")
-    if service.gate.draining:
+    if service.limiter.draining:
         raise try_later(503, "the server is shutting down", "shutting_down")
     return JSONResponse({"status": "ok"})
 
 
 @public.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """For Prometheus."""
+    """Metrics in Prometheus's text format."""
     return PlainTextResponse(service_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def make_app(service: Service) -> FastAPI:
-    """The server as an ASGI app; the engine's thread runs as long as the app's lifespan."""
+    """The server as an ASGI app; the engine's thread runs during the app's lifespan."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with service.engine:
             yield
 
-    # No page of FastAPI's: it would not know the backend, which are checked as those of batch files
-    # are.
+    # No OpenAPI page: FastAPI does not know the bodies, since `parsing` checks them.
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.state.service = service
     app.include_router(v1)
@@ -143,32 +157,37 @@ def make_app(service: Service) -> FastAPI:
     app.add_middleware(CountResponses, metrics=service.metrics)
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_route)
-    app.add_exception_handler(ClientDisconnect, _note_gone)
+    app.add_exception_handler(ClientDisconnect, _note_client_left)
     app.add_exception_handler(Exception, _fail)
     return app
 
 
-async def _answer(request: Request, url: Url, ticket: Lease) -> Response:
+async def _answer(request: Request, url: Url, lease: Lease) -> Response:
     service = service_of(request)
     raw = await _read_body(request, service.max_body_bytes, service.body_timeout_s)
-    asked = await run_in_threadpool(
+    parsed = await run_in_threadpool(
         parse, raw, url, service.model, service.tokenizer, service.limits
     )
-    stream = ticket.submit(asked.requests)
-    answer = Answer(asked, service.tokenizer, service.model, int(time.time()))
-    if asked.stream:
-        return StreamingResponse(
-            answer.events(stream), media_type="text/event-stream", headers=_EVENTS
-        )
+    stream = lease.submit(parsed.requests)
+    answer = Answer(parsed, service.tokenizer, service.model, int(time.time()))
+    if parsed.stream:
+        events = answer.events(stream)
+        return StreamingResponse(events, media_type="text/event-stream", headers=_EVENT_HEADERS)
     try:
-        done = await _unless_gone(request, stream.completions())
+        completions = await _unless_client_leaves(request, stream.completions())
     except EngineStopped as error:
         raise try_later(503, error.message, "engine_stopped") from None
-    return JSONResponse(answer.whole(done)) if done else Response(status_code=_CLIENT_LEFT)
+    if completions is None:
+        return Response(status_code=_CLIENT_LEFT)
+    return JSONResponse(answer.whole(completions))
 
 
 async def _read_body(request: Request, limit_bytes: int, timeout_s: float) -> bytes:
-    """The body, of which no more is kept than is allowed."""
+    """Read a body.
+
+    Raises:
+        ApiError: it is too large, or does not arrive in time.
+    """
     body = bytearray()
     try:
         async with asyncio.timeout(timeout_s):
@@ -185,20 +204,22 @@ async def _read_body(request: Request, limit_bytes: int, timeout_s: float) -> by
     return bytes(body)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T | None:
-    """What the work gives; None, and the work is cancelled, if the client leaves first."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = asyncio.create_task(work), asyncio.create_task(gone())
+async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T | None:
+    """Result of the work; None if the client leaves first, then the work is cancelled."""
+    tasks = asyncio.create_task(work), asyncio.create_task(_wait_for_disconnect(request))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
+        if tasks[0].done():
+            return tasks[0].result()
+        return None
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def _wait_for_disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _card(service: Service) -> dict[str, Any]:
@@ -217,23 +238,23 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
-    """No such path, or not by this method."""
+    """There is no such path, or it does not take this method."""
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path:.80}"
+    place = f"{request.method} {request.url.path:.80}"
     codes = {
         404: ("there is nothing at", "unknown_url"),
         405: ("the method is not allowed:", "method_not_allowed"),
     }
     text, code = codes.get(error.status_code, (error.detail, None))
-    return ApiError(error.status_code, f"{text} {where}", code, headers=error.headers).response()
+    return ApiError(error.status_code, f"{text} {place}", code, headers=error.headers).response()
 
 
-async def _note_gone(request: Request, error: Exception) -> Response:
+async def _note_client_left(request: Request, error: Exception) -> Response:
     return Response(status_code=_CLIENT_LEFT)
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    """A fault of ours; the log has it."""
+    """An error of the server; its traceback is in the log."""
     return ApiError(
         500, "the server has failed to answer; its log says more", "internal_error"
     ).response()

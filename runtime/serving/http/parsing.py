@@ -1,4 +1,4 @@
-"""The body of a request -> what it asks of the engine, with the models and checks of batch files."""
+"""Body of an HTTP request -> requests of the engine, with the checks that batch files have too."""
 
 from __future__ import annotations
 
@@ -6,35 +6,29 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from tokenspeed_plan.runtime.request import Request
-from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, no_model
-from tokenspeed_plan.runtime.serving.openai.requests import (
+from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, unknown_model
+from tokenspeed_plan.runtime.serving.openai.bodies import (
     ChatBody,
     CompletionBody,
-    Row,
-    RowError,
-    RowLimits,
-    Tokenizer,
+    InvalidRequestError,
+    StrictModel,
     Url,
     explain,
     parse_body,
     parse_json,
-    to_requests,
 )
+from tokenspeed_plan.runtime.serving.openai.conversion import Encoder, RequestLimits, to_requests
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class _StreamOptions(_Strict):
+class _StreamOptions(StrictModel):
     include_usage: bool | None = None
 
 
-class _StreamFields(_Strict):
-    """What a body has here and not in a batch file."""
+class _StreamFields(StrictModel):
+    """Fields that a body has over HTTP and not in a batch file."""
 
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
@@ -42,7 +36,13 @@ class _StreamFields(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A body that passed its checks. `requests` holds `num_choices` choices for each prompt, prompt after prompt."""
+    """A body that passed its checks.
+
+    Attributes:
+        key: unique; part of the answer's `id`.
+        requests: `num_choices` for each prompt, prompt after prompt.
+        include_usage: whether a stream ends with an event of token counts.
+    """
 
     key: str
     body: CompletionBody | ChatBody
@@ -53,53 +53,77 @@ class ParsedRequest:
 
     @property
     def is_chat(self) -> bool:
-        """Which of the two endpoints."""
+        """Whether it came to the chat endpoint."""
         return isinstance(self.body, ChatBody)
 
 
 def parse(
-    raw: bytes, url: Url, model: str, tokenizer: Tokenizer, limits: RowLimits
+    raw: bytes, url: Url, model: str, tokenizer: Encoder, limits: RequestLimits
 ) -> ParsedRequest:
-    """Check a body and make its requests.
+    """Check a body and make its requests; `model` is the name that is served.
 
     Raises:
         ApiError: what is wrong with it.
     """
     try:
-        given = {
-            name: value for name, value in parse_json(raw, "body").items() if value is not None
-        }
-        fields = _stream_fields(
-            {name: given.pop(name) for name in _StreamFields.model_fields if name in given}
-        )
-        body = parse_body(url, given)
-        if body.model not in (None, model):
-            raise no_model(str(body.model), model)
-        rows = [Row(0, "", url, part, uuid4().hex) for part in _prompts(body)]
-        requests = tuple(request for row in rows for request in to_requests(row, tokenizer, limits))
-    except RowError as error:
+        return _parse(raw, url, model, tokenizer, limits)
+    except InvalidRequestError as error:
         raise ApiError(400, str(error), error.code, error.param) from None
-    options = fields.stream_options or _StreamOptions()
+
+
+def _parse(
+    raw: bytes, url: Url, model: str, tokenizer: Encoder, limits: RequestLimits
+) -> ParsedRequest:
+    fields = _drop_nulls(parse_json(raw, "body"))
+    stream_fields = _pop_stream_fields(fields)
+    body = parse_body(url, fields)
+    if body.model not in (None, model):
+        raise unknown_model(str(body.model), model)
+    keys, requests = [], list[Request]()
+    for part in _split_prompts(body):
+        key = uuid4().hex
+        keys.append(key)
+        requests += to_requests(part, key, tokenizer, limits)
+    options = stream_fields.stream_options or _StreamOptions()
     return ParsedRequest(
-        rows[0].key, body, requests, body.n or 1, bool(fields.stream), bool(options.include_usage)
+        key=keys[0],
+        body=body,
+        requests=tuple(requests),
+        num_choices=body.n or 1,
+        stream=bool(stream_fields.stream),
+        include_usage=bool(options.include_usage),
     )
 
 
-def _stream_fields(given: dict[str, Any]) -> _StreamFields:
+def _drop_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's clients send null for a field that is not set."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _pop_stream_fields(fields: dict[str, Any]) -> _StreamFields:
+    """Take the fields of streaming out of a body's fields.
+
+    Raises:
+        InvalidRequestError: they have a wrong value, or do not fit together.
+    """
+    names = [name for name in _StreamFields.model_fields if name in fields]
+    values = {name: fields.pop(name) for name in names}
     try:
-        fields = _StreamFields.model_validate(given)
+        stream_fields = _StreamFields.model_validate(values)
     except ValidationError as error:
         raise explain(error, _StreamFields) from None
-    if fields.stream_options and not fields.stream:
-        raise RowError(
+    if stream_fields.stream_options and not stream_fields.stream:
+        raise InvalidRequestError(
             "`stream_options` is only for `stream: true`", "stream_options", "invalid_value"
         )
-    return fields
+    return stream_fields
 
 
-def _prompts(body: CompletionBody | ChatBody) -> list[CompletionBody | ChatBody]:
-    """A body for each of its prompts."""
-    if isinstance(body, CompletionBody) and isinstance(body.prompt, list) and len(body.prompt) > 1:
-        several = [prompt for prompt in body.prompt if isinstance(prompt, (str, list))]
-        return [body.model_copy(update={"prompt": prompt}) for prompt in several] or [body]
-    return [body]
+def _split_prompts(body: CompletionBody | ChatBody) -> list[CompletionBody | ChatBody]:
+    """A body for each prompt of a body."""
+    if isinstance(body, ChatBody) or not isinstance(body.prompt, list) or len(body.prompt) < 2:
+        return [body]
+    prompts = [prompt for prompt in body.prompt if isinstance(prompt, (str, list))]
+    if not prompts:  # one prompt of token ids
+        return [body]
+    return [body.model_copy(update={"prompt": prompt}) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, in a registry of this server's own."""
+"""Metrics for Prometheus, in a registry of this server alone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class Metrics:
-    """What the server did, and what is in use now."""
+    """Counters and latencies of the server, and gauges of what is in use."""
 
-    def __init__(self, engine: Engine, gate: AdmissionLimiter) -> None:
+    def __init__(self, engine: Engine, limiter: AdmissionLimiter) -> None:
         self._registry = CollectorRegistry()
-        self._add_gauges(engine, gate)
+        self._add_gauges(engine, limiter)
         self._responses = self._counter(
             "http_responses", "Responses by endpoint and status", "path", "status"
         )
@@ -27,18 +27,19 @@ class Metrics:
         )
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of answered choices")
         self._cached = self._counter(
-            "cached_prompt_tokens", "Those of them that were not computed again"
+            "cached_prompt_tokens",
+            "Prompt tokens of answered choices that were found in the prefix cache",
         )
         self._generated = self._counter("generated_tokens", "Tokens of answers")
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "From the engine's queue to the first token"
         )
         self._tpot = self._histogram(
-            "time_per_output_token_seconds", "Between two tokens of an answer, its mean"
+            "time_per_output_token_seconds", "Mean time between two tokens of an answer"
         )
 
     def finish(self, done: Completion) -> None:
-        """Count an answer that was read to its end."""
+        """Count an answer that is finished."""
         tokens = len(done.token_ids)
         self._finished.labels(done.finish_reason).inc()
         self._prompt.inc(done.num_prompt_tokens)
@@ -49,7 +50,7 @@ class Metrics:
             self._tpot.observe(done.decode_s / (tokens - 1))
 
     def cancel(self, count: int) -> None:
-        """Count answers that nobody read to their end."""
+        """Count choices whose client left before the end."""
         self._cancelled.inc(count)
 
     def respond(self, path: str, status: int) -> None:
@@ -57,23 +58,27 @@ class Metrics:
         self._responses.labels(path, str(status)).inc()
 
     def text(self) -> bytes:
-        """All of it, in Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def _add_gauges(self, engine: Engine, gate: AdmissionLimiter) -> None:
+    def _add_gauges(self, engine: Engine, limiter: AdmissionLimiter) -> None:
         limits = engine.plan.pool.limits
         gauges = (
             ("requests_waiting", "Choices that wait for a slot", lambda: engine.usage.waiting),
             ("requests_running", "Choices that have a slot", lambda: engine.usage.running),
-            ("requests_in_flight", "Choices, until their response is sent", lambda: gate.num_held),
             (
-                "state_rows_used",
-                "Rows of recurrent state that requests hold",
+                "requests_in_flight",
+                "Choices, until their response is sent",
+                lambda: limiter.num_in_flight,
+            ),
+            (
+                "state_slots_used",
+                "Slots of recurrent state that requests hold",
                 lambda: engine.usage.state_slots,
             ),
             (
-                "state_rows",
-                "All of them, the prefix cache's too",
+                "state_slots",
+                "Slots of recurrent state, the prefix cache's included",
                 lambda: limits.num_state_slots - 2,
             ),
             (
@@ -83,10 +88,14 @@ class Metrics:
             ),
             (
                 "tokens_per_decode_pass",
-                "Tokens a choice says in a decode step",
+                "Tokens that a choice gains in a decode step",
                 lambda: engine.metrics.tokens_per_pass,
             ),
-            ("kv_pages", "All of them, the prefix cache's too", lambda: limits.num_pages),
+            (
+                "kv_pages",
+                "Pages of the KV cache, the prefix cache's included",
+                lambda: limits.num_pages,
+            ),
         )
         for name, text, value in gauges:
             Gauge(f"tokenspeed_{name}", text, registry=self._registry).set_function(value)
@@ -99,14 +108,14 @@ class Metrics:
 
 
 class CountResponses:
-    """Counts responses by route; a path that is none of ours is `other`, so that clients cannot make names."""
+    """Counts responses by route; unknown paths are `other`, so that clients add no labels."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
+        """Handle a request and count its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

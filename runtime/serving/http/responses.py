@@ -10,100 +10,99 @@ from tokenspeed_plan.plans.errors import EngineStopped
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.http.api_errors import try_later
 from tokenspeed_plan.runtime.serving.http.parsing import ParsedRequest
-from tokenspeed_plan.runtime.serving.openai.answers import (
-    chat_logprobs,
-    choice,
-    text_logprobs,
-    usage,
-)
-from tokenspeed_plan.runtime.serving.openai.requests import Tokenizer
-from tokenspeed_plan.runtime.serving.streaming import Delta
+from tokenspeed_plan.runtime.serving.openai.answers import choice, logprobs_of, usage
+from tokenspeed_plan.runtime.serving.streaming import Decoder, Delta
 
 Json = dict[str, Any]
 _DONE = b"data: [DONE]\n\n"
 
 
 class Answer:
-    """Writes what one request gets."""
+    """Writes the answer to one request, whole or as events."""
 
-    def __init__(
-        self, asked: ParsedRequest, tokenizer: Tokenizer, model: str, created: int
-    ) -> None:
-        self._asked = asked
-        self._tokenizer = tokenizer
-        prefix, kind = (
-            ("chatcmpl", "chat.completion") if asked.is_chat else ("cmpl", "text_completion")
-        )
-        self._head: Json = {
-            "id": f"{prefix}-{asked.key}",
-            "object": kind,
-            "created": created,
-            "model": model,
-        }
-        self._index = {request.request_id: number for number, request in enumerate(asked.requests)}
-        self.host_outputs = [0] * len(asked.requests)  # characters, of each choice that has begun
-        self._begun = [False] * len(asked.requests)
+    def __init__(self, request: ParsedRequest, decoder: Decoder, model: str, created: int) -> None:
+        self._request = request
+        self._decoder = decoder
+        self._kind, self._chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+        if request.is_chat:
+            self._kind, self._chunk_kind = "chat.completion", "chat.completion.chunk"
+            prefix = "chatcmpl"
+        self._head: Json = {"id": f"{prefix}-{request.key}", "created": created, "model": model}
+        ids = [item.request_id for item in request.requests]
+        self._choice_index = {request_id: index for index, request_id in enumerate(ids)}
+        self._num_sent_chars = [0] * len(ids)
+        self._has_begun = [False] * len(ids)
 
     def whole(self, completions: Sequence[Completion]) -> Json:
-        """The body of a response that is not streamed."""
+        """Body of a response that is not streamed; one completion for each choice."""
         choices = [
-            choice(self._asked.body, index, done, self._tokenizer)
-            for index, done in enumerate(completions)
+            choice(self._request.body, index, completion, self._decoder)
+            for index, completion in enumerate(completions)
         ]
-        return self._head | {"choices": choices, "usage": self._usage(completions)}
+        body = {"object": self._kind, "choices": choices, "usage": self._usage(completions)}
+        return self._head | body
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-        """The events of a response that is streamed, its end included; an engine that fails ends it with an error."""
-        done: list[Completion] = []
+        """Events of a streamed response, up to `[DONE]` or the error of an engine that failed."""
+        completions: list[Completion] = []
         try:
             async for delta in deltas:
-                done += [delta.completion] if delta.completion else []
+                if delta.completion:
+                    completions.append(delta.completion)
                 yield self._event([self._chunk(delta)])
         except EngineStopped as error:
-            yield _data(try_later(503, error.message, "engine_stopped").body)
+            yield _event(try_later(503, error.message, "engine_stopped").body)
             return
-        if self._asked.include_usage:
-            done.sort(key=lambda completion: self._index[completion.request_id])
-            yield self._event([], self._usage(done))
+        if self._request.include_usage:
+            completions.sort(key=self._index_of)
+            yield self._event([], self._usage(completions))
         yield _DONE
 
-    def _event(self, choices: list[Json], total: Json | None = None) -> bytes:
-        kind = "chat.completion.chunk" if self._asked.is_chat else "text_completion"
-        body = self._head | {"object": kind, "choices": choices}
-        return _data(body | {"usage": total} if self._asked.include_usage else body)
+    def _index_of(self, completion: Completion) -> int:
+        return self._choice_index[completion.request_id]
+
+    def _event(self, choices: list[Json], counts: Json | None = None) -> bytes:
+        body = self._head | {"object": self._chunk_kind, "choices": choices}
+        if self._request.include_usage:
+            body["usage"] = counts
+        return _event(body)
 
     def _chunk(self, delta: Delta) -> Json:
-        index = self._index[delta.request_id]
-        made: Json = {
-            "index": index,
-            "logprobs": None,
-            "finish_reason": delta.completion.finish_reason if delta.completion else None,
-        }
-        if self._asked.is_chat:
-            made["delta"] = ({} if self._begun[index] else {"role": "assistant"}) | {
-                "content": delta.text
-            }
-            if delta.logprobs:
-                made["logprobs"] = chat_logprobs(delta.logprobs, self._tokenizer)
+        """What one choice has gained."""
+        index = self._choice_index[delta.request_id]
+        chunk: Json = {"index": index, "logprobs": None, "finish_reason": None}
+        if delta.completion:
+            chunk["finish_reason"] = delta.completion.finish_reason
+        if self._request.is_chat:
+            chunk["delta"] = self._message(index, delta)
         else:
-            made["text"] = delta.text
-            if delta.logprobs:
-                made["logprobs"] = text_logprobs(
-                    delta.logprobs, self._tokenizer, self.host_outputs[index]
-                )
-        if self._asked.body.return_token_ids:
-            made["token_ids"] = list(delta.token_ids)
-        self._begun[index] = True
-        self.host_outputs[index] += len(delta.text)
-        return made
+            chunk["text"] = delta.text
+        if delta.logprobs:
+            chunk["logprobs"] = logprobs_of(
+                self._request.body, delta.logprobs, self._decoder, self._num_sent_chars[index]
+            )
+        if self._request.body.return_token_ids:
+            chunk["token_ids"] = list(delta.token_ids)
+        self._has_begun[index] = True
+        self._num_sent_chars[index] += len(delta.text)
+        return chunk
+
+    def _message(self, index: int, delta: Delta) -> Json:
+        message = {"content": delta.text}
+        if not self._has_begun[index]:
+            message["role"] = "assistant"
+        return message
 
     def _usage(self, completions: Sequence[Completion]) -> Json:
-        """Prompts count once, whatever the number of choices."""
-        firsts = completions[:: self._asked.num_choices]
-        cached = sum(completion.num_cached_tokens for completion in firsts)
-        counts = usage(sum(completion.num_prompt_tokens for completion in firsts), completions)
-        return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
+        """Token counts; a prompt counts once, whatever the number of its choices."""
+        firsts = completions[:: self._request.num_choices]
+        num_prompt_tokens = sum(completion.num_prompt_tokens for completion in firsts)
+        num_cached_tokens = sum(completion.num_cached_tokens for completion in firsts)
+        counts = usage(num_prompt_tokens, completions)
+        counts["prompt_tokens_details"] = {"cached_tokens": num_cached_tokens}
+        return counts
 
 
-def _data(body: Json) -> bytes:
+def _event(body: Json) -> bytes:
+    """A server-sent event."""
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"

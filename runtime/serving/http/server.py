@@ -1,4 +1,4 @@
-"""The server as a process: it listens, serves, and on SIGTERM finishes what it has begun."""
+"""The server as a process: it listens, serves, and on SIGTERM finishes the requests in flight."""
 
 from __future__ import annotations
 
@@ -17,14 +17,22 @@ from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
 from tokenspeed_plan.runtime.serving.http.admission import AdmissionLimiter
 from tokenspeed_plan.runtime.serving.http.app import Service, make_app
 from tokenspeed_plan.runtime.serving.http.prometheus import Metrics
-from tokenspeed_plan.runtime.serving.openai.requests import RowLimits
+from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
 
-_FLUSH_S = 2  # for what is answered to leave the sockets
+_FLUSH_S = 2  # time for finished answers to leave the sockets
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """What the command line says."""
+    """Options of the server.
+
+    Attributes:
+        api_key: key that clients must send; None if they need none.
+        model_name: the name that clients use; the plan's by default.
+        max_requests: choices in flight; further requests get 429.
+        body_timeout_s: time within which a body must arrive.
+        drain_s: time that a signal leaves to requests in flight.
+    """
 
     api_key: str | None = None
     model_name: str | None = None
@@ -35,29 +43,31 @@ class ServerOptions:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """An address of our own; nothing is accepted before the server runs.
+    """Bind an address; nothing is accepted before the server runs.
 
     Raises:
-        RequestError: it cannot be had.
+        RequestError: the address is in use or not allowed.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Only of a socket that says it is TCP does asyncio send each event at once (TCP_NODELAY).
-    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # asyncio sends each event at once (TCP_NODELAY) only if the socket names its protocol, TCP.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((host, port))
+        listener.bind((host, port))
     except OSError as error:
-        found.close()
+        listener.close()
         raise RequestError(
             f"cannot listen on {host}:{port}: {error.strerror}", "choose another `--port`"
         ) from error
-    return found
+    return listener
 
 
 def serve(
-    engine: Engine, options: ServerOptions, place: socket.socket, ready: Callable[[], None]
+    engine: Engine, options: ServerOptions, listener: socket.socket, ready: Callable[[], None]
 ) -> None:
-    """Serve until a signal says stop and everything begun is answered, or `drain_s` is over.
+    """Serve until a signal comes and all requests in flight are answered, or `drain_s` is over.
+
+    `ready` is called once the server listens.
 
     Raises:
         RequestError: the model has no tokenizer.
@@ -72,10 +82,9 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=_FLUSH_S,
     )
-    logging.getLogger("asyncio").setLevel(
-        logging.ERROR
-    )  # clients that leave in mid-stream are no news
-    _Server(config, service, options.drain_s, ready).run([place])
+    # asyncio warns of every client that leaves in the middle of a stream.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    _Server(config, service, options.drain_s, ready).run([listener])
     if service.engine.error:
         raise service.engine.error
 
@@ -86,28 +95,28 @@ def _service(engine: Engine, options: ServerOptions) -> Service:
             "the model has no tokenizer",
             "add its `tokenizer.json` to the model folder and plan again",
         )
-    served = AsyncEngine(engine)
-    gate = AdmissionLimiter(served, options.max_requests)
-    metrics = Metrics(engine, gate)
-    served.on_completion = metrics.finish
+    async_engine = AsyncEngine(engine)
+    limiter = AdmissionLimiter(async_engine, options.max_requests)
+    metrics = Metrics(engine, limiter)
+    async_engine.on_completion = metrics.finish
     return Service(
-        engine=served,
+        engine=async_engine,
         tokenizer=engine.tokenizer,
         model=options.model_name or engine.plan.model.name,
-        limits=RowLimits(engine.max_seq_len, engine.default_max_tokens, engine.vocab_size),
+        limits=RequestLimits(engine.max_seq_len, engine.default_max_tokens, engine.vocab_size),
         created=int(time.time()),
         api_key=options.api_key,
         max_body_bytes=options.max_body_bytes,
         body_timeout_s=options.body_timeout_s,
-        gate=gate,
+        limiter=limiter,
         metrics=metrics,
     )
 
 
 class _Server(uvicorn.Server):
-    """uvicorn closes its listener at the first signal; this one first answers what is in flight, and says 503 to more.
+    """A server that drains: after the first signal it finishes what is in flight and refuses more.
 
-    The second signal ends it at once.
+    uvicorn itself closes its listener at the first signal. A second signal ends it at once.
     """
 
     def __init__(
@@ -121,22 +130,23 @@ class _Server(uvicorn.Server):
         self._drain_until_s = float("inf")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal; uvicorn would send it to itself once more when all is done."""
+        """Count a signal. uvicorn would raise it again at the end."""
         self._num_signals += 1
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: is it time to leave?"""
-        now, service = time.monotonic(), self._service
-        if self._num_signals and not service.gate.draining:
-            service.gate.draining = True
-            self._drain_until_s = now + self._drain_s
-        over = self._num_signals > 1 or now > self._drain_until_s
-        if over:
-            await service.engine.close()
-        done = service.gate.draining and not service.gate.num_held
-        return await super().on_tick(counter) or over or done or service.engine.error is not None
+        """Called ten times a second; returns whether to stop."""
+        limiter = self._service.limiter
+        if self._num_signals and not limiter.draining:
+            limiter.draining = True
+            self._drain_until_s = time.monotonic() + self._drain_s
+        stop_now = self._num_signals > 1 or time.monotonic() > self._drain_until_s
+        if stop_now:
+            await self._service.engine.close()
+        is_drained = limiter.draining and limiter.num_in_flight == 0
+        has_failed = self._service.engine.error is not None
+        return await super().on_tick(counter) or stop_now or is_drained or has_failed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say so once it listens."""
+        """Listen, then call `ready`."""
         await super().startup(sockets)
         self._ready()

@@ -1,1 +1,1 @@
-"""What OpenAI's API says: requests checked, answers written. Batch files and the server share it."""
+"""OpenAI's API as batch files and the HTTP server share it: bodies, conversion, answers."""

@@ -1,0 +1,114 @@
+"""Lines of OpenAI batch files: input line -> checked row with its key; result -> output line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from tokenspeed_plan.plans.canon import canonical, sha256
+from tokenspeed_plan.runtime.request import Completion
+from tokenspeed_plan.runtime.serving.openai.answers import choice, usage
+from tokenspeed_plan.runtime.serving.openai.bodies import (
+    ChatBody,
+    CompletionBody,
+    InvalidRequestError,
+    StrictModel,
+    Url,
+    explain,
+    parse_body,
+    parse_json,
+)
+from tokenspeed_plan.runtime.serving.streaming import Decoder
+
+Json = dict[str, Any]
+KEY_PREFIX = "batch_req_"
+
+
+class _Line(StrictModel):
+    custom_id: Annotated[str, Field(min_length=1, max_length=4096)]
+    method: Literal["POST"]
+    url: Url
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row that passed its checks.
+
+    Attributes:
+        line: its line in the file, from 1.
+        key: `id` of its answer: digest of the plan and the row, so that an answer is found again.
+    """
+
+    line: int
+    custom_id: str
+    body: CompletionBody | ChatBody
+    key: str
+
+
+def parse_row(raw: bytes, line: int, plan_digest: str) -> Row:
+    """Parse and check a line.
+
+    Raises:
+        InvalidRequestError: what is wrong with it.
+    """
+    data = parse_json(raw)
+    try:
+        head = _Line.model_validate(data)
+    except ValidationError as error:
+        raise explain(error, _Line) from None
+    try:
+        body = parse_body(head.url, head.body)
+        key = KEY_PREFIX + sha256(plan_digest + canonical(data))[:32]
+        head.custom_id.encode()
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"body: {error}") from None
+    except (UnicodeEncodeError, RecursionError):
+        raise InvalidRequestError(
+            "the line holds text that is not Unicode, or is nested too deeply"
+        ) from None
+    return Row(line, head.custom_id, body, key)
+
+
+def answer_line(row: Row, completions: Sequence[Completion], decoder: Decoder, model: str) -> Json:
+    """Output line of an answered row; `completions` has one for each choice.
+
+    The same answer gives the same bytes, so the line holds no time: `created` is 0.
+    """
+    name, kind = "cmpl", "text_completion"
+    if isinstance(row.body, ChatBody):
+        name, kind = "chatcmpl", "chat.completion"
+    choices = [
+        choice(row.body, index, completion, decoder) for index, completion in enumerate(completions)
+    ]
+    digest = row.key.removeprefix(KEY_PREFIX)
+    body = {
+        "id": f"{name}-{digest}",
+        "object": kind,
+        "created": 0,
+        "model": row.body.model or model,
+        "choices": choices,
+        "usage": usage(completions[0].num_prompt_tokens, completions),
+    }
+    response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
+    return {"id": row.key, "custom_id": row.custom_id, "response": response, "error": None}
+
+
+def error_line(custom_id: str | None, line: int, code: str, message: str) -> Json:
+    """Output line of a row that was refused or failed."""
+    error = {"code": code, "message": message, "line": line}
+    return {
+        "id": f"{KEY_PREFIX}line_{line}",
+        "custom_id": custom_id,
+        "response": None,
+        "error": error,
+    }
+
+
+def encode_line(line: Mapping[str, object]) -> bytes:
+    """An output line as it stands in the file, its newline included."""
+    return json.dumps(line, ensure_ascii=True, sort_keys=True).encode() + b"\n"

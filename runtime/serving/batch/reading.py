@@ -1,0 +1,102 @@
+"""The rows of a scanned file in its order: each is answered already, or faulty, or ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tokenspeed_plan.runtime.request import Completion, Request
+from tokenspeed_plan.runtime.serving.batch.files import InputFile
+from tokenspeed_plan.runtime.serving.batch.lines import Row, parse_row
+from tokenspeed_plan.runtime.serving.batch.notebook import CheckedLine, Notebook
+from tokenspeed_plan.runtime.serving.batch.resume import FinishedLines
+from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
+from tokenspeed_plan.runtime.serving.openai.conversion import Encoder, RequestLimits, to_requests
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A row that an earlier run answered; `line` is its output line."""
+
+    line: bytes
+    selected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Faulty:
+    """A row that cannot be run."""
+
+    line: int
+    fault: str
+    custom_id: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class ActiveRow:
+    """A row that runs or is about to.
+
+    Attributes:
+        requests: one for each choice.
+        choices: those that are finished, by index.
+        line: its output line, once all choices are finished.
+    """
+
+    row: Row
+    requests: tuple[Request, ...]
+    choices: dict[int, Completion] = field(default_factory=dict)
+    line: bytes | None = None
+
+    def add(self, completion: Completion) -> bool:
+        """Take one finished choice; returns whether all are finished."""
+        index = int(completion.request_id.rpartition(":")[2])
+        self.choices[index] = completion
+        return len(self.choices) == len(self.requests)
+
+    def completions(self) -> list[Completion]:
+        """Finished choices in order."""
+        return [self.choices[index] for index in sorted(self.choices)]
+
+
+class RowReader:
+    """Goes through the notebook; reads a line of the input again only if it has to run."""
+
+    def __init__(
+        self,
+        source: InputFile,
+        notebook: Notebook,
+        finished: FinishedLines,
+        digest: str,
+        tokenizer: Encoder,
+        limits: RequestLimits,
+    ) -> None:
+        self._source = source
+        self._notebook = notebook
+        self._finished = finished
+        self._digest = digest
+        self._tokenizer = tokenizer
+        self._limits = limits
+
+    def __iter__(self) -> Iterator[Answered | Faulty | ActiveRow]:
+        """Rows that are selected, and rows that are not but were answered by an earlier run."""
+        for line in self._notebook.lines():
+            if line.fault is not None:
+                if line.selected:
+                    yield Faulty(line.line, line.fault)
+                continue
+            finished = self._finished.line(line.key)
+            if finished is not None:
+                yield Answered(finished, line.selected)
+            elif line.selected:
+                yield self._read(line)
+
+    def _read(self, line: CheckedLine) -> Faulty | ActiveRow:
+        custom_id = None
+        try:
+            row = parse_row(self._source.read(line.start, line.size), line.line, self._digest)
+            custom_id = row.custom_id
+            if row.key != line.key:
+                raise InvalidRequestError("the line was changed after it was checked")
+            requests = to_requests(row.body, row.key, self._tokenizer, self._limits)
+        except InvalidRequestError as error:  # more than the scan's quick check could see
+            return Faulty(line.line, str(error), custom_id)
+        return ActiveRow(row, requests)

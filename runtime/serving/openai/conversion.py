@@ -1,0 +1,164 @@
+"""Bodies of OpenAI requests -> requests of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime.request import Request, SamplingParams
+from tokenspeed_plan.runtime.serving.openai.bodies import (
+    ChatBody,
+    CompletionBody,
+    InvalidRequestError,
+    escape,
+)
+
+
+class Encoder(Protocol):
+    """The half of a tokenizer that makes token ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
+    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+        """A chat as one prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """The limits of a plan that a request is checked against, in tokens.
+
+    `default_max_tokens` is used where the request has no `max_tokens`.
+    """
+
+    max_seq_len: int
+    default_max_tokens: int
+    vocab_size: int
+
+
+def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits) -> None:
+    """Raise what `to_requests` would raise, without tokenising where the byte count is enough.
+
+    A byte-level tokenizer never makes more tokens of ASCII text than it has bytes. Other text may
+    grow when it is normalised, so it is tokenised.
+
+    Raises:
+        InvalidRequestError: see `to_requests`.
+    """
+    if isinstance(body, CompletionBody) and isinstance(body.prompt, str) and body.prompt.isascii():
+        room = limits.max_seq_len - (body.max_tokens or 1)
+        if 0 < len(body.prompt) <= room:
+            return
+    to_requests(body, "0", tokenizer, limits)
+
+
+def to_requests(
+    body: CompletionBody | ChatBody, key: str, tokenizer: Encoder, limits: RequestLimits
+) -> tuple[Request, ...]:
+    """One request for each of the body's `n` choices, named `<key>:<choice>`.
+
+    `key` ends in hexadecimal digits. Without a `seed` in the body they seed the first choice; each
+    further choice adds one.
+
+    Raises:
+        InvalidRequestError: the prompt is empty, too long or malformed.
+    """
+    ids = tuple(_prompt_ids(body, tokenizer))
+    params = _sampling_params(body, _max_tokens(body, ids, limits))
+    seed = body.seed
+    if seed is None:
+        seed = int(key[-15:], 16)
+    return tuple(
+        Request(f"{key}:{choice}", ids, replace(params, seed=seed + choice))
+        for choice in range(body.n or 1)
+    )
+
+
+def _max_tokens(
+    body: CompletionBody | ChatBody, ids: tuple[int, ...], limits: RequestLimits
+) -> int:
+    """The most tokens to generate: the body's limit, or the plan's default within its room.
+
+    Raises:
+        InvalidRequestError: the prompt does not fit the plan.
+    """
+    if not ids:
+        raise InvalidRequestError("the prompt is empty")
+    if max(ids) >= limits.vocab_size:
+        raise InvalidRequestError(
+            f"token id {max(ids)} is not in the vocabulary of {limits.vocab_size}"
+        )
+    wanted, field = body.max_tokens, "prompt"
+    if isinstance(body, ChatBody):
+        wanted, field = body.max_completion_tokens or body.max_tokens, "messages"
+    room = limits.max_seq_len - len(ids)
+    if room < (wanted or 1):
+        raise InvalidRequestError(
+            f"{len(ids)} prompt tokens and max_tokens {wanted or 1} are over the plan's limit of "
+            f"{limits.max_seq_len} (max_seq_len)",
+            field,
+            "context_length_exceeded",
+        )
+    return wanted or min(limits.default_max_tokens, room)
+
+
+def _prompt_ids(body: CompletionBody | ChatBody, tokenizer: Encoder) -> list[int]:
+    try:
+        prompt = _prompt(body, tokenizer)
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt)
+        return prompt
+    except RequestError as error:
+        raise InvalidRequestError(error.message) from None
+    except (UnicodeEncodeError, TypeError) as error:
+        raise InvalidRequestError(f"the prompt is not Unicode text: {escape(str(error))}") from None
+
+
+def _prompt(body: CompletionBody | ChatBody, tokenizer: Encoder) -> str | list[int]:
+    """The one prompt of a body, as text or as token ids."""
+    if isinstance(body, ChatBody):
+        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        return tokenizer.render_chat(messages)
+    prompt: Any = body.prompt
+    if isinstance(prompt, str):
+        return prompt
+    if prompt and isinstance(prompt[0], (str, list)):
+        if len(prompt) > 1:
+            raise InvalidRequestError(f"the row has {len(prompt)} prompts, write one row for each")
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return prompt
+    return list(prompt)
+
+
+def _sampling_params(body: CompletionBody | ChatBody, max_tokens: int) -> SamplingParams:
+    """What a body says about sampling, its seed apart."""
+    temperature = body.temperature
+    if temperature is None:
+        temperature = 1.0  # OpenAI's default
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=body.top_p or 1.0,
+        top_k=max(body.top_k or 0, 0),
+        stop=_stop_strings(body),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        num_logprobs=_num_logprobs(body),
+    )
+
+
+def _stop_strings(body: CompletionBody | ChatBody) -> tuple[str, ...]:
+    stop = body.stop or []
+    if isinstance(stop, str):
+        stop = [stop]
+    return tuple(text for text in stop if text)
+
+
+def _num_logprobs(body: CompletionBody | ChatBody) -> int | None:
+    if isinstance(body, CompletionBody):
+        return body.logprobs
+    if body.logprobs:
+        return body.top_logprobs or 0
+    return None
