@@ -50,7 +50,7 @@ def find_driver() -> Any:
         PlanError: the package is not there.
     """
     try:
-        from cuda.bindings import driver
+        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise PlanError(
             "cubins are loaded through `cuda.bindings`, which is not installed",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,10 @@ from typing import Any
 import hypothesis
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+# Tests run side by side on all cores, so each process computes with one thread, and OpenMP's idle
+# threads sleep: by default they spin, which slows the other processes down. Commands that tests
+# start inherit this. It is read when torch is imported.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 import torch
 from checkpoints import KINDS, write_checkpoint

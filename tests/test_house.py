@@ -14,7 +14,14 @@ REPO = Path(__file__).parent.parent
 PAGES = ("AGENTS.md", "CHANGELOG.md", "LICENSE", "README.md")
 BUILT = ("__pycache__", "build", "dist", "out.jsonl")
 README_LINES = range(60, 121)
-COMMANDS = ("make demo", "make test", "make lint", "make plans")
+COMMANDS = (
+    "make demo",
+    "make quick",
+    "make test",
+    "make lint",
+    "make plans",
+    "make check-plans",
+)
 
 # Somebody's own folder, or a package registry: both belong in that machine's configuration.
 PRIVATE = re.compile(

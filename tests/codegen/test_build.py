@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from compiling import CompiledKernels, job, plan_of
 from conftest import ROOT
 
 from tokenspeed_plan.codegen import build
@@ -46,7 +47,7 @@ from tokenspeed_plan.planner.spec import SpeculationSpec, WorkloadSpec, load_spe
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.kernel_file import kind_of, read_source
+from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import OPS
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Launch, Param, Plan, Program
 from tokenspeed_plan.plans.types import Phase, TensorSpec
@@ -62,15 +63,6 @@ ANY_PRODUCT = re.compile(r"\b(?:wgmma\.mma|tcgen05\.mma|mma\.sync)")
 # a sequence.
 MATRIX = {"attention", "delta_chunk", "delta_scan", "grouped_down", "grouped_up", "linear"}
 WIDEST = 64  # rows of a tile from which on these instructions exist
-
-
-@cache
-def plan_of(name: str) -> Plan:
-    return load_plan(ROOT / "plans/frozen" / name)
-
-
-def job(name: str, kernel: KernelSpec, sm: int) -> Job:
-    return Job(kernel, read_source(ROOT / "plans/frozen" / name, kernel), sm)
 
 
 def job_of(kind: str, sm: int = 90) -> Job:
@@ -118,26 +110,20 @@ def settle(
     return {key: (built, reports[built.kernel.name]) for key, built in chosen.items()}
 
 
-Made = dict[tuple[str, str, int], Compiled]
+Made = CompiledKernels
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made() -> Made:
-    """(plan, kernel, sm) -> what the compiler made of it, every kernel for both architectures."""
-    jobs = {
-        (name, kernel.name, sm): job(name, kernel, sm)
-        for name in NAMES
-        for kernel in plan_of(name).kernels
-        for sm in GPUS
-    }
-    results = compile_all(jobs.values(), default_cache())
-    return {place: results[one.key] for place, one in jobs.items()}
+    """Every kernel of the frozen plans, for both architectures."""
+    return CompiledKernels()
 
 
 @pytest.mark.parametrize("sm", GPUS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kernel_compiles_and_fits(name: str, sm: int, made: Made) -> None:
     """Also for the other plan's GPU, and with the large tiles of the CPU."""
+    made.compile_plan(name, sm)
     for kernel in plan_of(name).kernels:
         result = made[name, kernel.name, sm]
         assert not result.error, (kernel.name, result.error)
@@ -150,6 +136,7 @@ def test_every_kernel_compiles_and_fits(name: str, sm: int, made: Made) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_latency_kernels_keep_their_values_in_registers(name: str, sm: int, made: Made) -> None:
     """Those of decode. A plan's tiles are chosen for its own GPU; the other one has tiles too."""
+    made.compile_plan(name, sm)
     plan = plan_of(name)
     kernels = used(program for program in plan.pool.programs if program.phase != "prefill")
     assert len(kernels) > 10
@@ -306,6 +293,7 @@ def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(
     name: str, sm: int, made: Made
 ) -> None:
     """All products of such a kernel, not only one."""
+    made.compile_plan(name, sm)
     called = used(phase_of(plan_of(name), "prefill")[-1:])
     seen: set[str] = set()
     for kernel in (kernel for kernel in plan_of(name).kernels if kernel.name in called):
@@ -325,6 +313,7 @@ def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(
 @pytest.mark.parametrize("name", [H200_PLAN, B200_PLAN])
 def test_older_instructions_are_for_few_rows_only(name: str, sm: int, made: Made) -> None:
     """Where `mma.sync` is left, the tile has fewer rows than the newer instructions take."""
+    made.compile_plan(name, sm)
     for kernel in plan_of(name).kernels:
         if "mma.sync" in ANY_PRODUCT.findall(made[name, kernel.name, sm].ptx):
             assert kernel.launch is not None

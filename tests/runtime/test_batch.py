@@ -40,7 +40,7 @@ from tokenspeed_plan.runtime.serving.batch.summary import Histogram
 from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
 from tokenspeed_plan.runtime.serving.openai.conversion import check_body, to_requests
 
-FAKE = ROOT / "tests" / "batch_fake.py"
+FAKE = ROOT / "tests" / "support" / "batch_fake.py"
 
 
 def row(index: int, **body: Any) -> dict[str, Any]:
