@@ -180,6 +180,7 @@ class Terminal:
         time.sleep(0.5)
 
 
+@pytest.mark.slow
 def test_on_a_terminal() -> None:
     """Ctrl-C as the terminal sends it: at the prompt, and while an answer comes."""
     flags = ("--no-canary", "--max-tokens", 1200, "--temperature", 1.5)

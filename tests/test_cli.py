@@ -360,6 +360,7 @@ def test_plan_check_sees_a_stale_plan(bundle: Path, tmp_path: Path) -> None:
     assert (copy / "plan.json").read_text() != text
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bytes(bundle: Path, tmp_path: Path) -> None:
     texts = []
     for seed in ("1", "2"):
@@ -518,6 +519,7 @@ def test_wrong_tokens_are_not_served(bundle: Path, checkpoint: Any, tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -569,6 +571,7 @@ def test_the_lean_path_does_not_load_pytorch(bundle: Path) -> None:
     subprocess.run([sys.executable, "-c", code, bundle], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_bench_measures_every_kernel(bundle: Path) -> None:
     done = cli("bench", bundle, "--context", 20, "--batch", 2, "--prefill", 30, "--json")
     assert done.exit_code == 0, done.output
@@ -598,6 +601,7 @@ def test_bench_measures_every_kernel(bundle: Path) -> None:
     assert "share" in cli("bench", bundle, "--context", 20).stdout
 
 
+@pytest.mark.slow
 def test_bench_counts_what_was_asked_for_and_stays_there(
     bundle: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -626,6 +630,7 @@ def test_bench_counts_what_was_asked_for_and_stays_there(
     is_clean(cli("bench", bundle, "--context", limit), 2, f"cannot hold 1 x {limit + RUNS} tokens")
 
 
+@pytest.mark.slow
 def test_bench_refuses_what_the_plan_cannot_hold(bundle: Path, tmp_path: Path) -> None:
     is_clean(cli("bench", bundle, "--context", 10**6), 2, "cannot hold")
     is_clean(cli("bench", bundle, "--batch", 10**4), 2, "no decode program")

@@ -66,6 +66,7 @@ def test_the_headline_fits_and_counts_its_launches() -> None:
     assert decode.launches / (plan.num_layers + decode.depth) <= 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speculation", ["auto", "off"])
 def test_one_gpu_counts_its_launches(speculation: Any) -> None:
     spec = load_spec(ROOT / "examples/qwen3.5-35b-h200/spec.yaml").model_copy(
@@ -90,6 +91,7 @@ def test_every_kernel_has_a_text_and_layers_share_them(name: str) -> None:
     assert plan.target.sm == 0 or compiled == {kernel.name for kernel in plan.kernels}
 
 
+@pytest.mark.slow
 def test_planning_the_headline_needs_little_memory(tmp_path: Path) -> None:
     code = "from tokenspeed_plan.planner.cli import main\n"
     code += (

@@ -119,6 +119,7 @@ def made() -> Made:
     return CompiledKernels()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", GPUS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kernel_compiles_and_fits(name: str, sm: int, made: Made) -> None:
@@ -132,6 +133,7 @@ def test_every_kernel_compiles_and_fits(name: str, sm: int, made: Made) -> None:
         assert result.shared_bytes <= GPUS[sm].max_shared_bytes, kernel.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", GPUS)
 @pytest.mark.parametrize("name", NAMES)
 def test_latency_kernels_keep_their_values_in_registers(name: str, sm: int, made: Made) -> None:
@@ -185,6 +187,7 @@ def planned(rollback: str) -> Plan:
     return compile_plan(spec, find_model(spec, path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", GPUS)
 @pytest.mark.parametrize(
     ("rollback", "step"), [("snapshot", "delta_step"), ("recompute", "delta_recompute")]
@@ -217,6 +220,7 @@ def test_several_rows_a_sequence_stay_in_registers(rollback: str, step: str, sm:
         assert set(ANY_PRODUCT.findall(report.ptx)) <= {"mma.sync" if narrow else PRODUCT[sm]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 def test_the_demo_model_is_planned_for_a_gpu(gpu: str) -> None:
     """Its frozen plan is for a CPU, whose tiles spill in prefill; planned for a GPU none does."""
@@ -259,6 +263,7 @@ def drafts(kernel: KernelSpec) -> bool:
     return kernel.launch is not None and (kind_of(kernel) in DRAFTING or "num_seqs" in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> None:
     """Three drafts of three sequences, in decode and after a prefill: no frozen plan has them."""
@@ -287,6 +292,7 @@ def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> N
     assert sum(report.spill_bytes for _, report in chosen.values()) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", GPUS)
 @pytest.mark.parametrize("name", [H200_PLAN, B200_PLAN])
 def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(
@@ -309,6 +315,7 @@ def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(
     assert seen == MATRIX
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", GPUS)
 @pytest.mark.parametrize("name", [H200_PLAN, B200_PLAN])
 def test_older_instructions_are_for_few_rows_only(name: str, sm: int, made: Made) -> None:
@@ -373,6 +380,7 @@ def expected(made: Made) -> Result:
     return {kind: [one.key, sha256(results[kind].cubin), ""] for kind, one in jobs.items()}
 
 
+@pytest.mark.slow
 def test_same_bytes_in_any_folder_and_hash_order(made: Made, tmp_path: Path) -> None:
     runs = [
         probe(tmp_path / seed, tmp_path / f"cache {seed}", PYTHONHASHSEED=seed)
@@ -381,6 +389,7 @@ def test_same_bytes_in_any_folder_and_hash_order(made: Made, tmp_path: Path) -> 
     assert [answer(run) for run in runs] == [expected(made)] * 2
 
 
+@pytest.mark.slow
 def test_the_environment_has_no_say(made: Made, tmp_path: Path) -> None:
     """Each of these would make other code, in an entry that every later plan would trust."""
     switches = {
@@ -398,6 +407,7 @@ def no_compiler(missing: list[Job], folder: Path) -> dict[str, Compiled]:
     raise AssertionError(f"not in the cache: {[one.kernel.name for one in missing]}")
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,6 +496,7 @@ def test_a_damaged_entry_is_compiled_again(
     assert results == {jobs[0].key: fresh, jobs[1].key: made[H200_PLAN, jobs[1].kernel.name, 90]}
 
 
+@pytest.mark.slow
 def test_a_damaged_entry_is_replaced(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -538,6 +549,7 @@ def wide(block: int) -> Built:
     return Built(one.kernel, one.source)
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_and_not_kept(tmp_path: Path) -> None:
     """It may have been the machine's: a full disk today must not choose tomorrow's tiling."""
     bad = altered(WIDE.format(block=100))
@@ -546,6 +558,7 @@ def test_a_failure_is_told_and_not_kept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_an_error_of_ours(tmp_path: Path) -> None:
     deadly = altered("import os\n\nos._exit(9)\n")
     with pytest.raises(SpecError, match="a worker process died") as caught:
@@ -557,6 +570,7 @@ def is_prefill_attention(kernel: KernelSpec) -> bool:
     return kernel.launch is not None and kernel.launch.template == "attention_prefill"
 
 
+@pytest.mark.slow
 def test_the_next_tiling_is_taken_where_shared_memory_is_little() -> None:
     """Prefill attention's last tiling is its smallest: with just enough for that, it is the one."""
     plan, hardware = plan_of(H200_PLAN), find_hardware("H200")
@@ -570,6 +584,7 @@ def test_the_next_tiling_is_taken_where_shared_memory_is_little() -> None:
     assert chosen == {"attention": (tilings[-1], results[jobs[-1].key])}
 
 
+@pytest.mark.slow
 def test_the_next_tiling_is_taken_where_one_spills(tmp_path: Path) -> None:
     tilings = [wide(32768), wide(16384), wide(128), wide(64)]
     built, report = settle({"wide": tilings}, find_hardware("H200"), tmp_path)["wide"]
@@ -577,6 +592,7 @@ def test_the_next_tiling_is_taken_where_one_spills(tmp_path: Path) -> None:
     assert report.spill_bytes == 0
 
 
+@pytest.mark.slow
 def test_a_kernel_that_fits_in_no_tiling_is_refused(tmp_path: Path) -> None:
     tilings = [wide(32768), wide(16384)]
     with pytest.raises(
@@ -589,6 +605,7 @@ def test_a_kernel_that_fits_in_no_tiling_is_refused(tmp_path: Path) -> None:
     assert "--no-compile" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_planning_refuses_what_does_not_fit_unless_told_not_to_look(tmp_path: Path) -> None:
     profile = tmp_path / "small.yaml"
     profile.write_text(known_profiles()["h200"].replace("232_448", "1024"))

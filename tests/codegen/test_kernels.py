@@ -97,6 +97,7 @@ def has_more_rows_than_it_needs(kernel: KernelSpec, case: Case) -> bool:
     return rows > MAX_ROWS.get(kind_of(kernel), rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES.keys())
 def test_kernels_equal_their_references(case: Case) -> None:
     built = kernels_of(case)
@@ -121,6 +122,7 @@ def test_simulated_acceptance_equals_the_reference(forced: tuple[float, ...]) ->
     assert [name for name, error in errors(built, case) if error] == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN
 @pytest.mark.parametrize("gpu", ["cpu", "H200"])
 def test_logits_that_are_no_distribution_still_give_a_token(gpu: str) -> None:
@@ -145,6 +147,7 @@ def test_logits_that_are_no_distribution_still_give_a_token(gpu: str) -> None:
 EARLIER = {"attention_gate", "delta_step"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [ROWS, TILED, ALONE], ids=["many sequences", "few sequences", "one row"]
 )
@@ -281,6 +284,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "kind", "old", "new"),
     MUTATIONS,

@@ -102,6 +102,7 @@ def alone(case: Case) -> list[Built]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", (CASES | KEPT).values(), ids=(CASES | KEPT).keys())
 def test_kernels_equal_their_references(case: Case) -> None:
     kernels = [built for built in alone(case) if kind_of(built.kernel) in BY_ROWS]
@@ -122,6 +123,7 @@ def arrives_in_time(built: Built, case: Case) -> bool:
     return all(difference(got[i], tensors[i]) <= TOLERANCE[case.dtype] for i in outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="plays with the interpreter's time")
 @pytest.mark.parametrize(
     "case", [ROW, TWO, SIX, FOUR_KEPT], ids=["one row", "two rows", "six rows", "four, kept"]
@@ -156,6 +158,7 @@ EARLY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="plays with the interpreter's time")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN
 @pytest.mark.parametrize(
@@ -288,6 +291,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN
 @pytest.mark.parametrize(
     ("case", "kind", "old", "new"),

@@ -87,6 +87,7 @@ def test_a_gpu_that_is_not_there_is_said_in_a_line(tmp_path: Path) -> None:
     assert done.exit_code == 2 and done.stderr.startswith("error: there is no GPU here")
 
 
+@pytest.mark.slow
 def test_the_command_measures_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Any
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_lab import ONE_RANK
-from test_graph import context
+from model_graphs import context
 from torch import Tensor as Values
 
 from tokenspeed_plan.planner.advisor.hardware import find_hardware

@@ -11,21 +11,19 @@ from checkpoints import KINDS, oracle_config
 from conftest import make_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from model_graphs import context
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.compile import Model
 from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.models.builder import BuildContext
-from tokenspeed_plan.planner.models.config import load_preset, preset_names
+from tokenspeed_plan.planner.models.config import preset_names
 from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.cost import Load, op_cost
 from tokenspeed_plan.planner.passes.fuse import FUSIONS, Fusion
 from tokenspeed_plan.planner.passes.grammar import GraphError, check
-from tokenspeed_plan.planner.passes.limits import plan_capacity
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
-from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
@@ -43,14 +41,6 @@ PUBLISHED = {
     "0.8b": (752_393_024, 20_452_864),
 }
 ACTIVE = {"397b-a17b": 16_331_922_176, "35b-a3b": 2_946_429_568, "9b": 7_936_684_544}
-
-
-def context(name: str, depth: int = 0) -> BuildContext:
-    config, _ = load_preset(f"qwen3.5-{name}")
-    limits = plan_capacity(WorkloadSpec(), config, find_hardware("B200"), depth=depth)
-    return BuildContext(
-        config, "bf16", limits, config.vocab_size, lambda prefix: not prefix.startswith("mtp.")
-    )
 
 
 def one_rank(graph: OpGraph, until: Stage, fusions: tuple[Fusion, ...] = FUSIONS) -> OpGraph:
@@ -141,6 +131,7 @@ def greedy(plan: Plan, model: Model) -> list[tuple[int, ...]]:
     return [tuple((s.token_id, round(s.logprob, 9)) for s in item.logprobs) for item in done]  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

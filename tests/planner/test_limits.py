@@ -20,6 +20,7 @@ PREDICTED_US: dict[tuple[Phase, int], float] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tpot_ms", "tokens"),
     [(None, 512), (7.0, 512), (100.0, 512), (5.0, 320), (3.0, 128), (2.0, 16), (0.1, 16)],

@@ -59,6 +59,7 @@ def test_the_mtp_layer_of_qwen3_next_is_counted() -> None:
     assert with_drafts - PUBLISHED["qwen3-next-80b-a3b"] == NEXT_MTP_PARAMETERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_can_be_planned(name: str) -> None:
     gpu, count = TARGETS.get(name, ("H200", 1))

@@ -72,6 +72,7 @@ def plan_of(folder: Path, **changes: Any) -> Plan:
     return compile_plan(spec, find_model(spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "count", "moe"),
     [
@@ -127,6 +128,7 @@ def preset(name: str, count: int, **parallelism: Any) -> Plan:
     return compile_plan(spec, find_model(spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [8, 16])
 def test_the_headline_splits_as_published(count: int) -> None:
     plan = preset("397b-a17b", count)

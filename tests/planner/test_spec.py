@@ -43,6 +43,7 @@ def test_examples_are_specs(path: Path) -> None:
     load_spec(path)
 
 
+@pytest.mark.slow
 def test_every_key_is_accepted_and_resolved() -> None:
     spec = parse_spec(FULL, "spec")
     plan = compile_plan(spec, find_model(spec))
@@ -205,6 +206,7 @@ def is_refused_or_right(text: str) -> None:
         assert "\n" not in error.message
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(KEYS, json_values, max_size=6))
 def test_any_mapping_is_refused_or_a_spec(data: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ def graphs(checkpoint: Any) -> list[OpGraph]:
     return [program.graph for program in parts.programs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 @pytest.mark.parametrize("streams", [1, 2, 3])
 def test_no_schedule_beats_the_critical_path_or_the_work(

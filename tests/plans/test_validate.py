@@ -261,6 +261,7 @@ def drafting(checkpoint: Any) -> Plan:
     return compile_plan(spec, find_model(spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corrupt", ALWAYS, ids=lambda c: c.__name__)
 def test_corruptions_of_speculation_are_refused(corrupt: Corruption, drafting: Plan) -> None:
     rng, done = random.Random(corrupt.__name__), 0
@@ -277,6 +278,7 @@ def test_a_valid_plan_is_accepted(tiny_plan: Plan) -> None:
     check_digest(tiny_plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corrupt", ALWAYS, ids=lambda c: c.__name__)
 def test_corruptions_are_refused(corrupt: Corruption, tiny_plan: Plan) -> None:
     rng, done = random.Random(corrupt.__name__), 0
@@ -381,6 +383,7 @@ def test_memory_that_is_not_there() -> None:
         Arenas([ArenaSpec(name="kv_cache", size_bytes=10**15)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corrupt", JUDGED, ids=lambda c: c.__name__)
 def test_what_is_accepted_computes_the_same(
     corrupt: Corruption, tiny_plan: Plan, checkpoint: Any
@@ -419,6 +422,7 @@ def test_streams_say_the_same(streamed: Plan, tiny_plan: Plan, checkpoint: Any) 
     assert answers(streamed, checkpoint("moe")) == answers(tiny_plan, checkpoint("moe"))
 
 
+@pytest.mark.slow
 def test_every_event_matters(streamed: Plan) -> None:
     """Drop each record and each wait of each program, one at a time."""
     count = 0
@@ -521,6 +525,7 @@ def test_a_wait_that_comes_too_late_is_a_race(streamed: Plan) -> None:
     assert refusals >= 24
 
 
+@pytest.mark.slow
 def test_reuse_across_streams_needs_an_order(streamed: Plan) -> None:
     rng, found = random.Random(2), 0
     for _ in range(100):
@@ -546,6 +551,7 @@ def with_launch(plan: Plan, kind: str, **changes: Any) -> Plan:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [

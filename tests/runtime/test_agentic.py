@@ -24,6 +24,7 @@ BENCH = (
 )
 
 
+@pytest.mark.slow
 def test_an_agents_conversations_are_nine_tenths_cached() -> None:
     """The record's workload with a fiftieth of its tokens: 50,000 and 800 a turn."""
     options = ("--conversations", "2", "--first-turn-tokens", "1000", "--turns", "12", "--json")
@@ -46,6 +47,7 @@ def test_as_text() -> None:
     assert "recurrent state never" in text
 
 
+@pytest.mark.slow
 def test_a_conversation_too_long_is_one_error() -> None:
     done = CliRunner().invoke(main, [*BENCH, "--first-turn-tokens", "1270", "--turns", "3"])
     assert done.exit_code == 2 and done.output.startswith("error: ") and "hint: " in done.output

@@ -51,6 +51,7 @@ def answers(engine: Engine, asked: list[Request], seed: int) -> dict[str, Any]:
     return {name: (item.token_ids, item.finish_reason, item.text) for name, item in done.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_answers_do_not_depend_on_looking_ahead(
     seed: int, tiny_plan: Plan, checkpoint: Any

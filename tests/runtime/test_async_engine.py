@@ -233,6 +233,7 @@ def test_an_engine_without_a_tokenizer_streams_ids(tiny_plan: Plan, checkpoint: 
     with_served(engine, work)
 
 
+@pytest.mark.slow
 def test_the_example_runs() -> None:
     command = [sys.executable, ROOT / "examples/streaming.py", ROOT / "plans/frozen/demo-cpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

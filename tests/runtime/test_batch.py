@@ -459,6 +459,7 @@ def test_closed_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         open_writer(STDIO)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "order"), [("o.jsonl", "input"), ("o.jsonl", "completion"), ("o.jsonl.gz", "input")]
 )
@@ -518,6 +519,7 @@ def test_a_signal_drains_and_the_next_run_goes_on(number: int, tmp_path: Path) -
     assert [line["custom_id"] for line in read(target)] == [f"c{i}" for i in range(300)]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_rows(tmp_path: Path) -> None:
     peaks = []
     for count in (2_000, 20_000):
@@ -596,6 +598,7 @@ def test_any_bytes_are_refused_or_run(raw: bytes) -> None:
     is_refused_or_runs(raw)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.dictionaries(FIELDS, json_values, max_size=4), st.booleans())
 def test_any_body_is_refused_or_runs(body: dict[str, Any], is_chat: bool) -> None:
@@ -660,6 +663,7 @@ def test_rows_that_begin_alike_run_one_after_the_other() -> None:
     assert waiting.clear() == ["c"] and not len(waiting)
 
 
+@pytest.mark.slow
 def test_shared_prefixes_meet_in_the_cache(tmp_path: Path) -> None:
     """Two prefixes take turns in the file; answers and their order are those without a cache."""
     prefixes = [

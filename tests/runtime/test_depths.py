@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import make_spec
-from test_speculation import PROMPTS, say
+from drafting import PROMPTS, say
 from torch import Tensor
 from trained import write_trained
 
@@ -42,6 +42,7 @@ def plan_of(folder: Path, depths: dict[int, int], recomputes: bool = False) -> P
         return compile_plan(spec, find_model(spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("depths", MIXES, ids=str)
 def test_any_mix_of_depths_says_the_same(
@@ -71,6 +72,7 @@ def keys_of(
     return engine.executor.buffer(name, 0, 0).clone(), ids
 
 
+@pytest.mark.slow
 def test_rows_that_draft_nothing_leave_their_keys(folder: Path) -> None:
     """Those who draft after them find what they would have written themselves."""
     prompt = list(range(5, 25))

@@ -277,6 +277,7 @@ def edit(folder: Path, name: str, change: Any) -> None:
 NORM = "model.language_model.layers.1.input_layernorm.weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
 def test_the_canary_sings(weights: str, checkpoint: Any, tmp_path: Path) -> None:
     """In bf16 of a model that was trained: random routers choose other experts for less than its rounding."""
@@ -286,6 +287,7 @@ def test_the_canary_sings(weights: str, checkpoint: Any, tmp_path: Path) -> None
     assert check_canary(plan, Engine.from_plan(plan, folder)) >= (48 if weights == "fp32" else 24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change"),
     [

@@ -177,6 +177,7 @@ def half_a_grid(text: str, launch: Launch) -> tuple[str, Launch]:
     return text, launch.model_copy(update={"grid": (launch.grid[0], GridDim(fixed=1))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
@@ -197,6 +198,7 @@ def test_check_names_the_broken_step(
     assert f", `{kind}_" in done.stderr and "error: step " in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [["--check"], ["--backend", "kernels", "--prompt", "x", "--max-tokens", "1"]]
 )
@@ -222,6 +224,7 @@ def full_size_tokens(prompts: list[list[int]], params: SamplingParams) -> list[t
     return [tuple(done.token_ids) for done in engine.generate(prompts, params)]
 
 
+@pytest.mark.slow
 def test_kernels_need_only_addresses() -> None:
     """Bound at a program's full size, they compute batches of any size."""
     params, prompts = SamplingParams(max_tokens=2, ignore_eos=True), [list(range(5, 12))]

@@ -41,6 +41,7 @@ def plan_of(folder: Path, **changes: Any) -> Plan:
     return compile_plan(spec, find_model(spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_tokens_equal_transformers(kind: str, checkpoint: Any) -> None:
     folder = checkpoint(kind)
@@ -64,6 +65,7 @@ def test_logits_and_tokens_equal_transformers(kind: str, checkpoint: Any) -> Non
             assert difference.mean() <= 5e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100, 512])
 @pytest.mark.parametrize("kind", ["moe", "dense"])
 def test_any_chunk_gives_the_same_tokens(kind: str, chunk: int, checkpoint: Any) -> None:
@@ -76,6 +78,7 @@ def test_any_chunk_gives_the_same_tokens(kind: str, chunk: int, checkpoint: Any)
     assert [item.token_ids for item in got] == [item.token_ids for item in wanted]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("concurrency", [1, 3, 8])
 def test_any_order_and_batch_gives_the_same_tokens(concurrency: int, checkpoint: Any) -> None:
     folder = checkpoint("moe")

@@ -55,6 +55,7 @@ def told(tiny_plan: Plan, checkpoint: Any) -> Any:
     return cache(lambda seed: converse(tiny_plan, checkpoint("moe"), 50, seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "pressure"), [*zip((0, 1, 0, 1), PRESSURES, strict=True)])
 def test_answers_do_not_depend_on_the_cache(
     seed: int, pressure: str, told: Any, tiny_plan: Plan, checkpoint: Any
@@ -67,6 +68,7 @@ def test_answers_do_not_depend_on_the_cache(
     assert engine.metrics.preemptions or "pages" not in pressure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pressure", PRESSURES)
 def test_what_the_cache_holds_is_never_written(
     pressure: str, told: Any, tiny_plan: Plan, checkpoint: Any
@@ -78,6 +80,7 @@ def test_what_the_cache_holds_is_never_written(
     check_all_is_given_back(engine.scheduler.cache)
 
 
+@pytest.mark.slow
 def test_the_demo_model_says_the_same_with_and_without() -> None:
     """Trained weights, its own plan."""
     folder = ROOT / "examples" / "demo" / "model"
@@ -113,6 +116,7 @@ def test_the_last_turn_of_the_longest_conversation_is_cached(checkpoint: Any) ->
     assert cached == [(600, 0), (864, 607), (1128, 871)]
 
 
+@pytest.mark.slow
 def test_what_is_cheap_to_have_again_goes_first(tiny_plan: Plan, checkpoint: Any) -> None:
     """A long prompt outlives short ones that came after it; one that nobody asks for goes in the end."""
     limits = {

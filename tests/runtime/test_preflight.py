@@ -15,6 +15,7 @@ from tokenspeed_plan.runtime.compare import difference
 NAN, INF = float("nan"), float("inf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "streams", "fits"), [(1, 1, True), (2, 1, False), (1, 2, False)])
 def test_several_gpus_or_streams_are_not_replayed_yet(
     count: int, streams: int, fits: bool, tiny_plan: Plan, monkeypatch: Any

@@ -143,6 +143,7 @@ def pair(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bundle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count", "moe"), LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_ranks_say_what_one_says(
     kind: str, count: int, moe: dict[str, int], checkpoint: Any, tmp_path: Path
@@ -160,6 +161,7 @@ def test_ranks_say_what_one_says(
     assert token_ids(tmp_path / "out.jsonl") == alone(folder, tmp_path, PROMPTS, COUNTS[0])
 
 
+@pytest.mark.slow
 def test_torchrun_runs_a_batch(pair: Path, checkpoint: Any, tmp_path: Path) -> None:
     """The way that the README and the errors name, canary included."""
     dst_state_slots(tmp_path / "in.jsonl", PROMPTS, COUNTS)
@@ -184,6 +186,7 @@ def test_torchrun_runs_a_batch(pair: Path, checkpoint: Any, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_check_replays_the_canary_on_all_ranks(pair: Path, tmp_path: Path) -> None:
     assert wait(start(2, ["check", pair, "--canary"], tmp_path), 30) == [0, 0], logs(tmp_path, 2)
     assert logs(tmp_path, 2).count("48 tokens agree") == 1
@@ -215,6 +218,7 @@ def test_every_step_of_two_ranks_is_compared(short: Path, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.slow
 def test_a_broken_sum_over_ranks_is_named(short: Path, tmp_path: Path) -> None:
     """Of the parts, only that of the last rank is taken."""
     write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
@@ -228,6 +232,7 @@ def test_a_broken_sum_over_ranks_is_named(short: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3])
 def test_another_number_of_processes_is_refused_once(
     count: int, pair: Path, tmp_path: Path
@@ -242,6 +247,7 @@ def test_another_number_of_processes_is_refused_once(
     assert text.count("error: ") == text.count("hint: ") == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_weights_is_refused_by_all(
     pair: Path, checkpoint: Any, tmp_path: Path
 ) -> None:
@@ -256,6 +262,7 @@ def test_a_checkpoint_without_its_weights_is_refused_by_all(
         assert text.startswith("error: ") and "has no tensor" in text and text.count("error: ") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_death_of_a_rank_ends_the_other(victim: int, pair: Path, tmp_path: Path) -> None:
     dst_state_slots(tmp_path / "in.jsonl", PROMPTS * 300, COUNTS * 300)

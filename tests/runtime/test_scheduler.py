@@ -10,12 +10,12 @@ from typing import Any, get_args
 
 import pytest
 from conversations import check_all_is_given_back, squeezed
+from drafting import plan_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from launches import captured
 from symbolic import SymbolicExecutor, after, answer
-from test_speculation import plan_of
 
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
@@ -180,6 +180,7 @@ class Machine(RuleBasedStateMachine):
         check_all_is_given_back(self.engine.scheduler.cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("depth", "rollback"), [(0, "snapshot"), (1, "snapshot"), (3, "snapshot"), (3, "recompute")]
 )

@@ -440,6 +440,7 @@ LIKELY = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     fields=st.dictionaries(FIELDS, LIKELY | JSON, max_size=4),
@@ -506,6 +507,7 @@ def test_a_client_that_never_reads_holds_up_nobody(server: Server) -> None:
     assert not any(server.wait_until_idle().values())
 
 
+@pytest.mark.slow
 def test_sixty_four_clients_that_misbehave(server: Server) -> None:
     tally = asyncio.run(load(server.url, KEY, seconds=4, clients=64))
     assert not tally.faults, tally.faults[:5]

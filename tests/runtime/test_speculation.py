@@ -22,6 +22,7 @@ from conversations import (
     replay,
     squeezed,
 )
+from drafting import PROMPTS, plan_of, say
 from launches import LateLaunch, captured
 from torch import Tensor
 from trained import Round, Twin, write_trained
@@ -29,14 +30,13 @@ from trained import Round, Twin, write_trained
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.spec import load_spec
-from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.bound_programs import BoundPrograms
 from tokenspeed_plan.runtime.launch import EagerLaunch
 from tokenspeed_plan.runtime.reference import speculation
 from tokenspeed_plan.runtime.reference.sampling import filtered, sample
 
-PROMPTS = ([3, 4, 5], list(range(70)), [50] * 37, [7, 300, 20, 11], list(range(40, 110)))
 DEPTHS = (1, 2, 3, 4, 5)
 
 
@@ -51,16 +51,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@cache
-def plan_of(folder: Path, depth: int, rollback: str = "snapshot", **changes: Any) -> Plan:
-    spec = make_spec(
-        folder, speculation={"depth": depth, "rollback": rollback} if depth else "off", **changes
-    )
-    plan = compile_plan(spec, find_model(spec))
-    assert bool(plan.pool.limits.kept_inputs) == (depth > 0 and rollback == "recompute")
-    return plan
-
-
 def engine_of(folder: Path, depth: int, rollback: str = "snapshot", **options: Any) -> Engine:
     return Engine.from_plan(plan_of(folder, depth, rollback), folder, **options)
 
@@ -69,15 +59,6 @@ ROLLBACKS = (
     "snapshot",
     "recompute",
 )  # a state after each row of a step, or its inputs, computed again as far as they were right
-
-
-def say(
-    engine: Engine, prompts: Any = PROMPTS, most: int = 24, **params: Any
-) -> list[tuple[int, ...]]:
-    done = engine.generate(
-        prompts, SamplingParams(max_tokens=most, **{"ignore_eos": True} | params)
-    )
-    return [item.token_ids for item in done]
 
 
 class TracingLaunch(EagerLaunch):
@@ -100,6 +81,7 @@ class TracingLaunch(EagerLaunch):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rollback"), [("moe", "snapshot"), ("dense", "snapshot"), ("moe", "recompute")]
 )
@@ -123,6 +105,7 @@ def test_trained_checkpoints_say_the_same(
     assert [a - b for a, b in pairwise([*counts, 0])] == [accepted[n] for n in range(depth + 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["moe", "dense", "tied", "flat", "ratio3", "deep", "yarn"])
 def test_random_checkpoints_say_the_same(kind: str, checkpoint: Any) -> None:
     folder = checkpoint(kind)
@@ -132,6 +115,7 @@ def test_random_checkpoints_say_the_same(kind: str, checkpoint: Any) -> None:
     assert say(engine_of(folder, 3, "recompute")) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["moe", "tied"])
 def test_drafts_of_a_part_of_the_vocabulary(kind: str, trained: Any, checkpoint: Any) -> None:
     """The same ids, whatever drafts are chosen from; and of what is chosen from no other is a draft."""
@@ -150,6 +134,7 @@ def test_drafts_of_a_part_of_the_vocabulary(kind: str, trained: Any, checkpoint:
             assert engine.metrics.tokens_per_pass > 1.05
 
 
+@pytest.mark.slow
 def test_the_demo_model_says_the_same() -> None:
     path = ROOT / "examples/demo/spec.yaml"
     spec = load_spec(path)
@@ -168,6 +153,7 @@ def test_the_demo_model_says_the_same() -> None:
         assert depth == 0 or engine.metrics.tokens_per_pass > 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["moe", "dense"])
 def test_rounds_are_those_of_the_twin(kind: str, trained: Any) -> None:
     """Drafts and accepted counts of each step against transformers' layers, which compute all anew each time."""
@@ -184,6 +170,7 @@ def test_rounds_are_those_of_the_twin(kind: str, trained: Any) -> None:
         assert len({made.accepted for made in rounds}) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(
     ("seed", "rollback"), [(0, "snapshot"), (1, "snapshot"), (1, "recompute"), (2, "recompute")]
@@ -204,6 +191,7 @@ def test_conversations_through_the_cache(
     check_all_is_given_back(engine.scheduler.cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rollback", ROLLBACKS)
 @pytest.mark.parametrize("ahead", [False, True])
 def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, rollback: str, trained: Any) -> None:
@@ -218,6 +206,7 @@ def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, rollback: str, tra
     check_all_is_given_back(engine.scheduler.cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ahead", "rollback"), [(False, "snapshot"), (True, "snapshot"), (True, "recompute")]
 )
@@ -244,6 +233,7 @@ def test_ends_in_the_middle_of_a_run(ahead: bool, rollback: str, trained: Any) -
     check_all_is_given_back(fast.scheduler.cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rollback", ROLLBACKS)
 @pytest.mark.parametrize("ahead", [False, True])
 def test_the_next_turn_goes_on_where_the_last_one_ended(
@@ -277,6 +267,7 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(
     assert fast.metrics.lost_checkpoints == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rollback", ROLLBACKS)
 def test_a_checkpoint_that_is_gone_is_not_kept(rollback: str, trained: Any) -> None:
     """A stop string is found late: nothing is cached where a step ran over the state there, and it is counted.
@@ -298,6 +289,7 @@ def test_a_checkpoint_that_is_gone_is_not_kept(rollback: str, trained: Any) -> N
     check_all_is_given_back(fast.scheduler.cache)
 
 
+@pytest.mark.slow
 def test_each_token_is_told_with_its_logprobs(trained: Any) -> None:
     folder = trained("moe")
     told: list[Any] = []
@@ -339,6 +331,7 @@ def test_a_request_that_is_cancelled_while_it_is_told(trained: Any) -> None:
     check_all_is_given_back(engine.scheduler.cache)
 
 
+@pytest.mark.slow
 def test_batch_files(trained: Any, tmp_path: Path) -> None:
     """The command answers a file as it does without speculation."""
     body = {
@@ -548,6 +541,7 @@ def test_advance_rows_by_hand() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_random_requests_at_random_moments(trained: Any) -> None:
     """Stops, logprobs, temperatures and lengths mixed, launched ahead or not: all answers as without speculation."""
     folder, rng = trained("moe"), random.Random(3)

@@ -140,6 +140,7 @@ def taken(engine: Engine) -> tuple[int, ...]:
     return used.waiting, used.running, used.state_slots, used.pages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [False, True], ids=["plain", "ahead"])
 @pytest.mark.parametrize("seed", range(4))
 def test_cancelling_disturbs_nobody(

@@ -1,0 +1,59 @@
+"""linear_add
+
+linear: y = x w^T, split into columns of the sizes `splits`
+add: y = x + r
+Source: a product that reads each weight once
+
+Grid: (block of columns, block of tokens). One program computes BLOCK_M x BLOCK_N of the result,
+in plain arithmetic, BLOCK_K of the depth at a time.
+K columns of x, N of the result; `m` counts tokens, `n` columns, `k` the depth, `row` rows of x.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def linear_add(
+    linear_x,  # input, fp32 [num_tokens, 256]
+    add_r,  # input, fp32 [num_tokens, 256]
+    linear_w,  # weight, fp32 [256, 256]
+    add_y,  # output, fp32 [num_tokens, 256]
+    num_tokens,  # i32
+    num_seqs,  # i32
+):
+    BLOCK_K: tl.constexpr = 256
+    BLOCK_M: tl.constexpr = 1
+    BLOCK_N: tl.constexpr = 32
+    K: tl.constexpr = 256
+    N: tl.constexpr = 256
+    STAGES: tl.constexpr = 1
+
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_ok = m < num_tokens
+    row = m
+    n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
+    first = tl.program_id(0) * BLOCK_N
+    n_ok = first + n < N
+    weight = linear_w + first.to(tl.int64) * K
+    acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a = tl.load(
+            linear_x + row[:, None, None] * K + k[None, None, :],
+            mask=m_ok[:, None, None],
+            other=0.0,
+        ).to(tl.float32)
+
+        w_tile = tl.load(
+            weight + n[None, :, None] * K + k[None, None, :],
+            mask=n_ok[None, :, None],
+            other=0.0,
+        )
+        acc += w_tile.to(tl.float32) * a
+    out = tl.sum(acc, 2)
+    col = first + n
+    ok = m_ok[:, None] & n_ok[None, :]
+    offsets = m[:, None] * N + col[None, :]
+    out += tl.load(add_r + offsets, mask=ok, other=0.0).to(tl.float32)
+    tl.store(add_y + offsets, out, mask=ok)

@@ -1,0 +1,34 @@
+"""Plans and answers with speculation, for several test modules."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from conftest import make_spec
+
+from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime import Engine, SamplingParams
+
+PROMPTS = ([3, 4, 5], list(range(70)), [50] * 37, [7, 300, 20, 11], list(range(40, 110)))
+
+
+@cache
+def plan_of(folder: Path, depth: int, rollback: str = "snapshot", **changes: Any) -> Plan:
+    spec = make_spec(
+        folder, speculation={"depth": depth, "rollback": rollback} if depth else "off", **changes
+    )
+    plan = compile_plan(spec, find_model(spec))
+    assert bool(plan.pool.limits.kept_inputs) == (depth > 0 and rollback == "recompute")
+    return plan
+
+
+def say(
+    engine: Engine, prompts: Any = PROMPTS, most: int = 24, **params: Any
+) -> list[tuple[int, ...]]:
+    done = engine.generate(
+        prompts, SamplingParams(max_tokens=most, **{"ignore_eos": True} | params)
+    )
+    return [item.token_ids for item in done]
