@@ -52,13 +52,13 @@ def ours(bundle: Path, context: int, tokens: int) -> dict[str, Any]:
     """The engine, with random weights."""
     from tokenspeed_plan.plans.bundle import load_plan
     from tokenspeed_plan.runtime import Engine, SamplingParams
-    from tokenspeed_plan.runtime.arenas import Arenas
-    from tokenspeed_plan.runtime.backend import ReferenceBackend, load_kernels
-    from tokenspeed_plan.runtime.engine_loader import make_backend
-    from tokenspeed_plan.runtime.executor import Executor
-    from tokenspeed_plan.runtime.graphs import GraphLaunch
-    from tokenspeed_plan.runtime.plan_memory import PlanMemory
-    from tokenspeed_plan.runtime.weights import random_weights
+    from tokenspeed_plan.runtime.execution.arenas import Arenas
+    from tokenspeed_plan.runtime.execution.backend import ReferenceBackend, load_kernels
+    from tokenspeed_plan.runtime.execution.executor import Executor
+    from tokenspeed_plan.runtime.execution.graphs import GraphLaunch
+    from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+    from tokenspeed_plan.runtime.loading.engine_loader import make_backend
+    from tokenspeed_plan.runtime.loading.weights import random_weights
 
     plan = load_plan(bundle)
     arenas = Arenas(plan.pool.arenas, "cuda")

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.arenas import TORCH_DTYPES, Arenas
-from tokenspeed_plan.runtime.weights import load_weights
+from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES, Arenas
+from tokenspeed_plan.runtime.loading.weights import load_weights
 
 SHARD_BYTES = 2 << 30
 BLOCK_BYTES = 16 << 20

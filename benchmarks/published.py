@@ -16,12 +16,12 @@ from pathlib import Path
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.engine_profile import Engine, load_engine
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.step_model import StepModel
 from tokenspeed_plan.planner.advisor.workload import ACCEPTANCE, tokens_per_step
 from tokenspeed_plan.planner.commands.predict import search
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.spec import Spec
 

@@ -12,11 +12,11 @@ from tokenspeed_plan.codegen.build import Job, compile_all, compiler_name
 from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.advisor import resolve as decide
 from tokenspeed_plan.planner.advisor.candidate import SUPPORTED
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.planner.freeze import Parts, freeze
 from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.planner.models import checkpoint
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import ModelConfig, load_model_config, load_preset

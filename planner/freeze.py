@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tokenspeed_plan.codegen.kernel_builder import Built
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.graph import LoweredCall, LoweredStep, OpGraph, Source, Tensor, Weight
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.passes.lower import LoweredProgram, scratch_name
 from tokenspeed_plan.planner.passes.place import PLACED_ARENAS
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.report import GIB
 from tokenspeed_plan.plans.schema import (
     SCHEMA_VERSION,
     SIGNALS,
@@ -40,7 +39,7 @@ from tokenspeed_plan.plans.schema import (
     WeightSpec,
     shared_bytes,
 )
-from tokenspeed_plan.plans.types import TensorSpec, aligned
+from tokenspeed_plan.plans.types import GIB, TensorSpec, aligned
 
 Chosen = Mapping[str, Built]  # the tiling of each kernel by its key
 

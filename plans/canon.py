@@ -28,11 +28,23 @@ def plan_digest(plan: Plan) -> str:
 
 
 _TIMES = {"predicted_us", "flops", "moved_bytes"}
-_PROGRAM_TIMES = {"predicted_us": True, "steps": {"__all__": _TIMES}}
+_PROGRAM_TIMES: dict[str, Any] = {
+    "predicted_us": True,
+    "buffers": {"__all__": {"offset_bytes"}},
+    "steps": {"__all__": _TIMES},
+}
+_OFFSETS = {"__all__": {"offset_bytes"}}
+_NO_PART_OF_POOLS: dict[str, Any] = {
+    "memory_bytes_per_rank": True,
+    "arenas": True,
+    "buffers": _OFFSETS,
+    "weights": _OFFSETS,
+    "programs": {"__all__": _PROGRAM_TIMES},
+}
 _NO_PART_OF_ANSWERS: dict[str, Any] = {
     "model": {"location"},
     "target": {"gpu", "count"},
-    "pools": {"__all__": {"memory_bytes_per_rank": True, "programs": {"__all__": _PROGRAM_TIMES}}},
+    "pools": {"__all__": _NO_PART_OF_POOLS},
 }
 
 
@@ -41,7 +53,7 @@ def answer_digest(plan: Plan) -> str:
 
     In it are the model with the digests of its files, the compute capability, what each pool holds
     and runs, and the kernels with the digests of their texts. Not in it are the spec, decisions,
-    predictions, the memory map, canary prompts, and the binaries with their compiler: the same text
+    predictions, where memory lies, canary prompts, and the binaries with their compiler: the same text
     can be compiled to other bytes that compute the same.
     """
     fields = plan.model_dump(

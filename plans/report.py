@@ -19,8 +19,9 @@ from tokenspeed_plan.plans.schema import (
     Plan,
     Program,
 )
+from tokenspeed_plan.plans.types import GIB
 
-MIB, GIB = 1 << 20, 1 << 30
+MIB = 1 << 20
 TOP_COSTS = 5
 WIDTH = 118
 DEFINITIONS = {

@@ -21,6 +21,8 @@ DTYPE_BITS: dict[DType, int] = {
 
 ALIGNMENT_BYTES = 256  # of every buffer and weight in its arena
 
+GIB = 1 << 30
+
 Phase = Literal["prefill", "decode"]
 
 WARP_SIZE = 32  # threads

@@ -12,14 +12,14 @@ from torch import Tensor
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import KernelCall, KernelSpec, Param, Plan, Program
 from tokenspeed_plan.plans.types import DType
-from tokenspeed_plan.runtime.backend import (
+from tokenspeed_plan.runtime.execution.backend import (
     BoundStep,
     Instruction,
     KernelBackend,
     execute,
     num_outputs,
 )
-from tokenspeed_plan.runtime.launch import EagerLaunch
+from tokenspeed_plan.runtime.execution.launch import EagerLaunch
 from tokenspeed_plan.runtime.request import SamplingParams
 
 if TYPE_CHECKING:

@@ -10,20 +10,20 @@ from pathlib import Path
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.backend import BackendName
-from tokenspeed_plan.runtime.batch import Batch
-from tokenspeed_plan.runtime.engine_loader import WriteChat, load_bundle, load_parts
-from tokenspeed_plan.runtime.executor import Executor, Lead
-from tokenspeed_plan.runtime.kernels import Kernels
-from tokenspeed_plan.runtime.launch import Launch
+from tokenspeed_plan.runtime.execution.backend import BackendName
+from tokenspeed_plan.runtime.execution.executor import Executor, Lead
+from tokenspeed_plan.runtime.execution.kernels import Kernels
+from tokenspeed_plan.runtime.execution.launch import Launch
+from tokenspeed_plan.runtime.loading.engine_loader import WriteChat, load_bundle, load_parts
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor
 from tokenspeed_plan.runtime.request import Completion, NewToken, Request, SamplingParams
 from tokenspeed_plan.runtime.request_check import check_request
-from tokenspeed_plan.runtime.scheduler import Scheduler, Usage
-from tokenspeed_plan.runtime.sequence import Sequence
-from tokenspeed_plan.runtime.serving.streaming import Delta, stream
+from tokenspeed_plan.runtime.scheduling.batch import Batch
+from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler, Usage
+from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.step_loop import StepLoop
+from tokenspeed_plan.runtime.streaming import Delta, stream
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 

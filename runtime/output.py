@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.request import Completion, FinishReason, NewToken, TokenLogprobs
-from tokenspeed_plan.runtime.sequence import Sequence
+from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 # A stop string may begin inside a token; so many tokens more than it has bytes are looked at.

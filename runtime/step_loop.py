@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokenspeed_plan.runtime.batch import Batch
-from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.inputs import fill_inputs, input_values
-from tokenspeed_plan.runtime.launch import HostValues
+from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.inputs import fill_inputs, input_values
+from tokenspeed_plan.runtime.execution.launch import HostValues
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor, StepOutput, host_outputs, step_output
 from tokenspeed_plan.runtime.request import Completion, NewToken
-from tokenspeed_plan.runtime.scheduler import Scheduler
-from tokenspeed_plan.runtime.sequence import Sequence
+from tokenspeed_plan.runtime.scheduling.batch import Batch
+from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
+from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
 OnToken = Callable[[NewToken], object]
 

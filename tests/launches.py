@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Plan, Program
-from tokenspeed_plan.runtime.bound_programs import BoundPrograms
-from tokenspeed_plan.runtime.launch import EagerLaunch, HostValues, Launch
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.launch import EagerLaunch, HostValues, Launch
 
 
 def captured(plan: Plan) -> Plan:

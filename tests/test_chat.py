@@ -25,7 +25,7 @@ from conftest import ROOT
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.serving.streaming import Delta
+from tokenspeed_plan.runtime.streaming import Delta
 
 BUNDLE = ROOT / "plans/frozen/demo-cpu"
 MODEL = ROOT / "examples/demo/model"

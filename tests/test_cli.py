@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.commands.engines import EngineOptions, ready_engine
+from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.plans.bundle import check_cubins, load_plan, save_plan, seal
 from tokenspeed_plan.plans.canon import answer_digest
 from tokenspeed_plan.plans.errors import PlanError
@@ -227,7 +227,7 @@ def test_predict_takes_any_stated_layout() -> None:
     )
     assert (data["layout"]["attention_tp"], data["layout"]["attention_dp"]) == (1, 2)
     assert (data["knobs"]["depth"], data["knobs"]["prefill_chunk"]) == (2, 1024)
-    assert not data["recomputed"] and "attention data parallelism" in data["not_replayed_yet"]
+    assert not data["replayed"] and "attention data parallelism" in data["not_replayed_yet"]
     assert data["predicted"]["tpot_ms"] > 0 and data["memory_bytes_per_rank"]["total"] > 9e9
     today = ("--set", "speculation=off", "--set", "disaggregation=off")
     assert (

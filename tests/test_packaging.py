@@ -16,7 +16,7 @@ from conftest import ROOT
 FOLDERS = ("codegen", "planner", "plans", "runtime")
 DATA = (
     "planner/models/presets/*.json",
-    "planner/advisor/profiles/*.yaml",
+    "planner/machines/profiles/*.yaml",
     "codegen/*.yaml",
     "codegen/**/*.j2",
     "codegen/*.j2",

@@ -27,16 +27,16 @@ from tokenspeed_plan.codegen.build import Compiled, Job, compile_all
 from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
 from tokenspeed_plan.codegen.tiling import Work
 from tokenspeed_plan.codegen.tuned import Tile
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, find_hardware
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import Binary, KernelCall, KernelSpec
-from tokenspeed_plan.runtime.arenas import TORCH_DTYPES
 from tokenspeed_plan.runtime.bench import prepare
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 from tokenspeed_plan.runtime.bench.replay import Replay
-from tokenspeed_plan.runtime.cuda_kernels import CudaKernels
-from tokenspeed_plan.runtime.executor import Executor
+from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
+from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
+from tokenspeed_plan.runtime.execution.executor import Executor
 
 REPLAYS = 3  # a round
 MANY = 256  # rows, from which tiles have rows of their own

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tokenspeed_plan.planner.advisor.hardware import (
+from tokenspeed_plan.planner.machines.hardware import (
     OP_CLASSES,
     Profile,
     hardware_names,

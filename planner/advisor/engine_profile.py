@@ -9,8 +9,8 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.advisor.step_time import StepTime
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.plans.errors import SpecError
 
 Amount = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.spec import AttentionSpec, MoeSpec, ParallelismSpec, Spec
 from tokenspeed_plan.plans.errors import SpecError

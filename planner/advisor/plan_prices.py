@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenspeed_plan.codegen.page.plan_page import Roof, RoofPoint
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.step_model import StepModel
 from tokenspeed_plan.planner.compile import find_model
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.passes.cost import Load, op_cost, op_time
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.schema import Plan

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tokenspeed_plan.planner.advisor.candidate import SUPPORTED, Candidate
-from tokenspeed_plan.planner.advisor.hardware import TIME_KINDS
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import Rejected, SearchResult
 from tokenspeed_plan.planner.advisor.transfer import Transfer
+from tokenspeed_plan.planner.machines.hardware import TIME_KINDS
 from tokenspeed_plan.planner.spec import MAX_CONCURRENCY
 from tokenspeed_plan.plans.schema import LayerMove, Option, Predicted, Transfers
 

@@ -10,7 +10,6 @@ from functools import cached_property
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.engine_profile import Engine
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.advisor.memory_model import MemoryMap, MemoryModel
 from tokenspeed_plan.planner.advisor.numbers import ceil_div, digits, powers_of_two
 from tokenspeed_plan.planner.advisor.step_model import StepModel
@@ -27,6 +26,7 @@ from tokenspeed_plan.planner.advisor.workload import (
     tokens_per_step,
 )
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.spec import Spec, SpeculationSpec
 

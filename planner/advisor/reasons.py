@@ -8,7 +8,6 @@ from itertools import groupby
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate
 from tokenspeed_plan.planner.advisor.draft_depths import BucketDepth
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.predicted import (
     MAX_OPTIONS,
@@ -22,9 +21,10 @@ from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
 from tokenspeed_plan.planner.advisor.rollback import Rollback
 from tokenspeed_plan.planner.ledger import Ledger
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.spec import Spec
-from tokenspeed_plan.plans.report import GIB
 from tokenspeed_plan.plans.schema import Option
+from tokenspeed_plan.plans.types import GIB
 
 AS_STATED = "as the spec says"
 

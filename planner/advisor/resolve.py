@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.advisor import reasons
 from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED, Candidate, Knobs
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.advisor.legality import QUANTIZED, check_layout, check_stated, matches
 from tokenspeed_plan.planner.advisor.predicted import predicted
 from tokenspeed_plan.planner.advisor.prediction import Predictor
@@ -25,6 +24,7 @@ from tokenspeed_plan.planner.advisor.search import Search
 from tokenspeed_plan.planner.advisor.search_space import layouts
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.passes.limits import decode_buckets, prefill_chunk
 from tokenspeed_plan.planner.spec import Spec

@@ -20,9 +20,9 @@ from tokenspeed_plan.planner.advisor.draft_depths import (
     bucket_depths,
     max_depth,
 )
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.advisor.memory_model import MemoryMap
 from tokenspeed_plan.planner.advisor.prediction import Predictor
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.spec import RollbackWord, Spec
 

@@ -19,7 +19,7 @@ from tokenspeed_plan.planner.advisor.ranking import Rejected, SearchResult, sear
 from tokenspeed_plan.planner.advisor.search_space import SearchSpace
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.report import GIB
+from tokenspeed_plan.plans.types import GIB
 
 POOL_LAYOUTS = 3  # layouts of each of two pools that are combined
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.advisor.candidate import Capabilities, Knobs
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.advisor.legality import QUANTIZED, matches
 from tokenspeed_plan.planner.advisor.numbers import powers_of_two
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.passes.limits import prefill_chunk
 from tokenspeed_plan.planner.spec import ServingSpec, Spec

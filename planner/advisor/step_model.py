@@ -11,11 +11,11 @@ from functools import cached_property
 
 from tokenspeed_plan.codegen.tiling import GEMV_ROWS
 from tokenspeed_plan.planner.advisor.engine_profile import Engine
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, all_reduce_us
 from tokenspeed_plan.planner.advisor.numbers import ceil_div
 from tokenspeed_plan.planner.advisor.step_time import StepTime
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec, all_reduce_us
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import LayerType, ModelConfig
 from tokenspeed_plan.planner.models.decoder import build

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from operator import add, attrgetter
 
-from tokenspeed_plan.planner.advisor.hardware import TIME_KINDS
+from tokenspeed_plan.planner.machines.hardware import TIME_KINDS
 
 
 @dataclass(frozen=True, slots=True)

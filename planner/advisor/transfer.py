@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.advisor.memory_model import MemoryModel
 from tokenspeed_plan.planner.advisor.step_time import StepTime
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 
 Transport = Literal["nvlink", "rdma", "tcp"]
 # The share of the nominal rate that a large copy reaches: 49 of 64 GB/s by CUDA IPC over PCIe 5

@@ -191,7 +191,7 @@ def _agentic(
     from tokenspeed_plan.runtime import bench
     from tokenspeed_plan.runtime.bench import agentic
     from tokenspeed_plan.runtime.engine import Engine
-    from tokenspeed_plan.runtime.engine_loader import default_launch
+    from tokenspeed_plan.runtime.loading.engine_loader import default_launch
 
     frozen = load_plan(bundle)
     conversations = agentic.Conversations.of(

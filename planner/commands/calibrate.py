@@ -13,8 +13,8 @@ import click
 
 from tokenspeed_plan.codegen.build import default_cache
 from tokenspeed_plan.planner.advisor import calibration
-from tokenspeed_plan.planner.advisor.hardware import Profile, read_profile
 from tokenspeed_plan.planner.compile import Model, build_bundle
+from tokenspeed_plan.planner.machines.hardware import Profile, read_profile
 from tokenspeed_plan.plans.bundle import save_plan
 from tokenspeed_plan.plans.types import Phase
 

@@ -77,8 +77,8 @@ def on_all_ranks(
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return work()
-    from tokenspeed_plan.runtime.collectives import join, own_rank, world_size
-    from tokenspeed_plan.runtime.ranks import follow, leading
+    from tokenspeed_plan.runtime.execution.collectives import join, own_rank, world_size
+    from tokenspeed_plan.runtime.execution.ranks import follow, leading
 
     frozen = load_plan(bundle)
     if own_rank() and frozen.target.count != world_size():
@@ -97,7 +97,7 @@ def on_all_ranks(
 
 def load_chat_template(bundle: Path, options: EngineOptions) -> ChatTemplate | None:
     """The chat template of a bundle's model; None if it has none."""
-    from tokenspeed_plan.runtime.preflight import find_weights
+    from tokenspeed_plan.runtime.loading.preflight import find_weights
 
     return ChatTemplate.load(find_weights(load_plan(bundle), bundle, options.weights))
 
@@ -105,11 +105,11 @@ def load_chat_template(bundle: Path, options: EngineOptions) -> ChatTemplate | N
 def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:
     """Load an engine. Of several ranks, rank 0 leads the others."""
     from tokenspeed_plan.runtime.engine import Engine
-    from tokenspeed_plan.runtime.executor import Lead
+    from tokenspeed_plan.runtime.execution.executor import Lead
 
     lead: Lead | None = None
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        from tokenspeed_plan.runtime.ranks import Follower, Leader
+        from tokenspeed_plan.runtime.execution.ranks import Follower, Leader
 
         lead = Leader() if os.environ.get("RANK", "0") == "0" else Follower()
     return Engine.load(

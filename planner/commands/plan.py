@@ -90,16 +90,25 @@ def _echo_written(bundle: Compiled, out: Path) -> None:
     click.echo(f"{len(bundle.sources)} kernels, {compiled}", err=True)
 
 
+_BINARIES_HINT = (
+    "use the Triton of the plan, where personality(2) may switch address space randomisation off "
+    "(Docker's default seccomp profile forbids it); `--no-compile` leaves binaries out"
+)
+
+
 def _refuse_stale(bundle: Compiled, options: PlanOptions) -> None:
     """Refuse a bundle that differs from a fresh one; binaries only count if they were compiled."""
     fresh, frozen = dump_plan(bundle.plan), read_plan(options.out)
     if options.no_compile and frozen != fresh:
         frozen = dump_plan(_without_binaries(load_plan(options.out)))
     if frozen != fresh:
-        raise StalePlanError(
-            f"`{options.out}` is not what `{options.spec}` compiles to",
-            f"run `tokenspeed plan {options.spec} -o {options.out}` and look at the diff",
-        )
+        message = f"`{options.out}` is not what `{options.spec}` compiles to"
+        if dump_plan(_without_binaries(load_plan(options.out))) == dump_plan(
+            _without_binaries(bundle.plan)
+        ):
+            raise StalePlanError(f"{message}: only the binaries differ", _BINARIES_HINT)
+        hint = f"run `tokenspeed plan {options.spec} -o {options.out}` and look at the diff"
+        raise StalePlanError(message, hint)
     check_sources(bundle.plan, options.out)
 
 

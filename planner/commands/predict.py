@@ -12,7 +12,6 @@ import click
 
 from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED
 from tokenspeed_plan.planner.advisor.engine_profile import Engine, load_engine
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.advisor.legality import check_formats
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.predicted import max_concurrency, max_context_tokens, option
@@ -21,6 +20,7 @@ from tokenspeed_plan.planner.advisor.ranking import SearchResult
 from tokenspeed_plan.planner.advisor.rollback import allowed_rollbacks
 from tokenspeed_plan.planner.advisor.search import Search
 from tokenspeed_plan.planner.compile import find_model
+from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.spec import MAX_GPUS, Spec, load_spec
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
@@ -181,7 +181,7 @@ def _as_json(predictor: Predictor, result: SearchResult) -> dict[str, Any]:
         "prefill_layout": asdict(candidate.prefill) if candidate.prefill else None,
         "replicas": candidate.replicas,
         "knobs": asdict(candidate.knobs),
-        "recomputed": not missing,
+        "replayed": not missing,
         "not_replayed_yet": missing,
         "predicted": _numbers(best),
         "limits": {

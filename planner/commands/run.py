@@ -185,7 +185,7 @@ def _figures(completion: Completion) -> str:
 
 
 def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOptions) -> int:
-    from tokenspeed_plan.runtime.preflight import check_files, check_target, find_weights
+    from tokenspeed_plan.runtime.loading.preflight import check_files, check_target, find_weights
     from tokenspeed_plan.runtime.serving.batch import run_batch
     from tokenspeed_plan.runtime.tokenizer import Tokenizer
 

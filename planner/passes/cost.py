@@ -14,8 +14,8 @@ from functools import cache
 from typing import Literal
 
 from tokenspeed_plan.codegen.tiling import GEMV_ROWS
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, all_reduce_us
 from tokenspeed_plan.planner.graph import Op, OpGraph
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec, all_reduce_us
 from tokenspeed_plan.plans.ops import COLLECTIVES, DELTA_CHUNK, RECOMPUTED, integer, query_len
 from tokenspeed_plan.plans.types import Format, TensorSpec
 

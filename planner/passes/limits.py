@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.ledger import Ledger
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.errors import SpecError

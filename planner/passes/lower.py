@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.graph import LoweredCall, LoweredStep, Op, OpGraph, ScheduledOp, Stage
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.passes.cost import Load, op_cost, time_of
 from tokenspeed_plan.plans.ops import COLLECTIVES, OPS
 from tokenspeed_plan.plans.schema import CollectiveCall, KernelSpec, Param, Part

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.expand import expand
 from tokenspeed_plan.planner.passes.fuse import FUSIONS, Fusion, fuse

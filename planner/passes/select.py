@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from tokenspeed_plan.codegen.build import Compiled
 from tokenspeed_plan.codegen.kernel_builder import Built
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.plans.errors import SpecError
 
 Candidates = Mapping[str, Sequence[Built]]  # the tilings of each kernel by key, best first

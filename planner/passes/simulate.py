@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec
 from tokenspeed_plan.planner.graph import OpGraph, ScheduledStep
 from tokenspeed_plan.planner.ledger import Ledger
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.passes.cost import Load, OpTime, op_time
 from tokenspeed_plan.planner.passes.schedule import schedule
 from tokenspeed_plan.plans.schema import RecordEvent, WaitEvent

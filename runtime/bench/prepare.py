@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.arenas import Arenas
-from tokenspeed_plan.runtime.backend import (
+from tokenspeed_plan.runtime.execution.arenas import Arenas
+from tokenspeed_plan.runtime.execution.backend import (
     Backend,
     KernelBackend,
     ReferenceBackend,
     load_kernels,
 )
-from tokenspeed_plan.runtime.collectives import join
-from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.launch import Launch
-from tokenspeed_plan.runtime.plan_memory import PlanMemory
-from tokenspeed_plan.runtime.preflight import check_files, check_target
-from tokenspeed_plan.runtime.weights import load_weights, random_weights
+from tokenspeed_plan.runtime.execution.collectives import join
+from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.launch import Launch
+from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.loading.preflight import check_files, check_target
+from tokenspeed_plan.runtime.loading.weights import load_weights, random_weights
 
 
 def prepare(

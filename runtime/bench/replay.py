@@ -14,14 +14,14 @@ from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import integer
 from tokenspeed_plan.plans.schema import KernelCall, Plan, Program
 from tokenspeed_plan.plans.types import Phase
-from tokenspeed_plan.runtime.batch import Batch
 from tokenspeed_plan.runtime.bench.bytes import Load, activation_bytes, bound_flops, floor_bytes
 from tokenspeed_plan.runtime.bench.clock import RUNS, captured, kernel_times_us, time_us
 from tokenspeed_plan.runtime.bench.machine import Machine, measure_machine, used_bytes
-from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.inputs import write_inputs
+from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.inputs import write_inputs
 from tokenspeed_plan.runtime.request import Request, SamplingParams
-from tokenspeed_plan.runtime.sequence import Sequence
+from tokenspeed_plan.runtime.scheduling.batch import Batch
+from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

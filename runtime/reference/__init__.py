@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tokenspeed_plan.runtime.reference import (
     attention,
-    batch,
     delta,
     dense,
     moe,
     sampling,
     speculation,
+    step_inputs,
 )
 
 Attrs = Mapping[str, bool | int | float | str]
@@ -56,7 +56,7 @@ REFERENCE_BODIES: dict[str, Body] = {
     "expert_sum": moe.expert_sum,
     "gated_add": moe.gated_add,
     "sample": sampling.sample,
-    "advance": batch.advance,
+    "advance": step_inputs.advance,
     "shift_tokens": speculation.shift_tokens,
     "accept": speculation.accept,
     "select_row": speculation.select_row,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenspeed_plan.plans.ops import DELTA_CHUNK, L2_EPS, RECOMPUTED
-from tokenspeed_plan.runtime.arenas import TORCH_DTYPES as DTYPES
+from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES as DTYPES
 from tokenspeed_plan.runtime.reference.dense import normalize, widen
 
 Attrs = Mapping[str, Any]

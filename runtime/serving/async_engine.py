@@ -19,7 +19,7 @@ from typing import Self
 from tokenspeed_plan.plans.errors import EngineStopped, RequestError, TokenspeedError
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.request import Completion, NewToken, Request, SamplingParams
-from tokenspeed_plan.runtime.serving.streaming import AnswerText, Delta
+from tokenspeed_plan.runtime.streaming import AnswerText, Delta
 
 Command = Callable[[], object]
 _GREEDY = SamplingParams()

@@ -26,7 +26,6 @@ from tokenspeed_plan.codegen import build
 from tokenspeed_plan.codegen.build import Compiled, Job, compile_all, default_cache
 from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
 from tokenspeed_plan.codegen.render import source_digest
-from tokenspeed_plan.planner.advisor.hardware import HardwareSpec, find_hardware, known_profiles
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.compile import (
     build_bundle,
@@ -36,6 +35,7 @@ from tokenspeed_plan.planner.compile import (
 )
 from tokenspeed_plan.planner.graph import Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec, find_hardware, known_profiles
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.models.decoder import build as build_graph

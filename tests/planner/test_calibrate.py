@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 
 from tokenspeed_plan.planner.advisor import calibration as calibrate
-from tokenspeed_plan.planner.advisor.hardware import find_hardware, read_profile
 from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.planner.machines.hardware import find_hardware, read_profile
 from tokenspeed_plan.plans.errors import SpecError
 
 

@@ -13,9 +13,9 @@ from kernel_lab import ONE_RANK
 from model_graphs import context
 from torch import Tensor as Values
 
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.graph import Op, OpGraph, Source, Stage, Tensor, Weight
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.cost import Load, op_time
 from tokenspeed_plan.planner.passes.fuse import FUSIONS

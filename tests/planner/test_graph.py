@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from model_graphs import context
 
 from tokenspeed_plan.planner import compile_plan, find_model
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.compile import Model
 from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import preset_names
 from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.cost import Load, op_cost

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenspeed_plan.planner.advisor.hardware import (
+from tokenspeed_plan.planner.machines.hardware import (
     all_reduce_us,
     find_hardware,
     hardware_names,
@@ -98,6 +98,8 @@ def changed(path: str, value: Any) -> str:
     [
         ("numbers.launch_us", None, "`numbers.launch_us` is missing"),
         ("numbers.speed", {"value": 1, "source": "prior"}, "`numbers.speed` is unknown"),
+        ("numbers.l2_bytes", {"value": 1, "source": "prior"}, "nothing reads `numbers.l2_bytes`"),
+        ("matrix_flops_per_s.nvfp4", {"value": 1, "source": "prior"}, "nvfp4` has a new name"),
         ("numbers.launch_us", {"value": 1}, "`numbers.launch_us.source`"),
         ("numbers.launch_us", {"value": -1, "source": "prior"}, "`numbers.launch_us.value`"),
         ("numbers.launch_us", {"value": 0, "source": "prior"}, "`numbers.launch_us` is 0"),

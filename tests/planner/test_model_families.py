@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from families import tiny_config
 
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.compile import Model, compile_plan
 from tokenspeed_plan.planner.graph import OpGraph
+from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
 from tokenspeed_plan.planner.models.decoder import build

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from tokenspeed_plan.planner import compile_plan, find_model, load_spec
 from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED, Candidate, Knobs
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.advisor.memory_model import MemoryModel
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
@@ -27,6 +26,7 @@ from tokenspeed_plan.planner.advisor.workload import Demand, conversation, serve
 from tokenspeed_plan.planner.commands.predict import search
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
+from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
 from tokenspeed_plan.planner.passes.cost import Load, busiest_share, expected_hits
 from tokenspeed_plan.planner.spec import Spec

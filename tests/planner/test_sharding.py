@@ -22,11 +22,11 @@ from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.arenas import Arenas
-from tokenspeed_plan.runtime.backend import ReferenceBackend
-from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.plan_memory import PlanMemory
-from tokenspeed_plan.runtime.weights import load_weights
+from tokenspeed_plan.runtime.execution.arenas import Arenas
+from tokenspeed_plan.runtime.execution.backend import ReferenceBackend
+from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.loading.weights import load_weights
 
 PROMPTS = [[5, 6, 7, 8] * 20, [9], list(range(40, 110))]
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)

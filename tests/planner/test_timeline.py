@@ -8,9 +8,9 @@ import pytest
 from conftest import make_spec
 
 from tokenspeed_plan.planner import find_model
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.compile import plan_parts
 from tokenspeed_plan.planner.graph import OpGraph, ScheduledOp, ScheduledStep
+from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.passes.cost import Load, OpTime, op_time
 from tokenspeed_plan.planner.passes.pipeline import PassOptions
 from tokenspeed_plan.planner.passes.schedule import schedule

@@ -26,7 +26,7 @@ from tokenspeed_plan.plans.schema import ArenaSpec, KernelCall, Plan, Program
 from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.plans.validate import validate
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.arenas import Arenas
+from tokenspeed_plan.runtime.execution.arenas import Arenas
 
 PROMPTS = [[3, 4, 5], list(range(30, 100)), [7]]
 Corruption = Callable[[random.Random, Plan], Plan | None]

@@ -15,7 +15,7 @@ from conftest import ROOT
 from tokenspeed_plan.plans.errors import EngineStopped, RankError, RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import AsyncEngine, Completion, Engine, Request, SamplingParams
-from tokenspeed_plan.runtime.serving.streaming import Delta
+from tokenspeed_plan.runtime.streaming import Delta
 
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 FREE = (0, 0, 0, 0)
@@ -221,8 +221,7 @@ def test_one_bad_text_is_one_callers_error(engine: Engine, monkeypatch: pytest.M
 
 
 def test_an_engine_without_a_tokenizer_streams_ids(tiny_plan: Plan, checkpoint: Any) -> None:
-    engine = Engine.from_plan(tiny_plan, checkpoint("moe"))
-    engine.tokenizer = None
+    engine = Engine(tiny_plan, Engine.from_plan(tiny_plan, checkpoint("moe")).executor)
 
     async def work(served: AsyncEngine) -> None:
         async with served.stream([1, 2], PARAMS) as stream:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.runtime.cuda_kernels import CudaKernels
+from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
 
 
 def test_without_the_bindings_there_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,12 +27,12 @@ from trained import write_trained
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import GridDim, Launch
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.arenas import Arenas
-from tokenspeed_plan.runtime.backend import KernelBackend, ReferenceBackend, load_kernels
-from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.plan_memory import PlanMemory
-from tokenspeed_plan.runtime.preflight import find_weights
-from tokenspeed_plan.runtime.weights import load_weights
+from tokenspeed_plan.runtime.execution.arenas import Arenas
+from tokenspeed_plan.runtime.execution.backend import KernelBackend, ReferenceBackend, load_kernels
+from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.loading.preflight import find_weights
+from tokenspeed_plan.runtime.loading.weights import load_weights
 
 DEMO = ROOT / "plans/frozen/demo-cpu"
 CHUNK = 64  # of the delta rule

@@ -14,9 +14,9 @@ from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_abi import with_launch_params
 from tokenspeed_plan.plans.schema import Binary, GridDim, KernelSpec, Launch, Param, Part
 from tokenspeed_plan.plans.types import RankShift, TensorSpec
-from tokenspeed_plan.runtime import cuda_kernels, triton_kernels
-from tokenspeed_plan.runtime.cuda_kernels import CudaKernels
-from tokenspeed_plan.runtime.triton_kernels import TritonKernels
+from tokenspeed_plan.runtime.execution import cuda_kernels, triton_kernels
+from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
+from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels
 
 RANK, NUM_TOKENS, NUM_SEQS, WIDTH = 1, 3, 2, 4
 SHIFTS = {

@@ -13,11 +13,11 @@ from conftest import make_spec
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.arenas import Arenas
-from tokenspeed_plan.runtime.backend import ReferenceBackend
-from tokenspeed_plan.runtime.executor import Executor
-from tokenspeed_plan.runtime.plan_memory import PlanMemory
-from tokenspeed_plan.runtime.weights import load_weights
+from tokenspeed_plan.runtime.execution.arenas import Arenas
+from tokenspeed_plan.runtime.execution.backend import ReferenceBackend
+from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.loading.weights import load_weights
 
 LENGTHS = (1, 2, 3, 5, 63, 64, 65, 300)
 

@@ -9,8 +9,8 @@ import torch
 
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime import preflight as checks
 from tokenspeed_plan.runtime.compare import difference
+from tokenspeed_plan.runtime.loading import preflight as checks
 
 NAN, INF = float("nan"), float("inf")
 

@@ -24,7 +24,8 @@ from checkpoints import SHORT, Kind, write_checkpoint
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.kernel_file import kind_of
-from tokenspeed_plan.runtime import Engine, SamplingParams, collectives
+from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime.execution import collectives
 
 # Ranks are forked from one process that has loaded all this once. It is a fresh one: nothing of the
 # tests is in it.
@@ -35,7 +36,7 @@ FORKS.set_forkserver_preload(
         "hypothesis",
         "torch.distributed",
         "tokenspeed_plan.planner.cli",
-        "tokenspeed_plan.runtime.ranks",
+        "tokenspeed_plan.runtime.execution.ranks",
         "tokenspeed_plan.runtime.serving.batch",
         "tokenspeed_plan.runtime.engine",
     ]

@@ -19,9 +19,14 @@ from symbolic import SymbolicExecutor, after, answer
 
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
-from tokenspeed_plan.runtime import prefix_cache as cache_module
+from tokenspeed_plan.runtime.cache import prefix_cache as cache_module
 from tokenspeed_plan.runtime.request import Completion
-from tokenspeed_plan.runtime.sequence import TRANSITIONS, IllegalTransition, Sequence, State
+from tokenspeed_plan.runtime.scheduling.sequence import (
+    TRANSITIONS,
+    IllegalTransition,
+    Sequence,
+    State,
+)
 
 # steps: prefill and decode take turns, prompts take turns, and one step may be in flight
 PATIENCE = 5

@@ -32,8 +32,8 @@ from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.spec import load_spec
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
-from tokenspeed_plan.runtime.bound_programs import BoundPrograms
-from tokenspeed_plan.runtime.launch import EagerLaunch
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.launch import EagerLaunch
 from tokenspeed_plan.runtime.reference import speculation
 from tokenspeed_plan.runtime.reference.sampling import filtered, sample
 

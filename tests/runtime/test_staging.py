@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokenspeed_plan.runtime.staging import Staging
+from tokenspeed_plan.runtime.loading.staging import Staging
 
 
 @pytest.fixture

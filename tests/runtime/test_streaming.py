@@ -16,7 +16,7 @@ from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Completion, Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.request import NewToken
-from tokenspeed_plan.runtime.serving.streaming import AnswerText, Delta, Detokenizer
+from tokenspeed_plan.runtime.streaming import AnswerText, Delta, Detokenizer
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 DEMO = Tokenizer.load(ROOT / "examples/demo/model")

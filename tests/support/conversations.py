@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
-from tokenspeed_plan.runtime.bound_programs import BoundPrograms
-from tokenspeed_plan.runtime.launch import EagerLaunch, HostValues
-from tokenspeed_plan.runtime.plan_memory import PlanMemory
-from tokenspeed_plan.runtime.prefix_cache import PrefixCache
+from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.launch import EagerLaunch, HostValues
+from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 
 VOCAB = 480
 

@@ -12,8 +12,8 @@ from conftest import make_spec
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.compile import find_model
+from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.limits import plan_capacity

@@ -19,9 +19,9 @@ from families import FAMILIES, tiny_config
 from torch import Tensor
 
 from tokenspeed_plan.codegen.kernel_builder import Built
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
 from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.models.decoder import build
@@ -31,10 +31,10 @@ from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import KernelSpec, Limits, Param
 from tokenspeed_plan.plans.types import DType, Phase
-from tokenspeed_plan.runtime.arenas import TORCH_DTYPES
 from tokenspeed_plan.runtime.compare import difference
+from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
+from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels, interpret
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
-from tokenspeed_plan.runtime.triton_kernels import TritonKernels, interpret
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":

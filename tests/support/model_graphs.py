@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenspeed_plan.planner.advisor.hardware import find_hardware
+from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.passes.limits import plan_capacity

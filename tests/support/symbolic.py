@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.ops import BATCH_STATE, STOP_IDS
 from tokenspeed_plan.plans.schema import Plan, Program
-from tokenspeed_plan.runtime.inputs import DEVICE_ONLY
+from tokenspeed_plan.runtime.execution.inputs import DEVICE_ONLY
 from tokenspeed_plan.runtime.reference import delta, speculation
-from tokenspeed_plan.runtime.reference.batch import advance
+from tokenspeed_plan.runtime.reference.step_inputs import advance
 
 EMPTY = 0
 VOCAB = 97

@@ -22,7 +22,7 @@ from tokenspeed_plan.runtime.serving.openai.bodies import (
     parse_body,
     parse_json,
 )
-from tokenspeed_plan.runtime.serving.streaming import Decoder
+from tokenspeed_plan.runtime.streaming import Decoder
 
 Json = dict[str, Any]
 KEY_PREFIX = "batch_req_"

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from tokenspeed_plan.runtime.request import Completion, Request
 from tokenspeed_plan.runtime.serving.batch.scan import Selection
 from tokenspeed_plan.runtime.serving.openai.conversion import Encoder, RequestLimits
-from tokenspeed_plan.runtime.serving.streaming import Decoder
+from tokenspeed_plan.runtime.streaming import Decoder
 
 Order = Literal["input", "completion"]
 

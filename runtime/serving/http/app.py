@@ -19,8 +19,8 @@ from starlette.requests import ClientDisconnect
 
 from tokenspeed_plan.plans.errors import EngineStopped
 from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
-from tokenspeed_plan.runtime.serving.http.admission import AdmissionLimiter, Lease
 from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, try_later, unknown_model
+from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter, Lease
 from tokenspeed_plan.runtime.serving.http.parsing import parse
 from tokenspeed_plan.runtime.serving.http.prometheus import CountResponses, Metrics
 from tokenspeed_plan.runtime.serving.http.responses import Answer

@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.request import Completion
-from tokenspeed_plan.runtime.serving.http.admission import AdmissionLimiter
+from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 

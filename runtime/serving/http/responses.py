@@ -11,7 +11,7 @@ from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.http.api_errors import try_later
 from tokenspeed_plan.runtime.serving.http.parsing import ParsedRequest
 from tokenspeed_plan.runtime.serving.openai.answers import choice, logprobs_of, usage
-from tokenspeed_plan.runtime.serving.streaming import Decoder, Delta
+from tokenspeed_plan.runtime.streaming import Decoder, Delta
 
 Json = dict[str, Any]
 _DONE = b"data: [DONE]\n\n"

@@ -14,8 +14,8 @@ import uvicorn
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
-from tokenspeed_plan.runtime.serving.http.admission import AdmissionLimiter
 from tokenspeed_plan.runtime.serving.http.app import Service, make_app
+from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter
 from tokenspeed_plan.runtime.serving.http.prometheus import Metrics
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
 

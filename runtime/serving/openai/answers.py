@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenspeed_plan.runtime.request import Completion, TokenLogprobs
 from tokenspeed_plan.runtime.serving.openai.bodies import ChatBody, CompletionBody
-from tokenspeed_plan.runtime.serving.streaming import Decoder
+from tokenspeed_plan.runtime.streaming import Decoder
 
 Json = dict[str, Any]
 

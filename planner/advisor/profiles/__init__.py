@@ -1,1 +1,0 @@
-"""Machines, one YAML file each, which `planner/advisor/hardware.py` reads."""

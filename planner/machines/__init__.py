@@ -1,0 +1,1 @@
+"""The machines to plan for: one profile each, and what it says."""

@@ -1,0 +1,370 @@
+"""A machine as the cost model and the memory model see it, read from a profile.
+
+A profile is YAML in which every number names its source. `planner/machines/profiles/` has one file
+for each machine; `tokenspeed calibrate` writes another one, which a spec names by its path.
+"""
+
+from __future__ import annotations
+
+import difflib
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import resources
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.types import DType
+
+OP_CLASSES = (
+    "stream",
+    "experts",
+    "few_rows",
+    "product",
+    "grouped",
+    "attention_decode",
+    "attention_prefill",
+    "delta_step",
+    "delta_chunk",
+    "rows",
+)
+TIME_KINDS = ("memory", "matrix", "launch", "collective", "host")
+MATRIX_DTYPES = (*get_args(DType), "tf32")  # that a profile may have a rate for
+
+Value = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Table = Mapping[int, Mapping[int, float]]  # GPUs -> bytes -> microseconds
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareSpec:
+    """One kind of GPU (or the CPU).
+
+    Attributes:
+        sm: compute capability without its dot, 0 on a CPU.
+        memory_bytes: what a rank can use.
+        reserved_bytes: the stated margin for what we do not allocate.
+        peak_bytes_per_s: of its memory, by the data sheet.
+        read_bytes_per_s: what a large read reaches.
+        max_shared_bytes: shared memory of one program.
+        num_sms: multiprocessors; 0 where programs run one after the other.
+        matrix_share: the share of the peak rate that a large product reaches.
+        launch_us: from one tiny kernel to the next inside a graph.
+        host_us: host work of a step that no GPU work hides.
+        link_bytes_per_s: to the other GPUs of a node, one direction, all links.
+        nic_bytes_per_s, nic_us: to another node, for each GPU.
+        prefill_chunk, page_size: defaults, in tokens.
+        matrix_flops_per_s: dense peak by dtype.
+        one_shot_us, two_shot_us: time of an all-reduce inside a graph.
+        waits_us: what a kernel loses besides its launch, from its first load to full speed and
+            back, by class of operator.
+        residuals: busy time over the roofline's, by class of operator.
+        errors: relative error of a prediction, by kind of time.
+        sources: where each number comes from.
+    """
+
+    name: str
+    sm: int
+    memory_bytes: int
+    reserved_bytes: int
+    peak_bytes_per_s: float
+    read_bytes_per_s: float
+    max_shared_bytes: int
+    num_sms: int
+    matrix_share: float
+    launch_us: float
+    host_us: float
+    link_bytes_per_s: float
+    nic_bytes_per_s: float
+    nic_us: float
+    gpus_per_node: int
+    usd_per_hour_on_demand: float
+    usd_per_hour_reserved: float
+    prefill_chunk: int
+    page_size: int
+    matrix_flops_per_s: Mapping[str, float]
+    one_shot_us: Table
+    two_shot_us: Table
+    waits_us: Mapping[str, float]
+    residuals: Mapping[str, float]
+    errors: Mapping[str, float]
+    sources: Mapping[str, str]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Number(_Section):
+    value: Value
+    source: str
+
+
+class _Collective(_Section):
+    source: str
+    us: dict[int, dict[int, Annotated[float, Field(gt=0, allow_inf_nan=False)]]]
+
+
+class Profile(_Section):
+    """A profile as its file has it."""
+
+    name: str
+    sm: Annotated[int, Field(ge=0)]
+    sources: dict[str, str]
+    numbers: dict[str, _Number]
+    matrix_flops_per_s: dict[str, _Number]
+    all_reduce: dict[str, _Collective]
+    waits: dict[str, _Number]
+    residuals: dict[str, _Number]
+    errors: dict[str, _Number]
+    measured: dict[str, str] = {}
+
+    @property
+    def number_groups(self) -> tuple[Mapping[str, _Number], ...]:
+        """Everything that has a value and a source."""
+        return (
+            self.numbers,
+            self.matrix_flops_per_s,
+            self.waits,
+            self.residuals,
+            self.errors,
+        )
+
+    @property
+    def used_sources(self) -> set[str]:
+        """The sources that a number names."""
+        used = {number.source for group in self.number_groups for number in group.values()}
+        return used | {table.source for table in self.all_reduce.values()}
+
+
+_NOT_NUMBERS = {
+    "name",
+    "sm",
+    "matrix_flops_per_s",
+    "one_shot_us",
+    "two_shot_us",
+    "waits_us",
+    "residuals",
+    "errors",
+    "sources",
+}
+_INTEGERS = {field.name for field in fields(HardwareSpec) if field.type == "int"}
+NUMBERS = tuple(field.name for field in fields(HardwareSpec) if field.name not in _NOT_NUMBERS)
+# Profiles that older versions of `tokenspeed calibrate` wrote have these.
+_UNUSED = {"host_memory_bytes", "l2_bytes"}
+_MAY_BE_ZERO = {"num_sms", "max_shared_bytes", "reserved_bytes"}
+
+
+def read_profile(text: str, name: str) -> Profile:
+    """Read a profile from its text.
+
+    Raises:
+        SpecError: it is not YAML, or a number is missing, unknown, impossible or without a source.
+    """
+    try:
+        profile = Profile.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise _bad(name, f"it is not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _bad(name, f"`{'.'.join(map(str, first['loc']))}`: {first['msg'].lower()}") from error
+    _check_names(name, "numbers", NUMBERS, profile.numbers)
+    _check_names(name, "waits", OP_CLASSES, profile.waits)
+    _check_names(name, "residuals", OP_CLASSES, profile.residuals)
+    _check_names(name, "errors", TIME_KINDS, profile.errors)
+    _check_values(name, profile)
+    _check_sources(name, profile)
+    return profile
+
+
+def _check_names(name: str, group: str, expected: Iterable[str], actual: Mapping[str, Any]) -> None:
+    for key in sorted(_UNUSED & set(actual)):
+        raise SpecError(f"profile `{name}`: nothing reads `{group}.{key}` any more", "delete it")
+    for key in sorted(set(expected) ^ set(actual)):
+        problem = "unknown" if key in actual else "missing"
+        raise _bad(name, f"`{group}.{key}` is {problem}")
+
+
+def _check_values(name: str, profile: Profile) -> None:
+    for key, number in profile.numbers.items():
+        if not number.value and key not in _MAY_BE_ZERO:
+            raise _bad(name, f"`numbers.{key}` is 0")
+    if profile.numbers["read_bytes_per_s"].value > profile.numbers["peak_bytes_per_s"].value:
+        raise _bad(name, "`read_bytes_per_s` is more than `peak_bytes_per_s`")
+    rates = profile.matrix_flops_per_s
+    if not rates or not all(number.value for number in rates.values()):
+        raise _bad(name, "`matrix_flops_per_s` has no positive rate")
+    if "nvfp4" in rates:
+        raise SpecError(
+            f"profile `{name}`: `matrix_flops_per_s.nvfp4` has a new name", "write `fp4`"
+        )
+    for key in sorted(set(rates) - set(MATRIX_DTYPES)):
+        raise _bad(name, f"`matrix_flops_per_s.{key}` is not a dtype such as `bf16` or `fp4`")
+    tables = set(profile.all_reduce)
+    if "one_shot" not in tables or tables - {"one_shot", "two_shot"}:
+        raise _bad(name, "`all_reduce` needs `one_shot`, and may have `two_shot`")
+
+
+def _check_sources(name: str, profile: Profile) -> None:
+    stated, used = set(profile.sources), profile.used_sources
+    for source in sorted(used - stated):
+        raise _bad(name, f"source `{source}` is not said")
+    for source in sorted(stated - used):
+        raise _bad(name, f"source `{source}` has no number")
+
+
+def _bad(name: str, what: str) -> SpecError:
+    return SpecError(
+        f"profile `{name}`: {what}", "compare it with planner/machines/profiles/h200.yaml"
+    )
+
+
+def to_hardware(profile: Profile) -> HardwareSpec:
+    """The machine of a profile."""
+    two_shot = profile.all_reduce.get("two_shot")
+    numbers: dict[str, Any] = {
+        key: int(value) if key in _INTEGERS else value
+        for key, value in _values(profile.numbers).items()
+    }
+    return HardwareSpec(
+        name=profile.name,
+        sm=profile.sm,
+        **numbers,
+        matrix_flops_per_s=_values(profile.matrix_flops_per_s),
+        one_shot_us=_rising(profile.all_reduce["one_shot"].us),
+        two_shot_us=_rising(two_shot.us) if two_shot else {},
+        waits_us=_values(profile.waits),
+        residuals=_values(profile.residuals),
+        errors=_values(profile.errors),
+        sources=_sources(profile),
+    )
+
+
+def _values(group: Mapping[str, _Number]) -> dict[str, float]:
+    return {key: number.value for key, number in group.items()}
+
+
+def _sources(profile: Profile) -> dict[str, str]:
+    """The text of the source of each number."""
+    sources = {
+        key: profile.sources[number.source]
+        for group in profile.number_groups
+        for key, number in group.items()
+    }
+    return sources | {"all_reduce": profile.sources[profile.all_reduce["one_shot"].source]}
+
+
+def _rising(table: Table) -> Table:
+    """The sorted table, without noise that makes a larger message faster than a smaller one."""
+    rising: dict[int, dict[int, float]] = {}
+    for count, measured in sorted(table.items()):
+        sizes = sorted(measured)
+        times = accumulate((measured[size] for size in sizes), max)
+        rising[count] = dict(zip(sizes, times, strict=True))
+    return rising
+
+
+@cache
+def known_profiles() -> Mapping[str, str]:
+    """The text of each profile that we ship, by its name in lower case."""
+    folder = resources.files("tokenspeed_plan.planner.machines.profiles")
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {file.name.removesuffix(".yaml"): file.read_text() for file in files}
+
+
+@cache
+def _known(key: str) -> HardwareSpec:
+    return to_hardware(read_profile(known_profiles()[key], f"{key}.yaml"))
+
+
+def hardware_names() -> list[str]:
+    """The machines that we ship a profile of."""
+    return [_known(key).name for key in known_profiles()]
+
+
+def find_hardware(name: str) -> HardwareSpec:
+    """The machine called `name` in any case, or that of the profile at a path ending in `.yaml`.
+
+    Raises:
+        SpecError: there is no such machine, or the profile is not one.
+    """
+    if name.endswith(".yaml"):
+        return to_hardware(load_profile(Path(name)))
+    key = name.lower().replace(" ", "").removesuffix("-80g")
+    if key in known_profiles():
+        return _known(key)
+    near = difflib.get_close_matches(key, known_profiles(), 1)
+    if near:
+        hint = f"did you mean `{_known(near[0]).name}`?"
+    else:
+        hint = f"known: {', '.join(hardware_names())}; or the path of a profile"
+    raise SpecError(f"there is no GPU called `{name}`", hint)
+
+
+def load_profile(path: Path) -> Profile:
+    """Read a profile from a file.
+
+    Raises:
+        SpecError: it cannot be read, or as `read_profile`.
+    """
+    hint = "`tokenspeed calibrate` writes a profile"
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise SpecError(f"cannot read `{path}`: {error.strerror}", hint) from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"cannot read `{path}`: not UTF-8", hint) from error
+    return read_profile(text, str(path))
+
+
+def all_reduce_us(hardware: HardwareSpec, moved_bytes: float, count: int) -> float:
+    """Microseconds of an all-reduce: from the tables inside a node, over the network between nodes.
+
+    In one shot, every GPU reads the parts of all others. In two shots, it reads its share of them,
+    and then the sums of the other shares.
+
+    Args:
+        hardware: of all GPUs.
+        moved_bytes: of the reduced tensor.
+        count: GPUs that take part.
+    """
+    if count <= 1:
+        return 0.0
+    inside = min(count, hardware.gpus_per_node)
+    one_shot_reads, two_shot_reads = inside - 1.0, 2.0 * (inside - 1) / inside
+    links = hardware.link_bytes_per_s
+    node_us = _at(hardware.one_shot_us, moved_bytes, inside, one_shot_reads / links)
+    if hardware.two_shot_us:
+        two_shot_us = _at(hardware.two_shot_us, moved_bytes, inside, two_shot_reads / links)
+        node_us = min(node_us, two_shot_us)
+    if count <= hardware.gpus_per_node:
+        return node_us
+    nodes = -(-count // hardware.gpus_per_node)
+    rounds = 2.0 * (nodes - 1).bit_length()
+    gpu_bytes = moved_bytes / hardware.gpus_per_node
+    return node_us + rounds * (hardware.nic_us + gpu_bytes / hardware.nic_bytes_per_s * 1e6)
+
+
+def _at(table: Table, moved_bytes: float, count: int, s_per_byte: float) -> float:
+    """Linear between the points of the next larger GPU count.
+
+    Past the last point the links' bandwidth is added; before the first, a message takes as long as
+    the smallest.
+    """
+    counts = [known for known in table if known >= count]
+    times = table[min(counts)] if counts else table[max(table)]
+    sizes = list(times)
+    if moved_bytes >= sizes[-1]:
+        return times[sizes[-1]] + (moved_bytes - sizes[-1]) * s_per_byte * 1e6
+    index = bisect_right(sizes, moved_bytes)
+    upper = sizes[index]
+    if index == 0:
+        return times[upper]
+    lower = sizes[index - 1]
+    share = (moved_bytes - lower) / (upper - lower)
+    return times[lower] + share * (times[upper] - times[lower])

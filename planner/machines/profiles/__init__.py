@@ -1,0 +1,1 @@
+"""Machines, one YAML file each, which `planner/machines/hardware.py` reads."""

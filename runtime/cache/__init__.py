@@ -1,0 +1,1 @@
+"""The prefix cache: pages and state checkpoints by content, and what is evicted."""

@@ -1,0 +1,148 @@
+"""The tree of the prefix cache: pages of keys and values by content, with checkpoints among them.
+
+A node is known by the digest of its tokens chained to its parent's digest, so that equal prefixes
+are equal nodes, whoever computed them. A checkpoint is a state slot that hangs at the end of a
+node; one in the middle of a page hangs at a `tail`, a node of fewer tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from tokenspeed_plan.runtime.cache.ref_counts import SharedSlots
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A page with its tokens, or the first tokens of one. `position` counts all tokens up to its end.
+
+    `state_slot` is the checkpoint there, 0 where there is none. `clock` is the cache's age when it
+    was last of use.
+    """
+
+    parent: Node | None
+    digest: bytes
+    token_ids: tuple[int, ...]
+    position: int
+    page: int
+    children: dict[bytes, Node] = field(default_factory=dict)
+    tails: list[Node] = field(default_factory=list)
+    state_slot: int = 0
+    clock: float = 0.0
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether nothing goes on from here."""
+        return not self.children and not self.tails
+
+    def matches(self, token_ids: Seq[int]) -> bool:
+        """Whether a sequence has this node's tokens at its position; digests can collide."""
+        start = self.position - len(self.token_ids)
+        return self.token_ids == tuple(token_ids[start : self.position])
+
+
+class PrefixTree:
+    """All nodes; each holds its page."""
+
+    def __init__(self, seed: bytes, pages: SharedSlots) -> None:
+        self.root = Node(None, seed, (), 0, -1)
+        self._pages = pages
+        self._index: dict[bytes, Node] = {}
+        self._nodes_on_page = Counter[int]()
+
+    def __len__(self) -> int:
+        """Whole pages."""
+        return len(self._index)
+
+    def __iter__(self) -> Iterator[Node]:
+        """All nodes below the root: whole pages, and tails."""
+        yield from self.root.tails
+        for node in self._index.values():
+            yield node
+            yield from node.tails
+
+    def find(self, digest: bytes) -> Node | None:
+        """The whole page of that digest."""
+        return self._index.get(digest)
+
+    def walk(self, digests: Seq[bytes], token_ids: Seq[int]) -> Iterator[Node]:
+        """The whole pages that a sequence begins with, from the root on."""
+        parent = self.root
+        for digest in digests:
+            node = self._index.get(digest)
+            if node is None or node.parent is not parent or not node.matches(token_ids):
+                return
+            yield node
+            parent = node
+
+    def insert_page(
+        self, parent: Node, digest: bytes, token_ids: tuple[int, ...], page: int
+    ) -> Node:
+        """Enter a whole page."""
+        node = Node(parent, digest, token_ids, parent.position + len(token_ids), page)
+        self._index[digest] = parent.children[digest] = node
+        self._hold(node)
+        return node
+
+    def insert_tail(self, parent: Node, token_ids: tuple[int, ...], page: int) -> Node:
+        """The tail of these tokens; a new one, where there is none yet."""
+        for tail in parent.tails:
+            if tail.token_ids == token_ids:
+                return tail
+        tail = Node(parent, b"", token_ids, parent.position + len(token_ids), page)
+        parent.tails.append(tail)
+        self._hold(tail)
+        return tail
+
+    def is_in_use(self, page: int) -> bool:
+        """Whether a running sequence holds a page, too."""
+        return self._pages.holders(page) > self._nodes_on_page[page]
+
+    def prune(self, node: Node | None) -> None:
+        """Free the pages from a node upwards that no checkpoint and no sequence needs."""
+        while node is not None and node.parent is not None and node.is_leaf and not node.state_slot:
+            if node.digest and self.is_in_use(node.page):
+                return
+            self._remove(node, node.parent)
+            node = node.parent
+
+    def _hold(self, node: Node) -> None:
+        self._pages.share(node.page)
+        self._nodes_on_page[node.page] += 1
+
+    def _remove(self, node: Node, parent: Node) -> None:
+        if node.digest:
+            del self._index[node.digest], parent.children[node.digest]
+        else:
+            parent.tails.remove(node)
+        self._nodes_on_page[node.page] -= 1
+        self._pages.drop(node.page)
+
+
+def path_to(node: Node) -> list[Node]:
+    """The nodes from the first page to this one."""
+    path = []
+    while node.parent is not None:
+        path.append(node)
+        node = node.parent
+    return path[::-1]
+
+
+def previous_checkpoint(node: Node) -> int:
+    """The position of the deepest checkpoint before a node, on the way to it."""
+    child, parent = node, node.parent
+    while parent is not None:
+        positions = [tail.position for tail in parent.tails if _begins_with(child, tail)]
+        if positions or parent.state_slot:
+            return max(positions, default=parent.position)
+        child, parent = parent, parent.parent
+    return 0
+
+
+def _begins_with(node: Node, tail: Node) -> bool:
+    """Whether the tokens of a node go on after those of a tail beside it."""
+    length = len(tail.token_ids)
+    return length < len(node.token_ids) and tail.token_ids == node.token_ids[:length]

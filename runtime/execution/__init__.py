@@ -1,0 +1,1 @@
+"""How a program runs on one rank: memory, backends, launches, graphs, other ranks."""

@@ -1,0 +1,232 @@
+"""What runs a step: the reference bodies in PyTorch, or the kernels of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenspeed_plan.plans.bundle import CUBIN
+from tokenspeed_plan.plans.schema import (
+    CollectiveCall,
+    KernelCall,
+    KernelSpec,
+    Part,
+    Plan,
+    Program,
+    Step,
+)
+from tokenspeed_plan.runtime.execution.collectives import Collectives
+from tokenspeed_plan.runtime.execution.kernels import Kernels, Launcher
+from tokenspeed_plan.runtime.reference import REFERENCE_BODIES, Body
+
+BackendName = Literal["reference", "kernels", "compare"]
+
+
+class Instruction(NamedTuple):
+    """One call of a body.
+
+    A reference kernel has several parts, whose intermediate values live in the numbered slots of a
+    list. An operand is a tensor, or the number of such a slot. An output is the number of its slot
+    and the planned tensor to copy it to; None where it stays inside the kernel.
+    """
+
+    body: Body
+    attrs: Mapping[str, Any]
+    operands: tuple[Tensor | int, ...]
+    outputs: tuple[tuple[int, Tensor | None], ...]
+
+
+BoundStep = tuple[Step, list[Instruction]]
+
+
+def execute(instructions: Iterable[Instruction], num_slots: int) -> None:
+    """Run instructions in order; `num_slots` is the most values that one kernel computes."""
+    slots = [torch.empty(0)] * num_slots
+    for body, attrs, operands, outputs in instructions:
+        results = body(attrs, *[slots[x] if isinstance(x, int) else x for x in operands])
+        for (slot, target), result in zip(outputs, results, strict=True):
+            if target is None:
+                slots[slot] = result
+            else:
+                target.copy_(result)
+
+
+def num_outputs(kernel: KernelSpec) -> int:
+    """The values that the parts of a kernel compute."""
+    return sum(len(part.outputs) for part in kernel.parts)
+
+
+class Backend(Protocol):
+    """Binds the steps of a program to tensors."""
+
+    @property
+    def full_size(self) -> bool:
+        """Whether tensors are bound at a program's full size, once for all batches."""
+
+    def bind(
+        self,
+        program: Program,
+        operands: Sequence[tuple[Tensor, ...]],
+        num_tokens: int,
+        num_seqs: int,
+    ) -> Iterator[BoundStep]:
+        """Each step with its instructions for a batch of this size; `operands` are one tuple a step."""
+
+    def without_overlap(self) -> Backend:
+        """The same, with kernels that do not start before their predecessor has ended."""
+
+
+class ReferenceBackend:
+    """Every kernel as the reference bodies of its parts, one after the other."""
+
+    full_size = False
+
+    def __init__(self, plan: Plan, rank: int = 0, collectives: Collectives | None = None) -> None:
+        self.rank = rank
+        self.collectives = collectives
+        self._kernels = {kernel.name: kernel for kernel in plan.kernels}
+
+    def bind(
+        self,
+        program: Program,
+        operands: Sequence[tuple[Tensor, ...]],
+        num_tokens: int,
+        num_seqs: int,
+    ) -> Iterator[BoundStep]:
+        """Each step with its instructions."""
+        for step, tensors in zip(program.steps, operands, strict=True):
+            yield step, self.bind_step(step, tensors)
+
+    def without_overlap(self) -> ReferenceBackend:
+        """Reference bodies never overlap."""
+        return self
+
+    def bind_step(self, step: Step, tensors: tuple[Tensor, ...]) -> list[Instruction]:
+        """One step; an event has no instruction, as everything runs in order."""
+        if isinstance(step, KernelCall):
+            return self.bind_kernel(self._kernels[step.kernel], tensors)
+        if isinstance(step, CollectiveCall):
+            return [Instruction(self._collective(step.op), {}, tensors, ())]
+        return []
+
+    def bind_kernel(self, kernel: KernelSpec, tensors: tuple[Tensor, ...]) -> list[Instruction]:
+        """The parts of a kernel; `tensors` are its parameters in order."""
+        params = {param.name: tensor for param, tensor in zip(kernel.tensors, tensors, strict=True)}
+        slots: dict[str, int] = {}
+        instructions = []
+        for part in kernel.parts:
+            operands = tuple(
+                params[name] if name in params else slots[name] for name in part.operands
+            )
+            for name in part.outputs:
+                slots.setdefault(name, len(slots))
+            outputs = tuple((slots[name], params.get(name)) for name in part.outputs)
+            body, attrs = self._body(part.kind), self._attrs(part)
+            instructions.append(Instruction(body, attrs, operands, outputs))
+        return instructions
+
+    def _attrs(self, part: Part) -> dict[str, Any]:
+        attrs_of_rank = {name: value.at(self.rank) for name, value in part.rank_attrs.items()}
+        return {**part.attrs, **attrs_of_rank}
+
+    def _body(self, kind: str) -> Body:
+        if kind != "all_reduce":
+            return REFERENCE_BODIES[kind]
+        reduce = self._collective(kind)
+
+        def body(attrs: Mapping[str, Any], source: Tensor) -> tuple[Tensor]:
+            target = torch.empty_like(source)
+            reduce(attrs, source, target)
+            return (target,)
+
+        return body
+
+    def _collective(self, op: str) -> Body:
+        assert self.collectives is not None, (
+            "the loader refuses a plan of several ranks without collectives"
+        )
+        call: Callable[[Tensor, Tensor], None] = getattr(self.collectives, op)
+
+        def body(attrs: Mapping[str, Any], source: Tensor, target: Tensor) -> tuple[()]:
+            call(source, target)
+            return ()
+
+        return body
+
+
+class KernelBackend:
+    """Steps as kernels where there is one, else as the references.
+
+    Args:
+        plan: whose kernels are called.
+        kernels: from Triton or from cubins.
+        reference: for what is no kernel; it also says rank and collectives.
+        full_size: bind tensors at a program's full size. Kernels take addresses only, so that a
+            new batch size needs no new tensors. Every step must then have a kernel.
+    """
+
+    def __init__(
+        self, plan: Plan, kernels: Kernels, reference: ReferenceBackend, full_size: bool = False
+    ) -> None:
+        self.kernels = kernels
+        self.reference = reference
+        self.full_size = full_size
+        self._plan = plan
+        self._specs = {kernel.name: kernel for kernel in plan.kernels}
+
+    def bind(
+        self,
+        program: Program,
+        operands: Sequence[tuple[Tensor, ...]],
+        num_tokens: int,
+        num_seqs: int,
+    ) -> Iterator[BoundStep]:
+        """Each step with its instructions; calls of one kernel share a launcher."""
+        launchers: dict[str, Launcher] = {}
+        for step, tensors in zip(program.steps, operands, strict=True):
+            kernel = self.kernel_of(step)
+            if kernel is None:
+                yield step, self.reference.bind_step(step, tensors)
+                continue
+            if kernel.name not in launchers:
+                launchers[kernel.name] = self.launcher(kernel, num_tokens, num_seqs)
+            yield step, [Instruction(launchers[kernel.name], {}, tensors, ())]
+
+    def without_overlap(self) -> KernelBackend:
+        """The same kernels; none of them starts before its predecessor has ended."""
+        return KernelBackend(
+            self._plan, self.kernels.without_overlap(), self.reference, self.full_size
+        )
+
+    def kernel_of(self, step: Step) -> KernelSpec | None:
+        """The kernel that runs a step; None where the references do."""
+        if not isinstance(step, KernelCall):
+            return None
+        kernel = self._specs[step.kernel]
+        has_kernel = self.kernels.has(kernel)
+        assert has_kernel or not self.full_size, f"no binary of `{kernel.name}`"
+        return kernel if has_kernel else None
+
+    def launcher(self, kernel: KernelSpec, num_tokens: int, num_seqs: int) -> Launcher:
+        """A function of the kernel's tensors on this rank."""
+        rank, collectives = self.reference.rank, self.reference.collectives
+        return self.kernels.launcher(kernel, rank, num_tokens, num_seqs, collectives)
+
+
+def load_kernels(plan: Plan, bundle: Path) -> Kernels:
+    """The binaries of a bundle, or else its sources, which Triton compiles or interprets.
+
+    Raises:
+        PlanError: a file is missing or was altered, or what they need is not installed.
+    """
+    if plan.binaries and (bundle / CUBIN).is_dir():
+        from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
+
+        return CudaKernels.load(plan, bundle)
+    from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels
+
+    return TritonKernels.load(plan, bundle)

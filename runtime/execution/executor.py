@@ -1,0 +1,107 @@
+"""Replay: the programs of a plan on one rank.
+
+An executor holds one strategy for each of three questions: what runs a step (`Backend`: reference
+bodies, Triton, cubins), what launches a program (`Launch`: eagerly, as a CUDA graph), and what
+leads (`Lead`: alone, or with other ranks). They combine freely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.runtime.execution.backend import Backend, BoundStep, Instruction
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.launch import EagerLaunch, HostValues, Launch
+from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+
+
+class Lead(Protocol):
+    """Keeps the ranks of a plan in step."""
+
+    def before_run(
+        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
+    ) -> None:
+        """Called before each replay, when this rank's inputs are written."""
+
+    def before_copy(self, source: int, target: int) -> None:
+        """Called before a page is copied."""
+
+
+class Alone:
+    """There is no other rank to tell."""
+
+    def before_run(
+        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
+    ) -> None:
+        """Nothing."""
+
+    def before_copy(self, source: int, target: int) -> None:
+        """Nothing."""
+
+
+class Executor:
+    """The programs of a plan on one rank.
+
+    Args:
+        memory: all tensors of the rank.
+        backend: what runs a step.
+        launch: what launches a program; eagerly by default.
+        lead: what keeps other ranks in step; there is none by default.
+    """
+
+    def __init__(
+        self,
+        memory: PlanMemory,
+        backend: Backend,
+        launch: Launch | None = None,
+        lead: Lead | None = None,
+    ) -> None:
+        self.plan = memory.plan
+        self.memory = memory
+        self.backend = backend
+        self.launch = launch or EagerLaunch()
+        self.lead = lead or Alone()
+        self.programs = BoundPrograms(memory, backend)
+        self.kernels = {kernel.name: kernel for kernel in memory.plan.kernels}
+
+    def prepare(self) -> None:
+        """Whatever can be done before the first replay."""
+        self.launch.prepare(self.programs)
+
+    def buffer(self, name: str, num_tokens: int, num_seqs: int) -> Tensor:
+        """A state or io buffer, at the size of a batch."""
+        return self.memory.buffer(name, num_tokens, num_seqs)
+
+    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
+        """One replay; inputs and outputs are in the io buffers."""
+        self.lead.before_run(self.memory, program, num_tokens, num_seqs)
+        self.launch.run(self.programs, program, num_tokens, num_seqs)
+
+    def copy_to_host(self, *values: Tensor) -> HostValues:
+        """A function that waits for the values of the last replay and returns them."""
+        return self.launch.copy_to_host(*values)
+
+    def copy_page(self, source: int, target: int) -> int:
+        """Copy a page of keys and values in all layers; returns the bytes that were copied."""
+        self.lead.before_copy(source, target)
+        return self.memory.copy_page(source, target)
+
+    def without_overlap(self) -> Executor:
+        """The same steps one by one; no kernel starts before its predecessor has ended."""
+        return Executor(self.memory, self.backend.without_overlap())
+
+    def steps(self, program: Program, num_tokens: int, num_seqs: int) -> Iterator[BoundStep]:
+        """Each step of a program with its instructions."""
+        return self.programs.steps(program, num_tokens, num_seqs)
+
+    def execute(self, instructions: Iterable[Instruction]) -> None:
+        """Run instructions in order."""
+        self.programs.execute(instructions)
+
+    def buffer_of(self, program: Program, name: str, num_tokens: int, num_seqs: int) -> Tensor:
+        """Any tensor of a program, at the size of a batch."""
+        return self.memory.tensors_of(program, num_tokens, num_seqs)(name)

@@ -1,0 +1,78 @@
+"""Launch on a GPU: captured programs as one CUDA graph each, outputs through pinned memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.inputs import write_inputs
+from tokenspeed_plan.runtime.execution.launch import HostValues
+from tokenspeed_plan.runtime.scheduling.batch import Batch
+
+MAX_IN_FLIGHT = 4  # replays whose outputs may be on their way to the host at once
+
+
+class GraphLaunch:
+    """A captured program is one graph launch; only who reads the outputs waits for the GPU."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._pinned: list[Tensor] = []
+        self._events: list[torch.cuda.Event] = []
+        self._turn = 0
+
+    def prepare(self, programs: BoundPrograms) -> None:
+        """Capture every program that wants it, on padding; load the kernels of the others."""
+        limits = programs.plan.pool.limits
+        values_per_seq = 2 * limits.max_depth + 3  # tokens, the number accepted, and drafts
+        for _ in range(MAX_IN_FLIGHT):
+            host = torch.empty(limits.max_seqs * values_per_seq, dtype=torch.int32)
+            self._pinned.append(host.pin_memory())
+            self._events.append(torch.cuda.Event())
+        for program in programs.plan.pool.programs:
+            if program.captured:
+                self._graphs[program.phase, program.bucket] = capture(programs, program)
+            else:
+                programs.instructions(program, program.max_tokens, program.max_seqs)
+
+    def run(
+        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+    ) -> None:
+        """One replay: a graph where there is one, else kernel after kernel."""
+        if program.captured:
+            self._graphs[program.phase, program.bucket].replay()
+        else:
+            programs.run(program, num_tokens, num_seqs)
+
+    def copy_to_host(self, *values: Tensor) -> HostValues:
+        """The values are copied behind the replay; reading them waits for that copy alone."""
+        self._turn = (self._turn + 1) % MAX_IN_FLIGHT
+        event = self._events[self._turn]
+        sizes = [value.numel() for value in values]
+        targets = self._pinned[self._turn][: sum(sizes)].split(sizes)
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value.flatten(), non_blocking=True)
+        event.record()
+
+        def wait() -> tuple[list[int], ...]:
+            event.synchronize()
+            return tuple(target.tolist() for target in targets)
+
+        return wait
+
+
+@torch.inference_mode()
+def capture(programs: BoundPrograms, program: Program) -> torch.cuda.CUDAGraph:
+    """A program at its full size as a CUDA graph; its first run, on padding, loads the kernels."""
+    size = (program.max_tokens, program.max_seqs)
+    padding = Batch.of(program, (), ())
+    memory = programs.memory
+    write_inputs(padding, lambda name: memory.buffer(name, *size), programs.plan.pool.limits)
+    programs.run(program, *size)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        programs.run(program, *size)
+    return graph

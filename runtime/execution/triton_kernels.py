@@ -1,0 +1,175 @@
+"""Triton backend: the bundle's own kernels, on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.kernel_abi import bind_launch, num_ranks
+from tokenspeed_plan.plans.kernel_file import load_function, read_source
+from tokenspeed_plan.plans.schema import KernelSpec, Plan
+from tokenspeed_plan.runtime.execution.collectives import Collectives
+from tokenspeed_plan.runtime.execution.kernels import Launcher
+
+
+def interpret() -> None:
+    """Run kernels in Triton's interpreter from here on; must come before anything else loads Triton.
+
+    Raises:
+        PlanError: Triton is not there, or is loaded already, to compile.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import triton.language as tl
+        import triton.language.extra.cuda as cuda
+        from triton.runtime import JITFunction, interpreter
+    except ImportError as error:
+        raise PlanError(
+            "Triton is not installed", "install `triton`, or run with `--backend reference`"
+        ) from error
+    if isinstance(tl.sum, JITFunction):
+        raise PlanError(
+            "Triton is loaded in this process already, to compile",
+            "set TRITON_INTERPRET=1 at its start",
+        )
+    # The interpreter runs programs one after the other: there is nothing to wait for.
+    cuda.gdc_wait = cuda.gdc_launch_dependents = _nothing
+    if not hasattr(interpreter, "_tokenspeed"):
+        interpreter._tokenspeed = True
+        _allow_tensor_bounds(interpreter)
+        _widen_products(interpreter)
+
+
+def _allow_tensor_bounds(interpreter: Any) -> None:
+    """Let `range` take a loaded scalar: the interpreter holds it as an array of one, which NumPy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = with_index
+
+
+def _widen_products(interpreter: Any) -> None:
+    """Let `tl.dot` take bf16: the interpreter holds it as 16-bit integers, and would multiply those."""
+    builder = interpreter.InterpreterBuilder
+    product = builder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if not handle.dtype.scalar.is_bf16():
+            return handle
+        wide = (handle.data.view("uint16").astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(wide, interpreter.tl.float32)
+
+    def with_bf16(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return product(self, widened(a), widened(b), *rest)
+
+    builder.create_dot = with_bf16
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    """No operation."""
+
+
+class TritonKernels:
+    """Kernels from their texts, by Triton."""
+
+    def __init__(self, sources: Mapping[str, str]) -> None:
+        self._sources = sources
+        self._functions: dict[str, Any] = {}
+
+    @classmethod
+    def load(cls, plan: Plan, bundle: Path) -> TritonKernels:
+        """The kernels of a bundle, all of their texts checked; on a CPU they will be interpreted.
+
+        Raises:
+            PlanError: a text is missing or was altered, or Triton is not installed.
+        """
+        sources = {
+            kernel.name: read_source(bundle, kernel)
+            for kernel in plan.kernels
+            if kernel.launch is not None
+        }
+        if plan.target.sm == 0:
+            interpret()
+        return cls(sources)
+
+    def has(self, kernel: KernelSpec) -> bool:
+        """Whether the kernel has a Triton body that one rank can run alone."""
+        return kernel.launch is not None and kernel.name in self._sources
+
+    def without_overlap(self) -> TritonKernels:
+        """Triton's launches never overlap."""
+        return self
+
+    def launcher(
+        self,
+        kernel: KernelSpec,
+        rank: int,
+        num_tokens: int,
+        num_seqs: int,
+        collectives: Collectives | None = None,
+    ) -> Launcher:
+        """A function of the kernel's tensors, in the order of its parameters, for a batch of this size."""
+        assert kernel.launch is not None
+        launch, function = kernel.launch, self._function(kernel)
+        grid = tuple(dim.at(num_tokens, num_seqs) for dim in launch.grid)
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+
+        def run(attrs: object, *tensors: Tensor) -> tuple[()]:
+            mirrors = None
+            if kernel.reduced_operand is not None and collectives is not None:
+                mirrors = _Mirrors(kernel, tensors, rank, collectives)
+            tables = mirrors.tables if mirrors is not None else {}
+            values = bind_launch(kernel, rank, num_tokens, num_seqs, tables)
+            function[grid](*tensors, *values, **options)
+            return ()
+
+        return run
+
+    def _function(self, kernel: KernelSpec) -> Any:
+        if kernel.name not in self._functions:
+            self._functions[kernel.name] = load_function(kernel, self._sources[kernel.name])
+        return self._functions[kernel.name]
+
+
+class _Mirrors:
+    """Peer memory on a machine without it: a copy of every rank's part, and flags as if all peers had come.
+
+    `tables` hold the addresses of both, by the role of the parameter that takes them; they are valid
+    as long as this object lives.
+    """
+
+    def __init__(
+        self,
+        kernel: KernelSpec,
+        tensors: Sequence[Tensor],
+        rank: int,
+        collectives: Collectives,
+    ) -> None:
+        names = [param.name for param in kernel.tensors]
+        assert kernel.reduced_operand is not None
+        part = tensors[names.index(kernel.reduced_operand)]
+        world = num_ranks(kernel)
+        gathered = part.new_empty(*part.shape[:-1], world * part.shape[-1])
+        collectives.all_gather(part, gathered)
+        self._parts = gathered.unflatten(-1, (world, -1)).movedim(-2, 0).contiguous()
+        self._flags = torch.zeros(world, 2 * part.shape[0], world, dtype=torch.int32)
+        self._flags[rank] = 1  # set by the peers, and not yet by this rank itself
+        self._flags[rank, :, rank] = 0
+        self.tables = {
+            "peer_table": _addresses(self._parts),
+            "signal_table": _addresses(self._flags),
+        }
+
+
+def _addresses(tensors: Tensor) -> Tensor:
+    """Where each rank's part begins, i64[num_ranks]."""
+    return torch.tensor([tensor.data_ptr() for tensor in tensors])

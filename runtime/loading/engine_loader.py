@@ -1,0 +1,121 @@
+"""A bundle or a plan -> everything that an engine needs: memory, executor, tokenizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.compare import ComparingBackend
+from tokenspeed_plan.runtime.execution.arenas import Arenas
+from tokenspeed_plan.runtime.execution.backend import (
+    Backend,
+    BackendName,
+    KernelBackend,
+    ReferenceBackend,
+    load_kernels,
+)
+from tokenspeed_plan.runtime.execution.collectives import join
+from tokenspeed_plan.runtime.execution.executor import Executor, Lead
+from tokenspeed_plan.runtime.execution.kernels import Kernels
+from tokenspeed_plan.runtime.execution.launch import EagerLaunch, Launch
+from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.loading.preflight import check_files, check_target, find_weights
+from tokenspeed_plan.runtime.loading.weights import load_weights
+from tokenspeed_plan.runtime.tokenizer import Messages, Tokenizer
+
+WriteChat = Callable[[Messages], str]  # writes messages as a prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The parts of an engine; `startup_s` says how long each step of loading took."""
+
+    plan: Plan
+    executor: Executor
+    tokenizer: Tokenizer | None
+    startup_s: dict[str, float] = field(default_factory=dict)
+
+
+def load_bundle(
+    bundle: Path,
+    weights: Path | None = None,
+    chat: WriteChat | None = None,
+    backend: BackendName | None = None,
+    launch: Launch | None = None,
+    lead: Lead | None = None,
+) -> Loaded:
+    """Read and check a bundle, then its weights, then allocate; see `Engine.load`.
+
+    Raises:
+        PlanError: the bundle, this machine or the checkpoint does not fit.
+    """
+    begun = time.perf_counter()
+    plan = load_plan(bundle)
+    folder = find_weights(plan, bundle, weights)
+    read = time.perf_counter()
+    name = backend or default_backend(plan)
+    kernels = None if name == "reference" else load_kernels(plan, bundle)
+    loaded = load_parts(plan, folder, chat, kernels, launch, lead, compare=name == "compare")
+    loaded.startup_s["read_plan_s"] = read - begun
+    loaded.startup_s["read_weights_s"] = time.perf_counter() - read
+    return loaded
+
+
+def load_parts(
+    plan: Plan,
+    folder: Path,
+    chat: WriteChat | None = None,
+    kernels: Kernels | None = None,
+    launch: Launch | None = None,
+    lead: Lead | None = None,
+    compare: bool = False,
+) -> Loaded:
+    """The same from a plan that is checked already, with its weights in `folder`.
+
+    Raises:
+        PlanError: this machine or the checkpoint does not fit.
+    """
+    check_target(plan)
+    check_files(plan, folder)
+    rank, collectives = join(plan)
+    arenas, tensors = load_weights(
+        plan, folder, lambda: Arenas(plan.pool.arenas, plan.target.device), rank
+    )
+    reference = ReferenceBackend(plan, rank, collectives)
+    backend = make_backend(plan, reference, kernels, compare)
+    if launch is None:
+        launch = EagerLaunch() if compare else default_launch(plan)
+    memory = PlanMemory(plan, arenas, tensors)
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.load(folder, chat)
+    return Loaded(plan, Executor(memory, backend, launch, lead), tokenizer)
+
+
+def make_backend(
+    plan: Plan, reference: ReferenceBackend, kernels: Kernels | None, compare: bool = False
+) -> Backend:
+    """The references alone, the kernels, or both compared."""
+    if kernels is None:
+        return reference
+    if compare:
+        return ComparingBackend(plan, KernelBackend(plan, kernels, reference))
+    return KernelBackend(plan, kernels, reference, full_size=plan.target.device == "cuda")
+
+
+def default_backend(plan: Plan) -> BackendName:
+    """The kernels on a GPU, the references on a CPU."""
+    return "reference" if plan.target.device == "cpu" else "kernels"
+
+
+def default_launch(plan: Plan) -> Launch:
+    """CUDA graphs on a GPU; on a CPU, step after step."""
+    if plan.target.device == "cpu":
+        return EagerLaunch()
+    from tokenspeed_plan.runtime.execution.graphs import GraphLaunch
+
+    return GraphLaunch()

@@ -1,0 +1,177 @@
+"""Continuous batching: who runs in the next step.
+
+A request is admitted when pages for its known tokens can be taken and one more for each that runs;
+pages for what it generates are added as it grows. When none is left the youngest is preempted: its
+state and its pages go to the prefix cache, from where it goes on later. The oldest always goes on,
+and fits, so every request ends. While some sequences prefill and others decode, the two kinds of
+step take turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.types import Phase
+from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
+from tokenspeed_plan.runtime.metrics import Metrics
+from tokenspeed_plan.runtime.scheduling.admission import Admission
+from tokenspeed_plan.runtime.scheduling.batch import Batch, BatchMaker
+from tokenspeed_plan.runtime.scheduling.sequence import Sequence
+from tokenspeed_plan.runtime.scheduling.sequence_memory import SequenceMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Requests that wait and run, and the state slots and pages that they hold; not the cache's."""
+
+    waiting: int
+    running: int
+    state_slots: int
+    pages: int
+
+
+class Scheduler:
+    """The queue, the running sequences, and through the prefix cache all pages and state slots.
+
+    Args:
+        plan: its programs and limits.
+        chunk: lowers the prefill chunk below the planned one, in tokens.
+        cache: whether sequences may share prefixes.
+    """
+
+    def __init__(self, plan: Plan, chunk: int | None = None, cache: bool = True) -> None:
+        self.limits = plan.pool.limits
+        self.chunk = min(chunk or self.limits.max_tokens, self.limits.max_tokens)
+        self.metrics = Metrics()
+        self._memory = SequenceMemory(plan, self.metrics, cache)
+        self._admission = Admission(self._memory)
+        self._batches = BatchMaker(plan)
+        self._last_phase: Phase = "decode"
+
+    @property
+    def cache(self) -> PrefixCache:
+        """Where all pages and state slots are."""
+        return self._memory.cache
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """Those that are not admitted, in their order."""
+        return tuple(self._admission.waiting)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Those that hold memory."""
+        return tuple(self._running)
+
+    @property
+    def _running(self) -> list[Sequence]:
+        return self._admission.running
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self._admission.waiting) + len(self._running)
+
+    @property
+    def usage(self) -> Usage:
+        """What is taken now; another thread may ask too."""
+        return Usage(
+            waiting=len(self._admission.waiting),
+            running=len(self._running),
+            state_slots=self.cache.state_slots_in_use,
+            pages=self.cache.pages_in_use,
+        )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self._admission.add(sequence)
+
+    def schedule(self) -> Batch | None:
+        """The next step; None when there is nothing to do. All before it must be committed."""
+        self._admission.admit()
+        decoding = self._grow([s for s in self._running if s.state == "decoding"])
+        prefilling = [s for s in self._running if s.state == "prefilling"]
+        if not self._running:
+            return None
+        if not prefilling or (decoding and self._last_phase == "prefill"):
+            self._last_phase = "decode"
+            return self._batches.decode(decoding)
+        self._last_phase = "prefill"
+        max_tokens = self.chunk
+        if decoding:
+            max_tokens = min(max_tokens, self.limits.interleaved_tokens)
+        return self._batches.prefill(prefilling, max_tokens)
+
+    def next_overlapped_batch(self, batch: Batch) -> Batch | None:
+        """The decode step after one in flight; None where something else may come first.
+
+        A sequence may turn out to have ended: then its part of the step is for nothing, and harms
+        nobody.
+        """
+        goes_on = (
+            batch.program.captured
+            and self._admission.is_stuck
+            and len(batch.sequences) == len(self._running)
+            and all(map(self._can_go_on, batch.sequences, batch.counts))
+        )
+        return replace(batch) if goes_on else None
+
+    def _can_go_on(self, sequence: Sequence, count: int) -> bool:
+        """Whether it surely goes on after the step in flight, and has pages for what is next."""
+        known = len(sequence.token_ids)
+        return (
+            sequence.state == "decoding"
+            and known + 2 <= sequence.max_len
+            and min(known + count, sequence.max_len) <= len(sequence.pages) * self.limits.page_size
+            and sequence.request.params.num_logprobs is None
+            and self.cache.state_slots.holders(sequence.state_slot) == 1
+        )
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """Note that a step has computed `count` more tokens of a sequence."""
+        self._memory.advance(sequence, count)
+        if sequence.state == "prefilling" and sequence.num_left <= 1:
+            sequence.move_to("decoding")
+
+    def finish(self, sequence: Sequence, has_state: bool = True) -> None:
+        """End a sequence; its pages go to the cache, with its state where that is still there."""
+        self.metrics.lost_checkpoints += not has_state
+        sequence.move_to("finished")
+        self._stop(sequence, has_state)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a request in any state; the cache keeps what it computed. A step in flight harms nobody."""
+        if sequence.state in ("finished", "cancelled"):
+            return
+        was_running = sequence.is_running
+        sequence.move_to("cancelled")
+        if was_running:
+            self._stop(sequence)
+        else:
+            self._admission.remove(sequence)
+
+    def _grow(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Those that decode, each with a page for its next token; for lack of one the youngest are preempted."""
+        for sequence in sorted(decoding, key=lambda s: s.number):
+            while sequence.is_running and len(sequence.pages) < self._memory.num_pages(sequence):
+                if not self._memory.add_page(sequence):
+                    self._preempt(max(self._running, key=lambda s: s.number))
+        left = [sequence for sequence in decoding if sequence.is_running]
+        if self.limits.max_depth:
+            for sequence in left:
+                self._memory.add_draft_pages(sequence)
+        return left
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue; its checkpoint is where it stands."""
+        self.metrics.preemptions += 1
+        sequence.move_to("preempted")
+        self._stop(sequence)
+        self._admission.put_back(sequence)
+
+    def _stop(self, sequence: Sequence, has_state: bool = True) -> None:
+        """Take a running sequence's memory back."""
+        self._running.remove(sequence)
+        self._memory.release(sequence, has_state)
+        self._admission.blocked_head = None

@@ -1,0 +1,150 @@
+"""One request on its way: what is computed, where its state lies, what it has generated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tokenspeed_plan.runtime.cache.prefix_tree import Node
+from tokenspeed_plan.runtime.request import FinishReason, Request, TokenLogprobs
+
+State = Literal["waiting", "prefilling", "decoding", "preempted", "finished", "cancelled"]
+
+# What may come after each state; there is no other way to change one.
+TRANSITIONS: Mapping[State, frozenset[State]] = {
+    "waiting": frozenset({"prefilling", "decoding", "cancelled"}),
+    "prefilling": frozenset({"decoding", "preempted", "cancelled"}),
+    "decoding": frozenset({"preempted", "finished", "cancelled"}),
+    "preempted": frozenset({"prefilling", "decoding", "cancelled"}),
+    "finished": frozenset(),
+    "cancelled": frozenset(),
+}
+
+
+class IllegalTransition(AssertionError):
+    """A state that cannot come after the present one."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Progress of a request. `num_computed` tokens of it are in the caches.
+
+    It holds its `pages`, its `state_slot` (0 for none) and its `own_slots`, which the next steps
+    write and nobody else holds; pages and `state_slot` may be shared. The state is that after the
+    computed tokens, less the last `num_kept`, whose inputs are kept in the slot. `node` is the last
+    of its pages that the prefix cache knows.
+    """
+
+    request: Request
+    added_s: float
+    token_ids: list[int] = field(default_factory=list)  # prompt and generated
+    state: State = "waiting"
+    number: int = 0  # in order of arrival
+    num_computed: int = 0
+    num_kept: int = 0
+    pages: list[int] = field(default_factory=list)
+    # rises at least when pages or state slots are not as the last step has left them
+    pages_version: int = 0
+    state_slot: int = 0
+    own_slots: list[int] = field(default_factory=list)
+    # after the last token, to be verified; there may be none
+    drafts: list[int] = field(default_factory=list)
+    stop_ids: frozenset[int] = frozenset()  # tokens that end it
+    node: Node | None = None
+    digests: list[bytes] = field(default_factory=list)  # of its whole pages, chained
+    # positions where others will want a checkpoint
+    checkpoint_requests: set[int] = field(default_factory=set)
+    # page to be copied before its next step to the one where it goes on
+    copy_from: int | None = None
+    # of the prompt, found in the cache when it was first admitted
+    num_cached_tokens: int | None = None
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def move_to(self, state: State) -> None:
+        """Change the state.
+
+        Raises:
+            IllegalTransition: the table has no such step.
+        """
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransition(
+                f"request `{self.request.request_id}` cannot go from {self.state} to {state}"
+            )
+        self.state = state
+
+    def note_token(self, now_s: float) -> None:
+        """Note when its last token came; the first one sets the time to the first token."""
+        self.first_token_s = self.first_token_s or now_s
+        self.last_token_s = now_s
+
+    def forget_memory(self) -> None:
+        """Hold nothing any more, after all was given back."""
+        self.pages = []
+        self.own_slots = []
+        self.state_slot = 0
+        self.node = None
+        self.num_computed = 0
+        self.copy_from = None
+        self.drafts = []
+        self.checkpoint_requests.clear()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it holds memory."""
+        return self.state in ("prefilling", "decoding")
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens after its prompt."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens after its prompt."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_left(self) -> int:
+        """Known tokens that are not computed yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def state_len(self) -> int:
+        """Tokens that its state is of."""
+        return self.num_computed - self.num_kept
+
+    @property
+    def next_phase(self) -> State:
+        """One token with a state to go on from is a decode step, whoever computed what is before it."""
+        return "decoding" if self.num_left == 1 and self.state_slot else "prefilling"
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that it can come to."""
+        return self.num_prompt_tokens + self.request.params.max_tokens
+
+    def chunk_end(self, max_tokens: int, interval: int) -> int:
+        """Where its next chunk ends: at a position for a checkpoint, if it comes to one.
+
+        Args:
+            max_tokens: longest chunk.
+            interval: tokens from one checkpoint of the plan to the next.
+
+        What fits between two checkpoints is not cut at the one in between: a second step would cost
+        more than it saves.
+        """
+        start, known = self.num_computed, len(self.token_ids)
+        end = min(start + max_tokens, known)
+        checkpoints = [position for position in self.checkpoint_requests if start < position < end]
+        if known - start > interval:
+            checkpoints.append((start // interval + 1) * interval)
+        return min([*checkpoints, end])

@@ -1,0 +1,160 @@
+"""Pages and state slots of the running sequences, taken from the prefix cache and given back."""
+
+from __future__ import annotations
+
+from tokenspeed_plan.plans.schema import Limits, Plan
+from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
+from tokenspeed_plan.runtime.metrics import Metrics
+from tokenspeed_plan.runtime.scheduling.sequence import Sequence
+
+
+class SequenceMemory:
+    """What sequences hold.
+
+    Attributes:
+        cache: all pages and state slots.
+    """
+
+    def __init__(self, plan: Plan, metrics: Metrics, cache: bool) -> None:
+        self.limits: Limits = plan.pool.limits
+        self.cache = PrefixCache(
+            plan.pool.limits,
+            bytes.fromhex(plan.digest[:64]),
+            slot_bytes(plan, "kv_cache"),
+            slot_bytes(plan, "state"),
+            metrics,
+            cache,
+        )
+        self._metrics = metrics
+
+    def num_pages(self, sequence: Sequence) -> int:
+        """Pages that its known tokens need."""
+        return -(-len(sequence.token_ids) // self.limits.page_size)
+
+    def start(self, sequence: Sequence, hit: Hit) -> None:
+        """Give a sequence what the cache has, pages for its other tokens, and its own state slots."""
+        sequence.node, sequence.pages = self.cache.use(hit)
+        sequence.state_slot = hit.checkpoint.state_slot
+        sequence.num_computed = hit.num_tokens
+        if hit.num_tokens % self.limits.page_size:
+            sequence.copy_from = hit.checkpoint.page
+        if hit.known_tokens - hit.num_tokens >= self.limits.min_checkpoint_tokens:
+            # Others had this prefix too, and may come again.
+            sequence.checkpoint_requests.add(hit.known_tokens)
+        while len(sequence.pages) < self.num_pages(sequence):
+            self.add_page(sequence)
+        num_own_slots = self.limits.state_slots_per_seq - 1
+        sequence.own_slots = [self.cache.take_state_slot() for _ in range(num_own_slots)]
+        sequence.pages_version += 1
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = hit.num_tokens
+            self._metrics.hit_tokens += hit.num_tokens
+
+    def add_page(self, sequence: Sequence) -> bool:
+        """One more page; False where there is none left."""
+        page = self.cache.take_page()
+        if page is None:
+            return False
+        sequence.pages.append(page)
+        sequence.pages_version += 1
+        return True
+
+    def add_draft_pages(self, sequence: Sequence) -> None:
+        """Pages for drafts of two steps, while there are any: a draft without a page is not accepted."""
+        length = len(sequence.token_ids) + 2 * self.limits.max_depth + 1
+        length = min(length, sequence.max_len)
+        while len(sequence.pages) * self.limits.page_size < length:
+            if not self.add_page(sequence):
+                return
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """Note that `count` more tokens are computed."""
+        sequence.copy_from = None
+        is_prefill = sequence.state == "prefilling"
+        in_prompt = max(sequence.num_prompt_tokens - sequence.num_computed, 0)
+        self._metrics.computed_tokens += count if is_prefill else min(count, in_prompt)
+        sequence.num_computed += count
+        column = 0
+        sequence.num_kept = 0
+        if not is_prefill and self.limits.kept_inputs:
+            sequence.num_kept = count
+        elif not is_prefill:
+            column = count - 1  # a decode step has written a state slot for each token
+        is_own = self._exchange_state_slot(sequence, column)
+        if is_prefill:
+            self._keep_prefix(sequence)
+        if not is_own:
+            sequence.own_slots.insert(column, self.cache.take_state_slot())
+            sequence.pages_version += 1
+
+    def _exchange_state_slot(self, sequence: Sequence, column: int) -> bool:
+        """Go on from the state slot that was written; the one before it is the next to write.
+
+        Returns:
+            Whether it was the sequence's own. If others hold it too, or there was none, a slot is
+            missing in its place.
+        """
+        before = sequence.state_slot
+        sequence.state_slot = sequence.own_slots[column]
+        if before and self.cache.state_slots.holders(before) == 1:
+            sequence.own_slots[column] = before
+            return True
+        del sequence.own_slots[column]
+        if before:
+            self.cache.state_slots.drop(before)
+        return False
+
+    def _keep_prefix(self, sequence: Sequence) -> None:
+        """Cache what a chunk computed; a checkpoint where the plan or another wants it, or the prompt ends."""
+        self._add_pages_to_cache(sequence)
+        position = sequence.num_computed
+        if (
+            position % self.limits.checkpoint_interval == 0
+            or position in sequence.checkpoint_requests
+            or not sequence.num_left
+        ):
+            self._add_checkpoint(sequence)
+
+    def _add_pages_to_cache(self, sequence: Sequence) -> None:
+        assert sequence.node is not None
+        self.cache.extend(sequence.digests, sequence.token_ids, sequence.num_computed)
+        sequence.node = self.cache.add_pages(
+            sequence.node,
+            sequence.digests,
+            sequence.token_ids,
+            sequence.num_computed,
+            sequence.pages,
+        )
+        sequence.pages_version += 1
+
+    def _add_checkpoint(self, sequence: Sequence) -> None:
+        assert sequence.node is not None
+        self.cache.add_checkpoint(
+            sequence.node,
+            sequence.token_ids,
+            sequence.num_computed,
+            sequence.state_slot,
+            sequence.pages,
+        )
+
+    def release(self, sequence: Sequence, has_state: bool = True) -> None:
+        """Give back all that it holds; the cache keeps what is of use, up to where the state is."""
+        sequence.num_computed = sequence.state_len
+        sequence.num_kept = 0
+        if sequence.num_computed and sequence.copy_from is None and has_state:
+            self._add_pages_to_cache(sequence)
+            self._add_checkpoint(sequence)
+        for page in sequence.pages:
+            self.cache.pages.drop(page)
+        for slot in sequence.own_slots:
+            self.cache.state_slots.drop(slot)
+        if sequence.state_slot:
+            self.cache.state_slots.drop(sequence.state_slot)
+        self.cache.prune(sequence.node)
+        sequence.forget_memory()
+
+
+def slot_bytes(plan: Plan, arena: str) -> int:
+    """Bytes of one page (`kv_cache`), or of one state slot (`state`), in all layers."""
+    buffers = [buffer.tensor for buffer in plan.pool.buffers if buffer.arena == arena]
+    return sum(tensor.size_bytes() // int(tensor.shape[0]) for tensor in buffers)
