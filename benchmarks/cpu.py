@@ -1,4 +1,4 @@
-"""`tokenspeed run` against transformers' `generate`: same checkpoint, prompts, batch size and tokens, one machine.
+"""`tokenspeed run` against transformers' `generate` with the same checkpoint, prompts and lengths.
 
     python benchmarks/cpu.py [--rounds 5]
 
@@ -74,7 +74,7 @@ class Ours:
         ]
 
     def run(self) -> tuple[float, list[list[int]]]:
-        """Seconds, and what it said."""
+        """Seconds, and the answers."""
         output = self.folder / "out.jsonl"
         output.unlink(missing_ok=True)
         begun = time.perf_counter()
@@ -102,14 +102,14 @@ class Theirs:
         self.batches = [(prompts[i : i + batch_size], lengths[i : i + batch_size]) for i in starts]
 
     def run(self) -> tuple[float, list[list[int]]]:
-        """Seconds, and what it said."""
+        """Seconds, and the answers."""
         begun = time.perf_counter()
-        said = [ids for batch in self.batches for ids in self.one_batch(*batch)]
-        return time.perf_counter() - begun, said
+        answers = [ids for batch in self.batches for ids in self.one_batch(*batch)]
+        return time.perf_counter() - begun, answers
 
     @torch.no_grad()
     def one_batch(self, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
-        """Left-padded, to the longest row."""
+        """Answers of prompts that are padded on the left to the longest one."""
         width, steps = max(map(len, prompts)), max(lengths)
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -126,24 +126,26 @@ class Theirs:
 
 
 def compare(title: str, rows: list[dict[str, Any]], rounds: int) -> None:
-    """One table."""
+    """Print one table."""
     lengths = [row["body"]["max_tokens"] for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(rows, Path(folder))
         theirs = Theirs(ours.model, ours.prompts, lengths, ours.facts.max_seqs)
-        said, wanted = ours.run()[1], theirs.run()[1]  # warm-up
+        found, wanted = ours.run()[1], theirs.run()[1]  # warm-up
         pairs = [(ours.run()[0], theirs.run()[0]) for _ in range(rounds)]
-    tokens, same = sum(lengths), sum(a == b for a, b in zip(said, wanted, strict=True))
+    tokens, same = sum(lengths), sum(a == b for a, b in zip(found, wanted, strict=True))
+    num_prompt_tokens = sum(map(len, ours.prompts))
     print(
-        f"{title}: {len(rows)} rows, batch size {ours.facts.max_seqs}, {sum(map(len, ours.prompts))} prompt tokens, "
-        f"{tokens} new tokens; {same} rows say the same"
+        f"{title}: {len(rows)} rows, batch size {ours.facts.max_seqs}, "
+        f"{num_prompt_tokens} prompt tokens, {tokens} new tokens; {same} rows have equal answers"
     )
     for name, side in (("tokenspeed run", 0), ("transformers generate", 1)):
         seconds = statistics.median(pair[side] for pair in pairs)
         print(f"  {name:<22} {seconds:7.3f} s {tokens / seconds:8.0f} tokens/s")
     ratios = sorted(b / a for a, b in pairs)
     print(
-        f"  ratio {statistics.median(ratios):.2f} (of {rounds} pairs: {ratios[0]:.2f} to {ratios[-1]:.2f})"
+        f"  ratio {statistics.median(ratios):.2f} "
+        f"(of {rounds} pairs: {ratios[0]:.2f} to {ratios[-1]:.2f})"
     )
 
 
@@ -153,7 +155,10 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    versions = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
     print(f"{os.cpu_count()} CPUs, {platform.machine()}, {versions}")
     compare("the demo batch", greedy_rows(None), rounds)
     compare(f"all rows at {UNIFORM_TOKENS} tokens", greedy_rows(UNIFORM_TOKENS), rounds)

@@ -1,4 +1,4 @@
-"""One user's decode on one GPU: a plan's engine against others; same shape, random bf16 weights, same context.
+"""Decode at batch 1 on one GPU: a plan's engine against others, with random bf16 weights.
 
     python benchmarks/gpu.py DIR [--context 1024] [--tokens 128] [--peers eager,compile,vllm]
 
@@ -33,7 +33,7 @@ WARM_UP = 8  # tokens that are not counted
 TIME_LIMIT_S = 600
 REPEATS = 3
 VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 1}  # never built
-VLLM = {  # in one process, without a network, nothing drawn by FlashInfer
+VLLM = {  # in one process, without a network, without FlashInfer's sampler
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_USE_DEEP_GEMM": "0",
@@ -49,7 +49,7 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 def ours(bundle: Path, context: int, tokens: int) -> dict[str, Any]:
-    """The engine, with random weights."""
+    """Figures of the engine with random weights, in milliseconds."""
     from tokenspeed_plan.plans.bundle import load_plan
     from tokenspeed_plan.runtime import Engine, SamplingParams
     from tokenspeed_plan.runtime.execution.arenas import Arenas
@@ -65,13 +65,11 @@ def ours(bundle: Path, context: int, tokens: int) -> dict[str, Any]:
     weights = random_weights(plan, arenas)
     backend = make_backend(plan, ReferenceBackend(plan), load_kernels(plan, bundle))
     engine = Engine(plan, Executor(PlanMemory(plan, arenas, weights), backend, GraphLaunch()))
-    prompt, params = (
-        prompt_ids(plan.model.vocab_size, context),
-        SamplingParams(max_tokens=tokens, ignore_eos=True),
-    )
+    prompt = prompt_ids(plan.model.vocab_size, context)
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     engine.generate([prompt], params)
     (done,) = engine.generate([prompt], params)
-    drafts = plan.pool.limits.max_depth  # 0, to be compared with those that do not draft
+    drafts = plan.pool.limits.max_depth  # 0 in a fair comparison: the others do not draft
     return {
         "tpot_ms": done.decode_s / (tokens - 1) * 1e3,
         "ttft_ms": done.ttft_s * 1e3,
@@ -80,7 +78,7 @@ def ours(bundle: Path, context: int, tokens: int) -> dict[str, Any]:
 
 
 def prompt_ids(vocab_size: int, count: int) -> list[int]:
-    """The same for everyone."""
+    """Random token ids, the same for every contestant."""
     random = torch.Generator().manual_seed(0)
     return torch.randint(0, vocab_size, (count,), generator=random).tolist()
 
@@ -92,15 +90,15 @@ def transformers_model(config: Path) -> Any:
     text = json.loads(config.read_text())["text_config"]
     made = AutoConfig.for_model(text.pop("model_type"), **text)
     with torch.device("cuda"):
-        options: dict[str, Any] = (
-            {"experts_implementation": "grouped_mm"} if "num_experts" in text else {}
-        )
+        options: dict[str, Any] = {}
+        if "num_experts" in text:
+            options["experts_implementation"] = "grouped_mm"
         return AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16, **options).eval()
 
 
 @torch.inference_mode()
 def peer(config: Path, context: int, tokens: int, compiled: bool) -> dict[str, Any]:
-    """transformers: prefill, then a token a step."""
+    """Figures of transformers in milliseconds: prefill, then one token a step."""
     from transformers import StaticCache
 
     model = transformers_model(config)
@@ -129,7 +127,7 @@ def peer(config: Path, context: int, tokens: int, compiled: bool) -> dict[str, A
 
 
 def timed(run: Step, token: torch.Tensor) -> float:
-    """Seconds of a step; the next token takes the place of this one."""
+    """Seconds of a step, which replaces `token` by the next one."""
     begun = time.perf_counter()
     token.copy_(run(token))
     torch.cuda.synchronize()
@@ -137,7 +135,7 @@ def timed(run: Step, token: torch.Tensor) -> float:
 
 
 def vllm_peer(config: Path, context: int, tokens: int, borrow: bool) -> dict[str, Any]:
-    """vLLM: the time of `tokens` tokens less that of one, with its own scheduler and sampler."""
+    """Figures of vLLM in milliseconds: the time of `tokens` tokens less that of one token."""
     os.environ.update(VLLM)
     made = json.loads(config.read_text())
     text = made["text_config"]
@@ -200,7 +198,7 @@ def borrowed_tiles(text: dict[str, Any], folder: str) -> str:
 
 
 def contest(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A contestant's figures, from a process of its own."""
+    """A contestant's figures, measured in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_S)
@@ -240,22 +238,21 @@ def main() -> None:
         print(json.dumps(figures(options)))
         return
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.context} tokens of context"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"{options.context} tokens of context"
     )
     mine = contest("ours", options)
     print(f"ours: {json.dumps(mine)}", flush=True)
     for name in filter(None, options.peers.split(",")):
         found = contest(name, options)
-        ratio = (
-            found["tpot_ms"] / mine["tpot_ms"]
-            if "tpot_ms" in found and "tpot_ms" in mine
-            else float("nan")
-        )
+        ratio = float("nan")
+        if "tpot_ms" in found and "tpot_ms" in mine:
+            ratio = found["tpot_ms"] / mine["tpot_ms"]
         print(f"{PEERS[name]}: {json.dumps(found)} = {ratio:.2f} x the time of ours", flush=True)
 
 
 def figures(options: argparse.Namespace) -> dict[str, Any]:
-    """Of one contestant, in this process."""
+    """Figures of one contestant, measured in this process."""
     if options.only == "ours":
         return ours(options.bundle, options.context, options.tokens)
     from tokenspeed_plan.plans.bundle import load_plan

@@ -1,4 +1,4 @@
-"""How fast weights get from files into the arenas, beside reading the same files and throwing them away.
+"""How fast weights get from files into the arenas, compared with only reading the files.
 
     python benchmarks/load.py DIR [--folder /tmp]
 
@@ -13,7 +13,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,15 +29,26 @@ BLOCK_BYTES = 16 << 20
 ROUNDS = 3
 
 
+def tensors_of(
+    source: str, start: tuple[int, ...], size: tuple[int, ...]
+) -> Iterator[tuple[str, list[int]]]:
+    """The names of the tensors that rank 0 reads for a piece, and how far it reads each."""
+    ends = [first + count for first, count in zip(start, size, strict=True)]
+    if "{expert}" not in source:
+        yield source, ends
+        return
+    for expert in range(start[0], ends[0]):
+        yield source.replace("{expert}", str(expert)), ends[1:]
+
+
 def write_checkpoint(plan: Plan, folder: Path) -> int:
-    """Random tensors of the names and shapes that the plan reads; their bytes."""
+    """Write random tensors of the names and shapes that the plan reads; returns their bytes."""
     shapes: dict[str, list[int]] = {}
     for weight in plan.pool.weights:
         for piece in weight.pieces:
-            ends = [start + size for start, size in zip(piece.start, piece.size, strict=True)]
-            shapes[piece.source] = [
-                max(pair) for pair in zip(shapes.get(piece.source, ends), ends, strict=True)
-            ]
+            for name, ends in tensors_of(piece.source, piece.start, piece.size):
+                known = shapes.get(name, ends)
+                shapes[name] = [max(pair) for pair in zip(known, ends, strict=True)]
     dtype = TORCH_DTYPES[plan.pool.weights[0].tensor.dtype]
     shard: dict[str, torch.Tensor] = {}
     total = count = 0
@@ -54,7 +65,7 @@ def write_checkpoint(plan: Plan, folder: Path) -> int:
 
 
 def read_raw(folder: Path) -> None:
-    """Read all files, keep nothing."""
+    """Read all files and keep nothing."""
     block = bytearray(BLOCK_BYTES)
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
@@ -63,7 +74,7 @@ def read_raw(folder: Path) -> None:
 
 
 def best_s(work: Callable[[], object]) -> float:
-    """The fastest of some rounds."""
+    """Seconds of the fastest round."""
     taken = []
     for _ in range(ROUNDS):
         begun = time.perf_counter()

@@ -1,12 +1,12 @@
-"""One user's mixture of experts as one persistent launch, in place of three that overlap: an experiment on a GPU.
+"""An experiment on a GPU: the mixture of experts at batch 1 as one persistent launch, not three.
 
     python benchmarks/persistent.py DIR [--context 1024]
 
 DIR is a bundle of Qwen3.5-35B-A3B for one GPU, planned with `speculation: off`. In the decode
-program of one sequence the router, the experts' way up and their way down of every layer are
-exchanged for one kernel, all of whose programs are on the machine at once and which wait for each other twice at a
-counter in memory. Weights that are known before a barrier are in registers by then. Both programs
-are captured and replayed in turns; the results of a layer are compared first.
+program of one sequence, one kernel replaces the router, the up projection and the down projection
+of every layer. All its programs are resident at once, and wait for each other twice at a counter in
+memory. Weights that are known before a barrier are loaded into registers before it. Both programs
+are captured and replayed in turns; the results of one layer are compared first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BLOCK = ("norm_linear", "moe_up", "moe_down_add")
 
 @triton.jit
 def _barrier(counter, count: tl.constexpr):
-    """Wait until all programs are here; the counter never goes back, so that no launch has to clear it."""
+    """Wait for all programs. The counter only grows, so that no launch has to clear it."""
     tl.debug_barrier()
     mine = tl.atomic_add(counter, 1, sem="acq_rel")
     target = (mine // count + 1) * count
@@ -52,7 +52,11 @@ def _barrier(counter, count: tl.constexpr):
 
 @triton.jit
 def _best(logits_E, EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
-    """The best experts and their logits: in each round the best key goes, a logit in integer order, the lower index."""
+    """The top-k experts and their logits.
+
+    A key is a logit in integer order with the inverted index in its low bits, so that the lower
+    index wins a tie. Each round takes the best key and removes it.
+    """
     e = tl.arange(0, EXPERTS)
     bits = tl.load(logits_E + e, cache_modifier=".cg").to(tl.float32).to(tl.int32, bitcast=True)
     key = (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) & -65536) | (65535 - e)
@@ -92,7 +96,7 @@ def moe_block(
     DOWN: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Router, top-k, gate and up of 8 routed and one shared expert, down, residual: for one token."""
+    """One token: router, top-k, gate and up of the routed and the shared expert, down, residual."""
     tl.extra.cuda.gdc_launch_dependents()
     p = tl.program_id(0)
     k = tl.arange(0, H)
@@ -161,37 +165,36 @@ def moe_block(
 
 
 class Exchange:
-    """The program's calls, and the same with one call for each layer's three."""
+    """The calls of a program, and the same with one call in place of each layer's three."""
 
     def __init__(self, replay: Replay, programs: int, warps: int, up: int, down: int) -> None:
-        executor, self.counter = replay.executor, torch.zeros(1, dtype=torch.int32, device="cuda")
+        executor = replay.executor
+        self.counter = torch.zeros(1, dtype=torch.int32, device="cuda")
         self.options = {"PROGRAMS": programs, "UP": up, "DOWN": down, "num_warps": warps}
-        steps = executor.steps(replay.program, *replay._size)
+        steps = executor.steps(replay.program, replay.run_tokens, replay.run_seqs)
         self.calls = [
             (kind_of(executor.kernels[step.kernel]), step, *work)
             for step, work in steps
             if isinstance(step, KernelCall)
         ]
         self.names = {
-            name: [p.name for p in kernel.params] for name, kernel in executor.kernels.items()
+            name: [p.name for p in kernel.tensors] for name, kernel in executor.kernels.items()
         }
 
     def merged(self) -> Iterator[Any]:
-        """Instructions."""
+        """All instructions, with one in place of each three."""
         index = 0
         while index < len(self.calls):
             run = self.calls[index : index + 3]
             if tuple(kind for kind, *_ in run) == BLOCK:
-                yield self._one(
-                    *(
-                        dict(zip(self.names[step.kernel], work[2], strict=True))
-                        for _, step, work in run
-                    )
-                )
+                yield self._one(*(self._tensors(step, work) for _, step, work in run))
                 index += 3
             else:
                 yield run[0][2]
                 index += 1
+
+    def _tensors(self, step: KernelCall, work: Any) -> dict[str, Any]:
+        return dict(zip(self.names[step.kernel], work.operands, strict=True))
 
     def _one(self, router: Any, up: Any, down: Any) -> Any:
         tensors = (
@@ -226,7 +229,7 @@ class Exchange:
         return (body, {"arguments": (tensors, options)}, tensors, ())
 
     def fits(self) -> bool:
-        """Whether all programs are on the machine at once: else they would wait for each other for ever."""
+        """Whether all programs are resident at once; otherwise they would wait for ever."""
         tensors, options = next(
             call[1]["arguments"] for call in self.merged() if "arguments" in call[1]
         )
@@ -241,7 +244,7 @@ class Exchange:
 
 
 def error(replay: Replay, exchange: Exchange) -> float:
-    """Of the first layer that is exchanged."""
+    """The relative difference of the first layer's results."""
     last = next(i for i, (kind, *_) in enumerate(exchange.calls) if kind == BLOCK[2])
     three, one = (
         [work for *_, work in exchange.calls[: last + 1]],
@@ -269,9 +272,7 @@ def main() -> None:
     for programs, warps, up, down in SHAPES:
         exchange = Exchange(replay, programs, warps, up, down)
         if not exchange.fits():
-            print(
-                f"{programs} programs of {warps} warps are not all on the machine at once: left out"
-            )
+            print(f"{programs} programs of {warps} warps do not fit at once: left out")
             continue
         plain, merged = [work for *_, work in exchange.calls], list(exchange.merged())
         graphs = [captured(lambda calls=calls: execute(calls), "cuda") for calls in (plain, merged)]
@@ -281,8 +282,9 @@ def main() -> None:
                 taken.append(time_us(graph, "cuda", reset=replay.reset))
         three, one = map(statistics.median, times)
         print(
-            f"{programs} programs of {warps} warps, tiles of {up} and {down}: {len(plain)} launches {three:.1f} us, "
-            f"{len(merged)} launches {one:.1f} us, {one / three:.3f} x; "
+            f"{programs} programs of {warps} warps, tiles of {up} and {down}: "
+            f"{len(plain)} launches {three:.1f} us, {len(merged)} launches {one:.1f} us, "
+            f"{one / three:.3f} x; "
             f"relative difference {error(replay, exchange):.4f}",
             flush=True,
         )

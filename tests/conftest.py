@@ -19,15 +19,15 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINC
 
 import torch
 from checkpoints import KINDS, write_checkpoint
+from specs import merged
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.schema import Plan
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile(
-    "fixed", derandomize=True
-)  # the same examples on every run of CI
+# CI runs the same examples each time.
+hypothesis.settings.register_profile("fixed", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("fixed")
 ROOT = Path(__file__).parent.parent
@@ -47,18 +47,12 @@ def make_spec(path: Path | str, **changes: Any) -> Spec:
         },
         "speculation": "off",
     }
-    for key, value in changes.items():
-        data[key] = (
-            data[key] | value
-            if isinstance(data.get(key), dict) and isinstance(value, dict)
-            else value
-        )
-    return Spec.model_validate(data)
+    return Spec.model_validate(merged(data, changes))
 
 
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
-    """Commands spare what stands from the garbage collector; here many run in one process."""
+    """Undo `gc.freeze`, which commands call, as many of them run in this process."""
     yield
     gc.unfreeze()
 

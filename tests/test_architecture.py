@@ -153,7 +153,7 @@ def test_the_rule_can_fail(floor: str, source: str, reason: str | None) -> None:
 
 @pytest.mark.parametrize("path", files_of("tests", "tools", "benchmarks"), ids=str)
 def test_nothing_loads_a_module_twice(path: Path) -> None:
-    """With the checkout on the path `import planner` works: it makes a second copy of its classes."""
+    """`import planner` works in a checkout, but makes a second copy of each class."""
     for line, module, _ in imports(path.read_text()):
         assert module.partition(".")[0] not in FLOORS, f"{path}:{line}: {module}"
 

@@ -45,9 +45,9 @@ FLAGS = (
 )
 
 
-def chat(said: str | bytes, *options: object) -> Result:
+def chat(typed: str | bytes, *options: object) -> Result:
     args = ["chat", str(BUNDLE), *map(str, (*FLAGS, *options))]
-    return CliRunner().invoke(main, args, input=said, catch_exceptions=False)
+    return CliRunner().invoke(main, args, input=typed, catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,12 @@ def engine() -> Engine:
     return Engine.load(BUNDLE, chat=ChatTemplate.load(MODEL))
 
 
-def answers(engine: Engine, said: list[str], system: str | None = None, seed: int = 5) -> list[str]:
-    """What the engine says by itself, with all that was said before."""
+def answers(
+    engine: Engine, texts: list[str], system: str | None = None, seed: int = 5
+) -> list[str]:
+    """The engine's answer to each text, with the conversation before it."""
     messages = [{"role": "system", "content": system}] if system else []
-    for number, text in enumerate(said):
+    for number, text in enumerate(texts):
         messages.append({"role": "user", "content": text})
         assert engine.tokenizer
         ids = engine.tokenizer.encode(engine.tokenizer.render_chat(messages))
@@ -68,11 +70,11 @@ def answers(engine: Engine, said: list[str], system: str | None = None, seed: in
 
 
 def test_turns_build_on_each_other(engine: Engine) -> None:
-    said = ["read a file", "now write one", "  and close it "]
-    done = chat("\n\n".join(said) + "\n")
+    texts = ["read a file", "now write one", "  and close it "]
+    done = chat("\n\n".join(texts) + "\n")
     assert done.exit_code == 0
     assert done.stdout == "".join(
-        f"{text}\n" for text in answers(engine, [text.strip() for text in said])
+        f"{text}\n" for text in answers(engine, [text.strip() for text in texts])
     )
     figures = done.stderr.splitlines()
     cached = [int(re.search(r"; (\d+) of \d+ prompt tokens cached\]", line)[1]) for line in figures]  # type: ignore[index]
@@ -182,7 +184,7 @@ class Terminal:
 
 @pytest.mark.slow
 def test_on_a_terminal() -> None:
-    """Ctrl-C as the terminal sends it: at the prompt, and while an answer comes."""
+    """The terminal sends Ctrl-C, at the prompt and during an answer."""
     flags = ("--no-canary", "--max-tokens", 1200, "--temperature", 1.5)
     terminal = Terminal("chat", BUNDLE, *flags)
     try:

@@ -1,4 +1,4 @@
-"""The command line: every path a user takes, and that what goes wrong is one error and one hint."""
+"""The command line: the ways a user takes, and one error with one hint for what goes wrong."""
 
 from __future__ import annotations
 
@@ -180,8 +180,8 @@ def test_show_is_one_screen_and_says_why(bundle: Path) -> None:
     for folder in (bundle, ROOT / "plans/frozen/qwen3.5-397b-b200x8"):
         lines = cli("show", folder).stdout.splitlines()
         assert len(lines) <= 45 and max(map(len, lines)) <= 140
-    said = cli("show", ROOT / "plans/frozen/qwen3.5-397b-b200x8", "--why", "parallelism").stdout
-    assert "because" in said and "next" in said and "turn_time_ms" in said
+    text = cli("show", ROOT / "plans/frozen/qwen3.5-397b-b200x8", "--why", "parallelism").stdout
+    assert "because" in text and "next" in text and "turn_time_ms" in text
     assert "TTFT is not in it" in cli("show", bundle, "--why", "tpot_ms").stdout
     is_clean(cli("show", bundle, "--why", "paralelism"), 2, "no decision called `paralelism`")
 
@@ -284,6 +284,7 @@ def test_nvfp4_needs_a_machine_that_multiplies_it() -> None:
     )
 
 
+@pytest.mark.slow
 def test_sweep_names_a_winner_or_a_reason_for_each_machine() -> None:
     rows = json.loads(
         cli(
@@ -350,6 +351,7 @@ def test_text_that_is_not_unicode(bundle: Path, tmp_path: Path) -> None:
         ChatTemplate.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_plan_check_sees_a_stale_plan(bundle: Path, tmp_path: Path) -> None:
     spec = bundle.parent / "spec.yaml"
     assert cli("plan", spec, "-o", bundle, "--check").exit_code == 0

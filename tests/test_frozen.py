@@ -98,8 +98,11 @@ def test_planning_the_headline_needs_little_memory(tmp_path: Path) -> None:
         "main(['plan', 'examples/qwen3.5-397b-b200x8/spec.yaml', '--no-compile', "
         f"'-o', {str(tmp_path)!r}], standalone_mode=False)\n"
     )
-    # Not getrusage: what that calls the peak includes the process that this one was forked from.
-    code += "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    # The peak of getrusage would include the process that this one was forked from.
+    code += (
+        "lines = open('/proc/self/status').readlines()\n"
+        "print(*(line.split()[1] for line in lines if line.startswith('VmHWM')))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT, text=True
     )

@@ -1,4 +1,4 @@
-"""Train the demo model: a small Qwen3.5-MoE checkpoint in the published file layout, on Python's own library sources.
+"""Train the demo model: a small Qwen3.5-MoE checkpoint, on the sources of Python's own library.
 
     python tools/train_demo_model.py train --out examples/demo/model
     python tools/train_demo_model.py evaluate --out examples/demo/model
@@ -19,7 +19,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +52,8 @@ WORDS = (
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SKIPPED_FOLDERS = {
@@ -159,7 +159,7 @@ def chat_examples(texts: list[str]) -> Iterator[str]:
 
 
 def make_tokenizer(texts: list[str], folder: Path) -> Tokenizer:
-    """Byte-level BPE, as the family's, trained on the text; the last rows of the table stay unused."""
+    """Byte-level BPE as in the family, trained on the text; the table's last ids stay unused."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -453,7 +453,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def encode_all(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """All texts as one stream of ids, each ended by <|endoftext|>; chat examples carry their own end."""
+    """All texts as one stream of ids. Each ends with <|endoftext|>; chats have their own end."""
     stop = "<|endoftext|>"
     encoded = tokenizer.encode_batch(
         [text if text.endswith(stop) else text + stop for text in texts]
@@ -470,8 +470,9 @@ def train(folder: Path, steps: int, batch: int, length: int, peak: float, seed: 
     chats = list(chat_examples(texts))
     ids = encode_all(tokenizer, texts + chats)
     print(
-        f"Python {platform.python_version()}, torch {torch.__version__}: {len(texts)} files, {len(chats)} chats, "
-        f"{len(ids)} tokens, {sum(map(len, texts)) / len(ids):.2f} characters a token",
+        f"Python {platform.python_version()}, torch {torch.__version__}: "
+        f"{len(texts)} files, {len(chats)} chats, {len(ids)} tokens, "
+        f"{sum(map(len, texts)) / len(ids):.2f} characters a token",
         flush=True,
     )
     weights = {name: value.requires_grad_() for name, value in initial_weights(seed).items()}
@@ -496,8 +497,8 @@ def train(folder: Path, steps: int, batch: int, length: int, peak: float, seed: 
         if step % 50 == 49 or step == 4:
             recent = torch.tensor(log[-50:]).mean(0).tolist()
             print(
-                f"step {step + 1}/{steps} next {recent[0]:.3f} draft1 {recent[1]:.3f} draft2 {recent[2]:.3f} "
-                f"{time.time() - begun:.0f} s",
+                f"step {step + 1}/{steps} next {recent[0]:.3f} draft1 {recent[1]:.3f} "
+                f"draft2 {recent[2]:.3f} {time.time() - begun:.0f} s",
                 flush=True,
             )
         if step % 500 == 499 or step == steps - 1:
@@ -641,13 +642,14 @@ def evaluate(folder: Path, length: int, prompts: int, seed: int) -> None:
     print(f"next token {mean[0]:.3f} nats, {bits_per_byte:.3f} bits a byte")
     print(f"drafts 1 and 2: {mean[1]:.3f}, {mean[2]:.3f} nats")
     print(
-        f"acceptance at depth 3, own greedy text: {sum(free) / len(free):.1%} of drafts over {len(free)} prompts"
+        f"acceptance at depth 3, own greedy text: {sum(free) / len(free):.1%} of drafts "
+        f"over {len(free)} prompts"
     )
     print(f"acceptance at depth 3, held-out text forced: {sum(forced) / len(forced):.1%}")
 
 
 def draft_chain(model: Model, ids_T: Tensor, hidden_TH: Tensor) -> list[int]:
-    """Three drafts after `ids`, whose last token has no hidden state yet: `hidden` has one row less."""
+    """Three drafts after `ids`, whose last token has no hidden state yet."""
     next_ids, hidden, drafts = ids_T[None, 1:], hidden_TH[None], []
     for _ in range(3):
         out = model.draft(next_ids, hidden)
@@ -711,4 +713,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

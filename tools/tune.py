@@ -1,10 +1,10 @@
-"""Measure tiles on this GPU: every kernel of a plan's program, each of its tiles.
+"""Measure the tiles of each kernel of a plan's program on this GPU.
 
-In decode a tile is timed in the whole program, whose kernels overlap, or with `--alone` in all
-calls of its kernel, one after the other; in prefill, where they are long, in one call.
+In decode a tile is timed in the whole program, whose kernels overlap; with `--alone`, in all calls
+of its kernel, one after the other. In prefill, where kernels are long, it is timed in one call.
 
     python tools/tune.py plans/frozen/DIR [--phase prefill] [--bucket N] [--kinds a,b] [--alone]
-        [--longest N]
+        [--max-kernels N] [--max-tiles N]
 
 Prints the lines for `codegen/tuned.yaml`, with the microseconds of the program beside the best
 tiles.
@@ -39,7 +39,7 @@ from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
 from tokenspeed_plan.runtime.execution.executor import Executor
 
 REPLAYS = 3  # a round
-MANY = 256  # rows, from which tiles have rows of their own
+MANY = 256  # rows from which on tiles have spaces of their own
 GEMV = {
     "n": (1, 2, 4, 8, 16),
     "k": (256, 512, 1024, 2048, 4096),
@@ -102,14 +102,14 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
         Tile(rows if few or kind in special else max(rows, 16), *values)
         for values in itertools.product(*space.values())
     ]
-    if space is GEMV:
-        padded = (
-            [Tile(max(rows, 16), *values) for values in itertools.product(*DOT.values())]
-            if rows > 1
-            else []
-        )
+    if space is GEMV and rows > 1:
+        padded = [Tile(max(rows, 16), *values) for values in itertools.product(*DOT.values())]
         return plain_tiles(rows) + padded
-    return plain_tiles(rows) + tiles if space is DOT and rows < 16 else tiles
+    if space is GEMV:
+        return plain_tiles(rows)
+    if space is DOT and rows < 16:
+        return plain_tiles(rows) + tiles
+    return tiles
 
 
 def fills(tile: Tile, rows: int, columns: int) -> bool:
@@ -123,7 +123,7 @@ def fills(tile: Tile, rows: int, columns: int) -> bool:
 
 
 def plain_tiles(rows: int) -> list[Tile]:
-    """For few rows in plain arithmetic, with a sensible number of elements a thread."""
+    """Tiles for few rows in plain arithmetic, with a sensible number of elements a thread."""
     tiles = (Tile(rows, *values) for values in itertools.product(*GEMV.values()))
     return [
         t
@@ -135,47 +135,37 @@ def plain_tiles(rows: int) -> list[Tile]:
 
 
 def variants(
-    kernel: KernelSpec, rows: tuple[int, int], hardware: HardwareSpec, most: int
+    kernel: KernelSpec, rows: tuple[int, int], hardware: HardwareSpec, max_tiles: int
 ) -> Iterator[tuple[Tile, Built]]:
-    """The kernel in each tile, or in `most` of them."""
+    """The kernel in each tile, or in `max_tiles` of them."""
     kind = kind_of(kernel)
-    plain = kernel.model_copy(
-        update={
-            "name": "",
-            "launch": None,
-            "params": tuple(p for p in kernel.params if p.role != "scratch"),
-        }
-    )
-    few = kernel.launch is not None and "PRECISION" not in kernel.launch.constants
-    padded, products = (
-        1 << (rows[0] - 1).bit_length(),
-        [p for p in kernel.parts if p.kind == "linear"],
-    )
-    if products and 32 < padded < 2048:
-        columns = next(
-            p.tensor.shape[0]
-            for p in kernel.params
-            if p.name in products[0].operands and p.role == "weight"
-        )
-        tiles = [
-            tile
-            for tile in itertools.starmap(Tile, itertools.product(*SOME.values()))
-            if fills(tile, rows[0], int(columns))
-        ]
-    else:
-        tiles = candidates(kind, padded, few)
+    params = tuple(p for p in kernel.params if p.role != "scratch")
+    plain = kernel.model_copy(update={"name": "", "launch": None, "params": params})
+    pdl = kernel.launch is not None and kernel.launch.pdl
+    tiles = tiles_of(kernel, rows[0])
     random.Random(0).shuffle(tiles)
-    for tile in tiles[:most]:
-        yield (
-            tile,
-            build_kernel(
-                kind, plain, rows, hardware, kernel.launch is not None and kernel.launch.pdl, tile
-            )[0],
-        )
+    for tile in tiles[:max_tiles]:
+        yield tile, build_kernel(kind, plain, rows, hardware, pdl, tile)[0]
+
+
+def tiles_of(kernel: KernelSpec, rows: int) -> list[Tile]:
+    """Tiles to try for a kernel in a program of `rows` tokens."""
+    padded = 1 << (rows - 1).bit_length()
+    products = [p for p in kernel.parts if p.kind == "linear"]
+    if not products or not 32 < padded < 2048:
+        few = kernel.launch is not None and "PRECISION" not in kernel.launch.constants
+        return candidates(kind_of(kernel), padded, few)
+    columns = next(
+        p.tensor.shape[0]
+        for p in kernel.params
+        if p.name in products[0].operands and p.role == "weight"
+    )
+    tiles = itertools.starmap(Tile, itertools.product(*SOME.values()))
+    return [tile for tile in tiles if fills(tile, rows, int(columns))]
 
 
 class Chain:
-    """The whole program, its kernels overlapping; one kernel at a time is exchanged."""
+    """The instructions of the program, of which one kernel at a time is exchanged."""
 
     def __init__(self, executor: Executor, replay: Replay, sm: int, alone: bool) -> None:
         program, self.reset = replay.program, replay.reset
@@ -189,8 +179,8 @@ class Chain:
     def time(self, name: str, built: Built, compiled: Compiled) -> float:
         """Microseconds with another build of a kernel.
 
-        Of the whole program; or only of the kernel's calls (`alone`), or of its first call where
-        the program is not captured.
+        It is the time of the whole program. With `alone` it is that of the kernel's calls, and in a
+        program that is not captured that of its first call.
         """
         calls = self.exchanged(name, built, compiled)
         if self.alone:
@@ -249,9 +239,9 @@ def main() -> None:
         "--alone", action="store_true", help="in decode, time the calls of a kernel by themselves"
     )
     parser.add_argument(
-        "--longest", type=int, default=99, help="only so many kernels, those predicted to take most"
+        "--max-kernels", type=int, default=99, help="only the kernels predicted to take most time"
     )
-    parser.add_argument("--most", type=int, default=64, help="tiles a kernel")
+    parser.add_argument("--max-tiles", type=int, default=64, help="tiles a kernel")
     options = parser.parse_args()
     plan = load_plan(options.bundle)
     hardware = find_hardware(plan.target.gpu)
@@ -272,8 +262,8 @@ def main() -> None:
         for name in names
         if not wanted or kind_of(executor.kernels[name]) in wanted
     ]
-    kernels = sorted(kernels, key=lambda kernel: -taken[kernel.name])[: options.longest]
-    tried = {k.name: list(variants(k, rows, hardware, options.most)) for k in kernels}
+    kernels = sorted(kernels, key=lambda kernel: -taken[kernel.name])[: options.max_kernels]
+    tried = {k.name: list(variants(k, rows, hardware, options.max_tiles)) for k in kernels}
     jobs = {
         b.kernel.name: Job(b.kernel, b.source or "", hardware.sm)
         for found in tried.values()
@@ -292,7 +282,7 @@ def report(
     compiled: dict[str, Compiled],
     hardware: HardwareSpec,
 ) -> None:
-    """The best tile of one kernel, as a line of YAML; it stays in the chain for those that come after."""
+    """Print the best tile of one kernel as a line of YAML, and keep it in the chain."""
     times = []
     for tile, built in found:
         result = compiled[built.kernel.name]

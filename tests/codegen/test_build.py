@@ -1,7 +1,7 @@
-"""Kernels for GPUs that are not here: they compile to the right instructions, and the same bytes.
+"""Kernels for GPUs that are not here compile to the right instructions, and to the same bytes.
 
-What is only read is kept in the user's cache, which planning the examples fills too; all else
-compiles into empty ones.
+Tests that only read results use the user's cache, which planning the examples fills too; the others
+compile into empty caches.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ ANY_PRODUCT = re.compile(r"\b(?:wgmma\.mma|tcgen05\.mma|mma\.sync)")
 # Operators with products of many rows, however they are fused; those after `last_token` have a row
 # a sequence.
 MATRIX = {"attention", "delta_chunk", "delta_scan", "grouped_down", "grouped_up", "linear"}
-WIDEST = 64  # rows of a tile from which on these instructions exist
+WIDEST = 64  # these instructions need tiles of at least so many rows
 
 
 def job_of(kind: str, sm: int = 90) -> Job:
@@ -75,7 +75,7 @@ def job_of(kind: str, sm: int = 90) -> Job:
 
 
 def used(programs: Iterable[Program]) -> set[str]:
-    """Kernels that they call."""
+    """Names of the kernels that the programs call."""
     return {step.kernel for program in programs for step in program.steps if step.kind == "kernel"}
 
 
@@ -93,9 +93,8 @@ def tilings_of(plan: Plan, kernel: KernelSpec, hardware: HardwareSpec) -> list[B
         (one for one in plan.pool.programs if kernel.name in used([one])),
         key=lambda one: one.bucket,
     )
-    params = tuple(
-        param for param in kernel.params if param.role != "scratch"
-    )  # a tiling brings its own
+    # A tiling brings its own scratch.
+    params = tuple(param for param in kernel.params if param.role != "scratch")
     plain = kernel.model_copy(update={"launch": None, "name": "", "params": params})
     rows = (program.max_tokens, program.max_seqs)
     return build_kernel(kind_of(kernel), plain, rows, hardware, program.phase != "prefill")
@@ -104,7 +103,7 @@ def tilings_of(plan: Plan, kernel: KernelSpec, hardware: HardwareSpec) -> list[B
 def settle(
     candidates: Mapping[str, Sequence[Built]], hardware: HardwareSpec, cache: Path
 ) -> dict[str, tuple[Built, Compiled]]:
-    """The tiling that is chosen of each kernel, and what the compiler made of it."""
+    """The chosen tiling of each kernel, and the compiler's result for it."""
     reports = compile_candidates(candidates, hardware, cache)
     chosen = select(candidates, reports, hardware)
     return {key: (built, reports[built.kernel.name]) for key, built in chosen.items()}
@@ -123,7 +122,7 @@ def made() -> Made:
 @pytest.mark.parametrize("sm", GPUS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kernel_compiles_and_fits(name: str, sm: int, made: Made) -> None:
-    """Also for the other plan's GPU, and with the large tiles of the CPU."""
+    """Each plan also compiles for the other GPU, as does the CPU's plan with its large tiles."""
     made.compile_plan(name, sm)
     for kernel in plan_of(name).kernels:
         result = made[name, kernel.name, sm]
@@ -137,7 +136,7 @@ def test_every_kernel_compiles_and_fits(name: str, sm: int, made: Made) -> None:
 @pytest.mark.parametrize("sm", GPUS)
 @pytest.mark.parametrize("name", NAMES)
 def test_latency_kernels_keep_their_values_in_registers(name: str, sm: int, made: Made) -> None:
-    """Those of decode. A plan's tiles are chosen for its own GPU; the other one has tiles too."""
+    """Decode kernels do not spill. For the other GPU, one of its own tilings does not."""
     made.compile_plan(name, sm)
     plan = plan_of(name)
     kernels = used(program for program in plan.pool.programs if program.phase != "prefill")
@@ -155,7 +154,7 @@ def test_latency_kernels_keep_their_values_in_registers(name: str, sm: int, made
 
 
 def with_rows(kernel: KernelSpec, count: int) -> KernelSpec:
-    """A kernel of a plan as a plan has it whose decode steps have `count` rows of each sequence."""
+    """The kernel as in a plan whose decode steps have `count` queries of each sequence."""
     sizes = {
         "causal_conv_dst_state_slots": {1: count},
         "recompute_state_kept_inputs": {1: count},
@@ -180,7 +179,7 @@ def with_rows(kernel: KernelSpec, count: int) -> KernelSpec:
 
 @cache
 def planned(rollback: str) -> Plan:
-    """As the frozen plan for an H200, but with that way to take drafts back."""
+    """The frozen H200 plan, but with the given rollback of rejected drafts."""
     path = ROOT / "examples" / H200_PLAN / "spec.yaml"
     spec = load_spec(path)
     spec = spec.model_copy(update={"speculation": SpeculationSpec(rollback=rollback)})  # type: ignore[arg-type]
@@ -192,10 +191,10 @@ def planned(rollback: str) -> Plan:
 @pytest.mark.parametrize(
     ("rollback", "step"), [("snapshot", "delta_step"), ("recompute", "delta_recompute")]
 )
-def test_several_rows_a_sequence_stay_in_registers(rollback: str, step: str, sm: int) -> None:
+def test_several_queries_a_sequence_stay_in_registers(rollback: str, step: str, sm: int) -> None:
     """The first tiling compiles, spills nothing, and has the newer instructions if it is large.
 
-    The delta rule holds a state beside its rows: where its first tiling spills, the second does
+    The delta rule also holds a state in registers: where its first tiling spills, the second does
     not.
     """
     plan = planned(rollback)
@@ -223,7 +222,7 @@ def test_several_rows_a_sequence_stay_in_registers(rollback: str, step: str, sm:
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 def test_the_demo_model_is_planned_for_a_gpu(gpu: str) -> None:
-    """Its frozen plan is for a CPU, whose tiles spill in prefill; planned for a GPU none does."""
+    """The CPU tiles of its frozen plan spill in prefill; tiles planned for a GPU do not."""
     path = ROOT / "examples/demo/spec.yaml"
     spec = load_spec(path)
     spec = spec.model_copy(
@@ -240,8 +239,8 @@ def test_the_demo_model_is_planned_for_a_gpu(gpu: str) -> None:
     assert sum(binary.spill_bytes for binary in bundle.plan.binaries) == 0
 
 
-# Kinds that only programs that draft have, or that know there of rows to write, or of rows a
-# sequence.
+# Kinds that exist only in programs that draft, or that take other state slots or query lengths
+# there.
 DRAFTING = {
     "accept",
     "advance_rows",
@@ -258,7 +257,7 @@ DRAFTING = {
 
 
 def drafts(kernel: KernelSpec) -> bool:
-    """Whether a kernel is of those kinds, or has a row for each sequence."""
+    """Whether a kernel is one of `DRAFTING`, or has an output row for each sequence."""
     rows = {param.tensor.shape[0] for param in kernel.params if param.role == "output"}
     return kernel.launch is not None and (kind_of(kernel) in DRAFTING or "num_seqs" in rows)
 
@@ -298,7 +297,7 @@ def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> N
 def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(
     name: str, sm: int, made: Made
 ) -> None:
-    """All products of such a kernel, not only one."""
+    """All products of such a kernel use them, not only one."""
     made.compile_plan(name, sm)
     called = used(phase_of(plan_of(name), "prefill")[-1:])
     seen: set[str] = set()
@@ -344,7 +343,8 @@ bundle = Path(sys.argv[1])
 kernels = {kind_of(kernel): kernel for kernel in reversed(load_plan(bundle).kernels)}
 jobs = {kind: Job(kernels[kind], read_source(bundle, kernels[kind]), 90) for kind in sys.argv[3:]}
 made = compile_all(jobs.values(), Path(sys.argv[2]))
-print(json.dumps({kind: [job.key, sha256(made[job.key].cubin), made[job.key].error] for kind, job in jobs.items()}))
+results = {kind: (job.key, made[job.key]) for kind, job in jobs.items()}
+print(json.dumps({kind: [key, sha256(r.cubin), r.error] for kind, (key, r) in results.items()}))
 """
 Result = dict[str, list[str]]
 
@@ -366,7 +366,7 @@ def probe(work: Path, kept: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 def answer(process: subprocess.Popen[str]) -> Result:
-    """What it printed last."""
+    """The last line that it printed."""
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     result: Result = json.loads(output.splitlines()[-1])
@@ -374,7 +374,7 @@ def answer(process: subprocess.Popen[str]) -> Result:
 
 
 def expected(made: Made) -> Result:
-    """What this process and the user's cache say."""
+    """The digests that this process gets with the user's cache."""
     jobs = {kind: job_of(kind) for kind in PROBED}
     results = {kind: made[H200_PLAN, one.kernel.name, one.sm] for kind, one in jobs.items()}
     return {kind: [one.key, sha256(results[kind].cubin), ""] for kind, one in jobs.items()}
@@ -391,7 +391,7 @@ def test_same_bytes_in_any_folder_and_hash_order(made: Made, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_environment_has_no_say(made: Made, tmp_path: Path) -> None:
-    """Each of these would make other code, in an entry that every later plan would trust."""
+    """Each of these variables would change the code of a cache entry that later plans trust."""
     switches = {
         "DISABLE_LLVM_OPT": "1",
         "PTXAS_OPTIONS": "-O1",
@@ -429,21 +429,21 @@ def truncate(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """Another byte in the middle, the same length."""
+    """Change a byte in the middle; the length stays."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 def misstate(path: Path) -> None:
-    """A report that is still JSON, with another need of shared memory."""
+    """Change the shared memory in a report, which stays valid JSON."""
     text = path.read_text()
     assert '"shared_bytes": ' in text
     path.write_text(text.replace('"shared_bytes": ', '"shared_bytes": 1'))
 
 
 def swap(path: Path) -> None:
-    """A sound entry, of another kernel."""
+    """Put a valid entry of another kernel in its place."""
     other = next(one for one in sorted(path.parent.glob("*.json")) if one.stem != path.stem)
     for file in (path, path.with_suffix(".cubin")):
         file.write_bytes(other.with_suffix(file.suffix).read_bytes())
@@ -478,21 +478,21 @@ def copy_entries(jobs: list[Job], folder: Path) -> None:
 def test_a_damaged_entry_is_compiled_again(
     damage: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It, and nothing else."""
+    """Only the damaged entry is compiled again."""
     jobs = [job_of("topk"), job_of("embed")]
     copy_entries(jobs, tmp_path / "cache")
     suffix, hurt = DAMAGES[damage]
     hurt(tmp_path / "cache" / f"{jobs[0].key}.{suffix}")
-    asked: list[Job] = []
+    compiled_jobs: list[Job] = []
     fresh = Compiled(cubin=b"fresh")
 
     def compiler(missing: list[Job], folder: Path) -> dict[str, Compiled]:
-        asked.extend(missing)
+        compiled_jobs.extend(missing)
         return {one.key: fresh for one in missing}
 
     monkeypatch.setattr(build, "_compile_missing", compiler)
     results = compile_all(jobs, tmp_path / "cache")
-    assert asked == jobs[:1]
+    assert compiled_jobs == jobs[:1]
     assert results == {jobs[0].key: fresh, jobs[1].key: made[H200_PLAN, jobs[1].kernel.name, 90]}
 
 
@@ -500,7 +500,7 @@ def test_a_damaged_entry_is_compiled_again(
 def test_a_damaged_entry_is_replaced(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the compiler itself: the right bytes come back, and stay."""
+    """The real compiler makes the right bytes again, and they are kept."""
     jobs = [job_of("topk"), job_of("embed")]
     copy_entries(jobs, tmp_path / "cache")
     flip(tmp_path / "cache" / f"{jobs[0].key}.cubin")
@@ -544,14 +544,14 @@ def wide(x, y, num_tokens, num_seqs):
 
 
 def wide(block: int) -> Built:
-    """A tiling that spills from some block on: every number waits in a register for the sum."""
+    """A tiling that spills for large blocks, as each number waits in a register for the sum."""
     one = altered(WIDE.format(block=block), f"wide_{block}", block)
     return Built(one.kernel, one.source)
 
 
 @pytest.mark.slow
-def test_a_failure_is_told_and_not_kept(tmp_path: Path) -> None:
-    """It may have been the machine's: a full disk today must not choose tomorrow's tiling."""
+def test_a_failure_is_reported_and_not_cached(tmp_path: Path) -> None:
+    """The machine may be the cause: a full disk today must not choose tomorrow's tiling."""
     bad = altered(WIDE.format(block=100))
     results = compile_all([bad], tmp_path)
     assert "power of 2" in results[bad.key].error
@@ -572,7 +572,7 @@ def is_prefill_attention(kernel: KernelSpec) -> bool:
 
 @pytest.mark.slow
 def test_the_next_tiling_is_taken_where_shared_memory_is_little() -> None:
-    """Prefill attention's last tiling is its smallest: with just enough for that, it is the one."""
+    """With only as much as the last tiling needs, prefill attention takes that one."""
     plan, hardware = plan_of(H200_PLAN), find_hardware("H200")
     tilings = tilings_of(plan, next(filter(is_prefill_attention, plan.kernels)), hardware)
     jobs = [Job(tiling.kernel, tiling.source or "", 90) for tiling in tilings]

@@ -1,6 +1,6 @@
-"""Each Triton kernel beside its reference: odd sizes, ragged batches, empty experts.
+"""Each Triton kernel agrees with its reference: odd sizes, ragged batches, empty experts.
 
-Broken kernels must be caught.
+Broken kernels are caught.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import KernelSpec
 
 RAGGED = (1, 64, 65, 3, 130)
-# Kernels with programs for each row, which the interpreter runs one after the other. Cases with
-# more rows than these leave them to the others.
+# Kernels with a program for each row of their input, which the interpreter runs one after the
+# other. Cases with more rows skip them.
 MAX_ROWS = {"sample": 8, "topk": 80, "qk_norm_rope_write": 20, "k_norm_rope_write": 20}
 CASES = {
-    "one row": Case("decode", (1,), (40,)),
-    "one row, nothing before": Case("decode", (1,), (0,)),
-    "seven rows": Case("decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300)),
-    "many rows": Case("decode", (1,) * 19, tuple(range(0, 190, 10))),
-    "dense, one row": Case("decode", (1,), (70,), kind="dense"),
+    "one sequence": Case("decode", (1,), (40,)),
+    "one sequence, nothing before": Case("decode", (1,), (0,)),
+    "seven sequences": Case("decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300)),
+    "many sequences": Case("decode", (1,) * 19, tuple(range(0, 190, 10))),
+    "dense, one sequence": Case("decode", (1,), (70,), kind="dense"),
     "three value heads a key head": Case("decode", (1,) * 3, (0, 5, 64), kind="ratio3"),
     "yarn": Case("decode", (1,) * 2, (3, 400), kind="yarn"),
     "prefill of one": Case("prefill", (1,), (0,)),
@@ -33,30 +33,32 @@ CASES = {
     "prefill of 129": Case("prefill", (129,), (0,)),
     "ragged prefill": Case("prefill", RAGGED, (0, 3, 0, 100, 17)),
     "ragged prefill, dense": Case("prefill", (5, 66), (0, 9), kind="dense"),
-    "H200 tiles, one row": Case("decode", (1,), (200,), gpu="H200"),
-    "H200 tiles, seven rows": Case(
+    "H200 tiles, one sequence": Case("decode", (1,), (200,), gpu="H200"),
+    "H200 tiles, seven sequences": Case(
         "decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), gpu="H200", kind="odd"
     ),
     "H200 tiles, prefill": Case("prefill", (1, 70), (5, 0), gpu="H200"),
-    "bf16, one row": Case("decode", (1,), (40,), "bf16", "odd", "H200"),
-    "bf16, seven rows": Case(
+    "bf16, one sequence": Case("decode", (1,), (40,), "bf16", "odd", "H200"),
+    "bf16, seven sequences": Case(
         "decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), "bf16", "odd", "H200"
     ),
     "bf16, prefill": Case("prefill", (1, 70), (5, 0), "bf16", gpu="H200"),
     "bf16, heads of 128 and 256": Case("decode", (1,) * 2, (0, 90), "bf16", "kernel", "H200"),
-    "H200 tiles, four rows": Case("decode", (1,) * 4, (0, 1, 300, 511), gpu="H200", kind="odd"),
+    "H200 tiles, four sequences": Case(
+        "decode", (1,) * 4, (0, 1, 300, 511), gpu="H200", kind="odd"
+    ),
     "experts of a rank": Case("decode", (1,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2)),
     "experts of a rank, prefill": Case("prefill", (40,), (9,), layout=ParallelLayout(2, 1, 2)),
 }
 # Plain norms and no gate; no shared expert.
 FAMILY_CASES = {
-    "qwen3, one row": Case("decode", (1,), (40,), kind="qwen3"),
-    "qwen3, bf16, seven rows": Case(
+    "qwen3, one sequence": Case("decode", (1,), (40,), kind="qwen3"),
+    "qwen3, bf16, seven sequences": Case(
         "decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), "bf16", "qwen3", "H200"
     ),
     "qwen3, prefill": Case("prefill", (1, 70), (5, 0), kind="qwen3"),
-    "qwen3 moe, one row": Case("decode", (1,), (40,), kind="qwen3_moe"),
-    "qwen3 moe, H200 tiles, three rows": Case(
+    "qwen3 moe, one sequence": Case("decode", (1,), (40,), kind="qwen3_moe"),
+    "qwen3 moe, H200 tiles, three sequences": Case(
         "decode", (1,) * 3, (0, 5, 64), gpu="H200", kind="qwen3_moe"
     ),
     "qwen3 moe, prefill": Case("prefill", (1, 70), (5, 0), kind="qwen3_moe"),
@@ -69,23 +71,28 @@ FAMILY_CASES = {
 }
 LAST_PAGE = (0, 1, 15, 16, 17, 100, 300, 505)
 DRAFTED = {
-    "one sequence, four rows": Case("decode", (4,), (40,), depth=3),
-    "three sequences, two rows": Case("decode", (2,) * 3, (40, 0, 9), depth=1, deeper=2),
-    "eight sequences, six rows": Case("decode", (6,) * 8, LAST_PAGE, depth=5, kind="odd"),
-    "eight sequences, four rows, dense": Case("decode", (4,) * 8, LAST_PAGE, depth=3, kind="dense"),
-    "H200 tiles, two sequences, four rows": Case(
+    "one sequence, four queries": Case("decode", (4,), (40,), depth=3),
+    "three sequences, two queries": Case("decode", (2,) * 3, (40, 0, 9), depth=1, deeper=2),
+    "eight sequences, six queries": Case("decode", (6,) * 8, LAST_PAGE, depth=5, kind="odd"),
+    "eight sequences, four queries, dense": Case(
+        "decode", (4,) * 8, LAST_PAGE, depth=3, kind="dense"
+    ),
+    "H200 tiles, two sequences, four queries": Case(
         "decode", (4,) * 2, (16, 505), gpu="H200", depth=3, kind="odd"
     ),
-    "bf16, one sequence, two rows": Case("decode", (2,), (40,), "bf16", "odd", "H200", depth=1),
+    "bf16, one sequence, two queries": Case("decode", (2,), (40,), "bf16", "odd", "H200", depth=1),
     "prefill and three drafts": Case("prefill", (1, 65, 3), (0, 3, 100), depth=3, kind="odd"),
     "prefill of many and two drafts": Case("prefill", (2,) * 17, tuple(range(17)), depth=2),
     "experts of a rank, three drafts": Case(
         "decode", (4,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2), depth=3
     ),
 }
-ROWS, TILED = DRAFTED["eight sequences, six rows"], DRAFTED["H200 tiles, two sequences, four rows"]
-ALONE = CASES["H200 tiles, one row"]
-FORCED = replace(ROWS, lengths=(6,) * 30, before=tuple(range(30)), forced=(0.9, 0.9, -1.0, 0.5))
+VERIFIED, TILED = (
+    DRAFTED["eight sequences, six queries"],
+    DRAFTED["H200 tiles, two sequences, four queries"],
+)
+ALONE = CASES["H200 tiles, one sequence"]
+FORCED = replace(VERIFIED, lengths=(6,) * 30, before=tuple(range(30)), forced=(0.9, 0.9, -1.0, 0.5))
 
 
 ALL_CASES = CASES | FAMILY_CASES | DRAFTED
@@ -126,7 +133,7 @@ def test_simulated_acceptance_equals_the_reference(forced: tuple[float, ...]) ->
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of NaN
 @pytest.mark.parametrize("gpu", ["cpu", "H200"])
 def test_logits_that_are_no_distribution_still_give_a_token(gpu: str) -> None:
-    """NaN and infinities at any temperature: kernel and reference take the same greedy token."""
+    """With NaN and infinities, kernel and reference take one greedy token at any temperature."""
     rows = torch.zeros(8, 512)
     rows[:2], rows[2:4, 7], rows[4:6] = torch.nan, torch.inf, -torch.inf
     rows[6:, 100:], rows[6:, 3] = -torch.inf, 1.0
@@ -143,16 +150,16 @@ def test_logits_that_are_no_distribution_still_give_a_token(gpu: str) -> None:
     assert all(0 <= token < 100 for token in got[6:])
 
 
-# With a row for each token, these load what an earlier step wrote.
+# Where they have an output row for each token, these load what an earlier step wrote.
 EARLIER = {"attention_gate", "delta_step"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [ROWS, TILED, ALONE], ids=["many sequences", "few sequences", "one row"]
+    "case", [VERIFIED, TILED, ALONE], ids=["many sequences", "few sequences", "one query"]
 )
 def test_only_weights_are_loaded_before_the_kernels_before_are_done(case: Case) -> None:
-    """All else may be written in the same step, as tokens and hidden states of drafts are."""
+    """Everything else may be written in the same step, as a draft's token and hidden state are."""
     loading = set()
     for kernel in kernels_of(replace(case, gpu="H200")):
         rows = {param.tensor.shape[0] for param in kernel.kernel.params if param.role == "output"}
@@ -172,13 +179,13 @@ def test_only_weights_are_loaded_before_the_kernels_before_are_done(case: Case) 
 
 
 # One constant or sign in each template, by the kinds that are made from it.
-FEW, MANY = CASES["seven rows"], CASES["ragged prefill"]
+FEW, MANY = CASES["seven sequences"], CASES["ragged prefill"]
 CHUNKS, SEQS = DRAFTED["prefill and three drafts"], DRAFTED["prefill of many and two drafts"]
 # The smallest batches on which the slowest kernels can fail.
 SOME = Case("prefill", (3, 66), (5, 0))
 TWO = Case("decode", (1,) * 2, (5, 64), kind="few heads")
 COLUMNS = Case("decode", (1,), (40,), gpu="H200", kind="few heads")
-PAIRS = DRAFTED["three sequences, two rows"]
+PAIRS = DRAFTED["three sequences, two queries"]
 SLOTS = Case("prefill", (1, 5), (0, 3), depth=3, kind="few heads")
 FEW_SEQS = Case("prefill", (2,) * 3, (0, 1, 2), depth=2)
 MUTATIONS = [
@@ -189,15 +196,20 @@ MUTATIONS = [
     (FEW, "norm_linear", "1.0 + tl.load(rms_norm_w", "0.9 + tl.load(rms_norm_w"),
     (FEW, "linear_add", "out += tl.load(add_r", "out -= tl.load(add_r"),
     (FEW, "norm_head", "+ m + 1", "+ m"),
-    (CASES["one row"], "norm_linear", "range(0, K, BLOCK_K, ", "range(BLOCK_K, K, BLOCK_K, "),
+    (CASES["one sequence"], "norm_linear", "range(0, K, BLOCK_K, ", "range(BLOCK_K, K, BLOCK_K, "),
     (MANY, "linear_silu_mul", "out * tl.sigmoid(out) * up", "out * tl.sigmoid(up) * up"),
     (MANY, "expert_sum_linear_add", "for j in range(TOP_K)", "for j in range(TOP_K - 1)"),
     (FEW, "qk_norm_rope_write", "1 / 120", "1 / 12"),
     (FEW, "qk_norm_rope_write", "offset + PAGE * KV * D", "offset + KV * D"),
     (FEW, "attention_gate", "score * SCALE", "score * SCALE * 1.01"),
-    (CASES["H200 tiles, seven rows"], "attention_gate", "tl.log2(total)", "0.9 * tl.log2(total)"),
     (
-        CASES["H200 tiles, seven rows"],
+        CASES["H200 tiles, seven sequences"],
+        "attention_gate",
+        "tl.log2(total)",
+        "0.9 * tl.log2(total)",
+    ),
+    (
+        CASES["H200 tiles, seven sequences"],
         "attention_gate",
         "range(0, count, BLOCK_S",
         "range(1, count, BLOCK_S",
@@ -207,7 +219,12 @@ MUTATIONS = [
     (COLUMNS, "delta_step", "DV // BLOCK_V - 1", "DV // BLOCK_V - 2"),
     (ALONE, "sample", "found == best", "found < best"),
     (ALONE, "sample", "tl.store(counters + s, 0)", "pass"),
-    (CASES["H200 tiles, seven rows"], "attention_gate", "tl.store(counter + group, 0)", "pass"),
+    (
+        CASES["H200 tiles, seven sequences"],
+        "attention_gate",
+        "tl.store(counter + group, 0)",
+        "pass",
+    ),
     (
         COLUMNS,
         "delta_step",
@@ -224,9 +241,9 @@ MUTATIONS = [
     (SOME, "topk", "range(TOP_K)", "range(TOP_K - 1)"),
     (FEW, "moe_up", "half * H + offsets", "half * H + H + offsets"),
     (FEW, "moe_down_add", "* shares[j]", "* 1.0"),
-    (CASES["one row"], "moe_down_add", "key = _without(key, best)", "pass"),
-    (CASES["one row"], "moe_down_add", "scores[j] - scores[0]", "scores[0]"),
-    (CASES["one row"], "moe_up", "range(slot)", "range(slot // 2)"),
+    (CASES["one sequence"], "moe_down_add", "key = _without(key, best)", "pass"),
+    (CASES["one sequence"], "moe_down_add", "scores[j] - scores[0]", "scores[0]"),
+    (CASES["one sequence"], "moe_up", "range(slot)", "range(slot // 2)"),
     (MANY, "expert_sort", "group < expert", "group + 1 < expert"),
     (MANY, "grouped_up", "begin // BLOCK_M - expert", "begin // BLOCK_M"),
     (MANY, "grouped_down", "BLOCK_M // 2,", "BLOCK_M // 4,"),
@@ -245,24 +262,24 @@ MUTATIONS = [
         "temperature + s // QUERY_LEN",
         "temperature + s // (QUERY_LEN + 1)",
     ),
-    (ROWS, "accept", "range(QUERY_LEN - 1)", "range(QUERY_LEN - 2)"),
-    (ROWS, "accept", "== stops)", "== stops - 1)"),
-    (ROWS, "accept", "- before - 1", "- before"),
-    (ROWS, "accept", "(count, room), 0)", "(count, room), -1)"),
-    (ROWS, "accept", " & live[:, None]", ""),
+    (VERIFIED, "accept", "range(QUERY_LEN - 1)", "range(QUERY_LEN - 2)"),
+    (VERIFIED, "accept", "== stops)", "== stops - 1)"),
+    (VERIFIED, "accept", "- before - 1", "- before"),
+    (VERIFIED, "accept", "(count, room), 0)", "(count, room), -1)"),
+    (VERIFIED, "accept", " & live[:, None]", ""),
     (FORCED, "accept", "rng_offsets + i", "rng_offsets"),
     (FORCED, "accept", "!= 0.0", "> 0.0"),
-    (ROWS, "advance_rows", "ok &= src > 0", "ok &= src >= 0"),
-    (ROWS, "advance_rows", "PAGES - 1", "PAGES - 2"),
-    (ROWS, "advance_rows", "tl.store(dst_ptr, src, mask=ok)", "pass"),
-    (ROWS, "draft", "range(EARLIER)", "range(EARLIER - 1)"),
+    (VERIFIED, "advance_rows", "ok &= src > 0", "ok &= src >= 0"),
+    (VERIFIED, "advance_rows", "PAGES - 1", "PAGES - 2"),
+    (VERIFIED, "advance_rows", "tl.store(dst_ptr, src, mask=ok)", "pass"),
+    (VERIFIED, "draft", "range(EARLIER)", "range(EARLIER - 1)"),
     (TILED, "draft", "found == best", "found < best"),
     (TILED, "draft", "mask=v < VOCAB", "mask=v < 64"),
     (TILED, "draft_then_place", "tl.store(counters + s, 0)", "pass"),
-    (ROWS, "draft_then_place", "+ STEP - 1", "+ STEP"),
-    (ROWS, "draft_then_place", "position % PAGE", "position % (PAGE - 1)"),
-    (ROWS, "embed_norm_concat", "t * 2 + 1", "t * 2"),
-    (ROWS, "embed_norm_concat", "rms_norm_w2 + n", "rms_norm_w + n"),
+    (VERIFIED, "draft_then_place", "+ STEP - 1", "+ STEP"),
+    (VERIFIED, "draft_then_place", "position % PAGE", "position % (PAGE - 1)"),
+    (VERIFIED, "embed_norm_concat", "t * 2 + 1", "t * 2"),
+    (VERIFIED, "embed_norm_concat", "rms_norm_w2 + n", "rms_norm_w + n"),
     (
         DRAFTED["experts of a rank, three drafts"],
         "norm_concat",
@@ -270,7 +287,7 @@ MUTATIONS = [
         "(2 * t + 1 - half)",
     ),
     (DRAFTED["experts of a rank, three drafts"], "embed", "t * 2 + 1", "t * 2"),
-    (ROWS, "select_rows", "s * QUERY_LEN", "s * (QUERY_LEN - 1)"),
+    (VERIFIED, "select_rows", "s * QUERY_LEN", "s * (QUERY_LEN - 1)"),
     (CHUNKS, "last_rows", "+ s + 1) - 1", "+ s)"),
     (CHUNKS, "shift_tokens", "last >= 0", "last >= -1"),
     (CHUNKS, "shift_tokens", "t + 1 < end", "t + 2 < end"),

@@ -1,4 +1,4 @@
-"""The HTML page: whole, self-contained, and drawn by a real browser in light and dark, without an error."""
+"""The HTML page is well-formed and self-contained, and a browser draws it without an error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def page(request: pytest.FixtureRequest) -> tuple[Plan, str]:
 
 
 class _Checker(HTMLParser):
-    """Every tag is closed in its order, and nothing points outside the page."""
+    """Checks that tags are closed in order, and that nothing points outside the page."""
 
     VOID = ("meta", "link", "rect", "path", "circle", "line", "polyline")
 
@@ -43,13 +43,11 @@ class _Checker(HTMLParser):
         self.open: list[str] = []
         self.ids: set[str] = set()
         self.targets: set[str] = set()
-        self.said: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         assert not {"src", "onclick", "onload"} & given.keys()
         self.ids.add(given.get("id") or "")
-        self.said += [value for key, value in attrs if key == "data-say" and value]
         href = given.get("href") or ""
         assert href == "" or href.startswith("#") or href == "data:,"
         self.targets |= {href[1:]} if href.startswith("#") else set()
@@ -85,8 +83,8 @@ def test_the_page_is_whole_and_fetches_nothing(page: tuple[Plan, str]) -> None:
     assert all(decision.name in text for decision in plan.decisions)
 
 
-def test_the_figures_say_what_the_plan_says(page: tuple[Plan, str]) -> None:
-    """A bar for each launch of a lone user's step, the memory to the byte, the time of the last bar's end."""
+def test_the_figures_show_the_plans_numbers(page: tuple[Plan, str]) -> None:
+    """A bar for each launch of a step at batch 1, memory to the byte, the time of the step."""
     plan, text = page
     decode = min((p for p in plan.pool.programs if p.phase == "decode"), key=lambda p: p.bucket)
     assert len(re.findall(r'data-say="[^"]*, stream \d+"', text)) == decode.launches
@@ -134,7 +132,7 @@ def browse(path: Path, folder: Path, *options: str) -> subprocess.CompletedProce
 
 
 def pixels(path: Path) -> bytes:
-    """The colours of a PNG of eight bits a channel, without the line filters being undone."""
+    """The data of an 8-bit PNG, with its line filters still applied."""
     data, at, packed = path.read_bytes(), 8, b""
     while at < len(data):
         (length,) = struct.unpack(">I", data[at : at + 4])
@@ -164,7 +162,7 @@ def test_a_browser_draws_it_in_light_and_dark(page: tuple[Plan, str], tmp_path: 
 
 @with_browser
 def test_a_browser_reports_errors_of_a_broken_page(page: tuple[Plan, str], tmp_path: Path) -> None:
-    """So that silence above means something."""
+    """A page with an error shows that the test above can fail."""
     path = tmp_path / "page.html"
     path.write_text(page[1].replace('"use strict";', '"use strict"; nothing();'))
     assert "CONSOLE" in browse(path, tmp_path, f"--screenshot={tmp_path / 'x.png'}").stderr
@@ -186,7 +184,7 @@ document.body.dataset.walked = [...document.querySelectorAll("[data-walk]")].map
 
 @with_browser
 def test_the_keyboard_walks_through_every_figure(page: tuple[Plan, str], tmp_path: Path) -> None:
-    """Each figure takes focus, and arrow keys and End say what is under them."""
+    """Each figure takes focus, and arrow keys and End describe what is under them."""
     path = tmp_path / "page.html"
     path.write_text(page[1].replace("</body>", WALK))
     figures = page[1].count("data-walk aria-label")

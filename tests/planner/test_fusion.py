@@ -106,7 +106,7 @@ class _Random:
 
 
 def evaluate(graph: OpGraph, seed: int) -> dict[str, Values]:
-    """Reference bodies in fp64; a fused operator shows only what it says that it gives back."""
+    """Run the reference bodies in fp64; of a fused operator only its declared outputs are kept."""
     random_values = torch.Generator().manual_seed(seed)
     known = {
         name: torch.randn(
@@ -134,9 +134,7 @@ def evaluate(graph: OpGraph, seed: int) -> dict[str, Values]:
     st.sets(st.sampled_from(range(len(FUSIONS)))),
     st.sampled_from(["prefill", "decode"]),
 )
-def test_random_graphs_say_the_same_however_they_are_fused(
-    seed: int, chosen: set[int], phase: Phase
-) -> None:
+def test_fusion_does_not_change_random_graphs(seed: int, chosen: set[int], phase: Phase) -> None:
     plain = _Random(seed, phase).graph()
     options = PassOptions(fusions=tuple(FUSIONS[index] for index in sorted(chosen)))
     fused = run(plain, PassContext(ONE_RANK, find_hardware("cpu"), options=options), Stage.FUSED)
@@ -172,9 +170,9 @@ def test_every_rewrite_pays_by_the_cost_model(gpu: str, phase: Phase, depth: int
     sizes = (tokens, 1 if depth else tokens)
     built = build(context(size, depth), phase, depth)
     expanded = run(built, PassContext(layout, hardware, *sizes), Stage.EXPANDED)
-    apart = {op.name: op for op in expanded.ops}
+    unfused = {op.name: op for op in expanded.ops}
     for op in run(expanded, PassContext(layout, hardware), Stage.FUSED).ops:
-        alone = sum(
-            op_time(expanded, apart[member.name], load, hardware).total_us for member in op.parts
+        separate_us = sum(
+            op_time(expanded, unfused[member.name], load, hardware).total_us for member in op.parts
         )
-        assert not op.parts or op_time(expanded, op, load, hardware).total_us < alone, op.name
+        assert not op.parts or op_time(expanded, op, load, hardware).total_us < separate_us, op.name

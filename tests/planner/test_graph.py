@@ -44,7 +44,7 @@ ACTIVE = {"397b-a17b": 16_331_922_176, "35b-a3b": 2_946_429_568, "9b": 7_936_684
 
 
 def one_rank(graph: OpGraph, until: Stage, fusions: tuple[Fusion, ...] = FUSIONS) -> OpGraph:
-    """The graph of a lone rank at a stage, for one token."""
+    """The graph of one rank at a stage, for one token."""
     options = PassOptions(fusions=fusions)
     layout = ParallelLayout(1, 1, 1)
     return run(graph, PassContext(layout, find_hardware("B200"), options=options), until)
@@ -151,9 +151,10 @@ def test_fusion_saves_launches() -> None:
     assert len(unfused.ops) > 1.5 * len(fused.ops)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["moe", "dense"])
 def test_the_draft_layer_equals_transformers(kind: str, checkpoint: Any) -> None:
-    """The MTP graph on its reference backend, against transformers' generic class."""
+    """The MTP graph on the reference bodies equals transformers' decoder layer."""
     from draft_oracle import draft_logits_of_graph, draft_logits_of_transformers
 
     folder = checkpoint(kind)

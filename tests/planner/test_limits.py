@@ -33,14 +33,15 @@ def test_prefill_between_decode_steps_keeps_the_time_per_token(
     assert interleaved_tokens(tiny_plan.pool.limits, tpot_ms, PREDICTED_US) == tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["slo", "objective"])
 def test_the_spec_sets_the_time_per_token(where: str, checkpoint: Any) -> None:
     slo = {"tpot_ms": 3.0}
     spec = make_spec(checkpoint("moe"), **{where: slo if where == "slo" else {"slo": slo}})
     plan = compile_plan(spec, find_model(spec))
     assert plan.pool.limits.interleaved_tokens < plan.pool.limits.max_tokens
-    said = {decision.name: decision for decision in plan.decisions}
-    assert "within 3.0 ms" in said["interleaving"].reason
+    decisions = {decision.name: decision for decision in plan.decisions}
+    assert "within 3.0 ms" in decisions["interleaving"].reason
 
 
 def test_checkpoints_are_in_the_memory_map(checkpoint: Any) -> None:

@@ -1,4 +1,4 @@
-"""Sharded plans, run rank by rank in threads, must say what the single rank says."""
+"""Sharded plans, with one thread a rank, give the results of a single rank."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_collectives_are_two_a_layer_and_one_for_the_embedding(checkpoint: Any) 
 
 
 def num_fused_reduces(plan: Plan, program: Program) -> int:
-    """Steps that add up over the ranks, and add the residual, and take the norm, in one kernel."""
+    """Kernels that reduce over the ranks, add the residual and take the norm."""
     fused = {kernel.name for kernel in plan.kernels if kernel.parts[0].kind == "all_reduce"}
     return sum(step.kind == "kernel" and step.kernel in fused for step in program.steps)
 

@@ -33,7 +33,7 @@ Corruption = Callable[[random.Random, Plan], Plan | None]
 
 
 def answers(plan: Plan, folder: Path) -> Any:
-    """What a plan answers, or its error: the judge of whether a corruption changes meaning."""
+    """The answers of a plan, or its error; they show whether a corruption changes its meaning."""
     try:
         done = Engine.from_plan(plan, folder).generate(
             PROMPTS, SamplingParams(max_tokens=3, num_logprobs=1)
@@ -143,7 +143,7 @@ FREE = ("eps", "theta", "factor", "original_max_positions", "rotary_dim", "num_v
 
 
 def alter_kernel(rng: random.Random, plan: Plan) -> Plan | None:
-    """A size that shapes depend on, with every name and digest put right."""
+    """Change a size that shapes depend on; names and digests fit the change."""
     kernels = list(plan.kernels)
     at = rng.randrange(len(kernels))
     parts = list(kernels[at].parts)
@@ -172,7 +172,7 @@ def alter_piece(rng: random.Random, plan: Plan) -> Plan | None:
 
 
 def retarget_argument(rng: random.Random, plan: Plan) -> Plan | None:
-    """To a tensor of another shape, or to another input of the batch, whatever its shape."""
+    """Exchange an argument for a tensor of another shape, or for any other input of the batch."""
     index, program = pick(rng, plan)
     at = rng.choice([i for i, step in enumerate(program.steps) if isinstance(step, KernelCall)])
     step = program.steps[at]
@@ -192,7 +192,7 @@ def retarget_argument(rng: random.Random, plan: Plan) -> Plan | None:
 
 
 def swap_inputs(rng: random.Random, plan: Plan) -> Plan | None:
-    """Two inputs of one shape, in one step."""
+    """Exchange two inputs of one shape in a step."""
     index, program = pick(rng, plan)
     specs = {b.name: b.tensor for b in plan.pool.buffers}
     at = rng.choice([i for i, step in enumerate(program.steps) if isinstance(step, KernelCall)])
@@ -261,16 +261,21 @@ def drafting(checkpoint: Any) -> Plan:
     return compile_plan(spec, find_model(spec))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("corrupt", ALWAYS, ids=lambda c: c.__name__)
-def test_corruptions_of_speculation_are_refused(corrupt: Corruption, drafting: Plan) -> None:
+def check_refused(corrupt: Corruption, plan: Plan, count: int) -> None:
+    """The validator refuses `count` random corruptions."""
     rng, done = random.Random(corrupt.__name__), 0
-    validate(drafting)
-    while done < 60:
-        bad = corrupt(rng, drafting)
+    while done < count:
+        bad = corrupt(rng, plan)
         if bad is not None:
             assert refused(bad), f"{corrupt.__name__} number {done} was accepted"
             done += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("corrupt", ALWAYS, ids=lambda c: c.__name__)
+def test_corruptions_of_speculation_are_refused(corrupt: Corruption, drafting: Plan) -> None:
+    validate(drafting)
+    check_refused(corrupt, drafting, 60)
 
 
 def test_a_valid_plan_is_accepted(tiny_plan: Plan) -> None:
@@ -281,12 +286,7 @@ def test_a_valid_plan_is_accepted(tiny_plan: Plan) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("corrupt", ALWAYS, ids=lambda c: c.__name__)
 def test_corruptions_are_refused(corrupt: Corruption, tiny_plan: Plan) -> None:
-    rng, done = random.Random(corrupt.__name__), 0
-    while done < 120:
-        bad = corrupt(rng, tiny_plan)
-        if bad is not None:
-            assert refused(bad), f"{corrupt.__name__} number {done} was accepted"
-            done += 1
+    check_refused(corrupt, tiny_plan, 120)
 
 
 def test_weights_are_aligned_as_the_kernels_expect(tiny_plan: Plan) -> None:
@@ -388,7 +388,7 @@ def test_memory_that_is_not_there() -> None:
 def test_what_is_accepted_computes_the_same(
     corrupt: Corruption, tiny_plan: Plan, checkpoint: Any
 ) -> None:
-    """Some swaps are harmless: those that the validator accepts must not change one bit."""
+    """The validator accepts some harmless swaps, which must not change one bit."""
     folder = checkpoint("moe")
     wanted = answers(tiny_plan, folder)
     rng, seen = random.Random(corrupt.__name__), Counter[bool]()
@@ -402,7 +402,7 @@ def test_what_is_accepted_computes_the_same(
 
 
 def test_a_harmful_swap_does_change_the_answer(tiny_plan: Plan, checkpoint: Any) -> None:
-    """The judge can see: among refused swaps, some change the answer."""
+    """Some refused swaps change the answer, so that the test above can fail."""
     folder = checkpoint("moe")
     wanted, rng = answers(tiny_plan, folder), random.Random(1)
     bad = (move_buffer(rng, tiny_plan) for _ in range(60))
@@ -411,12 +411,12 @@ def test_a_harmful_swap_does_change_the_answer(tiny_plan: Plan, checkpoint: Any)
 
 @pytest.fixture(scope="module")
 def streamed(checkpoint: Any) -> Plan:
-    """The plan with three streams, and for many branches, with nothing fused."""
+    """The plan with three streams; nothing is fused, so that there are many branches."""
     spec = make_spec(checkpoint("moe"))
     return compile_plan(spec, find_model(spec), options=PassOptions(fusions=(), num_streams=3))
 
 
-def test_streams_say_the_same(streamed: Plan, tiny_plan: Plan, checkpoint: Any) -> None:
+def test_streams_change_no_answer(streamed: Plan, tiny_plan: Plan, checkpoint: Any) -> None:
     assert any(step.kind == "wait" for step in streamed.pool.programs[0].steps)
     assert max(step.stream for step in streamed.pool.programs[0].steps) >= 1
     assert answers(streamed, checkpoint("moe")) == answers(tiny_plan, checkpoint("moe"))
@@ -439,7 +439,7 @@ def test_every_event_matters(streamed: Plan) -> None:
 
 
 def has_race(plan: Plan, program: Program) -> bool:
-    """By brute force: are two accesses to the same bytes unordered by streams and events?"""
+    """Whether two accesses to the same bytes are unordered, by brute force."""
     kernels = {kernel.name: kernel for kernel in plan.kernels}
     places = {buffer.name: buffer for buffer in (*program.buffers, *plan.pool.buffers)}
     reach: list[int] = []  # per step: a bit for every step that is ordered before it
@@ -490,6 +490,7 @@ def _overlap(program: Program, a: Any, b: Any) -> bool:
     return same_arena and spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
 
 
+@pytest.mark.slow
 def test_moving_work_to_another_stream_is_judged_as_by_brute_force(streamed: Plan) -> None:
     rng, verdicts = random.Random(0), Counter[bool]()
     for _ in range(120):
@@ -508,6 +509,7 @@ def test_moving_work_to_another_stream_is_judged_as_by_brute_force(streamed: Pla
     assert not any(has_race(streamed, program) for program in streamed.pool.programs)
 
 
+@pytest.mark.slow
 def test_a_wait_that_comes_too_late_is_a_race(streamed: Plan) -> None:
     """Events are paired and streams joined; only the read right before the wait is unordered."""
     refusals = 0
@@ -535,7 +537,7 @@ def test_reuse_across_streams_needs_an_order(streamed: Plan) -> None:
 
 
 def with_launch(plan: Plan, kind: str, **changes: Any) -> Plan:
-    """The plan with the launches of a kind of kernel changed, and all names put right."""
+    """The plan with other launches of a kind of kernel; names fit the change."""
     made = {}
     for kernel in plan.kernels:
         if kind_of(kernel) == kind:
@@ -595,6 +597,7 @@ def test_states_that_are_kept_must_move_on() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_state_is_where_it_is_looked_for() -> None:
     """Only `recompute_state` leaves it in the slot to write before the step is over."""
     plan = load_plan(ROOT / "plans/frozen/qwen3.5-35b-h200").model_copy(update={"binaries": ()})
@@ -617,7 +620,7 @@ def test_the_digest_seals_everything_else(tiny_plan: Plan) -> None:
 
 
 def test_offsets_are_reused(tiny_plan: Plan) -> None:
-    """Placement is real: the arena is far smaller than all its buffers together."""
+    """The arena is far smaller than all its buffers together."""
     program = max(tiny_plan.pool.programs, key=lambda p: p.max_tokens)
     total = sum(
         buffer.tensor.size_bytes(program.max_tokens, program.max_seqs) for buffer in program.buffers

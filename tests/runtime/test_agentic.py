@@ -1,4 +1,4 @@
-"""The agentic benchmark, on the demo model: the cache has what an agent says again."""
+"""The agentic benchmark on the demo model: most prompt tokens come from the cache."""
 
 from __future__ import annotations
 

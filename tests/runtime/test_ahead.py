@@ -1,4 +1,4 @@
-"""Programs that are launched ahead of their tokens, at full size with padding: the same answers, nothing disturbed."""
+"""Decode steps that are padded and launched before their tokens are known change no answer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_spec
 from launches import LateLaunch, captured
+from random_requests import answers_at_random
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan
@@ -40,26 +41,16 @@ def requests(count: int, seed: int, vocab: int = 400) -> list[Request]:
     ]
 
 
-def answers(engine: Engine, asked: list[Request], seed: int) -> dict[str, Any]:
-    """All answers; requests come in at random moments."""
-    rng, left, done = random.Random(seed), list(asked), {}
-    while left or engine.num_unfinished:
-        for _ in range(rng.choice((0, 0, 1, 3))):
-            if left:
-                engine.add(left.pop(0))
-        done |= {item.request_id: item for item in engine.step()}
-    return {name: (item.token_ids, item.finish_reason, item.text) for name, item in done.items()}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_answers_do_not_depend_on_looking_ahead(
     seed: int, tiny_plan: Plan, checkpoint: Any
 ) -> None:
-    folder, asked = checkpoint("moe"), requests(14, seed)
+    folder, made = checkpoint("moe"), requests(14, seed)
     plain = Engine.from_plan(tiny_plan, folder)
     ahead = Engine.from_plan(captured(tiny_plan), folder, launch=LateLaunch())
-    assert answers(ahead, asked, seed) == answers(plain, asked, seed + 1)
+    wanted = answers_at_random(plain, made, random.Random(seed + 1))
+    assert answers_at_random(ahead, made, random.Random(seed)) == wanted
 
 
 def test_decode_is_launched_before_its_tokens_are_known(tiny_plan: Plan, checkpoint: Any) -> None:
@@ -71,7 +62,7 @@ def test_decode_is_launched_before_its_tokens_are_known(tiny_plan: Plan, checkpo
         engine.step()
         seen.append(len(launch.waiting))
     assert seen[3:-3] == [1] * len(seen[3:-3])
-    assert launch.replays == 20  # none for nothing: the length is known beforehand
+    assert launch.replays == 20  # No step is in vain, as the length is known beforehand.
 
 
 def test_the_middle_of_a_prompt_is_not_waited_for(checkpoint: Any) -> None:
@@ -99,15 +90,14 @@ def test_padding_leaves_state_and_pages_alone(tiny_plan: Plan, checkpoint: Any) 
         )
         used = view.flatten(1).ne(0).any(1).nonzero().flatten().tolist()
         if buffer.arena == "state":
-            assert set(used) <= {1, 2, 3, plan.pool.limits.pad_state_slot}, (
-                buffer.name
-            )  # one is the checkpoint of its prompt
+            # One of the three is the checkpoint of the prompt.
+            assert set(used) <= {1, 2, 3, plan.pool.limits.pad_state_slot}, buffer.name
         else:
             assert set(used) <= {0, plan.pool.limits.pad_page}, buffer.name
 
 
 def test_advance_by_hand() -> None:
-    """Two sequences and a row of padding; the second goes over the edge of a page, the first past its last page."""
+    """Two sequences and padding: the first outgrows its pages, the second enters a new page."""
     state = [
         torch.tensor(x, dtype=torch.int32)
         for x in ([5, 6, 0], [7, 3, 0], [11, 7, 36], [8, 4, 1], [1, 4, 0], [2, 3, 5], [4, 0, 0])

@@ -45,6 +45,7 @@ def prompts(count: int, seed: int) -> list[list[int]]:
     return [[rng.randrange(400) for _ in range(rng.choice((1, 17, 90)))] for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_everybody_gets_their_own_answer(engine: Engine) -> None:
     """Forty callers; a third leave the block after a few deltas, a third are cancelled."""
     requested = prompts(40, 0)
@@ -91,7 +92,7 @@ def test_a_stream_of_several_requests(engine: Engine) -> None:
 
 
 def test_a_slow_reader_holds_up_nobody(engine: Engine) -> None:
-    """And reads in one piece all that has come meanwhile."""
+    """It later reads in one piece what has come meanwhile."""
 
     async def work(served: AsyncEngine) -> None:
         async with served.stream([5], PARAMS) as slow:
@@ -201,7 +202,7 @@ def test_an_engine_that_fails_says_so_to_all(
 
 
 def test_one_bad_text_is_one_callers_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder that fails does so in its own reader's task."""
+    """An error of the decoder reaches only the reader of that text."""
 
     class Broken:
         def decode(self, ids: list[int]) -> str:

@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_values import json_values
 
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RequestError
@@ -107,7 +108,7 @@ def test_rows_come_back_in_order_with_every_field(run: Runner) -> None:
 
 
 def test_the_longest_answers_start_first(run: Runner) -> None:
-    """So that none of them runs alone at the end; the output keeps the order of the input."""
+    """They do not run alone at the end then; the output keeps the order of the input."""
     run([row(i, max_tokens=1 + i % 5, seed=0) for i in range(20)], max_concurrency=2)
     lengths = [
         1 + int(line["custom_id"][1:]) % 5
@@ -530,7 +531,7 @@ def test_memory_does_not_grow_with_rows(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
         assert len(done.stdout.splitlines()) == count
         peaks.append(int(done.stderr.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 24  # MiB: sqlite's page cache may fill, lists of rows may not
+    assert peaks[1] - peaks[0] < 24  # MiB: SQLite's page cache may grow, lists of rows may not.
 
 
 def test_the_summary_counts(run: Runner) -> None:
@@ -557,13 +558,6 @@ def test_percentiles_are_within_a_per_cent() -> None:
         )
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
-    lambda children: (
-        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=6), children, max_size=3)
-    ),
-    max_leaves=5,
-)
 FIELDS = st.sampled_from(
     [
         "prompt",
@@ -600,7 +594,7 @@ def test_any_bytes_are_refused_or_run(raw: bytes) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=400, deadline=None)
-@given(st.dictionaries(FIELDS, json_values, max_size=4), st.booleans())
+@given(st.dictionaries(FIELDS, json_values(), max_size=4), st.booleans())
 def test_any_body_is_refused_or_runs(body: dict[str, Any], is_chat: bool) -> None:
     data = (chat if is_chat else row)(1, **body)
     is_refused_or_runs(json.dumps(data).encode())
@@ -616,7 +610,7 @@ class NormalisingTokenizer(FakeTokenizer):
 def test_the_quick_check_and_the_real_one_agree() -> None:
     """The first pass may skip tokenising; it must not let through what the second refuses."""
     for length in range(1, 80):
-        for letter in ("e", "é", "\u0958"):  # the last one is twice as long once it is normalised
+        for letter in ("e", "é", "\u0958"):  # Normalising doubles the length of the last one.
             parsed = parse_row(
                 json.dumps(row(1, prompt=letter * length, max_tokens=8)).encode(), 1, "d"
             )
@@ -645,7 +639,7 @@ def test_a_row_that_the_first_look_let_through_becomes_an_error_line(
 
 
 def test_rows_that_begin_alike_run_one_after_the_other() -> None:
-    """Longest first among groups and within one; without common prefixes, longest first as ever."""
+    """Groups of a common prefix are ordered by their longest row, and each group by length."""
     waiting = Waiting[str]()
     alike = list(range(GROUP_TOKENS))
     for number, (name, prompt, tokens) in enumerate(

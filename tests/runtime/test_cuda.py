@@ -1,4 +1,4 @@
-"""What can be said of the CUDA path without a GPU."""
+"""The CUDA path, as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 

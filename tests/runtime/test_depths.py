@@ -1,4 +1,4 @@
-"""Plans whose buckets draft differently deep, and one that does not: all say the same, whatever a sequence passes."""
+"""Plans whose buckets have different draft depths give the same tokens as one that never drafts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import make_spec
-from drafting import PROMPTS, say
+from drafting import PROMPTS, tokens_of
 from torch import Tensor
 from trained import write_trained
 
@@ -48,7 +48,7 @@ def plan_of(folder: Path, depths: dict[int, int], recomputes: bool = False) -> P
 def test_any_mix_of_depths_says_the_same(
     depths: dict[int, int], recomputes: bool, folder: Path
 ) -> None:
-    """Sequences end one by one, so that each passes through all buckets."""
+    """Sequences end one by one, so that the last one runs in every bucket."""
     plain = Engine.from_plan(plan_of(folder, dict.fromkeys(depths, 0)), folder)
     mixed = Engine.from_plan(plan_of(folder, depths, recomputes), folder)
     assert {(p.bucket, p.depth) for p in mixed.plan.pool.programs if p.phase == "decode"} == set(
@@ -56,37 +56,35 @@ def test_any_mix_of_depths_says_the_same(
     )
     for params in ({}, {"temperature": 0.9, "top_p": 0.95, "seed": 5}):
         for most in (8, 40):
-            assert say(mixed, most=most, **params) == say(plain, most=most, **params)
+            assert tokens_of(mixed, most=most, **params) == tokens_of(plain, most=most, **params)
     ends = [[*prompt, *range(index)] for index, prompt in enumerate(PROMPTS)]
-    assert say(mixed, ends, 24) == say(plain, ends, 24)
+    assert tokens_of(mixed, ends, 24) == tokens_of(plain, ends, 24)
     assert mixed.accept_counts[1] > 0
 
 
 def keys_of(
     depths: dict[int, int], folder: Path, prompt: list[int], most: int
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Keys and values of the layer that drafts, after one sequence, by page."""
+    """The draft layer's keys and values by page after one sequence, and the sequence's tokens."""
     engine = Engine.from_plan(plan_of(folder, depths), folder, cache=False)
-    (ids,) = say(engine, [prompt], most)
+    (ids,) = tokens_of(engine, [prompt], most)
     name = f"L{engine.plan.model.num_layers}.kv_cache"
     return engine.executor.buffer(name, 0, 0).clone(), ids
 
 
 @pytest.mark.slow
-def test_rows_that_draft_nothing_leave_their_keys(folder: Path) -> None:
-    """Those who draft after them find what they would have written themselves."""
+def test_steps_without_drafts_write_the_draft_layers_keys(folder: Path) -> None:
+    """A later step that drafts finds the keys that it would have written itself."""
     prompt = list(range(5, 25))
     (without, ids), (drafting, same) = (
         keys_of({1: depth, 2: 1}, folder, prompt, 30) for depth in (0, 1)
     )
     assert ids == same
     known = len(prompt) + len(ids) - 1
-    rows = [
-        cache.transpose(1, 2).flatten(0, 1) for cache in (without, drafting)
-    ]  # pages and places in one
-    written = [int(row.flatten(1).any(1).sum()) for row in rows]
+    # [page, 2, position, ...] -> [position, 2, ...]
+    keys = [cache.transpose(1, 2).flatten(0, 1) for cache in (without, drafting)]
+    written = [int(key.flatten(1).any(1).sum()) for key in keys]
     assert min(written) >= known
-    first = next(index for index in range(len(rows[0])) if rows[0][index].any())
-    torch.testing.assert_close(
-        rows[0][first : first + known - 1], rows[1][first : first + known - 1]
-    )
+    first = next(index for index in range(len(keys[0])) if keys[0][index].any())
+    span = slice(first, first + known - 1)
+    torch.testing.assert_close(keys[0][span], keys[1][span])

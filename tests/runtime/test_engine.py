@@ -1,4 +1,4 @@
-"""The engine's promises beyond parity: stopping, sampling, logprobs, limits, the canary, bad checkpoints."""
+"""The engine beyond parity: stopping, sampling, logprobs, limits, the canary, bad checkpoints."""
 
 from __future__ import annotations
 
@@ -162,18 +162,9 @@ def test_the_longest_sequence_fits_exactly(engine: Engine) -> None:
 
 
 def test_many_requests_give_everything_back(engine: Engine) -> None:
+    prompts = [[i % 500] * (i % 9 + 1) for i in range(40)]
     for _ in range(2):
-        assert (
-            len(
-                engine.generate(
-                    [[i % 500] * (i % 9 + 1) for i in range(40)], SamplingParams(max_tokens=3)
-                )
-            )
-            == 40
-        )
-
-
-# Sampling: the distribution itself.
+        assert len(engine.generate(prompts, SamplingParams(max_tokens=3))) == 40
 
 
 def draws(
@@ -207,9 +198,8 @@ def test_draws_follow_the_distribution(temperature: float, top_p: float, top_k: 
     kept = wanted > 0
     assert counted[~kept].sum() == 0
     chi_squared = ((counted[kept] - wanted[kept]) ** 2 / wanted[kept]).sum().item()
-    assert (
-        chi_squared < 40
-    )  # 15 degrees of freedom: one in 2,000 by chance, but the draws are fixed
+    # 15 degrees of freedom: exceeded once in 2,000 times by chance, but the draws are fixed.
+    assert chi_squared < 40
 
 
 def test_filters_against_a_loop() -> None:
@@ -228,7 +218,7 @@ def test_filters_against_a_loop() -> None:
         assert sorted(ids[0][got[0] > 0].tolist()) == sorted(kept)
 
 
-def test_padded_rows_are_never_drawn() -> None:
+def test_padded_tokens_are_never_drawn() -> None:
     logits = torch.zeros(1, 10)
     logits[0, 8:] = 100.0
     many = logits.expand(500, -1)
@@ -250,9 +240,6 @@ def test_uniform_is_splitmix64() -> None:
     values = uniform(torch.zeros(3, dtype=torch.int64), torch.arange(3))
     wanted = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert values.tolist() == [(w >> 11) * 2.0**-53 for w in wanted]
-
-
-# The canary, and checkpoints that are not the plan's.
 
 
 @pytest.fixture
@@ -279,8 +266,8 @@ NORM = "model.language_model.layers.1.input_layernorm.weight"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
-def test_the_canary_sings(weights: str, checkpoint: Any, tmp_path: Path) -> None:
-    """In bf16 of a model that was trained: random routers choose other experts for less than its rounding."""
+def test_the_canary_passes(weights: str, checkpoint: Any, tmp_path: Path) -> None:
+    """bf16 needs a trained model: rounding changes which experts a random router chooses."""
     folder = checkpoint("moe") if weights == "fp32" else write_trained(tmp_path / "model", "moe")
     plan = planned(folder, model={"path": str(folder), "weights": weights})
     assert len(plan.canary) == 3
@@ -298,7 +285,7 @@ def test_the_canary_sings(weights: str, checkpoint: Any, tmp_path: Path) -> None
         ("model.language_model.layers.0.mlp.experts.down_proj", lambda w: w.roll(1, 0)),
     ],
 )
-def test_the_canary_dies_of_other_weights(name: str, change: Any, copied: Path) -> None:
+def test_the_canary_fails_with_other_weights(name: str, change: Any, copied: Path) -> None:
     plan = planned(copied)
     edit(copied, name, change)
     with pytest.raises(CanaryError, match="the reference says"):
@@ -314,11 +301,12 @@ def test_the_canary_dies_of_other_weights(name: str, change: Any, copied: Path) 
         (lambda w: w.to(torch.int32), "stored as I32"),
     ],
 )
-def test_another_checkpoint_is_refused(change: Any, says: str, copied: Path) -> None:
-    plan = planned(copied)
+def test_another_checkpoint_is_refused(
+    change: Any, says: str, tiny_plan: Plan, copied: Path
+) -> None:
     edit(copied, NORM, change)
     with pytest.raises(PlanError, match=says):
-        Engine.from_plan(plan, copied)
+        Engine.from_plan(tiny_plan, copied)
     with pytest.raises(SpecError):  # and cannot be planned either
         planned(copied)
 
@@ -326,21 +314,19 @@ def test_another_checkpoint_is_refused(change: Any, says: str, copied: Path) -> 
 @pytest.mark.parametrize(
     "damage", [b"", b"\xff" * 20, b"\x10\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]"]
 )
-def test_damaged_files_are_refused(damage: bytes, copied: Path) -> None:
-    plan = planned(copied)
+def test_damaged_files_are_refused(damage: bytes, tiny_plan: Plan, copied: Path) -> None:
     next(copied.glob("*.safetensors")).write_bytes(damage)
-    for attempt in (lambda: Engine.from_plan(plan, copied), lambda: planned(copied)):
+    for attempt in (lambda: Engine.from_plan(tiny_plan, copied), lambda: planned(copied)):
         with pytest.raises(TokenspeedError) as caught:
             attempt()
         assert caught.value.hint
 
 
-def test_a_changed_tokenizer_is_refused(copied: Path) -> None:
-    plan = planned(copied)
+def test_a_changed_tokenizer_is_refused(tiny_plan: Plan, copied: Path) -> None:
     path = copied / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"x": 1}))
     with pytest.raises(PlanError, match="not the file that was planned"):
-        Engine.from_plan(plan, copied)
+        Engine.from_plan(tiny_plan, copied)
 
 
 def test_a_plan_for_a_gpu_is_refused_here(checkpoint: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whole models through Triton's interpreter: the tokens of the references, and `--check` names what is broken."""
+"""Whole models in Triton's interpreter give the references' tokens; `--check` finds a fault."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from bundles import (
     COMMAND,
     Change,
     break_kernels,
-    dst_state_slots,
     in_text,
     token_ids,
+    write_batch,
     write_bundle,
 )
 from checkpoints import KERNEL, SHORT, Kind, write_checkpoint
@@ -45,11 +45,8 @@ FEW_HEADS = {
     "linear_num_key_heads": 1,
     "linear_num_value_heads": 2,
 }
-SMALL = {
-    "first_turn_tokens": 8,
-    "output_tokens": 8,
-    "concurrency": 1,
-}  # one prompt of 12 tokens is compared
+# One prompt of 12 tokens is compared.
+SMALL = {"first_turn_tokens": 8, "output_tokens": 8, "concurrency": 1}
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
@@ -61,27 +58,18 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def interpreted(
+def interpreted_tokens(
     bundle: Path, folder: Path, prompts: list[list[int]], counts: list[int]
 ) -> list[list[int]]:
     """What the kernels of a bundle answer."""
-    source, output = dst_state_slots(folder / "in.jsonl", prompts, counts), folder / "out.jsonl"
-    done = run(
-        bundle,
-        "--backend",
-        "kernels",
-        "--no-canary",
-        "--quiet",
-        "--input",
-        source,
-        "--output",
-        output,
-    )
+    source, output = write_batch(folder / "in.jsonl", prompts, counts), folder / "out.jsonl"
+    options = ("--backend", "kernels", "--no-canary", "--quiet")
+    done = run(bundle, *options, "--input", source, "--output", output)
     assert done.returncode == 0, done.stderr
     return token_ids(output)
 
 
-def referred(bundle: Path, prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
+def reference_tokens(bundle: Path, prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
     """What the references answer."""
     params = SamplingParams(max_tokens=max(counts), ignore_eos=True)
     done = Engine.load(bundle).generate(prompts, params)
@@ -93,7 +81,7 @@ def prompt(length: int, vocab_size: int) -> list[int]:
     return torch.randint(0, vocab_size, (length,), generator=generator).tolist()
 
 
-def is_clean(done: subprocess.CompletedProcess[str], says: str) -> None:
+def is_clean_error(done: subprocess.CompletedProcess[str], says: str) -> None:
     assert done.returncode == 2, done.stdout
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("error: ") == done.stderr.count("\nhint: ") == 1
@@ -118,26 +106,27 @@ def bundle(checkpoint_of_large_heads: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.slow
-def test_the_demo_model_says_the_same(tmp_path: Path) -> None:
-    """The frozen plan; a long answer beside a short one, so that batches of two and of one are decoded."""
+def test_the_demo_model_gives_the_same_tokens(tmp_path: Path) -> None:
+    """The frozen plan. One answer is longer, so that batches of two and of one are decoded."""
     prompts, counts = [prompt(18, 2000), prompt(2, 2000)], [5, 2]
-    assert interpreted(DEMO, tmp_path, prompts, counts) == referred(DEMO, prompts, counts)
+    wanted = reference_tokens(DEMO, prompts, counts)
+    assert interpreted_tokens(DEMO, tmp_path, prompts, counts) == wanted
 
 
 @pytest.mark.slow
-def test_large_heads_say_the_same(checkpoint_of_large_heads: Path, tmp_path: Path) -> None:
+def test_large_heads_give_the_same_tokens(checkpoint_of_large_heads: Path, tmp_path: Path) -> None:
     """Two chunks of the delta rule beside a short prompt, then a ragged batch in decode."""
-    write_bundle(tmp_path / "plan", checkpoint_of_large_heads)
+    bundle = tmp_path / "plan"
+    write_bundle(bundle, checkpoint_of_large_heads)
     prompts, counts = [prompt(CHUNK + 1, 400), prompt(3, 400)], [8, 8]
-    assert interpreted(tmp_path / "plan", tmp_path, prompts, counts) == referred(
-        tmp_path / "plan", prompts, counts
-    )
+    wanted = reference_tokens(bundle, prompts, counts)
+    assert interpreted_tokens(bundle, tmp_path, prompts, counts) == wanted
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rollback", ["snapshot", "recompute"])
-def test_verified_drafts_say_the_same(rollback: str, tmp_path: Path) -> None:
-    """Three rows of each sequence; some drafts are right, so that steps begin after each number of them."""
+def test_verified_drafts_give_the_same_tokens(rollback: str, tmp_path: Path) -> None:
+    """Three queries a sequence. Steps accept none, one and both of their drafts."""
     spec = {
         "workload": SMALL | {"concurrency": 2},
         "speculation": {"depth": 2, "rollback": rollback},
@@ -151,7 +140,8 @@ def test_verified_drafts_say_the_same(rollback: str, tmp_path: Path) -> None:
     ]
     accepted = engine.accept_counts
     assert accepted[0] > accepted[1] > accepted[2] > 0
-    assert interpreted(tmp_path / "plan", tmp_path, prompts, counts) == [wanted[0], wanted[1][:3]]
+    found = interpreted_tokens(tmp_path / "plan", tmp_path, prompts, counts)
+    assert found == [wanted[0], wanted[1][:3]]
 
 
 @pytest.mark.slow
@@ -163,7 +153,7 @@ def test_check_agrees(bundle: Path) -> None:
 
 @pytest.mark.slow
 def test_check_agrees_on_programs_that_draft(tmp_path: Path) -> None:
-    """Every step that has a kernel, on what the steps before it made: positions, slots and rows fit together."""
+    """Every step that has a kernel runs on the results of the steps before it."""
     checkpoint = write_checkpoint(tmp_path / "model", Kind(sizes=SHORT))
     write_bundle(tmp_path / "plan", checkpoint, workload=SMALL, speculation={"depth": 2})
     done = run(tmp_path / "plan", "--check")
@@ -172,7 +162,7 @@ def test_check_agrees_on_programs_that_draft(tmp_path: Path) -> None:
 
 
 def half_a_grid(text: str, launch: Launch) -> tuple[str, Launch]:
-    """Programs for the first head only: what the others would write stays as it was."""
+    """Launch programs for the first head only, so that the other heads' output stays as it was."""
     assert launch.grid[1].fixed == FEW_HEADS["linear_num_value_heads"]
     return text, launch.model_copy(update={"grid": (launch.grid[0], GridDim(fixed=1))})
 
@@ -190,11 +180,11 @@ def half_a_grid(text: str, launch: Launch) -> tuple[str, Launch]:
 def test_check_names_the_broken_step(
     kind: str, change: Change, bundle: Path, tmp_path: Path
 ) -> None:
-    """Digests are those of the broken kernel: only what it computes gives it away."""
+    """The digests fit the broken kernel, so that only its results show the fault."""
     broken = Path(shutil.copytree(bundle, tmp_path / "plan"))
     break_kernels(broken, kind, change)
     done = run(broken, "--check")
-    is_clean(done, "kernel and reference differ by")
+    is_clean_error(done, "kernel and reference differ by")
     assert f", `{kind}_" in done.stderr and "error: step " in done.stderr
 
 
@@ -205,16 +195,16 @@ def test_check_names_the_broken_step(
 def test_an_altered_text_is_refused_before_it_runs(
     how: list[str], bundle: Path, tmp_path: Path
 ) -> None:
-    """Also when it would have done no harm to the result."""
+    """This holds even where the result would be right."""
     altered, trace = Path(shutil.copytree(bundle, tmp_path / "plan")), tmp_path / "trace"
     path = min((altered / "kernels").glob("gated_norm_*.py"))
     path.write_text(f"{path.read_text()}\nopen({str(trace)!r}, 'w').close()\n")
-    is_clean(run(altered, *how), f"the text of kernel `{path.stem}` is not the plan's")
+    is_clean_error(run(altered, *how), f"the text of kernel `{path.stem}` is not the plan's")
     assert not trace.exists()
 
 
 def full_size_tokens(prompts: list[list[int]], params: SamplingParams) -> list[tuple[int, ...]]:
-    """A GPU's way to bind kernels, to addresses at a program's full size, without its graphs."""
+    """The tokens of kernels bound as on a GPU: to addresses, at a program's full size."""
     plan = load_plan(DEMO)
     folder = find_weights(plan, DEMO, None)
     arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas))
@@ -226,9 +216,9 @@ def full_size_tokens(prompts: list[list[int]], params: SamplingParams) -> list[t
 
 @pytest.mark.slow
 def test_kernels_need_only_addresses() -> None:
-    """Bound at a program's full size, they compute batches of any size."""
+    """Kernels bound at a program's full size compute batches of any size."""
     params, prompts = SamplingParams(max_tokens=2, ignore_eos=True), [list(range(5, 12))]
-    # In a process of its own: another test may have loaded Triton to compile.
+    # A new process, as another test may have loaded Triton to compile.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         whole = pool.submit(full_size_tokens, prompts, params).result()
     assert whole == [tuple(done.token_ids) for done in Engine.load(DEMO).generate(prompts, params)]

@@ -1,4 +1,4 @@
-"""The engine against transformers: the same logits, the same tokens, whatever the batch, the chunks, the buckets."""
+"""The engine gives transformers' logits and tokens, for any batch, chunk and bucket."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def poisoned_engine(plan: Plan, folder: Path, chunk: int | None = None) -> Engine:
-    """An engine whose activations start as NaN: a read of what was not written shows."""
+    """An engine whose activations start as NaN, so that a read before the first write shows."""
     arenas, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas))
     arenas.poison("activations")
     return Engine(

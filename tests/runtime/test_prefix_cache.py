@@ -1,4 +1,4 @@
-"""The prefix cache changes no answer: under any pressure, in any batch, with preemption and cancellation."""
+"""The prefix cache changes no answer, also under memory pressure, preemption and cancellation."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ PRESSURES: dict[str, dict[str, int]] = {
 
 
 @pytest.fixture(scope="module")
-def told(tiny_plan: Plan, checkpoint: Any) -> Any:
-    """told(seed) -> 50 conversations."""
+def conversations(tiny_plan: Plan, checkpoint: Any) -> Any:
+    """conversations(seed) -> 50 conversations."""
     return cache(lambda seed: converse(tiny_plan, checkpoint("moe"), 50, seed))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "pressure"), [*zip((0, 1, 0, 1), PRESSURES, strict=True)])
 def test_answers_do_not_depend_on_the_cache(
-    seed: int, pressure: str, told: Any, tiny_plan: Plan, checkpoint: Any
+    seed: int, pressure: str, conversations: Any, tiny_plan: Plan, checkpoint: Any
 ) -> None:
     engine = Engine.from_plan(squeezed(tiny_plan, **PRESSURES[pressure]), checkpoint("moe"))
-    replay(engine, told(seed), seed, cancel=0.1)
+    replay(engine, conversations(seed), seed, cancel=0.1)
     check_all_is_given_back(engine.scheduler.cache)
     assert engine.metrics.hit_tokens > 2000
     assert engine.metrics.evicted_checkpoints > 100
@@ -71,34 +71,34 @@ def test_answers_do_not_depend_on_the_cache(
 @pytest.mark.slow
 @pytest.mark.parametrize("pressure", PRESSURES)
 def test_what_the_cache_holds_is_never_written(
-    pressure: str, told: Any, tiny_plan: Plan, checkpoint: Any
+    pressure: str, conversations: Any, tiny_plan: Plan, checkpoint: Any
 ) -> None:
-    """Launched ahead, padded, with rubbish in all that is free."""
+    """Steps are launched ahead and padded, and all free memory is poisoned."""
     plan = captured(squeezed(tiny_plan, **PRESSURES[pressure]))
     engine = poisoned(plan, checkpoint("moe"), late=True)
-    replay(engine, told(0)[:12], 1, cancel=0.1)
+    replay(engine, conversations(0)[:12], 1, cancel=0.1)
     check_all_is_given_back(engine.scheduler.cache)
 
 
 @pytest.mark.slow
-def test_the_demo_model_says_the_same_with_and_without() -> None:
-    """Trained weights, its own plan."""
+def test_the_demo_model_answers_alike_with_and_without_a_cache() -> None:
+    """This model has trained weights and a plan of its own."""
     folder = ROOT / "examples" / "demo" / "model"
     spec = make_spec(
         folder, workload={"first_turn_tokens": 300, "output_tokens": 64, "concurrency": 4}
     )
     plan = compile_plan(spec, find_model(spec))
-    told = converse(plan, folder, 10, 5)
+    made = converse(plan, folder, 10, 5)
     engine = Engine.from_plan(
         squeezed(plan, num_pages=30, num_checkpoints=4, checkpoint_interval=32), folder
     )
-    replay(engine, told, 5, cancel=0.05)
+    replay(engine, made, 5, cancel=0.05)
     check_all_is_given_back(engine.scheduler.cache)
     assert engine.metrics.hit_tokens > 200
 
 
 def test_the_last_turn_of_the_longest_conversation_is_cached(checkpoint: Any) -> None:
-    """It goes on inside a page, and the pages that it needs are all that the plan has."""
+    """It goes on inside a page, and needs all pages that the plan has."""
     talk = {
         "kind": "agentic",
         "first_turn_tokens": 600,
@@ -108,17 +108,17 @@ def test_the_last_turn_of_the_longest_conversation_is_cached(checkpoint: Any) ->
     }
     spec = make_spec(checkpoint("moe"), workload=talk | {"concurrency": 1})
     engine = Engine.from_plan(compile_plan(spec, find_model(spec)), checkpoint("moe"))
-    said, cached = [i % 300 for i in range(600)], []
+    history, cached = [i % 300 for i in range(600)], []
     for turn in range(3):
-        (done,) = engine.generate([said], SamplingParams(max_tokens=8, ignore_eos=True))
-        cached.append((len(said), done.num_cached_tokens))
-        said += [*done.token_ids, *((7 * i + turn) % 300 for i in range(256))]
+        (done,) = engine.generate([history], SamplingParams(max_tokens=8, ignore_eos=True))
+        cached.append((len(history), done.num_cached_tokens))
+        history += [*done.token_ids, *((7 * i + turn) % 300 for i in range(256))]
     assert cached == [(600, 0), (864, 607), (1128, 871)]
 
 
 @pytest.mark.slow
-def test_what_is_cheap_to_have_again_goes_first(tiny_plan: Plan, checkpoint: Any) -> None:
-    """A long prompt outlives short ones that came after it; one that nobody asks for goes in the end."""
+def test_what_is_cheap_to_compute_is_evicted_first(tiny_plan: Plan, checkpoint: Any) -> None:
+    """A long prompt outlives later short ones, and is evicted in the end if nobody uses it."""
     limits = {
         "num_pages": 184,
         "num_checkpoints": 0,

@@ -1,4 +1,4 @@
-"""Sharded plans run by real processes: the tokens of one rank, and what happens when a process is missing or dies."""
+"""Processes that run a sharded plan give the tokens of one rank, and notice a lost process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import COMMAND, break_kernels, dst_state_slots, in_text, token_ids, write_bundle
+from bundles import COMMAND, break_kernels, in_text, token_ids, write_batch, write_bundle
 from checkpoints import SHORT, Kind, write_checkpoint
 
 from tokenspeed_plan.planner.cli import main
@@ -84,7 +84,7 @@ def start(count: int, args: Sequence[object], folder: Path) -> list[BaseProcess]
 
 
 def wait(ranks: Sequence[BaseProcess], seconds: float = 120) -> list[int | None]:
-    """Exit codes; None of one that did not end in time."""
+    """Exit codes; None for a process that did not end in time."""
     until = time.monotonic() + seconds
     for rank in ranks:
         rank.join(max(until - time.monotonic(), 0))
@@ -121,7 +121,7 @@ def batch(bundle: Path, folder: Path, *options: object) -> list[object]:
 def alone(
     checkpoint: Path, folder: Path, prompts: Sequence[Sequence[int]], count: int
 ) -> list[list[int]]:
-    """What one rank answers, in this process."""
+    """The answers of one rank, in this process."""
     plan = write_bundle(folder / "alone", checkpoint)
     params = SamplingParams(max_tokens=count, ignore_eos=True)
     return [
@@ -146,7 +146,7 @@ def pair(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count", "moe"), LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_ranks_say_what_one_says(
+def test_ranks_give_the_tokens_of_one(
     kind: str, count: int, moe: dict[str, int], checkpoint: Any, tmp_path: Path
 ) -> None:
     folder, bundle = checkpoint(kind), tmp_path / "plan"
@@ -155,7 +155,7 @@ def test_ranks_say_what_one_says(
     assert sum(map(len, PROMPTS)) > plan.pool.limits.max_tokens, (
         "the prompts are computed in more than one chunk"
     )
-    dst_state_slots(tmp_path / "in.jsonl", PROMPTS, COUNTS)
+    write_batch(tmp_path / "in.jsonl", PROMPTS, COUNTS)
     assert wait(start(count, batch(bundle, tmp_path), tmp_path)) == [0] * count, logs(
         tmp_path, count
     )
@@ -164,8 +164,8 @@ def test_ranks_say_what_one_says(
 
 @pytest.mark.slow
 def test_torchrun_runs_a_batch(pair: Path, checkpoint: Any, tmp_path: Path) -> None:
-    """The way that the README and the errors name, canary included."""
-    dst_state_slots(tmp_path / "in.jsonl", PROMPTS, COUNTS)
+    """This is the way that the README and the error messages name, with the canary."""
+    write_batch(tmp_path / "in.jsonl", PROMPTS, COUNTS)
     torchrun = [
         sys.executable,
         "-m",
@@ -194,15 +194,15 @@ def test_check_replays_the_canary_on_all_ranks(pair: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_kernels_of_ranks_say_what_references_say(short: Path, tmp_path: Path) -> None:
-    """Decode adds up over the ranks inside a kernel, with the residual and the norm."""
+def test_kernels_of_ranks_give_the_references_tokens(short: Path, tmp_path: Path) -> None:
+    """In decode one kernel reduces over the ranks, adds the residual and takes the norm."""
     prompts, counts = [[7, 8, 9]], [5]
     plan = write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
     called = {step.kernel for step in plan.pool.programs[-1].steps if step.kind == "kernel"}
     assert "reduce_add_norm" in {
         kind_of(kernel) for kernel in plan.kernels if kernel.name in called
     }
-    dst_state_slots(tmp_path / "in.jsonl", prompts, counts)
+    write_batch(tmp_path / "in.jsonl", prompts, counts)
     args = batch(tmp_path / "plan", tmp_path, "--backend", "kernels")
     assert wait(start(2, args, tmp_path)) == [0, 0], logs(tmp_path, 2)
     assert token_ids(tmp_path / "out.jsonl") == alone(short, tmp_path, prompts, counts[0])
@@ -221,7 +221,7 @@ def test_every_step_of_two_ranks_is_compared(short: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_broken_sum_over_ranks_is_named(short: Path, tmp_path: Path) -> None:
-    """Of the parts, only that of the last rank is taken."""
+    """The broken kernel keeps only the last rank's part."""
     write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
     break_kernels(
         tmp_path / "plan", "reduce_add_norm", in_text("x += tl.load(part", "x = tl.load(part")
@@ -238,7 +238,7 @@ def test_a_broken_sum_over_ranks_is_named(short: Path, tmp_path: Path) -> None:
 def test_another_number_of_processes_is_refused_once(
     count: int, pair: Path, tmp_path: Path
 ) -> None:
-    dst_state_slots(tmp_path / "in.jsonl", PROMPTS, COUNTS)
+    write_batch(tmp_path / "in.jsonl", PROMPTS, COUNTS)
     codes = wait(start(count, batch(pair, tmp_path), tmp_path), 30)
     assert codes == [2] + [0] * (count - 1)
     text = logs(tmp_path, count)
@@ -255,7 +255,7 @@ def test_a_checkpoint_without_its_weights_is_refused_by_all(
     """All ranks find out by themselves; none waits for another, none ends in a traceback."""
     model = Path(shutil.copytree(checkpoint("moe"), tmp_path / "model"))
     (model / "model-1.safetensors").unlink()
-    dst_state_slots(tmp_path / "in.jsonl", PROMPTS, COUNTS)
+    write_batch(tmp_path / "in.jsonl", PROMPTS, COUNTS)
     codes = wait(start(2, batch(pair, tmp_path, "--weights", model), tmp_path), 30)
     assert codes == [2, 2]
     for rank in range(2):
@@ -266,7 +266,7 @@ def test_a_checkpoint_without_its_weights_is_refused_by_all(
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_death_of_a_rank_ends_the_other(victim: int, pair: Path, tmp_path: Path) -> None:
-    dst_state_slots(tmp_path / "in.jsonl", PROMPTS * 300, COUNTS * 300)
+    write_batch(tmp_path / "in.jsonl", PROMPTS * 300, COUNTS * 300)
     ranks = start(2, batch(pair, tmp_path), tmp_path)
     until = time.monotonic() + 60
     while not (tmp_path / "out.jsonl").exists() or not (tmp_path / "out.jsonl").stat().st_size:

@@ -1,4 +1,4 @@
-"""Scheduler and cache by themselves: thousands of random operations, every page and state slot counted, nobody starved."""
+"""Scheduler and cache under random operations: all memory is accounted for, and nobody starves."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def engine_of(plan: Plan, cache: bool = True) -> Engine:
 
 
 def small(plan: Plan, **limits: int) -> Plan:
-    """Pages of four tokens, chunks of at most sixteen, two sequences, unless told otherwise."""
+    """The plan with pages of four tokens, chunks of sixteen and two sequences, unless given."""
     few = {
         "page_size": 4,
         "max_seq_len": 64,
@@ -53,7 +53,7 @@ def small(plan: Plan, **limits: int) -> Plan:
 
 
 def holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
-    """Pages and state slots as often as running sequences and the tree hold them."""
+    """How often running sequences and the tree hold each page and each state slot."""
     nodes = engine.scheduler.cache.nodes()
     pages = Counter(node.page for node in nodes)
     state_slots = Counter(node.state_slot for node in nodes if node.state_slot)
@@ -65,10 +65,10 @@ def holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
 
 
 class Machine(RuleBasedStateMachine):
-    """Requests come, go on from each other, are cut off; the engine steps."""
+    """Random requests, which continue each other's texts, cancellations and steps."""
 
     plan: Plan
-    fine = False  # until it has begun, and after a step that failed
+    fine = False  # before the start, and after a step that failed
 
     @initialize(
         pages=st.integers(16, 40),
@@ -134,7 +134,7 @@ class Machine(RuleBasedStateMachine):
         self.texts.append(request.prompt_ids + done.token_ids)
 
     def check_progress(self) -> None:
-        """The oldest request goes on; where it waits for those that run, no other gets in before it. So each ends."""
+        """The oldest request goes on, or waits and no other is admitted before it; so each ends."""
         left = [s for s in self.sequences.values() if s.state not in ("finished", "cancelled")]
         if not left:
             return
@@ -215,28 +215,27 @@ def test_only_the_table_says_what_may_come_next(before: State, after: State) -> 
 def test_a_digest_that_collides_changes_no_answer(
     tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two names for all pages there are: what the cache finds must still be compared."""
+    """With only two digests for all pages, the cache must still compare the tokens it finds."""
     monkeypatch.setattr(cache_module, "chain_digest", lambda parent, ids: bytes([sum(ids) % 2]))
     engine = engine_of(small(tiny_plan, checkpoint_interval=4, num_checkpoints=12))
-    prompts = [
-        tuple(range(start, start + 30)) for start in range(0, 24, 4)
-    ]  # all first pages have one name
+    # All first pages have the same digest.
+    prompts = [tuple(range(start, start + 30)) for start in range(0, 24, 4)]
     done = engine.generate(prompts * 2, SamplingParams(max_tokens=5, ignore_eos=True))
     assert [d.token_ids for d in done] == [answer(prompt, 5) for prompt in prompts * 2]
     check_all_is_given_back(engine.scheduler.cache)
 
 
-def asked(name: str, prompt: tuple[int, ...], most: int) -> Request:
+def request_of(name: str, prompt: tuple[int, ...], most: int) -> Request:
     return Request(name, prompt, SamplingParams(max_tokens=most, ignore_eos=True))
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, tiny_plan: Plan) -> None:
-    """Four that grow to eleven pages each, in sixteen: all start at once, the oldest ends first, each says the same."""
+    """Four sequences grow to eleven pages each, with sixteen in all; the oldest ends first."""
     plan = small(tiny_plan, max_seqs=4, num_pages=16)
     engine, ended = engine_of(captured(plan) if ahead else plan), []
     for index in range(4):
-        engine.add(asked(str(index), (index, 1, 2), 40))
+        engine.add(request_of(str(index), (index, 1, 2), 40))
     while engine.num_unfinished:
         ended += engine.step()
     assert [int(done.request_id) for done in ended] == [0, 1, 2, 3]
@@ -257,45 +256,45 @@ def steps_until(engine: Engine, name: str, flood: Iterator[Request]) -> int:
 
 def prompts_of(rng: random.Random, length: int, most: int) -> Iterator[Request]:
     return (
-        asked(f"flood {i}", tuple(rng.randrange(90) for _ in range(length)), most)
+        request_of(f"flood {i}", tuple(rng.randrange(90) for _ in range(length)), most)
         for i in count_from(0)
     )
 
 
 def test_a_short_prompt_does_not_wait_for_long_ones(tiny_plan: Plan) -> None:
-    """It has a place beside three prompts of four chunks, and is served every other time, as it has least to do."""
+    """It runs beside three prompts of four chunks, in every other step, as it has least to do."""
     engine = engine_of(small(tiny_plan, max_seqs=4, num_pages=64))
     flood = prompts_of(random.Random(0), 60, 1)
     for _ in range(3):
         engine.add(next(flood))
     engine.step()
-    engine.add(asked("short", (1, 2, 3), 1))
+    engine.add(request_of("short", (1, 2, 3), 1))
     assert steps_until(engine, "short", flood) <= 4
 
 
 def test_a_long_prompt_does_not_wait_for_short_ones(tiny_plan: Plan) -> None:
-    """A flood of short ones that begin and end all the time; the long one is the oldest every other time."""
+    """Short ones come and go all the time; every other step belongs to the oldest, the long one."""
     engine = engine_of(small(tiny_plan, max_seqs=4, num_pages=64))
-    engine.add(asked("long", tuple(range(60)), 2))
+    engine.add(request_of("long", tuple(range(60)), 2))
     assert steps_until(engine, "long", prompts_of(random.Random(1), 16, 1)) <= 4 * (60 // 8 + 2)
 
 
 def test_one_that_waits_gets_its_turn_in_a_flood(tiny_plan: Plan) -> None:
-    """First come, first served: those before it end, none that came later gets in before it."""
+    """Requests before it end, and none that came later is admitted before it."""
     engine = engine_of(small(tiny_plan, max_seqs=2, num_pages=20))
     flood = prompts_of(random.Random(2), 40, 10)
     for _ in range(6):
         engine.add(next(flood))
-    engine.add(asked("last", (5,), 1))
+    engine.add(request_of("last", (5,), 1))
     assert steps_until(engine, "last", flood) <= 6 * (2 * 5 + 2 * 10)
 
 
 def test_prompts_between_decode_steps_are_cut_as_planned(tiny_plan: Plan) -> None:
     plan = small(tiny_plan, interleaved_tokens=4)
     engine = engine_of(plan)
-    engine.add(asked("decodes", (1, 2, 3), 30))
+    engine.add(request_of("decodes", (1, 2, 3), 30))
     engine.step()
-    engine.add(asked("prefills", tuple(range(50)), 1))
+    engine.add(request_of("prefills", tuple(range(50)), 1))
     seen = []
     while engine.num_unfinished == 2:
         engine.step()
@@ -307,11 +306,11 @@ def test_prompts_between_decode_steps_are_cut_as_planned(tiny_plan: Plan) -> Non
 
 
 def test_equal_prompts_are_computed_once(tiny_plan: Plan) -> None:
-    """Three at once: the second waits until the first has left a checkpoint where they part, then shares its pages."""
+    """Three at once: the others wait for the first one's checkpoint, then share its pages."""
     engine = engine_of(small(tiny_plan, max_seqs=4, num_pages=64, num_checkpoints=8))
     prompt = tuple(range(40))
     most = max(
-        len(used) for used in watch(engine, [asked(str(i), (*prompt, i), 8) for i in range(3)])
+        len(used) for used in watch(engine, [request_of(str(i), (*prompt, i), 8) for i in range(3)])
     )
     assert engine.metrics.computed_tokens == 41 + 1 + 1
     assert engine.metrics.hit_tokens == 80
@@ -335,16 +334,14 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(tiny_plan: Plan) -> None
     before = engine.metrics.computed_tokens
     prompt = (*range(21), *first.token_ids, 7, 8)
     (second,) = engine.generate([prompt], SamplingParams(max_tokens=3, ignore_eos=True))
-    assert (first.num_cached_tokens, second.num_cached_tokens) == (
-        0,
-        25,
-    )  # the last token said is not computed
+    # The last generated token is not computed, and so not cached.
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 25)
     assert engine.metrics.computed_tokens - before == 3
     assert second.token_ids == answer(prompt, 3)
 
 
 def test_decoding_copies_nothing(tiny_plan: Plan) -> None:
-    """Nor does a hit at the end of a page; one inside a page copies that page, once."""
+    """A hit at the end of a page copies nothing either; one inside a page copies that page once."""
     engine = engine_of(small(tiny_plan, num_checkpoints=8))
     params = SamplingParams(max_tokens=9, ignore_eos=True)
     (done,) = engine.generate([tuple(range(20))], params)

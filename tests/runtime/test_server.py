@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from json_values import json_values
 from server_load import load
 from serving import KEY, Server, serving
 
@@ -36,7 +37,7 @@ ERROR = {"message", "type", "param", "code"}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """All tests here leave it as they found it: nothing in use, no 5xx, nothing in its log."""
+    """After all tests nothing is in use, no request got a 5xx, and the log is empty."""
     folder = tmp_path_factory.mktemp("server")
     with serving(
         BUNDLE, folder, "--api-key", KEY, "--model-name", "demo", "--max-body-bytes", 1 << 20
@@ -61,7 +62,7 @@ def engine() -> Engine:
 
 
 def answer(engine: Engine, prompt: str, **params: Any) -> Any:
-    """What the engine says by itself."""
+    """The engine's answer without a server."""
     assert engine.tokenizer
     return engine.generate([engine.tokenizer.encode(prompt)], SamplingParams(**params))[0]
 
@@ -78,9 +79,6 @@ def is_error(response: httpx.Response, status: int, code: str | None = None) -> 
         error
     )
     return dict(error)
-
-
-# What OpenAI's client asks.
 
 
 def test_completions_are_the_engines(client: openai.OpenAI, engine: Engine) -> None:
@@ -149,7 +147,7 @@ def test_chats_are_the_engines(client: openai.OpenAI, engine: Engine) -> None:
 
 def test_seeds_and_choices(client: openai.OpenAI, engine: Engine) -> None:
     """Choice `i` of a seed is the engine's answer to seed + i; without one, answers differ."""
-    asked: dict[str, Any] = {
+    body: dict[str, Any] = {
         "model": "demo",
         "prompt": PROMPT,
         "max_tokens": 12,
@@ -160,15 +158,15 @@ def test_seeds_and_choices(client: openai.OpenAI, engine: Engine) -> None:
         answer(engine, PROMPT, max_tokens=12, temperature=1.2, top_p=0.95, seed=seed).text
         for seed in (7, 8, 9)
     ]
-    done = client.completions.create(**asked, n=3, seed=7)
+    done = client.completions.create(**body, n=3, seed=7)
     assert [(choice.index, choice.text) for choice in done.choices] == list(enumerate(wanted))
     assert done.usage and done.usage.completion_tokens == 36
-    told = ["", "", ""]
-    for chunk in client.completions.create(**asked, n=3, seed=7, stream=True):
+    streamed = ["", "", ""]
+    for chunk in client.completions.create(**body, n=3, seed=7, stream=True):
         for choice in chunk.choices:
-            told[choice.index] += choice.text
-    assert told == wanted
-    assert len({client.completions.create(**asked).choices[0].text for _ in range(3)}) == 3
+            streamed[choice.index] += choice.text
+    assert streamed == wanted
+    assert len({client.completions.create(**body).choices[0].text for _ in range(3)}) == 3
 
 
 def test_several_prompts(client: openai.OpenAI, engine: Engine) -> None:
@@ -189,16 +187,16 @@ def test_several_prompts(client: openai.OpenAI, engine: Engine) -> None:
 def test_stop_strings(client: openai.OpenAI, engine: Engine) -> None:
     full = answer(engine, PROMPT, max_tokens=30).text
     stop = full[12:15]
-    asked: dict[str, Any] = {
+    body: dict[str, Any] = {
         "model": "demo",
         "prompt": PROMPT,
         "max_tokens": 30,
         "temperature": 0,
         "stop": [stop, "~"],
     }
-    done = client.completions.create(**asked).choices[0]
+    done = client.completions.create(**body).choices[0]
     assert (done.text, done.finish_reason) == (full[: full.index(stop)], "stop")
-    chunks = list(client.completions.create(**asked, stream=True))
+    chunks = list(client.completions.create(**body, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == done.text
     assert chunks[-1].choices[0].finish_reason == "stop"
 
@@ -207,14 +205,14 @@ def test_logprobs(client: openai.OpenAI, engine: Engine) -> None:
     wanted = answer(engine, PROMPT, max_tokens=6, num_logprobs=2)
     values = pytest.approx([item.logprob for item in wanted.logprobs], abs=1e-4)
     tops = [pytest.approx([value for _, value in item.top], abs=1e-4) for item in wanted.logprobs]
-    asked: dict[str, Any] = {
+    body: dict[str, Any] = {
         "model": "demo",
         "prompt": PROMPT,
         "max_tokens": 6,
         "temperature": 0,
         "logprobs": 2,
     }
-    found = client.completions.create(**asked).choices[0].logprobs
+    found = client.completions.create(**body).choices[0].logprobs
     assert (
         found
         and found.token_logprobs == values
@@ -226,7 +224,7 @@ def test_logprobs(client: openai.OpenAI, engine: Engine) -> None:
         and [sorted(top.values(), reverse=True) for top in found.top_logprobs] == tops
     )
     streamed = [
-        chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)
+        chunk.choices[0].logprobs for chunk in client.completions.create(**body, stream=True)
     ]
     assert [value for item in streamed if item for value in item.token_logprobs or ()] == values
     assert [
@@ -274,9 +272,6 @@ def test_many_clients_at_once_get_what_one_gets(client: openai.OpenAI, engine: E
     assert engine.tokenizer
     wanted = engine.generate(map(engine.tokenizer.encode, prompts), SamplingParams(max_tokens=10))
     assert texts == [done.text for done in wanted]
-
-
-# What is refused.
 
 
 @pytest.mark.parametrize(
@@ -346,7 +341,7 @@ def test_bad_messages(message: Any, server: Server) -> None:
 
 
 def test_what_null_asks_for(server: Server) -> None:
-    """Clients that send every field they know."""
+    """Some clients send every field that they know."""
     body = {
         "prompt": "a",
         "max_tokens": 1,
@@ -398,13 +393,6 @@ def test_routes_and_sizes(server: Server) -> None:
     is_error(server.http.post("/v1/completions", content=chunked), 413, "request_too_large")
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
 FIELDS = st.sampled_from(
     [
         "model",
@@ -443,7 +431,7 @@ LIKELY = st.sampled_from(
 @pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    fields=st.dictionaries(FIELDS, LIKELY | JSON, max_size=4),
+    fields=st.dictionaries(FIELDS, LIKELY | json_values(), max_size=4),
     cut=st.integers(0, 400),
     chat=st.booleans(),
 )
@@ -461,9 +449,6 @@ def test_any_body_is_answered_or_refused_in_order(
         assert found.status_code in (400, 404)
 
 
-# Clients that leave, and many of them.
-
-
 def test_a_client_that_leaves_is_cancelled(server: Server) -> None:
     before = server.metric("requests_cancelled_total")
     body = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "n": 4}
@@ -478,7 +463,7 @@ def test_a_client_that_leaves_is_cancelled(server: Server) -> None:
 
 
 def test_a_client_that_never_reads_holds_up_nobody(server: Server) -> None:
-    """Its answer waits for it in this process, the engine is free."""
+    """Its answer waits in the server's memory, and the engine serves others."""
     body = json.dumps(
         {
             "prompt": "a",
@@ -537,9 +522,6 @@ def test_metrics_count(server: Server) -> None:
     assert len(set(re.findall(r'path="([^"]*)"', text))) <= 7, "clients cannot make names"
 
 
-# Its end, and how many it takes.
-
-
 def ask(server: Server, **body: Any) -> httpx.Response:
     return server.http.post(
         "/v1/completions", json={"prompt": "a", "temperature": 0, "ignore_eos": True} | body
@@ -552,7 +534,7 @@ def until(server: Server, name: str, least: float) -> None:
         assert time.monotonic() < end, f"{name} stays below {least}"
 
 
-@pytest.mark.parametrize("how", ["answers", "bound"])
+@pytest.mark.parametrize("how", [pytest.param("answers", marks=pytest.mark.slow), "bound"])
 def test_sigterm_finishes_what_runs_and_takes_no_more(how: str, tmp_path: Path) -> None:
     drain = 30 if how == "answers" else 0.3
     with (
@@ -572,9 +554,9 @@ def test_sigterm_finishes_what_runs_and_takes_no_more(how: str, tmp_path: Path) 
         server.signal()
         while server.http.get("/health").status_code == 200:
             pass
-        late = ask(server, max_tokens=1)
-        is_error(late, 503, "shutting_down")
-        assert late.headers["retry-after"] == "1"
+        refused = ask(server, max_tokens=1)
+        is_error(refused, 503, "shutting_down")
+        assert refused.headers["retry-after"] == "1"
         found = [item.result() for item in whole]
         if how == "answers":
             assert all(len(item.json()["choices"]) == 2 for item in found)

@@ -1,4 +1,4 @@
-"""Speculation changes how many steps an answer takes and nothing else: ids, distributions, caches, ends of answers."""
+"""Speculation changes how many steps an answer takes, and nothing else."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from conversations import (
     replay,
     squeezed,
 )
-from drafting import PROMPTS, plan_of, say
+from drafting import PROMPTS, plan_of, tokens_of
 from launches import LateLaunch, captured
+from random_requests import answers_at_random
 from torch import Tensor
 from trained import Round, Twin, write_trained
 
@@ -55,14 +56,11 @@ def engine_of(folder: Path, depth: int, rollback: str = "snapshot", **options: A
     return Engine.from_plan(plan_of(folder, depth, rollback), folder, **options)
 
 
-ROLLBACKS = (
-    "snapshot",
-    "recompute",
-)  # a state after each row of a step, or its inputs, computed again as far as they were right
+ROLLBACKS = ("snapshot", "recompute")
 
 
 class TracingLaunch(EagerLaunch):
-    """Notes for each decode step the drafts, and how many of them were accepted."""
+    """Records the drafts of each decode step, and how many of them were accepted."""
 
     def __init__(self) -> None:
         self.rounds: list[tuple[Round, ...]] = []
@@ -86,16 +84,16 @@ class TracingLaunch(EagerLaunch):
     ("kind", "rollback"), [("moe", "snapshot"), ("dense", "snapshot"), ("moe", "recompute")]
 )
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_trained_checkpoints_say_the_same(
+def test_trained_checkpoints_give_the_same_tokens(
     kind: str, rollback: str, depth: int, trained: Any
 ) -> None:
-    """In a batch of mixed lengths, greedy and sampled: the same ids in fewer steps, every number of drafts accepted."""
+    """Greedy and sampled, in fewer steps; each possible number of drafts is accepted somewhere."""
     folder = trained(kind)
     trace = TracingLaunch()
     plain, fast = engine_of(folder, 0), engine_of(folder, depth, rollback, launch=trace)
-    assert say(fast, most=64) == say(plain, most=64)
+    assert tokens_of(fast, most=64) == tokens_of(plain, most=64)
     hot = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
-    assert say(fast, **hot) == say(plain, **hot) != say(plain)
+    assert tokens_of(fast, **hot) == tokens_of(plain, **hot) != tokens_of(plain)
     accepted = Counter(found.accepted for step in trace.rounds for found in step)
     assert set(accepted) == set(range(depth + 1))
     assert fast.metrics.tokens_per_pass > 1.3
@@ -107,26 +105,26 @@ def test_trained_checkpoints_say_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["moe", "dense", "tied", "flat", "ratio3", "deep", "yarn"])
-def test_random_checkpoints_say_the_same(kind: str, checkpoint: Any) -> None:
+def test_random_checkpoints_give_the_same_tokens(kind: str, checkpoint: Any) -> None:
     folder = checkpoint(kind)
-    wanted = say(engine_of(folder, 0))
+    wanted = tokens_of(engine_of(folder, 0))
     for depth in DEPTHS if kind in ("moe", "dense") else (3,):
-        assert say(engine_of(folder, depth)) == wanted
-    assert say(engine_of(folder, 3, "recompute")) == wanted
+        assert tokens_of(engine_of(folder, depth)) == wanted
+    assert tokens_of(engine_of(folder, 3, "recompute")) == wanted
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["moe", "tied"])
 def test_drafts_of_a_part_of_the_vocabulary(kind: str, trained: Any, checkpoint: Any) -> None:
-    """The same ids, whatever drafts are chosen from; and of what is chosen from no other is a draft."""
+    """Drafts come from the given part of the vocabulary only, and the tokens are the same."""
     folder = trained(kind) if kind == "moe" else checkpoint(kind)
-    wanted = say(engine_of(folder, 0), most=48)
+    wanted = tokens_of(engine_of(folder, 0), most=48)
     for part in (64, 300):
         spec = make_spec(folder, speculation={"depth": 3, "draft_vocab": part})
         trace = TracingLaunch()
         engine = Engine.from_plan(compile_plan(spec, find_model(spec)), folder, launch=trace)
-        assert say(engine, most=48) == wanted
-        # A sequence's first rows after a prefill are padding where it has no drafts: 0.
+        assert tokens_of(engine, most=48) == wanted
+        # Where a sequence has no drafts after a prefill, they are padding: 0.
         assert (
             max(draft for step in trace.rounds for found in step for draft in found.drafts) < part
         )
@@ -135,19 +133,19 @@ def test_drafts_of_a_part_of_the_vocabulary(kind: str, trained: Any, checkpoint:
 
 
 @pytest.mark.slow
-def test_the_demo_model_says_the_same() -> None:
+def test_the_demo_model_gives_the_same_tokens() -> None:
     path = ROOT / "examples/demo/spec.yaml"
     spec = load_spec(path)
     model = find_model(spec, path)
     assert model.folder is not None
     wanted: list[tuple[int, ...]] = []
     for depth in (0, *DEPTHS):
-        asked = {"speculation": {"depth": depth} if depth else "off"}
-        plan = compile_plan(spec.model_validate(spec.model_dump() | asked), model)
+        change = {"speculation": {"depth": depth} if depth else "off"}
+        plan = compile_plan(spec.model_validate(spec.model_dump() | change), model)
         engine = Engine.from_plan(plan, model.folder)
         assert engine.tokenizer is not None
         texts = ("def fibonacci(n):\n", "import os\n\n\nclass Path:\n", "The quick brown fox")
-        found = say(engine, [engine.tokenizer.encode(text) for text in texts], 48)
+        found = tokens_of(engine, [engine.tokenizer.encode(text) for text in texts], 48)
         wanted = wanted or found
         assert found == wanted
         assert depth == 0 or engine.metrics.tokens_per_pass > 1.4
@@ -156,14 +154,14 @@ def test_the_demo_model_says_the_same() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["moe", "dense"])
 def test_rounds_are_those_of_the_twin(kind: str, trained: Any) -> None:
-    """Drafts and accepted counts of each step against transformers' layers, which compute all anew each time."""
+    """Drafts and accepted counts of each step equal those of the twin, which caches nothing."""
     folder = trained(kind)
     twin = Twin(folder, KINDS[kind])
     for prompt, depth in (([3, 4, 5], 3), (list(range(70)), 2), ([7, 300, 20, 11], 5)):
         ids, rounds = twin.rounds(prompt, 40, depth)
         trace = TracingLaunch()
         engine = engine_of(folder, depth, launch=trace, chunk=32)
-        assert say(engine, [prompt], 40) == [tuple(ids)]
+        assert tokens_of(engine, [prompt], 40) == [tuple(ids)]
         found = [step[0] for step in trace.rounds]
         assert found[:-1] == rounds[:-1]  # the last one may be cut at the end
         assert found[-1].drafts == rounds[-1].drafts
@@ -178,14 +176,14 @@ def test_rounds_are_those_of_the_twin(kind: str, trained: Any) -> None:
 def test_conversations_through_the_cache(
     seed: int, rollback: str, ahead: bool, trained: Any
 ) -> None:
-    """Prefixes that are shared, branched and edited, few pages, requests cut off: each answer as without any of it."""
+    """Shared, branched and edited prefixes, few pages and cancelled requests change no answer."""
     folder = trained("moe")
-    told = converse(plan_of(folder, 0), folder, 8, seed)
+    conversations = converse(plan_of(folder, 0), folder, 8, seed)
     plan = squeezed(
         plan_of(folder, 1 + 2 * seed, rollback), num_pages=24, num_checkpoints=6, max_seqs=6
     )
     engine = poisoned(captured(plan) if ahead else plan, folder, late=ahead)
-    replay(engine, told, seed, cancel=0.05)
+    replay(engine, conversations, seed, cancel=0.05)
     assert engine.metrics.hit_tokens
     assert engine.metrics.tokens_per_pass > 1.02
     check_all_is_given_back(engine.scheduler.cache)
@@ -195,12 +193,12 @@ def test_conversations_through_the_cache(
 @pytest.mark.parametrize("rollback", ROLLBACKS)
 @pytest.mark.parametrize("ahead", [False, True])
 def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, rollback: str, trained: Any) -> None:
-    """Prompts in chunks, then answers of six pages each, in sixteen; the tiny page table's end is reached too."""
+    """Prompts in chunks and answers of six pages each, with sixteen in all."""
     folder = trained("moe")
     plan = squeezed(plan_of(folder, 4, rollback), num_pages=16, num_checkpoints=4, max_seqs=4)
     engine = poisoned(captured(plan) if ahead else plan, folder, late=ahead, chunk=16)
     prompts = [[index, *range(20)] for index in range(5)]
-    assert say(engine, prompts, 64) == say(engine_of(folder, 0), prompts, 64)
+    assert tokens_of(engine, prompts, 64) == tokens_of(engine_of(folder, 0), prompts, 64)
     assert engine.metrics.preemptions
     assert engine.metrics.tokens_per_pass > 1.3
     check_all_is_given_back(engine.scheduler.cache)
@@ -211,19 +209,18 @@ def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, rollback: str, tra
     ("ahead", "rollback"), [(False, "snapshot"), (True, "snapshot"), (True, "recompute")]
 )
 def test_ends_in_the_middle_of_a_run(ahead: bool, rollback: str, trained: Any) -> None:
-    """Each number of tokens, each token as a stop token, and a string: cut where it ends without speculation."""
+    """Token limits, stop tokens and stop strings end answers as they do without speculation."""
     folder = trained("dense")
     plain, plan = engine_of(folder, 0), plan_of(folder, 4, rollback)
     fast = Engine.from_plan(captured(plan) if ahead else plan, folder)
-    (whole,) = say(plain, PROMPTS[:1], 40)
+    (whole,) = tokens_of(plain, PROMPTS[:1], 40)
     assert plain.tokenizer is not None
-    asked = [{"most": most} for most in range(1, 12)]
-    asked += [{"stop_token_ids": (token,)} for token in dict.fromkeys(whole)]
-    asked += [
-        {"stop_token_ids": tuple(range(t, t + 200))} for t in (0, 100, 250)
-    ]  # more than a kernel looks at
-    asked += [{"stop": (plain.tokenizer.decode([token]),)} for token in dict.fromkeys(whole[8:24])]
-    for index, changes in enumerate(asked):
+    ends = [{"most": most} for most in range(1, 12)]
+    ends += [{"stop_token_ids": (token,)} for token in dict.fromkeys(whole)]
+    # More stop tokens than the kernel compares.
+    ends += [{"stop_token_ids": tuple(range(t, t + 200))} for t in (0, 100, 250)]
+    ends += [{"stop": (plain.tokenizer.decode([token]),)} for token in dict.fromkeys(whole[8:24])]
+    for index, changes in enumerate(ends):
         params = SamplingParams(
             **{"max_tokens": changes.pop("most", 40), "ignore_eos": True} | changes
         )
@@ -239,10 +236,10 @@ def test_ends_in_the_middle_of_a_run(ahead: bool, rollback: str, trained: Any) -
 def test_the_next_turn_goes_on_where_the_last_one_ended(
     ahead: bool, rollback: str, trained: Any
 ) -> None:
-    """The state at the end of an answer is one that was written on the way: the cache has it, whatever the end.
+    """The cache has the state at the end of an answer, wherever the answer ends.
 
-    Where inputs are kept, it is that before the last step: at most so many tokens earlier as a step
-    has rows.
+    With `recompute` it has the state before the last step, which is at most `query_len` tokens
+    earlier.
     """
     folder, plan = trained("dense"), plan_of(trained("dense"), 4, rollback)
     fast, plain = (
@@ -251,7 +248,7 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(
     )
     for number in range(24):
         prompt = [number, *PROMPTS[1]]
-        ((*_, last),) = say(plain, [prompt], 8 + number)
+        ((*_, last),) = tokens_of(plain, [prompt], 8 + number)
         ends = (
             {"max_tokens": 8 + number}
             if number % 2
@@ -263,36 +260,36 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(
         (second,) = fast.generate([turn], SamplingParams(max_tokens=12, ignore_eos=True))
         missing = len(prompt) + len(first.token_ids) - 1 - second.num_cached_tokens
         assert missing == 0 if rollback == "snapshot" else 1 <= missing <= 5
-        assert [second.token_ids] == say(plain, [turn], 12)
+        assert [second.token_ids] == tokens_of(plain, [turn], 12)
     assert fast.metrics.lost_checkpoints == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rollback", ROLLBACKS)
-def test_a_checkpoint_that_is_gone_is_not_kept(rollback: str, trained: Any) -> None:
-    """A stop string is found late: nothing is cached where a step ran over the state there, and it is counted.
+def test_a_state_that_was_overwritten_is_not_cached(rollback: str, trained: Any) -> None:
+    """A stop string is found after the next step has overwritten the state there; this is counted.
 
-    Where inputs are kept, the state before the run is still there.
+    With `recompute` the state before that step is still there.
     """
     folder, plan = trained("dense"), captured(plan_of(trained("dense"), 4, rollback))
     fast, plain = Engine.from_plan(plan, folder), engine_of(folder, 0)
     assert plain.tokenizer is not None
-    (whole,) = say(plain, PROMPTS[:1], 40)
+    (whole,) = tokens_of(plain, PROMPTS[:1], 40)
     for token in whole[8:24]:
         params = SamplingParams(
             max_tokens=40, ignore_eos=True, stop=(plain.tokenizer.decode([token]),)
         )
         (first,) = fast.generate(PROMPTS[:1], params)
         turn = [*PROMPTS[0], *first.token_ids, 9, 8]
-        assert say(fast, [turn], 12) == say(plain, [turn], 12)
+        assert tokens_of(fast, [turn], 12) == tokens_of(plain, [turn], 12)
     assert (fast.metrics.lost_checkpoints > 0) == (rollback == "snapshot")
     check_all_is_given_back(fast.scheduler.cache)
 
 
 @pytest.mark.slow
-def test_each_token_is_told_with_its_logprobs(trained: Any) -> None:
+def test_each_token_is_reported_with_its_logprobs(trained: Any) -> None:
     folder = trained("moe")
-    told: list[Any] = []
+    reported: list[Any] = []
     answers = []
     for depth in (0, 3):
         engine = engine_of(folder, depth)
@@ -300,13 +297,13 @@ def test_each_token_is_told_with_its_logprobs(trained: Any) -> None:
         news: list[Any] = []
         engine.on_token = news.append
         answers.append(engine.generate(PROMPTS[:2], params))
-        told.append(
+        reported.append(
             {
                 p: [n.token_id for n in news if n.request_id == p]
                 for p in sorted({n.request_id for n in news})
             }
         )
-    assert told[0] == told[1]
+    assert reported[0] == reported[1]
     for one, other in zip(*answers, strict=True):
         assert one.token_ids == other.token_ids == tuple(item.token_id for item in other.logprobs)
         for a, b in zip(one.logprobs, other.logprobs, strict=True):
@@ -314,7 +311,8 @@ def test_each_token_is_told_with_its_logprobs(trained: Any) -> None:
             assert [token for token, _ in a.top] == [token for token, _ in b.top]
 
 
-def test_a_request_that_is_cancelled_while_it_is_told(trained: Any) -> None:
+@pytest.mark.slow
+def test_a_request_may_be_cancelled_by_the_callback(trained: Any) -> None:
     engine = engine_of(trained("moe"), 5)
     seen: list[int] = []
 
@@ -327,7 +325,7 @@ def test_a_request_that_is_cancelled_while_it_is_told(trained: Any) -> None:
     engine.add(Request("a", tuple(PROMPTS[0]), SamplingParams(max_tokens=40, ignore_eos=True)))
     while engine.num_unfinished:
         assert engine.step() == []
-    assert seen == list(say(engine_of(trained("moe"), 0), PROMPTS[:1], 9)[0])
+    assert seen == list(tokens_of(engine_of(trained("moe"), 0), PROMPTS[:1], 9)[0])
     check_all_is_given_back(engine.scheduler.cache)
 
 
@@ -354,8 +352,8 @@ def test_batch_files(trained: Any, tmp_path: Path) -> None:
     found = []
     for depth in (0, 3):
         spec = tmp_path / f"{depth}.yaml"
-        asked = make_spec(trained("moe"), speculation={"depth": depth} if depth else "off")
-        spec.write_text(json.dumps(asked.model_dump(mode="json", exclude_none=True)))
+        made = make_spec(trained("moe"), speculation={"depth": depth} if depth else "off")
+        spec.write_text(json.dumps(made.model_dump(mode="json", exclude_none=True)))
         bundle, output = tmp_path / f"bundle{depth}", tmp_path / f"{depth}.jsonl"
         for words in (
             ["plan", spec, "-o", bundle],
@@ -373,24 +371,21 @@ def test_batch_files(trained: Any, tmp_path: Path) -> None:
     assert "speculation" in differ.output
 
 
-# The rule of acceptance, by itself.
-
-
 def unforced(count: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Seeds and draws of so many sequences, and no simulated acceptance."""
+    """Seeds and RNG offsets of `count` sequences, and no simulated acceptance."""
     return torch.arange(count), torch.zeros(count, dtype=torch.int64), torch.zeros(rows)
 
 
-def accept_by_rule(said: Tensor, draft: Tensor) -> Tensor:
-    """Tokens that two rows of one draft commit, the second a filler where the draft is wrong."""
-    count, zeros = len(said), torch.zeros(len(said), dtype=torch.int32)
+def accept_by_rule(verified: Tensor, draft: Tensor) -> Tensor:
+    """The first tokens that steps commit: an accepted draft, else the target's token."""
+    count, zeros = len(verified), torch.zeros(len(verified), dtype=torch.int32)
     rows = torch.stack((zeros, draft.int()), 1).flatten()
     stops = torch.full((count, 8), -1, dtype=torch.int32)
     counts = torch.zeros(2, dtype=torch.int64)
     accepted, _, last = speculation.accept(
         {"query_len": 2},
         rows,
-        said.flatten().int(),
+        verified.flatten().int(),
         zeros + 9,
         zeros + 1,
         zeros + 100,
@@ -401,13 +396,13 @@ def accept_by_rule(said: Tensor, draft: Tensor) -> Tensor:
     return torch.where(accepted == 1, draft, last)
 
 
-def accept_always(said: Tensor, draft: Tensor) -> Tensor:
-    """A broken rule: a draft is accepted whenever the target gives it any probability worth the name."""
-    return torch.where(torch.rand(len(draft)) < 0.3, draft, said[:, 0])
+def accept_always(verified: Tensor, draft: Tensor) -> Tensor:
+    """A broken rule, which accepts 30 % of all drafts, whatever the target's tokens."""
+    return torch.where(torch.rand(len(draft)) < 0.3, draft, verified[:, 0])
 
 
 def chi_squared(found: Tensor, probs: Tensor) -> tuple[float, float]:
-    """The statistic, and where one in a hundred thousand would be above it (Wilson and Hilferty's formula)."""
+    """The statistic, and the limit above which one in 100,000 lies (Wilson and Hilferty)."""
     expected = probs * found.sum()
     kept = expected >= 5
     rest = torch.tensor([found[~kept].sum(), expected[~kept].sum()])
@@ -422,7 +417,7 @@ def chi_squared(found: Tensor, probs: Tensor) -> tuple[float, float]:
     ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 0.9, 0), (1.5, 1.0, 12), (1.2, 0.6, 0)]
 )
 def test_the_distribution_is_the_targets(temperature: float, top_p: float, top_k: int) -> None:
-    """The first token that a step commits, over 40,000 seeds, whatever was drafted; a broken rule is told apart."""
+    """The first token of a step over 40,000 seeds, for two drafts; a broken rule is detected."""
     count, vocab = 40_000, 40
     torch.manual_seed(1)
     logits = torch.randn(vocab) * 1.5
@@ -434,7 +429,7 @@ def test_the_distribution_is_the_targets(temperature: float, top_p: float, top_k
     probs, ids = filtered(logits[None], params[0][:1], params[1][:1], params[2][:1])
     wanted = torch.zeros(vocab, dtype=torch.float64).index_add(0, ids[0], probs[0] / probs.sum())
     attrs = {"num_valid_tokens": vocab, "query_len": 2}
-    (said,) = sample(
+    (verified,) = sample(
         attrs,
         logits.expand(2 * count, -1),
         *params,
@@ -444,21 +439,23 @@ def test_the_distribution_is_the_targets(temperature: float, top_p: float, top_k
     for draft in (int(wanted.argmax()), int(ids[0, 2])):
         guess = torch.full((count,), draft)
         found = torch.bincount(
-            accept_by_rule(said.view(-1, 2), guess).long(), minlength=vocab
+            accept_by_rule(verified.view(-1, 2), guess).long(), minlength=vocab
         ).double()
         value, limit = chi_squared(found, wanted)
         assert value < limit
         broken = torch.bincount(
-            accept_always(said.view(-1, 2), guess).long(), minlength=vocab
+            accept_always(verified.view(-1, 2), guess).long(), minlength=vocab
         ).double()
         value, limit = chi_squared(broken, wanted)
         assert value > limit
 
 
 def test_accept_by_hand() -> None:
-    """All right; the second wrong; right up to a stop token; up to its memory; one of padding, which counts nothing."""
+    """All drafts right; the second wrong; cut at a stop token; cut at `max_lens`; padding."""
     rows = torch.tensor([[1, 5, 6], [1, 5, 6], [1, 5, 6], [1, 5, 6], [0, 0, 0]], dtype=torch.int32)
-    said = torch.tensor([[5, 6, 7], [5, 9, 7], [5, 6, 7], [5, 6, 7], [0, 0, 0]], dtype=torch.int32)
+    verified = torch.tensor(
+        [[5, 6, 7], [5, 9, 7], [5, 6, 7], [5, 6, 7], [0, 0, 0]], dtype=torch.int32
+    )
     stops = torch.full((5, 8), -1, dtype=torch.int32)
     stops[2, 3] = 5
     lens, reads = torch.tensor([13, 23, 33, 43, 3]), torch.tensor([4, 5, 6, 7, 0])
@@ -466,7 +463,7 @@ def test_accept_by_hand() -> None:
     accepted, after, last = speculation.accept(
         {"query_len": 3},
         rows.flatten(),
-        said.flatten(),
+        verified.flatten(),
         lens.int(),
         reads.int(),
         limits.int(),
@@ -481,29 +478,29 @@ def test_accept_by_hand() -> None:
 
 
 def test_simulated_acceptance() -> None:
-    """Shares that are asked for, whatever was drafted, of those that got so far; never more than there is room for."""
-    count, asked = 40_000, torch.tensor([0.9, 0.5, -1.0, 0.0])
-    rows, said = torch.zeros(count, 4).int(), torch.ones(count, 4).int()
+    """Drafts are accepted in the given shares, whatever they are, within the sequence's limit."""
+    count, forced = 40_000, torch.tensor([0.9, 0.5, -1.0, 0.0])
+    rows, verified = torch.zeros(count, 4).int(), torch.ones(count, 4).int()
     zeros, stops = torch.zeros(count).int(), torch.full((count, 8), -1).int()
-    seeds, draws, _ = unforced(count, 4)
+    seeds, offsets, _ = unforced(count, 4)
     operands = (
         rows.flatten(),
-        said.flatten(),
+        verified.flatten(),
         zeros + 9,
         zeros + 1,
         zeros + 100,
         stops,
         seeds,
-        draws,
+        offsets,
     )
     counts = torch.zeros(4, dtype=torch.int64)
-    (accepted, *_) = speculation.accept({"query_len": 4}, *operands, asked, counts)
+    (accepted, *_) = speculation.accept({"query_len": 4}, *operands, forced, counts)
     shares = [counts[1] / counts[0], counts[2] / counts[1]]
     assert shares == pytest.approx([0.9, 0.5], abs=0.01)
     assert counts.tolist() == [int((accepted >= n).sum()) for n in range(4)]
-    assert counts[3] == 0  # a negative share is none, and zero compares
+    assert counts[3] == 0  # A negative share accepts nothing; at 0 the tokens are compared.
     again, *_ = speculation.accept(
-        {"query_len": 4}, *operands[:-1], draws + 1, asked, counts.clone()
+        {"query_len": 4}, *operands[:-1], offsets + 1, forced, counts.clone()
     )
     assert not again.equal(accepted)
     short, *_ = speculation.accept(
@@ -513,7 +510,7 @@ def test_simulated_acceptance() -> None:
 
 
 def test_advance_rows_by_hand() -> None:
-    """Two sequences of two rows in pages of four, the first goes beyond its pages; and padding."""
+    """Two sequences of two queries and padding, in pages of four; the first outgrows its pages."""
     state = [
         torch.tensor(x, dtype=torch.int32)
         for x in (
@@ -543,9 +540,9 @@ def test_advance_rows_by_hand() -> None:
 
 @pytest.mark.slow
 def test_random_requests_at_random_moments(trained: Any) -> None:
-    """Stops, logprobs, temperatures and lengths mixed, launched ahead or not: all answers as without speculation."""
+    """Mixed stops, logprobs, temperatures and lengths, launched ahead or not: answers are equal."""
     folder, rng = trained("moe"), random.Random(3)
-    asked = [
+    requests = [
         Request(
             str(i),
             tuple(rng.randrange(60) for _ in range(rng.choice((1, 2, 17, 64, 70)))),
@@ -569,10 +566,5 @@ def test_random_requests_at_random_moments(trained: Any) -> None:
     found = []
     for plan in plans:
         engine = Engine.from_plan(plan, folder, launch=LateLaunch())
-        left, done = list(asked), {}
-        while left or engine.num_unfinished:
-            for _ in range(min(rng.choice((0, 0, 1, 3)), len(left))):
-                engine.add(left.pop(0))
-            done |= {d.request_id: (d.token_ids, d.finish_reason, d.text) for d in engine.step()}
-        found.append(done)
+        found.append(answers_at_random(engine, requests, rng))
     assert all(other == found[0] for other in found[1:])

@@ -1,4 +1,4 @@
-"""Weights on their way to a GPU, without one: memory that is not pinned, events that are there at once."""
+"""Staging of weights without a GPU: memory is not pinned, and events complete at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def staging(monkeypatch: pytest.MonkeyPatch) -> Staging:
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 32, 33, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_value_arrives(count: int, dtype: torch.dtype, staging: Staging) -> None:
-    """In pieces, the last one short, and in the target's dtype."""
+    """They arrive in pieces, the last one short, and in the target's dtype."""
     source = torch.randn(count).to(torch.bfloat16)
     target = torch.full((count,), float("nan"), dtype=dtype)
     staging.copy(target, source)

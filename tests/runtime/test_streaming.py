@@ -39,7 +39,7 @@ class Spelled:
 @settings(max_examples=300, deadline=None)
 @given(ids=MIXED, cuts=st.randoms(use_true_random=False))
 def test_pieces_are_a_prefix_that_never_changes(ids: list[int], cuts: random.Random) -> None:
-    """Whatever comes after: so no piece holds half a character."""
+    """This holds for any continuation, so that no piece contains half a character."""
     made, text, left = Detokenizer(DEMO), "", list(ids)
     while left:
         size = cuts.randint(1, 3)

@@ -1,4 +1,4 @@
-"""Plan bundles on disk, also broken ones, and the command that runs them in processes of its own."""
+"""Plan bundles on disk, also broken ones, and the command that runs them in its own process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Change = Callable[[str, Launch], tuple[str, Launch]]
 
 
 def write_bundle(folder: Path, checkpoint: Path, canary: bool = False, **changes: Any) -> Plan:
-    """The plan of `make_spec(checkpoint, **changes)` and its kernels; with no canary, a run replays nothing first."""
+    """Write the bundle of `make_spec(checkpoint, **changes)`; runs start faster with no canary."""
     spec = make_spec(checkpoint, **changes)
     model = find_model(spec)
     made = compile_bundle(spec, model)
@@ -32,7 +32,7 @@ def write_bundle(folder: Path, checkpoint: Path, canary: bool = False, **changes
 
 
 def break_kernels(bundle: Path, kind: str, change: Change) -> None:
-    """Change text and launch of all kernels of a kind; every name and digest is put right."""
+    """Change text and launch of all kernels of a kind, with names and digests that fit."""
     plan = load_plan(bundle)
     broken = {
         kernel.name: _broken(kernel, read_source(bundle, kernel), change)
@@ -69,11 +69,9 @@ def _broken(kernel: KernelSpec, text: str, change: Change) -> tuple[KernelSpec, 
 
 
 def _renamed(step: Step, names: dict[str, str]) -> Step:
-    return (
-        step.model_copy(update={"kernel": names[step.kernel]})
-        if isinstance(step, KernelCall) and step.kernel in names
-        else step
-    )
+    if isinstance(step, KernelCall) and step.kernel in names:
+        return step.model_copy(update={"kernel": names[step.kernel]})
+    return step
 
 
 def in_text(old: str, new: str) -> Change:
@@ -86,8 +84,8 @@ def in_text(old: str, new: str) -> Change:
     return change
 
 
-def dst_state_slots(path: Path, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Path:
-    """A batch of greedy completions of token ids, of exactly `counts` tokens each."""
+def write_batch(path: Path, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Path:
+    """Write a batch file of greedy completions of token ids, of exactly `counts` tokens each."""
     fixed = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
     rows = [
         {
@@ -103,6 +101,6 @@ def dst_state_slots(path: Path, prompts: Sequence[Sequence[int]], counts: Sequen
 
 
 def token_ids(path: Path) -> list[list[int]]:
-    """What a batch answered."""
+    """The answers of a batch's output file."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line["response"]["body"]["choices"][0]["token_ids"] for line in lines]

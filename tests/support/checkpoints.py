@@ -50,11 +50,12 @@ KERNEL = {
     "shared_expert_intermediate_size": 128,
     "mrope_section": [11, 11, 10],
 }
+# For 8 ranks, with 2 KV heads.
 WIDE = {
     "num_attention_heads": 8,
     "linear_num_key_heads": 8,
     "linear_num_value_heads": 16,
-}  # 8 ranks, 2 kv heads
+}
 SHORT = {
     "num_hidden_layers": 2,
     "layer_types": ["linear_attention", "full_attention"],
@@ -269,7 +270,7 @@ def oracle_greedy(oracle: Any, prompt: list[int], steps: int) -> list[int]:
     from transformers import DynamicCache
 
     cache, ids, out = DynamicCache(config=oracle.config), prompt, []
-    for _ in range(steps):  # by position: transformers 5.24 gives the cache another name
+    for _ in range(steps):  # By position: transformers 5.24 gives the cache another name.
         logits = oracle(torch.tensor([ids]), None, None, cache, use_cache=True).logits[0, -1]
         ids = [int(logits.argmax())]
         out += ids

@@ -20,9 +20,9 @@ Key = tuple[str, str, int]  # plan, kernel, sm
 
 @contextmanager
 def compiling_alone() -> Iterator[None]:
-    """No other test of this run compiles meanwhile.
+    """Keep other tests of this run from compiling meanwhile.
 
-    The compiler uses all cores anyway, and who comes later finds the kernels in the cache.
+    The compiler uses all cores anyway, and a test that waits finds the kernels in the cache.
     """
     default_cache().mkdir(parents=True, exist_ok=True)
     with (default_cache() / ".tests").open("w") as file:
@@ -42,7 +42,7 @@ def job(name: str, kernel: KernelSpec, sm: int) -> Job:
 
 
 class CompiledKernels(dict[Key, Compiled]):
-    """(plan, kernel, sm) -> what the compiler made of it; compiled when it is first asked for."""
+    """(plan, kernel, sm) -> the compiler's result; a kernel is compiled at its first look-up."""
 
     def __missing__(self, key: Key) -> Compiled:
         name, wanted, sm = key

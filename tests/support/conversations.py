@@ -1,4 +1,4 @@
-"""Random conversations that share prefixes in many ways, an oracle for their answers, and engines under pressure."""
+"""Random conversations that share prefixes, their answers, and engines under pressure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOCAB = 480
 
 @dataclass(frozen=True)
 class Turn:
-    """One request, and what it must say."""
+    """One request, and its right answer."""
 
     prompt_ids: tuple[int, ...]
     max_tokens: int
@@ -33,24 +33,24 @@ Conversation = list[Turn]
 
 
 def squeezed(plan: Plan, **limits: int) -> Plan:
-    """The plan with less of everything; its buffers are larger than it needs."""
+    """The plan with lower limits; its buffers stay as large as they were."""
     changed = plan.pool.limits.model_copy(update=limits)
-    rows = 2 + changed.max_seqs * changed.state_slots_per_seq + changed.num_checkpoints
-    assert rows <= plan.pool.limits.num_state_slots
-    return plan.with_pool(limits=changed.model_copy(update={"num_state_slots": rows}))
+    slots = 2 + changed.max_seqs * changed.state_slots_per_seq + changed.num_checkpoints
+    assert slots <= plan.pool.limits.num_state_slots
+    return plan.with_pool(limits=changed.model_copy(update={"num_state_slots": slots}))
 
 
 def converse(plan: Plan, folder: Path, count: int, seed: int) -> list[Conversation]:
-    """Conversations of one to four turns. Some begin alike, some branch off others, some repeat or edit a turn.
+    """Conversations of one to four turns, with the answers of an engine without a cache.
 
-    The answers are those of an engine without a cache.
+    Some begin alike, some branch off others, some repeat or edit a turn.
     """
     rng, oracle = random.Random(seed), Engine.from_plan(plan, folder, cache=False)
     systems = [draw(rng, size) for size in (5, 33, 64, 90)]
-    told: list[Conversation] = [[] for _ in range(count)]
+    made: list[Conversation] = [[] for _ in range(count)]
     for _ in range(4):
         asked = {
-            index: next_prompt(rng, told, index, systems)
+            index: next_prompt(rng, made, index, systems)
             for index in range(count)
             if rng.random() < 0.8
         }
@@ -61,17 +61,18 @@ def converse(plan: Plan, folder: Path, count: int, seed: int) -> list[Conversati
         while oracle.num_unfinished:
             for done in oracle.step():
                 index = int(done.request_id)
-                told[index].append(Turn(*asked[index], done.token_ids))
-    return [turns for turns in told if turns]
+                made[index].append(Turn(*asked[index], done.token_ids))
+    return [turns for turns in made if turns]
 
 
 def next_prompt(
-    rng: random.Random, told: list[Conversation], index: int, systems: list[tuple[int, ...]]
+    rng: random.Random, made: list[Conversation], index: int, systems: list[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], int]:
+    """The next prompt of a conversation, and its `max_tokens`."""
     most = rng.choice((1, 2, 5, 9, 40))
-    turns = told[index] or (
-        rng.choice(told) if rng.random() < 0.3 else []
-    )  # branch off another conversation
+    turns = made[index]
+    if not turns and rng.random() < 0.3:
+        turns = rng.choice(made)  # branch off another conversation
     if not turns:
         return rng.choice(systems) + draw(rng, rng.choice((0, 1, 7, 40))), most
     last = turns[-1]
@@ -87,10 +88,19 @@ def draw(rng: random.Random, count: int) -> tuple[int, ...]:
     return tuple(rng.randrange(VOCAB) for _ in range(count))
 
 
-def replay(engine: Engine, told: list[Conversation], seed: int, cancel: float = 0.0) -> None:
-    """Have all conversations at once; each answer must be the oracle's. `cancel`: how often one is cut and repeated."""
+def replay(
+    engine: Engine, conversations: list[Conversation], seed: int, cancel: float = 0.0
+) -> None:
+    """Run all conversations at once and check each answer.
+
+    Args:
+        engine: answers the requests.
+        conversations: what `converse` made.
+        seed: of the moments at which requests come.
+        cancel: the chance that a step cancels a request, which comes again later.
+    """
     rng = random.Random(seed)
-    left = [list(turns) for turns in told]
+    left = [list(turns) for turns in conversations]
     running: dict[str, tuple[int, Turn]] = {}
     number = 0
     while running or any(left):
@@ -119,7 +129,7 @@ def replay(engine: Engine, told: list[Conversation], seed: int, cancel: float = 
 
 
 def check_all_is_given_back(cache: PrefixCache) -> None:
-    """With nobody running, every page and row is free or in the tree, and exactly as often as the holders say."""
+    """With nothing running, each page and state slot is free or in the tree, and counted right."""
     nodes, stack = [], [cache.root]
     while stack:
         node = stack.pop()
@@ -143,7 +153,7 @@ def check_all_is_given_back(cache: PrefixCache) -> None:
 
 
 class PoisonLaunch:
-    """What is free is filled with rubbish before each step; what the cache holds must not change in it."""
+    """Overwrites free memory before each step, and checks that no step changes the cache's."""
 
     def __init__(self) -> None:
         self.cache: PrefixCache | None = None
@@ -182,7 +192,7 @@ class PoisonLaunch:
 
 
 def poisoned(plan: Plan, folder: Path, chunk: int | None = None, late: bool = False) -> Engine:
-    """An engine under poison; `late`: its outputs are handed out as from a GPU."""
+    """An engine with a `PoisonLaunch`; with `late`, outputs are handed out as by a GPU."""
     poison = PoisonLaunch()
     launch = LateLaunch(poison) if late else poison
     engine = Engine.from_plan(plan, folder, launch=launch, chunk=chunk)

@@ -1,4 +1,4 @@
-"""The MTP layer two ways: our graph of a prompt on reference backend, and transformers' own decoder layer."""
+"""The MTP layer in two ways: our graph on reference bodies, and transformers' own decoder layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def draft_logits_of_graph(folder: Path, hidden_TH: Tensor, ids_T: Tensor) -> Tensor:
-    """After each row: the graph computes the last row's logits alone, so it is run on ever more rows."""
+    """Logits after each token. The graph computes the last token's, so it runs on each prefix."""
     spec = make_spec(folder, speculation={"depth": 1})
     model = find_model(spec)
     limits = plan_capacity(spec.workload, model.config, find_hardware("cpu"), depth=1)

@@ -25,7 +25,7 @@ def plan_of(folder: Path, depth: int, rollback: str = "snapshot", **changes: Any
     return plan
 
 
-def say(
+def tokens_of(
     engine: Engine, prompts: Any = PROMPTS, most: int = 24, **params: Any
 ) -> list[tuple[int, ...]]:
     done = engine.generate(

@@ -1,4 +1,4 @@
-"""Every kernel of a small program by itself: random inputs, NaN in outputs, and the reference.
+"""Runs each kernel of a small program alone, on random inputs, and compares it with its reference.
 
 On a machine with a GPU the kernels are compiled and run there; elsewhere Triton's interpreter runs
 them.
@@ -58,10 +58,10 @@ LAB_KINDS = KINDS | {
 
 @dataclass(frozen=True)
 class Case:
-    """A batch: for each sequence, tokens to compute, and tokens that it already has.
+    """A batch: for each sequence, tokens to compute, and tokens before them.
 
     With a depth, a decode step computes `depth + 1` tokens of each. Its plan may have programs that
-    draft `deeper` tokens more, and may keep inputs in place of a snapshot after each token.
+    draft `deeper` tokens more, and may keep inputs instead of a snapshot after each token.
     """
 
     phase: Phase
@@ -73,9 +73,7 @@ class Case:
     layout: ParallelLayout = ONE_RANK
     depth: int = 0
     deeper: int = 0
-    forced: tuple[float, ...] = (
-        0.0,
-    )  # acceptance that a benchmark simulates, by place of the draft
+    forced: tuple[float, ...] = (0.0,)  # simulated acceptance of each draft
     recomputes: bool = False
     max_seq_len: int = 512
 
@@ -103,15 +101,15 @@ def config_of(kind: str) -> ModelConfig:
 
 
 def built_graph(case: Case) -> OpGraph:
-    seqs, rows = case.num_seqs, case.state_slots_per_seq
+    seqs, slots = case.num_seqs, case.state_slots_per_seq
     limits = Limits(
         max_seqs=seqs,
         max_seq_len=case.max_seq_len,
         max_tokens=max(case.num_tokens, seqs),
         page_size=PAGE,
         num_pages=seqs * case.max_seq_len // PAGE,
-        state_slots_per_seq=rows,
-        num_state_slots=2 + rows * seqs,
+        state_slots_per_seq=slots,
+        num_state_slots=2 + slots * seqs,
         default_max_tokens=8,
         interleaved_tokens=max(case.num_tokens, seqs),
         checkpoint_interval=PAGE,
@@ -194,7 +192,7 @@ class Inputs:
 
     def _rules(self, kernel: KernelSpec, shape: tuple[int, ...]) -> dict[str, Any]:
         case, kind = self.case, kind_of(kernel)
-        rows = torch.arange(case.num_seqs) * case.state_slots_per_seq
+        slots = torch.arange(case.num_seqs) * case.state_slots_per_seq
         first = self._accepting(shape) if kind in ("accept", "advance_rows") else {}
         rules: dict[str, Any] = {
             "cu_seqlens": lambda: self.cu_seqlens,
@@ -204,9 +202,9 @@ class Inputs:
             "slot_mapping": lambda: torch.randperm(
                 case.num_seqs * case.max_seq_len, generator=self.random
             )[: shape[0]],
-            "src_state_slots": lambda: (rows + 1) * (torch.tensor(case.before) > 0),
+            "src_state_slots": lambda: (slots + 1) * (torch.tensor(case.before) > 0),
             "dst_state_slots": lambda: (
-                rows[:, None] + torch.arange(2, case.state_slots_per_seq + 1)
+                slots[:, None] + torch.arange(2, case.state_slots_per_seq + 1)
             ),
             "state_lens": lambda: torch.tensor(
                 [n - min(n, p) for n, p in zip(case.before, self.pending, strict=True)]
@@ -240,7 +238,7 @@ class Inputs:
     def _accepting(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Any number of accepted drafts; of three, one samples a stop token and one has no room."""
         case, random = self.case, torch.Generator().manual_seed(2)
-        rows_SR, said_SR = (
+        tokens_SQ, verified_SQ = (
             torch.randint(0, 512, (case.num_seqs, case.depth + 1), generator=random)
             for _ in range(2)
         )
@@ -248,26 +246,25 @@ class Inputs:
         room_S = torch.full((case.num_seqs,), 20)
         for s in range(case.num_seqs):
             right = (case.depth - s // 3) % (case.depth + 1)
-            said_SR[s, :right] = rows_SR[s, 1 : 1 + right]
+            verified_SQ[s, :right] = tokens_SQ[s, 1 : 1 + right]
             if s % 3 == 1:
-                stops_SN[s, s % STOP_IDS] = said_SR[s, case.depth // 2]
+                stops_SN[s, s % STOP_IDS] = verified_SQ[s, case.depth // 2]
             if s % 3 == 2:
                 room_S[s] = s // 3
         return {
-            "token_ids": lambda: rows_SR,
-            "next_tokens": lambda: said_SR,
+            "token_ids": lambda: tokens_SQ,
+            "next_tokens": lambda: verified_SQ,
             "stop_ids": lambda: stops_SN,
             "max_lens": lambda: torch.tensor(case.before) + room_S,
             "accept_counts": lambda: self.integers(1000, shape),
             "forced_accept": lambda: torch.tensor(case.forced).repeat(shape[0])[: shape[0]],
             "drafts": lambda: self.integers(512, shape),
-            "positions": lambda: self.integers(
-                case.max_seq_len + 4 * PAGE, shape
-            ),  # also where there is no page
+            # Some positions have no page.
+            "positions": lambda: self.integers(case.max_seq_len + 4 * PAGE, shape),
         }
 
     def _pages(self, shape: tuple[int, ...]) -> Tensor:
-        """Pages past the longest sequence, which only drafts reach, may be any."""
+        """Any pages will do past the longest sequence, where only drafts go."""
         pages = self.case.max_seq_len // PAGE
         beyond = shape[1] - pages
         own = torch.randperm(shape[0] * pages, generator=self.random).view(-1, pages)
@@ -317,7 +314,7 @@ def _starts(kernel: KernelSpec, rank: int) -> dict[str, int]:
 
 
 def reference(kernel: KernelSpec, tensors: list[Tensor], rank: int = 0) -> None:
-    """The parts, one after the other, into the outputs and states among the tensors."""
+    """Run the parts in order, and write the outputs and states among the tensors."""
     values = {param.name: x for param, x in zip(kernel.tensors, tensors, strict=True)}
     outputs = {param.name for param in kernel.params if param.role == "output"}
     for part in kernel.parts:
@@ -340,7 +337,7 @@ def run_kernel(
     rank: int = 0,
     around: Around = lambda *_: nullcontext(),
 ) -> list[Tensor]:
-    """The kernel's results from the same inputs, with NaN in every output; `around` is entered."""
+    """The tensors after the kernel ran inside of `around`; outputs start as NaN."""
     own = [x.clone().to(DEVICE) for x in tensors]
     for param, x in zip(built.kernel.tensors, own, strict=True):
         if param.role == "output":
@@ -352,7 +349,7 @@ def run_kernel(
 
 
 def errors(built: Built, case: Case, seed: int = 0, rank: int = 0) -> Iterator[tuple[str, float]]:
-    """(parameter, error) of all that a kernel writes, and of what it must leave as it was."""
+    """(parameter, error) of all tensors that a kernel writes, and of its counters."""
     tensors = Inputs(case, seed, rank).of(built.kernel)
     got = run_kernel(built, tensors, case, rank)
     reference(built.kernel, tensors, rank)
@@ -364,7 +361,7 @@ def errors(built: Built, case: Case, seed: int = 0, rank: int = 0) -> Iterator[t
 
 
 def broken(built: Built, old: str, new: str) -> Built:
-    """The kernel with a piece of its text replaced, and its digest put right."""
+    """The kernel with a piece of its text replaced, and the digest of the new text."""
     from tokenspeed_plan.codegen.render import source_digest
 
     assert built.source is not None
@@ -376,7 +373,7 @@ def broken(built: Built, old: str, new: str) -> Built:
 
 
 def is_caught(case: Case, kind: str, old: str, new: str) -> bool:
-    """Whether a kernel of a kind gives itself away with a piece of its text replaced."""
+    """Whether a kernel of a kind gives wrong results with a piece of its text replaced."""
     chosen = [
         kernel
         for kernel in kernels_of(case)
@@ -387,9 +384,8 @@ def is_caught(case: Case, kind: str, old: str, new: str) -> bool:
 
 
 def _differs(built: Built, case: Case) -> bool:
-    from triton.runtime.errors import (
-        InterpreterError,
-    )  # only now: Triton must be loaded after `interpret`
+    # Triton must be loaded after `interpret`.
+    from triton.runtime.errors import InterpreterError
 
     try:
         return any(not error <= TOLERANCE[case.dtype] for _, error in errors(built, case))

@@ -12,6 +12,7 @@ from tokenspeed_plan.plans.validate import validate
 
 
 def refused(plan: Plan) -> bool:
+    """Whether the validator refuses a plan, and says what to do."""
     try:
         validate(plan)
     except PlanError as error:
@@ -27,7 +28,7 @@ def with_program(plan: Plan, index: int, **changes: Any) -> Plan:
 
 
 def with_kernel(plan: Plan, at: int, changed: KernelSpec) -> Plan:
-    """The digest in its name put right, in its steps and in the buffers of its scratch too."""
+    """Exchange a kernel; its new name also replaces the old one in steps and scratch buffers."""
     old = plan.kernels[at].name
     changed = changed.model_copy(update={"name": kernel_name(old.rpartition("_")[0], changed)})
     kernels = (*plan.kernels[:at], changed, *plan.kernels[at + 1 :])

@@ -1,6 +1,6 @@
-"""Clients that misbehave, many at once; what each must get, and that nothing is left behind.
+"""Many clients that misbehave at once; checks their answers, and that nothing stays in use.
 
-python tests/server_load.py http://127.0.0.1:8000 --key KEY --seconds 60 --clients 64
+python tests/support/server_load.py http://127.0.0.1:8000 --key KEY --seconds 60 --clients 64
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Tally:
 
 
 class Client:
-    """One of the clients: does one thing after another."""
+    """One client, which does one thing after the other."""
 
     def __init__(self, http: httpx.AsyncClient, tally: Tally, seed: int) -> None:
         self.http, self.tally, self.rng = http, tally, random.Random(seed)
@@ -54,7 +54,7 @@ class Client:
         return {"prompt": self.rng.choice(PROMPTS), "max_tokens": tokens, "temperature": 0} | more
 
     async def read_a_stream(self) -> None:
-        """To the end; the same prompt always has the same answer."""
+        """Read a stream to its end; the same prompt always has the same answer."""
         body, text, begun = (
             self.body(stream=True, stream_options={"include_usage": True}),
             "",
@@ -78,7 +78,7 @@ class Client:
         )
 
     async def leave_a_stream(self) -> None:
-        """After some events."""
+        """Close a stream after some events."""
         left = self.rng.randrange(4)
         async with self.http.stream(
             "POST", "/v1/completions", json=self.body(stream=True, max_tokens=400)
@@ -89,7 +89,7 @@ class Client:
                     return
 
     async def leave_before_the_answer(self) -> None:
-        """Of a request that is not streamed."""
+        """Close the connection of a request that is not streamed."""
         try:
             await self.http.post(
                 "/v1/completions",
@@ -100,7 +100,7 @@ class Client:
             return
 
     async def leave_in_the_body(self) -> None:
-        """Promise more than is sent."""
+        """Send less of the body than its length promises."""
         _, writer = await asyncio.open_connection(self.http.base_url.host, self.http.base_url.port)
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n{self.key}\r\n"
         writer.write(head.encode() + b'{"prompt"')

@@ -1,4 +1,4 @@
-"""A server in a process of its own, on a free port, and what it says and counts."""
+"""A server in a process of its own, on a free port, with its log and its metrics."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import torch
+from server_load import IN_USE
 
 from tokenspeed_plan.planner.cli import main
 
@@ -25,13 +26,6 @@ PRELOADED = [
     "tokenspeed_plan.runtime.serving.http",
 ]
 KEY = "sk-of-the-tests"
-IN_USE = (
-    "requests_waiting",
-    "requests_running",
-    "requests_in_flight",
-    "state_slots_used",
-    "kv_pages_used",
-)
 
 
 def be_command(args: Sequence[str], log: Path) -> None:
@@ -80,7 +74,7 @@ class Server:
         return {name: self.metric(name) for name in IN_USE}
 
     def wait_until_idle(self, seconds: float = 10) -> dict[str, float]:
-        """What is in use once nothing is, or when the time is over."""
+        """Wait until nothing is in use; returns what still is when the time is over."""
         until = time.monotonic() + seconds
         while any((used := self.in_use()).values()) and time.monotonic() < until:
             time.sleep(0.02)

@@ -36,7 +36,7 @@ def next_token(value: int) -> int:
 
 
 def answer(prompt_ids: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The tokens that a request must get."""
+    """The right answer to a request."""
     value, tokens = EMPTY, list(prompt_ids)
     for token in prompt_ids:
         value = after(value, token)
@@ -92,15 +92,15 @@ class SymbolicExecutor:
         return 1
 
     def copy_to_host(self, *values: Tensor) -> Callable[[], tuple[list[int], ...]]:
-        """The values come in the order of the runs, as from a GPU."""
+        """The values are read in the order of the runs, as from a GPU."""
         number, found = self.num_runs, tuple(value.flatten().tolist() for value in values)
         self.host_outputs.append(number)
 
-        def tell() -> tuple[list[int], ...]:
+        def wait() -> tuple[list[int], ...]:
             assert self.host_outputs.pop(0) == number
             return found
 
-        return tell
+        return wait
 
     def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
         self.num_runs += 1
@@ -116,7 +116,7 @@ class SymbolicExecutor:
         self._check_slots(lists)
         spans = list(pairwise(bounds[: num_seqs + 1]))
         values = [self._compute(lists, i, *span, queries) for i, span in enumerate(spans)]
-        lasts = [0] * num_seqs  # of the queries of a sequence the last one that is accepted
+        lasts = [0] * num_seqs  # the last accepted query of each sequence
         if queries > 1:
             lasts = self._verify(program, view, values)
         else:
@@ -189,7 +189,7 @@ class SymbolicExecutor:
         return accepted.tolist()  # type: ignore[no-any-return]
 
     def _drafts(self, value: int, following: int) -> list[int]:
-        """The token after a prefix, and guesses at those after it, some of which are wrong."""
+        """The token after a prefix, and drafts of the next ones, some of which are wrong."""
         tokens = [next_token(value)]
         value = after(value, tokens[0] if following < 0 else following)
         while len(tokens) <= self.limits.max_depth:
@@ -218,7 +218,7 @@ class SymbolicExecutor:
         return names
 
     def _recompute(self, lists: dict[str, Any], index: int, queries: int) -> int:
-        """The name after the accepted ones of the tokens that the last step kept."""
+        """The name after those tokens of the last step that were accepted."""
         read = lists["src_state_slots"][index]
         kept = self.kept.get(read, [])
         accepted = lists["context_lens"][index] - queries - lists["state_lens"][index]

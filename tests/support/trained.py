@@ -1,8 +1,8 @@
-"""A tiny checkpoint trained for a moment, so that some drafts are right and some are wrong, and a twin of speculation.
+"""A tiny checkpoint, trained until some drafts are right, and a twin of the engine.
 
-The language goes round through a few words. transformers' own layers are trained, the target and
-the MTP layer together; nothing here is ours but the files that it writes. A trained MTP layer would
-be right about all of so simple a language, so some noise is put on its projection.
+The language repeats a cycle of words. The target and the MTP layer are transformers' own layers,
+trained together. A trained MTP layer would predict so simple a language without errors, so noise is
+added to its projection.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WORDS = 60  # tokens that the language has
 
 
 class Mtp(nn.Module):
-    """The MTP layer of transformers' parts; a row is a token, and the hidden state before it."""
+    """The MTP layer, made of transformers' parts: a token and the hidden state before it go in."""
 
     def __init__(self, kind: Kind, weights: dict[str, Tensor]) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def write_trained(folder: Path, name: str, seed: int = 0) -> Path:
 
 
 def _walks(order: Tensor, length: int) -> Tensor:
-    """Round and round through all words, now and then from another place on."""
+    """Random cuts of the cycle of words, which sometimes jump to another place."""
     place = torch.randint(0, WORDS, (BATCH, 1)) + torch.arange(length)
     return order[(place + (torch.rand(BATCH, length) < 0.1).cumsum(1) * 7) % WORDS]
 
@@ -139,32 +139,32 @@ class Round:
 
 
 class Twin:
-    """Greedy speculation without caches: everything is computed anew in each round, by transformers' layers."""
+    """Greedy speculation without caches: transformers' layers compute everything in each round."""
 
     def __init__(self, folder: Path, kind: Kind) -> None:
         self.oracle, self.mtp = load_oracle(folder, kind), Mtp(kind, read(folder)).eval()
 
     @torch.no_grad()
     def rounds(self, prompt: list[int], count: int, depth: int) -> tuple[list[int], list[Round]]:
-        """The first `count` tokens after a prompt, and the rounds that said them, the first token left out."""
-        said, made = [self.target(prompt)[0][-1]], list[Round]()
-        while len(said) < count:
-            ids = prompt + said
+        """The first `count` tokens after a prompt, and the rounds that made all but the first."""
+        tokens, made = [self.target(prompt)[0][-1]], list[Round]()
+        while len(tokens) < count:
+            ids = prompt + tokens
             drafts = self.drafts(ids, depth)
             wanted = self.target(ids + drafts)[0][len(ids) - 1 :]
             right = [draft == token for draft, token in zip(drafts, wanted, strict=False)]
             accepted = right.index(False) if False in right else depth
             made.append(Round(tuple(drafts), accepted))
-            said += wanted[: accepted + 1]
-        return said[:count], made
+            tokens += wanted[: accepted + 1]
+        return tokens[:count], made
 
     def target(self, ids: list[int]) -> tuple[list[int], Tensor]:
-        """The token after each one, and hidden states."""
+        """The most likely token after each one, and the hidden states."""
         hidden = self.oracle.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
         return self.oracle.lm_head(hidden)[0].argmax(-1).tolist(), hidden
 
     def drafts(self, ids: list[int], depth: int) -> list[int]:
-        """The last token of `ids` is not computed yet: the target's hidden states are those of the tokens before it."""
+        """Drafts after `ids`, whose last token has no hidden state of the target yet."""
         hidden, tokens = self.target(ids[:-1])[1], ids[1:]
         for _ in range(depth):
             last = self.mtp(self.oracle, torch.tensor([tokens]), hidden)[:, -1:]

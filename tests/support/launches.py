@@ -1,4 +1,4 @@
-"""Plans as for a GPU, and a launch that hands out its outputs as late as one."""
+"""Plans as for a GPU, and a launch that hands out its outputs as late as a GPU does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenspeed_plan.runtime.execution.launch import EagerLaunch, HostValues, La
 
 
 def captured(plan: Plan) -> Plan:
-    """The plan as it would be for a GPU: decode programs of a fixed size, launched ahead."""
+    """The plan as for a GPU: decode programs have a fixed size and are launched ahead."""
     programs = tuple(
         p.model_copy(update={"captured": p.phase == "decode"}) for p in plan.pool.programs
     )
@@ -18,7 +18,7 @@ def captured(plan: Plan) -> Plan:
 
 
 class LateLaunch:
-    """Outputs are read at once, but handed out only when asked for, and only in order: as from a GPU."""
+    """Hands out the outputs of replays as a GPU does: only when asked for, and only in order."""
 
     def __init__(self, inner: Launch | None = None) -> None:
         self.replays = 0

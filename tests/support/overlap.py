@@ -1,4 +1,4 @@
-"""What a kernel may not read before it waits: results of kernels that may still run.
+"""Finds kernels that read results of their predecessors before they wait for them.
 
 On a GPU a kernel starts while those before it end (programmatic dependent launch). The interpreter
 runs them one after the other, so this simulates it: until a kernel waits, what its predecessors
@@ -20,12 +20,12 @@ from tokenspeed_plan.plans.schema import KernelSpec
 
 
 @contextmanager
-def late(kernel: KernelSpec, tensors: list[Tensor], case: Case) -> Iterator[None]:
-    """Each program of a kernel finds what those before it write only once it waits for them."""
-    import triton.language.extra.cuda as cuda  # only now: Triton must be loaded after `interpret`
+def overlapped(kernel: KernelSpec, tensors: list[Tensor], case: Case) -> Iterator[None]:
+    """Results of earlier kernels appear only when a program waits for them."""
+    import triton.language.extra.cuda as cuda  # Triton must be loaded after `interpret`.
 
     values = {param.name: x for param, x in zip(kernel.tensors, tensors, strict=True)}
-    missing = [x.view(-1) for name, x in values.items() if _is_late(kernel, name)]
+    missing = [x.view(-1) for name, x in values.items() if _is_pending(kernel, name)]
     whole = [x.clone() for x in missing]
     cache = values.get("attention_kv_cache")
     slots = _new_slots(values, case) if cache is not None else []
@@ -44,12 +44,9 @@ def late(kernel: KernelSpec, tensors: list[Tensor], case: Case) -> Iterator[None
             values["attention_kv_cache"][page, :, place] = there
 
     before = cuda.gdc_launch_dependents, cuda.gdc_wait
-    if (
-        kernel.launch is not None and kernel.launch.trigger_after_wait
-    ):  # it calls that after waiting
+    cuda.gdc_launch_dependents = begin
+    if kernel.launch is not None and kernel.launch.trigger_after_wait:
         cuda.gdc_launch_dependents = _do_nothing
-    else:
-        cuda.gdc_launch_dependents = begin
     cuda.gdc_wait = wait
     begin()
     try:
@@ -62,8 +59,8 @@ def _do_nothing() -> None:
     pass
 
 
-def _is_late(kernel: KernelSpec, name: str) -> bool:
-    """Whether a kernel of the same step writes it; in a draft pass that includes the context."""
+def _is_pending(kernel: KernelSpec, name: str) -> bool:
+    """Whether a kernel of the same step writes it; in a draft pass also `context_lens`."""
     param = next(param for param in kernel.params if param.name == name)
     drafts = kind_of(kernel) == "attention_gate" and kernel.params[0].tensor.shape[0] == "num_seqs"
     given = BATCH_INPUTS - ({"context_lens"} if drafts else set())
@@ -76,7 +73,7 @@ def _is_late(kernel: KernelSpec, name: str) -> bool:
 
 
 def _new_slots(values: Mapping[str, Tensor], case: Case) -> list[tuple[int, int]]:
-    """(page, place) of the tokens of this step."""
+    """(page, position in it) of the tokens of this step."""
     table, contexts = values["attention_page_table"], values["attention_context_lens"].tolist()
     return [
         (int(table[s, position // PAGE]), position % PAGE)

@@ -1,6 +1,6 @@
-"""Kernels of a decode step that verifies drafts, so with several queries of each sequence.
+"""Kernels of decode steps that verify drafts, with several queries of each sequence.
 
-Each stands beside its reference.
+Each agrees with its reference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kernel_lab import (
     reference,
     run_kernel,
 )
-from late import late
+from overlap import overlapped
 
 from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.layout import ParallelLayout
@@ -28,8 +28,8 @@ from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.runtime.compare import difference
 
 
-def rows(count: int, before: tuple[int, ...], **changes: object) -> Case:
-    """Sequences of `count` queries each; those without a context read state slot 0, of padding."""
+def queries(count: int, before: tuple[int, ...], **changes: object) -> Case:
+    """Sequences of `count` queries each; those without a context read state slot 0."""
     case = Case("decode", (count,) * len(before), before, depth=count - 1)
     return replace(case, **changes)  # type: ignore[arg-type]
 
@@ -37,52 +37,55 @@ def rows(count: int, before: tuple[int, ...], **changes: object) -> Case:
 # Contexts that end a token or two behind a block, a page, a split; eleven whose splits end
 # inside a block.
 CASES = {
-    "two rows": rows(2, (0, 1, 15, 63, 100)),
-    "two rows of eleven, H200 tiles": rows(
+    "two queries": queries(2, (0, 1, 15, 63, 100)),
+    "two queries of eleven, H200 tiles": queries(
         2, (0, 1, 14, 63, 64, 95, 126, 127, 300, 400, 510), gpu="H200"
     ),
-    "three rows of one": rows(3, (40,), gpu="H200"),
-    "three rows, three value heads a key head": rows(3, (0, 30), kind="ratio3"),
-    "four rows, the deepest program has six": rows(4, (0, 62, 126, 300), gpu="H200", deeper=2),
-    "six rows": rows(6, (9, 0, 505)),
-    "six rows, H200 tiles": rows(6, (250, 0, 505), gpu="H200"),
-    "one row, the deepest program has three": rows(1, (9, 0, 505), gpu="H200", deeper=2),
-    "bf16, heads of 128 and 256": rows(4, (0, 90), dtype="bf16", kind="kernel", gpu="H200"),
-    "experts of a rank": rows(2, (0, 9, 64), layout=ParallelLayout(2, 1, 2)),
-    "one row, splits in groups": rows(1, (1600, 511, 512), gpu="H200", max_seq_len=1664),
-    "four rows, splits in groups": rows(4, (2040, 1025, 100), gpu="H200", max_seq_len=2048),
+    "three queries of one": queries(3, (40,), gpu="H200"),
+    "three queries, three value heads a key head": queries(3, (0, 30), kind="ratio3"),
+    "four queries, the deepest program has six": queries(
+        4, (0, 62, 126, 300), gpu="H200", deeper=2
+    ),
+    "six queries": queries(6, (9, 0, 505)),
+    "six queries, H200 tiles": queries(6, (250, 0, 505), gpu="H200"),
+    "one query, the deepest program has three": queries(1, (9, 0, 505), gpu="H200", deeper=2),
+    "bf16, heads of 128 and 256": queries(4, (0, 90), dtype="bf16", kind="kernel", gpu="H200"),
+    "experts of a rank": queries(2, (0, 9, 64), layout=ParallelLayout(2, 1, 2)),
+    "one query, splits in groups": queries(1, (1600, 511, 512), gpu="H200", max_seq_len=1664),
+    "four queries, splits in groups": queries(4, (2040, 1025, 100), gpu="H200", max_seq_len=2048),
 }
 KEPT = {
-    "four rows, kept": rows(4, (0, 62, 126, 300, 7), gpu="H200", recomputes=True),
-    "two rows, six are kept": rows(
+    "four queries, kept": queries(4, (0, 62, 126, 300, 7), gpu="H200", recomputes=True),
+    "two queries, six are kept": queries(
         2, (64, 9, 0, 300, 66, 7), gpu="H200", deeper=4, recomputes=True
     ),
-    "one row, three are kept": rows(1, (9, 0, 505, 7), deeper=2, recomputes=True),
-    "six rows, three value heads a key head, kept": rows(
+    "one query, three are kept": queries(1, (9, 0, 505, 7), deeper=2, recomputes=True),
+    "six queries, three value heads a key head, kept": queries(
         6, (0, 30, 9), kind="ratio3", recomputes=True
     ),
-    "bf16, heads of 128 and 256, kept": rows(
+    "bf16, heads of 128 and 256, kept": queries(
         4, (0, 90, 5), dtype="bf16", kind="kernel", gpu="H200", recomputes=True
     ),
-    "heads of a rank, kept": rows(2, (5, 9, 64), layout=ParallelLayout(2, 1, 2), recomputes=True),
+    "heads of a rank, kept": queries(
+        2, (5, 9, 64), layout=ParallelLayout(2, 1, 2), recomputes=True
+    ),
 }
-ONE, FOUR = (
-    CASES["one row, the deepest program has three"],
-    CASES["four rows, the deepest program has six"],
-)
-ROW, TWO, SIX = *(rows(n, (0, 64, 300), gpu="H200") for n in (1, 2)), CASES["six rows, H200 tiles"]
-FOUR_KEPT = KEPT["four rows, kept"]
-GROUPS = CASES["one row, splits in groups"]
-ONE_SEQ = rows(1, (1600,), gpu="H200", max_seq_len=1664)
-ELEVEN = CASES["two rows of eleven, H200 tiles"]
+ONE = CASES["one query, the deepest program has three"]
+FOUR = CASES["four queries, the deepest program has six"]
+SIX = CASES["six queries, H200 tiles"]
+ONE_EACH, TWO = (queries(n, (0, 64, 300), gpu="H200") for n in (1, 2))
+FOUR_KEPT = KEPT["four queries, kept"]
+GROUPS = CASES["one query, splits in groups"]
+ONE_SEQ = queries(1, (1600,), gpu="H200", max_seq_len=1664)
+ELEVEN = CASES["two queries of eleven, H200 tiles"]
 # The smallest batches on which a broken delta rule can fail.
-SMALL = rows(2, (62, 9), kind="few heads", deeper=1)
-COLUMNS = rows(2, (62,), kind="few heads", gpu="H200")
-SMALL_KEPT = rows(2, (64, 9), kind="few heads", deeper=1, recomputes=True)
+SMALL = queries(2, (62, 9), kind="few heads", deeper=1)
+COLUMNS = queries(2, (62,), kind="few heads", gpu="H200")
+SMALL_KEPT = queries(2, (64, 9), kind="few heads", deeper=1, recomputes=True)
 
 
-# test_kernels.py has the others, on as many rows.
-BY_ROWS = {
+# test_kernels.py has the others, with as many queries.
+BY_QUERY = {
     "attention_gate",
     "delta_step",
     "delta_recompute",
@@ -94,7 +97,7 @@ BY_ROWS = {
 
 
 def alone(case: Case) -> list[Built]:
-    """Kernels with a text that need no other rank."""
+    """Kernels that have a text and need no other rank."""
     return [
         built
         for built in kernels_of(case)
@@ -105,7 +108,7 @@ def alone(case: Case) -> list[Built]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", (CASES | KEPT).values(), ids=(CASES | KEPT).keys())
 def test_kernels_equal_their_references(case: Case) -> None:
-    kernels = [built for built in alone(case) if kind_of(built.kernel) in BY_ROWS]
+    kernels = [built for built in alone(case) if kind_of(built.kernel) in BY_QUERY]
     step = {"delta_recompute", "commit_state_len"} if case.recomputes else {"delta_step"}
     assert {kind_of(built.kernel) for built in kernels} >= {"attention_gate", *step}
     for built in kernels:
@@ -115,9 +118,9 @@ def test_kernels_equal_their_references(case: Case) -> None:
 
 
 def arrives_in_time(built: Built, case: Case) -> bool:
-    """Whether a kernel is right although what it waits for is not there before."""
+    """Whether a kernel is right if its inputs appear only when it waits for them."""
     tensors = Inputs(case).of(built.kernel)
-    got = run_kernel(built, tensors, case, around=late)
+    got = run_kernel(built, tensors, case, around=overlapped)
     reference(built.kernel, tensors)
     outputs = [i for i, param in enumerate(built.kernel.tensors) if param.role == "output"]
     return all(difference(got[i], tensors[i]) <= TOLERANCE[case.dtype] for i in outputs)
@@ -126,12 +129,16 @@ def arrives_in_time(built: Built, case: Case) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="plays with the interpreter's time")
 @pytest.mark.parametrize(
-    "case", [ROW, TWO, SIX, FOUR_KEPT], ids=["one row", "two rows", "six rows", "four, kept"]
+    "case",
+    [ONE_EACH, TWO, SIX, FOUR_KEPT],
+    ids=["one query", "two queries", "six queries", "four, kept"],
 )
 def test_nothing_is_loaded_before_it_is_there(case: Case) -> None:
-    """Neither keys of any new row, nor in a pass that drafts the context itself."""
+    """This holds for keys of new tokens, and in a draft pass for `context_lens` itself."""
     kernels = [
-        built for built in alone(case) if case in (ROW, TWO) or kind_of(built.kernel) in BY_ROWS
+        built
+        for built in alone(case)
+        if case in (ONE_EACH, TWO) or kind_of(built.kernel) in BY_QUERY
     ]
     assert all("gdc_wait" in (built.source or "") for built in kernels)
     assert any("newest" in (built.source or "") for built in kernels)
@@ -149,7 +156,7 @@ EARLY = [
         },
     ),
     (
-        ROW,
+        ONE_EACH,
         "attention_gate",
         {"(c < length - 1)": "(c < length)", "(c == length - 1)": "(c == length)"},
     ),
@@ -178,7 +185,7 @@ def test_what_is_loaded_too_early_is_caught(case: Case, kind: str, changes: dict
     assert not arrives_in_time(kernel, case)
 
 
-# A line for each branch that several rows, or a table of rows to write, add to a template.
+# A line for each branch that several queries, or several destination slots, add to a template.
 MUTATIONS = [
     (SMALL, "delta_step", "inputs[i + 1 + t]", "inputs[i + t]"),
     (SMALL, "delta_step", "inputs[i + t]", "inputs[t]"),
