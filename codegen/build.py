@@ -101,7 +101,7 @@ def compiler_name() -> str:
 
 
 def signature(kernel: KernelSpec) -> dict[str, str]:
-    """Triton's types of all launch arguments, by name: tensors and tables are pointers, scalars are values."""
+    """Triton's type of each launch argument by name: pointers for tensors and tables."""
     types: dict[str, str] = {}
     for param in kernel.params:
         dtype = param.tensor.dtype

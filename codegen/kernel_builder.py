@@ -99,17 +99,22 @@ def build_kernel(
         pdl: whether its neighbours are kernels too, so that it may overlap with them.
         tile: the only one to try.
     """
-    tensors = tuple(param for param in kernel.tensors if param.role != "scratch")
-    unlaunched = kernel.model_copy(update={"params": tensors})
-    work = Work(kind, unlaunched, *rows, hardware, tile)
-    if kind not in RULES or work.dtype == "fp64":
+    tensors = [param for param in kernel.tensors if param.role != "scratch"]
+    unlaunched = kernel.model_copy(update={"params": tuple(tensors)})
+    num_tokens, num_seqs = rows
+    work = Work(kind, unlaunched, num_tokens, num_seqs, hardware, tile)
+    rule = RULES.get(kind)
+    if rule is None or work.dtype == "fp64":
         return [Built(_named(kind, unlaunched), None)]
-    pdl = pdl and hardware.sm >= PDL_SM
-    return [_built(work, tiling, pdl) for tiling in RULES[kind](work)]
+    overlaps = pdl and hardware.sm >= PDL_SM
+    return [_built(work, tiling, overlaps) for tiling in rule(work)]
 
 
 def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
     prefetches = pdl and tiling.prefetches
+    prefetch: tuple[str, ...] = ()
+    if prefetches:
+        prefetch = tiling.prefetch
     launch = Launch(
         template=tiling.template,
         constants=dict(tiling.constants),
@@ -117,7 +122,7 @@ def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         pdl=pdl,
-        prefetch=tiling.prefetch if prefetches else (),
+        prefetch=prefetch,
         trigger_after_wait=pdl and tiling.trigger_after_wait,
         source_sha256="",
     )
@@ -126,11 +131,15 @@ def _built(work: Work, tiling: Tiling, pdl: bool) -> Built:
         for name, spec in tiling.scratch.items()
     )
     kernel = with_launch_params(work.kernel, scratch)
-    num_rows = "num_seqs" if work.by_seqs else "num_tokens"
-    options = dict(tiling.options) | {"prefetches": prefetches, "num_rows": num_rows}
+    options = dict(tiling.options)
+    options["prefetches"] = prefetches
+    options["num_rows"] = "num_tokens"
+    if work.by_seqs:
+        options["num_rows"] = "num_seqs"
     text = render(work.kind, kernel, launch, options)
     launch = launch.model_copy(update={"source_sha256": source_digest(text)})
-    return Built(_named(work.kind, kernel.model_copy(update={"launch": launch})), text)
+    launched = kernel.model_copy(update={"launch": launch})
+    return Built(_named(work.kind, launched), text)
 
 
 def _named(kind: str, kernel: KernelSpec) -> KernelSpec:

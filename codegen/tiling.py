@@ -67,27 +67,33 @@ class Work:
         if self.query_len > 1:
             words.append(f"by {self.query_len}")
         for param in self.kernel.params:
-            if param.role == "weight" and len(param.tensor.shape) > 1:
-                words.append("x".join(map(str, param.tensor.shape)))
+            shape = param.tensor.shape
+            if param.role == "weight" and len(shape) > 1:
+                word = "x".join(map(str, shape))
+                words.append(word)
         return " ".join(words)
 
     @property
     def query_len(self) -> int:
         """Queries of each sequence in a decode step, where the kernel must know; else 1."""
-        return max((query_len(part.attrs) for part in self.kernel.parts), default=1)
+        lengths = [query_len(part.attrs) for part in self.kernel.parts]
+        return max(lengths, default=1)
 
     @property
     def plain_norm(self) -> bool:
         """Whether its norm, if it has one, multiplies by w, not by 1 + w."""
-        norms = (part for part in self.kernel.parts if part.kind in ("rms_norm", "head_norm"))
-        return any(part.attrs.get("plain") for part in norms)
+        for part in self.kernel.parts:
+            if part.kind in ("rms_norm", "head_norm") and part.attrs.get("plain"):
+                return True
+        return False
 
     @property
     def by_seqs(self) -> bool:
         """Whether its outputs have a row for each sequence, not for each token."""
-        return any(
-            p.role == "output" and p.tensor.shape[0] == "num_seqs" for p in self.kernel.params
-        )
+        for param in self.kernel.params:
+            if param.role == "output" and param.tensor.shape[0] == "num_seqs":
+                return True
+        return False
 
     @property
     def num_rows(self) -> int:
@@ -104,7 +110,8 @@ class Work:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Parameters that it writes and that are not state."""
-        return tuple(param.name for param in self.kernel.params if param.role == "output")
+        outputs = [param for param in self.kernel.params if param.role == "output"]
+        return tuple(param.name for param in outputs)
 
     @property
     def interpreted(self) -> bool:
@@ -208,12 +215,14 @@ def id_columns(work: Work, name: str) -> int:
 
 def up2(value: int) -> int:
     """The smallest power of two that is not below `value`."""
-    return 1 << max(value - 1, 0).bit_length()
+    below = max(value - 1, 0)
+    return 1 << below.bit_length()
 
 
 def down2(value: int) -> int:
     """The largest power of two that is not above `value`, at least 1."""
-    return 1 << (max(value, 1).bit_length() - 1)
+    num_bits = max(value, 1).bit_length()
+    return 1 << (num_bits - 1)
 
 
 def fixed(count: int) -> GridDim:

@@ -1,4 +1,4 @@
-"""From a spec to a plan: the compiler on one screen."""
+"""The compiler: from a spec to a plan."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.grammar import check
 from tokenspeed_plan.planner.passes.limits import (
+    CapacityOptions,
     plan_capacity,
     plan_limits,
     prefill_buckets,
@@ -119,7 +120,7 @@ def compile_plan(
     """The plan of `compile_bundle` alone.
 
     Raises:
-        SpecError: the spec cannot be planned: says what does not fit, and what would.
+        SpecError: the spec cannot be planned; it says what does not fit, and what would.
     """
     return compile_bundle(spec, model, dtype, options).plan
 
@@ -139,7 +140,7 @@ def compile_bundle(
         options: of the passes.
 
     Raises:
-        SpecError: the spec cannot be planned: says what does not fit, and what would.
+        SpecError: the spec cannot be planned; it says what does not fit, and what would.
     """
     parts = plan_parts(spec, model, dtype, options)
     return _bundle(parts, select_first(parts.candidates))
@@ -223,21 +224,20 @@ def plan_parts(
     """Decide everything but the tilings of the kernels.
 
     Raises:
-        SpecError: the spec cannot be planned: says what does not fit, and what would.
+        SpecError: the spec cannot be planned; it says what does not fit, and what would.
     """
     ledger = Ledger()
     hardware = find_hardware(spec.target.gpu)
     decided = decide.resolve(spec, model.config, hardware, ledger)
     dtype = dtype or decide.weight_dtype(spec)
-    capacity = plan_capacity(
-        spec.workload,
-        model.config,
-        hardware,
-        decided.knobs.prefill_chunk,
-        decided.knobs.checkpoint_tokens,
-        decided.knobs.depth,
-        decided.recomputes,
+    knobs = decided.knobs
+    chosen = CapacityOptions(
+        knobs.prefill_chunk,
+        knobs.checkpoint_tokens,
+        knobs.depth,
+        decided.rollback,
     )
+    capacity = plan_capacity(spec.workload, model.config, hardware, chosen)
     work = _Programs(spec, model, hardware, decided, capacity, dtype, options)
     programs = tuple(work.lowered())
     predicted_us = {
@@ -318,7 +318,9 @@ class _Programs:
 
 def _tpot_ms(spec: Spec) -> float | None:
     slo = spec.slo or spec.objective.slo
-    return slo.tpot_ms if slo else None
+    if slo is None:
+        return None
+    return slo.tpot_ms
 
 
 def _load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:

@@ -83,9 +83,10 @@ class Op:
     Attributes:
         name: unique.
         kind: an operator of `plans.ops.OPS`, a collective, or a fused kind.
-        inputs, outputs: names of tensors. weights, states: names of parameters and persistent
-            buffers.
-        attrs: constants. attr_splits: those that count what ranks share out.
+        inputs, outputs: names of tensors.
+        weights, states: names of parameters, and of persistent buffers with the access.
+        attrs: constants.
+        attr_splits: how ranks share out what a constant counts, by its name.
         shifts: constants that differ by rank: name -> (size, split); `rank_attrs` once sharded.
         partial: each rank's output is a term of a sum (after `embed` and row-parallel products).
         gathered: each rank's output is a block of columns that every rank needs.
@@ -117,7 +118,8 @@ class Op:
     @property
     def operands(self) -> tuple[str, ...]:
         """Everything it reads or updates, in the order of its definition."""
-        return self.inputs + self.weights + tuple(name for name, _ in self.states)
+        states = [name for name, _ in self.states]
+        return (*self.inputs, *self.weights, *states)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,8 @@ class OpGraph:
     def to(self, stage: Stage, **changes: Any) -> OpGraph:
         """The graph at the next stage; its order is kept where the operators stay the same."""
         graph = replace(self, stage=stage, **changes)
-        if graph.ops is self.ops and "nx" in self.__dict__:
+        same_ops = graph.ops is self.ops
+        if same_ops and "nx" in self.__dict__:
             graph.__dict__["nx"] = self.nx
         return graph
 
@@ -198,7 +201,9 @@ class OpGraph:
     @property
     def num_queries(self) -> int:
         """Tokens of each sequence in a decode step, 1 in prefill."""
-        return self.depth + 1 if self.phase == "decode" else 1
+        if self.phase == "prefill":
+            return 1
+        return self.depth + 1
 
     @cached_property
     def nx(self) -> nx.DiGraph[str]:
@@ -208,26 +213,33 @@ class OpGraph:
         program updates them.
         """
         graph: nx.DiGraph[str] = nx.DiGraph()
-        written_by: dict[str, str] = {}
+        writers: dict[str, str] = {}
         readers: dict[str, list[str]] = {}
         for op in self.ops:
             graph.add_node(op.name)
-            states = dict(op.states)
-            for name in states:
+            read = list(op.inputs)
+            written = list(op.outputs)
+            for name, access in op.states:
                 if name in self.inputs:
-                    graph.add_edges_from((reader, op.name) for reader in readers.get(name, ()))
+                    for reader in readers.get(name, ()):
+                        graph.add_edge(reader, op.name)
+                if access == "read":
+                    read.append(name)
+                else:
+                    written.append(name)
             for name in op.inputs:
                 readers.setdefault(name, []).append(op.name)
-            read = [name for name, access in op.states if access == "read"]
-            for name in (*op.inputs, *read):
-                if name in written_by:
-                    graph.add_edge(written_by[name], op.name, tensor=name)
-            written_by |= dict.fromkeys(op.outputs, op.name)
-            written_by |= {name: op.name for name in states if name not in read}
+            for name in read:
+                if name in writers:
+                    graph.add_edge(writers[name], op.name, tensor=name)
+            for name in written:
+                writers[name] = op.name
         return graph
 
     def ordered(self) -> Iterator[Op]:
         """Operators in the one topological order that keeps to emission order."""
-        rank = {op.name: index for index, op in enumerate(self.ops)}
-        for name in nx.lexicographical_topological_sort(self.nx, key=rank.__getitem__):
-            yield self.ops[rank[name]]
+        names = [op.name for op in self.ops]
+        position = {name: index for index, name in enumerate(names)}
+        order = nx.lexicographical_topological_sort(self.nx, key=position.__getitem__)
+        for name in order:
+            yield self.by_name[name]

@@ -16,8 +16,8 @@ class ParallelLayout:
     """Ranks are numbered `ep_rank * moe_tp + moe_tp_rank`.
 
     Attention tensor parallelism spans `attention_tp` neighbours, and each of the `attention_dp`
-    groups has its own sequences. `context_split` ranks that would hold copies of a KV head share
-    its tokens out instead.
+    groups has its own sequences. `context_split` ranks that would hold copies of a KV head divide
+    its tokens among them instead.
     """
 
     attention_tp: int
@@ -76,14 +76,20 @@ class Split:
 
     def local(self, size: int, layout: ParallelLayout) -> int:
         """The part of a dimension of `size` on one rank."""
-        return size // self.units * self.local_units(layout)
+        unit_size = size // self.units
+        return unit_size * self.local_units(layout)
 
     def shift(self, size: int, layout: ParallelLayout) -> RankShift:
         """Where a rank's part starts."""
-        ways, step = layout.ways(self.axis), self.local(size, layout)
+        ways = layout.ways(self.axis)
+        step = self.local(size, layout)
         if self.axis == "kv" and ways > self.units:
-            return RankShift(div=ways // self.units, mod=self.units, step=step)
-        return RankShift(div=layout.moe_tp if self.axis == "experts" else 1, mod=ways, step=step)
+            copies = ways // self.units
+            return RankShift(div=copies, mod=self.units, step=step)
+        neighbours = 1
+        if self.axis == "experts":
+            neighbours = layout.moe_tp
+        return RankShift(div=neighbours, mod=ways, step=step)
 
 
 _WHAT: dict[Axis, str] = {

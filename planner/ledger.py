@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from tokenspeed_plan.plans.schema import Decision, Option
 
+AS_STATED = "as the spec says"  # the reason of a decision that the spec makes
+
 
 @dataclass
 class Ledger:

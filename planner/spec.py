@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.types import RollbackWord
 
 Auto = Literal["auto"]
 AutoOrOff = Literal["auto", "off"]
@@ -120,7 +121,6 @@ class ObjectiveSpec(_Section):
 
 
 MAX_DRAFTS = 16
-RollbackWord = Literal["snapshot", "recompute"]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -133,9 +133,9 @@ class SpeculationSpec(_Section):
             or one for each.
         rollback: how rejected drafts are taken back. With `snapshot`, a step leaves a recurrent
             state after each of its queries; with `recompute`, it keeps their inputs, and the next
-            step computes the accepted ones again, which needs less memory.
-        draft_vocab: drafts are chosen from the first so many tokens of the vocabulary, whose part
-            of the head is faster to read.
+            step recomputes the state after the accepted ones, which needs less memory.
+        draft_vocab: drafts are chosen from this many tokens, the first of the vocabulary. Their
+            part of the head is faster to read.
     """
 
     depth: Annotated[int, Field(ge=1, le=MAX_DRAFTS)] | Literal["auto"] = "auto"
@@ -231,8 +231,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# Besides its own errors, the loader lets others through: of a tag that does not fit its text, of
-# endless nesting.
+# The loader raises errors other than its own for a tag that does not fit its text, and for endless
+# nesting.
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError)
 
 
@@ -343,7 +343,7 @@ def _nearest_key(location: tuple[int | str, ...]) -> str:
 
 
 def _rank(item: Any) -> tuple[bool, bool]:
-    """An unknown key comes first; where a mapping was given, it was not meant to be a word."""
+    """The order of errors: unknown keys first, then words last where a mapping was given."""
     is_word = item["type"] == "literal_error" and isinstance(item["input"], dict)
     return item["type"] != "extra_forbidden", is_word
 
@@ -358,7 +358,7 @@ def _section(location: tuple[int | str, ...]) -> str:
 def _short(value: Any) -> str:
     """The value in at most 60 characters."""
     try:
-        # Never all of it: aliases make a page of YAML endless.
+        # `reprlib` stops early: with aliases, a page of YAML can be endless.
         text = " ".join(reprlib.repr(value).split())
     except ValueError:  # Python prints no integer of over 4,300 digits
         return f"a large {type(value).__name__}"

@@ -49,19 +49,23 @@ def seal(plan: Plan) -> Plan:
 
 def dump_plan(plan: Plan) -> str:
     """The text of plan.json: canonical, one line for each weight, buffer, kernel and step."""
-    return _open(plan.model_dump(mode="json"), "", 0) + "\n"
+    fields = plan.model_dump(mode="json")
+    return _open(fields, "", 0) + "\n"
 
 
 def _open(value: dict[str, Any] | list[Any], key: str, indent: int) -> str:
     """The elements of the field `key`, one below the other."""
+    inner = []
     if isinstance(value, dict):
-        inner = [
-            f"{canonical(name)}: {_spell(value[name], name, indent)}" for name in sorted(value)
-        ]
+        for name in sorted(value):
+            field = _spell(value[name], name, indent)
+            inner.append(f"{canonical(name)}: {field}")
         return _bracket("{", inner, "}", indent)
-    inner = [canonical(item) for item in value]
-    if key in _OPENED_ITEMS:
-        inner = [_open(item, "", indent + 1) for item in value]
+    for item in value:
+        if key in _OPENED_ITEMS:
+            inner.append(_open(item, "", indent + 1))
+        else:
+            inner.append(canonical(item))
     return _bracket("[", inner, "]", indent)
 
 
@@ -85,7 +89,7 @@ def save_plan(
     sources: Mapping[str, str] | None = None,
     cubins: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write the bundle, `plan.json` after what it names; each file is there whole or not at all.
+    """Write the bundle, `plan.json` last. Each file is written whole or not at all.
 
     Args:
         plan: what to write.
@@ -93,14 +97,17 @@ def save_plan(
         sources: the text of each kernel by name.
         cubins: binaries by file name.
     """
-    replaced = _files_listed(folder / PLAN_FILE)
-    texts = {f"{name}.py": text.encode() for name, text in (sources or {}).items()}
-    _write_all(folder / KERNELS, texts)
-    _write_all(folder / CUBIN, cubins or {})
     path = folder / PLAN_FILE
+    replaced = _files_listed(path)
+    texts = {}
+    for name, text in (sources or {}).items():
+        texts[f"{name}.py"] = text.encode()
+    binaries = cubins or {}
+    _write_all(folder / KERNELS, texts)
+    _write_all(folder / CUBIN, binaries)
     _write(path, dump_plan(plan).encode())
-    _drop_replaced(folder / KERNELS, replaced - set(texts))
-    _drop_replaced(folder / CUBIN, replaced - set(cubins or {}))
+    _drop_replaced(folder / KERNELS, replaced - texts.keys())
+    _drop_replaced(folder / CUBIN, replaced - binaries.keys())
     return path
 
 
@@ -142,11 +149,11 @@ def check_sources(plan: Plan, folder: Path) -> int:
     built = [kernel for kernel in plan.kernels if kernel.launch is not None]
     for kernel in built:
         read_source(folder, kernel)
-    strangers = {path.stem for path in (folder / KERNELS).glob("*.py")} - {
-        kernel.name for kernel in built
-    }
+    found = {path.stem for path in (folder / KERNELS).glob("*.py")}
+    strangers = found - {kernel.name for kernel in built}
     if strangers:
-        raise PlanError(f"`{folder / KERNELS / min(strangers)}.py` is not in the plan", _REPLAN)
+        path = folder / KERNELS / f"{min(strangers)}.py"
+        raise PlanError(f"`{path}` is not in the plan", _REPLAN)
     return len(built)
 
 
@@ -158,7 +165,10 @@ def check_cubins(plan: Plan, folder: Path) -> int:
     """
     for binary in plan.binaries:
         path = folder / CUBIN / f"{binary.kernel}.sm{binary.sm}.cubin"
-        if not path.is_file() or sha256(path.read_bytes()) != binary.cubin_sha256:
+        digest = ""
+        if path.is_file():
+            digest = sha256(path.read_bytes())
+        if digest != binary.cubin_sha256:
             raise PlanError(f"`{path}` is not the plan's binary", _REPLAN)
     return len(plan.binaries)
 

@@ -8,9 +8,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokenspeed_plan.plans.kernel_file import kind_of
-from tokenspeed_plan.plans.schema import BufferSpec, Decision, Plan, Pool, Program, WeightSpec
+from tokenspeed_plan.plans.schema import (
+    BufferSpec,
+    Decision,
+    KernelSpec,
+    Plan,
+    Pool,
+    Program,
+    WeightSpec,
+)
+from tokenspeed_plan.plans.types import TensorSpec
 
 _MAX_VALUE_CHARS = 80
+_Item = WeightSpec | BufferSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +32,8 @@ class Change:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.sign} {self.what:<34} {self.detail}".rstrip()
+        line = f"{self.sign} {self.what:<34} {self.detail}"
+        return line.rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +53,11 @@ def diff(old: Plan, new: Plan) -> tuple[Change, ...]:
     if old == new:
         return ()
     pairs = _pool_pairs(old, new)
-    found = [*_changed(_plan_facts(old), _plan_facts(new)), *_pools(old, new)]
+    found = list(_changed(_plan_facts(old), _plan_facts(new)))
+    found += _pools(old, new)
     for pair in pairs:
-        found += _changed(_pool_facts(pair.old, pair.prefix), _pool_facts(pair.new, pair.prefix))
+        before = _pool_facts(pair.old, pair.prefix)
+        found += _changed(before, _pool_facts(pair.new, pair.prefix))
     found += _decisions(old, new)
     for pair in pairs:
         found += _memory(pair)
@@ -53,12 +66,8 @@ def diff(old: Plan, new: Plan) -> tuple[Change, ...]:
         found += _programs(pair)
     found += _kernels(old, new)
     for pair in pairs:
-        found += _summary(
-            pair.prefix + "weights", _named(pair.old.weights), _named(pair.new.weights)
-        )
-        found += _summary(
-            pair.prefix + "buffers", _named(pair.old.buffers), _named(pair.new.buffers)
-        )
+        found += _tensors(f"{pair.prefix}weights", pair.old.weights, pair.new.weights)
+        found += _tensors(f"{pair.prefix}buffers", pair.old.buffers, pair.new.buffers)
     found += _changed({"canary": old.canary}, {"canary": new.canary})
     if not found:
         found = [Change("~", "digest", f"{old.digest[:12]} -> {new.digest[:12]}")]
@@ -70,34 +79,47 @@ def _by_role(plan: Plan) -> dict[str, Pool]:
 
 
 def _pool_pairs(old: Plan, new: Plan) -> list[_PoolPair]:
-    before, after = _by_role(old), _by_role(new)
+    before = _by_role(old)
+    after = _by_role(new)
+    common = sorted(before.keys() & after.keys())
     pairs = []
-    for role in sorted(before.keys() & after.keys()):
+    for role in common:
         prefix = f"{role}."
         if len(before) == len(after) == 1:
             prefix = ""
-        pairs.append(_PoolPair(prefix, before[role], after[role]))
+        pair = _PoolPair(prefix, before[role], after[role])
+        pairs.append(pair)
     return pairs
 
 
 def _pools(old: Plan, new: Plan) -> Iterator[Change]:
-    before, after = _by_role(old), _by_role(new)
-    for role in sorted(before.keys() - after.keys()):
+    before = _by_role(old)
+    after = _by_role(new)
+    gone = before.keys() - after.keys()
+    for role in sorted(gone):
         yield Change("-", f"pool {role}")
-    for role in sorted(after.keys() - before.keys()):
-        yield Change("+", f"pool {role}", f"{len(after[role].programs)} programs")
+    added = after.keys() - before.keys()
+    for role in sorted(added):
+        count = len(after[role].programs)
+        yield Change("+", f"pool {role}", f"{count} programs")
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
-    facts = {"schema_version": str(plan.schema_version), "compiler_version": plan.compiler_version}
-    facts |= dict(_flat("spec", plan.spec))
-    facts |= dict(_flat("model", plan.model.model_dump()))
-    return facts | dict(_flat("target", plan.target.model_dump()))
+    facts: dict[str, Any] = {
+        "schema_version": str(plan.schema_version),
+        "compiler_version": plan.compiler_version,
+    }
+    facts.update(_flat("spec", plan.spec))
+    facts.update(_flat("model", plan.model.model_dump()))
+    facts.update(_flat("target", plan.target.model_dump()))
+    return facts
 
 
 def _pool_facts(pool: Pool, prefix: str) -> dict[str, Any]:
-    facts = dict(_flat(f"{prefix}layout", pool.layout.model_dump()))
-    return facts | dict(_flat(f"{prefix}limits", pool.limits.model_dump()))
+    facts: dict[str, Any] = {}
+    facts.update(_flat(f"{prefix}layout", pool.layout.model_dump()))
+    facts.update(_flat(f"{prefix}limits", pool.limits.model_dump()))
+    return facts
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -113,12 +135,14 @@ def _decisions(old: Plan, new: Plan) -> Iterator[Change]:
     after = {decision.name: decision for decision in new.decisions}
     for name in sorted(before.keys() | after.keys()):
         what = f"decision {name}"
-        if name not in after:
+        one = before.get(name)
+        other = after.get(name)
+        if other is None:
             yield Change("-", what)
-        elif name not in before:
-            yield Change("+", what, after[name].value)
-        elif before[name] != after[name]:
-            yield Change("~", what, _decision_arrow(before[name], after[name]))
+        elif one is None:
+            yield Change("+", what, other.value)
+        elif one != other:
+            yield Change("~", what, _decision_arrow(one, other))
 
 
 def _decision_arrow(old: Decision, new: Decision) -> str:
@@ -131,9 +155,10 @@ def _decision_arrow(old: Decision, new: Decision) -> str:
 
 
 def _memory(pair: _PoolPair) -> Iterator[Change]:
-    old = pair.old.memory_bytes_per_rank.model_dump()
-    new = pair.new.memory_bytes_per_rank.model_dump()
-    return _numbers(f"{pair.prefix}memory", old, new, " bytes")
+    before = pair.old.memory_bytes_per_rank.model_dump()
+    after = pair.new.memory_bytes_per_rank.model_dump()
+    what = f"{pair.prefix}memory"
+    return _numbers(what, before, after, " bytes")
 
 
 def _numbers(
@@ -141,13 +166,19 @@ def _numbers(
 ) -> Iterator[Change]:
     """Numbers, with the relative change."""
     for name in sorted(old.keys() | new.keys()):
-        a, b = old.get(name, 0), new.get(name, 0)
-        if a == b:
+        before = old.get(name, 0)
+        after = new.get(name, 0)
+        if before == after:
             continue
-        detail = f"{a} -> {b}{unit}"
-        if a:
-            detail += f" ({b / a - 1:+.1%})"
+        detail = f"{before} -> {after}{unit}"
+        if before:
+            detail += _share(before, after)
         yield Change("~", f"{what}.{name}", detail)
+
+
+def _share(before: float, after: float) -> str:
+    """The relative change."""
+    return f" ({after / before - 1:+.1%})"
 
 
 def _programs(pair: _PoolPair) -> Iterator[Change]:
@@ -155,12 +186,14 @@ def _programs(pair: _PoolPair) -> Iterator[Change]:
     after = {program.name: program for program in pair.new.programs}
     for name in sorted(before.keys() | after.keys()):
         what = f"{pair.prefix}program {name}"
-        if name not in after:
+        one = before.get(name)
+        other = after.get(name)
+        if other is None:
             yield Change("-", what)
-        elif name not in before:
-            yield Change("+", what, f"{after[name].launches} launches")
-        elif before[name] != after[name]:
-            yield Change("~", what, _program_arrow(before[name], after[name]))
+        elif one is None:
+            yield Change("+", what, f"{other.launches} launches")
+        elif one != other:
+            yield Change("~", what, _program_arrow(one, other))
 
 
 def _program_arrow(old: Program, new: Program) -> str:
@@ -168,27 +201,37 @@ def _program_arrow(old: Program, new: Program) -> str:
         ("launches", old.launches, new.launches),
         ("predicted us", old.predicted_us, new.predicted_us),
     )
-    changed = [f"{what} {a} -> {b} ({b / a - 1:+.1%})" for what, a, b in numbers if a != b]
+    changed = []
+    for what, before, after in numbers:
+        if before != after:
+            share = _share(before, after)
+            changed.append(f"{what} {before} -> {after}{share}")
     return ", ".join(changed) or "steps or offsets"
 
 
 def _kernels(old: Plan, new: Plan) -> Iterator[Change]:
     """Kernels by kind: how many there are, and how many have a name that is new."""
-    before = Counter(kind_of(kernel) for kernel in old.kernels)
-    after = Counter(kind_of(kernel) for kernel in new.kernels)
+    before = _kinds(old.kernels)
+    after = _kinds(new.kernels)
     old_names = {kernel.name for kernel in old.kernels}
-    kept = Counter(kind_of(kernel) for kernel in new.kernels if kernel.name in old_names)
+    kept = _kinds(kernel for kernel in new.kernels if kernel.name in old_names)
     for kind in sorted(before.keys() | after.keys()):
         what = f"kernel {kind}"
-        if not after[kind]:
-            yield Change("-", what, _several(before[kind]))
-        elif not before[kind]:
-            yield Change("+", what, _several(after[kind]))
-        elif before[kind] != after[kind] or kept[kind] != after[kind]:
-            detail = f"{after[kind] - kept[kind]} of {after[kind]} are new"
-            if before[kind] != after[kind]:
-                detail = f"{before[kind]} -> {after[kind]}, {detail}"
-            yield Change("~", what, detail)
+        was = before[kind]
+        now = after[kind]
+        added = now - kept[kind]
+        if not now:
+            yield Change("-", what, _several(was))
+        elif not was:
+            yield Change("+", what, _several(now))
+        elif was != now:
+            yield Change("~", what, f"{was} -> {now}, {added} of {now} are new")
+        elif added:
+            yield Change("~", what, f"{added} of {now} are new")
+
+
+def _kinds(kernels: Iterable[KernelSpec]) -> Counter[str]:
+    return Counter(kind_of(kernel) for kernel in kernels)
 
 
 def _several(count: int) -> str:
@@ -197,20 +240,22 @@ def _several(count: int) -> str:
     return f"{count} of them"
 
 
-def _named(items: Iterable[WeightSpec | BufferSpec]) -> dict[str, Any]:
-    return {item.name: item for item in items}
-
-
-def _summary(what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
+def _tensors(what: str, old: Iterable[_Item], new: Iterable[_Item]) -> Iterator[Change]:
     """One line for many tensors: how many are new, gone and changed, and the first of them."""
-    changes = list(_changed(old, new))
+    before = {item.name: item for item in old}
+    after = {item.name: item for item in new}
+    changes = list(_changed(before, after))
     if not changes:
         return
     signs: Counter[str] = Counter(change.sign for change in changes)
-    words = (("+", "new"), ("-", "gone"), ("~", "changed"))
-    counts = ", ".join(f"{signs[sign]} {word}" for sign, word in words if signs[sign])
-    first = f"{changes[0].what} {changes[0].detail}".rstrip()
-    yield Change("~", what, f"{counts}; first {first}")
+    counts = []
+    for sign, word in (("+", "new"), ("-", "gone"), ("~", "changed")):
+        if signs[sign]:
+            counts.append(f"{signs[sign]} {word}")
+    summary = ", ".join(counts)
+    first = changes[0]
+    detail = f"{summary}; first {first.what} {first.detail}"
+    yield Change("~", what, detail.rstrip())
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
@@ -220,7 +265,8 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]
         elif name not in old:
             yield Change("+", name, _short(new[name]))
         elif old[name] != new[name]:
-            yield Change("~", name, _arrow(old[name], new[name]))
+            detail = _arrow(old[name], new[name])
+            yield Change("~", name, detail)
 
 
 def _short(value: Any) -> str:
@@ -237,9 +283,11 @@ def _arrow(old: Any, new: Any) -> str:
     if isinstance(old, (str, int, float)) or old is None:
         return f"{old} -> {new}"
     if isinstance(old, (WeightSpec, BufferSpec)):
-        return f"{_tensor(old)} -> {_tensor(new)}"
+        before = _spell(old.tensor)
+        return f"{before} -> {_spell(new.tensor)}"
     return ""
 
 
-def _tensor(item: WeightSpec | BufferSpec) -> str:
-    return f"{item.tensor.format} {list(item.tensor.shape)}"
+def _spell(tensor: TensorSpec) -> str:
+    shape = list(tensor.shape)
+    return f"{tensor.format} {shape}"

@@ -1,4 +1,4 @@
-"""Races in a program: who wrote each byte, and is that ordered before whoever reads it.
+"""Races in a program: each byte must be written before it is read, in an order that is certain.
 
 Steps on one stream run in order; streams are ordered only by events. As in a race detector (vector
 clocks: Mattern, 1988; FastTrack: Flanagan and Freund, PLDI 2009), each access carries the time of
@@ -8,7 +8,7 @@ its stream, and two accesses to the same bytes, one of them a write, must be ord
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tokenspeed_plan.plans.ops import BATCH_STATE, Access, ShapeError, require
 from tokenspeed_plan.plans.schema import (
@@ -85,17 +85,28 @@ def _touched(step: Step, kernels: Kernels, buffers: Buffers) -> list[Touch]:
     if isinstance(step, CollectiveCall):
         return [(step.source, "read"), (step.target, "write")]
     if isinstance(step, LibraryCall):
-        reads: list[Touch] = [(name, "read") for name in step.reads if name in buffers]
-        return reads + [(name, "write") for name in step.writes]
+        return _touched_by_library(step, buffers)
     return []
+
+
+def _touched_by_library(step: LibraryCall, buffers: Buffers) -> list[Touch]:
+    touched: list[Touch] = []
+    for name in step.reads:
+        if name in buffers:
+            touched.append((name, "read"))
+    for name in step.writes:
+        touched.append((name, "write"))
+    return touched
 
 
 def _touched_by_kernel(step: KernelCall, kernel: KernelSpec) -> list[Touch]:
     fixed: dict[str, Access] = {"input": "read", "output": "write"}
     touched: list[Touch] = []
     for param, name in zip(kernel.tensors, step.args, strict=True):
-        if param.role != "weight":
-            touched.append((name, fixed.get(param.role, param.access)))
+        if param.role == "weight":
+            continue
+        access = fixed.get(param.role, param.access)
+        touched.append((name, access))
     return touched
 
 
@@ -124,12 +135,18 @@ class _Span:
 
     def meets(self, other: _Span) -> bool:
         """Whether they have a byte in common."""
-        return self.start < other.end and other.start < self.end
+        start = max(self.start, other.start)
+        end = min(self.end, other.end)
+        return start < end
 
     def without(self, other: _Span) -> list[_Span]:
         """What is left on both sides of another span."""
-        sides = ((self.start, other.start), (other.end, self.end))
-        return [_Span(a, b, self.writer, self.readers) for a, b in sides if a < b]
+        rest = []
+        if self.start < other.start:
+            rest.append(replace(self, end=other.start))
+        if other.end < self.end:
+            rest.append(replace(self, start=other.end))
+        return rest
 
 
 class _RaceDetector:
@@ -146,8 +163,7 @@ class _RaceDetector:
     def __init__(self, program: Program, buffers: Buffers) -> None:
         self.program = program
         self.buffers = buffers
-        streams = range(program.num_streams)
-        self.clocks: list[Clock] = [[0 for _ in streams] for _ in streams]
+        self.clocks = _clocks_at_zero(program.num_streams)
         self.started = {0}
         self.events: dict[int, Clock] = {}
         self.waited: set[int] = set()
@@ -187,10 +203,12 @@ class _RaceDetector:
             self._touch(name, access, epoch, clock)
 
     def _wait(self, step: WaitEvent, clock: Clock) -> None:
-        recorded = step.event in self.events
-        require(recorded, f"event {step.event} is waited for and not recorded before")
-        clock[:] = map(max, clock, self.events[step.event])
-        self.waited.add(step.event)
+        event = step.event
+        recorded = self.events.get(event)
+        if recorded is None:
+            raise ShapeError(f"event {event} is waited for and not recorded before")
+        clock[:] = map(max, clock, recorded)
+        self.waited.add(event)
         self.started.add(step.stream)
 
     def _touch(self, name: str, access: Access, epoch: Epoch, clock: Clock) -> None:
@@ -209,7 +227,7 @@ class _RaceDetector:
             self._write(name, epoch, clock)
 
     def _touch_state(self, name: str, access: Access, epoch: Epoch, clock: Clock) -> None:
-        """A state is written once; a KV cache again at other slots, after all reads so far."""
+        """A state is written once. A KV cache may be written again elsewhere, after all reads."""
         if access == "read":
             known = name in self.state and _is_before(self.state[name], clock)
             require(known, f"`{name}` is read before it is written")
@@ -244,15 +262,20 @@ class _RaceDetector:
 
     def _advance(self, name: str, clock: Clock) -> None:
         """An input takes its value for the next run; all that read this one's must be over."""
-        known = name in self.program.inputs and name not in self.advanced
-        require(known, f"`{name}` is not an input to advance")
-        for reader in self.input_readers.get(name, []):
+        is_input = name in self.program.inputs
+        require(
+            is_input and name not in self.advanced,
+            f"`{name}` is not an input to advance",
+        )
+        readers = self.input_readers.get(name, [])
+        for reader in readers:
             over = _is_before(reader, clock)
             require(over, f"`{name}` advances while it may still be read")
         self.advanced.add(name)
 
     def _write(self, name: str, epoch: Epoch, clock: Clock) -> None:
-        known = name in self.written or name in self.program.inputs
+        program = self.program
+        known = name in self.written or name in program.inputs
         require(not known, f"`{name}` is written twice")
         self.written.add(name)
         self.unread.add(name)
@@ -260,8 +283,9 @@ class _RaceDetector:
         if buffer.arena == "io":  # each has bytes of its own
             self.intact[name] = _Span(0, 0, epoch)
             return
-        size = buffer.tensor.size_bytes(self.program.max_tokens, self.program.max_seqs)
-        span = _Span(buffer.offset_bytes, buffer.offset_bytes + size, epoch)
+        start = buffer.offset_bytes
+        size = buffer.tensor.size_bytes(program.max_tokens, program.max_seqs)
+        span = _Span(start, start + size, epoch)
         self._claim(name, span, clock)
         self.intact[name] = span
 
@@ -276,9 +300,15 @@ class _RaceDetector:
             for epoch in (span.writer, *span.readers):
                 over = _is_before(epoch, clock) and epoch != new.writer
                 require(over, f"`{name}` is written while its bytes may still be in use")
-            self.intact = {held: other for held, other in self.intact.items() if other is not span}
+            self._drop(span)
             kept += span.without(new)
         self.spans[arena] = [*kept, new]
+
+    def _drop(self, span: _Span) -> None:
+        """The buffer that held all these bytes is no longer intact."""
+        owners = [name for name, held in self.intact.items() if held is span]
+        for name in owners:
+            del self.intact[name]
 
     def finish(self) -> None:
         """At the end all streams have joined stream 0, and the outputs are in place.
@@ -286,20 +316,33 @@ class _RaceDetector:
         Raises:
             ShapeError: an event has no partner, or something is missing or was made for nothing.
         """
+        program = self.program
         end = self.clocks[0]
         for stream, clock in enumerate(self.clocks):
             joined = clock[stream] <= end[stream]
             require(joined, f"stream {stream} is not waited for at the end")
-        for event in sorted(set(self.events) - self.waited):
+        forgotten = self.events.keys() - self.waited
+        for event in sorted(forgotten):
             raise ShapeError(f"event {event} is recorded and never waited for")
-        if self.program.phase == "decode":
-            advancing = {*BATCH_STATE, "state_lens"} & set(self.program.inputs)
-            for name in sorted(advancing - self.advanced):
-                raise ShapeError(f"`{name}` does not advance to the next step")
-        for name in self.program.outputs:
-            require(name in self.intact, f"output `{name}` is not there at the end")
-        for name in sorted(self.unread - set(self.program.outputs)):
+        if program.phase == "decode":
+            self._check_advanced()
+        for name in program.outputs:
+            intact = name in self.intact
+            require(intact, f"output `{name}` is not there at the end")
+        useless = self.unread.difference(program.outputs)
+        for name in sorted(useless):
             raise ShapeError(f"`{name}` is written and never read")
+
+    def _check_advanced(self) -> None:
+        """A decode step leaves the inputs of the next one."""
+        advancing = {*BATCH_STATE, "state_lens"}
+        missing = advancing.intersection(self.program.inputs) - self.advanced
+        for name in sorted(missing):
+            raise ShapeError(f"`{name}` does not advance to the next step")
+
+
+def _clocks_at_zero(num_streams: int) -> list[Clock]:
+    return [[0] * num_streams for _ in range(num_streams)]
 
 
 def _writes(touch: Touch) -> bool:

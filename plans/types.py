@@ -25,6 +25,8 @@ GIB = 1 << 30
 
 Phase = Literal["prefill", "decode"]
 
+RollbackWord = Literal["snapshot", "recompute"]  # how rejected drafts are taken back
+
 WARP_SIZE = 32  # threads
 
 SymbolicDim = Literal["num_tokens", "num_seqs", "num_seqs+1"]
@@ -33,9 +35,8 @@ Dim = int | SymbolicDim
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]  # empty until it is known
-KernelName = Annotated[
-    str, Field(pattern="^[a-z0-9_]*$")
-]  # of a file, so no path; empty until it is digested
+# A kernel's name is also that of its file, so it holds no path. It is empty until it is digested.
+KernelName = Annotated[str, Field(pattern="^[a-z0-9_]*$")]
 
 Constant = bool | int | float | str
 Attr = Constant | tuple[int, ...]
@@ -101,7 +102,8 @@ class Format(Frozen):
         """Of one element and its share of a scale."""
         bits: float = DTYPE_BITS[self.dtype]
         if self.scale is not None:
-            bits += DTYPE_BITS[self.scale] / math.prod(self.block)
+            scale_bits = DTYPE_BITS[self.scale]
+            bits += scale_bits / math.prod(self.block)
         return bits / 8
 
 
@@ -139,12 +141,23 @@ class TensorSpec(Frozen):
 
     def bind(self, num_tokens: int, num_seqs: int) -> tuple[int, ...]:
         """The shape with the symbols replaced."""
-        sizes = {"num_tokens": num_tokens, "num_seqs": num_seqs, "num_seqs+1": num_seqs + 1}
-        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
+        sizes = {
+            "num_tokens": num_tokens,
+            "num_seqs": num_seqs,
+            "num_seqs+1": num_seqs + 1,
+        }
+        bound: list[int] = []
+        for dim in self.shape:
+            if isinstance(dim, str):
+                bound.append(sizes[dim])
+            else:
+                bound.append(dim)
+        return tuple(bound)
 
     def size_bytes(self, num_tokens: int = 0, num_seqs: int = 0) -> int:
         """Bytes at the given sizes, scales included."""
-        return math.ceil(math.prod(self.bind(num_tokens, num_seqs)) * self.format.bytes_per_element)
+        num_elements = math.prod(self.bind(num_tokens, num_seqs))
+        return math.ceil(num_elements * self.format.bytes_per_element)
 
 
 class RankShift(Frozen):
@@ -156,4 +169,5 @@ class RankShift(Frozen):
 
     def at(self, rank: int) -> int:
         """The offset on `rank`."""
-        return rank // self.div % self.mod * self.step
+        index = rank // self.div % self.mod
+        return index * self.step

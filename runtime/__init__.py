@@ -1,4 +1,7 @@
-"""Load a plan and replay it. The engines are imported on first use, so that looking at files does not load PyTorch."""
+"""Loads plans and replays them.
+
+The engines are imported on first use, so that commands which only read files do not load PyTorch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Golden tokens: a proof, in about a second, that plan, weights and machine agree with the reference."""
+"""Golden tokens: they prove that plan, weights and machine agree with the reference.
+
+The proof takes about a second.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,16 @@ from tokenspeed_plan.plans.schema import CanaryPrompt, Plan
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.request import Completion, SamplingParams
 
-# How far a logprob may be from the fp64 reference: a difference up to this is rounding, more is
-# another model.
+# How far a logprob may be from the fp64 reference. A smaller difference is rounding; a larger one
+# means another model.
 TOLERANCE = {"fp64": 1e-4, "fp32": 1e-2, "bf16": 0.5}
 
 
 def golden(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tuple[CanaryPrompt, ...]:
-    """The engine's tokens, with logprobs and the lead of each token, to four decimals."""
+    """The engine's tokens, with the logprob and the margin of each, to four decimals.
+
+    The margin is the lead of the token's logprob over the runner-up's.
+    """
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, num_logprobs=2)
     return tuple(
         CanaryPrompt(
@@ -37,31 +43,35 @@ def check_canary(plan: Plan, engine: Engine) -> int:
     """
     if not plan.canary:
         return 0
-    longest = max(len(prompt.token_ids) for prompt in plan.canary)
-    params = SamplingParams(max_tokens=longest, ignore_eos=True, num_logprobs=1)
-    done = engine.generate([prompt.prompt_ids for prompt in plan.canary], params)
-    return sum(
-        _compare(index, *pair, TOLERANCE[plan.model.dtype])
-        for index, pair in enumerate(zip(plan.canary, done, strict=True))
-    )
+    max_tokens = max(len(prompt.token_ids) for prompt in plan.canary)
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, num_logprobs=1)
+    prompts = [prompt.prompt_ids for prompt in plan.canary]
+    completions = engine.generate(prompts, params)
+    tolerance = TOLERANCE[plan.model.dtype]
+    num_compared = 0
+    for index, wanted in enumerate(plan.canary):
+        num_compared += _compare(index, wanted, completions[index], tolerance)
+    return num_compared
 
 
 def _compare(index: int, wanted: CanaryPrompt, got: Completion, tolerance: float) -> int:
+    """Compare one prompt; returns how many of its tokens were compared."""
     hint = "the weights or the plan were changed: plan again, or restore the checkpoint"
     for position, (token, logprob, margin) in enumerate(
         zip(wanted.token_ids, wanted.logprobs, wanted.margins, strict=True)
     ):
         actual = got.logprobs[position]
+        where = f"canary prompt {index}, token {position}"
         if actual.token_id != token:
             if margin <= 2 * tolerance:
                 return position
             raise CanaryError(
-                f"canary prompt {index}, token {position}: got {actual.token_id}, the reference says {token}",
+                f"{where}: got {actual.token_id}, the reference says {token}",
                 hint,
             )
         if not abs(actual.logprob - logprob) <= tolerance:
             raise CanaryError(
-                f"canary prompt {index}, token {position}: logprob {actual.logprob:.4f}, the reference says {logprob:.4f}",
+                f"{where}: logprob {actual.logprob:.4f}, the reference says {logprob:.4f}",
                 hint,
             )
     return len(wanted.token_ids)

@@ -1,4 +1,4 @@
-"""Replay with both backends: each step as a kernel and as its reference, on the same inputs."""
+"""Runs each step twice on the same inputs: as a kernel, and as its reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.schema import KernelCall, KernelSpec, Param, Plan, Program
+from tokenspeed_plan.plans.schema import KernelCall, KernelSpec, Param, Plan, Program, Step
 from tokenspeed_plan.plans.types import DType
 from tokenspeed_plan.runtime.execution.backend import (
     BoundStep,
@@ -25,8 +25,8 @@ from tokenspeed_plan.runtime.request import SamplingParams
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.engine import Engine
 
-# Largest difference over the largest value of the tensor, by the plan's dtype: sums are taken in
-# another order, and a kernel keeps in fp32 what its references round to bf16 in between.
+# Largest allowed difference, as a share of the tensor's largest value, by the plan's dtype. A
+# kernel adds up in another order, and keeps in fp32 what its references round to bf16 in between.
 TOLERANCE: dict[DType, float] = {"fp32": 1e-4, "bf16": 3e-2}
 NUM_TOKENS = 4  # generated for each prompt
 PROMPT_LENGTHS = (70, 3)  # of made-up prompts, where the plan has no canary
@@ -46,7 +46,7 @@ class Tally:
 class ComparingBackend:
     """Runs every step twice, refuses the first that differs, and goes on with the kernel's results.
 
-    It reads results on the host, so it is launched eagerly.
+    Results are compared on the host, so programs are launched eagerly.
     """
 
     full_size = False
@@ -69,39 +69,46 @@ class ComparingBackend:
             tensors = operands[index]
             kernel = self._backend.kernel_of(step)
             if kernel is None:
-                instructions = self._backend.reference.bind_step(step, tensors)
-                if isinstance(step, KernelCall):
-                    instructions.append(Instruction(self._count_skipped, {}, (), ()))
-                yield step, instructions
+                yield step, self._bind_reference(step, tensors)
                 continue
             where = f"step {index} of {program.phase}/{program.bucket}, `{kernel.name}`"
             compare = _Comparison(self, where, kernel, num_tokens, num_seqs)
             yield step, [Instruction(compare, {}, tensors, ())]
+
+    def _bind_reference(self, step: Step, tensors: tuple[Tensor, ...]) -> list[Instruction]:
+        """A step that cannot be compared; calls without a kernel are counted."""
+        instructions = self._backend.reference.bind_step(step, tensors)
+        if isinstance(step, KernelCall):
+            count = Instruction(self._count_skipped, {}, (), ())
+            instructions.append(count)
+        return instructions
 
     def without_overlap(self) -> ComparingBackend:
         """Steps that are compared never overlap."""
         return self
 
     def run_reference(self, kernel: KernelSpec, tensors: tuple[Tensor, ...]) -> None:
-        """A kernel as its reference bodies."""
+        """Run the reference bodies of a kernel."""
         instructions = self._backend.reference.bind_kernel(kernel, tensors)
         execute(instructions, num_outputs(kernel))
 
     def run_kernel(
         self, kernel: KernelSpec, tensors: tuple[Tensor, ...], num_tokens: int, num_seqs: int
     ) -> None:
-        """A kernel as itself."""
+        """Run a kernel."""
         launcher = self._backend.launcher(kernel, num_tokens, num_seqs)
         launcher({}, *tensors)
 
     def judge(self, where: str, kernel: str, got: Tensor, wanted: Tensor) -> None:
-        """Note a difference.
+        """Note the difference of two results.
 
         Raises:
             PlanError: it is over the tolerance; integers must be equal.
         """
         error = difference(got, wanted)
-        tolerance = self._tolerance if got.is_floating_point() else 0.0
+        tolerance = 0.0
+        if got.is_floating_point():
+            tolerance = self._tolerance
         if not error <= tolerance:
             raise PlanError(
                 f"{where}: kernel and reference differ by {error:.2e}",
@@ -118,7 +125,7 @@ class ComparingBackend:
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """The body of one step that is compared."""
+    """Runs one step both ways, and compares what they wrote."""
 
     backend: ComparingBackend
     where: str
@@ -127,54 +134,70 @@ class _Comparison:
     num_seqs: int
 
     def __call__(self, attrs: object, *tensors: Tensor) -> tuple[()]:
-        written = {i: param for i, param in enumerate(self.kernel.tensors) if _is_written(param)}
-        wanted = tuple(x.clone() if i in written else x for i, x in enumerate(tensors))
-        for param, tensor in zip(self.kernel.tensors, tensors, strict=True):
+        kernel = self.kernel
+        wanted: list[Tensor] = []
+        for param, tensor in zip(kernel.tensors, tensors, strict=True):
+            if _is_written(param):
+                wanted.append(tensor.clone())
+            else:
+                wanted.append(tensor)
             if param.role == "output":
                 tensor.view(torch.uint8).fill_(0xFF)  # NaN: what the kernel leaves out shows
-        self.backend.run_reference(self.kernel, wanted)
-        self.backend.run_kernel(self.kernel, tensors, self.num_tokens, self.num_seqs)
+        self.backend.run_reference(kernel, tuple(wanted))
+        self.backend.run_kernel(kernel, tensors, self.num_tokens, self.num_seqs)
         self.backend.tally.steps += 1
-        for index, param in written.items():
-            where = f"{self.where}, `{param.name}`"
-            self.backend.judge(where, self.kernel.name, tensors[index], wanted[index])
+        for param, got, expected in zip(kernel.tensors, tensors, wanted, strict=True):
+            if _is_written(param):
+                where = f"{self.where}, `{param.name}`"
+                self.backend.judge(where, kernel.name, got, expected)
         return ()
 
 
 def _is_written(param: Param) -> bool:
-    return param.role in ("output", "state") and param.access != "read"
+    is_result = param.role in ("output", "state")
+    return is_result and param.access != "read"
 
 
 def difference(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference over the largest finite value; NaN where what is not finite differs."""
+    """The largest difference of two tensors, as a share of the largest finite value.
+
+    It is NaN where infinities or NaNs differ. For integers it is the number of differing elements.
+    """
     if not got.is_floating_point():
-        return float((got != wanted).sum())
-    finite = wanted.isfinite()
-    same = torch.allclose(got[~finite], wanted[~finite], rtol=0.0, atol=0.0, equal_nan=True)
-    if not same or not got[finite].isfinite().all():
+        num_different = (got != wanted).sum()
+        return float(num_different)
+    is_finite = wanted.isfinite()
+    got_finite = got[is_finite]
+    wanted_finite = wanted[is_finite]
+    others = (got[~is_finite], wanted[~is_finite])
+    same = torch.allclose(*others, rtol=0.0, atol=0.0, equal_nan=True)
+    if not same or not got_finite.isfinite().all():
         return float("nan")
-    if not finite.any():
+    if not is_finite.any():
         return 0.0
-    scale = wanted[finite].abs().max().float().item()
-    largest = (got[finite].float() - wanted[finite].float()).abs().max().item()
+    scale = wanted_finite.abs().max().float().item()
+    gap = got_finite.float() - wanted_finite.float()
+    largest = gap.abs().max().item()
     return largest / max(scale, MIN_SCALE)
 
 
 def check_steps(engine: Engine, prompts: Mapping[str, tuple[int, ...]] | None = None) -> Tally:
-    """Compare all steps of prefill and a few of decode on the canary's prompts, or on made-up ones.
+    """Compare all steps of a prefill and a few decode steps.
 
     Args:
         engine: loaded with the backend `compare`.
-        prompts: other prompts, by name.
+        prompts: token ids by name; by default those of the canary, or made-up ones.
 
     Raises:
-        PlanError: naming the first step that differs.
+        PlanError: kernel and reference differ; it names the first such step.
     """
     backend = engine.executor.backend
     assert isinstance(backend, ComparingBackend)
     assert isinstance(engine.executor.launch, EagerLaunch)
     backend.tally = Tally()
-    chosen = list(prompts.values()) if prompts else _prompts(engine)
+    chosen = _prompts(engine)
+    if prompts:
+        chosen = list(prompts.values())
     params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
     engine.generate(chosen[: engine.max_seqs], params)
     return backend.tally
@@ -184,5 +207,9 @@ def _prompts(engine: Engine) -> list[tuple[int, ...]]:
     """The prompts of the canary; without one, ascending token ids."""
     if engine.plan.canary:
         return [item.prompt_ids for item in engine.plan.canary]
-    longest = engine.max_seq_len - NUM_TOKENS
-    return [tuple(range(1, 1 + min(length, longest))) for length in PROMPT_LENGTHS]
+    max_length = engine.max_seq_len - NUM_TOKENS
+    prompts = []
+    for wanted_length in PROMPT_LENGTHS:
+        length = min(wanted_length, max_length)
+        prompts.append(tuple(range(1, 1 + length)))
+    return prompts

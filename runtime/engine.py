@@ -26,6 +26,8 @@ from tokenspeed_plan.runtime.step_loop import StepLoop
 from tokenspeed_plan.runtime.streaming import Delta, stream
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
+DEFAULT_PARAMS = SamplingParams()  # greedy
+
 
 class Engine:
     """One plan on one rank.
@@ -59,7 +61,8 @@ class Engine:
         self.startup_s: dict[str, float] = {}
         self.executor = executor
         self.on_token: Callable[[NewToken], object] | None = None
-        self._chunk, self._cache = chunk, cache
+        self._chunk = chunk
+        self._cache = cache
         self._ids = itertools.count()
         self._stop_ids = frozenset(plan.model.eos_token_ids)
         self._reset()
@@ -67,8 +70,9 @@ class Engine:
 
     def _reset(self) -> None:
         """Forget every request, and what was launched for them."""
+        processor = OutputProcessor(self.tokenizer)
         self.scheduler = Scheduler(self.plan, self._chunk, self._cache)
-        self._loop = StepLoop(self.executor, self.scheduler, OutputProcessor(self.tokenizer))
+        self._loop = StepLoop(self.executor, self.scheduler, processor)
 
     @classmethod
     def load(
@@ -153,10 +157,11 @@ class Engine:
 
     @property
     def accept_counts(self) -> list[int]:
-        """Passes of a sequence through a decode step, then how often its first draft was accepted, its second...
+        """Query i of the decode steps so far: how many sequences reached it.
 
-        They are kept on the device, and reading them waits for it. Empty where the plan does not
-        speculate.
+        The first number counts all sequences of all steps, number i those whose first i drafts were
+        accepted. They are kept on the device, and reading them waits for it. Empty where the plan
+        does not speculate.
         """
         if not self.plan.pool.limits.max_depth:
             return []
@@ -209,7 +214,8 @@ class Engine:
         stop_ids = frozenset(request.params.stop_token_ids)
         if not request.params.ignore_eos:
             stop_ids |= self._stop_ids
-        now, token_ids = time.perf_counter(), list(request.prompt_ids)
+        token_ids = list(request.prompt_ids)
+        now = time.perf_counter()
         self._loop.add(Sequence(request, now, token_ids, stop_ids=stop_ids))
 
     def cancel(self, request_id: str) -> bool:
@@ -221,7 +227,7 @@ class Engine:
         return self._loop.step(self.on_token)
 
     def generate(
-        self, prompts: Iterable[Seq[int]], params: SamplingParams = SamplingParams()
+        self, prompts: Iterable[Seq[int]], params: SamplingParams = DEFAULT_PARAMS
     ) -> list[Completion]:
         """Continue all prompts (token ids); answers in their order."""
         requests = [Request(f"generate-{next(self._ids)}", tuple(ids), params) for ids in prompts]
@@ -239,9 +245,11 @@ class Engine:
         return [done[request.request_id] for request in requests]
 
     def stream(
-        self, prompt_ids: Seq[int], params: SamplingParams = SamplingParams()
+        self, prompt_ids: Seq[int], params: SamplingParams = DEFAULT_PARAMS
     ) -> Generator[Delta, None, None]:
-        """Continue one prompt (token ids): what each step brings, which may be nothing yet. Closing it cancels.
+        """Continue one prompt (token ids), and yield what each step adds, which may be nothing.
+
+        Closing the generator cancels the request.
 
         Example:
             for delta in engine.stream(engine.tokenizer.encode("def add(a, b):")):

@@ -1,4 +1,7 @@
-"""Step outputs -> the tokens of a sequence, why it ends, and its completion. Shapes: V vocabulary."""
+"""From step outputs to the tokens of a sequence, its finish reason and its completion.
+
+Shapes: V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from tokenspeed_plan.runtime.request import Completion, FinishReason, NewToken, 
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
-# A stop string may begin inside a token; so many tokens more than it has bytes are looked at.
+# A stop string may begin inside a token: so many tokens more than its bytes are searched for it.
 STOP_WINDOW_MARGIN = 4
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step computed for one sequence: tokens, their logits, and drafts after them."""
+    """What a step computed for one sequence: new tokens, their logits, and drafts after them."""
 
     token_ids: list[int]
     logits: Tensor
@@ -38,24 +41,37 @@ def host_outputs(program: Program) -> tuple[str, ...]:
 def step_output(
     program: Program, outputs: tuple[list[int], ...], logits: Tensor, index: int
 ) -> StepOutput:
-    """The part of the sequence at `index` of a batch; `outputs` are those of `host_outputs`."""
-    found = dict(zip(host_outputs(program), outputs, strict=True))
+    """The part of one sequence.
+
+    Args:
+        program: the program of the step.
+        outputs: the values of `host_outputs`.
+        logits: of all queries, [T, V].
+        index: the sequence's place in the batch.
+    """
+    names = host_outputs(program)
+    values = dict(zip(names, outputs, strict=True))
+    num_accepted = 0
+    if program.query_len > 1:
+        num_accepted = values["accepted"][index]
     first = index * program.query_len
-    num_accepted = found["accepted"][index] if program.query_len > 1 else 0
     end = first + 1 + num_accepted
     drafts: list[int] = []
     if program.depth:
-        row_size = program.depth + 1  # the first column is the token before the drafts
-        drafts = found[program.drafts][index * row_size + 1 : (index + 1) * row_size]
-    return StepOutput(found[program.tokens][first:end], logits[first:end], drafts)
+        num_columns = program.depth + 1  # the first column is the token before the drafts
+        start = index * num_columns
+        drafts = values[program.drafts][start + 1 : start + num_columns]
+    token_ids = values[program.tokens][first:end]
+    return StepOutput(token_ids, logits[first:end], drafts)
 
 
 def token_logprobs(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs:
-    """Logprobs of a token and of the `count` best, over the whole vocabulary, before temperature."""
+    """Logprobs of a token and of the `count` most likely ones, before temperature and filters."""
     logprobs_V = torch.log_softmax(logits_V.double(), -1)
     top = logprobs_V.topk(count)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return TokenLogprobs(token_id, float(logprobs_V[token_id]), tuple(pairs))
+    logprob = float(logprobs_V[token_id])
+    return TokenLogprobs(token_id, logprob, tuple(pairs))
 
 
 class OutputProcessor:
@@ -74,23 +90,19 @@ class OutputProcessor:
         for token_id, logits_V in zip(output.token_ids, output.logits, strict=False):
             sequence.token_ids.append(token_id)
             logprobs = self._logprobs(sequence, token_id, logits_V)
-            new_tokens.append(NewToken(sequence.request.request_id, token_id, logprobs))
+            new_token = NewToken(sequence.request.request_id, token_id, logprobs)
+            new_tokens.append(new_token)
             sequence.finish_reason = self._finish_reason(sequence)
             if sequence.finish_reason:
                 break
         return new_tokens
 
     def completion(self, sequence: Sequence) -> Completion:
-        """The answer of a sequence that has ended; its text has no stop token and no stop string."""
-        ids = sequence.generated
-        text = self._text(ids[:-1] if ids[-1] in sequence.stop_ids else ids)
-        cuts = [text.find(stop) for stop in sequence.request.params.stop if stop in text]
-        if cuts:
-            text = text[: min(cuts)]
+        """The answer of a sequence that has ended."""
         return Completion(
             request_id=sequence.request.request_id,
-            token_ids=tuple(ids),
-            text=text,
+            token_ids=tuple(sequence.generated),
+            text=self._final_text(sequence),
             finish_reason=sequence.finish_reason or "length",
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached_tokens or 0,
@@ -98,6 +110,17 @@ class OutputProcessor:
             decode_s=sequence.last_token_s - sequence.first_token_s,
             logprobs=tuple(sequence.logprobs),
         )
+
+    def _final_text(self, sequence: Sequence) -> str:
+        """The text before the stop token or the first stop string."""
+        ids = sequence.generated
+        if ids[-1] in sequence.stop_ids:
+            ids = ids[:-1]
+        text = self._text(ids)
+        cuts = [text.find(stop) for stop in sequence.request.params.stop if stop in text]
+        if cuts:
+            text = text[: min(cuts)]
+        return text
 
     def _logprobs(
         self, sequence: Sequence, token_id: int, logits_V: Tensor
@@ -114,14 +137,19 @@ class OutputProcessor:
             return "stop"
         if sequence.request.params.stop and self._hits_stop(sequence):
             return "stop"
-        return "length" if len(sequence.token_ids) == sequence.max_len else None
+        if len(sequence.token_ids) == sequence.max_len:
+            return "length"
+        return None
 
     def _hits_stop(self, sequence: Sequence) -> bool:
-        """Whether a stop string ends in the last token; it spans at most one token a byte."""
+        """Whether a stop string ends in the last token; it has at most one token for each byte."""
         stops = sequence.request.params.stop
-        window = max(len(stop.encode()) for stop in stops) + STOP_WINDOW_MARGIN
+        max_bytes = max(len(stop.encode()) for stop in stops)
+        window = max_bytes + STOP_WINDOW_MARGIN
         tail = self._text(sequence.generated[-window:])
         return any(stop in tail for stop in stops)
 
     def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids) if self._tokenizer else ""
+        if self._tokenizer is None:
+            return ""
+        return self._tokenizer.decode(ids)

@@ -35,16 +35,18 @@ class SamplingParams:
         Raises:
             RequestError: a number is out of its range.
         """
+        num_logprobs = self.num_logprobs or 0
         ranges = (
             ("max_tokens", self.max_tokens >= 1, "at least one"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and up to 1"),
             ("top_k", 0 <= self.top_k < 1 << 31, "0 or more, in 32 bits"),
-            ("num_logprobs", 0 <= (self.num_logprobs or 0) <= vocab_size, f"0 to {vocab_size}"),
+            ("num_logprobs", 0 <= num_logprobs <= vocab_size, f"0 to {vocab_size}"),
         )
         for name, holds, wanted in ranges:
             if not holds:
-                raise RequestError(f"{name} is {getattr(self, name)}", f"it must be {wanted}")
+                value = getattr(self, name)
+                raise RequestError(f"{name} is {value}", f"it must be {wanted}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural logarithms: of the chosen token, and of the most likely ones as (token id, logprob), best first."""
+    """Natural logarithms of probabilities.
+
+    `logprob` is that of the chosen token; `top` has the most likely tokens as (token id, logprob),
+    the most likely first.
+    """
 
     token_id: int
     logprob: float
@@ -67,7 +73,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """A token of a request that goes on; the last one of a request comes with its `Completion` alone."""
+    """A token of an unfinished request; the last token comes only with the `Completion`."""
 
     request_id: str
     token_id: int

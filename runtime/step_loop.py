@@ -105,13 +105,13 @@ class StepLoop:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Time in a replay, or waiting for its tokens, is no work of the host."""
+        """Measure time in a replay, or waiting for its tokens, which is not host work."""
         begun = time.perf_counter()
         yield
         self._waited_s += time.perf_counter() - begun
 
     def _launch(self, batch: Batch) -> InFlightBatch:
-        """Start a replay; where it follows the last one, its inputs are on the device already."""
+        """Start a replay; if it follows the last one, its inputs are already on the device."""
 
         def buffer(name: str) -> Tensor:
             return self._executor.buffer(name, batch.run_tokens, batch.run_seqs)
@@ -130,14 +130,14 @@ class StepLoop:
         return InFlightBatch(batch, outputs, buffer(batch.program.logits))
 
     def _copy_pages(self, batch: Batch) -> None:
-        """Give a sequence its own copy of a page that it shares and goes on inside."""
+        """Give a sequence its own copy of a shared page in the middle of which it continues."""
         for sequence in batch.sequences:
             if sequence.copy_from is not None:
                 page = sequence.pages[sequence.num_computed // self._limits.page_size]
                 self.metrics.copied_bytes += self._executor.copy_page(sequence.copy_from, page)
 
     def _commit(self, in_flight: InFlightBatch, on_token: OnToken | None) -> list[Completion]:
-        """Take over what was computed; finish what is done."""
+        """Add what a step computed to its sequences, and finish those that have ended."""
         batch, finished = in_flight.batch, list[Completion]()
         self.metrics.steps += 1
         self.metrics.decode_steps += batch.program.phase == "decode"
@@ -161,7 +161,7 @@ class StepLoop:
         return finished
 
     def _advance(self, batch: Batch) -> None:
-        """Advance in all prompts of a batch."""
+        """Advance all sequences of a batch within their prompts."""
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             if sequence.is_running:
                 sequence.drafts = []
@@ -170,7 +170,7 @@ class StepLoop:
     def _commit_sequence(
         self, sequence: Sequence, output: StepOutput, batch: Batch, index: int
     ) -> list[NewToken]:
-        """Bring a sequence to where the replay has left it, or to its end before that."""
+        """Add the new tokens of a replay to a sequence, up to the one that ends it."""
         sequence.drafts = output.drafts
         if batch.program.phase == "prefill":
             self._scheduler.advance(sequence, batch.counts[index])
@@ -197,7 +197,10 @@ class StepLoop:
     def _emit(
         self, sequence: Sequence, new_tokens: list[NewToken], on_token: OnToken | None
     ) -> None:
-        """Pass on each token but the last, which comes with the completion; the callback may cancel."""
+        """Pass on each token but the last, which comes with the completion.
+
+        The callback may cancel the request.
+        """
         if on_token is None:
             return
         has_ended = sequence.state == "finished"

@@ -1,4 +1,4 @@
-"""Text to ids and back, with the checkpoint's own tokenizer file."""
+"""From text to token ids and back, with the checkpoint's own tokenizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ Messages = list[dict[str, Any]]
 
 
 class Tokenizer:
-    """A tokenizer, and where the caller brings one, a way to write a chat as a prompt."""
+    """A tokenizer, with a chat template where there is one.
+
+    Args:
+        tokenizer: the checkpoint's.
+        chat: writes messages as one prompt.
+    """
 
     def __init__(
         self, tokenizer: tokenizers.Tokenizer, chat: Callable[[Messages], str] | None = None
@@ -24,10 +29,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, chat: Callable[[Messages], str] | None = None) -> Tokenizer:
-        """From a model folder.
+        """The tokenizer of a model folder.
 
         Raises:
-            PlanError: there is no tokenizer that can be read.
+            PlanError: there is none, or it cannot be read.
         """
         path = folder / "tokenizer.json"
         try:
@@ -53,11 +58,11 @@ class Tokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """The text of token ids, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def render_chat(self, messages: Messages) -> str:
-        """A chat as one prompt that ends where the assistant speaks.
+        """A chat as one prompt, which ends where the answer begins.
 
         Raises:
             RequestError: the model has no chat template, or it refuses the messages.

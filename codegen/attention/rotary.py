@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
-FAST_ROTATIONS = 32.0  # pairs that turn as often within the original length keep their frequency
-SLOW_ROTATIONS = 1.0  # pairs that turn no more than this are stretched by the whole factor
+# Pairs that turn at least this often within the original context keep their frequency.
+FAST_ROTATIONS = 32.0
+# Pairs that turn at most this often are stretched by the whole factor.
+SLOW_ROTATIONS = 1.0
 
 
 def frequencies(
@@ -23,20 +25,28 @@ def frequencies(
         Radians a position for each pair, and the factor on cos and sin.
     """
     pairs = range(rotary_dim // 2)
-    inverse = [theta ** -(2 * i / rotary_dim) for i in pairs]
+    plain = [theta ** -(2 * pair / rotary_dim) for pair in pairs]
     if factor == 1.0:
-        return inverse, 1.0
-    low = max(math.floor(_pair_at(FAST_ROTATIONS, rotary_dim, theta, original)), 0)
-    high = min(math.ceil(_pair_at(SLOW_ROTATIONS, rotary_dim, theta, original)), rotary_dim - 1)
+        return plain, 1.0
+    first = _pair_at(FAST_ROTATIONS, rotary_dim, theta, original)
+    low = max(math.floor(first), 0)
+    last = _pair_at(SLOW_ROTATIONS, rotary_dim, theta, original)
+    high = min(math.ceil(last), rotary_dim - 1)
     width = max(high - low, 0.001)
     stretched = []
-    for i in pairs:
-        share = min(max((i - low) / width, 0.0), 1.0)
-        stretched.append(inverse[i] / factor * share + inverse[i] * (1 - share))
-    return stretched, 0.1 * math.log(factor) + 1.0
+    for pair, frequency in enumerate(plain):
+        position = (pair - low) / width
+        share = min(max(position, 0.0), 1.0)
+        slow = frequency / factor * share
+        fast = frequency * (1 - share)
+        stretched.append(slow + fast)
+    scale = 0.1 * math.log(factor) + 1.0
+    return stretched, scale
 
 
 def _pair_at(rotations: float, rotary_dim: int, theta: float, original: int) -> float:
     """The pair, as a fraction, that turns so often within the original context."""
-    wavelengths = original / (rotations * 2 * math.pi)
-    return rotary_dim * math.log(wavelengths) / (2 * math.log(theta))
+    radians = rotations * 2 * math.pi
+    wavelength = original / radians
+    pairs = rotary_dim * math.log(wavelength)
+    return pairs / (2 * math.log(theta))

@@ -93,10 +93,12 @@ def render_page(plan: Plan, roof: Roof | None) -> str:
 def _memory(plan: Plan) -> list[Point]:
     """Parts of a rank's memory, as pieces of one bar; what is free comes last."""
     sizes = plan.pool.memory_bytes_per_rank.model_dump()
-    capacity, total = sizes.pop("capacity"), sizes.pop("total")
+    capacity = sizes.pop("capacity")
+    total = sizes.pop("total")
+    sizes["free"] = max(capacity - total, 0)
     parts: list[Point] = []
     x = 0.0
-    for name, size in (*sizes.items(), ("free", max(capacity - total, 0))):
+    for name, size in sizes.items():
         width = size / capacity * WIDTH
         parts.append({"name": name, "size": size, "x": x, "width": width})
         x += width
@@ -109,10 +111,12 @@ def _calls(plan: Plan) -> list[KernelCall]:
 
 def _layer_of(step: KernelCall) -> str:
     """The layer of what a kernel writes, the last that it names."""
-    names = [
-        name.partition(".")[0] for name in step.args if name[:1] == "L" and name[1:2].isdigit()
-    ]
-    return names[-1] if names else ""
+    layer = ""
+    for name in step.args:
+        prefix, _, _ = name.partition(".")
+        if name[:1] == "L" and name[1:2].isdigit():
+            layer = prefix
+    return layer
 
 
 def _shown_layers(plan: Plan) -> list[str]:
@@ -120,10 +124,16 @@ def _shown_layers(plan: Plan) -> list[str]:
     kinds: dict[str, list[str]] = {}
     by_name = {kernel.name: kernel for kernel in plan.kernels}
     for step in _calls(plan):
-        for part in by_name[step.kernel].parts:
+        kernel = by_name[step.kernel]
+        for part in kernel.parts:
             if part.kind in ("attention", "delta_rule"):
-                kinds.setdefault(part.kind, []).append(_layer_of(step))
-    return [layers[min(1, len(layers) - 1)] for layers in kinds.values()]
+                layer = _layer_of(step)
+                kinds.setdefault(part.kind, []).append(layer)
+    shown = []
+    for layers in kinds.values():
+        _, *others = layers
+        shown.append(next(iter(others), layers[0]))
+    return shown
 
 
 def _layer(plan: Plan, layer: str) -> dict[str, Any]:
@@ -173,7 +183,9 @@ def _middle(box: Mapping[str, float]) -> float:
 
 def _arc(start: float, end: float) -> dict[str, float]:
     """From one height to another, bulging by its length."""
-    return {"start": start, "end": end, "bulge": min(12 + (end - start) * 0.45, 130)}
+    length = end - start
+    bulge = min(12 + length * 0.45, 130)
+    return {"start": start, "end": end, "bulge": bulge}
 
 
 def _timeline(plan: Plan) -> dict[str, Any]:
@@ -208,8 +220,12 @@ def _bars(plan: Plan, steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
         elif isinstance(step, RecordEvent):
             events[step.event] = start
         else:
-            kind = names[step.kernel] if isinstance(step, KernelCall) else _function_of(step)
-            layer = _layer_of(step) if isinstance(step, KernelCall) else ""
+            layer = ""
+            if isinstance(step, KernelCall):
+                kind = names[step.kernel]
+                layer = _layer_of(step)
+            else:
+                kind = _function_of(step)
             yield {
                 "kind": kind,
                 "layer": layer,
@@ -257,8 +273,15 @@ def _front(plan: Plan) -> dict[str, Any]:
 def _ticks(most: float, length: float) -> list[tuple[float, str]]:
     """Four round numbers along an axis."""
     step = 10 ** math.floor(math.log10(most / 2))
-    step = next((step * k for k in (1, 2, 5, 10) if most / (step * k) <= 5), step)
-    return [(k * step / most * length, f"{k * step:g}") for k in range(1, int(most / step) + 1)]
+    for factor in (1, 2, 5, 10):
+        if most / (step * factor) <= 5:
+            step *= factor
+            break
+    ticks = []
+    for number in range(1, int(most / step) + 1):
+        value = number * step
+        ticks.append((value / most * length, f"{value:g}"))
+    return ticks
 
 
 def _roof(roof: Roof) -> dict[str, Any]:

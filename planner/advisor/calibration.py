@@ -27,7 +27,7 @@ from tokenspeed_plan.plans.errors import SpecError
 NO_WAIT_US = 1e-6
 MIN_SAMPLES = 3  # samples of a class for which a line is fitted
 MIN_ERROR = 0.03
-MIN_RESIDUAL, MAX_RESIDUAL = 0.2, 20.0  # beyond these, a probe was too small to tell
+MIN_RESIDUAL, MAX_RESIDUAL = 0.2, 20.0  # outside of these, the probe was too small
 MATRIX_CLASSES = ("product", "grouped", "attention_prefill", "delta_chunk")
 PROBES = ("qwen3.5-122b-a10b", "qwen3.5-27b")
 SMALL_PROBE = "qwen3.5-0.8b"
@@ -134,7 +134,7 @@ def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
 def _slope(samples: Sequence[Sample], wait_us: float) -> tuple[float, float]:
     """The given wait, and the factor that explains the time of all samples together.
 
-    Samples that are too small to tell hardly count.
+    Samples of short times have little weight.
     """
     above_us = sum(max(sample.measured_us - wait_us, 0.0) for sample in samples)
     return wait_us, above_us / sum(sample.busy_us for sample in samples)
@@ -198,7 +198,7 @@ def with_numbers(
     text: str,
     **groups: Mapping[str, float],
 ) -> Profile:
-    """The profile with measured numbers; sources that no number names any more are dropped.
+    """The profile with measured numbers; sources that no number refers to are dropped.
 
     Args:
         profile: to start from.

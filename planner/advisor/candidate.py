@@ -20,9 +20,9 @@ class Knobs:
         depth: drafts that a step verifies.
         kv_dtype: `fp8`, or `bf16` for keys and values in the dtype of the weights.
         checkpoint_tokens: tokens between two checkpoints of recurrent state in a prompt; None for
-            one at the end of each chunk. Checkpoints at the ends of prompts and answers, where the
-            next turn starts, come on top. 0 keeps none at all, so that each turn computes its whole
-            prompt.
+            one at the end of each chunk. In both cases the ends of prompts and answers, where the
+            next turn starts, have checkpoints too. 0 keeps none at all: each turn computes its
+            whole prompt.
     """
 
     prefill_chunk: int

@@ -10,8 +10,8 @@ from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.search_space import DEPTHS
 from tokenspeed_plan.plans.errors import SpecError
 
-# The share of a token's time that more drafts must save: predictions do not tell depths apart that
-# are closer (measured on an H200).
+# The share of a token's time that more drafts must save. Below it, predictions do not rank depths
+# reliably (measured on an H200).
 WORTH_A_DRAFT = 0.05
 
 
@@ -26,12 +26,16 @@ class BucketDepth:
     @property
     def gain(self) -> float:
         """The rate of tokens over that without drafts."""
-        return self.token_us[0] / self.token_us[self.depth]
+        plain_us = self.token_us[0]
+        return plain_us / self.token_us[self.depth]
 
     def at_most(self, max_depth: int) -> BucketDepth:
         """The same bucket with the best of fewer drafts."""
-        allowed = [depth for depth in self.token_us if depth <= max_depth]
-        return replace(self, depth=_cheapest(self.token_us, allowed))
+        allowed = {}
+        for depth, us in self.token_us.items():
+            if depth <= max_depth:
+                allowed[depth] = us
+        return replace(self, depth=_cheapest(allowed))
 
 
 def bucket_depths(
@@ -39,8 +43,8 @@ def bucket_depths(
 ) -> tuple[BucketDepth, ...]:
     """The drafts of each bucket: what the spec states, else the fewest near the least time.
 
-    Where the state of the deepest does not fit, no bucket drafts more than the candidate, which
-    does fit.
+    Where the state of the most drafts does not fit, no bucket makes more of them than the
+    candidate, which fits.
 
     Raises:
         SpecError: drafts are asked for, and the model has no layer that makes them.
@@ -53,13 +57,26 @@ def bucket_depths(
                 "set `speculation: off`",
             )
         return tuple(BucketDepth(bucket, {0: 1.0}, 0) for bucket in buckets)
+    tried: Iterable[int] = DEPTHS
     if stated is not None:
-        return tuple(_stated(predictor, candidate, bucket, stated) for bucket in buckets)
-    table = tuple(_cheapest_of(predictor, candidate, bucket) for bucket in buckets)
-    deepest = replace(candidate, knobs=replace(candidate.knobs, depth=max_depth(table)))
-    if predictor.fullest(deepest).total > predictor.hardware.memory_bytes:
-        return tuple(each.at_most(candidate.knobs.depth) for each in table)
-    return table
+        tried = sorted({0, stated})
+    table = []
+    for bucket in buckets:
+        token_us = {depth: predictor.token_us(candidate, bucket, depth) for depth in tried}
+        table.append(BucketDepth(bucket, token_us, _cheapest(token_us)))
+    if stated is not None:
+        return tuple(replace(each, depth=stated) for each in table)
+    if not _deepest_fits(predictor, candidate, max_depth(table)):
+        limit = candidate.knobs.depth
+        return tuple(each.at_most(limit) for each in table)
+    return tuple(table)
+
+
+def _deepest_fits(predictor: Predictor, candidate: Candidate, depth: int) -> bool:
+    """Whether the candidate fits with so many drafts."""
+    knobs = replace(candidate.knobs, depth=depth)
+    memory = predictor.fullest(replace(candidate, knobs=knobs))
+    return memory.total <= predictor.hardware.memory_bytes
 
 
 def max_depth(table: Iterable[BucketDepth]) -> int:
@@ -67,18 +84,8 @@ def max_depth(table: Iterable[BucketDepth]) -> int:
     return max(each.depth for each in table)
 
 
-def _stated(predictor: Predictor, candidate: Candidate, bucket: int, depth: int) -> BucketDepth:
-    token_us = {tried: predictor.token_us(candidate, bucket, tried) for tried in sorted({0, depth})}
-    return BucketDepth(bucket, token_us, depth)
-
-
-def _cheapest_of(predictor: Predictor, candidate: Candidate, bucket: int) -> BucketDepth:
-    token_us = {depth: predictor.token_us(candidate, bucket, depth) for depth in DEPTHS}
-    return BucketDepth(bucket, token_us, _cheapest(token_us, DEPTHS))
-
-
-def _cheapest(token_us: Mapping[int, float], depths: Iterable[int]) -> int:
+def _cheapest(token_us: Mapping[int, float]) -> int:
     """The fewest drafts whose token takes almost as little time as the best."""
-    allowed = list(depths)
-    limit_us = min(token_us[depth] for depth in allowed) * (1 + WORTH_A_DRAFT)
-    return min(depth for depth in allowed if token_us[depth] <= limit_us)
+    limit_us = min(token_us.values()) * (1 + WORTH_A_DRAFT)
+    good = [depth for depth, us in token_us.items() if us <= limit_us]
+    return min(good)

@@ -1,6 +1,6 @@
 """What fits: the memory of a deployment on each rank.
 
-What the plan allocates is counted to the byte; the profile's margin stands for the rest.
+What the plan allocates is counted to the byte. The profile's margin stands for the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tokenspeed_plan.codegen.attention.attention_tiling import MAX_SPLITS
 from tokenspeed_plan.planner.advisor.candidate import Knobs
 from tokenspeed_plan.planner.advisor.numbers import ceil_div
 from tokenspeed_plan.planner.advisor.step_model import StepModel, stored_formats
-from tokenspeed_plan.planner.graph import OpGraph, Stage, Tensor
+from tokenspeed_plan.planner.graph import Op, OpGraph, Stage, Tensor
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.passes.cost import stored_scale
 from tokenspeed_plan.planner.passes.limits import COPIED_PAGES, num_checkpoints, state_slots_per_seq
@@ -22,7 +22,9 @@ from tokenspeed_plan.plans.schema import ArenaName
 from tokenspeed_plan.plans.types import DTYPE_BITS, Phase, TensorSpec, aligned
 
 SHARED_STATE_SLOTS = 2  # of padding, beside those of the sequences
-LONG_CHUNK = 8  # a chunk of so many times a decode step's tokens needs more activations than it
+# A prefill chunk with this many times the tokens of a decode step needs more activations than it.
+LONG_CHUNK = 8
+_ONE_STREAM = PassOptions(num_streams=1, checks=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ class MemoryMap:
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return sum(getattr(self, each.name) for each in fields(self))
+        parts = [getattr(self, each.name) for each in fields(self)]
+        return sum(parts)
 
 
 @dataclass
@@ -53,8 +56,9 @@ class MemoryModel:
     """The memory of one layout, for any number of sequences and tokens.
 
     Attributes:
-        steps: has the graphs. layout: of the pool.
-        buffers: persistent buffers by arena and drafts, with their number of layers; a cache.
+        steps: has the graphs.
+        layout: of the pool.
+        buffers: persistent buffers by arena and depth, each with its number of layers; a cache.
     """
 
     steps: StepModel
@@ -66,38 +70,52 @@ class MemoryModel:
 
         Data-parallel groups share the sequences out.
         """
+        depth = knobs.depth
         local_seqs = ceil_div(num_seqs, self.layout.attention_dp)
+        queries = local_seqs * (depth + 1)
         seq_pages = ceil_div(seq_tokens, knobs.page_size)
-        slots = local_seqs * state_slots_per_seq(knobs.depth, self.steps.recomputes)
+        num_pages = local_seqs * (seq_pages + COPIED_PAGES)
+        slots = local_seqs * state_slots_per_seq(depth, self.steps.rollback)
         slots += SHARED_STATE_SLOTS
         kept = local_seqs * num_checkpoints(seq_pages * knobs.page_size, knobs.spacing)
-        slot_bytes = self._slot_bytes(knobs.depth)
-        state = sum(aligned((slots + kept) * size) - kept * size for size in slot_bytes)
+        slot_bytes = self._slot_bytes(depth)
+        checkpoints = kept * sum(slot_bytes)
+        all_slots = sum(aligned((slots + kept) * size) for size in slot_bytes)
         return MemoryMap(
-            weights=self._weights(knobs.depth > 0),
-            kv_cache=self._kv_cache(knobs, local_seqs * (seq_pages + COPIED_PAGES)),
-            state=state,
-            checkpoints=kept * sum(slot_bytes),
+            weights=self._weights(depth > 0),
+            kv_cache=self._kv_cache(knobs, num_pages),
+            state=all_slots - checkpoints,
+            checkpoints=checkpoints,
             activations=self._activations(knobs, local_seqs),
             io=self._io(knobs, local_seqs, seq_tokens),
-            scratch=local_seqs * (knobs.depth + 1) * self._scratch_per_query,
+            scratch=queries * self._scratch_per_query,
             reserved=self.steps.hardware.reserved_bytes,
         )
 
     def max_seqs_that_fit(self, knobs: Knobs, seq_tokens: int, limit: int = 1 << 20) -> int:
         """The largest number of sequences of that length that fit."""
-        return self._largest(limit, lambda count: self.map(knobs, count, seq_tokens).total)
+
+        def total(num_seqs: int) -> int:
+            return self.map(knobs, num_seqs, seq_tokens).total
+
+        return self._largest(limit, total)
 
     def max_tokens_that_fit(self, knobs: Knobs, num_seqs: int) -> int:
         """The longest sequence of which so many fit, within the model's positions."""
-        positions = self.steps.config.max_positions
-        return self._largest(positions, lambda tokens: self.map(knobs, num_seqs, tokens).total)
+
+        def total(seq_tokens: int) -> int:
+            return self.map(knobs, num_seqs, seq_tokens).total
+
+        return self._largest(self.steps.config.max_positions, total)
 
     def layer_bytes(self, knobs: Knobs) -> tuple[int, int]:
         """Bytes of one layer on a rank: keys and values of a token, and a state slot."""
-        kv = [size // knobs.page_size for size in self._page_bytes(knobs, draft=False)]
+        page_bytes = max(self._page_bytes(knobs, draft=False), default=0)
+        token_bytes = page_bytes // knobs.page_size
+        state_bytes = sum(self._slot_bytes(0))
         num_linear = self.steps.config.layer_types.count("linear_attention")
-        return max(kv, default=0), sum(self._slot_bytes(0)) // max(num_linear, 1)
+        slot_bytes = state_bytes // max(num_linear, 1)
+        return token_bytes, slot_bytes
 
     def _largest(self, limit: int, total: Callable[[int], int]) -> int:
         """The largest number, up to a limit, whose memory fits."""
@@ -127,38 +145,51 @@ class MemoryModel:
         """
         attention = self.steps.config.attention
         heads = attention.num_qo_heads // self.layout.attention_tp
-        splits = min(self.steps.hardware.num_sms, MAX_SPLITS)
-        return 2 * splits * heads * (attention.head_dim + 2) * 4
+        splits = 2 * min(self.steps.hardware.num_sms, MAX_SPLITS)
+        values = attention.head_dim + 2  # with the maximum and the sum of the softmax
+        element_bytes = DTYPE_BITS["fp32"] // 8
+        return splits * heads * values * element_bytes
 
     @cached_property
     def _target_weights(self) -> int:
         graph = self._graph("decode")
         layers = _layers_of(graph)
-        return sum(
-            aligned(size) * self.steps.count_of(layers[name]) for name, size in self._stored(graph)
-        )
+        total = 0
+        for name, size in self._stored(graph):
+            count = self.steps.count_of(layers[name])
+            total += aligned(size) * count
+        return total
 
     @cached_property
     def _draft_weights(self) -> int:
         """Bytes of the weights that only drafting uses."""
         known = self._graph("decode").weights
         drafting = self._graph("decode", depth=1)
-        return sum(aligned(size) for name, size in self._stored(drafting) if name not in known)
+        total = 0
+        for name, size in self._stored(drafting):
+            if name not in known:
+                total += aligned(size)
+        return total
 
     def _stored(self, graph: OpGraph) -> Iterator[tuple[str, int]]:
         """Bytes of each weight as the checkpoint stores it."""
         formats = stored_formats(self.steps.weights)
-        members = [member for op in graph.ops for member in op.members]
-        users = {name: member for member in members for name in member.weights}
+        users: dict[str, Op] = {}
+        for op in graph.ops:
+            for member in op.members:
+                users |= dict.fromkeys(member.weights, member)
         for name, weight in graph.weights.items():
-            scale = stored_scale(users[name], weight.spec, formats)
-            yield name, int(weight.spec.size_bytes() * scale)
+            spec = weight.spec
+            scale = stored_scale(users[name], spec, formats)
+            yield name, int(spec.size_bytes() * scale)
 
     def _kv_cache(self, knobs: Knobs, num_pages: int) -> int:
         """Bytes of so many pages of the pool, with one page of padding and the alignment."""
         local_pages = ceil_div(num_pages, self.layout.context_split)
-        page_bytes = self._page_bytes(knobs, knobs.depth > 0)
-        return sum(aligned((local_pages + 1) * size) for size in page_bytes)
+        total = 0
+        for size in self._page_bytes(knobs, knobs.depth > 0):
+            total += aligned((local_pages + 1) * size)
+        return total
 
     def _page_bytes(self, knobs: Knobs, draft: bool) -> list[int]:
         """Bytes of a page in the cache of each layer."""
@@ -168,47 +199,61 @@ class MemoryModel:
         sizes = []
         for tensor, count in self._buffers("kv_cache", int(draft)):
             _, two, _, heads, width = tensor.spec.bind(0, 0)
-            size = two * heads * width * knobs.page_size * element_bytes
-            sizes += [size] * count
+            token_bytes = two * heads * width * element_bytes
+            page_bytes = token_bytes * knobs.page_size
+            sizes += [page_bytes] * count
         return sizes
 
     def _slot_bytes(self, depth: int) -> list[int]:
         """Bytes of each layer's state slot, and of the inputs that are kept to recompute it."""
         sizes: list[int] = []
         for tensor, count in self._buffers("state", depth):
-            slots = tensor.spec.bind(0, 0)[0]
-            sizes += [tensor.spec.size_bytes() // slots] * count
+            spec = tensor.spec
+            slots, *_ = spec.bind(0, 0)
+            slot_bytes = spec.size_bytes() // slots
+            sizes += [slot_bytes] * count
         return sizes
 
     def _buffers(self, arena: ArenaName, depth: int) -> list[tuple[Tensor, int]]:
         """The decode graph's buffers in an arena, and how many layers each stands for."""
-        if (arena, depth) not in self.buffers:
+        key = (arena, depth)
+        if key not in self.buffers:
             graph = self._graph("decode", depth=depth)
             layers = _layers_of(graph)
-            self.buffers[arena, depth] = [
-                (tensor, self.steps.count_of(layers[name]))
-                for name, tensor in graph.tensors.items()
-                if tensor.arena == arena
-            ]
-        return self.buffers[arena, depth]
+            found = []
+            for name, tensor in graph.tensors.items():
+                if tensor.arena == arena:
+                    count = self.steps.count_of(layers[name])
+                    found.append((tensor, count))
+            self.buffers[key] = found
+        return self.buffers[key]
 
     def _activations(self, knobs: Knobs, seqs: int) -> int:
         """Bytes of the phase that needs more."""
-        chunk, tokens = knobs.prefill_chunk, seqs * (knobs.depth + 1)
-        prefill = self._arena("prefill", chunk, min(seqs, chunk), knobs.depth)
+        depth = knobs.depth
+        chunk = knobs.prefill_chunk
+        prefill = self._arena("prefill", chunk, min(seqs, chunk), depth)
+        tokens = seqs * (depth + 1)
         if chunk >= LONG_CHUNK * tokens:
             return prefill
-        return max(prefill, self._arena("decode", tokens, seqs, knobs.depth))
+        decode = self._arena("decode", tokens, seqs, depth)
+        return max(prefill, decode)
 
     def _arena(self, phase: Phase, tokens: int, seqs: int, depth: int) -> int:
+        known = self.steps.arenas
         key = (self.layout, phase, tokens, seqs, depth)
-        if key not in self.steps.arenas:
+        if key not in known:
             graph = self._graph(phase, tokens, seqs, depth)
-            hardware, options = self.steps.hardware, PassOptions(num_streams=1, checks=False)
-            context = PassContext(self.layout, hardware, tokens, seqs, options=options)
+            context = PassContext(
+                self.layout,
+                self.steps.hardware,
+                tokens,
+                seqs,
+                options=_ONE_STREAM,
+            )
             placed = run(graph, context, until=Stage.PLACED)
-            self.steps.arenas[key] = sum(placed.arena_bytes.values())
-        return self.steps.arenas[key]
+            known[key] = sum(placed.arena_bytes.values())
+        return known[key]
 
     def _io(self, knobs: Knobs, seqs: int, seq_tokens: int) -> int:
         """Bytes of inputs and outputs, each as large as the phase that needs more of it."""
@@ -217,13 +262,16 @@ class MemoryModel:
             "prefill": knobs.prefill_chunk,
             "decode": seqs * (knobs.depth + 1),
         }
-        page_table = _page_table(knobs, seq_tokens)
         for phase, tokens in num_tokens.items():
-            for name, tensor in self._graph(phase, depth=knobs.depth).tensors.items():
+            graph = self._graph(phase, depth=knobs.depth)
+            for name, tensor in graph.tensors.items():
                 if tensor.arena != "io":
                     continue
-                spec = page_table if name == "page_table" else tensor.spec
-                sizes[name] = max(sizes.get(name, 0), spec.size_bytes(tokens, seqs))
+                spec = tensor.spec
+                if name == "page_table":
+                    spec = _page_table(knobs, seq_tokens)
+                size = spec.size_bytes(tokens, seqs)
+                sizes[name] = max(sizes.get(name, 0), size)
         return sum(map(aligned, sizes.values()))
 
 
@@ -232,13 +280,15 @@ def _layers_of(graph: OpGraph) -> dict[str, int | None]:
     layers: dict[str, int | None] = {}
     for op in graph.ops:
         for member in op.members:
-            layers |= dict.fromkeys(member.weights, member.layer)
-            layers |= {name: member.layer for name, _ in member.states}
+            used = (*member.weights, *dict(member.states))
+            layers |= dict.fromkeys(used, member.layer)
     return layers
 
 
 def _page_table(knobs: Knobs, seq_tokens: int) -> TensorSpec:
     """The page table; a step that drafts may write past the end of a sequence."""
-    overrun = 2 * (knobs.depth + 1) if knobs.depth else 0
-    pages = ceil_div(seq_tokens + overrun, knobs.page_size)
+    tokens = seq_tokens
+    if knobs.depth:
+        tokens += 2 * (knobs.depth + 1)
+    pages = ceil_div(tokens, knobs.page_size)
     return TensorSpec.of(shape=("num_seqs", pages), dtype="i32")

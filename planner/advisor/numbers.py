@@ -15,4 +15,5 @@ def ceil_div(value: int, divisor: int) -> int:
 
 def powers_of_two(limit: int) -> list[int]:
     """1, 2, 4, ... up to the limit."""
-    return [1 << bits for bits in range(limit.bit_length())]
+    num_bits = limit.bit_length()
+    return [1 << bits for bits in range(num_bits)]

@@ -58,7 +58,7 @@ def _step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
         find_hardware(spec.target.gpu),
         weights=spec.model.weights,
         skew=spec.workload.skew,
-        recomputes=bool(plan.pool.limits.kept_inputs),
+        rollback=plan.pool.limits.rollback,
         draft_vocab=spec.draft_vocab,
     )
     layout = plan.pool.layout

@@ -29,6 +29,7 @@ from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.spec import Spec, SpeculationSpec
+from tokenspeed_plan.plans.types import RollbackWord
 
 SHARING_ERROR = 0.10  # relative error of the model of a pool that several users share
 
@@ -98,7 +99,10 @@ class Prediction:
 
     def as_json(self) -> dict[str, float]:
         """The metrics, rounded."""
-        return {name: digits(value) for name, value in self.metrics.items()}
+        rounded = {}
+        for name, value in self.metrics.items():
+            rounded[name] = digits(value)
+        return rounded
 
 
 @dataclass
@@ -108,7 +112,7 @@ class Predictor:
     Attributes:
         engine: another engine to model in place of our runtime.
         reserved_price: price GPUs as reserved, not as on demand.
-        recomputes: rejected drafts are taken back by recomputing the state, not by snapshots.
+        rollback: how rejected drafts are taken back.
         memories: the memory model of each layout so far.
     """
 
@@ -117,7 +121,7 @@ class Predictor:
     hardware: HardwareSpec
     engine: Engine | None = None
     reserved_price: bool = False
-    recomputes: bool = False
+    rollback: RollbackWord = "snapshot"
     memories: dict[ParallelLayout, MemoryModel] = field(default_factory=dict)
 
     @cached_property
@@ -129,7 +133,7 @@ class Predictor:
             weights=self.spec.model.weights,
             skew=self.spec.workload.skew,
             engine=self.engine,
-            recomputes=self.recomputes,
+            rollback=self.rollback,
             draft_vocab=self.spec.draft_vocab,
         )
 
@@ -178,8 +182,9 @@ class Predictor:
 
     def token_us(self, candidate: Candidate, batch: int, depth: int) -> float:
         """Microseconds for one token of a sequence, in the middle of the conversation."""
+        kv_dtype = candidate.knobs.kv_dtype
         context = conversation(self.spec.workload).mean_context
-        step = self.steps.decode(candidate.layout, batch, context, depth, candidate.knobs.kv_dtype)
+        step = self.steps.decode(candidate.layout, batch, context, depth, kv_dtype)
         return step.total_us / self.accepted(depth)
 
     @cached_property
@@ -191,7 +196,9 @@ class Predictor:
         speculation = self.spec.speculation
         if isinstance(speculation, SpeculationSpec) and speculation.acceptance is not None:
             stated = speculation.acceptance
-            return (stated,) if isinstance(stated, float) else stated
+            if isinstance(stated, float):
+                return (stated,)
+            return stated
         return self.config.mtp_acceptance or ACCEPTANCE
 
     def accepted(self, depth: int) -> float:
@@ -200,24 +207,31 @@ class Predictor:
 
     def fullest(self, candidate: Candidate) -> MemoryMap:
         """The memory of the fullest pool, at the spec's concurrency and longest conversation."""
-        users = ceil_div(self.spec.workload.concurrency, candidate.replicas)
-        tokens = self.spec.workload.max_conversation_tokens
-        pools = [self.memory(candidate.layout).map(candidate.knobs, users, tokens)]
+        workload = self.spec.workload
+        users = ceil_div(workload.concurrency, candidate.replicas)
+        tokens = workload.max_conversation_tokens
+        decode = self.memory(candidate.layout)
+        fullest = decode.map(candidate.knobs, users, tokens)
         if candidate.prefill:
-            pools.append(self.memory(candidate.prefill).map(candidate.knobs, users, tokens))
-        return max(pools, key=lambda pool: pool.total)
+            prefill = self.memory(candidate.prefill)
+            other = prefill.map(candidate.knobs, users, tokens)
+            if other.total > fullest.total:
+                fullest = other
+        return fullest
 
     def _prompt(self, layout: ParallelLayout, knobs: Knobs, turn: Turn) -> StepTime:
         """All chunks of a turn's prompt.
 
         Full chunks are priced in the middle of the new tokens, the rest at their end.
         """
-        new_tokens, chunk = round(turn.new_tokens), knobs.prefill_chunk
-        full, rest = divmod(new_tokens, chunk)
+        chunk = knobs.prefill_chunk
+        full, rest = divmod(round(turn.new_tokens), chunk)
         total = StepTime()
         if full:
-            middle = round(turn.cached_tokens) + (full - 1) * chunk // 2
-            total += self.steps.prefill(layout, chunk, middle, knobs.kv_dtype) * full
+            cached = round(turn.cached_tokens)
+            middle = cached + (full - 1) * chunk // 2
+            step = self.steps.prefill(layout, chunk, middle, knobs.kv_dtype)
+            total += step * full
         if rest:
             before = round(turn.prompt_tokens) - rest
             total += self.steps.prefill(layout, rest, before, knobs.kv_dtype)
@@ -239,23 +253,34 @@ class Predictor:
     def _step(
         self, layout: ParallelLayout, knobs: Knobs, talk: Conversation, batch: int
     ) -> StepTime:
-        context = talk.mean_context
-        return self.steps.decode(layout, max(batch, 1), context, knobs.depth, knobs.kv_dtype)
+        seqs = max(batch, 1)
+        return self.steps.decode(
+            layout,
+            seqs,
+            talk.mean_context,
+            knobs.depth,
+            knobs.kv_dtype,
+        )
 
     def _step_us(
         self, layout: ParallelLayout, knobs: Knobs, talk: Conversation, users: int
     ) -> Callable[[float], float]:
         """Microseconds of a step by its batch, linear between powers of two."""
         batches = sorted({*powers_of_two(users), users})
-        times = [self._step(layout, knobs, talk, batch).total_us for batch in batches]
+        times_us = []
+        for batch in batches:
+            step = self._step(layout, knobs, talk, batch)
+            times_us.append(step.total_us)
 
         def step_us(batch: float) -> float:
             upper = min(bisect_left(batches, batch), len(batches) - 1)
-            if batch >= batches[upper] or upper == 0:
-                return times[upper]
-            below, above = batches[upper - 1], batches[upper]
+            lower = upper - 1
+            above, above_us = batches[upper], times_us[upper]
+            if batch >= above or upper == 0:
+                return above_us
+            below, below_us = batches[lower], times_us[lower]
             share = (batch - below) / (above - below)
-            return times[upper - 1] + share * (times[upper] - times[upper - 1])
+            return below_us + share * (above_us - below_us)
 
         return step_us
 
@@ -263,8 +288,9 @@ class Predictor:
         """The error of the steps' times, and of the model of users who share a pool."""
         total = prompt + step * steps
         of_time = total.error_us(self.hardware.errors) / total.total_us
-        of_sharing = SHARING_ERROR if users > 1 else 0.0
-        return math.hypot(of_time, of_sharing)
+        if users == 1:
+            return of_time
+        return math.hypot(of_time, SHARING_ERROR)
 
     @property
     def _price_per_hour(self) -> float:

@@ -50,18 +50,28 @@ class SearchResult:
     @cached_property
     def ranked(self) -> list[Prediction]:
         """Best first: what meets the service levels, by the objective; then the nearest misses."""
-        return sorted(self.predictions, key=lambda p: (self.excess(p), *self._order(p)))
+        return sorted(self.predictions, key=self._order)
 
-    def _order(self, prediction: Prediction) -> tuple[float, float, int, str]:
-        """The objective; ties go to less time and cost, to fewer GPUs, then by name."""
-        metrics, candidate = prediction.metrics, prediction.candidate
+    def _order(self, prediction: Prediction) -> tuple[float, float, float, int, str]:
+        """Ties of the objective go to less time and cost, to fewer GPUs, then by name."""
+        metrics = prediction.metrics
+        candidate = prediction.candidate
         tie = metrics["turn_time_ms"] * metrics["cost_per_million_tokens_usd"]
-        return metrics[self.objective], tie, candidate.num_gpus, str(candidate)
+        return (
+            self.excess(prediction),
+            metrics[self.objective],
+            tie,
+            candidate.num_gpus,
+            str(candidate),
+        )
 
     def excess(self, prediction: Prediction) -> float:
         """By which share it exceeds the service level that it misses most; 0 if none."""
-        shares = [prediction.metrics[name] / limit - 1.0 for name, limit in self.slo.items()]
-        return max([0.0, *shares])
+        metrics = prediction.metrics
+        worst = 0.0
+        for name, limit in self.slo.items():
+            worst = max(worst, metrics[name] / limit - 1.0)
+        return worst
 
     @property
     def best(self) -> Prediction:
@@ -86,11 +96,16 @@ class SearchResult:
         best = self.best
         if not self.excess(best):
             return None
-        name = max(self.slo, key=lambda key: best.metrics[key] / self.slo[key])
-        time = best.prompt if name.startswith("ttft") else best.step
-        share = getattr(time, time.bound) / time.total_us
+        metrics = best.metrics
+        ratios = {name: metrics[name] / limit for name, limit in self.slo.items()}
+        name = max(ratios, key=ratios.__getitem__)
+        time = best.step
+        if name.startswith("ttft"):
+            time = best.prompt
+        bound_us = getattr(time, time.bound)
+        share = bound_us / time.total_us
         return (
-            f"{name} is {best.metrics[name]:.4g} against {self.slo[name]:g} at best; "
+            f"{name} is {metrics[name]:.4g} against {self.slo[name]:g} at best; "
             f"{share:.0%} of that time is {TIME_SPENT[time.bound]}"
         )
 
@@ -105,14 +120,18 @@ class SearchResult:
     @cached_property
     def split(self) -> Prediction | None:
         """The best deployment with a prefill pool and a decode pool."""
-        pooled = (p for p in self.ranked if p.candidate.prefill is not None)
-        return next(pooled, None)
+        for prediction in self.ranked:
+            if prediction.candidate.prefill is not None:
+                return prediction
+        return None
 
     @cached_property
     def unsplit(self) -> Prediction | None:
         """The best deployment in which one pool does both."""
-        single = (p for p in self.ranked if p.candidate.prefill is None)
-        return next(single, None)
+        for prediction in self.ranked:
+            if prediction.candidate.prefill is None:
+                return prediction
+        return None
 
     @cached_property
     def front(self) -> list[Prediction]:
@@ -132,12 +151,14 @@ def search_result(
     for levels in (spec.objective.slo, spec.slo):
         if levels:
             slo |= levels.model_dump(exclude_none=True)
-    return SearchResult(OBJECTIVES[spec.objective.minimize], slo, predictions, rejected)
+    objective = OBJECTIVES[spec.objective.minimize]
+    return SearchResult(objective, slo, predictions, rejected)
 
 
 def _by_speed(prediction: Prediction) -> tuple[float, float, str]:
     speed = prediction.metrics["tokens_per_s_user"]
-    return -speed, -_throughput(prediction), str(prediction.candidate)
+    throughput = _throughput(prediction)
+    return -speed, -throughput, str(prediction.candidate)
 
 
 def _throughput(prediction: Prediction) -> float:

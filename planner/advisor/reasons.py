@@ -20,13 +20,11 @@ from tokenspeed_plan.planner.advisor.predicted import (
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
 from tokenspeed_plan.planner.advisor.rollback import Rollback
-from tokenspeed_plan.planner.ledger import Ledger
+from tokenspeed_plan.planner.ledger import AS_STATED, Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.schema import Option
 from tokenspeed_plan.plans.types import GIB
-
-AS_STATED = "as the spec says"
 
 
 def record_parallelism(ledger: Ledger, result: SearchResult, stated: bool) -> None:

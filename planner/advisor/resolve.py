@@ -30,7 +30,7 @@ from tokenspeed_plan.planner.passes.limits import decode_buckets, prefill_chunk
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Predicted
-from tokenspeed_plan.plans.types import FORMATS, DType
+from tokenspeed_plan.plans.types import FORMATS, DType, RollbackWord
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class Decided:
         knobs: the rest of the deployment; `depth` is the most drafts of any bucket.
         depths: drafts of a step by decode bucket.
         predicted: the promised numbers.
-        recomputes: rejected drafts are taken back by recomputing the state, not by snapshots.
+        rollback: how rejected drafts are taken back.
     """
 
     layout: ParallelLayout
     knobs: Knobs
     depths: Mapping[int, int]
     predicted: Predicted
-    recomputes: bool = False
+    rollback: RollbackWord = "snapshot"
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A search, and the way to take drafts back with which it was made."""
+    """A search, and the rollback that it was made with."""
 
     predictor: Predictor
     result: SearchResult
@@ -88,28 +88,30 @@ def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec, ledger: Led
     if not unrestricted.predictions:
         unrestricted = result
     _record(ledger, choice, unrestricted)
-    best, rollback = result.best.candidate, choice.rollback
+    best = result.best.candidate
+    rollback = choice.rollback
     return Decided(
         layout=best.layout,
         knobs=replace(best.knobs, depth=rollback.depth),
         depths={each.bucket: each.depth for each in rollback.table},
         predicted=predicted(predictor, result, unrestricted),
-        recomputes=rollback.recomputes and rollback.depth > 0,
+        rollback=rollback.word,
     )
 
 
 def _choose(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> _Choice:
     """The deployment and its rollback; another rollback than the first needs a second search."""
-    words = allowed_rollbacks(spec, config, hardware)
-    predictors = [
-        Predictor(spec, config, hardware, recomputes=word == "recompute") for word in words
-    ]
+    predictors = []
+    for word in allowed_rollbacks(spec, config, hardware):
+        predictor = Predictor(spec, config, hardware, rollback=word)
+        predictors.append(predictor)
+    num_gpus = spec.target.count
     buckets = decode_buckets(spec.workload.concurrency)
-    predictor, result = _search(predictors, spec.target.count)
+    predictor, result = _search(predictors, num_gpus)
     ways = rollbacks(predictors, result.best.candidate, buckets)
     chosen = choose(ways)
     if chosen.predictor is not predictor:
-        predictor, result = _search([chosen.predictor], spec.target.count)
+        predictor, result = _search([chosen.predictor], num_gpus)
         ways = rollbacks(predictors, result.best.candidate, buckets)
         chosen = next(way for way in ways if way.predictor is predictor)
     return _Choice(predictor, result, ways, chosen)

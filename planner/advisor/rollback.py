@@ -4,7 +4,7 @@
 the one after the last accepted draft. This takes memory, and writes every state in each step.
 
 `recompute`: the state before the step stays, the inputs of its queries are kept, and the next step
-computes those of the accepted drafts again. This does a step's arithmetic twice.
+first recomputes the state after the accepted drafts. This does a step's arithmetic twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from tokenspeed_plan.planner.advisor.memory_model import MemoryMap
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
-from tokenspeed_plan.planner.spec import RollbackWord, Spec
+from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.plans.types import RollbackWord
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +37,9 @@ class Rollback:
     memory: MemoryMap
 
     @property
-    def recomputes(self) -> bool:
-        """Whether the state is recomputed, not read from a snapshot."""
-        return self.predictor.recomputes
+    def word(self) -> RollbackWord:
+        """Which of the two it is."""
+        return self.predictor.rollback
 
     @property
     def depth(self) -> int:
@@ -48,7 +49,8 @@ class Rollback:
     @property
     def fits(self) -> bool:
         """Whether a GPU has the memory."""
-        return self.memory.total <= self.predictor.hardware.memory_bytes
+        limit = self.predictor.hardware.memory_bytes
+        return self.memory.total <= limit
 
     @property
     def state_bytes(self) -> int:
@@ -58,10 +60,11 @@ class Rollback:
     @property
     def token_us(self) -> float:
         """Microseconds for a token of a sequence, the mean over all buckets."""
-        return geometric_mean(each.token_us[each.depth] for each in self.table)
+        times_us = [each.token_us[each.depth] for each in self.table]
+        return geometric_mean(times_us)
 
     def __str__(self) -> str:
-        return "recompute" if self.recomputes else "snapshot"
+        return self.word
 
 
 def allowed_rollbacks(
@@ -69,7 +72,7 @@ def allowed_rollbacks(
 ) -> tuple[RollbackWord, ...]:
     """The ways to try, the usual one first; one alone where the spec states it or nothing drafts.
 
-    A GPU waits for memory, so that it usually recomputes; a CPU waits for arithmetic.
+    A GPU waits for memory, so `recompute` usually wins; a CPU waits for arithmetic.
     """
     if spec.stated_rollback:
         return (spec.stated_rollback,)
@@ -77,7 +80,9 @@ def allowed_rollbacks(
     if hardware.sm > 0:
         ways = ("recompute", "snapshot")
     drafts = config.num_mtp_layers > 0 and spec.stated_depth != 0
-    return ways if drafts else ways[:1]
+    if drafts:
+        return ways
+    return ways[:1]
 
 
 def rollbacks(
@@ -97,7 +102,11 @@ def choose(ways: Sequence[Rollback]) -> Rollback:
     """The first way that fits, unless another one saves enough time."""
     fitting = [way for way in ways if way.fits] or list(ways)
     usual = fitting[0]
-    fastest = min(fitting, key=lambda way: way.token_us)
+    fastest = min(fitting, key=_token_us)
     if fastest.token_us * (1 + WORTH_A_DRAFT) < usual.token_us:
         return fastest
     return usual
+
+
+def _token_us(way: Rollback) -> float:
+    return way.token_us

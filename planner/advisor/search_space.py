@@ -21,16 +21,23 @@ CHUNK_DIVISORS = (1, 2, 4)  # of the machine's default prefill chunk
 
 def layouts(num_gpus: int, config: ModelConfig, scope: Capabilities) -> Iterator[ParallelLayout]:
     """Every way to spread a model over so many GPUs, legal or not."""
-    for attention_dp in _divisors(num_gpus) if scope.attention_dp else [1]:
+    has_experts = config.moe is not None
+    kv_heads = config.attention.num_kv_heads
+    for attention_dp in _divisors(num_gpus, scope.attention_dp):
         attention_tp = num_gpus // attention_dp
-        copies = max(attention_tp // config.attention.num_kv_heads, 1)
-        for split in _divisors(copies) if scope.context_split else [1]:
-            for moe_ep in _divisors(num_gpus) if config.moe else [1]:
-                yield ParallelLayout(attention_tp, num_gpus // moe_ep, moe_ep, attention_dp, split)
+        copies = max(attention_tp // kv_heads, 1)
+        for split in _divisors(copies, scope.context_split):
+            for moe_ep in _divisors(num_gpus, has_experts):
+                moe_tp = num_gpus // moe_ep
+                yield ParallelLayout(attention_tp, moe_tp, moe_ep, attention_dp, split)
 
 
-def _divisors(value: int) -> list[int]:
-    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
+def _divisors(value: int, allowed: bool) -> list[int]:
+    """The ways to cut `value` evenly; only 1 where no cut is allowed."""
+    if not allowed:
+        return [1]
+    numbers = range(1, value + 1)
+    return [number for number in numbers if value % number == 0]
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,15 @@ class SearchSpace:
     @property
     def has_single_pool(self) -> bool:
         """Whether one pool may do prefill and decode."""
-        return isinstance(self.spec.disaggregation, str) or not self.scope.pools
+        stated = self.spec.disaggregation
+        return isinstance(stated, str) or not self.scope.pools
 
     @property
     def has_two_pools(self) -> bool:
         """Whether a prefill pool and a decode pool may share the GPUs."""
-        return self.scope.pools and self.spec.disaggregation != "off" and self.num_gpus > 1
+        if not self.scope.pools or self.spec.disaggregation == "off":
+            return False
+        return self.num_gpus > 1
 
     def pool_layouts(self) -> Iterator[ParallelLayout]:
         """Layouts of a single pool: on all GPUs, or on a part of them where there are replicas."""
@@ -64,8 +74,8 @@ class SearchSpace:
     def _pool_sizes(self) -> list[int]:
         if not self.scope.replicas:
             return [self.num_gpus]
-        smaller = [size for size in powers_of_two(self.num_gpus) if size < self.num_gpus]
-        return [*smaller, self.num_gpus]
+        sizes = {*powers_of_two(self.num_gpus), self.num_gpus}
+        return sorted(sizes)
 
     def replicas(self, pool_size: int) -> list[int]:
         """Numbers of replicas of a pool: powers of two, and as many as there are GPUs for."""
@@ -79,10 +89,12 @@ class SearchSpace:
         asked = self.spec.disaggregation
         if not isinstance(asked, str):
             return [(asked.prefill, asked.decode)]
-        bits = self.num_gpus.bit_length()
+        num_gpus = self.num_gpus
+        bits = num_gpus.bit_length()
         small = [1 << index for index in range(bits - 1)]
-        few_prefill = [(size, self.num_gpus - size) for size in small]
-        few_decode = [(self.num_gpus - size, size) for size in small[: max(bits - 2, 0)]]
+        few_prefill = [(size, num_gpus - size) for size in small]
+        smallest = small[: max(bits - 2, 0)]
+        few_decode = [(num_gpus - size, size) for size in smallest]
         return few_prefill + few_decode
 
     def split_layouts(self, count: int) -> Iterator[ParallelLayout]:
@@ -101,7 +113,8 @@ class SearchSpace:
 
     def with_chunks(self, knobs: Knobs) -> list[Knobs]:
         """The knobs with each prefill chunk, the longest first."""
-        return [replace(knobs, prefill_chunk=chunk) for chunk in self._chunks()]
+        chunks = self._chunks()
+        return [replace(knobs, prefill_chunk=chunk) for chunk in chunks]
 
     def with_depths(self, knobs: Knobs) -> list[Knobs]:
         """The knobs with each number of drafts; none where the spec states it or nothing drafts."""
@@ -111,7 +124,8 @@ class SearchSpace:
 
     def with_kv_dtypes(self, knobs: Knobs) -> list[Knobs]:
         """The knobs with each way to store keys and values."""
-        return [replace(knobs, kv_dtype=dtype) for dtype in self._kv_dtypes()]
+        dtypes = self._kv_dtypes()
+        return [replace(knobs, kv_dtype=dtype) for dtype in dtypes]
 
     @property
     def _serving(self) -> ServingSpec:

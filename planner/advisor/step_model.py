@@ -1,7 +1,7 @@
 """What a step costs under a layout: the plan's own graphs and cost model, on a few layers.
 
-All layers of a kind cost the same. So the priced graph has the first layer and one of each kind,
-and each operator's time is counted as often as the model has such a layer.
+All layers of a kind cost the same. The priced graph therefore has the first layer and one of each
+kind, and each operator's time is counted once for each layer of its kind.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from tokenspeed_plan.planner.models.config import LayerType, ModelConfig
 from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.cost import Formats, Load, op_cost, time_of
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS
-from tokenspeed_plan.planner.passes.limits import plan_capacity
+from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.spec import WorkloadSpec
-from tokenspeed_plan.plans.types import FORMATS, DType, Format, Phase
+from tokenspeed_plan.plans.types import FORMATS, DType, Format, Phase, RollbackWord
 
 UNCHECKED = PassOptions(checks=False)
 KERNEL_TIME_KINDS = ("memory", "matrix", "launch", "collective")
@@ -65,7 +65,7 @@ class StepModel:
         weights: format of the weights, a key of `FORMATS`.
         skew: exponent of the Zipf law of experts.
         engine: another engine to model in place of our runtime.
-        recomputes: rejected drafts are taken back by recomputing the state, not by snapshots.
+        rollback: how rejected drafts are taken back.
         draft_vocab: tokens that drafts are chosen from; None for all.
         whole, sharded, graphs, prices, arenas: what was computed so far.
     """
@@ -75,7 +75,7 @@ class StepModel:
     weights: str = "bf16"
     skew: float = 0.0
     engine: Engine | None = None
-    recomputes: bool = False
+    rollback: RollbackWord = "snapshot"
     draft_vocab: int | None = None
     whole: dict[tuple[Phase, int], OpGraph] = field(default_factory=dict)
     sharded: dict[tuple[ParallelLayout, Phase, int], OpGraph] = field(default_factory=dict)
@@ -86,7 +86,9 @@ class StepModel:
     @property
     def dtype(self) -> DType:
         """The dtype in which graphs are built."""
-        return "fp32" if self.weights == "fp32" else "bf16"
+        if self.weights == "fp32":
+            return "fp32"
+        return "bf16"
 
     def decode(
         self,
@@ -106,7 +108,8 @@ class StepModel:
             kv_dtype: how keys and values are stored.
         """
         local_seqs = ceil_div(seqs, layout.attention_dp)
-        load = self._load(local_seqs * (depth + 1), local_seqs, context, layout, kv_dtype)
+        tokens = local_seqs * (depth + 1)
+        load = self._load(tokens, local_seqs, context, layout, kv_dtype)
         step = self.priced(layout, "decode", load, depth)
         step += self._exchange(layout, load)
         return self._as_engine(step, depth)
@@ -133,8 +136,10 @@ class StepModel:
         """
         middle = context + (tokens + 1) // 2
         load = self._load(tokens, 1, middle, layout, kv_dtype)
-        step = self.priced(layout, "prefill", load, depth) + self._exchange(layout, load)
-        return self._as_engine(step + StepTime(host=self.hardware.host_us), 0)
+        step = self.priced(layout, "prefill", load, depth)
+        step += self._exchange(layout, load)
+        step += StepTime(host=self.hardware.host_us)
+        return self._as_engine(step, 0)
 
     def priced(self, layout: ParallelLayout, phase: Phase, load: Load, depth: int = 0) -> StepTime:
         """The time of the graph's kernels and collectives for a load on one data-parallel group."""
@@ -161,11 +166,13 @@ class StepModel:
         return Load(tokens, seqs, context, self.skew, layout.context_split, formats)
 
     def _price(self, layout: ParallelLayout, phase: Phase, load: Load, depth: int) -> StepTime:
-        groups = layout.attention_dp
-        graph = self.graph(layout, phase, load.num_tokens * groups, load.num_seqs * groups, depth)
+        all_groups = _of_all_groups(load, layout)
+        num_tokens, num_seqs = all_groups.num_tokens, all_groups.num_seqs
+        graph = self.graph(layout, phase, num_tokens, num_seqs, depth)
         total = StepTime()
         for op in graph.ops:
-            time = self._op_time(graph, op, self._load_of(op, load, layout, phase))
+            own_load = self._load_of(op, load, layout, phase)
+            time = self._op_time(graph, op, own_load)
             total += time * self.count_of(op.layer)
         return total
 
@@ -175,10 +182,11 @@ class StepModel:
         The experts, the embedding and the head see the tokens of all groups. A lone prompt is in
         one group only.
         """
-        if layout.attention_dp == 1 or phase == "prefill" or not _spans_groups(op):
+        if layout.attention_dp == 1 or phase == "prefill":
             return load
-        groups = layout.attention_dp
-        return replace(load, num_tokens=load.num_tokens * groups, num_seqs=load.num_seqs * groups)
+        if _spans_groups(op):
+            return _of_all_groups(load, layout)
+        return load
 
     def _op_time(self, graph: OpGraph, op: Op, load: Load) -> StepTime:
         cost = op_cost(graph, op, load)
@@ -200,19 +208,27 @@ class StepModel:
         Ranks that split a context exchange queries and partial results in each full-attention
         layer; data-parallel groups exchange their tokens in each layer.
         """
-        config, tokens = self.config, load.num_tokens
+        config = self.config
+        attention = config.attention
+        tokens_bytes = 2.0 * load.num_tokens
+        splits = layout.context_split
         us = launches = 0.0
-        if layout.context_split > 1:
+        if splits > 1:
             count = 2 * config.layer_types.count("full_attention")
-            width = config.attention.num_qo_heads * config.attention.head_dim
-            moved = 2.0 * tokens * width / layout.attention_tp * layout.context_split
-            us += count * all_reduce_us(self.hardware, moved, layout.context_split)
+            width = attention.num_qo_heads * attention.head_dim
+            moved = tokens_bytes * width / layout.attention_tp * splits
+            us += count * all_reduce_us(self.hardware, moved, splits)
             launches += count
         if layout.attention_dp > 1:
-            moved = 2.0 * tokens * config.hidden_size * layout.attention_dp / 2
-            us += config.num_layers * all_reduce_us(self.hardware, moved, layout.num_ranks)
-            launches += config.num_layers
-        return StepTime(collective=us, launches=launches, collectives=launches)
+            count = config.num_layers
+            moved = tokens_bytes * config.hidden_size * layout.attention_dp / 2
+            us += count * all_reduce_us(self.hardware, moved, layout.num_ranks)
+            launches += count
+        return StepTime(
+            collective=us,
+            launches=launches,
+            collectives=launches,
+        )
 
     def _as_engine(self, step: StepTime, depth: int) -> StepTime:
         if self.engine is None:
@@ -220,49 +236,75 @@ class StepModel:
         return self.engine.run(step, self.hardware, self.config.num_layers + depth)
 
     def _short_layers(self) -> tuple[LayerType, ...]:
-        """The first layer, then one of each kind."""
-        types = self.config.layer_types
-        rest = sorted(set(types[1:]), key=lambda kind: (kind != types[0], kind))
-        return (types[0], *rest)
+        """The first layer, then one of each kind of the others, that of the first leading."""
+        first, *others = self.config.layer_types
+        kinds = sorted(set(others))
+        if first in kinds:
+            kinds.remove(first)
+            kinds.insert(0, first)
+        return (first, *kinds)
 
     @cached_property
     def _layer_counts(self) -> list[int]:
-        rest = self.config.layer_types[1:]
-        return [1, *(rest.count(kind) for kind in self._short_layers()[1:])]
+        _, *others = self.config.layer_types
+        _, *kinds = self._short_layers()
+        return [1, *map(others.count, kinds)]
 
     def graph(
         self, layout: ParallelLayout, phase: Phase, tokens: int, seqs: int = 1, depth: int = 0
     ) -> OpGraph:
         """The fused graph of the short model; sizes with the same kernels share one graph."""
-        sizes = (_graph_size(tokens), _graph_size(seqs))
-        if (key := (layout, phase, depth, *sizes)) not in self.graphs:
-            context = PassContext(layout, self.hardware, *sizes, options=UNCHECKED)
+        max_tokens = _graph_size(tokens)
+        max_seqs = _graph_size(seqs)
+        key = (layout, phase, depth, max_tokens, max_seqs)
+        if key not in self.graphs:
+            context = PassContext(layout, self.hardware, max_tokens, max_seqs, options=UNCHECKED)
             sharded = self._of_rank(layout, phase, depth)
             self.graphs[key] = run(sharded, context, until=Stage.RECOMPUTED)
         return self.graphs[key]
 
     def _of_rank(self, layout: ParallelLayout, phase: Phase, depth: int) -> OpGraph:
-        if (phase, depth) not in self.whole:
-            self.whole[phase, depth] = build(self._context(depth), phase, depth)
-        if (key := (layout, phase, depth)) not in self.sharded:
+        key = (layout, phase, depth)
+        if key not in self.sharded:
+            whole = self._whole(phase, depth)
             context = PassContext(layout, self.hardware, options=UNCHECKED)
-            self.sharded[key] = run(self.whole[phase, depth], context, until=Stage.SHARDED)
+            self.sharded[key] = run(whole, context, until=Stage.SHARDED)
         return self.sharded[key]
+
+    def _whole(self, phase: Phase, depth: int) -> OpGraph:
+        key = (phase, depth)
+        if key not in self.whole:
+            self.whole[key] = build(self._context(depth), phase, depth)
+        return self.whole[key]
 
     def _context(self, depth: int) -> BuildContext:
         short = replace(self.config, layer_types=self._short_layers())
         workload = WorkloadSpec(first_turn_tokens=1, output_tokens=1)
-        capacity = plan_capacity(
-            workload, self.config, self.hardware, depth=depth, recomputes=self.recomputes
-        )
+        options = CapacityOptions(depth=depth, rollback=self.rollback)
+        capacity = plan_capacity(workload, self.config, self.hardware, options)
         return BuildContext(
             short,
             self.dtype,
             capacity,
             self.config.vocab_size,
-            lambda prefix: True,
+            _has_fused_experts,
             self.draft_vocab,
         )
+
+
+def _has_fused_experts(prefix: str) -> bool:
+    """Prices do not depend on how a checkpoint stores the experts."""
+    return True
+
+
+def _of_all_groups(load: Load, layout: ParallelLayout) -> Load:
+    """The load of all data-parallel groups together."""
+    groups = layout.attention_dp
+    return replace(
+        load,
+        num_tokens=load.num_tokens * groups,
+        num_seqs=load.num_seqs * groups,
+    )
 
 
 def _spans_groups(op: Op) -> bool:

@@ -29,13 +29,16 @@ class StepTime:
     @property
     def total_us(self) -> float:
         """The sum of all kinds."""
-        return self.memory + self.matrix + self.launch + self.collective + self.host
+        kernels = self.memory + self.matrix + self.launch
+        return kernels + self.collective + self.host
 
     def __add__(self, other: StepTime) -> StepTime:
-        return StepTime(*map(add, _VALUES(self), _VALUES(other)))
+        sums = map(add, _values(self), _values(other))
+        return StepTime(*sums)
 
     def __mul__(self, count: float) -> StepTime:
-        return StepTime(*(count * value for value in _VALUES(self)))
+        values = [count * value for value in _values(self)]
+        return StepTime(*values)
 
     def error_us(self, errors: Mapping[str, float]) -> float:
         """Half the width of the interval.
@@ -45,12 +48,20 @@ class StepTime:
         Args:
             errors: the relative error of each kind of time.
         """
-        return math.hypot(*(errors[kind] * getattr(self, kind) for kind in TIME_KINDS))
+        errors_us = []
+        for kind in TIME_KINDS:
+            kind_us: float = getattr(self, kind)
+            error_us = errors[kind] * kind_us
+            errors_us.append(error_us)
+        return math.hypot(*errors_us)
 
     @property
     def bound(self) -> str:
         """The kind that takes the most time."""
-        return max(TIME_KINDS, key=lambda kind: getattr(self, kind))
+        times_us = [getattr(self, kind) for kind in TIME_KINDS]
+        longest = times_us.index(max(times_us))
+        return TIME_KINDS[longest]
 
 
-_VALUES = attrgetter(*(each.name for each in fields(StepTime)))
+_NAMES = [each.name for each in fields(StepTime)]
+_values = attrgetter(*_NAMES)

@@ -71,17 +71,22 @@ def plan_transfer(
     transport = transport_of(hardware, candidate.num_gpus)
     bytes_per_s = _bytes_per_s(hardware, transport)
     kv_bytes, state_bytes = memory.layer_bytes(candidate.knobs)
+    handshake_us = HANDSHAKE_US[transport]
     chunks = max(new_tokens / candidate.knobs.prefill_chunk, 1.0)
-    last_tokens, last_chunk_us = new_tokens / chunks, prompt.total_us / chunks
+    last_tokens = new_tokens / chunks
+    last_chunk_us = prompt.total_us / chunks
     layer_types = memory.steps.config.layer_types
-    sizes = [
-        int(kv_bytes * last_tokens) if kind == "full_attention" else state_bytes
-        for kind in layer_types
-    ]
-    layers = tuple(_layers(sizes, last_chunk_us, HANDSHAKE_US[transport], bytes_per_s))
-    before = int((new_tokens - last_tokens) * kv_bytes) * layer_types.count("full_attention")
-    exposed_us = max(layers[-1].end_us - last_chunk_us, 0.0) + HANDSHAKE_US[transport]
-    return Transfer(transport, bytes_per_s, sum(sizes) + before, layers, exposed_us)
+    sizes = []
+    for kind in layer_types:
+        size = state_bytes
+        if kind == "full_attention":
+            size = int(kv_bytes * last_tokens)
+        sizes.append(size)
+    layers = tuple(_layers(sizes, last_chunk_us, handshake_us, bytes_per_s))
+    earlier_bytes = int((new_tokens - last_tokens) * kv_bytes)
+    total_bytes = sum(sizes) + earlier_bytes * layer_types.count("full_attention")
+    exposed_us = max(layers[-1].end_us - last_chunk_us, 0.0) + handshake_us
+    return Transfer(transport, bytes_per_s, total_bytes, layers, exposed_us)
 
 
 def _bytes_per_s(hardware: HardwareSpec, transport: Transport) -> float:

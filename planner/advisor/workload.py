@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
-from operator import mul
+from operator import attrgetter, mul
 
 from tokenspeed_plan.planner.spec import WorkloadSpec
 
 # A step with 3 drafts yields 3.39 tokens (InferenceX's reference for this MTP head, thinking on;
 # SGLang on GSM8K: 3.47). 1 + a + a^2 + a^3 = 3.39 gives a = 0.89.
 ACCEPTANCE = (0.89,)
-MAX_BUSY = 0.999  # share of the time that prompts may take, so that decode still gets some
+MAX_BUSY = 0.999  # the largest share of the time for prompts, so that decode still gets some
 BATCH_ROUNDS = 4  # after which the batch and the time of a step agree
-ARRIVAL_ROUNDS, TURN_ROUNDS = 40, 50  # of bisection
+ARRIVAL_ROUNDS = 40  # of bisection
+TURN_ROUNDS = 50  # of bisection
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The first turn, and the average of the later ones (the first again if it is the only one)."""
+    """The first turn, and the average of the later ones: the first too, if it is the only one."""
 
     first: Turn
     later: Turn
@@ -47,18 +49,20 @@ class Conversation:
 
     def mean(self, of: Callable[[Turn], float]) -> float:
         """The average over all turns."""
-        return (of(self.first) + (self.turns - 1) * of(self.later)) / self.turns
+        num_later = self.turns - 1
+        total = of(self.first) + num_later * of(self.later)
+        return total / self.turns
 
     @property
     def mean_context(self) -> int:
         """Tokens of context of an average decode step."""
-        return round(self.mean(lambda turn: turn.context_tokens))
+        return round(self.mean(attrgetter("context_tokens")))
 
     @property
     def hit_rate(self) -> float:
         """The share of prompt tokens that come from the cache."""
-        cached = self.mean(lambda turn: turn.cached_tokens)
-        return cached / self.mean(lambda turn: turn.prompt_tokens)
+        cached = self.mean(attrgetter("cached_tokens"))
+        return cached / self.mean(attrgetter("prompt_tokens"))
 
 
 def conversation(workload: WorkloadSpec, cached: bool = True) -> Conversation:
@@ -68,26 +72,33 @@ def conversation(workload: WorkloadSpec, cached: bool = True) -> Conversation:
         workload: the spec's.
         cached: a turn finds the keys, values and recurrent state of the turns before it.
     """
-    output, first_tokens = workload.output_tokens, workload.first_turn_tokens
-    first = Turn(first_tokens, 0.0, first_tokens + output / 2)
+    output = workload.output_tokens
+    first_prompt = workload.first_turn_tokens
+    first = Turn(first_prompt, 0.0, first_prompt + output / 2)
     if workload.turns == 1:
         return Conversation(first, first, 1, output)
     middle = workload.turns / 2.0
-    before = first_tokens + (middle - 1.0) * workload.turn_tokens + middle * output
+    before = first_prompt + (middle - 1.0) * workload.turn_tokens + middle * output
     prompt = before + workload.turn_tokens
-    later = Turn(prompt, before if cached else 0.0, prompt + output / 2)
+    cached_tokens = 0.0
+    if cached:
+        cached_tokens = before
+    later = Turn(prompt, cached_tokens, prompt + output / 2)
     return Conversation(first, later, workload.turns, output)
 
 
 def tokens_per_step(depth: int, acceptance: Sequence[float]) -> float:
     """Expected tokens of a step that verifies `depth` drafts: 1 + a1 + a1 a2 + ...
 
-    A draft is accepted, with the share of its place, only if the one before it was; the last share
+    A draft is accepted, with the share of its place, only if the one before it was. The last share
     holds for all places after it (Leviathan et al., arXiv:2211.17192, equation 1, where all shares
     are equal).
     """
-    shares = [acceptance[min(place, len(acceptance) - 1)] for place in range(depth)]
-    return 1.0 + math.fsum(accumulate(shares, mul))
+    last = len(acceptance) - 1
+    places = range(depth)
+    shares = [acceptance[min(place, last)] for place in places]
+    reached = accumulate(shares, mul)  # the shares of steps that accept each place
+    return 1.0 + math.fsum(reached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +127,10 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class TurnTime:
-    """A turn as its user sees it, with `users` on the pool, of whom `batch` decode on average.
+    """A turn as its user sees it.
 
-    `saturated`: more turns arrive than the pool can answer.
+    The pool has `users`, of whom `batch` decode on average. `saturated`: more turns arrive than the
+    pool can answer.
     """
 
     first_token_us: float
@@ -179,8 +191,10 @@ def serve(
 
 def _with_users(demand: Demand, users: float, handover_us: float | None) -> TurnTime:
     if handover_us is None:
-        return _steady(demand, users, lambda turn_us: _shared(demand, users, turn_us))
-    return _steady(demand, users, lambda turn_us: _split(demand, users, handover_us, turn_us))
+        phases = partial(_shared, demand, users)
+    else:
+        phases = partial(_split, demand, users, handover_us)
+    return _steady(demand, users, phases)
 
 
 def _shared(demand: Demand, users: float, turn_us: float) -> _Phases:
@@ -191,37 +205,48 @@ def _shared(demand: Demand, users: float, turn_us: float) -> _Phases:
     the others comes after each chunk; and if another prompt is under way when the turn starts, it
     waits for half of one.
     """
-    others = users - 1.0
-    busy = min(others * demand.prefill_share_us / turn_us, MAX_BUSY)
+    busy = _busy(demand, users, turn_us)
     decode_us, batch = _decode(demand, users, turn_us, 1.0 - busy)
     step_us = demand.step_us(max(batch, 1.0))
-    between_us = demand.chunks * step_us * min(others, batch, 1.0)
-    return _Phases(demand.prefill_us * (1.0 + busy / 2.0) + between_us, decode_us, batch)
+    others = min(users - 1.0, batch, 1.0)
+    between_us = demand.chunks * step_us * others
+    prompt_us = demand.prefill_us * (1.0 + busy / 2.0)
+    return _Phases(prompt_us + between_us, decode_us, batch)
 
 
 def _split(demand: Demand, users: float, handover_us: float, turn_us: float) -> _Phases:
     """Two pools: decode is never interrupted, and prompts wait only for prompts."""
-    others = users - 1.0
-    busy = min(others * demand.prefill_share_us / turn_us, MAX_BUSY)
+    busy = _busy(demand, users, turn_us)
     decode_us, batch = _decode(demand, users, turn_us, 1.0)
     waiting = busy / (2.0 * (1.0 - busy))
-    return _Phases(demand.prefill_us * (1.0 + waiting) + handover_us, decode_us, batch)
+    prompt_us = demand.prefill_us * (1.0 + waiting)
+    return _Phases(prompt_us + handover_us, decode_us, batch)
+
+
+def _busy(demand: Demand, users: float, turn_us: float) -> float:
+    """The share of a turn in which the pool computes prompts of other users."""
+    others = users - 1.0
+    return min(others * demand.prefill_share_us / turn_us, MAX_BUSY)
 
 
 def _decode(demand: Demand, users: float, turn_us: float, share: float) -> tuple[float, float]:
     """Microseconds of an answer that gets a share of the pool, and the batch that goes with it."""
-    decode_us, batch = 0.0, users
+    decode_us = 0.0
+    batch = users
     for _ in range(BATCH_ROUNDS):
-        decode_us = demand.steps * demand.step_us(max(batch, 1.0)) / share
-        batch = users * min(decode_us / turn_us, 1.0)
+        step_us = demand.step_us(max(batch, 1.0))
+        decode_us = demand.steps * step_us / share
+        decoding = min(decode_us / turn_us, 1.0)
+        batch = users * decoding
     return decode_us, batch
 
 
 def _steady(demand: Demand, users: float, phases: Callable[[float], _Phases]) -> TurnTime:
-    """The turn that is as long as its phases, by bisection: shorter turns have longer phases.
+    """The turn whose length equals that of its phases, by bisection.
 
-    No turn is shorter than the prompts of all users, of which the pool computes one after the
-    other; a user waits for the rest of that time.
+    The shorter a turn is assumed to be, the longer its phases are. No turn is shorter than the
+    prompts of all users, which the pool computes one after the other; a user waits for the rest of
+    that time.
     """
     low = max(users * demand.prefill_share_us, 1e-3)
     high = 2.0 * low

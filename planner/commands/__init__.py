@@ -1,1 +1,1 @@
-"""The commands, a file each; with `planner/cli.py` the only place where planner, codegen and runtime meet."""
+"""The commands, one file each. Only these and `planner/cli.py` import from every room."""

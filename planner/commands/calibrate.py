@@ -144,7 +144,8 @@ class _Probe:
     """One probe on one machine.
 
     Attributes:
-        name: a published model. roofline: the profile by which its plans are priced.
+        name: a published model.
+        roofline: the profile by which its plans are priced.
         folder: where its plans go.
     """
 
@@ -156,11 +157,13 @@ class _Probe:
 
     def samples(self) -> Iterator[calibration.Sample]:
         """Decode in short and long contexts, and prefill of a chunk, each in its own plan."""
-        chunk = CHUNK[self.device]
         for context in CONTEXTS[self.device]:
             decode = [Batch("decode", num_seqs, 1, context) for num_seqs in BATCHES]
-            yield from self._replay(f"decode-{context}", 2 * context, decode)
-        prefill = [Batch("prefill", 1, tokens, tokens) for tokens in (chunk // 4, chunk)]
+            max_tokens = 2 * context
+            yield from self._replay(f"decode-{context}", max_tokens, decode)
+        chunk = CHUNK[self.device]
+        sizes = (chunk // 4, chunk)
+        prefill = [Batch("prefill", 1, size, size) for size in sizes]
         yield from self._replay("prefill", chunk, prefill)
 
     def _replay(
@@ -171,15 +174,19 @@ class _Probe:
         from tokenspeed_plan.runtime.bench.prepare import prepare
         from tokenspeed_plan.runtime.bench.replay import Replay
 
-        chunk, is_gpu = CHUNK[self.device], self.device == "cuda"
+        chunk = CHUNK[self.device]
+        is_gpu = self.device == "cuda"
         spec = calibration.probe_spec(str(self.roofline), is_gpu, tokens, chunk)
         model = Model(calibration.probe(self.name), None, None, {}, {})
-        bundle, folder = build_bundle(spec, model, default_cache()), self.folder / name
+        bundle = build_bundle(spec, model, default_cache())
         plan = bundle.plan
+        folder = self.folder / name
         save_plan(plan, folder, bundle.sources, bundle.cubins)
         click.echo(f"probing {self.name}: {len(plan.kernels)} kernels", err=True)
         executor = prepare(plan, folder, None)
-        kinds = {kernel.name: [part.kind for part in kernel.parts] for kernel in plan.kernels}
+        kinds = {}
+        for kernel in plan.kernels:
+            kinds[kernel.name] = [part.kind for part in kernel.parts]
         for batch in batches:
             measured = Replay(plan, executor, *batch).measure(self.machine)
             yield from calibration.samples(measured, kinds)
@@ -190,7 +197,9 @@ class _Probe:
 def _report(result: calibration.Fit, out: Path) -> None:
     click.echo("a kernel waits, then takes a multiple of its roofline time:", err=True)
     for name, residual in result.residuals.items():
-        wait_us, error = result.waits_us[name], result.errors[name]
-        line = f"  {name:<18} {wait_us:>6.2f} us {residual:>6.2f} x  (left over: {error:.0%})"
+        wait_us = result.waits_us[name]
+        error = result.errors[name]
+        fitted = f"{wait_us:>6.2f} us {residual:>6.2f} x"
+        line = f"  {name:<18} {fitted}  (left over: {error:.0%})"
         click.echo(line, err=True)
     click.echo(f"wrote {out}; use it with `target: {{gpu: {out}}}`", err=True)

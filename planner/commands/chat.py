@@ -150,7 +150,7 @@ class _Conversation:
             self._messages.append({"role": "system", "content": self._options.system})
 
     def answer(self, text: str) -> None:
-        """Add a message and print its answer; if there is none, remove the message again."""
+        """Add a message and print its answer. A message without an answer is removed."""
         self._messages.append({"role": "user", "content": text})
         try:
             answer = self._answer()

@@ -25,6 +25,7 @@ from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.spec import MAX_GPUS, Spec, load_spec
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
 from tokenspeed_plan.plans.report import DEFINITIONS
+from tokenspeed_plan.plans.types import RollbackWord
 
 Folder = click.Path(path_type=Path)
 MAX_RUNNERS_UP = 4
@@ -152,7 +153,7 @@ def search(
     Args:
         spec: what was asked.
         config: of the model.
-        engine: another engine to model; none of them recomputes states.
+        engine: another engine to model; all of them take drafts back by snapshots.
         reserved: price GPUs as reserved.
 
     Raises:
@@ -161,9 +162,10 @@ def search(
     """
     hardware = find_hardware(spec.target.gpu)
     check_formats(spec.model.weights, hardware)
-    usual = allowed_rollbacks(spec, config, hardware)[0]
-    recomputes = engine is None and usual == "recompute"
-    predictor = Predictor(spec, config, hardware, engine, reserved, recomputes)
+    rollback: RollbackWord = "snapshot"
+    if engine is None:
+        rollback, *_ = allowed_rollbacks(spec, config, hardware)
+    predictor = Predictor(spec, config, hardware, engine, reserved, rollback)
     result = Search(predictor, ALL, spec.target.count).run()
     _ = result.best
     return predictor, result

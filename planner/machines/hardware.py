@@ -138,8 +138,10 @@ class Profile(_Section):
     @property
     def used_sources(self) -> set[str]:
         """The sources that a number names."""
-        used = {number.source for group in self.number_groups for number in group.values()}
-        return used | {table.source for table in self.all_reduce.values()}
+        used = {table.source for table in self.all_reduce.values()}
+        for group in self.number_groups:
+            used.update(number.source for number in group.values())
+        return used
 
 
 _NOT_NUMBERS = {
@@ -169,10 +171,13 @@ def read_profile(text: str, name: str) -> Profile:
     try:
         profile = Profile.model_validate(yaml.safe_load(text))
     except (yaml.YAMLError, RecursionError) as error:
-        raise _bad(name, f"it is not YAML: {' '.join(str(error).split())}") from error
+        words = " ".join(str(error).split())
+        raise _bad(name, f"it is not YAML: {words}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise _bad(name, f"`{'.'.join(map(str, first['loc']))}`: {first['msg'].lower()}") from error
+        key = ".".join(map(str, first["loc"]))
+        problem = first["msg"].lower()
+        raise _bad(name, f"`{key}`: {problem}") from error
     _check_names(name, "numbers", NUMBERS, profile.numbers)
     _check_names(name, "waits", OP_CLASSES, profile.waits)
     _check_names(name, "residuals", OP_CLASSES, profile.residuals)
@@ -183,10 +188,13 @@ def read_profile(text: str, name: str) -> Profile:
 
 
 def _check_names(name: str, group: str, expected: Iterable[str], actual: Mapping[str, Any]) -> None:
-    for key in sorted(_UNUSED & set(actual)):
+    for key in sorted(_UNUSED.intersection(actual)):
         raise SpecError(f"profile `{name}`: nothing reads `{group}.{key}` any more", "delete it")
-    for key in sorted(set(expected) ^ set(actual)):
-        problem = "unknown" if key in actual else "missing"
+    different = set(expected).symmetric_difference(actual)
+    for key in sorted(different):
+        problem = "missing"
+        if key in actual:
+            problem = "unknown"
         raise _bad(name, f"`{group}.{key}` is {problem}")
 
 
@@ -194,7 +202,9 @@ def _check_values(name: str, profile: Profile) -> None:
     for key, number in profile.numbers.items():
         if not number.value and key not in _MAY_BE_ZERO:
             raise _bad(name, f"`numbers.{key}` is 0")
-    if profile.numbers["read_bytes_per_s"].value > profile.numbers["peak_bytes_per_s"].value:
+    read = profile.numbers["read_bytes_per_s"]
+    peak = profile.numbers["peak_bytes_per_s"]
+    if read.value > peak.value:
         raise _bad(name, "`read_bytes_per_s` is more than `peak_bytes_per_s`")
     rates = profile.matrix_flops_per_s
     if not rates or not all(number.value for number in rates.values()):
@@ -203,7 +213,8 @@ def _check_values(name: str, profile: Profile) -> None:
         raise SpecError(
             f"profile `{name}`: `matrix_flops_per_s.nvfp4` has a new name", "write `fp4`"
         )
-    for key in sorted(set(rates) - set(MATRIX_DTYPES)):
+    unknown = set(rates).difference(MATRIX_DTYPES)
+    for key in sorted(unknown):
         raise _bad(name, f"`matrix_flops_per_s.{key}` is not a dtype such as `bf16` or `fp4`")
     tables = set(profile.all_reduce)
     if "one_shot" not in tables or tables - {"one_shot", "two_shot"}:
@@ -213,7 +224,7 @@ def _check_values(name: str, profile: Profile) -> None:
 def _check_sources(name: str, profile: Profile) -> None:
     stated, used = set(profile.sources), profile.used_sources
     for source in sorted(used - stated):
-        raise _bad(name, f"source `{source}` is not said")
+        raise _bad(name, f"source `{source}` is not described")
     for source in sorted(stated - used):
         raise _bad(name, f"source `{source}` has no number")
 
@@ -264,8 +275,9 @@ def _rising(table: Table) -> Table:
     rising: dict[int, dict[int, float]] = {}
     for count, measured in sorted(table.items()):
         sizes = sorted(measured)
-        times = accumulate((measured[size] for size in sizes), max)
-        rising[count] = dict(zip(sizes, times, strict=True))
+        times_us = [measured[size] for size in sizes]
+        largest_us = accumulate(times_us, max)
+        rising[count] = dict(zip(sizes, largest_us, strict=True))
     return rising
 
 
@@ -273,8 +285,12 @@ def _rising(table: Table) -> Table:
 def known_profiles() -> Mapping[str, str]:
     """The text of each profile that we ship, by its name in lower case."""
     folder = resources.files("tokenspeed_plan.planner.machines.profiles")
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    return {file.name.removesuffix(".yaml"): file.read_text() for file in files}
+    texts = {}
+    for file in folder.iterdir():
+        if file.name.endswith(".yaml"):
+            name = file.name.removesuffix(".yaml")
+            texts[name] = file.read_text()
+    return dict(sorted(texts.items()))
 
 
 @cache
@@ -336,7 +352,8 @@ def all_reduce_us(hardware: HardwareSpec, moved_bytes: float, count: int) -> flo
     if count <= 1:
         return 0.0
     inside = min(count, hardware.gpus_per_node)
-    one_shot_reads, two_shot_reads = inside - 1.0, 2.0 * (inside - 1) / inside
+    one_shot_reads = inside - 1.0
+    two_shot_reads = 2.0 * (inside - 1) / inside
     links = hardware.link_bytes_per_s
     node_us = _at(hardware.one_shot_us, moved_bytes, inside, one_shot_reads / links)
     if hardware.two_shot_us:
@@ -347,7 +364,8 @@ def all_reduce_us(hardware: HardwareSpec, moved_bytes: float, count: int) -> flo
     nodes = -(-count // hardware.gpus_per_node)
     rounds = 2.0 * (nodes - 1).bit_length()
     gpu_bytes = moved_bytes / hardware.gpus_per_node
-    return node_us + rounds * (hardware.nic_us + gpu_bytes / hardware.nic_bytes_per_s * 1e6)
+    round_us = hardware.nic_us + gpu_bytes / hardware.nic_bytes_per_s * 1e6
+    return node_us + rounds * round_us
 
 
 def _at(table: Table, moved_bytes: float, count: int, s_per_byte: float) -> float:
@@ -357,14 +375,19 @@ def _at(table: Table, moved_bytes: float, count: int, s_per_byte: float) -> floa
     the smallest.
     """
     counts = [known for known in table if known >= count]
-    times = table[min(counts)] if counts else table[max(table)]
-    sizes = list(times)
-    if moved_bytes >= sizes[-1]:
-        return times[sizes[-1]] + (moved_bytes - sizes[-1]) * s_per_byte * 1e6
+    nearest = min(counts, default=max(table))
+    times_us = table[nearest]
+    sizes = list(times_us)
+    last = sizes[-1]
+    if moved_bytes >= last:
+        more_bytes = moved_bytes - last
+        return times_us[last] + more_bytes * s_per_byte * 1e6
     index = bisect_right(sizes, moved_bytes)
     upper = sizes[index]
+    upper_us = times_us[upper]
     if index == 0:
-        return times[upper]
+        return upper_us
     lower = sizes[index - 1]
+    lower_us = times_us[lower]
     share = (moved_bytes - lower) / (upper - lower)
-    return times[lower] + share * (times[upper] - times[lower])
+    return lower_us + share * (upper_us - lower_us)

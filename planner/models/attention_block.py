@@ -23,22 +23,24 @@ class Queries:
 
 def attention(graph: GraphBuilder, name: str, source: str, x: str) -> str:
     """Attention of the batch's tokens to all that is in the cache, their own keys included."""
-    return attend(graph, name, source, queries(graph, name, source, x, BATCH_PLACES), BATCH_PLACES)
+    made = queries(graph, name, source, x, BATCH_PLACES)
+    return attend(graph, name, source, made, BATCH_PLACES)
 
 
 def queries(graph: GraphBuilder, name: str, source: str, x: str, places: TokenPlaces) -> Queries:
     """Queries and gates of the tokens; their keys and values are written."""
-    config, source = graph.config.attention, f"{source}self_attn."
-    heads, kv_heads = query_heads(graph), _kv_heads(graph)
-    q_size, kv_size = heads.units * config.head_dim, kv_heads.units * config.head_dim
+    config = graph.config.attention
+    source = f"{source}self_attn."
+    heads = query_heads(graph)
     q_name = f"{name}.q_proj"
+    q_size = heads.units * config.head_dim
     if config.gated:
-        q_size, q_name = 2 * q_size, f"{name}.qg"
-    q_block: dict[str, tuple[int, Splits]] = {f"{source}q_proj.weight": (q_size, {0: heads})}
-    weight = graph.matrix(
-        f"{name}.qkv.weight", q_block | _kv_blocks(graph, source), graph.config.hidden_size
-    )
-    outs = ((q_size, heads), (kv_size, kv_heads), (kv_size, kv_heads))
+        q_name = f"{name}.qg"
+        q_size *= 2
+    blocks: dict[str, tuple[int, Splits]] = {f"{source}q_proj.weight": (q_size, {0: heads})}
+    blocks |= _kv_blocks(graph, source)
+    weight = graph.matrix(f"{name}.qkv.weight", blocks, graph.config.hidden_size)
+    outs = [(size, splits[0]) for size, splits in blocks.values()]
     out_names = (q_name, f"{name}.k", f"{name}.v")
     q, k, v = graph.linear(f"{name}.qkv", x, weight, outs, out_names)
     gate = None
@@ -49,26 +51,32 @@ def queries(graph: GraphBuilder, name: str, source: str, x: str, places: TokenPl
     return Queries(q, gate)
 
 
-def attend(graph: GraphBuilder, name: str, source: str, asked: Queries, places: TokenPlaces) -> str:
+def attend(graph: GraphBuilder, name: str, source: str, made: Queries, places: TokenPlaces) -> str:
     """Attention of queries to all that is in the cache, and the output projection."""
     heads = query_heads(graph)
-    o = _attention(graph, name, asked.q, places)
-    if asked.gate is not None:
-        o = graph.op(f"{name}.gated", "sigmoid_gate", (o, asked.gate), out_splits=(heads,))[0]
-    hidden, q_size = graph.config.hidden_size, heads.units * graph.config.attention.head_dim
+    o = _attention(graph, name, made.q, places)
+    if made.gate is not None:
+        (o,) = graph.op(f"{name}.gated", "sigmoid_gate", (o, made.gate), out_splits=(heads,))
+    hidden = graph.config.hidden_size
+    q_size = heads.units * graph.config.attention.head_dim
     weight = graph.row_parallel(
-        f"{name}.o.weight", f"{source}self_attn.o_proj.weight", (hidden, q_size), heads
+        f"{name}.o.weight",
+        f"{source}self_attn.o_proj.weight",
+        (hidden, q_size),
+        heads,
     )
-    return graph.linear(f"{name}.o", o, weight, ((hidden, None),), partial=True)[0]
+    (y,) = graph.linear(f"{name}.o", o, weight, ((hidden, None),), partial=True)
+    return y
 
 
 def write_keys_only(graph: GraphBuilder, name: str, source: str, x: str) -> None:
-    """Write keys and values of tokens that ask nothing."""
+    """Write keys and values of tokens that have no query."""
     source = f"{source}self_attn."
     blocks = _kv_blocks(graph, source)
     weight = graph.matrix(f"{name}.kv.weight", blocks, graph.config.hidden_size)
-    outs = [(rows, splits[0]) for rows, splits in blocks.values()]
-    k, v = graph.linear(f"{name}.kv", x, weight, outs, (f"{name}.k", f"{name}.v"))
+    outs = [(size, splits[0]) for size, splits in blocks.values()]
+    out_names = (f"{name}.k", f"{name}.v")
+    k, v = graph.linear(f"{name}.kv", x, weight, outs, out_names)
     _write_keys(graph, name, source, k, v, BATCH_PLACES)
 
 
@@ -131,8 +139,15 @@ def _kv_attrs(graph: GraphBuilder) -> dict[str, Attr]:
 
 def _kv_cache(graph: GraphBuilder, name: str) -> str:
     """Pages of keys and values [num_pages + 1, 2, page_size, K, D]; the last takes padding."""
-    config, limits = graph.config.attention, graph.context.limits
-    shape = (limits.num_pages + 1, 2, limits.page_size, config.num_kv_heads, config.head_dim)
+    config = graph.config.attention
+    limits = graph.context.limits
+    shape = (
+        limits.num_pages + 1,
+        2,
+        limits.page_size,
+        config.num_kv_heads,
+        config.head_dim,
+    )
     splits = ((3, _kv_heads(graph)),)
     return graph.tensor(f"{name}.kv_cache", shape, graph.context.dtype, "kv_cache", splits)
 

@@ -63,7 +63,7 @@ class GraphBuilder:
         context: what shapes the graph.
         phase: prefill or decode.
         depth: drafts that the graph makes for each sequence.
-        suffix: appended to names of operators and activations, where a layer is emitted again.
+        suffix: appended to names of operators and activations where a layer is emitted twice.
         layer_index: the layer of the operators that are emitted now.
         role: their role.
     """
@@ -80,7 +80,8 @@ class GraphBuilder:
 
     def __post_init__(self) -> None:
         self.config = self.context.config
-        self.recomputes = bool(self.context.limits.kept_inputs) and self.phase == "decode"
+        limits = self.context.limits
+        self.recomputes = self.phase == "decode" and limits.rollback == "recompute"
         self._declare_batch()
 
     def _declare_batch(self) -> None:

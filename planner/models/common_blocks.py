@@ -29,16 +29,25 @@ BATCH_PLACES = TokenPlaces()
 def embed(graph: GraphBuilder, name: str, token_ids: str) -> str:
     """x = E[token_ids]."""
     vocab_size = graph.config.vocab_size
-    shifts = {"row_start": (vocab_size, Split("vocab", vocab_size))}
+    split = Split("vocab", vocab_size)
     with graph.within("embed"):
         table = _embedding_table(graph)
-        return graph.op(name, "embed", (token_ids,), (table,), partial=True, shifts=shifts)[0]
+        (x,) = graph.op(
+            name,
+            "embed",
+            (token_ids,),
+            (table,),
+            partial=True,
+            shifts={"row_start": (vocab_size, split)},
+        )
+    return x
 
 
 def _embedding_table(graph: GraphBuilder) -> str:
     vocab_size = graph.config.vocab_size
-    block = {_embedding_name(graph): (vocab_size, {0: Split("vocab", vocab_size)})}
-    return graph.matrix("embed.table", block, graph.config.hidden_size)
+    name = _embedding_name(graph)
+    block = (vocab_size, {0: Split("vocab", vocab_size)})
+    return graph.matrix("embed.table", {name: block}, graph.config.hidden_size)
 
 
 def _embedding_name(graph: GraphBuilder) -> str:
@@ -56,14 +65,17 @@ def norm_attrs(graph: GraphBuilder) -> dict[str, Attr]:
 def norm(graph: GraphBuilder, name: str, source: str, x: str) -> str:
     """RMSNorm over the hidden dimension."""
     weight = graph.vector(f"{name}.weight", source, graph.config.hidden_size)
+    attrs = norm_attrs(graph)
     with graph.within("residual"):
-        return graph.op(name, "rms_norm", (x,), (weight,), attrs=norm_attrs(graph))[0]
+        (y,) = graph.op(name, "rms_norm", (x,), (weight,), attrs=attrs)
+    return y
 
 
 def add(graph: GraphBuilder, name: str, x: str, residual: str) -> str:
     """x + residual."""
     with graph.within("residual"):
-        return graph.op(name, "add", (x, residual))[0]
+        (y,) = graph.op(name, "add", (x, residual))
+    return y
 
 
 def head(graph: GraphBuilder, x: str, logits: str) -> str:
@@ -87,29 +99,37 @@ def draft_head(graph: GraphBuilder, x: str, logits: str) -> str:
 def _head_product(
     graph: GraphBuilder, name: str, x: str, weight: str, rows: int, logits: str
 ) -> str:
-    outs = ((rows, Split("vocab", rows)),)
+    split = Split("vocab", rows)
+    outs = ((rows, split),)
     with graph.within("head"):
-        return graph.linear(name, x, weight, outs, (logits,), gathered=True)[0]
+        (out,) = graph.linear(name, x, weight, outs, (logits,), gathered=True)
+    return out
 
 
 def _head_weight(graph: GraphBuilder, name: str, rows: int) -> str:
     """The first `rows` rows of the head, which is the embedding table where the two are tied."""
-    tied, vocab_size = graph.config.tie_word_embeddings, graph.config.vocab_size
-    if tied and rows == vocab_size:
+    config = graph.config
+    tied = config.tie_word_embeddings
+    if tied and rows == config.vocab_size:
         return _embedding_table(graph)
     source = "lm_head.weight"
     if tied:
         source = _embedding_name(graph)
-    hidden = graph.config.hidden_size
-    size, splits = (rows, hidden), ((0, Split("vocab", rows)),)
-    part = Source(source, (vocab_size, hidden), (0, 0), size, splits)
+    shape = (config.vocab_size, config.hidden_size)
+    size = (rows, config.hidden_size)
+    split = Split("vocab", rows)
+    part = Source(source, shape, (0, 0), size, ((0, split),))
     return graph.weight(name, size, (part,))
 
 
 def sample(graph: GraphBuilder, logits: str, name: str) -> str:
     """The next token after each row of logits."""
     attrs: dict[str, Attr] = {"num_valid_tokens": graph.context.num_valid_tokens}
-    inputs = (logits, *SAMPLING_INPUTS)
-    return graph.op("sample", "sample", inputs, attrs=attrs | graph.query_attrs, out_names=(name,))[
-        0
-    ]
+    (tokens,) = graph.op(
+        "sample",
+        "sample",
+        (logits, *SAMPLING_INPUTS),
+        attrs=attrs | graph.query_attrs,
+        out_names=(name,),
+    )
+    return tokens

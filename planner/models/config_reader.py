@@ -7,6 +7,8 @@ from typing import Any
 
 from tokenspeed_plan.plans.errors import SpecError
 
+MAX_NUMBER = 1e12  # larger numbers of a config are mistakes
+
 
 class ConfigReader:
     """A config mapping; `name` is the model's, for messages."""
@@ -39,9 +41,10 @@ class ConfigReader:
         value = self.data.get(key, default)
         if default is None:
             minimum = max(minimum, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not is_integer or value < minimum:
             raise self.error(f"`{key}` is {value!r}, not a positive integer")
-        return value
+        return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number.
@@ -50,7 +53,8 @@ class ConfigReader:
             SpecError: it is missing, not positive, huge, or of another type.
         """
         value = self.data.get(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e12:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value < MAX_NUMBER:
             raise self.error(f"`{key}` is {value!r}, not a positive number")
         return float(value)
 
@@ -61,9 +65,10 @@ class ConfigReader:
             SpecError: something else.
         """
         values = self.data.get(key, [])
-        if not isinstance(values, list) or not all(_is_share(value) for value in values):
+        is_list = isinstance(values, list)
+        if not is_list or not all(map(_is_share, values)):
             raise self.error(f"`{key}` must be a list of numbers from 0 to 1")
-        return tuple(float(value) for value in values)
+        return tuple(map(float, values))
 
     def error(self, what: str) -> SpecError:
         """An error of this config, to be raised."""
@@ -74,4 +79,6 @@ class ConfigReader:
 
 
 def _is_share(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 <= value <= 1

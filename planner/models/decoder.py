@@ -55,9 +55,12 @@ def build(context: BuildContext, phase: Phase, depth: int = 0) -> OpGraph:
 
 def _layer(graph: GraphBuilder, index: int, kind: LayerType, x: str) -> str:
     """x + mixer(norm(x)), then x + ffn(norm(x))."""
-    name, source = f"L{index}", f"{graph.config.prefix}layers.{index}."
-    normed = norm(graph, f"{name}.mixer_norm", f"{source}input_layernorm.weight", x)
-    y = _MIXERS[kind](graph, name, source, normed)
+    name = f"L{index}"
+    source = f"{graph.config.prefix}layers.{index}."
+    weight = f"{source}input_layernorm.weight"
+    normed = norm(graph, f"{name}.mixer_norm", weight, x)
+    mixer = _MIXERS[kind]
+    y = mixer(graph, name, source, normed)
     x = add(graph, f"{name}.mixer_add", y, x)
     return feed_forward(graph, name, source, x)
 

@@ -35,6 +35,92 @@ class _Projected:
     a: str
 
 
+def _k_heads(config: DeltaNetConfig) -> Split:
+    """How ranks share key heads."""
+    return Split("attention", config.num_k_heads)
+
+
+def _v_heads(config: DeltaNetConfig) -> Split:
+    """How ranks share value heads."""
+    return Split("attention", config.num_v_heads)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """Where the weights of a block are in the checkpoint; `prefix` begins the tensors' names."""
+
+    config: DeltaNetConfig
+    hidden_size: int
+    prefix: str
+
+    def flat_projections(self) -> tuple[Source, ...]:
+        """[q | k | v | z | b | a] by rows; q, k and v are three slices of one checkpoint tensor."""
+        d = self.config
+        hidden = self.hidden_size
+        splits = ((0, _v_heads(d)),)
+        qkv = self.qkv_slices("in_proj_qkv.weight", (hidden,))
+        rest = []
+        rows = {"z": d.value_channels, "b": d.num_v_heads, "a": d.num_v_heads}
+        for key, size in rows.items():
+            shape = (size, hidden)
+            name = f"{self.prefix}in_proj_{key}.weight"
+            rest.append(Source(name, shape, (0, 0), shape, splits))
+        return (*qkv, *rest)
+
+    def packed_projections(self) -> tuple[Source, ...]:
+        """The same rows where the checkpoint packs them by key head.
+
+        For each key head `in_proj_qkvz` has its q, its k, then v and then z of its value heads;
+        `in_proj_ba` has b and then a of its value heads (transformers, modeling_qwen3_next.py,
+        `fix_query_key_value_ordering`).
+        """
+        d = self.config
+        ratio = d.num_v_heads // d.num_k_heads
+        values = ratio * d.value_dim
+        qkvz = self.packed("in_proj_qkvz.weight", (d.key_dim, d.key_dim, values, values))
+        return qkvz + self.packed("in_proj_ba.weight", (ratio, ratio))
+
+    def packed(self, source: str, runs: tuple[int, ...]) -> tuple[Source, ...]:
+        """The parts of a tensor that has `runs` rows of each part for each key head."""
+        hidden = self.hidden_size
+        groups = self.config.num_k_heads
+        period = sum(runs)
+        parts = []
+        start = 0
+        for run in runs:
+            part = Source(
+                f"{self.prefix}{source}",
+                (groups * period, hidden),
+                (start, 0),
+                (groups * run, hidden),
+                ((0, _k_heads(self.config)),),
+                run=run,
+                every=period,
+            )
+            parts.append(part)
+            start += run
+        return tuple(parts)
+
+    def qkv_slices(self, source: str, rest: tuple[int, ...]) -> tuple[Source, ...]:
+        """Queries, keys and values of one checkpoint tensor; `rest` are its other dimensions."""
+        d = self.config
+        keys = d.num_k_heads * d.key_dim
+        k_heads = _k_heads(d)
+        parts = (
+            (0, keys, k_heads),
+            (keys, keys, k_heads),
+            (2 * keys, d.value_channels, _v_heads(d)),
+        )
+        name = f"{self.prefix}{source}"
+        shape = (d.conv_channels, *rest)
+        zeros = (0,) * len(rest)
+        slices = []
+        for start, rows, heads in parts:
+            size = (rows, *rest)
+            slices.append(Source(name, shape, (start, *zeros), size, ((0, heads),)))
+        return tuple(slices)
+
+
 @dataclass(frozen=True, slots=True)
 class _Block:
     """One block of one layer; `source` is what its tensors' names begin with."""
@@ -46,11 +132,15 @@ class _Block:
 
     @property
     def k_heads(self) -> Split:
-        return Split("attention", self.config.num_k_heads)
+        return _k_heads(self.config)
 
     @property
     def v_heads(self) -> Split:
-        return Split("attention", self.config.num_v_heads)
+        return _v_heads(self.config)
+
+    @property
+    def sources(self) -> _Sources:
+        return _Sources(self.config, self.graph.config.hidden_size, self.source)
 
     @property
     def head_attrs(self) -> dict[str, Attr]:
@@ -75,90 +165,46 @@ class _Block:
 
     def emit(self, x: str) -> str:
         projected = self.project(x)
-        conv_weight, gate_weights = self.conv_weight(), self.gate_weights()
-        conv_state, ssm_state = self.conv_state(), self.ssm_state()
+        conv_weight = self.conv_weight()
+        gate_weights = self.gate_weights()
+        conv_state = self.conv_state()
+        ssm_state = self.ssm_state()
         if self.graph.recomputes:
             states = (conv_state, ssm_state, *self.kept_inputs())
             self.recompute(projected, (conv_weight, *gate_weights), states)
         y = self.convolve(projected.qkv, conv_weight, conv_state)
         o = self.delta_rule(y, projected, gate_weights, ssm_state)
         normed = self.gated_norm(o, projected.z)
-        hidden, z_size = self.graph.config.hidden_size, self.config.value_channels
+        hidden = self.graph.config.hidden_size
         weight = self.graph.row_parallel(
-            f"{self.name}.o.weight", f"{self.source}out_proj.weight", (hidden, z_size), self.v_heads
+            f"{self.name}.o.weight",
+            f"{self.source}out_proj.weight",
+            (hidden, self.config.value_channels),
+            self.v_heads,
         )
         outs = ((hidden, None),)
-        return self.graph.linear(f"{self.name}.o", normed, weight, outs, partial=True)[0]
+        (out,) = self.graph.linear(f"{self.name}.o", normed, weight, outs, partial=True)
+        return out
 
     def project(self, x: str) -> _Projected:
-        d, v_heads = self.config, self.v_heads
+        d = self.config
+        v_heads = self.v_heads
         outs = (
             (d.conv_channels, self.k_heads),
             (d.value_channels, v_heads),
             (d.num_v_heads, v_heads),
             (d.num_v_heads, v_heads),
         )
-        columns, hidden = sum(size for size, _ in outs), self.graph.config.hidden_size
-        sources = self.flat_projections()
+        sources = self.sources.flat_projections()
         if d.packed:
-            sources = self.packed_projections()
-        weight = self.graph.weight(f"{self.name}.in_proj.weight", (columns, hidden), sources)
-        names = tuple(f"{self.name}.{key}" for key in "uzba")
-        return _Projected(*self.graph.linear(f"{self.name}.in_proj", x, weight, outs, names))
-
-    def flat_projections(self) -> tuple[Source, ...]:
-        """[q | k | v | z | b | a] by rows; q, k and v are three slices of one checkpoint tensor."""
-        d, hidden = self.config, self.graph.config.hidden_size
-        rest = []
-        for key, rows in (("z", d.value_channels), ("b", d.num_v_heads), ("a", d.num_v_heads)):
-            shape, splits = (rows, hidden), ((0, self.v_heads),)
-            rest.append(Source(f"{self.source}in_proj_{key}.weight", shape, (0, 0), shape, splits))
-        return (*self.qkv_slices("in_proj_qkv.weight", (hidden,)), *rest)
-
-    def packed_projections(self) -> tuple[Source, ...]:
-        """The same rows where the checkpoint packs them by key head.
-
-        For each key head `in_proj_qkvz` has its q, its k, then v and then z of its value heads;
-        `in_proj_ba` has b and then a of its value heads (transformers, modeling_qwen3_next.py,
-        `fix_query_key_value_ordering`).
-        """
-        d = self.config
-        ratio = d.num_v_heads // d.num_k_heads
-        values = ratio * d.value_dim
-        qkvz = self.packed("in_proj_qkvz.weight", (d.key_dim, d.key_dim, values, values))
-        return qkvz + self.packed("in_proj_ba.weight", (ratio, ratio))
-
-    def packed(self, source: str, runs: tuple[int, ...]) -> tuple[Source, ...]:
-        """The parts of a tensor that has `runs` rows of each part for each key head."""
-        groups, hidden, period = self.config.num_k_heads, self.graph.config.hidden_size, sum(runs)
-        shape, splits = (groups * period, hidden), ((0, self.k_heads),)
-        starts = [sum(runs[:index]) for index in range(len(runs))]
-        return tuple(
-            Source(
-                f"{self.source}{source}",
-                shape,
-                (start, 0),
-                (groups * run, hidden),
-                splits,
-                run=run,
-                every=period,
-            )
-            for start, run in zip(starts, runs, strict=True)
-        )
-
-    def qkv_slices(self, source: str, rest: tuple[int, ...]) -> tuple[Source, ...]:
-        d = self.config
-        keys = d.num_k_heads * d.key_dim
-        parts = (
-            (0, keys, self.k_heads),
-            (keys, keys, self.k_heads),
-            (2 * keys, d.value_channels, self.v_heads),
-        )
-        shape, zeros = (d.conv_channels, *rest), (0,) * len(rest)
-        return tuple(
-            Source(f"{self.source}{source}", shape, (start, *zeros), (size, *rest), ((0, heads),))
-            for start, size, heads in parts
-        )
+            sources = self.sources.packed_projections()
+        name = f"{self.name}.in_proj"
+        columns = sum(size for size, _ in outs)
+        shape = (columns, self.graph.config.hidden_size)
+        weight = self.graph.weight(f"{name}.weight", shape, sources)
+        names = [f"{self.name}.{key}" for key in "uzba"]
+        qkv, z, b, a = self.graph.linear(name, x, weight, outs, names)
+        return _Projected(qkv, z, b, a)
 
     def recompute(
         self, projected: _Projected, weights: tuple[str, ...], states: tuple[str, ...]
@@ -240,7 +286,7 @@ class _Block:
     def conv_weight(self) -> str:
         d = self.config
         rest = (1, d.conv_kernel_size)
-        slices = self.qkv_slices("conv1d.weight", rest)
+        slices = self.sources.qkv_slices("conv1d.weight", rest)
         return self.graph.weight(f"{self.name}.conv.weight", (d.conv_channels, *rest), slices)
 
     def gate_weights(self) -> tuple[str, ...]:
@@ -253,14 +299,18 @@ class _Block:
         )
 
     def conv_state(self) -> str:
-        d, context = self.config, self.graph.context
-        shape = (context.limits.num_state_slots, d.conv_kernel_size - 1, d.conv_channels)
+        d = self.config
+        context = self.graph.context
+        slots = context.limits.num_state_slots
+        shape = (slots, d.conv_kernel_size - 1, d.conv_channels)
         splits = ((2, self.k_heads),)
         return self.graph.tensor(f"{self.name}.conv_state", shape, context.dtype, "state", splits)
 
     def ssm_state(self) -> str:
-        d, context = self.config, self.graph.context
-        shape = (context.limits.num_state_slots, d.num_v_heads, d.key_dim, d.value_dim)
+        d = self.config
+        context = self.graph.context
+        slots = context.limits.num_state_slots
+        shape = (slots, d.num_v_heads, d.key_dim, d.value_dim)
         splits = ((1, self.v_heads),)
         return self.graph.tensor(f"{self.name}.ssm_state", shape, context.wide, "state", splits)
 

@@ -17,11 +17,13 @@ from tokenspeed_plan.planner.models.config import MoeConfig
 
 def feed_forward(graph: GraphBuilder, name: str, source: str, x: str) -> str:
     """x + ffn(norm(x)); `source` is what the layer's tensors begin with."""
-    normed = norm(graph, f"{name}.ffn_norm", f"{source}post_attention_layernorm.weight", x)
+    moe = graph.config.moe
+    weight = f"{source}post_attention_layernorm.weight"
+    normed = norm(graph, f"{name}.ffn_norm", weight, x)
     source = f"{source}mlp."
     with graph.within("ffn"):
-        if graph.config.moe:
-            y = _Moe(graph, graph.config.moe, name, source).emit(normed)
+        if moe:
+            y = _Moe(graph, moe, name, source).emit(normed)
         else:
             y = _mlp(graph, f"{name}.mlp", source, normed)
     return add(graph, f"{name}.ffn_add", y, x)
@@ -35,22 +37,30 @@ def _mlp(graph: GraphBuilder, name: str, source: str, x: str) -> str:
 
 def _swiglu_up(graph: GraphBuilder, name: str, source: str, x: str, size: int) -> str:
     split = Split("mlp", size)
-    blocks: dict[str, tuple[int, Splits]] = {
-        f"{source}{key}_proj.weight": (size, {0: split}) for key in ("gate", "up")
-    }
-    weight = graph.matrix(f"{name}_gate_up.weight", blocks, graph.config.hidden_size)
-    both = graph.linear(f"{name}_gate_up", x, weight, ((2 * size, split),))[0]
-    return graph.op(f"{name}_act", "silu_mul", (both,), out_splits=(split,))[0]
+    block: tuple[int, Splits] = (size, {0: split})
+    sources = [f"{source}{key}_proj.weight" for key in ("gate", "up")]
+    blocks = dict.fromkeys(sources, block)
+    product = f"{name}_gate_up"
+    weight = graph.matrix(f"{product}.weight", blocks, graph.config.hidden_size)
+    outs = ((2 * size, split),)
+    (both,) = graph.linear(product, x, weight, outs)
+    (inner,) = graph.op(f"{name}_act", "silu_mul", (both,), out_splits=(split,))
+    return inner
 
 
 def _swiglu_down(
     graph: GraphBuilder, name: str, source: str, inner: str, size: int, partial: bool
 ) -> str:
-    hidden, split = graph.config.hidden_size, Split("mlp", size)
+    hidden = graph.config.hidden_size
     weight = graph.row_parallel(
-        f"{name}_down.weight", f"{source}down_proj.weight", (hidden, size), split
+        f"{name}_down.weight",
+        f"{source}down_proj.weight",
+        (hidden, size),
+        Split("mlp", size),
     )
-    return graph.linear(f"{name}_down", inner, weight, ((hidden, None),), partial=partial)[0]
+    outs = ((hidden, None),)
+    (y,) = graph.linear(f"{name}_down", inner, weight, outs, partial=partial)
+    return y
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +89,8 @@ class _Moe:
             inner = self.experts_up(x, routed)
             return self.experts_down(inner, routed, partial=True)
         # Both up projections, then both down projections: neighbours can be one kernel.
-        shared_name, shared_source = f"{self.name}.shared", f"{self.source}shared_expert."
+        shared_name = f"{self.name}.shared"
+        shared_source = f"{self.source}shared_expert."
         inner = self.experts_up(x, routed)
         shared_inner = _swiglu_up(self.graph, shared_name, shared_source, x, size)
         y = self.experts_down(inner, routed, partial=False)
@@ -87,32 +98,36 @@ class _Moe:
             self.graph, shared_name, shared_source, shared_inner, size, partial=False
         )
         operands = (shared, y, routed.shared_gate)
-        return self.graph.op(f"{self.name}.moe", "gated_add", operands, partial=True)[0]
+        (total,) = self.graph.op(f"{self.name}.moe", "gated_add", operands, partial=True)
+        return total
 
     def route(self, x: str) -> _Routed:
-        graph, name, num_experts = self.graph, self.name, self.config.num_experts
-        blocks: dict[str, tuple[int, Splits]] = {f"{self.source}gate.weight": (num_experts, {})}
-        outs: list[tuple[int, Split | None]] = [(num_experts, None)]
-        names = [f"{name}.router_logits"]
+        """The router's product, whose last column is the shared expert's gate, and its top-k."""
+        graph = self.graph
+        router = f"{self.name}.router"
+        columns = {"gate": self.config.num_experts}
+        names = [f"{self.name}.router_logits"]
         if self.config.shared_intermediate_size:
-            blocks[f"{self.source}shared_expert_gate.weight"] = (1, {})
-            outs.append((1, None))
-            names.append(f"{name}.shared_gate")
-        weight = graph.matrix(f"{name}.router.weight", blocks, graph.config.hidden_size)
-        top_k = {"top_k": self.config.num_experts_per_token}
+            columns["shared_expert_gate"] = 1
+            names.append(f"{self.name}.shared_gate")
+        blocks: dict[str, tuple[int, Splits]] = {}
+        for key, size in columns.items():
+            blocks[f"{self.source}{key}.weight"] = (size, {})
+        outs = [(size, None) for size in columns.values()]
+        weight = graph.matrix(f"{router}.weight", blocks, graph.config.hidden_size)
+        attrs = {"top_k": self.config.num_experts_per_token}
         with graph.within("router"):
-            logits, *gates = graph.linear(f"{name}.router", x, weight, outs, names)
-            shares, ids = graph.op(f"{name}.topk", "topk", (logits,), attrs=top_k)
-        shared_gate = None
-        if gates:
-            shared_gate = gates[0]
+            logits, *gates = graph.linear(router, x, weight, outs, names)
+            shares, ids = graph.op(f"{self.name}.topk", "topk", (logits,), attrs=attrs)
+        shared_gate = next(iter(gates), None)
         return _Routed(ids, shares, shared_gate)
 
     @property
     def splits(self) -> tuple[Split, Split]:
         """How ranks share experts, and each expert's channels."""
-        inner = Split("expert_inner", self.config.intermediate_size)
-        return Split("experts", self.config.num_experts), inner
+        experts = Split("experts", self.config.num_experts)
+        channels = Split("expert_inner", self.config.intermediate_size)
+        return experts, channels
 
     @property
     def expert_constants(self) -> dict[str, Any]:
@@ -125,40 +140,46 @@ class _Moe:
         }
 
     def experts_up(self, x: str, routed: _Routed) -> str:
-        graph, m, name = self.graph, self.config, f"{self.name}.experts_up"
-        shape = (m.num_experts, 2 * m.intermediate_size, graph.config.hidden_size)
+        graph = self.graph
+        name = f"{self.name}.experts_up"
+        _, channels = self.splits
+        rows = 2 * self.config.intermediate_size
+        shape = (self.config.num_experts, rows, graph.config.hidden_size)
         weight = graph.weight(f"{name}.weight", shape, self.up_sources(), join_dim=1)
-        return graph.op(
+        (inner,) = graph.op(
             name,
             "experts_up",
             (x, routed.ids),
             (weight,),
-            out_splits=(self.splits[1],),
+            out_splits=(channels,),
             **self.expert_constants,
-        )[0]
+        )
+        return inner
 
     def up_sources(self) -> tuple[Source, ...]:
         """Gate rows, then up rows, of each expert; ranks cut each half by itself."""
-        m, hidden = self.config, self.graph.config.hidden_size
-        experts, inner = self.splits
-        size = (m.num_experts, m.intermediate_size, hidden)
-        splits: DimSplits = ((0, experts), (1, inner))
+        hidden = self.graph.config.hidden_size
+        num_experts = self.config.num_experts
+        inner = self.config.intermediate_size
+        experts, channels = self.splits
+        size = (num_experts, inner, hidden)
+        splits: DimSplits = ((0, experts), (1, channels))
         prefix = f"{self.source}experts."
         if self.graph.context.fused_experts(prefix):
-            shape = (m.num_experts, 2 * m.intermediate_size, hidden)
-            return tuple(
-                Source(f"{prefix}gate_up_proj", shape, (0, start, 0), size, splits)
-                for start in (0, m.intermediate_size)
-            )
-        return tuple(
-            Source(f"{prefix}{{expert}}.{key}_proj.weight", size, (0, 0, 0), size, splits)
-            for key in ("gate", "up")
-        )
+            name = f"{prefix}gate_up_proj"
+            shape = (num_experts, 2 * inner, hidden)
+            gate = Source(name, shape, (0, 0, 0), size, splits)
+            up = Source(name, shape, (0, inner, 0), size, splits)
+            return gate, up
+        names = [f"{prefix}{{expert}}.{key}_proj.weight" for key in ("gate", "up")]
+        return tuple(Source(name, size, (0, 0, 0), size, splits) for name in names)
 
     def experts_down(self, inner: str, routed: _Routed, partial: bool) -> str:
-        graph, m, name = self.graph, self.config, f"{self.name}.experts_down"
+        graph = self.graph
+        name = f"{self.name}.experts_down"
         experts, channels = self.splits
-        shape = (m.num_experts, graph.config.hidden_size, m.intermediate_size)
+        inner_size = self.config.intermediate_size
+        shape = (self.config.num_experts, graph.config.hidden_size, inner_size)
         prefix = f"{self.source}experts."
         source = f"{prefix}{{expert}}.down_proj.weight"
         if graph.context.fused_experts(prefix):
@@ -166,11 +187,12 @@ class _Moe:
         splits: DimSplits = ((0, experts), (2, channels))
         part = Source(source, shape, (0, 0, 0), shape, splits)
         weight = graph.weight(f"{name}.weight", shape, (part,))
-        return graph.op(
+        (y,) = graph.op(
             name,
             "experts_down",
             (inner, routed.ids, routed.shares),
             (weight,),
             partial=partial,
             **self.expert_constants,
-        )[0]
+        )
+        return y

@@ -17,7 +17,7 @@ from tokenspeed_plan.planner.models.attention_block import (
     query_heads,
     write_keys_only,
 )
-from tokenspeed_plan.planner.models.builder import GraphBuilder
+from tokenspeed_plan.planner.models.builder import GraphBuilder, Splits
 from tokenspeed_plan.planner.models.common_blocks import (
     BATCH_PLACES,
     TokenPlaces,
@@ -55,9 +55,14 @@ class LastToken:
 
     def take(self, graph: GraphBuilder, name: str, x: str, split: Split | None = None) -> str:
         """`x` of the last token of each sequence."""
-        return graph.op(
-            f"{name}.last", self.kind, (x, self.operand), attrs=self.attrs, out_splits=(split,)
-        )[0]
+        (last,) = graph.op(
+            f"{name}.last",
+            self.kind,
+            (x, self.operand),
+            attrs=self.attrs,
+            out_splits=(split,),
+        )
+        return last
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,24 +125,26 @@ def commit_state_len(graph: GraphBuilder) -> None:
 def make_drafts(graph: GraphBuilder, start: DraftStart) -> str:
     """[last token | drafts] of each sequence, drafts one after the other.
 
-    The first pass of the MTP layer is over all certain tokens, so that their keys and values stay:
-    token i goes in with the token after it and the target's hidden state. Only the last token of
-    each sequence goes on. The next passes are over one draft each; their keys and values are
-    overwritten by the tokens that come true.
+    The first pass of the MTP layer is over all certain tokens, and their keys and values stay. The
+    input for token i is the token after it, with the target's hidden state of token i. Only the
+    last token of each sequence continues. Each later pass is over one draft; its keys and values
+    are overwritten once the real token is known.
     """
-    drafts, hidden = start.last_tokens, start.hidden
+    drafts = start.last_tokens
+    hidden = start.hidden
     for number in range(1, graph.depth + 1):
         if number == 1:
             hidden = _first_pass(graph, start)
         else:
             graph.suffix = f"@{number}"
-            hidden = _next_pass(graph, drafts, hidden, _places_after(graph, start.lens, number - 1))
+            places = _places_after(graph, start.lens, number - 1)
+            hidden = _next_pass(graph, drafts, hidden, places)
         logits = draft_head(graph, hidden, "draft_logits")
         graph.suffix = ""
         name = f"drafts_so_far.{number}"
         if number == graph.depth:
-            name = f"drafts_{graph.depth}"
-        drafts = graph.op(f"draft.{number}", "draft", (logits, drafts), out_names=(name,))[0]
+            name = f"drafts_{number}"
+        (drafts,) = graph.op(f"draft.{number}", "draft", (logits, drafts), out_names=(name,))
     return drafts
 
 
@@ -155,14 +162,18 @@ def _layer_name(graph: GraphBuilder) -> str:
 
 def _first_pass(graph: GraphBuilder, start: DraftStart) -> str:
     """Keys and values of the batch's tokens; the hidden state of each sequence's last token."""
-    name, heads = _layer_name(graph), query_heads(graph)
+    name = _layer_name(graph)
+    heads = query_heads(graph)
+    last = start.last
     x = _draft_input(graph, start.tokens, start.hidden)
     with graph.within("mixer", graph.config.num_layers):
-        asked = queries(graph, name, _LAYER, _mixer_norm(graph, name, x), BATCH_PLACES)
-        q, gate = start.last.take(graph, f"{name}.q", asked.q, heads), None
-        if asked.gate is not None:
-            gate = start.last.take(graph, f"{name}.gate", asked.gate, heads)
-        x = start.last.take(graph, f"{name}.x", x)
+        normed = _mixer_norm(graph, name, x)
+        every = queries(graph, name, _LAYER, normed, BATCH_PLACES)
+        q = last.take(graph, f"{name}.q", every.q, heads)
+        gate = None
+        if every.gate is not None:
+            gate = last.take(graph, f"{name}.gate", every.gate, heads)
+        x = last.take(graph, f"{name}.x", x)
         places = TokenPlaces(context_lens=start.lens)
         x = _rest_of_pass(graph, name, x, Queries(q, gate), places)
     return _draft_hidden(graph, x)
@@ -173,15 +184,16 @@ def _next_pass(graph: GraphBuilder, tokens: str, hidden: str, places: TokenPlace
     name = _layer_name(graph)
     x = _draft_input(graph, tokens, hidden)
     with graph.within("mixer", graph.config.num_layers):
-        asked = queries(graph, name, _LAYER, _mixer_norm(graph, name, x), places)
-        x = _rest_of_pass(graph, name, x, asked, places)
+        normed = _mixer_norm(graph, name, x)
+        made = queries(graph, name, _LAYER, normed, places)
+        x = _rest_of_pass(graph, name, x, made, places)
     return _draft_hidden(graph, x)
 
 
 def _rest_of_pass(
-    graph: GraphBuilder, name: str, x: str, asked: Queries, places: TokenPlaces
+    graph: GraphBuilder, name: str, x: str, made: Queries, places: TokenPlaces
 ) -> str:
-    y = attend(graph, name, _LAYER, asked, places)
+    y = attend(graph, name, _LAYER, made, places)
     x = add(graph, f"{name}.mixer_add", y, x)
     return feed_forward(graph, name, _LAYER, x)
 
@@ -191,22 +203,33 @@ def _draft_hidden(graph: GraphBuilder, x: str) -> str:
 
 
 def _mixer_norm(graph: GraphBuilder, name: str, x: str) -> str:
-    return norm(graph, f"{name}.mixer_norm", f"{_LAYER}input_layernorm.weight", x)
+    weight = f"{_LAYER}input_layernorm.weight"
+    return norm(graph, f"{name}.mixer_norm", weight, x)
 
 
 def _draft_input(graph: GraphBuilder, tokens: str, hidden: str) -> str:
     """fc [norm(embedding of the next token) | norm(hidden state)]."""
     size = graph.config.hidden_size
     x = embed(graph, "mtp.embed", tokens)
-    embedded = norm(graph, "mtp.embed_norm", f"{MTP_PREFIX}pre_fc_norm_embedding.weight", x)
-    normed = norm(graph, "mtp.hidden_norm", f"{MTP_PREFIX}pre_fc_norm_hidden.weight", hidden)
-    fc = graph.matrix("mtp.fc.weight", {f"{MTP_PREFIX}fc.weight": (size, {})}, 2 * size)
+    weight = f"{MTP_PREFIX}pre_fc_norm_embedding.weight"
+    embedded = norm(graph, "mtp.embed_norm", weight, x)
+    weight = f"{MTP_PREFIX}pre_fc_norm_hidden.weight"
+    normed = norm(graph, "mtp.hidden_norm", weight, hidden)
+    block: dict[str, tuple[int, Splits]] = {f"{MTP_PREFIX}fc.weight": (size, {})}
+    fc = graph.matrix("mtp.fc.weight", block, 2 * size)
     with graph.within("draft"):
-        joined = graph.op("mtp.concat", "concat", (embedded, normed))[0]
-        return graph.linear("mtp.fc", joined, fc, ((size, None),))[0]
+        (joined,) = graph.op("mtp.concat", "concat", (embedded, normed))
+        (y,) = graph.linear("mtp.fc", joined, fc, ((size, None),))
+    return y
 
 
 def _places_after(graph: GraphBuilder, lens: str, step: int) -> TokenPlaces:
     """Where the token after `lens + step - 1` tokens of each sequence is."""
-    attrs: dict[str, Attr] = {"page_size": graph.context.limits.page_size, "step": step}
-    return TokenPlaces(*graph.op("draft_place", "draft_place", (lens, "page_table"), attrs=attrs))
+    page_size = graph.context.limits.page_size
+    positions, slot_mapping, context_lens = graph.op(
+        "draft_place",
+        "draft_place",
+        (lens, "page_table"),
+        attrs={"page_size": page_size, "step": step},
+    )
+    return TokenPlaces(positions, slot_mapping, context_lens)

@@ -14,8 +14,8 @@ from tokenspeed_plan.planner.graph import Op, OpGraph, Stage, Tensor
 from tokenspeed_plan.plans.ops import OPS
 from tokenspeed_plan.plans.types import Attr, DType, TensorSpec
 
-# With up to so many tokens, one product for each pair of token and expert reads hardly any expert
-# twice.
+# Up to this many tokens, one product for each pair of token and expert reads hardly any expert's
+# weights twice.
 FEW_ROWS = 16
 
 
@@ -25,11 +25,12 @@ def expand(graph: OpGraph, num_tokens: int, num_seqs: int) -> OpGraph:
     ops: list[Op] = []
     sorted_ids: dict[str, tuple[str, str]] = {}
     for op in graph.ops:
-        work = _Expansion(op, graph, tensors, (num_tokens, num_seqs), sorted_ids)
-        if op.kind in _RULES:
-            ops += _RULES[op.kind](work)
-        else:
+        rule = _RULES.get(op.kind)
+        if rule is None:
             ops.append(op)
+            continue
+        work = _Expansion(op, graph, tensors, (num_tokens, num_seqs), sorted_ids)
+        ops += rule(work)
     used = {*graph.inputs, *graph.outputs}
     for op in ops:
         used.update(op.inputs, op.outputs, dict(op.states))
@@ -81,10 +82,13 @@ class _Expansion:
     def _with_outputs(self, op: Op) -> Op:
         """The operator with its outputs declared, and named where they have no names yet."""
         definition = OPS[op.kind]
-        operands = zip(definition.operands, op.operands, strict=True)
-        specs = {role: self._spec(name) for role, name in operands}
+        specs = {}
+        for role, name in zip(definition.operands, op.operands, strict=True):
+            specs[role] = self._spec(name)
         inferred = definition.infer(op.attrs, specs)
-        names = op.outputs or tuple(f"{op.name}.{role}" for role in inferred)
+        names = op.outputs
+        if not names:
+            names = tuple(f"{op.name}.{role}" for role in inferred)
         for name, spec in zip(names, inferred.values(), strict=True):
             self.tensors.setdefault(name, Tensor(name, spec))
         return replace(op, outputs=names)
@@ -101,26 +105,30 @@ class _Expansion:
     @property
     def num_rows(self) -> int:
         """Rows of the operator's first operand."""
-        return self.tensors[self.op.inputs[0]].spec.bind(*self.sizes)[0]
+        first = self.tensors[self.op.inputs[0]]
+        shape = first.spec.bind(*self.sizes)
+        return shape[0]
 
     @property
     def dtype(self) -> DType:
         """Of the operator's result."""
-        return self.tensors[self.op.outputs[0]].spec.dtype
+        result = self.tensors[self.op.outputs[0]]
+        return result.spec.dtype
 
 
 def _delta_rule(work: _Expansion) -> list[Op]:
     op = work.op
     if op.attrs["mode"] != "chunked":
         return [op]
-    q, k, v, beta, log_decay, cu_seqlens, *rows = op.inputs
-    attrs = {name: value for name, value in op.attrs.items() if name != "mode"}
-    chunk = work.emit(".chunk", "delta_chunk", (q, k, v, beta, log_decay, cu_seqlens), attrs)
-    inputs = (q, k, *chunk.outputs, cu_seqlens, *rows)
-    return [
-        chunk,
-        work.emit("", "delta_scan", inputs, attrs | {"dtype": work.dtype}, op.outputs, keep=True),
-    ]
+    q, k, v, beta, log_decay, cu_seqlens, *slots = op.inputs
+    attrs = dict(op.attrs)
+    del attrs["mode"]
+    of_tokens = (q, k, v, beta, log_decay, cu_seqlens)
+    chunk = work.emit(".chunk", "delta_chunk", of_tokens, attrs)
+    of_chunks = (q, k, *chunk.outputs, cu_seqlens, *slots)
+    attrs["dtype"] = work.dtype
+    scan = work.emit("", "delta_scan", of_chunks, attrs, op.outputs, keep=True)
+    return [chunk, scan]
 
 
 def _experts_up(work: _Expansion) -> list[Op]:
@@ -128,9 +136,13 @@ def _experts_up(work: _Expansion) -> list[Op]:
     if work.num_rows <= FEW_ROWS:
         return [op]
     x, ids = op.inputs
-    sort = replace(work.emit(".sort", "expert_sort", (ids,), op.attrs), rank_attrs=op.rank_attrs)
-    work.sorted_ids[ids] = (sort.outputs[0], sort.outputs[1])
-    return [sort, work.emit("", "grouped_up", (x, *sort.outputs), op.attrs, op.outputs, keep=True)]
+    sort = work.emit(".sort", "expert_sort", (ids,), op.attrs)
+    sort = replace(sort, rank_attrs=op.rank_attrs)
+    order, bounds = sort.outputs
+    work.sorted_ids[ids] = (order, bounds)
+    inputs = (x, order, bounds)
+    up = work.emit("", "grouped_up", inputs, op.attrs, op.outputs, keep=True)
+    return [sort, up]
 
 
 def _experts_down(work: _Expansion) -> list[Op]:
@@ -138,8 +150,12 @@ def _experts_down(work: _Expansion) -> list[Op]:
     h, ids, weights = op.inputs
     if ids not in work.sorted_ids:
         return [op]
-    down = work.emit(".down", "grouped_down", (h, *work.sorted_ids[ids]), op.attrs, keep=True)
-    return [down, work.emit("", "expert_sum", (*down.outputs, weights), {}, op.outputs)]
+    order, bounds = work.sorted_ids[ids]
+    sorted_h = (h, order, bounds)
+    down = work.emit(".down", "grouped_down", sorted_h, op.attrs, keep=True)
+    terms = (*down.outputs, weights)
+    total = work.emit("", "expert_sum", terms, {}, op.outputs)
+    return [down, total]
 
 
 _RULES: dict[str, Callable[[_Expansion], list[Op]]] = {

@@ -93,19 +93,22 @@ def fuse(
     graph: OpGraph, num_tokens: int = 1, num_seqs: int = 1, fusions: Sequence[Fusion] = FUSIONS
 ) -> OpGraph:
     """The graph of a program of this size; each run is replaced by the first fusion that fits."""
-    work = _Fuser(graph, tuple(graph.ordered()), (num_tokens, num_seqs))
+    order = tuple(graph.ordered())
+    work = _Fuser(graph, order, (num_tokens, num_seqs))
     in_phase = [fusion for fusion in fusions if graph.phase in fusion.phases]
     ops: list[Op] = []
     index = 0
-    while index < len(work.order):
-        fusion = next((each for each in in_phase if work.matches(index, each)), None)
+    while index < len(order):
+        matching = (each for each in in_phase if work.matches(index, each))
+        fusion = next(matching, None)
         if fusion is None:
-            ops.append(work.order[index])
+            ops.append(order[index])
             index += 1
         else:
             ops.append(work.merge(index, fusion))
             index += len(fusion.run)
-    return graph.to(Stage.FUSED, ops=tuple(ops), tensors=_with_peer_memory(graph, ops))
+    tensors = _with_peer_memory(graph, ops)
+    return graph.to(Stage.FUSED, ops=tuple(ops), tensors=tensors)
 
 
 def _with_peer_memory(graph: OpGraph, ops: Sequence[Op]) -> dict[str, Tensor]:
@@ -133,48 +136,61 @@ class _Fuser:
         Each member must read or update something that another member writes, or write something
         that another reads, unless they only share a launch.
         """
-        run = self.order[index : index + len(fusion.run)]
-        if tuple(op.kind for op in run) != fusion.run:
+        end = index + len(fusion.run)
+        run = self.order[index:end]
+        kinds = tuple(op.kind for op in run)
+        if kinds != fusion.run:
             return False
-        products = (op for op in run if op.kind == "linear")
-        if fusion.gemv_only and not all(map(self._is_gemv, products)):
-            return False
-        return fusion.independent or all(_is_connected(op, run) for op in run)
+        if fusion.gemv_only:
+            products = [op for op in run if op.kind == "linear"]
+            if not all(self._is_gemv(op) for op in products):
+                return False
+        if fusion.independent:
+            return True
+        return all(_is_connected(op, run) for op in run)
 
-    def _is_gemv(self, op: Op) -> bool:
-        rows = self.graph.tensors[op.inputs[0]].spec.bind(*self.sizes)[0]
-        columns = self.graph.weights[op.weights[0]].spec.bind(0, 0)[0]
+    def _is_gemv(self, product: Op) -> bool:
+        """Whether a product has few rows or few columns."""
+        (x,) = product.inputs
+        (weight,) = product.weights
+        rows, _ = self.graph.tensors[x].spec.bind(*self.sizes)
+        columns, _ = self.graph.weights[weight].spec.bind(0, 0)
         return rows <= GEMV_ROWS or columns <= GEMV_COLUMNS
 
     def merge(self, index: int, fusion: Fusion) -> Op:
         """The kernel in place of the run at this index. It has the name of the last member."""
         end = index + len(fusion.run)
         run = self.order[index:end]
+        last = run[-1]
+        read = [name for op in run for name in op.inputs]
         written = [name for op in run for name in op.outputs]
         needed = set(self.graph.outputs)
         for op in (*self.order[:index], *self.order[end:]):
             needed.update(op.inputs)
         return Op(
-            name=run[-1].name,
+            name=last.name,
             kind=fusion.kind,
-            inputs=_unique(name for op in run for name in op.inputs if name not in written),
+            inputs=_unique(name for name in read if name not in written),
             outputs=tuple(name for name in written if name in needed),
             weights=_unique(name for op in run for name in op.weights),
             states=_states(run),
             parts=tuple(replace(op) for op in run),
-            layer=run[-1].layer,
-            role=run[-1].role,
+            layer=last.layer,
+            role=last.role,
         )
 
 
 def _is_connected(op: Op, run: Sequence[Op]) -> bool:
     """Whether an operator shares a tensor or a state with another of the run."""
-    written = {name for other in run for name in other.outputs}
-    read = {name for other in run for name in other.inputs}
-    if written & set(op.inputs) or read & set(op.outputs):
-        return True
-    touched = {name for other in run if other is not op for name, _ in other.states}
-    return any(name in touched for name, _ in op.states)
+    states = dict(op.states)
+    for other in run:
+        reads = set(op.inputs).intersection(other.outputs)
+        feeds = set(op.outputs).intersection(other.inputs)
+        if reads or feeds:
+            return True
+        if other is not op and states.keys() & dict(other.states).keys():
+            return True
+    return False
 
 
 def _states(run: Sequence[Op]) -> tuple[tuple[str, Access], ...]:

@@ -22,7 +22,8 @@ ALLOWED = {
     Stage.PLACED: _FUSED,
     Stage.LOWERED: _FUSED,
 }
-_SETTLED = (Stage.SCHEDULED, Stage.PLACED, Stage.LOWERED)
+_PLACED = (Stage.PLACED, Stage.LOWERED)
+_SCHEDULED = (Stage.SCHEDULED, *_PLACED)
 
 
 class GraphError(AssertionError):
@@ -44,9 +45,9 @@ def check(graph: OpGraph) -> OpGraph:
             raise GraphError(f"`{op.name}` is not cut yet when {graph.stage}")
     if not nx.is_directed_acyclic_graph(graph.nx):
         raise GraphError("the graph has a cycle")
-    if graph.stage in _SETTLED and not graph.steps:
+    if graph.stage in _SCHEDULED and not graph.steps:
         raise GraphError(f"no steps when {graph.stage}")
-    if graph.stage in _SETTLED[1:]:
+    if graph.stage in _PLACED:
         _check_placed(graph)
     if graph.stage is Stage.LOWERED:
         _check_lowered(graph)
@@ -55,11 +56,15 @@ def check(graph: OpGraph) -> OpGraph:
 
 def _is_whole(op: Op) -> bool:
     """Whether `shard` has not cut the operator yet."""
-    return bool(op.attr_splits or op.shifts) or op.partial or op.gathered
+    if op.partial or op.gathered:
+        return True
+    return bool(op.attr_splits or op.shifts)
 
 
 def _check_operands(graph: OpGraph, op: Op) -> None:
-    for name in (*op.inputs, *op.outputs, *(state for state, _ in op.states)):
+    states = [name for name, _ in op.states]
+    tensors = (*op.inputs, *op.outputs, *states)
+    for name in tensors:
         if name not in graph.tensors:
             raise GraphError(f"`{op.name}` uses `{name}`, which is not declared")
     for name in op.weights:
@@ -68,15 +73,21 @@ def _check_operands(graph: OpGraph, op: Op) -> None:
 
 
 def _check_placed(graph: OpGraph) -> None:
-    for op in graph.ops:
-        for name in op.outputs:
-            if graph.tensors[name].arena in PLACED_ARENAS and name not in graph.offsets:
-                raise GraphError(f"`{name}` has no place when {graph.stage}")
+    written = [name for op in graph.ops for name in op.outputs]
+    for name in written:
+        arena = graph.tensors[name].arena
+        if arena in PLACED_ARENAS and name not in graph.offsets:
+            raise GraphError(f"`{name}` has no offset when {graph.stage}")
 
 
 def _check_lowered(graph: OpGraph) -> None:
+    num_calls = len(graph.calls)
+    num_steps = len(graph.steps)
+    if num_calls != num_steps:
+        raise GraphError(f"{num_calls} calls of {num_steps} steps when {graph.stage}")
     for step in graph.calls:
-        if isinstance(step, LoweredCall) and not graph.candidates.get(step.key):
+        if not isinstance(step, LoweredCall):
+            continue
+        tilings = graph.candidates.get(step.key)
+        if not tilings:
             raise GraphError(f"a call of `{step.key}`, which has no tiling when {graph.stage}")
-    if len(graph.calls) != len(graph.steps):
-        raise GraphError(f"{len(graph.calls)} calls of {len(graph.steps)} steps when lowered")

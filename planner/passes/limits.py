@@ -1,38 +1,64 @@
-"""From the workload to what the plan can serve, and from that to the buckets of its programs."""
+"""What the plan can serve, from the workload; and from that the buckets of its programs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 
-from tokenspeed_plan.planner.ledger import Ledger
+from tokenspeed_plan.planner.ledger import AS_STATED, Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Capacity, Limits
-from tokenspeed_plan.plans.types import Phase
+from tokenspeed_plan.plans.types import Phase, RollbackWord
 
 # A sequence reads one state slot and writes another. Each draft needs one more slot, unless its
 # inputs are kept instead.
 MIN_SLOTS_PER_SEQ = 2
+PADDING_SLOTS = 2  # the first stays zero, the last belongs to padding
 # A turn that continues inside a page copies that page: for a moment a sequence has both.
 COPIED_PAGES = 1
 ENDS_PER_CONVERSATION = 2  # checkpoints where the last prompt and the last answer end
-AS_ASKED = "as the spec says"
 TURN_STEP = 256  # tokens to which the prefill of a turn is rounded up
 # Even an almost empty prefill step costs as much as this part of a chunk.
 WORTH_A_STEP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityOptions:
+    """What is chosen before a pool's capacity is planned.
+
+    Attributes:
+        chunk: tokens of a prompt that are computed at once; None for the machine's default.
+        checkpoint_tokens: as in `checkpoint_spacing`.
+        depth: the most drafts of a decode step.
+        rollback: how rejected drafts are taken back. With `recompute` a sequence needs no more
+            state slots than without drafts.
+    """
+
+    chunk: int | None = None
+    checkpoint_tokens: int | None = None
+    depth: int = 0
+    rollback: RollbackWord = "snapshot"
+
+    @property
+    def kept_inputs(self) -> int:
+        """Queries of a decode step whose inputs are kept, to recompute the state from them."""
+        if self.depth and self.rollback == "recompute":
+            return self.depth + 1
+        return 0
+
+
+DEFAULT_CAPACITY = CapacityOptions()
 
 
 def plan_capacity(
     workload: WorkloadSpec,
     config: ModelConfig,
     hardware: HardwareSpec,
-    chunk: int | None = None,
-    checkpoint_tokens: int | None = None,
-    depth: int = 0,
-    recomputes: bool = False,
+    options: CapacityOptions = DEFAULT_CAPACITY,
 ) -> Capacity:
     """Pages and state slots for `concurrency` of the longest conversations, in whole pages.
 
@@ -40,11 +66,7 @@ def plan_capacity(
         workload: what is to be served.
         config: the model.
         hardware: the target.
-        chunk: tokens of a prompt that are computed at once; the machine's default where it is None.
-        checkpoint_tokens: as in `checkpoint_spacing`.
-        depth: the most drafts of a decode step.
-        recomputes: whether rejected drafts are taken back by recomputing the state from kept
-            inputs; then a sequence needs no more slots than without drafts.
+        options: what was chosen before.
 
     Raises:
         SpecError: the model has fewer positions than the workload needs.
@@ -56,57 +78,72 @@ def plan_capacity(
             f"`{config.name}` has {config.max_positions} positions",
             "lower `workload.turns` or the tokens of a turn",
         )
-    pages = -(-needed // hardware.page_size)
-    max_seq_len = min(pages * hardware.page_size, config.max_positions)
-    chunk = prefill_chunk(chunk or hardware.prefill_chunk, max_seq_len)
-    spacing = checkpoint_spacing(checkpoint_tokens, chunk, hardware.page_size)
-    kept = workload.concurrency * num_checkpoints(max_seq_len, spacing)
-    interval = spacing or max(chunk, hardware.page_size)
+    page_size = hardware.page_size
+    max_seqs = workload.concurrency
+    pages = -(-needed // page_size)
+    max_seq_len = min(pages * page_size, config.max_positions)
+    chunk = prefill_chunk(options.chunk or hardware.prefill_chunk, max_seq_len)
+    spacing = checkpoint_spacing(options.checkpoint_tokens, chunk, page_size)
+    checkpoints = max_seqs * num_checkpoints(max_seq_len, spacing)
+    interval = spacing or max(chunk, page_size)
     if not config.has_state:
         # Each page is a checkpoint by itself. State slots are numbers then, without memory.
-        kept, interval = 0, pages * hardware.page_size
-    slots = state_slots_per_seq(depth, recomputes)
+        checkpoints = 0
+        interval = pages * page_size
+    slots = state_slots_per_seq(options.depth, options.rollback)
     return Capacity(
-        max_seqs=workload.concurrency,
+        max_seqs=max_seqs,
         max_seq_len=max_seq_len,
         max_tokens=chunk,
-        page_size=hardware.page_size,
-        num_pages=(pages + COPIED_PAGES) * workload.concurrency,
+        page_size=page_size,
+        num_pages=(pages + COPIED_PAGES) * max_seqs,
         state_slots_per_seq=slots,
-        num_state_slots=2 + workload.concurrency * slots + kept,
+        num_state_slots=PADDING_SLOTS + max_seqs * slots + checkpoints,
         default_max_tokens=min(workload.output_tokens, max_seq_len - 1),
         checkpoint_interval=interval,
-        min_checkpoint_tokens=max(chunk // WORTH_A_STEP, hardware.page_size),
-        num_checkpoints=kept,
-        kept_inputs=depth + 1 if depth and recomputes else 0,
+        min_checkpoint_tokens=max(chunk // WORTH_A_STEP, page_size),
+        num_checkpoints=checkpoints,
+        kept_inputs=options.kept_inputs,
     )
 
 
 def plan_limits(
     capacity: Capacity, tpot_ms: float | None, predicted_us: Mapping[tuple[Phase, int], float]
 ) -> Limits:
-    """What the plan can serve. The times of its programs are given by phase and bucket."""
+    """The capacity, with the prefill tokens that fit between two decode steps.
+
+    Args:
+        capacity: what the pool has memory for.
+        tpot_ms: the planned milliseconds for a token; None without such a service level.
+        predicted_us: the time of each program by phase and bucket.
+    """
     tokens = interleaved_tokens(capacity, tpot_ms, predicted_us)
     return Limits(**capacity.model_dump(), interleaved_tokens=tokens)
 
 
-def state_slots_per_seq(depth: int, recomputes: bool) -> int:
+def state_slots_per_seq(depth: int, rollback: RollbackWord) -> int:
     """State slots that a sequence holds."""
-    return MIN_SLOTS_PER_SEQ + (0 if recomputes else depth)
+    if rollback == "recompute":
+        return MIN_SLOTS_PER_SEQ
+    return MIN_SLOTS_PER_SEQ + depth
 
 
 def prefill_chunk(chunk: int, max_conversation_tokens: int) -> int:
     """The chunk, at most the longest sequence rounded up to a power of two."""
-    return min(chunk, 1 << (max_conversation_tokens - 1).bit_length())
+    bits = (max_conversation_tokens - 1).bit_length()
+    return min(chunk, 1 << bits)
 
 
-def checkpoint_spacing(asked: int | None, chunk: int, page_size: int) -> int:
-    """Tokens between two checkpoints of a prompt, in whole pages: a chunk unless `asked`.
+def checkpoint_spacing(stated: int | None, chunk: int, page_size: int) -> int:
+    """Tokens between two checkpoints of a prompt, in whole pages: a chunk where none is stated.
 
     0 keeps no checkpoints.
     """
-    tokens = chunk if asked is None else asked
-    return -(-tokens // page_size) * page_size
+    tokens = chunk
+    if stated is not None:
+        tokens = stated
+    pages = -(-tokens // page_size)
+    return pages * page_size
 
 
 def num_checkpoints(seq_tokens: int, spacing: int) -> int:
@@ -120,7 +157,7 @@ def record_cache(
     ledger: Ledger, limits: Limits, tpot_ms: float | None, has_state: bool = True
 ) -> None:
     """Write down what is planned for the prefix cache, and for prefill between decode steps."""
-    value, reason = "off", AS_ASKED
+    value, reason = "off", AS_STATED
     if limits.num_checkpoints:
         spacing = limits.checkpoint_interval
         value = f"{limits.num_checkpoints} checkpoints, in prompts every {spacing} tokens"
@@ -170,8 +207,9 @@ def interleaved_tokens(
 
 def decode_buckets(max_seqs: int) -> tuple[int, ...]:
     """1, 2, 4, ... and the concurrency itself."""
-    powers = [1 << i for i in range(max_seqs.bit_length()) if 1 << i < max_seqs]
-    return (*powers, max_seqs)
+    powers = [1 << bits for bits in range(max_seqs.bit_length())]
+    smaller = [bucket for bucket in powers if bucket < max_seqs]
+    return (*smaller, max_seqs)
 
 
 def prefill_buckets(limits: Capacity, turn_tokens: int) -> tuple[int, ...]:

@@ -27,8 +27,8 @@ class PassOptions:
     Attributes:
         fusions: the rewrites to use.
         num_streams: schedule on at most so many streams, without simulating which number is best.
-        checks: check the grammar after each pass. The advisor does without: it runs the passes
-            hundreds of times, on graphs like those of the plan, which are checked.
+        checks: check the grammar after each pass. The advisor leaves this out: it runs the passes
+            hundreds of times, and the graphs of the plan itself are checked.
     """
 
     fusions: tuple[Fusion, ...] = FUSIONS
@@ -75,27 +75,51 @@ class Pass:
     apply: Callable[[OpGraph, PassContext], OpGraph]
 
 
+def _shard(graph: OpGraph, context: PassContext) -> OpGraph:
+    return shard(graph, context.layout)
+
+
+def _expand(graph: OpGraph, context: PassContext) -> OpGraph:
+    return expand(graph, context.num_tokens, context.num_seqs)
+
+
 def _fuse(graph: OpGraph, context: PassContext) -> OpGraph:
-    return fuse(graph, *context.sizes, context.options.fusions)
+    fusions = context.options.fusions
+    return fuse(graph, context.num_tokens, context.num_seqs, fusions)
+
+
+def _recompute_topk(graph: OpGraph, context: PassContext) -> OpGraph:
+    return recompute_topk(graph, context.num_tokens, context.num_seqs)
 
 
 def _schedule(graph: OpGraph, context: PassContext) -> OpGraph:
-    if context.options.num_streams is not None:
-        return schedule(graph, context.options.num_streams)
-    return schedule_best(graph, context.load, context.hardware, context.max_streams)
+    num_streams = context.options.num_streams
+    if num_streams is not None:
+        return schedule(graph, num_streams)
+    return schedule_best(
+        graph,
+        context.load,
+        context.hardware,
+        context.max_streams,
+    )
+
+
+def _place(graph: OpGraph, context: PassContext) -> OpGraph:
+    return place(graph, context.num_tokens, context.num_seqs)
 
 
 def _lower(graph: OpGraph, context: PassContext) -> OpGraph:
-    return lower(graph, context.hardware, context.load, context.sizes)
+    sizes = (context.num_tokens, context.num_seqs)
+    return lower(graph, context.hardware, context.load, sizes)
 
 
 PASSES: tuple[Pass, ...] = (
-    Pass(Stage.SHARDED, lambda graph, context: shard(graph, context.layout)),
-    Pass(Stage.EXPANDED, lambda graph, context: expand(graph, *context.sizes)),
+    Pass(Stage.SHARDED, _shard),
+    Pass(Stage.EXPANDED, _expand),
     Pass(Stage.FUSED, _fuse),
-    Pass(Stage.RECOMPUTED, lambda graph, context: recompute_topk(graph, *context.sizes)),
+    Pass(Stage.RECOMPUTED, _recompute_topk),
     Pass(Stage.SCHEDULED, _schedule),
-    Pass(Stage.PLACED, lambda graph, context: place(graph, *context.sizes)),
+    Pass(Stage.PLACED, _place),
     Pass(Stage.LOWERED, _lower),
 )
 _ORDER = {stage: index for index, stage in enumerate(Stage)}
@@ -110,9 +134,12 @@ def run(graph: OpGraph, context: PassContext, until: Stage = Stage.LOWERED) -> O
         SpecError: the layout does not divide the model.
         GraphError: a pass broke the grammar.
     """
+    last = _ORDER[until]
     for each in PASSES:
-        if _ORDER[graph.stage] < _ORDER[each.reaches] <= _ORDER[until]:
-            graph = each.apply(graph, context)
-            if context.options.checks:
-                check(graph)
+        stage = _ORDER[each.reaches]
+        if not _ORDER[graph.stage] < stage <= last:
+            continue
+        graph = each.apply(graph, context)
+        if context.options.checks:
+            check(graph)
     return graph

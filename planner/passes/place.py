@@ -1,7 +1,8 @@
 """Place: every activation gets an offset in its arena, and bytes are reused as soon as possible.
 
 A buffer may take the bytes of another when every use of the other is ordered before its own write,
-by the order of the stream or by an event. First fit at the lowest offset, in the order of steps.
+by the order of the stream or by an event. Buffers are placed in the order of the steps, each at the
+lowest offset where it fits (first fit).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class _Held:
 
     def is_over(self, clock: list[int], stream: int) -> bool:
         """Whether every use is ordered before the operator at this clock."""
-        return all(_over(use, clock, stream) for use in self.uses)
+        return all(_is_over(use, clock, stream) for use in self.uses)
 
 
 PLACED_ARENAS: tuple[ArenaName, ...] = ("activations", "symmetric")  # of programs
@@ -42,10 +43,11 @@ def place(graph: OpGraph, max_tokens: int, max_seqs: int) -> OpGraph:
         stream, clock = clocks[op.name]
         for name in op.outputs:
             tensor = graph.tensors[name]
-            if tensor.arena in arenas:
-                size = aligned(tensor.spec.size_bytes(max_tokens, max_seqs))
-                arena = arenas[tensor.arena]
-                offsets[name] = arena.take(size, uses[name], clock, stream)
+            arena = arenas.get(tensor.arena)
+            if arena is None:
+                continue
+            size = tensor.spec.size_bytes(max_tokens, max_seqs)
+            offsets[name] = arena.take(aligned(size), uses[name], clock, stream)
         if graph.num_streams == 1:
             for arena in arenas.values():
                 arena.drop(clock, stream)
@@ -62,21 +64,33 @@ class _Arena:
 
     def take(self, size: int, uses: list[Epoch], clock: list[int], stream: int) -> int:
         """The offset of a buffer that an operator at this clock writes first."""
-        busy = [(h.start, h.end) for h in self.held if not h.is_over(clock, stream)]
-        offset = _first_fit(sorted(busy), size)
-        self.held.append(_Held(offset, offset + size, uses))
-        self.top = max(self.top, offset + size)
+        busy = self._busy(clock, stream)
+        spans = [(held.start, held.end) for held in busy]
+        offset = _first_fit(sorted(spans), size)
+        end = offset + size
+        buffer = _Held(offset, end, uses)
+        self.held.append(buffer)
+        self.top = max(self.top, end)
         return offset
 
     def drop(self, clock: list[int], stream: int) -> None:
-        """Forget the buffers that are over; with one stream they stay so."""
-        self.held = [h for h in self.held if not h.is_over(clock, stream)]
+        """Forget the buffers that are over. With one stream they stay so."""
+        self.held = self._busy(clock, stream)
+
+    def _busy(self, clock: list[int], stream: int) -> list[_Held]:
+        busy = []
+        for held in self.held:
+            if not held.is_over(clock, stream):
+                busy.append(held)
+        return busy
 
 
-def _over(use: Epoch, clock: list[int], stream: int) -> bool:
+def _is_over(use: Epoch, clock: list[int], stream: int) -> bool:
     """Whether a use is ordered before the operator at this clock and is not its own."""
     user, time = use
-    return clock[user] >= time and not (user == stream and clock[stream] == time)
+    if user == stream and time == clock[stream]:
+        return False
+    return time <= clock[user]
 
 
 def _first_fit(busy: list[tuple[int, int]], size: int) -> int:
@@ -90,18 +104,20 @@ def _first_fit(busy: list[tuple[int, int]], size: int) -> int:
 
 def _clocks(graph: OpGraph) -> Mapping[str, tuple[int, list[int]]]:
     """The stream and vector clock of each operator."""
-    now = [[0] * graph.num_streams for _ in range(graph.num_streams)]
+    streams = range(graph.num_streams)
+    now = [[0 for _ in streams] for _ in streams]
     events: dict[int, list[int]] = {}
     clocks: dict[str, tuple[int, list[int]]] = {}
     for step in graph.steps:
-        clock = now[step.stream]
+        stream = step.stream
+        clock = now[stream]
         if isinstance(step, WaitEvent):
             clock[:] = map(max, clock, events[step.event])
         elif isinstance(step, RecordEvent):
             events[step.event] = list(clock)
         else:
-            clock[step.stream] += 1
-            clocks[step.op_name] = (step.stream, list(clock))
+            clock[stream] += 1
+            clocks[step.op_name] = (stream, list(clock))
     return clocks
 
 
@@ -109,6 +125,8 @@ def _uses(graph: OpGraph, clocks: Mapping[str, tuple[int, list[int]]]) -> dict[s
     uses: dict[str, list[Epoch]] = {}
     for op in graph.ops:
         stream, clock = clocks[op.name]
-        for name in (*op.inputs, *op.outputs):
-            uses.setdefault(name, []).append((stream, clock[stream]))
+        epoch = (stream, clock[stream])
+        used = (*op.inputs, *op.outputs)
+        for name in used:
+            uses.setdefault(name, []).append(epoch)
     return uses

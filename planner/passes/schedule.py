@@ -1,14 +1,15 @@
 """Schedule: the order of the steps, the stream of each, and the events between streams.
 
-With one stream the order is the graph's own. With more, it is that of the critical path (list
-scheduling): of what is ready, the operator with the longest way to the end goes first. It goes on
-with the stream of a producer that nobody has continued yet, else it opens the next stream; each
-crossing gets one event. Whether more streams pay is decided by simulation (`simulate`).
+With one stream the order is the graph's own. With more, it follows the critical path (list
+scheduling): of the operators that are ready, the one with the longest path to the end goes first.
+It continues the stream of a producer that no other operator has continued yet; else it opens the
+next stream. Each dependency between two streams gets one event. `simulate` decides whether more
+streams pay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -41,23 +42,35 @@ def schedule(
 def _by_critical_path(graph: OpGraph, times_us: Mapping[str, float]) -> Iterator[Op]:
     """Operators in topological order: of those that are ready, the one furthest from the end."""
     order = list(graph.ordered())
-    left: dict[str, float] = {}
-    for op in reversed(order):
-        after = max((left[name] for name in graph.nx.successors(op.name)), default=0.0)
-        left[op.name] = after + times_us.get(op.name, 1.0)
+    left_us = _path_us(graph, order, times_us)
     position = {op.name: index for index, op in enumerate(order)}
     waiting = {op.name: graph.nx.in_degree(op.name) for op in order}
     ready: list[tuple[float, int]] = []
+    urgency = {name: (-us, position[name]) for name, us in left_us.items()}
     for name, count in waiting.items():
         if count == 0:
-            heappush(ready, (-left[name], position[name]))
+            heappush(ready, urgency[name])
     while ready:
-        op = order[heappop(ready)[1]]
+        _, index = heappop(ready)
+        op = order[index]
         yield op
         for name in graph.nx.successors(op.name):
             waiting[name] -= 1
             if waiting[name] == 0:
-                heappush(ready, (-left[name], position[name]))
+                heappush(ready, urgency[name])
+
+
+def _path_us(
+    graph: OpGraph, order: Sequence[Op], times_us: Mapping[str, float]
+) -> dict[str, float]:
+    """For each operator the longest path from its start to the end of the program."""
+    left_us: dict[str, float] = {}
+    for op in reversed(order):
+        followers = graph.nx.successors(op.name)
+        paths_us = [left_us[name] for name in followers]
+        own_us = times_us.get(op.name, 1.0)
+        left_us[op.name] = own_us + max(paths_us, default=0.0)
+    return left_us
 
 
 @dataclass
@@ -69,7 +82,7 @@ class _Streams:
         steps: in order, without the records of events.
         stream_of, position: of each operator.
         tail: last operator of each stream.
-        seen: (waiting stream, other stream) -> position already waited for.
+        seen: for (waiting stream, other stream) the position that was waited for last.
         waits: the producer of each event.
     """
 
@@ -88,17 +101,21 @@ class _Streams:
         self.used = max(self.used, stream + 1)
         for producer in producers:
             self._wait(stream, producer)
-        self.steps.append(ScheduledOp(op.name, stream))
-        self.stream_of[op.name] = stream
-        self.position[op.name] = len(self.position)
-        self.tail[stream] = op.name
+        name = op.name
+        self.steps.append(ScheduledOp(name, stream))
+        self.stream_of[name] = stream
+        self.position[name] = len(self.position)
+        self.tail[stream] = name
 
     def _choose(self, producers: list[str]) -> int:
+        if not producers:
+            return 0
         streams = {name: self.stream_of[name] for name in producers}
         free = [stream for name, stream in streams.items() if self.tail[stream] == name]
-        if free or not producers:
-            return min(free, default=0)
-        home = streams[max(producers, key=self.position.__getitem__)]
+        if free:
+            return min(free)
+        last = max(producers, key=self.position.__getitem__)
+        home = streams[last]
         for stream in range(self.num_streams):
             if self._is_idle(stream, home):
                 return stream
@@ -108,16 +125,21 @@ class _Streams:
         """Whether a stream has no work, or none that `home` has not waited for."""
         if stream not in self.tail:
             return True
-        last = self.position[self.tail[stream]]
-        return self.seen.get((home, stream), -1) >= last
+        tail = self.tail[stream]
+        seen = self.seen.get((home, stream), -1)
+        return seen >= self.position[tail]
 
     def _wait(self, stream: int, producer: str) -> None:
         source = self.stream_of[producer]
-        key = (stream, source)
-        if source == stream or self.seen.get(key, -1) >= self.position[producer]:
+        if source == stream:
             return
-        self.seen[key] = self.position[producer]
-        self.steps.append(WaitEvent(event=len(self.waits), stream=stream))
+        position = self.position[producer]
+        key = (stream, source)
+        if self.seen.get(key, -1) >= position:
+            return
+        self.seen[key] = position
+        event = len(self.waits)
+        self.steps.append(WaitEvent(event=event, stream=stream))
         self.waits.append(producer)
 
     def join(self) -> None:

@@ -19,11 +19,14 @@ Reports = Mapping[str, Compiled]  # what the compiler made of tilings, by their 
 
 def select_first(candidates: Candidates) -> dict[str, Built]:
     """The best tiling of each kernel, with no proof that it fits."""
-    return {key: tilings[0] for key, tilings in candidates.items()}
+    first = {}
+    for key, tilings in candidates.items():
+        first[key] = tilings[0]
+    return first
 
 
 def unreported(candidates: Candidates, reports: Reports, hardware: HardwareSpec) -> list[Built]:
-    """For each kernel that is not settled, the next tiling to compile.
+    """The next tiling to compile of each kernel for which none is known to fit.
 
     Raises:
         SpecError: no tiling of a kernel fits.
@@ -47,7 +50,10 @@ def select(candidates: Candidates, reports: Reports, hardware: HardwareSpec) -> 
     Raises:
         SpecError: no tiling of a kernel fits.
     """
-    return {key: _first_open(tilings, reports, hardware) for key, tilings in candidates.items()}
+    chosen = {}
+    for key, tilings in candidates.items():
+        chosen[key] = _first_open(tilings, reports, hardware)
+    return chosen
 
 
 def _first_open(tilings: Sequence[Built], reports: Reports, hardware: HardwareSpec) -> Built:
@@ -62,8 +68,9 @@ def _first_open(tilings: Sequence[Built], reports: Reports, hardware: HardwareSp
 
 def fits(report: Compiled, hardware: HardwareSpec) -> bool:
     """Whether a compiled tiling can run well on the target."""
-    in_memory = report.shared_bytes <= hardware.max_shared_bytes
-    return in_memory and not report.error and not report.spill_bytes
+    if report.error or report.spill_bytes:
+        return False
+    return report.shared_bytes <= hardware.max_shared_bytes
 
 
 def _refusal(built: Built, report: Compiled, hardware: HardwareSpec) -> SpecError:

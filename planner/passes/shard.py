@@ -1,4 +1,4 @@
-"""Shard: every dimension becomes what one rank holds, and collectives make the ranks agree again.
+"""Shard: every dimension becomes what one rank holds, and collectives put results together.
 
 Column-parallel products need no collective. Row-parallel ones, the embedding and the expert block
 give partial sums, which an all-reduce adds up. The head gives a block of logits, which an
@@ -23,17 +23,27 @@ def shard(graph: OpGraph, layout: ParallelLayout) -> OpGraph:
     Raises:
         SpecError: the layout does not divide the model.
     """
-    tensors = {name: _localize(tensor, layout) for name, tensor in graph.tensors.items()}
-    weights = {name: _cut_weight(weight, layout) for name, weight in graph.weights.items()}
+    tensors = {}
+    for name, tensor in graph.tensors.items():
+        tensors[name] = _localize(tensor, layout)
+    weights = {}
+    for name, weight in graph.weights.items():
+        weights[name] = _cut_weight(weight, layout)
     ops: list[Op] = []
     for op in graph.ops:
         local = _cut_op(op, tensors, layout)
-        kind, num_ranks = _collective(op), _ranks_of(op, graph, layout)
+        kind = _collective(op)
+        num_ranks = _ranks_of(op, graph, layout)
         if kind is None or num_ranks == 1:
             ops.append(local)
         else:
             ops += _with_collective(local, kind, graph, tensors, num_ranks)
-    return graph.to(Stage.SHARDED, ops=tuple(ops), tensors=tensors, weights=weights)
+    return graph.to(
+        Stage.SHARDED,
+        ops=tuple(ops),
+        tensors=tensors,
+        weights=weights,
+    )
 
 
 def _localize(tensor: Tensor, layout: ParallelLayout) -> Tensor:
@@ -42,26 +52,39 @@ def _localize(tensor: Tensor, layout: ParallelLayout) -> Tensor:
         size = shape[dim]
         assert isinstance(size, int)
         shape[dim] = split.local(size, layout)
-    return replace(tensor, spec=tensor.spec.reshaped(tuple(shape)), splits=())
+    spec = tensor.spec.reshaped(tuple(shape))
+    return replace(tensor, spec=spec, splits=())
 
 
 def _cut_weight(weight: Weight, layout: ParallelLayout) -> Weight:
     sources: list[Source] = []
     for source in weight.sources:
-        sources += _unpack(source, layout) if source.every else [_cut_source(source, layout)]
+        if source.every:
+            sources += _unpack(source, layout)
+        else:
+            sources.append(_cut_source(source, layout))
+    joined = weight.join_dim
     shape = list(sources[0].size)
-    shape[weight.join_dim] = sum(source.size[weight.join_dim] for source in sources)
-    return replace(weight, sources=tuple(sources), spec=weight.spec.reshaped(tuple(shape)))
+    shape[joined] = sum(source.size[joined] for source in sources)
+    spec = weight.spec.reshaped(tuple(shape))
+    return replace(weight, sources=tuple(sources), spec=spec)
 
 
 def _cut_source(source: Source, layout: ParallelLayout) -> Source:
-    size, ranks = list(source.size), []
+    size = list(source.size)
+    ranks = []
     for dim, split in source.splits:
-        shift = split.shift(size[dim], layout)
-        size[dim] = split.local(size[dim], layout)
+        whole = size[dim]
+        shift = split.shift(whole, layout)
+        size[dim] = split.local(whole, layout)
         if shift.mod > 1:
             ranks.append((dim, shift))
-    return replace(source, size=tuple(size), splits=(), ranks=tuple(ranks))
+    return replace(
+        source,
+        size=tuple(size),
+        splits=(),
+        ranks=tuple(ranks),
+    )
 
 
 def _unpack(source: Source, layout: ParallelLayout) -> list[Source]:
@@ -70,14 +93,21 @@ def _unpack(source: Source, layout: ParallelLayout) -> list[Source]:
     The groups are cut as if they stood for all of their `every` rows, so that a rank's shift steps
     over whole groups of the checkpoint tensor; then each group keeps its own `run` rows.
     """
-    num_groups = source.size[0] // source.run
-    whole = replace(source, size=(num_groups * source.every, *source.size[1:]), run=0, every=0)
-    local = _cut_source(whole, layout)
-    first, rest = source.start[0], source.start[1:]
-    return [
-        replace(local, start=(first + offset, *rest), size=(source.run, *local.size[1:]))
-        for offset in range(0, local.size[0], source.every)
-    ]
+    packed, *others = source.size
+    num_groups = packed // source.run
+    size = (num_groups * source.every, *others)
+    local = _cut_source(replace(source, size=size, run=0, every=0), layout)
+    rows, *columns = local.size
+    first, *rest = source.start
+    groups = []
+    for offset in range(0, rows, source.every):
+        group = replace(
+            local,
+            start=(first + offset, *rest),
+            size=(source.run, *columns),
+        )
+        groups.append(group)
+    return groups
 
 
 def _cut_op(op: Op, tensors: Mapping[str, Tensor], layout: ParallelLayout) -> Op:
@@ -85,11 +115,21 @@ def _cut_op(op: Op, tensors: Mapping[str, Tensor], layout: ParallelLayout) -> Op
     for name, split in op.attr_splits.items():
         attrs[name] = split.local_units(layout)
     if op.kind == "linear":
-        attrs["splits"] = tuple(_width(tensors[name]) for name in op.outputs)
-    shifts = {name: split.shift(size, layout) for name, (size, split) in op.shifts.items()}
-    ranks = {name: shift for name, shift in shifts.items() if shift.mod > 1}
+        outputs = [tensors[name] for name in op.outputs]
+        attrs["splits"] = tuple(map(_width, outputs))
+    rank_attrs = {}
+    for name, (size, split) in op.shifts.items():
+        shift = split.shift(size, layout)
+        if shift.mod > 1:
+            rank_attrs[name] = shift
     return replace(
-        op, attrs=attrs, attr_splits={}, shifts={}, rank_attrs=ranks, partial=False, gathered=False
+        op,
+        attrs=attrs,
+        attr_splits={},
+        shifts={},
+        rank_attrs=rank_attrs,
+        partial=False,
+        gathered=False,
     )
 
 
@@ -102,7 +142,9 @@ def _width(tensor: Tensor) -> int:
 def _collective(op: Op) -> str | None:
     if op.partial:
         return "all_reduce"
-    return "all_gather" if op.gathered else None
+    if op.gathered:
+        return "all_gather"
+    return None
 
 
 def _ranks_of(op: Op, graph: OpGraph, layout: ParallelLayout) -> int:
@@ -121,16 +163,17 @@ def _with_collective(
 ) -> list[Op]:
     """The operator writes a local tensor; the collective writes the one that others read."""
     (name,) = op.outputs
+    local_name = f"{name}.local"
     local = tensors[name]
-    tensors[f"{name}.local"] = replace(local, name=f"{name}.local", arena="activations")
+    tensors[local_name] = replace(local, name=local_name, arena="activations")
     tensors[name] = replace(local, spec=graph.tensors[name].spec)
     collective = Op(
-        f"{name}.{kind}",
-        kind,
-        (f"{name}.local",),
-        (name,),
+        name=f"{name}.{kind}",
+        kind=kind,
+        inputs=(local_name,),
+        outputs=(name,),
         attrs={"num_ranks": num_ranks},
         layer=op.layer,
         role=op.role,
     )
-    return [replace(op, outputs=(f"{name}.local",)), collective]
+    return [replace(op, outputs=(local_name,)), collective]

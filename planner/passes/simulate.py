@@ -25,21 +25,29 @@ MIN_GAIN = 0.01  # less is within the error of the model
 
 
 @dataclass
-class _Lane:
-    """One stream: the steps that are left, and the kernel under way."""
+class _Stream:
+    """The steps that are left of one stream, and the kernel under way."""
 
     steps: list[ScheduledStep]
     waits_us: float = 0.0
     works_us: float = 0.0
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
+        """Whether no kernel is under way."""
         return not (self.waits_us or self.works_us)
+
+    @property
+    def is_working(self) -> bool:
+        """Whether its kernel has begun to work."""
+        return self.works_us > 0.0 and not self.waits_us
 
 
 @dataclass
 class _Timeline:
-    lanes: list[_Lane]
+    """The simulated time, and what each stream does at it."""
+
+    streams: list[_Stream]
     times: Mapping[str, OpTime]
     now_us: float = 0.0
     recorded: set[int] = field(default_factory=set)
@@ -48,53 +56,59 @@ class _Timeline:
         """Begin whatever can begin now; an event costs time only where a stream waits for it."""
         moved = True
         while moved:
-            moved = sum(map(self._start, self.lanes)) > 0
+            started = [self._start(stream) for stream in self.streams]
+            moved = any(started)
 
-    def _start(self, lane: _Lane) -> bool:
-        if not lane.idle or not lane.steps:
+    def _start(self, stream: _Stream) -> bool:
+        if not stream.is_idle or not stream.steps:
             return False
-        step = lane.steps[0]
+        step = stream.steps[0]
         if isinstance(step, WaitEvent):
             if step.event not in self.recorded:
                 return False
-            lane.waits_us = EVENT_US
+            stream.waits_us = EVENT_US
         elif isinstance(step, RecordEvent):
             self.recorded.add(step.event)
         else:
             time = self.times[step.op_name]
-            lane.waits_us, lane.works_us = time.latency_us, time.busy_us
-        lane.steps.pop(0)
+            stream.waits_us = time.latency_us
+            stream.works_us = time.busy_us
+        stream.steps.pop(0)
         return True
 
     def advance(self) -> None:
         """Go on to the next moment at which something ends."""
-        working = [lane for lane in self.lanes if lane.works_us and not lane.waits_us]
-        waiting = [lane for lane in self.lanes if lane.waits_us]
+        waiting = [stream for stream in self.streams if stream.waits_us]
+        working = [stream for stream in self.streams if stream.is_working]
         share = max(len(working), 1)
-        step_us = min(
-            [lane.waits_us for lane in waiting] + [lane.works_us * share for lane in working]
-        )
+        ends_us = [stream.waits_us for stream in waiting]
+        ends_us += [stream.works_us * share for stream in working]
+        step_us = min(ends_us)
         self.now_us += step_us
-        for lane in waiting:
-            lane.waits_us = _less(lane.waits_us, step_us)
-        for lane in working:
-            lane.works_us = _less(lane.works_us, step_us / share)
+        for stream in waiting:
+            stream.waits_us = _less(stream.waits_us, step_us)
+        for stream in working:
+            stream.works_us = _less(stream.works_us, step_us / share)
 
 
 def _less(left: float, by: float) -> float:
-    return left - by if left - by > 1e-9 else 0.0
+    rest = left - by
+    if rest > 1e-9:
+        return rest
+    return 0.0
 
 
 def simulate_us(
     steps: Sequence[ScheduledStep], num_streams: int, times: Mapping[str, OpTime]
 ) -> float:
     """Microseconds from the first launch to the last result."""
-    lanes = [
-        _Lane([step for step in steps if step.stream == stream]) for stream in range(num_streams)
-    ]
-    timeline = _Timeline(lanes, times)
+    streams = []
+    for number in range(num_streams):
+        own = [step for step in steps if step.stream == number]
+        streams.append(_Stream(own))
+    timeline = _Timeline(streams, times)
     timeline.start()
-    while not all(lane.idle for lane in lanes):
+    while not all(stream.is_idle for stream in streams):
         timeline.advance()
         timeline.start()
     return timeline.now_us
@@ -110,23 +124,34 @@ def schedule_best(
     """
     times = {op.name: op_time(graph, op, load, hardware) for op in graph.ops}
     lengths = {name: time.total_us for name, time in times.items()}
-    most = MAX_STREAMS if hardware.sm else 1
+    most = 1
+    if hardware.sm:
+        most = MAX_STREAMS
     tried = []
     for num_streams in range(1, most + 1):
         scheduled = schedule(graph, num_streams, lengths)
         time_us = simulate_us(scheduled.steps, scheduled.num_streams, times)
         tried.append(replace(scheduled, time_us=time_us))
-    best = min(tried[:max_streams], key=lambda each: each.time_us)
-    if best.time_us >= (1.0 - MIN_GAIN) * tried[0].time_us:
-        best = tried[0]
+    single = tried[0]
+    best = min(tried[:max_streams], key=_time_us)
+    if best.time_us >= (1.0 - MIN_GAIN) * single.time_us:
+        best = single
     others = [each.time_us for each in tried if each.num_streams != best.num_streams]
-    return replace(best, runner_up_us=min(others, default=None))
+    runner_up_us = min(others, default=None)
+    return replace(best, runner_up_us=runner_up_us)
+
+
+def _time_us(graph: OpGraph) -> float:
+    return graph.time_us
 
 
 def record_streams(ledger: Ledger, graphs: Sequence[OpGraph]) -> None:
     """Write down how many streams the programs got, and what that is worth."""
     most = max(graph.num_streams for graph in graphs)
-    compared = [(graph, graph.runner_up_us) for graph in graphs if graph.runner_up_us is not None]
+    compared = []
+    for graph in graphs:
+        if graph.runner_up_us is not None:
+            compared.append((graph, graph.runner_up_us))
     reason = _reason(graphs, compared, most)
     if compared:
         graph, us = compared[-1]

@@ -1,7 +1,14 @@
-"""Gated attention with rotary embeddings over a paged KV cache."""
+"""Gated attention with rotary embeddings over a paged KV cache.
+
+Letters: T tokens, S sequences, Q query heads, K kv heads, D head_dim.
+
+`q`, `gate` and `y` are [T, Q * D], `k` and `v` [T, K * D]; a draft pass has S rows in place of T. A
+page of `kv_cache` is [2, page_size, K, D]: keys, then values.
+"""
 
 from __future__ import annotations
 
+from tokenspeed_plan.plans.ops.batch_inputs import expect_page_table
 from tokenspeed_plan.plans.ops.op_def import (
     Attrs,
     OpDef,
@@ -9,75 +16,97 @@ from tokenspeed_plan.plans.ops.op_def import (
     batch_rows,
     check_norm_kind,
     expect,
+    expect_vectors,
     integer,
     like,
     query_len,
     require,
     rows,
-    width,
 )
-from tokenspeed_plan.plans.types import TensorSpec
+from tokenspeed_plan.plans.types import Dim, TensorSpec
 
 
 def _head_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     check_norm_kind(attrs)
     expect(specs, "w", integer(attrs, "head_dim"))
-    expect(specs, "x", rows(specs, "x"), integer(attrs, "num_heads") * integer(attrs, "head_dim"))
-    return {"y": specs["x"]}
+    dim = rows(specs, "x")
+    y = expect(specs, "x", dim, _heads_width(attrs, "num_heads"))
+    return {"y": y}
+
+
+def _heads_width(attrs: Attrs, heads: str) -> int:
+    """Columns of all heads together."""
+    return integer(attrs, heads) * integer(attrs, "head_dim")
 
 
 def _split_gate(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    half = integer(attrs, "num_heads") * integer(attrs, "head_dim")
-    expect(specs, "qg", rows(specs, "qg"), 2 * half)
-    return {"q": like(specs, "qg", half), "gate": like(specs, "qg", half)}
+    half = _heads_width(attrs, "num_heads")
+    dim = rows(specs, "qg")
+    expect(specs, "qg", dim, 2 * half)
+    return dict.fromkeys(("q", "gate"), like(specs, "qg", half))
 
 
 def _rope(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    head_dim, rotary_dim = integer(attrs, "head_dim"), integer(attrs, "rotary_dim")
+    head_dim = integer(attrs, "head_dim")
+    rotary_dim = integer(attrs, "rotary_dim")
     fits = rotary_dim <= head_dim and rotary_dim % 2 == 0
     require(fits, f"rotary_dim {rotary_dim} of head_dim {head_dim}")
     dim = batch_rows(specs, "x")
     expect(specs, "positions", dim, dtype="i32")
-    return {"y": expect(specs, "x", dim, integer(attrs, "num_heads") * head_dim)}
+    y = expect(specs, "x", dim, _heads_width(attrs, "num_heads"))
+    return {"y": y}
 
 
 def _kv_cache(attrs: Attrs, specs: Specs) -> None:
-    heads, head_dim = integer(attrs, "num_kv_heads"), integer(attrs, "head_dim")
-    page = (2, integer(attrs, "page_size"), heads, head_dim)
-    shape = specs["kv_cache"].shape
-    require(shape[1:] == page, f"`kv_cache` is {list(shape)}, its pages are {list(page)}")
+    constants = ("page_size", "num_kv_heads", "head_dim")
+    page = [2, *(integer(attrs, name) for name in constants)]
+    found = list(specs["kv_cache"].shape)
+    fits = found[1:] == page
+    require(fits, f"`kv_cache` is {found}, its pages are {page}")
 
 
 def _kv_write(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     _kv_cache(attrs, specs)
-    row = integer(attrs, "num_kv_heads") * integer(attrs, "head_dim")
+    columns = _heads_width(attrs, "num_kv_heads")
     dim = batch_rows(specs, "k")
-    for name in ("k", "v"):
-        expect(specs, name, dim, row, dtype=specs["kv_cache"].dtype)
+    dtype = specs["kv_cache"].dtype
+    expect(specs, "k", dim, columns, dtype=dtype)
+    expect(specs, "v", dim, columns, dtype=dtype)
     expect(specs, "slot_mapping", dim, dtype="i32")
     return {}
 
 
 def _attention(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     _kv_cache(attrs, specs)
-    require(attrs.get("mode") in ("decode", "prefill"), f"mode {attrs.get('mode')!r}")
-    heads, kv_heads = integer(attrs, "num_heads"), integer(attrs, "num_kv_heads")
+    heads = integer(attrs, "num_heads")
+    kv_heads = integer(attrs, "num_kv_heads")
     require(heads % kv_heads == 0, f"{heads} query heads over {kv_heads} kv heads")
-    expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
-    expect(specs, "context_lens", "num_seqs", dtype="i32")
-    expect(specs, "page_table", "num_seqs", width(specs, "page_table"), dtype="i32")
+    expect_vectors(specs, ("cu_seqlens",), "num_seqs+1", "i32")
+    expect_vectors(specs, ("context_lens",), "num_seqs", "i32")
+    expect_page_table(specs)
     dim = batch_rows(specs, "q")
-    if attrs["mode"] == "prefill":
-        require(dim == "num_tokens", "a prefill has many queries a sequence")
-        require(query_len(attrs) == 1, "query_len of a prefill")
-    if query_len(attrs) > 1:
-        require(dim == "num_tokens", "query_len where each sequence has one query")
-    return {"y": expect(specs, "q", dim, heads * integer(attrs, "head_dim"))}
+    _expect_queries(attrs, dim)
+    y = expect(specs, "q", dim, _heads_width(attrs, "num_heads"))
+    return {"y": y}
+
+
+def _expect_queries(attrs: Attrs, dim: Dim) -> None:
+    """A prefill has many queries of a sequence; a decode step has `query_len`."""
+    mode = attrs.get("mode")
+    require(mode in ("decode", "prefill"), f"mode {mode!r}")
+    queries = query_len(attrs)
+    per_token = dim == "num_tokens"
+    if mode == "prefill":
+        require(per_token, "a prefill has many queries a sequence")
+        require(queries == 1, "query_len of a prefill")
+    if queries > 1:
+        require(per_token, "query_len where each sequence has one query")
 
 
 def _pair(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    require(specs["x"] == specs["g"], "operands differ")
-    return {"y": specs["x"]}
+    x = specs["x"]
+    require(specs["g"] == x, "operands differ")
+    return {"y": x}
 
 
 ATTENTION_OPS: dict[str, OpDef] = {

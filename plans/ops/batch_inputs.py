@@ -1,10 +1,14 @@
-"""What a batch brings: metadata of its sequences, which operators share."""
+"""What a batch brings: metadata of its sequences, which operators share.
+
+Letters: T tokens, S sequences. `token_ids`, `positions` and `slot_mapping` are [T], `cu_seqlens` is
+[S + 1], `page_table` is [S, pages], `dst_state_slots` is [S] or [S, slots]; the others are [S].
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokenspeed_plan.plans.ops.op_def import Specs, expect, require, width
+from tokenspeed_plan.plans.ops.op_def import Specs, expect, expect_vectors, require, width
 from tokenspeed_plan.plans.types import DType
 
 STOP_IDS = 8  # tokens a sequence that `accept` stops at; other ends are found on the host
@@ -59,6 +63,16 @@ def expect_seq_metadata(specs: Specs) -> None:
     expect_dst_state_slots(specs, 1)
 
 
+def expect_page_table(specs: Specs) -> None:
+    """The pages of each sequence.
+
+    Raises:
+        ShapeError: it has another shape.
+    """
+    num_pages = width(specs, "page_table")
+    expect(specs, "page_table", "num_seqs", num_pages, dtype="i32")
+
+
 def expect_dst_state_slots(specs: Specs, needed: int) -> None:
     """One slot a sequence, or a matrix with a slot for each token that a decode step can verify.
 
@@ -66,11 +80,14 @@ def expect_dst_state_slots(specs: Specs, needed: int) -> None:
         ShapeError: it has fewer columns than `needed`.
     """
     shape = specs["dst_state_slots"].shape
-    fits = needed == 1 and shape == ("num_seqs",)
-    if len(shape) == 2 and isinstance(shape[1], int):
-        fits = shape[1] >= max(needed, 2)
+    columns = shape[1:]
+    if not columns:
+        fits = needed == 1
+    else:
+        slots = width(specs, "dst_state_slots")
+        fits = len(columns) == 1 and slots >= max(needed, 2)
     require(fits, f"`dst_state_slots` is {list(shape)} for {needed} state slots a sequence")
-    expect(specs, "dst_state_slots", "num_seqs", *shape[1:], dtype="i32")
+    expect(specs, "dst_state_slots", "num_seqs", *columns, dtype="i32")
 
 
 def expect_batch_state(specs: Specs, needed: int) -> None:
@@ -79,10 +96,8 @@ def expect_batch_state(specs: Specs, needed: int) -> None:
     Raises:
         ShapeError: one has another shape.
     """
-    expect(specs, "page_table", "num_seqs", width(specs, "page_table"), dtype="i32")
-    for name in ("token_ids", "positions", "slot_mapping"):
-        expect(specs, name, "num_tokens", dtype="i32")
-    for name in ("context_lens", "src_state_slots"):
-        expect(specs, name, "num_seqs", dtype="i32")
+    expect_page_table(specs)
+    expect_vectors(specs, ("token_ids", "positions", "slot_mapping"), "num_tokens", "i32")
+    expect_vectors(specs, ("context_lens", "src_state_slots"), "num_seqs", "i32")
     expect(specs, "rng_offset", "num_seqs", dtype="i64")
     expect_dst_state_slots(specs, needed)

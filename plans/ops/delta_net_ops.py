@@ -1,6 +1,15 @@
-"""The gated delta rule: a convolution and a recurrence, in steps or in chunks."""
+"""The gated delta rule: a convolution and a recurrence, in steps or in chunks.
+
+Letters: T tokens, S sequences, A key heads, B value heads, R query_len, K taps of the convolution,
+d and e columns of a key and of a value.
+
+`q` and `k` are [T, A * d], `v` and `y` [T, B * e], `beta` and `log_decay` [T, B]. A state slot
+holds `conv_state` [K - 1, 2 * A * d + B * e] and `ssm_state` [B, d, e].
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from tokenspeed_plan.plans.ops.batch_inputs import (
     SEQ_METADATA,
@@ -13,6 +22,7 @@ from tokenspeed_plan.plans.ops.op_def import (
     Specs,
     dtype_attr,
     expect,
+    expect_vectors,
     integer,
     query_len,
     require,
@@ -26,6 +36,55 @@ DELTA_CHUNK = 64  # tokens of a chunk of the delta rule
 L2_EPS = 1e-6  # of the norm of its queries and keys
 RECOMPUTED = "recomputed"  # the mode of a step that finds its state where `recompute_state` left it
 
+_RECOMPUTE_METADATA = ("context_lens", "state_lens", "src_state_slots", "dst_state_slots")
+
+
+@dataclass(frozen=True, slots=True)
+class _HeadSizes:
+    """Heads on a rank, and the columns of a key and of a value."""
+
+    k_heads: int
+    v_heads: int
+    key_dim: int
+    value_dim: int
+
+    @classmethod
+    def of(cls, attrs: Attrs) -> _HeadSizes:
+        return cls(
+            k_heads=integer(attrs, "num_k_heads"),
+            v_heads=integer(attrs, "num_v_heads"),
+            key_dim=integer(attrs, "key_dim"),
+            value_dim=integer(attrs, "value_dim"),
+        )
+
+    @property
+    def keys(self) -> int:
+        """Columns of all keys, and as many of all queries."""
+        return self.k_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Columns of all values."""
+        return self.v_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.keys + self.values
+
+    def chunk_widths(self) -> dict[str, int]:
+        """Columns of what `delta_chunk` hands to `delta_scan`."""
+        return {
+            "u": self.values,
+            "w": self.v_heads * self.key_dim,
+            "mix": self.v_heads * DELTA_CHUNK,
+        }
+
+    def check_groups(self) -> None:
+        """Each key head serves equally many value heads."""
+        fits = self.v_heads % self.k_heads == 0
+        require(fits, f"{self.v_heads} value heads over {self.k_heads} key heads")
+
 
 def _expect_mode(attrs: Attrs, specs: Specs, decode: str, prefill: str) -> None:
     """The mode of an operator with recurrent state.
@@ -34,7 +93,8 @@ def _expect_mode(attrs: Attrs, specs: Specs, decode: str, prefill: str) -> None:
     does. In mode `RECOMPUTED` a decode step reads the state that `recompute_state` left in
     `dst_state_slots`, and writes none.
     """
-    mode, queries = attrs.get("mode"), query_len(attrs)
+    mode = attrs.get("mode")
+    queries = query_len(attrs)
     require(mode in (decode, prefill, RECOMPUTED), f"mode {mode!r}")
     if mode == prefill:
         require(queries == 1, f"query_len where the mode is {prefill}")
@@ -46,135 +106,142 @@ def _expect_mode(attrs: Attrs, specs: Specs, decode: str, prefill: str) -> None:
 def _conv(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     expect_seq_metadata(specs)
     _expect_mode(attrs, specs, "update", "varlen")
-    channels, taps = width(specs, "x"), integer(attrs, "kernel_size")
+    channels = width(specs, "x")
+    taps = integer(attrs, "kernel_size")
     expect(specs, "w", channels, 1, taps)
     _expect_conv_state(specs, taps, channels)
-    return {"y": expect(specs, "x", "num_tokens", channels)}
+    y = expect(specs, "x", "num_tokens", channels)
+    return {"y": y}
 
 
 def _expect_conv_state(specs: Specs, taps: int, channels: int) -> None:
     """The inputs before the next token, all taps but one."""
     shape = specs["conv_state"].shape
-    require(shape[1:] == (taps - 1, channels), f"`conv_state` is {list(shape)}")
+    fits = shape[1:] == (taps - 1, channels)
+    require(fits, f"`conv_state` is {list(shape)}")
 
 
 def _recompute_state(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    heads, taps = integer(attrs, "num_v_heads"), integer(attrs, "kernel_size")
-    key = integer(attrs, "num_k_heads") * integer(attrs, "key_dim")
-    channels = 2 * key + heads * integer(attrs, "value_dim")
-    x = expect(specs, "x", "num_tokens", channels)
+    sizes = _HeadSizes.of(attrs)
+    heads = sizes.v_heads
+    taps = integer(attrs, "kernel_size")
+    x = expect(specs, "x", "num_tokens", sizes.channels)
     for name in ("b", "a"):
         expect(specs, name, "num_tokens", heads, dtype=x.dtype)
-    for name in ("context_lens", "state_lens", "src_state_slots", "dst_state_slots"):
-        expect(specs, name, "num_seqs", dtype="i32")
-    expect(specs, "w", channels, 1, taps)
+    expect_vectors(specs, _RECOMPUTE_METADATA, "num_seqs", "i32")
+    expect(specs, "w", sizes.channels, 1, taps)
     expect(specs, "a_log", heads)
     expect(specs, "dt_bias", heads)
-    _expect_conv_state(specs, taps, channels)
-    _ssm_state(attrs, specs, wide(x.dtype))
-    kept, queries = specs["kept_inputs"].shape[1:2], query_len(attrs)
-    require(kept >= (queries,), f"{list(kept)} inputs are kept of {queries} queries")
-    _expect_kept(specs, "kept_inputs", (*kept, channels), x.dtype)
-    _expect_kept(specs, "kept_gates", (2, *kept, heads), x.dtype)
+    _expect_conv_state(specs, taps, sizes.channels)
+    _ssm_state(sizes, specs, wide(x.dtype))
+    _expect_all_kept(sizes, specs, query_len(attrs))
     return {}
+
+
+def _expect_all_kept(sizes: _HeadSizes, specs: Specs, queries: int) -> None:
+    """Each state slot keeps the inputs of at least so many queries, and their gates."""
+    dtype = specs["x"].dtype
+    kept = specs["kept_inputs"].shape[1:2]
+    enough = kept >= (queries,)
+    require(enough, f"{list(kept)} inputs are kept of {queries} queries")
+    _expect_kept(specs, "kept_inputs", (*kept, sizes.channels), dtype)
+    _expect_kept(specs, "kept_gates", (2, *kept, sizes.v_heads), dtype)
 
 
 def _expect_kept(specs: Specs, name: str, shape: tuple[Dim, ...], dtype: DType) -> None:
     """What is kept in each state slot; b and a of `kept_gates` come one after the other."""
     spec = specs[name]
-    require(spec.shape[1:] == shape, f"`{name}` is {list(spec.shape)}")
+    fits = spec.shape[1:] == shape
+    require(fits, f"`{name}` is {list(spec.shape)}")
     require(spec.dtype == dtype, f"`{name}` is {spec.dtype}")
 
 
 def _commit_state_len(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    for name in ("context_lens", "state_lens"):
-        expect(specs, name, "num_seqs", dtype="i32")
+    expect_vectors(specs, ("context_lens", "state_lens"), "num_seqs", "i32")
     query_len(attrs)
     return {}
 
 
 def _qk_l2_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    key = integer(attrs, "num_k_heads") * integer(attrs, "key_dim")
-    value = integer(attrs, "num_v_heads") * integer(attrs, "value_dim")
-    x = expect(specs, "x", "num_tokens", 2 * key + value)
-    q = TensorSpec.of(shape=("num_tokens", key), dtype=x.dtype)
-    v = TensorSpec.of(shape=("num_tokens", value), dtype=x.dtype)
+    sizes = _HeadSizes.of(attrs)
+    x = expect(specs, "x", "num_tokens", sizes.channels)
+    q = x.reshaped(("num_tokens", sizes.keys))
+    v = x.reshaped(("num_tokens", sizes.values))
     return {"q": q, "k": q, "v": v}
 
 
 def _delta_gates(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    b = specs["b"]
+    require(specs["a"] == b, "`a` and `b` differ")
     heads = width(specs, "b")
-    require(specs["a"] == specs["b"], "`a` and `b` differ")
     expect(specs, "a_log", heads)
     expect(specs, "dt_bias", heads)
-    out = TensorSpec.of(shape=("num_tokens", heads), dtype=wide(specs["b"].dtype))
+    out = TensorSpec.of(shape=("num_tokens", heads), dtype=wide(b.dtype))
     return {"beta": out, "log_decay": out}
 
 
 def _delta_rule(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     expect_seq_metadata(specs)
     _expect_mode(attrs, specs, "recurrent", "chunked")
-    k_heads, v_heads = integer(attrs, "num_k_heads"), integer(attrs, "num_v_heads")
-    key_dim, value_dim = integer(attrs, "key_dim"), integer(attrs, "value_dim")
-    require(v_heads % k_heads == 0, f"{v_heads} value heads over {k_heads} key heads")
-    acc = wide(specs["v"].dtype)
+    sizes = _HeadSizes.of(attrs)
+    sizes.check_groups()
+    y = expect(specs, "v", "num_tokens", sizes.values)
+    acc = wide(y.dtype)
     for name in ("q", "k"):
-        expect(specs, name, "num_tokens", k_heads * key_dim, dtype=specs["v"].dtype)
+        expect(specs, name, "num_tokens", sizes.keys, dtype=y.dtype)
     for name in ("beta", "log_decay"):
-        expect(specs, name, "num_tokens", v_heads, dtype=acc)
-    _ssm_state(attrs, specs, acc)
-    return {"y": expect(specs, "v", "num_tokens", v_heads * value_dim)}
+        expect(specs, name, "num_tokens", sizes.v_heads, dtype=acc)
+    _ssm_state(sizes, specs, acc)
+    return {"y": y}
 
 
-def _ssm_state(attrs: Attrs, specs: Specs, acc: DType) -> None:
+def _ssm_state(sizes: _HeadSizes, specs: Specs, acc: DType) -> None:
+    """A matrix of key times value for each value head, in the accumulation dtype."""
     state = specs["ssm_state"]
-    wanted = tuple(integer(attrs, name) for name in ("num_v_heads", "key_dim", "value_dim"))
-    require(state.shape[1:] == wanted, f"`ssm_state` is {list(state.shape)}")
+    wanted = (sizes.v_heads, sizes.key_dim, sizes.value_dim)
+    fits = state.shape[1:] == wanted
+    require(fits, f"`ssm_state` is {list(state.shape)}")
     require(state.dtype == acc, f"`ssm_state` is {state.dtype} where {acc} is needed")
 
 
 def _delta_chunk(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    k_heads, v_heads = integer(attrs, "num_k_heads"), integer(attrs, "num_v_heads")
-    key_dim, value_dim = integer(attrs, "key_dim"), integer(attrs, "value_dim")
-    require(v_heads % k_heads == 0, f"{v_heads} value heads over {k_heads} key heads")
-    acc = expect(specs, "beta", "num_tokens", v_heads).dtype
-    expect(specs, "log_decay", "num_tokens", v_heads, dtype=acc)
-    dtype = expect(specs, "v", "num_tokens", v_heads * value_dim).dtype
-    require(wide(dtype) == acc, f"`beta` is {acc} beside {dtype}")
+    sizes = _HeadSizes.of(attrs)
+    sizes.check_groups()
+    beta = expect(specs, "beta", "num_tokens", sizes.v_heads)
+    acc = beta.dtype
+    expect(specs, "log_decay", "num_tokens", sizes.v_heads, dtype=acc)
+    v = expect(specs, "v", "num_tokens", sizes.values)
+    require(wide(v.dtype) == acc, f"`beta` is {acc} beside {v.dtype}")
     for name in ("q", "k"):
-        expect(specs, name, "num_tokens", k_heads * key_dim, dtype=dtype)
+        expect(specs, name, "num_tokens", sizes.keys, dtype=v.dtype)
     expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
-    widths = {"u": v_heads * value_dim, "w": v_heads * key_dim, "mix": v_heads * DELTA_CHUNK}
-    made = {
-        name: TensorSpec.of(shape=("num_tokens", size), dtype=dtype)
-        for name, size in widths.items()
-    }
-    return made | {"total": TensorSpec.of(shape=("num_tokens", v_heads), dtype=acc)}
+    made = {}
+    for name, columns in sizes.chunk_widths().items():
+        made[name] = v.reshaped(("num_tokens", columns))
+    return made | {"total": beta}
 
 
 def _delta_scan(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     expect_seq_metadata(specs)
-    k_heads, v_heads = integer(attrs, "num_k_heads"), integer(attrs, "num_v_heads")
-    key_dim, value_dim = integer(attrs, "key_dim"), integer(attrs, "value_dim")
-    widths = {
-        "q": k_heads * key_dim,
-        "k": k_heads * key_dim,
-        "u": v_heads * value_dim,
-        "w": v_heads * key_dim,
-        "mix": v_heads * DELTA_CHUNK,
-    }
-    for name, size in widths.items():
-        expect(specs, name, "num_tokens", size, dtype=dtype_attr(attrs))
-    acc = expect(specs, "total", "num_tokens", v_heads, dtype=wide(dtype_attr(attrs))).dtype
-    _ssm_state(attrs, specs, acc)
-    return {"y": TensorSpec.of(shape=("num_tokens", v_heads * value_dim), dtype=dtype_attr(attrs))}
+    sizes = _HeadSizes.of(attrs)
+    dtype = dtype_attr(attrs)
+    acc = wide(dtype)
+    widths = {"q": sizes.keys, "k": sizes.keys, **sizes.chunk_widths()}
+    for name, columns in widths.items():
+        expect(specs, name, "num_tokens", columns, dtype=dtype)
+    expect(specs, "total", "num_tokens", sizes.v_heads, dtype=acc)
+    _ssm_state(sizes, specs, acc)
+    y = TensorSpec.of(shape=("num_tokens", sizes.values), dtype=dtype)
+    return {"y": y}
 
 
 def _gated_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    expect(specs, "w", integer(attrs, "head_dim"))
+    heads = integer(attrs, "num_heads")
+    head_dim = integer(attrs, "head_dim")
+    expect(specs, "w", head_dim)
     require(specs["x"] == specs["z"], "`x` and `z` differ")
-    expect(specs, "x", rows(specs, "x"), integer(attrs, "num_heads") * integer(attrs, "head_dim"))
-    return {"y": specs["x"]}
+    y = expect(specs, "x", rows(specs, "x"), heads * head_dim)
+    return {"y": y}
 
 
 DELTA_NET_OPS: dict[str, OpDef] = {

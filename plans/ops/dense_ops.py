@@ -1,4 +1,8 @@
-"""Embedding, norm, projections, and sums over ranks."""
+"""Embedding, norm, projections, and sums over ranks.
+
+Letters: T tokens, S sequences, H hidden, V vocabulary, n inner columns. `x` and `r` are [T, H],
+`table` is [V, H], the weight `w` of a product is [columns of y, columns of x].
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,8 @@ from tokenspeed_plan.plans.ops.op_def import (
 )
 from tokenspeed_plan.plans.types import Dim, TensorSpec
 
+_MAX_COLUMNS = 1 << 31  # kernels index columns with 32 bits
+
 
 def _embed(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     shape = specs["token_ids"].shape
@@ -23,23 +29,32 @@ def _embed(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     if len(shape) == 2:
         dim = "num_seqs"
     expect(specs, "token_ids", dim, *shape[1:], dtype="i32")
-    require(len(specs["table"].shape) == 2, "`table` is not a matrix")
-    return {"y": TensorSpec.of(shape=(dim, width(specs, "table")), dtype=specs["table"].dtype)}
+    table = specs["table"]
+    require(len(table.shape) == 2, "`table` is not a matrix")
+    y = table.reshaped((dim, width(specs, "table")))
+    return {"y": y}
 
 
 def _rms_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     check_norm_kind(attrs)
-    expect(specs, "w", width(specs, "x"))
-    return {"y": like(specs, "x", width(specs, "x"))}
+    columns = width(specs, "x")
+    expect(specs, "w", columns)
+    return {"y": like(specs, "x", columns)}
 
 
 def _linear(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     splits = attrs["splits"]
     if not isinstance(splits, tuple) or not splits:
         raise ShapeError(f"splits {splits!r}")
-    require(all(0 < size < 1 << 31 for size in splits), f"splits {splits!r}")
-    expect(specs, "w", sum(splits), width(specs, "x"), dtype=specs["x"].dtype)
-    return {f"y{i}": like(specs, "x", part) for i, part in enumerate(splits)}
+    for size in splits:
+        require(0 < size < _MAX_COLUMNS, f"splits {splits!r}")
+    x = specs["x"]
+    inner = width(specs, "x")
+    expect(specs, "w", sum(splits), inner, dtype=x.dtype)
+    outputs = {}
+    for index, size in enumerate(splits):
+        outputs[f"y{index}"] = like(specs, "x", size)
+    return outputs
 
 
 def _add(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
@@ -48,22 +63,26 @@ def _add(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 
 def _silu_mul(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    require(width(specs, "x") % 2 == 0, "gate and up halves differ")
-    return {"y": like(specs, "x", width(specs, "x") // 2)}
+    columns = width(specs, "x")
+    require(columns % 2 == 0, "gate and up halves differ")
+    y = like(specs, "x", columns // 2)
+    return {"y": y}
 
 
 def _all_reduce(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    require(integer(attrs, "num_ranks") > 1, "one rank has no peers")
+    num_ranks = integer(attrs, "num_ranks")
+    require(num_ranks > 1, "one rank has no peers")
     return {"y": specs["x"]}
 
 
 def _concat(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     require(specs["x"] == specs["r"], "operands differ")
-    return {"y": like(specs, "x", 2 * width(specs, "x"))}
+    columns = 2 * width(specs, "x")
+    return {"y": like(specs, "x", columns)}
 
 
 DENSE_OPS: dict[str, OpDef] = {
-    # Of a matrix of ids with a row for each sequence, the last column counts: the latest draft.
+    # Where `token_ids` is a matrix [S, drafts], the last column is embedded: the latest draft.
     "embed": OpDef(
         inputs=("token_ids",),
         outputs=("y",),

@@ -1,4 +1,12 @@
-"""Routed experts: choice, products one token or one expert at a time, and the sum."""
+"""Routed experts: choice, products one token or one expert at a time, and the sum.
+
+Letters: T tokens, H hidden, E experts on this rank, k experts a token, n inner columns; t a token,
+j one of its experts, e an expert.
+
+`x` is [T, H], `logits` [T, experts], `ids`, `weights` and `order` [T, k], `bounds` [E + 1], the
+inner activation `h` [T, k * n]. The weight `w` of the up projections is [E, 2 * n, H], that of the
+down projection [E, H, n].
+"""
 
 from __future__ import annotations
 
@@ -19,27 +27,31 @@ from tokenspeed_plan.plans.types import TensorSpec
 
 def _topk(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     chosen = integer(attrs, "top_k")
-    require(0 < chosen <= width(specs, "logits"), f"top {chosen} of {width(specs, 'logits')}")
-    ids = TensorSpec.of(shape=(rows(specs, "logits"), chosen), dtype="i32")
-    return {"weights": like(specs, "logits", chosen), "ids": ids}
+    experts = width(specs, "logits")
+    require(chosen <= experts, f"top {chosen} of {experts}")
+    weights = like(specs, "logits", chosen)
+    ids = TensorSpec.of(shape=weights.shape, dtype="i32")
+    return {"weights": weights, "ids": ids}
 
 
 def _expert_matrix(attrs: Attrs, specs: Specs) -> tuple[int, int]:
     """Rows and columns of the matrix `w` of one expert."""
-    shape = specs["w"].shape
     experts = integer(attrs, "num_experts")
-    require(len(shape) == 3, f"`w` is {list(shape)}, not a matrix for each expert")
+    shape = specs["w"].shape
+    found = list(shape)
+    require(len(shape) == 3, f"`w` is {found}, not a matrix for each expert")
     held, out, inner = shape
     require(held == experts, f"`w` holds {held} experts, not {experts}")
     if not isinstance(out, int) or not isinstance(inner, int):
-        raise ShapeError(f"`w` is {list(shape)}")
+        raise ShapeError(f"`w` is {found}")
     return out, inner
 
 
 def _gate_up_matrix(attrs: Attrs, specs: Specs) -> int:
     """Columns of gate and up together, which read the whole of `x`."""
     out, hidden = _expert_matrix(attrs, specs)
-    require(hidden == width(specs, "x"), f"`w` has {hidden} columns, not those of `x`")
+    fits = width(specs, "x") == hidden
+    require(fits, f"`w` has {hidden} columns, not those of `x`")
     require(out % 2 == 0, "gate and up halves differ")
     return out
 
@@ -47,57 +59,78 @@ def _gate_up_matrix(attrs: Attrs, specs: Specs) -> int:
 def _experts_up(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     out = _gate_up_matrix(attrs, specs)
     chosen = width(specs, "ids")
-    expect(specs, "ids", rows(specs, "x"), chosen, dtype="i32")
-    return {"y": like(specs, "x", chosen * out // 2)}
+    tokens = rows(specs, "x")
+    expect(specs, "ids", tokens, chosen, dtype="i32")
+    y = like(specs, "x", chosen * out // 2)
+    return {"y": y}
 
 
 def _experts_down(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    hidden, inner = _expert_matrix(attrs, specs)
     chosen = width(specs, "ids")
-    require(width(specs, "h") == chosen * inner, f"`w` is {list(specs['w'].shape)}")
-    expect(specs, "weights", rows(specs, "h"), chosen)
+    hidden = _down_columns(attrs, specs, chosen)
+    tokens = rows(specs, "h")
+    expect(specs, "weights", tokens, chosen)
     return {"y": like(specs, "h", hidden)}
 
 
+def _down_columns(attrs: Attrs, specs: Specs, chosen: int) -> int:
+    """Columns that a down projection gives for one expert of `chosen` that a token has in `h`."""
+    hidden, inner = _expert_matrix(attrs, specs)
+    columns = width(specs, "h")
+    fits = columns == chosen * inner
+    require(fits, f"`w` has {inner} columns, `h` {columns} of {chosen} experts")
+    return hidden
+
+
 def _expert_sort(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    ids = expect(specs, "ids", rows(specs, "ids"), width(specs, "ids"), dtype="i32")
-    return {
-        "order": ids,
-        "bounds": TensorSpec.of(shape=(integer(attrs, "num_experts") + 1,), dtype="i32"),
-    }
+    experts = integer(attrs, "num_experts")
+    tokens = rows(specs, "ids")
+    order = expect(specs, "ids", tokens, width(specs, "ids"), dtype="i32")
+    bounds = TensorSpec.of(shape=(experts + 1,), dtype="i32")
+    return {"order": order, "bounds": bounds}
 
 
 def _expect_order(attrs: Attrs, specs: Specs, x: str) -> int:
     """The tokens of `x` by expert; how many experts each token has."""
+    experts = integer(attrs, "num_experts")
+    tokens = rows(specs, x)
     chosen = width(specs, "order")
-    expect(specs, "order", rows(specs, x), chosen, dtype="i32")
-    expect(specs, "bounds", integer(attrs, "num_experts") + 1, dtype="i32")
+    expect(specs, "order", tokens, chosen, dtype="i32")
+    expect(specs, "bounds", experts + 1, dtype="i32")
     return chosen
 
 
 def _grouped_up(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     chosen = _expect_order(attrs, specs, "x")
-    return {"y": like(specs, "x", chosen * _gate_up_matrix(attrs, specs) // 2)}
+    out = _gate_up_matrix(attrs, specs)
+    y = like(specs, "x", chosen * out // 2)
+    return {"y": y}
 
 
 def _grouped_down(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     chosen = _expect_order(attrs, specs, "h")
-    hidden, inner = _expert_matrix(attrs, specs)
-    require(width(specs, "h") == chosen * inner, f"`w` is {list(specs['w'].shape)}")
-    return {"y": like(specs, "h", chosen * hidden)}
+    hidden = _down_columns(attrs, specs, chosen)
+    y = like(specs, "h", chosen * hidden)
+    return {"y": y}
 
 
 def _expert_sum(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    d = specs["d"]
+    tokens = rows(specs, "d")
+    columns = width(specs, "d")
     chosen = width(specs, "weights")
-    expect(specs, "weights", rows(specs, "d"), chosen, dtype=specs["d"].dtype)
-    require(width(specs, "d") % chosen == 0, f"{width(specs, 'd')} columns of {chosen} experts")
-    return {"y": like(specs, "d", width(specs, "d") // chosen)}
+    expect(specs, "weights", tokens, chosen, dtype=d.dtype)
+    require(columns % chosen == 0, f"{columns} columns of {chosen} experts")
+    y = like(specs, "d", columns // chosen)
+    return {"y": y}
 
 
 def _gated_add(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
-    require(specs["x"] == specs["r"], "operands differ")
-    expect(specs, "g", rows(specs, "x"), 1)
-    return {"y": specs["x"]}
+    x = specs["x"]
+    require(specs["r"] == x, "operands differ")
+    tokens = rows(specs, "x")
+    expect(specs, "g", tokens, 1)
+    return {"y": x}
 
 
 MOE_OPS: dict[str, OpDef] = {

@@ -1,9 +1,13 @@
-"""A row of the table of operators, and the checks that its shape rules are made of."""
+"""A row of the table of operators, and the checks that its shape rules are made of.
+
+Shape rules name operands as the formulas of their operators do. A symbolic dimension is
+`num_tokens`, `num_seqs` or `num_seqs+1`; all others are numbers.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,7 +49,8 @@ class OpDef:
     @property
     def operands(self) -> tuple[str, ...]:
         """Everything that it reads or updates, in argument order."""
-        return self.inputs + self.weights + tuple(name for name, _ in self.states)
+        states = tuple(name for name, _ in self.states)
+        return self.inputs + self.weights + states
 
 
 def require(condition: bool, message: str) -> None:
@@ -99,7 +104,8 @@ def check_norm_kind(attrs: Attrs) -> None:
     Raises:
         ShapeError: it is something else.
     """
-    require(attrs.get("plain", True) is True, f"plain is {attrs.get('plain')!r}, not true")
+    plain = attrs.get("plain", True)
+    require(plain is True, f"plain is {plain!r}, not true")
 
 
 def expect(specs: Specs, name: str, *shape: Dim, dtype: DType | None = None) -> TensorSpec:
@@ -109,10 +115,23 @@ def expect(specs: Specs, name: str, *shape: Dim, dtype: DType | None = None) -> 
         ShapeError: it has another.
     """
     spec = specs[name]
-    require(spec.shape == shape, f"`{name}` is {list(spec.shape)} where {list(shape)} is needed")
-    fits = dtype is None or spec.dtype == dtype
-    require(fits, f"`{name}` is {spec.dtype} where {dtype} is needed")
+    found = list(spec.shape)
+    needed = list(shape)
+    require(found == needed, f"`{name}` is {found} where {needed} is needed")
+    if dtype is not None:
+        fits = spec.dtype == dtype
+        require(fits, f"`{name}` is {spec.dtype} where {dtype} is needed")
     return spec
+
+
+def expect_vectors(specs: Specs, names: Iterable[str], dim: Dim, dtype: DType) -> None:
+    """Several operands that must be vectors of this length and dtype.
+
+    Raises:
+        ShapeError: one is something else.
+    """
+    for name in names:
+        expect(specs, name, dim, dtype=dtype)
 
 
 def width(specs: Specs, name: str) -> int:
@@ -134,7 +153,8 @@ def rows(specs: Specs, name: str) -> Dim:
         ShapeError: it is no matrix.
     """
     shape = specs[name].shape
-    require(len(shape) == 2, f"`{name}` is {list(shape)}, not a matrix")
+    is_matrix = len(shape) == 2
+    require(is_matrix, f"`{name}` is {list(shape)}, not a matrix")
     return shape[0]
 
 
@@ -151,7 +171,8 @@ def batch_rows(specs: Specs, name: str) -> Dim:
 
 def like(specs: Specs, name: str, last: int) -> TensorSpec:
     """A matrix with the rows and the dtype of `name`, and `last` columns."""
-    return TensorSpec.of(shape=(rows(specs, name), last), dtype=specs[name].dtype)
+    shape = (rows(specs, name), last)
+    return specs[name].reshaped(shape)
 
 
 def wide(dtype: DType) -> DType:

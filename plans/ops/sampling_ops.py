@@ -1,4 +1,8 @@
-"""The last token of each sequence, its sample, and the next decode step."""
+"""The last token of each sequence, its sample, and the next decode step.
+
+Letters: T tokens, S sequences, H hidden, V vocabulary. `x` is [T, H], `logits` are [S, V], or
+[T, V] where a step verifies drafts.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,10 @@ from tokenspeed_plan.plans.types import Dim, TensorSpec
 
 def _last_token(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
-    expect(specs, "x", "num_tokens", width(specs, "x"))
-    return {"y": TensorSpec.of(shape=("num_seqs", width(specs, "x")), dtype=specs["x"].dtype)}
+    columns = width(specs, "x")
+    x = expect(specs, "x", "num_tokens", columns)
+    y = x.reshaped(("num_seqs", columns))
+    return {"y": y}
 
 
 def _sample(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:

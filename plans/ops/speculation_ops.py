@@ -1,13 +1,23 @@
-"""Drafts: what they start from, how many are accepted, and the next verifying step."""
+"""Drafts: what they start from, how many are accepted, and the next verifying step.
+
+Letters: T tokens, S sequences, H hidden, V vocabulary, R query_len, n accepted drafts; s a
+sequence, t a token. `x` is [T, H], `logits` [S, V], `drafts` [S, R].
+"""
 
 from __future__ import annotations
 
-from tokenspeed_plan.plans.ops.batch_inputs import BATCH_STATE, STOP_IDS, expect_batch_state
+from tokenspeed_plan.plans.ops.batch_inputs import (
+    BATCH_STATE,
+    STOP_IDS,
+    expect_batch_state,
+    expect_page_table,
+)
 from tokenspeed_plan.plans.ops.op_def import (
     Attrs,
     OpDef,
     Specs,
     expect,
+    expect_vectors,
     integer,
     require,
     width,
@@ -18,50 +28,53 @@ from tokenspeed_plan.plans.types import DType, TensorSpec
 def _select_row(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     integer(attrs, "query_len")
     expect(specs, "accepted", "num_seqs", dtype="i32")
-    expect(specs, "x", "num_tokens", width(specs, "x"))
-    return {"y": TensorSpec.of(shape=("num_seqs", width(specs, "x")), dtype=specs["x"].dtype)}
+    columns = width(specs, "x")
+    x = expect(specs, "x", "num_tokens", columns)
+    y = x.reshaped(("num_seqs", columns))
+    return {"y": y}
 
 
 def _shift_tokens(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     expect(specs, "cu_seqlens", "num_seqs+1", dtype="i32")
-    for name in ("following", "next_tokens"):
-        expect(specs, name, "num_seqs", dtype="i32")
-    return {"y": expect(specs, "token_ids", "num_tokens", dtype="i32")}
+    expect_vectors(specs, ("following", "next_tokens"), "num_seqs", "i32")
+    y = expect(specs, "token_ids", "num_tokens", dtype="i32")
+    return {"y": y}
 
 
 def _accept(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     depth = integer(attrs, "query_len") - 1
     require(depth > 0, "there is nothing to accept")
-    for name in ("token_ids", "next_tokens"):
-        expect(specs, name, "num_tokens", dtype="i32")
-    for name in ("context_lens", "src_state_slots", "max_lens"):
-        expect(specs, name, "num_seqs", dtype="i32")
+    expect_vectors(specs, ("token_ids", "next_tokens"), "num_tokens", "i32")
+    expect_vectors(specs, ("context_lens", "src_state_slots", "max_lens"), "num_seqs", "i32")
     expect(specs, "stop_ids", "num_seqs", STOP_IDS, dtype="i32")
-    for name in ("seed", "rng_offset"):
-        expect(specs, name, "num_seqs", dtype="i64")
+    expect_vectors(specs, ("seed", "rng_offset"), "num_seqs", "i64")
     per_draft: dict[str, DType] = {"forced_accept": "fp32", "accept_counts": "i64"}
     for name, dtype in per_draft.items():
-        fits = len(specs[name].shape) == 1 and width(specs, name) > depth
+        spec = specs[name]
+        is_vector = len(spec.shape) == 1
+        fits = is_vector and width(specs, name) > depth
         require(fits, f"`{name}` for depth {depth}")
-        require(specs[name].dtype == dtype, f"`{name}` is {specs[name].dtype}")
+        require(spec.dtype == dtype, f"`{name}` is {spec.dtype}")
     out = TensorSpec.of(shape=("num_seqs",), dtype="i32")
     return dict.fromkeys(("accepted", "lens", "last_tokens"), out)
 
 
 def _draft(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     expect(specs, "logits", "num_seqs", width(specs, "logits"))
-    shape, known = specs["earlier"].shape, 1
+    shape = specs["earlier"].shape
+    known = 1
     if len(shape) == 2:
         known = width(specs, "earlier")
-    expect(specs, "earlier", "num_seqs", *shape[1:], dtype="i32")
-    return {"drafts": TensorSpec.of(shape=("num_seqs", known + 1), dtype="i32")}
+    earlier = expect(specs, "earlier", "num_seqs", *shape[1:], dtype="i32")
+    drafts = earlier.reshaped(("num_seqs", known + 1))
+    return {"drafts": drafts}
 
 
 def _draft_place(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     integer(attrs, "page_size")
     integer(attrs, "step")
     lens = expect(specs, "lens", "num_seqs", dtype="i32")
-    expect(specs, "page_table", "num_seqs", width(specs, "page_table"), dtype="i32")
+    expect_page_table(specs)
     return dict.fromkeys(("positions", "slot_mapping", "context_lens"), lens)
 
 

@@ -51,7 +51,7 @@ from tokenspeed_plan.plans.schema.program_specs import (
     WaitEvent,
     shared_bytes,
 )
-from tokenspeed_plan.plans.types import DType, Frozen
+from tokenspeed_plan.plans.types import DType, Frozen, RollbackWord
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -180,6 +180,13 @@ class Capacity(Frozen):
     min_checkpoint_tokens: int
     num_checkpoints: int
     kept_inputs: int = 0
+
+    @property
+    def rollback(self) -> RollbackWord:
+        """How a decode step takes rejected drafts back."""
+        if self.kept_inputs:
+            return "recompute"
+        return "snapshot"
 
     @property
     def max_depth(self) -> int:

@@ -20,8 +20,6 @@ from tokenspeed_plan.plans.types import (
 )
 
 TensorRole = Literal["input", "weight", "state", "output", "scratch"]
-
-
 LaunchRole = Literal[
     "rank_constant", "peer_table", "signal_table", "rank", "num_tokens", "num_seqs"
 ]
@@ -81,8 +79,11 @@ class GridDim(Frozen):
 
     def at(self, num_tokens: int, num_seqs: int) -> int:
         """The number at the sizes of a batch."""
-        blocks = -(-num_tokens * self.scale // self.block) if self.block else 0
-        return self.fixed + blocks + num_seqs * self.per_seq
+        programs = self.fixed + num_seqs * self.per_seq
+        if self.block:
+            units = num_tokens * self.scale
+            programs += -(-units // self.block)
+        return programs
 
 
 class Launch(Frozen):
@@ -121,12 +122,14 @@ class KernelSpec(Frozen):
     @property
     def tensors(self) -> tuple[Param, ...]:
         """The parameters that a call names buffers and weights for."""
-        return tuple(param for param in self.params if param.is_tensor)
+        tensors = [param for param in self.params if param.is_tensor]
+        return tuple(tensors)
 
     @property
     def launch_params(self) -> tuple[Param, ...]:
         """The parameters that the launcher fills in."""
-        return tuple(param for param in self.params if not param.is_tensor)
+        others = [param for param in self.params if not param.is_tensor]
+        return tuple(others)
 
     @property
     def reduced_operand(self) -> str | None:

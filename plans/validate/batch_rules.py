@@ -12,7 +12,7 @@ Producer = tuple[str, str]  # an operator, and its output
 def check_batch(
     program: Program, step: KernelCall, kernel: KernelSpec, producers: dict[str, Producer]
 ) -> None:
-    """A kernel takes the batch's own input for each role, or what a draft pass made for that role.
+    """Each input role gets the batch's own buffer, or what a draft pass made for that role.
 
     Args:
         program: whose step it is.
@@ -27,15 +27,18 @@ def check_batch(
     args = step.places(kernel)
     inside: dict[str, Producer] = {}
     for part in kernel.parts:
-        for role, operand in zip(OPS[part.kind].operands, part.operands, strict=True):
+        kind = part.kind
+        op = OPS[kind]
+        for role, operand in zip(op.operands, part.operands, strict=True):
             name = args.get(operand, operand)
             producer = inside.get(operand) or producers.get(name)
-            if not _fits_role(role, name, producer):
+            fits = _fits_role(role, name, producer)
+            if not fits:
                 raise refuse(f"`{name}` is given to `{step.kernel}` as `{role}`")
-            if (part.kind, role) == ("draft_place", "lens"):
+            if kind == "draft_place" and role == "lens":
                 _check_draft_start(program, name, producer)
-        for role, output in zip(OPS[part.kind].outputs, part.outputs, strict=False):
-            inside[output] = (part.kind, role)
+        for role, output in zip(op.outputs, part.outputs, strict=False):
+            inside[output] = (kind, role)
         _check_query_len(program, kernel, part)
     for local, producer in inside.items():
         if local in args:
@@ -50,24 +53,32 @@ def _fits_role(role: str, name: str, producer: Producer | None) -> bool:
 
 def _check_draft_start(program: Program, name: str, producer: Producer | None) -> None:
     """Drafts go on after the context of a prefill, or after the tokens that were accepted."""
-    own = program.phase == "prefill" and name == "context_lens"
-    if not own and producer != ("accept", "lens"):
-        raise refuse(f"`{name}` is where drafts go on")
+    after_prompt = program.phase == "prefill" and name == "context_lens"
+    after_accepted = producer == ("accept", "lens")
+    if not after_prompt and not after_accepted:
+        raise refuse(f"drafts of {program.name} start after `{name}`")
 
 
 def _check_query_len(program: Program, kernel: KernelSpec, part: Part) -> None:
     """Each part must count as many queries a sequence as its program has."""
     op = OPS[part.kind]
-    counts = "query_len" in op.attrs or "query_len" in op.optional
-    if not counts or program.phase != "decode":
+    constants = (*op.attrs, *op.optional)
+    if "query_len" not in constants or program.phase != "decode":
         if "query_len" in part.attrs:
             raise refuse(f"`{kernel.name}` has a query_len outside of a decode step")
         return
     wanted = program.query_len
-    shapes = {param.name: param.tensor.shape for param in kernel.tensors}
-    first = shapes.get(part.operands[0], ("num_tokens",))
-    if part.kind == "attention" and first[0] == "num_seqs":
+    if part.kind == "attention" and _is_by_seqs(kernel, part):
         wanted = 1  # a draft pass, with one token a sequence
     found = part.attrs.get("query_len", 1)
     if found != wanted:
         raise refuse(f"`{kernel.name}` has query_len {found}, its program has {wanted}")
+
+
+def _is_by_seqs(kernel: KernelSpec, part: Part) -> bool:
+    """Whether the first operand is a parameter with a row for each sequence."""
+    first = part.operands[0]
+    for param in kernel.tensors:
+        if param.name == first:
+            return param.tensor.shape[0] == "num_seqs"
+    return False

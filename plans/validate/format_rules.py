@@ -17,16 +17,19 @@ def check_formats(plan: Plan, pool: Pool) -> None:
     """
     for weight in pool.weights:
         _check(f"weight `{weight.name}`", weight.tensor.format)
-    for buffer in pool.buffers:
-        _check(f"buffer `{buffer.name}`", buffer.tensor.format)
+    buffers = list(pool.buffers)
     for program in pool.programs:
-        for buffer in program.buffers:
-            _check(f"buffer `{buffer.name}`", buffer.tensor.format)
+        buffers += program.buffers
+    for buffer in buffers:
+        _check(f"buffer `{buffer.name}`", buffer.tensor.format)
     for kernel in plan.kernels:
         for param in kernel.params:
-            _check(f"parameter `{param.name}` of `{kernel.name}`", param.tensor.format)
+            what = f"parameter `{param.name}` of `{kernel.name}`"
+            _check(what, param.tensor.format)
 
 
 def _check(what: str, used: Format) -> None:
-    if used.block or used.dtype not in COMPUTED:
-        raise refuse(f"{what} is {used}; kernels and bodies compute in {', '.join(COMPUTED)}")
+    computed = used.dtype in COMPUTED and not used.block
+    if not computed:
+        known = ", ".join(COMPUTED)
+        raise refuse(f"{what} is {used}; kernels and bodies compute in {known}")

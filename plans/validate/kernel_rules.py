@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tokenspeed_plan.plans.canon import kernel_name
 from tokenspeed_plan.plans.kernel_abi import launch_params
 from tokenspeed_plan.plans.kernel_file import kind_of
-from tokenspeed_plan.plans.ops import OPS, OpDef, ShapeError, check_numbers
+from tokenspeed_plan.plans.ops import OPS, Access, OpDef, ShapeError, check_numbers
 from tokenspeed_plan.plans.schema import KernelSpec, Limits, Part, Plan, Pool
 from tokenspeed_plan.plans.types import Dim, TensorSpec
 from tokenspeed_plan.plans.validate.refusal import refuse, require_unique
@@ -42,7 +42,8 @@ def check_binaries(plan: Plan) -> None:
     require_unique("binary", (binary.kernel for binary in plan.binaries))
     if not plan.binaries:
         return
-    built = {kernel.name for kernel in plan.kernels if kernel.launch is not None}
+    launched = [kernel for kernel in plan.kernels if kernel.launch is not None]
+    built = {kernel.name for kernel in launched}
     alone = built.symmetric_difference(binary.kernel for binary in plan.binaries)
     if alone:
         raise refuse(f"there is no pair of kernel and binary called `{min(alone)}`")
@@ -89,8 +90,9 @@ def _check_prefetch(kernel: KernelSpec) -> None:
 def _check_kept_inputs(kernel: KernelSpec, limits: Limits) -> None:
     for part in kernel.parts:
         kept = _kept_inputs(kernel, part)
-        if kept is not None and kept != limits.kept_inputs:
-            raise refuse(f"kernel `{kernel.name}` does not keep {limits.kept_inputs} inputs")
+        needed = limits.kept_inputs
+        if kept is not None and kept != needed:
+            raise refuse(f"kernel `{kernel.name}` does not keep {needed} inputs")
 
 
 def _kept_inputs(kernel: KernelSpec, part: Part) -> Dim | None:
@@ -106,7 +108,10 @@ def _kept_inputs(kernel: KernelSpec, part: Part) -> Dim | None:
 
 def _check_body(kernel: KernelSpec) -> None:
     """The parts, one after the other, make the outputs from the other tensors."""
-    known = {param.name: param.tensor for param in kernel.tensors if param.role != "output"}
+    known: dict[str, TensorSpec] = {}
+    for param in kernel.tensors:
+        if param.role != "output":
+            known[param.name] = param.tensor
     for part in kernel.parts:
         known |= _part_outputs(kernel, part, known)
     for param in kernel.tensors:
@@ -123,31 +128,41 @@ def _part_outputs(
             raise refuse(f"kernel `{kernel.name}` reads `{name}` before it is made")
     _check_states(kernel, part, op)
     check_numbers(part.attrs)
-    roles = zip(op.operands, part.operands, strict=True)
-    specs = op.infer(part.attrs, {role: known[name] for role, name in roles})
-    if len(part.outputs) != len(specs) or not known.keys().isdisjoint(part.outputs):
+    operands = [known[name] for name in part.operands]
+    by_role = dict(zip(op.operands, operands, strict=True))
+    specs = op.infer(part.attrs, by_role)
+    outputs = part.outputs
+    is_new = known.keys().isdisjoint(outputs)
+    if not is_new or len(outputs) != len(specs):
         raise refuse(f"kernel `{kernel.name}`: outputs of `{part.kind}`")
-    return dict(zip(part.outputs, specs.values(), strict=True))
+    return dict(zip(outputs, specs.values(), strict=True))
 
 
 def _operator(kernel: KernelSpec, part: Part) -> OpDef:
     op = OPS.get(part.kind)
     if op is None:
         raise refuse(f"kernel `{kernel.name}` has unknown operator `{part.kind}`")
-    constants = set(part.attrs) - set(op.optional)
-    if len(part.operands) != len(op.operands) or constants != set(op.attrs):
+    constants = set(part.attrs).difference(op.optional)
+    complete = constants == set(op.attrs)
+    fits = len(part.operands) == len(op.operands)
+    if not complete or not fits:
         raise refuse(f"kernel `{kernel.name}`: `{part.kind}` has the wrong operands or constants")
     return op
 
 
 def _check_states(kernel: KernelSpec, part: Part, op: OpDef) -> None:
-    params = {param.name: param for param in kernel.params}
-    for name, (_, access) in zip(states_of(part), op.states, strict=True):
-        param = params.get(name)
-        if param is None or param.role != "state" or param.access != access:
-            raise refuse(f"kernel `{kernel.name}`: state `{name}` is not {access}")
+    granted: dict[str, Access] = {}
+    for param in kernel.params:
+        if param.role == "state":
+            granted[param.name] = param.access
+    states = states_of(part)
+    for name, (_, access) in zip(states, op.states, strict=True):
+        if granted.get(name) != access:
+            raise refuse(f"kernel `{kernel.name}`: the access to state `{name}` is not {access}")
 
 
 def states_of(part: Part) -> tuple[str, ...]:
     """The states of an operator are its last operands."""
-    return part.operands[len(part.operands) - len(OPS[part.kind].states) :]
+    num_states = len(OPS[part.kind].states)
+    first = len(part.operands) - num_states
+    return part.operands[first:]

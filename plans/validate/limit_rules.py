@@ -50,29 +50,36 @@ def _check_tokens(limits: Limits) -> None:
 
 
 def _check_drafts(limits: Limits, programs: tuple[Program, ...]) -> None:
+    slots = limits.state_slots_per_seq
+    kept = limits.kept_inputs
+    held = f"{slots} state slots a sequence, {kept} kept inputs"
     deepest = max((program.depth for program in programs), default=0)
-    held = f"{limits.state_slots_per_seq} state slots a sequence, {limits.kept_inputs} kept inputs"
     if deepest != limits.max_depth:
         raise refuse(f"{held} for {deepest} drafts")
-    if limits.kept_inputs and limits.state_slots_per_seq != 2:
+    if kept and slots != 2:
         raise refuse(f"{held}: two slots are enough")
 
 
 def _check_largest(pool: Pool, phase: Phase, limit: int) -> None:
-    buckets = [program.bucket for program in pool.programs if program.phase == phase]
-    largest = max(buckets, default=0)
+    in_phase = [program for program in pool.programs if program.phase == phase]
+    largest = max((program.bucket for program in in_phase), default=0)
     if largest != limit:
         raise refuse(f"the largest {phase} bucket is {largest}, the limit {limit}")
 
 
 def _check_bucket(limits: Limits, program: Program) -> None:
-    limit = {"prefill": limits.max_tokens, "decode": limits.max_seqs}[program.phase]
-    in_limits = 0 < program.bucket <= limit and 0 < program.max_seqs <= limits.max_seqs
+    limit = limits.max_seqs
+    if program.phase == "prefill":
+        limit = limits.max_tokens
+    what = f"program {program.name}"
+    bucket = program.bucket
+    seqs = program.max_seqs
+    in_limits = 0 < bucket <= limit and 0 < seqs <= limits.max_seqs
     if not in_limits:
-        raise refuse(f"program {program.name} is over the limits")
-    tokens = program.bucket * program.query_len
+        raise refuse(f"{what} is over the limits")
+    tokens = bucket * program.query_len
     if program.max_tokens != tokens:
-        raise refuse(f"program {program.name} has {program.max_tokens} tokens, not {tokens}")
-    seqs = min(program.bucket, limits.max_seqs)
-    if program.max_seqs != seqs:
-        raise refuse(f"program {program.name} has {program.max_seqs} sequences, not {seqs}")
+        raise refuse(f"{what} has {program.max_tokens} tokens, not {tokens}")
+    needed = min(bucket, limits.max_seqs)
+    if seqs != needed:
+        raise refuse(f"{what} has {seqs} sequences, not {needed}")

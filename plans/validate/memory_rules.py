@@ -17,7 +17,7 @@ from tokenspeed_plan.plans.schema import (
     Program,
     shared_bytes,
 )
-from tokenspeed_plan.plans.types import ALIGNMENT_BYTES, Dim
+from tokenspeed_plan.plans.types import ALIGNMENT_BYTES
 from tokenspeed_plan.plans.validate.refusal import refuse
 
 _SHARED_ARENAS = ("kv_cache", "state", "io", "scratch", "symmetric")
@@ -47,9 +47,10 @@ def check_memory(plan: Plan, pool: Pool) -> None:
         PlanError: naming the tensor or the arena.
     """
     _check_map(pool)
-    sizes: dict[str, int] = {arena.name: arena.size_bytes for arena in pool.arenas}
-    if plan.target.count == 1 and sizes.get("symmetric"):
-        raise refuse(f"{sizes['symmetric']} symmetric bytes for one rank, which has no peers")
+    sizes = _arena_bytes(pool)
+    symmetric = sizes.get("symmetric", 0)
+    if symmetric and plan.target.count == 1:
+        raise refuse(f"{symmetric} symmetric bytes for one rank, which has no peers")
     for program in pool.programs:
         for span in _program_spans(program):
             _check_inside(span, sizes)
@@ -64,48 +65,68 @@ def check_memory(plan: Plan, pool: Pool) -> None:
 
 def _program_spans(program: Program) -> Iterator[_Span]:
     for buffer in program.buffers:
-        if buffer.arena not in _PROGRAM_ARENAS:
-            raise refuse(f"`{buffer.name}` of {program.name} is in `{buffer.arena}`")
+        arena = buffer.arena
+        if arena not in _PROGRAM_ARENAS:
+            raise refuse(f"`{buffer.name}` of {program.name} is in `{arena}`")
         size = buffer.tensor.size_bytes(program.max_tokens, program.max_seqs)
-        yield _Span(buffer.name, buffer.arena, buffer.offset_bytes, size)
+        yield _buffer_span(buffer, size)
+
+
+def _buffer_span(buffer: BufferSpec, size: int) -> _Span:
+    return _Span(
+        buffer.name,
+        buffer.arena,
+        buffer.offset_bytes,
+        size,
+    )
 
 
 def _shared_spans(pool: Pool) -> Iterator[_Span]:
     tensors = {buffer.name: buffer.tensor for buffer in pool.buffers}
     sizes = shared_bytes(tensors, pool.programs)
     for buffer in pool.buffers:
+        size = sizes[buffer.name]
         if buffer.arena not in _SHARED_ARENAS:
             raise refuse(f"`{buffer.name}` is in `{buffer.arena}`")
-        if sizes[buffer.name] <= 0:
+        if size <= 0:
             raise refuse(f"no program touches `{buffer.name}`")
-        yield _Span(buffer.name, buffer.arena, buffer.offset_bytes, sizes[buffer.name])
+        yield _buffer_span(buffer, size)
 
 
 def _weight_spans(pool: Pool) -> Iterator[_Span]:
     for weight in pool.weights:
-        yield _Span(weight.name, "weights", weight.offset_bytes, weight.tensor.size_bytes())
+        size = weight.tensor.size_bytes()
+        yield _Span(weight.name, "weights", weight.offset_bytes, size)
 
 
 def _check_inside(span: _Span, sizes: Mapping[str, int]) -> None:
-    if span.arena not in sizes:
+    start = span.start
+    arena_bytes = sizes.get(span.arena)
+    if arena_bytes is None:
         raise refuse(f"there is no arena `{span.arena}`")
-    if span.start < 0 or span.end > sizes[span.arena]:
+    if start < 0 or span.end > arena_bytes:
         raise refuse(f"`{span.name}` leaves its arena")
-    if span.start % ALIGNMENT_BYTES != 0:
+    if start % ALIGNMENT_BYTES != 0:
         raise refuse(f"`{span.name}` starts at {span.start}, not aligned")
 
 
 def _check_disjoint(spans: list[_Span]) -> None:
-    ordered = sorted(spans, key=lambda span: (span.arena, span.start, span.end))
+    ordered = sorted(spans, key=_position)
     for one, other in pairwise(ordered):
-        if one.arena == other.arena and one.end > other.start:
+        if one.arena != other.arena:
+            continue
+        if one.end > other.start:
             raise refuse(f"`{one.name}` and `{other.name}` overlap")
+
+
+def _position(span: _Span) -> tuple[str, int, int]:
+    return span.arena, span.start, span.end
 
 
 def _check_symmetric(pool: Pool) -> None:
     """Programs place their symmetric buffers after those that all of them share.
 
-    Peers address both at any time, so that a program's buffer may not lie on the flags.
+    Peers address both at any time, so a program's buffer must not overlap the flags.
     """
     shared = [span for span in _shared_spans(pool) if span.arena == "symmetric"]
     for program in pool.programs:
@@ -116,39 +137,46 @@ def _check_symmetric(pool: Pool) -> None:
 
 def _check_apart(span: _Span, others: list[_Span]) -> None:
     for other in others:
-        if span.start < other.end and other.start < span.end:
+        apart = span.start >= other.end or other.start >= span.end
+        if not apart:
             raise refuse(f"`{span.name}` and `{other.name}` overlap")
 
 
 def _check_shape(buffer: BufferSpec, limits: Limits) -> None:
     """Pages, state slots and page tables must be as many and as large as the limits say."""
-    shape = buffer.tensor.shape
-    wanted: tuple[Dim, ...] = shape
+    shape = list(buffer.tensor.shape)
+    wanted = shape
     if buffer.arena == "kv_cache":
-        wanted = (limits.num_pages + 1, 2, limits.page_size, *shape[3:])
+        num_pages = limits.num_pages + 1  # the first one is padding
+        wanted = [num_pages, 2, limits.page_size, *shape[3:]]
     elif buffer.arena == "state":
-        wanted = (limits.num_state_slots, *shape[1:])
+        wanted = [limits.num_state_slots, *shape[1:]]
     elif buffer.name == "page_table":
-        wanted = (*shape[:-1], limits.table_pages)
+        wanted = [*shape[:-1], limits.table_pages]
     if shape != wanted:
-        raise refuse(f"`{buffer.name}` is {list(shape)}, the limits say {list(wanted)}")
+        raise refuse(f"`{buffer.name}` is {shape}, the limits say {wanted}")
 
 
 def _check_map(pool: Pool) -> None:
     """The memory map counts each arena, and no more than a rank has."""
     memory = pool.memory_bytes_per_rank
-    sizes: dict[str, int] = {arena.name: arena.size_bytes for arena in pool.arenas}
-    counted = memory.model_dump()
-    for name in get_args(ArenaName):
+    sizes = _arena_bytes(pool)
+    for name, counted in memory.model_dump(include=set(get_args(ArenaName))).items():
         size = sizes.get(name, 0)
-        if counted[name] != size:
-            raise refuse(f"arena `{name}` is {size} bytes, not {counted[name]}")
+        if counted != size:
+            raise refuse(f"arena `{name}` is {size} bytes, not {counted}")
     _check_total(memory)
 
 
+def _arena_bytes(pool: Pool) -> dict[str, int]:
+    return {arena.name: arena.size_bytes for arena in pool.arenas}
+
+
 def _check_total(memory: Memory) -> None:
+    total = memory.total
     parts = memory.model_dump(exclude={"total", "capacity"}).values()
-    if min(parts) < 0 or sum(parts) != memory.total:
+    adds_up = min(parts) >= 0 and sum(parts) == total
+    if not adds_up:
         raise refuse("the memory map does not add up")
-    if memory.total > memory.capacity:
-        raise refuse(f"needs {memory.total} bytes, a rank has {memory.capacity}")
+    if total > memory.capacity:
+        raise refuse(f"needs {total} bytes, a rank has {memory.capacity}")

@@ -27,6 +27,7 @@ def check_canary(plan: Plan) -> None:
         PlanError: one has not.
     """
     for prompt in plan.canary:
-        lengths = {len(prompt.token_ids), len(prompt.logprobs), len(prompt.margins)}
+        columns = (prompt.token_ids, prompt.logprobs, prompt.margins)
+        lengths = {len(column) for column in columns}
         if len(lengths) != 1 or 0 in lengths:
-            raise refuse("a canary has not as many tokens as logprobs and margins")
+            raise refuse("a canary needs a logprob and a margin for each of its tokens")

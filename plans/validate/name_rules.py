@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Protocol
+
 from tokenspeed_plan.plans.schema import Plan, Pool
 from tokenspeed_plan.plans.validate.refusal import refuse, require_unique
 
@@ -15,7 +18,7 @@ def check_pools(plan: Plan) -> None:
     roles = [pool.role for pool in plan.pools]
     if roles != ["both"]:
         found = ", ".join(roles)
-        raise refuse(f"pools ({found}) are not replayed yet, only one of role `both`")
+        raise refuse(f"pools ({found}): the runtime replays only one pool of role `both`")
 
 
 def check_names(plan: Plan, pool: Pool) -> None:
@@ -24,11 +27,19 @@ def check_names(plan: Plan, pool: Pool) -> None:
     Raises:
         PlanError: two share a name.
     """
-    require_unique("arena", (arena.name for arena in pool.arenas))
-    require_unique("kernel", (kernel.name for kernel in plan.kernels))
-    require_unique("program", (program.name for program in pool.programs))
-    shared = [weight.name for weight in pool.weights]
-    shared += [buffer.name for buffer in pool.buffers]
+    require_unique("arena", _names(pool.arenas))
+    require_unique("kernel", _names(plan.kernels))
+    require_unique("program", _names(pool.programs))
+    shared = _names((*pool.weights, *pool.buffers))
     for program in pool.programs:
-        own = [buffer.name for buffer in program.buffers]
+        own = _names(program.buffers)
         require_unique("tensor", shared + own)
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+def _names(items: Iterable[_Named]) -> list[str]:
+    return [item.name for item in items]

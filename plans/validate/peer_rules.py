@@ -9,7 +9,7 @@ from tokenspeed_plan.plans.schema import SIGNALS, BufferSpec, KernelCall, Kernel
 from tokenspeed_plan.plans.types import DTYPE_BITS
 from tokenspeed_plan.plans.validate.refusal import refuse
 
-_BARRIERS = 2  # a row: one before its parts are read, one after
+_BARRIERS = 2  # for each row: one before peers read it, one after
 
 
 def check_peers(
@@ -19,7 +19,7 @@ def check_peers(
     buffers: Mapping[str, BufferSpec],
     ranks: int,
 ) -> None:
-    """A kernel that reads peers finds their tensor and its flags in the symmetric arena.
+    """The tensor that a kernel reads from its peers, and its flags, lie in the symmetric arena.
 
     Args:
         program: whose step it is.
@@ -31,28 +31,33 @@ def check_peers(
     Raises:
         PlanError: they lie elsewhere, or the kernel is for another number of ranks.
     """
-    if kernel.reduced_operand is None:
+    reduced = kernel.reduced_operand
+    if reduced is None:
         return
-    if num_ranks(kernel) != ranks:
-        raise refuse(f"kernel `{kernel.name}` adds up {num_ranks(kernel)} ranks, of {ranks}")
+    added = num_ranks(kernel)
+    if added != ranks:
+        raise refuse(f"kernel `{kernel.name}` adds up {added} ranks, the plan has {ranks}")
     if kernel.launch is None:  # the reference computes a collective, and reads no peer
         return
-    name = step.places(kernel)[kernel.reduced_operand]
-    if name not in buffers or buffers[name].arena != "symmetric":
+    places = step.places(kernel)
+    name = places[reduced]
+    buffer = buffers.get(name)
+    if buffer is None or buffer.arena != "symmetric":
         raise refuse(f"peers read `{name}` of `{kernel.name}`, which is not in the symmetric arena")
-    _check_signals(program, kernel, buffers, name)
+    _check_signals(program, kernel, buffers.get(SIGNALS), buffer)
 
 
 def _check_signals(
-    program: Program, kernel: KernelSpec, buffers: Mapping[str, BufferSpec], reduced: str
+    program: Program, kernel: KernelSpec, signals: BufferSpec | None, reduced: BufferSpec
 ) -> None:
     """Two flags for each row of the reduced tensor and each rank."""
-    signals = buffers.get(SIGNALS)
     if signals is None or signals.arena != "symmetric" or signals.tensor.dtype != "i32":
         raise refuse(f"`{kernel.name}` has no i32 `{SIGNALS}` in the symmetric arena")
     sizes = (program.max_tokens, program.max_seqs)
-    rows = buffers[reduced].tensor.bind(*sizes)[0]
-    needed = rows * _BARRIERS * num_ranks(kernel) * DTYPE_BITS["i32"] // 8
+    rows, *_ = reduced.tensor.bind(*sizes)
+    flags = rows * _BARRIERS * num_ranks(kernel)
+    flag_bytes = DTYPE_BITS["i32"] // 8
+    needed = flags * flag_bytes
     held = signals.tensor.size_bytes(*sizes)
     if held < needed:
         raise refuse(f"`{SIGNALS}` has {held} bytes, `{kernel.name}` needs {needed}")

@@ -1,4 +1,4 @@
-"""Programs: steps whose arguments fit, in an order that gives what the runtime reads."""
+"""Programs: the arguments of each step fit, and their order gives what the runtime reads."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def check_programs(plan: Plan, pool: Pool) -> None:
     kernels = {kernel.name: kernel for kernel in plan.kernels}
     weights = {weight.name: weight.tensor for weight in pool.weights}
     for program in pool.programs:
-        buffers = {buffer.name: buffer for buffer in (*pool.buffers, *program.buffers)}
+        visible = (*pool.buffers, *program.buffers)
+        buffers = {buffer.name: buffer for buffer in visible}
         scope = _Scope(program, kernels, weights, buffers, plan.target.count)
         _check_outputs(program)
         _check_steps(scope)
@@ -94,10 +95,13 @@ def _check_steps(scope: _Scope) -> None:
 def _check_call(scope: _Scope, step: KernelCall) -> KernelSpec:
     kernel = scope.kernels.get(step.kernel)
     if kernel is None or len(kernel.tensors) != len(step.args):
-        raise refuse(f"a step of {scope.program.name} does not fit kernel `{step.kernel}`")
+        program = scope.program.name
+        raise refuse(f"a step of {program} does not fit kernel `{step.kernel}`")
     for param, name in zip(kernel.tensors, step.args, strict=True):
-        if _tensor_for_role(scope, name, param.role) != param.tensor:
-            raise refuse(f"`{name}` does not fit parameter `{param.name}` of `{step.kernel}`")
+        given = _tensor_for_role(scope, name, param.role)
+        if given != param.tensor:
+            what = f"parameter `{param.name}` of `{step.kernel}`"
+            raise refuse(f"`{name}` does not fit {what}")
     return kernel
 
 
@@ -112,20 +116,24 @@ def _tensor_for_role(scope: _Scope, name: str, role: str) -> TensorSpec | None:
 
 
 def _check_collective(scope: _Scope, step: CollectiveCall) -> None:
-    source, target = scope.buffers.get(step.source), scope.buffers.get(step.target)
-    if source is None or target is None or step.source == step.target:
+    """The target holds the result: as large as the source, or that of all ranks side by side."""
+    source = scope.buffers.get(step.source)
+    target = scope.buffers.get(step.target)
+    if source is None or target is None or source is target:
         raise refuse(f"collective from `{step.source}` to `{step.target}`")
-    *leading, last = source.tensor.shape
-    if scope.num_ranks == 1 or not isinstance(last, int):
-        raise refuse(f"`{step.op}` of `{step.source}`")
+    what = f"{step.op} of `{step.source}`"
+    *leading, columns = source.tensor.shape
+    if scope.num_ranks == 1 or not isinstance(columns, int):
+        raise refuse(f"no {what} is possible")
     if step.op == "all_gather":
-        last *= scope.num_ranks
-    if target.tensor != source.tensor.reshaped((*leading, last)):
-        raise refuse(f"`{step.target}` cannot hold the {step.op} of `{step.source}`")
+        columns *= scope.num_ranks
+    result = source.tensor.reshaped((*leading, columns))
+    if target.tensor != result:
+        raise refuse(f"`{step.target}` cannot hold the {what}")
 
 
 def _check_library(scope: _Scope, step: LibraryCall) -> None:
-    """Its operands must exist; the runtime has no libraries yet."""
+    """Its operands must exist. No library step is accepted yet, since the runtime has none."""
     function = f"{step.package} {step.version} `{step.function}`"
     for name in step.reads:
         tensor = scope.weights.get(name) or _tensor_for_role(scope, name, "input")
@@ -134,19 +142,22 @@ def _check_library(scope: _Scope, step: LibraryCall) -> None:
     for name in step.writes:
         if _tensor_for_role(scope, name, "output") is None:
             raise refuse(f"{function} writes `{name}`, which is no activation or output")
-    raise refuse(f"{function}: library steps are not replayed yet")
+    raise refuse(f"{function}: the runtime replays no library steps")
 
 
 def _check_draft_steps(scope: _Scope) -> None:
     """Each pass that drafts a token is one position further than the one before it."""
-    steps = []
-    for step in scope.program.steps:
-        if isinstance(step, KernelCall):
-            parts = scope.kernels[step.kernel].parts
-            steps += [part.attrs["step"] for part in parts if part.kind == "draft_place"]
-    if sorted(steps) != list(range(1, scope.program.depth)):
-        depth = scope.program.depth
-        raise refuse(f"{scope.program.name} drafts at steps {steps} for depth {depth}")
+    program = scope.program
+    found = []
+    for step in program.steps:
+        if not isinstance(step, KernelCall):
+            continue
+        for part in scope.kernels[step.kernel].parts:
+            if part.kind == "draft_place":
+                found.append(part.attrs["step"])
+    needed = list(range(1, program.depth))
+    if sorted(found) != needed:
+        raise refuse(f"{program.name} drafts at steps {found} for depth {program.depth}")
 
 
 def _check_recomputed(scope: _Scope) -> None:

@@ -26,25 +26,39 @@ def check_weights(plan: Plan, pool: Pool) -> None:
 
 
 def _check_tiling(weight: WeightSpec, shape: tuple[int, ...]) -> None:
-    """Boxes inside a larger box that do not meet and have its volume together fill it."""
-    covered = sum(math.prod(piece.size) for piece in weight.pieces)
-    if covered != math.prod(shape):
-        raise refuse(f"the pieces of `{weight.name}` do not tile it")
+    """Boxes that lie inside a larger box, do not meet, and add up to its volume fill it."""
+    needed = math.prod(shape)
+    volumes = [math.prod(piece.size) for piece in weight.pieces]
+    covered = sum(volumes)
+    if covered != needed:
+        raise refuse(f"the pieces of `{weight.name}` cover {covered} of {needed} elements")
     for one, other in combinations(weight.pieces, 2):
         if _boxes_meet(one, other):
             raise refuse(f"pieces of `{weight.name}` overlap")
 
 
 def _fits(piece: Piece, shape: tuple[int, ...]) -> bool:
-    rank = len(shape)
-    if not len(piece.start) == len(piece.size) == len(piece.at) == rank:
-        return False
-    for start, size, at, dim in zip(piece.start, piece.size, piece.at, shape, strict=True):
-        if start < 0 or at < 0 or size <= 0 or at + size > dim:
+    """Whether a piece lies inside a weight of this shape."""
+    num_dims = len(shape)
+    boxes = (piece.start, piece.size, piece.at)
+    for box in boxes:
+        if len(box) != num_dims:
             return False
-    return all(0 <= shift.dim < rank for shift in piece.shifts)
+    for start, size, at, dim in zip(*boxes, shape, strict=True):
+        if start < 0 or size <= 0:
+            return False
+        if at < 0 or at + size > dim:
+            return False
+    dims = range(num_dims)
+    return all(shift.dim in dims for shift in piece.shifts)
 
 
 def _boxes_meet(one: Piece, two: Piece) -> bool:
+    """Whether two pieces have an element in common: they overlap in every dimension."""
     spans = zip(one.at, one.size, two.at, two.size, strict=True)
-    return all(a < b + n and b < a + m for a, m, b, n in spans)
+    for at, size, other_at, other_size in spans:
+        end = at + size
+        other_end = other_at + other_size
+        if at >= other_end or other_at >= end:
+            return False
+    return True

@@ -1,7 +1,8 @@
-"""Which checkpoint the prefix cache evicts: the cheapest to compute again per byte, aged by GreedyDual.
+"""Which checkpoint the prefix cache evicts.
 
-Source: Cao and Irani, Cost-Aware WWW Proxy Caching Algorithms, USENIX 1997. Without recurrent state
-the checkpoint goes that was not used for longest.
+It is the one that costs the fewest tokens to compute again per byte that it frees, with the ageing
+of GreedyDual (Cao and Irani, Cost-Aware WWW Proxy Caching Algorithms, USENIX 1997). Without
+recurrent state it is the least recently used one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ class Checkpoints:
         self.touch(node)
 
     def touch(self, node: Node) -> None:
-        """Without state: make the pages up to a node the youngest; the deepest are evicted first."""
+        """Note that the pages up to a node were used; the deepest of them is evicted first.
+
+        With recurrent state it does nothing: `clock` has the time of the last use.
+        """
         if self.has_state:
             return
         for step in reversed(path_to(node)):

@@ -1,13 +1,13 @@
-"""The prefix cache: pages of keys and values by content, with checkpoints of the recurrent state.
+"""The prefix cache: pages of keys and values by content, and checkpoints of the recurrent state.
 
 A hit needs both: all pages up to a position, and a checkpoint there. What the cache holds is never
-written again: a sequence that goes on after a tail copies that one page, and state is handed on by
-the number of its slot. Pages that no checkpoint needs and no sequence holds are freed at once, so
-each leaf that is not in use is a checkpoint. When a page or a state slot is needed, a checkpoint is
-evicted, and with it the pages that only it needed.
+written again: a sequence that continues after a tail copies that one page, and takes over the state
+by the number of its slot. Pages that no checkpoint needs and no sequence holds are freed at once,
+so each leaf that is not in use is a checkpoint. When a page or a state slot is needed, a checkpoint
+is evicted, together with the pages that only it needed.
 
-A model without recurrent state needs no snapshot: each page that the cache knows ends with a
-checkpoint whose state slot is a mere number, without memory.
+A model without recurrent state needs no snapshot: each page in the cache ends with a checkpoint,
+whose state slot is only a number, without memory.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ HIT_POINTS_PER_PAGE = 2
 
 
 def chain_digest(parent: bytes, token_ids: Seq[int]) -> bytes:
-    """The digest of a page: of its tokens, and through its parent's of all tokens before it."""
+    """The digest of a page, 16 bytes: of its tokens and, by its parent's digest, of all before."""
     data = np.asarray(token_ids, dtype=np.int64).tobytes()
-    return blake2b(data, digest_size=16, key=parent).digest()
+    page_hash = blake2b(data, digest_size=16, key=parent)
+    return page_hash.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +110,29 @@ class PrefixCache:
     def state_slots_in_use(self) -> int:
         """State slots that running sequences hold."""
         cached = {node.state_slot for node in self.checkpoints}
-        return sum(self.state_slots.holders(slot) > (slot in cached) for slot in self.state_slots)
+        in_use = 0
+        for slot in self.state_slots:
+            num_own_holders = int(slot in cached)
+            if self.state_slots.holders(slot) > num_own_holders:
+                in_use += 1
+        return in_use
 
     def extend(self, digests: list[bytes], token_ids: Seq[int], num_tokens: int) -> None:
         """Make `digests` cover all whole pages of the first `num_tokens` tokens."""
         if not self.enabled:
             return
         size = self.page_size
-        for start in range(len(digests) * size, num_tokens - size + 1, size):
-            parent = digests[-1] if digests else self.root.digest
-            digests.append(chain_digest(parent, token_ids[start : start + size]))
+        parent = self.root.digest
+        if digests:
+            parent = digests[-1]
+        first = len(digests) * size
+        for start in range(first, num_tokens - size + 1, size):
+            page_ids = token_ids[start : start + size]
+            parent = chain_digest(parent, page_ids)
+            digests.append(parent)
 
     def match(self, digests: Seq[bytes], token_ids: Seq[int], max_tokens: int) -> Hit:
-        """The deepest checkpoint within the first `max_tokens` tokens; the root where there is none."""
+        """The deepest checkpoint within the first `max_tokens` tokens; without any, the root."""
         path = [self.root]
         if self.enabled:
             path += self._tree.walk(digests, token_ids)
@@ -142,17 +153,21 @@ class PrefixCache:
     def use(self, hit: Hit) -> tuple[Node, list[int]]:
         """Hold what a hit needs: its state slot and its whole pages.
 
-        A tail keeps its page, from which the caller is to copy, as long as the caller holds its
-        state slot.
+        A hit that is a tail keeps its page as long as the caller holds its state slot: the caller
+        copies that page.
 
         Returns:
-            The node of the last whole page, and all pages.
+            The node of the last whole page, and the whole pages.
         """
-        node = hit.checkpoint
-        self._checkpoints.use(node)
-        is_tail = node.parent is not None and not node.digest
-        whole = node.parent if node.parent is not None and is_tail else node
-        return whole, [self.pages.share(step.page) for step in path_to(whole)]
+        last_whole = hit.checkpoint
+        self._checkpoints.use(last_whole)
+        is_tail = not last_whole.digest
+        if is_tail and last_whole.parent is not None:
+            last_whole = last_whole.parent
+        pages = []
+        for node in path_to(last_whole):
+            pages.append(self.pages.share(node.page))
+        return last_whole, pages
 
     def add_pages(
         self,
@@ -162,16 +177,21 @@ class PrefixCache:
         num_tokens: int,
         pages: list[int],
     ) -> Node:
-        """Enter the whole pages after `node` within `num_tokens`; the caller holds them.
+        """Enter the whole pages after `node` within the first `num_tokens` tokens.
 
-        Where a page is known already, the caller's is given up for the known one: `pages` is
-        changed.
+        The caller holds them. Where the cache knows a page already, the caller's copy of it is
+        dropped, and `pages` is changed to the known one.
+
+        Returns:
+            The node of the last page that was entered.
         """
         if not self.enabled:
             return node
         size = self.page_size
-        for index in range(node.position // size, num_tokens // size):
-            tokens = tuple(token_ids[index * size : (index + 1) * size])
+        first_page = node.position // size
+        for index in range(first_page, num_tokens // size):
+            start = index * size
+            tokens = tuple(token_ids[start : start + size])
             known = self._tree.find(digests[index])
             if known is None:
                 known = self._tree.insert_page(node, digests[index], tokens, pages[index])
@@ -182,45 +202,48 @@ class PrefixCache:
                 pages[index] = self.pages.share(known.page)
             node = known
             if not self._checkpoints.has_state and not node.state_slot:
-                self._checkpoints.add_hit_point(node, self.take_state_slot())
+                slot = self.take_state_slot()
+                self._checkpoints.add_hit_point(node, slot)
         self._checkpoints.touch(node)
         return node
 
     def add_checkpoint(
         self, node: Node, token_ids: Seq[int], position: int, state_slot: int, pages: Seq[int]
     ) -> None:
-        """Enter the state after `position` tokens, which end with `node` or in the page after it."""
+        """Enter the state after `position` tokens, which end at `node` or in the page after it."""
         rest = tuple(token_ids[node.position : position])
         if not self.enabled or not state_slot or len(rest) >= self.page_size:
             return
         if rest:
-            page = pages[node.position // self.page_size]
-            node = self._tree.insert_tail(node, rest, page)
+            index = node.position // self.page_size
+            node = self._tree.insert_tail(node, rest, pages[index])
         self._checkpoints.add(node, state_slot)
 
     def take_page(self) -> int | None:
-        """A page for the caller; None where all that is left is in use."""
+        """A page for the caller; None where all pages are in use."""
         while not self.pages.num_free:
             if not self._evict(self._checkpoints.frees_a_page):
                 return None
         return self.pages.take()
 
     def take_state_slot(self) -> int:
-        """A state slot for the caller; there is always one, as each sequence has its share."""
+        """A state slot for the caller; there is always one, as each sequence has a share."""
         while not self.state_slots.num_free:
             assert self._evict(lambda node: True), (
-                "the running sequences hold more state slots than are theirs"
+                "the running sequences hold more state slots than their share"
             )
         return self.state_slots.take()
 
     def prune(self, node: Node | None) -> None:
-        """Free the pages from a node upwards that no checkpoint and no sequence needs."""
+        """Free the pages from a node towards the root that no checkpoint and no sequence needs."""
         self._tree.prune(node)
 
     def _evict(self, is_useful: Callable[[Node], bool]) -> bool:
+        """Evict one checkpoint and the pages that only it needed; False where there is none."""
         num_pages = len(self._tree)
         if not self._checkpoints.evict(is_useful):
             return False
+        num_evicted = num_pages - len(self._tree)
         self._metrics.evicted_checkpoints += 1
-        self._metrics.evicted_pages += num_pages - len(self._tree)
+        self._metrics.evicted_pages += num_evicted
         return True

@@ -17,10 +17,10 @@ from tokenspeed_plan.runtime.cache.ref_counts import SharedSlots
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A page with its tokens, or the first tokens of one. `position` counts all tokens up to its end.
+    """A whole page with its tokens, or the first tokens of a page (a tail).
 
-    `state_slot` is the checkpoint there, 0 where there is none. `clock` is the cache's age when it
-    was last of use.
+    `position` is the number of tokens up to its end. `state_slot` is the checkpoint there, 0 where
+    there is none. `clock` is the cache's age when the node was last used.
     """
 
     parent: Node | None
@@ -41,7 +41,8 @@ class Node:
     def matches(self, token_ids: Seq[int]) -> bool:
         """Whether a sequence has this node's tokens at its position; digests can collide."""
         start = self.position - len(self.token_ids)
-        return self.token_ids == tuple(token_ids[start : self.position])
+        others = tuple(token_ids[start : self.position])
+        return self.token_ids == others
 
 
 class PrefixTree:
@@ -82,8 +83,10 @@ class PrefixTree:
         self, parent: Node, digest: bytes, token_ids: tuple[int, ...], page: int
     ) -> Node:
         """Enter a whole page."""
-        node = Node(parent, digest, token_ids, parent.position + len(token_ids), page)
-        self._index[digest] = parent.children[digest] = node
+        position = parent.position + len(token_ids)
+        node = Node(parent, digest, token_ids, position, page)
+        self._index[digest] = node
+        parent.children[digest] = node
         self._hold(node)
         return node
 
@@ -92,17 +95,19 @@ class PrefixTree:
         for tail in parent.tails:
             if tail.token_ids == token_ids:
                 return tail
-        tail = Node(parent, b"", token_ids, parent.position + len(token_ids), page)
+        position = parent.position + len(token_ids)
+        tail = Node(parent, b"", token_ids, position, page)
         parent.tails.append(tail)
         self._hold(tail)
         return tail
 
     def is_in_use(self, page: int) -> bool:
         """Whether a running sequence holds a page, too."""
-        return self._pages.holders(page) > self._nodes_on_page[page]
+        num_nodes = self._nodes_on_page[page]
+        return self._pages.holders(page) > num_nodes
 
     def prune(self, node: Node | None) -> None:
-        """Free the pages from a node upwards that no checkpoint and no sequence needs."""
+        """Free the pages from a node towards the root that no checkpoint and no sequence needs."""
         while node is not None and node.parent is not None and node.is_leaf and not node.state_slot:
             if node.digest and self.is_in_use(node.page):
                 return
@@ -145,4 +150,6 @@ def previous_checkpoint(node: Node) -> int:
 def _begins_with(node: Node, tail: Node) -> bool:
     """Whether the tokens of a node go on after those of a tail beside it."""
     length = len(tail.token_ids)
-    return length < len(node.token_ids) and tail.token_ids == node.token_ids[:length]
+    if length >= len(node.token_ids):
+        return False
+    return tail.token_ids == node.token_ids[:length]

@@ -1,4 +1,4 @@
-"""Numbered slots of one kind (pages, or state slots), each with a count of those who hold it."""
+"""Numbered slots of one kind (pages or state slots), each with a count of its holders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 
 class SharedSlots:
-    """A slot is free, or held by one or by several; it is free again when the last of them drops it."""
+    """Slots with reference counts: a slot is free again when its last holder drops it."""
 
     def __init__(self, slots: Iterable[int]) -> None:
         self._holders = dict.fromkeys(slots, 0)
@@ -29,23 +29,26 @@ class SharedSlots:
         return len(self._holders)
 
     def holders(self, slot: int) -> int:
-        """How many hold a slot."""
+        """Number of holders of a slot."""
         return self._holders[slot]
 
     def take(self) -> int:
-        """A free slot, now held once; the one that was freed last, as it may still be in a cache of the device."""
+        """A free slot, now held once.
+
+        It is the one that was freed last, as it may still be in a cache of the device.
+        """
         slot = self._free.pop()
         self._holders[slot] = 1
         return slot
 
     def share(self, slot: int) -> int:
-        """One more holds a slot that is held already."""
+        """Add a holder to a slot that is held."""
         assert self._holders[slot] > 0, f"slot {slot} is free and cannot be shared"
         self._holders[slot] += 1
         return slot
 
     def drop(self, slot: int) -> None:
-        """One holder less."""
+        """Remove a holder of a slot."""
         assert self._holders[slot] > 0, f"slot {slot} is free already"
         self._holders[slot] -= 1
         if not self._holders[slot]:

@@ -24,13 +24,12 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 def _zeros(spec: ArenaSpec, device: str) -> Tensor:
     try:
         return torch.zeros(spec.size_bytes, dtype=torch.uint8, device=device)
-    except (
-        RuntimeError,
-        MemoryError,
-    ) as error:  # PyTorch has no class of its own for this on a CPU
+    # PyTorch has no error class of its own for a lack of memory on a CPU.
+    except (RuntimeError, MemoryError) as error:
         reason = str(error).partition("\n")[0]
         raise PlanError(
-            f"cannot allocate {spec.size_bytes} bytes for `{spec.name}` on this machine's {device}: {reason}",
+            f"cannot allocate {spec.size_bytes} bytes for `{spec.name}` on this machine's "
+            f"{device}: {reason}",
             "end other processes, or plan for less: lower `workload.concurrency`",
         ) from error
 

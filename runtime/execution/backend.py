@@ -74,7 +74,7 @@ class Backend(Protocol):
         num_tokens: int,
         num_seqs: int,
     ) -> Iterator[BoundStep]:
-        """Each step with its instructions for a batch of this size; `operands` are one tuple a step."""
+        """Each step with its instructions; `operands` has the tensors of each step."""
 
     def without_overlap(self) -> Backend:
         """The same, with kernels that do not start before their predecessor has ended."""
@@ -106,7 +106,7 @@ class ReferenceBackend:
         return self
 
     def bind_step(self, step: Step, tensors: tuple[Tensor, ...]) -> list[Instruction]:
-        """One step; an event has no instruction, as everything runs in order."""
+        """The instructions of one step; an event has none, as everything runs in order."""
         if isinstance(step, KernelCall):
             return self.bind_kernel(self._kernels[step.kernel], tensors)
         if isinstance(step, CollectiveCall):
@@ -114,7 +114,7 @@ class ReferenceBackend:
         return []
 
     def bind_kernel(self, kernel: KernelSpec, tensors: tuple[Tensor, ...]) -> list[Instruction]:
-        """The parts of a kernel; `tensors` are its parameters in order."""
+        """The instructions of a kernel's parts; `tensors` are in the order of its parameters."""
         params = {param.name: tensor for param, tensor in zip(kernel.tensors, tensors, strict=True)}
         slots: dict[str, int] = {}
         instructions = []
@@ -159,7 +159,7 @@ class ReferenceBackend:
 
 
 class KernelBackend:
-    """Steps as kernels where there is one, else as the references.
+    """Runs each step as its kernel, where there is one, else as its reference bodies.
 
     Args:
         plan: whose kernels are called.

@@ -1,4 +1,7 @@
-"""The programs of a plan, bound to tensors once, then run in a loop that looks nothing up."""
+"""The programs of a plan, bound to their tensors.
+
+Each size of batch is bound once; a replay is then a loop over instructions, without look-ups.
+"""
 
 from __future__ import annotations
 
@@ -17,38 +20,51 @@ from tokenspeed_plan.runtime.execution.backend import (
 )
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory, operands_of
 
+Operands = list[tuple[Tensor, ...]]  # the tensors of each step
+ProgramKey = tuple[str, int]  # phase and bucket
+BatchKey = tuple[str, int, int, int]  # and tokens and sequences
+
 MAX_BINDINGS = 64  # distinct (program, tokens, sequences) kept bound
 
 
 class BoundPrograms:
-    """Programs with their instructions for each size of batch."""
+    """The instructions of each program for each size of batch.
+
+    Args:
+        memory: the tensors of the plan.
+        backend: makes instructions of steps.
+    """
 
     def __init__(self, memory: PlanMemory, backend: Backend) -> None:
         self.memory = memory
         self.backend = backend
-        self._num_slots = max(map(num_outputs, memory.plan.kernels), default=0)
-        self._bound: dict[tuple[str, int, int, int], list[Instruction]] = {}
-        self._full_size_operands: dict[tuple[str, int], list[tuple[Tensor, ...]]] = {}
+        kernels = memory.plan.kernels
+        self._num_slots = max(map(num_outputs, kernels), default=0)
+        self._bound: dict[BatchKey, list[Instruction]] = {}
+        self._full_size_operands: dict[ProgramKey, Operands] = {}
 
     @property
     def plan(self) -> Plan:
-        """Whose programs these are."""
+        """The plan of these programs."""
         return self.memory.plan
 
     def instructions(self, program: Program, num_tokens: int, num_seqs: int) -> list[Instruction]:
-        """All instructions of a program for a batch of this size; bound at the first call."""
+        """The instructions of a program for a batch of this size, bound at the first call."""
         key = (program.phase, program.bucket, num_tokens, num_seqs)
         if key not in self._bound:
             if len(self._bound) >= MAX_BINDINGS:
                 self._bound.clear()
-            bound = self.steps(program, num_tokens, num_seqs)
-            self._bound[key] = [instruction for _, step in bound for instruction in step]
+            instructions: list[Instruction] = []
+            for _, bound in self.steps(program, num_tokens, num_seqs):
+                instructions += bound
+            self._bound[key] = instructions
         return self._bound[key]
 
     @torch.inference_mode()
     def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
         """One replay; inputs and outputs are in the io buffers."""
-        self.execute(self.instructions(program, num_tokens, num_seqs))
+        instructions = self.instructions(program, num_tokens, num_seqs)
+        self.execute(instructions)
 
     def execute(self, instructions: Iterable[Instruction]) -> None:
         """Run instructions in order."""
@@ -59,19 +75,20 @@ class BoundPrograms:
         operands = self._operands(program, num_tokens, num_seqs)
         return self.backend.bind(program, operands, num_tokens, num_seqs)
 
-    def _operands(
-        self, program: Program, num_tokens: int, num_seqs: int
-    ) -> list[tuple[Tensor, ...]]:
+    def _operands(self, program: Program, num_tokens: int, num_seqs: int) -> Operands:
+        """The tensors of each step.
+
+        Kernels take tensors of the program's full size, and the size of the batch as scalars.
+        """
         if not self.backend.full_size:
             return self._bind_operands(program, num_tokens, num_seqs)
         key = (program.phase, program.bucket)
-        if key not in self._full_size_operands:
-            full_size = (program.max_tokens, program.max_seqs)
-            self._full_size_operands[key] = self._bind_operands(program, *full_size)
-        return self._full_size_operands[key]
+        operands = self._full_size_operands.get(key)
+        if operands is None:
+            operands = self._bind_operands(program, program.max_tokens, program.max_seqs)
+            self._full_size_operands[key] = operands
+        return operands
 
-    def _bind_operands(
-        self, program: Program, num_tokens: int, num_seqs: int
-    ) -> list[tuple[Tensor, ...]]:
+    def _bind_operands(self, program: Program, num_tokens: int, num_seqs: int) -> Operands:
         tensor_of = self.memory.tensors_of(program, num_tokens, num_seqs)
         return [operands_of(step, tensor_of) for step in program.steps]

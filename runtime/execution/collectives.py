@@ -1,4 +1,4 @@
-"""What joins the ranks of a plan: sums and concatenations over all of them."""
+"""Collective operations of the ranks of a plan: sums and concatenations over all of them."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ from tokenspeed_plan.plans.schema import Plan
 
 
 class Collectives(Protocol):
-    """Every rank calls the same ones in the same order."""
+    """The operations; every rank calls the same ones in the same order."""
 
     def all_reduce(self, source: Tensor, target: Tensor) -> None:
         """target = sum of source over the ranks."""
 
     def all_gather(self, source: Tensor, target: Tensor) -> None:
-        """target = the columns of all ranks side by side."""
+        """target = the columns of all ranks, side by side."""
 
 
 class ProcessCollectives:
-    """Ranks that are processes of torch.distributed."""
+    """Collectives of processes, by torch.distributed."""
 
     def all_reduce(self, source: Tensor, target: Tensor) -> None:
-        """The sum, taken in the order of the ranks so that all of them get the same bits."""
+        """The sum, added up in the order of the ranks, so that all of them get the same bits."""
         parts = self._gather(source)
         target.copy_(parts.sum(0))
 
     def all_gather(self, source: Tensor, target: Tensor) -> None:
         """The columns of all ranks."""
-        target.copy_(torch.cat(tuple(self._gather(source)), -1))
+        parts = self._gather(source)
+        target.copy_(torch.cat(tuple(parts), -1))
 
     def _gather(self, source: Tensor) -> Tensor:
+        """The sources of all ranks, [ranks, ...]."""
         parts = source.new_empty(dist.get_world_size(), *source.shape)
         with translate_dist_errors():
             dist.all_gather(list(parts), source.contiguous())
@@ -48,7 +50,7 @@ class ProcessCollectives:
 
 @contextmanager
 def translate_dist_errors() -> Iterator[None]:
-    """For calls of torch.distributed: gloo has no class of its own for a lost peer.
+    """Translate errors of torch.distributed, which has no error class of its own for a lost peer.
 
     Raises:
         RankError: the call failed.
@@ -64,17 +66,18 @@ def translate_dist_errors() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Processes that were started together (torchrun says it in the environment)."""
+    """Number of processes that were started together; torchrun sets it in the environment."""
     return _number("WORLD_SIZE", 1)
 
 
 def own_rank() -> int:
-    """Which of them this one is."""
+    """The number of this process among them, from 0."""
     return _number("RANK", 0)
 
 
-def _number(name: str, usual: int) -> int:
-    text = os.environ.get(name, str(usual))
+def _number(name: str, default: int) -> int:
+    """A number from the environment."""
+    text = os.environ.get(name, str(default))
     if not text.isdecimal():
         raise RankError(
             f"the environment has {name}={text}", "unset it, or start the ranks with torchrun"
@@ -83,27 +86,32 @@ def _number(name: str, usual: int) -> int:
 
 
 def join(plan: Plan) -> tuple[int, Collectives | None]:
-    """This process's rank, and what joins it with the others; a plan of one rank needs nobody.
+    """Join the other ranks of a plan.
+
+    Returns:
+        This process's rank, and the collectives; None where the plan has one rank.
 
     Raises:
-        PlanError: not as many processes as the plan has ranks.
+        PlanError: there are not as many processes as the plan has ranks.
     """
     world = world_size()
-    if world != plan.target.count:
+    count = plan.target.count
+    if world != count:
+        command = f"torchrun --no-python --nproc-per-node {count} tokenspeed run ..."
         raise PlanError(
-            f"the plan has {plan.target.count} ranks, this is one of {world} processes",
-            f"start them together: `torchrun --no-python --nproc-per-node {plan.target.count} tokenspeed run ...`",
+            f"the plan has {count} ranks, this is one of {world} processes",
+            f"start them together: `{command}`",
         )
     if world == 1:
         return 0, None
     if not dist.is_initialized():
-        # A server may wait for its next request for long; a lost peer is seen without a timeout.
+        # A server may wait long for its next request. A lost peer is noticed without a timeout.
         dist.init_process_group("gloo", timeout=timedelta(days=365))
         atexit.register(_leave)
     return dist.get_rank(), ProcessCollectives()
 
 
 def _leave() -> None:
-    """End gloo's threads: a process that ends before they do is aborted now and then."""
+    """End gloo's threads; a process that ends before them is sometimes aborted."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""Kernels from a bundle's cubins, started through the CUDA driver: no compiler, no Triton.
+"""Kernels from a bundle's cubins, launched through the CUDA driver, without compiler or Triton.
 
-A kernel takes its parameters in the order of `KernelSpec.params`, then two scratch pointers of
-Triton's that ours do not use.
+A kernel takes its parameters in the order of `KernelSpec.params`, then two scratch pointers that
+Triton adds and our kernels do not use.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def call(function: Any, *args: Any) -> Any:
     code, *results = function(*args)
     if code != 0:
         raise CudaError(f"{function.__name__}: {code.name}")
-    return results[0] if len(results) == 1 else tuple(results)
+    if len(results) == 1:
+        return results[0]
+    return tuple(results)
 
 
 def find_driver() -> Any:
@@ -65,17 +67,20 @@ class CudaKernels:
     def __init__(
         self, binaries: Mapping[str, Binary], cubins: Mapping[str, bytes], overlap: bool = True
     ) -> None:
-        self._driver = driver = find_driver()
+        self._driver = find_driver()
         self._binaries = binaries
         self._cubins = cubins
         self._functions: dict[str, Any] = {}
         self._allow_overlap = overlap
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = (
-            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        )
+        self._overlap = [self._overlap_attribute()]
+
+    def _overlap_attribute(self) -> Any:
+        """Lets a kernel start before its predecessor has ended (programmatic dependent launch)."""
+        kinds = self._driver.CUlaunchAttributeID
+        attribute = self._driver.CUlaunchAttribute()
+        attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
-        self._overlap = [attribute]
+        return attribute
 
     @classmethod
     def load(cls, plan: Plan, bundle: Path) -> CudaKernels:
@@ -110,19 +115,17 @@ class CudaKernels:
         num_seqs: int,
         collectives: Collectives | None = None,
     ) -> Launcher:
-        """A function of the kernel's tensors, in the order of its parameters, for a batch of this size."""
-        assert kernel.launch is not None
-        launch, function, driver = kernel.launch, self._function(kernel), self._driver
-        grid = [dim.at(num_tokens, num_seqs) for dim in launch.grid]
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
-        config.blockDimX, config.blockDimY, config.blockDimZ = launch.num_warps * WARP_SIZE, 1, 1
-        config.sharedMemBytes = self._binaries[kernel.name].shared_bytes
-        if launch.pdl and self._allow_overlap:
-            config.attrs, config.numAttrs = self._overlap, 1
+        """A function of the kernel's tensors, in the order of its parameters.
+
+        The size of the batch is bound; arguments in C are kept for each set of addresses.
+        """
+        driver = self._driver
+        function = self._function(kernel)
+        config = self._config(kernel, num_tokens, num_seqs)
         values: tuple[int | Tensor, ...] = bind_launch(kernel, rank, num_tokens, num_seqs)
         bound: dict[tuple[int, ...], _Arguments] = {}
-        current_stream, device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device()
+        current_stream = torch._C._cuda_getCurrentRawStream
+        device = torch.cuda.current_device()
 
         def run(attrs: object, *tensors: Tensor) -> tuple[()]:
             key = tuple(x.data_ptr() for x in tensors)
@@ -134,17 +137,39 @@ class CudaKernels:
 
         return run
 
+    def _config(self, kernel: KernelSpec, num_tokens: int, num_seqs: int) -> Any:
+        """Grid, block, shared memory and attributes of a launch; each launch sets its stream."""
+        launch = kernel.launch
+        assert launch is not None
+        grid = [dim.at(num_tokens, num_seqs) for dim in launch.grid]
+        config = self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+        config.blockDimX = launch.num_warps * WARP_SIZE
+        config.blockDimY = 1
+        config.blockDimZ = 1
+        config.sharedMemBytes = self._binaries[kernel.name].shared_bytes
+        if launch.pdl and self._allow_overlap:
+            config.attrs = self._overlap
+            config.numAttrs = 1
+        return config
+
     def _function(self, kernel: KernelSpec) -> Any:
+        """The driver's handle; the cubin is loaded at the first call."""
         if kernel.name not in self._functions:
-            driver = self._driver
-            module = call(driver.cuModuleLoadData, self._cubins[kernel.name])
-            function = call(driver.cuModuleGetFunction, module, kind_of(kernel).encode())
-            shared = self._binaries[kernel.name].shared_bytes
-            if shared > DEFAULT_SHARED_BYTES:
-                name = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                call(driver.cuFuncSetAttribute, function, name, shared)
-            self._functions[kernel.name] = function
+            self._functions[kernel.name] = self._load_function(kernel)
         return self._functions[kernel.name]
+
+    def _load_function(self, kernel: KernelSpec) -> Any:
+        driver = self._driver
+        module = call(driver.cuModuleLoadData, self._cubins[kernel.name])
+        entry = kind_of(kernel).encode()
+        function = call(driver.cuModuleGetFunction, module, entry)
+        shared_bytes = self._binaries[kernel.name].shared_bytes
+        if shared_bytes > DEFAULT_SHARED_BYTES:
+            attributes = driver.CUfunction_attribute
+            limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            call(driver.cuFuncSetAttribute, function, limit, shared_bytes)
+        return function
 
 
 class _Arguments:
@@ -162,8 +187,11 @@ class _Arguments:
             if isinstance(value, Tensor):
                 value = value.data_ptr()
             is_scalar = not param.tensor.shape
-            self._values.append(ctypes.c_int32(value) if is_scalar else ctypes.c_void_p(value))
-        self._values += [ctypes.c_void_p(), ctypes.c_void_p()]
+            if is_scalar:
+                self._values.append(ctypes.c_int32(value))
+            else:
+                self._values.append(ctypes.c_void_p(value))
+        self._values += [ctypes.c_void_p(), ctypes.c_void_p()]  # Triton's scratch pointers
         addresses = [ctypes.addressof(value) for value in self._values]
         self._table = (ctypes.c_void_p * len(addresses))(*addresses)
         self.address = ctypes.addressof(self._table)

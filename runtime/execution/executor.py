@@ -1,8 +1,8 @@
-"""Replay: the programs of a plan on one rank.
+"""Replays the programs of a plan on one rank.
 
-An executor holds one strategy for each of three questions: what runs a step (`Backend`: reference
-bodies, Triton, cubins), what launches a program (`Launch`: eagerly, as a CUDA graph), and what
-leads (`Lead`: alone, or with other ranks). They combine freely.
+An executor has three strategies, which combine freely: a `Backend` runs steps (as reference bodies,
+Triton kernels or cubins), a `Launch` launches programs (step by step, or as CUDA graphs), and a
+`Lead` keeps ranks together (one rank alone, a leader or a follower).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 
 
 class Lead(Protocol):
-    """Keeps the ranks of a plan in step."""
+    """Keeps the ranks of a plan together."""
 
     def before_run(
         self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
     ) -> None:
-        """Called before each replay, when this rank's inputs are written."""
+        """Called before each replay, after this rank's inputs are written."""
 
     def before_copy(self, source: int, target: int) -> None:
         """Called before a page is copied."""
 
 
 class Alone:
-    """There is no other rank to tell."""
+    """A rank without others."""
 
     def before_run(
         self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
@@ -48,9 +48,9 @@ class Executor:
 
     Args:
         memory: all tensors of the rank.
-        backend: what runs a step.
-        launch: what launches a program; eagerly by default.
-        lead: what keeps other ranks in step; there is none by default.
+        backend: runs steps.
+        launch: launches programs; step by step by default.
+        lead: keeps other ranks together; there are none by default.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Executor:
         self.kernels = {kernel.name: kernel for kernel in memory.plan.kernels}
 
     def prepare(self) -> None:
-        """Whatever can be done before the first replay."""
+        """Do what can be done before the first replay."""
         self.launch.prepare(self.programs)
 
     def buffer(self, name: str, num_tokens: int, num_seqs: int) -> Tensor:
@@ -82,7 +82,7 @@ class Executor:
         self.launch.run(self.programs, program, num_tokens, num_seqs)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
-        """A function that waits for the values of the last replay and returns them."""
+        """A function that waits for these outputs of the last replay, and returns them."""
         return self.launch.copy_to_host(*values)
 
     def copy_page(self, source: int, target: int) -> int:
@@ -91,8 +91,9 @@ class Executor:
         return self.memory.copy_page(source, target)
 
     def without_overlap(self) -> Executor:
-        """The same steps one by one; no kernel starts before its predecessor has ended."""
-        return Executor(self.memory, self.backend.without_overlap())
+        """The same steps one by one: no kernel starts before its predecessor has ended."""
+        backend = self.backend.without_overlap()
+        return Executor(self.memory, backend)
 
     def steps(self, program: Program, num_tokens: int, num_seqs: int) -> Iterator[BoundStep]:
         """Each step of a program with its instructions."""
@@ -104,4 +105,5 @@ class Executor:
 
     def buffer_of(self, program: Program, name: str, num_tokens: int, num_seqs: int) -> Tensor:
         """Any tensor of a program, at the size of a batch."""
-        return self.memory.tensors_of(program, num_tokens, num_seqs)(name)
+        tensor_of = self.memory.tensors_of(program, num_tokens, num_seqs)
+        return tensor_of(name)

@@ -1,4 +1,4 @@
-"""Launch on a GPU: captured programs as one CUDA graph each, outputs through pinned memory."""
+"""Launch on a GPU: each captured program is one CUDA graph; outputs come through pinned memory."""
 
 from __future__ import annotations
 
@@ -11,47 +11,53 @@ from tokenspeed_plan.runtime.execution.inputs import write_inputs
 from tokenspeed_plan.runtime.execution.launch import HostValues
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 
-MAX_IN_FLIGHT = 4  # replays whose outputs may be on their way to the host at once
+GraphKey = tuple[str, int]  # phase and bucket of a program
+
+MAX_IN_FLIGHT = 4  # replays whose outputs may be on the way to the host at once
 
 
 class GraphLaunch:
-    """A captured program is one graph launch; only who reads the outputs waits for the GPU."""
+    """Launches CUDA graphs; only the reader of the outputs waits for the GPU."""
 
     def __init__(self) -> None:
-        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
         self._pinned: list[Tensor] = []
         self._events: list[torch.cuda.Event] = []
         self._turn = 0
 
     def prepare(self, programs: BoundPrograms) -> None:
-        """Capture every program that wants it, on padding; load the kernels of the others."""
+        """Capture all programs that the plan wants captured, and load the kernels of the others."""
         limits = programs.plan.pool.limits
         values_per_seq = 2 * limits.max_depth + 3  # tokens, the number accepted, and drafts
+        num_values = limits.max_seqs * values_per_seq
         for _ in range(MAX_IN_FLIGHT):
-            host = torch.empty(limits.max_seqs * values_per_seq, dtype=torch.int32)
+            host = torch.empty(num_values, dtype=torch.int32)
             self._pinned.append(host.pin_memory())
             self._events.append(torch.cuda.Event())
         for program in programs.plan.pool.programs:
             if program.captured:
-                self._graphs[program.phase, program.bucket] = capture(programs, program)
+                key = (program.phase, program.bucket)
+                self._graphs[key] = capture(programs, program)
             else:
                 programs.instructions(program, program.max_tokens, program.max_seqs)
 
     def run(
         self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
     ) -> None:
-        """One replay: a graph where there is one, else kernel after kernel."""
+        """One replay: as a graph where the program is captured, else kernel by kernel."""
         if program.captured:
-            self._graphs[program.phase, program.bucket].replay()
+            graph = self._graphs[program.phase, program.bucket]
+            graph.replay()
         else:
             programs.run(program, num_tokens, num_seqs)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
-        """The values are copied behind the replay; reading them waits for that copy alone."""
+        """The values are copied after the replay; reading them waits for that copy alone."""
         self._turn = (self._turn + 1) % MAX_IN_FLIGHT
         event = self._events[self._turn]
         sizes = [value.numel() for value in values]
-        targets = self._pinned[self._turn][: sum(sizes)].split(sizes)
+        host = self._pinned[self._turn]
+        targets = host[: sum(sizes)].split(sizes)
         for target, value in zip(targets, values, strict=True):
             target.copy_(value.flatten(), non_blocking=True)
         event.record()
@@ -65,11 +71,15 @@ class GraphLaunch:
 
 @torch.inference_mode()
 def capture(programs: BoundPrograms, program: Program) -> torch.cuda.CUDAGraph:
-    """A program at its full size as a CUDA graph; its first run, on padding, loads the kernels."""
+    """A program at its full size as a CUDA graph.
+
+    It runs once on padding before it is captured, which loads its kernels.
+    """
     size = (program.max_tokens, program.max_seqs)
     padding = Batch.of(program, (), ())
     memory = programs.memory
-    write_inputs(padding, lambda name: memory.buffer(name, *size), programs.plan.pool.limits)
+    limits = programs.plan.pool.limits
+    write_inputs(padding, lambda name: memory.buffer(name, *size), limits)
     programs.run(program, *size)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

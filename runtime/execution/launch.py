@@ -1,4 +1,7 @@
-"""What launches a program: step after step from the host here, as one CUDA graph in `graphs.py`."""
+"""How a program is launched: step by step from the host.
+
+`graphs.py` launches it as one CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,15 @@ from torch import Tensor
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
 
-HostValues = Callable[[], tuple[list[int], ...]]  # waits for them
+# Waits for the values of a replay, and returns them.
+HostValues = Callable[[], tuple[list[int], ...]]
 
 
 class Launch(Protocol):
-    """Starts replays, and brings their outputs to the host."""
+    """Starts replays, and copies their outputs to the host."""
 
     def prepare(self, programs: BoundPrograms) -> None:
-        """Whatever can be done before the first replay."""
+        """Do what can be done before the first replay."""
 
     def run(
         self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
@@ -25,14 +29,14 @@ class Launch(Protocol):
         """Start one replay on the io buffers."""
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
-        """A function that waits for the values of the last replay and returns them."""
+        """A function that waits for these outputs of the last replay, and returns them."""
 
 
 class EagerLaunch:
-    """One step after the other; outputs are read at once."""
+    """Launches one step after the other, and reads outputs at once."""
 
     def prepare(self, programs: BoundPrograms) -> None:
-        """There is nothing to prepare."""
+        """Nothing."""
 
     def run(
         self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
@@ -41,6 +45,9 @@ class EagerLaunch:
         programs.run(program, num_tokens, num_seqs)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
-        """The values are read now: where the device computes in order, they are there already."""
-        found: tuple[list[int], ...] = tuple(value.flatten().tolist() for value in values)
-        return lambda: found
+        """The values are read now; reading them waits for the replay."""
+        read: list[list[int]] = []
+        for value in values:
+            flat = value.flatten()
+            read.append(flat.tolist())
+        return lambda: tuple(read)

@@ -52,20 +52,25 @@ class PlanMemory:
 
     def states(self, arena: str) -> list[Tensor]:
         """The state buffers of an arena (`kv_cache` or `state`), one or more for each layer."""
-        buffers = [buffer for buffer in self._buffers.values() if buffer.arena == arena]
-        return [self._view(buffer, 0, 0) for buffer in buffers]
+        states = []
+        for buffer in self._buffers.values():
+            if buffer.arena == arena:
+                states.append(self._view(buffer, 0, 0))
+        return states
 
     def copy_page(self, source: int, target: int) -> int:
         """Copy a page of keys and values in all layers; returns the bytes that were copied."""
         copied_bytes = 0
         for layer in self.states("kv_cache"):
-            layer[target].copy_(layer[source], non_blocking=True)
-            copied_bytes += layer[source].nbytes
+            page = layer[source]
+            layer[target].copy_(page, non_blocking=True)
+            copied_bytes += page.nbytes
         return copied_bytes
 
     def _view(self, buffer: BufferSpec, num_tokens: int, num_seqs: int) -> Tensor:
-        shape = buffer.tensor.bind(num_tokens, num_seqs)
-        return self._arenas.view(buffer.arena, buffer.offset_bytes, shape, buffer.tensor.dtype)
+        tensor = buffer.tensor
+        shape = tensor.bind(num_tokens, num_seqs)
+        return self._arenas.view(buffer.arena, buffer.offset_bytes, shape, tensor.dtype)
 
 
 def operands_of(step: Step, tensor_of: Callable[[str], Tensor]) -> tuple[Tensor, ...]:

@@ -1,4 +1,8 @@
-"""Several processes, one plan: rank 0 schedules, the others repeat each replay on the same inputs."""
+"""Several processes that replay one plan.
+
+Rank 0 schedules, and sends an order before each replay; the others replay the same program on the
+same inputs.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +18,30 @@ from tokenspeed_plan.runtime.execution.collectives import translate_dist_errors
 from tokenspeed_plan.runtime.execution.executor import Executor
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 
-# An order has three numbers: the index of a program and the size of its batch, or one of these
-# and its two arguments.
-STOP, COPY_PAGE = -1, -2
+# An order has three numbers: the index of a program, and the tokens and sequences of its batch; or
+# one of these, and its two arguments.
+STOP = -1
+COPY_PAGE = -2
 
 
 class Leader:
-    """Rank 0: tells the others what it is about to do."""
+    """Rank 0: sends the others an order before everything it does."""
 
     def before_run(
         self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
     ) -> None:
-        """Name the program, then send its inputs."""
-        _send([memory.plan.pool.programs.index(program), num_tokens, num_seqs])
+        """Send the program and the size of the batch, then the inputs."""
+        index = memory.plan.pool.programs.index(program)
+        _send([index, num_tokens, num_seqs])
         _share_inputs(memory, program, num_tokens, num_seqs)
 
     def before_copy(self, source: int, target: int) -> None:
-        """Name both pages."""
+        """Send the numbers of both pages."""
         _send([COPY_PAGE, source, target])
 
 
 class Follower:
-    """The other ranks: `follow` receives the order, and this the inputs of a replay."""
+    """The other ranks: `follow` receives the order, and the follower the inputs of a replay."""
 
     def before_run(
         self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
@@ -44,11 +50,11 @@ class Follower:
         _share_inputs(memory, program, num_tokens, num_seqs)
 
     def before_copy(self, source: int, target: int) -> None:
-        """The order named both pages."""
+        """Nothing: the order has both pages."""
 
 
 def follow(executor: Executor) -> None:
-    """Ranks other than 0: do what rank 0 says, until it stops. Its `lead` is a `Follower`."""
+    """Carry out the orders of rank 0 until it stops; the executor's `lead` is a `Follower`."""
     while True:
         index, first, second = _receive()
         if index == STOP:
@@ -61,15 +67,16 @@ def follow(executor: Executor) -> None:
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """However rank 0 ends, the others do not wait for it."""
+    """Stop the other ranks when rank 0 ends, in whatever way."""
     try:
         yield
     finally:
-        with suppress(RankError):  # they have ended already
+        with suppress(RankError):  # they may have ended already
             _send([STOP, 0, 0])
 
 
 def _share_inputs(memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int) -> None:
+    """Broadcast the input buffers of rank 0."""
     with translate_dist_errors():
         for name in program.inputs:
             dist.broadcast(memory.buffer(name, num_tokens, num_seqs), 0)

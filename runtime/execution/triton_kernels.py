@@ -19,7 +19,7 @@ from tokenspeed_plan.runtime.execution.kernels import Launcher
 
 
 def interpret() -> None:
-    """Run kernels in Triton's interpreter from here on; must come before anything else loads Triton.
+    """Run kernels in Triton's interpreter from now on, before anything else loads Triton.
 
     Raises:
         PlanError: Triton is not there, or is loaded already, to compile.
@@ -47,7 +47,10 @@ def interpret() -> None:
 
 
 def _allow_tensor_bounds(interpreter: Any) -> None:
-    """Let `range` take a loaded scalar: the interpreter holds it as an array of one, which NumPy 2.4 refuses."""
+    """Let `range` take a loaded scalar.
+
+    The interpreter holds it as an array of one element, which NumPy 2.4 refuses as an index.
+    """
     patch = interpreter._patch_lang_tensor
 
     def with_index(tensor: Any, scope: Any) -> None:
@@ -58,7 +61,7 @@ def _allow_tensor_bounds(interpreter: Any) -> None:
 
 
 def _widen_products(interpreter: Any) -> None:
-    """Let `tl.dot` take bf16: the interpreter holds it as 16-bit integers, and would multiply those."""
+    """Let `tl.dot` take bf16, which the interpreter would multiply as 16-bit integers."""
     builder = interpreter.InterpreterBuilder
     product = builder.create_dot
 
@@ -117,7 +120,10 @@ class TritonKernels:
         num_seqs: int,
         collectives: Collectives | None = None,
     ) -> Launcher:
-        """A function of the kernel's tensors, in the order of its parameters, for a batch of this size."""
+        """A function of the kernel's tensors, in the order of its parameters.
+
+        The size of the batch is bound.
+        """
         assert kernel.launch is not None
         launch, function = kernel.launch, self._function(kernel)
         grid = tuple(dim.at(num_tokens, num_seqs) for dim in launch.grid)
@@ -141,10 +147,11 @@ class TritonKernels:
 
 
 class _Mirrors:
-    """Peer memory on a machine without it: a copy of every rank's part, and flags as if all peers had come.
+    """Peer memory on a machine without it.
 
-    `tables` hold the addresses of both, by the role of the parameter that takes them; they are valid
-    as long as this object lives.
+    It has a copy of every rank's part, and flags as if all peers had arrived. `tables` has the
+    addresses of both, by the role of the parameter that takes them; they are valid as long as this
+    object lives.
     """
 
     def __init__(

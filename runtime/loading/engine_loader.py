@@ -1,4 +1,4 @@
-"""A bundle or a plan -> everything that an engine needs: memory, executor, tokenizer."""
+"""Loads what an engine needs from a bundle or a plan: memory, executor and tokenizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WriteChat = Callable[[Messages], str]  # writes messages as a prompt
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The parts of an engine; `startup_s` says how long each step of loading took."""
+    """The parts of an engine; `startup_s` has the seconds of each step of loading."""
 
     plan: Plan
     executor: Executor
@@ -74,7 +74,7 @@ def load_parts(
     lead: Lead | None = None,
     compare: bool = False,
 ) -> Loaded:
-    """The same from a plan that is checked already, with its weights in `folder`.
+    """Load from a plan that is already checked, with its weights in `folder`.
 
     Raises:
         PlanError: this machine or the checkpoint does not fit.
@@ -113,7 +113,7 @@ def default_backend(plan: Plan) -> BackendName:
 
 
 def default_launch(plan: Plan) -> Launch:
-    """CUDA graphs on a GPU; on a CPU, step after step."""
+    """CUDA graphs on a GPU, step by step on a CPU."""
     if plan.target.device == "cpu":
         return EagerLaunch()
     from tokenspeed_plan.runtime.execution.graphs import GraphLaunch

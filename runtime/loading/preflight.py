@@ -1,4 +1,4 @@
-"""Does a plan fit this machine and this folder? Checked before anything is loaded."""
+"""Whether a plan fits this machine and this folder; checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ def check_target(plan: Plan) -> None:
     Raises:
         PlanError: it is for a GPU that is not here, or for several.
     """
-    wanted, here = plan.target.sm, compute_capability() if plan.target.sm else 0
+    wanted = plan.target.sm
+    here = 0
+    if wanted:
+        here = compute_capability()
     if wanted != here:
-        found = f"this machine's is sm_{here}" if here else "there is none here"
+        found = "there is none here"
+        if here:
+            found = f"this machine's is sm_{here}"
         machine = f"{plan.target.count} x {plan.target.gpu} (sm_{wanted})"
         raise PlanError(
             f"the plan is for {machine}, {found}",
@@ -27,16 +32,19 @@ def check_target(plan: Plan) -> None:
     streams = max(program.num_streams for program in plan.pool.programs)
     if wanted and (plan.target.count > 1 or streams > 1):
         raise PlanError(
-            f"the plan is for {plan.target.count} GPUs and {streams} streams, one of each is replayed today",
+            f"the plan is for {plan.target.count} GPUs and {streams} streams, one of each is "
+            "replayed today",
             "plan it for one GPU: `target: {count: 1}`",
         )
 
 
 def compute_capability() -> int:
-    """Of the current GPU, without its dot; 0 where PyTorch finds none."""
+    """Compute capability of the current GPU, as 90 for 9.0; 0 where PyTorch finds none."""
     import torch
 
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
     return major * 10 + minor
 
 
@@ -57,7 +65,10 @@ def check_files(plan: Plan, folder: Path) -> None:
 
 
 def find_weights(plan: Plan, bundle: Path, given: Path | None) -> Path:
-    """The checkpoint folder: the given one, or the spec's path from here or from the folders above the bundle.
+    """The checkpoint folder.
+
+    It is the given one; else the spec's path, from the current folder or from a folder above the
+    bundle.
 
     Raises:
         PlanError: there is none.

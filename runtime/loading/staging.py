@@ -1,4 +1,7 @@
-"""From memory-mapped files to a GPU: through pinned memory in two halves, one filled while the other one is sent."""
+"""Copies from memory-mapped files to a GPU, through two halves of pinned host memory.
+
+One half is filled while the other one is sent.
+"""
 
 from __future__ import annotations
 
@@ -9,38 +12,54 @@ HALF_BYTES = 64 << 20
 
 
 class Staging:
-    """Copies into the tensors of a device; on a CPU, and into what is not contiguous, they are plain copies."""
+    """Copies into tensors of one device.
+
+    On a CPU, and into tensors that are not contiguous, it copies directly.
+
+    Args:
+        device: `cuda` or `cpu`.
+        half_bytes: pinned memory of each half.
+    """
 
     def __init__(self, device: str, half_bytes: int = HALF_BYTES) -> None:
-        self._pinned = device == "cuda"
-        self._halves = [
-            torch.empty(half_bytes if self._pinned else 0, dtype=torch.uint8) for _ in range(2)
-        ]
-        if self._pinned:
-            self._halves = [half.pin_memory() for half in self._halves]
-            self._sent = [torch.cuda.Event() for _ in range(2)]
+        self._halves: list[Tensor] = []
+        self._sent: list[torch.cuda.Event] = []
+        self._is_pinned = device == "cuda"
         self._turn = 0
+        if self._is_pinned:
+            for _ in range(2):
+                half = torch.empty(half_bytes, dtype=torch.uint8)
+                self._halves.append(half.pin_memory())
+                self._sent.append(torch.cuda.Event())
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """The source's values, in the target's dtype; `source` may go once this returns, the target is there later."""
-        if not self._pinned or not target.is_contiguous():
+        """Copy the values of `source`, in the dtype of `target`.
+
+        `source` may be freed after this call; `target` is complete only after `finish`.
+        """
+        if not self._is_pinned or not target.is_contiguous():
             target.copy_(source)
             return
-        flat, values = target.view(-1), source.reshape(-1)
-        step = self._halves[0].numel() // target.element_size()
-        for start in range(0, flat.numel(), step):
-            self._send(flat[start : start + step], values[start : start + step])
+        flat_target = target.view(-1)
+        flat_source = source.reshape(-1)
+        half_bytes = self._halves[0].numel()
+        step = half_bytes // target.element_size()
+        for start in range(0, flat_target.numel(), step):
+            part = slice(start, start + step)
+            self._send(flat_target[part], flat_source[part])
 
     def _send(self, target: Tensor, source: Tensor) -> None:
+        """Fill the half that was sent first, then send it."""
         self._turn = 1 - self._turn
         sent = self._sent[self._turn]
         sent.synchronize()
-        half = self._halves[self._turn][: target.nbytes].view(target.dtype)
-        half.copy_(source)
-        target.copy_(half, non_blocking=True)
+        half = self._halves[self._turn]
+        values = half[: target.nbytes].view(target.dtype)
+        values.copy_(source)
+        target.copy_(values, non_blocking=True)
         sent.record()
 
     def finish(self) -> None:
-        """Wait until all targets are there."""
-        if self._pinned:
+        """Wait until all targets are complete."""
+        if self._is_pinned:
             torch.cuda.synchronize()

@@ -14,6 +14,7 @@ from torch import Tensor
 from tokenspeed_plan.runtime.reference import (
     attention,
     delta,
+    delta_chunks,
     dense,
     moe,
     sampling,
@@ -44,8 +45,8 @@ REFERENCE_BODIES: dict[str, Body] = {
     "delta_rule": delta.delta_rule,
     "recompute_state": delta.recompute_state,
     "commit_state_len": delta.commit_state_len,
-    "delta_chunk": delta.delta_chunk,
-    "delta_scan": delta.delta_scan,
+    "delta_chunk": delta_chunks.delta_chunk,
+    "delta_scan": delta_chunks.delta_scan,
     "gated_norm": delta.gated_norm,
     "topk": moe.topk,
     "experts_up": moe.experts_up,

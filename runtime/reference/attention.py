@@ -1,7 +1,7 @@
 """Gated attention over a paged cache.
 
-Shapes: T tokens, S sequences, R queries a sequence, Q query heads, K kv heads, D head_dim, P pages a
-sequence, C cached tokens.
+Shapes: T tokens, S sequences, R queries of a sequence, Q query heads, K kv heads, D head_dim, N
+heads * D, P pages of a sequence, C cached tokens.
 """
 
 from __future__ import annotations
@@ -20,53 +20,88 @@ Attrs = Mapping[str, Any]
 
 
 def split_gate(attrs: Attrs, qg_TN: Tensor) -> tuple[Tensor, Tensor]:
-    """Each head's columns are its query, then its gate."""
-    qg = qg_TN.unflatten(-1, (attrs["num_heads"], 2, attrs["head_dim"]))
-    return qg[:, :, 0].flatten(1), qg[:, :, 1].flatten(1)
+    """The columns of each head are its query, then its gate."""
+    shape = (attrs["num_heads"], 2, attrs["head_dim"])
+    qg = qg_TN.unflatten(-1, shape)
+    q, gate = qg.unbind(2)
+    return q.flatten(1), gate.flatten(1)
 
 
 @lru_cache(maxsize=8)
 def _frequencies(
     rotary_dim: int, theta: float, factor: float, original: int
 ) -> tuple[Tensor, float]:
-    """Angles per position for each pair, and the factor on cos and sin (YaRN, arXiv:2309.00071, where factor > 1)."""
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
+    """Radians per position of each pair of dimensions, and the factor on cos and sin.
+
+    Where factor > 1, by YaRN (arXiv:2309.00071): pairs that turn more than 32 times within the
+    original context keep their frequency, those that turn less than once are slowed by the factor.
+    """
+    dim = torch.arange(0, rotary_dim, 2, dtype=torch.float64)
+    exponent = dim / rotary_dim
     inverse = theta**-exponent
     if factor == 1.0:
         return inverse, 1.0
 
     def pair_at(rotations: float) -> float:
-        return rotary_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        radians = rotations * 2 * math.pi
+        ratio = math.log(original / radians)
+        double_log = 2 * math.log(theta)
+        return rotary_dim * ratio / double_log
 
     low = max(math.floor(pair_at(32.0)), 0)
     high = min(math.ceil(pair_at(1.0)), rotary_dim - 1)
     pair = torch.arange(rotary_dim // 2, dtype=torch.float64)
-    ramp = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+    width = max(high - low, 0.001)
+    ramp = ((pair - low) / width).clamp(0, 1)
     scale = 0.1 * math.log(factor) + 1.0
-    return inverse / factor * ramp + inverse * (1 - ramp), scale
+    slowed = inverse / factor * ramp
+    kept = inverse * (1 - ramp)
+    return slowed + kept, scale
 
 
 def rope(attrs: Attrs, x_TN: Tensor, positions_T: Tensor) -> tuple[Tensor]:
-    """Rotate the first `rotary_dim` of each head; dimension i is paired with i + rotary_dim / 2 (arXiv:2104.09864)."""
-    rotary = attrs["rotary_dim"]
+    """Rotate the first `rotary_dim` dimensions of each head (arXiv:2104.09864).
+
+    Dimension i is paired with dimension i + rotary_dim / 2.
+    """
+    rotary_dim = attrs["rotary_dim"]
+    half = rotary_dim // 2
+    heads = (attrs["num_heads"], attrs["head_dim"])
+    x = x_TN.unflatten(-1, heads)
+    num_rest = x.shape[-1] - rotary_dim
+    sizes = (half, half, num_rest)
+    a, b, rest = x.split(sizes, -1)
+    cos, sin = _rotation(attrs, positions_T, x.dtype)
+    rotated_a = a * cos - b * sin
+    rotated_b = b * cos + a * sin
+    y = torch.cat((rotated_a, rotated_b, rest), -1)
+    return (y.flatten(1),)
+
+
+def _rotation(attrs: Attrs, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angle at each position, [T, 1, rotary_dim / 2]."""
     inverse, scale = _frequencies(
-        rotary, attrs["theta"], attrs["factor"], attrs["original_max_positions"]
+        attrs["rotary_dim"],
+        attrs["theta"],
+        attrs["factor"],
+        attrs["original_max_positions"],
     )
-    x = x_TN.unflatten(-1, (attrs["num_heads"], attrs["head_dim"]))
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.float32
+    if dtype == torch.float64:
+        wide = torch.float64
     position = positions_T.to(wide)[:, None]
     angle = position * inverse.to(position)
-    cos = (angle.cos() * scale).to(x.dtype)[:, None]
-    sin = (angle.sin() * scale).to(x.dtype)[:, None]
-    half = rotary // 2
-    a, b, rest = x[..., :half], x[..., half:rotary], x[..., rotary:]
-    return (torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1).flatten(1),)
+    cos = angle.cos() * scale
+    sin = angle.sin() * scale
+    return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
 
 
 def kv_write(attrs: Attrs, k_TN: Tensor, v_TN: Tensor, slots_T: Tensor, cache: Tensor) -> tuple[()]:
     """cache[page, 0 | 1, offset] = k | v, where slot = page * page_size + offset."""
-    page_T = slots_T.long() // attrs["page_size"]
-    offset_T = slots_T.long() % attrs["page_size"]
+    page_size = attrs["page_size"]
+    slots_T = slots_T.long()
+    page_T = slots_T // page_size
+    offset_T = slots_T % page_size
     heads = (attrs["num_kv_heads"], attrs["head_dim"])
     cache[page_T, 0, offset_T] = k_TN.unflatten(-1, heads)
     cache[page_T, 1, offset_T] = v_TN.unflatten(-1, heads)
@@ -81,56 +116,80 @@ def attention(
     cu_seqlens: Tensor,
     cache: Tensor,
 ) -> tuple[Tensor]:
-    """softmax(q k^T / sqrt(D)) v over each sequence's own pages, causal; `context` counts the new tokens too.
+    """softmax(q k^T / sqrt(D)) v over the pages of each sequence, causal.
 
-    In a decode step of R queries a sequence, query i sees R - 1 - i tokens less than the last one.
+    `context` has the tokens of each sequence, the new ones included. In a decode step of R queries
+    query i sees R - 1 - i tokens less than the last one.
     """
-    q = q_TN.unflatten(-1, (attrs["num_heads"], attrs["head_dim"]))
+    heads = (attrs["num_heads"], attrs["head_dim"])
+    q_TQD = q_TN.unflatten(-1, heads)
     if attrs["mode"] == "decode":
-        return (_decode(q.unflatten(0, (len(context_S), -1)), page_table_SP, context_S, cache),)
-    bounds, contexts = cu_seqlens.tolist(), context_S.tolist()
-    rows = [
-        _one_sequence(q[start:end], page_table_SP[i], contexts[i], cache)
-        for i, (start, end) in enumerate(pairwise(bounds))
-    ]
-    return (torch.cat(rows),)
+        q_SRQD = q_TQD.unflatten(0, (len(context_S), -1))
+        return (_decode(q_SRQD, page_table_SP, context_S, cache),)
+    contexts = context_S.tolist()
+    bounds = cu_seqlens.tolist()
+    outputs = []
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        y_TN = _one_sequence(
+            q_TQD[start:end],
+            page_table_SP[i],
+            contexts[i],
+            cache,
+        )
+        outputs.append(y_TN)
+    y_TN = torch.cat(outputs)
+    return (y_TN,)
 
 
 def _gather(page_table: Tensor, length: int, cache: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [..., K, C, D] of the first `length` tokens of pages [..., P]."""
     page_size = cache.shape[2]
-    used = page_table[..., : -(-length // page_size)]
+    num_pages = -(-length // page_size)
+    used = page_table[..., :num_pages]
     pages = cache.index_select(0, used.flatten())
     pages = pages.unflatten(0, used.shape)  # [..., P, 2, page_size, K, D]
-    kv = pages.movedim(-4, 0).flatten(-4, -3)  # [2, ..., P * page_size, K, D]
-    kv = kv[..., :length, :, :].transpose(-2, -3)
-    return kv[0], kv[1]
+    kv = pages.movedim(-4, 0)
+    kv = kv.flatten(-4, -3)  # [2, ..., P * page_size, K, D]
+    kv = kv.narrow(-3, 0, length)
+    k, v = kv.transpose(-2, -3)
+    return k, v
 
 
 def _decode(q_SRQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Tensor) -> Tensor:
-    """One query a sequence, or a few; shorter sequences are masked to the longest."""
-    longest, query_len = int(context_S.max()), q_SRQD.shape[1]
-    k, v = _gather(page_table_SP, longest, cache)
+    """All sequences at once: keys beyond the end of a shorter one are masked."""
+    max_context = int(context_S.max())
+    query_len = q_SRQD.shape[1]
+    k_SKCD, v_SKCD = _gather(page_table_SP, max_context, cache)
     queries_after_R = torch.arange(query_len - 1, -1, -1, device=context_S.device)
     seen_SR = context_S[:, None] - queries_after_R
-    position_C = torch.arange(longest, device=context_S.device)
+    position_C = torch.arange(max_context, device=context_S.device)
     visible_SRC = position_C < seen_SR[:, :, None]
-    y = F.scaled_dot_product_attention(
-        q_SRQD.transpose(1, 2), k, v, visible_SRC[:, None], enable_gqa=True
+    y_SQRD = F.scaled_dot_product_attention(
+        q_SRQD.transpose(1, 2),
+        k_SKCD,
+        v_SKCD,
+        visible_SRC[:, None],
+        enable_gqa=True,
     )
-    return y.transpose(1, 2).flatten(0, 1).flatten(1)
+    return y_SQRD.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _one_sequence(q_TQD: Tensor, pages_P: Tensor, length: int, cache: Tensor) -> Tensor:
-    """All new queries of one sequence; its own keys are already in the cache."""
-    count = q_TQD.shape[0]
-    k, v = _gather(pages_P, length, cache)
+    """The new queries of one sequence, whose keys are already in the cache."""
+    first = length - q_TQD.shape[0]
+    k_KCD, v_KCD = _gather(pages_P, length, cache)
     position_C = torch.arange(length, device=cache.device)
-    visible = position_C[None] <= position_C[length - count :, None]
+    visible_TC = position_C[None] <= position_C[first:, None]
+    q_QTD = q_TQD.transpose(0, 1)
     y = F.scaled_dot_product_attention(
-        q_TQD.transpose(0, 1)[None], k[None], v[None], visible, enable_gqa=True
+        q_QTD[None],
+        k_KCD[None],
+        v_KCD[None],
+        visible_TC,
+        enable_gqa=True,
     )
-    return y[0].transpose(0, 1).flatten(1)
+    y_QTD = y[0]
+    return y_QTD.transpose(0, 1).flatten(1)
 
 
 def sigmoid_gate(attrs: Attrs, x_TN: Tensor, g_TN: Tensor) -> tuple[Tensor]:

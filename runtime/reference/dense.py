@@ -16,27 +16,40 @@ Attrs = Mapping[str, Any]
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in the accumulation dtype: fp32, or fp64 where it is fp64."""
-    return x if x.dtype == torch.float64 else x.float()
+    """x in the accumulation dtype: fp64 where it is fp64, else fp32."""
+    if x.dtype == torch.float64:
+        return x
+    return x.float()
 
 
 def embed(attrs: Attrs, ids: Tensor, table_VH: Tensor) -> tuple[Tensor]:
-    """y = table[ids]; a rank that holds only rows from `row_start` on gives zeros for the others.
+    """y = table[ids].
 
-    Where `ids` is a matrix (one row for each sequence), the last column counts: the latest draft.
+    A rank that holds only a part of the table, from row `row_start` on, gives zeros for the ids of
+    other ranks. Where `ids` is a matrix [S, drafts], its last column is used: the latest draft.
     """
-    ids_T = ids if ids.dim() == 1 else ids[:, -1]
-    rows_T = ids_T.long() - int(attrs.get("row_start", 0))
+    ids_T = ids
+    if ids.dim() > 1:
+        ids_T = ids[:, -1]
+    row_T = ids_T.long()
     if "row_start" not in attrs:
-        return (table_VH.index_select(0, rows_T),)
-    mine_T = (rows_T >= 0) & (rows_T < table_VH.shape[0])
-    return (table_VH[rows_T.where(mine_T, 0)] * mine_T[:, None],)
+        return (table_VH.index_select(0, row_T),)
+    num_rows = table_VH.shape[0]
+    row_T = row_T - int(attrs["row_start"])
+    is_here_T = (row_T >= 0) & (row_T < num_rows)
+    row_T = row_T.where(is_here_T, 0)
+    y_TH = table_VH[row_T]
+    return (y_TH * is_here_T.unsqueeze(1),)
 
 
 def normalize(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, in the accumulation dtype (arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) over the last dimension (arXiv:1910.07467).
+
+    The result is in the accumulation dtype.
+    """
     wide = widen(x)
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    mean = wide.square().mean(-1, keepdim=True)
+    return wide * torch.rsqrt(mean + eps)
 
 
 def rms_norm(attrs: Attrs, x_TH: Tensor, w_H: Tensor) -> tuple[Tensor]:
@@ -53,15 +66,17 @@ def rms_norm(attrs: Attrs, x_TH: Tensor, w_H: Tensor) -> tuple[Tensor]:
 
 def head_norm(attrs: Attrs, x_TN: Tensor, w_D: Tensor) -> tuple[Tensor]:
     """`rms_norm` of each head."""
-    heads = x_TN.unflatten(-1, (attrs["num_heads"], attrs["head_dim"]))
-    (y,) = rms_norm(attrs, heads, w_D)
+    heads = (attrs["num_heads"], attrs["head_dim"])
+    x = x_TN.unflatten(-1, heads)
+    (y,) = rms_norm(attrs, x, w_D)
     return (y.flatten(-2),)
 
 
 def linear(attrs: Attrs, x_TK: Tensor, w_NK: Tensor) -> tuple[Tensor, ...]:
-    """y = x w^T, cut into columns."""
+    """y = x w^T, its columns split into outputs of `splits` columns."""
     y_TN = F.linear(x_TK, w_NK)
-    return tuple(y_TN.split(attrs["splits"], -1))
+    splits = attrs["splits"]
+    return tuple(y_TN.split(splits, -1))
 
 
 def add(attrs: Attrs, x_TH: Tensor, r_TH: Tensor) -> tuple[Tensor]:
@@ -72,14 +87,17 @@ def add(attrs: Attrs, x_TH: Tensor, r_TH: Tensor) -> tuple[Tensor]:
 def silu_mul(attrs: Attrs, x_TN: Tensor) -> tuple[Tensor]:
     """y = silu(gate) * up, x = [gate | up] (SwiGLU, arXiv:2002.05202)."""
     gate, up = x_TN.chunk(2, -1)
-    return (F.silu(gate) * up,)
+    y = F.silu(gate) * up
+    return (y,)
 
 
 def last_token(attrs: Attrs, x_TH: Tensor, cu_seqlens: Tensor) -> tuple[Tensor]:
-    """The last row of each sequence."""
-    return (x_TH.index_select(0, cu_seqlens[1:] - 1),)
+    """The last token of each sequence, [S, H]."""
+    last_S = cu_seqlens[1:] - 1
+    return (x_TH.index_select(0, last_S),)
 
 
 def concat(attrs: Attrs, x_TH: Tensor, r_TH: Tensor) -> tuple[Tensor]:
     """y = [x | r]."""
-    return (torch.cat((x_TH, r_TH), -1),)
+    y = torch.cat((x_TH, r_TH), -1)
+    return (y,)

@@ -1,4 +1,7 @@
-"""The next token of each sequence. Shapes: S sequences, V vocabulary rows."""
+"""The next token of each sequence.
+
+Shapes: S sequences (or queries, where a sequence has several), V rows of the embedding table.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,19 @@ from torch import Tensor
 Attrs = Mapping[str, Any]
 
 
+def _signed(value: int) -> int:
+    """64 bits as a signed number."""
+    if value >= 1 << 63:
+        value -= 1 << 64
+    return value
+
+
+# The constants of SplitMix64.
+_GOLDEN_GAMMA = _signed(0x9E3779B97F4A7C15)
+_FIRST_FACTOR = _signed(0xBF58476D1CE4E5B9)
+_SECOND_FACTOR = _signed(0x94D049BB133111EB)
+
+
 def sample(
     attrs: Attrs,
     logits_SV: Tensor,
@@ -20,22 +36,24 @@ def sample(
     seed_S: Tensor,
     rng_offset_S: Tensor,
 ) -> tuple[Tensor]:
-    """Argmax where the temperature is 0, else one draw from softmax(logits / temperature) after top-k and top-p.
+    """Argmax where the temperature is 0, else a sample of softmax(logits / temperature).
 
-    The draw is a function of a sequence's seed and of `rng_offset`, its token's number, so that
-    neither batch nor order matter. Where sequences have several queries, query i is token
-    `rng_offset + i`, drawn as it would be alone. Rows of the table that stand for no token are
-    never drawn. Logits without a finite sum give no distribution: argmax.
+    Samples are taken after top-k and top-p. A token depends on the seed of its sequence and on its
+    number, `rng_offset`, and on nothing else in the batch. Where a sequence has several queries,
+    query i is token `rng_offset + i`. Rows of the table that are no token are never sampled. Where
+    the logits give no distribution (their sum is not finite), the token is the argmax.
     """
     tokens_S = logits_SV.argmax(-1).int()
     params = (temperature_S, top_p_S, top_k_S, seed_S, rng_offset_S)
     query_len = attrs.get("query_len", 1)
     if query_len > 1:
         params = _for_each_query(query_len, *params)
-    hot = (params[0] > 0).nonzero().flatten()
-    if hot.numel():
-        of_hot = [x[hot] for x in (tokens_S, logits_SV, *params)]
-        tokens_S[hot] = _draw(attrs["num_valid_tokens"], *of_hot)
+    is_sampled_S = params[0] > 0
+    sampled = is_sampled_S.nonzero().flatten()
+    if sampled.numel():
+        num_valid = attrs["num_valid_tokens"]
+        operands = [x[sampled] for x in (tokens_S, logits_SV, *params)]
+        tokens_S[sampled] = _draw(num_valid, *operands)
     return (tokens_S,)
 
 
@@ -47,17 +65,20 @@ def _for_each_query(
     seed_S: Tensor,
     rng_offset_S: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The parameters of each query, whose `rng_offset` counts on from its sequence's."""
-    temperature, top_p, top_k, seed, rng_offset = (
-        x.repeat_interleave(query_len)
-        for x in (temperature_S, top_p_S, top_k_S, seed_S, rng_offset_S)
+    """The parameters of each query; `rng_offset` counts on from the sequence's own."""
+    rng_offset = rng_offset_S.repeat_interleave(query_len)
+    index = torch.arange(len(rng_offset), device=rng_offset.device)
+    return (
+        temperature_S.repeat_interleave(query_len),
+        top_p_S.repeat_interleave(query_len),
+        top_k_S.repeat_interleave(query_len),
+        seed_S.repeat_interleave(query_len),
+        rng_offset + index % query_len,
     )
-    query = torch.arange(len(rng_offset), device=rng_offset.device) % query_len
-    return temperature, top_p, top_k, seed, rng_offset + query
 
 
 def _draw(
-    valid: int,
+    num_valid: int,
     greedy: Tensor,
     logits: Tensor,
     temperature: Tensor,
@@ -66,44 +87,63 @@ def _draw(
     seed: Tensor,
     rng_offset: Tensor,
 ) -> Tensor:
-    probs, ids = filtered(logits[:, :valid], temperature, top_p, top_k)
+    """The first token at which the cumulated probability exceeds a uniform share of the total."""
+    probs, ids = filtered(logits[:, :num_valid], temperature, top_p, top_k)
     cumulative = probs.cumsum(-1)
-    target = uniform(seed, rng_offset)[:, None] * cumulative[:, -1:]
-    place = (cumulative <= target).sum(-1, keepdim=True)
-    last = ((probs > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
-    drawn = ids.gather(1, torch.minimum(place, last))[:, 0].int()
-    return torch.where(cumulative[:, -1] > 0, drawn, greedy)  # NaN is not
+    total = cumulative[:, -1]
+    target = uniform(seed, rng_offset) * total
+    is_before = cumulative <= target.unsqueeze(1)
+    place = is_before.sum(-1, keepdim=True)
+    is_kept = probs > 0
+    num_kept = is_kept.sum(-1, keepdim=True)
+    last = (num_kept - 1).clamp(min=0)
+    column = torch.minimum(place, last)
+    drawn = ids.gather(1, column).squeeze(1).int()
+    has_distribution = total > 0  # false where the total is NaN
+    return drawn.where(has_distribution, greedy)
 
 
 def filtered(
     logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities [S, V] in fp64, best first, zero where cut off, and their token ids.
+    """Probabilities [S, V] in fp64, the largest first, zero where cut off, and their token ids.
 
-    Top-k keeps the k best (0: all), top-p the smallest set of the best that holds at least p of
-    what is left (arXiv:1904.09751); the best token always stays.
+    Top-k keeps the k most likely tokens (0: all); top-p keeps the smallest set of them whose
+    probabilities add up to p (arXiv:1904.09751). The most likely token is always kept.
     """
-    scaled = logits.double() / temperature.double()[:, None]
-    scaled, ids = torch.sort(scaled, dim=-1, descending=True, stable=True)
-    rank = torch.arange(scaled.shape[1], device=scaled.device)[None]
-    kept = (top_k[:, None] <= 0) | (rank < top_k[:, None])
-    probs = scaled.masked_fill(~kept, float("-inf")).softmax(-1)
+    temperature = temperature.double().unsqueeze(1)
+    top_p = top_p.double().unsqueeze(1)
+    top_k = top_k.unsqueeze(1)
+    scaled = logits.double() / temperature
+    scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    num_tokens = scaled.shape[1]
+    rank = torch.arange(num_tokens, device=scaled.device)
+    in_top_k = (top_k <= 0) | (rank < top_k)
+    masked = scaled.masked_fill(~in_top_k, float("-inf"))
+    probs = masked.softmax(-1)
     before = probs.cumsum(-1) - probs
-    return probs * ((before < top_p.double()[:, None]) | (rank == 0)), ids
+    in_top_p = before < top_p
+    is_kept = in_top_p | (rank == 0)
+    return probs * is_kept, ids
 
 
 def uniform(seed: Tensor, rng_offset: Tensor) -> Tensor:
-    """A number in [0, 1) for each (seed, rng_offset): the output function of SplitMix64 (Steele et al., OOPSLA 2014)."""
-    x = seed + (rng_offset + 1) * _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return _shift(x ^ _shift(x, 31), 11).double() * 2.0**-53
+    """A number in [0, 1) for each (seed, rng_offset), in fp64.
 
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+    It is the output function of SplitMix64 (Steele et al., OOPSLA 2014).
+    """
+    number = rng_offset + 1
+    x = seed + number * _GOLDEN_GAMMA
+    x = x ^ _shift(x, 30)
+    x = x * _FIRST_FACTOR
+    x = x ^ _shift(x, 27)
+    x = x * _SECOND_FACTOR
+    x = x ^ _shift(x, 31)
+    mantissa = _shift(x, 11)
+    return mantissa.double() * 2.0**-53
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """A logical shift to the right."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    mask = (1 << (64 - bits)) - 1
+    return (x >> bits) & mask

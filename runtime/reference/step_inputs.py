@@ -1,4 +1,7 @@
-"""The inputs of the next decode step, made from those of this one. Shapes: S sequences, P pages of a sequence."""
+"""The inputs of the next decode step, made from those of this one.
+
+Shapes: S sequences, R queries of a sequence, P pages of a sequence.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +25,44 @@ def advance(
     dst_state_slots_S: Tensor,
     rng_offset_S: Tensor,
 ) -> tuple[()]:
-    """Advance by one token: it is the next input, and the state slot that was written is read next.
+    """Advance each sequence by the token that was sampled.
 
-    The slot that was read is the next to write. Padding (state slot 0) stays as it is.
+    The next step reads the state slot that this one wrote, and writes the one that it read. Padding
+    (state slot 0) stays as it is.
     """
-    live_S = src_state_slots_S > 0
-    token_ids_S.copy_(next_tokens_S.where(live_S, token_ids_S))
+    is_live_S = src_state_slots_S > 0
+    token_ids_S.copy_(next_tokens_S.where(is_live_S, token_ids_S))
     for number_S in (positions_S, context_lens_S, rng_offset_S):
-        number_S += live_S
-    page_size = attrs["page_size"]
-    column_S = (positions_S // page_size).clamp(max=page_table_SP.shape[1] - 1)
-    page_S = page_table_SP.gather(1, column_S.long()[:, None])[:, 0]
-    slot_S = page_S * page_size + positions_S % page_size
-    slot_mapping_S.copy_(slot_S.where(live_S, slot_mapping_S))
-    first_S = dst_state_slots_S
-    if dst_state_slots_S.dim() > 1:
-        first_S = dst_state_slots_S[:, 0]
-    read_S = src_state_slots_S.clone()
-    written_S = first_S.clone()
-    src_state_slots_S.copy_(written_S.where(live_S, read_S))
-    first_S.copy_(read_S.where(live_S, written_S))
+        number_S += is_live_S
+    slots_S1 = cache_slots(attrs["page_size"], positions_S.unsqueeze(1), page_table_SP)
+    slots_S = slots_S1.squeeze(1)
+    slot_mapping_S.copy_(slots_S.where(is_live_S, slot_mapping_S))
+    _swap_state_slots(is_live_S, src_state_slots_S, dst_state_slots_S)
     return ()
+
+
+def cache_slots(page_size: int, positions_SR: Tensor, page_table_SP: Tensor) -> Tensor:
+    """The cache slot of each position, i32 [S, R].
+
+    The last column of a table is the padding page: positions beyond a sequence's pages go there.
+    """
+    last_column = page_table_SP.shape[1] - 1
+    index_SR = positions_SR // page_size
+    column_SR = index_SR.clamp(max=last_column)
+    page_SR = page_table_SP.gather(1, column_SR.long())
+    offset_SR = positions_SR % page_size
+    slot_SR = page_SR * page_size + offset_SR
+    return slot_SR.int()
+
+
+def _swap_state_slots(
+    is_live_S: Tensor, src_state_slots_S: Tensor, dst_state_slots: Tensor
+) -> None:
+    """Swap the slot that was read with the first of those that may be written."""
+    first_dst_S = dst_state_slots
+    if dst_state_slots.dim() > 1:
+        first_dst_S = dst_state_slots[:, 0]
+    src_S = src_state_slots_S.clone()
+    dst_S = first_dst_S.clone()
+    src_state_slots_S.copy_(dst_S.where(is_live_S, src_S))
+    first_dst_S.copy_(src_S.where(is_live_S, dst_S))

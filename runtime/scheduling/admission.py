@@ -1,4 +1,4 @@
-"""Which waiting requests start: first come, first served, while pages for their tokens are left."""
+"""Which waiting requests start: first come, first served, while there are pages for them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from tokenspeed_plan.runtime.scheduling.sequence_memory import SequenceMemory
 
 
 class Admission:
-    """The queue.
+    """The queue of waiting sequences.
 
     Attributes:
         waiting: in order of arrival.
-        running: those that were started; the scheduler removes them.
-        blocked_head: the first that was found not to fit; nothing was freed since.
+        running: sequences that were started; the scheduler removes them.
+        blocked_head: the first waiting sequence, once it was found not to fit; None again when
+            memory is freed.
     """
 
     def __init__(self, memory: SequenceMemory) -> None:
@@ -37,22 +38,26 @@ class Admission:
 
     def put_back(self, sequence: Sequence) -> None:
         """Queue a preempted sequence where it was, before all that came later."""
-        earlier = sum(other.number < sequence.number for other in self.waiting)
-        self.waiting.insert(earlier, sequence)
+        num_earlier = 0
+        for other in self.waiting:
+            if other.number < sequence.number:
+                num_earlier += 1
+        self.waiting.insert(num_earlier, sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget one that waits."""
+        """Remove a waiting sequence."""
         self.waiting.remove(sequence)
         self.blocked_head = None
 
     @property
     def is_stuck(self) -> bool:
         """Whether nobody can start before a running sequence ends or grows."""
-        full = len(self.running) == self._limits.max_seqs
-        return self.blocked_head is not None or not self.waiting or full
+        if self.blocked_head is not None or not self.waiting:
+            return True
+        return len(self.running) == self._limits.max_seqs
 
     def admit(self) -> None:
-        """Start all that fit now."""
+        """Start all sequences that fit now."""
         later: list[Sequence] = []
         while self.waiting and len(self.running) < self._limits.max_seqs:
             sequence = self.waiting.popleft()
@@ -65,7 +70,7 @@ class Admission:
             elif self._fits(sequence, hit):
                 self._start(sequence, hit)
             elif not self.running:
-                # What it would share is in the way of what it needs.
+                # It fits only without the prefix: the pages of its hit are in the way of its own.
                 self._start(sequence, Hit(self._cache.root, 0))
             else:
                 later.append(sequence)
@@ -74,13 +79,17 @@ class Admission:
         self.waiting.extendleft(reversed(later))
 
     def _match(self, sequence: Sequence) -> Hit:
-        """What the cache has of it; its last token must be computed in any case."""
-        num_tokens = len(sequence.token_ids)
-        self._cache.extend(sequence.digests, sequence.token_ids, num_tokens)
-        return self._cache.match(sequence.digests, sequence.token_ids, num_tokens - 1)
+        """What the cache has of it, less its last token, which must be computed in any case."""
+        token_ids = sequence.token_ids
+        num_tokens = len(token_ids)
+        self._cache.extend(sequence.digests, token_ids, num_tokens)
+        return self._cache.match(sequence.digests, token_ids, num_tokens - 1)
 
     def _is_coming(self, sequence: Sequence, hit: Hit) -> bool:
-        """Whether an older one is about to compute much more of the prefix, and is asked for a checkpoint."""
+        """Whether a running sequence is about to compute much more of the same prefix.
+
+        If so, it is asked for a checkpoint there, and this sequence waits for it.
+        """
         if not self._cache.enabled:
             return False
         size = self._limits.page_size
@@ -95,14 +104,17 @@ class Admission:
         return False
 
     def _fits(self, sequence: Sequence, hit: Hit) -> bool:
-        """Whether its pages can be taken, and one more for each that runs."""
+        """Whether there are pages for it, and one more for each running sequence."""
         taken = {node.page for node in path_to(hit.checkpoint)}
         for other in self.running:
             taken.update(other.pages)
             if other.copy_from is not None:
                 taken.add(other.copy_from)
-        new_pages = self._memory.num_pages(sequence) - hit.num_tokens // self._limits.page_size
-        return new_pages + len(self.running) <= len(self._cache.pages) - len(taken)
+        shared_pages = hit.num_tokens // self._limits.page_size
+        new_pages = self._memory.num_pages(sequence) - shared_pages
+        wanted = new_pages + len(self.running)
+        num_left = len(self._cache.pages) - len(taken)
+        return wanted <= num_left
 
     def _start(self, sequence: Sequence, hit: Hit) -> None:
         self._memory.start(sequence, hit)
@@ -111,6 +123,13 @@ class Admission:
 
 
 def num_common(digests: list[bytes], others: list[bytes]) -> int:
-    """Whole pages that two sequences share; digests are chained, so those before equal ones are equal."""
+    """Whole pages that two sequences share.
+
+    Digests are chained: where two are equal, all before them are, so that bisection finds the end.
+    """
+
+    def differs(index: int) -> bool:
+        return digests[index] != others[index]
+
     shorter = min(len(digests), len(others))
-    return bisect_left(range(shorter), True, key=lambda i: digests[i] != others[i])
+    return bisect_left(range(shorter), True, key=differs)

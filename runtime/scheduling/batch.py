@@ -1,4 +1,4 @@
-"""A batch: which sequences a step computes, with which program, and in which state slots."""
+"""A batch: the sequences of one step, the program that computes it, and its state slots."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 class Batch:
     """One step.
 
-    `counts` are the tokens to compute of each sequence, drafts included. A batch that was launched
-    before the one before it was committed does not know its state slots: the device does.
+    `counts` are the tokens of each sequence to compute, drafts included. A batch that is launched
+    ahead, before its predecessor is committed, does not know its state slots; the device does.
     """
 
     program: Program
@@ -27,42 +27,48 @@ class Batch:
 
     @classmethod
     def of(cls, program: Program, sequences: Iterable[Sequence], counts: Iterable[int]) -> Batch:
-        """The next step of sequences as they are."""
-        held = tuple(sequences)
+        """The next step of some sequences, with the memory that they hold now."""
+        members = tuple(sequences)
         return cls(
-            program,
-            held,
-            tuple(counts),
-            tuple(s.state_slot for s in held),
-            tuple(tuple(s.own_slots) for s in held),
-            tuple(s.pages_version for s in held),
+            program=program,
+            sequences=members,
+            counts=tuple(counts),
+            src_state_slots=tuple(member.state_slot for member in members),
+            dst_state_slots=tuple(tuple(member.own_slots) for member in members),
+            pages_versions=tuple(member.pages_version for member in members),
         )
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of its sequences, drafts included."""
+        """Tokens of its sequences, drafts included, without padding."""
         return sum(self.counts)
 
     @property
     def run_tokens(self) -> int:
-        """Tokens that the program runs on: with padding, where it is captured."""
-        return self.program.max_tokens if self.program.captured else self.num_tokens
+        """Tokens that the program computes: with padding, where it is captured."""
+        if self.program.captured:
+            return self.program.max_tokens
+        return self.num_tokens
 
     @property
     def run_seqs(self) -> int:
-        """Sequences that the program runs on: with padding, where it is captured."""
-        return self.program.max_seqs if self.program.captured else len(self.sequences)
+        """Sequences that the program computes: with padding, where it is captured."""
+        if self.program.captured:
+            return self.program.max_seqs
+        return len(self.sequences)
 
     @property
     def has_no_output(self) -> bool:
-        """Whether nobody waits for tokens or drafts: every sequence stays inside its prompt."""
-        pairs = zip(self.sequences, self.counts, strict=True)
-        return self.program.phase == "prefill" and all(
-            count + 1 < sequence.num_left for sequence, count in pairs
-        )
+        """Whether the host needs no tokens or drafts: every sequence stays inside its prompt."""
+        if self.program.phase != "prefill":
+            return False
+        for sequence, count in zip(self.sequences, self.counts, strict=True):
+            if count + 1 >= sequence.num_left:
+                return False
+        return True
 
     def follows(self, other: Batch | None) -> bool:
-        """Whether it is the decode step right after `other`, whose program has prepared all inputs."""
+        """Whether it is the decode step right after `other`, which has made all its inputs."""
         return (
             other is not None
             and self.program is other.program
@@ -73,10 +79,10 @@ class Batch:
 
 
 class BatchMaker:
-    """Cuts prompts into chunks, and finds the smallest program that takes a batch.
+    """Cuts prompts into chunks, and finds the smallest program for a batch.
 
-    Prefill steps serve by turns the oldest prompt first, so that none starves, and the one with the
-    least to do first, so that a short one need not wait for long ones.
+    Prefill steps alternate: one serves the oldest prompt first, so that none starves; the next one
+    the prompt with the fewest tokens left, so that short prompts do not wait for long ones.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -90,27 +96,41 @@ class BatchMaker:
         self._oldest_first = not self._oldest_first
         counts: list[int] = []
         order = sorted(sequences, key=self._priority)
+        num_left = max_tokens
         for sequence in order:
-            end = sequence.chunk_end(max_tokens, self._limits.checkpoint_interval)
-            counts.append(end - sequence.num_computed)
-            max_tokens -= counts[-1]
-            if max_tokens == 0:
+            end = sequence.chunk_end(num_left, self._limits.checkpoint_interval)
+            count = end - sequence.num_computed
+            counts.append(count)
+            num_left -= count
+            if num_left == 0:
                 break
-        tokens, seqs = sum(counts), len(counts)
-        program = next(p for p in self._prefill if p.max_tokens >= tokens and p.max_seqs >= seqs)
-        return Batch.of(program, order[:seqs], counts)
+        num_seqs = len(counts)
+        program = _smallest(self._prefill, sum(counts), num_seqs)
+        return Batch.of(program, order[:num_seqs], counts)
 
     def decode(self, sequences: list[Sequence]) -> Batch:
         """One step of every sequence."""
-        program = next(p for p in self._decode if p.max_seqs >= len(sequences))
-        return Batch.of(program, sequences, [program.query_len] * len(sequences))
+        num_seqs = len(sequences)
+        program = _smallest(self._decode, num_seqs, num_seqs)
+        counts = [program.query_len] * num_seqs
+        return Batch.of(program, sequences, counts)
 
     def _priority(self, sequence: Sequence) -> tuple[int, int]:
-        num_left = 0 if self._oldest_first else sequence.num_left
-        return num_left, sequence.number
+        """The smallest is served first; numbers are in order of arrival."""
+        if self._oldest_first:
+            return 0, sequence.number
+        return sequence.num_left, sequence.number
 
 
 def _programs(plan: Plan, phase: Phase) -> list[Program]:
     """The programs of a phase, the smallest first."""
     programs = [program for program in plan.pool.programs if program.phase == phase]
     return sorted(programs, key=lambda program: program.bucket)
+
+
+def _smallest(programs: list[Program], num_tokens: int, num_seqs: int) -> Program:
+    """The first program that is large enough."""
+    for program in programs:
+        if program.max_tokens >= num_tokens and program.max_seqs >= num_seqs:
+            return program
+    raise AssertionError(f"no program takes {num_tokens} tokens of {num_seqs} sequences")

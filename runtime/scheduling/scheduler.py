@@ -1,4 +1,4 @@
-"""Continuous batching: who runs in the next step.
+"""Continuous batching: which sequences run in the next step.
 
 A request is admitted when pages for its known tokens can be taken and one more for each that runs;
 pages for what it generates are added as it grows. When none is left the youngest is preempted: its
@@ -23,7 +23,7 @@ from tokenspeed_plan.runtime.scheduling.sequence_memory import SequenceMemory
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Requests that wait and run, and the state slots and pages that they hold; not the cache's."""
+    """Waiting and running requests, and the state slots and pages that they hold."""
 
     waiting: int
     running: int
@@ -51,17 +51,17 @@ class Scheduler:
 
     @property
     def cache(self) -> PrefixCache:
-        """Where all pages and state slots are."""
+        """The cache, which owns all pages and state slots."""
         return self._memory.cache
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Those that are not admitted, in their order."""
+        """The sequences that are not admitted, in their order."""
         return tuple(self._admission.waiting)
 
     @property
     def running(self) -> tuple[Sequence, ...]:
-        """Those that hold memory."""
+        """The sequences that hold memory."""
         return tuple(self._running)
 
     @property
@@ -75,7 +75,7 @@ class Scheduler:
 
     @property
     def usage(self) -> Usage:
-        """What is taken now; another thread may ask too."""
+        """What is in use now; other threads may ask, too."""
         return Usage(
             waiting=len(self._admission.waiting),
             running=len(self._running),
@@ -118,7 +118,7 @@ class Scheduler:
         return replace(batch) if goes_on else None
 
     def _can_go_on(self, sequence: Sequence, count: int) -> bool:
-        """Whether it surely goes on after the step in flight, and has pages for what is next."""
+        """Whether it certainly goes on after the step in flight, and has pages for the next."""
         known = len(sequence.token_ids)
         return (
             sequence.state == "decoding"
@@ -135,13 +135,16 @@ class Scheduler:
             sequence.move_to("decoding")
 
     def finish(self, sequence: Sequence, has_state: bool = True) -> None:
-        """End a sequence; its pages go to the cache, with its state where that is still there."""
+        """End a sequence; the cache keeps its pages, and its state if that still exists."""
         self.metrics.lost_checkpoints += not has_state
         sequence.move_to("finished")
         self._stop(sequence, has_state)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Forget a request in any state; the cache keeps what it computed. A step in flight harms nobody."""
+        """Forget a request in any state; the cache keeps what it computed.
+
+        A step in flight may still compute it.
+        """
         if sequence.state in ("finished", "cancelled"):
             return
         was_running = sequence.is_running
@@ -152,7 +155,13 @@ class Scheduler:
             self._admission.remove(sequence)
 
     def _grow(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Those that decode, each with a page for its next token; for lack of one the youngest are preempted."""
+        """Give each decoding sequence a page for its next token.
+
+        Where there is none, the youngest running sequence is preempted.
+
+        Returns:
+            The sequences that still run.
+        """
         for sequence in sorted(decoding, key=lambda s: s.number):
             while sequence.is_running and len(sequence.pages) < self._memory.num_pages(sequence):
                 if not self._memory.add_page(sequence):
@@ -164,14 +173,14 @@ class Scheduler:
         return left
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue; its checkpoint is where it stands."""
+        """Put a sequence back into the queue; its checkpoint is after its last computed token."""
         self.metrics.preemptions += 1
         sequence.move_to("preempted")
         self._stop(sequence)
         self._admission.put_back(sequence)
 
     def _stop(self, sequence: Sequence, has_state: bool = True) -> None:
-        """Take a running sequence's memory back."""
+        """Release the memory of a running sequence."""
         self._running.remove(sequence)
         self._memory.release(sequence, has_state)
         self._admission.blocked_head = None

@@ -1,4 +1,4 @@
-"""One request on its way: what is computed, where its state lies, what it has generated."""
+"""One request in progress: what is computed, the memory it holds, what it has generated."""
 
 from __future__ import annotations
 
@@ -119,32 +119,38 @@ class Sequence:
 
     @property
     def state_len(self) -> int:
-        """Tokens that its state is of."""
+        """Tokens that its recurrent state has seen."""
         return self.num_computed - self.num_kept
 
     @property
     def next_phase(self) -> State:
-        """One token with a state to go on from is a decode step, whoever computed what is before it."""
-        return "decoding" if self.num_left == 1 and self.state_slot else "prefilling"
+        """A sequence with one token left, and a state to go on from, decodes; others prefill."""
+        if self.num_left == 1 and self.state_slot:
+            return "decoding"
+        return "prefilling"
 
     @property
     def max_len(self) -> int:
-        """Tokens that it can come to."""
+        """Tokens that it can have at most."""
         return self.num_prompt_tokens + self.request.params.max_tokens
 
     def chunk_end(self, max_tokens: int, interval: int) -> int:
-        """Where its next chunk ends: at a position for a checkpoint, if it comes to one.
+        """Where its next chunk ends: at the next checkpoint, if it comes to one.
+
+        A rest of at most `interval` tokens is not cut at a checkpoint of the plan: a second step
+        would cost more than the checkpoint saves.
 
         Args:
             max_tokens: longest chunk.
             interval: tokens from one checkpoint of the plan to the next.
-
-        What fits between two checkpoints is not cut at the one in between: a second step would cost
-        more than it saves.
         """
-        start, known = self.num_computed, len(self.token_ids)
-        end = min(start + max_tokens, known)
-        checkpoints = [position for position in self.checkpoint_requests if start < position < end]
-        if known - start > interval:
-            checkpoints.append((start // interval + 1) * interval)
-        return min([*checkpoints, end])
+        start = self.num_computed
+        num_known = len(self.token_ids)
+        end = min(start + max_tokens, num_known)
+        if num_known - start > interval:
+            next_checkpoint = (start // interval + 1) * interval
+            end = min(end, next_checkpoint)
+        for position in self.checkpoint_requests:
+            if start < position < end:
+                end = position
+        return end

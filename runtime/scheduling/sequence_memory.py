@@ -9,7 +9,7 @@ from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
 
 class SequenceMemory:
-    """What sequences hold.
+    """The memory that running sequences hold.
 
     Attributes:
         cache: all pages and state slots.
@@ -28,11 +28,11 @@ class SequenceMemory:
         self._metrics = metrics
 
     def num_pages(self, sequence: Sequence) -> int:
-        """Pages that its known tokens need."""
+        """Pages for its known tokens."""
         return -(-len(sequence.token_ids) // self.limits.page_size)
 
     def start(self, sequence: Sequence, hit: Hit) -> None:
-        """Give a sequence what the cache has, pages for its other tokens, and its own state slots."""
+        """Give a sequence the pages of its hit, pages for other tokens, and its own state slots."""
         sequence.node, sequence.pages = self.cache.use(hit)
         sequence.state_slot = hit.checkpoint.state_slot
         sequence.num_computed = hit.num_tokens
@@ -51,7 +51,7 @@ class SequenceMemory:
             self._metrics.hit_tokens += hit.num_tokens
 
     def add_page(self, sequence: Sequence) -> bool:
-        """One more page; False where there is none left."""
+        """Add one page; False where there is none left."""
         page = self.cache.take_page()
         if page is None:
             return False
@@ -60,7 +60,10 @@ class SequenceMemory:
         return True
 
     def add_draft_pages(self, sequence: Sequence) -> None:
-        """Pages for drafts of two steps, while there are any: a draft without a page is not accepted."""
+        """Add pages for the drafts of two steps, while there are any.
+
+        A draft without a page is not accepted.
+        """
         length = len(sequence.token_ids) + 2 * self.limits.max_depth + 1
         length = min(length, sequence.max_len)
         while len(sequence.pages) * self.limits.page_size < length:
@@ -88,7 +91,7 @@ class SequenceMemory:
             sequence.pages_version += 1
 
     def _exchange_state_slot(self, sequence: Sequence, column: int) -> bool:
-        """Go on from the state slot that was written; the one before it is the next to write.
+        """Continue from the state slot that was written; the one before it is written next.
 
         Returns:
             Whether it was the sequence's own. If others hold it too, or there was none, a slot is
@@ -105,7 +108,10 @@ class SequenceMemory:
         return False
 
     def _keep_prefix(self, sequence: Sequence) -> None:
-        """Cache what a chunk computed; a checkpoint where the plan or another wants it, or the prompt ends."""
+        """Cache what a chunk computed.
+
+        It ends with a checkpoint where the plan or another sequence wants one, or the prompt ends.
+        """
         self._add_pages_to_cache(sequence)
         position = sequence.num_computed
         if (
@@ -138,7 +144,7 @@ class SequenceMemory:
         )
 
     def release(self, sequence: Sequence, has_state: bool = True) -> None:
-        """Give back all that it holds; the cache keeps what is of use, up to where the state is."""
+        """Give back all memory of a sequence; the cache keeps its prefix up to its state."""
         sequence.num_computed = sequence.state_len
         sequence.num_kept = 0
         if sequence.num_computed and sequence.copy_from is None and has_state:

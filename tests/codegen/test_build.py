@@ -40,7 +40,7 @@ from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.models.decoder import build as build_graph
 from tokenspeed_plan.planner.passes.cost import Load
-from tokenspeed_plan.planner.passes.limits import plan_capacity
+from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.passes.select import select
 from tokenspeed_plan.planner.spec import SpeculationSpec, WorkloadSpec, load_spec
@@ -268,7 +268,7 @@ def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> N
     """Three drafts of three sequences, in decode and after a prefill: no frozen plan has them."""
     hardware = find_hardware(gpu)
     config, _ = load_preset("qwen3.5-35b-a3b")
-    limits = plan_capacity(WorkloadSpec(), config, hardware, depth=3)
+    limits = plan_capacity(WorkloadSpec(), config, hardware, CapacityOptions(depth=3))
     context = BuildContext(config, "bf16", limits, config.vocab_size, lambda prefix: True)
     phases: dict[Phase, int] = {"decode": 12, "prefill": 2048}
     candidates: dict[str, tuple[Built, ...]] = {}

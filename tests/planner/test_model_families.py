@@ -13,7 +13,7 @@ from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
 from tokenspeed_plan.planner.models.decoder import build
-from tokenspeed_plan.planner.passes.limits import plan_capacity
+from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.planner.spec import Spec, WorkloadSpec
 from tokenspeed_plan.plans.errors import SpecError
 
@@ -36,7 +36,9 @@ TARGETS = {"qwen3-235b-a22b": ("H200", 8), "qwen3-next-80b-a3b": ("H200", 2)}
 
 def graph_of(name: str, depth: int = 0) -> OpGraph:
     config, _ = load_preset(name)
-    limits = plan_capacity(WorkloadSpec(), config, find_hardware("B200"), depth=depth)
+    limits = plan_capacity(
+        WorkloadSpec(), config, find_hardware("B200"), CapacityOptions(depth=depth)
+    )
     context = BuildContext(config, "bf16", limits, config.vocab_size, lambda prefix: False)
     return build(context, "prefill", depth)
 

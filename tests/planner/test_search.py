@@ -78,7 +78,7 @@ def steps_of(example: str) -> StepModel:
         config,
         find_hardware(spec.target.gpu),
         spec.model.weights,
-        recomputes=bool(plan.pool.limits.kept_inputs),
+        rollback=plan.pool.limits.rollback,
     )
 
 

@@ -39,7 +39,7 @@ from tokenspeed_plan.plans.validate.peer_rules import check_peers
 )
 def test_other_pools_are_refused(roles: tuple[str, ...], tiny_plan: Plan) -> None:
     pools = tuple(tiny_plan.pool.model_copy(update={"role": role}) for role in roles)
-    with pytest.raises(PlanError, match="are not replayed yet, only one of role `both`"):
+    with pytest.raises(PlanError, match="the runtime replays only one pool of role `both`"):
         validate(tiny_plan.model_copy(update={"pools": pools}))
 
 
@@ -104,7 +104,7 @@ def library(reads: tuple[str, ...], writes: tuple[str, ...], stream: int = 0) ->
 @pytest.mark.parametrize(
     ("reads", "writes", "says"),
     [
-        (("token_ids", "embed"), ("logits",), "library steps are not replayed yet"),
+        (("token_ids", "embed"), ("logits",), "the runtime replays no library steps"),
         (("nothing",), ("logits",), "reads `nothing`"),
         (("token_ids",), ("embed",), "writes `embed`"),
     ],
@@ -208,7 +208,7 @@ def placed(arena: ArenaName, signals: str | None, width: int) -> dict[str, Buffe
         ("symmetric", None, 8, 4, "has no i32 `signals`"),
         ("symmetric", "scratch", 8, 4, "has no i32 `signals`"),
         ("symmetric", "symmetric", 7, 4, "has 28 bytes, `sum_0` needs 32"),
-        ("symmetric", "symmetric", 8, 2, "adds up 4 ranks, of 2"),
+        ("symmetric", "symmetric", 8, 2, "adds up 4 ranks, the plan has 2"),
     ],
 )
 def test_peers_read_symmetric_memory_only(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import pytest
@@ -18,6 +18,7 @@ from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.advisor import resolve as decide
 from tokenspeed_plan.planner.advisor.resolve import Decided, resolve
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.types import RollbackWord
 from tokenspeed_plan.runtime.engine import Engine
 
 MIXED = {1: 3, 2: 0, 4: 1}
@@ -29,28 +30,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_trained(tmp_path_factory.mktemp("trained") / "moe", "moe")
 
 
-def plan_of(folder: Path, depths: dict[int, int], recomputes: bool = False) -> Plan:
+def plan_of(folder: Path, depths: dict[int, int], rollback: RollbackWord = "snapshot") -> Plan:
     """A plan of those depths by bucket, whatever the planner would choose."""
     spec = make_spec(folder, workload={"concurrency": max(depths)}, speculation="auto")
 
     def forced(*asked: Any) -> Decided:
         decided = resolve(*asked)
         knobs = replace(decided.knobs, depth=max(depths.values()))
-        return replace(decided, depths=depths, knobs=knobs, recomputes=recomputes)
+        return replace(decided, depths=depths, knobs=knobs, rollback=rollback)
 
     with patch.object(decide, "resolve", forced):
         return compile_plan(spec, find_model(spec))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("rollback", get_args(RollbackWord))
 @pytest.mark.parametrize("depths", MIXES, ids=str)
 def test_any_mix_of_depths_says_the_same(
-    depths: dict[int, int], recomputes: bool, folder: Path
+    depths: dict[int, int], rollback: RollbackWord, folder: Path
 ) -> None:
     """Sequences end one by one, so that the last one runs in every bucket."""
     plain = Engine.from_plan(plan_of(folder, dict.fromkeys(depths, 0)), folder)
-    mixed = Engine.from_plan(plan_of(folder, depths, recomputes), folder)
+    mixed = Engine.from_plan(plan_of(folder, depths, rollback), folder)
     assert {(p.bucket, p.depth) for p in mixed.plan.pool.programs if p.phase == "decode"} == set(
         depths.items()
     )

@@ -16,7 +16,7 @@ from tokenspeed_plan.planner.compile import find_model
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.decoder import build
-from tokenspeed_plan.planner.passes.limits import plan_capacity
+from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
 
 
@@ -32,7 +32,9 @@ def draft_logits_of_graph(folder: Path, hidden_TH: Tensor, ids_T: Tensor) -> Ten
     """Logits after each token. The graph computes the last token's, so it runs on each prefix."""
     spec = make_spec(folder, speculation={"depth": 1})
     model = find_model(spec)
-    limits = plan_capacity(spec.workload, model.config, find_hardware("cpu"), depth=1)
+    limits = plan_capacity(
+        spec.workload, model.config, find_hardware("cpu"), CapacityOptions(depth=1)
+    )
     graph = build(
         BuildContext(model.config, "fp32", limits, model.num_valid_tokens, model.fused_experts),
         "prefill",
