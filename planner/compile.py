@@ -304,7 +304,7 @@ class _Programs:
             self.hardware,
             num_tokens,
             num_seqs,
-            _load(graph.phase, num_tokens, num_seqs, self.spec),
+            program_load(graph.phase, num_tokens, num_seqs, self.spec),
             SUPPORTED.max_streams,
             self.options,
         )
@@ -323,7 +323,7 @@ def _tpot_ms(spec: Spec) -> float | None:
     return slo.tpot_ms
 
 
-def _load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:
+def program_load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:
     """What a program is priced for: decode halfway through a conversation, or one prompt."""
     middle = spec.workload.max_conversation_tokens // 2
     if phase == "decode":

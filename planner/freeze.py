@@ -268,6 +268,5 @@ def _step(step: LoweredStep, chosen: Chosen) -> Step:
         args=(*step.args, *scratch),
         stream=step.stream,
         predicted_us=step.predicted_us,
-        flops=step.flops,
-        moved_bytes=step.moved_bytes,
+        cost=step.cost,
     )

@@ -13,7 +13,7 @@ import networkx as nx
 from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.plans.ops import Access
-from tokenspeed_plan.plans.schema import ArenaName, CollectiveCall, RecordEvent, WaitEvent
+from tokenspeed_plan.plans.schema import ArenaName, CallCost, CollectiveCall, RecordEvent, WaitEvent
 from tokenspeed_plan.plans.types import Attr, Phase, RankShift, TensorSpec
 
 # `residual` are norms and sums of the residual stream; `batch` operators update the batch's inputs.
@@ -138,15 +138,14 @@ class LoweredCall:
         key: of the kernel in `OpGraph.candidates`.
         args: names of buffers and weights; the scratch of the chosen tiling comes after them.
         stream: where it runs.
-        predicted_us, flops, moved_bytes: of one call.
+        predicted_us, cost: of one call; the time is for the batch that the plan is priced for.
     """
 
     key: str
     args: tuple[str, ...]
     stream: int
     predicted_us: float
-    flops: float
-    moved_bytes: float
+    cost: CallCost
 
 
 ScheduledStep = ScheduledOp | RecordEvent | WaitEvent

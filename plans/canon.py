@@ -27,19 +27,19 @@ def plan_digest(plan: Plan) -> str:
     return sha256(canonical(plan.model_dump(mode="json", exclude={"digest"})))
 
 
-_TIMES = {"predicted_us", "flops", "moved_bytes"}
-_PROGRAM_TIMES: dict[str, Any] = {
-    "predicted_us": True,
-    "buffers": {"__all__": {"offset_bytes"}},
-    "steps": {"__all__": _TIMES},
-}
+_COSTS = {"predicted_us", "cost"}
 _OFFSETS = {"__all__": {"offset_bytes"}}
+_NO_PART_OF_PROGRAMS: dict[str, Any] = {
+    "predicted_us": True,
+    "buffers": _OFFSETS,
+    "steps": {"__all__": _COSTS},
+}
 _NO_PART_OF_POOLS: dict[str, Any] = {
     "memory_bytes_per_rank": True,
     "arenas": True,
     "buffers": _OFFSETS,
     "weights": _OFFSETS,
-    "programs": {"__all__": _PROGRAM_TIMES},
+    "programs": {"__all__": _NO_PART_OF_PROGRAMS},
 }
 _NO_PART_OF_ANSWERS: dict[str, Any] = {
     "model": {"location"},
@@ -53,8 +53,8 @@ def answer_digest(plan: Plan) -> str:
 
     In it are the model with the digests of its files, the compute capability, what each pool holds
     and runs, and the kernels with the digests of their texts. Not in it are the spec, decisions,
-    predictions, where memory lies, canary prompts, and the binaries with their compiler: the same text
-    can be compiled to other bytes that compute the same.
+    predictions, costs, where memory lies, canary prompts, and the binaries with their compiler: the
+    same text can be compiled to other bytes that compute the same.
     """
     fields = plan.model_dump(
         mode="json",

@@ -24,7 +24,7 @@ from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.plans.bundle import check_cubins, load_plan, save_plan, seal
 from tokenspeed_plan.plans.canon import answer_digest
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.schema import Binary, Program
+from tokenspeed_plan.plans.schema import BatchSize, Binary, KernelCall, Program
 from tokenspeed_plan.runtime.bench.clock import RUNS
 from tokenspeed_plan.runtime.bench.machine import Machine
 from tokenspeed_plan.runtime.bench.prepare import prepare
@@ -571,6 +571,30 @@ def test_the_lean_path_does_not_load_pytorch(bundle: Path) -> None:
     code += "main(['check', sys.argv[1]], standalone_mode=False)\n"
     code += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, bundle], check=True, capture_output=True)
+
+
+def test_the_floor_of_the_demo_plan_is_its_weights_and_states() -> None:
+    """Counted from what the plan holds: weights but the table, the experts hit, states, keys."""
+    plan = load_plan(ROOT / "plans/frozen/demo-cpu")
+    program = next(p for p in plan.pool.programs if p.name == "decode/4")
+    calls = [step for step in program.steps if isinstance(step, KernelCall)]
+    batch = BatchSize(num_tokens=4, num_seqs=4, context_tokens=100, experts_hit=5)
+    weights = {weight.name: weight.tensor for weight in plan.pool.weights}
+    floor = 0.0
+    for name, spec in weights.items():
+        if "embed" in name:
+            floor += 4 * spec.size_bytes() / spec.bind(0, 0)[0]
+        elif len(spec.shape) == 3 and spec.shape[1] != 1:  # not a convolution
+            floor += 5 / 8 * spec.size_bytes()
+        else:
+            floor += spec.size_bytes()
+    for buffer in plan.pool.buffers:
+        one = buffer.tensor.size_bytes() / max(buffer.tensor.bind(0, 0)[0], 1)
+        if buffer.arena == "state":
+            floor += 4 * 2 * one
+        elif buffer.arena == "kv_cache":
+            floor += 4 * (100 + 1) * one / plan.pool.limits.page_size
+    assert sum(call.cost.at(batch).floor_bytes for call in calls) == floor
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def _template() -> jinja2.Template:
 
 
 def render_page(plan: Plan, roof: Roof | None) -> str:
-    """The page; `roof` is None where the model's shapes are not at hand."""
+    """The page; `roof` is None where the GPU's profile is not at hand."""
     predicted = plan.predicted
     return _template().render(
         plan=plan,

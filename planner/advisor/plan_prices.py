@@ -10,13 +10,23 @@ from typing import Any
 from tokenspeed_plan.codegen.page.plan_page import Roof, RoofPoint
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.step_model import StepModel
-from tokenspeed_plan.planner.compile import find_model
+from tokenspeed_plan.planner.compile import find_model, program_load
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import find_hardware
-from tokenspeed_plan.planner.passes.cost import Load, op_cost, op_time
+from tokenspeed_plan.planner.passes.cost import Load, busiest_hits
+from tokenspeed_plan.planner.passes.op_terms import EXPERTS
 from tokenspeed_plan.planner.spec import Spec
-from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.plans.types import Phase
+from tokenspeed_plan.plans.kernel_file import kind_of
+from tokenspeed_plan.plans.ops import integer
+from tokenspeed_plan.plans.schema import (
+    BatchSize,
+    CallCost,
+    CollectiveCall,
+    KernelCall,
+    KernelSpec,
+    Plan,
+    Program,
+)
 
 
 def step_prediction(
@@ -65,21 +75,22 @@ def _step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
     return steps, ParallelLayout(layout.attention.tp, layout.moe.tp, layout.moe.ep)
 
 
-def roofline(plan: Plan, bundle: Path) -> Roof:
-    """Kernels of a decode step at batch 1 and of the largest chunk, by kind, under the peak rates.
+def roofline(plan: Plan) -> Roof:
+    """Kernels of the smallest decode and of the largest prefill, by kind, under the peak rates.
+
+    Both programs are full, with the context that the plan is priced for.
 
     Raises:
-        SpecError: the plan's model is not where its spec says.
+        SpecError: the plan's GPU has no profile here.
     """
-    steps, layout = _step_model(plan, bundle)
-    limits, hardware = plan.pool.limits, steps.hardware
-    middle, chunk = limits.max_seq_len // 2, limits.max_tokens
-    points = [
-        *_points(steps, layout, "decode", Load(1, 1, middle)),
-        *_points(steps, layout, "prefill", Load(chunk, 1, min(middle, chunk))),
-    ]
+    spec = Spec.model_validate(plan.spec)
+    hardware = find_hardware(spec.target.gpu)
+    programs = plan.pool.programs
+    decode = min((p for p in programs if p.phase == "decode"), key=lambda p: p.bucket)
+    prefill = max((p for p in programs if p.phase == "prefill"), key=lambda p: p.bucket)
+    points = [*_points(plan, decode, spec), *_points(plan, prefill, spec)]
     rates = hardware.matrix_flops_per_s
-    flops_per_s = rates.get(steps.dtype, rates["bf16"])
+    flops_per_s = rates.get(plan.model.dtype, rates["bf16"])
     return Roof(hardware.peak_bytes_per_s, flops_per_s, tuple(points))
 
 
@@ -92,21 +103,50 @@ class _Sum:
     us: float = 0.0
 
 
-def _points(steps: StepModel, layout: ParallelLayout, phase: Phase, load: Load) -> list[RoofPoint]:
-    graph = steps.graph(layout, phase, load.num_tokens)
+def _points(plan: Plan, program: Program, spec: Spec) -> list[RoofPoint]:
+    """The kinds of kernels of a program that multiply something."""
+    kernels = {kernel.name: kernel for kernel in plan.kernels}
+    load = program_load(program.phase, program.max_tokens, program.bucket, spec)
     sums: dict[str, _Sum] = defaultdict(_Sum)
-    for op in graph.ops:
-        count, cost = steps.count_of(op.layer), op_cost(graph, op, load)
-        time = op_time(graph, op, load, steps.hardware)
-        total = sums[op.kind]
-        total.flops += count * cost.flops
-        total.moved_bytes += count * cost.moved_bytes
-        total.us += count * time.total_us
-    step_us = sum(total.us for total in sums.values())
+    step_us = 0.0
+    for step in program.steps:
+        if isinstance(step, CollectiveCall):
+            step_us += step.predicted_us
+        if not isinstance(step, KernelCall):
+            continue
+        kernel = kernels[step.kernel]
+        work = step.cost.at(_batch_size(plan, kernel, step.cost, load))
+        total = sums[kind_of(kernel)]
+        total.flops += work.flops
+        total.moved_bytes += work.moved_bytes
+        total.us += step.predicted_us
+        step_us += step.predicted_us
     points = []
     for kind, total in sums.items():
         if total.flops and total.moved_bytes:
             intensity = total.flops / total.moved_bytes
             flops_per_s = total.flops / total.us * 1e6
-            points.append(RoofPoint(kind, phase, intensity, flops_per_s, total.us / step_us))
+            share = total.us / step_us
+            points.append(RoofPoint(kind, program.phase, intensity, flops_per_s, share))
     return points
+
+
+def _batch_size(plan: Plan, kernel: KernelSpec, cost: CallCost, load: Load) -> BatchSize:
+    """The load with the experts that a call is expected to hit.
+
+    A pass that drafts a token works on one token of each sequence, so its cost is per sequence.
+    """
+    tokens = load.num_tokens if cost.products.per_token else load.num_seqs
+    hits = 0.0
+    for part in kernel.parts:
+        if part.kind in EXPERTS:
+            ways = part.rank_attrs["expert_start"].mod if part.rank_attrs else 1
+            local_experts = integer(part.attrs, "num_experts")
+            hits = busiest_hits(local_experts, ways, _top_k(plan), tokens)
+    return BatchSize(load.num_tokens, load.num_seqs, load.context_tokens, hits)
+
+
+def _top_k(plan: Plan) -> int:
+    """Experts that each token chooses."""
+    parts = (part for kernel in plan.kernels for part in kernel.parts)
+    return next(integer(part.attrs, "top_k") for part in parts if part.kind == "topk")

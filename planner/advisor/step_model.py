@@ -19,9 +19,10 @@ from tokenspeed_plan.planner.machines.hardware import HardwareSpec, all_reduce_u
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import LayerType, ModelConfig
 from tokenspeed_plan.planner.models.decoder import build
-from tokenspeed_plan.planner.passes.cost import Formats, Load, op_cost, time_of
+from tokenspeed_plan.planner.passes.cost import Load, op_cost, time_of
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
+from tokenspeed_plan.planner.passes.op_terms import Formats
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.types import FORMATS, DType, Format, Phase, RollbackWord
@@ -191,7 +192,6 @@ class StepModel:
     def _op_time(self, graph: OpGraph, op: Op, load: Load) -> StepTime:
         cost = op_cost(graph, op, load)
         time = time_of(graph, op, cost, load, self.hardware)
-        floor_bytes = cost.weight_bytes + cost.state_bytes
         kinds = dict.fromkeys(KERNEL_TIME_KINDS, 0.0)
         kinds[time.bound] += time.busy_us
         kinds[time.waits_for] += time.latency_us
@@ -199,7 +199,7 @@ class StepModel:
             **kinds,
             launches=1.0,
             collectives=float(time.waits_for == "collective"),
-            floor_us=floor_bytes / self.hardware.peak_bytes_per_s * 1e6,
+            floor_us=cost.floor_bytes / self.hardware.peak_bytes_per_s * 1e6,
         )
 
     def _exchange(self, layout: ParallelLayout, load: Load) -> StepTime:

@@ -50,7 +50,7 @@ def show(**options: Any) -> None:
 def _show(options: ShowOptions) -> None:
     frozen = load_plan(options.bundle)
     if options.html is not None:
-        options.html.write_text(_page(frozen, options.bundle), encoding="utf-8")
+        options.html.write_text(_page(frozen), encoding="utf-8")
         click.echo(f"wrote {options.html}", err=True)
     elif options.field is not None:
         click.echo(why(frozen, options.field))
@@ -60,14 +60,14 @@ def _show(options: ShowOptions) -> None:
         click.echo(as_text(frozen, options.kernels))
 
 
-def _page(frozen: Plan, bundle: Path) -> str:
-    """The page; without the roofline where the model's config is not at hand."""
+def _page(frozen: Plan) -> str:
+    """The page; without the roofline where the GPU's profile is not at hand."""
     from tokenspeed_plan.codegen.page.plan_page import render_page
     from tokenspeed_plan.planner.advisor.plan_prices import roofline
 
     roof = None
     with suppress(SpecError):
-        roof = roofline(frozen, bundle)
+        roof = roofline(frozen)
     return render_page(frozen, roof)
 
 

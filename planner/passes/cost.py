@@ -1,4 +1,4 @@
-"""What an operator costs: FLOPs, bytes and state, and the microseconds that follow on a machine.
+"""What an operator costs for a load, and the microseconds that follow on a machine.
 
 A kernel waits for its launch and for its first bytes. Then it is busy for the larger of two times:
 its bytes over the memory's rate, and its FLOPs over the rate of the tensor cores for such shapes
@@ -8,7 +8,7 @@ its bytes over the memory's rate, and its FLOPs over the rate of the tensor core
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -16,20 +16,21 @@ from typing import Literal
 from tokenspeed_plan.codegen.tiling import GEMV_ROWS
 from tokenspeed_plan.planner.graph import Op, OpGraph
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, all_reduce_us
-from tokenspeed_plan.plans.ops import COLLECTIVES, DELTA_CHUNK, RECOMPUTED, integer, query_len
-from tokenspeed_plan.plans.types import Format, TensorSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Formats:
-    """How experts, projections, and keys and values are stored; None for as the graph was built."""
-
-    experts: Format | None = None
-    matrices: Format | None = None
-    kv: Format | None = None
-
-
-AS_BUILT = Formats()
+from tokenspeed_plan.planner.passes.op_terms import (
+    AS_BUILT,
+    EXPERTS,
+    Formats,
+    call_cost,
+    experts_per_token,
+    flops_terms,
+    is_per_seq,
+    num_rows,
+    ranks_sharing_experts,
+    weight_specs,
+)
+from tokenspeed_plan.plans.ops import COLLECTIVES, integer
+from tokenspeed_plan.plans.schema import BatchSize, Work
+from tokenspeed_plan.plans.types import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,122 +49,39 @@ class Load:
     formats: Formats = AS_BUILT
 
 
-@dataclass(frozen=True, slots=True)
-class OpCost:
-    """Work of one operator on one rank."""
-
-    flops: float = 0.0
-    weight_bytes: float = 0.0
-    activation_bytes: float = 0.0
-    state_bytes: float = 0.0
-
-    @property
-    def moved_bytes(self) -> float:
-        """All bytes read or written."""
-        return self.weight_bytes + self.activation_bytes + self.state_bytes
-
-    def __add__(self, other: OpCost) -> OpCost:
-        return OpCost(
-            self.flops + other.flops,
-            self.weight_bytes + other.weight_bytes,
-            self.activation_bytes + other.activation_bytes,
-            self.state_bytes + other.state_bytes,
-        )
+def op_cost(graph: OpGraph, op: Op, load: Load) -> Work:
+    """What an operator does for a load; a fused one without what never leaves the kernel."""
+    cost = call_cost(graph, op, load.formats, load.context_split)
+    return cost.at(_batch_size(graph, op, load))
 
 
-def op_cost(graph: OpGraph, op: Op, load: Load) -> OpCost:
-    """The cost of an operator; that of a fused one leaves out what never leaves the kernel."""
-    total = OpCost()
+def _batch_size(graph: OpGraph, op: Op, load: Load) -> BatchSize:
+    hits = 0.0
     for member in op.members:
-        total += _member_cost(graph, member, load)
-    names = dict.fromkeys((*op.inputs, *op.outputs))
-    moved = sum(_bytes(graph, name, load) for name in names)
-    return replace(total, activation_bytes=moved)
-
-
-def _bytes(graph: OpGraph, name: str, load: Load) -> int:
-    return graph.tensors[name].spec.size_bytes(load.num_tokens, load.num_seqs)
-
-
-def _member_cost(graph: OpGraph, op: Op, load: Load) -> OpCost:
-    load = _own(graph, op, load)
-    weights = [graph.weights[name].spec for name in op.weights]
-    flops = _flops(graph, op, weights, load)
-    return OpCost(
-        flops, _weight_bytes(graph, op, weights, load), 0.0, _state_bytes(graph, op, load)
-    )
+        if member.kind in EXPERTS:
+            hits = _expected_hits(graph, member, _own(graph, member, load))
+    return BatchSize(load.num_tokens, load.num_seqs, load.context_tokens, hits)
 
 
 def _own(graph: OpGraph, op: Op, load: Load) -> Load:
     """The load of an operator: one token per sequence where its first operand has as many rows."""
-    if load.num_tokens == load.num_seqs or not op.inputs:
-        return load
-    if graph.tensors[op.inputs[0]].spec.shape[0] != "num_seqs":
+    if not is_per_seq(graph, op):
         return load
     return replace(load, num_tokens=load.num_seqs)
 
 
-def _flops(graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load) -> float:
-    if op.kind not in _FLOPS:
-        return 0.0
-    flops = _FLOPS[op.kind](op.attrs, weights, load)
-    if op.kind not in _EXPERTS:
-        return flops
-    return _experts_per_token(graph, op) / _ranks_sharing(op) * flops
+def _expected_hits(graph: OpGraph, op: Op, load: Load) -> float:
+    """Distinct experts of an operator that the load hits on the busiest rank."""
+    local_experts, ways = num_rows(weight_specs(graph, op)[0]), ranks_sharing_experts(op)
+    per_token = experts_per_token(graph, op)
+    return busiest_hits(local_experts, ways, per_token, load.num_tokens, load.skew)
 
 
-def _weight_bytes(graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load) -> float:
-    if op.kind == "embed":
-        return float(load.num_tokens * weights[0].size_bytes() // _rows(weights[0]))
-    if op.kind in _EXPERTS:
-        num_experts = _rows(weights[0])
-        hits = _expected_hits(num_experts, graph, op, load)
-        scale = stored_scale(op, weights[0], load.formats)
-        return hits * weights[0].size_bytes() * scale / num_experts
-    return sum(spec.size_bytes() * stored_scale(op, spec, load.formats) for spec in weights)
-
-
-def stored_scale(op: Op, spec: TensorSpec, formats: Formats) -> float:
-    """Bytes of an operator's weight as stored, divided by its bytes as built.
-
-    Experts and projections are quantised. Tables, heads, routers, convolutions and vectors are not.
-    """
-    stored = _stored_format(op, formats)
-    if stored is None:
-        return 1.0
-    return stored.bytes_per_element / spec.format.bytes_per_element
-
-
-def _stored_format(op: Op, formats: Formats) -> Format | None:
-    if op.kind in _EXPERTS:
-        return formats.experts
-    if op.kind == "linear" and op.role not in ("head", "router"):
-        return formats.matrices
-    return None
-
-
-def _experts_per_token(graph: OpGraph, op: Op) -> int:
-    ids = graph.tensors[op.inputs[1]].spec.shape[-1]
-    assert isinstance(ids, int)
-    return ids
-
-
-def _ranks_sharing(op: Op) -> int:
-    if "expert_start" not in op.rank_attrs:
-        return 1
-    return op.rank_attrs["expert_start"].mod
-
-
-def _rows(spec: TensorSpec) -> int:
-    return spec.bind(0, 0)[0]
-
-
-def _expected_hits(local_experts: int, graph: OpGraph, op: Op, load: Load) -> float:
-    """Distinct experts that are hit on the busiest rank, which the others wait for."""
-    ways = _ranks_sharing(op)
-    hits = expected_hits(
-        local_experts * ways, _experts_per_token(graph, op), load.num_tokens, load.skew
-    )
+def busiest_hits(
+    local_experts: int, ways: int, per_token: int, num_tokens: int, skew: float = 0.0
+) -> float:
+    """Distinct experts that are hit on the busiest of `ways` ranks, which the others wait for."""
+    hits = expected_hits(local_experts * ways, per_token, num_tokens, skew)
     return min(busiest_share(hits, ways), float(local_experts))
 
 
@@ -209,96 +127,6 @@ def expected_hits(num_experts: int, per_token: int, num_tokens: int, skew: float
         taken = sum(-math.expm1(-middle * weight) for weight in popularity)
         low, high = (middle, high) if taken < per_token else (low, middle)
     return sum(-math.expm1(-high * weight * num_tokens) for weight in popularity)
-
-
-def _state_bytes(graph: OpGraph, op: Op, load: Load) -> float:
-    return sum(_access_bytes(graph, op, name, access, load) for name, access in op.states)
-
-
-def _access_bytes(graph: OpGraph, op: Op, name: str, access: str, load: Load) -> float:
-    """Bytes that an operator moves of one buffer: of pages by token, of state slots by sequence."""
-    spec = graph.tensors[name].spec
-    shape = spec.bind(0, 0)
-    slot_bytes = math.prod(shape[1:]) * spec.size_bytes() / max(math.prod(shape), 1)
-    kv_format = load.formats.kv or spec.format
-    stored = kv_format.bytes_per_element / spec.format.bytes_per_element
-    if op.kind == "kv_write":
-        return load.num_tokens * slot_bytes * stored / integer(op.attrs, "page_size")
-    if op.kind == "attention":
-        tokens = load.num_seqs * load.context_tokens
-        read = tokens * slot_bytes * stored / integer(op.attrs, "page_size")
-        return read / load.context_split
-    return load.num_seqs * slot_bytes * _times(op, access)
-
-
-def _times(op: Op, access: str) -> int:
-    """How often an operator moves a state: a step reads one and may write one after each query."""
-    if op.kind == "recompute_state":
-        return 2
-    if op.attrs.get("mode") == RECOMPUTED:  # `recompute_state` left it in registers
-        return 0
-    if access != "update":
-        return 1
-    return 1 + query_len(op.attrs)
-
-
-Flops = Callable[[Mapping[str, object], list[TensorSpec], Load], float]
-
-
-def _matrix(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    return 2.0 * load.num_tokens * math.prod(weights[0].bind(0, 0))
-
-
-def _experts(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    shape = weights[0].bind(0, 0)[1:]
-    return 2.0 * load.num_tokens * math.prod(shape)
-
-
-def _attention(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    """Scores and values: 4 D for each query head and each pair of query and key."""
-    pairs = load.num_tokens * load.context_tokens
-    return 4.0 * pairs * int(str(attrs["num_heads"])) * int(str(attrs["head_dim"]))
-
-
-def _per_head(
-    attrs: Mapping[str, object], load: Load, per_token: Callable[[int, int], int]
-) -> float:
-    key, value = int(str(attrs["key_dim"])), int(str(attrs["value_dim"]))
-    return float(load.num_tokens * int(str(attrs["num_v_heads"])) * per_token(key, value))
-
-
-def _delta_rule(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    """One token after the other: 7 dk dv for each."""
-    if attrs["mode"] == "chunked":
-        return _delta_chunk(attrs, weights, load) + _delta_scan(attrs, weights, load)
-    return _per_head(attrs, load, lambda key, value: 7 * key * value)
-
-
-def _recompute_state(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    """The accepted tokens of the step before, at most as many as its queries: 5 dk dv for each."""
-    return _per_head(attrs, load, lambda key, value: 5 * key * value)
-
-
-def _delta_chunk(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    """Chunks of c = 64: K K^T and Q K^T, and A^-1 [V | K]."""
-    return _per_head(attrs, load, lambda key, value: 2 * DELTA_CHUNK * (3 * key + value))
-
-
-def _delta_scan(attrs: Mapping[str, object], weights: list[TensorSpec], load: Load) -> float:
-    """Chunks of c = 64: the product of Q K^T and U, and three products with the state."""
-    return _per_head(attrs, load, lambda key, value: 2 * DELTA_CHUNK * value + 6 * key * value)
-
-
-_EXPERTS = ("experts_up", "experts_down", "grouped_up", "grouped_down")
-_FLOPS: dict[str, Flops] = {
-    "linear": _matrix,
-    **dict.fromkeys(_EXPERTS, _experts),
-    "attention": _attention,
-    "delta_rule": _delta_rule,
-    "recompute_state": _recompute_state,
-    "delta_chunk": _delta_chunk,
-    "delta_scan": _delta_scan,
-}
 
 
 # A kernel's class is that of its heaviest member, in this order.
@@ -355,7 +183,7 @@ def op_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTim
     return time_of(graph, op, op_cost(graph, op, load), load, hardware)
 
 
-def time_of(graph: OpGraph, op: Op, cost: OpCost, load: Load, hardware: HardwareSpec) -> OpTime:
+def time_of(graph: OpGraph, op: Op, cost: Work, load: Load, hardware: HardwareSpec) -> OpTime:
     """`op_time` of an operator whose cost is known."""
     if op.kind in COLLECTIVES:
         return _collective_time(graph, op, load, hardware)
@@ -380,7 +208,7 @@ def _class(graph: OpGraph, op: Op, load: Load) -> str:
 
 def _collective_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTime:
     """An all-gather sends each part once, an all-reduce there and back, so twice the bytes."""
-    moved = float(_bytes(graph, op.outputs[0], load))
+    moved = float(graph.tensors[op.outputs[0]].spec.size_bytes(load.num_tokens, load.num_seqs))
     if op.kind == "all_gather":
         moved *= 0.5
     taken = all_reduce_us(hardware, moved, integer(op.attrs, "num_ranks"))
@@ -389,11 +217,12 @@ def _collective_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec)
 
 def _matrix_s(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> float:
     """Seconds of the tensor cores, at the share that a product of this shape fills."""
-    load = _own(graph, op, load)
-    weights = [graph.weights[name].spec for name in op.weights]
-    flops = _flops(graph, op, weights, load)
+    flops = flops_terms(graph, op).at(
+        BatchSize(load.num_tokens, load.num_seqs, load.context_tokens)
+    )
     if not flops:
         return 0.0
+    load, weights = _own(graph, op, load), weight_specs(graph, op)
     rate = hardware.matrix_flops_per_s.get(
         _matrix_dtype(op, weights, load), hardware.matrix_flops_per_s["bf16"]
     )
@@ -405,7 +234,7 @@ def _matrix_dtype(op: Op, weights: list[TensorSpec], load: Load) -> str:
         return "tf32"  # the state stays fp32
     if not weights:
         return "bf16"
-    stored = load.formats.experts if op.kind in _EXPERTS else load.formats.matrices
+    stored = load.formats.experts if op.kind in EXPERTS else load.formats.matrices
     return stored.dtype if stored else weights[0].dtype
 
 
@@ -413,14 +242,14 @@ def _filled(
     graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load, hardware: HardwareSpec
 ) -> float:
     """The share of the tensor cores in use: rows are padded to a tile, tiles to a wave."""
-    if not hardware.num_sms or op.kind not in ("linear", *_EXPERTS):
+    if not hardware.num_sms or op.kind not in ("linear", *EXPERTS):
         return 1.0
     columns = weights[0].bind(0, 0)[-2]
     groups, rows = 1.0, float(load.num_tokens)
-    if op.kind in _EXPERTS:
-        groups = max(_expected_hits(_rows(weights[0]), graph, op, load), 1.0)
-        rows = rows * _experts_per_token(graph, op) / _ranks_sharing(op) / groups
-    tile = _tile_rows(rows, op.kind in _EXPERTS)
+    if op.kind in EXPERTS:
+        groups = max(_expected_hits(graph, op, load), 1.0)
+        rows = rows * experts_per_token(graph, op) / ranks_sharing_experts(op) / groups
+    tile = _tile_rows(rows, op.kind in EXPERTS)
     padded = math.ceil(rows / tile) * tile
     tiles = math.ceil(groups * padded / tile * columns / 128)
     wave = math.ceil(tiles / hardware.num_sms) * hardware.num_sms

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
 from tokenspeed_plan.planner.graph import LoweredCall, LoweredStep, Op, OpGraph, ScheduledOp, Stage
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
-from tokenspeed_plan.planner.passes.cost import Load, op_cost, time_of
+from tokenspeed_plan.planner.passes.cost import Load, op_time
+from tokenspeed_plan.planner.passes.op_terms import call_cost
 from tokenspeed_plan.plans.ops import COLLECTIVES, OPS
 from tokenspeed_plan.plans.schema import CollectiveCall, KernelSpec, Param, Part
 from tokenspeed_plan.plans.types import TensorSpec
@@ -52,14 +53,13 @@ def lower(graph: OpGraph, hardware: HardwareSpec, load: Load, sizes: tuple[int, 
             calls.append(step)
             continue
         op = graph.by_name[step.op_name]
-        cost = op_cost(graph, op, load)
-        time_us = time_of(graph, op, cost, load, hardware).total_us
+        time_us = op_time(graph, op, load, hardware).total_us
         if op.kind in COLLECTIVES:
             calls.append(_collective(op, step.stream, time_us))
             continue
         args = (*op.inputs, *op.weights, *(name for name, _ in op.states), *op.outputs)
         key = kernels.key_of(op)
-        calls.append(LoweredCall(key, args, step.stream, time_us, cost.flops, cost.moved_bytes))
+        calls.append(LoweredCall(key, args, step.stream, time_us, call_cost(graph, op)))
     return graph.to(Stage.LOWERED, calls=tuple(calls), candidates=kernels.candidates)
 
 

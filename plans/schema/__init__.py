@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tokenspeed_plan.plans.schema.cost_specs import BatchSize, CallCost, Terms, Work
 from tokenspeed_plan.plans.schema.kernel_specs import (
     TENSOR_ROLES,
     Binary,
@@ -60,8 +61,10 @@ __all__ = [
     "ArenaName",
     "ArenaSpec",
     "AttentionLayout",
+    "BatchSize",
     "Binary",
     "BufferSpec",
+    "CallCost",
     "CanaryPrompt",
     "Capacity",
     "CollectiveCall",
@@ -92,9 +95,11 @@ __all__ = [
     "Step",
     "Target",
     "TensorRole",
+    "Terms",
     "Transfers",
     "WaitEvent",
     "WeightSpec",
+    "Work",
     "shared_bytes",
 ]
 

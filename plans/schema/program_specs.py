@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tokenspeed_plan.plans.schema.cost_specs import CallCost
 from tokenspeed_plan.plans.schema.kernel_specs import KernelSpec
 from tokenspeed_plan.plans.schema.memory_specs import BufferSpec
 from tokenspeed_plan.plans.types import Count, Frozen, Phase, TensorSpec
@@ -15,18 +16,14 @@ SIGNALS = "signals"  # the buffer of flags at which ranks wait for each other, i
 
 
 class KernelCall(Frozen):
-    """Run a kernel. `args` name buffers and weights, in the order of the kernel's tensors.
-
-    `flops` and `moved_bytes` are those of one call at the batch that `predicted_us` is for.
-    """
+    """Run a kernel. `args` name buffers and weights, in the order of the kernel's tensors."""
 
     kind: Literal["kernel"] = "kernel"
     kernel: str
     args: tuple[str, ...]
     stream: int = 0
     predicted_us: float
-    flops: float = 0.0
-    moved_bytes: float = 0.0
+    cost: CallCost = CallCost()
 
     def places(self, kernel: KernelSpec) -> dict[str, str]:
         """What the call gives to each parameter of its kernel, by the parameter's name."""
@@ -59,8 +56,7 @@ class LibraryCall(Frozen):
     workspace_bytes: Count = 0
     stream: int = 0
     predicted_us: float
-    flops: float = 0.0
-    moved_bytes: float = 0.0
+    cost: CallCost = CallCost()
 
 
 class RecordEvent(Frozen):

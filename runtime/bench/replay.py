@@ -12,9 +12,8 @@ import torch
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import integer
-from tokenspeed_plan.plans.schema import KernelCall, Plan, Program
+from tokenspeed_plan.plans.schema import BatchSize, KernelCall, Plan, Program, Work
 from tokenspeed_plan.plans.types import Phase
-from tokenspeed_plan.runtime.bench.bytes import Load, activation_bytes, bound_flops, floor_bytes
 from tokenspeed_plan.runtime.bench.clock import RUNS, captured, kernel_times_us, time_us
 from tokenspeed_plan.runtime.bench.machine import Machine, measure_machine, used_bytes
 from tokenspeed_plan.runtime.execution.executor import Executor
@@ -136,17 +135,11 @@ class Replay:
         hits = list(self._hits())
         replay = captured(self.run, self.device)
         taken_us = time_us(replay, self.device, reset=self.reset)
-        loads = [Load(self.tokens, self.seqs, self.context, hit) for hit in hits]
         calls = self._calls()
-        floor = sum(
-            floor_bytes(self.executor.kernels[call.kernel], load)
-            for call, load in zip(calls, loads, strict=True)
-        )
+        work = [self._work(call, hit) for call, hit in zip(calls, hits, strict=True)]
+        floor = round(sum(each.floor_bytes for each in work))
         floor_us = floor / machine.read_bytes_per_s * 1e6
-        flops = sum(
-            bound_flops(self.executor.kernels[call.kernel], load, self._top_k())
-            for call, load in zip(calls, loads, strict=True)
-        )
+        flops = sum(each.product_flops for each in work)
         return {
             "phase": self.program.phase,
             "bucket": self.program.bucket,
@@ -165,8 +158,12 @@ class Replay:
             "depth": self.program.depth,
             # as if no draft were right
             "tokens_per_s": self.tokens / self.program.query_len / taken_us * 1e6,
-            "kernels": self._kernels(calls, loads, machine),
+            "kernels": self._kernels(calls, work, machine),
         }
+
+    def _work(self, call: KernelCall, experts_hit: int) -> Work:
+        """FLOPs and bytes of a call for this batch, without padding."""
+        return call.cost.at(BatchSize(self.tokens, self.seqs, self.context, experts_hit))
 
     def run(self) -> None:
         """Once, kernel after kernel."""
@@ -179,17 +176,6 @@ class Replay:
         kernels = (self.executor.kernels[call.kernel] for call in self._calls())
         return any(
             part.kind in ("advance", "advance_rows") for kernel in kernels for part in kernel.parts
-        )
-
-    def _top_k(self) -> int:
-        return next(
-            (
-                integer(p.attrs, "top_k")
-                for k in self.plan.kernels
-                for p in k.parts
-                if p.kind == "topk"
-            ),
-            1,
         )
 
     def _hits(self) -> Iterator[int]:
@@ -218,16 +204,13 @@ class Replay:
                 run()
 
     def _kernels(
-        self, calls: list[KernelCall], loads: list[Load], machine: Machine
+        self, calls: list[KernelCall], work: list[Work], machine: Machine
     ) -> list[dict[str, Any]]:
         """Kernels by name: calls, mean microseconds, bytes a second and their share of what the machine can read."""
         times = self._times(calls)
-        rows: dict[str, list[tuple[float, int, int, float]]] = defaultdict(list)
-        for call, load, time in zip(calls, loads, times, strict=True):
-            kernel = self.executor.kernels[call.kernel]
-            rows[call.kernel].append(
-                (time, floor_bytes(kernel, load), activation_bytes(kernel, load), call.predicted_us)
-            )
+        rows: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+        for call, each, time in zip(calls, work, times, strict=True):
+            rows[call.kernel].append((time, each.moved_bytes, call.predicted_us))
         made = (_row(name, found, machine) for name, found in rows.items())
         return sorted(made, key=lambda row: -row["total_us"])
 
@@ -246,16 +229,16 @@ class Replay:
         return [time for _, time in found]
 
 
-def _row(name: str, found: list[tuple[float, int, int, float]], machine: Machine) -> dict[str, Any]:
-    total, moved, other, predicted = (sum(column) for column in zip(*found, strict=True))
-    rate = (moved + other) / total * 1e6 if total else 0.0
+def _row(name: str, found: list[tuple[float, float, float]], machine: Machine) -> dict[str, Any]:
+    total, moved, predicted = (sum(column) for column in zip(*found, strict=True))
+    rate = moved / total * 1e6 if total else 0.0
     return {
         "kernel": name,
         "calls": len(found),
         "us": total / len(found),
         "total_us": total,
         "predicted_us": predicted / len(found),
-        "bytes": (moved + other) // len(found),
+        "bytes": round(moved) // len(found),
         "bytes_per_s": rate,
         "share": rate / machine.read_bytes_per_s,
     }

@@ -28,9 +28,8 @@ NAMES = ("demo-cpu", "qwen3.5-397b-b200x8")
 
 @pytest.fixture(scope="module", params=NAMES)
 def page(request: pytest.FixtureRequest) -> tuple[Plan, str]:
-    bundle = ROOT / "plans/frozen" / request.param
-    plan = load_plan(bundle)
-    return plan, render_page(plan, roofline(plan, bundle))
+    plan = load_plan(ROOT / "plans/frozen" / request.param)
+    return plan, render_page(plan, roofline(plan))
 
 
 class _Checker(HTMLParser):

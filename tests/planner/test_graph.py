@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +21,12 @@ from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import preset_names
 from tokenspeed_plan.planner.models.decoder import build
-from tokenspeed_plan.planner.passes.cost import Load, op_cost
+from tokenspeed_plan.planner.passes.cost import Load, expected_hits, op_cost
 from tokenspeed_plan.planner.passes.fuse import FUSIONS, Fusion
 from tokenspeed_plan.planner.passes.grammar import GraphError, check
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.types import Phase
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
 
@@ -86,6 +88,29 @@ def test_bytes_of_a_decode_step_are_the_active_parameters(name: str) -> None:
         if op.kind in ("linear", "experts_up", "experts_down")
     )
     assert flops == pytest.approx(2 * ACTIVE[name], rel=2e-3)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("tokens, seqs, length", [(1, 1, 0), (12, 3, 4096), (500, 2, 77)])
+def test_terms_count_what_a_batch_moves(phase: Phase, tokens: int, seqs: int, length: int) -> None:
+    """Bytes of each operator at several loads, from shapes bound to that batch."""
+    graph = one_rank(build(context("35b-a3b"), phase), Stage.SHARDED)
+    for op in graph.ops:
+        work = op_cost(graph, op, Load(tokens, seqs, length))
+        names = {*op.inputs, *op.outputs}
+        sizes = [graph.tensors[name].spec.size_bytes(tokens, seqs) for name in names]
+        assert work.activation_bytes == sum(sizes)
+        weights = [graph.weights[name].spec for name in op.weights]
+        if op.kind == "linear":
+            rows = graph.tensors[op.inputs[0]].spec.bind(tokens, seqs)[0]
+            assert work.weight_bytes == sum(spec.size_bytes() for spec in weights)
+            assert work.flops == 2.0 * rows * math.prod(weights[0].bind(0, 0))
+        if op.kind == "experts_up":
+            hits = expected_hits(256, 8, tokens)
+            assert work.weight_bytes == pytest.approx(hits * weights[0].size_bytes() / 256)
+        if op.kind == "attention":
+            assert work.flops == 4.0 * tokens * length * 16 * 256
+            assert work.state_bytes == seqs * length * 2 * 2 * 256 * 2
 
 
 def test_state_bytes_of_the_headline() -> None:

@@ -108,7 +108,11 @@ def changed(path: str, value: Any) -> str:
             {"value": float("nan"), "source": "prior"},
             "`numbers.launch_us.value`",
         ),
-        ("numbers.launch_us", {"value": 1, "source": "hearsay"}, "source `hearsay` is not described"),
+        (
+            "numbers.launch_us",
+            {"value": 1, "source": "hearsay"},
+            "source `hearsay` is not described",
+        ),
         ("sources.rumour", "a blog", "source `rumour` has no number"),
         (
             "numbers.read_bytes_per_s",

@@ -18,6 +18,7 @@ from tokenspeed_plan.plans.schema import (
     ArenaName,
     ArenaSpec,
     BufferSpec,
+    CallCost,
     KernelCall,
     KernelSpec,
     Launch,
@@ -27,6 +28,7 @@ from tokenspeed_plan.plans.schema import (
     Plan,
     Program,
     Step,
+    Terms,
     WaitEvent,
 )
 from tokenspeed_plan.plans.types import FORMATS, Format, TensorSpec
@@ -246,7 +248,9 @@ def test_the_memory_map_counts_every_arena(tiny_plan: Plan) -> None:
 def test_the_answer_digest_is_of_what_decides_an_answer(tiny_plan: Plan) -> None:
     own = answer_digest(tiny_plan)
     timed = tuple(
-        step.model_copy(update={"predicted_us": 7.0, "flops": 8.0, "moved_bytes": 9.0})
+        step.model_copy(
+            update={"predicted_us": 7.0, "cost": CallCost(weights=Terms(per_token=8.0))}
+        )
         if isinstance(step, KernelCall)
         else step
         for step in tiny_plan.pool.programs[0].steps
@@ -272,3 +276,15 @@ def test_the_answer_digest_is_of_what_decides_an_answer(tiny_plan: Plan) -> None
         with_program(tiny_plan, 0, steps=tiny_plan.pool.programs[0].steps[1:]),
     ]
     assert len({own, *map(answer_digest, other)}) == len(other) + 1
+
+
+@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
+def test_the_terms_of_a_cost_are_finite_and_not_negative(value: float) -> None:
+    with pytest.raises(ValueError, match="per_token"):
+        Terms(per_token=value)
+
+
+def test_a_cost_is_written_without_its_zeros() -> None:
+    cost = CallCost(weights=Terms(once=512.0), products=Terms(per_seq=2.5))
+    assert cost.model_dump_json() == '{"products":{"per_seq":2.5},"weights":{"once":512}}'
+    assert CallCost.model_validate_json(cost.model_dump_json()) == cost
