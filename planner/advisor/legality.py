@@ -102,6 +102,12 @@ def check_stated(spec: Spec, config: ModelConfig) -> None:
             "`serving.kv_dtype: fp8` is not planned yet",
             "leave it out; `tokenspeed predict` prices it",
         )
+    if spec.serving and spec.serving.checkpoint_tokens == 0 and not config.has_state:
+        raise SpecError(
+            f"`serving.checkpoint_tokens` is 0, but `{config.name}` has no recurrent state: "
+            "its prefix cache keeps pages, which need no checkpoints",
+            "leave it out; `tokenspeed run --no-cache` computes every prompt from its beginning",
+        )
     if spec.parallelism == "auto":
         return
     if spec.parallelism.attention:

@@ -186,7 +186,7 @@ class Replay:
             kernel = self.executor.kernels[call.kernel]
             choice = next((part for part in kernel.parts if part.kind == "topk"), None)
             if choice is not None:
-                index = [param.name for param in kernel.params].index(choice.operands[0])
+                index = [param.name for param in kernel.tensors].index(choice.operands[0])
                 logits = self.executor.buffer_of(self.program, call.args[index], *self._size)
                 ids = logits[: self.tokens].topk(integer(choice.attrs, "top_k")).indices
                 hit = int(ids.unique().numel())

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.bundle import CUBIN
+from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import (
     CollectiveCall,
     KernelCall,
     KernelSpec,
+    LibraryCall,
     Part,
     Plan,
     Program,
@@ -106,11 +108,21 @@ class ReferenceBackend:
         return self
 
     def bind_step(self, step: Step, tensors: tuple[Tensor, ...]) -> list[Instruction]:
-        """The instructions of one step; an event has none, as everything runs in order."""
+        """One step; an event has no instruction, as everything runs in order.
+
+        Raises:
+            PlanError: the step calls a library.
+        """
         if isinstance(step, KernelCall):
             return self.bind_kernel(self._kernels[step.kernel], tensors)
         if isinstance(step, CollectiveCall):
             return [Instruction(self._collective(step.op), {}, tensors, ())]
+        if isinstance(step, LibraryCall):
+            raise PlanError(
+                f"{step.package} {step.version} `{step.function}`: "
+                "library steps are not replayed yet",
+                "replay a plan of kernels and collectives",
+            )
         return []
 
     def bind_kernel(self, kernel: KernelSpec, tensors: tuple[Tensor, ...]) -> list[Instruction]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -285,9 +287,10 @@ def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> N
         candidates |= lowered.candidates
     drafting = {key: tilings for key, tilings in candidates.items() if drafts(tilings[0].kernel)}
     assert {kind_of(tilings[0].kernel) for tilings in drafting.values()} > DRAFTING
-    chosen = settle(
-        drafting, hardware, default_cache()
-    )  # refuses what fits in no tiling, or spills
+    # Refuses what fits in no tiling, or spills.
+    chosen = settle(drafting, hardware, default_cache())
+    assert chosen.keys() == drafting.keys()
+    assert all(report.cubin for _, report in chosen.values())
     assert sum(report.spill_bytes for _, report in chosen.values()) == 0
 
 
@@ -401,6 +404,37 @@ def test_the_environment_has_no_say(made: Made, tmp_path: Path) -> None:
         "TRITON_INTERPRET": "1",
     }
     assert answer(probe(tmp_path / "work", tmp_path / "cache", **switches)) == expected(made)
+
+
+# Where libc's `printf` lies in a new process.
+ADDRESS = """
+import ctypes
+print(ctypes.cast(ctypes.CDLL(None).printf, ctypes.c_void_p).value)
+"""
+# Whether the system lets a process switch address space randomisation off, as containers may not.
+MAY_SWITCH_OFF = f"""
+import ctypes
+libc = ctypes.CDLL(None)
+print(hasattr(libc, "personality") and libc.personality({build.ADDR_NO_RANDOMIZE}) != -1)
+"""
+
+
+def test_programs_of_a_worker_run_without_address_space_randomisation(tmp_path: Path) -> None:
+    """As `ptxas` does: two programs that a worker starts have their libraries in the same place."""
+
+    def command(code: str) -> list[str]:
+        return [sys.executable, "-c", code]
+
+    allowed = subprocess.run(command(MAY_SWITCH_OFF), capture_output=True, text=True, check=True)
+    if allowed.stdout.strip() != "True":
+        pytest.skip("personality(2) is refused here")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, build._start_worker, (str(tmp_path),)) as worker:
+        programs = [
+            worker.submit(subprocess.check_output, command(ADDRESS), text=True) for _ in range(3)
+        ]
+        addresses = {program.result() for program in programs}
+    assert len(addresses) == 1
 
 
 def no_compiler(missing: list[Job], folder: Path) -> dict[str, Compiled]:
@@ -571,8 +605,10 @@ def is_prefill_attention(kernel: KernelSpec) -> bool:
 
 
 @pytest.mark.slow
-def test_the_next_tiling_is_taken_where_shared_memory_is_little() -> None:
-    """With only as much as the last tiling needs, prefill attention takes that one."""
+def test_the_next_tiling_is_taken_where_shared_memory_is_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prefill attention's last tiling is its smallest: with just enough for that, it is the one."""
     plan, hardware = plan_of(H200_PLAN), find_hardware("H200")
     tilings = tilings_of(plan, next(filter(is_prefill_attention, plan.kernels)), hardware)
     jobs = [Job(tiling.kernel, tiling.source or "", 90) for tiling in tilings]
@@ -580,8 +616,20 @@ def test_the_next_tiling_is_taken_where_shared_memory_is_little() -> None:
     *others, least = (results[one.key].shared_bytes for one in jobs)
     assert 0 < least < min(others)
     small = replace(hardware, max_shared_bytes=least)
+    tried: list[str] = []
+
+    def compiler(asked: Iterable[Job], folder: Path) -> dict[str, Compiled]:
+        asked = list(asked)
+        tried.extend(one.kernel.name for one in asked)
+        return compile_all(asked, folder)
+
+    monkeypatch.setattr("tokenspeed_plan.planner.compile.compile_all", compiler)
     chosen = settle({"attention": tilings}, small, default_cache())
     assert chosen == {"attention": (tilings[-1], results[jobs[-1].key])}
+    assert tried == [tiling.kernel.name for tiling in tilings], "each only after the one before it"
+    tried.clear()
+    assert settle({"attention": tilings}, hardware, default_cache())["attention"][0] is tilings[0]
+    assert tried == [tilings[0].kernel.name]
 
 
 @pytest.mark.slow

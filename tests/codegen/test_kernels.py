@@ -17,9 +17,9 @@ from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import KernelSpec
 
 RAGGED = (1, 64, 65, 3, 130)
-# Kernels with a program for each row of their input, which the interpreter runs one after the
-# other. Cases with more rows skip them.
-MAX_ROWS = {"sample": 8, "topk": 80, "qk_norm_rope_write": 20, "k_norm_rope_write": 20}
+# Kernels with programs for each row, which the interpreter runs one after the other. Cases with
+# more rows than these leave them to the others, and to `LARGER_CASES`.
+MAX_ROWS = {"sample": 8, "topk": 80, "qk_norm_rope_write": 20}
 CASES = {
     "one sequence": Case("decode", (1,), (40,)),
     "one sequence, nothing before": Case("decode", (1,), (0,)),
@@ -87,6 +87,13 @@ DRAFTED = {
         "decode", (4,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2), depth=3
     ),
 }
+# For each kind of `MAX_ROWS` a batch with more rows. Keys and values of the prefill go to places in
+# all pages of four sequences.
+LARGER_CASES = {
+    "sample": Case("decode", (1,) * 17, tuple(range(17))),
+    "topk": Case("prefill", (2, 95), (0, 3)),
+    "qk_norm_rope_write": Case("prefill", (1, 17, 3, 34), (0, 3, 15, 14)),
+}
 VERIFIED, TILED = (
     DRAFTED["eight sequences, six queries"],
     DRAFTED["H200 tiles, two sequences, four queries"],
@@ -118,6 +125,17 @@ def test_kernels_equal_their_references(case: Case) -> None:
         for rank in range(case.layout.num_ranks):
             for name, error in errors(kernel, case, rank=rank):
                 assert error <= TOLERANCE[case.dtype], (kernel.kernel.name, name, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LARGER_CASES)
+def test_kernels_with_a_program_for_each_row_equal_their_references_with_many(kind: str) -> None:
+    case = LARGER_CASES[kind]
+    built = [kernel for kernel in kernels_of(case) if kind_of(kernel.kernel) == kind]
+    assert any(has_more_rows_than_it_needs(kernel.kernel, case) for kernel in built)
+    for kernel in built:
+        for name, error in errors(kernel, case):
+            assert error <= TOLERANCE[case.dtype], (kernel.kernel.name, name)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from conftest import make_spec
 from families import tiny_config
 
+from tokenspeed_plan.planner.advisor.legality import check_stated
 from tokenspeed_plan.planner.compile import Model, compile_plan
 from tokenspeed_plan.planner.graph import OpGraph
 from tokenspeed_plan.planner.machines.hardware import find_hardware
@@ -126,3 +128,19 @@ def test_families_differ_where_they_should() -> None:
     assert dense.delta_net is None and packed.delta_net is not None and packed.delta_net.packed
     assert moe.moe is not None and moe.moe.shared_intermediate_size == 0
     assert not dense.has_state and packed.has_state
+
+
+@pytest.mark.parametrize("checkpoint_tokens", [None, 0, 256])
+@pytest.mark.parametrize("preset", ["qwen3-0.6b", "qwen3.5-0.8b"])
+def test_no_checkpoints_are_refused_where_pages_need_none(
+    preset: str, checkpoint_tokens: int | None
+) -> None:
+    """Such a model's prefix cache keeps pages, so that the plan would not do what was asked."""
+    spec = make_spec(preset, serving={"checkpoint_tokens": checkpoint_tokens})
+    config, _ = load_preset(preset)
+    if config.has_state or checkpoint_tokens != 0:
+        check_stated(spec, config)
+        return
+    with pytest.raises(SpecError, match=f"`{config.name}` has no recurrent state") as caught:
+        check_stated(spec, config)
+    assert "--no-cache" in caught.value.hint

@@ -28,14 +28,21 @@ from json_values import json_values
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.serving.batch import BatchOptions, Selection, run_batch
+from tokenspeed_plan.runtime.serving.batch import (
+    BatchOptions,
+    Selection,
+    reading,
+    run_batch,
+    scan,
+)
 from tokenspeed_plan.runtime.serving.batch.files import (
     STDIO,
     InputFile,
     open_writer,
     read_whole_lines,
 )
-from tokenspeed_plan.runtime.serving.batch.lines import parse_row
+from tokenspeed_plan.runtime.serving.batch.kept_rows import ROW_BYTES
+from tokenspeed_plan.runtime.serving.batch.lines import Row, parse_row
 from tokenspeed_plan.runtime.serving.batch.order import GROUP_TOKENS, Waiting
 from tokenspeed_plan.runtime.serving.batch.summary import Histogram
 from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
@@ -249,7 +256,7 @@ def test_a_second_run_has_nothing_to_do(run: Runner) -> None:
     assert (run.folder / "out.jsonl").read_bytes() == before
 
 
-def test_a_file_is_scanned_once_and_a_line_read_again_only_if_it_runs(
+def test_a_line_beyond_the_budget_is_read_again_only_if_it_runs(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [row(i) for i in range(10)]
@@ -268,9 +275,51 @@ def test_a_file_is_scanned_once_and_a_line_read_again_only_if_it_runs(
 
     monkeypatch.setattr(InputFile, "lines", counted_lines)
     monkeypatch.setattr(InputFile, "read", counted_read)
-    assert run(rows) == 0
+    assert run(rows, max_kept_bytes=0) == 0
     assert len(scans) == 1
     assert reads == [json.dumps(rows[4]).encode()]
+
+
+def count_parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lines that are parsed from here on, by number."""
+    parsed = []
+
+    def counted(raw: bytes, line: int, digest: str) -> Row:
+        parsed.append(line)
+        return parse_row(raw, line, digest)
+
+    for module in (scan, reading):
+        monkeypatch.setattr(module, "parse_row", counted)
+    return parsed
+
+
+def test_a_file_within_the_budget_is_read_and_parsed_once(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(self: InputFile, offset: int, size_bytes: int) -> bytes:
+        raise AssertionError("a line was read again")
+
+    parsed = count_parsed(monkeypatch)
+    monkeypatch.setattr(InputFile, "read", unread)
+    assert run([row(i) for i in range(300)]) == 0
+    assert parsed == list(range(1, 301))
+
+
+@pytest.mark.parametrize("num_kept", [0, 5])
+def test_a_file_beyond_the_budget_answers_the_same(
+    num_kept: int, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(i) for i in range(20)]
+    rows[2:5] = ["not JSON", row(3, n=2), row(4, prompt="longer " * 4)]
+    run(rows, max_errors=1)
+    parsed = count_parsed(monkeypatch)
+    kept = [line for line in range(1, 21) if line != 3][:num_kept]
+    sizes = [len(json.dumps(rows[line - 1])) for line in kept]
+    budget = sum(sizes) + num_kept * ROW_BYTES
+    assert run(rows, "b.jsonl", max_errors=1, max_kept_bytes=budget) == 1
+    again = [line for line in range(1, 21) if line != 3 and line not in kept]
+    assert parsed == [*range(1, 21), *again]
+    assert run.out("b.jsonl") == run.out()
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
@@ -292,7 +341,7 @@ def test_a_line_that_changes_after_its_check_is_not_run(run: Runner) -> None:
         source.write_bytes(source.read_bytes().replace(b'"row 1"', b'"row x"'))
         return FakeEngine()
 
-    options = BatchOptions(source, run.folder / "out.jsonl", quiet=True)
+    options = BatchOptions(source, run.folder / "out.jsonl", quiet=True, max_kept_bytes=0)
     assert run_batch(options, plan(), FakeTokenizer(), load) == 1
     errors = [line["error"] for line in run.out() if line["error"]]
     assert [error["line"] for error in errors] == [2]
@@ -460,6 +509,21 @@ def test_closed_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         open_writer(STDIO)
 
 
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing.jsonl.gz", "folder"])
+def test_an_input_that_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RequestError, match=f"cannot read `.*{name}`") as caught:
+        InputFile(tmp_path / name)
+    assert "name a JSONL file" in caught.value.hint
+
+
+def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl.gz", [row(i) for i in range(50)])
+    source.write_bytes(source.read_bytes()[:-20])
+    with InputFile(source) as damaged, pytest.raises(RequestError, match="cannot read"):
+        list(damaged.lines())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "order"), [("o.jsonl", "input"), ("o.jsonl", "completion"), ("o.jsonl.gz", "input")]
@@ -525,7 +589,8 @@ def test_memory_does_not_grow_with_rows(tmp_path: Path) -> None:
     peaks = []
     for count in (2_000, 20_000):
         source = write(tmp_path / f"{count}.jsonl", [row(i) for i in range(count)])
-        code = f"import sys, resource; sys.argv[1:] = [{str(source)!r}, '-']\n"
+        arguments = [str(source), "-", f"--max-kept-bytes={1 << 20}"]
+        code = f"import sys, resource; sys.argv[1:] = {arguments!r}\n"
         code += f"sys.path.insert(0, {str(FAKE.parent)!r}); import batch_fake; batch_fake.main()\n"
         code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

@@ -12,9 +12,19 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_abi import with_launch_params
-from tokenspeed_plan.plans.schema import Binary, GridDim, KernelSpec, Launch, Param, Part
+from tokenspeed_plan.plans.schema import (
+    Binary,
+    GridDim,
+    KernelSpec,
+    Launch,
+    LibraryCall,
+    Param,
+    Part,
+    Plan,
+)
 from tokenspeed_plan.plans.types import RankShift, TensorSpec
 from tokenspeed_plan.runtime.execution import cuda_kernels, triton_kernels
+from tokenspeed_plan.runtime.execution.backend import Backend, KernelBackend, ReferenceBackend
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
 from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels
 
@@ -176,3 +186,18 @@ def test_a_kernel_without_its_tables_is_refused(monkeypatch: pytest.MonkeyPatch)
     backend, _ = cuda_backend(kernel, monkeypatch)
     with pytest.raises(PlanError, match="needs a peer_table"):
         backend.launcher(kernel, RANK, NUM_TOKENS, NUM_SEQS)
+
+
+@pytest.mark.parametrize("with_kernels", [False, True], ids=["reference", "kernels"])
+def test_a_library_step_is_refused_and_not_skipped(with_kernels: bool, tiny_plan: Plan) -> None:
+    """No validated plan has one, but a step without an instruction would be lost silently."""
+    call = LibraryCall(
+        package="cublas", version="12.9", function="gemm", reads=(), writes=(), predicted_us=1.0
+    )
+    program = tiny_plan.pool.programs[0].model_copy(update={"steps": (call,)})
+    reference = ReferenceBackend(tiny_plan)
+    backend: Backend = reference
+    if with_kernels:
+        backend = KernelBackend(tiny_plan, TritonKernels({}), reference)
+    with pytest.raises(PlanError, match="`gemm`: library steps are not replayed yet"):
+        list(backend.bind(program, [()], NUM_TOKENS, NUM_SEQS))

@@ -23,6 +23,7 @@ from tokenspeed_plan.runtime.serving.batch import (
     Selection,
     run_batch,
 )
+from tokenspeed_plan.runtime.serving.batch.kept_rows import MAX_KEPT_BYTES
 
 LIMITS = RequestLimits(max_seq_len=64, default_max_tokens=8, vocab_size=256)
 
@@ -100,6 +101,7 @@ def main() -> int:
     )
     parser.add_argument("--errors", type=Path)
     parser.add_argument("--max-errors", type=int, default=0)
+    parser.add_argument("--max-kept-bytes", type=int, default=MAX_KEPT_BYTES)
     args = parser.parse_args()
     if args.die_after:
         die_at_write(args.die_after)
@@ -111,6 +113,7 @@ def main() -> int:
         max_errors=args.max_errors,
         selection=Selection(),
         quiet=True,
+        max_kept_bytes=args.max_kept_bytes,
     )
     try:
         return run_batch(options, plan(), FakeTokenizer(), lambda: FakeEngine(args.step_ms))

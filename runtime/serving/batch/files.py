@@ -90,7 +90,7 @@ class InputLine(NamedTuple):
 
 
 class InputFile:
-    """A batch file that is read once from its beginning, and then line by line by offset.
+    """A batch file that is read once from its beginning; single lines can be read again by offset.
 
     A stream cannot be sought, so it is copied to a temporary file first. A gzip file is sought by
     decompressing up to the offset, so offsets are best read in ascending order.
@@ -101,7 +101,10 @@ class InputFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = _open_seekable(path)
+        try:
+            self._file = _open_seekable(path)
+        except OSError as error:
+            raise self._unreadable(error) from error
 
     def __enter__(self) -> Self:
         return self

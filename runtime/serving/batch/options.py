@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from tokenspeed_plan.runtime.request import Completion, Request
+from tokenspeed_plan.runtime.serving.batch.kept_rows import MAX_KEPT_BYTES
 from tokenspeed_plan.runtime.serving.batch.scan import Selection
 from tokenspeed_plan.runtime.serving.openai.conversion import Encoder, RequestLimits
 from tokenspeed_plan.runtime.streaming import Decoder
@@ -49,6 +50,7 @@ class BatchOptions:
         max_concurrency: requests in the engine at once; the plan's `max_seqs` by default.
         selection: rows that are answered.
         quiet: show neither progress nor summary.
+        max_kept_bytes: lines of the input up to which parsed rows stay in memory until they run.
     """
 
     input: Path
@@ -60,6 +62,7 @@ class BatchOptions:
     max_concurrency: int | None = None
     selection: Selection = field(default_factory=Selection)
     quiet: bool = False
+    max_kept_bytes: int = MAX_KEPT_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from tokenspeed_plan.runtime.request import Completion, Request
 from tokenspeed_plan.runtime.serving.batch.files import InputFile
+from tokenspeed_plan.runtime.serving.batch.kept_rows import KeptRows
 from tokenspeed_plan.runtime.serving.batch.lines import Row, parse_row
 from tokenspeed_plan.runtime.serving.batch.notebook import CheckedLine, Notebook
 from tokenspeed_plan.runtime.serving.batch.resume import FinishedLines
@@ -58,12 +59,13 @@ class ActiveRow:
 
 
 class RowReader:
-    """Goes through the notebook; reads a line of the input again only if it has to run."""
+    """Goes through the notebook; a line that has to run and was not kept is read again."""
 
     def __init__(
         self,
         source: InputFile,
         notebook: Notebook,
+        kept: KeptRows,
         finished: FinishedLines,
         digest: str,
         tokenizer: Encoder,
@@ -71,6 +73,7 @@ class RowReader:
     ) -> None:
         self._source = source
         self._notebook = notebook
+        self._kept = kept
         self._finished = finished
         self._digest = digest
         self._tokenizer = tokenizer
@@ -79,6 +82,7 @@ class RowReader:
     def __iter__(self) -> Iterator[Answered | Faulty | ActiveRow]:
         """Rows that are selected, and rows that are not but were answered by an earlier run."""
         for line in self._notebook.lines():
+            row = self._kept.pop(line.line)
             if line.fault is not None:
                 if line.selected:
                     yield Faulty(line.line, line.fault)
@@ -87,12 +91,13 @@ class RowReader:
             if finished is not None:
                 yield Answered(finished, line.selected)
             elif line.selected:
-                yield self._read(line)
+                yield self._prepare(line, row)
 
-    def _read(self, line: CheckedLine) -> Faulty | ActiveRow:
+    def _prepare(self, line: CheckedLine, row: Row | None) -> Faulty | ActiveRow:
         custom_id = None
         try:
-            row = parse_row(self._source.read(line.start, line.size), line.line, self._digest)
+            if row is None:
+                row = self._read(line)
             custom_id = row.custom_id
             if row.key != line.key:
                 raise InvalidRequestError("the line was changed after it was checked")
@@ -100,3 +105,7 @@ class RowReader:
         except InvalidRequestError as error:  # more than the scan's quick check could see
             return Faulty(line.line, str(error), custom_id)
         return ActiveRow(row, requests)
+
+    def _read(self, line: CheckedLine) -> Row:
+        raw = self._source.read(line.start, line.size)
+        return parse_row(raw, line.line, self._digest)

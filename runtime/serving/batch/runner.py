@@ -9,6 +9,7 @@ from contextlib import closing
 
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.batch.files import InputFile
+from tokenspeed_plan.runtime.serving.batch.kept_rows import KeptRows
 from tokenspeed_plan.runtime.serving.batch.lines import answer_line, encode_line
 from tokenspeed_plan.runtime.serving.batch.notebook import Notebook
 from tokenspeed_plan.runtime.serving.batch.options import (
@@ -46,7 +47,8 @@ def run_batch(
     check_paths(options.input, options.output, options.errors, options.summary)
     interrupt = Interrupt(signal.SIGINT, signal.SIGTERM)
     with InputFile(options.input) as source, closing(Notebook()) as notebook:
-        scanner = Scanner(plan.digest, tokenizer, plan.limits, notebook)
+        kept = KeptRows(options.max_kept_bytes)
+        scanner = Scanner(plan.digest, tokenizer, plan.limits, notebook, kept)
         scanned = scanner.scan(source, options.selection)
         refuse_bad(scanned, options.max_errors)
         tally = Tally(scanned.num_selected)
@@ -55,7 +57,7 @@ def run_batch(
             batch = _Batch(options, plan, tokenizer, tally)
             if notebook.has_work():
                 batch.start_engine(load_engine)
-            rows = RowReader(source, notebook, finished, plan.digest, tokenizer, plan.limits)
+            rows = RowReader(source, notebook, kept, finished, plan.digest, tokenizer, plan.limits)
             with Output(options, finished) as output:
                 batch.run(iter(rows), output, interrupt, progress)
             finished.complete = not interrupt.seen

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch.files import InputFile, InputLine
+from tokenspeed_plan.runtime.serving.batch.kept_rows import KeptRows
 from tokenspeed_plan.runtime.serving.batch.lines import Row, parse_row
 from tokenspeed_plan.runtime.serving.batch.notebook import CheckedLine, Notebook
 from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
@@ -46,15 +47,21 @@ class ScanResult:
 
 
 class Scanner:
-    """Checks the lines of one file and notes them."""
+    """Checks the lines of one file, notes them, and keeps the first rows that can be run."""
 
     def __init__(
-        self, digest: str, tokenizer: Encoder, limits: RequestLimits, notebook: Notebook
+        self,
+        digest: str,
+        tokenizer: Encoder,
+        limits: RequestLimits,
+        notebook: Notebook,
+        kept: KeptRows,
     ) -> None:
         self._digest = digest
         self._tokenizer = tokenizer
         self._limits = limits
         self._notebook = notebook
+        self._kept = kept
 
     def scan(self, source: InputFile, selection: Selection) -> ScanResult:
         """Check every line of the file.
@@ -67,13 +74,16 @@ class Scanner:
             selected = selection.holds(result.num_rows)
             result.num_rows += 1
             result.num_selected += selected
+            size = len(line.raw)
             key, fault = "", None
             try:
-                key = self._check(line).key
+                row = self._check(line)
+                key = row.key
+                if selected:
+                    self._kept.add(row, size)
             except InvalidRequestError as error:
                 fault = str(error)
                 result.add_fault(line.number, fault)
-            size = len(line.raw)
             self._notebook.add_line(
                 CheckedLine(line.number, selected, line.offset, size, key, fault)
             )
