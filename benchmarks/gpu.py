@@ -50,6 +50,7 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 def ours(bundle: Path, context: int, tokens: int) -> dict[str, Any]:
     """Figures of the engine with random weights, in milliseconds."""
+    from tokenspeed_plan.planner.commands.engines import freeze_gc
     from tokenspeed_plan.plans.bundle import load_plan
     from tokenspeed_plan.runtime import Engine, SamplingParams
     from tokenspeed_plan.runtime.execution.arenas import Arenas
@@ -68,6 +69,7 @@ def ours(bundle: Path, context: int, tokens: int) -> dict[str, Any]:
     prompt = prompt_ids(plan.model.vocab_size, context)
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     engine.generate([prompt], params)
+    freeze_gc()  # as the commands do: a full collection holds a step up for 0.1 s
     (done,) = engine.generate([prompt], params)
     drafts = plan.pool.limits.max_depth  # 0 in a fair comparison: the others do not draft
     return {

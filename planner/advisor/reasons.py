@@ -180,8 +180,11 @@ def _differs_in_chunk(one: Prediction, other: Prediction) -> bool:
     return one.candidate.knobs.prefill_chunk != other.candidate.knobs.prefill_chunk
 
 
-def record_state_dtype(ledger: Ledger) -> None:
+def record_state_dtype(ledger: Ledger, has_state: bool) -> None:
     """Record the dtype of recurrent state."""
+    if not has_state:
+        ledger.record("state_dtype", "none", "the model has no recurrent state")
+        return
     ledger.record(
         "state_dtype",
         "fp32",

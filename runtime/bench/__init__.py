@@ -1,4 +1,4 @@
-"""Measure a plan on this machine, beside the floor that its memory sets and beside what the plan predicted."""
+"""Measure a plan on this machine, beside the memory floor and beside its own predictions."""
 
 from tokenspeed_plan.runtime.bench.prepare import prepare
 from tokenspeed_plan.runtime.bench.replay import Options, bench

@@ -1,4 +1,4 @@
-"""Conversations as agents have them: a long first turn, then short turns on all that was said before."""
+"""Conversations of agents: a long first turn, then short turns on top of the whole history."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
 DEFINITIONS = {
     "hit_rate": "prompt tokens that came from the prefix cache, over all prompt tokens",
     "ttft_ms": "from the request to its first token, the median of each turn",
-    "tpot_ms": "time after the first token over tokens after the first, the median; TTFT is not in it",
+    "tpot_ms": "time after the first token over tokens after the first, the median; without TTFT",
     "turn_time_ms": "from the request to its last token, the median of each turn",
-    "tokens_per_pass": "tokens that a sequence says in a decode step: more than one where drafts are accepted",
-    "accept_counts": "passes of a sequence through a decode step, those with the first draft right, the second too...",
+    "tokens_per_pass": "tokens of a sequence in a decode step: over one if drafts are accepted",
+    "accept_counts": "decode steps of a sequence, those that accepted the first draft, ...",
     "host_us_per_step": "time of a step that is neither a replay nor waiting for its tokens",
-    "state_bytes_copied_per_step": "recurrent state is never copied; a page is, where a turn goes on in its middle",
+    "state_bytes_copied_per_step": "pages that a turn continues inside; no recurrent state",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Conversations:
-    """What is said: random tokens, different in each conversation; all conversations go on at once."""
+    """Random tokens, different in each conversation. All conversations run at once."""
 
     first_turn_tokens: int
     turn_tokens: int
@@ -40,7 +40,7 @@ class Conversations:
 
     @classmethod
     def of(cls, plan: Plan, **given: int | None) -> Conversations:
-        """The spec's, except what is given otherwise."""
+        """The conversations of the plan's spec, except for what is given."""
         workload = plan.spec.get("workload", {})
         facts = {name: workload.get(name, default) for name, default in _DEFAULTS.items()}
         facts["conversations"] = plan.pool.limits.max_seqs
@@ -52,26 +52,31 @@ _DEFAULTS = {"first_turn_tokens": 2048, "turn_tokens": 0, "turns": 1, "output_to
 
 @dataclass(slots=True)
 class _Conversation:
-    """One of them: what was said so far, and how long each turn took."""
+    """One of them: its tokens so far, and the completion of each turn."""
 
-    said: list[int]
+    token_ids: list[int]
     turns: list[Completion] = field(default_factory=list)
 
 
 def simulate(engine: Engine, acceptance: Sequence[float]) -> None:
-    """From here on each draft is right with the chance given for its place, whatever it is; what is said is nonsense.
+    """Accept each draft at random from now on; the tokens are then nonsense.
+
+    Args:
+        engine: drafts.
+        acceptance: the chance that the i-th draft is accepted, from 0 to 1.
 
     Raises:
-        RequestError: the plan does not make as many drafts, or a chance is not one.
+        RequestError: the plan does not make as many drafts, or a chance is not from 0 to 1.
     """
     depth = engine.plan.pool.limits.max_depth
     if not 0 < len(acceptance) <= depth or not all(0 <= chance <= 1 for chance in acceptance):
+        given = ",".join(f"{chance:g}" for chance in acceptance)
         raise RequestError(
-            f"an acceptance of {','.join(f'{chance:g}' for chance in acceptance)} does not fit drafts of depth {depth}",
+            f"an acceptance of {given} does not fit drafts of depth {depth}",
             "give a chance from 0 to 1 for each draft, in a plan that speculates",
         )
     forced = engine.executor.buffer("forced_accept", 0, 0)
-    never = [-1.0] * forced.numel()  # 0 would leave it to the draft
+    never = [-1.0] * forced.numel()  # 0 means that the draft itself decides
     chances = [chance or -1.0 for chance in acceptance]
     forced.copy_(torch.tensor((chances + never)[: forced.numel()]).view(forced.shape))
 
@@ -79,7 +84,7 @@ def simulate(engine: Engine, acceptance: Sequence[float]) -> None:
 def agentic(
     engine: Engine, options: Conversations, acceptance: Sequence[float] = ()
 ) -> dict[str, Any]:
-    """Have all conversations, and say how it went; `acceptance` is simulated: see `simulate`.
+    """Run all conversations and measure them; `acceptance` is simulated, see `simulate`.
 
     Raises:
         RequestError: the plan cannot hold such a conversation, or `acceptance` does not fit it.
@@ -99,14 +104,14 @@ def agentic(
         for i in range(options.conversations)
     }
     for name, talk in talks.items():
-        engine.add(Request(name, tuple(talk.said), params))
+        engine.add(Request(name, tuple(talk.token_ids), params))
     while engine.num_unfinished:
         for done in engine.step():
             talk = talks[done.request_id]
             talk.turns.append(done)
             if len(talk.turns) < options.turns:
-                talk.said += [*done.token_ids, *words(options.turn_tokens)]
-                engine.add(Request(done.request_id, tuple(talk.said), params))
+                talk.token_ids += [*done.token_ids, *words(options.turn_tokens)]
+                engine.add(Request(done.request_id, tuple(talk.token_ids), params))
     spent = {name: value - before[name] for name, value in asdict(engine.metrics).items()}
     found = _figures(
         engine, options, list(talks.values()), spent, counts, time.perf_counter() - begun
@@ -162,28 +167,37 @@ def _median_ms(seconds: list[float]) -> float:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """What a person reads."""
-    told, ttft = found["workload"], found["ttft_ms"]
+    """The figures as text."""
+    workload, ttft = found["workload"], found["ttft_ms"]
     later = ttft[1:] or ttft
+    copied_bytes = found["state_bytes_copied_per_step"]
     return "\n".join(
         (
-            f"{told['conversations']} conversations of {told['turns']} turns: {told['first_turn_tokens']} tokens, "
-            f"then {told['turn_tokens']} a turn, {told['output_tokens']} out",
-            f"  cache: {found['hit_rate']:.1%} of the prompts' tokens, {found['evicted_checkpoints']:.0f} evictions, "
-            f"{found['preemptions']:.0f} preemptions",
-            f"  TTFT: first turn {ttft[0]:.1f} ms, second {later[0]:.1f} ms, last {later[-1]:.1f} ms",
-            f"  TPOT {found['tpot_ms']:.3f} ms; a turn {found['turn_time_ms'][-1]:.1f} ms (the last)",
-            f"  {found['tokens_per_s_user']:.1f} tokens/s a user, {found['tokens_per_s']:.1f} in all; "
-            f"{found['tokens_per_pass']:.2f} a pass" + _accepted(found),
+            f"{workload['conversations']} conversations of {workload['turns']} turns: "
+            f"{workload['first_turn_tokens']} tokens, then {workload['turn_tokens']} a turn, "
+            f"{workload['output_tokens']} out",
+            f"  cache: {found['hit_rate']:.1%} of the prompts' tokens, "
+            f"{found['evicted_checkpoints']:.0f} evictions, {found['preemptions']:.0f} preemptions",
+            f"  TTFT: first turn {ttft[0]:.1f} ms, second {later[0]:.1f} ms, "
+            f"last {later[-1]:.1f} ms",
+            f"  TPOT {found['tpot_ms']:.3f} ms; "
+            f"a turn {found['turn_time_ms'][-1]:.1f} ms (the last)",
+            f"  {found['tokens_per_s_user']:.1f} tokens/s a user, "
+            f"{found['tokens_per_s']:.1f} in all; {found['tokens_per_pass']:.2f} a pass"
+            f"{_accepted(found)}",
             f"  host {found['host_us_per_step']:.0f} us a step; "
-            f"{found['state_bytes_copied_per_step']:.0f} bytes copied a step (pages; recurrent state never)",
+            f"{copied_bytes:.0f} bytes copied a step (pages; recurrent state never)",
         )
     )
 
 
 def _accepted(found: dict[str, Any]) -> str:
-    """Of each draft, how often it was right."""
-    passes, *right = found["accept_counts"] or [0]
-    shares = [f"{count / max(passes, 1):.0%}" for count in right]
-    how = " (simulated: the tokens are nonsense)" if found["simulated_acceptance"] else ""
-    return f", drafts right: {', '.join(shares)}{how}" if shares else ""
+    """How often each draft was accepted."""
+    passes, *accepted = found["accept_counts"] or [0]
+    if not accepted:
+        return ""
+    shares = ", ".join(f"{count / max(passes, 1):.0%}" for count in accepted)
+    text = f", drafts accepted: {shares}"
+    if found["simulated_acceptance"]:
+        text += " (simulated: the tokens are nonsense)"
+    return text

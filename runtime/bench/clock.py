@@ -9,9 +9,7 @@ from collections.abc import Callable
 import torch
 
 ROUNDS = 5
-
-
-RUNS = 10  # of a round
+RUNS = 10  # in a round
 
 
 def time_us(
@@ -20,7 +18,10 @@ def time_us(
     count: int = RUNS,
     reset: Callable[[], object] = lambda: None,
 ) -> float:
-    """Median over rounds of the mean of `count` runs, after one that is not counted; `reset` before each round."""
+    """Microseconds of one run: the median over rounds of the mean of `count` runs.
+
+    One run comes first and is not counted. `reset` is called before each round.
+    """
     reset()
     work()
     rounds = []

@@ -25,7 +25,7 @@ class Machine:
 
 
 def this_machine(device: str | None = None) -> tuple[str, str]:
-    """The device to measure (the GPU, where there is one and nothing else is asked for), and what it calls itself.
+    """The device to measure and its name. By default it is the GPU, where there is one.
 
     Raises:
         PlanError: a GPU is asked for, and there is none.
@@ -39,7 +39,7 @@ def this_machine(device: str | None = None) -> tuple[str, str]:
 
 
 def sizes(device: str) -> dict[str, int]:
-    """Multiprocessors and bytes of memory of a GPU; nothing of a CPU, whose memory is shared with others."""
+    """Multiprocessors and bytes of memory of a GPU; empty for a CPU, which shares its memory."""
     if device == "cpu":
         return {}
     properties = torch.cuda.get_device_properties(0)
@@ -47,7 +47,7 @@ def sizes(device: str) -> dict[str, int]:
 
 
 def provenance(device: str) -> dict[str, str]:
-    """What a measurement was made with."""
+    """The versions and the memory that a measurement was made with."""
     found = {"torch": str(torch.__version__)}
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
@@ -60,7 +60,7 @@ def provenance(device: str) -> dict[str, str]:
 
 
 def used_bytes(device: str) -> int | None:
-    """Memory of a GPU that is taken, by whatever: tensors, the context, loaded kernels, graphs; None on a CPU."""
+    """Bytes of GPU memory in use: tensors, context, loaded kernels, graphs. None on a CPU."""
     if device == "cpu":
         return None
     release()
@@ -69,13 +69,13 @@ def used_bytes(device: str) -> int | None:
 
 
 def release() -> None:
-    """Give memory that nobody uses any more back to the GPU."""
+    """Return cached memory to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def measure_machine(device: str) -> Machine:
-    """A sum over a buffer far larger than any cache, a chain of tiny kernels, one large product of random matrices."""
+    """Measure a sum over a large buffer, a chain of tiny kernels, and a large matrix product."""
     name = "cpu" if device == "cpu" else torch.cuda.get_device_name()
     return Machine(name, _read(device), _launch(device), _matrix(device))
 
@@ -105,9 +105,9 @@ def _matrix(device: str) -> float:
 def measure_sums(
     sizes_bytes: tuple[int, ...] = (1 << 20, 1 << 24, 1 << 28),
 ) -> dict[int, dict[int, float]]:
-    """Microseconds of NCCL's all-reduce by GPUs and bytes, over all GPUs of this process; empty with fewer than two.
+    """Microseconds of NCCL's all-reduce by number of GPUs and bytes; empty with fewer than two.
 
-    Launched one by one, so that only large messages say something about the links.
+    They are launched one by one, so only large messages tell something about the links.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found: dict[int, dict[int, float]] = {}

@@ -1,4 +1,4 @@
-"""An executor to measure: a plan's kernels, and weights that are read or made up."""
+"""An executor to measure: the kernels of a plan, with weights of a checkpoint or random ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tokenspeed_plan.runtime.loading.weights import load_weights, random_weights
 def prepare(
     plan: Plan, bundle: Path, folder: Path | None, launch: Launch | None = None
 ) -> Executor:
-    """Checked, allocated and filled; states as if sequences had been there for long.
+    """Check, allocate and fill. States and pages are random, as if sequences had run before.
 
     Raises:
         PlanError: the bundle, this machine or the checkpoint does not fit.

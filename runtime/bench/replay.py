@@ -1,4 +1,4 @@
-"""Replay programs on a made-up batch: microseconds, bytes, share of the floor, kernel by kernel."""
+"""Replay programs on a random batch: microseconds, bytes, share of the floor, kernel by kernel."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to replay. `batch` and `context` shape decode; `chunk` tokens of one prompt prefill (0: no prefill)."""
+    """What to replay.
+
+    Attributes:
+        batch: sequences that decode.
+        context: tokens that each of them has.
+        chunk: tokens of one prompt to prefill; 0 for no prefill.
+    """
 
     batch: int
     context: int
@@ -40,9 +46,9 @@ def bench(plan: Plan, executor: Executor, options: Options) -> dict[str, Any]:
     """
     device = plan.target.device
     machine = measure_machine(device)
-    rows = _rows_per_seq(plan, options.batch)
+    queries = _query_len(plan, options.batch)
     programs = [
-        Replay(plan, executor, "decode", options.batch, rows, options.context).measure(machine)
+        Replay(plan, executor, "decode", options.batch, queries, options.context).measure(machine)
     ]
     if options.chunk:
         programs.append(
@@ -77,16 +83,14 @@ class Replay:
         self.program = _program(plan, phase, self.tokens, num_seqs)
         sequences = tuple(self._sequence(i, count) for i in range(num_seqs))
         self.batch = Batch.of(self.program, sequences, (count,) * num_seqs)
-        self.run_tokens, self.run_seqs = (
-            self.batch.run_tokens,
-            self.batch.run_seqs,
-        )  # padded, where it is captured
+        # With padding, if the program is captured.
+        self.run_tokens, self.run_seqs = self.batch.run_tokens, self.batch.run_seqs
         self.reset()
 
     def reset(self) -> None:
-        """Write the inputs again: a program of decode leaves those of the step after it.
+        """Write the inputs again, since a decode step moves them on to the next one.
 
-        All drafts count as right, so that a step has as much to do over again as it can have.
+        All drafts are accepted, so that the next step has the most states to recompute.
         """
         write_inputs(
             self.batch, lambda name: self.executor.buffer(name, *self._size), self.plan.pool.limits
@@ -100,14 +104,14 @@ class Replay:
 
     def _sequence(self, index: int, count: int) -> Sequence:
         limits = self.plan.pool.limits
-        longest = self.context + (
-            RUNS * self.program.query_len if self._advances() else 0
-        )  # each run adds to it
-        pages = -(-longest // limits.page_size)
-        if longest > limits.max_seq_len or (index + 1) * pages > limits.num_pages:
+        max_len = self.context
+        if self._advances():
+            max_len += RUNS * self.program.query_len
+        pages = -(-max_len // limits.page_size)
+        if max_len > limits.max_seq_len or (index + 1) * pages > limits.num_pages:
             raise PlanError(
-                f"the plan cannot hold {self.seqs} x {longest} tokens, it has {limits.num_pages} pages of "
-                f"{limits.page_size} and max_seq_len {limits.max_seq_len}",
+                f"the plan cannot hold {self.seqs} x {max_len} tokens, it has {limits.num_pages} "
+                f"pages of {limits.page_size} and max_seq_len {limits.max_seq_len}",
                 "lower --context or --batch",
             )
         random = torch.Generator().manual_seed(index)
@@ -117,7 +121,7 @@ class Replay:
         start = 1 + index * limits.state_slots_per_seq
         before = self.context - count
         request = Request(
-            str(index), tuple(ids), SamplingParams(max_tokens=1 + longest - self.context)
+            str(index), tuple(ids), SamplingParams(max_tokens=1 + max_len - self.context)
         )
         return Sequence(
             request,
@@ -156,7 +160,7 @@ class Replay:
             "flops": flops,
             "share_of_matrix_rate": flops / taken_us * 1e6 / machine.matrix_flops_per_s,
             "depth": self.program.depth,
-            # as if no draft were right
+            # Counted as if no draft were accepted.
             "tokens_per_s": self.tokens / self.program.query_len / taken_us * 1e6,
             "kernels": self._kernels(calls, work, machine),
         }
@@ -166,7 +170,7 @@ class Replay:
         return call.cost.at(BatchSize(self.tokens, self.seqs, self.context, experts_hit))
 
     def run(self) -> None:
-        """Once, kernel after kernel."""
+        """Replay the program once."""
         self.executor.run(self.program, *self._size)
 
     def _calls(self) -> list[KernelCall]:
@@ -179,7 +183,10 @@ class Replay:
         )
 
     def _hits(self) -> Iterator[int]:
-        """For each kernel call, the distinct experts that the layer's tokens chose; found by a replay step by step."""
+        """For each kernel call, how many distinct experts the tokens of its layer chose.
+
+        The program is replayed step by step, and the router's logits are read on the way.
+        """
         hit = 0
         for call, run in self._one_by_one():
             run()
@@ -206,7 +213,7 @@ class Replay:
     def _kernels(
         self, calls: list[KernelCall], work: list[Work], machine: Machine
     ) -> list[dict[str, Any]]:
-        """Kernels by name: calls, mean microseconds, bytes a second and their share of what the machine can read."""
+        """For each kernel: calls, mean microseconds, bytes a second and their share of the peak."""
         times = self._times(calls)
         rows: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
         for call, each, time in zip(calls, work, times, strict=True):
@@ -244,10 +251,12 @@ def _row(name: str, found: list[tuple[float, float, float]], machine: Machine) -
     }
 
 
-def _rows_per_seq(plan: Plan, seqs: int) -> int:
-    """Rows of each sequence in the decode program that takes so many sequences."""
+def _query_len(plan: Plan, seqs: int) -> int:
+    """Queries of each sequence in the decode program for so many sequences."""
     fitting = [p for p in plan.pool.programs if p.phase == "decode" and p.max_seqs >= seqs]
-    return min(fitting, key=lambda p: p.bucket).query_len if fitting else 1
+    if not fitting:
+        return 1
+    return min(fitting, key=lambda p: p.bucket).query_len
 
 
 def _program(plan: Plan, phase: Phase, tokens: int, seqs: int) -> Program:
