@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
@@ -119,6 +120,12 @@ FORMATS: dict[str, Format] = {
 }
 
 
+@cache
+def plain_format(dtype: DType) -> Format:
+    """The format of elements without scales; made once, as a plan has thousands of tensors."""
+    return Format(dtype=dtype)
+
+
 class TensorSpec(Frozen):
     """A dense row-major tensor whose leading dimension may be symbolic."""
 
@@ -128,7 +135,7 @@ class TensorSpec(Frozen):
     @classmethod
     def of(cls, shape: tuple[Dim, ...], dtype: DType) -> TensorSpec:
         """A tensor of plain elements."""
-        return cls(shape=shape, format=Format(dtype=dtype))
+        return cls(shape=shape, format=plain_format(dtype))
 
     @property
     def dtype(self) -> DType:
