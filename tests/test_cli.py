@@ -24,7 +24,7 @@ from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.plans.bundle import check_cubins, load_plan, save_plan, seal
 from tokenspeed_plan.plans.canon import answer_digest
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.schema import BatchSize, Binary, KernelCall, Program
+from tokenspeed_plan.plans.schema import SCHEMA_VERSION, BatchSize, Binary, KernelCall, Program
 from tokenspeed_plan.runtime.bench.clock import RUNS
 from tokenspeed_plan.runtime.bench.machine import Machine
 from tokenspeed_plan.runtime.bench.prepare import prepare
@@ -358,8 +358,14 @@ def test_plan_check_sees_a_stale_plan(bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "plan"))
     text = (copy / "plan.json").read_text()
     (copy / "plan.json").write_text(text.replace('"predicted_us":', '"predicted_us": '))
-    is_clean(cli("plan", spec, "-o", copy, "--check"), 1, "is not what")
+    done = cli("plan", spec, "-o", copy, "--check")
+    is_clean(done, 1, "is not what")
+    assert "only the binaries differ" not in done.output
     assert (copy / "plan.json").read_text() != text
+    version = f'"schema_version": {SCHEMA_VERSION}'
+    assert version in text
+    (copy / "plan.json").write_text(text.replace(version, '"schema_version": 5'))
+    is_clean(cli("plan", spec, "-o", copy, "--check"), 1, "is not what")
 
 
 @pytest.mark.slow

@@ -102,14 +102,26 @@ def _refuse_stale(bundle: Compiled, options: PlanOptions) -> None:
     if options.no_compile and frozen != fresh:
         frozen = dump_plan(_without_binaries(load_plan(options.out)))
     if frozen != fresh:
-        message = f"`{options.out}` is not what `{options.spec}` compiles to"
-        if dump_plan(_without_binaries(load_plan(options.out))) == dump_plan(
-            _without_binaries(bundle.plan)
-        ):
-            raise StalePlanError(f"{message}: only the binaries differ", _BINARIES_HINT)
-        hint = f"run `tokenspeed plan {options.spec} -o {options.out}` and look at the diff"
-        raise StalePlanError(message, hint)
+        raise _stale(bundle.plan, options)
     check_sources(bundle.plan, options.out)
+
+
+def _stale(fresh: Plan, options: PlanOptions) -> StalePlanError:
+    """The error of a bundle that differs; it says so where nothing but the binaries does."""
+    message = f"`{options.out}` is not what `{options.spec}` compiles to"
+    kept = _old_plan(options.out)
+    if (
+        kept is not None
+        and kept.binaries != fresh.binaries
+        and _equal_but_for_binaries(kept, fresh)
+    ):
+        return StalePlanError(f"{message}: only the binaries differ", _BINARIES_HINT)
+    hint = f"run `tokenspeed plan {options.spec} -o {options.out}` and look at the diff"
+    return StalePlanError(message, hint)
+
+
+def _equal_but_for_binaries(one: Plan, other: Plan) -> bool:
+    return _without_binaries(one) == _without_binaries(other)
 
 
 def _without_binaries(plan: Plan) -> Plan:
@@ -117,7 +129,7 @@ def _without_binaries(plan: Plan) -> Plan:
 
 
 def _old_plan(out: Path) -> Plan | None:
-    """The plan that is replaced; None where there is none that this version can read."""
+    """The plan in a bundle; None where there is none that this version can read."""
     if not (out / PLAN_FILE).is_file():
         return None
     try:
