@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,75 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_abi import bind_launch, num_ranks
 from tokenspeed_plan.plans.kernel_file import load_function, read_source
 from tokenspeed_plan.plans.schema import KernelSpec, Plan
 from tokenspeed_plan.runtime.execution.collectives import Collectives
+from tokenspeed_plan.runtime.execution.interpreter import interpret
 from tokenspeed_plan.runtime.execution.kernels import Launcher
-
-
-def interpret() -> None:
-    """Run kernels in Triton's interpreter from now on, before anything else loads Triton.
-
-    Raises:
-        PlanError: Triton is not there, or is loaded already, to compile.
-    """
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        import triton.language as tl
-        import triton.language.extra.cuda as cuda
-        from triton.runtime import JITFunction, interpreter
-    except ImportError as error:
-        raise PlanError(
-            "Triton is not installed", "install `triton`, or run with `--backend reference`"
-        ) from error
-    if isinstance(tl.sum, JITFunction):
-        raise PlanError(
-            "Triton is loaded in this process already, to compile",
-            "set TRITON_INTERPRET=1 at its start",
-        )
-    # The interpreter runs programs one after the other: there is nothing to wait for.
-    cuda.gdc_wait = cuda.gdc_launch_dependents = _nothing
-    if not hasattr(interpreter, "_tokenspeed"):
-        interpreter._tokenspeed = True
-        _allow_tensor_bounds(interpreter)
-        _widen_products(interpreter)
-
-
-def _allow_tensor_bounds(interpreter: Any) -> None:
-    """Let `range` take a loaded scalar.
-
-    The interpreter holds it as an array of one element, which NumPy 2.4 refuses as an index.
-    """
-    patch = interpreter._patch_lang_tensor
-
-    def with_index(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = with_index
-
-
-def _widen_products(interpreter: Any) -> None:
-    """Let `tl.dot` take bf16, which the interpreter would multiply as 16-bit integers."""
-    builder = interpreter.InterpreterBuilder
-    product = builder.create_dot
-
-    def widened(handle: Any) -> Any:
-        if not handle.dtype.scalar.is_bf16():
-            return handle
-        wide = (handle.data.view("uint16").astype("uint32") << 16).view("float32")
-        return interpreter.TensorHandle(wide, interpreter.tl.float32)
-
-    def with_bf16(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return product(self, widened(a), widened(b), *rest)
-
-    builder.create_dot = with_bf16
-
-
-def _nothing(*args: object, **kwargs: object) -> None:
-    """No operation."""
 
 
 class TritonKernels:

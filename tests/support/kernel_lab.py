@@ -33,7 +33,8 @@ from tokenspeed_plan.plans.schema import KernelSpec, Limits, Param
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.runtime.compare import difference
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
-from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels, interpret
+from tokenspeed_plan.runtime.execution.interpreter import interpret
+from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
