@@ -19,14 +19,15 @@ from tokenspeed_plan.plans.types import Constant, TensorSpec
 
 SEQS = GridDim(per_seq=1)
 # (columns, warps) by (sequences at most), as measured on an H200: for few heads many programs; for
-# many heads few programs, which share what they compute of a head.
+# many heads few programs, which share what they compute of a head. One program for a whole head
+# meets no other one: it reads and writes 3.4 to 3.9 TB/s from 64 to 512 sequences.
 COLUMNS_AND_WARPS = {
-    "delta_step": {2: (16, 2), 8: (64, 4)},
+    "delta_step": {4: (16, 1)},
     "delta_steps": {2: (16, 2), 4: (32, 2)},
     "delta_recompute": {2: (16, 4), 4: (32, 2)},
 }
 MANY_COLUMNS_AND_WARPS = {
-    "delta_step": (32, 8),
+    "delta_step": (128, 4),
     "delta_steps": (128, 4),
     "delta_recompute": (64, 4),
 }
@@ -104,7 +105,7 @@ def _column_tiling(work: Work, template: str, constants: dict[str, Constant], ti
     return Tiling(
         template=template,
         constants=constants | {"BLOCK_V": tile.n},
-        grid=(SEQS, fixed(v_heads), fixed(columns)),
+        grid=(fixed(columns), fixed(v_heads), SEQS),  # neighbours read neighbouring memory
         num_warps=tile.num_warps,
         num_stages=1,
         options={"columns": columns},
