@@ -10,6 +10,7 @@ and checks of shapes included.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.weight_files import INDEX_FILE
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES, Arenas
 from tokenspeed_plan.runtime.loading.weights import load_weights
 
@@ -51,16 +53,21 @@ def write_checkpoint(plan: Plan, folder: Path) -> int:
                 shapes[name] = [max(pair) for pair in zip(known, ends, strict=True)]
     dtype = TORCH_DTYPES[plan.pool.weights[0].tensor.dtype]
     shard: dict[str, torch.Tensor] = {}
+    shard_of: dict[str, str] = {}
     total = count = 0
     for name, shape in shapes.items():
         shard[name] = (
             torch.randn(shape[-1], dtype=torch.float32).to(dtype).expand(shape).contiguous()
         )
+        shard_of[name] = f"model-{count}.safetensors"
         total += shard[name].nbytes
         if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
             save_file(shard, folder / f"model-{count}.safetensors")
             shard, count = {}, count + 1
-    save_file(shard, folder / f"model-{count}.safetensors")
+    if shard:
+        save_file(shard, folder / f"model-{count}.safetensors")
+    index = {"metadata": {"total_size": total}, "weight_map": shard_of}
+    (folder / INDEX_FILE).write_text(json.dumps(index))
     return total
 
 

@@ -2,7 +2,8 @@
 
 Each kernel is compiled in a worker process, without line information, with floating-point
 contraction pinned, and from a text without a path: its bytes depend on nothing but text, options,
-architecture and Triton. Results are cached by content; a damaged entry is compiled again.
+architecture and Triton. Results are cached by content; a damaged entry is compiled again. What
+others could have written is not trusted: a cubin runs with all rights of its user.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import json
 import multiprocessing
 import os
 import re
+import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -119,8 +122,9 @@ def compile_all(jobs: Iterable[Job], cache: Path) -> dict[str, Compiled]:
     """Results by `Job.key`; what is not in the cache is compiled on all cores.
 
     Raises:
-        SpecError: a worker died.
+        SpecError: a worker died, or others may write to the cache.
     """
+    open_cache(cache)
     todo = {job.key: job for job in jobs}
     done, missing = {}, []
     for key, job in todo.items():
@@ -134,15 +138,33 @@ def compile_all(jobs: Iterable[Job], cache: Path) -> dict[str, Compiled]:
     return done
 
 
+def open_cache(cache: Path) -> None:
+    """Make the folder of a cache; only its user may write there.
+
+    Raises:
+        SpecError: the folder is another user's, or others may write to it.
+    """
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = cache.stat()
+    if not _is_private(status):
+        mode = stat.S_IMODE(status.st_mode)
+        raise SpecError(
+            f"others can write to the cache of compiled kernels `{cache}` (mode {mode:o}, of user "
+            f"{status.st_uid})",
+            "delete it, or name another folder with the variable `TOKENSPEED_CACHE`",
+        )
+
+
+def _is_private(status: os.stat_result) -> bool:
+    """Whether only this user, and root, can write to a file or folder."""
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return status.st_uid in (0, os.getuid()) and not others_write
+
+
 def _compile_missing(missing: list[Job], cache: Path) -> dict[str, Compiled]:
-    cache.mkdir(parents=True, exist_ok=True)
     done = {}
     workers = min(os.cpu_count() or 1, len(missing))
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory(prefix="tokenspeed-") as scratch,
-        ProcessPoolExecutor(workers, spawn, _start_worker, (scratch,)) as pool,
-    ):
+    with compiler_processes(workers) as pool:
         try:
             for job, compiled in zip(missing, pool.map(compile_kernel, missing), strict=True):
                 _remember(cache, job.key, compiled)
@@ -151,6 +173,35 @@ def _compile_missing(missing: list[Job], cache: Path) -> dict[str, Compiled]:
             hint = "close other programs if memory is short; `--no-compile` plans without compiling"
             raise SpecError("a worker process died while it compiled kernels", hint) from error
     return done
+
+
+@contextmanager
+def compiler_processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes, which start at their first jobs.
+
+    A new Python looks for modules in the current folder first, also for those that start a worker:
+    `PYTHONSAFEPATH` forbids it.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        _variable("PYTHONSAFEPATH", "1"),
+        tempfile.TemporaryDirectory(prefix="tokenspeed-") as scratch,
+        ProcessPoolExecutor(count, spawn, _start_worker, (scratch,)) as pool,
+    ):
+        yield pool
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 ADDR_NO_RANDOMIZE = 0x0040000  # of personality(2)
@@ -229,19 +280,48 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _recall(cache: Path, key: str) -> Compiled | None:
-    """The result that the cache holds, or None where it has none or a damaged one."""
+    """The result that the cache holds, or None where it has none, a damaged or a foreign one."""
     try:
-        report = json.loads((cache / f"{key}.json").read_text())
-        cubin = (cache / f"{key}.cubin").read_bytes()
+        report = json.loads(_read_own(cache / f"{key}.json"))
+        cubin = _read_own(cache / f"{key}.cubin")
         facts = report["facts"]
         if report["digest"] != _digest(key, facts, cubin):
             return None
-        return Compiled(cubin, **facts)
-    except (OSError, ValueError, TypeError, KeyError):
+        return _compiled(cubin, facts)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
-def _digest(key: str, facts: Mapping[str, object], cubin: bytes) -> str:
+def _read_own(path: Path) -> bytes:
+    """The bytes of a file that only this user can have written.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: others can have written it, or it is a link or no file.
+    """
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or not _is_private(status):
+        raise ValueError(f"`{path}` is not this user's file")
+    return path.read_bytes()
+
+
+def _compiled(cubin: bytes, facts: object) -> Compiled:
+    """The result with these facts.
+
+    Raises:
+        TypeError: a fact is missing, unknown, or of another type.
+    """
+    known = asdict(Compiled())
+    del known["cubin"]
+    if not isinstance(facts, dict) or facts.keys() != known.keys():
+        raise TypeError("other facts")
+    for name, empty in known.items():
+        if type(facts[name]) is not type(empty):
+            raise TypeError(f"`{name}` is {facts[name]!r}")
+    return Compiled(cubin, **facts)
+
+
+def _digest(key: str, facts: object, cubin: bytes) -> str:
     return sha256(canonical((key, facts, sha256(cubin))))
 
 
@@ -258,5 +338,11 @@ def _remember(cache: Path, key: str, compiled: Compiled) -> None:
     files = {f"{key}.cubin": compiled.cubin, f"{key}.json": json.dumps(report).encode()}
     for name, data in files.items():
         draft = cache / f".{name}.{os.getpid()}"
-        draft.write_bytes(data)
+        with open(draft, "wb", opener=_for_this_user) as file:
+            file.write(data)
         draft.replace(cache / name)
+
+
+def _for_this_user(path: str, flags: int) -> int:
+    """Open a new file that only this user can read and write."""
+    return os.open(path, flags, 0o600)

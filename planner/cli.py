@@ -16,6 +16,7 @@ from tokenspeed_plan.planner.commands.predict import predict, sweep
 from tokenspeed_plan.planner.commands.run import run
 from tokenspeed_plan.planner.commands.serve import serve
 from tokenspeed_plan.planner.commands.show import diff_command, show
+from tokenspeed_plan.planner.commands.sign import sign_command
 from tokenspeed_plan.plans.errors import TokenspeedError
 
 FILE_HINT = "check the path, its permissions and the space left"
@@ -59,6 +60,7 @@ for command in (
     show,
     diff_command,
     check,
+    sign_command,
     run,
     chat,
     serve,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +21,10 @@ from tokenspeed_plan.planner.models import checkpoint
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import ModelConfig, load_model_config, load_preset
 from tokenspeed_plan.planner.models.decoder import build
+from tokenspeed_plan.planner.models.fit import fit_to_tensors
+from tokenspeed_plan.planner.models.folder import find_folder, model_name
+from tokenspeed_plan.planner.models.stop_tokens import tokenizer_stop_tokens
+from tokenspeed_plan.planner.models.tensor_header import TensorHeader
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.grammar import check
 from tokenspeed_plan.planner.passes.limits import (
@@ -38,20 +42,26 @@ from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.bundle import seal
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.schema import Binary, Capacity, ModelFacts, Plan
+from tokenspeed_plan.plans.schema import Binary, Capacity, ModelFacts, Plan, Shard
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.plans.validate import validate
+from tokenspeed_plan.plans.weight_digests import header_digests
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as planning sees it: its config and, where there is a checkpoint, its headers."""
+    """A model as planning sees it: its config and, where there is a checkpoint, its headers.
+
+    `stop_reason` says where the stop tokens are from if no config names them.
+    """
 
     config: ModelConfig
     location: str | None
     folder: Path | None
     files: Mapping[str, str]
-    headers: Mapping[str, checkpoint.TensorHeader]
+    headers: Mapping[str, TensorHeader]
+    stop_reason: str = ""
+    shards: Mapping[str, Shard] = field(default_factory=dict)
 
     @property
     def num_valid_tokens(self) -> int:
@@ -66,13 +76,22 @@ class Model:
         Published files always split those of the MTP layer.
         """
         if self.headers:
-            return f"{prefix}gate_up_proj" in self.headers
+            return _are_fused(prefix, self.headers)
         moe = self.config.moe
         return moe is not None and moe.fused and not prefix.startswith("mtp.")
 
 
+def _are_fused(prefix: str, headers: Mapping[str, TensorHeader]) -> bool:
+    fused, single = f"{prefix}gate_up_proj", f"{prefix}0.gate_proj.weight"
+    if fused in headers and single in headers:
+        raise SpecError(
+            f"the checkpoint has both `{fused}` and `{single}`", "keep the experts in one form"
+        )
+    return fused in headers
+
+
 def find_model(spec: Spec, near: Path | None = None) -> Model:
-    """The model of a spec. A relative path is looked up from here, then from folders above `near`.
+    """The model of a spec. A relative path is looked up from folders above `near`, then from here.
 
     Raises:
         SpecError: no such preset or folder, or not a model that can be planned.
@@ -81,25 +100,26 @@ def find_model(spec: Spec, near: Path | None = None) -> Model:
         config, _ = load_preset(spec.model.preset)
         return Model(config, None, None, {}, {})
     assert spec.model.path is not None
-    folder = _find_folder(spec.model.path, near)
+    folder = find_folder(spec.model.path, near)
     if folder is None:
         raise SpecError(
             f"there is no folder `{spec.model.path}`",
             "`model.path` names a Hugging Face model folder",
         )
+    config = load_model_config(folder, model_name(folder))
     headers = checkpoint.read_headers(folder)
-    config = load_model_config(folder, headers)
-    return Model(config, spec.model.path, folder, checkpoint.file_digests(folder), headers)
-
-
-def _find_folder(path: str, near: Path | None) -> Path | None:
-    roots = [Path()]
-    if near is not None:
-        roots += near.resolve().parents
-    for root in roots:
-        if (root / path).is_dir():
-            return root / path
-    return None
+    files, shards = checkpoint.file_digests(folder), header_digests(folder)
+    model = Model(config, spec.model.path, folder, files, headers, shards=shards)
+    if headers:
+        config = fit_to_tensors(config, headers, model.fused_experts)
+    model = replace(model, config=config)
+    if config.eos_token_ids:
+        return model
+    ids = tokenizer_stop_tokens(folder, config.vocab_size)
+    reason = "no config of the model names any, its tokenizer does"
+    if not ids:
+        reason = "neither a config of the model nor its tokenizer names any"
+    return replace(model, config=replace(config, eos_token_ids=ids), stop_reason=reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +266,8 @@ def plan_parts(
     limits = plan_limits(capacity, _tpot_ms(spec), predicted_us)
     record_streams(ledger, [program.graph for program in programs])
     record_cache(ledger, limits, _tpot_ms(spec), model.config.has_state)
+    if model.stop_reason:
+        _record_stop_tokens(ledger, model)
     return Parts(
         spec,
         _facts(model, dtype),
@@ -257,6 +279,13 @@ def plan_parts(
         programs,
         version("tokenspeed-plan"),
     )
+
+
+def _record_stop_tokens(ledger: Ledger, model: Model) -> None:
+    """Write down the stop tokens where no config names them."""
+    ids = ", ".join(map(str, model.config.eos_token_ids))
+    value = ids or "none: an answer ends at `max_tokens` or at a request's own stop"
+    ledger.record("stop_tokens", value, model.stop_reason)
 
 
 @dataclass(frozen=True)
@@ -292,8 +321,6 @@ class _Programs:
             self.spec.draft_vocab,
         )
         graph = check(build(context, phase, depth))
-        if self.model.headers:
-            checkpoint.check_sources(graph.weights, self.model.headers)
         return run(graph, PassContext(self.layout, self.hardware), until=Stage.SHARDED)
 
     def _lower(self, graph: OpGraph, bucket: int) -> LoweredProgram:
@@ -342,4 +369,5 @@ def _facts(model: Model, dtype: DType) -> ModelFacts:
         vocab_size=config.vocab_size,
         eos_token_ids=config.eos_token_ids,
         files=dict(model.files),
+        shards=dict(model.shards),
     )

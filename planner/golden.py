@@ -12,6 +12,7 @@ from tokenspeed_plan.planner.spec import Spec, TargetSpec, WorkloadSpec
 from tokenspeed_plan.plans.bundle import seal
 from tokenspeed_plan.plans.schema import CanaryPrompt, Plan
 from tokenspeed_plan.plans.validate import validate
+from tokenspeed_plan.plans.weight_digests import all_digests
 
 TEXTS = (
     "def fibonacci(n):\n",
@@ -22,7 +23,7 @@ NUM_TOKENS = 16
 
 
 def with_canary(plan: Plan, spec: Spec, model: Model) -> Plan:
-    """The plan with golden prompts, if there are weights to make them with."""
+    """The plan with golden prompts and digests of the weights' bytes, if there are weights."""
     if model.folder is None or not model.headers:
         return plan
     max_prompt_len = plan.pool.limits.max_seq_len - NUM_TOKENS
@@ -30,7 +31,9 @@ def with_canary(plan: Plan, spec: Spec, model: Model) -> Plan:
     if max_prompt_len > 0:
         prompts = _prompts(model.folder, model.num_valid_tokens)
         prompts = [ids[:max_prompt_len] for ids in prompts]
-    sealed = seal(plan.model_copy(update={"canary": _golden(spec, model, model.folder, prompts)}))
+    facts = plan.model.model_copy(update={"shards": all_digests(model.folder)})
+    canary = _golden(spec, model, model.folder, prompts)
+    sealed = seal(plan.model_copy(update={"model": facts, "canary": canary}))
     validate(sealed)
     return sealed
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from tokenspeed_plan.plans.canon import canonical, plan_digest, sha256
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_file import KERNELS, read_source
 from tokenspeed_plan.plans.schema import SCHEMA_VERSION, Plan
+from tokenspeed_plan.plans.signature import SIGNATURE_FILE, Signers
+from tokenspeed_plan.plans.text import read_utf8
 from tokenspeed_plan.plans.validate import validate
 
 PLAN_FILE = "plan.json"
@@ -91,13 +95,20 @@ def save_plan(
 ) -> Path:
     """Write the bundle, `plan.json` last. Each file is written whole or not at all.
 
+    Nothing outside the folder is written or deleted, whatever it holds.
+
     Args:
         plan: what to write.
         folder: where to.
         sources: the text of each kernel by name.
         cubins: binaries by file name.
+
+    Raises:
+        PlanError: a folder of the bundle is a link to another one.
     """
     path = folder / PLAN_FILE
+    for inner in (folder / KERNELS, folder / CUBIN):
+        _refuse_link(inner)
     replaced = _files_listed(path)
     texts = {}
     for name, text in (sources or {}).items():
@@ -111,6 +122,13 @@ def save_plan(
     return path
 
 
+def _refuse_link(folder: Path) -> None:
+    if folder.is_symlink():
+        raise PlanError(
+            f"`{folder}` is a link to another folder", "delete the link, or name a new folder"
+        )
+
+
 def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
     for name, data in files.items():
         _write(folder / name, data)
@@ -119,18 +137,25 @@ def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(data)
+    draft.unlink(missing_ok=True)
+    with draft.open("xb") as file:  # never through a link
+        file.write(data)
     draft.replace(path)
+
+
+# Files of kernels, whose names end with their digests. Nobody else's files have such names.
+_OURS = re.compile(r"[a-z0-9_]+_[0-9a-f]{12}(?:\.py|\.sm[0-9]+\.cubin)")
 
 
 def _files_listed(path: Path) -> set[str]:
     """Files of kernels and binaries of the plan to be replaced, of any schema version."""
     try:
         fields = json.loads(path.read_bytes())
-        cubins = {f"{item['kernel']}.sm{item['sm']}.cubin" for item in fields["binaries"]}
-        return cubins | {f"{item['name']}.py" for item in fields["kernels"]}
+        names = {f"{item['kernel']}.sm{item['sm']}.cubin" for item in fields["binaries"]}
+        names |= {f"{item['name']}.py" for item in fields["kernels"]}
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return set()
+    return {name for name in names if _OURS.fullmatch(name)}
 
 
 def _drop_replaced(folder: Path, names: set[str]) -> None:
@@ -138,6 +163,13 @@ def _drop_replaced(folder: Path, names: set[str]) -> None:
     for path in sorted(folder.glob("*")):
         if path.name in names:
             path.unlink()
+
+
+def write_signature(folder: Path, signature: bytes) -> Path:
+    """Put a signature beside its plan; returns its path."""
+    path = folder / SIGNATURE_FILE
+    _write(path, signature)
+    return path
 
 
 def check_sources(plan: Plan, folder: Path) -> int:
@@ -180,7 +212,9 @@ def parse_plan(text: str | bytes, name: str) -> Plan:
         PlanError: not JSON, another schema version, or fields that do not fit.
     """
     try:
-        fields = json.loads(text)
+        fields = json.loads(
+            text, parse_int=_whole, parse_float=_finite, parse_constant=_refuse_constant
+        )
     except (ValueError, RecursionError) as error:
         raise PlanError(f"`{name}` is not JSON: {error}", _REPLAN) from error
     version = fields.get("schema_version") if isinstance(fields, dict) else None
@@ -196,6 +230,37 @@ def parse_plan(text: str | bytes, name: str) -> Plan:
         raise PlanError(f"`{name}` at `{where}`: {first['msg']}", _REPLAN) from error
 
 
+_MAX_WHOLE = 1 << 63  # no size, count or token id is as large
+_MAX_DIGITS = 20
+
+
+def _whole(digits: str) -> int:
+    """An integer that fits 64 bits.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if len(digits) > _MAX_DIGITS or not -_MAX_WHOLE <= int(digits) < _MAX_WHOLE:
+        raise ValueError(f"{digits[:_MAX_DIGITS]}... does not fit 64 bits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    """A number that a double holds.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:_MAX_DIGITS]} is no finite number")
+    return value
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
+
+
 _REPLAN = "make the plan again with `tokenspeed plan SPEC -o DIR`"
 
 
@@ -207,7 +272,7 @@ def read_plan(folder: Path) -> str:
     """
     path = folder / PLAN_FILE
     try:
-        return path.read_text()
+        return read_utf8(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise PlanError(
@@ -228,13 +293,21 @@ def check_digest(plan: Plan) -> None:
         )
 
 
-def load_plan(folder: Path) -> Plan:
-    """Read a bundle, and check its schema, its rules and its digest.
+def load_plan(folder: Path, signers: Signers | None = None) -> Plan:
+    """Read a bundle, and check its schema, its rules, its digest and its spelling.
+
+    With `signers`, one of them must have signed it.
 
     Raises:
         PlanError: with what is wrong; nothing else is raised for bad input.
     """
-    plan = parse_plan(read_plan(folder), str(folder / PLAN_FILE))
+    text = read_plan(folder)
+    if signers is not None:
+        signers.check(folder, text.encode())
+    path = folder / PLAN_FILE
+    plan = parse_plan(text, str(path))
     validate(plan)
     check_digest(plan)
+    if text != dump_plan(plan):
+        raise PlanError(f"the text of `{path}` was altered after planning", _REPLAN)
     return plan

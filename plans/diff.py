@@ -17,6 +17,7 @@ from tokenspeed_plan.plans.schema import (
     Program,
     WeightSpec,
 )
+from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.types import TensorSpec
 
 _MAX_VALUE_CHARS = 80
@@ -33,7 +34,7 @@ class Change:
 
     def __str__(self) -> str:
         line = f"{self.sign} {self.what:<34} {self.detail}"
-        return line.rstrip()
+        return printable_line(line.rstrip())
 
 
 @dataclass(frozen=True, slots=True)

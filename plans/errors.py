@@ -32,6 +32,10 @@ class PlanError(TokenspeedError):
     """A plan is malformed, corrupted, or does not fit this machine or these weights."""
 
 
+class CheckpointError(SpecError, PlanError):
+    """A model's folder is damaged: it can be neither planned nor loaded."""
+
+
 class StalePlanError(TokenspeedError):
     """A frozen plan is not what its spec compiles to."""
 

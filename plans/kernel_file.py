@@ -10,6 +10,7 @@ from typing import Any
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import KernelSpec
+from tokenspeed_plan.plans.text import read_utf8
 
 KERNELS = "kernels"
 
@@ -27,7 +28,7 @@ def read_source(bundle: Path, kernel: KernelSpec) -> str:
     """
     path = bundle / KERNELS / f"{kernel.name}.py"
     try:
-        text = path.read_text()
+        text = read_utf8(path)
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"cannot read `{path}`", _HINT) from error
     check_source(kernel, text)

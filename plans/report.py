@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tokenspeed_plan.plans.errors import PlanError
@@ -19,6 +19,7 @@ from tokenspeed_plan.plans.schema import (
     Plan,
     Program,
 )
+from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.types import GIB
 
 MIB = 1 << 20
@@ -132,11 +133,14 @@ def top_costs(plan: Plan) -> list[dict[str, Any]]:
 
 def _cost(program: Program, kind: str, times: list[float]) -> dict[str, Any]:
     total_us = sum(times)
+    share = 0.0
+    if program.predicted_us:
+        share = total_us / program.predicted_us
     return {
         "kind": kind,
         "calls": len(times),
         "total_us": round(total_us, 2),
-        "share": round(total_us / program.predicted_us, 4),
+        "share": round(share, 4),
     }
 
 
@@ -160,7 +164,12 @@ def as_text(plan: Plan, kernels: bool = False) -> str:
     ]
     if kernels:
         lines += _kernel_lines(plan)
-    return "\n".join(lines)
+    return _joined(lines)
+
+
+def _joined(lines: Iterable[str]) -> str:
+    """The lines, without what a terminal would obey: a plan's texts may be anybody's."""
+    return "\n".join(map(printable_line, lines))
 
 
 def _title_lines(plan: Plan) -> Iterator[str]:
@@ -246,9 +255,9 @@ def why(plan: Plan, name: str) -> str:
     """
     decision = next((d for d in plan.decisions if d.name == name), None)
     if decision is not None:
-        return "\n".join(_decision_lines(decision))
+        return _joined(_decision_lines(decision))
     if name in plan.predicted.values:
-        return "\n".join(_number_lines(plan, name))
+        return _joined(_number_lines(plan, name))
     known = [*(d.name for d in plan.decisions), *plan.predicted.values]
     hint = f"decisions: {', '.join(known)}"
     for near in difflib.get_close_matches(name, known, 1):

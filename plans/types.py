@@ -49,9 +49,9 @@ def aligned(size_bytes: int) -> int:
 
 
 class Frozen(BaseModel):
-    """Base of everything in a plan: immutable, no unknown fields, no coercion."""
+    """Base of everything in a plan: immutable, no unknown fields, no coercion, finite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Format(Frozen):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.signature import Signers
+from tokenspeed_plan.plans.weight_digests import Depth
 from tokenspeed_plan.runtime.execution.backend import BackendName
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.kernels import Kernels
@@ -84,6 +86,8 @@ class Engine:
         launch: Launch | None = None,
         lead: Lead | None = None,
         cache: bool = True,
+        depth: Depth = "headers",
+        signers: Signers | None = None,
     ) -> Engine:
         """Read and check a bundle, then its weights, then allocate.
 
@@ -95,11 +99,13 @@ class Engine:
             launch: a GPU launches CUDA graphs by default, a CPU step after step.
             lead: keeps other ranks in step; there is none by default.
             cache: see `Engine`.
+            depth: how far the weights are compared with those that were planned.
+            signers: one of them must have signed the plan; None takes any plan.
 
         Raises:
             PlanError: the bundle, this machine or the checkpoint does not fit.
         """
-        loaded = load_bundle(bundle, weights, chat, backend, launch, lead)
+        loaded = load_bundle(bundle, weights, chat, backend, launch, lead, depth, signers)
         engine = cls(loaded.plan, loaded.executor, loaded.tokenizer, cache=cache)
         engine.startup_s = loaded.startup_s
         return engine

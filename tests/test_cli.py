@@ -30,6 +30,7 @@ from tokenspeed_plan.runtime.bench.machine import Machine
 from tokenspeed_plan.runtime.bench.prepare import prepare
 from tokenspeed_plan.runtime.bench.replay import Replay
 
+SIGNERS = {"allowed_signers", "signer"}
 SURFACE = {
     "plan": {"spec", "out", "check", "no_compile"},
     "show": {"bundle", "as_json", "kernels", "field", "html"},
@@ -37,7 +38,8 @@ SURFACE = {
     "sweep": {"spec", "gpus", "counts", "changes", "reserved", "as_json"},
     "calibrate": {"out", "base", "device"},
     "diff": {"old", "new"},
-    "check": {"bundle", "weights", "canary"},
+    "check": {"bundle", "weights", "canary", *SIGNERS},
+    "sign": {"bundle", "key"},
     "run": {
         "bundle",
         "source",
@@ -55,6 +57,8 @@ SURFACE = {
         "shard",
         "max_concurrency",
         "no_canary",
+        "verify_weights",
+        *SIGNERS,
         "no_cache",
         "quiet",
         "backend",
@@ -73,6 +77,8 @@ SURFACE = {
         "weights",
         "backend",
         "no_canary",
+        "verify_weights",
+        *SIGNERS,
     },
     "chat": {
         "bundle",
@@ -506,7 +512,10 @@ def test_what_is_not_there(bundle: Path, tmp_path: Path) -> None:
     )
 
 
-def test_wrong_tokens_are_not_served(bundle: Path, checkpoint: Any, tmp_path: Path) -> None:
+def test_wrong_tokens_are_not_served(
+    bundle: Path, checkpoint: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The bytes of small weights are compared first; the canary looks at those of large ones."""
     from safetensors.torch import load_file, save_file
 
     folder = Path(shutil.copytree(checkpoint("moe"), tmp_path / "model"))
@@ -518,13 +527,12 @@ def test_wrong_tokens_are_not_served(bundle: Path, checkpoint: Any, tmp_path: Pa
             },
             path,
         )
-    is_clean(cli("run", bundle, "--prompt", "x", "--weights", folder), 2, "canary prompt 0")
-    assert (
-        cli(
-            "run", bundle, "--prompt", "x", "--max-tokens", 1, "--weights", folder, "--no-canary"
-        ).exit_code
-        == 0
-    )
+    command = ("run", bundle, "--prompt", "x", "--weights", folder)
+    is_clean(cli(*command), 2, "was changed after planning")
+    monkeypatch.setattr("tokenspeed_plan.plans.weight_digests.SMALL_BYTES", 0)
+    is_clean(cli(*command), 2, "canary prompt 0")
+    is_clean(cli(*command, "--no-canary", "--verify-weights"), 2, "was changed after planning")
+    assert cli(*command, "--max-tokens", 1, "--no-canary").exit_code == 0
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from tokenspeed_plan.planner.advisor.candidate import Candidate
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.search_space import DEPTHS
+from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.plans.errors import SpecError
 
 # The share of a token's time that more drafts must save. Below it, predictions do not rank depths
@@ -52,10 +53,7 @@ def bucket_depths(
     stated = predictor.spec.stated_depth
     if not predictor.config.num_mtp_layers:
         if stated:
-            raise SpecError(
-                f"`{predictor.config.name}` has no MTP layer to draft with",
-                "set `speculation: off`",
-            )
+            raise _nothing_drafts(predictor.config)
         return tuple(BucketDepth(bucket, {0: 1.0}, 0) for bucket in buckets)
     tried: Iterable[int] = DEPTHS
     if stated is not None:
@@ -70,6 +68,13 @@ def bucket_depths(
         limit = candidate.knobs.depth
         return tuple(each.at_most(limit) for each in table)
     return tuple(table)
+
+
+def _nothing_drafts(config: ModelConfig) -> SpecError:
+    message = f"`{config.name}` has no MTP layer to draft with"
+    if config.no_drafts_reason:
+        message += f": {config.no_drafts_reason}"
+    return SpecError(message, "set `speculation: off`")
 
 
 def _deepest_fits(predictor: Predictor, candidate: Candidate, depth: int) -> bool:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tokenspeed_plan.codegen.page.plan_page import Roof, RoofPoint
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.step_model import StepModel
@@ -16,6 +18,7 @@ from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.passes.cost import Load, busiest_hits
 from tokenspeed_plan.planner.passes.op_terms import EXPERTS
 from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import integer
 from tokenspeed_plan.plans.schema import (
@@ -61,8 +64,23 @@ def step_prediction(
     }
 
 
+def _spec_of(plan: Plan) -> Spec:
+    """The spec that a plan was made from.
+
+    Raises:
+        SpecError: what the plan holds is no spec of this version.
+    """
+    try:
+        return Spec.model_validate(plan.spec)
+    except ValidationError as error:
+        raise SpecError(
+            f"the spec in the plan of `{plan.model.name}` is not one of this version",
+            "make the plan again with `tokenspeed plan SPEC -o DIR`",
+        ) from error
+
+
 def _step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
-    spec = Spec.model_validate(plan.spec)
+    spec = _spec_of(plan)
     steps = StepModel(
         find_model(spec, bundle).config,
         find_hardware(spec.target.gpu),
@@ -83,7 +101,7 @@ def roofline(plan: Plan) -> Roof:
     Raises:
         SpecError: the plan's GPU has no profile here.
     """
-    spec = Spec.model_validate(plan.spec)
+    spec = _spec_of(plan)
     hardware = find_hardware(spec.target.gpu)
     programs = plan.pool.programs
     decode = min((p for p in programs if p.phase == "decode"), key=lambda p: p.bucket)

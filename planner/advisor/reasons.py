@@ -55,7 +55,8 @@ def record_speculation(ledger: Ledger, predictor: Predictor, table: Sequence[Buc
         ledger.record("speculation", "off", AS_STATED)
         return
     if not predictor.config.num_mtp_layers:
-        ledger.record("speculation", "off", "the model has no layer that drafts")
+        reason = predictor.config.no_drafts_reason or "the model has no layer that drafts"
+        ledger.record("speculation", "off", reason)
         return
     how = "least time a token by batch"
     if spec.stated_depth is not None:

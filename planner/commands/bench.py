@@ -14,6 +14,7 @@ from tokenspeed_plan.planner.advisor.plan_prices import step_prediction
 from tokenspeed_plan.planner.commands.engines import freeze_gc
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.text import printable
 
 Folder = click.Path(path_type=Path)
 Some = click.IntRange(min=1)
@@ -157,7 +158,7 @@ def bench_command(
     result, text = _measure(bundle, BenchOptions(folder, work))
     if as_json:
         text = json.dumps(result, indent=2)
-    click.echo(text)
+    click.echo(printable(text))
 
 
 def _measure(bundle: Path, options: BenchOptions) -> tuple[dict[str, Any], str]:

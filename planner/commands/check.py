@@ -12,6 +12,7 @@ from tokenspeed_plan.planner.commands.engines import (
     on_all_ranks,
     replay_canary,
 )
+from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.bundle import CUBIN, check_cubins, check_sources, load_plan
 from tokenspeed_plan.plans.errors import PlanError
 
@@ -20,15 +21,27 @@ Folder = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("bundle", type=Folder)
-@click.option("--weights", type=Folder, help="Check that this checkpoint is the plan's.")
+@click.option(
+    "--weights", type=Folder, help="Check that this checkpoint is the plan's, byte for byte."
+)
 @click.option("--canary", is_flag=True, help="Replay the golden prompts.")
-def check(bundle: Path, weights: Path | None, canary: bool) -> None:
-    """Check a plan's schema, rules and digests, and on request its weights and golden tokens."""
-    frozen = load_plan(bundle)
+@signature_options
+def check(
+    bundle: Path,
+    weights: Path | None,
+    canary: bool,
+    allowed_signers: Path | None,
+    signer: str | None,
+) -> None:
+    """Check a plan's schema, rules and digests; on request its signature, weights and tokens."""
+    signers = wanted_signers(allowed_signers, signer)
+    frozen = load_plan(bundle, signers)
     click.echo(
         f"{bundle}: schema {frozen.schema_version}, {len(frozen.pool.programs)} programs, "
         "rules and digest hold"
     )
+    if signers is not None:
+        click.echo(f"signature: one of `{signers.allowed}` has signed it")
     click.echo(f"kernels: {check_sources(frozen, bundle)} texts have their digests")
     if (bundle / CUBIN).is_dir():
         click.echo(f"cubins: {check_cubins(frozen, bundle)} have their digests")
@@ -39,12 +52,16 @@ def check(bundle: Path, weights: Path | None, canary: bool) -> None:
         )
     if weights is None and not canary:
         return
-    options = EngineOptions(weights, "reference")
+    has_digests = any(shard.file_sha256 for shard in frozen.model.shards.values())
+    options = EngineOptions(weights, "reference", verify_weights=has_digests, signers=signers)
     on_all_ranks(bundle, options, lambda: _check_weights(bundle, options, canary))
 
 
 def _check_weights(bundle: Path, options: EngineOptions, canary: bool) -> None:
     engine = load_engine(bundle, options)
-    click.echo("weights: names, shapes and dtypes fit")
+    compared = "names, shapes and dtypes fit"
+    if options.verify_weights:
+        compared += f", the bytes of {len(engine.plan.model.shards)} files have their digests"
+    click.echo(f"weights: {compared}")
     if canary:
         click.echo(f"canary: {replay_canary(engine.plan, engine)} tokens agree")

@@ -16,12 +16,15 @@ from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.signature import Signers
+from tokenspeed_plan.plans.weight_digests import Depth
 
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.engine import Engine
 
 
 Backend = Literal["reference", "kernels"]
+VERIFY_HELP = "Compare all bytes of the weights with the plan's digests (small ones always are)."
 _RENAMED_OPTIONS = {"--bodies": "--backend"}
 
 
@@ -34,12 +37,26 @@ class EngineOptions:
         backend: what runs the kernels; the references on a CPU and the kernels on a GPU by default.
         cache: whether prompts are looked up in the prefix cache.
         canary: whether the golden prompts are replayed before the engine is used.
+        verify_weights: whether all bytes of the weights are compared with those that were planned.
+            Those of small models are, where there is a canary.
+        signers: one of them must have signed the plan; None takes any plan.
     """
 
     weights: Path | None = None
     backend: Backend | None = None
     cache: bool = True
     canary: bool = True
+    verify_weights: bool = False
+    signers: Signers | None = None
+
+    @property
+    def depth(self) -> Depth:
+        """How far the weights are compared with those that were planned."""
+        if self.verify_weights:
+            return "all"
+        if self.canary:
+            return "small"
+        return "headers"
 
 
 class ReplayCommand(click.Command):
@@ -80,7 +97,7 @@ def on_all_ranks(
     from tokenspeed_plan.runtime.execution.collectives import join, own_rank, world_size
     from tokenspeed_plan.runtime.execution.ranks import follow, leading
 
-    frozen = load_plan(bundle)
+    frozen = load_plan(bundle, options.signers)
     if own_rank() and frozen.target.count != world_size():
         return 0  # rank 0 reports the error
     join(frozen)
@@ -99,7 +116,9 @@ def load_chat_template(bundle: Path, options: EngineOptions) -> ChatTemplate | N
     """The chat template of a bundle's model; None if it has none."""
     from tokenspeed_plan.runtime.loading.preflight import find_weights
 
-    return ChatTemplate.load(find_weights(load_plan(bundle), bundle, options.weights))
+    return ChatTemplate.load(
+        find_weights(load_plan(bundle, options.signers), bundle, options.weights)
+    )
 
 
 def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:
@@ -113,7 +132,14 @@ def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None 
 
         lead = Leader() if os.environ.get("RANK", "0") == "0" else Follower()
     return Engine.load(
-        bundle, options.weights, chat, backend=options.backend, lead=lead, cache=options.cache
+        bundle,
+        options.weights,
+        chat,
+        backend=options.backend,
+        lead=lead,
+        cache=options.cache,
+        depth=options.depth,
+        signers=options.signers,
     )
 
 

@@ -25,6 +25,7 @@ from tokenspeed_plan.plans.bundle import (
 from tokenspeed_plan.plans.diff import Change, diff
 from tokenspeed_plan.plans.errors import PlanError, StalePlanError
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.text import printable_line
 
 Folder = click.Path(path_type=Path)
 MAX_CHANGES = 20  # that are listed
@@ -80,10 +81,8 @@ def _compile(options: PlanOptions) -> Compiled:
 def _echo_written(bundle: Compiled, out: Path) -> None:
     plan, target = bundle.plan, bundle.plan.target
     path = out / PLAN_FILE
-    click.echo(
-        f"wrote {path} ({plan.digest[:16]}): {plan.model.name} on {target.count} x {target.gpu}",
-        err=True,
-    )
+    what = f"{plan.model.name} on {target.count} x {target.gpu}"
+    click.echo(printable_line(f"wrote {path} ({plan.digest[:16]}): {what}"), err=True)
     compiled = "not compiled"
     if plan.binaries:
         compiled = f"compiled for sm_{target.sm} by {plan.kernel_compiler}"

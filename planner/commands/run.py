@@ -10,12 +10,14 @@ import click
 
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.planner.commands.engines import (
+    VERIFY_HELP,
     Backend,
     EngineOptions,
     ReplayCommand,
     on_all_ranks,
     ready_engine,
 )
+from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.canon import answer_digest
 from tokenspeed_plan.plans.errors import RequestError
@@ -76,6 +78,8 @@ class RunOptions:
 @click.option("--shard", help="Only every n-th row from the i-th: i/n.")
 @click.option("--max-concurrency", type=click.IntRange(min=1), help="Rows in flight.")
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
+@click.option("--verify-weights", is_flag=True, help=VERIFY_HELP)
+@signature_options
 @click.option("--no-cache", is_flag=True, help="Compute every prompt from its beginning.")
 @click.option(
     "--backend",
@@ -105,6 +109,9 @@ def run(
     shard: str | None,
     max_concurrency: int | None,
     no_canary: bool,
+    verify_weights: bool,
+    allowed_signers: Path | None,
+    signer: str | None,
     no_cache: bool,
     backend: Backend | None,
     check: bool,
@@ -113,7 +120,8 @@ def run(
     """Replay BUNDLE: answer a batch file, or one --prompt."""
     from tokenspeed_plan.runtime.serving.batch import BatchOptions
 
-    engine = EngineOptions(weights, backend, cache=not no_cache, canary=not no_canary)
+    signers = wanted_signers(allowed_signers, signer)
+    engine = EngineOptions(weights, backend, not no_cache, not no_canary, verify_weights, signers)
     if check:
         if not (prompt is None and source is None and output is None):
             raise click.UsageError("--check takes no prompt and no batch")
@@ -146,7 +154,9 @@ def _run_check(bundle: Path, options: EngineOptions) -> None:
     from tokenspeed_plan.runtime.compare import check_steps
     from tokenspeed_plan.runtime.engine import Engine
 
-    engine = Engine.load(bundle, options.weights, backend="compare")
+    engine = Engine.load(
+        bundle, options.weights, backend="compare", depth=options.depth, signers=options.signers
+    )
     tally = check_steps(engine)
     skipped = ""
     if tally.skipped:
@@ -189,7 +199,7 @@ def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOption
     from tokenspeed_plan.runtime.serving.batch import run_batch
     from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
-    frozen = load_plan(bundle)
+    frozen = load_plan(bundle, engine_options.signers)
     check_target(frozen)
     folder = find_weights(frozen, bundle, engine_options.weights)
     check_files(frozen, folder)

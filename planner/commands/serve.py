@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tokenspeed_plan.planner.commands.engines import (
+    VERIFY_HELP,
     Backend,
     EngineOptions,
     ReplayCommand,
@@ -18,6 +19,7 @@ from tokenspeed_plan.planner.commands.engines import (
     on_all_ranks,
     ready_engine,
 )
+from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.errors import RequestError
 
 if TYPE_CHECKING:
@@ -88,6 +90,8 @@ class ServeOptions:
     "--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`."
 )
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
+@click.option("--verify-weights", is_flag=True, help=VERIFY_HELP)
+@signature_options
 def serve(
     bundle: Path,
     host: str,
@@ -101,6 +105,9 @@ def serve(
     weights: Path | None,
     backend: Backend | None,
     no_canary: bool,
+    verify_weights: bool,
+    allowed_signers: Path | None,
+    signer: str | None,
 ) -> None:
     """Serve BUNDLE to OpenAI's clients."""
     _check_packages()
@@ -111,7 +118,8 @@ def serve(
     server = ServerOptions(
         api_key, model_name, max_requests, max_body_bytes, body_timeout_s, drain_s
     )
-    engine = EngineOptions(weights, backend, canary=not no_canary)
+    signers = wanted_signers(allowed_signers, signer)
+    engine = EngineOptions(weights, backend, True, not no_canary, verify_weights, signers)
     options = ServeOptions(host, port, engine, server)
     signals = (signal.SIGTERM, signal.SIGINT)
     on_all_ranks(bundle, engine, lambda: _serve(bundle, options), ignored=signals)

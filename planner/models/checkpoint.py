@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from tokenspeed_plan.planner.graph import Source, Weight
+from tokenspeed_plan.planner.models.tensor_header import TensorHeader, read_header
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.weight_files import HINT as _HINT
+from tokenspeed_plan.plans.weight_files import add_tensors, weight_files
 
 SMALL_FILES = (
     "config.json",
@@ -20,47 +21,18 @@ SMALL_FILES = (
     "chat_template.jinja",
 )
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
-_MAX_HEADER_BYTES = 256 << 20
-_HINT = "the folder must hold the complete checkpoint, as it was published"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorHeader:
-    """One tensor of a safetensors file."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """All tensors of all safetensors files of a folder; empty where there are none.
+    """All tensors of a model's folder; empty where it has no weights.
 
     Raises:
         SpecError: a file is damaged.
     """
     headers: dict[str, TensorHeader] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, entry in _read_header(path).items():
-            headers[name] = TensorHeader(tuple(entry["shape"]), entry["dtype"])
+    for file in weight_files(folder):
+        add_tensors(headers, file, read_header(file.path))
     return headers
-
-
-def _read_header(path: Path) -> dict[str, dict]:  # type: ignore[type-arg]
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _MAX_HEADER_BYTES:
-                raise ValueError("header too long")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        if not all(
-            {"shape", "dtype"} <= set(entry) and isinstance(entry["shape"], list)
-            for entry in header.values()
-        ):
-            raise ValueError("entry without shape or dtype")
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError, struct.error) as error:
-        raise SpecError(f"`{path}` is not a safetensors file: {error}", _HINT) from error
-    return header  # type: ignore[no-any-return]
 
 
 def file_digests(folder: Path) -> dict[str, str]:
@@ -109,6 +81,18 @@ def check_sources(weights: Mapping[str, Weight], headers: Mapping[str, TensorHea
         for source in weight.sources:
             for name, shape in _files_of(source):
                 _check_tensor(name, shape, headers.get(name))
+
+
+def missing_source(
+    weights: Mapping[str, Weight], headers: Mapping[str, TensorHeader]
+) -> str | None:
+    """The first tensor that weights are made of and the checkpoint does not have."""
+    for weight in weights.values():
+        for source in weight.sources:
+            for name, _ in _files_of(source):
+                if name not in headers:
+                    return name
+    return None
 
 
 def _files_of(source: Source) -> list[tuple[str, tuple[int, ...]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -11,18 +11,22 @@ from typing import Any, Literal
 
 from tokenspeed_plan.planner.models.config_reader import ConfigReader
 from tokenspeed_plan.planner.models.registry import FAMILIES, Family
+from tokenspeed_plan.planner.models.rope import Rope, read_rope
+from tokenspeed_plan.planner.models.stop_tokens import stop_tokens
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.shown import shown
+from tokenspeed_plan.plans.weight_files import read_json_object
 
 LayerType = Literal["linear_attention", "full_attention"]
 _FULL_ATTENTION: LayerType = "full_attention"
 _LINEAR_ATTENTION: LayerType = "linear_attention"
-MAX_LAYERS = 4096
 PRESETS = "tokenspeed_plan.planner.models.presets"
-MAX_VOCAB = 1 << 20  # sampling packs a token and its logit into 64 bits
-_DEFAULT_POSITIONS = 32768
-_WRAPPED_PREFIX = "model.language_model."
-_FLAT_PREFIX = "model."
-_MTP_TENSOR = "mtp.fc.weight"
+WRAPPED_PREFIX = "model.language_model."
+FLAT_PREFIX = "model."
+_HINT = "`model.path` names a Hugging Face model folder"
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+# These change how transformers reads a model, and have no counterpart here.
+_REFUSED = ("per_layer_config", "transformers_weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,9 @@ class ModelConfig:
         delta_net: None where no layer has linear attention.
         moe: None where the feed-forward block is dense and `intermediate_size` wide.
         mtp_acceptance: for each draft of a step, how often it is right if those before it were.
+        no_drafts_reason: why nothing drafts although the config says so; empty elsewhere.
         prefix: what the decoder's tensor names begin with.
+        has_two_prefixes: whether checkpoints of the family are saved with either prefix.
         plain_norms: norms multiply by `w`, not by `1 + w`.
     """
 
@@ -106,7 +112,9 @@ class ModelConfig:
     num_mtp_layers: int
     eos_token_ids: tuple[int, ...]
     mtp_acceptance: tuple[float, ...] = ()
-    prefix: str = field(default=_WRAPPED_PREFIX)
+    no_drafts_reason: str = ""
+    prefix: str = field(default=WRAPPED_PREFIX)
+    has_two_prefixes: bool = False
     plain_norms: bool = False
 
     @property
@@ -127,28 +135,31 @@ class ModelConfig:
             SpecError: another family, a missing field, or a feature that is not planned yet.
         """
         reader = ConfigReader(name, config)
-        text, prefix = reader, _FLAT_PREFIX
-        if "text_config" in config:
-            text, prefix = reader.child("text_config"), _WRAPPED_PREFIX
         family = _family(reader)
+        text, prefix = _text(reader, family)
         _refuse_unsupported(reader, text, family)
-        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        head_dim = text.integer("head_dim")
+        rope = read_rope(text, family, head_dim)
+        vocab_size = text.integer("vocab_size")
+        num_mtp_layers, no_drafts_reason = _mtp_layers(text, family)
         return cls(
             name=name,
             hidden_size=text.integer("hidden_size"),
-            vocab_size=_vocab_size(text),
+            vocab_size=vocab_size,
             layer_types=_layer_types(text, family),
-            attention=_attention(text, family),
+            attention=_attention(text, family, rope, head_dim),
             delta_net=_delta_net(text, family),
             moe=_moe(text, family),
             intermediate_size=0 if family.is_moe else text.integer("intermediate_size"),
-            rms_norm_eps=text.number("rms_norm_eps", 1e-6),
-            tie_word_embeddings=bool(tied),
-            max_positions=text.integer("max_position_embeddings", _DEFAULT_POSITIONS),
-            num_mtp_layers=text.integer("mtp_num_hidden_layers", family.default_mtp_layers),
-            eos_token_ids=_eos(text),
+            rms_norm_eps=text.number("rms_norm_eps", 1e-6, most=1.0),
+            tie_word_embeddings=_is_tied(reader, text),
+            max_positions=rope.max_positions,
+            num_mtp_layers=num_mtp_layers,
+            eos_token_ids=stop_tokens((reader, text), vocab_size),
             mtp_acceptance=reader.shares("mtp_acceptance"),
+            no_drafts_reason=no_drafts_reason,
             prefix=prefix,
+            has_two_prefixes=family.has_two_prefixes,
             plain_norms=family.has_plain_norms,
         )
 
@@ -157,27 +168,50 @@ def _family(reader: ConfigReader) -> Family:
     model_type = reader.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise SpecError(
-            f"`{reader.name}` has model_type {model_type!r}, which is not planned",
+            f"`{reader.name}` has model_type {shown(model_type)}, which is not planned",
             f"supported: {', '.join(FAMILIES)}",
         )
     return FAMILIES[model_type]
 
 
+def _text(reader: ConfigReader, family: Family) -> tuple[ConfigReader, str]:
+    """The text model's config, and what its tensors' names begin with by the published files."""
+    if family.is_wrapped:
+        return reader.child("text_config"), WRAPPED_PREFIX
+    if reader.get("text_config") is not None:
+        raise reader.error(f"`text_config` inside a `{reader.get('model_type')}` is not planned")
+    return reader, FLAT_PREFIX
+
+
+def _is_tied(reader: ConfigReader, text: ConfigReader) -> bool:
+    """Whether a missing head is the embedding table.
+
+    transformers' text model asks the text config, its whole model the one around it. The other
+    answer would leave the head to chance.
+    """
+    flags = [each.flag("tie_word_embeddings") for each in (reader, text)]
+    return any(flags)
+
+
+def _mtp_layers(text: ConfigReader, family: Family) -> tuple[int, str]:
+    """MTP layers that can draft, and why there are none of those that the config names."""
+    count = text.integer("mtp_num_hidden_layers", family.default_mtp_layers)
+    if count and text.flag("mtp_use_dedicated_embeddings"):
+        return 0, "drafts from embeddings of their own are not planned"
+    return count, ""
+
+
 def _refuse_unsupported(reader: ConfigReader, text: ConfigReader, family: Family) -> None:
-    if reader.get("quantization_config") or text.get("quantization_config"):
-        raise SpecError(
-            f"`{reader.name}` is a quantised checkpoint, which is not planned yet",
-            "use the BF16 checkpoint of the model",
-        )
+    for each in (reader, text):
+        _refuse_anywhere(each)
     for key, allowed in (("output_gate_type", ("swish", "silu")), ("hidden_act", ("silu",))):
-        value = text.get(key, allowed[0])
-        if value not in allowed:
-            raise text.error(f"`{key}` is {value!r}, only {allowed[0]} is planned")
-    if text.get("attention_bias"):
+        if text.get(key, allowed[0]) not in allowed:
+            raise text.error(f"`{key}` is {text.shown(key)}, only {allowed[0]} is planned")
+    if text.flag("attention_bias"):
         raise text.error("`attention_bias` is true, biases are not planned")
-    if text.get("use_sliding_window"):
+    if text.flag("use_sliding_window"):
         raise text.error("`use_sliding_window` is true, sliding windows are not planned")
-    if family.has_output_gate and text.get("attn_output_gate", True) is not True:
+    if family.has_output_gate and not text.flag("attn_output_gate", True):
         raise text.error(
             f"`attn_output_gate` is not true, {family.title} without an output gate is not planned"
         )
@@ -185,33 +219,40 @@ def _refuse_unsupported(reader: ConfigReader, text: ConfigReader, family: Family
         _refuse_unsupported_experts(text, family)
 
 
+def _refuse_anywhere(reader: ConfigReader) -> None:
+    """Refuse what is not planned wherever a config says it."""
+    if reader.get("quantization_config") is not None:
+        raise SpecError(
+            f"`{reader.name}` is a quantised checkpoint, which is not planned yet",
+            "use the BF16 checkpoint of the model",
+        )
+    for key in _REFUSED:
+        if reader.get(key) is not None:
+            raise reader.error(f"`{key}` is {reader.shown(key)}, which is not planned")
+    for key in ("dtype", "torch_dtype"):
+        value = reader.get(key)
+        if value is not None and value not in _DTYPES:
+            raise reader.error(f"`{key}` is {reader.shown(key)}, not one of {', '.join(_DTYPES)}")
+
+
 def _refuse_unsupported_experts(text: ConfigReader, family: Family) -> None:
     if text.get("mlp_only_layers"):
         raise text.error(
-            f"`mlp_only_layers` is {text.get('mlp_only_layers')!r}, "
+            f"`mlp_only_layers` is {text.shown('mlp_only_layers')}, "
             "dense layers among experts are not planned"
         )
     if text.get("decoder_sparse_step", 1) != 1:
         raise text.error(
-            f"`decoder_sparse_step` is {text.get('decoder_sparse_step')!r}, only 1 is planned"
+            f"`decoder_sparse_step` is {text.shown('decoder_sparse_step')}, only 1 is planned"
         )
-    if text.get("norm_topk_prob", family.normalizes_top_k) is not True:
+    if not text.flag("norm_topk_prob", family.normalizes_top_k):
         raise text.error(
             "`norm_topk_prob` is not true, experts' shares that do not add up to 1 are not planned"
         )
 
 
-def _vocab_size(text: ConfigReader) -> int:
-    size = text.integer("vocab_size")
-    if size > MAX_VOCAB:
-        raise text.error(f"`vocab_size` is {size}, the most is {MAX_VOCAB}")
-    return size
-
-
 def _layer_types(text: ConfigReader, family: Family) -> tuple[LayerType, ...]:
     num_layers = text.integer("num_hidden_layers")
-    if num_layers > MAX_LAYERS:
-        raise text.error(f"`num_hidden_layers` is {num_layers}, the most is {MAX_LAYERS}")
     given = text.get("layer_types")
     if given is None:
         return _default_layer_types(text, family, num_layers)
@@ -222,7 +263,7 @@ def _layer_types(text: ConfigReader, family: Family) -> tuple[LayerType, ...]:
         raise text.error(f"`layer_types` does not name {num_layers} layers")
     for kind in given:
         if kind not in known:
-            raise text.error(f"`layer_types` names {kind!r}: {family.title} has {known}")
+            raise text.error(f"`layer_types` names {shown(kind)}: {family.title} has {known}")
     return tuple(given)
 
 
@@ -237,90 +278,20 @@ def _default_layer_types(
     return tuple(linear if (i + 1) % interval else full for i in range(num_layers))
 
 
-def _attention(text: ConfigReader, family: Family) -> AttentionConfig:
-    rope = text
-    if "rope_parameters" in text.data:
-        rope = text.child("rope_parameters")
-    kind = _rope_type(text)
-    head_dim = text.integer("head_dim")
+def _attention(text: ConfigReader, family: Family, rope: Rope, head_dim: int) -> AttentionConfig:
     heads, kv_heads = text.integer("num_attention_heads"), text.integer("num_key_value_heads")
     if heads % kv_heads:
         raise text.error(f"{heads} attention heads do not share {kv_heads} kv heads evenly")
-    theta = text.get("rope_theta", family.rope_theta)
-    factor = 1.0
-    if kind == "yarn":
-        factor = rope.number("factor", 1.0)
-    positions = text.integer("max_position_embeddings", _DEFAULT_POSITIONS)
     return AttentionConfig(
         num_qo_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        rotary_dim=_rotary_dim(text, rope, family, head_dim),
-        rope_theta=rope.number("rope_theta", theta),
-        rope_factor=factor,
-        rope_original_max_positions=rope.integer("original_max_position_embeddings", positions),
+        rotary_dim=rope.rotary_dim,
+        rope_theta=rope.theta,
+        rope_factor=rope.factor,
+        rope_original_max_positions=rope.original_max_positions,
         gated=family.has_output_gate,
     )
-
-
-def _rotary_dim(text: ConfigReader, rope: ConfigReader, family: Family, head_dim: int) -> int:
-    """Rotated channels of a head: all of them in families without DeltaNet, as in transformers."""
-    if not family.has_delta_net:
-        return head_dim
-    default = text.get("partial_rotary_factor", family.rotary_share)
-    share = rope.get("partial_rotary_factor", default)
-    if not isinstance(share, (int, float)) or not 2 <= head_dim * share <= head_dim:
-        raise text.error(
-            f"`partial_rotary_factor` is {share!r}, which turns {share!r} x {head_dim} channels"
-        )
-    return int(head_dim * share) // 2 * 2
-
-
-# The values that these settings must have where they are given: others would change the angles.
-_ROPE_DEFAULTS: dict[str, Any] = {
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "truncate": True,
-    "attention_factor": None,
-    "mscale": None,
-    "mscale_all_dim": None,
-}
-_ROPE_READ = (
-    "rope_type",
-    "type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "mrope_section",
-    "mrope_interleaved",
-)
-_YARN_READ = ("factor", "original_max_position_embeddings")
-
-
-def _rope_type(text: ConfigReader) -> str:
-    """The kind of rotary embedding.
-
-    Raises:
-        SpecError: a setting that is not planned; it would change every angle.
-    """
-    if text.get("rope_scaling") is not None:
-        raise text.error(
-            f"`rope_scaling` is {text.get('rope_scaling')!r}, only `rope_parameters` is read"
-        )
-    rope = ConfigReader(text.name, {})
-    if "rope_parameters" in text.data:
-        rope = text.child("rope_parameters")
-    kind = rope.get("rope_type", text.get("rope_type", "default"))
-    if kind not in ("default", "yarn") or rope.get("type", kind) != kind:
-        raise text.error(f"rope_type {rope.get('type', kind)!r} is not planned")
-    for key, value in rope.data.items():
-        known = key in _ROPE_READ or (kind == "yarn" and key in _YARN_READ)
-        if not known and (key not in _ROPE_DEFAULTS or value != _ROPE_DEFAULTS[key]):
-            raise text.error(f"`rope_parameters.{key}` is {value!r}, which is not planned")
-    if kind == "yarn" and (rope.number("factor", 1.0) < 1 or rope.number("rope_theta", 1e7) <= 1):
-        raise text.error(
-            f"YaRN of factor {rope.get('factor')!r} and rope_theta {rope.get('rope_theta')!r}"
-        )
-    return str(kind)
 
 
 def _delta_net(text: ConfigReader, family: Family) -> DeltaNetConfig | None:
@@ -344,15 +315,11 @@ def _delta_net(text: ConfigReader, family: Family) -> DeltaNetConfig | None:
 def _moe(text: ConfigReader, family: Family) -> MoeConfig | None:
     if not family.is_moe:
         return None
-    # transformers 5 saves the number of experts under the second name.
-    experts_key = "num_experts"
-    if experts_key not in text.data and "num_local_experts" in text.data:
-        experts_key = "num_local_experts"
     shared_size = 0
     if family.has_shared_expert:
         shared_size = text.integer("shared_expert_intermediate_size")
     config = MoeConfig(
-        num_experts=text.integer(experts_key),
+        num_experts=_num_experts(text, family),
         num_experts_per_token=text.integer("num_experts_per_tok"),
         intermediate_size=text.integer("moe_intermediate_size"),
         shared_intermediate_size=shared_size,
@@ -363,17 +330,13 @@ def _moe(text: ConfigReader, family: Family) -> MoeConfig | None:
     return config
 
 
-def _eos(text: ConfigReader) -> tuple[int, ...]:
-    value = text.get("eos_token_id")
-    values = value
-    if value is None:
-        values = []
-    elif not isinstance(value, list):
-        values = [value]
-    for item in values:
-        if not isinstance(item, int) or isinstance(item, bool) or item < 0:
-            raise text.error(f"`eos_token_id` is {value!r}")
-    return tuple(values)
+def _num_experts(text: ConfigReader, family: Family) -> int:
+    known, saved = "num_experts", "num_local_experts"
+    if not family.renames_experts or saved not in text.data:
+        return text.integer(known)
+    if known in text.data and text.data[known] != text.data[saved]:
+        raise text.error(f"`{known}` is {text.shown(known)} and `{saved}` is {text.shown(saved)}")
+    return text.integer(saved)
 
 
 def preset_names() -> list[str]:
@@ -391,41 +354,23 @@ def load_preset(name: str) -> tuple[ModelConfig, str]:
     names = preset_names()
     if name not in names:
         raise SpecError(f"there is no preset `{name}`", f"presets: {', '.join(names)}")
-    text = resources.files(PRESETS).joinpath(f"{name}.json").read_text()
+    text = resources.files(PRESETS).joinpath(f"{name}.json").read_text(encoding="utf-8")
     return ModelConfig.from_hf(json.loads(text), name), text
 
 
-def load_model_config(folder: Path, tensors: Collection[str] = ()) -> ModelConfig:
-    """From a checkpoint folder; `generation_config.json`, where there is one, adds its stop tokens.
-
-    `tensors` are the names in the checkpoint: published configs do not say whether Qwen3-Next has
-    its MTP layer, its tensors do.
+def load_model_config(folder: Path, name: str) -> ModelConfig:
+    """What the JSON files of a model's folder say; they do not know what the weights are.
 
     Raises:
         SpecError: unreadable, not JSON, or not a model that can be planned.
     """
-    data = _read_json(folder / "config.json")
-    config = ModelConfig.from_hf(data, folder.name)
-    tensors_decide = bool(tensors) and FAMILIES[data["model_type"]].default_mtp_layers > 0
-    if tensors_decide and _MTP_TENSOR not in tensors:
-        config = replace(config, num_mtp_layers=0)
-    generation = folder / "generation_config.json"
-    if not generation.exists():
+    data = read_json_object(folder / "config.json", _HINT)
+    config = ModelConfig.from_hf(data, name)
+    path = folder / "generation_config.json"
+    if not path.is_file():
         return config
-    extra = _eos(ConfigReader(folder.name, _read_json(generation)))
-    return replace(config, eos_token_ids=tuple(sorted({*config.eos_token_ids, *extra})))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
-        raise SpecError(
-            f"cannot read `{path}`: {reason}", "`model.path` names a Hugging Face model folder"
-        ) from error
-    if not isinstance(value, dict):
-        raise SpecError(
-            f"`{path}` is not a JSON object", "use the file that was published with the model"
-        )
-    return value
+    reader = ConfigReader(name, read_json_object(path, _HINT))
+    stated = stop_tokens((reader,), config.vocab_size)
+    if not stated:
+        return config
+    return replace(config, eos_token_ids=stated)

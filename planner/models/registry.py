@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,10 @@ class Family:
         has_packed_projections: DeltaNet's input projections are packed by key head.
         normalizes_top_k: the shares of the chosen experts add up to 1 unless the config objects.
         rotary_share: the part of each head that is rotated where the config does not say it.
-        rope_theta: the base of the rotary embedding where the config does not say it; None where it
-            must.
+        is_wrapped: its text model is under `text_config`; the variants whose `model_type` ends in
+            `_text` have nothing around it.
+        has_two_prefixes: transformers reads tensors with and without the wrapper's name.
+        renames_experts: transformers 5 saves `num_experts` as `num_local_experts`.
         default_mtp_layers: MTP layers of a config that names no number. Where there is a
             checkpoint, its tensors decide.
     """
@@ -36,12 +38,14 @@ class Family:
     has_packed_projections: bool = False
     normalizes_top_k: bool = False
     rotary_share: float = 1.0
-    rope_theta: float | None = None
+    is_wrapped: bool = False
+    has_two_prefixes: bool = False
+    renames_experts: bool = False
     default_mtp_layers: int = 0
 
 
 _QWEN3 = Family("Qwen3", has_plain_norms=True)
-_QWEN3_MOE = Family("Qwen3 MoE", is_moe=True, has_plain_norms=True)
+_QWEN3_MOE = Family("Qwen3 MoE", is_moe=True, has_plain_norms=True, renames_experts=True)
 _QWEN3_NEXT = Family(
     "Qwen3-Next",
     is_moe=True,
@@ -55,7 +59,12 @@ _QWEN3_NEXT = Family(
 )
 # Qwen3.6 has the same graph and the same `model_type`.
 _QWEN3_5 = Family(
-    "Qwen3.5", has_delta_net=True, has_output_gate=True, rotary_share=0.25, rope_theta=1e7
+    "Qwen3.5",
+    has_delta_net=True,
+    has_output_gate=True,
+    rotary_share=0.25,
+    is_wrapped=True,
+    has_two_prefixes=True,
 )
 _QWEN3_5_MOE = Family(
     "Qwen3.5 MoE",
@@ -66,7 +75,8 @@ _QWEN3_5_MOE = Family(
     has_output_gate=True,
     normalizes_top_k=True,
     rotary_share=0.25,
-    rope_theta=1e7,
+    is_wrapped=True,
+    has_two_prefixes=True,
 )
 
 FAMILIES = {
@@ -74,7 +84,7 @@ FAMILIES = {
     "qwen3_moe": _QWEN3_MOE,
     "qwen3_next": _QWEN3_NEXT,
     "qwen3_5": _QWEN3_5,
-    "qwen3_5_text": _QWEN3_5,
+    "qwen3_5_text": replace(_QWEN3_5, is_wrapped=False),
     "qwen3_5_moe": _QWEN3_5_MOE,
-    "qwen3_5_moe_text": _QWEN3_5_MOE,
+    "qwen3_5_moe_text": replace(_QWEN3_5_MOE, is_wrapped=False),
 }

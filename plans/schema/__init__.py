@@ -10,8 +10,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
+from tokenspeed_plan.plans.canon import canonical
 from tokenspeed_plan.plans.schema.cost_specs import BatchSize, CallCost, Terms, Work
 from tokenspeed_plan.plans.schema.kernel_specs import (
     TENSOR_ROLES,
@@ -52,7 +58,7 @@ from tokenspeed_plan.plans.schema.program_specs import (
     WaitEvent,
     shared_bytes,
 )
-from tokenspeed_plan.plans.types import DType, Frozen, RollbackWord
+from tokenspeed_plan.plans.types import DType, Frozen, RollbackWord, Sha256
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -91,6 +97,7 @@ __all__ = [
     "Predicted",
     "Program",
     "RecordEvent",
+    "Shard",
     "Shift",
     "Step",
     "Target",
@@ -106,11 +113,22 @@ __all__ = [
 SCHEMA_VERSION = 6
 
 
+class Shard(Frozen):
+    """A file of weights: the digests of what its header says, and of its bytes.
+
+    The second is empty where the plan was not made with these weights, but only for them.
+    """
+
+    header_sha256: Sha256
+    file_sha256: Sha256 = ""
+
+
 class ModelFacts(Frozen):
     """The model that the plan is for, and the files that it was planned from.
 
-    `files` maps a file name to its SHA-256; the runtime refuses other content. `location` is the
-    folder as the spec wrote it, None for a preset.
+    `files` maps a file name to its SHA-256, `shards` those of the weights to theirs; the runtime
+    refuses other content. JSON has `shards` only where there are weights. `location` is the folder
+    as the spec wrote it, None for a preset.
     """
 
     name: str
@@ -120,7 +138,15 @@ class ModelFacts(Frozen):
     hidden_size: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    files: dict[str, str]
+    files: dict[str, Sha256]
+    shards: dict[str, Shard] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _spell(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = spell(self)
+        if not self.shards:
+            fields.pop("shards", None)
+        return fields
 
 
 class Target(Frozen):
@@ -265,6 +291,12 @@ class Plan(Frozen):
     kernel_compiler: str = ""
     binaries: tuple[Binary, ...] = ()
     canary: tuple[CanaryPrompt, ...] = ()
+
+    @field_validator("spec")
+    @classmethod
+    def _is_finite(cls, spec: dict[str, Any]) -> dict[str, Any]:
+        canonical(spec)  # refuses NaN and infinity, which JSON does not have
+        return spec
 
     @property
     def pool(self) -> Pool:

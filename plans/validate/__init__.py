@@ -13,7 +13,12 @@ from tokenspeed_plan.plans.validate.format_rules import check_formats
 from tokenspeed_plan.plans.validate.kernel_rules import check_binaries, check_kernels
 from tokenspeed_plan.plans.validate.limit_rules import check_limits
 from tokenspeed_plan.plans.validate.memory_rules import check_memory
-from tokenspeed_plan.plans.validate.model_rules import check_canary, check_vocabulary
+from tokenspeed_plan.plans.validate.model_rules import (
+    check_canary,
+    check_files,
+    check_predictions,
+    check_vocabulary,
+)
 from tokenspeed_plan.plans.validate.name_rules import check_names, check_pools
 from tokenspeed_plan.plans.validate.program_rules import check_programs
 from tokenspeed_plan.plans.validate.refusal import refuse
@@ -21,7 +26,7 @@ from tokenspeed_plan.plans.validate.weight_rules import check_weights
 
 __all__ = ["refuse", "validate"]
 
-_PLAN_RULES = (check_pools, check_binaries, check_canary)
+_PLAN_RULES = (check_pools, check_binaries, check_files, check_canary, check_predictions)
 _POOL_RULES = (
     check_names,
     check_limits,

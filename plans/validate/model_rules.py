@@ -1,7 +1,8 @@
-"""What ties a plan to its model: the vocabulary and the canary prompts."""
+"""What ties a plan to its model: its files, vocabulary, canary and promises."""
 
 from __future__ import annotations
 
+from tokenspeed_plan.plans.report import DEFINITIONS
 from tokenspeed_plan.plans.schema import Plan, Pool
 from tokenspeed_plan.plans.validate.refusal import refuse
 
@@ -20,6 +21,23 @@ def check_vocabulary(plan: Plan, pool: Pool) -> None:
             raise refuse(f"{width} logits for a vocabulary of {plan.model.vocab_size}")
 
 
+def check_files(plan: Plan) -> None:
+    """Files are named from the model's folder, and lie in it.
+
+    Raises:
+        PlanError: a name leads elsewhere.
+    """
+    for name in plan.model.files:
+        parts = name.split("/")
+        if {"", ".", ".."} & set(parts) or not name.isprintable():
+            raise refuse(f"{name!r} is no file in the model's folder")
+    for name, shard in plan.model.shards.items():
+        if "/" in name or not name.isprintable() or not name.endswith(".safetensors"):
+            raise refuse(f"{name!r} is no file of weights in the model's folder")
+        if not shard.header_sha256:
+            raise refuse(f"`{name}` has no digest of its header")
+
+
 def check_canary(plan: Plan) -> None:
     """Each token of a canary has a logprob and a margin.
 
@@ -31,3 +49,20 @@ def check_canary(plan: Plan) -> None:
         lengths = {len(column) for column in columns}
         if len(lengths) != 1 or 0 in lengths:
             raise refuse("a canary needs a logprob and a margin for each of its tokens")
+
+
+def check_predictions(plan: Plan) -> None:
+    """Each promised number has an interval, and a decode step takes time.
+
+    Raises:
+        PlanError: a number or an interval is missing, or the time is none.
+    """
+    predicted = plan.predicted
+    names = predicted.values.keys()
+    if not names == predicted.low.keys() == predicted.high.keys():
+        raise refuse("each predicted number needs an interval from `low` to `high`")
+    missing = DEFINITIONS.keys() - names
+    if missing:
+        raise refuse(f"the plan predicts no `{min(missing)}`")
+    if sum(predicted.decode_step_us.values()) <= 0:
+        raise refuse("a decode step is predicted to take no time")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.signature import Signers
+from tokenspeed_plan.plans.weight_digests import Depth, check_weight_files
 from tokenspeed_plan.runtime.compare import ComparingBackend
 from tokenspeed_plan.runtime.execution.arenas import Arenas
 from tokenspeed_plan.runtime.execution.backend import (
@@ -47,6 +49,8 @@ def load_bundle(
     backend: BackendName | None = None,
     launch: Launch | None = None,
     lead: Lead | None = None,
+    depth: Depth = "headers",
+    signers: Signers | None = None,
 ) -> Loaded:
     """Read and check a bundle, then its weights, then allocate; see `Engine.load`.
 
@@ -54,8 +58,9 @@ def load_bundle(
         PlanError: the bundle, this machine or the checkpoint does not fit.
     """
     begun = time.perf_counter()
-    plan = load_plan(bundle)
+    plan = load_plan(bundle, signers)
     folder = find_weights(plan, bundle, weights)
+    check_weight_files(plan, folder, depth)
     read = time.perf_counter()
     name = backend or default_backend(plan)
     kernels = None if name == "reference" else load_kernels(plan, bundle)

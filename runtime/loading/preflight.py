@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.weight_digests import check_headers
 
 
 def check_target(plan: Plan) -> None:
@@ -51,6 +53,8 @@ def compute_capability() -> int:
 def check_files(plan: Plan, folder: Path) -> None:
     """The files that the plan was made from must be the ones in the folder.
 
+    Of the weights, the headers are compared.
+
     Raises:
         PlanError: one is missing or was changed.
     """
@@ -62,29 +66,49 @@ def check_files(plan: Plan, folder: Path) -> None:
             raise PlanError(
                 f"`{path}` is not the file that was planned", "plan again, or restore the file"
             )
+    check_headers(plan, folder)
 
 
 def find_weights(plan: Plan, bundle: Path, given: Path | None) -> Path:
     """The checkpoint folder.
 
-    It is the given one; else the spec's path, from the current folder or from a folder above the
-    bundle.
+    It is the given one; else the spec's path, from a folder above the bundle, the nearest first.
+    Only where there is none it is looked up from the current folder: what happens to lie there must
+    not take the place of the bundle's own model.
 
     Raises:
-        PlanError: there is none.
+        PlanError: there is none, or its files are links to others elsewhere.
     """
     if given is not None:
+        given = Path(os.path.expanduser(given))
         roots: Mapping[Path, Path] = {given: given}
     elif plan.model.location is None:
         raise PlanError(
             f"the plan of `{plan.model.name}` names no checkpoint", "name one with `--weights DIR`"
         )
     else:
-        starts = [Path(), *bundle.resolve().parents]
-        roots = {start / plan.model.location: start for start in starts}
+        starts = [*bundle.resolve().parents, Path()]
+        location = os.path.expanduser(plan.model.location)
+        roots = {start / location: start for start in starts}
     found = next((folder for folder in roots if folder.is_dir()), None)
     if found is None:
         raise PlanError(
             f"there is no folder `{next(iter(roots))}`", "name the checkpoint with `--weights DIR`"
         )
+    if given is None:
+        _refuse_links(plan, found)
     return found
+
+
+def _refuse_links(plan: Plan, folder: Path) -> None:
+    """The files of a folder that nobody named must lie in it, or in the hub's cache around it."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent  # models--ORG--NAME, where the snapshot's links lead
+    for name in plan.model.files:
+        target = (folder / name).resolve()
+        if not target.is_relative_to(root):
+            raise PlanError(
+                f"`{folder / name}` is a link to `{target}`, outside the model's folder",
+                f"where that is right, name the folder: `--weights {folder}`",
+            )

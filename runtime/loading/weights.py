@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import Piece, Plan, WeightSpec
+from tokenspeed_plan.plans.weight_files import add_tensors, weight_files
 from tokenspeed_plan.runtime.execution.arenas import Arenas
 from tokenspeed_plan.runtime.loading.staging import Staging
 
@@ -27,31 +28,23 @@ Box = tuple[slice, ...]
 
 
 class Checkpoint:
-    """The tensors of a folder, by name.
+    """The tensors of a model's folder, by name.
 
     Args:
-        folder: has the safetensors files.
+        folder: of the model.
         stack: closes them.
 
     Raises:
-        PlanError: there is no such file, or one that cannot be read.
+        PlanError: there are no weights, or a file of them is damaged.
     """
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
         self._slices: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            self._open(path, stack)
+        for file in weight_files(folder):
+            add_tensors(self._slices, file, _open(file.path, stack))
         if not self._slices:
             raise PlanError(f"there are no weights in `{folder}`", _HINT)
-
-    def _open(self, path: Path, stack: ExitStack) -> None:
-        try:
-            file = stack.enter_context(safe_open(path, "pt"))
-        except (SafetensorError, OSError) as error:
-            raise PlanError(f"`{path}` is not a safetensors file: {error}", _HINT) from error
-        for name in file.keys():  # noqa: SIM118
-            self._slices[name] = file.get_slice(name)
 
     def find(self, name: str, box: Box) -> Any:
         """The tensor that contains `box`; indexing it reads the file.
@@ -70,6 +63,15 @@ class Checkpoint:
         if dtype not in _FLOATS:
             raise PlanError(f"`{name}` is stored as {dtype}, which this plan cannot read", _HINT)
         return tensor
+
+
+def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
+    """The tensors of a file, not read yet."""
+    try:
+        file = stack.enter_context(safe_open(path, "pt"))
+    except (SafetensorError, OSError) as error:
+        raise PlanError(f"`{path}` is not a safetensors file: {error}", _HINT) from error
+    return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _contains(shape: tuple[int, ...], box: Box) -> bool:

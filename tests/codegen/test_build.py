@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -419,7 +418,7 @@ print(hasattr(libc, "personality") and libc.personality({build.ADDR_NO_RANDOMIZE
 """
 
 
-def test_programs_of_a_worker_run_without_address_space_randomisation(tmp_path: Path) -> None:
+def test_programs_of_a_worker_run_without_address_space_randomisation() -> None:
     """As `ptxas` does: two programs that a worker starts have their libraries in the same place."""
 
     def command(code: str) -> list[str]:
@@ -428,8 +427,7 @@ def test_programs_of_a_worker_run_without_address_space_randomisation(tmp_path: 
     allowed = subprocess.run(command(MAY_SWITCH_OFF), capture_output=True, text=True, check=True)
     if allowed.stdout.strip() != "True":
         pytest.skip("personality(2) is refused here")
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, build._start_worker, (str(tmp_path),)) as worker:
+    with build.compiler_processes(1) as worker:
         programs = [
             worker.submit(subprocess.check_output, command(ADDRESS), text=True) for _ in range(3)
         ]
@@ -497,37 +495,148 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "report misstates": ("json", misstate),
     "report is a number": ("json", put(b"7")),
     "report is not text": ("json", put(b"\xff\xfe")),
+    "report is deep": ("json", put(b"[" * 100_000)),
+    "report has a huge number": ("json", put(b'{"digest": 1' + b"0" * 10_000 + b"}")),
     "report gone": ("json", Path.unlink),
     "entry of another": ("json", swap),
 }
 
 
-def copy_entries(jobs: list[Job], folder: Path) -> None:
-    folder.mkdir()
-    for name in [f"{one.key}.{suffix}" for one in jobs for suffix in ("cubin", "json")]:
-        (folder / name).write_bytes((default_cache() / name).read_bytes())
+def made_up(one: Job) -> Compiled:
+    """What a compiler could have answered."""
+    return Compiled(f"\x7fELF {one.key}".encode() * 20, f"ptx of {one.key}", 32, 0, 2048)
+
+
+def write_entries(jobs: list[Job], folder: Path) -> dict[str, Compiled]:
+    """A cache that holds made-up results of the jobs."""
+    build.open_cache(folder)
+    for one in jobs:
+        build._remember(folder, one.key, made_up(one))
+    return {one.key: made_up(one) for one in jobs}
+
+
+def compiled_again(jobs: list[Job], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs that `compile_all` does not take from the cache."""
+    asked: list[Job] = []
+
+    def compiler(missing: list[Job], folder: Path) -> dict[str, Compiled]:
+        asked.extend(missing)
+        return {one.key: made_up(one) for one in missing}
+
+    monkeypatch.setattr(build, "_compile_missing", compiler)
+    assert compile_all(jobs, folder) == {one.key: made_up(one) for one in jobs}
+    return asked
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_compiled_again(
-    damage: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the damaged entry is compiled again."""
-    jobs = [job_of("topk"), job_of("embed")]
-    copy_entries(jobs, tmp_path / "cache")
+    jobs, folder = [job_of("topk"), job_of("embed")], tmp_path / "cache"
+    write_entries(jobs, folder)
+    assert compiled_again(jobs, folder, monkeypatch) == []
     suffix, hurt = DAMAGES[damage]
-    hurt(tmp_path / "cache" / f"{jobs[0].key}.{suffix}")
-    compiled_jobs: list[Job] = []
-    fresh = Compiled(cubin=b"fresh")
+    hurt(folder / f"{jobs[0].key}.{suffix}")
+    assert compiled_again(jobs, folder, monkeypatch) == jobs[:1]
 
-    def compiler(missing: list[Job], folder: Path) -> dict[str, Compiled]:
-        compiled_jobs.extend(missing)
-        return {one.key: fresh for one in missing}
 
-    monkeypatch.setattr(build, "_compile_missing", compiler)
-    results = compile_all(jobs, tmp_path / "cache")
-    assert compiled_jobs == jobs[:1]
-    assert results == {jobs[0].key: fresh, jobs[1].key: made[H200_PLAN, jobs[1].kernel.name, 90]}
+FACTS: dict[str, Any] = {
+    "ptx": "",
+    "registers": 32,
+    "spill_bytes": 0,
+    "shared_bytes": 0,
+    "error": "",
+}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        FACTS | {"registers": "32"},
+        FACTS | {"registers": True},
+        FACTS | {"shared_bytes": 1e9},
+        FACTS | {"ptx": None},
+        FACTS | {"cubin": "more"},
+        {"ptx": ""},
+        [],
+        7,
+    ],
+)
+def test_facts_of_another_form_are_a_miss(
+    facts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the digest of the entry fits them."""
+    one = job_of("topk")
+    write_entries([one], tmp_path)
+    digest = build._digest(one.key, facts, made_up(one).cubin)
+    (tmp_path / f"{one.key}.json").write_text(json.dumps({"digest": digest, "facts": facts}))
+    assert compiled_again([one], tmp_path, monkeypatch) == [one]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_cache_that_others_can_write_to_is_refused(mode: int, tmp_path: Path) -> None:
+    one, folder = job_of("topk"), tmp_path / "cache"
+    wanted = write_entries([one], folder)
+    assert compile_all([one], folder) == wanted
+    folder.chmod(mode)
+    with pytest.raises(SpecError, match=rf"others can write .*\(mode {mode:o}, ") as caught:
+        compile_all([one], folder)
+    assert "TOKENSPEED_CACHE" in caught.value.hint
+
+
+@pytest.mark.parametrize("suffix", ["cubin", "json"])
+def test_an_entry_that_others_can_have_written_is_a_miss(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, folder = job_of("topk"), tmp_path / "cache"
+    write_entries([one], folder)
+    path = folder / f"{one.key}.{suffix}"
+    assert [file.stat().st_mode & 0o777 for file in (folder, path)] == [0o700, 0o600]
+    path.chmod(0o620)
+    assert compiled_again([one], folder, monkeypatch) == [one]
+    path.chmod(0o600)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert compiled_again([one], folder, monkeypatch) == [one]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_a_cache_of_another_user_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, folder = job_of("topk"), tmp_path / "cache"
+    write_entries([one], folder)
+    os.chown(folder / f"{one.key}.json", 65534, -1)
+    assert compiled_again([one], folder, monkeypatch) == [one]
+    os.chown(folder, 65534, -1)
+    with pytest.raises(SpecError, match="of user 65534"):
+        compile_all([one], folder)
+
+
+# A script of its own: unlike `python -c`, it does not look into the current folder itself.
+WORKERS = """
+import os, sys
+from tokenspeed_plan.codegen.build import compiler_processes
+
+if __name__ == "__main__":
+    with compiler_processes(1) as pool:
+        assert pool.submit(sum, (1, 2)).result() == 3
+"""
+
+
+def test_workers_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.mkdir()
+    (script / "main.py").write_text(WORKERS)
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("multiprocessing", "pickle", "triton", "tokenspeed_plan"):
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit")
+    path = os.pathsep.join(one for one in sys.path if one)
+    command = [sys.executable, str(script / "main.py")]
+    subprocess.run(command, cwd=here, env=os.environ | {"PYTHONPATH": path}, check=True)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow
@@ -536,10 +645,13 @@ def test_a_damaged_entry_is_replaced(
 ) -> None:
     """The real compiler makes the right bytes again, and they are kept."""
     jobs = [job_of("topk"), job_of("embed")]
-    copy_entries(jobs, tmp_path / "cache")
+    right = {one.key: made[H200_PLAN, one.kernel.name, 90] for one in jobs}
+    folder = tmp_path / "cache"
+    build.open_cache(folder)
+    for key, result in right.items():
+        build._remember(folder, key, result)
     flip(tmp_path / "cache" / f"{jobs[0].key}.cubin")
     truncate(tmp_path / "cache" / f"{jobs[1].key}.json")
-    right = {one.key: made[H200_PLAN, one.kernel.name, 90] for one in jobs}
     assert compile_all(jobs, tmp_path / "cache") == right
     monkeypatch.setattr(build, "_compile_missing", no_compiler)
     assert compile_all(jobs, tmp_path / "cache") == right

@@ -92,7 +92,7 @@ def test_published_sizes_can_be_planned(name: str) -> None:
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window"),
         ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "sliding_attention"),
         ("qwen3", {"layer_types": ["linear_attention"] * 3}, "linear_attention"),
-        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ("qwen3", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_type 'linear'"),
         ("qwen3", {"rope_theta": None}, "rope_theta"),
         ("qwen3", {"model_type": "qwen2"}, "qwen2"),
     ],

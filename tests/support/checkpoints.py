@@ -135,11 +135,12 @@ def write_checkpoint(folder: Path, kind: Kind, seed: int = 0) -> Path:
     config = text_config(kind)
     weights = random_weights(kind, config, seed)
     names = sorted(weights)
-    for shard, part in enumerate((names[::2], names[1::2])):
-        save_file(
-            {name: weights[name].contiguous() for name in part},
-            folder / f"model-{shard}.safetensors",
-        )
+    shard_of = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(names)}
+    for shard in sorted(set(shard_of.values())):
+        part = {name: weights[name].contiguous() for name in names if shard_of[name] == shard}
+        save_file(part, folder / shard)
+    index = {"metadata": {}, "weight_map": shard_of}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     wrapped = {
         "model_type": "qwen3_5_moe" if kind.moe else "qwen3_5",
         "text_config": config,

@@ -9,7 +9,7 @@ from functools import cache
 
 from conftest import ROOT
 
-from tokenspeed_plan.codegen.build import Compiled, Job, compile_all, default_cache
+from tokenspeed_plan.codegen.build import Compiled, Job, compile_all, default_cache, open_cache
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.kernel_file import read_source
 from tokenspeed_plan.plans.schema import KernelSpec, Plan
@@ -24,7 +24,7 @@ def compiling_alone() -> Iterator[None]:
 
     The compiler uses all cores anyway, and a test that waits finds the kernels in the cache.
     """
-    default_cache().mkdir(parents=True, exist_ok=True)
+    open_cache(default_cache())
     with (default_cache() / ".tests").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

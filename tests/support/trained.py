@@ -122,7 +122,7 @@ def _save(folder: Path, oracle: Any, mtp: Mtp) -> None:
         name.replace("model.", "model.language_model.", 1): v
         for name, v in oracle.state_dict().items()
     }
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob("*.safetensors*"):
         path.unlink()
     save_file(
         {name: value.detach().clone().contiguous() for name, value in made.items()},
