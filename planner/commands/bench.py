@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def bench_command(
     """
     folder = None
     if weights != "random":
-        folder = Path(weights)
+        folder = Path(os.path.expanduser(weights))
     work: ProgramOptions | AgenticOptions = ProgramOptions(batch, context, prefill)
     if workload == "agentic":
         work = AgenticOptions(

@@ -106,7 +106,10 @@ def _check_tensor(name: str, shape: tuple[int, ...], header: TensorHeader | None
     if header is None:
         raise SpecError(f"the checkpoint has no tensor `{name}`", _HINT)
     if header.shape != shape:
-        raise SpecError(f"`{name}` is {list(header.shape)}, its config says {list(shape)}", _HINT)
+        raise SpecError(
+            f"`{name}` is {list(header.shape)}, its config says {list(shape)}",
+            "`config.json` and the weights must be of one model, as they were published",
+        )
     if header.dtype not in FLOAT_DTYPES:
         raise SpecError(
             f"`{name}` is stored as {header.dtype}, which is not planned yet",

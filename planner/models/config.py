@@ -1,4 +1,4 @@
-"""The model's own facts. This is the only file that knows Hugging Face's spellings."""
+"""The model's own facts. Only this file, `rope.py` and `stop_tokens.py` know Hugging Face's words."""
 
 from __future__ import annotations
 

@@ -19,22 +19,14 @@ from tokenspeed_plan.plans.weight_files import HINT
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the library's limit
 _MAX_DIM = 1 << 40
-_DTYPE_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E5M2": 1,
-    "F8_E4M3": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
+    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
 
 
@@ -72,7 +64,9 @@ def _tensors(text: bytes, data_bytes: int) -> dict[str, TensorHeader]:
     header = json.loads(text.decode("utf-8"), object_pairs_hook=_once_each)
     if not isinstance(header, dict):
         raise ValueError("header is not an object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(map(_is_text, metadata.values())):
+        raise ValueError("`__metadata__` is not an object of texts")
     places = sorted(_place(name, entry) for name, entry in header.items())
     end = 0
     for begin, stop, name in places:
@@ -100,10 +94,9 @@ def _place(name: str, entry: Any) -> tuple[int, int, str]:
         raise ValueError(f"{name} is not an object")
     shape, dtype = _sizes(name, entry, "shape"), entry.get("dtype")
     begin, end = _offsets(name, entry)
-    if not isinstance(dtype, str):
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"{name} has dtype {shown(dtype)}")
-    size = _DTYPE_BYTES.get(dtype)
-    if size is not None and end - begin != math.prod(shape) * size:
+    if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
         raise ValueError(f"{name} has {end - begin} bytes for {dtype} {shown(shape)}")
     return begin, end, name
 
@@ -120,6 +113,10 @@ def _sizes(name: str, entry: Mapping[str, Any], key: str) -> list[int]:
     if not isinstance(values, list) or not all(map(_is_size, values)):
         raise ValueError(f"{name} has {key} {shown(values)}")
     return values
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _is_size(value: object) -> bool:
