@@ -33,6 +33,7 @@ demo: $(STAMP)-run
 	$(BIN)/tokenspeed run plans/frozen/demo-cpu --input examples/demo/batch.jsonl --output out.jsonl
 	@echo "the answers are in $(CURDIR)/out.jsonl; the first one:"
 	@head -n 1 out.jsonl | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["response"]["body"]["choices"][0]["text"])'
+	@echo "the command is $(CURDIR)/$(BIN)/tokenspeed; try: $(BIN)/tokenspeed --help"
 
 # Tests of a module share what it has made, so they stay together until a worker has nothing to do.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -105,7 +105,7 @@ class ChatTemplate:
 
 def _read_template(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise PlanError(f"`{path}` is not UTF-8", "use the file of the published model") from error
 
@@ -115,7 +115,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PlanError(
             f"`{path}` is not JSON: {error}", "use the file of the published model"

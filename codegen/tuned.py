@@ -35,7 +35,7 @@ class Tile:
 
 @cache
 def _table() -> dict[str, dict[str, list[int]]]:
-    return yaml.safe_load(TUNED.read_text()) or {}
+    return yaml.safe_load(TUNED.read_text(encoding="utf-8")) or {}
 
 
 def find_tile(sm: int, key: str) -> Tile | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,7 +20,9 @@ from tokenspeed_plan.planner.commands.run import run
 from tokenspeed_plan.planner.commands.serve import serve
 from tokenspeed_plan.planner.commands.show import diff_command, show
 from tokenspeed_plan.planner.commands.sign import sign_command
+from tokenspeed_plan.planner.commands.spec_command import spec_command
 from tokenspeed_plan.plans.errors import TokenspeedError
+from tokenspeed_plan.plans.text import printable_line
 
 FILE_HINT = "check the path, its permissions and the space left"
 
@@ -26,10 +31,11 @@ class _Group(click.Group):
     """Writes errors of ours as `error:` and `hint:` to stderr, and exits with their code."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        _escape_what_a_terminal_cannot_show()
         try:
             return super().invoke(ctx)
         except TokenspeedError as error:
-            click.echo(str(error), err=True)
+            click.echo(_as_called(str(error)), err=True)
             ctx.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted", err=True)
@@ -42,11 +48,26 @@ class _Group(click.Group):
             ctx.exit(2)
 
 
+def _as_called(text: str) -> str:
+    """The text with commands as this one was called: `.venv/bin/tokenspeed` is not on the path."""
+    called = Path(sys.argv[0])
+    if called.name != "tokenspeed" or shutil.which("tokenspeed"):
+        return text
+    return text.replace("`tokenspeed ", f"`{called} ")
+
+
+def _escape_what_a_terminal_cannot_show() -> None:
+    """Write an escape for a character that the locale's encoding lacks, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _describe(error: OSError) -> str:
     reason = error.strerror or str(error)
     if not error.filename:
         return reason
-    return f"`{error.filename}`: {reason}"
+    return printable_line(f"`{error.filename}`: {reason}")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,6 +77,7 @@ def main() -> None:
 
 
 for command in (
+    spec_command,
     plan,
     show,
     diff_command,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tokenspeed_plan.codegen.build import Job, compile_all, compiler_name
 from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.advisor import resolve as decide
 from tokenspeed_plan.planner.advisor.candidate import SUPPORTED
+from tokenspeed_plan.planner.advisor.legality import check_kernels
 from tokenspeed_plan.planner.freeze import Parts, freeze
 from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
@@ -46,6 +48,12 @@ from tokenspeed_plan.plans.schema import Binary, Capacity, ModelFacts, Plan, Sha
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.plans.validate import validate
 from tokenspeed_plan.plans.weight_digests import header_digests
+
+Report = Callable[[str, int, int], None]  # a stage, and how many of its parts are done
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +158,7 @@ def compile_bundle(
     model: Model,
     dtype: DType | None = None,
     options: PassOptions = DEFAULT_OPTIONS,
+    report: Report = _silent,
 ) -> Compiled:
     """Plan a spec with the best tiling of each kernel, not compiled; the caller adds the canary.
 
@@ -158,23 +167,26 @@ def compile_bundle(
         model: of the spec.
         dtype: overrides the spec's; fp64 makes the reference.
         options: of the passes.
+        report: is told of the progress.
 
     Raises:
         SpecError: the spec cannot be planned; it says what does not fit, and what would.
     """
-    parts = plan_parts(spec, model, dtype, options)
+    parts = plan_parts(spec, model, dtype, options, report)
     return _bundle(parts, select_first(parts.candidates))
 
 
-def build_bundle(spec: Spec, model: Model, cache: Path) -> Compiled:
+def build_bundle(spec: Spec, model: Model, cache: Path, report: Report = _silent) -> Compiled:
     """Plan a spec with kernels that are compiled for the target and proved to fit it.
 
     Raises:
         SpecError: the spec cannot be planned, or a kernel fits the target in no tiling.
     """
-    parts = plan_parts(spec, model)
+    check_kernels(spec.model.weights, model.config, find_hardware(spec.target.gpu, spec.folder))
+    parts = plan_parts(spec, model, report=report)
     if parts.hardware.sm == 0:
         return _bundle(parts, select_first(parts.candidates))
+    report("compiling kernels", 0, len(parts.candidates))
     reports = compile_candidates(parts.candidates, parts.hardware, cache)
     chosen = select(parts.candidates, reports, parts.hardware)
     return _signed(_bundle(parts, chosen), reports, parts.hardware)
@@ -240,6 +252,7 @@ def plan_parts(
     model: Model,
     dtype: DType | None = None,
     options: PassOptions = DEFAULT_OPTIONS,
+    report: Report = _silent,
 ) -> Parts:
     """Decide everything but the tilings of the kernels.
 
@@ -247,9 +260,10 @@ def plan_parts(
         SpecError: the spec cannot be planned; it says what does not fit, and what would.
     """
     ledger = Ledger()
-    hardware = find_hardware(spec.target.gpu)
-    decided = decide.resolve(spec, model.config, hardware, ledger)
+    hardware = find_hardware(spec.target.gpu, spec.folder)
     dtype = dtype or decide.weight_dtype(spec)
+    progress = partial(report, "searching deployments")
+    decided = decide.resolve(spec, model.config, hardware, ledger, progress)
     knobs = decided.knobs
     chosen = CapacityOptions(
         knobs.prefill_chunk,
@@ -259,7 +273,7 @@ def plan_parts(
     )
     capacity = plan_capacity(spec.workload, model.config, hardware, chosen)
     work = _Programs(spec, model, hardware, decided, capacity, dtype, options)
-    programs = tuple(work.lowered())
+    programs = tuple(work.lowered(report))
     predicted_us = {
         (program.graph.phase, program.bucket): program.graph.time_us for program in programs
     }
@@ -300,16 +314,18 @@ class _Programs:
     dtype: DType
     options: PassOptions
 
-    def lowered(self) -> Iterator[LoweredProgram]:
+    def lowered(self, report: Report) -> Iterator[LoweredProgram]:
         """The programs of the plan: prefill, then decode, each by bucket."""
         prefill = self._sharded("prefill", self.decided.knobs.depth)
         decode = {
             depth: self._sharded("decode", depth) for depth in set(self.decided.depths.values())
         }
-        for bucket in prefill_buckets(self.capacity, self.spec.workload.turn_tokens):
-            yield self._lower(prefill, bucket)
-        for bucket, depth in self.decided.depths.items():
-            yield self._lower(decode[depth], bucket)
+        chunks = prefill_buckets(self.capacity, self.spec.workload.turn_tokens)
+        waiting = [(prefill, bucket) for bucket in chunks]
+        waiting += [(decode[depth], bucket) for bucket, depth in self.decided.depths.items()]
+        for done, (graph, bucket) in enumerate(waiting):
+            report("making programs", done, len(waiting))
+            yield self._lower(graph, bucket)
 
     def _sharded(self, phase: Phase, depth: int) -> OpGraph:
         context = BuildContext(
@@ -344,10 +360,7 @@ class _Programs:
 
 
 def _tpot_ms(spec: Spec) -> float | None:
-    slo = spec.slo or spec.objective.slo
-    if slo is None:
-        return None
-    return slo.tpot_ms
+    return spec.service_levels.get("tpot_ms")
 
 
 def program_load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:

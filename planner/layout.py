@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenspeed_plan.plans.errors import SpecError
@@ -25,6 +25,7 @@ class ParallelLayout:
     moe_ep: int
     attention_dp: int = 1
     context_split: int = 1
+    has_experts: bool = field(default=True, compare=False)  # for its words alone
 
     @property
     def num_ranks(self) -> int:
@@ -49,6 +50,8 @@ class ParallelLayout:
             attention += f" x dp {self.attention_dp}"
         if self.context_split > 1:
             attention += f" / context {self.context_split}"
+        if not self.has_experts:
+            return f"{attention}, ffn tp {self.num_ranks}"
         return f"{attention}, moe tp {self.moe_tp} x ep {self.moe_ep}"
 
 

@@ -8,18 +8,56 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
+from tokenspeed_plan.planner.foreign_yaml import NotYaml, parse_yaml, read_file, read_yaml
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.types import RollbackWord
 
 Auto = Literal["auto"]
 AutoOrOff = Literal["auto", "off"]
 MAX_GPUS = 1024
 MAX_CONCURRENCY = 65_536
-Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MAX_TOKENS = 100_000_000
+MAX_TURNS = 100_000
+MAX_DRAFTS = 16
+MAX_VOCAB = 1 << 24
+MAX_NAME_CHARS = 1024
+
+
+def _about(meaning: str, example: Any, unit: str = "") -> FieldInfo:
+    """What the reference says of a key; `planner/spec_reference.py` prints it."""
+    info: FieldInfo = Field(
+        description=meaning, examples=[example], json_schema_extra={"unit": unit} if unit else None
+    )
+    return info
+
+
+def _printed(text: str) -> str:
+    """A name that a path can be made of and a terminal can show."""
+    if not text.isprintable():
+        raise ValueError("it has characters that cannot be printed")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS), AfterValidator(_printed)]
+Gpus = Annotated[int, Field(ge=1, le=MAX_GPUS)]
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+TokensOrNone = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+Milliseconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+# Not strict: YAML has lists and no tuples.
+Shares = Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_DRAFTS, strict=False)]
 
 
 class _Section(BaseModel):
@@ -27,11 +65,27 @@ class _Section(BaseModel):
 
 
 class ModelSpec(_Section):
-    """A folder in Hugging Face's layout, or the name of a published size."""
+    """A folder in Hugging Face's layout, or the name of a published size: one of the two."""
 
-    path: str | None = Field(default=None, min_length=1)
-    preset: str | None = Field(default=None, min_length=1)
-    weights: Literal["bf16", "fp32", "fp8", "nvfp4"] = "bf16"
+    path: Annotated[
+        Name | None,
+        _about(
+            "The folder of a model in Hugging Face's layout. It is looked up from the current "
+            "folder, then from the folders above the spec.",
+            "examples/demo/model",
+        ),
+    ] = None
+    preset: Annotated[
+        Name | None,
+        _about("The name of a published size, whose plan has no weights of its own.", "qwen3.5-9b"),
+    ] = None
+    weights: Annotated[
+        Literal["bf16", "fp32", "fp8", "nvfp4"],
+        _about(
+            "The format of weights. A CPU's plan may be fp32; fp8 and nvfp4 are only predicted.",
+            "bf16",
+        ),
+    ] = "bf16"
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:
@@ -43,61 +97,79 @@ class ModelSpec(_Section):
 class TargetSpec(_Section):
     """Which GPU, and how many."""
 
-    gpu: str
-    count: Annotated[int, Field(ge=1, le=MAX_GPUS)] = 1
+    gpu: Annotated[
+        Name,
+        _about(
+            "The name of a GPU, `cpu`, or the path of a profile that ends in `.yaml`, looked up "
+            "from the current folder and then beside the spec.",
+            "H200",
+        ),
+    ]
+    count: Annotated[Gpus, _about("How many of them.", 8, "GPUs")] = 1
 
 
 class AttentionSpec(_Section):
-    """The layout of attention.
+    """The layout of attention."""
 
-    Attributes:
-        tp: tensor parallelism of the mixers.
-        dp: groups of `tp` ranks, each with sequences of its own.
-        context_split: ranks that share the tokens of a context.
-    """
-
-    tp: Count
-    dp: Count | None = None
-    context_split: Count | None = None
+    tp: Annotated[Gpus, _about("Tensor parallelism of the mixers.", 8, "GPUs")]
+    dp: Annotated[
+        Gpus | None, _about("Groups of `tp` GPUs, each with sequences of its own.", 2, "groups")
+    ] = None
+    context_split: Annotated[
+        Gpus | None, _about("GPUs that share the tokens of a context.", 2, "GPUs")
+    ] = None
 
 
 class MoeSpec(_Section):
-    """The layout of the experts: tensor and expert parallelism."""
+    """The layout of the experts, in a model that has them."""
 
-    tp: Count = 1
-    ep: Count = 1
+    tp: Annotated[Gpus, _about("Tensor parallelism of each expert.", 1, "GPUs")] = 1
+    ep: Annotated[Gpus, _about("Parts into which the experts are dealt out.", 8, "GPUs")] = 1
 
 
 class ParallelismSpec(_Section):
     """A layout given by hand."""
 
-    attention: AttentionSpec | None = None
-    moe: MoeSpec | None = None
+    attention: Annotated[AttentionSpec | None, _about("The layout of attention.", {"tp": 8})] = None
+    moe: Annotated[MoeSpec | None, _about("The layout of the experts.", {"ep": 8})] = None
 
 
 class WorkloadSpec(_Section):
-    """What will be served; the longest conversation and the concurrency limit the plan.
+    """What will be served; the longest conversation and the concurrency limit the plan."""
 
-    Attributes:
-        kind: `agentic` for conversations, `batch` for rows of a file.
-        first_turn_tokens: tokens of a conversation's first prompt.
-        turn_tokens: tokens that each later turn adds before its answer.
-        turns: of a conversation.
-        output_tokens: of each answer.
-        concurrency: sequences at the same time.
-        arrivals_per_s: turns that arrive in a second; without it every user sends the next turn at
-            once.
-        skew: how uneven the router is: the exponent of a Zipf law of experts, 0 for uniform.
-    """
-
-    kind: Literal["agentic", "batch"] = "batch"
-    first_turn_tokens: Count = 2048
-    turn_tokens: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
-    turns: Count = 1
-    output_tokens: Count = 512
-    concurrency: Annotated[int, Field(ge=1, le=MAX_CONCURRENCY)] = 1
-    arrivals_per_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
-    skew: Annotated[float, Field(ge=0, le=4, allow_inf_nan=False)] = 0.0
+    kind: Annotated[
+        Literal["agentic", "batch"],
+        _about("`agentic` for conversations, `batch` for the rows of a file.", "agentic"),
+    ] = "batch"
+    first_turn_tokens: Annotated[
+        Tokens, _about("Tokens of a conversation's first prompt.", 50000, "tokens")
+    ] = 2048
+    turn_tokens: Annotated[
+        TokensOrNone,
+        _about("Tokens that each later turn adds before its answer.", 800, "tokens"),
+    ] = 0
+    turns: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_TURNS)], _about("Turns of a conversation.", 12, "turns")
+    ] = 1
+    output_tokens: Annotated[Tokens, _about("Tokens of each answer.", 500, "tokens")] = 512
+    concurrency: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_CONCURRENCY)],
+        _about("Sequences at the same time.", 16, "sequences"),
+    ] = 1
+    arrivals_per_s: Annotated[
+        Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None,
+        _about(
+            "Turns that arrive in a second. Without it every user sends the next turn at once.",
+            2.5,
+            "turns a second",
+        ),
+    ] = None
+    skew: Annotated[
+        Annotated[float, Field(ge=0, le=4, allow_inf_nan=False)],
+        _about(
+            "How uneven the router is: the exponent of a Zipf law of experts, 0 for uniform.", 0.5
+        ),
+    ] = 0.0
 
     @property
     def max_conversation_tokens(self) -> int:
@@ -107,80 +179,154 @@ class WorkloadSpec(_Section):
 
 
 class SloSpec(_Section):
-    """Service levels in milliseconds."""
+    """Service levels: a deployment that meets them is preferred to any that does not."""
 
-    ttft_ms: Milliseconds | None = None
-    tpot_ms: Milliseconds | None = None
+    ttft_ms: Annotated[
+        Milliseconds | None,
+        _about("The longest time from a request to its first token.", 500, "milliseconds"),
+    ] = None
+    tpot_ms: Annotated[
+        Milliseconds | None,
+        _about("The longest time of a token after the first.", 20, "milliseconds"),
+    ] = None
 
 
 class ObjectiveSpec(_Section):
     """What the planner minimises."""
 
-    minimize: Literal["turn_time", "tpot", "cost_per_token"] = "turn_time"
-    slo: SloSpec | None = None
-
-
-MAX_DRAFTS = 16
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    minimize: Annotated[
+        Literal["turn_time", "tpot", "cost_per_token"],
+        _about(
+            "The time of a turn, the time of a token after the first, or the cost of a token.",
+            "tpot",
+        ),
+    ] = "turn_time"
+    slo: Annotated[
+        SloSpec | None, _about("Service levels; the same as `slo` of the spec.", {"ttft_ms": 500})
+    ] = None
 
 
 class SpeculationSpec(_Section):
-    """How drafts are made, verified and taken back.
+    """How drafts are made, verified and taken back."""
 
-    Attributes:
-        depth: drafts that a step verifies.
-        acceptance: the share of drafts that are accepted if those before were: one for all places,
-            or one for each.
-        rollback: how rejected drafts are taken back. With `snapshot`, a step leaves a recurrent
-            state after each of its queries; with `recompute`, it keeps their inputs, and the next
-            step recomputes the state after the accepted ones, which needs less memory.
-        draft_vocab: drafts are chosen from this many tokens, the first of the vocabulary. Their
-            part of the head is faster to read.
-    """
-
-    depth: Annotated[int, Field(ge=1, le=MAX_DRAFTS)] | Literal["auto"] = "auto"
-    acceptance: (
-        Share | Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_DRAFTS)] | None
-    ) = None
-    rollback: Auto | RollbackWord = "auto"
-    draft_vocab: Count | None = None
+    depth: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_DRAFTS)] | Literal["auto"],
+        _about("Drafts that a step verifies.", 3, "drafts"),
+    ] = "auto"
+    acceptance: Annotated[
+        Share | Shares | None,
+        _about(
+            "The share of drafts that are accepted if those before were: one for all places, or "
+            "one for each. Without it, what was measured for the model.",
+            [0.9, 0.8],
+        ),
+    ] = None
+    rollback: Annotated[
+        Auto | RollbackWord,
+        _about(
+            "How rejected drafts are taken back. With `snapshot`, a step leaves a recurrent state "
+            "after each of its queries; with `recompute`, it keeps their inputs, and the next step "
+            "recomputes the state after the accepted ones, which needs less memory.",
+            "snapshot",
+        ),
+    ] = "auto"
+    draft_vocab: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_VOCAB)] | None,
+        _about(
+            "Drafts are chosen from this many tokens, the first of the vocabulary. Their part of "
+            "the head is faster to read.",
+            65536,
+            "tokens",
+        ),
+    ] = None
 
 
 class DisaggregationSpec(_Section):
-    """GPUs of the prefill pool and of the decode pool."""
+    """Two pools of GPUs: one that prefills, one that decodes."""
 
-    prefill: Count
-    decode: Count
+    prefill: Annotated[Gpus, _about("GPUs of the pool that prefills.", 2, "GPUs")]
+    decode: Annotated[Gpus, _about("GPUs of the pool that decodes.", 6, "GPUs")]
 
 
 class ServingSpec(_Section):
-    """Knobs that are searched for where the spec leaves them out.
+    """Knobs that are searched for where the spec leaves them out."""
 
-    Attributes:
-        prefill_chunk: tokens of a prompt that are computed at once.
-        kv_dtype: how keys and values are stored.
-        checkpoint_tokens: tokens between two checkpoints of recurrent state in a prompt; 0 keeps
-            nothing for the next turn.
-    """
-
-    prefill_chunk: Count | None = None
-    kv_dtype: Literal["bf16", "fp8"] | None = None
-    checkpoint_tokens: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
+    prefill_chunk: Annotated[
+        Tokens | None, _about("Tokens of a prompt that are computed at once.", 4096, "tokens")
+    ] = None
+    kv_dtype: Annotated[
+        Literal["bf16", "fp8"] | None,
+        _about("How keys and values are stored; fp8 is only predicted.", "bf16"),
+    ] = None
+    checkpoint_tokens: Annotated[
+        TokensOrNone | None,
+        _about(
+            "Tokens between two checkpoints of recurrent state in a prompt; 0 keeps nothing for "
+            "the next turn.",
+            4096,
+            "tokens",
+        ),
+    ] = None
 
 
 class Spec(_Section):
     """The whole spec."""
 
-    version: Literal[1]
-    model: ModelSpec
-    target: TargetSpec
-    parallelism: Auto | ParallelismSpec = "auto"
-    workload: WorkloadSpec = WorkloadSpec()
-    objective: ObjectiveSpec = ObjectiveSpec()
-    slo: SloSpec | None = None
-    speculation: AutoOrOff | SpeculationSpec = "auto"
-    disaggregation: AutoOrOff | DisaggregationSpec = "auto"
-    serving: ServingSpec | None = None
+    version: Annotated[Literal[1], _about("The version of this format.", 1)]
+    model: Annotated[ModelSpec, _about("The model.", {"preset": "qwen3.5-9b"})]
+    target: Annotated[TargetSpec, _about("The machine.", {"gpu": "H200", "count": 2})]
+    parallelism: Annotated[
+        Auto | ParallelismSpec,
+        _about("The layout; `auto` searches for the best.", {"attention": {"tp": 2}}),
+    ] = "auto"
+    workload: Annotated[
+        WorkloadSpec, _about("What will be served.", {"kind": "batch", "concurrency": 16})
+    ] = WorkloadSpec()
+    objective: Annotated[ObjectiveSpec, _about("What is minimised.", {"minimize": "turn_time"})] = (
+        ObjectiveSpec()
+    )
+    slo: Annotated[SloSpec | None, _about("Service levels.", {"tpot_ms": 20})] = None
+    speculation: Annotated[
+        AutoOrOff | SpeculationSpec,
+        _about("Drafts; `auto` drafts where it pays, `off` never.", {"depth": 3}),
+    ] = "auto"
+    disaggregation: Annotated[
+        AutoOrOff | DisaggregationSpec,
+        _about("Two pools of GPUs; a plan has one pool.", "off"),
+    ] = "auto"
+    serving: Annotated[
+        ServingSpec | None, _about("Knobs of the engine.", {"prefill_chunk": 4096})
+    ] = None
+
+    # Where the profile of the target is looked up, too; not a part of what was asked.
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the spec's file, where its target is the path of a profile."""
+        return self._folder
+
+    @property
+    def service_levels(self) -> dict[str, float]:
+        """The largest allowed value of each metric that has a service level, by its name."""
+        levels: dict[str, float] = {}
+        for section in (self.objective.slo, self.slo):
+            if section is not None:
+                levels |= section.model_dump(exclude_none=True)
+        return levels
+
+    @model_validator(mode="after")
+    def _one_slo(self) -> Spec:
+        stated = self.objective.slo
+        if stated is None or self.slo is None:
+            return self
+        for name, limit in stated.model_dump(exclude_none=True).items():
+            other = getattr(self.slo, name)
+            if other is not None and other != limit:
+                raise ValueError(
+                    f"`slo.{name}` is {other:g}, `objective.slo.{name}` is {limit:g}: give one"
+                )
+        return self
 
     @property
     def stated_depth(self) -> int | None:
@@ -218,24 +364,6 @@ class Spec(_Section):
         return fixed
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        repeated = sorted({key for key in keys if isinstance(key, str) and keys.count(key) > 1})
-        if repeated:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"`{repeated[0]}` is given twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-# The loader raises errors other than its own for a tag that does not fit its text, and for endless
-# nesting.
-_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError)
-
-
 def load_spec(path: Path, changes: Sequence[str] = ()) -> Spec:
     """Read a spec.
 
@@ -247,25 +375,16 @@ def load_spec(path: Path, changes: Sequence[str] = ()) -> Spec:
         SpecError: it cannot be read, is not YAML, or is not a spec; says which key and what was
             meant.
     """
-    hint = "name a YAML spec, such as examples/demo/spec.yaml"
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise SpecError(f"cannot read `{path}`: {error.strerror}", hint) from error
-    except UnicodeDecodeError as error:
-        raise SpecError(f"cannot read `{path}`: not UTF-8", hint) from error
-    return parse_spec(text, str(path), changes)
+    text = read_file(path, "name a YAML spec, such as examples/demo/spec.yaml")
+    spec = parse_spec(text, str(path), changes)
+    if spec.target.gpu.endswith(".yaml"):
+        spec._folder = path.parent
+    return spec
 
 
 def parse_spec(text: str, name: str, changes: Sequence[str] = ()) -> Spec:
     """Read a spec from YAML text; raises as `load_spec` does."""
-    try:
-        data = yaml.load(text, _Loader)  # a subclass of SafeLoader
-    except _NOT_YAML as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SpecError(
-            f"`{name}` is not YAML: {reason}", "check indentation and quotes at that line"
-        ) from error
+    data = parse_yaml(text, name)
     if not isinstance(data, dict):
         raise SpecError(f"`{name}` is not a mapping of keys", "start from examples/demo/spec.yaml")
     for change in changes:
@@ -281,13 +400,15 @@ def _changed(data: dict[Any, Any], change: str) -> dict[Any, Any]:
     path, equals, text = change.partition("=")
     if not equals or not all(path.split(".")):
         raise SpecError(
-            f"`--set {change}` is not key=value", "such as `--set parallelism.attention.tp=4`"
+            f"`--set {printable_line(change)}` is not key=value",
+            "such as `--set parallelism.attention.tp=4`",
         )
     try:
-        value = yaml.load(text, _Loader)
-    except _NOT_YAML as error:
+        value = read_yaml(text)
+    except NotYaml as error:
         raise SpecError(
-            f"`--set {change}`: `{text}` is not YAML", "quote it as YAML does"
+            f"`--set {printable_line(change)}` is not YAML: {error.problem}",
+            "quote the value as YAML does",
         ) from error
     *folders, last = path.split(".")
     changed = dict(data)
@@ -317,14 +438,17 @@ def _explain(error: ValidationError, name: str) -> SpecError:
         return SpecError(
             f"`{name}` at `{where}`: `{value}` has a new name", f"write `{_RENAMED[where, value]}`"
         )
-    got = _short(value)
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return SpecError(f"`{name}` at `{where}`: {message}, got {got}", _type_hint(where))
+    if first["type"] != "value_error" or not isinstance(value, dict):
+        message = f"{message}, got {_short(value)}"
+    return SpecError(f"`{name}` at `{where}`: {message}", _type_hint(where))
 
 
 def _where(location: tuple[int | str, ...], unknown: bool) -> str:
     """The path of a key, without the names of types that pydantic puts into it."""
+    if not location:
+        return "spec"
     last = location[-1]
     keeps_last = isinstance(last, int) or len(location) == 1 or (unknown and isinstance(last, str))
     path = []
@@ -339,7 +463,7 @@ def _nearest_key(location: tuple[int | str, ...]) -> str:
     near = difflib.get_close_matches(str(location[-1]), known, 1)
     if near:
         return f"did you mean `{near[0]}`?"
-    return "the README lists the keys of a spec"
+    return "`tokenspeed spec` lists the keys of a spec"
 
 
 def _rank(item: Any) -> tuple[bool, bool]:
@@ -369,8 +493,9 @@ def _short(value: Any) -> str:
 
 def _type_hint(where: str) -> str:
     if where == "spec":
-        return "see the README's spec"
-    return f"see `{where.split('.')[0]}` in the README's spec"
+        return "`tokenspeed spec` explains every key"
+    key = ".".join(part for part in where.split(".") if not part.isdecimal())
+    return f"`tokenspeed spec --explain {key}` says what it means"
 
 
 def _sections() -> Mapping[str, type[_Section]]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from tokenspeed_plan.plans.text import printable
+
 
 class TokenspeedError(Exception):
     """Something the user asked for cannot be done.
+
+    What it quotes is escaped here, so that no terminal obeys it and every response can hold it.
 
     Attributes:
         message: what is wrong, with the two values that disagree; one line, no full stop.
@@ -16,9 +20,9 @@ class TokenspeedError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = printable(message)
+        self.hint = printable(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"error: {self.message}\n\nhint: {self.hint}"

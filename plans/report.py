@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.figures import plain, without_exponents
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import (
     Binary,
@@ -35,6 +36,8 @@ DEFINITIONS = {
     "cache_hit_rate": "share of prompt tokens that need no computing",
 }
 
+_DETAIL = "a detail of the contract numbers"
+
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """The stable summary that `tokenspeed show --json` prints."""
@@ -47,6 +50,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "target": plan.target.model_dump(mode="json"),
         "layout": plan.pool.layout.model_dump(mode="json"),
         "limits": plan.pool.limits.model_dump(mode="json") | _largest(plan),
+        "workload": plan.spec.get("workload", {}),
         "predicted": _predicted(plan),
         "decisions": [decision.model_dump(mode="json") for decision in plan.decisions],
         "programs": [_program(plan, program) for program in plan.pool.programs],
@@ -144,15 +148,15 @@ def _cost(program: Program, kind: str, times: list[float]) -> dict[str, Any]:
     }
 
 
-def as_text(plan: Plan, kernels: bool = False) -> str:
-    """The summary for a person."""
+def as_text(plan: Plan, kernels: bool = False, width: int | None = WIDTH) -> str:
+    """The summary for a person, in lines of a width; None cuts nothing."""
     costs = [f"{r['kind']} {r['share']:.0%} ({r['calls']})" for r in top_costs(plan)]
     lines = [
         *_title_lines(plan),
         "",
         *_predicted_lines(plan),
         "",
-        *_memory_lines(plan),
+        *_memory_lines(plan, width),
         "",
         *_program_lines(plan),
         "",
@@ -160,7 +164,7 @@ def as_text(plan: Plan, kernels: bool = False) -> str:
         f"limited by {_limit(plan)}",
         "",
         "decisions (`--why NAME` says more)",
-        *(_clip(f"  {d.name:<16} {d.value}: {d.reason}") for d in plan.decisions),
+        *(_clip(_decision_line(each), width) for each in plan.decisions),
     ]
     if kernels:
         lines += _kernel_lines(plan)
@@ -184,12 +188,26 @@ def _title_lines(plan: Plan) -> Iterator[str]:
         f" each up to {limits.max_seq_len} tokens (would fit: {predicted.largest_concurrency},"
         f" or {predicted.largest_context_tokens} tokens)"
     )
+    yield _workload_line(plan)
 
 
-def _clip(line: str) -> str:
-    if len(line) <= WIDTH:
+def _workload_line(plan: Plan) -> str:
+    """What the plan was made for."""
+    stated = plan.spec.get("workload")
+    facts = dict(stated) if isinstance(stated, dict) else {}
+    kind = facts.pop("kind", "batch")
+    parts = [f"{name} {value}" for name, value in facts.items()]
+    return f"workload {kind}: {', '.join(parts)}"
+
+
+def _decision_line(decision: Decision) -> str:
+    return without_exponents(f"  {decision.name:<16} {decision.value}: {decision.reason}")
+
+
+def _clip(line: str, width: int | None) -> str:
+    if width is None or len(line) <= width:
         return line
-    return f"{line[: WIDTH - 3]}..."
+    return f"{line[: width - 3]}..."
 
 
 def _value(plan: Plan, name: str) -> str:
@@ -201,8 +219,8 @@ def _predicted_lines(plan: Plan) -> Iterator[str]:
     predicted = plan.predicted
     cells = []
     for name in DEFINITIONS:
-        interval = f"({predicted.low[name]:.4g} to {predicted.high[name]:.4g})"
-        cells.append(f"{name:<27} {predicted.values[name]:>9.4g} {interval}")
+        interval = f"({plain(predicted.low[name])} to {plain(predicted.high[name])})"
+        cells.append(f"{name:<27} {plain(predicted.values[name]):>9} {interval}")
     yield "predicted for the spec's workload (TPOT without TTFT)"
     for left, right in zip(cells[::2], [*cells[1::2], ""], strict=False):
         yield f"  {left:<58} {right}".rstrip()
@@ -219,13 +237,13 @@ def _limit(plan: Plan) -> str:
     return f"{limited_by}: {shares}; its bytes at peak rate are {floor:.0%} of a step"
 
 
-def _memory_lines(plan: Plan) -> list[str]:
+def _memory_lines(plan: Plan, width: int | None) -> list[str]:
     memory = plan.pool.memory_bytes_per_rank.model_dump()
     capacity, total = memory.pop("capacity"), memory.pop("total")
     cells = [f"{name} {_size(size).strip()}" for name, size in memory.items() if size]
     return [
         f"memory on each rank: {_size(total).strip()} of {_size(capacity).strip()}",
-        _clip(f"  {', '.join(cells)}"),
+        _clip(f"  {', '.join(cells)}", width),
     ]
 
 
@@ -253,11 +271,36 @@ def why(plan: Plan, name: str) -> str:
     Raises:
         PlanError: the plan has no such decision.
     """
+    found = _find(plan, name)
+    if isinstance(found, Decision):
+        return without_exponents(_joined(_decision_lines(found)))
+    return _joined(_number_lines(plan, name))
+
+
+def why_as_dict(plan: Plan, name: str) -> dict[str, Any]:
+    """The same for programs; raises as `why` does."""
+    found = _find(plan, name)
+    if isinstance(found, Decision):
+        return found.model_dump(mode="json")
+    predicted = plan.predicted
+    return {
+        "name": name,
+        "value": found,
+        "interval": [predicted.low[name], predicted.high[name]],
+        "definition": DEFINITIONS.get(name, _DETAIL),
+        "decode_batch": predicted.decode_batch,
+        "decode_step_us": predicted.decode_step_us,
+        "limited_by": predicted.limited_by,
+    }
+
+
+def _find(plan: Plan, name: str) -> Decision | float:
+    """The decision, or the predicted number, of a name."""
     decision = next((d for d in plan.decisions if d.name == name), None)
     if decision is not None:
-        return _joined(_decision_lines(decision))
+        return decision
     if name in plan.predicted.values:
-        return _joined(_number_lines(plan, name))
+        return plan.predicted.values[name]
     known = [*(d.name for d in plan.decisions), *plan.predicted.values]
     hint = f"decisions: {', '.join(known)}"
     for near in difflib.get_close_matches(name, known, 1):
@@ -282,15 +325,15 @@ def option_lines(one: Option) -> Iterator[str]:
     else:
         yield one.what
     if one.numbers:
-        yield "  " + ", ".join(f"{name} {value:.4g}" for name, value in one.numbers.items())
+        yield "  " + ", ".join(f"{name} {plain(value)}" for name, value in one.numbers.items())
 
 
 def _number_lines(plan: Plan, name: str) -> Iterator[str]:
     predicted = plan.predicted
     low, high = predicted.low[name], predicted.high[name]
-    yield f"{name}: {predicted.values[name]:.5g}, between {low:.5g} and {high:.5g}"
-    yield f"  means    {DEFINITIONS.get(name, 'a detail of the contract numbers')}"
-    batch = f"{predicted.decode_batch:.3g}"
+    yield f"{name}: {plain(predicted.values[name])}, between {plain(low)} and {plain(high)}"
+    yield f"  means    {DEFINITIONS.get(name, _DETAIL)}"
+    batch = plain(predicted.decode_batch)
     yield f"  step     at an average batch of {batch}, limited by {_limit(plan)}"
     for kind, part in sorted(predicted.decode_step_us.items(), key=lambda item: -item[1]):
         if part:

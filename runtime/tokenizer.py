@@ -36,7 +36,7 @@ class Tokenizer:
         """
         path = folder / "tokenizer.json"
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text()), chat)
+            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), chat)
         except (OSError, ValueError) as error:
             raise PlanError(
                 f"cannot read `{path}`: {error}",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,8 @@ from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.plans.bundle import check_cubins, load_plan, save_plan, seal
 from tokenspeed_plan.plans.canon import answer_digest
 from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.figures import plain, without_exponents
+from tokenspeed_plan.plans.report import as_text
 from tokenspeed_plan.plans.schema import SCHEMA_VERSION, BatchSize, Binary, KernelCall, Program
 from tokenspeed_plan.runtime.bench.clock import RUNS
 from tokenspeed_plan.runtime.bench.machine import Machine
@@ -32,12 +36,13 @@ from tokenspeed_plan.runtime.bench.replay import Replay
 
 SIGNERS = {"allowed_signers", "signer"}
 SURFACE = {
-    "plan": {"spec", "out", "check", "no_compile"},
+    "spec": {"schema", "key"},
+    "plan": {"spec", "out", "check", "dry_run", "no_compile"},
     "show": {"bundle", "as_json", "kernels", "field", "html"},
     "predict": {"spec", "changes", "engine", "as_json"},
     "sweep": {"spec", "gpus", "counts", "changes", "reserved", "as_json"},
     "calibrate": {"out", "base", "device"},
-    "diff": {"old", "new"},
+    "diff": {"old", "new", "as_json"},
     "check": {"bundle", "weights", "canary", *SIGNERS},
     "sign": {"bundle", "key"},
     "run": {
@@ -184,7 +189,7 @@ def test_show_json_holds_the_contract(bundle: Path) -> None:
 
 def test_show_is_one_screen_and_says_why(bundle: Path) -> None:
     for folder in (bundle, ROOT / "plans/frozen/qwen3.5-397b-b200x8"):
-        lines = cli("show", folder).stdout.splitlines()
+        lines = as_text(load_plan(folder)).splitlines()
         assert len(lines) <= 45 and max(map(len, lines)) <= 140
     text = cli("show", ROOT / "plans/frozen/qwen3.5-397b-b200x8", "--why", "parallelism").stdout
     assert "because" in text and "next" in text and "turn_time_ms" in text
@@ -448,11 +453,15 @@ def test_an_output_is_resumed_with_a_plan_of_other_binaries(
         "other": plan.with_pool(limits=limits),
     }
     out, summary, skipped = tmp_path / "out.jsonl", tmp_path / "s.json", []
+    args = ("--input", batch, "--summary", summary, "--no-canary", "--quiet", "--output")
     answers = []
     for name, changed in plans.items():
         save_plan(seal(changed), tmp_path / name, texts)
-        args = ("--input", batch, "--output", out, "--summary", summary, "--no-canary", "--quiet")
-        assert cli("run", tmp_path / name, *args).exit_code == 0
+        if name == "other":
+            is_clean(cli("run", tmp_path / name, *args, out), 2, "answers of another plan")
+            assert out.read_bytes() == answers[0]
+            out = tmp_path / "other.jsonl"
+        assert cli("run", tmp_path / name, *args, out).exit_code == 0
         skipped.append(json.loads(summary.read_text())["rows"]["skipped"])
         answers.append(out.read_bytes())
     assert skipped == [0, 5, 0]
@@ -677,3 +686,164 @@ def test_bench_refuses_what_the_plan_cannot_hold(bundle: Path, tmp_path: Path) -
     is_clean(cli("bench", tmp_path), 2)
     is_clean(cli("bench", bundle, "--weights", tmp_path / "nothing"), 2)
     is_clean(cli("bench", ROOT / "plans/frozen/qwen3.5-35b-h200"), 2, "there is none here")
+
+
+POOR_LOCALE = {
+    "LC_ALL": "C",
+    "PYTHONUTF8": "0",
+    "PYTHONCOERCECLOCALE": "0",
+    "PYTHONIOENCODING": "latin-1",
+    "OMP_NUM_THREADS": "1",
+}
+MAIN = "from tokenspeed_plan.planner.cli import main; main()"
+
+
+def in_a_poor_locale(*args: Any) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-P", "-c", MAIN, *map(os.fspath, args)]
+    return subprocess.run(command, env=os.environ | POOR_LOCALE, capture_output=True, cwd=ROOT)
+
+
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    plan = load_plan(ROOT / "plans/frozen/demo-cpu")
+    model = plan.model.model_copy(update={"name": "\U0001f600"})
+    save_plan(seal(plan.model_copy(update={"model": model})), tmp_path / "plan")
+    done = in_a_poor_locale("show", tmp_path / "plan")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(rb"\U0001f600 (")
+    is_clean(cli("predict", "a\udcff\x1b[31m.yaml"), 2, r"a\udcff\x1b[31m.yaml")
+
+
+@pytest.mark.slow
+def test_a_batch_is_the_same_in_every_locale(tmp_path: Path) -> None:
+    """The demo's tokenizer has bytes over 127, which other encodings read otherwise."""
+    body = {"prompt": "na\u00efve \u65e5\u672c \U0001f600", "max_tokens": 8, "temperature": 0}
+    row = {"custom_id": "\u00e9", "method": "POST", "url": "/v1/completions", "body": body}
+    rows, here, there = (tmp_path / name for name in ("in.jsonl", "a.jsonl", "b.jsonl"))
+    rows.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    args = ("run", ROOT / "plans/frozen/demo-cpu", "--input", rows, "--no-canary", "--output")
+    assert cli(*args, here).exit_code == 0
+    done = in_a_poor_locale(*args, there)
+    assert done.returncode == 0, done.stderr
+    assert here.read_bytes() == there.read_bytes()
+
+
+def changed_spec(bundle: Path, folder: Path) -> Path:
+    """The bundle's spec for half as many sequences."""
+    spec = yaml.safe_load((bundle.parent / "spec.yaml").read_text(encoding="utf-8"))
+    spec["workload"]["concurrency"] = 4
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(spec), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+def test_a_plan_is_compared_without_being_written(bundle: Path, tmp_path: Path) -> None:
+    spec = changed_spec(bundle, tmp_path)
+    copy = Path(shutil.copytree(bundle, tmp_path / "plan"))
+    before = (copy / "plan.json").read_bytes()
+    dry = cli("plan", spec, "-o", copy, "--dry-run")
+    assert dry.exit_code == 0 and "limits.max_seqs" in dry.stdout and "8 -> 4" in dry.stdout
+    checked = cli("plan", spec, "-o", copy, "--check")
+    is_clean(checked, 1, "is not what")
+    assert all(line in checked.stderr for line in dry.stdout.splitlines())
+    assert (copy / "plan.json").read_bytes() == before
+    new = cli("plan", spec, "-o", tmp_path / "new", "--dry-run")
+    assert new.exit_code == 0 and "a new one would be written" in new.stdout
+    assert not (tmp_path / "new").exists()
+    assert (
+        "would not change"
+        in cli("plan", bundle.parent / "spec.yaml", "-o", bundle, "--dry-run").stdout
+    )
+    assert cli("plan", spec, "-o", copy, "--dry-run", "--check").exit_code == 2
+
+
+def test_diff_and_why_as_json(bundle: Path) -> None:
+    other = ROOT / "plans/frozen/demo-cpu"
+    done = cli("diff", bundle, other, "--json")
+    lines = cli("diff", bundle, other).stdout.splitlines()
+    changes = json.loads(done.stdout)
+    assert done.exit_code == 1 and len(changes) == len(lines) > 10
+    assert changes[0].keys() == {"sign", "what", "detail"}
+    assert json.loads(cli("diff", bundle, bundle, "--json").stdout) == []
+    reason = json.loads(cli("show", bundle, "--why", "parallelism", "--json").stdout)
+    assert reason["name"] == "parallelism" and reason["reason"]
+    number = json.loads(cli("show", bundle, "--why", "ttft_ms", "--json").stdout)
+    shown = json.loads(cli("show", bundle, "--json").stdout)["predicted"]
+    assert number["value"] == shown["ttft_ms"]
+    assert number["interval"] == shown["interval"]["ttft_ms"]
+    is_clean(cli("show", bundle, "--why", "ttft", "--json"), 2, "no decision")
+
+
+def test_a_pipe_gets_whole_lines_and_plain_numbers() -> None:
+    folder = ROOT / "plans/frozen/qwen3.5-397b-b200x8"
+    plan, text = load_plan(folder), cli("show", folder).stdout
+    assert all(f"{each.value}: {each.reason}" in text for each in plan.decisions)
+    assert "..." in as_text(plan) and "..." not in text
+    assert "workload agentic: " in text and "turns 12" in text
+    slow = ("--set", "target={gpu: cpu}", "--set", "workload.turns=1", "--set", "speculation=off")
+    model = ("--set", "model.preset=qwen3-4b", "--set", "workload.first_turn_tokens=30000")
+    text = cli("predict", SPEC_397B, *model, *slow).stdout
+    assert "turn_time_ms" in text and not re.search(r"\de[+-]\d", text)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(14831.2, "14830"), (703.31, "703.3"), (0.0, "0"), (1.5e-5, "0.000015"), (2e9, "2000000000")],
+)
+def test_a_number_has_no_exponent(value: float, text: str) -> None:
+    assert plain(value) == text
+    assert without_exponents(f"x {value:.4g} ms, 1e23f") == f"x {text} ms, 1e23f"
+
+
+@pytest.mark.slow
+def test_bench_without_options_works_on_a_small_plan(bundle: Path) -> None:
+    assert load_plan(bundle).pool.limits.max_seq_len < 1024
+    data = json.loads(cli("bench", bundle, "--json").stdout)
+    assert data["programs"][0]["measured_us"] > 0
+
+
+def test_a_profile_is_found_beside_its_spec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "specs"
+    folder.mkdir()
+    profile = (ROOT / "planner/machines/profiles/cpu.yaml").read_text(encoding="utf-8")
+    (folder / "mine.yaml").write_text(profile.replace("name: cpu", "name: mine"), encoding="utf-8")
+    (folder / "spec.yaml").write_text(
+        "{version: 1, model: {preset: qwen3-0.6b}, target: {gpu: mine.yaml},"
+        " workload: {first_turn_tokens: 64, output_tokens: 16}, speculation: off}",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(tmp_path)
+    assert cli("predict", "specs/spec.yaml").stdout.startswith("qwen3-0.6b on 1 x mine\n")
+    (folder / "mine.yaml").unlink()
+    is_clean(cli("predict", "specs/spec.yaml"), 2, "cannot read `mine.yaml`")
+
+
+def test_hints_name_the_command_that_was_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for called in ("tokenspeed", ".venv/bin/tokenspeed"):
+        monkeypatch.setattr(sys, "argv", [called])
+        is_clean(cli("show", tmp_path), 2, f"name a folder that `{called} plan` wrote")
+
+
+def test_a_dense_model_has_no_words_of_experts() -> None:
+    text = cli("predict", SPEC_397B, *SMALL, "--set", "speculation=off").stdout
+    assert "ffn tp 2" in text and "moe" not in text and " ep " not in text
+
+
+@pytest.mark.parametrize("workload", ["x", None, [1], {"turns": "many"}, {"kind": 3}])
+def test_a_plan_whose_spec_is_none_is_shown_and_run(
+    workload: Any, bundle: Path, batch: Path, tmp_path: Path
+) -> None:
+    plan = load_plan(bundle)
+    texts = {k.name: (bundle / f"kernels/{k.name}.py").read_text() for k in plan.kernels}
+    changed = plan.model_copy(update={"spec": {"workload": workload}})
+    save_plan(seal(changed), tmp_path / "plan", texts)
+    assert cli("show", tmp_path / "plan").exit_code == 0
+    if workload != "x":
+        return
+    args = ("--input", batch, "--output", tmp_path / "out.jsonl", "--no-canary")
+    assert cli("run", tmp_path / "plan", *args).exit_code == 0

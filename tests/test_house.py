@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import stat
 import subprocess
@@ -122,6 +123,53 @@ def test_make_knows_the_commands() -> None:
 @pytest.mark.parametrize("name", [".ci/run", "tools/make_venv.sh"])
 def test_script_is_executable(name: str) -> None:
     assert (REPO / name).stat().st_mode & stat.S_IXUSR
+
+
+PRODUCT = ("codegen", "planner", "plans", "runtime")
+TEXT_CALLS = {"open", "read_text", "write_text"}
+
+
+def bare_text_calls(source: str) -> list[int]:
+    """Lines that open a text file in whatever encoding the locale has."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        given = [part.value for part in node.args if isinstance(part, ast.Constant)]
+        is_binary = name == "open" and any("b" in str(value) for value in given)
+        has_encoding = any(keyword.arg == "encoding" for keyword in node.keywords)
+        if name in TEXT_CALLS and not is_binary and not has_encoding:
+            found.append(node.lineno)
+    return found
+
+
+def test_every_text_file_is_utf8_whatever_the_locale() -> None:
+    paths = [
+        path
+        for folder in PRODUCT
+        for path in sorted((REPO / folder).rglob("*.py"))
+        if "frozen" not in path.parts
+    ]
+    assert len(paths) > 50
+    found = {str(path): bare_text_calls(path.read_text(encoding="utf-8")) for path in paths}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "is_bare"),
+    [
+        ("path.read_text()", True),
+        ("path.write_text(text)", True),
+        ("open(path)", True),
+        ("path.open('w')", True),
+        ("path.read_text(encoding='utf-8')", False),
+        ("open(path, 'rb')", False),
+        ("path.open('a+b')", False),
+    ],
+)
+def test_the_rule_of_encodings_itself(source: str, is_bare: bool) -> None:
+    assert bool(bare_text_calls(source)) == is_bare
 
 
 def test_every_text_file_ends_its_last_line() -> None:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenspeed_plan.planner.advisor.step_time import StepTime
+from tokenspeed_plan.planner.foreign_yaml import parse_yaml, read_file
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.text import printable_line
 
 Amount = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
@@ -52,7 +53,7 @@ class Engine:
 class _EngineFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: Annotated[str, Field(min_length=1, max_length=200)]
     kernels_per_layer: Amount
     collectives_per_layer: Amount
     host_us_per_step: Amount
@@ -66,15 +67,12 @@ def load_engine(path: Path) -> Engine:
         SpecError: the file cannot be read, is not YAML, or is not the profile of an engine.
     """
     hint = "it has name, kernels_per_layer, collectives_per_layer and host_us_per_step"
+    data = parse_yaml(read_file(path, hint), str(path), hint)
     try:
-        read = _EngineFile.model_validate(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise SpecError(f"cannot read `{path}`: {error.strerror}", hint) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise SpecError(f"`{path}` is not YAML: {' '.join(str(error).split())}", hint) from error
+        read = _EngineFile.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
+        where = printable_line(".".join(map(str, first["loc"]))) or "the file"
         raise SpecError(f"`{path}` at `{where}`: {first['msg'].lower()}", hint) from error
     return Engine(
         read.name, read.kernels_per_layer, read.collectives_per_layer, read.host_us_per_step

@@ -162,3 +162,31 @@ def _check_moe(asked: MoeSpec, count: int, config: ModelConfig) -> None:
             f"moe tp {tp} x ep {ep} is {tp * ep} GPUs, the target has {count}",
             "make their product the count",
         )
+
+
+_NO_DELTA_SM = 120
+_SPILLING_HEAD_DIM = 128  # in fp32, the smallest at which attention's kernels spill registers
+
+
+def check_kernels(weights: str, config: ModelConfig, hardware: HardwareSpec) -> None:
+    """Refuse early what is known to have no kernel that fits the GPU.
+
+    The proof is the compiler's, after the search: these refusals save the minutes until then.
+
+    Raises:
+        SpecError: some kernel would not fit.
+    """
+    if hardware.sm == 0:
+        return
+    if weights == "fp32" and (config.has_state or config.attention.head_dim >= _SPILLING_HEAD_DIM):
+        raise SpecError(
+            f"`model.weights: fp32` has no kernels that fit {hardware.name}: "
+            f"heads of `{config.name}` spill registers",
+            "use `bf16`, or `target.gpu: cpu`",
+        )
+    if hardware.sm == _NO_DELTA_SM and config.has_state:
+        raise SpecError(
+            f"`{config.name}` has Gated DeltaNet layers, whose prefill kernel spills registers on "
+            f"{hardware.name} (sm_{hardware.sm})",
+            "name another GPU; `tokenspeed predict` and `plan --no-compile` need no kernels",
+        )

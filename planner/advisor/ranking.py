@@ -147,12 +147,8 @@ def search_result(
     spec: Spec, predictions: tuple[Prediction, ...], rejected: tuple[Rejected, ...]
 ) -> SearchResult:
     """The result of a search under the objective and the service levels of a spec."""
-    slo: dict[str, float] = {}
-    for levels in (spec.objective.slo, spec.slo):
-        if levels:
-            slo |= levels.model_dump(exclude_none=True)
     objective = OBJECTIVES[spec.objective.minimize]
-    return SearchResult(objective, slo, predictions, rejected)
+    return SearchResult(objective, spec.service_levels, predictions, rejected)
 
 
 def _by_speed(prediction: Prediction) -> tuple[float, float, str]:

@@ -20,7 +20,7 @@ from tokenspeed_plan.planner.advisor.rollback import (
     choose,
     rollbacks,
 )
-from tokenspeed_plan.planner.advisor.search import Search
+from tokenspeed_plan.planner.advisor.search import Progress, Search
 from tokenspeed_plan.planner.advisor.search_space import layouts
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
@@ -74,17 +74,30 @@ def weight_dtype(spec: Spec) -> DType:
     return FORMATS[word].dtype
 
 
-def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec, ledger: Ledger) -> Decided:
+def resolve(
+    spec: Spec,
+    config: ModelConfig,
+    hardware: HardwareSpec,
+    ledger: Ledger,
+    progress: Progress | None = None,
+) -> Decided:
     """Choose the best deployment that the runtime replays, and record each decision.
+
+    Args:
+        spec: what was asked.
+        config: of the model.
+        hardware: the target.
+        ledger: takes the decisions.
+        progress: is told how far each search is.
 
     Raises:
         SpecError: what the spec states is illegal for this model or not planned yet, or nothing
             fits.
     """
     check_stated(spec, config)
-    choice = _choose(spec, config, hardware)
+    choice = _choose(spec, config, hardware, progress)
     predictor, result = choice.predictor, choice.result
-    unrestricted = Search(predictor, ALL, spec.target.count).run()
+    unrestricted = Search(predictor, ALL, spec.target.count, progress).run()
     if not unrestricted.predictions:
         unrestricted = result
     _record(ledger, choice, unrestricted)
@@ -99,7 +112,9 @@ def resolve(spec: Spec, config: ModelConfig, hardware: HardwareSpec, ledger: Led
     )
 
 
-def _choose(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> _Choice:
+def _choose(
+    spec: Spec, config: ModelConfig, hardware: HardwareSpec, progress: Progress | None
+) -> _Choice:
     """The deployment and its rollback; another rollback than the first needs a second search."""
     predictors = []
     for word in allowed_rollbacks(spec, config, hardware):
@@ -107,20 +122,22 @@ def _choose(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> _Choice:
         predictors.append(predictor)
     num_gpus = spec.target.count
     buckets = decode_buckets(spec.workload.concurrency)
-    predictor, result = _search(predictors, num_gpus)
+    predictor, result = _search(predictors, num_gpus, progress)
     ways = rollbacks(predictors, result.best.candidate, buckets)
     chosen = choose(ways)
     if chosen.predictor is not predictor:
-        predictor, result = _search([chosen.predictor], num_gpus)
+        predictor, result = _search([chosen.predictor], num_gpus, progress)
         ways = rollbacks(predictors, result.best.candidate, buckets)
         chosen = next(way for way in ways if way.predictor is predictor)
     return _Choice(predictor, result, ways, chosen)
 
 
-def _search(predictors: Sequence[Predictor], num_gpus: int) -> tuple[Predictor, SearchResult]:
+def _search(
+    predictors: Sequence[Predictor], num_gpus: int, progress: Progress | None
+) -> tuple[Predictor, SearchResult]:
     """The first rollback with which anything fits."""
     for predictor in predictors:
-        result = Search(predictor, SUPPORTED, num_gpus).run()
+        result = Search(predictor, SUPPORTED, num_gpus, progress).run()
         if result.predictions:
             return predictor, result
     raise _refusal(predictors[0])

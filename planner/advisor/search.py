@@ -7,7 +7,7 @@ service level can only take deployments away.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +21,7 @@ from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.types import GIB
 
+Progress = Callable[[int, int], None]  # how many of how many are done
 POOL_LAYOUTS = 3  # layouts of each of two pools that are combined
 
 
@@ -32,22 +33,28 @@ class Search:
         predictor: predicts and measures a candidate.
         scope: what a candidate may use.
         num_gpus: how many GPUs there are.
+        progress: is told how many starting points of how many are done.
         seen: what was evaluated. rejected: what was not, and why.
     """
 
     predictor: Predictor
     scope: Capabilities
     num_gpus: int
+    progress: Progress | None = None
     seen: dict[Candidate, Prediction] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
 
     def run(self) -> SearchResult:
         """Evaluate everything that the spec leaves open."""
         with _no_garbage_collection():
-            if self.space.has_single_pool:
-                self._try_single_pools()
-            if self.space.has_two_pools:
-                self._try_two_pools()
+            singles, pairs = self._single_pools(), self._pool_pairs()
+            total = len(singles) + len(pairs)
+            for done, candidate in enumerate(singles):
+                self._report(done, total)
+                self._tune(candidate)
+            for done, pair in enumerate(pairs, start=len(singles)):
+                self._report(done, total)
+                self._try_two_pools(*pair)
         return search_result(self.predictor.spec, tuple(self.seen.values()), tuple(self.rejected))
 
     @cached_property
@@ -58,21 +65,35 @@ class Search:
             predictor.spec, predictor.config, predictor.hardware, self.scope, self.num_gpus
         )
 
-    def _try_single_pools(self) -> None:
-        legal = [layout for layout in self.space.pool_layouts() if self._is_legal(layout)]
-        for layout in legal:
-            for replicas in self.space.replicas(layout.num_ranks):
-                self._tune(Candidate(layout, self.space.default_knobs(), replicas=replicas))
+    def _report(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
 
-    def _try_two_pools(self) -> None:
+    def _single_pools(self) -> list[Candidate]:
+        """Every legal layout and number of replicas, with the first value of each knob."""
+        if not self.space.has_single_pool:
+            return []
+        knobs = self.space.default_knobs()
+        return [
+            Candidate(layout, knobs, replicas=replicas)
+            for layout in self.space.pool_layouts()
+            if self._is_legal(layout)
+            for replicas in self.space.replicas(layout.num_ranks)
+        ]
+
+    def _pool_pairs(self) -> list[tuple[int, int]]:
+        if not self.space.has_two_pools:
+            return []
+        return list(self.space.pool_pairs())
+
+    def _try_two_pools(self, prefill_gpus: int, decode_gpus: int) -> None:
         """Combine the layouts that are fastest at prefill with those that are fastest at decode."""
         knobs = self.space.default_knobs()
-        for prefill_gpus, decode_gpus in self.space.pool_pairs():
-            prefills = self._fastest(prefill_gpus, "first_turn_ttft_ms")
-            decodes = self._fastest(decode_gpus, "tpot_ms")
-            for prefill in prefills:
-                for decode in decodes:
-                    self._tune(Candidate(decode, knobs, prefill=prefill))
+        prefills = self._fastest(prefill_gpus, "first_turn_ttft_ms")
+        decodes = self._fastest(decode_gpus, "tpot_ms")
+        for prefill in prefills:
+            for decode in decodes:
+                self._tune(Candidate(decode, knobs, prefill=prefill))
 
     def _fastest(self, num_gpus: int, metric: str) -> list[ParallelLayout]:
         legal = [layout for layout in self.space.split_layouts(num_gpus) if self._is_legal(layout)]

@@ -29,7 +29,7 @@ def layouts(num_gpus: int, config: ModelConfig, scope: Capabilities) -> Iterator
         for split in _divisors(copies, scope.context_split):
             for moe_ep in _divisors(num_gpus, has_experts):
                 moe_tp = num_gpus // moe_ep
-                yield ParallelLayout(attention_tp, moe_tp, moe_ep, attention_dp, split)
+                yield ParallelLayout(attention_tp, moe_tp, moe_ep, attention_dp, split, has_experts)
 
 
 def _divisors(value: int, allowed: bool) -> list[int]:

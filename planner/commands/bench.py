@@ -42,12 +42,12 @@ class ProgramOptions:
 
     Attributes:
         batch: sequences that decode.
-        context: tokens that each of them has.
+        context: tokens that each of them has; None takes what the plan holds, up to 1024.
         prefill: tokens of the prefill program; 0 measures none.
     """
 
     batch: int
-    context: int
+    context: int | None
     prefill: int
 
 
@@ -92,7 +92,9 @@ class BenchOptions:
     "--batch", type=Some, default=1, show_default=True, help="Programs: sequences that decode."
 )
 @click.option(
-    "--context", type=Some, default=1024, show_default=True, help="Programs: tokens that each has."
+    "--context",
+    type=Some,
+    help="Programs: tokens that each has (default: 1024, or the most that the plan holds).",
 )
 @click.option(
     "--prefill",
@@ -126,7 +128,7 @@ def bench_command(
     workload: str,
     weights: str,
     batch: int,
-    context: int,
+    context: int | None,
     prefill: int,
     conversations: int | None,
     turns: int | None,
@@ -176,7 +178,8 @@ def _programs(
 
     frozen = load_plan(bundle)
     executor = bench.prepare(frozen, bundle, folder)
-    sizes = bench.Options(options.batch, options.context, options.prefill)
+    context = options.context or bench.default_context(frozen, options.batch)
+    sizes = bench.Options(options.batch, context, options.prefill)
     found = bench.bench(frozen, executor, sizes)
     for program in found["programs"]:
         batch = (program["tokens"], program["batch"], program["context"])

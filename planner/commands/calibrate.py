@@ -71,7 +71,7 @@ def _write(profile: Profile, name: str, out: Path) -> None:
     text = calibration.dump(profile, f"Measured by `tokenspeed calibrate` on {name}.")
     read_profile(text, str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
+    out.write_text(text, encoding="utf-8")
 
 
 def _measure(profile: Profile, device: str) -> tuple[Profile, Machine]:
@@ -124,7 +124,7 @@ def _samples(profile: Profile, machine: Machine, device: str) -> Iterator[calibr
     with tempfile.TemporaryDirectory() as folder:
         roofline = Path(folder) / "bare.yaml"
         text = calibration.dump(calibration.bare(profile), "A roofline without waiting.")
-        roofline.write_text(text)
+        roofline.write_text(text, encoding="utf-8")
         for name in _probes(device):
             probe = _Probe(name, roofline, Path(folder) / name, machine, device)
             yield from probe.samples()

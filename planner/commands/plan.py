@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import click
 
 from tokenspeed_plan.codegen.build import default_cache
+from tokenspeed_plan.planner.commands.long_work import LongWork
 from tokenspeed_plan.planner.compile import Compiled, build_bundle, compile_bundle, find_model
 from tokenspeed_plan.planner.golden import with_canary
 from tokenspeed_plan.planner.spec import load_spec
@@ -28,7 +30,7 @@ from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.text import printable_line
 
 Folder = click.Path(path_type=Path)
-MAX_CHANGES = 20  # that are listed
+MAX_CHANGES = 20  # that a terminal is shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class PlanOptions:
     spec: Path
     out: Path
     check: bool
+    dry_run: bool
     no_compile: bool
 
 
@@ -49,6 +52,9 @@ class PlanOptions:
     is_flag=True,
     help="Write nothing; exit 1 if the bundle is not what SPEC compiles to.",
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Write nothing; show what would change in the bundle."
+)
 @click.option("--no-compile", is_flag=True, help="Skip compiling the kernels for the target's GPU.")
 def plan(**options: Any) -> None:
     """Compile SPEC into a plan."""
@@ -56,7 +62,12 @@ def plan(**options: Any) -> None:
 
 
 def _plan(options: PlanOptions) -> None:
+    if options.check and options.dry_run:
+        raise click.UsageError("give --check or --dry-run, not both")
     bundle = _compile(options)
+    if options.dry_run:
+        _echo_dry(bundle, options)
+        return
     if options.check:
         _refuse_stale(bundle, options)
         click.echo(f"{options.out} is up to date", err=True)
@@ -68,14 +79,36 @@ def _plan(options: PlanOptions) -> None:
     _echo_written(bundle, options.out)
 
 
+def _echo_dry(bundle: Compiled, options: PlanOptions) -> None:
+    """Show on stdout what would be written."""
+    old = _old_plan(options.out)
+    if old is None:
+        click.echo(f"there is no plan in {options.out}; a new one would be written")
+        return
+    changes = diff(_comparable(old, options), bundle.plan)
+    for change in changes:
+        click.echo(str(change))
+    if not changes:
+        click.echo(f"{options.out} would not change")
+
+
+def _comparable(old: Plan, options: PlanOptions) -> Plan:
+    """The old plan, without binaries where none were compiled for the new one."""
+    if options.no_compile:
+        return _without_binaries(old)
+    return old
+
+
 def _compile(options: PlanOptions) -> Compiled:
     spec = load_spec(options.spec)
     model = find_model(spec, options.spec)
-    if options.no_compile:
-        bundle = compile_bundle(spec, model)
-    else:
-        bundle = build_bundle(spec, model, default_cache())
-    return replace(bundle, plan=with_canary(bundle.plan, spec, model))
+    with LongWork() as report:
+        if options.no_compile:
+            bundle = compile_bundle(spec, model, report=report)
+        else:
+            bundle = build_bundle(spec, model, default_cache(), report)
+        report("making golden prompts", 0, 1)
+        return replace(bundle, plan=with_canary(bundle.plan, spec, model))
 
 
 def _echo_written(bundle: Compiled, out: Path) -> None:
@@ -101,6 +134,9 @@ def _refuse_stale(bundle: Compiled, options: PlanOptions) -> None:
     if options.no_compile and frozen != fresh:
         frozen = dump_plan(_without_binaries(load_plan(options.out)))
     if frozen != fresh:
+        kept = _old_plan(options.out)
+        if kept is not None:
+            _echo_changes(diff(_comparable(kept, options), bundle.plan))
         raise _stale(bundle.plan, options)
     check_sources(bundle.plan, options.out)
 
@@ -138,7 +174,11 @@ def _old_plan(out: Path) -> Plan | None:
 
 
 def _echo_changes(changes: Sequence[Change]) -> None:
-    for change in changes[:MAX_CHANGES]:
+    """Show changes: the first ones on a terminal, all of them in a pipe."""
+    shown = changes
+    if sys.stderr.isatty():
+        shown = changes[:MAX_CHANGES]
+    for change in shown:
         click.echo(str(change), err=True)
-    if len(changes) > MAX_CHANGES:
-        click.echo(f"  and {len(changes) - MAX_CHANGES} more changes", err=True)
+    if len(changes) > len(shown):
+        click.echo(f"  and {len(changes) - len(shown)} more changes", err=True)

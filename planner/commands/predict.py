@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from tokenspeed_plan.planner.advisor.predicted import max_concurrency, max_conte
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
 from tokenspeed_plan.planner.advisor.rollback import allowed_rollbacks
-from tokenspeed_plan.planner.advisor.search import Search
+from tokenspeed_plan.planner.advisor.search import Progress, Search
+from tokenspeed_plan.planner.commands.long_work import LongWork
 from tokenspeed_plan.planner.compile import find_model
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.spec import MAX_GPUS, Spec, load_spec
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
+from tokenspeed_plan.plans.figures import plain
 from tokenspeed_plan.plans.report import DEFINITIONS
 from tokenspeed_plan.plans.types import RollbackWord
 
@@ -86,7 +89,9 @@ def _predict(options: PredictOptions) -> None:
     engine = None
     if options.engine:
         engine = load_engine(options.engine)
-    predictor, result = search(spec, config, engine)
+    with LongWork() as report:
+        progress = partial(report, "searching deployments")
+        predictor, result = search(spec, config, engine, progress=progress)
     if options.as_json:
         click.echo(json.dumps(_as_json(predictor, result), indent=1))
     else:
@@ -110,11 +115,14 @@ def _sweep(options: SweepOptions) -> None:
     spec = load_spec(options.spec, options.changes)
     config = find_model(spec, options.spec).config
     gpus = [_checked_name(name) for name in options.gpus.split(",")]
-    entries = [
-        _sweep_entry(_with_target(spec, gpu, count), config, options.reserved)
-        for gpu in gpus
-        for count in counts
-    ]
+    targets = [_with_target(spec, gpu, count) for gpu in gpus for count in counts]
+    entries = []
+    with LongWork() as report:
+        for done, each in enumerate(targets):
+            machine = f"{each.target.gpu} x {each.target.count}"
+            report.title = f"machine {done + 1} of {len(targets)}, {machine}: "
+            progress = partial(report, "searching deployments")
+            entries.append(_sweep_entry(each, config, options.reserved, progress))
     if options.as_json:
         click.echo(json.dumps(entries, indent=1))
     else:
@@ -146,7 +154,11 @@ def _with_target(spec: Spec, gpu: str, count: int) -> Spec:
 
 
 def search(
-    spec: Spec, config: ModelConfig, engine: Engine | None = None, reserved: bool = False
+    spec: Spec,
+    config: ModelConfig,
+    engine: Engine | None = None,
+    reserved: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Predictor, SearchResult]:
     """Search everything that the spec leaves open, whether or not the runtime replays it yet.
 
@@ -155,18 +167,19 @@ def search(
         config: of the model.
         engine: another engine to model; all of them take drafts back by snapshots.
         reserved: price GPUs as reserved.
+        progress: is told how far the search is.
 
     Raises:
         SpecError: nothing that the spec allows is legal and fits, or the machine cannot multiply
             such weights.
     """
-    hardware = find_hardware(spec.target.gpu)
+    hardware = find_hardware(spec.target.gpu, spec.folder)
     check_formats(spec.model.weights, hardware)
     rollback: RollbackWord = "snapshot"
     if engine is None:
         rollback, *_ = allowed_rollbacks(spec, config, hardware)
     predictor = Predictor(spec, config, hardware, engine, reserved, rollback)
-    result = Search(predictor, ALL, spec.target.count).run()
+    result = Search(predictor, ALL, spec.target.count, progress).run()
     _ = result.best
     return predictor, result
 
@@ -233,17 +246,20 @@ def _as_text(predictor: Predictor, result: SearchResult) -> Iterator[str]:
     for name, meaning in DEFINITIONS.items():
         low, high = best.interval(name)
         value = best.metrics[name]
-        yield f"  {name:<28} {value:>10.4g}  ({low:.4g} to {high:.4g})  {meaning}"
+        interval = f"({plain(low)} to {plain(high)})"
+        yield f"  {name:<28} {plain(value):>10}  {interval}  {meaning}"
     yield "next"
     for each in _runners_up(result):
-        yield f"  {each.candidate}: {result.objective} {each.metrics[result.objective]:.4g}"
+        yield f"  {each.candidate}: {result.objective} {plain(each.metrics[result.objective])}"
 
 
-def _sweep_entry(spec: Spec, config: ModelConfig, reserved: bool) -> dict[str, Any]:
+def _sweep_entry(
+    spec: Spec, config: ModelConfig, reserved: bool, progress: Progress
+) -> dict[str, Any]:
     """The best deployment on one machine, or why there is none."""
     count = spec.target.count
     try:
-        predictor, result = search(spec, config, reserved=reserved)
+        predictor, result = search(spec, config, reserved=reserved, progress=progress)
     except TokenspeedError as error:
         return {"gpu": spec.target.gpu, "count": count, "error": error.message}
     candidate = result.best.candidate
@@ -270,7 +286,7 @@ def _sweep_table(entries: Sequence[dict[str, Any]], spec: Spec) -> Iterator[str]
         if "error" in entry:
             yield f"{machine}    - {entry['error']}"
             continue
-        numbers = " ".join(f"{entry['predicted'][name]:>12.4g}" for name in SWEEP_COLUMNS)
+        numbers = " ".join(f"{plain(entry['predicted'][name]):>12}" for name in SWEEP_COLUMNS)
         mark = "*" if entry["not_replayed_yet"] else ""
         if entry["slo_missed"]:
             mark += f" (service level missed: {entry['slo_missed']})"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from pydantic import ValidationError
 
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.planner.commands.engines import (
@@ -18,6 +20,7 @@ from tokenspeed_plan.planner.commands.engines import (
     ready_engine,
 )
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
+from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.canon import answer_digest
 from tokenspeed_plan.plans.errors import RequestError
@@ -26,6 +29,7 @@ from tokenspeed_plan.plans.schema import Plan
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.request import Completion
     from tokenspeed_plan.runtime.serving.batch import BatchOptions, BatchPlan, Selection
+    from tokenspeed_plan.runtime.serving.batch.summary import Load
 
 Folder = click.Path(path_type=Path)
 
@@ -197,6 +201,7 @@ def _figures(completion: Completion) -> str:
 def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOptions) -> int:
     from tokenspeed_plan.runtime.loading.preflight import check_files, check_target, find_weights
     from tokenspeed_plan.runtime.serving.batch import run_batch
+    from tokenspeed_plan.runtime.serving.batch.other_plan import refuse_other_plan
     from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
     frozen = load_plan(bundle, engine_options.signers)
@@ -205,6 +210,7 @@ def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOption
     check_files(frozen, folder)
     tokenizer = Tokenizer.load(folder, ChatTemplate.load(folder))
     facts = _batch_plan(frozen)
+    refuse_other_plan(options.input, options.output, facts.digest)
     return run_batch(options, facts, tokenizer, lambda: ready_engine(bundle, engine_options))
 
 
@@ -216,10 +222,23 @@ def _batch_plan(frozen: Plan) -> BatchPlan:
     request_limits = RequestLimits(
         limits.max_seq_len, limits.default_max_tokens, frozen.model.vocab_size
     )
-    predicted = {name: frozen.predicted.values[name] for name in ("tpot_ms", "ttft_ms")}
-    return BatchPlan(
-        answer_digest(frozen), frozen.model.name, limits.max_seqs, request_limits, predicted
-    )
+    predicted: dict[str, float] = {}
+    load = _predicted_load(frozen)
+    if load is not None:
+        predicted = {name: frozen.predicted.values[name] for name in ("tpot_ms", "ttft_ms")}
+    name = frozen.model.name
+    return BatchPlan(answer_digest(frozen), name, limits.max_seqs, request_limits, predicted, load)
+
+
+def _predicted_load(frozen: Plan) -> Load | None:
+    """The load that a plan predicts, where it is one of single turns as a batch has them."""
+    from tokenspeed_plan.runtime.serving.batch.summary import Load
+
+    with suppress(ValidationError):
+        workload = WorkloadSpec.model_validate(frozen.spec.get("workload", {}))
+        if workload.turns == 1:
+            return Load(workload.first_turn_tokens, workload.output_tokens, workload.concurrency)
+    return None
 
 
 def _selection(limit: int | None, shard: str | None) -> Selection:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import click
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.diff import diff
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.report import as_dict, as_text, why
+from tokenspeed_plan.plans.report import WIDTH, as_dict, as_text, why, why_as_dict
 from tokenspeed_plan.plans.schema import Plan
 
 Folder = click.Path(path_type=Path)
@@ -53,11 +54,19 @@ def _show(options: ShowOptions) -> None:
         options.html.write_text(_page(frozen), encoding="utf-8")
         click.echo(f"wrote {options.html}", err=True)
     elif options.field is not None:
-        click.echo(why(frozen, options.field))
+        _show_why(frozen, options.field, options.as_json)
     elif options.as_json:
         click.echo(json.dumps(as_dict(frozen), indent=1))
     else:
-        click.echo(as_text(frozen, options.kernels))
+        width = WIDTH if sys.stdout.isatty() else None
+        click.echo(as_text(frozen, options.kernels, width))
+
+
+def _show_why(frozen: Plan, name: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(why_as_dict(frozen, name), indent=1))
+    else:
+        click.echo(why(frozen, name))
 
 
 def _page(frozen: Plan) -> str:
@@ -74,10 +83,14 @@ def _page(frozen: Plan) -> str:
 @click.command("diff")
 @click.argument("old", type=Folder)
 @click.argument("new", type=Folder)
-def diff_command(old: Path, new: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
+def diff_command(old: Path, new: Path, as_json: bool) -> None:
     """Show what changed between two plans; exit 1 if anything did."""
     changes = diff(load_plan(old), load_plan(new))
-    for change in changes:
-        click.echo(str(change))
+    if as_json:
+        click.echo(json.dumps([asdict(change) for change in changes], indent=1))
+    else:
+        for change in changes:
+            click.echo(str(change))
     if changes:
         raise click.exceptions.Exit(1)

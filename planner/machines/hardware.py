@@ -16,10 +16,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tokenspeed_plan.planner.foreign_yaml import parse_yaml, read_file
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.types import DType
 
 OP_CLASSES = (
@@ -37,7 +38,12 @@ OP_CLASSES = (
 TIME_KINDS = ("memory", "matrix", "launch", "collective", "host")
 MATRIX_DTYPES = (*get_args(DType), "tf32")  # that a profile may have a rate for
 
-Value = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Bounds far from any machine, within which no time and no size leaves the numbers of a float.
+SMALLEST, LARGEST = 1e-9, 1e20
+Value = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+Microseconds = Annotated[float, Field(ge=SMALLEST, le=1e12, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1 << 50)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
 Table = Mapping[int, Mapping[int, float]]  # GPUs -> bytes -> microseconds
 
 
@@ -107,14 +113,16 @@ class _Number(_Section):
 
 class _Collective(_Section):
     source: str
-    us: dict[int, dict[int, Annotated[float, Field(gt=0, allow_inf_nan=False)]]]
+    us: Annotated[
+        dict[Count, Annotated[dict[Count, Microseconds], Field(min_length=1)]], Field(min_length=1)
+    ]
 
 
 class Profile(_Section):
     """A profile as its file has it."""
 
-    name: str
-    sm: Annotated[int, Field(ge=0)]
+    name: Name
+    sm: Annotated[int, Field(ge=0, le=1000)]
     sources: dict[str, str]
     numbers: dict[str, _Number]
     matrix_flops_per_s: dict[str, _Number]
@@ -159,6 +167,7 @@ _INTEGERS = {field.name for field in fields(HardwareSpec) if field.type == "int"
 NUMBERS = tuple(field.name for field in fields(HardwareSpec) if field.name not in _NOT_NUMBERS)
 # Profiles that older versions of `tokenspeed calibrate` wrote have these.
 _UNUSED = {"host_memory_bytes", "l2_bytes"}
+_MOST = {"gpus_per_node": 1024, "num_sms": 4096, "page_size": 4096, "prefill_chunk": 1 << 20}
 _MAY_BE_ZERO = {"num_sms", "max_shared_bytes", "reserved_bytes"}
 
 
@@ -168,11 +177,9 @@ def read_profile(text: str, name: str) -> Profile:
     Raises:
         SpecError: it is not YAML, or a number is missing, unknown, impossible or without a source.
     """
+    data = parse_yaml(text, name)
     try:
-        profile = Profile.model_validate(yaml.safe_load(text))
-    except (yaml.YAMLError, RecursionError) as error:
-        words = " ".join(str(error).split())
-        raise _bad(name, f"it is not YAML: {words}") from error
+        profile = Profile.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -200,8 +207,7 @@ def _check_names(name: str, group: str, expected: Iterable[str], actual: Mapping
 
 def _check_values(name: str, profile: Profile) -> None:
     for key, number in profile.numbers.items():
-        if not number.value and key not in _MAY_BE_ZERO:
-            raise _bad(name, f"`numbers.{key}` is 0")
+        _check_number(name, key, number.value)
     read = profile.numbers["read_bytes_per_s"]
     peak = profile.numbers["peak_bytes_per_s"]
     if read.value > peak.value:
@@ -221,6 +227,18 @@ def _check_values(name: str, profile: Profile) -> None:
         raise _bad(name, "`all_reduce` needs `one_shot`, and may have `two_shot`")
 
 
+def _check_number(name: str, key: str, value: float) -> None:
+    if not value and key not in _MAY_BE_ZERO:
+        raise _bad(name, f"`numbers.{key}` is 0")
+    if value and value < SMALLEST:
+        raise _bad(name, f"`numbers.{key}` is {value:g}, the least is {SMALLEST:g}")
+    if key not in _INTEGERS:
+        return
+    most = _MOST.get(key, 1 << 50)
+    if value != int(value) or value > most:
+        raise _bad(name, f"`numbers.{key}` is {value:g}, not a whole number up to {most}")
+
+
 def _check_sources(name: str, profile: Profile) -> None:
     stated, used = set(profile.sources), profile.used_sources
     for source in sorted(used - stated):
@@ -231,7 +249,8 @@ def _check_sources(name: str, profile: Profile) -> None:
 
 def _bad(name: str, what: str) -> SpecError:
     return SpecError(
-        f"profile `{name}`: {what}", "compare it with planner/machines/profiles/h200.yaml"
+        f"profile `{name}`: {printable_line(what)}",
+        "compare it with planner/machines/profiles/h200.yaml",
     )
 
 
@@ -289,7 +308,7 @@ def known_profiles() -> Mapping[str, str]:
     for file in folder.iterdir():
         if file.name.endswith(".yaml"):
             name = file.name.removesuffix(".yaml")
-            texts[name] = file.read_text()
+            texts[name] = file.read_text(encoding="utf-8")
     return dict(sorted(texts.items()))
 
 
@@ -303,22 +322,27 @@ def hardware_names() -> list[str]:
     return [_known(key).name for key in known_profiles()]
 
 
-def find_hardware(name: str) -> HardwareSpec:
+def find_hardware(name: str, near: Path | None = None) -> HardwareSpec:
     """The machine called `name` in any case, or that of the profile at a path ending in `.yaml`.
+
+    A relative path is looked up from the current folder, then from `near`.
 
     Raises:
         SpecError: there is no such machine, or the profile is not one.
     """
     if name.endswith(".yaml"):
-        return to_hardware(load_profile(Path(name)))
+        path = Path(name)
+        if near is not None and not path.is_file() and (near / path).is_file():
+            path = near / path
+        return to_hardware(load_profile(path))
     key = name.lower().replace(" ", "").removesuffix("-80g")
     if key in known_profiles():
         return _known(key)
-    near = difflib.get_close_matches(key, known_profiles(), 1)
-    if near:
-        hint = f"did you mean `{_known(near[0]).name}`?"
-    else:
-        hint = f"known: {', '.join(hardware_names())}; or the path of a profile"
+    hint = f"known: {', '.join(hardware_names())}; or the path of a profile"
+    # A close match is a slip of the finger; `MI300X` is no slip for `B300`.
+    similar = difflib.get_close_matches(key, known_profiles(), 1, cutoff=0.7)
+    if similar:
+        hint = f"did you mean `{_known(similar[0]).name}`? {hint}"
     raise SpecError(f"there is no GPU called `{name}`", hint)
 
 
@@ -328,13 +352,7 @@ def load_profile(path: Path) -> Profile:
     Raises:
         SpecError: it cannot be read, or as `read_profile`.
     """
-    hint = "`tokenspeed calibrate` writes a profile"
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise SpecError(f"cannot read `{path}`: {error.strerror}", hint) from error
-    except UnicodeDecodeError as error:
-        raise SpecError(f"cannot read `{path}`: not UTF-8", hint) from error
+    text = read_file(path, "`tokenspeed calibrate` writes a profile")
     return read_profile(text, str(path))
 
 

@@ -54,7 +54,7 @@ def num_valid_tokens(folder: Path, vocab_size: int) -> int:
     if not path.is_file():
         return vocab_size
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         ids = [
             *data["model"]["vocab"].values(),
             *(token["id"] for token in data.get("added_tokens", [])),

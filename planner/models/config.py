@@ -1,4 +1,4 @@
-"""The model's own facts. Only this file, `rope.py` and `stop_tokens.py` know Hugging Face's words."""
+"""The model's own facts. Only this file, `rope.py` and `stop_tokens.py` know Hugging Face's keys."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokenspeed_plan.planner.models.config_reader import ConfigReader
+from tokenspeed_plan.planner.models.preset_names import find_preset
 from tokenspeed_plan.planner.models.registry import FAMILIES, Family
 from tokenspeed_plan.planner.models.rope import Rope, read_rope
 from tokenspeed_plan.planner.models.stop_tokens import stop_tokens
@@ -351,9 +352,7 @@ def load_preset(name: str) -> tuple[ModelConfig, str]:
     Raises:
         SpecError: no such preset.
     """
-    names = preset_names()
-    if name not in names:
-        raise SpecError(f"there is no preset `{name}`", f"presets: {', '.join(names)}")
+    name = find_preset(name, preset_names())
     text = resources.files(PRESETS).joinpath(f"{name}.json").read_text(encoding="utf-8")
     return ModelConfig.from_hf(json.loads(text), name), text
 

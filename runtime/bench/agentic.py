@@ -41,7 +41,8 @@ class Conversations:
     @classmethod
     def of(cls, plan: Plan, **given: int | None) -> Conversations:
         """The conversations of the plan's spec, except for what is given."""
-        workload = plan.spec.get("workload", {})
+        stated = plan.spec.get("workload")
+        workload = stated if isinstance(stated, dict) else {}
         facts = {name: workload.get(name, default) for name, default in _DEFAULTS.items()}
         facts["conversations"] = plan.pool.limits.max_seqs
         return cls(**facts | {name: value for name, value in given.items() if value is not None})

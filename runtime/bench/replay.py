@@ -38,6 +38,17 @@ class Options:
     chunk: int = 0
 
 
+DEFAULT_CONTEXT = 1024
+
+
+def default_context(plan: Plan, batch: int) -> int:
+    """Tokens of a context that so many sequences can have while they are measured."""
+    limits = plan.pool.limits
+    held = min(limits.max_seq_len, limits.num_pages // batch * limits.page_size)
+    most = held - RUNS * (limits.max_depth + 1)
+    return max(min(DEFAULT_CONTEXT, most), 1)
+
+
 def bench(plan: Plan, executor: Executor, options: Options) -> dict[str, Any]:
     """Everything that `tokenspeed bench` prints.
 

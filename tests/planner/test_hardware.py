@@ -146,3 +146,13 @@ def test_a_profile_of_ones_own(tmp_path: Path) -> None:
         find_hardware(str(tmp_path / "none.yaml"))
     with pytest.raises(SpecError, match="no GPU called"):
         find_hardware("H20000")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_similar"), [("MI300X", False), ("TPUv5", False), ("B20", True), ("H20O", True)]
+)
+def test_an_unknown_gpu_gets_the_list(name: str, is_similar: bool) -> None:
+    with pytest.raises(SpecError) as caught:
+        find_hardware(name)
+    assert "known: A100, B200" in caught.value.hint
+    assert ("did you mean" in caught.value.hint) == is_similar

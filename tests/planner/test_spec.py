@@ -17,7 +17,10 @@ from transformers import Qwen3_5MoeTextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tokenspeed_plan.codegen.attention.rotary import frequencies
-from tokenspeed_plan.planner.compile import compile_plan, find_model
+from tokenspeed_plan.planner.advisor.legality import check_layout
+from tokenspeed_plan.planner.advisor.search import Search
+from tokenspeed_plan.planner.compile import build_bundle, compile_plan, find_model
+from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.models.checkpoint import num_valid_tokens, read_headers
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
 from tokenspeed_plan.planner.spec import Spec, load_spec, parse_spec
@@ -113,7 +116,10 @@ def test_yaml_off_is_off(word: str) -> None:
         ({"target": {"gpu": 3}}, "`target.gpu`", "target"),
         ({"target": {"gpu": "cpu", "count": 0}}, "`target.count`", "target"),
         ({"slo": {"ttft_ms": float("nan")}}, "`slo.ttft_ms`", "slo"),
-        ({"a\nb": 1}, "unknown key `a\\nb`", "README"),
+        ({"slo": {"tpot_ms": 5}, "objective": {"slo": {"tpot_ms": 6}}}, "give one", "spec"),
+        ({"model": {"path": "a\0b"}}, "`model.path`: it has characters", "model.path"),
+        ({"workload": {"turns": 10**7}}, "`workload.turns`", "--explain workload.turns`"),
+        ({"a\nb": 1}, "unknown key `a\\nb`", "`tokenspeed spec`"),
     ],
 )
 def test_bad_specs(change: dict[str, Any], says: str, hint: str) -> None:
@@ -139,13 +145,6 @@ def test_bad_specs(change: dict[str, Any], says: str, hint: str) -> None:
             {"model": {"preset": "qwen3.5-9b", "weights": "nvfp4"}},
             "`model.weights: nvfp4` is not planned yet",
         ),
-        (
-            {
-                "model": {"preset": "qwen3.5-4b", "weights": "fp8"},
-                "target": {"gpu": "H200", "count": 16},
-            },
-            "FP8 blocks",
-        ),
         ({"workload": {"first_turn_tokens": 300_000}}, "has 262144 positions"),
         ({"model": {"preset": "qwen3.5-397b-a17b"}, "target": {"gpu": "H100"}}, "GiB on each H100"),
         ({"workload": {"concurrency": 60_000}}, "GiB on each"),
@@ -158,6 +157,35 @@ def test_what_cannot_be_planned_says_why(change: dict[str, Any], says: str) -> N
         compile_plan(spec, find_model(spec))
     assert says in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "says"),
+    [
+        ({"preset": "qwen3.5-9b", "weights": "fp8"}, "H200", "`model.weights: fp8` is not planned"),
+        ({"preset": "qwen3.5-9b", "weights": "nvfp4"}, "B200", "nvfp4` is not planned"),
+        ({"preset": "qwen3.5-9b", "weights": "fp32"}, "H200", "fp32` has no kernels that fit H200"),
+        ({"preset": "qwen3-0.6b", "weights": "fp32"}, "B200", "fp32` has no kernels that fit B200"),
+        ({"preset": "qwen3.5-9b"}, "RTX5090", "Gated DeltaNet layers"),
+    ],
+)
+def test_what_is_known_is_refused_before_the_search(
+    model: dict[str, Any], gpu: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Minutes of a search would be lost."""
+    monkeypatch.setattr(Search, "run", lambda _: pytest.fail("it searched"))
+    spec = Spec.model_validate({"version": 1, "model": model, "target": {"gpu": gpu}})
+    with pytest.raises(SpecError) as caught:
+        build_bundle(spec, find_model(spec), tmp_path)
+    assert says in caught.value.message and caught.value.hint
+
+
+def test_fp8_blocks_are_not_cut() -> None:
+    model = {"preset": "qwen3.5-4b", "weights": "fp8"}
+    target = {"gpu": "H200", "count": 16}
+    spec = Spec.model_validate({"version": 1, "model": model, "target": target})
+    with pytest.raises(SpecError, match="FP8 blocks"):
+        check_layout(ParallelLayout(16, 16, 1), find_model(spec).config, "fp8")
 
 
 def test_a_plan_that_does_not_fit_shows_its_memory_map() -> None:
@@ -337,3 +365,23 @@ def test_any_field_value_is_refused_or_read(key: str, value: Any) -> None:
         ModelConfig.from_hf(config, "m")
     except SpecError as error:
         assert error.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("qwen3.5-9b", "qwen3.5-9b"),
+        ("Qwen/Qwen3.5-9B", "qwen3.5-9b"),
+        ("qwen3.5-397b", "qwen3.5-397b-a17b"),
+        ("Qwen/Qwen3-Next-80B-A3B", "qwen3-next-80b-a3b"),
+    ],
+)
+def test_a_preset_is_found_by_its_published_name(name: str, preset: str) -> None:
+    assert load_preset(name)[0].name == preset
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "qwen3", "", "llama-3-8b", "Qwen/"])
+def test_a_name_of_no_preset_or_of_several_is_refused(name: str) -> None:
+    with pytest.raises(SpecError, match="no preset") as caught:
+        load_preset(name)
+    assert "qwen3.5-9b" in caught.value.hint

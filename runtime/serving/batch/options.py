@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from tokenspeed_plan.runtime.request import Completion, Request
 from tokenspeed_plan.runtime.serving.batch.kept_rows import MAX_KEPT_BYTES
 from tokenspeed_plan.runtime.serving.batch.scan import Selection
+from tokenspeed_plan.runtime.serving.batch.summary import Load
 from tokenspeed_plan.runtime.serving.openai.conversion import Encoder, RequestLimits
 from tokenspeed_plan.runtime.streaming import Decoder
 
@@ -70,6 +71,7 @@ class BatchPlan:
     """Facts of the plan that a batch run needs.
 
     `digest` stands for everything in the plan that decides an answer; it is part of each row's key.
+    `load` is what the predictions are for; None where that is not known.
     """
 
     digest: str
@@ -77,3 +79,4 @@ class BatchPlan:
     max_seqs: int
     limits: RequestLimits
     predicted: Mapping[str, float]
+    load: Load | None = None

@@ -69,8 +69,12 @@ def _report(
     options: BatchOptions, plan: BatchPlan, tally: Tally, progress: Progress, interrupted: bool
 ) -> None:
     summary = tally.as_dict(plan.predicted, interrupted)
+    load = tally.load(min(options.max_concurrency or plan.max_seqs, plan.max_seqs))
+    if plan.load is not None and not load.is_like(plan.load):
+        summary["other_load"] = f"{plan.load}; these rows were {load}"
     if options.summary:
-        options.summary.write_text(json.dumps(summary, indent=1) + "\n")
+        text = json.dumps(summary, indent=1) + "\n"
+        options.summary.write_text(text, encoding="utf-8")
     if not options.quiet:
         progress.close()
         print(as_text(summary), file=progress.stream, flush=True)

@@ -12,6 +12,7 @@ from typing import Any
 from tokenspeed_plan.runtime.request import Completion
 
 _BINS_PER_E = 100  # each bin is one per cent wide
+LOAD_TOLERANCE = 0.25  # by which a load may differ from the one that was predicted
 
 
 class Histogram:
@@ -24,9 +25,14 @@ class Histogram:
         """Count a value; zero counts as a nanosecond."""
         self._bins[round(math.log(max(value, 1e-9)) * _BINS_PER_E)] += 1
 
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return sum(self._bins.values())
+
     def percentile(self, share: float) -> float | None:
         """The value below which `share` (0 to 1) of all values lie; None without values."""
-        target = share * sum(self._bins.values())
+        target = share * self.count
         seen = 0
         for index in sorted(self._bins):
             seen += self._bins[index]
@@ -43,6 +49,30 @@ class Histogram:
         if value_s is None:
             return None
         return round(value_s * 1e3, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A load: tokens of a prompt and of an answer, and how many rows are answered at once."""
+
+    prompt_tokens: float
+    output_tokens: float
+    rows_at_once: int
+
+    def is_like(self, other: Load) -> bool:
+        """Whether predictions for the other load say something about this one."""
+        pairs = (
+            (self.prompt_tokens, other.prompt_tokens),
+            (self.output_tokens, other.output_tokens),
+            (self.rows_at_once, other.rows_at_once),
+        )
+        return all(abs(mine - its) <= LOAD_TOLERANCE * its for mine, its in pairs)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows_at_once} at once with {self.prompt_tokens:.0f} tokens in "
+            f"and {self.output_tokens:.0f} out"
+        )
 
 
 @dataclass
@@ -102,6 +132,12 @@ class Tally:
         elapsed_s = max(time.perf_counter() - start_s, 1e-9)
         return self.prompt_tokens / elapsed_s, self.generated_tokens / elapsed_s
 
+    def load(self, max_at_once: int) -> Load:
+        """What was answered, on average."""
+        count = max(self.ttft_s.count, 1)
+        rows_at_once = min(max_at_once, self.answered)
+        return Load(self.prompt_tokens / count, self.generated_tokens / count, rows_at_once)
+
     def as_dict(self, predicted: Mapping[str, float], interrupted: bool) -> dict[str, Any]:
         """The summary as JSON."""
         tokens_in, tokens_out = self.rates()
@@ -146,6 +182,9 @@ def as_text(summary: Mapping[str, Any]) -> str:
         if percentiles["p50"] is not None:
             parts = [f"{percent} {value:.2f} ms" for percent, value in percentiles.items()]
             lines.append(f"{name.removesuffix('_ms')}: " + ", ".join(parts))
+    if summary.get("other_load"):
+        lines.append(f"predictions are for another load: {summary['other_load']}")
+        return "\n".join(lines)
     for name, predicted in summary["predicted"].items():
         measured = summary["measured"].get(name)
         if measured:
