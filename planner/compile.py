@@ -274,12 +274,9 @@ def plan_parts(
     capacity = plan_capacity(spec.workload, model.config, hardware, chosen)
     work = _Programs(spec, model, hardware, decided, capacity, dtype, options)
     programs = tuple(work.lowered(report))
-    predicted_us = {
-        (program.graph.phase, program.bucket): program.graph.time_us for program in programs
-    }
-    limits = plan_limits(capacity, _tpot_ms(spec), predicted_us)
+    limits = plan_limits(capacity, decided.interleaving.tokens)
     record_streams(ledger, [program.graph for program in programs])
-    record_cache(ledger, limits, _tpot_ms(spec), model.config.has_state)
+    record_cache(ledger, limits, decided.interleaving.reason, model.config.has_state)
     if model.stop_reason:
         _record_stop_tokens(ledger, model)
     return Parts(
@@ -357,10 +354,6 @@ class _Programs:
     def layout(self) -> ParallelLayout:
         """How the model is cut over the ranks."""
         return self.decided.layout
-
-
-def _tpot_ms(spec: Spec) -> float | None:
-    return spec.service_levels.get("tpot_ms")
 
 
 def program_load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:

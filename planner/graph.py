@@ -236,9 +236,5 @@ class OpGraph:
         return graph
 
     def ordered(self) -> Iterator[Op]:
-        """Operators in the one topological order that keeps to emission order."""
-        names = [op.name for op in self.ops]
-        position = {name: index for index, name in enumerate(names)}
-        order = nx.lexicographical_topological_sort(self.nx, key=position.__getitem__)
-        for name in order:
-            yield self.by_name[name]
+        """Operators in emission order, which is topological: each edge of `nx` leads forward."""
+        return iter(self.ops)

@@ -122,6 +122,11 @@ def smallest_decode(plan: Plan) -> Program:
 def top_costs(plan: Plan) -> list[dict[str, Any]]:
     """Where a lone user's step goes: kinds of steps by predicted time, the largest first."""
     program = smallest_decode(plan)
+    return [_cost(program, kind, times) for kind, times in _heaviest(plan, program)[:TOP_COSTS]]
+
+
+def _heaviest(plan: Plan, program: Program) -> list[tuple[str, list[float]]]:
+    """Kinds of steps with the predicted microseconds of each, the largest sum first."""
     kinds = {kernel.name: kind_of(kernel) for kernel in plan.kernels}
     times: dict[str, list[float]] = defaultdict(list)
     for step in program.steps:
@@ -131,8 +136,7 @@ def top_costs(plan: Plan) -> list[dict[str, Any]]:
             times[step.op].append(step.predicted_us)
         elif isinstance(step, LibraryCall):
             times[step.function].append(step.predicted_us)
-    largest = sorted(times, key=lambda kind: (-sum(times[kind]), kind))
-    return [_cost(program, kind, times[kind]) for kind in largest[:TOP_COSTS]]
+    return sorted(times.items(), key=lambda item: (-sum(item[1]), item[0]))
 
 
 def _cost(program: Program, kind: str, times: list[float]) -> dict[str, Any]:
@@ -333,11 +337,30 @@ def _number_lines(plan: Plan, name: str) -> Iterator[str]:
     low, high = predicted.low[name], predicted.high[name]
     yield f"{name}: {plain(predicted.values[name])}, between {plain(low)} and {plain(high)}"
     yield f"  means    {DEFINITIONS.get(name, _DETAIL)}"
+    if name in OF_PROMPTS:
+        yield from _prefill_lines(plan)
+    if name == "ttft_ms":
+        return
     batch = plain(predicted.decode_batch)
     yield f"  step     at an average batch of {batch}, limited by {_limit(plan)}"
     for kind, part in sorted(predicted.decode_step_us.items(), key=lambda item: -item[1]):
         if part:
             yield f"    {kind:<11} {part:>9.1f} us"
+
+
+OF_PROMPTS = ("ttft_ms", "turn_time_ms")  # predicted numbers with the time of a prompt in them
+
+
+def _prefill_lines(plan: Plan) -> Iterator[str]:
+    """Steps of a prompt by their tokens, each with the kinds of kernels that take the most."""
+    for program in plan.pool.programs:
+        if program.phase == "prefill":
+            most = [
+                f"{kind} {sum(times) / program.predicted_us:.0%}"
+                for kind, times in _heaviest(plan, program)[:TOP_COSTS]
+            ]
+            us = program.predicted_us
+            yield f"  prompt   {program.bucket} tokens in {us / 1e3:.4g} ms: {', '.join(most)}"
 
 
 def _kernel_lines(plan: Plan) -> list[str]:

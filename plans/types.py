@@ -144,7 +144,7 @@ class TensorSpec(Frozen):
 
     def reshaped(self, shape: tuple[Dim, ...]) -> TensorSpec:
         """The same format in another shape."""
-        return TensorSpec(shape=shape, format=self.format)
+        return self.model_copy(update={"shape": shape})
 
     def bind(self, num_tokens: int, num_seqs: int) -> tuple[int, ...]:
         """The shape with the symbols replaced."""

@@ -238,13 +238,12 @@ def test_predict_takes_any_stated_layout() -> None:
     )
     assert (data["layout"]["attention_tp"], data["layout"]["attention_dp"]) == (1, 2)
     assert (data["knobs"]["depth"], data["knobs"]["prefill_chunk"]) == (2, 1024)
-    assert not data["replayed"] and "attention data parallelism" in data["not_replayed_yet"]
+    assert not data["replayed"]
+    assert data["not_replayed_yet"] == ["attention data parallelism", "several GPUs"]
     assert data["predicted"]["tpot_ms"] > 0 and data["memory_bytes_per_rank"]["total"] > 9e9
     today = ("--set", "speculation=off", "--set", "disaggregation=off")
-    assert (
-        "can freeze this"
-        in cli("predict", SPEC_397B, *SMALL, *today, "--set", "parallelism.attention.tp=2").stdout
-    )
+    text = cli("predict", SPEC_397B, *SMALL, *today, "--set", "parallelism.attention.tp=2").stdout
+    assert "can freeze this" in text and "not replayed yet: several GPUs" in text
 
 
 def test_predict_models_another_engine(tmp_path: Path) -> None:

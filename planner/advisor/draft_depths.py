@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from tokenspeed_plan.planner.advisor.candidate import Candidate
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.search_space import DEPTHS
-from tokenspeed_plan.planner.models.config import ModelConfig
-from tokenspeed_plan.plans.errors import SpecError
 
 # The share of a token's time that more drafts must save. Below it, predictions do not rank depths
 # reliably (measured on an H200).
@@ -46,14 +44,9 @@ def bucket_depths(
 
     Where the state of the most drafts does not fit, no bucket makes more of them than the
     candidate, which fits.
-
-    Raises:
-        SpecError: drafts are asked for, and the model has no layer that makes them.
     """
     stated = predictor.spec.stated_depth
     if not predictor.config.num_mtp_layers:
-        if stated:
-            raise _nothing_drafts(predictor.config)
         return tuple(BucketDepth(bucket, {0: 1.0}, 0) for bucket in buckets)
     tried: Iterable[int] = DEPTHS
     if stated is not None:
@@ -70,18 +63,10 @@ def bucket_depths(
     return tuple(table)
 
 
-def _nothing_drafts(config: ModelConfig) -> SpecError:
-    message = f"`{config.name}` has no MTP layer to draft with"
-    if config.no_drafts_reason:
-        message += f": {config.no_drafts_reason}"
-    return SpecError(message, "set `speculation: off`")
-
-
 def _deepest_fits(predictor: Predictor, candidate: Candidate, depth: int) -> bool:
     """Whether the candidate fits with so many drafts."""
     knobs = replace(candidate.knobs, depth=depth)
-    memory = predictor.fullest(replace(candidate, knobs=knobs))
-    return memory.total <= predictor.hardware.memory_bytes
+    return predictor.fits(replace(candidate, knobs=knobs))
 
 
 def max_depth(table: Iterable[BucketDepth]) -> int:

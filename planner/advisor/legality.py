@@ -5,7 +5,14 @@ from __future__ import annotations
 from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
-from tokenspeed_plan.planner.spec import AttentionSpec, MoeSpec, ParallelismSpec, Spec
+from tokenspeed_plan.planner.passes.limits import check_positions
+from tokenspeed_plan.planner.spec import (
+    AttentionSpec,
+    DisaggregationSpec,
+    MoeSpec,
+    ParallelismSpec,
+    Spec,
+)
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.types import FORMATS
 
@@ -89,24 +96,60 @@ def matches(layout: ParallelLayout, asked: ParallelismSpec) -> bool:
     return all(value is None or value == actual for value, actual in stated)
 
 
-def check_stated(spec: Spec, config: ModelConfig) -> None:
-    """Refuse a spec that states what the model cannot do or a plan cannot hold.
+def check_possible(spec: Spec, config: ModelConfig) -> None:
+    """Refuse a spec that states what the model or the GPUs cannot do, whoever runs it.
 
     Raises:
         SpecError: names the key, both values, and what to write.
     """
+    check_positions(spec.workload, config)
     if spec.draft_vocab:
         _check_draft_vocab(spec.draft_vocab, spec.target.count, config)
-    if spec.serving and spec.serving.kv_dtype == "fp8":
-        raise SpecError(
-            "`serving.kv_dtype: fp8` is not planned yet",
-            "leave it out; `tokenspeed predict` prices it",
-        )
+    if spec.stated_depth and not config.num_mtp_layers:
+        raise _nothing_drafts(config)
     if spec.serving and spec.serving.checkpoint_tokens == 0 and not config.has_state:
         raise SpecError(
             f"`serving.checkpoint_tokens` is 0, but `{config.name}` has no recurrent state: "
             "its prefix cache keeps pages, which need no checkpoints",
             "leave it out; `tokenspeed run --no-cache` computes every prompt from its beginning",
+        )
+    if not isinstance(spec.disaggregation, str):
+        _check_pools(spec.disaggregation, spec.target.count)
+
+
+def _nothing_drafts(config: ModelConfig) -> SpecError:
+    message = f"`{config.name}` has no MTP layer to draft with"
+    if config.no_drafts_reason:
+        message += f": {config.no_drafts_reason}"
+    return SpecError(message, "set `speculation: off`")
+
+
+def _check_pools(asked: DisaggregationSpec, count: int) -> None:
+    total = asked.prefill + asked.decode
+    if total != count:
+        raise SpecError(
+            f"`disaggregation` has {asked.prefill} + {asked.decode} = {total} GPUs, "
+            f"the target has {count}",
+            f"set `target.count` to {total}, or pools that add up to {count}",
+        )
+
+
+def check_stated(spec: Spec, config: ModelConfig) -> None:
+    """Refuse a spec that states what cannot be done, or what a plan cannot hold.
+
+    Raises:
+        SpecError: names the key, both values, and what to write.
+    """
+    check_possible(spec, config)
+    if not isinstance(spec.disaggregation, str):
+        raise SpecError(
+            "`disaggregation` with a prefill pool and a decode pool is not planned yet",
+            "leave it out; `tokenspeed predict` prices it",
+        )
+    if spec.serving and spec.serving.kv_dtype == "fp8":
+        raise SpecError(
+            "`serving.kv_dtype: fp8` is not planned yet",
+            "leave it out; `tokenspeed predict` prices it",
         )
     if spec.parallelism == "auto":
         return

@@ -6,7 +6,7 @@ What the plan allocates is counted to the byte. The profile's margin stands for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from tokenspeed_plan.codegen.attention.attention_tiling import MAX_SPLITS
@@ -128,8 +128,9 @@ class MemoryModel:
                 high = middle - 1
         return low
 
-    def _graph(self, phase: Phase, tokens: int = 1, seqs: int = 1, depth: int = 0) -> OpGraph:
-        return self.steps.graph(self.layout, phase, tokens, seqs, depth)
+    def _sharded(self, phase: Phase, depth: int = 0) -> OpGraph:
+        """The graph of a rank: what is fused in it changes neither weights nor buffers."""
+        return self.steps.sharded_graph(self.layout, phase, depth)
 
     def _weights(self, draft: bool) -> int:
         if draft:
@@ -152,7 +153,7 @@ class MemoryModel:
 
     @cached_property
     def _target_weights(self) -> int:
-        graph = self._graph("decode")
+        graph = self._sharded("decode")
         layers = _layers_of(graph)
         total = 0
         for name, size in self._stored(graph):
@@ -163,8 +164,8 @@ class MemoryModel:
     @cached_property
     def _draft_weights(self) -> int:
         """Bytes of the weights that only drafting uses."""
-        known = self._graph("decode").weights
-        drafting = self._graph("decode", depth=1)
+        known = self._sharded("decode").weights
+        drafting = self._sharded("decode", depth=1)
         total = 0
         for name, size in self._stored(drafting):
             if name not in known:
@@ -218,7 +219,7 @@ class MemoryModel:
         """The decode graph's buffers in an arena, and how many layers each stands for."""
         key = (arena, depth)
         if key not in self.buffers:
-            graph = self._graph("decode", depth=depth)
+            graph = self._sharded("decode", depth)
             layers = _layers_of(graph)
             found = []
             for name, tensor in graph.tensors.items():
@@ -241,9 +242,9 @@ class MemoryModel:
 
     def _arena(self, phase: Phase, tokens: int, seqs: int, depth: int) -> int:
         known = self.steps.arenas
-        key = (self.layout, phase, tokens, seqs, depth)
+        key = (replace(self.layout, context_split=1), phase, tokens, seqs, depth)
         if key not in known:
-            graph = self._graph(phase, tokens, seqs, depth)
+            graph = self.steps.graph(self.layout, phase, tokens, seqs, depth)
             context = PassContext(
                 self.layout,
                 self.steps.hardware,
@@ -263,7 +264,7 @@ class MemoryModel:
             "decode": seqs * (knobs.depth + 1),
         }
         for phase, tokens in num_tokens.items():
-            graph = self._graph(phase, depth=knobs.depth)
+            graph = self._sharded(phase, knobs.depth)
             for name, tensor in graph.tensors.items():
                 if tensor.arena != "io":
                     continue

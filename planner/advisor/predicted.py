@@ -9,7 +9,7 @@ from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import Rejected, SearchResult
 from tokenspeed_plan.planner.advisor.transfer import Transfer
-from tokenspeed_plan.planner.machines.hardware import TIME_KINDS
+from tokenspeed_plan.planner.machines.hardware import TIME_KINDS, HardwareSpec
 from tokenspeed_plan.planner.spec import MAX_CONCURRENCY
 from tokenspeed_plan.plans.schema import LayerMove, Option, Predicted, Transfers
 
@@ -31,16 +31,32 @@ def option(prediction: Prediction, reason: str = "") -> Option:
 
 
 def missing_option(prediction: Prediction) -> Option:
-    """A deployment with its numbers, and what it needs that the runtime does not replay yet."""
-    return option(prediction, not_replayed(prediction.candidate))
+    """A deployment with its numbers, and what it needs that no plan can hold yet."""
+    return option(prediction, not_planned(prediction.candidate))
 
 
-def not_replayed(candidate: Candidate) -> str:
-    """What the runtime does not replay yet, as a clause; empty if it replays all of it."""
+def not_planned(candidate: Candidate) -> str:
+    """What no plan can hold yet, as a clause; empty if one can hold all of it."""
     missing = SUPPORTED.missing(candidate)
     if not missing:
         return ""
-    return f"not replayed yet: {', '.join(missing)}"
+    return f"not planned yet: {', '.join(missing)}"
+
+
+NO_SEVERAL_GPUS = "the runtime does not replay several GPUs yet"
+
+
+def runs_on_several_gpus(candidate: Candidate, hardware: HardwareSpec) -> bool:
+    """Whether it has several ranks on GPUs, which the runtime refuses; ranks on CPUs it replays."""
+    return hardware.sm > 0 and candidate.num_gpus > 1
+
+
+def not_replayed(candidate: Candidate, hardware: HardwareSpec) -> list[str]:
+    """What the runtime does not replay yet, in words."""
+    missing = SUPPORTED.missing(candidate)
+    if runs_on_several_gpus(candidate, hardware):
+        missing.append("several GPUs")
+    return missing
 
 
 def refused(rejected: Iterable[Rejected]) -> tuple[Option, ...]:
@@ -89,23 +105,22 @@ def predicted(predictor: Predictor, result: SearchResult, unrestricted: SearchRe
         slo_missed=result.binding,
         front=tuple(missing_option(each) for each in unrestricted.front[:MAX_OPTIONS]),
         rejected=refused((*result.rejected, *unrestricted.rejected)),
-        transfers=_transfers(unrestricted),
+        transfers=_transfers(unrestricted, best),
     )
 
 
-def _transfers(unrestricted: SearchResult) -> Transfers | None:
-    """The schedule of the best deployment with two pools, where there is one."""
+def _transfers(unrestricted: SearchResult, plan: Prediction) -> Transfers | None:
+    """The schedule of the best deployment with two pools, where there is one, beside the plan."""
     split = unrestricted.split
     if split is None or split.transfer is None:
         return None
-    unsplit = unrestricted.unsplit or split
     return Transfers(
         transport=split.transfer.transport,
         size_bytes=split.transfer.size_bytes,
         bytes_per_s=digits(split.transfer.bytes_per_s),
         exposed_us=digits(split.transfer.exposed_us),
         ttft_ms_with=digits(split.metrics["ttft_ms"]),
-        ttft_ms_without=digits(unsplit.metrics["ttft_ms"]),
+        ttft_ms_without=digits(plan.metrics["ttft_ms"]),
         layers=_moves(split.transfer),
     )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
@@ -43,7 +43,9 @@ class Prediction:
         turn: an average turn.
         step: a decode step at the average batch. prompt: the prefill of an average turn.
         first_turn_ttft_us: time to the first token of a conversation's first turn.
+        token_us: of one token at the average batch, when nothing else happens.
         concurrency: users of the whole deployment.
+        turns: of a conversation.
         output_tokens: of a turn. prompt_tokens: of an average turn.
         hit_rate: share of prompt tokens that come from the prefix cache.
         error: half the width of the interval of times, relative.
@@ -57,7 +59,9 @@ class Prediction:
     step: StepTime
     prompt: StepTime
     first_turn_ttft_us: float
+    token_us: float
     concurrency: int
+    turns: int
     output_tokens: int
     prompt_tokens: float
     hit_rate: float
@@ -70,7 +74,10 @@ class Prediction:
     def metrics(self) -> dict[str, float]:
         """The numbers by their stable names; throughput and cost count output tokens."""
         turn = self.turn
-        turn_s, decode_s = turn.turn_us * 1e-6, turn.decode_us * 1e-6
+        turn_s = turn.turn_us * 1e-6
+        tpot_us = self.token_us
+        if self.output_tokens > 1:
+            tpot_us = turn.decode_us / (self.output_tokens - 1)
         gpus = self.candidate.num_gpus
         users = min(self.candidate.replicas * turn.users, self.concurrency)
         tokens_per_s = users * self.output_tokens / turn_s
@@ -80,10 +87,10 @@ class Prediction:
         return {
             "ttft_ms": turn.first_token_us / 1e3,
             "first_turn_ttft_ms": self.first_turn_ttft_us / 1e3,
-            "tpot_ms": turn.decode_us / self.output_tokens / 1e3,
+            "tpot_ms": tpot_us / 1e3,
             "turn_time_ms": turn.turn_us / 1e3,
             "tokens_per_s_user": self.output_tokens / turn_s,
-            "decode_tokens_per_s_user": self.output_tokens / decode_s,
+            "decode_tokens_per_s_user": 1e6 / tpot_us,
             "tokens_per_s_gpu": tokens_per_s / gpus,
             "total_tokens_per_s_gpu": total_tokens_per_s / gpus,
             "cost_per_million_tokens_usd": usd_per_s / tokens_per_s * 1e6,
@@ -143,9 +150,22 @@ class Predictor:
             self.memories[layout] = MemoryModel(self.steps, layout)
         return self.memories[layout]
 
-    def predict(self, candidate: Candidate) -> Prediction:
-        """Predict a candidate that is legal and fits; neither is checked here."""
+    def predict(
+        self,
+        candidate: Candidate,
+        depths: Mapping[int, int] | None = None,
+        interleaved_tokens: int | None = None,
+    ) -> Prediction:
+        """Predict a candidate that is legal and fits; neither is checked here.
+
+        Args:
+            candidate: what to predict.
+            depths: drafts of a step by decode bucket; None for the candidate's at every batch.
+            interleaved_tokens: of prompts between two decode steps; None for a chunk.
+        """
         knobs, workload = candidate.knobs, self.spec.workload
+        if interleaved_tokens:
+            knobs = replace(knobs, prefill_chunk=interleaved_tokens)
         talk = conversation(workload, cached=knobs.checkpoint_tokens != 0)
         users = ceil_div(workload.concurrency, candidate.replicas)
         prefill_layout = candidate.prefill or candidate.layout
@@ -160,9 +180,14 @@ class Predictor:
         arrivals_per_s = workload.arrivals_per_s
         if arrivals_per_s:
             arrivals_per_s /= candidate.replicas
-        demand = self._demand(candidate, talk, prompt.total_us, users)
+        decode = _Decode(self, candidate.layout, knobs, talk.mean_context, depths or {})
+        demand = decode.demand(talk, prompt.total_us, users)
+        demand = replace(demand, prefill_parallelism=prefill_layout.attention_dp)
+        if interleaved_tokens:
+            demand = replace(demand, longest_wait_us=prompt.total_us / demand.chunks)
         served = serve(demand, users, arrivals_per_s, handover_us)
-        step = self._step(candidate.layout, knobs, talk, round(served.batch))
+        batch = max(served.batch, 1.0)
+        step = decode.at(round(batch))
         waiting_us = max(served.first_token_us - prompt.total_us, 0.0)
         return Prediction(
             candidate=candidate,
@@ -170,11 +195,13 @@ class Predictor:
             step=step,
             prompt=prompt,
             first_turn_ttft_us=first.total_us + waiting_us,
+            token_us=demand.token_us_at(batch),
             concurrency=workload.concurrency,
+            turns=talk.turns,
             output_tokens=talk.output_tokens,
             prompt_tokens=talk.mean(lambda turn: turn.prompt_tokens),
             hit_rate=talk.hit_rate,
-            error=self._error(step, prompt, demand.steps, users),
+            error=self._error(step, prompt, demand.tokens / decode.accepted(round(batch)), users),
             price_per_hour=self._price_per_hour,
             memory=self.fullest(candidate),
             transfer=transfer,
@@ -219,6 +246,10 @@ class Predictor:
                 fullest = other
         return fullest
 
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether each GPU has the memory."""
+        return self.fullest(candidate).total <= self.hardware.memory_bytes
+
     def _prompt(self, layout: ParallelLayout, knobs: Knobs, turn: Turn) -> StepTime:
         """All chunks of a turn's prompt.
 
@@ -237,53 +268,6 @@ class Predictor:
             total += self.steps.prefill(layout, rest, before, knobs.kv_dtype)
         return total
 
-    def _demand(
-        self, candidate: Candidate, talk: Conversation, prefill_us: float, users: int
-    ) -> Demand:
-        knobs = candidate.knobs
-        prefill_layout = candidate.prefill or candidate.layout
-        return Demand(
-            prefill_us=prefill_us,
-            chunks=talk.mean(lambda turn: math.ceil(turn.new_tokens / knobs.prefill_chunk)),
-            steps=talk.output_tokens / self.accepted(knobs.depth),
-            step_us=self._step_us(candidate.layout, knobs, talk, users),
-            prefill_parallelism=prefill_layout.attention_dp,
-        )
-
-    def _step(
-        self, layout: ParallelLayout, knobs: Knobs, talk: Conversation, batch: int
-    ) -> StepTime:
-        seqs = max(batch, 1)
-        return self.steps.decode(
-            layout,
-            seqs,
-            talk.mean_context,
-            knobs.depth,
-            knobs.kv_dtype,
-        )
-
-    def _step_us(
-        self, layout: ParallelLayout, knobs: Knobs, talk: Conversation, users: int
-    ) -> Callable[[float], float]:
-        """Microseconds of a step by its batch, linear between powers of two."""
-        batches = sorted({*powers_of_two(users), users})
-        times_us = []
-        for batch in batches:
-            step = self._step(layout, knobs, talk, batch)
-            times_us.append(step.total_us)
-
-        def step_us(batch: float) -> float:
-            upper = min(bisect_left(batches, batch), len(batches) - 1)
-            lower = upper - 1
-            above, above_us = batches[upper], times_us[upper]
-            if batch >= above or upper == 0:
-                return above_us
-            below, below_us = batches[lower], times_us[lower]
-            share = (batch - below) / (above - below)
-            return below_us + share * (above_us - below_us)
-
-        return step_us
-
     def _error(self, step: StepTime, prompt: StepTime, steps: float, users: int) -> float:
         """The error of the steps' times, and of the model of users who share a pool."""
         total = prompt + step * steps
@@ -297,3 +281,67 @@ class Predictor:
         if self.reserved_price:
             return self.hardware.usd_per_hour_reserved
         return self.hardware.usd_per_hour_on_demand
+
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    """Decode steps of a pool by their batch, each with the drafts of its bucket."""
+
+    predictor: Predictor
+    layout: ParallelLayout
+    knobs: Knobs
+    context_tokens: int
+    depths: Mapping[int, int]
+
+    def depth(self, batch: int) -> int:
+        """Drafts of the smallest bucket that holds the batch."""
+        buckets = sorted(self.depths)
+        if not buckets:
+            return self.knobs.depth
+        index = min(bisect_left(buckets, batch), len(buckets) - 1)
+        return self.depths[buckets[index]]
+
+    def at(self, batch: int) -> StepTime:
+        """One step."""
+        return self.predictor.steps.decode(
+            self.layout, batch, self.context_tokens, self.depth(batch), self.knobs.kv_dtype
+        )
+
+    def accepted(self, batch: int) -> float:
+        """Tokens that a step yields for each sequence."""
+        return self.predictor.accepted(self.depth(batch))
+
+    def demand(self, talk: Conversation, prefill_us: float, users: int) -> Demand:
+        """What an average turn asks of the pool."""
+        chunk = self.knobs.prefill_chunk
+        return Demand(
+            prefill_us=prefill_us,
+            chunks=talk.mean(lambda turn: math.ceil(turn.new_tokens / chunk)),
+            tokens=talk.output_tokens - 1,
+            step_us=self.step_us(users),
+            token_us=self.token_us(users),
+        )
+
+    def step_us(self, users: int) -> Callable[[float], float]:
+        """Microseconds of a step by its batch, linear between powers of two."""
+        return self._between(users, lambda batch: self.at(batch).total_us)
+
+    def token_us(self, users: int) -> Callable[[float], float]:
+        """Microseconds of a token of a sequence by the batch."""
+        return self._between(users, lambda batch: self.at(batch).total_us / self.accepted(batch))
+
+    def _between(self, users: int, of: Callable[[int], float]) -> Callable[[float], float]:
+        batches = sorted({*powers_of_two(users), users})
+        times_us = [of(batch) for batch in batches]
+
+        def at(batch: float) -> float:
+            upper = min(bisect_left(batches, batch), len(batches) - 1)
+            lower = upper - 1
+            above, above_us = batches[upper], times_us[upper]
+            if batch >= above or upper == 0:
+                return above_us
+            below, below_us = batches[lower], times_us[lower]
+            share = (batch - below) / (above - below)
+            return below_us + share * (above_us - below_us)
+
+        return at

@@ -50,10 +50,13 @@ class SearchResult:
     @cached_property
     def ranked(self) -> list[Prediction]:
         """Best first: what meets the service levels, by the objective; then the nearest misses."""
-        return sorted(self.predictions, key=self._order)
+        return sorted(self.predictions, key=self.order)
 
-    def _order(self, prediction: Prediction) -> tuple[float, float, float, int, str]:
-        """Ties of the objective go to less time and cost, to fewer GPUs, then by name."""
+    def order(self, prediction: Prediction) -> tuple[float, float, float, int, str]:
+        """Where a prediction ranks, the least first.
+
+        Ties of the objective go to less time and cost, to fewer GPUs, then by name.
+        """
         metrics = prediction.metrics
         candidate = prediction.candidate
         tie = metrics["turn_time_ms"] * metrics["cost_per_million_tokens_usd"]
@@ -82,11 +85,14 @@ class SearchResult:
         """
         if self.ranked:
             return self.ranked[0]
-        reason = ""
-        if self.rejected:
-            reason = f": {self.rejected[0].what}: {self.rejected[0].reason}"
+        if not self.rejected:
+            raise SpecError(
+                "the GPUs cannot be cut into what `parallelism` states",
+                "its numbers divide `target.count`, and those of a section multiply to it",
+            )
+        first = self.rejected[0]
         raise SpecError(
-            f"no layout of the model is legal and fits{reason}",
+            f"no layout of the model is legal and fits: {first.what}: {first.reason}",
             "raise `target.count`, or lower `workload.concurrency` or its tokens",
         )
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate
-from tokenspeed_plan.planner.advisor.draft_depths import BucketDepth
+from tokenspeed_plan.planner.advisor.draft_depths import WORTH_A_DRAFT, BucketDepth
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.predicted import (
     MAX_OPTIONS,
+    NO_SEVERAL_GPUS,
     max_concurrency,
     missing_option,
-    not_replayed,
+    not_planned,
     option,
     refused,
+    runs_on_several_gpus,
 )
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
@@ -27,20 +29,23 @@ from tokenspeed_plan.plans.schema import Option
 from tokenspeed_plan.plans.types import GIB
 
 
-def record_parallelism(ledger: Ledger, result: SearchResult, stated: bool) -> None:
+def record_parallelism(
+    ledger: Ledger, result: SearchResult, num_layouts: int, stated: bool, hardware: HardwareSpec
+) -> None:
     """Record the layout, and the layouts that it beat."""
     best, *others = result.by_layout
     name = result.objective
     value = f"{best.metrics[name]:.4g}"
     if stated:
         reason = AS_STATED
-    elif others:
-        count = len(others) + 1
-        reason = f"least {name} of {count} layouts that the runtime replays: {value}"
+    elif num_layouts > 1:
+        reason = f"least {name} of {num_layouts} layouts that a plan can have: {value}"
     elif best.candidate.num_gpus == 1:
         reason = f"one GPU; {name} {value}"
     else:
-        reason = f"the only legal layout that the runtime replays; {name} {value}"
+        reason = f"the only legal layout that a plan can have; {name} {value}"
+    if runs_on_several_gpus(best.candidate, hardware):
+        reason += f"; {NO_SEVERAL_GPUS}"
     runner_up = None
     if others:
         runner_up = f"{others[0].candidate.layouts}: {others[0].metrics[name]:.4g}"
@@ -58,7 +63,7 @@ def record_speculation(ledger: Ledger, predictor: Predictor, table: Sequence[Buc
         reason = predictor.config.no_drafts_reason or "the model has no layer that drafts"
         ledger.record("speculation", "off", reason)
         return
-    how = "least time a token by batch"
+    how = f"fewest within {WORTH_A_DRAFT:.0%} of the least time a token, by batch"
     if spec.stated_depth is not None:
         how = AS_STATED
     rates = ", ".join(f"{rate:g}" for rate in predictor.acceptance)
@@ -122,14 +127,14 @@ def record_disaggregation(
         return
     later = "prefill and decode pools are not built yet"
     split = [each for each in unrestricted.ranked if each.candidate.prefill is not None]
+    plan = result.best
     if not split:
         why = "no two pools fit"
-        if result.best.candidate.num_gpus == 1:
+        if plan.candidate.num_gpus == 1:
             why = "one GPU cannot be split"
         ledger.record("disaggregation", "off", f"{later}; {why}")
         return
-    unsplit = unrestricted.unsplit or result.best
-    verdict = _split_verdict(unsplit, split[0], unrestricted.objective)
+    verdict = _split_verdict(plan, split[0], unrestricted)
     ledger.record(
         "disaggregation",
         "off",
@@ -139,14 +144,22 @@ def record_disaggregation(
     )
 
 
-def _split_verdict(unsplit: Prediction, split: Prediction, objective: str) -> str:
+def _split_verdict(plan: Prediction, split: Prediction, result: SearchResult) -> str:
+    """Whether two pools rank before this plan and before every other single pool."""
     transfer = split.transfer
     assert transfer is not None
-    old, new = unsplit.metrics, split.metrics
-    advice = "do split" if new[objective] < old[objective] else "do not split"
+    old, new, name = plan.metrics, split.metrics, result.objective
+    others = [plan]
+    if result.unsplit:
+        others.append(result.unsplit)
+    advice = "do not split"
+    if result.order(split) < min(map(result.order, others)):
+        advice = "do split"
+        if new[name] >= old[name]:
+            advice += ", for the service levels"
     parts = [
-        f"{advice}: {objective} {new[objective]:.4g} with, {old[objective]:.4g} without",
-        f"ttft_ms {new['ttft_ms']:.4g} with, {old['ttft_ms']:.4g} without",
+        f"{advice}: {name} {new[name]:.4g} with, {old[name]:.4g} in this plan",
+        f"ttft_ms {new['ttft_ms']:.4g} with, {old['ttft_ms']:.4g} in this plan",
         f"{transfer.size_bytes / 1e6:.0f} MB a turn by {transfer.transport}, "
         f"{transfer.exposed_us:.0f} us of it exposed",
     ]
@@ -206,15 +219,58 @@ def record_objective(ledger: Ledger, spec: Spec, result: SearchResult) -> None:
     ledger.record("objective", spec.objective.minimize, reason)
 
 
-def record_advice(ledger: Ledger, result: SearchResult, unrestricted: SearchResult) -> None:
-    """Record the best deployment of all, whether or not the runtime replays it yet."""
-    best, name = unrestricted.best, unrestricted.objective
-    missing = not_replayed(best.candidate)
-    value = str(best.candidate) if missing else "this plan"
-    gain = f"{name} {best.metrics[name]:.4g}, this plan {result.best.metrics[name]:.4g}"
-    reason = f"{gain}: this plan is the best we know"
-    if missing:
-        reason = f"{gain}; {missing}"
+def record_service(ledger: Ledger, spec: Spec, result: SearchResult) -> None:
+    """Record whether the service levels and the arrivals are met, where the spec has any."""
+    best = result.best
+    arrivals = spec.workload.arrivals_per_s
+    if not result.slo and arrivals is None:
+        return
+    value = "met"
+    if result.binding:
+        value = "missed"
+    if best.turn.saturated:
+        value = "overloaded"
+    ledger.record("service_levels", value, "; ".join(service_lines(best, result.slo, arrivals)))
+
+
+def service_lines(
+    best: Prediction, slo: Mapping[str, float], arrivals_per_s: float | None
+) -> list[str]:
+    """Each service level with what it is judged by, and what that hides."""
+    lines = []
+    for name, limit in slo.items():
+        low, high = best.interval(name)
+        line = (
+            f"{name} {best.metrics[name]:.4g} ({low:.4g} to {high:.4g}), at most {limit:g}: "
+            "the mean over the turns"
+        )
+        first_ms = best.metrics["first_turn_ttft_ms"]
+        if name == "ttft_ms" and best.turns > 1:
+            line += f"; a first turn, one of {best.turns}, takes {first_ms:.4g}"
+            if best.metrics[name] <= limit < first_ms:
+                line += ", which is over it"
+        lines.append(line)
+    if best.turn.saturated:
+        lines.append(f"{arrivals_per_s:g} turns a second are more than it can answer")
+    return lines
+
+
+def record_advice(
+    ledger: Ledger, spec: Spec, result: SearchResult, unrestricted: SearchResult
+) -> None:
+    """Record the best deployment of all, whether or not a plan can hold it yet."""
+    best, plan, name = unrestricted.best, result.best, unrestricted.objective
+    count = spec.target.count
+    if best.candidate.layouts == plan.candidate.layouts:
+        value = "this plan"
+        reason = f"{name} {plan.metrics[name]:.4g}: this plan is the best we know"
+    else:
+        value = str(best.candidate)
+        gain = f"{name} {best.metrics[name]:.4g}, this plan {plan.metrics[name]:.4g}"
+        missing = not_planned(best.candidate)
+        reason = "; ".join(part for part in (gain, missing) if part)
+    if best.candidate.num_gpus < count:
+        reason += f"; it uses {best.candidate.num_gpus} of {count} GPUs"
     runner_up = None
     if len(unrestricted.by_layout) > 1:
         second = unrestricted.by_layout[1]

@@ -1,6 +1,6 @@
 """Resolve every `auto` of a spec, and record the reasons.
 
-The best deployment that the runtime replays becomes the plan; the best of all becomes advice in it.
+The best deployment that a plan can hold becomes the plan; the best of all becomes advice in it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,12 @@ from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.advisor import reasons
 from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED, Candidate, Knobs
+from tokenspeed_plan.planner.advisor.finalists import final_result, finalists
+from tokenspeed_plan.planner.advisor.interleaving import (
+    Interleaving,
+    interleave,
+    limited_result,
+)
 from tokenspeed_plan.planner.advisor.legality import QUANTIZED, check_layout, check_stated, matches
 from tokenspeed_plan.planner.advisor.predicted import predicted
 from tokenspeed_plan.planner.advisor.prediction import Predictor
@@ -21,7 +27,7 @@ from tokenspeed_plan.planner.advisor.rollback import (
     rollbacks,
 )
 from tokenspeed_plan.planner.advisor.search import Progress, Search
-from tokenspeed_plan.planner.advisor.search_space import layouts
+from tokenspeed_plan.planner.advisor.search_space import SearchSpace, layouts
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
@@ -42,6 +48,7 @@ class Decided:
         knobs: the rest of the deployment; `depth` is the most drafts of any bucket.
         depths: drafts of a step by decode bucket.
         predicted: the promised numbers.
+        interleaving: prefill between two decode steps.
         rollback: how rejected drafts are taken back.
     """
 
@@ -49,17 +56,24 @@ class Decided:
     knobs: Knobs
     depths: Mapping[int, int]
     predicted: Predicted
+    interleaving: Interleaving
     rollback: RollbackWord = "snapshot"
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A search, and the rollback that it was made with."""
+    """What is planned: the last round of a search, and the rollback that it was made with."""
 
     predictor: Predictor
     result: SearchResult
+    num_layouts: int
     ways: list[Rollback]
     rollback: Rollback
+
+    @property
+    def depths(self) -> dict[int, int]:
+        """Drafts of a step by decode bucket."""
+        return {each.bucket: each.depth for each in self.rollback.table}
 
 
 def weight_dtype(spec: Spec) -> DType:
@@ -81,7 +95,7 @@ def resolve(
     ledger: Ledger,
     progress: Progress | None = None,
 ) -> Decided:
-    """Choose the best deployment that the runtime replays, and record each decision.
+    """Choose the best deployment that a plan can hold, and record each decision.
 
     Args:
         spec: what was asked.
@@ -96,19 +110,21 @@ def resolve(
     """
     check_stated(spec, config)
     choice = _choose(spec, config, hardware, progress)
-    predictor, result = choice.predictor, choice.result
+    predictor = choice.predictor
     unrestricted = Search(predictor, ALL, spec.target.count, progress).run()
     if not unrestricted.predictions:
-        unrestricted = result
-    _record(ledger, choice, unrestricted)
+        unrestricted = choice.result
+    interleaving = interleave(predictor, choice.result, choice.depths)
+    result = limited_result(choice.result, interleaving)
+    _record(ledger, replace(choice, result=result), unrestricted)
     best = result.best.candidate
-    rollback = choice.rollback
     return Decided(
         layout=best.layout,
-        knobs=replace(best.knobs, depth=rollback.depth),
-        depths={each.bucket: each.depth for each in rollback.table},
+        knobs=best.knobs,
+        depths=choice.depths,
         predicted=predicted(predictor, result, unrestricted),
-        rollback=rollback.word,
+        interleaving=interleaving,
+        rollback=choice.rollback.word,
     )
 
 
@@ -128,8 +144,12 @@ def _choose(
     if chosen.predictor is not predictor:
         predictor, result = _search([chosen.predictor], num_gpus, progress)
         ways = rollbacks(predictors, result.best.candidate, buckets)
-        chosen = next(way for way in ways if way.predictor is predictor)
-    return _Choice(predictor, result, ways, chosen)
+    space = SearchSpace(spec, config, hardware, SUPPORTED, num_gpus)
+    last = finalists(predictor, result, space, buckets)
+    if last[0].candidate != result.best.candidate:
+        ways = rollbacks(predictors, last[0].candidate, buckets)
+    chosen = next(way for way in ways if way.predictor is predictor)
+    return _Choice(predictor, final_result(result, last), len(result.by_layout), ways, chosen)
 
 
 def _search(
@@ -147,7 +167,8 @@ def _record(ledger: Ledger, choice: _Choice, unrestricted: SearchResult) -> None
     """Record the decisions in the order in which the plan lists them."""
     predictor, result = choice.predictor, choice.result
     spec = predictor.spec
-    reasons.record_parallelism(ledger, result, stated=spec.parallelism != "auto")
+    stated = spec.parallelism != "auto"
+    reasons.record_parallelism(ledger, result, choice.num_layouts, stated, predictor.hardware)
     reasons.record_speculation(ledger, predictor, choice.rollback.table)
     reasons.record_rollback(ledger, choice.ways, choice.rollback)
     reasons.record_disaggregation(ledger, spec, result, unrestricted)
@@ -155,7 +176,8 @@ def _record(ledger: Ledger, choice: _Choice, unrestricted: SearchResult) -> None
     reasons.record_prefill_chunk(ledger, result)
     reasons.record_state_dtype(ledger, predictor.config.has_state)
     reasons.record_objective(ledger, spec, result)
-    reasons.record_advice(ledger, result, unrestricted)
+    reasons.record_service(ledger, spec, result)
+    reasons.record_advice(ledger, spec, result, unrestricted)
 
 
 def _refusal(predictor: Predictor) -> SpecError:

@@ -88,7 +88,7 @@ def allowed_rollbacks(
 def rollbacks(
     predictors: Sequence[Predictor], candidate: Candidate, buckets: tuple[int, ...]
 ) -> list[Rollback]:
-    """Each way with its drafts and its memory; raises as `bucket_depths` does."""
+    """Each way with its drafts and its memory."""
     ways = []
     for predictor in predictors:
         table = bucket_depths(predictor, candidate, buckets)

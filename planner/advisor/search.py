@@ -11,11 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Capabilities
 from tokenspeed_plan.planner.advisor.legality import check_layout
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
-from tokenspeed_plan.planner.advisor.ranking import Rejected, SearchResult, search_result
+from tokenspeed_plan.planner.advisor.ranking import (
+    OBJECTIVES,
+    Rejected,
+    SearchResult,
+    search_result,
+)
 from tokenspeed_plan.planner.advisor.search_space import SearchSpace
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.plans.errors import SpecError
@@ -23,6 +30,10 @@ from tokenspeed_plan.plans.types import GIB
 
 Progress = Callable[[int, int], None]  # how many of how many are done
 POOL_LAYOUTS = 3  # layouts of each of two pools that are combined
+# All layouts of pools up to this many GPUs are tuned: those that a machine holds. Of larger ones,
+# of which there are hundreds, so many of each objective are.
+TUNED_GPUS = 8
+LARGE_LAYOUTS = 4
 
 
 @dataclass
@@ -55,7 +66,10 @@ class Search:
             for done, pair in enumerate(pairs, start=len(singles)):
                 self._report(done, total)
                 self._try_two_pools(*pair)
-        return search_result(self.predictor.spec, tuple(self.seen.values()), tuple(self.rejected))
+        found = tuple(self.seen.values())
+        if not self.space.has_single_pool:  # single pools were only parts of what is stated
+            found = tuple(each for each in found if each.candidate.prefill)
+        return search_result(self.predictor.spec, found, tuple(self.rejected))
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -70,16 +84,30 @@ class Search:
             self.progress(done, total)
 
     def _single_pools(self) -> list[Candidate]:
-        """Every legal layout and number of replicas, with the first value of each knob."""
+        """Legal layouts and numbers of replicas, with the first value of each knob."""
         if not self.space.has_single_pool:
             return []
+        legal = [layout for layout in self.space.pool_layouts() if self._is_legal(layout)]
+        found, knobs = [], self.space.default_knobs()
+        for num_gpus, alike in groupby(legal, key=attrgetter("num_ranks")):
+            layouts = list(alike)
+            replicas = self.space.replicas(num_gpus)
+            if num_gpus > TUNED_GPUS:
+                layouts = self._promising(layouts, replicas[-1])
+            for layout in layouts:
+                found += [Candidate(layout, knobs, replicas=copies) for copies in replicas]
+        return found
+
+    def _promising(self, layouts: list[ParallelLayout], replicas: int) -> list[ParallelLayout]:
+        """The best layouts of a large pool by each objective, before any knob is tuned."""
         knobs = self.space.default_knobs()
-        return [
-            Candidate(layout, knobs, replicas=replicas)
-            for layout in self.space.pool_layouts()
-            if self._is_legal(layout)
-            for replicas in self.space.replicas(layout.num_ranks)
-        ]
+        found = [self._evaluate(Candidate(each, knobs, replicas=replicas)) for each in layouts]
+        kept = []
+        for metric in OBJECTIVES.values():
+            predictions = [prediction for prediction in found if prediction]
+            predictions.sort(key=lambda p: (p.metrics[metric], str(p.candidate)))
+            kept += [prediction.candidate.layout for prediction in predictions[:LARGE_LAYOUTS]]
+        return list(dict.fromkeys(kept))
 
     def _pool_pairs(self) -> list[tuple[int, int]]:
         if not self.space.has_two_pools:
@@ -96,7 +124,7 @@ class Search:
                 self._tune(Candidate(decode, knobs, prefill=prefill))
 
     def _fastest(self, num_gpus: int, metric: str) -> list[ParallelLayout]:
-        legal = [layout for layout in self.space.split_layouts(num_gpus) if self._is_legal(layout)]
+        legal = [layout for layout in self.space.layouts_of(num_gpus) if self._is_legal(layout)]
         predictions = []
         for layout in legal:
             prediction = self._evaluate(Candidate(layout, self.space.default_knobs()))

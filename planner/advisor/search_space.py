@@ -16,6 +16,8 @@ from tokenspeed_plan.planner.spec import ServingSpec, Spec
 from tokenspeed_plan.plans.types import DType
 
 DEPTHS = (0, 1, 2, 3, 4)  # drafts a step that are tried
+# Pools of more GPUs are not searched: their networks were never measured. There may be replicas.
+MAX_POOL_GPUS = 64
 CHUNK_DIVISORS = (1, 2, 4)  # of the machine's default prefill chunk
 
 
@@ -65,41 +67,51 @@ class SearchSpace:
 
     def pool_layouts(self) -> Iterator[ParallelLayout]:
         """Layouts of a single pool: on all GPUs, or on a part of them where there are replicas."""
-        asked = self.spec.parallelism
         for count in self._pool_sizes():
-            for layout in layouts(count, self.config, self.scope):
-                if asked == "auto" or matches(layout, asked):
-                    yield layout
+            yield from self.layouts_of(count)
+
+    def layouts_of(self, count: int) -> Iterator[ParallelLayout]:
+        """Layouts of so many GPUs that have what the spec states, legal or not."""
+        asked = self.spec.parallelism
+        for layout in layouts(count, self.config, self.scope):
+            if asked == "auto" or matches(layout, asked):
+                yield layout
 
     def _pool_sizes(self) -> list[int]:
         if not self.scope.replicas:
             return [self.num_gpus]
-        sizes = {*powers_of_two(self.num_gpus), self.num_gpus}
-        return sorted(sizes)
+        sizes = sorted({*powers_of_two(self.num_gpus), self.num_gpus})
+        if self.spec.parallelism != "auto":
+            return sizes
+        return [size for size in sizes if size <= MAX_POOL_GPUS]
 
     def replicas(self, pool_size: int) -> list[int]:
-        """Numbers of replicas of a pool: powers of two, and as many as there are GPUs for."""
+        """Numbers of replicas of a pool: powers of two, and as many as there are GPUs for.
+
+        More of them than users would stand idle.
+        """
         if not self.scope.replicas:
             return [1]
         largest = self.num_gpus // pool_size
-        return sorted({*powers_of_two(largest), largest})
+        numbers = sorted({*powers_of_two(largest), largest})
+        workload = self.spec.workload
+        enough = [number for number in numbers if number >= workload.concurrency]
+        if enough and workload.arrivals_per_s is None:
+            return [number for number in numbers if number <= enough[0]]
+        return numbers
 
     def pool_pairs(self) -> list[tuple[int, int]]:
         """GPUs of the prefill pool and of the decode pool: one of the two is a power of two."""
         asked = self.spec.disaggregation
         if not isinstance(asked, str):
             return [(asked.prefill, asked.decode)]
-        num_gpus = self.num_gpus
+        num_gpus = min(self.num_gpus, MAX_POOL_GPUS)
         bits = num_gpus.bit_length()
         small = [1 << index for index in range(bits - 1)]
         few_prefill = [(size, num_gpus - size) for size in small]
         smallest = small[: max(bits - 2, 0)]
         few_decode = [(num_gpus - size, size) for size in smallest]
         return few_prefill + few_decode
-
-    def split_layouts(self, count: int) -> Iterator[ParallelLayout]:
-        """Layouts of one of two pools."""
-        return layouts(count, self.config, self.scope)
 
     def default_knobs(self) -> Knobs:
         """The first value of each knob, or what the spec states."""

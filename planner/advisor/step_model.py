@@ -19,7 +19,7 @@ from tokenspeed_plan.planner.machines.hardware import HardwareSpec, all_reduce_u
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import LayerType, ModelConfig
 from tokenspeed_plan.planner.models.decoder import build
-from tokenspeed_plan.planner.passes.cost import Load, op_cost, time_of
+from tokenspeed_plan.planner.passes.cost import CostedOp, Load, costed_op, time_of
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.planner.passes.op_terms import Formats
@@ -58,6 +58,23 @@ def _graph_size(count: int) -> int:
     return FEW_ROWS + 1
 
 
+# Layout, phase, tokens, sequences, depth: the first with the same graph.
+GraphKey = tuple[ParallelLayout, Phase, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _PricedOp:
+    """An operator with its costs, how many layers it stands for, and whose tokens it works on.
+
+    Where attention is data-parallel, the experts, the embedding and the head see the tokens of all
+    groups (`spans_groups`).
+    """
+
+    op: CostedOp
+    count: int
+    spans_groups: bool
+
+
 @dataclass
 class StepModel:
     """The time of steps of one model on one kind of machine; graphs and prices are kept.
@@ -68,7 +85,7 @@ class StepModel:
         engine: another engine to model in place of our runtime.
         rollback: how rejected drafts are taken back.
         draft_vocab: tokens that drafts are chosen from; None for all.
-        whole, sharded, graphs, prices, arenas: what was computed so far.
+        whole, sharded, graphs, priced_ops, prices, arenas: what was computed so far.
     """
 
     config: ModelConfig
@@ -80,7 +97,10 @@ class StepModel:
     draft_vocab: int | None = None
     whole: dict[tuple[Phase, int], OpGraph] = field(default_factory=dict)
     sharded: dict[tuple[ParallelLayout, Phase, int], OpGraph] = field(default_factory=dict)
-    graphs: dict[tuple[ParallelLayout, Phase, int, int, int], OpGraph] = field(default_factory=dict)
+    graphs: dict[GraphKey, OpGraph] = field(default_factory=dict)
+    priced_ops: dict[tuple[GraphKey, Formats, int], tuple[_PricedOp, ...]] = field(
+        default_factory=dict
+    )
     prices: dict[tuple[ParallelLayout, Phase, int, Load], StepTime] = field(default_factory=dict)
     arenas: dict[tuple[ParallelLayout, Phase, int, int, int], int] = field(default_factory=dict)
 
@@ -168,39 +188,36 @@ class StepModel:
 
     def _price(self, layout: ParallelLayout, phase: Phase, load: Load, depth: int) -> StepTime:
         all_groups = _of_all_groups(load, layout)
-        num_tokens, num_seqs = all_groups.num_tokens, all_groups.num_seqs
-        graph = self.graph(layout, phase, num_tokens, num_seqs, depth)
-        total = StepTime()
-        for op in graph.ops:
-            own_load = self._load_of(op, load, layout, phase)
-            time = self._op_time(graph, op, own_load)
-            total += time * self.count_of(op.layer)
-        return total
+        key = _graph_key(layout, phase, all_groups.num_tokens, all_groups.num_seqs, depth)
+        if phase == "prefill":  # a lone prompt is in one group only
+            all_groups = load
+        us = dict.fromkeys(KERNEL_TIME_KINDS, 0.0)
+        launches = collectives = floor_us = 0.0
+        for priced in self._priced_ops(key, load):
+            own_load = load
+            if priced.spans_groups:
+                own_load = all_groups
+            work = priced.op.work(own_load)
+            time = time_of(priced.op, work, own_load, self.hardware)
+            us[time.bound] += priced.count * time.busy_us
+            us[time.waits_for] += priced.count * time.latency_us
+            launches += priced.count
+            collectives += priced.count * (time.waits_for == "collective")
+            floor_us += priced.count * (work.floor_bytes / self.hardware.peak_bytes_per_s * 1e6)
+        return StepTime(**us, launches=launches, collectives=collectives, floor_us=floor_us)
 
-    def _load_of(self, op: Op, load: Load, layout: ParallelLayout, phase: Phase) -> Load:
-        """The load of an operator where attention is data-parallel.
-
-        The experts, the embedding and the head see the tokens of all groups. A lone prompt is in
-        one group only.
-        """
-        if layout.attention_dp == 1 or phase == "prefill":
-            return load
-        if _spans_groups(op):
-            return _of_all_groups(load, layout)
-        return load
-
-    def _op_time(self, graph: OpGraph, op: Op, load: Load) -> StepTime:
-        cost = op_cost(graph, op, load)
-        time = time_of(graph, op, cost, load, self.hardware)
-        kinds = dict.fromkeys(KERNEL_TIME_KINDS, 0.0)
-        kinds[time.bound] += time.busy_us
-        kinds[time.waits_for] += time.latency_us
-        return StepTime(
-            **kinds,
-            launches=1.0,
-            collectives=float(time.waits_for == "collective"),
-            floor_us=cost.floor_bytes / self.hardware.peak_bytes_per_s * 1e6,
-        )
+    def _priced_ops(self, graph_key: GraphKey, load: Load) -> tuple[_PricedOp, ...]:
+        """The operators of a graph with what their prices need, for loads of one format."""
+        formats, splits = load.formats, load.context_split
+        key = (graph_key, formats, splits)
+        if key not in self.priced_ops:
+            graph = self.graph(*graph_key)
+            priced = []
+            for op in graph.ops:
+                costed = costed_op(graph, op, formats, splits)
+                priced.append(_PricedOp(costed, self.count_of(op.layer), _spans_groups(op)))
+            self.priced_ops[key] = tuple(priced)
+        return self.priced_ops[key]
 
     def _exchange(self, layout: ParallelLayout, load: Load) -> StepTime:
         """Collectives that the graph does not have, since no plan can hold such layouts yet.
@@ -254,17 +271,17 @@ class StepModel:
         self, layout: ParallelLayout, phase: Phase, tokens: int, seqs: int = 1, depth: int = 0
     ) -> OpGraph:
         """The fused graph of the short model; sizes with the same kernels share one graph."""
-        max_tokens = _graph_size(tokens)
-        max_seqs = _graph_size(seqs)
-        key = (layout, phase, depth, max_tokens, max_seqs)
+        key = _graph_key(layout, phase, tokens, seqs, depth)
         if key not in self.graphs:
+            _, _, max_tokens, max_seqs, _ = key
             context = PassContext(layout, self.hardware, max_tokens, max_seqs, options=UNCHECKED)
-            sharded = self._of_rank(layout, phase, depth)
+            sharded = self.sharded_graph(layout, phase, depth)
             self.graphs[key] = run(sharded, context, until=Stage.RECOMPUTED)
         return self.graphs[key]
 
-    def _of_rank(self, layout: ParallelLayout, phase: Phase, depth: int) -> OpGraph:
-        key = (layout, phase, depth)
+    def sharded_graph(self, layout: ParallelLayout, phase: Phase, depth: int) -> OpGraph:
+        """The graph of a rank of the short model, before it is fused."""
+        key = (_of_graph(layout), phase, depth)
         if key not in self.sharded:
             whole = self._whole(phase, depth)
             context = PassContext(layout, self.hardware, options=UNCHECKED)
@@ -295,6 +312,17 @@ class StepModel:
 def _has_fused_experts(prefix: str) -> bool:
     """Prices do not depend on how a checkpoint stores the experts."""
     return True
+
+
+def _graph_key(
+    layout: ParallelLayout, phase: Phase, tokens: int, seqs: int, depth: int
+) -> GraphKey:
+    return _of_graph(layout), phase, _graph_size(tokens), _graph_size(seqs), depth
+
+
+def _of_graph(layout: ParallelLayout) -> ParallelLayout:
+    """The layout as far as graphs depend on it: ranks that split a context have the same one."""
+    return replace(layout, context_split=1)
 
 
 def _of_all_groups(load: Load, layout: ParallelLayout) -> Load:

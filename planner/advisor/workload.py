@@ -108,16 +108,30 @@ class Demand:
     Attributes:
         prefill_us: time of the prompt alone on the pool.
         chunks: pieces in which the prompt is computed.
-        steps: decode steps of the answer.
+        tokens: of the answer, after the first: that one comes from the prompt's last chunk.
         step_us: microseconds of a decode step by its batch.
+        token_us: microseconds of a token of a sequence by the batch; None for those of a step.
         prefill_parallelism: prompts that the pool computes at once.
+        longest_wait_us: the most time of prompts between two decode steps, where that is limited.
     """
 
     prefill_us: float
     chunks: float
-    steps: float
+    tokens: float
     step_us: Callable[[float], float]
+    token_us: Callable[[float], float] | None = None
     prefill_parallelism: int = 1
+    longest_wait_us: float = math.inf
+
+    def token_us_at(self, batch: float) -> float:
+        """Microseconds of a token of a sequence at a batch, when nothing else happens."""
+        return (self.token_us or self.step_us)(batch)
+
+    def shared_token_us(self, batch: float, share: float) -> float:
+        """The same, when decode gets a share of the pool: never longer than a step and the wait."""
+        token_us, step_us = self.token_us_at(batch), self.step_us(batch)
+        longest_us = token_us / step_us * (step_us + self.longest_wait_us)
+        return min(token_us / share, longest_us)
 
     @property
     def prefill_share_us(self) -> float:
@@ -234,8 +248,7 @@ def _decode(demand: Demand, users: float, turn_us: float, share: float) -> tuple
     decode_us = 0.0
     batch = users
     for _ in range(BATCH_ROUNDS):
-        step_us = demand.step_us(max(batch, 1.0))
-        decode_us = demand.steps * step_us / share
+        decode_us = demand.tokens * demand.shared_token_us(max(batch, 1.0), share)
         decoding = min(decode_us / turn_us, 1.0)
         batch = users * decoding
     return decode_us, batch

@@ -13,11 +13,17 @@ import click
 
 from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED
 from tokenspeed_plan.planner.advisor.engine_profile import Engine, load_engine
-from tokenspeed_plan.planner.advisor.legality import check_formats
+from tokenspeed_plan.planner.advisor.legality import check_formats, check_possible
 from tokenspeed_plan.planner.advisor.numbers import digits
-from tokenspeed_plan.planner.advisor.predicted import max_concurrency, max_context_tokens, option
+from tokenspeed_plan.planner.advisor.predicted import (
+    max_concurrency,
+    max_context_tokens,
+    not_replayed,
+    option,
+)
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
+from tokenspeed_plan.planner.advisor.reasons import service_lines
 from tokenspeed_plan.planner.advisor.rollback import allowed_rollbacks
 from tokenspeed_plan.planner.advisor.search import Progress, Search
 from tokenspeed_plan.planner.commands.long_work import LongWork
@@ -174,6 +180,7 @@ def search(
             such weights.
     """
     hardware = find_hardware(spec.target.gpu, spec.folder)
+    check_possible(spec, config)
     check_formats(spec.model.weights, hardware)
     rollback: RollbackWord = "snapshot"
     if engine is None:
@@ -187,7 +194,7 @@ def search(
 def _as_json(predictor: Predictor, result: SearchResult) -> dict[str, Any]:
     best, engine = result.best, predictor.engine
     candidate = best.candidate
-    missing = SUPPORTED.missing(candidate)
+    missing = not_replayed(candidate, predictor.hardware)
     return {
         "engine": engine.name if engine else "tokenspeed-plan",
         "target": {"gpu": predictor.hardware.name, "count": candidate.num_gpus},
@@ -205,6 +212,7 @@ def _as_json(predictor: Predictor, result: SearchResult) -> dict[str, Any]:
         },
         "memory_bytes_per_rank": asdict(best.memory) | {"total": best.memory.total},
         "slo_missed": result.binding,
+        "service_levels": service_lines(best, result.slo, predictor.spec.workload.arrivals_per_s),
         "runners_up": [option(each).model_dump() for each in _runners_up(result)],
     }
 
@@ -234,15 +242,14 @@ def _as_text(predictor: Predictor, result: SearchResult) -> Iterator[str]:
         title += f", as {predictor.engine.name} would run it"
     yield title
     yield str(best.candidate)
-    missing = SUPPORTED.missing(best.candidate)
+    if not SUPPORTED.missing(best.candidate):
+        yield "`tokenspeed plan` can freeze this"
+    missing = not_replayed(best.candidate, hardware)
     if missing:
         yield f"not replayed yet: {', '.join(missing)}"
-    else:
-        yield "`tokenspeed plan` can freeze this"
     if result.binding:
         yield f"service level missed: {result.binding}"
-    if best.turn.saturated:
-        yield "more turns arrive than it can answer"
+    yield from service_lines(best, result.slo, predictor.spec.workload.arrivals_per_s)
     for name, meaning in DEFINITIONS.items():
         low, high = best.interval(name)
         value = best.metrics[name]
@@ -270,7 +277,7 @@ def _sweep_entry(
         "deployment": str(candidate),
         "predicted": result.best.as_json(),
         "slo_missed": result.binding,
-        "not_replayed_yet": SUPPORTED.missing(candidate),
+        "not_replayed_yet": not_replayed(candidate, predictor.hardware),
     }
 
 

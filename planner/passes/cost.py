@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -19,17 +19,18 @@ from tokenspeed_plan.planner.machines.hardware import HardwareSpec, all_reduce_u
 from tokenspeed_plan.planner.passes.op_terms import (
     AS_BUILT,
     EXPERTS,
+    NO_AMOUNTS,
     Formats,
-    call_cost,
     experts_per_token,
     flops_terms,
     is_per_seq,
     num_rows,
+    op_amounts,
     ranks_sharing_experts,
     weight_specs,
 )
 from tokenspeed_plan.plans.ops import COLLECTIVES, integer
-from tokenspeed_plan.plans.schema import BatchSize, Work
+from tokenspeed_plan.plans.schema import Amounts, BatchSize, CallAmounts, Work
 from tokenspeed_plan.plans.types import TensorSpec
 
 
@@ -51,30 +52,128 @@ class Load:
 
 def op_cost(graph: OpGraph, op: Op, load: Load) -> Work:
     """What an operator does for a load; a fused one without what never leaves the kernel."""
-    cost = call_cost(graph, op, load.formats, load.context_split)
-    return cost.at(_batch_size(graph, op, load))
+    return costed_op(graph, op, load.formats, load.context_split).work(load)
 
 
-def _batch_size(graph: OpGraph, op: Op, load: Load) -> BatchSize:
-    hits = 0.0
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """The experts of an operator: on this rank, ranks that share them out, and of each token."""
+
+    local_experts: int
+    ways: int
+    per_token: int
+
+    def hits(self, num_tokens: int, skew: float) -> float:
+        """Distinct experts that the tokens hit on the busiest rank."""
+        return busiest_hits(self.local_experts, self.ways, self.per_token, num_tokens, skew)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """What the time of a member takes from its graph.
+
+    `columns` are those of a product's weight, and 0 of all else.
+    """
+
+    kind: str
+    flops: Amounts
+    is_per_seq: bool
+    matrix_dtype: str
+    columns: int
+    experts: _Experts | None
+
+    def rows(self, load: Load) -> int:
+        """Of its first operand: each token, or one of each sequence."""
+        if self.is_per_seq:
+            return load.num_seqs
+        return load.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Collective:
+    """A collective, by itself or inside a kernel."""
+
+    kind: str
+    result: TensorSpec
+    num_ranks: int
+
+
+@dataclass(frozen=True, slots=True)
+class CostedOp:
+    """What the price of an operator takes from its graph, whatever the load."""
+
+    heaviest: str
+    amounts: CallAmounts
+    members: tuple[_Member, ...]
+    collective: _Collective | None
+    is_collective: bool
+
+    def work(self, load: Load) -> Work:
+        """What the operator does for a load."""
+        hits = 0.0
+        for member in self.members:
+            if member.experts:
+                hits = member.experts.hits(member.rows(load), load.skew)
+        batch = BatchSize(load.num_tokens, load.num_seqs, load.context_tokens, hits)
+        return self.amounts.at(batch)
+
+
+def costed_op(
+    graph: OpGraph, op: Op, formats: Formats = AS_BUILT, context_split: int = 1
+) -> CostedOp:
+    """An operator with its costs; raises nothing, and depends on no load.
+
+    Args:
+        graph: where the operator is.
+        op: the operator.
+        formats: how weights, keys and values are stored.
+        context_split: ranks that share the keys and values of a head.
+    """
+    members = tuple(_member(graph, member, formats) for member in op.members)
+    collective = None
     for member in op.members:
-        if member.kind in EXPERTS:
-            hits = _expected_hits(graph, member, _own(graph, member, load))
-    return BatchSize(load.num_tokens, load.num_seqs, load.context_tokens, hits)
+        if collective is None and member.kind in COLLECTIVES:
+            collective = _collective(graph, member)
+    return CostedOp(
+        heaviest=_heaviest({member.kind for member in members}),
+        amounts=op_amounts(graph, op, formats, context_split),
+        members=members,
+        collective=collective,
+        is_collective=op.kind in COLLECTIVES,
+    )
 
 
-def _own(graph: OpGraph, op: Op, load: Load) -> Load:
-    """The load of an operator: one token per sequence where its first operand has as many rows."""
-    if not is_per_seq(graph, op):
-        return load
-    return replace(load, num_tokens=load.num_seqs)
+def _member(graph: OpGraph, op: Op, formats: Formats) -> _Member:
+    weights = weight_specs(graph, op)
+    columns, experts = 0, None
+    if op.kind in EXPERTS:
+        experts = _Experts(
+            num_rows(weights[0]), ranks_sharing_experts(op), experts_per_token(graph, op)
+        )
+    if op.kind in ("linear", *EXPERTS):
+        columns = weights[0].bind(0, 0)[-2]
+    return _Member(
+        kind=op.kind,
+        flops=flops_terms(graph, op),
+        is_per_seq=is_per_seq(graph, op),
+        matrix_dtype=_matrix_dtype(op, weights, formats),
+        columns=columns,
+        experts=experts,
+    )
 
 
-def _expected_hits(graph: OpGraph, op: Op, load: Load) -> float:
-    """Distinct experts of an operator that the load hits on the busiest rank."""
-    local_experts, ways = num_rows(weight_specs(graph, op)[0]), ranks_sharing_experts(op)
-    per_token = experts_per_token(graph, op)
-    return busiest_hits(local_experts, ways, per_token, load.num_tokens, load.skew)
+def _collective(graph: OpGraph, op: Op) -> _Collective:
+    result = graph.tensors[op.outputs[0]].spec
+    return _Collective(op.kind, result, integer(op.attrs, "num_ranks"))
+
+
+def _matrix_dtype(op: Op, weights: list[TensorSpec], formats: Formats) -> str:
+    if op.kind.startswith("delta"):
+        return "tf32"  # the state stays fp32
+    if not weights:
+        return "bf16"
+    stored = formats.experts if op.kind in EXPERTS else formats.matrices
+    return stored.dtype if stored else weights[0].dtype
 
 
 def busiest_hits(
@@ -148,7 +247,14 @@ MEMORY_BOUND_ROWS = 64
 
 def op_class(kinds: Collection[str], num_rows: int, num_seqs: int) -> str:
     """The class of a kernel with such members; the machine's profile prices each class."""
-    heaviest = next((name for kind, name in _CLASSES if kind in kinds), "rows")
+    return _class_of(_heaviest(kinds), num_rows, num_seqs)
+
+
+def _heaviest(kinds: Collection[str]) -> str:
+    return next((name for kind, name in _CLASSES if kind in kinds), "rows")
+
+
+def _class_of(heaviest: str, num_rows: int, num_seqs: int) -> str:
     if heaviest == "attention":
         if num_rows > MEMORY_BOUND_ROWS * num_seqs:
             return "attention_prefill"
@@ -180,78 +286,63 @@ class OpTime:
 
 def op_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTime:
     """Predicted time of one kernel or collective."""
-    return time_of(graph, op, op_cost(graph, op, load), load, hardware)
+    costed = costed_op(graph, op, load.formats, load.context_split)
+    return time_of(costed, costed.work(load), load, hardware)
 
 
-def time_of(graph: OpGraph, op: Op, cost: Work, load: Load, hardware: HardwareSpec) -> OpTime:
-    """`op_time` of an operator whose cost is known."""
-    if op.kind in COLLECTIVES:
-        return _collective_time(graph, op, load, hardware)
-    memory_s = cost.moved_bytes / hardware.read_bytes_per_s
-    matrix_s = sum(_matrix_s(graph, member, load, hardware) for member in op.members)
-    name = _class(graph, op, load)
+def time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> OpTime:
+    """`op_time` of an operator whose work is known."""
+    collective = op.collective
+    if collective and op.is_collective:
+        wait_us = _collective_us(collective, load, hardware)
+        return OpTime(wait_us, 0.0, "collective", "collective")
+    memory_s = work.moved_bytes / hardware.read_bytes_per_s
+    matrix_s = sum(_matrix_s(member, load, hardware) for member in op.members)
+    # A head works on the last row of each sequence: the fewest rows that a member works on count.
+    rows = min(member.rows(load) for member in op.members)
+    name = _class_of(op.heaviest, rows, load.num_seqs)
     busy_us = max(memory_s, matrix_s) * 1e6 * hardware.residuals[name]
     bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
-    sums = [member for member in op.members if member.kind == "all_reduce"]
-    if not sums:
+    if collective is None:
         return OpTime(hardware.launch_us + hardware.waits_us[name], busy_us, bound)
-    return OpTime(
-        _collective_time(graph, sums[0], load, hardware).latency_us, busy_us, bound, "collective"
-    )
+    return OpTime(_collective_us(collective, load, hardware), busy_us, bound, "collective")
 
 
-def _class(graph: OpGraph, op: Op, load: Load) -> str:
-    """By the fewest rows that a member works on: a head works on the last row of each sequence."""
-    rows = min(_own(graph, member, load).num_tokens for member in op.members)
-    return op_class({member.kind for member in op.members}, rows, load.num_seqs)
-
-
-def _collective_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTime:
+def _collective_us(op: _Collective, load: Load, hardware: HardwareSpec) -> float:
     """An all-gather sends each part once, an all-reduce there and back, so twice the bytes."""
-    moved = float(graph.tensors[op.outputs[0]].spec.size_bytes(load.num_tokens, load.num_seqs))
+    moved = float(op.result.size_bytes(load.num_tokens, load.num_seqs))
     if op.kind == "all_gather":
         moved *= 0.5
-    taken = all_reduce_us(hardware, moved, integer(op.attrs, "num_ranks"))
-    return OpTime(max(taken, hardware.launch_us), 0.0, "collective", "collective")
+    taken = all_reduce_us(hardware, moved, op.num_ranks)
+    return max(taken, hardware.launch_us)
 
 
-def _matrix_s(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> float:
+def _matrix_s(member: _Member, load: Load, hardware: HardwareSpec) -> float:
     """Seconds of the tensor cores, at the share that a product of this shape fills."""
-    flops = flops_terms(graph, op).at(
-        BatchSize(load.num_tokens, load.num_seqs, load.context_tokens)
-    )
+    if member.flops is NO_AMOUNTS:
+        return 0.0
+    batch = BatchSize(load.num_tokens, load.num_seqs, load.context_tokens)
+    flops = member.flops.at(batch)
     if not flops:
         return 0.0
-    load, weights = _own(graph, op, load), weight_specs(graph, op)
-    rate = hardware.matrix_flops_per_s.get(
-        _matrix_dtype(op, weights, load), hardware.matrix_flops_per_s["bf16"]
-    )
-    return flops / (rate * hardware.matrix_share * _filled(graph, op, weights, load, hardware))
+    rates = hardware.matrix_flops_per_s
+    rate = rates.get(member.matrix_dtype, rates["bf16"])
+    return flops / (rate * hardware.matrix_share * _filled(member, load, hardware))
 
 
-def _matrix_dtype(op: Op, weights: list[TensorSpec], load: Load) -> str:
-    if op.kind.startswith("delta"):
-        return "tf32"  # the state stays fp32
-    if not weights:
-        return "bf16"
-    stored = load.formats.experts if op.kind in EXPERTS else load.formats.matrices
-    return stored.dtype if stored else weights[0].dtype
-
-
-def _filled(
-    graph: OpGraph, op: Op, weights: list[TensorSpec], load: Load, hardware: HardwareSpec
-) -> float:
+def _filled(member: _Member, load: Load, hardware: HardwareSpec) -> float:
     """The share of the tensor cores in use: rows are padded to a tile, tiles to a wave."""
-    if not hardware.num_sms or op.kind not in ("linear", *EXPERTS):
+    if not hardware.num_sms or not member.columns:
         return 1.0
-    columns = weights[0].bind(0, 0)[-2]
-    groups, rows = 1.0, float(load.num_tokens)
-    if op.kind in EXPERTS:
-        groups = max(_expected_hits(graph, op, load), 1.0)
-        rows = rows * experts_per_token(graph, op) / ranks_sharing_experts(op) / groups
-    tile = _tile_rows(rows, op.kind in EXPERTS)
+    num_tokens = member.rows(load)
+    groups, rows = 1.0, float(num_tokens)
+    experts = member.experts
+    if experts:
+        groups = max(experts.hits(num_tokens, load.skew), 1.0)
+        rows = rows * experts.per_token / experts.ways / groups
+    tile = _tile_rows(rows, experts is not None)
     padded = math.ceil(rows / tile) * tile
-    tiles = math.ceil(groups * padded / tile * columns / 128)
+    tiles = math.ceil(groups * padded / tile * member.columns / 128)
     wave = math.ceil(tiles / hardware.num_sms) * hardware.num_sms
     return rows / padded * tiles / wave
 

@@ -7,7 +7,7 @@ only the run itself uses stays in registers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tokenspeed_plan.codegen.tiling import GEMV_COLUMNS, GEMV_ROWS
@@ -94,21 +94,33 @@ def fuse(
 ) -> OpGraph:
     """The graph of a program of this size; each run is replaced by the first fusion that fits."""
     order = tuple(graph.ordered())
-    work = _Fuser(graph, order, (num_tokens, num_seqs))
-    in_phase = [fusion for fusion in fusions if graph.phase in fusion.phases]
+    work = _Fuser(graph, order, _readers(order), (num_tokens, num_seqs))
+    by_first: dict[str, list[Fusion]] = {}
+    for fusion in fusions:
+        if graph.phase in fusion.phases:
+            by_first.setdefault(fusion.run[0], []).append(fusion)
     ops: list[Op] = []
     index = 0
     while index < len(order):
-        matching = (each for each in in_phase if work.matches(index, each))
-        fusion = next(matching, None)
-        if fusion is None:
+        begun = by_first.get(order[index].kind, ())
+        found = next((each for each in begun if work.matches(index, each)), None)
+        if found is None:
             ops.append(order[index])
             index += 1
         else:
-            ops.append(work.merge(index, fusion))
-            index += len(fusion.run)
+            ops.append(work.merge(index, found))
+            index += len(found.run)
     tensors = _with_peer_memory(graph, ops)
     return graph.to(Stage.FUSED, ops=tuple(ops), tensors=tensors)
+
+
+def _readers(order: Sequence[Op]) -> dict[str, list[int]]:
+    """The places of the operators that read each tensor."""
+    readers: dict[str, list[int]] = {}
+    for index, op in enumerate(order):
+        for name in op.inputs:
+            readers.setdefault(name, []).append(index)
+    return readers
 
 
 def _with_peer_memory(graph: OpGraph, ops: Sequence[Op]) -> dict[str, Tensor]:
@@ -124,10 +136,11 @@ def _with_peer_memory(graph: OpGraph, ops: Sequence[Op]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Fuser:
-    """The operators of a program in order, and its tokens and sequences."""
+    """The operators of a program in order, who reads each tensor, and tokens and sequences."""
 
     graph: OpGraph
     order: tuple[Op, ...]
+    readers: Mapping[str, Sequence[int]]
     sizes: tuple[int, int]
 
     def matches(self, index: int, fusion: Fusion) -> bool:
@@ -138,8 +151,8 @@ class _Fuser:
         """
         end = index + len(fusion.run)
         run = self.order[index:end]
-        kinds = tuple(op.kind for op in run)
-        if kinds != fusion.run:
+        kinds = [op.kind for op in run]
+        if kinds != list(fusion.run):
             return False
         if fusion.gemv_only:
             products = [op for op in run if op.kind == "linear"]
@@ -164,20 +177,24 @@ class _Fuser:
         last = run[-1]
         read = [name for op in run for name in op.inputs]
         written = [name for op in run for name in op.outputs]
-        needed = set(self.graph.outputs)
-        for op in (*self.order[:index], *self.order[end:]):
-            needed.update(op.inputs)
+        inside = range(index, end)
         return Op(
             name=last.name,
             kind=fusion.kind,
             inputs=_unique(name for name in read if name not in written),
-            outputs=tuple(name for name in written if name in needed),
+            outputs=tuple(name for name in written if self._leaves(name, inside)),
             weights=_unique(name for op in run for name in op.weights),
             states=_states(run),
-            parts=tuple(replace(op) for op in run),
+            parts=run,
             layer=last.layer,
             role=last.role,
         )
+
+    def _leaves(self, name: str, inside: range) -> bool:
+        """Whether a tensor is needed outside of the operators at these places."""
+        if name in self.graph.outputs:
+            return True
+        return any(index not in inside for index in self.readers.get(name, ()))
 
 
 def _is_connected(op: Op, run: Sequence[Op]) -> bool:

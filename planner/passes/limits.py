@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 from tokenspeed_plan.planner.ledger import AS_STATED, Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
@@ -12,7 +10,7 @@ from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Capacity, Limits
-from tokenspeed_plan.plans.types import Phase, RollbackWord
+from tokenspeed_plan.plans.types import RollbackWord
 
 # A sequence reads one state slot and writes another. Each draft needs one more slot, unless its
 # inputs are kept instead.
@@ -72,12 +70,7 @@ def plan_capacity(
         SpecError: the model has fewer positions than the workload needs.
     """
     needed = workload.max_conversation_tokens
-    if needed > config.max_positions:
-        raise SpecError(
-            f"the workload needs {needed} tokens in a sequence, "
-            f"`{config.name}` has {config.max_positions} positions",
-            "lower `workload.turns` or the tokens of a turn",
-        )
+    check_positions(workload, config)
     page_size = hardware.page_size
     max_seqs = workload.concurrency
     pages = -(-needed // page_size)
@@ -107,17 +100,24 @@ def plan_capacity(
     )
 
 
-def plan_limits(
-    capacity: Capacity, tpot_ms: float | None, predicted_us: Mapping[tuple[Phase, int], float]
-) -> Limits:
-    """The capacity, with the prefill tokens that fit between two decode steps.
+def check_positions(workload: WorkloadSpec, config: ModelConfig) -> None:
+    """Refuse a workload whose conversations are longer than what the model was trained on.
 
-    Args:
-        capacity: what the pool has memory for.
-        tpot_ms: the planned milliseconds for a token; None without such a service level.
-        predicted_us: the time of each program by phase and bucket.
+    Raises:
+        SpecError: the model has fewer positions than the workload needs.
     """
-    tokens = interleaved_tokens(capacity, tpot_ms, predicted_us)
+    needed = workload.max_conversation_tokens
+    if needed > config.max_positions:
+        raise SpecError(
+            f"the workload needs {needed} tokens in a sequence, "
+            f"`{config.name}` has {config.max_positions} positions",
+            "lower `workload.turns` or the tokens of a turn",
+        )
+
+
+def plan_limits(capacity: Capacity, interleaved_tokens: int | None) -> Limits:
+    """The capacity, with the prefill tokens between two decode steps; None for a whole chunk."""
+    tokens = min(interleaved_tokens or capacity.max_tokens, capacity.max_tokens)
     return Limits(**capacity.model_dump(), interleaved_tokens=tokens)
 
 
@@ -153,10 +153,15 @@ def num_checkpoints(seq_tokens: int, spacing: int) -> int:
     return ENDS_PER_CONVERSATION + seq_tokens // spacing
 
 
-def record_cache(
-    ledger: Ledger, limits: Limits, tpot_ms: float | None, has_state: bool = True
-) -> None:
-    """Write down what is planned for the prefix cache, and for prefill between decode steps."""
+def record_cache(ledger: Ledger, limits: Limits, interleaving: str, has_state: bool = True) -> None:
+    """Write down what is planned for the prefix cache, and for prefill between decode steps.
+
+    Args:
+        ledger: of the compilation.
+        limits: of the plan.
+        interleaving: why so much prefill comes between two decode steps.
+        has_state: whether the model has recurrent state.
+    """
     value, reason = "off", AS_STATED
     if limits.num_checkpoints:
         spacing = limits.checkpoint_interval
@@ -171,38 +176,8 @@ def record_cache(
             "without recurrent state, keys and values are all that a hit needs",
         )
     ledger.record("prefix_cache", value, reason)
-    within = "a chunk: the spec names no time per token"
-    if tpot_ms:
-        within = f"with a decode step within {tpot_ms} ms"
     tokens = f"{limits.interleaved_tokens} prefill tokens a decode step"
-    ledger.record("interleaving", tokens, within)
-
-
-def interleaved_tokens(
-    limits: Capacity, tpot_ms: float | None, predicted_us: Mapping[tuple[Phase, int], float]
-) -> int:
-    """Prefill tokens between two decode steps that keep both within the planned time per token.
-
-    Times are taken to grow evenly from one bucket to the next. The result is at least one page, so
-    that prompts make progress.
-    """
-    if tpot_ms is None:
-        return limits.max_tokens
-    decode_us = 0.0
-    known: list[tuple[int, float]] = []
-    for (phase, bucket), us in sorted(predicted_us.items()):
-        if phase == "decode":
-            decode_us = max(decode_us, us)
-        else:
-            known.append((bucket, us))
-    left_us = tpot_ms * 1e3 - decode_us
-    shortest, shortest_us = known[0]
-    tokens = shortest if shortest_us <= left_us else limits.page_size
-    for (low, low_us), (high, high_us) in pairwise(known):
-        if low_us <= left_us:
-            share = min((left_us - low_us) / max(high_us - low_us, 1e-9), 1.0)
-            tokens = low + int((high - low) * share)
-    return min(tokens, limits.max_tokens)
+    ledger.record("interleaving", tokens, interleaving)
 
 
 def decode_buckets(max_seqs: int) -> tuple[int, ...]:

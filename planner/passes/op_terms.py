@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from tokenspeed_plan.planner.graph import Op, OpGraph
 from tokenspeed_plan.plans.ops import DELTA_CHUNK, RECOMPUTED, integer, query_len
-from tokenspeed_plan.plans.schema import CallCost, Terms
+from tokenspeed_plan.plans.schema import Amounts, CallAmounts, CallCost, Terms
 from tokenspeed_plan.plans.types import Attr, Format, TensorSpec
 
 EXPERTS = ("experts_up", "experts_down", "grouped_up", "grouped_down")
@@ -24,11 +24,28 @@ class Formats:
 
 
 AS_BUILT = Formats()
+NO_AMOUNTS = Amounts()
 
 
-def call_cost(
+def call_cost(graph: OpGraph, op: Op) -> CallCost:
+    """The cost of an operator, as a plan has it."""
+    costs = op_amounts(graph, op)
+    return CallCost(
+        products=_frozen(costs.products),
+        mixers=_frozen(costs.mixers),
+        weights=_frozen(costs.weights),
+        activations=_frozen(costs.activations),
+        state=_frozen(costs.state),
+    )
+
+
+def _frozen(amounts: Amounts) -> Terms:
+    return Terms(**asdict(amounts))
+
+
+def op_amounts(
     graph: OpGraph, op: Op, formats: Formats = AS_BUILT, context_split: int = 1
-) -> CallCost:
+) -> CallAmounts:
     """The cost of an operator; that of a fused one leaves out what never leaves the kernel.
 
     Args:
@@ -39,7 +56,7 @@ def call_cost(
     """
     members = op.members
     names = dict.fromkeys((*op.inputs, *op.outputs))
-    return CallCost(
+    return CallAmounts(
         products=_sum(_product_terms(graph, member) for member in members),
         mixers=_sum(_mixer_terms(graph, member) for member in members),
         weights=_sum(_weight_terms(graph, member, formats) for member in members),
@@ -48,9 +65,9 @@ def call_cost(
     )
 
 
-def flops_terms(graph: OpGraph, op: Op) -> Terms:
+def flops_terms(graph: OpGraph, op: Op) -> Amounts:
     """FLOPs of an operator that is not fused."""
-    return _product_terms(graph, op) + _mixer_terms(graph, op)
+    return _sum((_product_terms(graph, op), _mixer_terms(graph, op)))
 
 
 def is_per_seq(graph: OpGraph, op: Op) -> bool:
@@ -103,58 +120,57 @@ def _stored_format(op: Op, formats: Formats) -> Format | None:
     return None
 
 
-def _sum(parts: Iterable[Terms]) -> Terms:
-    total = _ZERO
+def _sum(parts: Iterable[Amounts]) -> Amounts:
+    total = NO_AMOUNTS
     for part in parts:
-        if part is not _ZERO:
+        if total is NO_AMOUNTS:
+            total = part
+        elif part is not NO_AMOUNTS:
             total += part
     return total
 
 
-_ZERO = Terms()
-
-
-def _per_row(graph: OpGraph, op: Op, amount: float) -> Terms:
+def _per_row(graph: OpGraph, op: Op, amount: float) -> Amounts:
     if is_per_seq(graph, op):
-        return Terms(per_seq=amount)
-    return Terms(per_token=amount)
+        return Amounts(per_seq=amount)
+    return Amounts(per_token=amount)
 
 
-def _tensor_terms(spec: TensorSpec) -> Terms:
+def _tensor_terms(spec: TensorSpec) -> Amounts:
     """Bytes of a tensor, of which at most the leading dimension is symbolic."""
     fixed = [dim for dim in spec.shape if isinstance(dim, int)]
     size = math.prod(fixed) * spec.format.bytes_per_element
     if "num_tokens" in spec.shape:
-        return Terms(per_token=size)
+        return Amounts(per_token=size)
     if "num_seqs" in spec.shape:
-        return Terms(per_seq=size)
+        return Amounts(per_seq=size)
     if "num_seqs+1" in spec.shape:
-        return Terms(once=size, per_seq=size)
-    return Terms(once=size)
+        return Amounts(once=size, per_seq=size)
+    return Amounts(once=size)
 
 
-def _weight_terms(graph: OpGraph, op: Op, formats: Formats) -> Terms:
+def _weight_terms(graph: OpGraph, op: Op, formats: Formats) -> Amounts:
     if not op.weights:
-        return _ZERO
+        return NO_AMOUNTS
     specs = weight_specs(graph, op)
     if op.kind == "embed":
         return _per_row(graph, op, specs[0].size_bytes() / num_rows(specs[0]))
     if op.kind in EXPERTS:
         scale = stored_scale(op, specs[0], formats)
-        return Terms(per_expert=specs[0].size_bytes() * scale / num_rows(specs[0]))
-    return Terms(once=sum(spec.size_bytes() * stored_scale(op, spec, formats) for spec in specs))
+        return Amounts(per_expert=specs[0].size_bytes() * scale / num_rows(specs[0]))
+    return Amounts(once=sum(spec.size_bytes() * stored_scale(op, spec, formats) for spec in specs))
 
 
-def _state_terms(graph: OpGraph, op: Op, formats: Formats, context_split: int) -> Terms:
-    total = _ZERO
+def _state_terms(graph: OpGraph, op: Op, formats: Formats, context_split: int) -> Amounts:
+    total = NO_AMOUNTS
     for name, access in op.states:
         spec = graph.tensors[name].spec
         if op.kind == "kv_write":
             total += _per_row(graph, op, _kv_bytes(op, spec, formats))
         elif op.kind == "attention":
-            total += Terms(per_seq_context=_kv_bytes(op, spec, formats) / context_split)
+            total += Amounts(per_seq_context=_kv_bytes(op, spec, formats) / context_split)
         else:
-            total += Terms(per_seq=_slot_bytes(spec) * _times(op, access))
+            total += Amounts(per_seq=_slot_bytes(spec) * _times(op, access))
     return total
 
 
@@ -182,7 +198,7 @@ def _times(op: Op, access: str) -> int:
     return 1 + query_len(op.attrs)
 
 
-def _product_terms(graph: OpGraph, op: Op) -> Terms:
+def _product_terms(graph: OpGraph, op: Op) -> Amounts:
     """2 FLOPs for each element of a weight and each row."""
     if op.kind == "linear":
         return _per_row(graph, op, 2.0 * math.prod(weight_specs(graph, op)[0].bind(0, 0)))
@@ -191,20 +207,20 @@ def _product_terms(graph: OpGraph, op: Op) -> Terms:
         return _per_row(
             graph, op, experts_per_token(graph, op) / ranks_sharing_experts(op) * of_one
         )
-    return _ZERO
+    return NO_AMOUNTS
 
 
-def _mixer_terms(graph: OpGraph, op: Op) -> Terms:
+def _mixer_terms(graph: OpGraph, op: Op) -> Amounts:
     if op.kind == "attention":
         pair = _attention(op.attrs)
         if is_per_seq(graph, op):
-            return Terms(per_seq_context=pair)
-        return Terms(per_token_context=pair)
+            return Amounts(per_seq_context=pair)
+        return Amounts(per_token_context=pair)
     if op.kind in _DELTA_FLOPS:
         key, value = integer(op.attrs, "key_dim"), integer(op.attrs, "value_dim")
         of_head = _DELTA_FLOPS[op.kind](op.attrs, key, value)
         return _per_row(graph, op, float(integer(op.attrs, "num_v_heads") * of_head))
-    return _ZERO
+    return NO_AMOUNTS
 
 
 def _attention(attrs: Mapping[str, Attr]) -> float:

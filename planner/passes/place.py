@@ -122,11 +122,12 @@ def _clocks(graph: OpGraph) -> Mapping[str, tuple[int, list[int]]]:
 
 
 def _uses(graph: OpGraph, clocks: Mapping[str, tuple[int, list[int]]]) -> dict[str, list[Epoch]]:
-    uses: dict[str, list[Epoch]] = {}
+    """The last use of each tensor on each stream; those before it are over by then."""
+    last: dict[str, dict[int, int]] = {}
     for op in graph.ops:
         stream, clock = clocks[op.name]
-        epoch = (stream, clock[stream])
-        used = (*op.inputs, *op.outputs)
-        for name in used:
-            uses.setdefault(name, []).append(epoch)
-    return uses
+        time = clock[stream]
+        for name in (*op.inputs, *op.outputs):
+            times = last.setdefault(name, {})
+            times[stream] = max(time, times.get(stream, 0))
+    return {name: list(times.items()) for name, times in last.items()}

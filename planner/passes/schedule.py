@@ -32,7 +32,9 @@ def schedule(
         order = _by_critical_path(graph, times_us or {})
     streams = _Streams(num_streams)
     for op in order:
-        producers = list(graph.nx.predecessors(op.name))
+        producers: list[str] = []  # with one stream nothing waits for them
+        if num_streams > 1:
+            producers += graph.nx.predecessors(op.name)
         streams.place(op, producers)
     streams.join()
     steps = tuple(streams.finish())

@@ -47,6 +47,8 @@ def shard(graph: OpGraph, layout: ParallelLayout) -> OpGraph:
 
 
 def _localize(tensor: Tensor, layout: ParallelLayout) -> Tensor:
+    if not tensor.splits:
+        return tensor
     shape: list[Dim] = list(tensor.spec.shape)
     for dim, split in tensor.splits:
         size = shape[dim]
@@ -66,11 +68,15 @@ def _cut_weight(weight: Weight, layout: ParallelLayout) -> Weight:
     joined = weight.join_dim
     shape = list(sources[0].size)
     shape[joined] = sum(source.size[joined] for source in sources)
-    spec = weight.spec.reshaped(tuple(shape))
+    spec = weight.spec
+    if spec.shape != tuple(shape):
+        spec = spec.reshaped(tuple(shape))
     return replace(weight, sources=tuple(sources), spec=spec)
 
 
 def _cut_source(source: Source, layout: ParallelLayout) -> Source:
+    if not source.splits:
+        return source
     size = list(source.size)
     ranks = []
     for dim, split in source.splits:

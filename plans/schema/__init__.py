@@ -18,7 +18,14 @@ from pydantic import (
 )
 
 from tokenspeed_plan.plans.canon import canonical
-from tokenspeed_plan.plans.schema.cost_specs import BatchSize, CallCost, Terms, Work
+from tokenspeed_plan.plans.schema.cost_specs import (
+    Amounts,
+    BatchSize,
+    CallAmounts,
+    CallCost,
+    Terms,
+    Work,
+)
 from tokenspeed_plan.plans.schema.kernel_specs import (
     TENSOR_ROLES,
     Binary,
@@ -64,12 +71,14 @@ __all__ = [
     "SCHEMA_VERSION",
     "SIGNALS",
     "TENSOR_ROLES",
+    "Amounts",
     "ArenaName",
     "ArenaSpec",
     "AttentionLayout",
     "BatchSize",
     "Binary",
     "BufferSpec",
+    "CallAmounts",
     "CallCost",
     "CanaryPrompt",
     "Capacity",

@@ -28,6 +28,35 @@ class BatchSize:
     experts_hit: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """`Terms` without validation, which the planner adds up by the hundred thousand."""
+
+    once: float = 0.0
+    per_token: float = 0.0
+    per_seq: float = 0.0
+    per_expert: float = 0.0
+    per_token_context: float = 0.0
+    per_seq_context: float = 0.0
+
+    def __add__(self, other: Amounts) -> Amounts:
+        return Amounts(
+            self.once + other.once,
+            self.per_token + other.per_token,
+            self.per_seq + other.per_seq,
+            self.per_expert + other.per_expert,
+            self.per_token_context + other.per_token_context,
+            self.per_seq_context + other.per_seq_context,
+        )
+
+    def at(self, batch: BatchSize) -> float:
+        """The sum for a batch."""
+        tokens, seqs, context = batch.num_tokens, batch.num_seqs, batch.context_tokens
+        of_tokens = tokens * self.per_token + tokens * context * self.per_token_context
+        of_seqs = seqs * self.per_seq + seqs * context * self.per_seq_context
+        return self.once + of_tokens + of_seqs + batch.experts_hit * self.per_expert
+
+
 class Terms(Frozen):
     """FLOPs or bytes as a sum of products. JSON has the terms that are not zero.
 
@@ -49,22 +78,9 @@ class Terms(Frozen):
     def _spell(self) -> dict[str, int | float]:
         return {name: _short(value) for name, value in self if value}
 
-    def __add__(self, other: Terms) -> Terms:
-        return Terms(
-            once=self.once + other.once,
-            per_token=self.per_token + other.per_token,
-            per_seq=self.per_seq + other.per_seq,
-            per_expert=self.per_expert + other.per_expert,
-            per_token_context=self.per_token_context + other.per_token_context,
-            per_seq_context=self.per_seq_context + other.per_seq_context,
-        )
-
     def at(self, batch: BatchSize) -> float:
         """The sum for a batch."""
-        tokens, seqs, context = batch.num_tokens, batch.num_seqs, batch.context_tokens
-        of_tokens = tokens * self.per_token + tokens * context * self.per_token_context
-        of_seqs = seqs * self.per_seq + seqs * context * self.per_seq_context
-        return self.once + of_tokens + of_seqs + batch.experts_hit * self.per_expert
+        return Amounts(**dict(self)).at(batch)
 
 
 def _short(value: float) -> int | float:
@@ -100,6 +116,21 @@ class Work:
         return self.weight_bytes + self.activation_bytes + self.state_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class CallAmounts:
+    """`CallCost` without validation."""
+
+    products: Amounts
+    mixers: Amounts
+    weights: Amounts
+    activations: Amounts
+    state: Amounts
+
+    def at(self, batch: BatchSize) -> Work:
+        """The cost for a batch."""
+        return _work(self, batch)
+
+
 class CallCost(Frozen):
     """FLOPs and bytes of one call on one rank. JSON has what is not zero.
 
@@ -124,13 +155,17 @@ class CallCost(Frozen):
 
     def at(self, batch: BatchSize) -> Work:
         """The cost for a batch."""
-        return Work(
-            self.products.at(batch),
-            self.mixers.at(batch),
-            self.weights.at(batch),
-            self.activations.at(batch),
-            self.state.at(batch),
-        )
+        return _work(self, batch)
+
+
+def _work(cost: CallAmounts | CallCost, batch: BatchSize) -> Work:
+    return Work(
+        cost.products.at(batch),
+        cost.mixers.at(batch),
+        cost.weights.at(batch),
+        cost.activations.at(batch),
+        cost.state.at(batch),
+    )
 
 
 _ZERO = Terms()

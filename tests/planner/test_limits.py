@@ -8,40 +8,37 @@ import pytest
 from conftest import make_spec
 
 from tokenspeed_plan.planner import compile_plan, find_model
-from tokenspeed_plan.planner.passes.limits import interleaved_tokens, prefill_buckets
-from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.plans.types import Phase
-
-PREDICTED_US: dict[tuple[Phase, int], float] = {
-    ("decode", 1): 500.0,
-    ("decode", 4): 1000.0,
-    ("prefill", 128): 2000.0,
-    ("prefill", 512): 6000.0,
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tpot_ms", "tokens"),
-    [(None, 512), (7.0, 512), (100.0, 512), (5.0, 320), (3.0, 128), (2.0, 16), (0.1, 16)],
-)
-def test_prefill_between_decode_steps_keeps_the_time_per_token(
-    tpot_ms: float | None, tokens: int, tiny_plan: Plan
-) -> None:
-    """1 ms is the decode step's, the rest the prompt's: 128 tokens in 2 ms, 512 in 6; or a page."""
-    assert tiny_plan.pool.limits.max_tokens == 512
-    assert interleaved_tokens(tiny_plan.pool.limits, tpot_ms, PREDICTED_US) == tokens
+from tokenspeed_plan.planner.advisor.resolve import resolve
+from tokenspeed_plan.planner.ledger import Ledger
+from tokenspeed_plan.planner.machines.hardware import find_hardware
+from tokenspeed_plan.planner.passes.limits import plan_limits, prefill_buckets
+from tokenspeed_plan.plans.schema import Capacity, Plan
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["slo", "objective"])
-def test_the_spec_sets_the_time_per_token(where: str, checkpoint: Any) -> None:
-    slo = {"tpot_ms": 3.0}
-    spec = make_spec(checkpoint("moe"), **{where: slo if where == "slo" else {"slo": slo}})
-    plan = compile_plan(spec, find_model(spec))
-    assert plan.pool.limits.interleaved_tokens < plan.pool.limits.max_tokens
+def test_the_limit_of_prefill_is_in_the_plan(where: str, checkpoint: Any) -> None:
+    """Eight users with long prompts and short answers, whose tokens may take a little less time."""
+    workload = {"first_turn_tokens": 3000, "output_tokens": 16}
+    free = make_spec(checkpoint("moe"), workload=workload)
+    model = find_model(free)
+    decided = resolve(free, model.config, find_hardware("cpu"), Ledger())
+    slo = {"tpot_ms": 0.8 * decided.predicted.values["tpot_ms"]}
+    changes = {"slo": slo}
+    if where == "objective":
+        changes = {"objective": {"slo": slo}}
+    plan = compile_plan(make_spec(checkpoint("moe"), workload=workload, **changes), model)
+    limits = plan.pool.limits
+    assert limits.page_size <= limits.interleaved_tokens < limits.max_tokens
     decisions = {decision.name: decision for decision in plan.decisions}
-    assert "within 3.0 ms" in decisions["interleaving"].reason
+    assert f"a token within {slo['tpot_ms']:g} ms" in decisions["interleaving"].reason
+    assert decisions["interleaving"].value.startswith(f"{limits.interleaved_tokens} prefill tokens")
+
+
+@pytest.mark.parametrize(("asked", "planned"), [(None, 512), (64, 64), (512, 512), (4096, 512)])
+def test_no_limit_is_a_chunk(asked: int | None, planned: int, tiny_plan: Plan) -> None:
+    fields = tiny_plan.pool.limits.model_dump(exclude={"interleaved_tokens"})
+    assert plan_limits(Capacity(**fields), asked).interleaved_tokens == planned
 
 
 def test_checkpoints_are_in_the_memory_map(checkpoint: Any) -> None:

@@ -23,7 +23,7 @@ from tokenspeed_plan.planner.compile import build_bundle, compile_plan, find_mod
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.models.checkpoint import num_valid_tokens, read_headers
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
-from tokenspeed_plan.planner.spec import Spec, load_spec, parse_spec
+from tokenspeed_plan.planner.spec import DisaggregationSpec, Spec, load_spec, parse_spec
 from tokenspeed_plan.plans.errors import SpecError
 
 EXAMPLES = sorted((ROOT / "examples").glob("*/spec.yaml"))
@@ -40,6 +40,7 @@ slo: {ttft_ms: 200}
 speculation: auto
 disaggregation: {prefill: 1, decode: 1}
 """
+ONE_POOL = FULL.replace("{prefill: 1, decode: 1}", "auto")  # a plan cannot hold two yet
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.parent.name)
@@ -49,13 +50,14 @@ def test_examples_are_specs(path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_key_is_accepted_and_resolved() -> None:
-    spec = parse_spec(FULL, "spec")
+    assert parse_spec(FULL, "spec").disaggregation == DisaggregationSpec(prefill=1, decode=1)
+    spec = parse_spec(ONE_POOL, "spec")
     plan = compile_plan(spec, find_model(spec))
     assert plan.pool.limits.max_seq_len == 832  # 500 + 2 * 80 + 3 * 50 = 810, in pages of 64
     decisions = {decision.name: decision for decision in plan.decisions}
     assert decisions["speculation"].value == f"depth {plan.pool.limits.max_depth}" != "depth 0"
     assert (
-        "least time a token by batch; with 0.89 of drafts accepted"
+        "of the least time a token, by batch; with 0.89 of drafts accepted"
         in decisions["speculation"].reason
     )
     assert decisions["disaggregation"].value == "off"
@@ -64,7 +66,7 @@ def test_every_key_is_accepted_and_resolved() -> None:
 @pytest.mark.slow
 def test_a_depth_is_planned_as_it_is_asked() -> None:
     spec = parse_spec(
-        FULL.replace("B200, count: 2", "cpu")
+        ONE_POOL.replace("B200, count: 2", "cpu")
         .replace("speculation: auto", "speculation: {depth: 3}")
         .replace("parallelism: {attention: {tp: 2}}", ""),
         "spec",
@@ -76,7 +78,7 @@ def test_a_depth_is_planned_as_it_is_asked() -> None:
         (program.phase, program.depth, program.max_tokens // program.max_seqs)
         for program in plan.pool.programs
     } >= {("decode", 3, 4)}
-    spec = parse_spec(FULL.replace("speculation: auto", "speculation: {depth: 3}"), "spec")
+    spec = parse_spec(ONE_POOL.replace("speculation: auto", "speculation: {depth: 3}"), "spec")
     on_gpus = compile_plan(spec, find_model(spec))
     assert {program.depth for program in on_gpus.pool.programs if program.phase == "decode"} == {3}
     assert all(kernel.launch for kernel in on_gpus.kernels)

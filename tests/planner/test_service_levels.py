@@ -1,0 +1,181 @@
+"""What a plan says of its service levels and of itself: every number is that of its programs."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+from specs import merged
+
+from tokenspeed_plan.planner.advisor.interleaving import most_within
+from tokenspeed_plan.planner.advisor.prediction import Predictor
+from tokenspeed_plan.planner.advisor.resolve import Decided, resolve
+from tokenspeed_plan.planner.ledger import Ledger
+from tokenspeed_plan.planner.machines.hardware import find_hardware
+from tokenspeed_plan.planner.models.config import load_preset
+from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.schema import Decision
+
+LONG_PROMPTS = {"first_turn_tokens": 20_000, "output_tokens": 200, "concurrency": 8}
+
+
+def spec_for(model: str = "0.8b", count: int = 1, **changes: Any) -> Spec:
+    data = {
+        "version": 1,
+        "model": {"preset": f"qwen3.5-{model}"},
+        "target": {"gpu": "H200", "count": count},
+        "workload": LONG_PROMPTS,
+    }
+    return Spec.model_validate(merged(data, changes))
+
+
+@cache
+def _decided(text: str) -> tuple[Decided, dict[str, Decision]]:
+    spec, ledger = Spec.model_validate_json(text), Ledger()
+    config, _ = load_preset(str(spec.model.preset))
+    decided = resolve(spec, config, find_hardware(spec.target.gpu), ledger)
+    return decided, {decision.name: decision for decision in ledger.decisions}
+
+
+def decided_for(*args: Any, **changes: Any) -> tuple[Decided, dict[str, Decision]]:
+    return _decided(spec_for(*args, **changes).model_dump_json(exclude_none=True))
+
+
+def test_a_level_that_is_met_changes_nothing() -> None:
+    free, _ = decided_for()
+    tpot_ms = free.predicted.values["tpot_ms"]
+    met, decisions = decided_for(slo={"tpot_ms": tpot_ms * 1.01})
+    assert met.interleaving.tokens is None
+    assert met.predicted.values == free.predicted.values
+    assert decisions["service_levels"].value == "met"
+
+
+def test_a_step_may_take_the_time_of_all_its_tokens() -> None:
+    """A step with drafts takes longer than a token may, and still nothing is limited."""
+    free, _ = decided_for(workload={"concurrency": 2}, speculation={"depth": 4})
+    step_ms = sum(free.predicted.decode_step_us.values()) / 1e3
+    tpot_ms = free.predicted.values["tpot_ms"]
+    assert tpot_ms < step_ms
+    slo = {"tpot_ms": (tpot_ms + step_ms) / 2}
+    met, _ = decided_for(workload={"concurrency": 2}, speculation={"depth": 4}, slo=slo)
+    assert met.interleaving.tokens is None and met.predicted.slo_missed is None
+
+
+def test_a_limit_is_priced() -> None:
+    """Less of a prompt between two decode steps: sooner tokens, and later first tokens."""
+    free, _ = decided_for()
+    level = free.predicted.values["tpot_ms"] * 0.7
+    limited, _ = decided_for(slo={"tpot_ms": level})
+    tokens = limited.interleaving.tokens
+    assert tokens is not None and tokens < limited.knobs.prefill_chunk
+    assert limited.predicted.slo_missed is None
+    assert limited.predicted.values["tpot_ms"] <= level
+    assert limited.predicted.values["ttft_ms"] > free.predicted.values["ttft_ms"]
+    assert limited.predicted.values["tokens_per_s_gpu"] < free.predicted.values["tokens_per_s_gpu"]
+
+
+def test_a_limit_that_does_not_help_is_not_set_and_a_page_is_a_warning() -> None:
+    free, _ = decided_for()
+    out_of_reach, decisions = decided_for(slo={"tpot_ms": 0.01})
+    assert out_of_reach.interleaving.tokens is None
+    assert "would not meet" in out_of_reach.interleaving.reason
+    assert out_of_reach.predicted.values == free.predicted.values
+    assert decisions["service_levels"].value == "missed"
+    page, _ = decided_for(slo={"tpot_ms": 1.0})
+    assert page.interleaving.tokens == page.knobs.page_size
+    assert "warning: one page" in page.interleaving.reason
+    both, _ = decided_for(slo={"tpot_ms": 1.0, "ttft_ms": 1.1 * free.predicted.values["ttft_ms"]})
+    assert both.interleaving.tokens is None, "first tokens would miss theirs by more"
+    alone, _ = decided_for(slo={"tpot_ms": 0.01}, workload={"concurrency": 1})
+    assert alone.interleaving.tokens is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"), [(5, 5), (64, 64), (63.5, 63), (500, 100), (0, 4), (4, 4)]
+)
+def test_the_most_within_a_limit(limit: float, found: int) -> None:
+    assert most_within(limit, float, 4, 100) == found
+
+
+def test_the_prediction_is_that_of_the_programs_written() -> None:
+    """Also where a level is out of reach: the drafts are those of the buckets."""
+    for changes in ({}, {"slo": {"ttft_ms": 0.01}}):
+        decided, decisions = decided_for("9b", **changes)
+        assert max(decided.depths.values()) > 0
+        spec = spec_for("9b", **changes)
+        config, hardware = load_preset("qwen3.5-9b")[0], find_hardware("H200")
+        predictor = Predictor(spec, config, hardware, rollback=decided.rollback)
+        users = 8
+        step = predictor.steps.decode(
+            decided.layout,
+            round(decided.predicted.decode_batch),
+            20_100,
+            decided.depths[min(b for b in decided.depths if b >= decided.predicted.decode_batch)],
+        )
+        assert sum(decided.predicted.decode_step_us.values()) == pytest.approx(
+            step.total_us, rel=1e-3
+        )
+        assert max(decided.depths) == users
+        number = f"turn_time_ms {decided.predicted.values['turn_time_ms']:.4g}"
+        for name in ("parallelism", "prefill_chunk", "advice"):
+            assert number in decisions[name].reason, name
+
+
+def test_runners_up_have_the_drafts_of_the_winner() -> None:
+    decided, decisions = decided_for("9b")
+    chunk = decisions["prefill_chunk"]
+    assert chunk.options and decided.knobs.depth
+    for option in chunk.options:
+        assert f"{decided.knobs.depth} drafts" in option.what
+        assert option.numbers["turn_time_ms"] >= decided.predicted.values["turn_time_ms"]
+
+
+def test_a_plan_says_what_it_does_not_keep() -> None:
+    workload = {"first_turn_tokens": 8000, "turn_tokens": 100, "turns": 4}
+    free, decisions = decided_for(workload=workload)
+    assert "service_levels" not in decisions
+    mean_ms = free.predicted.values["ttft_ms"]
+    first_ms = free.predicted.values["first_turn_ttft_ms"]
+    level = (mean_ms + first_ms) / 2
+    assert mean_ms < level < first_ms
+    _, decisions = decided_for(workload=workload, slo={"ttft_ms": level})
+    assert decisions["service_levels"].value == "met"
+    assert f"a first turn, one of 4, takes {first_ms:.4g}, which is over it" in (
+        decisions["service_levels"].reason
+    )
+    _, decisions = decided_for(workload={"arrivals_per_s": 1000.0})
+    assert decisions["service_levels"].value == "overloaded"
+    assert "more than it can answer" in decisions["service_levels"].reason
+
+
+def test_reasons_say_the_rule_of_drafts() -> None:
+    _, decisions = decided_for("9b")
+    assert "fewest within 5% of the least time a token" in decisions["speculation"].reason
+
+
+def test_a_plan_of_several_gpus_says_that_none_runs_yet() -> None:
+    _, decisions = decided_for(count=2)
+    assert "does not replay several GPUs yet" in decisions["parallelism"].reason
+    assert "that the runtime replays" not in str(decisions)
+    _, decisions = decided_for()
+    assert "several GPUs" not in decisions["parallelism"].reason
+
+
+def test_advice_for_fewer_gpus_says_so_and_a_split_is_compared_with_this_plan() -> None:
+    """A token of a small model costs less on a few GPUs than on eight."""
+    decided, decisions = decided_for("9b", 8, objective={"minimize": "cost_per_token"})
+    advice = decisions["advice"]
+    assert advice.value != "this plan" and re.search("uses [1-4] of 8 GPUs", advice.reason)
+    cost = f"{decided.predicted.values['cost_per_million_tokens_usd']:.4g}"
+    assert f"this plan {cost}" in advice.reason
+    assert f"{cost} in this plan" in decisions["disaggregation"].reason
+
+
+def test_two_pools_that_are_stated_are_refused() -> None:
+    with pytest.raises(SpecError, match="is not planned yet"):
+        decided_for(count=2, disaggregation={"prefill": 1, "decode": 1})
+    with pytest.raises(SpecError, match=r"2 \+ 2 = 4 GPUs, the target has 2"):
+        decided_for(count=2, disaggregation={"prefill": 2, "decode": 2})
