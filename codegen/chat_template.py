@@ -1,83 +1,145 @@
-"""A model's chat template, rendered in Jinja's sandbox: checkpoints are not trusted."""
+"""A model's chat template: messages in, the text of a prompt out."""
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
-
-from jinja2 import StrictUndefined, TemplateError, Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from tokenspeed_plan.plans.errors import PlanError, RequestError
+from tokenspeed_plan.plans.text import printable_line
+from tokenspeed_plan.plans.tokenizer_files import chat_template, special_tokens
 
+Json = dict[str, Any]
+
+MAX_CPU_S = 5.0  # for one prompt; published templates take milliseconds
+_WORKER = Path(__file__).with_name("chat_worker.py")
 _HINT = "mend the messages, or use `/v1/completions`"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-class _Lenient(Undefined):
-    """An undefined name: published templates test for it; printing it is an error."""
-
-    __str__ = StrictUndefined.__str__
+class _Fault(Exception):
+    """The template cannot do it."""
 
 
-def _to_json(value: Any, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, **options)
+class _Worker:
+    """A process that renders one template.
+
+    The system ends it where the template takes too much; the next request starts another.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._lock = threading.Lock()
+        self._start()
+
+    def ask(self, variables: Json) -> str:
+        """The text of the template with some variables.
+
+        Raises:
+            _Fault: there is none.
+        """
+        with self._lock:
+            if not self._end.alive:
+                self._start()
+            return str(self._exchange(variables)["text"])
+
+    def _start(self) -> None:
+        # `-P`: a jinja2.py in the current folder is not imported. A session of its own: Ctrl-C is
+        # not for it.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-X", "utf8", _WORKER, str(MAX_CPU_S)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._end = weakref.finalize(self, _end, self._process)
+        self._exchange({"source": self._source})
+
+    def _exchange(self, request: Json) -> Json:
+        """Send a request and wait for its reply.
+
+        Raises:
+            _Fault: the template cannot make one.
+        """
+        try:
+            data = json.dumps(request).encode()
+        except (ValueError, RecursionError) as error:
+            raise _Fault(str(error)) from error
+        line = None
+        try:
+            line = _send(self._process, data)
+        finally:
+            if line is None:  # interrupted: the next request must not get this one's reply
+                self._end()
+        if not line:
+            code = self._process.wait()
+            self._end()
+            raise _Fault(_reason(code))
+        reply: Json = json.loads(line)
+        if "error" in reply:
+            raise _Fault(reply["error"])
+        return reply
 
 
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)
+def _send(process: subprocess.Popen[bytes], line: bytes) -> bytes:
+    """The reply to a line; empty if the process has ended."""
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(line + b"\n")
+        process.stdin.flush()
+    return process.stdout.readline()
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=_Lenient,
-        extensions=["jinja2.ext.loopcontrols"],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    return environment
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process, and close the pipes to it."""
+    process.kill()
+    with suppress(BrokenPipeError):
+        process.communicate()
+
+
+def _reason(code: int) -> str:
+    if code == -signal.SIGPROF:
+        return "it does not come to an end"
+    return f"its process ended with code {code}"
 
 
 class ChatTemplate:
     """Chat messages -> text of a prompt that ends where the assistant's answer begins.
 
     Raises:
-        PlanError: the template cannot be parsed.
+        PlanError: the template cannot be compiled.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str | None] | None = None) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        self._tokens = dict(special_tokens or {})
         try:
-            self._template = _environment().from_string(source)
-        except TemplateError as error:
+            self._worker = _Worker(source)
+        except (_Fault, OSError) as error:
             raise PlanError(
-                f"the model's chat template does not parse: {error}",
+                f"the model's chat template does not compile: {printable_line(str(error))}",
                 "use the file of the published model",
             ) from error
-        self._tokens = {name: token or "" for name, token in (special_tokens or {}).items()}
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
-        """The template of a model folder: `chat_template.jinja`, else `tokenizer_config.json`'s.
-
-        Returns:
-            None if the model has no template.
+        """The template of a model folder; None if the model has none.
 
         Raises:
-            PlanError: a file is not UTF-8 or not JSON, or the template cannot be parsed.
+            PlanError: a file is malformed, or the template cannot be compiled.
         """
-        config = _tokenizer_config(folder)
-        source = config.get("chat_template")
-        path = folder / "chat_template.jinja"
-        if path.is_file():
-            source = _read_template(path)
-        if not isinstance(source, str):
+        source = chat_template(folder)
+        if source is None:
             return None
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        tokens = {name: config[name] for name in names if isinstance(config.get(name), str)}
-        return cls(source, tokens)
+        return cls(source, special_tokens(folder))
 
     def __call__(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Render messages as a prompt.
@@ -85,41 +147,50 @@ class ChatTemplate:
         Raises:
             RequestError: the template refuses the messages.
         """
+        variables = {
+            "messages": [_message(index, message) for index, message in enumerate(messages)],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, tools=None, **self._tokens
-            )
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+            return self._worker.ask(self._tokens | variables)
+        except (_Fault, OSError) as error:
+            reason = printable_line(str(error))
             raise RequestError(
-                f"the model's chat template refuses the messages: {error}", _HINT
+                f"the model's chat template refuses the messages: {reason}", _HINT
             ) from error
 
 
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PlanError(f"`{path}` is not UTF-8", "use the file of the published model") from error
+def _message(index: int, message: Mapping[str, Any]) -> Json:
+    """A message as transformers gives it to templates, and tool calls as vLLM does.
+
+    Templates test whether a field is there, so one that is null is left out.
+    """
+    found = {name: value for name, value in message.items() if value is not None}
+    calls = found.get("tool_calls")
+    if isinstance(calls, list):
+        found["tool_calls"] = [_call(f"messages[{index}].tool_calls", call) for call in calls]
+    reasoning = [found[name] for name in _REASONING if name in found]
+    if reasoning:
+        found = {"thinking": reasoning[0]} | found | {"reasoning_content": reasoning[0]}
+    return found
 
 
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PlanError(
-            f"`{path}` is not JSON: {error}", "use the file of the published model"
-        ) from error
-    if isinstance(data, dict):
-        return data
-    return {}
+def _call(place: str, call: Any) -> Any:
+    """A tool call, its arguments as an object: OpenAI's clients send them as the text of one.
+
+    Raises:
+        RequestError: the text is no object.
+    """
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        return call
+    arguments = call["function"].get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise RequestError(f"the arguments in {place} are not a JSON object", _HINT)
+    return call | {"function": call["function"] | {"arguments": arguments}}

@@ -64,3 +64,9 @@ class EngineStopped(TokenspeedError):
 
 class RequestError(TokenspeedError):
     """A prompt or a batch file asks for what the plan cannot serve."""
+
+
+class RequestFailed(TokenspeedError):
+    """One request could not be answered; the others go on."""
+
+    exit_code = 1

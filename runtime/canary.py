@@ -5,6 +5,8 @@ The proof takes about a second.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from tokenspeed_plan.plans.errors import CanaryError
 from tokenspeed_plan.plans.schema import CanaryPrompt, Plan
 from tokenspeed_plan.runtime.engine import Engine
@@ -14,13 +16,19 @@ from tokenspeed_plan.runtime.request import Completion, SamplingParams
 # means another model.
 TOLERANCE = {"fp64": 1e-4, "fp32": 1e-2, "bf16": 0.5}
 
+DAMAGED = "look for NaN or infinity in the checkpoint's tensors; restore it, and plan again"
+
 
 def golden(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tuple[CanaryPrompt, ...]:
     """The engine's tokens, with the logprob and the margin of each, to four decimals.
 
     The margin is the lead of the token's logprob over the runner-up's.
+
+    Raises:
+        CanaryError: the model gives no answer.
     """
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, num_logprobs=2)
+    completions = _answers(engine, prompts, params)
     return tuple(
         CanaryPrompt(
             prompt_ids=tuple(prompt),
@@ -28,8 +36,23 @@ def golden(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tuple[C
             logprobs=tuple(round(item.logprob, 4) for item in done.logprobs),
             margins=tuple(round(item.top[0][1] - item.top[1][1], 4) for item in done.logprobs),
         )
-        for prompt, done in zip(prompts, engine.generate(prompts, params), strict=True)
+        for prompt, done in zip(prompts, completions, strict=True)
     )
+
+
+def _answers(
+    engine: Engine, prompts: Iterable[Sequence[int]], params: SamplingParams
+) -> list[Completion]:
+    """The answers to all prompts.
+
+    Raises:
+        CanaryError: one of them cannot be answered.
+    """
+    completions = engine.generate(prompts, params)
+    for index, done in enumerate(completions):
+        if done.error is not None:
+            raise CanaryError(f"canary prompt {index}: {done.error}", DAMAGED)
+    return completions
 
 
 def check_canary(plan: Plan, engine: Engine) -> int:
@@ -39,14 +62,14 @@ def check_canary(plan: Plan, engine: Engine) -> int:
     right, and the comparison of that prompt ends there.
 
     Raises:
-        CanaryError: another token or another probability.
+        CanaryError: another token or another probability, or no answer.
     """
     if not plan.canary:
         return 0
     max_tokens = max(len(prompt.token_ids) for prompt in plan.canary)
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, num_logprobs=1)
     prompts = [prompt.prompt_ids for prompt in plan.canary]
-    completions = engine.generate(prompts, params)
+    completions = _answers(engine, prompts, params)
     tolerance = TOLERANCE[plan.model.dtype]
     num_compared = 0
     for index, wanted in enumerate(plan.canary):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
-from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.plans.errors import EngineStopped, RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.signature import Signers
 from tokenspeed_plan.plans.weight_digests import Depth
@@ -16,11 +16,12 @@ from tokenspeed_plan.runtime.execution.backend import BackendName
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.kernels import Kernels
 from tokenspeed_plan.runtime.execution.launch import Launch
+from tokenspeed_plan.runtime.isolation import DEVICE_ERRORS, describe
 from tokenspeed_plan.runtime.loading.engine_loader import WriteChat, load_bundle, load_parts
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor
 from tokenspeed_plan.runtime.request import Completion, NewToken, Request, SamplingParams
-from tokenspeed_plan.runtime.request_check import check_request
+from tokenspeed_plan.runtime.request_check import check_request, stop_ids_of
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler, Usage
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
@@ -66,7 +67,7 @@ class Engine:
         self._chunk = chunk
         self._cache = cache
         self._ids = itertools.count()
-        self._stop_ids = frozenset(plan.model.eos_token_ids)
+        self._stop_ids = frozenset(stop_ids_of(plan))
         self._reset()
         self.executor.prepare()
 
@@ -201,7 +202,7 @@ class Engine:
             RequestError: the prompt is empty, has ids that the model does not have, or is longer
                 than the plan serves; or a parameter means nothing.
         """
-        check_request(request, self.plan)
+        check_request(request, self.vocab_size, self.max_seq_len)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -229,13 +230,27 @@ class Engine:
         return self._loop.cancel(request_id)
 
     def step(self) -> list[Completion]:
-        """Launch a replay, and commit the one before it; returns the requests that finished."""
-        return self._loop.step(self.on_token)
+        """Launch a replay, and commit the one before it; returns the requests that finished.
+
+        One that has failed is among them, with its `error`; the others go on.
+
+        Raises:
+            EngineStopped: the device has failed, and this engine with it.
+        """
+        try:
+            return self._loop.step(self.on_token)
+        except DEVICE_ERRORS as error:
+            raise EngineStopped(
+                f"the device has failed: {describe(error)}", "start again; answers so far are kept"
+            ) from error
 
     def generate(
         self, prompts: Iterable[Seq[int]], params: SamplingParams = DEFAULT_PARAMS
     ) -> list[Completion]:
-        """Continue all prompts (token ids); answers in their order."""
+        """Continue all prompts (token ids); answers in their order.
+
+        A request that has failed is answered with its `error`; the others go on.
+        """
         requests = [Request(f"generate-{next(self._ids)}", tuple(ids), params) for ids in prompts]
         for request in requests:
             self.check(request)  # all of them before one is queued

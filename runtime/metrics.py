@@ -16,7 +16,7 @@ class Metrics:
 
     `decode_passes` counts each sequence of each decode step, `decode_tokens` their new tokens: more
     than one a pass where drafts are accepted. `lost_checkpoints` are ends of answers that were
-    found only after the state there was gone.
+    found only after the state there was gone. `failed_requests` ended with an error of their own.
     """
 
     steps: int = 0
@@ -24,6 +24,7 @@ class Metrics:
     decode_passes: int = 0
     decode_tokens: int = 0
     lost_checkpoints: int = 0
+    failed_requests: int = 0
     hit_tokens: int = 0
     computed_tokens: int = 0
     preemptions: int = 0

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenspeed_plan.plans.errors import RequestFailed
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.request import Completion, FinishReason, NewToken, TokenLogprobs
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
+from tokenspeed_plan.runtime.streaming import StopSearch, text_before_stop
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
-# A stop string may begin inside a token: so many tokens more than its bytes are searched for it.
-STOP_WINDOW_MARGIN = 4
+# Where logits are no numbers, the argmax is the first token.
+FIRST_TOKEN = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,19 @@ def step_output(
     return StepOutput(token_ids, logits[first:end], drafts)
 
 
+def check_logits(logits_V: Tensor) -> None:
+    """Refuse logits of which no token can be chosen.
+
+    Raises:
+        RequestFailed: one of them is NaN or infinite.
+    """
+    if not bool(torch.isfinite(logits_V).all()):
+        raise RequestFailed(
+            "the model's logits are not numbers",
+            "look for NaN or infinity in the checkpoint's tensors, or plan with a wider dtype",
+        )
+
+
 def token_logprobs(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs:
     """Logprobs of a token and of the `count` most likely ones, before temperature and filters."""
     logprobs_V = torch.log_softmax(logits_V.double(), -1)
@@ -89,6 +104,8 @@ class OutputProcessor:
         new_tokens: list[NewToken] = []
         for token_id, logits_V in zip(output.token_ids, output.logits, strict=False):
             sequence.token_ids.append(token_id)
+            if self._may_be_no_number(sequence):
+                check_logits(logits_V)
             logprobs = self._logprobs(sequence, token_id, logits_V)
             new_token = NewToken(sequence.request.request_id, token_id, logprobs)
             new_tokens.append(new_token)
@@ -96,6 +113,19 @@ class OutputProcessor:
             if sequence.finish_reason:
                 break
         return new_tokens
+
+    def _may_be_no_number(self, sequence: Sequence) -> bool:
+        """Whether to look at the logits of its last token, which waits for the device.
+
+        NaN spreads through all layers and stays in the caches. So it shows in the first logits, or
+        later in the token that an argmax over NaN gives.
+        """
+        return (
+            sequence.num_generated == 1
+            or sequence.token_ids[-1] == FIRST_TOKEN
+            or len(sequence.token_ids) == sequence.max_len
+            or sequence.request.params.num_logprobs is not None
+        )
 
     def completion(self, sequence: Sequence) -> Completion:
         """The answer of a sequence that has ended."""
@@ -116,11 +146,9 @@ class OutputProcessor:
         ids = sequence.generated
         if ids[-1] in sequence.stop_ids:
             ids = ids[:-1]
-        text = self._text(ids)
-        cuts = [text.find(stop) for stop in sequence.request.params.stop if stop in text]
-        if cuts:
-            text = text[: min(cuts)]
-        return text
+        if self._tokenizer is None:
+            return ""
+        return text_before_stop(self._tokenizer, ids, sequence.request.params.stop)
 
     def _logprobs(
         self, sequence: Sequence, token_id: int, logits_V: Tensor
@@ -142,14 +170,10 @@ class OutputProcessor:
         return None
 
     def _hits_stop(self, sequence: Sequence) -> bool:
-        """Whether a stop string ends in the last token; it has at most one token for each byte."""
-        stops = sequence.request.params.stop
-        max_bytes = max(len(stop.encode()) for stop in stops)
-        window = max_bytes + STOP_WINDOW_MARGIN
-        tail = self._text(sequence.generated[-window:])
-        return any(stop in tail for stop in stops)
-
-    def _text(self, ids: list[int]) -> str:
+        """Whether a stop string ends in the last token."""
         if self._tokenizer is None:
-            return ""
-        return self._tokenizer.decode(ids)
+            return False
+        if sequence.stop_search is None:
+            stops = sequence.request.params.stop
+            sequence.stop_search = StopSearch(self._tokenizer, stops)
+        return sequence.stop_search.push(sequence.token_ids[-1])

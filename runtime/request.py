@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.plans.errors import RequestFailed
 
-FinishReason = Literal["stop", "length", "cancelled"]  # a cancelled request has no completion
+# A cancelled request has no completion; one that failed has an `error` in place of an answer.
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,25 +29,6 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     num_logprobs: int | None = None
-
-    def check(self, vocab_size: int) -> None:
-        """Refuse what no kernel could carry out.
-
-        Raises:
-            RequestError: a number is out of its range.
-        """
-        num_logprobs = self.num_logprobs or 0
-        ranges = (
-            ("max_tokens", self.max_tokens >= 1, "at least one"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and up to 1"),
-            ("top_k", 0 <= self.top_k < 1 << 31, "0 or more, in 32 bits"),
-            ("num_logprobs", 0 <= num_logprobs <= vocab_size, f"0 to {vocab_size}"),
-        )
-        for name, holds, wanted in ranges:
-            if not holds:
-                value = getattr(self, name)
-                raise RequestError(f"{name} is {value}", f"it must be {wanted}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +68,8 @@ class Completion:
 
     `token_ids` holds every generated token, a stop token included; `text` ends before the stop
     token or stop string. `ttft_s` runs from `Engine.add` to the first token, `decode_s` from the
-    first token to the last. `num_cached_tokens` of the prompt came from the prefix cache.
+    first token to the last. `num_cached_tokens` of the prompt came from the prefix cache. `error`
+    says why there is no answer, where the finish reason is `error`.
     """
 
     request_id: str
@@ -98,3 +81,27 @@ class Completion:
     decode_s: float
     logprobs: tuple[TokenLogprobs, ...] = field(default=())
     num_cached_tokens: int = 0
+    error: str | None = None
+
+    def check(self) -> None:
+        """Refuse to go on with an answer that there is not.
+
+        Raises:
+            RequestFailed: the request has failed.
+        """
+        if self.error is not None:
+            raise RequestFailed(self.error, "the other requests are answered; send this one again")
+
+
+def failed(request: Request, error: str) -> Completion:
+    """The completion of a request that has failed."""
+    return Completion(
+        request_id=request.request_id,
+        token_ids=(),
+        text="",
+        finish_reason="error",
+        num_prompt_tokens=len(request.prompt_ids),
+        ttft_s=0.0,
+        decode_s=0.0,
+        error=error,
+    )

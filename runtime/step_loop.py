@@ -10,15 +10,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from tokenspeed_plan.runtime.execution.executor import Executor
 from tokenspeed_plan.runtime.execution.inputs import fill_inputs, input_values
 from tokenspeed_plan.runtime.execution.launch import HostValues
+from tokenspeed_plan.runtime.isolation import alone
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor, StepOutput, host_outputs, step_output
-from tokenspeed_plan.runtime.request import Completion, NewToken
+from tokenspeed_plan.runtime.request import Completion, NewToken, failed
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
@@ -151,13 +153,9 @@ class StepLoop:
             if not sequence.is_running:
                 continue  # it had ended before this step was launched, which nobody knew
             output = step_output(batch.program, outputs, in_flight.logits, index)
-            new_tokens = self._commit_sequence(sequence, output, batch, index)
-            if new_tokens:
-                sequence.note_token(now)
-            if sequence.finish_reason:
-                all_taken = len(new_tokens) == len(output.token_ids)
-                finished.append(self._finish(sequence, batch, all_taken))
-            self._emit(sequence, new_tokens, on_token)
+            completion = self._commit_sequence(sequence, output, batch, index, now, on_token)
+            if completion is not None:
+                finished.append(completion)
         return finished
 
     def _advance(self, batch: Batch) -> None:
@@ -168,22 +166,61 @@ class StepLoop:
                 self._scheduler.advance(sequence, count)
 
     def _commit_sequence(
+        self,
+        sequence: Sequence,
+        output: StepOutput,
+        batch: Batch,
+        index: int,
+        now_s: float,
+        on_token: OnToken | None,
+    ) -> Completion | None:
+        """Commit the part of one sequence; returns its completion, if it ends.
+
+        An error in it ends this sequence, and none of the others.
+        """
+        new_tokens = self._take_tokens(sequence, output, batch, index)
+        if new_tokens:
+            sequence.note_token(now_s)
+        completion = None
+        if sequence.finish_reason and not sequence.error:
+            all_taken = len(new_tokens) == len(output.token_ids)
+            completion = self._finish(sequence, batch, all_taken)
+        alone(sequence, partial(self._emit, sequence, new_tokens, on_token), None)
+        if sequence.error:
+            return self._fail(sequence)
+        return completion
+
+    def _take_tokens(
         self, sequence: Sequence, output: StepOutput, batch: Batch, index: int
     ) -> list[NewToken]:
         """Add the new tokens of a replay to a sequence, up to the one that ends it."""
         sequence.drafts = output.drafts
+        append = partial(self._outputs.append_tokens, sequence, output)
         if batch.program.phase == "prefill":
             self._scheduler.advance(sequence, batch.counts[index])
             if sequence.num_left:
                 return []
-            return self._outputs.append_tokens(sequence, output)
-        new_tokens = self._outputs.append_tokens(sequence, output)
+            return alone(sequence, append, [])
+        new_tokens: list[NewToken] = alone(sequence, append, [])
+        if sequence.error:
+            return []
         self._scheduler.advance(sequence, len(new_tokens))
         self.metrics.decode_passes += 1
         self.metrics.decode_tokens += len(new_tokens)
         return new_tokens
 
-    def _finish(self, sequence: Sequence, batch: Batch, all_taken: bool) -> Completion:
+    def _fail(self, sequence: Sequence) -> Completion | None:
+        """End a sequence with its error; none where its caller has cancelled it meanwhile."""
+        name = sequence.request.request_id
+        if sequence.finish_reason == "cancelled":
+            return None
+        self.metrics.failed_requests += 1
+        if sequence.is_running:
+            del self.sequences[name]
+            self._scheduler.fail(sequence)
+        return failed(sequence.request, str(sequence.error))
+
+    def _finish(self, sequence: Sequence, batch: Batch, all_taken: bool) -> Completion | None:
         """End a sequence; `all_taken`: all tokens that the step computed for it belong to it.
 
         If it ends before the step's last token, a step that was launched since has written over the
@@ -192,7 +229,7 @@ class StepLoop:
         has_state = all_taken or bool(self._limits.kept_inputs) or self.last_batch is batch
         self._scheduler.finish(sequence, has_state)
         del self.sequences[sequence.request.request_id]
-        return self._outputs.completion(sequence)
+        return alone(sequence, partial(self._outputs.completion, sequence), None)
 
     def _emit(
         self, sequence: Sequence, new_tokens: list[NewToken], on_token: OnToken | None

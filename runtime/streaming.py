@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Protocol
 
 from tokenspeed_plan.runtime.request import (
@@ -12,6 +13,7 @@ from tokenspeed_plan.runtime.request import (
     Request,
     TokenLogprobs,
 )
+from tokenspeed_plan.runtime.stop_strings import StopMatcher
 
 _REPLACEMENT = "\ufffd"  # decoders return it for the bytes of an incomplete character
 
@@ -20,7 +22,13 @@ class Decoder(Protocol):
     """The half of a tokenizer that makes text."""
 
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids."""
+        """Text of token ids, without special tokens."""
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether an answer's text leaves the token out."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, in UTF-8; empty for an id that is no token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +79,84 @@ class Detokenizer:
         return piece
 
 
+class SpelledText:
+    """Text with its special tokens spelled out: stop strings are looked for in it.
+
+    An answer shows it without them.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._detokenizer = Detokenizer(decoder)
+        self._is_shown: list[bool] = []  # of each character
+        self.text = ""
+
+    def push(self, token_id: int) -> str:
+        """Add and return what a token spells; the bytes of an incomplete character wait."""
+        is_special = self._decoder.is_special(token_id)
+        if is_special:
+            piece = self._decoder.token_bytes(token_id).decode(errors="replace")
+        else:
+            piece = self._detokenizer.push([token_id])
+        self.text += piece
+        self._is_shown += [not is_special] * len(piece)
+        return piece
+
+    def shown(self, end: int) -> str:
+        """What an answer shows of the text up to a character."""
+        return "".join(compress(self.text[:end], self._is_shown))
+
+    def drop(self, end: int) -> None:
+        """Forget the text up to a character."""
+        self.text = self.text[end:]
+        del self._is_shown[:end]
+
+
+class StopSearch:
+    """Looks for stop strings in the whole characters of a growing list of tokens.
+
+    A stop string may be a special token's, or have one in it.
+    """
+
+    def __init__(self, decoder: Decoder, stops: Sequence[str]) -> None:
+        self._spelled = SpelledText(decoder)
+        self._matcher = StopMatcher(stops)
+
+    def push(self, token_id: int) -> bool:
+        """Add a token; returns whether a stop string ends in it."""
+        piece = self._spelled.push(token_id)
+        self._spelled.drop(len(piece))
+        return self._matcher.push(piece)
+
+
+def text_before_stop(decoder: Decoder, ids: Sequence[int], stops: Sequence[str]) -> str:
+    """The text of an answer, up to the first stop string."""
+    text = decoder.decode(list(ids))
+    if stops and any(decoder.is_special(token) for token in ids):
+        spelled = SpelledText(decoder)
+        for token in ids:
+            spelled.push(token)
+        cut = _first_stop(spelled.text, stops)
+        if cut is not None:
+            text = spelled.shown(cut)
+        return text
+    return text[: _first_stop(text, stops)]
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop string begins; None without one."""
+    return min((text.find(stop) for stop in stops if stop in text), default=None)
+
+
 class AnswerText:
     """Makes the deltas of one request; text that may become a stop string is held back."""
 
     def __init__(self, request: Request, decoder: Decoder | None) -> None:
         self._request_id = request.request_id
-        self._stops = request.params.stop
-        self._max_stop_chars = max(map(len, self._stops), default=0)
-        self._detokenizer: Detokenizer | None = None
+        self._matcher = StopMatcher(request.params.stop)
+        self._held: SpelledText | None = None  # whole characters that are held back
         if decoder:
-            self._detokenizer = Detokenizer(decoder)
-        self._text = ""  # whole characters that are held back
+            self._held = SpelledText(decoder)
         self._tokens: list[NewToken] = []  # tokens that are held back with them
         self._num_sent_tokens = 0
         self._num_sent_chars = 0
@@ -89,12 +164,16 @@ class AnswerText:
     def push(self, tokens: Sequence[NewToken]) -> Delta:
         """What these tokens add; it is empty if all of it is held back."""
         self._tokens += tokens
-        if self._detokenizer and tokens:
-            self._text += self._detokenizer.push(token.token_id for token in tokens)
-        end = len(self._text) - self._num_held_chars()
-        if end == 0 and self._detokenizer:
+        if self._held is None:
+            return self._send("")
+        for token in tokens:
+            self._matcher.push(self._held.push(token.token_id))
+        end = len(self._held.text) - self._matcher.num_begun
+        text = self._held.shown(end)
+        if not text:
             return Delta(self._request_id, "")
-        return self._send(end)
+        self._held.drop(end)
+        return self._send(text)
 
     def finish(self, completion: Completion) -> Delta:
         """The rest of the answer, with its completion."""
@@ -106,23 +185,14 @@ class AnswerText:
             completion,
         )
 
-    def _send(self, end: int) -> Delta:
-        """A delta of all tokens, and of the text up to `end`."""
-        text, self._text = self._text[:end], self._text[end:]
+    def _send(self, text: str) -> Delta:
+        """A delta of all tokens, and of a text."""
         tokens, self._tokens = self._tokens, []
         self._num_sent_chars += len(text)
         self._num_sent_tokens += len(tokens)
         token_ids = tuple(token.token_id for token in tokens)
         logprobs = tuple(token.logprobs for token in tokens if token.logprobs)
         return Delta(self._request_id, text, token_ids, logprobs)
-
-    def _num_held_chars(self) -> int:
-        """Length of the longest end of the text that is the beginning of a stop string."""
-        for size in range(min(len(self._text), self._max_stop_chars), 0, -1):
-            end = self._text[-size:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return size
-        return 0
 
 
 class StepEngine(Protocol):
@@ -148,6 +218,9 @@ def stream(engine: StepEngine, request: Request) -> Generator[Delta, None, None]
     """Step an engine until one request is finished; yields a delta a step.
 
     Closing the generator cancels the request.
+
+    Raises:
+        RequestFailed: the request has failed.
     """
     answer = AnswerText(request, engine.tokenizer)
     tokens = list[NewToken]()
@@ -157,6 +230,7 @@ def stream(engine: StepEngine, request: Request) -> Generator[Delta, None, None]
         while True:
             for completion in engine.step():
                 if completion.request_id == request.request_id:
+                    completion.check()
                     yield answer.finish(completion)
                     return
             new = [token for token in tokens if token.request_id == request.request_id]

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from tokenspeed_plan.plans.errors import PlanError, RequestError
+from tokenspeed_plan.plans.text import printable_line
+from tokenspeed_plan.plans.tokenizer_files import (
+    AS_IT_IS,
+    TOKENIZER,
+    AddedToken,
+    TokenizerFiles,
+    read_tokenizer_files,
+    text_of,
+)
 
 Messages = list[dict[str, Any]]
+
+# How transformers' classes split a text before BPE, whatever tokenizer.json says.
+_SPLIT = {
+    "Qwen2Tokenizer": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "Qwen3_5Tokenizer": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+_HINT = "use the files of the published model"
 
 
 class Tokenizer:
@@ -26,40 +47,69 @@ class Tokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._chat = chat
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._special_ids = frozenset(index for index, token in added if token.special)
 
     @classmethod
     def load(cls, folder: Path, chat: Callable[[Messages], str] | None = None) -> Tokenizer:
         """The tokenizer of a model folder.
 
         Raises:
-            PlanError: there is none, or it cannot be read.
+            PlanError: there is none, or it cannot be read as transformers reads it.
         """
-        path = folder / "tokenizer.json"
+        files = read_tokenizer_files(folder)
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), chat)
-        except (OSError, ValueError) as error:
-            raise PlanError(
-                f"cannot read `{path}`: {error}",
-                "give prompts as token ids, or a complete model folder",
-            ) from error
+            tokenizer = _build(files)
         except Exception as error:  # `tokenizers` raises bare Exception for a malformed file
+            reason = printable_line(str(error))
             raise PlanError(
-                f"`{path}` is not a tokenizer: {error}", "use the file that came with the model"
+                f"`{folder / TOKENIZER}` is not a tokenizer: {reason}", _HINT
             ) from error
+        _check_ids(files, tokenizer, folder)
+        return cls(tokenizer, chat)
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def num_ids(self) -> int:
+        """One more than the highest token id."""
+        return 1 + max(self._tokenizer.get_vocab().values())
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
+
+        The tokens that a model's tokenizer puts around every text are for prompts; a chat template
+        writes its own.
 
         Raises:
             RequestError: it is not Unicode.
         """
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise RequestError("the prompt is not Unicode text", "give it as UTF-8")
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens spelled out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether an answer's text leaves the token out."""
+        return token_id in self._special_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, in UTF-8: a part of a character where the token is one.
+
+        Empty for an id that is no token: tables of published models are padded.
+        """
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        values = _byte_values()
+        if all(letter in values for letter in token):
+            return bytes(values[letter] for letter in token)
+        return str(token).encode()
 
     def render_chat(self, messages: Messages) -> str:
         """A chat as one prompt, which ends where the answer begins.
@@ -70,3 +120,119 @@ class Tokenizer:
         if self._chat is None:
             raise RequestError("the model has no chat template", "use `/v1/completions`")
         return self._chat(messages)
+
+
+@cache
+def _byte_values() -> dict[str, int]:
+    """The letters that stand for bytes in the tokens of byte-level BPE.
+
+    A printable byte is its own letter, and the n-th of the others is U+0100 + n: OpenAI's GPT-2,
+    `bytes_to_unicode`.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printable]
+    values = {chr(value): value for value in printable}
+    return values | {chr(0x100 + index): value for index, value in enumerate(others)}
+
+
+def _build(files: TokenizerFiles) -> tokenizers.Tokenizer:
+    """The tokenizer as transformers' class makes it, without truncation and padding."""
+    make = _read if files.class_name == AS_IT_IS else _rebuild
+    tokenizer = make(files)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = files.split_special_tokens
+    specials = [*files.named.values(), *files.extra]
+    tokenizer.add_tokens(_missing(files, tokenizer, specials))
+    if files.class_name == "Qwen2Tokenizer":
+        tokenizer.add_tokens([_convert(text_of(token)) for token in specials])
+    return tokenizer
+
+
+def _read(files: TokenizerFiles) -> tokenizers.Tokenizer:
+    """The tokenizer of tokenizer.json.
+
+    Raises:
+        ValueError: it draws lots, or is not byte-level.
+    """
+    if files.data["model"].get("dropout"):
+        raise ValueError("the dropout of its BPE makes other tokens each time")
+    if '"ByteLevel"' not in json.dumps(files.data["decoder"]):
+        raise ValueError("its decoder is not `ByteLevel`")
+    return tokenizers.Tokenizer.from_str(json.dumps(files.data))
+
+
+def _rebuild(files: TokenizerFiles) -> tokenizers.Tokenizer:
+    """A tokenizer of the file's vocabulary, merges and post-processor, the rest from the class."""
+    model = files.data["model"]
+    frame = files.data | {"model": model | {"vocab": {}, "merges": []}, "added_tokens": []}
+    merges = [_pair(merge) for merge in model["merges"]]
+    bpe = models.BPE(
+        vocab=model["vocab"],
+        merges=merges,
+        continuing_subword_prefix="",
+        end_of_word_suffix="",
+    )
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(tokenizers.Regex(_SPLIT[files.class_name]), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(files.add_prefix_space, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    post_processor = tokenizers.Tokenizer.from_str(json.dumps(frame)).post_processor
+    if post_processor is not None:
+        tokenizer.post_processor = post_processor
+    return tokenizer
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    if isinstance(merge, str):
+        merge = merge.split(" ")
+    left, right = merge
+    return left, right
+
+
+def _missing(
+    files: TokenizerFiles, tokenizer: tokenizers.Tokenizer, specials: Iterable[str | AddedToken]
+) -> list[tokenizers.AddedToken]:
+    """The declared tokens and the special ones that the tokenizer does not have yet."""
+    there = tokenizer.get_added_tokens_decoder().values()
+    reprs = {repr(token) for token in there}
+    missing: list[str | AddedToken]
+    missing = [token for token in files.declared.values() if repr(_convert(token)) not in reprs]
+    known = {token.content for token in there} | set(map(text_of, missing))
+    names = {text_of(token) for token in files.named.values()}
+    for token in specials:
+        if text_of(token) not in known and token not in missing:
+            missing.append(token)
+    return [_convert(token, text_of(token) in names) for token in missing]
+
+
+def _convert(token: str | AddedToken, special: bool = False) -> tokenizers.AddedToken:
+    """The library's token; one that is only a text is special."""
+    if isinstance(token, str):
+        return tokenizers.AddedToken(token, special=True)
+    flags = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
+    if token.normalized is not None:
+        flags["normalized"] = token.normalized
+    converted = tokenizers.AddedToken(token.content, special=token.special, **flags)
+    converted.special = token.special or special
+    return converted
+
+
+def _check_ids(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
+    """Each token that a file lists must be there under its id: the model was trained with it.
+
+    Raises:
+        PlanError: one is not; transformers would read it as text or by another id.
+    """
+    listed = [(token["content"], token["id"]) for token in files.data.get("added_tokens") or ()]
+    listed += [(token.content, index) for index, token in files.declared.items()]
+    for text, wanted in listed:
+        found = tokenizer.token_to_id(text)
+        if found != wanted:
+            raise PlanError(
+                f"the files of `{folder}` disagree: the id of `{printable_line(text)}` is {wanted} "
+                f"in one of them, with all of them it is {found}",
+                "list the same added tokens in tokenizer.json and tokenizer_config.json",
+            )

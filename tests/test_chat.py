@@ -24,6 +24,7 @@ from conftest import ROOT
 
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.plans.bundle import dump_plan, load_plan, seal
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.streaming import Delta
 
@@ -107,11 +108,37 @@ def test_what_is_not_utf_8_is_still_a_message() -> None:
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
     (model / "chat_template.jinja").unlink()
-    done = chat("hi\n", "--weights", model)
+    bundle = Path(shutil.copytree(BUNDLE, tmp_path / "plan"))
+    plan = load_plan(BUNDLE)
+    files = {name: digest for name, digest in plan.model.files.items() if "chat" not in name}
+    facts = plan.model.model_copy(update={"files": files})
+    text = dump_plan(seal(plan.model_copy(update={"model": facts})))
+    (bundle / "plan.json").write_text(text, encoding="utf-8")
+    done = CliRunner().invoke(main, ["chat", str(bundle), "--weights", str(model)], input="hi\n")
     assert done.exit_code == 2 and done.stdout == ""
     assert done.stderr.startswith(
         "error: the model has no chat template\n\nhint: use `tokenspeed run "
     )
+
+
+@pytest.mark.parametrize("command", ["chat", "serve", "run"])
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/default.jinja"])
+def test_a_template_that_was_not_planned_is_not_compiled(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChatTemplate, "load", lambda folder: pytest.fail("it was compiled"))
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_text("{{ 9 ** (9 ** 9) }}", encoding="utf-8")
+    args: list[object] = [command, BUNDLE, "--weights", model]
+    if command == "serve":
+        args += ["--port", 0]
+    if command == "run":
+        source = ROOT / "examples/demo/batch.jsonl"
+        args += ["--input", source, "--output", tmp_path / "out.jsonl"]
+    done = CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
+    assert done.exit_code == 2 and done.stderr.startswith(f"error: `{model / name}` ")
+    assert " planned\n\nhint: " in done.stderr
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(

@@ -165,7 +165,8 @@ class _Conversation:
         from tokenspeed_plan.runtime.serving.interrupt import Interrupt
 
         assert self._engine.tokenizer is not None
-        ids = self._engine.tokenizer.encode(self._engine.tokenizer.render_chat(self._messages))
+        text = self._engine.tokenizer.render_chat(self._messages)
+        ids = self._engine.tokenizer.encode(text, add_special_tokens=False)
         completion, text = None, ""
         deltas = self._engine.stream(ids, self._params(len(ids)))
         with Interrupt(signal.SIGINT) as interrupt, closing(deltas):

@@ -113,12 +113,16 @@ def on_all_ranks(
 
 
 def load_chat_template(bundle: Path, options: EngineOptions) -> ChatTemplate | None:
-    """The chat template of a bundle's model; None if it has none."""
-    from tokenspeed_plan.runtime.loading.preflight import find_weights
+    """The chat template of a bundle's model; None if it has none.
 
-    return ChatTemplate.load(
-        find_weights(load_plan(bundle, options.signers), bundle, options.weights)
-    )
+    A template is a program: it must be the planned one before it is compiled.
+    """
+    from tokenspeed_plan.runtime.loading.preflight import check_files, find_weights
+
+    frozen = load_plan(bundle, options.signers)
+    folder = find_weights(frozen, bundle, options.weights)
+    check_files(frozen, folder)
+    return ChatTemplate.load(folder)
 
 
 def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:

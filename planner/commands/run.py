@@ -182,6 +182,7 @@ def _run_prompt(bundle: Path, engine_options: EngineOptions, options: PromptOpti
     max_tokens = options.max_tokens or min(engine.default_max_tokens, room)
     params = SamplingParams(max_tokens, options.temperature, seed=options.seed)
     (completion,) = engine.generate([ids], params)
+    completion.check()
     click.echo(completion.text)
     if not options.quiet:
         click.echo(_figures(completion), err=True)
@@ -220,7 +221,10 @@ def _batch_plan(frozen: Plan) -> BatchPlan:
 
     limits = frozen.pool.limits
     request_limits = RequestLimits(
-        limits.max_seq_len, limits.default_max_tokens, frozen.model.vocab_size
+        limits.max_seq_len,
+        limits.default_max_tokens,
+        frozen.model.vocab_size,
+        frozen.model.name,
     )
     predicted: dict[str, float] = {}
     load = _predicted_load(frozen)

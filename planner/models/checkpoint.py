@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from tokenspeed_plan.planner.graph import Source, Weight
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader, read_header
 from tokenspeed_plan.plans.canon import sha256
-from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.errors import PlanError, SpecError
+from tokenspeed_plan.plans.tokenizer_files import (
+    TOKENIZER_FILES,
+    read_tokenizer_files,
+    template_names,
+)
 from tokenspeed_plan.plans.weight_files import HINT as _HINT
 from tokenspeed_plan.plans.weight_files import add_tensors, weight_files
 
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
+    *TOKENIZER_FILES,
 )
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
@@ -39,7 +41,7 @@ def file_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the small files that a plan depends on."""
     return {
         name: sha256((folder / name).read_bytes())
-        for name in SMALL_FILES
+        for name in (*SMALL_FILES, *template_names(folder))
         if (folder / name).is_file()
     }
 
@@ -54,21 +56,16 @@ def num_valid_tokens(folder: Path, vocab_size: int) -> int:
     if not path.is_file():
         return vocab_size
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        ids = [
-            *data["model"]["vocab"].values(),
-            *(token["id"] for token in data.get("added_tokens", [])),
-        ]
-        count = 1 + max(ids)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SpecError(f"`{path}` is not a tokenizer: {error}", _HINT) from error
+        count = read_tokenizer_files(folder).num_ids()
+    except PlanError as error:
+        raise SpecError(error.message, error.hint) from error
     if count < 1:
         raise SpecError(f"`{path}` has no id over {count - 1}", _HINT)
     if count > vocab_size:
         raise SpecError(
             f"`{path}` has ids up to {count - 1}, the model has {vocab_size} rows", _HINT
         )
-    return int(count)
+    return count
 
 
 def check_sources(weights: Mapping[str, Weight], headers: Mapping[str, TensorHeader]) -> None:

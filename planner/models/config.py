@@ -1,4 +1,4 @@
-"""A model's own facts. This file, `rope.py` and `stop_tokens.py` alone know Hugging Face's keys."""
+"""A model's own facts. Only this file, `rope.py` and `stop_tokens.py` know Hugging Face's keys."""
 
 from __future__ import annotations
 

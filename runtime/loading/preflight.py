@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.tokenizer_files import TOKENIZER_FILES, template_names
 from tokenspeed_plan.plans.weight_digests import check_headers
 
 
@@ -56,8 +57,14 @@ def check_files(plan: Plan, folder: Path) -> None:
     Of the weights, the headers are compared.
 
     Raises:
-        PlanError: one is missing or was changed.
+        PlanError: one is missing or was changed, or one that would be read was added.
     """
+    for name in (*TOKENIZER_FILES, *template_names(folder)):
+        if name not in plan.model.files and (folder / name).is_file():
+            raise PlanError(
+                f"`{folder / name}` was not there when the model was planned",
+                "plan again, or remove the file",
+            )
     for name, digest in plan.model.files.items():
         path = folder / name
         if not path.is_file():

@@ -140,6 +140,11 @@ class Scheduler:
         sequence.move_to("finished")
         self._stop(sequence, has_state)
 
+    def fail(self, sequence: Sequence) -> None:
+        """End a running sequence with an error; the cache keeps nothing of this step."""
+        sequence.move_to("cancelled")
+        self._stop(sequence, has_state=False)
+
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request in any state; the cache keeps what it computed.
 

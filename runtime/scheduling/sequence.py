@@ -8,6 +8,7 @@ from typing import Literal
 
 from tokenspeed_plan.runtime.cache.prefix_tree import Node
 from tokenspeed_plan.runtime.request import FinishReason, Request, TokenLogprobs
+from tokenspeed_plan.runtime.streaming import StopSearch
 
 State = Literal["waiting", "prefilling", "decoding", "preempted", "finished", "cancelled"]
 
@@ -62,7 +63,9 @@ class Sequence:
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
+    error: str | None = None  # why it fails, where it does
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    stop_search: StopSearch | None = None  # where it has stop strings and a token
 
     def move_to(self, state: State) -> None:
         """Change the state.

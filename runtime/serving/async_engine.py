@@ -16,9 +16,21 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from tokenspeed_plan.plans.errors import EngineStopped, RequestError, TokenspeedError
+from tokenspeed_plan.plans.errors import (
+    EngineStopped,
+    RequestError,
+    RequestFailed,
+    TokenspeedError,
+)
 from tokenspeed_plan.runtime.engine import Engine
-from tokenspeed_plan.runtime.request import Completion, NewToken, Request, SamplingParams
+from tokenspeed_plan.runtime.isolation import describe
+from tokenspeed_plan.runtime.request import (
+    Completion,
+    NewToken,
+    Request,
+    SamplingParams,
+    failed,
+)
 from tokenspeed_plan.runtime.streaming import AnswerText, Delta
 
 Command = Callable[[], object]
@@ -54,6 +66,7 @@ class Stream:
         """The next delta of one of the requests.
 
         Raises:
+            RequestFailed: one of the requests could not be answered.
             EngineStopped: the engine has failed, or was closed.
         """
         while self._texts:
@@ -105,13 +118,28 @@ class Stream:
         while self._completions:
             name, completion = self._completions.popitem()
             self._tokens.pop(name, None)
-            return self._texts.pop(name).finish(completion)
+            text = self._texts.pop(name)
+            completion.check()
+            return _own(partial(text.finish, completion))
         while self._tokens:
             name = next(iter(self._tokens))
-            delta = self._texts[name].push(self._tokens.pop(name))
+            text, tokens = self._texts[name], self._tokens.pop(name)
+            delta = _own(partial(text.push, tokens))
             if delta.token_ids:
                 return delta
         return None
+
+
+def _own(make_delta: Callable[[], Delta]) -> Delta:
+    """A delta; whatever goes wrong with a text is an error of its request.
+
+    Raises:
+        RequestFailed: the text cannot be made.
+    """
+    try:
+        return make_delta()
+    except Exception as error:  # the loop and its other readers are to go on
+        raise RequestFailed(describe(error), "the other requests are answered") from error
 
 
 class AsyncEngine:
@@ -175,6 +203,7 @@ class AsyncEngine:
         """Continue one prompt to its end. Cancelling the caller's task cancels the request.
 
         Raises:
+            RequestFailed: the request could not be answered.
             RequestError, EngineStopped: see `stream`.
         """
         async with self.stream(prompt_ids, params) as answer:
@@ -199,7 +228,7 @@ class AsyncEngine:
         stream = Stream(self, requests)
         for request in requests:
             self._streams[request.request_id] = stream
-            self._commands.put(partial(self._engine.add, request))
+            self._commands.put(partial(self._add, request))
         self._idle.clear()
         return stream
 
@@ -238,6 +267,14 @@ class AsyncEngine:
             tokens.clear()
             if items:
                 self._loop.call_soon_threadsafe(self._deliver, items)
+
+    def _add(self, request: Request) -> None:
+        """On the thread: queue a request. It was checked; what fails even so is its own error."""
+        try:
+            self._engine.add(request)
+        except Exception as error:  # the thread goes on for the others
+            item = failed(request, describe(error))
+            self._loop.call_soon_threadsafe(self._deliver, (item,))
 
     def _run_commands(self) -> bool:
         """Run the commands that came since the last step; blocks while there is nothing to step.

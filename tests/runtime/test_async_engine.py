@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from tokenspeed_plan.plans.errors import EngineStopped, RankError, RequestError
+from tokenspeed_plan.plans.errors import EngineStopped, RankError, RequestError, RequestFailed
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import AsyncEngine, Completion, Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.streaming import Delta
@@ -208,12 +208,15 @@ def test_one_bad_text_is_one_callers_error(engine: Engine, monkeypatch: pytest.M
         def decode(self, ids: list[int]) -> str:
             raise ValueError("not a text")
 
+        def is_special(self, token_id: int) -> bool:
+            return False
+
     async def work(served: AsyncEngine) -> None:
         served.tokenizer = Broken()  # type: ignore[assignment]
         broken = served.stream([1], PARAMS)
         served.tokenizer = engine.tokenizer
         good = asyncio.create_task(served.generate([2], PARAMS))
-        with pytest.raises(ValueError, match="not a text"):
+        with pytest.raises(RequestFailed, match="not a text"):
             await anext(broken)
         broken.cancel()
         assert len((await good).token_ids) == 12

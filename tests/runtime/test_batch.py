@@ -177,13 +177,24 @@ BAD = [
     (json.dumps(row(1, echo=True)), "`echo`"),
     (json.dumps(row(1, best_of=2)), "`best_of`"),
     (json.dumps(row(1, presence_penalty=0.5)), "`presence_penalty`"),
-    (json.dumps(row(1, tools=[])), "`tools`"),
-    (json.dumps(row(1, stop=["a"] * 5)), "`stop`"),
+    (json.dumps(row(1, tools=[{"type": "function"}])), "`tools` is not supported"),
+    (json.dumps(row(1, stop=["a"] * 5)), "`stop`: list should have at most 4"),
+    (json.dumps(row(1, stop="\ud83d")), "`body.stop` of the line is not Unicode"),
+    (json.dumps(row(1, stop="x" * 1025)), "`stop`: string should have at most 1024"),
+    (json.dumps(row(1, stop=7)), "`stop`: input should be a string or a list of strings"),
+    (json.dumps(row(1, stop_token_ids=[256])), "token id 256 is not in the vocabulary of 256"),
+    (json.dumps(row(1, stop_token_ids=[1 << 31])), "`stop_token_ids[0]`"),
+    (json.dumps(row(1, stop_token_ids=[1] * 1025)), "`stop_token_ids`: list should have at most"),
+    (json.dumps(row(1, model="gpt-5")), "the model `gpt-5` does not exist; `fake` is served"),
+    (json.dumps(row(1, metadata={"a": {"\udc00": 1}})), "`body.metadata.a.\\udc00` of the line"),
+    (json.dumps(row(1, prompt=[[1], "a"])), "`prompt[1]`: input should be a valid list"),
+    (json.dumps(row(1, prompt=[[1]] * 9, n=128)), "1152 choices"),
+    (json.dumps(row(1, metadata={"a": 1})).replace("1}", "[" * 70 + "]" * 70 + "}"), "too deeply"),
     (json.dumps(row(1, prompt="")), "the prompt is empty"),
     (json.dumps(row(1, prompt=[])), "the prompt is empty"),
     (json.dumps(row(1, prompt=["a", "b"])), "has 2 prompts"),
     (json.dumps(row(1, prompt=[300])), "token id 300"),
-    (json.dumps(row(1, prompt=[-1])), "`prompt`"),
+    (json.dumps(row(1, prompt=[-1])), "`prompt[0]`: input should be greater than"),
     (json.dumps(row(1, prompt="x" * 57)), "over the plan's limit of 64"),
     (json.dumps(row(1, max_tokens=64)), "over the plan's limit of 64"),
     (json.dumps(row(1, prompt="\ud800")), "not Unicode"),
@@ -668,7 +679,7 @@ def test_any_body_is_refused_or_runs(body: dict[str, Any], is_chat: bool) -> Non
 class NormalisingTokenizer(FakeTokenizer):
     """A byte is a token, after NFC."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return super().encode(unicodedata.normalize("NFC", text))
 
 

@@ -25,17 +25,23 @@ from tokenspeed_plan.runtime.serving.batch import (
 )
 from tokenspeed_plan.runtime.serving.batch.kept_rows import MAX_KEPT_BYTES
 
-LIMITS = RequestLimits(max_seq_len=64, default_max_tokens=8, vocab_size=256)
+LIMITS = RequestLimits(max_seq_len=64, default_max_tokens=8, vocab_size=256, model="fake")
 
 
 class FakeTokenizer:
     """A byte is a token."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode("latin-1")
+
+    def is_special(self, token_id: int) -> bool:
+        return False
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
 
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
         return "".join(f"{m['role']}:{m['content']};" for m in messages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -26,10 +27,12 @@ from tokenspeed_plan.runtime.streaming import Decoder
 
 Json = dict[str, Any]
 KEY_PREFIX = "batch_req_"
+MAX_NAME_CHARS = 4096  # of a `custom_id`
+REQUEST_FAILED = "request_failed"
 
 
 class _Line(StrictModel):
-    custom_id: Annotated[str, Field(min_length=1, max_length=4096)]
+    custom_id: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
     method: Literal["POST"]
     url: Url
     body: dict[str, Any]
@@ -74,6 +77,49 @@ def parse_row(raw: bytes, line: int, plan_digest: str) -> Row:
     return Row(line, head.custom_id, body, key)
 
 
+def custom_id_of(raw: bytes) -> str | None:
+    """The name that a refused line gives itself, as far as the line can be read.
+
+    Only what comes before it has to be JSON. Half a surrogate pair, which many readers refuse,
+    stays as its escape.
+    """
+    try:
+        name = _value_of("custom_id", raw.decode("utf-8-sig", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(name, str) or len(name) > MAX_NAME_CHARS:
+        return None
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _value_of(name: str, text: str) -> object:
+    """The value of a key of the JSON object that the text begins with; None without one.
+
+    Raises:
+        ValueError: the text before it is not JSON.
+    """
+    decoder = json.JSONDecoder()
+    at = _after(text, 0, "{")
+    while True:
+        key, at = decoder.raw_decode(text, at)
+        value, at = decoder.raw_decode(text, _after(text, at, ":"))
+        if key == name:
+            return value
+        at = _after(text, at, ",")
+
+
+def _after(text: str, at: int, sign: str) -> int:
+    """The place after a sign and the space around it.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    found = re.compile(rf"\s*{re.escape(sign)}\s*").match(text, at)
+    if found is None:
+        raise ValueError(f"no `{sign}`")
+    return found.end()
+
+
 def answer_line(row: Row, completions: Sequence[Completion], decoder: Decoder, model: str) -> Json:
     """Output line of an answered row; `completions` has one for each choice.
 
@@ -109,6 +155,15 @@ def error_line(custom_id: str | None, line: int, code: str, message: str) -> Jso
     }
 
 
+def failure_line(row: Row, completions: Sequence[Completion]) -> Json | None:
+    """Output line of a row of which a choice has failed; None where none has."""
+    errors = [completion.error for completion in completions if completion.error is not None]
+    if not errors:
+        return None
+    return error_line(row.custom_id, row.line, REQUEST_FAILED, errors[0])
+
+
 def encode_line(line: Mapping[str, object]) -> bytes:
     """An output line as it stands in the file, its newline included."""
-    return json.dumps(line, ensure_ascii=True, sort_keys=True).encode() + b"\n"
+    text = json.dumps(line, ensure_ascii=True, sort_keys=True, allow_nan=False)
+    return text.encode() + b"\n"

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from tokenspeed_plan.runtime.request import Completion, Request
 from tokenspeed_plan.runtime.serving.batch.files import InputFile
 from tokenspeed_plan.runtime.serving.batch.kept_rows import KeptRows
-from tokenspeed_plan.runtime.serving.batch.lines import Row, parse_row
+from tokenspeed_plan.runtime.serving.batch.lines import Row, custom_id_of, parse_row
 from tokenspeed_plan.runtime.serving.batch.notebook import CheckedLine, Notebook
 from tokenspeed_plan.runtime.serving.batch.resume import FinishedLines
-from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
+from tokenspeed_plan.runtime.serving.openai.bodies import MAX_JSON_BYTES, InvalidRequestError
 from tokenspeed_plan.runtime.serving.openai.conversion import Encoder, RequestLimits, to_requests
 
 
@@ -85,13 +85,18 @@ class RowReader:
             row = self._kept.pop(line.line)
             if line.fault is not None:
                 if line.selected:
-                    yield Faulty(line.line, line.fault)
+                    yield Faulty(line.line, line.fault, self._name_of(line))
                 continue
             finished = self._finished.line(line.key)
             if finished is not None:
                 yield Answered(finished, line.selected)
             elif line.selected:
                 yield self._prepare(line, row)
+
+    def _name_of(self, line: CheckedLine) -> str | None:
+        """The `custom_id` of a line that cannot be run, if it can be read."""
+        size = min(line.size, MAX_JSON_BYTES)
+        return custom_id_of(self._source.read(line.start, size))
 
     def _prepare(self, line: CheckedLine, row: Row | None) -> Faulty | ActiveRow:
         custom_id = None

@@ -10,7 +10,12 @@ from contextlib import closing
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.batch.files import InputFile
 from tokenspeed_plan.runtime.serving.batch.kept_rows import KeptRows
-from tokenspeed_plan.runtime.serving.batch.lines import answer_line, encode_line
+from tokenspeed_plan.runtime.serving.batch.lines import (
+    REQUEST_FAILED,
+    answer_line,
+    encode_line,
+    failure_line,
+)
 from tokenspeed_plan.runtime.serving.batch.notebook import Notebook
 from tokenspeed_plan.runtime.serving.batch.options import (
     BatchEngine,
@@ -73,7 +78,7 @@ def _report(
     if plan.load is not None and not load.is_like(plan.load):
         summary["other_load"] = f"{plan.load}; these rows were {load}"
     if options.summary:
-        text = json.dumps(summary, indent=1) + "\n"
+        text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
         options.summary.write_text(text, encoding="utf-8")
     if not options.quiet:
         progress.close()
@@ -173,9 +178,17 @@ class _Batch:
 
     def _collect(self, completion: Completion, output: Output) -> None:
         """Take one finished choice; when the row is whole, make its line."""
-        self._tally.add(completion)
+        if completion.error is None:
+            self._tally.add(completion)
         row = self._running.pop(completion.request_id)
-        if row.add(completion):
-            line = answer_line(row.row, row.completions(), self._tokenizer, self._plan.model)
-            self._tally.answered += 1
-            output.finish(row, encode_line(line))
+        if not row.add(completion):
+            return
+        completions = row.completions()
+        failure = failure_line(row.row, completions)
+        if failure is not None:
+            self._tally.fail(REQUEST_FAILED)
+            output.fail(row, encode_line(failure))
+            return
+        line = answer_line(row.row, completions, self._tokenizer, self._plan.model)
+        self._tally.answered += 1
+        output.finish(row, encode_line(line))

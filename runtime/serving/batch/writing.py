@@ -64,6 +64,14 @@ class Output:
         if self._in_order and row is not self._window[0]:
             self._finished.save(row.row.key, line)
 
+    def fail(self, row: ActiveRow, line: bytes) -> None:
+        """Write the error line of a row that had begun: where that of a refused row would be."""
+        if self._errors is self._writer:
+            row.line = line
+        else:
+            self._errors.write(line)
+            self.drop([row])
+
     def drop(self, rows: Collection[ActiveRow]) -> None:
         """Forget rows that will not run."""
         dropped = {id(row) for row in rows}

@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from tokenspeed_plan.plans.errors import EngineStopped
+from tokenspeed_plan.plans.errors import EngineStopped, RequestFailed
 from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
 from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, try_later, unknown_model
 from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter, Lease
@@ -177,6 +177,8 @@ async def _answer(request: Request, url: Url, lease: Lease) -> Response:
         completions = await _unless_client_leaves(request, stream.completions())
     except EngineStopped as error:
         raise try_later(503, error.message, "engine_stopped") from None
+    except RequestFailed as error:
+        raise ApiError(500, error.message, "request_failed") from None
     if completions is None:
         return Response(status_code=_CLIENT_LEFT)
     return JSONResponse(answer.whole(completions))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
 from pydantic import ValidationError
 
 from tokenspeed_plan.runtime.request import Request
-from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, unknown_model
+from tokenspeed_plan.runtime.serving.http.api_errors import ApiError
 from tokenspeed_plan.runtime.serving.openai.bodies import (
     ChatBody,
     CompletionBody,
     InvalidRequestError,
     StrictModel,
     Url,
+    drop_nulls,
     explain,
     parse_body,
     parse_json,
@@ -68,17 +69,16 @@ def parse(
     try:
         return _parse(raw, url, model, tokenizer, limits)
     except InvalidRequestError as error:
-        raise ApiError(400, str(error), error.code, error.param) from None
+        raise ApiError(error.status, str(error), error.code, error.param) from None
 
 
 def _parse(
     raw: bytes, url: Url, model: str, tokenizer: Encoder, limits: RequestLimits
 ) -> ParsedRequest:
-    fields = _drop_nulls(parse_json(raw, "body"))
+    fields = drop_nulls(parse_json(raw, "body"))
     stream_fields = _pop_stream_fields(fields)
     body = parse_body(url, fields)
-    if body.model not in (None, model):
-        raise unknown_model(str(body.model), model)
+    limits = replace(limits, model=model)
     keys, requests = [], list[Request]()
     for part in _split_prompts(body):
         key = uuid4().hex
@@ -93,11 +93,6 @@ def _parse(
         stream=bool(stream_fields.stream),
         include_usage=bool(options.include_usage),
     )
-
-
-def _drop_nulls(fields: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's clients send null for a field that is not set."""
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _pop_stream_fields(fields: dict[str, Any]) -> _StreamFields:

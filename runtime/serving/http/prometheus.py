@@ -42,6 +42,8 @@ class Metrics:
         """Count an answer that is finished."""
         tokens = len(done.token_ids)
         self._finished.labels(done.finish_reason).inc()
+        if done.error is not None:
+            return
         self._prompt.inc(done.num_prompt_tokens)
         self._cached.inc(done.num_cached_tokens)
         self._generated.inc(tokens)

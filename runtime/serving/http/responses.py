@@ -6,11 +6,16 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from tokenspeed_plan.plans.errors import EngineStopped
+from tokenspeed_plan.plans.errors import EngineStopped, RequestFailed
 from tokenspeed_plan.runtime.request import Completion
-from tokenspeed_plan.runtime.serving.http.api_errors import try_later
+from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, try_later
 from tokenspeed_plan.runtime.serving.http.parsing import ParsedRequest
-from tokenspeed_plan.runtime.serving.openai.answers import choice, logprobs_of, usage
+from tokenspeed_plan.runtime.serving.openai.answers import (
+    TextOffsets,
+    choice,
+    logprobs_of,
+    usage,
+)
 from tokenspeed_plan.runtime.streaming import Decoder, Delta
 
 Json = dict[str, Any]
@@ -30,7 +35,7 @@ class Answer:
         self._head: Json = {"id": f"{prefix}-{request.key}", "created": created, "model": model}
         ids = [item.request_id for item in request.requests]
         self._choice_index = {request_id: index for index, request_id in enumerate(ids)}
-        self._num_sent_chars = [0] * len(ids)
+        self._offsets = [TextOffsets(decoder) for _ in ids]
         self._has_begun = [False] * len(ids)
 
     def whole(self, completions: Sequence[Completion]) -> Json:
@@ -43,7 +48,7 @@ class Answer:
         return self._head | body
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-        """Events of a streamed response, up to `[DONE]` or the error of an engine that failed."""
+        """Events of a streamed response, up to `[DONE]` or an error."""
         completions: list[Completion] = []
         try:
             async for delta in deltas:
@@ -52,6 +57,9 @@ class Answer:
                 yield self._event([self._chunk(delta)])
         except EngineStopped as error:
             yield _event(try_later(503, error.message, "engine_stopped").body)
+            return
+        except RequestFailed as error:
+            yield _event(ApiError(500, error.message, "request_failed").body)
             return
         if self._request.include_usage:
             completions.sort(key=self._index_of)
@@ -79,12 +87,11 @@ class Answer:
             chunk["text"] = delta.text
         if delta.logprobs:
             chunk["logprobs"] = logprobs_of(
-                self._request.body, delta.logprobs, self._decoder, self._num_sent_chars[index]
+                self._request.body, delta.logprobs, self._decoder, self._offsets[index]
             )
         if self._request.body.return_token_ids:
             chunk["token_ids"] = list(delta.token_ids)
         self._has_begun[index] = True
-        self._num_sent_chars[index] += len(delta.text)
         return chunk
 
     def _message(self, index: int, delta: Delta) -> Json:
@@ -105,4 +112,4 @@ class Answer:
 
 def _event(body: Json) -> bytes:
     """A server-sent event."""
-    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + json.dumps(body, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"

@@ -1,18 +1,49 @@
-"""Bodies of OpenAI requests: accepted fields, and errors that name the field at fault."""
+"""Bodies of OpenAI requests: accepted fields, and errors that name the field at fault.
+
+The server and batch files share these rules: a null is a field that is not set, a field that would
+change nothing is accepted, one that would change the answer in a way that is not there is refused.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+)
+
+from tokenspeed_plan.runtime.request_check import (
+    MAX_INT32,
+    MAX_STOP_CHARS,
+    MAX_STOP_IDS,
+    ascii_text,
+)
+from tokenspeed_plan.runtime.serving.openai.no_ops import drop_no_ops
 
 Url = Literal["/v1/completions", "/v1/chat/completions"]
 MAX_JSON_BYTES = 64 << 20
+MAX_DEPTH = 64  # of lists and objects in each other
+MAX_PROMPTS = 2048  # OpenAI's
+MAX_CHOICES = 1024  # prompts times `n`
+MAX_PROMPT_IDS = 1 << 22
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 
-TokenId = Annotated[int, Field(ge=0)]
+MODEL_NOT_FOUND = "model_not_found"
+
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_IDS)]
+StopString = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
 
 
 class InvalidRequestError(ValueError):
@@ -24,6 +55,11 @@ class InvalidRequestError(ValueError):
 
     The message is one line.
     """
+
+    @property
+    def status(self) -> int:
+        """HTTP's status code."""
+        return 404 if self.code == MODEL_NOT_FOUND else 400
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -37,11 +73,44 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class _Body(StrictModel):
-    """Fields of both endpoints.
+def _kind_of_stop(value: Any) -> str | None:
+    """Which form of `stop` is meant: an error is about that one."""
+    kinds: dict[type[Any], str] = {str: "string", list: "strings"}
+    return kinds.get(type(value))
 
-    A field with one legal value is listed so that other values are refused by name.
-    """
+
+def _kind_of_prompt(value: Any) -> str | None:
+    """Which form of `prompt` is meant; the first entry of a list tells."""
+    if not isinstance(value, list):
+        return _kind_of_stop(value)
+    kinds: dict[type[Any], str] = {str: "strings", list: "lists"}
+    first = next(iter(value), 0)
+    return kinds.get(type(first), "ids")
+
+
+def _one_of(kind: Any, wanted: str) -> Discriminator:
+    return Discriminator(
+        kind, custom_error_type="wrong_kind", custom_error_message=f"Input should be {wanted}"
+    )
+
+
+_TAGS = {"string", "strings", "ids", "lists"}
+Stop = Annotated[
+    Annotated[StopString, Tag("string")]
+    | Annotated[list[StopString], Field(max_length=4), Tag("strings")],
+    _one_of(_kind_of_stop, "a string or a list of strings"),
+]
+Prompt = Annotated[
+    Annotated[str, Tag("string")]
+    | Annotated[TokenIds, Tag("ids")]
+    | Annotated[list[str], Field(max_length=MAX_PROMPTS), Tag("strings")]
+    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS), Tag("lists")],
+    _one_of(_kind_of_prompt, "a string, token ids, or a list of these"),
+]
+
+
+class _Body(StrictModel):
+    """Fields of both endpoints that say something; `no_ops.py` has those that may say nothing."""
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -50,24 +119,21 @@ class _Body(StrictModel):
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
-    stream: Literal[False] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     metadata: dict[str, Any] | None = None
 
 
 class CompletionBody(_Body):
     """Body of /v1/completions."""
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
 
 
 class Message(BaseModel):
@@ -125,7 +191,58 @@ def parse_json(raw: bytes, what: str = "line") -> dict[str, Any]:
     data = _parse_json(raw, what)
     if not isinstance(data, dict):
         raise InvalidRequestError(f"the {what} is not a JSON object")
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper(data, MAX_DEPTH):
+        raise InvalidRequestError(f"the {what} is nested too deeply")
+    if rb"\u" in raw:  # the only way to write half of a surrogate pair
+        _refuse_half_pairs(data, what)
     return data
+
+
+def _is_deeper(data: Any, depth: int) -> bool:
+    """Whether there are more than `depth` lists and objects in each other."""
+    level = [data]
+    for _ in range(depth):
+        level = [child for parent in level for child in _children(parent)]
+        level = [child for child in level if isinstance(child, (list, dict))]
+    return bool(level)
+
+
+def _children(parent: Any) -> Iterator[Any]:
+    if isinstance(parent, dict):
+        return iter(parent.values())
+    return iter(parent)
+
+
+def _refuse_half_pairs(data: dict[str, Any], what: str) -> None:
+    """Refuse text that cannot be written as UTF-8.
+
+    Raises:
+        InvalidRequestError: with the field that holds it.
+    """
+    half, path = _half_pair(data), list[str]()
+    if half is None:
+        return
+    value: Any = data
+    while isinstance(value, dict):
+        name = next(name for name in value if _half_pair([name, value[name]]))
+        path.append(ascii_text(name)[:80])
+        value = value[name]
+        if _half_pair(name):
+            break
+    shown = ".".join(path)
+    raise InvalidRequestError(
+        f"`{shown}` of the {what} is not Unicode text: `{ascii_text(half)}` is half of a pair",
+        path[0],
+        "invalid_value",
+    )
+
+
+def _half_pair(value: Any) -> str | None:
+    """A half of a surrogate pair in a JSON value, if there is one."""
+    found = HALF_PAIR.search(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    if found is None:
+        return None
+    return found[0]
 
 
 def _parse_json(raw: bytes, what: str) -> Any:
@@ -150,15 +267,56 @@ def parse_body(url: Url, data: dict[str, Any]) -> CompletionBody | ChatBody:
     """The body of a request to one of the endpoints.
 
     Raises:
-        InvalidRequestError: a field is unknown, missing or out of range.
+        InvalidRequestError: a field is unknown, missing, not supported or out of range.
     """
     model: type[CompletionBody | ChatBody] = ChatBody
     if url == "/v1/completions":
         model = CompletionBody
+    fields = drop_nulls(data)
+    unsupported = drop_no_ops(fields, model.model_fields)
+    if unsupported:
+        name, wanted = unsupported
+        raise InvalidRequestError(
+            f"`{name}` is not supported: leave it out, or send {wanted}, "
+            f"got {_shown(fields[name])}",
+            name,
+            "unsupported_parameter",
+        )
     try:
-        return model.model_validate(data)
+        body = model.model_validate(fields)
     except ValidationError as error:
         raise explain(error, model) from None
+    _check_together(body)
+    return body
+
+
+def drop_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are set: OpenAI's clients send null for the others."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _check_together(body: CompletionBody | ChatBody) -> None:
+    """Refuse fields that do not fit together.
+
+    Raises:
+        InvalidRequestError: with the field at fault.
+    """
+    if isinstance(body, ChatBody):
+        if body.top_logprobs and not body.logprobs:
+            raise InvalidRequestError(
+                "`top_logprobs` is only for `logprobs: true`", "top_logprobs", "invalid_value"
+            )
+        return
+    num_prompts = 1
+    if isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int):
+        num_prompts = len(body.prompt)
+    num_choices = num_prompts * (body.n or 1)
+    if num_choices > MAX_CHOICES:
+        raise InvalidRequestError(
+            f"the request has {num_choices} choices (prompts x n), at most {MAX_CHOICES}",
+            "n",
+            "invalid_value",
+        )
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> InvalidRequestError:
@@ -169,25 +327,38 @@ def explain(error: ValidationError, model: type[BaseModel]) -> InvalidRequestErr
     location = first["loc"]
     field = ""
     if location:
-        field = str(location[0])
+        field = ascii_text(str(location[0]))
     if first["type"] == "extra_forbidden" and len(location) == 1:
-        return _unknown_field(field, model)
+        return _unknown_field(str(location[0]), model)
     if first["type"] == "missing" and len(location) == 1:
         return InvalidRequestError(f"`{field}` is missing", field, "missing_required_parameter")
     reason = first["msg"][0].lower() + first["msg"][1:]
-    text = escape(f"`{field}`: {reason}, got {first['input']!r:.60}")
+    text = f"`{_path(location)}`: {ascii_text(reason)}, got {_shown(first['input'])}"
     return InvalidRequestError(text, field, "invalid_value")
 
 
+def _path(location: tuple[int | str, ...]) -> str:
+    """Where in the body, as `messages[0].role`."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in _TAGS:
+            path += f".{part}"
+    return ascii_text(path.removeprefix("."))
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, as one line of ASCII; a long one is not written out to be cut."""
+    if isinstance(value, (str, list)):
+        value = value[:60]
+    return ascii_text(f"{value!r:.60}")
+
+
 def _unknown_field(field: str, model: type[BaseModel]) -> InvalidRequestError:
-    name = escape(field)
+    name = ascii_text(field[:80])
     advice = "it is not supported"
-    near = difflib.get_close_matches(field, model.model_fields, 1)
+    near = difflib.get_close_matches(field[:80], model.model_fields, 1)
     if near:
         advice = f"did you mean `{near[0]}`?"
     return InvalidRequestError(f"unknown field `{name}`, {advice}", name, "unsupported_parameter")
-
-
-def escape(text: str) -> str:
-    """The text as one line of ASCII."""
-    return text.encode("unicode_escape").decode()

@@ -7,19 +7,28 @@ from typing import Any, Protocol
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.request import Request, SamplingParams
+from tokenspeed_plan.runtime.request_check import FieldError, ascii_text, check_request
 from tokenspeed_plan.runtime.serving.openai.bodies import (
+    MODEL_NOT_FOUND,
     ChatBody,
     CompletionBody,
     InvalidRequestError,
-    escape,
 )
+
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+ANY_PROMPT = (0,)
+# How a body names the fields of a request.
+FIELD_NAMES = {"prompt_ids": "prompt", "num_logprobs": "logprobs"}
+# Few texts that a plan can serve have more characters for each token than this.
+CHARS_PER_TOKEN = 4
+CUT_TOKENS = 64
 
 
 class Encoder(Protocol):
     """The half of a tokenizer that makes token ids."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the tokens that a prompt begins or ends with."""
 
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
         """A chat as one prompt."""
@@ -29,12 +38,14 @@ class Encoder(Protocol):
 class RequestLimits:
     """The limits of a plan that a request is checked against, in tokens.
 
-    `default_max_tokens` is used where the request has no `max_tokens`.
+    `default_max_tokens` is used where the request has no `max_tokens`. `model` is the name that a
+    request may give; None takes every name.
     """
 
     max_seq_len: int
     default_max_tokens: int
     vocab_size: int
+    model: str | None = None
 
 
 def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits) -> None:
@@ -49,6 +60,8 @@ def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: Requ
     if isinstance(body, CompletionBody) and isinstance(body.prompt, str) and body.prompt.isascii():
         room = limits.max_seq_len - (body.max_tokens or 1)
         if 0 < len(body.prompt) <= room:
+            _check_model(body, limits)
+            _request(body, "0", ANY_PROMPT, limits)
             return
     to_requests(body, "0", tokenizer, limits)
 
@@ -62,17 +75,55 @@ def to_requests(
     further choice adds one.
 
     Raises:
-        InvalidRequestError: the prompt is empty, too long or malformed.
+        InvalidRequestError: the prompt is empty, too long or malformed; the model is another one;
+            or the engine refuses it.
     """
-    ids = tuple(_prompt_ids(body, tokenizer))
-    params = _sampling_params(body, _max_tokens(body, ids, limits))
+    _check_model(body, limits)
+    first = _request(body, key, tuple(_prompt_ids(body, tokenizer, limits)), limits)
+    return tuple(
+        Request(
+            f"{key}:{choice}",
+            first.prompt_ids,
+            replace(first.params, seed=first.params.seed + choice),
+        )
+        for choice in range(body.n or 1)
+    )
+
+
+def _check_model(body: CompletionBody | ChatBody, limits: RequestLimits) -> None:
+    """Refuse to answer in another model's name.
+
+    Raises:
+        InvalidRequestError: the body names a model that is not served.
+    """
+    if body.model not in (None, limits.model) and limits.model is not None:
+        name = ascii_text(str(body.model))
+        raise InvalidRequestError(
+            f"the model `{name:.80}` does not exist; `{limits.model}` is served",
+            "model",
+            MODEL_NOT_FOUND,
+        )
+
+
+def _request(
+    body: CompletionBody | ChatBody, key: str, ids: tuple[int, ...], limits: RequestLimits
+) -> Request:
+    """The first choice of a body.
+
+    Raises:
+        InvalidRequestError: the engine would refuse it.
+    """
     seed = body.seed
     if seed is None:
         seed = int(key[-15:], 16)
-    return tuple(
-        Request(f"{key}:{choice}", ids, replace(params, seed=seed + choice))
-        for choice in range(body.n or 1)
-    )
+    params = _sampling_params(body, _max_tokens(body, ids, limits), seed)
+    request = Request(f"{key}:0", ids, params)
+    try:
+        check_request(request, limits.vocab_size, limits.max_seq_len)
+    except FieldError as error:
+        field = FIELD_NAMES.get(error.field, error.field)
+        raise InvalidRequestError(error.message, field, "invalid_value") from None
+    return request
 
 
 def _max_tokens(
@@ -85,10 +136,6 @@ def _max_tokens(
     """
     if not ids:
         raise InvalidRequestError("the prompt is empty")
-    if max(ids) >= limits.vocab_size:
-        raise InvalidRequestError(
-            f"token id {max(ids)} is not in the vocabulary of {limits.vocab_size}"
-        )
     wanted, field = body.max_tokens, "prompt"
     if isinstance(body, ChatBody):
         wanted, field = body.max_completion_tokens or body.max_tokens, "messages"
@@ -98,21 +145,51 @@ def _max_tokens(
             f"{len(ids)} prompt tokens and max_tokens {wanted or 1} are over the plan's limit of "
             f"{limits.max_seq_len} (max_seq_len)",
             field,
-            "context_length_exceeded",
+            CONTEXT_LENGTH_EXCEEDED,
         )
     return wanted or min(limits.default_max_tokens, room)
 
 
-def _prompt_ids(body: CompletionBody | ChatBody, tokenizer: Encoder) -> list[int]:
+def _prompt_ids(
+    body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits
+) -> list[int]:
     try:
         prompt = _prompt(body, tokenizer)
         if isinstance(prompt, str):
+            _refuse_long_text(prompt, tokenizer, limits.max_seq_len)
+            if isinstance(body, ChatBody):  # a chat template writes the special tokens itself
+                return tokenizer.encode(prompt, add_special_tokens=False)
+            return tokenizer.encode(prompt)
             return tokenizer.encode(prompt)
         return prompt
     except RequestError as error:
         raise InvalidRequestError(error.message) from None
     except (UnicodeEncodeError, TypeError) as error:
-        raise InvalidRequestError(f"the prompt is not Unicode text: {escape(str(error))}") from None
+        raise InvalidRequestError(
+            f"the prompt is not Unicode text: {ascii_text(str(error))}"
+        ) from None
+
+
+def _refuse_long_text(text: str, tokenizer: Encoder, max_seq_len: int) -> None:
+    """Refuse a text that is too long without making all of its tokens.
+
+    Growing beginnings of it are tokenised, so that the work is bounded by what the plan can serve.
+    Where a beginning is cut, a few tokens may be others than those of the whole text.
+
+    Raises:
+        InvalidRequestError: a beginning of it has more tokens than the plan serves.
+    """
+    size = CHARS_PER_TOKEN * max_seq_len + CUT_TOKENS
+    while size < len(text):
+        num_tokens = len(tokenizer.encode(text[:size]))
+        if num_tokens > max_seq_len + CUT_TOKENS:
+            raise InvalidRequestError(
+                f"the prompt has over {num_tokens - CUT_TOKENS} tokens in the first {size} of its "
+                f"{len(text)} characters, the plan's limit is {max_seq_len} (max_seq_len)",
+                "prompt",
+                CONTEXT_LENGTH_EXCEEDED,
+            )
+        size *= 2
 
 
 def _prompt(body: CompletionBody | ChatBody, tokenizer: Encoder) -> str | list[int]:
@@ -132,8 +209,8 @@ def _prompt(body: CompletionBody | ChatBody, tokenizer: Encoder) -> str | list[i
     return list(prompt)
 
 
-def _sampling_params(body: CompletionBody | ChatBody, max_tokens: int) -> SamplingParams:
-    """What a body says about sampling, its seed apart."""
+def _sampling_params(body: CompletionBody | ChatBody, max_tokens: int, seed: int) -> SamplingParams:
+    """What a body says about sampling."""
     temperature = body.temperature
     if temperature is None:
         temperature = 1.0  # OpenAI's default
@@ -142,6 +219,7 @@ def _sampling_params(body: CompletionBody | ChatBody, max_tokens: int) -> Sampli
         temperature=temperature,
         top_p=body.top_p or 1.0,
         top_k=max(body.top_k or 0, 0),
+        seed=seed,
         stop=_stop_strings(body),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
