@@ -126,7 +126,8 @@ class TokenizerFiles:
         specials = dict.fromkeys(map(text_of, (*self.named.values(), *self.extra)))
         new = [text for text in specials if text and text not in vocab and text not in listed]
         end = max(len(vocab), 1 + max(listed.values(), default=0)) + len(new)
-        return max(1 + max((*vocab.values(), *listed.values())), end if new else 0)
+        highest = max((*vocab.values(), *listed.values()))
+        return int(max(1 + highest, end if new else 0))
 
 
 def text_of(token: Token) -> str:

@@ -40,6 +40,7 @@ class EngineOptions:
         verify_weights: whether all bytes of the weights are compared with those that were planned.
             Those of small models are, where there is a canary.
         signers: one of them must have signed the plan; None takes any plan.
+        rank_timeout_s: seconds that a rank of several waits for another one in a replay.
     """
 
     weights: Path | None = None
@@ -48,6 +49,7 @@ class EngineOptions:
     canary: bool = True
     verify_weights: bool = False
     signers: Signers | None = None
+    rank_timeout_s: float = 30.0
 
     @property
     def depth(self) -> Depth:
@@ -57,6 +59,16 @@ class EngineOptions:
         if self.canary:
             return "small"
         return "headers"
+
+
+rank_timeout_option = click.option(
+    "--rank-timeout",
+    "rank_timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Of several ranks: seconds that one waits for another in a replay.",
+)
 
 
 class ReplayCommand(click.Command):
@@ -92,15 +104,17 @@ def on_all_ranks(
     Returns:
         What the work returns on rank 0, else 0.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if not {"WORLD_SIZE", "RANK"} & os.environ.keys():
         return work()
     from tokenspeed_plan.runtime.execution.collectives import join, own_rank, world_size
     from tokenspeed_plan.runtime.execution.ranks import follow, leading
 
+    if world_size() == 1:
+        return work()
     frozen = load_plan(bundle, options.signers)
     if own_rank() and frozen.target.count != world_size():
         return 0  # rank 0 reports the error
-    join(frozen)
+    join(frozen, options.rank_timeout_s)
     if own_rank():
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
@@ -135,7 +149,7 @@ def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None 
         from tokenspeed_plan.runtime.execution.ranks import Follower, Leader
 
         lead = Leader() if os.environ.get("RANK", "0") == "0" else Follower()
-    return Engine.load(
+    engine = Engine.load(
         bundle,
         options.weights,
         chat,
@@ -145,6 +159,11 @@ def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None 
         depth=options.depth,
         signers=options.signers,
     )
+    if lead is not None:
+        from tokenspeed_plan.runtime.execution.ranks import meet
+
+        meet()
+    return engine
 
 
 def ready_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:

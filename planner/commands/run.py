@@ -17,6 +17,7 @@ from tokenspeed_plan.planner.commands.engines import (
     EngineOptions,
     ReplayCommand,
     on_all_ranks,
+    rank_timeout_option,
     ready_engine,
 )
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
@@ -95,6 +96,7 @@ class RunOptions:
     is_flag=True,
     help="Compare the two backends step by step; name the first step that differs.",
 )
+@rank_timeout_option
 @click.option("--quiet", is_flag=True, help="No progress, no summary text.")
 def run(
     bundle: Path,
@@ -119,13 +121,22 @@ def run(
     no_cache: bool,
     backend: Backend | None,
     check: bool,
+    rank_timeout_s: float,
     quiet: bool,
 ) -> None:
     """Replay BUNDLE: answer a batch file, or one --prompt."""
     from tokenspeed_plan.runtime.serving.batch import BatchOptions
 
     signers = wanted_signers(allowed_signers, signer)
-    engine = EngineOptions(weights, backend, not no_cache, not no_canary, verify_weights, signers)
+    engine = EngineOptions(
+        weights,
+        backend,
+        cache=not no_cache,
+        canary=not no_canary,
+        verify_weights=verify_weights,
+        signers=signers,
+        rank_timeout_s=rank_timeout_s,
+    )
     if check:
         if not (prompt is None and source is None and output is None):
             raise click.UsageError("--check takes no prompt and no batch")
@@ -157,7 +168,9 @@ def _run(bundle: Path, options: RunOptions) -> int:
 def _run_check(bundle: Path, options: EngineOptions) -> None:
     from tokenspeed_plan.runtime.compare import check_steps
     from tokenspeed_plan.runtime.engine import Engine
+    from tokenspeed_plan.runtime.execution.collectives import join
 
+    join(load_plan(bundle, options.signers), options.rank_timeout_s)
     engine = Engine.load(
         bundle, options.weights, backend="compare", depth=options.depth, signers=options.signers
     )

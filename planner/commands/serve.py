@@ -17,6 +17,7 @@ from tokenspeed_plan.planner.commands.engines import (
     ReplayCommand,
     load_chat_template,
     on_all_ranks,
+    rank_timeout_option,
     ready_engine,
 )
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
@@ -40,7 +41,12 @@ class ServeOptions:
 
 @click.command(cls=ReplayCommand)
 @click.argument("bundle", type=Folder)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; without a key, one of this machine alone.",
+)
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -85,10 +91,42 @@ class ServeOptions:
     show_default=True,
     help="Seconds that SIGTERM leaves to answers in flight.",
 )
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Open connections, fewer where `ulimit -n` is low; more get 503.",
+)
+@click.option(
+    "--header-timeout",
+    "header_timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Seconds within which a request's header must come; later the connection is closed.",
+)
+@click.option(
+    "--write-timeout",
+    "write_timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds within which a client must read a part of its answer; later it is dropped.",
+)
+@click.option(
+    "--stall",
+    "stall_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds after which /health fails if the engine has work and does not move.",
+)
 @click.option("--weights", type=Folder, help="Checkpoint folder, where it is not the spec's.")
 @click.option(
     "--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`."
 )
+@rank_timeout_option
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
 @click.option("--verify-weights", is_flag=True, help=VERIFY_HELP)
 @signature_options
@@ -102,8 +140,13 @@ def serve(
     max_body_bytes: int,
     body_timeout_s: float,
     drain_s: float,
+    max_connections: int,
+    header_timeout_s: float,
+    write_timeout_s: float,
+    stall_s: float,
     weights: Path | None,
     backend: Backend | None,
+    rank_timeout_s: float,
     no_canary: bool,
     verify_weights: bool,
     allowed_signers: Path | None,
@@ -116,10 +159,27 @@ def serve(
     if api_key == "":
         raise RequestError("the API key is empty", "give one, or no `--api-key` at all")
     server = ServerOptions(
-        api_key, model_name, max_requests, max_body_bytes, body_timeout_s, drain_s
+        api_key=api_key,
+        model_name=model_name,
+        max_requests=max_requests,
+        max_body_bytes=max_body_bytes,
+        body_timeout_s=body_timeout_s,
+        drain_s=drain_s,
+        max_connections=max_connections,
+        header_timeout_s=header_timeout_s,
+        write_timeout_s=write_timeout_s,
+        stall_s=stall_s,
+        own_host=host,
     )
     signers = wanted_signers(allowed_signers, signer)
-    engine = EngineOptions(weights, backend, True, not no_canary, verify_weights, signers)
+    engine = EngineOptions(
+        weights,
+        backend,
+        canary=not no_canary,
+        verify_weights=verify_weights,
+        signers=signers,
+        rank_timeout_s=rank_timeout_s,
+    )
     options = ServeOptions(host, port, engine, server)
     signals = (signal.SIGTERM, signal.SIGINT)
     on_all_ranks(bundle, engine, lambda: _serve(bundle, options), ignored=signals)
@@ -137,9 +197,10 @@ def _check_packages() -> None:
 
 
 def _serve(bundle: Path, options: ServeOptions) -> None:
-    from tokenspeed_plan.runtime.serving.http import listen, serve
+    from tokenspeed_plan.runtime.serving.http import check_reach, listen, serve
 
     with listen(options.host, options.port) as listener:
+        check_reach(listener, options.server.api_key)
         template = load_chat_template(bundle, options.engine)
         engine = ready_engine(bundle, options.engine, template)
         host, port = listener.getsockname()[:2]

@@ -14,7 +14,12 @@ import torch.distributed as dist
 
 from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.schema import Program
-from tokenspeed_plan.runtime.execution.collectives import translate_dist_errors
+from tokenspeed_plan.runtime.execution.collectives import (
+    order_group,
+    replay_group,
+    stop_heartbeat,
+    translate_dist_errors,
+)
 from tokenspeed_plan.runtime.execution.executor import Executor
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 
@@ -68,27 +73,39 @@ def follow(executor: Executor) -> None:
 @contextmanager
 def leading() -> Iterator[None]:
     """Stop the other ranks when rank 0 ends, in whatever way."""
+    is_linked = True
     try:
         yield
+    except RankError:
+        is_linked = False  # the others find out by themselves; one of them may read nothing more
+        raise
     finally:
-        with suppress(RankError):  # they may have ended already
-            _send([STOP, 0, 0])
+        stop_heartbeat()
+        if is_linked:
+            with suppress(RankError):  # they may have ended already
+                _send([STOP, 0, 0])
+
+
+def meet() -> None:
+    """Wait until all ranks are loaded: from here on, none waits long for another."""
+    with translate_dist_errors():
+        dist.all_reduce(torch.zeros(1), group=order_group())
 
 
 def _share_inputs(memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int) -> None:
     """Broadcast the input buffers of rank 0."""
     with translate_dist_errors():
         for name in program.inputs:
-            dist.broadcast(memory.buffer(name, num_tokens, num_seqs), 0)
+            dist.broadcast(memory.buffer(name, num_tokens, num_seqs), 0, group=replay_group())
 
 
 def _send(order: list[int]) -> None:
     with translate_dist_errors():
-        dist.broadcast(torch.tensor(order), 0)
+        dist.broadcast(torch.tensor(order), 0, group=order_group())
 
 
 def _receive() -> list[int]:
     order = torch.zeros(3, dtype=torch.int64)
     with translate_dist_errors():
-        dist.broadcast(order, 0)
+        dist.broadcast(order, 0, group=order_group())
     return order.tolist()

@@ -16,10 +16,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from bundles import COMMAND, break_kernels, in_text, token_ids, write_batch, write_bundle
 from checkpoints import SHORT, Kind, write_checkpoint
+from click.testing import CliRunner
+from conftest import ROOT
 
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RankError
@@ -268,18 +271,144 @@ def test_a_checkpoint_without_its_weights_is_refused_by_all(
 def test_the_death_of_a_rank_ends_the_other(victim: int, pair: Path, tmp_path: Path) -> None:
     write_batch(tmp_path / "in.jsonl", PROMPTS * 300, COUNTS * 300)
     ranks = start(2, batch(pair, tmp_path), tmp_path)
-    until = time.monotonic() + 60
-    while not (tmp_path / "out.jsonl").exists() or not (tmp_path / "out.jsonl").stat().st_size:
-        assert time.monotonic() < until and all(rank.is_alive() for rank in ranks), logs(
-            tmp_path, 2
-        )
-        time.sleep(0.05)
+    wait_for_answers(ranks, tmp_path)
     ranks[victim].kill()
     codes = wait(ranks, 20)
     assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(2)]
     text = (tmp_path / f"{1 - victim}.log").read_text()
     assert text.startswith("error: the link to another rank broke: ")
     assert text.count("error: ") == text.count("hint: ") == 1
+
+
+def wait_for_answers(ranks: Sequence[BaseProcess], folder: Path) -> None:
+    """Wait until a batch is in the middle."""
+    until = time.monotonic() + 60
+    while not (folder / "out.jsonl").exists() or not (folder / "out.jsonl").stat().st_size:
+        assert time.monotonic() < until and all(rank.is_alive() for rank in ranks), logs(folder, 2)
+        time.sleep(0.05)
+
+
+def freeze(rank: BaseProcess, number: signal.Signals = signal.SIGSTOP) -> None:
+    assert rank.pid
+    os.kill(rank.pid, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_frozen_rank_ends_the_other(victim: int, pair: Path, tmp_path: Path) -> None:
+    """And it ends itself when it goes on."""
+    write_batch(tmp_path / "in.jsonl", PROMPTS * 300, COUNTS * 300)
+    ranks = start(2, batch(pair, tmp_path, "--rank-timeout", 2), tmp_path)
+    wait_for_answers(ranks, tmp_path)
+    freeze(ranks[victim])
+    ranks[1 - victim].join(40)
+    assert ranks[1 - victim].exitcode == 1, logs(tmp_path, 2)
+    freeze(ranks[victim], signal.SIGCONT)
+    assert wait(ranks, 40) == [1, 1]
+    for rank in range(2):
+        text = (tmp_path / f"{rank}.log").read_text()
+        assert text.startswith("error: the link to another rank broke: "), text
+        assert text.count("error: ") == text.count("hint: ") == 1
+
+
+@pytest.mark.slow
+def test_an_idle_server_notices_a_frozen_rank(pair: Path, tmp_path: Path) -> None:
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    args = ["serve", pair, "--port", port, "--no-canary", "--rank-timeout", 8]
+    (tmp_path / "0.log").touch()
+    ranks = start(2, args, tmp_path)
+    until = time.monotonic() + 60
+    while "ready at" not in (tmp_path / "0.log").read_text():
+        assert time.monotonic() < until, logs(tmp_path, 2)
+        time.sleep(0.05)
+    assert httpx.get(f"{address}/health").status_code == 200
+    assert all(found.startswith("127.") for found in addresses_of(ranks)), "no other machine"
+    freeze(ranks[1])
+    while (found := httpx.get(f"{address}/health")).status_code == 200:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert found.status_code == 503 and found.json()["error"]["code"] == "stalled"
+    ranks[0].join(40)
+    assert ranks[0].exitcode == 1
+    assert "error: the link to another rank broke: " in (tmp_path / "0.log").read_text()
+    ranks[1].kill()
+
+
+def addresses_of(ranks: Sequence[BaseProcess]) -> list[str]:
+    """Where processes listen, by their open files; an IPv6 address never begins with 127."""
+    inodes = set()
+    for rank in ranks:
+        for link in Path(f"/proc/{rank.pid}/fd").iterdir():
+            inodes.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                raw = bytes.fromhex(fields[1].partition(":")[0])
+                found.append(socket.inet_ntoa(raw[::-1]) if table == "tcp" else raw.hex())
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 and no RANK"),
+        ({"RANK": "1"}, "RANK=1 and no WORLD_SIZE"),
+        ({"RANK": "0"}, "RANK=0 and no WORLD_SIZE"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 and WORLD_SIZE=0"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE="),
+        ({"RANK": "0", "WORLD_SIZE": "\u00b2"}, "WORLD_SIZE=\u00b2"),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 20}, "WORLD_SIZE=999"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["run", "serve", "check", "chat"])
+def test_half_an_environment_is_refused(
+    environment: dict[str, str], reason: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    bundle = ROOT / "plans/frozen/demo-cpu"
+    more = {"run": ["--prompt", "a"], "serve": ["--port", "0"], "check": ["--canary"], "chat": []}
+    done = CliRunner().invoke(main, [command, str(bundle), *more[command]])
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"error: the environment has {reason}"), done.stderr
+    assert done.stderr.count("error: ") == done.stderr.count("hint: ") == 1
+
+
+def test_one_process_needs_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert (collectives.own_rank(), collectives.world_size()) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "reason"),
+    [
+        ("127.0.0.1", None, "the environment has WORLD_SIZE=2 and no MASTER_PORT"),
+        ("127.0.0.1", "70000", "the environment has MASTER_PORT=70000"),
+        ("127.0.0.1", "ten", "the environment has MASTER_PORT=ten"),
+        ("192.0.2.1", "29999", "rank 0 cannot listen on 192.0.2.1:29999"),
+    ],
+)
+def test_where_the_ranks_meet(
+    address: str, port: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", address)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    if port is not None:
+        monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(RankError) as caught:
+        collectives._store(0, 2)
+    assert caught.value.message.startswith(reason)
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -26,9 +28,12 @@ PRELOADED = [
     "tokenspeed_plan.runtime.serving.http",
 ]
 KEY = "sk-of-the-tests"
+Main = Callable[..., None]
 
 
-def be_command(args: Sequence[str], log: Path) -> None:
+def be_command(args: Sequence[str], log: Path, num_files: int | None = None) -> None:
+    if num_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num_files, num_files))
     torch.set_num_threads(1)
     os.environ.pop("TOKENSPEED_API_KEY", None)
     with log.open("w") as file:
@@ -40,11 +45,13 @@ def be_command(args: Sequence[str], log: Path) -> None:
 class Server:
     """`tokenspeed serve` on a bundle."""
 
-    def __init__(self, bundle: Path, log: Path, *options: object) -> None:
+    def __init__(
+        self, bundle: Path, log: Path, *options: object, main: Main = be_command, **more: Any
+    ) -> None:
         args = ["serve", bundle, "--port", 0, "--no-canary", *options]
         self.log = log
         self.process: BaseProcess = FORKS.Process(
-            target=be_command, args=([*map(str, args)], log), daemon=True
+            target=main, args=([*map(str, args)], log), kwargs=more, daemon=True
         )
         self.process.start()
         self.url = self._ready()
@@ -91,9 +98,10 @@ class Server:
 
 
 @contextmanager
-def serving(bundle: Path, folder: Path, *options: object) -> Iterator[Server]:
+def serving(bundle: Path, folder: Path, *options: object, **more: Any) -> Iterator[Server]:
+    """A running server; `main` is what its process does, and gets what else is named."""
     FORKS.set_forkserver_preload(PRELOADED)
-    server = Server(bundle, folder / "server.log", *options)
+    server = Server(bundle, folder / "server.log", *options, **more)
     try:
         yield server
     finally:

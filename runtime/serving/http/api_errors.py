@@ -70,3 +70,8 @@ def unknown_model(name: str, served: str) -> ApiError:
 def try_later(status: int, message: str, code: str) -> ApiError:
     """The server cannot take the request now. OpenAI's clients retry by themselves."""
     return ApiError(status, message, code, headers={"Retry-After": "1"})
+
+
+def shutting_down() -> ApiError:
+    """The server takes no more requests."""
+    return try_later(503, "the server is shutting down", "shutting_down")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -19,9 +19,17 @@ from starlette.requests import ClientDisconnect
 
 from tokenspeed_plan.plans.errors import EngineStopped, RequestFailed
 from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
-from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, try_later, unknown_model
+from tokenspeed_plan.runtime.serving.http.api_errors import (
+    ApiError,
+    shutting_down,
+    try_later,
+    unknown_model,
+)
+from tokenspeed_plan.runtime.serving.http.body import BodyMemory
+from tokenspeed_plan.runtime.serving.http.callers import CheckHost, check_type
+from tokenspeed_plan.runtime.serving.http.health import Progress
 from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter, Lease
-from tokenspeed_plan.runtime.serving.http.parsing import parse
+from tokenspeed_plan.runtime.serving.http.parsing import ParsedRequest, parse
 from tokenspeed_plan.runtime.serving.http.prometheus import CountResponses, Metrics
 from tokenspeed_plan.runtime.serving.http.responses import Answer
 from tokenspeed_plan.runtime.serving.openai.bodies import Url
@@ -43,7 +51,10 @@ class Service:
         model: the name that clients use.
         created: when the model was loaded, in seconds since 1970.
         api_key: key that clients of /v1 must send; None if they need none.
-        body_timeout_s: time within which a body must arrive.
+        own_host: a name of the server that clients without a key may use, as loopback's names.
+        stall_s: an engine that stands still for longer is not healthy.
+        bodies: bounds the bodies that are coming.
+        workers: the threads that parse bodies, tokenise prompts and write whole answers.
     """
 
     engine: AsyncEngine
@@ -52,10 +63,13 @@ class Service:
     limits: RequestLimits
     created: int
     api_key: str | None
-    max_body_bytes: int
-    body_timeout_s: float
+    own_host: str
+    stall_s: float
+    bodies: BodyMemory
+    workers: Executor
     limiter: AdmissionLimiter
     metrics: Metrics
+    progress: Progress
 
 
 def service_of(request: Request) -> Service:
@@ -131,7 +145,10 @@ async def health(request: Request) -> Response:
     if service.engine.error:
         raise try_later(503, "the engine has failed", "engine_stopped")
     if service.limiter.draining:
-        raise try_later(503, "the server is shutting down", "shutting_down")
+        raise shutting_down()
+    fault = service.progress.fault(service.stall_s)
+    if fault is not None:
+        raise try_later(503, fault, "stalled")
     return JSONResponse({"status": "ok"})
 
 
@@ -154,6 +171,8 @@ def make_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(v1)
     app.include_router(public)
+    if service.api_key is None:
+        app.add_middleware(CheckHost, own_host=service.own_host)
     app.add_middleware(CountResponses, metrics=service.metrics)
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_route)
@@ -164,58 +183,63 @@ def make_app(service: Service) -> FastAPI:
 
 async def _answer(request: Request, url: Url, lease: Lease) -> Response:
     service = service_of(request)
-    raw = await _read_body(request, service.max_body_bytes, service.body_timeout_s)
-    parsed = await run_in_threadpool(
-        parse, raw, url, service.model, service.tokenizer, service.limits
-    )
+    parsed = await _read(request, url, lease)
+    if parsed is None:
+        return Response(status_code=_CLIENT_LEFT)
     stream = lease.submit(parsed.requests)
     answer = Answer(parsed, service.tokenizer, service.model, int(time.time()))
     if parsed.stream:
         events = answer.events(stream)
         return StreamingResponse(events, media_type="text/event-stream", headers=_EVENT_HEADERS)
     try:
-        completions = await _unless_client_leaves(request, stream.completions())
+        completions = await _unless(stream.completions(), _wait_for_disconnect(request))
     except EngineStopped as error:
         raise try_later(503, error.message, "engine_stopped") from None
     except RequestFailed as error:
         raise ApiError(500, error.message, "request_failed") from None
     if completions is None:
         return Response(status_code=_CLIENT_LEFT)
-    return JSONResponse(answer.whole(completions))
+    # An answer of many choices with log probabilities takes seconds to write.
+    return await asyncio.get_running_loop().run_in_executor(
+        service.workers, lambda: JSONResponse(answer.whole(completions))
+    )
 
 
-async def _read_body(request: Request, limit_bytes: int, timeout_s: float) -> bytes:
-    """Read a body.
+async def _read(request: Request, url: Url, lease: Lease) -> ParsedRequest | None:
+    """Read and parse a body; None if its client leaves while it is parsed.
+
+    The lease begins when the body is there, so that slow bodies take no place from others.
 
     Raises:
-        ApiError: it is too large, or does not arrive in time.
+        ApiError: what is wrong with it, or the server shuts down.
     """
-    body = bytearray()
-    try:
-        async with asyncio.timeout(timeout_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit_bytes:
-                    raise ApiError(
-                        413, f"the body is larger than {limit_bytes} bytes", "request_too_large"
-                    )
-    except TimeoutError:
-        raise ApiError(
-            408, f"the body did not come within {timeout_s:g} s", "request_timeout"
-        ) from None
-    return bytes(body)
+    service, limiter = service_of(request), service_of(request).limiter
+    with service.bodies.body() as body:
+        raw = await _unless(body.read(request), limiter.drain.wait())
+        if raw is None:
+            raise shutting_down()
+        check_type(request.headers.get("content-type"), service.api_key is not None)
+        lease.take()
+        work = asyncio.get_running_loop().run_in_executor(
+            service.workers, parse, raw, url, service.model, service.tokenizer, service.limits
+        )
+        parsed = await _unless(work, _wait_for_disconnect(request), limiter.stop.wait())
+    if parsed is None and limiter.stop.is_set():
+        raise shutting_down()
+    return parsed
 
 
-async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T | None:
-    """Result of the work; None if the client leaves first, then the work is cancelled."""
-    tasks = asyncio.create_task(work), asyncio.create_task(_wait_for_disconnect(request))
+async def _unless(work: Awaitable[_T], *ends: Coroutine[Any, Any, object]) -> _T | None:
+    """Result of the work; None if one of the others ends first, then the work is cancelled."""
+    tasks = [asyncio.ensure_future(end) for end in ends]
+    result = asyncio.ensure_future(work)
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return tasks[0].result()
+        await asyncio.wait((result, *tasks), return_when=asyncio.FIRST_COMPLETED)
+        if result.done():
+            return result.result()
         return None
     finally:
-        for task in tasks:
+        for task in (result, *tasks):
             task.cancel()
 
 

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tokenspeed_plan.plans.errors import EngineStopped, RequestError
 from tokenspeed_plan.runtime.request import Request
 from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine, Stream
-from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, try_later
+from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, shutting_down, try_later
 
 
 class Lease:
-    """The share of the limit that one HTTP request holds: one for each of its choices."""
+    """The share of the limit that one HTTP request holds.
+
+    Nothing until its body is there, one while it is parsed, then one for each of its choices.
+    """
 
     def __init__(self, limiter: AdmissionLimiter) -> None:
         self._limiter = limiter
         self._stream: Stream | None = None
-        self.size = 1
+        self.size = 0
+
+    def take(self) -> None:
+        """Take a place; the body is there.
+
+        Raises:
+            ApiError: the limit is reached, or the server drains.
+        """
+        self._limiter.check()
+        self._limiter.grow(self, 1)
 
     def submit(self, requests: Sequence[Request]) -> Stream:
         """Start the requests on the engine, one for each choice.
@@ -48,26 +61,44 @@ class Lease:
 
 
 class AdmissionLimiter:
-    """Admits up to `limit` choices at once, and none while the server drains."""
+    """Admits up to `limit` choices at once, and none while the server drains.
+
+    Attributes:
+        drain: set once the server takes no more requests.
+        stop: set once it also waits no longer for those that it has.
+    """
 
     def __init__(self, engine: AsyncEngine, limit: int) -> None:
         self.engine = engine
-        self.draining = False
+        self.drain = asyncio.Event()
+        self.stop = asyncio.Event()
         self.num_in_flight = 0
         self._limit = limit
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server takes no more requests."""
+        return self.drain.is_set()
+
+    def check(self) -> None:
+        """Refuse a request before anything is done for it.
+
+        Raises:
+            ApiError: the limit is reached, or the server drains.
+        """
+        if self.draining:
+            raise shutting_down()
+        self._check_limit(1)
 
     @contextmanager
     def lease(self) -> Iterator[Lease]:
         """A lease until the response is sent or its client is gone.
 
         Raises:
-            ApiError: the limit is reached, or the server drains.
+            ApiError: see `check`.
         """
-        if self.draining:
-            raise try_later(503, "the server is shutting down", "shutting_down")
-        self._check_limit(1)
+        self.check()
         lease = Lease(self)
-        self.num_in_flight += 1
         try:
             yield lease
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -58,6 +60,19 @@ class Metrics:
     def respond(self, path: str, status: int) -> None:
         """Count a response."""
         self._responses.labels(path, str(status)).inc()
+
+    def watch_connections(
+        self, num_open: Callable[[], int], num_refused: Callable[[], int]
+    ) -> None:
+        """Add what the server knows once it listens."""
+        open_gauge = Gauge("tokenspeed_connections", "Open connections", registry=self._registry)
+        open_gauge.set_function(num_open)
+        refused = Gauge(
+            "tokenspeed_connections_refused",
+            "Connections that found no room, since the start",
+            registry=self._registry,
+        )
+        refused.set_function(num_refused)
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""

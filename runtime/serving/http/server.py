@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import socket
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -15,11 +20,21 @@ from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
 from tokenspeed_plan.runtime.serving.http.app import Service, make_app
+from tokenspeed_plan.runtime.serving.http.body import BodyMemory
+from tokenspeed_plan.runtime.serving.http.connections import (
+    Connection,
+    Deadlines,
+    Gate,
+    connection_limit,
+)
+from tokenspeed_plan.runtime.serving.http.health import Progress
 from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter
 from tokenspeed_plan.runtime.serving.http.prometheus import Metrics
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
 
 _FLUSH_S = 2  # time for finished answers to leave the sockets
+_END_S = 4  # time for the threads to end after that
+_WORKERS = 4  # threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +47,11 @@ class ServerOptions:
         max_requests: choices in flight; further requests get 429.
         body_timeout_s: time within which a body must arrive.
         drain_s: time that a signal leaves to requests in flight.
+        max_connections: connections; fewer where the limit of open files leaves less.
+        header_timeout_s: time within which a request's header must arrive.
+        write_timeout_s: time within which a client must read a part of its answer.
+        stall_s: `/health` fails once the engine has stood still for longer.
+        own_host: the name that the server was told to listen on.
     """
 
     api_key: str | None = None
@@ -40,24 +60,34 @@ class ServerOptions:
     max_body_bytes: int = 8 << 20
     body_timeout_s: float = 30.0
     drain_s: float = 30.0
+    max_connections: int = 1024
+    header_timeout_s: float = 10.0
+    write_timeout_s: float = 30.0
+    stall_s: float = 30.0
+    own_host: str = "localhost"
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Bind an address; nothing is accepted before the server runs.
 
     Raises:
-        RequestError: the address is in use or not allowed.
+        RequestError: the address is empty, in use or not allowed.
     """
+    if not host.strip():
+        raise RequestError(
+            "`--host` is empty", "`127.0.0.1` is this machine alone, `0.0.0.0` every interface"
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sends each event at once (TCP_NODELAY) only if the socket names its protocol, TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         listener.close()
+        reason = getattr(error, "strerror", None) or "this is no name of a host"
         raise RequestError(
-            f"cannot listen on {host}:{port}: {error.strerror}", "choose another `--port`"
+            f"cannot listen on {host:.80}:{port}: {reason}", "choose another `--port` or `--host`"
         ) from error
     return listener
 
@@ -73,23 +103,28 @@ def serve(
         RequestError: the model has no tokenizer.
         TokenspeedError: the engine has failed.
     """
-    service = _service(engine, options)
-    config = uvicorn.Config(
-        make_app(service),
-        log_level="warning",
-        lifespan="on",
-        ws="none",
-        server_header=False,
-        timeout_graceful_shutdown=_FLUSH_S,
-    )
-    # asyncio warns of every client that leaves in the middle of a stream.
-    logging.getLogger("asyncio").setLevel(logging.ERROR)
-    _Server(config, service, options.drain_s, ready).run([listener])
+    with ThreadPoolExecutor(_WORKERS, "worker") as workers:
+        service = _service(engine, options, workers)
+        config = uvicorn.Config(
+            make_app(service),
+            http=Connection,
+            log_level="error",  # it warns of each request that is no HTTP
+            lifespan="on",
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=_FLUSH_S,
+        )
+        # asyncio warns of every client that leaves in the middle of a stream.
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
+        server = _Server(config, service, options, listener, ready)
+        server.run([])
+        workers.shutdown(cancel_futures=True)
+        server.last_resort.cancel()
     if service.engine.error:
         raise service.engine.error
 
 
-def _service(engine: Engine, options: ServerOptions) -> Service:
+def _service(engine: Engine, options: ServerOptions, workers: Executor) -> Service:
     if engine.tokenizer is None:
         raise RequestError(
             "the model has no tokenizer",
@@ -106,25 +141,38 @@ def _service(engine: Engine, options: ServerOptions) -> Service:
         limits=RequestLimits(engine.max_seq_len, engine.default_max_tokens, engine.vocab_size),
         created=int(time.time()),
         api_key=options.api_key,
-        max_body_bytes=options.max_body_bytes,
-        body_timeout_s=options.body_timeout_s,
+        own_host=options.own_host,
+        stall_s=options.stall_s,
+        bodies=BodyMemory(options.max_body_bytes, options.body_timeout_s),
+        workers=workers,
         limiter=limiter,
         metrics=metrics,
+        progress=Progress(engine, async_engine),
     )
 
 
 class _Server(uvicorn.Server):
     """A server that drains: after the first signal it finishes what is in flight and refuses more.
 
-    uvicorn itself closes its listener at the first signal. A second signal ends it at once.
+    uvicorn itself closes its listener at the first signal. A second signal ends it at once. It also
+    accepts without bounds, so the listener is the gate's.
     """
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, drain_s: float, ready: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        options: ServerOptions,
+        listener: socket.socket,
+        ready: Callable[[], None],
     ) -> None:
         super().__init__(config)
+        self.last_resort = LastResort()
         self._service = service
-        self._drain_s = drain_s
+        self._options = options
+        self._deadlines = Deadlines(options.header_timeout_s, options.write_timeout_s)
+        self._max_connections = connection_limit(options.max_connections)
+        self._listener = listener
         self._ready = ready
         self._num_signals = 0
         self._drain_until_s = float("inf")
@@ -132,16 +180,22 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Count a signal. uvicorn would raise it again at the end."""
         self._num_signals += 1
+        drain_s = self._options.drain_s
+        if self._num_signals > 1:
+            drain_s = 0.0
+        self.last_resort.within(drain_s + 2 * _FLUSH_S + _END_S)
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; returns whether to stop."""
         limiter = self._service.limiter
+        self._service.progress.note()
+        self._gate.drop_late(self._deadlines)
         if self._num_signals and not limiter.draining:
-            limiter.draining = True
-            self._drain_until_s = time.monotonic() + self._drain_s
+            limiter.drain.set()
+            self._drain_until_s = time.monotonic() + self._options.drain_s
         stop_now = self._num_signals > 1 or time.monotonic() > self._drain_until_s
         if stop_now:
-            await self._service.engine.close()
+            await self._stop()
         is_drained = limiter.draining and limiter.num_in_flight == 0
         has_failed = self._service.engine.error is not None
         return await super().on_tick(counter) or stop_now or is_drained or has_failed
@@ -149,4 +203,64 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then call `ready`."""
         await super().startup(sockets)
+        self._gate = Gate(
+            self._listener, self._connection, self.server_state.connections, self._max_connections
+        )
+        self._gate.open()
+        self._service.metrics.watch_connections(
+            lambda: len(self.server_state.connections), lambda: self._gate.num_refused
+        )
         self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, and end the connections."""
+        self.last_resort.within(2 * _FLUSH_S + _END_S)
+        self._gate.close()
+        await super().shutdown(sockets)
+
+    async def _stop(self) -> None:
+        """End the requests in flight; a thread that stands still is not waited for here."""
+        self._service.limiter.stop.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH_S):
+                await self._service.engine.close()
+
+    def _connection(self) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state)
+
+
+class LastResort:
+    """Ends the process if it does not end by itself, whatever its other threads do.
+
+    The thread runs before it is needed, since a signal's handler must not start one.
+    """
+
+    def __init__(self) -> None:
+        self._deadline_s = float("inf")
+        self._seconds = 0.0
+        self._cancelled = threading.Event()
+        threading.Thread(target=self._wait, name="last resort", daemon=True).start()
+
+    def within(self, seconds: float) -> None:
+        """End the process after this time, or sooner if that was said before."""
+        deadline_s = time.monotonic() + seconds
+        if deadline_s < self._deadline_s:
+            self._deadline_s, self._seconds = deadline_s, seconds
+
+    def cancel(self) -> None:
+        """Let the process go on."""
+        self._cancelled.set()
+
+    def _wait(self) -> None:
+        while not self._cancelled.wait(0.2):
+            if time.monotonic() > self._deadline_s:
+                _end_process(self._seconds)
+
+
+def _end_process(seconds: float) -> None:
+    text = (
+        f"error: the server did not end within {seconds:g} s, a thread of it stands still\n\n"
+        "hint: start it again; the requests that it had are lost\n"
+    )
+    os.write(2, text.encode())
+    os._exit(1)
