@@ -16,6 +16,7 @@ from tokenspeed_plan.planner.commands.chat import chat
 from tokenspeed_plan.planner.commands.check import check
 from tokenspeed_plan.planner.commands.plan import plan
 from tokenspeed_plan.planner.commands.predict import predict, sweep
+from tokenspeed_plan.planner.commands.process import set_up_process
 from tokenspeed_plan.planner.commands.run import run
 from tokenspeed_plan.planner.commands.serve import serve
 from tokenspeed_plan.planner.commands.show import diff_command, show
@@ -74,6 +75,7 @@ def _describe(error: OSError) -> str:
 @click.version_option(package_name="tokenspeed-plan")
 def main() -> None:
     """Compile a language model's deployment into a frozen plan, and replay it."""
+    set_up_process()
 
 
 for command in (

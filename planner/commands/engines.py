@@ -142,6 +142,7 @@ def load_chat_template(bundle: Path, options: EngineOptions) -> ChatTemplate | N
 def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:
     """Load an engine. Of several ranks, rank 0 leads the others."""
     from tokenspeed_plan.runtime.engine import Engine
+    from tokenspeed_plan.runtime.execution.cpu_threads import limit_threads
     from tokenspeed_plan.runtime.execution.executor import Lead
 
     lead: Lead | None = None
@@ -163,6 +164,7 @@ def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None 
         from tokenspeed_plan.runtime.execution.ranks import meet
 
         meet()
+    limit_threads(engine.plan)
     return engine
 
 

@@ -59,7 +59,11 @@ class RunOptions:
 @click.option(
     "--input", "source", type=Folder, help="OpenAI batch file (.jsonl, .jsonl.gz), or - for stdin."
 )
-@click.option("--output", type=Folder, help="Where the answers go, or - for stdout.")
+@click.option(
+    "--output",
+    type=Folder,
+    help="Where the answers go, or - for stdout. To resume takes its size again on the disk.",
+)
 @click.option("--prompt", help="Answer one prompt, without a batch file.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="With --prompt: tokens to generate.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, help="With --prompt.")

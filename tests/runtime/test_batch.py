@@ -35,16 +35,12 @@ from tokenspeed_plan.runtime.serving.batch import (
     run_batch,
     scan,
 )
-from tokenspeed_plan.runtime.serving.batch.files import (
-    STDIO,
-    InputFile,
-    open_writer,
-    read_whole_lines,
-)
+from tokenspeed_plan.runtime.serving.batch.files import STDIO, InputFile
 from tokenspeed_plan.runtime.serving.batch.kept_rows import ROW_BYTES
 from tokenspeed_plan.runtime.serving.batch.lines import Row, parse_row
 from tokenspeed_plan.runtime.serving.batch.order import GROUP_TOKENS, Waiting
 from tokenspeed_plan.runtime.serving.batch.summary import Histogram
+from tokenspeed_plan.runtime.serving.batch.writers import open_writer, read_whole_lines
 from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
 from tokenspeed_plan.runtime.serving.openai.conversion import check_body, to_requests
 
@@ -520,19 +516,13 @@ def test_closed_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         open_writer(STDIO)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "missing.jsonl.gz", "folder"])
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing.jsonl.gz", "folder", "text.gz"])
 def test_an_input_that_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "text.gz").write_bytes(b"not an archive")
     with pytest.raises(RequestError, match=f"cannot read `.*{name}`") as caught:
-        InputFile(tmp_path / name)
+        list(InputFile(tmp_path / name).lines())
     assert "name a JSONL file" in caught.value.hint
-
-
-def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl.gz", [row(i) for i in range(50)])
-    source.write_bytes(source.read_bytes()[:-20])
-    with InputFile(source) as damaged, pytest.raises(RequestError, match="cannot read"):
-        list(damaged.lines())
 
 
 @pytest.mark.slow

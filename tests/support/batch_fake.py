@@ -108,6 +108,7 @@ def main() -> int:
     parser.add_argument("--errors", type=Path)
     parser.add_argument("--max-errors", type=int, default=0)
     parser.add_argument("--max-kept-bytes", type=int, default=MAX_KEPT_BYTES)
+    parser.add_argument("--talk", action="store_true", help="Show the summary.")
     args = parser.parse_args()
     if args.die_after:
         die_at_write(args.die_after)
@@ -118,7 +119,7 @@ def main() -> int:
         order=args.order,
         max_errors=args.max_errors,
         selection=Selection(),
-        quiet=True,
+        quiet=not args.talk,
         max_kept_bytes=args.max_kept_bytes,
     )
     try:
@@ -146,7 +147,7 @@ def die_at_write(count: int) -> None:
         if state["left"] <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    from tokenspeed_plan.runtime.serving.batch import files, resume
+    from tokenspeed_plan.runtime.serving.batch import resume, writers
 
     def counted(function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -157,11 +158,7 @@ def die_at_write(count: int) -> None:
 
         return call
 
-    for cls, name in (
-        (files.PlainWriter, "write"),
-        (files.GzipWriter, "write"),
-        (resume.Sidecar, "save"),
-    ):
+    for cls, name in ((writers.FileWriter, "write"), (resume.Sidecar, "save")):
         setattr(cls, name, counted(getattr(cls, name)))
     sys.addaudithook(hook)
 

@@ -1,92 +1,41 @@
-"""Files of a batch run: plain, gzipped or standard streams; readers that tolerate a torn end."""
+"""The input of a batch run: a plain or gzipped file, or a stream; damage is told line by line."""
 
 from __future__ import annotations
 
 import gzip
-import shutil
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, Self, cast
+from typing import BinaryIO, NamedTuple, Self, cast
 
 from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime.serving.openai.bodies import MAX_JSON_BYTES
 
 STDIO = Path("-")
-_CHUNK_BYTES = 1 << 20
-
-
-class LineWriter(Protocol):
-    """Takes whole lines; each has been handed to the operating system when `write` returns."""
-
-    def write(self, line: bytes) -> None:
-        """Append one line, its newline included."""
-
-    def close(self) -> None:
-        """Flush and close."""
-
-
-class PlainWriter:
-    """Writes to a file or a standard stream; a standard stream stays open."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def write(self, line: bytes) -> None:
-        """Append one line, its newline included."""
-        self._file.write(line)
-        self._file.flush()
-
-    def close(self) -> None:
-        """Flush, and close a file."""
-        self._file.flush()
-        is_standard_stream = self._file.fileno() <= 2
-        if not is_standard_stream:
-            self._file.close()
-
-
-class GzipWriter:
-    """One gzip stream, flushed after each line, so that all lines before a torn end can be read."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self._zip = gzip.GzipFile(filename="", mode="wb", fileobj=self._file, mtime=0)
-
-    def write(self, line: bytes) -> None:
-        """Append one line, its newline included."""
-        self._zip.write(line)
-        self._zip.flush(zlib.Z_SYNC_FLUSH)
-        self._file.flush()
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._zip.close()
-        self._file.close()
-
-
-def open_writer(path: Path) -> LineWriter:
-    """Open a new, empty file; `-` is standard output.
-
-    Raises:
-        RequestError: standard output is closed.
-    """
-    if path == STDIO:
-        if sys.stdout is None:
-            raise RequestError("standard output is closed", "name a file to write")
-        return PlainWriter(sys.stdout.buffer)
-    if path.suffix == ".gz":
-        return GzipWriter(path)
-    return PlainWriter(path.open("wb"))
+CHUNK_BYTES = 1 << 20
+BEGINNING_BYTES = 1 << 16  # kept of a line that is too long: its `custom_id` may be there
+# What reading an archive raises where its bytes are not those that were written.
+DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
 class InputLine(NamedTuple):
-    """A line that is not blank: number from 1, offset in the (decompressed) file, bytes."""
+    """A line that is not blank.
+
+    Attributes:
+        number: from 1.
+        offset: in the (decompressed) file, in bytes.
+        raw: its bytes without its end; of a line with a fault at most its beginning.
+        fault: what is wrong with it, None where nothing is.
+    """
 
     number: int
     offset: int
     raw: bytes
+    fault: str | None = None
 
 
 class InputFile:
@@ -99,8 +48,9 @@ class InputFile:
         RequestError: the file cannot be read, or standard input is closed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_line_bytes: int = MAX_JSON_BYTES) -> None:
         self._path = path
+        self._max_line_bytes = max_line_bytes
         try:
             self._file = _open_seekable(path)
         except OSError as error:
@@ -115,17 +65,41 @@ class InputFile:
     def lines(self) -> Iterator[InputLine]:
         """All lines that are not blank, without their ends (LF, CR LF).
 
+        A line that is too long is not kept in memory. Where an archive is damaged, what is left of
+        it is one line with a fault.
+
         Raises:
-            RequestError: the file cannot be read.
+            RequestError: the file cannot be read, or is no archive although its name says so.
         """
         offset = 0
-        try:
-            for number, line in enumerate(self._file, 1):
-                if line.strip():
-                    yield InputLine(number, offset, line.rstrip(b"\r\n"))
-                offset += len(line)
-        except (OSError, EOFError, zlib.error) as error:
-            raise self._unreadable(error) from error
+        for number in count(1):
+            try:
+                line, size = self._next_line(number, offset)
+            except DAMAGE as error:
+                if number == 1:
+                    raise self._unreadable(error) from error
+                yield InputLine(number, offset, b"", f"the archive is damaged here: {error}")
+                return
+            except OSError as error:
+                raise self._unreadable(error) from error
+            if not size:
+                return
+            if line.raw.strip():
+                yield line
+            offset += size
+
+    def _next_line(self, number: int, offset: int) -> tuple[InputLine, int]:
+        """A line, and its size with its end; 0 at the end of the file."""
+        raw = self._file.readline(self._max_line_bytes + 1)
+        size = len(raw)
+        if raw.endswith(b"\n") or size <= self._max_line_bytes:
+            return InputLine(number, offset, raw.rstrip(b"\r\n")), size
+        while rest := self._file.readline(CHUNK_BYTES):
+            size += len(rest)
+            if rest.endswith(b"\n"):
+                break
+        fault = f"the line has {size} bytes, the most is {self._max_line_bytes}"
+        return InputLine(number, offset, raw[:BEGINNING_BYTES], fault), size
 
     def read(self, offset: int, size_bytes: int) -> bytes:
         """Some bytes of the (decompressed) file.
@@ -136,7 +110,7 @@ class InputFile:
         try:
             self._file.seek(offset)
             return self._file.read(size_bytes)
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, *DAMAGE) as error:
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> RequestError:
@@ -156,10 +130,30 @@ def _open_seekable(path: Path) -> BinaryIO:
 def _spool(path: Path) -> BinaryIO:
     """Copy a stream to a temporary file that has no name, and so is gone when it is closed."""
     with _open_stream(path) as stream:
-        file = tempfile.TemporaryFile(prefix="tokenspeed-")  # noqa: SIM115
-        shutil.copyfileobj(stream, file)
+        file = _temporary_file()
+        while chunk := stream.read(CHUNK_BYTES):
+            try:
+                file.write(chunk)
+                file.flush()
+            except OSError as error:
+                raise no_scratch(error) from error
     file.seek(0)
-    return cast(BinaryIO, file)
+    return file
+
+
+def _temporary_file() -> BinaryIO:
+    try:
+        return cast(BinaryIO, tempfile.TemporaryFile(prefix="tokenspeed-"))
+    except OSError as error:
+        raise no_scratch(error) from error
+
+
+def no_scratch(error: Exception) -> RequestError:
+    """The error for a folder of temporary files that is full, missing or not writable."""
+    return RequestError(
+        f"cannot write a temporary file: {error}",
+        "free space in the folder for temporary files, or set TMPDIR to another one",
+    )
 
 
 def _open_stream(path: Path) -> AbstractContextManager[BinaryIO]:
@@ -168,35 +162,3 @@ def _open_stream(path: Path) -> AbstractContextManager[BinaryIO]:
     if sys.stdin is None:
         raise RequestError("standard input is closed", "name a JSONL file")
     return nullcontext(sys.stdin.buffer)
-
-
-def read_whole_lines(path: Path) -> Iterator[bytes]:
-    """Lines with their newline; an incomplete last line is left out, compressed or not."""
-    chunks = _read_chunks(path)
-    if path.suffix == ".gz":
-        chunks = _decompress(chunks)
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line + b"\n"
-
-
-def _read_chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            yield chunk
-
-
-def _decompress(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The text of gzip members, up to the first byte that cannot be decompressed."""
-    stream = zlib.decompressobj(wbits=31)
-    for compressed in chunks:
-        while compressed:
-            try:
-                yield stream.decompress(compressed)
-            except zlib.error:
-                return
-            compressed = stream.unused_data
-            if compressed:  # another gzip member begins
-                stream = zlib.decompressobj(wbits=31)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from tokenspeed_plan.runtime.serving.batch.files import no_scratch
 
 _SETUP = (
     "PRAGMA journal_mode = OFF",
@@ -47,52 +49,73 @@ class Notebook:
     """Ids seen, all lines of the input as the scan found them, and where finished lines are saved.
 
     The database is deleted with the object.
+
+    Raises:
+        RequestError: the folder of temporary files is full; each method may raise it.
     """
 
     def __init__(self) -> None:
-        file = tempfile.NamedTemporaryFile(prefix="tokenspeed-", suffix=".sqlite")  # noqa: SIM115
-        self._db = sqlite3.connect(file.name, isolation_level=None)
-        for statement in _SETUP:
-            self._db.execute(statement)
-        # Deletes the name: no other process can open the file, and a kill leaves none behind.
-        file.close()
+        try:
+            with tempfile.NamedTemporaryFile(prefix="tokenspeed-", suffix=".sqlite") as file:
+                self._db = sqlite3.connect(file.name, isolation_level=None)
+                for statement in _SETUP:
+                    self._run(statement)
+                # The end deletes the name: no other process can open the file, and a kill leaves
+                # none behind.
+        except OSError as error:
+            raise no_scratch(error) from error
+
+    def _run(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        """Run a statement.
+
+        Raises:
+            RequestError: the folder of temporary files is full.
+        """
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise no_scratch(error) from error
 
     def first_line_of(self, custom_id: str, line: int) -> int:
         """Remember that a line has an id; returns the first line that had it."""
         insert = "INSERT OR IGNORE INTO ids VALUES (?, ?)"
-        if self._db.execute(insert, (custom_id, line)).rowcount == 1:
+        if self._run(insert, (custom_id, line)).rowcount == 1:
             return line
-        found = self._db.execute("SELECT line FROM ids WHERE id = ?", (custom_id,)).fetchone()
+        found = self._run("SELECT line FROM ids WHERE id = ?", (custom_id,)).fetchone()
         return int(found[0])
 
     def knows(self, custom_id: str) -> bool:
         """Whether a row has this id."""
-        found = self._db.execute("SELECT 1 FROM ids WHERE id = ?", (custom_id,)).fetchone()
+        found = self._run("SELECT 1 FROM ids WHERE id = ?", (custom_id,)).fetchone()
         return found is not None
 
     def add_line(self, line: CheckedLine) -> None:
         """Remember a line of the input."""
-        self._db.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", line)
+        self._run("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", line)
 
     def lines(self) -> Iterator[CheckedLine]:
         """All lines, in the order of the input."""
         columns = "line, selected, start, size, key, fault"
-        for found in self._db.execute(f"SELECT {columns} FROM rows ORDER BY line"):
-            yield CheckedLine(*found)
+        rows = self._run(f"SELECT {columns} FROM rows ORDER BY line")
+        try:
+            for found in rows:
+                yield CheckedLine(*found)
+        except sqlite3.Error as error:
+            raise no_scratch(error) from error
 
     def has_work(self) -> bool:
         """Whether a selected row can be run and has no finished line."""
-        return self._db.execute(_HAS_WORK).fetchone() is not None
+        return self._run(_HAS_WORK).fetchone() is not None
 
     def add_saved(self, key: str, start: int, size: int) -> bool:
         """Remember where a finished line is in the sidecar, in bytes; False if its key is known."""
         insert = "INSERT OR IGNORE INTO saved VALUES (?, ?, ?)"
-        return self._db.execute(insert, (key, start, size)).rowcount == 1
+        return self._run(insert, (key, start, size)).rowcount == 1
 
     def saved(self, key: str) -> tuple[int, int] | None:
         """(start, size) of a finished line in the sidecar, in bytes."""
         select = "SELECT start, size FROM saved WHERE key = ?"
-        found = self._db.execute(select, (key,)).fetchone()
+        found = self._run(select, (key,)).fetchone()
         if found is None:
             return None
         return found[0], found[1]

@@ -7,6 +7,7 @@ import time
 from typing import TextIO
 
 from tokenspeed_plan.runtime.serving.batch.summary import Tally
+from tokenspeed_plan.runtime.serving.batch.writers import discard_rest
 
 TERMINAL_INTERVAL_S = 0.2
 PLAIN_INTERVAL_S = 5.0
@@ -18,8 +19,8 @@ class Progress:
 
     def __init__(self, tally: Tally, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._tally = tally
-        self.stream = stream or sys.stderr
-        self._is_terminal = self.stream.isatty()
+        self._stream: TextIO | None = stream or sys.stderr  # None where it is closed
+        self._is_terminal = self._stream is not None and self._stream.isatty()
         self._interval_s = PLAIN_INTERVAL_S
         if self._is_terminal:
             self._interval_s = TERMINAL_INTERVAL_S
@@ -35,17 +36,23 @@ class Progress:
         self._next_s = now + self._interval_s
         text = self._text(now)
         if self._is_terminal:
-            self._print(_CLEAR_LINE + text)
+            self.write(_CLEAR_LINE + text)
         else:
-            self._print(text + "\n")
+            self.write(text + "\n")
 
     def close(self) -> None:
         """Leave the terminal's line empty."""
         if self._is_terminal:
-            self._print(_CLEAR_LINE)
+            self.write(_CLEAR_LINE)
 
-    def _print(self, text: str) -> None:
-        print(text, end="", file=self.stream, flush=True)
+    def write(self, text: str) -> None:
+        """Write to stderr; where nobody reads it any more, the run goes on without a word."""
+        if self._stream is None:
+            return
+        try:
+            print(text, end="", file=self._stream, flush=True)
+        except OSError:
+            discard_rest(self._stream)
 
     def _text(self, now: float) -> str:
         tally = self._tally

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tokenspeed_plan.runtime.request import Completion, Request
@@ -104,13 +105,20 @@ class RowReader:
             if row is None:
                 row = self._read(line)
             custom_id = row.custom_id
-            if row.key != line.key:
-                raise InvalidRequestError("the line was changed after it was checked")
             requests = to_requests(row.body, row.key, self._tokenizer, self._limits)
         except InvalidRequestError as error:  # more than the scan's quick check could see
             return Faulty(line.line, str(error), custom_id)
         return ActiveRow(row, requests)
 
     def _read(self, line: CheckedLine) -> Row:
+        """Parse a line again.
+
+        Raises:
+            InvalidRequestError: it is not what the scan saw.
+        """
         raw = self._source.read(line.start, line.size)
-        return parse_row(raw, line.line, self._digest)
+        with suppress(InvalidRequestError):
+            row = parse_row(raw, line.line, self._digest)
+            if row.key == line.key:
+                return row
+        raise InvalidRequestError("the line was changed after it was checked")

@@ -9,29 +9,41 @@ are found by key. A line's key is its `id`: the digest of plan and row.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from itertools import combinations
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 from tokenspeed_plan.plans.errors import RequestError
-from tokenspeed_plan.runtime.serving.batch.files import STDIO, read_whole_lines
+from tokenspeed_plan.runtime.serving.batch.files import STDIO
 from tokenspeed_plan.runtime.serving.batch.lines import KEY_PREFIX
 from tokenspeed_plan.runtime.serving.batch.notebook import Notebook
+from tokenspeed_plan.runtime.serving.batch.writers import (
+    LineWriter,
+    file_writer,
+    has_name,
+    is_stream,
+    open_locked,
+    open_writer,
+    read_whole_lines,
+    unwritable,
+    whole_lines,
+)
 
 _LINE_START = b'{"custom_id": '
 
 
 def sidecar_path(output: Path) -> Path:
-    """The file of finished lines beside an output."""
+    """The file of finished lines beside an output; links share that of the file they lead to."""
+    output = Path(os.path.realpath(output))
     return output.with_name(f"{output.name}.resume")
 
 
 class FinishedLines:
-    """Finished lines of standard output: there are none, and none are kept.
+    """Finished lines of an output that cannot be read back: there are none, and none are kept.
 
     Attributes:
         complete: set it once the output holds everything.
@@ -39,11 +51,22 @@ class FinishedLines:
 
     complete = False
 
+    def __init__(self, output: Path) -> None:
+        self._output = output
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def open_output(self) -> LineWriter:
+        """The output, empty.
+
+        Raises:
+            RequestError: it cannot be written.
+        """
+        return open_writer(self._output)
 
     def line(self, key: str) -> bytes | None:
         """The finished line of a key."""
@@ -52,44 +75,59 @@ class FinishedLines:
     def save(self, key: str, line: bytes) -> None:
         """Keep a finished line."""
 
+    def rescue(self, lines: Iterable[bytes]) -> str:
+        """Keep lines of an output that lost its name; returns what the user can do."""
+        return "name another output"
+
     def close(self) -> None:
-        """Release the file."""
+        """Release the files."""
 
 
 def open_finished(output: Path, notebook: Notebook) -> FinishedLines:
-    """Finished lines of an output; its file is locked until they are closed.
+    """Finished lines of an output; both files are locked until they are closed.
 
     Raises:
         RequestError: another run is writing, or the files hold something else.
     """
-    if output == STDIO:
-        return FinishedLines()
+    if is_stream(output):
+        return FinishedLines(output)
     return Sidecar(output, notebook)
 
 
 class Sidecar(FinishedLines):
-    """The file of finished lines beside an output; locked while a run goes on."""
+    """The file of finished lines beside an output; it and the output are locked during a run.
+
+    An output that exists is locked before it is read: it may have several names, and each has
+    finished lines of its own beside it.
+    """
 
     def __init__(self, output: Path, notebook: Notebook) -> None:
+        super().__init__(output)
         self.path = sidecar_path(output)
-        self._output = output
         self._notebook = notebook
-        self._file = self.path.open("a+b")
-        try:
-            self._lock()
+        self._target: BinaryIO | None = None
+        self._file = open_locked(self.path, output)
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            if output.exists():
+                self._target = open_locked(output)
             self._recover()
-        except RequestError:
-            self._file.close()
-            raise
-        self._take_over()
+            self._take_over()
+            undo.pop_all()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RequestError(
-                f"another run is writing `{self._output}`", "wait for it, or name another output"
-            ) from error
+    def open_output(self) -> LineWriter:
+        """The output, empty.
+
+        Raises:
+            RequestError: another run has written it meanwhile, or it cannot be written.
+        """
+        if self._target is None:
+            self._target = open_locked(self._output)
+            if os.fstat(self._target.fileno()).st_size:
+                raise RequestError(
+                    f"another run has written `{self._output}`", "run the same command again"
+                )
+        return file_writer(self._output, self._target)
 
     def _recover(self) -> None:
         """Index what an interrupted run saved; cut off an incomplete last line.
@@ -123,27 +161,46 @@ class Sidecar(FinishedLines):
         size_before = os.fstat(self._file.fileno()).st_size
         try:
             self._read_output()
+            self._sync()
         except RequestError:
-            self._file.truncate(size_before)
-            self.close()
+            with suppress(OSError):
+                self._file.truncate(size_before)
             raise
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
     def _read_output(self) -> None:
-        if not self._output.exists() or self._output.stat().st_size == 0:
+        if self._target is None or os.fstat(self._target.fileno()).st_size == 0:
             return
         ours = False
-        for line in read_whole_lines(self._output):
-            key = self._finished(line)
+        for line in whole_lines(self._target, self._output):
             ours = ours or _is_ours(line)
-            if key:
-                self.save(key, line)
+            self._keep(line)
         if not ours and not _is_torn_start(self._output):
             raise RequestError(
                 f"`{self._output}` exists and is not the output of a batch",
                 "name another output, or delete it",
             )
+
+    def _keep(self, line: bytes) -> None:
+        """Save a line of an output if it is an answer."""
+        key = self._finished(line)
+        if key:
+            self.save(key, line)
+
+    def rescue(self, lines: Iterable[bytes]) -> str:
+        """Keep lines of an output that lost its name; returns what the user can do."""
+        for line in lines:
+            self._keep(line)
+        self._sync()
+        if has_name(self._file, self.path):
+            return f"run the same command again: the answers are kept in `{self.path}`"
+        return f"run the same command again; the answers are lost, as `{self.path}` is gone, too"
+
+    def _sync(self) -> None:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise unwritable(self.path, error) from error
 
     def _finished(self, line: bytes) -> str | None:
         """The key of a line that holds an answer; None of any other line.
@@ -166,11 +223,19 @@ class Sidecar(FinishedLines):
         return key
 
     def save(self, key: str, line: bytes) -> None:
-        """Keep a finished line."""
+        """Keep a finished line.
+
+        Raises:
+            RequestError: it cannot be written.
+        """
         start = self._file.seek(0, os.SEEK_END)
-        if self._notebook.add_saved(key, start, len(line)):
+        if not self._notebook.add_saved(key, start, len(line)):
+            return
+        try:
             self._file.write(line)
             self._file.flush()
+        except OSError as error:
+            raise unwritable(self.path, error) from error
 
     def line(self, key: str) -> bytes | None:
         """The finished line of a key."""
@@ -182,11 +247,16 @@ class Sidecar(FinishedLines):
         return self._file.read(size)
 
     def close(self) -> None:
-        """Release the file; delete it if the output is complete, or if it holds nothing."""
-        self._file.flush()
-        if self.complete or os.fstat(self._file.fileno()).st_size == 0:
+        """Release the files; delete this one if the output is complete, or if it holds nothing."""
+        with suppress(OSError):  # what a full disk did not take was told when it was written
+            self._file.flush()
+        is_empty = os.fstat(self._file.fileno()).st_size == 0
+        if (self.complete or is_empty) and has_name(self._file, self.path):
             self.path.unlink(missing_ok=True)
-        self._file.close()
+        for file in (self._file, self._target):
+            with suppress(OSError):
+                if file is not None:
+                    file.close()
 
 
 def _object(line: bytes) -> dict[str, object]:
@@ -229,7 +299,7 @@ def check_paths(
             f"there is no file `{source}`", "name a JSONL file, or `-` for standard input"
         )
     written = {"output": output, "errors": errors, "summary": summary}
-    if output != STDIO:
+    if not is_stream(output):
         written["finished lines"] = sidecar_path(output)
     for path in _real_files(written).values():
         if not path.parent.is_dir() or path.is_dir():
@@ -246,6 +316,6 @@ def _real_files(named: Mapping[str, Path | None]) -> dict[str, Path]:
 
 
 def _is_same_file(first: Path, second: Path) -> bool:
-    if first.resolve() == second.resolve():
+    if os.path.realpath(first) == os.path.realpath(second):
         return True
     return first.exists() and second.exists() and first.samefile(second)

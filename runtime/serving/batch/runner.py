@@ -82,7 +82,7 @@ def _report(
         options.summary.write_text(text, encoding="utf-8")
     if not options.quiet:
         progress.close()
-        print(as_text(summary), file=progress.stream, flush=True)
+        progress.write(as_text(summary) + "\n")
 
 
 def _exit_code(tally: Tally, interrupted: bool) -> int:

@@ -90,6 +90,8 @@ class Scanner:
         return result
 
     def _check(self, line: InputLine) -> Row:
+        if line.fault is not None:
+            raise InvalidRequestError(line.fault)
         row = parse_row(line.raw, line.number, self._digest)
         first = self._notebook.first_line_of(row.custom_id, row.line)
         if first != row.line:

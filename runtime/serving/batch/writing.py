@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from contextlib import ExitStack, suppress
 from typing import Self
 
-from tokenspeed_plan.runtime.serving.batch.files import open_writer
+from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch.lines import encode_line, error_line
 from tokenspeed_plan.runtime.serving.batch.options import BatchOptions
 from tokenspeed_plan.runtime.serving.batch.reading import ActiveRow, Faulty
 from tokenspeed_plan.runtime.serving.batch.resume import FinishedLines
+from tokenspeed_plan.runtime.serving.batch.writers import open_writer
 
 
 class Output:
@@ -24,18 +26,37 @@ class Output:
         self._in_order = options.order == "input"
         self._finished = finished
         self._window: deque[bytes | ActiveRow] = deque()
-        self._writer = open_writer(options.output)
-        self._errors = self._writer
+        self._files = [(options.output, finished.open_output())]
         if options.errors:
-            self._errors = open_writer(options.errors)
+            self._files.append((options.errors, open_writer(options.errors)))
+        self._writer = self._files[0][1]
+        self._errors = self._files[-1][1]
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._writer.close()
-        if self._errors is not self._writer:
-            self._errors.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Write to the disk; after an error, close only, so that it is the one that is told."""
+        with ExitStack() as stack:
+            if kind is not None:
+                stack.enter_context(suppress(RequestError))
+            for _, writer in self._files:
+                stack.callback(writer.close)
+            if kind is None:
+                self._check()
+
+    def _check(self) -> None:
+        """End the run where a file was deleted, replaced or cut while it was written.
+
+        Raises:
+            RequestError: it was; what can be read back is kept beside the output.
+        """
+        for path, writer in self._files:
+            if not writer.is_intact():
+                hint = self._finished.rescue(self._writer.written())
+                raise RequestError(
+                    f"`{path}` was deleted, replaced or changed while it was written", hint
+                )
 
     @property
     def num_held(self) -> int:
@@ -83,6 +104,7 @@ class Output:
             self._write_head()
         else:
             self._write_finished()
+        self._check()
 
     def _write_head(self) -> None:
         while self._window:

@@ -1,0 +1,116 @@
+"""Mutated inputs of every door are taken or refused in words; TOKENSPEED_FUZZ=N takes N times more.
+
+`tools/fuzz.py` runs thousands of the same examples: a failure's seed names it there, too.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fuzzing
+import pytest
+from fuzzing import Failure, Target, TooSlow, Wrong, examine, examine_many
+
+from tokenspeed_plan.plans.errors import TokenspeedError
+
+COUNTS = {"bodies": 200, "rows": 200, "specs": 5, "plans": 10, "checkpoints": 8, "tokenizers": 20}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_each_example_is_taken_or_refused_in_words(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuzzing, "COMPARE", False)  # loading transformers takes seconds
+    count = COUNTS[name] * fuzzing.MULTIPLIER
+    tally = examine_many(name, count, 0)
+    failures = [f"seed {failure.seed}: {failure.kind}" for failure in tally.failures]
+    assert not failures, "\n".join(failures)
+    assert tally.accepted and tally.refused
+
+
+@pytest.mark.slow
+def test_what_is_taken_is_read_as_by_transformers() -> None:
+    tally = examine_many("tokenizers", 30 * fuzzing.MULTIPLIER, 0)
+    assert not [f"seed {failure.seed}: {failure.kind}" for failure in tally.failures]
+
+
+def test_a_seed_makes_one_example() -> None:
+    for name, target in fuzzing.TARGETS.items():
+        examples = [target.make(fuzzing.rng_of(name, seed)) for seed in (1, 1, 2)]
+        assert examples[0] == examples[1] != examples[2]
+
+
+def loops(files: Any, folder: Path) -> bool:
+    while True:
+        time.sleep(0.01)
+
+
+def hides(files: Any, folder: Path) -> bool:
+    """A broad `except` does not hide that it takes too long."""
+    try:
+        return loops(files, folder)
+    except Exception:
+        return True
+
+
+def raises(error: BaseException) -> Callable[[Any, Path], bool]:
+    def judge(files: Any, folder: Path) -> bool:
+        raise error
+
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("judge", "kind"),
+    [
+        (raises(KeyError("x")), "KeyError in tests/test_fuzz.py:judge"),
+        (raises(Wrong("differs")), "Wrong: differs in tests/test_fuzz.py:judge"),
+        (raises(MemoryError()), "MemoryError in"),
+        (raises(SystemExit(3)), "SystemExit in"),
+        (raises(TokenspeedError("", "hint")), "empty message"),
+        (raises(TokenspeedError("message", " ")), "empty hint"),
+        (raises(TokenspeedError("\ud800", "hint")), "message is not Unicode"),
+        (raises(TokenspeedError("\x1b[1m", "hint")), "message has control characters"),
+        (loops, "too slow in tests/test_fuzz.py:loops"),
+        (hides, "too slow in tests/test_fuzz.py:loops"),
+    ],
+)
+def test_what_is_neither_is_found_and_kept(
+    judge: Callable[[Any, Path], bool],
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fuzzing, "MAX_S", 0.05)
+    target = Target(lambda rng: {"a": rng.randbytes(3)}, judge)
+    monkeypatch.setitem(fuzzing.TARGETS, "planted", target)
+    outcome = examine("planted", 5, tmp_path)
+    assert isinstance(outcome, Failure)
+    assert outcome.seed == 5 and outcome.kind.startswith(kind)
+    assert (tmp_path / "planted-5" / "a").read_bytes() == target.make(fuzzing.rng_of("planted", 5))[
+        "a"
+    ]
+    assert (tmp_path / "planted-5" / "failure.txt").exists()
+
+
+def test_a_refusal_in_words_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses = raises(TokenspeedError("message", "hint"))
+    monkeypatch.setitem(fuzzing.TARGETS, "planted", Target(lambda rng: {}, refuses))
+    assert examine("planted", 0) is False
+
+
+def test_changes_change_and_stay_json() -> None:
+    value = {"a": [1, {"b": "c"}], "d": None, "e": 0.5}
+    made = {repr(fuzzing.mutate_json(random.Random(seed), value)) for seed in range(200)}
+    assert len(made) > 150
+    assert value == {"a": [1, {"b": "c"}], "d": None, "e": 0.5}
+    for seed in range(200):
+        fuzzing.encode(fuzzing.mutate_json(random.Random(seed), value))
+
+
+def test_too_slow_is_no_exception() -> None:
+    assert not issubclass(TooSlow, Exception)
