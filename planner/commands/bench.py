@@ -160,7 +160,7 @@ def bench_command(
         )
     result, text = _measure(bundle, BenchOptions(folder, work))
     if as_json:
-        text = json.dumps(result, indent=2)
+        text = json.dumps(result, indent=2, allow_nan=False)
     click.echo(printable(text))
 
 

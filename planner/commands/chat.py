@@ -21,7 +21,7 @@ from tokenspeed_plan.planner.commands.engines import (
     on_all_ranks,
     ready_engine,
 )
-from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.plans.errors import RequestError, RequestFailed
 
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.engine import Engine
@@ -154,7 +154,7 @@ class _Conversation:
         self._messages.append({"role": "user", "content": text})
         try:
             answer = self._answer()
-        except RequestError as error:
+        except (RequestError, RequestFailed) as error:
             self._messages.pop()
             click.echo(f"{error}\n", err=True)
         else:

@@ -99,7 +99,7 @@ def _predict(options: PredictOptions) -> None:
         progress = partial(report, "searching deployments")
         predictor, result = search(spec, config, engine, progress=progress)
     if options.as_json:
-        click.echo(json.dumps(_as_json(predictor, result), indent=1))
+        click.echo(json.dumps(_as_json(predictor, result), indent=1, allow_nan=False))
     else:
         click.echo("\n".join(_as_text(predictor, result)))
 
@@ -130,7 +130,7 @@ def _sweep(options: SweepOptions) -> None:
             progress = partial(report, "searching deployments")
             entries.append(_sweep_entry(each, config, options.reserved, progress))
     if options.as_json:
-        click.echo(json.dumps(entries, indent=1))
+        click.echo(json.dumps(entries, indent=1, allow_nan=False))
     else:
         click.echo("\n".join(_sweep_table(entries, spec)))
 

@@ -56,7 +56,7 @@ def _show(options: ShowOptions) -> None:
     elif options.field is not None:
         _show_why(frozen, options.field, options.as_json)
     elif options.as_json:
-        click.echo(json.dumps(as_dict(frozen), indent=1))
+        click.echo(json.dumps(as_dict(frozen), indent=1, allow_nan=False))
     else:
         width = WIDTH if sys.stdout.isatty() else None
         click.echo(as_text(frozen, options.kernels, width))

@@ -108,6 +108,7 @@ def agentic(
         engine.add(Request(name, tuple(talk.token_ids), params))
     while engine.num_unfinished:
         for done in engine.step():
+            done.check()
             talk = talks[done.request_id]
             talk.turns.append(done)
             if len(talk.turns) < options.turns:

@@ -131,6 +131,8 @@ def answer_line(row: Row, completions: Sequence[Completion], decoder: Decoder, m
     choices = [
         choice(row.body, index, completion, decoder) for index, completion in enumerate(completions)
     ]
+    firsts = completions[:: row.body.n or 1]  # of each prompt
+    num_prompt_tokens = sum(completion.num_prompt_tokens for completion in firsts)
     digest = row.key.removeprefix(KEY_PREFIX)
     body = {
         "id": f"{name}-{digest}",
@@ -138,7 +140,7 @@ def answer_line(row: Row, completions: Sequence[Completion], decoder: Decoder, m
         "created": 0,
         "model": row.body.model or model,
         "choices": choices,
-        "usage": usage(completions[0].num_prompt_tokens, completions),
+        "usage": usage(num_prompt_tokens, completions),
     }
     response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
     return {"id": row.key, "custom_id": row.custom_id, "response": response, "error": None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 from pydantic import ValidationError
@@ -26,6 +26,7 @@ from tokenspeed_plan.runtime.serving.openai.conversion import Encoder, RequestLi
 
 class _StreamOptions(StrictModel):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class _StreamFields(StrictModel):
@@ -78,17 +79,12 @@ def _parse(
     fields = drop_nulls(parse_json(raw, "body"))
     stream_fields = _pop_stream_fields(fields)
     body = parse_body(url, fields)
-    limits = replace(limits, model=model)
-    keys, requests = [], list[Request]()
-    for part in _split_prompts(body):
-        key = uuid4().hex
-        keys.append(key)
-        requests += to_requests(part, key, tokenizer, limits)
+    key = uuid4().hex
     options = stream_fields.stream_options or _StreamOptions()
     return ParsedRequest(
-        key=keys[0],
+        key=key,
         body=body,
-        requests=tuple(requests),
+        requests=to_requests(body, key, tokenizer, replace(limits, model=model)),
         num_choices=body.n or 1,
         stream=bool(stream_fields.stream),
         include_usage=bool(options.include_usage),
@@ -107,18 +103,9 @@ def _pop_stream_fields(fields: dict[str, Any]) -> _StreamFields:
         stream_fields = _StreamFields.model_validate(values)
     except ValidationError as error:
         raise explain(error, _StreamFields) from None
-    if stream_fields.stream_options and not stream_fields.stream:
+    options = stream_fields.stream_options
+    if options and options.include_usage and not stream_fields.stream:
         raise InvalidRequestError(
             "`stream_options` is only for `stream: true`", "stream_options", "invalid_value"
         )
     return stream_fields
-
-
-def _split_prompts(body: CompletionBody | ChatBody) -> list[CompletionBody | ChatBody]:
-    """A body for each prompt of a body."""
-    if isinstance(body, ChatBody) or not isinstance(body.prompt, list) or len(body.prompt) < 2:
-        return [body]
-    prompts = [prompt for prompt in body.prompt if isinstance(prompt, (str, list))]
-    if not prompts:  # one prompt of token ids
-        return [body]
-    return [body.model_copy(update={"prompt": prompt}) for prompt in prompts]

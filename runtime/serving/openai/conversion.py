@@ -69,25 +69,36 @@ def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: Requ
 def to_requests(
     body: CompletionBody | ChatBody, key: str, tokenizer: Encoder, limits: RequestLimits
 ) -> tuple[Request, ...]:
-    """One request for each of the body's `n` choices, named `<key>:<choice>`.
+    """Requests named `<key>:<number>`: the body's `n` choices of each prompt, prompt after prompt.
 
     `key` ends in hexadecimal digits. Without a `seed` in the body they seed the first choice; each
-    further choice adds one.
+    further choice adds one. A `seed` of the body seeds the first choice of each prompt.
 
     Raises:
-        InvalidRequestError: the prompt is empty, too long or malformed; the model is another one;
-            or the engine refuses it.
+        InvalidRequestError: a prompt is empty, too long or malformed; the model is another one; or
+            the engine refuses it.
     """
     _check_model(body, limits)
-    first = _request(body, key, tuple(_prompt_ids(body, tokenizer, limits)), limits)
-    return tuple(
-        Request(
-            f"{key}:{choice}",
-            first.prompt_ids,
-            replace(first.params, seed=first.params.seed + choice),
-        )
-        for choice in range(body.n or 1)
-    )
+    requests: list[Request] = []
+    for part in split_prompts(body):
+        first = _request(part, key, tuple(_prompt_ids(part, tokenizer, limits)), limits)
+        seed = first.params.seed
+        if body.seed is None:
+            seed += len(requests)
+        for choice in range(body.n or 1):
+            params = replace(first.params, seed=seed + choice)
+            requests.append(Request(f"{key}:{len(requests)}", first.prompt_ids, params))
+    return tuple(requests)
+
+
+def split_prompts(body: CompletionBody | ChatBody) -> list[CompletionBody | ChatBody]:
+    """A body for each prompt of a body."""
+    if isinstance(body, ChatBody) or not isinstance(body.prompt, list):
+        return [body]
+    prompts = [prompt for prompt in body.prompt if isinstance(prompt, (str, list))]
+    if not prompts:  # one prompt of token ids
+        return [body]
+    return [body.model_copy(update={"prompt": prompt}) for prompt in prompts]
 
 
 def _check_model(body: CompletionBody | ChatBody, limits: RequestLimits) -> None:
@@ -193,17 +204,11 @@ def _refuse_long_text(text: str, tokenizer: Encoder, max_seq_len: int) -> None:
 
 
 def _prompt(body: CompletionBody | ChatBody, tokenizer: Encoder) -> str | list[int]:
-    """The one prompt of a body, as text or as token ids."""
+    """The prompt of a body that has one, as text or as token ids."""
     if isinstance(body, ChatBody):
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         return tokenizer.render_chat(messages)
-    prompt: Any = body.prompt
-    if isinstance(prompt, str):
-        return prompt
-    if prompt and isinstance(prompt[0], (str, list)):
-        if len(prompt) > 1:
-            raise InvalidRequestError(f"the row has {len(prompt)} prompts, write one row for each")
-        prompt = prompt[0]
+    prompt: Any = body.prompt  # of one that was split
     if isinstance(prompt, str):
         return prompt
     return list(prompt)

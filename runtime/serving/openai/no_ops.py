@@ -28,6 +28,7 @@ NO_OPS: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "store": (False,),
     "stream": (False,),
+    "stream_options": ({}, {"include_usage": False}),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -67,10 +68,10 @@ def drop_no_ops(fields: dict[str, Any], supported: Container[str]) -> tuple[str,
         The first field with a value that is not supported, and the values that it may have.
     """
     for name in [name for name in fields if name in NO_OPS]:
-        allowed = NO_OPS[name]
+        value, allowed = fields[name], NO_OPS[name]
         if name == "best_of":  # the best n of n are all of them
             allowed = (fields.get("n", 1),)
-        if any(_is_same(fields[name], value) for value in allowed):
+        if any(_is_same(value, other) for other in allowed) or _is_zero_bias(name, value):
             del fields[name]
         elif name not in supported:
             return name, " or ".join(json.dumps(value, allow_nan=False) for value in allowed)
@@ -80,3 +81,10 @@ def drop_no_ops(fields: dict[str, Any], supported: Container[str]) -> tuple[str,
 def _is_same(value: object, allowed: object) -> bool:
     """Whether they are equal; true and 1 are not, and 1.0 and 1 are."""
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def _is_zero_bias(name: str, value: object) -> bool:
+    """Whether it is a bias of nothing on some tokens."""
+    if name != "logit_bias" or not isinstance(value, dict):
+        return False
+    return all(_is_same(bias, 0) for bias in value.values())
