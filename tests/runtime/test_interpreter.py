@@ -20,7 +20,7 @@ from bundles import (
     write_batch,
     write_bundle,
 )
-from checkpoints import KERNEL, SHORT, Kind, write_checkpoint
+from checkpoints import KERNEL, Kind, write_checkpoint
 from conftest import ROOT
 from trained import write_trained
 
@@ -93,7 +93,7 @@ def is_clean_error(done: subprocess.CompletedProcess[str], says: str) -> None:
 def checkpoint_of_large_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the `kernel` kind, with heads of 128 and 256, but shorter."""
     return write_checkpoint(
-        tmp_path_factory.mktemp("models") / "heads", Kind(sizes=KERNEL | SHORT | FEW_HEADS)
+        tmp_path_factory.mktemp("models") / "heads", Kind(sizes=KERNEL | FEW_HEADS)
     )
 
 
@@ -154,7 +154,7 @@ def test_check_agrees(bundle: Path) -> None:
 @pytest.mark.slow
 def test_check_agrees_on_programs_that_draft(tmp_path: Path) -> None:
     """Every step that has a kernel runs on the results of the steps before it."""
-    checkpoint = write_checkpoint(tmp_path / "model", Kind(sizes=SHORT))
+    checkpoint = write_checkpoint(tmp_path / "model", Kind())
     write_bundle(tmp_path / "plan", checkpoint, workload=SMALL, speculation={"depth": 2})
     done = run(tmp_path / "plan", "--check")
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ import httpx
 import pytest
 import torch
 from bundles import COMMAND, break_kernels, in_text, token_ids, write_batch, write_bundle
-from checkpoints import SHORT, Kind, write_checkpoint
+from checkpoints import Kind, write_checkpoint
 from click.testing import CliRunner
 from conftest import ROOT
 
@@ -136,7 +136,7 @@ def alone(
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of two layers, which the interpreter gets through in seconds."""
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "short", Kind(sizes=SHORT))
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "short", Kind())
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,9 @@ class Kind:
     sizes: dict[str, Any] = field(default_factory=dict)
 
 
+# The pattern of the published models; other kinds have one layer of each sort.
 DEEP = {
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 16,
@@ -56,10 +57,6 @@ WIDE = {
     "linear_num_key_heads": 8,
     "linear_num_value_heads": 16,
 }
-SHORT = {
-    "num_hidden_layers": 2,
-    "layer_types": ["linear_attention", "full_attention"],
-}  # for slow interpreters
 THREE = {
     "num_attention_heads": 6,
     "linear_num_key_heads": 2,
@@ -84,7 +81,7 @@ def text_config(kind: Kind) -> dict[str, Any]:
     sizes = dict(kind.sizes)
     mrope, layers, rope = (
         sizes.pop("mrope_section", [2, 1, 1]),
-        sizes.get("num_hidden_layers", 4),
+        sizes.get("num_hidden_layers", 2),
         sizes.pop("rope", {}),
     )
     config = {
@@ -109,7 +106,7 @@ def text_config(kind: Kind) -> dict[str, Any]:
         "attn_output_gate": True,
         "dtype": "float32",
         "layer_types": [
-            "full_attention" if (i + 1) % 4 == 0 else "linear_attention" for i in range(layers)
+            "full_attention" if i + 1 == layers else "linear_attention" for i in range(layers)
         ],
         "rope_parameters": {
             "rope_type": "default",
