@@ -24,7 +24,7 @@ from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import ModelConfig, load_model_config, load_preset
 from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.models.fit import fit_to_tensors
-from tokenspeed_plan.planner.models.folder import find_folder, model_name
+from tokenspeed_plan.planner.models.folder import find_folder
 from tokenspeed_plan.planner.models.stop_tokens import tokenizer_stop_tokens
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader
 from tokenspeed_plan.planner.passes.cost import Load
@@ -114,7 +114,7 @@ def find_model(spec: Spec, near: Path | None = None) -> Model:
             f"there is no folder `{spec.model.path}`",
             "`model.path` names a Hugging Face model folder",
         )
-    config = load_model_config(folder, model_name(folder))
+    config = load_model_config(folder)
     headers = checkpoint.read_headers(folder)
     files, shards = checkpoint.file_digests(folder), header_digests(folder)
     model = Model(config, spec.model.path, folder, files, headers, shards=shards)

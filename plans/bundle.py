@@ -149,6 +149,8 @@ _OURS = re.compile(r"[a-z0-9_]+_[0-9a-f]{12}(?:\.py|\.sm[0-9]+\.cubin)")
 
 def _files_listed(path: Path) -> set[str]:
     """Files of kernels and binaries of the plan to be replaced, of any schema version."""
+    if not path.is_file():
+        return set()
     try:
         fields = json.loads(path.read_bytes())
         names = {f"{item['kernel']}.sm{item['sm']}.cubin" for item in fields["binaries"]}
@@ -271,6 +273,8 @@ def read_plan(folder: Path) -> str:
         PlanError: there is no readable bundle.
     """
     path = folder / PLAN_FILE
+    if path.is_fifo():  # it could be waited for without end
+        raise PlanError(f"`{path}` is a pipe", "name a folder that `tokenspeed plan` wrote")
     try:
         return read_utf8(path)
     except (OSError, UnicodeDecodeError) as error:

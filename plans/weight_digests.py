@@ -115,11 +115,13 @@ def _header_digest(path: Path) -> str:
             if length > _MAX_HEADER_BYTES:
                 raise ValueError("header too long")
             header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("header is not an object")
         header.pop("__metadata__", None)
         return sha256(canonical(header))
     except OSError as error:
         raise CheckpointError(f"cannot read `{path}`: {error.strerror}", HINT) from error
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"`{path}` is not a safetensors file", HINT) from error
 
 

@@ -90,7 +90,9 @@ class Completion:
             RequestFailed: the request has failed.
         """
         if self.error is not None:
-            raise RequestFailed(self.error, "the other requests are answered; send this one again")
+            raise RequestFailed(
+                self.error, "others go on; if it comes again, check the model's weights"
+            )
 
 
 def failed(request: Request, error: str) -> Completion:

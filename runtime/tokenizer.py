@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,9 @@ from tokenspeed_plan.plans.tokenizer_files import (
     read_tokenizer_files,
     text_of,
 )
+
+# Texts come one by one; its threads would warn whenever this process starts another one.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Messages = list[dict[str, Any]]
 
@@ -84,7 +88,9 @@ class Tokenizer:
         """
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise RequestError("the prompt is not Unicode text", "give it as UTF-8")
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Unlike `encode`, `encode_batch` lets other threads run.
+        (found,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return list(found.ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""

@@ -64,6 +64,7 @@ SURFACE = {
         "no_canary",
         "verify_weights",
         *SIGNERS,
+        "rank_timeout_s",
         "no_cache",
         "quiet",
         "backend",
@@ -71,6 +72,11 @@ SURFACE = {
     },
     "serve": {
         "bundle",
+        "rank_timeout_s",
+        "write_timeout_s",
+        "stall_s",
+        "max_connections",
+        "header_timeout_s",
         "host",
         "port",
         "api_key",
@@ -96,6 +102,8 @@ SURFACE = {
         "weights",
         "backend",
         "no_canary",
+        "verify_weights",
+        *SIGNERS,
     },
     "bench": {
         "bundle",
@@ -167,7 +175,7 @@ def test_show_json_holds_the_contract(bundle: Path) -> None:
     assert {"weights", "kv_cache", "state", "activations", "total"} <= set(
         data["memory_bytes_per_rank"]
     )
-    assert data["num_layers"] == 4
+    assert data["num_layers"] == 2
     contract = {
         "ttft_ms",
         "tpot_ms",
@@ -244,6 +252,20 @@ def test_predict_takes_any_stated_layout() -> None:
     today = ("--set", "speculation=off", "--set", "disaggregation=off")
     text = cli("predict", SPEC_397B, *SMALL, *today, "--set", "parallelism.attention.tp=2").stdout
     assert "can freeze this" in text and "not replayed yet: several GPUs" in text
+
+
+def test_plan_says_what_it_does_not_keep(bundle: Path, tmp_path: Path) -> None:
+    """Missed levels, where the plan is made; `--why` shows them, and the time of a prompt."""
+    text = (bundle.parent / "spec.yaml").read_text() + "slo: {tpot_ms: 0.001}\n"
+    spec, out = tmp_path / "spec.yaml", tmp_path / "plan"
+    spec.write_text(text)
+    said = cli("plan", spec, "-o", out, "--no-compile").stderr
+    assert "warning: missed: tpot_ms" in said and "at most 0.001" in said
+    assert "missed" in cli("show", out, "--why", "service_levels").stdout
+    why = cli("show", out, "--why", "ttft_ms").stdout
+    assert "prompt" in why and "tokens in" in why and "step  " not in why
+    spec.write_text(text.replace("slo: {tpot_ms: 0.001}", "slo: {tpot_ms: 1000.0}"))
+    assert "warning" not in cli("plan", spec, "-o", out, "--no-compile").stderr
 
 
 def test_predict_models_another_engine(tmp_path: Path) -> None:

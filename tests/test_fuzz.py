@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +61,13 @@ def hides(files: Any, folder: Path) -> bool:
         return True
 
 
+def unescaped(message: str) -> TokenspeedError:
+    """An error that forgot to escape what it quotes."""
+    error = TokenspeedError("", "hint")
+    error.message = message
+    return error
+
+
 def raises(error: BaseException) -> Callable[[Any, Path], bool]:
     def judge(files: Any, folder: Path) -> bool:
         raise error
@@ -68,13 +79,13 @@ def raises(error: BaseException) -> Callable[[Any, Path], bool]:
     ("judge", "kind"),
     [
         (raises(KeyError("x")), "KeyError in tests/test_fuzz.py:judge"),
-        (raises(Wrong("differs")), "Wrong: differs in tests/test_fuzz.py:judge"),
+        (raises(Wrong("differs")), "wrong: differs"),
         (raises(MemoryError()), "MemoryError in"),
         (raises(SystemExit(3)), "SystemExit in"),
         (raises(TokenspeedError("", "hint")), "empty message"),
         (raises(TokenspeedError("message", " ")), "empty hint"),
-        (raises(TokenspeedError("\ud800", "hint")), "message is not Unicode"),
-        (raises(TokenspeedError("\x1b[1m", "hint")), "message has control characters"),
+        (raises(unescaped("\ud800")), "message is not Unicode"),
+        (raises(unescaped("\x1b[1m")), "message has control characters"),
         (loops, "too slow in tests/test_fuzz.py:loops"),
         (hides, "too slow in tests/test_fuzz.py:loops"),
     ],
@@ -114,3 +125,38 @@ def test_changes_change_and_stay_json() -> None:
 
 def test_too_slow_is_no_exception() -> None:
     assert not issubclass(TooSlow, Exception)
+
+
+@cache
+def kill_tool() -> Any:
+    path = fuzzing.ROOT / "tools" / "kill.py"
+    spec = importlib.util.spec_from_file_location("kill_tool", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "says"),
+    [
+        ({"a": 1, "b": 2}, ["a", "b"], []),
+        ({"a": 1}, ["a"], ["b was lost"]),
+        ({"a": 1, "b": 3}, ["a", "b"], ["b was changed"]),
+        ({"a": 1, "b": 2, "x": 1}, ["a", "b", "x"], ["x was changed"]),
+        ({"a": 1, "b": 2}, ["a", "b", "a"], ["a is there twice"]),
+    ],
+)
+def test_the_faults_of_a_kill_are_found(
+    rows: dict[str, int], names: list[str], says: list[str]
+) -> None:
+    assert kill_tool().faults({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 2}, rows, names) == says
+
+
+@pytest.mark.slow
+def test_killed_runs_lose_no_row() -> None:
+    count = str(10 * fuzzing.MULTIPLIER)
+    command = [sys.executable, fuzzing.ROOT / "tools" / "kill.py", "--count", count]
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

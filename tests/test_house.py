@@ -136,6 +136,8 @@ def bare_text_calls(source: str) -> list[int]:
         if not isinstance(node, ast.Call):
             continue
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if ast.unparse(node.func) == "os.open":  # a descriptor has no encoding
+            continue
         given = [part.value for part in node.args if isinstance(part, ast.Constant)]
         is_binary = name == "open" and any("b" in str(value) for value in given)
         has_encoding = any(keyword.arg == "encoding" for keyword in node.keywords)

@@ -120,7 +120,7 @@ class Predictor:
         engine: another engine to model in place of our runtime.
         reserved_price: price GPUs as reserved, not as on demand.
         rollback: how rejected drafts are taken back.
-        memories: the memory model of each layout so far.
+        memories, maps: the memory model of each layout, and the map of each candidate, so far.
     """
 
     spec: Spec
@@ -130,6 +130,7 @@ class Predictor:
     reserved_price: bool = False
     rollback: RollbackWord = "snapshot"
     memories: dict[ParallelLayout, MemoryModel] = field(default_factory=dict)
+    maps: dict[Candidate, MemoryMap] = field(default_factory=dict)
 
     @cached_property
     def steps(self) -> StepModel:
@@ -234,6 +235,11 @@ class Predictor:
 
     def fullest(self, candidate: Candidate) -> MemoryMap:
         """The memory of the fullest pool, at the spec's concurrency and longest conversation."""
+        if candidate not in self.maps:
+            self.maps[candidate] = self._fullest(candidate)
+        return self.maps[candidate]
+
+    def _fullest(self, candidate: Candidate) -> MemoryMap:
         workload = self.spec.workload
         users = ceil_div(workload.concurrency, candidate.replicas)
         tokens = workload.max_conversation_tokens

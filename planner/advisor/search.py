@@ -84,27 +84,28 @@ class Search:
             self.progress(done, total)
 
     def _single_pools(self) -> list[Candidate]:
-        """Legal layouts and numbers of replicas, with the first value of each knob."""
+        """Layouts and numbers of replicas to tune, with the first value of each knob."""
         if not self.space.has_single_pool:
             return []
+        knobs = self.space.default_knobs()
         legal = [layout for layout in self.space.pool_layouts() if self._is_legal(layout)]
-        found, knobs = [], self.space.default_knobs()
+        starts = []
         for num_gpus, alike in groupby(legal, key=attrgetter("num_ranks")):
             layouts = list(alike)
             replicas = self.space.replicas(num_gpus)
             if num_gpus > TUNED_GPUS:
                 layouts = self._promising(layouts, replicas[-1])
             for layout in layouts:
-                found += [Candidate(layout, knobs, replicas=copies) for copies in replicas]
-        return found
+                starts += [Candidate(layout, knobs, replicas=copies) for copies in replicas]
+        return starts
 
     def _promising(self, layouts: list[ParallelLayout], replicas: int) -> list[ParallelLayout]:
         """The best layouts of a large pool by each objective, before any knob is tuned."""
         knobs = self.space.default_knobs()
         found = [self._evaluate(Candidate(each, knobs, replicas=replicas)) for each in layouts]
+        predictions = [prediction for prediction in found if prediction]
         kept = []
         for metric in OBJECTIVES.values():
-            predictions = [prediction for prediction in found if prediction]
             predictions.sort(key=lambda p: (p.metrics[metric], str(p.candidate)))
             kept += [prediction.candidate.layout for prediction in predictions[:LARGE_LAYOUTS]]
         return list(dict.fromkeys(kept))

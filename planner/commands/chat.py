@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokenspeed_plan.planner.commands.engines import (
+    VERIFY_HELP,
     Backend,
     EngineOptions,
     ReplayCommand,
@@ -21,6 +22,7 @@ from tokenspeed_plan.planner.commands.engines import (
     on_all_ranks,
     ready_engine,
 )
+from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.errors import RequestError, RequestFailed
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ class ChatOptions:
     "--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`."
 )
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
+@click.option("--verify-weights", is_flag=True, help=VERIFY_HELP)
+@signature_options
 def chat(
     bundle: Path,
     system: str | None,
@@ -85,9 +89,13 @@ def chat(
     weights: Path | None,
     backend: Backend | None,
     no_canary: bool,
+    verify_weights: bool,
+    allowed_signers: Path | None,
+    signer: str | None,
 ) -> None:
     """Talk with BUNDLE's model. Answers go to stdout, all else to stderr."""
-    engine = EngineOptions(weights, backend, canary=not no_canary)
+    signers = wanted_signers(allowed_signers, signer)
+    engine = EngineOptions(weights, backend, True, not no_canary, verify_weights, signers)
     options = ChatOptions(system, max_tokens, temperature, top_p, top_k, seed)
     on_all_ranks(bundle, engine, lambda: _chat(bundle, engine, options), ignored=(signal.SIGINT,))
 

@@ -32,7 +32,7 @@ from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.spec import MAX_GPUS, Spec, load_spec
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
-from tokenspeed_plan.plans.figures import plain
+from tokenspeed_plan.plans.figures import plain, without_exponents
 from tokenspeed_plan.plans.report import DEFINITIONS
 from tokenspeed_plan.plans.types import RollbackWord
 
@@ -101,7 +101,7 @@ def _predict(options: PredictOptions) -> None:
     if options.as_json:
         click.echo(json.dumps(_as_json(predictor, result), indent=1, allow_nan=False))
     else:
-        click.echo("\n".join(_as_text(predictor, result)))
+        click.echo(without_exponents("\n".join(_as_text(predictor, result))))
 
 
 @click.command()
@@ -132,7 +132,7 @@ def _sweep(options: SweepOptions) -> None:
     if options.as_json:
         click.echo(json.dumps(entries, indent=1, allow_nan=False))
     else:
-        click.echo("\n".join(_sweep_table(entries, spec)))
+        click.echo(without_exponents("\n".join(_sweep_table(entries, spec))))
 
 
 def _parse_counts(text: str) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from tokenspeed_plan.plans.bundle import (
+    CUBIN,
     check_cubins,
     check_sources,
     dump_plan,
@@ -29,7 +30,7 @@ def sign_command(bundle: Path, key: Path) -> None:
     """Sign BUNDLE with a key of OpenSSH; `--require-signature` asks for it."""
     frozen = load_plan(bundle)
     check_sources(frozen, bundle)
-    if frozen.binaries:
+    if (bundle / CUBIN).is_dir():
         check_cubins(frozen, bundle)
     path = write_signature(bundle, sign(dump_plan(frozen).encode(), key))
     click.echo(f"wrote {path}, for the plan {frozen.digest[:16]}", err=True)

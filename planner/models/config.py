@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokenspeed_plan.planner.models.config_reader import ConfigReader
+from tokenspeed_plan.planner.models.folder import model_name
 from tokenspeed_plan.planner.models.preset_names import find_preset
 from tokenspeed_plan.planner.models.registry import FAMILIES, Family
 from tokenspeed_plan.planner.models.rope import Rope, read_rope
@@ -357,12 +358,13 @@ def load_preset(name: str) -> tuple[ModelConfig, str]:
     return ModelConfig.from_hf(json.loads(text), name), text
 
 
-def load_model_config(folder: Path, name: str) -> ModelConfig:
+def load_model_config(folder: Path) -> ModelConfig:
     """What the JSON files of a model's folder say; they do not know what the weights are.
 
     Raises:
         SpecError: unreadable, not JSON, or not a model that can be planned.
     """
+    name = model_name(folder)
     data = read_json_object(folder / "config.json", _HINT)
     config = ModelConfig.from_hf(data, name)
     path = folder / "generation_config.json"

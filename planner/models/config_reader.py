@@ -24,7 +24,7 @@ _MOST = {
     "num_attention_heads": 1 << 12,
     "num_experts": 1 << 13,
     "num_experts_per_tok": 1 << 10,
-    "num_hidden_layers": 1 << 10,
+    "num_hidden_layers": 1 << 8,
     "num_key_value_heads": 1 << 12,
     "num_local_experts": 1 << 13,
     "original_max_position_embeddings": 1 << 30,

@@ -217,7 +217,14 @@ def expected_hits(num_experts: int, per_token: int, num_tokens: int, skew: float
     if not skew:
         share = min(per_token / num_experts, 1.0)
         return num_experts * (1.0 - (1.0 - share) ** num_tokens)
-    popularity = [(rank + 1.0) ** -skew for rank in range(num_experts)]
+    popularity, scale = _popularity(num_experts, per_token, skew)
+    return sum(-math.expm1(-scale * weight * num_tokens) for weight in popularity)
+
+
+@cache
+def _popularity(num_experts: int, per_token: int, skew: float) -> tuple[tuple[float, ...], float]:
+    """e^-s of each expert, and the c at which a token takes k of them, by bisection."""
+    popularity = tuple((rank + 1.0) ** -skew for rank in range(num_experts))
     low, high = 0.0, 1.0
     while sum(-math.expm1(-high * weight) for weight in popularity) < per_token and high < 1e9:
         high *= 2.0
@@ -225,7 +232,7 @@ def expected_hits(num_experts: int, per_token: int, num_tokens: int, skew: float
         middle = (low + high) / 2.0
         taken = sum(-math.expm1(-middle * weight) for weight in popularity)
         low, high = (middle, high) if taken < per_token else (low, middle)
-    return sum(-math.expm1(-high * weight * num_tokens) for weight in popularity)
+    return popularity, high
 
 
 # A kernel's class is that of its heaviest member, in this order.

@@ -293,15 +293,18 @@ class AsyncEngine:
 
     def _deliver(self, items: tuple[NewToken | Completion, ...]) -> None:
         """On the loop: put each item into its stream; a cancelled request has none any more."""
+        completions: list[Completion] = []
         for item in items:
             stream = self._streams.get(item.request_id)
             if stream:
                 stream.put(item)
                 if isinstance(item, Completion):
                     del self._streams[item.request_id]
-                    if self.on_completion:
-                        self.on_completion(item)
+                    completions.append(item)
         self._note_idle()
+        if self.on_completion:  # last, so that an error in it holds up no answer
+            for completion in completions:
+                self.on_completion(completion)
 
     def _note_idle(self) -> None:
         if not self._streams:

@@ -66,7 +66,7 @@ def test_a_search_reports_every_start_once() -> None:
     seen: list[tuple[int, int]] = []
     search(spec, find_model(spec).config, progress=lambda done, total: seen.append((done, total)))
     total = seen[0][1]
-    assert total == 5  # tp 2, dp 2, 1 GPU, 2 replicas, two pools
+    assert total == 4  # 1 GPU, tp 2, dp 2, two pools
     assert seen == [(done, total) for done in range(total)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -93,13 +94,62 @@ def test_published_sizes_can_be_planned(name: str) -> None:
         ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "sliding_attention"),
         ("qwen3", {"layer_types": ["linear_attention"] * 3}, "linear_attention"),
         ("qwen3", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_type 'linear'"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn"}}, "`factor` is missing"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 1e9}}, "the most is 65536"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": True}}, "`factor` is True"),
+        ("qwen3", {"rope_scaling": "yarn"}, "`rope_scaling` is 'yarn', not an object"),
+        ("qwen3", {"rope_scaling": {"mrope_section": [1, 2]}}, "`mrope_section` is"),
         ("qwen3", {"rope_theta": None}, "rope_theta"),
+        ("qwen3", {"rope_theta": float("nan")}, "rope_theta"),
+        ("qwen3", {"partial_rotary_factor": 0.5}, "rotates whole heads"),
+        ("qwen3_next", {"partial_rotary_factor": 0.27}, "turns 0.27 x 64 channels"),
+        ("qwen3_next", {"partial_rotary_factor": None}, "`partial_rotary_factor` is None"),
+        ("qwen3", {"tie_word_embeddings": "false"}, "`tie_word_embeddings` is 'false'"),
+        ("qwen3", {"text_config": {}}, "`text_config` inside"),
+        ("qwen3", {"per_layer_config": {"0": {}}}, "per_layer_config"),
+        ("qwen3", {"transformers_weights": "x.safetensors"}, "transformers_weights"),
+        ("qwen3", {"torch_dtype": "float8_e4m3fn"}, "torch_dtype"),
+        ("qwen3", {"quantization_config": {}}, "quantised"),
+        ("qwen3", {"num_key_value_heads": None}, "num_key_value_heads"),
+        ("qwen3_moe", {"num_local_experts": 4}, "`num_experts` is 8 and `num_local_experts` is 4"),
         ("qwen3", {"model_type": "qwen2"}, "qwen2"),
     ],
 )
 def test_what_is_not_planned_is_refused(family: str, change: Any, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         ModelConfig.from_hf(tiny_config(family, **change))
+
+
+def test_a_wrapped_family_needs_its_wrapper() -> None:
+    """transformers would take its own defaults for every size."""
+    _, text = load_preset("qwen3.5-0.8b")
+    flat = json.loads(text)["text_config"] | {"model_type": "qwen3_5"}
+    with pytest.raises(SpecError, match="`text_config` is missing"):
+        ModelConfig.from_hf(flat)
+
+
+@pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads", "rope_theta", "vocab_size"])
+def test_what_is_missing_is_not_guessed(key: str) -> None:
+    config = tiny_config("qwen3")
+    del config[key]
+    with pytest.raises(SpecError, match=f"`{key}` is missing"):
+        ModelConfig.from_hf(config)
+
+
+def test_yarn_makes_positions() -> None:
+    """The published recipe adds the factor alone; other configs have the product already."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    for stated, wanted in ((512, 2048), (2048, 2048), (4096, 4096)):
+        config = tiny_config("qwen3", max_position_embeddings=stated, rope_scaling=yarn)
+        assert ModelConfig.from_hf(config).max_positions == wanted
+
+
+def test_drafts_with_a_table_of_their_own_are_left_out() -> None:
+    _, text = load_preset("qwen3.5-0.8b")
+    config = json.loads(text)
+    config["text_config"]["mtp_use_dedicated_embeddings"] = True
+    found = ModelConfig.from_hf(config)
+    assert found.num_mtp_layers == 0 and "embeddings" in found.no_drafts_reason
 
 
 def test_experts_that_are_not_normalised_by_default_are_refused() -> None:

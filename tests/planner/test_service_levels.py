@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from specs import merged
 
+from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.interleaving import most_within
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.resolve import Decided, resolve
+from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import load_preset
@@ -48,7 +50,7 @@ def test_a_level_that_is_met_changes_nothing() -> None:
     free, _ = decided_for()
     tpot_ms = free.predicted.values["tpot_ms"]
     met, decisions = decided_for(slo={"tpot_ms": tpot_ms * 1.01})
-    assert met.interleaving.tokens is None
+    assert met.interleaving.tokens is None and "without a limit" in met.interleaving.reason
     assert met.predicted.values == free.predicted.values
     assert decisions["service_levels"].value == "met"
 
@@ -122,6 +124,21 @@ def test_the_prediction_is_that_of_the_programs_written() -> None:
         number = f"turn_time_ms {decided.predicted.values['turn_time_ms']:.4g}"
         for name in ("parallelism", "prefill_chunk", "advice"):
             assert number in decisions[name].reason, name
+
+
+def test_each_batch_has_the_drafts_of_its_bucket() -> None:
+    """Eight users decode in the largest bucket, which drafts nothing; a lone one drafts three."""
+    spec = spec_for(workload={"first_turn_tokens": 100})
+    predictor = Predictor(spec, load_preset("qwen3.5-0.8b")[0], find_hardware("H200"))
+    layout = ParallelLayout(1, 1, 1)
+    candidate = Candidate(layout, Knobs(128, 64, depth=3))
+    made = predictor.predict(candidate, {1: 3, 2: 3, 4: 3, 8: 0})
+    batch = round(made.turn.batch)
+    assert batch > 4
+    assert made.step == predictor.steps.decode(layout, batch, 200, 0)
+    assert made.token_us == pytest.approx(made.step.total_us, rel=0.02)
+    drafting = predictor.predict(candidate)
+    assert drafting.step == predictor.steps.decode(layout, round(drafting.turn.batch), 200, 3)
 
 
 def test_runners_up_have_the_drafts_of_the_winner() -> None:

@@ -297,3 +297,11 @@ def test_nothing_outside_the_folder_is_written_or_deleted(bundle: Path, tmp_path
     assert {path.read_text() for path in mine.iterdir()} == {"my own"}
     assert [path.name for path in (out / "kernels").iterdir()] == ["main.py"]
     assert load_plan(out) == plan and not (out / "plan.json").is_symlink()
+
+
+def test_a_pipe_is_not_waited_for(tiny_plan: Plan, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="is a pipe"):
+        load_plan(tmp_path)
+    save_plan(tiny_plan, tmp_path)
+    assert load_plan(tmp_path) == tiny_plan

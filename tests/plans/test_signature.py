@@ -114,7 +114,7 @@ def test_a_signature_for_another_purpose_is_none(signed: Signed) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["check"], ["run", "--prompt", "x"], ["run", "--check"], ["serve", "--port", "0"]],
+    [["check"], ["run", "--prompt", "x"], ["run", "--check"], ["serve", "--port", "0"], ["chat"]],
     ids=" ".join,
 )
 def test_commands_ask_for_a_signature(command: list[str], signed: Signed) -> None:

@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+import torch
 from batch_fake import FakeEngine, FakeTokenizer, plan
 from conftest import ROOT
 
+from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime.execution.cpu_threads import limit_threads
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.batch import BatchOptions, notebook, run_batch, writers
 from tokenspeed_plan.runtime.serving.batch.files import STDIO, InputFile
@@ -382,7 +385,11 @@ def test_an_input_that_is_rewritten_is_told_row_by_row(text: bytes, run: Runs) -
     }
 
 
-@pytest.mark.parametrize("text", [b"", b"not an archive", gzip.compress(b"{}\n")])
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"not an archive", gzip.compress(b"{}\n", mtime=0)],
+    ids=["empty", "no archive", "another archive"],
+)
 def test_an_archive_that_is_rewritten_is_one_error(text: bytes, run: Runs) -> None:
     source = run.folder / "in.jsonl.gz"
     source.write_bytes(gzip.compress(rows_text(3_000)))
@@ -514,6 +521,25 @@ def test_a_command_lets_idle_threads_sleep_unless_told_otherwise() -> None:
             [sys.executable, "-c", code], env=env | own, capture_output=True, check=True, text=True
         )
         assert done.stdout.strip() == wanted
+
+
+@pytest.mark.parametrize(
+    ("width", "sm", "own", "wanted"),
+    [(256, 0, None, 1), (4096, 0, None, 2), (256, 90, None, 2), (256, 0, "2", 2)],
+)
+def test_a_narrow_model_on_a_cpu_takes_one_thread(
+    width: int, sm: int, own: str | None, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = load_plan(BUNDLE)
+    model = frozen.model.model_copy(update={"hidden_size": width})
+    target = frozen.target.model_copy(update={"sm": sm})
+    counts = [2]
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    limit_threads(frozen.model_copy(update={"model": model, "target": target}))
+    assert counts[-1] == wanted
 
 
 @pytest.mark.slow

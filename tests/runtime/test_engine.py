@@ -279,7 +279,7 @@ def test_the_canary_passes(weights: str, checkpoint: Any, tmp_path: Path) -> Non
     ("name", "change"),
     [
         (NORM, lambda w: w + 0.5),
-        ("model.language_model.layers.3.self_attn.q_norm.weight", lambda w: w.roll(1)),
+        ("model.language_model.layers.1.self_attn.q_norm.weight", lambda w: w.roll(1)),
         ("lm_head.weight", lambda w: w.roll(1, 0)),
         ("lm_head.weight", lambda w: w * 1.1),  # the same tokens, other probabilities
         ("model.language_model.layers.0.mlp.experts.down_proj", lambda w: w.roll(1, 0)),
@@ -305,8 +305,11 @@ def test_another_checkpoint_is_refused(
     change: Any, says: str, tiny_plan: Plan, copied: Path
 ) -> None:
     edit(copied, NORM, change)
-    with pytest.raises(PlanError, match=says):
+    with pytest.raises(PlanError, match="is not what was planned"):
         Engine.from_plan(tiny_plan, copied)
+    facts = tiny_plan.model.model_copy(update={"shards": {}})  # a plan of before there were digests
+    with pytest.raises(PlanError, match=says):
+        Engine.from_plan(tiny_plan.model_copy(update={"model": facts}), copied)
     with pytest.raises(SpecError):  # and cannot be planned either
         planned(copied)
 

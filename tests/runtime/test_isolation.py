@@ -189,10 +189,25 @@ def test_logits_that_are_no_numbers_are_an_error(
     assert good.token_ids == wanted.token_ids
     assert (bad.token_ids, bad.text, bad.error) == ((), "", "the model's logits are not numbers")
     with pytest.raises(RequestFailed, match="not numbers"):
-        list(engine.stream([9], params))
+        list(engine.stream([9] * 40, params))
+    after = engine.generate([[1, 2, 3] * size for size in (9, 19, 29)], params)
+    assert not [done.error for done in after if done.error], "what it has left behind is not read"
     with pytest.raises(CanaryError, match=r"canary prompt 0: .*not numbers"):
         golden(engine, [[9]], 4)
     assert taken(engine) == FREE
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_token_is_told_of_a_row_of_the_head_that_is_no_number(
+    value: float, tiny_plan: Plan, checkpoint: Any, tmp_path: Path
+) -> None:
+    """All other logits are numbers, so that the argmax is any token."""
+    folder = damaged(checkpoint("moe"), tmp_path / "damaged", "lm_head.weight", 300, value)
+    engine = Engine.from_plan(tiny_plan, folder)
+    told: list[NewToken] = []
+    engine.on_token = told.append
+    (done,) = engine.generate([[1, 2, 3]], PARAMS)
+    assert (done.error, told) == ("the model's logits are not numbers", [])
 
 
 def test_stop_tokens_that_the_model_does_not_have_are_no_plan(

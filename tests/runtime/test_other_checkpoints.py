@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime.loading.preflight import find_weights
 
 NUM_TOKENS = 6
 INDEX = "model.safetensors.index.json"
@@ -297,3 +298,15 @@ def test_stop_tokens_are_transformers(named: tuple[str, ...], base: Any, tmp_pat
     if isinstance(wanted, int):
         wanted = [wanted]
     assert find_model(make_spec(folder)).config.eos_token_ids == tuple(sorted(wanted))
+
+
+def test_the_folder_of_the_weights_may_be_the_users(
+    base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`~` in a spec and in `--weights`."""
+    monkeypatch.setenv("HOME", str(base("qwen3").parent))
+    spec = make_spec(f"~/{base('qwen3').name}")
+    plan = compile_plan(spec, find_model(spec))
+    given = Path("~") / base("qwen3").name
+    for folder in (find_weights(plan, tmp_path, None), find_weights(plan, tmp_path, given)):
+        assert folder.samefile(base("qwen3"))

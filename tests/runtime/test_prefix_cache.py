@@ -28,7 +28,7 @@ PRESSURES: dict[str, dict[str, int]] = {
         "min_checkpoint_tokens": 16,
     },
     "few_pages": {
-        "num_pages": 24,
+        "num_pages": 22,
         "num_checkpoints": 16,
         "checkpoint_interval": 32,
         "min_checkpoint_tokens": 16,
@@ -51,8 +51,8 @@ PRESSURES: dict[str, dict[str, int]] = {
 
 @pytest.fixture(scope="module")
 def conversations(tiny_plan: Plan, checkpoint: Any) -> Any:
-    """conversations(seed) -> 50 conversations."""
-    return cache(lambda seed: converse(tiny_plan, checkpoint("moe"), 50, seed))
+    """conversations(seed) -> 24 conversations."""
+    return cache(lambda seed: converse(tiny_plan, checkpoint("moe"), 24, seed))
 
 
 @pytest.mark.slow
@@ -63,8 +63,8 @@ def test_answers_do_not_depend_on_the_cache(
     engine = Engine.from_plan(squeezed(tiny_plan, **PRESSURES[pressure]), checkpoint("moe"))
     replay(engine, conversations(seed), seed, cancel=0.1)
     check_all_is_given_back(engine.scheduler.cache)
-    assert engine.metrics.hit_tokens > 2000
-    assert engine.metrics.evicted_checkpoints > 100
+    assert engine.metrics.hit_tokens > 1000
+    assert engine.metrics.evicted_checkpoints > 30
     assert engine.metrics.preemptions or "pages" not in pressure
 
 

@@ -315,7 +315,7 @@ def test_a_frozen_rank_ends_the_other(victim: int, pair: Path, tmp_path: Path) -
 def test_an_idle_server_notices_a_frozen_rank(pair: Path, tmp_path: Path) -> None:
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    args = ["serve", pair, "--port", port, "--no-canary", "--rank-timeout", 8]
+    args = ["serve", pair, "--port", port, "--no-canary", "--rank-timeout", 7]
     (tmp_path / "0.log").touch()
     ranks = start(2, args, tmp_path)
     until = time.monotonic() + 60

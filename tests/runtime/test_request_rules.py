@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from typing import Any, Literal
 
@@ -270,3 +271,12 @@ def test_a_stop_string_is_found_in_the_token_that_completes_it(text: str, data: 
     found = [n for n, token in enumerate(ids, 1) if search.push(token)]
     wanted = [n for n in range(1, len(ids) + 1) if stop in DEMO.decode(ids[:n])]
     assert found[:1] == wanted[:1] or "\ufffd" in text
+
+
+def test_no_json_that_is_written_may_hold_nan() -> None:
+    """`NaN` is no JSON: readers refuse the file, or the whole line."""
+    for folder in ("runtime", "planner"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "json.dumps":
+                    assert "allow_nan=False" in ast.unparse(node), f"{path}:{node.lineno}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from serving import KEY, Server, be_command, serving
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.runtime.serving.http.callers import CheckHost
 from tokenspeed_plan.runtime.serving.http.health import Progress
+from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 BUNDLE = ROOT / "plans/frozen/demo-cpu"
 BODY = {"prompt": "a", "max_tokens": 2, "temperature": 0}
@@ -47,6 +49,13 @@ def connect(server: Server, data: bytes) -> socket.socket:
     found = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), 20)
     found.sendall(data)
     return found
+
+
+def until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def ends(found: socket.socket) -> bytes:
@@ -91,28 +100,40 @@ def test_a_client_that_never_reads_is_dropped(server: Server) -> None:
                 lazy.sendall(METRICS * 100)
 
 
-@pytest.mark.slow
-def test_the_place_of_a_client_that_never_reads_is_given_back(server: Server) -> None:
-    more = {"max_tokens": 1200, "n": 4, "logprobs": 20, "stream": True, "ignore_eos": True}
+def be_small(args: Sequence[str], log: Path) -> None:
+    """A server whose sockets hold little."""
+    from tokenspeed_plan.runtime.serving import http
+
+    listen = http.listen
+
+    def listen_small(host: str, port: int) -> socket.socket:
+        found = listen(host, port)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return found
+
+    http.listen = listen_small
+    be_command(args, log)
+
+
+def test_the_place_of_a_client_that_never_reads_is_given_back(tmp_path: Path) -> None:
+    more = {"max_tokens": 100, "n": 4, "logprobs": 20, "stream": True, "ignore_eos": True}
     body = json.dumps(BODY | more).encode()
     head = HALF_BODY.removesuffix(b"{").replace(b"100", b"%d" % len(body))
-    before = server.metric("requests_cancelled_total")
-    with socket.socket() as lazy:
-        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        lazy.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
-        lazy.sendall(head + body)
-        while server.metric("requests_in_flight") < 4:
-            pass
-        assert not any(server.wait_until_idle(60).values())
-        assert server.metric("requests_cancelled_total") > before
+    with serving(BUNDLE, tmp_path, "--write-timeout", 0.4, main=be_small) as server:
+        with socket.socket() as lazy:
+            lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            lazy.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+            lazy.sendall(head + body)
+            until(lambda: server.metric("requests_in_flight") == 4)
+            assert not any(server.wait_until_idle(60).values())
+        assert server.metric("requests_cancelled_total") > 0
 
 
 def test_bodies_that_do_not_come_hold_no_place(server: Server) -> None:
     with ExitStack() as stack:
         for _ in range(12):  # three times the places
             stack.enter_context(connect(server, HALF_BODY))
-        while server.metric("connections") < 12:
-            pass
+        until(lambda: server.metric("connections") > 12)
         assert server.metric("requests_in_flight") == 0
         assert server.http.post("/v1/completions", json=BODY).status_code == 200
 
@@ -149,8 +170,7 @@ def test_connections_are_bounded(tmp_path: Path) -> None:
     with serving(BUNDLE, tmp_path, *options, main=be_patient) as server, ExitStack() as stack:
         assert server.http.get("/health").status_code == 200  # it keeps this connection
         held = [stack.enter_context(connect(server, HALF_BODY)) for _ in range(5)]
-        while server.metric("connections") < 6:
-            pass
+        until(lambda: server.metric("connections") == 6)
         with httpx.Client(base_url=server.url) as other:
             found = other.post("/v1/completions", json=BODY)
         assert (found.status_code, found.headers["retry-after"]) == (503, "1")
@@ -160,8 +180,7 @@ def test_connections_are_bounded(tmp_path: Path) -> None:
                 assert b"503" in ends(one_more)
         assert server.metric("connections_refused") == 21
         held[0].close()
-        while server.metric("connections") == 6:
-            pass
+        until(lambda: server.metric("connections") < 6)
         with httpx.Client(base_url=server.url) as other:
             assert other.get("/health").status_code == 200
         assert server.text().count("\n") == 2 and "6 connections are open" in server.text()
@@ -169,12 +188,11 @@ def test_connections_are_bounded(tmp_path: Path) -> None:
 
 def test_connections_stay_below_the_limit_of_files(tmp_path: Path) -> None:
     """Silent connections make room, so that others are served before any deadline."""
-    with serving(BUNDLE, tmp_path, num_files=96) as server, ExitStack() as stack:
+    options = ("--header-timeout", 60)
+    with serving(BUNDLE, tmp_path, *options, num_files=96) as server, ExitStack() as stack:
         for _ in range(200):
             stack.enter_context(connect(server, HALF_HEADER))
-        until = time.monotonic() + 20
-        while not is_healthy(server):
-            assert time.monotonic() < until, server.text()
+        until(lambda: is_healthy(server))
         assert server.http.post("/v1/completions", json=BODY).status_code == 200
         assert server.text().count("\n") == 2 and "which is the limit" in server.text()
 
@@ -306,15 +324,56 @@ def test_a_parser_that_stands_still(tmp_path: Path) -> None:
         ends_with_an_error(server)
 
 
+def test_others_run_while_a_text_is_tokenised() -> None:
+    tokenizer = Tokenizer.load(ROOT / "examples/demo/model")
+    begins, ends, num_turns = threading.Event(), threading.Event(), 0
+
+    def work() -> None:
+        begins.set()
+        tokenizer.encode("x" * 200_000)
+        ends.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begins.wait()
+    while not ends.is_set():
+        time.sleep(0.001)  # lets the other thread run, and needs Python's lock to go on
+        num_turns += 1
+    thread.join()
+    assert num_turns > 10
+
+
+def be_busy(args: Sequence[str], log: Path) -> None:
+    """A server in which what takes long takes for ever."""
+    from tokenspeed_plan.runtime.serving.http import app
+
+    parse = app.parse
+
+    def slow_parse(raw: bytes, *rest: Any) -> Any:
+        if len(raw) > 1 << 17:
+            time.sleep(1e6)
+        return parse(raw, *rest)
+
+    app.parse = slow_parse
+    be_command(args, log)
+
+
+def test_small_bodies_do_not_wait_for_large_ones(tmp_path: Path) -> None:
+    with serving(BUNDLE, tmp_path, main=be_busy) as server:
+        for _ in range(8):
+            with pytest.raises(httpx.ReadTimeout):
+                server.http.post("/v1/completions", json={"prompt": "x" * (1 << 18)}, timeout=0.1)
+        assert server.http.post("/v1/completions", json=BODY).status_code == 200
+
+
 def test_an_engine_that_stands_still(tmp_path: Path) -> None:
     options = ("--drain", 0.1, "--stall", 0.2)
     with serving(BUNDLE, tmp_path, *options, main=be_stuck, where="step") as server:
         assert server.http.get("/health").status_code == 200
         with pytest.raises(httpx.ReadTimeout):
             server.http.post("/v1/completions", json=BODY, timeout=0.1)
-        until = time.monotonic() + 20
-        while (found := server.http.get("/health")).status_code == 200:
-            assert time.monotonic() < until
+        until(lambda: server.http.get("/health").status_code != 200)
+        found = server.http.get("/health")
         assert found.status_code == 503 and found.json()["error"]["code"] == "stalled"
         ends_with_an_error(server)
 

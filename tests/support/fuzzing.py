@@ -421,8 +421,9 @@ def kind_of(error: BaseException) -> str:
     where = (ours or places or ["?"])[-1].removeprefix("tokenspeed_plan/")
     if isinstance(error, TooSlow):
         return f"too slow in {where}"
-    text = f": {error!s:.60}" if isinstance(error, Wrong) else ""
-    return f"{type(error).__name__}{text} in {where}"
+    if isinstance(error, Wrong):
+        return f"wrong: {error!s:.80}"
+    return f"{type(error).__name__} in {where}"
 
 
 def examine_many(name: str, count: int, seed: int) -> Tally:

@@ -107,6 +107,8 @@ class InputFile:
         Raises:
             RequestError: the file cannot be read.
         """
+        if not size_bytes:
+            return b""  # of an archive's damage
         try:
             self._file.seek(offset)
             return self._file.read(size_bytes)

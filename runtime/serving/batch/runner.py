@@ -7,7 +7,8 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
-from tokenspeed_plan.runtime.request import Completion
+from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime.request import Completion, failed
 from tokenspeed_plan.runtime.serving.batch.files import InputFile
 from tokenspeed_plan.runtime.serving.batch.kept_rows import KeptRows
 from tokenspeed_plan.runtime.serving.batch.lines import (
@@ -129,7 +130,7 @@ class _Batch:
                 if interrupt.seen:
                     more = False
                     output.drop(self._waiting.clear())
-                self._start_rows()
+                self._start_rows(output)
                 self._step(output)
                 output.write_ready()
                 progress.show()
@@ -160,7 +161,7 @@ class _Batch:
             max_tokens = sum(request.params.max_tokens for request in row.requests)
             self._waiting.add(row, row.requests[0].prompt_ids, max_tokens, row.row.line)
 
-    def _start_rows(self) -> None:
+    def _start_rows(self, output: Output) -> None:
         """Give the engine waiting rows while there is room."""
         engine = self._engine
         if engine is None:
@@ -169,7 +170,10 @@ class _Batch:
             row = self._waiting.pop()
             for request in row.requests:
                 self._running[request.request_id] = row
-                engine.add(request)
+                try:
+                    engine.add(request)
+                except RequestError as error:  # nothing that the row's checks let pass
+                    self._collect(failed(request, error.message), output)
 
     def _step(self, output: Output) -> None:
         if self._engine and self._engine.num_unfinished:

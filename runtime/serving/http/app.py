@@ -25,7 +25,7 @@ from tokenspeed_plan.runtime.serving.http.api_errors import (
     try_later,
     unknown_model,
 )
-from tokenspeed_plan.runtime.serving.http.body import BodyMemory
+from tokenspeed_plan.runtime.serving.http.body import SMALL_BYTES, BodyMemory
 from tokenspeed_plan.runtime.serving.http.callers import CheckHost, check_type
 from tokenspeed_plan.runtime.serving.http.health import Progress
 from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter, Lease
@@ -40,6 +40,7 @@ from tokenspeed_plan.runtime.tokenizer import Tokenizer
 _CLIENT_LEFT = 499
 # Proxies must pass on each event at once.
 _EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_MANY_TOKENS = 4096
 _T = TypeVar("_T")
 
 
@@ -55,6 +56,7 @@ class Service:
         stall_s: an engine that stands still for longer is not healthy.
         bodies: bounds the bodies that are coming.
         workers: the threads that parse bodies, tokenise prompts and write whole answers.
+        slow_worker: the thread that does so where it takes long, so that others do not wait.
     """
 
     engine: AsyncEngine
@@ -67,9 +69,16 @@ class Service:
     stall_s: float
     bodies: BodyMemory
     workers: Executor
+    slow_worker: Executor
     limiter: AdmissionLimiter
     metrics: Metrics
     progress: Progress
+
+    def worker(self, takes_long: bool) -> Executor:
+        """Where to do a piece of work."""
+        if takes_long:
+            return self.slow_worker
+        return self.workers
 
 
 def service_of(request: Request) -> Service:
@@ -200,8 +209,9 @@ async def _answer(request: Request, url: Url, lease: Lease) -> Response:
     if completions is None:
         return Response(status_code=_CLIENT_LEFT)
     # An answer of many choices with log probabilities takes seconds to write.
+    num_tokens = sum(len(completion.token_ids) for completion in completions)
     return await asyncio.get_running_loop().run_in_executor(
-        service.workers, lambda: JSONResponse(answer.whole(completions))
+        service.worker(num_tokens > _MANY_TOKENS), lambda: JSONResponse(answer.whole(completions))
     )
 
 
@@ -220,8 +230,9 @@ async def _read(request: Request, url: Url, lease: Lease) -> ParsedRequest | Non
             raise shutting_down()
         check_type(request.headers.get("content-type"), service.api_key is not None)
         lease.take()
+        worker = service.worker(len(raw) > SMALL_BYTES)
         work = asyncio.get_running_loop().run_in_executor(
-            service.workers, parse, raw, url, service.model, service.tokenizer, service.limits
+            worker, parse, raw, url, service.model, service.tokenizer, service.limits
         )
         parsed = await _unless(work, _wait_for_disconnect(request), limiter.stop.wait())
     if parsed is None and limiter.stop.is_set():

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, try_later
 
-_SMALL_BYTES = 64 << 10  # a body of this size always has room
+SMALL_BYTES = 64 << 10  # a body of this size always has room
 _LARGE_BODIES = 8  # bodies of the largest size that have room at once
 
 
@@ -60,7 +60,7 @@ class BodyMemory:
         try:
             yield body
         finally:
-            self._free_bytes += body.held_bytes
+            self.release(body)
 
     def hold(self, body: Body, size_bytes: int) -> None:
         """Let a body grow.
@@ -72,8 +72,14 @@ class BodyMemory:
             raise ApiError(
                 413, f"the body is larger than {self._limit_bytes} bytes", "request_too_large"
             )
-        num_more = max(size_bytes - _SMALL_BYTES, 0) - body.held_bytes
+        num_more = max(size_bytes - SMALL_BYTES, 0) - body.held_bytes
         if num_more > self._free_bytes:
+            self.release(body)  # at once, else all that come together are refused
             raise try_later(503, "too many large bodies come at once", "overloaded")
         self._free_bytes -= num_more
         body.held_bytes += num_more
+
+    def release(self, body: Body) -> None:
+        """Give its room to others."""
+        self._free_bytes += body.held_bytes
+        body.held_bytes = 0

@@ -119,16 +119,17 @@ class Gate:
         self._connections = connections
         self._limit = limit
         self._loop = asyncio.get_running_loop()
-        self._joining: set[asyncio.Task[Any]] = set()
-        self._refusals: set[asyncio.Task[Any]] = set()
+        self._joining: set[asyncio.Protocol] = set()  # accepted, and not among the open ones yet
+        self._refusals: set[asyncio.Protocol] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def open(self) -> None:
+    def begin(self) -> None:
         """Begin to accept."""
         self._listener.listen(_BACKLOG)
         self._listener.setblocking(False)
         self._loop.add_reader(self._listener, self._accept)
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Accept no more."""
         if self._listener.fileno() >= 0:
             self._loop.remove_reader(self._listener)
@@ -158,11 +159,11 @@ class Gate:
         if self._num_open >= self._limit and not self._make_room():
             self._refuse(client)
             return
-        self._start(self._joining, client, self._make)
+        self._start(self._joining, client, self._make())
 
     @property
     def _num_open(self) -> int:
-        return len(self._joining) + len(self._connections)
+        return len(self._joining | self._connections)
 
     def _make_room(self) -> bool:
         """Close the connection that has waited longest for a request; False if none is stale."""
@@ -186,19 +187,19 @@ class Gate:
                 "%d connections are open, which is the limit; more get 503 (said once)", self._limit
             )
         if len(self._refusals) < _REFUSED_AT_ONCE:
-            self._start(self._refusals, client, _Refusal)
+            self._start(self._refusals, client, _Refusal())
         else:
             client.close()
 
     def _start(
-        self,
-        tasks: set[asyncio.Task[Any]],
-        client: socket.socket,
-        make: Callable[[], asyncio.Protocol],
+        self, among: set[asyncio.Protocol], client: socket.socket, protocol: asyncio.Protocol
     ) -> None:
-        task = self._loop.create_task(_join(client, make))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        """Hand a connection to its protocol, which is counted in the meantime."""
+        among.add(protocol)
+        task = self._loop.create_task(_join(client, protocol))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: among.discard(protocol))
 
     def _pause(self, error: OSError) -> None:
         """Accept again after a while, as the process or the system has no descriptor left."""
@@ -213,9 +214,9 @@ class Gate:
             self._loop.add_reader(self._listener, self._accept)
 
 
-async def _join(client: socket.socket, make: Callable[[], asyncio.Protocol]) -> None:
-    """Hand a connection to its protocol, and wait for its end where that is soon."""
-    _, protocol = await asyncio.get_running_loop().connect_accepted_socket(make, client)
+async def _join(client: socket.socket, protocol: asyncio.Protocol) -> None:
+    """Connect a protocol, and wait for its end where that is soon."""
+    await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, client)
     if isinstance(protocol, _Refusal):
         await protocol.ended.wait()
 

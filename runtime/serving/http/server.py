@@ -103,8 +103,8 @@ def serve(
         RequestError: the model has no tokenizer.
         TokenspeedError: the engine has failed.
     """
-    with ThreadPoolExecutor(_WORKERS, "worker") as workers:
-        service = _service(engine, options, workers)
+    with ThreadPoolExecutor(_WORKERS, "worker") as workers, ThreadPoolExecutor(1, "slow") as slow:
+        service = _service(engine, options, workers, slow)
         config = uvicorn.Config(
             make_app(service),
             http=Connection,
@@ -118,13 +118,16 @@ def serve(
         logging.getLogger("asyncio").setLevel(logging.ERROR)
         server = _Server(config, service, options, listener, ready)
         server.run([])
-        workers.shutdown(cancel_futures=True)
+        for pool in (workers, slow):
+            pool.shutdown(cancel_futures=True)
         server.last_resort.cancel()
     if service.engine.error:
         raise service.engine.error
 
 
-def _service(engine: Engine, options: ServerOptions, workers: Executor) -> Service:
+def _service(
+    engine: Engine, options: ServerOptions, workers: Executor, slow_worker: Executor
+) -> Service:
     if engine.tokenizer is None:
         raise RequestError(
             "the model has no tokenizer",
@@ -145,6 +148,7 @@ def _service(engine: Engine, options: ServerOptions, workers: Executor) -> Servi
         stall_s=options.stall_s,
         bodies=BodyMemory(options.max_body_bytes, options.body_timeout_s),
         workers=workers,
+        slow_worker=slow_worker,
         limiter=limiter,
         metrics=metrics,
         progress=Progress(engine, async_engine),
@@ -206,7 +210,7 @@ class _Server(uvicorn.Server):
         self._gate = Gate(
             self._listener, self._connection, self.server_state.connections, self._max_connections
         )
-        self._gate.open()
+        self._gate.begin()
         self._service.metrics.watch_connections(
             lambda: len(self.server_state.connections), lambda: self._gate.num_refused
         )
@@ -215,7 +219,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more, and end the connections."""
         self.last_resort.within(2 * _FLUSH_S + _END_S)
-        self._gate.close()
+        self._gate.end()
         await super().shutdown(sockets)
 
     async def _stop(self) -> None:

@@ -32,7 +32,8 @@ from tokenspeed_plan.runtime.request_check import (
 from tokenspeed_plan.runtime.serving.openai.no_ops import drop_no_ops
 
 Url = Literal["/v1/completions", "/v1/chat/completions"]
-MAX_JSON_BYTES = 64 << 20
+# Of one body or line: the text of four million tokens. Parsed it takes up to thirty times this.
+MAX_JSON_BYTES = 16 << 20
 MAX_DEPTH = 64  # of lists and objects in each other
 MAX_PROMPTS = 2048  # OpenAI's
 MAX_CHOICES = 1024  # prompts times `n`

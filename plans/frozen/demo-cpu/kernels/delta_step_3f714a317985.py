@@ -8,7 +8,7 @@ gated_norm: y = x / sqrt(mean(x^2) + eps) * w * silu(z), per head
 Source: Gated DeltaNet, one token (arXiv:2412.06464):
 S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q
 
-Grid: (sequence, value head, block of columns). One program moves BLOCK_V columns of one head's
+Grid: (block of columns, value head, sequence). One program moves BLOCK_V columns of one head's
 state [DK, DV] on by one token.
 A key heads of DK, B value heads of DV, GROUP = B / A; CHANNELS of q, k and v together, TAPS of the
 convolution (BLOCK_TAPS: as a power of two); `c` counts channels, `i` and `j` rows and columns of a
@@ -98,7 +98,7 @@ def delta_step(
     SCALE: tl.constexpr = 0.1767766952966369
     TAPS: tl.constexpr = 4
 
-    s, head, column = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    column, head, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     key_head = head // GROUP
     i = tl.arange(0, DK)
     j = column * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -130,10 +130,12 @@ def delta_step(
     q *= tl.rsqrt(tl.sum(q * q, 0) + L2_EPS) * SCALE
     k *= tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
     softplus = tl.maximum(a + bias, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a + bias)))
-    state *= tl.exp(rate * softplus)
-    change = tl.sigmoid(b) * (v - tl.sum(state * k[:, None], 0))
-    state += k[:, None] * change[None, :]
-    part = tl.sum(state * q[:, None], 0)
+    decay = tl.exp(rate * softplus)
+    # Both products are with the old state, so that neither waits for the other:
+    # y = (e^g S + k change^T)^T q = e^g S^T q + (k . q) change.
+    change = tl.sigmoid(b) * (v - decay * tl.sum(state * k[:, None], 0))
+    part = decay * tl.sum(state * q[:, None], 0) + tl.sum(k * q, 0) * change
+    state = decay * state + k[:, None] * change[None, :]
     dst_state = delta_rule_ssm_state + (dst * B + head) * DK * DV
     # Of the programs that share a key head, one keeps its inputs.
     leads = (head % GROUP == 0) & (column == 0)
