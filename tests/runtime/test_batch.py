@@ -574,6 +574,7 @@ def test_a_signal_drains_and_the_next_run_goes_on(number: int, tmp_path: Path) -
     target = tmp_path / "o.jsonl"
     process = subprocess.Popen([sys.executable, FAKE, source, target, "--step-ms", "10"])
     while not target.exists() or target.stat().st_size == 0:
+        assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
     assert process.wait(20) == 130
