@@ -5,12 +5,12 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.errors import RequestFailed
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.request import Completion, FinishReason, NewToken, TokenLogprobs
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
@@ -23,11 +23,22 @@ FIRST_TOKEN = 0
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step computed for one sequence: new tokens, their logits, and drafts after them."""
+    """What a step computed for one sequence.
+
+    Attributes:
+        token_ids: new tokens.
+        first_row: the row of the first one's logits among those of the step; the others' follow.
+        drafts: those after the last one.
+    """
 
     token_ids: list[int]
-    logits: Tensor
+    first_row: int
     drafts: list[int]
+
+    @property
+    def rows(self) -> range:
+        """The rows of its logits."""
+        return range(self.first_row, self.first_row + len(self.token_ids))
 
 
 def host_outputs(program: Program) -> tuple[str, ...]:
@@ -40,15 +51,12 @@ def host_outputs(program: Program) -> tuple[str, ...]:
     return tuple(names)
 
 
-def step_output(
-    program: Program, outputs: tuple[list[int], ...], logits: Tensor, index: int
-) -> StepOutput:
+def step_output(program: Program, outputs: tuple[list[int], ...], index: int) -> StepOutput:
     """The part of one sequence.
 
     Args:
         program: the program of the step.
         outputs: the values of `host_outputs`.
-        logits: of all queries, [T, V].
         index: the sequence's place in the batch.
     """
     names = host_outputs(program)
@@ -64,20 +72,7 @@ def step_output(
         start = index * num_columns
         drafts = values[program.drafts][start + 1 : start + num_columns]
     token_ids = values[program.tokens][first:end]
-    return StepOutput(token_ids, logits[first:end], drafts)
-
-
-def check_logits(logits_V: Tensor) -> None:
-    """Refuse logits of which no token can be chosen.
-
-    Raises:
-        RequestFailed: one of them is NaN or infinite.
-    """
-    if not bool(torch.isfinite(logits_V).all()):
-        raise RequestFailed(
-            "the model's logits are not numbers",
-            "look for NaN or infinity in the checkpoint's tensors, or plan with a wider dtype",
-        )
+    return StepOutput(token_ids, first, drafts)
 
 
 def token_logprobs(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs:
@@ -87,6 +82,15 @@ def token_logprobs(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     logprob = float(logprobs_V[token_id])
     return TokenLogprobs(token_id, logprob, tuple(pairs))
+
+
+def _may_be_no_number(sequence: Sequence, output: StepOutput) -> bool:
+    return (
+        sequence.num_generated == 0
+        or FIRST_TOKEN in output.token_ids
+        or len(sequence.token_ids) + len(output.token_ids) >= sequence.max_len
+        or sequence.request.params.num_logprobs is not None
+    )
 
 
 class OutputProcessor:
@@ -99,14 +103,16 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
 
-    def append_tokens(self, sequence: Sequence, output: StepOutput) -> list[NewToken]:
+    def append_tokens(
+        self, sequence: Sequence, output: StepOutput, logits_TV: Tensor
+    ) -> list[NewToken]:
         """Add the tokens of a step, up to the one that ends the sequence; returns those added."""
         new_tokens: list[NewToken] = []
-        for token_id, logits_V in zip(output.token_ids, output.logits, strict=False):
+        for row, token_id in enumerate(output.token_ids, start=output.first_row):
             sequence.token_ids.append(token_id)
-            if self._may_be_no_number(sequence):
-                check_logits(logits_V)
-            logprobs = self._logprobs(sequence, token_id, logits_V)
+            logprobs = None
+            if sequence.request.params.num_logprobs is not None:
+                logprobs = self._logprobs(sequence, token_id, logits_TV[row])
             new_token = NewToken(sequence.request.request_id, token_id, logprobs)
             new_tokens.append(new_token)
             sequence.finish_reason = self._finish_reason(sequence)
@@ -114,18 +120,24 @@ class OutputProcessor:
                 break
         return new_tokens
 
-    def _may_be_no_number(self, sequence: Sequence) -> bool:
-        """Whether to look at the logits of its last token, which waits for the device.
+    def check_numbers(
+        self, parts: Iterable[tuple[Sequence, StepOutput]], logits_TV: Tensor
+    ) -> None:
+        """Set the `error` of each sequence whose new tokens come from logits with NaN or infinity.
 
-        NaN spreads through all layers and stays in the caches. So it shows in the first logits, or
-        later in the token that an argmax over NaN gives.
+        NaN spreads through all layers and stays in the caches. So it shows in the first logits of a
+        sequence, in its last ones, or in the token that an argmax over NaN gives. Only those are
+        looked at, at once for all sequences, as it waits for the device.
         """
-        return (
-            sequence.num_generated == 1
-            or sequence.token_ids[-1] == FIRST_TOKEN
-            or len(sequence.token_ids) == sequence.max_len
-            or sequence.request.params.num_logprobs is not None
-        )
+        suspects = [part for part in parts if _may_be_no_number(*part)]
+        rows = [row for _, output in suspects for row in output.rows]
+        if not rows:
+            return
+        is_finite = iter(torch.isfinite(logits_TV[rows]).all(-1).tolist())
+        for sequence, output in suspects:
+            found = [next(is_finite) for _ in output.rows]
+            if not all(found):
+                sequence.error = "the model's logits are not numbers"
 
     def completion(self, sequence: Sequence) -> Completion:
         """The answer of a sequence that has ended."""

@@ -149,11 +149,16 @@ class StepLoop:
         with self._waiting():
             outputs = in_flight.outputs()
         now = time.perf_counter()
+        parts = []
         for index, sequence in enumerate(batch.sequences):
+            if sequence.is_running:  # others had ended before this step was launched
+                parts.append((index, sequence, step_output(batch.program, outputs, index)))
+        new = [(owner, part) for index, owner, part in parts if batch.makes_token(index)]
+        self._outputs.check_numbers(new, in_flight.logits)
+        for index, sequence, output in parts:
             if not sequence.is_running:
-                continue  # it had ended before this step was launched, which nobody knew
-            output = step_output(batch.program, outputs, in_flight.logits, index)
-            completion = self._commit_sequence(sequence, output, batch, index, now, on_token)
+                continue  # a callback has cancelled it meanwhile
+            completion = self._commit_sequence(sequence, output, in_flight, index, now, on_token)
             if completion is not None:
                 finished.append(completion)
         return finished
@@ -169,7 +174,7 @@ class StepLoop:
         self,
         sequence: Sequence,
         output: StepOutput,
-        batch: Batch,
+        in_flight: InFlightBatch,
         index: int,
         now_s: float,
         on_token: OnToken | None,
@@ -178,30 +183,34 @@ class StepLoop:
 
         An error in it ends this sequence, and none of the others.
         """
-        new_tokens = self._take_tokens(sequence, output, batch, index)
+        new_tokens = self._take_tokens(sequence, output, in_flight, index)
         if new_tokens:
             sequence.note_token(now_s)
         completion = None
         if sequence.finish_reason and not sequence.error:
             all_taken = len(new_tokens) == len(output.token_ids)
-            completion = self._finish(sequence, batch, all_taken)
-        alone(sequence, partial(self._emit, sequence, new_tokens, on_token), None)
+            completion = self._finish(sequence, in_flight.batch, all_taken)
+        if on_token is not None:
+            alone(sequence, partial(self._emit, sequence, new_tokens, on_token), None)
         if sequence.error:
             return self._fail(sequence)
         return completion
 
     def _take_tokens(
-        self, sequence: Sequence, output: StepOutput, batch: Batch, index: int
+        self, sequence: Sequence, output: StepOutput, in_flight: InFlightBatch, index: int
     ) -> list[NewToken]:
         """Add the new tokens of a replay to a sequence, up to the one that ends it."""
         sequence.drafts = output.drafts
-        append = partial(self._outputs.append_tokens, sequence, output)
+        batch = in_flight.batch
+        append = partial(self._outputs.append_tokens, sequence, output, in_flight.logits)
         if batch.program.phase == "prefill":
             self._scheduler.advance(sequence, batch.counts[index])
-            if sequence.num_left:
+            if sequence.num_left or sequence.error:
                 return []
             return alone(sequence, append, [])
-        new_tokens: list[NewToken] = alone(sequence, append, [])
+        new_tokens: list[NewToken] = []
+        if not sequence.error:
+            new_tokens = alone(sequence, append, [])
         if sequence.error:
             return []
         self._scheduler.advance(sequence, len(new_tokens))
@@ -231,15 +240,11 @@ class StepLoop:
         del self.sequences[sequence.request.request_id]
         return alone(sequence, partial(self._outputs.completion, sequence), None)
 
-    def _emit(
-        self, sequence: Sequence, new_tokens: list[NewToken], on_token: OnToken | None
-    ) -> None:
+    def _emit(self, sequence: Sequence, new_tokens: list[NewToken], on_token: OnToken) -> None:
         """Pass on each token but the last, which comes with the completion.
 
         The callback may cancel the request.
         """
-        if on_token is None:
-            return
         has_ended = sequence.state == "finished"
         emitted = new_tokens[:-1] if has_ended else new_tokens
         for new_token in emitted:

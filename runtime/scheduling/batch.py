@@ -43,6 +43,10 @@ class Batch:
         """Tokens of its sequences, drafts included, without padding."""
         return sum(self.counts)
 
+    def makes_token(self, index: int) -> bool:
+        """Whether it samples for a sequence, before it is committed: in a prompt it does not."""
+        return self.sequences[index].num_left <= self.counts[index]
+
     @property
     def run_tokens(self) -> int:
         """Tokens that the program computes: with padding, where it is captured."""
