@@ -143,7 +143,7 @@ def _yaml(value: Any) -> str:
         return f"{{{inner}}}"
     if isinstance(value, str):
         return value
-    return json.dumps(value)
+    return json.dumps(value, allow_nan=False)
 
 
 def as_markdown() -> str:

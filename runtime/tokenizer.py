@@ -163,9 +163,9 @@ def _read(files: TokenizerFiles) -> tokenizers.Tokenizer:
     """
     if files.data["model"].get("dropout"):
         raise ValueError("the dropout of its BPE makes other tokens each time")
-    if '"ByteLevel"' not in json.dumps(files.data["decoder"]):
+    if '"ByteLevel"' not in json.dumps(files.data["decoder"], allow_nan=False):
         raise ValueError("its decoder is not `ByteLevel`")
-    return tokenizers.Tokenizer.from_str(json.dumps(files.data))
+    return tokenizers.Tokenizer.from_str(json.dumps(files.data, allow_nan=False))
 
 
 def _rebuild(files: TokenizerFiles) -> tokenizers.Tokenizer:
@@ -185,7 +185,9 @@ def _rebuild(files: TokenizerFiles) -> tokenizers.Tokenizer:
     split = pre_tokenizers.Split(tokenizers.Regex(_SPLIT[files.class_name]), "isolated")
     byte_level = pre_tokenizers.ByteLevel(files.add_prefix_space, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    post_processor = tokenizers.Tokenizer.from_str(json.dumps(frame)).post_processor
+    post_processor = tokenizers.Tokenizer.from_str(
+        json.dumps(frame, allow_nan=False)
+    ).post_processor
     if post_processor is not None:
         tokenizer.post_processor = post_processor
     return tokenizer

@@ -102,10 +102,13 @@ def _column_tiling(work: Work, template: str, constants: dict[str, Constant], ti
             "partial": per_seq(work.query_len * v_heads * value_dim),
             "counters": per_seq(v_heads, "i32"),
         }
+    grid = (SEQS, fixed(v_heads), fixed(columns))
+    if template == "delta_step":
+        grid = grid[::-1]  # neighbours read neighbouring memory
     return Tiling(
         template=template,
         constants=constants | {"BLOCK_V": tile.n},
-        grid=(fixed(columns), fixed(v_heads), SEQS),  # neighbours read neighbouring memory
+        grid=grid,
         num_warps=tile.num_warps,
         num_stages=1,
         options={"columns": columns},

@@ -64,7 +64,7 @@ def _show(options: ShowOptions) -> None:
 
 def _show_why(frozen: Plan, name: str, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(why_as_dict(frozen, name), indent=1))
+        click.echo(json.dumps(why_as_dict(frozen, name), indent=1, allow_nan=False))
     else:
         click.echo(why(frozen, name))
 
@@ -88,7 +88,7 @@ def diff_command(old: Path, new: Path, as_json: bool) -> None:
     """Show what changed between two plans; exit 1 if anything did."""
     changes = diff(load_plan(old), load_plan(new))
     if as_json:
-        click.echo(json.dumps([asdict(change) for change in changes], indent=1))
+        click.echo(json.dumps([asdict(change) for change in changes], indent=1, allow_nan=False))
     else:
         for change in changes:
             click.echo(str(change))

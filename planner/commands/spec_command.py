@@ -17,7 +17,7 @@ def spec_command(schema: bool, key: str | None) -> None:
     if schema and key is not None:
         raise click.UsageError("give --schema or --explain, not both")
     if schema:
-        click.echo(json.dumps(json_schema(), indent=1))
+        click.echo(json.dumps(json_schema(), indent=1, allow_nan=False))
     elif key is not None:
         click.echo(explain(key))
     else:

@@ -737,7 +737,6 @@ def test_shared_prefixes_meet_in_the_cache(tmp_path: Path) -> None:
             "method": "POST",
             "url": "/v1/completions",
             "body": {
-                "model": "m",
                 "prompt": prefixes[i % 2] + f"# {i}\n",
                 "max_tokens": 4,
                 "temperature": 0,

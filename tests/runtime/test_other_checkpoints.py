@@ -247,7 +247,10 @@ AS_TRANSFORMERS = {
         "dense",
         lambda folder: edit_text(folder, full_attention_interval=2),
     ),
-    "layer-types-by-interval": ("dense", lambda folder: edit_text(folder, layer_types=None)),
+    "layer-types-by-interval": (
+        "dense",
+        lambda folder: edit_text(folder, layer_types=None, full_attention_interval=2),
+    ),
     "more-layers-in-the-files": ("qwen3", lambda folder: edit_text(folder, num_hidden_layers=2)),
 }
 

@@ -240,7 +240,7 @@ class _Refusal(asyncio.Protocol):
 def _refusal() -> bytes:
     """The whole response to a connection that is one too many."""
     error = try_later(503, "the server has no room for another connection", "overloaded")
-    body = json.dumps(error.body).encode()
+    body = json.dumps(error.body, allow_nan=False).encode()
     head = (
         "HTTP/1.1 503 Service Unavailable",
         "Content-Type: application/json",

@@ -9,7 +9,7 @@ delta_rule: g = log_decay; S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q
 gated_norm: y = x / sqrt(mean(x^2) + eps) * w * silu(z), per head
 Source: Gated DeltaNet (arXiv:2412.06464), its few tokens as one chunk (arXiv:2406.06484)
 
-Grid: (block of columns, value head, sequence). One program moves BLOCK_V columns of one head's
+Grid: (sequence, value head, block of columns). One program moves BLOCK_V columns of one head's
 state [DK, DV] on by the kept inputs that were accepted (`pending`), writes it, and then computes
 QUERY_LEN new tokens from it; the last program of a head to end does its norm.
 A key heads of DK, B value heads of DV, GROUP = B / A; CHANNELS of q, k and v together, TAPS of the
@@ -163,7 +163,7 @@ def delta_recompute(
     A: tl.constexpr = 16
     B: tl.constexpr = 32
     BLOCK_R: tl.constexpr = 4
-    BLOCK_V: tl.constexpr = 32
+    BLOCK_V: tl.constexpr = 16
     CHANNELS: tl.constexpr = 8192
     DK: tl.constexpr = 128
     DV: tl.constexpr = 128
@@ -175,7 +175,7 @@ def delta_recompute(
     SCALE: tl.constexpr = 0.08838834764831845
     TAPS: tl.constexpr = 4
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
-    column, head, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    s, head, column = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     key_head = head // GROUP
     i_k = tl.arange(0, DK)
     j = column * BLOCK_V + tl.arange(0, BLOCK_V)

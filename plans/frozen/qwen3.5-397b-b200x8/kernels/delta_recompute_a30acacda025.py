@@ -9,7 +9,7 @@ delta_rule: g = log_decay; S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q
 gated_norm: y = x / sqrt(mean(x^2) + eps) * w * silu(z), per head
 Source: Gated DeltaNet (arXiv:2412.06464), its few tokens as one chunk (arXiv:2406.06484)
 
-Grid: (block of columns, value head, sequence). One program moves BLOCK_V columns of one head's
+Grid: (sequence, value head, block of columns). One program moves BLOCK_V columns of one head's
 state [DK, DV] on by the kept inputs that were accepted (`pending`), writes it, and then computes
 QUERY_LEN new tokens from it; the last program of a head to end does its norm.
 A key heads of DK, B value heads of DV, GROUP = B / A; CHANNELS of q, k and v together, TAPS of the
@@ -137,45 +137,45 @@ def _changes(state, k, v, gates, logs, COUNT: tl.constexpr):
 
 @triton.jit
 def delta_recompute(
-    recompute_state_x,  # input, bf16 [num_tokens, 8192]
-    recompute_state_b,  # input, bf16 [num_tokens, 32]
-    recompute_state_a,  # input, bf16 [num_tokens, 32]
+    recompute_state_x,  # input, bf16 [num_tokens, 1536]
+    recompute_state_b,  # input, bf16 [num_tokens, 8]
+    recompute_state_a,  # input, bf16 [num_tokens, 8]
     recompute_state_context_lens,  # input, i32 [num_seqs]
     recompute_state_state_lens,  # input, i32 [num_seqs]
     recompute_state_src_state_slots,  # input, i32 [num_seqs]
     recompute_state_dst_state_slots,  # input, i32 [num_seqs]
     causal_conv_cu_seqlens,  # input, i32 [num_seqs+1]
-    gated_norm_z,  # input, bf16 [num_tokens, 4096]
-    recompute_state_w,  # weight, bf16 [8192, 1, 4]
-    recompute_state_a_log,  # weight, fp32 [32]
-    recompute_state_dt_bias,  # weight, fp32 [32]
+    gated_norm_z,  # input, bf16 [num_tokens, 1024]
+    recompute_state_w,  # weight, bf16 [1536, 1, 4]
+    recompute_state_a_log,  # weight, fp32 [8]
+    recompute_state_dt_bias,  # weight, fp32 [8]
     gated_norm_w,  # weight, fp32 [128]
-    recompute_state_conv_state,  # state, bf16 [46, 3, 8192]
-    recompute_state_ssm_state,  # state, fp32 [46, 32, 128, 128]
-    recompute_state_kept_inputs,  # state, bf16 [46, 4, 8192]
-    recompute_state_kept_gates,  # state, bf16 [46, 2, 4, 32]
-    gated_norm_y,  # output, bf16 [num_tokens, 4096]
-    partial,  # scratch, fp32 [num_seqs, 16384]
-    counters,  # scratch, i32 [num_seqs, 32]
+    recompute_state_conv_state,  # state, bf16 [13, 3, 1536]
+    recompute_state_ssm_state,  # state, fp32 [13, 8, 128, 128]
+    recompute_state_kept_inputs,  # state, bf16 [13, 5, 1536]
+    recompute_state_kept_gates,  # state, bf16 [13, 2, 5, 8]
+    gated_norm_y,  # output, bf16 [num_tokens, 1024]
+    partial,  # scratch, fp32 [num_seqs, 5120]
+    counters,  # scratch, i32 [num_seqs, 8]
     num_tokens,  # i32
     num_seqs,  # i32
 ):
-    A: tl.constexpr = 16
-    B: tl.constexpr = 32
-    BLOCK_R: tl.constexpr = 4
+    A: tl.constexpr = 2
+    B: tl.constexpr = 8
+    BLOCK_R: tl.constexpr = 8
     BLOCK_V: tl.constexpr = 16
-    CHANNELS: tl.constexpr = 8192
+    CHANNELS: tl.constexpr = 1536
     DK: tl.constexpr = 128
     DV: tl.constexpr = 128
     EPS: tl.constexpr = 1e-06
-    GROUP: tl.constexpr = 2
-    KEPT_INPUTS: tl.constexpr = 4
+    GROUP: tl.constexpr = 4
+    KEPT_INPUTS: tl.constexpr = 5
     L2_EPS: tl.constexpr = 1e-06
-    QUERY_LEN: tl.constexpr = 4
+    QUERY_LEN: tl.constexpr = 5
     SCALE: tl.constexpr = 0.08838834764831845
     TAPS: tl.constexpr = 4
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
-    column, head, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    s, head, column = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     key_head = head // GROUP
     i_k = tl.arange(0, DK)
     j = column * BLOCK_V + tl.arange(0, BLOCK_V)
