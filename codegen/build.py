@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from tokenspeed_plan.plans.canon import canonical, sha256
 from tokenspeed_plan.plans.errors import SpecError
@@ -30,7 +32,7 @@ from tokenspeed_plan.plans.kernel_file import load_function
 from tokenspeed_plan.plans.schema import KernelSpec
 from tokenspeed_plan.plans.types import WARP_SIZE, DType
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 POINTERS: dict[DType, str] = {
     "bf16": "*bf16",
     "fp32": "*fp32",
@@ -212,7 +214,7 @@ def _start_worker(scratch: str) -> None:
 
     `ptxas` for sm_100 (12.9) allocates registers by the addresses of its objects, so that one PTX
     gives several cubins. Without address space randomisation, which the programs that a worker
-    starts inherit, it gives one.
+    starts inherit, and with arguments of one length (`_name_alike`), it gives one.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "personality"):
@@ -226,12 +228,29 @@ def _start_worker(scratch: str) -> None:
     }
 
 
+def _name_alike() -> None:
+    """Let Triton run `ptxas` with the same words in every checkout and for every `TMPDIR`.
+
+    The lengths of its own path and of its files' move its addresses. So it runs in the folder of
+    its files, and is told names without folders.
+    """
+    from triton.backends.nvidia import compiler
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        names = [os.path.basename(word) if os.path.isabs(word) else word for word in command]
+        folder = os.path.dirname(command[-1])
+        return subprocess.run(names, executable=command[0], cwd=folder, **options)
+
+    compiler.subprocess = SimpleNamespace(**vars(subprocess) | {"run": run})
+
+
 def compile_kernel(job: Job) -> Compiled:
     """Compile one kernel in this process."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    _name_alike()
     kernel, launch = job.kernel, job.kernel.launch
     assert launch is not None
     aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(kernel.tensors))}

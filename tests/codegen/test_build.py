@@ -343,7 +343,8 @@ from tokenspeed_plan.plans.bundle import load_plan
 
 bundle = Path(sys.argv[1])
 kernels = {kind_of(kernel): kernel for kernel in reversed(load_plan(bundle).kernels)}
-jobs = {kind: Job(kernels[kind], read_source(bundle, kernels[kind]), 90) for kind in sys.argv[3:]}
+sm = int(sys.argv[3])
+jobs = {kind: Job(kernels[kind], read_source(bundle, kernels[kind]), sm) for kind in sys.argv[4:]}
 made = compile_all(jobs.values(), Path(sys.argv[2]))
 results = {kind: (job.key, made[job.key]) for kind, job in jobs.items()}
 print(json.dumps({kind: [key, sha256(r.cubin), r.error] for kind, (key, r) in results.items()}))
@@ -351,17 +352,18 @@ print(json.dumps({kind: [key, sha256(r.cubin), r.error] for kind, (key, r) in re
 Result = dict[str, list[str]]
 
 
-def probe(work: Path, kept: Path, **environment: str) -> subprocess.Popen[str]:
-    """Compile PROBED in a process of its own, working in `work`, with results in `kept`."""
+def probe(
+    work: Path,
+    kept: Path,
+    plan: str = H200_PLAN,
+    sm: int = 90,
+    kinds: tuple[str, ...] = PROBED,
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """Compile kernels in a process of its own, working in `work`, with results in `kept`."""
     work.mkdir(exist_ok=True)
-    command = [
-        sys.executable,
-        "-c",
-        PROBE,
-        str(ROOT / "plans/frozen" / H200_PLAN),
-        str(kept),
-        *PROBED,
-    ]
+    bundle = ROOT / "plans/frozen" / plan
+    command = [sys.executable, "-c", PROBE, str(bundle), str(kept), str(sm), *kinds]
     return subprocess.Popen(
         command, cwd=work, env=os.environ | environment, stdout=subprocess.PIPE, text=True
     )
@@ -389,6 +391,20 @@ def test_same_bytes_in_any_folder_and_hash_order(made: Made, tmp_path: Path) -> 
         for seed in ("1", "4711")
     ]
     assert [answer(run) for run in runs] == [expected(made)] * 2
+
+
+@pytest.mark.slow
+def test_the_length_of_a_path_has_no_say(tmp_path: Path) -> None:
+    """The compiler for sm_100 is told no path: its length would move what it allocates by."""
+    runs = []
+    for length in (1, 20, 33, 60):
+        folder = tmp_path / ("x" * length)
+        folder.mkdir()
+        kinds = ("linear", "grouped_up")
+        cache = tmp_path / f"cache {length}"
+        runs.append(probe(folder, cache, B200_PLAN, 100, kinds, TMPDIR=str(folder)))
+    found = [answer(run) for run in runs]
+    assert found == found[:1] * 4
 
 
 @pytest.mark.slow
