@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ MAY_IMPORT = {
     "planner": {"plans", "codegen", "planner"},
 }
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+parsed = cache(ast.parse)
 
 
 def files_of(*folders: str) -> list[Path]:
@@ -66,7 +68,7 @@ def imports(source: str) -> Iterator[tuple[int, str, bool]]:
 
     `from tokenspeed_plan import plans` gives the full name.
     """
-    tree = ast.parse(source)
+    tree = parsed(source)
     lazy = {
         id(inner) for node in ast.walk(tree) for part in unrun(node) for inner in ast.walk(part)
     }
@@ -169,7 +171,7 @@ def functions() -> list[tuple[str, Function]]:
     return [
         (f"{path}:{node.lineno}", node)
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path.read_text()))
         if isinstance(node, Function)
     ]
 
@@ -189,7 +191,7 @@ def test_classes_are_short() -> None:
     classes = {
         f"{path}:{node.name}": num_lines(node)
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path.read_text()))
         if isinstance(node, ast.ClassDef)
     }
     too_long = {where: length for where, length in classes.items() if length > MAX_CLASS_LINES}
@@ -253,7 +255,7 @@ def test_everything_is_annotated() -> None:
 
 def own_imports(path: Path) -> Iterator[str]:
     """Modules of ours that a file may load, also inside of functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -291,7 +293,7 @@ def is_text(node: ast.stmt) -> bool:
 
 def num_statements(paths: Iterable[Path]) -> int:
     """Statements without docstrings: words and line breaks cost nothing."""
-    trees = [ast.parse(path.read_text()) for path in paths]
+    trees = [parsed(path.read_text()) for path in paths]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     return sum(isinstance(node, ast.stmt) and not is_text(node) for node in nodes)
 

@@ -28,6 +28,8 @@ from tokenspeed_plan.plans.bundle import dump_plan, load_plan, seal
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.streaming import Delta
 
+pytestmark = pytest.mark.slow  # whole processes, or many examples
+
 BUNDLE = ROOT / "plans/frozen/demo-cpu"
 MODEL = ROOT / "examples/demo/model"
 PARAMS: dict[str, Any] = {"max_tokens": 12, "temperature": 0.7, "top_p": 0.9, "top_k": 40}
@@ -209,7 +211,6 @@ class Terminal:
         time.sleep(0.5)
 
 
-@pytest.mark.slow
 def test_on_a_terminal() -> None:
     """The terminal sends Ctrl-C, at the prompt and during an answer."""
     flags = ("--no-canary", "--max-tokens", 1200, "--temperature", 1.5)

@@ -195,6 +195,7 @@ def test_show_json_holds_the_contract(bundle: Path) -> None:
     assert 0 < len(data["top_costs"]) <= 5
 
 
+@pytest.mark.slow
 def test_show_is_one_screen_and_says_why(bundle: Path) -> None:
     for folder in (bundle, ROOT / "plans/frozen/qwen3.5-397b-b200x8"):
         lines = as_text(load_plan(folder)).splitlines()
@@ -254,6 +255,7 @@ def test_predict_takes_any_stated_layout() -> None:
     assert "can freeze this" in text and "not replayed yet: several GPUs" in text
 
 
+@pytest.mark.slow
 def test_plan_says_what_it_does_not_keep(bundle: Path, tmp_path: Path) -> None:
     """Missed levels, where the plan is made; `--why` shows them, and the time of a prompt."""
     text = (bundle.parent / "spec.yaml").read_text() + "slo: {tpot_ms: 0.001}\n"
@@ -795,6 +797,7 @@ def test_diff_and_why_as_json(bundle: Path) -> None:
     is_clean(cli("show", bundle, "--why", "ttft", "--json"), 2, "no decision")
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_whole_lines_and_plain_numbers() -> None:
     folder = ROOT / "plans/frozen/qwen3.5-397b-b200x8"
     plan, text = load_plan(folder), cli("show", folder).stdout

@@ -21,6 +21,8 @@ from fuzzing import Failure, Target, TooSlow, Wrong, examine, examine_many
 
 from tokenspeed_plan.plans.errors import TokenspeedError
 
+pytestmark = pytest.mark.slow  # whole processes, or many examples
+
 COUNTS = {"bodies": 200, "rows": 200, "specs": 5, "plans": 10, "checkpoints": 8, "tokenizers": 20}
 
 
@@ -36,7 +38,6 @@ def test_each_example_is_taken_or_refused_in_words(
     assert tally.accepted and tally.refused
 
 
-@pytest.mark.slow
 def test_what_is_taken_is_read_as_by_transformers() -> None:
     tally = examine_many("tokenizers", 30 * fuzzing.MULTIPLIER, 0)
     assert not [f"seed {failure.seed}: {failure.kind}" for failure in tally.failures]
@@ -154,7 +155,6 @@ def test_the_faults_of_a_kill_are_found(
     assert kill_tool().faults({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 2}, rows, names) == says
 
 
-@pytest.mark.slow
 def test_killed_runs_lose_no_row() -> None:
     count = str(10 * fuzzing.MULTIPLIER)
     command = [sys.executable, fuzzing.ROOT / "tools" / "kill.py", "--count", count]

@@ -107,6 +107,7 @@ PARTS = st.lists(st.sampled_from(WORDS), max_size=8)
 LOOP = PARTS.map(lambda parts: "{% for m in messages %}" + "".join(parts) + "{% endfor %}")
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(source=LOOP | PARTS.map("".join))
 def test_any_template_renders_as_in_transformers_or_is_refused(
@@ -131,6 +132,7 @@ def test_a_template_that_fails_refuses_the_messages(name: str) -> None:
         assert template([USER]) == "good", "the next request is answered"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NO_END)
 def test_a_template_without_end_is_ended(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "MAX_CPU_S", 0.5)
@@ -148,6 +150,7 @@ def test_a_template_that_does_not_compile(name: str) -> None:
         ChatTemplate(UNCOMPILED[name])
 
 
+@pytest.mark.slow
 def test_compiling_has_an_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "MAX_CPU_S", 0.5)
     with pytest.raises(PlanError, match="does not come to an end"):

@@ -21,6 +21,8 @@ from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Decision
 
+pytestmark = pytest.mark.slow  # whole processes, or many examples
+
 LONG_PROMPTS = {"first_turn_tokens": 20_000, "output_tokens": 200, "concurrency": 8}
 
 

@@ -37,6 +37,8 @@ from tokenspeed_plan.plans.report import as_dict, as_text, why
 from tokenspeed_plan.plans.schema import Binary, Decision, Plan
 from tokenspeed_plan.plans.validate import validate
 
+pytestmark = pytest.mark.slow  # whole processes, or many examples
+
 FUZZ = float(os.environ.get("TOKENSPEED_FUZZ", "1"))  # a multiple of the examples
 Path_ = tuple[str | int, ...]
 

@@ -31,6 +31,8 @@ from tokenspeed_plan.runtime.serving.batch.progress import Progress
 from tokenspeed_plan.runtime.serving.batch.summary import Tally
 from tokenspeed_plan.runtime.serving.batch.writers import read_whole_lines
 
+pytestmark = pytest.mark.slow  # whole processes, or many examples
+
 NUM_ROWS = 60
 FAKE = ROOT / "tests" / "support" / "batch_fake.py"
 BUNDLE = ROOT / "plans" / "frozen" / "demo-cpu"
@@ -542,7 +544,6 @@ def test_a_narrow_model_on_a_cpu_takes_one_thread(
     assert counts[-1] == wanted
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("quiet", ["", "--quiet"])
 def test_a_command_without_stderr_answers(quiet: str, run: Runs) -> None:
     run.source.write_bytes(rows_text(2, max_tokens=2))

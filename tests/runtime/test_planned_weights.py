@@ -30,6 +30,8 @@ from tokenspeed_plan.plans.weight_digests import check_weight_files
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.loading.preflight import check_files, find_weights
 
+pytestmark = pytest.mark.slow  # whole processes, or many examples
+
 WEIGHTS = "model-0.safetensors"  # the other file is model-1
 
 

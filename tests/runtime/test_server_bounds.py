@@ -24,6 +24,8 @@ from tokenspeed_plan.runtime.serving.http.callers import CheckHost
 from tokenspeed_plan.runtime.serving.http.health import Progress
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow  # whole processes, or many examples
+
 BUNDLE = ROOT / "plans/frozen/demo-cpu"
 BODY = {"prompt": "a", "max_tokens": 2, "temperature": 0}
 HALF_HEADER = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
