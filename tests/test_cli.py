@@ -580,17 +580,10 @@ def test_any_damage_to_a_plan_is_refused(data: st.DataObject, bundle: Path, tmp_
     shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
     (tmp_path / "plan.json").write_text(damaged)
     result = cli("check", tmp_path)
-    if json_or_none(damaged) == json.loads(text):
+    if damaged == text:
         assert result.exit_code == 0
-    else:
+    else:  # also where only its spelling is another
         is_clean(result, 2)
-
-
-def json_or_none(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
 
 
 @pytest.mark.parametrize(

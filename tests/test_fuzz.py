@@ -156,7 +156,7 @@ def test_the_faults_of_a_kill_are_found(
 
 
 def test_killed_runs_lose_no_row() -> None:
-    count = str(10 * fuzzing.MULTIPLIER)
+    count = str(4 * fuzzing.MULTIPLIER)
     command = [sys.executable, fuzzing.ROOT / "tools" / "kill.py", "--count", count]
     done = subprocess.run(command, capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
