@@ -110,9 +110,7 @@ class OutputProcessor:
         new_tokens: list[NewToken] = []
         for row, token_id in enumerate(output.token_ids, start=output.first_row):
             sequence.token_ids.append(token_id)
-            logprobs = None
-            if sequence.request.params.num_logprobs is not None:
-                logprobs = self._logprobs(sequence, token_id, logits_TV[row])
+            logprobs = self._logprobs(sequence, token_id, logits_TV, row)
             new_token = NewToken(sequence.request.request_id, token_id, logprobs)
             new_tokens.append(new_token)
             sequence.finish_reason = self._finish_reason(sequence)
@@ -163,12 +161,12 @@ class OutputProcessor:
         return text_before_stop(self._tokenizer, ids, sequence.request.params.stop)
 
     def _logprobs(
-        self, sequence: Sequence, token_id: int, logits_V: Tensor
+        self, sequence: Sequence, token_id: int, logits_TV: Tensor, row: int
     ) -> TokenLogprobs | None:
         count = sequence.request.params.num_logprobs
         if count is None:
             return None
-        logprobs = token_logprobs(logits_V, token_id, count)
+        logprobs = token_logprobs(logits_TV[row], token_id, count)
         sequence.logprobs.append(logprobs)
         return logprobs
 

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -61,13 +61,23 @@ class EngineOptions:
         return "headers"
 
 
-rank_timeout_option = click.option(
+def seconds_option(flag: str, name: str, default: float, text: str) -> Callable[[Any], Any]:
+    """An option of so many seconds, more than none."""
+    return click.option(
+        flag,
+        name,
+        type=click.FloatRange(min=0, min_open=True),
+        default=default,
+        show_default=True,
+        help=text,
+    )
+
+
+rank_timeout_option = seconds_option(
     "--rank-timeout",
     "rank_timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=30.0,
-    show_default=True,
-    help="Of several ranks: seconds that one waits for another in a replay.",
+    30.0,
+    "Of several ranks: seconds that one waits for another in a replay.",
 )
 
 

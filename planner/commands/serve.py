@@ -19,6 +19,7 @@ from tokenspeed_plan.planner.commands.engines import (
     on_all_ranks,
     rank_timeout_option,
     ready_engine,
+    seconds_option,
 )
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.errors import RequestError
@@ -75,13 +76,11 @@ class ServeOptions:
     show_default=True,
     help="Largest request body; more gets 413.",
 )
-@click.option(
+@seconds_option(
     "--body-timeout",
     "body_timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=30.0,
-    show_default=True,
-    help="Seconds within which a body must come; later gets 408.",
+    30.0,
+    "Seconds within which a body must come; later gets 408.",
 )
 @click.option(
     "--drain",
@@ -98,29 +97,23 @@ class ServeOptions:
     show_default=True,
     help="Open connections, fewer where `ulimit -n` is low; more get 503.",
 )
-@click.option(
+@seconds_option(
     "--header-timeout",
     "header_timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=10.0,
-    show_default=True,
-    help="Seconds within which a request's header must come; later the connection is closed.",
+    10.0,
+    "Seconds within which a request's header must come; later the connection is closed.",
 )
-@click.option(
+@seconds_option(
     "--write-timeout",
     "write_timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=30.0,
-    show_default=True,
-    help="Seconds within which a client must read a part of its answer; later it is dropped.",
+    30.0,
+    "Seconds within which a client must read a part of its answer; later it is dropped.",
 )
-@click.option(
+@seconds_option(
     "--stall",
     "stall_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=30.0,
-    show_default=True,
-    help="Seconds after which /health fails if the engine has work and does not move.",
+    30.0,
+    "Seconds after which /health fails if the engine has work and does not move.",
 )
 @click.option("--weights", type=Folder, help="Checkpoint folder, where it is not the spec's.")
 @click.option(
