@@ -95,7 +95,9 @@ def chat(
 ) -> None:
     """Talk with BUNDLE's model. Answers go to stdout, all else to stderr."""
     signers = wanted_signers(allowed_signers, signer)
-    engine = EngineOptions(weights, backend, True, not no_canary, verify_weights, signers)
+    engine = EngineOptions(
+        weights, backend, canary=not no_canary, verify_weights=verify_weights, signers=signers
+    )
     options = ChatOptions(system, max_tokens, temperature, top_p, top_k, seed)
     on_all_ranks(bundle, engine, lambda: _chat(bundle, engine, options), ignored=(signal.SIGINT,))
 

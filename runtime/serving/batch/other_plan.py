@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch.files import InputFile
 from tokenspeed_plan.runtime.serving.batch.lines import KEY_PREFIX, parse_row
 from tokenspeed_plan.runtime.serving.batch.resume import sidecar_path
+from tokenspeed_plan.runtime.serving.batch.writers import read_whole_lines
 from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
 
 MAX_LOOKED_AT = 20  # answers of an output; a row that was edited has another key, too
@@ -52,17 +50,11 @@ def refuse_other_plan(source: Path, output: Path, plan_digest: str) -> None:
 
 def _answers(output: Path) -> Iterator[tuple[str, str]]:
     """The `custom_id` and the key of each answer."""
-    with suppress(OSError, EOFError, zlib.error, ValueError), _open(output) as file:
-        for line in file:
+    with suppress(OSError, ValueError):
+        for line in read_whole_lines(output):
             data = json.loads(line)
             if not isinstance(data, dict) or not isinstance(data.get("response"), dict):
                 continue
             custom_id, key = data.get("custom_id"), data.get("id")
             if isinstance(custom_id, str) and str(key).startswith(KEY_PREFIX):
                 yield custom_id, str(key)
-
-
-def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    return path.open("rb")
