@@ -1,10 +1,11 @@
-"""Kill batch runs at random moments: python tools/kill.py --count 1000 [--seed 0].
+"""Kill batch runs at random moments: python tools/kill.py --count 1000 [--seed 0] [--jobs 2].
 
 Each run is the demo model's, in a process forked from one that has loaded the engine. It is killed
 with SIGKILL at a random moment and started again until it gets through. After each kill the rows
 that were finished must still be there, and right; at the end the output must have the rows of a
 run that nobody killed. Drafts on and off, plain and .gz, both orders, whole and in two shards.
-The exit code is 1 if a row was lost, doubled or changed.
+The exit code is 1 if a row was lost, doubled or changed. Jobs differ in their seeds, which count on
+from --seed; --seconds ends all of them early, and what they did until then counts.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +162,26 @@ def without_probabilities(row: Rows) -> Rows:
 def faults(wanted: Rows, before: Rows, rows: Rows, names: list[str]) -> list[str]:
     """What a kill did to rows that were finished."""
     found = [f"{name} was lost" for name in before if name not in rows]
-    found += [f"{name} was changed" for name, row in rows.items() if row != wanted.get(name)]
+    found += [
+        f"{name} was changed: {difference(wanted.get(name), row)}"
+        for name, row in rows.items()
+        if row != wanted.get(name)
+    ]
     found += [f"{name} is there twice" for name, count in Counter(names).items() if count > 1]
     return found
+
+
+def difference(wanted: Any, found: Any, path: str = "") -> str:
+    """The first place where two JSON values differ, with both."""
+    if isinstance(wanted, dict) and isinstance(found, dict) and wanted.keys() == found.keys():
+        for name in wanted:
+            if wanted[name] != found[name]:
+                return difference(wanted[name], found[name], f"{path}.{name}")
+    if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
+        for number, (old, new) in enumerate(zip(wanted, found, strict=True)):
+            if old != new:
+                return difference(old, new, f"{path}[{number}]")
+    return f"{path.removeprefix('.') or 'it'} is {found!r:.300}, not {wanted!r:.300}"
 
 
 def clean_rows(runs: Runs) -> tuple[Rows, float]:
@@ -197,35 +219,122 @@ def kill_until_done(runs: Runs, wanted: Rows, took_s: float, rng: random.Random)
     if sidecar_path(runs.output).exists():
         found.append("finished lines are still beside a complete output")
     runs.output.unlink()
-    return kills, found
+    return kills, list(dict.fromkeys(found))  # a changed row is found after each later kill, too
+
+
+@dataclass
+class Tally:
+    """What came of some runs."""
+
+    kills: int = 0
+    runs: int = 0
+    varieties: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        self.kills += other.kills
+        self.runs += other.runs
+        self.varieties += other.varieties
+        self.faults += other.faults
+
+    def head(self) -> str:
+        """One line of it."""
+        runs = f"{self.kills} kills of {self.runs} runs of {NUM_ROWS} rows"
+        return f"{runs}: {len(self.faults)} faults"
+
+
+class Job:
+    """A process that goes through the varieties, in an order of its own, and sends tallies."""
+
+    def __init__(self, every: list[Runs], source: Path, seed: int, count: int) -> None:
+        self.pipe, theirs = multiprocessing.Pipe(duplex=False)
+        self.process = os.fork()
+        if self.process == 0:
+            os.setpgid(0, 0)  # with the runs that it forks
+            code = 70
+            try:
+                kill_many(every, source, seed, count, theirs)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        theirs.close()
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+
+def kill_many(every: list[Runs], source: Path, seed: int, count: int, pipe: Connection) -> None:
+    """Kill runs of one variety after the other, and send a tally of each."""
+    rng, kills, names = random.Random(seed), 0, write_input(source)
+    rng.shuffle(every)
+    clean: dict[Variety, tuple[Rows, float]] = {}
+    for runs in itertools.cycle(every):
+        if kills >= count:
+            break
+        if runs.variety not in clean:
+            rows, took_s = clean_rows(runs)
+            clean[runs.variety] = {name: rows[name] for name in names}, took_s
+        more, faulty = kill_until_done(runs, *clean[runs.variety], rng)
+        kills += more
+        text = str(runs.variety)
+        texts = [f"seed {seed}: {text}: {fault}" for fault in faulty]
+        pipe.send(Tally(more, 1, Counter({text: more}), texts))
+
+
+def follow(jobs: list[Job], until_s: float) -> Tally:
+    """Gather what jobs send; end them at a time of the monotonic clock."""
+    tally, shown_s = Tally(), time.monotonic()
+    pipes = {job.pipe: job for job in jobs}
+    try:
+        while pipes and time.monotonic() < until_s:
+            for pipe in wait(list(pipes), timeout=1):
+                try:
+                    tally.add(pipe.recv())
+                except EOFError:
+                    job = pipes.pop(pipe)
+                    tally.faults += ["a job died"] * (job.wait() != 0)
+            if time.monotonic() > shown_s + 10:
+                shown_s = time.monotonic()
+                print(tally.head(), file=sys.stderr, flush=True)
+    finally:
+        for job in pipes.values():
+            os.killpg(job.process, signal.SIGKILL)
+            job.wait()
+    return tally
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100, help="Kills.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--only", default="", help="Varieties with this in their text: shards=2")
     args = parser.parse_args()
-    rng, kills, num_runs, found = random.Random(args.seed), 0, 0, list[str]()
+    until_s = time.monotonic() + args.seconds
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="kill-") as scratch:
         folder = Path(scratch)
-        source = folder / "in.jsonl"
-        names = write_input(source)
         engines = [load_engine(folder / f"drafts-{drafts}", drafts) for drafts in (False, True)]
-        every = [Runs(engines[item.drafts], source, folder, item) for item in VARIETIES]
-        rng.shuffle(every)
-        clean: dict[Variety, tuple[Rows, float]] = {}
-        for runs in itertools.cycle(every):
-            if kills >= args.count:
-                break
-            if runs.variety not in clean:
-                rows, took_s = clean_rows(runs)
-                clean[runs.variety] = {name: rows[name] for name in names}, took_s
-            more, faulty = kill_until_done(runs, *clean[runs.variety], rng)
-            kills, num_runs = kills + more, num_runs + 1
-            found += [f"{runs.variety}: {text}" for text in faulty]
-    print(f"{kills} kills of {num_runs} runs of {NUM_ROWS} rows: {len(found)} faults")
-    print("".join(f"  {text}\n" for text in found[:40]), end="")
-    return int(bool(found))
+        each = math.ceil(args.count / args.jobs)
+        varieties = [item for item in VARIETIES if args.only in str(item)]
+        jobs = []
+        for seed in range(args.seed, args.seed + args.jobs):
+            place = folder / f"seed-{seed}"
+            place.mkdir()
+            source = place / "in.jsonl"
+            every = [Runs(engines[item.drafts], source, place, item) for item in varieties]
+            jobs.append(Job(every, source, seed, each))
+        tally = follow(jobs, until_s)
+    print(tally.head())
+    print(
+        "".join(f"  {count} of {name}\n" for name, count in sorted(tally.varieties.items())), end=""
+    )
+    print("".join(f"  {text}\n" for text in tally.faults[:40]), end="")
+    return int(bool(tally.faults))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -105,12 +106,12 @@ def nested(depth: int, is_list: bool) -> Json:
 
 
 def any_value(rng: random.Random) -> Json:
-    """An extreme value, or many of one, or a deep one."""
+    """An extreme value, or many of one, or a deep one; its own copy, for it may be changed."""
     kind = rng.random()
     if kind < 0.9:
-        return rng.choice(EXTREMES)
+        return deepcopy(rng.choice(EXTREMES))
     if kind < 0.96:
-        return [rng.choice(EXTREMES)] * rng.choice((2, 10, 1_000))
+        return [deepcopy(rng.choice(EXTREMES))] * rng.choice((2, 10, 1_000))
     return nested(rng.choice((5, 60, 400)), rng.random() < 0.5)
 
 
@@ -312,10 +313,12 @@ class Target:
         make: an example of a seed.
         judge: takes the example, which also lies in a folder; returns whether it was accepted.
             Raises a refusal, or anything else that is a failure.
+        load: loads what it needs, which takes longer than an example may.
     """
 
     make: Callable[[random.Random], Files]
     judge: Callable[[Files, Path], bool]
+    load: Callable[[], object] = lambda: None
 
 
 @dataclass
@@ -428,6 +431,7 @@ def kind_of(error: BaseException) -> str:
 
 def examine_many(name: str, count: int, seed: int) -> Tally:
     """Run some examples in this process."""
+    target_of(name).load()
     tally = Tally()
     for number in range(seed, seed + count):
         outcome = examine(name, number)
@@ -621,7 +625,7 @@ disaggregation: auto
 _SPEC_VALUES = (
     ("preset: qwen3.5-0.8b", "H200", "1", "auto", "off"),
     ("preset: qwen3.5-35b-a3b", "B200", "2", "auto", "auto"),
-    (f"path: {MODEL}", "cpu", "1", "auto", "{acceptance: 0.4}"),
+    ("path: model", "cpu", "1", "auto", "{acceptance: 0.4}"),
     ("preset: qwen3-8b", "H100", "2", "{attention: {tp: 2}}", "off"),
 )
 
@@ -647,6 +651,7 @@ def make_spec(rng: random.Random) -> Files:
 
 
 def judge_spec(files: Files, folder: Path) -> bool:
+    (folder / "model").symlink_to(MODEL)
     return judge_command("predict", folder / "spec.yaml")
 
 
@@ -776,6 +781,13 @@ def judge_checkpoint(files: Files, folder: Path) -> bool:
     return True
 
 
+def _load_planner() -> None:
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        files = _tiny_model()[0]
+        write_files(files, Path(folder))
+        judge_checkpoint(files, Path(folder))
+
+
 # Tokenizers and templates.
 
 TEXTS = ("", "def f(x):\n    return x", " e\u0301 \u00e9 <|im_start|>user", "\U0001f600\n\n\n  ")
@@ -873,13 +885,21 @@ def _compare(folder: Path, encoded: list[list[int]], prompt: str | None) -> None
         raise Wrong("the prompt differs from that of transformers")
 
 
+def _load_tokenizers() -> None:
+    _tokenizer()
+    if COMPARE:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(MODEL)
+
+
 TARGETS = {
-    "bodies": Target(make_body, judge_body),
-    "rows": Target(make_row, judge_row),
-    "specs": Target(make_spec, judge_spec),
-    "plans": Target(make_plan, judge_plan),
-    "checkpoints": Target(make_checkpoint, judge_checkpoint),
-    "tokenizers": Target(make_tokenizer, judge_tokenizer),
+    "bodies": Target(make_body, judge_body, lambda: (_engine(), _tokenizer(), _limits())),
+    "rows": Target(make_row, judge_row, lambda: (_tokenizer(), _limits())),
+    "specs": Target(make_spec, judge_spec, lambda: judge_command("--help")),
+    "plans": Target(make_plan, judge_plan, lambda: judge_command("show", BUNDLE)),
+    "checkpoints": Target(make_checkpoint, judge_checkpoint, _load_planner),
+    "tokenizers": Target(make_tokenizer, judge_tokenizer, _load_tokenizers),
 }
 
 
