@@ -238,6 +238,25 @@ class PrefixCache:
         """Free the pages from a node towards the root that no checkpoint and no sequence needs."""
         self._tree.prune(node)
 
+    def prove(self, path: Seq[Node], token_ids: Seq[int]) -> None:
+        """Note that a sequence got its answer from what is cached of its tokens."""
+        for node in _with_tails(path, token_ids):
+            node.proven = True
+
+    def forget_unproven(self, path: Seq[Node], token_ids: Seq[int]) -> None:
+        """Give up what a sequence that failed may have begun with, unless others got answers there.
+
+        NaN in a page or a state spreads to all that go on from it; it may come of these tokens, or
+        of a fault that is over. What is proven stays, so that nobody can flush what others share.
+
+        Args:
+            path: the root and the pages of the sequence after it; they need not be cached any more.
+            token_ids: of the sequence.
+        """
+        for node in reversed(_with_tails(path, token_ids)):
+            if node.state_slot and not node.proven:
+                self._checkpoints.forget(node)
+
     def _evict(self, is_useful: Callable[[Node], bool]) -> bool:
         """Evict one checkpoint and the pages that only it needed; False where there is none."""
         num_pages = len(self._tree)
@@ -247,3 +266,11 @@ class PrefixCache:
         self._metrics.evicted_checkpoints += 1
         self._metrics.evicted_pages += num_evicted
         return True
+
+
+def _with_tails(path: Seq[Node], token_ids: Seq[int]) -> list[Node]:
+    """The nodes of a path, each before the tails that a sequence of these tokens may begin with."""
+    found = []
+    for node in path:
+        found += [node, *(tail for tail in node.tails if tail.matches(token_ids))]
+    return found

@@ -20,7 +20,8 @@ class Node:
     """A whole page with its tokens, or the first tokens of a page (a tail).
 
     `position` is the number of tokens up to its end. `state_slot` is the checkpoint there, 0 where
-    there is none. `clock` is the cache's age when the node was last used.
+    there is none. `clock` is the cache's age when the node was last used. A node is `proven` once
+    a sequence got its whole answer from what is cached up to here.
     """
 
     parent: Node | None
@@ -32,6 +33,7 @@ class Node:
     tails: list[Node] = field(default_factory=list)
     state_slot: int = 0
     clock: float = 0.0
+    proven: bool = False
 
     @property
     def is_leaf(self) -> bool:

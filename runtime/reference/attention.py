@@ -156,10 +156,17 @@ def _gather(page_table: Tensor, length: int, cache: Tensor) -> tuple[Tensor, Ten
 
 
 def _decode(q_SRQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Tensor) -> Tensor:
-    """All sequences at once: keys beyond the end of a shorter one are masked."""
-    max_context = int(context_S.max())
+    """All sequences at once: keys beyond the end of a shorter one are masked.
+
+    What lies there may be NaN of a request that has failed, and 0 * NaN is not 0: it is cleared.
+    """
+    contexts = context_S.tolist()
+    max_context = max(contexts)
     query_len = q_SRQD.shape[1]
     k_SKCD, v_SKCD = _gather(page_table_SP, max_context, cache)
+    for i, length in enumerate(contexts):
+        k_SKCD[i, :, length:] = 0
+        v_SKCD[i, :, length:] = 0
     queries_after_R = torch.arange(query_len - 1, -1, -1, device=context_S.device)
     seen_SR = context_S[:, None] - queries_after_R
     position_C = torch.arange(max_context, device=context_S.device)

@@ -138,12 +138,13 @@ class Scheduler:
         """End a sequence; the cache keeps its pages, and its state if that still exists."""
         self.metrics.lost_checkpoints += not has_state
         sequence.move_to("finished")
+        self._memory.prove(sequence)
         self._stop(sequence, has_state)
 
     def fail(self, sequence: Sequence) -> None:
-        """End a running sequence with an error; the cache keeps nothing of this step."""
+        """End a running sequence with an error; the cache keeps what others got answers from."""
         sequence.move_to("cancelled")
-        self._stop(sequence, has_state=False)
+        self._stop(sequence, has_state=False, is_wrong=True)
 
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request in any state; the cache keeps what it computed.
@@ -184,8 +185,8 @@ class Scheduler:
         self._stop(sequence)
         self._admission.put_back(sequence)
 
-    def _stop(self, sequence: Sequence, has_state: bool = True) -> None:
+    def _stop(self, sequence: Sequence, has_state: bool = True, is_wrong: bool = False) -> None:
         """Release the memory of a running sequence."""
         self._running.remove(sequence)
-        self._memory.release(sequence, has_state)
+        self._memory.release(sequence, has_state, is_wrong)
         self._admission.blocked_head = None

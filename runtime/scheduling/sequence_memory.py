@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tokenspeed_plan.plans.schema import Limits, Plan
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
+from tokenspeed_plan.runtime.cache.prefix_tree import Node, path_to
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
@@ -143,8 +144,11 @@ class SequenceMemory:
             sequence.pages,
         )
 
-    def release(self, sequence: Sequence, has_state: bool = True) -> None:
-        """Give back all memory of a sequence; the cache keeps its prefix up to its state."""
+    def release(self, sequence: Sequence, has_state: bool = True, is_wrong: bool = False) -> None:
+        """Give back all memory of a sequence; the cache keeps its prefix up to its state.
+
+        Where its numbers are wrong, the cache keeps only what others got answers from.
+        """
         sequence.num_computed = sequence.state_len
         sequence.num_kept = 0
         if sequence.num_computed and sequence.copy_from is None and has_state:
@@ -156,8 +160,20 @@ class SequenceMemory:
             self.cache.state_slots.drop(slot)
         if sequence.state_slot:
             self.cache.state_slots.drop(sequence.state_slot)
+        path = self._path(sequence)
         self.cache.prune(sequence.node)
+        if is_wrong:
+            self.cache.forget_unproven(path, sequence.token_ids)
         sequence.forget_memory()
+
+    def prove(self, sequence: Sequence) -> None:
+        """Note that a sequence got its answer from what the cache has of it."""
+        self.cache.prove(self._path(sequence), sequence.token_ids)
+
+    def _path(self, sequence: Sequence) -> list[Node]:
+        """The root of the cache, and the sequence's pages that the cache knows."""
+        assert sequence.node is not None
+        return [self.cache.root, *path_to(sequence.node)]
 
 
 def slot_bytes(plan: Plan, arena: str) -> int:

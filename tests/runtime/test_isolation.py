@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conversations import check_all_is_given_back
 from drafting import PROMPTS, plan_of
 from safetensors.torch import load_file, save_file
 
@@ -197,6 +198,45 @@ def test_logits_that_are_no_numbers_are_an_error(
     with pytest.raises(CanaryError, match=r"canary prompt 0: .*not numbers"):
         golden(engine, [[9]], 4)
     assert taken(engine) == FREE
+
+
+def test_what_failed_requests_leave_in_memory_is_not_read(tiny_plan: Plan, checkpoint: Any) -> None:
+    engine = Engine.from_plan(tiny_plan, checkpoint("moe"))
+    prompts = [[1, 2, 3] * size for size in (9, 19, 29)]
+    wanted = [done.token_ids for done in engine.generate(prompts, PARAMS)]
+    dirty = Engine.from_plan(tiny_plan, checkpoint("moe"))
+    for view in (*dirty.executor.memory.states("kv_cache"), *dirty.executor.memory.states("state")):
+        view[1:] = float("nan")  # slot 0 is zero for ever
+    assert [done.token_ids for done in dirty.generate(prompts, PARAMS)] == wanted
+
+
+def weight(engine: Engine, name: str) -> torch.Tensor:
+    program = engine.plan.pool.programs[0]
+    return engine.executor.buffer_of(program, name, 1, 1)
+
+
+@pytest.mark.parametrize("length", [48, 53])  # the end of a page, and the middle of one
+def test_a_prefix_whose_numbers_were_wrong_is_not_cached(
+    length: int, tiny_plan: Plan, checkpoint: Any
+) -> None:
+    """The fault is over, and what others share of the prompt stays cached."""
+    engine = Engine.from_plan(tiny_plan, checkpoint("moe"))
+    shared = [(7 * number) % 200 + 10 for number in range(32)]
+    good, bad = shared + [3] * 20, shared + [(9 + number) % 200 for number in range(length)]
+    wanted = Engine.from_plan(tiny_plan, checkpoint("moe"), cache=False).generate([good, bad])
+    engine.generate([good])
+    row = weight(engine, "embed.table")[9]
+    right = row.clone()
+    row.fill_(float("nan"))
+    (failed,) = engine.generate([bad])
+    assert failed.error and taken(engine) == FREE
+    row.copy_(right)
+    again = engine.generate([bad])[0]
+    shares = engine.generate([good])[0]
+    assert [again.error, again.token_ids] == [None, wanted[1].token_ids]
+    assert shares.token_ids == wanted[0].token_ids
+    assert again.num_cached_tokens == shares.num_cached_tokens == len(shared)
+    check_all_is_given_back(engine.scheduler.cache)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

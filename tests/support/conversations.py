@@ -181,8 +181,7 @@ class PoisonLaunch:
         tails = [node for node in self.cache.nodes() if not node.digest]
         kept = []
         for view in memory.states("kv_cache"):
-            # finite: masked keys have weight 0, and 0 * NaN is not 0
-            view[self.cache.pages.free] = 1e4
+            view[self.cache.pages.free] = float("nan")
             kept += [view[[node.page for node in nodes]]] if nodes else []
             kept += [view[tail.page, :, : len(tail.token_ids)] for tail in tails]
         for view in memory.states("state"):
