@@ -637,6 +637,17 @@ def test_the_floor_of_the_demo_plan_is_its_weights_and_states() -> None:
 
 
 @pytest.mark.slow
+def test_bench_refuses_before_it_measures(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(device: str) -> None:
+        raise AssertionError("measured something")
+
+    monkeypatch.setattr("tokenspeed_plan.runtime.bench.replay.measure_machine", measured)
+    done = cli("bench", bundle, "--context", 20, "--prefill", 99999)
+    assert done.exit_code == 2, done.output
+    assert "error: no prefill program takes 99999 tokens" in done.stderr
+
+
+@pytest.mark.slow
 def test_bench_measures_every_kernel(bundle: Path) -> None:
     done = cli("bench", bundle, "--context", 20, "--batch", 2, "--prefill", 30, "--json")
     assert done.exit_code == 0, done.output

@@ -53,18 +53,18 @@ def bench(plan: Plan, executor: Executor, options: Options) -> dict[str, Any]:
     """Everything that `tokenspeed bench` prints.
 
     Raises:
-        PlanError: the plan has no program for such a batch.
+        PlanError: the plan has no program, or no memory, for such a batch; nothing was measured.
     """
     device = plan.target.device
-    machine = measure_machine(device)
     queries = _query_len(plan, options.batch)
-    programs = [
-        Replay(plan, executor, "decode", options.batch, queries, options.context).measure(machine)
-    ]
+    replays = [Replay(plan, executor, "decode", options.batch, queries, options.context)]
     if options.chunk:
-        programs.append(
-            Replay(plan, executor, "prefill", 1, options.chunk, options.context).measure(machine)
-        )
+        replays.append(Replay(plan, executor, "prefill", 1, options.chunk, options.context))
+    machine = measure_machine(device)
+    programs = []
+    for replay in replays:
+        replay.reset()  # the inputs of all are in the same buffers
+        programs.append(replay.measure(machine))
     memory = {
         "planned_bytes": plan.pool.memory_bytes_per_rank.total,
         "reserved_bytes": plan.pool.memory_bytes_per_rank.reserved,

@@ -13,6 +13,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from json_values import json_values
+from pydantic import ValidationError
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.request import Request, SamplingParams
@@ -22,6 +23,7 @@ from tokenspeed_plan.runtime.serving.batch.lines import parse_row as parse_line
 from tokenspeed_plan.runtime.serving.http.api_errors import ApiError
 from tokenspeed_plan.runtime.serving.http.parsing import parse
 from tokenspeed_plan.runtime.serving.openai.bodies import (
+    MAX_FIELDS,
     ChatBody,
     CompletionBody,
     InvalidRequestError,
@@ -206,6 +208,41 @@ def test_a_long_text_is_not_tokenised_to_be_refused(width: int) -> None:
 
 
 LINES = st.dictionaries(st.text(max_size=3) | st.just("body"), json_values(), max_size=3)
+
+
+WRONG_ENTRIES = (-1, 1 << 31, "\ud800", None, 1.5, [], {}, [-1])
+
+
+@pytest.mark.parametrize("wrong", WRONG_ENTRIES)
+@pytest.mark.parametrize(
+    ("model", "field", "first"),
+    [
+        (CompletionBody, "prompt", 1),
+        (CompletionBody, "prompt", "a"),
+        (CompletionBody, "prompt", [1]),
+        (CompletionBody, "stop_token_ids", 1),
+        (CompletionBody, "stop", "a"),
+        (ChatBody, "messages", {"role": "user", "content": "a"}),
+    ],
+)
+def test_the_first_wrong_entry_will_do(model: Any, field: str, first: Any, wrong: Any) -> None:
+    """Words about each of millions would take a minute and gigabytes."""
+    for entries in ([first, *[wrong] * 2000], [first, [wrong] * 2000], [wrong] * 2000):
+        body = {"prompt": "a", field: entries}
+        if model is ChatBody:
+            body.pop("prompt")
+        try:
+            model.model_validate(body)
+        except ValidationError as error:
+            assert error.error_count() < 10
+
+
+def test_a_line_has_a_bounded_number_of_fields() -> None:
+    many = {f"x{number}": 1 for number in range(MAX_FIELDS + 1)}
+    with pytest.raises(InvalidRequestError, match=f"has {MAX_FIELDS + 2} fields, the most is"):
+        parse_body("/v1/completions", {"prompt": "a"} | many)
+    with pytest.raises(InvalidRequestError, match=f"has {MAX_FIELDS + 1} fields, the most is"):
+        parse_line(json.dumps(many).encode(), 1, "")
 
 
 @settings(max_examples=100, deadline=None)

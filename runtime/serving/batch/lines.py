@@ -14,6 +14,7 @@ from tokenspeed_plan.plans.canon import canonical, sha256
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.openai.answers import choice, usage
 from tokenspeed_plan.runtime.serving.openai.bodies import (
+    MAX_FIELDS,
     ChatBody,
     CompletionBody,
     InvalidRequestError,
@@ -60,6 +61,8 @@ def parse_row(raw: bytes, line: int, plan_digest: str) -> Row:
         InvalidRequestError: what is wrong with it.
     """
     data = parse_json(raw)
+    if len(data) > MAX_FIELDS:
+        raise InvalidRequestError(f"the line has {len(data)} fields, the most is {MAX_FIELDS}")
     try:
         head = _Line.model_validate(data)
     except ValidationError as error:

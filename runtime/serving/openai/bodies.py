@@ -38,12 +38,15 @@ MAX_DEPTH = 64  # of lists and objects in each other
 MAX_PROMPTS = 2048  # OpenAI's
 MAX_CHOICES = 1024  # prompts times `n`
 MAX_PROMPT_IDS = 1 << 22
+MAX_FIELDS = 1024  # of a body
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 MODEL_NOT_FOUND = "model_not_found"
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
-TokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_IDS)]
+# pydantic's complaint about each of a million entries takes a minute and gigabytes: the first will
+# do, wherever a list may be long.
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]
 StopString = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
 
 
@@ -104,8 +107,8 @@ Stop = Annotated[
 Prompt = Annotated[
     Annotated[str, Tag("string")]
     | Annotated[TokenIds, Tag("ids")]
-    | Annotated[list[str], Field(max_length=MAX_PROMPTS), Tag("strings")]
-    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS), Tag("lists")],
+    | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("strings")]
+    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("lists")],
     _one_of(_kind_of_prompt, "a string, token ids, or a list of these"),
 ]
 
@@ -164,7 +167,7 @@ def _is_text_part(part: object) -> bool:
 class ChatBody(_Body):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -273,6 +276,8 @@ def parse_body(url: Url, data: dict[str, Any]) -> CompletionBody | ChatBody:
     model: type[CompletionBody | ChatBody] = ChatBody
     if url == "/v1/completions":
         model = CompletionBody
+    if len(data) > MAX_FIELDS:
+        raise InvalidRequestError(f"the body has {len(data)} fields, the most is {MAX_FIELDS}")
     fields = drop_nulls(data)
     unsupported = drop_no_ops(fields, model.model_fields)
     if unsupported:
