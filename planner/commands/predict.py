@@ -24,6 +24,7 @@ from tokenspeed_plan.planner.advisor.predicted import (
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
 from tokenspeed_plan.planner.advisor.reasons import service_lines
+from tokenspeed_plan.planner.advisor.resolve import chosen_concurrency
 from tokenspeed_plan.planner.advisor.rollback import allowed_rollbacks
 from tokenspeed_plan.planner.advisor.search import Progress, Search
 from tokenspeed_plan.planner.commands.long_work import LongWork
@@ -182,6 +183,8 @@ def search(
     hardware = find_hardware(spec.target.gpu, spec.folder)
     check_possible(spec, config)
     check_formats(spec.model.weights, hardware)
+    if spec.workload.concurrency == "auto":
+        spec = spec.with_concurrency(chosen_concurrency(spec, config, hardware).num_seqs)
     rollback: RollbackWord = "snapshot"
     if engine is None:
         rollback, *_ = allowed_rollbacks(spec, config, hardware)
