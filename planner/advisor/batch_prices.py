@@ -5,94 +5,185 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import fmean
 
+from tokenspeed_plan.planner.advisor.batch_run import BatchLimits, BatchRun, run_batch
+from tokenspeed_plan.planner.advisor.candidate import Knobs
 from tokenspeed_plan.planner.advisor.numbers import powers_of_two
+from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.advisor.step_time import StepTime
+from tokenspeed_plan.planner.layout import ParallelLayout
 
 LEAST_CHUNK = 16  # tokens, below which a prefill step takes no less
+Points = list[tuple[int, float]]  # sizes and their microseconds
 
 
 @dataclass(frozen=True, slots=True)
-class PriceSource:
-    """How steps of one deployment are priced.
+class RowShape:
+    """Mean tokens of the prompts and of the answers of some rows."""
+
+    prompt: float
+    output: float
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int]]) -> RowShape:
+        """The means of rows, at least one."""
+        return cls(fmean(prompt for prompt, _ in rows), fmean(output for _, output in rows))
+
+
+@dataclass(frozen=True, slots=True)
+class BatchModel:
+    """How a batch runs on one replica of a deployment.
 
     Attributes:
-        prefill_us: of so many tokens.
-        decode_us: of a bucket of sequences with so many tokens of context each.
-        tokens: that a step of a bucket yields for each sequence.
-        host_us: of the host for each sequence of a step that was not launched ahead.
-        page_size: tokens after which a sequence needs another page.
-        contexts: two contexts, between which the price of a step is linear.
+        steps: the time of steps.
+        layout, knobs: of the deployment.
+        depth: drafts of a step of so many sequences.
+        accepted: tokens that a step with so many drafts yields for each sequence.
+        host_us: work of the host for each sequence of a step that is not launched ahead.
+        buckets: sizes of decode programs, rising.
+        is_padded: whether a smaller batch takes the time of the next larger program; without it,
+            times are linear between buckets.
     """
 
-    prefill_us: Callable[[int], float]
-    decode_us: Callable[[int, int], float]
-    tokens: Callable[[int], float]
+    steps: StepModel
+    layout: ParallelLayout
+    knobs: Knobs
+    depth: Callable[[int], int]
+    accepted: Callable[[int], float]
     host_us: float
-    page_size: int
-    contexts: tuple[int, int]
-
-
-@dataclass(slots=True)
-class BatchPrices:
-    """Prices for a run of a batch.
-
-    Attributes:
-        source: of the prices.
-        buckets: sizes of decode programs, rising; a smaller batch is padded to the next one.
-        is_padded: whether programs run at their full size; without it, prices are linear between
-            buckets.
-        chunk: the largest prefill step, in tokens.
-        known: prices of decode steps at both contexts, by bucket.
-    """
-
-    source: PriceSource
     buckets: Sequence[int]
     is_padded: bool
-    chunk: int
+
+    def run(
+        self, rows: Sequence[tuple[int, int]], num_seqs: int, interleaved: int | None = None
+    ) -> BatchRun:
+        """Run rows, at most `num_seqs` at once.
+
+        Args:
+            rows: each with the tokens of its prompt and of its answer.
+            num_seqs: at once.
+            interleaved: tokens of prompts between two decode steps; None for a chunk.
+        """
+        chunk = self.knobs.prefill_chunk
+        limits = BatchLimits(num_seqs, chunk, min(interleaved or chunk, chunk))
+        return run_batch(rows, limits, BatchPrices(self, RowShape.of(rows)))
+
+    def prefill(self, shape: RowShape, tokens: int) -> StepTime:
+        """A prefill step of so many tokens, which rows of the mean length share.
+
+        A prompt that is longer than a chunk is in its middle.
+        """
+        seqs = min(max(round(tokens / shape.prompt), 1), tokens)
+        before = max(round(shape.prompt) - self.knobs.prefill_chunk, 0) // 2
+        return self.steps.prefill(self.layout, tokens, before, self.knobs.kv_dtype, seqs=seqs)
+
+    def decode_us(self, bucket: int, context: int) -> float:
+        """Microseconds of a full decode step."""
+        depth, kv_dtype = self.depth(bucket), self.knobs.kv_dtype
+        return self.steps.decode(self.layout, bucket, context, depth, kv_dtype).total_us
+
+    def bucket(self, num_seqs: int) -> int:
+        """The smallest one that holds so many sequences."""
+        return self.buckets[min(bisect_left(self.buckets, num_seqs), len(self.buckets) - 1)]
+
+
+@dataclass
+class BatchPrices:
+    """Prices for one run.
+
+    Attributes:
+        known: prices of full decode steps at both contexts, by bucket.
+        sizes: prices of decode steps by their sequences.
+    """
+
+    model: BatchModel
+    shape: RowShape
     known: dict[int, tuple[float, float]] = field(default_factory=dict)
-    prefills: list[tuple[int, float]] = field(default_factory=list)
+    sizes: dict[int, _Size] = field(default_factory=dict)
 
     def tokens(self, num_seqs: int) -> float:
         """Tokens that a decode step yields for each sequence."""
-        return self.source.tokens(self._bucket(num_seqs))
+        return self._size(num_seqs).tokens
 
-    def prefill_us(self, tokens: int, decoding: int) -> float:
-        """Microseconds of a prefill step; linear between powers of two."""
-        if not self.prefills:
-            sizes = [size for size in powers_of_two(self.chunk) if size >= LEAST_CHUNK]
-            sizes = sorted({*sizes, self.chunk})
-            self.prefills = [(size, self.source.prefill_us(size)) for size in sizes]
-        return linear(self.prefills, tokens) + self.source.host_us * (decoding + 1)
+    def prefill_us(self, tokens: int) -> float:
+        """Microseconds of a prefill step. Data-parallel groups have prompts of their own."""
+        return linear(self._prefills, tokens) / self.model.layout.attention_dp
+
+    def prefill_host_us(self, decoding: int) -> float:
+        """Microseconds of the host for a prefill step, which is not launched ahead."""
+        return self.model.host_us * (decoding + 1)
+
+    @cached_property
+    def _prefills(self) -> Points:
+        chunk = self.model.knobs.prefill_chunk
+        sizes = sorted({min(LEAST_CHUNK, chunk), *powers_of_two(chunk), chunk})
+        large = [size for size in sizes if size >= LEAST_CHUNK or size == chunk]
+        return [(size, self.model.prefill(self.shape, size).total_us) for size in large]
 
     def decode_us(self, num_seqs: int, context_tokens: float) -> float:
-        """Microseconds of a decode step.
+        """Microseconds of a decode step."""
+        return self._size(num_seqs).decode_us(context_tokens)
+
+    def decode_host_us(self, num_seqs: int) -> float:
+        """Microseconds of the host for a decode step, on average."""
+        return self._size(num_seqs).host_us
+
+    def _size(self, num_seqs: int) -> _Size:
+        if num_seqs not in self.sizes:
+            self.sizes[num_seqs] = self._priced(num_seqs)
+        return self.sizes[num_seqs]
+
+    def _priced(self, num_seqs: int) -> _Size:
+        """What a decode step of so many sequences costs.
 
         A step is not launched ahead where a sequence crosses a page, of n sequences with the chance
-        1 - (1 - 1/page)^n; the host's work is in the open then.
+        1 - (1 - 1/page)^n; its work for each of them is in the open then.
         """
-        bucket = self._bucket(num_seqs)
-        crossed = self.source.tokens(bucket) / self.source.page_size
-        waits = 1.0 - (1.0 - min(crossed, 1.0)) ** num_seqs
-        host_us = waits * num_seqs * self.source.host_us
-        if self.is_padded:
-            return self._at(bucket, context_tokens * num_seqs / bucket) + host_us
-        index = bisect_left(self.buckets, num_seqs)
-        around = self.buckets[max(index - 1, 0) : index + 1]
-        prices = [(size, self._at(size, context_tokens)) for size in around]
-        return linear(prices, num_seqs) + host_us
+        model = self.model
+        bucket = model.bucket(num_seqs)
+        tokens = model.accepted(model.depth(bucket))
+        crossed = min(tokens / model.knobs.page_size, 1.0)
+        waits = 1.0 - (1.0 - crossed) ** num_seqs
+        if model.is_padded:
+            around, padding = [bucket], num_seqs / bucket
+        else:
+            index = bisect_left(model.buckets, num_seqs)
+            around, padding = list(model.buckets[max(index - 1, 0) : index + 1]), 1.0
+        begin_us = linear([(size, self._full(size)[0]) for size in around], num_seqs)
+        end_us = linear([(size, self._full(size)[1]) for size in around], num_seqs)
+        few, many = self._contexts
+        slope = (end_us - begin_us) / (many - few)
+        at_none_us = begin_us - few * slope
+        return _Size(tokens, waits * num_seqs * model.host_us, at_none_us, slope * padding)
 
-    def _bucket(self, num_seqs: int) -> int:
-        """The smallest one that holds them."""
-        return self.buckets[min(bisect_left(self.buckets, num_seqs), len(self.buckets) - 1)]
+    @property
+    def _contexts(self) -> tuple[int, int]:
+        """Two contexts, between which prices are linear."""
+        few = round(self.shape.prompt)
+        return few, few + max(round(self.shape.output), 1)
 
-    def _at(self, bucket: int, context_tokens: float) -> float:
-        few, many = self.source.contexts
+    def _full(self, bucket: int) -> tuple[float, float]:
+        """The prices of a full step at both contexts."""
         if bucket not in self.known:
-            at = self.source.decode_us
-            self.known[bucket] = (at(bucket, few), at(bucket, many))
-        few_us, many_us = self.known[bucket]
-        share = (context_tokens - few) / (many - few)
-        return max(few_us + share * (many_us - few_us), 0.0)
+            few, many = self._contexts
+            priced = self.model.decode_us
+            self.known[bucket] = (priced(bucket, few), priced(bucket, many))
+        return self.known[bucket]
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """A decode step of some sequences: the tokens of each, and microseconds by their context."""
+
+    tokens: float
+    host_us: float
+    at_none_us: float
+    us_per_token: float
+
+    def decode_us(self, context_tokens: float) -> float:
+        return max(self.at_none_us + context_tokens * self.us_per_token, 0.0)
 
 
 def linear(points: Sequence[tuple[int, float]], size: int) -> float:

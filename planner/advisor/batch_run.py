@@ -17,13 +17,19 @@ from typing import Protocol
 
 
 class StepPrices(Protocol):
-    """Microseconds of steps, host work that nothing hides included."""
+    """Microseconds of steps, and of the host where nothing hides it."""
 
-    def prefill_us(self, tokens: int, decoding: int) -> float:
-        """Of a prefill step of so many tokens, while others decode."""
+    def prefill_us(self, tokens: int) -> float:
+        """Of a prefill step of so many tokens."""
+
+    def prefill_host_us(self, decoding: int) -> float:
+        """Of the host for a prefill step, while others decode."""
 
     def decode_us(self, num_seqs: int, context_tokens: float) -> float:
         """Of a decode step of so many sequences with this mean context."""
+
+    def decode_host_us(self, num_seqs: int) -> float:
+        """Of the host for a decode step."""
 
     def tokens(self, num_seqs: int) -> float:
         """That a decode step of so many sequences yields for each of them."""
@@ -44,7 +50,7 @@ class BatchRun:
 
     Attributes:
         num_rows: of the batch. input_tokens, output_tokens: of all of them.
-        prefill_us, decode_us: of all steps of a kind.
+        prefill_us, decode_us: of all steps of a kind. host_us: in which nothing else was done.
         prefill_steps: how many there were.
         decode_steps: how many there were, by the sequences that decoded.
     """
@@ -54,13 +60,14 @@ class BatchRun:
     output_tokens: int
     prefill_us: float
     decode_us: float
+    host_us: float
     prefill_steps: int
     decode_steps: Mapping[int, int]
 
     @property
     def total_s(self) -> float:
         """Seconds from the first step to the last."""
-        return (self.prefill_us + self.decode_us) * 1e-6
+        return (self.prefill_us + self.decode_us + self.host_us) * 1e-6
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -106,20 +113,23 @@ class _Prompt:
 class _Pool:
     """The state between two steps.
 
-    `position` counts the tokens that each decoding sequence got since the beginning. A sequence is
-    in `ends` by the position of its last token, with its prompt less the position of its first, so
-    that the context of all is the sum of these and of a position for each.
+    `position` counts the tokens that each decoding sequence got since the beginning. Sequences that
+    began together are in `ends` by the position of their last token, with their prompt less the
+    position of their first, and their number. So the context of all is the sum of these, and of a
+    position for each.
     """
 
     waiting: deque[tuple[int, int]]
     limits: BatchLimits
     prices: StepPrices
     prefilling: deque[_Prompt] = field(default_factory=deque)
-    ends: list[tuple[float, float]] = field(default_factory=list)
+    ends: list[tuple[float, float, int]] = field(default_factory=list)
+    decoding: int = 0
     position: float = 0.0
     offsets: float = 0.0
     prefill_us: float = 0.0
     decode_us: float = 0.0
+    host_us: float = 0.0
     prefill_steps: int = 0
     decode_steps: Counter[int] = field(default_factory=Counter)
 
@@ -130,7 +140,8 @@ class _Pool:
         outputs = sum(output for _, output in self.waiting)
         was_prefill = False
         while self.waiting or self.prefilling or self.ends:
-            self._admit()
+            if self.waiting:
+                self._admit()
             was_prefill = bool(self.prefilling) and not (self.ends and was_prefill)
             if was_prefill:
                 self._prefill()
@@ -142,12 +153,13 @@ class _Pool:
             outputs,
             self.prefill_us,
             self.decode_us,
+            self.host_us,
             self.prefill_steps,
             self.decode_steps,
         )
 
     def _admit(self) -> None:
-        free = self.limits.num_seqs - len(self.prefilling) - len(self.ends)
+        free = self.limits.num_seqs - len(self.prefilling) - self.decoding
         for _ in range(min(free, len(self.waiting))):
             prompt, output = self.waiting.popleft()
             self.prefilling.append(_Prompt(prompt, output, prompt))
@@ -157,7 +169,8 @@ class _Pool:
         most = self.limits.chunk
         if self.ends:
             most = min(most, self.limits.interleaved)
-        room, decoding = most, len(self.ends)
+        room, decoding = most, self.decoding
+        begun: Counter[tuple[int, int]] = Counter()
         while room and self.prefilling:
             first = self.prefilling[0]
             taken = min(first.left, room)
@@ -165,19 +178,23 @@ class _Pool:
             room -= taken
             if not first.left:
                 self.prefilling.popleft()
-                self._begin(first)
-        self.prefill_us += self.prices.prefill_us(most - room, decoding)
+                begun[first.prompt, first.output] += 1
+        for (prompt, output), count in begun.items():
+            self._begin(prompt, output, count)
+        self.prefill_us += self.prices.prefill_us(most - room)
+        self.host_us += self.prices.prefill_host_us(decoding)
         self.prefill_steps += 1
 
-    def _begin(self, row: _Prompt) -> None:
-        if row.output > 1:
-            offset = row.prompt + 1 - self.position
-            heapq.heappush(self.ends, (self.position + row.output - 1, offset))
-            self.offsets += offset
+    def _begin(self, prompt: int, output: int, count: int) -> None:
+        if output > 1:
+            offset = prompt + 1 - self.position
+            heapq.heappush(self.ends, (self.position + output - 1, offset, count))
+            self.offsets += count * offset
+            self.decoding += count
 
     def _decode(self) -> None:
         """Steps until a sequence ends; only one where prompts wait."""
-        count = len(self.ends)
+        count = self.decoding
         each = self.prices.tokens(count)
         steps = 1
         if not self.prefilling:
@@ -185,8 +202,10 @@ class _Pool:
         middle = self.position + each * (steps - 1) / 2
         context = self.offsets / count + middle
         self.decode_us += steps * self.prices.decode_us(count, context)
+        self.host_us += steps * self.prices.decode_host_us(count)
         self.decode_steps[count] += steps
         self.position += steps * each
         while self.ends and self.ends[0][0] <= self.position + 1e-9:
-            _, offset = heapq.heappop(self.ends)
-            self.offsets -= offset
+            _, offset, ended = heapq.heappop(self.ends)
+            self.offsets -= ended * offset
+            self.decoding -= ended

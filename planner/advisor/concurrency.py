@@ -7,6 +7,7 @@ rows of a batch leave most of them empty. So the cost of a token falls, and then
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Capabilities
@@ -36,22 +37,21 @@ class Concurrency:
     reason: str
 
 
-def choose_concurrency(predictor: Predictor, scope: Capabilities, num_gpus: int) -> Concurrency:
+def choose_concurrency(
+    predictor: Predictor, scope: Capabilities, num_gpus: int
+) -> Concurrency | None:
     """The fewest sequences whose tokens cost about the least, among those in the service levels.
+
+    None where not even one fits.
 
     Args:
         predictor: of a spec that leaves the number open.
         scope: what a deployment may use.
         num_gpus: how many GPUs there are.
-
-    Raises:
-        SpecError: not even one sequence fits.
     """
     curve = tuple(_curve(predictor, scope, num_gpus))
     if not curve:
-        raise SpecError(
-            "not even one sequence fits", "raise `target.count`, or lower the workload's tokens"
-        )
+        return None
     levels = predictor.spec.service_levels
     judge = SearchResult(METRIC, levels, curve, ())
     least = min(judge.excess(each) for each in curve)
@@ -124,22 +124,14 @@ def _curve(predictor: Predictor, scope: Capabilities, num_gpus: int) -> Iterator
 def _legal_layouts(
     predictor: Predictor, scope: Capabilities, num_gpus: int
 ) -> list[ParallelLayout]:
-    """The layouts that cut the model evenly.
-
-    Raises:
-        SpecError: none does; the first one's reason.
-    """
+    """The layouts that cut the model evenly."""
     spec, config = predictor.spec, predictor.config
     space = SearchSpace(spec, config, predictor.hardware, scope, num_gpus)
-    found, refused = [], None
+    found = []
     for layout in space.layouts_of(num_gpus):
-        try:
+        with suppress(SpecError):
             check_layout(layout, config, spec.model.weights)
             found.append(layout)
-        except SpecError as error:
-            refused = refused or error
-    if not found and refused:
-        raise refused
     return found
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from tokenspeed_plan.planner.advisor.batch_prices import BatchPrices, PriceSource
-from tokenspeed_plan.planner.advisor.batch_run import BatchLimits, BatchRun, run_batch
+from tokenspeed_plan.planner.advisor.batch_prices import BatchModel, RowShape
+from tokenspeed_plan.planner.advisor.batch_run import BatchRun
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.engine_profile import Engine
 from tokenspeed_plan.planner.advisor.memory_model import MemoryMap, MemoryModel
@@ -36,7 +36,9 @@ from tokenspeed_plan.planner.spec import Spec, SpeculationSpec
 from tokenspeed_plan.plans.types import RollbackWord
 
 SHARING_ERROR = 0.10  # relative error of the model of a pool that several users share
-ROWS_PER_SEQ = 8  # rows of a batch whose number the spec does not say, for each sequence
+# Rows of a batch for each sequence: where the spec does not say their number, while deployments are
+# compared; of a plan; and at most, since more of them are like these.
+SEARCH_ROWS_PER_SEQ, ROWS_PER_SEQ, MAX_ROWS_PER_SEQ = 3, 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class Predictor:
         rollback: how rejected drafts are taken back.
         memories, maps: the memory model of each layout, and the map of each candidate, so far.
         shared_steps: the time of steps, if another predictor's.
+        rows: of a batch, by their number.
     """
 
     spec: Spec
@@ -147,6 +150,7 @@ class Predictor:
     memories: dict[ParallelLayout, MemoryModel] = field(default_factory=dict)
     maps: dict[Candidate, MemoryMap] = field(default_factory=dict)
     shared_steps: StepModel | None = None
+    rows: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def with_concurrency(self, num_seqs: int) -> Predictor:
         """A predictor for so many sequences that shares what does not depend on their number."""
@@ -199,18 +203,14 @@ class Predictor:
         users = ceil_div(workload.num_seqs, candidate.replicas)
         prefill_layout = candidate.prefill or candidate.layout
         decode = _Decode(self, candidate.layout, knobs, talk.mean_context, depths or {})
-        run = None
-        if workload.is_batch_of_rows and candidate.prefill is None:
-            run = self._run(candidate, decode, users, interleaved_tokens)
         first = self._prompt(prefill_layout, knobs, talk.first)
         later = self._prompt(prefill_layout, knobs, talk.later)
         prompt = (first + later * (talk.turns - 1)) * (1.0 / talk.turns)
-        together_us = None
-        if run and users > 1:
-            step, tokens = self._mean_prefill(prefill_layout, knobs, run)
-            first = prompt = step * (talk.first.new_tokens / tokens)
-            knobs = replace(knobs, prefill_chunk=tokens)
-            together_us = step.total_us
+        shared = None
+        if workload.is_batch_of_rows and candidate.prefill is None:
+            shared = self._share(candidate, decode, users, interleaved_tokens)
+            if users > 1:
+                first = prompt = shared.step * (talk.first.new_tokens / shared.tokens)
         transfer = handover_us = None
         if candidate.prefill:
             memory = self.memory(candidate.prefill)
@@ -219,10 +219,12 @@ class Predictor:
         arrivals_per_s = workload.arrivals_per_s
         if arrivals_per_s:
             arrivals_per_s /= candidate.replicas
-        demand = replace(decode, knobs=knobs).demand(talk, prompt.total_us, users, together_us)
-        demand = replace(demand, prefill_parallelism=prefill_layout.attention_dp)
+        demand = decode.demand(talk, prompt.total_us, users)
         if interleaved_tokens:
-            demand = replace(demand, longest_wait_us=demand.own_prompt_us / demand.chunks)
+            demand = replace(demand, longest_wait_us=prompt.total_us / demand.chunks)
+        if shared and users > 1:
+            demand = shared.demand(demand, talk.first.new_tokens)
+        demand = replace(demand, prefill_parallelism=prefill_layout.attention_dp)
         served = serve(demand, users, arrivals_per_s, handover_us)
         batch = max(served.batch, 1.0)
         step = decode.at(round(batch))
@@ -243,7 +245,7 @@ class Predictor:
             price_per_hour=self._price_per_hour,
             memory=self.fullest(candidate),
             transfer=transfer,
-            run=run,
+            run=shared.run if shared else None,
         )
 
     def token_us(self, candidate: Candidate, batch: int, depth: int) -> float:
@@ -294,6 +296,20 @@ class Predictor:
         """Whether each GPU has the memory."""
         return self.fullest(candidate).total <= self.hardware.memory_bytes
 
+    @property
+    def _shape(self) -> RowShape:
+        workload = self.spec.workload
+        return RowShape(workload.prompts.mean, workload.outputs.mean)
+
+    def _rows(self, per_seq: int) -> list[tuple[int, int]]:
+        """The rows of the batch."""
+        workload = self.spec.workload
+        stated = workload.rows or per_seq * workload.num_seqs
+        count = min(stated, MAX_ROWS_PER_SEQ * workload.num_seqs)
+        if count not in self.rows:
+            self.rows[count] = list(rows_of(workload.prompts, workload.outputs, count))
+        return self.rows[count]
+
     def _prompt(self, layout: ParallelLayout, knobs: Knobs, turn: Turn) -> StepTime:
         """All chunks of a turn's prompt.
 
@@ -312,54 +328,52 @@ class Predictor:
             total += self.steps.prefill(layout, rest, before, knobs.kv_dtype)
         return total
 
-    def _mean_prefill(
-        self, layout: ParallelLayout, knobs: Knobs, run: BatchRun
-    ) -> tuple[StepTime, int]:
-        """The average prefill step of a run, which several prompts share, and its tokens."""
+    def _share(
+        self, candidate: Candidate, decode: _Decode, users: int, interleaved_tokens: int | None
+    ) -> _Shared:
+        """A batch of the workload's rows, and its average prefill step."""
+        batch = self._batch(candidate, decode, users)
+        per_seq = ROWS_PER_SEQ if decode.depths else SEARCH_ROWS_PER_SEQ
+        rows = self._rows(per_seq)[:: candidate.replicas]
+        run = batch.run(rows, users, interleaved_tokens)
         tokens = max(round(run.mean_prefill_tokens), 1)
-        return self._rows_prefill(layout, knobs, tokens), tokens
+        wait_us = math.inf
+        if interleaved_tokens:
+            wait_us = batch.prefill(self._shape, interleaved_tokens).total_us
+        return _Shared(run, batch.prefill(self._shape, tokens), tokens, wait_us)
 
-    def _rows_prefill(self, layout: ParallelLayout, knobs: Knobs, tokens: int) -> StepTime:
-        """A prefill step of so many tokens of a batch's rows.
-
-        Rows of the mean length share it. One that is longer than a chunk is in its middle.
-        """
-        mean = self.spec.workload.prompts.mean
-        seqs = min(max(round(tokens / mean), 1), tokens)
-        before = max(round(mean) - knobs.prefill_chunk, 0) // 2
-        return self.steps.prefill(layout, tokens, before, knobs.kv_dtype, seqs=seqs)
-
-    def _run(
-        self, candidate: Candidate, decode: _Decode, users: int, interleaved: int | None
-    ) -> BatchRun:
-        """The batch on one replica; with depths by bucket its programs are padded to those."""
-        workload, layout, knobs = self.spec.workload, candidate.layout, candidate.knobs
-        num_rows = ceil_div(workload.rows or ROWS_PER_SEQ * workload.num_seqs, candidate.replicas)
-        rows = rows_of(workload.prompts, workload.outputs, num_rows)
-        chunk = knobs.prefill_chunk
-        limits = BatchLimits(users, chunk, min(interleaved or chunk, chunk))
-        buckets = sorted(decode.depths) or sorted({*powers_of_two(users), users})
-        is_padded = bool(decode.depths) and self.hardware.sm > 0
-        prices = BatchPrices(self._source(layout, knobs, decode), buckets, is_padded, chunk)
-        return run_batch(rows, limits, prices)
-
-    def _source(self, layout: ParallelLayout, knobs: Knobs, decode: _Decode) -> PriceSource:
-        """The prices of a batch's steps; an engine's profile has its own host work."""
-        workload = self.spec.workload
-
-        def prefill_us(tokens: int) -> float:
-            step = self._rows_prefill(layout, knobs, tokens)
-            return step.total_us / layout.attention_dp
-
-        begin = round(workload.prompts.mean)
-        return PriceSource(
-            prefill_us=prefill_us,
-            decode_us=lambda bucket, context: decode.at(bucket, context).total_us,
-            tokens=decode.accepted,
-            host_us=0.0 if self.engine else self.hardware.host_seq_us,
-            page_size=knobs.page_size,
-            contexts=(begin, begin + max(round(workload.outputs.mean), 1)),
+    def _batch(self, candidate: Candidate, decode: _Decode, users: int) -> BatchModel:
+        """How a batch runs on one replica; with depths by bucket its programs are padded."""
+        host_us = 0.0 if self.engine else self.hardware.host_seq_us
+        return BatchModel(
+            self.steps,
+            candidate.layout,
+            candidate.knobs,
+            decode.depth,
+            self.accepted,
+            host_us,
+            sorted(decode.depths) or sorted({*powers_of_two(users), users}),
+            bool(decode.depths) and self.hardware.sm > 0,
         )
+
+    def batch_run(
+        self,
+        candidate: Candidate,
+        depths: Mapping[int, int],
+        rows: Sequence[tuple[int, int]],
+        interleaved_tokens: int | None = None,
+    ) -> BatchRun:
+        """Rows on a deployment, each with the tokens of its prompt and of its answer.
+
+        Args:
+            candidate: the deployment, of one replica.
+            depths: drafts of a step by decode bucket.
+            rows: of the batch.
+            interleaved_tokens: of prompts between two decode steps; None for a chunk.
+        """
+        users = self.spec.workload.num_seqs
+        decode = _Decode(self, candidate.layout, candidate.knobs, 0, depths)
+        return self._batch(candidate, decode, users).run(rows, users, interleaved_tokens)
 
     def _error(self, step: StepTime, prompt: StepTime, steps: float, users: int) -> float:
         """The error of the steps' times, and of the model of users who share a pool."""
@@ -374,6 +388,25 @@ class Predictor:
         if self.reserved_price:
             return self.hardware.usd_per_hour_reserved
         return self.hardware.usd_per_hour_on_demand
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """Prompts that are computed together: a run, its average prefill step, and its tokens.
+
+    `wait_us`: the most time of prompts between two decode steps, where that is limited.
+    """
+
+    run: BatchRun
+    step: StepTime
+    tokens: int
+    wait_us: float
+
+    def demand(self, demand: Demand, new_tokens: float) -> Demand:
+        """The demand of a turn that waits for whole steps, and takes a part of them."""
+        chunks = math.ceil(new_tokens / self.tokens)
+        own_us = chunks * self.step.total_us
+        return replace(demand, chunks=chunks, own_us=own_us, longest_wait_us=self.wait_us)
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,38 +427,22 @@ class _Decode:
         index = min(bisect_left(buckets, batch), len(buckets) - 1)
         return self.depths[buckets[index]]
 
-    def at(self, batch: int, context_tokens: int | None = None) -> StepTime:
-        """One step; by default in the middle of the conversation."""
-        context = self.context_tokens
-        if context_tokens is not None:
-            context = context_tokens
-        depth, kv_dtype = self.depth(batch), self.knobs.kv_dtype
-        return self.predictor.steps.decode(self.layout, batch, context, depth, kv_dtype)
+    def at(self, batch: int) -> StepTime:
+        """One step."""
+        return self.predictor.steps.decode(
+            self.layout, batch, self.context_tokens, self.depth(batch), self.knobs.kv_dtype
+        )
 
     def accepted(self, batch: int) -> float:
         """Tokens that a step yields for each sequence."""
         return self.predictor.accepted(self.depth(batch))
 
-    def demand(
-        self, talk: Conversation, prefill_us: float, users: int, together_us: float | None = None
-    ) -> Demand:
-        """What an average turn asks of the pool.
-
-        Args:
-            talk: the conversation.
-            prefill_us: the pool's time for the prompt.
-            users: of the pool.
-            together_us: of a prefill step that several prompts share; None where none do.
-        """
+    def demand(self, talk: Conversation, prefill_us: float, users: int) -> Demand:
+        """What an average turn asks of the pool."""
         chunk = self.knobs.prefill_chunk
-        chunks = talk.mean(lambda turn: math.ceil(turn.new_tokens / chunk))
-        own_us = None
-        if together_us is not None:
-            own_us = chunks * together_us
         return Demand(
             prefill_us=prefill_us,
-            chunks=chunks,
-            own_us=own_us,
+            chunks=talk.mean(lambda turn: math.ceil(turn.new_tokens / chunk)),
             tokens=talk.output_tokens - 1,
             step_us=self.step_us(users),
             token_us=self.token_us(users),

@@ -141,23 +141,22 @@ def resolve(
 def _with_concurrency(
     spec: Spec, config: ModelConfig, hardware: HardwareSpec, ledger: Ledger
 ) -> Spec:
-    """The spec with a number of sequences, which is recorded where it leaves it open.
-
-    Raises:
-        SpecError: not even one sequence fits, or no layout is legal.
-    """
+    """The spec with a number of sequences, which is recorded where it leaves it open."""
     if spec.workload.concurrency != "auto":
         return spec
     chosen = chosen_concurrency(spec, config, hardware)
+    if chosen is None:  # the search says what is lacking
+        return spec.with_concurrency(1)
     record_concurrency(ledger, chosen)
     return spec.with_concurrency(chosen.num_seqs)
 
 
-def chosen_concurrency(spec: Spec, config: ModelConfig, hardware: HardwareSpec) -> Concurrency:
+def chosen_concurrency(
+    spec: Spec, config: ModelConfig, hardware: HardwareSpec
+) -> Concurrency | None:
     """The number of sequences for a spec that leaves it open, of deployments that a plan can hold.
 
-    Raises:
-        SpecError: not even one sequence fits, or no layout is legal.
+    None where not even one fits.
     """
     word, *_ = allowed_rollbacks(spec.with_concurrency(1), config, hardware)
     predictor = Predictor(spec, config, hardware, rollback=word)

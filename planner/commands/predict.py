@@ -184,7 +184,8 @@ def search(
     check_possible(spec, config)
     check_formats(spec.model.weights, hardware)
     if spec.workload.concurrency == "auto":
-        spec = spec.with_concurrency(chosen_concurrency(spec, config, hardware).num_seqs)
+        chosen = chosen_concurrency(spec, config, hardware)
+        spec = spec.with_concurrency(chosen.num_seqs if chosen else 1)
     rollback: RollbackWord = "snapshot"
     if engine is None:
         rollback, *_ = allowed_rollbacks(spec, config, hardware)
