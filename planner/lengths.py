@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist, fmean
 
 _NORMAL = NormalDist()
@@ -75,6 +76,7 @@ class Lengths:
         return fmean((value - self.mean) ** 2 for value in self.quantiles(_POINTS))
 
 
-def rows_of(prompts: Lengths, outputs: Lengths, count: int) -> Iterator[tuple[int, int]]:
+@cache
+def rows_of(prompts: Lengths, outputs: Lengths, count: int) -> tuple[tuple[int, int], ...]:
     """Rows of a batch, each with the tokens of its prompt and of its answer."""
-    return zip(prompts.sample(count, 0), outputs.sample(count, 1), strict=True)
+    return tuple(zip(prompts.sample(count, 0), outputs.sample(count, 1), strict=True))

@@ -147,9 +147,9 @@ class LengthsSpec(_Section):
         Annotated[float, Field(ge=1, le=MAX_TOKENS, allow_inf_nan=False)] | None,
         _about("The mean over all rows.", 1024, "tokens"),
     ] = None
-    p95: Annotated[
-        Tokens | None, _about("What 95 of 100 rows do not exceed.", 3000, "tokens")
-    ] = None
+    p95: Annotated[Tokens | None, _about("What 95 of 100 rows do not exceed.", 3000, "tokens")] = (
+        None
+    )
     max: Annotated[Tokens | None, _about("The longest row.", 8000, "tokens")] = None
     lengths: Annotated[
         Name | None,

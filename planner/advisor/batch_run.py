@@ -93,9 +93,7 @@ class BatchRun:
         return sum(size * count for size, count in self.decode_steps.items()) / steps
 
 
-def run_batch(
-    rows: Iterable[tuple[int, int]], limits: BatchLimits, prices: StepPrices
-) -> BatchRun:
+def run_batch(rows: Iterable[tuple[int, int]], limits: BatchLimits, prices: StepPrices) -> BatchRun:
     """Run rows, each with the tokens of its prompt and of its answer."""
     return _Pool(deque(rows), limits, prices).run()
 

@@ -37,9 +37,7 @@ def choose_buckets(predictor: Predictor, best: Prediction) -> tuple[int, ...]:
 
     def step_us(size: int) -> float:
         knobs = candidate.knobs
-        step = predictor.steps.decode(
-            candidate.layout, size, context, knobs.depth, knobs.kv_dtype
-        )
+        step = predictor.steps.decode(candidate.layout, size, context, knobs.depth, knobs.kv_dtype)
         return step.total_us
 
     return fitted_buckets(best.run.decode_steps, powers, step_us)

@@ -67,9 +67,7 @@ def step_prediction(
     }
 
 
-def batch_prediction(
-    plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]
-) -> dict[str, float]:
+def batch_prediction(plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]) -> dict[str, float]:
     """What a batch would take on a plan, from its first row to its last.
 
     Args:
@@ -94,7 +92,8 @@ def batch_prediction(
     depths = {each.bucket: each.depth for each in pool.programs if each.phase == "decode"}
     knobs = Knobs(limits.max_tokens, limits.page_size, limits.max_depth)
     candidate = Candidate(_layout_of(plan), knobs)
-    run = predictor.batch_run(candidate, depths, rows, limits.interleaved_tokens)
+    batch = predictor.batch(candidate, depths, limits.max_seqs)
+    run = batch.run(rows, limits.max_seqs, limits.interleaved_tokens)
     return {
         "total_s": digits(run.total_s),
         "input_tokens_per_s": digits(run.input_tokens_per_s),

@@ -138,7 +138,6 @@ class Predictor:
         rollback: how rejected drafts are taken back.
         memories, maps: the memory model of each layout, and the map of each candidate, so far.
         shared_steps: the time of steps, if another predictor's.
-        rows: of a batch, by their number.
     """
 
     spec: Spec
@@ -150,7 +149,6 @@ class Predictor:
     memories: dict[ParallelLayout, MemoryModel] = field(default_factory=dict)
     maps: dict[Candidate, MemoryMap] = field(default_factory=dict)
     shared_steps: StepModel | None = None
-    rows: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def with_concurrency(self, num_seqs: int) -> Predictor:
         """A predictor for so many sequences that shares what does not depend on their number."""
@@ -210,22 +208,18 @@ class Predictor:
         if workload.is_batch_of_rows and candidate.prefill is None:
             shared = self._share(candidate, decode, users, interleaved_tokens)
             if users > 1:
-                first = prompt = shared.step * (talk.first.new_tokens / shared.tokens)
+                first = prompt = shared.part(talk.first.new_tokens)
         transfer = handover_us = None
         if candidate.prefill:
             memory = self.memory(candidate.prefill)
             transfer = plan_transfer(memory, candidate, talk.later.new_tokens, prompt)
             handover_us = transfer.exposed_us
-        arrivals_per_s = workload.arrivals_per_s
-        if arrivals_per_s:
-            arrivals_per_s /= candidate.replicas
-        demand = decode.demand(talk, prompt.total_us, users)
+        demand = decode.demand(talk, prompt.total_us, users, prefill_layout.attention_dp)
         if interleaved_tokens:
             demand = replace(demand, longest_wait_us=prompt.total_us / demand.chunks)
         if shared and users > 1:
             demand = shared.demand(demand, talk.first.new_tokens)
-        demand = replace(demand, prefill_parallelism=prefill_layout.attention_dp)
-        served = serve(demand, users, arrivals_per_s, handover_us)
+        served = serve(demand, users, self._arrivals_per_s(candidate), handover_us)
         batch = max(served.batch, 1.0)
         step = decode.at(round(batch))
         waiting_us = max(served.first_token_us - prompt.total_us, 0.0)
@@ -296,19 +290,19 @@ class Predictor:
         """Whether each GPU has the memory."""
         return self.fullest(candidate).total <= self.hardware.memory_bytes
 
-    @property
-    def _shape(self) -> RowShape:
-        workload = self.spec.workload
-        return RowShape(workload.prompts.mean, workload.outputs.mean)
+    def _arrivals_per_s(self, candidate: Candidate) -> float | None:
+        """Turns that arrive at one replica."""
+        arrivals_per_s = self.spec.workload.arrivals_per_s
+        if arrivals_per_s is None:
+            return None
+        return arrivals_per_s / candidate.replicas
 
-    def _rows(self, per_seq: int) -> list[tuple[int, int]]:
+    def _rows(self, per_seq: int) -> Sequence[tuple[int, int]]:
         """The rows of the batch."""
         workload = self.spec.workload
         stated = workload.rows or per_seq * workload.num_seqs
         count = min(stated, MAX_ROWS_PER_SEQ * workload.num_seqs)
-        if count not in self.rows:
-            self.rows[count] = list(rows_of(workload.prompts, workload.outputs, count))
-        return self.rows[count]
+        return rows_of(workload.prompts, workload.outputs, count)
 
     def _prompt(self, layout: ParallelLayout, knobs: Knobs, turn: Turn) -> StepTime:
         """All chunks of a turn's prompt.
@@ -332,18 +326,27 @@ class Predictor:
         self, candidate: Candidate, decode: _Decode, users: int, interleaved_tokens: int | None
     ) -> _Shared:
         """A batch of the workload's rows, and its average prefill step."""
-        batch = self._batch(candidate, decode, users)
+        batch = self.batch(candidate, decode.depths, users)
         per_seq = ROWS_PER_SEQ if decode.depths else SEARCH_ROWS_PER_SEQ
         rows = self._rows(per_seq)[:: candidate.replicas]
         run = batch.run(rows, users, interleaved_tokens)
         tokens = max(round(run.mean_prefill_tokens), 1)
-        wait_us = math.inf
+        workload, wait_us = self.spec.workload, math.inf
+        shape = RowShape(workload.prompts.mean, workload.outputs.mean)
         if interleaved_tokens:
-            wait_us = batch.prefill(self._shape, interleaved_tokens).total_us
-        return _Shared(run, batch.prefill(self._shape, tokens), tokens, wait_us)
+            wait_us = batch.prefill(shape, interleaved_tokens).total_us
+        return _Shared(run, batch.prefill(shape, tokens), tokens, wait_us)
 
-    def _batch(self, candidate: Candidate, decode: _Decode, users: int) -> BatchModel:
-        """How a batch runs on one replica; with depths by bucket its programs are padded."""
+    def batch(self, candidate: Candidate, depths: Mapping[int, int], users: int) -> BatchModel:
+        """How a batch runs on one replica.
+
+        Args:
+            candidate: the deployment.
+            depths: drafts of a step by decode bucket, whose programs are then padded to; where it
+                is empty, those of the candidate.
+            users: sequences at once.
+        """
+        decode = _Decode(self, candidate.layout, candidate.knobs, 0, depths)
         host_us = 0.0 if self.engine else self.hardware.host_seq_us
         return BatchModel(
             self.steps,
@@ -355,25 +358,6 @@ class Predictor:
             sorted(decode.depths) or sorted({*powers_of_two(users), users}),
             bool(decode.depths) and self.hardware.sm > 0,
         )
-
-    def batch_run(
-        self,
-        candidate: Candidate,
-        depths: Mapping[int, int],
-        rows: Sequence[tuple[int, int]],
-        interleaved_tokens: int | None = None,
-    ) -> BatchRun:
-        """Rows on a deployment, each with the tokens of its prompt and of its answer.
-
-        Args:
-            candidate: the deployment, of one replica.
-            depths: drafts of a step by decode bucket.
-            rows: of the batch.
-            interleaved_tokens: of prompts between two decode steps; None for a chunk.
-        """
-        users = self.spec.workload.num_seqs
-        decode = _Decode(self, candidate.layout, candidate.knobs, 0, depths)
-        return self._batch(candidate, decode, users).run(rows, users, interleaved_tokens)
 
     def _error(self, step: StepTime, prompt: StepTime, steps: float, users: int) -> float:
         """The error of the steps' times, and of the model of users who share a pool."""
@@ -401,6 +385,10 @@ class _Shared:
     step: StepTime
     tokens: int
     wait_us: float
+
+    def part(self, new_tokens: float) -> StepTime:
+        """What a prompt takes of the steps that compute it with others."""
+        return self.step * (new_tokens / self.tokens)
 
     def demand(self, demand: Demand, new_tokens: float) -> Demand:
         """The demand of a turn that waits for whole steps, and takes a part of them."""
@@ -437,7 +425,7 @@ class _Decode:
         """Tokens that a step yields for each sequence."""
         return self.predictor.accepted(self.depth(batch))
 
-    def demand(self, talk: Conversation, prefill_us: float, users: int) -> Demand:
+    def demand(self, talk: Conversation, prefill_us: float, users: int, parallelism: int) -> Demand:
         """What an average turn asks of the pool."""
         chunk = self.knobs.prefill_chunk
         return Demand(
@@ -446,6 +434,7 @@ class _Decode:
             tokens=talk.output_tokens - 1,
             step_us=self.step_us(users),
             token_us=self.token_us(users),
+            prefill_parallelism=parallelism,
         )
 
     def step_us(self, users: int) -> Callable[[float], float]:

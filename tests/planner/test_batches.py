@@ -19,7 +19,7 @@ from specs import merged
 from symbolic import SymbolicExecutor, answer
 
 from tokenspeed_plan.planner import compile_plan, find_model
-from tokenspeed_plan.planner.advisor.batch_run import BatchLimits, BatchRun, run_batch
+from tokenspeed_plan.planner.advisor.batch_run import BatchLimits, run_batch
 from tokenspeed_plan.planner.advisor.buckets import CAPTURE_US, MAX_BUCKETS, fitted_buckets
 from tokenspeed_plan.planner.advisor.plan_prices import batch_prediction
 from tokenspeed_plan.planner.advisor.resolve import Decided, resolve
@@ -227,14 +227,15 @@ def test_more_sequences_fit_where_lengths_vary() -> None:
     }
     many, _ = decided_for(spec_for(workload=longest))
     fewer_pages, _ = decided_for(spec_for(workload=varied))
-    assert (
-        fewer_pages.predicted.largest_concurrency > 1.3 * many.predicted.largest_concurrency
-    )
+    assert fewer_pages.predicted.largest_concurrency > 1.3 * many.predicted.largest_concurrency
 
 
 @settings(deadline=None)
 @given(
-    st.floats(1, 5000), st.floats(0, 1e6), st.integers(1, 512), st.integers(1, 200),
+    st.floats(1, 5000),
+    st.floats(0, 1e6),
+    st.integers(1, 512),
+    st.integers(1, 200),
     st.sampled_from([16, 64]),
 )
 def test_pages_are_for_the_mean_and_one_longest(
@@ -330,7 +331,7 @@ def test_a_plan_predicts_any_batch(checkpoint: Any) -> None:
 def test_lengths_have_their_mean_and_tail(mean: float, tail: float, longest: float) -> None:
     lengths = Lengths(mean, mean * tail, math.ceil(mean * tail * longest) + 1)
     found = lengths.quantiles(2000)
-    assert found == sorted(found) and 1 <= found[0] and found[-1] <= lengths.longest
+    assert found == sorted(found) and found[0] >= 1 and found[-1] <= lengths.longest
     assert fmean(found) == pytest.approx(mean, rel=0.06, abs=0.6)
     if 1.1 < tail < 3.5 and mean > 50:
         assert found[1899] == pytest.approx(lengths.p95, rel=0.12)
