@@ -12,6 +12,7 @@ from statistics import NormalDist, fmean
 _NORMAL = NormalDist()
 _Z95 = _NORMAL.inv_cdf(0.95)
 _POINTS = 256  # quantiles that stand for the distribution
+_ROUNDS = 8  # after which what is cut off at the longest has the mean again
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,11 @@ class Lengths:
         spread = self.log_spread
         shares = ((index + 0.5) / count for index in range(count))
         raw = [math.exp(spread * _NORMAL.inv_cdf(share)) for share in shares]
-        scale = self.mean / fmean(raw)
-        cut = [min(max(value * scale, 1.0), self.longest) for value in raw]
-        again = self.mean / fmean(cut)
-        return [min(max(round(value * again), 1), self.longest) for value in cut]
+        scale = 1.0
+        for _ in range(_ROUNDS):
+            cut = [min(max(value * scale, 1.0), self.longest) for value in raw]
+            scale *= self.mean / fmean(cut)
+        return [min(max(round(value * scale), 1), self.longest) for value in raw]
 
     def sample(self, count: int, seed: int) -> list[int]:
         """The quantiles in an order that depends on the seed alone."""
