@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenspeed_plan.planner.foreign_yaml import read_file
-from tokenspeed_plan.planner.lengths import Lengths
+from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.errors import SpecError
 
 LENGTHS_FILE_HINT = "`tokenspeed lengths batch.jsonl -o lengths.jsonl` writes such a file"

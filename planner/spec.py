@@ -20,12 +20,12 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from tokenspeed_plan.planner.foreign_yaml import NotYaml, parse_yaml, read_file, read_yaml
-from tokenspeed_plan.planner.lengths import Lengths
 from tokenspeed_plan.planner.lengths_file import (
     LENGTH_KEYS,
     LENGTHS_FILE_HINT,
     read_lengths,
 )
+from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.types import RollbackWord

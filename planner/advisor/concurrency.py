@@ -63,10 +63,12 @@ def choose_concurrency(
         f"the fewest within {WORTH_MORE_SEQS:.0%} of the least {METRIC}: "
         f"{chosen.metrics[METRIC]:.4g} of {best:.4g}"
     )
-    if levels:
-        reason += ", among those in the service levels" if not least else ", nearest to them"
-    if chosen is curve[-1]:
-        reason += "; more do not fit" if chosen.concurrency < _most(predictor) else ""
+    if least:
+        reason += ", among those nearest to the service levels"
+    elif levels:
+        reason += ", among those in the service levels"
+    if chosen is curve[-1] and chosen.concurrency < _most(predictor):
+        reason += "; more do not fit"
     return Concurrency(chosen.concurrency, curve, reason)
 
 

@@ -28,11 +28,11 @@ from tokenspeed_plan.planner.advisor.workload import (
     tokens_per_step,
 )
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.lengths import rows_of
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.passes.limits import Holding
 from tokenspeed_plan.planner.spec import Spec, SpeculationSpec
+from tokenspeed_plan.planner.token_lengths import rows_of
 from tokenspeed_plan.plans.types import RollbackWord
 
 SHARING_ERROR = 0.10  # relative error of the model of a pool that several users share

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokenspeed_plan.planner.lengths import Lengths
 from tokenspeed_plan.planner.models.folder import find_folder
+from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.errors import RequestError, SpecError
 
 if TYPE_CHECKING:

@@ -26,12 +26,12 @@ from tokenspeed_plan.planner.advisor.resolve import Decided, resolve
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.commands.predict import search
 from tokenspeed_plan.planner.ledger import Ledger
-from tokenspeed_plan.planner.lengths import Lengths, rows_of
 from tokenspeed_plan.planner.lengths_file import read_lengths
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.passes.limits import Holding, decode_buckets
 from tokenspeed_plan.planner.spec import Spec, load_spec
+from tokenspeed_plan.planner.token_lengths import Lengths, rows_of
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Decision, Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
@@ -325,7 +325,7 @@ def test_lengths_have_their_mean_and_tail(mean: float, tail: float, longest: flo
     found = lengths.quantiles(2000)
     assert found == sorted(found) and found[0] >= 1 and found[-1] <= lengths.longest
     assert fmean(found) == pytest.approx(mean, rel=0.06, abs=0.6)
-    if 1.1 < tail < 3.5 and mean > 50:
+    if 1.1 < tail < 3.5 and mean > 50 and longest > 4:
         assert found[1899] == pytest.approx(lengths.p95, rel=0.12)
     assert sorted(lengths.sample(50, 3)) == lengths.quantiles(50)
 
