@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 FEW = (1, 2, 4, 16, 32)
 MANY = (*FEW, 64, 128, 256)
 # Sequences that are measured, by the tokens of context that each of them has.
-BATCHES = {"cuda": {1024: MANY, 16_384: FEW}, "cpu": {128: FEW}}
+BATCHES: Mapping[str, Mapping[int, Sequence[int]]] = {
+    "cuda": {1024: MANY, 16_384: FEW},
+    "cpu": {128: FEW},
+}
 CHUNK = {"cuda": 4096, "cpu": 128}
 
 

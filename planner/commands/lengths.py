@@ -59,7 +59,10 @@ def _lengths(options: LengthsOptions) -> None:
         tokenizer = _tokenizer(options.model)
     rows = list(row_lengths(options.batch, options.answers, tokenizer))
     if not rows:
-        raise RequestError(f"`{options.batch}` has no rows whose length is known")
+        raise RequestError(
+            f"`{options.batch}` has no rows whose length is known",
+            "name the output of these rows, or the folder of the model",
+        )
     lines = [json.dumps(row.as_json(), allow_nan=False) for row in rows]
     options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     for line in _summary(rows):

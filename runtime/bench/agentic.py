@@ -56,7 +56,7 @@ _DEFAULTS = {"first_turn_tokens": 2048, "turn_tokens": 0, "turns": 1, "output_to
 def mean_length(stated: Any) -> int:
     """The tokens that a spec states, or the mean of those that vary."""
     if isinstance(stated, dict):
-        return round(stated["mean"])
+        stated = round(stated["mean"])
     return int(stated)
 
 
