@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from tokenspeed_plan.planner.advisor.numbers import digits
+
 
 class StepPrices(Protocol):
     """Microseconds of steps, and of the host where nothing hides it."""
@@ -91,6 +93,21 @@ class BatchRun:
         if not steps:
             return 0.0
         return sum(size * count for size, count in self.decode_steps.items()) / steps
+
+    def as_json(self) -> dict[str, float]:
+        """Rates, where the seconds went, and how many steps there were, rounded."""
+        return {
+            "rows": self.num_rows,
+            "input_tokens_per_s": digits(self.input_tokens_per_s),
+            "output_tokens_per_s": digits(self.output_tokens_per_s),
+            "total_s": digits(self.total_s),
+            "prefill_s": digits(self.prefill_us * 1e-6),
+            "decode_s": digits(self.decode_us * 1e-6),
+            "host_s": digits(self.host_us * 1e-6),
+            "prefill_steps": self.prefill_steps,
+            "decode_steps": sum(self.decode_steps.values()),
+            "mean_batch": digits(self.mean_batch),
+        }
 
 
 def run_batch(rows: Iterable[tuple[int, int]], limits: BatchLimits, prices: StepPrices) -> BatchRun:

@@ -94,17 +94,7 @@ def batch_prediction(plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]) 
     candidate = Candidate(_layout_of(plan), knobs)
     batch = predictor.batch(candidate, depths, limits.max_seqs)
     run = batch.run(rows, limits.max_seqs, limits.interleaved_tokens)
-    return {
-        "total_s": digits(run.total_s),
-        "input_tokens_per_s": digits(run.input_tokens_per_s),
-        "output_tokens_per_s": digits(run.output_tokens_per_s),
-        "prefill_s": digits(run.prefill_us * 1e-6),
-        "decode_s": digits(run.decode_us * 1e-6),
-        "host_s": digits(run.host_us * 1e-6),
-        "prefill_steps": run.prefill_steps,
-        "decode_steps": sum(run.decode_steps.values()),
-        "mean_batch": digits(run.mean_batch),
-    }
+    return run.as_json()
 
 
 def _spec_of(plan: Plan) -> Spec:
