@@ -160,9 +160,9 @@ class BatchPrices:
 
     @property
     def _contexts(self) -> tuple[int, int]:
-        """Two contexts, between which prices are linear."""
+        """Two contexts, through whose prices a line is drawn: of a beginning, and of a middle."""
         few = round(self.shape.prompt)
-        return few, few + max(round(self.shape.output), 1)
+        return few, max(round(self.shape.prompt + self.shape.output / 2), few + 1)
 
     def _full(self, bucket: int) -> tuple[float, float]:
         """The prices of a full step at both contexts."""

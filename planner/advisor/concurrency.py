@@ -15,7 +15,7 @@ from tokenspeed_plan.planner.advisor.legality import check_layout
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import OBJECTIVES, SearchResult
-from tokenspeed_plan.planner.advisor.search_space import DEPTHS, SearchSpace
+from tokenspeed_plan.planner.advisor.search_space import SearchSpace
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.plans.errors import SpecError
@@ -100,9 +100,9 @@ def _most(predictor: Predictor) -> int:
 
 
 def _sizes(most: int) -> list[int]:
-    """1, 2, 4, 8, 16, 24, 32, 48, ... and the most itself."""
+    """1, 2, 4, ... 64, 96, 128, 192, ... and the most itself."""
     powers = [1 << bits for bits in range(most.bit_length())]
-    between = [3 * power // 2 for power in powers if power >= 16]
+    between = [3 * power // 2 for power in powers if power >= 64]
     return sorted({size for size in (*powers, *between, most) if size <= most})
 
 
@@ -139,17 +139,12 @@ def _legal_layouts(
 
 def _candidates(
     predictor: Predictor, scope: Capabilities, num_gpus: int, layouts: Iterable[ParallelLayout]
-) -> Iterator[Candidate]:
-    """Each layout with each number of drafts, of which the search tries the rest."""
+) -> list[Candidate]:
+    """Each layout that fits, with the first value of each knob."""
     spec, config = predictor.spec, predictor.config
     space = SearchSpace(spec, config, predictor.hardware, scope, num_gpus)
-    knobs = space.default_knobs()
-    depths: Iterable[int] = (knobs.depth,)
-    if spec.stated_depth is None and config.num_mtp_layers:
-        depths = DEPTHS
-    for layout in layouts:
-        for depth in depths:
-            yield Candidate(layout, replace(knobs, depth=depth))
+    found = [Candidate(layout, space.default_knobs()) for layout in layouts]
+    return [candidate for candidate in found if predictor.fits(candidate)]
 
 
 def _best(
@@ -159,15 +154,23 @@ def _best(
     layouts: Iterable[ParallelLayout],
     num_seqs: int,
 ) -> Prediction | None:
-    """The cheapest deployment of so many sequences; None where none fits."""
+    """The cheapest deployment of so many sequences; None where none fits.
+
+    The number of drafts is tried with the best layout alone.
+    """
     sized = predictor.with_concurrency(num_seqs)
-    found = [
-        sized.predict(candidate)
-        for candidate in _candidates(sized, scope, num_gpus, layouts)
-        if sized.fits(candidate)
-    ]
-    judge = SearchResult(METRIC, predictor.spec.service_levels, tuple(found), ())
-    return min(found, key=judge.order, default=None)
+    spec, config = sized.spec, sized.config
+    judge = SearchResult(METRIC, spec.service_levels, (), ())
+    candidates = _candidates(sized, scope, num_gpus, layouts)
+    best = min(map(sized.predict, candidates), key=judge.order, default=None)
+    if best is None:
+        return None
+    space = SearchSpace(spec, config, sized.hardware, scope, num_gpus)
+    for knobs in space.with_depths(best.candidate.knobs):
+        candidate = replace(best.candidate, knobs=knobs)
+        if candidate != best.candidate and sized.fits(candidate):
+            best = min(best, sized.predict(candidate), key=judge.order)
+    return best
 
 
 def _largest_fitting(
@@ -182,6 +185,6 @@ def _largest_fitting(
     step = max((too_many - fits) // 8, 1)
     for num_seqs in range(too_many - step, fits, -step):
         sized = predictor.with_concurrency(num_seqs)
-        if any(map(sized.fits, _candidates(sized, scope, num_gpus, layouts))):
+        if _candidates(sized, scope, num_gpus, layouts):
             return num_seqs
     return fits
