@@ -14,6 +14,7 @@ from tokenspeed_plan.planner.commands.bench import bench_command
 from tokenspeed_plan.planner.commands.calibrate import calibrate
 from tokenspeed_plan.planner.commands.chat import chat
 from tokenspeed_plan.planner.commands.check import check
+from tokenspeed_plan.planner.commands.lengths import lengths_command
 from tokenspeed_plan.planner.commands.plan import plan
 from tokenspeed_plan.planner.commands.predict import predict, sweep
 from tokenspeed_plan.planner.commands.process import set_up_process
@@ -91,6 +92,7 @@ for command in (
     bench_command,
     predict,
     sweep,
+    lengths_command,
     calibrate,
 ):
     main.add_command(command)

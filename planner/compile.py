@@ -271,12 +271,19 @@ def plan_parts(
         knobs.depth,
         decided.rollback,
     )
-    capacity = plan_capacity(spec.workload, model.config, hardware, chosen)
+    workload = spec.with_concurrency(decided.num_seqs).workload
+    capacity = plan_capacity(workload, model.config, hardware, chosen)
     work = _Programs(spec, model, hardware, decided, capacity, dtype, options)
     programs = tuple(work.lowered(report))
     limits = plan_limits(capacity, decided.interleaving.tokens)
     record_streams(ledger, [program.graph for program in programs])
-    record_cache(ledger, limits, decided.interleaving.reason, model.config.has_state)
+    record_cache(
+        ledger,
+        limits,
+        decided.interleaving.reason,
+        model.config.has_state,
+        workload.is_batch_of_rows,
+    )
     if model.stop_reason:
         _record_stop_tokens(ledger, model)
     return Parts(
@@ -357,8 +364,8 @@ class _Programs:
 
 
 def program_load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:
-    """What a program is priced for: decode halfway through a conversation, or one prompt."""
-    middle = spec.workload.max_conversation_tokens // 2
+    """What a program is priced for: decode halfway through a mean conversation, or one prompt."""
+    middle = round(spec.workload.mean_conversation_tokens) // 2
     if phase == "decode":
         return Load(tokens, seqs, middle)
     return Load(tokens, 1, min(middle, tokens))

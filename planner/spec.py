@@ -20,6 +20,12 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from tokenspeed_plan.planner.foreign_yaml import NotYaml, parse_yaml, read_file, read_yaml
+from tokenspeed_plan.planner.lengths_file import (
+    LENGTH_KEYS,
+    LENGTHS_FILE_HINT,
+    read_lengths,
+)
+from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.types import RollbackWord
@@ -134,6 +140,50 @@ class ParallelismSpec(_Section):
     moe: Annotated[MoeSpec | None, _about("The layout of the experts.", {"ep": 8})] = None
 
 
+class LengthsSpec(_Section):
+    """Lengths that vary: their mean, 95th percentile and maximum, or a file of them."""
+
+    mean: Annotated[
+        Annotated[float, Field(ge=1, le=MAX_TOKENS, allow_inf_nan=False)] | None,
+        _about("The mean over all rows.", 1024, "tokens"),
+    ] = None
+    p95: Annotated[Tokens | None, _about("What 95 of 100 rows do not exceed.", 3000, "tokens")] = (
+        None
+    )
+    max: Annotated[Tokens | None, _about("The longest row.", 8000, "tokens")] = None
+    lengths: Annotated[
+        Name | None,
+        _about(
+            "A file that `tokenspeed lengths` wrote, looked up from the current folder and then "
+            "beside the spec. A plan has the mean, p95 and maximum in its place.",
+            "lengths.jsonl",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> LengthsSpec:
+        numbers = (self.mean, self.p95, self.max)
+        if self.lengths is not None and numbers == (None, None, None):
+            return self
+        if self.lengths is not None or None in numbers:
+            raise ValueError("give `mean`, `p95` and `max`, or `lengths`")
+        assert self.mean and self.p95 and self.max
+        if max(self.mean, self.p95) > self.max:
+            raise ValueError("`max` is less than `mean` or `p95`")
+        return self
+
+    @property
+    def summary(self) -> Lengths:
+        """The distribution.
+
+        Raises:
+            SpecError: its file was not read; `load_spec` does it.
+        """
+        if self.mean is None or self.p95 is None or self.max is None:
+            raise SpecError(f"`{self.lengths}` was not read", LENGTHS_FILE_HINT)
+        return Lengths(self.mean, self.p95, self.max)
+
+
 class WorkloadSpec(_Section):
     """What will be served; the longest conversation and the concurrency limit the plan."""
 
@@ -142,7 +192,8 @@ class WorkloadSpec(_Section):
         _about("`agentic` for conversations, `batch` for the rows of a file.", "agentic"),
     ] = "batch"
     first_turn_tokens: Annotated[
-        Tokens, _about("Tokens of a conversation's first prompt.", 50000, "tokens")
+        Tokens | LengthsSpec,
+        _about("Tokens of a conversation's first prompt, or how they vary.", 50000, "tokens"),
     ] = 2048
     turn_tokens: Annotated[
         TokensOrNone,
@@ -151,11 +202,23 @@ class WorkloadSpec(_Section):
     turns: Annotated[
         Annotated[int, Field(ge=1, le=MAX_TURNS)], _about("Turns of a conversation.", 12, "turns")
     ] = 1
-    output_tokens: Annotated[Tokens, _about("Tokens of each answer.", 500, "tokens")] = 512
+    output_tokens: Annotated[
+        Tokens | LengthsSpec, _about("Tokens of each answer, or how they vary.", 500, "tokens")
+    ] = 512
     concurrency: Annotated[
-        Annotated[int, Field(ge=1, le=MAX_CONCURRENCY)],
-        _about("Sequences at the same time.", 16, "sequences"),
-    ] = 1
+        Annotated[int, Field(ge=1, le=MAX_CONCURRENCY)] | Auto,
+        _about(
+            "Sequences at the same time. With `auto`, only for `batch`, as many as make a token "
+            "cheapest within memory and service levels; an `agentic` workload has 1 where it "
+            "names none.",
+            16,
+            "sequences",
+        ),
+    ] = "auto"
+    rows: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None,
+        _about("Rows of the batch; without it there are many.", 2000, "rows"),
+    ] = None
     arrivals_per_s: Annotated[
         Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None,
         _about(
@@ -171,11 +234,57 @@ class WorkloadSpec(_Section):
         ),
     ] = 0.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _agents_are_counted(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("kind") == "agentic":
+            return {"concurrency": 1, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _auto_is_for_batches(self) -> WorkloadSpec:
+        if self.concurrency == "auto" and self.kind != "batch":
+            raise ValueError("`concurrency: auto` is for `kind: batch`: agents are counted")
+        return self
+
+    @property
+    def prompts(self) -> Lengths:
+        """Tokens of first prompts."""
+        return _lengths(self.first_turn_tokens)
+
+    @property
+    def outputs(self) -> Lengths:
+        """Tokens of answers."""
+        return _lengths(self.output_tokens)
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences at the same time, where they are stated or chosen already."""
+        assert self.concurrency != "auto", "the advisor has not chosen them"
+        return self.concurrency
+
     @property
     def max_conversation_tokens(self) -> int:
-        """Tokens of a whole conversation, prompts and answers."""
-        prompts = self.first_turn_tokens + (self.turns - 1) * self.turn_tokens
-        return prompts + self.turns * self.output_tokens
+        """Tokens of the longest conversation, prompts and answers."""
+        prompts = self.prompts.longest + (self.turns - 1) * self.turn_tokens
+        return prompts + self.turns * self.outputs.longest
+
+    @property
+    def mean_conversation_tokens(self) -> float:
+        """Tokens of a conversation at its end, on average."""
+        prompts = self.prompts.mean + (self.turns - 1) * self.turn_tokens
+        return prompts + self.turns * self.outputs.mean
+
+    @property
+    def is_batch_of_rows(self) -> bool:
+        """Whether rows come from a file, one after the other, and nothing follows on them."""
+        return self.kind == "batch" and self.turns == 1 and self.arrivals_per_s is None
+
+
+def _lengths(stated: int | LengthsSpec) -> Lengths:
+    if isinstance(stated, int):
+        return Lengths.all_alike(stated)
+    return stated.summary
 
 
 class SloSpec(_Section):
@@ -306,6 +415,14 @@ class Spec(_Section):
         """The folder of the spec's file, where its target is the path of a profile."""
         return self._folder
 
+    def with_concurrency(self, num_seqs: int) -> Spec:
+        """The spec with so many sequences at the same time."""
+        return self._with_workload({"concurrency": num_seqs})
+
+    def _with_workload(self, changes: Mapping[str, Any]) -> Spec:
+        workload = self.workload.model_copy(update=changes)
+        return self.model_copy(update={"workload": workload})
+
     @property
     def service_levels(self) -> dict[str, float]:
         """The largest allowed value of each metric that has a service level, by its name."""
@@ -379,7 +496,20 @@ def load_spec(path: Path, changes: Sequence[str] = ()) -> Spec:
     spec = parse_spec(text, str(path), changes)
     if spec.target.gpu.endswith(".yaml"):
         spec._folder = path.parent
-    return spec
+    return _with_lengths(spec, path.parent)
+
+
+def _with_lengths(spec: Spec, folder: Path) -> Spec:
+    """The spec with the summary of each file of lengths in its place."""
+    changes = {}
+    for key in LENGTH_KEYS:
+        stated = getattr(spec.workload, key)
+        if isinstance(stated, LengthsSpec) and stated.lengths is not None:
+            found = read_lengths(Path(stated.lengths), folder, key)
+            changes[key] = LengthsSpec(mean=found.mean, p95=int(found.p95), max=found.longest)
+    if not changes:
+        return spec
+    return spec._with_workload(changes)
 
 
 def parse_spec(text: str, name: str, changes: Sequence[str] = ()) -> Spec:
@@ -466,9 +596,12 @@ def _nearest_key(location: tuple[int | str, ...]) -> str:
     return "`tokenspeed spec` lists the keys of a spec"
 
 
+_WORD_ERRORS = ("literal_error", "int_type")
+
+
 def _rank(item: Any) -> tuple[bool, bool]:
     """The order of errors: unknown keys first, then words last where a mapping was given."""
-    is_word = item["type"] == "literal_error" and isinstance(item["input"], dict)
+    is_word = item["type"] in _WORD_ERRORS and isinstance(item["input"], dict)
     return item["type"] != "extra_forbidden", is_word
 
 
@@ -507,6 +640,8 @@ def _sections() -> Mapping[str, type[_Section]]:
         "attention": AttentionSpec,
         "moe": MoeSpec,
         "workload": WorkloadSpec,
+        "first_turn_tokens": LengthsSpec,
+        "output_tokens": LengthsSpec,
         "objective": ObjectiveSpec,
         "slo": SloSpec,
         "speculation": SpeculationSpec,

@@ -31,7 +31,6 @@ MIN_RESIDUAL, MAX_RESIDUAL = 0.2, 20.0  # outside of these, the probe was too sm
 MATRIX_CLASSES = ("product", "grouped", "attention_prefill", "delta_chunk")
 PROBES = ("qwen3.5-122b-a10b", "qwen3.5-27b")
 SMALL_PROBE = "qwen3.5-0.8b"
-MAX_SEQS = 32
 ANSWER_TOKENS = 16
 LAYERS = 8
 
@@ -60,12 +59,16 @@ def probe(name: str, layers: int = LAYERS) -> ModelConfig:
     return replace(config, name=f"{name}-{layers}-layers", layer_types=config.layer_types[:layers])
 
 
-def probe_spec(gpu: str, is_gpu: bool, tokens: int, chunk: int) -> Spec:
-    """Up to `MAX_SEQS` sequences of so many tokens; a plan is priced in the middle of them."""
+def probe_spec(gpu: str, is_gpu: bool, tokens: int, chunk: int, max_seqs: int) -> Spec:
+    """Up to `max_seqs` sequences of so many tokens; a plan is priced in the middle of them.
+
+    Agents have a program for each power of two. No checkpoint is kept, since nothing comes back.
+    """
     workload = {
+        "kind": "agentic",
         "first_turn_tokens": tokens - ANSWER_TOKENS,
         "output_tokens": ANSWER_TOKENS,
-        "concurrency": MAX_SEQS,
+        "concurrency": max_seqs,
     }
     return Spec.model_validate(
         {
@@ -74,7 +77,7 @@ def probe_spec(gpu: str, is_gpu: bool, tokens: int, chunk: int) -> Spec:
             "target": {"gpu": gpu},
             "speculation": "off",
             "disaggregation": "off",
-            "serving": {"prefill_chunk": chunk},
+            "serving": {"prefill_chunk": chunk, "checkpoint_tokens": 0},
             "workload": workload,
         }
     )

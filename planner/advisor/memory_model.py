@@ -15,7 +15,7 @@ from tokenspeed_plan.planner.advisor.numbers import ceil_div
 from tokenspeed_plan.planner.advisor.step_model import StepModel, stored_formats
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage, Tensor
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.passes.limits import COPIED_PAGES, num_checkpoints, state_slots_per_seq
+from tokenspeed_plan.planner.passes.limits import ALL_ALIKE, Holding, state_slots_per_seq
 from tokenspeed_plan.planner.passes.op_terms import stored_scale
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.plans.schema import ArenaName
@@ -58,11 +58,13 @@ class MemoryModel:
     Attributes:
         steps: has the graphs.
         layout: of the pool.
+        holding: what a sequence holds beside what the longest one does.
         buffers: persistent buffers by arena and depth, each with its number of layers; a cache.
     """
 
     steps: StepModel
     layout: ParallelLayout
+    holding: Holding = ALL_ALIKE
     buffers: dict[tuple[ArenaName, int], list[tuple[Tensor, int]]] = field(default_factory=dict)
 
     def map(self, knobs: Knobs, num_seqs: int, seq_tokens: int) -> MemoryMap:
@@ -74,10 +76,11 @@ class MemoryModel:
         local_seqs = ceil_div(num_seqs, self.layout.attention_dp)
         queries = local_seqs * (depth + 1)
         seq_pages = ceil_div(seq_tokens, knobs.page_size)
-        num_pages = local_seqs * (seq_pages + COPIED_PAGES)
+        num_pages = self.holding.pages(local_seqs, seq_pages, knobs.page_size)
         slots = local_seqs * state_slots_per_seq(depth, self.steps.rollback)
         slots += SHARED_STATE_SLOTS
-        kept = local_seqs * num_checkpoints(seq_pages * knobs.page_size, knobs.spacing)
+        seq_len = seq_pages * knobs.page_size
+        kept = self.holding.checkpoints(local_seqs, seq_len, knobs.spacing)
         slot_bytes = self._slot_bytes(depth)
         checkpoints = kept * sum(slot_bytes)
         all_slots = sum(aligned((slots + kept) * size) for size in slot_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from tokenspeed_plan.codegen.page.plan_page import Roof, RoofPoint
+from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.numbers import digits
+from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.step_model import StepModel
 from tokenspeed_plan.planner.compile import find_model, program_load
 from tokenspeed_plan.planner.layout import ParallelLayout
@@ -64,6 +67,36 @@ def step_prediction(
     }
 
 
+def batch_prediction(plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """What a batch would take on a plan, from its first row to its last.
+
+    Args:
+        plan: the frozen plan.
+        bundle: its folder, near which the model is looked up.
+        rows: each with the tokens of its prompt and of its answer; at least one.
+
+    Returns:
+        Tokens a second of prompts and of answers, and where the seconds go.
+
+    Raises:
+        SpecError: the plan's model is not where its spec says.
+    """
+    pool, limits = plan.pool, plan.pool.limits
+    spec = _spec_of(plan).with_concurrency(limits.max_seqs)
+    predictor = Predictor(
+        spec,
+        find_model(spec, bundle).config,
+        find_hardware(spec.target.gpu),
+        rollback=limits.rollback,
+    )
+    depths = {each.bucket: each.depth for each in pool.programs if each.phase == "decode"}
+    knobs = Knobs(limits.max_tokens, limits.page_size, limits.max_depth)
+    candidate = Candidate(_layout_of(plan), knobs)
+    batch = predictor.batch(candidate, depths, limits.max_seqs)
+    run = batch.run(rows, limits.max_seqs, limits.interleaved_tokens)
+    return run.as_json()
+
+
 def _spec_of(plan: Plan) -> Spec:
     """The spec that a plan was made from.
 
@@ -89,8 +122,12 @@ def _step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
         rollback=plan.pool.limits.rollback,
         draft_vocab=spec.draft_vocab,
     )
+    return steps, _layout_of(plan)
+
+
+def _layout_of(plan: Plan) -> ParallelLayout:
     layout = plan.pool.layout
-    return steps, ParallelLayout(layout.attention.tp, layout.moe.tp, layout.moe.ep)
+    return ParallelLayout(layout.attention.tp, layout.moe.tp, layout.moe.ep)
 
 
 def roofline(plan: Plan) -> Roof:

@@ -79,7 +79,7 @@ def max_concurrency(predictor: Predictor, candidate: Candidate) -> int:
 def max_context_tokens(predictor: Predictor, candidate: Candidate) -> int:
     """The longest sequence of which the spec's concurrency fits."""
     memory = predictor.memory(candidate.layout)
-    return memory.max_tokens_that_fit(candidate.knobs, predictor.spec.workload.concurrency)
+    return memory.max_tokens_that_fit(candidate.knobs, predictor.spec.workload.num_seqs)
 
 
 def predicted(predictor: Predictor, result: SearchResult, unrestricted: SearchResult) -> Predicted:

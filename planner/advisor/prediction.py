@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from tokenspeed_plan.planner.advisor.batch_prices import BatchModel, RowShape
+from tokenspeed_plan.planner.advisor.batch_run import BatchRun
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.engine_profile import Engine
 from tokenspeed_plan.planner.advisor.memory_model import MemoryMap, MemoryModel
@@ -28,10 +30,15 @@ from tokenspeed_plan.planner.advisor.workload import (
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
+from tokenspeed_plan.planner.passes.limits import Holding
 from tokenspeed_plan.planner.spec import Spec, SpeculationSpec
+from tokenspeed_plan.planner.token_lengths import rows_of
 from tokenspeed_plan.plans.types import RollbackWord
 
 SHARING_ERROR = 0.10  # relative error of the model of a pool that several users share
+# Rows of a batch for each sequence: where the spec does not say their number, while deployments are
+# compared; of a plan; and at most, since more of them are like these.
+SEARCH_ROWS_PER_SEQ, ROWS_PER_SEQ, MAX_ROWS_PER_SEQ = 3, 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,7 @@ class Prediction:
         price_per_hour: USD for one GPU.
         memory: of the fullest rank.
         transfer: of a prompt's cache, where there are two pools.
+        run: of a batch on one replica, from its first row to its last; None for other workloads.
     """
 
     candidate: Candidate
@@ -62,13 +70,22 @@ class Prediction:
     token_us: float
     concurrency: int
     turns: int
-    output_tokens: int
+    output_tokens: float
     prompt_tokens: float
     hit_rate: float
     error: float
     price_per_hour: float
     memory: MemoryMap
     transfer: Transfer | None = None
+    run: BatchRun | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of answers in a second, of all GPUs: over the whole batch, else at all times."""
+        if self.run:
+            return self.candidate.replicas * self.run.output_tokens_per_s
+        users = min(self.candidate.replicas * self.turn.users, self.concurrency)
+        return users * self.output_tokens / self.turn.turn_us * 1e6
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -79,8 +96,7 @@ class Prediction:
         if self.output_tokens > 1:
             tpot_us = turn.decode_us / (self.output_tokens - 1)
         gpus = self.candidate.num_gpus
-        users = min(self.candidate.replicas * turn.users, self.concurrency)
-        tokens_per_s = users * self.output_tokens / turn_s
+        tokens_per_s = self.tokens_per_s
         total_tokens = self.prompt_tokens + self.output_tokens
         total_tokens_per_s = tokens_per_s / self.output_tokens * total_tokens
         usd_per_s = gpus * self.price_per_hour / 3600.0
@@ -121,6 +137,7 @@ class Predictor:
         reserved_price: price GPUs as reserved, not as on demand.
         rollback: how rejected drafts are taken back.
         memories, maps: the memory model of each layout, and the map of each candidate, so far.
+        shared_steps: the time of steps, if another predictor's.
     """
 
     spec: Spec
@@ -131,10 +148,18 @@ class Predictor:
     rollback: RollbackWord = "snapshot"
     memories: dict[ParallelLayout, MemoryModel] = field(default_factory=dict)
     maps: dict[Candidate, MemoryMap] = field(default_factory=dict)
+    shared_steps: StepModel | None = None
+
+    def with_concurrency(self, num_seqs: int) -> Predictor:
+        """A predictor for so many sequences that shares what does not depend on their number."""
+        spec = self.spec.with_concurrency(num_seqs)
+        return replace(self, spec=spec, maps={}, shared_steps=self.steps)
 
     @cached_property
     def steps(self) -> StepModel:
         """The time of steps."""
+        if self.shared_steps:
+            return self.shared_steps
         return StepModel(
             self.config,
             self.hardware,
@@ -145,10 +170,15 @@ class Predictor:
             draft_vocab=self.spec.draft_vocab,
         )
 
+    @cached_property
+    def holding(self) -> Holding:
+        """What a sequence of the workload holds, beside what the longest one does."""
+        return Holding.of(self.spec.workload)
+
     def memory(self, layout: ParallelLayout) -> MemoryModel:
         """The memory of a layout."""
         if layout not in self.memories:
-            self.memories[layout] = MemoryModel(self.steps, layout)
+            self.memories[layout] = MemoryModel(self.steps, layout, self.holding)
         return self.memories[layout]
 
     def predict(
@@ -168,25 +198,28 @@ class Predictor:
         if interleaved_tokens:
             knobs = replace(knobs, prefill_chunk=interleaved_tokens)
         talk = conversation(workload, cached=knobs.checkpoint_tokens != 0)
-        users = ceil_div(workload.concurrency, candidate.replicas)
+        users = ceil_div(workload.num_seqs, candidate.replicas)
         prefill_layout = candidate.prefill or candidate.layout
+        decode = _Decode(self, candidate.layout, knobs, talk.mean_context, depths or {})
         first = self._prompt(prefill_layout, knobs, talk.first)
         later = self._prompt(prefill_layout, knobs, talk.later)
         prompt = (first + later * (talk.turns - 1)) * (1.0 / talk.turns)
+        shared = None
+        if workload.is_batch_of_rows and candidate.prefill is None:
+            shared = self._share(candidate, decode, users, interleaved_tokens)
+            if users > 1:
+                first = prompt = shared.part(talk.first.new_tokens)
         transfer = handover_us = None
         if candidate.prefill:
             memory = self.memory(candidate.prefill)
             transfer = plan_transfer(memory, candidate, talk.later.new_tokens, prompt)
             handover_us = transfer.exposed_us
-        arrivals_per_s = workload.arrivals_per_s
-        if arrivals_per_s:
-            arrivals_per_s /= candidate.replicas
-        decode = _Decode(self, candidate.layout, knobs, talk.mean_context, depths or {})
-        demand = decode.demand(talk, prompt.total_us, users)
-        demand = replace(demand, prefill_parallelism=prefill_layout.attention_dp)
+        demand = decode.demand(talk, prompt.total_us, users, prefill_layout.attention_dp)
         if interleaved_tokens:
             demand = replace(demand, longest_wait_us=prompt.total_us / demand.chunks)
-        served = serve(demand, users, arrivals_per_s, handover_us)
+        if shared and users > 1:
+            demand = shared.demand(demand, talk.first.new_tokens)
+        served = serve(demand, users, self._arrivals_per_s(candidate), handover_us)
         batch = max(served.batch, 1.0)
         step = decode.at(round(batch))
         waiting_us = max(served.first_token_us - prompt.total_us, 0.0)
@@ -197,7 +230,7 @@ class Predictor:
             prompt=prompt,
             first_turn_ttft_us=first.total_us + waiting_us,
             token_us=demand.token_us_at(batch),
-            concurrency=workload.concurrency,
+            concurrency=workload.num_seqs,
             turns=talk.turns,
             output_tokens=talk.output_tokens,
             prompt_tokens=talk.mean(lambda turn: turn.prompt_tokens),
@@ -206,6 +239,7 @@ class Predictor:
             price_per_hour=self._price_per_hour,
             memory=self.fullest(candidate),
             transfer=transfer,
+            run=shared.run if shared else None,
         )
 
     def token_us(self, candidate: Candidate, batch: int, depth: int) -> float:
@@ -241,7 +275,7 @@ class Predictor:
 
     def _fullest(self, candidate: Candidate) -> MemoryMap:
         workload = self.spec.workload
-        users = ceil_div(workload.concurrency, candidate.replicas)
+        users = ceil_div(workload.num_seqs, candidate.replicas)
         tokens = workload.max_conversation_tokens
         decode = self.memory(candidate.layout)
         fullest = decode.map(candidate.knobs, users, tokens)
@@ -255,6 +289,20 @@ class Predictor:
     def fits(self, candidate: Candidate) -> bool:
         """Whether each GPU has the memory."""
         return self.fullest(candidate).total <= self.hardware.memory_bytes
+
+    def _arrivals_per_s(self, candidate: Candidate) -> float | None:
+        """Turns that arrive at one replica."""
+        arrivals_per_s = self.spec.workload.arrivals_per_s
+        if arrivals_per_s is None:
+            return None
+        return arrivals_per_s / candidate.replicas
+
+    def _rows(self, per_seq: int) -> Sequence[tuple[int, int]]:
+        """The rows of the batch."""
+        workload = self.spec.workload
+        stated = workload.rows or per_seq * workload.num_seqs
+        count = min(stated, MAX_ROWS_PER_SEQ * workload.num_seqs)
+        return rows_of(workload.prompts, workload.outputs, count)
 
     def _prompt(self, layout: ParallelLayout, knobs: Knobs, turn: Turn) -> StepTime:
         """All chunks of a turn's prompt.
@@ -274,6 +322,43 @@ class Predictor:
             total += self.steps.prefill(layout, rest, before, knobs.kv_dtype)
         return total
 
+    def _share(
+        self, candidate: Candidate, decode: _Decode, users: int, interleaved_tokens: int | None
+    ) -> _Shared:
+        """A batch of the workload's rows, and its average prefill step."""
+        batch = self.batch(candidate, decode.depths, users)
+        per_seq = ROWS_PER_SEQ if decode.depths else SEARCH_ROWS_PER_SEQ
+        rows = self._rows(per_seq)[:: candidate.replicas]
+        run = batch.run(rows, users, interleaved_tokens)
+        tokens = max(round(run.mean_prefill_tokens), 1)
+        workload, wait_us = self.spec.workload, math.inf
+        shape = RowShape(workload.prompts.mean, workload.outputs.mean)
+        if interleaved_tokens:
+            wait_us = batch.prefill(shape, interleaved_tokens).total_us
+        return _Shared(run, batch.prefill(shape, tokens), tokens, wait_us)
+
+    def batch(self, candidate: Candidate, depths: Mapping[int, int], users: int) -> BatchModel:
+        """How a batch runs on one replica.
+
+        Args:
+            candidate: the deployment.
+            depths: drafts of a step by decode bucket, whose programs are then padded to; where it
+                is empty, those of the candidate.
+            users: sequences at once.
+        """
+        decode = _Decode(self, candidate.layout, candidate.knobs, 0, depths)
+        host_us = 0.0 if self.engine else self.hardware.host_seq_us
+        return BatchModel(
+            self.steps,
+            candidate.layout,
+            candidate.knobs,
+            decode.depth,
+            self.accepted,
+            host_us,
+            sorted(decode.depths) or sorted({*powers_of_two(users), users}),
+            bool(decode.depths) and self.hardware.sm > 0,
+        )
+
     def _error(self, step: StepTime, prompt: StepTime, steps: float, users: int) -> float:
         """The error of the steps' times, and of the model of users who share a pool."""
         total = prompt + step * steps
@@ -287,6 +372,29 @@ class Predictor:
         if self.reserved_price:
             return self.hardware.usd_per_hour_reserved
         return self.hardware.usd_per_hour_on_demand
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """Prompts that are computed together: a run, its average prefill step, and its tokens.
+
+    `wait_us`: the most time of prompts between two decode steps, where that is limited.
+    """
+
+    run: BatchRun
+    step: StepTime
+    tokens: int
+    wait_us: float
+
+    def part(self, new_tokens: float) -> StepTime:
+        """What a prompt takes of the steps that compute it with others."""
+        return self.step * (new_tokens / self.tokens)
+
+    def demand(self, demand: Demand, new_tokens: float) -> Demand:
+        """The demand of a turn that waits for whole steps, and takes a part of them."""
+        chunks = math.ceil(new_tokens / self.tokens)
+        own_us = chunks * self.step.total_us
+        return replace(demand, chunks=chunks, own_us=own_us, longest_wait_us=self.wait_us)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +425,7 @@ class _Decode:
         """Tokens that a step yields for each sequence."""
         return self.predictor.accepted(self.depth(batch))
 
-    def demand(self, talk: Conversation, prefill_us: float, users: int) -> Demand:
+    def demand(self, talk: Conversation, prefill_us: float, users: int, parallelism: int) -> Demand:
         """What an average turn asks of the pool."""
         chunk = self.knobs.prefill_chunk
         return Demand(
@@ -326,6 +434,7 @@ class _Decode:
             tokens=talk.output_tokens - 1,
             step_us=self.step_us(users),
             token_us=self.token_us(users),
+            prefill_parallelism=parallelism,
         )
 
     def step_us(self, users: int) -> Callable[[float], float]:

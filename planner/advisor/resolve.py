@@ -9,7 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.advisor import reasons
+from tokenspeed_plan.planner.advisor.buckets import choose_buckets
 from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED, Candidate, Knobs
+from tokenspeed_plan.planner.advisor.concurrency import (
+    Concurrency,
+    choose_concurrency,
+    record_concurrency,
+)
 from tokenspeed_plan.planner.advisor.finalists import final_result, finalists
 from tokenspeed_plan.planner.advisor.interleaving import (
     Interleaving,
@@ -32,7 +38,7 @@ from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
-from tokenspeed_plan.planner.passes.limits import decode_buckets, prefill_chunk
+from tokenspeed_plan.planner.passes.limits import prefill_chunk
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Predicted
@@ -44,6 +50,7 @@ class Decided:
     """What is planned, and what the workload will see.
 
     Attributes:
+        num_seqs: sequences at the same time.
         layout: how the model is cut over the ranks.
         knobs: the rest of the deployment; `depth` is the most drafts of any bucket.
         depths: drafts of a step by decode bucket.
@@ -52,6 +59,7 @@ class Decided:
         rollback: how rejected drafts are taken back.
     """
 
+    num_seqs: int
     layout: ParallelLayout
     knobs: Knobs
     depths: Mapping[int, int]
@@ -109,6 +117,7 @@ def resolve(
             fits.
     """
     check_stated(spec, config)
+    spec = _with_concurrency(spec, config, hardware, ledger)
     choice = _choose(spec, config, hardware, progress)
     predictor = choice.predictor
     unrestricted = Search(predictor, ALL, spec.target.count, progress).run()
@@ -119,6 +128,7 @@ def resolve(
     _record(ledger, replace(choice, result=result), unrestricted)
     best = result.best.candidate
     return Decided(
+        num_seqs=spec.workload.num_seqs,
         layout=best.layout,
         knobs=best.knobs,
         depths=choice.depths,
@@ -126,6 +136,31 @@ def resolve(
         interleaving=interleaving,
         rollback=choice.rollback.word,
     )
+
+
+def _with_concurrency(
+    spec: Spec, config: ModelConfig, hardware: HardwareSpec, ledger: Ledger
+) -> Spec:
+    """The spec with a number of sequences, which is recorded where it leaves it open."""
+    if spec.workload.concurrency != "auto":
+        return spec
+    chosen = chosen_concurrency(spec, config, hardware)
+    if chosen is None:  # the search says what is lacking
+        return spec.with_concurrency(1)
+    record_concurrency(ledger, chosen)
+    return spec.with_concurrency(chosen.num_seqs)
+
+
+def chosen_concurrency(
+    spec: Spec, config: ModelConfig, hardware: HardwareSpec
+) -> Concurrency | None:
+    """The number of sequences for a spec that leaves it open, of deployments that a plan can hold.
+
+    None where not even one fits.
+    """
+    word, *_ = allowed_rollbacks(spec.with_concurrency(1), config, hardware)
+    predictor = Predictor(spec, config, hardware, rollback=word)
+    return choose_concurrency(predictor, SUPPORTED, spec.target.count)
 
 
 def _choose(
@@ -137,8 +172,8 @@ def _choose(
         predictor = Predictor(spec, config, hardware, rollback=word)
         predictors.append(predictor)
     num_gpus = spec.target.count
-    buckets = decode_buckets(spec.workload.concurrency)
     predictor, result = _search(predictors, num_gpus, progress)
+    buckets = choose_buckets(predictor, result.best)
     ways = rollbacks(predictors, result.best.candidate, buckets)
     chosen = choose(ways)
     if chosen.predictor is not predictor:
@@ -192,7 +227,7 @@ def _refusal(predictor: Predictor) -> SpecError:
         except SpecError as error:
             first = first or error
             continue
-        chunk = prefill_chunk(hardware.prefill_chunk, spec.workload.max_conversation_tokens)
+        chunk = prefill_chunk(hardware.prefill_chunk, spec.workload)
         candidate = Candidate(layout, Knobs(chunk, hardware.page_size))
         return SpecError(*reasons.memory_refusal(predictor, candidate))
     return first or SpecError(

@@ -19,6 +19,7 @@ DEPTHS = (0, 1, 2, 3, 4)  # drafts a step that are tried
 # Pools of more GPUs are not searched: their networks were never measured. There may be replicas.
 MAX_POOL_GPUS = 64
 CHUNK_DIVISORS = (1, 2, 4)  # of the machine's default prefill chunk
+BATCH_CHUNK = 2  # times it, which may pay where prompts share a chunk
 
 
 def layouts(num_gpus: int, config: ModelConfig, scope: Capabilities) -> Iterator[ParallelLayout]:
@@ -95,7 +96,7 @@ class SearchSpace:
         largest = self.num_gpus // pool_size
         numbers = sorted({*powers_of_two(largest), largest})
         workload = self.spec.workload
-        enough = [number for number in numbers if number >= workload.concurrency]
+        enough = [number for number in numbers if number >= workload.num_seqs]
         if enough and workload.arrivals_per_s is None:
             return [number for number in numbers if number <= enough[0]]
         return numbers
@@ -144,13 +145,19 @@ class SearchSpace:
         return self.spec.serving or ServingSpec()
 
     def _chunks(self) -> list[int]:
-        """Parts of the machine's default, none longer than the longest conversation needs."""
-        max_tokens = self.spec.workload.max_conversation_tokens
+        """Parts of the machine's default, for rows of a batch on a GPU twice it; longest first.
+
+        None is longer than what waits to be computed.
+        """
+        workload = self.spec.workload
         stated = self._serving.prefill_chunk
         if stated:
-            return [prefill_chunk(stated, max_tokens)]
+            return [prefill_chunk(stated, workload)]
         default = self.hardware.prefill_chunk
-        sizes = {prefill_chunk(default // divisor, max_tokens) for divisor in CHUNK_DIVISORS}
+        tried = [default // divisor for divisor in CHUNK_DIVISORS]
+        if workload.is_batch_of_rows and self.hardware.sm:
+            tried.append(BATCH_CHUNK * default)
+        sizes = {prefill_chunk(chunk, workload) for chunk in tried}
         return sorted(sizes, reverse=True)
 
     def _kv_dtypes(self) -> list[DType]:

@@ -142,8 +142,9 @@ class StepModel:
         context: int,
         kv_dtype: str = "bf16",
         depth: int = 0,
+        seqs: int = 1,
     ) -> StepTime:
-        """The time of one chunk of a prompt.
+        """The time of one chunk of a prompt, or of as many new tokens of several prompts.
 
         Each group of data-parallel attention has prompts of its own; one prompt keeps one group
         busy.
@@ -154,9 +155,10 @@ class StepModel:
             context: tokens of the prompt that were computed before.
             kv_dtype: how keys and values are stored.
             depth: drafts that are made of what follows the prompt.
+            seqs: prompts that share the chunk, all alike.
         """
-        middle = context + (tokens + 1) // 2
-        load = self._load(tokens, 1, middle, layout, kv_dtype)
+        middle = context + (tokens // seqs + 1) // 2
+        load = self._load(tokens, seqs, middle, layout, kv_dtype)
         step = self.priced(layout, "prefill", load, depth)
         step += self._exchange(layout, load)
         step += StepTime(host=self.hardware.host_us)
@@ -296,7 +298,7 @@ class StepModel:
 
     def _context(self, depth: int) -> BuildContext:
         short = replace(self.config, layer_types=self._short_layers())
-        workload = WorkloadSpec(first_turn_tokens=1, output_tokens=1)
+        workload = WorkloadSpec(first_turn_tokens=1, output_tokens=1, concurrency=1)
         options = CapacityOptions(depth=depth, rollback=self.rollback)
         capacity = plan_capacity(workload, self.config, self.hardware, options)
         return BuildContext(

@@ -45,7 +45,7 @@ class Conversation:
     first: Turn
     later: Turn
     turns: int
-    output_tokens: int
+    output_tokens: float
 
     def mean(self, of: Callable[[Turn], float]) -> float:
         """The average over all turns."""
@@ -72,8 +72,8 @@ def conversation(workload: WorkloadSpec, cached: bool = True) -> Conversation:
         workload: the spec's.
         cached: a turn finds the keys, values and recurrent state of the turns before it.
     """
-    output = workload.output_tokens
-    first_prompt = workload.first_turn_tokens
+    output = _plain(workload.outputs.mean)
+    first_prompt = _plain(workload.prompts.mean)
     first = Turn(first_prompt, 0.0, first_prompt + output / 2)
     if workload.turns == 1:
         return Conversation(first, first, 1, output)
@@ -85,6 +85,11 @@ def conversation(workload: WorkloadSpec, cached: bool = True) -> Conversation:
         cached_tokens = before
     later = Turn(prompt, cached_tokens, prompt + output / 2)
     return Conversation(first, later, workload.turns, output)
+
+
+def _plain(mean: float) -> float:
+    """A whole number as one."""
+    return int(mean) if mean == int(mean) else mean
 
 
 def tokens_per_step(depth: int, acceptance: Sequence[float]) -> float:
@@ -106,13 +111,15 @@ class Demand:
     """What a turn asks of a pool.
 
     Attributes:
-        prefill_us: time of the prompt alone on the pool.
+        prefill_us: time of the pool for the prompt.
         chunks: pieces in which the prompt is computed.
         tokens: of the answer, after the first: that one comes from the prompt's last chunk.
         step_us: microseconds of a decode step by its batch.
         token_us: microseconds of a token of a sequence by the batch; None for those of a step.
         prefill_parallelism: prompts that the pool computes at once.
         longest_wait_us: the most time of prompts between two decode steps, where that is limited.
+        own_us: time of all steps that compute the prompt, where it shares them with others; None
+            where it does not.
     """
 
     prefill_us: float
@@ -122,6 +129,14 @@ class Demand:
     token_us: Callable[[float], float] | None = None
     prefill_parallelism: int = 1
     longest_wait_us: float = math.inf
+    own_us: float | None = None
+
+    @property
+    def own_prompt_us(self) -> float:
+        """Until the prompt is computed, if its steps come one after the other."""
+        if self.own_us is None:
+            return self.prefill_us
+        return self.own_us
 
     def token_us_at(self, batch: float) -> float:
         """Microseconds of a token of a sequence at a batch, when nothing else happens."""
@@ -224,7 +239,7 @@ def _shared(demand: Demand, users: float, turn_us: float) -> _Phases:
     step_us = demand.step_us(max(batch, 1.0))
     others = min(users - 1.0, batch, 1.0)
     between_us = demand.chunks * step_us * others
-    prompt_us = demand.prefill_us * (1.0 + busy / 2.0)
+    prompt_us = demand.own_prompt_us * (1.0 + busy / 2.0)
     return _Phases(prompt_us + between_us, decode_us, batch)
 
 

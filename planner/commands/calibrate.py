@@ -21,9 +21,14 @@ from tokenspeed_plan.plans.types import Phase
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.bench.machine import Machine
 
-CONTEXTS = {"cuda": (1024, 16_384), "cpu": (128,)}
+FEW = (1, 2, 4, 16, 32)
+MANY = (*FEW, 64, 128, 256)
+# Sequences that are measured, by the tokens of context that each of them has.
+BATCHES: Mapping[str, Mapping[int, Sequence[int]]] = {
+    "cuda": {1024: MANY, 16_384: FEW},
+    "cpu": {128: FEW},
+}
 CHUNK = {"cuda": 4096, "cpu": 128}
-BATCHES = (1, 2, 4, 16, calibration.MAX_SEQS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +162,8 @@ class _Probe:
 
     def samples(self) -> Iterator[calibration.Sample]:
         """Decode in short and long contexts, and prefill of a chunk, each in its own plan."""
-        for context in CONTEXTS[self.device]:
-            decode = [Batch("decode", num_seqs, 1, context) for num_seqs in BATCHES]
+        for context, batches in BATCHES[self.device].items():
+            decode = [Batch("decode", num_seqs, 1, context) for num_seqs in batches]
             max_tokens = 2 * context
             yield from self._replay(f"decode-{context}", max_tokens, decode)
         chunk = CHUNK[self.device]
@@ -176,7 +181,8 @@ class _Probe:
 
         chunk = CHUNK[self.device]
         is_gpu = self.device == "cuda"
-        spec = calibration.probe_spec(str(self.roofline), is_gpu, tokens, chunk)
+        max_seqs = max(batch.num_seqs for batch in batches)
+        spec = calibration.probe_spec(str(self.roofline), is_gpu, tokens, chunk, max_seqs)
         model = Model(calibration.probe(self.name), None, None, {}, {})
         bundle = build_bundle(spec, model, default_cache())
         plan = bundle.plan

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from tokenspeed_plan.planner.advisor.batch_run import BatchRun
 from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED
 from tokenspeed_plan.planner.advisor.engine_profile import Engine, load_engine
 from tokenspeed_plan.planner.advisor.legality import check_formats, check_possible
@@ -24,6 +25,7 @@ from tokenspeed_plan.planner.advisor.predicted import (
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
 from tokenspeed_plan.planner.advisor.reasons import service_lines
+from tokenspeed_plan.planner.advisor.resolve import chosen_concurrency
 from tokenspeed_plan.planner.advisor.rollback import allowed_rollbacks
 from tokenspeed_plan.planner.advisor.search import Progress, Search
 from tokenspeed_plan.planner.commands.long_work import LongWork
@@ -182,6 +184,9 @@ def search(
     hardware = find_hardware(spec.target.gpu, spec.folder)
     check_possible(spec, config)
     check_formats(spec.model.weights, hardware)
+    if spec.workload.concurrency == "auto":
+        chosen = chosen_concurrency(spec, config, hardware)
+        spec = spec.with_concurrency(chosen.num_seqs if chosen else 1)
     rollback: RollbackWord = "snapshot"
     if engine is None:
         rollback, *_ = allowed_rollbacks(spec, config, hardware)
@@ -210,6 +215,7 @@ def _as_json(predictor: Predictor, result: SearchResult) -> dict[str, Any]:
             "largest_concurrency": max_concurrency(predictor, candidate),
             "largest_context_tokens": max_context_tokens(predictor, candidate),
         },
+        "batch": best.run.as_json() if best.run else None,
         "memory_bytes_per_rank": asdict(best.memory) | {"total": best.memory.total},
         "slo_missed": result.binding,
         "service_levels": service_lines(best, result.slo, predictor.spec.workload.arrivals_per_s),
@@ -255,9 +261,23 @@ def _as_text(predictor: Predictor, result: SearchResult) -> Iterator[str]:
         value = best.metrics[name]
         interval = f"({plain(low)} to {plain(high)})"
         yield f"  {name:<28} {plain(value):>10}  {interval}  {meaning}"
+    if best.run:
+        yield from _batch_lines(best.run)
     yield "next"
     for each in _runners_up(result):
         yield f"  {each.candidate}: {result.objective} {plain(each.metrics[result.objective])}"
+
+
+def _batch_lines(run: BatchRun) -> Iterator[str]:
+    """A batch in words, on one replica."""
+    facts = run.as_json()
+    yield (
+        f"{facts['rows']} rows: {plain(facts['input_tokens_per_s'])} tokens/s in, "
+        f"{plain(facts['output_tokens_per_s'])} out, {plain(facts['total_s'])} s; "
+        f"prefill {plain(facts['prefill_s'])}, decode {plain(facts['decode_s'])}, "
+        f"host in the open {plain(facts['host_s'])}; {plain(facts['mean_batch'])} sequences a "
+        f"decode step"
+    )
 
 
 def _sweep_entry(

@@ -258,7 +258,9 @@ def _predicted_load(frozen: Plan) -> Load | None:
     with suppress(ValidationError):
         workload = WorkloadSpec.model_validate(frozen.spec.get("workload", {}))
         if workload.turns == 1:
-            return Load(workload.first_turn_tokens, workload.output_tokens, workload.concurrency)
+            prompts, outputs = workload.prompts, workload.outputs
+            num_seqs = frozen.pool.limits.max_seqs
+            return Load(round(prompts.mean), round(outputs.mean), num_seqs)
     return None
 
 

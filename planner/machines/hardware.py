@@ -62,6 +62,7 @@ class HardwareSpec:
         matrix_share: the share of the peak rate that a large product reaches.
         launch_us: from one tiny kernel to the next inside a graph.
         host_us: host work of a step that no GPU work hides.
+        host_seq_us: host work for each sequence of a step that is not launched ahead.
         link_bytes_per_s: to the other GPUs of a node, one direction, all links.
         nic_bytes_per_s, nic_us: to another node, for each GPU.
         prefill_chunk, page_size: defaults, in tokens.
@@ -85,6 +86,7 @@ class HardwareSpec:
     matrix_share: float
     launch_us: float
     host_us: float
+    host_seq_us: float
     link_bytes_per_s: float
     nic_bytes_per_s: float
     nic_us: float
@@ -168,7 +170,7 @@ NUMBERS = tuple(field.name for field in fields(HardwareSpec) if field.name not i
 # Profiles that older versions of `tokenspeed calibrate` wrote have these.
 _UNUSED = {"host_memory_bytes", "l2_bytes"}
 _MOST = {"gpus_per_node": 1024, "num_sms": 4096, "page_size": 4096, "prefill_chunk": 1 << 20}
-_MAY_BE_ZERO = {"num_sms", "max_shared_bytes", "reserved_bytes"}
+_MAY_BE_ZERO = {"host_seq_us", "num_sms", "max_shared_bytes", "reserved_bytes"}
 
 
 def read_profile(text: str, name: str) -> Profile:

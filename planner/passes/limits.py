@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tokenspeed_plan.planner.ledger import AS_STATED, Ledger
@@ -22,6 +23,62 @@ ENDS_PER_CONVERSATION = 2  # checkpoints where the last prompt and the last answ
 TURN_STEP = 256  # tokens to which the prefill of a turn is rounded up
 # Even an almost empty prefill step costs as much as this part of a chunk.
 WORTH_A_STEP = 16
+# Rows of a batch come once. Checkpoints serve those that begin alike, and those that are preempted:
+# so many in all, and one more for each so many sequences.
+BATCH_CHECKPOINTS = 16
+SEQS_PER_CHECKPOINT = 8
+# Sequences together hold more pages than planned about once in a thousand moments; then the
+# youngest is preempted.
+MARGIN = 3.0  # standard deviations of what they hold
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a sequence of a workload holds, beside what the longest one does.
+
+    Attributes:
+        mean_tokens: of a sequence at its end; None where all are as long as the longest.
+        variance: square tokens by which that spreads.
+        comes_once: nothing follows on a sequence, as on a row of a batch.
+    """
+
+    mean_tokens: float | None = None
+    variance: float = 0.0
+    comes_once: bool = False
+
+    @classmethod
+    def of(cls, workload: WorkloadSpec) -> Holding:
+        """What sequences of the workload hold."""
+        once = workload.is_batch_of_rows
+        prompts, outputs = workload.prompts, workload.outputs
+        if not prompts.varies and not outputs.varies:
+            return cls(comes_once=once)
+        variance = prompts.variance + workload.turns * outputs.variance
+        return cls(workload.mean_conversation_tokens, variance, once)
+
+    def pages(self, num_seqs: int, longest_pages: int, page_size: int) -> int:
+        """Pages for so many sequences: the mean, half a page that is not full, and a margin.
+
+        Never more than for sequences that are all the longest, and enough for one of those. If
+        lengths are independent, those of n sequences spread as sqrt(n) of them.
+        """
+        most = num_seqs * (longest_pages + COPIED_PAGES)
+        if self.mean_tokens is None:
+            return most
+        each = self.mean_tokens / page_size + 0.5 + COPIED_PAGES
+        margin = MARGIN * math.sqrt(num_seqs * self.variance) / page_size
+        wanted = math.ceil(num_seqs * each + margin)
+        return min(max(wanted, longest_pages + COPIED_PAGES), most)
+
+    def checkpoints(self, num_seqs: int, seq_tokens: int, spacing: int) -> int:
+        """Checkpoints of so many sequences."""
+        every = num_seqs * num_checkpoints(seq_tokens, spacing)
+        if not self.comes_once:
+            return every
+        return min(every, BATCH_CHECKPOINTS + num_seqs // SEQS_PER_CHECKPOINT)
+
+
+ALL_ALIKE = Holding()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +115,9 @@ def plan_capacity(
     hardware: HardwareSpec,
     options: CapacityOptions = DEFAULT_CAPACITY,
 ) -> Capacity:
-    """Pages and state slots for `concurrency` of the longest conversations, in whole pages.
+    """Pages and state slots for `concurrency` conversations, in whole pages.
+
+    Any may be the longest, where they vary; not all at once.
 
     Args:
         workload: what is to be served.
@@ -72,12 +131,12 @@ def plan_capacity(
     needed = workload.max_conversation_tokens
     check_positions(workload, config)
     page_size = hardware.page_size
-    max_seqs = workload.concurrency
+    max_seqs, holding = workload.num_seqs, Holding.of(workload)
     pages = -(-needed // page_size)
     max_seq_len = min(pages * page_size, config.max_positions)
-    chunk = prefill_chunk(options.chunk or hardware.prefill_chunk, max_seq_len)
+    chunk = options.chunk or prefill_chunk(hardware.prefill_chunk, workload)
     spacing = checkpoint_spacing(options.checkpoint_tokens, chunk, page_size)
-    checkpoints = max_seqs * num_checkpoints(max_seq_len, spacing)
+    checkpoints = holding.checkpoints(max_seqs, max_seq_len, spacing)
     interval = spacing or max(chunk, page_size)
     if not config.has_state:
         # Each page is a checkpoint by itself. State slots are numbers then, without memory.
@@ -89,10 +148,10 @@ def plan_capacity(
         max_seq_len=max_seq_len,
         max_tokens=chunk,
         page_size=page_size,
-        num_pages=(pages + COPIED_PAGES) * max_seqs,
+        num_pages=holding.pages(max_seqs, pages, page_size),
         state_slots_per_seq=slots,
         num_state_slots=PADDING_SLOTS + max_seqs * slots + checkpoints,
-        default_max_tokens=min(workload.output_tokens, max_seq_len - 1),
+        default_max_tokens=min(workload.outputs.longest, max_seq_len - 1),
         checkpoint_interval=interval,
         min_checkpoint_tokens=max(chunk // WORTH_A_STEP, page_size),
         num_checkpoints=checkpoints,
@@ -128,9 +187,16 @@ def state_slots_per_seq(depth: int, rollback: RollbackWord) -> int:
     return MIN_SLOTS_PER_SEQ + depth
 
 
-def prefill_chunk(chunk: int, max_conversation_tokens: int) -> int:
-    """The chunk, at most the longest sequence rounded up to a power of two."""
-    bits = (max_conversation_tokens - 1).bit_length()
+def prefill_chunk(chunk: int, workload: WorkloadSpec) -> int:
+    """The chunk, at most what can wait to be computed, rounded up to a power of two.
+
+    That is the longest sequence. Rows of a batch wait together, so that a chunk takes several.
+    """
+    tokens = workload.max_conversation_tokens
+    if workload.is_batch_of_rows:
+        together = workload.num_seqs * math.ceil(workload.prompts.mean)
+        tokens = max(tokens, together)
+    bits = (tokens - 1).bit_length()
     return min(chunk, 1 << bits)
 
 
@@ -153,7 +219,13 @@ def num_checkpoints(seq_tokens: int, spacing: int) -> int:
     return ENDS_PER_CONVERSATION + seq_tokens // spacing
 
 
-def record_cache(ledger: Ledger, limits: Limits, interleaving: str, has_state: bool = True) -> None:
+def record_cache(
+    ledger: Ledger,
+    limits: Limits,
+    interleaving: str,
+    has_state: bool = True,
+    comes_once: bool = False,
+) -> None:
     """Write down what is planned for the prefix cache, and for prefill between decode steps.
 
     Args:
@@ -161,6 +233,7 @@ def record_cache(ledger: Ledger, limits: Limits, interleaving: str, has_state: b
         limits: of the plan.
         interleaving: why so much prefill comes between two decode steps.
         has_state: whether the model has recurrent state.
+        comes_once: whether sequences are rows of a batch.
     """
     value, reason = "off", AS_STATED
     if limits.num_checkpoints:
@@ -170,6 +243,11 @@ def record_cache(ledger: Ledger, limits: Limits, interleaving: str, has_state: b
             f"{ENDS_PER_CONVERSATION} for each conversation where its last prompt and answer end, "
             "and turns start from; those between serve prompts that begin alike"
         )
+        if comes_once:
+            reason = (
+                "nothing follows on a row of a batch: they serve rows that begin alike, and rows "
+                "that are preempted"
+            )
     if not has_state:
         value, reason = (
             "every page",

@@ -43,12 +43,21 @@ class Conversations:
         """The conversations of the plan's spec, except for what is given."""
         stated = plan.spec.get("workload")
         workload = stated if isinstance(stated, dict) else {}
-        facts = {name: workload.get(name, default) for name, default in _DEFAULTS.items()}
+        facts = {
+            name: mean_length(workload.get(name, default)) for name, default in _DEFAULTS.items()
+        }
         facts["conversations"] = plan.pool.limits.max_seqs
         return cls(**facts | {name: value for name, value in given.items() if value is not None})
 
 
 _DEFAULTS = {"first_turn_tokens": 2048, "turn_tokens": 0, "turns": 1, "output_tokens": 512}
+
+
+def mean_length(stated: Any) -> int:
+    """The tokens that a spec states, or the mean of those that vary."""
+    if isinstance(stated, dict):
+        stated = round(stated["mean"])
+    return int(stated)
 
 
 @dataclass(slots=True)

@@ -30,6 +30,7 @@ from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
 from tokenspeed_plan.planner.passes.cost import Load, busiest_share, expected_hits
+from tokenspeed_plan.planner.passes.limits import Holding
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Plan
@@ -115,9 +116,10 @@ def test_prices_are_those_of_the_whole_plan(example: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_memory_is_the_plans_to_the_byte(example: str) -> None:
-    _, plan = plan_of(example)
+    spec, plan = plan_of(example)
     limits, frozen = plan.pool.limits, plan.pool.memory_bytes_per_rank
-    made = MemoryModel(steps_of(example), layout_of(plan)).map(
+    holding = Holding.of(spec.workload)
+    made = MemoryModel(steps_of(example), layout_of(plan), holding).map(
         Knobs(limits.max_tokens, limits.page_size, limits.max_depth),
         limits.max_seqs,
         limits.max_seq_len,

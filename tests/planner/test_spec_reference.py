@@ -27,6 +27,11 @@ BESIDE: dict[str, dict[str, Any]] = {
     "model.path": {"model": {}},
     "disaggregation.prefill": {"disaggregation": {"decode": 1}},
     "disaggregation.decode": {"disaggregation": {"prefill": 1}},
+    **{
+        f"workload.{key}.{name}": {"workload": {key: {"mean": 1000, "p95": 3000, "max": 8000}}}
+        for key in ("first_turn_tokens", "output_tokens")
+        for name in ("mean", "p95", "max")
+    },
     "parallelism.attention.dp": {"parallelism": {"attention": {"tp": 1}}},
     "parallelism.attention.context_split": {"parallelism": {"attention": {"tp": 1}}},
 }
