@@ -27,8 +27,14 @@ def advance(work: Work) -> list[Tiling]:
         "BLOCK": up2(work.num_seqs),
     }
     constants |= dst_slots(work, "dst_state_slots")
+    in_place = bool(work.part("advance").attrs.get("in_place"))
     tiling = Tiling(
-        template="advance", constants=constants, grid=(fixed(1),), num_warps=1, num_stages=1
+        template="advance",
+        constants=constants,
+        grid=(fixed(1),),
+        num_warps=1,
+        num_stages=1,
+        options={"in_place": in_place},
     )
     return [tiling]
 

@@ -77,7 +77,7 @@ class Checkpoints:
         victim = self._victim(is_useful)
         if victim is None:
             return False
-        self._remove(victim)
+        self.remove(victim)
         return True
 
     def _victim(self, is_useful: Callable[[Node], bool]) -> Node | None:
@@ -100,7 +100,8 @@ class Checkpoints:
         """Whether a page becomes free with a checkpoint."""
         return node.is_leaf and not self.tree.is_in_use(node.page)
 
-    def _remove(self, node: Node) -> None:
+    def remove(self, node: Node) -> None:
+        """Give up a checkpoint, and the pages that only it needed."""
         self.state_slots.drop(node.state_slot)
         node.state_slot = 0
         del self.nodes[node]
