@@ -120,7 +120,7 @@ def _column_tiling(work: Work, template: str, constants: dict[str, Constant], ti
         grid=grid,
         num_warps=tile.num_warps,
         num_stages=1,
-        options={"columns": columns, "conv": _conv_kind(work)},
+        options={"columns": columns, "conv_part": _conv_kind(work)},
         scratch=scratch,
         prefetches=True,
     )
@@ -148,7 +148,7 @@ def conv_qk_norm(work: Work) -> list[Tiling]:
             grid=(per_rows(block), fixed(num_heads), SEQS),
             num_warps=4,
             num_stages=1,
-            options={"conv": _conv_kind(work)},
+            options={"conv_part": _conv_kind(work)},
         )
         for block in sizes
     ]
