@@ -59,8 +59,6 @@ class StepLoop:
         self._outputs = outputs
         self._limits = scheduler.limits
         self._waited_s = 0.0
-        # what is being committed, and the place of the sequence that is
-        self._committing: tuple[Batch, int] | None = None
 
     @property
     def metrics(self) -> Metrics:
@@ -78,25 +76,8 @@ class StepLoop:
         if sequence is None:
             return False
         sequence.finish_reason = "cancelled"  # what is in flight for it is thrown away
-        ahead = self._ahead(sequence)
-        # The second step ahead writes over the state that the first one has read.
-        self._scheduler.cancel(sequence, sum(ahead), has_state=len(ahead) < 2)
+        self._scheduler.cancel(sequence)
         return True
-
-    def _ahead(self, sequence: Sequence) -> list[int]:
-        """The tokens of each step that was launched for a sequence and is not committed for it."""
-        batches: list[tuple[Batch, int]] = []
-        if self._committing is not None:
-            batches.append(self._committing)
-        if self.in_flight is not None:
-            batches.append((self.in_flight.batch, -1))
-        ahead = []
-        for batch, last_committed in batches:
-            if sequence in batch.sequences:
-                place = batch.sequences.index(sequence)
-                if place > last_committed:
-                    ahead.append(batch.counts[place])
-        return ahead
 
     def step(self, on_token: OnToken | None) -> list[Completion]:
         """Launch a batch, and commit the one before it; returns the requests that finished."""
@@ -143,6 +124,8 @@ class StepLoop:
             with self._waiting():
                 fill_inputs(batch, values, buffer, self._limits)
         self.last_batch = batch
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            sequence.launch(count)
         with self._waiting():
             self._executor.run(batch.program, batch.run_tokens, batch.run_seqs)
         outputs = None
@@ -175,18 +158,18 @@ class StepLoop:
         new = [(owner, part) for index, owner, part in parts if batch.makes_token(index)]
         self._outputs.check_numbers(new, in_flight.logits)
         for index, sequence, output in parts:
-            self._committing = batch, index
+            sequence.land(batch.counts[index])
             if not sequence.is_running:
                 continue  # a callback has cancelled it meanwhile
             completion = self._commit_sequence(sequence, output, in_flight, index, now, on_token)
             if completion is not None:
                 finished.append(completion)
-        self._committing = None
         return finished
 
     def _advance(self, batch: Batch) -> None:
         """Advance all sequences of a batch within their prompts."""
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            sequence.land(count)
             if sequence.is_running:
                 sequence.drafts = []
                 self._scheduler.advance(sequence, count)
@@ -254,11 +237,10 @@ class StepLoop:
         """End a sequence; `all_taken`: all tokens that the step computed for it belong to it.
 
         If it ends before the step's last token, a step that was launched since has written over the
-        state at its end; the inputs that a plan keeps are still there. Where states are written in
-        place that step has left the state after its last token.
+        state at its end; the inputs that a plan keeps are still there.
         """
         has_state = all_taken or bool(self._limits.kept_inputs) or self.last_batch is batch
-        self._scheduler.finish(sequence, sum(self._ahead(sequence)), has_state)
+        self._scheduler.finish(sequence, has_state)
         del self.sequences[sequence.request.request_id]
         return alone(sequence, partial(self._outputs.completion, sequence), None)
 

@@ -134,34 +134,28 @@ class Scheduler:
         if sequence.state == "prefilling" and sequence.num_left <= 1:
             sequence.move_to("decoding")
 
-    def finish(self, sequence: Sequence, num_ahead: int = 0, has_state: bool = True) -> None:
-        """End a sequence; the cache keeps its pages, and its state if that still exists.
-
-        Args:
-            sequence: it decodes.
-            num_ahead: tokens that were launched for it and not committed.
-            has_state: whether no step has written over its state.
-        """
+    def finish(self, sequence: Sequence, has_state: bool = True) -> None:
+        """End a sequence; the cache keeps its pages, and its state if that still exists."""
         self.metrics.lost_checkpoints += not has_state
         sequence.move_to("finished")
-        self._stop(sequence, num_ahead, has_state)
+        self._stop(sequence, has_state)
 
     def fail(self, sequence: Sequence) -> None:
         """End a running sequence with an error; the cache keeps nothing of this step."""
         sequence.move_to("cancelled")
         self._stop(sequence, has_state=False)
 
-    def cancel(self, sequence: Sequence, num_ahead: int = 0, has_state: bool = True) -> None:
+    def cancel(self, sequence: Sequence) -> None:
         """Forget a request in any state; the cache keeps what it computed.
 
-        A step in flight may still compute it: the other arguments are as in `finish`.
+        A step in flight may still compute it; a second one has written over its state.
         """
         if sequence.state in ("finished", "cancelled"):
             return
         was_running = sequence.is_running
         sequence.move_to("cancelled")
         if was_running:
-            self._stop(sequence, num_ahead, has_state)
+            self._stop(sequence, has_state=sequence.steps_ahead < 2)
         else:
             self._admission.remove(sequence)
 
@@ -190,8 +184,8 @@ class Scheduler:
         self._stop(sequence)
         self._admission.put_back(sequence)
 
-    def _stop(self, sequence: Sequence, num_ahead: int = 0, has_state: bool = True) -> None:
+    def _stop(self, sequence: Sequence, has_state: bool = True) -> None:
         """Release the memory of a running sequence."""
         self._running.remove(sequence)
-        self._memory.release(sequence, num_ahead, has_state)
+        self._memory.release(sequence, has_state)
         self._admission.blocked_head = None

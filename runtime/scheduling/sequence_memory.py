@@ -110,6 +110,13 @@ class SequenceMemory:
         if before not in (0, sequence.state_slot):
             self.cache.state_slots.drop(before)
 
+    def _catch_up(self, sequence: Sequence) -> None:
+        """Advance to the end of what was launched: the state before it has been written over."""
+        assert sequence.num_ahead <= sequence.num_left, "a state of tokens that are not known"
+        self._go_on_in_place(sequence)
+        sequence.num_computed += sequence.num_ahead
+        sequence.copy_from = None
+
     def _part_from_cache(self, sequence: Sequence) -> None:
         """Write another state slot where the cache now holds this one.
 
@@ -177,20 +184,10 @@ class SequenceMemory:
             sequence.pages,
         )
 
-    def release(self, sequence: Sequence, num_ahead: int = 0, has_state: bool = True) -> None:
-        """Give back all memory of a sequence; the cache keeps its prefix up to its state.
-
-        Args:
-            sequence: a running one.
-            num_ahead: tokens that were launched for it and not committed. Written in place, its
-                state is the one after them, if they are known.
-            has_state: whether there is a state of tokens that are known.
-        """
-        if num_ahead and self.limits.in_place:
-            has_state = has_state and num_ahead <= sequence.num_left
-            self._go_on_in_place(sequence)
-            sequence.num_computed += num_ahead
-            sequence.copy_from = None
+    def release(self, sequence: Sequence, has_state: bool = True) -> None:
+        """Give back all memory of a sequence; the cache keeps its prefix up to its state."""
+        if sequence.num_ahead and has_state and self.limits.in_place:
+            self._catch_up(sequence)
         sequence.num_computed = sequence.state_len
         sequence.num_kept = 0
         if sequence.num_computed and sequence.copy_from is None and has_state:
