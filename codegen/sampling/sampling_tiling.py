@@ -13,6 +13,7 @@ from tokenspeed_plan.codegen.tiling import (
     per_token,
     up2,
 )
+from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.ops import query_len
 from tokenspeed_plan.plans.types import Constant, TensorSpec
 
@@ -41,28 +42,44 @@ def advance(work: Work) -> list[Tiling]:
 
 def sample(work: Work) -> list[Tiling]:
     """A program a row of logits and part of the vocabulary; the last to end draws the token."""
-    constants, scratch = best_token(work, "logits")
+    block = _block(work.width("logits"))
+    tiles = (Tile(1, block, block, num_warps, 1) for num_warps in (16, 32))
+    return [_sample_tiling(work, tile) for tile in work.tiles(*tiles)]
+
+
+def _sample_tiling(work: Work, tile: Tile) -> Tiling:
+    """A tile has `n` tokens at a time, and `k` of the vocabulary in all."""
+    constants, scratch = best_token(work, "logits", tile.n, tile.k)
     constants |= {"VALID": work.size("sample", "num_valid_tokens"), "INDEX_BITS": INDEX_BITS}
     queries = query_len(work.part("sample").attrs)
     if queries > 1:
         constants["QUERY_LEN"] = queries
     num_parts = int(constants.get("PARTS", 1))
-    return [
-        Tiling(
-            template="sample",
-            constants=constants,
-            grid=(per_rows(1, work.by_seqs), fixed(num_parts)),
-            num_warps=num_warps,
-            num_stages=1,
-            options={"num_parts": num_parts},
-            scratch=scratch,
-        )
-        for num_warps in (16, 32)
-    ]
+    return Tiling(
+        template="sample",
+        constants=constants,
+        grid=(per_rows(1, work.by_seqs), fixed(num_parts)),
+        num_warps=tile.num_warps,
+        num_stages=1,
+        options={"num_parts": num_parts},
+        scratch=scratch,
+    )
 
 
-def best_token(work: Work, logits: str) -> tuple[dict[str, Constant], dict[str, TensorSpec]]:
+def _block(vocab: int) -> int:
+    return max(up2(vocab) // 32, 256)
+
+
+def best_token(
+    work: Work, logits: str, block: int = 0, part_size: int = 0
+) -> tuple[dict[str, Constant], dict[str, TensorSpec]]:
     """A search for the best token of each row of `logits`.
+
+    Args:
+        work: the kernel.
+        logits: the parameter.
+        block: tokens at a time.
+        part_size: of the vocabulary, for a program.
 
     Returns:
         Constants, with `PARTS` where several programs share a row, and the scratch through which
@@ -71,12 +88,13 @@ def best_token(work: Work, logits: str) -> tuple[dict[str, Constant], dict[str, 
     vocab = work.width(logits)
     if work.interpreted:
         return {"VOCAB": vocab, "BLOCK": min(up2(vocab), 8192)}, {}
-    block = max(up2(vocab) // 32, 256)
-    parts = blocks(vocab, block)
+    block = block or _block(vocab)
+    part_size = part_size or block
+    parts = blocks(vocab, part_size)
     constants: dict[str, Constant] = {"VOCAB": vocab, "BLOCK": block}
     if parts == 1:
         return constants, {}
-    constants |= {"PARTS": parts, "BLOCK_P": up2(parts), "PART_SIZE": block}
+    constants |= {"PARTS": parts, "BLOCK_P": up2(parts), "PART_SIZE": part_size}
     each = per_seq if work.by_seqs else per_token
     scratch = {
         "bests": each(parts),
