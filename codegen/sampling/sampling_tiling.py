@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokenspeed_plan.codegen.tiling import (
+    TRITON_DTYPES,
     Tiling,
     Work,
     blocks,
@@ -16,8 +17,6 @@ from tokenspeed_plan.codegen.tiling import (
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.ops import query_len
 from tokenspeed_plan.plans.types import Constant, TensorSpec
-
-INDEX_BITS = 20  # of a key: vocabularies up to a million
 
 
 def advance(work: Work) -> list[Tiling]:
@@ -50,7 +49,7 @@ def sample(work: Work) -> list[Tiling]:
 def _sample_tiling(work: Work, tile: Tile) -> Tiling:
     """A tile has `n` tokens at a time, and `k` of the vocabulary in all."""
     constants, scratch = best_token(work, "logits", tile.n, tile.k)
-    constants |= {"VALID": work.size("sample", "num_valid_tokens"), "INDEX_BITS": INDEX_BITS}
+    constants["VALID"] = work.size("sample", "num_valid_tokens")
     queries = query_len(work.part("sample").attrs)
     if queries > 1:
         constants["QUERY_LEN"] = queries
@@ -61,9 +60,13 @@ def _sample_tiling(work: Work, tile: Tile) -> Tiling:
         grid=(per_rows(1, work.by_seqs), fixed(num_parts)),
         num_warps=tile.num_warps,
         num_stages=1,
-        options={"num_parts": num_parts},
+        options={"num_parts": num_parts, "dtype": _logits_dtype(work)},
         scratch=scratch,
     )
+
+
+def _logits_dtype(work: Work) -> str:
+    return TRITON_DTYPES[work.specs["logits"].dtype]
 
 
 def _block(vocab: int) -> int:

@@ -293,6 +293,9 @@ MUTATIONS = [
         "range(BLOCK_K, tl.where(is_local, K, 0)",
     ),
     (PAIRS, "sample", "x ^ (x >> SHIFT)", "x ^ (x >> SHIFT + 1)"),
+    (PAIRS, "sample", "above >= 2 * step", "above >= step"),
+    (PAIRS, "sample", "tl.where(two > target, before, two)", "before"),
+    (CASES["bf16, seven sequences"], "sample", "(_key(x) == key) & (v <", "(_key(x) >= key) & (v <"),
     (PAIRS, "sample", " + s % QUERY_LEN", ""),
     (
         PAIRS,
