@@ -24,6 +24,7 @@ class Tile:
         k: depth of a product; splits a multiprocessor in decode attention.
         num_warps: warps of the program.
         num_stages: loads in flight at once.
+        splits: programs that share the depth of a product on the tensor cores.
     """
 
     m: int
@@ -31,6 +32,7 @@ class Tile:
     k: int
     num_warps: int = 4
     num_stages: int = 3
+    splits: int = 1
 
 
 @cache

@@ -124,6 +124,8 @@ class StepLoop:
             with self._waiting():
                 fill_inputs(batch, values, buffer, self._limits)
         self.last_batch = batch
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            sequence.launch(count)
         with self._waiting():
             self._executor.run(batch.program, batch.run_tokens, batch.run_seqs)
         outputs = None
@@ -156,6 +158,7 @@ class StepLoop:
         new = [(owner, part) for index, owner, part in parts if batch.makes_token(index)]
         self._outputs.check_numbers(new, in_flight.logits)
         for index, sequence, output in parts:
+            sequence.land(batch.counts[index])
             if not sequence.is_running:
                 continue  # a callback has cancelled it meanwhile
             completion = self._commit_sequence(sequence, output, in_flight, index, now, on_token)
@@ -166,6 +169,7 @@ class StepLoop:
     def _advance(self, batch: Batch) -> None:
         """Advance all sequences of a batch within their prompts."""
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            sequence.land(count)
             if sequence.is_running:
                 sequence.drafts = []
                 self._scheduler.advance(sequence, count)

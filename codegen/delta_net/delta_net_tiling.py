@@ -44,12 +44,21 @@ def _heads(work: Work, kind: str) -> dict[str, Constant]:
     }
 
 
+def _conv_kind(work: Work) -> str:
+    """The convolution of a kernel: with a ring where its plan writes the slot that it reads."""
+    if work.has("ring_conv"):
+        return "ring_conv"
+    return "causal_conv"
+
+
 def _convolution(
-    work: Work, heads: dict[str, Constant], x: str = "causal_conv_x"
+    work: Work, heads: dict[str, Constant], x: str | None = None
 ) -> dict[str, Constant]:
     """Constants of the convolution over `x`, and of the norm and scale of its queries."""
+    kind = _conv_kind(work)
+    x = x or f"{kind}_x"
     return {
-        "TAPS": work.size("causal_conv", "kernel_size"),
+        "TAPS": work.size(kind, "kernel_size"),
         "CHANNELS": work.width(x),
         "L2_EPS": L2_EPS,
         "SCALE": int(heads["DK"]) ** -0.5,
@@ -60,7 +69,7 @@ def delta_step(work: Work) -> list[Tiling]:
     """One token a sequence, or several of which each leaves a snapshot."""
     heads = _heads(work, "delta_rule")
     constants = heads | _convolution(work, heads)
-    slots = dst_slots(work, "causal_conv_dst_state_slots")
+    slots = dst_slots(work, f"{_conv_kind(work)}_dst_state_slots")
     if work.query_len == 1:
         constants["BLOCK_TAPS"] = up2(int(constants["TAPS"]))
         return _by_columns(work, "delta_step", constants | slots)
@@ -111,7 +120,7 @@ def _column_tiling(work: Work, template: str, constants: dict[str, Constant], ti
         grid=grid,
         num_warps=tile.num_warps,
         num_stages=1,
-        options={"columns": columns},
+        options={"columns": columns, "conv_part": _conv_kind(work)},
         scratch=scratch,
         prefetches=True,
     )
@@ -128,7 +137,7 @@ def conv_qk_norm(work: Work) -> list[Tiling]:
     """A program a head and block of tokens."""
     heads = _heads(work, "qk_l2_norm")
     constants = heads | _convolution(work, heads)
-    constants |= dst_slots(work, "causal_conv_dst_state_slots")
+    constants |= dst_slots(work, f"{_conv_kind(work)}_dst_state_slots")
     del constants["GROUP"]
     num_heads = 2 * int(heads["A"]) + int(heads["B"])
     sizes = (64, 32, 16) if work.interpreted else (32, 16)
@@ -139,6 +148,7 @@ def conv_qk_norm(work: Work) -> list[Tiling]:
             grid=(per_rows(block), fixed(num_heads), SEQS),
             num_warps=4,
             num_stages=1,
+            options={"conv_part": _conv_kind(work)},
         )
         for block in sizes
     ]

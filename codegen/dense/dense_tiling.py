@@ -17,11 +17,13 @@ from tokenspeed_plan.codegen.tiling import (
     fixed,
     id_columns,
     per_rows,
+    per_seq,
+    per_token,
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.schema import GridDim
-from tokenspeed_plan.plans.types import DTYPE_BITS, Attr, Constant
+from tokenspeed_plan.plans.types import DTYPE_BITS, Attr, Constant, TensorSpec
 
 DOT_ROWS = 16  # of a tile on the tensor cores, at least
 MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its weights
@@ -201,6 +203,9 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
     dot = tile.m >= DOT_ROWS
     if dot:
         constants |= {"PRECISION": work.precision} | _tile_groups(work, rows)
+    splits = _splits(tile, depth)
+    if splits > 1:
+        constants |= {"SPLITS": splits, "SPLIT_K": blocks(depth, tile.k * splits) * tile.k}
     if work.has("rms_norm"):
         constants["EPS"] = work.number("rms_norm", "eps")
     if work.has("expert_sum"):
@@ -211,12 +216,35 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
     return Tiling(
         template="linear",
         constants=constants,
-        grid=(fixed(blocks(columns, tile.n)), tiles_m),
+        grid=(fixed(blocks(columns, tile.n)), tiles_m, fixed(splits))[: 2 + (splits > 1)],
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        options=_linear_options(work, dot) | {"ragged": depth % tile.k != 0},
+        options=_linear_options(work, dot) | {"ragged": depth % tile.k != 0, "splits": splits},
+        scratch=_split_scratch(work, tile, columns, splits),
         prefetches=not dot,
     )
+
+
+def _splits(tile: Tile, depth: int) -> int:
+    """Programs that share a depth, each with at least one step of it."""
+    if tile.m < DOT_ROWS or tile.splits == 1:
+        return 1
+    steps = blocks(depth, tile.k)
+    return blocks(steps, blocks(steps, tile.splits))
+
+
+def _split_scratch(work: Work, tile: Tile, columns: int, splits: int) -> dict[str, TensorSpec]:
+    """Where programs that share a depth leave their sums, and a counter for each tile."""
+    if splits == 1:
+        return {}
+    each = per_token
+    if work.by_seqs:
+        each = per_seq
+    sums = 1 + work.has("silu_mul")
+    return {
+        "partial": each(sums * splits * columns),
+        "counters": each(blocks(columns, tile.n), "i32"),
+    }
 
 
 def _tile_groups(work: Work, rows: int) -> dict[str, Constant]:

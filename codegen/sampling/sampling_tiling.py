@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokenspeed_plan.codegen.tiling import (
+    TRITON_DTYPES,
     Tiling,
     Work,
     blocks,
@@ -13,10 +14,9 @@ from tokenspeed_plan.codegen.tiling import (
     per_token,
     up2,
 )
+from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.ops import query_len
 from tokenspeed_plan.plans.types import Constant, TensorSpec
-
-INDEX_BITS = 20  # of a key: vocabularies up to a million
 
 
 def advance(work: Work) -> list[Tiling]:
@@ -27,36 +27,62 @@ def advance(work: Work) -> list[Tiling]:
         "BLOCK": up2(work.num_seqs),
     }
     constants |= dst_slots(work, "dst_state_slots")
+    in_place = bool(work.part("advance").attrs.get("in_place"))
     tiling = Tiling(
-        template="advance", constants=constants, grid=(fixed(1),), num_warps=1, num_stages=1
+        template="advance",
+        constants=constants,
+        grid=(fixed(1),),
+        num_warps=1,
+        num_stages=1,
+        options={"in_place": in_place},
     )
     return [tiling]
 
 
 def sample(work: Work) -> list[Tiling]:
     """A program a row of logits and part of the vocabulary; the last to end draws the token."""
-    constants, scratch = best_token(work, "logits")
-    constants |= {"VALID": work.size("sample", "num_valid_tokens"), "INDEX_BITS": INDEX_BITS}
+    block = _block(work.width("logits"))
+    tiles = (Tile(1, block, block, num_warps, 1) for num_warps in (16, 32))
+    return [_sample_tiling(work, tile) for tile in work.tiles(*tiles)]
+
+
+def _sample_tiling(work: Work, tile: Tile) -> Tiling:
+    """A tile has `n` tokens at a time, and `k` of the vocabulary in all."""
+    constants, scratch = best_token(work, "logits", tile.n, tile.k)
+    constants["VALID"] = work.size("sample", "num_valid_tokens")
     queries = query_len(work.part("sample").attrs)
     if queries > 1:
         constants["QUERY_LEN"] = queries
     num_parts = int(constants.get("PARTS", 1))
-    return [
-        Tiling(
-            template="sample",
-            constants=constants,
-            grid=(per_rows(1, work.by_seqs), fixed(num_parts)),
-            num_warps=num_warps,
-            num_stages=1,
-            options={"num_parts": num_parts},
-            scratch=scratch,
-        )
-        for num_warps in (16, 32)
-    ]
+    return Tiling(
+        template="sample",
+        constants=constants,
+        grid=(per_rows(1, work.by_seqs), fixed(num_parts)),
+        num_warps=tile.num_warps,
+        num_stages=1,
+        options={"num_parts": num_parts, "dtype": _logits_dtype(work)},
+        scratch=scratch,
+    )
 
 
-def best_token(work: Work, logits: str) -> tuple[dict[str, Constant], dict[str, TensorSpec]]:
+def _logits_dtype(work: Work) -> str:
+    return TRITON_DTYPES[work.specs["logits"].dtype]
+
+
+def _block(vocab: int) -> int:
+    return max(up2(vocab) // 32, 256)
+
+
+def best_token(
+    work: Work, logits: str, block: int = 0, part_size: int = 0
+) -> tuple[dict[str, Constant], dict[str, TensorSpec]]:
     """A search for the best token of each row of `logits`.
+
+    Args:
+        work: the kernel.
+        logits: the parameter.
+        block: tokens at a time.
+        part_size: of the vocabulary, for a program.
 
     Returns:
         Constants, with `PARTS` where several programs share a row, and the scratch through which
@@ -65,12 +91,13 @@ def best_token(work: Work, logits: str) -> tuple[dict[str, Constant], dict[str, 
     vocab = work.width(logits)
     if work.interpreted:
         return {"VOCAB": vocab, "BLOCK": min(up2(vocab), 8192)}, {}
-    block = max(up2(vocab) // 32, 256)
-    parts = blocks(vocab, block)
+    block = block or _block(vocab)
+    part_size = part_size or block
+    parts = blocks(vocab, part_size)
     constants: dict[str, Constant] = {"VOCAB": vocab, "BLOCK": block}
     if parts == 1:
         return constants, {}
-    constants |= {"PARTS": parts, "BLOCK_P": up2(parts), "PART_SIZE": block}
+    constants |= {"PARTS": parts, "BLOCK_P": up2(parts), "PART_SIZE": part_size}
     each = per_seq if work.by_seqs else per_token
     scratch = {
         "bests": each(parts),

@@ -97,6 +97,30 @@ def batch_prediction(plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]) 
     return run.as_json()
 
 
+def step_floor_bytes(plan: Plan, phase: str, bucket: int, batch: tuple[int, int, int]) -> float:
+    """Bytes of weights and states that a step of a program reads and writes at least.
+
+    Args:
+        plan: the frozen plan.
+        phase: `decode` or `prefill`.
+        bucket: of the program.
+        batch: tokens, sequences, and tokens of a sequence, on average.
+    """
+    kernels = {kernel.name: kernel for kernel in plan.kernels}
+    program = next(
+        program
+        for program in plan.pool.programs
+        if (program.phase, program.bucket) == (phase, bucket)
+    )
+    load = Load(*batch)
+    total = 0.0
+    for step in program.steps:
+        if isinstance(step, KernelCall):
+            size = _batch_size(plan, kernels[step.kernel], step.cost, load)
+            total += step.cost.at(size).floor_bytes
+    return total
+
+
 def _spec_of(plan: Plan) -> Spec:
     """The spec that a plan was made from.
 

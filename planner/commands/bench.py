@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tokenspeed_plan.planner.advisor.plan_prices import step_prediction
+from tokenspeed_plan.planner.advisor.plan_prices import step_floor_bytes, step_prediction
 from tokenspeed_plan.planner.commands.engines import freeze_gc
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.text import printable
 
 Folder = click.Path(path_type=Path)
@@ -71,21 +72,40 @@ class AgenticOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchOptions:
+    """Rows of a batch; None takes the value of the plan's workload.
+
+    Attributes:
+        rows: how many.
+        prompt: tokens of each prompt.
+        out: tokens of each answer.
+        lengths: a file with the lengths of rows, in place of both.
+        seed: of the random tokens.
+    """
+
+    rows: int | None
+    prompt: int | None
+    out: int | None
+    lengths: Path | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class BenchOptions:
     """Options of `tokenspeed bench`; `weights` None are random."""
 
     weights: Path | None
-    work: ProgramOptions | AgenticOptions
+    work: ProgramOptions | AgenticOptions | BatchOptions
 
 
 @click.command(name="bench")
 @click.argument("bundle", type=Folder)
 @click.option(
     "--workload",
-    type=click.Choice(["programs", "agentic"]),
+    type=click.Choice(["programs", "agentic", "batch"]),
     default="programs",
     show_default=True,
-    help="Each program by itself, or whole conversations through the engine.",
+    help="Each program by itself, or conversations or rows of a batch through the engine.",
 )
 @click.option("--weights", default="random", help="A checkpoint folder, or `random` (the default).")
 @click.option(
@@ -121,7 +141,11 @@ class BenchOptions:
     help="Agentic: simulate that each draft is right with these chances, "
     "such as 0.9,0.8,0.7; what is said is then nonsense.",
 )
-@click.option("--seed", type=int, default=0, help="Agentic: of the random tokens.")
+@click.option("--rows", type=Some, help="Batch: how many; three for each sequence without it.")
+@click.option("--prompt", type=Some, help="Batch: tokens in each prompt; the spec's without it.")
+@click.option("--out", type=Some, help="Batch: tokens of each answer; the spec's without it.")
+@click.option("--lengths", type=Folder, help="Batch: JSON lines with the lengths of rows.")
+@click.option("--seed", type=int, default=0, help="Agentic, batch: of the random tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
 def bench_command(
     bundle: Path,
@@ -136,18 +160,24 @@ def bench_command(
     turn_tokens: int | None,
     output_tokens: int | None,
     acceptance: tuple[float, ...] | None,
+    rows: int | None,
+    prompt: int | None,
+    out: int | None,
+    lengths: Path | None,
     seed: int,
     as_json: bool,
 ) -> None:
     """Measure BUNDLE on this machine.
 
     Its programs are shown beside their floor and the prediction; `--workload agentic` runs whole
-    conversations through the engine.
+    conversations through the engine, `--workload batch` rows.
     """
     folder = None
     if weights != "random":
         folder = Path(os.path.expanduser(weights))
-    work: ProgramOptions | AgenticOptions = ProgramOptions(batch, context, prefill)
+    work: ProgramOptions | AgenticOptions | BatchOptions = ProgramOptions(batch, context, prefill)
+    if workload == "batch":
+        work = BatchOptions(rows, prompt, out, lengths, seed)
     if workload == "agentic":
         work = AgenticOptions(
             conversations,
@@ -168,6 +198,8 @@ def _measure(bundle: Path, options: BenchOptions) -> tuple[dict[str, Any], str]:
     """The figures, as JSON and as text."""
     if isinstance(options.work, AgenticOptions):
         return _agentic(bundle, options.weights, options.work)
+    if isinstance(options.work, BatchOptions):
+        return _batch(bundle, options.weights, options.work)
     return _programs(bundle, options.weights, options.work)
 
 
@@ -212,3 +244,52 @@ def _agentic(
     freeze_gc()
     found = agentic.agentic(engine, conversations, options.acceptance)
     return found, agentic.as_text(found)
+
+
+def _batch(bundle: Path, folder: Path | None, options: BatchOptions) -> tuple[dict[str, Any], str]:
+    from tokenspeed_plan.runtime import bench
+    from tokenspeed_plan.runtime.bench import batch
+    from tokenspeed_plan.runtime.bench.machine import measure_machine
+    from tokenspeed_plan.runtime.engine import Engine
+    from tokenspeed_plan.runtime.loading.engine_loader import default_launch
+
+    frozen = load_plan(bundle)
+    rows = batch.Rows.of(
+        frozen, options.rows, options.prompt, options.out, options.lengths, options.seed
+    )
+    machine = measure_machine(frozen.target.device)
+    launch = batch.TimedLaunch(default_launch(frozen), frozen.target.device)
+    engine = Engine(frozen, bench.prepare(frozen, bundle, folder, launch))
+    freeze_gc()
+    found = batch.batch(engine, launch, rows)
+    found["machine"] = asdict(machine)
+    with suppress(SpecError):
+        _price(frozen, bundle, found, machine.read_bytes_per_s)
+    return found, batch.as_text(found)
+
+
+def _price(plan: Plan, bundle: Path, found: dict[str, Any], read_bytes_per_s: float) -> None:
+    """Add the floor and the prediction of each program, and what they make of the whole run.
+
+    Raises:
+        SpecError: the plan's model is not where its spec says.
+    """
+    context = round(found["mean_context"])
+    predicted_us = measured_us = 0.0
+    for program in found["programs"]:
+        tokens = round(program["mean_tokens"])
+        seqs = max(tokens // (program["depth"] + 1), 1)
+        if program["phase"] == "prefill":
+            seqs = max(1, round(tokens * found["rows"] / found["tokens_in"]))
+        priced = step_prediction(
+            plan, bundle, program["phase"], tokens, seqs, context, program["depth"]
+        )
+        size = (tokens, seqs, context)
+        floor_bytes = step_floor_bytes(plan, program["phase"], program["bucket"], size)
+        floor_us = floor_bytes / read_bytes_per_s * 1e6
+        program |= priced | {"floor_us": floor_us, "share_of_floor": floor_us / program["us"]}
+        predicted_us += program["steps"] * priced["predicted_us"]
+        measured_us += program["steps"] * program["us"]
+    if predicted_us:
+        scale = measured_us / predicted_us
+        found["predicted_tokens_per_s_out"] = found["tokens_per_s_out"] * scale

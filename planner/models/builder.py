@@ -87,7 +87,7 @@ class GraphBuilder:
     def _declare_batch(self) -> None:
         """The inputs of a batch; `finish` drops those that no operator reads."""
         limits = self.context.limits
-        queries, dst_slots = limits.max_depth + 1, limits.state_slots_per_seq - 1
+        queries, dst_slots = limits.max_depth + 1, limits.written_slots_per_seq
         for name in ("token_ids", "positions", "slot_mapping"):
             self.tensor(name, ("num_tokens",), "i32", "io")
         for name in ("context_lens", "state_lens", "src_state_slots", "following", "max_lens"):

@@ -21,7 +21,7 @@ from tokenspeed_plan.planner.models.mtp import (
     write_draft_keys,
 )
 from tokenspeed_plan.plans.ops import BATCH_STATE
-from tokenspeed_plan.plans.types import Phase
+from tokenspeed_plan.plans.types import Attr, Phase
 
 _MIXERS = {"linear_attention": delta_net, "full_attention": attention}
 
@@ -48,9 +48,16 @@ def build(context: BuildContext, phase: Phase, depth: int = 0) -> OpGraph:
             "advance",
             ("next_tokens", "page_table"),
             states=BATCH_STATE,
-            attrs={"page_size": context.limits.page_size},
+            attrs=_advance_attrs(context),
         )
     return graph.finish(outputs)
+
+
+def _advance_attrs(context: BuildContext) -> dict[str, Attr]:
+    attrs: dict[str, Attr] = {"page_size": context.limits.page_size}
+    if context.limits.in_place:
+        attrs["in_place"] = True
+    return attrs
 
 
 def _layer(graph: GraphBuilder, index: int, kind: LayerType, x: str) -> str:

@@ -223,10 +223,13 @@ class _Block:
 
     def convolve(self, qkv: str, weight: str, state: str) -> str:
         taps: dict[str, Attr] = {"kernel_size": self.config.conv_kernel_size}
+        kind, batch = "causal_conv", _BATCH
+        if self.graph.context.limits.in_place:
+            kind, batch = "ring_conv", (*_BATCH, "context_lens")
         return self.graph.op(
             f"{self.name}.conv",
-            "causal_conv",
-            (qkv, *_BATCH),
+            kind,
+            (qkv, *batch),
             (weight,),
             (state,),
             attrs=self.mode("update", "varlen") | taps | self.graph.query_attrs,
@@ -302,7 +305,10 @@ class _Block:
         d = self.config
         context = self.graph.context
         slots = context.limits.num_state_slots
-        shape = (slots, d.conv_kernel_size - 1, d.conv_channels)
+        kept = d.conv_kernel_size - 1
+        if context.limits.in_place:
+            kept = d.conv_kernel_size
+        shape = (slots, kept, d.conv_channels)
         splits = ((2, self.k_heads),)
         return self.graph.tensor(f"{self.name}.conv_state", shape, context.dtype, "state", splits)
 

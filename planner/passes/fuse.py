@@ -68,7 +68,9 @@ FUSIONS = (
         ("recompute_state", "causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm"),
     ),
     Fusion("delta_step", ("causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
+    Fusion("delta_step", ("ring_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
     Fusion("conv_qk_norm", ("causal_conv", "qk_l2_norm")),
+    Fusion("conv_qk_norm", ("ring_conv", "qk_l2_norm")),
     Fusion("gates_delta_chunk", ("delta_gates", "delta_chunk")),
     # Mixture of experts with a few tokens.
     Fusion("moe_up", ("topk", "experts_up", "linear", "silu_mul")),

@@ -13,9 +13,10 @@ from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Capacity, Limits
 from tokenspeed_plan.plans.types import RollbackWord
 
-# A sequence reads one state slot and writes another. Each draft needs one more slot, unless its
-# inputs are kept instead.
-MIN_SLOTS_PER_SEQ = 2
+# Without drafts a step writes the state slot that it reads. With them a sequence reads one and
+# writes another; each draft needs one more, unless its inputs are kept instead.
+SLOTS_IN_PLACE = 1
+MIN_DRAFTING_SLOTS = 2
 PADDING_SLOTS = 2  # the first stays zero, the last belongs to padding
 # A turn that continues inside a page copies that page: for a moment a sequence has both.
 COPIED_PAGES = 1
@@ -89,8 +90,8 @@ class CapacityOptions:
         chunk: tokens of a prompt that are computed at once; None for the machine's default.
         checkpoint_tokens: as in `checkpoint_spacing`.
         depth: the most drafts of a decode step.
-        rollback: how rejected drafts are taken back. With `recompute` a sequence needs no more
-            state slots than without drafts.
+        rollback: how rejected drafts are taken back. With `recompute` a sequence needs two state
+            slots, whatever the depth.
     """
 
     chunk: int | None = None
@@ -182,9 +183,11 @@ def plan_limits(capacity: Capacity, interleaved_tokens: int | None) -> Limits:
 
 def state_slots_per_seq(depth: int, rollback: RollbackWord) -> int:
     """State slots that a sequence holds."""
+    if not depth:
+        return SLOTS_IN_PLACE
     if rollback == "recompute":
-        return MIN_SLOTS_PER_SEQ
-    return MIN_SLOTS_PER_SEQ + depth
+        return MIN_DRAFTING_SLOTS
+    return MIN_DRAFTING_SLOTS + depth
 
 
 def prefill_chunk(chunk: int, workload: WorkloadSpec) -> int:

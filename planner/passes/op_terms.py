@@ -195,6 +195,8 @@ def _times(op: Op, access: str) -> int:
         return 0
     if access != "update":
         return 1
+    if op.kind == "ring_conv" and op.attrs["mode"] == "update":
+        return 1  # all entries but one are read, and that one is written
     return 1 + query_len(op.attrs)
 
 

@@ -4,7 +4,8 @@ Letters: T tokens, S sequences, A key heads, B value heads, R query_len, K taps 
 d and e columns of a key and of a value.
 
 `q` and `k` are [T, A * d], `v` and `y` [T, B * e], `beta` and `log_decay` [T, B]. A state slot
-holds `conv_state` [K - 1, 2 * A * d + B * e] and `ssm_state` [B, d, e].
+holds `conv_state` [K - 1, 2 * A * d + B * e] and `ssm_state` [B, d, e]; where a step writes the
+slot that it reads, `conv_state` is a ring of K inputs.
 """
 
 from __future__ import annotations
@@ -114,8 +115,19 @@ def _conv(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     return {"y": y}
 
 
+def _ring_conv(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    expect_seq_metadata(specs)
+    expect_vectors(specs, ("context_lens",), "num_seqs", "i32")
+    require(attrs.get("mode") in ("update", "varlen"), f"mode {attrs.get('mode')!r}")
+    channels = width(specs, "x")
+    taps = integer(attrs, "kernel_size")
+    expect(specs, "w", channels, 1, taps)
+    _expect_conv_state(specs, taps + 1, channels)
+    return {"y": expect(specs, "x", "num_tokens", channels)}
+
+
 def _expect_conv_state(specs: Specs, taps: int, channels: int) -> None:
-    """The inputs before the next token, all taps but one."""
+    """The inputs before the next token: all taps but one."""
     shape = specs["conv_state"].shape
     fits = shape[1:] == (taps - 1, channels)
     require(fits, f"`conv_state` is {list(shape)}")
@@ -254,6 +266,17 @@ DELTA_NET_OPS: dict[str, OpDef] = {
         states=(("conv_state", "update"),),
         attrs=("mode", "kernel_size"),
         optional=("query_len",),
+    ),
+    # The same where a step writes the state slot that it reads. The input at position p is entry
+    # p % K of the ring: a token writes the one entry that it does not read.
+    "ring_conv": OpDef(
+        inputs=("x", *SEQ_METADATA, "context_lens"),
+        outputs=("y",),
+        infer=_ring_conv,
+        doc="y[t] = silu(sum_j w[j] x[t - K + 1 + j]); conv_state[p % K] = x at position p",
+        weights=("w",),
+        states=(("conv_state", "update"),),
+        attrs=("mode", "kernel_size"),
     ),
     "recompute_state": OpDef(
         inputs=("x", "b", "a", "context_lens", "state_lens", "src_state_slots", "dst_state_slots"),

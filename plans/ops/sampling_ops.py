@@ -71,5 +71,6 @@ SAMPLING_OPS: dict[str, OpDef] = {
         doc="the inputs of the next decode step, in place; padding (src_state_slots = 0) stays",
         states=tuple((name, "update") for name in BATCH_STATE),
         attrs=("page_size",),
+        optional=("in_place",),
     ),
 }

@@ -199,7 +199,8 @@ class Capacity(Frozen):
 
     Memory: `num_pages` pages of `page_size` tokens for keys and values, and `num_state_slots` slots
     for recurrent states. Slot 0 stays zero: a new sequence reads it. A running sequence holds
-    `state_slots_per_seq` slots. With `kept_inputs`, a decode step keeps the inputs of that many
+    `state_slots_per_seq` slots: with one, a step writes the slot that it reads, unless others hold
+    that too, and then a fresh one. With `kept_inputs`, a decode step keeps the inputs of that many
     queries instead of a state after each, and the next step recomputes the state after the accepted
     ones. One more page and the last slot belong to nobody: padding writes there.
 
@@ -233,11 +234,21 @@ class Capacity(Frozen):
         """The most drafts that a decode step verifies.
 
         A sequence has a slot to read and one to write for each query, or room for the inputs of
-        each query.
+        each query. One that writes the slot that it reads has no drafts.
         """
         if self.kept_inputs:
             return self.kept_inputs - 1
-        return self.state_slots_per_seq - 2
+        return max(self.state_slots_per_seq - 2, 0)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a step writes the state slot that it reads."""
+        return self.state_slots_per_seq == 1
+
+    @property
+    def written_slots_per_seq(self) -> int:
+        """State slots that a step of a sequence may write."""
+        return max(self.state_slots_per_seq - 1, 1)
 
     @property
     def table_pages(self) -> int:

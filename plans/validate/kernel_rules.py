@@ -31,6 +31,7 @@ def check_kernels(plan: Plan, pool: Pool) -> None:
             raise refuse(f"kernel `{kernel.name}`: {error}") from error
         _check_prefetch(kernel)
         _check_kept_inputs(kernel, pool.limits)
+        _check_in_place(kernel, pool.limits)
 
 
 def check_binaries(plan: Plan) -> None:
@@ -93,6 +94,22 @@ def _check_kept_inputs(kernel: KernelSpec, limits: Limits) -> None:
         needed = limits.kept_inputs
         if kept is not None and kept != needed:
             raise refuse(f"kernel `{kernel.name}` does not keep {needed} inputs")
+
+
+def _check_in_place(kernel: KernelSpec, limits: Limits) -> None:
+    """Where a step writes the state slot that it reads, nobody reads what another one writes.
+
+    The programs of a kernel share a window of inputs, so that must be a ring; each matrix of a
+    state belongs to one of them. Where there are two slots, the next step finds them exchanged.
+    """
+    slots = f"its plan has {limits.state_slots_per_seq} state slots a sequence"
+    for part in kernel.parts:
+        if part.kind == "causal_conv" and limits.in_place:
+            raise refuse(f"kernel `{kernel.name}` shifts its inputs, {slots}")
+        if part.kind == "ring_conv" and not limits.in_place:
+            raise refuse(f"kernel `{kernel.name}` has a ring of inputs, {slots}")
+        if part.kind == "advance" and bool(part.attrs.get("in_place")) != limits.in_place:
+            raise refuse(f"kernel `{kernel.name}` exchanges other state slots, {slots}")
 
 
 def _kept_inputs(kernel: KernelSpec, part: Part) -> Dim | None:

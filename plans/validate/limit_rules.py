@@ -34,8 +34,6 @@ def _check_sizes(limits: Limits) -> None:
             f"{limits.num_state_slots} state slots for {limits.max_seqs} sequences"
             f" and {limits.num_checkpoints} checkpoints, {slots} are needed"
         )
-    if limits.state_slots_per_seq < 2:
-        raise refuse("a sequence needs a state slot to read and another to write")
 
 
 def _check_tokens(limits: Limits) -> None:

@@ -142,7 +142,7 @@ class Replay:
             num_kept=min(limits.kept_inputs, before) if self.program.phase == "decode" else 0,
             pages=list(range(index * pages, (index + 1) * pages)),
             state_slot=start if before else 0,
-            own_slots=list(range(start + 1, start + limits.state_slots_per_seq)),
+            own_slots=_own_slots(start, limits),
         )
 
     def measure(self, machine: Machine) -> dict[str, Any]:
@@ -245,6 +245,13 @@ class Replay:
             kind_of(self.executor.kernels[call.kernel]) for call in calls
         ], "lost a kernel"
         return [time for _, time in found]
+
+
+def _own_slots(start: int, limits: Limits) -> list[int]:
+    """The state slots that a sequence writes, where it reads `start`."""
+    if limits.in_place:
+        return [start]
+    return list(range(start + 1, start + limits.state_slots_per_seq))
 
 
 def _row(name: str, found: list[tuple[float, float, float]], machine: Machine) -> dict[str, Any]:

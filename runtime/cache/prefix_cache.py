@@ -227,12 +227,31 @@ class PrefixCache:
         return self.pages.take()
 
     def take_state_slot(self) -> int:
-        """A state slot for the caller; there is always one, as each sequence has a share."""
+        """A state slot for the caller, who knows that there is one."""
+        slot = self.take_spare_state_slot()
+        assert slot is not None, "the running sequences hold more state slots than their share"
+        return slot
+
+    def take_spare_state_slot(self) -> int | None:
+        """A state slot for the caller; None where running sequences hold all of them."""
         while not self.state_slots.num_free:
-            assert self._evict(lambda node: True), (
-                "the running sequences hold more state slots than their share"
-            )
+            if not self._evict(lambda node: True):
+                return None
         return self.state_slots.take()
+
+    def has_spare_state_slot(self, hit: Hit) -> bool:
+        """Whether a state slot can be taken while a hit is held."""
+        return bool(self.state_slots.num_free) or any(
+            self.state_slots.holders(node.state_slot) == 1
+            for node in self.checkpoints
+            if node is not hit.checkpoint
+        )
+
+    def forget_checkpoint(self, state_slot: int) -> None:
+        """Leave a state slot to the sequence that holds it, too."""
+        for node in self.checkpoints:
+            if node.state_slot == state_slot:
+                self._checkpoints.forget(node)
 
     def prune(self, node: Node | None) -> None:
         """Free the pages from a node towards the root that no checkpoint and no sequence needs."""

@@ -135,8 +135,7 @@ def _length_values(batch: Batch, limits: Limits) -> Values:
 def _state_slot_values(batch: Batch, limits: Limits) -> Values:
     """State slots; a padding sequence reads slot 0, which is zero, and writes the padding slot."""
     padding = _num_padding(batch)
-    num_written = limits.state_slots_per_seq - 1
-    num_pad_slots = num_written * padding
+    num_pad_slots = limits.written_slots_per_seq * padding
     pad_slots = [limits.pad_state_slot] * num_pad_slots
     return {
         "src_state_slots": [*batch.src_state_slots, *[0] * padding],

@@ -40,6 +40,7 @@ REFERENCE_BODIES: dict[str, Body] = {
     "attention": attention.attention,
     "sigmoid_gate": attention.sigmoid_gate,
     "causal_conv": delta.causal_conv,
+    "ring_conv": delta.ring_conv,
     "qk_l2_norm": delta.qk_l2_norm,
     "delta_gates": delta.delta_gates,
     "delta_rule": delta.delta_rule,

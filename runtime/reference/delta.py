@@ -50,8 +50,7 @@ def causal_conv(
     dst_SR = dst_slots(dst_SR)
     before_SJC = _state_before(attrs, state, src_S, dst_SR)
     if attrs["mode"] == "varlen":
-        dst_S = dst_SR[:, 0]
-        y_TC = _conv_prefill(x_TC, cu_seqlens, before_SJC, w_CK, dst_S, state)
+        y_TC, state[dst_SR[:, 0]] = _conv_ragged(x_TC, cu_seqlens, before_SJC, w_CK)
         return (y_TC,)
     x_SRC = x_TC.unflatten(0, (len(src_S), -1))
     windows_SRKC = _windows(before_SJC, x_SRC)
@@ -59,6 +58,41 @@ def causal_conv(
         for i in range(windows_SRKC.shape[1]):
             state[dst_SR[:, i]] = windows_SRKC[:, i, 1:]
     return (_convolved(windows_SRKC, w_CK),)
+
+
+def ring_conv(
+    attrs: Attrs,
+    x_TC: Tensor,
+    cu_seqlens: Tensor,
+    src_S: Tensor,
+    dst_S: Tensor,
+    context_S: Tensor,
+    w_C1K: Tensor,
+    state: Tensor,
+) -> tuple[Tensor]:
+    """`causal_conv` with a state [slots, K, C] whose entry p % K is the input at position p.
+
+    A step may write the slot that it reads: a token reads the entries of the K - 1 positions before
+    its own, and writes the one that is left.
+    """
+    w_CK = w_C1K[:, 0]
+    lengths_S = cu_seqlens.diff()
+    before_SJC = state[_ring_before(src_S, context_S - lengths_S, state)]
+    after = _ring_before(dst_S, context_S, state)
+    if attrs["mode"] == "update":
+        windows_S1KC = _windows(before_SJC, x_TC.unsqueeze(1))
+        state[after] = windows_S1KC[:, 0, 1:]
+        return (_convolved(windows_S1KC, w_CK),)
+    y_TC, state[after] = _conv_ragged(x_TC, cu_seqlens, before_SJC, w_CK)
+    return (y_TC,)
+
+
+def _ring_before(slots_S: Tensor, position_S: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Slot and entry [S, J] of the inputs before a position, the oldest first."""
+    num_taps = state.shape[1]
+    age_J = torch.arange(1, num_taps, device=position_S.device)
+    entry_SJ = (position_S.unsqueeze(1) + age_J) % num_taps
+    return slots_S.unsqueeze(1), entry_SJ
 
 
 def _state_before(attrs: Attrs, state: Tensor, src_S: Tensor, dst_SR: Tensor) -> Tensor:
@@ -69,27 +103,22 @@ def _state_before(attrs: Attrs, state: Tensor, src_S: Tensor, dst_SR: Tensor) ->
     return state.index_select(0, slots_S)
 
 
-def _conv_prefill(
-    x_TC: Tensor,
-    cu_seqlens: Tensor,
-    before_SJC: Tensor,
-    w_CK: Tensor,
-    dst_S: Tensor,
-    state: Tensor,
-) -> Tensor:
-    """Convolve whole sequences, and write each one's last J inputs into its `dst` slot."""
+def _conv_ragged(
+    x_TC: Tensor, cu_seqlens: Tensor, before_SJC: Tensor, w_CK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Convolve whole sequences; gives the outputs [T, C], and each one's last inputs [S, J, C]."""
     ragged = Ragged(cu_seqlens)
     x_SLC = ragged.pad(x_TC)
     max_len = x_SLC.shape[1]
     num_before = before_SJC.shape[1]
     x = torch.cat((before_SJC, x_SLC), 1)  # [S, J + L, C]
-    state[dst_S] = _inputs_from(x, ragged.lengths_S, num_before)
+    last_SJC = _inputs_from(x, ragged.lengths_S, num_before)
     y_SLC = torch.zeros_like(x_SLC)
     for tap, w_C in enumerate(w_CK.unbind(1)):
         inputs_SLC = x.narrow(1, tap, max_len)
         y_SLC = y_SLC + inputs_SLC * w_C
     y_TC = ragged.pack(y_SLC)
-    return F.silu(y_TC)
+    return F.silu(y_TC), last_SJC
 
 
 def _inputs_from(x: Tensor, start_S: Tensor, count: int) -> Tensor:

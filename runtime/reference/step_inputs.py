@@ -27,8 +27,8 @@ def advance(
 ) -> tuple[()]:
     """Advance each sequence by the token that was sampled.
 
-    The next step reads the state slot that this one wrote, and writes the one that it read. Padding
-    (state slot 0) stays as it is.
+    The next step reads the state slot that this one wrote, and writes the one that it read, or with
+    `in_place` the same one. Padding (state slot 0) stays as it is.
     """
     is_live_S = src_state_slots_S > 0
     token_ids_S.copy_(next_tokens_S.where(is_live_S, token_ids_S))
@@ -37,7 +37,10 @@ def advance(
     slots_S1 = cache_slots(attrs["page_size"], positions_S.unsqueeze(1), page_table_SP)
     slots_S = slots_S1.squeeze(1)
     slot_mapping_S.copy_(slots_S.where(is_live_S, slot_mapping_S))
-    _swap_state_slots(is_live_S, src_state_slots_S, dst_state_slots_S)
+    if attrs.get("in_place"):
+        src_state_slots_S.copy_(dst_state_slots_S.where(is_live_S, src_state_slots_S))
+    else:
+        _swap_state_slots(is_live_S, src_state_slots_S, dst_state_slots_S)
     return ()
 
 

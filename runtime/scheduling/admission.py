@@ -104,7 +104,9 @@ class Admission:
         return False
 
     def _fits(self, sequence: Sequence, hit: Hit) -> bool:
-        """Whether there are pages for it, and one more for each running sequence."""
+        """Whether there are pages for it and one more for each running sequence, and a state slot."""
+        if not self._memory.has_slot(hit):
+            return False
         taken = {node.page for node in path_to(hit.checkpoint)}
         for other in self.running:
             taken.update(other.pages)

@@ -149,14 +149,14 @@ class Scheduler:
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request in any state; the cache keeps what it computed.
 
-        A step in flight may still compute it.
+        A step in flight may still compute it; a second one has written over its state.
         """
         if sequence.state in ("finished", "cancelled"):
             return
         was_running = sequence.is_running
         sequence.move_to("cancelled")
         if was_running:
-            self._stop(sequence)
+            self._stop(sequence, has_state=sequence.steps_ahead < 2)
         else:
             self._admission.remove(sequence)
 

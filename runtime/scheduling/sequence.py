@@ -32,7 +32,8 @@ class Sequence:
     """Progress of a request. `num_computed` tokens of it are in the caches.
 
     It holds its `pages`, its `state_slot` (0 for none) and its `own_slots`, which the next steps
-    write and nobody else holds; pages and `state_slot` may be shared. The state is that after the
+    write and nobody else holds; pages and `state_slot` may be shared. Where a plan writes states in
+    place, `own_slots` is `state_slot` itself unless that is shared. The state is that after the
     computed tokens, less the last `num_kept`, whose inputs are kept in the slot. `node` is the last
     of its pages that the prefix cache knows.
     """
@@ -49,6 +50,9 @@ class Sequence:
     pages_version: int = 0
     state_slot: int = 0
     own_slots: list[int] = field(default_factory=list)
+    # launched for it and not committed: tokens, drafts included, and steps
+    num_ahead: int = 0
+    steps_ahead: int = 0
     # after the last token, to be verified; there may be none
     drafts: list[int] = field(default_factory=list)
     stop_ids: frozenset[int] = frozenset()  # tokens that end it
@@ -83,6 +87,16 @@ class Sequence:
         """Note when its last token came; the first one sets the time to the first token."""
         self.first_token_s = self.first_token_s or now_s
         self.last_token_s = now_s
+
+    def launch(self, count: int) -> None:
+        """Note that a step computes `count` more tokens of it."""
+        self.num_ahead += count
+        self.steps_ahead += 1
+
+    def land(self, count: int) -> None:
+        """Note that this step is over."""
+        self.num_ahead -= count
+        self.steps_ahead -= 1
 
     def forget_memory(self) -> None:
         """Hold nothing any more, after all was given back."""

@@ -32,6 +32,13 @@ class SequenceMemory:
         """Pages for its known tokens."""
         return -(-len(sequence.token_ids) // self.limits.page_size)
 
+    def has_slot(self, hit: Hit) -> bool:
+        """Whether a sequence that starts from a hit gets a state slot to write.
+
+        Each has its share of them, unless it has one in all: others may hold those of their hits.
+        """
+        return not self.limits.in_place or self.cache.has_spare_state_slot(hit)
+
     def start(self, sequence: Sequence, hit: Hit) -> None:
         """Give a sequence the pages of its hit, pages for other tokens, and its own state slots."""
         sequence.node, sequence.pages = self.cache.use(hit)
@@ -44,7 +51,7 @@ class SequenceMemory:
             sequence.checkpoint_requests.add(hit.known_tokens)
         while len(sequence.pages) < self.num_pages(sequence):
             self.add_page(sequence)
-        num_own_slots = self.limits.state_slots_per_seq - 1
+        num_own_slots = self.limits.written_slots_per_seq
         sequence.own_slots = [self.cache.take_state_slot() for _ in range(num_own_slots)]
         sequence.pages_version += 1
         if sequence.num_cached_tokens is None:
@@ -84,12 +91,46 @@ class SequenceMemory:
             sequence.num_kept = count
         elif not is_prefill:
             column = count - 1  # a decode step has written a state slot for each token
+        if self.limits.in_place:
+            self._go_on_in_place(sequence)
+            if is_prefill:
+                self._keep_prefix(sequence)
+                self._part_from_cache(sequence)
+            return
         is_own = self._exchange_state_slot(sequence, column)
         if is_prefill:
             self._keep_prefix(sequence)
         if not is_own:
             sequence.own_slots.insert(column, self.cache.take_state_slot())
             sequence.pages_version += 1
+
+    def _go_on_in_place(self, sequence: Sequence) -> None:
+        """Continue in the state slot that was written: from now on it is also the one to write."""
+        before = sequence.state_slot
+        sequence.state_slot = sequence.own_slots[0]
+        if before not in (0, sequence.state_slot):
+            self.cache.state_slots.drop(before)
+
+    def _catch_up(self, sequence: Sequence) -> None:
+        """Advance to the end of what was launched: the state before it has been written over."""
+        assert sequence.num_ahead <= sequence.num_left, "a state of tokens that are not known"
+        self._go_on_in_place(sequence)
+        sequence.num_computed += sequence.num_ahead
+        sequence.copy_from = None
+
+    def _part_from_cache(self, sequence: Sequence) -> None:
+        """Write another state slot where the cache now holds this one.
+
+        Where there is no other, the cache gives up this checkpoint.
+        """
+        if self.cache.state_slots.holders(sequence.state_slot) == 1:
+            return
+        other = self.cache.take_spare_state_slot()
+        if other is None:
+            self.cache.forget_checkpoint(sequence.state_slot)
+            return
+        sequence.own_slots = [other]
+        sequence.pages_version += 1
 
     def _exchange_state_slot(self, sequence: Sequence, column: int) -> bool:
         """Continue from the state slot that was written; the one before it is written next.
@@ -149,6 +190,8 @@ class SequenceMemory:
 
         Where its numbers are wrong, the cache keeps only what others got answers from.
         """
+        if sequence.num_ahead and has_state and self.limits.in_place:
+            self._catch_up(sequence)
         sequence.num_computed = sequence.state_len
         sequence.num_kept = 0
         if sequence.num_computed and sequence.copy_from is None and has_state:
@@ -156,10 +199,8 @@ class SequenceMemory:
             self._add_checkpoint(sequence)
         for page in sequence.pages:
             self.cache.pages.drop(page)
-        for slot in sequence.own_slots:
+        for slot in {*sequence.own_slots, sequence.state_slot} - {0}:
             self.cache.state_slots.drop(slot)
-        if sequence.state_slot:
-            self.cache.state_slots.drop(sequence.state_slot)
         path = self._path(sequence)
         self.cache.prune(sequence.node)
         if is_wrong:

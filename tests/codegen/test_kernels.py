@@ -23,6 +23,16 @@ MAX_ROWS = {"sample": 8, "topk": 80, "qk_norm_rope_write": 20}
 CASES = {
     "one sequence": Case("decode", (1,), (40,)),
     "one sequence, nothing before": Case("decode", (1,), (0,)),
+    "seven sequences, two state slots": Case(
+        "decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300), two_slots=True
+    ),
+    "ragged prefill, two state slots": Case("prefill", (1, 5, 2), (0, 3, 100), two_slots=True),
+    "five sequences, state in place": Case(
+        "decode", (1,) * 5, (1, 2, 3, 64, 65), gpu="H200", kind="few heads"
+    ),
+    "short prompts, state in place": Case(
+        "prefill", (1, 2, 3, 4, 7), (1, 2, 3, 65, 7), kind="few heads"
+    ),
     "seven sequences": Case("decode", (1,) * 7, (0, 1, 15, 16, 17, 100, 300)),
     "many sequences": Case("decode", (1,) * 19, tuple(range(0, 190, 10))),
     "dense, one sequence": Case("decode", (1,), (70,), kind="dense"),
@@ -202,6 +212,8 @@ CHUNKS, SEQS = DRAFTED["prefill and three drafts"], DRAFTED["prefill of many and
 # The smallest batches on which the slowest kernels can fail.
 SOME = Case("prefill", (3, 66), (5, 0))
 TWO = Case("decode", (1,) * 2, (5, 64), kind="few heads")
+SHIFTED = replace(TWO, two_slots=True)
+SOME_IN_PLACE = CASES["short prompts, state in place"]
 COLUMNS = Case("decode", (1,), (40,), gpu="H200", kind="few heads")
 PAIRS = DRAFTED["three sequences, two queries"]
 SLOTS = Case("prefill", (1, 5), (0, 3), depth=3, kind="few heads")
@@ -250,6 +262,14 @@ MUTATIONS = [
         "pass",
     ),
     (TWO, "delta_step", "t == TAPS - 1,", "t == TAPS - 2,"),
+    (TWO, "delta_step", "(position + 1 + t)", "(position + t)"),
+    (TWO, "delta_step", "src != dst", "src == dst"),
+    (TWO, "delta_step", "context_lens + s) - 1", "context_lens + s)"),
+    (SHIFTED, "delta_step", "(TAPS - 1) + t - 1", "(TAPS - 1) + t"),
+    (SHIFTED, "advance", "tl.store(dst_ptr, src, mask=ok)", "pass"),
+    (SOME_IN_PLACE, "conv_qk_norm", "(start + at + TAPS)", "(start + at)"),
+    (SOME_IN_PLACE, "conv_qk_norm", "src * TAPS + (start + last + TAPS)", "src * TAPS + (last + TAPS)"),
+    (SOME_IN_PLACE, "conv_qk_norm", "context_lens + s) - count", "context_lens + s)"),
     (SOME, "conv_qk_norm", "(at >= 0) & (at < count)", "(at >= 0) & (at < count - 1)"),
     (SOME, "conv_qk_norm", "if first:", "if False:"),
     (MANY, "linear", "above + index % here", "above + index % GROUP_M"),
@@ -273,6 +293,9 @@ MUTATIONS = [
         "range(BLOCK_K, tl.where(is_local, K, 0)",
     ),
     (PAIRS, "sample", "x ^ (x >> SHIFT)", "x ^ (x >> SHIFT + 1)"),
+    (PAIRS, "sample", "above >= 2 * step", "above >= step"),
+    (PAIRS, "sample", "tl.where(two > target, before, two)", "before"),
+    (CASES["bf16, seven sequences"], "sample", "(_key(x) == key) & (v <", "(_key(x) >= key) & (v <"),
     (PAIRS, "sample", " + s % QUERY_LEN", ""),
     (
         PAIRS,

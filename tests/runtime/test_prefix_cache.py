@@ -14,6 +14,7 @@ from conversations import (
     replay,
     squeezed,
 )
+from drafting import plan_with_two_slots
 from launches import captured
 
 from tokenspeed_plan.planner import compile_plan, find_model
@@ -51,8 +52,10 @@ PRESSURES: dict[str, dict[str, int]] = {
 
 @pytest.fixture(scope="module")
 def conversations(tiny_plan: Plan, checkpoint: Any) -> Any:
-    """conversations(seed) -> 24 conversations."""
-    return cache(lambda seed: converse(tiny_plan, checkpoint("moe"), 24, seed))
+    """conversations(seed) -> 24 conversations, by a plan that writes no state in place."""
+    plan = plan_with_two_slots(checkpoint("moe"))
+    assert tiny_plan.pool.limits.in_place
+    return cache(lambda seed: converse(plan, checkpoint("moe"), 24, seed))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 from conversations import check_all_is_given_back, squeezed
-from drafting import plan_of
+from drafting import plan_of, plan_with_two_slots
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -59,8 +59,7 @@ def holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
     state_slots = Counter(node.state_slot for node in nodes if node.state_slot)
     for sequence in engine.scheduler.running:
         pages.update(sequence.pages)
-        state_slots.update(sequence.own_slots)
-        state_slots.update([sequence.state_slot] if sequence.state_slot else [])
+        state_slots.update({*sequence.own_slots, sequence.state_slot} - {0})
     return pages, state_slots
 
 
@@ -187,10 +186,20 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("depth", "rollback"), [(0, "snapshot"), (1, "snapshot"), (3, "snapshot"), (3, "recompute")]
+    ("depth", "rollback"),
+    [
+        (0, "in place"),
+        (0, "two slots"),
+        (1, "snapshot"),
+        (3, "snapshot"),
+        (3, "recompute"),
+    ],
 )
 def test_thousands_of_random_operations(depth: int, rollback: str, checkpoint: Any) -> None:
-    Machine.plan = plan_of(checkpoint("moe"), depth, rollback)
+    if rollback == "two slots":
+        Machine.plan = plan_with_two_slots(checkpoint("moe"))
+    else:
+        Machine.plan = plan_of(checkpoint("moe"), depth, rollback)
     Machine.TestCase.settings = settings(
         max_examples=60 if depth else 100,
         stateful_step_count=50,

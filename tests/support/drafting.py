@@ -6,9 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import make_spec
 
 from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner.passes import limits
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
 
@@ -22,6 +24,15 @@ def plan_of(folder: Path, depth: int, rollback: str = "snapshot", **changes: Any
     )
     plan = compile_plan(spec, find_model(spec))
     assert bool(plan.pool.limits.kept_inputs) == (depth > 0 and rollback == "recompute")
+    return plan
+
+
+def plan_with_two_slots(folder: Path, **changes: Any) -> Plan:
+    """Without drafts, and yet no step writes the state slot that it reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "SLOTS_IN_PLACE", 2)
+        plan = plan_of.__wrapped__(folder, 0, **changes)
+    assert not plan.pool.limits.in_place
     return plan
 
 

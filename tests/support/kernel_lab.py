@@ -62,7 +62,8 @@ class Case:
     """A batch: for each sequence, tokens to compute, and tokens before them.
 
     With a depth, a decode step computes `depth + 1` tokens of each. Its plan may have programs that
-    draft `deeper` tokens more, and may keep inputs instead of a snapshot after each token.
+    draft `deeper` tokens more, and may keep inputs instead of a snapshot after each token. Without
+    drafts it writes the state slot that it reads, but for each third sequence, which reads another.
     """
 
     phase: Phase
@@ -76,6 +77,7 @@ class Case:
     deeper: int = 0
     forced: tuple[float, ...] = (0.0,)  # simulated acceptance of each draft
     recomputes: bool = False
+    two_slots: bool = False  # even without drafts
     max_seq_len: int = 512
 
     @property
@@ -92,7 +94,10 @@ class Case:
 
     @property
     def state_slots_per_seq(self) -> int:
-        return 2 if self.recomputes else self.depth + self.deeper + 2
+        if self.recomputes or self.two_slots:
+            return 2
+        deepest = self.depth + self.deeper
+        return deepest + 2 if deepest else 1
 
 
 def config_of(kind: str) -> ModelConfig:
@@ -110,7 +115,7 @@ def built_graph(case: Case) -> OpGraph:
         page_size=PAGE,
         num_pages=seqs * case.max_seq_len // PAGE,
         state_slots_per_seq=slots,
-        num_state_slots=2 + slots * seqs,
+        num_state_slots=2 + max(slots, 2) * seqs,
         default_max_tokens=8,
         interleaved_tokens=max(case.num_tokens, seqs),
         checkpoint_interval=PAGE,
@@ -193,7 +198,7 @@ class Inputs:
 
     def _rules(self, kernel: KernelSpec, shape: tuple[int, ...]) -> dict[str, Any]:
         case, kind = self.case, kind_of(kernel)
-        slots = torch.arange(case.num_seqs) * case.state_slots_per_seq
+        slots = torch.arange(case.num_seqs) * max(case.state_slots_per_seq, 2)
         first = self._accepting(shape) if kind in ("accept", "advance_rows") else {}
         rules: dict[str, Any] = {
             "cu_seqlens": lambda: self.cu_seqlens,
@@ -203,9 +208,9 @@ class Inputs:
             "slot_mapping": lambda: torch.randperm(
                 case.num_seqs * case.max_seq_len, generator=self.random
             )[: shape[0]],
-            "src_state_slots": lambda: (slots + 1) * (torch.tensor(case.before) > 0),
+            "src_state_slots": lambda: self._src_slots() * (torch.tensor(case.before) > 0),
             "dst_state_slots": lambda: (
-                slots[:, None] + torch.arange(2, case.state_slots_per_seq + 1)
+                slots[:, None] + torch.arange(2, max(case.state_slots_per_seq, 2) + 1)
             ),
             "state_lens": lambda: torch.tensor(
                 [n - min(n, p) for n, p in zip(case.before, self.pending, strict=True)]
@@ -235,6 +240,12 @@ class Inputs:
                 "total": lambda: self._total(shape),
             }
         return {**first, **{name: rule for name, rule in rules.items() if name not in first}}
+
+    def _src_slots(self) -> Tensor:
+        number = torch.arange(self.case.num_seqs)
+        if self.case.state_slots_per_seq > 1:
+            return number * self.case.state_slots_per_seq + 1
+        return number * 2 + 2 - (number % 3 == 1).long()
 
     def _accepting(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Any number of accepted drafts; of three, one samples a stop token and one has no room."""

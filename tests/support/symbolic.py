@@ -73,8 +73,8 @@ class SymbolicExecutor:
         }
         if limits.max_depth:
             widths[f"drafts_{limits.max_depth}"] = limits.max_depth + 1
-        if limits.state_slots_per_seq > 2:
-            widths["dst_state_slots"] = limits.state_slots_per_seq - 1
+        if limits.written_slots_per_seq > 1:
+            widths["dst_state_slots"] = limits.written_slots_per_seq
         if name not in self._buffers:
             shape = (size, widths[name]) if name in widths else (size,)
             self._buffers[name] = torch.zeros(shape, dtype=torch.int64)
@@ -132,12 +132,19 @@ class SymbolicExecutor:
             self._advance(program, view)
 
     def _check_slots(self, lists: dict[str, Any]) -> None:
-        """No slot is written twice or read and written in one step; slot 0 is never written."""
+        """No slot is written twice, or read by another; slot 0 is never written.
+
+        A sequence itself writes the slot that it reads only where the plan says so.
+        """
         written = [slot for some in lists["dst_state_slots"] for slot in some]
         written = [slot for slot in written if slot != self.limits.pad_state_slot]
         assert len(set(written)) == len(written)
-        assert not set(written) & set(lists["src_state_slots"])
         assert 0 not in written
+        for index, slot in enumerate(lists["src_state_slots"]):
+            others = lists["dst_state_slots"].copy()
+            if self.limits.in_place:
+                del others[index]
+            assert all(slot not in written for written in others)
 
     def _draft(
         self,
@@ -165,7 +172,8 @@ class SymbolicExecutor:
             sizes = {"page_size": self.limits.page_size, "query_len": queries}
             speculation.advance_rows(sizes, view("accepted"), view(program.drafts), *state)
         else:
-            advance({"page_size": self.limits.page_size}, view("next_tokens"), *state)
+            attrs = {"page_size": self.limits.page_size, "in_place": self.limits.in_place}
+            advance(attrs, view("next_tokens"), *state)
 
     def _verify(
         self, program: Program, view: Callable[[str], Tensor], values: list[list[int]]

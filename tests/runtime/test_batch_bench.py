@@ -1,0 +1,82 @@
+"""The batch benchmark on the demo model: tokens, steps and lengths are those that were asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+
+from tokenspeed_plan.planner.cli import main
+
+BENCH = (
+    "bench",
+    str(ROOT / "plans/frozen/demo-cpu"),
+    "--workload",
+    "batch",
+    "--weights",
+    str(ROOT / "examples/demo/model"),
+)
+
+
+def found_of(*options: str) -> Any:
+    done = CliRunner().invoke(main, [*BENCH, *options, "--json"], catch_exceptions=False)
+    return json.loads(done.output)
+
+
+def test_all_rows_run_and_all_steps_are_counted() -> None:
+    found = found_of("--rows", "20", "--prompt", "9", "--out", "5")
+    assert (found["rows"], found["tokens_in"], found["tokens_out"]) == (20, 180, 100)
+    assert found["tokens_per_s_out"] == pytest.approx(100 / found["wall_s"])
+    assert 0.0 <= found["idle_share"] < 1.0
+    programs = found["programs"]
+    assert sum(program["steps"] for program in programs) == found["steps"]
+    decoded = [program["steps"] for program in programs if program["phase"] == "decode"]
+    assert sum(decoded) == found["decode_steps"]
+    # The device is busy for what its steps take.
+    busy_s = sum(program["steps"] * program["us"] for program in programs) * 1e-6
+    assert busy_s < found["wall_s"]
+    for program in programs:
+        assert program["us"] <= program["p95_us"] * len(programs) * found["steps"]
+        assert program["share_of_floor"] == pytest.approx(program["floor_us"] / program["us"])
+        assert program["predicted_us"] > 0
+
+
+def test_lengths_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.jsonl"
+    path.write_text(
+        '{"prompt_tokens": 3, "output_tokens": 2}\n{"prompt_tokens": 8}\n', encoding="utf-8"
+    )
+    found = found_of("--lengths", str(path), "--out", "4", "--rows", "3")
+    assert (found["tokens_in"], found["tokens_out"]) == (3 + 8 + 3, 2 + 4 + 2)
+    text = CliRunner().invoke(main, [*BENCH, "--lengths", str(path)], catch_exceptions=False).output
+    assert text.startswith("2 rows, 11 tokens in, 258 out, in ")
+    assert "device idle" in text and "prefill/" in text and "predicted" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{}", "line 1"),
+        ("[1, 2]", "line 1"),
+        ("nonsense", "line 1"),
+        ('{"prompt_tokens": 3, "output_tokens": 2}\n{"prompt_tokens": 0}', "line 2"),
+        ('{"prompt_tokens": true}', "line 1"),
+        ("", "no rows"),
+        ('{"prompt_tokens": 100000}', "longer than the plan's"),
+    ],
+)
+def test_bad_lengths_are_one_error(line: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "lengths.jsonl"
+    path.write_text(line, encoding="utf-8")
+    done = CliRunner().invoke(main, [*BENCH, "--lengths", str(path)])
+    assert done.exit_code == 2 and done.output.startswith("error: ") and "hint: " in done.output
+    assert says in done.output
+
+
+def test_a_file_that_is_not_there_is_one_error(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, [*BENCH, "--lengths", str(tmp_path / "no.jsonl")])
+    assert done.exit_code == 2 and done.output.startswith("error: ") and "no.jsonl" in done.output
