@@ -253,7 +253,7 @@ class MemoryModel:
                 options=_ONE_STREAM,
             )
             placed = run(graph, context, until=Stage.PLACED)
-            known[key] = sum(placed.arena_bytes.values())
+            known[key] = placed.activation_bytes
         return known[key]
 
     def _io(self, knobs: Knobs, seqs: int, seq_tokens: int) -> int:
