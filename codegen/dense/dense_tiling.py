@@ -109,6 +109,7 @@ def all_reduce(work: Work) -> list[Tiling]:
             num_warps=num_warps,
             num_stages=1,
             options=options,
+            prefetches=True,
         )
         for num_warps in (most, most // 2)
     ]
