@@ -37,7 +37,7 @@ from tokenspeed_plan.plans.schema import (
     WeightSpec,
     shared_bytes,
 )
-from tokenspeed_plan.plans.types import GIB, TensorSpec, aligned
+from tokenspeed_plan.plans.types import GIB, aligned
 
 Chosen = Mapping[str, Built]  # the tiling of each kernel by its key
 

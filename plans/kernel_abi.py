@@ -52,7 +52,7 @@ def _scalar(name: str, role: LaunchRole) -> Param:
 
 
 def with_launch_params(kernel: KernelSpec, scratch: Iterable[Param] = ()) -> KernelSpec:
-    """The kernel with `scratch` and peer memory after its tensors, and its launch parameters last."""
+    """The kernel with `scratch` and peer memory after its tensors; launch parameters come last."""
     peers = peer_params(kernel, num_ranks(kernel))
     params = (*kernel.tensors, *scratch, *peers, *launch_params(kernel))
     return kernel.model_copy(update={"params": params})

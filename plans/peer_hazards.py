@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from tokenspeed_plan.plans.ops import ShapeError
 
+
 @dataclass(frozen=True, slots=True)
 class PushCall:
     """An all-reduce inside a kernel: its slots, its counter, how many generations, and its rows."""

@@ -8,7 +8,7 @@ only the run itself uses stays in registers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tokenspeed_plan.codegen.tiling import GEMV_COLUMNS, GEMV_ROWS
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage

@@ -62,7 +62,7 @@ def check_peers(
 
 
 def _check_slots(kernel: KernelSpec, ranks: int) -> None:
-    """Slots of different generations, ranks and rows have no byte in common in the kernel's text."""
+    """In the kernel's text, slots of other generations, ranks and rows have no byte in common."""
     assert kernel.launch is not None
     by_name = {param.name: param.tensor for param in kernel.tensors}
     (wanted, *_) = peer_params(kernel, ranks)
