@@ -31,6 +31,7 @@ from torch import Tensor
 
 from tokenspeed_plan.codegen.build import Job, compile_kernel
 from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
+from tokenspeed_plan.codegen.render import source_digest
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.plans.kernel_abi import bind_launch
 from tokenspeed_plan.plans.peer_memory import (
@@ -376,9 +377,9 @@ def main() -> None:
     def make(num_warps: int, overlap: bool) -> Kernel:
         launch = tilings[0].kernel.launch
         assert launch is not None
-        launch = launch.model_copy(update={"num_warps": num_warps})
-        spec = tilings[0].kernel.model_copy(update={"launch": launch})
         text = (tilings[0].source or "").replace(*SHORT_WAIT)
+        changes = {"num_warps": num_warps, "source_sha256": source_digest(text)}
+        spec = tilings[0].kernel.model_copy(update={"launch": launch.model_copy(update=changes)})
         return Kernel(Built(spec, text), hardware.sm, peers, overlap)
 
     kernel = make(options.warps[0], True)
