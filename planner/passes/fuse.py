@@ -26,6 +26,7 @@ class Fusion:
         phases: where it pays.
         independent: the members only share a launch; elsewhere they feed each other.
         gemv_only: it pays only where a product needs no tensor cores: few rows, or few columns.
+        pushes: it adds up ranks, which pays in some programs (`planner/passes/reduction.py`).
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Fusion:
     phases: tuple[Phase, ...] = ("prefill", "decode")
     independent: bool = False
     gemv_only: bool = False
+    pushes: bool = False
 
 
 FEW: tuple[Phase, ...] = ("decode",)  # programs of a few tokens
@@ -40,9 +42,9 @@ FEW: tuple[Phase, ...] = ("decode",)  # programs of a few tokens
 FUSIONS = (
     # A sum over ranks is added to the residual stream, which is then normed. With few tokens each
     # rank pushes its part to all peers at once; many would cross the links once for each pair.
-    Fusion("reduce_add_norm", ("all_reduce", "add", "rms_norm"), FEW),
-    Fusion("reduce_norm", ("all_reduce", "rms_norm"), FEW),
-    Fusion("reduce", ("all_reduce",), FEW, independent=True),
+    Fusion("reduce_add_norm", ("all_reduce", "add", "rms_norm"), FEW, pushes=True),
+    Fusion("reduce_norm", ("all_reduce", "rms_norm"), FEW, pushes=True),
+    Fusion("reduce", ("all_reduce",), FEW, independent=True, pushes=True),
     # Products include the norm before them and the operators after them. On the tensor cores the
     # norm is a launch of its own, so that operands go straight to them: on an H200, four rows times
     # 12,288 x 4096 take 47 us with the norm inside and 2 + 25 us without.
@@ -92,14 +94,26 @@ FUSED_KINDS = frozenset(fusion.kind for fusion in FUSIONS)
 
 
 def fuse(
-    graph: OpGraph, num_tokens: int = 1, num_seqs: int = 1, fusions: Sequence[Fusion] = FUSIONS
+    graph: OpGraph,
+    num_tokens: int = 1,
+    num_seqs: int = 1,
+    fusions: Sequence[Fusion] = FUSIONS,
+    pushes: bool = True,
 ) -> OpGraph:
-    """The graph of a program of this size; each run is replaced by the first fusion that fits."""
+    """The graph of a program of this size; each run is replaced by the first fusion that fits.
+
+    Args:
+        graph: of the program.
+        num_tokens: of it, at most.
+        num_seqs: of it, at most.
+        fusions: that are tried, in this order.
+        pushes: whether kernels add up ranks.
+    """
     order = tuple(graph.ordered())
     work = _Fuser(graph, order, _readers(order), (num_tokens, num_seqs))
     by_first: dict[str, list[Fusion]] = {}
     for fusion in fusions:
-        if graph.phase in fusion.phases:
+        if graph.phase in fusion.phases and (pushes or not fusion.pushes):
             by_first.setdefault(fusion.run[0], []).append(fusion)
     ops: list[Op] = []
     index = 0
