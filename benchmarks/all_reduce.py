@@ -17,8 +17,9 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
@@ -43,7 +44,7 @@ from tokenspeed_plan.plans.peer_memory import (
     explain,
 )
 from tokenspeed_plan.plans.schema import Binary, KernelSpec, Param, Part
-from tokenspeed_plan.plans.types import TensorSpec, aligned
+from tokenspeed_plan.plans.types import Attr, TensorSpec, aligned
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels, _Arguments, call
 
 EPS = 1e-6
@@ -65,7 +66,7 @@ def reduce_add_norm(hidden: int, num_ranks: int) -> KernelSpec:
         Param(name="add_y", role="output", tensor=rows, access="write"),
         Param(name="rms_norm_y", role="output", tensor=rows, access="write"),
     )
-    ranks = {"num_ranks": num_ranks}
+    ranks: dict[str, Attr] = {"num_ranks": num_ranks}
     parts = (
         Part(kind="all_reduce", operands=("all_reduce_x",), outputs=("sum",), attrs=ranks),
         Part(kind="add", operands=("sum", "add_r"), outputs=("add_y",), attrs={}),
@@ -92,8 +93,11 @@ class Peers:
         """Allocate it on all ranks."""
         specs = {p.name: p.tensor for p in kernel.tensors if p.role == "symmetric"}
         sizes = {name: aligned(spec.size_bytes(MOST_ROWS, 1)) for name, spec in specs.items()}
-        arena = symm.empty(sum(sizes.values()), dtype=torch.uint8, device="cuda")
-        handle = symm.rendezvous(arena, dist.group.WORLD)
+        device = torch.device("cuda", torch.cuda.current_device())
+        arena = symm.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
+        group = dist.group.WORLD
+        assert group is not None
+        handle = symm.rendezvous(arena, group)
         table = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device="cuda")
         views, offset = {}, 0
         for name, spec in specs.items():
@@ -146,7 +150,7 @@ class Kernel:
         assert peers is not None
         rows = tensors[0].shape[0]
         memory = [peers.views[name] for name in (PEER_SLOTS, PEER_COUNTS, PEER_SIGNALS)]
-        tables = {"peer_table": peers.table, "program": program}
+        tables: dict[str, int | Tensor] = {"peer_table": peers.table, "program": program}
         values = bind_launch(self.spec, dist.get_rank(), rows, rows, tables)
         addresses = [x.data_ptr() for x in (*tensors, *memory)]
         arguments = _Arguments(self.spec, (*addresses, *values))
@@ -181,7 +185,7 @@ def make_tensors(rows: int, hidden: int, seed: int) -> tuple[list[Tensor], Tenso
     return tensors, total_TH.bfloat16(), total_TH * scale * (1 + norm_H.float())
 
 
-def captured(functions: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
+def captured(functions: Sequence[Callable[[], None]]) -> torch.cuda.CUDAGraph:
     """Calls as one graph; nothing ran before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="relaxed"):
@@ -190,7 +194,7 @@ def captured(functions: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def graph_us(functions: list[Callable[[], None]], replays: int = 20) -> float:
+def graph_us(functions: Sequence[Callable[[], None]], replays: int = 20) -> float:
     """Microseconds of one of them, captured and replayed on all ranks at once."""
     functions[0]()
     torch.cuda.synchronize()
@@ -206,7 +210,8 @@ def graph_us(functions: list[Callable[[], None]], replays: int = 20) -> float:
         graph.replay()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) * 1e3 / len(functions) / replays
+    elapsed_ms: float = begin.elapsed_time(end)
+    return elapsed_ms * 1e3 / len(functions) / replays
 
 
 def say(what: str, **values: Any) -> None:
@@ -245,9 +250,17 @@ def times(make: Callable[[int, bool], Kernel], hidden: int, warps: list[int]) ->
     found = {}
     for rows in (1, 4, 16, 64, 128, 256, 1024, 8192):
         x = torch.zeros(rows, hidden, device="cuda", dtype=torch.bfloat16)
-        calls = [lambda x=x: dist.all_reduce(x)] * 10  # type: ignore[misc]
+        calls = [partial(_all_reduce, x)] * 10
         found[rows] = round(graph_us(calls), 2)
     say("nccl all_reduce us", by_rows=found)
+
+
+def _all_reduce(x: Tensor) -> None:
+    dist.all_reduce(x)
+
+
+def _all_gather(target: Tensor, source: Tensor) -> None:
+    dist.all_gather_into_tensor(target, source)
 
 
 def gather_times() -> None:
@@ -256,7 +269,7 @@ def gather_times() -> None:
     for size in (65536, 262144, 496640, 1986560):
         source = torch.zeros(size // 2 // dist.get_world_size(), device="cuda").bfloat16()
         target = torch.zeros(size // 2, device="cuda").bfloat16()
-        calls = [lambda s=source, t=target: dist.all_gather_into_tensor(t, s)] * 10  # type: ignore[misc]
+        calls = [partial(_all_gather, target, source)] * 10
         found[size] = round(graph_us(calls), 2)
     say("nccl all_gather us", by_bytes=found)
 

@@ -31,7 +31,7 @@ from tokenspeed_plan.plans.peer_memory import (
     explain,
 )
 from tokenspeed_plan.plans.schema import KernelSpec, Param, Part
-from tokenspeed_plan.plans.types import DType, TensorSpec
+from tokenspeed_plan.plans.types import Attr, DType, TensorSpec
 from tokenspeed_plan.runtime.compare import difference
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
 
@@ -52,7 +52,7 @@ def reducing(num_ranks: int, dtype: DType, gpu: str = "cpu") -> Built:
         Param(name="add_y", role="output", tensor=rows, access="write"),
         Param(name="rms_norm_y", role="output", tensor=rows, access="write"),
     )
-    ranks = {"num_ranks": num_ranks}
+    ranks: dict[str, Attr] = {"num_ranks": num_ranks}
     parts = (
         Part(kind="all_reduce", operands=("all_reduce_x",), outputs=("sum",), attrs=ranks),
         Part(kind="add", operands=("sum", "add_r"), outputs=("add_y",), attrs={}),
