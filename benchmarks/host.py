@@ -5,8 +5,9 @@
 The plan is that of the demo model for an H200; its executor is a double that replays nothing and
 returns random tokens at once. Twice as many requests as sequences are answered, so that sequences
 end, begin and cross pages while others go on. A step is timed as a whole, with its scheduling, its
-inputs (copied within the host's memory) and its commit; those that launch a decode step and those
-that launch a prefill step are shown apart. Run it with another checkout on PYTHONPATH to compare.
+inputs (copied within the host's memory) and its commit, in time of its thread; those that launch a
+decode step and those that launch a prefill step are shown apart. With another checkout first on
+PYTHONPATH it measures that one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenspeed_plan.planner import compile_plan, find_model
@@ -59,6 +61,7 @@ class NoModel:
         io = [arena for arena in plan.pool.arenas if arena.name == "io"]
         self.plan = plan
         self._memory = PlanMemory(plan, Arenas(io), {})
+        self._logits = torch.zeros(plan.pool.limits.max_seqs, 8)
         rng = random.Random(0)
         self._tokens = [rng.randrange(1, plan.model.vocab_size) for _ in range(10_007)]
         self._turn = 0
@@ -67,7 +70,9 @@ class NoModel:
         """Nothing."""
 
     def buffer(self, name: str, num_tokens: int, num_seqs: int) -> Tensor:
-        """An io buffer."""
+        """An io buffer; few logits, as a GPU would look at them beside the host."""
+        if name == "logits":
+            return self._logits[:num_seqs]
         return self._memory.buffer(name, num_tokens, num_seqs)
 
     def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
@@ -100,9 +105,9 @@ def measure(
     gc.collect()
     gc.freeze()
     while engine.num_unfinished:
-        begun = time.perf_counter()
+        begun = time.thread_time()
         engine.step()
-        taken_us = (time.perf_counter() - begun) * 1e6
+        taken_us = (time.thread_time() - begun) * 1e6
         if engine.last_batch is not None:
             full = len(engine.last_batch.sequences) >= 0.9 * num_seqs
             phase: Any = engine.last_batch.program.phase

@@ -6,14 +6,15 @@ either a whole block, one copy for each run of neighbouring inputs, or a patch: 
 the arena with their values, and words that take over what the device has elsewhere. A patch is one
 copy and one or two launches, whatever it changes.
 
-Whoever sends inputs on to other ranks has to send these bytes: `InputBlocks.send` and
-`InputBlocks.patch` are all that writes inputs.
+Whoever sends inputs on to other ranks sends an `InputChange`: `InputBlocks.send` and
+`InputBlocks.patch` are all that writes inputs, and `InputBlocks.receive` does the same elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ Views = dict[str, np.ndarray]
 # The device counts accepted drafts itself; only a benchmark writes `forced_accept`.
 DEVICE_ONLY = ("accept_counts", "forced_accept")
 WORD_BYTES = 4
+NUMBER_BYTES = 8  # of the number of a word
+WHOLE = -1  # in place of a number of moves: all words of a block
 # Blocks that may be on their way at once: the host writes one while the others are read.
 NUM_BLOCKS = 3
 NUMPY_DTYPES = {"fp32": np.float32, "i64": np.int64, "i32": np.int32}
@@ -101,6 +104,22 @@ class InputLayout:
         return (first + rows[:, None] * width + np.arange(width)).ravel()
 
 
+class InputChange(NamedTuple):
+    """What one call has changed on the device.
+
+    Attributes:
+        num_moves: words that were moved, or `WHOLE`.
+        num_words: words that got new values.
+        content: the whole block; or the numbers in the arena of the words that moves write, of
+            those that they read, and of those with new values (i64), then these values (i32). It
+            stays as it is until `NUM_BLOCKS` further changes.
+    """
+
+    num_moves: int
+    num_words: int
+    content: np.ndarray
+
+
 class _HostBlock:
     """Memory for a block or a patch, pinned where the device copies from it by itself."""
 
@@ -135,8 +154,8 @@ class InputBlocks:
         storage = buffer("token_ids", 1, 1).untyped_storage()
         arena = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self._arena = arena[: len(arena) // WORD_BYTES * WORD_BYTES].view(torch.int32)
-        # A patch has for each word its number, of 64 bits, and its value or another number.
-        size_bytes = layout.num_words * 16
+        # A patch has for each word its number, and its value or another number.
+        size_bytes = layout.num_words * 2 * NUMBER_BYTES
         self._staged = torch.zeros(size_bytes, dtype=torch.uint8, device=storage.device)
         self._blocks = [_HostBlock(size_bytes, storage.device) for _ in range(NUM_BLOCKS)]
         self._turn = 0
@@ -151,16 +170,13 @@ class InputBlocks:
         """The words of a block to fill and to give to `send`; what it had before is in it."""
         return self._next().array[: self._layout.num_words * WORD_BYTES].view(np.int32)
 
-    def send(self) -> None:
+    def send(self) -> InputChange:
         """Copy the block of `fresh` to the device: all inputs, one copy for each run."""
         block = self._blocks[self._turn]
-        words = block.bytes[: self._layout.num_words * WORD_BYTES].view(torch.int32)
-        for first, arena, count in self._layout.runs:
-            source = words[first : first + count]
-            self._arena[arena : arena + count].copy_(source, non_blocking=True)
-        block.note_reads()
+        num_bytes = self._layout.num_words * WORD_BYTES
+        return self._apply(block, InputChange(WHOLE, 0, block.array[:num_bytes]))
 
-    def patch(self, words: Words, values: np.ndarray, moves: tuple[Words, Words]) -> None:
+    def patch(self, words: Words, values: np.ndarray, moves: tuple[Words, Words]) -> InputChange:
         """Change some words on the device.
 
         Args:
@@ -174,13 +190,38 @@ class InputBlocks:
         num_bytes = numbers.nbytes + values.nbytes
         block.array[: numbers.nbytes] = numbers.view(np.uint8)
         block.array[numbers.nbytes : num_bytes] = values.view(np.uint8)
-        self._staged[:num_bytes].copy_(block.bytes[:num_bytes], non_blocking=True)
+        change = InputChange(len(moves[0]), len(words), block.array[:num_bytes])
+        return self._apply(block, change)
+
+    def receive(self, change: InputChange) -> None:
+        """Apply what `send` or `patch` has returned on another rank."""
+        block = self._next()
+        block.array[: len(change.content)] = change.content
+        self._apply(block, change)
+
+    def _apply(self, block: _HostBlock, change: InputChange) -> InputChange:
+        """Bring a change that is in a block to the device."""
+        num_bytes = len(change.content)
+        content = block.bytes[:num_bytes]
+        if change.num_moves == WHOLE:
+            words = content.view(torch.int32)
+            for first, arena, count in self._layout.runs:
+                source = words[first : first + count]
+                self._arena[arena : arena + count].copy_(source, non_blocking=True)
+        else:
+            self._staged[:num_bytes].copy_(content, non_blocking=True)
         block.note_reads()
-        count = len(moves[0])
-        staged = self._staged[: numbers.nbytes].view(torch.int64)
-        if count:
-            moved = self._arena.index_select(0, staged[count : 2 * count])
-            self._arena.index_copy_(0, staged[:count], moved)
-        if len(words):
-            staged_values = self._staged[numbers.nbytes : num_bytes].view(torch.int32)
-            self._arena.index_copy_(0, staged[2 * count :], staged_values)
+        if change.num_moves != WHOLE:
+            self._scatter(change.num_moves, change.num_words)
+        return change
+
+    def _scatter(self, num_moves: int, num_words: int) -> None:
+        """Carry out the patch that is on the device."""
+        end = (2 * num_moves + num_words) * NUMBER_BYTES
+        numbers = self._staged[:end].view(torch.int64)
+        if num_moves:
+            moved = self._arena.index_select(0, numbers[num_moves : 2 * num_moves])
+            self._arena.index_copy_(0, numbers[:num_moves], moved)
+        if num_words:
+            values = self._staged[end : end + num_words * WORD_BYTES].view(torch.int32)
+            self._arena.index_copy_(0, numbers[2 * num_moves :], values)

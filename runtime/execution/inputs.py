@@ -22,6 +22,7 @@ from tokenspeed_plan.runtime.execution.input_block import (
     DEVICE_ONLY,
     WORD_BYTES,
     InputBlocks,
+    InputChange,
     InputLayout,
     Views,
     Words,
@@ -208,7 +209,7 @@ class DecodeRows:
         self.words = np.zeros(layout.num_words, dtype=np.int32)
         self._layout = layout
         self._limits = limits
-        self._owners: list[Sequence] = []
+        self._owners: tuple[Sequence, ...] = ()
         self._versions: list[int] = []
         self._num_pages: list[int] = []
         views = layout.views(self.words)
@@ -236,6 +237,10 @@ class DecodeRows:
         A sequence whose last step is not committed must have been in the step before.
         """
         sequences = batch.sequences
+        if sequences is self._owners:
+            versions = [sequence.pages_version for sequence in sequences]
+            if versions == self._versions:
+                return self._extend_all(sequences), (NO_WORDS, NO_WORDS)
         shown = self._num_pages  # of each row
         row_of = {
             owner: row
@@ -272,9 +277,9 @@ class DecodeRows:
         assert not any(sequence.num_ahead for sequence in batch.sequences)
         self._write_state(batch.sequences, np.arange(len(batch.sequences)))
 
-    def _note(self, sequences: Seq[Sequence]) -> None:
+    def _note(self, sequences: tuple[Sequence, ...]) -> None:
         """Remember whose rows these are, and which of their memory they show."""
-        self._owners = list(sequences)
+        self._owners = sequences
         self._versions = [sequence.pages_version for sequence in sequences]
         self._num_pages = [len(sequence.pages) for sequence in sequences]
 
@@ -309,6 +314,19 @@ class DecodeRows:
             if name in self._views:
                 self._views[name][rows] = value.reshape(len(rows), -1)
 
+    def _extend_all(self, sequences: Seq[Sequence]) -> Words:
+        """Append new pages, where all rows stay; returns the words."""
+        num_pages = [len(sequence.pages) for sequence in sequences]
+        if num_pages == self._num_pages:
+            return NO_WORDS
+        longer = [
+            self._extend(row, sequence, self._num_pages[row])
+            for row, sequence in enumerate(sequences)
+            if num_pages[row] != self._num_pages[row]
+        ]
+        self._num_pages = num_pages
+        return np.concatenate(longer)
+
     def _extend(self, row: int, sequence: Sequence, count: int) -> Words:
         """Append the pages after the first `count` to a row; returns the words."""
         self._views["page_table"][row, count : len(sequence.pages)] = sequence.pages[count:]
@@ -335,26 +353,25 @@ class InputWriter:
         self._rows: DecodeRows | None = None
         self._follows = False  # whether the device has what follows the last decode step
 
-    def write(self, batch: Batch) -> None:
-        """Write what the device has not made itself."""
+    def write(self, batch: Batch) -> InputChange | None:
+        """Write what the device has not made itself; returns what was sent, if anything."""
         if batch.program.phase == "prefill":
-            self._write_prefill(batch)
-            return
+            return self._write_prefill(batch)
         query_len = batch.program.query_len
         if self._rows is None or self._rows.query_len != query_len:
             self._rows = DecodeRows(self._layout, self._limits, query_len)
             self._follows = False
         if self._follows:
             words, moves = self._rows.change(batch)
-            if len(words) or len(moves[0]):
-                self._blocks.patch(words, self._rows.words[words], moves)
-            return
+            if not len(words) and not len(moves[0]):
+                return None
+            return self._blocks.patch(words, self._rows.words[words], moves)
         self._rows.rewrite(batch)
         self._blocks.fresh()[:] = self._rows.words
-        self._blocks.send()
         self._follows = True
+        return self._blocks.send()
 
-    def _write_prefill(self, batch: Batch) -> None:
+    def _write_prefill(self, batch: Batch) -> InputChange:
         views = self._layout.views(self._blocks.fresh())
         cut: Views = {}
         for name in batch.program.inputs:
@@ -363,5 +380,5 @@ class InputWriter:
             elif name in views:
                 cut[name] = views[name][: batch.run_seqs + (name == "cu_seqlens")]
         fill(cut, batch, self._limits)
-        self._blocks.send()
         self._follows = False
+        return self._blocks.send()

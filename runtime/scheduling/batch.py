@@ -73,7 +73,8 @@ class BatchMaker:
         self._prefill = _programs(plan, "prefill")
         self._decode = _programs(plan, "decode")
         self._oldest_first = False
-        self._rows: tuple[Sequence, ...] = ()  # of the last decode step
+        self._members: list[Sequence] = []  # of the last decode step
+        self._rows: tuple[Sequence, ...] = ()  # the same, in their rows
 
     def prefill(self, sequences: list[Sequence], max_tokens: int) -> Batch:
         """Chunks of prompts, at most `max_tokens` in all."""
@@ -97,9 +98,11 @@ class BatchMaker:
         return _smallest(self._decode, num_seqs, num_seqs)
 
     def decode(self, sequences: list[Sequence]) -> Batch:
-        """One step of every sequence."""
+        """One step of every sequence; the tuple of rows stays the same object while they are the same."""
         program = self.decode_program(len(sequences))
-        self._rows = keep_rows(self._rows, sequences)
+        if sequences != self._members:
+            self._rows = keep_rows(self._rows, sequences)
+            self._members = sequences
         return Batch(program, self._rows, (program.query_len,) * len(sequences))
 
     def _priority(self, sequence: Sequence) -> tuple[int, int]:
