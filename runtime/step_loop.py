@@ -204,7 +204,7 @@ class StepLoop:
             outputs = in_flight.outputs()
         now = time.perf_counter()
         others = list(range(len(batch.sequences)))
-        if program.phase == "decode" and program.query_len == 1:
+        if program.phase == "decode" and program.query_len == 1 and not self._limits.kept_inputs:
             others = self._commit_plain(batch, outputs[0], now, on_token, finished)
         parts = []
         for index in others:
@@ -243,6 +243,7 @@ class StepLoop:
         """
         plain: list[Sequence] = []
         others: list[int] = []
+        is_simple = self._scheduler.is_simple
         for index, (sequence, token) in enumerate(zip(batch.sequences, tokens, strict=False)):
             known = sequence.token_ids
             if (
@@ -251,15 +252,12 @@ class StepLoop:
                 and token not in sequence.stop_ids
                 and len(known) + 1 < sequence.max_len
                 and sequence.state == "decoding"
+                and (sequence.ready_len >= 0 or is_simple(sequence))
             ):
-                known.append(token)
-                sequence.num_ahead -= 1
-                sequence.steps_ahead -= 1
-                sequence.last_token_s = now_s
+                sequence.take_plain(token, now_s)
                 plain.append(sequence)
             else:
                 others.append(index)
-        self._scheduler.advance_plain(plain)
         self.metrics.decode_passes += len(plain)
         self.metrics.decode_tokens += len(plain)
         if on_token is not None:
