@@ -52,9 +52,9 @@ def spoil_tokens(patch: pytest.MonkeyPatch, engine: Engine, maybe_raise: MaybeRa
     append = OutputProcessor.append_tokens
 
     def appended(
-        self: Any, sequence: Sequence, output: Any, logits: torch.Tensor
+        self: Any, sequence: Sequence, output: Any, look: Any
     ) -> list[NewToken]:
-        new_tokens = append(self, sequence, output, logits)
+        new_tokens = append(self, sequence, output, look)
         maybe_raise(sequence.request.request_id)
         return new_tokens
 
