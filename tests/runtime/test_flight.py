@@ -188,7 +188,7 @@ class Walk:
         made.stop_ids = frozenset(rng.sample(range(99), rng.choice((0, 3, 12))))
         made.pages = [rng.randrange(self.limits.num_pages) for _ in range(-(-known // 16))]
         made.state_slot = rng.randrange(1, 9)
-        made.own_slots = rng.sample(range(9, 30), self.limits.state_slots_per_seq - 1)
+        made.own_slots = rng.sample(range(9, 30), self.limits.written_slots_per_seq)
         return made
 
     def next(self) -> Batch:
