@@ -165,9 +165,20 @@ def test_the_faults_of_a_kill_are_found(
     )
 
 
-def test_where_a_row_was_changed_is_said() -> None:
-    says = tool("tools/kill.py").difference({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}})
-    assert says == "a.b[1] is 3, not 2"
+@pytest.mark.parametrize(
+    ("wanted", "found", "says"),
+    [
+        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, "it.a.b[1] is 3, not 2"),
+        ({"a": [1.0]}, {"a": [1.0001]}, ""),
+        ({"a": [1.0]}, {"a": [1.01]}, "it.a[0] is 1.01, not 1.0"),
+        ([], [], ""),
+        ([], [1], "it is [1], not []"),
+        ({"a": None}, {}, "it is {}, not {'a': None}"),
+        (None, {"a": 1}, "it is {'a': 1}, not None"),
+    ],
+)
+def test_where_a_row_was_changed_is_said(wanted: Any, found: Any, says: str) -> None:
+    assert tool("tools/kill.py").difference(wanted, found) == says
 
 
 SOAKED = {
