@@ -319,21 +319,25 @@ def good_process(url: str, seconds: float, pace: float) -> subprocess.Popen[str]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+def bad_process(url: str, seconds: float, clients: int, pace: float) -> subprocess.Popen[str]:
+    """The bad clients; others come first where processors are few: the server's work counts."""
+    options = [str(seconds), str(BAD_EVERY_S * pace), "--clients", str(clients)]
+    command = ["nice", "-n", "19", sys.executable, __file__, url, "--bad-for", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
 def result_of(process: subprocess.Popen[str]) -> dict[str, Any]:
     text, _ = process.communicate()
     return dict(json.loads(text))
 
 
-async def watch(
-    served: Served, seconds: float, clients: int, pace: float
-) -> tuple[list[float], Counter[str]]:
-    """Let bad clients loose; returns the server's resident memory every second, in MiB."""
-    bad = asyncio.create_task(be_bad(served.url, seconds, clients, BAD_EVERY_S * pace))
+def watch(served: Served, process: subprocess.Popen[str]) -> list[float]:
+    """The server's resident memory every second until a process ends, in MiB."""
     memory = []
-    while not bad.done():
+    while process.poll() is None:
         memory.append(served.resident_mib())
-        await asyncio.sleep(1)
-    return memory, bad.result()
+        time.sleep(1)
+    return memory
 
 
 def growth(memory: list[float]) -> float:
@@ -351,7 +355,8 @@ def soak(bundle: str, seconds: float, clients: int, folder: Path) -> dict[str, A
         alone = [result_of(good_process(served.url, alone_s, pace))]
         files = served.files()  # with what the first requests open for good
         good = good_process(served.url, seconds, pace)
-        memory, seen = asyncio.run(watch(served, seconds, clients - GOOD_CLIENTS, pace))
+        bad = bad_process(served.url, seconds, clients - GOOD_CLIENTS, pace)
+        memory, seen = watch(served, bad), result_of(bad)
         among = [result_of(good)]
         left = served.left(files)
         alone.append(result_of(good_process(served.url, alone_s, pace)))
@@ -408,7 +413,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--good-for", type=float, nargs=2, help=argparse.SUPPRESS)  # of a server
+    parser.add_argument("--bad-for", type=float, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.bad_for:
+        seconds, pause_s = options.bad_for
+        seen = asyncio.run(be_bad(options.bundle, seconds, options.clients, pause_s))
+        print(json.dumps(seen))
+        return 0
     if options.good_for:
         print(json.dumps(asyncio.run(be_good(options.bundle, *options.good_for))))
         return 0

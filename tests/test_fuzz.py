@@ -136,9 +136,9 @@ def test_too_slow_is_no_exception() -> None:
 
 
 @cache
-def kill_tool() -> Any:
-    path = fuzzing.ROOT / "tools" / "kill.py"
-    spec = importlib.util.spec_from_file_location("kill_tool", path)
+def tool(name: str) -> Any:
+    path = fuzzing.ROOT / name
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_tool", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -159,12 +159,57 @@ def kill_tool() -> Any:
 def test_the_faults_of_a_kill_are_found(
     rows: dict[str, int], names: list[str], says: list[str]
 ) -> None:
-    assert kill_tool().faults({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 2}, rows, names) == says
+    assert (
+        tool("tools/kill.py").faults({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 2}, rows, names)
+        == says
+    )
 
 
-def test_where_a_row_was_changed_is_said() -> None:
-    says = kill_tool().difference({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}})
-    assert says == "a.b[1] is 3, not 2"
+@pytest.mark.parametrize(
+    ("wanted", "found", "says"),
+    [
+        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, "it.a.b[1] is 3, not 2"),
+        ({"a": [1.0]}, {"a": [1.0001]}, ""),
+        ({"a": [1.0]}, {"a": [1.01]}, "it.a[0] is 1.01, not 1.0"),
+        ([], [], ""),
+        ([], [1], "it is [1], not []"),
+        ({"a": None}, {}, "it is {}, not {'a': None}"),
+        (None, {"a": 1}, "it is {'a': 1}, not None"),
+    ],
+)
+def test_where_a_row_was_changed_is_said(wanted: Any, found: Any, says: str) -> None:
+    assert tool("tools/kill.py").difference(wanted, found) == says
+
+
+SOAKED = {
+    "good_alone": {"p99_s": 0.4, "statuses": {"200": 9}},
+    "good_among_bad": {"p99_s": 0.6, "statuses": {"200": 9, "429": 2}},
+    "prompts_with_two_answers": 0,
+    "resident_growth": 0.01,
+    "left_in_use": {"kv_pages_used": 0.0},
+    "exit_code": 0,
+    "log": ["ready"],
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "wrong"),
+    [
+        ({}, []),
+        ({"resident_growth": 0.011}, ["memory"]),
+        ({"left_in_use": {"kv_pages_used": 1.0}}, ["leaks"]),
+        ({"left_in_use": {"file socket:[N]": 1}}, ["leaks"]),
+        ({"good_among_bad": {"p99_s": 0.61, "statuses": {"200": 9}}}, ["latency"]),
+        ({"good_among_bad": {"p99_s": 0.5, "statuses": {"200": 9, "500": 1}}}, ["latency"]),
+        ({"prompts_with_two_answers": 1}, ["latency"]),
+        ({"exit_code": 1}, ["end"]),
+        ({"log": ["ready", "Traceback", "more"]}, ["end"]),
+    ],
+)
+def test_a_soak_is_judged_by_four_things(changed: dict[str, Any], wrong: list[str]) -> None:
+    found = tool("benchmarks/soak.py").judgements({**SOAKED, **changed})
+    assert list(found) == ["memory", "leaks", "latency", "end"]
+    assert [name for name, (is_right, _) in found.items() if not is_right] == wrong
 
 
 def test_killed_runs_lose_no_row() -> None:

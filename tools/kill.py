@@ -42,6 +42,7 @@ from tokenspeed_plan.runtime.serving.batch.writers import read_whole_lines
 
 MODEL = Path(__file__).parents[1] / "examples" / "demo" / "model"
 NUM_ROWS = 24
+MAX_LOGPROB_ERROR = 1e-3
 Rows = dict[str, Any]
 
 
@@ -145,43 +146,45 @@ class Runs:
                 continue
             for line in read_whole_lines(path):
                 row = json.loads(line)
-                rows[row["custom_id"]] = without_probabilities(row)
+                rows[row["custom_id"]] = row
                 if path == self.output:
                     names.append(row["custom_id"])
         return rows, names
-
-
-def without_probabilities(row: Rows) -> Rows:
-    """A row without numbers whose last digits depend on the rows that ran beside it."""
-    for choice in row["response"]["body"]["choices"]:
-        if choice["logprobs"]:
-            choice["logprobs"] = choice["logprobs"]["tokens"]
-    return row
 
 
 def faults(wanted: Rows, before: Rows, rows: Rows, names: list[str]) -> list[str]:
     """What a kill did to rows that were finished."""
     found = [f"{name} was lost" for name in before if name not in rows]
     found += [
-        f"{name} was changed: {difference(wanted.get(name), row)}"
+        f"{name} was changed: {text}"
         for name, row in rows.items()
-        if row != wanted.get(name)
+        if (text := difference(wanted.get(name), row))
     ]
     found += [f"{name} is there twice" for name, count in Counter(names).items() if count > 1]
     return found
 
 
-def difference(wanted: Any, found: Any, path: str = "") -> str:
-    """The first place where two JSON values differ, with both."""
+def difference(wanted: Any, found: Any, path: str = "it") -> str:
+    """The first place where two JSON values differ, with both; empty where they are alike.
+
+    The last digits of probabilities depend on the rows that ran beside a row.
+    """
+    pairs: list[tuple[Any, Any, str]] = []
     if isinstance(wanted, dict) and isinstance(found, dict) and wanted.keys() == found.keys():
-        for name in wanted:
-            if wanted[name] != found[name]:
-                return difference(wanted[name], found[name], f"{path}.{name}")
-    if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
-        for number, (old, new) in enumerate(zip(wanted, found, strict=True)):
-            if old != new:
-                return difference(old, new, f"{path}[{number}]")
-    return f"{path.removeprefix('.') or 'it'} is {found!r:.300}, not {wanted!r:.300}"
+        pairs = [(wanted[name], found[name], f"{path}.{name}") for name in wanted]
+    elif isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
+        pairs = [
+            (old, new, f"{path}[{i}]")
+            for i, (old, new) in enumerate(zip(wanted, found, strict=True))
+        ]
+    elif isinstance(wanted, float) and isinstance(found, float):
+        if abs(wanted - found) <= MAX_LOGPROB_ERROR:
+            return ""
+    elif wanted == found:
+        return ""
+    if pairs or wanted == found:
+        return next(filter(None, (difference(*pair) for pair in pairs)), "")
+    return f"{path} is {found!r:.300}, not {wanted!r:.300}"
 
 
 def clean_rows(runs: Runs) -> tuple[Rows, float]:
