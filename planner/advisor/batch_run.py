@@ -24,8 +24,8 @@ class StepPrices(Protocol):
     def prefill_us(self, tokens: int) -> float:
         """Of a prefill step of so many tokens."""
 
-    def prefill_host_us(self, decoding: int) -> float:
-        """Of the host for a prefill step, while others decode."""
+    def prefill_host_us(self, tokens: int, num_seqs: int) -> float:
+        """Of the host for a prefill step, with so many sequences at once."""
 
     def decode_us(self, num_seqs: int, context_tokens: float) -> float:
         """Of a decode step of so many sequences with this mean context."""
@@ -184,7 +184,7 @@ class _Pool:
         most = self.limits.chunk
         if self.ends:
             most = min(most, self.limits.interleaved)
-        room, decoding = most, self.decoding
+        room, at_once = most, self.decoding + len(self.prefilling)
         begun: Counter[tuple[int, int]] = Counter()
         while room and self.prefilling:
             first = self.prefilling[0]
@@ -197,7 +197,7 @@ class _Pool:
         for (prompt, output), count in begun.items():
             self._begin(prompt, output, count)
         self.prefill_us += self.prices.prefill_us(most - room)
-        self.host_us += self.prices.prefill_host_us(decoding)
+        self.host_us += self.prices.prefill_host_us(most - room, at_once)
         self.prefill_steps += 1
 
     def _begin(self, prompt: int, output: int, count: int) -> None:

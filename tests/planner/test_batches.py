@@ -49,7 +49,7 @@ class OneEach:
     def prefill_us(self, tokens: int) -> float:
         return 1.0 + tokens
 
-    def prefill_host_us(self, decoding: int) -> float:
+    def prefill_host_us(self, tokens: int, num_seqs: int) -> float:
         return 0.0
 
     def decode_us(self, num_seqs: int, context_tokens: float) -> float:
