@@ -349,12 +349,13 @@ def _filled(member: _Member, load: Load, hardware: HardwareSpec) -> float:
         groups = max(experts.hits(num_tokens, load.skew), 1.0)
         rows = rows * experts.per_token / experts.ways / groups
     tile = _tile_rows(rows, experts is not None)
-    padded = math.ceil(rows / tile) * tile
+    padded, share = float(math.ceil(rows / tile) * tile), 1.0
     if experts:
-        padded = tile * _mean_tiles(float(f"{rows:.3g}"), tile) / GROUPED_SHARE
+        padded = tile * mean_tiles(float(f"{rows:.3g}"), tile)
+        share = GROUPED_SHARE
     tiles = math.ceil(groups * padded / tile * member.columns / 128)
     wave = math.ceil(tiles / hardware.num_sms) * hardware.num_sms
-    return rows / padded * tiles / wave
+    return share * rows / padded * tiles / wave
 
 
 # The share of a large product's rate at which experts multiply full tiles, since they gather rows
@@ -363,7 +364,7 @@ GROUPED_SHARE = 0.56
 
 
 @cache
-def _mean_tiles(rows: float, tile: int) -> float:
+def mean_tiles(rows: float, tile: int) -> float:
     """Tiles of an expert that is hit, where experts get so many rows on average.
 
     1 + sum_k P(X > k tile), k from 1 on, with X normal as the Poisson law of rows nearly is: half a
