@@ -57,7 +57,11 @@ class BatchModel:
     is_padded: bool
 
     def run(
-        self, rows: Sequence[tuple[int, int]], num_seqs: int, interleaved: int | None = None
+        self,
+        rows: Sequence[tuple[int, int]],
+        num_seqs: int,
+        interleaved: int | None = None,
+        gathered: int = 0,
     ) -> BatchRun:
         """Run rows, at most `num_seqs` at once.
 
@@ -65,9 +69,10 @@ class BatchModel:
             rows: each with the tokens of its prompt and of its answer.
             num_seqs: at once.
             interleaved: tokens of prompts between two decode steps; None for a chunk.
+            gathered: tokens for which prompts wait while all sequences are taken.
         """
         chunk = self.knobs.prefill_chunk
-        limits = BatchLimits(num_seqs, chunk, min(interleaved or chunk, chunk))
+        limits = BatchLimits(num_seqs, chunk, min(interleaved or chunk, chunk), gathered)
         return run_batch(rows, limits, BatchPrices(self, RowShape.of(rows)))
 
     def prefill(self, shape: RowShape, tokens: int) -> StepTime:

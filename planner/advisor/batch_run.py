@@ -39,11 +39,15 @@ class StepPrices(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Sequences at once, tokens of a prefill step, and those of one between two decode steps."""
+    """Sequences at once, tokens of a prefill step, and those of one between two decode steps.
+
+    `gathered`: tokens for which prompts wait while all sequences are taken and some decode.
+    """
 
     num_seqs: int
     chunk: int
     interleaved: int
+    gathered: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +143,7 @@ class _Pool:
     prices: StepPrices
     prefilling: deque[_Prompt] = field(default_factory=deque)
     ends: list[tuple[float, float, int]] = field(default_factory=list)
+    pending: int = 0  # tokens of prompts under way
     decoding: int = 0
     position: float = 0.0
     offsets: float = 0.0
@@ -157,7 +162,8 @@ class _Pool:
         while self.waiting or self.prefilling or self.ends:
             if self.waiting:
                 self._admit()
-            was_prefill = bool(self.prefilling) and not (self.ends and was_prefill)
+            comes_later = was_prefill or self._gathers()
+            was_prefill = bool(self.prefilling) and not (self.ends and comes_later)
             if was_prefill:
                 self._prefill()
             else:
@@ -173,11 +179,18 @@ class _Pool:
             self.decode_steps,
         )
 
+    def _gathers(self) -> bool:
+        """Whether prompts wait for others."""
+        if self.decoding + len(self.prefilling) < self.limits.num_seqs:
+            return False
+        return self.pending < self.limits.gathered
+
     def _admit(self) -> None:
         free = self.limits.num_seqs - len(self.prefilling) - self.decoding
         for _ in range(min(free, len(self.waiting))):
             prompt, output = self.waiting.popleft()
             self.prefilling.append(_Prompt(prompt, output, prompt))
+            self.pending += prompt
 
     def _prefill(self) -> None:
         """One step; an answer's first token comes with the end of its prompt."""
@@ -190,6 +203,7 @@ class _Pool:
             first = self.prefilling[0]
             taken = min(first.left, room)
             first.left -= taken
+            self.pending -= taken
             room -= taken
             if not first.left:
                 self.prefilling.popleft()
@@ -212,7 +226,7 @@ class _Pool:
         count = self.decoding
         each = self.prices.tokens(count)
         steps = 1
-        if not self.prefilling:
+        if not self.prefilling or self._gathers():
             steps = max(math.ceil((self.ends[0][0] - self.position) / each - 1e-9), 1)
         middle = self.position + each * (steps - 1) / 2
         context = self.offsets / count + middle
