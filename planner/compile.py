@@ -276,7 +276,7 @@ def plan_parts(
     capacity = plan_capacity(workload, model.config, hardware, chosen)
     work = _Programs(spec, model, hardware, decided, capacity, dtype, options)
     programs = tuple(work.lowered(report))
-    limits = plan_limits(capacity, decided.interleaving.tokens)
+    limits = plan_limits(capacity, decided.interleaving.tokens, decided.gathered_tokens)
     record_streams(ledger, [program.graph for program in programs])
     record_reductions(ledger, programs, hardware)
     record_cache(

@@ -41,7 +41,7 @@ class BatchModel:
         layout, knobs: of the deployment.
         depth: drafts of a step of so many sequences.
         accepted: tokens that a step with so many drafts yields for each sequence.
-        host_us: work of the host for each sequence of a step that is not launched ahead.
+        host_us: work of the host for each sequence of a step.
         buckets: sizes of decode programs, rising.
         is_padded: whether a smaller batch takes the time of the next larger program; without it,
             times are linear between buckets.
@@ -57,7 +57,11 @@ class BatchModel:
     is_padded: bool
 
     def run(
-        self, rows: Sequence[tuple[int, int]], num_seqs: int, interleaved: int | None = None
+        self,
+        rows: Sequence[tuple[int, int]],
+        num_seqs: int,
+        interleaved: int | None = None,
+        gathered: int = 0,
     ) -> BatchRun:
         """Run rows, at most `num_seqs` at once.
 
@@ -65,9 +69,10 @@ class BatchModel:
             rows: each with the tokens of its prompt and of its answer.
             num_seqs: at once.
             interleaved: tokens of prompts between two decode steps; None for a chunk.
+            gathered: tokens for which prompts wait while all sequences are taken.
         """
         chunk = self.knobs.prefill_chunk
-        limits = BatchLimits(num_seqs, chunk, min(interleaved or chunk, chunk))
+        limits = BatchLimits(num_seqs, chunk, min(interleaved or chunk, chunk), gathered)
         return run_batch(rows, limits, BatchPrices(self, RowShape.of(rows)))
 
     def prefill(self, shape: RowShape, tokens: int) -> StepTime:
@@ -111,9 +116,9 @@ class BatchPrices:
         """Microseconds of a prefill step. Data-parallel groups have prompts of their own."""
         return linear(self._prefills, tokens) / self.model.layout.attention_dp
 
-    def prefill_host_us(self, decoding: int) -> float:
-        """Microseconds of the host for a prefill step, which is not launched ahead."""
-        return self.model.host_us * (decoding + 1)
+    def prefill_host_us(self, tokens: int, num_seqs: int) -> float:
+        """Microseconds by which the host takes longer than a prefill step."""
+        return max(self.model.host_us * num_seqs - self.prefill_us(tokens), 0.0)
 
     @cached_property
     def _prefills(self) -> Points:
@@ -127,7 +132,7 @@ class BatchPrices:
         return self._size(num_seqs).decode_us(context_tokens)
 
     def decode_host_us(self, num_seqs: int) -> float:
-        """Microseconds of the host for a decode step, on average."""
+        """Microseconds by which the host takes longer than a decode step."""
         return self._size(num_seqs).host_us
 
     def _size(self, num_seqs: int) -> _Size:
@@ -136,16 +141,10 @@ class BatchPrices:
         return self.sizes[num_seqs]
 
     def _priced(self, num_seqs: int) -> _Size:
-        """What a decode step of so many sequences costs.
-
-        A step is not launched ahead where a sequence crosses a page, of n sequences with the chance
-        1 - (1 - 1/page)^n; its work for each of them is in the open then.
-        """
+        """What a decode step of so many sequences costs; the host works while the GPU does."""
         model = self.model
         bucket = model.bucket(num_seqs)
         tokens = model.accepted(model.depth(bucket))
-        crossed = min(tokens / model.knobs.page_size, 1.0)
-        waits = 1.0 - (1.0 - crossed) ** num_seqs
         if model.is_padded:
             around, padding = [bucket], num_seqs / bucket
         else:
@@ -156,7 +155,8 @@ class BatchPrices:
         few, many = self._contexts
         slope = (end_us - begin_us) / (many - few)
         at_none_us = begin_us - few * slope
-        return _Size(tokens, waits * num_seqs * model.host_us, at_none_us, slope * padding)
+        host_us = max(num_seqs * model.host_us - end_us, 0.0)
+        return _Size(tokens, host_us, at_none_us, slope * padding)
 
     @property
     def _contexts(self) -> tuple[int, int]:

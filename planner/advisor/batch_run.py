@@ -24,8 +24,8 @@ class StepPrices(Protocol):
     def prefill_us(self, tokens: int) -> float:
         """Of a prefill step of so many tokens."""
 
-    def prefill_host_us(self, decoding: int) -> float:
-        """Of the host for a prefill step, while others decode."""
+    def prefill_host_us(self, tokens: int, num_seqs: int) -> float:
+        """Of the host for a prefill step, with so many sequences at once."""
 
     def decode_us(self, num_seqs: int, context_tokens: float) -> float:
         """Of a decode step of so many sequences with this mean context."""
@@ -39,11 +39,15 @@ class StepPrices(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Sequences at once, tokens of a prefill step, and those of one between two decode steps."""
+    """Sequences at once, tokens of a prefill step, and those of one between two decode steps.
+
+    `gathered`: tokens for which prompts wait while all sequences are taken and some decode.
+    """
 
     num_seqs: int
     chunk: int
     interleaved: int
+    gathered: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +143,7 @@ class _Pool:
     prices: StepPrices
     prefilling: deque[_Prompt] = field(default_factory=deque)
     ends: list[tuple[float, float, int]] = field(default_factory=list)
+    pending: int = 0  # tokens of prompts under way
     decoding: int = 0
     position: float = 0.0
     offsets: float = 0.0
@@ -157,7 +162,8 @@ class _Pool:
         while self.waiting or self.prefilling or self.ends:
             if self.waiting:
                 self._admit()
-            was_prefill = bool(self.prefilling) and not (self.ends and was_prefill)
+            comes_later = was_prefill or self._gathers()
+            was_prefill = bool(self.prefilling) and not (self.ends and comes_later)
             if was_prefill:
                 self._prefill()
             else:
@@ -173,23 +179,31 @@ class _Pool:
             self.decode_steps,
         )
 
+    def _gathers(self) -> bool:
+        """Whether prompts wait for others."""
+        if self.decoding + len(self.prefilling) < self.limits.num_seqs:
+            return False
+        return self.pending < self.limits.gathered
+
     def _admit(self) -> None:
         free = self.limits.num_seqs - len(self.prefilling) - self.decoding
         for _ in range(min(free, len(self.waiting))):
             prompt, output = self.waiting.popleft()
             self.prefilling.append(_Prompt(prompt, output, prompt))
+            self.pending += prompt
 
     def _prefill(self) -> None:
         """One step; an answer's first token comes with the end of its prompt."""
         most = self.limits.chunk
         if self.ends:
             most = min(most, self.limits.interleaved)
-        room, decoding = most, self.decoding
+        room, at_once = most, self.decoding + len(self.prefilling)
         begun: Counter[tuple[int, int]] = Counter()
         while room and self.prefilling:
             first = self.prefilling[0]
             taken = min(first.left, room)
             first.left -= taken
+            self.pending -= taken
             room -= taken
             if not first.left:
                 self.prefilling.popleft()
@@ -197,7 +211,7 @@ class _Pool:
         for (prompt, output), count in begun.items():
             self._begin(prompt, output, count)
         self.prefill_us += self.prices.prefill_us(most - room)
-        self.host_us += self.prices.prefill_host_us(decoding)
+        self.host_us += self.prices.prefill_host_us(most - room, at_once)
         self.prefill_steps += 1
 
     def _begin(self, prompt: int, output: int, count: int) -> None:
@@ -212,7 +226,7 @@ class _Pool:
         count = self.decoding
         each = self.prices.tokens(count)
         steps = 1
-        if not self.prefilling:
+        if not self.prefilling or self._gathers():
             steps = max(math.ceil((self.ends[0][0] - self.position) / each - 1e-9), 1)
         middle = self.position + each * (steps - 1) / 2
         context = self.offsets / count + middle

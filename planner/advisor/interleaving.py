@@ -66,11 +66,11 @@ def interleave(
     return Interleaving(tokens, limited, reason)
 
 
-def limited_result(result: SearchResult, interleaving: Interleaving) -> SearchResult:
-    """The result with the prediction of the limit in place of the best without it."""
+def with_best(result: SearchResult, prediction: Prediction) -> SearchResult:
+    """The result with another prediction of its best deployment in place of the one it has."""
     best = result.best
     others = [each for each in result.predictions if each is not best]
-    return replace(result, predictions=(interleaving.prediction, *others))
+    return replace(result, predictions=(prediction, *others))
 
 
 def _compared(limited: Prediction, unlimited: Prediction) -> str:

@@ -93,7 +93,7 @@ def batch_prediction(plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]) 
     knobs = Knobs(limits.max_tokens, limits.page_size, limits.max_depth)
     candidate = Candidate(_layout_of(plan), knobs)
     batch = predictor.batch(candidate, depths, limits.max_seqs)
-    run = batch.run(rows, limits.max_seqs, limits.interleaved_tokens)
+    run = batch.run(rows, limits.max_seqs, limits.interleaved_tokens, limits.gathered_tokens)
     return run.as_json()
 
 

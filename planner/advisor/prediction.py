@@ -186,6 +186,7 @@ class Predictor:
         candidate: Candidate,
         depths: Mapping[int, int] | None = None,
         interleaved_tokens: int | None = None,
+        gathered_tokens: int = 0,
     ) -> Prediction:
         """Predict a candidate that is legal and fits; neither is checked here.
 
@@ -193,6 +194,7 @@ class Predictor:
             candidate: what to predict.
             depths: drafts of a step by decode bucket; None for the candidate's at every batch.
             interleaved_tokens: of prompts between two decode steps; None for a chunk.
+            gathered_tokens: for which prompts of a batch wait while all sequences are taken.
         """
         knobs, workload = candidate.knobs, self.spec.workload
         if interleaved_tokens:
@@ -206,7 +208,8 @@ class Predictor:
         prompt = (first + later * (talk.turns - 1)) * (1.0 / talk.turns)
         shared = None
         if workload.is_batch_of_rows and candidate.prefill is None:
-            shared = self._share(candidate, decode, users, interleaved_tokens)
+            waits = (interleaved_tokens, gathered_tokens)
+            shared = self._share(candidate, decode, users, waits)
             if users > 1:
                 first = prompt = shared.part(talk.first.new_tokens)
         transfer = handover_us = None
@@ -323,13 +326,17 @@ class Predictor:
         return total
 
     def _share(
-        self, candidate: Candidate, decode: _Decode, users: int, interleaved_tokens: int | None
+        self, candidate: Candidate, decode: _Decode, users: int, waits: tuple[int | None, int]
     ) -> _Shared:
-        """A batch of the workload's rows, and its average prefill step."""
+        """A batch of the workload's rows, and its average prefill step.
+
+        `waits` are the interleaved and the gathered tokens.
+        """
+        interleaved_tokens, gathered_tokens = waits
         batch = self.batch(candidate, decode.depths, users)
         per_seq = ROWS_PER_SEQ if decode.depths else SEARCH_ROWS_PER_SEQ
         rows = self._rows(per_seq)[:: candidate.replicas]
-        run = batch.run(rows, users, interleaved_tokens)
+        run = batch.run(rows, users, interleaved_tokens, gathered_tokens)
         tokens = max(round(run.mean_prefill_tokens), 1)
         workload, wait_us = self.spec.workload, math.inf
         shape = RowShape(workload.prompts.mean, workload.outputs.mean)

@@ -17,11 +17,8 @@ from tokenspeed_plan.planner.advisor.concurrency import (
     record_concurrency,
 )
 from tokenspeed_plan.planner.advisor.finalists import final_result, finalists
-from tokenspeed_plan.planner.advisor.interleaving import (
-    Interleaving,
-    interleave,
-    limited_result,
-)
+from tokenspeed_plan.planner.advisor.gathering import gather, record_gathering
+from tokenspeed_plan.planner.advisor.interleaving import Interleaving, interleave, with_best
 from tokenspeed_plan.planner.advisor.legality import QUANTIZED, check_layout, check_stated, matches
 from tokenspeed_plan.planner.advisor.predicted import predicted
 from tokenspeed_plan.planner.advisor.prediction import Predictor
@@ -56,6 +53,7 @@ class Decided:
         depths: drafts of a step by decode bucket.
         predicted: the promised numbers.
         interleaving: prefill between two decode steps.
+        gathered_tokens: for which prompts of a batch wait while all sequences are taken.
         rollback: how rejected drafts are taken back.
     """
 
@@ -65,6 +63,7 @@ class Decided:
     depths: Mapping[int, int]
     predicted: Predicted
     interleaving: Interleaving
+    gathered_tokens: int = 0
     rollback: RollbackWord = "snapshot"
 
 
@@ -124,7 +123,10 @@ def resolve(
     if not unrestricted.predictions:
         unrestricted = choice.result
     interleaving = interleave(predictor, choice.result, choice.depths)
-    result = limited_result(choice.result, interleaving)
+    result = with_best(choice.result, interleaving.prediction)
+    gathering = gather(predictor, result, choice.depths, interleaving.tokens)
+    record_gathering(ledger, gathering)
+    result = with_best(result, gathering.prediction)
     _record(ledger, replace(choice, result=result), unrestricted)
     best = result.best.candidate
     return Decided(
@@ -134,6 +136,7 @@ def resolve(
         depths=choice.depths,
         predicted=predicted(predictor, result, unrestricted),
         interleaving=interleaving,
+        gathered_tokens=gathering.tokens,
         rollback=choice.rollback.word,
     )
 

@@ -24,7 +24,7 @@ from tokenspeed_plan.planner.commands.sign import signature_options, wanted_sign
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.canon import answer_digest
-from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.plans.errors import RequestError, SpecError
 from tokenspeed_plan.plans.schema import Plan
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def _predicted_load(frozen: Plan) -> Load | None:
     """The load that a plan predicts, where it is one of single turns as a batch has them."""
     from tokenspeed_plan.runtime.serving.batch.summary import Load
 
-    with suppress(ValidationError):
+    with suppress(ValidationError, SpecError):
         workload = WorkloadSpec.model_validate(frozen.spec.get("workload", {}))
         if workload.turns == 1:
             prompts, outputs = workload.prompts, workload.outputs

@@ -62,7 +62,7 @@ class HardwareSpec:
         matrix_share: the share of the peak rate that a large product reaches.
         launch_us: from one tiny kernel to the next inside a graph.
         host_us: host work of a step that no GPU work hides.
-        host_seq_us: host work for each sequence of a step that is not launched ahead.
+        host_seq_us: host work for each sequence of a step, which GPU work hides where it is longer.
         link_bytes_per_s: to the other GPUs of a node, one direction, all links.
         nic_bytes_per_s, nic_us: to another node, for each GPU.
         prefill_chunk, page_size: defaults, in tokens.

@@ -175,10 +175,20 @@ def check_positions(workload: WorkloadSpec, config: ModelConfig) -> None:
         )
 
 
-def plan_limits(capacity: Capacity, interleaved_tokens: int | None) -> Limits:
-    """The capacity, with the prefill tokens between two decode steps; None for a whole chunk."""
+def plan_limits(
+    capacity: Capacity, interleaved_tokens: int | None, gathered_tokens: int = 0
+) -> Limits:
+    """The capacity, with the prefill tokens between two decode steps.
+
+    Args:
+        capacity: of the pool.
+        interleaved_tokens: at most; None for a whole chunk.
+        gathered_tokens: for which prompts wait while all sequences are taken.
+    """
     tokens = min(interleaved_tokens or capacity.max_tokens, capacity.max_tokens)
-    return Limits(**capacity.model_dump(), interleaved_tokens=tokens)
+    return Limits(
+        **capacity.model_dump(), interleaved_tokens=tokens, gathered_tokens=gathered_tokens
+    )
 
 
 def state_slots_per_seq(depth: int, rollback: RollbackWord) -> int:

@@ -268,9 +268,22 @@ class Capacity(Frozen):
 
 
 class Limits(Capacity):
-    """What a plan can serve: its capacity, and the most prefill tokens between two decode steps."""
+    """What a plan can serve: its capacity, and the prefill tokens between two decode steps.
+
+    At most `interleaved_tokens`. While every sequence is taken and some decode, prompts wait until
+    they have `gathered_tokens` together, so that one step computes them; JSON has that number only
+    where it is not 0.
+    """
 
     interleaved_tokens: int
+    gathered_tokens: int = 0
+
+    @model_serializer(mode="wrap")
+    def _spell(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = spell(self)
+        if not self.gathered_tokens:
+            fields.pop("gathered_tokens", None)
+        return fields
 
 
 PoolRole = Literal["both", "prefill", "decode"]

@@ -41,6 +41,8 @@ def _check_tokens(limits: Limits) -> None:
         raise refuse("checkpoints are not at the ends of pages")
     if limits.interleaved_tokens > limits.max_tokens:
         raise refuse("interleaved_tokens over max_tokens")
+    if limits.gathered_tokens > limits.interleaved_tokens:
+        raise refuse("gathered_tokens over interleaved_tokens")
     if limits.num_pages * limits.page_size < limits.max_seq_len:
         raise refuse("a sequence of max_seq_len tokens does not fit the pages")
     if limits.default_max_tokens >= limits.max_seq_len:

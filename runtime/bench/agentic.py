@@ -44,7 +44,8 @@ class Conversations:
         stated = plan.spec.get("workload")
         workload = stated if isinstance(stated, dict) else {}
         facts = {
-            name: mean_length(workload.get(name, default)) for name, default in _DEFAULTS.items()
+            name: _mean_length(workload.get(name, default), default)
+            for name, default in _DEFAULTS.items()
         }
         facts["conversations"] = plan.pool.limits.max_seqs
         return cls(**facts | {name: value for name, value in given.items() if value is not None})
@@ -53,11 +54,12 @@ class Conversations:
 _DEFAULTS = {"first_turn_tokens": 2048, "turn_tokens": 0, "turns": 1, "output_tokens": 512}
 
 
-def mean_length(stated: Any) -> int:
+def _mean_length(stated: Any, default: int) -> Any:
     """The tokens that a spec states, or the mean of those that vary."""
-    if isinstance(stated, dict):
-        stated = round(stated["mean"])
-    return int(stated)
+    if not isinstance(stated, dict):
+        return stated
+    mean = stated.get("mean")
+    return round(mean) if isinstance(mean, float) else default
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ A request is admitted when pages for its known tokens can be taken and one more 
 pages for what it generates are added as it grows. When none is left the youngest is preempted: its
 state and its pages go to the prefix cache, from where it goes on later. The oldest always goes on,
 and fits, so every request ends. While some sequences prefill and others decode, the two kinds of
-step take turns.
+step take turns; where the plan says so, prompts first wait until a step has enough of them.
 
 A step can be chosen while the one before it is in flight. Then the next decode step has all
 sequences that certainly go on, and those that were in no step in flight; the others sit it out.
@@ -108,7 +108,8 @@ class Scheduler:
         prefilling = [s for s in self._running if s.state == "prefilling" and not s.num_ahead]
         if ready is None or not (ready or prefilling):
             return None
-        if not prefilling or (ready and self._last_phase == "prefill"):
+        comes_later = self._last_phase == "prefill" or self._gathers(prefilling)
+        if not prefilling or (ready and comes_later):
             self._last_phase = "decode"
             return self._batches.decode(ready)
         self._last_phase = "prefill"
@@ -116,6 +117,12 @@ class Scheduler:
         if decoding:
             max_tokens = min(max_tokens, self.limits.interleaved_tokens)
         return self._batches.prefill(prefilling, max_tokens)
+
+    def _gathers(self, prefilling: list[Sequence]) -> bool:
+        """Whether prompts wait for others: all sequences are taken, so some will end and begin."""
+        if len(self._running) < self.limits.max_seqs:
+            return False
+        return sum(sequence.num_left for sequence in prefilling) < self.limits.gathered_tokens
 
     def _ready(self, decoding: list[Sequence], in_flight: Program) -> list[Sequence] | None:
         """Those that a decode step can have before the step in flight is committed.

@@ -273,7 +273,7 @@ def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> N
     """Three drafts of three sequences, in decode and after a prefill: no frozen plan has them."""
     hardware = find_hardware(gpu)
     config, _ = load_preset("qwen3.5-35b-a3b")
-    limits = plan_capacity(WorkloadSpec(), config, hardware, CapacityOptions(depth=3))
+    limits = plan_capacity(WorkloadSpec(concurrency=1), config, hardware, CapacityOptions(depth=3))
     context = BuildContext(config, "bf16", limits, config.vocab_size, lambda prefix: True)
     phases: dict[Phase, int] = {"decode": 12, "prefill": 2048}
     candidates: dict[str, tuple[Built, ...]] = {}

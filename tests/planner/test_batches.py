@@ -49,7 +49,7 @@ class OneEach:
     def prefill_us(self, tokens: int) -> float:
         return 1.0 + tokens
 
-    def prefill_host_us(self, decoding: int) -> float:
+    def prefill_host_us(self, tokens: int, num_seqs: int) -> float:
         return 0.0
 
     def decode_us(self, num_seqs: int, context_tokens: float) -> float:
@@ -89,19 +89,26 @@ def steps_of(plan: Plan, rows: list[tuple[int, int]]) -> tuple[int, Counter[int]
     return prefills, decodes
 
 
-@pytest.mark.parametrize("chunk", [64, 200])
+@pytest.mark.parametrize(("chunk", "gathered"), [(64, 0), (200, 0), (200, 130)])
 @pytest.mark.parametrize("varied", [False, True])
-def test_a_run_takes_the_steps_of_the_scheduler(chunk: int, varied: bool, tiny_plan: Plan) -> None:
+def test_a_run_takes_the_steps_of_the_scheduler(
+    chunk: int, gathered: int, varied: bool, tiny_plan: Plan
+) -> None:
     """All alike step for step; of lengths that vary, whose prompts change places, on average."""
     plan = squeezed(
-        tiny_plan, max_tokens=chunk, interleaved_tokens=chunk, max_seqs=6, checkpoint_interval=512
+        tiny_plan,
+        max_tokens=chunk,
+        interleaved_tokens=chunk,
+        gathered_tokens=gathered,
+        max_seqs=6,
+        checkpoint_interval=512,
     )
     lengths = (Lengths(60, 150, 280), Lengths(20, 40, 64))
     if not varied:
         lengths = (Lengths.all_alike(60), Lengths.all_alike(20))
     rows = list(rows_of(*lengths, 40))
     prefills, decodes = steps_of(plan, rows)
-    run = run_batch(rows, BatchLimits(6, chunk, chunk), OneEach())
+    run = run_batch(rows, BatchLimits(6, chunk, chunk, gathered), OneEach())
     assert run.output_tokens == sum(output for _, output in rows)
     if varied:
         assert run.prefill_steps == pytest.approx(prefills, rel=0.1)
@@ -173,6 +180,43 @@ def test_prompts_share_a_chunk_where_that_is_cheaper() -> None:
     assert alone.knobs.prefill_chunk == 2048
     agents, _ = decided_for(spec_for(workload={"kind": "agentic", "concurrency": 128}))
     assert agents.knobs.prefill_chunk <= 2048
+
+
+def test_prompts_wait_for_each_other_where_answers_vary() -> None:
+    varied = {
+        "first_turn_tokens": {"mean": 1024, "p95": 2600, "max": 8000},
+        "output_tokens": {"mean": 256, "p95": 650, "max": 2048},
+        "concurrency": 128,
+        "rows": 1000,
+    }
+    waiting, decisions = decided_for(spec_for(workload=varied))
+    assert 0 < waiting.gathered_tokens <= waiting.knobs.prefill_chunk
+    assert "times the tokens" in decisions["gathering"].reason
+    alike, others = decided_for(spec_for(workload={"concurrency": 128}))
+    assert alike.gathered_tokens == 0 and "gathering" not in others
+    agents, _ = decided_for(spec_for(workload={"kind": "agentic", "concurrency": 16}))
+    assert agents.gathered_tokens == 0
+
+
+def test_prompts_that_wait_have_the_same_answers(tiny_plan: Plan) -> None:
+    """The last rows of a batch, for which nobody comes any more, do not wait."""
+    rows = list(rows_of(Lengths(60, 150, 280), Lengths(20, 40, 64), 40))
+    plan = squeezed(tiny_plan, gathered_tokens=300, interleaved_tokens=512, max_seqs=6)
+    engine = Engine(plan, SymbolicExecutor(plan))  # type: ignore[arg-type]
+    prompts = [
+        tuple((i * 7 + place) % 90 for place in range(size)) for i, (size, _) in enumerate(rows)
+    ]
+    for index, (_, output) in enumerate(rows):
+        params = SamplingParams(max_tokens=output, ignore_eos=True)
+        engine.add(Request(str(index), prompts[index], params))
+    ended = []
+    while engine.num_unfinished:
+        ended += engine.step()
+    assert len(ended) == len(rows)
+    for done in ended:
+        index = int(done.request_id)
+        assert done.token_ids == answer(prompts[index], rows[index][1])
+    check_all_is_given_back(engine.scheduler.cache)
 
 
 def test_auto_finds_the_cheapest_number_of_sequences() -> None:

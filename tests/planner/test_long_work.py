@@ -16,7 +16,7 @@ SPEC = ROOT / "examples/qwen3.5-397b-b200x8/spec.yaml"
 SMALL = (
     "model.preset=qwen3-0.6b",
     "target.count=2",
-    "workload={first_turn_tokens: 64, output_tokens: 16}",
+    "workload={first_turn_tokens: 64, output_tokens: 16, concurrency: 1}",
     "speculation=off",
 )
 

@@ -40,7 +40,7 @@ TARGETS = {"qwen3-235b-a22b": ("H200", 8), "qwen3-next-80b-a3b": ("H200", 2)}
 def graph_of(name: str, depth: int = 0) -> OpGraph:
     config, _ = load_preset(name)
     limits = plan_capacity(
-        WorkloadSpec(), config, find_hardware("B200"), CapacityOptions(depth=depth)
+        WorkloadSpec(concurrency=1), config, find_hardware("B200"), CapacityOptions(depth=depth)
     )
     context = BuildContext(config, "bf16", limits, config.vocab_size, lambda prefix: False)
     return build(context, "prefill", depth)

@@ -29,7 +29,7 @@ from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
-from tokenspeed_plan.planner.passes.cost import Load, busiest_share, expected_hits
+from tokenspeed_plan.planner.passes.cost import Load, busiest_share, expected_hits, mean_tiles
 from tokenspeed_plan.planner.passes.limits import Holding
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
@@ -318,6 +318,22 @@ def test_hit_experts_against_dice(experts: int, per_token: int, tokens: int) -> 
     assert expected_hits(experts, per_token, tokens) == pytest.approx(sum(rounds) / 500, rel=0.03)
     skewed = expected_hits(experts, per_token, tokens, 1.0)
     assert per_token * 0.999 <= skewed <= expected_hits(experts, per_token, tokens) * 1.001
+
+
+@pytest.mark.parametrize(("rows", "tile"), [(3, 16), (10, 16), (16, 16), (60, 64), (130, 64)])
+def test_tiles_of_an_expert_against_dice(rows: int, tile: int) -> None:
+    """Of 8,192 tokens' choices among many experts, those that are hit, each padded to a tile."""
+    dice = random.Random(2)
+    num_experts = 8192 // rows
+    counts = [0] * num_experts
+    tiles = hit = 0
+    for _ in range(5):
+        counts = [0] * num_experts
+        for _ in range(8192):
+            counts[dice.randrange(num_experts)] += 1
+        tiles += sum(-(-count // tile) for count in counts)
+        hit += sum(count > 0 for count in counts)
+    assert mean_tiles(float(rows), tile) == pytest.approx(tiles / hit, rel=0.04)
 
 
 @given(st.floats(0, 1), st.integers(0, 6))

@@ -12,7 +12,7 @@ from tokenspeed_plan.planner.spec import WorkloadSpec
 def context(name: str, depth: int = 0) -> BuildContext:
     config, _ = load_preset(f"qwen3.5-{name}")
     limits = plan_capacity(
-        WorkloadSpec(), config, find_hardware("B200"), CapacityOptions(depth=depth)
+        WorkloadSpec(concurrency=1), config, find_hardware("B200"), CapacityOptions(depth=depth)
     )
     return BuildContext(
         config, "bf16", limits, config.vocab_size, lambda prefix: not prefix.startswith("mtp.")
