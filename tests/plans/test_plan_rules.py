@@ -306,11 +306,11 @@ def test_states_are_written_in_place_by_kernels_that_are_made_for_it(
     tiny_plan: Plan, checkpoint: Any
 ) -> None:
     validate(tiny_plan)
-    with pytest.raises(PlanError, match=r"has a ring of inputs, its plan has 2 state slots"):
+    with pytest.raises(PlanError, match=r"its plan has 2 state slots a sequence"):
         validate(with_slots(tiny_plan, 2))
     two = plan_with_two_slots(checkpoint("moe"))
     validate(two)
-    with pytest.raises(PlanError, match=r"shifts its inputs, its plan has 1 state slots"):
+    with pytest.raises(PlanError, match=r"its plan has 1 state slots a sequence"):
         validate(with_slots(two, 1))
 
 

@@ -187,7 +187,7 @@ class TimedLaunch:
         return float(begin.elapsed_time(end)) * 1e3
 
 
-def batch(engine: Engine, launch: TimedLaunch, options: Rows) -> dict[str, Any]:
+def run_rows(engine: Engine, launch: TimedLaunch, options: Rows) -> dict[str, Any]:
     """Run all rows and measure them.
 
     Args:
