@@ -319,9 +319,7 @@ def _beside(found: dict[str, Any]) -> str:
 
 def _program_text(program: dict[str, Any]) -> str:
     name = f"{program['phase']}/{program['bucket']}"
-    text = (
-        f"  {name:<16} {program['steps']:>6} {program['us']:>10.1f} {program['p95_us']:>10.1f}"
-    )
+    text = f"  {name:<16} {program['steps']:>6} {program['us']:>10.1f} {program['p95_us']:>10.1f}"
     if "floor_us" not in program:
         return text
     return (

@@ -280,7 +280,12 @@ MUTATIONS = [
     (SHIFTED, "delta_step", "(TAPS - 1) + t - 1", "(TAPS - 1) + t"),
     (SHIFTED, "advance", "tl.store(dst_ptr, src, mask=ok)", "pass"),
     (SOME_IN_PLACE, "conv_qk_norm", "(start + at + TAPS)", "(start + at)"),
-    (SOME_IN_PLACE, "conv_qk_norm", "src * TAPS + (start + last + TAPS)", "src * TAPS + (last + TAPS)"),
+    (
+        SOME_IN_PLACE,
+        "conv_qk_norm",
+        "src * TAPS + (start + last + TAPS)",
+        "src * TAPS + (last + TAPS)",
+    ),
     (SOME_IN_PLACE, "conv_qk_norm", "context_lens + s) - count", "context_lens + s)"),
     (SOME, "conv_qk_norm", "(at >= 0) & (at < count)", "(at >= 0) & (at < count - 1)"),
     (SOME, "conv_qk_norm", "if first:", "if False:"),
@@ -306,7 +311,12 @@ MUTATIONS = [
     ),
     (PAIRS, "sample", "x ^ (x >> SHIFT)", "x ^ (x >> SHIFT + 1)"),
     (PAIRS, "sample", "above >= 2 * step", "above >= step"),
-    (CASES["bf16, seven sequences"], "sample", "(_key(x) == key) & (v <", "(_key(x) >= key) & (v <"),
+    (
+        CASES["bf16, seven sequences"],
+        "sample",
+        "(_key(x) == key) & (v <",
+        "(_key(x) >= key) & (v <",
+    ),
     (PAIRS, "sample", " + s % QUERY_LEN", ""),
     (
         PAIRS,
@@ -368,7 +378,12 @@ SPLIT, IN_PIECES = Tile(16, 32, 32, 4, 2, splits=3), Tile(1, 64, 16, 4, 1)
 MANY_SEQS = CASES["H200 tiles, seven sequences"]
 IN_PLACE = CASES["five sequences, state in place"]
 MEASURED = {
-    "split product": (MANY_SEQS, "linear_add", SPLIT, (("* SPLIT_K", "* 0"), ("SPLITS - 1", "SPLITS - 2"))),
+    "split product": (
+        MANY_SEQS,
+        "linear_add",
+        SPLIT,
+        (("* SPLIT_K", "* 0"), ("SPLITS - 1", "SPLITS - 2")),
+    ),
     "split SwiGLU": (
         MANY_SEQS,
         "linear_silu_mul",
