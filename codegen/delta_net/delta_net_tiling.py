@@ -90,7 +90,10 @@ def _queries(work: Work) -> dict[str, Constant]:
 
 
 def _by_columns(work: Work, template: str, constants: dict[str, Constant]) -> list[Tiling]:
-    """A program a head and block of columns: a whole head's state would not stay in registers."""
+    """A program a head and block of columns: a whole head's state would not stay in registers.
+
+    A tile of all columns may take `k` of them at a time.
+    """
     constants = constants | {"EPS": work.number("gated_norm", "eps")}
     key_dim, value_dim = int(constants["DK"]), int(constants["DV"])
     if work.interpreted:
@@ -105,6 +108,10 @@ def _by_columns(work: Work, template: str, constants: dict[str, Constant]) -> li
 def _column_tiling(work: Work, template: str, constants: dict[str, Constant], tile: Tile) -> Tiling:
     value_dim, v_heads = int(constants["DV"]), int(constants["B"])
     columns = value_dim // tile.n
+    pieces = 1
+    if template == "delta_step" and columns == 1 and 0 < tile.k < tile.n:
+        pieces = tile.n // tile.k
+        constants = constants | {"PIECES": pieces}
     scratch: dict[str, TensorSpec] = {}
     if columns > 1:
         scratch = {
@@ -116,11 +123,11 @@ def _column_tiling(work: Work, template: str, constants: dict[str, Constant], ti
         grid = grid[::-1]  # neighbours read neighbouring memory
     return Tiling(
         template=template,
-        constants=constants | {"BLOCK_V": tile.n},
+        constants=constants | {"BLOCK_V": tile.n // pieces},
         grid=grid,
         num_warps=tile.num_warps,
         num_stages=1,
-        options={"columns": columns, "conv_part": _conv_kind(work)},
+        options={"columns": columns, "pieces": pieces, "conv_part": _conv_kind(work)},
         scratch=scratch,
         prefetches=True,
     )

@@ -252,7 +252,7 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
     dot = tile.m >= DOT_ROWS
     if dot:
         constants |= {"PRECISION": work.precision} | _tile_groups(work, rows)
-    splits = _splits(tile, depth)
+    splits = _splits(work, tile, depth)
     if splits > 1:
         constants |= {"SPLITS": splits, "SPLIT_K": blocks(depth, tile.k * splits) * tile.k}
     if work.has("rms_norm"):
@@ -274,9 +274,9 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
     )
 
 
-def _splits(tile: Tile, depth: int) -> int:
-    """Programs that share a depth, each with at least one step of it."""
-    if tile.m < DOT_ROWS or tile.splits == 1:
+def _splits(work: Work, tile: Tile, depth: int) -> int:
+    """Programs that share a depth, each with at least one step of it; a norm needs all of it."""
+    if tile.m < DOT_ROWS or tile.splits == 1 or work.has("rms_norm"):
         return 1
     steps = blocks(depth, tile.k)
     return blocks(steps, blocks(steps, tile.splits))

@@ -248,24 +248,24 @@ def _agentic(
 
 def _batch(bundle: Path, folder: Path | None, options: BatchOptions) -> tuple[dict[str, Any], str]:
     from tokenspeed_plan.runtime import bench
-    from tokenspeed_plan.runtime.bench import batch
+    from tokenspeed_plan.runtime.bench import batch_rows
     from tokenspeed_plan.runtime.bench.machine import measure_machine
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.loading.engine_loader import default_launch
 
     frozen = load_plan(bundle)
-    rows = batch.Rows.of(
+    rows = batch_rows.Rows.of(
         frozen, options.rows, options.prompt, options.out, options.lengths, options.seed
     )
     machine = measure_machine(frozen.target.device)
-    launch = batch.TimedLaunch(default_launch(frozen), frozen.target.device)
+    launch = batch_rows.TimedLaunch(default_launch(frozen), frozen.target.device)
     engine = Engine(frozen, bench.prepare(frozen, bundle, folder, launch))
     freeze_gc()
-    found = batch.batch(engine, launch, rows)
+    found = batch_rows.run_rows(engine, launch, rows)
     found["machine"] = asdict(machine)
     with suppress(SpecError):
         _price(frozen, bundle, found, machine.read_bytes_per_s)
-    return found, batch.as_text(found)
+    return found, batch_rows.as_text(found)
 
 
 def _price(plan: Plan, bundle: Path, found: dict[str, Any], read_bytes_per_s: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import integer
-from tokenspeed_plan.plans.schema import BatchSize, KernelCall, Plan, Program, Work
+from tokenspeed_plan.plans.schema import BatchSize, KernelCall, Limits, Plan, Program, Work
 from tokenspeed_plan.plans.types import Phase
 from tokenspeed_plan.runtime.bench.clock import RUNS, captured, kernel_times_us, time_us
 from tokenspeed_plan.runtime.bench.machine import Machine, measure_machine, used_bytes

@@ -104,7 +104,7 @@ class Admission:
         return False
 
     def _fits(self, sequence: Sequence, hit: Hit) -> bool:
-        """Whether there are pages for it and one more for each running sequence, and a state slot."""
+        """Whether a state slot is left, and pages for it and one more for each running sequence."""
         if not self._memory.has_slot(hit):
             return False
         taken = {node.page for node in path_to(hit.checkpoint)}

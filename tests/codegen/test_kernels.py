@@ -10,8 +10,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_lab import TOLERANCE, Case, Inputs, errors, is_caught, kernels_of, reference, run_kernel
+from kernel_lab import (
+    TOLERANCE,
+    Case,
+    Inputs,
+    broken,
+    errors,
+    is_caught,
+    kernels_of,
+    reference,
+    run_kernel,
+    tiled,
+)
 
+from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import KernelSpec
@@ -268,7 +280,12 @@ MUTATIONS = [
     (SHIFTED, "delta_step", "(TAPS - 1) + t - 1", "(TAPS - 1) + t"),
     (SHIFTED, "advance", "tl.store(dst_ptr, src, mask=ok)", "pass"),
     (SOME_IN_PLACE, "conv_qk_norm", "(start + at + TAPS)", "(start + at)"),
-    (SOME_IN_PLACE, "conv_qk_norm", "src * TAPS + (start + last + TAPS)", "src * TAPS + (last + TAPS)"),
+    (
+        SOME_IN_PLACE,
+        "conv_qk_norm",
+        "src * TAPS + (start + last + TAPS)",
+        "src * TAPS + (last + TAPS)",
+    ),
     (SOME_IN_PLACE, "conv_qk_norm", "context_lens + s) - count", "context_lens + s)"),
     (SOME, "conv_qk_norm", "(at >= 0) & (at < count)", "(at >= 0) & (at < count - 1)"),
     (SOME, "conv_qk_norm", "if first:", "if False:"),
@@ -294,8 +311,12 @@ MUTATIONS = [
     ),
     (PAIRS, "sample", "x ^ (x >> SHIFT)", "x ^ (x >> SHIFT + 1)"),
     (PAIRS, "sample", "above >= 2 * step", "above >= step"),
-    (PAIRS, "sample", "tl.where(two > target, before, two)", "before"),
-    (CASES["bf16, seven sequences"], "sample", "(_key(x) == key) & (v <", "(_key(x) >= key) & (v <"),
+    (
+        CASES["bf16, seven sequences"],
+        "sample",
+        "(_key(x) == key) & (v <",
+        "(_key(x) >= key) & (v <",
+    ),
     (PAIRS, "sample", " + s % QUERY_LEN", ""),
     (
         PAIRS,
@@ -350,3 +371,48 @@ MUTATIONS = [
 )
 def test_a_broken_kernel_is_caught(case: Case, kind: str, old: str, new: str) -> None:
     assert is_caught(case, kind, old, new)
+
+
+# Tiles that are taken where they were measured to be fast, each with ways to break its kernel.
+SPLIT, IN_PIECES = Tile(16, 32, 32, 4, 2, splits=3), Tile(1, 64, 16, 4, 1)
+MANY_SEQS = CASES["H200 tiles, seven sequences"]
+IN_PLACE = CASES["five sequences, state in place"]
+MEASURED = {
+    "split product": (
+        MANY_SEQS,
+        "linear_add",
+        SPLIT,
+        (("* SPLIT_K", "* 0"), ("SPLITS - 1", "SPLITS - 2")),
+    ),
+    "split SwiGLU": (
+        MANY_SEQS,
+        "linear_silu_mul",
+        SPLIT,
+        (("(SPLITS + tl.program_id(2)) * size", "tl.program_id(2) * size"),),
+    ),
+    "split head": (MANY_SEQS, "head", SPLIT, (("tl.store(counter, 0)", "pass"),)),
+    "split sum of experts": (SOME, "expert_sum_linear_add", SPLIT, (("part * size", "0"),)),
+    "state in pieces": (
+        IN_PLACE,
+        "delta_step",
+        IN_PIECES,
+        (
+            ("squares +=", "squares ="),
+            ("next_c = v_c + BLOCK_V", "next_c = v_c"),
+            ("(piece + 1) * BLOCK_V", "piece * BLOCK_V"),
+        ),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEASURED)
+def test_measured_tiles_equal_their_references(name: str) -> None:
+    case, kind, tile, mutations = MEASURED[name]
+    built = tiled(case, kind, tile)
+    assert {"SPLITS", "PIECES"} & set(built.kernel.launch.constants)  # type: ignore[union-attr]
+    for param, error in errors(built, case):
+        assert error <= TOLERANCE[case.dtype], param
+    for old, new in mutations:
+        worst = max(error for _, error in errors(broken(built, old, new), case))
+        assert not worst <= TOLERANCE[case.dtype], new

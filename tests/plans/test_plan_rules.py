@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from drafting import plan_with_two_slots
 from plan_edits import with_kernel, with_program
 
 from tokenspeed_plan.plans.bundle import dump_plan, parse_plan
-from tokenspeed_plan.plans.canon import answer_digest
+from tokenspeed_plan.plans.canon import answer_digest, kernel_name
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.hazards import check_hazards
 from tokenspeed_plan.plans.kernel_abi import with_launch_params
@@ -343,3 +344,47 @@ def test_a_cost_is_written_without_its_zeros() -> None:
     cost = CallCost(weights=Terms(once=512.0), products=Terms(per_seq=2.5))
     assert cost.model_dump_json() == '{"products":{"per_seq":2.5},"weights":{"once":512}}'
     assert CallCost.model_validate_json(cost.model_dump_json()) == cost
+
+
+def with_slots(plan: Plan, slots: int) -> Plan:
+    """The plan with as many state slots in all, but others for each sequence."""
+    limits = plan.pool.limits
+    more = (limits.state_slots_per_seq - slots) * limits.max_seqs
+    changed = {
+        "state_slots_per_seq": slots,
+        "num_checkpoints": limits.num_checkpoints + more,
+    }
+    return plan.with_pool(limits=limits.model_copy(update=changed))
+
+
+def test_states_are_written_in_place_by_kernels_that_are_made_for_it(
+    tiny_plan: Plan, checkpoint: Any
+) -> None:
+    validate(tiny_plan)
+    with pytest.raises(PlanError, match=r"its plan has 2 state slots a sequence"):
+        validate(with_slots(tiny_plan, 2))
+    two = plan_with_two_slots(checkpoint("moe"))
+    validate(two)
+    with pytest.raises(PlanError, match=r"its plan has 1 state slots a sequence"):
+        validate(with_slots(two, 1))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_slots_of_the_next_step_are_those_of_the_plan(
+    in_place: bool, tiny_plan: Plan, checkpoint: Any
+) -> None:
+    """A step that exchanges the slots of a plan that has one would write another sequence's."""
+    plan = tiny_plan if in_place else plan_with_two_slots(checkpoint("moe"))
+    places = [
+        at
+        for at, kernel in enumerate(plan.kernels)
+        if any(part.kind == "advance" for part in kernel.parts)
+    ]
+    assert places
+    kernel = plan.kernels[places[0]]
+    (part,) = kernel.parts
+    attrs = {"page_size": part.attrs["page_size"]} | ({} if in_place else {"in_place": True})
+    other = kernel.model_copy(update={"parts": (part.model_copy(update={"attrs": attrs}),)})
+    renamed = other.model_copy(update={"name": kernel_name("advance", other)})
+    with pytest.raises(PlanError, match="exchanges other state slots"):
+        validate(with_kernel(plan, places[0], renamed))

@@ -1,4 +1,4 @@
-"""The batch benchmark on the demo model: tokens, steps and lengths are those that were asked for."""
+"""The batch benchmark on the demo model: its tokens, steps and lengths are those asked for."""
 
 from __future__ import annotations
 

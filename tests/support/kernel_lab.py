@@ -18,7 +18,8 @@ from checkpoints import KINDS, Kind, text_config
 from families import FAMILIES, tiny_config
 from torch import Tensor
 
-from tokenspeed_plan.codegen.kernel_builder import Built
+from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
+from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import find_hardware
@@ -148,6 +149,15 @@ def kernels_of(case: Case) -> list[Built]:
     """
     candidates = graph_of(case, Stage.LOWERED).candidates
     return [tilings[0] for _, tilings in sorted(candidates.items())]
+
+
+def tiled(case: Case, kind: str, tile: Tile) -> Built:
+    """The kernel of a kind, in a tile that its rule would not take."""
+    built = next(each for each in kernels_of(case) if kind_of(each.kernel) == kind)
+    params = tuple(param for param in built.kernel.params if param.role != "scratch")
+    plain = built.kernel.model_copy(update={"name": "", "launch": None, "params": params})
+    sizes = (case.num_tokens, case.num_seqs)
+    return build_kernel(kind, plain, sizes, find_hardware("H200"), pdl=False, tile=tile)[0]
 
 
 class Inputs:

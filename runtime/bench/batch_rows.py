@@ -187,7 +187,7 @@ class TimedLaunch:
         return float(begin.elapsed_time(end)) * 1e3
 
 
-def batch(engine: Engine, launch: TimedLaunch, options: Rows) -> dict[str, Any]:
+def run_rows(engine: Engine, launch: TimedLaunch, options: Rows) -> dict[str, Any]:
     """Run all rows and measure them.
 
     Args:
@@ -319,9 +319,7 @@ def _beside(found: dict[str, Any]) -> str:
 
 def _program_text(program: dict[str, Any]) -> str:
     name = f"{program['phase']}/{program['bucket']}"
-    text = (
-        f"  {name:<16} {program['steps']:>6} {program['us']:>10.1f} {program['p95_us']:>10.1f}"
-    )
+    text = f"  {name:<16} {program['steps']:>6} {program['us']:>10.1f} {program['p95_us']:>10.1f}"
     if "floor_us" not in program:
         return text
     return (
