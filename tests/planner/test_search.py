@@ -130,6 +130,9 @@ def test_memory_is_the_plans_to_the_byte(example: str) -> None:
     largest = next(
         p for p in plan.pool.programs if p.phase == "decode" and p.bucket == limits.max_seqs
     )
+    peers = [b for b in plan.pool.buffers if b.arena == "symmetric"]
+    assert made.symmetric == frozen.symmetric or largest.depth < limits.max_depth
+    assert bool(made.symmetric) == bool(peers) == (plan.target.count > 1)
     # The model of memory assumes the same depth in all buckets.
     assert made.io == frozen.io if largest.depth == limits.max_depth else made.io > frozen.io
     assert made.state + made.checkpoints == frozen.state and made.checkpoints > 0
