@@ -70,7 +70,8 @@ def add_norm(work: Work) -> list[Tiling]:
 def all_reduce(work: Work) -> list[Tiling]:
     """A program a row, where a thread has four times 16 bytes.
 
-    That was the fastest of one, two and four times on two H200 (rows of 8 KiB). A wait ends after `POLLS` polls, of about half a microsecond each, if nobody ends it before.
+    That was the fastest of one, two and four times on two H200 (rows of 8 KiB). A wait ends after
+    `POLLS` polls, of about half a microsecond each, if nobody ends it before.
     """
     hidden, ranks = work.width("all_reduce_x"), work.size("all_reduce", "num_ranks")
     bits = DTYPE_BITS[work.dtype]
