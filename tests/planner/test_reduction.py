@@ -39,9 +39,10 @@ def one_sum(ranks: int, hidden: int = 4096) -> OpGraph:
     ("machine", "rows", "pushes"),
     [
         (H200, 1, True),
-        (H200, 128, True),
-        (H200, 129, False),  # more programs than may wait for each other
-        (replace(H200, num_sms=100), 128, False),  # more than run at once
+        (H200, 256, True),
+        (H200, 257, False),  # more programs than may wait for each other
+        (replace(H200, num_sms=100), 200, True),
+        (replace(H200, num_sms=100), 201, False),  # more than run at once
         (CHEAP, 1, False),
         (replace(H200, push_us={2: {8192: 90.0}}), 1, False),
     ],
@@ -81,11 +82,11 @@ def num_sums(program: Program) -> int:
 
 
 def test_a_plan_says_which_programs_push(checkpoint: Any) -> None:
-    plan = planned(checkpoint("moe"), "H200", 256)
+    plan = planned(checkpoint("moe"), "H200", 512)
     by_library = {program.name for program in plan.pool.programs if num_sums(program)}
     decode = {p.name: p.max_tokens for p in plan.pool.programs if p.phase == "decode"}
     assert {name for name in by_library if name in decode} == {
-        name for name, rows in decode.items() if rows > 128
+        name for name, rows in decode.items() if rows > 256
     }
     decision = next(each for each in plan.decisions if each.name == "all_reduce")
     assert decision.value.endswith("; the library adds up in the others")
@@ -94,4 +95,11 @@ def test_a_plan_says_which_programs_push(checkpoint: Any) -> None:
         assert option.what.endswith("the library") == (name in by_library), option.what
     slots = next(buffer for buffer in plan.pool.buffers if buffer.name == PEER_SLOTS)
     symmetric = next(arena for arena in plan.pool.arenas if arena.name == "symmetric")
-    assert symmetric.size_bytes - slots.tensor.size_bytes(128, 128) in range(0, 2048)
+    assert symmetric.size_bytes - slots.tensor.size_bytes(256, 256) in range(0, 2048)
+
+
+def test_wide_rows_run_alone_on_a_multiprocessor() -> None:
+    """256 threads with many registers each leave no room for another row."""
+    for hidden, most in ((4096, 256), (8192, 132)):
+        found = largest_reduction(one_sum(2, hidden), H200, 1, 1)
+        assert found is not None and found.most_rows == most
