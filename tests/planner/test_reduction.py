@@ -51,7 +51,7 @@ def test_the_cheaper_way_is_taken(machine: HardwareSpec, rows: int, pushes: bool
     found = largest_reduction(one_sum(2), machine, rows, 1)
     assert found is not None and found.pushes == pushes
     words = 3 * 2 * (4096 // 2 + 4)  # generations, ranks, words of a slot
-    wanted = 4 * rows * words + 2 * 256 if pushes else 0  # a count a row, and the signals
+    wanted = 4 * rows * (words + 1) + 256 if pushes else 0  # a count a row, and the signals
     assert peer_bytes(found, rows, 1) == pytest.approx(wanted, abs=600)
 
 
