@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tokenspeed_plan.codegen.dense.dense_tiling import num_push_warps
 from tokenspeed_plan.planner.graph import Op, OpGraph
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, library_us, push_us
@@ -17,7 +18,9 @@ from tokenspeed_plan.planner.passes.lower import LoweredProgram
 from tokenspeed_plan.plans.ops import integer
 from tokenspeed_plan.plans.peer_memory import MAX_PUSH_ROWS, peer_specs
 from tokenspeed_plan.plans.schema import Option
-from tokenspeed_plan.plans.types import TensorSpec, aligned
+from tokenspeed_plan.plans.types import WARP_SIZE, TensorSpec, aligned
+
+SMALL_BLOCK = 128  # threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Reduction:
         tensor: what is added up.
         num_ranks: that add up.
         rows: of it, each a program of the kernel.
-        most_rows: that can run at once, one on each multiprocessor.
+        most_rows: that can run at once.
         push_us: of one kernel.
         library_us: of the library and the kernel after it.
     """
@@ -70,10 +73,23 @@ def _reduction(
         tensor=tensor,
         num_ranks=num_ranks,
         rows=rows,
-        most_rows=min(MAX_PUSH_ROWS, hardware.num_sms or MAX_PUSH_ROWS),
+        most_rows=_most_rows(tensor, hardware),
         push_us=push_us(hardware, size_bytes, num_ranks),
         library_us=library_us(hardware, size_bytes, num_ranks) + norm_us,
     )
+
+
+def _most_rows(tensor: TensorSpec, hardware: HardwareSpec) -> int:
+    """Rows that run at once: two on a multiprocessor where 128 threads have a row, else one.
+
+    Two times 128 threads with 255 registers each fit into the 65,536 of a multiprocessor.
+    """
+    if not hardware.num_sms:
+        return MAX_PUSH_ROWS
+    rows_per_sm = 1
+    if num_push_warps(tensor) * WARP_SIZE <= SMALL_BLOCK:
+        rows_per_sm = 2
+    return min(MAX_PUSH_ROWS, rows_per_sm * hardware.num_sms)
 
 
 def peer_bytes(reduction: Reduction | None, num_tokens: int, num_seqs: int) -> int:

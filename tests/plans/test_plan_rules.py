@@ -219,10 +219,10 @@ def reducing_call(kernel: KernelSpec, **args: str) -> KernelCall:
 @pytest.mark.parametrize(
     ("kernel", "arena", "ranks", "rows", "says"),
     [
-        (reducing_kernel(4), "symmetric", 4, 128, None),
+        (reducing_kernel(4), "symmetric", 4, 256, None),
         (reducing_kernel(4), "activations", 4, 1, "peers write `peer_slots`, which is not in the"),
         (reducing_kernel(4), "symmetric", 2, 1, "adds up 4 ranks, the plan has 2"),
-        (reducing_kernel(4), "symmetric", 4, 129, "adds up 129 rows at once, at most 128"),
+        (reducing_kernel(4), "symmetric", 4, 257, "adds up 257 rows at once, at most 256"),
         (reducing_kernel(4, words=64), "symmetric", 4, 1, "the slots of `sum_0` are"),
         (reducing_kernel(4, SLOT=64), "symmetric", 4, 1, "has SLOT 64, its slots 68"),
         (reducing_kernel(4, ROW=68), "symmetric", 4, 1, "has ROW 68, its slots 816"),
