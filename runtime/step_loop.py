@@ -121,8 +121,9 @@ class StepLoop:
         self._copy_pages(batch)
         if not batch.follows(self.last_batch):
             values = input_values(batch, self._limits)
+            inputs = self._executor.inputs_of(batch.program, batch.run_tokens, batch.run_seqs)
             with self._waiting():
-                fill_inputs(batch, values, buffer, self._limits)
+                fill_inputs(batch, values, inputs, self._limits)
         self.last_batch = batch
         with self._waiting():
             self._executor.run(batch.program, batch.run_tokens, batch.run_seqs)

@@ -2,12 +2,12 @@
 
 An executor has three strategies, which combine freely: a `Backend` runs steps (as reference bodies,
 Triton kernels or cubins), a `Launch` launches programs (step by step, or as CUDA graphs), and a
-`Lead` keeps ranks together (one rank alone, a leader or a follower).
+`Lead` keeps ranks together (none without others; a leader sends orders to those that follow).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from torch import Tensor
@@ -22,6 +22,11 @@ from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 class Lead(Protocol):
     """Keeps the ranks of a plan together."""
 
+    def inputs_of(
+        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
+    ) -> Callable[[str], Tensor]:
+        """Where the inputs of the next replay are written, by name."""
+
     def before_run(
         self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
     ) -> None:
@@ -32,7 +37,13 @@ class Lead(Protocol):
 
 
 class Alone:
-    """A rank without others."""
+    """A rank without others, or one that follows."""
+
+    def inputs_of(
+        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
+    ) -> Callable[[str], Tensor]:
+        """The input buffers themselves."""
+        return lambda name: memory.buffer(name, num_tokens, num_seqs)
 
     def before_run(
         self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
@@ -75,6 +86,12 @@ class Executor:
     def buffer(self, name: str, num_tokens: int, num_seqs: int) -> Tensor:
         """A state or io buffer, at the size of a batch."""
         return self.memory.buffer(name, num_tokens, num_seqs)
+
+    def inputs_of(
+        self, program: Program, num_tokens: int, num_seqs: int
+    ) -> Callable[[str], Tensor]:
+        """Where the inputs of the next replay are written, by name."""
+        return self.lead.inputs_of(self.memory, program, num_tokens, num_seqs)
 
     def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
         """One replay; inputs and outputs are in the io buffers."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 from tokenspeed_plan.runtime.engine import Engine
-from tokenspeed_plan.runtime.execution.collectives import silent_s
+from tokenspeed_plan.runtime.execution.rank_links import silent_s
 from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
 
-_SILENCE_S = 5.0  # ranks are heard every second
+_SILENCE_S = 5.0  # ranks are heard four times a second
 
 
 class Progress:
