@@ -37,6 +37,7 @@ from tokenspeed_plan.runtime.execution.shared_bytes import share
 
 DEFAULT_TIMEOUT_S = 30.0
 _FOREVER = timedelta(days=365)
+_SILENCE_S = 5.0  # ranks are heard four times a second
 _START = timedelta(minutes=5)  # from the first rank's start to the last one's
 # NVLink multicast is used nowhere; the libraries would set it up and fail where it is broken.
 _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
@@ -113,11 +114,14 @@ def joined() -> Links:
     return _joined.links
 
 
-def silent_s() -> float:
-    """Seconds since the rank was heard that has been silent for longest; 0 for one rank."""
-    if _joined.links.heartbeat is None:
-        return 0.0
-    return _joined.links.heartbeat.silent_s
+def rank_fault() -> str | None:
+    """What is wrong with another rank, if anything."""
+    heartbeat = _joined.links.heartbeat
+    if LOSS.is_known:
+        return LOSS.reason
+    if heartbeat is not None and heartbeat.silent_s > _SILENCE_S:
+        return f"a rank has not been heard for {heartbeat.silent_s:.0f} s"
+    return None
 
 
 def join(plan: Plan, timeout_s: float = DEFAULT_TIMEOUT_S) -> Links:

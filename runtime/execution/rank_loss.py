@@ -22,6 +22,7 @@ class RankLoss:
     """The first rank that was lost, and what is done about it.
 
     Attributes:
+        reason: why; empty while all ranks live.
         on_loss: called with the error as soon as the first rank is lost.
         before_end: called before the process is ended under its main thread.
     """
@@ -31,7 +32,7 @@ class RankLoss:
         self.before_end: Callable[[], object] = lambda: None
         self._known = threading.Event()
         self._taken = threading.Event()
-        self._reason = ""
+        self.reason = ""
         self._is_over = False
 
     def begin(self) -> None:
@@ -42,7 +43,7 @@ class RankLoss:
         """A rank is lost; the first reason counts."""
         if self._known.is_set() or self._is_over:
             return
-        self._reason = reason
+        self.reason = reason
         self._known.set()
         self.on_loss(RankError(reason, HINT))
         threading.Thread(target=self._end, name="rank loss", daemon=True).start()
@@ -65,7 +66,7 @@ class RankLoss:
         """
         self._known.wait(wait_s)
         self._taken.set()
-        return RankError(self._reason or what, HINT)
+        return RankError(self.reason or what, HINT)
 
     def check(self) -> None:
         """Nothing while all ranks live.
@@ -78,7 +79,7 @@ class RankLoss:
 
     def _end(self) -> None:
         if not self._taken.wait(GRACE_S) and not self._is_over:
-            os.write(2, f"{RankError(self._reason, HINT)}\n".encode())
+            os.write(2, f"{RankError(self.reason, HINT)}\n".encode())
             self._leave()
         threading.Event().wait(_CLEAN_UP_S)
         if not self._is_over:

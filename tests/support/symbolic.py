@@ -86,6 +86,11 @@ class SymbolicExecutor:
             else self._buffers[name][: count + (name == "cu_seqlens")]
         )
 
+    def inputs_of(
+        self, program: Program, num_tokens: int, num_seqs: int
+    ) -> Callable[[str], Tensor]:
+        return lambda name: self.buffer(name, num_tokens, num_seqs)
+
     def copy_page(self, source: int, target: int) -> int:
         for place in range(self.limits.page_size):
             self.keys[target, place] = self.keys.get((source, place), (-1, -1))
