@@ -39,7 +39,7 @@ def write_rows(path: Path, count: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in range(count):
             prompt = [1 + row % SIDE, 1 + row // SIDE, *range(2, 2 + row % 60)]
-            body = {"prompt": prompt, "max_tokens": 24, "temperature": 0}
+            body = {"prompt": prompt, "max_tokens": 12, "temperature": 0}
             line = {"custom_id": str(row), "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line, allow_nan=False) + "\n")
 

@@ -132,7 +132,7 @@ class CudaKernels:
         def run(attrs: object, *tensors: Tensor) -> tuple[()]:
             key = tuple(x.data_ptr() for x in tensors)
             if key not in bound:
-                tables = tables_of(kernel, tensors, peers)
+                tables = tables_of(kernel, tensors, peers, program)
                 values = bind_launch(kernel, rank, num_tokens, num_seqs, tables)
                 bound[key] = _Arguments(kernel, (*key, *values))
             config.hStream = current_stream(device)

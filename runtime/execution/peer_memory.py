@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import RankError
-from tokenspeed_plan.plans.schema import SIGNALS, KernelSpec, Plan
+from tokenspeed_plan.plans.schema import KernelSpec, Plan
 
 _TEST_S = 5.0  # for a copy of a few bytes; the first one sets up the link
 _MARK = 0x51  # plus the rank that wrote it
@@ -46,7 +46,7 @@ class PeerMemory:
     def place_signals(self, plan: Plan) -> None:
         """Note where the plan has put the flags."""
         for buffer in plan.pool.buffers:
-            if buffer.name == SIGNALS:
+            if buffer.name == "signals":
                 self.signals = self.table + buffer.offset_bytes
 
     def table_of(self, tensor: Tensor) -> Tensor:
@@ -59,17 +59,20 @@ class PeerMemory:
 
 
 def tables_of(
-    kernel: KernelSpec, tensors: Sequence[Tensor], peers: PeerMemory | None
-) -> dict[str, Tensor]:
-    """The tables of addresses that a kernel takes, by role; none without peers.
+    kernel: KernelSpec, tensors: Sequence[Tensor], peers: PeerMemory | None, program: int
+) -> dict[str, int | Tensor]:
+    """What a kernel needs of its peers, by role; nothing without peers.
 
     Args:
         kernel: what is launched.
         tensors: in the order of its parameters.
         peers: the memory of the other ranks.
+        program: index of the program that calls it.
     """
     if peers is None or kernel.reduced_operand is None:
         return {}
+    if all(param.role != "signal_table" for param in kernel.launch_params):
+        return {"peer_table": peers.table, "program": program}
     names = [param.name for param in kernel.tensors]
     reduced = tensors[names.index(kernel.reduced_operand)]
     return {"peer_table": peers.table_of(reduced), "signal_table": peers.signals}

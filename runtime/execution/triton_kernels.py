@@ -66,7 +66,7 @@ class TritonKernels:
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
 
         def run(attrs: object, *tensors: Tensor) -> tuple[()]:
-            tables = tables_of(kernel, tensors, peers)
+            tables = tables_of(kernel, tensors, peers, program)
             values = bind_launch(kernel, rank, num_tokens, num_seqs, tables)
             function[grid](*tensors, *values, **options)
             return ()

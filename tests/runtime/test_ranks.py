@@ -204,7 +204,7 @@ def test_a_command_starts_its_ranks(pair: Path) -> None:
 def test_a_command_ends_with_a_lost_rank(pair: Path) -> None:
     """And with a frozen one, even where rank 0 is it; the batch then goes on where it was."""
     tool = [sys.executable, ROOT / "benchmarks/rank_faults.py", pair, "--times", "1"]
-    faults = ["--rows", "600", "--faults", "kill1,stop0"]
+    faults = ["--rows", "160", "--faults", "kill1,stop0"]
     done = subprocess.run([*tool, *faults], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
