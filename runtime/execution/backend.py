@@ -214,9 +214,7 @@ class KernelBackend:
                 yield step, self.reference.bind_step(step, tensors)
                 continue
             if kernel.name not in launchers:
-                launchers[kernel.name] = self.launcher(
-                    kernel, num_tokens, num_seqs, index
-                )
+                launchers[kernel.name] = self.launcher(kernel, num_tokens, num_seqs, index)
             yield step, [Instruction(launchers[kernel.name], {}, tensors, ())]
 
     def without_overlap(self) -> KernelBackend:

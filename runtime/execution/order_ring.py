@@ -15,7 +15,9 @@ from mmap import mmap
 NUM_SLOTS = 8  # more than the steps that rank 0 is ahead
 _LINE = 64  # bytes that no two ranks write to
 _NUMBER = struct.Struct("<q")
-_HEAD = struct.Struct("<qIIqqq")  # number, checksum, bytes of the payload, and the three of an order
+_HEAD = struct.Struct(
+    "<qIIqqq"
+)  # number, checksum, bytes of the payload, and the three of an order
 _SPINS = 200  # looks without sleeping
 _NAP_S = 50e-6
 _IDLE_S = 1e-3

@@ -112,7 +112,9 @@ def _try(rank: int, peers: Sequence[Tensor], meet: Callable[[], object]) -> str:
     """Write to each peer, and read back what each peer wrote; what is wrong, or nothing."""
     world = len(peers)
     mark = torch.full((1,), _MARK + rank, dtype=torch.uint8, device=peers[rank].device)
-    written = [_fault_of_copy(peer[rank : rank + 1], mark, other) for other, peer in enumerate(peers)]
+    written = [
+        _fault_of_copy(peer[rank : rank + 1], mark, other) for other, peer in enumerate(peers)
+    ]
     meet()
     faults = list(filter(None, written))
     seen = torch.zeros(world, dtype=torch.uint8).pin_memory()

@@ -215,8 +215,7 @@ def _exchange(text: str, group: dist.ProcessGroup) -> list[str]:
         texts[group.rank(), : len(own)] = torch.tensor(list(own), dtype=torch.uint8)
         dist.all_reduce(texts, group=group)
     return [
-        bytes(row[:size].tolist()).decode()
-        for row, size in zip(texts, sizes.tolist(), strict=True)
+        bytes(row[:size].tolist()).decode() for row, size in zip(texts, sizes.tolist(), strict=True)
     ]
 
 

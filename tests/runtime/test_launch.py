@@ -26,6 +26,7 @@ from tokenspeed_plan.plans.types import RankShift, TensorSpec
 from tokenspeed_plan.runtime.execution import cuda_kernels, triton_kernels
 from tokenspeed_plan.runtime.execution.backend import Backend, KernelBackend, ReferenceBackend
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
+from tokenspeed_plan.runtime.execution.peer_memory import PeerMemory
 from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels
 
 RANK, NUM_TOKENS, NUM_SEQS, WIDTH = 1, 3, 2, 4
@@ -67,14 +68,16 @@ def make_tensors(kernel: KernelSpec) -> list[Tensor]:
     return [torch.full(shape, float(index)) for index, shape in enumerate(shapes)]
 
 
-class Gather:
-    """Two ranks of which the other holds the negative of what this one does."""
+PLACE = 64  # bytes from the begin of an arena to the tensor that is reduced
 
-    def all_reduce(self, source: Tensor, target: Tensor) -> None:
-        raise AssertionError("a kernel reduces by itself")
 
-    def all_gather(self, source: Tensor, target: Tensor) -> None:
-        target.copy_(torch.cat((-source, source), -1))
+def make_peers(tensors: list[Tensor]) -> PeerMemory:
+    """Two ranks, of which the other holds the negative of what this one does; moves `x` there."""
+    arenas = [torch.zeros(256, dtype=torch.uint8) for _ in range(2)]
+    for arena, sign in zip(arenas, (-1.0, 1.0), strict=True):
+        x = arena[PLACE : PLACE + tensors[1].nbytes].view(torch.float32).view(tensors[1].shape)
+        tensors[1] = x.copy_(sign * tensors[1].abs())
+    return PeerMemory(arenas[RANK], [arena.data_ptr() for arena in arenas], arenas)
 
 
 def by_name(kernel: KernelSpec, values: tuple[Any, ...]) -> dict[str, Any]:
@@ -100,7 +103,8 @@ def test_triton_binds_all_parameters_in_order(ranks: int, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(triton_kernels, "load_function", lambda *_: Function())
     tensors, backend = make_tensors(kernel), TritonKernels({kernel.name: ""})
-    backend.launcher(kernel, RANK, NUM_TOKENS, NUM_SEQS, Gather())({}, *tensors)
+    peers = make_peers(tensors)
+    backend.launcher(kernel, RANK, NUM_TOKENS, NUM_SEQS, peers)({}, *tensors)
     (args,) = launches
     bound = by_name(kernel, args)
     assert all(bound[p.name] is x for p, x in zip(kernel.tensors, tensors, strict=True))
