@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -45,6 +46,9 @@ class Heartbeat:
         world: number of ranks.
         silence_s: how long a rank may count no beat although its process runs.
         loss: is told of a rank that died, is frozen or is silent.
+
+    Attributes:
+        watch: called with each beat; what else is wrong with another rank, or nothing.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Heartbeat:
         self._others = {other: _Watched() for other in range(world) if other != rank}
         self._max_silent = max(round(silence_s / BEAT_S), 4)
         self._loss = loss
+        self.watch: Callable[[], str] = str
         self._beats = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
@@ -79,11 +84,11 @@ class Heartbeat:
     def _work(self) -> None:
         while not self._stopping.wait(BEAT_S):
             self._beat()
-            for other in self._others:
-                reason = self._fault(other)
-                if reason:
-                    self._loss.note(reason)
-                    return
+            faults = (*map(self._fault, self._others), self.watch())
+            reason = next(filter(None, faults), "")
+            if reason:
+                self._loss.note(reason)
+                return
 
     def _beat(self) -> None:
         self._beats += 1

@@ -15,9 +15,8 @@ from mmap import mmap
 NUM_SLOTS = 8  # more than the steps that rank 0 is ahead
 _LINE = 64  # bytes that no two ranks write to
 _NUMBER = struct.Struct("<q")
-_HEAD = struct.Struct(
-    "<qIIqqq"
-)  # number, checksum, bytes of the payload, and the three of an order
+# Number, checksum, bytes of the payload, and the three of an order.
+_HEAD = struct.Struct("<qIIqqq")
 _SPINS = 200  # looks without sleeping
 _NAP_S = 50e-6
 _IDLE_S = 1e-3
@@ -62,11 +61,18 @@ class OrderRing:
         self._first_slot = world * _LINE
         self._check = check
         self._number = 0  # of the last message that was written or read
+        self._moved = {reader: (0, time.monotonic()) for reader in self._readers}
 
-    @property
-    def lag(self) -> dict[int, int]:
-        """Of each reader the messages that it has not read yet."""
-        return {reader: self._number - self._read_by(reader) for reader in self._readers}
+    def stalled(self, most_s: float) -> str:
+        """Of rank 0: which reader has had a message for longer than that; empty for none."""
+        now = time.monotonic()
+        for reader in self._readers:
+            read = self._read_by(reader)
+            if read >= self._number or read != self._moved[reader][0]:
+                self._moved[reader] = (read, now)
+            elif now - self._moved[reader][1] > most_s:
+                return f"rank {reader} has carried out no order for {most_s:.0f} s"
+        return ""
 
     def write(self, order: Order, payload: bytes = b"") -> None:
         """Send a message; waits while the slowest reader is a whole ring behind."""

@@ -91,8 +91,9 @@ def map_symmetric(size_bytes: int, group: Any) -> PeerMemory:
     import torch.distributed as dist
     import torch.distributed._symmetric_memory as symmetric
 
+    device = torch.device("cuda", torch.cuda.current_device())
     try:
-        own = symmetric.empty(size_bytes, dtype=torch.uint8, device="cuda")
+        own = symmetric.empty(size_bytes, dtype=torch.uint8, device=device)
         handle = symmetric.rendezvous(own, group)
         peers = [
             handle.get_buffer(rank, (size_bytes,), torch.uint8) for rank in range(handle.world_size)
@@ -112,9 +113,8 @@ def _try(rank: int, peers: Sequence[Tensor], meet: Callable[[], object]) -> str:
     """Write to each peer, and read back what each peer wrote; what is wrong, or nothing."""
     world = len(peers)
     mark = torch.full((1,), _MARK + rank, dtype=torch.uint8, device=peers[rank].device)
-    written = [
-        _fault_of_copy(peer[rank : rank + 1], mark, other) for other, peer in enumerate(peers)
-    ]
+    places = [peer[rank : rank + 1] for peer in peers]
+    written = [_fault_of_copy(place, mark, other) for other, place in enumerate(places)]
     meet()
     faults = list(filter(None, written))
     seen = torch.zeros(world, dtype=torch.uint8).pin_memory()

@@ -201,6 +201,8 @@ def _link(plan: Plan, rank: int, world: int, timeout_s: float) -> Links:
     collectives: Collectives = ProcessCollectives(replays)
     if plan.target.device == "cuda":
         collectives = NcclCollectives(rank, world, lambda own: _of_first(own, group))
+        if rank == 0:  # on a CPU a step may take longer, and collectives have the deadline
+            heartbeat.watch = lambda: orders.stalled(timeout_s)
     return Links(rank, collectives, orders, group, heartbeat)
 
 

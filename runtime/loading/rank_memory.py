@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.execution.arenas import Arenas
 from tokenspeed_plan.runtime.execution.peer_memory import PeerMemory
@@ -31,7 +33,7 @@ class RankMemory:
             PlanError: there is not as much memory as the plan needs.
             RankError: the ranks cannot share memory.
         """
-        plan, given = self._plan, {}
+        plan, given = self._plan, dict[str, Tensor]()
         for arena in plan.pool.arenas:
             if arena.name == "symmetric" and arena.size_bytes:
                 self.peers = self._links.peer_memory(arena.size_bytes, plan.target.device)
