@@ -3,9 +3,9 @@
     python benchmarks/rank_faults.py BUNDLE [--times 20] [--rows 400] [--faults kill1,stop0,...]
 
 Each time it starts `tokenspeed run` on a batch, waits until answers come, and does one thing:
-SIGKILL or SIGSTOP of a rank, or SIGTERM of rank 0. Then every process must end within ten seconds, with one
-error that names the rank where one is left to say it. At last the batch is run to its end: each row
-must be answered once. One line for each fault; the exit code is 1 where one of them has failed.
+SIGKILL or SIGSTOP of a rank, or SIGTERM of rank 0. Then every process must end within ten seconds,
+with one error that names the rank where one is left to say it. At last the batch is run to its end:
+each row must be answered once. One line for each fault; the exit code is 1 where one has failed.
 """
 
 from __future__ import annotations
