@@ -23,7 +23,7 @@ from tokenspeed_plan.plans.schema import (
 )
 from tokenspeed_plan.runtime.execution.collectives import Collectives
 from tokenspeed_plan.runtime.execution.kernels import Kernels, Launcher
-from tokenspeed_plan.runtime.execution.peer_memory import PeerMemory
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES, Body
 
 BackendName = Literal["reference", "kernels", "compare"]

@@ -22,7 +22,7 @@ from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import Binary, KernelSpec, Plan
 from tokenspeed_plan.plans.types import WARP_SIZE
 from tokenspeed_plan.runtime.execution.kernels import Launcher
-from tokenspeed_plan.runtime.execution.peer_memory import PeerMemory, tables_of
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory, tables_of
 
 DEFAULT_SHARED_BYTES = 48 << 10  # a kernel that needs more has to ask
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tokenspeed_plan.plans.schema import KernelSpec
-from tokenspeed_plan.runtime.execution.peer_memory import PeerMemory
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 
 # Takes the constants of an operator, which a kernel ignores, then the kernel's tensors.
 Launcher = Callable[..., tuple[()]]

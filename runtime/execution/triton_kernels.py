@@ -13,7 +13,7 @@ from tokenspeed_plan.plans.kernel_file import load_function, read_source
 from tokenspeed_plan.plans.schema import KernelSpec, Plan
 from tokenspeed_plan.runtime.execution.interpreter import interpret
 from tokenspeed_plan.runtime.execution.kernels import Launcher
-from tokenspeed_plan.runtime.execution.peer_memory import PeerMemory, tables_of
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory, tables_of
 
 
 class TritonKernels:

@@ -22,7 +22,7 @@ from tokenspeed_plan.runtime.execution.backend import (
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.kernels import Kernels
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch, Launch
-from tokenspeed_plan.runtime.execution.peer_memory import PeerMemory
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.execution.rank_links import join
 from tokenspeed_plan.runtime.loading.preflight import check_files, check_target, find_weights

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.execution.arenas import Arenas
-from tokenspeed_plan.runtime.execution.peer_memory import PeerMemory
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.execution.rank_links import Links
 
 

@@ -26,7 +26,7 @@ from tokenspeed_plan.plans.types import RankShift, TensorSpec
 from tokenspeed_plan.runtime.execution import cuda_kernels, triton_kernels
 from tokenspeed_plan.runtime.execution.backend import Backend, KernelBackend, ReferenceBackend
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
-from tokenspeed_plan.runtime.execution.peer_memory import PeerMemory
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels
 
 RANK, NUM_TOKENS, NUM_SEQS, WIDTH = 1, 3, 2, 4
