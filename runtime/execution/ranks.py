@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import RankError
-from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.input_block import InputBlocks
 from tokenspeed_plan.runtime.execution.order_ring import OrderRing
@@ -32,6 +32,7 @@ class Leader:
         self._orders = orders
         self._blocks: InputBlocks | None = None
         self._is_filled = False
+        self._indices: dict[tuple[str, int], int] = {}
 
     def inputs_of(
         self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
@@ -46,12 +47,19 @@ class Leader:
         self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
     ) -> None:
         """Send the program, the size of the batch and new inputs."""
-        index, content = memory.plan.pool.programs.index(program), b""
+        index, content = self._index_of(program, memory.plan), b""
         if self._is_filled and self._blocks is not None:
             content = self._blocks.bytes_of(program, num_tokens, num_seqs)
             self._blocks.copy_to_buffers(program, num_tokens, num_seqs)
         self._is_filled = False
         self._orders.write((index, num_tokens, num_seqs), content)
+
+    def _index_of(self, program: Program, plan: Plan) -> int:
+        """The place of a program in its pool."""
+        if not self._indices:
+            for index, each in enumerate(plan.pool.programs):
+                self._indices[each.phase, each.bucket] = index
+        return self._indices[program.phase, program.bucket]
 
     def before_copy(self, source: int, target: int) -> None:
         """Send the numbers of both pages."""

@@ -202,6 +202,7 @@ def test_a_library_step_is_refused_and_not_skipped(with_kernels: bool, tiny_plan
     reference = ReferenceBackend(tiny_plan)
     backend: Backend = reference
     if with_kernels:
-        backend = KernelBackend(tiny_plan, TritonKernels({}), reference)
+        plan = tiny_plan.with_pool(programs=(program,))
+        backend = KernelBackend(plan, TritonKernels({}), reference)
     with pytest.raises(PlanError, match="`gemm`: library steps are not replayed yet"):
         list(backend.bind(program, [()], NUM_TOKENS, NUM_SEQS))
