@@ -311,7 +311,7 @@ def freeze(rank: BaseProcess, number: signal.Signals = signal.SIGSTOP) -> None:
 def test_a_frozen_rank_ends_the_other(victim: int, pair: Path, tmp_path: Path) -> None:
     """And it ends itself when it goes on."""
     write_batch(tmp_path / "in.jsonl", PROMPTS * 300, COUNTS * 300)
-    ranks = start(2, batch(pair, tmp_path, "--rank-timeout", 2), tmp_path)
+    ranks = start(2, batch(pair, tmp_path), tmp_path)
     wait_for_answers(ranks, tmp_path)
     freeze(ranks[victim])
     ranks[1 - victim].join(40)
