@@ -22,10 +22,10 @@ from tokenspeed_plan.runtime.execution.collectives import (
     translate_dist_errors,
 )
 from tokenspeed_plan.runtime.execution.heartbeat import RECORD_BYTES, Heartbeat
-from tokenspeed_plan.runtime.execution.input_block import largest_block_bytes
 from tokenspeed_plan.runtime.execution.nccl import NcclCollectives
 from tokenspeed_plan.runtime.execution.order_ring import OrderRing, ring_bytes
 from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory, map_symmetric
+from tokenspeed_plan.runtime.execution.rank_inputs import largest_block_bytes
 from tokenspeed_plan.runtime.execution.rank_loss import LOSS
 from tokenspeed_plan.runtime.execution.rank_place import (
     find_store,

@@ -14,9 +14,9 @@ from torch import Tensor
 from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
-from tokenspeed_plan.runtime.execution.input_block import InputBlocks
 from tokenspeed_plan.runtime.execution.order_ring import OrderRing
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.execution.rank_inputs import InputBlocks
 from tokenspeed_plan.runtime.execution.rank_links import Links
 
 # An order has three numbers: the index of a program, and the tokens and sequences of its batch; or
