@@ -66,7 +66,9 @@ RULES: dict[str, Rule] = {
     "advance_rows": speculation.advance_rows,
     "add_norm": dense.add_norm,
     "rms_norm": dense.add_norm,
-    "reduce_add_norm": dense.add_norm,
+    "reduce_add_norm": dense.all_reduce,
+    "reduce_norm": dense.all_reduce,
+    "reduce": dense.all_reduce,
 }
 PDL_SM = 90  # programmatic dependent launch from Hopper on
 
@@ -99,7 +101,7 @@ def build_kernel(
         pdl: whether its neighbours are kernels too, so that it may overlap with them.
         tile: the only one to try.
     """
-    tensors = [param for param in kernel.tensors if param.role != "scratch"]
+    tensors = [param for param in kernel.tensors if param.role not in ("scratch", "symmetric")]
     unlaunched = kernel.model_copy(update={"params": tuple(tensors)})
     num_tokens, num_seqs = rows
     work = Work(kind, unlaunched, num_tokens, num_seqs, hardware, tile)

@@ -38,6 +38,7 @@ from tokenspeed_plan.planner.passes.limits import (
 )
 from tokenspeed_plan.planner.passes.lower import LoweredProgram
 from tokenspeed_plan.planner.passes.pipeline import DEFAULT_OPTIONS, PassContext, PassOptions, run
+from tokenspeed_plan.planner.passes.reduction import record_reductions
 from tokenspeed_plan.planner.passes.select import Candidates, select, select_first, unreported
 from tokenspeed_plan.planner.passes.simulate import record_streams
 from tokenspeed_plan.planner.spec import Spec
@@ -276,6 +277,7 @@ def plan_parts(
     programs = tuple(work.lowered(report))
     limits = plan_limits(capacity, decided.interleaving.tokens)
     record_streams(ledger, [program.graph for program in programs])
+    record_reductions(ledger, programs, hardware)
     record_cache(ledger, limits, decided.interleaving.reason, model.config.has_state)
     if model.stop_reason:
         _record_stop_tokens(ledger, model)

@@ -9,13 +9,11 @@ from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.graph import LoweredCall, LoweredStep, OpGraph, Source, Tensor, Weight
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
-from tokenspeed_plan.planner.passes.lower import LoweredProgram, scratch_name
-from tokenspeed_plan.planner.passes.place import PLACED_ARENAS
+from tokenspeed_plan.planner.passes.lower import LoweredProgram, memory_name
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import (
     SCHEMA_VERSION,
-    SIGNALS,
     ArenaName,
     ArenaSpec,
     AttentionLayout,
@@ -39,7 +37,7 @@ from tokenspeed_plan.plans.schema import (
     WeightSpec,
     shared_bytes,
 )
-from tokenspeed_plan.plans.types import GIB, TensorSpec, aligned
+from tokenspeed_plan.plans.types import GIB, aligned
 
 Chosen = Mapping[str, Built]  # the tiling of each kernel by its key
 
@@ -106,11 +104,9 @@ def _pool(parts: Parts, chosen: Chosen, kernels: Mapping[str, KernelSpec]) -> Po
     weights, weight_bytes = _place_weights(all_weights.values())
     on_gpu = parts.hardware.sm > 0
     programs = tuple(_program(program, chosen, on_gpu) for program in parts.programs)
-    own = _program_bytes(graphs)
     tensors = _shared_tensors(graphs, kernels.values())
-    if "symmetric" in own:
-        tensors[SIGNALS] = _signals(parts.layout.num_ranks)
-    buffers, arena_bytes = _place_shared(tensors, programs, own)
+    buffers, arena_bytes = _place_shared(tensors, programs)
+    arena_bytes["activations"] = max(graph.activation_bytes for graph in graphs)
     arena_bytes["weights"] = weight_bytes
     return Pool(
         role="both",
@@ -161,28 +157,18 @@ def _piece(source: Source, at: tuple[int, ...]) -> Piece:
     return Piece(source=source.name, start=source.start, size=source.size, at=at, shifts=shifts)
 
 
-def _program_bytes(graphs: Sequence[OpGraph]) -> dict[ArenaName, int]:
-    """Bytes that the buffers of the largest program need, by arena; no peers, no symmetric ones."""
-    own: dict[ArenaName, int] = {}
-    for arena in PLACED_ARENAS:
-        size = max(graph.arena_bytes[arena] for graph in graphs)
-        if size or arena == "activations":
-            own[arena] = size
-    return own
-
-
 def _place_shared(
-    shared: Mapping[str, Tensor], programs: Sequence[Program], own: Mapping[ArenaName, int]
+    shared: Mapping[str, Tensor], programs: Sequence[Program]
 ) -> tuple[tuple[BufferSpec, ...], dict[ArenaName, int]]:
-    """State, io and scratch buffers, and signals, which outlive a program.
+    """State, io, scratch and peer memory, which outlive a program: each has a place of its own.
 
-    Each has a place of its own, after the bytes that programs need for their `own` buffers.
+    One rank has no symmetric arena.
     """
     sizes = shared_bytes({name: tensor.spec for name, tensor in shared.items()}, programs)
-    tops: dict[ArenaName, int] = {"kv_cache": 0, "state": 0, "io": 0, "scratch": 0, **own}
+    tops: dict[ArenaName, int] = {"kv_cache": 0, "state": 0, "io": 0, "scratch": 0}
     buffers = []
     for name, tensor in shared.items():
-        offset = tops[tensor.arena]
+        offset = tops.get(tensor.arena, 0)
         buffers.append(
             BufferSpec(name=name, arena=tensor.arena, offset_bytes=offset, tensor=tensor.spec)
         )
@@ -190,23 +176,17 @@ def _place_shared(
     return tuple(buffers), tops
 
 
-def _signals(num_ranks: int) -> Tensor:
-    """The flags of fused all-reduces: each token has two barriers, with a flag for each rank."""
-    spec = TensorSpec.of(shape=("num_tokens", 2 * num_ranks), dtype="i32")
-    return Tensor(SIGNALS, spec, "symmetric")
-
-
 def _shared_tensors(graphs: Sequence[OpGraph], kernels: Iterable[KernelSpec]) -> dict[str, Tensor]:
     shared: dict[str, Tensor] = {}
     for graph in graphs:
         for name, tensor in graph.tensors.items():
-            if tensor.arena not in PLACED_ARENAS:
+            if tensor.arena != "activations":
                 shared[name] = tensor
     for kernel in kernels:
         for param in kernel.params:
-            if param.role == "scratch":
-                name = scratch_name(kernel, param)
-                shared[name] = Tensor(name, param.tensor, "scratch")
+            if param.role in ("scratch", "symmetric"):
+                name = memory_name(kernel, param)
+                shared[name] = Tensor(name, param.tensor, param.role)
     return shared
 
 
@@ -249,7 +229,7 @@ def _activations(graph: OpGraph) -> tuple[BufferSpec, ...]:
     buffers = []
     for name in (name for op in graph.ordered() for name in op.outputs):
         tensor = graph.tensors[name]
-        if tensor.arena in PLACED_ARENAS:
+        if tensor.arena == "activations":
             offset = graph.offsets[name]
             buffers.append(
                 BufferSpec(name=name, arena=tensor.arena, offset_bytes=offset, tensor=tensor.spec)
@@ -258,14 +238,18 @@ def _activations(graph: OpGraph) -> tuple[BufferSpec, ...]:
 
 
 def _step(step: LoweredStep, chosen: Chosen) -> Step:
-    """The step of the plan: a call is bound to the kernel that was chosen, and gets its scratch."""
+    """The step of the plan: a call is bound to the kernel that was chosen, and gets its memory."""
     if not isinstance(step, LoweredCall):
         return step
     kernel = chosen[step.key].kernel
-    scratch = (scratch_name(kernel, param) for param in kernel.params if param.role == "scratch")
+    memory = [
+        memory_name(kernel, param)
+        for param in kernel.params
+        if param.role in ("scratch", "symmetric")
+    ]
     return KernelCall(
         kernel=kernel.name,
-        args=(*step.args, *scratch),
+        args=(*step.args, *memory),
         stream=step.stream,
         predicted_us=step.predicted_us,
         cost=step.cost,

@@ -163,7 +163,7 @@ class OpGraph:
         depth: drafts that the program makes for each sequence.
         steps, num_streams: set by `schedule`.
         time_us, runner_up_us: predicted time, and the best one with another number of streams.
-        offsets, arena_bytes: where activations lie, and how much each arena needs, set by `place`.
+        offsets, activation_bytes: where activations lie, and how much they need, set by `place`.
         calls, candidates: set by `lower`; the tilings of each kernel by key, best first.
     """
 
@@ -180,7 +180,7 @@ class OpGraph:
     time_us: float = 0.0
     runner_up_us: float | None = None
     offsets: Mapping[str, int] = field(default_factory=dict)
-    arena_bytes: Mapping[ArenaName, int] = field(default_factory=dict)
+    activation_bytes: int = 0
     calls: tuple[LoweredStep, ...] = ()
     candidates: Mapping[str, tuple[Built, ...]] = field(default_factory=dict)
 

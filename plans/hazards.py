@@ -213,7 +213,7 @@ class _RaceDetector:
 
     def _touch(self, name: str, access: Access, epoch: Epoch, clock: Clock) -> None:
         arena = self.buffers[name].arena
-        if arena == "scratch":
+        if arena in ("scratch", "symmetric"):
             last = self.state.get(name, (0, 0))
             require(_is_before(last, clock), f"`{name}` is used by two streams at once")
             self.state[name] = epoch

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.ops import integer
+from tokenspeed_plan.plans.peer_memory import peer_params
 from tokenspeed_plan.plans.schema import KernelSpec, LaunchRole, Param
 from tokenspeed_plan.plans.types import RankShift, TensorSpec
 
@@ -41,8 +42,8 @@ def launch_params(kernel: KernelSpec) -> tuple[Param, ...]:
     if ranks > 1:
         table = TensorSpec.of(shape=(ranks,), dtype="i64")
         params.append(Param(name="peers", role="peer_table", tensor=table))
-        params.append(Param(name="signals", role="signal_table", tensor=table))
         params.append(_scalar("rank", "rank"))
+        params.append(_scalar("program", "program"))
     return (*params, _scalar("num_tokens", "num_tokens"), _scalar("num_seqs", "num_seqs"))
 
 
@@ -51,8 +52,9 @@ def _scalar(name: str, role: LaunchRole) -> Param:
 
 
 def with_launch_params(kernel: KernelSpec, scratch: Iterable[Param] = ()) -> KernelSpec:
-    """The kernel with `scratch` after its tensors, and its launch parameters last."""
-    params = (*kernel.tensors, *scratch, *launch_params(kernel))
+    """The kernel with `scratch` and peer memory after its tensors; launch parameters come last."""
+    peers = peer_params(kernel, num_ranks(kernel))
+    params = (*kernel.tensors, *scratch, *peers, *launch_params(kernel))
     return kernel.model_copy(update={"params": params})
 
 
@@ -61,7 +63,7 @@ def bind_launch(
     rank: int,
     num_tokens: int,
     num_seqs: int,
-    tables: Mapping[str, Table] | None = None,
+    tables: Mapping[str, int | Table] | None = None,
 ) -> tuple[int | Table, ...]:
     """The values of the launch parameters, in their order.
 
@@ -70,7 +72,8 @@ def bind_launch(
         rank: of this process.
         num_tokens: of the batch.
         num_seqs: of the batch.
-        tables: the tables of addresses by role; a backend without peer memory has none.
+        tables: by role the table of peers, and the place of the program in its pool; a backend
+            without peer memory has none.
 
     Raises:
         PlanError: the kernel needs a table that the backend does not have.

@@ -20,8 +20,9 @@ from tokenspeed_plan.codegen.tiling import (
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
+from tokenspeed_plan.plans.peer_memory import COUNT_LIMIT, ERROR, GENERATIONS, STOP, slot_words
 from tokenspeed_plan.plans.schema import GridDim
-from tokenspeed_plan.plans.types import DTYPE_BITS, Attr, Constant
+from tokenspeed_plan.plans.types import DTYPE_BITS, WARP_SIZE, Attr, Constant
 
 DOT_ROWS = 16  # of a tile on the tensor cores, at least
 MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its weights
@@ -52,15 +53,7 @@ def add_norm(work: Work) -> list[Tiling]:
         "BLOCK_H": up2(hidden),
         "EPS": work.number("rms_norm", "eps"),
     }
-    if work.has("all_reduce"):
-        constants["WORLD"] = work.size("all_reduce", "num_ranks")
-    options = {
-        "reduce": work.has("all_reduce"),
-        "adds": work.has("add"),
-        "norm": prefix,
-        "plain": work.plain_norm,
-        "dtype": TRITON_DTYPES[work.dtype],
-    }
+    options = {"adds": work.has("add"), "norm": prefix, "plain": work.plain_norm}
     return [
         Tiling(
             template="add_norm",
@@ -72,6 +65,62 @@ def add_norm(work: Work) -> list[Tiling]:
         )
         for num_warps in (8, 4)
     ]
+
+
+def all_reduce(work: Work) -> list[Tiling]:
+    """A program a row, of as many threads as the row has 16 bytes.
+
+    A wait ends after `POLLS` polls, of about half a microsecond each, if nobody ends it before.
+    """
+    hidden, ranks = work.width("all_reduce_x"), work.size("all_reduce", "num_ranks")
+    bits = DTYPE_BITS[work.dtype]
+    slot = slot_words(hidden, bits) * 32 // bits
+    constants: dict[str, Constant] = {
+        "H": hidden,
+        "BLOCK_H": up2(hidden),
+        "WORLD": ranks,
+        "SLOT": slot,
+        "ROW": GENERATIONS * ranks * slot,
+        "GENERATIONS": GENERATIONS,
+        "COUNTS": COUNT_LIMIT,
+        "TAGS": 1 << 14,
+        "SIGN": -1 << (bits - 1),
+        "MAGNITUDE": (1 << (bits - 1)) - 1,
+        "POLLS": 1 << 27,
+        "STOP": STOP,
+        "ERROR": ERROR,
+    }
+    if work.has("rms_norm"):
+        constants["EPS"] = work.number("rms_norm", "eps")
+    options = {
+        "adds": work.has("add"),
+        "norm": work.has("rms_norm"),
+        "plain": work.plain_norm,
+        "summed": _summed(work),
+        "dtype": TRITON_DTYPES[work.dtype],
+        "bits": f"tl.int{bits}",
+    }
+    most = max(4, min(16, up2(hidden * bits // (8 * 16 * WARP_SIZE))))
+    return [
+        Tiling(
+            template="all_reduce",
+            constants=constants,
+            grid=(per_rows(1, work.by_seqs),),
+            num_warps=num_warps,
+            num_stages=1,
+            options=options,
+            prefetches=True,
+        )
+        for num_warps in (most, most // 2)
+    ]
+
+
+def _summed(work: Work) -> str:
+    """The output with the sum itself, empty where only its norm leaves the kernel."""
+    for name in ("add_y", "all_reduce_y"):
+        if name in work.outputs:
+            return name
+    return ""
 
 
 def linear(work: Work) -> list[Tiling]:

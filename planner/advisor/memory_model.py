@@ -18,6 +18,8 @@ from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.passes.limits import COPIED_PAGES, num_checkpoints, state_slots_per_seq
 from tokenspeed_plan.planner.passes.op_terms import stored_scale
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
+from tokenspeed_plan.planner.passes.reduction import largest_reduction, peer_bytes
+from tokenspeed_plan.plans.peer_memory import MAX_PUSH_ROWS
 from tokenspeed_plan.plans.schema import ArenaName
 from tokenspeed_plan.plans.types import DTYPE_BITS, Phase, TensorSpec, aligned
 
@@ -86,7 +88,7 @@ class MemoryModel:
             kv_cache=self._kv_cache(knobs, num_pages),
             state=all_slots - checkpoints,
             checkpoints=checkpoints,
-            activations=self._activations(knobs, local_seqs),
+            activations=self._activations(knobs, local_seqs) + self._peers(knobs, local_seqs),
             io=self._io(knobs, local_seqs, seq_tokens),
             scratch=queries * self._scratch_per_query,
             reserved=self.steps.hardware.reserved_bytes,
@@ -240,6 +242,13 @@ class MemoryModel:
         decode = self._arena("decode", tokens, seqs, depth)
         return max(prefill, decode)
 
+    def _peers(self, knobs: Knobs, seqs: int) -> int:
+        """Bytes of the slots that peers push into, of the largest decode step that has them."""
+        tokens = min(seqs * (knobs.depth + 1), MAX_PUSH_ROWS)
+        graph = self._sharded("decode", knobs.depth)
+        found = largest_reduction(graph, self.steps.hardware, tokens, min(seqs, tokens))
+        return peer_bytes(found, tokens, min(seqs, tokens))
+
     def _arena(self, phase: Phase, tokens: int, seqs: int, depth: int) -> int:
         known = self.steps.arenas
         key = (replace(self.layout, context_split=1), phase, tokens, seqs, depth)
@@ -253,7 +262,7 @@ class MemoryModel:
                 options=_ONE_STREAM,
             )
             placed = run(graph, context, until=Stage.PLACED)
-            known[key] = sum(placed.arena_bytes.values())
+            known[key] = placed.activation_bytes
         return known[key]
 
     def _io(self, knobs: Knobs, seqs: int, seq_tokens: int) -> int:

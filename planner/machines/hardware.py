@@ -66,7 +66,9 @@ class HardwareSpec:
         nic_bytes_per_s, nic_us: to another node, for each GPU.
         prefill_chunk, page_size: defaults, in tokens.
         matrix_flops_per_s: dense peak by dtype.
-        one_shot_us, two_shot_us: time of an all-reduce inside a graph.
+        one_shot_us, two_shot_us: time of an all-reduce inside a graph, others' kernels.
+        push_us: time of our kernel that adds up ranks, with residual and norm in it.
+        library_us: time of NCCL's all-reduce inside a graph.
         waits_us: what a kernel loses besides its launch, from its first load to full speed and
             back, by class of operator.
         residuals: busy time over the roofline's, by class of operator.
@@ -96,6 +98,8 @@ class HardwareSpec:
     matrix_flops_per_s: Mapping[str, float]
     one_shot_us: Table
     two_shot_us: Table
+    push_us: Table
+    library_us: Table
     waits_us: Mapping[str, float]
     residuals: Mapping[str, float]
     errors: Mapping[str, float]
@@ -158,11 +162,14 @@ _NOT_NUMBERS = {
     "matrix_flops_per_s",
     "one_shot_us",
     "two_shot_us",
+    "push_us",
+    "library_us",
     "waits_us",
     "residuals",
     "errors",
     "sources",
 }
+_TABLES = {"one_shot", "two_shot", "push", "library"}
 _INTEGERS = {field.name for field in fields(HardwareSpec) if field.type == "int"}
 NUMBERS = tuple(field.name for field in fields(HardwareSpec) if field.name not in _NOT_NUMBERS)
 # Profiles that older versions of `tokenspeed calibrate` wrote have these.
@@ -223,8 +230,8 @@ def _check_values(name: str, profile: Profile) -> None:
     for key in sorted(unknown):
         raise _bad(name, f"`matrix_flops_per_s.{key}` is not a dtype such as `bf16` or `fp4`")
     tables = set(profile.all_reduce)
-    if "one_shot" not in tables or tables - {"one_shot", "two_shot"}:
-        raise _bad(name, "`all_reduce` needs `one_shot`, and may have `two_shot`")
+    if "one_shot" not in tables or tables - _TABLES:
+        raise _bad(name, "`all_reduce` needs `one_shot`; may have `two_shot`, `push`, `library`")
 
 
 def _check_number(name: str, key: str, value: float) -> None:
@@ -256,7 +263,7 @@ def _bad(name: str, what: str) -> SpecError:
 
 def to_hardware(profile: Profile) -> HardwareSpec:
     """The machine of a profile."""
-    two_shot = profile.all_reduce.get("two_shot")
+    tables = {key: _rising(table.us) for key, table in profile.all_reduce.items()}
     numbers: dict[str, Any] = {
         key: int(value) if key in _INTEGERS else value
         for key, value in _values(profile.numbers).items()
@@ -266,8 +273,10 @@ def to_hardware(profile: Profile) -> HardwareSpec:
         sm=profile.sm,
         **numbers,
         matrix_flops_per_s=_values(profile.matrix_flops_per_s),
-        one_shot_us=_rising(profile.all_reduce["one_shot"].us),
-        two_shot_us=_rising(two_shot.us) if two_shot else {},
+        one_shot_us=tables["one_shot"],
+        two_shot_us=tables.get("two_shot", {}),
+        push_us=tables.get("push", {}),
+        library_us=tables.get("library", {}),
         waits_us=_values(profile.waits),
         residuals=_values(profile.residuals),
         errors=_values(profile.errors),
@@ -384,6 +393,32 @@ def all_reduce_us(hardware: HardwareSpec, moved_bytes: float, count: int) -> flo
     gpu_bytes = moved_bytes / hardware.gpus_per_node
     round_us = hardware.nic_us + gpu_bytes / hardware.nic_bytes_per_s * 1e6
     return node_us + rounds * round_us
+
+
+def push_us(hardware: HardwareSpec, moved_bytes: float, count: int) -> float:
+    """Microseconds of our kernel that adds up ranks; in one shot where it was not measured."""
+    if count <= 1:
+        return 0.0
+    if not hardware.push_us or count > hardware.gpus_per_node:
+        s_per_byte = (min(count, hardware.gpus_per_node) - 1.0) / hardware.link_bytes_per_s
+        return _at(hardware.one_shot_us, moved_bytes, count, s_per_byte)
+    return _measured_us(hardware, hardware.push_us, moved_bytes, count)
+
+
+def library_us(hardware: HardwareSpec, moved_bytes: float, count: int) -> float:
+    """Microseconds of the library's all-reduce; the best known one where it was not measured."""
+    if count <= 1 or not hardware.library_us or count > hardware.gpus_per_node:
+        return all_reduce_us(hardware, moved_bytes, count)
+    return _measured_us(hardware, hardware.library_us, moved_bytes, count)
+
+
+def _measured_us(hardware: HardwareSpec, table: Table, moved_bytes: float, count: int) -> float:
+    """From a table, and what more GPUs than in it cost by the tables of others."""
+    known = min(max(table), count)
+    s_per_byte = 2.0 * (known - 1) / known / hardware.link_bytes_per_s
+    measured_us = _at(table, moved_bytes, known, s_per_byte)
+    more_us = all_reduce_us(hardware, moved_bytes, count)
+    return measured_us + max(0.0, more_us - all_reduce_us(hardware, moved_bytes, known))
 
 
 def _at(table: Table, moved_bytes: float, count: int, s_per_byte: float) -> float:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from tokenspeed_plan.codegen.tiling import GEMV_ROWS
 from tokenspeed_plan.planner.graph import Op, OpGraph
-from tokenspeed_plan.planner.machines.hardware import HardwareSpec, all_reduce_us
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec, library_us, push_us
 from tokenspeed_plan.planner.passes.op_terms import (
     AS_BUILT,
     EXPERTS,
@@ -312,7 +312,9 @@ def time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> OpT
     bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
     if collective is None:
         return OpTime(hardware.launch_us + hardware.waits_us[name], busy_us, bound)
-    return OpTime(_collective_us(collective, load, hardware), busy_us, bound, "collective")
+    size_bytes = collective.result.size_bytes(load.num_tokens, load.num_seqs)
+    wait_us = push_us(hardware, size_bytes, collective.num_ranks)
+    return OpTime(max(wait_us, hardware.launch_us), busy_us, bound, "collective")
 
 
 def _collective_us(op: _Collective, load: Load, hardware: HardwareSpec) -> float:
@@ -320,7 +322,7 @@ def _collective_us(op: _Collective, load: Load, hardware: HardwareSpec) -> float
     moved = float(op.result.size_bytes(load.num_tokens, load.num_seqs))
     if op.kind == "all_gather":
         moved *= 0.5
-    taken = all_reduce_us(hardware, moved, op.num_ranks)
+    taken = library_us(hardware, moved, op.num_ranks)
     return max(taken, hardware.launch_us)
 
 

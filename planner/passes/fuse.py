@@ -8,10 +8,10 @@ only the run itself uses stays in registers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tokenspeed_plan.codegen.tiling import GEMV_COLUMNS, GEMV_ROWS
-from tokenspeed_plan.planner.graph import Op, OpGraph, Stage, Tensor
+from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.types import Phase
 
@@ -26,6 +26,7 @@ class Fusion:
         phases: where it pays.
         independent: the members only share a launch; elsewhere they feed each other.
         gemv_only: it pays only where a product needs no tensor cores: few rows, or few columns.
+        pushes: it adds up ranks, which pays in some programs (`planner/passes/reduction.py`).
     """
 
     kind: str
@@ -33,14 +34,17 @@ class Fusion:
     phases: tuple[Phase, ...] = ("prefill", "decode")
     independent: bool = False
     gemv_only: bool = False
+    pushes: bool = False
 
 
 FEW: tuple[Phase, ...] = ("decode",)  # programs of a few tokens
 
 FUSIONS = (
     # A sum over ranks is added to the residual stream, which is then normed. With few tokens each
-    # rank reads the parts of all peers at once; many would cross the links once for each pair.
-    Fusion("reduce_add_norm", ("all_reduce", "add", "rms_norm"), FEW),
+    # rank pushes its part to all peers at once; many would cross the links once for each pair.
+    Fusion("reduce_add_norm", ("all_reduce", "add", "rms_norm"), FEW, pushes=True),
+    Fusion("reduce_norm", ("all_reduce", "rms_norm"), FEW, pushes=True),
+    Fusion("reduce", ("all_reduce",), FEW, independent=True, pushes=True),
     # Products include the norm before them and the operators after them. On the tensor cores the
     # norm is a launch of its own, so that operands go straight to them: on an H200, four rows times
     # 12,288 x 4096 take 47 us with the norm inside and 2 + 25 us without.
@@ -90,14 +94,26 @@ FUSED_KINDS = frozenset(fusion.kind for fusion in FUSIONS)
 
 
 def fuse(
-    graph: OpGraph, num_tokens: int = 1, num_seqs: int = 1, fusions: Sequence[Fusion] = FUSIONS
+    graph: OpGraph,
+    num_tokens: int = 1,
+    num_seqs: int = 1,
+    fusions: Sequence[Fusion] = FUSIONS,
+    pushes: bool = True,
 ) -> OpGraph:
-    """The graph of a program of this size; each run is replaced by the first fusion that fits."""
+    """The graph of a program of this size; each run is replaced by the first fusion that fits.
+
+    Args:
+        graph: of the program.
+        num_tokens: of it, at most.
+        num_seqs: of it, at most.
+        fusions: that are tried, in this order.
+        pushes: whether kernels add up ranks.
+    """
     order = tuple(graph.ordered())
     work = _Fuser(graph, order, _readers(order), (num_tokens, num_seqs))
     by_first: dict[str, list[Fusion]] = {}
     for fusion in fusions:
-        if graph.phase in fusion.phases:
+        if graph.phase in fusion.phases and (pushes or not fusion.pushes):
             by_first.setdefault(fusion.run[0], []).append(fusion)
     ops: list[Op] = []
     index = 0
@@ -110,8 +126,7 @@ def fuse(
         else:
             ops.append(work.merge(index, found))
             index += len(found.run)
-    tensors = _with_peer_memory(graph, ops)
-    return graph.to(Stage.FUSED, ops=tuple(ops), tensors=tensors)
+    return graph.to(Stage.FUSED, ops=tuple(ops))
 
 
 def _readers(order: Sequence[Op]) -> dict[str, list[int]]:
@@ -121,17 +136,6 @@ def _readers(order: Sequence[Op]) -> dict[str, list[int]]:
         for name in op.inputs:
             readers.setdefault(name, []).append(index)
     return readers
-
-
-def _with_peer_memory(graph: OpGraph, ops: Sequence[Op]) -> dict[str, Tensor]:
-    """The tensors; those that peers read inside a fused kernel move to the symmetric arena."""
-    tensors = dict(graph.tensors)
-    for op in ops:
-        for part in op.parts:
-            if part.kind == "all_reduce":
-                name = part.inputs[0]
-                tensors[name] = replace(tensors[name], arena="symmetric")
-    return tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,8 +98,13 @@ class _Kernels:
         return self.keys[content]
 
 
-def scratch_name(kernel: KernelSpec, param: Param) -> str:
-    """The buffer of a kernel's scratch: one for all of its calls, which run one after the other."""
+def memory_name(kernel: KernelSpec, param: Param) -> str:
+    """The buffer of a kernel's scratch, or the one of all kernels for a part of peer memory.
+
+    All calls share it, which run one after the other.
+    """
+    if param.role == "symmetric":
+        return param.name
     return f"{kernel.name}.{param.name}"
 
 

@@ -15,6 +15,7 @@ from tokenspeed_plan.planner.passes.grammar import check
 from tokenspeed_plan.planner.passes.lower import lower
 from tokenspeed_plan.planner.passes.place import place
 from tokenspeed_plan.planner.passes.recompute_topk import recompute_topk
+from tokenspeed_plan.planner.passes.reduction import largest_reduction
 from tokenspeed_plan.planner.passes.schedule import schedule
 from tokenspeed_plan.planner.passes.shard import shard
 from tokenspeed_plan.planner.passes.simulate import MAX_STREAMS, schedule_best
@@ -84,8 +85,9 @@ def _expand(graph: OpGraph, context: PassContext) -> OpGraph:
 
 
 def _fuse(graph: OpGraph, context: PassContext) -> OpGraph:
-    fusions = context.options.fusions
-    return fuse(graph, context.num_tokens, context.num_seqs, fusions)
+    reduction = largest_reduction(graph, context.hardware, *context.sizes)
+    pushes = reduction is not None and reduction.pushes
+    return fuse(graph, *context.sizes, context.options.fusions, pushes)
 
 
 def _recompute_topk(graph: OpGraph, context: PassContext) -> OpGraph:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tokenspeed_plan.planner.graph import OpGraph, Stage
-from tokenspeed_plan.plans.schema import ArenaName, RecordEvent, WaitEvent
+from tokenspeed_plan.plans.schema import RecordEvent, WaitEvent
 from tokenspeed_plan.plans.types import aligned
 
 Epoch = tuple[int, int]
@@ -30,29 +30,23 @@ class _Held:
         return all(_is_over(use, clock, stream) for use in self.uses)
 
 
-PLACED_ARENAS: tuple[ArenaName, ...] = ("activations", "symmetric")  # of programs
-
-
 def place(graph: OpGraph, max_tokens: int, max_seqs: int) -> OpGraph:
     """The graph with offsets for a program of this many tokens and sequences."""
     clocks = _clocks(graph)
     uses = _uses(graph, clocks)
-    arenas = {name: _Arena() for name in PLACED_ARENAS}
+    arena = _Arena()
     offsets: dict[str, int] = {}
     for op in graph.ordered():
         stream, clock = clocks[op.name]
         for name in op.outputs:
             tensor = graph.tensors[name]
-            arena = arenas.get(tensor.arena)
-            if arena is None:
+            if tensor.arena != "activations":
                 continue
             size = tensor.spec.size_bytes(max_tokens, max_seqs)
             offsets[name] = arena.take(aligned(size), uses[name], clock, stream)
         if graph.num_streams == 1:
-            for arena in arenas.values():
-                arena.drop(clock, stream)
-    sizes = {name: arena.top for name, arena in arenas.items()}
-    return graph.to(Stage.PLACED, offsets=offsets, arena_bytes=sizes)
+            arena.drop(clock, stream)
+    return graph.to(Stage.PLACED, offsets=offsets, activation_bytes=arena.top)
 
 
 @dataclass(slots=True)

@@ -55,7 +55,6 @@ from tokenspeed_plan.plans.schema.prediction_specs import (
     Transfers,
 )
 from tokenspeed_plan.plans.schema.program_specs import (
-    SIGNALS,
     CollectiveCall,
     KernelCall,
     LibraryCall,
@@ -69,7 +68,6 @@ from tokenspeed_plan.plans.types import DType, Frozen, RollbackWord, Sha256
 
 __all__ = [
     "SCHEMA_VERSION",
-    "SIGNALS",
     "TENSOR_ROLES",
     "Amounts",
     "ArenaName",

@@ -19,25 +19,24 @@ from tokenspeed_plan.plans.types import (
     TensorSpec,
 )
 
-TensorRole = Literal["input", "weight", "state", "output", "scratch"]
-LaunchRole = Literal[
-    "rank_constant", "peer_table", "signal_table", "rank", "num_tokens", "num_seqs"
-]
+TensorRole = Literal["input", "weight", "state", "output", "scratch", "symmetric"]
+LaunchRole = Literal["rank_constant", "peer_table", "rank", "program", "num_tokens", "num_seqs"]
 TENSOR_ROLES: frozenset[str] = frozenset(get_args(TensorRole))
 
 
 class Param(Frozen):
     """One argument of a kernel's launch.
 
-    A tensor has the role `input`, `weight`, `state`, `output` or `scratch`. Scratch is memory that
-    the programs of one launch share: it is zero before the first launch, and no result.
+    A tensor has the role `input`, `weight`, `state`, `output`, `scratch` or `symmetric`. Scratch is
+    memory that the programs of one launch share: it is zero before the first launch, and no result.
+    What is symmetric lies at the same place on all ranks, is zero at first, and peers write it.
 
     The other roles are what the launcher fills in:
 
         rank_constant  i32     a constant that depends on the rank, such as its first expert
-        peer_table     i64[R]  for each of R ranks the address of the tensor to add up
-        signal_table   i64[R]  for each of R ranks the address of its flags (the buffer `signals`)
+        peer_table     i64[R]  for each of R ranks the address of its arena `symmetric`
         rank           i32     the rank that runs the kernel
+        program        i32     the place of the program among those of its pool
         num_tokens     i32     of the batch
         num_seqs       i32     of the batch
 
@@ -133,7 +132,7 @@ class KernelSpec(Frozen):
 
     @property
     def reduced_operand(self) -> str | None:
-        """The parameter that the kernel adds up over all ranks and peers read, if any."""
+        """The parameter that the kernel adds up over all ranks, if any."""
         for part in self.parts:
             if part.kind == "all_reduce":
                 return part.operands[0]

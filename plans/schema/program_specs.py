@@ -12,8 +12,6 @@ from tokenspeed_plan.plans.schema.kernel_specs import KernelSpec
 from tokenspeed_plan.plans.schema.memory_specs import BufferSpec
 from tokenspeed_plan.plans.types import Count, Frozen, Phase, TensorSpec
 
-SIGNALS = "signals"  # the buffer of flags at which ranks wait for each other, i32
-
 
 class KernelCall(Frozen):
     """Run a kernel. `args` name buffers and weights, in the order of the kernel's tensors."""
@@ -161,13 +159,10 @@ class Program(Frozen):
 
 
 def shared_bytes(tensors: Mapping[str, TensorSpec], programs: Iterable[Program]) -> dict[str, int]:
-    """Bytes of each buffer that programs share: what the largest program that touches it needs.
-
-    No step names the flags `signals`, which the launcher finds by itself: every program counts.
-    """
+    """Bytes of each buffer that programs share: what the largest program that touches it needs."""
     sizes = dict.fromkeys(tensors, 0)
     for program in programs:
-        for name in (program.touched | {SIGNALS}) & tensors.keys():
+        for name in program.touched & tensors.keys():
             size = tensors[name].size_bytes(program.max_tokens, program.max_seqs)
             sizes[name] = max(sizes[name], size)
     return sizes

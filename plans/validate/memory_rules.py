@@ -21,7 +21,6 @@ from tokenspeed_plan.plans.types import ALIGNMENT_BYTES
 from tokenspeed_plan.plans.validate.refusal import refuse
 
 _SHARED_ARENAS = ("kv_cache", "state", "io", "scratch", "symmetric")
-_PROGRAM_ARENAS = ("activations", "symmetric")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,6 @@ def check_memory(plan: Plan, pool: Pool) -> None:
     for span in spans:
         _check_inside(span, sizes)
     _check_disjoint(spans)
-    _check_symmetric(pool)
     for buffer in pool.buffers:
         _check_shape(buffer, pool.limits)
 
@@ -66,7 +64,7 @@ def check_memory(plan: Plan, pool: Pool) -> None:
 def _program_spans(program: Program) -> Iterator[_Span]:
     for buffer in program.buffers:
         arena = buffer.arena
-        if arena not in _PROGRAM_ARENAS:
+        if arena != "activations":
             raise refuse(f"`{buffer.name}` of {program.name} is in `{arena}`")
         size = buffer.tensor.size_bytes(program.max_tokens, program.max_seqs)
         yield _buffer_span(buffer, size)
@@ -121,25 +119,6 @@ def _check_disjoint(spans: list[_Span]) -> None:
 
 def _position(span: _Span) -> tuple[str, int, int]:
     return span.arena, span.start, span.end
-
-
-def _check_symmetric(pool: Pool) -> None:
-    """Programs place their symmetric buffers after those that all of them share.
-
-    Peers address both at any time, so a program's buffer must not overlap the flags.
-    """
-    shared = [span for span in _shared_spans(pool) if span.arena == "symmetric"]
-    for program in pool.programs:
-        for span in _program_spans(program):
-            if span.arena == "symmetric":
-                _check_apart(span, shared)
-
-
-def _check_apart(span: _Span, others: list[_Span]) -> None:
-    for other in others:
-        apart = span.start >= other.end or other.start >= span.end
-        if not apart:
-            raise refuse(f"`{span.name}` and `{other.name}` overlap")
 
 
 def _check_shape(buffer: BufferSpec, limits: Limits) -> None:

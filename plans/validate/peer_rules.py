@@ -1,15 +1,22 @@
-"""Memory that peers read: a tensor that ranks add up, and the flags at which they wait."""
+"""Memory that peers write: what a kernel with an all-reduce takes, and who may still use a slot."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from tokenspeed_plan.plans.kernel_abi import num_ranks
-from tokenspeed_plan.plans.schema import SIGNALS, BufferSpec, KernelCall, KernelSpec, Program
+from tokenspeed_plan.plans.ops import ShapeError
+from tokenspeed_plan.plans.peer_hazards import PushCall, check_pushes
+from tokenspeed_plan.plans.peer_memory import (
+    MAX_PUSH_ROWS,
+    PEER_COUNTS,
+    PEER_SIGNALS,
+    PEER_SLOTS,
+    peer_params,
+)
+from tokenspeed_plan.plans.schema import BufferSpec, KernelCall, KernelSpec, Pool, Program
 from tokenspeed_plan.plans.types import DTYPE_BITS
 from tokenspeed_plan.plans.validate.refusal import refuse
-
-_BARRIERS = 2  # for each row: one before peers read it, one after
 
 
 def check_peers(
@@ -19,7 +26,7 @@ def check_peers(
     buffers: Mapping[str, BufferSpec],
     ranks: int,
 ) -> None:
-    """The tensor that a kernel reads from its peers, and its flags, lie in the symmetric arena.
+    """A kernel that adds up ranks has slots, counts and signals in the symmetric arena.
 
     Args:
         program: whose step it is.
@@ -29,35 +36,107 @@ def check_peers(
         ranks: of the plan.
 
     Raises:
-        PlanError: they lie elsewhere, or the kernel is for another number of ranks.
+        PlanError: something is missing, lies elsewhere, or is for another number of ranks.
     """
-    reduced = kernel.reduced_operand
-    if reduced is None:
+    given = [param for param in kernel.tensors if param.role == "symmetric"]
+    if kernel.reduced_operand is None:
+        if given:
+            raise refuse(f"kernel `{kernel.name}` adds up no ranks, and has peer memory")
         return
     added = num_ranks(kernel)
     if added != ranks:
         raise refuse(f"kernel `{kernel.name}` adds up {added} ranks, the plan has {ranks}")
-    if kernel.launch is None:  # the reference computes a collective, and reads no peer
+    if kernel.launch is None:  # the reference computes a collective, and writes to no peer
         return
+    names = [param.name for param in given]
+    wanted = [param.name for param in peer_params(kernel, ranks)]
+    if names != wanted:
+        raise refuse(f"kernel `{kernel.name}` has not the peer memory {', '.join(wanted)}")
     places = step.places(kernel)
-    name = places[reduced]
-    buffer = buffers.get(name)
-    if buffer is None or buffer.arena != "symmetric":
-        raise refuse(f"peers read `{name}` of `{kernel.name}`, which is not in the symmetric arena")
-    _check_signals(program, kernel, buffers.get(SIGNALS), buffer)
+    for name in names:
+        buffer = buffers.get(places[name])
+        if buffer is None or buffer.arena != "symmetric":
+            raise refuse(f"peers write `{places[name]}`, which is not in the symmetric arena")
+    _check_slots(kernel, ranks)
+    _check_rows(program, kernel)
 
 
-def _check_signals(
-    program: Program, kernel: KernelSpec, signals: BufferSpec | None, reduced: BufferSpec
-) -> None:
-    """Two flags for each row of the reduced tensor and each rank."""
-    if signals is None or signals.arena != "symmetric" or signals.tensor.dtype != "i32":
-        raise refuse(f"`{kernel.name}` has no i32 `{SIGNALS}` in the symmetric arena")
-    sizes = (program.max_tokens, program.max_seqs)
-    rows, *_ = reduced.tensor.bind(*sizes)
-    flags = rows * _BARRIERS * num_ranks(kernel)
-    flag_bytes = DTYPE_BITS["i32"] // 8
-    needed = flags * flag_bytes
-    held = signals.tensor.size_bytes(*sizes)
-    if held < needed:
-        raise refuse(f"`{SIGNALS}` has {held} bytes, `{kernel.name}` needs {needed}")
+def _check_slots(kernel: KernelSpec, ranks: int) -> None:
+    """In the kernel's text, slots of other generations, ranks and rows have no byte in common."""
+    assert kernel.launch is not None
+    by_name = {param.name: param.tensor for param in kernel.tensors}
+    (wanted, *_) = peer_params(kernel, ranks)
+    rows, generations, *rest = by_name[PEER_SLOTS].shape
+    least = (wanted.tensor.shape[0], *wanted.tensor.shape[2:])
+    if (rows, *rest) != least:
+        raise refuse(f"the slots of `{kernel.name}` are [{rows}, {rest}], it needs {list(least)}")
+    assert kernel.reduced_operand is not None
+    bits = DTYPE_BITS[by_name[kernel.reduced_operand].dtype]
+    words = int(rest[-1])
+    slot = words * 32 // bits
+    assert isinstance(generations, int)
+    baked = {
+        "GENERATIONS": generations,
+        "WORLD": ranks,
+        "SLOT": slot,
+        "ROW": generations * ranks * slot,
+    }
+    constants = kernel.launch.constants
+    for name, value in baked.items():
+        if constants.get(name) != value:
+            raise refuse(f"`{kernel.name}` has {name} {constants.get(name)}, its slots {value}")
+    for name in (PEER_COUNTS, PEER_SIGNALS):
+        known = {param.name: param.tensor for param in peer_params(kernel, ranks)}
+        if by_name[name] != known[name]:
+            raise refuse(f"`{name}` of `{kernel.name}` is {list(by_name[name].shape)}")
+
+
+def _check_rows(program: Program, kernel: KernelSpec) -> None:
+    """All programs of a launch run at once: each waits for its peers."""
+    assert kernel.launch is not None
+    rows = 1
+    for dim in kernel.launch.grid:
+        rows *= dim.at(program.max_tokens, program.max_seqs)
+    if rows > MAX_PUSH_ROWS:
+        raise refuse(f"`{kernel.name}` adds up {rows} rows at once, at most {MAX_PUSH_ROWS} can be")
+
+
+def check_peer_order(pool: Pool, kernels: Mapping[str, KernelSpec], ranks: int) -> None:
+    """No rank overwrites what another one still reads, from program to program in any order.
+
+    Raises:
+        PlanError: naming the slots.
+    """
+    sequences: list[list[PushCall]] = []
+    for program in pool.programs:
+        calls = _pushes(program, kernels)
+        sequences += [calls, [call for call in calls if call.rows == "num_tokens"]]
+    for sequence in (*sequences, *_joined(sequences)):
+        try:
+            check_pushes(sequence, ranks)
+        except ShapeError as error:
+            raise refuse(f"ranks race: {error}") from error
+
+
+def _joined(sequences: list[list[PushCall]]) -> list[list[PushCall]]:
+    """All of them one after the other, forth and back."""
+    forth = [call for sequence in sequences for call in sequence]
+    back = [call for sequence in reversed(sequences) for call in sequence]
+    return [forth, back]
+
+
+def _pushes(program: Program, kernels: Mapping[str, KernelSpec]) -> list[PushCall]:
+    calls: list[PushCall] = []
+    for step in program.steps:
+        if not isinstance(step, KernelCall):
+            continue
+        kernel = kernels[step.kernel]
+        if kernel.reduced_operand is None or kernel.launch is None:
+            continue
+        places = step.places(kernel)
+        slots = {param.name: param.tensor for param in kernel.tensors}[PEER_SLOTS]
+        rows, generations = "num_tokens", int(slots.shape[1])
+        if kernel.launch.grid[0].per_seq:
+            rows = "num_seqs"
+        calls.append(PushCall(places[PEER_SLOTS], places[PEER_COUNTS], generations, rows))
+    return calls

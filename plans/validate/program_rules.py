@@ -19,14 +19,15 @@ from tokenspeed_plan.plans.schema import (
 from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.plans.validate.batch_rules import Producer, check_batch
 from tokenspeed_plan.plans.validate.kernel_rules import states_of
-from tokenspeed_plan.plans.validate.peer_rules import check_peers
+from tokenspeed_plan.plans.validate.peer_rules import check_peer_order, check_peers
 from tokenspeed_plan.plans.validate.refusal import refuse
 
 _ARENAS_OF_ROLE: dict[str, tuple[str, ...]] = {
-    "input": ("io", "activations", "symmetric"),
-    "output": ("io", "activations", "symmetric"),
+    "input": ("io", "activations"),
+    "output": ("io", "activations"),
     "state": ("kv_cache", "state", "io"),
     "scratch": ("scratch",),
+    "symmetric": ("symmetric",),
 }
 
 
@@ -62,6 +63,7 @@ def check_programs(plan: Plan, pool: Pool) -> None:
             check_hazards(program, kernels, buffers)
         except ShapeError as error:
             raise refuse(f"program {program.name}: {error}") from error
+    check_peer_order(pool, kernels, plan.target.count)
 
 
 def _check_outputs(program: Program) -> None:

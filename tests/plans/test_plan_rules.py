@@ -13,8 +13,8 @@ from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.hazards import check_hazards
 from tokenspeed_plan.plans.kernel_abi import with_launch_params
 from tokenspeed_plan.plans.ops import ShapeError
+from tokenspeed_plan.plans.peer_memory import PEER_COUNTS, PEER_SLOTS
 from tokenspeed_plan.plans.schema import (
-    SIGNALS,
     ArenaName,
     ArenaSpec,
     BufferSpec,
@@ -33,7 +33,7 @@ from tokenspeed_plan.plans.schema import (
 )
 from tokenspeed_plan.plans.types import FORMATS, Format, TensorSpec
 from tokenspeed_plan.plans.validate import validate
-from tokenspeed_plan.plans.validate.peer_rules import check_peers
+from tokenspeed_plan.plans.validate.peer_rules import check_peer_order, check_peers
 
 
 @pytest.mark.parametrize(
@@ -171,16 +171,18 @@ def test_library_steps_are_ordered_like_others(
         check_hazards(program, {}, buffers)
 
 
-def reducing_kernel(ranks: int) -> KernelSpec:
+def reducing_kernel(ranks: int, words: int = 68, generations: int = 3, **baked: int) -> KernelSpec:
+    """A kernel that adds up rows of 64 fp32, with slots of so many words."""
     rows = TensorSpec.of(shape=("num_tokens", 64), dtype="fp32")
     params = (
         Param(name="x", role="input", tensor=rows),
         Param(name="y", role="output", tensor=rows, access="write"),
     )
     part = Part(kind="all_reduce", operands=("x",), outputs=("y",), attrs={"num_ranks": ranks})
+    constants = {"GENERATIONS": generations, "WORLD": ranks, "SLOT": words}
     launch = Launch(
-        template="add_norm",
-        constants={},
+        template="all_reduce",
+        constants={**constants, "ROW": generations * ranks * words, **baked},
         grid=({"block": 1},),  # type: ignore[arg-type]
         num_warps=4,
         num_stages=1,
@@ -188,42 +190,95 @@ def reducing_kernel(ranks: int) -> KernelSpec:
         source_sha256="",
     )
     kernel = KernelSpec(name="sum_0", params=params, parts=(part,), launch=launch)
-    return with_launch_params(kernel)
+    return with_slots(with_launch_params(kernel), generations, ranks, words)
 
 
-def placed(arena: ArenaName, signals: str | None, width: int) -> dict[str, BufferSpec]:
-    """The reduced tensor in one arena, and flags in another."""
-    rows = TensorSpec.of(shape=("num_tokens", 64), dtype="fp32")
-    made = {"x": BufferSpec(name="x", arena=arena, offset_bytes=0, tensor=rows)}
-    if signals is not None:
-        flags = TensorSpec.of(shape=("num_tokens", width), dtype="i32")
-        fields = {"name": SIGNALS, "arena": signals, "offset_bytes": 0, "tensor": flags}
-        made[SIGNALS] = BufferSpec.model_validate(fields)
-    return made
+def with_slots(kernel: KernelSpec, *shape: int) -> KernelSpec:
+    tensor = TensorSpec.of(shape=("num_tokens", *shape), dtype="i32")
+    params = tuple(
+        param.model_copy(update={"tensor": tensor}) if param.name == PEER_SLOTS else param
+        for param in kernel.params
+    )
+    return kernel.model_copy(update={"params": params})
+
+
+def peer_buffers(kernel: KernelSpec, arena: ArenaName = "symmetric") -> dict[str, BufferSpec]:
+    return {
+        param.name: BufferSpec(name=param.name, arena=arena, offset_bytes=0, tensor=param.tensor)
+        for param in kernel.tensors
+        if param.role == "symmetric"
+    }
+
+
+def reducing_call(kernel: KernelSpec, **args: str) -> KernelCall:
+    names = tuple(args.get(param.name, param.name) for param in kernel.tensors)
+    return KernelCall(kernel=kernel.name, args=names, predicted_us=1.0)
 
 
 @pytest.mark.parametrize(
-    ("arena", "signals", "width", "ranks", "says"),
+    ("kernel", "arena", "ranks", "rows", "says"),
     [
-        ("symmetric", "symmetric", 8, 4, None),
-        ("activations", "symmetric", 8, 4, "peers read `x` of `sum_0`"),
-        ("symmetric", None, 8, 4, "has no i32 `signals`"),
-        ("symmetric", "scratch", 8, 4, "has no i32 `signals`"),
-        ("symmetric", "symmetric", 7, 4, "has 28 bytes, `sum_0` needs 32"),
-        ("symmetric", "symmetric", 8, 2, "adds up 4 ranks, the plan has 2"),
+        (reducing_kernel(4), "symmetric", 4, 128, None),
+        (reducing_kernel(4), "activations", 4, 1, "peers write `peer_slots`, which is not in the"),
+        (reducing_kernel(4), "symmetric", 2, 1, "adds up 4 ranks, the plan has 2"),
+        (reducing_kernel(4), "symmetric", 4, 129, "adds up 129 rows at once, at most 128"),
+        (reducing_kernel(4, words=64), "symmetric", 4, 1, "the slots of `sum_0` are"),
+        (reducing_kernel(4, SLOT=64), "symmetric", 4, 1, "has SLOT 64, its slots 68"),
+        (reducing_kernel(4, ROW=68), "symmetric", 4, 1, "has ROW 68, its slots 816"),
+        (reducing_kernel(4, GENERATIONS=2), "symmetric", 4, 1, "has GENERATIONS 2, its slots 3"),
+        (reducing_kernel(4, WORLD=2), "symmetric", 4, 1, "has WORLD 2, its slots 4"),
     ],
 )
-def test_peers_read_symmetric_memory_only(
-    arena: ArenaName, signals: str | None, width: int, ranks: int, says: str | None
+def test_slots_lie_in_peer_memory_and_apart(
+    kernel: KernelSpec, arena: ArenaName, ranks: int, rows: int, says: str | None
 ) -> None:
-    step = KernelCall(kernel="sum_0", args=("x", "y"), predicted_us=1.0)
-    program, kernel = small_program((step,), {}), reducing_kernel(4)
-    buffers = placed(arena, signals, width)
+    step = reducing_call(kernel)
+    program = small_program((step,), {}).model_copy(update={"max_tokens": rows})
+    buffers = peer_buffers(kernel, arena)
     if says is None:
         check_peers(program, step, kernel, buffers, ranks)
         return
     with pytest.raises(PlanError, match=says):
         check_peers(program, step, kernel, buffers, ranks)
+
+
+def test_a_kernel_that_adds_up_nothing_has_no_peer_memory() -> None:
+    kernel = reducing_kernel(4)
+    part = Part(kind="add", operands=("x", "x"), outputs=("y",), attrs={})
+    alone = kernel.model_copy(update={"parts": (part,)})
+    step = reducing_call(alone)
+    with pytest.raises(PlanError, match="adds up no ranks, and has peer memory"):
+        check_peers(small_program((step,), {}), step, alone, peer_buffers(alone), 4)
+    bare = kernel.model_copy(update={"params": kernel.params[:2]})
+    step = reducing_call(bare)
+    with pytest.raises(PlanError, match="has not the peer memory peer_slots, peer_counts"):
+        check_peers(small_program((step,), {}), step, bare, {}, 4)
+
+
+@pytest.mark.parametrize(
+    ("generations", "args", "says"),
+    [
+        (3, {}, None),
+        (4, {}, None),
+        (2, {}, "written while a peer may still empty it"),
+        (1, {}, "written"),
+        (3, {PEER_COUNTS: "own_counts"}, "is written again before it is emptied"),
+        (3, {PEER_SLOTS: "own_slots"}, "is written again before it is emptied"),
+    ],
+)
+def test_ranks_that_push_do_not_race(
+    generations: int, args: dict[str, str], says: str | None, tiny_plan: Plan
+) -> None:
+    """Two generations, or a kernel that counts or pushes elsewhere than the others."""
+    kernel = reducing_kernel(2, generations=generations)
+    steps = tuple(reducing_call(kernel, **(args if turn == 1 else {})) for turn in range(3))
+    programs = tuple(small_program(steps[:count], {}) for count in (1, 3, 2))
+    pool = tiny_plan.pool.model_copy(update={"programs": programs})
+    if says is None:
+        check_peer_order(pool, {kernel.name: kernel}, 2)
+        return
+    with pytest.raises(PlanError, match=says):
+        check_peer_order(pool, {kernel.name: kernel}, 2)
 
 
 def test_one_rank_has_no_symmetric_memory(tiny_plan: Plan) -> None:
