@@ -75,7 +75,7 @@ class Engine:
         """Forget every request, and what was launched for them."""
         processor = OutputProcessor(self.tokenizer)
         self.scheduler = Scheduler(self.plan, self._chunk, self._cache)
-        self._loop = StepLoop(self.executor, self.scheduler, processor)
+        self._loop = StepLoop(self.plan, self.executor, self.scheduler, processor)
 
     @classmethod
     def load(

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.runtime.execution.host_copy import HostCopy, index_on
 from tokenspeed_plan.runtime.request import Completion, FinishReason, NewToken, TokenLogprobs
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.streaming import StopSearch, text_before_stop
@@ -19,6 +21,7 @@ from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 # Where logits are no numbers, the argmax is the first token.
 FIRST_TOKEN = 0
+NO_NUMBERS = "the model's logits are not numbers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +78,66 @@ def step_output(program: Program, outputs: tuple[list[int], ...], index: int) ->
     return StepOutput(token_ids, first, drafts)
 
 
-def token_logprobs(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs:
-    """Logprobs of a token and of the `count` most likely ones, before temperature and filters."""
-    logprobs_V = torch.log_softmax(logits_V.double(), -1)
-    top = logprobs_V.topk(count)
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    logprob = float(logprobs_V[token_id])
-    return TokenLogprobs(token_id, logprob, tuple(pairs))
+def needs_look(sequence: Sequence, count: int) -> bool:
+    """Whether a step of `count` tokens may make its first token, its last, or one with logprobs.
+
+    Args:
+        sequence: with what is known before the step is committed.
+        count: tokens that the step computes of it, drafts included.
+    """
+    return not sequence.is_plain or len(sequence.token_ids) + count >= sequence.max_len
 
 
-def _may_be_no_number(sequence: Sequence, output: StepOutput) -> bool:
-    return (
-        sequence.num_generated == 0
-        or FIRST_TOKEN in output.token_ids
-        or len(sequence.token_ids) + len(output.token_ids) >= sequence.max_len
-        or sequence.request.params.num_logprobs is not None
-    )
+class Look:
+    """What the host wants of the logits of a step, beside its tokens.
+
+    It is taken before the next step writes other logits, and read later.
+
+    Args:
+        logits_TV: the logits of the step.
+        tokens_T: the tokens that were sampled from them.
+        rows: which of them are looked at.
+        num_logprobs: for those rows whose logprobs are wanted, how many of the most likely tokens.
+    """
+
+    def __init__(
+        self, logits_TV: Tensor, tokens_T: Tensor, rows: list[int], num_logprobs: dict[int, int]
+    ) -> None:
+        self._place = {row: place for place, row in enumerate(rows)}
+        self._num_logprobs = num_logprobs
+        self._reported = {row: place for place, row in enumerate(num_logprobs)}
+        device = logits_TV.device
+        parts = [torch.isfinite(logits_TV[index_on(device, rows)]).all(-1)]
+        if num_logprobs:
+            index = index_on(device, [*num_logprobs])
+            logprobs_NV = torch.log_softmax(logits_TV[index].double(), -1)
+            tokens_N1 = tokens_T.flatten()[index].long().unsqueeze(1)
+            top = logprobs_NV.topk(max(num_logprobs.values()))
+            parts += [logprobs_NV.gather(1, tokens_N1), top.indices, top.values]
+        self._copy = HostCopy(*parts)
+        self._read: list[list[Any]] = []
+
+    def _values(self) -> list[list[Any]]:
+        if not self._read:
+            self._read = [tensor.tolist() for tensor in self._copy.wait()]
+        return self._read
+
+    def has(self, row: int) -> bool:
+        """Whether this row is looked at."""
+        return row in self._place
+
+    def is_finite(self, row: int) -> bool:
+        """Whether all logits of a row are numbers."""
+        return bool(self._values()[0][self._place[row]])
+
+    def logprobs(self, row: int, token_id: int) -> TokenLogprobs | None:
+        """Of a row's token and of the most likely ones, before temperature and filters."""
+        if row not in self._reported:
+            return None
+        _, own, ids, values = self._values()
+        place, count = self._reported[row], self._num_logprobs[row]
+        top = zip(ids[place][:count], values[place][:count], strict=True)
+        return TokenLogprobs(token_id, own[place][0], tuple(top))
 
 
 class OutputProcessor:
@@ -104,13 +151,17 @@ class OutputProcessor:
         self._tokenizer = tokenizer
 
     def append_tokens(
-        self, sequence: Sequence, output: StepOutput, logits_TV: Tensor
+        self, sequence: Sequence, output: StepOutput, look: Look | None
     ) -> list[NewToken]:
         """Add the tokens of a step, up to the one that ends the sequence; returns those added."""
         new_tokens: list[NewToken] = []
         for row, token_id in enumerate(output.token_ids, start=output.first_row):
             sequence.token_ids.append(token_id)
-            logprobs = self._logprobs(sequence, token_id, logits_TV, row)
+            logprobs = None
+            if sequence.request.params.num_logprobs is not None and look is not None:
+                logprobs = look.logprobs(row, token_id)
+            if logprobs is not None:
+                sequence.logprobs.append(logprobs)
             new_token = NewToken(sequence.request.request_id, token_id, logprobs)
             new_tokens.append(new_token)
             sequence.finish_reason = self._finish_reason(sequence)
@@ -118,24 +169,17 @@ class OutputProcessor:
                 break
         return new_tokens
 
-    def check_numbers(
-        self, parts: Iterable[tuple[Sequence, StepOutput]], logits_TV: Tensor
-    ) -> None:
+    def check_numbers(self, parts: Iterable[tuple[Sequence, StepOutput]], look: Look) -> None:
         """Set the `error` of each sequence whose new tokens come from logits with NaN or infinity.
 
         NaN spreads through all layers and stays in the caches. So it shows in the first logits of a
         sequence, in its last ones, or in the token that an argmax over NaN gives. Only those are
-        looked at, at once for all sequences, as it waits for the device.
+        looked at.
         """
-        suspects = [part for part in parts if _may_be_no_number(*part)]
-        rows = [row for _, output in suspects for row in output.rows]
-        if not rows:
-            return
-        is_finite = iter(torch.isfinite(logits_TV[rows]).all(-1).tolist())
-        for sequence, output in suspects:
-            found = [next(is_finite) for _ in output.rows]
-            if not all(found):
-                sequence.error = "the model's logits are not numbers"
+        for sequence, output in parts:
+            rows = [row for row in output.rows if look.has(row)]
+            if not all(map(look.is_finite, rows)):
+                sequence.error = NO_NUMBERS
 
     def completion(self, sequence: Sequence) -> Completion:
         """The answer of a sequence that has ended."""
@@ -159,16 +203,6 @@ class OutputProcessor:
         if self._tokenizer is None:
             return ""
         return text_before_stop(self._tokenizer, ids, sequence.request.params.stop)
-
-    def _logprobs(
-        self, sequence: Sequence, token_id: int, logits_TV: Tensor, row: int
-    ) -> TokenLogprobs | None:
-        count = sequence.request.params.num_logprobs
-        if count is None:
-            return None
-        logprobs = token_logprobs(logits_TV[row], token_id, count)
-        sequence.logprobs.append(logprobs)
-        return logprobs
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         if sequence.token_ids[-1] in sequence.stop_ids:

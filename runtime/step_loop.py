@@ -1,7 +1,10 @@
 """The steps of an engine: schedule a batch, launch it, and commit what it computed.
 
-A captured program is launched ahead: while one step is in flight, the next is launched, and only
-then are the outputs of the first read.
+Where programs are captured, a step is launched ahead: while one is in flight the next is chosen and
+launched, and only then are the outputs of the first read. Sequences come, go, grow by pages and
+report logprobs meanwhile; an end that only the host sees comes late, and what was computed after it
+is thrown away. Everything is launched on one stream, so that memory can be given away as soon as
+the last step that uses it is launched.
 """
 
 from __future__ import annotations
@@ -14,12 +17,22 @@ from functools import partial
 
 from torch import Tensor
 
+from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.execution.executor import Executor
-from tokenspeed_plan.runtime.execution.inputs import fill_inputs, input_values
+from tokenspeed_plan.runtime.execution.inputs import InputWriter
 from tokenspeed_plan.runtime.execution.launch import HostValues
 from tokenspeed_plan.runtime.isolation import alone
 from tokenspeed_plan.runtime.metrics import Metrics
-from tokenspeed_plan.runtime.output import OutputProcessor, StepOutput, host_outputs, step_output
+from tokenspeed_plan.runtime.output import (
+    FIRST_TOKEN,
+    NO_NUMBERS,
+    Look,
+    OutputProcessor,
+    StepOutput,
+    host_outputs,
+    needs_look,
+    step_output,
+)
 from tokenspeed_plan.runtime.request import Completion, NewToken, failed
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
@@ -28,17 +41,33 @@ from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 OnToken = Callable[[NewToken], object]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InFlightBatch:
     """A batch that was launched.
 
-    `outputs` waits for its tokens, how many drafts were accepted, and new drafts. It is None in the
-    middle of a prompt, so that the next step is prepared while this one is computed.
+    `outputs` waits for its tokens, how many drafts were accepted, and new drafts. `look` is what is
+    wanted of its logits; it is taken before another step `is_followed` by overwrites them.
     """
 
     batch: Batch
-    outputs: HostValues | None
+    outputs: HostValues
     logits: Tensor
+    tokens: Tensor
+    look: Look | None = None
+    is_followed: bool = False
+
+    def take_look(self, indices: list[int]) -> None:
+        """Look at the logits of some of its sequences."""
+        queries = self.batch.program.query_len
+        rows, num_logprobs = list[int](), dict[int, int]()
+        for index in indices:
+            mine = range(index * queries, (index + 1) * queries)
+            rows += mine
+            count = self.batch.sequences[index].request.params.num_logprobs
+            if count is not None:
+                num_logprobs |= dict.fromkeys(mine, count)
+        if rows:
+            self.look = Look(self.logits, self.tokens, rows, num_logprobs)
 
 
 class StepLoop:
@@ -50,7 +79,9 @@ class StepLoop:
         last_batch: the batch that was launched last.
     """
 
-    def __init__(self, executor: Executor, scheduler: Scheduler, outputs: OutputProcessor) -> None:
+    def __init__(
+        self, plan: Plan, executor: Executor, scheduler: Scheduler, outputs: OutputProcessor
+    ) -> None:
         self.sequences: dict[str, Sequence] = {}
         self.in_flight: InFlightBatch | None = None
         self.last_batch: Batch | None = None
@@ -58,6 +89,8 @@ class StepLoop:
         self._scheduler = scheduler
         self._outputs = outputs
         self._limits = scheduler.limits
+        self._inputs = InputWriter(plan, executor.buffer)
+        self._launches_ahead = any(program.captured for program in plan.pool.programs)
         self._waited_s = 0.0
 
     @property
@@ -88,22 +121,45 @@ class StepLoop:
         return finished
 
     def _step(self, on_token: OnToken | None) -> list[Completion]:
+        before = self.in_flight
+        was_launched = self._launch_next(before)
         finished: list[Completion] = []
-        if self.in_flight is not None:
-            in_flight = self.in_flight
-            overlapped = self._scheduler.next_overlapped_batch(in_flight.batch)
-            self.in_flight = self._launch(overlapped) if overlapped else None
-            finished = self._commit(in_flight, on_token)
-            if finished or overlapped:
-                return finished
-        batch = self._scheduler.schedule()
-        if batch is not None:
-            launched = self._launch(batch)
-            if batch.program.captured:
-                self.in_flight = launched
-            else:
-                finished = self._commit(launched, on_token)
+        if before is not None:
+            finished = self._commit(before, on_token)
+            if not was_launched:
+                self._launch_next(None)
+        if self.in_flight is not None and not self._launches_ahead:
+            in_flight, self.in_flight = self.in_flight, None
+            finished += self._commit(in_flight, on_token)
         return finished
+
+    def _launch_next(self, before: InFlightBatch | None) -> bool:
+        """Launch the next step, if there is one, while `before` is in flight."""
+        batch = self._scheduler.schedule(before.batch if before else None)
+        self.in_flight = None
+        if batch is None:
+            return False
+        if before is not None:
+            self._look_at(before, batch)
+        self.in_flight = self._launch(batch)
+        return True
+
+    def _look_at(self, before: InFlightBatch, batch: Batch) -> None:
+        """Take what the host will want of the logits of a step, before another one is launched.
+
+        A sequence that goes on is looked at when its tokens give a reason, in the logits that come
+        after them: see `_check_late`.
+        """
+        before.is_followed = True
+        going_on = frozenset(batch.sequences)
+        queries = before.batch.program.query_len
+        before.take_look(
+            [
+                index
+                for index, sequence in enumerate(before.batch.sequences)
+                if needs_look(sequence, queries) or sequence not in going_on
+            ]
+        )
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -112,25 +168,25 @@ class StepLoop:
         yield
         self._waited_s += time.perf_counter() - begun
 
-    def _launch(self, batch: Batch) -> InFlightBatch:
-        """Start a replay; if it follows the last one, its inputs are already on the device."""
+    def _launch(self, batch: Batch) -> InFlightBatch | None:
+        """Start a replay; None where the host needs nothing of it, so that it is committed."""
 
         def buffer(name: str) -> Tensor:
             return self._executor.buffer(name, batch.run_tokens, batch.run_seqs)
 
         self._copy_pages(batch)
-        if not batch.follows(self.last_batch):
-            values = input_values(batch, self._limits)
-            inputs = self._executor.inputs_of(batch.program, batch.run_tokens, batch.run_seqs)
-            with self._waiting():
-                fill_inputs(batch, values, inputs, self._limits)
+        change = self._inputs.write(batch)
         self.last_batch = batch
         with self._waiting():
-            self._executor.run(batch.program, batch.run_tokens, batch.run_seqs)
-        outputs = None
-        if not batch.has_no_output:
-            outputs = self._executor.copy_to_host(*map(buffer, host_outputs(batch.program)))
-        return InFlightBatch(batch, outputs, buffer(batch.program.logits))
+            self._executor.run(batch.program, batch.run_tokens, batch.run_seqs, change)
+        if batch.has_no_output:
+            self._advance(batch)
+            return None
+        program = batch.program
+        outputs = self._executor.copy_to_host(*map(buffer, host_outputs(program)))
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            sequence.launch(count)
+        return InFlightBatch(batch, outputs, buffer(program.logits), buffer(program.tokens))
 
     def _copy_pages(self, batch: Batch) -> None:
         """Give a sequence its own copy of a shared page in the middle of which it continues."""
@@ -142,30 +198,129 @@ class StepLoop:
     def _commit(self, in_flight: InFlightBatch, on_token: OnToken | None) -> list[Completion]:
         """Add what a step computed to its sequences, and finish those that have ended."""
         batch, finished = in_flight.batch, list[Completion]()
-        self.metrics.steps += 1
-        self.metrics.decode_steps += batch.program.phase == "decode"
-        if in_flight.outputs is None:
-            self._advance(batch)
-            return finished
+        program = batch.program
+        self._count_step(batch)
         with self._waiting():
             outputs = in_flight.outputs()
         now = time.perf_counter()
+        others = list(range(len(batch.sequences)))
+        if program.phase == "decode" and program.query_len == 1:
+            others = self._commit_plain(batch, outputs[0], now, on_token, finished)
         parts = []
-        for index, sequence in enumerate(batch.sequences):
+        for index in others:
+            sequence = batch.sequences[index]
             if sequence.is_running:  # others had ended before this step was launched
-                parts.append((index, sequence, step_output(batch.program, outputs, index)))
-        new = [(owner, part) for index, owner, part in parts if batch.makes_token(index)]
-        self._outputs.check_numbers(new, in_flight.logits)
+                parts.append((index, sequence, step_output(program, outputs, index)))
+        self._check(in_flight, parts)
+        for index in others:
+            if not batch.sequences[index].is_running:
+                batch.sequences[index].land(batch.counts[index])
         for index, sequence, output in parts:
             if not sequence.is_running:
                 continue  # a callback has cancelled it meanwhile
+            sequence.land(batch.counts[index])
             completion = self._commit_sequence(sequence, output, in_flight, index, now, on_token)
             if completion is not None:
                 finished.append(completion)
         return finished
 
+    def _count_step(self, batch: Batch) -> None:
+        self.metrics.steps += 1
+        self.metrics.decode_steps += batch.program.phase == "decode"
+
+    def _commit_plain(
+        self,
+        batch: Batch,
+        tokens: list[int],
+        now_s: float,
+        on_token: OnToken | None,
+        finished: list[Completion],
+    ) -> list[int]:
+        """Commit the sequences that have one more token and nothing else.
+
+        Returns:
+            The places of the others.
+        """
+        plain: list[Sequence] = []
+        others: list[int] = []
+        for index, (sequence, token) in enumerate(zip(batch.sequences, tokens, strict=False)):
+            known = sequence.token_ids
+            if (
+                sequence.is_plain
+                and token != FIRST_TOKEN
+                and token not in sequence.stop_ids
+                and len(known) + 1 < sequence.max_len
+                and sequence.state == "decoding"
+            ):
+                known.append(token)
+                sequence.num_ahead -= 1
+                sequence.steps_ahead -= 1
+                sequence.last_token_s = now_s
+                plain.append(sequence)
+            else:
+                others.append(index)
+        self._scheduler.advance_plain(plain)
+        self.metrics.decode_passes += len(plain)
+        self.metrics.decode_tokens += len(plain)
+        if on_token is not None:
+            finished += self._tell(plain, on_token)
+        return others
+
+    def _tell(self, sequences: list[Sequence], on_token: OnToken) -> list[Completion]:
+        """Pass on the last token of each; returns what has failed by that."""
+        found = []
+        for sequence in sequences:
+            if sequence.is_running:  # else a callback has cancelled it meanwhile
+                token = NewToken(sequence.request.request_id, sequence.token_ids[-1])
+                alone(sequence, partial(on_token, token), None)
+                if sequence.error:
+                    found.append(self._fail(sequence))
+        return [completion for completion in found if completion is not None]
+
+    def _check(
+        self, in_flight: InFlightBatch, parts: list[tuple[int, Sequence, StepOutput]]
+    ) -> None:
+        """Find the sequences whose logits are not numbers, before anything is told of them."""
+        batch = in_flight.batch
+        queries = batch.program.query_len
+        new = [part for part in parts if batch.makes_token(part[0])]
+        if not in_flight.is_followed:
+            in_flight.take_look(
+                [
+                    index
+                    for index, sequence, output in new
+                    if needs_look(sequence, queries) or FIRST_TOKEN in output.token_ids
+                ]
+            )
+        look = in_flight.look
+        if look is not None:
+            self._outputs.check_numbers([part[1:] for part in new], look)
+        late = [
+            sequence
+            for _, sequence, output in new
+            if FIRST_TOKEN in output.token_ids
+            and not (look is not None and look.has(output.first_row))
+        ]
+        if late:
+            self._check_late(late)
+
+    def _check_late(self, suspects: list[Sequence]) -> None:
+        """Check sequences by their next logits, as these are overwritten: NaN stays in the caches.
+
+        This waits for the step that was launched since; it has all of them.
+        """
+        later = self.in_flight
+        assert later is not None, "nothing has overwritten their logits"
+        queries = later.batch.program.query_len
+        rows = [later.batch.sequences.index(sequence) * queries for sequence in suspects]
+        look = Look(later.logits, later.tokens, rows, {})
+        for sequence, row in zip(suspects, rows, strict=True):
+            if not look.is_finite(row):
+                sequence.error = NO_NUMBERS
+
     def _advance(self, batch: Batch) -> None:
         """Advance all sequences of a batch within their prompts."""
+        self._count_step(batch)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             if sequence.is_running:
                 sequence.drafts = []
@@ -190,7 +345,7 @@ class StepLoop:
         completion = None
         if sequence.finish_reason and not sequence.error:
             all_taken = len(new_tokens) == len(output.token_ids)
-            completion = self._finish(sequence, in_flight.batch, all_taken)
+            completion = self._finish(sequence, all_taken)
         if on_token is not None:
             alone(sequence, partial(self._emit, sequence, new_tokens, on_token), None)
         if sequence.error:
@@ -203,7 +358,7 @@ class StepLoop:
         """Add the new tokens of a replay to a sequence, up to the one that ends it."""
         sequence.drafts = output.drafts
         batch = in_flight.batch
-        append = partial(self._outputs.append_tokens, sequence, output, in_flight.logits)
+        append = partial(self._outputs.append_tokens, sequence, output, in_flight.look)
         if batch.program.phase == "prefill":
             self._scheduler.advance(sequence, batch.counts[index])
             if sequence.num_left or sequence.error:
@@ -230,13 +385,14 @@ class StepLoop:
             self._scheduler.fail(sequence)
         return failed(sequence.request, str(sequence.error))
 
-    def _finish(self, sequence: Sequence, batch: Batch, all_taken: bool) -> Completion | None:
+    def _finish(self, sequence: Sequence, all_taken: bool) -> Completion | None:
         """End a sequence; `all_taken`: all tokens that the step computed for it belong to it.
 
         If it ends before the step's last token, a step that was launched since has written over the
         state at its end; the inputs that a plan keeps are still there.
         """
-        has_state = all_taken or bool(self._limits.kept_inputs) or self.last_batch is batch
+        is_last = not sequence.steps_ahead
+        has_state = all_taken or bool(self._limits.kept_inputs) or is_last
         self._scheduler.finish(sequence, has_state)
         del self.sequences[sequence.request.request_id]
         return alone(sequence, partial(self._outputs.completion, sequence), None)

@@ -22,7 +22,7 @@ from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import Binary, KernelSpec, Plan
 from tokenspeed_plan.plans.types import WARP_SIZE
 from tokenspeed_plan.runtime.execution.kernels import Launcher
-from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory, tables_of
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory, launch_tables
 
 DEFAULT_SHARED_BYTES = 48 << 10  # a kernel that needs more has to ask
 
@@ -123,8 +123,8 @@ class CudaKernels:
         driver = self._driver
         function = self._function(kernel)
         config = self._config(kernel, num_tokens, num_seqs)
-        if peers is None:
-            bind_launch(kernel, rank, num_tokens, num_seqs)  # refuses what needs them
+        tables = launch_tables(peers, program)
+        values = bind_launch(kernel, rank, num_tokens, num_seqs, tables)
         bound: dict[tuple[int, ...], _Arguments] = {}
         current_stream = torch._C._cuda_getCurrentRawStream
         device = torch.cuda.current_device()
@@ -132,8 +132,6 @@ class CudaKernels:
         def run(attrs: object, *tensors: Tensor) -> tuple[()]:
             key = tuple(x.data_ptr() for x in tensors)
             if key not in bound:
-                tables = tables_of(kernel, tensors, peers, program)
-                values = bind_launch(kernel, rank, num_tokens, num_seqs, tables)
                 bound[key] = _Arguments(kernel, (*key, *values))
             config.hStream = current_stream(device)
             call(driver.cuLaunchKernelEx, config, function, bound[key].address, 0)

@@ -7,30 +7,33 @@ Triton kernels or cubins), a `Launch` launches programs (step by step, or as CUD
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from torch import Tensor
 
+from tokenspeed_plan.plans.peer_memory import ERROR, PEER_SIGNALS, STOP, explain
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.execution.backend import Backend, BoundStep, Instruction
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.input_block import InputChange
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch, HostValues, Launch
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.execution.rank_loss import LOSS
 
 
 class Lead(Protocol):
     """Keeps the ranks of a plan together."""
 
-    def inputs_of(
-        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
-    ) -> Callable[[str], Tensor]:
-        """Where the inputs of the next replay are written, by name."""
-
     def before_run(
-        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
+        self,
+        memory: PlanMemory,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: InputChange | None,
     ) -> None:
-        """Called before each replay, after this rank's inputs are written."""
+        """Called before each replay, after this rank's inputs were changed so, if at all."""
 
     def before_copy(self, source: int, target: int) -> None:
         """Called before a page is copied."""
@@ -39,14 +42,13 @@ class Lead(Protocol):
 class Alone:
     """A rank without others, or one that follows."""
 
-    def inputs_of(
-        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
-    ) -> Callable[[str], Tensor]:
-        """The input buffers themselves."""
-        return lambda name: memory.buffer(name, num_tokens, num_seqs)
-
     def before_run(
-        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
+        self,
+        memory: PlanMemory,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: InputChange | None,
     ) -> None:
         """Nothing."""
 
@@ -78,6 +80,9 @@ class Executor:
         self.lead = lead or Alone()
         self.programs = BoundPrograms(memory, backend)
         self.kernels = {kernel.name: kernel for kernel in memory.plan.kernels}
+        self._signals: Tensor | None = None  # of kernels that wait for peers
+        if any(buffer.name == PEER_SIGNALS for buffer in memory.plan.pool.buffers):
+            self._signals = memory.buffer(PEER_SIGNALS)
 
     def prepare(self) -> None:
         """Do what can be done before the first replay."""
@@ -87,20 +92,41 @@ class Executor:
         """A state or io buffer, at the size of a batch."""
         return self.memory.buffer(name, num_tokens, num_seqs)
 
-    def inputs_of(
-        self, program: Program, num_tokens: int, num_seqs: int
-    ) -> Callable[[str], Tensor]:
-        """Where the inputs of the next replay are written, by name."""
-        return self.lead.inputs_of(self.memory, program, num_tokens, num_seqs)
+    def run(
+        self,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: InputChange | None = None,
+    ) -> None:
+        """One replay; inputs and outputs are in the io buffers.
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
-        """One replay; inputs and outputs are in the io buffers."""
-        self.lead.before_run(self.memory, program, num_tokens, num_seqs)
+        Args:
+            program: what is replayed.
+            num_tokens: of the batch.
+            num_seqs: of the batch.
+            change: how its inputs were changed, for the other ranks.
+        """
+        self.lead.before_run(self.memory, program, num_tokens, num_seqs, change)
         self.launch.run(self.programs, program, num_tokens, num_seqs)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
-        """A function that waits for these outputs of the last replay, and returns them."""
-        return self.launch.copy_to_host(*values)
+        """A function that waits for these outputs of the last replay, and returns them.
+
+        It raises a RankError where a kernel has given up waiting for a peer.
+        """
+        if self._signals is None:
+            return self.launch.copy_to_host(*values)
+        wait = self.launch.copy_to_host(*values, self._signals)
+
+        def checked() -> tuple[list[int], ...]:
+            *found, signals = wait()
+            fault = explain(signals[STOP], signals[ERROR])
+            if fault:
+                raise LOSS.error(fault)
+            return tuple(found)
+
+        return checked
 
     def copy_page(self, source: int, target: int) -> int:
         """Copy a page of keys and values in all layers; returns the bytes that were copied."""

@@ -1,171 +1,166 @@
-"""Writes a batch into the input buffers of its program."""
+"""Writes a batch into the input buffers of its program.
+
+A prefill step gets all of its inputs. Those of decode steps are kept as arrays on the host, with a
+row for each sequence, and only what differs from the step before is sent: the device itself has
+made the rows of sequences that go on.
+
+Shapes: S sequences, T tokens, R tokens of each sequence in a decode step, P pages of a sequence.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import accumulate
+from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.ops import STOP_IDS
-from tokenspeed_plan.plans.schema import Limits
+from tokenspeed_plan.plans.ops import BATCH_STATE, STOP_IDS
+from tokenspeed_plan.plans.schema import Limits, Plan
+from tokenspeed_plan.runtime.execution.input_block import (
+    DEVICE_ONLY,
+    WORD_BYTES,
+    InputBlocks,
+    InputChange,
+    InputLayout,
+    Views,
+    Words,
+)
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
 Buffer = Callable[[str], Tensor]
-# The device counts accepted drafts itself; only a benchmark writes `forced_accept`.
-DEVICE_ONLY = ("accept_counts", "forced_accept")
-# Steps whose tokens and drafts the pages must cover: the device may be ahead of the host.
-MAX_UNKNOWN_STEPS = 3
-Values = dict[str, list[int] | list[float]]
+TOKEN_INPUTS = ("token_ids", "positions", "slot_mapping")
+# The device writes these after each decode step.
+ADVANCED = (*BATCH_STATE, "state_lens")
+NO_WORDS: Words = np.zeros(0, dtype=np.int64)
 
 
 def write_inputs(batch: Batch, buffer: Buffer, limits: Limits) -> None:
-    """Fill the buffers that the batch's program reads.
+    """Fill the buffers that the batch's program reads; waits until they are written.
 
     Args:
         batch: its sequences; a captured program is filled up with padding.
         buffer: from a name to the buffer, at the size that the batch runs at.
         limits: those of the plan.
     """
-    values = input_values(batch, limits)
-    fill_inputs(batch, values, buffer, limits)
+    buffers = {name: buffer(name) for name in batch.program.inputs if name not in DEVICE_ONLY}
+    host = {name: torch.empty_like(view, device="cpu") for name, view in buffers.items()}
+    fill({name: value.numpy() for name, value in host.items()}, batch, limits)
+    for name, view in buffers.items():
+        view.copy_(host[name])
 
 
-def input_values(batch: Batch, limits: Limits) -> Values:
-    """The first half of `write_inputs`: all inputs by name, without the page table."""
-    return (
-        _token_values(batch, limits)
-        | _length_values(batch, limits)
-        | _state_slot_values(batch, limits)
-        | _sampling_values(batch)
-    )
+def fill(views: Views, batch: Batch, limits: Limits) -> None:
+    """Write a batch and its padding into arrays of the size that it runs at."""
+    sequences = batch.sequences
+    pads = pad_values(limits, batch.program.query_len)
+    table_SP = views["page_table"]
+    table_SP[...] = limits.pad_page
+    for row, sequence in enumerate(sequences):
+        table_SP[row, : len(sequence.pages)] = sequence.pages
+    num_padding = batch.run_seqs - len(sequences)
+    lengths = [*batch.counts, *[batch.program.query_len] * num_padding]
+    if "cu_seqlens" in views:
+        views["cu_seqlens"][:] = np.cumsum([0, *lengths])
+    values = state_values(sequences, batch.counts, table_SP, limits)
+    values |= fixed_values(sequences, limits)
+    values["following"] = _array(map(_following, sequences, batch.counts))
+    for name, value in values.items():
+        view = views.get(name)
+        if view is not None:
+            count = len(value)
+            view[:count] = value.reshape(view[:count].shape)
+            view[count:] = pads[name]
 
 
-def fill_inputs(batch: Batch, values: Values, buffer: Buffer, limits: Limits) -> None:
-    """The second half of `write_inputs`: copy the values to the device.
+def pad_values(limits: Limits, query_len: int) -> dict[str, float]:
+    """The inputs of a sequence that is padding, with as few tokens as the program takes.
 
-    On a GPU it waits while the step before still reads the buffers.
+    It reads state slot 0, which is zero, and writes the padding slot and the padding page.
     """
-    for name in batch.program.inputs:
-        view = buffer(name)
-        if name == "page_table":
-            _write_page_table(batch, view, limits)
-        elif name not in DEVICE_ONLY:
-            flat = torch.tensor(values[name], dtype=view.dtype)
-            view.copy_(flat.view(view.shape))
+    return {
+        "token_ids": 0,
+        "positions": 0,
+        "slot_mapping": limits.pad_page * limits.page_size,
+        "context_lens": query_len,
+        "state_lens": 0,
+        "following": -1,
+        "max_lens": 0,
+        "src_state_slots": 0,
+        "dst_state_slots": limits.pad_state_slot,
+        "page_table": limits.pad_page,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "seed": 0,
+        "stop_ids": -1,
+        "rng_offset": 0,
+    }
 
 
-def _token_values(batch: Batch, limits: Limits) -> Values:
-    """Token ids, positions and cache slots.
+def state_values(
+    sequences: Seq[Sequence], counts: Seq[int], table_SP: np.ndarray, limits: Limits
+) -> Views:
+    """What changes from step to step.
 
-    A missing draft is replaced by token 0, which is verified like any other draft.
+    Args:
+        sequences: all of what is known of them is committed.
+        counts: tokens of each to compute; a missing draft is replaced by token 0, which is verified
+            like any other draft.
+        table_SP: their page table.
+        limits: those of the plan.
     """
     token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+    for sequence, count in zip(sequences, counts, strict=True):
         start = sequence.num_computed
-        end = start + count
-        known = sequence.token_ids[start:end] + sequence.drafts
-        known = known[:count]
-        num_missing = count - len(known)
+        known = sequence.token_ids[start : start + count]
+        if len(known) < count:
+            known = (known + sequence.drafts + [0] * count)[:count]
         token_ids += known
-        token_ids += [0] * num_missing
-        positions += range(start, end)
-        slots += _slots(sequence, start, end, limits)
-    padding = batch.run_tokens - batch.num_tokens
-    pad_slot = limits.pad_page * limits.page_size
+    count_S = _array(counts)
+    start_S = _array(sequence.num_computed for sequence in sequences)
+    before_S = np.cumsum(count_S) - count_S  # tokens of the sequences before it
+    positions_T = np.arange(len(token_ids)) + np.repeat(start_S - before_S, count_S)
+    row_T = np.repeat(np.arange(len(sequences)), count_S)
+    page_T = _pages_of(table_SP, row_T, positions_T // limits.page_size, limits)
     return {
-        "token_ids": token_ids + [0] * padding,
-        "positions": positions + [0] * padding,
-        "slot_mapping": slots + [pad_slot] * padding,
+        "token_ids": np.array(token_ids, dtype=np.int32),
+        "positions": positions_T,
+        "slot_mapping": page_T * limits.page_size + positions_T % limits.page_size,
+        "context_lens": start_S + count_S,
+        "state_lens": _array(sequence.state_len for sequence in sequences),
+        "src_state_slots": _array(sequence.state_slot for sequence in sequences),
+        "dst_state_slots": np.array([sequence.own_slots for sequence in sequences], dtype=np.int32),
+        "rng_offset": _array(sequence.num_generated for sequence in sequences),
     }
 
 
-def _slots(sequence: Sequence, start: int, end: int, limits: Limits) -> list[int]:
-    """The cache slots of its tokens from `start` to `end`.
-
-    They are made page by page, as a chunk of a prompt has thousands of tokens.
-    """
-    slots: list[int] = []
-    size = limits.page_size
-    first_page = start // size
-    end_page = -(-end // size)
-    for index in range(first_page, end_page):
-        page = limits.pad_page
-        if index < len(sequence.pages):
-            page = sequence.pages[index]
-        page_start = index * size
-        shift = page * size - page_start  # from a token's position to its slot
-        first = max(start, page_start)
-        last = min(end, page_start + size)
-        slots += range(first + shift, last + shift)
-    return slots
+def _pages_of(
+    table_SP: np.ndarray, row_T: np.ndarray, column_T: np.ndarray, limits: Limits
+) -> np.ndarray:
+    """The page of each token; beyond the table it is the padding page."""
+    last_column = table_SP.shape[1] - 1
+    page_T = table_SP[row_T, np.minimum(column_T, last_column)]
+    return np.where(column_T <= last_column, page_T, limits.pad_page).astype(np.int64)
 
 
-def _num_padding(batch: Batch) -> int:
-    """Padding sequences."""
-    return batch.run_seqs - len(batch.sequences)
-
-
-def _length_values(batch: Batch, limits: Limits) -> Values:
-    """Bounds and lengths; a padding sequence has as few tokens as the program takes."""
-    contexts: list[int] = []
-    state_lens: list[int] = []
-    following: list[int] = []
-    max_lens: list[int] = []
-    for sequence, count in zip(batch.sequences, batch.counts, strict=True):
-        contexts.append(sequence.num_computed + count)
-        state_lens.append(sequence.state_len)
-        following.append(_following(sequence, count))
-        max_lens.append(_max_state_len(sequence, limits))
-    padding = _num_padding(batch)
-    pad_counts = [batch.program.query_len] * padding
+def fixed_values(sequences: Seq[Sequence], limits: Limits) -> Views:
+    """Parameters of sampling, the tokens that end a sequence, and where its memory ends."""
+    params = [sequence.request.params for sequence in sequences]
     return {
-        "cu_seqlens": [0, *accumulate([*batch.counts, *pad_counts])],
-        "context_lens": contexts + pad_counts,
-        "state_lens": state_lens + [0] * padding,
-        "following": following + [-1] * padding,
-        "max_lens": max_lens + [0] * padding,
+        "max_lens": _array(_max_state_len(sequence, limits) for sequence in sequences),
+        "temperature": np.array([p.temperature for p in params], dtype=np.float32),
+        "top_p": np.array([p.top_p for p in params], dtype=np.float32),
+        "top_k": _array(p.top_k for p in params),
+        "seed": _array(_signed(p.seed) for p in params),
+        "stop_ids": np.array([_stop_ids(sequence) for sequence in sequences], dtype=np.int32),
     }
 
 
-def _state_slot_values(batch: Batch, limits: Limits) -> Values:
-    """State slots; a padding sequence reads slot 0, which is zero, and writes the padding slot."""
-    padding = _num_padding(batch)
-    num_written = limits.state_slots_per_seq - 1
-    num_pad_slots = num_written * padding
-    pad_slots = [limits.pad_state_slot] * num_pad_slots
-    return {
-        "src_state_slots": [*batch.src_state_slots, *[0] * padding],
-        "dst_state_slots": _joined(batch.dst_state_slots) + pad_slots,
-    }
-
-
-def _sampling_values(batch: Batch) -> Values:
-    """Parameters of sampling, and the tokens that end a sequence."""
-    padding = _num_padding(batch)
-    params = [sequence.request.params for sequence in batch.sequences]
-    stop_ids = _joined(map(_stop_ids, batch.sequences))
-    pad_stop_ids = [-1] * STOP_IDS * padding
-    rng_offsets = [sequence.num_generated for sequence in batch.sequences]
-    return {
-        "temperature": [p.temperature for p in params] + [0.0] * padding,
-        "top_p": [p.top_p for p in params] + [1.0] * padding,
-        "top_k": [p.top_k for p in params] + [0] * padding,
-        "seed": [_signed(p.seed) for p in params] + [0] * padding,
-        "stop_ids": stop_ids + pad_stop_ids,
-        "rng_offset": rng_offsets + [0] * padding,
-    }
-
-
-def _joined(lists: Iterable[Iterable[int]]) -> list[int]:
-    joined: list[int] = []
-    for values in lists:
-        joined += values
-    return joined
+def _array(values: Iterable[int]) -> np.ndarray:
+    return np.array(list(values), dtype=np.int64)
 
 
 def _following(sequence: Sequence, count: int) -> int:
@@ -197,30 +192,193 @@ def _signed(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _write_page_table(batch: Batch, view: Tensor, limits: Limits) -> None:
-    """Write the columns that the step can reach.
+class DecodeRows:
+    """The inputs of decode steps on the host: arrays with a row for each sequence.
 
-    These are the pages of the longest sequence, and those that drafts may reach where the device is
-    ahead of the host. Shorter sequences, and padding, are filled up with the padding page.
+    Rows behind the last sequence are padding. What the device advances is right only in rows that
+    were written since; of the others the device alone knows it.
+
+    Args:
+        layout: where inputs lie.
+        limits: those of the plan.
+        query_len: tokens of each row.
     """
-    num_pages = [len(sequence.pages) for sequence in batch.sequences]
-    max_pages = max(num_pages, default=1)
-    used = max_pages + _pages_of_drafts(limits)
-    used = min(used, limits.table_pages)
-    table: list[list[int]] = []
-    for sequence in batch.sequences:
-        num_missing = used - len(sequence.pages)
-        padding = [limits.pad_page] * num_missing
-        table.append(sequence.pages + padding)
-    pad_row = [limits.pad_page] * used
-    table += [pad_row] * _num_padding(batch)
-    view[:, :used] = torch.tensor(table, dtype=view.dtype)
+
+    def __init__(self, layout: InputLayout, limits: Limits, query_len: int) -> None:
+        self.query_len = query_len
+        self.words = np.zeros(layout.num_words, dtype=np.int32)
+        self._layout = layout
+        self._limits = limits
+        self._owners: tuple[Sequence, ...] = ()
+        self._versions: list[int] = []
+        self._num_pages: list[int] = []
+        views = layout.views(self.words)
+        views.pop("cu_seqlens")[:] = np.arange(layout.max_seqs + 1) * query_len
+        self._views = {name: self._rows_of(name, view) for name, view in views.items()}
+        self._fixed = [name for name in self._views if name not in ADVANCED]
+        self._advanced = [name for name in self._views if name in ADVANCED]
+        self._pads = pad_values(limits, query_len)
+        self._pad(np.arange(layout.max_seqs))
+
+    def _rows_of(self, name: str, view: np.ndarray) -> np.ndarray:
+        """An input as a matrix with a row for each sequence."""
+        num_rows = self._layout.max_seqs
+        if name in TOKEN_INPUTS:
+            return view[: num_rows * self.query_len].reshape(num_rows, self.query_len)
+        return view[:num_rows].reshape(num_rows, -1)
+
+    def _pad(self, rows: np.ndarray) -> None:
+        for name, view in self._views.items():
+            view[rows] = self._pads[name]
+
+    def change(self, batch: Batch) -> tuple[Words, tuple[Words, Words]]:
+        """Follow the step before; returns the words to send, and those that the device moves.
+
+        A sequence whose last step is not committed must have been in the step before.
+        """
+        sequences = batch.sequences
+        if sequences is self._owners:
+            versions = [sequence.pages_version for sequence in sequences]
+            if versions == self._versions:
+                return self._extend_all(sequences), (NO_WORDS, NO_WORDS)
+        shown = self._num_pages  # of each row
+        row_of = {
+            owner: row
+            for row, owner in enumerate(self._owners)
+            if self._versions[row] == owner.pages_version
+        }
+        before = [row_of.get(sequence, -1) for sequence in sequences]
+        before_S, row_S = _array(before), np.arange(len(sequences))
+        fresh = row_S[before_S < 0]
+        moved = row_S[(before_S >= 0) & (before_S != row_S)]
+        for name in self._fixed:
+            self._views[name][moved] = self._views[name][before_S[moved]]
+        freed = np.arange(len(sequences), len(self._owners))
+        written = np.concatenate([fresh, freed])
+        if len(written):
+            self._pad(written)
+            self._write(sequences, fresh)
+        longer = [
+            self._extend(row, sequences[row], shown[old])
+            for row, old in enumerate(before)
+            if old >= 0 and shown[old] != len(sequences[row].pages)
+        ]
+        self._note(sequences)
+        words = [self._words(self._fixed, moved), self._words([*self._views], written), *longer]
+        moves = (
+            self._words(self._advanced, moved),
+            self._words(self._advanced, before_S[moved]),
+        )
+        return np.concatenate(words), moves
+
+    def rewrite(self, batch: Batch) -> None:
+        """Write all rows anew; all that was launched of their sequences must be committed."""
+        self.change(batch)
+        assert not any(sequence.num_ahead for sequence in batch.sequences)
+        self._write_state(batch.sequences, np.arange(len(batch.sequences)))
+
+    def _note(self, sequences: tuple[Sequence, ...]) -> None:
+        """Remember whose rows these are, and which of their memory they show."""
+        self._owners = sequences
+        self._versions = [sequence.pages_version for sequence in sequences]
+        self._num_pages = [len(sequence.pages) for sequence in sequences]
+
+    def _words(self, names: Seq[str], rows: np.ndarray) -> Words:
+        """The words of some rows of some inputs."""
+        if not len(rows):
+            return NO_WORDS
+        parts = []
+        for name in names:
+            width = self._views[name].nbytes // WORD_BYTES // self._layout.max_seqs
+            parts.append(self._layout.row_words(name, rows, width))
+        return np.concatenate(parts)
+
+    def _write(self, sequences: Seq[Sequence], rows: np.ndarray) -> None:
+        """Write whole rows."""
+        owners = [sequences[row] for row in rows]
+        for row, owner in zip(rows, owners, strict=True):
+            assert not owner.num_ahead, "only the device knows how this sequence goes on"
+            self._views["page_table"][row, : len(owner.pages)] = owner.pages
+        if owners:
+            self._put(fixed_values(owners, self._limits), rows)
+            self._write_state(owners, rows)
+
+    def _write_state(self, owners: Seq[Sequence], rows: np.ndarray) -> None:
+        """Write what the device advances."""
+        table_SP = self._views["page_table"][rows]
+        counts = [self.query_len] * len(owners)
+        self._put(state_values(owners, counts, table_SP, self._limits), rows)
+
+    def _put(self, values: Views, rows: np.ndarray) -> None:
+        for name, value in values.items():
+            if name in self._views:
+                self._views[name][rows] = value.reshape(len(rows), -1)
+
+    def _extend_all(self, sequences: Seq[Sequence]) -> Words:
+        """Append new pages, where all rows stay; returns the words."""
+        num_pages = [len(sequence.pages) for sequence in sequences]
+        if num_pages == self._num_pages:
+            return NO_WORDS
+        longer = [
+            self._extend(row, sequence, self._num_pages[row])
+            for row, sequence in enumerate(sequences)
+            if num_pages[row] != self._num_pages[row]
+        ]
+        self._num_pages = num_pages
+        return np.concatenate(longer)
+
+    def _extend(self, row: int, sequence: Sequence, count: int) -> Words:
+        """Append the pages after the first `count` to a row; returns the words."""
+        self._views["page_table"][row, count : len(sequence.pages)] = sequence.pages[count:]
+        rows = np.array([row])
+        words = self._words(["page_table"], rows)[count : len(sequence.pages)]
+        if "max_lens" not in self._views:
+            return words
+        self._views["max_lens"][row] = _max_state_len(sequence, self._limits)
+        return np.concatenate([words, self._words(["max_lens"], rows)])
 
 
-def _pages_of_drafts(limits: Limits) -> int:
-    """Pages that the tokens and drafts of the steps in flight may reach; none without drafts."""
-    if not limits.max_depth:
-        return 0
-    num_tokens = MAX_UNKNOWN_STEPS * (limits.max_depth + 1)
-    whole_pages = -(-num_tokens // limits.page_size)
-    return whole_pages + 1
+class InputWriter:
+    """Writes the inputs of the batches of an engine, each before its program is launched.
+
+    Args:
+        plan: names the inputs and their places.
+        buffer: from a name and the size of a batch to a buffer of the io arena.
+    """
+
+    def __init__(self, plan: Plan, buffer: Callable[[str, int, int], Tensor]) -> None:
+        self._layout = InputLayout(plan)
+        self._limits = plan.pool.limits
+        self._blocks = InputBlocks(self._layout, buffer)
+        self._rows: DecodeRows | None = None
+        self._follows = False  # whether the device has what follows the last decode step
+
+    def write(self, batch: Batch) -> InputChange | None:
+        """Write what the device has not made itself; returns what was sent, if anything."""
+        if batch.program.phase == "prefill":
+            return self._write_prefill(batch)
+        query_len = batch.program.query_len
+        if self._rows is None or self._rows.query_len != query_len:
+            self._rows = DecodeRows(self._layout, self._limits, query_len)
+            self._follows = False
+        if self._follows:
+            words, moves = self._rows.change(batch)
+            if not len(words) and not len(moves[0]):
+                return None
+            return self._blocks.patch(words, self._rows.words[words], moves)
+        self._rows.rewrite(batch)
+        self._blocks.fresh()[:] = self._rows.words
+        self._follows = True
+        return self._blocks.send()
+
+    def _write_prefill(self, batch: Batch) -> InputChange:
+        views = self._layout.views(self._blocks.fresh())
+        cut: Views = {}
+        for name in batch.program.inputs:
+            if name in TOKEN_INPUTS:
+                cut[name] = views[name][: batch.run_tokens]
+            elif name in views:
+                cut[name] = views[name][: batch.run_seqs + (name == "cu_seqlens")]
+        fill(cut, batch, self._limits)
+        self._follows = False
+        return self._blocks.send()

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import RankError
-from tokenspeed_plan.plans.schema import KernelSpec, Plan
 
 _TEST_S = 5.0  # for a copy of a few bytes; the first one sets up the link
 _MARK = 0x51  # plus the rank that wrote it
@@ -33,49 +32,25 @@ class PeerMemory:
         owner: keeps the mappings alive.
 
     Attributes:
-        signals: for each rank the address of its flags, i64[R].
+        table: the addresses, i64[R] on the device.
     """
 
     def __init__(self, own: Tensor, addresses: Sequence[int], owner: object = None) -> None:
         self.own = own
         self.table = torch.tensor(list(addresses), dtype=torch.int64, device=own.device)
-        self.signals = self.table
-        self._tables: dict[int, Tensor] = {}
         self._owner = owner
 
-    def place_signals(self, plan: Plan) -> None:
-        """Note where the plan has put the flags."""
-        for buffer in plan.pool.buffers:
-            if buffer.name == "signals":
-                self.signals = self.table + buffer.offset_bytes
 
-    def table_of(self, tensor: Tensor) -> Tensor:
-        """For each rank the address of what lies there where `tensor` lies here, i64[R]."""
-        offset = tensor.data_ptr() - self.own.data_ptr()
-        assert 0 <= offset < self.own.numel(), "the validator wants it in the symmetric arena"
-        if offset not in self._tables:
-            self._tables[offset] = self.table + offset
-        return self._tables[offset]
-
-
-def tables_of(
-    kernel: KernelSpec, tensors: Sequence[Tensor], peers: PeerMemory | None, program: int
-) -> dict[str, int | Tensor]:
-    """What a kernel needs of its peers, by role; nothing without peers.
+def launch_tables(peers: PeerMemory | None, program: int) -> dict[str, int | Tensor]:
+    """What a kernel needs to reach its peers, by the role of its parameters.
 
     Args:
-        kernel: what is launched.
-        tensors: in the order of its parameters.
-        peers: the memory of the other ranks.
-        program: index of the program that calls it.
+        peers: the memory of the other ranks; without it there is nothing.
+        program: index of the program that calls the kernel.
     """
-    if peers is None or kernel.reduced_operand is None:
+    if peers is None:
         return {}
-    if all(param.role != "signal_table" for param in kernel.launch_params):
-        return {"peer_table": peers.table, "program": program}
-    names = [param.name for param in kernel.tensors]
-    reduced = tensors[names.index(kernel.reduced_operand)]
-    return {"peer_table": peers.table_of(reduced), "signal_table": peers.signals}
+    return {"peer_table": peers.table, "program": program}
 
 
 def map_symmetric(size_bytes: int, group: Any) -> PeerMemory:

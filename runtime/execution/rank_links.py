@@ -22,10 +22,10 @@ from tokenspeed_plan.runtime.execution.collectives import (
     translate_dist_errors,
 )
 from tokenspeed_plan.runtime.execution.heartbeat import RECORD_BYTES, Heartbeat
+from tokenspeed_plan.runtime.execution.input_block import NUMBER_BYTES, InputLayout
 from tokenspeed_plan.runtime.execution.nccl import NcclCollectives
 from tokenspeed_plan.runtime.execution.order_ring import OrderRing, ring_bytes
 from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory, map_symmetric
-from tokenspeed_plan.runtime.execution.rank_inputs import largest_block_bytes
 from tokenspeed_plan.runtime.execution.rank_loss import LOSS
 from tokenspeed_plan.runtime.execution.rank_place import (
     find_store,
@@ -183,7 +183,7 @@ def _link(plan: Plan, rank: int, world: int, timeout_s: float) -> Links:
         group = dist.new_group(backend="gloo", timeout=_FOREVER)
         replays = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert group is not None and replays is not None
-    payload_bytes = largest_block_bytes(plan)
+    payload_bytes = _message_bytes(plan)
     # Rank 0 gives the memory; all ranks map it.
     sizes = (world * RECORD_BYTES, ring_bytes(world, payload_bytes))
     beats, ring = (
@@ -204,6 +204,11 @@ def _link(plan: Plan, rank: int, world: int, timeout_s: float) -> Links:
         if rank == 0:  # on a CPU a step may take longer, and collectives have the deadline
             heartbeat.watch = lambda: orders.stalled(timeout_s)
     return Links(rank, collectives, orders, group, heartbeat)
+
+
+def _message_bytes(plan: Plan) -> int:
+    """The largest message: a patch of all inputs."""
+    return 2 * NUMBER_BYTES * (InputLayout(plan).num_words + 1)
 
 
 def _exchange(text: str, group: dist.ProcessGroup) -> list[str]:

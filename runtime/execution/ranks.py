@@ -1,28 +1,30 @@
 """Several processes that replay one plan.
 
 Rank 0 schedules, and sends an order before each replay: which program comes next, at which size,
-and its inputs, unless the step before has left them on the device. The others do the same.
+and what has changed in its inputs since the step before. The others do the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from torch import Tensor
+import numpy as np
 
 from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
+from tokenspeed_plan.runtime.execution.input_block import InputBlocks, InputChange, InputLayout
 from tokenspeed_plan.runtime.execution.order_ring import OrderRing
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
-from tokenspeed_plan.runtime.execution.rank_inputs import InputBlocks
 from tokenspeed_plan.runtime.execution.rank_links import Links
 
 # An order has three numbers: the index of a program, and the tokens and sequences of its batch; or
 # one of these, and its two arguments.
 STOP = -1
 COPY_PAGE = -2
+_CHANGE = struct.Struct("<qq")  # the numbers of an `InputChange`; its content follows
 
 
 class Leader:
@@ -30,28 +32,21 @@ class Leader:
 
     def __init__(self, orders: OrderRing) -> None:
         self._orders = orders
-        self._blocks: InputBlocks | None = None
-        self._is_filled = False
         self._indices: dict[tuple[str, int], int] = {}
 
-    def inputs_of(
-        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
-    ) -> Callable[[str], Tensor]:
-        """The input buffers on the host; they go to all devices before the next replay."""
-        if self._blocks is None:
-            self._blocks = InputBlocks(memory)
-        self._is_filled = True
-        return self._blocks.take(program, num_tokens, num_seqs).__getitem__
-
     def before_run(
-        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
+        self,
+        memory: PlanMemory,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: InputChange | None,
     ) -> None:
-        """Send the program, the size of the batch and new inputs."""
+        """Send the program, the size of the batch and what has changed in its inputs."""
         index, content = self._index_of(program, memory.plan), b""
-        if self._is_filled and self._blocks is not None:
-            content = self._blocks.bytes_of(program, num_tokens, num_seqs)
-            self._blocks.copy_to_buffers(program, num_tokens, num_seqs)
-        self._is_filled = False
+        if change is not None:
+            head = _CHANGE.pack(change.num_moves, change.num_words)
+            content = head + change.content.tobytes()
         self._orders.write((index, num_tokens, num_seqs), content)
 
     def _index_of(self, program: Program, plan: Plan) -> int:
@@ -79,7 +74,7 @@ def follow(executor: Executor, orders: OrderRing) -> None:
     Raises:
         RankError: a rank is lost.
     """
-    blocks = InputBlocks(executor.memory)
+    blocks = InputBlocks(InputLayout(executor.plan), executor.buffer)
     programs = executor.plan.pool.programs
     while True:
         (index, first, second), content = orders.read()
@@ -89,8 +84,9 @@ def follow(executor: Executor, orders: OrderRing) -> None:
             executor.copy_page(first, second)
             continue
         if content:
-            blocks.receive(content)
-            blocks.copy_to_buffers(programs[index], first, second)
+            num_moves, num_words = _CHANGE.unpack_from(content)
+            words = np.frombuffer(content, np.uint8, offset=_CHANGE.size)
+            blocks.receive(InputChange(num_moves, num_words, words))
         executor.run(programs[index], first, second)
 
 

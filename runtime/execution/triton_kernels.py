@@ -13,7 +13,7 @@ from tokenspeed_plan.plans.kernel_file import load_function, read_source
 from tokenspeed_plan.plans.schema import KernelSpec, Plan
 from tokenspeed_plan.runtime.execution.interpreter import interpret
 from tokenspeed_plan.runtime.execution.kernels import Launcher
-from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory, tables_of
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory, launch_tables
 
 
 class TritonKernels:
@@ -64,10 +64,10 @@ class TritonKernels:
         launch, function = kernel.launch, self._function(kernel)
         grid = tuple(dim.at(num_tokens, num_seqs) for dim in launch.grid)
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        tables = launch_tables(peers, program)
+        values = bind_launch(kernel, rank, num_tokens, num_seqs, tables)
 
         def run(attrs: object, *tensors: Tensor) -> tuple[()]:
-            tables = tables_of(kernel, tensors, peers, program)
-            values = bind_launch(kernel, rank, num_tokens, num_seqs, tables)
             function[grid](*tensors, *values, **options)
             return ()
 

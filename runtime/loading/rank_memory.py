@@ -37,6 +37,5 @@ class RankMemory:
         for arena in plan.pool.arenas:
             if arena.name == "symmetric" and arena.size_bytes:
                 self.peers = self._links.peer_memory(arena.size_bytes, plan.target.device)
-                self.peers.place_signals(plan)
                 given[arena.name] = self.peers.own
         return Arenas(plan.pool.arenas, plan.target.device, given)

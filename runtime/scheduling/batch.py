@@ -1,4 +1,4 @@
-"""A batch: the sequences of one step, the program that computes it, and its state slots."""
+"""A batch: the sequences of one step, and the program that computes it."""
 
 from __future__ import annotations
 
@@ -12,31 +12,20 @@ from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step.
+    """One step; `counts` are the tokens of each sequence to compute, drafts included.
 
-    `counts` are the tokens of each sequence to compute, drafts included. A batch that is launched
-    ahead, before its predecessor is committed, does not know its state slots; the device does.
+    The place of a sequence is its row in the inputs. In a decode step it keeps the row that it had
+    in the step before, where it can: the device has made the inputs of that row already.
     """
 
     program: Program
     sequences: tuple[Sequence, ...]
     counts: tuple[int, ...]
-    src_state_slots: tuple[int, ...]
-    dst_state_slots: tuple[tuple[int, ...], ...]
-    pages_versions: tuple[int, ...]
 
     @classmethod
     def of(cls, program: Program, sequences: Iterable[Sequence], counts: Iterable[int]) -> Batch:
-        """The next step of some sequences, with the memory that they hold now."""
-        members = tuple(sequences)
-        return cls(
-            program=program,
-            sequences=members,
-            counts=tuple(counts),
-            src_state_slots=tuple(member.state_slot for member in members),
-            dst_state_slots=tuple(tuple(member.own_slots) for member in members),
-            pages_versions=tuple(member.pages_version for member in members),
-        )
+        """A step of some sequences."""
+        return cls(program, tuple(sequences), tuple(counts))
 
     @property
     def num_tokens(self) -> int:
@@ -71,16 +60,6 @@ class Batch:
                 return False
         return True
 
-    def follows(self, other: Batch | None) -> bool:
-        """Whether it is the decode step right after `other`, which has made all its inputs."""
-        return (
-            other is not None
-            and self.program is other.program
-            and self.program.phase == "decode"
-            and self.sequences == other.sequences
-            and self.pages_versions == other.pages_versions
-        )
-
 
 class BatchMaker:
     """Cuts prompts into chunks, and finds the smallest program for a batch.
@@ -94,6 +73,8 @@ class BatchMaker:
         self._prefill = _programs(plan, "prefill")
         self._decode = _programs(plan, "decode")
         self._oldest_first = False
+        self._members: list[Sequence] = []  # of the last decode step
+        self._rows: tuple[Sequence, ...] = ()  # the same, in their rows
 
     def prefill(self, sequences: list[Sequence], max_tokens: int) -> Batch:
         """Chunks of prompts, at most `max_tokens` in all."""
@@ -112,18 +93,38 @@ class BatchMaker:
         program = _smallest(self._prefill, sum(counts), num_seqs)
         return Batch.of(program, order[:num_seqs], counts)
 
+    def decode_program(self, num_seqs: int) -> Program:
+        """The program of a decode step of so many sequences."""
+        return _smallest(self._decode, num_seqs, num_seqs)
+
     def decode(self, sequences: list[Sequence]) -> Batch:
-        """One step of every sequence."""
-        num_seqs = len(sequences)
-        program = _smallest(self._decode, num_seqs, num_seqs)
-        counts = [program.query_len] * num_seqs
-        return Batch.of(program, sequences, counts)
+        """One step of every sequence; the tuple of rows stays the same object while they are the same."""
+        program = self.decode_program(len(sequences))
+        if sequences != self._members:
+            self._rows = keep_rows(self._rows, sequences)
+            self._members = sequences
+        return Batch(program, self._rows, (program.query_len,) * len(sequences))
 
     def _priority(self, sequence: Sequence) -> tuple[int, int]:
         """The smallest is served first; numbers are in order of arrival."""
         if self._oldest_first:
             return 0, sequence.number
         return sequence.num_left, sequence.number
+
+
+def keep_rows(before: tuple[Sequence, ...], now: list[Sequence]) -> tuple[Sequence, ...]:
+    """The sequences of `now`, each in the row that it has in `before`, where there is that row.
+
+    The others fill the gaps, so that a batch has no padding between its sequences.
+    """
+    members = set(now)
+    rows: list[Sequence | None] = [None] * len(now)
+    for row, sequence in enumerate(before[: len(now)]):
+        if sequence in members:
+            rows[row] = sequence
+            members.remove(sequence)
+    others = iter([sequence for sequence in now if sequence in members])
+    return tuple(sequence or next(others) for sequence in rows)
 
 
 def _programs(plan: Plan, phase: Phase) -> list[Program]:

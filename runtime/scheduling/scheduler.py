@@ -5,13 +5,18 @@ pages for what it generates are added as it grows. When none is left the younges
 state and its pages go to the prefix cache, from where it goes on later. The oldest always goes on,
 and fits, so every request ends. While some sequences prefill and others decode, the two kinds of
 step take turns.
+
+A step can be chosen while the one before it is in flight. Then the next decode step has all
+sequences that certainly go on, and those that were in no step in flight; the others sit it out.
+Nothing is preempted before all steps are committed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.plans.types import Phase
 from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
 from tokenspeed_plan.runtime.metrics import Metrics
@@ -87,52 +92,67 @@ class Scheduler:
         """Queue a sequence."""
         self._admission.add(sequence)
 
-    def schedule(self) -> Batch | None:
-        """The next step; None when there is nothing to do. All before it must be committed."""
+    def schedule(self, in_flight: Batch | None = None) -> Batch | None:
+        """The next step; None when nothing can be launched, or not before `in_flight` is committed.
+
+        Args:
+            in_flight: the step that was launched last, if it is not committed. All steps before it
+                must be.
+        """
         self._admission.admit()
-        decoding = self._grow([s for s in self._running if s.state == "decoding"])
-        prefilling = [s for s in self._running if s.state == "prefilling"]
-        if not self._running:
+        decoding = [s for s in self._running if s.state == "decoding"]
+        ready: list[Sequence] | None
+        if in_flight is None:
+            ready = decoding = self._grow(decoding)
+        else:
+            ready = self._ready(decoding, in_flight.program)
+        prefilling = [s for s in self._running if s.state == "prefilling" and not s.num_ahead]
+        if ready is None or not (ready or prefilling):
             return None
-        if not prefilling or (decoding and self._last_phase == "prefill"):
+        if not prefilling or (ready and self._last_phase == "prefill"):
             self._last_phase = "decode"
-            return self._batches.decode(decoding)
+            return self._batches.decode(ready)
         self._last_phase = "prefill"
         max_tokens = self.chunk
         if decoding:
             max_tokens = min(max_tokens, self.limits.interleaved_tokens)
         return self._batches.prefill(prefilling, max_tokens)
 
-    def next_overlapped_batch(self, batch: Batch) -> Batch | None:
-        """The decode step after one in flight; None where something else may come first.
+    def _ready(self, decoding: list[Sequence], in_flight: Program) -> list[Sequence] | None:
+        """Those that a decode step can have before the step in flight is committed.
 
-        A sequence may turn out to have ended: then its part of the step is for nothing, and harms
+        One of them may turn out to have ended: then its part of the step is for nothing, and harms
         nobody.
-        """
-        goes_on = (
-            batch.program.captured
-            and self._admission.is_stuck
-            and len(batch.sequences) == len(self._running)
-            and all(map(self._can_go_on, batch.sequences, batch.counts))
-        )
-        return replace(batch) if goes_on else None
 
-    def _can_go_on(self, sequence: Sequence, count: int) -> bool:
-        """Whether it certainly goes on after the step in flight, and has pages for the next."""
-        known = len(sequence.token_ids)
-        return (
-            sequence.state == "decoding"
-            and known + 2 <= sequence.max_len
-            and min(known + count, sequence.max_len) <= len(sequence.pages) * self.limits.page_size
-            and sequence.request.params.num_logprobs is None
-            and self.cache.state_slots.holders(sequence.state_slot) == 1
-        )
+        Returns:
+            None where a page is missing, or where the rows of the next program are laid out in
+            another way than those that the device makes now.
+        """
+        ready = []
+        for sequence in decoding:
+            if len(sequence.token_ids) > sequence.ready_len:
+                version = sequence.pages_version
+                if not self._memory.add_pages_ahead(sequence):
+                    return None
+                is_late = sequence.num_ahead and sequence.pages_version != version
+                if is_late or not self._memory.can_go_on(sequence):
+                    continue
+            ready.append(sequence)
+        if ready and any(sequence.num_ahead for sequence in ready):
+            program = self._batches.decode_program(len(ready))
+            if program.query_len != in_flight.query_len:
+                return None
+        return ready
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """Note that a step has computed `count` more tokens of a sequence."""
         self._memory.advance(sequence, count)
         if sequence.state == "prefilling" and sequence.num_left <= 1:
             sequence.move_to("decoding")
+
+    def advance_plain(self, sequences: Iterable[Sequence]) -> None:
+        """Note that a step without drafts has computed one more token of each."""
+        self._memory.advance_plain(sequences)
 
     def finish(self, sequence: Sequence, has_state: bool = True) -> None:
         """End a sequence; the cache keeps its pages, and its state if that still exists."""
@@ -148,14 +168,14 @@ class Scheduler:
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request in any state; the cache keeps what it computed.
 
-        A step in flight may still compute it.
+        A step in flight may still compute it; a second one has written over its state.
         """
         if sequence.state in ("finished", "cancelled"):
             return
         was_running = sequence.is_running
         sequence.move_to("cancelled")
         if was_running:
-            self._stop(sequence)
+            self._stop(sequence, has_state=sequence.steps_ahead < 2)
         else:
             self._admission.remove(sequence)
 

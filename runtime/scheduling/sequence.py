@@ -45,10 +45,17 @@ class Sequence:
     num_computed: int = 0
     num_kept: int = 0
     pages: list[int] = field(default_factory=list)
-    # rises at least when pages or state slots are not as the last step has left them
+    # rises when pages or state slots are not as the last step has left them, but for pages at the end
     pages_version: int = 0
     state_slot: int = 0
     own_slots: list[int] = field(default_factory=list)
+    # launched for it and not committed: tokens, drafts included, and steps
+    num_ahead: int = 0
+    steps_ahead: int = 0
+    # up to so many known tokens a step may be launched before the last one is committed
+    ready_len: int = -1
+    # its next token needs no look but at its stop ids and its length: see `note_token`
+    is_plain: bool = False
     # after the last token, to be verified; there may be none
     drafts: list[int] = field(default_factory=list)
     stop_ids: frozenset[int] = frozenset()  # tokens that end it
@@ -66,6 +73,12 @@ class Sequence:
     error: str | None = None  # why it fails, where it does
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stop_search: StopSearch | None = None  # where it has stop strings and a token
+    num_prompt_tokens: int = field(init=False)
+    max_len: int = field(init=False)  # tokens that it can have at most
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.request.prompt_ids)
+        self.max_len = self.num_prompt_tokens + self.request.params.max_tokens
 
     def move_to(self, state: State) -> None:
         """Change the state.
@@ -80,9 +93,24 @@ class Sequence:
         self.state = state
 
     def note_token(self, now_s: float) -> None:
-        """Note when its last token came; the first one sets the time to the first token."""
+        """Note when its last token came; the first one sets the time to the first token.
+
+        After the first one most requests want nothing but tokens.
+        """
         self.first_token_s = self.first_token_s or now_s
         self.last_token_s = now_s
+        params = self.request.params
+        self.is_plain = not params.stop and params.num_logprobs is None
+
+    def launch(self, count: int) -> None:
+        """Note that a step computes `count` more tokens of it."""
+        self.num_ahead += count
+        self.steps_ahead += 1
+
+    def land(self, count: int) -> None:
+        """Note that this step is over."""
+        self.num_ahead -= count
+        self.steps_ahead -= 1
 
     def forget_memory(self) -> None:
         """Hold nothing any more, after all was given back."""
@@ -91,6 +119,7 @@ class Sequence:
         self.state_slot = 0
         self.node = None
         self.num_computed = 0
+        self.ready_len = -1
         self.copy_from = None
         self.drafts = []
         self.checkpoint_requests.clear()
@@ -99,11 +128,6 @@ class Sequence:
     def is_running(self) -> bool:
         """Whether it holds memory."""
         return self.state in ("prefilling", "decoding")
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_ids)
 
     @property
     def generated(self) -> list[int]:
@@ -131,11 +155,6 @@ class Sequence:
         if self.num_left == 1 and self.state_slot:
             return "decoding"
         return "prefilling"
-
-    @property
-    def max_len(self) -> int:
-        """Tokens that it can have at most."""
-        return self.num_prompt_tokens + self.request.params.max_tokens
 
     def chunk_end(self, max_tokens: int, interval: int) -> int:
         """Where its next chunk ends: at the next checkpoint, if it comes to one.

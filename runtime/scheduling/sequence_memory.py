@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from tokenspeed_plan.plans.schema import Limits, Plan
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
 from tokenspeed_plan.runtime.metrics import Metrics
@@ -51,12 +53,18 @@ class SequenceMemory:
             self._metrics.hit_tokens += hit.num_tokens
 
     def add_page(self, sequence: Sequence) -> bool:
-        """Add one page; False where there is none left."""
+        """Add one page; False where there is none left.
+
+        The device finds the slots of the next step at the end of the one before it. A page that
+        comes too late for that has to be written into the rows of the host.
+        """
         page = self.cache.take_page()
         if page is None:
             return False
+        reach = len(sequence.token_ids) + sequence.num_ahead + self.limits.max_depth
+        num_slots = len(sequence.pages) * self.limits.page_size
+        sequence.pages_version += num_slots < min(reach, sequence.max_len)
         sequence.pages.append(page)
-        sequence.pages_version += 1
         return True
 
     def add_draft_pages(self, sequence: Sequence) -> None:
@@ -69,6 +77,53 @@ class SequenceMemory:
         while len(sequence.pages) * self.limits.page_size < length:
             if not self.add_page(sequence):
                 return
+
+    def add_pages_ahead(self, sequence: Sequence) -> bool:
+        """Add pages for the next step, and where there are some for the one after it.
+
+        What a step in flight computes is not known: pages for most of it are taken.
+
+        Returns:
+            Whether there are pages for the next step's first token.
+        """
+        known = len(sequence.token_ids) + sequence.num_ahead
+        needed = min(known, sequence.max_len)
+        wanted = min(known + 2 * self.limits.max_depth + 1, sequence.max_len)
+        while len(sequence.pages) * self.limits.page_size < wanted:
+            if not self.add_page(sequence):
+                return len(sequence.pages) * self.limits.page_size >= needed
+        return True
+
+    def can_go_on(self, sequence: Sequence) -> bool:
+        """Whether another step can be launched for a sequence that has pages for it.
+
+        If one is in flight, it must not be the last, and the device must find the state slots of
+        the next one: it writes next what it reads now, so that nobody else may hold that. Notes up
+        to which length the answer stays yes.
+        """
+        owns_state = self.cache.state_slots.holders(sequence.state_slot) == 1
+        is_last = len(sequence.token_ids) + 2 > sequence.max_len
+        if sequence.num_ahead and (is_last or not owns_state):
+            return False
+        if owns_state:
+            room = len(sequence.pages) * self.limits.page_size
+            if room < sequence.max_len:
+                room -= 3 * self.limits.max_depth + 2
+            sequence.ready_len = min(sequence.max_len - 2, room)
+        return True
+
+    def advance_plain(self, sequences: Iterable[Sequence]) -> None:
+        """`advance` by one token each: decode steps without drafts, most of all that is done."""
+        holders = self.cache.state_slots.holders
+        is_simple = not self.limits.kept_inputs
+        for sequence in sequences:
+            own_slots, before = sequence.own_slots, sequence.state_slot
+            if is_simple and sequence.copy_from is None and holders(before) == 1:
+                sequence.num_computed += 1
+                sequence.state_slot = own_slots[0]
+                own_slots[0] = before
+            else:
+                self.advance(sequence, 1)
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """Note that `count` more tokens are computed."""

@@ -239,9 +239,8 @@ def test_every_step_of_two_ranks_is_compared(short: Path, tmp_path: Path) -> Non
 def test_a_broken_sum_over_ranks_is_named(short: Path, tmp_path: Path) -> None:
     """The broken kernel keeps only the last rank's part."""
     write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
-    break_kernels(
-        tmp_path / "plan", "reduce_add_norm", in_text("x += tl.load(part", "x = tl.load(part")
-    )
+    broken = in_text("x += part.to(tl.float32)", "x = part.to(tl.float32)")
+    break_kernels(tmp_path / "plan", "reduce_add_norm", broken)
     codes = wait(start(2, ["run", tmp_path / "plan", "--check"], tmp_path))
     assert all(codes), logs(tmp_path, 2)
     assert re.search(

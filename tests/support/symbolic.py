@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.ops import BATCH_STATE, STOP_IDS
+from tokenspeed_plan.plans.ops import BATCH_STATE
 from tokenspeed_plan.plans.schema import Plan, Program
-from tokenspeed_plan.runtime.execution.inputs import DEVICE_ONLY
+from tokenspeed_plan.runtime.execution.arenas import Arenas
+from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.reference import delta, speculation
 from tokenspeed_plan.runtime.reference.step_inputs import advance
 
@@ -56,40 +57,15 @@ class SymbolicExecutor:
         # (page, place) -> the name of the prefix before it, and the token there
         self.keys: dict[tuple[int, int], tuple[int, int]] = {}
         self.num_runs = 0
-        self._buffers: dict[str, Tensor] = {}
         self.host_outputs: list[int] = []
+        io = [arena for arena in plan.pool.arenas if arena.name == "io"]
+        self._memory = PlanMemory(plan, Arenas(io), {})
 
     def prepare(self) -> None:
         pass
 
     def buffer(self, name: str, num_tokens: int, num_seqs: int) -> Tensor:
-        limits = self.limits
-        size = max(limits.max_tokens, limits.max_seqs * (limits.max_depth + 1)) + 1
-        widths = {
-            "page_table": limits.table_pages,
-            "logits": VOCAB,
-            "verify_logits": VOCAB,
-            "stop_ids": STOP_IDS,
-        }
-        if limits.max_depth:
-            widths[f"drafts_{limits.max_depth}"] = limits.max_depth + 1
-        if limits.state_slots_per_seq > 2:
-            widths["dst_state_slots"] = limits.state_slots_per_seq - 1
-        if name not in self._buffers:
-            shape = (size, widths[name]) if name in widths else (size,)
-            self._buffers[name] = torch.zeros(shape, dtype=torch.int64)
-        per_token = ("token_ids", "positions", "slot_mapping", "verify_tokens", "verify_logits")
-        count = num_tokens if name in per_token else num_seqs
-        return (
-            self._buffers[name]
-            if name in DEVICE_ONLY
-            else self._buffers[name][: count + (name == "cu_seqlens")]
-        )
-
-    def inputs_of(
-        self, program: Program, num_tokens: int, num_seqs: int
-    ) -> Callable[[str], Tensor]:
-        return lambda name: self.buffer(name, num_tokens, num_seqs)
+        return self._memory.buffer(name, num_tokens, num_seqs)
 
     def copy_page(self, source: int, target: int) -> int:
         for place in range(self.limits.page_size):
@@ -107,7 +83,7 @@ class SymbolicExecutor:
 
         return wait
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
+    def run(self, program: Program, num_tokens: int, num_seqs: int, change: object = None) -> None:
         self.num_runs += 1
 
         def view(name: str) -> Tensor:
