@@ -163,14 +163,14 @@ def _on_ranks(
     is_started = bool({"WORLD_SIZE", "RANK"} & os.environ.keys())
     if not is_started and _written_count(bundle) == 1:
         return alone()
+    if not is_started:
+        return _start_ranks(load_plan(bundle, options.signers), options, lead)
     from tokenspeed_plan.runtime.execution.rank_links import join
     from tokenspeed_plan.runtime.execution.rank_place import own_rank, world_size
 
-    if is_started and world_size() == 1:
+    if world_size() == 1:
         return alone()
     frozen = load_plan(bundle, options.signers)
-    if not is_started:
-        return _start_ranks(frozen, lambda: lead(join(frozen, options.rank_timeout_s)))
     if own_rank() == 0:
         return lead(join(frozen, options.rank_timeout_s))
     if frozen.target.count == world_size():  # else rank 0 reports the error
@@ -187,15 +187,19 @@ def _written_count(bundle: Path) -> int:
         return 1
 
 
-def _start_ranks(frozen: Plan, lead: Callable[[], int | None]) -> int | None:
+def _start_ranks(
+    frozen: Plan, options: EngineOptions, lead: Callable[[Links], int | None]
+) -> int | None:
     """Start the other ranks with the command of this process, and lead them."""
     from tokenspeed_plan.planner.commands.rank_processes import started_ranks
-    from tokenspeed_plan.runtime.loading.preflight import check_target
 
-    check_target(frozen)
     args: tuple[str, ...] = click.get_current_context().meta[ARGS]
     with started_ranks(frozen.target.count, args):
-        return lead()
+        from tokenspeed_plan.runtime.execution.rank_links import join
+        from tokenspeed_plan.runtime.loading.preflight import check_target
+
+        check_target(frozen)
+        return lead(join(frozen, options.rank_timeout_s))
 
 
 def load_chat_template(bundle: Path, options: EngineOptions) -> ChatTemplate | None:

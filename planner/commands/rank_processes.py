@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from tokenspeed_plan.plans.errors import RankError
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.execution.rank_loss import RankLoss
 
+_LOOPBACK = "127.0.0.1"
 _LOOK_S = 0.05
 _END_S = 10.0  # in which a rank that was told to stop ends by itself
 _FAILED_S = 2.0  # the same, where rank 0 has failed
@@ -78,15 +80,11 @@ def started_ranks(count: int, args: Sequence[str]) -> Iterator[None]:
         count: number of ranks.
         args: of the command that every rank runs.
     """
-    from tokenspeed_plan.runtime.execution.rank_links import leave
     from tokenspeed_plan.runtime.execution.rank_loss import LOSS
-    from tokenspeed_plan.runtime.execution.rank_place import LOOPBACK, listen_on_free_port
 
-    place = {
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(listen_on_free_port()),
-    }
+    listener = socket.create_server((_LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(port)}
     ranks: list[_Process] = []
     done = threading.Event()
     watch = threading.Thread(target=_watch, args=(ranks, LOSS, done), name="ranks", daemon=True)
@@ -101,17 +99,27 @@ def started_ranks(count: int, args: Sequence[str]) -> Iterator[None]:
             ranks.append(_start(rank, place, args))
         os.environ |= own
         watch.start()
+        # The others load PyTorch meanwhile.
+        from tokenspeed_plan.runtime.execution.rank_place import meet_at
+
+        meet_at(listener)
         yield
         patience_s = _END_S
     except RankError:
         show = True
         raise
     except BaseException:
-        patience_s = _FAILED_S
+        from tokenspeed_plan.runtime.execution.rank_links import joined
+
+        if joined().orders is not None:  # else they do not know that they have to end
+            patience_s = _FAILED_S
         raise
     finally:
         done.set()
+        from tokenspeed_plan.runtime.execution.rank_links import leave
+
         leave()
+        listener.close()
         _end(ranks, patience_s, show)
         _restore(before)
         signal.signal(signal.SIGTSTP, suspend)

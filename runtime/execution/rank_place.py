@@ -14,12 +14,12 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from tokenspeed_plan.plans.errors import RankError
 
-LOOPBACK = "127.0.0.1"
+_LOOPBACK = "127.0.0.1"
 
 
 @dataclass(slots=True)
 class _Meeting:
-    """`listener`: where rank 0 listens already, as it has chosen the port itself."""
+    """`listener`: where rank 0 listens already."""
 
     listener: socket.socket | None = None
 
@@ -82,10 +82,9 @@ def _half_set(found: str) -> RankError:
     )
 
 
-def listen_on_free_port() -> int:
-    """Listen where the other ranks will look for rank 0; returns the port, which no other takes."""
-    _meeting.listener = socket.create_server((LOOPBACK, 0))
-    return int(_meeting.listener.getsockname()[1])
+def meet_at(listener: socket.socket) -> None:
+    """Tell rank 0 that it listens already where the others will look for it."""
+    _meeting.listener = listener
 
 
 def find_store(rank: int, world: int) -> PrefixStore:
@@ -96,7 +95,7 @@ def find_store(rank: int, world: int) -> PrefixStore:
     """
     if "MASTER_PORT" not in os.environ:
         raise _half_set(f"WORLD_SIZE={world} and no MASTER_PORT")
-    host, port = os.environ.get("MASTER_ADDR", LOOPBACK), _number("MASTER_PORT", 0)
+    host, port = os.environ.get("MASTER_ADDR", _LOOPBACK), _number("MASTER_PORT", 0)
     if not 0 < port < 1 << 16:
         raise _half_set(f"MASTER_PORT={port}")
     if host in ("localhost", "::1") or host.startswith("127."):
@@ -115,8 +114,9 @@ def find_store(rank: int, world: int) -> PrefixStore:
 def _listen(host: str, port: int) -> int:
     """The descriptor of a socket that listens."""
     if _meeting.listener is not None:
-        listener, _meeting.listener = _meeting.listener, None
-        return listener.detach()
+        descriptor = os.dup(_meeting.listener.fileno())
+        _meeting.listener = None
+        return descriptor
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
