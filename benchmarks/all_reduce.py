@@ -17,8 +17,9 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
@@ -43,7 +44,7 @@ from tokenspeed_plan.plans.peer_memory import (
     explain,
 )
 from tokenspeed_plan.plans.schema import Binary, KernelSpec, Param, Part
-from tokenspeed_plan.plans.types import TensorSpec, aligned
+from tokenspeed_plan.plans.types import Attr, TensorSpec, aligned
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels, _Arguments, call
 
 EPS = 1e-6
@@ -65,7 +66,7 @@ def reduce_add_norm(hidden: int, num_ranks: int) -> KernelSpec:
         Param(name="add_y", role="output", tensor=rows, access="write"),
         Param(name="rms_norm_y", role="output", tensor=rows, access="write"),
     )
-    ranks = {"num_ranks": num_ranks}
+    ranks: dict[str, Attr] = {"num_ranks": num_ranks}
     parts = (
         Part(kind="all_reduce", operands=("all_reduce_x",), outputs=("sum",), attrs=ranks),
         Part(kind="add", operands=("sum", "add_r"), outputs=("add_y",), attrs={}),
@@ -92,8 +93,11 @@ class Peers:
         """Allocate it on all ranks."""
         specs = {p.name: p.tensor for p in kernel.tensors if p.role == "symmetric"}
         sizes = {name: aligned(spec.size_bytes(MOST_ROWS, 1)) for name, spec in specs.items()}
-        arena = symm.empty(sum(sizes.values()), dtype=torch.uint8, device="cuda")
-        handle = symm.rendezvous(arena, dist.group.WORLD)
+        device = torch.device("cuda", torch.cuda.current_device())
+        arena = symm.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
+        group = dist.group.WORLD
+        assert group is not None
+        handle = symm.rendezvous(arena, group)
         table = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device="cuda")
         views, offset = {}, 0
         for name, spec in specs.items():
@@ -146,7 +150,7 @@ class Kernel:
         assert peers is not None
         rows = tensors[0].shape[0]
         memory = [peers.views[name] for name in (PEER_SLOTS, PEER_COUNTS, PEER_SIGNALS)]
-        tables = {"peer_table": peers.table, "program": program}
+        tables: dict[str, int | Tensor] = {"peer_table": peers.table, "program": program}
         values = bind_launch(self.spec, dist.get_rank(), rows, rows, tables)
         addresses = [x.data_ptr() for x in (*tensors, *memory)]
         arguments = _Arguments(self.spec, (*addresses, *values))
@@ -181,7 +185,7 @@ def make_tensors(rows: int, hidden: int, seed: int) -> tuple[list[Tensor], Tenso
     return tensors, total_TH.bfloat16(), total_TH * scale * (1 + norm_H.float())
 
 
-def captured(functions: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
+def captured(functions: Sequence[Callable[[], None]]) -> torch.cuda.CUDAGraph:
     """Calls as one graph; nothing ran before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="relaxed"):
@@ -190,7 +194,7 @@ def captured(functions: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def graph_us(functions: list[Callable[[], None]], replays: int = 20) -> float:
+def graph_us(functions: Sequence[Callable[[], None]], replays: int = 20) -> float:
     """Microseconds of one of them, captured and replayed on all ranks at once."""
     functions[0]()
     torch.cuda.synchronize()
@@ -206,7 +210,8 @@ def graph_us(functions: list[Callable[[], None]], replays: int = 20) -> float:
         graph.replay()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) * 1e3 / len(functions) / replays
+    elapsed_ms: float = begin.elapsed_time(end)
+    return elapsed_ms * 1e3 / len(functions) / replays
 
 
 def say(what: str, **values: Any) -> None:
@@ -245,9 +250,17 @@ def times(make: Callable[[int, bool], Kernel], hidden: int, warps: list[int]) ->
     found = {}
     for rows in (1, 4, 16, 64, 128, 256, 1024, 8192):
         x = torch.zeros(rows, hidden, device="cuda", dtype=torch.bfloat16)
-        calls = [lambda x=x: dist.all_reduce(x)] * 10  # type: ignore[misc]
+        calls = [partial(_all_reduce, x)] * 10
         found[rows] = round(graph_us(calls), 2)
     say("nccl all_reduce us", by_rows=found)
+
+
+def _all_reduce(x: Tensor) -> None:
+    dist.all_reduce(x)
+
+
+def _all_gather(target: Tensor, source: Tensor) -> None:
+    dist.all_gather_into_tensor(target, source)
 
 
 def gather_times() -> None:
@@ -256,17 +269,18 @@ def gather_times() -> None:
     for size in (65536, 262144, 496640, 1986560):
         source = torch.zeros(size // 2 // dist.get_world_size(), device="cuda").bfloat16()
         target = torch.zeros(size // 2, device="cuda").bfloat16()
-        calls = [lambda s=source, t=target: dist.all_gather_into_tensor(t, s)] * 10  # type: ignore[misc]
+        calls = [partial(_all_gather, target, source)] * 10
         found[size] = round(graph_us(calls), 2)
     say("nccl all_gather us", by_bytes=found)
 
 
 @dataclass
 class Program:
-    """K calls in one graph, which adds up what differs from the results of the first run."""
+    """K calls in one graph, which adds up the elements that differ from what they should be."""
 
     graph: torch.cuda.CUDAGraph
     wrong: Tensor
+    wanted_KTH: Tensor  # kept, as the graph reads it
 
     @classmethod
     def make(cls, kernel: Kernel, rows: int, calls: int, hidden: int, number: int) -> Program:
@@ -283,7 +297,7 @@ class Program:
         def compare() -> None:
             wrong.add_((torch.stack(found) != wanted_KTH).sum())
 
-        return cls(captured([*launches, compare]), wrong)
+        return cls(captured([*launches, compare]), wrong, wanted_KTH)
 
 
 def soak(kernel: Kernel, hidden: int, replays: int, seconds: float) -> None:
@@ -361,7 +375,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--replays", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--warps", type=int, nargs="*", default=[16, 8, 4])
+    parser.add_argument("--warps", type=int, nargs="*", default=[4, 8])
     options = parser.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(rank)

@@ -42,6 +42,7 @@ class MemoryMap:
     state: int = 0
     checkpoints: int = 0
     activations: int = 0
+    symmetric: int = 0
     io: int = 0
     scratch: int = 0
     reserved: int = 0
@@ -88,7 +89,8 @@ class MemoryModel:
             kv_cache=self._kv_cache(knobs, num_pages),
             state=all_slots - checkpoints,
             checkpoints=checkpoints,
-            activations=self._activations(knobs, local_seqs) + self._peers(knobs, local_seqs),
+            activations=self._activations(knobs, local_seqs),
+            symmetric=self._peers(knobs, local_seqs),
             io=self._io(knobs, local_seqs, seq_tokens),
             scratch=queries * self._scratch_per_query,
             reserved=self.steps.hardware.reserved_bytes,

@@ -28,6 +28,7 @@ class Reduction:
         tensor: what is added up.
         num_ranks: that add up.
         rows: of it, each a program of the kernel.
+        most_rows: that can run at once, one on each multiprocessor.
         push_us: of one kernel.
         library_us: of the library and the kernel after it.
     """
@@ -35,13 +36,14 @@ class Reduction:
     tensor: TensorSpec
     num_ranks: int
     rows: int
+    most_rows: int
     push_us: float
     library_us: float
 
     @property
     def pushes(self) -> bool:
         """Whether kernels push."""
-        return self.rows <= MAX_PUSH_ROWS and self.push_us <= self.library_us
+        return self.rows <= self.most_rows and self.push_us <= self.library_us
 
 
 def largest_reduction(
@@ -68,6 +70,7 @@ def _reduction(
         tensor=tensor,
         num_ranks=num_ranks,
         rows=rows,
+        most_rows=min(MAX_PUSH_ROWS, hardware.num_sms or MAX_PUSH_ROWS),
         push_us=push_us(hardware, size_bytes, num_ranks),
         library_us=library_us(hardware, size_bytes, num_ranks) + norm_us,
     )

@@ -130,8 +130,14 @@ def test_memory_is_the_plans_to_the_byte(example: str) -> None:
     largest = next(
         p for p in plan.pool.programs if p.phase == "decode" and p.bucket == limits.max_seqs
     )
-    # The model of memory assumes the same depth in all buckets.
-    assert made.io == frozen.io if largest.depth == limits.max_depth else made.io > frozen.io
+    peers = [b for b in plan.pool.buffers if b.arena == "symmetric"]
+    assert made.symmetric == frozen.symmetric or largest.depth < limits.max_depth
+    assert bool(made.symmetric) == bool(peers) == (plan.target.count > 1)
+    # The model of memory assumes the same depth in all buckets; others have outputs of their own.
+    if largest.depth < limits.max_depth:
+        assert made.io > frozen.io
+    elif {p.depth for p in plan.pool.programs} == {limits.max_depth}:
+        assert made.io == frozen.io
     assert made.state + made.checkpoints == frozen.state and made.checkpoints > 0
     assert frozen.scratch <= made.scratch and made.total <= 1.005 * frozen.total
 

@@ -1,0 +1,97 @@
+"""Whether kernels push or the library adds up ranks: by price, by program, and said in the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_spec
+
+from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner.graph import Op, OpGraph, Stage, Tensor
+from tokenspeed_plan.planner.machines.hardware import (
+    HardwareSpec,
+    find_hardware,
+    library_us,
+    push_us,
+)
+from tokenspeed_plan.planner.passes.reduction import largest_reduction, peer_bytes
+from tokenspeed_plan.plans.peer_memory import PEER_SLOTS
+from tokenspeed_plan.plans.schema import CollectiveCall, Plan, Program
+from tokenspeed_plan.plans.types import TensorSpec
+
+H200 = find_hardware("H200")
+NO_WAITS = dict.fromkeys(H200.waits_us, 0.0)
+CHEAP = replace(H200, library_us={2: {8192: 0.5}}, waits_us=NO_WAITS)
+
+
+def one_sum(ranks: int, hidden: int = 4096) -> OpGraph:
+    rows = TensorSpec.of(("num_tokens", hidden), "bf16")
+    tensors = {name: Tensor(name, rows) for name in ("x", "y")}
+    op = Op("sum", "all_reduce", ("x",), ("y",), attrs={"num_ranks": ranks})
+    return OpGraph("decode", Stage.SHARDED, (op,), tensors, {}, ("x",), ("y",))
+
+
+@pytest.mark.parametrize(
+    ("machine", "rows", "pushes"),
+    [
+        (H200, 1, True),
+        (H200, 128, True),
+        (H200, 129, False),  # more programs than may wait for each other
+        (replace(H200, num_sms=100), 128, False),  # more than run at once
+        (CHEAP, 1, False),
+        (replace(H200, push_us={2: {8192: 90.0}}), 1, False),
+    ],
+)
+def test_the_cheaper_way_is_taken(machine: HardwareSpec, rows: int, pushes: bool) -> None:
+    found = largest_reduction(one_sum(2), machine, rows, 1)
+    assert found is not None and found.pushes == pushes
+    words = 3 * 2 * (4096 // 2 + 4)  # generations, ranks, words of a slot
+    wanted = 4 * rows * words + 2 * 256 if pushes else 0  # a count a row, and the signals
+    assert peer_bytes(found, rows, 1) == pytest.approx(wanted, abs=600)
+
+
+def test_prices_are_those_that_were_measured() -> None:
+    """Two H200; more GPUs cost what others' tables say that they cost more."""
+    assert [push_us(H200, rows * 8192, 2) for rows in (1, 4, 16)] == [2.7, 2.8, 3.1]
+    assert [library_us(H200, rows * 8192, 2) for rows in (1, 64, 8192)] == [10.1, 12.8, 248]
+    assert push_us(H200, 8192, 8) == pytest.approx(2.7 + 3.6 - 2.5)
+    assert push_us(H200, 8192, 1) == library_us(H200, 8192, 1) == 0.0
+
+
+@cache
+def planned(folder: Path, gpu: str, concurrency: int) -> Plan:
+    changes: dict[str, Any] = {
+        "model": {"weights": "bf16"},
+        "target": {"gpu": gpu, "count": 2},
+        "workload": {"concurrency": concurrency},
+    }
+    spec = make_spec(folder, **changes)
+    return compile_plan(spec, find_model(spec))
+
+
+def num_sums(program: Program) -> int:
+    """Sums over ranks that are steps of their own."""
+    return sum(
+        isinstance(step, CollectiveCall) and step.op == "all_reduce" for step in program.steps
+    )
+
+
+def test_a_plan_says_which_programs_push(checkpoint: Any) -> None:
+    plan = planned(checkpoint("moe"), "H200", 256)
+    by_library = {program.name for program in plan.pool.programs if num_sums(program)}
+    decode = {p.name: p.max_tokens for p in plan.pool.programs if p.phase == "decode"}
+    assert {name for name in by_library if name in decode} == {
+        name for name, rows in decode.items() if rows > 128
+    }
+    decision = next(each for each in plan.decisions if each.name == "all_reduce")
+    assert decision.value.endswith("; the library adds up in the others")
+    for option in decision.options:
+        name = option.what.split()[0]
+        assert option.what.endswith("the library") == (name in by_library), option.what
+    slots = next(buffer for buffer in plan.pool.buffers if buffer.name == PEER_SLOTS)
+    symmetric = next(arena for arena in plan.pool.arenas if arena.name == "symmetric")
+    assert symmetric.size_bytes - slots.tensor.size_bytes(128, 128) in range(0, 2048)
