@@ -91,6 +91,7 @@ class StepLoop:
         self._limits = scheduler.limits
         self._inputs = InputWriter(plan, executor.buffer)
         self._launches_ahead = any(program.captured for program in plan.pool.programs)
+        self._captured_outputs: dict[tuple[str, int], tuple[Tensor, ...]] = {}
         self._waited_s = 0.0
 
     @property
@@ -171,9 +172,6 @@ class StepLoop:
     def _launch(self, batch: Batch) -> InFlightBatch | None:
         """Start a replay; None where the host needs nothing of it, so that it is committed."""
 
-        def buffer(name: str) -> Tensor:
-            return self._executor.buffer(name, batch.run_tokens, batch.run_seqs)
-
         self._copy_pages(batch)
         self._inputs.write(batch)
         self.last_batch = batch
@@ -182,11 +180,24 @@ class StepLoop:
         if batch.has_no_output:
             self._advance(batch)
             return None
-        program = batch.program
-        outputs = self._executor.copy_to_host(*map(buffer, host_outputs(program)))
+        logits, *values = self._outputs_of(batch)
+        outputs = self._executor.copy_to_host(*values)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.launch(count)
-        return InFlightBatch(batch, outputs, buffer(program.logits), buffer(program.tokens))
+        return InFlightBatch(batch, outputs, logits, tokens=values[0])
+
+    def _outputs_of(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The logits of a step, its tokens, and what else the host reads."""
+        program = batch.program
+        key = (program.phase, program.bucket)
+        found = self._captured_outputs.get(key)
+        if found is None:
+            names = (program.logits, *host_outputs(program))
+            size = (batch.run_tokens, batch.run_seqs)
+            found = tuple(self._executor.buffer(name, *size) for name in names)
+            if program.captured:  # always at the same size
+                self._captured_outputs[key] = found
+        return found
 
     def _copy_pages(self, batch: Batch) -> None:
         """Give a sequence its own copy of a shared page in the middle of which it continues."""
