@@ -91,6 +91,7 @@ class StepLoop:
         self._limits = scheduler.limits
         self._inputs = InputWriter(plan, executor.buffer)
         self._launches_ahead = any(program.captured for program in plan.pool.programs)
+        self._captured_outputs: dict[tuple[str, int], tuple[Tensor, ...]] = {}
         self._waited_s = 0.0
 
     @property
@@ -171,9 +172,6 @@ class StepLoop:
     def _launch(self, batch: Batch) -> InFlightBatch | None:
         """Start a replay; None where the host needs nothing of it, so that it is committed."""
 
-        def buffer(name: str) -> Tensor:
-            return self._executor.buffer(name, batch.run_tokens, batch.run_seqs)
-
         self._copy_pages(batch)
         change = self._inputs.write(batch)
         self.last_batch = batch
@@ -182,11 +180,24 @@ class StepLoop:
         if batch.has_no_output:
             self._advance(batch)
             return None
-        program = batch.program
-        outputs = self._executor.copy_to_host(*map(buffer, host_outputs(program)))
+        logits, *values = self._outputs_of(batch)
+        outputs = self._executor.copy_to_host(*values)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.launch(count)
-        return InFlightBatch(batch, outputs, buffer(program.logits), buffer(program.tokens))
+        return InFlightBatch(batch, outputs, logits, tokens=values[0])
+
+    def _outputs_of(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The logits of a step, its tokens, and what else the host reads."""
+        program = batch.program
+        key = (program.phase, program.bucket)
+        found = self._captured_outputs.get(key)
+        if found is None:
+            names = (program.logits, *host_outputs(program))
+            size = (batch.run_tokens, batch.run_seqs)
+            found = tuple(self._executor.buffer(name, *size) for name in names)
+            if program.captured:  # always at the same size
+                self._captured_outputs[key] = found
+        return found
 
     def _copy_pages(self, batch: Batch) -> None:
         """Give a sequence its own copy of a shared page in the middle of which it continues."""
@@ -204,7 +215,7 @@ class StepLoop:
             outputs = in_flight.outputs()
         now = time.perf_counter()
         others = list(range(len(batch.sequences)))
-        if program.phase == "decode" and program.query_len == 1:
+        if program.phase == "decode" and program.query_len == 1 and not self._limits.kept_inputs:
             others = self._commit_plain(batch, outputs[0], now, on_token, finished)
         parts = []
         for index in others:
@@ -243,6 +254,7 @@ class StepLoop:
         """
         plain: list[Sequence] = []
         others: list[int] = []
+        is_simple = self._scheduler.is_simple
         for index, (sequence, token) in enumerate(zip(batch.sequences, tokens, strict=False)):
             known = sequence.token_ids
             if (
@@ -251,15 +263,12 @@ class StepLoop:
                 and token not in sequence.stop_ids
                 and len(known) + 1 < sequence.max_len
                 and sequence.state == "decoding"
+                and (sequence.ready_len >= 0 or is_simple(sequence))
             ):
-                known.append(token)
-                sequence.num_ahead -= 1
-                sequence.steps_ahead -= 1
-                sequence.last_token_s = now_s
+                sequence.take_plain(token, now_s)
                 plain.append(sequence)
             else:
                 others.append(index)
-        self._scheduler.advance_plain(plain)
         self.metrics.decode_passes += len(plain)
         self.metrics.decode_tokens += len(plain)
         if on_token is not None:

@@ -98,10 +98,9 @@ class InputLayout:
             found[name] = part.view(place.dtype).reshape(place.shape)
         return found
 
-    def row_words(self, name: str, rows: np.ndarray, width: int) -> Words:
-        """The words of some rows of an input, `width` words each, numbered as in a block."""
-        first = self._places[name].first
-        return (first + rows[:, None] * width + np.arange(width)).ravel()
+    def first_word(self, name: str) -> int:
+        """The first word of an input, numbered as in a block."""
+        return self._places[name].first
 
 
 class InputChange(NamedTuple):

@@ -216,7 +216,14 @@ class DecodeRows:
         views.pop("cu_seqlens")[:] = np.arange(layout.max_seqs + 1) * query_len
         self._views = {name: self._rows_of(name, view) for name, view in views.items()}
         self._fixed = [name for name in self._views if name not in ADVANCED]
-        self._advanced = [name for name in self._views if name in ADVANCED]
+        numbers = {name: self._numbers_of(name) for name in self._views}
+        # The words of each row: all of them, what the host alone writes, and what advances.
+        self._all_words = np.concatenate([*numbers.values()], 1)
+        self._fixed_words = np.concatenate([numbers[name] for name in self._fixed], 1)
+        advanced = [numbers[name] for name in self._views if name in ADVANCED]
+        self._advanced_words = np.concatenate(advanced, 1)
+        self._page_words = numbers["page_table"]
+        self._max_len_words = numbers.get("max_lens", numbers["page_table"][:, :0])
         self._pads = pad_values(limits, query_len)
         self._pad(np.arange(layout.max_seqs))
 
@@ -264,10 +271,10 @@ class DecodeRows:
             if old >= 0 and shown[old] != len(sequences[row].pages)
         ]
         self._note(sequences)
-        words = [self._words(self._fixed, moved), self._words([*self._views], written), *longer]
+        words = [self._fixed_words[moved].ravel(), self._all_words[written].ravel(), *longer]
         moves = (
-            self._words(self._advanced, moved),
-            self._words(self._advanced, before_S[moved]),
+            self._advanced_words[moved].ravel(),
+            self._advanced_words[before_S[moved]].ravel(),
         )
         return np.concatenate(words), moves
 
@@ -283,15 +290,12 @@ class DecodeRows:
         self._versions = [sequence.pages_version for sequence in sequences]
         self._num_pages = [len(sequence.pages) for sequence in sequences]
 
-    def _words(self, names: Seq[str], rows: np.ndarray) -> Words:
-        """The words of some rows of some inputs."""
-        if not len(rows):
-            return NO_WORDS
-        parts = []
-        for name in names:
-            width = self._views[name].nbytes // WORD_BYTES // self._layout.max_seqs
-            parts.append(self._layout.row_words(name, rows, width))
-        return np.concatenate(parts)
+    def _numbers_of(self, name: str) -> np.ndarray:
+        """The words of each row of an input, numbered as in a block: [rows, words of a row]."""
+        num_rows = self._layout.max_seqs
+        width = self._views[name].nbytes // WORD_BYTES // num_rows
+        first = self._layout.first_word(name)
+        return first + np.arange(num_rows * width).reshape(num_rows, width)
 
     def _write(self, sequences: Seq[Sequence], rows: np.ndarray) -> None:
         """Write whole rows."""
@@ -329,13 +333,11 @@ class DecodeRows:
 
     def _extend(self, row: int, sequence: Sequence, count: int) -> Words:
         """Append the pages after the first `count` to a row; returns the words."""
-        self._views["page_table"][row, count : len(sequence.pages)] = sequence.pages[count:]
-        rows = np.array([row])
-        words = self._words(["page_table"], rows)[count : len(sequence.pages)]
-        if "max_lens" not in self._views:
-            return words
-        self._views["max_lens"][row] = _max_state_len(sequence, self._limits)
-        return np.concatenate([words, self._words(["max_lens"], rows)])
+        end = len(sequence.pages)
+        self._views["page_table"][row, count:end] = sequence.pages[count:]
+        if "max_lens" in self._views:
+            self._views["max_lens"][row] = _max_state_len(sequence, self._limits)
+        return np.concatenate([self._page_words[row, count:end], self._max_len_words[row]])
 
 
 class InputWriter:

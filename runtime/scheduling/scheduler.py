@@ -13,7 +13,6 @@ Nothing is preempted before all steps are committed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tokenspeed_plan.plans.schema import Plan, Program
@@ -150,9 +149,9 @@ class Scheduler:
         if sequence.state == "prefilling" and sequence.num_left <= 1:
             sequence.move_to("decoding")
 
-    def advance_plain(self, sequences: Iterable[Sequence]) -> None:
-        """Note that a step without drafts has computed one more token of each."""
-        self._memory.advance_plain(sequences)
+    def is_simple(self, sequence: Sequence) -> bool:
+        """Whether `Sequence.take_plain` is all that a decode step without drafts has to do."""
+        return self._memory.is_simple(sequence)
 
     def finish(self, sequence: Sequence, has_state: bool = True) -> None:
         """End a sequence; the cache keeps its pages, and its state if that still exists."""

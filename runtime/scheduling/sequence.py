@@ -102,6 +102,19 @@ class Sequence:
         params = self.request.params
         self.is_plain = not params.stop and params.num_logprobs is None
 
+    def take_plain(self, token_id: int, now_s: float) -> None:
+        """Take a token that a step without drafts has made, and nothing else.
+
+        It continues from the state slot that was written; the one before it is written next.
+        """
+        self.token_ids.append(token_id)
+        self.num_computed += 1
+        self.num_ahead -= 1
+        self.steps_ahead -= 1
+        self.last_token_s = now_s
+        own_slots = self.own_slots
+        self.state_slot, own_slots[0] = own_slots[0], self.state_slot
+
     def launch(self, count: int) -> None:
         """Note that a step computes `count` more tokens of it."""
         self.num_ahead += count

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from tokenspeed_plan.plans.schema import Limits, Plan
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
 from tokenspeed_plan.runtime.metrics import Metrics
@@ -112,18 +110,13 @@ class SequenceMemory:
             sequence.ready_len = min(sequence.max_len - 2, room)
         return True
 
-    def advance_plain(self, sequences: Iterable[Sequence]) -> None:
-        """`advance` by one token each: decode steps without drafts, most of all that is done."""
-        holders = self.cache.state_slots.holders
-        is_simple = not self.limits.kept_inputs
-        for sequence in sequences:
-            own_slots, before = sequence.own_slots, sequence.state_slot
-            if is_simple and sequence.copy_from is None and holders(before) == 1:
-                sequence.num_computed += 1
-                sequence.state_slot = own_slots[0]
-                own_slots[0] = before
-            else:
-                self.advance(sequence, 1)
+    def is_simple(self, sequence: Sequence) -> bool:
+        """Whether a step without drafts changes nothing of its memory but the turn of its slots."""
+        return (
+            sequence.copy_from is None
+            and self.cache.state_slots.holders(sequence.state_slot) == 1
+            and not self.limits.kept_inputs
+        )
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """Note that `count` more tokens are computed."""
