@@ -20,7 +20,7 @@ def limit_threads(plan: Plan) -> None:
     """
     if plan.target.device != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return
-    threads = torch.get_num_threads() // plan.target.count
     if plan.model.hidden_size < _MIN_SHARED_WIDTH:
-        threads = 1
-    torch.set_num_threads(max(threads, 1))
+        torch.set_num_threads(1)
+    elif plan.target.count > 1:
+        torch.set_num_threads(max(torch.get_num_threads() // plan.target.count, 1))
