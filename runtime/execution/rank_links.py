@@ -194,8 +194,9 @@ def _link(plan: Plan, rank: int, world: int, timeout_s: float) -> Links:
 
     def check() -> None:
         LOSS.check()
-        if rank and heartbeat.has_ended(0):
-            raise LOSS.error("rank 0 has ended", wait_s=0.0)
+        for other in range(1, world) if rank == 0 else (0,):
+            if heartbeat.has_ended(other):
+                raise LOSS.error(f"rank {other} has ended", wait_s=0.0)
 
     orders = OrderRing(ring, rank, world, payload_bytes, check)
     collectives: Collectives = ProcessCollectives(replays)
