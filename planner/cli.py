@@ -14,10 +14,12 @@ from tokenspeed_plan.planner.commands.bench import bench_command
 from tokenspeed_plan.planner.commands.calibrate import calibrate
 from tokenspeed_plan.planner.commands.chat import chat
 from tokenspeed_plan.planner.commands.check import check
+from tokenspeed_plan.planner.commands.engines import ARGS
 from tokenspeed_plan.planner.commands.lengths import lengths_command
 from tokenspeed_plan.planner.commands.plan import plan
 from tokenspeed_plan.planner.commands.predict import predict, sweep
 from tokenspeed_plan.planner.commands.process import set_up_process
+from tokenspeed_plan.planner.commands.rank_processes import end_with_parent
 from tokenspeed_plan.planner.commands.run import run
 from tokenspeed_plan.planner.commands.serve import serve
 from tokenspeed_plan.planner.commands.show import diff_command, show
@@ -31,6 +33,10 @@ FILE_HINT = "check the path, its permissions and the space left"
 
 class _Group(click.Group):
     """Writes errors of ours as `error:` and `hint:` to stderr, and exits with their code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGS] = tuple(args)  # other ranks are started with them
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         _escape_what_a_terminal_cannot_show()
@@ -77,6 +83,7 @@ def _describe(error: OSError) -> str:
 def main() -> None:
     """Compile a language model's deployment into a frozen plan, and replay it."""
     set_up_process()
+    end_with_parent()
 
 
 for command in (

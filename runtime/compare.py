@@ -19,6 +19,7 @@ from tokenspeed_plan.runtime.execution.backend import (
     execute,
     num_outputs,
 )
+from tokenspeed_plan.runtime.execution.kernels import Launcher
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch
 from tokenspeed_plan.runtime.request import SamplingParams
 
@@ -65,6 +66,7 @@ class ComparingBackend:
         num_seqs: int,
     ) -> Iterator[BoundStep]:
         """Each step as one instruction that runs both; a step without a kernel as its reference."""
+        number = self._plan.pool.programs.index(program)
         for index, step in enumerate(program.steps):
             tensors = operands[index]
             kernel = self._backend.kernel_of(step)
@@ -72,7 +74,7 @@ class ComparingBackend:
                 yield step, self._bind_reference(step, tensors)
                 continue
             where = f"step {index} of {program.phase}/{program.bucket}, `{kernel.name}`"
-            compare = _Comparison(self, where, kernel, num_tokens, num_seqs)
+            compare = _Comparison(self, where, kernel, num_tokens, num_seqs, number)
             yield step, [Instruction(compare, {}, tensors, ())]
 
     def _bind_reference(self, step: Step, tensors: tuple[Tensor, ...]) -> list[Instruction]:
@@ -92,12 +94,11 @@ class ComparingBackend:
         instructions = self._backend.reference.bind_kernel(kernel, tensors)
         execute(instructions, num_outputs(kernel))
 
-    def run_kernel(
-        self, kernel: KernelSpec, tensors: tuple[Tensor, ...], num_tokens: int, num_seqs: int
-    ) -> None:
-        """Run a kernel."""
-        launcher = self._backend.launcher(kernel, num_tokens, num_seqs)
-        launcher({}, *tensors)
+    def launcher(
+        self, kernel: KernelSpec, num_tokens: int, num_seqs: int, program: int
+    ) -> Launcher:
+        """A function that runs the kernel."""
+        return self._backend.launcher(kernel, num_tokens, num_seqs, program)
 
     def judge(self, where: str, kernel: str, got: Tensor, wanted: Tensor) -> None:
         """Note the difference of two results.
@@ -132,6 +133,7 @@ class _Comparison:
     kernel: KernelSpec
     num_tokens: int
     num_seqs: int
+    program: int
 
     def __call__(self, attrs: object, *tensors: Tensor) -> tuple[()]:
         kernel = self.kernel
@@ -144,7 +146,8 @@ class _Comparison:
             if param.role == "output":
                 tensor.view(torch.uint8).fill_(0xFF)  # NaN: what the kernel leaves out shows
         self.backend.run_reference(kernel, tuple(wanted))
-        self.backend.run_kernel(kernel, tensors, self.num_tokens, self.num_seqs)
+        launcher = self.backend.launcher(kernel, self.num_tokens, self.num_seqs, self.program)
+        launcher({}, *tensors)
         self.backend.tally.steps += 1
         for param, got, expected in zip(kernel.tensors, tensors, wanted, strict=True):
             if _is_written(param):

@@ -9,7 +9,7 @@ from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import Rejected, SearchResult
 from tokenspeed_plan.planner.advisor.transfer import Transfer
-from tokenspeed_plan.planner.machines.hardware import TIME_KINDS, HardwareSpec
+from tokenspeed_plan.planner.machines.hardware import TIME_KINDS
 from tokenspeed_plan.planner.spec import MAX_CONCURRENCY
 from tokenspeed_plan.plans.schema import LayerMove, Option, Predicted, Transfers
 
@@ -41,22 +41,6 @@ def not_planned(candidate: Candidate) -> str:
     if not missing:
         return ""
     return f"not planned yet: {', '.join(missing)}"
-
-
-NO_SEVERAL_GPUS = "the runtime does not replay several GPUs yet"
-
-
-def runs_on_several_gpus(candidate: Candidate, hardware: HardwareSpec) -> bool:
-    """Whether it has several ranks on GPUs, which the runtime refuses; ranks on CPUs it replays."""
-    return hardware.sm > 0 and candidate.num_gpus > 1
-
-
-def not_replayed(candidate: Candidate, hardware: HardwareSpec) -> list[str]:
-    """What the runtime does not replay yet, in words."""
-    missing = SUPPORTED.missing(candidate)
-    if runs_on_several_gpus(candidate, hardware):
-        missing.append("several GPUs")
-    return missing
 
 
 def refused(rejected: Iterable[Rejected]) -> tuple[Option, ...]:

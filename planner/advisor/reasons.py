@@ -11,13 +11,11 @@ from tokenspeed_plan.planner.advisor.draft_depths import WORTH_A_DRAFT, BucketDe
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.predicted import (
     MAX_OPTIONS,
-    NO_SEVERAL_GPUS,
     max_concurrency,
     missing_option,
     not_planned,
     option,
     refused,
-    runs_on_several_gpus,
 )
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
@@ -30,7 +28,7 @@ from tokenspeed_plan.plans.types import GIB
 
 
 def record_parallelism(
-    ledger: Ledger, result: SearchResult, num_layouts: int, stated: bool, hardware: HardwareSpec
+    ledger: Ledger, result: SearchResult, num_layouts: int, stated: bool
 ) -> None:
     """Record the layout, and the layouts that it beat."""
     best, *others = result.by_layout
@@ -44,8 +42,6 @@ def record_parallelism(
         reason = f"one GPU; {name} {value}"
     else:
         reason = f"the only legal layout that a plan can have; {name} {value}"
-    if runs_on_several_gpus(best.candidate, hardware):
-        reason += f"; {NO_SEVERAL_GPUS}"
     runner_up = None
     if others:
         runner_up = f"{others[0].candidate.layouts}: {others[0].metrics[name]:.4g}"

@@ -206,7 +206,7 @@ def _record(ledger: Ledger, choice: _Choice, unrestricted: SearchResult) -> None
     predictor, result = choice.predictor, choice.result
     spec = predictor.spec
     stated = spec.parallelism != "auto"
-    reasons.record_parallelism(ledger, result, choice.num_layouts, stated, predictor.hardware)
+    reasons.record_parallelism(ledger, result, choice.num_layouts, stated)
     reasons.record_speculation(ledger, predictor, choice.rollback.table)
     reasons.record_rollback(ledger, choice.ways, choice.rollback)
     reasons.record_disaggregation(ledger, spec, result, unrestricted)

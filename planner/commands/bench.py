@@ -7,16 +7,25 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tokenspeed_plan.planner.advisor.plan_prices import step_floor_bytes, step_prediction
-from tokenspeed_plan.planner.commands.engines import freeze_gc
+from tokenspeed_plan.planner.commands.engines import (
+    EngineOptions,
+    alike_on_all_ranks,
+    freeze_gc,
+    on_all_ranks,
+)
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.text import printable
+
+if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.bench import batch_rows
+    from tokenspeed_plan.runtime.engine import Engine
 
 Folder = click.Path(path_type=Path)
 Some = click.IntRange(min=1)
@@ -96,6 +105,7 @@ class BenchOptions:
 
     weights: Path | None
     work: ProgramOptions | AgenticOptions | BatchOptions
+    as_json: bool
 
 
 @click.command(name="bench")
@@ -188,28 +198,45 @@ def bench_command(
             acceptance or (),
             seed,
         )
-    result, text = _measure(bundle, BenchOptions(folder, work))
-    if as_json:
-        text = json.dumps(result, indent=2, allow_nan=False)
-    click.echo(printable(text))
+    _measure(bundle, BenchOptions(folder, work, as_json))
 
 
-def _measure(bundle: Path, options: BenchOptions) -> tuple[dict[str, Any], str]:
-    """The figures, as JSON and as text."""
-    if isinstance(options.work, AgenticOptions):
-        return _agentic(bundle, options.weights, options.work)
-    if isinstance(options.work, BatchOptions):
-        return _batch(bundle, options.weights, options.work)
-    return _programs(bundle, options.weights, options.work)
+def _measure(bundle: Path, options: BenchOptions) -> None:
+    """Measure and print; all ranks of a plan replay its programs, rank 0 leads rows and agents."""
+    engine, work = EngineOptions(options.weights), options.work
+    if isinstance(work, AgenticOptions):
+        on_all_ranks(
+            bundle,
+            engine,
+            lambda: _agentic(bundle, options, work),
+            follower=lambda: _agentic_engine(load_plan(bundle), bundle, options, work).executor,
+        )
+    elif isinstance(work, BatchOptions):
+        on_all_ranks(
+            bundle,
+            engine,
+            lambda: _batch(bundle, options, work),
+            follower=lambda: _batch_engine(load_plan(bundle), bundle, options)[0].executor,
+        )
+    else:
+        alike_on_all_ranks(bundle, engine, lambda: _programs(bundle, options, work))
 
 
-def _programs(
-    bundle: Path, folder: Path | None, options: ProgramOptions
-) -> tuple[dict[str, Any], str]:
+def _show(options: BenchOptions, found: dict[str, Any], text: str) -> None:
+    """Print the figures, once."""
+    from tokenspeed_plan.runtime.execution.rank_links import joined
+
+    if options.as_json:
+        text = json.dumps(found, indent=2, allow_nan=False)
+    if joined().rank == 0:
+        click.echo(printable(text))
+
+
+def _programs(bundle: Path, shown: BenchOptions, options: ProgramOptions) -> None:
     from tokenspeed_plan.runtime import bench
 
     frozen = load_plan(bundle)
-    executor = bench.prepare(frozen, bundle, folder)
+    executor = bench.prepare(frozen, bundle, shown.weights)
     context = options.context or bench.default_context(frozen, options.batch)
     sizes = bench.Options(options.batch, context, options.prefill)
     found = bench.bench(frozen, executor, sizes)
@@ -219,16 +246,11 @@ def _programs(
         # stays.
         with suppress(SpecError):
             program |= step_prediction(frozen, bundle, program["phase"], *batch, program["depth"])
-    return found, bench.as_text(found)
+    _show(shown, found, bench.as_text(found))
 
 
-def _agentic(
-    bundle: Path, folder: Path | None, options: AgenticOptions
-) -> tuple[dict[str, Any], str]:
-    from tokenspeed_plan.runtime import bench
+def _agentic(bundle: Path, shown: BenchOptions, options: AgenticOptions) -> None:
     from tokenspeed_plan.runtime.bench import agentic
-    from tokenspeed_plan.runtime.engine import Engine
-    from tokenspeed_plan.runtime.loading.engine_loader import default_launch
 
     frozen = load_plan(bundle)
     conversations = agentic.Conversations.of(
@@ -240,32 +262,47 @@ def _agentic(
         output_tokens=options.output_tokens,
         seed=options.seed,
     )
-    engine = Engine(frozen, bench.prepare(frozen, bundle, folder, default_launch(frozen)))
+    engine = _agentic_engine(frozen, bundle, shown, options)
     freeze_gc()
     found = agentic.agentic(engine, conversations, options.acceptance)
-    return found, agentic.as_text(found)
+    _show(shown, found, agentic.as_text(found))
 
 
-def _batch(bundle: Path, folder: Path | None, options: BatchOptions) -> tuple[dict[str, Any], str]:
-    from tokenspeed_plan.runtime import bench
+def _batch(bundle: Path, shown: BenchOptions, options: BatchOptions) -> None:
     from tokenspeed_plan.runtime.bench import batch_rows
     from tokenspeed_plan.runtime.bench.machine import measure_machine
-    from tokenspeed_plan.runtime.engine import Engine
-    from tokenspeed_plan.runtime.loading.engine_loader import default_launch
 
     frozen = load_plan(bundle)
     rows = batch_rows.Rows.of(
         frozen, options.rows, options.prompt, options.out, options.lengths, options.seed
     )
     machine = measure_machine(frozen.target.device)
-    launch = batch_rows.TimedLaunch(default_launch(frozen), frozen.target.device)
-    engine = Engine(frozen, bench.prepare(frozen, bundle, folder, launch))
+    engine, launch = _batch_engine(frozen, bundle, shown)
     freeze_gc()
     found = batch_rows.run_rows(engine, launch, rows)
     found["machine"] = asdict(machine)
     with suppress(SpecError):
         _price(frozen, bundle, found, machine.read_bytes_per_s)
-    return found, batch_rows.as_text(found)
+    _show(shown, found, batch_rows.as_text(found))
+
+
+def _batch_engine(
+    frozen: Plan, bundle: Path, shown: BenchOptions
+) -> tuple[Engine, batch_rows.TimedLaunch]:
+    """An engine to measure, and the launch that times its steps, on each rank."""
+    from tokenspeed_plan.runtime import bench
+    from tokenspeed_plan.runtime.bench import batch_rows
+    from tokenspeed_plan.runtime.engine import Engine
+    from tokenspeed_plan.runtime.execution.rank_links import joined
+    from tokenspeed_plan.runtime.execution.ranks import lead_of
+    from tokenspeed_plan.runtime.loading.engine_loader import default_launch
+
+    links = joined()
+    launch = batch_rows.TimedLaunch(default_launch(frozen), frozen.target.device)
+    executor = bench.prepare(frozen, bundle, shown.weights, launch, lead_of(links))
+    engine = Engine(frozen, executor)
+    links.meet(frozen.digest)
+    return engine, launch
 
 
 def _price(plan: Plan, bundle: Path, found: dict[str, Any], read_bytes_per_s: float) -> None:
@@ -293,3 +330,24 @@ def _price(plan: Plan, bundle: Path, found: dict[str, Any], read_bytes_per_s: fl
     if predicted_us:
         scale = measured_us / predicted_us
         found["predicted_tokens_per_s_out"] = found["tokens_per_s_out"] * scale
+
+
+def _agentic_engine(
+    frozen: Plan, bundle: Path, shown: BenchOptions, options: AgenticOptions
+) -> Engine:
+    """An engine to measure, on each rank; what is simulated must be the same on all of them."""
+    from tokenspeed_plan.runtime import bench
+    from tokenspeed_plan.runtime.bench import agentic
+    from tokenspeed_plan.runtime.engine import Engine
+    from tokenspeed_plan.runtime.execution.rank_links import joined
+    from tokenspeed_plan.runtime.execution.ranks import lead_of
+    from tokenspeed_plan.runtime.loading.engine_loader import default_launch
+
+    links = joined()
+    launch = default_launch(frozen)
+    executor = bench.prepare(frozen, bundle, shown.weights, launch, lead_of(links))
+    engine = Engine(frozen, executor)
+    if options.acceptance:
+        agentic.simulate(engine, options.acceptance)
+    links.meet(frozen.digest)
+    return engine

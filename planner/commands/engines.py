@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
-from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.bundle import PLAN_FILE, load_plan
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.signature import Signers
@@ -21,10 +22,12 @@ from tokenspeed_plan.plans.weight_digests import Depth
 
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.engine import Engine
-
+    from tokenspeed_plan.runtime.execution.executor import Executor
+    from tokenspeed_plan.runtime.execution.rank_links import Links
 
 Backend = Literal["reference", "kernels"]
 VERIFY_HELP = "Compare all bytes of the weights with the plan's digests (small ones always are)."
+ARGS = "tokenspeed_plan.args"  # in a context's `meta`: the words of the command
 _RENAMED_OPTIONS = {"--bodies": "--backend"}
 
 
@@ -106,34 +109,97 @@ def on_all_ranks(
     options: EngineOptions,
     work: Callable[[], int | None],
     ignored: tuple[signal.Signals, ...] = (),
+    follower: Callable[[], Executor] | None = None,
 ) -> int | None:
     """Do the work on rank 0, while the other ranks of a sharded plan repeat its replays.
 
-    The other ranks ignore the signals `ignored`: rank 0 handles them and tells them when to stop.
+    Args:
+        bundle: its plan says how many ranks there are.
+        options: of the engines.
+        work: of rank 0.
+        ignored: signals that the other ranks ignore: rank 0 handles them and tells them to stop.
+        follower: what loads the executor of another rank; an engine's by default.
 
     Returns:
         What the work returns on rank 0, else 0.
     """
-    if not {"WORLD_SIZE", "RANK"} & os.environ.keys():
-        return work()
-    from tokenspeed_plan.runtime.execution.collectives import join, own_rank, world_size
-    from tokenspeed_plan.runtime.execution.ranks import follow, leading
 
-    if world_size() == 1:
-        return work()
-    frozen = load_plan(bundle, options.signers)
-    if own_rank() and frozen.target.count != world_size():
-        return 0  # rank 0 reports the error
-    join(frozen, options.rank_timeout_s)
-    if own_rank():
+    def obey(links: Links) -> None:
+        from tokenspeed_plan.runtime.execution.ranks import follow
+
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
-        engine = load_engine(bundle, options)
+        executor = follower() if follower else load_engine(bundle, options).executor
         freeze_gc()
-        follow(engine.executor)
-        return 0
-    with leading():
-        return work()
+        assert links.orders is not None
+        follow(executor, links.orders)
+
+    def lead(links: Links) -> int | None:
+        from tokenspeed_plan.runtime.execution.ranks import leading
+
+        with leading(links):
+            return work()
+
+    return _on_ranks(bundle, options, work, lead, obey)
+
+
+def alike_on_all_ranks(bundle: Path, options: EngineOptions, work: Callable[[], None]) -> None:
+    """Do the same work on all ranks of a plan, which meet in its collectives."""
+
+    def repeat(links: Links) -> None:
+        work()
+
+    _on_ranks(bundle, options, work, repeat, repeat)
+
+
+def _on_ranks(
+    bundle: Path,
+    options: EngineOptions,
+    alone: Callable[[], int | None],
+    lead: Callable[[Links], int | None],
+    obey: Callable[[Links], None],
+) -> int | None:
+    """Start the ranks of a plan, unless they are started, and join them."""
+    is_started = bool({"WORLD_SIZE", "RANK"} & os.environ.keys())
+    if not is_started and _written_count(bundle) == 1:
+        return alone()
+    if not is_started:
+        return _start_ranks(load_plan(bundle, options.signers), options, lead)
+    from tokenspeed_plan.runtime.execution.rank_links import join
+    from tokenspeed_plan.runtime.execution.rank_place import own_rank, world_size
+
+    if world_size() == 1:
+        return alone()
+    frozen = load_plan(bundle, options.signers)
+    if own_rank() == 0:
+        return lead(join(frozen, options.rank_timeout_s))
+    if frozen.target.count == world_size():  # else rank 0 reports the error
+        obey(join(frozen, options.rank_timeout_s))
+    return 0
+
+
+def _written_count(bundle: Path) -> int:
+    """The ranks of a plan that is not checked yet; 1 where it cannot be read, as others say why."""
+    try:
+        written = json.loads((bundle / PLAN_FILE).read_text(encoding="utf-8"))
+        return int(written["target"]["count"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return 1
+
+
+def _start_ranks(
+    frozen: Plan, options: EngineOptions, lead: Callable[[Links], int | None]
+) -> int | None:
+    """Start the other ranks with the command of this process, and lead them."""
+    from tokenspeed_plan.planner.commands.rank_processes import started_ranks
+
+    args: tuple[str, ...] = click.get_current_context().meta[ARGS]
+    with started_ranks(frozen.target.count, args):
+        from tokenspeed_plan.runtime.execution.rank_links import join
+        from tokenspeed_plan.runtime.loading.preflight import check_target
+
+        check_target(frozen)
+        return lead(join(frozen, options.rank_timeout_s))
 
 
 def load_chat_template(bundle: Path, options: EngineOptions) -> ChatTemplate | None:
@@ -153,27 +219,21 @@ def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None 
     """Load an engine. Of several ranks, rank 0 leads the others."""
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.execution.cpu_threads import limit_threads
-    from tokenspeed_plan.runtime.execution.executor import Lead
+    from tokenspeed_plan.runtime.execution.rank_links import joined
+    from tokenspeed_plan.runtime.execution.ranks import lead_of
 
-    lead: Lead | None = None
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        from tokenspeed_plan.runtime.execution.ranks import Follower, Leader
-
-        lead = Leader() if os.environ.get("RANK", "0") == "0" else Follower()
+    links = joined()
     engine = Engine.load(
         bundle,
         options.weights,
         chat,
         backend=options.backend,
-        lead=lead,
+        lead=lead_of(links),
         cache=options.cache,
-        depth=options.depth,
+        depth="headers" if links.rank else options.depth,  # rank 0 has compared all of them
         signers=options.signers,
     )
-    if lead is not None:
-        from tokenspeed_plan.runtime.execution.ranks import meet
-
-        meet()
+    links.meet(f"{engine.plan.digest} {options.backend}")
     limit_threads(engine.plan)
     return engine
 

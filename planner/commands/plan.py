@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from tokenspeed_plan.codegen.build import default_cache
-from tokenspeed_plan.planner.advisor.predicted import NO_SEVERAL_GPUS
 from tokenspeed_plan.planner.commands.long_work import LongWork
 from tokenspeed_plan.planner.compile import Compiled, build_bundle, compile_bundle, find_model
 from tokenspeed_plan.planner.golden import with_canary
@@ -126,14 +125,12 @@ def _echo_written(bundle: Compiled, out: Path) -> None:
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
-    """What a plan does not keep: service levels, arrivals, and running at all."""
+    """What a plan does not keep: service levels and arrivals."""
     for decision in plan.decisions:
         if decision.name == "service_levels" and decision.value != "met":
             yield f"{decision.value}: {decision.reason}"
         if decision.name == "interleaving" and "warning: " in decision.reason:
             yield decision.reason.partition("warning: ")[2]
-    if plan.target.sm and plan.target.count > 1:
-        yield f"{NO_SEVERAL_GPUS}; this plan can be read and compared"
 
 
 _BINARIES_HINT = (

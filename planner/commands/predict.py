@@ -19,7 +19,6 @@ from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.predicted import (
     max_concurrency,
     max_context_tokens,
-    not_replayed,
     option,
 )
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
@@ -199,7 +198,7 @@ def search(
 def _as_json(predictor: Predictor, result: SearchResult) -> dict[str, Any]:
     best, engine = result.best, predictor.engine
     candidate = best.candidate
-    missing = not_replayed(candidate, predictor.hardware)
+    missing = SUPPORTED.missing(candidate)
     return {
         "engine": engine.name if engine else "tokenspeed-plan",
         "target": {"gpu": predictor.hardware.name, "count": candidate.num_gpus},
@@ -248,10 +247,10 @@ def _as_text(predictor: Predictor, result: SearchResult) -> Iterator[str]:
         title += f", as {predictor.engine.name} would run it"
     yield title
     yield str(best.candidate)
-    if not SUPPORTED.missing(best.candidate):
+    missing = SUPPORTED.missing(best.candidate)
+    if not missing:
         yield "`tokenspeed plan` can freeze this"
-    missing = not_replayed(best.candidate, hardware)
-    if missing:
+    else:
         yield f"not replayed yet: {', '.join(missing)}"
     if result.binding:
         yield f"service level missed: {result.binding}"
@@ -297,7 +296,7 @@ def _sweep_entry(
         "deployment": str(candidate),
         "predicted": result.best.as_json(),
         "slo_missed": result.binding,
-        "not_replayed_yet": not_replayed(candidate, predictor.hardware),
+        "not_replayed_yet": SUPPORTED.missing(candidate),
     }
 
 

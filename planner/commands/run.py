@@ -16,6 +16,7 @@ from tokenspeed_plan.planner.commands.engines import (
     Backend,
     EngineOptions,
     ReplayCommand,
+    alike_on_all_ranks,
     on_all_ranks,
     rank_timeout_option,
     ready_engine,
@@ -144,7 +145,7 @@ def run(
     if check:
         if not (prompt is None and source is None and output is None):
             raise click.UsageError("--check takes no prompt and no batch")
-        _run_check(bundle, engine)
+        alike_on_all_ranks(bundle, engine, lambda: _run_check(bundle, engine))
         return
     work: BatchOptions | PromptOptions
     if prompt is not None and source is None and output is None:
@@ -172,9 +173,7 @@ def _run(bundle: Path, options: RunOptions) -> int:
 def _run_check(bundle: Path, options: EngineOptions) -> None:
     from tokenspeed_plan.runtime.compare import check_steps
     from tokenspeed_plan.runtime.engine import Engine
-    from tokenspeed_plan.runtime.execution.collectives import join
 
-    join(load_plan(bundle, options.signers), options.rank_timeout_s)
     engine = Engine.load(
         bundle, options.weights, backend="compare", depth=options.depth, signers=options.signers
     )

@@ -5,48 +5,54 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.execution.arenas import Arenas
 from tokenspeed_plan.runtime.execution.backend import (
     Backend,
     KernelBackend,
     ReferenceBackend,
     load_kernels,
 )
-from tokenspeed_plan.runtime.execution.collectives import join
-from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.launch import Launch
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.execution.rank_links import join
 from tokenspeed_plan.runtime.loading.preflight import check_files, check_target
+from tokenspeed_plan.runtime.loading.rank_memory import RankMemory
 from tokenspeed_plan.runtime.loading.weights import load_weights, random_weights
 
 
 def prepare(
-    plan: Plan, bundle: Path, folder: Path | None, launch: Launch | None = None
+    plan: Plan,
+    bundle: Path,
+    folder: Path | None,
+    launch: Launch | None = None,
+    lead: Lead | None = None,
 ) -> Executor:
     """Check, allocate and fill. States and pages are random, as if sequences had run before.
+
+    Of several ranks each prepares its own.
 
     Raises:
         PlanError: the bundle, this machine or the checkpoint does not fit.
     """
     check_target(plan)
-    rank, collectives = join(plan)
+    links = join(plan)
+    allocations = RankMemory(plan, links)
     kernels = load_kernels(plan, bundle) if plan.target.device == "cuda" else None
     if folder is None:
-        arenas = Arenas(plan.pool.arenas, plan.target.device)
+        arenas = allocations.allocate()
         weights = random_weights(plan, arenas)
     else:
         check_files(plan, folder)
-        arenas, weights = load_weights(
-            plan, folder, lambda: Arenas(plan.pool.arenas, plan.target.device), rank
-        )
+        arenas, weights = load_weights(plan, folder, allocations.allocate, links.rank)
     for buffer in plan.pool.buffers:
         if buffer.arena in ("kv_cache", "state"):
             view = arenas.view(
                 buffer.arena, buffer.offset_bytes, buffer.tensor.bind(0, 0), buffer.tensor.dtype
             )
             view[1:].normal_(std=0.1)
-    reference = ReferenceBackend(plan, rank, collectives)
+    reference = ReferenceBackend(plan, links.rank, links.collectives)
     backend: Backend = reference
     if kernels is not None:
-        backend = KernelBackend(plan, kernels, reference, full_size=launch is not None)
-    return Executor(PlanMemory(plan, arenas, weights), backend, launch)
+        full_size = launch is not None
+        backend = KernelBackend(plan, kernels, reference, full_size, allocations.peers)
+    return Executor(PlanMemory(plan, arenas, weights), backend, launch, lead)

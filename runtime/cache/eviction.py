@@ -3,6 +3,10 @@
 It is the one that costs the fewest tokens to compute again per byte that it frees, with the ageing
 of GreedyDual (Cao and Irani, Cost-Aware WWW Proxy Caching Algorithms, USENIX 1997). Without
 recurrent state it is the least recently used one.
+
+Of many checkpoints the worth is not computed again for each victim: a heap has what it was. It
+mostly rises, and the one on top is computed again before it goes. Where it has fallen, as others
+went, that is seen when the heap is made anew.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from tokenspeed_plan.runtime.cache.prefix_tree import (
     Node,
@@ -18,6 +23,8 @@ from tokenspeed_plan.runtime.cache.prefix_tree import (
     previous_checkpoint,
 )
 from tokenspeed_plan.runtime.cache.ref_counts import SharedSlots
+
+FEW = 32  # so many checkpoints are all looked at for each victim
 
 
 @dataclass(slots=True)
@@ -36,6 +43,10 @@ class Checkpoints:
     slot_bytes: int
     clock: float = 0.0
     nodes: OrderedDict[Node, None] = field(default_factory=OrderedDict)
+    # worth when it was computed, number, checkpoint; and for how many victims it is used still
+    _heap: list[tuple[float, int, Node]] = field(default_factory=list)
+    _num_entered: int = 0
+    _num_victims_left: int = 0
 
     @property
     def has_state(self) -> bool:
@@ -47,6 +58,8 @@ class Checkpoints:
         if not node.state_slot:
             node.state_slot = self.state_slots.share(state_slot)
             self.nodes[node] = None
+            if self.has_state:
+                self._enter(self.clock, node)  # less than it is worth
         node.clock = self.clock
 
     def add_hit_point(self, node: Node, state_slot: int) -> None:
@@ -82,18 +95,51 @@ class Checkpoints:
 
     def _victim(self, is_useful: Callable[[Node], bool]) -> Node | None:
         """The checkpoint to give up; sets the age of the cache without it."""
-        candidates = (
-            node
-            for node in self.nodes
-            if self.state_slots.holders(node.state_slot) == 1 and is_useful(node)
-        )
+
+        def is_candidate(node: Node) -> bool:
+            return self.state_slots.holders(node.state_slot) == 1 and is_useful(node)
+
         if not self.has_state:
-            return next(candidates, None)
-        worth = {node: self._worth(node) for node in candidates}
-        if not worth:
-            return None
-        victim = min(worth, key=worth.__getitem__)
-        self.clock = worth[victim]
+            return next(filter(is_candidate, self.nodes), None)
+        if len(self.nodes) <= FEW or not self._num_victims_left:
+            self._rebuild()
+        self._num_victims_left -= 1
+        victim = self._cheapest(is_candidate)
+        if victim is not None:
+            self.clock = self._worth(victim)
+        return victim
+
+    def _rebuild(self) -> None:
+        """Compute the worth of all checkpoints; it is used for a quarter as many victims."""
+        self._heap = []
+        self._num_entered = 0
+        for node in self.nodes:
+            self._enter(self._worth(node), node)
+        self._num_victims_left = len(self.nodes) // 4 + 1
+
+    def _enter(self, worth: float, node: Node) -> None:
+        """Note what a checkpoint is worth at least; of equal ones the oldest goes first."""
+        heappush(self._heap, (worth, self._num_entered, node))
+        self._num_entered += 1
+
+    def _cheapest(self, is_candidate: Callable[[Node], bool]) -> Node | None:
+        """The candidate on top of the heap, with its worth of now."""
+        kept = []
+        victim = None
+        while self._heap and victim is None:
+            known, number, node = heappop(self._heap)
+            if node not in self.nodes:
+                continue
+            if not is_candidate(node):
+                kept.append((known, number, node))
+                continue
+            worth = self._worth(node)
+            if worth > known:
+                heappush(self._heap, (worth, number, node))
+            else:
+                victim = node
+        for entry in kept:
+            heappush(self._heap, entry)
         return victim
 
     def frees_a_page(self, node: Node) -> bool:

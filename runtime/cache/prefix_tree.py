@@ -142,7 +142,12 @@ def previous_checkpoint(node: Node) -> int:
     """The position of the deepest checkpoint before a node, on the way to it."""
     child, parent = node, node.parent
     while parent is not None:
-        positions = [tail.position for tail in parent.tails if _begins_with(child, tail)]
+        first = child.token_ids[0]  # most tails of the root begin with another one
+        positions = [
+            tail.position
+            for tail in parent.tails
+            if tail.token_ids[0] == first and _begins_with(child, tail)
+        ]
         if positions or parent.state_slot:
             return max(positions, default=parent.position)
         child, parent = parent, parent.parent

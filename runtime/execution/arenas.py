@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -37,12 +37,25 @@ def _zeros(spec: ArenaSpec, device: str) -> Tensor:
 class Arenas:
     """The memory of one rank. It starts as zeros; state slot 0 must be zero, and stays so.
 
+    Args:
+        specs: names and sizes.
+        device: `cuda` is the current GPU.
+        given: arenas that are allocated already.
+
     Raises:
         PlanError: there is not as much as the plan needs.
     """
 
-    def __init__(self, specs: Iterable[ArenaSpec], device: str = "cpu") -> None:
-        self._bytes: dict[str, Tensor] = {spec.name: _zeros(spec, device) for spec in specs}
+    def __init__(
+        self,
+        specs: Iterable[ArenaSpec],
+        device: str = "cpu",
+        given: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._bytes = dict(given or {})
+        for spec in specs:
+            if spec.name not in self._bytes:
+                self._bytes[spec.name] = _zeros(spec, device)
 
     def view(self, arena: str, offset_bytes: int, shape: tuple[int, ...], dtype: DType) -> Tensor:
         """A tensor at a planned place; nothing is copied."""

@@ -23,6 +23,7 @@ from tokenspeed_plan.plans.schema import (
 )
 from tokenspeed_plan.runtime.execution.collectives import Collectives
 from tokenspeed_plan.runtime.execution.kernels import Kernels, Launcher
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES, Body
 
 BackendName = Literal["reference", "kernels", "compare"]
@@ -176,17 +177,24 @@ class KernelBackend:
     Args:
         plan: whose kernels are called.
         kernels: from Triton or from cubins.
-        reference: for what is no kernel; it also says rank and collectives.
+        reference: for what is no kernel; it also says the rank.
         full_size: bind tensors at a program's full size. Kernels take addresses only, so that a
             new batch size needs no new tensors. Every step must then have a kernel.
+        peers: the memory of the other ranks, where kernels use it.
     """
 
     def __init__(
-        self, plan: Plan, kernels: Kernels, reference: ReferenceBackend, full_size: bool = False
+        self,
+        plan: Plan,
+        kernels: Kernels,
+        reference: ReferenceBackend,
+        full_size: bool = False,
+        peers: PeerMemory | None = None,
     ) -> None:
         self.kernels = kernels
         self.reference = reference
         self.full_size = full_size
+        self.peers = peers
         self._plan = plan
         self._specs = {kernel.name: kernel for kernel in plan.kernels}
 
@@ -199,19 +207,20 @@ class KernelBackend:
     ) -> Iterator[BoundStep]:
         """Each step with its instructions; calls of one kernel share a launcher."""
         launchers: dict[str, Launcher] = {}
+        index = self._plan.pool.programs.index(program)
         for step, tensors in zip(program.steps, operands, strict=True):
             kernel = self.kernel_of(step)
             if kernel is None:
                 yield step, self.reference.bind_step(step, tensors)
                 continue
             if kernel.name not in launchers:
-                launchers[kernel.name] = self.launcher(kernel, num_tokens, num_seqs)
+                launchers[kernel.name] = self.launcher(kernel, num_tokens, num_seqs, index)
             yield step, [Instruction(launchers[kernel.name], {}, tensors, ())]
 
     def without_overlap(self) -> KernelBackend:
         """The same kernels; none of them starts before its predecessor has ended."""
         return KernelBackend(
-            self._plan, self.kernels.without_overlap(), self.reference, self.full_size
+            self._plan, self.kernels.without_overlap(), self.reference, self.full_size, self.peers
         )
 
     def kernel_of(self, step: Step) -> KernelSpec | None:
@@ -223,10 +232,12 @@ class KernelBackend:
         assert has_kernel or not self.full_size, f"no binary of `{kernel.name}`"
         return kernel if has_kernel else None
 
-    def launcher(self, kernel: KernelSpec, num_tokens: int, num_seqs: int) -> Launcher:
-        """A function of the kernel's tensors on this rank."""
-        rank, collectives = self.reference.rank, self.reference.collectives
-        return self.kernels.launcher(kernel, rank, num_tokens, num_seqs, collectives)
+    def launcher(
+        self, kernel: KernelSpec, num_tokens: int, num_seqs: int, program: int
+    ) -> Launcher:
+        """A function of the kernel's tensors on this rank, in the program of that index."""
+        rank = self.reference.rank
+        return self.kernels.launcher(kernel, rank, num_tokens, num_seqs, self.peers, program)
 
 
 def load_kernels(plan: Plan, bundle: Path) -> Kernels:

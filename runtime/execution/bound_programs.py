@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.plans.schema import CollectiveCall, Plan, Program
 from tokenspeed_plan.runtime.execution.backend import (
     Backend,
     BoundStep,
@@ -78,7 +78,8 @@ class BoundPrograms:
     def _operands(self, program: Program, num_tokens: int, num_seqs: int) -> Operands:
         """The tensors of each step.
 
-        Kernels take tensors of the program's full size, and the size of the batch as scalars.
+        Kernels take tensors of the program's full size, and the size of the batch as scalars; what
+        ranks exchange is as large as the batch.
         """
         if not self.backend.full_size:
             return self._bind_operands(program, num_tokens, num_seqs)
@@ -87,7 +88,13 @@ class BoundPrograms:
         if operands is None:
             operands = self._bind_operands(program, program.max_tokens, program.max_seqs)
             self._full_size_operands[key] = operands
-        return operands
+        if not any(isinstance(step, CollectiveCall) for step in program.steps):
+            return operands
+        tensor_of = self.memory.tensors_of(program, num_tokens, num_seqs)
+        return [
+            operands_of(step, tensor_of) if isinstance(step, CollectiveCall) else full
+            for step, full in zip(program.steps, operands, strict=True)
+        ]
 
     def _bind_operands(self, program: Program, num_tokens: int, num_seqs: int) -> Operands:
         tensor_of = self.memory.tensors_of(program, num_tokens, num_seqs)

@@ -14,7 +14,13 @@ _MIN_SHARED_WIDTH = 1024
 
 
 def limit_threads(plan: Plan) -> None:
-    """Compute a narrow model on a CPU with one thread, unless OMP_NUM_THREADS says otherwise."""
-    is_narrow = plan.model.hidden_size < _MIN_SHARED_WIDTH
-    if plan.target.device == "cpu" and is_narrow and "OMP_NUM_THREADS" not in os.environ:
+    """Compute a narrow model on a CPU with one thread, and share the cores among ranks.
+
+    OMP_NUM_THREADS may say otherwise.
+    """
+    if plan.target.device != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    if plan.model.hidden_size < _MIN_SHARED_WIDTH:
         torch.set_num_threads(1)
+    elif plan.target.count > 1:
+        torch.set_num_threads(max(torch.get_num_threads() // plan.target.count, 1))

@@ -21,8 +21,8 @@ from tokenspeed_plan.plans.kernel_abi import bind_launch
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import Binary, KernelSpec, Plan
 from tokenspeed_plan.plans.types import WARP_SIZE
-from tokenspeed_plan.runtime.execution.collectives import Collectives
 from tokenspeed_plan.runtime.execution.kernels import Launcher
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory, launch_tables
 
 DEFAULT_SHARED_BYTES = 48 << 10  # a kernel that needs more has to ask
 
@@ -113,7 +113,8 @@ class CudaKernels:
         rank: int,
         num_tokens: int,
         num_seqs: int,
-        collectives: Collectives | None = None,
+        peers: PeerMemory | None = None,
+        program: int = 0,
     ) -> Launcher:
         """A function of the kernel's tensors, in the order of its parameters.
 
@@ -122,7 +123,8 @@ class CudaKernels:
         driver = self._driver
         function = self._function(kernel)
         config = self._config(kernel, num_tokens, num_seqs)
-        values: tuple[int | Tensor, ...] = bind_launch(kernel, rank, num_tokens, num_seqs)
+        tables = launch_tables(peers, program)
+        values = bind_launch(kernel, rank, num_tokens, num_seqs, tables)
         bound: dict[tuple[int, ...], _Arguments] = {}
         current_stream = torch._C._cuda_getCurrentRawStream
         device = torch.cuda.current_device()

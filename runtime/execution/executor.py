@@ -2,7 +2,7 @@
 
 An executor has three strategies, which combine freely: a `Backend` runs steps (as reference bodies,
 Triton kernels or cubins), a `Launch` launches programs (step by step, or as CUDA graphs), and a
-`Lead` keeps ranks together (one rank alone, a leader or a follower).
+`Lead` keeps ranks together (none without others; a leader sends orders to those that follow).
 """
 
 from __future__ import annotations
@@ -12,30 +12,43 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tokenspeed_plan.plans.peer_memory import ERROR, PEER_SIGNALS, STOP, explain
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.execution.backend import Backend, BoundStep, Instruction
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.input_block import InputChange
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch, HostValues, Launch
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.execution.rank_loss import LOSS
 
 
 class Lead(Protocol):
     """Keeps the ranks of a plan together."""
 
     def before_run(
-        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
+        self,
+        memory: PlanMemory,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: InputChange | None,
     ) -> None:
-        """Called before each replay, after this rank's inputs are written."""
+        """Called before each replay, after this rank's inputs were changed so, if at all."""
 
     def before_copy(self, source: int, target: int) -> None:
         """Called before a page is copied."""
 
 
 class Alone:
-    """A rank without others."""
+    """A rank without others, or one that follows."""
 
     def before_run(
-        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
+        self,
+        memory: PlanMemory,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: InputChange | None,
     ) -> None:
         """Nothing."""
 
@@ -67,6 +80,9 @@ class Executor:
         self.lead = lead or Alone()
         self.programs = BoundPrograms(memory, backend)
         self.kernels = {kernel.name: kernel for kernel in memory.plan.kernels}
+        self._signals: Tensor | None = None  # of kernels that wait for peers
+        if any(buffer.name == PEER_SIGNALS for buffer in memory.plan.pool.buffers):
+            self._signals = memory.buffer(PEER_SIGNALS)
 
     def prepare(self) -> None:
         """Do what can be done before the first replay."""
@@ -76,14 +92,41 @@ class Executor:
         """A state or io buffer, at the size of a batch."""
         return self.memory.buffer(name, num_tokens, num_seqs)
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
-        """One replay; inputs and outputs are in the io buffers."""
-        self.lead.before_run(self.memory, program, num_tokens, num_seqs)
+    def run(
+        self,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: InputChange | None = None,
+    ) -> None:
+        """One replay; inputs and outputs are in the io buffers.
+
+        Args:
+            program: what is replayed.
+            num_tokens: of the batch.
+            num_seqs: of the batch.
+            change: how its inputs were changed, for the other ranks.
+        """
+        self.lead.before_run(self.memory, program, num_tokens, num_seqs, change)
         self.launch.run(self.programs, program, num_tokens, num_seqs)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
-        """A function that waits for these outputs of the last replay, and returns them."""
-        return self.launch.copy_to_host(*values)
+        """A function that waits for these outputs of the last replay, and returns them.
+
+        It raises a RankError where a kernel has given up waiting for a peer.
+        """
+        if self._signals is None:
+            return self.launch.copy_to_host(*values)
+        wait = self.launch.copy_to_host(*values, self._signals)
+
+        def checked() -> tuple[list[int], ...]:
+            *found, signals = wait()
+            fault = explain(signals[STOP], signals[ERROR])
+            if fault:
+                raise LOSS.error(fault)
+            return tuple(found)
+
+        return checked
 
     def copy_page(self, source: int, target: int) -> int:
         """Copy a page of keys and values in all layers; returns the bytes that were copied."""

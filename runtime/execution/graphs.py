@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenspeed_plan.plans.peer_memory import NUM_SIGNALS
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
 from tokenspeed_plan.runtime.execution.inputs import write_inputs
@@ -29,7 +30,7 @@ class GraphLaunch:
         """Capture all programs that the plan wants captured, and load the kernels of the others."""
         limits = programs.plan.pool.limits
         values_per_seq = 2 * limits.max_depth + 3  # tokens, the number accepted, and drafts
-        num_values = limits.max_seqs * values_per_seq
+        num_values = limits.max_seqs * values_per_seq + NUM_SIGNALS
         for _ in range(MAX_IN_FLIGHT):
             host = torch.empty(num_values, dtype=torch.int32)
             self._pinned.append(host.pin_memory())

@@ -33,7 +33,7 @@ NUMBER_BYTES = 8  # of the number of a word
 WHOLE = -1  # in place of a number of moves: all words of a block
 # Blocks that may be on their way at once: the host writes one while the others are read.
 NUM_BLOCKS = 3
-NUMPY_DTYPES = {"fp32": np.float32, "i64": np.int64, "i32": np.int32}
+NUMPY_DTYPES: dict[str, type[np.generic]] = {"fp32": np.float32, "i64": np.int64, "i32": np.int32}
 
 
 @dataclass(frozen=True, slots=True)

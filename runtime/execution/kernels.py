@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tokenspeed_plan.plans.schema import KernelSpec
-from tokenspeed_plan.runtime.execution.collectives import Collectives
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 
 # Takes the constants of an operator, which a kernel ignores, then the kernel's tensors.
 Launcher = Callable[..., tuple[()]]
@@ -27,6 +27,16 @@ class Kernels(Protocol):
         rank: int,
         num_tokens: int,
         num_seqs: int,
-        collectives: Collectives | None = None,
+        peers: PeerMemory | None = None,
+        program: int = 0,
     ) -> Launcher:
-        """A function of the kernel's tensors, in the order of its parameters, for this size."""
+        """A function of the kernel's tensors, in the order of its parameters, for this size.
+
+        Args:
+            kernel: what is launched.
+            rank: of this process.
+            num_tokens: of the batch.
+            num_seqs: of the batch.
+            peers: the memory of the other ranks, where there are any.
+            program: index of the program that calls it.
+        """

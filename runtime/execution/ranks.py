@@ -1,77 +1,97 @@
 """Several processes that replay one plan.
 
-Rank 0 schedules, and sends an order before each replay; the others replay the same program on the
-same inputs.
+Rank 0 schedules, and sends an order before each replay: which program comes next, at which size,
+and what has changed in its inputs since the step before. The others do the same.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-import torch
-import torch.distributed as dist
+import numpy as np
 
 from tokenspeed_plan.plans.errors import RankError
-from tokenspeed_plan.plans.schema import Program
-from tokenspeed_plan.runtime.execution.collectives import (
-    order_group,
-    replay_group,
-    stop_heartbeat,
-    translate_dist_errors,
-)
-from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.runtime.execution.executor import Executor, Lead
+from tokenspeed_plan.runtime.execution.input_block import InputBlocks, InputChange, InputLayout
+from tokenspeed_plan.runtime.execution.order_ring import OrderRing
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.execution.rank_links import Links
 
 # An order has three numbers: the index of a program, and the tokens and sequences of its batch; or
 # one of these, and its two arguments.
 STOP = -1
 COPY_PAGE = -2
+_CHANGE = struct.Struct("<qq")  # the numbers of an `InputChange`; its content follows
 
 
 class Leader:
     """Rank 0: sends the others an order before everything it does."""
 
+    def __init__(self, orders: OrderRing) -> None:
+        self._orders = orders
+        self._indices: dict[tuple[str, int], int] = {}
+
     def before_run(
-        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
+        self,
+        memory: PlanMemory,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: InputChange | None,
     ) -> None:
-        """Send the program and the size of the batch, then the inputs."""
-        index = memory.plan.pool.programs.index(program)
-        _send([index, num_tokens, num_seqs])
-        _share_inputs(memory, program, num_tokens, num_seqs)
+        """Send the program, the size of the batch and what has changed in its inputs."""
+        index, content = self._index_of(program, memory.plan), b""
+        if change is not None:
+            head = _CHANGE.pack(change.num_moves, change.num_words)
+            content = head + change.content.tobytes()
+        self._orders.write((index, num_tokens, num_seqs), content)
+
+    def _index_of(self, program: Program, plan: Plan) -> int:
+        """The place of a program in its pool."""
+        if not self._indices:
+            for index, each in enumerate(plan.pool.programs):
+                self._indices[each.phase, each.bucket] = index
+        return self._indices[program.phase, program.bucket]
 
     def before_copy(self, source: int, target: int) -> None:
         """Send the numbers of both pages."""
-        _send([COPY_PAGE, source, target])
+        self._orders.write((COPY_PAGE, source, target))
 
 
-class Follower:
-    """The other ranks: `follow` receives the order, and the follower the inputs of a replay."""
-
-    def before_run(
-        self, memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int
-    ) -> None:
-        """Receive the inputs."""
-        _share_inputs(memory, program, num_tokens, num_seqs)
-
-    def before_copy(self, source: int, target: int) -> None:
-        """Nothing: the order has both pages."""
+def lead_of(links: Links) -> Lead | None:
+    """How a rank keeps others in step: rank 0 leads those that there are."""
+    if links.orders is None or links.rank:
+        return None
+    return Leader(links.orders)
 
 
-def follow(executor: Executor) -> None:
-    """Carry out the orders of rank 0 until it stops; the executor's `lead` is a `Follower`."""
+def follow(executor: Executor, orders: OrderRing) -> None:
+    """Carry out the orders of rank 0 until it stops.
+
+    Raises:
+        RankError: a rank is lost.
+    """
+    blocks = InputBlocks(InputLayout(executor.plan), executor.buffer)
+    programs = executor.plan.pool.programs
     while True:
-        index, first, second = _receive()
+        (index, first, second), content = orders.read()
         if index == STOP:
             return
         if index == COPY_PAGE:
             executor.copy_page(first, second)
-        else:
-            executor.run(executor.plan.pool.programs[index], first, second)
+            continue
+        if content:
+            num_moves, num_words = _CHANGE.unpack_from(content)
+            words = np.frombuffer(content, np.uint8, offset=_CHANGE.size)
+            blocks.receive(InputChange(num_moves, num_words, words))
+        executor.run(programs[index], first, second)
 
 
 @contextmanager
-def leading() -> Iterator[None]:
+def leading(links: Links) -> Iterator[None]:
     """Stop the other ranks when rank 0 ends, in whatever way."""
     is_linked = True
     try:
@@ -80,32 +100,6 @@ def leading() -> Iterator[None]:
         is_linked = False  # the others find out by themselves; one of them may read nothing more
         raise
     finally:
-        stop_heartbeat()
-        if is_linked:
+        if is_linked and links.orders is not None:
             with suppress(RankError):  # they may have ended already
-                _send([STOP, 0, 0])
-
-
-def meet() -> None:
-    """Wait until all ranks are loaded: from here on, none waits long for another."""
-    with translate_dist_errors():
-        dist.all_reduce(torch.zeros(1), group=order_group())
-
-
-def _share_inputs(memory: PlanMemory, program: Program, num_tokens: int, num_seqs: int) -> None:
-    """Broadcast the input buffers of rank 0."""
-    with translate_dist_errors():
-        for name in program.inputs:
-            dist.broadcast(memory.buffer(name, num_tokens, num_seqs), 0, group=replay_group())
-
-
-def _send(order: list[int]) -> None:
-    with translate_dist_errors():
-        dist.broadcast(torch.tensor(order), 0, group=order_group())
-
-
-def _receive() -> list[int]:
-    order = torch.zeros(3, dtype=torch.int64)
-    with translate_dist_errors():
-        dist.broadcast(order, 0, group=order_group())
-    return order.tolist()
+                links.orders.write((STOP, 0, 0))

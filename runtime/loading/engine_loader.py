@@ -12,7 +12,6 @@ from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.signature import Signers
 from tokenspeed_plan.plans.weight_digests import Depth, check_weight_files
 from tokenspeed_plan.runtime.compare import ComparingBackend
-from tokenspeed_plan.runtime.execution.arenas import Arenas
 from tokenspeed_plan.runtime.execution.backend import (
     Backend,
     BackendName,
@@ -20,12 +19,14 @@ from tokenspeed_plan.runtime.execution.backend import (
     ReferenceBackend,
     load_kernels,
 )
-from tokenspeed_plan.runtime.execution.collectives import join
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.kernels import Kernels
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch, Launch
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.execution.rank_links import join
 from tokenspeed_plan.runtime.loading.preflight import check_files, check_target, find_weights
+from tokenspeed_plan.runtime.loading.rank_memory import RankMemory
 from tokenspeed_plan.runtime.loading.weights import load_weights
 from tokenspeed_plan.runtime.tokenizer import Messages, Tokenizer
 
@@ -86,12 +87,11 @@ def load_parts(
     """
     check_target(plan)
     check_files(plan, folder)
-    rank, collectives = join(plan)
-    arenas, tensors = load_weights(
-        plan, folder, lambda: Arenas(plan.pool.arenas, plan.target.device), rank
-    )
-    reference = ReferenceBackend(plan, rank, collectives)
-    backend = make_backend(plan, reference, kernels, compare)
+    links = join(plan)
+    allocations = RankMemory(plan, links)
+    arenas, tensors = load_weights(plan, folder, allocations.allocate, links.rank)
+    reference = ReferenceBackend(plan, links.rank, links.collectives)
+    backend = make_backend(plan, reference, kernels, compare, allocations.peers)
     if launch is None:
         launch = EagerLaunch() if compare else default_launch(plan)
     memory = PlanMemory(plan, arenas, tensors)
@@ -102,14 +102,19 @@ def load_parts(
 
 
 def make_backend(
-    plan: Plan, reference: ReferenceBackend, kernels: Kernels | None, compare: bool = False
+    plan: Plan,
+    reference: ReferenceBackend,
+    kernels: Kernels | None,
+    compare: bool = False,
+    peers: PeerMemory | None = None,
 ) -> Backend:
     """The references alone, the kernels, or both compared."""
     if kernels is None:
         return reference
     if compare:
-        return ComparingBackend(plan, KernelBackend(plan, kernels, reference))
-    return KernelBackend(plan, kernels, reference, full_size=plan.target.device == "cuda")
+        return ComparingBackend(plan, KernelBackend(plan, kernels, reference, peers=peers))
+    full_size = plan.target.device == "cuda"
+    return KernelBackend(plan, kernels, reference, full_size, peers)
 
 
 def default_backend(plan: Plan) -> BackendName:

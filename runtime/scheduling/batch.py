@@ -98,7 +98,10 @@ class BatchMaker:
         return _smallest(self._decode, num_seqs, num_seqs)
 
     def decode(self, sequences: list[Sequence]) -> Batch:
-        """One step of every sequence; the tuple of rows stays the same object while they are the same."""
+        """One step of every sequence.
+
+        The tuple of its sequences stays the same object while they are the same.
+        """
         program = self.decode_program(len(sequences))
         if sequences != self._members:
             self._rows = keep_rows(self._rows, sequences)

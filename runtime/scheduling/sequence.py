@@ -46,7 +46,7 @@ class Sequence:
     num_computed: int = 0
     num_kept: int = 0
     pages: list[int] = field(default_factory=list)
-    # rises when pages or state slots are not as the last step has left them, but for pages at the end
+    # rises when pages or state slots are not as the last step left them, but for pages at the end
     pages_version: int = 0
     state_slot: int = 0
     own_slots: list[int] = field(default_factory=list)

@@ -178,14 +178,6 @@ def test_reasons_say_the_rule_of_drafts() -> None:
     assert "fewest within 5% of the least time a token" in decisions["speculation"].reason
 
 
-def test_a_plan_of_several_gpus_says_that_none_runs_yet() -> None:
-    _, decisions = decided_for(count=2)
-    assert "does not replay several GPUs yet" in decisions["parallelism"].reason
-    assert "that the runtime replays" not in str(decisions)
-    _, decisions = decided_for()
-    assert "several GPUs" not in decisions["parallelism"].reason
-
-
 def test_advice_for_fewer_gpus_says_so_and_a_split_is_compared_with_this_plan() -> None:
     """A token of a small model costs less on a few GPUs than on eight."""
     decided, decisions = decided_for("9b", 8, objective={"minimize": "cost_per_token"})

@@ -51,9 +51,7 @@ def answers(engine: Engine) -> dict[str, Completion]:
 def spoil_tokens(patch: pytest.MonkeyPatch, engine: Engine, maybe_raise: MaybeRaise) -> None:
     append = OutputProcessor.append_tokens
 
-    def appended(
-        self: Any, sequence: Sequence, output: Any, look: Any
-    ) -> list[NewToken]:
+    def appended(self: Any, sequence: Sequence, output: Any, look: Any) -> list[NewToken]:
         new_tokens = append(self, sequence, output, look)
         maybe_raise(sequence.request.request_id)
         return new_tokens

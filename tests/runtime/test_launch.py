@@ -26,6 +26,7 @@ from tokenspeed_plan.plans.types import RankShift, TensorSpec
 from tokenspeed_plan.runtime.execution import cuda_kernels, triton_kernels
 from tokenspeed_plan.runtime.execution.backend import Backend, KernelBackend, ReferenceBackend
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels
 
 RANK, NUM_TOKENS, NUM_SEQS, WIDTH = 1, 3, 2, 4
@@ -67,14 +68,13 @@ def make_tensors(kernel: KernelSpec) -> list[Tensor]:
     return [torch.full(shape, float(index)) for index, shape in enumerate(shapes)]
 
 
-class Gather:
-    """Two ranks of which the other holds the negative of what this one does."""
+TABLE = torch.tensor([5, 6])
+PROGRAM = 3
 
-    def all_reduce(self, source: Tensor, target: Tensor) -> None:
-        raise AssertionError("a kernel reduces by itself")
 
-    def all_gather(self, source: Tensor, target: Tensor) -> None:
-        target.copy_(torch.cat((-source, source), -1))
+def make_peers() -> PeerMemory:
+    """Two ranks."""
+    return PeerMemory(torch.zeros(4, dtype=torch.uint8), TABLE.tolist())
 
 
 def by_name(kernel: KernelSpec, values: tuple[Any, ...]) -> dict[str, Any]:
@@ -85,7 +85,6 @@ def by_name(kernel: KernelSpec, values: tuple[Any, ...]) -> dict[str, Any]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_triton_binds_all_parameters_in_order(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, launches = make_kernel(ranks), list[tuple[Any, ...]]()
-    found: dict[str, Any] = {}
 
     class Function:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -94,22 +93,19 @@ def test_triton_binds_all_parameters_in_order(ranks: int, monkeypatch: pytest.Mo
 
         def launch(self, *args: Any, num_warps: int, num_stages: int) -> None:
             launches.append(args)
-            if ranks > 1:  # the tables are valid during the launch
-                address = int(by_name(kernel, args)["peers"][0])
-                found["peer"] = ctypes.c_float.from_address(address).value
 
     monkeypatch.setattr(triton_kernels, "load_function", lambda *_: Function())
     tensors, backend = make_tensors(kernel), TritonKernels({kernel.name: ""})
-    backend.launcher(kernel, RANK, NUM_TOKENS, NUM_SEQS, Gather())({}, *tensors)
+    launcher = backend.launcher(kernel, RANK, NUM_TOKENS, NUM_SEQS, make_peers(), PROGRAM)
+    launcher({}, *tensors)
     (args,) = launches
     bound = by_name(kernel, args)
     assert all(bound[p.name] is x for p, x in zip(kernel.tensors, tensors, strict=True))
     assert (bound["row_start"], bound["expert_start"]) == (10, 7)
     assert (bound["num_tokens"], bound["num_seqs"]) == (NUM_TOKENS, NUM_SEQS)
     if ranks > 1:
-        assert bound["rank"] == RANK
-        assert bound["peers"].shape == bound["signals"].shape == (ranks,)
-        assert found["peer"] == -1.0  # what rank 0 reduces is the second tensor, `x`, not the first
+        assert (bound["rank"], bound["program"]) == (RANK, PROGRAM)
+        assert bound["peers"].tolist() == TABLE.tolist()
 
 
 class Driver:
@@ -154,31 +150,25 @@ def cuda_backend(kernel: KernelSpec, monkeypatch: pytest.MonkeyPatch) -> tuple[C
     return CudaKernels({kernel.name: binary}, {kernel.name: b""}), driver
 
 
-def test_cuda_binds_all_parameters_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = make_kernel(1)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_cuda_binds_all_parameters_in_order(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, peers = make_kernel(ranks), make_peers()
     backend, driver = cuda_backend(kernel, monkeypatch)
     tensors = make_tensors(kernel)
-    backend.launcher(kernel, RANK, NUM_TOKENS, NUM_SEQS)({}, *tensors)
+    launcher = backend.launcher(kernel, RANK, NUM_TOKENS, NUM_SEQS, peers, PROGRAM)
+    launcher({}, *tensors)
     wanted = {p.name: x.data_ptr() for p, x in zip(kernel.tensors, tensors, strict=True)}
     wanted |= {"expert_start": 7, "row_start": 10, "num_tokens": 3, "num_seqs": 2}
+    if ranks > 1:
+        wanted |= {"peers": peers.table.data_ptr(), "rank": RANK, "program": PROGRAM}
     assert driver.launched == [wanted]
 
 
-def test_cuda_arguments_take_tables_between_constants_and_sizes() -> None:
-    kernel = make_kernel(2)
-    tensors, tables = make_tensors(kernel), (torch.tensor([5, 6]), torch.tensor([7, 8]))
-    addresses = [x.data_ptr() for x in tensors]
-    values = (*addresses, 7, 10, *tables, RANK, NUM_TOKENS, NUM_SEQS)
-    arguments = cuda_kernels._Arguments(kernel, values)
-    driver = Driver(kernel)
-    driver.cuLaunchKernelEx(None, 0, arguments.address, 0)
-    (launched,) = driver.launched
-    assert list(launched) == [param.name for param in kernel.params]
-    assert launched["peers"] == tables[0].data_ptr()
-    assert launched["signals"] == tables[1].data_ptr()
-    assert [launched[name] for name in ("rank", "num_tokens", "num_seqs")] == [1, 3, 2]
+def test_an_argument_that_is_missing_is_no_shorter_launch() -> None:
+    kernel = make_kernel(1)
+    addresses = [x.data_ptr() for x in make_tensors(kernel)]
     with pytest.raises(ValueError, match="zip"):
-        cuda_kernels._Arguments(kernel, values[:-1])
+        cuda_kernels._Arguments(kernel, (*addresses, 7, 10, NUM_TOKENS))
 
 
 def test_a_kernel_without_its_tables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +188,7 @@ def test_a_library_step_is_refused_and_not_skipped(with_kernels: bool, tiny_plan
     reference = ReferenceBackend(tiny_plan)
     backend: Backend = reference
     if with_kernels:
-        backend = KernelBackend(tiny_plan, TritonKernels({}), reference)
+        plan = tiny_plan.with_pool(programs=(program,))
+        backend = KernelBackend(plan, TritonKernels({}), reference)
     with pytest.raises(PlanError, match="`gemm`: library steps are not replayed yet"):
         list(backend.bind(program, [()], NUM_TOKENS, NUM_SEQS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,9 @@ from launches import captured
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime.cache.eviction import Checkpoints
+from tokenspeed_plan.runtime.cache.prefix_tree import Node, PrefixTree
+from tokenspeed_plan.runtime.cache.ref_counts import SharedSlots
 
 PRESSURES: dict[str, dict[str, int]] = {
     "roomy": {
@@ -149,3 +153,45 @@ def test_what_is_cheap_to_compute_is_evicted_first(tiny_plan: Plan, checkpoint: 
     for index in range(20):
         ask(room, 100 + room * index)
     assert not hits([*long, 9])
+
+
+def chains(rng: random.Random, count: int) -> tuple[Checkpoints, list[Node]]:
+    """A checkpoint at the end of each of some chains of pages, which nobody uses."""
+    pages, slots = SharedSlots(range(20 * count)), SharedSlots(range(1, 2 * count))
+    tree = PrefixTree(b"", pages)
+    made = Checkpoints(tree, slots, page_bytes=3, slot_bytes=50)
+    for number in range(count):
+        node = tree.root
+        for depth in range(rng.randrange(1, 12)):
+            page = pages.take()
+            digest = bytes([depth]) + number.to_bytes(2)
+            node = tree.insert_page(node, digest, tuple(range(rng.randrange(1, 9))), page)
+            pages.drop(page)
+        slot = slots.take()
+        made.add(node, slot)
+        slots.drop(slot)
+    return made, list(made.nodes)
+
+
+def test_the_heap_of_checkpoints_gives_up_what_is_worth_least(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if all were looked at each time; which are few."""
+    rng, looks = random.Random(0), list[Node]()
+    made, nodes = chains(rng, 300)
+    worth = Checkpoints._worth
+
+    def counted(self: Checkpoints, node: Node) -> float:
+        looks.append(node)
+        return worth(self, node)
+
+    monkeypatch.setattr(Checkpoints, "_worth", counted)
+    for _ in range(250):
+        for node in rng.sample(nodes, 3):
+            if node.state_slot:  # used once more, and given back
+                made.use(node)
+                made.state_slots.drop(node.state_slot)
+        wanted = min(made.nodes, key=lambda node: worth(made, node))
+        assert made.evict(lambda node: True)
+        assert not wanted.state_slot
+    assert len(looks) < 250 * 20

@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 
 from tokenspeed_plan.runtime.engine import Engine
-from tokenspeed_plan.runtime.execution.collectives import silent_s
+from tokenspeed_plan.runtime.execution.rank_links import rank_fault
 from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
-
-_SILENCE_S = 5.0  # ranks are heard every second
 
 
 class Progress:
@@ -37,6 +35,4 @@ class Progress:
         """Why the engine is not healthy; `stall_s`: how long it may stand still."""
         if self.stands_s > stall_s:
             return f"the engine has not moved for {self.stands_s:.0f} s"
-        if silent_s() > _SILENCE_S:
-            return f"a rank has not been heard for {silent_s():.0f} s"
-        return None
+        return rank_fault()

@@ -1,0 +1,40 @@
+"""A step that was launched and is not committed, and what the host wants of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokenspeed_plan.runtime.execution.launch import HostValues
+from tokenspeed_plan.runtime.output import Look
+from tokenspeed_plan.runtime.scheduling.batch import Batch
+
+
+@dataclass(slots=True)
+class InFlightBatch:
+    """A batch that was launched.
+
+    `outputs` waits for its tokens, how many drafts were accepted, and new drafts. `look` is what is
+    wanted of its logits; it is taken before another step `is_followed` by overwrites them.
+    """
+
+    batch: Batch
+    outputs: HostValues
+    logits: Tensor
+    tokens: Tensor
+    look: Look | None = None
+    is_followed: bool = False
+
+    def take_look(self, indices: list[int]) -> None:
+        """Look at the logits of some of its sequences."""
+        queries = self.batch.program.query_len
+        rows, num_logprobs = list[int](), dict[int, int]()
+        for index in indices:
+            mine = range(index * queries, (index + 1) * queries)
+            rows += mine
+            count = self.batch.sequences[index].request.params.num_logprobs
+            if count is not None:
+                num_logprobs |= dict.fromkeys(mine, count)
+        if rows:
+            self.look = Look(self.logits, self.tokens, rows, num_logprobs)
