@@ -143,6 +143,8 @@ def test_pages_and_logprobs_do_not_end_the_flight(logprobs: int | None, tiny_pla
     done = finish(engine)
     assert {len(one.token_ids) for one in done} == {40}
     assert all(in_flight == 1 for _, in_flight in launches(engine)[8:])
+    phases = [phase for phase, _ in launches(engine)]
+    assert phases.count("decode") <= 39 + 4, "a sequence sits steps out when it gets a page"
 
 
 def test_sequences_are_exchanged_in_the_flight(tiny_plan: Plan) -> None:
