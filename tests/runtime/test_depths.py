@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_spec
 from drafting import PROMPTS, tokens_of
+from launches import LateLaunch, captured
 from torch import Tensor
 from trained import write_trained
 
@@ -59,8 +60,11 @@ def test_any_mix_of_depths_says_the_same(
         for most in (8, 40):
             assert tokens_of(mixed, most=most, **params) == tokens_of(plain, most=most, **params)
     ends = [[*prompt, *range(index)] for index, prompt in enumerate(PROMPTS)]
-    assert tokens_of(mixed, ends, 24) == tokens_of(plain, ends, 24)
+    wanted = tokens_of(plain, ends, 24)
+    assert tokens_of(mixed, ends, 24) == wanted
     assert mixed.accept_counts[1] > 0
+    ahead = Engine.from_plan(captured(mixed.plan), folder, launch=LateLaunch())
+    assert tokens_of(ahead, ends, 24) == wanted
 
 
 def keys_of(

@@ -13,7 +13,7 @@ from drafting import plan_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launches import LateLaunch, captured
-from symbolic import VOCAB, SymbolicExecutor, answer
+from symbolic import VOCAB, SymbolicExecutor, after, answer
 
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime import Completion, Engine, Request, SamplingParams
@@ -105,6 +105,7 @@ def run_at_random(engine: Engine, rng: random.Random, count: int) -> None:
             assert (*told.get(done.request_id, []), done.token_ids[-1]) == done.token_ids
     assert not open_requests
     check_all_is_given_back(engine.scheduler.cache)
+    check_cached_states(engine)
 
 
 @pytest.mark.parametrize(("depth", "rollback"), [(0, ""), (2, "snapshot"), (3, "recompute")])
@@ -120,6 +121,37 @@ def test_answers_are_right_whatever_comes_and_goes(
         seqs = rng.choice((1, 2, 4))
         engine = engine_of(plan, ahead, page_size=size, num_pages=pages, max_seqs=seqs)
         run_at_random(engine, rng, 25)
+
+
+def check_cached_states(engine: Engine) -> None:
+    """Each checkpoint of the cache is the state of its prefix."""
+    executor = engine.executor
+    assert isinstance(executor, LateExecutor)
+    stack = [(engine.scheduler.cache.root, 0)]
+    while stack:
+        node, value = stack.pop()
+        for token in node.token_ids:
+            value = after(value, token)
+        assert not node.state_slot or executor.state[node.state_slot] == value
+        stack += [(child, value) for child in (*node.children.values(), *node.tails)]
+
+
+def test_a_callback_that_cancels_leaves_no_wrong_state(tiny_plan: Plan) -> None:
+    """Two steps are launched for the third sequence when the first one's token is told."""
+    engine = engine_of(tiny_plan, num_checkpoints=8)
+    told: list[str] = []
+
+    def on_token(token: Any) -> None:
+        told.append(token.request_id)
+        if told.count("0") == 9 and token.request_id == "0":
+            assert engine.cancel("2")
+
+    engine.on_token = on_token
+    for number, logprobs in enumerate((None, None, 0)):
+        prompt = (number, 1, 2)
+        engine.add(request_of(str(number), prompt, 30, num_logprobs=logprobs))
+    assert [one.request_id for one in finish(engine)] == ["0", "1"]
+    check_cached_states(engine)
 
 
 def finish(engine: Engine, *waiting: Request) -> list[Completion]:
@@ -143,6 +175,8 @@ def test_pages_and_logprobs_do_not_end_the_flight(logprobs: int | None, tiny_pla
     done = finish(engine)
     assert {len(one.token_ids) for one in done} == {40}
     assert all(in_flight == 1 for _, in_flight in launches(engine)[8:])
+    phases = [phase for phase, _ in launches(engine)]
+    assert phases.count("decode") <= 39 + 4, "a sequence sits steps out when it gets a page"
 
 
 def test_sequences_are_exchanged_in_the_flight(tiny_plan: Plan) -> None:
