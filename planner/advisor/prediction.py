@@ -31,7 +31,7 @@ from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.passes.limits import Holding
-from tokenspeed_plan.planner.spec import Spec, SpeculationSpec
+from tokenspeed_plan.planner.spec import Spec, SpeculationSpec, WorkloadSpec
 from tokenspeed_plan.planner.token_lengths import rows_of
 from tokenspeed_plan.plans.types import RollbackWord
 
@@ -194,7 +194,7 @@ class Predictor:
             candidate: what to predict.
             depths: drafts of a step by decode bucket; None for the candidate's at every batch.
             interleaved_tokens: of prompts between two decode steps; None for a chunk.
-            gathered_tokens: for which prompts of a batch wait while all sequences are taken.
+            gathered_tokens: for which a batch's prompts wait while all sequences are taken.
         """
         knobs, workload = candidate.knobs, self.spec.workload
         if interleaved_tokens:
@@ -203,26 +203,23 @@ class Predictor:
         users = ceil_div(workload.num_seqs, candidate.replicas)
         prefill_layout = candidate.prefill or candidate.layout
         decode = _Decode(self, candidate.layout, knobs, talk.mean_context, depths or {})
-        first = self._prompt(prefill_layout, knobs, talk.first)
-        later = self._prompt(prefill_layout, knobs, talk.later)
-        prompt = (first + later * (talk.turns - 1)) * (1.0 / talk.turns)
+        first, prompt = self._prompts(prefill_layout, knobs, talk)
         shared = None
         if workload.is_batch_of_rows and candidate.prefill is None:
-            waits = (interleaved_tokens, gathered_tokens)
-            shared = self._share(candidate, decode, users, waits)
+            shared = self._share(candidate, decode, users, (interleaved_tokens, gathered_tokens))
             if users > 1:
                 first = prompt = shared.part(talk.first.new_tokens)
         transfer = handover_us = None
         if candidate.prefill:
-            memory = self.memory(candidate.prefill)
-            transfer = plan_transfer(memory, candidate, talk.later.new_tokens, prompt)
+            memory, new_tokens = self.memory(candidate.prefill), talk.later.new_tokens
+            transfer = plan_transfer(memory, candidate, new_tokens, prompt)
             handover_us = transfer.exposed_us
         demand = decode.demand(talk, prompt.total_us, users, prefill_layout.attention_dp)
         if interleaved_tokens:
             demand = replace(demand, longest_wait_us=prompt.total_us / demand.chunks)
         if shared and users > 1:
             demand = shared.demand(demand, talk.first.new_tokens)
-        served = serve(demand, users, self._arrivals_per_s(candidate), handover_us)
+        served = serve(demand, users, _arrivals_per_s(workload, candidate), handover_us)
         batch = max(served.batch, 1.0)
         step = decode.at(round(batch))
         waiting_us = max(served.first_token_us - prompt.total_us, 0.0)
@@ -293,19 +290,13 @@ class Predictor:
         """Whether each GPU has the memory."""
         return self.fullest(candidate).total <= self.hardware.memory_bytes
 
-    def _arrivals_per_s(self, candidate: Candidate) -> float | None:
-        """Turns that arrive at one replica."""
-        arrivals_per_s = self.spec.workload.arrivals_per_s
-        if arrivals_per_s is None:
-            return None
-        return arrivals_per_s / candidate.replicas
-
-    def _rows(self, per_seq: int) -> Sequence[tuple[int, int]]:
-        """The rows of the batch."""
-        workload = self.spec.workload
-        stated = workload.rows or per_seq * workload.num_seqs
-        count = min(stated, MAX_ROWS_PER_SEQ * workload.num_seqs)
-        return rows_of(workload.prompts, workload.outputs, count)
+    def _prompts(
+        self, layout: ParallelLayout, knobs: Knobs, talk: Conversation
+    ) -> tuple[StepTime, StepTime]:
+        """The prompts of the first and of an average turn, each computed alone."""
+        first = self._prompt(layout, knobs, talk.first)
+        later = self._prompt(layout, knobs, talk.later)
+        return first, (first + later * (talk.turns - 1)) * (1.0 / talk.turns)
 
     def _prompt(self, layout: ParallelLayout, knobs: Knobs, turn: Turn) -> StepTime:
         """All chunks of a turn's prompt.
@@ -335,7 +326,7 @@ class Predictor:
         interleaved_tokens, gathered_tokens = waits
         batch = self.batch(candidate, decode.depths, users)
         per_seq = ROWS_PER_SEQ if decode.depths else SEARCH_ROWS_PER_SEQ
-        rows = self._rows(per_seq)[:: candidate.replicas]
+        rows = _rows(self.spec.workload, per_seq)[:: candidate.replicas]
         run = batch.run(rows, users, interleaved_tokens, gathered_tokens)
         tokens = max(round(run.mean_prefill_tokens), 1)
         workload, wait_us = self.spec.workload, math.inf
@@ -379,6 +370,20 @@ class Predictor:
         if self.reserved_price:
             return self.hardware.usd_per_hour_reserved
         return self.hardware.usd_per_hour_on_demand
+
+
+def _arrivals_per_s(workload: WorkloadSpec, candidate: Candidate) -> float | None:
+    """Turns that arrive at one replica."""
+    if workload.arrivals_per_s is None:
+        return None
+    return workload.arrivals_per_s / candidate.replicas
+
+
+def _rows(workload: WorkloadSpec, per_seq: int) -> Sequence[tuple[int, int]]:
+    """The rows of a batch."""
+    stated = workload.rows or per_seq * workload.num_seqs
+    count = min(stated, MAX_ROWS_PER_SEQ * workload.num_seqs)
+    return rows_of(workload.prompts, workload.outputs, count)
 
 
 @dataclass(frozen=True, slots=True)
