@@ -382,7 +382,7 @@ MEASURED = {
         MANY_SEQS,
         "linear_add",
         SPLIT,
-        (("* SPLIT_K", "* 0"), ("SPLITS - 1", "SPLITS - 2")),
+        (("* SPLIT_K", "* 0"), ("SPLITS - 1", "SPLITS")),
     ),
     "split SwiGLU": (
         MANY_SEQS,
