@@ -41,8 +41,8 @@ def advance(work: Work) -> list[Tiling]:
 
 def sample(work: Work) -> list[Tiling]:
     """A program a row of logits and part of the vocabulary; the last to end draws the token."""
-    part = _block(work.width("logits"))
-    tiles = (Tile(1, min(block, part), part, 4, 1) for block in (2048, 1024))
+    block = _block(work.width("logits"))
+    tiles = (Tile(1, block, block, num_warps, 1) for num_warps in (16, 32))
     return [_sample_tiling(work, tile) for tile in work.tiles(*tiles)]
 
 
