@@ -74,7 +74,14 @@ SOME = {
     "n": (16, 32, 64, 128),
     "k": (64, 128, 256),
     "num_warps": (4, 8),
-    "num_stages": (3, 4),
+    "num_stages": (3, 4, 5),
+    "splits": (1, 2, 4),
+}
+SAMPLE = {
+    "n": (1024, 2048, 4096, 8192),
+    "k": (4096, 8192, 16384),
+    "num_warps": (4, 8, 16),
+    "num_stages": (1,),
 }
 DOT = {
     "n": (16, 32, 64, 128),
@@ -93,6 +100,7 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
         "attention_gate": FLASH,
         "delta_step": DELTA,
         "delta_recompute": DELTA,
+        "sample": SAMPLE,
         "moe_up": UP,
         "moe_down": DOWN,
         "moe_down_add": DOWN,
@@ -114,7 +122,7 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
 
 def fills(tile: Tile, rows: int, columns: int) -> bool:
     """Whether tiles of a product are enough for the machine, and fit its shared memory."""
-    programs = -(-rows // tile.m) * -(-columns // tile.n)
+    programs = -(-rows // tile.m) * -(-columns // tile.n) * tile.splits
     return (
         48 <= programs <= 8192
         and 2 * (tile.m + tile.n) * tile.k * tile.num_stages <= 200_000
@@ -301,7 +309,8 @@ def report(
         ranking = "; ".join(
             f"{us:.1f} {t.m},{t.n},{t.k},{t.num_warps},{t.num_stages}" for us, t, _, _ in times[:5]
         )
-        line = f"[{best.m}, {best.n}, {best.k}, {best.num_warps}, {best.num_stages}]"
+        numbers = [best.m, best.n, best.k, best.num_warps, best.num_stages]
+        line = str(numbers if best.splits == 1 else [*numbers, best.splits])
         print(f"  {key}: {line}  # {ranking}", flush=True)
 
 

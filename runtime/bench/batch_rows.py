@@ -241,10 +241,10 @@ def _load(engine: Engine) -> tuple[int, int]:
     return len(running), sum(sequence.num_computed for sequence in running)
 
 
-def _mean_load(loads: Iterable[tuple[int, int]]) -> tuple[float, float]:
+def _mean_load(loads: list[tuple[int, int]]) -> tuple[float, float]:
     """Mean sequences at once, and mean tokens of one."""
     sequences, tokens = (sum(column) for column in zip(*loads, strict=True))
-    return sequences / len(list(loads)), tokens / max(sequences, 1)
+    return sequences / len(loads), tokens / max(sequences, 1)
 
 
 def _rates(rows: Iterable[Row], wall_s: float) -> dict[str, float]:

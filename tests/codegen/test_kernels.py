@@ -382,15 +382,15 @@ MEASURED = {
         MANY_SEQS,
         "linear_add",
         SPLIT,
-        (("* SPLIT_K", "* 0"), ("SPLITS - 1", "SPLITS - 2")),
+        (("* SPLIT_K", "* 0"), ("SPLITS - 1", "SPLITS")),
     ),
     "split SwiGLU": (
-        MANY_SEQS,
+        SOME,
         "linear_silu_mul",
         SPLIT,
         (("(SPLITS + tl.program_id(2)) * size", "tl.program_id(2) * size"),),
     ),
-    "split head": (MANY_SEQS, "head", SPLIT, (("tl.store(counter, 0)", "pass"),)),
+    "split head": (SOME, "head", SPLIT, (("tl.store(counter, 0)", "pass"),)),
     "split sum of experts": (SOME, "expert_sum_linear_add", SPLIT, (("part * size", "0"),)),
     "state in pieces": (
         IN_PLACE,
