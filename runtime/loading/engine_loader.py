@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +26,8 @@ from tokenspeed_plan.runtime.execution.launch import EagerLaunch, Launch
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.loading.preflight import check_files, check_target, find_weights
 from tokenspeed_plan.runtime.loading.weights import load_weights
-from tokenspeed_plan.runtime.tokenizer import Messages, Tokenizer
+from tokenspeed_plan.runtime.tokenizer import Tokenizer, WriteChat
 
-WriteChat = Callable[[Messages], str]  # writes messages as a prompt
 
 
 @dataclass(frozen=True, slots=True)
