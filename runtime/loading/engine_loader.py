@@ -29,7 +29,6 @@ from tokenspeed_plan.runtime.loading.weights import load_weights
 from tokenspeed_plan.runtime.tokenizer import Tokenizer, WriteChat
 
 
-
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """The parts of an engine; `startup_s` has the seconds of each step of loading."""

@@ -247,7 +247,10 @@ def test_calls_that_are_not_quite_right(text: str, wanted: list[tuple[str, str]]
 @pytest.mark.parametrize(
     ("object", "arguments"),
     [
-        ('{"name": "write", "arguments": {"text":  "a</tool_call>{"}}', '{"text":  "a</tool_call>{"}'),
+        (
+            '{"name": "write", "arguments": {"text":  "a</tool_call>{"}}',
+            '{"text":  "a</tool_call>{"}',
+        ),
         ('{ "arguments" : { } , "name" : "write" }', "{ }"),
         ('{"name": "write", "parameters": {"n": 1.50}}', '{"n": 1.50}'),
         ('{"name": "write"}', "{}"),

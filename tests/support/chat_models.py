@@ -51,10 +51,7 @@ _TAIL = """{%- endfor %}{{- '<|im_end|>\\n' }}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
 OPEN
 {%- endif %}"""
-_OPEN_IF = (
-    "{{- '<think>\\n\\n</think>\\n\\n' if enable_thinking is false "
-    "else '<think>\\n' }}"
-)
+_OPEN_IF = "{{- '<think>\\n\\n</think>\\n\\n' if enable_thinking is false else '<think>\\n' }}"
 _OPEN_NEVER = "{{- '<think>\\n\\n</think>\\n\\n' if enable_thinking is false else '' }}"
 
 # As Qwen3.5 does it: the prompt opens the thought. As Qwen3 does it: the model opens it.

@@ -99,7 +99,7 @@ def to_json(text: str, types: tuple[str, ...]) -> str:
         found = _CASTS.get(name, _nothing)(bare)
         if found is not None:
             return found
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False, allow_nan=False)
 
 
 def _nothing(text: str) -> None:

@@ -6,11 +6,11 @@ import re
 
 MAX_SPACE = 64  # characters between two tags
 MAX_NAME = 256  # characters of a name in a tag
-_SPACE = re.compile(r"\s{0,%d}" % MAX_SPACE)
-_NAME = re.compile(r"[^<>\n]{0,%d}" % MAX_NAME)
+_SPACE = re.compile(rf"\s{{0,{MAX_SPACE}}}")
+_NAME = re.compile(rf"[^<>\n]{{0,{MAX_NAME}}}")
 
 
-class NeedMore(Exception):  # noqa: N818 - it is no error
+class NeedMore(Exception):
     """What comes next decides."""
 
 

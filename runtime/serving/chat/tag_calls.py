@@ -1,4 +1,4 @@
-"""Calls as tags: `<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>`.
+"""Calls in tags: `<function=NAME>` with a `<parameter=KEY>` for each argument (Qwen3.5).
 
 The format escapes nothing, so a value may hold what looks like its own end. It ends at a
 `</parameter>` behind which the call goes on as a call does: with another argument, or its end.
@@ -117,7 +117,7 @@ class TagCall:
         if self._keys:
             self._add(", ")
         self._keys.add(key)
-        self._add(json.dumps(key, ensure_ascii=False) + ": ")
+        self._add(json.dumps(key, ensure_ascii=False, allow_nan=False) + ": ")
         self._value = _Value(self._types_of(key), self._parts)
 
     def _types_of(self, key: str) -> tuple[str, ...]:
@@ -219,7 +219,7 @@ class _Value:
     def add(self, text: str) -> None:
         """Take a piece of it."""
         if self._is_string:
-            self._add(json.dumps(text, ensure_ascii=False)[1:-1])
+            self._add(json.dumps(text, ensure_ascii=False, allow_nan=False)[1:-1])
         else:
             self._pieces.append(text)
 

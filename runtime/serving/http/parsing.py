@@ -26,6 +26,7 @@ from tokenspeed_plan.runtime.serving.openai.conversion import Encoder, RequestLi
 
 class _StreamOptions(StrictModel):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -44,6 +45,7 @@ class ParsedRequest:
         key: unique; part of the answer's `id`.
         requests: `num_choices` for each prompt, prompt after prompt.
         include_usage: whether a stream ends with an event of token counts.
+        counts_on: whether each event of a stream has the counts so far.
     """
 
     key: str
@@ -52,6 +54,7 @@ class ParsedRequest:
     num_choices: int
     stream: bool
     include_usage: bool
+    counts_on: bool = False
 
     @property
     def is_chat(self) -> bool:
@@ -88,6 +91,7 @@ def _parse(
         num_choices=body.n or 1,
         stream=bool(stream_fields.stream),
         include_usage=bool(options.include_usage),
+        counts_on=bool(options.continuous_usage_stats),
     )
 
 
