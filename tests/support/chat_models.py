@@ -50,13 +50,17 @@ _TAIL = """{%- endfor %}{{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
 OPEN
+TRIGGER
 {%- endif %}"""
 _OPEN_IF = "{{- '<think>\\n\\n</think>\\n\\n' if enable_thinking is false else '<think>\\n' }}"
 _OPEN_NEVER = "{{- '<think>\\n\\n</think>\\n\\n' if enable_thinking is false else '' }}"
 
 # As Qwen3.5 does it: the prompt opens the thought. As Qwen3 does it: the model opens it.
-TAGS_TEMPLATE = _CONTENT + _HEAD + _TAGS + _TAIL.replace("OPEN", _OPEN_IF)
-JSON_TEMPLATE = _CONTENT + _HEAD + _JSON + _TAIL.replace("OPEN", _OPEN_NEVER)
+# At TRIGGER a scripted model gets to know what to say.
+TAGS_SCRIPT = _CONTENT + _HEAD + _TAGS + _TAIL.replace("OPEN", _OPEN_IF)
+JSON_SCRIPT = _CONTENT + _HEAD + _JSON + _TAIL.replace("OPEN", _OPEN_NEVER)
+TAGS_TEMPLATE = TAGS_SCRIPT.replace("TRIGGER", "")
+JSON_TEMPLATE = JSON_SCRIPT.replace("TRIGGER", "")
 
 
 def tool(name: str, properties: dict[str, Any], **more: Any) -> dict[str, Any]:
