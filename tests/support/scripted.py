@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +60,20 @@ def write_scripted(
 
 def _trigger(names: Sequence[str]) -> str:
     """Chooses a script: `[[name]]` in the last message; else by what was said and can be called."""
+    widths = json.dumps({name: 2 + number for number, name in enumerate(names)})
     lines = [
         "{%- set last = messages[-1] %}{%- set ns = namespace(name='plain') %}",
         "{%- if last.role == 'tool' %}{%- set ns.name = 'done' %}",
         "{%- elif tools %}{%- set ns.name = 'call' %}{%- endif %}",
         f"{{%- for name in {json.dumps(list(names))} %}}",
-        "{%- if '[[' + name + ']]' in text_of(last.content) %}{%- set ns.name = name %}{%- endif %}",
-        "{%- endfor %}",
-        f"{{{{- '{SPACE}' * {json.dumps({name: 2 + n for n, name in enumerate(names)})}[ns.name] }}}}",
+        "{%- if '[[' + name + ']]' in text_of(last.content) %}",
+        "{%- set ns.name = name %}{%- endif %}{%- endfor %}",
+        f"{{{{- '{SPACE}' * {widths}[ns.name] }}}}",
     ]
     return "\n".join(lines)
 
 
-def _tokenizer(
-    scripts: Mapping[str, str], special_tags: bool
-) -> tuple[Tokenizer, list[list[int]]]:
+def _tokenizer(scripts: Mapping[str, str], special_tags: bool) -> tuple[Tokenizer, list[list[int]]]:
     """The tokenizer, and for each script its tokens: those that begin it, then what it says."""
     learnt = Tokenizer(models.BPE())
     learnt.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -108,7 +108,8 @@ def _tokenizer(
 def _pieces(text: str, known: Mapping[str, int]) -> Iterator[str]:
     """The text as new tokens, in the letters of byte-level BPE; each as short as it may be."""
     letters = "".join(
-        piece for piece, _ in pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(text)
+        piece
+        for piece, _ in pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(text)
     )
     used, start = set(known), 0
     while start < len(letters):
@@ -135,7 +136,7 @@ def _write_weights(folder: Path, kind: Kind, chains: list[list[int]], size: int)
     table[[token for token in range(size) if token not in known]] = other
     head = torch.zeros(size, width)
     for chain in chains:
-        for token, after in zip(chain, chain[1:], strict=False):
+        for token, after in pairwise(chain):
             head[after] += table[token]
     head[chains[0][1]] += other
     for name, value in weights.items():
@@ -147,6 +148,8 @@ def _write_weights(folder: Path, kind: Kind, chains: list[list[int]], size: int)
             weights[name] = head
         elif re.search(r"(?<!mtp\.)norm\.weight$", name) and ".layers." not in name:
             value.zero_()
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors"
+    )
     wrapped = {"model_type": "qwen3_5", "text_config": config, "tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(wrapped))

@@ -121,6 +121,7 @@ class Answer:
     ) -> None:
         self.request = request
         self.decoder = decoder
+        self.model, self.created = model, created
         self.rules = answer_rules(request.body, request.requests[0].prompt_ids, decoder)
         self._kind, self._chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
         if request.is_chat:

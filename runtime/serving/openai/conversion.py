@@ -76,7 +76,7 @@ def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: Requ
     if isinstance(body, CompletionBody) and isinstance(body.prompt, str) and body.prompt.isascii():
         room = limits.max_seq_len - (body.max_tokens or 1)
         if 0 < len(body.prompt) <= room:
-            _check_model(body, limits)
+            check_model(body.model, limits)
             _request(body, "0", ANY_PROMPT, limits)
             return
     to_requests(body, "0", tokenizer, limits)
@@ -94,10 +94,10 @@ def to_requests(
         InvalidRequestError: a prompt is empty, too long or malformed; the model is another one; or
             the engine refuses it.
     """
-    _check_model(body, limits)
+    check_model(body.model, limits)
     requests: list[Request] = []
     for part in split_prompts(body):
-        first = _request(part, key, tuple(_prompt_ids(part, tokenizer, limits)), limits)
+        first = _request(part, key, tuple(prompt_ids(part, tokenizer, limits)), limits)
         seed = first.params.seed
         if body.seed is None:
             seed += len(requests)
@@ -117,14 +117,14 @@ def split_prompts(body: CompletionBody | ChatBody) -> list[CompletionBody | Chat
     return [body.model_copy(update={"prompt": prompt}) for prompt in prompts]
 
 
-def _check_model(body: CompletionBody | ChatBody, limits: RequestLimits) -> None:
+def check_model(asked: str | None, limits: RequestLimits) -> None:
     """Refuse to answer in another model's name.
 
     Raises:
         InvalidRequestError: the body names a model that is not served.
     """
-    if body.model not in (None, limits.model) and limits.model is not None:
-        name = ascii_text(str(body.model))
+    if asked not in (None, limits.model) and limits.model is not None:
+        name = ascii_text(str(asked))
         raise InvalidRequestError(
             f"the model `{name:.80}` does not exist; `{limits.model}` is served",
             "model",
@@ -184,9 +184,14 @@ def _what_fits(room: int, limits: RequestLimits) -> str:
     return f"a prompt may have {limits.max_seq_len - 1}"
 
 
-def _prompt_ids(
+def prompt_ids(
     body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits
 ) -> list[int]:
+    """Token ids of the prompt of a body that has one.
+
+    Raises:
+        InvalidRequestError: it is malformed, or much too long.
+    """
     try:
         prompt = _prompt(body, tokenizer)
         if isinstance(prompt, str):
