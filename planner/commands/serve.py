@@ -1,4 +1,4 @@
-"""`tokenspeed serve`: OpenAI's API over HTTP."""
+"""`tokenspeed serve`: OpenAI's and Anthropic's APIs over HTTP."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def serve(
     allowed_signers: Path | None,
     signer: str | None,
 ) -> None:
-    """Serve BUNDLE to OpenAI's clients."""
+    """Serve BUNDLE to OpenAI's and Anthropic's clients."""
     _check_packages()
     from tokenspeed_plan.runtime.serving.http import ServerOptions
 

@@ -262,6 +262,12 @@ def test_a_streamed_message_is_the_same(script: str, claude: anthropic.Anthropic
     assert final.usage.output_tokens == whole.usage.output_tokens
 
 
+def test_a_message_may_ask_for_more_than_there_is(claude: anthropic.Anthropic) -> None:
+    """Its clients must send a limit, and send the largest that they know."""
+    found = claude.messages.create(model="m", max_tokens=128_000, messages=[ASKED], timeout=60)
+    assert found.stop_reason == "end_turn"
+
+
 def test_errors_in_anthropics_form(server: Server, claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError) as caught:
         claude.messages.create(

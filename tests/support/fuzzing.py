@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import chat_fuzzing
 import yaml
 from click.testing import CliRunner
 
@@ -603,6 +604,26 @@ def judge_row(files: Files, folder: Path) -> bool:
     return True
 
 
+def make_messages(rng: random.Random) -> Files:
+    return dict(chat_fuzzing.make_chat(rng, mutate_json, encode))
+
+
+def judge_messages(files: Files, folder: Path) -> bool:
+    """A chat of one of the APIs, its answer whole and streamed; both must say the same."""
+    from tokenspeed_plan.runtime.serving.http.api_errors import ApiError
+
+    try:
+        whole, events = chat_fuzzing.answer_chat(files, _limits())
+    except ApiError as error:
+        json.dumps([error.body, error.anthropic_body], allow_nan=False)
+        if not 400 <= error.status < 500:
+            raise Wrong(f"status {error.status}") from error
+        raise _refused(str(error), "an HTTP error has no hint") from error
+    if fault := chat_fuzzing.contradiction(whole, events):
+        raise Wrong(fault)
+    return True
+
+
 # Specs.
 
 _SPEC = """version: 1
@@ -876,6 +897,7 @@ def _compare(folder: Path, encoded: list[list[int]], prompt: str | None) -> None
 TARGETS = {
     "bodies": Target(make_body, judge_body),
     "rows": Target(make_row, judge_row),
+    "messages": Target(make_messages, judge_messages),
     "specs": Target(make_spec, judge_spec),
     "plans": Target(make_plan, judge_plan),
     "checkpoints": Target(make_checkpoint, judge_checkpoint),

@@ -270,6 +270,7 @@ async def _answer(request: Request, dialect: Dialect, lease: Lease) -> Response:
     service = service_of(request)
 
     def understand(raw: bytes, tokenizer: Tokenizer, limits: RequestLimits) -> ParsedRequest:
+        limits = replace(limits, caps_max_tokens=dialect.caps_max_tokens)
         return parse(raw, dialect.url, service.model, tokenizer, limits, dialect.fields)
 
     parsed = await _read(request, understand, lease)
@@ -292,7 +293,7 @@ async def _answer(request: Request, dialect: Dialect, lease: Lease) -> Response:
     num_tokens = sum(len(completion.token_ids) for completion in completions)
 
     def write() -> Response:
-        return JSONResponse(dialect.whole(answer, answer.whole(completions)))
+        return JSONResponse(dialect.whole(answer, completions))
 
     worker = service.worker(num_tokens > _MANY_TOKENS)
     return await asyncio.get_running_loop().run_in_executor(worker, write)

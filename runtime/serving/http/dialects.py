@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tokenspeed_plan.plans.errors import EngineStopped, RequestFailed
+from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.anthropic.message_writer import MessageWriter
 from tokenspeed_plan.runtime.serving.anthropic.messages_api import chat_of_message
 from tokenspeed_plan.runtime.serving.http.responses import Answer, event, failure
@@ -30,11 +31,16 @@ class Dialect(Protocol):
 
     Attributes:
         url: the endpoint whose rules hold for its bodies.
+        caps_max_tokens: clients send the most that they know of, where there may be less room.
     """
 
     @property
     def url(self) -> Url:
         """The endpoint whose rules hold for its bodies."""
+
+    @property
+    def caps_max_tokens(self) -> bool:
+        """Whether a `max_tokens` beyond the room means all of it."""
 
     def fields(self, asked: Json) -> Json:
         """The body of that endpoint which says the same.
@@ -43,8 +49,8 @@ class Dialect(Protocol):
             InvalidRequestError: none does.
         """
 
-    def whole(self, answer: Answer, body: Json) -> Json:
-        """A response that is not streamed, from the endpoint's own."""
+    def whole(self, answer: Answer, completions: Sequence[Completion]) -> Json:
+        """A response that is not streamed; one completion for each choice."""
 
     def events(self, answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
         """The events of a streamed response."""
@@ -55,14 +61,15 @@ class OwnDialect:
     """An endpoint that says it in its own words."""
 
     url: Url
+    caps_max_tokens: bool = False
 
     def fields(self, asked: Json) -> Json:
         """What was asked."""
         return asked
 
-    def whole(self, answer: Answer, body: Json) -> Json:
-        """What is answered."""
-        return body
+    def whole(self, answer: Answer, completions: Sequence[Completion]) -> Json:
+        """The answer of the endpoint."""
+        return answer.whole(completions)
 
     def events(self, answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
         """The events of the endpoint."""
@@ -101,11 +108,12 @@ async def _translated(answer: Answer, deltas: AsyncIterator[Delta], writer: _Wri
         yield event(item, item["type"])
 
 
-def _fill(writer: _Writer, body: Json) -> None:
-    """Write a response that is complete."""
-    (choice,) = body["choices"]
-    writer.take(choice["message"])
-    writer.finish(choice["finish_reason"], body["usage"])
+def _fill(writer: _Writer, answer: Answer, completions: Sequence[Completion]) -> None:
+    """Write a response that is complete: as one that came at once, so that its order is kept."""
+    chunks = answer.at_once(completions[0])
+    for chunk in chunks:
+        writer.take(chunk["delta"])
+    writer.finish(chunks[-1]["finish_reason"], answer.usage(completions))
 
 
 def _refuse_chats_own(asked: Json, *more: str) -> None:
@@ -125,16 +133,17 @@ class ResponsesDialect:
     """OpenAI's Responses API; it keeps no response."""
 
     url: Url = "/v1/chat/completions"
+    caps_max_tokens = False
 
     def fields(self, asked: Json) -> Json:
         """The chat that says the same."""
         _refuse_chats_own(asked, "messages", "max_tokens", "max_completion_tokens")
         return chat_of_response(asked)
 
-    def whole(self, answer: Answer, body: Json) -> Json:
+    def whole(self, answer: Answer, completions: Sequence[Completion]) -> Json:
         """The response with all of its items."""
         writer = self._writer(answer)
-        _fill(writer, body)
+        _fill(writer, answer, completions)
         return writer.response
 
     async def events(self, answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
@@ -162,16 +171,17 @@ class MessagesDialect:
 
     drops_billing: bool = False
     url: Url = "/v1/chat/completions"
+    caps_max_tokens: bool = True
 
     def fields(self, asked: Json) -> Json:
         """The chat that says the same."""
         _refuse_chats_own(asked, "stop", "max_completion_tokens")
         return chat_of_message(asked, self.drops_billing)
 
-    def whole(self, answer: Answer, body: Json) -> Json:
+    def whole(self, answer: Answer, completions: Sequence[Completion]) -> Json:
         """The message with all of its blocks."""
         writer = self._writer(answer)
-        _fill(writer, body)
+        _fill(writer, answer, completions)
         return writer.message
 
     async def events(self, answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:

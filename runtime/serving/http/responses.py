@@ -139,8 +139,20 @@ class Answer:
             choice(self.request.body, index, completion, self.decoder, self.rules)
             for index, completion in enumerate(completions)
         ]
-        body = {"object": self._kind, "choices": choices, "usage": self._usage(completions)}
+        body = {"object": self._kind, "choices": choices, "usage": self.usage(completions)}
         return self._head | body
+
+    def at_once(self, completion: Completion) -> list[Json]:
+        """The chunks of a choice that comes in one piece."""
+        index = self._choice_index[completion.request_id]
+        delta = Delta(
+            completion.request_id,
+            completion.text,
+            completion.token_ids,
+            completion.logprobs,
+            completion,
+        )
+        return _Choice(self, index).chunks(delta)
 
     async def chunks(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[Json]:
         """The bodies of a stream's events; the last has the counts of tokens, where asked for.
@@ -157,7 +169,7 @@ class Answer:
                 yield self._body([chunk], self._counts_so_far())
         if self.request.include_usage:
             completions.sort(key=lambda done: self._choice_index[done.request_id])
-            yield self._body([], self._usage(completions))
+            yield self._body([], self.usage(completions))
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
         """Events of a streamed response, up to `[DONE]` or an error."""
@@ -181,7 +193,7 @@ class Answer:
         prompts = self.request.requests[:: self.request.num_choices]
         return counts_of(sum(len(item.prompt_ids) for item in prompts), self._num_generated)
 
-    def _usage(self, completions: Sequence[Completion]) -> Json:
+    def usage(self, completions: Sequence[Completion]) -> Json:
         """Token counts; a prompt counts once, whatever the number of its choices."""
         firsts = completions[:: self.request.num_choices]
         num_prompt_tokens = sum(completion.num_prompt_tokens for completion in firsts)

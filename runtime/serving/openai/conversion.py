@@ -55,13 +55,15 @@ class RequestLimits:
     """The limits of a plan that a request is checked against, in tokens.
 
     `default_max_tokens` is used where a completion has no `max_tokens`: what is no chat may go on
-    for ever. `model` is the name that a request may give; None takes every name.
+    for ever. `model` is the name that a request may give; None takes every name. With
+    `caps_max_tokens` a `max_tokens` beyond the room that is left means all of it.
     """
 
     max_seq_len: int
     default_max_tokens: int
     vocab_size: int
     model: str | None = None
+    caps_max_tokens: bool = False
 
 
 def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits) -> None:
@@ -168,6 +170,8 @@ def _max_tokens(
         wanted, field = body.max_completion_tokens or body.max_tokens, "messages"
         default = limits.max_seq_len
     room = limits.max_seq_len - len(ids)
+    if limits.caps_max_tokens and wanted is not None:
+        wanted = min(wanted, max(room, 1))
     if room < (wanted or 1):
         raise InvalidRequestError(
             f"{len(ids)} prompt tokens and max_tokens {wanted or 1} are over the plan's limit of "
