@@ -1,6 +1,6 @@
 """Other people's clients against `tokenspeed serve` with a scripted model; see docs/clients.md.
 
-python tests/clients/check_clients.py [--python VENV/bin/python] [--node FOLDER] [NAME ...]
+python tests/clients/check_clients.py [--python VENV/bin/python] [--node FOLDER] [--agents FOLDER] [NAME]
 
 The server runs in this environment (extras `serve` and `test`). The clients run in one of their
 own, since their requirements do not agree with each other:
@@ -8,6 +8,7 @@ own, since their requirements do not agree with each other:
     python -m venv VENV
     VENV/bin/pip install anthropic instructor langchain-openai litellm openai-agents \
         'pydantic-ai-slim[anthropic,openai]' 'smolagents[openai]'
+    npm install --prefix FOLDER @openai/codex @qwen-code/qwen-code opencode-ai
     npm install --prefix FOLDER ai zod @ai-sdk/anthropic @ai-sdk/openai @ai-sdk/openai-compatible
 
 Each line of the output is a client, its version, and what it did or how it was refused.
@@ -33,15 +34,23 @@ from chat_models import TAGS_SCRIPT, in_tags  # noqa: E402
 from scripted import write_scripted  # noqa: E402
 from serving import KEY, serving  # noqa: E402
 
+# What each coding agent is told to do with the tool that it has for it.
+COMMAND = "echo hello > hello.txt"
+SHELLS = {
+    "codex": ("exec_command", {"cmd": COMMAND}),
+    "qwen": ("run_shell_command", {"command": COMMAND, "is_background": False}),
+    "opencode": ("bash", {"command": COMMAND, "description": "Write a file"}),
+}
 DONE = "It is 21 degrees in Paris."
 SCRIPTS = {
     "plain": "Hm.\n</think>\n\nHello there.",
     "call": "I must look.\n</think>\n\n" + in_tags("get_weather", {"city": "Paris"}),
     "done": f"Good.\n</think>\n\n{DONE}",
     "final": "Good.\n</think>\n\n" + in_tags("final_answer", {"answer": DONE}),
+    **{name: "So.\n</think>\n\n" + in_tags(*call) for name, call in SHELLS.items()},
     "person": "Easy.\n</think>\n\n" + "```json\n" + json.dumps({"name": "Ann", "age": 5}) + "\n```",
 }
-WORKLOAD = {"first_turn_tokens": 24000, "output_tokens": 256, "concurrency": 2}
+WORKLOAD = {"first_turn_tokens": 60000, "output_tokens": 256, "concurrency": 2}
 TIMEOUT_S = 120
 
 
@@ -89,12 +98,16 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--python", default=sys.executable, help="of the clients' environment")
     parser.add_argument("--node", type=Path, help="folder with the clients' node_modules")
+    parser.add_argument("--agents", type=Path, help="folder with the agents' node_modules")
     args = parser.parse_args()
     commands = [[args.python, str(HERE / "python_clients.py")]]
     if args.node is not None:
         script = args.node / "node_clients.mjs"  # modules are looked for beside it
         script.write_text((HERE / "node_clients.mjs").read_text(encoding="utf-8"), encoding="utf-8")
         commands.append(["node", str(script)])
+    if args.agents is not None:
+        os.environ["AGENTS"] = str(args.agents / "node_modules" / ".bin")
+        commands.append(["bash", str(HERE / "coding_agents.sh")])
     failed = 0
     with scripted_server() as url:
         for command in commands:

@@ -73,6 +73,7 @@ RESPONSE: Json = {
         {"type": "function", **TOOLS[0]["function"], "strict": True},
         {"type": "custom", "name": "patch", "description": "plain text"},
         {"type": "web_search"},
+        {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]},
     ],
     "tool_choice": "auto",
     "reasoning": {"effort": "low", "summary": "auto"},

@@ -44,7 +44,9 @@ class AnswerRules:
 class _Prose:
     """Text of one kind. Space at its edges waits until something follows it."""
 
-    def __init__(self, kind: Literal["reasoning", "content"], parts: list[Part], trims: bool):
+    def __init__(
+        self, kind: Literal["reasoning", "content"], parts: list[Part], trims: bool
+    ) -> None:
         self.kind = kind
         self.trims = trims  # whether space at the begin is left out
         self.is_line_start = True

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tokenspeed_plan.runtime.serving.openai.responses_api import custom_input, custom_names
+from tokenspeed_plan.runtime.serving.openai.responses_api import (
+    custom_input,
+    custom_names,
+    namespaced,
+)
 
 Json = dict[str, Any]
 
@@ -41,6 +45,7 @@ class ResponseWriter:
     def __init__(self, asked: Json, key: str, model: str, created: int) -> None:
         self._key = key
         self._customs = custom_names(asked)
+        self._namespaced = namespaced(asked)
         self._output: list[Json] = []
         self._item: Json | None = None  # the last one, while it grows
         self._num_events = 0
@@ -182,6 +187,8 @@ class ResponseWriter:
         function, field = entry["function"], "arguments"
         if "id" in entry:
             item = {"type": "function_call", "call_id": entry["id"], "name": function["name"]}
+            if function["name"] in self._namespaced:
+                item["namespace"], item["name"] = self._namespaced[function["name"]]
             if function["name"] in self._customs:
                 item["type"] = "custom_tool_call"
                 yield from self._open("ctc", item | {"input": ""})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from tokenspeed_plan.runtime.serving.openai.bodies import UNSUPPORTED, InvalidRequestError
@@ -89,21 +90,41 @@ def _tools(asked: Any) -> list[Json]:
         return []
     if not isinstance(asked, list):
         raise _invalid("tools", "input should be a list")
-    found = [_tool(number, tool) for number, tool in enumerate(asked)]
-    return [tool for tool in found if tool is not None]
+    return [found for number, tool in enumerate(asked) for found in _tool(f"tools[{number}]", tool)]
 
 
-def _tool(number: int, tool: Any) -> Json | None:
-    """A tool as chats have it; None for one that OpenAI would run."""
+def _tool(place: str, tool: Any) -> Iterator[Json]:
+    """A tool as chats have it, all of a namespace, or none for one that OpenAI would run."""
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind == "function":
         function = {name: value for name, value in tool.items() if name != "type"}
-        return {"type": "function", "function": function}
-    if kind == "custom":
-        return _custom_tool(tool)
-    if kind in _HOSTED:
-        return None
-    raise _unsupported(f"tools[{number}]", "only `function` and `custom` tools can be called here")
+        yield {"type": "function", "function": function}
+    elif kind == "custom":
+        yield _custom_tool(tool)
+    elif kind == "namespace" and isinstance(tool.get("tools"), list):
+        for number, inner in enumerate(tool["tools"]):
+            for found in _tool(f"{place}.tools[{number}]", inner):
+                found["function"]["name"] = _flat(tool.get("name"), found["function"].get("name"))
+                yield found
+    elif kind not in _HOSTED:
+        raise _unsupported(place, "only `function` and `custom` tools can be called here")
+
+
+def _flat(namespace: Any, name: Any) -> Any:
+    """The name by which the model knows a function of a namespace."""
+    if namespace is None:
+        return name
+    return f"{namespace}.{name}"
+
+
+def namespaced(asked: Json) -> dict[str, tuple[str, str]]:
+    """The namespace and the name of each function that has one, by the name the model knows."""
+    found = {}
+    for tool in asked.get("tools") or []:
+        if tool.get("type") == "namespace":
+            names = [inner["name"] for inner in tool["tools"] if "name" in inner]
+            found |= {_flat(tool["name"], name): (tool["name"], name) for name in names}
+    return found
 
 
 def _custom_tool(tool: Json) -> Json:
@@ -207,6 +228,7 @@ class _Turns:
         arguments = item.get("arguments")
         if kind == "custom_tool_call":
             arguments = json.dumps({_INPUT: item.get("input")}, allow_nan=False)
-        function = {"name": item.get("name"), "arguments": arguments}
+        name = _flat(item.get("namespace"), item.get("name"))
+        function = {"name": name, "arguments": arguments}
         call = {"type": "function", "id": item.get("call_id"), "function": function}
         self._turn().setdefault("tool_calls", []).append(call)
