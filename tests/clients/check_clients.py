@@ -1,6 +1,7 @@
 """Other people's clients against `tokenspeed serve` with a scripted model; see docs/clients.md.
 
-python tests/clients/check_clients.py [--python VENV/bin/python] [--node FOLDER] [--agents FOLDER] [NAME]
+python tests/clients/check_clients.py [NAME ...] [--python VENV/bin/python] [--node FOLDER]
+    [--agents FOLDER]
 
 The server runs in this environment (extras `serve` and `test`). The clients run in one of their
 own, since their requirements do not agree with each other:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import anthropic
@@ -16,6 +17,7 @@ import openai
 import pytest
 from bundles import write_bundle
 from chat_models import JSON_SCRIPT, TAGS_SCRIPT, in_json, in_tags, tool
+from conftest import ROOT
 from scripted import write_scripted
 from serving import KEY, Server, serving
 
@@ -36,6 +38,7 @@ def scripts(call: Any, opens: bool) -> dict[str, str]:
         "call": f"{begin}{THOUGHT}\n</think>\n\nLet me look it up.\n\n{one}",
         "two": f"{begin}Two at once.\n</think>\n\n{two}",
         "inside": f"{begin}So I call{one}",
+        "folder": f"{begin}So.\n</think>\n\n{call('list_folder', {'path': '.'})}",
         "done": f"{begin}Good.\n</think>\n\n{DONE}",
     }
 
@@ -113,6 +116,17 @@ def test_a_stream_is_the_same(script: str, client: openai.OpenAI) -> None:
     pairs = [[(f.name, f.arguments) for f in found] for found in calls]  # type: ignore[union-attr]
     assert pairs[0] == pairs[1] and len(pairs[0]) == {"two": 2, "plain": 0}.get(script, 1)
     assert final.usage and final.usage.completion_tokens > 0
+
+
+def test_the_example_of_an_agent(
+    client: openai.OpenAI, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT / "examples")
+    agent = run_path(str(ROOT / "examples" / "agent" / "agent.py"))
+    assert agent["list_folder"](".").splitlines()[0] == "agent"
+    assert agent["list_folder"]("..").startswith("error")
+    assert agent["run"](client, "m", "[[folder]]") == DONE
+    assert capsys.readouterr().out == '[list_folder({"path": "."})]\n'
 
 
 def test_one_call_at_a_time(client: openai.OpenAI) -> None:
