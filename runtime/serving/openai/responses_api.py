@@ -112,18 +112,19 @@ def _tool(place: str, tool: Any) -> Iterator[Json]:
 
 def _flat(namespace: Any, name: Any) -> Any:
     """The name by which the model knows a function of a namespace."""
-    if namespace is None:
-        return name
-    return f"{namespace}.{name}"
+    if isinstance(namespace, str) and isinstance(name, str):
+        return f"{namespace}.{name}"
+    return name
 
 
 def namespaced(asked: Json) -> dict[str, tuple[str, str]]:
     """The namespace and the name of each function that has one, by the name the model knows."""
     found = {}
     for tool in asked.get("tools") or []:
-        if tool.get("type") == "namespace":
+        space = tool.get("name")
+        if tool.get("type") == "namespace" and isinstance(space, str):
             names = [inner["name"] for inner in tool["tools"] if "name" in inner]
-            found |= {_flat(tool["name"], name): (tool["name"], name) for name in names}
+            found |= {_flat(space, name): (space, name) for name in names}
     return found
 
 
