@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenspeed_plan.plans.chat_format import CallFormat, ChatFormat
 from tokenspeed_plan.plans.errors import PlanError, RequestError
 from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.tokenizer_files import chat_template, special_tokens
@@ -115,51 +118,151 @@ def _reason(code: int) -> str:
 class ChatTemplate:
     """Chat messages -> text of a prompt that ends where the assistant's answer begins.
 
+    Args:
+        source: the template.
+        special_tokens: names and texts of tokens that it sees.
+        tool_source: the template of chats with tools, where that is another one.
+
     Raises:
-        PlanError: the template cannot be compiled.
+        PlanError: a template cannot be compiled.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        tool_source: str | None = None,
+    ) -> None:
         self._tokens = dict(special_tokens or {})
-        try:
-            self._worker = _Worker(source)
-        except (_Fault, OSError) as error:
-            raise PlanError(
-                f"the model's chat template does not compile: {printable_line(str(error))}",
-                "use the file of the published model",
-            ) from error
+        self._worker = self._tool_worker = _compiled(source)
+        if tool_source is not None:
+            self._tool_worker = _compiled(tool_source)
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
         """The template of a model folder; None if the model has none.
 
         Raises:
-            PlanError: a file is malformed, or the template cannot be compiled.
+            PlanError: a file is malformed, or a template cannot be compiled.
         """
         source = chat_template(folder)
         if source is None:
             return None
-        return cls(source, special_tokens(folder))
+        return cls(source, special_tokens(folder), chat_template(folder, "tool_use"))
 
-    def __call__(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    @cached_property
+    def format(self) -> ChatFormat:
+        """How it spells what is no plain text."""
+        if self._probe([_USER], None) is None:
+            return ChatFormat()
+        return ChatFormat(
+            calls=self._call_format(),
+            thinks=self._thinks(),
+            takes_parts=self._shows([{"role": "user", "content": _PARTS}], _JOINED),
+            takes_late_systems=self._shows([_USER, _SYSTEM, _USER], _TEXT_OF_SYSTEM),
+        )
+
+    def __call__(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Json] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Render messages as a prompt.
+
+        Args:
+            messages: as transformers takes them; arguments of calls may be JSON as text.
+            tools: JSON schemas of functions; None without tools.
+            variables: further ones of the template, as `enable_thinking`.
 
         Raises:
             RequestError: the template refuses the messages.
         """
-        variables = {
+        known = {
             "messages": [_message(index, message) for index, message in enumerate(messages)],
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": True,
         }
+        worker = self._worker
+        if tools is not None:
+            worker = self._tool_worker
         try:
-            return self._worker.ask(self._tokens | variables)
+            return worker.ask(self._tokens | dict(variables or {}) | known)
         except (_Fault, OSError) as error:
             reason = printable_line(str(error))
             raise RequestError(
                 f"the model's chat template refuses the messages: {reason}", _HINT
             ) from error
+
+    def _call_format(self) -> CallFormat | None:
+        """How it writes a call. It must also show the tools that there are."""
+        text = self._probe([_USER, _CALLING], [_TOOL])
+        if text is None or _ABOUT_TOOL not in text:
+            return None
+        for name, pattern in _CALLS.items():
+            if pattern.search(text):
+                return name
+        return None
+
+    def _thinks(self) -> bool:
+        return self._shows([_USER, _THINKING], _THOUGHT) or self._shows([_USER], _OPEN_THOUGHT)
+
+    def _shows(self, messages: Sequence[Json], pattern: re.Pattern[str]) -> bool:
+        """Whether it writes something, and does not refuse the messages."""
+        text = self._probe(messages, None)
+        return text is not None and pattern.search(text) is not None
+
+    def _probe(self, messages: Sequence[Json], tools: Sequence[Json] | None) -> str | None:
+        with suppress(RequestError):
+            return self(messages, tools)
+        return None
+
+
+def _compiled(source: str) -> _Worker:
+    try:
+        return _Worker(source)
+    except (_Fault, OSError) as error:
+        raise PlanError(
+            f"the model's chat template does not compile: {printable_line(str(error))}",
+            "use the file of the published model",
+        ) from error
+
+
+# What a template is asked to write, and the ways to write it that are known.
+_USER = {"role": "user", "content": "probe"}
+_SYSTEM = {"role": "system", "content": "probe-system"}
+_TEXT_OF_SYSTEM = re.compile("probe-system")
+_PARTS = [{"type": "text", "text": "probe-a"}, {"type": "text", "text": "probe-b"}]
+_JOINED = re.compile(r"(?<![\"'])probe-a\s*probe-b")
+_THINKING = {"role": "assistant", "content": "probe", "reasoning_content": "probe-thought"}
+_THOUGHT = re.compile(r"<think>\s*probe-thought\s*</think>")
+_OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
+_ABOUT_TOOL = "probe-about"
+_TOOL: Json = {
+    "type": "function",
+    "function": {
+        "name": "probe_name",
+        "description": _ABOUT_TOOL,
+        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string"}}},
+    },
+}
+_FUNCTION = {"name": "probe_name", "arguments": {"probe_key": "probe-value"}}
+_CALLING: Json = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "id": "probe", "function": _FUNCTION}],
+}
+_CALLS: dict[CallFormat, re.Pattern[str]] = {
+    "tags": re.compile(
+        r"<tool_call>\s*<function=probe_name>\s*<parameter=probe_key>\s*probe-value\s*"
+        r"</parameter>\s*</function>\s*</tool_call>"
+    ),
+    "json": re.compile(
+        r'<tool_call>\s*\{"name":\s*"probe_name",\s*'
+        r'"arguments":\s*\{"probe_key":\s*"probe-value"\}\s*\}\s*</tool_call>'
+    ),
+}
 
 
 def _message(index: int, message: Mapping[str, Any]) -> Json:

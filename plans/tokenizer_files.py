@@ -165,22 +165,22 @@ def special_tokens(folder: Path) -> dict[str, str]:
     return {name: text_of(token) for name, token in named.items()}
 
 
-def chat_template(folder: Path) -> str | None:
-    """The template for chats without tools; None if there is none.
+def chat_template(folder: Path, name: str = "default") -> str | None:
+    """The template of a name; None if there is none.
 
-    Files come before `tokenizer_config.json`; of several templates it is the one named `default`.
+    Chats with tools use `tool_use` where there is one. Files come before `tokenizer_config.json`.
 
     Raises:
         PlanError: a file is malformed.
     """
     templates = _template_files(folder)
     if templates:
-        return templates.get("default")
+        return templates.get(name)
     config = read_object(folder / CONFIG)
     source = config.get("chat_template")
     if source is None:
         source = read_object(folder / CHAT_TEMPLATE_JSON).get("chat_template")
-    return _checked(folder / CONFIG, lambda: _default_template(source))
+    return _checked(folder / CONFIG, lambda: _template_of(source, name))
 
 
 def template_names(folder: Path) -> list[str]:
@@ -208,11 +208,13 @@ def _read_text(path: Path) -> str:
         raise PlanError(f"cannot read `{path}`: {error.strerror}", _HINT) from error
 
 
-def _default_template(source: Any) -> str | None:
+def _template_of(source: Any, name: str) -> str | None:
     if isinstance(source, list):
         source = {item["name"]: item["template"] for item in source}
     if isinstance(source, dict):
-        source = source.get("default")
+        source = source.get(name)
+    elif name != "default":
+        return None
     if source is not None and not isinstance(source, str):
         raise TypeError("`chat_template` is not text")
     return source

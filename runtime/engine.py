@@ -17,7 +17,7 @@ from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.kernels import Kernels
 from tokenspeed_plan.runtime.execution.launch import Launch
 from tokenspeed_plan.runtime.isolation import DEVICE_ERRORS, describe
-from tokenspeed_plan.runtime.loading.engine_loader import WriteChat, load_bundle, load_parts
+from tokenspeed_plan.runtime.loading.engine_loader import load_bundle, load_parts
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor
 from tokenspeed_plan.runtime.request import Completion, NewToken, Request, SamplingParams
@@ -27,7 +27,7 @@ from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler, Usage
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.step_loop import StepLoop
 from tokenspeed_plan.runtime.streaming import Delta, stream
-from tokenspeed_plan.runtime.tokenizer import Tokenizer
+from tokenspeed_plan.runtime.tokenizer import Tokenizer, WriteChat
 
 DEFAULT_PARAMS = SamplingParams()  # greedy
 

@@ -191,6 +191,7 @@ class OutputProcessor:
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached_tokens or 0,
             ttft_s=sequence.first_token_s - sequence.added_s,
+            queue_s=sequence.started_s - sequence.added_s,
             decode_s=sequence.last_token_s - sequence.first_token_s,
             logprobs=tuple(sequence.logprobs),
         )

@@ -67,9 +67,10 @@ class Completion:
     """A finished request.
 
     `token_ids` holds every generated token, a stop token included; `text` ends before the stop
-    token or stop string. `ttft_s` runs from `Engine.add` to the first token, `decode_s` from the
-    first token to the last. `num_cached_tokens` of the prompt came from the prefix cache. `error`
-    says why there is no answer, where the finish reason is `error`.
+    token or stop string. `ttft_s` runs from `Engine.add` to the first token, and `queue_s` of it
+    until the request starts; `decode_s` runs from the first token to the last. `num_cached_tokens`
+    of the prompt came from the prefix cache. `error` says why there is no answer, where the finish
+    reason is `error`.
     """
 
     request_id: str
@@ -82,6 +83,7 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] = field(default=())
     num_cached_tokens: int = 0
     error: str | None = None
+    queue_s: float = 0.0
 
     def check(self) -> None:
         """Refuse to go on with an answer that there is not.

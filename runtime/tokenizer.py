@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from tokenspeed_plan.plans.chat_format import ChatFormat
 from tokenspeed_plan.plans.errors import PlanError, RequestError
 from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.tokenizer_files import (
@@ -38,24 +40,48 @@ _SPLIT = {
 _HINT = "use the files of the published model"
 
 
+class WriteChat(Protocol):
+    """A chat template."""
+
+    @property
+    def format(self) -> ChatFormat:
+        """How it spells what is no plain text."""
+
+    def __call__(
+        self,
+        messages: Messages,
+        tools: Sequence[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Messages as one prompt, which ends where the answer begins."""
+
+
 class Tokenizer:
     """A tokenizer, with a chat template where there is one.
 
     Args:
         tokenizer: the checkpoint's.
         chat: writes messages as one prompt.
+
+    Attributes:
+        chat_format: what the chat template knows.
     """
 
-    def __init__(
-        self, tokenizer: tokenizers.Tokenizer, chat: Callable[[Messages], str] | None = None
-    ) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, chat: WriteChat | None = None) -> None:
         self._tokenizer = tokenizer
         self._chat = chat
+        self.chat_format = ChatFormat()
+        if chat is not None:
+            self.chat_format = chat.format
         added = tokenizer.get_added_tokens_decoder().items()
-        self._special_ids = frozenset(index for index, token in added if token.special)
+        specials = {index: token.content for index, token in added if token.special}
+        # What an answer is read by must be in its text.
+        tags = self.chat_format.tags
+        self._shown_ids = frozenset(index for index, text in specials.items() if text in tags)
+        self._special_ids = frozenset(specials) - self._shown_ids
 
     @classmethod
-    def load(cls, folder: Path, chat: Callable[[Messages], str] | None = None) -> Tokenizer:
+    def load(cls, folder: Path, chat: WriteChat | None = None) -> Tokenizer:
         """The tokenizer of a model folder.
 
         Raises:
@@ -93,8 +119,14 @@ class Tokenizer:
         return list(found.ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        """The text of token ids, without special tokens but for a chat's tags."""
+        if self._shown_ids.isdisjoint(ids):
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return "".join(self._decode_runs(ids))
+
+    def _decode_runs(self, ids: Sequence[int]) -> Iterator[str]:
+        for is_shown, run in groupby(ids, self._shown_ids.__contains__):
+            yield str(self._tokenizer.decode(list(run), skip_special_tokens=not is_shown))
 
     def spell(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens spelled out."""
@@ -117,15 +149,25 @@ class Tokenizer:
             return bytes(values[letter] for letter in token)
         return str(token).encode()
 
-    def render_chat(self, messages: Messages) -> str:
+    def render_chat(
+        self,
+        messages: Messages,
+        tools: Sequence[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """A chat as one prompt, which ends where the answer begins.
+
+        Args:
+            messages: as transformers takes them.
+            tools: JSON schemas of functions; None without tools.
+            variables: further ones of the template, as `enable_thinking`.
 
         Raises:
             RequestError: the model has no chat template, or it refuses the messages.
         """
         if self._chat is None:
             raise RequestError("the model has no chat template", "use `/v1/completions`")
-        return self._chat(messages)
+        return self._chat(messages, tools, variables)
 
 
 @cache

@@ -23,7 +23,15 @@ from tokenspeed_plan.plans.errors import TokenspeedError
 
 pytestmark = pytest.mark.slow  # whole processes, or many examples
 
-COUNTS = {"bodies": 200, "rows": 200, "specs": 5, "plans": 10, "checkpoints": 8, "tokenizers": 20}
+COUNTS = {
+    "bodies": 200,
+    "rows": 200,
+    "messages": 400,
+    "specs": 5,
+    "plans": 10,
+    "checkpoints": 8,
+    "tokenizers": 20,
+}
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -1,4 +1,4 @@
-"""`tokenspeed serve`: OpenAI's API over HTTP."""
+"""`tokenspeed serve`: OpenAI's and Anthropic's APIs over HTTP."""
 
 from __future__ import annotations
 
@@ -115,6 +115,12 @@ class ServeOptions:
     30.0,
     "Seconds after which /health fails if the engine has work and does not move.",
 )
+@click.option(
+    "--drop-billing-header",
+    "drops_billing",
+    is_flag=True,
+    help="Leave `x-anthropic-billing-header` out of prompts: it changes, and defeats the cache.",
+)
 @click.option("--weights", type=Folder, help="Checkpoint folder, where it is not the spec's.")
 @click.option(
     "--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`."
@@ -137,6 +143,7 @@ def serve(
     header_timeout_s: float,
     write_timeout_s: float,
     stall_s: float,
+    drops_billing: bool,
     weights: Path | None,
     backend: Backend | None,
     rank_timeout_s: float,
@@ -145,7 +152,7 @@ def serve(
     allowed_signers: Path | None,
     signer: str | None,
 ) -> None:
-    """Serve BUNDLE to OpenAI's clients."""
+    """Serve BUNDLE to OpenAI's and Anthropic's clients."""
     _check_packages()
     from tokenspeed_plan.runtime.serving.http import ServerOptions
 
@@ -163,6 +170,7 @@ def serve(
         write_timeout_s=write_timeout_s,
         stall_s=stall_s,
         own_host=host,
+        drops_billing=drops_billing,
     )
     signers = wanted_signers(allowed_signers, signer)
     engine = EngineOptions(

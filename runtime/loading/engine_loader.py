@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,9 +27,7 @@ from tokenspeed_plan.runtime.execution.rank_links import join
 from tokenspeed_plan.runtime.loading.preflight import check_files, check_target, find_weights
 from tokenspeed_plan.runtime.loading.rank_memory import RankMemory
 from tokenspeed_plan.runtime.loading.weights import load_weights
-from tokenspeed_plan.runtime.tokenizer import Messages, Tokenizer
-
-WriteChat = Callable[[Messages], str]  # writes messages as a prompt
+from tokenspeed_plan.runtime.tokenizer import Tokenizer, WriteChat
 
 
 @dataclass(frozen=True, slots=True)

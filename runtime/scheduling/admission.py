@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import deque
 
@@ -119,6 +120,7 @@ class Admission:
         return wanted <= num_left
 
     def _start(self, sequence: Sequence, hit: Hit) -> None:
+        sequence.started_s = sequence.started_s or time.perf_counter()
         self._memory.start(sequence, hit)
         sequence.move_to(sequence.next_phase)
         self.running.append(sequence)

@@ -68,6 +68,7 @@ class Sequence:
     copy_from: int | None = None
     # of the prompt, found in the cache when it was first admitted
     num_cached_tokens: int | None = None
+    started_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
+from chat_models import JSON_TEMPLATE, TAGS_TEMPLATE, tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_edits import added, copy_tokenizer, edit_json
@@ -229,6 +230,32 @@ def test_a_template_that_is_no_text(value: Any, tmp_path: Path) -> None:
     in_config(value)(folder)
     with pytest.raises(PlanError, match=r"tokenizer_config\.json"):
         ChatTemplate.load(folder)
+
+
+@pytest.mark.parametrize(
+    "source", [TAGS_TEMPLATE, JSON_TEMPLATE, "{{ tools }}{{ a }}{{ eos_token }}"]
+)
+def test_tools_and_variables_are_shown_as_in_transformers(source: str, tmp_path: Path) -> None:
+    folder = write(copy_tokenizer(tmp_path / "model"), source)
+    tools = [tool("f", {"a": {"type": "string"}}, required=["a"]) | {"more": [1, None]}]
+    variables = {"a": "é", "enable_thinking": False}
+    messages = [USER, {"role": "assistant", "content": "x", "tool_calls": [CALL]}, USER]
+    template = ChatTemplate.load(folder)
+    assert template
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for shown in (tools, None):
+        wanted = tokenizer.apply_chat_template(
+            messages, tools=shown, tokenize=False, add_generation_prompt=True, **variables
+        )
+        assert template(messages, shown, variables) == wanted
+
+
+def test_a_chat_with_tools_has_its_own_template(tmp_path: Path) -> None:
+    folder = copy_tokenizer(tmp_path / "model")
+    in_config({"default": "D", "tool_use": "T"})(folder)
+    template = ChatTemplate.load(folder)
+    assert template
+    assert (template([USER]), template([USER], [tool("f", {})])) == ("D", "T")
 
 
 def call(arguments: Any) -> list[dict[str, Any]]:

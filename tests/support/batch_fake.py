@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenspeed_plan.plans.chat_format import ChatFormat
 from tokenspeed_plan.plans.errors import TokenspeedError
 from tokenspeed_plan.runtime.request import Completion, Request, TokenLogprobs
 from tokenspeed_plan.runtime.serving.batch import (
@@ -43,7 +44,14 @@ class FakeTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return chr(token_id).encode()
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+    chat_format = ChatFormat()
+
+    def spell(self, ids: Sequence[int]) -> str:
+        return self.decode(ids)
+
+    def render_chat(
+        self, messages: list[dict[str, Any]], tools: Any = None, variables: Any = None
+    ) -> str:
         return "".join(f"{m['role']}:{m['content']};" for m in messages)
 
 

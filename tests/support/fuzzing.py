@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import chat_fuzzing
 import yaml
 from click.testing import CliRunner
 
@@ -607,6 +608,26 @@ def judge_row(files: Files, folder: Path) -> bool:
     return True
 
 
+def make_messages(rng: random.Random) -> Files:
+    return dict(chat_fuzzing.make_chat(rng, mutate_json, encode))
+
+
+def judge_messages(files: Files, folder: Path) -> bool:
+    """A chat of one of the APIs, its answer whole and streamed; both must say the same."""
+    from tokenspeed_plan.runtime.serving.http.api_errors import ApiError
+
+    try:
+        whole, events = chat_fuzzing.answer_chat(files, _limits())
+    except ApiError as error:
+        json.dumps([error.body, error.anthropic_body], allow_nan=False)
+        if not 400 <= error.status < 500:
+            raise Wrong(f"status {error.status}") from error
+        raise _refused(str(error), "an HTTP error has no hint") from error
+    if fault := chat_fuzzing.contradiction(whole, events):
+        raise Wrong(fault)
+    return True
+
+
 # Specs.
 
 _SPEC = """version: 1
@@ -896,6 +917,7 @@ def _load_tokenizers() -> None:
 TARGETS = {
     "bodies": Target(make_body, judge_body, lambda: (_engine(), _tokenizer(), _limits())),
     "rows": Target(make_row, judge_row, lambda: (_tokenizer(), _limits())),
+    "messages": Target(make_messages, judge_messages, lambda: (_tokenizer(), _limits())),
     "specs": Target(make_spec, judge_spec, lambda: judge_command("--help")),
     "plans": Target(make_plan, judge_plan, lambda: judge_command("show", BUNDLE)),
     "checkpoints": Target(make_checkpoint, judge_checkpoint, _load_planner),

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from tokenspeed_plan.plans.canon import canonical, sha256
 from tokenspeed_plan.runtime.request import Completion
+from tokenspeed_plan.runtime.serving.chat.answer_parser import AnswerRules
 from tokenspeed_plan.runtime.serving.openai.answers import choice, usage
 from tokenspeed_plan.runtime.serving.openai.bodies import (
     MAX_FIELDS,
@@ -123,8 +124,21 @@ def _after(text: str, at: int, sign: str) -> int:
     return found.end()
 
 
-def answer_line(row: Row, completions: Sequence[Completion], decoder: Decoder, model: str) -> Json:
-    """Output line of an answered row; `completions` has one for each choice.
+def answer_line(
+    row: Row,
+    completions: Sequence[Completion],
+    decoder: Decoder,
+    model: str,
+    rules: AnswerRules | None = None,
+) -> Json:
+    """Output line of an answered row.
+
+    Args:
+        row: what was asked.
+        completions: one for each choice.
+        decoder: for log probabilities.
+        model: its name, where the row has none.
+        rules: how an answer is read that is not text alone.
 
     The same answer gives the same bytes, so the line holds no time: `created` is 0.
     """
@@ -132,7 +146,8 @@ def answer_line(row: Row, completions: Sequence[Completion], decoder: Decoder, m
     if isinstance(row.body, ChatBody):
         name, kind = "chatcmpl", "chat.completion"
     choices = [
-        choice(row.body, index, completion, decoder) for index, completion in enumerate(completions)
+        choice(row.body, index, completion, decoder, rules)
+        for index, completion in enumerate(completions)
     ]
     firsts = completions[:: row.body.n or 1]  # of each prompt
     num_prompt_tokens = sum(completion.num_prompt_tokens for completion in firsts)

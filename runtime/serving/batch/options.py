@@ -11,8 +11,8 @@ from tokenspeed_plan.runtime.request import Completion, Request
 from tokenspeed_plan.runtime.serving.batch.kept_rows import MAX_KEPT_BYTES
 from tokenspeed_plan.runtime.serving.batch.scan import Selection
 from tokenspeed_plan.runtime.serving.batch.summary import Load
+from tokenspeed_plan.runtime.serving.openai.answers import ChatDecoder
 from tokenspeed_plan.runtime.serving.openai.conversion import Encoder, RequestLimits
-from tokenspeed_plan.runtime.streaming import Decoder
 
 Order = Literal["input", "completion"]
 
@@ -33,7 +33,7 @@ class BatchEngine(Protocol):
         """Run one step; returns the requests that it finished."""
 
 
-class TextTokenizer(Encoder, Decoder, Protocol):
+class TextTokenizer(Encoder, ChatDecoder, Protocol):
     """Text to token ids and back."""
 
 

@@ -32,6 +32,7 @@ from tokenspeed_plan.runtime.serving.batch.scan import Scanner, refuse_bad
 from tokenspeed_plan.runtime.serving.batch.summary import Tally, as_text
 from tokenspeed_plan.runtime.serving.batch.writing import Output
 from tokenspeed_plan.runtime.serving.interrupt import Interrupt
+from tokenspeed_plan.runtime.serving.openai.answers import answer_rules
 
 ANSWERED, SOME_FAILED, INTERRUPTED = 0, 1, 130
 LoadEngine = Callable[[], BatchEngine]
@@ -193,6 +194,7 @@ class _Batch:
             self._tally.fail(REQUEST_FAILED)
             output.fail(row, encode_line(failure))
             return
-        line = answer_line(row.row, completions, self._tokenizer, self._plan.model)
+        rules = answer_rules(row.row.body, row.requests[0].prompt_ids, self._tokenizer)
+        line = answer_line(row.row, completions, self._tokenizer, self._plan.model, rules)
         self._tally.answered += 1
         output.finish(row, encode_line(line))

@@ -7,6 +7,15 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+_MESSAGES = "/v1/messages"
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
 
 class ApiError(Exception):
     """A request that is refused or failed.
@@ -45,6 +54,14 @@ class ApiError(Exception):
         }
 
     @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """The error object of Anthropic's API."""
+        kind = _ANTHROPIC.get(self.status, "invalid_request_error")
+        if self.status >= 500:
+            kind = "api_error"
+        return {"type": "error", "error": {"type": kind, "message": str(self)}}
+
+    @property
     def _type(self) -> str:
         if self.status == 429:
             return "rate_limit_error"
@@ -52,9 +69,12 @@ class ApiError(Exception):
             return "server_error"
         return "invalid_request_error"
 
-    def response(self) -> JSONResponse:
-        """The HTTP response."""
-        return JSONResponse(self.body, self.status, headers=self.headers)
+    def response(self, path: str = "") -> JSONResponse:
+        """The HTTP response, in the words of the API that has the path."""
+        body = self.body
+        if path.startswith(_MESSAGES):
+            body = self.anthropic_body
+        return JSONResponse(body, self.status, headers=self.headers)
 
 
 def unknown_model(name: str, served: str) -> ApiError:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -27,12 +28,24 @@ from tokenspeed_plan.runtime.serving.http.api_errors import (
 )
 from tokenspeed_plan.runtime.serving.http.body import SMALL_BYTES, BodyMemory
 from tokenspeed_plan.runtime.serving.http.callers import CheckHost, check_type
+from tokenspeed_plan.runtime.serving.http.dialects import (
+    Dialect,
+    MessagesDialect,
+    OwnDialect,
+    ResponsesDialect,
+)
 from tokenspeed_plan.runtime.serving.http.health import Progress
 from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter, Lease
 from tokenspeed_plan.runtime.serving.http.parsing import ParsedRequest, parse
 from tokenspeed_plan.runtime.serving.http.prometheus import CountResponses, Metrics
 from tokenspeed_plan.runtime.serving.http.responses import Answer
-from tokenspeed_plan.runtime.serving.openai.bodies import Url
+from tokenspeed_plan.runtime.serving.http.token_counts import (
+    count_tokens,
+    detokenize,
+    refused,
+    tokenize,
+)
+from tokenspeed_plan.runtime.serving.http.trace_ids import EchoIds
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
@@ -42,6 +55,7 @@ _CLIENT_LEFT = 499
 _EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _MANY_TOKENS = 4096
 _T = TypeVar("_T")
+Reader = Callable[[bytes, Tokenizer, RequestLimits], _T]  # understands a body
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +71,7 @@ class Service:
         bodies: bounds the bodies that are coming.
         workers: the threads that parse bodies, tokenise prompts and write whole answers.
         slow_worker: the thread that does so where it takes long, so that others do not wait.
+        drops_billing: leave a counter of Claude Code's out of its prompts.
     """
 
     engine: AsyncEngine
@@ -73,6 +88,7 @@ class Service:
     limiter: AdmissionLimiter
     metrics: Metrics
     progress: Progress
+    drops_billing: bool = False
 
     def worker(self, takes_long: bool) -> Executor:
         """Where to do a piece of work."""
@@ -97,10 +113,12 @@ async def check_key(request: Request) -> None:
     if key is None:
         return
     header = request.headers.get("authorization", "").encode("latin-1")
-    if hmac.compare_digest(header, b"Bearer " + key.encode()):
+    own_header = request.headers.get("x-api-key", "").encode("latin-1")  # Anthropic's
+    is_right = hmac.compare_digest(header, b"Bearer " + key.encode())
+    if is_right | hmac.compare_digest(own_header, key.encode()):
         return
-    message = "an API key is needed: `Authorization: Bearer KEY`"
-    if header:
+    message = "an API key is needed: `Authorization: Bearer KEY`, or `x-api-key: KEY`"
+    if header or own_header:
         message = "the API key is wrong"
     raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
@@ -116,29 +134,68 @@ async def take_lease(request: Request) -> AsyncIterator[Lease]:
 
 
 AdmittedLease = Annotated[Lease, Depends(take_lease)]
+_READ = ["GET", "HEAD"]
 v1 = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
+keyed = APIRouter(dependencies=[Depends(check_key)])
 public = APIRouter()
 
 
 @v1.post("/completions")
 async def completions(request: Request, lease: AdmittedLease) -> Response:
     """Continue a prompt."""
-    return await _answer(request, "/v1/completions", lease)
+    return await _answer(request, OwnDialect("/v1/completions"), lease)
 
 
 @v1.post("/chat/completions")
 async def chat_completions(request: Request, lease: AdmittedLease) -> Response:
     """Continue a chat."""
-    return await _answer(request, "/v1/chat/completions", lease)
+    return await _answer(request, OwnDialect("/v1/chat/completions"), lease)
 
 
-@v1.get("/models")
+@v1.post("/responses")
+async def responses(request: Request, lease: AdmittedLease) -> Response:
+    """Continue a chat, in the words of OpenAI's Responses API."""
+    return await _answer(request, ResponsesDialect(), lease)
+
+
+@v1.post("/messages")
+async def messages(request: Request, lease: AdmittedLease) -> Response:
+    """Continue a chat, in the words of Anthropic's Messages API."""
+    return await _answer(request, MessagesDialect(service_of(request).drops_billing), lease)
+
+
+@v1.post("/messages/count_tokens")
+async def count_message_tokens(request: Request, lease: AdmittedLease) -> Response:
+    """How many tokens a message's prompt has."""
+    dialect = MessagesDialect(service_of(request).drops_billing)
+
+    def count(raw: bytes, tokenizer: Tokenizer, limits: RequestLimits) -> dict[str, Any]:
+        return count_tokens(raw, dialect, tokenizer, limits)
+
+    return await _count(request, lease, count)
+
+
+@keyed.post("/tokenize")
+async def tokenize_text(request: Request, lease: AdmittedLease) -> Response:
+    """The tokens of a text or a chat."""
+    return await _count(request, lease, tokenize)
+
+
+@keyed.post("/detokenize")
+async def detokenize_ids(request: Request, lease: AdmittedLease) -> Response:
+    """The text of tokens."""
+    return await _count(request, lease, detokenize)
+
+
+@v1.api_route("/models", methods=_READ)
 async def models(request: Request) -> Response:
-    """List the model."""
-    return JSONResponse({"object": "list", "data": [_card(service_of(request))]})
+    """List the model, as both OpenAI's and Anthropic's clients read it."""
+    card = _card(service_of(request))
+    ends = {"first_id": card["id"], "last_id": card["id"], "has_more": False}
+    return JSONResponse({"object": "list", "data": [card]} | ends)
 
 
-@v1.get("/models/{name:path}")
+@v1.api_route("/models/{name:path}", methods=_READ)
 async def model(request: Request, name: str) -> Response:
     """Describe the model."""
     service = service_of(request)
@@ -147,10 +204,28 @@ async def model(request: Request, name: str) -> Response:
     return JSONResponse(_card(service))
 
 
-@public.get("/health")
+@public.api_route("/health", methods=_READ)
 async def health(request: Request) -> Response:
     """Whether the server takes requests."""
+    _check_health(service_of(request))
+    return JSONResponse({"status": "ok"})
+
+
+@public.api_route("/ready", methods=_READ)
+async def ready(request: Request) -> Response:
+    """Whether the server would take one more request now."""
     service = service_of(request)
+    _check_health(service)
+    service.limiter.check()
+    return JSONResponse({"status": "ok"})
+
+
+def _check_health(service: Service) -> None:
+    """Refuse where no request would be answered.
+
+    Raises:
+        ApiError: why not.
+    """
     if service.engine.error:
         raise try_later(503, "the engine has failed", "engine_stopped")
     if service.limiter.draining:
@@ -158,10 +233,9 @@ async def health(request: Request) -> Response:
     fault = service.progress.fault(service.stall_s)
     if fault is not None:
         raise try_later(503, fault, "stalled")
-    return JSONResponse({"status": "ok"})
 
 
-@public.get("/metrics")
+@public.api_route("/metrics", methods=_READ)
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus's text format."""
     return PlainTextResponse(service_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -179,10 +253,12 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.state.service = service
     app.include_router(v1)
+    app.include_router(keyed)
     app.include_router(public)
     if service.api_key is None:
         app.add_middleware(CheckHost, own_host=service.own_host)
     app.add_middleware(CountResponses, metrics=service.metrics)
+    app.add_middleware(EchoIds)
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_route)
     app.add_exception_handler(ClientDisconnect, _note_client_left)
@@ -190,15 +266,20 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-async def _answer(request: Request, url: Url, lease: Lease) -> Response:
+async def _answer(request: Request, dialect: Dialect, lease: Lease) -> Response:
     service = service_of(request)
-    parsed = await _read(request, url, lease)
+
+    def understand(raw: bytes, tokenizer: Tokenizer, limits: RequestLimits) -> ParsedRequest:
+        limits = replace(limits, caps_max_tokens=dialect.caps_max_tokens)
+        return parse(raw, dialect.url, service.model, tokenizer, limits, dialect.fields)
+
+    parsed = await _read(request, understand, lease)
     if parsed is None:
         return Response(status_code=_CLIENT_LEFT)
     stream = lease.submit(parsed.requests)
     answer = Answer(parsed, service.tokenizer, service.model, int(time.time()))
     if parsed.stream:
-        events = answer.events(stream)
+        events = dialect.events(answer, stream)
         return StreamingResponse(events, media_type="text/event-stream", headers=_EVENT_HEADERS)
     try:
         completions = await _unless(stream.completions(), _wait_for_disconnect(request))
@@ -210,12 +291,28 @@ async def _answer(request: Request, url: Url, lease: Lease) -> Response:
         return Response(status_code=_CLIENT_LEFT)
     # An answer of many choices with log probabilities takes seconds to write.
     num_tokens = sum(len(completion.token_ids) for completion in completions)
-    return await asyncio.get_running_loop().run_in_executor(
-        service.worker(num_tokens > _MANY_TOKENS), lambda: JSONResponse(answer.whole(completions))
-    )
+
+    def write() -> Response:
+        return JSONResponse(dialect.whole(answer, completions))
+
+    worker = service.worker(num_tokens > _MANY_TOKENS)
+    return await asyncio.get_running_loop().run_in_executor(worker, write)
 
 
-async def _read(request: Request, url: Url, lease: Lease) -> ParsedRequest | None:
+async def _count(request: Request, lease: Lease, count: Reader[dict[str, Any]]) -> Response:
+    """Answer a body that needs no engine."""
+    model = service_of(request).model
+
+    def counted(raw: bytes, tokenizer: Tokenizer, limits: RequestLimits) -> dict[str, Any]:
+        return refused(lambda: count(raw, tokenizer, replace(limits, model=model)))
+
+    found = await _read(request, counted, lease)
+    if found is None:
+        return Response(status_code=_CLIENT_LEFT)
+    return JSONResponse(found)
+
+
+async def _read(request: Request, reader: Reader[_T], lease: Lease) -> _T | None:
     """Read and parse a body; None if its client leaves while it is parsed.
 
     The lease begins when the body is there, so that slow bodies take no place from others.
@@ -232,7 +329,7 @@ async def _read(request: Request, url: Url, lease: Lease) -> ParsedRequest | Non
         lease.take()
         worker = service.worker(len(raw) > SMALL_BYTES)
         work = asyncio.get_running_loop().run_in_executor(
-            worker, parse, raw, url, service.model, service.tokenizer, service.limits
+            worker, reader, raw, service.tokenizer, service.limits
         )
         parsed = await _unless(work, _wait_for_disconnect(request), limiter.stop.wait())
     if parsed is None and limiter.stop.is_set():
@@ -266,12 +363,17 @@ def _card(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "tokenspeed-plan",
         "max_model_len": service.limits.max_seq_len,
+        "root": service.model,
+        "parent": None,
+        "type": "model",
+        "display_name": service.model,
+        "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
     }
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
@@ -283,7 +385,8 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
         405: ("the method is not allowed:", "method_not_allowed"),
     }
     text, code = codes.get(error.status_code, (error.detail, None))
-    return ApiError(error.status_code, f"{text} {place}", code, headers=error.headers).response()
+    refusal = ApiError(error.status_code, f"{text} {place}", code, headers=error.headers)
+    return refusal.response(request.url.path)
 
 
 async def _note_client_left(request: Request, error: Exception) -> Response:
@@ -294,4 +397,4 @@ async def _fail(request: Request, error: Exception) -> Response:
     """An error of the server; its traceback is in the log."""
     return ApiError(
         500, "the server has failed to answer; its log says more", "internal_error"
-    ).response()
+    ).response(request.url.path)

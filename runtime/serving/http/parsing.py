@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -23,9 +24,12 @@ from tokenspeed_plan.runtime.serving.openai.bodies import (
 )
 from tokenspeed_plan.runtime.serving.openai.conversion import Encoder, RequestLimits, to_requests
 
+Json = dict[str, Any]
+
 
 class _StreamOptions(StrictModel):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -44,6 +48,8 @@ class ParsedRequest:
         key: unique; part of the answer's `id`.
         requests: `num_choices` for each prompt, prompt after prompt.
         include_usage: whether a stream ends with an event of token counts.
+        counts_on: whether each event of a stream has the counts so far.
+        asked: the body as it came.
     """
 
     key: str
@@ -52,6 +58,8 @@ class ParsedRequest:
     num_choices: int
     stream: bool
     include_usage: bool
+    counts_on: bool = False
+    asked: Json = field(default_factory=dict)
 
     @property
     def is_chat(self) -> bool:
@@ -60,23 +68,39 @@ class ParsedRequest:
 
 
 def parse(
-    raw: bytes, url: Url, model: str, tokenizer: Encoder, limits: RequestLimits
+    raw: bytes,
+    url: Url,
+    model: str,
+    tokenizer: Encoder,
+    limits: RequestLimits,
+    translate: Callable[[Json], Json] | None = None,
 ) -> ParsedRequest:
-    """Check a body and make its requests; `model` is the name that is served.
+    """Check a body and make its requests.
+
+    Args:
+        raw: the body.
+        url: the endpoint whose rules hold.
+        model: the name that is served.
+        tokenizer: for its prompt.
+        limits: of the plan.
+        translate: makes the endpoint's body of another API's.
 
     Raises:
         ApiError: what is wrong with it.
     """
     try:
-        return _parse(raw, url, model, tokenizer, limits)
+        asked = drop_nulls(parse_json(raw, "body"))
+        fields = dict(asked)
+        if translate is not None:
+            fields = drop_nulls(translate(asked))
+        return _parse(asked, fields, url, tokenizer, replace(limits, model=model))
     except InvalidRequestError as error:
         raise ApiError(error.status, str(error), error.code, error.param) from None
 
 
 def _parse(
-    raw: bytes, url: Url, model: str, tokenizer: Encoder, limits: RequestLimits
+    asked: Json, fields: Json, url: Url, tokenizer: Encoder, limits: RequestLimits
 ) -> ParsedRequest:
-    fields = drop_nulls(parse_json(raw, "body"))
     stream_fields = _pop_stream_fields(fields)
     body = parse_body(url, fields)
     key = uuid4().hex
@@ -84,10 +108,12 @@ def _parse(
     return ParsedRequest(
         key=key,
         body=body,
-        requests=to_requests(body, key, tokenizer, replace(limits, model=model)),
+        requests=to_requests(body, key, tokenizer, limits),
         num_choices=body.n or 1,
         stream=bool(stream_fields.stream),
         include_usage=bool(options.include_usage),
+        counts_on=bool(options.continuous_usage_stats),
+        asked=asked,
     )
 
 

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.request import Completion
+from tokenspeed_plan.runtime.serving.http.known_metrics import KnownMetrics
 from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -17,8 +18,9 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 class Metrics:
     """Counters and latencies of the server, and gauges of what is in use."""
 
-    def __init__(self, engine: Engine, limiter: AdmissionLimiter) -> None:
+    def __init__(self, engine: Engine, limiter: AdmissionLimiter, model: str) -> None:
         self._registry = CollectorRegistry()
+        self._known = KnownMetrics(self._registry, engine, model)
         self._add_gauges(engine, limiter)
         self._responses = self._counter(
             "http_responses", "Responses by endpoint and status", "path", "status"
@@ -33,6 +35,12 @@ class Metrics:
             "Prompt tokens of answered choices that were found in the prefix cache",
         )
         self._generated = self._counter("generated_tokens", "Tokens of answers")
+        self._queue = self._histogram(
+            "queue_time_seconds", "From the engine's queue to its first step"
+        )
+        self._e2e = self._histogram(
+            "request_latency_seconds", "From the engine's queue to the last token"
+        )
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "From the engine's queue to the first token"
         )
@@ -46,6 +54,9 @@ class Metrics:
         self._finished.labels(done.finish_reason).inc()
         if done.error is not None:
             return
+        self._known.finish(done)
+        self._queue.observe(done.queue_s)
+        self._e2e.observe(done.ttft_s + done.decode_s)
         self._prompt.inc(done.num_prompt_tokens)
         self._cached.inc(done.num_cached_tokens)
         self._generated.inc(tokens)

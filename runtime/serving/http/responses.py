@@ -8,26 +8,121 @@ from typing import Any
 
 from tokenspeed_plan.plans.errors import EngineStopped, RequestFailed
 from tokenspeed_plan.runtime.request import Completion
+from tokenspeed_plan.runtime.serving.chat.answer_parser import AnswerParser
+from tokenspeed_plan.runtime.serving.chat.answer_parts import Part, ToolCall
 from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, try_later
 from tokenspeed_plan.runtime.serving.http.parsing import ParsedRequest
 from tokenspeed_plan.runtime.serving.openai.answers import (
+    ChatDecoder,
     TextOffsets,
+    answer_rules,
+    call_entry,
     choice,
+    counts_of,
+    finish_reason,
+    is_cut,
     logprobs_of,
     usage,
 )
-from tokenspeed_plan.runtime.streaming import Decoder, Delta
+from tokenspeed_plan.runtime.streaming import Delta
 
 Json = dict[str, Any]
 _DONE = b"data: [DONE]\n\n"
 
 
-class Answer:
-    """Writes the answer to one request, whole or as events."""
+class _Choice:
+    """One choice of an answer, as it is streamed."""
 
-    def __init__(self, request: ParsedRequest, decoder: Decoder, model: str, created: int) -> None:
-        self._request = request
-        self._decoder = decoder
+    def __init__(self, answer: Answer, index: int) -> None:
+        self._answer = answer
+        self._index = index
+        self._offsets = TextOffsets(answer.decoder)
+        self._parser = None
+        if answer.rules is not None:
+            self._parser = AnswerParser(answer.rules)
+        self._num_calls = 0
+        self._has_begun = False
+
+    def chunks(self, delta: Delta) -> list[Json]:
+        """What it has gained, as one chunk for each part; the first has what goes with tokens."""
+        found = [self._chunk(message) for message in self._messages(delta)]
+        if not found and (delta.completion or self._tells_tokens(delta)):
+            found = [self._chunk({})]
+        if delta.completion:
+            reason = delta.completion.finish_reason
+            found[-1]["finish_reason"] = reason
+            if self._parser is not None:
+                found[-1]["finish_reason"] = finish_reason(delta.completion, self._num_calls > 0)
+        if found:
+            self._add_tokens(found[0], delta)
+        return found
+
+    def _messages(self, delta: Delta) -> list[Json]:
+        """What each part adds to the message; of a completion there is a text alone."""
+        if not self._answer.request.is_chat:
+            return [{"text": delta.text}]
+        if self._parser is None:
+            return [self._begun() | {"content": delta.text}]
+        parts = self._parser.push(delta.text)
+        if delta.completion:
+            parts += self._parser.finish(is_cut(delta.completion))
+        messages = []
+        if not self._has_begun:
+            messages.append(self._begun() | {"content": ""})
+        return messages + [self._message(part) for part in parts]
+
+    def _begun(self) -> Json:
+        """The role, which comes once."""
+        if self._has_begun:
+            return {}
+        self._has_begun = True
+        return {"role": "assistant"}
+
+    def _message(self, part: Part) -> Json:
+        if part.kind == "content":
+            return {"content": part.text}
+        if part.kind == "reasoning":
+            return {"reasoning_content": part.text}
+        entry: Json = {"function": {"arguments": part.text}}
+        if part.kind == "call":
+            name = self._answer.request.requests[self._index].request_id
+            entry = call_entry(name, self._num_calls, ToolCall(part.text))
+            self._num_calls += 1
+        return {"tool_calls": [{"index": self._num_calls - 1} | entry]}
+
+    def _chunk(self, message: Json) -> Json:
+        chunk: Json = {"index": self._index, "logprobs": None, "finish_reason": None}
+        if self._answer.request.is_chat:
+            return chunk | {"delta": message}
+        return chunk | {"text": ""} | message
+
+    def _tells_tokens(self, delta: Delta) -> bool:
+        return bool(delta.logprobs or self._answer.request.body.return_token_ids)
+
+    def _add_tokens(self, chunk: Json, delta: Delta) -> None:
+        body = self._answer.request.body
+        if delta.logprobs:
+            chunk["logprobs"] = logprobs_of(
+                body, delta.logprobs, self._answer.decoder, self._offsets
+            )
+        if body.return_token_ids:
+            chunk["token_ids"] = list(delta.token_ids)
+
+
+class Answer:
+    """Writes the answer to one request, whole or as events.
+
+    Attributes:
+        rules: how its text is read; None where all of it is for the user.
+    """
+
+    def __init__(
+        self, request: ParsedRequest, decoder: ChatDecoder, model: str, created: int
+    ) -> None:
+        self.request = request
+        self.decoder = decoder
+        self.model, self.created = model, created
+        self.rules = answer_rules(request.body, request.requests[0].prompt_ids, decoder)
         self._kind, self._chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
         if request.is_chat:
             self._kind, self._chunk_kind = "chat.completion", "chat.completion.chunk"
@@ -35,74 +130,72 @@ class Answer:
         self._head: Json = {"id": f"{prefix}-{request.key}", "created": created, "model": model}
         ids = [item.request_id for item in request.requests]
         self._choice_index = {request_id: index for index, request_id in enumerate(ids)}
-        self._offsets = [TextOffsets(decoder) for _ in ids]
-        self._has_begun = [False] * len(ids)
+        self._choices = [_Choice(self, index) for index in range(len(ids))]
+        self._num_generated = 0
 
     def whole(self, completions: Sequence[Completion]) -> Json:
         """Body of a response that is not streamed; one completion for each choice."""
         choices = [
-            choice(self._request.body, index, completion, self._decoder)
+            choice(self.request.body, index, completion, self.decoder, self.rules)
             for index, completion in enumerate(completions)
         ]
-        body = {"object": self._kind, "choices": choices, "usage": self._usage(completions)}
+        body = {"object": self._kind, "choices": choices, "usage": self.usage(completions)}
         return self._head | body
+
+    def at_once(self, completion: Completion) -> list[Json]:
+        """The chunks of a choice that comes in one piece."""
+        index = self._choice_index[completion.request_id]
+        delta = Delta(
+            completion.request_id,
+            completion.text,
+            completion.token_ids,
+            completion.logprobs,
+            completion,
+        )
+        return _Choice(self, index).chunks(delta)
+
+    async def chunks(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[Json]:
+        """The bodies of a stream's events; the last has the counts of tokens, where asked for.
+
+        Raises:
+            EngineStopped, RequestFailed: there is no more of it.
+        """
+        completions: list[Completion] = []
+        async for delta in deltas:
+            if delta.completion:
+                completions.append(delta.completion)
+            self._num_generated += len(delta.token_ids)
+            for chunk in self._choices[self._choice_index[delta.request_id]].chunks(delta):
+                yield self._body([chunk], self._counts_so_far())
+        if self.request.include_usage:
+            completions.sort(key=lambda done: self._choice_index[done.request_id])
+            yield self._body([], self.usage(completions))
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
         """Events of a streamed response, up to `[DONE]` or an error."""
-        completions: list[Completion] = []
         try:
-            async for delta in deltas:
-                if delta.completion:
-                    completions.append(delta.completion)
-                yield self._event([self._chunk(delta)])
-        except EngineStopped as error:
-            yield _event(try_later(503, error.message, "engine_stopped").body)
+            async for body in self.chunks(deltas):
+                yield event(body)
+        except (EngineStopped, RequestFailed) as error:
+            yield event(failure(error).body)
             return
-        except RequestFailed as error:
-            yield _event(ApiError(500, error.message, "request_failed").body)
-            return
-        if self._request.include_usage:
-            completions.sort(key=self._index_of)
-            yield self._event([], self._usage(completions))
         yield _DONE
 
-    def _index_of(self, completion: Completion) -> int:
-        return self._choice_index[completion.request_id]
-
-    def _event(self, choices: list[Json], counts: Json | None = None) -> bytes:
+    def _body(self, choices: list[Json], counts: Json | None) -> Json:
         body = self._head | {"object": self._chunk_kind, "choices": choices}
-        if self._request.include_usage:
+        if self.request.include_usage:
             body["usage"] = counts
-        return _event(body)
+        return body
 
-    def _chunk(self, delta: Delta) -> Json:
-        """What one choice has gained."""
-        index = self._choice_index[delta.request_id]
-        chunk: Json = {"index": index, "logprobs": None, "finish_reason": None}
-        if delta.completion:
-            chunk["finish_reason"] = delta.completion.finish_reason
-        if self._request.is_chat:
-            chunk["delta"] = self._message(index, delta)
-        else:
-            chunk["text"] = delta.text
-        if delta.logprobs:
-            chunk["logprobs"] = logprobs_of(
-                self._request.body, delta.logprobs, self._decoder, self._offsets[index]
-            )
-        if self._request.body.return_token_ids:
-            chunk["token_ids"] = list(delta.token_ids)
-        self._has_begun[index] = True
-        return chunk
+    def _counts_so_far(self) -> Json | None:
+        if not self.request.counts_on:
+            return None
+        prompts = self.request.requests[:: self.request.num_choices]
+        return counts_of(sum(len(item.prompt_ids) for item in prompts), self._num_generated)
 
-    def _message(self, index: int, delta: Delta) -> Json:
-        message = {"content": delta.text}
-        if not self._has_begun[index]:
-            message["role"] = "assistant"
-        return message
-
-    def _usage(self, completions: Sequence[Completion]) -> Json:
+    def usage(self, completions: Sequence[Completion]) -> Json:
         """Token counts; a prompt counts once, whatever the number of its choices."""
-        firsts = completions[:: self._request.num_choices]
+        firsts = completions[:: self.request.num_choices]
         num_prompt_tokens = sum(completion.num_prompt_tokens for completion in firsts)
         num_cached_tokens = sum(completion.num_cached_tokens for completion in firsts)
         counts = usage(num_prompt_tokens, completions)
@@ -110,6 +203,17 @@ class Answer:
         return counts
 
 
-def _event(body: Json) -> bytes:
-    """A server-sent event."""
-    return b"data: " + json.dumps(body, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
+def failure(error: EngineStopped | RequestFailed) -> ApiError:
+    """What a client is told of an answer that does not come."""
+    if isinstance(error, EngineStopped):
+        return try_later(503, error.message, "engine_stopped")
+    return ApiError(500, error.message, "request_failed")
+
+
+def event(body: Json, name: str | None = None) -> bytes:
+    """A server-sent event, with its name where it has one."""
+    data = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    head = b""
+    if name is not None:
+        head = f"event: {name}\n".encode()
+    return head + b"data: " + data + b"\n\n"

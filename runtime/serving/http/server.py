@@ -52,6 +52,7 @@ class ServerOptions:
         write_timeout_s: time within which a client must read a part of its answer.
         stall_s: `/health` fails once the engine has stood still for longer.
         own_host: the name that the server was told to listen on.
+        drops_billing: leave a counter of Claude Code's out of its prompts.
     """
 
     api_key: str | None = None
@@ -65,6 +66,7 @@ class ServerOptions:
     write_timeout_s: float = 30.0
     stall_s: float = 30.0
     own_host: str = "localhost"
+    drops_billing: bool = False
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -135,12 +137,13 @@ def _service(
         )
     async_engine = AsyncEngine(engine)
     limiter = AdmissionLimiter(async_engine, options.max_requests)
-    metrics = Metrics(engine, limiter)
+    model = options.model_name or engine.plan.model.name
+    metrics = Metrics(engine, limiter, model)
     async_engine.on_completion = metrics.finish
     return Service(
         engine=async_engine,
         tokenizer=engine.tokenizer,
-        model=options.model_name or engine.plan.model.name,
+        model=model,
         limits=RequestLimits(engine.max_seq_len, engine.default_max_tokens, engine.vocab_size),
         created=int(time.time()),
         api_key=options.api_key,
@@ -152,6 +155,7 @@ def _service(
         limiter=limiter,
         metrics=metrics,
         progress=Progress(engine, async_engine),
+        drops_billing=options.drops_billing,
     )
 
 

@@ -4,27 +4,75 @@ from __future__ import annotations
 
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
+from tokenspeed_plan.plans.canon import sha256
+from tokenspeed_plan.plans.chat_format import THINK_BEGIN, ChatFormat
 from tokenspeed_plan.runtime.request import Completion, TokenLogprobs
+from tokenspeed_plan.runtime.serving.chat.answer_parser import AnswerParser, AnswerRules
+from tokenspeed_plan.runtime.serving.chat.answer_parts import ParsedAnswer, ToolCall, assembled
 from tokenspeed_plan.runtime.serving.openai.bodies import ChatBody, CompletionBody
+from tokenspeed_plan.runtime.serving.openai.chat_fields import schemas_of
 from tokenspeed_plan.runtime.streaming import Decoder
 
 Json = dict[str, Any]
+
+MAX_TAG_TOKENS = 16  # of a tag and the space after it, however it is cut into tokens
+
+
+class ChatDecoder(Decoder, Protocol):
+    """The half of a tokenizer that makes the text of chats."""
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """What the chat template knows."""
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens spelled out."""
 
 
 def usage(num_prompt_tokens: int, completions: Sequence[Completion]) -> Json:
     """Numbers of prompt tokens and generated tokens, and their sum."""
     generated = sum(len(completion.token_ids) for completion in completions)
+    return counts_of(num_prompt_tokens, generated)
+
+
+def counts_of(num_prompt_tokens: int, num_generated: int) -> Json:
+    """Numbers of tokens as OpenAI names them."""
     return {
         "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": generated,
-        "total_tokens": num_prompt_tokens + generated,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt_tokens + num_generated,
     }
 
 
+def answer_rules(
+    body: CompletionBody | ChatBody, prompt_ids: Sequence[int], tokenizer: ChatDecoder
+) -> AnswerRules | None:
+    """How the answers of a body are read; None where all of their text is for the user."""
+    if not isinstance(body, ChatBody):
+        return None
+    format = tokenizer.chat_format
+    schemas = None
+    if body.callable_tools and format.calls:
+        schemas = schemas_of(body.callable_tools)
+    if schemas is None and not format.thinks:
+        return None
+    is_thinking = format.thinks and _ends_in_thought(prompt_ids, tokenizer)
+    return AnswerRules(format, is_thinking, schemas, body.parallel_tool_calls is not False)
+
+
+def _ends_in_thought(prompt_ids: Sequence[int], tokenizer: ChatDecoder) -> bool:
+    end = tokenizer.spell(prompt_ids[-MAX_TAG_TOKENS:])
+    return end.rstrip().endswith(THINK_BEGIN)
+
+
 def choice(
-    body: CompletionBody | ChatBody, index: int, completion: Completion, decoder: Decoder
+    body: CompletionBody | ChatBody,
+    index: int,
+    completion: Completion,
+    decoder: Decoder,
+    rules: AnswerRules | None = None,
 ) -> Json:
     """One choice of an answer. `token_ids` is ours; it comes on request."""
     result: Json = {
@@ -32,7 +80,11 @@ def choice(
         "finish_reason": completion.finish_reason,
         "logprobs": None,
     }
-    if isinstance(body, ChatBody):
+    if rules is not None:
+        answer = parsed_answer(completion, rules)
+        result["message"] = parsed_message(answer, completion.request_id)
+        result["finish_reason"] = finish_reason(completion, bool(answer.calls))
+    elif isinstance(body, ChatBody):
         result["message"] = {"role": "assistant", "content": completion.text}
     else:
         result["text"] = completion.text
@@ -42,6 +94,46 @@ def choice(
     if body.return_token_ids:
         result["token_ids"] = list(completion.token_ids)
     return result
+
+
+def parsed_answer(completion: Completion, rules: AnswerRules) -> ParsedAnswer:
+    """What a finished answer says."""
+    parser = AnswerParser(rules)
+    parts = parser.push(completion.text)
+    return assembled([*parts, *parser.finish(is_cut(completion))])
+
+
+def is_cut(completion: Completion) -> bool:
+    """Whether an answer did not end by itself."""
+    return completion.finish_reason != "stop"
+
+
+def finish_reason(completion: Completion, has_calls: bool) -> str:
+    """Why an answer ended, in OpenAI's words."""
+    if has_calls and not is_cut(completion):
+        return "tool_calls"
+    return completion.finish_reason
+
+
+def parsed_message(answer: ParsedAnswer, request_id: str) -> Json:
+    """The message of an answer. Its text is null where it has none but thoughts or calls."""
+    message: Json = {"role": "assistant", "content": answer.content}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message["tool_calls"] = [
+            call_entry(request_id, number, call) for number, call in enumerate(answer.calls)
+        ]
+    if len(message) > 2:
+        message["content"] = answer.content or None
+    return message
+
+
+def call_entry(request_id: str, number: int, call: ToolCall) -> Json:
+    """A call of a tool. The same call of the same request has the same id."""
+    digest = sha256(f"{request_id}:{number}")[:24]
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{digest}", "type": "function", "function": function}
 
 
 class TextOffsets:

@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
     ValidationError,
-    field_validator,
 )
 
 from tokenspeed_plan.runtime.request_check import (
@@ -29,6 +29,7 @@ from tokenspeed_plan.runtime.request_check import (
     MAX_STOP_IDS,
     ascii_text,
 )
+from tokenspeed_plan.runtime.serving.openai.chat_fields import Messages, Tools, Variables
 from tokenspeed_plan.runtime.serving.openai.no_ops import drop_no_ops
 
 Url = Literal["/v1/completions", "/v1/chat/completions"]
@@ -39,10 +40,24 @@ MAX_PROMPTS = 2048  # OpenAI's
 MAX_CHOICES = 1024  # prompts times `n`
 MAX_PROMPT_IDS = 1 << 22
 MAX_FIELDS = 1024  # of a body
+MAX_EXACT = 1 << 53  # a double has every integer up to here
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 MODEL_NOT_FOUND = "model_not_found"
+UNSUPPORTED = "unsupported_parameter"
+# Why a field is not served, where that is no matter of time.
+REASONS = {"response_format": " (nothing here can force the form of an answer)"}
+_OF_TOOLS = ("tool_choice", "parallel_tool_calls")  # they say nothing without tools
 
+
+def _whole(value: Any) -> Any:
+    """2.0 as 2: some languages have one kind of number."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_EXACT:
+        return int(value)
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 # pydantic's complaint about each of a million entries takes a minute and gigabytes: the first will
 # do, wherever a list may be long.
@@ -117,12 +132,12 @@ class _Body(StrictModel):
     """Fields of both endpoints that say something; `no_ops.py` has those that may say nothing."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=1 << 31)] | None = None
+    seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
     ignore_eos: bool | None = None
@@ -137,40 +152,28 @@ class CompletionBody(_Body):
     """Body of /v1/completions."""
 
     prompt: Prompt
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-
-
-class Message(BaseModel):
-    """One message of a chat. Fields beyond these are passed to the chat template."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    role: str
-    content: str | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _join_parts(cls, content: Any) -> Any:
-        """Join a list of text parts into one string."""
-        if not isinstance(content, list):
-            return content
-        if not all(_is_text_part(part) for part in content):
-            raise ValueError("only parts of type `text` are supported")
-        return "".join(part["text"] for part in content)
-
-
-def _is_text_part(part: object) -> bool:
-    if not isinstance(part, dict) or part.get("type") != "text":
-        return False
-    return isinstance(part.get("text"), str)
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
 
 class ChatBody(_Body):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Messages
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    tools: Tools | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Annotated[str, Field(max_length=16)] | None = None
+    chat_template_kwargs: Variables | None = None
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The tools that an answer may call."""
+        if self.tool_choice == "none":
+            return []
+        return self.tools or []
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -279,17 +282,20 @@ def parse_body(url: Url, data: dict[str, Any]) -> CompletionBody | ChatBody:
     if len(data) > MAX_FIELDS:
         raise InvalidRequestError(f"the body has {len(data)} fields, the most is {MAX_FIELDS}")
     fields = drop_nulls(data)
+    kept = {}
+    if model is ChatBody and fields.get("tools"):
+        kept = {name: fields.pop(name) for name in _OF_TOOLS if name in fields}
     unsupported = drop_no_ops(fields, model.model_fields)
     if unsupported:
         name, wanted = unsupported
         raise InvalidRequestError(
             f"`{name}` is not supported: leave it out, or send {wanted}, "
-            f"got {_shown(fields[name])}",
+            f"got {_shown(fields[name])}{REASONS.get(name, '')}",
             name,
-            "unsupported_parameter",
+            UNSUPPORTED,
         )
     try:
-        body = model.model_validate(fields)
+        body = model.model_validate(fields | kept)
     except ValidationError as error:
         raise explain(error, model) from None
     _check_together(body)
@@ -308,10 +314,7 @@ def _check_together(body: CompletionBody | ChatBody) -> None:
         InvalidRequestError: with the field at fault.
     """
     if isinstance(body, ChatBody):
-        if body.top_logprobs and not body.logprobs:
-            raise InvalidRequestError(
-                "`top_logprobs` is only for `logprobs: true`", "top_logprobs", "invalid_value"
-            )
+        _check_chat(body)
         return
     num_prompts = 1
     if isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int):
@@ -323,6 +326,33 @@ def _check_together(body: CompletionBody | ChatBody) -> None:
             "n",
             "invalid_value",
         )
+
+
+def _check_chat(body: ChatBody) -> None:
+    """Refuse fields of a chat that do not fit together.
+
+    Raises:
+        InvalidRequestError: with the field at fault.
+    """
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequestError(
+            "`top_logprobs` is only for `logprobs: true`", "top_logprobs", "invalid_value"
+        )
+    choice = body.tool_choice
+    if choice in (None, "none", "auto"):
+        return
+    if choice == "required" or (isinstance(choice, dict) and isinstance(choice.get("type"), str)):
+        raise InvalidRequestError(
+            f"`tool_choice` {_shown(choice)} is not supported: nothing here can force a call; "
+            'send "auto" or "none"',
+            "tool_choice",
+            UNSUPPORTED,
+        )
+    raise InvalidRequestError(
+        f'`tool_choice`: input should be "auto" or "none", got {_shown(choice)}',
+        "tool_choice",
+        "invalid_value",
+    )
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> InvalidRequestError:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from tokenspeed_plan.plans.chat_format import ChatFormat
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 from tokenspeed_plan.runtime.request_check import FieldError, ascii_text, check_request
 from tokenspeed_plan.runtime.serving.openai.bodies import (
     MODEL_NOT_FOUND,
+    UNSUPPORTED,
     ChatBody,
     CompletionBody,
     InvalidRequestError,
+)
+from tokenspeed_plan.runtime.serving.openai.chat_fields import (
+    template_messages,
+    template_variables,
 )
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
@@ -30,7 +37,16 @@ class Encoder(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokens that a prompt begins or ends with."""
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+    @property
+    def chat_format(self) -> ChatFormat:
+        """What the chat template knows."""
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """A chat as one prompt."""
 
 
@@ -38,14 +54,16 @@ class Encoder(Protocol):
 class RequestLimits:
     """The limits of a plan that a request is checked against, in tokens.
 
-    `default_max_tokens` is used where the request has no `max_tokens`. `model` is the name that a
-    request may give; None takes every name.
+    `default_max_tokens` is used where a completion has no `max_tokens`: what is no chat may go on
+    for ever. `model` is the name that a request may give; None takes every name. With
+    `caps_max_tokens` a `max_tokens` beyond the room that is left means all of it.
     """
 
     max_seq_len: int
     default_max_tokens: int
     vocab_size: int
     model: str | None = None
+    caps_max_tokens: bool = False
 
 
 def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits) -> None:
@@ -60,7 +78,7 @@ def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: Requ
     if isinstance(body, CompletionBody) and isinstance(body.prompt, str) and body.prompt.isascii():
         room = limits.max_seq_len - (body.max_tokens or 1)
         if 0 < len(body.prompt) <= room:
-            _check_model(body, limits)
+            check_model(body.model, limits)
             _request(body, "0", ANY_PROMPT, limits)
             return
     to_requests(body, "0", tokenizer, limits)
@@ -78,10 +96,10 @@ def to_requests(
         InvalidRequestError: a prompt is empty, too long or malformed; the model is another one; or
             the engine refuses it.
     """
-    _check_model(body, limits)
+    check_model(body.model, limits)
     requests: list[Request] = []
     for part in split_prompts(body):
-        first = _request(part, key, tuple(_prompt_ids(part, tokenizer, limits)), limits)
+        first = _request(part, key, tuple(prompt_ids(part, tokenizer, limits)), limits)
         seed = first.params.seed
         if body.seed is None:
             seed += len(requests)
@@ -101,14 +119,14 @@ def split_prompts(body: CompletionBody | ChatBody) -> list[CompletionBody | Chat
     return [body.model_copy(update={"prompt": prompt}) for prompt in prompts]
 
 
-def _check_model(body: CompletionBody | ChatBody, limits: RequestLimits) -> None:
+def check_model(asked: str | None, limits: RequestLimits) -> None:
     """Refuse to answer in another model's name.
 
     Raises:
         InvalidRequestError: the body names a model that is not served.
     """
-    if body.model not in (None, limits.model) and limits.model is not None:
-        name = ascii_text(str(body.model))
+    if asked not in (None, limits.model) and limits.model is not None:
+        name = ascii_text(str(asked))
         raise InvalidRequestError(
             f"the model `{name:.80}` does not exist; `{limits.model}` is served",
             "model",
@@ -140,37 +158,50 @@ def _request(
 def _max_tokens(
     body: CompletionBody | ChatBody, ids: tuple[int, ...], limits: RequestLimits
 ) -> int:
-    """The most tokens to generate: the body's limit, or the plan's default within its room.
+    """The most tokens to generate: the body's limit; else a chat may use the room that is left.
 
     Raises:
         InvalidRequestError: the prompt does not fit the plan.
     """
     if not ids:
         raise InvalidRequestError("the prompt is empty")
-    wanted, field = body.max_tokens, "prompt"
+    wanted, field, default = body.max_tokens, "prompt", limits.default_max_tokens
     if isinstance(body, ChatBody):
         wanted, field = body.max_completion_tokens or body.max_tokens, "messages"
+        default = limits.max_seq_len
     room = limits.max_seq_len - len(ids)
+    if limits.caps_max_tokens and wanted is not None:
+        wanted = min(wanted, max(room, 1))
     if room < (wanted or 1):
         raise InvalidRequestError(
             f"{len(ids)} prompt tokens and max_tokens {wanted or 1} are over the plan's limit of "
-            f"{limits.max_seq_len} (max_seq_len)",
+            f"{limits.max_seq_len} (max_seq_len): {_what_fits(room, limits)}",
             field,
             CONTEXT_LENGTH_EXCEEDED,
         )
-    return wanted or min(limits.default_max_tokens, room)
+    return wanted or min(default, room)
 
 
-def _prompt_ids(
+def _what_fits(room: int, limits: RequestLimits) -> str:
+    if room > 0:
+        return f"max_tokens may be {room}"
+    return f"a prompt may have {limits.max_seq_len - 1}"
+
+
+def prompt_ids(
     body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits
 ) -> list[int]:
+    """Token ids of the prompt of a body that has one.
+
+    Raises:
+        InvalidRequestError: it is malformed, or much too long.
+    """
     try:
         prompt = _prompt(body, tokenizer)
         if isinstance(prompt, str):
             _refuse_long_text(prompt, tokenizer, limits.max_seq_len)
             if isinstance(body, ChatBody):  # a chat template writes the special tokens itself
                 return tokenizer.encode(prompt, add_special_tokens=False)
-            return tokenizer.encode(prompt)
             return tokenizer.encode(prompt)
         return prompt
     except RequestError as error:
@@ -206,12 +237,30 @@ def _refuse_long_text(text: str, tokenizer: Encoder, max_seq_len: int) -> None:
 def _prompt(body: CompletionBody | ChatBody, tokenizer: Encoder) -> str | list[int]:
     """The prompt of a body that has one, as text or as token ids."""
     if isinstance(body, ChatBody):
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        return tokenizer.render_chat(messages)
+        return _chat_prompt(body, tokenizer)
     prompt: Any = body.prompt  # of one that was split
     if isinstance(prompt, str):
         return prompt
     return list(prompt)
+
+
+def _chat_prompt(body: ChatBody, tokenizer: Encoder) -> str:
+    """The text of a chat.
+
+    Raises:
+        InvalidRequestError: it has tools that its model would not get to see.
+    """
+    format = tokenizer.chat_format
+    if body.callable_tools and format.calls is None:
+        raise InvalidRequestError(
+            "the model's chat template knows no tools, or no form of calls that is read here: "
+            'leave out `tools`, or send `tool_choice: "none"`',
+            "tools",
+            UNSUPPORTED,
+        )
+    messages = template_messages(body.messages, format)
+    variables = template_variables(body.reasoning_effort, body.chat_template_kwargs)
+    return tokenizer.render_chat(messages, body.tools, variables)
 
 
 def _sampling_params(body: CompletionBody | ChatBody, max_tokens: int, seed: int) -> SamplingParams:

@@ -1,0 +1,1 @@
+"""Reads what a model answers in a chat: its thoughts, its text, and its calls of tools."""

@@ -1,0 +1,248 @@
+"""One client in Python: python_clients.py NAME URL KEY ANSWER, or --list. See check_clients.py.
+
+Each function finishes a loop with one tool and returns the last text, or says how it was refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+QUESTION = "How is the weather in Paris?"
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "The weather now.", "parameters": SCHEMA},
+}
+RESULT = "21 degrees"
+
+
+def litellm_chat(url: str, key: str, stream: bool = False, route: str = "openai") -> str:
+    import litellm
+
+    base = f"{url}/v1" if route == "openai" else url
+    shared: Any = {"model": f"{route}/m", "api_base": base, "api_key": key, "tools": [TOOL]}
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    while True:
+        found: Any = litellm.completion(messages=messages, stream=stream, **shared)
+        if stream:
+            found = litellm.stream_chunk_builder(list(found), messages=messages)
+        message = found.choices[0].message
+        if not message.tool_calls:
+            return str(message.content)
+        messages.append(message.model_dump())
+        for call in message.tool_calls:
+            assert json.loads(call.function.arguments) == {"city": "Paris"}
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": RESULT})
+
+
+def litellm_stream(url: str, key: str) -> str:
+    return litellm_chat(url, key, stream=True)
+
+
+def litellm_anthropic(url: str, key: str) -> str:
+    return litellm_chat(url, key, route="anthropic")
+
+
+def langchain_openai(url: str, key: str, **more: Any) -> str:
+    from langchain_core.messages import HumanMessage, ToolMessage
+    from langchain_core.tools import tool
+    from langchain_openai import ChatOpenAI
+
+    @tool
+    def get_weather(city: str) -> str:
+        """The weather now."""
+        return RESULT
+
+    model: Any = ChatOpenAI(model="m", base_url=f"{url}/v1", api_key=key, **more)
+    bound, messages = model.bind_tools([get_weather]), [HumanMessage(QUESTION)]
+    while True:
+        answer = bound.invoke(messages)
+        messages.append(answer)
+        if not answer.tool_calls:
+            return str(answer.text)
+        for call in answer.tool_calls:
+            text = get_weather.invoke(call["args"])
+            messages.append(ToolMessage(text, tool_call_id=call["id"]))
+
+
+def langchain_responses(url: str, key: str) -> str:
+    return langchain_openai(url, key, use_responses_api=True)
+
+
+def langchain_structured(url: str, key: str) -> str:
+    """All of its ways need a grammar."""
+    from langchain_openai import ChatOpenAI
+
+    model: Any = ChatOpenAI(model="m", base_url=f"{url}/v1", api_key=key, max_retries=0)
+    for method in ("function_calling", "json_mode", "json_schema"):
+        refused(
+            lambda method=method: model.with_structured_output(
+                SCHEMA | {"title": "T"}, method=method
+            ).invoke("hi")
+        )
+    return "refused"
+
+
+def refused(work: Callable[[], Any]) -> None:
+    """Do what must be refused with 400 and a reason."""
+    try:
+        work()
+    except Exception as error:
+        assert "not supported" in str(error), error
+        return
+    raise AssertionError("it was not refused")
+
+
+def openai_agents(url: str, key: str, responses: bool = False, stream: bool = False) -> str:
+    from agents import (
+        Agent,
+        OpenAIChatCompletionsModel,
+        OpenAIResponsesModel,
+        Runner,
+        function_tool,
+        set_tracing_disabled,
+    )
+    from openai import AsyncOpenAI
+
+    set_tracing_disabled(True)
+
+    @function_tool
+    def get_weather(city: str) -> str:
+        """The weather now."""
+        return RESULT
+
+    kind = OpenAIResponsesModel if responses else OpenAIChatCompletionsModel
+    client = AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    agent = Agent(name="a", instructions="Be brief.", model=kind("m", client), tools=[get_weather])
+
+    async def run() -> str:
+        if not stream:
+            return str((await Runner.run(agent, QUESTION)).final_output)
+        result = Runner.run_streamed(agent, QUESTION)
+        async for _ in result.stream_events():
+            pass
+        return str(result.final_output)
+
+    return asyncio.run(run())
+
+
+def openai_agents_responses(url: str, key: str) -> str:
+    return openai_agents(url, key, responses=True)
+
+
+def openai_agents_responses_stream(url: str, key: str) -> str:
+    return openai_agents(url, key, responses=True, stream=True)
+
+
+def pydantic_ai(url: str, key: str, api: str = "chat") -> str:
+    from pydantic_ai import Agent
+
+    model: Any
+    if api == "messages":
+        from pydantic_ai.models.anthropic import AnthropicModel
+        from pydantic_ai.providers.anthropic import AnthropicProvider
+
+        model = AnthropicModel("m", provider=AnthropicProvider(base_url=url, api_key=key))
+    else:
+        from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+        from pydantic_ai.providers.openai import OpenAIProvider
+
+        kind: Any = OpenAIChatModel if api == "chat" else OpenAIResponsesModel
+        model = kind("m", provider=OpenAIProvider(base_url=f"{url}/v1", api_key=key))
+    agent = Agent(model)
+
+    @agent.tool_plain
+    def get_weather(city: str) -> str:
+        """The weather now."""
+        return RESULT
+
+    return str(agent.run_sync(QUESTION).output)
+
+
+def pydantic_ai_responses(url: str, key: str) -> str:
+    return pydantic_ai(url, key, "responses")
+
+
+def pydantic_ai_messages(url: str, key: str) -> str:
+    return pydantic_ai(url, key, "messages")
+
+
+def instructor_markdown(url: str, key: str) -> str:
+    """A structured answer by the prompt alone."""
+    import instructor
+    from openai import OpenAI
+    from pydantic import BaseModel
+
+    class Person(BaseModel):
+        name: str
+        age: int
+
+    inner = OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    client: Any = instructor.from_openai(inner, mode=instructor.Mode.MD_JSON)
+    messages = [{"role": "user", "content": "Ann is 5. [[person]]"}]
+    found = client.chat.completions.create(
+        model="m", response_model=Person, messages=messages, max_retries=1
+    )
+    assert (found.name, found.age) == ("Ann", 5)
+    strict: Any = instructor.from_openai(inner, mode=instructor.Mode.TOOLS)
+    refused(
+        lambda: strict.chat.completions.create(
+            model="m", response_model=Person, messages=messages, max_retries=1
+        )
+    )
+    return "answered by the prompt, refused with tools"
+
+
+def smolagents_tools(url: str, key: str) -> str:
+    from smolagents import OpenAIServerModel, ToolCallingAgent, tool
+
+    @tool
+    def get_weather(city: str) -> str:
+        """The weather now.
+
+        Args:
+            city: where.
+        """
+        return f"{RESULT} [[final]]"
+
+    model = OpenAIServerModel("m", api_base=f"{url}/v1", api_key=key, tool_choice="auto")
+    agent = ToolCallingAgent(tools=[get_weather], model=model, max_steps=3, verbosity_level=0)
+    return str(agent.run(QUESTION))
+
+
+CLIENTS: dict[str, tuple[str, Callable[[str, str], str]]] = {
+    "litellm": ("litellm", litellm_chat),
+    "litellm-stream": ("litellm", litellm_stream),
+    "litellm-anthropic": ("litellm", litellm_anthropic),
+    "langchain-openai": ("langchain-openai", langchain_openai),
+    "langchain-openai-responses": ("langchain-openai", langchain_responses),
+    "langchain-openai-structured": ("langchain-openai", langchain_structured),
+    "openai-agents": ("openai-agents", openai_agents),
+    "openai-agents-responses": ("openai-agents", openai_agents_responses),
+    "openai-agents-responses-stream": ("openai-agents", openai_agents_responses_stream),
+    "pydantic-ai": ("pydantic-ai-slim", pydantic_ai),
+    "pydantic-ai-responses": ("pydantic-ai-slim", pydantic_ai_responses),
+    "pydantic-ai-anthropic": ("pydantic-ai-slim", pydantic_ai_messages),
+    "instructor": ("instructor", instructor_markdown),
+    "smolagents": ("smolagents", smolagents_tools),
+}
+
+
+def main() -> None:
+    if sys.argv[1] == "--list":
+        print(*CLIENTS)
+        return
+    name, url, key, answer = sys.argv[1:]
+    package, client = CLIENTS[name]
+    found = client(url, key)
+    assert found in (answer, "refused", "answered by the prompt, refused with tools"), found
+    print(f"{package} {version(package)}: {found}")
+
+
+if __name__ == "__main__":
+    main()
