@@ -6,6 +6,8 @@ rows it uses the tensor cores.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tokenspeed_plan.codegen.tiling import (
     GEMV_COLUMNS,
     GEMV_ROWS,
@@ -20,6 +22,7 @@ from tokenspeed_plan.codegen.tiling import (
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
+from tokenspeed_plan.plans.fp8 import BLOCK
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import DTYPE_BITS, Attr, Constant
 
@@ -88,7 +91,24 @@ def linear(work: Work) -> list[Tiling]:
         tiles = _gemv_tiles(work, rows, weight_rows, depth)
     else:
         tiles = _matrix_tiles(work, rows, weight_rows, columns)
+    if work.is_fp8(_weight(work)):
+        tiles = list(dict.fromkeys(map(_in_blocks, tiles)))
     return [_linear_tiling(work, tile, rows, columns, depth) for tile in work.tiles(*tiles)]
+
+
+def _in_blocks(tile: Tile) -> Tile:
+    """A tile for FP8: its rows of the weight lie in one block, and a block's depth is read at once.
+
+    On the tensor cores a tile is within one block. Half the bytes in flight would not keep the
+    memory busy, so that more loads are begun before they are needed.
+    """
+    columns = min(tile.n, BLOCK)
+    if tile.m < DOT_ROWS:
+        return replace(tile, n=columns, k=max(tile.k, BLOCK))
+    stages = tile.num_stages
+    if tile.k > BLOCK:
+        stages *= tile.k // BLOCK
+    return replace(tile, n=columns, k=min(tile.k, BLOCK), num_stages=min(stages, 8))
 
 
 def _weight(work: Work) -> str:
@@ -199,6 +219,8 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
         "STAGES": tile.num_stages,
     }
     dot = tile.m >= DOT_ROWS
+    if work.is_fp8(_weight(work)):
+        constants["BLOCK"] = BLOCK
     if dot:
         constants |= {"PRECISION": work.precision} | _tile_groups(work, rows)
     if work.has("rms_norm"):
@@ -235,6 +257,7 @@ def _linear_options(work: Work, dot: bool) -> dict[str, object]:
     return {
         "x": _product_input(work),
         "dot": dot,
+        "fp8": work.is_fp8(_weight(work)),
         "norm": work.has("rms_norm"),
         "plain": work.plain_norm,
         "gather": work.has("last_token"),
