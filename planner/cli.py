@@ -17,6 +17,7 @@ from tokenspeed_plan.planner.commands.check import check
 from tokenspeed_plan.planner.commands.plan import plan
 from tokenspeed_plan.planner.commands.predict import predict, sweep
 from tokenspeed_plan.planner.commands.process import set_up_process
+from tokenspeed_plan.planner.commands.quantize import quantize
 from tokenspeed_plan.planner.commands.run import run
 from tokenspeed_plan.planner.commands.serve import serve
 from tokenspeed_plan.planner.commands.show import diff_command, show
@@ -92,5 +93,6 @@ for command in (
     predict,
     sweep,
     calibrate,
+    quantize,
 ):
     main.add_command(command)

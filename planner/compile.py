@@ -45,6 +45,7 @@ from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.bundle import seal
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.fp8 import FP8
 from tokenspeed_plan.plans.schema import Binary, Capacity, ModelFacts, Plan, Shard
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.plans.validate import validate
@@ -292,6 +293,8 @@ def plan_parts(
     limits = plan_limits(capacity, decided.interleaving.tokens)
     record_streams(ledger, [program.graph for program in programs])
     record_cache(ledger, limits, decided.interleaving.reason, model.config.has_state)
+    if model.weights == "fp8":
+        _record_fp8(ledger, dtype)
     if model.stop_reason:
         _record_stop_tokens(ledger, model)
     return Parts(
@@ -304,6 +307,18 @@ def plan_parts(
         decided.predicted,
         programs,
         version("tokenspeed-plan"),
+    )
+
+
+def _record_fp8(ledger: Ledger, dtype: DType) -> None:
+    """Write down how FP8 weights are read, and that their prices are not measured yet."""
+    ledger.record(
+        "weights",
+        f"{FP8}, activations {dtype}",
+        "matrices of products are stored in blocks and converted where they are loaded; tables, "
+        "head, norms, routers and gates stay as they are. Prices are their bytes at the rates of "
+        "bf16 kernels: FP8 is not calibrated yet",
+        "bf16, twice the bytes of a matrix",
     )
 
 

@@ -32,6 +32,8 @@ _PLANNED = {
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
     "weight_block_size": [BLOCK, BLOCK],
+    "scale_fmt": "float",
+    "expert_dtype": "fp8",
 }
 _NEEDED = ("quant_method", "weight_block_size")
 _LISTS = ("modules_to_not_convert", "ignored_layers")  # transformers' word, and vLLM's
