@@ -91,9 +91,10 @@ def linear(work: Work) -> list[Tiling]:
         tiles = _gemv_tiles(work, rows, weight_rows, depth)
     else:
         tiles = _matrix_tiles(work, rows, weight_rows, columns)
+    tiles = work.tiles(*tiles)
     if work.is_fp8(_weight(work)):
         tiles = list(dict.fromkeys(map(_in_blocks, tiles)))
-    return [_linear_tiling(work, tile, rows, columns, depth) for tile in work.tiles(*tiles)]
+    return [_linear_tiling(work, tile, rows, columns, depth) for tile in tiles]
 
 
 def _in_blocks(tile: Tile) -> Tile:

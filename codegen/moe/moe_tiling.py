@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tokenspeed_plan.codegen.tiling import TRITON_DTYPES, Tiling, Work, blocks, fixed, per_rows, up2
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.fp8 import BLOCK
@@ -191,8 +193,10 @@ def grouped(work: Work) -> list[Tiling]:
         "PRECISION": work.precision,
     } | _block(work, "w")
     pairs = work.num_rows * top_k // max(experts, 1)
-    shapes = _group_tiles(work, pairs, columns)
-    return [_grouped_tiling(work, tile, constants) for tile in work.tiles(*shapes)]
+    shapes = work.tiles(*_group_tiles(work, pairs, columns))
+    if work.is_fp8("w"):  # a tile lies in one block of the weight
+        shapes = [replace(tile, n=min(tile.n, BLOCK), k=min(tile.k, BLOCK)) for tile in shapes]
+    return [_grouped_tiling(work, tile, constants) for tile in dict.fromkeys(shapes)]
 
 
 def _is_up(work: Work) -> bool:

@@ -53,7 +53,26 @@ FEW_HEADS = {
     "linear_num_value_heads": 2,
     "linear_value_head_dim": 64,
 }
+# Matrices in whole blocks of 128 x 128; three of them in the depth of a product.
+IN_BLOCKS = {
+    "hidden_size": 384,
+    "head_dim": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "mrope_section": [6, 5, 5],
+}
+EXPERTS_IN_BLOCKS = {
+    "moe_intermediate_size": 384,
+    "shared_expert_intermediate_size": 128,
+    "num_experts": 4,
+}
 LAB_KINDS = KINDS | {
+    "blocks": Kind(sizes=IN_BLOCKS | EXPERTS_IN_BLOCKS),
+    "dense blocks": Kind(moe=False, sizes=IN_BLOCKS | {"intermediate_size": 384}),
     "odd": Kind(sizes={"vocab_size": 700, "hidden_size": 64}),  # tokens: no multiple of a block
     "few heads": Kind(moe=False, sizes=FEW_HEADS),  # the smallest delta rule, for broken kernels
 }
@@ -338,8 +357,8 @@ def _starts(kernel: KernelSpec, rank: int) -> dict[str, int]:
 def reference(kernel: KernelSpec, tensors: list[Tensor], rank: int = 0) -> None:
     """Run the parts in order, and write the outputs and states among the tensors."""
     values = {param.name: x for param, x in zip(kernel.tensors, tensors, strict=True)}
-    dtype = next(x.dtype for x in tensors if x.dtype in (torch.float32, torch.bfloat16))
-    if torch.bfloat16 in [x.dtype for x in tensors]:
+    dtype = torch.float32
+    if any(x.dtype == torch.bfloat16 for x in tensors):
         dtype = torch.bfloat16
     for param in kernel.tensors:
         if param.tensor.format == FP8:
