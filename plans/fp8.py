@@ -1,7 +1,8 @@
 """FP8 checkpoints: what is stored in blocks, and under which names.
 
-They are laid out as Qwen publishes them: a matrix `X.weight` of e4m3 elements has `X.weight_scale_inv`
-beside it, one factor for each block of 128 x 128. An element stands for itself times its factor.
+They are laid out as Qwen publishes them: beside a matrix `X.weight` of e4m3 elements there is
+`X.weight_scale_inv`, a factor for each block of 128 x 128. An element stands for itself times the
+factor of its block.
 """
 
 from __future__ import annotations

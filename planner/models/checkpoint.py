@@ -120,9 +120,7 @@ def _check_dtype(name: str, header: TensorHeader, weight: Weight) -> None:
         )
 
 
-def _check_tensor(
-    name: str, shape: tuple[int, ...], header: TensorHeader | None
-) -> TensorHeader:
+def _check_tensor(name: str, shape: tuple[int, ...], header: TensorHeader | None) -> TensorHeader:
     if header is None:
         raise SpecError(f"the checkpoint has no tensor `{name}`", _HINT)
     if header.shape != shape:

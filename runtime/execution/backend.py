@@ -180,9 +180,7 @@ class ReferenceBackend:
         return body
 
 
-def _dequantising(
-    body: Body, scaled: Mapping[int, TensorSpec], dtype: torch.dtype
-) -> Body:
+def _dequantising(body: Body, scaled: Mapping[int, TensorSpec], dtype: torch.dtype) -> Body:
     """A body whose block-scaled operands are made plain tensors of `dtype` before each call."""
 
     def call(attrs: Mapping[str, Any], *operands: Tensor) -> tuple[Tensor, ...]:

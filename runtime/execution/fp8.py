@@ -1,7 +1,7 @@
 """Matrices in blocks of FP8: the elements, and behind them in the same bytes their factors.
 
 A block-scaled tensor is one flat run of FP8 elements. First come the elements of `spec.shape`, row
-by row; behind them, as fp32, one factor for each block of 128 x 128. Kernels take its address alone.
+by row; behind them, as fp32, a factor for each block of 128 x 128. Kernels take its address alone.
 """
 
 from __future__ import annotations

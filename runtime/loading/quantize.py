@@ -69,7 +69,9 @@ def quantize_checkpoint(source: Path, target: Path, report: Report) -> Quantized
             is not whole blocks or not finite.
         RequestError: the target is there already.
     """
-    config = read_json_object(source / _CONFIG, "name the folder of a model in Hugging Face's layout")
+    config = read_json_object(
+        source / _CONFIG, "name the folder of a model in Hugging Face's layout"
+    )
     files = weight_files(source)
     _check(source, config, files)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

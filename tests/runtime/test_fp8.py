@@ -328,7 +328,7 @@ def test_f8_tensors_without_a_config_are_refused(folders: Any, tmp_path: Path) -
     config = json.loads(path.read_text())
     del config["quantization_config"]
     path.write_text(json.dumps(config))
-    with pytest.raises(SpecError, match="`config.json` has no `quantization_config`"):
+    with pytest.raises(SpecError, match=r"`config\.json` has no `quantization_config`"):
         find_model(make_spec(tmp_path / "fp8", model={"weights": "auto"}))
 
 
