@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tokenspeed_plan.codegen.tuned import Tile, find_tile
-from tokenspeed_plan.plans.fp8 import FP8
+from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.ops import integer, number, query_len
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
 from tokenspeed_plan.plans.types import Constant, DType, TensorSpec

@@ -45,7 +45,7 @@ from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.bundle import seal
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.fp8 import FP8
+from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.schema import Binary, Capacity, ModelFacts, Plan, Shard
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.plans.validate import validate

@@ -22,7 +22,7 @@ from tokenspeed_plan.codegen.tiling import (
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
-from tokenspeed_plan.plans.fp8 import BLOCK
+from tokenspeed_plan.plans.fp8_format import BLOCK
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import DTYPE_BITS, Attr, Constant
 

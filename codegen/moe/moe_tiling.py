@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tokenspeed_plan.codegen.tiling import TRITON_DTYPES, Tiling, Work, blocks, fixed, per_rows, up2
 from tokenspeed_plan.codegen.tuned import Tile
-from tokenspeed_plan.plans.fp8 import BLOCK
+from tokenspeed_plan.plans.fp8_format import BLOCK
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Constant
 

@@ -23,7 +23,7 @@ def quantize(source: Path, target: Path, weights: str) -> None:
     """
     if weights != "fp8":
         raise RequestError(f"`--to {weights}` is not made yet", "write `--to fp8`")
-    from tokenspeed_plan.runtime.loading.quantize import quantize_checkpoint
+    from tokenspeed_plan.runtime.loading.fp8_checkpoint import quantize_checkpoint
 
     with LongWork() as report:
         made = quantize_checkpoint(source, target, report)

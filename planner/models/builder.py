@@ -22,7 +22,7 @@ from tokenspeed_plan.planner.graph import (
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.fp8 import FP8
+from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.ops import OPS, SAMPLING_INPUTS, STOP_IDS
 from tokenspeed_plan.plans.schema import ArenaName, Capacity
 from tokenspeed_plan.plans.types import Attr, Dim, DType, Phase, TensorSpec
@@ -62,6 +62,23 @@ class BuildContext:
     def wide(self) -> DType:
         """The dtype of recurrent state and gates."""
         return "fp64" if self.dtype == "fp64" else "fp32"
+
+
+def are_stored_in_fp8(context: BuildContext, names: Iterable[str]) -> bool:
+    """Whether checkpoint tensors that one kernel reads together are in FP8: all of them, or none.
+
+    Raises:
+        SpecError: they differ.
+    """
+    stored = {name: context.is_fp8(name) for name in names}
+    if len(set(stored.values())) <= 1:
+        return any(stored.values())
+    quantised = next(name for name, is_fp8 in stored.items() if is_fp8)
+    plain = next(name for name, is_fp8 in stored.items() if not is_fp8)
+    raise SpecError(
+        f"`{quantised}` is stored in FP8 and `{plain}` is not, one kernel reads both",
+        "use a checkpoint that quantises both, as the published ones do",
+    )
 
 
 @dataclass
@@ -250,26 +267,10 @@ class GraphBuilder:
             SpecError: some of its sources are stored in FP8 and others are not.
         """
         spec = TensorSpec.of(shape=shape, dtype=dtype or self.context.dtype)
-        if self.are_stored_in_fp8(source.name for source in sources):
+        if are_stored_in_fp8(self.context, (source.name for source in sources)):
             spec = TensorSpec(shape=shape, format=FP8)
         self.weights[name] = Weight(name, spec, sources, join_dim)
         return name
-
-    def are_stored_in_fp8(self, names: Iterable[str]) -> bool:
-        """Whether checkpoint tensors that are read as one are in FP8: all of them, or none.
-
-        Raises:
-            SpecError: they differ.
-        """
-        stored = {name: self.context.is_fp8(name) for name in names}
-        if len(set(stored.values())) <= 1:
-            return any(stored.values())
-        quantised = next(name for name, is_fp8 in stored.items() if is_fp8)
-        plain = next(name for name, is_fp8 in stored.items() if not is_fp8)
-        raise SpecError(
-            f"`{quantised}` is stored in FP8 and `{plain}` is not, one kernel reads both",
-            "use a checkpoint that quantises both, as the published ones do",
-        )
 
     def matrix(
         self,

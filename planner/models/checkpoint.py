@@ -10,7 +10,7 @@ from tokenspeed_plan.planner.models.quantization import Quantization, check_stor
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader, read_header
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import PlanError, SpecError
-from tokenspeed_plan.plans.fp8 import STORED_FP8
+from tokenspeed_plan.plans.fp8_format import STORED_FP8
 from tokenspeed_plan.plans.tokenizer_files import (
     TOKENIZER_FILES,
     read_tokenizer_files,

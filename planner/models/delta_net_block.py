@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tokenspeed_plan.planner.graph import Source
 from tokenspeed_plan.planner.layout import Split
-from tokenspeed_plan.planner.models.builder import GraphBuilder
+from tokenspeed_plan.planner.models.builder import GraphBuilder, are_stored_in_fp8
 from tokenspeed_plan.planner.models.config import DeltaNetConfig
 from tokenspeed_plan.plans.ops import RECOMPUTED
 from tokenspeed_plan.plans.types import Attr
@@ -203,7 +203,7 @@ class _Block:
         name = f"{self.name}.in_proj"
         # FP8 checkpoints keep the few rows of b and a as they are: a product of their own.
         projections, gates = (
-            self.graph.are_stored_in_fp8(source.name for source in part)
+            are_stored_in_fp8(self.graph.context, (source.name for source in part))
             for part in (sources[:-2], sources[-2:])
         )
         if projections and not gates:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenspeed_plan.planner.graph import DimSplits, Source
 from tokenspeed_plan.planner.layout import Split
-from tokenspeed_plan.planner.models.builder import GraphBuilder, Splits
+from tokenspeed_plan.planner.models.builder import GraphBuilder, Splits, are_stored_in_fp8
 from tokenspeed_plan.planner.models.common_blocks import add, norm
 from tokenspeed_plan.planner.models.config import MoeConfig
 
@@ -112,7 +112,7 @@ class _Moe:
         if self.config.shared_intermediate_size:
             for key in ("gate", "up", "down"):
                 names.append(f"{self.source}shared_expert.{key}_proj.weight")
-        self.graph.are_stored_in_fp8(names)
+        are_stored_in_fp8(self.graph.context, names)
 
     def route(self, x: str) -> _Routed:
         """The router's product, whose last column is the shared expert's gate, and its top-k."""

@@ -14,7 +14,7 @@ from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.models.mtp import MTP_PREFIX
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.fp8 import STORED_FP8
+from tokenspeed_plan.plans.fp8_format import STORED_FP8
 from tokenspeed_plan.plans.schema import Capacity
 
 _HEAD = "lm_head.weight"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.fp8 import (
+from tokenspeed_plan.plans.fp8_format import (
     BLOCK,
     STORED_FP8,
     STORED_SCALES,

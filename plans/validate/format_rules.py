@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenspeed_plan.plans.fp8 import FP8
+from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.ops import OPS
 from tokenspeed_plan.plans.schema import KernelSpec, Plan, Pool
 from tokenspeed_plan.plans.types import DType, Format

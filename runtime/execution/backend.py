@@ -24,7 +24,7 @@ from tokenspeed_plan.plans.schema import (
 from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
 from tokenspeed_plan.runtime.execution.collectives import Collectives
-from tokenspeed_plan.runtime.execution.fp8 import dequantise, parts_of
+from tokenspeed_plan.runtime.execution.fp8_blocks import dequantise, parts_of
 from tokenspeed_plan.runtime.execution.kernels import Kernels, Launcher
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES, Body
 

@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.fp8 import BLOCK, STORED_FP8, STORED_SCALES, scale_name
+from tokenspeed_plan.plans.fp8_format import BLOCK, STORED_FP8, STORED_SCALES, scale_name
 from tokenspeed_plan.plans.schema import Piece, Plan, Shift, WeightSpec
 from tokenspeed_plan.plans.weight_files import add_tensors, weight_files
 from tokenspeed_plan.runtime.execution.arenas import Arenas
-from tokenspeed_plan.runtime.execution.fp8 import Scaled, parts_of
+from tokenspeed_plan.runtime.execution.fp8_blocks import Scaled, parts_of
 from tokenspeed_plan.runtime.loading.staging import Staging
 
 _FLOATS = ("BF16", "F16", "F32", "F64")

@@ -25,7 +25,7 @@ from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.execution.fp8 import Scaled, dequantise, quantise_blocks
+from tokenspeed_plan.runtime.execution.fp8_blocks import Scaled, dequantise, quantise_blocks
 from tokenspeed_plan.runtime.loading.preflight import find_weights
 
 NUM_TOKENS = 8

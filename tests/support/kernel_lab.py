@@ -27,14 +27,14 @@ from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
-from tokenspeed_plan.plans.fp8 import BLOCK, FP8, blocks, is_fp8_matrix
+from tokenspeed_plan.plans.fp8_format import BLOCK, FP8, blocks, is_fp8_matrix
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import KernelSpec, Limits, Param
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.runtime.compare import difference
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
-from tokenspeed_plan.runtime.execution.fp8 import dequantise, parts_of, quantise_blocks
+from tokenspeed_plan.runtime.execution.fp8_blocks import dequantise, parts_of, quantise_blocks
 from tokenspeed_plan.runtime.execution.interpreter import interpret
 from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES

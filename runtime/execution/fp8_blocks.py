@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.fp8 import BLOCK, E4M3_MAX, blocks
+from tokenspeed_plan.plans.fp8_format import BLOCK, E4M3_MAX, blocks
 from tokenspeed_plan.plans.types import TensorSpec
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import CheckpointError, RequestError
-from tokenspeed_plan.plans.fp8 import BLOCK, is_fp8_matrix, module_of, scale_name
+from tokenspeed_plan.plans.fp8_format import BLOCK, is_fp8_matrix, module_of, scale_name
 from tokenspeed_plan.plans.tokenizer_files import TOKENIZER_FILES, template_names
 from tokenspeed_plan.plans.weight_files import (
     HINT,
@@ -30,7 +30,7 @@ from tokenspeed_plan.plans.weight_files import (
     read_json_object,
     weight_files,
 )
-from tokenspeed_plan.runtime.execution.fp8 import quantise_blocks
+from tokenspeed_plan.runtime.execution.fp8_blocks import quantise_blocks
 
 Report = Callable[[str, int, int], None]
 _CONFIG = "config.json"
