@@ -95,7 +95,8 @@ def moe_down(work: Work) -> list[Tiling]:
         "LOCAL": work.width("experts_down_w", 0),
         "H": work.width("experts_down_w", 1),
         "INNER": work.width("experts_down_w", 2),
-    } | _block(work, "experts_down_w")
+    }
+    constants |= _block(work, "experts_down_w")
     if work.has("linear"):
         constants["SHARED"] = work.width("linear_w")
     options: dict[str, object] = {
@@ -191,7 +192,8 @@ def grouped(work: Work) -> list[Tiling]:
         "TOP_K": top_k,
         "BLOCK_E": up2(experts + 1),
         "PRECISION": work.precision,
-    } | _block(work, "w")
+    }
+    constants |= _block(work, "w")
     pairs = work.num_rows * top_k // max(experts, 1)
     shapes = work.tiles(*_group_tiles(work, pairs, columns))
     if work.is_fp8("w"):  # a tile lies in one block of the weight

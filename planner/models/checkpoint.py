@@ -109,7 +109,7 @@ def _files_of(source: Source) -> list[tuple[str, tuple[int, ...]]]:
 
 def _check_dtype(name: str, header: TensorHeader, weight: Weight) -> None:
     """The dtype is one that the weight can be made of: that of its first tensor decides."""
-    allowed = FLOAT_DTYPES
+    allowed: tuple[str, ...] = FLOAT_DTYPES
     if weight.spec.format.block:
         allowed = (STORED_FP8,)
     if header.dtype not in allowed:
