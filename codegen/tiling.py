@@ -12,6 +12,7 @@ from tokenspeed_plan.plans.ops import integer, number, query_len
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
 from tokenspeed_plan.plans.types import Constant, DType, TensorSpec
 
+FOLD_ROWS = 64  # of a tile, from which on the factors of FP8 blocks are multiplied into the weight
 GEMV_ROWS = 2  # with so few rows of x, plain arithmetic keeps up with the memory
 GEMV_COLUMNS = 1024  # columns of a router: with few rows of x too few for the tensor cores
 

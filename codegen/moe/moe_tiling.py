@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tokenspeed_plan.codegen.tiling import TRITON_DTYPES, Tiling, Work, blocks, fixed, per_rows, up2
+from tokenspeed_plan.codegen.tiling import (
+    FOLD_ROWS,
+    TRITON_DTYPES,
+    Tiling,
+    Work,
+    blocks,
+    fixed,
+    per_rows,
+    up2,
+)
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.fp8_format import BLOCK
 from tokenspeed_plan.plans.schema import GridDim
@@ -61,6 +70,8 @@ def _up_tiles(work: Work, hidden: int) -> list[Tile]:
     depth = max(min(hidden & -hidden, 2048), 256)  # divides the hidden size: no load is masked
     num_warps = 4 if work.num_tokens == 1 else 2
     first = Tile(1, min(8192 // depth, 8), depth, num_warps, 2)
+    if work.is_fp8("experts_up_w"):  # a warp reads 512 elements at once
+        return [Tile(1, 4, min(depth, 1024), 2, 1), Tile(1, 2, min(depth, 512), 1, 1)]
     return [first, Tile(1, 4, 256, 4, 2), Tile(1, 2, 256, 4, 1)]
 
 
@@ -217,6 +228,8 @@ def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
             Tile(64, 32, 32, 4, 3),
         ]
     m = 64 if pairs > 16 else 16
+    if m == 16 and work.is_fp8("w"):
+        return [Tile(m, 64, 128, 4, 3), Tile(m, 32, 128, 4, 3), Tile(16, 32, 64, 4, 2)]
     tiles = [Tile(m, 64, 64, 4, 3), Tile(m, 32, 64, 4, 3), Tile(16, 32, 32, 4, 2)]
     if m == 64 and work.dtype == "bf16" and columns >= 128:
         tiles.insert(0, Tile(64, 128, 64, 4, 4))
@@ -239,6 +252,7 @@ def _grouped_tiling(work: Work, tile: Tile, constants: dict[str, Constant]) -> T
         options={
             "silu_mul": _is_up(work),
             "fp8": "BLOCK" in constants,
+            "folds": tile.m >= FOLD_ROWS,
             "dtype": TRITON_DTYPES[work.dtype],
             "x": "x" if _is_up(work) else "h",
             "ragged": depth % tile.k != 0,

@@ -342,7 +342,7 @@ MUTATIONS = [
     (FEW_SEQS, "qk_norm_rope_write", "rope_positions + t", "rope_positions"),
     (FEW_SEQS, "attention_gate", "attention_context_lens + s)", "attention_context_lens)"),
     (FP8_ONE, "norm_linear", "first // BLOCK * (K // BLOCK)", "0"),
-    (FP8_ONE, "linear_add", "scales + k0 // BLOCK", "scales"),
+    (FP8_ONE, "norm_linear", "scales + k0 // BLOCK", "scales"),
     (FP8_ONE, "moe_up", "scales += first // BLOCK", "scales += 0 * first"),
     (FP8_ONE, "moe_up", "scales + half // BLOCK", "scales + 0 * half"),
     (FP8_ONE, "moe_down_add", "(factor * share)", "share"),
