@@ -85,23 +85,24 @@ def linear(work: Work) -> list[Tiling]:
     if work.has("silu_mul"):
         columns = weight_rows // 2
     rows = work.num_rows
-    is_router = rows <= 2 * DOT_ROWS and weight_rows <= GEMV_COLUMNS
+    is_fp8 = work.is_fp8(_weight(work))
+    is_router = rows <= 2 * DOT_ROWS and weight_rows <= GEMV_COLUMNS and not is_fp8
     if work.interpreted:
         tiles = [_interpreted_tile(work, rows, columns, depth)]
     elif rows <= GEMV_ROWS or is_router:
         tiles = _gemv_tiles(work, rows, weight_rows, depth)
     else:
         tiles = _matrix_tiles(work, rows, weight_rows, columns)
-    if work.is_fp8(_weight(work)) and not work.interpreted:
+    if is_fp8 and not work.interpreted:
         tiles = [_in_blocks(tile, depth) for tile in tiles]
     tiles = work.tiles(*tiles)
-    if work.is_fp8(_weight(work)):
+    if is_fp8:
         tiles = list(dict.fromkeys(map(_in_one_block, tiles)))
     return [_linear_tiling(work, tile, rows, columns, depth) for tile in tiles]
 
 
 def _in_one_block(tile: Tile) -> Tile:
-    """The tile without rows of several blocks; on the tensor cores its depth is in one block too."""
+    """The tile with rows of one block; on the tensor cores its depth is in one block too."""
     columns = min(tile.n, BLOCK)
     if tile.m < DOT_ROWS:
         return replace(tile, n=columns, k=max(tile.k, BLOCK))
