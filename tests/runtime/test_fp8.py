@@ -26,9 +26,17 @@ from tokenizers import Tokenizer
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
+from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.execution.fp8_blocks import Scaled, dequantise, quantise_blocks
+from tokenspeed_plan.runtime.execution.arenas import Arenas
+from tokenspeed_plan.runtime.execution.fp8_blocks import (
+    Scaled,
+    dequantise,
+    parts_of,
+    quantise_blocks,
+)
 from tokenspeed_plan.runtime.loading.preflight import find_weights
+from tokenspeed_plan.runtime.loading.weights import load_weights
 
 NUM_TOKENS = 8
 Tensors = dict[str, torch.Tensor]
@@ -169,6 +177,39 @@ def test_a_plan_says_what_it_reads(folders: Any) -> None:
     (reason,) = (item for item in plan.decisions if item.name == "weights")
     assert "fp8" in reason.value
     assert "not calibrated" in reason.reason
+
+
+def loaded(folder: Path, word: str, rank: int) -> Tensors:
+    """The weights of one of two ranks, in fp32."""
+    spec = make_spec(folder, model={"weights": word}, target={"count": 2})
+    plan = compile_plan(spec, find_model(spec))
+    _, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas), rank)
+    for weight in plan.pool.weights:
+        if weight.tensor.format == FP8:
+            parts = parts_of(weights[weight.name], weight.tensor)
+            weights[weight.name] = dequantise(parts, torch.float32)
+    return weights
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_loads_its_blocks(rank: int, tmp_path: Path) -> None:
+    wide = {"shared_expert_intermediate_size": 256, "moe_intermediate_size": 256}
+    kind = Kind(sizes=KINDS["kernel"].sizes | wide)
+    source = write_checkpoint(tmp_path / "source", kind)
+    assert quantize(source, tmp_path / "fp8").exit_code == 0
+    plain = shutil.copytree(
+        source, tmp_path / "plain", ignore=shutil.ignore_patterns("*.safetensors*")
+    )
+    save_file(dequantised(tmp_path / "fp8", num_experts=8), plain / "model.safetensors")
+    ours, theirs = loaded(tmp_path / "fp8", "fp8", rank), loaded(plain, "fp32", rank)
+    whole = {name: weight for name, weight in theirs.items() if ".in_proj" not in name}
+    assert whole.keys() == {name for name in ours if ".in_proj" not in name}
+    for name, weight in whole.items():
+        assert torch.equal(ours[name], weight), name
+    for name, weight in theirs.items():
+        if ".in_proj" in name:
+            gates = ours[name.replace(".in_proj", ".in_proj_ba")]
+            assert torch.equal(torch.cat((ours[name], gates)), weight), name
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(folders: Any, tmp_path: Path) -> None:
