@@ -37,6 +37,7 @@ POINTERS: dict[DType, str] = {
     "bf16": "*bf16",
     "fp32": "*fp32",
     "fp64": "*fp64",
+    "fp8": "*fp8e4nv",
     "i32": "*i32",
     "i64": "*i64",
 }

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tokenspeed_plan.codegen.tuned import Tile, find_tile
+from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.ops import integer, number, query_len
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
 from tokenspeed_plan.plans.types import Constant, DType, TensorSpec
 
+FOLD_ROWS = 64  # of a tile, from which on the factors of FP8 blocks are multiplied into the weight
 GEMV_ROWS = 2  # with so few rows of x, plain arithmetic keeps up with the memory
 GEMV_COLUMNS = 1024  # columns of a router: with few rows of x too few for the tensor cores
 
@@ -61,7 +63,7 @@ class Work:
         """What a measured tile is filed under in `tuned.yaml`.
 
         The kind, rows rounded up to a power of two, queries of a sequence where there are several,
-        and the shapes of the weight matrices.
+        and the shapes of the weight matrices, with their dtype where they are quantised.
         """
         words = [self.kind, str(up2(self.num_rows))]
         if self.query_len > 1:
@@ -71,6 +73,8 @@ class Work:
             if param.role == "weight" and len(shape) > 1:
                 word = "x".join(map(str, shape))
                 words.append(word)
+                if param.tensor.format.block:
+                    words.append(param.tensor.dtype)
         return " ".join(words)
 
     @property
@@ -132,6 +136,10 @@ class Work:
         if self.dtype == "fp32":
             return "ieee"
         return "tf32"
+
+    def is_fp8(self, name: str) -> bool:
+        """Whether a weight is in blocks of FP8."""
+        return self.specs[name].format == FP8
 
     def has(self, kind: str) -> bool:
         """Whether it holds such a part."""

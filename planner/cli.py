@@ -19,6 +19,7 @@ from tokenspeed_plan.planner.commands.lengths import lengths_command
 from tokenspeed_plan.planner.commands.plan import plan
 from tokenspeed_plan.planner.commands.predict import predict, sweep
 from tokenspeed_plan.planner.commands.process import set_up_process
+from tokenspeed_plan.planner.commands.quantize import quantize
 from tokenspeed_plan.planner.commands.rank_processes import end_with_parent
 from tokenspeed_plan.planner.commands.run import run
 from tokenspeed_plan.planner.commands.serve import serve
@@ -101,5 +102,6 @@ for command in (
     sweep,
     lengths_command,
     calibrate,
+    quantize,
 ):
     main.add_command(command)

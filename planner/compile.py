@@ -23,8 +23,9 @@ from tokenspeed_plan.planner.models import checkpoint
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import ModelConfig, load_model_config, load_preset
 from tokenspeed_plan.planner.models.decoder import build
-from tokenspeed_plan.planner.models.fit import fit_to_tensors
+from tokenspeed_plan.planner.models.fit import fit_to_tensors, is_stored_as_fp8
 from tokenspeed_plan.planner.models.folder import find_folder
+from tokenspeed_plan.planner.models.quantization import Quantization, check_word, stored_word
 from tokenspeed_plan.planner.models.stop_tokens import tokenizer_stop_tokens
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader
 from tokenspeed_plan.planner.passes.cost import Load
@@ -45,6 +46,7 @@ from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.bundle import seal
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.schema import Binary, Capacity, ModelFacts, Plan, Shard
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.plans.validate import validate
@@ -61,7 +63,8 @@ def _silent(stage: str, done: int, total: int) -> None:
 class Model:
     """A model as planning sees it: its config and, where there is a checkpoint, its headers.
 
-    `stop_reason` says where the stop tokens are from if no config names them.
+    `stop_reason` says where the stop tokens are from if no config names them; `weights` is their
+    format, a key of `FORMATS`.
     """
 
     config: ModelConfig
@@ -71,6 +74,7 @@ class Model:
     headers: Mapping[str, TensorHeader]
     stop_reason: str = ""
     shards: Mapping[str, Shard] = field(default_factory=dict)
+    weights: str = "bf16"
 
     @property
     def num_valid_tokens(self) -> int:
@@ -87,7 +91,15 @@ class Model:
         if self.headers:
             return _are_fused(prefix, self.headers)
         moe = self.config.moe
-        return moe is not None and moe.fused and not prefix.startswith("mtp.")
+        fused = moe is not None and moe.fused and not prefix.startswith("mtp.")
+        return fused and self.weights != "fp8"
+
+    def is_fp8(self, name: str) -> bool:
+        """Whether a tensor is stored in blocks of FP8; without a checkpoint, as it is published."""
+        if self.headers:
+            return is_stored_as_fp8(self.headers, name)
+        quantization = self.config.quantization or Quantization()
+        return self.weights == "fp8" and quantization.converts(name)
 
 
 def _are_fused(prefix: str, headers: Mapping[str, TensorHeader]) -> bool:
@@ -107,7 +119,8 @@ def find_model(spec: Spec, near: Path | None = None) -> Model:
     """
     if spec.model.preset is not None:
         config, _ = load_preset(spec.model.preset)
-        return Model(config, None, None, {}, {})
+        word = stored_word(spec.model.weights, config.quantization)
+        return Model(config, None, None, {}, {}, weights=word)
     assert spec.model.path is not None
     folder = find_folder(spec.model.path, near)
     if folder is None:
@@ -118,7 +131,8 @@ def find_model(spec: Spec, near: Path | None = None) -> Model:
     config = load_model_config(folder)
     headers = checkpoint.read_headers(folder)
     files, shards = checkpoint.file_digests(folder), header_digests(folder)
-    model = Model(config, spec.model.path, folder, files, headers, shards=shards)
+    word = stored_word(spec.model.weights, config.quantization)
+    model = Model(config, spec.model.path, folder, files, headers, shards=shards, weights=word)
     if headers:
         config = fit_to_tensors(config, headers, model.fused_experts)
     model = replace(model, config=config)
@@ -183,7 +197,7 @@ def build_bundle(spec: Spec, model: Model, cache: Path, report: Report = _silent
     Raises:
         SpecError: the spec cannot be planned, or a kernel fits the target in no tiling.
     """
-    check_kernels(spec.model.weights, model.config, find_hardware(spec.target.gpu, spec.folder))
+    check_kernels(model.weights, model.config, find_hardware(spec.target.gpu, spec.folder))
     parts = plan_parts(spec, model, report=report)
     if parts.hardware.sm == 0:
         return _bundle(parts, select_first(parts.candidates))
@@ -262,7 +276,9 @@ def plan_parts(
     """
     ledger = Ledger()
     hardware = find_hardware(spec.target.gpu, spec.folder)
-    dtype = dtype or decide.weight_dtype(spec)
+    config = model.config
+    check_word(spec.model.weights, config.quantization, bool(model.headers), config.name)
+    dtype = dtype or decide.weight_dtype(model.weights, hardware)
     progress = partial(report, "searching deployments")
     decided = decide.resolve(spec, model.config, hardware, ledger, progress)
     knobs = decided.knobs
@@ -286,6 +302,8 @@ def plan_parts(
         model.config.has_state,
         workload.is_batch_of_rows,
     )
+    if model.weights == "fp8":
+        _record_fp8(ledger, dtype)
     if model.stop_reason:
         _record_stop_tokens(ledger, model)
     return Parts(
@@ -298,6 +316,18 @@ def plan_parts(
         decided.predicted,
         programs,
         version("tokenspeed-plan"),
+    )
+
+
+def _record_fp8(ledger: Ledger, dtype: DType) -> None:
+    """Write down how FP8 weights are read, and that their prices are not measured yet."""
+    ledger.record(
+        "weights",
+        f"{FP8}, activations {dtype}",
+        "matrices of products are stored in blocks and converted where they are loaded; tables, "
+        "head, norms, routers and gates stay as they are. Prices are their bytes at the rates of "
+        "bf16 kernels: FP8 is not calibrated yet",
+        "bf16, twice the bytes of a matrix",
     )
 
 
@@ -341,6 +371,7 @@ class _Programs:
             self.model.num_valid_tokens,
             self.model.fused_experts,
             self.spec.draft_vocab,
+            self.model.is_fp8,
         )
         graph = check(build(context, phase, depth))
         return run(graph, PassContext(self.layout, self.hardware), until=Stage.SHARDED)

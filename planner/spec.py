@@ -86,12 +86,14 @@ class ModelSpec(_Section):
         _about("The name of a published size, whose plan has no weights of its own.", "qwen3.5-9b"),
     ] = None
     weights: Annotated[
-        Literal["bf16", "fp32", "fp8", "nvfp4"],
+        Literal["auto", "bf16", "fp32", "fp8", "nvfp4"],
         _about(
-            "The format of weights. A CPU's plan may be fp32; fp8 and nvfp4 are only predicted.",
-            "bf16",
+            "The format of weights; `auto` is that of the checkpoint, bf16 or fp8. fp8 has blocks "
+            "of 128 x 128, as Qwen publishes them. A CPU's plan may be fp32; nvfp4 is only "
+            "predicted.",
+            "fp8",
         ),
-    ] = "bf16"
+    ] = "auto"
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:

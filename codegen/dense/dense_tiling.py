@@ -6,7 +6,10 @@ rows it uses the tensor cores.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tokenspeed_plan.codegen.tiling import (
+    FOLD_ROWS,
     GEMV_COLUMNS,
     GEMV_ROWS,
     TRITON_DTYPES,
@@ -22,6 +25,7 @@ from tokenspeed_plan.codegen.tiling import (
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
+from tokenspeed_plan.plans.fp8_format import BLOCK
 from tokenspeed_plan.plans.peer_memory import COUNT_LIMIT, ERROR, GENERATIONS, STOP, slot_words
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import DTYPE_BITS, WARP_SIZE, Attr, Constant, TensorSpec
@@ -144,14 +148,43 @@ def linear(work: Work) -> list[Tiling]:
     if work.has("silu_mul"):
         columns = weight_rows // 2
     rows = work.num_rows
-    is_router = rows <= 2 * DOT_ROWS and weight_rows <= GEMV_COLUMNS
+    is_fp8 = work.is_fp8(_weight(work))
+    is_router = rows <= 2 * DOT_ROWS and weight_rows <= GEMV_COLUMNS and not is_fp8
     if work.interpreted:
         tiles = [_interpreted_tile(work, rows, columns, depth)]
     elif rows <= GEMV_ROWS or is_router:
         tiles = _gemv_tiles(work, rows, weight_rows, depth)
     else:
         tiles = _matrix_tiles(work, rows, weight_rows, columns)
-    return [_linear_tiling(work, tile, rows, columns, depth) for tile in work.tiles(*tiles)]
+    if is_fp8 and not work.interpreted:
+        tiles = [_in_blocks(tile, depth) for tile in tiles]
+    tiles = work.tiles(*tiles)
+    if is_fp8:
+        tiles = list(dict.fromkeys(map(_in_one_block, tiles)))
+    return [_linear_tiling(work, tile, rows, columns, depth) for tile in tiles]
+
+
+def _in_one_block(tile: Tile) -> Tile:
+    """The tile with rows of one block; on the tensor cores its depth is in one block too."""
+    columns = min(tile.n, BLOCK)
+    if tile.m < DOT_ROWS:
+        return replace(tile, n=columns, k=max(tile.k, BLOCK))
+    return replace(tile, n=columns, k=min(tile.k, BLOCK))
+
+
+def _in_blocks(tile: Tile, depth: int) -> Tile:
+    """A tile of the rules made good for FP8.
+
+    In plain arithmetic each thread loads 16 elements of a row at once, so that a warp reads 512. On
+    the tensor cores a tile is within one block; half the bytes in flight would not keep the memory
+    busy, so that more loads are begun before they are needed.
+    """
+    if tile.m < DOT_ROWS:
+        k = max(min(512 * tile.num_warps, _unmasked_depth(depth)), BLOCK)
+        return replace(tile, n=min(tile.n, 4), k=k)
+    if tile.k > BLOCK:
+        return replace(tile, n=min(tile.n, 16), k=BLOCK, num_stages=5)
+    return tile
 
 
 def _weight(work: Work) -> str:
@@ -262,6 +295,8 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
         "STAGES": tile.num_stages,
     }
     dot = tile.m >= DOT_ROWS
+    if work.is_fp8(_weight(work)):
+        constants["BLOCK"] = BLOCK
     if dot:
         constants |= {"PRECISION": work.precision} | _tile_groups(work, rows)
     splits = _splits(work, tile, depth)
@@ -280,7 +315,8 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
         grid=(fixed(blocks(columns, tile.n)), tiles_m, fixed(splits))[: 2 + (splits > 1)],
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        options=_linear_options(work, dot) | {"ragged": depth % tile.k != 0, "splits": splits},
+        options=_linear_options(work, dot)
+        | {"ragged": depth % tile.k != 0, "folds": tile.m >= FOLD_ROWS, "splits": splits},
         scratch=_split_scratch(work, tile, columns, splits),
         prefetches=not dot,
     )
@@ -324,6 +360,7 @@ def _linear_options(work: Work, dot: bool) -> dict[str, object]:
     return {
         "x": _product_input(work),
         "dot": dot,
+        "fp8": work.is_fp8(_weight(work)),
         "norm": work.has("rms_norm"),
         "plain": work.plain_norm,
         "gather": work.has("last_token"),

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from tokenspeed_plan.codegen.tiling import Tiling, Work, blocks, fixed, per_rows, up2
+from dataclasses import replace
+
+from tokenspeed_plan.codegen.tiling import (
+    FOLD_ROWS,
+    TRITON_DTYPES,
+    Tiling,
+    Work,
+    blocks,
+    fixed,
+    per_rows,
+    up2,
+)
 from tokenspeed_plan.codegen.tuned import Tile
+from tokenspeed_plan.plans.fp8_format import BLOCK
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Constant
 
@@ -12,6 +24,11 @@ def _choice(work: Work, logits: str) -> dict[str, Constant]:
     """Constants of a top-k over `logits`."""
     experts = work.width(logits)
     return {"EXPERTS": experts, "TOP_K": work.size("topk", "top_k"), "BLOCK_E": up2(experts)}
+
+
+def _block(work: Work, weight: str) -> dict[str, Constant]:
+    """The side of a block of an FP8 weight."""
+    return {"BLOCK": BLOCK} if work.is_fp8(weight) else {}
 
 
 def topk(work: Work) -> list[Tiling]:
@@ -40,6 +57,7 @@ def moe_up(work: Work) -> list[Tiling]:
         constants["SHARED"] = work.width("linear_w", 0) // 2
     if writes_topk:
         constants["BLOCK_J"] = up2(int(constants["TOP_K"]))
+    constants |= _block(work, "experts_up_w")
     shapes = _up_tiles(work, int(constants["H"]))
     # A down projection that recomputes the top-k prefetches the logits, from before this kernel.
     late = not writes_topk
@@ -52,6 +70,8 @@ def _up_tiles(work: Work, hidden: int) -> list[Tile]:
     depth = max(min(hidden & -hidden, 2048), 256)  # divides the hidden size: no load is masked
     num_warps = 4 if work.num_tokens == 1 else 2
     first = Tile(1, min(8192 // depth, 8), depth, num_warps, 2)
+    if work.is_fp8("experts_up_w"):  # a warp reads 512 elements at once
+        return [Tile(1, 4, min(depth, 1024), 2, 1), Tile(1, 2, min(depth, 512), 1, 1)]
     return [first, Tile(1, 4, 256, 4, 2), Tile(1, 2, 256, 4, 1)]
 
 
@@ -71,7 +91,11 @@ def _up_tiling(work: Work, tile: Tile, constants: dict[str, Constant], late: boo
         grid=(per_rows(1, work.by_seqs), fixed(num_experts), fixed(blocks(channels, block))),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        options={"narrow": work.specs["topk_logits"].dtype == "bf16", "shared": shared > 0},
+        options={
+            "narrow": work.specs["topk_logits"].dtype == "bf16",
+            "shared": shared > 0,
+            "fp8": "BLOCK" in constants,
+        },
         trigger_after_wait=late,
     )
 
@@ -83,10 +107,12 @@ def moe_down(work: Work) -> list[Tiling]:
         "H": work.width("experts_down_w", 1),
         "INNER": work.width("experts_down_w", 2),
     }
+    constants |= _block(work, "experts_down_w")
     if work.has("linear"):
         constants["SHARED"] = work.width("linear_w")
     options: dict[str, object] = {
         "add": work.has("add"),
+        "fp8": "BLOCK" in constants,
         "recompute": work.has("topk"),
         "shared": work.has("linear"),
     }
@@ -103,7 +129,7 @@ def _down_tiles(work: Work) -> list[Tile]:
     if work.interpreted:
         return [Tile(1, 64, 128, 8, 1)]
     first = Tile(1, 1, 256, 2, 1)
-    if work.num_tokens == 1:
+    if work.num_tokens == 1 or work.is_fp8("experts_down_w"):
         first = Tile(1, 2, 512, 2, 1)
     return [first, Tile(1, 4, 256, 4, 1)]
 
@@ -178,9 +204,12 @@ def grouped(work: Work) -> list[Tiling]:
         "BLOCK_E": up2(experts + 1),
         "PRECISION": work.precision,
     }
+    constants |= _block(work, "w")
     pairs = work.num_rows * top_k // max(experts, 1)
-    shapes = _group_tiles(work, pairs, columns)
-    return [_grouped_tiling(work, tile, constants) for tile in work.tiles(*shapes)]
+    shapes = work.tiles(*_group_tiles(work, pairs, columns))
+    if work.is_fp8("w"):  # a tile lies in one block of the weight
+        shapes = [replace(tile, n=min(tile.n, BLOCK), k=min(tile.k, BLOCK)) for tile in shapes]
+    return [_grouped_tiling(work, tile, constants) for tile in dict.fromkeys(shapes)]
 
 
 def _is_up(work: Work) -> bool:
@@ -199,6 +228,8 @@ def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
             Tile(64, 32, 32, 4, 3),
         ]
     m = 64 if pairs > 16 else 16
+    if m == 16 and work.is_fp8("w"):
+        return [Tile(m, 64, 128, 4, 3), Tile(m, 32, 128, 4, 3), Tile(16, 32, 64, 4, 2)]
     tiles = [Tile(m, 64, 64, 4, 3), Tile(m, 32, 64, 4, 3), Tile(16, 32, 32, 4, 2)]
     if m == 64 and work.dtype == "bf16" and columns >= 128:
         tiles.insert(0, Tile(64, 128, 64, 4, 4))
@@ -220,6 +251,9 @@ def _grouped_tiling(work: Work, tile: Tile, constants: dict[str, Constant]) -> T
         num_stages=tile.num_stages,
         options={
             "silu_mul": _is_up(work),
+            "fp8": "BLOCK" in constants,
+            "folds": tile.m >= FOLD_ROWS,
+            "dtype": TRITON_DTYPES[work.dtype],
             "x": "x" if _is_up(work) else "h",
             "ragged": depth % tile.k != 0,
             "uneven": columns % tile.n != 0,

@@ -52,7 +52,17 @@ def _splits(config: ModelConfig) -> list[Split]:
 
 
 def _check_fp8(layout: ParallelLayout, config: ModelConfig) -> None:
-    """Each rank's part of an FFN must be whole blocks of the published FP8 checkpoints."""
+    """Each rank's part of a matrix must be whole blocks of the published FP8 checkpoints."""
+    attention = config.attention
+    heads = [(attention.num_qo_heads, attention.head_dim, "query heads")]
+    if config.delta_net:
+        delta = config.delta_net
+        heads.append((delta.num_k_heads, delta.key_dim, "key heads"))
+        heads.append((delta.num_v_heads, delta.value_dim, "value heads"))
+    for count, size, what in heads:
+        check_fp8_blocks(count * size, layout.attention_tp, f"{count} {what}")
+    kv_heads = Split("kv", attention.num_kv_heads).local_units(layout)
+    check_fp8_blocks(kv_heads * attention.head_dim, 1, f"{kv_heads} kv heads")
     if config.moe is None:
         check_fp8_blocks(config.intermediate_size, layout.num_ranks, "the FFN")
         return
@@ -71,6 +81,8 @@ def check_formats(weights: str, hardware: HardwareSpec) -> None:
     rates = hardware.matrix_flops_per_s
     if weights not in QUANTIZED or FORMATS[weights].dtype in rates:
         return
+    if weights == "fp8" and hardware.sm == 0:
+        return  # bodies in PyTorch read it anywhere
     words = sorted(("bf16", *QUANTIZED))
     known = ", ".join(word for word in words if FORMATS[word].dtype in rates)
     raise SpecError(

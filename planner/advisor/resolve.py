@@ -19,7 +19,12 @@ from tokenspeed_plan.planner.advisor.concurrency import (
 from tokenspeed_plan.planner.advisor.finalists import final_result, finalists
 from tokenspeed_plan.planner.advisor.gathering import gather, record_gathering
 from tokenspeed_plan.planner.advisor.interleaving import Interleaving, interleave, with_best
-from tokenspeed_plan.planner.advisor.legality import QUANTIZED, check_layout, check_stated, matches
+from tokenspeed_plan.planner.advisor.legality import (
+    check_formats,
+    check_layout,
+    check_stated,
+    matches,
+)
 from tokenspeed_plan.planner.advisor.predicted import predicted
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
@@ -31,6 +36,7 @@ from tokenspeed_plan.planner.advisor.rollback import (
 )
 from tokenspeed_plan.planner.advisor.search import Progress, Search
 from tokenspeed_plan.planner.advisor.search_space import SearchSpace, layouts
+from tokenspeed_plan.planner.advisor.step_model import activation_dtype
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
@@ -39,7 +45,7 @@ from tokenspeed_plan.planner.passes.limits import prefill_chunk
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Predicted
-from tokenspeed_plan.plans.types import FORMATS, DType, RollbackWord
+from tokenspeed_plan.plans.types import DType, RollbackWord
 
 
 @dataclass(frozen=True)
@@ -83,16 +89,22 @@ class _Choice:
         return {each.bucket: each.depth for each in self.rollback.table}
 
 
-def weight_dtype(spec: Spec) -> DType:
-    """The dtype of weights and activations in a plan.
+def weight_dtype(weights: str, hardware: HardwareSpec) -> DType:
+    """The dtype of activations in a plan, and of the weights that are not quantised.
+
+    Args:
+        weights: their format, a key of `FORMATS`.
+        hardware: the target.
 
     Raises:
-        SpecError: the spec names a format for which there are no kernels yet.
+        SpecError: there are no kernels for the format, or not for the target.
     """
-    word = spec.model.weights
-    if word in QUANTIZED:
-        raise SpecError(f"`model.weights: {word}` is not planned yet", "use `bf16` or `fp32`")
-    return FORMATS[word].dtype
+    if weights == "nvfp4":
+        raise SpecError(
+            f"`model.weights: {weights}` is not planned yet", "use `bf16`, `fp32` or `fp8`"
+        )
+    check_formats(weights, hardware)
+    return activation_dtype(weights, hardware)
 
 
 def resolve(
@@ -226,7 +238,7 @@ def _refusal(predictor: Predictor) -> SpecError:
         if spec.parallelism != "auto" and not matches(layout, spec.parallelism):
             continue
         try:
-            check_layout(layout, predictor.config, spec.model.weights)
+            check_layout(layout, predictor.config, predictor.steps.weights)
         except SpecError as error:
             first = first or error
             continue

@@ -136,7 +136,7 @@ class Search:
 
     def _is_legal(self, layout: ParallelLayout) -> bool:
         try:
-            check_layout(layout, self.predictor.config, self.predictor.spec.model.weights)
+            check_layout(layout, self.predictor.config, self.predictor.steps.weights)
         except SpecError as error:
             self.rejected.append(Rejected(str(layout), error.message))
             return False

@@ -11,6 +11,7 @@ from tokenspeed_plan.planner.advisor.numbers import powers_of_two
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
+from tokenspeed_plan.planner.models.quantization import stored_word
 from tokenspeed_plan.planner.passes.limits import prefill_chunk
 from tokenspeed_plan.planner.spec import ServingSpec, Spec
 from tokenspeed_plan.plans.types import DType
@@ -165,6 +166,6 @@ class SearchSpace:
         stated = self._serving.kv_dtype
         if stated in self.scope.kv_dtypes:
             return [stated]
-        if self.spec.model.weights in QUANTIZED:
+        if stored_word(self.spec.model.weights, self.config.quantization) in QUANTIZED:
             return list(self.scope.kv_dtypes)
         return [dtype for dtype in self.scope.kv_dtypes if dtype == "bf16"]

@@ -19,6 +19,7 @@ from tokenspeed_plan.planner.machines.hardware import HardwareSpec, all_reduce_u
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import LayerType, ModelConfig
 from tokenspeed_plan.planner.models.decoder import build
+from tokenspeed_plan.planner.models.quantization import Quantization, stored_word
 from tokenspeed_plan.planner.passes.cost import CostedOp, Load, costed_op, time_of
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
@@ -31,10 +32,22 @@ UNCHECKED = PassOptions(checks=False)
 KERNEL_TIME_KINDS = ("memory", "matrix", "launch", "collective")
 
 
-def stored_formats(weights: str, kv_dtype: str = "bf16") -> Formats:
-    """How a published checkpoint stores its tensors.
+def activation_dtype(weights: str, hardware: HardwareSpec) -> DType:
+    """The dtype of activations beside weights of a format; a CPU computes quantised ones in fp32.
 
-    FP8 checkpoints quantise the experts and the projections, NVFP4 ones only the routed experts.
+    Args:
+        weights: a key of `FORMATS`.
+        hardware: the target.
+    """
+    if weights == "fp32" or (weights == "fp8" and hardware.sm == 0):
+        return "fp32"
+    return "bf16"
+
+
+def stored_formats(weights: str, kv_dtype: str = "bf16") -> Formats:
+    """How a published checkpoint stores its tensors, where a graph is not built with its formats.
+
+    NVFP4 checkpoints quantise the routed experts alone. With FP8 a graph has its blocks itself.
 
     Args:
         weights: a key of `FORMATS`.
@@ -43,8 +56,6 @@ def stored_formats(weights: str, kv_dtype: str = "bf16") -> Formats:
     kv = None
     if kv_dtype == "fp8":
         kv = Format(dtype="fp8")
-    if weights == "fp8":
-        return Formats(FORMATS["fp8"], FORMATS["fp8"], kv)
     if weights == "nvfp4":
         return Formats(FORMATS["nvfp4"], None, kv)
     return Formats(kv=kv)
@@ -104,12 +115,13 @@ class StepModel:
     prices: dict[tuple[ParallelLayout, Phase, int, Load], StepTime] = field(default_factory=dict)
     arenas: dict[tuple[ParallelLayout, Phase, int, int, int], int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.weights = stored_word(self.weights, self.config.quantization)
+
     @property
     def dtype(self) -> DType:
-        """The dtype in which graphs are built."""
-        if self.weights == "fp32":
-            return "fp32"
-        return "bf16"
+        """The dtype in which graphs are built, quantised weights apart."""
+        return activation_dtype(self.weights, self.hardware)
 
     def decode(
         self,
@@ -186,6 +198,8 @@ class StepModel:
         self, tokens: int, seqs: int, context: int, layout: ParallelLayout, kv_dtype: str
     ) -> Load:
         formats = stored_formats(self.weights, kv_dtype)
+        if self.engine is not None:
+            formats = replace(formats, quantised_products=True)
         return Load(tokens, seqs, context, self.skew, layout.context_split, formats)
 
     def _price(self, layout: ParallelLayout, phase: Phase, load: Load, depth: int) -> StepTime:
@@ -308,7 +322,13 @@ class StepModel:
             self.config.vocab_size,
             _has_fused_experts,
             self.draft_vocab,
+            self._is_fp8,
         )
+
+    def _is_fp8(self, name: str) -> bool:
+        """Whether a tensor is in blocks of FP8, as far as its name and the config say."""
+        quantization = self.config.quantization or Quantization()
+        return self.weights == "fp8" and quantization.converts(name)
 
 
 def _has_fused_experts(prefix: str) -> bool:

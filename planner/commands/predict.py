@@ -31,6 +31,7 @@ from tokenspeed_plan.planner.commands.long_work import LongWork
 from tokenspeed_plan.planner.compile import find_model
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import ModelConfig
+from tokenspeed_plan.planner.models.quantization import stored_word
 from tokenspeed_plan.planner.spec import MAX_GPUS, Spec, load_spec
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
 from tokenspeed_plan.plans.figures import plain, without_exponents
@@ -182,7 +183,7 @@ def search(
     """
     hardware = find_hardware(spec.target.gpu, spec.folder)
     check_possible(spec, config)
-    check_formats(spec.model.weights, hardware)
+    check_formats(stored_word(spec.model.weights, config.quantization), hardware)
     if spec.workload.concurrency == "auto":
         chosen = chosen_concurrency(spec, config, hardware)
         spec = spec.with_concurrency(chosen.num_seqs if chosen else 1)

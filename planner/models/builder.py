@@ -5,7 +5,7 @@ Shapes: T tokens, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,11 +21,18 @@ from tokenspeed_plan.planner.graph import (
 )
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.models.config import ModelConfig
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.ops import OPS, SAMPLING_INPUTS, STOP_IDS
 from tokenspeed_plan.plans.schema import ArenaName, Capacity
 from tokenspeed_plan.plans.types import Attr, Dim, DType, Phase, TensorSpec
 
 Splits = Mapping[int, Split]
+
+
+def _is_never_fp8(name: str) -> bool:
+    """Of a checkpoint that is not quantised."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,7 @@ class BuildContext:
         fused_experts: whether the experts under a name prefix are one tensor; otherwise each
             expert has tensors of its own.
         draft_vocab: drafts are chosen from this many of the first tokens; from all where None.
+        is_fp8: whether a checkpoint tensor is stored in blocks of FP8.
     """
 
     config: ModelConfig
@@ -48,11 +56,29 @@ class BuildContext:
     num_valid_tokens: int
     fused_experts: Callable[[str], bool]
     draft_vocab: int | None = None
+    is_fp8: Callable[[str], bool] = _is_never_fp8
 
     @property
     def wide(self) -> DType:
         """The dtype of recurrent state and gates."""
         return "fp64" if self.dtype == "fp64" else "fp32"
+
+
+def are_stored_in_fp8(context: BuildContext, names: Iterable[str]) -> bool:
+    """Whether checkpoint tensors that one kernel reads together are in FP8: all of them, or none.
+
+    Raises:
+        SpecError: they differ.
+    """
+    stored = {name: context.is_fp8(name) for name in names}
+    if len(set(stored.values())) <= 1:
+        return any(stored.values())
+    quantised = next(name for name, is_fp8 in stored.items() if is_fp8)
+    plain = next(name for name, is_fp8 in stored.items() if not is_fp8)
+    raise SpecError(
+        f"`{quantised}` is stored in FP8 and `{plain}` is not, one kernel reads both",
+        "use a checkpoint that quantises both, as the published ones do",
+    )
 
 
 @dataclass
@@ -235,8 +261,14 @@ class GraphBuilder:
         join_dim: int = 0,
         dtype: DType | None = None,
     ) -> str:
-        """Declare a parameter; returns its name."""
+        """Declare a parameter; returns its name.
+
+        Raises:
+            SpecError: some of its sources are stored in FP8 and others are not.
+        """
         spec = TensorSpec.of(shape=shape, dtype=dtype or self.context.dtype)
+        if are_stored_in_fp8(self.context, (source.name for source in sources)):
+            spec = TensorSpec(shape=shape, format=FP8)
         self.weights[name] = Weight(name, spec, sources, join_dim)
         return name
 

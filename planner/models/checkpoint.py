@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tokenspeed_plan.planner.graph import Source, Weight
+from tokenspeed_plan.planner.models.quantization import Quantization, check_stored
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader, read_header
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import PlanError, SpecError
+from tokenspeed_plan.plans.fp8_format import STORED_FP8
 from tokenspeed_plan.plans.tokenizer_files import (
     TOKENIZER_FILES,
     read_tokenizer_files,
@@ -68,7 +70,11 @@ def num_valid_tokens(folder: Path, vocab_size: int) -> int:
     return count
 
 
-def check_sources(weights: Mapping[str, Weight], headers: Mapping[str, TensorHeader]) -> None:
+def check_sources(
+    weights: Mapping[str, Weight],
+    headers: Mapping[str, TensorHeader],
+    quantization: Quantization | None = None,
+) -> None:
     """Every source of every weight must be there, with its shape, in a dtype that is planned.
 
     Raises:
@@ -77,7 +83,9 @@ def check_sources(weights: Mapping[str, Weight], headers: Mapping[str, TensorHea
     for weight in weights.values():
         for source in weight.sources:
             for name, shape in _files_of(source):
-                _check_tensor(name, shape, headers.get(name))
+                header = _check_tensor(name, shape, headers.get(name))
+                check_stored(name, header, headers, quantization)
+                _check_dtype(name, header, weight)
 
 
 def missing_source(
@@ -99,7 +107,20 @@ def _files_of(source: Source) -> list[tuple[str, tuple[int, ...]]]:
     return [(source.name.replace("{expert}", str(index)), tuple(shape)) for index in range(count)]
 
 
-def _check_tensor(name: str, shape: tuple[int, ...], header: TensorHeader | None) -> None:
+def _check_dtype(name: str, header: TensorHeader, weight: Weight) -> None:
+    """The dtype is one that the weight can be made of: that of its first tensor decides."""
+    allowed: tuple[str, ...] = FLOAT_DTYPES
+    if weight.spec.format.block:
+        allowed = (STORED_FP8,)
+    if header.dtype not in allowed:
+        others = " or ".join(allowed)
+        raise SpecError(
+            f"`{name}` is stored as {header.dtype}, where {others} is planned",
+            "use the BF16 checkpoint, or the published FP8 one",
+        )
+
+
+def _check_tensor(name: str, shape: tuple[int, ...], header: TensorHeader | None) -> TensorHeader:
     if header is None:
         raise SpecError(f"the checkpoint has no tensor `{name}`", _HINT)
     if header.shape != shape:
@@ -107,8 +128,4 @@ def _check_tensor(name: str, shape: tuple[int, ...], header: TensorHeader | None
             f"`{name}` is {list(header.shape)}, its config says {list(shape)}",
             "`config.json` and the weights must be of one model, as they were published",
         )
-    if header.dtype not in FLOAT_DTYPES:
-        raise SpecError(
-            f"`{name}` is stored as {header.dtype}, which is not planned yet",
-            "use the BF16 checkpoint",
-        )
+    return header

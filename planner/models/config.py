@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tokenspeed_plan.planner.models.config_reader import ConfigReader
 from tokenspeed_plan.planner.models.folder import model_name
 from tokenspeed_plan.planner.models.preset_names import find_preset
+from tokenspeed_plan.planner.models.quantization import Quantization, read_quantization
 from tokenspeed_plan.planner.models.registry import FAMILIES, Family
 from tokenspeed_plan.planner.models.rope import Rope, read_rope
 from tokenspeed_plan.planner.models.stop_tokens import stop_tokens
@@ -98,6 +99,7 @@ class ModelConfig:
         prefix: what the decoder's tensor names begin with.
         has_two_prefixes: whether checkpoints of the family are saved with either prefix.
         plain_norms: norms multiply by `w`, not by `1 + w`.
+        quantization: of the checkpoint; None where it is not quantised.
     """
 
     name: str
@@ -118,6 +120,7 @@ class ModelConfig:
     prefix: str = field(default=WRAPPED_PREFIX)
     has_two_prefixes: bool = False
     plain_norms: bool = False
+    quantization: Quantization | None = None
 
     @property
     def num_layers(self) -> int:
@@ -139,6 +142,7 @@ class ModelConfig:
         reader = ConfigReader(name, config)
         family = _family(reader)
         text, prefix = _text(reader, family)
+        quantization = read_quantization((reader, text))
         _refuse_unsupported(reader, text, family)
         head_dim = text.integer("head_dim")
         rope = read_rope(text, family, head_dim)
@@ -163,6 +167,7 @@ class ModelConfig:
             prefix=prefix,
             has_two_prefixes=family.has_two_prefixes,
             plain_norms=family.has_plain_norms,
+            quantization=quantization,
         )
 
 
@@ -223,11 +228,6 @@ def _refuse_unsupported(reader: ConfigReader, text: ConfigReader, family: Family
 
 def _refuse_anywhere(reader: ConfigReader) -> None:
     """Refuse what is not planned wherever a config says it."""
-    if reader.get("quantization_config") is not None:
-        raise SpecError(
-            f"`{reader.name}` is a quantised checkpoint, which is not planned yet",
-            "use the BF16 checkpoint of the model",
-        )
     for key in _REFUSED:
         if reader.get(key) is not None:
             raise reader.error(f"`{key}` is {reader.shown(key)}, which is not planned")

@@ -5,11 +5,12 @@ Shapes: A key heads of K channels, B value heads of N channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenspeed_plan.planner.graph import Source
 from tokenspeed_plan.planner.layout import Split
-from tokenspeed_plan.planner.models.builder import GraphBuilder
+from tokenspeed_plan.planner.models.builder import GraphBuilder, are_stored_in_fp8
 from tokenspeed_plan.planner.models.config import DeltaNetConfig
 from tokenspeed_plan.plans.ops import RECOMPUTED
 from tokenspeed_plan.plans.types import Attr
@@ -198,13 +199,33 @@ class _Block:
         sources = self.sources.flat_projections()
         if d.packed:
             sources = self.sources.packed_projections()
+        names = [f"{self.name}.{key}" for key in "uzba"]
         name = f"{self.name}.in_proj"
+        # FP8 checkpoints keep the few rows of b and a as they are: a product of their own.
+        projections, gates = (
+            are_stored_in_fp8(self.graph.context, (source.name for source in part))
+            for part in (sources[:-2], sources[-2:])
+        )
+        if projections and not gates:
+            qkv, z = self.product(name, x, sources[:-2], outs[:2], names[:2])
+            b, a = self.product(f"{name}_ba", x, sources[-2:], outs[2:], names[2:])
+        else:
+            qkv, z, b, a = self.product(name, x, sources, outs, names)
+        return _Projected(qkv, z, b, a)
+
+    def product(
+        self,
+        name: str,
+        x: str,
+        sources: tuple[Source, ...],
+        outs: Sequence[tuple[int, Split | None]],
+        names: Sequence[str],
+    ) -> tuple[str, ...]:
+        """One product of the input projection."""
         columns = sum(size for size, _ in outs)
         shape = (columns, self.graph.config.hidden_size)
         weight = self.graph.weight(f"{name}.weight", shape, sources)
-        names = [f"{self.name}.{key}" for key in "uzba"]
-        qkv, z, b, a = self.graph.linear(name, x, weight, outs, names)
-        return _Projected(qkv, z, b, a)
+        return self.graph.linear(name, x, weight, outs, names)
 
     def recompute(
         self, projected: _Projected, weights: tuple[str, ...], states: tuple[str, ...]

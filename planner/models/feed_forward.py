@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenspeed_plan.planner.graph import DimSplits, Source
 from tokenspeed_plan.planner.layout import Split
-from tokenspeed_plan.planner.models.builder import GraphBuilder, Splits
+from tokenspeed_plan.planner.models.builder import GraphBuilder, Splits, are_stored_in_fp8
 from tokenspeed_plan.planner.models.common_blocks import add, norm
 from tokenspeed_plan.planner.models.config import MoeConfig
 
@@ -85,6 +85,7 @@ class _Moe:
         """Ranks hold partial sums; those of routed and shared experts are added up together."""
         routed = self.route(x)
         size = self.config.shared_intermediate_size
+        self.check_formats()
         if routed.shared_gate is None:
             inner = self.experts_up(x, routed)
             return self.experts_down(inner, routed, partial=True)
@@ -100,6 +101,18 @@ class _Moe:
         operands = (shared, y, routed.shared_gate)
         (total,) = self.graph.op(f"{self.name}.moe", "gated_add", operands, partial=True)
         return total
+
+    def check_formats(self) -> None:
+        """Routed and shared experts share kernels, so that both are in FP8 or none.
+
+        Raises:
+            SpecError: they differ.
+        """
+        names = [source.name for source in (*self.up_sources(), *self.down_sources())]
+        if self.config.shared_intermediate_size:
+            for key in ("gate", "up", "down"):
+                names.append(f"{self.source}shared_expert.{key}_proj.weight")
+        are_stored_in_fp8(self.graph.context, names)
 
     def route(self, x: str) -> _Routed:
         """The router's product, whose last column is the shared expert's gate, and its top-k."""
@@ -174,19 +187,22 @@ class _Moe:
         names = [f"{prefix}{{expert}}.{key}_proj.weight" for key in ("gate", "up")]
         return tuple(Source(name, size, (0, 0, 0), size, splits) for name in names)
 
+    def down_sources(self) -> tuple[Source, ...]:
+        """The down projection of each expert; ranks cut its columns."""
+        experts, channels = self.splits
+        inner = self.config.intermediate_size
+        shape = (self.config.num_experts, self.graph.config.hidden_size, inner)
+        prefix = f"{self.source}experts."
+        name = f"{prefix}{{expert}}.down_proj.weight"
+        if self.graph.context.fused_experts(prefix):
+            name = f"{prefix}down_proj"
+        return (Source(name, shape, (0, 0, 0), shape, ((0, experts), (2, channels))),)
+
     def experts_down(self, inner: str, routed: _Routed, partial: bool) -> str:
         graph = self.graph
         name = f"{self.name}.experts_down"
-        experts, channels = self.splits
-        inner_size = self.config.intermediate_size
-        shape = (self.config.num_experts, graph.config.hidden_size, inner_size)
-        prefix = f"{self.source}experts."
-        source = f"{prefix}{{expert}}.down_proj.weight"
-        if graph.context.fused_experts(prefix):
-            source = f"{prefix}down_proj"
-        splits: DimSplits = ((0, experts), (2, channels))
-        part = Source(source, shape, (0, 0, 0), shape, splits)
-        weight = graph.weight(f"{name}.weight", shape, (part,))
+        sources = self.down_sources()
+        weight = graph.weight(f"{name}.weight", sources[0].shape, sources)
         (y,) = graph.op(
             name,
             "experts_down",

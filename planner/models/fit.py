@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from tokenspeed_plan.planner.graph import Weight
 from tokenspeed_plan.planner.models.builder import BuildContext
@@ -13,6 +14,7 @@ from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.models.mtp import MTP_PREFIX
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.fp8_format import STORED_FP8
 from tokenspeed_plan.plans.schema import Capacity
 
 _HEAD = "lm_head.weight"
@@ -47,13 +49,13 @@ def fit_to_tensors(
     if _HEAD in headers:
         # transformers ties nothing where both are there and differ; equal ones are the same tied.
         config = replace(config, tie_word_embeddings=False)
-    target, drafts = _weights(config, fused_experts)
-    check_sources(target, headers)
+    target, drafts = _weights(config, headers, fused_experts)
+    check_sources(target, headers, config.quantization)
     if not config.num_mtp_layers:
         return config
     missing = missing_source(drafts, headers)
     if missing is None:
-        check_sources(drafts, headers)
+        check_sources(drafts, headers, config.quantization)
         return config
     reason = f"the checkpoint has no tensor `{missing}`, which drafts need"
     return replace(config, num_mtp_layers=0, no_drafts_reason=reason)
@@ -85,12 +87,27 @@ def _prefix(config: ModelConfig, headers: Mapping[str, TensorHeader]) -> str:
     )
 
 
+def is_stored_as_fp8(headers: Mapping[str, TensorHeader], name: str) -> bool:
+    """Whether a tensor of the checkpoint is in FP8; of experts, the tensor of the first."""
+    header = headers.get(name.replace("{expert}", "0"))
+    return header is not None and header.dtype == STORED_FP8
+
+
 def _weights(
-    config: ModelConfig, fused_experts: Callable[[str], bool]
+    config: ModelConfig,
+    headers: Mapping[str, TensorHeader],
+    fused_experts: Callable[[str], bool],
 ) -> tuple[dict[str, Weight], dict[str, Weight]]:
     """The weights of the model, and those of its MTP layer."""
     depth = min(config.num_mtp_layers, 1)
-    context = BuildContext(config, "bf16", _SMALL, config.vocab_size, fused_experts)
+    context = BuildContext(
+        config,
+        "bf16",
+        _SMALL,
+        config.vocab_size,
+        fused_experts,
+        is_fp8=partial(is_stored_as_fp8, headers),
+    )
     weights = build(context, "prefill", depth).weights
     target, drafts = {}, {}
     for name, weight in weights.items():

@@ -174,7 +174,11 @@ def _matrix_dtype(op: Op, weights: list[TensorSpec], formats: Formats) -> str:
     if not weights:
         return "bf16"
     stored = formats.experts if op.kind in EXPERTS else formats.matrices
-    return stored.dtype if stored else weights[0].dtype
+    if stored is not None:
+        return stored.dtype
+    if weights[0].format.block and not formats.quantised_products:
+        return "bf16"
+    return weights[0].dtype
 
 
 def busiest_hits(

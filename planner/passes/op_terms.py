@@ -16,11 +16,16 @@ EXPERTS = ("experts_up", "experts_down", "grouped_up", "grouped_down")
 
 @dataclass(frozen=True, slots=True)
 class Formats:
-    """How experts, projections, and keys and values are stored; None for as the graph was built."""
+    """How experts, projections, and keys and values are stored; None for as the graph was built.
+
+    `quantised_products`: the tensor cores multiply block-scaled weights as they are; ours are
+    converted first.
+    """
 
     experts: Format | None = None
     matrices: Format | None = None
     kv: Format | None = None
+    quantised_products: bool = False
 
 
 AS_BUILT = Formats()

@@ -9,12 +9,13 @@ ranks than heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tokenspeed_plan.planner.graph import Op, OpGraph, Source, Stage, Tensor, Weight
 from tokenspeed_plan.planner.layout import Axis, ParallelLayout
-from tokenspeed_plan.plans.types import Dim
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.types import Dim, Format
 
 
 def shard(graph: OpGraph, layout: ParallelLayout) -> OpGraph:
@@ -71,7 +72,31 @@ def _cut_weight(weight: Weight, layout: ParallelLayout) -> Weight:
     spec = weight.spec
     if spec.shape != tuple(shape):
         spec = spec.reshaped(tuple(shape))
+    if spec.format.block:
+        _check_blocks(sources, spec.format)
     return replace(weight, sources=tuple(sources), spec=spec)
+
+
+def _check_blocks(sources: Sequence[Source], stored: Format) -> None:
+    """What a rank takes of a block-scaled tensor, and what stands beside it, is whole blocks.
+
+    Raises:
+        SpecError: a cut goes through a block.
+    """
+    for source in sources:
+        steps = dict(source.ranks)
+        first = len(source.size) - len(stored.block)
+        for dim, block in enumerate(stored.block, first):
+            step = 0
+            if dim in steps:
+                step = steps[dim].step
+            for number in (source.size[dim], source.start[dim], step):
+                if number % block:
+                    raise SpecError(
+                        f"`{source.name}` is cut at {number}, which is not whole blocks of "
+                        f"{block} of {stored}",
+                        "use fewer ways of tensor parallelism, or expert parallelism",
+                    )
 
 
 def _cut_source(source: Source, layout: ParallelLayout) -> Source:

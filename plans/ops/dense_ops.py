@@ -13,6 +13,7 @@ from tokenspeed_plan.plans.ops.op_def import (
     Specs,
     check_norm_kind,
     expect,
+    expect_stored,
     integer,
     like,
     require,
@@ -50,7 +51,8 @@ def _linear(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
         require(0 < size < _MAX_COLUMNS, f"splits {splits!r}")
     x = specs["x"]
     inner = width(specs, "x")
-    expect(specs, "w", sum(splits), inner, dtype=x.dtype)
+    expect(specs, "w", sum(splits), inner)
+    expect_stored(specs, "w", x.dtype)
     outputs = {}
     for index, size in enumerate(splits):
         outputs[f"y{index}"] = like(specs, "x", size)

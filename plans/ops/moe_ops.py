@@ -16,6 +16,7 @@ from tokenspeed_plan.plans.ops.op_def import (
     ShapeError,
     Specs,
     expect,
+    expect_stored,
     integer,
     like,
     require,
@@ -44,6 +45,8 @@ def _expert_matrix(attrs: Attrs, specs: Specs) -> tuple[int, int]:
     require(held == experts, f"`w` holds {held} experts, not {experts}")
     if not isinstance(out, int) or not isinstance(inner, int):
         raise ShapeError(f"`w` is {found}")
+    if specs["w"].format.block:
+        expect_stored(specs, "w", specs["w"].dtype)
     return out, inner
 
 

@@ -124,6 +124,21 @@ def expect(specs: Specs, name: str, *shape: Dim, dtype: DType | None = None) -> 
     return spec
 
 
+def expect_stored(specs: Specs, name: str, dtype: DType) -> None:
+    """The matrix `name` must have this dtype, or blocks of scaled elements.
+
+    Raises:
+        ShapeError: it has another dtype, or a block that is not whole.
+    """
+    spec = specs[name]
+    if not spec.format.block:
+        require(spec.dtype == dtype, f"`{name}` is {spec.dtype} where {dtype} is needed")
+        return
+    for dim, block in zip(spec.shape[-2:], spec.format.block[-2:], strict=True):
+        whole = isinstance(dim, int) and dim % block == 0
+        require(whole, f"`{name}` is {list(spec.shape)}, not whole blocks of {spec.format}")
+
+
 def expect_vectors(specs: Specs, names: Iterable[str], dim: Dim, dtype: DType) -> None:
     """Several operands that must be vectors of this length and dtype.
 

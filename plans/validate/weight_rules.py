@@ -22,7 +22,25 @@ def check_weights(plan: Plan, pool: Pool) -> None:
                 raise refuse(
                     f"a piece of `{weight.name}` from `{piece.source}` does not fit {list(shape)}"
                 )
+            if weight.tensor.format.block:
+                _check_blocks(weight, piece)
         _check_tiling(weight, shape)
+
+
+def _check_blocks(weight: WeightSpec, piece: Piece) -> None:
+    """A piece of a block-scaled weight is whole blocks, and stays so on every rank."""
+    blocks = weight.tensor.format.block
+    first = len(piece.size) - len(blocks)
+    steps = [0] * len(piece.size)
+    for shift in piece.shifts:
+        steps[shift.dim] = shift.by.step
+    for dim, block in enumerate(blocks, first):
+        numbers = (piece.start[dim], piece.size[dim], piece.at[dim], steps[dim])
+        if first < 0 or any(number % block for number in numbers):
+            raise refuse(
+                f"a piece of `{weight.name}` from `{piece.source}` cuts a block of "
+                f"{weight.tensor.format}"
+            )
 
 
 def _check_tiling(weight: WeightSpec, shape: tuple[int, ...]) -> None:

@@ -16,6 +16,7 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
     "fp64": torch.float64,
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
     "i64": torch.int64,
     "i32": torch.int32,
 }

@@ -21,7 +21,10 @@ from tokenspeed_plan.plans.schema import (
     Program,
     Step,
 )
+from tokenspeed_plan.plans.types import TensorSpec
+from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
 from tokenspeed_plan.runtime.execution.collectives import Collectives
+from tokenspeed_plan.runtime.execution.fp8_blocks import dequantise, parts_of
 from tokenspeed_plan.runtime.execution.kernels import Kernels, Launcher
 from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES, Body
@@ -92,6 +95,7 @@ class ReferenceBackend:
         self.rank = rank
         self.collectives = collectives
         self._kernels = {kernel.name: kernel for kernel in plan.kernels}
+        self._dtype = TORCH_DTYPES[plan.model.dtype]
 
     def bind(
         self,
@@ -129,6 +133,7 @@ class ReferenceBackend:
     def bind_kernel(self, kernel: KernelSpec, tensors: tuple[Tensor, ...]) -> list[Instruction]:
         """The instructions of a kernel's parts; `tensors` are in the order of its parameters."""
         params = {param.name: tensor for param, tensor in zip(kernel.tensors, tensors, strict=True)}
+        specs = {param.name: param.tensor for param in kernel.tensors if param.tensor.format.block}
         slots: dict[str, int] = {}
         instructions = []
         for part in kernel.parts:
@@ -139,6 +144,11 @@ class ReferenceBackend:
                 slots.setdefault(name, len(slots))
             outputs = tuple((slots[name], params.get(name)) for name in part.outputs)
             body, attrs = self._body(part.kind), self._attrs(part)
+            scaled = {
+                index: specs[name] for index, name in enumerate(part.operands) if name in specs
+            }
+            if scaled:
+                body = _dequantising(body, scaled, self._dtype)
             instructions.append(Instruction(body, attrs, operands, outputs))
         return instructions
 
@@ -169,6 +179,18 @@ class ReferenceBackend:
             return ()
 
         return body
+
+
+def _dequantising(body: Body, scaled: Mapping[int, TensorSpec], dtype: torch.dtype) -> Body:
+    """A body whose block-scaled operands are made plain tensors of `dtype` before each call."""
+
+    def call(attrs: Mapping[str, Any], *operands: Tensor) -> tuple[Tensor, ...]:
+        plain = list(operands)
+        for index, spec in scaled.items():
+            plain[index] = dequantise(parts_of(operands[index], spec), dtype)
+        return body(attrs, *plain)
+
+    return call
 
 
 class KernelBackend:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.schema import Piece, Plan, WeightSpec
+from tokenspeed_plan.plans.fp8_format import BLOCK, STORED_FP8, STORED_SCALES, scale_name
+from tokenspeed_plan.plans.schema import Piece, Plan, Shift, WeightSpec
 from tokenspeed_plan.plans.weight_files import add_tensors, weight_files
 from tokenspeed_plan.runtime.execution.arenas import Arenas
+from tokenspeed_plan.runtime.execution.fp8_blocks import Scaled, parts_of
 from tokenspeed_plan.runtime.loading.staging import Staging
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
+_FP8 = (STORED_FP8,)
 _HINT = "name the checkpoint that the plan was made for with `--weights DIR`"
 _VECTOR_STD = 0.1  # of random norm weights and biases
+_FP8_STD = 64.0  # of random elements; the largest of a few million stays below 448
 
 Box = tuple[slice, ...]
 
@@ -46,8 +51,8 @@ class Checkpoint:
         if not self._slices:
             raise PlanError(f"there are no weights in `{folder}`", _HINT)
 
-    def find(self, name: str, box: Box) -> Any:
-        """The tensor that contains `box`; indexing it reads the file.
+    def find(self, name: str, box: Box, dtypes: Sequence[str] = _FLOATS) -> Any:
+        """The tensor that contains `box` in one of these dtypes; indexing it reads the file.
 
         Raises:
             PlanError: it is missing, smaller than the box, or of a dtype that cannot be read.
@@ -60,7 +65,7 @@ class Checkpoint:
             used = [part.stop for part in box]
             raise PlanError(f"`{name}` is {list(shape)}, the plan reads up to {used}", _HINT)
         dtype = tensor.get_dtype()
-        if dtype not in _FLOATS:
+        if dtype not in dtypes:
             raise PlanError(f"`{name}` is stored as {dtype}, which this plan cannot read", _HINT)
         return tensor
 
@@ -106,10 +111,11 @@ def load_weights(
         staging = Staging(plan.target.device)
         tensors: dict[str, Tensor] = {}
         for weight in plan.pool.weights:
-            view = _view(weight, arenas)
-            for piece in weight.pieces:
-                _copy(piece, view, checkpoint, rank, staging)
-            tensors[weight.name] = view
+            stored = _view(weight, arenas)
+            for target in _targets(weight, stored):
+                for piece in weight.pieces:
+                    _copy(piece, target, checkpoint, rank, staging)
+            tensors[weight.name] = stored
         staging.finish()
         return arenas, tensors
 
@@ -123,6 +129,10 @@ def random_weights(plan: Plan, arenas: Arenas, seed: int = 0) -> dict[str, Tenso
     tensors: dict[str, Tensor] = {}
     for weight in plan.pool.weights:
         view = _view(weight, arenas)
+        if weight.tensor.format.block:
+            _fill_blocks(parts_of(view, weight.tensor), random)
+            tensors[weight.name] = view
+            continue
         std = _VECTOR_STD
         if view.dim() > 1:
             std = view.shape[-1] ** -0.5
@@ -130,29 +140,93 @@ def random_weights(plan: Plan, arenas: Arenas, seed: int = 0) -> dict[str, Tenso
     return tensors
 
 
+def _fill_blocks(parts: Scaled, random: torch.Generator) -> None:
+    """Normal elements of a few dozen, a matrix at a time; the factors make up for it."""
+    elements = parts.elements
+    for matrix in elements.view(-1, *elements.shape[-2:]):
+        values = torch.empty(matrix.shape, device=matrix.device)
+        matrix.copy_(values.normal_(std=_FP8_STD, generator=random))
+    parts.scales.fill_(elements.shape[-1] ** -0.5 / _FP8_STD)
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where pieces of a checkpoint go: the elements of a weight, or the factors of its blocks.
+
+    Attributes:
+        tensor: that is filled.
+        dtypes: of the checkpoint's tensors.
+        block: elements of a side of a block where it takes factors; else 1.
+    """
+
+    tensor: Tensor
+    dtypes: Sequence[str]
+    block: int = 1
+
+    def piece(self, piece: Piece) -> Piece:
+        """The piece of the tensor that is read, in its own elements."""
+        if self.block == 1:
+            return piece
+        first = len(piece.size) - 2
+        shifts = tuple(_in_blocks(shift, first) for shift in piece.shifts)
+        changes = {
+            "source": scale_name(piece.source),
+            "start": _cut(piece.start, first),
+            "size": _cut(piece.size, first),
+            "at": _cut(piece.at, first),
+            "shifts": shifts,
+        }
+        return piece.model_copy(update=changes)
+
+
+def _cut(numbers: Sequence[int], first: int) -> tuple[int, ...]:
+    """Counts of elements in each dimension as counts of blocks, from dimension `first` on."""
+    cut = [number // BLOCK for number in numbers[first:]]
+    return (*numbers[:first], *cut)
+
+
+def _in_blocks(shift: Shift, first: int) -> Shift:
+    if shift.dim < first:
+        return shift
+    by = shift.by.model_copy(update={"step": shift.by.step // BLOCK})
+    return shift.model_copy(update={"by": by})
+
+
+def _targets(weight: WeightSpec, stored: Tensor) -> list[_Target]:
+    """What of a weight is filled from the checkpoint."""
+    if not weight.tensor.format.block:
+        return [_Target(stored, _FLOATS)]
+    elements, scales = parts_of(stored, weight.tensor)
+    return [_Target(elements, _FP8), _Target(scales, STORED_SCALES, BLOCK)]
+
+
 def _check(weight: WeightSpec, checkpoint: Checkpoint, rank: int) -> None:
-    for piece in weight.pieces:
-        for name, box in _boxes(piece, rank):
-            checkpoint.find(name, box)
+    nothing = torch.empty(weight.tensor.size_bytes(), dtype=torch.float8_e4m3fn, device="meta")
+    for target in _targets(weight, nothing):
+        for piece in weight.pieces:
+            for name, box in _boxes(target.piece(piece), rank):
+                checkpoint.find(name, box, target.dtypes)
 
 
 def _view(weight: WeightSpec, arenas: Arenas) -> Tensor:
-    """The weight's place in the arenas."""
+    """The weight's place in the arenas; one in blocks is a flat run of all its bytes."""
     shape = weight.tensor.bind(0, 0)
+    if weight.tensor.format.block:
+        shape = (weight.tensor.size_bytes(),)
     return arenas.view("weights", weight.offset_bytes, shape, weight.tensor.dtype)
 
 
 def _copy(
-    piece: Piece, weight: Tensor, checkpoint: Checkpoint, rank: int, staging: Staging
+    piece: Piece, target: _Target, checkpoint: Checkpoint, rank: int, staging: Staging
 ) -> None:
     """Copy a piece to its place in the weight; one of experts has a checkpoint tensor for each."""
-    place = _box(piece.at, piece.size)
-    target = weight[place]
-    parts: Sequence[Tensor] = (target,)
+    piece = target.piece(piece)
+    place = target.tensor[_box(piece.at, piece.size)]
+    parts: Sequence[Tensor] = (place,)
     if "{expert}" in piece.source:
-        parts = target.unbind(0)
+        parts = place.unbind(0)
     for (name, box), part in zip(_boxes(piece, rank), parts, strict=True):
-        source = checkpoint.find(name, box)
+        source = checkpoint.find(name, box, target.dtypes)
         staging.copy(part, source[box])
 
 

@@ -91,6 +91,29 @@ FAMILY_CASES = {
         "prefill", (40,), (9,), kind="qwen3_moe", layout=ParallelLayout(2, 1, 2)
     ),
 }
+SEVEN = (0, 1, 15, 16, 17, 100, 300)
+FP8_CASES = {
+    "fp8, one sequence": Case("decode", (1,), (40,), kind="blocks", fp8=True),
+    "fp8, dense, one sequence": Case("decode", (1,), (40,), kind="dense blocks", fp8=True),
+    "fp8, seven sequences": Case("decode", (1,) * 7, SEVEN, kind="blocks", fp8=True),
+    "fp8, prefill": Case("prefill", (1, 70), (5, 0), kind="blocks", fp8=True),
+    "fp8, H200 tiles, one sequence": Case(
+        "decode", (1,), (40,), "bf16", kind="blocks", gpu="H200", fp8=True
+    ),
+    "fp8, H200 tiles, two sequences": Case(
+        "decode", (1,) * 2, (40, 3), "bf16", kind="dense blocks", gpu="H200", fp8=True
+    ),
+    "fp8, H200 tiles, seven sequences": Case(
+        "decode", (1,) * 7, SEVEN, "bf16", kind="blocks", gpu="H200", fp8=True
+    ),
+    "fp8, H200 tiles, prefill": Case(
+        "prefill", (1, 70), (5, 0), "bf16", kind="blocks", gpu="H200", fp8=True
+    ),
+    "fp8, two drafts": Case("decode", (3,), (40,), kind="blocks", depth=2, fp8=True),
+    "fp8, experts of a rank": Case(
+        "decode", (1,) * 2, (0, 9), kind="blocks", layout=ParallelLayout(1, 1, 2), fp8=True
+    ),
+}
 LAST_PAGE = (0, 1, 15, 16, 17, 100, 300, 505)
 DRAFTED = {
     "one sequence, four queries": Case("decode", (4,), (40,), depth=3),
@@ -124,7 +147,7 @@ ALONE = CASES["H200 tiles, one sequence"]
 FORCED = replace(VERIFIED, lengths=(6,) * 30, before=tuple(range(30)), forced=(0.9, 0.9, -1.0, 0.5))
 
 
-ALL_CASES = CASES | FAMILY_CASES | DRAFTED
+ALL_CASES = CASES | FAMILY_CASES | FP8_CASES | DRAFTED
 
 
 def has_more_rows_than_it_needs(kernel: KernelSpec, case: Case) -> bool:
@@ -230,6 +253,8 @@ COLUMNS = Case("decode", (1,), (40,), gpu="H200", kind="few heads")
 PAIRS = DRAFTED["three sequences, two queries"]
 SLOTS = Case("prefill", (1, 5), (0, 3), depth=3, kind="few heads")
 FEW_SEQS = Case("prefill", (2,) * 3, (0, 1, 2), depth=2)
+FP8_ONE, FP8_MANY = FP8_CASES["fp8, one sequence"], FP8_CASES["fp8, prefill"]
+FP8_FEW = Case("decode", (1,) * 3, (5, 64, 0), kind="dense blocks", fp8=True)
 MUTATIONS = [
     (MANY, "rms_norm", "/ H + EPS", "/ H + 0.1"),
     (FEW, "advance", "+ position % PAGE", "+ position % PAGE + 1"),
@@ -360,6 +385,15 @@ MUTATIONS = [
     (SEQS, "linear_add", "m < num_seqs", "m < num_seqs - 1"),
     (FEW_SEQS, "qk_norm_rope_write", "rope_positions + t", "rope_positions"),
     (FEW_SEQS, "attention_gate", "attention_context_lens + s)", "attention_context_lens)"),
+    (FP8_ONE, "norm_linear", "first // BLOCK * (K // BLOCK)", "0"),
+    (FP8_ONE, "norm_linear", "scales + k0 // BLOCK", "scales"),
+    (FP8_ONE, "moe_up", "scales += first // BLOCK", "scales += 0 * first"),
+    (FP8_ONE, "moe_up", "scales + half // BLOCK", "scales + 0 * half"),
+    (FP8_ONE, "moe_down_add", "(factor * share)", "share"),
+    (FP8_FEW, "norm_linear_silu_mul", "scales + N // BLOCK", "scales + 0 * N"),
+    (FP8_MANY, "grouped_up", "tl.load(scales + k0 // BLOCK)", "tl.load(scales)"),
+    (FP8_MANY, "grouped_down", "scales += first // BLOCK", "scales += 0 * first"),
+    (FP8_MANY, "linear_add", "tl.load(scales + k0 // BLOCK)", "tl.load(scales)"),
 ]
 
 

@@ -140,10 +140,6 @@ def test_bad_specs(change: dict[str, Any], says: str, hint: str) -> None:
         ({"model": {"preset": "qwen3.5-8b"}}, "no preset `qwen3.5-8b`"),
         ({"model": {"path": "no/such"}}, "no folder `no/such`"),
         (
-            {"model": {"preset": "qwen3.5-9b", "weights": "fp8"}},
-            "`model.weights: fp8` is not planned yet",
-        ),
-        (
             {"model": {"preset": "qwen3.5-9b", "weights": "nvfp4"}},
             "`model.weights: nvfp4` is not planned yet",
         ),
@@ -164,7 +160,7 @@ def test_what_cannot_be_planned_says_why(change: dict[str, Any], says: str) -> N
 @pytest.mark.parametrize(
     ("model", "gpu", "says"),
     [
-        ({"preset": "qwen3.5-9b", "weights": "fp8"}, "H200", "`model.weights: fp8` is not planned"),
+        ({"preset": "qwen3.5-9b", "weights": "fp8"}, "A100", "no matrix rate for fp8 weights"),
         ({"preset": "qwen3.5-9b", "weights": "nvfp4"}, "B200", "nvfp4` is not planned"),
         ({"preset": "qwen3.5-9b", "weights": "fp32"}, "H200", "fp32` has no kernels that fit H200"),
         ({"preset": "qwen3-0.6b", "weights": "fp32"}, "B200", "fp32` has no kernels that fit B200"),
@@ -293,7 +289,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"vocab_size": (1 << 20) + 1}, "the most is 1048576"),
         ({"attention_bias": True}, "biases are not planned"),
         ({"output_gate_type": "sigmoid"}, "output_gate_type"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method` 'awq', only 'fp8'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size` missing"),
+        ({"quantization_config": 8}, "is 8, not an object"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
         ({"num_hidden_layers": 10**12}, "the most is 256"),
     ],

@@ -28,12 +28,14 @@ from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
+from tokenspeed_plan.plans.fp8_format import BLOCK, FP8, blocks, is_fp8_matrix
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import KernelSpec, Limits, Param
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.runtime.compare import difference
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
+from tokenspeed_plan.runtime.execution.fp8_blocks import dequantise, parts_of, quantise_blocks
 from tokenspeed_plan.runtime.execution.interpreter import interpret
 from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
@@ -52,7 +54,26 @@ FEW_HEADS = {
     "linear_num_value_heads": 2,
     "linear_value_head_dim": 64,
 }
+# Matrices in whole blocks of 128 x 128; three of them in the depth of a product.
+IN_BLOCKS = {
+    "hidden_size": 384,
+    "head_dim": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "mrope_section": [6, 5, 5],
+}
+EXPERTS_IN_BLOCKS = {
+    "moe_intermediate_size": 384,
+    "shared_expert_intermediate_size": 128,
+    "num_experts": 4,
+}
 LAB_KINDS = KINDS | {
+    "blocks": Kind(sizes=IN_BLOCKS | EXPERTS_IN_BLOCKS),
+    "dense blocks": Kind(moe=False, sizes=IN_BLOCKS | {"intermediate_size": 384}),
     "odd": Kind(sizes={"vocab_size": 700, "hidden_size": 64}),  # tokens: no multiple of a block
     "few heads": Kind(moe=False, sizes=FEW_HEADS),  # the smallest delta rule, for broken kernels
 }
@@ -80,6 +101,7 @@ class Case:
     recomputes: bool = False
     two_slots: bool = False  # even without drafts
     max_seq_len: int = 512
+    fp8: bool = False  # its matrices are in blocks of FP8
 
     @property
     def num_tokens(self) -> int:
@@ -124,7 +146,14 @@ def built_graph(case: Case) -> OpGraph:
         num_checkpoints=0,
         kept_inputs=case.kept_inputs,
     )
-    context = BuildContext(config_of(case.kind), case.dtype, limits, 500, lambda prefix: True)
+    context = BuildContext(
+        config_of(case.kind),
+        case.dtype,
+        limits,
+        500,
+        lambda prefix: True,
+        is_fp8=lambda name: case.fp8 and is_fp8_matrix(name),
+    )
     return build(context, case.phase, case.depth)
 
 
@@ -175,6 +204,9 @@ class Inputs:
         made = []
         for param in kernel.tensors:
             shape = param.tensor.bind(self.case.num_tokens, self.case.num_seqs)
+            if param.tensor.format == FP8:
+                made.append(self._in_blocks(shape))
+                continue
             made.append(
                 self._make(kernel, param, shape)
                 .to(TORCH_DTYPES[param.tensor.dtype])
@@ -182,6 +214,14 @@ class Inputs:
                 .contiguous()
             )
         return made
+
+    def _in_blocks(self, shape: tuple[int, ...]) -> Tensor:
+        """A random matrix in FP8 whose blocks have very different factors: a flat run of bytes."""
+        factors = torch.exp(self.normal(*blocks(shape)))
+        large = factors.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)
+        elements, scales = quantise_blocks(self.normal(*shape) * large / math.sqrt(shape[-1]))
+        run = torch.cat((elements.flatten().view(torch.uint8), scales.flatten().view(torch.uint8)))
+        return run.view(torch.float8_e4m3fn)
 
     @property
     def pending(self) -> list[int]:
@@ -338,6 +378,13 @@ def _starts(kernel: KernelSpec, rank: int) -> dict[str, int]:
 def reference(kernel: KernelSpec, tensors: list[Tensor], rank: int = 0) -> None:
     """Run the parts in order, and write the outputs and states among the tensors."""
     values = {param.name: x for param, x in zip(kernel.tensors, tensors, strict=True)}
+    dtype = torch.float32
+    if any(x.dtype == torch.bfloat16 for x in tensors):
+        dtype = torch.bfloat16
+    for param in kernel.tensors:
+        if param.tensor.format == FP8:
+            parts = parts_of(values[param.name], param.tensor)
+            values[param.name] = dequantise(parts, dtype)
     outputs = {param.name for param in kernel.params if param.role == "output"}
     for part in kernel.parts:
         attrs = {**part.attrs, **{name: shift.at(rank) for name, shift in part.rank_attrs.items()}}
