@@ -244,7 +244,8 @@ class _Block:
 
     def convolve(self, qkv: str, weight: str, state: str) -> str:
         taps: dict[str, Attr] = {"kernel_size": self.config.conv_kernel_size}
-        kind, batch = "causal_conv", _BATCH
+        kind = "causal_conv"
+        batch: tuple[str, ...] = _BATCH
         if self.graph.context.limits.in_place:
             kind, batch = "ring_conv", (*_BATCH, "context_lens")
         return self.graph.op(

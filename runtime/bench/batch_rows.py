@@ -133,9 +133,9 @@ def _row(path: Path, number: int, line: str, output_tokens: int) -> Row:
     except (ValueError, RecursionError):
         found = None
     if isinstance(found, dict):
-        lengths = (found.get("prompt_tokens"), found.get("output_tokens", output_tokens))
-        if all(type(length) is int and length >= 1 for length in lengths):
-            return Row(*lengths)
+        prompt, output = found.get("prompt_tokens"), found.get("output_tokens", output_tokens)
+        if type(prompt) is int and type(output) is int and min(prompt, output) >= 1:
+            return Row(prompt, output)
     raise RequestError(f"line {number} of `{path}` is no pair of lengths", LENGTHS_HINT)
 
 

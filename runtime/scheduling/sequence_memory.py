@@ -7,6 +7,11 @@ from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
 from tokenspeed_plan.runtime.cache.prefix_tree import Node, path_to
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
+from tokenspeed_plan.runtime.scheduling.state_turns import (
+    exchange_state_slot,
+    go_on_in_place,
+    part_from_cache,
+)
 
 
 class SequenceMemory:
@@ -144,62 +149,24 @@ class SequenceMemory:
         elif not is_prefill:
             column = count - 1  # a decode step has written a state slot for each token
         if self.limits.in_place:
-            self._go_on_in_place(sequence)
+            go_on_in_place(self.cache, sequence)
             if is_prefill:
                 self._keep_prefix(sequence)
-                self._part_from_cache(sequence)
+                part_from_cache(self.cache, sequence)
             return
-        is_own = self._exchange_state_slot(sequence, column)
+        is_own = exchange_state_slot(self.cache, sequence, column)
         if is_prefill:
             self._keep_prefix(sequence)
         if not is_own:
             sequence.own_slots.insert(column, self.cache.take_state_slot())
             sequence.pages_version += 1
 
-    def _go_on_in_place(self, sequence: Sequence) -> None:
-        """Continue in the state slot that was written: from now on it is also the one to write."""
-        before = sequence.state_slot
-        sequence.state_slot = sequence.own_slots[0]
-        if before not in (0, sequence.state_slot):
-            self.cache.state_slots.drop(before)
-
     def _catch_up(self, sequence: Sequence) -> None:
         """Advance to the end of what was launched: the state before it has been written over."""
         assert sequence.num_ahead <= sequence.num_left, "a state of tokens that are not known"
-        self._go_on_in_place(sequence)
+        go_on_in_place(self.cache, sequence)
         sequence.num_computed += sequence.num_ahead
         sequence.copy_from = None
-
-    def _part_from_cache(self, sequence: Sequence) -> None:
-        """Write another state slot where the cache now holds this one.
-
-        Where there is no other, the cache gives up this checkpoint.
-        """
-        if self.cache.state_slots.holders(sequence.state_slot) == 1:
-            return
-        other = self.cache.take_spare_state_slot()
-        if other is None:
-            self.cache.forget_checkpoint(sequence.state_slot)
-            return
-        sequence.own_slots = [other]
-        sequence.pages_version += 1
-
-    def _exchange_state_slot(self, sequence: Sequence, column: int) -> bool:
-        """Continue from the state slot that was written; the one before it is written next.
-
-        Returns:
-            Whether it was the sequence's own. If others hold it too, or there was none, a slot is
-            missing in its place.
-        """
-        before = sequence.state_slot
-        sequence.state_slot = sequence.own_slots[column]
-        if before and self.cache.state_slots.holders(before) == 1:
-            sequence.own_slots[column] = before
-            return True
-        del sequence.own_slots[column]
-        if before:
-            self.cache.state_slots.drop(before)
-        return False
 
     def _keep_prefix(self, sequence: Sequence) -> None:
         """Cache what a chunk computed.

@@ -348,7 +348,7 @@ def test_a_cost_is_written_without_its_zeros() -> None:
     assert CallCost.model_validate_json(cost.model_dump_json()) == cost
 
 
-def with_slots(plan: Plan, slots: int) -> Plan:
+def with_state_slots(plan: Plan, slots: int) -> Plan:
     """The plan with as many state slots in all, but others for each sequence."""
     limits = plan.pool.limits
     more = (limits.state_slots_per_seq - slots) * limits.max_seqs
@@ -364,11 +364,11 @@ def test_states_are_written_in_place_by_kernels_that_are_made_for_it(
 ) -> None:
     validate(tiny_plan)
     with pytest.raises(PlanError, match=r"its plan has 2 state slots a sequence"):
-        validate(with_slots(tiny_plan, 2))
+        validate(with_state_slots(tiny_plan, 2))
     two = plan_with_two_slots(checkpoint("moe"))
     validate(two)
     with pytest.raises(PlanError, match=r"its plan has 1 state slots a sequence"):
-        validate(with_slots(two, 1))
+        validate(with_state_slots(two, 1))
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -119,7 +119,7 @@ def _flat(namespace: Any, name: Any) -> Any:
 
 def namespaced(asked: Json) -> dict[str, tuple[str, str]]:
     """The namespace and the name of each function that has one, by the name the model knows."""
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for tool in asked.get("tools") or []:
         space = tool.get("name")
         if tool.get("type") == "namespace" and isinstance(space, str):
