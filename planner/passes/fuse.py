@@ -27,6 +27,7 @@ class Fusion:
         independent: the members only share a launch; elsewhere they feed each other.
         gemv_only: it pays only where a product needs no tensor cores: few rows, or few columns.
         pushes: it adds up ranks, which pays in some programs (`planner/passes/reduction.py`).
+        leaves: kinds after its first member that belong to another kernel, which has no other.
     """
 
     kind: str
@@ -35,15 +36,17 @@ class Fusion:
     independent: bool = False
     gemv_only: bool = False
     pushes: bool = False
+    leaves: tuple[str, ...] = ()
 
 
 FEW: tuple[Phase, ...] = ("decode",)  # programs of a few tokens
+DRAFT_INPUT = ("rms_norm", "rms_norm", "concat")  # of the MTP layer
 
 FUSIONS = (
     # A sum over ranks is added to the residual stream, which is then normed. With few tokens each
     # rank pushes its part to all peers at once; many would cross the links once for each pair.
     Fusion("reduce_add_norm", ("all_reduce", "add", "rms_norm"), FEW, pushes=True),
-    Fusion("reduce_norm", ("all_reduce", "rms_norm"), FEW, pushes=True),
+    Fusion("reduce_norm", ("all_reduce", "rms_norm"), FEW, pushes=True, leaves=DRAFT_INPUT),
     Fusion("reduce", ("all_reduce",), FEW, independent=True, pushes=True),
     # Products include the norm before them and the operators after them. On the tensor cores the
     # norm is a launch of its own, so that operands go straight to them: on an H200, four rows times
@@ -87,7 +90,7 @@ FUSIONS = (
     # Drafts: the input of the MTP layer, the one row of each sequence that continues, and the
     # positions and slots of the next draft.
     Fusion("embed_norm_concat", ("embed", "rms_norm", "rms_norm", "concat")),
-    Fusion("norm_concat", ("rms_norm", "rms_norm", "concat")),
+    Fusion("norm_concat", DRAFT_INPUT),
     Fusion("select_rows", ("select_row",) * 3, independent=True),
     Fusion("last_rows", ("last_token",) * 3, independent=True),
     Fusion("draft_then_place", ("draft", "draft_place"), independent=True),
@@ -158,7 +161,7 @@ class _Fuser:
         end = index + len(fusion.run)
         run = self.order[index:end]
         kinds = [op.kind for op in run]
-        if kinds != list(fusion.run):
+        if kinds != list(fusion.run) or self._is_left(index, fusion):
             return False
         if fusion.gemv_only:
             products = [op for op in run if op.kind == "linear"]
@@ -167,6 +170,11 @@ class _Fuser:
         if fusion.independent:
             return True
         return all(_is_connected(op, run) for op in run)
+
+    def _is_left(self, index: int, fusion: Fusion) -> bool:
+        """Whether what follows belongs to another kernel."""
+        after = self.order[index + 1 : index + 1 + len(fusion.leaves)]
+        return bool(fusion.leaves) and fusion.leaves == tuple(op.kind for op in after)
 
     def _is_gemv(self, product: Op) -> bool:
         """Whether a product has few rows or few columns."""

@@ -117,7 +117,7 @@ __all__ = [
     "shared_bytes",
 ]
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 
 class Shard(Frozen):

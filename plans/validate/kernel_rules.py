@@ -108,7 +108,7 @@ def _check_in_place(kernel: KernelSpec, limits: Limits) -> None:
             raise refuse(f"kernel `{kernel.name}` shifts its inputs, {slots}")
         if part.kind == "ring_conv" and not limits.in_place:
             raise refuse(f"kernel `{kernel.name}` has a ring of inputs, {slots}")
-        if part.kind == "advance" and bool(part.attrs.get("in_place")) != limits.in_place:
+        if part.kind == "advance" and part.attrs.get("in_place", False) is not limits.in_place:
             raise refuse(f"kernel `{kernel.name}` exchanges other state slots, {slots}")
 
 

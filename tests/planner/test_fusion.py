@@ -175,4 +175,5 @@ def test_every_rewrite_pays_by_the_cost_model(gpu: str, phase: Phase, depth: int
         separate_us = sum(
             op_time(expanded, unfused[member.name], load, hardware).total_us for member in op.parts
         )
-        assert not op.parts or op_time(expanded, op, load, hardware).total_us < separate_us, op.name
+        if len(op.parts) > 1:  # a sum over ranks alone is no rewrite: see `test_reduction`
+            assert op_time(expanded, op, load, hardware).total_us < separate_us, op.name

@@ -103,3 +103,20 @@ def test_wide_rows_run_alone_on_a_multiprocessor() -> None:
     for hidden, most in ((4096, 256), (8192, 132)):
         found = largest_reduction(one_sum(2, hidden), H200, 1, 1)
         assert found is not None and found.most_rows == most
+
+
+@pytest.mark.parametrize("experts", [{"tp": 2}, {"ep": 2}])
+def test_every_step_of_ranks_that_draft_has_a_kernel(
+    experts: dict[str, int], checkpoint: Any
+) -> None:
+    """A GPU replays nothing else: no operator may be left over beside a fused one."""
+    spec = make_spec(
+        checkpoint("moe"),
+        model={"weights": "bf16"},
+        target={"gpu": "H200", "count": 2},
+        parallelism={"attention": {"tp": 2}, "moe": experts},
+        speculation={"depth": 2},
+    )
+    plan = compile_plan(spec, find_model(spec))
+    assert plan.pool.limits.max_depth == 2
+    assert [kernel.name for kernel in plan.kernels if kernel.launch is None] == []

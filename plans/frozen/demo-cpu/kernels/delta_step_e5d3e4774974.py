@@ -1,6 +1,6 @@
 """delta_step
 
-causal_conv: y[t] = silu(sum_j w[j] x[t - K + 1 + j])
+ring_conv: y[t] = silu(sum_j w[j] x[t - K + 1 + j]); conv_state[p % K] = x at position p
 qk_l2_norm: q = q / |q| / sqrt(key_dim); k = k / |k|; v = v
 delta_gates: beta = sigmoid(b); log_decay = -exp(a_log) softplus(a + dt_bias)
 delta_rule: g = log_decay; S = e^g S; S += k (beta (v - S^T k))^T; y = S^T q
@@ -25,15 +25,15 @@ def _window(
     state_ptr,
     src,
     c,
+    position,
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_TAPS: tl.constexpr,
 ):
     """The last inputs of the convolution for the channels `c`, and its weights: [BLOCK_TAPS, c]."""
     t = tl.arange(0, BLOCK_TAPS)[:, None]
-    old = tl.load(
-        state_ptr + (src * (TAPS - 1) + t) * CHANNELS + c[None, :], mask=t < TAPS - 1, other=0.0
-    )
+    entry = src * TAPS + (position + 1 + t) % TAPS
+    old = tl.load(state_ptr + entry * CHANNELS + c[None, :], mask=t < TAPS - 1, other=0.0)
     return old, tl.load(w_ptr + c[None, :] * TAPS + t, mask=t < TAPS, other=0.0).to(tl.float32)
 
 
@@ -55,32 +55,39 @@ def _conv(x, w):
 
 @triton.jit
 def _keep(
-    x, state_ptr, dst, c, CHANNELS: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr
+    x,
+    state_ptr,
+    src,
+    dst,
+    c,
+    position,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_TAPS: tl.constexpr,
 ):
-    """Write the window without its oldest input, for the next step."""
+    """Write the newest input; where the slot is another than was read, those before it, too."""
     t = tl.arange(0, BLOCK_TAPS)[:, None]
-    tl.store(
-        state_ptr + (dst * (TAPS - 1) + t - 1) * CHANNELS + c[None, :],
-        x,
-        mask=(t > 0) & (t < TAPS),
-    )
+    entry = dst * TAPS + (position + 1 + t) % TAPS
+    is_new = (t == TAPS - 1) | ((src != dst) & (t > 0) & (t < TAPS))
+    tl.store(state_ptr + entry * CHANNELS + c[None, :], x, mask=is_new)
 
 
 @triton.jit
 def delta_step(
-    causal_conv_x,  # input, fp32 [num_tokens, 512]
-    causal_conv_cu_seqlens,  # input, i32 [num_seqs+1]
-    causal_conv_src_state_slots,  # input, i32 [num_seqs]
-    causal_conv_dst_state_slots,  # input, i32 [num_seqs]
+    ring_conv_x,  # input, fp32 [num_tokens, 512]
+    ring_conv_cu_seqlens,  # input, i32 [num_seqs+1]
+    ring_conv_src_state_slots,  # input, i32 [num_seqs]
+    ring_conv_dst_state_slots,  # input, i32 [num_seqs]
+    ring_conv_context_lens,  # input, i32 [num_seqs]
     delta_gates_b,  # input, fp32 [num_tokens, 8]
     delta_gates_a,  # input, fp32 [num_tokens, 8]
     gated_norm_z,  # input, fp32 [num_tokens, 256]
-    causal_conv_w,  # weight, fp32 [512, 1, 4]
+    ring_conv_w,  # weight, fp32 [512, 1, 4]
     delta_gates_a_log,  # weight, fp32 [8]
     delta_gates_dt_bias,  # weight, fp32 [8]
     gated_norm_w,  # weight, fp32 [32]
-    causal_conv_conv_state,  # state, fp32 [98, 3, 512]
-    delta_rule_ssm_state,  # state, fp32 [98, 8, 32, 32]
+    ring_conv_conv_state,  # state, fp32 [36, 4, 512]
+    delta_rule_ssm_state,  # state, fp32 [36, 8, 32, 32]
     gated_norm_y,  # output, fp32 [num_tokens, 256]
     num_tokens,  # i32
     num_seqs,  # i32
@@ -103,18 +110,19 @@ def delta_step(
     i = tl.arange(0, DK)
     j = column * BLOCK_V + tl.arange(0, BLOCK_V)
     state_offsets = i[:, None] * DV + j[None, :]
-    src = tl.load(causal_conv_src_state_slots + s).to(tl.int64)
-    dst = tl.load(causal_conv_dst_state_slots + s).to(tl.int64)
+    src = tl.load(ring_conv_src_state_slots + s).to(tl.int64)
+    dst = tl.load(ring_conv_dst_state_slots + s).to(tl.int64)
+    position = tl.load(ring_conv_context_lens + s) - 1
     state = tl.load(delta_rule_ssm_state + (src * B + head) * DK * DV + state_offsets)
     q_c, k_c, v_c = key_head * DK + i, (A + key_head) * DK + i, 2 * A * DK + head * DV + j
     q_old, q_w = _window(
-        causal_conv_w, causal_conv_conv_state, src, q_c, CHANNELS, TAPS, BLOCK_TAPS
+        ring_conv_w, ring_conv_conv_state, src, q_c, position, CHANNELS, TAPS, BLOCK_TAPS
     )
     k_old, k_w = _window(
-        causal_conv_w, causal_conv_conv_state, src, k_c, CHANNELS, TAPS, BLOCK_TAPS
+        ring_conv_w, ring_conv_conv_state, src, k_c, position, CHANNELS, TAPS, BLOCK_TAPS
     )
     v_old, v_w = _window(
-        causal_conv_w, causal_conv_conv_state, src, v_c, CHANNELS, TAPS, BLOCK_TAPS
+        ring_conv_w, ring_conv_conv_state, src, v_c, position, CHANNELS, TAPS, BLOCK_TAPS
     )
     rate = -tl.exp(tl.load(delta_gates_a_log + head))
     bias = tl.load(delta_gates_dt_bias + head)
@@ -123,9 +131,9 @@ def delta_step(
     a = tl.load(delta_gates_a + s * B + head).to(tl.float32)
     row = (s * B + head) * DV
     z = tl.load(gated_norm_z + row + tl.arange(0, DV)).to(tl.float32)
-    q_in = _with_newest(causal_conv_x, q_old, s, q_c, CHANNELS, TAPS, BLOCK_TAPS)
-    k_in = _with_newest(causal_conv_x, k_old, s, k_c, CHANNELS, TAPS, BLOCK_TAPS)
-    v_in = _with_newest(causal_conv_x, v_old, s, v_c, CHANNELS, TAPS, BLOCK_TAPS)
+    q_in = _with_newest(ring_conv_x, q_old, s, q_c, CHANNELS, TAPS, BLOCK_TAPS)
+    k_in = _with_newest(ring_conv_x, k_old, s, k_c, CHANNELS, TAPS, BLOCK_TAPS)
+    v_in = _with_newest(ring_conv_x, v_old, s, v_c, CHANNELS, TAPS, BLOCK_TAPS)
     q, k, v = _conv(q_in, q_w), _conv(k_in, k_w), _conv(v_in, v_w)
     q *= tl.rsqrt(tl.sum(q * q, 0) + L2_EPS) * SCALE
     k *= tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
@@ -140,10 +148,16 @@ def delta_step(
     # Of the programs that share a key head, one keeps its inputs.
     leads = (head % GROUP == 0) & (column == 0)
     tl.store(dst_state + state_offsets, state)
-    _keep(v_in, causal_conv_conv_state, dst, v_c, CHANNELS, TAPS, BLOCK_TAPS)
+    _keep(
+        v_in, ring_conv_conv_state, src, dst, v_c, position, CHANNELS, TAPS, BLOCK_TAPS
+    )
     if leads:
-        _keep(q_in, causal_conv_conv_state, dst, q_c, CHANNELS, TAPS, BLOCK_TAPS)
-        _keep(k_in, causal_conv_conv_state, dst, k_c, CHANNELS, TAPS, BLOCK_TAPS)
+        _keep(
+            q_in, ring_conv_conv_state, src, dst, q_c, position, CHANNELS, TAPS, BLOCK_TAPS
+        )
+        _keep(
+            k_in, ring_conv_conv_state, src, dst, k_c, position, CHANNELS, TAPS, BLOCK_TAPS
+        )
     y = part
     y *= tl.rsqrt(tl.sum(y * y, 0) / DV + EPS) * scale * z * tl.sigmoid(z)
     tl.store(gated_norm_y + row + tl.arange(0, DV), y)

@@ -3,6 +3,7 @@
 rms_norm: y = x / sqrt(mean(x^2) + eps) * (1 + w)
 Source: RMSNorm (arXiv:1910.07467) of the residual stream
 
+
 Grid: (token). One program normalises one token.
 H hidden size, BLOCK_H the same as a power of two; `n` counts dimensions.
 """

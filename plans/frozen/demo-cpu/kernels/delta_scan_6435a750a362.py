@@ -24,7 +24,7 @@ def delta_scan(
     cu_seqlens,  # input, i32 [num_seqs+1]
     src_state_slots,  # input, i32 [num_seqs]
     dst_state_slots,  # input, i32 [num_seqs]
-    ssm_state,  # state, fp32 [98, 8, 32, 32]
+    ssm_state,  # state, fp32 [36, 8, 32, 32]
     y,  # output, fp32 [num_tokens, 256]
     num_tokens,  # i32
     num_seqs,  # i32

@@ -62,6 +62,7 @@ def linear_silu_mul(
             other=0.0,
         )
         acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision=PRECISION)
+
         up_tile = tl.load(
             weight + N * K + n[:, None] * K + k[None, :],
             mask=n_ok[:, None],

@@ -26,7 +26,7 @@ def advance(
     num_tokens,  # i32
     num_seqs,  # i32
 ):
-    BLOCK: tl.constexpr = 2
+    BLOCK: tl.constexpr = 1
     PAGE: tl.constexpr = 16
     PAGES: tl.constexpr = 80
 
@@ -45,7 +45,6 @@ def advance(
         page_table + s * PAGES + tl.minimum(position // PAGE, PAGES - 1), mask=ok, other=0
     )
     tl.store(src_state_slots + s, dst, mask=ok)
-    tl.store(dst_ptr, src, mask=ok)
     tl.store(token_ids + s, token, mask=ok)
     tl.store(context_lens + s, length, mask=ok)
     tl.store(rng_offset + s, drawn, mask=ok)
