@@ -72,18 +72,23 @@ def fill(views: Views, batch: Batch, limits: Limits) -> None:
         if view is not None:
             count = len(value)
             view[:count] = value.reshape(view[:count].shape)
-            view[count:] = pads[name]
+            if name in TOKEN_INPUTS:
+                view[count:].reshape(-1, batch.program.query_len)[...] = pads[name]
+            else:
+                view[count:] = pads[name]
 
 
-def pad_values(limits: Limits, query_len: int) -> dict[str, float]:
+def pad_values(limits: Limits, query_len: int) -> dict[str, float | np.ndarray]:
     """The inputs of a sequence that is padding, with as few tokens as the program takes.
 
-    It reads state slot 0, which is zero, and writes the padding slot and the padding page.
+    It reads state slot 0, which is zero, and writes the padding slot and the padding page. Its
+    tokens have places of their own there: what a step leaves is the same each time.
     """
+    place_R = np.arange(query_len)
     return {
         "token_ids": 0,
-        "positions": 0,
-        "slot_mapping": limits.pad_page * limits.page_size,
+        "positions": place_R,
+        "slot_mapping": limits.pad_page * limits.page_size + place_R,
         "context_lens": query_len,
         "state_lens": 0,
         "following": -1,

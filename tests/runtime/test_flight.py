@@ -343,3 +343,21 @@ def test_one_block_is_not_written_while_it_is_read(tiny_plan: Plan) -> None:
     for _ in range(7):
         writer.write(walk.next())
     assert waited == [1, 2, 0, 1, 2, 0, 1][: len(waited)] and len(waited) >= 4
+
+
+def test_tokens_of_padding_have_places_of_their_own(checkpoint: Any) -> None:
+    """Else the last one to write would win, and a step and its reference would differ."""
+    plan = captured(plan_of(checkpoint("moe"), 3, "recompute"))
+    program = max(
+        (each for each in plan.pool.programs if each.phase == "decode"),
+        key=lambda each: each.max_seqs * each.depth,
+    )
+    memory = PlanMemory(plan, Arenas(plan.pool.arenas), {})
+    size = (program.max_tokens, program.max_seqs)
+    write_inputs(
+        Batch.of(program, [], []), lambda name: memory.buffer(name, *size), plan.pool.limits
+    )
+    places = memory.buffer("slot_mapping", *size).reshape(program.max_seqs, program.query_len)
+    assert program.query_len == 4 and program.max_seqs > 1
+    assert all(len(set(row)) == 4 for row in places.tolist())
+    assert len(set(map(tuple, places.tolist()))) == 1
