@@ -33,7 +33,7 @@ from tokenspeed_plan.planner.passes.limits import Holding, decode_buckets
 from tokenspeed_plan.planner.spec import Spec, load_spec
 from tokenspeed_plan.planner.token_lengths import Lengths, rows_of
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.schema import Decision, Plan
+from tokenspeed_plan.plans.schema import Decision, Plan, Program
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 
 ROWS = {"kind": "batch", "first_turn_tokens": 1024, "output_tokens": 256}
@@ -66,27 +66,32 @@ class OneEach:
         self.contexts: list[tuple[int, float]] = []
 
 
+class CountingExecutor(SymbolicExecutor):
+    """Counts prefill steps, and decode steps by their sequences."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.prefills, self.decodes = 0, Counter[int]()
+
+    def run(self, program: Program, num_tokens: int, num_seqs: int, change: Any = None) -> None:
+        if program.phase == "prefill":
+            self.prefills += 1
+        else:
+            self.decodes[num_seqs] += 1
+        super().run(program, num_tokens, num_seqs, change)
+
+
 def steps_of(plan: Plan, rows: list[tuple[int, int]]) -> tuple[int, Counter[int]]:
     """Prefill steps, and decode steps by their sequences, of an engine that answers rows."""
-    executor = SymbolicExecutor(plan)
+    executor = CountingExecutor(plan)
     engine = Engine(plan, executor, cache=False)  # type: ignore[arg-type]
     for index, (prompt, output) in enumerate(rows):
         ids = tuple((index * 7 + place * 3) % 90 for place in range(prompt))
         params = SamplingParams(max_tokens=output, ignore_eos=True)
         engine.add(Request(str(index), ids, params))
-    prefills, decodes = 0, Counter[int]()
     while engine.num_unfinished:
-        batch = engine.scheduler.schedule  # seen through a wrapper, once a step
-        seen: list[Any] = []
-        engine.scheduler.schedule = lambda call=batch, seen=seen: seen.append(call()) or seen[-1]  # type: ignore[method-assign]
         engine.step()
-        engine.scheduler.schedule = batch  # type: ignore[method-assign]
-        for made in seen:
-            if made is not None and made.program.phase == "prefill":
-                prefills += 1
-            elif made is not None:
-                decodes[len(made.sequences)] += 1
-    return prefills, decodes
+    return executor.prefills, executor.decodes
 
 
 @pytest.mark.parametrize(("chunk", "gathered"), [(64, 0), (200, 0), (200, 130)])

@@ -32,9 +32,9 @@ class LateExecutor(SymbolicExecutor):
         super().__init__(plan)
         self.launched: list[tuple[str, int]] = []  # phase, and steps in flight before it
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
+    def run(self, program: Program, num_tokens: int, num_seqs: int, change: object = None) -> None:
         self.launched.append((program.phase, len(self.host_outputs)))
-        super().run(program, num_tokens, num_seqs)
+        super().run(program, num_tokens, num_seqs, change)
 
 
 def engine_of(plan: Plan, ahead: bool = True, **limits: int) -> Engine:
@@ -279,8 +279,8 @@ class Spoilt(LateExecutor):
 
     victim, since, value = 0, 9, float("nan")
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
-        super().run(program, num_tokens, num_seqs)
+    def run(self, program: Program, num_tokens: int, num_seqs: int, change: object = None) -> None:
+        super().run(program, num_tokens, num_seqs, change)
         logits = self.buffer("logits", num_tokens, num_seqs)
         logits.zero_()
         if program.phase == "decode" and self.num_runs >= self.since:
