@@ -109,7 +109,7 @@ def test_published_sizes_can_be_planned(name: str) -> None:
         ("qwen3", {"per_layer_config": {"0": {}}}, "per_layer_config"),
         ("qwen3", {"transformers_weights": "x.safetensors"}, "transformers_weights"),
         ("qwen3", {"torch_dtype": "float8_e4m3fn"}, "torch_dtype"),
-        ("qwen3", {"quantization_config": {}}, "quantised"),
+        ("qwen3", {"quantization_config": {}}, "quant_method"),
         ("qwen3", {"num_key_value_heads": None}, "num_key_value_heads"),
         ("qwen3_moe", {"num_local_experts": 4}, "`num_experts` is 8 and `num_local_experts` is 4"),
         ("qwen3", {"model_type": "qwen2"}, "qwen2"),

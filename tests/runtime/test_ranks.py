@@ -48,7 +48,14 @@ LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THR
 
 PROMPTS = [[5, 6, 7, 8] * 20, [9], list(range(40, 110))]
 COUNTS = [9, 9, 9]  # one of prefill, eight of decode
-LONG = {"first_turn_tokens": 96, "output_tokens": 16, "concurrency": 4}
+LONG = {  # of an agent: rows of a batch would share one chunk
+    "kind": "agentic",
+    "first_turn_tokens": 96,
+    "turns": 1,
+    "turn_tokens": 1,
+    "output_tokens": 16,
+    "concurrency": 4,
+}
 SMALL = {
     "first_turn_tokens": 8,
     "output_tokens": 8,
