@@ -112,7 +112,7 @@ class SequenceMemory:
         the next one: it writes next what it reads now, so that nobody else may hold that. Notes up
         to which length the answer stays yes.
         """
-        owns_state = self.cache.state_slots.holders(sequence.state_slot) == 1
+        owns_state = self._turns_own_slots(sequence)
         is_last = len(sequence.token_ids) + 2 > sequence.max_len
         if sequence.num_ahead and (is_last or not owns_state):
             return False
@@ -124,16 +124,21 @@ class SequenceMemory:
         return True
 
     def is_simple(self, sequence: Sequence) -> bool:
-        """Whether a step without drafts changes nothing of its memory but the turn of its slots.
-
-        Where states are written in place it turns the one slot that it has.
-        """
-        parts = self.limits.in_place and sequence.own_slots != [sequence.state_slot]
+        """Whether a step without drafts changes nothing of its memory but the turn of its slots."""
         return (
             sequence.copy_from is None
-            and self.cache.state_slots.holders(sequence.state_slot) == 1
-            and not (self.limits.kept_inputs or parts)
+            and not self.limits.kept_inputs
+            and self._turns_own_slots(sequence)
         )
+
+    def _turns_own_slots(self, sequence: Sequence) -> bool:
+        """Whether host and device turn its slots alike: it alone holds the one that it reads.
+
+        Where states are written in place, that is also the one that it writes.
+        """
+        if self.limits.in_place and sequence.own_slots != [sequence.state_slot]:
+            return False
+        return self.cache.state_slots.holders(sequence.state_slot) == 1
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """Note that `count` more tokens are computed."""

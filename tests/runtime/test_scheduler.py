@@ -254,6 +254,33 @@ def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, tiny_plan: Plan) -
     check_all_is_given_back(engine.scheduler.cache)
 
 
+@pytest.mark.parametrize("most", [5, 6])
+def test_a_checkpoint_that_goes_before_the_first_token_leaves_the_state_right(
+    most: int, tiny_plan: Plan
+) -> None:
+    """The sequence has parted from it, and holds two slots of a plan that writes in place."""
+    plan = captured(small(tiny_plan, num_checkpoints=4))
+    assert plan.pool.limits.in_place
+    engine = engine_of(plan)
+    engine.add(request_of("0", tuple(range(9)), most))
+    (sequence,) = engine.scheduler.waiting
+    while sequence.state != "decoding":
+        engine.step()
+    assert sequence.own_slots != [sequence.state_slot]
+    cache, executor = engine.scheduler.cache, engine.executor
+    cache.forget_checkpoint(sequence.state_slot)
+    assert not engine.scheduler.is_simple(sequence)
+    sequence.is_plain = True  # as of one that was preempted and has come back
+    while engine.num_unfinished:
+        engine.step()
+    assert isinstance(executor, SymbolicExecutor)
+    known, values = sequence.token_ids, [0]
+    for token in known:
+        values.append(after(values[-1], token))
+    states = [executor.state[node.state_slot] for node in cache.checkpoints]
+    assert states and set(states) <= set(values[len(known) - 1 :])
+
+
 def steps_until(engine: Engine, name: str, flood: Iterator[Request]) -> int:
     """Steps until a request ends, while one more of the flood comes in each."""
     for count in range(1, 10_000):
