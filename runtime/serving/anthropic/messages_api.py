@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from tokenspeed_plan.runtime.serving.openai.bodies import UNSUPPORTED, InvalidRequestError
+from tokenspeed_plan.runtime.serving.openai.bodies import invalid, unsupported
 
 Json = dict[str, Any]
 
@@ -35,7 +35,7 @@ def chat_of_message(asked: Json, drops_billing: bool = False) -> Json:
     for name, values in _NOTHING.items():
         value = chat.pop(name, None)
         if value is not None and value not in values:
-            raise _unsupported(name, "leave it out")
+            raise unsupported(name, "leave it out")
     chat["messages"] = _messages(chat.pop("system", None), chat.get("messages"), drops_billing)
     if "stop_sequences" in chat:
         chat["stop"] = chat.pop("stop_sequences")
@@ -49,23 +49,15 @@ def chat_of_message(asked: Json, drops_billing: bool = False) -> Json:
     return chat
 
 
-def _unsupported(name: str, why: str) -> InvalidRequestError:
-    return InvalidRequestError(f"`{name}` is not supported: {why}", name, UNSUPPORTED)
-
-
-def _invalid(name: str, why: str) -> InvalidRequestError:
-    return InvalidRequestError(f"`{name}`: {why}", name, "invalid_value")
-
-
 def _tools(asked: Any) -> list[Json]:
     if not isinstance(asked, list) or not all(isinstance(tool, dict) for tool in asked):
-        raise _invalid("tools", "input should be a list of tools")
+        raise invalid("tools", "input should be a list of tools")
     return [_tool(number, tool) for number, tool in enumerate(asked)]
 
 
 def _tool(number: int, tool: Json) -> Json:
     if tool.get("type") not in _TOOL_KINDS:
-        raise _unsupported(f"tools[{number}].type", "tools of Anthropic's own are not run here")
+        raise unsupported(f"tools[{number}].type", "tools of Anthropic's own are not run here")
     function = {"name": tool.get("name")}
     if tool.get("description") is not None:
         function["description"] = tool["description"]
@@ -79,7 +71,7 @@ def _choice(asked: Any) -> Json:
         return {}
     kind = asked.get("type") if isinstance(asked, dict) else None
     if not isinstance(kind, str):
-        raise _invalid("tool_choice", "input should be an object with a `type`")
+        raise invalid("tool_choice", "input should be an object with a `type`")
     found: Json = {"tool_choice": _CHOICES.get(kind, asked)}
     if asked.get("disable_parallel_tool_use"):
         found["parallel_tool_calls"] = False
@@ -91,7 +83,7 @@ def _thinking(asked: Any, config: Any) -> Json:
     found: Json = {}
     if isinstance(config, dict):
         if config.get("format") is not None:
-            raise _unsupported(
+            raise unsupported(
                 "output_config.format", "nothing here can force the form of an answer"
             )
         if config.get("effort") is not None:
@@ -100,7 +92,7 @@ def _thinking(asked: Any, config: Any) -> Json:
         return found
     kind = asked.get("type") if isinstance(asked, dict) else None
     if kind not in ("enabled", "disabled", "adaptive"):
-        raise _invalid("thinking", "`type` should be enabled, disabled or adaptive")
+        raise invalid("thinking", "`type` should be enabled, disabled or adaptive")
     return found | {"chat_template_kwargs": {"enable_thinking": kind != "disabled"}}
 
 
@@ -112,11 +104,11 @@ def _messages(system: Any, asked: Any, drops_billing: bool) -> list[Json]:
             texts = [text for text in texts if not text.startswith(BILLING)]
         messages.append({"role": "system", "content": "\n".join(texts)})
     if not isinstance(asked, list) or not asked:
-        raise _invalid("messages", "input should be a list with at least one message")
+        raise invalid("messages", "input should be a list with at least one message")
     for number, message in enumerate(asked):
         place = f"messages[{number}]"
         if not isinstance(message, dict):
-            raise _invalid(place, "a message is an object")
+            raise invalid(place, "a message is an object")
         messages += _turn(place, message)
     return messages
 
@@ -126,15 +118,15 @@ def _texts(place: str, content: Any) -> list[str]:
     if isinstance(content, str):
         return [content]
     if not isinstance(content, list):
-        raise _invalid(place, "a content is a string or a list of blocks")
+        raise invalid(place, "a content is a string or a list of blocks")
     return [_text(f"{place}[{number}]", block) for number, block in enumerate(content)]
 
 
 def _text(place: str, block: Any) -> str:
     if not isinstance(block, dict) or block.get("type") != "text":
-        raise _unsupported(place, "only blocks of type `text` are supported here")
+        raise unsupported(place, "only blocks of type `text` are supported here")
     if not isinstance(block.get("text"), str):
-        raise _invalid(place, "a block of type `text` has a `text`")
+        raise invalid(place, "a block of type `text` has a `text`")
     return str(block["text"])
 
 

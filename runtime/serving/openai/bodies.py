@@ -86,6 +86,16 @@ class InvalidRequestError(ValueError):
         self.code = code
 
 
+def unsupported(name: str, why: str) -> InvalidRequestError:
+    """The error of a field, or of a value of one, that is not served."""
+    return InvalidRequestError(f"`{name}` is not supported: {why}", name, UNSUPPORTED)
+
+
+def invalid(name: str, why: str) -> InvalidRequestError:
+    """The error of a field whose value means nothing."""
+    return InvalidRequestError(f"`{name}`: {why}", name, "invalid_value")
+
+
 class StrictModel(BaseModel):
     """A pydantic model that refuses unknown fields and converts no types."""
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from tokenspeed_plan.runtime.serving.openai.bodies import UNSUPPORTED, InvalidRequestError
+from tokenspeed_plan.runtime.serving.openai.bodies import invalid, unsupported
 
 Json = dict[str, Any]
 
@@ -37,10 +37,10 @@ def chat_of_response(asked: Json) -> Json:
     chat = dict(asked)
     for name in _STATE:
         if chat.pop(name, None) is not None:
-            raise _unsupported(name, "nothing is kept between requests: send all items in `input`")
+            raise unsupported(name, "nothing is kept between requests: send all items in `input`")
     for name, values in _NO_OPS.items():
         if chat.pop(name, values[0]) not in values:
-            raise _unsupported(name, _WHY.get(name, "leave it out"))
+            raise unsupported(name, _WHY.get(name, "leave it out"))
     for name in _DROPPED:
         chat.pop(name, None)
     chat["messages"] = _messages(chat.pop("instructions", None), chat.pop("input", None))
@@ -55,20 +55,12 @@ def chat_of_response(asked: Json) -> Json:
     return chat
 
 
-def _unsupported(name: str, why: str) -> InvalidRequestError:
-    return InvalidRequestError(f"`{name}` is not supported: {why}", name, UNSUPPORTED)
-
-
-def _invalid(name: str, why: str) -> InvalidRequestError:
-    return InvalidRequestError(f"`{name}`: {why}", name, "invalid_value")
-
-
 def _reasoning(asked: Any) -> Json:
     """How much to think; there are no summaries."""
     if asked is None:
         return {}
     if not isinstance(asked, dict):
-        raise _invalid("reasoning", "input should be an object")
+        raise invalid("reasoning", "input should be an object")
     effort = asked.get("effort")
     return {} if effort is None else {"reasoning_effort": effort}
 
@@ -78,10 +70,10 @@ def _text(asked: Any) -> Json:
     if asked is None:
         return {}
     if not isinstance(asked, dict):
-        raise _invalid("text", "input should be an object")
+        raise invalid("text", "input should be an object")
     form = asked.get("format") or {"type": "text"}
     if form != {"type": "text"}:
-        raise _unsupported("text.format", "nothing here can force the form of an answer")
+        raise unsupported("text.format", "nothing here can force the form of an answer")
     return {} if asked.get("verbosity") is None else {"verbosity": asked["verbosity"]}
 
 
@@ -89,7 +81,7 @@ def _tools(asked: Any) -> list[Json]:
     if asked is None:
         return []
     if not isinstance(asked, list):
-        raise _invalid("tools", "input should be a list")
+        raise invalid("tools", "input should be a list")
     return [found for number, tool in enumerate(asked) for found in _tool(f"tools[{number}]", tool)]
 
 
@@ -107,7 +99,7 @@ def _tool(place: str, tool: Any) -> Iterator[Json]:
                 found["function"]["name"] = _flat(tool.get("name"), found["function"].get("name"))
                 yield found
     elif kind not in _HOSTED:
-        raise _unsupported(place, "only `function` and `custom` tools can be called here")
+        raise unsupported(place, "only `function` and `custom` tools can be called here")
 
 
 def _flat(namespace: Any, name: Any) -> Any:
@@ -159,11 +151,11 @@ def _messages(instructions: Any, asked: Any) -> list[Json]:
     if isinstance(asked, str):
         return [*messages, {"role": "user", "content": asked}]
     if not isinstance(asked, list) or not asked:
-        raise _invalid("input", "input should be a string or a list of items")
+        raise invalid("input", "input should be a string or a list of items")
     turns = _Turns(messages)
     for number, item in enumerate(asked):
         if not isinstance(item, dict):
-            raise _invalid(f"input[{number}]", "an item is an object")
+            raise invalid(f"input[{number}]", "an item is an object")
         turns.add(number, item)
     return messages
 
@@ -194,7 +186,7 @@ class _Turns:
             result = {"content": item.get("output"), "tool_call_id": item.get("call_id")}
             self._other({"role": "tool"} | result)
         else:
-            raise _unsupported(f"input[{number}].type", f"there are no items {str(kind)[:40]!a}")
+            raise unsupported(f"input[{number}].type", f"there are no items {str(kind)[:40]!a}")
 
     def _other(self, message: Json) -> None:
         self._messages.append(message)
@@ -216,7 +208,7 @@ class _Turns:
     def _think(self, item: Json) -> None:
         parts = item.get("content") or item.get("summary") or []
         if not isinstance(parts, list):
-            raise _invalid("input", "the content of a thought is a list of parts")
+            raise invalid("input", "the content of a thought is a list of parts")
         known = [part for part in parts if isinstance(part, dict)]
         texts = [part.get("text") for part in known if part.get("type") in _ITEM_TEXTS]
         turn = self._turn()
