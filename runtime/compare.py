@@ -66,7 +66,7 @@ class ComparingBackend:
         num_seqs: int,
     ) -> Iterator[BoundStep]:
         """Each step as one instruction that runs both; a step without a kernel as its reference."""
-        number = self._plan.pool.programs.index(program)
+        number = self._plan.pool.index_of(program)
         for index, step in enumerate(program.steps):
             tensors = operands[index]
             kernel = self._backend.kernel_of(step)

@@ -301,6 +301,11 @@ class Pool(Frozen):
     buffers: tuple[BufferSpec, ...]
     programs: tuple[Program, ...]
 
+    def index_of(self, program: Program) -> int:
+        """The place of a program; its phase and bucket tell it from the others."""
+        keys = [(each.phase, each.bucket) for each in self.programs]
+        return keys.index((program.phase, program.bucket))
+
 
 class Plan(Frozen):
     """Everything that was decided. `digest` is the SHA-256 of all other fields in canonical form.

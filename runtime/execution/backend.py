@@ -229,7 +229,7 @@ class KernelBackend:
     ) -> Iterator[BoundStep]:
         """Each step with its instructions; calls of one kernel share a launcher."""
         launchers: dict[str, Launcher] = {}
-        index = self._plan.pool.programs.index(program)
+        index = self._plan.pool.index_of(program)
         for step, tensors in zip(program.steps, operands, strict=True):
             kernel = self.kernel_of(step)
             if kernel is None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 
 from tokenspeed_plan.plans.errors import RankError
-from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.input_block import InputBlocks, InputChange, InputLayout
 from tokenspeed_plan.runtime.execution.order_ring import OrderRing
@@ -32,7 +32,6 @@ class Leader:
 
     def __init__(self, orders: OrderRing) -> None:
         self._orders = orders
-        self._indices: dict[tuple[str, int], int] = {}
 
     def before_run(
         self,
@@ -43,18 +42,11 @@ class Leader:
         change: InputChange | None,
     ) -> None:
         """Send the program, the size of the batch and what has changed in its inputs."""
-        index, content = self._index_of(program, memory.plan), b""
+        index, content = memory.plan.pool.index_of(program), b""
         if change is not None:
             head = _CHANGE.pack(change.num_moves, change.num_words)
             content = head + change.content.tobytes()
         self._orders.write((index, num_tokens, num_seqs), content)
-
-    def _index_of(self, program: Program, plan: Plan) -> int:
-        """The place of a program in its pool."""
-        if not self._indices:
-            for index, each in enumerate(plan.pool.programs):
-                self._indices[each.phase, each.bucket] = index
-        return self._indices[program.phase, program.bucket]
 
     def before_copy(self, source: int, target: int) -> None:
         """Send the numbers of both pages."""
