@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -40,7 +40,7 @@ from tokenspeed_plan.planner.passes.limits import (
 from tokenspeed_plan.planner.passes.lower import LoweredProgram
 from tokenspeed_plan.planner.passes.pipeline import DEFAULT_OPTIONS, PassContext, PassOptions, run
 from tokenspeed_plan.planner.passes.reduction import record_reductions
-from tokenspeed_plan.planner.passes.select import Candidates, select, select_first, unreported
+from tokenspeed_plan.planner.passes.select import Candidates, select, select_unproved, unreported
 from tokenspeed_plan.planner.passes.simulate import record_streams
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.bundle import seal
@@ -174,6 +174,7 @@ def compile_bundle(
     dtype: DType | None = None,
     options: PassOptions = DEFAULT_OPTIONS,
     report: Report = _silent,
+    kept: Collection[str] = (),
 ) -> Compiled:
     """Plan a spec with the best tiling of each kernel, not compiled; the caller adds the canary.
 
@@ -183,12 +184,14 @@ def compile_bundle(
         dtype: overrides the spec's; fp64 makes the reference.
         options: of the passes.
         report: is told of the progress.
+        kept: names of kernels that are taken before better ones: an older bundle's, which were
+            proved to fit.
 
     Raises:
         SpecError: the spec cannot be planned; it says what does not fit, and what would.
     """
     parts = plan_parts(spec, model, dtype, options, report)
-    return _bundle(parts, select_first(parts.candidates))
+    return _bundle(parts, select_unproved(parts.candidates, kept))
 
 
 def build_bundle(spec: Spec, model: Model, cache: Path, report: Report = _silent) -> Compiled:
@@ -200,7 +203,7 @@ def build_bundle(spec: Spec, model: Model, cache: Path, report: Report = _silent
     check_kernels(model.weights, model.config, find_hardware(spec.target.gpu, spec.folder))
     parts = plan_parts(spec, model, report=report)
     if parts.hardware.sm == 0:
-        return _bundle(parts, select_first(parts.candidates))
+        return _bundle(parts, select_unproved(parts.candidates))
     report("compiling kernels", 0, len(parts.candidates))
     reports = compile_candidates(parts.candidates, parts.hardware, cache)
     chosen = select(parts.candidates, reports, parts.hardware)

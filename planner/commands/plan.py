@@ -55,7 +55,11 @@ class PlanOptions:
 @click.option(
     "--dry-run", is_flag=True, help="Write nothing; show what would change in the bundle."
 )
-@click.option("--no-compile", is_flag=True, help="Skip compiling the kernels for the target's GPU.")
+@click.option(
+    "--no-compile",
+    is_flag=True,
+    help="Skip compiling the kernels for the target's GPU; a comparison leaves binaries out.",
+)
 def plan(**options: Any) -> None:
     """Compile SPEC into a plan."""
     _plan(PlanOptions(**options))
@@ -104,11 +108,20 @@ def _compile(options: PlanOptions) -> Compiled:
     model = find_model(spec, options.spec)
     with LongWork() as report:
         if options.no_compile:
-            bundle = compile_bundle(spec, model, report=report)
+            kept = _proved_kernels(options)
+            bundle = compile_bundle(spec, model, report=report, kept=kept)
         else:
             bundle = build_bundle(spec, model, default_cache(), report)
         report("making golden prompts", 0, 1)
         return replace(bundle, plan=with_canary(bundle.plan, spec, model))
+
+
+def _proved_kernels(options: PlanOptions) -> frozenset[str]:
+    """Kernels of the bundle that is compared with: the compiler refused better tilings before."""
+    old = _old_plan(options.out)
+    if old is None or not (options.check or options.dry_run):
+        return frozenset()
+    return frozenset(binary.kernel for binary in old.binaries)
 
 
 def _echo_written(bundle: Compiled, out: Path) -> None:

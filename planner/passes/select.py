@@ -6,7 +6,7 @@ may have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tokenspeed_plan.codegen.build import Compiled
 from tokenspeed_plan.codegen.kernel_builder import Built
@@ -17,12 +17,18 @@ Candidates = Mapping[str, Sequence[Built]]  # the tilings of each kernel by key,
 Reports = Mapping[str, Compiled]  # what the compiler made of tilings, by their kernel's name
 
 
-def select_first(candidates: Candidates) -> dict[str, Built]:
-    """The best tiling of each kernel, with no proof that it fits."""
-    first = {}
+def select_unproved(candidates: Candidates, kept: Collection[str] = ()) -> dict[str, Built]:
+    """The tiling of each kernel that an older bundle keeps, else the best; no proof that it fits.
+
+    Args:
+        candidates: of all programs.
+        kept: names of the older bundle's kernels. A name stands for its text, so those that the
+            compiler refused are not among them.
+    """
+    chosen = {}
     for key, tilings in candidates.items():
-        first[key] = tilings[0]
-    return first
+        chosen[key] = next((one for one in tilings if one.kernel.name in kept), tilings[0])
+    return chosen
 
 
 def unreported(candidates: Candidates, reports: Reports, hardware: HardwareSpec) -> list[Built]:

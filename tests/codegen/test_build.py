@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from compiling import CompiledKernels, job, plan_of
+from compiling import COMPILED_PLANS, CompiledKernels, job, plan_of, sample, sorts_of_kernels
 from conftest import ROOT
 
 from tokenspeed_plan.codegen import build
@@ -54,9 +54,6 @@ from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Launch, Param, Pla
 from tokenspeed_plan.plans.types import Phase, TensorSpec
 
 H200_PLAN, B200_PLAN = "qwen3.5-35b-h200", "qwen3.5-397b-b200x8"
-NAMES = sorted(path.name for path in (ROOT / "plans/frozen").iterdir())
-OWN_GPU_ONLY = ("qwen3.5-122b-h200x2", "qwen3.5-35b-fp8-h200")  # they share most kernels' kinds
-PAIRS = [(name, sm) for name in NAMES for sm in (90, 100) if sm == 90 or name not in OWN_GPU_ONLY]
 GPUS = {90: find_hardware("H200"), 100: find_hardware("B200")}
 
 # The product instruction of each architecture. `mma.sync` is that of the one before Hopper.
@@ -117,16 +114,16 @@ Made = CompiledKernels
 
 @pytest.fixture(scope="session")
 def made() -> Made:
-    """Every kernel of the frozen plans, for both architectures."""
+    """Kernels of the frozen plans, for both architectures."""
     return CompiledKernels()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "sm"), PAIRS)
-def test_every_kernel_compiles_and_fits(name: str, sm: int, made: Made) -> None:
-    """Each plan also compiles for the other GPU, as does the CPU's plan with its large tiles."""
-    made.compile_plan(name, sm)
-    for kernel in plan_of(name).kernels:
+@pytest.mark.parametrize("sm", GPUS)
+def test_each_sort_of_kernel_compiles_and_fits(sm: int, made: Made) -> None:
+    """Kernels of the other GPU and of the CPU too; the latter's have large tiles."""
+    made.compile_all(sorts_of_kernels(), sm)
+    for name, kernel in sorts_of_kernels():
         result = made[name, kernel.name, sm]
         assert not result.error, (kernel.name, result.error)
         assert result.cubin.startswith(b"\x7fELF"), kernel.name
@@ -135,20 +132,33 @@ def test_every_kernel_compiles_and_fits(name: str, sm: int, made: Made) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "sm"), PAIRS)
-def test_latency_kernels_keep_their_values_in_registers(name: str, sm: int, made: Made) -> None:
-    """Decode kernels do not spill. For the other GPU, one of its own tilings does not."""
-    made.compile_plan(name, sm)
+@pytest.mark.parametrize("name", COMPILED_PLANS)
+def test_the_compiler_still_makes_the_binaries_of_a_plan(name: str, made: Made) -> None:
+    """A sample of those that the plan has digests of; `make check-plans` compiles all of them."""
     plan = plan_of(name)
-    kernels = used(program for program in plan.pool.programs if program.phase != "prefill")
-    assert len(kernels) > 10
-    spilling = [
-        kernel
-        for kernel in plan.kernels
-        if kernel.name in kernels and made[name, kernel.name, sm].spill_bytes
-    ]
-    assert plan.target.sm not in (0, sm) or spilling == []
-    for kernel in spilling:
+    assert plan.kernel_compiler == build.compiler_name()
+    binaries = {binary.kernel: binary for binary in plan.binaries}
+    sampled = sample(plan)
+    made.compile_all([(name, kernel) for kernel in sampled], plan.target.sm)
+    for kernel in sampled:
+        result, binary = made[name, kernel.name, plan.target.sm], binaries[kernel.name]
+        assert sha256(result.cubin) == binary.cubin_sha256, kernel.name
+        assert result.registers == binary.registers
+        assert result.spill_bytes == binary.spill_bytes
+        assert result.shared_bytes == binary.shared_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", GPUS)
+def test_latency_kernels_keep_their_values_in_registers(sm: int, made: Made) -> None:
+    """Decode kernels do not spill. For the other GPU, one of its own tilings does not."""
+    made.compile_all(sorts_of_kernels(), sm)
+    for name, kernel in sorts_of_kernels():
+        plan = plan_of(name)
+        programs = (program for program in plan.pool.programs if program.phase != "prefill")
+        if kernel.name not in used(programs) or not made[name, kernel.name, sm].spill_bytes:
+            continue
+        assert plan.target.sm != sm, kernel.name
         tilings = tilings_of(plan, kernel, GPUS[sm])
         chosen = settle({kernel.name: tilings}, GPUS[sm], default_cache())
         assert chosen[kernel.name][1].spill_bytes == 0
@@ -299,15 +309,14 @@ def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", GPUS)
-@pytest.mark.parametrize("name", [H200_PLAN, B200_PLAN])
-def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(
-    name: str, sm: int, made: Made
-) -> None:
+def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(sm: int, made: Made) -> None:
     """All products of such a kernel use them, not only one."""
-    made.compile_plan(name, sm)
-    called = used(phase_of(plan_of(name), "prefill")[-1:])
+    made.compile_all(sorts_of_kernels(), sm)
     seen: set[str] = set()
-    for kernel in (kernel for kernel in plan_of(name).kernels if kernel.name in called):
+    for name, kernel in sorts_of_kernels():
+        plan = plan_of(name)
+        if plan.target.sm == 0 or kernel.name not in used(phase_of(plan, "prefill")[-1:]):
+            continue
         parts = {part.kind for part in kernel.parts}
         of_all_rows = all(
             p.tensor.shape[0] == "num_tokens" for p in kernel.params if p.role == "output"
@@ -322,12 +331,13 @@ def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", GPUS)
-@pytest.mark.parametrize("name", [H200_PLAN, B200_PLAN])
-def test_older_instructions_are_for_few_rows_only(name: str, sm: int, made: Made) -> None:
+def test_older_instructions_are_for_few_rows_only(sm: int, made: Made) -> None:
     """Where `mma.sync` is left, the tile has fewer rows than the newer instructions take."""
-    made.compile_plan(name, sm)
-    for kernel in plan_of(name).kernels:
-        if "mma.sync" in ANY_PRODUCT.findall(made[name, kernel.name, sm].ptx):
+    made.compile_all(sorts_of_kernels(), sm)
+    for name, kernel in sorts_of_kernels():
+        if plan_of(name).target.sm and "mma.sync" in ANY_PRODUCT.findall(
+            made[name, kernel.name, sm].ptx
+        ):
             assert kernel.launch is not None
             constants = kernel.launch.constants
             assert int(constants.get("BLOCK_M", constants.get("BLOCK_G", WIDEST))) < WIDEST, (

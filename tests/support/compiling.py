@@ -11,11 +11,20 @@ from conftest import ROOT
 
 from tokenspeed_plan.codegen.build import Compiled, Job, compile_all, default_cache, open_cache
 from tokenspeed_plan.plans.bundle import load_plan
-from tokenspeed_plan.plans.kernel_file import read_source
+from tokenspeed_plan.plans.kernel_file import kind_of, read_source
 from tokenspeed_plan.plans.schema import KernelSpec, Plan
 
 FROZEN = ROOT / "plans/frozen"
+# Plans whose kernels are compiled; those with most sorts of kernels first.
+COMPILED_PLANS = (
+    "qwen3.5-35b-h200",
+    "qwen3.5-397b-b200x8",
+    "qwen3.5-35b-fp8-h200",
+    "qwen3.5-122b-h200x2",
+)
+SAMPLE = 10  # kernels of a plan whose binaries are made again
 Key = tuple[str, str, int]  # plan, kernel, sm
+Named = tuple[str, KernelSpec]  # plan, and one of its kernels
 
 
 @contextmanager
@@ -41,22 +50,50 @@ def job(name: str, kernel: KernelSpec, sm: int) -> Job:
     return Job(kernel, read_source(FROZEN / name, kernel), sm)
 
 
+def sample(plan: Plan) -> list[KernelSpec]:
+    """Some kernels of a plan, chosen by the digests in their names: others whenever texts change."""
+    return sorted(plan.kernels, key=lambda kernel: kernel.name.rpartition("_")[2])[:SAMPLE]
+
+
+@cache
+def sorts_of_kernels() -> tuple[Named, ...]:
+    """One kernel of each sort that the frozen plans have, the one of most rows.
+
+    A sort is a kind, in prefill or not, with weights in the same formats. To compile the others,
+    which differ in sizes, takes minutes; planning a model proves that they fit.
+    """
+    found: dict[tuple[str, bool, frozenset[str]], Named] = {}
+    for name in (*COMPILED_PLANS, "demo-cpu"):
+        plan = plan_of(name)
+        kernels = {kernel.name: kernel for kernel in plan.kernels}
+        for program in sorted(plan.pool.programs, key=lambda program: -program.bucket):
+            for step in program.steps:
+                if step.kind == "kernel":
+                    kernel = kernels[step.kernel]
+                    sort = (kind_of(kernel), program.phase == "prefill", weight_formats(kernel))
+                    found.setdefault(sort, (name, kernel))
+    return tuple(found.values())
+
+
+def weight_formats(kernel: KernelSpec) -> frozenset[str]:
+    """Number formats of a kernel's weights."""
+    return frozenset(param.tensor.dtype for param in kernel.params if param.role == "weight")
+
+
 class CompiledKernels(dict[Key, Compiled]):
     """(plan, kernel, sm) -> the compiler's result; a kernel is compiled at its first look-up."""
 
     def __missing__(self, key: Key) -> Compiled:
         name, wanted, sm = key
-        self._compile(name, sm, [one for one in plan_of(name).kernels if one.name == wanted])
+        kernels = [(name, one) for one in plan_of(name).kernels if one.name == wanted]
+        self.compile_all(kernels, sm)
         return self[key]
 
-    def compile_plan(self, name: str, sm: int) -> None:
-        """Compile every kernel of a plan in one go, which is faster than one by one."""
-        self._compile(name, sm, plan_of(name).kernels)
-
-    def _compile(self, name: str, sm: int, kernels: Iterable[KernelSpec]) -> None:
+    def compile_all(self, kernels: Iterable[Named], sm: int) -> None:
+        """Compile kernels of plans in one go, which is faster than one by one."""
         jobs = {
             (name, kernel.name, sm): job(name, kernel, sm)
-            for kernel in kernels
+            for name, kernel in kernels
             if (name, kernel.name, sm) not in self
         }
         with compiling_alone():
