@@ -25,6 +25,7 @@ from tokenspeed_plan.runtime.request_check import check_request, stop_ids_of
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler, Usage
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
+from tokenspeed_plan.runtime.step_launcher import StepLauncher
 from tokenspeed_plan.runtime.step_loop import StepLoop
 from tokenspeed_plan.runtime.streaming import Delta, stream
 from tokenspeed_plan.runtime.tokenizer import Tokenizer, WriteChat
@@ -75,7 +76,8 @@ class Engine:
         """Forget every request, and what was launched for them."""
         processor = OutputProcessor(self.tokenizer)
         self.scheduler = Scheduler(self.plan, self._chunk, self._cache)
-        self._loop = StepLoop(self.plan, self.executor, self.scheduler, processor)
+        launcher = StepLauncher(self.plan, self.executor, self.scheduler.metrics)
+        self._loop = StepLoop(self.plan, launcher, self.scheduler, processor)
 
     @classmethod
     def load(

@@ -6,7 +6,6 @@ and at their length, and take it in one pass; all that costs time is done for th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -66,7 +65,7 @@ class StepCommit:
         batch, finished = in_flight.batch, list[Completion]()
         program = batch.program
         self._count_step(batch)
-        now = time.perf_counter()
+        now = self._scheduler.clock()
         others = list(range(len(batch.sequences)))
         if program.phase == "decode" and program.query_len == 1 and not self._limits.kept_inputs:
             others = self._commit_plain(batch, outputs[0], now, on_token, finished)

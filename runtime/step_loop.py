@@ -10,22 +10,17 @@ the last step that uses it is launched.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.execution.executor import Executor
-from tokenspeed_plan.runtime.execution.inputs import InputWriter
 from tokenspeed_plan.runtime.in_flight import InFlightBatch
 from tokenspeed_plan.runtime.metrics import Metrics
-from tokenspeed_plan.runtime.output import OutputProcessor, host_outputs, needs_look
+from tokenspeed_plan.runtime.output import OutputProcessor, needs_look
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.step_commit import OnToken, StepCommit
+from tokenspeed_plan.runtime.step_launcher import Launcher
 
 
 class StepLoop:
@@ -37,17 +32,14 @@ class StepLoop:
     """
 
     def __init__(
-        self, plan: Plan, executor: Executor, scheduler: Scheduler, outputs: OutputProcessor
+        self, plan: Plan, launcher: Launcher, scheduler: Scheduler, outputs: OutputProcessor
     ) -> None:
         self.in_flight: InFlightBatch | None = None
         self.last_batch: Batch | None = None
-        self._executor = executor
+        self._launcher = launcher
         self._scheduler = scheduler
         self._commits = StepCommit(scheduler, outputs)
-        self._limits = scheduler.limits
-        self._inputs = InputWriter(plan, executor.buffer)
         self._launches_ahead = any(program.captured for program in plan.pool.programs)
-        self._captured_outputs: dict[tuple[str, int], tuple[Tensor, ...]] = {}
         self._waited_s = 0.0
 
     @property
@@ -124,49 +116,19 @@ class StepLoop:
         )
 
     def _commit(self, in_flight: InFlightBatch, on_token: OnToken | None) -> list[Completion]:
-        with self._waiting():
-            outputs = in_flight.outputs()
+        begun = time.perf_counter()
+        outputs = in_flight.outputs()
+        self._waited_s += time.perf_counter() - begun  # which is not host work
         return self._commits.commit(in_flight, outputs, self.in_flight, on_token)
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Measure time in a replay, or waiting for its tokens, which is not host work."""
-        begun = time.perf_counter()
-        yield
-        self._waited_s += time.perf_counter() - begun
-
     def _launch(self, batch: Batch) -> InFlightBatch | None:
-        """Start a replay; None where the host needs nothing of it, so that it is committed."""
-        self._copy_pages(batch)
-        change = self._inputs.write(batch)
+        """Start a step; None where the host needs nothing of it, so that it is committed."""
         self.last_batch = batch
-        with self._waiting():
-            self._executor.run(batch.program, batch.run_tokens, batch.run_seqs, change)
+        self._waited_s += self._launcher.start(batch)
         if batch.has_no_output:
             self._commits.advance(batch)
             return None
-        logits, *values = self._outputs_of(batch)
-        outputs = self._executor.copy_to_host(*values)
+        in_flight = self._launcher.in_flight(batch)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.launch(count)
-        return InFlightBatch(batch, outputs, logits, tokens=values[0])
-
-    def _outputs_of(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The logits of a step, its tokens, and what else the host reads."""
-        program = batch.program
-        key = (program.phase, program.bucket)
-        found = self._captured_outputs.get(key)
-        if found is None:
-            names = (program.logits, *host_outputs(program))
-            size = (batch.run_tokens, batch.run_seqs)
-            found = tuple(self._executor.buffer(name, *size) for name in names)
-            if program.captured:  # always at the same size
-                self._captured_outputs[key] = found
-        return found
-
-    def _copy_pages(self, batch: Batch) -> None:
-        """Give a sequence its own copy of a shared page in the middle of which it continues."""
-        for sequence in batch.sequences:
-            if sequence.copy_from is not None:
-                page = sequence.pages[sequence.num_computed // self._limits.page_size]
-                self.metrics.copied_bytes += self._executor.copy_page(sequence.copy_from, page)
+        return in_flight

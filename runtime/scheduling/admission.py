@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable
 
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit
 from tokenspeed_plan.runtime.cache.prefix_tree import path_to
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.scheduling.sequence_memory import SequenceMemory
+
+Clock = Callable[[], float]  # seconds since some beginning
 
 
 class Admission:
@@ -22,11 +24,12 @@ class Admission:
             memory is freed.
     """
 
-    def __init__(self, memory: SequenceMemory) -> None:
+    def __init__(self, memory: SequenceMemory, clock: Clock) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.blocked_head: Sequence | None = None
         self._memory = memory
+        self._clock = clock
         self._cache = memory.cache
         self._limits = memory.limits
         self._num_added = 0
@@ -120,7 +123,7 @@ class Admission:
         return wanted <= num_left
 
     def _start(self, sequence: Sequence, hit: Hit) -> None:
-        sequence.started_s = sequence.started_s or time.perf_counter()
+        sequence.started_s = sequence.started_s or self._clock()
         self._memory.start(sequence, hit)
         sequence.move_to(sequence.next_phase)
         self.running.append(sequence)
@@ -135,5 +138,7 @@ def num_common(digests: list[bytes], others: list[bytes]) -> int:
     def differs(index: int) -> bool:
         return digests[index] != others[index]
 
+    if digests[:1] != others[:1]:
+        return 0  # as most have nothing in common
     shorter = min(len(digests), len(others))
     return bisect_left(range(shorter), True, key=differs)

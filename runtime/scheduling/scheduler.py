@@ -13,13 +13,14 @@ Nothing is preempted before all steps are committed.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.plans.types import Phase
 from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
 from tokenspeed_plan.runtime.metrics import Metrics
-from tokenspeed_plan.runtime.scheduling.admission import Admission
+from tokenspeed_plan.runtime.scheduling.admission import Admission, Clock
 from tokenspeed_plan.runtime.scheduling.batch import Batch, BatchMaker
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.scheduling.sequence_memory import SequenceMemory
@@ -42,14 +43,22 @@ class Scheduler:
         plan: its programs and limits.
         chunk: lowers the prefill chunk below the planned one, in tokens.
         cache: whether sequences may share prefixes.
+        clock: tells the time, which a simulation makes.
     """
 
-    def __init__(self, plan: Plan, chunk: int | None = None, cache: bool = True) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        chunk: int | None = None,
+        cache: bool = True,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.clock = clock
         self.limits = plan.pool.limits
         self.chunk = min(chunk or self.limits.max_tokens, self.limits.max_tokens)
         self.metrics = Metrics()
         self._memory = SequenceMemory(plan, self.metrics, cache)
-        self._admission = Admission(self._memory)
+        self._admission = Admission(self._memory, clock)
         self._batches = BatchMaker(plan)
         self._last_phase: Phase = "decode"
 

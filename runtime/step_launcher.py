@@ -1,0 +1,77 @@
+"""Launches the batches of an engine on its device."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from torch import Tensor
+
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.inputs import InputWriter
+from tokenspeed_plan.runtime.in_flight import InFlightBatch
+from tokenspeed_plan.runtime.metrics import Metrics
+from tokenspeed_plan.runtime.output import host_outputs
+from tokenspeed_plan.runtime.scheduling.batch import Batch
+
+
+class Launcher(Protocol):
+    """Starts steps; a simulation has one without a device."""
+
+    def start(self, batch: Batch) -> float:
+        """Start a step; returns the seconds of it that were no work of the host."""
+
+    def in_flight(self, batch: Batch) -> InFlightBatch:
+        """The step that was started last, whose outputs come later."""
+
+
+class StepLauncher:
+    """Writes the inputs of a batch, replays its program, and has its outputs copied.
+
+    Args:
+        plan: what is replayed.
+        executor: replays it.
+        metrics: counts the bytes of copied pages.
+    """
+
+    def __init__(self, plan: Plan, executor: Executor, metrics: Metrics) -> None:
+        self._executor = executor
+        self._metrics = metrics
+        self._page_size = plan.pool.limits.page_size
+        self._inputs = InputWriter(plan, executor.buffer)
+        self._captured_outputs: dict[tuple[str, int], tuple[Tensor, ...]] = {}
+
+    def start(self, batch: Batch) -> float:
+        """Start a replay; returns the seconds that it took, which a GPU spends later."""
+        self._copy_pages(batch)
+        change = self._inputs.write(batch)
+        begun = time.perf_counter()
+        self._executor.run(batch.program, batch.run_tokens, batch.run_seqs, change)
+        return time.perf_counter() - begun
+
+    def in_flight(self, batch: Batch) -> InFlightBatch:
+        """The replay that was started last; its outputs are copied to the host from now on."""
+        logits, *values = self._outputs_of(batch)
+        outputs = self._executor.copy_to_host(*values)
+        return InFlightBatch(batch, outputs, logits, tokens=values[0])
+
+    def _outputs_of(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The logits of a step, its tokens, and what else the host reads."""
+        program = batch.program
+        key = (program.phase, program.bucket)
+        found = self._captured_outputs.get(key)
+        if found is None:
+            names = (program.logits, *host_outputs(program))
+            size = (batch.run_tokens, batch.run_seqs)
+            found = tuple(self._executor.buffer(name, *size) for name in names)
+            if program.captured:  # always at the same size
+                self._captured_outputs[key] = found
+        return found
+
+    def _copy_pages(self, batch: Batch) -> None:
+        """Give a sequence its own copy of a shared page in the middle of which it continues."""
+        for sequence in batch.sequences:
+            if sequence.copy_from is not None:
+                page = sequence.pages[sequence.num_computed // self._page_size]
+                self._metrics.copied_bytes += self._executor.copy_page(sequence.copy_from, page)
