@@ -25,6 +25,7 @@ from tokenspeed_plan.planner.commands.run import run
 from tokenspeed_plan.planner.commands.serve import serve
 from tokenspeed_plan.planner.commands.show import diff_command, show
 from tokenspeed_plan.planner.commands.sign import sign_command
+from tokenspeed_plan.planner.commands.simulate_load import simulate_command
 from tokenspeed_plan.planner.commands.spec_command import spec_command
 from tokenspeed_plan.plans.errors import TokenspeedError
 from tokenspeed_plan.plans.text import printable_line
@@ -100,6 +101,7 @@ for command in (
     bench_command,
     predict,
     sweep,
+    simulate_command,
     lengths_command,
     calibrate,
     quantize,

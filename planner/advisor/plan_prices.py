@@ -52,7 +52,7 @@ def step_prediction(
     Raises:
         SpecError: the plan's model is not where its spec says.
     """
-    steps, layout = _step_model(plan, bundle)
+    steps, layout = step_model(plan, bundle)
     hardware = steps.hardware
     if phase == "decode":
         step = steps.decode(layout, seqs, context, depth)
@@ -82,19 +82,33 @@ def batch_prediction(plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]) 
         SpecError: the plan's model is not where its spec says.
     """
     pool, limits = plan.pool, plan.pool.limits
-    spec = _spec_of(plan).with_concurrency(limits.max_seqs)
-    predictor = Predictor(
-        spec,
-        find_model(spec, bundle).config,
-        find_hardware(spec.target.gpu),
-        rollback=limits.rollback,
-    )
+    predictor = _predictor(plan, bundle)
     depths = {each.bucket: each.depth for each in pool.programs if each.phase == "decode"}
     knobs = Knobs(limits.max_tokens, limits.page_size, limits.max_depth)
     candidate = Candidate(_layout_of(plan), knobs)
     batch = predictor.batch(candidate, depths, limits.max_seqs)
     run = batch.run(rows, limits.max_seqs, limits.interleaved_tokens, limits.gathered_tokens)
     return run.as_json()
+
+
+def drafts_accepted(plan: Plan, bundle: Path) -> tuple[float, ...]:
+    """The share of drafts that are accepted if those before were, by place.
+
+    Raises:
+        SpecError: the plan's model is not where its spec says.
+    """
+    return _predictor(plan, bundle).acceptance
+
+
+def _predictor(plan: Plan, bundle: Path) -> Predictor:
+    limits = plan.pool.limits
+    spec = spec_of(plan).with_concurrency(limits.max_seqs)
+    return Predictor(
+        spec,
+        find_model(spec, bundle).config,
+        find_hardware(spec.target.gpu),
+        rollback=limits.rollback,
+    )
 
 
 def step_floor_bytes(plan: Plan, phase: str, bucket: int, batch: tuple[int, int, int]) -> float:
@@ -121,7 +135,7 @@ def step_floor_bytes(plan: Plan, phase: str, bucket: int, batch: tuple[int, int,
     return total
 
 
-def _spec_of(plan: Plan) -> Spec:
+def spec_of(plan: Plan) -> Spec:
     """The spec that a plan was made from.
 
     Raises:
@@ -136,8 +150,13 @@ def _spec_of(plan: Plan) -> Spec:
         ) from error
 
 
-def _step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
-    spec = _spec_of(plan)
+def step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
+    """The advisor's model of a plan's steps, and the plan's layout.
+
+    Raises:
+        SpecError: the plan's model is not where its spec says.
+    """
+    spec = spec_of(plan)
     steps = StepModel(
         find_model(spec, bundle).config,
         find_hardware(spec.target.gpu),
@@ -162,7 +181,7 @@ def roofline(plan: Plan) -> Roof:
     Raises:
         SpecError: the plan's GPU has no profile here.
     """
-    spec = _spec_of(plan)
+    spec = spec_of(plan)
     hardware = find_hardware(spec.target.gpu)
     programs = plan.pool.programs
     decode = min((p for p in programs if p.phase == "decode"), key=lambda p: p.bucket)

@@ -51,7 +51,7 @@ def job(name: str, kernel: KernelSpec, sm: int) -> Job:
 
 
 def sample(plan: Plan) -> list[KernelSpec]:
-    """Some kernels of a plan, chosen by the digests in their names: others whenever texts change."""
+    """Some kernels of a plan, chosen by the digests in their names, which change with texts."""
     return sorted(plan.kernels, key=lambda kernel: kernel.name.rpartition("_")[2])[:SAMPLE]
 
 

@@ -1,0 +1,114 @@
+"""What the steps of a frozen plan take, by the advisor's model of steps, for any batch."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from tokenspeed_plan.planner.advisor.batch_prices import linear
+from tokenspeed_plan.planner.advisor.numbers import powers_of_two
+from tokenspeed_plan.planner.advisor.plan_prices import step_model
+from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.plans.schema import Plan
+
+LEAST_TOKENS = 16  # of a prefill step, below which it takes no less
+Price = Callable[[int], float]  # of a context
+Line = tuple[float, float]  # microseconds without context, and for each token of it
+
+
+@dataclass
+class PlanSteps:
+    """Microseconds of steps; both kinds are linear in the context, between prices at two of them.
+
+    Attributes:
+        steps: the model of steps.
+        layout: of the plan.
+        depths: drafts of each decode program, by bucket.
+        is_padded: whether a program computes its whole bucket, however few sequences there are.
+        chunk: tokens of the longest prefill step.
+        max_context: tokens of the longest sequence.
+        decodes, prefills: prices so far.
+    """
+
+    steps: StepModel
+    layout: ParallelLayout
+    depths: dict[int, int]
+    is_padded: bool
+    chunk: int
+    max_context: int
+    decodes: dict[int, Line] = field(default_factory=dict)
+    prefills: dict[tuple[int, int], Line] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: Plan, bundle: Path) -> PlanSteps:
+        """Of a plan.
+
+        Raises:
+            SpecError: the plan's model is not where its spec says.
+        """
+        steps, layout = step_model(plan, bundle)
+        programs, limits = plan.pool.programs, plan.pool.limits
+        decode = [program for program in programs if program.phase == "decode"]
+        return cls(
+            steps,
+            layout,
+            {program.bucket: program.depth for program in decode},
+            any(program.captured for program in decode),
+            limits.max_tokens,
+            limits.max_seq_len,
+        )
+
+    def decode_us(self, bucket: int, seqs: int, context: float) -> float:
+        """A decode step; padding has no context."""
+        size = bucket if self.is_padded else seqs
+        if size not in self.decodes:
+            self.decodes[size] = self._line(
+                lambda context: (
+                    self.steps.decode(self.layout, size, context, self.depths[bucket]).total_us
+                )
+            )
+        fixed_us, slope_us = self.decodes[size]
+        return fixed_us + slope_us * context * seqs / size
+
+    def prefill_us(self, tokens: int, seqs: int, context: float) -> float:
+        """A prefill step of prompts that have, on average, so much context before it."""
+        sizes = self._sizes
+        index = bisect_left(sizes, tokens)
+        around = sizes[max(index - 1, 0) : index + 1]
+        points = [(size, self._prefill_us(size, seqs, context)) for size in around]
+        return linear(points, tokens)
+
+    def host_us(self, seqs: int) -> float:
+        """The host before a step."""
+        return self.steps.hardware.host_seq_us * seqs
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Tokens of prefill steps that are priced."""
+        sizes = {*powers_of_two(self.chunk), self.chunk}
+        return sorted(size for size in sizes if size >= min(LEAST_TOKENS, self.chunk))
+
+    def _prefill_us(self, size: int, seqs: int, context: float) -> float:
+        seqs = min(1 << (seqs.bit_length() - 1), size)  # many have the price of a few less
+        key = (size, seqs)
+        if key not in self.prefills:
+            self.prefills[key] = self._line(
+                lambda context: (
+                    self.steps.prefill(
+                        self.layout, size, context, depth=max(self.depths.values()), seqs=seqs
+                    ).total_us
+                )
+            )
+        fixed_us, slope_us = self.prefills[key]
+        return fixed_us + slope_us * context
+
+    def _line(self, price: Price) -> Line:
+        """The line through the prices at a short and at a long context."""
+        few, many = 1, max(self.max_context // 2, 2)
+        few_us, many_us = price(few), price(many)
+        slope_us = (many_us - few_us) / (many - few)
+        return few_us - slope_us * few, slope_us

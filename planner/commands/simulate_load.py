@@ -1,0 +1,284 @@
+"""`tokenspeed simulate`: a plan under a load, priced step by step, with no GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest_rate
+from tokenspeed_plan.planner.advisor.plan_prices import drafts_accepted, spec_of
+from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
+from tokenspeed_plan.planner.commands.bench import Chances
+from tokenspeed_plan.planner.spec import Spec, WorkloadSpec
+from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.text import printable
+
+if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.simulation.load import Load
+    from tokenspeed_plan.runtime.simulation.load_report import Levels
+    from tokenspeed_plan.runtime.simulation.load_run import Simulated
+
+Folder = click.Path(path_type=Path)
+Some = click.IntRange(min=1)
+Milliseconds = click.FloatRange(min=0, min_open=True, max=1e9)
+MAX_REQUESTS = 1_000_000
+MAX_USERS = 65_536
+ROWS_AHEAD = 2  # rows of a batch that are queued, for each that runs
+
+
+@dataclass(frozen=True, slots=True)
+class SimulateOptions:
+    """The options of `tokenspeed simulate`; None takes the value of the plan's spec.
+
+    Attributes:
+        requests: turns of all conversations together, about.
+        users: conversations at once.
+        turns_per_s: that arrive in a second, in place of users.
+        think_s: from an answer to the next turn.
+        recorded: a file of requests, in place of all these.
+        ttft_ms, tpot_ms: service levels.
+        most: the load that is raised until requests are late, `users` or `arrivals`.
+        in_time: the share of requests that must not be late.
+        acceptance: chance that each draft is right.
+        trace: where to write what happened.
+        seed: of tokens, times and accepted drafts.
+    """
+
+    bundle: Path
+    requests: int
+    users: int | None
+    turns_per_s: float | None
+    think_s: float
+    recorded: Path | None
+    ttft_ms: float | None
+    tpot_ms: float | None
+    most: str | None
+    in_time: float
+    acceptance: tuple[float, ...] | None
+    trace: Path | None
+    seed: int
+    as_json: bool
+
+
+@click.command("simulate")
+@click.argument("bundle", type=Folder)
+@click.option(
+    "--requests",
+    type=click.IntRange(1, MAX_REQUESTS),
+    default=1000,
+    show_default=True,
+    help="Requests to simulate; every turn of a conversation is one.",
+)
+@click.option("--users", type=Some, help="Conversations at once; the spec's without it.")
+@click.option(
+    "--arrivals",
+    "turns_per_s",
+    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    help="Requests that come in a second, at random times, in place of --users.",
+)
+@click.option(
+    "--think",
+    "think_s",
+    type=click.FloatRange(0, 1e6),
+    default=0.0,
+    show_default=True,
+    help="Seconds from an answer to the next turn of its conversation.",
+)
+@click.option(
+    "--recorded",
+    type=Folder,
+    help="JSON lines with `arrival_s`, `prompt_tokens` and `output_tokens`, in place of the load.",
+)
+@click.option("--ttft-ms", type=Milliseconds, help="Service level of the first token.")
+@click.option("--tpot-ms", type=Milliseconds, help="Service level of each token after it.")
+@click.option(
+    "--most",
+    type=click.Choice(["users", "arrivals"]),
+    help="Find the largest load of this kind that is answered in time.",
+)
+@click.option(
+    "--in-time",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Share of the requests that must meet the service levels.",
+)
+@click.option(
+    "--acceptance",
+    type=Chances(),
+    help="The chance of each draft, such as 0.9,0.8,0.7; the spec's without it.",
+)
+@click.option("--trace", type=Folder, help="Write steps and requests as a trace for Perfetto.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of tokens and times.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def simulate_command(**options: Any) -> None:
+    """Run a load through BUNDLE's scheduler and cache, each step taking the time predicted for it.
+
+    Says what no formula can: queues, percentiles, preemptions, hits of the cache. Needs no GPU.
+    """
+    _simulate(SimulateOptions(**options))
+
+
+def _simulate(options: SimulateOptions) -> None:
+    named = [options.users, options.turns_per_s, options.recorded, options.most]
+    if sum(one is not None for one in named) > 1:
+        raise RequestError(
+            "--users, --arrivals, --recorded and --most are four loads", "give one of them, or none"
+        )
+    plan = load_plan(options.bundle)
+    work = _Work(plan, spec_of(plan), PlanSteps.of(plan, options.bundle), _accepted(plan, options))
+    if options.most:
+        options = work.largest(options)
+    found = work.run(options)
+    figures = work.figures(found, options)
+    _show(figures, options)
+    if options.trace is not None:
+        _write_trace(found, options.trace)
+
+
+def _accepted(plan: Plan, options: SimulateOptions) -> tuple[float, ...]:
+    return options.acceptance or drafts_accepted(plan, options.bundle)
+
+
+def _show(figures: dict[str, Any], options: SimulateOptions) -> None:
+    from tokenspeed_plan.runtime.simulation import load_report
+
+    text = load_report.as_text(figures)
+    if options.as_json:
+        text = json.dumps(figures, indent=2, allow_nan=False)
+    click.echo(printable(text))
+
+
+def _write_trace(found: Simulated, path: Path) -> None:
+    from tokenspeed_plan.runtime.simulation import load_report
+
+    path.write_text(json.dumps(load_report.trace(found), allow_nan=False), encoding="utf-8")
+    click.echo(f"wrote {path}", err=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A plan that loads are tried on."""
+
+    plan: Plan
+    spec: Spec
+    times: PlanSteps
+    accepted: tuple[float, ...]
+
+    def run(self, options: SimulateOptions) -> Simulated:
+        """Simulate a load."""
+        from tokenspeed_plan.runtime.simulation.load_run import simulate
+
+        load = _load(self.plan, self.spec, options)
+        return simulate(self.plan, self.times, load, self.accepted, options.seed)
+
+    def figures(self, found: Simulated, options: SimulateOptions) -> dict[str, Any]:
+        """What it was like, and what was asked."""
+        from tokenspeed_plan.runtime.simulation import load_report
+
+        load = {"users": options.users, "arrivals_per_s": options.turns_per_s}
+        return load | load_report.figures(found, self._levels(options))
+
+    def largest(self, options: SimulateOptions) -> SimulateOptions:
+        """The options with the largest load that is answered in time.
+
+        Raises:
+            RequestError: there are no service levels, or no load meets them.
+        """
+        levels = self._levels(options)
+        if levels.ttft_ms is None and levels.tpot_ms is None:
+            raise RequestError(
+                "no service level says what is in time", "give --ttft-ms or --tpot-ms, or both"
+            )
+
+        def is_good(changed: SimulateOptions) -> bool:
+            in_time: float = self.figures(self.run(changed), changed)["in_time"]
+            return in_time >= options.in_time
+
+        if options.most == "users":
+            found = _most_users(options, is_good)
+        else:
+            found = _most_arrivals(options, is_good)
+        if found is None:
+            share = f"{options.in_time:.0%} of the requests"
+            raise RequestError(
+                f"{share} are not in time under any load",
+                "allow more time, or plan for another GPU",
+            )
+        return found
+
+    def _levels(self, options: SimulateOptions) -> Levels:
+        """The service levels that are given, else those of the spec."""
+        from tokenspeed_plan.runtime.simulation.load_report import Levels
+
+        stated = self.spec.service_levels
+        return Levels(
+            options.ttft_ms or stated.get("ttft_ms"), options.tpot_ms or stated.get("tpot_ms")
+        )
+
+
+IsGood = Callable[[SimulateOptions], bool]
+
+
+def _most_users(options: SimulateOptions, is_good: IsGood) -> SimulateOptions | None:
+    found = largest_count(lambda users: is_good(replace(options, users=users)), MAX_USERS)
+    return None if found is None else replace(options, users=found)
+
+
+def _most_arrivals(options: SimulateOptions, is_good: IsGood) -> SimulateOptions | None:
+    found = largest_rate(lambda rate: is_good(replace(options, turns_per_s=rate)), first=1.0)
+    return None if found is None else replace(options, turns_per_s=found)
+
+
+def _load(plan: Plan, spec: Spec, options: SimulateOptions) -> Load:
+    """What was recorded, or the conversations of the spec's workload."""
+    from tokenspeed_plan.runtime.simulation.load import Users
+    from tokenspeed_plan.runtime.simulation.recorded import Recorded, read_recorded
+
+    vocab_size = plan.model.vocab_size
+    if options.recorded is not None:
+        return Recorded(read_recorded(options.recorded), vocab_size, options.seed)
+    workload = spec.workload
+    rate = options.turns_per_s
+    if options.users is None and rate is None:
+        rate = workload.arrivals_per_s
+    users = None
+    if rate is None:
+        users = options.users or _num_users(plan, workload)
+    return Users(
+        _talks(workload, options),
+        users,
+        (rate or 0.0) / workload.turns,
+        options.think_s,
+        vocab_size,
+        options.seed,
+    )
+
+
+def _num_users(plan: Plan, workload: WorkloadSpec) -> int:
+    """Conversations at once: all that a plan runs; of the rows of a batch more, which wait."""
+    if workload.is_batch_of_rows:
+        return ROWS_AHEAD * plan.pool.limits.max_seqs
+    return plan.pool.limits.max_seqs
+
+
+def _talks(workload: WorkloadSpec, options: SimulateOptions) -> list[Any]:
+    """The conversations, with lengths as the workload spreads them."""
+    from tokenspeed_plan.runtime.simulation.load import Turns
+
+    turns = workload.turns
+    count = math.ceil(options.requests / turns)
+    prompts = workload.prompts.sample(count, options.seed)
+    outputs = workload.outputs.sample(count * turns, options.seed + 1)
+    return [
+        Turns(prompt, workload.turn_tokens, tuple(outputs[number * turns : (number + 1) * turns]))
+        for number, prompt in enumerate(prompts)
+    ]

@@ -1,0 +1,154 @@
+"""Runs a load through a plan's scheduler, cache and commits, event by event."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.metrics import Metrics
+from tokenspeed_plan.runtime.output import OutputProcessor
+from tokenspeed_plan.runtime.request import Completion
+from tokenspeed_plan.runtime.request_check import check_request
+from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
+from tokenspeed_plan.runtime.scheduling.sequence import Sequence
+from tokenspeed_plan.runtime.simulation.load import Arrival, Load
+from tokenspeed_plan.runtime.simulation.virtual_steps import (
+    StepRecord,
+    StepTimes,
+    VirtualClock,
+    VirtualLauncher,
+)
+from tokenspeed_plan.runtime.step_loop import StepLoop
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An answered request.
+
+    Attributes:
+        arrival_s: when it came.
+        queue_s: from then until it started.
+        ttft_s: from then to its first token.
+        decode_s: from its first token to its last.
+        prompt_tokens, cached_tokens, output_tokens: of it.
+    """
+
+    arrival_s: float
+    queue_s: float
+    ttft_s: float
+    decode_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+    @property
+    def tpot_s(self) -> float:
+        """Seconds for each token after the first; 0 where there is none."""
+        return self.decode_s / max(self.output_tokens - 1, 1)
+
+    @classmethod
+    def of(cls, arrival_s: float, completion: Completion) -> Answered:
+        """From what the engine says of it."""
+        return cls(
+            arrival_s,
+            completion.queue_s,
+            completion.ttft_s,
+            completion.decode_s,
+            completion.num_prompt_tokens,
+            completion.num_cached_tokens,
+            len(completion.token_ids),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What a load was like.
+
+    Attributes:
+        answers: in the order of their ends.
+        steps: all of them.
+        metrics: the engine's own counters.
+        total_s: from the beginning to the last answer.
+        busy_s: in which the device computed.
+    """
+
+    answers: list[Answered]
+    steps: list[StepRecord]
+    metrics: Metrics
+    total_s: float
+    busy_s: float
+
+
+def simulate(
+    plan: Plan,
+    times: StepTimes,
+    load: Load,
+    acceptance: Seq[float] = (),
+    seed: int = 0,
+) -> Simulated:
+    """Run a load to its end.
+
+    Args:
+        plan: what would be replayed.
+        times: what its steps take.
+        load: the requests.
+        acceptance: see `VirtualLauncher`.
+        seed: of the drafts that are accepted.
+
+    Raises:
+        RequestError: the plan cannot hold a request.
+    """
+    return _Simulation(plan, times, load, acceptance, seed).run()
+
+
+class _Simulation:
+    """A load on its way."""
+
+    def __init__(
+        self, plan: Plan, times: StepTimes, load: Load, acceptance: Seq[float], seed: int
+    ) -> None:
+        self._plan = plan
+        self._load = load
+        self._clock = VirtualClock()
+        self._launcher = VirtualLauncher(plan, times, self._clock, acceptance, seed)
+        self._scheduler = Scheduler(plan, clock=self._clock)
+        self._loop = StepLoop(plan, self._launcher, self._scheduler, OutputProcessor(None))
+        self._answers: list[Answered] = []
+        self._arrived_s: dict[str, float] = {}
+
+    def run(self) -> Simulated:
+        """Until nobody asks any more."""
+        while self._has_work():
+            for completion in self._loop.step(None):
+                self._note(completion)
+        return Simulated(
+            self._answers,
+            self._launcher.steps,
+            self._scheduler.metrics,
+            self._clock.now_s,
+            self._clock.busy_s,
+        )
+
+    def _has_work(self) -> bool:
+        """Take what has come by now; where nothing is left to do, wait for the next request."""
+        is_idle = not self._scheduler.num_unfinished and self._loop.in_flight is None
+        next_s = self._load.next_time_s()
+        if is_idle and next_s is not None:
+            self._clock.wait_until(next_s)
+        while next_s is not None and next_s <= self._clock.now_s:
+            self._add(self._load.pop())
+            is_idle = False
+            next_s = self._load.next_time_s()
+        return not is_idle
+
+    def _add(self, arrival: Arrival) -> None:
+        request = arrival.request
+        check_request(request, self._plan.model.vocab_size, self._plan.pool.limits.max_seq_len)
+        self._arrived_s[request.request_id] = arrival.time_s
+        self._loop.add(Sequence(request, arrival.time_s, list(request.prompt_ids)))
+
+    def _note(self, completion: Completion) -> None:
+        arrived_s = self._arrived_s.pop(completion.request_id)
+        self._answers.append(Answered.of(arrived_s, completion))
+        self._load.answered(completion, self._clock.now_s)

@@ -1,0 +1,105 @@
+"""Requests as they came once: one JSON object a line, with its time and its lengths."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
+from tokenspeed_plan.runtime.simulation.load import Arrival
+
+HINT = 'give lines such as {"arrival_s": 0.25, "prompt_tokens": 812, "output_tokens": 190}'
+MAX_TOKENS = 100_000_000
+MAX_ARRIVAL_S = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRow:
+    """A request: when it came, in seconds from the beginning, and its tokens."""
+
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+def read_recorded(path: Path) -> list[RecordedRow]:
+    """The requests of a file by their time.
+
+    Raises:
+        RequestError: the file cannot be read, or a line is no request.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"`{path}` cannot be read as text: {error}", HINT) from None
+    lines = enumerate(text.splitlines(), start=1)
+    rows = [_row(line, f"{path}:{number}") for number, line in lines if line.strip()]
+    if not rows:
+        raise RequestError(f"`{path}` has no requests", HINT)
+    return sorted(rows, key=lambda row: row.arrival_s)
+
+
+def _row(line: str, where: str) -> RecordedRow:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise RequestError(f"`{where}` is no JSON object", HINT)
+    arrival_s = row.get("arrival_s")
+    if not isinstance(arrival_s, int | float) or isinstance(arrival_s, bool):
+        arrival_s = math.nan
+    if not 0 <= arrival_s <= MAX_ARRIVAL_S:
+        raise RequestError(f"`{where}`: `arrival_s` is no time in seconds", HINT)
+    prompt, output = (_tokens(row, name, where) for name in ("prompt_tokens", "output_tokens"))
+    return RecordedRow(float(arrival_s), prompt, output)
+
+
+def _tokens(row: dict[str, Any], name: str, where: str) -> int:
+    count = row.get(name)
+    if type(count) is not int or not 1 <= count <= MAX_TOKENS:
+        raise RequestError(
+            f"`{where}`: `{name}` is not a whole number from 1 to {MAX_TOKENS}", HINT
+        )
+    return count
+
+
+class Recorded:
+    """Requests that come at their own times, whatever is answered.
+
+    Args:
+        rows: by their time.
+        vocab_size: of the random tokens of their prompts, which share nothing.
+        seed: of these.
+    """
+
+    def __init__(self, rows: Iterable[RecordedRow], vocab_size: int, seed: int = 0) -> None:
+        self._rows = deque(rows)
+        self._vocab_size = vocab_size
+        self._tokens = np.random.default_rng(seed)
+        self._count = 0
+
+    def next_time_s(self) -> float | None:
+        """When the next one comes."""
+        if not self._rows:
+            return None
+        return self._rows[0].arrival_s
+
+    def pop(self) -> Arrival:
+        """The next one."""
+        row = self._rows.popleft()
+        ids = tuple(self._tokens.integers(1, self._vocab_size, row.prompt_tokens).tolist())
+        self._count += 1
+        params = SamplingParams(max_tokens=row.output_tokens, ignore_eos=True)
+        return Arrival(row.arrival_s, Request(f"sim-{self._count}", ids, params))
+
+    def answered(self, completion: Completion, now_s: float) -> None:
+        """Nobody waits for it."""

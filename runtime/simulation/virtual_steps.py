@@ -1,0 +1,177 @@
+"""Steps that take no time but on a clock of their own.
+
+The scheduler, the cache and the commits are the engine's. What a device would do is replaced by the
+time that it is predicted to take: it begins a step when the host has prepared it and the step
+before is over; the host waits for it where it reads what it computed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.runtime.execution.launch import HostValues
+from tokenspeed_plan.runtime.in_flight import InFlightBatch
+from tokenspeed_plan.runtime.output import FIRST_TOKEN, host_outputs
+from tokenspeed_plan.runtime.request_check import stop_ids_of
+from tokenspeed_plan.runtime.scheduling.batch import Batch
+
+NOTHING = torch.empty(0)
+
+
+class StepTimes(Protocol):
+    """What steps are predicted to take, in microseconds."""
+
+    def prefill_us(self, tokens: int, seqs: int, context: float) -> float:
+        """A prefill step.
+
+        Args:
+            tokens: of all its sequences.
+            seqs: how many share them.
+            context: tokens that each had before, on average.
+        """
+
+    def decode_us(self, bucket: int, seqs: int, context: float) -> float:
+        """A decode step.
+
+        Args:
+            bucket: of its program.
+            seqs: that it computes for.
+            context: tokens of each, on average.
+        """
+
+    def host_us(self, seqs: int) -> float:
+        """The host before a step of so many sequences, which hides behind the step before."""
+
+
+@dataclass(slots=True)
+class VirtualClock:
+    """The time of the host, and when the device has done all that was launched, in seconds.
+
+    `busy_s` is what the device has worked so far.
+    """
+
+    now_s: float = 0.0
+    free_s: float = 0.0
+    busy_s: float = 0.0
+
+    def __call__(self) -> float:
+        """The time of the host."""
+        return self.now_s
+
+    def wait_until(self, time_s: float) -> None:
+        """Let the time pass up to then, if it has not come."""
+        self.now_s = max(self.now_s, time_s)
+
+    def launch(self, host_us: float, step_us: float) -> None:
+        """The host prepares a step, and the device computes it as soon as it can."""
+        self.now_s += host_us * 1e-6
+        self.free_s = max(self.free_s, self.now_s) + step_us * 1e-6
+        self.busy_s += step_us * 1e-6
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """A step: its program, when the device began and ended it, and what it computed."""
+
+    phase: str
+    bucket: int
+    seqs: int
+    tokens: int
+    begin_s: float
+    end_s: float
+
+
+@dataclass(slots=True)
+class _VirtualBatch(InFlightBatch):
+    """A step without logits, of which nothing can be wanted."""
+
+    def take_look(self, indices: list[int]) -> None:
+        """Nothing."""
+
+
+class VirtualLauncher:
+    """Starts steps on a virtual clock; their tokens are all alike.
+
+    Args:
+        plan: of the programs.
+        times: of its steps.
+        clock: of host and device.
+        acceptance: the chance of each draft, by place, that it is accepted if those before were;
+            the last stands for the places after it.
+        seed: of these chances.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        times: StepTimes,
+        clock: VirtualClock,
+        acceptance: Seq[float] = (),
+        seed: int = 0,
+    ) -> None:
+        self.steps: list[StepRecord] = []
+        self._times = times
+        self._clock = clock
+        self._acceptance = acceptance or (0.0,)
+        self._random = random.Random(seed)
+        self._token = plain_token(plan)
+
+    def start(self, batch: Batch) -> float:
+        """Let the clock know of a step."""
+        clock, program = self._clock, batch.program
+        seqs, tokens = len(batch.sequences), batch.num_tokens
+        step_us = self._step_us(batch)
+        clock.launch(self._times.host_us(seqs), step_us)
+        begin_s = clock.free_s - step_us * 1e-6
+        self.steps.append(
+            StepRecord(program.phase, program.bucket, seqs, tokens, begin_s, clock.free_s)
+        )
+        return 0.0
+
+    def _step_us(self, batch: Batch) -> float:
+        seqs = len(batch.sequences)
+        known = sum(sequence.num_computed + sequence.num_ahead for sequence in batch.sequences)
+        if batch.program.phase == "prefill":
+            return self._times.prefill_us(batch.num_tokens, seqs, known / seqs)
+        return self._times.decode_us(batch.program.bucket, seqs, known / seqs + 1)
+
+    def in_flight(self, batch: Batch) -> InFlightBatch:
+        """The step that was started last; reading its outputs waits for its end."""
+        end_s, values = self._clock.free_s, self._values(batch.program, len(batch.sequences))
+
+        def outputs() -> tuple[list[int], ...]:
+            self._clock.wait_until(end_s)
+            return values
+
+        read: HostValues = outputs
+        return _VirtualBatch(batch, read, NOTHING, NOTHING)
+
+    def _values(self, program: Program, seqs: int) -> tuple[list[int], ...]:
+        """What the host reads of a step."""
+        values = {
+            program.tokens: [self._token] * (seqs * program.query_len),
+            program.drafts: [self._token] * (seqs * (program.depth + 1)),
+        }
+        if program.query_len > 1:
+            values["accepted"] = [self._num_accepted(program.query_len - 1) for _ in range(seqs)]
+        return tuple(values[name] for name in host_outputs(program))
+
+    def _num_accepted(self, drafts: int) -> int:
+        """Drafts before the first that is refused."""
+        last = len(self._acceptance) - 1
+        for place in range(drafts):
+            if self._random.random() >= self._acceptance[min(place, last)]:
+                return place
+        return drafts
+
+
+def plain_token(plan: Plan) -> int:
+    """The least token that ends nothing, and that NaN does not give."""
+    special = {FIRST_TOKEN, *stop_ids_of(plan)}
+    return next(token for token in range(plan.model.vocab_size) if token not in special)
