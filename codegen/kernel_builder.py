@@ -54,6 +54,7 @@ RULES: dict[str, Rule] = {
     "embed": dense.embed,
     "embed_norm_concat": speculation.norm_concat,
     "norm_concat": speculation.norm_concat,
+    "mask": sampling.mask,
     "sample": sampling.sample,
     "advance": sampling.advance,
     "accept": speculation.accept,

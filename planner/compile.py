@@ -372,6 +372,7 @@ class _Programs:
             self.model.fused_experts,
             self.spec.draft_vocab,
             self.model.is_fp8,
+            self.spec.grammar,
         )
         graph = check(build(context, phase, depth))
         return run(graph, PassContext(self.layout, self.hardware), until=Stage.SHARDED)

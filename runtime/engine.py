@@ -203,6 +203,8 @@ class Engine:
                 than the plan serves; or a parameter means nothing.
         """
         check_request(request, self.vocab_size, self.max_seq_len)
+        if request.grammar is not None and not self.plan.takes_grammars:
+            raise RequestError("the plan takes no grammars", "plan with `serving.grammar: true`")
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -223,7 +225,10 @@ class Engine:
             stop_ids |= self._stop_ids
         token_ids = list(request.prompt_ids)
         now = time.perf_counter()
-        self._loop.add(Sequence(request, now, token_ids, stop_ids=stop_ids))
+        matcher = None
+        if request.grammar is not None:
+            matcher = request.grammar.matcher()
+        self._loop.add(Sequence(request, now, token_ids, stop_ids=stop_ids, matcher=matcher))
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request that waits or runs; False where there is none. It gets no completion."""

@@ -22,6 +22,7 @@ from tokenspeed_plan.runtime.tokenizer import Tokenizer
 # Where logits are no numbers, the argmax is the first token.
 FIRST_TOKEN = 0
 NO_NUMBERS = "the model's logits are not numbers"
+NO_TOKEN = "no token can follow in the form that was asked for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,9 @@ class OutputProcessor:
         """Add the tokens of a step, up to the one that ends the sequence; returns those added."""
         new_tokens: list[NewToken] = []
         for row, token_id in enumerate(output.token_ids, start=output.first_row):
+            if sequence.matcher is not None and not sequence.matcher.accept(token_id):
+                sequence.error = NO_TOKEN
+                break
             sequence.token_ids.append(token_id)
             logprobs = None
             if sequence.request.params.num_logprobs is not None and look is not None:

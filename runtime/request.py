@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenspeed_plan.plans.errors import RequestFailed
+from tokenspeed_plan.runtime.grammars.matcher import Grammar
 
 # A cancelled request has no completion; one that failed has an `error` in place of an answer.
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -33,11 +34,12 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to continue."""
+    """One prompt to continue; with a `grammar`, as it allows."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams = SamplingParams()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

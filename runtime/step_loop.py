@@ -18,6 +18,7 @@ from torch import Tensor
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.execution.executor import Executor
 from tokenspeed_plan.runtime.execution.inputs import InputWriter
+from tokenspeed_plan.runtime.grammars.token_masks import TokenMasks
 from tokenspeed_plan.runtime.in_flight import InFlightBatch
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor, host_outputs, needs_look
@@ -46,6 +47,7 @@ class StepLoop:
         self._commits = StepCommit(scheduler, outputs)
         self._limits = scheduler.limits
         self._inputs = InputWriter(plan, executor.buffer)
+        self._masks = TokenMasks(plan, executor.buffer)
         self._launches_ahead = any(program.captured for program in plan.pool.programs)
         self._captured_outputs: dict[tuple[str, int], tuple[Tensor, ...]] = {}
         self._waited_s = 0.0
@@ -96,9 +98,14 @@ class StepLoop:
         return finished
 
     def _launch_next(self, before: InFlightBatch | None) -> bool:
-        """Launch the next step, if there is one, while `before` is in flight."""
-        batch = self._scheduler.schedule(before.batch if before else None)
+        """Launch the next step, if there is one, while `before` is in flight.
+
+        What a grammar allows next is known when `before` is committed.
+        """
         self.in_flight = None
+        if before is not None and before.batch.has_grammars:
+            return False
+        batch = self._scheduler.schedule(before.batch if before else None)
         if batch is None:
             return False
         if before is not None:
@@ -139,6 +146,7 @@ class StepLoop:
         """Start a replay; None where the host needs nothing of it, so that it is committed."""
         self._copy_pages(batch)
         change = self._inputs.write(batch)
+        self._masks.write(batch)
         self.last_batch = batch
         with self._waiting():
             self._executor.run(batch.program, batch.run_tokens, batch.run_seqs, change)

@@ -15,7 +15,7 @@ from tokenspeed_plan.codegen.tiling import (
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
-from tokenspeed_plan.plans.ops import query_len
+from tokenspeed_plan.plans.ops import TOKEN_MASK, mask_words, query_len
 from tokenspeed_plan.plans.types import Constant, TensorSpec
 
 
@@ -35,6 +35,30 @@ def advance(work: Work) -> list[Tiling]:
         num_warps=1,
         num_stages=1,
         options={"in_place": in_place},
+    )
+    return [tiling]
+
+
+def mask(work: Work) -> list[Tiling]:
+    """A program a row of logits and part of the vocabulary."""
+    vocab = work.width("logits")
+    block = 4096
+    if work.interpreted:
+        block = up2(vocab)
+    constants: dict[str, Constant] = {
+        "VOCAB": vocab,
+        "WORDS": mask_words(vocab),
+        "COLUMNS": work.width(TOKEN_MASK),
+        "BLOCK": block,
+    }
+    if work.query_len > 1:
+        constants["QUERY_LEN"] = work.query_len
+    tiling = Tiling(
+        template="mask",
+        constants=constants,
+        grid=(per_rows(1, work.by_seqs), fixed(blocks(vocab, block))),
+        num_warps=8,
+        num_stages=1,
     )
     return [tiling]
 

@@ -23,7 +23,14 @@ from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.fp8_format import FP8
-from tokenspeed_plan.plans.ops import OPS, SAMPLING_INPUTS, STOP_IDS
+from tokenspeed_plan.plans.ops import (
+    IS_MASKED,
+    OPS,
+    SAMPLING_INPUTS,
+    STOP_IDS,
+    TOKEN_MASK,
+    mask_words,
+)
 from tokenspeed_plan.plans.schema import ArenaName, Capacity
 from tokenspeed_plan.plans.types import Attr, Dim, DType, Phase, TensorSpec
 
@@ -48,6 +55,7 @@ class BuildContext:
             expert has tensors of its own.
         draft_vocab: drafts are chosen from this many of the first tokens; from all where None.
         is_fp8: whether a checkpoint tensor is stored in blocks of FP8.
+        grammar: whether a grammar may mask the tokens of a sequence.
     """
 
     config: ModelConfig
@@ -57,6 +65,7 @@ class BuildContext:
     fused_experts: Callable[[str], bool]
     draft_vocab: int | None = None
     is_fp8: Callable[[str], bool] = _is_never_fp8
+    grammar: bool = False
 
     @property
     def wide(self) -> DType:
@@ -129,6 +138,9 @@ class GraphBuilder:
         self.tensor("page_table", ("num_seqs", limits.table_pages), "i32", "io")
         for name, dtype in SAMPLING_INPUTS.items():
             self.tensor(name, ("num_seqs",), dtype, "io")
+        self.tensor(IS_MASKED, ("num_seqs",), "i32", "io")
+        words = queries * mask_words(self.config.vocab_size)
+        self.tensor(TOKEN_MASK, ("num_seqs", words), "i32", "io")
 
     @property
     def query_attrs(self) -> dict[str, Attr]:

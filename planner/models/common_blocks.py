@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tokenspeed_plan.planner.graph import Source
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.models.builder import GraphBuilder
-from tokenspeed_plan.plans.ops import SAMPLING_INPUTS
+from tokenspeed_plan.plans.ops import IS_MASKED, SAMPLING_INPUTS, TOKEN_MASK
 from tokenspeed_plan.plans.types import Attr
 
 
@@ -123,7 +123,10 @@ def _head_weight(graph: GraphBuilder, name: str, rows: int) -> str:
 
 
 def sample(graph: GraphBuilder, logits: str, name: str) -> str:
-    """The next token after each row of logits."""
+    """The next token after each row of logits, of those that a grammar allows."""
+    if graph.context.grammar:
+        operands = (logits, IS_MASKED, TOKEN_MASK)
+        (logits,) = graph.op("mask", "mask", operands, attrs=graph.query_attrs)
     attrs: dict[str, Attr] = {"num_valid_tokens": graph.context.num_valid_tokens}
     (tokens,) = graph.op(
         "sample",

@@ -1,7 +1,8 @@
 """What a batch brings: metadata of its sequences, which operators share.
 
 Letters: T tokens, S sequences. `token_ids`, `positions` and `slot_mapping` are [T], `cu_seqlens` is
-[S + 1], `page_table` is [S, pages], `dst_state_slots` is [S] or [S, slots]; the others are [S].
+[S + 1], `page_table` is [S, pages], `dst_state_slots` is [S] or [S, slots], `token_mask` is
+[S, queries * words]; the others are [S].
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ SAMPLING_INPUTS: dict[str, DType] = {
     "seed": "i64",
     "rng_offset": "i64",
 }
+# Of plans that take grammars: whether a sequence has one, and what its next tokens may be.
+IS_MASKED, TOKEN_MASK = "is_masked", "token_mask"
+MASK_WORD_BITS = 32
 _ACCEPT_INPUTS = (
     "max_lens",
     "stop_ids",
@@ -41,7 +45,15 @@ _ACCEPT_INPUTS = (
 # Operands of these roles are the io buffers of the same name. Many have one shape, and only the
 # name tells them apart.
 BATCH_INPUTS = frozenset(
-    (*BATCH_STATE, *SAMPLING_INPUTS, "page_table", "cu_seqlens", *_ACCEPT_INPUTS)
+    (
+        *BATCH_STATE,
+        *SAMPLING_INPUTS,
+        "page_table",
+        "cu_seqlens",
+        *_ACCEPT_INPUTS,
+        IS_MASKED,
+        TOKEN_MASK,
+    )
 )
 # In a draft pass an earlier operator can make the operand of a role: role -> (operator, output).
 DRAFT_INPUTS: Mapping[str, frozenset[tuple[str, str]]] = {
@@ -50,6 +62,11 @@ DRAFT_INPUTS: Mapping[str, frozenset[tuple[str, str]]] = {
     "slot_mapping": frozenset({("draft_place", "slot_mapping")}),
     "context_lens": frozenset({("draft_place", "context_lens"), ("accept", "lens")}),
 }
+
+
+def mask_words(vocab_size: int) -> int:
+    """Words of the mask of one query: a bit for each token, the lowest bit first."""
+    return -(-vocab_size // MASK_WORD_BITS)
 
 
 def expect_seq_metadata(specs: Specs) -> None:

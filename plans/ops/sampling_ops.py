@@ -6,7 +6,14 @@ Letters: T tokens, S sequences, H hidden, V vocabulary. `x` is [T, H], `logits` 
 
 from __future__ import annotations
 
-from tokenspeed_plan.plans.ops.batch_inputs import BATCH_STATE, SAMPLING_INPUTS, expect_batch_state
+from tokenspeed_plan.plans.ops.batch_inputs import (
+    BATCH_STATE,
+    IS_MASKED,
+    SAMPLING_INPUTS,
+    TOKEN_MASK,
+    expect_batch_state,
+    mask_words,
+)
 from tokenspeed_plan.plans.ops.op_def import (
     Attrs,
     OpDef,
@@ -41,6 +48,23 @@ def _sample(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     return {"next_tokens": TensorSpec.of(shape=(dim,), dtype="i32")}
 
 
+def _mask(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    """The mask has room for every query of a sequence; one with fewer reads the first words."""
+    vocabulary = width(specs, "logits")
+    queries = query_len(attrs)
+    dim: Dim = "num_seqs"
+    if queries > 1:
+        dim = "num_tokens"
+    logits = expect(specs, "logits", dim, vocabulary)
+    expect(specs, IS_MASKED, "num_seqs", dtype="i32")
+    columns = width(specs, TOKEN_MASK)
+    expect(specs, TOKEN_MASK, "num_seqs", columns, dtype="i32")
+    words = mask_words(vocabulary)
+    fits = columns % words == 0 and columns >= queries * words
+    require(fits, f"`{TOKEN_MASK}` has {columns} words for {queries} queries of {words}")
+    return {"y": logits}
+
+
 def _advance(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     integer(attrs, "page_size")
     expect(specs, "next_tokens", "num_seqs", dtype="i32")
@@ -54,6 +78,15 @@ SAMPLING_OPS: dict[str, OpDef] = {
         outputs=("y",),
         infer=_last_token,
         doc="y[s] = x[cu_seqlens[s + 1] - 1]",
+    ),
+    # An operator of its own: `sample` reads its row up to thirty times, and the logits stay as they
+    # are for logprobs. Bit v % 32 of word v // 32 stands for token v.
+    "mask": OpDef(
+        inputs=("logits", IS_MASKED, TOKEN_MASK),
+        outputs=("y",),
+        infer=_mask,
+        doc="y = logits, and -inf for the tokens that a masked sequence may not go on with",
+        optional=("query_len",),
     ),
     # Query i of a sequence is token `rng_offset + i`, and is drawn as it would be alone.
     "sample": OpDef(

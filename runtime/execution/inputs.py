@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.ops import BATCH_STATE, STOP_IDS
+from tokenspeed_plan.plans.ops import BATCH_STATE, IS_MASKED, STOP_IDS
 from tokenspeed_plan.plans.schema import Limits, Plan
 from tokenspeed_plan.runtime.execution.input_block import (
     DEVICE_ONLY,
@@ -102,6 +102,7 @@ def pad_values(limits: Limits, query_len: int) -> dict[str, float | np.ndarray]:
         "seed": 0,
         "stop_ids": -1,
         "rng_offset": 0,
+        IS_MASKED: 0,
     }
 
 
@@ -160,6 +161,7 @@ def fixed_values(sequences: Seq[Sequence], limits: Limits) -> Views:
         "top_p": np.array([p.top_p for p in params], dtype=np.float32),
         "top_k": _array(p.top_k for p in params),
         "seed": _array(_signed(p.seed) for p in params),
+        IS_MASKED: _array(sequence.matcher is not None for sequence in sequences),
         "stop_ids": np.array([_stop_ids(sequence) for sequence in sequences], dtype=np.int32),
     }
 

@@ -57,6 +57,7 @@ REFERENCE_BODIES: dict[str, Body] = {
     "grouped_down": moe.grouped_down,
     "expert_sum": moe.expert_sum,
     "gated_add": moe.gated_add,
+    "mask": sampling.mask,
     "sample": sampling.sample,
     "advance": step_inputs.advance,
     "shift_tokens": speculation.shift_tokens,

@@ -27,6 +27,24 @@ _FIRST_FACTOR = _signed(0xBF58476D1CE4E5B9)
 _SECOND_FACTOR = _signed(0x94D049BB133111EB)
 
 
+def mask(
+    attrs: Attrs, logits_RV: Tensor, is_masked_S: Tensor, token_mask_SW: Tensor
+) -> tuple[Tensor]:
+    """-inf for each token whose bit is 0, in the rows of sequences with a grammar.
+
+    A row of `token_mask` has V / 32 words, rounded up, for each query of its sequence, and may have
+    more. Bit v % 32 of word v // 32 stands for token v.
+    """
+    query_len = attrs.get("query_len", 1)
+    num_rows, vocabulary = logits_RV.shape
+    words = -(-vocabulary // 32)
+    mask_RW = token_mask_SW[:, : query_len * words].reshape(num_rows, words)
+    shift = torch.arange(32, dtype=torch.int32, device=mask_RW.device)
+    bits_RV = ((mask_RW.unsqueeze(2) >> shift) & 1).reshape(num_rows, -1)[:, :vocabulary]
+    is_masked_R1 = (is_masked_S != 0).repeat_interleave(query_len).unsqueeze(1)
+    return (logits_RV.masked_fill((bits_RV == 0) & is_masked_R1, float("-inf")),)
+
+
 def sample(
     attrs: Attrs,
     logits_SV: Tensor,

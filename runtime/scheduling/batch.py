@@ -37,6 +37,11 @@ class Batch:
         return self.sequences[index].num_left <= self.counts[index]
 
     @property
+    def has_grammars(self) -> bool:
+        """Whether the next tokens of a sequence depend on those of this step."""
+        return any(sequence.matcher is not None for sequence in self.sequences)
+
+    @property
     def run_tokens(self) -> int:
         """Tokens that the program computes: with padding, where it is captured."""
         if self.program.captured:

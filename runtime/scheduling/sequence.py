@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenspeed_plan.runtime.cache.prefix_tree import Node
+from tokenspeed_plan.runtime.grammars.matcher import Matcher
 from tokenspeed_plan.runtime.request import FinishReason, Request, TokenLogprobs
 from tokenspeed_plan.runtime.streaming import StopSearch
 
@@ -75,6 +76,7 @@ class Sequence:
     error: str | None = None  # why it fails, where it does
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stop_search: StopSearch | None = None  # where it has stop strings and a token
+    matcher: Matcher | None = None  # after its tokens, where it has a grammar
     num_prompt_tokens: int = field(init=False)
     max_len: int = field(init=False)  # tokens that it can have at most
 
@@ -102,7 +104,8 @@ class Sequence:
         self.first_token_s = self.first_token_s or now_s
         self.last_token_s = now_s
         params = self.request.params
-        self.is_plain = not params.stop and params.num_logprobs is None
+        is_free = self.matcher is None and not params.stop
+        self.is_plain = is_free and params.num_logprobs is None
 
     def take_plain(self, token_id: int, now_s: float) -> None:
         """Take a token that a step without drafts has made, and nothing else.

@@ -218,7 +218,7 @@ def test_a_response_that_is_cut(client: openai.OpenAI) -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"store": True}, "store"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_object"}}}, "response_format"),
         ({"tools": [{"type": "mcp"}]}, "tools[0]"),
         ({"extra_body": {"n": 2}}, "n"),
         ({"tool_choice": "required", "tools": [{"type": "function", "name": "a"}]}, "tool_choice"),

@@ -559,7 +559,7 @@ def judge_body(files: Files, folder: Path) -> bool:
 def _limits() -> Any:
     from tokenspeed_plan.planner.commands import run
 
-    return run._batch_plan(load_plan(BUNDLE)).limits
+    return run._batch_plan(load_plan(BUNDLE), _tokenizer()).limits
 
 
 @cache

@@ -102,6 +102,7 @@ class Case:
     two_slots: bool = False  # even without drafts
     max_seq_len: int = 512
     fp8: bool = False  # its matrices are in blocks of FP8
+    grammar: bool = False  # two of three sequences have a mask
 
     @property
     def num_tokens(self) -> int:
@@ -153,6 +154,7 @@ def built_graph(case: Case) -> OpGraph:
         500,
         lambda prefix: True,
         is_fp8=lambda name: case.fp8 and is_fp8_matrix(name),
+        grammar=case.grammar,
     )
     return build(context, case.phase, case.depth)
 
@@ -277,6 +279,8 @@ class Inputs:
             "seed": lambda: self.integers(1 << 40, shape),
             "rng_offset": lambda: self.integers(1000, shape),
             "logits": lambda: self.normal(*shape) * 3,
+            "is_masked": lambda: torch.tensor([1, 0, 1]).repeat(shape[0])[: shape[0]],
+            "token_mask": lambda: self.integers(1 << 32, shape) - (1 << 31),
             "next_tokens": lambda: self.integers(512, shape),
             "following": lambda: torch.tensor([7, -1, -1]).repeat(shape[0])[: shape[0]],
             "accepted": lambda: (case.depth - torch.arange(shape[0])) % (case.depth + 1),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tokenspeed_plan.plans.canon import sha256
-from tokenspeed_plan.plans.chat_format import THINK_BEGIN, ChatFormat
+from tokenspeed_plan.plans.chat_format import MAX_TAG_TOKENS, THINK_BEGIN, ChatFormat
 from tokenspeed_plan.runtime.request import Completion, TokenLogprobs
 from tokenspeed_plan.runtime.serving.chat.answer_parser import AnswerParser, AnswerRules
 from tokenspeed_plan.runtime.serving.chat.answer_parts import ParsedAnswer, ToolCall, assembled
@@ -16,8 +16,6 @@ from tokenspeed_plan.runtime.serving.openai.chat_fields import schemas_of
 from tokenspeed_plan.runtime.streaming import Decoder
 
 Json = dict[str, Any]
-
-MAX_TAG_TOKENS = 16  # of a tag and the space after it, however it is cut into tokens
 
 
 class ChatDecoder(Decoder, Protocol):

@@ -45,8 +45,6 @@ HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 MODEL_NOT_FOUND = "model_not_found"
 UNSUPPORTED = "unsupported_parameter"
-# Why a field is not served, where that is no matter of time.
-REASONS = {"response_format": " (nothing here can force the form of an answer)"}
 _OF_TOOLS = ("tool_choice", "parallel_tool_calls")  # they say nothing without tools
 
 
@@ -152,6 +150,7 @@ class _Body(StrictModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    response_format: Any = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -300,7 +299,7 @@ def parse_body(url: Url, data: dict[str, Any]) -> CompletionBody | ChatBody:
         name, wanted = unsupported
         raise InvalidRequestError(
             f"`{name}` is not supported: leave it out, or send {wanted}, "
-            f"got {_shown(fields[name])}{REASONS.get(name, '')}",
+            f"got {_shown(fields[name])}",
             name,
             UNSUPPORTED,
         )
@@ -348,21 +347,6 @@ def _check_chat(body: ChatBody) -> None:
         raise InvalidRequestError(
             "`top_logprobs` is only for `logprobs: true`", "top_logprobs", "invalid_value"
         )
-    choice = body.tool_choice
-    if choice in (None, "none", "auto"):
-        return
-    if choice == "required" or (isinstance(choice, dict) and isinstance(choice.get("type"), str)):
-        raise InvalidRequestError(
-            f"`tool_choice` {_shown(choice)} is not supported: nothing here can force a call; "
-            'send "auto" or "none"',
-            "tool_choice",
-            UNSUPPORTED,
-        )
-    raise InvalidRequestError(
-        f'`tool_choice`: input should be "auto" or "none", got {_shown(choice)}',
-        "tool_choice",
-        "invalid_value",
-    )
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> InvalidRequestError:

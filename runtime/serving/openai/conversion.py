@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from tokenspeed_plan.plans.chat_format import ChatFormat
+from tokenspeed_plan.plans.chat_format import MAX_TAG_TOKENS, ChatFormat
 from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime.grammars.matcher import Grammar
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 from tokenspeed_plan.runtime.request_check import FieldError, ascii_text, check_request
+from tokenspeed_plan.runtime.serving.openai.answer_form import Grammars, grammar_of
 from tokenspeed_plan.runtime.serving.openai.bodies import (
     MODEL_NOT_FOUND,
     UNSUPPORTED,
@@ -32,7 +34,10 @@ CUT_TOKENS = 64
 
 
 class Encoder(Protocol):
-    """The half of a tokenizer that makes token ids."""
+    """The half of a tokenizer that makes token ids, and of these a text that shows them all."""
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens spelled out."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokens that a prompt begins or ends with."""
@@ -56,7 +61,8 @@ class RequestLimits:
 
     `default_max_tokens` is used where a completion has no `max_tokens`: what is no chat may go on
     for ever. `model` is the name that a request may give; None takes every name. With
-    `caps_max_tokens` a `max_tokens` beyond the room that is left means all of it.
+    `caps_max_tokens` a `max_tokens` beyond the room that is left means all of it. `grammars`
+    compiles the forms of answers; None where the plan takes none.
     """
 
     max_seq_len: int
@@ -64,6 +70,7 @@ class RequestLimits:
     vocab_size: int
     model: str | None = None
     caps_max_tokens: bool = False
+    grammars: Grammars | None = None
 
 
 def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits) -> None:
@@ -75,7 +82,8 @@ def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: Requ
     Raises:
         InvalidRequestError: see `to_requests`.
     """
-    if isinstance(body, CompletionBody) and isinstance(body.prompt, str) and body.prompt.isascii():
+    is_free = isinstance(body, CompletionBody) and body.response_format is None
+    if is_free and isinstance(body.prompt, str) and body.prompt.isascii():
         room = limits.max_seq_len - (body.max_tokens or 1)
         if 0 < len(body.prompt) <= room:
             check_model(body.model, limits)
@@ -99,14 +107,30 @@ def to_requests(
     check_model(body.model, limits)
     requests: list[Request] = []
     for part in split_prompts(body):
-        first = _request(part, key, tuple(prompt_ids(part, tokenizer, limits)), limits)
+        ids = tuple(prompt_ids(part, tokenizer, limits))
+        first = _request(part, key, ids, limits)
+        if isinstance(body, ChatBody) or body.response_format is not None:
+            first = replace(first, grammar=_grammar(body, ids, tokenizer, limits))
         seed = first.params.seed
         if body.seed is None:
             seed += len(requests)
         for choice in range(body.n or 1):
             params = replace(first.params, seed=seed + choice)
-            requests.append(Request(f"{key}:{len(requests)}", first.prompt_ids, params))
+            name = f"{key}:{len(requests)}"
+            requests.append(Request(name, first.prompt_ids, params, first.grammar))
     return tuple(requests)
+
+
+def _grammar(
+    body: CompletionBody | ChatBody, ids: Sequence[int], tokenizer: Encoder, limits: RequestLimits
+) -> Grammar | None:
+    """What the answers of a prompt may be; None where no form was asked for.
+
+    Raises:
+        InvalidRequestError: it cannot be enforced.
+    """
+    spelled = tokenizer.spell(ids[-MAX_TAG_TOKENS:])
+    return grammar_of(body, spelled, tokenizer.chat_format, limits.grammars)
 
 
 def split_prompts(body: CompletionBody | ChatBody) -> list[CompletionBody | ChatBody]:
