@@ -373,6 +373,7 @@ class _Programs:
             self.spec.draft_vocab,
             self.model.is_fp8,
             self.spec.grammar,
+            self.spec.penalties,
         )
         graph = check(build(context, phase, depth))
         return run(graph, PassContext(self.layout, self.hardware), until=Stage.SHARDED)

@@ -386,6 +386,14 @@ class ServingSpec(_Section):
             True,
         ),
     ] = None
+    penalties: Annotated[
+        bool | None,
+        _about(
+            "Whether requests may ask for presence, frequency and repetition penalties, `min_p` "
+            "and `logit_bias`: then an operator before the sampler changes logits. One GPU.",
+            True,
+        ),
+    ] = None
 
 
 class Spec(_Section):
@@ -468,6 +476,11 @@ class Spec(_Section):
     def grammar(self) -> bool:
         """Whether grammars may mask tokens."""
         return self.serving is not None and bool(self.serving.grammar)
+
+    @property
+    def penalties(self) -> bool:
+        """Whether penalties and biases may change logits."""
+        return self.serving is not None and bool(self.serving.penalties)
 
     @property
     def draft_vocab(self) -> int | None:

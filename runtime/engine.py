@@ -12,6 +12,7 @@ from tokenspeed_plan.plans.errors import EngineStopped, RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.signature import Signers
 from tokenspeed_plan.plans.weight_digests import Depth
+from tokenspeed_plan.runtime.execution.adjustments import TokenCounts
 from tokenspeed_plan.runtime.execution.backend import BackendName
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.kernels import Kernels
@@ -205,6 +206,9 @@ class Engine:
         check_request(request, self.vocab_size, self.max_seq_len)
         if request.grammar is not None and not self.plan.takes_grammars:
             raise RequestError("the plan takes no grammars", "plan with `serving.grammar: true`")
+        changes = request.params.penalises or request.params.min_p
+        if changes and not self.plan.takes_penalties:
+            raise RequestError("the plan takes no penalties", "plan with `serving.penalties: true`")
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -225,10 +229,12 @@ class Engine:
             stop_ids |= self._stop_ids
         token_ids = list(request.prompt_ids)
         now = time.perf_counter()
-        matcher = None
+        sequence = Sequence(request, now, token_ids, stop_ids=stop_ids)
         if request.grammar is not None:
-            matcher = request.grammar.matcher()
-        self._loop.add(Sequence(request, now, token_ids, stop_ids=stop_ids, matcher=matcher))
+            sequence.matcher = request.grammar.matcher()
+        if request.params.penalises:
+            sequence.counts = TokenCounts(request.params, request.prompt_ids)
+        self._loop.add(sequence)
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request that waits or runs; False where there is none. It gets no completion."""

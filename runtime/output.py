@@ -160,6 +160,8 @@ class OutputProcessor:
             if sequence.matcher is not None and not sequence.matcher.accept(token_id):
                 sequence.error = NO_TOKEN
                 break
+            if sequence.counts is not None:
+                sequence.counts.add(token_id)
             sequence.token_ids.append(token_id)
             logprobs = None
             if sequence.request.params.num_logprobs is not None and look is not None:

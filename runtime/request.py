@@ -19,6 +19,11 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch the filters off. With a `seed` the
     tokens of a request depend on nothing but the request. `num_logprobs` None returns no logprobs,
     n returns the chosen token's and the n most likely ones.
+
+    Penalties and biases change logits as in vLLM: `presence_penalty` and `frequency_penalty` of
+    tokens in the answer so far, `repetition_penalty` (1 for none) also of those in the prompt;
+    `logit_bias` has pairs of a token and what is added to it. `min_p` drops tokens that are less
+    likely than so much of the most likely one.
     """
 
     max_tokens: int = 16
@@ -30,6 +35,17 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     num_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def penalises(self) -> bool:
+        """Whether logits depend on tokens that were there before, or are given a bias."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        return any(penalties) or bool(self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Sequence as Seq
 
 from tokenspeed_plan.plans.errors import PlanError, RequestError
+from tokenspeed_plan.plans.ops import MAX_BIASED
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 
@@ -20,6 +21,8 @@ MAX_STOP_IDS = 1024
 MAX_INT32 = (1 << 31) - 1
 # Far from the largest fp32: what is divided by it or by its inverse is still a number.
 MAX_TEMPERATURE = 1e6
+MIN_REPETITION, MAX_REPETITION = 0.01, 100.0
+MAX_BIAS = 100.0  # OpenAI's
 
 
 class FieldError(RequestError):
@@ -71,6 +74,11 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
     _check_number("top_p", params.top_p, 0, 1)
     if params.top_p == 0:
         raise FieldError("top_p", f"top_p is {params.top_p}", "it must be above 0 and up to 1")
+    _check_number("presence_penalty", params.presence_penalty, -2, 2)
+    _check_number("frequency_penalty", params.frequency_penalty, -2, 2)
+    _check_number("repetition_penalty", params.repetition_penalty, MIN_REPETITION, MAX_REPETITION)
+    _check_number("min_p", params.min_p, 0, 1)
+    _check_bias(params.logit_bias, vocab_size)
     _check_stops(params.stop)
     _check_count("stop_token_ids", params.stop_token_ids, MAX_STOP_IDS)
     check_token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
@@ -160,6 +168,17 @@ def _check_count(name: str, values: object, most: int) -> None:
         raise FieldError(name, f"{name} is {type(values).__name__}", "give a tuple")
     if len(values) > most:
         raise FieldError(name, f"{name} has {len(values)} entries", f"give at most {most}")
+
+
+def _check_bias(bias: Seq[tuple[int, float]], vocab_size: int) -> None:
+    """A token has one bias at most."""
+    _check_count("logit_bias", bias, MAX_BIASED)
+    ids = [token for token, _ in bias]
+    check_token_ids("logit_bias", ids, vocab_size)
+    if len(set(ids)) < len(ids):
+        raise FieldError("logit_bias", "logit_bias names a token twice", "name it once")
+    for _, value in bias:
+        _check_number("logit_bias", value, -MAX_BIAS, MAX_BIAS)
 
 
 def _check_stops(stops: Seq[object]) -> None:

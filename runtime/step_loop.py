@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.execution.adjustments import Adjustments
 from tokenspeed_plan.runtime.execution.executor import Executor
 from tokenspeed_plan.runtime.execution.inputs import InputWriter
 from tokenspeed_plan.runtime.grammars.token_masks import TokenMasks
@@ -48,6 +49,7 @@ class StepLoop:
         self._limits = scheduler.limits
         self._inputs = InputWriter(plan, executor.buffer)
         self._masks = TokenMasks(plan, executor.buffer)
+        self._adjustments = Adjustments(plan, executor.buffer)
         self._launches_ahead = any(program.captured for program in plan.pool.programs)
         self._captured_outputs: dict[tuple[str, int], tuple[Tensor, ...]] = {}
         self._waited_s = 0.0
@@ -100,10 +102,10 @@ class StepLoop:
     def _launch_next(self, before: InFlightBatch | None) -> bool:
         """Launch the next step, if there is one, while `before` is in flight.
 
-        What a grammar allows next is known when `before` is committed.
+        What a grammar allows next, or a penalty changes, is known when `before` is committed.
         """
         self.in_flight = None
-        if before is not None and before.batch.has_grammars:
+        if before is not None and before.batch.must_be_read:
             return False
         batch = self._scheduler.schedule(before.batch if before else None)
         if batch is None:
@@ -147,6 +149,7 @@ class StepLoop:
         self._copy_pages(batch)
         change = self._inputs.write(batch)
         self._masks.write(batch)
+        self._adjustments.write(batch)
         self.last_batch = batch
         with self._waiting():
             self._executor.run(batch.program, batch.run_tokens, batch.run_seqs, change)

@@ -146,6 +146,7 @@ def _step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
         rollback=plan.pool.limits.rollback,
         draft_vocab=spec.draft_vocab,
         grammar=spec.grammar,
+        penalties=spec.penalties,
     )
     return steps, _layout_of(plan)
 

@@ -169,6 +169,7 @@ class Predictor:
             rollback=self.rollback,
             draft_vocab=self.spec.draft_vocab,
             grammar=self.spec.grammar,
+            penalties=self.spec.penalties,
         )
 
     @cached_property

@@ -97,6 +97,7 @@ class StepModel:
         rollback: how rejected drafts are taken back.
         draft_vocab: tokens that drafts are chosen from; None for all.
         grammar: whether grammars may mask tokens.
+        penalties: whether penalties and biases may change logits.
         whole, sharded, graphs, priced_ops, prices, arenas: what was computed so far.
     """
 
@@ -108,6 +109,7 @@ class StepModel:
     rollback: RollbackWord = "snapshot"
     draft_vocab: int | None = None
     grammar: bool = False
+    penalties: bool = False
     whole: dict[tuple[Phase, int], OpGraph] = field(default_factory=dict)
     sharded: dict[tuple[ParallelLayout, Phase, int], OpGraph] = field(default_factory=dict)
     graphs: dict[GraphKey, OpGraph] = field(default_factory=dict)
@@ -326,6 +328,7 @@ class StepModel:
             self.draft_vocab,
             self._is_fp8,
             self.grammar,
+            self.penalties,
         )
 
     def _is_fp8(self, name: str) -> bool:

@@ -244,6 +244,7 @@ def _batch_plan(frozen: Plan, tokenizer: Tokenizer) -> BatchPlan:
         frozen.model.vocab_size,
         frozen.model.name,
         grammars=grammar_compiler(frozen, tokenizer),
+        takes_penalties=frozen.takes_penalties,
     )
     predicted: dict[str, float] = {}
     load = _predicted_load(frozen)

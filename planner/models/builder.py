@@ -24,11 +24,15 @@ from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.ops import (
+    ADJUSTMENTS,
     IS_MASKED,
+    MIN_P,
     OPS,
+    PENALTIES,
     SAMPLING_INPUTS,
     STOP_IDS,
     TOKEN_MASK,
+    adjustment_words,
     mask_words,
 )
 from tokenspeed_plan.plans.schema import ArenaName, Capacity
@@ -56,6 +60,7 @@ class BuildContext:
         draft_vocab: drafts are chosen from this many of the first tokens; from all where None.
         is_fp8: whether a checkpoint tensor is stored in blocks of FP8.
         grammar: whether a grammar may mask the tokens of a sequence.
+        penalties: whether penalties and biases may change its logits.
     """
 
     config: ModelConfig
@@ -66,6 +71,7 @@ class BuildContext:
     draft_vocab: int | None = None
     is_fp8: Callable[[str], bool] = _is_never_fp8
     grammar: bool = False
+    penalties: bool = False
 
     @property
     def wide(self) -> DType:
@@ -138,8 +144,16 @@ class GraphBuilder:
         self.tensor("page_table", ("num_seqs", limits.table_pages), "i32", "io")
         for name, dtype in SAMPLING_INPUTS.items():
             self.tensor(name, ("num_seqs",), dtype, "io")
-        self.tensor(IS_MASKED, ("num_seqs",), "i32", "io")
-        words = queries * mask_words(self.config.vocab_size)
+        self._declare_sampler(queries)
+
+    def _declare_sampler(self, queries: int) -> None:
+        """What masks and penalties need."""
+        vocab_size, max_seq_len = self.config.vocab_size, self.context.limits.max_seq_len
+        for name, dtype in (PENALTIES | {MIN_P: "fp32", IS_MASKED: "i32"}).items():
+            self.tensor(name, ("num_seqs",), dtype, "io")
+        entries = adjustment_words(vocab_size, max_seq_len)
+        self.tensor(ADJUSTMENTS, ("num_seqs", entries), "i32", "io")
+        words = queries * mask_words(vocab_size)
         self.tensor(TOKEN_MASK, ("num_seqs", words), "i32", "io")
 
     @property

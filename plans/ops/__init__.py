@@ -15,13 +15,19 @@ after the accepted ones (`recompute_state`).
 
 from tokenspeed_plan.plans.ops.attention_ops import ATTENTION_OPS
 from tokenspeed_plan.plans.ops.batch_inputs import (
+    ADJUSTMENTS,
     BATCH_INPUTS,
     BATCH_STATE,
     DRAFT_INPUTS,
+    IS_ADJUSTED,
     IS_MASKED,
+    MAX_BIASED,
+    MIN_P,
+    PENALTIES,
     SAMPLING_INPUTS,
     STOP_IDS,
     TOKEN_MASK,
+    adjustment_words,
     mask_words,
 )
 from tokenspeed_plan.plans.ops.delta_net_ops import (
@@ -48,14 +54,19 @@ from tokenspeed_plan.plans.ops.sampling_ops import SAMPLING_OPS
 from tokenspeed_plan.plans.ops.speculation_ops import SPECULATION_OPS
 
 __all__ = [
+    "ADJUSTMENTS",
     "BATCH_INPUTS",
     "BATCH_STATE",
     "COLLECTIVES",
     "DELTA_CHUNK",
     "DRAFT_INPUTS",
+    "IS_ADJUSTED",
     "IS_MASKED",
     "L2_EPS",
+    "MAX_BIASED",
+    "MIN_P",
     "OPS",
+    "PENALTIES",
     "RECOMPUTED",
     "SAMPLING_INPUTS",
     "STOP_IDS",
@@ -65,6 +76,7 @@ __all__ = [
     "OpDef",
     "ShapeError",
     "Specs",
+    "adjustment_words",
     "check_numbers",
     "integer",
     "mask_words",

@@ -62,9 +62,7 @@ class TokenMasks:
         self._device[first:end].copy_(self._host[first:end], non_blocking=True)
 
     def _fill(self, batch: Batch, row: int) -> None:
-        """The masks of one sequence; a missing draft is token 0, as in the inputs."""
-        sequence = batch.sequences[row]
-        assert sequence.matcher is not None
-        num_drafts = batch.program.query_len - 1
-        drafts = (sequence.drafts + [0] * num_drafts)[:num_drafts]
-        fill_ahead(sequence.matcher, self._mask_SRW[row], drafts)
+        """The masks of one sequence."""
+        matcher = batch.sequences[row].matcher
+        assert matcher is not None
+        fill_ahead(matcher, self._mask_SRW[row], batch.drafts_of(row))

@@ -37,9 +37,14 @@ class Batch:
         return self.sequences[index].num_left <= self.counts[index]
 
     @property
-    def has_grammars(self) -> bool:
-        """Whether the next tokens of a sequence depend on those of this step."""
-        return any(sequence.matcher is not None for sequence in self.sequences)
+    def must_be_read(self) -> bool:
+        """Whether the host must know its tokens before it can write the inputs of the next step."""
+        return any(sequence.must_be_read for sequence in self.sequences)
+
+    def drafts_of(self, index: int) -> list[int]:
+        """The drafts of a sequence that a decode step verifies; a missing one is token 0."""
+        sequence, count = self.sequences[index], self.program.query_len - 1
+        return (sequence.drafts + [0] * count)[:count]
 
     @property
     def run_tokens(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
 
 from tokenspeed_plan.runtime.cache.prefix_tree import Node
 from tokenspeed_plan.runtime.grammars.matcher import Matcher
@@ -22,6 +24,16 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     "finished": frozenset(),
     "cancelled": frozenset(),
 }
+
+
+class Counts(Protocol):
+    """Counts the tokens of a sequence."""
+
+    def add(self, token_id: int) -> None:
+        """Count a token of the answer."""
+
+    def fill(self, words: np.ndarray, drafts: Iterable[int]) -> int:
+        """Write its adjustments; returns how many words they have."""
 
 
 class IllegalTransition(AssertionError):
@@ -77,6 +89,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stop_search: StopSearch | None = None  # where it has stop strings and a token
     matcher: Matcher | None = None  # after its tokens, where it has a grammar
+    counts: Counts | None = None  # of its tokens, where it has penalties or biases
     num_prompt_tokens: int = field(init=False)
     max_len: int = field(init=False)  # tokens that it can have at most
 
@@ -104,7 +117,7 @@ class Sequence:
         self.first_token_s = self.first_token_s or now_s
         self.last_token_s = now_s
         params = self.request.params
-        is_free = self.matcher is None and not params.stop
+        is_free = not self.must_be_read and not params.stop
         self.is_plain = is_free and params.num_logprobs is None
 
     def take_plain(self, token_id: int, now_s: float) -> None:
@@ -141,6 +154,11 @@ class Sequence:
         self.copy_from = None
         self.drafts = []
         self.checkpoint_requests.clear()
+
+    @property
+    def must_be_read(self) -> bool:
+        """Whether the host makes inputs of a step from the tokens of the one before."""
+        return self.matcher is not None or self.counts is not None
 
     @property
     def is_running(self) -> bool:

@@ -182,6 +182,38 @@ def test_kernels_equal_their_references(case: Case) -> None:
                 assert error <= TOLERANCE[case.dtype], (kernel.kernel.name, name, rank)
 
 
+PENALISED = {
+    name.replace("masks", "penalties"): replace(case, grammar=False, penalties=True)
+    for name, case in MASKED.items()
+}
+
+
+@pytest.mark.parametrize("case", PENALISED.values(), ids=PENALISED.keys())
+def test_adjusted_logits_equal_their_reference(case: Case) -> None:
+    for kind in ("adjust", "sample_min_p"):
+        (built,) = (kernel for kernel in kernels_of(case) if kind_of(kernel.kernel) == kind)
+        for name, error in errors(built, case):
+            assert error <= TOLERANCE[case.dtype], (kind, name)
+
+
+PENALTY_MUTATIONS = [
+    ("adjust", "+ bias", "- bias"),
+    ("adjust", "x / repetition", "x * repetition"),
+    ("adjust", "seen // 2", "seen"),
+    ("adjust", "query <= s", "query < s"),
+    ("adjust", "(seen % 2 > 0) |", "(seen % 2 > 1) |"),
+    ("adjust", "presence, 0.0", "0.0, presence"),
+    ("sample_min_p", "tl.log(share)", "tl.log(share) * 0.5"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"), PENALTY_MUTATIONS, ids=[new for _, _, new in PENALTY_MUTATIONS]
+)
+def test_broken_penalties_are_caught(kind: str, old: str, new: str) -> None:
+    assert is_caught(PENALISED["penalties, three sequences, two queries of four"], kind, old, new)
+
+
 @pytest.mark.parametrize("case", MASKED.values(), ids=MASKED.keys())
 def test_masks_equal_their_reference(case: Case) -> None:
     (built,) = (kernel for kernel in kernels_of(case) if kind_of(kernel.kernel) == "mask")

@@ -20,7 +20,7 @@ from tokenspeed_plan.runtime.serving.openai.conversion import (
 )
 
 _MOST = 1 << 40  # no plan limits the lengths yet
-_ANY = RequestLimits(_MOST, 1, _MOST)
+_ANY = RequestLimits(_MOST, 1, _MOST, takes_penalties=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,7 @@ def _service(
             engine.default_max_tokens,
             engine.vocab_size,
             grammars=_grammars(engine, engine.tokenizer, workers),
+            takes_penalties=engine.plan.takes_penalties,
         ),
         created=int(time.time()),
         api_key=options.api_key,

@@ -23,10 +23,14 @@ from pydantic import (
     ValidationError,
 )
 
+from tokenspeed_plan.plans.ops import MAX_BIASED
 from tokenspeed_plan.runtime.request_check import (
+    MAX_BIAS,
     MAX_INT32,
+    MAX_REPETITION,
     MAX_STOP_CHARS,
     MAX_STOP_IDS,
+    MIN_REPETITION,
     ascii_text,
 )
 from tokenspeed_plan.runtime.serving.openai.chat_fields import Messages, Tools, Variables
@@ -56,6 +60,7 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
+Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 # pydantic's complaint about each of a million entries takes a minute and gigabytes: the first will
 # do, wherever a list may be long.
@@ -151,6 +156,11 @@ class _Body(StrictModel):
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     response_format: Any = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION, le=MAX_REPETITION)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASED)] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

@@ -18,6 +18,8 @@ from tokenspeed_plan.runtime.serving.openai.bodies import (
     ChatBody,
     CompletionBody,
     InvalidRequestError,
+    invalid,
+    unsupported,
 )
 from tokenspeed_plan.runtime.serving.openai.chat_fields import (
     template_messages,
@@ -26,6 +28,13 @@ from tokenspeed_plan.runtime.serving.openai.chat_fields import (
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 ANY_PROMPT = (0,)
+PENALTY_FIELDS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_p",
+    "logit_bias",
+)
 # How a body names the fields of a request.
 FIELD_NAMES = {"prompt_ids": "prompt", "num_logprobs": "logprobs"}
 # Few texts that a plan can serve have more characters for each token than this.
@@ -62,7 +71,8 @@ class RequestLimits:
     `default_max_tokens` is used where a completion has no `max_tokens`: what is no chat may go on
     for ever. `model` is the name that a request may give; None takes every name. With
     `caps_max_tokens` a `max_tokens` beyond the room that is left means all of it. `grammars`
-    compiles the forms of answers; None where the plan takes none.
+    compiles the forms of answers; None where the plan takes none. `takes_penalties` says whether
+    penalties, biases and `min_p` are served.
     """
 
     max_seq_len: int
@@ -71,6 +81,7 @@ class RequestLimits:
     model: str | None = None
     caps_max_tokens: bool = False
     grammars: Grammars | None = None
+    takes_penalties: bool = False
 
 
 def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits) -> None:
@@ -169,6 +180,7 @@ def _request(
     seed = body.seed
     if seed is None:
         seed = int(key[-15:], 16)
+    _refuse_penalties(body, limits)
     params = _sampling_params(body, _max_tokens(body, ids, limits), seed)
     request = Request(f"{key}:0", ids, params)
     try:
@@ -177,6 +189,17 @@ def _request(
         field = FIELD_NAMES.get(error.field, error.field)
         raise InvalidRequestError(error.message, field, "invalid_value") from None
     return request
+
+
+def _refuse_penalties(body: CompletionBody | ChatBody, limits: RequestLimits) -> None:
+    """Refuse what the plan has no operators for.
+
+    Raises:
+        InvalidRequestError: with the first such field.
+    """
+    for name in PENALTY_FIELDS:
+        if getattr(body, name) is not None and not limits.takes_penalties:
+            raise unsupported(name, "the plan takes none: plan with `serving.penalties`")
 
 
 def _max_tokens(
@@ -302,7 +325,23 @@ def _sampling_params(body: CompletionBody | ChatBody, max_tokens: int, seed: int
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         num_logprobs=_num_logprobs(body),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        min_p=body.min_p or 0.0,
+        logit_bias=_logit_bias(body.logit_bias or {}),
     )
+
+
+def _logit_bias(asked: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """The bias of each token; JSON has their ids as strings.
+
+    Raises:
+        InvalidRequestError: one is no id.
+    """
+    if not all(token.isascii() and token.isdecimal() and len(token) < 11 for token in asked):
+        raise invalid("logit_bias", "its keys are token ids, as strings")
+    return tuple((int(token), bias) for token, bias in asked.items() if bias)
 
 
 def _stop_strings(body: CompletionBody | ChatBody) -> tuple[str, ...]:
