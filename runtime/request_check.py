@@ -70,6 +70,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
     _check_integer("top_k", params.top_k, 0, MAX_INT32)
     _check_integer("seed", params.seed, -(1 << 63), (1 << 64) - 1)
     _check_integer("num_logprobs", params.num_logprobs or 0, 0, vocab_size)
+    _check_integer("prompt_logprobs", params.prompt_logprobs or 0, 0, vocab_size)
     _check_number("temperature", params.temperature, 0, MAX_TEMPERATURE)
     _check_number("top_p", params.top_p, 0, 1)
     if params.top_p == 0:

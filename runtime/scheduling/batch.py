@@ -62,11 +62,11 @@ class Batch:
 
     @property
     def has_no_output(self) -> bool:
-        """Whether the host needs no tokens or drafts: every sequence stays inside its prompt."""
+        """Whether the host needs nothing: every sequence stays inside its prompt, unscored."""
         if self.program.phase != "prefill":
             return False
         for sequence, count in zip(self.sequences, self.counts, strict=True):
-            if count + 1 >= sequence.num_left:
+            if count + 1 >= sequence.num_left or sequence.is_scored:
                 return False
         return True
 

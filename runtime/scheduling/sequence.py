@@ -87,6 +87,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     error: str | None = None  # why it fails, where it does
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     stop_search: StopSearch | None = None  # where it has stop strings and a token
     matcher: Matcher | None = None  # after its tokens, where it has a grammar
     counts: Counts | None = None  # of its tokens, where it has penalties or biases
@@ -161,6 +162,12 @@ class Sequence:
         return self.matcher is not None or self.counts is not None
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the logprobs of its prompt are wanted, and not all known."""
+        wanted = self.request.params.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+
+    @property
     def is_running(self) -> bool:
         """Whether it holds memory."""
         return self.state in ("prefilling", "decoding")
@@ -196,13 +203,16 @@ class Sequence:
         """Where its next chunk ends: at the next checkpoint, if it comes to one.
 
         A rest of at most `interval` tokens is not cut at a checkpoint of the plan: a second step
-        would cost more than the checkpoint saves.
+        would cost more than the checkpoint saves. Where the logprobs of its prompt are wanted, a
+        chunk is one token: a step has logits after the last token of each sequence alone.
 
         Args:
             max_tokens: longest chunk.
             interval: tokens from one checkpoint of the plan to the next.
         """
         start = self.num_computed
+        if self.is_scored:
+            return start + 1
         num_known = len(self.token_ids)
         end = min(start + max_tokens, num_known)
         if num_known - start > interval:

@@ -345,3 +345,45 @@ def test_counts_as_they_grow(client: openai.OpenAI) -> None:
     )
     counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage]
     assert counts == sorted(counts) and len(counts) == len(chunks)
+
+
+def test_the_time_before_each_token(server: Server, client: openai.OpenAI) -> None:
+    """Each token but the first of an answer is in the histogram."""
+    name = 'vllm:inter_token_latency_seconds_count{model_name="m"} '
+
+    def count() -> float:
+        lines = server.http.get("/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith(name)).removeprefix(name))
+
+    before = count()
+    found = client.chat.completions.create(model="m", messages=[ASKED], max_completion_tokens=9)
+    assert found.usage and count() - before == found.usage.completion_tokens - 1
+
+
+def test_thoughts_are_counted(client: openai.OpenAI, server: Server) -> None:
+    """Up to the tag at their end, whole and streamed; none where there is none."""
+    options: Any = {"include_usage": True}
+    asked: list[Any] = [{"role": "user", "content": "[[call]]"}]
+    whole = client.chat.completions.create(model="m", messages=asked, tools=TOOLS)
+    *_, last = client.chat.completions.create(
+        model="m", messages=asked, tools=TOOLS, stream=True, stream_options=options
+    )
+    for usage in (whole.usage, last.usage):
+        assert usage and usage.completion_tokens_details
+        thoughts = usage.completion_tokens_details.reasoning_tokens
+        assert thoughts and 2 < thoughts < usage.completion_tokens
+        assert thoughts == whole.usage.completion_tokens_details.reasoning_tokens  # type: ignore
+    response = client.responses.create(model="m", input=asked)
+    assert response.usage and response.usage.output_tokens_details.reasoning_tokens > 2
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    short = client.chat.completions.create(
+        model="m", messages=asked, max_completion_tokens=2, extra_body=off
+    )
+    assert short.usage and short.usage.completion_tokens_details
+    assert short.usage.completion_tokens_details.reasoning_tokens == 0
+
+
+def test_tokenizer_info(server: Server) -> None:
+    found = server.http.get("/tokenizer_info").json()
+    assert found == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    assert httpx.get(f"{server.url}/tokenizer_info").status_code == 401

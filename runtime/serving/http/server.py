@@ -142,6 +142,7 @@ def _service(
     model = options.model_name or engine.plan.model.name
     metrics = Metrics(engine, limiter, model)
     async_engine.on_completion = metrics.finish
+    async_engine.on_gap = metrics.note_gap
     return Service(
         engine=async_engine,
         tokenizer=engine.tokenizer,

@@ -171,6 +171,7 @@ class CompletionBody(_Body):
     """Body of /v1/completions."""
 
     prompt: Prompt
+    echo: bool | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
 

@@ -330,6 +330,7 @@ def _sampling_params(body: CompletionBody | ChatBody, max_tokens: int, seed: int
         repetition_penalty=body.repetition_penalty or 1.0,
         min_p=body.min_p or 0.0,
         logit_bias=_logit_bias(body.logit_bias or {}),
+        prompt_logprobs=_prompt_logprobs(body),
     )
 
 
@@ -349,6 +350,13 @@ def _stop_strings(body: CompletionBody | ChatBody) -> tuple[str, ...]:
     if isinstance(stop, str):
         stop = [stop]
     return tuple(text for text in stop if text)
+
+
+def _prompt_logprobs(body: CompletionBody | ChatBody) -> int | None:
+    """Those of a prompt that comes back with its completion."""
+    if isinstance(body, CompletionBody) and body.echo:
+        return body.logprobs
+    return None
 
 
 def _num_logprobs(body: CompletionBody | ChatBody) -> int | None:
