@@ -54,7 +54,7 @@ def bundle(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     template, said = FORMATS[request.param]
     folder = tmp_path_factory.mktemp("scripted")
     write_scripted(folder / "model", template, said, special_tags=request.param == "json")
-    workload = {"first_turn_tokens": 1500, "output_tokens": 64, "concurrency": 4}
+    workload = {"first_turn_tokens": 3000, "output_tokens": 64, "concurrency": 4}
     write_bundle(folder / "bundle", folder / "model", workload=workload)
     return folder / "bundle"
 
@@ -387,3 +387,24 @@ def test_tokenizer_info(server: Server) -> None:
     found = server.http.get("/tokenizer_info").json()
     assert found == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
     assert httpx.get(f"{server.url}/tokenizer_info").status_code == 401
+
+
+def test_an_agents_turns_are_found_in_the_cache(server: Server, client: openai.OpenAI) -> None:
+    """Twelve turns with thoughts and calls: what came before is computed once.
+
+    The scripted model's tokens are never those that its text would be cut into.
+    """
+    words = " ".join(f"Rule {number}: be brief." for number in range(60))
+    messages: list[Any] = [{"role": "system", "content": words}, ASKED]
+    prompts, cached = [], []
+    for turn in range(12):
+        found = client.chat.completions.create(model="m", messages=messages, tools=TOOLS)
+        message, usage = found.choices[0].message, found.usage
+        assert usage and usage.prompt_tokens_details
+        prompts.append(usage.prompt_tokens)
+        cached.append(usage.prompt_tokens_details.cached_tokens or 0)
+        assert message.tool_calls and message.reasoning_content == THOUGHT  # type: ignore
+        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id}
+        messages += [message, result | {"content": f"[[call]] {turn}"}]
+    assert prompts == sorted(prompts)
+    assert sum(cached[1:]) > 0.9 * sum(prompts[1:]), (cached, prompts)

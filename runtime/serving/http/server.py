@@ -19,7 +19,9 @@ import uvicorn
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.grammars.grammar_compiler import GrammarCompiler, grammar_compiler
+from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
+from tokenspeed_plan.runtime.serving.chat.known_turns import KnownTurns
 from tokenspeed_plan.runtime.serving.http.app import Service, make_app
 from tokenspeed_plan.runtime.serving.http.body import BodyMemory
 from tokenspeed_plan.runtime.serving.http.connections import (
@@ -141,7 +143,14 @@ def _service(
     limiter = AdmissionLimiter(async_engine, options.max_requests)
     model = options.model_name or engine.plan.model.name
     metrics = Metrics(engine, limiter, model)
-    async_engine.on_completion = metrics.finish
+    turns = KnownTurns(engine.tokenizer, engine.plan.model.eos_token_ids)
+
+    def note(completion: Completion) -> None:
+        metrics.finish(completion)
+        with suppress(RuntimeError):  # the threads have ended
+            workers.submit(turns.note, completion)
+
+    async_engine.on_completion = note
     async_engine.on_gap = metrics.note_gap
     return Service(
         engine=async_engine,
@@ -153,6 +162,7 @@ def _service(
             engine.vocab_size,
             grammars=_grammars(engine, engine.tokenizer, workers),
             takes_penalties=engine.plan.takes_penalties,
+            turns=turns,
         ),
         created=int(time.time()),
         api_key=options.api_key,

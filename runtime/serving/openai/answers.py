@@ -84,11 +84,12 @@ def answer_rules(
         schemas = schemas_of(body.callable_tools)
     if schemas is None and not format.thinks:
         return None
-    is_thinking = format.thinks and _ends_in_thought(prompt_ids, tokenizer)
+    is_thinking = format.thinks and ends_in_thought(prompt_ids, tokenizer)
     return AnswerRules(format, is_thinking, schemas, body.parallel_tool_calls is not False)
 
 
-def _ends_in_thought(prompt_ids: Sequence[int], tokenizer: ChatDecoder) -> bool:
+def ends_in_thought(prompt_ids: Sequence[int], tokenizer: ChatDecoder) -> bool:
+    """Whether a prompt opens a thought that the answer goes on with."""
     end = tokenizer.spell(prompt_ids[-MAX_TAG_TOKENS:])
     return end.rstrip().endswith(THINK_BEGIN)
 

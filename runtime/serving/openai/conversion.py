@@ -11,6 +11,7 @@ from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.grammars.matcher import Grammar
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 from tokenspeed_plan.runtime.request_check import FieldError, ascii_text, check_request
+from tokenspeed_plan.runtime.serving.chat.known_turns import KnownTurns
 from tokenspeed_plan.runtime.serving.openai.answer_form import Grammars, grammar_of
 from tokenspeed_plan.runtime.serving.openai.bodies import (
     MODEL_NOT_FOUND,
@@ -72,7 +73,7 @@ class RequestLimits:
     for ever. `model` is the name that a request may give; None takes every name. With
     `caps_max_tokens` a `max_tokens` beyond the room that is left means all of it. `grammars`
     compiles the forms of answers; None where the plan takes none. `takes_penalties` says whether
-    penalties, biases and `min_p` are served.
+    penalties, biases and `min_p` are served. `turns` has the tokens of earlier turns of chats.
     """
 
     max_seq_len: int
@@ -82,6 +83,7 @@ class RequestLimits:
     caps_max_tokens: bool = False
     grammars: Grammars | None = None
     takes_penalties: bool = False
+    turns: KnownTurns | None = None
 
 
 def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits) -> None:
@@ -248,6 +250,8 @@ def prompt_ids(
         if isinstance(prompt, str):
             _refuse_long_text(prompt, tokenizer, limits.max_seq_len)
             if isinstance(body, ChatBody):  # a chat template writes the special tokens itself
+                if limits.turns is not None:
+                    return limits.turns.encode(prompt)
                 return tokenizer.encode(prompt, add_special_tokens=False)
             return tokenizer.encode(prompt)
         return prompt
