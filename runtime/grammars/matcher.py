@@ -9,6 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from tokenspeed_plan.plans.ops import MASK_WORD_BITS
+
 
 class Matcher(Protocol):
     """Where one answer is in its grammar."""
@@ -42,9 +44,14 @@ def fill_ahead(matcher: Matcher, mask_RW: np.ndarray, drafts: list[int]) -> None
     num_accepted = 0
     matcher.fill(mask_RW, 0)
     for row, draft in enumerate(drafts, start=1):
-        if not matcher.accept(draft):
+        # XGrammar writes to stderr of some tokens that it does not take: it is not asked.
+        if not _has(mask_RW[row - 1], draft) or not matcher.accept(draft):
             break
         num_accepted += 1
         matcher.fill(mask_RW, row)
     if num_accepted:
         matcher.rollback(num_accepted)
+
+
+def _has(mask_W: np.ndarray, token_id: int) -> bool:
+    return bool(mask_W[token_id // MASK_WORD_BITS] >> (token_id % MASK_WORD_BITS) & 1)
