@@ -3,9 +3,8 @@
 python tests/clients/check_clients.py [NAME ...] [--python VENV/bin/python] [--node FOLDER]
     [--agents FOLDER]
 
-The server runs in this environment (extras `grammar`, `serve` and `test`). The clients run in one of
-their
-own, since their requirements do not agree with each other:
+The server runs in this environment (extras `grammar`, `serve` and `test`). The clients run in one
+of their own, since their requirements do not agree with each other:
 
     python -m venv VENV
     VENV/bin/pip install anthropic instructor langchain-openai litellm openai-agents \
