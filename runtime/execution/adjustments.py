@@ -25,34 +25,44 @@ class TokenCounts:
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
-        self._bias = dict(params.logit_bias)
-        self._seen = dict.fromkeys(self._bias, 0)
+        self._row_of: dict[int, int] = {}
+        self._entries = np.zeros((64, 3), dtype=np.int32)
         if params.repetition_penalty != 1:
-            self._seen |= dict.fromkeys(prompt_ids, IN_PROMPT)
+            for token in prompt_ids:
+                self._entries[self._row(token), 1] = IN_PROMPT
+        for token, bias in params.logit_bias:
+            row = self._row(token)
+            self._entries[row, 2] = np.float32(bias).view(np.int32)
+
+    def _row(self, token_id: int) -> int:
+        """The entry of a token; a new one counts nothing."""
+        row = self._row_of.setdefault(token_id, len(self._row_of))
+        if row == len(self._entries):
+            self._entries = np.concatenate((self._entries, np.zeros_like(self._entries)))
+        self._entries[row, 0] = token_id
+        return row
 
     def add(self, token_id: int) -> None:
         """Count a token of the answer."""
-        self._seen[token_id] = self._seen.get(token_id, 0) + IN_ANSWER
+        self._entries[self._row(token_id), 1] += IN_ANSWER
 
     def fill(self, words: np.ndarray, drafts: Iterable[int]) -> int:
         """Write its adjustments as the operator reads them.
 
         Args:
             words: of its row.
-            drafts: tokens that the step counts itself; each has an entry.
+            drafts: tokens that the step counts itself; each has an entry for it.
 
         Returns:
             How many words are written.
         """
-        seen = dict.fromkeys(drafts, 0) | self._seen
-        end = 1 + 3 * len(seen)
-        words[0] = len(seen)
-        entries = words[1:end].reshape(-1, 3)
-        entries[:, 0] = np.fromiter(seen.keys(), np.int32, len(seen))
-        entries[:, 1] = np.fromiter(seen.values(), np.int32, len(seen))
-        bias = (self._bias.get(token, 0.0) for token in seen)
-        entries[:, 2] = np.fromiter(bias, np.float32, len(seen)).view(np.int32)
-        return end
+        new = [token for token in dict.fromkeys(drafts) if token not in self._row_of]
+        number = max([len(self._row_of), *(1 + self._row(token) for token in new)])
+        words[0] = number
+        words[1 : 1 + 3 * number] = self._entries[:number].reshape(-1)
+        for token in new:
+            self._entries[self._row_of.pop(token)] = 0
+        return 1 + 3 * number
 
 
 class Adjustments:

@@ -61,6 +61,8 @@ def _tool(number: int, tool: Json) -> Json:
     function = {"name": tool.get("name")}
     if tool.get("description") is not None:
         function["description"] = tool["description"]
+    if tool.get("strict") is not None:
+        function["strict"] = tool["strict"]
     function["parameters"] = tool.get("input_schema")
     return {"type": "function", "function": function}
 
