@@ -15,12 +15,13 @@ from tokenspeed_plan.runtime.scheduling.batch import Batch
 class InFlightBatch:
     """A batch that was launched.
 
-    `outputs` waits for its tokens, how many drafts were accepted, and new drafts. `look` is what is
-    wanted of its logits; it is taken before another step `is_followed` by overwrites them.
+    `outputs` waits for its tokens, how many drafts were accepted, and new drafts; None while only
+    the head of its program is launched. `look` is what is wanted of its logits; it is taken before
+    another step `is_followed` by overwrites them.
     """
 
     batch: Batch
-    outputs: HostValues
+    outputs: HostValues | None
     logits: Tensor
     tokens: Tensor
     look: Look | None = None

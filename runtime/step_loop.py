@@ -94,25 +94,22 @@ class StepLoop:
             finished = self._commit(before, on_token)
             if not was_launched:
                 self._launch_next(None)
+            elif self.in_flight is not None:
+                self._launch_rest(self.in_flight)
         if self.in_flight is not None and not self._launches_ahead:
             in_flight, self.in_flight = self.in_flight, None
             finished += self._commit(in_flight, on_token)
         return finished
 
     def _launch_next(self, before: InFlightBatch | None) -> bool:
-        """Launch the next step, if there is one, while `before` is in flight.
-
-        What a grammar allows next, or a penalty changes, is known when `before` is committed.
-        """
-        self.in_flight = None
-        if before is not None and before.batch.must_be_read:
-            return False
+        """Launch the next step, if there is one, while `before` is in flight."""
         batch = self._scheduler.schedule(before.batch if before else None)
+        self.in_flight = None
         if batch is None:
             return False
         if before is not None:
             self._look_at(before, batch)
-        self.in_flight = self._launch(batch)
+        self.in_flight = self._launch(batch, is_ahead=before is not None)
         return True
 
     def _look_at(self, before: InFlightBatch, batch: Batch) -> None:
@@ -133,6 +130,7 @@ class StepLoop:
         )
 
     def _commit(self, in_flight: InFlightBatch, on_token: OnToken | None) -> list[Completion]:
+        assert in_flight.outputs is not None, "its tail is not launched"
         with self._waiting():
             outputs = in_flight.outputs()
         return self._commits.commit(in_flight, outputs, self.in_flight, on_token)
@@ -144,23 +142,49 @@ class StepLoop:
         yield
         self._waited_s += time.perf_counter() - begun
 
-    def _launch(self, batch: Batch) -> InFlightBatch | None:
-        """Start a replay; None where the host needs nothing of it, so that it is committed."""
+    def _launch(self, batch: Batch, is_ahead: bool) -> InFlightBatch | None:
+        """Start a replay; None where the host needs nothing of it, so that it is committed.
+
+        What a grammar allows next, or a penalty changes, is known when the step in flight is
+        committed: ahead of that only the head of the program is launched.
+        """
         self._copy_pages(batch)
         change = self._inputs.write(batch)
-        self._masks.write(batch)
-        self._adjustments.write(batch)
         self.last_batch = batch
+        in_parts = is_ahead and batch.must_be_read and not batch.has_no_output
+        size = (batch.run_tokens, batch.run_seqs)
+        if not in_parts:
+            self._write_late(batch)
         with self._waiting():
-            self._executor.run(batch.program, batch.run_tokens, batch.run_seqs, change)
+            if in_parts:
+                self._executor.run(batch.program, *size, change, part="head")
+            else:
+                self._executor.run(batch.program, *size, change)
         if batch.has_no_output:
             self._commits.advance(batch)
             return None
         logits, *values = self._outputs_of(batch)
-        outputs = self._executor.copy_to_host(*values)
+        outputs = None
+        if not in_parts:
+            outputs = self._executor.copy_to_host(*values)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.launch(count)
         return InFlightBatch(batch, outputs, logits, tokens=values[0])
+
+    def _launch_rest(self, in_flight: InFlightBatch) -> None:
+        """Launch the tail of a program whose head is launched."""
+        if in_flight.outputs is None:
+            batch = in_flight.batch
+            self._write_late(batch)
+            with self._waiting():
+                size = (batch.run_tokens, batch.run_seqs)
+                self._executor.run(batch.program, *size, part="tail")
+            _, *values = self._outputs_of(batch)
+            in_flight.outputs = self._executor.copy_to_host(*values)
+
+    def _write_late(self, batch: Batch) -> None:
+        self._masks.write(batch)
+        self._adjustments.write(batch)
 
     def _outputs_of(self, batch: Batch) -> tuple[Tensor, ...]:
         """The logits of a step, its tokens, and what else the host reads."""

@@ -68,8 +68,7 @@ class TokenCounts:
 class Adjustments:
     """Writes adjustments; nothing where the plan takes no penalties.
 
-    The memory that the device copies from is written again when the step before is committed: no
-    step is launched ahead of one with a penalised sequence.
+    They are written when the step before is committed, so that the device has copied those of it.
 
     Args:
         plan: says whether there are any.
@@ -89,6 +88,7 @@ class Adjustments:
         if self._device is None:
             return
         for row, sequence in enumerate(batch.sequences):
-            if sequence.counts is not None and batch.makes_token(row):
-                end = sequence.counts.fill(self._words[row], batch.drafts_of(row))
+            counts = sequence.counts
+            if counts is not None and sequence.is_running and batch.makes_token(row):
+                end = counts.fill(self._words[row], batch.drafts_of(row))
                 self._device[row, :end].copy_(self._host[row, :end], non_blocking=True)

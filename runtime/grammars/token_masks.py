@@ -23,8 +23,7 @@ THREADS = 8
 class TokenMasks:
     """Writes masks; nothing where the plan takes no grammars.
 
-    The memory that the device copies from is written again when the step before is committed: no
-    step is launched ahead of one with a constrained sequence.
+    They are written when the step before is committed, so that the device has copied its masks.
 
     Args:
         plan: says whether there are masks, and for how many queries.
@@ -49,7 +48,7 @@ class TokenMasks:
         rows = [
             row
             for row, sequence in enumerate(sequences)
-            if sequence.matcher is not None and batch.makes_token(row)
+            if sequence.matcher is not None and sequence.is_running and batch.makes_token(row)
         ]
         if not rows:
             return

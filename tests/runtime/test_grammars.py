@@ -71,7 +71,8 @@ def answers(
     """The first and the last prompt are free."""
     plan = masked_plan(folder, depth, "recompute" if depth else "snapshot")
     plan = captured(plan) if ahead else plan
-    engine = Engine.from_plan(plan, folder, launch=LateLaunch() if ahead else None)
+    late = LateLaunch() if ahead else None
+    engine = Engine.from_plan(plan, folder, launch=late)
     done: dict[str, Completion] = {}
     for number, prompt in enumerate(PROMPTS):
         is_free = number in (0, len(PROMPTS) - 1)
@@ -80,6 +81,7 @@ def answers(
     while len(done) < len(PROMPTS):
         done |= {completion.request_id: completion for completion in engine.step()}
     assert not any(completion.error for completion in done.values())
+    assert late is None or late.heads > MOST / 2, "heads are launched before masks are known"
     return [done[name] for name in sorted(done)]
 
 

@@ -50,7 +50,8 @@ def answers(folder: Path, depth: int, ahead: bool = False, **params: Any) -> lis
     """Each second prompt is not penalised."""
     plan = penalised_plan(folder, depth)
     plan = captured(plan) if ahead else plan
-    engine = Engine.from_plan(plan, folder, launch=LateLaunch() if ahead else None)
+    late = LateLaunch() if ahead else None
+    engine = Engine.from_plan(plan, folder, launch=late)
     done: dict[str, tuple[int, ...]] = {}
     free = {"temperature": params.get("temperature", 0.0)}
     for number, prompt in enumerate(PROMPTS):
@@ -59,6 +60,7 @@ def answers(folder: Path, depth: int, ahead: bool = False, **params: Any) -> lis
         engine.add(Request(str(number), tuple(prompt), sampling))
     while len(done) < len(PROMPTS):
         done |= {item.request_id: item.token_ids for item in engine.step()}
+    assert late is None or late.heads > MOST / 4
     return [done[name] for name in sorted(done)]
 
 
