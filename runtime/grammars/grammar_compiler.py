@@ -27,10 +27,15 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 MAX_CPU_S = 4.0  # of one form
+MAX_WAIT_S = 2.0  # for others; meanwhile a thread of the server parses nothing else
 MAX_FORM_CHARS = 1 << 18
 MAX_CACHED_CHARS = 1 << 28  # of compiled grammars
 _HINT = "give a simpler schema"
 _WORKER = "from tokenspeed_plan.runtime.grammars.grammar_worker import main; main()"
+
+
+class CompilerBusy(RequestError):
+    """Nothing is wrong with the form; it may be asked for again."""
 
 
 class Tokens(Protocol):
@@ -74,6 +79,7 @@ class GrammarCompiler:
         """The grammar of a form.
 
         Raises:
+            CompilerBusy: others are being compiled, which takes long.
             RequestError: there is none, or it takes too much to find it.
         """
         text = canonical(form)
@@ -81,15 +87,21 @@ class GrammarCompiler:
             raise RequestError(
                 f"the schemas have {len(text)} characters, the most is {MAX_FORM_CHARS}", _HINT
             )
-        key = sha256(text)
-        with self._lock:
-            if key not in self._kept:
-                self._keep(key, *self._compile(form))
-            self._kept.move_to_end(key)
-            found, _ = self._kept[key]
+        if not self._lock.acquire(timeout=MAX_WAIT_S):
+            raise CompilerBusy("other schemas are being compiled", "try again in a moment")
+        try:
+            found = self._found(sha256(text), form)
+        finally:
+            self._lock.release()
         if isinstance(found, str):
             raise RequestError(found, _HINT)
         return found
+
+    def _found(self, key: str, form: Json) -> Grammar | str:
+        if key not in self._kept:
+            self._keep(key, *self._compile(form))
+        self._kept.move_to_end(key)
+        return self._kept[key][0]
 
     def _keep(self, key: str, found: Grammar | str, size: int) -> None:
         """Note what became of a form, and forget those that were not asked for longest."""

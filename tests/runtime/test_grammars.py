@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from batch_fake import LIMITS, FakeTokenizer
 from drafting import PROMPTS, plan_of
 from launches import LateLaunch, captured
-from trained import write_trained
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.ops import mask_words
@@ -20,6 +21,8 @@ from tokenspeed_plan.runtime.grammars import grammar_compiler as compiling
 from tokenspeed_plan.runtime.grammars.grammar_compiler import GrammarCompiler, grammar_compiler
 from tokenspeed_plan.runtime.grammars.matcher import Grammar, fill_ahead
 from tokenspeed_plan.runtime.grammars.xgrammar_matcher import ALL_TOKENS
+from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError, parse_body
+from tokenspeed_plan.runtime.serving.openai.conversion import to_requests
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 MOST = 40
@@ -48,9 +51,8 @@ def is_right(text: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint some of whose drafts are right."""
-    return write_trained(tmp_path_factory.mktemp("trained") / "moe", "moe")
+def folder(checkpoint: Any) -> Path:
+    return Path(checkpoint("moe"))
 
 
 @pytest.fixture(scope="module")
@@ -88,19 +90,19 @@ def answers(
 @pytest.mark.slow
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.2}], ids=["greedy", "hot"])
 def test_drafts_change_nothing_under_a_grammar(
-    params: dict[str, Any], folder: Path, compiler: GrammarCompiler
+    params: dict[str, Any], trained_moe: Path, compiler: GrammarCompiler
 ) -> None:
     """All that ends by itself has the form; free neighbours say what they say alone."""
     grammar = compiler.compile(FORM)
-    plain = answers(folder, 0, grammar, **params)
+    plain = answers(trained_moe, 0, grammar, **params)
     for completion in plain[1:-1]:
         assert completion.finish_reason == "length" or is_right(completion.text), completion.text
     assert any(completion.finish_reason == "stop" for completion in plain[1:-1])
     wanted = [completion.token_ids for completion in plain]
-    assert [c.token_ids for c in answers(folder, 3, grammar, **params)] == wanted
+    assert [c.token_ids for c in answers(trained_moe, 3, grammar, **params)] == wanted
     for depth in (0, 3):
-        assert [c.token_ids for c in answers(folder, depth, grammar, True, **params)] == wanted
-    engine = Engine.from_plan(plan_of(folder, 0), folder)
+        assert [c.token_ids for c in answers(trained_moe, depth, grammar, True, **params)] == wanted
+    engine = Engine.from_plan(plan_of(trained_moe, 0), trained_moe)
     for number in (0, len(PROMPTS) - 1):
         sampling = SamplingParams(max_tokens=MOST, ignore_eos=True, seed=number, **params)
         (alone,) = engine.generate([PROMPTS[number]], sampling)
@@ -207,3 +209,29 @@ def test_grammars_are_kept(
     monkeypatch.setattr(compiling, "MAX_CACHED_CHARS", 1)
     kept = [compiler.compile(form) for form in forms]
     assert compiler.compile(forms[-1]) is kept[-1] and compiler.compile(forms[0]) is not first
+
+
+def test_one_who_waits_for_others_is_sent_away(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = parse_body(
+        "/v1/completions", {"prompt": "a", "response_format": {"type": "json_object"}}
+    )
+    limits = replace(LIMITS, grammars=compiler)
+    monkeypatch.setattr(compiling, "MAX_WAIT_S", 0.01)
+    with compiler._lock, pytest.raises(InvalidRequestError, match="being compiled") as caught:
+        to_requests(body, "0", FakeTokenizer(), limits)
+    assert caught.value.status == 503
+    (request,) = to_requests(body, "0", FakeTokenizer(), limits)
+    assert request.grammar is not None
+
+
+def test_what_a_plan_with_grammars_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tokenizer = masked_plan(folder, 0), Tokenizer.load(folder)
+    endless = plan.model_copy(update={"model": plan.model.model_copy(update={"eos_token_ids": ()})})
+    with pytest.raises(RequestError, match="no token that ends"):
+        grammar_compiler(endless, tokenizer)
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
+    with pytest.raises(RequestError, match="need `xgrammar`") as caught:
+        grammar_compiler(plan, tokenizer)
+    assert "tokenspeed-plan[grammar]" in caught.value.hint

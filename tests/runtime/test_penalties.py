@@ -14,7 +14,6 @@ from checkpoints import KINDS, load_oracle
 from drafting import PROMPTS, plan_of
 from launches import LateLaunch, captured
 from torch import Tensor
-from trained import write_trained
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.ops import adjustment_words
@@ -35,9 +34,8 @@ HEAVY: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint some of whose drafts are right."""
-    return write_trained(tmp_path_factory.mktemp("trained") / "moe", "moe")
+def folder(checkpoint: Any) -> Path:
+    return Path(checkpoint("moe"))
 
 
 @cache
@@ -66,19 +64,19 @@ def answers(folder: Path, depth: int, ahead: bool = False, **params: Any) -> lis
 
 @pytest.mark.slow
 @pytest.mark.parametrize("heat", [0.0, 0.9])
-def test_drafts_change_nothing(heat: float, folder: Path) -> None:
+def test_drafts_change_nothing(heat: float, trained_moe: Path) -> None:
     params = {"temperature": heat, "min_p": 0.05, **HEAVY}
-    wanted = answers(folder, 0, **params)
-    free = answers(folder, 0, temperature=heat)
+    wanted = answers(trained_moe, 0, **params)
+    free = answers(trained_moe, 0, temperature=heat)
     assert [a == b for a, b in zip(wanted, free, strict=True)] == [False, True] * 2 + [False]
     for depth, ahead in ((3, False), (0, True), (3, True)):
-        assert answers(folder, depth, ahead, **params) == wanted, (depth, ahead)
+        assert answers(trained_moe, depth, ahead, **params) == wanted, (depth, ahead)
 
 
 @pytest.mark.slow
-def test_the_repetition_penalty_is_that_of_transformers(folder: Path) -> None:
-    oracle = load_oracle(folder, KINDS["moe"])
-    found = answers(folder, 3, repetition_penalty=1.7)
+def test_the_repetition_penalty_is_that_of_transformers(trained_moe: Path) -> None:
+    oracle = load_oracle(trained_moe, KINDS["moe"])
+    found = answers(trained_moe, 3, repetition_penalty=1.7)
     for number in (0, 2, 4):
         made = oracle.generate(
             torch.tensor([list(PROMPTS[number])]),

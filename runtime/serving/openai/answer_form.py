@@ -13,9 +13,11 @@ from tokenspeed_plan.plans.chat_format import (
     ChatFormat,
 )
 from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime.grammars.grammar_compiler import CompilerBusy
 from tokenspeed_plan.runtime.grammars.matcher import Grammar
 from tokenspeed_plan.runtime.request_check import ascii_text
 from tokenspeed_plan.runtime.serving.openai.bodies import (
+    TRY_LATER,
     UNSUPPORTED,
     ChatBody,
     CompletionBody,
@@ -74,7 +76,8 @@ def grammar_of(
     try:
         return grammars.compile(form)
     except RequestError as error:
-        raise InvalidRequestError(f"`{field}`: {error.message}", field, "invalid_value") from None
+        code = TRY_LATER if isinstance(error, CompilerBusy) else "invalid_value"
+        raise InvalidRequestError(f"`{field}`: {error.message}", field, code) from None
 
 
 def _sequence(*forms: Json) -> Json:

@@ -49,6 +49,7 @@ HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 MODEL_NOT_FOUND = "model_not_found"
 UNSUPPORTED = "unsupported_parameter"
+TRY_LATER = "try_later"
 _OF_TOOLS = ("tool_choice", "parallel_tool_calls")  # they say nothing without tools
 
 
@@ -81,7 +82,7 @@ class InvalidRequestError(ValueError):
     @property
     def status(self) -> int:
         """HTTP's status code."""
-        return 404 if self.code == MODEL_NOT_FOUND else 400
+        return {MODEL_NOT_FOUND: 404, TRY_LATER: 503}.get(self.code or "", 400)
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
