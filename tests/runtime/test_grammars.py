@@ -14,8 +14,11 @@ from batch_fake import LIMITS, FakeTokenizer
 from drafting import PROMPTS, plan_of
 from launches import LateLaunch, captured
 
-from tokenspeed_plan.plans.errors import RequestError
-from tokenspeed_plan.plans.ops import mask_words
+from tokenspeed_plan.plans.bundle import seal
+from tokenspeed_plan.plans.errors import PlanError, RequestError
+from tokenspeed_plan.plans.ops import TOKEN_MASK, mask_words
+from tokenspeed_plan.plans.types import TensorSpec
+from tokenspeed_plan.plans.validate import validate
 from tokenspeed_plan.runtime import Completion, Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.grammars import grammar_compiler as compiling
 from tokenspeed_plan.runtime.grammars.grammar_compiler import GrammarCompiler, grammar_compiler
@@ -235,3 +238,22 @@ def test_what_a_plan_with_grammars_needs(folder: Path, monkeypatch: pytest.Monke
     with pytest.raises(RequestError, match="need `xgrammar`") as caught:
         grammar_compiler(plan, tokenizer)
     assert "tokenspeed-plan[grammar]" in caught.value.hint
+
+
+@pytest.mark.parametrize("change", ["narrow", "floats", "one query"])
+def test_a_mask_that_does_not_fit_is_refused(change: str, folder: Path) -> None:
+    """Its columns are words for whole queries, as many as a step has."""
+    plan = masked_plan(folder, 2)
+    buffers = {buffer.name: buffer for buffer in plan.pool.buffers}
+    tensor = buffers[TOKEN_MASK].tensor
+    words = mask_words(plan.model.vocab_size)
+    assert tensor.shape == ("num_seqs", 3 * words)
+    wrong = {
+        "narrow": tensor.reshaped(("num_seqs", 3 * words - 1)),
+        "floats": TensorSpec.of(shape=tensor.shape, dtype="fp32"),
+        "one query": tensor.reshaped(("num_seqs", words)),
+    }[change]
+    changed = buffers | {TOKEN_MASK: buffers[TOKEN_MASK].model_copy(update={"tensor": wrong})}
+    with pytest.raises(PlanError):
+        validate(seal(plan.with_pool(buffers=tuple(changed.values()))))
+    validate(seal(plan))
