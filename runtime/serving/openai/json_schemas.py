@@ -6,12 +6,15 @@ where some are listed, no others do; a pattern is of the whole string.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 Json = dict[str, Any]
 
 MAX_SCHEMAS = 5000  # in each other
+MAX_REPEATS = 1000  # that a pattern states: each is a state of the grammar
+_REPEATS = re.compile(r"\{(\d{0,7}),?(\d{0,7})")
 MAX_COUNT = 100_000  # of characters, items or properties
 # Say something of an instance that no grammar here looks at.
 _NEVER = (
@@ -164,6 +167,9 @@ def _check_pattern(value: Any) -> str | None:
         return "a pattern has at most 1024 characters"
     if "(?" in value.replace("(?:", ""):
         return "groups that look around cannot be enforced"
+    counts = [count for pair in _REPEATS.findall(value) for count in pair]
+    if any(int(count or 0) > MAX_REPEATS for count in counts):
+        return f"a pattern repeats a part at most {MAX_REPEATS} times"
     return None
 
 
