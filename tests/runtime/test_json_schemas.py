@@ -29,6 +29,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no type": ({"type": "tuple"}, "a type of JSON"),
     "an empty choice": ({"anyOf": []}, "a list of schemas"),
     "an endless count": ({"maxItems": 10**9}, "from 0 to 100000"),
+    "a large step": ({"type": "integer", "multipleOf": 10**6}, "from 1 to 1000"),
     "a step of numbers": ({"type": "number", "multipleOf": 0.1}, "only enforced of integers"),
 }
 

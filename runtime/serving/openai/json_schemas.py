@@ -15,6 +15,7 @@ Json = dict[str, Any]
 MAX_SCHEMAS = 5000  # in each other
 MAX_REPEATS = 1000  # that a pattern states: each is a state of the grammar
 _REPEATS = re.compile(r"\{(\d{0,7}),?(\d{0,7})")
+MAX_STEP = 1000  # of `multipleOf`; XGrammar drops those over about 4,000
 MAX_COUNT = 100_000  # of characters, items or properties
 # Say something of an instance that no grammar here looks at.
 _NEVER = (
@@ -36,13 +37,14 @@ _ALONE = ("$ref", "anyOf", "oneOf", "allOf")
 _OF_STRINGS = ("pattern", "format")
 _LENGTHS = ("minLength", "maxLength")
 _COUNTS = (*_LENGTHS, "minItems", "maxItems", "minProperties", "maxProperties")
-_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _CONSTRAINTS = frozenset(
     (
         *_ALONE,
         *_OF_STRINGS,
         *_COUNTS,
         *_BOUNDS,
+        "multipleOf",
         "type",
         "enum",
         "const",
@@ -206,6 +208,13 @@ def _check_bound(value: Any) -> str | None:
     return None
 
 
+def _check_step(value: Any) -> str | None:
+    is_step = isinstance(value, int) and not isinstance(value, bool)
+    if not is_step or not 1 <= value <= MAX_STEP:
+        return f"only integers from 1 to {MAX_STEP} are enforced"
+    return None
+
+
 _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "$ref": _check_ref,
     "allOf": _check_all_of,
@@ -215,6 +224,7 @@ _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "enum": _check_enum,
     **dict.fromkeys(_COUNTS, _check_count),
     **dict.fromkeys(_BOUNDS, _check_bound),
+    "multipleOf": _check_step,
 }
 
 
