@@ -22,7 +22,7 @@ from tokenspeed_plan.runtime.loading.engine_loader import load_bundle, load_part
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor
 from tokenspeed_plan.runtime.request import Completion, NewToken, Request, SamplingParams
-from tokenspeed_plan.runtime.request_check import check_request, stop_ids_of
+from tokenspeed_plan.runtime.request_check import check_operators, check_request, stop_ids_of
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler, Usage
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
@@ -204,11 +204,7 @@ class Engine:
                 than the plan serves; or a parameter means nothing.
         """
         check_request(request, self.vocab_size, self.max_seq_len)
-        if request.grammar is not None and not self.plan.takes_grammars:
-            raise RequestError("the plan takes no grammars", "plan with `serving.grammar: true`")
-        changes = request.params.penalises or request.params.min_p
-        if changes and not self.plan.takes_penalties:
-            raise RequestError("the plan takes no penalties", "plan with `serving.penalties: true`")
+        check_operators(request, self.plan)
 
     def add(self, request: Request) -> None:
         """Queue a request.

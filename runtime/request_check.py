@@ -60,6 +60,19 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int) -> None:
     check_token_ids("prompt_ids", request.prompt_ids, vocab_size)
 
 
+def check_operators(request: Request, plan: Plan) -> None:
+    """Refuse what a plan has no operators for.
+
+    Raises:
+        RequestError: names what the plan would need.
+    """
+    if request.grammar is not None and not plan.takes_grammars:
+        raise RequestError("the plan takes no grammars", "plan with `serving.grammar: true`")
+    changes = request.params.penalises or request.params.min_p
+    if changes and not plan.takes_penalties:
+        raise RequestError("the plan takes no penalties", "plan with `serving.penalties: true`")
+
+
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Refuse what no kernel could carry out, and what would cost too much.
 
@@ -174,6 +187,8 @@ def _check_count(name: str, values: object, most: int) -> None:
 def _check_bias(bias: Seq[tuple[int, float]], vocab_size: int) -> None:
     """A token has one bias at most."""
     _check_count("logit_bias", bias, MAX_BIASED)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in bias):
+        raise FieldError("logit_bias", "logit_bias has what is no pair", "give (token id, bias)")
     ids = [token for token, _ in bias]
     check_token_ids("logit_bias", ids, vocab_size)
     if len(set(ids)) < len(ids):

@@ -79,6 +79,21 @@ class BuildContext:
         return "fp64" if self.dtype == "fp64" else "fp32"
 
 
+def _late_inputs(vocab_size: int, limits: Capacity) -> dict[str, tuple[tuple[int, ...], DType]]:
+    """What penalties and masks need of each sequence: by name its words, and their dtype."""
+    found: dict[str, tuple[tuple[int, ...], DType]] = {
+        name: ((), dtype) for name, dtype in PENALTIES.items()
+    }
+    entries = adjustment_words(vocab_size, limits.max_seq_len)
+    words = (limits.max_depth + 1) * mask_words(vocab_size)
+    return found | {
+        MIN_P: ((), "fp32"),
+        IS_MASKED: ((), "i32"),
+        ADJUSTMENTS: ((entries,), "i32"),
+        TOKEN_MASK: ((words,), "i32"),
+    }
+
+
 def are_stored_in_fp8(context: BuildContext, names: Iterable[str]) -> bool:
     """Whether checkpoint tensors that one kernel reads together are in FP8: all of them, or none.
 
@@ -144,17 +159,8 @@ class GraphBuilder:
         self.tensor("page_table", ("num_seqs", limits.table_pages), "i32", "io")
         for name, dtype in SAMPLING_INPUTS.items():
             self.tensor(name, ("num_seqs",), dtype, "io")
-        self._declare_sampler(queries)
-
-    def _declare_sampler(self, queries: int) -> None:
-        """What masks and penalties need."""
-        vocab_size, max_seq_len = self.config.vocab_size, self.context.limits.max_seq_len
-        for name, dtype in (PENALTIES | {MIN_P: "fp32", IS_MASKED: "i32"}).items():
-            self.tensor(name, ("num_seqs",), dtype, "io")
-        entries = adjustment_words(vocab_size, max_seq_len)
-        self.tensor(ADJUSTMENTS, ("num_seqs", entries), "i32", "io")
-        words = queries * mask_words(vocab_size)
-        self.tensor(TOKEN_MASK, ("num_seqs", words), "i32", "io")
+        for name, (words, dtype) in _late_inputs(self.config.vocab_size, limits).items():
+            self.tensor(name, ("num_seqs", *words), dtype, "io")
 
     @property
     def query_attrs(self) -> dict[str, Attr]:

@@ -105,6 +105,7 @@ def sample(
     tokens_S = logits_SV.argmax(-1).int()
     if min_p_S is None:
         min_p_S = torch.zeros_like(top_p_S)
+    params: tuple[Tensor, ...]
     params = (temperature_S, top_p_S, top_k_S, min_p_S, seed_S, rng_offset_S)
     query_len = attrs.get("query_len", 1)
     if query_len > 1:

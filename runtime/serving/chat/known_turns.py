@@ -15,7 +15,8 @@ from typing import Generic, Protocol, TypeVar
 
 from tokenspeed_plan.runtime.request import Completion
 
-Key, Value = TypeVar("Key"), TypeVar("Value")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 MAX_CHARS = 1 << 25  # of conversations that are remembered, and of prompts without an answer yet
 

@@ -95,10 +95,10 @@ def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: Requ
     Raises:
         InvalidRequestError: see `to_requests`.
     """
-    is_free = isinstance(body, CompletionBody) and body.response_format is None
-    if is_free and isinstance(body.prompt, str) and body.prompt.isascii():
+    if isinstance(body, CompletionBody) and isinstance(body.prompt, str):
         room = limits.max_seq_len - (body.max_tokens or 1)
-        if 0 < len(body.prompt) <= room:
+        is_free = body.response_format is None
+        if is_free and body.prompt.isascii() and 0 < len(body.prompt) <= room:
             check_model(body.model, limits)
             _request(body, "0", ANY_PROMPT, limits)
             return
