@@ -224,8 +224,7 @@ class Engine:
         if not request.params.ignore_eos:
             stop_ids |= self._stop_ids
         token_ids = list(request.prompt_ids)
-        now = time.perf_counter()
-        sequence = Sequence(request, now, token_ids, stop_ids=stop_ids)
+        sequence = Sequence(request, time.perf_counter(), token_ids, stop_ids=stop_ids)
         if request.grammar is not None:
             sequence.matcher = request.grammar.matcher()
         if request.params.penalises:
