@@ -75,7 +75,7 @@ class NoModel:
             return self._logits[:num_seqs]
         return self._memory.buffer(name, num_tokens, num_seqs)
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
+    def run(self, program: Program, num_tokens: int, num_seqs: int, *_: object) -> None:
         """Nothing."""
 
     def copy_page(self, source: int, target: int) -> int:

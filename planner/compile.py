@@ -375,6 +375,8 @@ class _Programs:
             self.model.fused_experts,
             self.spec.draft_vocab,
             self.model.is_fp8,
+            self.spec.grammar,
+            self.spec.penalties,
         )
         graph = check(build(context, phase, depth))
         return run(graph, PassContext(self.layout, self.hardware), until=Stage.SHARDED)

@@ -360,7 +360,7 @@ class DisaggregationSpec(_Section):
 
 
 class ServingSpec(_Section):
-    """Knobs that are searched for where the spec leaves them out."""
+    """Knobs that are searched for where the spec leaves them out, and what requests may ask for."""
 
     prefill_chunk: Annotated[
         Tokens | None, _about("Tokens of a prompt that are computed at once.", 4096, "tokens")
@@ -376,6 +376,22 @@ class ServingSpec(_Section):
             "the next turn.",
             4096,
             "tokens",
+        ),
+    ] = None
+    grammar: Annotated[
+        bool | None,
+        _about(
+            "Whether requests may force the form of an answer (`response_format`, `tool_choice`): "
+            "then the sampler has a mask of tokens before it. One GPU.",
+            True,
+        ),
+    ] = None
+    penalties: Annotated[
+        bool | None,
+        _about(
+            "Whether requests may ask for presence, frequency and repetition penalties, `min_p` "
+            "and `logit_bias`: then an operator before the sampler changes logits. One GPU.",
+            True,
         ),
     ] = None
 
@@ -455,6 +471,16 @@ class Spec(_Section):
         if self.speculation == "auto" or self.speculation.depth == "auto":
             return None
         return self.speculation.depth
+
+    @property
+    def grammar(self) -> bool:
+        """Whether grammars may mask tokens."""
+        return self.serving is not None and bool(self.serving.grammar)
+
+    @property
+    def penalties(self) -> bool:
+        """Whether penalties and biases may change logits."""
+        return self.serving is not None and bool(self.serving.penalties)
 
     @property
     def draft_vocab(self) -> int | None:

@@ -120,7 +120,12 @@ def _type(choice: Schema) -> str:
     if choice["type"] == "array":
         item = _type(choice["items"])
         return f"list of {choice['minItems']} to {choice['maxItems']}, each a {item}"
-    names = {"integer": "whole number", "number": "number", "string": "text"}
+    names = {
+        "boolean": "true or false",
+        "integer": "whole number",
+        "number": "number",
+        "string": "text",
+    }
     return names[choice["type"]] + _bounds(choice)
 
 

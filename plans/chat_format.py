@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_TAG_TOKENS = 16  # of a tag and the space after it, however it is cut into tokens
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 

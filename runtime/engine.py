@@ -12,6 +12,7 @@ from tokenspeed_plan.plans.errors import EngineStopped, RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.signature import Signers
 from tokenspeed_plan.plans.weight_digests import Depth
+from tokenspeed_plan.runtime.execution.adjustments import TokenCounts
 from tokenspeed_plan.runtime.execution.backend import BackendName
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.kernels import Kernels
@@ -21,7 +22,7 @@ from tokenspeed_plan.runtime.loading.engine_loader import load_bundle, load_part
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor
 from tokenspeed_plan.runtime.request import Completion, NewToken, Request, SamplingParams
-from tokenspeed_plan.runtime.request_check import check_request, stop_ids_of
+from tokenspeed_plan.runtime.request_check import check_operators, check_request, stop_ids_of
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler, Usage
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
@@ -205,6 +206,7 @@ class Engine:
                 than the plan serves; or a parameter means nothing.
         """
         check_request(request, self.vocab_size, self.max_seq_len)
+        check_operators(request, self.plan)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -224,8 +226,12 @@ class Engine:
         if not request.params.ignore_eos:
             stop_ids |= self._stop_ids
         token_ids = list(request.prompt_ids)
-        now = time.perf_counter()
-        self._loop.add(Sequence(request, now, token_ids, stop_ids=stop_ids))
+        sequence = Sequence(request, time.perf_counter(), token_ids, stop_ids=stop_ids)
+        if request.grammar is not None:
+            sequence.matcher = request.grammar.matcher()
+        if request.params.penalises:
+            sequence.counts = TokenCounts(request.params, request.prompt_ids)
+        self._loop.add(sequence)
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request that waits or runs; False where there is none. It gets no completion."""

@@ -22,6 +22,7 @@ from tokenspeed_plan.runtime.tokenizer import Tokenizer
 # Where logits are no numbers, the argmax is the first token.
 FIRST_TOKEN = 0
 NO_NUMBERS = "the model's logits are not numbers"
+NO_TOKEN = "no token can follow in the form that was asked for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +99,16 @@ class Look:
         tokens_T: the tokens that were sampled from them.
         rows: which of them are looked at.
         num_logprobs: for those rows whose logprobs are wanted, how many of the most likely tokens.
+        wanted: of some of these rows another token than the one that was sampled.
     """
 
     def __init__(
-        self, logits_TV: Tensor, tokens_T: Tensor, rows: list[int], num_logprobs: dict[int, int]
+        self,
+        logits_TV: Tensor,
+        tokens_T: Tensor,
+        rows: list[int],
+        num_logprobs: dict[int, int],
+        wanted: dict[int, int],
     ) -> None:
         self._place = {row: place for place, row in enumerate(rows)}
         self._num_logprobs = num_logprobs
@@ -111,7 +118,11 @@ class Look:
         if num_logprobs:
             index = index_on(device, [*num_logprobs])
             logprobs_NV = torch.log_softmax(logits_TV[index].double(), -1)
-            tokens_N1 = tokens_T.flatten()[index].long().unsqueeze(1)
+            tokens_N = tokens_T.flatten()[index].long()
+            if wanted:
+                own_N = index_on(device, [wanted.get(row, -1) for row in num_logprobs])
+                tokens_N = own_N.where(own_N >= 0, tokens_N)
+            tokens_N1 = tokens_N.unsqueeze(1)
             top = logprobs_NV.topk(max(num_logprobs.values()))
             parts += [logprobs_NV.gather(1, tokens_N1), top.indices, top.values]
         self._copy = HostCopy(*parts)
@@ -156,6 +167,11 @@ class OutputProcessor:
         """Add the tokens of a step, up to the one that ends the sequence; returns those added."""
         new_tokens: list[NewToken] = []
         for row, token_id in enumerate(output.token_ids, start=output.first_row):
+            if sequence.matcher is not None and not sequence.matcher.accept(token_id):
+                sequence.error = NO_TOKEN
+                break
+            if sequence.counts is not None:
+                sequence.counts.add(token_id)
             sequence.token_ids.append(token_id)
             logprobs = None
             if sequence.request.params.num_logprobs is not None and look is not None:
@@ -194,6 +210,8 @@ class OutputProcessor:
             queue_s=sequence.started_s - sequence.added_s,
             decode_s=sequence.last_token_s - sequence.first_token_s,
             logprobs=tuple(sequence.logprobs),
+            prompt_ids=sequence.request.prompt_ids,
+            prompt_logprobs=tuple(sequence.prompt_logprobs),
         )
 
     def _final_text(self, sequence: Sequence) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenspeed_plan.plans.errors import RequestFailed
+from tokenspeed_plan.runtime.grammars.matcher import Grammar
 
 # A cancelled request has no completion; one that failed has an `error` in place of an answer.
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -18,6 +19,13 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch the filters off. With a `seed` the
     tokens of a request depend on nothing but the request. `num_logprobs` None returns no logprobs,
     n returns the chosen token's and the n most likely ones.
+
+    Penalties and biases change logits as in vLLM: `presence_penalty` and `frequency_penalty` of
+    tokens in the answer so far, `repetition_penalty` (1 for none) also of those in the prompt;
+    `logit_bias` has pairs of a token and what is added to it. `min_p` drops tokens that are less
+    likely than so much of the most likely one. `prompt_logprobs` n is `num_logprobs` of the tokens
+    of the prompt after its first; such a prompt is computed token by token, and nothing of it is
+    taken from the prefix cache.
     """
 
     max_tokens: int = 16
@@ -29,15 +37,28 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     num_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: int | None = None
+
+    @property
+    def penalises(self) -> bool:
+        """Whether logits depend on tokens that were there before, or are given a bias."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        return any(penalties) or bool(self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to continue."""
+    """One prompt to continue; with a `grammar`, as it allows."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams = SamplingParams()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +90,9 @@ class Completion:
     `token_ids` holds every generated token, a stop token included; `text` ends before the stop
     token or stop string. `ttft_s` runs from `Engine.add` to the first token, and `queue_s` of it
     until the request starts; `decode_s` runs from the first token to the last. `num_cached_tokens`
-    of the prompt came from the prefix cache. `error` says why there is no answer, where the finish
-    reason is `error`.
+    of the prompt came from the prefix cache. `prompt_logprobs` are those of the prompt's tokens
+    after its first, where they were asked for. `error` says why there is no answer, where the
+    finish reason is `error`.
     """
 
     request_id: str
@@ -84,6 +106,8 @@ class Completion:
     num_cached_tokens: int = 0
     error: str | None = None
     queue_s: float = 0.0
+    prompt_ids: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     def check(self) -> None:
         """Refuse to go on with an answer that there is not.

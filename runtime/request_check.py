@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Sequence as Seq
 
 from tokenspeed_plan.plans.errors import PlanError, RequestError
+from tokenspeed_plan.plans.ops import MAX_BIASED
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 
@@ -20,6 +21,8 @@ MAX_STOP_IDS = 1024
 MAX_INT32 = (1 << 31) - 1
 # Far from the largest fp32: what is divided by it or by its inverse is still a number.
 MAX_TEMPERATURE = 1e6
+MIN_REPETITION, MAX_REPETITION = 0.01, 100.0
+MAX_BIAS = 100.0  # OpenAI's
 
 
 class FieldError(RequestError):
@@ -57,6 +60,19 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int) -> None:
     check_token_ids("prompt_ids", request.prompt_ids, vocab_size)
 
 
+def check_operators(request: Request, plan: Plan) -> None:
+    """Refuse what a plan has no operators for.
+
+    Raises:
+        RequestError: names what the plan would need.
+    """
+    if request.grammar is not None and not plan.takes_grammars:
+        raise RequestError("the plan takes no grammars", "plan with `serving.grammar: true`")
+    changes = request.params.penalises or request.params.min_p
+    if changes and not plan.takes_penalties:
+        raise RequestError("the plan takes no penalties", "plan with `serving.penalties: true`")
+
+
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Refuse what no kernel could carry out, and what would cost too much.
 
@@ -67,10 +83,16 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
     _check_integer("top_k", params.top_k, 0, MAX_INT32)
     _check_integer("seed", params.seed, -(1 << 63), (1 << 64) - 1)
     _check_integer("num_logprobs", params.num_logprobs or 0, 0, vocab_size)
+    _check_integer("prompt_logprobs", params.prompt_logprobs or 0, 0, vocab_size)
     _check_number("temperature", params.temperature, 0, MAX_TEMPERATURE)
     _check_number("top_p", params.top_p, 0, 1)
     if params.top_p == 0:
         raise FieldError("top_p", f"top_p is {params.top_p}", "it must be above 0 and up to 1")
+    _check_number("presence_penalty", params.presence_penalty, -2, 2)
+    _check_number("frequency_penalty", params.frequency_penalty, -2, 2)
+    _check_number("repetition_penalty", params.repetition_penalty, MIN_REPETITION, MAX_REPETITION)
+    _check_number("min_p", params.min_p, 0, 1)
+    _check_bias(params.logit_bias, vocab_size)
     _check_stops(params.stop)
     _check_count("stop_token_ids", params.stop_token_ids, MAX_STOP_IDS)
     check_token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
@@ -160,6 +182,19 @@ def _check_count(name: str, values: object, most: int) -> None:
         raise FieldError(name, f"{name} is {type(values).__name__}", "give a tuple")
     if len(values) > most:
         raise FieldError(name, f"{name} has {len(values)} entries", f"give at most {most}")
+
+
+def _check_bias(bias: Seq[tuple[int, float]], vocab_size: int) -> None:
+    """A token has one bias at most."""
+    _check_count("logit_bias", bias, MAX_BIASED)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in bias):
+        raise FieldError("logit_bias", "logit_bias has what is no pair", "give (token id, bias)")
+    ids = [token for token, _ in bias]
+    check_token_ids("logit_bias", ids, vocab_size)
+    if len(set(ids)) < len(ids):
+        raise FieldError("logit_bias", "logit_bias names a token twice", "name it once")
+    for _, value in bias:
+        _check_number("logit_bias", value, -MAX_BIAS, MAX_BIAS)
 
 
 def _check_stops(stops: Seq[object]) -> None:

@@ -147,7 +147,7 @@ class StepCommit:
         """Find the sequences whose logits are not numbers, before anything is told of them."""
         batch = in_flight.batch
         queries = batch.program.query_len
-        new = [part for part in parts if batch.makes_token(part[0])]
+        new = [p for p in parts if batch.makes_token(p[0]) or in_flight.scores(p[0])]
         if not in_flight.is_followed:
             in_flight.take_look(
                 [
@@ -176,7 +176,7 @@ class StepCommit:
         """
         queries = later.batch.program.query_len
         rows = [later.batch.sequences.index(sequence) * queries for sequence in suspects]
-        look = Look(later.logits, later.tokens, rows, {})
+        look = Look(later.logits, later.tokens, rows, {}, {})
         for sequence, row in zip(suspects, rows, strict=True):
             if not look.is_finite(row):
                 sequence.error = NO_NUMBERS
@@ -223,6 +223,10 @@ class StepCommit:
         batch = in_flight.batch
         append = partial(self._outputs.append_tokens, sequence, output, in_flight.look)
         if batch.program.phase == "prefill":
+            if in_flight.scores(index) and in_flight.look is not None:
+                token = sequence.token_ids[sequence.num_computed + 1]
+                score = in_flight.look.logprobs(output.first_row, token)
+                sequence.prompt_logprobs += [score] if score is not None else []
             self._scheduler.advance(sequence, batch.counts[index])
             if sequence.num_left or sequence.error:
                 return []

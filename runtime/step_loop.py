@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.execution.launch import Part
 from tokenspeed_plan.runtime.in_flight import InFlightBatch
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor, needs_look
@@ -82,6 +83,8 @@ class StepLoop:
             finished = self._commit(before, on_token)
             if not was_launched:
                 self._launch_next(None)
+            elif self.in_flight is not None:
+                self._launch_rest(self.in_flight)
         if self.in_flight is not None and not self._launches_ahead:
             in_flight, self.in_flight = self.in_flight, None
             finished += self._commit(in_flight, on_token)
@@ -95,7 +98,7 @@ class StepLoop:
             return False
         if before is not None:
             self._look_at(before, batch)
-        self.in_flight = self._launch(batch)
+        self.in_flight = self._launch(batch, is_ahead=before is not None)
         return True
 
     def _look_at(self, before: InFlightBatch, batch: Batch) -> None:
@@ -116,19 +119,32 @@ class StepLoop:
         )
 
     def _commit(self, in_flight: InFlightBatch, on_token: OnToken | None) -> list[Completion]:
+        assert in_flight.outputs is not None, "its tail is not launched"
         begun = time.perf_counter()
         outputs = in_flight.outputs()
         self._waited_s += time.perf_counter() - begun  # which is not host work
         return self._commits.commit(in_flight, outputs, self.in_flight, on_token)
 
-    def _launch(self, batch: Batch) -> InFlightBatch | None:
-        """Start a step; None where the host needs nothing of it, so that it is committed."""
+    def _launch(self, batch: Batch, is_ahead: bool) -> InFlightBatch | None:
+        """Start a step; None where the host needs nothing of it, so that it is committed.
+
+        What a grammar allows next, or a penalty changes, is known when the step in flight is
+        committed: ahead of that only the head of the program is launched.
+        """
         self.last_batch = batch
-        self._waited_s += self._launcher.start(batch)
+        part: Part = "whole"
+        if is_ahead and batch.must_be_read and not batch.has_no_output:
+            part = "head"
+        self._waited_s += self._launcher.start(batch, part)
         if batch.has_no_output:
             self._commits.advance(batch)
             return None
-        in_flight = self._launcher.in_flight(batch)
+        in_flight = self._launcher.in_flight(batch, part)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.launch(count)
         return in_flight
+
+    def _launch_rest(self, in_flight: InFlightBatch) -> None:
+        """Launch the tail of a program whose head is launched."""
+        if in_flight.outputs is None:
+            self._waited_s += self._launcher.finish(in_flight)

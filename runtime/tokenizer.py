@@ -65,9 +65,16 @@ class Tokenizer:
 
     Attributes:
         chat_format: what the chat template knows.
+        info: the names of its class and of its special tokens, as transformers has them.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, chat: WriteChat | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        chat: WriteChat | None = None,
+        info: Mapping[str, str] | None = None,
+    ) -> None:
+        self.info = dict(info or {})
         self._tokenizer = tokenizer
         self._chat = chat
         self.chat_format = ChatFormat()
@@ -96,7 +103,8 @@ class Tokenizer:
                 f"`{folder / TOKENIZER}` is not a tokenizer: {reason}", _HINT
             ) from error
         _check_ids(files, tokenizer, folder)
-        return cls(tokenizer, chat)
+        named = {name: text_of(token) for name, token in files.named.items()}
+        return cls(tokenizer, chat, {"tokenizer_class": files.class_name} | named)
 
     @property
     def num_ids(self) -> int:

@@ -69,6 +69,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
+def trained_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint some of whose drafts are right."""
+    from trained import write_trained
+
+    return write_trained(tmp_path_factory.mktemp("trained") / "moe", "moe")
+
+
+@pytest.fixture(scope="session")
 def tiny_plan(checkpoint: Any) -> Plan:
     """A plan of the smallest MoE."""
     spec = make_spec(checkpoint("moe"))

@@ -29,6 +29,7 @@ FLOORS = {
         "starlette",
         "uvicorn",
         "prometheus_client",
+        "xgrammar",
     },
     "planner": {"networkx", "pydantic", "yaml", "click"},
 }

@@ -14,7 +14,9 @@ import subprocess
 import termios
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +26,10 @@ from conftest import ROOT
 
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.planner.commands.chat import ChatOptions, _Conversation
 from tokenspeed_plan.plans.bundle import dump_plan, load_plan, seal
-from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.plans.chat_format import ChatFormat
+from tokenspeed_plan.runtime import Completion, Engine, SamplingParams
 from tokenspeed_plan.runtime.streaming import Delta
 
 pytestmark = pytest.mark.slow  # whole processes, or many examples
@@ -228,3 +232,49 @@ def test_on_a_terminal() -> None:
         terminal.process.kill()
         terminal.process.wait()
         os.close(terminal.master)
+
+
+class _Thinker:
+    """An engine and its tokenizer: letters are tokens, and each answer has a thought."""
+
+    chat_format = ChatFormat(thinks=True)
+    plan = SimpleNamespace(model=SimpleNamespace(eos_token_ids=(ord("."),)))
+    max_seq_len, default_max_tokens = 1000, 9
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+        self.seen: list[tuple[list[dict[str, Any]], dict[str, Any]]] = []
+
+    def render_chat(self, messages: Any, tools: Any, variables: dict[str, Any]) -> str:
+        self.seen.append(([dict(message) for message in messages], dict(variables)))
+        return "".join(str(message["content"]) for message in messages) + "<think>\n"
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def spell(self, ids: Any) -> str:
+        return "".join(map(chr, ids))
+
+    def stream(self, ids: Any, params: SamplingParams) -> Generator[Delta, None, None]:
+        text = "hm\n</think>\n\nyes."
+        done = Completion("0", tuple(map(ord, text)), text, "stop", len(ids), 0.1, 0.1)
+        yield Delta("0", text, done.token_ids, (), replace(done, prompt_ids=tuple(ids)))
+
+
+def test_thoughts_are_kept_apart_and_switched(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = _Thinker()
+    options = ChatOptions(None, None, 1.0, 1.0, 0, 0)
+    conversation = _Conversation(engine, options)  # type: ignore[arg-type]
+    conversation.answer("a")
+    conversation.think(False)
+    conversation.answer("b")
+    first, second = engine.seen
+    assert first[1] == {} and second[1] == {"enable_thinking": False}
+    said = {"role": "assistant", "content": "yes.", "reasoning_content": "hm"}
+    assert second[0][1] == said
+    conversation.reset()
+    conversation.answer("c")
+    assert engine.seen[2] == ([{"role": "user", "content": "c"}], {"enable_thinking": False})
+    engine.chat_format = ChatFormat()
+    conversation.think(True)
+    assert "knows no thoughts" in capsys.readouterr().err

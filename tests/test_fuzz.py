@@ -27,6 +27,7 @@ COUNTS = {
     "bodies": 200,
     "rows": 200,
     "messages": 400,
+    "forms": 60,
     "specs": 5,
     "plans": 10,
     "checkpoints": 8,

@@ -1,8 +1,8 @@
 """Try mutated inputs: python tools/fuzz.py TARGET --count 20000 [--seed 0] [--jobs 2].
 
-Targets: bodies, rows, messages, specs, plans, checkpoints, tokenizers. Each example is taken or
-refused in words; what is neither, takes more than 10 s or more than 1 GB is written to --out with
-its seed, and the first of each kind to stderr. The exit code is 1 if there was one. `--count 1
+Targets: bodies, rows, messages, forms, specs, plans, checkpoints, tokenizers. Each example is taken
+or refused in words; what is neither, takes more than 10 s or more than 1 GB is written to --out
+with its seed, and the first of each kind to stderr. The exit code is 1 if there was one. `--count 1
 --seed N` runs one example again. --seconds ends it early; what was done until then is reported.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-NAMES = ("bodies", "rows", "messages", "specs", "plans", "checkpoints", "tokenizers")
+NAMES = ("bodies", "rows", "messages", "forms", "specs", "plans", "checkpoints", "tokenizers")
 MAX_BYTES = 1 << 30
 MAX_SHOWN = 40
 MAX_TEXT = 3000  # characters of a traceback or a file

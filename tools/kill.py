@@ -135,7 +135,8 @@ class Runs:
             selection=Selection(None, shard, self.variety.shards),
             quiet=True,
         )
-        return run_batch(options, _batch_plan(engine.plan), engine.tokenizer, lambda: engine)
+        facts = _batch_plan(engine.plan, engine.tokenizer)
+        return run_batch(options, facts, engine.tokenizer, lambda: engine)
 
     def finished(self) -> tuple[Rows, list[str]]:
         """Finished rows of both files by id, and the ids of the output in its order."""

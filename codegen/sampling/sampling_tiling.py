@@ -15,7 +15,7 @@ from tokenspeed_plan.codegen.tiling import (
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
-from tokenspeed_plan.plans.ops import query_len
+from tokenspeed_plan.plans.ops import ADJUSTMENTS, TOKEN_MASK, mask_words, query_len
 from tokenspeed_plan.plans.types import Constant, TensorSpec
 
 
@@ -39,6 +39,35 @@ def advance(work: Work) -> list[Tiling]:
     return [tiling]
 
 
+def mask(work: Work) -> list[Tiling]:
+    """A program a row of logits and part of the vocabulary."""
+    words = mask_words(work.width("logits"))
+    return [_rows_tiling(work, {"WORDS": words, "COLUMNS": work.width(TOKEN_MASK)})]
+
+
+def adjust(work: Work) -> list[Tiling]:
+    """A program a row of logits and part of the vocabulary, which looks at all adjustments."""
+    return [_rows_tiling(work, {"COLUMNS": work.width(ADJUSTMENTS), "BLOCK_E": 1024})]
+
+
+def _rows_tiling(work: Work, constants: dict[str, Constant]) -> Tiling:
+    """A program that copies a part of a row of logits, with changes."""
+    vocab = work.width("logits")
+    block = 4096
+    if work.interpreted:
+        block = up2(vocab)
+    constants |= {"VOCAB": vocab, "BLOCK": block}
+    if work.query_len > 1:
+        constants["QUERY_LEN"] = work.query_len
+    return Tiling(
+        template=work.kind,
+        constants=constants,
+        grid=(per_rows(1, work.by_seqs), fixed(blocks(vocab, block))),
+        num_warps=8,
+        num_stages=1,
+    )
+
+
 def sample(work: Work) -> list[Tiling]:
     """A program a row of logits and part of the vocabulary; the last to end draws the token."""
     block = _block(work.width("logits"))
@@ -49,8 +78,9 @@ def sample(work: Work) -> list[Tiling]:
 def _sample_tiling(work: Work, tile: Tile) -> Tiling:
     """A tile has `n` tokens at a time, and `k` of the vocabulary in all."""
     constants, scratch = best_token(work, "logits", tile.n, tile.k)
-    constants["VALID"] = work.size("sample", "num_valid_tokens")
-    queries = query_len(work.part("sample").attrs)
+    part = work.kernel.parts[0]
+    constants["VALID"] = work.size(part.kind, "num_valid_tokens")
+    queries = query_len(part.attrs)
     if queries > 1:
         constants["QUERY_LEN"] = queries
     num_parts = int(constants.get("PARTS", 1))
@@ -60,7 +90,11 @@ def _sample_tiling(work: Work, tile: Tile) -> Tiling:
         grid=(per_rows(1, work.by_seqs), fixed(num_parts)),
         num_warps=tile.num_warps,
         num_stages=1,
-        options={"num_parts": num_parts, "dtype": _logits_dtype(work)},
+        options={
+            "num_parts": num_parts,
+            "dtype": _logits_dtype(work),
+            "min_p": work.has("sample_min_p"),
+        },
         scratch=scratch,
     )
 

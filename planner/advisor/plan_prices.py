@@ -164,6 +164,8 @@ def step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
         skew=spec.workload.skew,
         rollback=plan.pool.limits.rollback,
         draft_vocab=spec.draft_vocab,
+        grammar=spec.grammar,
+        penalties=spec.penalties,
     )
     return steps, _layout_of(plan)
 

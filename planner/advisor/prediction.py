@@ -168,6 +168,8 @@ class Predictor:
             engine=self.engine,
             rollback=self.rollback,
             draft_vocab=self.spec.draft_vocab,
+            grammar=self.spec.grammar,
+            penalties=self.spec.penalties,
         )
 
     @cached_property

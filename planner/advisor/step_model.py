@@ -96,6 +96,8 @@ class StepModel:
         engine: another engine to model in place of our runtime.
         rollback: how rejected drafts are taken back.
         draft_vocab: tokens that drafts are chosen from; None for all.
+        grammar: whether grammars may mask tokens.
+        penalties: whether penalties and biases may change logits.
         whole, sharded, graphs, priced_ops, prices, arenas: what was computed so far.
     """
 
@@ -106,6 +108,8 @@ class StepModel:
     engine: Engine | None = None
     rollback: RollbackWord = "snapshot"
     draft_vocab: int | None = None
+    grammar: bool = False
+    penalties: bool = False
     whole: dict[tuple[Phase, int], OpGraph] = field(default_factory=dict)
     sharded: dict[tuple[ParallelLayout, Phase, int], OpGraph] = field(default_factory=dict)
     graphs: dict[GraphKey, OpGraph] = field(default_factory=dict)
@@ -323,6 +327,8 @@ class StepModel:
             _has_fused_experts,
             self.draft_vocab,
             self._is_fp8,
+            self.grammar,
+            self.penalties,
         )
 
     def _is_fp8(self, name: str) -> bool:

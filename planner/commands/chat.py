@@ -30,7 +30,11 @@ if TYPE_CHECKING:
     from tokenspeed_plan.runtime.request import Completion, SamplingParams
 
 Folder = click.Path(path_type=Path)
-HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops an answer"
+HELP = (
+    "/reset forgets the conversation, /think on and /think off switch thoughts, /exit leaves; "
+    "Ctrl-C stops an answer"
+)
+THINK = {"/think on": True, "/think off": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,9 @@ def _chat(bundle: Path, engine_options: EngineOptions, options: ChatOptions) -> 
             return
         if line == "/reset":
             conversation.reset()
-        elif line.startswith("/") and line[1:].isalpha():
+        elif line in THINK:
+            conversation.think(THINK[line])
+        elif line.startswith("/") and line[1:].split(" ")[0].isalpha():
             click.echo(f"there is no `{line}`: {HELP}", err=True)
         else:
             conversation.answer(line)
@@ -148,7 +154,13 @@ class _Conversation:
     """The messages so far, and the engine that answers them."""
 
     def __init__(self, engine: Engine, options: ChatOptions) -> None:
+        from tokenspeed_plan.runtime.serving.chat.known_turns import KnownTurns
+
+        assert engine.tokenizer is not None
         self._engine = engine
+        self._tokenizer = engine.tokenizer
+        self._turns = KnownTurns(engine.tokenizer, engine.plan.model.eos_token_ids)
+        self._variables: dict[str, Any] = {}
         self._options = options
         self._num_answers = 0
         self.reset()
@@ -159,6 +171,13 @@ class _Conversation:
         if self._options.system is not None:
             self._messages.append({"role": "system", "content": self._options.system})
 
+    def think(self, wanted: bool) -> None:
+        """Switch thoughts on or off, where the template knows them."""
+        if not self._tokenizer.chat_format.thinks:
+            click.echo("the model's chat template knows no thoughts", err=True)
+            return
+        self._variables["enable_thinking"] = wanted
+
     def answer(self, text: str) -> None:
         """Add a message and print its answer. A message without an answer is removed."""
         self._messages.append({"role": "user", "content": text})
@@ -168,15 +187,18 @@ class _Conversation:
             self._messages.pop()
             click.echo(f"{error}\n", err=True)
         else:
-            self._messages.append({"role": "assistant", "content": answer})
+            self._messages.append(answer)
 
-    def _answer(self) -> str:
-        """Print the answer to the last message as it grows; Ctrl-C stops it after a step."""
+    def _answer(self) -> dict[str, Any]:
+        """Print the answer to the last message as it grows; Ctrl-C stops it after a step.
+
+        Returns:
+            The message of the answer.
+        """
         from tokenspeed_plan.runtime.serving.interrupt import Interrupt
 
-        assert self._engine.tokenizer is not None
-        text = self._engine.tokenizer.render_chat(self._messages)
-        ids = self._engine.tokenizer.encode(text, add_special_tokens=False)
+        prompt = self._tokenizer.render_chat(self._messages, None, self._variables)
+        ids = self._turns.encode(prompt)
         completion, text = None, ""
         deltas = self._engine.stream(ids, self._params(len(ids)))
         with Interrupt(signal.SIGINT) as interrupt, closing(deltas):
@@ -191,8 +213,25 @@ class _Conversation:
         figures = "[stopped]"
         if completion:
             figures = _figures(completion)
+            self._turns.note(completion)
         click.echo(figures, err=True)
-        return text
+        return self._message(ids, text, is_cut=completion is None)
+
+    def _message(self, prompt_ids: list[int], text: str, is_cut: bool) -> dict[str, Any]:
+        """An answer as templates take it, its thought apart."""
+        from tokenspeed_plan.runtime.serving.chat.answer_parser import AnswerParser, AnswerRules
+        from tokenspeed_plan.runtime.serving.chat.answer_parts import assembled
+        from tokenspeed_plan.runtime.serving.openai.answers import ends_in_thought
+
+        format = self._tokenizer.chat_format
+        if not format.thinks:
+            return {"role": "assistant", "content": text}
+        parser = AnswerParser(AnswerRules(format, ends_in_thought(prompt_ids, self._tokenizer)))
+        answer = assembled([*parser.push(text), *parser.finish(is_cut)])
+        message = {"role": "assistant", "content": answer.content}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        return message
 
     def _params(self, num_prompt_tokens: int) -> SamplingParams:
         from tokenspeed_plan.runtime.request import SamplingParams

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tokenspeed_plan.runtime.request import Completion
     from tokenspeed_plan.runtime.serving.batch import BatchOptions, BatchPlan, Selection
     from tokenspeed_plan.runtime.serving.batch.summary import Load
+    from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 Folder = click.Path(path_type=Path)
 
@@ -226,13 +227,14 @@ def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOption
     folder = find_weights(frozen, bundle, engine_options.weights)
     check_files(frozen, folder)
     tokenizer = Tokenizer.load(folder, ChatTemplate.load(folder))
-    facts = _batch_plan(frozen)
+    facts = _batch_plan(frozen, tokenizer)
     refuse_other_plan(options.input, options.output, facts.digest)
     return run_batch(options, facts, tokenizer, lambda: ready_engine(bundle, engine_options))
 
 
-def _batch_plan(frozen: Plan) -> BatchPlan:
+def _batch_plan(frozen: Plan, tokenizer: Tokenizer) -> BatchPlan:
     """Facts of a plan for a batch run; predictions are of the plan's own workload."""
+    from tokenspeed_plan.runtime.grammars.grammar_compiler import grammar_compiler
     from tokenspeed_plan.runtime.serving.batch import BatchPlan, RequestLimits
 
     limits = frozen.pool.limits
@@ -241,6 +243,8 @@ def _batch_plan(frozen: Plan) -> BatchPlan:
         limits.default_max_tokens,
         frozen.model.vocab_size,
         frozen.model.name,
+        grammars=grammar_compiler(frozen, tokenizer),
+        takes_penalties=frozen.takes_penalties,
     )
     predicted: dict[str, float] = {}
     load = _predicted_load(frozen)

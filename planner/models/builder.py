@@ -23,7 +23,18 @@ from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.fp8_format import FP8
-from tokenspeed_plan.plans.ops import OPS, SAMPLING_INPUTS, STOP_IDS
+from tokenspeed_plan.plans.ops import (
+    ADJUSTMENTS,
+    IS_MASKED,
+    MIN_P,
+    OPS,
+    PENALTIES,
+    SAMPLING_INPUTS,
+    STOP_IDS,
+    TOKEN_MASK,
+    adjustment_words,
+    mask_words,
+)
 from tokenspeed_plan.plans.schema import ArenaName, Capacity
 from tokenspeed_plan.plans.types import Attr, Dim, DType, Phase, TensorSpec
 
@@ -48,6 +59,8 @@ class BuildContext:
             expert has tensors of its own.
         draft_vocab: drafts are chosen from this many of the first tokens; from all where None.
         is_fp8: whether a checkpoint tensor is stored in blocks of FP8.
+        grammar: whether a grammar may mask the tokens of a sequence.
+        penalties: whether penalties and biases may change its logits.
     """
 
     config: ModelConfig
@@ -57,11 +70,28 @@ class BuildContext:
     fused_experts: Callable[[str], bool]
     draft_vocab: int | None = None
     is_fp8: Callable[[str], bool] = _is_never_fp8
+    grammar: bool = False
+    penalties: bool = False
 
     @property
     def wide(self) -> DType:
         """The dtype of recurrent state and gates."""
         return "fp64" if self.dtype == "fp64" else "fp32"
+
+
+def _late_inputs(vocab_size: int, limits: Capacity) -> dict[str, tuple[tuple[int, ...], DType]]:
+    """What penalties and masks need of each sequence: by name its words, and their dtype."""
+    found: dict[str, tuple[tuple[int, ...], DType]] = {
+        name: ((), dtype) for name, dtype in PENALTIES.items()
+    }
+    entries = adjustment_words(vocab_size, limits.max_seq_len)
+    words = (limits.max_depth + 1) * mask_words(vocab_size)
+    return found | {
+        MIN_P: ((), "fp32"),
+        IS_MASKED: ((), "i32"),
+        ADJUSTMENTS: ((entries,), "i32"),
+        TOKEN_MASK: ((words,), "i32"),
+    }
 
 
 def are_stored_in_fp8(context: BuildContext, names: Iterable[str]) -> bool:
@@ -129,6 +159,8 @@ class GraphBuilder:
         self.tensor("page_table", ("num_seqs", limits.table_pages), "i32", "io")
         for name, dtype in SAMPLING_INPUTS.items():
             self.tensor(name, ("num_seqs",), dtype, "io")
+        for name, (words, dtype) in _late_inputs(self.config.vocab_size, limits).items():
+            self.tensor(name, ("num_seqs", *words), dtype, "io")
 
     @property
     def query_attrs(self) -> dict[str, Attr]:

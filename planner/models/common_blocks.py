@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from tokenspeed_plan.planner.graph import Source
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.models.builder import GraphBuilder
-from tokenspeed_plan.plans.ops import SAMPLING_INPUTS
+from tokenspeed_plan.plans.ops import (
+    ADJUSTMENTS,
+    IS_MASKED,
+    MIN_P,
+    PENALTIES,
+    SAMPLING_INPUTS,
+    TOKEN_MASK,
+)
 from tokenspeed_plan.plans.types import Attr
 
 
@@ -123,12 +130,20 @@ def _head_weight(graph: GraphBuilder, name: str, rows: int) -> str:
 
 
 def sample(graph: GraphBuilder, logits: str, name: str) -> str:
-    """The next token after each row of logits."""
+    """The next token after each row of logits, as penalties and a grammar have changed them."""
+    kind, operands = "sample", (*SAMPLING_INPUTS,)
+    if graph.context.penalties:
+        kind, operands = "sample_min_p", (*SAMPLING_INPUTS, MIN_P)
+        changes = ("token_ids", *PENALTIES, ADJUSTMENTS)
+        (logits,) = graph.op("adjust", "adjust", (logits, *changes), attrs=graph.query_attrs)
+    if graph.context.grammar:
+        masks = (IS_MASKED, TOKEN_MASK)
+        (logits,) = graph.op("mask", "mask", (logits, *masks), attrs=graph.query_attrs)
     attrs: dict[str, Attr] = {"num_valid_tokens": graph.context.num_valid_tokens}
     (tokens,) = graph.op(
         "sample",
-        "sample",
-        (logits, *SAMPLING_INPUTS),
+        kind,
+        (logits, *operands),
         attrs=attrs | graph.query_attrs,
         out_names=(name,),
     )

@@ -1,7 +1,8 @@
 """What a batch brings: metadata of its sequences, which operators share.
 
 Letters: T tokens, S sequences. `token_ids`, `positions` and `slot_mapping` are [T], `cu_seqlens` is
-[S + 1], `page_table` is [S, pages], `dst_state_slots` is [S] or [S, slots]; the others are [S].
+[S + 1], `page_table` is [S, pages], `dst_state_slots` is [S] or [S, slots], `token_mask` is
+[S, queries * words], `adjustments` is [S, 1 + 3 * entries]; the others are [S].
 """
 
 from __future__ import annotations
@@ -29,6 +30,20 @@ SAMPLING_INPUTS: dict[str, DType] = {
     "seed": "i64",
     "rng_offset": "i64",
 }
+# Of plans that take grammars: whether a sequence has one, and what its next tokens may be.
+IS_MASKED, TOKEN_MASK = "is_masked", "token_mask"
+MASK_WORD_BITS = 32
+# Of plans that take penalties: whether a sequence has any, which tokens they change, and how.
+IS_ADJUSTED, ADJUSTMENTS = "is_adjusted", "adjustments"
+PENALTIES: dict[str, DType] = {
+    IS_ADJUSTED: "i32",
+    "presence_penalty": "fp32",
+    "frequency_penalty": "fp32",
+    "repetition_penalty": "fp32",
+}
+MIN_P = "min_p"
+MAX_BIASED = 1000  # tokens that a request gives a bias
+_MORE_ENTRIES = 1024  # than a sequence has tokens: these, and drafts
 _ACCEPT_INPUTS = (
     "max_lens",
     "stop_ids",
@@ -41,15 +56,47 @@ _ACCEPT_INPUTS = (
 # Operands of these roles are the io buffers of the same name. Many have one shape, and only the
 # name tells them apart.
 BATCH_INPUTS = frozenset(
-    (*BATCH_STATE, *SAMPLING_INPUTS, "page_table", "cu_seqlens", *_ACCEPT_INPUTS)
+    (
+        *BATCH_STATE,
+        *SAMPLING_INPUTS,
+        "page_table",
+        "cu_seqlens",
+        *_ACCEPT_INPUTS,
+        IS_MASKED,
+        TOKEN_MASK,
+        *PENALTIES,
+        ADJUSTMENTS,
+        MIN_P,
+    )
 )
 # In a draft pass an earlier operator can make the operand of a role: role -> (operator, output).
 DRAFT_INPUTS: Mapping[str, frozenset[tuple[str, str]]] = {
-    "token_ids": frozenset({("shift_tokens", "y"), ("sample", "next_tokens"), ("draft", "drafts")}),
+    "token_ids": frozenset(
+        {
+            ("shift_tokens", "y"),
+            ("sample", "next_tokens"),
+            ("sample_min_p", "next_tokens"),
+            ("draft", "drafts"),
+        }
+    ),
     "positions": frozenset({("draft_place", "positions")}),
     "slot_mapping": frozenset({("draft_place", "slot_mapping")}),
     "context_lens": frozenset({("draft_place", "context_lens"), ("accept", "lens")}),
 }
+
+
+def mask_words(vocab_size: int) -> int:
+    """Words of the mask of one query: a bit for each token, the lowest bit first."""
+    return -(-vocab_size // MASK_WORD_BITS)
+
+
+def adjustment_words(vocab_size: int, max_seq_len: int) -> int:
+    """Words of the adjustments of a sequence: their number, then three of each.
+
+    Those are the token, twice its count in the answer plus one if the prompt has it, and the bits
+    of its bias in fp32. A token has one entry at most.
+    """
+    return 1 + 3 * min(vocab_size, max_seq_len + _MORE_ENTRIES)
 
 
 def expect_seq_metadata(specs: Specs) -> None:

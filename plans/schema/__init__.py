@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from tokenspeed_plan.plans.canon import canonical
+from tokenspeed_plan.plans.ops import ADJUSTMENTS, TOKEN_MASK
 from tokenspeed_plan.plans.schema.cost_specs import (
     Amounts,
     BatchSize,
@@ -342,6 +343,16 @@ class Plan(Frozen):
     def with_pool(self, **changes: Any) -> Plan:
         """The plan with some fields of its pool replaced; not sealed."""
         return self.model_copy(update={"pools": (self.pool.model_copy(update=changes),)})
+
+    @property
+    def takes_grammars(self) -> bool:
+        """Whether its sampler has a mask of tokens before it."""
+        return any(buffer.name == TOKEN_MASK for buffer in self.pool.buffers)
+
+    @property
+    def takes_penalties(self) -> bool:
+        """Whether penalties and biases may change its logits."""
+        return any(buffer.name == ADJUSTMENTS for buffer in self.pool.buffers)
 
     @property
     def num_layers(self) -> int:

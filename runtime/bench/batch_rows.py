@@ -19,7 +19,7 @@ from torch import Tensor
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.engine import Engine
-from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
 from tokenspeed_plan.runtime.execution.launch import HostValues, Launch
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 
@@ -162,11 +162,16 @@ class TimedLaunch:
         self.inner.prepare(programs)
 
     def run(
-        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+        self,
+        programs: BoundPrograms,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        part: Part = "whole",
     ) -> None:
         """As the launch inside, between two marks."""
         begin = self._mark()
-        self.inner.run(programs, program, num_tokens, num_seqs)
+        self.inner.run(programs, program, num_tokens, num_seqs, part)
         self.steps.append(_Step(program, num_tokens, begin, self._mark()))
 
     def copy_to_host(self, *values: Tensor) -> HostValues:

@@ -6,11 +6,12 @@ Each size of batch is bound once; a replay is then a loop over instructions, wit
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.schema import CollectiveCall, Plan, Program
+from tokenspeed_plan.plans.schema import CollectiveCall, KernelCall, Plan, Program
 from tokenspeed_plan.runtime.execution.backend import (
     Backend,
     BoundStep,
@@ -20,9 +21,14 @@ from tokenspeed_plan.runtime.execution.backend import (
 )
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory, operands_of
 
+# The head of a program is launched while the step before is in flight; its tail begins where it
+# reads masks or adjustments, which the host makes of that step's tokens.
+Part = Literal["whole", "head", "tail"]
+LATE_OPS = ("adjust", "mask")
+
 Operands = list[tuple[Tensor, ...]]  # the tensors of each step
 ProgramKey = tuple[str, int]  # phase and bucket
-BatchKey = tuple[str, int, int, int]  # and tokens and sequences
+BatchKey = tuple[str, int, int, int, Part]  # and tokens and sequences, and the part that is run
 
 MAX_BINDINGS = 64  # distinct (program, tokens, sequences) kept bound
 
@@ -48,22 +54,38 @@ class BoundPrograms:
         """The plan of these programs."""
         return self.memory.plan
 
-    def instructions(self, program: Program, num_tokens: int, num_seqs: int) -> list[Instruction]:
+    def instructions(
+        self, program: Program, num_tokens: int, num_seqs: int, part: Part = "whole"
+    ) -> list[Instruction]:
         """The instructions of a program for a batch of this size, bound at the first call."""
-        key = (program.phase, program.bucket, num_tokens, num_seqs)
+        key = (program.phase, program.bucket, num_tokens, num_seqs, part)
         if key not in self._bound:
             if len(self._bound) >= MAX_BINDINGS:
                 self._bound.clear()
-            instructions: list[Instruction] = []
-            for _, bound in self.steps(program, num_tokens, num_seqs):
-                instructions += bound
-            self._bound[key] = instructions
+            steps = list(self.steps(program, num_tokens, num_seqs))
+            cut = 0
+            if part != "whole":
+                cut = self.tail_start(program)
+            chosen = steps[:cut] if part == "head" else steps[cut:]
+            self._bound[key] = [one for _, bound in chosen for one in bound]
         return self._bound[key]
 
+    def tail_start(self, program: Program) -> int:
+        """The first step that reads what the host makes of the tokens of the step before."""
+        late = {
+            kernel.name
+            for kernel in self.plan.kernels
+            if any(part.kind in LATE_OPS for part in kernel.parts)
+        }
+        for number, step in enumerate(program.steps):
+            if isinstance(step, KernelCall) and step.kernel in late:
+                return number
+        return len(program.steps)
+
     @torch.inference_mode()
-    def run(self, program: Program, num_tokens: int, num_seqs: int) -> None:
-        """One replay; inputs and outputs are in the io buffers."""
-        instructions = self.instructions(program, num_tokens, num_seqs)
+    def run(self, program: Program, num_tokens: int, num_seqs: int, part: Part = "whole") -> None:
+        """One replay, or a part of one; inputs and outputs are in the io buffers."""
+        instructions = self.instructions(program, num_tokens, num_seqs, part)
         self.execute(instructions)
 
     def execute(self, instructions: Iterable[Instruction]) -> None:

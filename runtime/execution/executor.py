@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenspeed_plan.plans.peer_memory import ERROR, PEER_SIGNALS, STOP, explain
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.execution.backend import Backend, BoundStep, Instruction
-from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
 from tokenspeed_plan.runtime.execution.input_block import InputChange
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch, HostValues, Launch
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
@@ -98,15 +98,20 @@ class Executor:
         num_tokens: int,
         num_seqs: int,
         change: InputChange | None = None,
+        part: Part = "whole",
     ) -> None:
-        """One replay; inputs and outputs are in the io buffers.
+        """One replay, or a part of one; inputs and outputs are in the io buffers.
 
         Args:
             program: what is replayed.
             num_tokens: of the batch.
             num_seqs: of the batch.
             change: how its inputs were changed, for the other ranks.
+            part: of a plan for one rank.
         """
+        if part != "whole":
+            self.launch.run(self.programs, program, num_tokens, num_seqs, part)
+            return
         self.lead.before_run(self.memory, program, num_tokens, num_seqs, change)
         self.launch.run(self.programs, program, num_tokens, num_seqs)
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.peer_memory import NUM_SIGNALS
 from tokenspeed_plan.plans.schema import Program
-from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
 from tokenspeed_plan.runtime.execution.inputs import write_inputs
 from tokenspeed_plan.runtime.execution.launch import HostValues
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 
-GraphKey = tuple[str, int]  # phase and bucket of a program
+GraphKey = tuple[str, int, Part]  # phase and bucket of a program, and the part that is run
 
 MAX_IN_FLIGHT = 4  # replays whose outputs may be on the way to the host at once
 
@@ -37,20 +37,26 @@ class GraphLaunch:
             self._events.append(torch.cuda.Event())
         for program in programs.plan.pool.programs:
             if program.captured:
-                key = (program.phase, program.bucket)
-                self._graphs[key] = capture(programs, program)
+                for part in parts_of(programs, program):
+                    key = (program.phase, program.bucket, part)
+                    self._graphs[key] = capture(programs, program, part)
             else:
                 programs.instructions(program, program.max_tokens, program.max_seqs)
 
     def run(
-        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+        self,
+        programs: BoundPrograms,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        part: Part = "whole",
     ) -> None:
         """One replay: as a graph where the program is captured, else kernel by kernel."""
         if program.captured:
-            graph = self._graphs[program.phase, program.bucket]
+            graph = self._graphs[program.phase, program.bucket, part]
             graph.replay()
         else:
-            programs.run(program, num_tokens, num_seqs)
+            programs.run(program, num_tokens, num_seqs, part)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
         """The values are copied after the replay; reading them waits for that copy alone."""
@@ -70,9 +76,18 @@ class GraphLaunch:
         return wait
 
 
+def parts_of(programs: BoundPrograms, program: Program) -> tuple[Part, ...]:
+    """What is run of a program: all of it, and its two parts where it has them."""
+    if programs.tail_start(program) == len(program.steps):
+        return ("whole",)
+    return ("whole", "head", "tail")
+
+
 @torch.inference_mode()
-def capture(programs: BoundPrograms, program: Program) -> torch.cuda.CUDAGraph:
-    """A program at its full size as a CUDA graph.
+def capture(
+    programs: BoundPrograms, program: Program, part: Part = "whole"
+) -> torch.cuda.CUDAGraph:
+    """A program at its full size, or a part of it, as a CUDA graph.
 
     It runs once on padding before it is captured, which loads its kernels.
     """
@@ -85,5 +100,5 @@ def capture(programs: BoundPrograms, program: Program) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        programs.run(program, *size)
+        programs.run(program, *size, part)
     return graph

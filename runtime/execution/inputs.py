@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.ops import BATCH_STATE, STOP_IDS
+from tokenspeed_plan.plans.ops import BATCH_STATE, IS_ADJUSTED, IS_MASKED, MIN_P, STOP_IDS
 from tokenspeed_plan.plans.schema import Limits, Plan
 from tokenspeed_plan.runtime.execution.input_block import (
     DEVICE_ONLY,
@@ -102,6 +102,12 @@ def pad_values(limits: Limits, query_len: int) -> dict[str, float | np.ndarray]:
         "seed": 0,
         "stop_ids": -1,
         "rng_offset": 0,
+        IS_MASKED: 0,
+        IS_ADJUSTED: 0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        MIN_P: 0.0,
     }
 
 
@@ -160,6 +166,12 @@ def fixed_values(sequences: Seq[Sequence], limits: Limits) -> Views:
         "top_p": np.array([p.top_p for p in params], dtype=np.float32),
         "top_k": _array(p.top_k for p in params),
         "seed": _array(_signed(p.seed) for p in params),
+        IS_MASKED: _array(sequence.matcher is not None for sequence in sequences),
+        IS_ADJUSTED: _array(sequence.counts is not None for sequence in sequences),
+        "presence_penalty": np.array([p.presence_penalty for p in params], dtype=np.float32),
+        "frequency_penalty": np.array([p.frequency_penalty for p in params], dtype=np.float32),
+        "repetition_penalty": np.array([p.repetition_penalty for p in params], dtype=np.float32),
+        MIN_P: np.array([p.min_p for p in params], dtype=np.float32),
         "stop_ids": np.array([_stop_ids(sequence) for sequence in sequences], dtype=np.int32),
     }
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Program
-from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
 
 # Waits for the values of a replay, and returns them.
 HostValues = Callable[[], tuple[list[int], ...]]
@@ -24,9 +24,14 @@ class Launch(Protocol):
         """Do what can be done before the first replay."""
 
     def run(
-        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+        self,
+        programs: BoundPrograms,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        part: Part = "whole",
     ) -> None:
-        """Start one replay on the io buffers."""
+        """Start one replay on the io buffers, or a part of one."""
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
         """A function that waits for these outputs of the last replay, and returns them."""
@@ -39,10 +44,15 @@ class EagerLaunch:
         """Nothing."""
 
     def run(
-        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+        self,
+        programs: BoundPrograms,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        part: Part = "whole",
     ) -> None:
         """Run all instructions in order."""
-        programs.run(program, num_tokens, num_seqs)
+        programs.run(program, num_tokens, num_seqs, part)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
         """The values are read now; reading them waits for the replay."""

@@ -87,6 +87,8 @@ class Admission:
         token_ids = sequence.token_ids
         num_tokens = len(token_ids)
         self._cache.extend(sequence.digests, token_ids, num_tokens)
+        if sequence.is_scored:
+            return Hit(self._cache.root, 0)
         return self._cache.match(sequence.digests, token_ids, num_tokens - 1)
 
     def _is_coming(self, sequence: Sequence, hit: Hit) -> bool:
@@ -94,7 +96,7 @@ class Admission:
 
         If so, it is asked for a checkpoint there, and this sequence waits for it.
         """
-        if not self._cache.enabled:
+        if not self._cache.enabled or sequence.is_scored:
             return False
         size = self._limits.page_size
         last_page_start = (len(sequence.token_ids) - 1) // size * size

@@ -37,6 +37,16 @@ class Batch:
         return self.sequences[index].num_left <= self.counts[index]
 
     @property
+    def must_be_read(self) -> bool:
+        """Whether the host must know its tokens before it can write the inputs of the next step."""
+        return any(sequence.must_be_read for sequence in self.sequences)
+
+    def drafts_of(self, index: int) -> list[int]:
+        """The drafts of a sequence that a decode step verifies; a missing one is token 0."""
+        sequence, count = self.sequences[index], self.program.query_len - 1
+        return (sequence.drafts + [0] * count)[:count]
+
+    @property
     def run_tokens(self) -> int:
         """Tokens that the program computes: with padding, where it is captured."""
         if self.program.captured:
@@ -52,11 +62,11 @@ class Batch:
 
     @property
     def has_no_output(self) -> bool:
-        """Whether the host needs no tokens or drafts: every sequence stays inside its prompt."""
+        """Whether the host needs nothing: every sequence stays inside its prompt, unscored."""
         if self.program.phase != "prefill":
             return False
         for sequence, count in zip(self.sequences, self.counts, strict=True):
-            if count + 1 >= sequence.num_left:
+            if count + 1 >= sequence.num_left or sequence.is_scored:
                 return False
         return True
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
 
 from tokenspeed_plan.runtime.cache.prefix_tree import Node
+from tokenspeed_plan.runtime.grammars.matcher import Matcher
 from tokenspeed_plan.runtime.request import FinishReason, Request, TokenLogprobs
 from tokenspeed_plan.runtime.streaming import StopSearch
 
@@ -21,6 +24,16 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     "finished": frozenset(),
     "cancelled": frozenset(),
 }
+
+
+class Counts(Protocol):
+    """Counts the tokens of a sequence."""
+
+    def add(self, token_id: int) -> None:
+        """Count a token of the answer."""
+
+    def fill(self, words: np.ndarray, drafts: Iterable[int]) -> int:
+        """Write its adjustments; returns how many words they have."""
 
 
 class IllegalTransition(AssertionError):
@@ -74,7 +87,10 @@ class Sequence:
     finish_reason: FinishReason | None = None
     error: str | None = None  # why it fails, where it does
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     stop_search: StopSearch | None = None  # where it has stop strings and a token
+    matcher: Matcher | None = None  # after its tokens, where it has a grammar
+    counts: Counts | None = None  # of its tokens, where it has penalties or biases
     num_prompt_tokens: int = field(init=False)
     max_len: int = field(init=False)  # tokens that it can have at most
 
@@ -102,7 +118,8 @@ class Sequence:
         self.first_token_s = self.first_token_s or now_s
         self.last_token_s = now_s
         params = self.request.params
-        self.is_plain = not params.stop and params.num_logprobs is None
+        is_free = not self.must_be_read and not params.stop
+        self.is_plain = is_free and params.num_logprobs is None
 
     def take_plain(self, token_id: int, now_s: float) -> None:
         """Take a token that a step without drafts has made, and nothing else.
@@ -140,6 +157,17 @@ class Sequence:
         self.checkpoint_requests.clear()
 
     @property
+    def must_be_read(self) -> bool:
+        """Whether the host makes inputs of a step from the tokens of the one before."""
+        return self.matcher is not None or self.counts is not None
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the logprobs of its prompt are wanted, and not all known."""
+        wanted = self.request.params.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+
+    @property
     def is_running(self) -> bool:
         """Whether it holds memory."""
         return self.state in ("prefilling", "decoding")
@@ -175,13 +203,16 @@ class Sequence:
         """Where its next chunk ends: at the next checkpoint, if it comes to one.
 
         A rest of at most `interval` tokens is not cut at a checkpoint of the plan: a second step
-        would cost more than the checkpoint saves.
+        would cost more than the checkpoint saves. Where the logprobs of its prompt are wanted, a
+        chunk is one token: a step has logits after the last token of each sequence alone.
 
         Args:
             max_tokens: longest chunk.
             interval: tokens from one checkpoint of the plan to the next.
         """
         start = self.num_computed
+        if self.is_scored:
+            return start + 1
         num_known = len(self.token_ids)
         end = min(start + max_tokens, num_known)
         if num_known - start > interval:

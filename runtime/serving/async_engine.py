@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import queue
+import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
@@ -147,6 +149,8 @@ class AsyncEngine:
 
     Attributes:
         on_completion: called on the loop with each completion whose request was not cancelled.
+        on_gap: called on the loop with the time before a token of a request, in seconds, and how
+            many tokens came then: those of one step share the time since the last one.
         error: the error that ended the thread; None while it runs or was closed.
 
     Example:
@@ -159,10 +163,12 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.tokenizer = engine.tokenizer
         self.on_completion: Callable[[Completion], object] | None = None
+        self.on_gap: Callable[[float, int], object] | None = None
         self.error: BaseException | None = None
         self._engine = engine
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}
+        self._told_s: dict[str, float] = {}  # when each request got its last token
         self._names = itertools.count()
         self._closed = False
 
@@ -235,6 +241,7 @@ class AsyncEngine:
     def cancel(self, *request_ids: str) -> None:
         """Cancel requests; those that are finished or unknown are ignored."""
         for name in request_ids:
+            self._told_s.pop(name, None)
             if self._streams.pop(name, None):
                 self._commands.put(partial(self._engine.cancel, name))
         self._note_idle()
@@ -266,7 +273,8 @@ class AsyncEngine:
             items: tuple[NewToken | Completion, ...] = (*tokens, *completions)
             tokens.clear()
             if items:
-                self._loop.call_soon_threadsafe(self._deliver, items)
+                now_s = time.perf_counter()
+                self._loop.call_soon_threadsafe(self._deliver, items, now_s)
 
     def _add(self, request: Request) -> None:
         """On the thread: queue a request. It was checked; what fails even so is its own error."""
@@ -291,9 +299,10 @@ class AsyncEngine:
                 return False
             command()
 
-    def _deliver(self, items: tuple[NewToken | Completion, ...]) -> None:
+    def _deliver(self, items: tuple[NewToken | Completion, ...], now_s: float = 0.0) -> None:
         """On the loop: put each item into its stream; a cancelled request has none any more."""
         completions: list[Completion] = []
+        self._note_gaps(items, now_s)
         for item in items:
             stream = self._streams.get(item.request_id)
             if stream:
@@ -305,6 +314,20 @@ class AsyncEngine:
         if self.on_completion:  # last, so that an error in it holds up no answer
             for completion in completions:
                 self.on_completion(completion)
+
+    def _note_gaps(self, items: tuple[NewToken | Completion, ...], now_s: float) -> None:
+        """Tell the time that each request of a step waited for its tokens."""
+        if self.on_gap is None:
+            return
+        ended = {item.request_id for item in items if isinstance(item, Completion)}
+        for name, number in Counter(item.request_id for item in items).items():
+            if name not in self._streams:
+                continue
+            before_s = self._told_s.pop(name, None)
+            if before_s is not None:
+                self.on_gap((now_s - before_s) / number, number)
+            if name not in ended:
+                self._told_s[name] = now_s
 
     def _note_idle(self) -> None:
         if not self._streams:

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from tokenspeed_plan.plans.schema import Plan, Program
-from tokenspeed_plan.runtime.execution.launch import HostValues
+from tokenspeed_plan.runtime.execution.launch import HostValues, Part
 from tokenspeed_plan.runtime.in_flight import InFlightBatch
 from tokenspeed_plan.runtime.output import FIRST_TOKEN, host_outputs
 from tokenspeed_plan.runtime.request_check import stop_ids_of
@@ -122,7 +122,7 @@ class VirtualLauncher:
         self._random = random.Random(seed)
         self._token = plain_token(plan)
 
-    def start(self, batch: Batch) -> float:
+    def start(self, batch: Batch, part: Part = "whole") -> float:
         """Let the clock know of a step."""
         clock, program = self._clock, batch.program
         seqs, tokens = len(batch.sequences), batch.num_tokens
@@ -141,7 +141,7 @@ class VirtualLauncher:
             return self._times.prefill_us(batch.num_tokens, seqs, known / seqs)
         return self._times.decode_us(batch.program.bucket, seqs, known / seqs + 1)
 
-    def in_flight(self, batch: Batch) -> InFlightBatch:
+    def in_flight(self, batch: Batch, part: Part = "whole") -> InFlightBatch:
         """The step that was started last; reading its outputs waits for its end."""
         end_s, values = self._clock.free_s, self._values(batch.program, len(batch.sequences))
 
@@ -151,6 +151,10 @@ class VirtualLauncher:
 
         read: HostValues = outputs
         return _VirtualBatch(batch, read, NOTHING, NOTHING)
+
+    def finish(self, in_flight: InFlightBatch) -> float:
+        """Nothing: no request of a simulation has to be read before its next step."""
+        return 0.0
 
     def _values(self, program: Program, seqs: int) -> tuple[list[int], ...]:
         """What the host reads of a step."""

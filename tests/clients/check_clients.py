@@ -3,8 +3,8 @@
 python tests/clients/check_clients.py [NAME ...] [--python VENV/bin/python] [--node FOLDER]
     [--agents FOLDER]
 
-The server runs in this environment (extras `serve` and `test`). The clients run in one of their
-own, since their requirements do not agree with each other:
+The server runs in this environment (extras `grammar`, `serve` and `test`). The clients run in one
+of their own, since their requirements do not agree with each other:
 
     python -m venv VENV
     VENV/bin/pip install anthropic instructor langchain-openai litellm openai-agents \
@@ -49,6 +49,7 @@ SCRIPTS = {
     "done": f"Good.\n</think>\n\n{DONE}",
     "final": "Good.\n</think>\n\n" + in_tags("final_answer", {"answer": DONE}),
     **{name: "So.\n</think>\n\n" + in_tags(*call) for name, call in SHELLS.items()},
+    "vote": 'I agree.\n</think>\n\n{"answer": "yes"}',
     "person": "Easy.\n</think>\n\n" + "```json\n" + json.dumps({"name": "Ann", "age": 5}) + "\n```",
 }
 WORKLOAD = {"first_turn_tokens": 60000, "output_tokens": 256, "concurrency": 2}
@@ -61,7 +62,9 @@ def scripted_server() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="clients-") as name:
         folder = Path(name)
         write_scripted(folder / "model", TAGS_SCRIPT, SCRIPTS)
-        write_bundle(folder / "bundle", folder / "model", workload=WORKLOAD)
+        write_bundle(
+            folder / "bundle", folder / "model", workload=WORKLOAD, serving={"grammar": True}
+        )
         options = ("--api-key", KEY, "--model-name", "m")
         with serving(folder / "bundle", folder, *options) as server:
             yield server.url

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 QUESTION = "How is the weather in Paris?"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -19,6 +19,13 @@ TOOL: Any = {
     "function": {"name": "get_weather", "description": "The weather now.", "parameters": SCHEMA},
 }
 RESULT = "21 degrees"
+VOTE: Any = {
+    "type": "object",
+    "properties": {"answer": {"enum": ["yes", "no"]}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+STRUCTURED = "answered in form"
 
 
 def litellm_chat(url: str, key: str, stream: bool = False, route: str = "openai") -> str:
@@ -78,24 +85,30 @@ def langchain_structured(url: str, key: str) -> str:
     """All of its ways need a grammar."""
     from langchain_openai import ChatOpenAI
 
-    model: Any = ChatOpenAI(model="m", base_url=f"{url}/v1", api_key=key, max_retries=0)
+    model: Any = ChatOpenAI(
+        model="m", base_url=f"{url}/v1", api_key=key, max_retries=0, temperature=0
+    )
+    schema = VOTE | {"title": "Vote", "description": "A vote."}
     for method in ("function_calling", "json_mode", "json_schema"):
-        refused(
-            lambda method=method: model.with_structured_output(
-                SCHEMA | {"title": "T"}, method=method
-            ).invoke("hi")
-        )
-    return "refused"
+        bound = model.with_structured_output(schema, method=method)
+        found = bound.invoke("[[vote]]")
+        assert found == {"answer": "yes"}, (method, found)
+    return STRUCTURED
 
 
-def refused(work: Callable[[], Any]) -> None:
-    """Do what must be refused with 400 and a reason."""
-    try:
-        work()
-    except Exception as error:
-        assert "not supported" in str(error), error
-        return
-    raise AssertionError("it was not refused")
+def openai_parse(url: str, key: str) -> str:
+    from openai import OpenAI
+    from pydantic import create_model
+
+    client = OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    model = create_model("Vote", answer=(Literal["yes", "no"], ...))
+    asked: Any = [{"role": "user", "content": "[[vote]]"}]
+    chat: Any = client.chat.completions.parse(
+        model="m", messages=asked, response_format=model, temperature=0
+    )
+    response: Any = client.responses.parse(model="m", input=asked, text_format=model, temperature=0)
+    assert chat.choices[0].message.parsed.answer == response.output_parsed.answer == "yes"
+    return STRUCTURED
 
 
 def openai_agents(url: str, key: str, responses: bool = False, stream: bool = False) -> str:
@@ -173,7 +186,7 @@ def pydantic_ai_messages(url: str, key: str) -> str:
 
 
 def instructor_markdown(url: str, key: str) -> str:
-    """A structured answer by the prompt alone."""
+    """A structured answer by the prompt alone, and by all ways that force it."""
     import instructor
     from openai import OpenAI
     from pydantic import BaseModel
@@ -189,16 +202,25 @@ def instructor_markdown(url: str, key: str) -> str:
         model="m", response_model=Person, messages=messages, max_retries=1
     )
     assert (found.name, found.age) == ("Ann", 5)
-    strict: Any = instructor.from_openai(inner, mode=instructor.Mode.TOOLS)
-    refused(
-        lambda: strict.chat.completions.create(
-            model="m", response_model=Person, messages=messages, max_retries=1
+
+    class Vote(BaseModel):
+        answer: Literal["yes", "no"]
+
+    modes = instructor.Mode
+    for mode in (modes.TOOLS, modes.TOOLS_STRICT, modes.JSON, modes.JSON_SCHEMA):
+        strict: Any = instructor.from_openai(inner, mode=mode)
+        vote = strict.chat.completions.create(
+            model="m",
+            response_model=Vote,
+            messages=[{"role": "user", "content": "[[vote]]"}],
+            max_retries=1,
+            temperature=0,
         )
-    )
-    return "answered by the prompt, refused with tools"
+        assert vote.answer in ("yes", "no"), (mode, vote)
+    return STRUCTURED
 
 
-def smolagents_tools(url: str, key: str) -> str:
+def smolagents_tools(url: str, key: str, **more: Any) -> str:
     from smolagents import OpenAIServerModel, ToolCallingAgent, tool
 
     @tool
@@ -210,9 +232,13 @@ def smolagents_tools(url: str, key: str) -> str:
         """
         return f"{RESULT} [[final]]"
 
-    model = OpenAIServerModel("m", api_base=f"{url}/v1", api_key=key, tool_choice="auto")
+    model = OpenAIServerModel("m", api_base=f"{url}/v1", api_key=key, temperature=0, **more)
     agent = ToolCallingAgent(tools=[get_weather], model=model, max_steps=3, verbosity_level=0)
     return str(agent.run(QUESTION))
+
+
+def smolagents_auto(url: str, key: str) -> str:
+    return smolagents_tools(url, key, tool_choice="auto")
 
 
 CLIENTS: dict[str, tuple[str, Callable[[str, str], str]]] = {
@@ -229,7 +255,9 @@ CLIENTS: dict[str, tuple[str, Callable[[str, str], str]]] = {
     "pydantic-ai-responses": ("pydantic-ai-slim", pydantic_ai_responses),
     "pydantic-ai-anthropic": ("pydantic-ai-slim", pydantic_ai_messages),
     "instructor": ("instructor", instructor_markdown),
+    "openai-parse": ("openai", openai_parse),
     "smolagents": ("smolagents", smolagents_tools),
+    "smolagents-auto": ("smolagents", smolagents_auto),
 }
 
 
@@ -240,7 +268,7 @@ def main() -> None:
     name, url, key, answer = sys.argv[1:]
     package, client = CLIENTS[name]
     found = client(url, key)
-    assert found in (answer, "refused", "answered by the prompt, refused with tools"), found
+    assert found in (answer, STRUCTURED), found
     print(f"{package} {version(package)}: {found}")
 
 

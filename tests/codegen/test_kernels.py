@@ -132,6 +132,16 @@ DRAFTED = {
         "decode", (4,) * 3, (0, 9, 64), layout=ParallelLayout(2, 1, 2), depth=3
     ),
 }
+MASKED = {
+    "masks, one sequence": Case("decode", (1,), (40,), grammar=True),
+    "masks, prefill of three": Case("prefill", (1, 5, 2), (0, 3, 100), kind="odd", grammar=True),
+    "masks, three sequences, two queries of four": Case(
+        "decode", (2,) * 3, (40, 0, 9), depth=1, deeper=2, kind="odd", grammar=True
+    ),
+    "masks, bf16, five sequences": Case(
+        "decode", (1,) * 5, (0, 1, 2, 3, 4), "bf16", "odd", "H200", grammar=True
+    ),
+}
 # For each kind of `MAX_ROWS` a batch with more rows. Keys and values of the prefill go to places in
 # all pages of four sequences.
 LARGER_CASES = {
@@ -170,6 +180,49 @@ def test_kernels_equal_their_references(case: Case) -> None:
         for rank in range(case.layout.num_ranks):
             for name, error in errors(kernel, case, rank=rank):
                 assert error <= TOLERANCE[case.dtype], (kernel.kernel.name, name, rank)
+
+
+PENALISED = {
+    name.replace("masks", "penalties"): replace(case, grammar=False, penalties=True)
+    for name, case in MASKED.items()
+}
+
+
+@pytest.mark.parametrize("case", PENALISED.values(), ids=PENALISED.keys())
+def test_adjusted_logits_equal_their_reference(case: Case) -> None:
+    for kind in ("adjust", "sample_min_p"):
+        (built,) = (kernel for kernel in kernels_of(case) if kind_of(kernel.kernel) == kind)
+        for name, error in errors(built, case):
+            assert error <= TOLERANCE[case.dtype], (kind, name)
+
+
+PENALTY_MUTATIONS = [
+    ("adjust", "+ bias", "- bias"),
+    ("adjust", "x / repetition", "x * repetition"),
+    ("adjust", "seen // 2", "seen"),
+    ("adjust", "query <= s", "query < s"),
+    ("adjust", "(seen % 2 > 0) |", "(seen % 2 > 1) |"),
+    ("adjust", "presence, 0.0", "0.0, presence"),
+    ("sample_min_p", "tl.log(share)", "tl.log(share) * 0.5"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"), PENALTY_MUTATIONS, ids=[new for _, _, new in PENALTY_MUTATIONS]
+)
+def test_broken_penalties_are_caught(kind: str, old: str, new: str) -> None:
+    assert is_caught(PENALISED["penalties, three sequences, two queries of four"], kind, old, new)
+
+
+@pytest.mark.parametrize("case", MASKED.values(), ids=MASKED.keys())
+def test_masks_equal_their_reference(case: Case) -> None:
+    (built,) = (kernel for kernel in kernels_of(case) if kind_of(kernel.kernel) == "mask")
+    assert [error for _, error in errors(built, case)] == [0.0]
+    for old, new in (("!= 0, x", "== 0, x"), ("v % 32", "v % 31"), ("* COLUMNS", "* 0")):
+        if new == "* 0" and case.num_seqs == 1:
+            continue
+        ((_, error),) = errors(broken(built, old, new), case)
+        assert error != 0.0, new
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,10 +73,7 @@ def test_a_turn_that_only_calls_has_an_empty_text() -> None:
         ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools"),
         ({"tools": [tool("a b", {})]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 5}}]}, "tools"),
-        ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"max_tokens": 1.5}, "max_tokens"),
     ],
 )
@@ -103,6 +101,25 @@ def test_tools_need_a_template_that_shows_them() -> None:
     with pytest.raises(InvalidRequestError, match="knows no tools"):
         to_requests(chat(tools=TOOLS), "0", FakeTokenizer(), LIMITS)
     to_requests(chat(tools=TOOLS, tool_choice="none"), "0", FakeTokenizer(), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"response_format": {"type": "yaml"}}, "response_format", "invalid_value"),
+    ],
+)
+def test_forms_need_a_plan_that_takes_grammars(
+    fields: dict[str, Any], param: str, code: str
+) -> None:
+    tokenizer = FakeTokenizer()
+    tokenizer.chat_format = replace(tokenizer.chat_format, calls="json")
+    with pytest.raises(InvalidRequestError) as caught:
+        to_requests(chat(**fields), "0", tokenizer, LIMITS)
+    assert (caught.value.param, caught.value.code) == (param, code)
 
 
 def test_a_chat_may_use_the_room_that_is_left() -> None:

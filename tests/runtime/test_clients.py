@@ -54,7 +54,7 @@ def bundle(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     template, said = FORMATS[request.param]
     folder = tmp_path_factory.mktemp("scripted")
     write_scripted(folder / "model", template, said, special_tags=request.param == "json")
-    workload = {"first_turn_tokens": 1500, "output_tokens": 64, "concurrency": 4}
+    workload = {"first_turn_tokens": 3000, "output_tokens": 64, "concurrency": 4}
     write_bundle(folder / "bundle", folder / "model", workload=workload)
     return folder / "bundle"
 
@@ -218,7 +218,7 @@ def test_a_response_that_is_cut(client: openai.OpenAI) -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"store": True}, "store"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_object"}}}, "response_format"),
         ({"tools": [{"type": "mcp"}]}, "tools[0]"),
         ({"extra_body": {"n": 2}}, "n"),
         ({"tool_choice": "required", "tools": [{"type": "function", "name": "a"}]}, "tool_choice"),
@@ -345,3 +345,66 @@ def test_counts_as_they_grow(client: openai.OpenAI) -> None:
     )
     counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage]
     assert counts == sorted(counts) and len(counts) == len(chunks)
+
+
+def test_the_time_before_each_token(server: Server, client: openai.OpenAI) -> None:
+    """Each token but the first of an answer is in the histogram."""
+    name = 'vllm:inter_token_latency_seconds_count{model_name="m"} '
+
+    def count() -> float:
+        lines = server.http.get("/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith(name)).removeprefix(name))
+
+    before = count()
+    found = client.chat.completions.create(model="m", messages=[ASKED], max_completion_tokens=9)
+    assert found.usage and count() - before == found.usage.completion_tokens - 1
+
+
+def test_thoughts_are_counted(client: openai.OpenAI, server: Server) -> None:
+    """Up to the tag at their end, whole and streamed; none where there is none."""
+    options: Any = {"include_usage": True}
+    asked: list[Any] = [{"role": "user", "content": "[[call]]"}]
+    whole = client.chat.completions.create(model="m", messages=asked, tools=TOOLS)
+    *_, last = client.chat.completions.create(
+        model="m", messages=asked, tools=TOOLS, stream=True, stream_options=options
+    )
+    for usage in (whole.usage, last.usage):
+        assert usage and usage.completion_tokens_details
+        thoughts = usage.completion_tokens_details.reasoning_tokens
+        assert thoughts and 2 < thoughts < usage.completion_tokens
+        assert thoughts == whole.usage.completion_tokens_details.reasoning_tokens  # type: ignore
+    response = client.responses.create(model="m", input=asked)
+    assert response.usage and response.usage.output_tokens_details.reasoning_tokens > 2
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    short = client.chat.completions.create(
+        model="m", messages=asked, max_completion_tokens=2, extra_body=off
+    )
+    assert short.usage and short.usage.completion_tokens_details
+    assert short.usage.completion_tokens_details.reasoning_tokens == 0
+
+
+def test_tokenizer_info(server: Server) -> None:
+    found = server.http.get("/tokenizer_info").json()
+    assert found["tokenizer_class"] and found["eos_token"] == "<|endoftext|>"  # of Qwen3.5's class
+    assert httpx.get(f"{server.url}/tokenizer_info").status_code == 401
+
+
+def test_an_agents_turns_are_found_in_the_cache(server: Server, client: openai.OpenAI) -> None:
+    """Twelve turns with thoughts and calls: what came before is computed once.
+
+    The scripted model's tokens are never those that its text would be cut into.
+    """
+    words = " ".join(f"Rule {number}: be brief." for number in range(60))
+    messages: list[Any] = [{"role": "system", "content": words}, ASKED]
+    prompts, cached = [], []
+    for turn in range(12):
+        found = client.chat.completions.create(model="m", messages=messages, tools=TOOLS)
+        message, usage = found.choices[0].message, found.usage
+        assert usage and usage.prompt_tokens_details
+        prompts.append(usage.prompt_tokens)
+        cached.append(usage.prompt_tokens_details.cached_tokens or 0)
+        assert message.tool_calls and message.reasoning_content == THOUGHT  # type: ignore
+        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id}
+        messages += [message, result | {"content": f"[[call]] {turn}"}]
+    assert prompts == sorted(prompts)
+    assert sum(cached[1:]) > 0.9 * sum(prompts[1:]), (cached, prompts)

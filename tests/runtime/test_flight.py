@@ -32,7 +32,14 @@ class LateExecutor(SymbolicExecutor):
         super().__init__(plan)
         self.launched: list[tuple[str, int]] = []  # phase, and steps in flight before it
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int, change: object = None) -> None:
+    def run(
+        self,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: object = None,
+        part: object = "whole",
+    ) -> None:
         self.launched.append((program.phase, len(self.host_outputs)))
         super().run(program, num_tokens, num_seqs, change)
 
@@ -279,7 +286,14 @@ class Spoilt(LateExecutor):
 
     victim, since, value = 0, 9, float("nan")
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int, change: object = None) -> None:
+    def run(
+        self,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: object = None,
+        part: object = "whole",
+    ) -> None:
         super().run(program, num_tokens, num_seqs, change)
         logits = self.buffer("logits", num_tokens, num_seqs)
         logits.zero_()

@@ -55,7 +55,14 @@ class RecordingExecutor(SymbolicExecutor):
         super().__init__(plan)
         self.programs: list[tuple[str, int]] = []
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int, change: object = None) -> None:
+    def run(
+        self,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: object = None,
+        part: object = "whole",
+    ) -> None:
         self.programs.append((program.phase, program.bucket))
         super().run(program, num_tokens, num_seqs, change)
 

@@ -28,7 +28,8 @@ _HEAD = """{%- if tools %}{{- '<|im_start|>system\\n' }}
 {{- '<|im_start|>user\\n<tool_response>\\n' + text_of(message.content) }}
 {{- '\\n</tool_response><|im_end|>\\n' }}
 {%- elif message.role == 'assistant' %}
-{{- '<|im_start|>assistant\\n<think>\\n' + (message.reasoning_content or '') | trim }}
+{{- '<|im_start|>assistant\\n' }}BEFORE{{- '<think>\\n' }}AFTER
+{{- (message.reasoning_content or '') | trim }}
 {{- '\\n</think>\\n\\n' + text_of(message.content) | trim }}
 {%- for call in message.tool_calls or [] %}
 {{- '\\n\\n' if message.content and loop.first else '' if loop.first else '\\n' }}
@@ -56,11 +57,13 @@ _OPEN_IF = "{{- '<think>\\n\\n</think>\\n\\n' if enable_thinking is false else '
 _OPEN_NEVER = "{{- '<think>\\n\\n</think>\\n\\n' if enable_thinking is false else '' }}"
 
 # As Qwen3.5 does it: the prompt opens the thought. As Qwen3 does it: the model opens it.
-# At TRIGGER a scripted model gets to know what to say.
-TAGS_SCRIPT = _CONTENT + _HEAD + _TAGS + _TAIL.replace("OPEN", _OPEN_IF)
-JSON_SCRIPT = _CONTENT + _HEAD + _JSON + _TAIL.replace("OPEN", _OPEN_NEVER)
-TAGS_TEMPLATE = TAGS_SCRIPT.replace("TRIGGER", "")
-JSON_TEMPLATE = JSON_SCRIPT.replace("TRIGGER", "")
+# At TRIGGER a scripted model gets to know what to say; at AGAIN stands what it got for that turn.
+_TAGS_HEAD = _HEAD.replace("BEFORE", "").replace("AFTER", "AGAIN")
+_JSON_HEAD = _HEAD.replace("BEFORE", "AGAIN").replace("AFTER", "")
+TAGS_SCRIPT = _CONTENT + _TAGS_HEAD + _TAGS + _TAIL.replace("OPEN", _OPEN_IF)
+JSON_SCRIPT = _CONTENT + _JSON_HEAD + _JSON + _TAIL.replace("OPEN", _OPEN_NEVER)
+TAGS_TEMPLATE = TAGS_SCRIPT.replace("TRIGGER", "").replace("AGAIN", "")
+JSON_TEMPLATE = JSON_SCRIPT.replace("TRIGGER", "").replace("AGAIN", "")
 
 
 def tool(name: str, properties: dict[str, Any], **more: Any) -> dict[str, Any]:

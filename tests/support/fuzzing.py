@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 import chat_fuzzing
+import form_fuzzing
 import yaml
 from click.testing import CliRunner
 
@@ -559,7 +560,7 @@ def judge_body(files: Files, folder: Path) -> bool:
 def _limits() -> Any:
     from tokenspeed_plan.planner.commands import run
 
-    return run._batch_plan(load_plan(BUNDLE)).limits
+    return run._batch_plan(load_plan(BUNDLE), _tokenizer()).limits
 
 
 @cache
@@ -605,6 +606,25 @@ def judge_row(files: Files, folder: Path) -> bool:
         raise _refused(str(error), "a line has no hint") from error
     if len(requests) > 1024:
         raise Wrong(f"{len(requests)} requests of one row")
+    return True
+
+
+def make_form(rng: random.Random) -> Files:
+    return form_fuzzing.make_form(rng, mutate_json, encode)
+
+
+def judge_form(files: Files, folder: Path) -> bool:
+    """A form of an answer: refused in words, or its grammar allows what the schema does."""
+    from tokenspeed_plan.runtime.serving.http.api_errors import ApiError
+
+    try:
+        fault = form_fuzzing.fault_of(files, _limits())
+    except ApiError as error:
+        if error.status != 400:
+            raise Wrong(f"status {error.status}") from error
+        raise _refused(str(error), "an HTTP error has no hint") from error
+    if fault:
+        raise Wrong(fault)
     return True
 
 
@@ -918,6 +938,7 @@ TARGETS = {
     "bodies": Target(make_body, judge_body, lambda: (_engine(), _tokenizer(), _limits())),
     "rows": Target(make_row, judge_row, lambda: (_tokenizer(), _limits())),
     "messages": Target(make_messages, judge_messages, lambda: (_tokenizer(), _limits())),
+    "forms": Target(make_form, judge_form, lambda: (form_fuzzing.compiler(), _limits())),
     "specs": Target(make_spec, judge_spec, lambda: judge_command("--help")),
     "plans": Target(make_plan, judge_plan, lambda: judge_command("show", BUNDLE)),
     "checkpoints": Target(make_checkpoint, judge_checkpoint, _load_planner),

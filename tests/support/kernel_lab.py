@@ -102,6 +102,8 @@ class Case:
     two_slots: bool = False  # even without drafts
     max_seq_len: int = 512
     fp8: bool = False  # its matrices are in blocks of FP8
+    grammar: bool = False  # two of three sequences have a mask
+    penalties: bool = False  # and penalties
 
     @property
     def num_tokens(self) -> int:
@@ -153,6 +155,8 @@ def built_graph(case: Case) -> OpGraph:
         500,
         lambda prefix: True,
         is_fp8=lambda name: case.fp8 and is_fp8_matrix(name),
+        grammar=case.grammar,
+        penalties=case.penalties,
     )
     return build(context, case.phase, case.depth)
 
@@ -277,6 +281,14 @@ class Inputs:
             "seed": lambda: self.integers(1 << 40, shape),
             "rng_offset": lambda: self.integers(1000, shape),
             "logits": lambda: self.normal(*shape) * 3,
+            "is_masked": lambda: torch.tensor([1, 0, 1]).repeat(shape[0])[: shape[0]],
+            "is_adjusted": lambda: torch.tensor([1, 0, 1]).repeat(shape[0])[: shape[0]],
+            "presence_penalty": lambda: self.normal(*shape),
+            "frequency_penalty": lambda: self.normal(*shape),
+            "repetition_penalty": lambda: self.normal(*shape).abs() + 0.5,
+            "adjustments": lambda: self._adjustments(shape),
+            "min_p": lambda: torch.tensor([0.0, 0.2, 0.05, 1.0]).repeat(shape[0])[: shape[0]],
+            "token_mask": lambda: self.integers(1 << 32, shape) - (1 << 31),
             "next_tokens": lambda: self.integers(512, shape),
             "following": lambda: torch.tensor([7, -1, -1]).repeat(shape[0])[: shape[0]],
             "accepted": lambda: (case.depth - torch.arange(shape[0])) % (case.depth + 1),
@@ -290,6 +302,19 @@ class Inputs:
                 "total": lambda: self._total(shape),
             }
         return {**first, **{name: rule for name, rule in rules.items() if name not in first}}
+
+    def _adjustments(self, shape: tuple[int, ...]) -> Tensor:
+        """Of some tokens, the first hundred among them: drafts are those of a case's tokens."""
+        vocab = config_of(self.case.kind).vocab_size
+        words = torch.zeros(shape, dtype=torch.int32)
+        for s in range(shape[0]):
+            number = min((shape[1] - 1) // 3, vocab) * (s + 1) // shape[0]
+            entries = words[s, 1 : 1 + 3 * number].view(-1, 3)
+            entries[:, 0] = torch.randperm(vocab, generator=self.random)[:number]
+            entries[:, 1] = self.integers(6, (number,))
+            entries[:, 2] = self.normal(number).float().view(torch.int32)
+            words[s, 0] = number
+        return words
 
     def _src_slots(self) -> Tensor:
         number = torch.arange(self.case.num_seqs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Plan, Program
-from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch, HostValues, Launch
 
 
@@ -21,7 +21,7 @@ class LateLaunch:
     """Hands out the outputs of replays as a GPU does: only when asked for, and only in order."""
 
     def __init__(self, inner: Launch | None = None) -> None:
-        self.replays = 0
+        self.replays = self.heads = 0
         self.asked = 0
         self.waiting: list[int] = []
         self._inner = inner or EagerLaunch()
@@ -30,12 +30,18 @@ class LateLaunch:
         self._inner.prepare(programs)
 
     def run(
-        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+        self,
+        programs: BoundPrograms,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        part: Part = "whole",
     ) -> None:
         full_size = (program.max_tokens, program.max_seqs)
         assert not program.captured or (num_tokens, num_seqs) == full_size
-        self.replays += 1
-        self._inner.run(programs, program, num_tokens, num_seqs)
+        self.replays += part != "head"
+        self.heads += part == "head"
+        self._inner.run(programs, program, num_tokens, num_seqs, part)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
         found, number = self._inner.copy_to_host(*values)(), self.replays

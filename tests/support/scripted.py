@@ -37,7 +37,8 @@ def write_scripted(
 
     Args:
         folder: where it goes.
-        template: a chat template that ends with the word TRIGGER where it opens an answer.
+        template: a chat template with the word TRIGGER where it opens an answer, and AGAIN there in
+            earlier answers.
         scripts: what it can say, by name; one of them is `PLAIN`.
         special_tags: the tags are special tokens.
     """
@@ -46,7 +47,9 @@ def write_scripted(
     tokenizer.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    text = template.replace("TRIGGER", _trigger(list(scripts)))
+    names = list(scripts)
+    text = template.replace("TRIGGER", _trigger(names, "messages[-1]"))
+    text = text.replace("AGAIN", _trigger(names, "loop.previtem"))
     (folder / "chat_template.jinja").write_text(text)
     size = 16 + max(tokenizer.get_vocab().values())  # padded, as published tables are
     sizes = {
@@ -58,11 +61,12 @@ def write_scripted(
     return folder
 
 
-def _trigger(names: Sequence[str]) -> str:
+def _trigger(names: Sequence[str], last: str) -> str:
     """Chooses a script: `[[name]]` in the last message; else by what was said and can be called."""
     widths = json.dumps({name: 2 + number for number, name in enumerate(names)})
     lines = [
-        "{%- set last = messages[-1] %}{%- set ns = namespace(name='plain') %}",
+        f"{{%- set last = {last} %}}",
+        "{%- set ns = namespace(name='plain') %}",
         "{%- if last.role == 'tool' %}{%- set ns.name = 'done' %}",
         "{%- elif tools %}{%- set ns.name = 'call' %}{%- endif %}",
         f"{{%- for name in {json.dumps(list(names))} %}}",

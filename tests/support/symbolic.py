@@ -83,7 +83,14 @@ class SymbolicExecutor:
 
         return wait
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int, change: object = None) -> None:
+    def run(
+        self,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: object = None,
+        part: object = "whole",
+    ) -> None:
         self.num_runs += 1
 
         def view(name: str) -> Tensor:

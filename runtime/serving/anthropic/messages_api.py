@@ -61,6 +61,8 @@ def _tool(number: int, tool: Json) -> Json:
     function = {"name": tool.get("name")}
     if tool.get("description") is not None:
         function["description"] = tool["description"]
+    if tool.get("strict") is not None:
+        function["strict"] = tool["strict"]
     function["parameters"] = tool.get("input_schema")
     return {"type": "function", "function": function}
 
@@ -73,6 +75,8 @@ def _choice(asked: Any) -> Json:
     if not isinstance(kind, str):
         raise invalid("tool_choice", "input should be an object with a `type`")
     found: Json = {"tool_choice": _CHOICES.get(kind, asked)}
+    if kind == "tool":
+        found["tool_choice"] = {"type": "function", "function": {"name": asked.get("name")}}
     if asked.get("disable_parallel_tool_use"):
         found["parallel_tool_calls"] = False
     return found
@@ -83,9 +87,7 @@ def _thinking(asked: Any, config: Any) -> Json:
     found: Json = {}
     if isinstance(config, dict):
         if config.get("format") is not None:
-            raise unsupported(
-                "output_config.format", "nothing here can force the form of an answer"
-            )
+            found["response_format"] = _form(config["format"])
         if config.get("effort") is not None:
             found["reasoning_effort"] = config["effort"]
     if asked is None:
@@ -94,6 +96,13 @@ def _thinking(asked: Any, config: Any) -> Json:
     if kind not in ("enabled", "disabled", "adaptive"):
         raise invalid("thinking", "`type` should be enabled, disabled or adaptive")
     return found | {"chat_template_kwargs": {"enable_thinking": kind != "disabled"}}
+
+
+def _form(asked: Any) -> Json:
+    """The form of the text."""
+    if not isinstance(asked, dict) or asked.get("type") != "json_schema":
+        raise invalid("output_config.format", "`type` should be json_schema")
+    return {"type": "json_schema", "json_schema": {"schema": asked.get("schema")}}
 
 
 def _messages(system: Any, asked: Any, drops_billing: bool) -> list[Json]:

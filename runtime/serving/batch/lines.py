@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from tokenspeed_plan.plans.canon import canonical, sha256
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.chat.answer_parser import AnswerRules
-from tokenspeed_plan.runtime.serving.openai.answers import choice, usage
+from tokenspeed_plan.runtime.serving.openai.answers import choice, usage, with_thoughts
 from tokenspeed_plan.runtime.serving.openai.bodies import (
     MAX_FIELDS,
     ChatBody,
@@ -158,7 +158,7 @@ def answer_line(
         "created": 0,
         "model": row.body.model or model,
         "choices": choices,
-        "usage": usage(num_prompt_tokens, completions),
+        "usage": with_thoughts(usage(num_prompt_tokens, completions), completions, rules, decoder),
     }
     response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
     return {"id": row.key, "custom_id": row.custom_id, "response": response, "error": None}

@@ -20,7 +20,7 @@ from tokenspeed_plan.runtime.serving.openai.conversion import (
 )
 
 _MOST = 1 << 40  # no plan limits the lengths yet
-_ANY = RequestLimits(_MOST, 1, _MOST)
+_ANY = RequestLimits(_MOST, 1, _MOST, takes_penalties=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,9 @@ def _sequences(row: Row, usage: _Usage | None, tokenizer: Encoder | None) -> Ite
         output = row.body.max_completion_tokens or output
     prompts: list[int] = []
     if tokenizer is not None:
-        requests = to_requests(row.body, row.key, tokenizer, _ANY)
+        # Nothing is answered here, so that no form is enforced.
+        body = row.body.model_copy(update={"response_format": None, "tool_choice": None})
+        requests = to_requests(body, row.key, tokenizer, _ANY)
         prompts = [len(request.prompt_ids) for request in requests[::num_choices]]
     elif usage is not None:
         parts = len(split_prompts(row.body))

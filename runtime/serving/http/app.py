@@ -187,6 +187,12 @@ async def detokenize_ids(request: Request, lease: AdmittedLease) -> Response:
     return await _count(request, lease, detokenize)
 
 
+@keyed.api_route("/tokenizer_info", methods=_READ)
+async def tokenizer_info(request: Request) -> Response:
+    """The class of the tokenizer and its special tokens."""
+    return JSONResponse(service_of(request).tokenizer.info)
+
+
 @v1.api_route("/models", methods=_READ)
 async def models(request: Request) -> Response:
     """List the model, as both OpenAI's and Anthropic's clients read it."""

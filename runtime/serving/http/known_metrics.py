@@ -66,10 +66,13 @@ class KnownMetrics:
             "request_prompt_tokens": done.num_prompt_tokens,
             "request_generation_tokens": num_tokens,
         }
-        if num_tokens > 1:
-            values["inter_token_latency_seconds"] = done.decode_s / (num_tokens - 1)
         for name, value in values.items():
             self._histograms[name].observe(value)
+
+    def note_gap(self, gap_s: float, number: int) -> None:
+        """Note the time before a token; those that came together share it."""
+        for _ in range(number):
+            self._histograms["inter_token_latency_seconds"].observe(gap_s)
 
 
 class _Counted(Collector):

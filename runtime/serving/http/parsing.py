@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from tokenspeed_plan.runtime.request import Request
 from tokenspeed_plan.runtime.serving.http.api_errors import ApiError
 from tokenspeed_plan.runtime.serving.openai.bodies import (
+    UNSUPPORTED,
     ChatBody,
     CompletionBody,
     InvalidRequestError,
@@ -103,6 +104,8 @@ def _parse(
 ) -> ParsedRequest:
     stream_fields = _pop_stream_fields(fields)
     body = parse_body(url, fields)
+    if stream_fields.stream and isinstance(body, CompletionBody) and body.echo:
+        raise InvalidRequestError("`echo` is not streamed", "echo", UNSUPPORTED)
     key = uuid4().hex
     options = stream_fields.stream_options or _StreamOptions()
     return ParsedRequest(

@@ -64,6 +64,10 @@ class Metrics:
         if tokens > 1:
             self._tpot.observe(done.decode_s / (tokens - 1))
 
+    def note_gap(self, gap_s: float, number: int) -> None:
+        """Note the time before each of so many tokens."""
+        self._known.note_gap(gap_s, number)
+
     def cancel(self, count: int) -> None:
         """Count choices whose client left before the end."""
         self._cancelled.inc(count)

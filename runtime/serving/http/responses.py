@@ -23,6 +23,7 @@ from tokenspeed_plan.runtime.serving.openai.answers import (
     is_cut,
     logprobs_of,
     usage,
+    with_thoughts,
 )
 from tokenspeed_plan.runtime.streaming import Delta
 
@@ -200,7 +201,7 @@ class Answer:
         num_cached_tokens = sum(completion.num_cached_tokens for completion in firsts)
         counts = usage(num_prompt_tokens, completions)
         counts["prompt_tokens_details"] = {"cached_tokens": num_cached_tokens}
-        return counts
+        return with_thoughts(counts, completions, self.rules, self.decoder)
 
 
 def failure(error: EngineStopped | RequestFailed) -> ApiError:

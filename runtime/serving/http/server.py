@@ -18,7 +18,10 @@ import uvicorn
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.engine import Engine
+from tokenspeed_plan.runtime.grammars.grammar_compiler import GrammarCompiler, grammar_compiler
+from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
+from tokenspeed_plan.runtime.serving.chat.known_turns import KnownTurns
 from tokenspeed_plan.runtime.serving.http.app import Service, make_app
 from tokenspeed_plan.runtime.serving.http.body import BodyMemory
 from tokenspeed_plan.runtime.serving.http.connections import (
@@ -31,6 +34,7 @@ from tokenspeed_plan.runtime.serving.http.health import Progress
 from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter
 from tokenspeed_plan.runtime.serving.http.prometheus import Metrics
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
+from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 _FLUSH_S = 2  # time for finished answers to leave the sockets
 _END_S = 4  # time for the threads to end after that
@@ -139,12 +143,27 @@ def _service(
     limiter = AdmissionLimiter(async_engine, options.max_requests)
     model = options.model_name or engine.plan.model.name
     metrics = Metrics(engine, limiter, model)
-    async_engine.on_completion = metrics.finish
+    turns = KnownTurns(engine.tokenizer, engine.plan.model.eos_token_ids)
+
+    def note(completion: Completion) -> None:
+        metrics.finish(completion)
+        with suppress(RuntimeError):  # the threads have ended
+            workers.submit(turns.note, completion)
+
+    async_engine.on_completion = note
+    async_engine.on_gap = metrics.note_gap
     return Service(
         engine=async_engine,
         tokenizer=engine.tokenizer,
         model=model,
-        limits=RequestLimits(engine.max_seq_len, engine.default_max_tokens, engine.vocab_size),
+        limits=RequestLimits(
+            engine.max_seq_len,
+            engine.default_max_tokens,
+            engine.vocab_size,
+            grammars=_grammars(engine, engine.tokenizer, workers),
+            takes_penalties=engine.plan.takes_penalties,
+            turns=turns,
+        ),
         created=int(time.time()),
         api_key=options.api_key,
         own_host=options.own_host,
@@ -157,6 +176,14 @@ def _service(
         progress=Progress(engine, async_engine),
         drops_billing=options.drops_billing,
     )
+
+
+def _grammars(engine: Engine, tokenizer: Tokenizer, workers: Executor) -> GrammarCompiler | None:
+    """What compiles the forms of answers; what the first one needs is started meanwhile."""
+    found = grammar_compiler(engine.plan, tokenizer)
+    if found is not None:
+        workers.submit(found.warm_up)
+    return found
 
 
 class _Server(uvicorn.Server):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tokenspeed_plan.plans.canon import sha256
-from tokenspeed_plan.plans.chat_format import THINK_BEGIN, ChatFormat
+from tokenspeed_plan.plans.chat_format import MAX_TAG_TOKENS, THINK_BEGIN, THINK_END, ChatFormat
 from tokenspeed_plan.runtime.request import Completion, TokenLogprobs
 from tokenspeed_plan.runtime.serving.chat.answer_parser import AnswerParser, AnswerRules
 from tokenspeed_plan.runtime.serving.chat.answer_parts import ParsedAnswer, ToolCall, assembled
@@ -16,8 +17,6 @@ from tokenspeed_plan.runtime.serving.openai.chat_fields import schemas_of
 from tokenspeed_plan.runtime.streaming import Decoder
 
 Json = dict[str, Any]
-
-MAX_TAG_TOKENS = 16  # of a tag and the space after it, however it is cut into tokens
 
 
 class ChatDecoder(Decoder, Protocol):
@@ -35,6 +34,33 @@ def usage(num_prompt_tokens: int, completions: Sequence[Completion]) -> Json:
     """Numbers of prompt tokens and generated tokens, and their sum."""
     generated = sum(len(completion.token_ids) for completion in completions)
     return counts_of(num_prompt_tokens, generated)
+
+
+def thought_tokens(
+    completion: Completion, rules: AnswerRules | None, decoder: Decoder
+) -> int | None:
+    """How many tokens of an answer are a thought, up to the tag at its end; None if none can be."""
+    if rules is None or not rules.format.thinks:
+        return None
+    if not rules.is_thinking and not completion.text.lstrip().startswith(THINK_BEGIN):
+        return 0
+    ids = list(completion.token_ids)
+    if THINK_END not in completion.text:
+        return len(ids)
+    return 1 + bisect_left(
+        range(len(ids)), True, key=lambda last: THINK_END in decoder.decode(ids[: last + 1])
+    )
+
+
+def with_thoughts(
+    counts: Json, completions: Sequence[Completion], rules: AnswerRules | None, decoder: Decoder
+) -> Json:
+    """Counts of tokens, and of those that are thoughts."""
+    found = [thought_tokens(completion, rules, decoder) for completion in completions]
+    known = [number for number in found if number is not None]
+    if not known:
+        return counts
+    return counts | {"completion_tokens_details": {"reasoning_tokens": sum(known)}}
 
 
 def counts_of(num_prompt_tokens: int, num_generated: int) -> Json:
@@ -58,11 +84,12 @@ def answer_rules(
         schemas = schemas_of(body.callable_tools)
     if schemas is None and not format.thinks:
         return None
-    is_thinking = format.thinks and _ends_in_thought(prompt_ids, tokenizer)
+    is_thinking = format.thinks and ends_in_thought(prompt_ids, tokenizer)
     return AnswerRules(format, is_thinking, schemas, body.parallel_tool_calls is not False)
 
 
-def _ends_in_thought(prompt_ids: Sequence[int], tokenizer: ChatDecoder) -> bool:
+def ends_in_thought(prompt_ids: Sequence[int], tokenizer: ChatDecoder) -> bool:
+    """Whether a prompt opens a thought that the answer goes on with."""
     end = tokenizer.spell(prompt_ids[-MAX_TAG_TOKENS:])
     return end.rstrip().endswith(THINK_BEGIN)
 
@@ -91,9 +118,29 @@ def choice(
     if completion.logprobs:
         offsets = TextOffsets(decoder)
         result["logprobs"] = logprobs_of(body, completion.logprobs, decoder, offsets)
+    if isinstance(body, CompletionBody) and body.echo:
+        _echo(result, body, completion, decoder)
     if body.return_token_ids:
         result["token_ids"] = list(completion.token_ids)
     return result
+
+
+def _echo(result: Json, body: CompletionBody, completion: Completion, decoder: Decoder) -> None:
+    """Put the prompt before a completion; nothing comes before its first token."""
+    ids = completion.prompt_ids
+    result["text"] = decoder.decode(list(ids)) + completion.text
+    if body.logprobs is None:
+        return
+    offsets = TextOffsets(decoder)
+    first = {
+        "tokens": [_text_name(ids[0], decoder)],
+        "token_logprobs": [None],
+        "top_logprobs": [None],
+        "text_offset": [offsets.pass_token(ids[0])],
+    }
+    others = (*completion.prompt_logprobs, *completion.logprobs)
+    found = logprobs_of(body, others, decoder, offsets)
+    result["logprobs"] = {name: first[name] + values for name, values in found.items()}
 
 
 def parsed_answer(completion: Completion, rules: AnswerRules) -> ParsedAnswer:

@@ -23,10 +23,14 @@ from pydantic import (
     ValidationError,
 )
 
+from tokenspeed_plan.plans.ops import MAX_BIASED
 from tokenspeed_plan.runtime.request_check import (
+    MAX_BIAS,
     MAX_INT32,
+    MAX_REPETITION,
     MAX_STOP_CHARS,
     MAX_STOP_IDS,
+    MIN_REPETITION,
     ascii_text,
 )
 from tokenspeed_plan.runtime.serving.openai.chat_fields import Messages, Tools, Variables
@@ -45,8 +49,7 @@ HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 MODEL_NOT_FOUND = "model_not_found"
 UNSUPPORTED = "unsupported_parameter"
-# Why a field is not served, where that is no matter of time.
-REASONS = {"response_format": " (nothing here can force the form of an answer)"}
+TRY_LATER = "try_later"
 _OF_TOOLS = ("tool_choice", "parallel_tool_calls")  # they say nothing without tools
 
 
@@ -58,6 +61,7 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
+Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 # pydantic's complaint about each of a million entries takes a minute and gigabytes: the first will
 # do, wherever a list may be long.
@@ -78,7 +82,7 @@ class InvalidRequestError(ValueError):
     @property
     def status(self) -> int:
         """HTTP's status code."""
-        return 404 if self.code == MODEL_NOT_FOUND else 400
+        return {MODEL_NOT_FOUND: 404, TRY_LATER: 503}.get(self.code or "", 400)
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -152,6 +156,12 @@ class _Body(StrictModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    response_format: Any = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION, le=MAX_REPETITION)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASED)] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -162,6 +172,7 @@ class CompletionBody(_Body):
     """Body of /v1/completions."""
 
     prompt: Prompt
+    echo: bool | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
 
@@ -300,7 +311,7 @@ def parse_body(url: Url, data: dict[str, Any]) -> CompletionBody | ChatBody:
         name, wanted = unsupported
         raise InvalidRequestError(
             f"`{name}` is not supported: leave it out, or send {wanted}, "
-            f"got {_shown(fields[name])}{REASONS.get(name, '')}",
+            f"got {_shown(fields[name])}",
             name,
             UNSUPPORTED,
         )
@@ -348,21 +359,6 @@ def _check_chat(body: ChatBody) -> None:
         raise InvalidRequestError(
             "`top_logprobs` is only for `logprobs: true`", "top_logprobs", "invalid_value"
         )
-    choice = body.tool_choice
-    if choice in (None, "none", "auto"):
-        return
-    if choice == "required" or (isinstance(choice, dict) and isinstance(choice.get("type"), str)):
-        raise InvalidRequestError(
-            f"`tool_choice` {_shown(choice)} is not supported: nothing here can force a call; "
-            'send "auto" or "none"',
-            "tool_choice",
-            UNSUPPORTED,
-        )
-    raise InvalidRequestError(
-        f'`tool_choice`: input should be "auto" or "none", got {_shown(choice)}',
-        "tool_choice",
-        "invalid_value",
-    )
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> InvalidRequestError:

@@ -6,16 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from tokenspeed_plan.plans.chat_format import ChatFormat
+from tokenspeed_plan.plans.chat_format import MAX_TAG_TOKENS, ChatFormat
 from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime.grammars.matcher import Grammar
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 from tokenspeed_plan.runtime.request_check import FieldError, ascii_text, check_request
+from tokenspeed_plan.runtime.serving.chat.known_turns import KnownTurns
+from tokenspeed_plan.runtime.serving.openai.answer_form import Grammars, grammar_of
 from tokenspeed_plan.runtime.serving.openai.bodies import (
     MODEL_NOT_FOUND,
     UNSUPPORTED,
     ChatBody,
     CompletionBody,
     InvalidRequestError,
+    invalid,
+    unsupported,
 )
 from tokenspeed_plan.runtime.serving.openai.chat_fields import (
     template_messages,
@@ -24,6 +29,13 @@ from tokenspeed_plan.runtime.serving.openai.chat_fields import (
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 ANY_PROMPT = (0,)
+PENALTY_FIELDS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_p",
+    "logit_bias",
+)
 # How a body names the fields of a request.
 FIELD_NAMES = {"prompt_ids": "prompt", "num_logprobs": "logprobs"}
 # Few texts that a plan can serve have more characters for each token than this.
@@ -32,7 +44,10 @@ CUT_TOKENS = 64
 
 
 class Encoder(Protocol):
-    """The half of a tokenizer that makes token ids."""
+    """The half of a tokenizer that makes token ids, and of these a text that shows them all."""
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens spelled out."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokens that a prompt begins or ends with."""
@@ -56,7 +71,9 @@ class RequestLimits:
 
     `default_max_tokens` is used where a completion has no `max_tokens`: what is no chat may go on
     for ever. `model` is the name that a request may give; None takes every name. With
-    `caps_max_tokens` a `max_tokens` beyond the room that is left means all of it.
+    `caps_max_tokens` a `max_tokens` beyond the room that is left means all of it. `grammars`
+    compiles the forms of answers; None where the plan takes none. `takes_penalties` says whether
+    penalties, biases and `min_p` are served. `turns` has the tokens of earlier turns of chats.
     """
 
     max_seq_len: int
@@ -64,6 +81,9 @@ class RequestLimits:
     vocab_size: int
     model: str | None = None
     caps_max_tokens: bool = False
+    grammars: Grammars | None = None
+    takes_penalties: bool = False
+    turns: KnownTurns | None = None
 
 
 def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits) -> None:
@@ -75,9 +95,10 @@ def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: Requ
     Raises:
         InvalidRequestError: see `to_requests`.
     """
-    if isinstance(body, CompletionBody) and isinstance(body.prompt, str) and body.prompt.isascii():
+    if isinstance(body, CompletionBody) and isinstance(body.prompt, str):
         room = limits.max_seq_len - (body.max_tokens or 1)
-        if 0 < len(body.prompt) <= room:
+        is_free = body.response_format is None
+        if is_free and body.prompt.isascii() and 0 < len(body.prompt) <= room:
             check_model(body.model, limits)
             _request(body, "0", ANY_PROMPT, limits)
             return
@@ -99,14 +120,30 @@ def to_requests(
     check_model(body.model, limits)
     requests: list[Request] = []
     for part in split_prompts(body):
-        first = _request(part, key, tuple(prompt_ids(part, tokenizer, limits)), limits)
+        ids = tuple(prompt_ids(part, tokenizer, limits))
+        first = _request(part, key, ids, limits)
+        if isinstance(body, ChatBody) or body.response_format is not None:
+            first = replace(first, grammar=_grammar(body, ids, tokenizer, limits))
         seed = first.params.seed
         if body.seed is None:
             seed += len(requests)
         for choice in range(body.n or 1):
             params = replace(first.params, seed=seed + choice)
-            requests.append(Request(f"{key}:{len(requests)}", first.prompt_ids, params))
+            name = f"{key}:{len(requests)}"
+            requests.append(Request(name, first.prompt_ids, params, first.grammar))
     return tuple(requests)
+
+
+def _grammar(
+    body: CompletionBody | ChatBody, ids: Sequence[int], tokenizer: Encoder, limits: RequestLimits
+) -> Grammar | None:
+    """What the answers of a prompt may be; None where no form was asked for.
+
+    Raises:
+        InvalidRequestError: it cannot be enforced.
+    """
+    spelled = tokenizer.spell(ids[-MAX_TAG_TOKENS:])
+    return grammar_of(body, spelled, tokenizer.chat_format, limits.grammars)
 
 
 def split_prompts(body: CompletionBody | ChatBody) -> list[CompletionBody | ChatBody]:
@@ -145,6 +182,7 @@ def _request(
     seed = body.seed
     if seed is None:
         seed = int(key[-15:], 16)
+    _refuse_penalties(body, limits)
     params = _sampling_params(body, _max_tokens(body, ids, limits), seed)
     request = Request(f"{key}:0", ids, params)
     try:
@@ -153,6 +191,17 @@ def _request(
         field = FIELD_NAMES.get(error.field, error.field)
         raise InvalidRequestError(error.message, field, "invalid_value") from None
     return request
+
+
+def _refuse_penalties(body: CompletionBody | ChatBody, limits: RequestLimits) -> None:
+    """Refuse what the plan has no operators for.
+
+    Raises:
+        InvalidRequestError: with the first such field.
+    """
+    for name in PENALTY_FIELDS:
+        if getattr(body, name) is not None and not limits.takes_penalties:
+            raise unsupported(name, "the plan takes none: plan with `serving.penalties`")
 
 
 def _max_tokens(
@@ -201,6 +250,8 @@ def prompt_ids(
         if isinstance(prompt, str):
             _refuse_long_text(prompt, tokenizer, limits.max_seq_len)
             if isinstance(body, ChatBody):  # a chat template writes the special tokens itself
+                if limits.turns is not None:
+                    return limits.turns.encode(prompt)
                 return tokenizer.encode(prompt, add_special_tokens=False)
             return tokenizer.encode(prompt)
         return prompt
@@ -278,7 +329,24 @@ def _sampling_params(body: CompletionBody | ChatBody, max_tokens: int, seed: int
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         num_logprobs=_num_logprobs(body),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        min_p=body.min_p or 0.0,
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        prompt_logprobs=_prompt_logprobs(body),
     )
+
+
+def _logit_bias(asked: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """The bias of each token; JSON has their ids as strings.
+
+    Raises:
+        InvalidRequestError: one is no id.
+    """
+    if not all(token.isascii() and token.isdecimal() and len(token) < 11 for token in asked):
+        raise invalid("logit_bias", "its keys are token ids, as strings")
+    return tuple((int(token), bias) for token, bias in asked.items() if bias)
 
 
 def _stop_strings(body: CompletionBody | ChatBody) -> tuple[str, ...]:
@@ -286,6 +354,13 @@ def _stop_strings(body: CompletionBody | ChatBody) -> tuple[str, ...]:
     if isinstance(stop, str):
         stop = [stop]
     return tuple(text for text in stop if text)
+
+
+def _prompt_logprobs(body: CompletionBody | ChatBody) -> int | None:
+    """Those of a prompt that comes back with its completion."""
+    if isinstance(body, CompletionBody) and body.echo:
+        return body.logprobs
+    return None
 
 
 def _num_logprobs(body: CompletionBody | ChatBody) -> int | None:

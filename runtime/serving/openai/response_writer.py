@@ -95,11 +95,12 @@ class ResponseWriter:
             self._response["status"] = "incomplete"
             self._response["incomplete_details"] = {"reason": "max_output_tokens"}
         cached = counts.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+        thoughts = counts.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
         self._response["usage"] = {
             "input_tokens": counts["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
             "output_tokens": counts["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},  # they are not counted apart
+            "output_tokens_details": {"reasoning_tokens": thoughts},
             "total_tokens": counts["total_tokens"],
         }
         name = f"response.{self._response['status']}"

@@ -47,6 +47,8 @@ def chat_of_response(asked: Json) -> Json:
     tools = _tools(chat.pop("tools", None))
     if tools:
         chat["tools"] = tools
+    if "tool_choice" in chat:
+        chat["tool_choice"] = _choice(chat["tool_choice"])
     if "max_output_tokens" in chat:
         chat["max_completion_tokens"] = chat.pop("max_output_tokens")
     chat |= _reasoning(chat.pop("reasoning", None)) | _text(chat.pop("text", None))
@@ -71,10 +73,23 @@ def _text(asked: Any) -> Json:
         return {}
     if not isinstance(asked, dict):
         raise invalid("text", "input should be an object")
-    form = asked.get("format") or {"type": "text"}
-    if form != {"type": "text"}:
-        raise unsupported("text.format", "nothing here can force the form of an answer")
-    return {} if asked.get("verbosity") is None else {"verbosity": asked["verbosity"]}
+    found: Json = {}
+    if asked.get("verbosity") is not None:
+        found["verbosity"] = asked["verbosity"]
+    form = asked.get("format")
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        inner = {name: value for name, value in form.items() if name != "type"}
+        form = {"type": "json_schema", "json_schema": inner}
+    if form is not None:
+        found["response_format"] = form
+    return found
+
+
+def _choice(asked: Any) -> Any:
+    """Which tools may be called; a function or a custom tool is named in other words."""
+    if isinstance(asked, dict) and asked.get("type") in ("function", "custom"):
+        return {"type": "function", "function": {"name": asked.get("name")}}
+    return asked
 
 
 def _tools(asked: Any) -> list[Json]:

@@ -1,0 +1,152 @@
+"""What a grammar costs a token: the same engine with free and with constrained requests.
+
+    python benchmarks/grammar.py DIR [--batch 1,32] [--tokens 128] [--context 512]
+
+DIR is the bundle of a plan; without `serving.grammar` there are free requests alone, which shows
+what the operator costs. Weights are random. Each request is constrained to a long list of objects,
+so that its masks are those of JSON: free text in strings, and between them few tokens. Its
+vocabulary is made up: words, of which one in thirty has a sign of JSON in it. Runs take turns; the
+figure of each is the median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenspeed_plan.planner.commands.engines import freeze_gc
+from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.ops import mask_words
+from tokenspeed_plan.runtime import Engine, Request, SamplingParams, bench
+from tokenspeed_plan.runtime.grammars.grammar_compiler import GrammarCompiler
+from tokenspeed_plan.runtime.grammars.matcher import Grammar, fill_ahead
+from tokenspeed_plan.runtime.loading.engine_loader import default_launch
+
+ROUNDS = 3
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "kind": {"enum": ["a", "b", "c"]},
+    },
+    "required": ["name", "age", "kind"],
+}
+FORM = {
+    "type": "json_schema",
+    "json_schema": {"type": "array", "items": PERSON, "minItems": 10_000},
+    "max_whitespace_cnt": 1,
+}
+SIGNS = ('"', '":', '",', "}", "]", ": ")
+
+
+class MadeUp:
+    """A vocabulary: all bytes, then words."""
+
+    def __init__(self, size: int) -> None:
+        rng = random.Random(0)
+        texts = dict.fromkeys(bytes([value]) for value in range(256))
+        while len(texts) < size:
+            letters = rng.choices("etaoinshrdlucmfwypvbgk", k=rng.randint(2, 8))
+            word = rng.choice(("", " ")) + "".join(letters)
+            if rng.random() < 1 / 30:
+                word += rng.choice(SIGNS)
+            texts[word.encode()] = None
+        self._texts = list(texts)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._texts[token_id]
+
+    def is_special(self, token_id: int) -> bool:
+        return False
+
+
+def engine_of(bundle: Path) -> Engine:
+    plan = load_plan(bundle)
+    return Engine(plan, bench.prepare(plan, bundle, None, default_launch(plan)))
+
+
+def grammar_of(engine: Engine) -> Grammar:
+    stop_ids = engine.plan.model.eos_token_ids or (engine.vocab_size - 1,)
+    return GrammarCompiler(MadeUp(engine.vocab_size), engine.vocab_size, stop_ids).compile(FORM)
+
+
+def fill_us(grammar: Grammar, engine: Engine, queries: int) -> float:
+    """Microseconds of the masks of one sequence's step, along an answer that the masks draw."""
+    rng, matcher, taken = random.Random(1), grammar.matcher(), []
+    mask_RW = np.zeros((queries, mask_words(engine.vocab_size)), dtype=np.int32)
+    for _ in range(200):
+        matcher.fill(mask_RW, 0)
+        bits = np.unpackbits(mask_RW[0].view(np.uint8), bitorder="little")
+        token = int(rng.choice(bits.nonzero()[0]))
+        begun = time.perf_counter()
+        fill_ahead(matcher, mask_RW, [token] * (queries - 1))
+        taken.append((time.perf_counter() - begun) * 1e6)
+        matcher.accept(token)
+    return statistics.median(taken)
+
+
+def tpot_ms(engine: Engine, count: int, options: Any, grammar: Grammar | None) -> float:
+    """Milliseconds of a token after the first, the median of the requests."""
+    words = torch.Generator().manual_seed(count)
+    params = SamplingParams(
+        max_tokens=options.tokens, ignore_eos=grammar is None, temperature=1.0, top_k=50
+    )
+    for number in range(count):
+        ids = torch.randint(0, engine.vocab_size, (options.context,), generator=words).tolist()
+        engine.add(Request(str(number), tuple(ids), params, grammar))
+    done = []
+    while engine.num_unfinished:
+        done += engine.step()
+    assert not any(completion.error for completion in done)
+    return statistics.median(item.decode_s / (len(item.token_ids) - 1) for item in done) * 1e3
+
+
+def compare(engine: Engine, grammar: Grammar | None, count: int, options: Any) -> None:
+    kinds: dict[str, Grammar | None] = {"free": None}
+    if grammar is not None:
+        kinds["constrained"] = grammar
+    found: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(ROUNDS + 1):
+        for name, form in kinds.items():
+            taken_ms = tpot_ms(engine, count, options, form)
+            if turn:  # the first warms up
+                found[name].append(taken_ms)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    shown = {
+        name: f"{value:.3f} ms ({value / medians['free'] - 1:+.1%})"
+        for name, value in medians.items()
+    }
+    print(f"batch {count}: {json.dumps(shown)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--batch", default="1,32")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--context", type=int, default=512)
+    options = parser.parse_args()
+    engine = engine_of(options.bundle)
+    queries = engine.plan.pool.limits.max_depth + 1
+    print(f"{engine.plan.model.name}, up to {queries} queries", flush=True)
+    grammar = None
+    if engine.plan.takes_grammars:
+        grammar = grammar_of(engine)
+        taken_us = fill_us(grammar, engine, queries)
+        print(f"the masks of one sequence and step: {taken_us:.0f} us", flush=True)
+    freeze_gc()
+    for word in options.batch.split(","):
+        compare(engine, grammar, int(word), options)
+
+
+if __name__ == "__main__":
+    main()

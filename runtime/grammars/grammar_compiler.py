@@ -1,0 +1,237 @@
+"""Forms of answers -> grammars, compiled off the engine's thread, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tokenspeed_plan.plans.canon import canonical, sha256
+from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.text import printable_line
+from tokenspeed_plan.runtime.grammars.matcher import Grammar
+from tokenspeed_plan.runtime.grammars.xgrammar_matcher import XGrammar
+
+if TYPE_CHECKING:
+    from xgrammar import TokenizerInfo
+
+Json = dict[str, Any]
+
+MAX_CPU_S = 2.0  # of one form
+MAX_WAIT_S = 2.0  # for others; meanwhile a thread of the server parses nothing else
+MAX_FORM_CHARS = 1 << 18
+MAX_CACHED_CHARS = 1 << 28  # of compiled grammars
+_HINT = "give a simpler schema"
+_WORKER = "from tokenspeed_plan.runtime.grammars.grammar_worker import main; main()"
+
+
+class CompilerBusy(RequestError):
+    """Nothing is wrong with the form; it may be asked for again."""
+
+
+class Tokens(Protocol):
+    """The half of a tokenizer that knows its tokens."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for."""
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether an answer's text leaves the token out."""
+
+
+class GrammarCompiler:
+    """Compiles forms, XGrammar's structural tags, for one tokenizer; keeps what it has compiled.
+
+    Its process starts with the first form, or with `warm_up`; the one that a form has ended is
+    replaced by the next. Any thread may ask.
+
+    Args:
+        tokens: of the model.
+        vocab_size: rows of its head.
+        stop_ids: tokens that end an answer.
+    """
+
+    def __init__(self, tokens: Tokens, vocab_size: int, stop_ids: Iterable[int]) -> None:
+        self._tokens = tokens
+        self._vocab_size = vocab_size
+        self._stop_ids = list(stop_ids)
+        self._lock = threading.Lock()
+        self._info: TokenizerInfo | None = None
+        self._worker: _Worker | None = None
+        self._kept: OrderedDict[str, tuple[Grammar | str, int]] = OrderedDict()
+        self._kept_chars = 0
+
+    def warm_up(self) -> None:
+        """Start what the first form would wait for."""
+        with self._lock:
+            self._started()
+
+    def compile(self, form: Json) -> Grammar:
+        """The grammar of a form.
+
+        Raises:
+            CompilerBusy: others are being compiled, which takes long.
+            RequestError: there is none, or it takes too much to find it.
+        """
+        text = canonical(form)
+        if len(text) > MAX_FORM_CHARS:
+            raise RequestError(
+                f"the schemas have {len(text)} characters, the most is {MAX_FORM_CHARS}", _HINT
+            )
+        if not self._lock.acquire(timeout=MAX_WAIT_S):
+            raise CompilerBusy("other schemas are being compiled", "try again in a moment")
+        try:
+            found = self._found(sha256(text), form)
+        finally:
+            self._lock.release()
+        if isinstance(found, str):
+            raise RequestError(found, _HINT)
+        return found
+
+    def _found(self, key: str, form: Json) -> Grammar | str:
+        if key not in self._kept:
+            self._keep(key, *self._compile(form))
+        self._kept.move_to_end(key)
+        return self._kept[key][0]
+
+    def _keep(self, key: str, found: Grammar | str, size: int) -> None:
+        """Note what became of a form, and forget those that were not asked for longest."""
+        self._kept[key] = found, size
+        self._kept_chars += size
+        while self._kept_chars > MAX_CACHED_CHARS and len(self._kept) > 1:
+            _, (_, freed) = self._kept.popitem(last=False)
+            self._kept_chars -= freed
+
+    def _compile(self, form: Json) -> tuple[Grammar | str, int]:
+        """The grammar, or why there is none, and its size in characters."""
+        from xgrammar import CompiledGrammar
+
+        worker, info = self._started()
+        try:
+            text = worker.ask({"form": form})["grammar"]
+        except _Fault as error:
+            reason = f"the schema cannot be enforced: {printable_line(str(error)):.300}"
+            return reason, len(reason)
+        return XGrammar(CompiledGrammar.deserialize_json(text, info)), len(text)
+
+    def _started(self) -> tuple[_Worker, TokenizerInfo]:
+        if self._info is None:
+            self._info = self._tokenizer_info()
+        if self._worker is None or not self._worker.is_alive:
+            self._worker = _Worker(self._info.serialize_json())
+        return self._worker, self._info
+
+    def _tokenizer_info(self) -> TokenizerInfo:
+        """The text of each token; special ones have none, so that no form allows them."""
+        from xgrammar import TokenizerInfo, VocabType
+
+        texts = [
+            b"" if self._tokens.is_special(token) else self._tokens.token_bytes(token)
+            for token in range(self._vocab_size)
+        ]
+        return TokenizerInfo(
+            texts, VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=self._stop_ids
+        )
+
+
+def grammar_compiler(plan: Plan, tokens: Tokens) -> GrammarCompiler | None:
+    """What compiles grammars for a plan; None where the plan takes none.
+
+    Raises:
+        RequestError: what it needs is not installed, or its model ends no answer.
+    """
+    if not plan.takes_grammars:
+        return None
+    if find_spec("xgrammar") is None:
+        raise RequestError(
+            "the plan takes grammars, which need `xgrammar`",
+            "install the extra `grammar`: `pip install 'tokenspeed-plan[grammar]'`",
+        )
+    stop_ids = plan.model.eos_token_ids
+    if not stop_ids:
+        raise RequestError(
+            "the plan takes grammars, but its model has no token that ends an answer",
+            "plan it without `serving.grammar`",
+        )
+    return GrammarCompiler(tokens, plan.model.vocab_size, stop_ids)
+
+
+class _Fault(Exception):
+    """There is no grammar."""
+
+
+class _Worker:
+    """A process that compiles; the system ends it where a form takes too much."""
+
+    def __init__(self, tokens: str) -> None:
+        # `-P`: an xgrammar.py in the current folder is not imported. A session of its own: Ctrl-C
+        # is not for it.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _WORKER, str(MAX_CPU_S)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._end = weakref.finalize(self, _end, self._process)
+        self.ask({"tokens": tokens})
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can be asked."""
+        return self._end.alive
+
+    def ask(self, request: Json) -> Json:
+        """Send a request and wait for its reply.
+
+        Raises:
+            _Fault: it has none.
+        """
+        line = None
+        try:
+            line = _send(self._process, json.dumps(request, allow_nan=False).encode())
+        finally:
+            if not line:  # also where interrupted: the next request must not get this reply
+                self._end()
+        if not line:
+            raise _Fault(_reason(self._process.returncode))
+        reply: Json = json.loads(line)
+        if "error" in reply:
+            raise _Fault(reply["error"])
+        return reply
+
+
+def _send(process: subprocess.Popen[bytes], line: bytes) -> bytes:
+    """The reply to a line; empty if the process has ended."""
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(line + b"\n")
+        process.stdin.flush()
+    reply = process.stdout.readline()
+    if not reply:
+        process.wait()
+    return reply
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process, and close the pipes to it."""
+    process.kill()
+    with suppress(BrokenPipeError):
+        process.communicate()
+
+
+def _reason(code: int) -> str:
+    if code == -signal.SIGPROF:
+        return "it takes too long to compile"
+    if code == -signal.SIGSEGV:
+        return "it is nested too deeply"
+    return "it takes too much memory to compile"
