@@ -25,6 +25,7 @@ FLOORS = {
         "pydantic",
         "triton",
         "cuda",
+        "fsspec",
         "fastapi",
         "starlette",
         "uvicorn",
