@@ -14,11 +14,13 @@ from tokenspeed_plan.planner.commands.engines import seconds_option
 from tokenspeed_plan.plans.errors import RequestError
 
 if TYPE_CHECKING:
+    from tokenspeed_plan.planner.commands.ray_driver import RayJob
     from tokenspeed_plan.runtime.serving.leases.lease_worker import WorkerOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 OUTPUT_NAME = "output.jsonl"  # where a folder is named for the output
 DEFAULT_SHARDS = 64
+NO_RAY = "off"  # said to workers that Ray has started
 
 
 class PathOrUrl(click.ParamType):
@@ -43,11 +45,15 @@ class JobOptions:
         lease: the folder or URL of its leases; None where it is not shared.
         shards: into which its rows are split.
         timeout_s: for how long a worker may be silent.
+        ray: the address of a cluster that runs its workers; None where they are started by hand.
+        workers: how many Ray starts; None is as many as there is room for.
     """
 
     lease: str | None
     shards: int | None
     timeout_s: float
+    ray: str | None = None
+    workers: int | None = None
 
 
 def job_options(command: Command) -> Command:
@@ -55,11 +61,22 @@ def job_options(command: Command) -> Command:
 
     @wraps(command)
     def with_job(
-        *args: Any, lease: str | None, shards: int | None, lease_timeout_s: float, **rest: Any
+        *args: Any,
+        lease: str | None,
+        shards: int | None,
+        lease_timeout_s: float,
+        ray: str | None,
+        workers: int | None,
+        **rest: Any,
     ) -> Any:
+        if ray == NO_RAY:
+            ray = None
+        if ray is not None and lease is None:
+            lease = f"{rest['output']}.lease"
         if shards is not None and lease is None:
             raise click.UsageError("--shards needs --lease, the folder that all workers see")
-        return command(*args, job=JobOptions(lease, shards, lease_timeout_s), **rest)
+        job = JobOptions(lease, shards, lease_timeout_s, ray, workers)
+        return command(*args, job=job, **rest)
 
     with_timeout = seconds_option(
         "--lease-timeout",
@@ -72,11 +89,21 @@ def job_options(command: Command) -> Command:
         type=click.IntRange(min=1),
         help=f"With --lease: parts of the input, each one worker's (default: {DEFAULT_SHARDS}).",
     )(with_timeout)
+    with_workers = click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        help="With --ray: how many workers (default: as many as have room).",
+    )(with_shards)
+    with_ray = click.option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Let Ray place the workers of a shared batch: the address of a cluster, or `auto`.",
+    )(with_workers)
     return click.option(
         "--lease",
         metavar="FOLDER",
         help="Share the batch: start the same command on each machine. A folder or a bucket's URL.",
-    )(with_shards)  # type: ignore[return-value]
+    )(with_ray)
 
 
 def worker_options(
@@ -121,6 +148,25 @@ def _output_of_job(output: Path | str) -> str:
     if output.is_dir():
         return str(output / OUTPUT_NAME)
     return text
+
+
+def ray_job(job: JobOptions, worker: WorkerOptions, address: str, lease: str) -> RayJob:
+    """A shared batch for Ray; its workers may run in other folders, so paths are whole."""
+    from tokenspeed_plan.planner.commands.ray_driver import RayJob
+
+    places = {"--input": worker.input.place, "--output": worker.output, "--lease": lease}
+    words = [word for name, place in places.items() for word in (name, _whole(place))]
+    if worker.summary is not None:
+        words += ["--summary", str(worker.summary.absolute())]
+    return RayJob(
+        address, job.workers, _whole(lease), tuple(words), worker.input.num_shards, worker.quiet
+    )
+
+
+def _whole(place: str) -> str:
+    if "://" in place:
+        return place
+    return str(Path(place).absolute())
 
 
 def only_local(source: Path | str, output: Path | str) -> tuple[Path, Path]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal
 import click
 from pydantic import ValidationError
 
-from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.planner.commands.engines import (
     VERIFY_HELP,
     Backend,
     EngineOptions,
     ReplayCommand,
     alike_on_all_ranks,
+    load_tokenizer,
     on_all_ranks,
     rank_timeout_option,
     ready_engine,
@@ -26,8 +26,10 @@ from tokenspeed_plan.planner.commands.jobs import (
     PathOrUrl,
     job_options,
     only_local,
+    ray_job,
     worker_options,
 )
+from tokenspeed_plan.planner.commands.ray_driver import RayJob, run_on_ray
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.bundle import load_plan
@@ -66,10 +68,14 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class SharedBatch:
-    """A batch that other workers answer, too; `lease` is where they agree on who does what."""
+    """A batch that other workers answer, too.
+
+    `lease` is where they agree on who does what; with `ray`, this process starts the workers.
+    """
 
     lease: str
     worker: WorkerOptions
+    ray: RayJob | None = None
 
 
 @click.command(cls=ReplayCommand)
@@ -175,8 +181,11 @@ def run(
         work = _batch(job, source, output, errors, order, shard, *rest)
     else:
         raise click.UsageError("give either --input and --output, or --prompt, or --check alone")
-    options = RunOptions(engine, work)
-    code = on_all_ranks(bundle, engine, lambda: _run(bundle, options))
+    if isinstance(work, SharedBatch) and work.ray is not None:
+        code: int | None = run_on_ray(bundle, engine, work.ray)
+    else:
+        options = RunOptions(engine, work)
+        code = on_all_ranks(bundle, engine, lambda: _run(bundle, options))
     raise click.exceptions.Exit(code or 0)
 
 
@@ -205,7 +214,9 @@ def _batch(
     if errors is not None or shard is not None or order != "input":
         raise click.UsageError("--lease goes with neither --errors, --shard nor --order completion")
     worker = worker_options(job, source, output, limit, max_errors, max_concurrency, summary, quiet)
-    return SharedBatch(job.lease, worker)
+    if job.ray is None:
+        return SharedBatch(job.lease, worker)
+    return SharedBatch(job.lease, worker, ray_job(job, worker, job.ray, job.lease))
 
 
 def _run(bundle: Path, options: RunOptions) -> int:
@@ -285,14 +296,11 @@ def _run_shared(bundle: Path, engine_options: EngineOptions, batch: SharedBatch)
 
 def _facts(bundle: Path, options: EngineOptions) -> tuple[BatchPlan, TextTokenizer]:
     """What a batch needs of a plan and its model, once both are checked."""
-    from tokenspeed_plan.runtime.loading.preflight import check_files, check_target, find_weights
-    from tokenspeed_plan.runtime.tokenizer import Tokenizer
+    from tokenspeed_plan.runtime.loading.preflight import check_target
 
     frozen = load_plan(bundle, options.signers)
     check_target(frozen)
-    folder = find_weights(frozen, bundle, options.weights)
-    check_files(frozen, folder)
-    return _batch_plan(frozen), Tokenizer.load(folder, ChatTemplate.load(folder))
+    return _batch_plan(frozen), load_tokenizer(bundle, options)
 
 
 def _batch_plan(frozen: Plan) -> BatchPlan:
