@@ -85,7 +85,7 @@ def test_bad_rows_are_refused_before_anything_runs(tmp_path: Path) -> None:
     engine = FakeEngine()
     with pytest.raises(RequestError, match="1 of 9 lines cannot be run\n  line 17"):
         worker(FolderStore(tmp_path), source, tmp_path / "o.jsonl", engine=engine).run()
-    with pytest.raises(RequestError, match="c0. was used on line 1"):
+    with pytest.raises(RequestError, match="was used on line 1"):
         source.write_text(f"{row(0)}\n{row(1)}\n{row(0)}\n", encoding="utf-8")
         worker(FolderStore(tmp_path), source, tmp_path / "o.jsonl", engine=engine).run()
     assert not engine.seen

@@ -55,7 +55,7 @@ class FolderStore:
             RequestError: the file system has no hard links.
         """
         path = self._path(name)
-        draft = self._draft(path, data)
+        draft = self._draft(path, data, to_disk=True)
         try:
             with suppress(OSError):
                 os.link(draft, path)
@@ -73,7 +73,7 @@ class FolderStore:
     def replace(self, name: str, data: bytes) -> None:
         """Write a file; readers see the old content or the new one."""
         path = self._path(name)
-        os.replace(self._draft(path, data), path)
+        os.replace(self._draft(path, data, to_disk=False), path)
 
     def read(self, name: str) -> bytes | None:
         """What a file holds; None where there is none."""
@@ -100,13 +100,14 @@ class FolderStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _draft(self, path: Path, data: bytes) -> Path:
-        """A file beside another one, on the disk."""
+    def _draft(self, path: Path, data: bytes, to_disk: bool) -> Path:
+        """A file beside another one. What is only a heartbeat need not be on the disk."""
         draft = path.with_name(f".{path.name}.{uuid4().hex}")
         with draft.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if to_disk:
+                file.flush()
+                os.fsync(file.fileno())
         return draft
 
 
