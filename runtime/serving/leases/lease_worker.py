@@ -266,7 +266,8 @@ class Worker:
             lease.before_beat = part.save
             engine = self._ready_engine()
             engine.lease = lease
-            if not self._answer(rows, part.path, shard.first_line, engine):
+            is_stopped = self._interrupt.seen  # while the engine was loaded
+            if is_stopped or not self._answer(rows, part.path, shard.first_line, engine):
                 self._interrupt.seen = True
                 part.save()
                 return

@@ -26,6 +26,7 @@ _SHORT_LIFE_S = 10.0  # a replica that ends sooner is started again later each t
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 END_S = 15.0  # beyond its drain, in which a replica ends by itself
 _SIGNAL_S = 0.3  # between two signals, which are one where they come together
+_LONGEST_LINE = 1 << 20  # that a replica prints, in bytes
 _KEPT_LINES = 50  # of what it has printed last
 
 
@@ -192,7 +193,12 @@ class Fleet:
         environment = dict(os.environ) | dict(self._launch.environments[replica.index])
         replica.printed.clear()
         replica.process = process = await asyncio.create_subprocess_exec(
-            *self._launch.command, env=environment, stdin=PIPE, stderr=PIPE, process_group=0
+            *self._launch.command,
+            env=environment,
+            stdin=PIPE,
+            stderr=PIPE,
+            process_group=0,
+            limit=_LONGEST_LINE,
         )
         assert process.stderr is not None
         async for raw in process.stderr:
