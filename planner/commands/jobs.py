@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -23,18 +23,11 @@ DEFAULT_SHARDS = 64
 NO_RAY = "off"  # said to workers that Ray has started
 
 
-class PathOrUrl(click.ParamType):
+def path_or_url(text: str) -> Path | str:
     """A path; what has a scheme, as `s3://bucket/rows.jsonl`, stays text."""
-
-    name = "path"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Path | str:
-        """The value of an argument."""
-        if isinstance(value, str) and "://" in value:
-            return value
-        return Path(value)
+    if "://" in text:
+        return text
+    return Path(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +92,12 @@ def job_options(command: Command) -> Command:
         metavar="ADDRESS",
         help="Let Ray place the workers of a shared batch: the address of a cluster, or `auto`.",
     )(with_workers)
-    return click.option(
+    with_lease = click.option(
         "--lease",
         metavar="FOLDER",
         help="Share the batch: start the same command on each machine. A folder or a bucket's URL.",
     )(with_ray)
+    return cast(Command, with_lease)
 
 
 def worker_options(

@@ -145,8 +145,13 @@ def unpack(sent: SentPlan) -> Path:
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
         draft = Path(scratch) / "bundle"
-        with tarfile.open(fileobj=io.BytesIO(sent.archive)) as archive:
-            archive.extractall(draft, filter="data")
+        try:
+            with tarfile.open(fileobj=io.BytesIO(sent.archive)) as archive:
+                archive.extractall(draft, filter="data")
+        except tarfile.TarError as error:
+            raise PlanError(
+                f"the plan that was sent is damaged: {error}", "send it again"
+            ) from error
         if not _has(draft, sent.digest):
             raise PlanError("the plan that was sent is not the one that was named", "send it again")
         with suppress(OSError):  # another worker of this node has put it there

@@ -23,9 +23,9 @@ from tokenspeed_plan.planner.commands.engines import (
 )
 from tokenspeed_plan.planner.commands.jobs import (
     JobOptions,
-    PathOrUrl,
     job_options,
     only_local,
+    path_or_url,
     ray_job,
     worker_options,
 )
@@ -83,12 +83,14 @@ class SharedBatch:
 @click.option(
     "--input",
     "source",
-    type=PathOrUrl(),
+    type=path_or_url,
+    metavar="PATH",
     help="OpenAI batch file (.jsonl, .jsonl.gz), or - for stdin.",
 )
 @click.option(
     "--output",
-    type=PathOrUrl(),
+    type=path_or_url,
+    metavar="PATH",
     help="Where the answers go, or - for stdout. To resume takes its size again on the disk.",
 )
 @click.option("--prompt", help="Answer one prompt, without a batch file.")

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 from batch_fake import FakeEngine, FakeTokenizer, plan
+from click.testing import CliRunner
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lease_fake import bucket, started, worker
 
+from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch import BatchOptions, run_batch
 from tokenspeed_plan.runtime.serving.leases import shard_lease
@@ -286,7 +289,7 @@ def test_killed_workers_lose_and_double_nothing(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", 300, bad=(7,))
     wanted = single(source, tmp_path / "single.jsonl", max_errors=1)
     folder, output = tmp_path / "job", tmp_path / "o.jsonl"
-    options = {"shards": 12, "max_errors": 1, "timeout_s": 0.3, "step_ms": 4}
+    options = {"shards": 12, "max_errors": 1, "timeout_s": 0.3, "step_ms": 15}
     workers, kills = [], 0
     for number in range(5):
         clock_s = 3600.0 * (number == 0)
@@ -294,7 +297,7 @@ def test_killed_workers_lose_and_double_nothing(tmp_path: Path) -> None:
     until = time.monotonic() + 60
     while not output.exists():
         assert time.monotonic() < until
-        time.sleep(0.1 * rng.random())
+        time.sleep(0.15 * rng.random())
         victim = rng.randrange(5)
         if kills < 40 and workers[victim].pid:
             workers[victim].kill()
@@ -410,3 +413,27 @@ def test_shards_hold_each_row_once(
 def test_a_store_without_conditions_is_refused(place: str) -> None:
     with pytest.raises(RequestError, match="cannot hold leases"):
         open_store(place)
+
+
+@pytest.mark.slow
+def test_the_command_answers_as_without_leases(tmp_path: Path) -> None:
+    """The demo model; the summary of a finished job has the totals of its answers."""
+    source, bundle = tmp_path / "in.jsonl", str(ROOT / "plans/frozen/demo-cpu")
+    rows = (ROOT / "examples/demo/batch.jsonl").read_text(encoding="utf-8").splitlines()
+    source.write_text("\n".join(rows[:12]) + "\n", encoding="utf-8")
+
+    def run(output: Path, *options: str) -> bytes:
+        words = ["run", bundle, "--input", str(source), "--output", str(output), "--no-canary"]
+        done = CliRunner().invoke(main, [*words, *options])
+        assert done.exit_code == 0, done.output
+        return (output / "output.jsonl" if output.is_dir() else output).read_bytes()
+
+    wanted = run(tmp_path / "single.jsonl")
+    folder = tmp_path / "job"
+    assert run(folder, "--lease", str(folder), "--shards", "3") == wanted
+    summary = tmp_path / "summary.json"
+    assert run(folder, "--lease", str(folder), "--shards", "3", "--summary", str(summary)) == wanted
+    total = json.loads(summary.read_text(encoding="utf-8"))
+    usages = [json.loads(line)["response"]["body"]["usage"] for line in wanted.splitlines()]
+    assert total["rows"] == 12 and not total["failed"]
+    assert total["generated_tokens"] == sum(usage["completion_tokens"] for usage in usages)

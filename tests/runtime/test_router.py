@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import ROOT
+from serving import KEY, serving
 
 SUPPORT = ROOT / "tests" / "support"
 COUNT = 3
@@ -245,3 +246,26 @@ def test_a_key_and_the_end(tmp_path: Path) -> None:
 
 def test_a_page_of_another_site_is_refused(router: RunningRouter) -> None:
     assert router.http.get("/health", headers={"Host": "evil.example"}).status_code == 403
+
+
+@pytest.mark.slow
+def test_two_engines_of_the_demo_model(tmp_path: Path) -> None:
+    """The command itself: replicas with engines, a prefix that is known, one page of metrics."""
+    bundle = ROOT / "plans/frozen/demo-cpu"
+    with serving(bundle, tmp_path, "--replicas", 2, "--api-key", KEY) as server:
+        prompt, homes = "def fibonacci(n):\n    # the numbers of a rabbit farm\n" * 4, []
+        for turn in range(3):
+            body = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
+            answer = server.http.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            homes.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+            prompt += answer.json()["choices"][0]["text"] + f"\n# turn {turn}\n"
+        assert homes[0] == 0 and homes[1] > 0 and homes[2] > homes[1]
+        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "user": "u"}
+        answer = server.http.post("/v1/chat/completions", json=chat)
+        assert answer.status_code == 200, answer.text
+        assert server.metric("requests_finished_total") == 4
+        assert server.http.get("/v1/models").json()["data"][0]["id"]
+        assert server.http.post("/v1/completions", json={"prompt": 1}).status_code == 400
+        server.signal()
+        assert server.wait() == 0

@@ -115,7 +115,7 @@ class Router:
         """The API of a path with a prompt."""
         match path:
             case "/v1/completions" | "/v1/chat/completions":
-                return OwnDialect(path)  # type: ignore[arg-type]  # both are urls of a batch
+                return OwnDialect(path)
             case "/v1/responses":
                 return ResponsesDialect()
             case "/v1/messages":
