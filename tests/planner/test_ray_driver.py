@@ -24,7 +24,6 @@ from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import PlanError, RequestError
 from tokenspeed_plan.plans.schema import Plan
 
-
 BUNDLE = ROOT / "plans" / "frozen" / "demo-cpu"
 
 
