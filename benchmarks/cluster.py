@@ -59,13 +59,20 @@ def start(
         return subprocess.Popen(words, stderr=file, stdout=file, env=os.environ | env)
 
 
-def single_run(bundle: Path, folder: Path) -> bytes:
-    output = folder / "single.jsonl"
-    begin_s = time.monotonic()
-    process = start(["run", bundle, "--input", folder / "in.jsonl", "--output", output, "--quiet"])
-    assert process.wait() == 0
-    print(f"a single run takes {time.monotonic() - begin_s:.1f} s", flush=True)
-    return output.read_bytes()
+class SingleRun:
+    """A run that nobody disturbs, beside the others."""
+
+    def __init__(self, bundle: Path, folder: Path) -> None:
+        self.output = folder / "single.jsonl"
+        self.log = folder / "single.log"
+        self.begin_s = time.monotonic()
+        args = ["run", bundle, "--input", folder / "in.jsonl", "--output", self.output]
+        self.process = start([*args, "--no-canary"], self.log)
+
+    def wait(self) -> bytes:
+        assert self.process.wait() == 0, self.log.read_text(encoding="utf-8")
+        print(f"a single run beside it took {time.monotonic() - self.begin_s:.1f} s", flush=True)
+        return self.output.read_bytes()
 
 
 def compare(wanted: bytes, found: bytes) -> int:
@@ -98,7 +105,7 @@ def run_leases(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
         folder = Path(scratch)
         write_rows(folder / "in.jsonl", args.rows)
-        wanted = single_run(args.bundle, folder)
+        single = SingleRun(args.bundle, folder)
         command = lease_args(args.bundle, folder, args.shards)
         output, log = folder / "out.jsonl", folder / "log"
         workers = [start(command, log, off=number == 0) for number in range(args.workers)]
@@ -120,7 +127,7 @@ def run_leases(args: argparse.Namespace) -> int:
         if set(codes) != {0}:
             print(f"exit codes {codes}: {log.read_text(encoding='utf-8')[-2000:]}")
             return 1
-        return compare(wanted, output.read_bytes())
+        return compare(single.wait(), output.read_bytes())
 
 
 def run_ray(args: argparse.Namespace) -> int:
@@ -132,7 +139,7 @@ def run_ray(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
         folder = Path(scratch)
         write_rows(folder / "in.jsonl", args.rows)
-        wanted = single_run(args.bundle, folder)
+        single = SingleRun(args.bundle, folder)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
         nodes = [cluster.add_node(num_cpus=1) for _ in range(args.nodes - 1)]
         command = [*lease_args(args.bundle, folder, args.shards), "--ray", cluster.address]
@@ -161,7 +168,7 @@ def run_ray(args: argparse.Namespace) -> int:
         print(log.read_text(encoding="utf-8")[-300:])
         ray.shutdown()
         cluster.shutdown()
-        return int(code != 0) or compare(wanted, output.read_bytes())
+        return int(code != 0) or compare(single.wait(), output.read_bytes())
 
 
 def kill_a_worker(rng: random.Random, job: Path) -> int:
