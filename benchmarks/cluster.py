@@ -45,7 +45,7 @@ def write_rows(path: Path, count: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             prompt = rng.choice(TEXTS) + f"# {number}"
-            body = {"prompt": prompt, "max_tokens": rng.choice((1, 4, 8)), "temperature": 0}
+            body = {"prompt": prompt, "max_tokens": rng.choice((1, 2, 4)), "temperature": 0}
             row = {"custom_id": f"row-{number}", "method": "POST", "url": "/v1/completions"}
             file.write(json.dumps(row | {"body": body}) + "\n")
 
