@@ -192,7 +192,7 @@ def server(bundle: Path, folder: Path, *options: object) -> Iterator[Any]:
     """A client of a running `tokenspeed serve`."""
     import httpx
 
-    log = folder / f"{bundle.name}.log"
+    log = folder / f"{bundle.name}-{len(options)}-{time.monotonic_ns()}.log"
     process = start(["serve", bundle, "--port", 0, "--no-canary", *options], log)
     try:
         until = time.monotonic() + 120

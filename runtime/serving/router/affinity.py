@@ -70,6 +70,8 @@ class Affinity:
         self._page_size = page_size
         self._num_pages = num_pages
         self._pages: list[OrderedDict[bytes, None]] = [OrderedDict() for _ in self.in_flight]
+        self._first_pages: list[set[bytes]] = [set() for _ in self.in_flight]
+        self._num_sessions = [0] * num_replicas
         self._sessions: OrderedDict[str, tuple[int, int]] = OrderedDict()  # replica, tokens
 
     def choose(self, key: RouteKey, up: Collection[int]) -> int:
@@ -102,24 +104,37 @@ class Affinity:
     def note(self, key: RouteKey, replica: int) -> None:
         """Remember that a replica has computed a prompt."""
         if key.session is not None:
+            self._end_session(key.session)
             self._sessions[key.session] = (replica, max(key.num_tokens, 1))
-            self._sessions.move_to_end(key.session)
+            self._num_sessions[replica] += 1
             if len(self._sessions) > MAX_SESSIONS:
-                self._sessions.popitem(last=False)
+                self._end_session(next(iter(self._sessions)))
             return
         pages = self._pages[replica]
+        self._first_pages[replica].update(key.pages[:1])
         for digest in reversed(key.pages):  # the first pages are used by most, so they stay longest
             pages[digest] = None
             pages.move_to_end(digest)
         while len(pages) > self._num_pages:
-            pages.popitem(last=False)
+            digest, _ = pages.popitem(last=False)
+            self._first_pages[replica].discard(digest)
 
     def forget(self, replica: int) -> None:
         """A replica has lost its cache."""
         self._pages[replica].clear()
+        self._first_pages[replica].clear()
         lost = [name for name, (known_by, _) in self._sessions.items() if known_by == replica]
         for name in lost:
-            del self._sessions[name]
+            self._end_session(name)
+
+    def _end_session(self, name: str) -> None:
+        replica, _ = self._sessions.pop(name, (-1, 0))
+        if replica >= 0:
+            self._num_sessions[replica] -= 1
+
+    def _num_held(self, replica: int) -> int:
+        """Conversations that a replica has in its cache, as far as they can be told apart."""
+        return self._num_sessions[replica] + len(self._first_pages[replica])
 
     def _limit(self, up: Collection[int]) -> int:
         """How many requests a replica may have, one more included."""
@@ -127,11 +142,17 @@ class Affinity:
         return math.ceil(MAX_LOAD * total / len(up))
 
     def _hashed(self, key: RouteKey, up: Collection[int], limit: int) -> int:
-        """The first replica in the key's own order that has room; without a key the idlest."""
+        """The first replica in the key's own order that has room; without a key the idlest.
+
+        Room is for the request, and in the cache for its conversation: conversations stay, so each
+        replica gets its share of them where that leaves a choice.
+        """
         if not key.hashed:
             return min(up, key=lambda replica: (self.in_flight[replica], replica))
         order = sorted(up, key=lambda replica: _weight(key.hashed, replica))
-        return next(replica for replica in order if self.in_flight[replica] < limit)
+        free = [replica for replica in order if self.in_flight[replica] < limit]
+        share = (sum(map(self._num_held, up)) + 1) / len(up)
+        return next((replica for replica in free if self._num_held(replica) < share), free[0])
 
 
 def _weight(key: bytes, replica: int) -> bytes:

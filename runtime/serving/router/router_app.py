@@ -265,6 +265,7 @@ class _Attempts:
         url = router.fleet.replicas[replica].url
         self._tried.add(replica)
         self._count(replica)
+        router.affinity.note(self._key, replica)  # at once: others may come before it is answered
         is_last = len(self._tried) > 1 or not set(router.fleet.up) - self._tried
         release = _Release(router, replica)
         try:
@@ -285,8 +286,6 @@ class _Attempts:
         if response.status_code in MAY_GO_ELSEWHERE and not is_last:
             release()
             return await self._at(self._choose())
-        if response.status_code == 200:
-            router.affinity.note(self._key, replica)
         return relay(response, path, replica, release)
 
     def _count(self, replica: int) -> None:
