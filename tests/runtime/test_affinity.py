@@ -108,3 +108,18 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         affinity.note(key_of([number] * 64), 0)
     assert len(affinity._sessions) == 8 and len(affinity._pages[0]) == 4
     assert affinity.known_tokens(key_of([99] * 64), 0) == 64
+
+
+@pytest.mark.parametrize("kind", ["sessions", "prompts"])
+def test_conversations_are_shared_out(kind: str) -> None:
+    """Each replica gets its share of new conversations: they stay, and need its cache."""
+    affinity = Affinity(4, PAGE, 1000)
+    for number in range(64):
+        key = RouteKey(f"s{number}", 100) if kind == "sessions" else key_of([number] * 64)
+        replica = affinity.choose(key, range(4))
+        affinity.in_flight[replica] += 1
+        affinity.note(key, replica)
+        affinity.note(key, replica)  # its next turn
+    assert [affinity._num_held(replica) for replica in range(4)] == [16] * 4
+    affinity.forget(1)
+    assert [affinity._num_held(replica) for replica in range(4)] == [16, 0, 16, 16]
