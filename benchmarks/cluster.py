@@ -301,6 +301,7 @@ class Simulated:
 
 def simulate_worker(store: Any, units: list[str], number: int, work_s: float, tally: Simulated,
                     timeout_s: float) -> None:  # fmt: skip
+    from tokenspeed_plan.runtime.serving.leases.lease_worker import POLLS_PER_TIMEOUT
     from tokenspeed_plan.runtime.serving.leases.shard_lease import Leases, finished_units
 
     leases, rng = Leases(store, f"worker-{number}", timeout_s), random.Random(number)
@@ -311,7 +312,7 @@ def simulate_worker(store: Any, units: list[str], number: int, work_s: float, ta
         if lease is None:
             if finished_units(store) >= set(units):
                 return
-            time.sleep(timeout_s / 10)
+            time.sleep(timeout_s / POLLS_PER_TIMEOUT * rng.uniform(0.5, 1.5))
             continue
         time.sleep(work_s * (0.8 + 0.4 * rng.random()))
         worked_s = time.monotonic()
@@ -387,7 +388,7 @@ def main() -> int:
     mode.add_argument("--rows", type=int, default=10_000_000)
     mode.add_argument("--shards", type=int, default=2000)
     mode.add_argument("--rows-per-s", type=float, default=28.0, help="Of one engine, predicted.")
-    mode.add_argument("--faster", type=float, default=10.0, help="Than the predicted times.")
+    mode.add_argument("--faster", type=float, default=4.0, help="Than the predicted times.")
     args = parser.parse_args()
     return int(args.run(args))
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import Protocol
 from uuid import uuid4
 
@@ -54,8 +55,9 @@ from tokenspeed_plan.runtime.serving.leases.shard_parts import (
     remove_parts,
 )
 
-POLLS_PER_TIMEOUT = 10  # of an idle worker
-MAX_POLL_S = 5.0
+# How often an idle worker looks: a thousand of them read two folders each time.
+POLLS_PER_TIMEOUT = 4
+INDEX_POLL_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,7 @@ class Worker:
         self._load_engine = load_engine
         self._engine: WatchedEngine | None = None
         self._leases = Leases(store, owner, options.timeout_s)
+        self._jitter = Random(owner)
         self._interrupt = Interrupt(signal.SIGINT, signal.SIGTERM)
 
     def run(self) -> int:
@@ -183,15 +186,17 @@ class Worker:
         While others have all that is left, it waits for them to end or to fall silent.
         """
         while not self._interrupt.seen and not self._is_done(MERGE):
-            is_complete = finished_units(self._store) >= set(index.names)
-            lease = self._leases.take([MERGE] if is_complete else index.names)
+            lease = self._leases.take(index.names)
+            if lease is None and finished_units(self._store) >= set(index.names):
+                lease = self._leases.take([MERGE])
             if lease is not None:
                 return lease
-            self._wait()
+            self._wait(self._options.timeout_s / POLLS_PER_TIMEOUT)
         return None
 
-    def _wait(self) -> None:
-        time.sleep(min(self._options.timeout_s / POLLS_PER_TIMEOUT, MAX_POLL_S))
+    def _wait(self, seconds: float) -> None:
+        """Wait about so long: workers that were started together shall not ask together."""
+        time.sleep(seconds * self._jitter.uniform(0.5, 1.5))
 
     @contextmanager
     def _holding(self, lease: Lease) -> Iterator[None]:
@@ -224,7 +229,7 @@ class Worker:
             lease = self._leases.take([INDEX])
             if lease is None:
                 self._ready_engine()  # meanwhile
-                self._wait()
+                self._wait(min(self._options.timeout_s / POLLS_PER_TIMEOUT, INDEX_POLL_S))
                 continue
             with self._holding(lease):
                 self._refuse_taken_output()
