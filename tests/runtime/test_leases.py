@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,13 @@ from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch import BatchOptions, run_batch
 from tokenspeed_plan.runtime.serving.leases import shard_lease
 from tokenspeed_plan.runtime.serving.leases.job_index import JobIndex, JobInput, make_index
-from tokenspeed_plan.runtime.serving.leases.job_store import FolderStore, Store, open_store
+from tokenspeed_plan.runtime.serving.leases.job_store import (
+    FolderStore,
+    Store,
+    open_files,
+    open_store,
+)
+from tokenspeed_plan.runtime.serving.leases.lease_worker import Worker, WorkerOptions
 from tokenspeed_plan.runtime.serving.leases.merge import Merge
 from tokenspeed_plan.runtime.serving.leases.shard_lease import Lease, LeaseLost, Leases, done_name
 from tokenspeed_plan.runtime.serving.leases.shard_parts import open_part, parts_of
@@ -437,3 +444,51 @@ def test_the_command_answers_as_without_leases(tmp_path: Path) -> None:
     usages = [json.loads(line)["response"]["body"]["usage"] for line in wanted.splitlines()]
     assert total["rows"] == 12 and not total["failed"]
     assert total["generated_tokens"] == sum(usage["completion_tokens"] for usage in usages)
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a bucket of a server that speaks S3, on this machine."""
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+@pytest.mark.filterwarnings("default")  # what S3's client and server warn of is theirs
+def test_a_job_in_a_bucket_of_s3(tmp_path: Path, s3: str) -> None:
+    source = write(tmp_path / "in.jsonl", 23, bad=(11,))
+    files, _ = open_files(f"{s3}/in.jsonl")
+    files.pipe_file("bucket/in.jsonl", source.read_bytes())
+    store = open_store(f"{s3}/job")
+    won = []
+
+    def make(number: int) -> None:
+        if store.create("done/first.json", str(number).encode()):
+            won.append(number)
+
+    threads = [threading.Thread(target=make, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1 and store.read("done/first.json") == str(won[0]).encode()
+    job = JobInput(f"{s3}/in.jsonl", 4, max_errors=1)
+    options = WorkerOptions(job, f"{s3}/out.jsonl", 5.0, quiet=True)
+    assert Worker(store, options, plan(), FakeTokenizer(), FakeEngine).run() == 1
+    found = files.cat_file("bucket/out.jsonl")
+    assert found == single(source, tmp_path / "single.jsonl", max_errors=1)
+    assert store.names("parts") == []
