@@ -196,8 +196,12 @@ def server(bundle: Path, folder: Path, *options: object) -> Iterator[Any]:
     process = start(["serve", bundle, "--port", 0, "--no-canary", *options], log)
     try:
         until = time.monotonic() + 120
-        while not (found := re.search(r"^ready at (http://\S+)/v1", log.read_text("utf-8"), re.M)):
-            assert process.poll() is None and time.monotonic() < until, log.read_text("utf-8")
+        while not (
+            found := re.search(r"^ready at (http://\S+)/v1", log.read_text(encoding="utf-8"), re.M)
+        ):
+            assert process.poll() is None and time.monotonic() < until, log.read_text(
+                encoding="utf-8"
+            )
             time.sleep(0.1)
         with httpx.Client(base_url=found[1], timeout=300) as client:
             yield client

@@ -124,7 +124,7 @@ def _worker_args(
 def pack(bundle: Path, frozen: Plan) -> SentPlan:
     """The files of a bundle."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+    with tarfile.open(fileobj=buffer, mode="w:gz", encoding="utf-8") as archive:
         for name in (PLAN_FILE, SIGNATURE_FILE, KERNELS, CUBIN):
             if (bundle / name).exists():
                 archive.add(bundle / name, name)
@@ -146,7 +146,7 @@ def unpack(sent: SentPlan) -> Path:
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
         draft = Path(scratch) / "bundle"
         try:
-            with tarfile.open(fileobj=io.BytesIO(sent.archive)) as archive:
+            with tarfile.open(fileobj=io.BytesIO(sent.archive), encoding="utf-8") as archive:
                 archive.extractall(draft, filter="data")
         except tarfile.TarError as error:
             raise PlanError(

@@ -60,7 +60,7 @@ def test_what_is_no_such_plan_is_refused(sent: SentPlan, tmp_path: Path) -> None
 
 def test_an_archive_writes_nothing_outside(sent: SentPlan, tmp_path: Path) -> None:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+    with tarfile.open(fileobj=buffer, mode="w:gz", encoding="utf-8") as archive:
         archive.addfile(tarfile.TarInfo("../../../evil"))
     with pytest.raises(PlanError, match="damaged"):
         unpack(replace(sent, path="", digest="0" * 64, archive=buffer.getvalue()))

@@ -106,7 +106,7 @@ class JobInput:
     limit: int | None = None
     max_errors: int = 0
 
-    def open(self) -> InputFile:
+    def reader(self) -> InputFile:
         """Open it.
 
         Raises:
@@ -180,7 +180,7 @@ def make_index(job: JobInput, plan: BatchPlan, tokenizer: TextTokenizer, moved: 
         num_rows = min(num_rows, job.limit)
     num_shards = min(job.num_shards, num_rows)
     ends = [num_rows * (number + 1) // num_shards for number in range(num_shards)]
-    with job.open() as source, closing(Notebook()) as notebook:
+    with job.reader() as source, closing(Notebook()) as notebook:
         scanner = Scanner(plan.digest, tokenizer, plan.limits, notebook, KeptRows(0))
         shards = tuple(_shards(source, scanner, ends, job.max_errors, moved))
     return JobIndex(plan.digest, job.num_shards, job.limit, shards)
@@ -188,7 +188,7 @@ def make_index(job: JobInput, plan: BatchPlan, tokenizer: TextTokenizer, moved: 
 
 def _count_rows(job: JobInput, moved: Moved) -> int:
     num_rows = 0
-    with job.open() as source:
+    with job.reader() as source:
         for _ in source.lines():
             num_rows += 1
             moved()
@@ -233,7 +233,7 @@ def copy_rows(job: JobInput, shard: Shard, path: Path) -> None:
     Raises:
         RequestError: they are not those that the index was made of.
     """
-    with job.open() as source, path.open("wb") as file:
+    with job.reader() as source, path.open("wb") as file:
         for start in range(0, shard.size_bytes, CHUNK_BYTES):
             size = min(CHUNK_BYTES, shard.size_bytes - start)
             file.write(source.read(shard.start + start, size))

@@ -32,7 +32,7 @@ class Store(Protocol):
     def read(self, name: str) -> bytes | None:
         """What a file holds; None where there is none."""
 
-    def open(self, name: str) -> BinaryIO:
+    def reader(self, name: str) -> BinaryIO:
         """A file that is there, to read."""
 
     def names(self, folder: str) -> list[str]:
@@ -81,7 +81,7 @@ class FolderStore:
             return (self.root / name).read_bytes()
         return None
 
-    def open(self, name: str) -> BinaryIO:
+    def reader(self, name: str) -> BinaryIO:
         """A file that is there, to read."""
         return (self.root / name).open("rb")
 
@@ -148,7 +148,7 @@ class ObjectStore:
             return cast(bytes, self.files.cat_file(f"{self.root}/{name}"))
         return None
 
-    def open(self, name: str) -> BinaryIO:
+    def reader(self, name: str) -> BinaryIO:
         """An object that is there, to read."""
         return cast(BinaryIO, self.files.open(f"{self.root}/{name}", "rb"))
 

@@ -201,7 +201,7 @@ class Merge:
         """
         name, part = self._index.shards[number].name, self.parts[number]
         digest = sha256()
-        with closing(self._store.open(part_name(name, part.generation))) as file:
+        with closing(self._store.reader(part_name(name, part.generation))) as file:
             while piece := file.read(CHUNK_BYTES):
                 self._moved()
                 digest.update(piece)
