@@ -25,13 +25,15 @@ FLOORS = {
         "pydantic",
         "triton",
         "cuda",
+        "fsspec",
         "fastapi",
+        "httpx",
         "starlette",
         "uvicorn",
         "prometheus_client",
         "xgrammar",
     },
-    "planner": {"networkx", "pydantic", "yaml", "click"},
+    "planner": {"networkx", "pydantic", "yaml", "click", "ray"},
 }
 MAY_IMPORT = {
     "plans": {"plans"},
@@ -51,8 +53,9 @@ def files_of(*folders: str) -> list[Path]:
 
 FILES = files_of(*FLOORS)
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
-# The extra `serve` brings these. Only runtime/serving/http may import them.
-HTTP = {"fastapi", "starlette", "uvicorn", "prometheus_client"}
+# The extra `serve` brings these. Only the server and the router may import them.
+HTTP = {"fastapi", "httpx", "starlette", "uvicorn", "prometheus_client"}
+HTTP_FOLDERS = (ROOT / "runtime/serving/http", ROOT / "runtime/serving/router")
 # Limits of size, in statements: what one process of the runtime can load, and the other floors.
 # They are about 15 % above what there is. Raise one in the commit that needs the room, and say why.
 RUNTIME_ENTRIES = ("tokenspeed_plan.runtime.engine", "tokenspeed_plan.runtime.serving.http")
@@ -120,7 +123,7 @@ def test_imports_point_down(path: Path) -> None:
 def test_only_the_server_knows_http() -> None:
     for path in FILES:
         found = {module.partition(".")[0] for _, module, _ in imports(path.read_text())} & HTTP
-        assert not found or path.parent == ROOT / "runtime/serving/http", f"{path}: {found}"
+        assert not found or path.parent in HTTP_FOLDERS, f"{path}: {found}"
 
 
 @pytest.mark.parametrize(

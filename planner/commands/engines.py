@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.execution.executor import Executor
     from tokenspeed_plan.runtime.execution.rank_links import Links
+    from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 Backend = Literal["reference", "kernels"]
 VERIFY_HELP = "Compare all bytes of the weights with the plan's digests (small ones always are)."
@@ -207,12 +208,29 @@ def load_chat_template(bundle: Path, options: EngineOptions) -> ChatTemplate | N
 
     A template is a program: it must be the planned one before it is compiled.
     """
+    return ChatTemplate.load(_checked_folder(bundle, options))
+
+
+def load_tokenizer(bundle: Path, options: EngineOptions) -> Tokenizer:
+    """The tokenizer of a bundle's model, with its chat template.
+
+    Raises:
+        PlanError: it is not the planned one, or there is none.
+    """
+    from tokenspeed_plan.runtime.tokenizer import Tokenizer
+
+    folder = _checked_folder(bundle, options)
+    return Tokenizer.load(folder, ChatTemplate.load(folder))
+
+
+def _checked_folder(bundle: Path, options: EngineOptions) -> Path:
+    """The folder of a bundle's model, whose small files are the planned ones."""
     from tokenspeed_plan.runtime.loading.preflight import check_files, find_weights
 
     frozen = load_plan(bundle, options.signers)
     folder = find_weights(frozen, bundle, options.weights)
     check_files(frozen, folder)
-    return ChatTemplate.load(folder)
+    return folder
 
 
 def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:

@@ -14,6 +14,7 @@ import click
 from tokenspeed_plan.planner.advisor.batch_run import BatchRun
 from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED
 from tokenspeed_plan.planner.advisor.engine_profile import Engine, load_engine
+from tokenspeed_plan.planner.advisor.fleet_size import Job, fleet_for, parse_count, parse_seconds
 from tokenspeed_plan.planner.advisor.legality import check_formats, check_possible
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.predicted import (
@@ -49,6 +50,15 @@ SWEEP_COLUMNS = {
 }
 
 
+FLEET_COLUMNS = {
+    "machines": "machines",
+    "gpus": "GPUs",
+    "rows_per_s": "rows/s each",
+    "total_s": "seconds",
+    "cost_usd": "USD",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class PredictOptions:
     """The options of `tokenspeed predict`."""
@@ -61,13 +71,18 @@ class PredictOptions:
 
 @dataclass(frozen=True, slots=True)
 class SweepOptions:
-    """The options of `tokenspeed sweep`; `gpus` and `counts` are lists with commas."""
+    """The options of `tokenspeed sweep`; `gpus` and `counts` are lists with commas.
+
+    `rows` in a time of `deadline` ask for a fleet.
+    """
 
     spec: Path
     changes: tuple[str, ...]
     gpus: str
     counts: str
     reserved: bool
+    rows: str | None
+    deadline: str | None
     as_json: bool
 
 
@@ -112,6 +127,8 @@ def _predict(options: PredictOptions) -> None:
 @click.option("--count", "counts", default="1,2,4,8", show_default=True, help="How many of them.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the spec first.")
 @click.option("--reserved", is_flag=True, help="Prices of reserved machines instead of on demand.")
+@click.option("--rows", help="With --deadline: how many machines answer so many rows: 10M.")
+@click.option("--deadline", help="The time that they may take: 6h.")
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
 def sweep(**options: Any) -> None:
     """Find the best deployment of SPEC on each machine: what should I rent?"""
@@ -121,6 +138,7 @@ def sweep(**options: Any) -> None:
 def _sweep(options: SweepOptions) -> None:
     counts = _parse_counts(options.counts)
     spec = load_spec(options.spec, options.changes)
+    job = _parse_job(options, spec)
     config = find_model(spec, options.spec).config
     gpus = [_checked_name(name) for name in options.gpus.split(",")]
     targets = [_with_target(spec, gpu, count) for gpu in gpus for count in counts]
@@ -130,11 +148,31 @@ def _sweep(options: SweepOptions) -> None:
             machine = f"{each.target.gpu} x {each.target.count}"
             report.title = f"machine {done + 1} of {len(targets)}, {machine}: "
             progress = partial(report, "searching deployments")
-            entries.append(_sweep_entry(each, config, options.reserved, progress))
+            entries.append(_sweep_entry(each, config, options.reserved, progress, job))
     if options.as_json:
         click.echo(json.dumps(entries, indent=1, allow_nan=False))
     else:
         click.echo(without_exponents("\n".join(_sweep_table(entries, spec))))
+        if job is not None:
+            click.echo(without_exponents("\n".join(_fleet_table(entries, job))))
+
+
+def _parse_job(options: SweepOptions, spec: Spec) -> Job | None:
+    """The batch of `--rows` and `--deadline`.
+
+    Raises:
+        SpecError: one goes without the other, or the spec's workload is no batch of rows.
+    """
+    if options.rows is None and options.deadline is None:
+        return None
+    if options.rows is None or options.deadline is None:
+        raise SpecError("`--rows` and `--deadline` go together", "give both, or neither")
+    if not spec.workload.is_batch_of_rows:
+        raise SpecError(
+            "`--rows` needs a workload that is a batch of rows",
+            "`--set workload.kind=batch --set workload.turns=1`",
+        )
+    return Job(parse_count(options.rows), parse_seconds(options.deadline))
 
 
 def _parse_counts(text: str) -> list[int]:
@@ -281,16 +319,16 @@ def _batch_lines(run: BatchRun) -> Iterator[str]:
 
 
 def _sweep_entry(
-    spec: Spec, config: ModelConfig, reserved: bool, progress: Progress
+    spec: Spec, config: ModelConfig, reserved: bool, progress: Progress, job: Job | None
 ) -> dict[str, Any]:
-    """The best deployment on one machine, or why there is none."""
+    """The best deployment on one machine, or why there is none; and how many a job needs."""
     count = spec.target.count
     try:
         predictor, result = search(spec, config, reserved=reserved, progress=progress)
     except TokenspeedError as error:
         return {"gpu": spec.target.gpu, "count": count, "error": error.message}
     candidate = result.best.candidate
-    return {
+    entry = {
         "gpu": predictor.hardware.name,
         "count": count,
         "used": candidate.num_gpus,
@@ -299,6 +337,24 @@ def _sweep_entry(
         "slo_missed": result.binding,
         "not_replayed_yet": SUPPORTED.missing(candidate),
     }
+    if job is not None:
+        fleet = fleet_for(job, result.best)
+        entry["fleet"] = fleet.as_json() if fleet else None
+    return entry
+
+
+def _fleet_table(entries: Sequence[dict[str, Any]], job: Job) -> Iterator[str]:
+    """Which machines, how many and for how much: the cheapest first."""
+    yield f"\n{job.rows} rows within {plain(job.deadline_s)} s, at the slow end of the intervals"
+    heads = " ".join(f"{head:>12}" for head in FLEET_COLUMNS.values())
+    yield f"{'gpu':<8} {'of':>4} {heads}"
+    able = [entry for entry in entries if entry.get("fleet")]
+    for entry in sorted(able, key=lambda entry: float(entry["fleet"]["cost_usd"])):
+        numbers = " ".join(f"{plain(entry['fleet'][name]):>12}" for name in FLEET_COLUMNS)
+        yield f"{entry['gpu']:<8} {entry['used']:>4} {numbers}"
+    for entry in entries:
+        if "fleet" in entry and entry["fleet"] is None:
+            yield f"{entry['gpu']:<8} {entry['used']:>4} one row takes longer than that"
 
 
 def _sweep_table(entries: Sequence[dict[str, Any]], spec: Spec) -> Iterator[str]:

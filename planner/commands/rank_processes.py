@@ -136,7 +136,7 @@ def _start(rank: int, place: dict[str, str], args: Sequence[str]) -> _Process:
         _STDERR: str(stderr),
     }
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", _COMMAND, *args],
+        own_command(args),
         env=os.environ | place | own,
         stdin=subprocess.PIPE,
         stdout=output,
@@ -183,6 +183,16 @@ def _restore(before: dict[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def own_command(args: Sequence[str]) -> list[str]:
+    """What starts a process that runs a command of ours."""
+    return [sys.executable, "-P", "-c", _COMMAND, *args]
+
+
+def child_environment() -> dict[str, str]:
+    """What a process has that ends with this one; it gets a pipe as its standard input."""
+    return {_PARENT: str(os.getpid()), _STDERR: "2"}
 
 
 def end_with_parent() -> None:

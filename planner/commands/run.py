@@ -10,17 +10,26 @@ from typing import TYPE_CHECKING, Literal
 import click
 from pydantic import ValidationError
 
-from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.planner.commands.engines import (
     VERIFY_HELP,
     Backend,
     EngineOptions,
     ReplayCommand,
     alike_on_all_ranks,
+    load_tokenizer,
     on_all_ranks,
     rank_timeout_option,
     ready_engine,
 )
+from tokenspeed_plan.planner.commands.jobs import (
+    JobOptions,
+    job_options,
+    only_local,
+    path_or_url,
+    ray_job,
+    worker_options,
+)
+from tokenspeed_plan.planner.commands.ray_driver import RayJob, run_on_ray
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.bundle import load_plan
@@ -31,7 +40,9 @@ from tokenspeed_plan.plans.schema import Plan
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.request import Completion
     from tokenspeed_plan.runtime.serving.batch import BatchOptions, BatchPlan, Selection
+    from tokenspeed_plan.runtime.serving.batch.options import TextTokenizer
     from tokenspeed_plan.runtime.serving.batch.summary import Load
+    from tokenspeed_plan.runtime.serving.leases.lease_worker import WorkerOptions
     from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 Folder = click.Path(path_type=Path)
@@ -50,20 +61,37 @@ class PromptOptions:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Options of `tokenspeed run`: an engine, and either a batch file or a prompt."""
+    """Options of `tokenspeed run`: an engine, and a batch file, a share of one, or a prompt."""
 
     engine: EngineOptions
-    work: BatchOptions | PromptOptions
+    work: BatchOptions | SharedBatch | PromptOptions
+
+
+@dataclass(frozen=True, slots=True)
+class SharedBatch:
+    """A batch that other workers answer, too.
+
+    `lease` is where they agree on who does what; with `ray`, this process starts the workers.
+    """
+
+    lease: str
+    worker: WorkerOptions
+    ray: RayJob | None = None
 
 
 @click.command(cls=ReplayCommand)
 @click.argument("bundle", type=Folder)
 @click.option(
-    "--input", "source", type=Folder, help="OpenAI batch file (.jsonl, .jsonl.gz), or - for stdin."
+    "--input",
+    "source",
+    type=path_or_url,
+    metavar="PATH",
+    help="OpenAI batch file (.jsonl, .jsonl.gz), or - for stdin.",
 )
 @click.option(
     "--output",
-    type=Folder,
+    type=path_or_url,
+    metavar="PATH",
     help="Where the answers go, or - for stdout. To resume takes its size again on the disk.",
 )
 @click.option("--prompt", help="Answer one prompt, without a batch file.")
@@ -87,6 +115,7 @@ class RunOptions:
 )
 @click.option("--limit", type=click.IntRange(min=0), help="Only the first N rows.")
 @click.option("--shard", help="Only every n-th row from the i-th: i/n.")
+@job_options
 @click.option("--max-concurrency", type=click.IntRange(min=1), help="Rows in flight.")
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
 @click.option("--verify-weights", is_flag=True, help=VERIFY_HELP)
@@ -106,8 +135,8 @@ class RunOptions:
 @click.option("--quiet", is_flag=True, help="No progress, no summary text.")
 def run(
     bundle: Path,
-    source: Path | None,
-    output: Path | None,
+    source: Path | str | None,
+    output: Path | str | None,
     prompt: str | None,
     max_tokens: int | None,
     temperature: float,
@@ -129,10 +158,9 @@ def run(
     check: bool,
     rank_timeout_s: float,
     quiet: bool,
+    job: JobOptions,
 ) -> None:
     """Replay BUNDLE: answer a batch file, or one --prompt."""
-    from tokenspeed_plan.runtime.serving.batch import BatchOptions
-
     signers = wanted_signers(allowed_signers, signer)
     engine = EngineOptions(
         weights,
@@ -148,19 +176,50 @@ def run(
             raise click.UsageError("--check takes no prompt and no batch")
         alike_on_all_ranks(bundle, engine, lambda: _run_check(bundle, engine))
         return
-    work: BatchOptions | PromptOptions
+    work: BatchOptions | SharedBatch | PromptOptions
     if prompt is not None and source is None and output is None:
         work = PromptOptions(prompt, max_tokens, temperature, seed, quiet)
     elif prompt is None and source is not None and output is not None:
-        selection = _selection(limit, shard)
-        work = BatchOptions(
-            source, output, errors, summary, order, max_errors, max_concurrency, selection, quiet
-        )
+        rest = (summary, max_errors, max_concurrency, limit, quiet)
+        work = _batch(job, source, output, errors, order, shard, *rest)
     else:
         raise click.UsageError("give either --input and --output, or --prompt, or --check alone")
-    options = RunOptions(engine, work)
-    code = on_all_ranks(bundle, engine, lambda: _run(bundle, options))
+    if isinstance(work, SharedBatch) and work.ray is not None:
+        code: int | None = run_on_ray(bundle, engine, work.ray)
+    else:
+        options = RunOptions(engine, work)
+        code = on_all_ranks(bundle, engine, lambda: _run(bundle, options))
     raise click.exceptions.Exit(code or 0)
+
+
+def _batch(
+    job: JobOptions,
+    source: Path | str,
+    output: Path | str,
+    errors: Path | None,
+    order: Literal["input", "completion"],
+    shard: str | None,
+    summary: Path | None,
+    max_errors: int,
+    max_concurrency: int | None,
+    limit: int | None,
+    quiet: bool,
+) -> BatchOptions | SharedBatch:
+    """A batch, or this worker's share of one."""
+    from tokenspeed_plan.runtime.serving.batch import BatchOptions
+
+    if job.lease is None:
+        rows, answers = only_local(source, output)
+        selection = _selection(limit, shard)
+        return BatchOptions(
+            rows, answers, errors, summary, order, max_errors, max_concurrency, selection, quiet
+        )
+    if errors is not None or shard is not None or order != "input":
+        raise click.UsageError("--lease goes with neither --errors, --shard nor --order completion")
+    worker = worker_options(job, source, output, limit, max_errors, max_concurrency, summary, quiet)
+    if job.ray is None:
+        return SharedBatch(job.lease, worker)
+    return SharedBatch(job.lease, worker, ray_job(job, worker, job.ray, job.lease))
 
 
 def _run(bundle: Path, options: RunOptions) -> int:
@@ -168,6 +227,8 @@ def _run(bundle: Path, options: RunOptions) -> int:
     if isinstance(options.work, PromptOptions):
         _run_prompt(bundle, options.engine, options.work)
         return 0
+    if isinstance(options.work, SharedBatch):
+        return _run_shared(bundle, options.engine, options.work)
     return _run_batch(bundle, options.engine, options.work)
 
 
@@ -217,19 +278,33 @@ def _figures(completion: Completion) -> str:
 
 
 def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOptions) -> int:
-    from tokenspeed_plan.runtime.loading.preflight import check_files, check_target, find_weights
     from tokenspeed_plan.runtime.serving.batch import run_batch
     from tokenspeed_plan.runtime.serving.batch.other_plan import refuse_other_plan
-    from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
-    frozen = load_plan(bundle, engine_options.signers)
-    check_target(frozen)
-    folder = find_weights(frozen, bundle, engine_options.weights)
-    check_files(frozen, folder)
-    tokenizer = Tokenizer.load(folder, ChatTemplate.load(folder))
-    facts = _batch_plan(frozen, tokenizer)
+    facts, tokenizer = _facts(bundle, engine_options)
     refuse_other_plan(options.input, options.output, facts.digest)
     return run_batch(options, facts, tokenizer, lambda: ready_engine(bundle, engine_options))
+
+
+def _run_shared(bundle: Path, engine_options: EngineOptions, batch: SharedBatch) -> int:
+    from tokenspeed_plan.runtime.serving.leases.job_store import open_store
+    from tokenspeed_plan.runtime.serving.leases.lease_worker import Worker
+
+    store = open_store(batch.lease)
+    facts, tokenizer = _facts(bundle, engine_options)
+    return Worker(
+        store, batch.worker, facts, tokenizer, lambda: ready_engine(bundle, engine_options)
+    ).run()
+
+
+def _facts(bundle: Path, options: EngineOptions) -> tuple[BatchPlan, TextTokenizer]:
+    """What a batch needs of a plan and its model, once both are checked."""
+    from tokenspeed_plan.runtime.loading.preflight import check_target
+
+    frozen = load_plan(bundle, options.signers)
+    check_target(frozen)
+    tokenizer = load_tokenizer(bundle, options)
+    return _batch_plan(frozen, tokenizer), tokenizer
 
 
 def _batch_plan(frozen: Plan, tokenizer: Tokenizer) -> BatchPlan:

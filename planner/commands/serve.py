@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +17,14 @@ from tokenspeed_plan.planner.commands.engines import (
     EngineOptions,
     ReplayCommand,
     load_chat_template,
+    load_tokenizer,
     on_all_ranks,
     rank_timeout_option,
     ready_engine,
     seconds_option,
 )
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
+from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
 
 if TYPE_CHECKING:
@@ -126,6 +129,13 @@ class ServeOptions:
     "--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`."
 )
 @rank_timeout_option
+@click.option(
+    "--replicas",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Engines of this host behind the address; a session stays with one of them.",
+)
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
 @click.option("--verify-weights", is_flag=True, help=VERIFY_HELP)
 @signature_options
@@ -147,6 +157,7 @@ def serve(
     weights: Path | None,
     backend: Backend | None,
     rank_timeout_s: float,
+    replicas: int,
     no_canary: bool,
     verify_weights: bool,
     allowed_signers: Path | None,
@@ -182,19 +193,44 @@ def serve(
         rank_timeout_s=rank_timeout_s,
     )
     options = ServeOptions(host, port, engine, server)
+    if replicas > 1:
+        _serve_replicas(bundle, options, replicas)
+        return
     signals = (signal.SIGTERM, signal.SIGINT)
     on_all_ranks(bundle, engine, lambda: _serve(bundle, options), ignored=signals)
 
 
 def _check_packages() -> None:
-    missing = [
-        name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None
-    ]
+    packages = ("fastapi", "httpx", "prometheus_client", "uvicorn")
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise RequestError(
             f"serving needs {', '.join(missing)}",
             "install the extra `serve`: `pip install 'tokenspeed-plan[serve]'`",
         )
+
+
+def _serve_replicas(bundle: Path, options: ServeOptions, count: int) -> None:
+    """Start as many servers of this command, and route to them."""
+    from tokenspeed_plan.planner.commands.replicas import launch_of, router_options
+    from tokenspeed_plan.runtime.serving.http import check_reach, listen
+    from tokenspeed_plan.runtime.serving.router import serve_replicas
+
+    with listen(options.host, options.port) as listener:
+        check_reach(listener, options.server.api_key)
+        frozen = load_plan(bundle, options.engine.signers)
+        launch = launch_of(frozen, count, options.server.drain_s)
+        tokenizer = load_tokenizer(bundle, options.engine)
+        ready = _ready_line(listener)
+        router = router_options(frozen, options.server, launch)
+        serve_replicas(router, tokenizer, listener, lambda: click.echo(ready, err=True))
+
+
+def _ready_line(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    if ":" in host:
+        host = f"[{host}]"
+    return f"ready at http://{host}:{port}/v1"
 
 
 def _serve(bundle: Path, options: ServeOptions) -> None:
@@ -204,8 +240,5 @@ def _serve(bundle: Path, options: ServeOptions) -> None:
         check_reach(listener, options.server.api_key)
         template = load_chat_template(bundle, options.engine)
         engine = ready_engine(bundle, options.engine, template)
-        host, port = listener.getsockname()[:2]
-        if ":" in host:
-            host = f"[{host}]"
-        ready = f"ready at http://{host}:{port}/v1"
+        ready = _ready_line(listener)
         serve(engine, options.server, listener, lambda: click.echo(ready, err=True))

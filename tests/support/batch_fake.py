@@ -73,6 +73,9 @@ class FakeEngine:
         length = 1 + (sum(request.prompt_ids) + request.params.seed) % request.params.max_tokens
         self.requests[request.request_id] = (request, length)
 
+    def cancel(self, request_id: str) -> bool:
+        return self.requests.pop(request_id, None) is not None
+
     def step(self) -> list[Completion]:
         time.sleep(self.step_ms / 1e3)
         done = []

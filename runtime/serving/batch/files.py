@@ -41,6 +41,12 @@ class InputLine(NamedTuple):
 class InputFile:
     """A batch file that is read once from its beginning; single lines can be read again by offset.
 
+    `first_line` is the number of its first line: it may be a part of a longer file. `file` is it,
+    where it is open already.
+
+    Attributes:
+        end: offset behind the last line that was read.
+
     A stream cannot be sought, so it is copied to a temporary file first. A gzip file is sought by
     decompressing up to the offset, so offsets are best read in ascending order.
 
@@ -48,11 +54,19 @@ class InputFile:
         RequestError: the file cannot be read, or standard input is closed.
     """
 
-    def __init__(self, path: Path, max_line_bytes: int = MAX_JSON_BYTES) -> None:
+    def __init__(
+        self,
+        path: Path,
+        max_line_bytes: int = MAX_JSON_BYTES,
+        first_line: int = 1,
+        file: BinaryIO | None = None,
+    ) -> None:
         self._path = path
         self._max_line_bytes = max_line_bytes
+        self._first_line = first_line
+        self.end = 0
         try:
-            self._file = _open_seekable(path)
+            self._file = file or _open_seekable(path)
         except OSError as error:
             raise self._unreadable(error) from error
 
@@ -72,11 +86,11 @@ class InputFile:
             RequestError: the file cannot be read, or is no archive although its name says so.
         """
         offset = 0
-        for number in count(1):
+        for number in count(self._first_line):
             try:
                 line, size = self._next_line(number, offset)
             except DAMAGE as error:
-                if number == 1:
+                if number == self._first_line:
                     raise self._unreadable(error) from error
                 yield InputLine(number, offset, b"", f"the archive is damaged here: {error}")
                 return
@@ -84,9 +98,10 @@ class InputFile:
                 raise self._unreadable(error) from error
             if not size:
                 return
+            self.end = offset + size
             if line.raw.strip():
                 yield line
-            offset += size
+            offset = self.end
 
     def _next_line(self, number: int, offset: int) -> tuple[InputLine, int]:
         """A line, and its size with its end; 0 at the end of the file."""

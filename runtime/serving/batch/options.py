@@ -52,6 +52,7 @@ class BatchOptions:
         selection: rows that are answered.
         quiet: show neither progress nor summary.
         max_kept_bytes: lines of the input up to which parsed rows stay in memory until they run.
+        first_line: number of the input's first line, where it is a part of a longer file.
     """
 
     input: Path
@@ -64,6 +65,7 @@ class BatchOptions:
     selection: Selection = field(default_factory=Selection)
     quiet: bool = False
     max_kept_bytes: int = MAX_KEPT_BYTES
+    first_line: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,8 @@ def run_batch(
     """
     check_paths(options.input, options.output, options.errors, options.summary)
     interrupt = Interrupt(signal.SIGINT, signal.SIGTERM)
-    with InputFile(options.input) as source, closing(Notebook()) as notebook:
+    opened = InputFile(options.input, first_line=options.first_line)
+    with opened as source, closing(Notebook()) as notebook:
         kept = KeptRows(options.max_kept_bytes)
         scanner = Scanner(plan.digest, tokenizer, plan.limits, notebook, kept)
         scanned = scanner.scan(source, options.selection)

@@ -77,7 +77,7 @@ class Scanner:
             size = len(line.raw)
             key, fault = "", None
             try:
-                row = self._check(line)
+                row = self.check(line)
                 key = row.key
                 if selected:
                     self._kept.add(row, size)
@@ -89,7 +89,12 @@ class Scanner:
             )
         return result
 
-    def _check(self, line: InputLine) -> Row:
+    def check(self, line: InputLine) -> Row:
+        """Check one line.
+
+        Raises:
+            InvalidRequestError: what is wrong with it.
+        """
         if line.fault is not None:
             raise InvalidRequestError(line.fault)
         row = parse_row(line.raw, line.number, self._digest)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from tokenspeed_plan.runtime.serving.http.api_errors import (
     unknown_model,
 )
 from tokenspeed_plan.runtime.serving.http.body import SMALL_BYTES, BodyMemory
-from tokenspeed_plan.runtime.serving.http.callers import CheckHost, check_type
+from tokenspeed_plan.runtime.serving.http.callers import CheckHost, check_type, refuse_wrong_key
 from tokenspeed_plan.runtime.serving.http.dialects import (
     Dialect,
     MessagesDialect,
@@ -46,6 +45,7 @@ from tokenspeed_plan.runtime.serving.http.token_counts import (
     tokenize,
 )
 from tokenspeed_plan.runtime.serving.http.trace_ids import EchoIds
+from tokenspeed_plan.runtime.serving.http.waiting import client_leaves, unless
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
@@ -112,15 +112,7 @@ async def check_key(request: Request) -> None:
     key = service_of(request).api_key
     if key is None:
         return
-    header = request.headers.get("authorization", "").encode("latin-1")
-    own_header = request.headers.get("x-api-key", "").encode("latin-1")  # Anthropic's
-    is_right = hmac.compare_digest(header, b"Bearer " + key.encode())
-    if is_right | hmac.compare_digest(own_header, key.encode()):
-        return
-    message = "an API key is needed: `Authorization: Bearer KEY`, or `x-api-key: KEY`"
-    if header or own_header:
-        message = "the API key is wrong"
-    raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    refuse_wrong_key(request.headers, key)
 
 
 async def take_lease(request: Request) -> AsyncIterator[Lease]:
@@ -288,7 +280,7 @@ async def _answer(request: Request, dialect: Dialect, lease: Lease) -> Response:
         events = dialect.events(answer, stream)
         return StreamingResponse(events, media_type="text/event-stream", headers=_EVENT_HEADERS)
     try:
-        completions = await _unless(stream.completions(), _wait_for_disconnect(request))
+        completions = await unless(stream.completions(), client_leaves(request))
     except EngineStopped as error:
         raise try_later(503, error.message, "engine_stopped") from None
     except RequestFailed as error:
@@ -328,7 +320,7 @@ async def _read(request: Request, reader: Reader[_T], lease: Lease) -> _T | None
     """
     service, limiter = service_of(request), service_of(request).limiter
     with service.bodies.body() as body:
-        raw = await _unless(body.read(request), limiter.drain.wait())
+        raw = await unless(body.read(request), limiter.drain.wait())
         if raw is None:
             raise shutting_down()
         check_type(request.headers.get("content-type"), service.api_key is not None)
@@ -337,29 +329,10 @@ async def _read(request: Request, reader: Reader[_T], lease: Lease) -> _T | None
         work = asyncio.get_running_loop().run_in_executor(
             worker, reader, raw, service.tokenizer, service.limits
         )
-        parsed = await _unless(work, _wait_for_disconnect(request), limiter.stop.wait())
+        parsed = await unless(work, client_leaves(request), limiter.stop.wait())
     if parsed is None and limiter.stop.is_set():
         raise shutting_down()
     return parsed
-
-
-async def _unless(work: Awaitable[_T], *ends: Coroutine[Any, Any, object]) -> _T | None:
-    """Result of the work; None if one of the others ends first, then the work is cancelled."""
-    tasks = [asyncio.ensure_future(end) for end in ends]
-    result = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait((result, *tasks), return_when=asyncio.FIRST_COMPLETED)
-        if result.done():
-            return result.result()
-        return None
-    finally:
-        for task in (result, *tasks):
-            task.cancel()
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _card(service: Service) -> dict[str, Any]:

@@ -6,6 +6,7 @@ JSON as such, or to name a host that is not its own.
 
 from __future__ import annotations
 
+import hmac
 import ipaddress
 import re
 import socket
@@ -48,6 +49,23 @@ def check_type(content_type: str | None, has_key: bool) -> None:
         raise ApiError(
             415, f"the header Content-Type must be `{_JSON}`, it is {found}", "unsupported_type"
         )
+
+
+def refuse_wrong_key(headers: Headers, key: str) -> None:
+    """Refuse a wrong API key; the comparison takes the same time for every key.
+
+    Raises:
+        ApiError: the key is wrong or missing.
+    """
+    header = headers.get("authorization", "").encode("latin-1")
+    own_header = headers.get("x-api-key", "").encode("latin-1")  # Anthropic's
+    is_right = hmac.compare_digest(header, b"Bearer " + key.encode())
+    if is_right | hmac.compare_digest(own_header, key.encode()):
+        return
+    message = "an API key is needed: `Authorization: Bearer KEY`, or `x-api-key: KEY`"
+    if header or own_header:
+        message = "the API key is wrong"
+    raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 class CheckHost:

@@ -13,6 +13,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 
@@ -37,7 +38,7 @@ from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 _FLUSH_S = 2  # time for finished answers to leave the sockets
-_END_S = 4  # time for the threads to end after that
+_END_S = 4.0  # time for the threads to end after that
 _WORKERS = 4  # threads
 
 
@@ -122,7 +123,7 @@ def serve(
         )
         # asyncio warns of every client that leaves in the middle of a stream.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
-        server = _Server(config, service, options, listener, ready)
+        server = DrainingServer(config, _EngineWork(service), options, listener, ready)
         server.run([])
         for pool in (workers, slow):
             pool.shutdown(cancel_futures=True)
@@ -186,7 +187,70 @@ def _grammars(engine: Engine, tokenizer: Tokenizer, workers: Executor) -> Gramma
     return found
 
 
-class _Server(uvicorn.Server):
+class Work(Protocol):
+    """What a server does for its clients, as far as signals end it."""
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it takes no more requests."""
+
+    @property
+    def end_s(self) -> float:
+        """How long it may take to end once everything is answered."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """What is not answered yet."""
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it can answer nothing any more."""
+
+    def note(self) -> None:
+        """Called ten times a second."""
+
+    def drain(self) -> None:
+        """Take no more requests."""
+
+    async def stop(self) -> None:
+        """End what is not answered."""
+
+    def watch_connections(
+        self, num_open: Callable[[], int], num_refused: Callable[[], int]
+    ) -> None:
+        """Told once how to count connections."""
+
+
+class _EngineWork:
+    """The requests of an engine."""
+
+    end_s = _END_S
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._limiter = service.limiter
+        self.note = service.progress.note
+        self.drain = service.limiter.drain.set
+        self.watch_connections = service.metrics.watch_connections
+
+    @property
+    def is_draining(self) -> bool:
+        return self._limiter.draining
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._limiter.num_in_flight
+
+    @property
+    def has_failed(self) -> bool:
+        return self._service.engine.error is not None
+
+    async def stop(self) -> None:
+        self._limiter.stop.set()
+        await self._service.engine.close()
+
+
+class DrainingServer(uvicorn.Server):
     """A server that drains: after the first signal it finishes what is in flight and refuses more.
 
     uvicorn itself closes its listener at the first signal. A second signal ends it at once. It also
@@ -196,14 +260,14 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        service: Service,
+        work: Work,
         options: ServerOptions,
         listener: socket.socket,
         ready: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self.last_resort = LastResort()
-        self._service = service
+        self._work = work
         self._options = options
         self._deadlines = Deadlines(options.header_timeout_s, options.write_timeout_s)
         self._max_connections = connection_limit(options.max_connections)
@@ -218,22 +282,21 @@ class _Server(uvicorn.Server):
         drain_s = self._options.drain_s
         if self._num_signals > 1:
             drain_s = 0.0
-        self.last_resort.within(drain_s + 2 * _FLUSH_S + _END_S)
+        self.last_resort.within(drain_s + 2 * _FLUSH_S + self._work.end_s)
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; returns whether to stop."""
-        limiter = self._service.limiter
-        self._service.progress.note()
+        work = self._work
+        work.note()
         self._gate.drop_late(self._deadlines)
-        if self._num_signals and not limiter.draining:
-            limiter.drain.set()
+        if self._num_signals and not work.is_draining:
+            work.drain()
             self._drain_until_s = time.monotonic() + self._options.drain_s
         stop_now = self._num_signals > 1 or time.monotonic() > self._drain_until_s
         if stop_now:
             await self._stop()
-        is_drained = limiter.draining and limiter.num_in_flight == 0
-        has_failed = self._service.engine.error is not None
-        return await super().on_tick(counter) or stop_now or is_drained or has_failed
+        is_drained = work.is_draining and work.num_in_flight == 0
+        return await super().on_tick(counter) or stop_now or is_drained or work.has_failed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then call `ready`."""
@@ -242,23 +305,22 @@ class _Server(uvicorn.Server):
             self._listener, self._connection, self.server_state.connections, self._max_connections
         )
         self._gate.begin()
-        self._service.metrics.watch_connections(
+        self._work.watch_connections(
             lambda: len(self.server_state.connections), lambda: self._gate.num_refused
         )
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more, and end the connections."""
-        self.last_resort.within(2 * _FLUSH_S + _END_S)
+        self.last_resort.within(2 * _FLUSH_S + self._work.end_s)
         self._gate.end()
         await super().shutdown(sockets)
 
     async def _stop(self) -> None:
         """End the requests in flight; a thread that stands still is not waited for here."""
-        self._service.limiter.stop.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH_S):
-                await self._service.engine.close()
+                await self._work.stop()
 
     def _connection(self) -> Connection:
         return Connection(self.config, self.server_state, self.lifespan.state)

@@ -1,0 +1,403 @@
+"""More than one machine, on this one: workers that are killed, a router, a thousand workers.
+
+    python benchmarks/cluster.py leases BUNDLE [--rows 2000] [--workers 4] [--kills 100]
+    python benchmarks/cluster.py ray BUNDLE [--rows 2000] [--nodes 4] [--kills 20] [--drivers 3]
+    python benchmarks/cluster.py router MODEL [--agents 64] [--turns 12] [--replicas 4]
+    python benchmarks/cluster.py simulate [--workers 1000] [--rows 10000000] [--shards 2000]
+
+`leases` and `ray` compare the output with that of a single run, byte for byte; one worker's clock
+is an hour off. `router` compares the cached tokens of conversations with those of one engine that
+has the same cache as all replicas. `simulate` has real leases, and engines that only wait. The exit
+code is 1 where something is not as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+COMMAND = "from tokenspeed_plan.planner.cli import main; main()"
+# A process whose clock is an hour off, as far as Python asks it.
+OFF = "import time; now = time.time; time.time = lambda: now() + 3600; "
+TIMEOUT_S = 3.0  # of a lease
+TEXTS = ("def f(x):\n", "import os\n", "class A:\n", "for i in range(10):\n")
+
+
+def write_rows(path: Path, count: int) -> None:
+    rng = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            prompt = rng.choice(TEXTS) + f"# {number}"
+            body = {"prompt": prompt, "max_tokens": rng.choice((1, 2, 4)), "temperature": 0}
+            row = {"custom_id": f"row-{number}", "method": "POST", "url": "/v1/completions"}
+            file.write(json.dumps(row | {"body": body}) + "\n")
+
+
+def start(
+    args: Sequence[object], log: Path | None = None, off: bool = False, **env: str
+) -> subprocess.Popen[bytes]:
+    code = OFF * off + COMMAND
+    words = [sys.executable, "-P", "-c", code, *map(str, args)]
+    with (log or Path(os.devnull)).open("ab") as file:
+        return subprocess.Popen(words, stderr=file, stdout=file, env=os.environ | env)
+
+
+class SingleRun:
+    """A run that nobody disturbs, beside the others."""
+
+    def __init__(self, bundle: Path, folder: Path) -> None:
+        self.output = folder / "single.jsonl"
+        self.log = folder / "single.log"
+        self.begin_s = time.monotonic()
+        args = ["run", bundle, "--input", folder / "in.jsonl", "--output", self.output]
+        self.process = start([*args, "--no-canary"], self.log)
+
+    def wait(self) -> bytes:
+        assert self.process.wait() == 0, self.log.read_text(encoding="utf-8")
+        print(f"a single run beside it took {time.monotonic() - self.begin_s:.1f} s", flush=True)
+        return self.output.read_bytes()
+
+
+def compare(wanted: bytes, found: bytes) -> int:
+    """Say whether the outputs are alike; 1 where they are not."""
+    if wanted == found:
+        print(f"the output is that of a single run, all {len(wanted)} bytes")
+        return 0
+    names = [
+        [json.loads(line)["custom_id"] for line in text.splitlines()] for text in (wanted, found)
+    ]
+    pairs = zip(wanted.splitlines(), found.splitlines(), strict=False)
+    number, lines = next((pair for pair in enumerate(pairs) if len(set(pair[1])) > 1), (-1, ()))
+    print(
+        f"the outputs differ: {len(names[0])} and {len(names[1])} rows, ids alike: "
+        f"{names[0] == names[1]}; first at row {number}: {lines}"
+    )
+    return 1
+
+
+def lease_args(bundle: Path, folder: Path, shards: int) -> list[object]:
+    return [
+        "run", bundle, "--input", folder / "in.jsonl", "--output", folder / "out.jsonl",
+        "--lease", folder / "job", "--shards", shards, "--lease-timeout", TIMEOUT_S, "--no-canary",
+    ]  # fmt: skip
+
+
+def run_leases(args: argparse.Namespace) -> int:
+    """Workers are killed one after the other, at random."""
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+        folder = Path(scratch)
+        write_rows(folder / "in.jsonl", args.rows)
+        single = SingleRun(args.bundle, folder)
+        command = lease_args(args.bundle, folder, args.shards)
+        output, log = folder / "out.jsonl", folder / "log"
+        workers = [start(command, log, off=number == 0) for number in range(args.workers)]
+        kills, begin_s = 0, time.monotonic()
+        while any(worker.poll() is None for worker in workers):
+            time.sleep(args.pause * 2 * rng.random())
+            number = rng.randrange(len(workers))
+            if kills < args.kills and not output.exists():
+                workers[number].kill()
+                workers[number].wait()
+                kills += 1
+                workers[number] = start(command, log, off=number == 0)
+        newest = max(int(name.rpartition(".")[2]) for name in os.listdir(folder / "job/leases"))
+        print(
+            f"{args.rows} rows, {args.shards} shards, {args.workers} workers, {kills} kills: "
+            f"{time.monotonic() - begin_s:.1f} s, a shard had up to {newest} workers"
+        )
+        codes = [worker.wait() for worker in workers]
+        if set(codes) != {0}:
+            print(f"exit codes {codes}: {log.read_text(encoding='utf-8')[-2000:]}")
+            return 1
+        return compare(single.wait(), output.read_bytes())
+
+
+def run_ray(args: argparse.Namespace) -> int:
+    """Workers, drivers and nodes of a local cluster are killed."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+        folder = Path(scratch)
+        write_rows(folder / "in.jsonl", args.rows)
+        single = SingleRun(args.bundle, folder)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(args.nodes - 1)]
+        command = [*lease_args(args.bundle, folder, args.shards), "--ray", cluster.address]
+        output, log = folder / "out.jsonl", folder / "log"
+        driver = start(command, log, TOKENSPEED_PLANS=str(folder / "plans"))
+        kills = drivers = moved = 0
+        while not output.exists():
+            time.sleep(args.pause * 2 * rng.random())
+            assert driver.poll() in (None, -signal.SIGKILL), log.read_text(encoding="utf-8")
+            if drivers < args.drivers and kills > drivers * args.kills / (args.drivers + 1):
+                driver.kill()
+                driver.wait()
+                drivers += 1
+                driver = start(command, log)
+            elif not moved and nodes and kills > args.kills / 2:
+                cluster.remove_node(nodes.pop())
+                nodes.append(cluster.add_node(num_cpus=1))
+                moved = 1
+            elif kills < args.kills:
+                kills += kill_a_worker(rng, folder / "job")
+        code = driver.wait()
+        print(
+            f"{args.rows} rows, {args.nodes} nodes: {kills} workers and {drivers} drivers were "
+            f"killed, {moved} node was replaced; exit code {code}"
+        )
+        print(log.read_text(encoding="utf-8")[-300:])
+        ray.shutdown()
+        cluster.shutdown()
+        return int(code != 0) or compare(single.wait(), output.read_bytes())
+
+
+def kill_a_worker(rng: random.Random, job: Path) -> int:
+    """Kill one of the processes that name a lease folder and are no driver; returns how many."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(job).encode() in words and words[-2:-1] == [b"off"]:
+            found.append(int(path.parent.name))
+    if not found:
+        return 0
+    os.kill(rng.choice(found), signal.SIGKILL)
+    return 1
+
+
+@contextmanager
+def server(bundle: Path, folder: Path, *options: object) -> Iterator[Any]:
+    """A client of a running `tokenspeed serve`."""
+    import httpx
+
+    log = folder / f"{bundle.name}-{len(options)}-{time.monotonic_ns()}.log"
+    process = start(["serve", bundle, "--port", 0, "--no-canary", *options], log)
+    try:
+        until = time.monotonic() + 120
+        while not (
+            found := re.search(r"^ready at (http://\S+)/v1", log.read_text(encoding="utf-8"), re.M)
+        ):
+            assert process.poll() is None and time.monotonic() < until, log.read_text(
+                encoding="utf-8"
+            )
+            time.sleep(0.1)
+        with httpx.Client(base_url=found[1], timeout=300) as client:
+            yield client
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def metric(client: Any, name: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line))
+
+
+def plan_of(model: Path, folder: Path, name: str, agents: int, turns: int) -> Path:
+    """A bundle for so many conversations."""
+    spec = folder / f"{name}.yaml"
+    spec.write_text(
+        f"version: 1\nmodel: {{path: {model.resolve()}, weights: fp32}}\ntarget: {{gpu: cpu}}\n"
+        f"workload: {{kind: agentic, first_turn_tokens: 96, turn_tokens: 24, turns: {turns}, "
+        f"output_tokens: 8, concurrency: {agents}}}\nspeculation: 'off'\n",
+        encoding="utf-8",
+    )
+    assert start(["plan", spec, "-o", folder / name], folder / "plan.log").wait() == 0, (
+        folder / "plan.log"
+    ).read_text(encoding="utf-8")
+    return folder / name
+
+
+def talk(client: Any, number: int, turns: int, session: bool) -> None:
+    """A conversation: each turn has all before it, and its own answer."""
+    rng = random.Random(number)
+    ids = [1 + rng.randrange(200) for _ in range(96)]
+    for _ in range(turns):
+        body: dict[str, Any] = {"prompt": ids, "max_tokens": 8, "return_token_ids": True}
+        if session:
+            body["user"] = f"agent-{number}"
+        answer = client.post("/v1/completions", json=body | {"temperature": 0})
+        answer.raise_for_status()
+        ids = ids + answer.json()["choices"][0]["token_ids"]
+        ids = ids + [1 + rng.randrange(200) for _ in range(24)]
+
+
+def hit_rate(client: Any, args: argparse.Namespace, session: bool) -> tuple[float, float]:
+    """The share of prompt tokens that were cached, and seconds."""
+    before = [
+        metric(client, f"tokenspeed_{name}_total")
+        for name in ("cached_prompt_tokens", "prompt_tokens")
+    ]
+    begin_s = time.monotonic()
+    with ThreadPoolExecutor(args.agents) as pool:
+        list(pool.map(lambda number: talk(client, number, args.turns, session), range(args.agents)))
+    after = [
+        metric(client, f"tokenspeed_{name}_total")
+        for name in ("cached_prompt_tokens", "prompt_tokens")
+    ]
+    cached, total = (new - old for new, old in zip(after, before, strict=True))
+    return cached / total, time.monotonic() - begin_s
+
+
+def run_router(args: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+        folder = Path(scratch)
+        one = plan_of(args.model, folder, "one", args.agents, args.turns)
+        each = plan_of(args.model, folder, "each", args.agents // args.replicas, args.turns)
+        with server(one, folder) as client:
+            alone, seconds = hit_rate(client, args, session=False)
+        print(
+            f"one engine for {args.agents} agents of {args.turns} turns: {alone:.4f} of the "
+            f"prompt tokens are cached, {seconds:.0f} s",
+            flush=True,
+        )
+        worst = 1.0
+        for session in (True, False):
+            with server(each, folder, "--replicas", args.replicas) as client:
+                rate, seconds = hit_rate(client, args, session)
+            worst = min(worst, rate / alone)
+            kind = "names of sessions" if session else "prefixes alone"
+            print(
+                f"{args.replicas} replicas, {kind}: {rate:.4f}, {rate / alone:.3f} of one "
+                f"engine's, {seconds:.0f} s",
+                flush=True,
+            )
+        return int(worst < 0.95)
+
+
+@dataclass
+class Simulated:
+    """What a thousand workers did; times in seconds."""
+
+    takes_s: list[float] = field(default_factory=list)
+    commits_s: list[float] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, take_s: float, commit_s: float) -> None:
+        with self.lock:
+            self.takes_s.append(take_s)
+            self.commits_s.append(commit_s)
+
+
+def simulate_worker(store: Any, units: list[str], number: int, work_s: float, tally: Simulated,
+                    timeout_s: float) -> None:  # fmt: skip
+    from tokenspeed_plan.runtime.serving.leases.lease_worker import POLLS_PER_TIMEOUT
+    from tokenspeed_plan.runtime.serving.leases.shard_lease import Leases, finished_units
+
+    leases, rng = Leases(store, f"worker-{number}", timeout_s), random.Random(number)
+    while True:
+        begin_s = time.monotonic()
+        lease = leases.take(units)
+        taken_s = time.monotonic()
+        if lease is None:
+            if finished_units(store) >= set(units):
+                return
+            time.sleep(timeout_s / POLLS_PER_TIMEOUT * rng.uniform(0.5, 1.5))
+            continue
+        time.sleep(work_s * (0.8 + 0.4 * rng.random()))
+        worked_s = time.monotonic()
+        lease.commit({"rows": 1})
+        lease.end()
+        tally.add(taken_s - begin_s, time.monotonic() - worked_s)
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    """All workers are threads of this process, so that their leases take turns on one core."""
+    from tokenspeed_plan.runtime.serving.leases.job_store import FolderStore
+
+    rows_per_shard = args.rows / args.shards
+    work_s = rows_per_shard / args.rows_per_s / args.faster
+    units = [f"{number:05d}" for number in range(args.shards)]
+    tally = Simulated()
+    threading.stack_size(256 << 10)
+    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+        store = FolderStore(Path(scratch))
+        timeout_s = 60.0 / args.faster
+        threads = [
+            threading.Thread(target=simulate_worker,
+                             args=(store, units, number, work_s, tally, timeout_s))
+            for number in range(args.workers)
+        ]  # fmt: skip
+        begin_s = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        total_s = time.monotonic() - begin_s
+        takeovers = sum(not name.endswith(".1") for name in store.names("leases"))
+    gaps = [take + commit for take, commit in zip(tally.takes_s, tally.commits_s, strict=True)]
+    real_s, mean_s = work_s * args.faster, statistics.mean(gaps)
+    print(
+        f"{args.workers} workers, {args.rows} rows in {args.shards} shards of {real_s:.0f} s each, "
+        f"run {args.faster:g} x faster: {total_s:.0f} s; {takeovers} takeovers"
+    )
+    print(
+        f"  between two shards a worker waits {mean_s:.2f} s on average, so it would be busy "
+        f"{real_s / (real_s + mean_s):.2%} of the time"
+    )
+    for name, values in (("take", tally.takes_s), ("commit", tally.commits_s)):
+        p50, p99 = statistics.median(values), statistics.quantiles(values, n=100)[98]
+        print(f"  {name}: {p50 * 1e3:.0f} ms at the median, {p99 * 1e3:.0f} ms of 99 %")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"  peak memory of all: {peak:.0f} MiB")
+    return int(len(tally.commits_s) < args.shards)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    modes = parser.add_subparsers(required=True)
+    for name, run in (("leases", run_leases), ("ray", run_ray)):
+        mode = modes.add_parser(name)
+        mode.set_defaults(run=run)
+        mode.add_argument("bundle", type=Path)
+        mode.add_argument("--rows", type=int, default=2000)
+        mode.add_argument("--shards", type=int, default=40)
+        mode.add_argument("--kills", type=int, default=20)
+        mode.add_argument("--pause", type=float, default=2.0, help="Seconds between two kills.")
+        mode.add_argument("--seed", type=int, default=0)
+        if name == "leases":
+            mode.add_argument("--workers", type=int, default=4)
+        else:
+            mode.add_argument("--nodes", type=int, default=4)
+            mode.add_argument("--drivers", type=int, default=2, help="Drivers that are killed.")
+    mode = modes.add_parser("router")
+    mode.set_defaults(run=run_router)
+    mode.add_argument("model", type=Path)
+    mode.add_argument("--agents", type=int, default=64)
+    mode.add_argument("--turns", type=int, default=12)
+    mode.add_argument("--replicas", type=int, default=4)
+    mode = modes.add_parser("simulate")
+    mode.set_defaults(run=run_simulate)
+    mode.add_argument("--workers", type=int, default=1000)
+    mode.add_argument("--rows", type=int, default=10_000_000)
+    mode.add_argument("--shards", type=int, default=2000)
+    mode.add_argument("--rows-per-s", type=float, default=28.0, help="Of one engine, predicted.")
+    mode.add_argument("--faster", type=float, default=4.0, help="Than the predicted times.")
+    args = parser.parse_args()
+    return int(args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""One worker of a job: it leases shard after shard with one engine, and the last one merges."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Protocol
+from uuid import uuid4
+
+from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime.request import Completion, Request
+from tokenspeed_plan.runtime.serving.batch.options import (
+    BatchEngine,
+    BatchOptions,
+    BatchPlan,
+    TextTokenizer,
+)
+from tokenspeed_plan.runtime.serving.batch.runner import (
+    ANSWERED,
+    INTERRUPTED,
+    SOME_FAILED,
+    run_batch,
+)
+from tokenspeed_plan.runtime.serving.interrupt import Interrupt
+from tokenspeed_plan.runtime.serving.leases.job_index import (
+    INDEX,
+    JobIndex,
+    JobInput,
+    copy_rows,
+    make_index,
+)
+from tokenspeed_plan.runtime.serving.leases.job_store import Store, is_url
+from tokenspeed_plan.runtime.serving.leases.merge import MERGE, Merge, check_part, measure, summary
+from tokenspeed_plan.runtime.serving.leases.shard_lease import (
+    Lease,
+    LeaseLost,
+    Leases,
+    done_name,
+    finished_units,
+)
+from tokenspeed_plan.runtime.serving.leases.shard_parts import (
+    PARTS,
+    open_part,
+    part_name,
+    remove_parts,
+)
+
+# How often an idle worker looks: a thousand of them read two folders each time.
+POLLS_PER_TIMEOUT = 4
+INDEX_POLL_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """Options of a worker.
+
+    Attributes:
+        input: what to answer.
+        output: a path or a URL; the last worker writes it.
+        timeout_s: for how long a worker may be silent before its shard is another's.
+        max_concurrency: requests in the engine at once; the plan's `max_seqs` by default.
+        summary: where the totals of the job go, as JSON.
+        quiet: say nothing.
+    """
+
+    input: JobInput
+    output: str
+    timeout_s: float = 60.0
+    max_concurrency: int | None = None
+    summary: Path | None = None
+    quiet: bool = False
+
+
+class CancellingEngine(BatchEngine, Protocol):
+    """An engine that can drop requests."""
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request that waits or runs."""
+
+
+class WatchedEngine:
+    """An engine that stops between two steps once the lease is another worker's."""
+
+    def __init__(self, engine: CancellingEngine) -> None:
+        self.startup_s = engine.startup_s
+        self.lease: Lease | None = None
+        self._engine = engine
+        self._requests: set[str] = set()
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return self._engine.num_unfinished
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self._engine.add(request)
+        self._requests.add(request.request_id)
+
+    def step(self) -> list[Completion]:
+        """Run one step.
+
+        Raises:
+            LeaseLost: another worker has the shard.
+        """
+        if self.lease is not None:
+            self.lease.check()
+        done = self._engine.step()
+        self._requests.difference_update(completion.request_id for completion in done)
+        return done
+
+    def drop_all(self) -> None:
+        """Cancel what was not finished."""
+        for name in self._requests:
+            self._engine.cancel(name)
+        self._requests.clear()
+
+
+class Worker:
+    """Works at a job until all of it is done.
+
+    Args:
+        store: of the job.
+        options: alike for all workers of a job, but for `max_concurrency`.
+        plan: its digest and limits.
+        tokenizer: of the model.
+        load_engine: called once, and only if there is something to run.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        options: WorkerOptions,
+        plan: BatchPlan,
+        tokenizer: TextTokenizer,
+        load_engine: Callable[[], CancellingEngine],
+    ) -> None:
+        owner = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+        self._store = store
+        self._options = options
+        self._plan = plan
+        self._tokenizer = tokenizer
+        self._load_engine = load_engine
+        self._engine: WatchedEngine | None = None
+        self._leases = Leases(store, owner, options.timeout_s)
+        self._jitter = Random(owner)
+        self._interrupt = Interrupt(signal.SIGINT, signal.SIGTERM)
+
+    def run(self) -> int:
+        """Work; returns the exit code: 0, 1 where rows have failed, 130 after a signal.
+
+        Raises:
+            RequestError: the job is refused, or is not this one.
+        """
+        with self._interrupt:
+            index = self._index()
+            while index is not None and not self._is_done(MERGE):
+                lease = self._next(index)
+                if lease is None:
+                    break
+                with self._holding(lease):
+                    if lease.unit == MERGE:
+                        self._merge(lease, index)
+                    else:
+                        self._run_shard(lease, index)
+        if index is None or not self._is_done(MERGE):
+            return INTERRUPTED
+        return self._report(index)
+
+    def _is_done(self, unit: str) -> bool:
+        return self._store.read(done_name(unit)) is not None
+
+    def _next(self, index: JobIndex) -> Lease | None:
+        """What to do next; None after a signal, or when there is nothing left.
+
+        While others have all that is left, it waits for them to end or to fall silent.
+        """
+        while not self._interrupt.seen and not self._is_done(MERGE):
+            lease = self._leases.take(index.names)
+            if lease is None and finished_units(self._store) >= set(index.names):
+                lease = self._leases.take([MERGE])
+            if lease is not None:
+                return lease
+            self._wait(self._options.timeout_s / POLLS_PER_TIMEOUT)
+        return None
+
+    def _wait(self, seconds: float) -> None:
+        """Wait about so long: workers that were started together shall not ask together."""
+        time.sleep(seconds * self._jitter.uniform(0.5, 1.5))
+
+    @contextmanager
+    def _holding(self, lease: Lease) -> Iterator[None]:
+        """End a lease with its work; what is not done is given back."""
+        try:
+            yield
+        except LeaseLost as error:
+            self._say(error.message)
+        except (RequestError, FileNotFoundError):
+            if not self._is_done(lease.unit):  # else its new worker has deleted our files
+                raise
+        finally:
+            if self._engine is not None:
+                self._engine.lease = None
+                self._engine.drop_all()
+            lease.end(release=not self._is_done(lease.unit))
+
+    def _index(self) -> JobIndex | None:
+        """The index; made here, or by another worker. None after a signal.
+
+        Raises:
+            RequestError: the input is refused, or the folder has another job.
+        """
+        while not self._interrupt.seen:
+            text = self._store.read(done_name(INDEX))
+            if text is not None:
+                index = JobIndex.parse(text)
+                self._check_is_same(index)
+                return index
+            lease = self._leases.take([INDEX])
+            if lease is None:
+                self._ready_engine()  # meanwhile
+                self._wait(min(self._options.timeout_s / POLLS_PER_TIMEOUT, INDEX_POLL_S))
+                continue
+            with self._holding(lease):
+                self._refuse_taken_output()
+                made = make_index(self._options.input, self._plan, self._tokenizer, lease.check)
+                lease.commit(made.as_result())
+        return None
+
+    def _refuse_taken_output(self) -> None:
+        output = self._options.output
+        if not is_url(output) and Path(output).exists():
+            raise RequestError(
+                f"`{output}` exists, and this job has not written it",
+                "name another output, or delete it",
+            )
+
+    def _check_is_same(self, index: JobIndex) -> None:
+        wanted = (self._plan.digest, self._options.input.num_shards, self._options.input.limit)
+        if wanted == (index.plan, index.num_shards, index.limit):
+            return
+        raise RequestError(
+            f"the lease folder has a job of another plan, `--shards` or `--limit`: "
+            f"it has {index.num_shards} shards",
+            "give each job a folder of its own, and all workers of a job the same options",
+        )
+
+    def _ready_engine(self) -> WatchedEngine:
+        if self._engine is None:
+            self._engine = WatchedEngine(self._load_engine())
+        return self._engine
+
+    def _run_shard(self, lease: Lease, index: JobIndex) -> None:
+        shard = index.shard(lease.unit)
+        begun_s = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="tokenspeed-") as folder:
+            scratch = Path(folder)
+            rows = scratch / "rows.jsonl"
+            copy_rows(self._options.input, shard, rows)
+            part = open_part(lease, scratch)
+            lease.before_beat = part.save
+            engine = self._ready_engine()
+            engine.lease = lease
+            is_stopped = self._interrupt.seen  # while the engine was loaded
+            if is_stopped or not self._answer(rows, part.path, shard.first_line, engine):
+                self._interrupt.seen = True
+                part.save()
+                return
+            facts = measure(part.path, lease.generation)
+            check_part(facts, shard)
+            lease.check()
+            part.publish()
+        if lease.commit(asdict(facts)):
+            remove_parts(self._store, shard.name, but=lease.generation)
+        else:
+            self._store.remove(part_name(shard.name, lease.generation))
+        seconds = time.monotonic() - begun_s
+        num_done = len(finished_units(self._store) & set(index.names))
+        self._say(
+            f"shard {shard.name}: {shard.rows} rows in {seconds:.1f} s; "
+            f"{num_done} of {len(index.shards)} shards are done"
+        )
+
+    def _answer(self, rows: Path, output: Path, first_line: int, engine: WatchedEngine) -> bool:
+        """Answer the rows of a shard; False after a signal."""
+        options = BatchOptions(
+            rows,
+            output,
+            max_errors=sys.maxsize,  # the index has refused or allowed them
+            max_concurrency=self._options.max_concurrency,
+            quiet=True,
+            first_line=first_line,
+        )
+        return run_batch(options, self._plan, self._tokenizer, lambda: engine) != INTERRUPTED
+
+    def _merge(self, lease: Lease, index: JobIndex) -> None:
+        merge = Merge(self._store, index, lease.check)
+        merge.write(self._options.output)
+        lease.commit({"rows": index.rows, "failed": merge.failed, "size_bytes": merge.size_bytes})
+        for name in self._store.names(PARTS):
+            self._store.remove(f"{PARTS}/{name}")
+
+    def _report(self, index: JobIndex) -> int:
+        """Say what came of the job; returns the exit code."""
+        total = summary(self._store, index.names)
+        if self._options.summary:
+            text = json.dumps(total, indent=1, allow_nan=False) + "\n"
+            self._options.summary.write_text(text, encoding="utf-8")
+        self._say(
+            f"{total['rows'] - total['failed']} answered, {total['failed']} failed, of "
+            f"{index.rows} rows in {len(index.shards)} shards: `{self._options.output}`"
+        )
+        if total["failed"]:
+            return SOME_FAILED
+        return ANSWERED
+
+    def _say(self, text: str) -> None:
+        if not self._options.quiet:
+            print(text, file=sys.stderr, flush=True)
