@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from torch import Tensor
 
@@ -28,12 +29,26 @@ from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.step_commit import OnToken, StepCommit
 
 
+class Elsewhere(Protocol):
+    """Lets another pool compute the prompts of an engine; see `runtime/pools`."""
+
+    def offer(self, sequence: Sequence) -> None:
+        """Look at a sequence that was just queued; it starts once its prompt is computed."""
+
+    def poll(self, is_busy: bool) -> None:
+        """Look what has come; where there is nothing else to do, wait a moment for it."""
+
+    def close(self) -> None:
+        """Compute all prompts here from now on."""
+
+
 class StepLoop:
     """Launches and commits the batches of a scheduler.
 
     Attributes:
         in_flight: the batch that was launched and is not committed.
         last_batch: the batch that was launched last.
+        elsewhere: lets another pool compute prompts; None where they are computed here.
     """
 
     def __init__(
@@ -41,6 +56,7 @@ class StepLoop:
     ) -> None:
         self.in_flight: InFlightBatch | None = None
         self.last_batch: Batch | None = None
+        self.elsewhere: Elsewhere | None = None
         self._executor = executor
         self._scheduler = scheduler
         self._commits = StepCommit(scheduler, outputs)
@@ -64,6 +80,8 @@ class StepLoop:
         """Queue a sequence."""
         self.sequences[sequence.request.request_id] = sequence
         self._scheduler.add(sequence)
+        if self.elsewhere is not None:
+            self.elsewhere.offer(sequence)
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request that waits or runs; False where there is none."""
@@ -74,8 +92,16 @@ class StepLoop:
         self._scheduler.cancel(sequence)
         return True
 
+    def close(self) -> None:
+        """Ask nobody else for anything any more."""
+        if self.elsewhere is not None:
+            self.elsewhere.close()
+            self.elsewhere = None
+
     def step(self, on_token: OnToken | None) -> list[Completion]:
         """Launch a batch, and commit the one before it; returns the requests that finished."""
+        if self.elsewhere is not None:
+            self.elsewhere.poll(self.in_flight is not None)
         begun = time.perf_counter()
         self._waited_s = 0.0
         finished = self._step(on_token)
