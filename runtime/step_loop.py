@@ -10,7 +10,7 @@ the last step that uses it is launched.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -41,6 +41,13 @@ class Elsewhere(Protocol):
     def close(self) -> None:
         """Compute all prompts here from now on."""
 
+    @property
+    def num_heard(self) -> int:
+        """Rises while peers compute."""
+
+    def gauges(self) -> list[tuple[str, str, Callable[[], float]]]:
+        """What can be measured: a name, a text, and what reads it."""
+
 
 class StepLoop:
     """Launches and commits the batches of a scheduler.
@@ -70,6 +77,13 @@ class StepLoop:
     def sequences(self) -> dict[str, Sequence]:
         """The requests that are not finished, by their id."""
         return self._commits.sequences
+
+    @property
+    def num_moves(self) -> int:
+        """Rises while it gets on, or those that compute prompts for it do."""
+        if self.elsewhere is None:
+            return self.metrics.steps
+        return self.metrics.steps + self.elsewhere.num_heard
 
     @property
     def metrics(self) -> Metrics:

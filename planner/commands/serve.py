@@ -21,6 +21,12 @@ from tokenspeed_plan.planner.commands.engines import (
     ready_engine,
     seconds_option,
 )
+from tokenspeed_plan.planner.commands.pools import (
+    PoolOptions,
+    other_pools,
+    pool_options,
+    serve_prefill,
+)
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.errors import RequestError
 
@@ -32,12 +38,13 @@ Folder = click.Path(path_type=Path)
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """Options of `tokenspeed serve`: the address, the engine and the server."""
+    """Options of `tokenspeed serve`: the address, the engine, the server and the pools."""
 
     host: str
     port: int
     engine: EngineOptions
     server: ServerOptions
+    pools: PoolOptions
 
 
 @click.command(cls=ReplayCommand)
@@ -129,6 +136,7 @@ class ServeOptions:
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
 @click.option("--verify-weights", is_flag=True, help=VERIFY_HELP)
 @signature_options
+@pool_options
 def serve(
     bundle: Path,
     host: str,
@@ -151,6 +159,7 @@ def serve(
     verify_weights: bool,
     allowed_signers: Path | None,
     signer: str | None,
+    pools: PoolOptions,
 ) -> None:
     """Serve BUNDLE to OpenAI's and Anthropic's clients."""
     _check_packages()
@@ -181,7 +190,10 @@ def serve(
         signers=signers,
         rank_timeout_s=rank_timeout_s,
     )
-    options = ServeOptions(host, port, engine, server)
+    if pools.role == "prefill":
+        serve_prefill(bundle, engine, pools)
+        return
+    options = ServeOptions(host, port, engine, server, pools)
     signals = (signal.SIGTERM, signal.SIGINT)
     on_all_ranks(bundle, engine, lambda: _serve(bundle, options), ignored=signals)
 
@@ -203,9 +215,12 @@ def _serve(bundle: Path, options: ServeOptions) -> None:
     with listen(options.host, options.port) as listener:
         check_reach(listener, options.server.api_key)
         template = load_chat_template(bundle, options.engine)
-        engine = ready_engine(bundle, options.engine, template)
-        host, port = listener.getsockname()[:2]
-        if ":" in host:
-            host = f"[{host}]"
-        ready = f"ready at http://{host}:{port}/v1"
-        serve(engine, options.server, listener, lambda: click.echo(ready, err=True))
+        with other_pools(bundle, options.engine, options.pools) as attach:
+            engine = ready_engine(bundle, options.engine, template)
+            attach(engine)
+            host, port = listener.getsockname()[:2]
+            if ":" in host:
+                host = f"[{host}]"
+            ready = f"ready at http://{host}:{port}/v1"
+            serve(engine, options.server, listener, lambda: click.echo(ready, err=True))
+            engine.loop.close()

@@ -364,8 +364,9 @@ class Plan(Frozen):
         return self.model_copy(update={"pools": (pool,), "target": target})
 
     def with_pool(self, **changes: Any) -> Plan:
-        """The plan with some fields of its pool replaced; not sealed."""
-        return self.model_copy(update={"pools": (self.pool.model_copy(update=changes),)})
+        """The plan with some fields of its first pool replaced; not sealed."""
+        first, *others = self.pools
+        return self.model_copy(update={"pools": (first.model_copy(update=changes), *others)})
 
     @property
     def num_layers(self) -> int:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,12 +59,14 @@ class PeerOptions:
         token: that both sides know.
         timeout_s: after which a peer that says nothing gets no more orders.
         start_s: in which a peer must answer at the start.
+        retry_s: after which a lost peer is called again.
     """
 
     addresses: tuple[tuple[str, int], ...]
     token: str
     timeout_s: float = 10.0
     start_s: float = 600.0
+    retry_s: float = 1.0
 
 
 @dataclass(slots=True)
@@ -100,26 +103,34 @@ class Handovers:
         prefill = plan.pools[1].limits
         self._max_jobs = prefill.max_seqs
         self._page_size = prefill.page_size
-        self._peers = [Peer(address, prefill.num_pages) for address in options.addresses]
+        self._peers = [
+            Peer(address, prefill.num_pages, options.retry_s) for address in options.addresses
+        ]
         self._waiting: deque[Handover] = deque()
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._late: list[_Late] = []
 
-    def start(self) -> None:
+    def start(self) -> int:
         """Connect to the peers; one that cannot be reached is tried again and again.
+
+        Returns:
+            How many are there.
 
         Raises:
             PoolError: one runs another plan, or has another token.
         """
         memory = self._transport.describe()
         events = events_into(self._events.put, Events(self._joined, self._said, self._left))
+        num_peers = 0
         for peer in self._peers:
             connect = partial(peer.connect, self._options.token, self._facts, memory)
             try:
                 connect(self._options.start_s)
+                num_peers += 1
             except ChannelClosed as closed:
                 print(f"{peer.name} is not there: {closed}", file=sys.stderr)
             peer.watch(partial(connect, self._options.timeout_s), events)
+        return num_peers
 
     @property
     def num_peers(self) -> int:
@@ -136,8 +147,43 @@ class Handovers:
         """Pages that nobody uses, as a lost peer may still write them."""
         return sum(len(each.new_pages) for each in self._reservations.abandoned)
 
+    @property
+    def num_heard(self) -> int:
+        """Messages of all peers."""
+        return sum(peer.num_heard for peer in self._peers)
+
+    def gauges(self) -> list[tuple[str, str, Callable[[], float]]]:
+        """What a server shows of hand-overs."""
+        counts = self.counts
+        return [
+            ("prefill_pools", "Prefill pools that take prompts", lambda: self.num_peers),
+            ("handovers_in_flight", "Prompts at prefill pools", lambda: self.num_jobs),
+            (
+                "handovers_ordered",
+                "Prompts that were asked of prefill pools",
+                lambda: counts.ordered,
+            ),
+            ("handovers_done", "Prompts that came from prefill pools", lambda: counts.done),
+            (
+                "handovers_refused",
+                "Prompts that came with a wrong digest, and were not used",
+                lambda: counts.refused,
+            ),
+            ("handovers_failed", "Prompts that a prefill pool gave up", lambda: counts.failed),
+            ("handovers_lost", "Prompts that went with their prefill pool", lambda: counts.lost),
+            ("handovers_alone", "Prompts of these computed here after all", lambda: counts.alone),
+            ("handover_bytes", "Bytes that came from prefill pools", lambda: counts.size_bytes),
+            ("handover_seconds", "From order to arrival, all together", lambda: counts.wait_s),
+            (
+                "kv_pages_abandoned",
+                "Pages that a lost prefill pool may still write",
+                lambda: self.num_abandoned_pages,
+            ),
+        ]
+
     def offer(self, sequence: Progress) -> None:
         """Let a peer compute the prompt of a sequence, if that saves this pool a page or more."""
+        self._handle_events(0.0)
         if not self.num_peers:
             return
         cache, token_ids = self._scheduler.cache, sequence.token_ids
@@ -154,15 +200,15 @@ class Handovers:
         wait_s = 0.0
         if not is_busy and self._is_all_elsewhere():
             wait_s = _LOOK_S
-        try:
-            event = self._events.get(timeout=wait_s) if wait_s else self._events.get_nowait()
-            while True:
-                event()
-                event = self._events.get_nowait()
-        except queue.Empty:
-            pass
+        self._handle_events(wait_s)
         self._look_after_peers()
         self._order_waiting()
+
+    def _handle_events(self, wait_s: float) -> None:
+        with suppress(queue.Empty):
+            self._events.get(block=wait_s > 0, timeout=wait_s or None)()
+            while True:
+                self._events.get_nowait()()
 
     def close(self) -> None:
         """Order nothing more; what was ordered is computed here."""

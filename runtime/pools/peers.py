@@ -25,8 +25,6 @@ from tokenspeed_plan.runtime.pools.channel import (
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence as Progress
 
-_RETRY_S = 1.0
-
 
 @dataclass(slots=True, eq=False)
 class Handover:
@@ -66,23 +64,26 @@ class Peer:
     Args:
         address: host and port.
         max_known: pages that its cache may have.
+        retry_s: after which it is called again where it was lost.
 
     Attributes:
         link: its connection; None while there is none.
         is_silent: whether nothing was heard of it for too long.
-        heard_s: when it was heard last.
+        heard_s: when it was heard last. num_heard: how often.
         jobs: its orders by their names.
         abandoned: what it may still write, by the name of the order.
     """
 
-    def __init__(self, address: tuple[str, int], max_known: int) -> None:
+    def __init__(self, address: tuple[str, int], max_known: int, retry_s: float) -> None:
         self.address = address
         self.link: Channel | None = None
         self.is_silent = False
         self.heard_s = 0.0
+        self.num_heard = 0
         self.jobs: dict[str, Handover] = {}
         self.abandoned: dict[str, Reservation] = {}
         self._max_known = max_known
+        self._retry_s = retry_s
         self._known: OrderedDict[bytes, None] = OrderedDict()
         self._channel: Channel | None = None  # of the reader, who may be ahead
         self._posts: queue.SimpleQueue[tuple[Channel, Message] | None] = queue.SimpleQueue()
@@ -174,7 +175,7 @@ class Peer:
                 events.left(self, self._listen(channel, events))
                 channel.close()
                 self._channel = None
-            if self._stopped.wait(_RETRY_S):
+            if self._stopped.wait(self._retry_s):
                 return
             try:
                 connect()
@@ -191,6 +192,7 @@ class Peer:
             while True:
                 message = channel.receive()
                 self.heard_s = time.monotonic()
+                self.num_heard += 1
                 if message.get("type") != "beat" or self.is_silent:
                     events.said(self, message)
         except ChannelClosed as closed:

@@ -75,6 +75,7 @@ class PrefillServer:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._callers: list[Caller] = []
         self._num_callers = 0
+        self._jobs: dict[str, PrefillJob] = {}  # of all callers, by the names of their requests
         self._stopped = False
         self._next_beat_s = 0.0
 
@@ -90,7 +91,8 @@ class PrefillServer:
         while not self._stopped:
             self._take_events()
             if self._engine.num_unfinished:
-                self._engine.step()
+                for done in self._engine.step():
+                    self._jobs[done.request_id].num_cached = done.num_cached_tokens
             for caller in list(self._callers):
                 self._advance(caller)
             self._beat()
@@ -105,7 +107,7 @@ class PrefillServer:
         if self._engine.num_unfinished:
             wait_s = 0.0
         with suppress(queue.Empty):
-            self._events.get(timeout=wait_s)() if wait_s else self._events.get_nowait()()
+            self._events.get(block=wait_s > 0, timeout=wait_s or None)()
             while True:
                 self._events.get_nowait()()
 
@@ -204,7 +206,7 @@ class PrefillServer:
         hit = job.find()
         if hit is None:
             self._engine.add(Request(name, order.token_ids, _PARAMS))
-        caller.jobs[order.request_id] = job
+        caller.jobs[order.request_id] = self._jobs[name] = job
         if hit is not None:
             job.num_cached = hit.num_tokens
             job.send_rest(hit)
@@ -237,10 +239,10 @@ class PrefillServer:
         if sequence is None:
             job.send_rest(job.find())
         elif sequence.is_running:
-            job.num_cached = sequence.num_cached_tokens or 0
             job.send_filled(sequence)
 
     def _end(self, caller: Caller, job: PrefillJob) -> None:
         caller.jobs.pop(job.order.request_id, None)
+        self._jobs.pop(job.name, None)
         self._engine.cancel(job.name)
         job.release()
