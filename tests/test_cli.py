@@ -91,6 +91,12 @@ SURFACE = {
         "no_canary",
         "verify_weights",
         *SIGNERS,
+        "pool",
+        "listen",
+        "peers",
+        "peer_token",
+        "peer_timeout_s",
+        "transport",
     },
     "chat": {
         "bundle",

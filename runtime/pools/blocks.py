@@ -97,13 +97,16 @@ class _Buffer:
         first = rank * holders // self.ranks * each
         return range(first, first + each)
 
-    def unit(self, place: int, parts: int) -> Unit:
-        """The unit of one of the `parts` groups that a rank has."""
+    def unit(self, place: int, parts: int, is_whole: bool) -> Unit:
+        """The unit of one of the `parts` groups that a rank has.
+
+        Where a rank of the other pool has the same one group, the unit is one run: `is_whole`.
+        """
         slots, *row = map(int, self.spec.tensor.shape)
         slot_bytes = self.spec.tensor.size_bytes() // slots
         element_bytes = slot_bytes // math.prod(row)
         starts, sizes = np.zeros(1, np.int64), np.array([math.prod(row)])
-        if parts > 1:
+        if not is_whole:
             starts, sizes = _runs(math.prod(row), self.sections, place, parts)
         first = self.spec.offset_bytes
         return Unit(
@@ -124,9 +127,10 @@ def routes(source: Pool, target: Pool, rank: int = 0, other: int = 0) -> list[tu
         sent, wanted = one.owned(rank, total, groups), two.owned(other, total, groups)
         if rank and one.owned(rank - 1, total, groups) == sent:
             continue
+        is_whole = len(sent) == len(wanted) == 1
         for group in sorted({*sent} & {*wanted}):
-            from_unit = one.unit(group - sent.start, len(sent))
-            found.append((from_unit, two.unit(group - wanted.start, len(wanted))))
+            from_unit = one.unit(group - sent.start, len(sent), is_whole)
+            found.append((from_unit, two.unit(group - wanted.start, len(wanted), is_whole)))
     return found
 
 

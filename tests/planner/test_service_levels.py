@@ -192,8 +192,23 @@ def test_advice_for_fewer_gpus_says_so_and_a_split_is_compared_with_this_plan() 
         assert said and float(said[1]) == pytest.approx(cost, rel=1e-3), name
 
 
-def test_two_pools_that_are_stated_are_refused() -> None:
-    with pytest.raises(SpecError, match="is not planned yet"):
-        decided_for(count=2, disaggregation={"prefill": 1, "decode": 1})
+def test_two_pools_that_are_stated_are_planned() -> None:
+    decided, decisions = decided_for(count=2, disaggregation={"prefill": 1, "decode": 1})
+    assert decided.prefill is not None
+    assert decided.prefill.num_ranks == decided.layout.num_ranks == 1
+    found = decisions["disaggregation"]
+    assert found.value == "1 prefill, 1 decode" and "MB a turn by nvlink" in found.reason
+    assert found.runner_up is None  # nothing else was asked for
+
+
+def test_pools_that_no_plan_holds_are_refused() -> None:
+    with pytest.raises(SpecError, match="more than one in a pool is not planned yet"):
+        decided_for(count=4, disaggregation={"prefill": 2, "decode": 2})
+    with pytest.raises(SpecError, match="pools hand over checkpoints"):
+        decided_for(
+            count=2,
+            disaggregation={"prefill": 1, "decode": 1},
+            serving={"checkpoint_tokens": 0},
+        )
     with pytest.raises(SpecError, match=r"2 \+ 2 = 4 GPUs, the target has 2"):
         decided_for(count=2, disaggregation={"prefill": 2, "decode": 2})

@@ -1,4 +1,4 @@
-"""Prompts that another pool computes give the answers of one pool, whatever happens to that pool."""
+"""Prompts that another pool computes get the answers of one pool, whatever happens to it."""
 
 from __future__ import annotations
 

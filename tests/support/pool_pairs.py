@@ -136,9 +136,7 @@ class _SpoiledRoute:
             return self._inner.push(parts)
         if self._fails:
             raise PoolError("the link is gone", "plug it in again")
-        return self._inner.push(
-            [Copies(p.arena, p.sources * 0, p.targets, p.sizes) for p in parts]
-        )
+        return self._inner.push([Copies(p.arena, p.sources * 0, p.targets, p.sizes) for p in parts])
 
     def close(self) -> None:
         self._inner.close()
