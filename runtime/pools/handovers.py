@@ -37,7 +37,8 @@ class HandoverCounts:
 
     `ordered` prompts were asked of peers; of these `done` came, `refused` had another digest than
     was said, `failed` could not be computed there, and `lost` went with their peer. `alone` were
-    computed here after all. `wait_s` is the time from order to arrival of those that came.
+    computed here after all. `wait_s` is the time from order to arrival of those that came, and
+    `exposed_s` the part of it after their last token was computed.
     """
 
     ordered: int = 0
@@ -48,6 +49,7 @@ class HandoverCounts:
     alone: int = 0
     size_bytes: int = 0
     wait_s: float = 0.0
+    exposed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,11 @@ class Handovers:
             ("handovers_alone", "Prompts of these computed here after all", lambda: counts.alone),
             ("handover_bytes", "Bytes that came from prefill pools", lambda: counts.size_bytes),
             ("handover_seconds", "From order to arrival, all together", lambda: counts.wait_s),
+            (
+                "handover_exposed_seconds",
+                "Of these, after the last token of the prompt was computed",
+                lambda: counts.exposed_s,
+            ),
             (
                 "kv_pages_abandoned",
                 "Pages that a lost prefill pool may still write",
@@ -318,6 +325,7 @@ class Handovers:
         self.counts.done += 1
         self.counts.size_bytes += int(message.get("size_bytes", 0))
         self.counts.wait_s += time.perf_counter() - handover.begun_s
+        self.counts.exposed_s += int(message.get("exposed_us", 0)) * 1e-6
         sequence.is_elsewhere = False
 
     def _note_cached(self, sequence: Progress, num_cached: int) -> None:

@@ -7,6 +7,7 @@ writes over it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -47,6 +48,7 @@ class PrefillJob:
         is_cancelled: whether nobody wants it any more.
         has_failed: whether it could not be computed.
         size_bytes: that were sent.
+        computed_s: when the last token was computed.
     """
 
     order: Order
@@ -59,6 +61,7 @@ class PrefillJob:
     is_cancelled: bool = False
     has_failed: bool = False
     size_bytes: int = 0
+    computed_s: float = 0.0
     _sent: list[int] = field(default_factory=list)  # pages here, from the order's first on
     _state_slot: int = 0
     _pending: list[Pending] = field(default_factory=list)
@@ -82,6 +85,7 @@ class PrefillJob:
         if hit is None:
             self.has_failed = True
             return
+        self.computed_s = time.perf_counter()
         node, pages = self.cache.use(hit)
         self._state_slot = hit.checkpoint.state_slot
         if hit.checkpoint is not node:
@@ -139,6 +143,7 @@ class PrefillJob:
             "num_tokens": len(self.order.token_ids),
             "num_cached": self.num_cached,
             "size_bytes": self.size_bytes,
+            "exposed_us": round((time.perf_counter() - self.computed_s) * 1e6),
             "digest": self.memory.digest(self._sent, self._state_slot),
         }
 
