@@ -23,6 +23,7 @@ from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.pools.channel import CUT_S, Channel, ChannelClosed, Facts, Message
 from tokenspeed_plan.runtime.pools.peers import Events, Handover, Peer, events_into
 from tokenspeed_plan.runtime.pools.pool_memory import PoolMemory
+from tokenspeed_plan.runtime.pools.samples import Sample
 from tokenspeed_plan.runtime.pools.transport import Transport
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence as Progress
@@ -71,6 +72,16 @@ class PeerOptions:
     retry_s: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """What a peer says that it has written, and some of it as it is read here."""
+
+    peer: Peer
+    handover: Handover
+    message: Message
+    sample: Sample
+
+
 @dataclass(slots=True)
 class _Late:
     """Memory that is given back at a time."""
@@ -111,6 +122,7 @@ class Handovers:
         self._waiting: deque[Handover] = deque()
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._late: list[_Late] = []
+        self._arrivals: list[_Arrival] = []
 
     def start(self) -> int:
         """Connect to the peers; one that cannot be reached is tried again and again.
@@ -208,6 +220,7 @@ class Handovers:
         if not is_busy and self._is_all_elsewhere():
             wait_s = _LOOK_S
         self._handle_events(wait_s)
+        self._use_arrivals()
         self._look_after_peers()
         self._order_waiting()
 
@@ -223,6 +236,8 @@ class Handovers:
             peer.stop(_END_S)
             for order in list(peer.jobs):
                 self._go_alone(peer.jobs.pop(order))
+        while self._arrivals:
+            self._go_alone(self._arrivals.pop().handover)
         while self._waiting:
             self._go_alone(self._waiting.popleft())
 
@@ -305,19 +320,34 @@ class Handovers:
             print(f"{peer.name} says: {message.get('reason')!s:.200}", file=sys.stderr)
 
     def _take(self, peer: Peer, handover: Handover, message: Message) -> None:
-        """Use what has come, if it is what was ordered."""
-        sequence, name = handover.sequence, handover.name
-        reservation = self._reservations.held.get(name)
-        if reservation is None or sequence.state == "cancelled":
-            self._reservations.drop(name)
-            self._scheduler.unblock()
-            return
-        digest = self._memory.digest(reservation.new_pages, reservation.state_slot)
-        said = (message.get("num_tokens"), message.get("digest"))
-        if said != (reservation.num_tokens, digest):
-            self.counts.refused += 1
-            self._try_again(peer, handover)
-            return
+        """Read some of what has come."""
+        reservation = self._reservations.held[handover.name]
+        sample = self._memory.sampler.take(reservation.new_pages, reservation.state_slot)
+        self._arrivals.append(_Arrival(peer, handover, message, sample))
+        self._use_arrivals()
+
+    def _use_arrivals(self) -> None:
+        """Use what has come and was read, if it is what was ordered."""
+        for arrival in list(self._arrivals):
+            is_wanted = arrival.handover.sequence.state != "cancelled"
+            if is_wanted and not arrival.sample.is_ready:
+                continue
+            self._arrivals.remove(arrival)
+            reservation = self._reservations.held[arrival.handover.name]
+            said = (arrival.message.get("num_tokens"), arrival.message.get("digest"))
+            if not is_wanted:
+                self._reservations.drop(arrival.handover.name)
+                self._scheduler.unblock()
+            elif said != (reservation.num_tokens, arrival.sample.digest()):
+                self.counts.refused += 1
+                self._try_again(arrival.peer, arrival.handover)
+            else:
+                self._use(arrival.peer, arrival.handover, reservation, arrival.message)
+
+    def _use(
+        self, peer: Peer, handover: Handover, reservation: Reservation, message: Message
+    ) -> None:
+        sequence = handover.sequence
         self._reservations.fulfil(sequence)
         cached = max(int(message.get("num_cached", 0)), handover.num_known)
         self._note_cached(sequence, min(cached, reservation.num_tokens))

@@ -11,7 +11,7 @@ from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.validate.pool_rules import CACHE_ARENAS, cached_tensors
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.pools.blocks import PAGES, STATES, Copies, Unit, copies, routes
-from tokenspeed_plan.runtime.pools.samples import sample_digest
+from tokenspeed_plan.runtime.pools.samples import Sampler
 from tokenspeed_plan.runtime.pools.transport import Transport
 
 TRANSPORTS = ("shm", "nixl")
@@ -41,23 +41,19 @@ class PoolMemory:
     Args:
         plan: with both pools.
         memory: of this process, whose pool is one of them.
+
+    Attributes:
+        has_state: whether there is recurrent state to hand over.
+        sampler: reads some of what was handed over.
     """
 
     def __init__(self, plan: Plan, memory: PlanMemory) -> None:
         decode, prefill = plan.pools
         self._routes: list[tuple[Unit, Unit]] = routes(prefill, decode)
         common = cached_tensors(decode).keys() & cached_tensors(prefill).keys()
-        self._pages = self._tensors(memory, PAGES, common)
-        self._states = self._tensors(memory, STATES, common)
-
-    @property
-    def has_state(self) -> bool:
-        """Whether there is recurrent state to hand over."""
-        return bool(self._states)
-
-    def digest(self, pages: Sequence[int], state_slot: int) -> str:
-        """Of some of these pages, and of a state; see `sample_digest`."""
-        return sample_digest(self._pages, self._states, pages, state_slot)
+        states = self._tensors(memory, STATES, common)
+        self.has_state = bool(states)
+        self.sampler = Sampler(self._tensors(memory, PAGES, common), states)
 
     def page_copies(self, sources: Sequence[int], targets: Sequence[int]) -> Copies:
         """Of pages of the prefill pool to pages of the decode pool."""

@@ -16,6 +16,7 @@ from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
 from tokenspeed_plan.runtime.pools.blocks import Copies
 from tokenspeed_plan.runtime.pools.channel import Message
 from tokenspeed_plan.runtime.pools.pool_memory import PoolMemory
+from tokenspeed_plan.runtime.pools.samples import Sample
 from tokenspeed_plan.runtime.pools.transport import Pending, Route
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
@@ -65,6 +66,7 @@ class PrefillJob:
     _sent: list[int] = field(default_factory=list)  # pages here, from the order's first on
     _state_slot: int = 0
     _pending: list[Pending] = field(default_factory=list)
+    _sample: Sample | None = None
 
     def find(self) -> Hit | None:
         """What the cache has, where that is all of it."""
@@ -94,6 +96,7 @@ class PrefillJob:
         for page in pages[:first]:
             self.cache.pages.drop(page)
         self._send(pages[first:], self._state_slot)
+        self._sample = self.memory.sampler.take(self._sent, self._state_slot)
         self.is_computed = True
 
     def _send(self, pages: Seq[int], state_slot: int = 0) -> None:
@@ -117,13 +120,14 @@ class PrefillJob:
 
     @property
     def has_arrived(self) -> bool:
-        """Whether all that was sent is there.
+        """Whether all that was sent is there, and some of it was read here.
 
         Raises:
             PoolError: it will not get there.
         """
         self._pending = [each for each in self._pending if not each.is_done()]
-        return not self._pending
+        is_read = self._sample is None or self._sample.is_ready
+        return is_read and not self._pending
 
     @property
     def is_over(self) -> bool:
@@ -135,7 +139,7 @@ class PrefillJob:
         name = self.order.request_id
         if self.is_cancelled:
             return {"type": "cancelled", "id": name}
-        if self.has_failed:
+        if self._sample is None:
             return {"type": "failed", "id": name}
         return {
             "type": "done",
@@ -144,7 +148,7 @@ class PrefillJob:
             "num_cached": self.num_cached,
             "size_bytes": self.size_bytes,
             "exposed_us": round((time.perf_counter() - self.computed_s) * 1e6),
-            "digest": self.memory.digest(self._sent, self._state_slot),
+            "digest": self._sample.digest(),
         }
 
     def release(self) -> None:

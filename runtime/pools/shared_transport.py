@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ctypes
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.runtime.pools.blocks import Copies
 
+_HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE
 _HINT = "`shm` is for pools of one host, of one user and in one container: `--transport nixl`"
 
 
@@ -127,10 +129,17 @@ def _handle(arena: Tensor) -> dict[str, Any]:
     address = arena.data_ptr()
     base, _ = _done(*driver.cuMemGetAddressRange(address))
     (handle,) = _done(*runtime.cudaIpcGetMemHandle(address))
+    content = ctypes.string_at(handle.getPtr(), _HANDLE_BYTES)
     return {
-        "handle": base64.b64encode(bytes(handle.reserved)).decode(),
+        "handle": base64.b64encode(content).decode(),
         "offset": address - int(base),
+        "gpu": _gpu(arena.device.index or 0),
     }
+
+
+def _gpu(index: int) -> str:
+    """A GPU by a name that all processes have for it."""
+    return str(torch.cuda.get_device_properties(index).uuid)
 
 
 class _Mapped:
@@ -148,11 +157,17 @@ class _Mapped:
 def _opened_handle(place: dict[str, Any], size_bytes: int) -> Tensor:
     from cuda.bindings import runtime
 
+    gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
     handle = runtime.cudaIpcMemHandle_t()
-    handle.reserved = base64.b64decode(place["handle"])
+    content = base64.b64decode(place["handle"])
+    if len(content) != _HANDLE_BYTES:
+        raise ValueError("no handle of CUDA")
+    ctypes.memmove(handle.getPtr(), content, _HANDLE_BYTES)
     flags = runtime.cudaIpcMemLazyEnablePeerAccess
-    (base,) = _done(*runtime.cudaIpcOpenMemHandle(handle, flags))
-    return torch.as_tensor(_Mapped(int(base) + int(place["offset"]), size_bytes), device="cuda")
+    with torch.cuda.device(gpus.index(place["gpu"])):  # where it lies, not where it is written from
+        torch.cuda.current_stream().synchronize()  # there is a context from now on
+        (base,) = _done(*runtime.cudaIpcOpenMemHandle(handle, flags))
+        return torch.as_tensor(_Mapped(int(base) + int(place["offset"]), size_bytes))
 
 
 def _done(status: Any, *values: Any) -> tuple[Any, ...]:
