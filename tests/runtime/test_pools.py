@@ -15,6 +15,8 @@ from pool_pairs import Pools, Spoiled, plan_of_two, pools, wait_for
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
+from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
+from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
 LONG = list(range(40, 240))
 WAYS = [(0, "snapshot"), (2, "snapshot"), (2, "recompute")]
@@ -134,6 +136,27 @@ def test_a_decode_pool_that_leaves_frees_the_other(checkpoint: Any) -> None:
         while made.engine.num_unfinished:
             done += made.engine.step()
         assert len(done) == 6
+
+
+def test_what_is_reserved_leaves_room_to_finish(checkpoint: Any) -> None:
+    """There are pages for the longest answer of each, one after the other."""
+    plan = squeezed(plan_of_two(checkpoint("moe")), num_pages=20, num_checkpoints=3)
+    scheduler = Scheduler(plan)
+    held = scheduler.reservations
+    params = SamplingParams(max_tokens=28)  # 8 pages in all, 7 of them for the prompt
+    asked = [Request(str(i), tuple(range(i, i + 100)), params) for i in range(3)]
+    first, second, third = (Sequence(each, 0.0, list(each.prompt_ids)) for each in asked)
+    assert held.reserve(first, [])
+    assert held.reserve(second, [])
+    assert held.reserve(third, []) is None  # 21 pages
+    held.drop("0")
+    assert held.reserve(first, [third]) is None  # it runs, and may need 8 beside the others' 14
+    reservation = held.reserve(third, [])
+    assert reservation and len(set(reservation.pages)) == 7 and reservation.state_slot
+    assert held.abandon("1") is not None and held.reserve(first, []) is None
+    held.settle(held.abandoned[0])
+    held.drop("2")
+    check_all_is_given_back(scheduler.cache)
 
 
 def test_others_are_refused(checkpoint: Any) -> None:

@@ -55,9 +55,9 @@ class Pools:
         self._threads: list[threading.Thread] = []
         self._listeners: list[socket.socket] = []
 
-    def add_prefill(self, plan: Plan | None = None) -> tuple[str, int]:
-        """Start a prefill pool; returns its address."""
-        engine = Engine.from_plan(self.plan, self.folder, role="prefill")
+    def add_prefill(self, plan: Plan | None = None, chunk: int = 48) -> tuple[str, int]:
+        """Start a prefill pool; returns its address. Pages leave after each chunk."""
+        engine = Engine.from_plan(self.plan, self.folder, chunk=chunk, role="prefill")
         transport = self.spoil(make_transport("shm", engine.executor.memory))
         server = PrefillServer(engine, plan or self.plan, transport, self.token)
         listener = socket.create_server(("127.0.0.1", 0))
