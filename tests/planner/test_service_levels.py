@@ -203,7 +203,13 @@ def test_two_pools_that_are_stated_are_planned() -> None:
 
 def test_auto_splits_where_that_pays_and_says_do_not_elsewhere() -> None:
     """Long prompts hold up the tokens of others; a lone agent wants both GPUs at once."""
-    prompts = {"concurrency": 8, "turns": 1, "first_turn_tokens": 50_000, "output_tokens": 1000}
+    prompts = {
+        "kind": "agentic",
+        "concurrency": 8,
+        "turns": 1,
+        "first_turn_tokens": 50_000,
+        "output_tokens": 1000,
+    }
     tpot = {"minimize": "tpot"}
     split, decisions = decided_for(
         "35b-a3b", 2, workload=prompts, objective=tpot, speculation="off"
@@ -213,7 +219,7 @@ def test_auto_splits_where_that_pays_and_says_do_not_elsewhere() -> None:
     assert runner_up is not None and runner_up.startswith("one pool, ")
     beaten = float(runner_up.rpartition(" ")[2])
     assert split.predicted.values["tpot_ms"] < beaten
-    alone = {"concurrency": 1, "turns": 12}
+    alone = {"kind": "agentic", "concurrency": 1, "turns": 12}
     whole, decisions = decided_for(
         "35b-a3b", 2, workload=alone, objective={"minimize": "turn_time"}, speculation="off"
     )
