@@ -213,8 +213,7 @@ class Predictor:
         if candidate.prefill:
             memory, new_tokens = self.memory(candidate.prefill), talk.later.new_tokens
             transfer = plan_transfer(memory, candidate, new_tokens, prompt)
-            # The decode pool computes the last token of the prompt itself.
-            handover_us = transfer.exposed_us + decode.step_us(users)(1.0)
+            handover_us = transfer.exposed_us + decode.step_us(users)(1.0)  # of the last token
         demand = decode.demand(talk, prompt.total_us, users, prefill_layout.attention_dp)
         if interleaved_tokens:
             demand = replace(demand, longest_wait_us=prompt.total_us / demand.chunks)

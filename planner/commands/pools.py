@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -285,29 +285,10 @@ def _command(plan: Plan, bundle: Path, options: EngineOptions, pools: PoolOption
             words += ["--signer", options.signers.signer]
     variables = {}
     if plan.target.device == "cuda":
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(_devices(plan))
+        from tokenspeed_plan.runtime.pools.devices import prefill_devices
+
+        variables["CUDA_VISIBLE_DEVICES"] = prefill_devices(plan)
     return _Command(tuple(words), variables)
-
-
-def _devices(plan: Plan) -> Sequence[str]:
-    """The GPUs of this host as the prefill pool numbers them: those of the decode pool come last.
-
-    Both pools see all of them, since each writes the other's memory.
-    """
-    import torch
-
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shown is None:
-        shown = ",".join(map(str, range(torch.cuda.device_count())))
-    devices = [each for each in shown.split(",") if each]
-    own = plan.pool.layout.num_ranks
-    if len(devices) < plan.target.count:
-        raise PoolError(
-            f"the pools of the plan are for {plan.target.count} GPUs, this machine shows "
-            f"{len(devices)}",
-            "plan with `disaggregation: off`, or check `CUDA_VISIBLE_DEVICES`",
-        )
-    return devices[own:] + devices[:own]
 
 
 class _PrefillProcess:

@@ -20,37 +20,18 @@ from functools import partial
 
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.engine import Engine
-from tokenspeed_plan.runtime.pools.channel import CUT_S, Channel, ChannelClosed, Facts, Message
+from tokenspeed_plan.runtime.pools.arrivals import Arrivals
+from tokenspeed_plan.runtime.pools.channel import Channel, ChannelClosed, Facts, Message
+from tokenspeed_plan.runtime.pools.handover_counts import Gauges, HandoverCounts
+from tokenspeed_plan.runtime.pools.lost_memory import LostMemory
 from tokenspeed_plan.runtime.pools.peers import Events, Handover, Peer, events_into
 from tokenspeed_plan.runtime.pools.pool_memory import PoolMemory
-from tokenspeed_plan.runtime.pools.samples import Sample
 from tokenspeed_plan.runtime.pools.transport import Transport
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence as Progress
 
 _LOOK_S = 0.002  # between two looks at the queue of an engine that has nothing to do
 _END_S = 2.0
-
-
-@dataclass(slots=True)
-class HandoverCounts:
-    """Counters that only grow.
-
-    `ordered` prompts were asked of peers; of these `done` came, `refused` had another digest than
-    was said, `failed` could not be computed there, and `lost` went with their peer. `alone` were
-    computed here after all. `wait_s` is the time from order to arrival of those that came, and
-    `exposed_s` the part of it after their last token was computed.
-    """
-
-    ordered: int = 0
-    done: int = 0
-    refused: int = 0
-    failed: int = 0
-    lost: int = 0
-    alone: int = 0
-    size_bytes: int = 0
-    wait_s: float = 0.0
-    exposed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +53,6 @@ class PeerOptions:
     retry_s: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Arrival:
-    """What a peer says that it has written, and some of it as it is read here."""
-
-    peer: Peer
-    handover: Handover
-    message: Message
-    sample: Sample
-
-
-@dataclass(slots=True)
-class _Late:
-    """Memory that is given back at a time."""
-
-    at_s: float
-    reservation: Reservation
-
-
 class Handovers:
     """Lets prefill pools compute the prompts of an engine.
 
@@ -101,6 +64,7 @@ class Handovers:
 
     Attributes:
         counts: what came of it.
+        lost: memory that lost peers may still write.
     """
 
     def __init__(
@@ -121,8 +85,8 @@ class Handovers:
         ]
         self._waiting: deque[Handover] = deque()
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._late: list[_Late] = []
-        self._arrivals: list[_Arrival] = []
+        self.lost = LostMemory(engine.scheduler, transport.settle_s)
+        self._arrivals = Arrivals(engine.scheduler, self.counts)
 
     def start(self) -> int:
         """Connect to the peers; one that cannot be reached is tried again and again.
@@ -157,47 +121,21 @@ class Handovers:
         return sum(len(peer.jobs) for peer in self._peers)
 
     @property
-    def num_abandoned_pages(self) -> int:
-        """Pages that nobody uses, as a lost peer may still write them."""
-        return sum(len(each.new_pages) for each in self._reservations.abandoned)
-
-    @property
     def num_heard(self) -> int:
         """Messages of all peers."""
         return sum(peer.num_heard for peer in self._peers)
 
-    def gauges(self) -> list[tuple[str, str, Callable[[], float]]]:
+    def gauges(self) -> Gauges:
         """What a server shows of hand-overs."""
-        counts = self.counts
         return [
             ("prefill_pools", "Prefill pools that take prompts", lambda: self.num_peers),
             ("handovers_in_flight", "Prompts at prefill pools", lambda: self.num_jobs),
             (
-                "handovers_ordered",
-                "Prompts that were asked of prefill pools",
-                lambda: counts.ordered,
-            ),
-            ("handovers_done", "Prompts that came from prefill pools", lambda: counts.done),
-            (
-                "handovers_refused",
-                "Prompts that came with a wrong digest, and were not used",
-                lambda: counts.refused,
-            ),
-            ("handovers_failed", "Prompts that a prefill pool gave up", lambda: counts.failed),
-            ("handovers_lost", "Prompts that went with their prefill pool", lambda: counts.lost),
-            ("handovers_alone", "Prompts of these computed here after all", lambda: counts.alone),
-            ("handover_bytes", "Bytes that came from prefill pools", lambda: counts.size_bytes),
-            ("handover_seconds", "From order to arrival, all together", lambda: counts.wait_s),
-            (
-                "handover_exposed_seconds",
-                "Of these, after the last token of the prompt was computed",
-                lambda: counts.exposed_s,
-            ),
-            (
                 "kv_pages_abandoned",
                 "Pages that a lost prefill pool may still write",
-                lambda: self.num_abandoned_pages,
+                lambda: self.lost.num_pages,
             ),
+            *self.counts.gauges(),
         ]
 
     def offer(self, sequence: Progress) -> None:
@@ -220,7 +158,7 @@ class Handovers:
         if not is_busy and self._is_all_elsewhere():
             wait_s = _LOOK_S
         self._handle_events(wait_s)
-        self._use_arrivals()
+        self._arrivals.use(self._try_again)
         self._look_after_peers()
         self._order_waiting()
 
@@ -236,8 +174,8 @@ class Handovers:
             peer.stop(_END_S)
             for order in list(peer.jobs):
                 self._go_alone(peer.jobs.pop(order))
-        while self._arrivals:
-            self._go_alone(self._arrivals.pop().handover)
+        for handover in self._arrivals.leave():
+            self._go_alone(handover)
         while self._waiting:
             self._go_alone(self._waiting.popleft())
 
@@ -310,59 +248,15 @@ class Handovers:
         peer.is_silent = False
         kind, order = message.get("type"), str(message.get("id"))
         if kind == "done" and order in peer.jobs:
-            self._take(peer, peer.jobs.pop(order), message)
+            self._arrivals.add(peer, peer.jobs.pop(order), message, self._memory)
+            self._arrivals.use(self._try_again)
         elif kind == "failed" and order in peer.jobs:
             self.counts.failed += 1
             self._try_again(peer, peer.jobs.pop(order))
         elif kind in ("cancelled", "done", "failed") and order in peer.abandoned:
-            self._settle(peer.abandoned.pop(order))
+            self.lost.settle(peer.abandoned.pop(order))
         elif kind == "error":
             print(f"{peer.name} says: {message.get('reason')!s:.200}", file=sys.stderr)
-
-    def _take(self, peer: Peer, handover: Handover, message: Message) -> None:
-        """Read some of what has come."""
-        reservation = self._reservations.held[handover.name]
-        sample = self._memory.sampler.take(reservation.new_pages, reservation.state_slot)
-        self._arrivals.append(_Arrival(peer, handover, message, sample))
-        self._use_arrivals()
-
-    def _use_arrivals(self) -> None:
-        """Use what has come and was read, if it is what was ordered."""
-        for arrival in list(self._arrivals):
-            is_wanted = arrival.handover.sequence.state != "cancelled"
-            if is_wanted and not arrival.sample.is_ready:
-                continue
-            self._arrivals.remove(arrival)
-            reservation = self._reservations.held[arrival.handover.name]
-            said = (arrival.message.get("num_tokens"), arrival.message.get("digest"))
-            if not is_wanted:
-                self._reservations.drop(arrival.handover.name)
-                self._scheduler.unblock()
-            elif said != (reservation.num_tokens, arrival.sample.digest()):
-                self.counts.refused += 1
-                self._try_again(arrival.peer, arrival.handover)
-            else:
-                self._use(arrival.peer, arrival.handover, reservation, arrival.message)
-
-    def _use(
-        self, peer: Peer, handover: Handover, reservation: Reservation, message: Message
-    ) -> None:
-        sequence = handover.sequence
-        self._reservations.fulfil(sequence)
-        cached = max(int(message.get("num_cached", 0)), handover.num_known)
-        self._note_cached(sequence, min(cached, reservation.num_tokens))
-        peer.learn(sequence.digests)
-        self.counts.done += 1
-        self.counts.size_bytes += int(message.get("size_bytes", 0))
-        self.counts.wait_s += time.perf_counter() - handover.begun_s
-        self.counts.exposed_s += int(message.get("exposed_us", 0)) * 1e-6
-        sequence.is_elsewhere = False
-
-    def _note_cached(self, sequence: Progress, num_cached: int) -> None:
-        """Tokens that neither pool had to compute."""
-        metrics = self._scheduler.metrics
-        sequence.num_cached_tokens = num_cached
-        metrics.hit_tokens += num_cached
 
     def _try_again(self, peer: Peer, handover: Handover) -> None:
         """Ask another peer, or nobody; nothing is written for it any more."""
@@ -382,25 +276,16 @@ class Handovers:
         """A peer is lost; if it has ended, it writes no more, but for what is on its way."""
         peer.link = None
         self._give_up(peer)
-        wait_s = self._transport.settle_s if ended else CUT_S
-        for reservation in peer.abandoned.values():
-            self._late.append(_Late(time.monotonic() + wait_s, reservation))
-        peer.abandoned.clear()
-        self._settle_late()
+        self.lost.end(peer, ended)
 
     def _give_up(self, peer: Peer) -> None:
         """Let others compute all that a peer was to compute."""
         for handover in reversed(list(peer.jobs.values())):
             self.counts.lost += 1
-            self._abandon(peer, handover)
+            self.lost.keep(peer, handover)
             handover.tried.add(peer.name)
             self._waiting.appendleft(handover)
         peer.jobs.clear()
-
-    def _abandon(self, peer: Peer, handover: Handover) -> None:
-        reservation = self._reservations.abandon(handover.name)
-        if reservation is not None:
-            peer.abandoned[handover.order] = reservation
 
     def _look_after_peers(self) -> None:
         """Notice peers that say nothing, and orders that nobody wants any more."""
@@ -408,7 +293,7 @@ class Handovers:
         for peer in self._peers:
             for order, handover in list(peer.jobs.items()):
                 if handover.sequence.state == "cancelled":
-                    self._abandon(peer, peer.jobs.pop(order))
+                    self.lost.keep(peer, peer.jobs.pop(order))
                     peer.post({"type": "cancel", "id": order})
             if peer.is_usable and now - peer.heard_s > self._options.timeout_s:
                 peer.is_silent = True
@@ -416,14 +301,4 @@ class Handovers:
                 self._give_up(peer)
                 for order in orders:
                     peer.post({"type": "cancel", "id": order})
-        self._settle_late()
-
-    def _settle_late(self) -> None:
-        now = time.monotonic()
-        for late in [late for late in self._late if late.at_s <= now]:
-            self._late.remove(late)
-            self._settle(late.reservation)
-
-    def _settle(self, reservation: Reservation) -> None:
-        self._reservations.settle(reservation)
-        self._scheduler.unblock()
+        self.lost.settle_late()

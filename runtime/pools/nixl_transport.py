@@ -77,7 +77,7 @@ class NixlTransport:
         places = {name: _place(arena) for name, arena in self._arenas.items()}
         return {"agent": self._name, "kind": self._kind, "metadata": metadata, "arenas": places}
 
-    def open(self, description: dict[str, Any]) -> NixlRoute:
+    def reach(self, description: dict[str, Any]) -> NixlRoute:
         """Connect to a peer's agent."""
         try:
             metadata = base64.b64decode(description["metadata"])

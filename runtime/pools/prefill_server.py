@@ -176,7 +176,7 @@ class PrefillServer:
             self._leave(caller)
 
     def _open(self, caller: Caller, message: Message) -> None:
-        caller.route = self._transport.open(message["memory"])
+        caller.route = self._transport.reach(message["memory"])
 
     def _order(self, message: Message) -> Order:
         """The order of a message.

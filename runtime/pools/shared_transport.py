@@ -51,7 +51,7 @@ class SharedTransport:
             found[name] = place | {"bytes": arena.numel()}
         return found
 
-    def open(self, description: dict[str, Any]) -> SharedRoute:
+    def reach(self, description: dict[str, Any]) -> SharedRoute:
         """Map the arenas of a peer."""
         opened: dict[str, Tensor] = {}
         try:

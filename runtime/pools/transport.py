@@ -51,7 +51,7 @@ class Transport(Protocol):
     def describe(self) -> dict[str, Any]:
         """What a peer has to know to write into this memory."""
 
-    def open(self, description: dict[str, Any]) -> Route:
+    def reach(self, description: dict[str, Any]) -> Route:
         """The memory that a peer has described.
 
         Raises:

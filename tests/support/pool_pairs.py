@@ -120,8 +120,8 @@ class Spoiled:
     def describe(self) -> dict[str, Any]:
         return self._inner.describe()
 
-    def open(self, description: dict[str, Any]) -> Route:
-        return _SpoiledRoute(self._inner.open(description), self._is_bad, self._fails)
+    def reach(self, description: dict[str, Any]) -> Route:
+        return _SpoiledRoute(self._inner.reach(description), self._is_bad, self._fails)
 
     def _is_bad(self) -> bool:
         return self._rng.random() < self._chance
