@@ -15,6 +15,7 @@ from pool_pairs import Pools, Spoiled, plan_of_two, pools, wait_for
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
+from tokenspeed_plan.runtime.pools.nixl_transport import load_nixl
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
@@ -69,6 +70,23 @@ def test_only_the_last_token_is_computed_again(checkpoint: Any) -> None:
         assert done.num_cached_tokens == len(LONG) - 1
         # Of the second prompt only pages after the first one's last whole page are sent.
         assert handovers.counts.size_bytes - bytes_once < bytes_once
+        nothing_is_held(made)
+
+
+@pytest.mark.slow
+def test_nixl_hands_over(checkpoint: Any) -> None:
+    try:
+        load_nixl()
+    except PoolError as error:
+        assert "pip install 'tokenspeed-plan[pools]'" in error.hint
+        pytest.skip("NIXL is not installed")
+    folder = checkpoint("moe")
+    plan = plan_of_two(folder, 2, "recompute")
+    prompts = [LONG[start:] for start in range(0, 160, 20)]
+    with pools(plan, folder, transport="nixl") as made:
+        handovers = made.connect([made.add_prefill()])
+        assert tokens_of(made.engine, prompts) == answers(plan, folder, prompts)
+        assert handovers.counts.done == len(prompts)
         nothing_is_held(made)
 
 

@@ -46,9 +46,15 @@ class Pools:
     """
 
     def __init__(
-        self, plan: Plan, folder: Path, token: str = "t", spoil: Spoil = lambda each: each
+        self,
+        plan: Plan,
+        folder: Path,
+        token: str = "t",
+        spoil: Spoil = lambda each: each,
+        transport: str = "shm",
     ) -> None:
         self.plan, self.folder, self.token, self.spoil = plan, folder, token, spoil
+        self.transport = transport
         self.engine = poisoned(plan, folder)
         self.prefills: list[Engine] = []
         self._servers: list[PrefillServer] = []
@@ -58,7 +64,7 @@ class Pools:
     def add_prefill(self, plan: Plan | None = None, chunk: int = 48) -> tuple[str, int]:
         """Start a prefill pool; returns its address. Pages leave after each chunk."""
         engine = Engine.from_plan(self.plan, self.folder, chunk=chunk, role="prefill")
-        transport = self.spoil(make_transport("shm", engine.executor.memory))
+        transport = self.spoil(make_transport(self.transport, engine.executor.memory))
         server = PrefillServer(engine, plan or self.plan, transport, self.token)
         listener = socket.create_server(("127.0.0.1", 0))
         thread = threading.Thread(target=server.serve, args=(listener,), daemon=True)
@@ -72,7 +78,7 @@ class Pools:
 
     def connect(self, addresses: Sequence[tuple[str, int]], **options: Any) -> Handovers:
         """Let the decode pool use them."""
-        transport = make_transport("shm", self.engine.executor.memory)
+        transport = make_transport(self.transport, self.engine.executor.memory)
         peers = PeerOptions(tuple(addresses), **{"token": self.token, "retry_s": 0.05} | options)
         handovers = Handovers(self.engine, self.plan, transport, peers)
         handovers.start()
@@ -91,8 +97,10 @@ class Pools:
 
 
 @contextmanager
-def pools(plan: Plan, folder: Path, spoil: Spoil = lambda each: each) -> Iterator[Pools]:
-    made = Pools(plan, folder, spoil=spoil)
+def pools(
+    plan: Plan, folder: Path, spoil: Spoil = lambda each: each, transport: str = "shm"
+) -> Iterator[Pools]:
+    made = Pools(plan, folder, spoil=spoil, transport=transport)
     try:
         yield made
     finally:
