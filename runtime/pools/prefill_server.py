@@ -33,6 +33,7 @@ from tokenspeed_plan.runtime.request import Request, SamplingParams
 
 BEAT_S = 0.5
 _LOOK_S = 0.001  # between two looks at what is under way, where nothing is computed
+_MAX_STRANGERS = 16  # callers that have not shown that they know the token
 _PARAMS = SamplingParams(max_tokens=1, ignore_eos=True)
 
 Event = Callable[[], None]
@@ -77,6 +78,7 @@ class PrefillServer:
         self._num_callers = 0
         self._jobs: dict[str, PrefillJob] = {}  # of all callers, by the names of their requests
         self._stopped = False
+        self._strangers = threading.Semaphore(_MAX_STRANGERS)
         self._next_beat_s = 0.0
 
     def stop(self) -> None:
@@ -122,6 +124,7 @@ class PrefillServer:
     def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):  # the listener is closed
             while not self._stopped:
+                self._strangers.acquire()
                 connection, _ = listener.accept()
                 threading.Thread(target=self._read, args=(connection,), daemon=True).start()
 
@@ -134,6 +137,8 @@ class PrefillServer:
             print(f"a caller was refused: {getattr(error, 'message', error)}", file=sys.stderr)
             channel.close()
             return
+        finally:
+            self._strangers.release()
         caller = Caller(0, channel)
         self._events.put(partial(self._join, caller))
         with suppress(ChannelClosed):
