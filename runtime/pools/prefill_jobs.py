@@ -18,6 +18,7 @@ from tokenspeed_plan.runtime.pools.channel import Message
 from tokenspeed_plan.runtime.pools.pool_memory import PoolMemory
 from tokenspeed_plan.runtime.pools.samples import Sample
 from tokenspeed_plan.runtime.pools.transport import Pending, Route
+from tokenspeed_plan.runtime.scheduling.reservations import Reservations
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
 
@@ -54,7 +55,7 @@ class PrefillJob:
 
     order: Order
     name: str
-    cache: PrefixCache
+    reservations: Reservations
     memory: PoolMemory
     route: Route
     num_cached: int = 0
@@ -67,6 +68,19 @@ class PrefillJob:
     _state_slot: int = 0
     _pending: list[Pending] = field(default_factory=list)
     _sample: Sample | None = None
+
+    def __post_init__(self) -> None:
+        self.reservations.lent[self.name] = self._sent
+
+    @property
+    def cache(self) -> PrefixCache:
+        """Where the prompt is computed."""
+        return self.reservations.cache
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether it holds a state slot."""
+        return self._state_slot > 0
 
     def find(self) -> Hit | None:
         """What the cache has, where that is all of it."""
@@ -158,3 +172,4 @@ class PrefillJob:
         if self._state_slot:
             self.cache.state_slots.drop(self._state_slot)
         self._sent, self._state_slot = [], 0
+        del self.reservations.lent[self.name]

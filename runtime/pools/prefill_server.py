@@ -18,6 +18,7 @@ from functools import partial
 
 from tokenspeed_plan.plans.errors import PoolError, RequestError
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.cache.prefix_cache import Hit
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.pools.channel import (
     Channel,
@@ -34,6 +35,7 @@ from tokenspeed_plan.runtime.request import Request, SamplingParams
 BEAT_S = 0.5
 _LOOK_S = 0.001  # between two looks at what is under way, where nothing is computed
 _MAX_STRANGERS = 16  # callers that have not shown that they know the token
+_ALIKE = "start both pools with one version and one bundle"
 _PARAMS = SamplingParams(max_tokens=1, ignore_eos=True)
 
 Event = Callable[[], None]
@@ -173,7 +175,7 @@ class PrefillServer:
             elif kind == "cancel":
                 self._cancel(caller, str(message["id"]))
             else:
-                raise PoolError(f"a caller says {kind!r:.40}", "start pools of one version")
+                raise PoolError(f"a caller says {kind!r:.40}", _ALIKE)
         except (PoolError, RequestError, KeyError, TypeError, ValueError) as error:
             reason = getattr(error, "message", repr(error))
             print(f"a caller was left: {reason:.200}", file=sys.stderr)
@@ -198,21 +200,21 @@ class PrefillServer:
         if self._memory.has_state:
             are_there &= 0 < slot < limits.pad_state_slot
         if not are_there or order.first_page < 0 or order.first_page + len(pages) != num_pages:
-            raise PoolError("an order has no place for its prompt", "start both pools alike")
+            raise PoolError("an order has no place for its prompt", _ALIKE)
         return order
 
     def _begin(self, caller: Caller, order: Order) -> None:
         """Compute a prompt, or send at once what is known of it."""
         if caller.route is None or order.request_id in caller.jobs:
-            raise PoolError(f"the order `{order.request_id:.80}` comes twice or too soon", "")
+            raise PoolError(f"the order `{order.request_id:.80}` comes twice or too soon", _ALIKE)
         name = f"{caller.number}/{order.request_id}"
-        cache = self._engine.scheduler.cache
-        job = PrefillJob(order, name, cache, self._memory, caller.route)
-        hit = job.find()
+        reservations = self._engine.scheduler.reservations
+        job = PrefillJob(order, name, reservations, self._memory, caller.route)
+        caller.jobs[order.request_id] = self._jobs[name] = job
+        hit = self._find(job)
         if hit is None:
             self._engine.add(Request(name, order.token_ids, _PARAMS))
-        caller.jobs[order.request_id] = self._jobs[name] = job
-        if hit is not None:
+        else:
             job.num_cached = hit.num_tokens
             job.send_rest(hit)
 
@@ -242,9 +244,19 @@ class PrefillServer:
             return
         sequence = self._engine.loop.sequences.get(job.name)
         if sequence is None:
-            job.send_rest(job.find())
+            job.send_rest(self._find(job))
         elif sequence.is_running:
             job.send_filled(sequence)
+
+    def _find(self, job: PrefillJob) -> Hit | None:
+        """What the cache has of a prompt, if that is all, and its state may be held.
+
+        Running sequences need the slots that the cache has no right to.
+        """
+        held = sum(each.holds_state for each in self._jobs.values())
+        if self._memory.has_state and held >= self._limits.num_checkpoints:
+            return None
+        return job.find()
 
     def _end(self, caller: Caller, job: PrefillJob) -> None:
         caller.jobs.pop(job.order.request_id, None)

@@ -53,6 +53,7 @@ class Reservations:
     Attributes:
         held: by the id of the request.
         abandoned: of requests that do without, which a peer may still write.
+        lent: pages that are sent to another pool, by the id of the request that computed them.
     """
 
     cache: PrefixCache
@@ -60,12 +61,16 @@ class Reservations:
     has_state: bool
     held: dict[str, Reservation] = field(default_factory=dict)
     abandoned: list[Reservation] = field(default_factory=list)
+    lent: dict[str, list[int]] = field(default_factory=dict)
 
     def pages(self, but: str = "") -> set[int]:
         """All pages that are held, but for those of one request."""
         found: set[int] = set()
         for reservation in self._all(but):
             found.update(reservation.pages)
+        for name, pages in self.lent.items():
+            if name != but:
+                found.update(pages)
         return found
 
     def _all(self, but: str = "") -> list[Reservation]:
