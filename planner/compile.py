@@ -319,6 +319,7 @@ def plan_parts(
         decided.predicted,
         programs,
         version("tokenspeed-plan"),
+        decided.prefill,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.graph import LoweredCall, LoweredStep, OpGraph, Source, Tensor, Weight
@@ -29,6 +29,7 @@ from tokenspeed_plan.plans.schema import (
     Piece,
     Plan,
     Pool,
+    PoolRole,
     Predicted,
     Program,
     Shift,
@@ -44,7 +45,11 @@ Chosen = Mapping[str, Built]  # the tiling of each kernel by its key
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Everything that goes into a plan, except which tiling each kernel has."""
+    """Everything that goes into a plan, except which tiling each kernel has.
+
+    With a `prefill_layout` there is a pool beside the one that answers: it has the same limits and
+    the same programs for prompts.
+    """
 
     spec: Spec
     facts: ModelFacts
@@ -55,6 +60,7 @@ class Parts:
     predicted: Predicted
     programs: tuple[LoweredProgram, ...]
     compiler_version: str
+    prefill_layout: ParallelLayout | None = None
 
     @property
     def candidates(self) -> dict[str, tuple[Built, ...]]:
@@ -72,7 +78,9 @@ def freeze(parts: Parts, chosen: Chosen) -> Plan:
         SpecError: it does not fit a rank's memory; the map is in the message.
     """
     kernels = _kernels(parts.programs, chosen)
-    target = Target(gpu=parts.hardware.name, count=parts.layout.num_ranks, sm=parts.hardware.sm)
+    pools = tuple(_pools(parts, chosen, kernels))
+    count = sum(pool.layout.num_ranks for pool in pools)
+    target = Target(gpu=parts.hardware.name, count=count, sm=parts.hardware.sm)
     return Plan(
         schema_version=SCHEMA_VERSION,
         compiler_version=parts.compiler_version,
@@ -80,7 +88,7 @@ def freeze(parts: Parts, chosen: Chosen) -> Plan:
         spec=parts.spec.model_dump(mode="json", exclude_none=True),
         model=parts.facts,
         target=target,
-        pools=(_pool(parts, chosen, kernels),),
+        pools=pools,
         decisions=parts.decisions,
         predicted=parts.predicted,
         kernels=tuple(kernels[name] for name in sorted(kernels)),
@@ -96,7 +104,18 @@ def _kernels(programs: Sequence[LoweredProgram], chosen: Chosen) -> dict[str, Ke
     return kernels
 
 
-def _pool(parts: Parts, chosen: Chosen, kernels: Mapping[str, KernelSpec]) -> Pool:
+def _pools(parts: Parts, chosen: Chosen, kernels: Mapping[str, KernelSpec]) -> Iterator[Pool]:
+    """The pool that answers comes first."""
+    if parts.prefill_layout is None:
+        yield _pool(parts, "both", chosen, kernels)
+        return
+    yield _pool(parts, "decode", chosen, kernels)
+    prompts = tuple(each for each in parts.programs if each.graph.phase == "prefill")
+    prefill = replace(parts, layout=parts.prefill_layout, programs=prompts)
+    yield _pool(prefill, "prefill", chosen, _kernels(prompts, chosen))
+
+
+def _pool(parts: Parts, role: PoolRole, chosen: Chosen, kernels: Mapping[str, KernelSpec]) -> Pool:
     graphs = [program.graph for program in parts.programs]
     all_weights: dict[str, Weight] = {}
     for graph in graphs:
@@ -109,7 +128,7 @@ def _pool(parts: Parts, chosen: Chosen, kernels: Mapping[str, KernelSpec]) -> Po
     arena_bytes["activations"] = max(graph.activation_bytes for graph in graphs)
     arena_bytes["weights"] = weight_bytes
     return Pool(
-        role="both",
+        role=role,
         layout=_layout(parts.layout),
         limits=parts.limits,
         memory_bytes_per_rank=_memory(arena_bytes, parts.hardware),

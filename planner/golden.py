@@ -61,7 +61,12 @@ def _golden(
         first_turn_tokens=max(map(len, prompts)), output_tokens=NUM_TOKENS, concurrency=len(prompts)
     )
     small = spec.model_copy(
-        update={"target": TargetSpec(gpu="cpu"), "workload": workload, "parallelism": "auto"}
+        update={
+            "target": TargetSpec(gpu="cpu"),
+            "workload": workload,
+            "parallelism": "auto",
+            "disaggregation": "off",
+        }
     )
     engine = Engine.from_plan(compile_plan(small, model, dtype="fp64"), folder, cache=False)
     return golden(engine, prompts, NUM_TOKENS)

@@ -56,6 +56,10 @@ class RankError(TokenspeedError):
     exit_code = 1
 
 
+class PoolError(TokenspeedError):
+    """Two pools of a plan do not reach or do not know each other."""
+
+
 class EngineStopped(TokenspeedError):
     """The engine has failed or was closed; it takes no requests, and those that it had are lost."""
 

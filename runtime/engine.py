@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 
 from tokenspeed_plan.plans.errors import EngineStopped, RequestError
-from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.schema import Plan, PoolRole
 from tokenspeed_plan.plans.signature import Signers
 from tokenspeed_plan.plans.weight_digests import Depth
 from tokenspeed_plan.runtime.execution.adjustments import TokenCounts
@@ -46,6 +46,7 @@ class Engine:
 
     Attributes:
         on_token: is told each token of a request that goes on, from inside `step`.
+        loop: its steps, with the sequences that are not finished.
 
     Example:
         engine = Engine.load(Path("plans/frozen/demo-cpu"))
@@ -78,7 +79,7 @@ class Engine:
         processor = OutputProcessor(self.tokenizer)
         self.scheduler = Scheduler(self.plan, self._chunk, self._cache)
         launcher = StepLauncher(self.plan, self.executor, self.scheduler.metrics)
-        self._loop = StepLoop(self.plan, launcher, self.scheduler, processor)
+        self.loop = StepLoop(self.plan, launcher, self.scheduler, processor)
 
     @classmethod
     def load(
@@ -92,6 +93,7 @@ class Engine:
         cache: bool = True,
         depth: Depth = "headers",
         signers: Signers | None = None,
+        role: PoolRole | None = None,
     ) -> Engine:
         """Read and check a bundle, then its weights, then allocate.
 
@@ -105,11 +107,12 @@ class Engine:
             cache: see `Engine`.
             depth: how far the weights are compared with those that were planned.
             signers: one of them must have signed the plan; None takes any plan.
+            role: of the pool to load; by default the one that answers.
 
         Raises:
             PlanError: the bundle, this machine or the checkpoint does not fit.
         """
-        loaded = load_bundle(bundle, weights, chat, backend, launch, lead, depth, signers)
+        loaded = load_bundle(bundle, weights, chat, backend, launch, lead, depth, signers, role)
         engine = cls(loaded.plan, loaded.executor, loaded.tokenizer, cache=cache)
         engine.startup_s = loaded.startup_s
         return engine
@@ -125,14 +128,15 @@ class Engine:
         launch: Launch | None = None,
         lead: Lead | None = None,
         cache: bool = True,
+        role: PoolRole | None = None,
     ) -> Engine:
         """From a plan that is checked already, with its weights in `folder`; see `load`.
 
         Raises:
             PlanError: this machine or the checkpoint does not fit.
         """
-        loaded = load_parts(plan, folder, chat, kernels, launch, lead)
-        return cls(plan, loaded.executor, loaded.tokenizer, chunk, cache)
+        loaded = load_parts(plan, folder, chat, kernels, launch, lead, role=role)
+        return cls(loaded.plan, loaded.executor, loaded.tokenizer, chunk, cache)
 
     def time_startup(self, name: str, work: Callable[[], object]) -> None:
         """Do a part of the start-up and note how long it took."""
@@ -186,12 +190,12 @@ class Engine:
     @property
     def has_step_in_flight(self) -> bool:
         """Whether a step was launched whose outputs are not read yet."""
-        return self._loop.in_flight is not None
+        return self.loop.in_flight is not None
 
     @property
     def last_batch(self) -> Batch | None:
         """The batch that was launched last."""
-        return self._loop.last_batch
+        return self.loop.last_batch
 
     @property
     def usage(self) -> Usage:
@@ -218,7 +222,7 @@ class Engine:
         self._queue(request)
 
     def _queue(self, request: Request) -> None:
-        if request.request_id in self._loop.sequences:
+        if request.request_id in self.loop.sequences:
             raise RequestError(
                 f"request `{request.request_id}` is not finished", "give each request its own id"
             )
@@ -231,11 +235,11 @@ class Engine:
             sequence.matcher = request.grammar.matcher()
         if request.params.penalises:
             sequence.counts = TokenCounts(request.params, request.prompt_ids)
-        self._loop.add(sequence)
+        self.loop.add(sequence)
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request that waits or runs; False where there is none. It gets no completion."""
-        return self._loop.cancel(request_id)
+        return self.loop.cancel(request_id)
 
     def step(self) -> list[Completion]:
         """Launch a replay, and commit the one before it; returns the requests that finished.
@@ -246,7 +250,7 @@ class Engine:
             EngineStopped: the device has failed, and this engine with it.
         """
         try:
-            return self._loop.step(self.on_token)
+            return self.loop.step(self.on_token)
         except DEVICE_ERRORS as error:
             raise EngineStopped(
                 f"the device has failed: {describe(error)}", "start again; answers so far are kept"
@@ -269,6 +273,7 @@ class Engine:
             while any(request.request_id not in done for request in requests):
                 done |= {completion.request_id: completion for completion in self.step()}
         except BaseException:
+            self.loop.close()
             self._reset()
             raise
         return [done[request.request_id] for request in requests]

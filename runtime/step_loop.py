@@ -10,6 +10,8 @@ the last step that uses it is launched.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Protocol
 
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.execution.launch import Part
@@ -24,12 +26,33 @@ from tokenspeed_plan.runtime.step_commit import OnToken, StepCommit
 from tokenspeed_plan.runtime.step_launcher import Launcher
 
 
+class Elsewhere(Protocol):
+    """Lets another pool compute the prompts of an engine; see `runtime/pools`."""
+
+    def offer(self, sequence: Sequence) -> None:
+        """Look at a sequence that was just queued; it starts once its prompt is computed."""
+
+    def poll(self, is_busy: bool) -> None:
+        """Look what has come; where there is nothing else to do, wait a moment for it."""
+
+    def close(self) -> None:
+        """Compute all prompts here from now on."""
+
+    @property
+    def num_heard(self) -> int:
+        """Rises while peers compute."""
+
+    def gauges(self) -> list[tuple[str, str, Callable[[], float]]]:
+        """What can be measured: a name, a text, and what reads it."""
+
+
 class StepLoop:
     """Launches and commits the batches of a scheduler.
 
     Attributes:
         in_flight: the batch that was launched and is not committed.
         last_batch: the batch that was launched last.
+        elsewhere: lets another pool compute prompts; None where they are computed here.
     """
 
     def __init__(
@@ -37,6 +60,7 @@ class StepLoop:
     ) -> None:
         self.in_flight: InFlightBatch | None = None
         self.last_batch: Batch | None = None
+        self.elsewhere: Elsewhere | None = None
         self._launcher = launcher
         self._scheduler = scheduler
         self._commits = StepCommit(scheduler, outputs)
@@ -49,6 +73,13 @@ class StepLoop:
         return self._commits.sequences
 
     @property
+    def num_moves(self) -> int:
+        """Rises while it gets on, or those that compute prompts for it do."""
+        if self.elsewhere is None:
+            return self.metrics.steps
+        return self.metrics.steps + self.elsewhere.num_heard
+
+    @property
     def metrics(self) -> Metrics:
         """The counters of the scheduler."""
         return self._scheduler.metrics
@@ -57,6 +88,8 @@ class StepLoop:
         """Queue a sequence."""
         self.sequences[sequence.request.request_id] = sequence
         self._scheduler.add(sequence)
+        if self.elsewhere is not None:
+            self.elsewhere.offer(sequence)
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request that waits or runs; False where there is none."""
@@ -67,8 +100,16 @@ class StepLoop:
         self._scheduler.cancel(sequence)
         return True
 
+    def close(self) -> None:
+        """Ask nobody else for anything any more."""
+        if self.elsewhere is not None:
+            self.elsewhere.close()
+            self.elsewhere = None
+
     def step(self, on_token: OnToken | None) -> list[Completion]:
         """Launch a batch, and commit the one before it; returns the requests that finished."""
+        if self.elsewhere is not None:
+            self.elsewhere.poll(self.in_flight is not None)
         begun = time.perf_counter()
         self._waited_s = 0.0
         finished = self._step(on_token)

@@ -113,6 +113,12 @@ SURFACE = {
         "no_canary",
         "verify_weights",
         *SIGNERS,
+        "pool",
+        "listen",
+        "peers",
+        "peer_token",
+        "peer_timeout_s",
+        "transport",
     },
     "chat": {
         "bundle",

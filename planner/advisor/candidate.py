@@ -9,6 +9,9 @@ from tokenspeed_plan.planner.passes.limits import checkpoint_spacing
 from tokenspeed_plan.planner.spec import MAX_DRAFTS
 from tokenspeed_plan.plans.types import DType
 
+# Pools of more GPUs are not searched: their networks were never measured. There may be replicas.
+MAX_POOL_GPUS = 64
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Knobs:
@@ -84,11 +87,17 @@ class Capabilities:
 
     `tokenspeed plan` searches within what a plan can hold (`SUPPORTED`); `predict` and `sweep`
     search among everything that is modelled (`ALL`).
+
+    Each of two pools has at most `pool_gpus`. Two pools are found by a search for rows of a batch
+    only with `batch_pools`: such a run is priced from its first row to its last in one pool alone,
+    so that a plan has two only where the spec states them.
     """
 
     attention_dp: bool = False
     context_split: bool = False
     pools: bool = False
+    pool_gpus: int = 1
+    batch_pools: bool = False
     replicas: bool = False
     max_drafts: int = 0
     kv_dtypes: tuple[DType, ...] = ("bf16",)
@@ -101,6 +110,8 @@ class Capabilities:
             "attention data parallelism": layout.attention_dp > 1 and not self.attention_dp,
             "context split": layout.context_split > 1 and not self.context_split,
             "prefill and decode pools": candidate.prefill is not None and not self.pools,
+            f"pools of over {self.pool_gpus} GPUs": candidate.prefill is not None
+            and max(candidate.prefill.num_ranks, layout.num_ranks) > self.pool_gpus,
             "replicas": candidate.replicas > 1 and not self.replicas,
             "speculation": knobs.depth > self.max_drafts,
             f"{knobs.kv_dtype} KV cache": knobs.kv_dtype not in self.kv_dtypes,
@@ -108,11 +119,13 @@ class Capabilities:
         return [need for need, is_missing in needs.items() if is_missing]
 
 
-SUPPORTED = Capabilities(max_drafts=MAX_DRAFTS)
+SUPPORTED = Capabilities(pools=True, max_drafts=MAX_DRAFTS)
 ALL = Capabilities(
     attention_dp=True,
     context_split=True,
     pools=True,
+    pool_gpus=MAX_POOL_GPUS,
+    batch_pools=True,
     replicas=True,
     max_drafts=MAX_DRAFTS,
     kv_dtypes=("bf16", "fp8"),

@@ -159,11 +159,10 @@ def check_stated(spec: Spec, config: ModelConfig) -> None:
         SpecError: names the key, both values, and what to write.
     """
     check_possible(spec, config)
+    count = spec.target.count
     if not isinstance(spec.disaggregation, str):
-        raise SpecError(
-            "`disaggregation` with a prefill pool and a decode pool is not planned yet",
-            "leave it out; `tokenspeed predict` prices it",
-        )
+        _check_planned_pools(spec, spec.disaggregation)
+        count = spec.disaggregation.decode
     if spec.serving and spec.serving.kv_dtype == "fp8":
         raise SpecError(
             "`serving.kv_dtype: fp8` is not planned yet",
@@ -172,9 +171,23 @@ def check_stated(spec: Spec, config: ModelConfig) -> None:
     if spec.parallelism == "auto":
         return
     if spec.parallelism.attention:
-        _check_attention(spec.parallelism.attention, spec.target.count)
+        _check_attention(spec.parallelism.attention, count)
     if spec.parallelism.moe:
-        _check_moe(spec.parallelism.moe, spec.target.count, config)
+        _check_moe(spec.parallelism.moe, count, config)
+
+
+def _check_planned_pools(spec: Spec, asked: DisaggregationSpec) -> None:
+    if max(asked.prefill, asked.decode) > 1:
+        raise SpecError(
+            f"`disaggregation` has pools of {asked.prefill} and {asked.decode} GPUs; more than one "
+            "in a pool is not planned yet",
+            "set `{prefill: 1, decode: 1}`; `tokenspeed predict` prices larger pools",
+        )
+    if spec.serving and spec.serving.checkpoint_tokens == 0:
+        raise SpecError(
+            "`serving.checkpoint_tokens` is 0, and pools hand over checkpoints of the prefix cache",
+            "leave it out, or set `disaggregation: off`",
+        )
 
 
 def _check_draft_vocab(draft_vocab: int, count: int, config: ModelConfig) -> None:

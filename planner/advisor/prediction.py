@@ -215,7 +215,7 @@ class Predictor:
         if candidate.prefill:
             memory, new_tokens = self.memory(candidate.prefill), talk.later.new_tokens
             transfer = plan_transfer(memory, candidate, new_tokens, prompt)
-            handover_us = transfer.exposed_us
+            handover_us = transfer.exposed_us + decode.step_us(users)(1.0)  # of the last token
         demand = decode.demand(talk, prompt.total_us, users, prefill_layout.attention_dp)
         if interleaved_tokens:
             demand = replace(demand, longest_wait_us=prompt.total_us / demand.chunks)

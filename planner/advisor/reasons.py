@@ -20,6 +20,7 @@ from tokenspeed_plan.planner.advisor.predicted import (
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
 from tokenspeed_plan.planner.advisor.rollback import Rollback
+from tokenspeed_plan.planner.advisor.transfer import Transfer
 from tokenspeed_plan.planner.ledger import AS_STATED, Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.spec import Spec
@@ -117,24 +118,48 @@ def record_rollback(ledger: Ledger, ways: Sequence[Rollback], chosen: Rollback) 
 def record_disaggregation(
     ledger: Ledger, spec: Spec, result: SearchResult, unrestricted: SearchResult
 ) -> None:
-    """Record that there is one pool, and whether the best two pools would be worth it."""
+    """Record whether there are two pools, and what the other way would give."""
+    plan = result.best
     if spec.disaggregation == "off":
         ledger.record("disaggregation", "off", AS_STATED)
-        return
-    later = "prefill and decode pools are not built yet"
+    elif plan.candidate.prefill is not None:
+        _record_two_pools(ledger, spec, plan, unrestricted)
+    else:
+        _record_one_pool(ledger, plan, unrestricted)
+
+
+def _record_two_pools(
+    ledger: Ledger, spec: Spec, plan: Prediction, unrestricted: SearchResult
+) -> None:
+    """Both pools have the same limits, so that whole slots are handed over."""
+    prefill, transfer = plan.candidate.prefill, plan.transfer
+    assert prefill is not None and transfer is not None
+    name, other = unrestricted.objective, unrestricted.unsplit
+    reason = AS_STATED
+    if spec.disaggregation == "auto":
+        reason = f"{name} {plan.metrics[name]:.4g}"
+    reason += f"; {_handover(transfer)}"
+    runner_up = None
+    if other is not None:
+        runner_up = f"one pool, {other.candidate}: {name} {other.metrics[name]:.4g}"
+    value = f"{prefill.num_ranks} prefill, {plan.candidate.layout.num_ranks} decode"
+    ledger.record("disaggregation", value, reason, runner_up)
+
+
+def _record_one_pool(ledger: Ledger, plan: Prediction, unrestricted: SearchResult) -> None:
     split = [each for each in unrestricted.ranked if each.candidate.prefill is not None]
-    plan = result.best
     if not split:
         why = "no two pools fit"
         if plan.candidate.num_gpus == 1:
             why = "one GPU cannot be split"
-        ledger.record("disaggregation", "off", f"{later}; {why}")
+        ledger.record("disaggregation", "off", why)
         return
     verdict = _split_verdict(plan, split[0], unrestricted)
+    missing = not_planned(split[0].candidate)
     ledger.record(
         "disaggregation",
         "off",
-        f"{later}; {verdict}",
+        "; ".join(part for part in (verdict, missing) if part),
         str(split[0].candidate),
         tuple(option(each) for each in split[:3]),
     )
@@ -156,12 +181,20 @@ def _split_verdict(plan: Prediction, split: Prediction, result: SearchResult) ->
     parts = [
         f"{advice}: {name} {new[name]:.4g} with, {old[name]:.4g} in this plan",
         f"ttft_ms {new['ttft_ms']:.4g} with, {old['ttft_ms']:.4g} in this plan",
-        f"{transfer.size_bytes / 1e6:.0f} MB a turn by {transfer.transport}, "
-        f"{transfer.exposed_us:.0f} us of it exposed",
+        _handover(transfer),
     ]
-    if transfer.transport == "tcp":
-        parts.append("warning: TCP")
     return "; ".join(parts)
+
+
+def _handover(transfer: Transfer) -> str:
+    """What a turn moves from pool to pool, in words."""
+    text = (
+        f"{transfer.size_bytes / 1e6:.0f} MB a turn by {transfer.transport}, "
+        f"{transfer.exposed_us:.0f} us of it exposed"
+    )
+    if transfer.transport == "tcp":
+        text += "; warning: TCP"
+    return text
 
 
 def record_page_size(ledger: Ledger, hardware: HardwareSpec) -> None:

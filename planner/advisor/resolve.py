@@ -55,6 +55,7 @@ class Decided:
     Attributes:
         num_seqs: sequences at the same time.
         layout: how the model is cut over the ranks.
+        prefill: the same for the pool that computes prompts; None where there is one pool.
         knobs: the rest of the deployment; `depth` is the most drafts of any bucket.
         depths: drafts of a step by decode bucket.
         predicted: the promised numbers.
@@ -71,6 +72,7 @@ class Decided:
     interleaving: Interleaving
     gathered_tokens: int = 0
     rollback: RollbackWord = "snapshot"
+    prefill: ParallelLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def resolve(
         interleaving=interleaving,
         gathered_tokens=gathering.tokens,
         rollback=choice.rollback.word,
+        prefill=best.prefill,
     )
 
 

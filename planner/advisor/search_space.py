@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from tokenspeed_plan.planner.advisor.candidate import Capabilities, Knobs
+from tokenspeed_plan.planner.advisor.candidate import MAX_POOL_GPUS, Capabilities, Knobs
 from tokenspeed_plan.planner.advisor.legality import QUANTIZED, matches
 from tokenspeed_plan.planner.advisor.numbers import powers_of_two
 from tokenspeed_plan.planner.layout import ParallelLayout
@@ -17,8 +17,6 @@ from tokenspeed_plan.planner.spec import ServingSpec, Spec
 from tokenspeed_plan.plans.types import DType
 
 DEPTHS = (0, 1, 2, 3, 4)  # drafts a step that are tried
-# Pools of more GPUs are not searched: their networks were never measured. There may be replicas.
-MAX_POOL_GPUS = 64
 CHUNK_DIVISORS = (1, 2, 4)  # of the machine's default prefill chunk
 BATCH_CHUNK = 2  # times it, which may pay where prompts share a chunk
 
@@ -63,7 +61,11 @@ class SearchSpace:
     @property
     def has_two_pools(self) -> bool:
         """Whether a prefill pool and a decode pool may share the GPUs."""
-        if not self.scope.pools or self.spec.disaggregation == "off":
+        asked = self.spec.disaggregation
+        if not self.scope.pools or asked == "off":
+            return False
+        is_open = asked == "auto" and self.spec.workload.is_batch_of_rows
+        if is_open and not self.scope.batch_pools:
             return False
         return self.num_gpus > 1
 
@@ -113,7 +115,8 @@ class SearchSpace:
         few_prefill = [(size, num_gpus - size) for size in small]
         smallest = small[: max(bits - 2, 0)]
         few_decode = [(num_gpus - size, size) for size in smallest]
-        return few_prefill + few_decode
+        most = self.scope.pool_gpus
+        return [pair for pair in few_prefill + few_decode if max(pair) <= most]
 
     def default_knobs(self) -> Knobs:
         """The first value of each knob, or what the spec states."""

@@ -1,9 +1,9 @@
 """Moving a prompt's cache from a prefill pool to a decode pool: which bytes, and when.
 
 The sender pushes: over NVLink inside a node, by RDMA between nodes, and over TCP, with a warning,
-where there is neither. A layer's keys and values can leave as soon as that layer of the last chunk
-is computed; those of earlier chunks leave before. The user waits for what is left after the last
-layer.
+where there is neither. Keys and values leave chunk by chunk, while the next one is computed; those
+of the last chunk leave after it, layer after layer, and the states with them. The user waits for
+that.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LayerTransfer:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """The schedule of one prompt; `exposed_us` comes after the last layer is computed."""
+    """The schedule of one prompt; `exposed_us` comes after all of it is computed."""
 
     transport: Transport
     bytes_per_s: float
@@ -100,10 +100,9 @@ def _bytes_per_s(hardware: HardwareSpec, transport: Transport) -> float:
 def _layers(
     sizes: list[int], chunk_us: float, handshake_us: float, bytes_per_s: float
 ) -> Iterator[LayerTransfer]:
-    """One layer after the other, each when it is computed and the link is free."""
+    """One layer after the other, once the chunk is computed and the link is free."""
     free_us = handshake_us
     for layer, size in enumerate(sizes):
-        ready_us = chunk_us * (layer + 1) / len(sizes)
-        start_us = max(ready_us, free_us)
+        start_us = max(chunk_us, free_us)
         free_us = start_us + size / bytes_per_s * 1e6
         yield LayerTransfer(layer, size, start_us, free_us)

@@ -201,6 +201,12 @@ def bench_command(
     _measure(bundle, BenchOptions(folder, work, as_json))
 
 
+def _plan_of(bundle: Path) -> Plan:
+    """The plan of the pool that answers; it is measured without the other one."""
+    plan = load_plan(bundle)
+    return plan.view(plan.pool)
+
+
 def _measure(bundle: Path, options: BenchOptions) -> None:
     """Measure and print; all ranks of a plan replay its programs, rank 0 leads rows and agents."""
     engine, work = EngineOptions(options.weights), options.work
@@ -209,14 +215,14 @@ def _measure(bundle: Path, options: BenchOptions) -> None:
             bundle,
             engine,
             lambda: _agentic(bundle, options, work),
-            follower=lambda: _agentic_engine(load_plan(bundle), bundle, options, work).executor,
+            follower=lambda: _agentic_engine(_plan_of(bundle), bundle, options, work).executor,
         )
     elif isinstance(work, BatchOptions):
         on_all_ranks(
             bundle,
             engine,
             lambda: _batch(bundle, options, work),
-            follower=lambda: _batch_engine(load_plan(bundle), bundle, options)[0].executor,
+            follower=lambda: _batch_engine(_plan_of(bundle), bundle, options)[0].executor,
         )
     else:
         alike_on_all_ranks(bundle, engine, lambda: _programs(bundle, options, work))
@@ -235,7 +241,7 @@ def _show(options: BenchOptions, found: dict[str, Any], text: str) -> None:
 def _programs(bundle: Path, shown: BenchOptions, options: ProgramOptions) -> None:
     from tokenspeed_plan.runtime import bench
 
-    frozen = load_plan(bundle)
+    frozen = _plan_of(bundle)
     executor = bench.prepare(frozen, bundle, shown.weights)
     context = options.context or bench.default_context(frozen, options.batch)
     sizes = bench.Options(options.batch, context, options.prefill)
@@ -252,7 +258,7 @@ def _programs(bundle: Path, shown: BenchOptions, options: ProgramOptions) -> Non
 def _agentic(bundle: Path, shown: BenchOptions, options: AgenticOptions) -> None:
     from tokenspeed_plan.runtime.bench import agentic
 
-    frozen = load_plan(bundle)
+    frozen = _plan_of(bundle)
     conversations = agentic.Conversations.of(
         frozen,
         conversations=options.conversations,
@@ -272,7 +278,7 @@ def _batch(bundle: Path, shown: BenchOptions, options: BatchOptions) -> None:
     from tokenspeed_plan.runtime.bench import batch_rows
     from tokenspeed_plan.runtime.bench.machine import measure_machine
 
-    frozen = load_plan(bundle)
+    frozen = _plan_of(bundle)
     rows = batch_rows.Rows.of(
         frozen, options.rows, options.prompt, options.out, options.lengths, options.seed
     )

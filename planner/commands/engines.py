@@ -16,7 +16,7 @@ import click
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.plans.bundle import PLAN_FILE, load_plan
 from tokenspeed_plan.plans.errors import RequestError
-from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.schema import Plan, PoolRole
 from tokenspeed_plan.plans.signature import Signers
 from tokenspeed_plan.plans.weight_digests import Depth
 
@@ -45,6 +45,7 @@ class EngineOptions:
             Those of small models are, where there is a canary.
         signers: one of them must have signed the plan; None takes any plan.
         rank_timeout_s: seconds that a rank of several waits for another one in a replay.
+        role: of the pool; by default the one that answers.
     """
 
     weights: Path | None = None
@@ -54,6 +55,7 @@ class EngineOptions:
     verify_weights: bool = False
     signers: Signers | None = None
     rank_timeout_s: float = 30.0
+    role: PoolRole | None = None
 
     @property
     def depth(self) -> Depth:
@@ -180,12 +182,23 @@ def _on_ranks(
 
 
 def _written_count(bundle: Path) -> int:
-    """The ranks of a plan that is not checked yet; 1 where it cannot be read, as others say why."""
+    """The ranks of the pool that answers, of a plan that is not checked; each of two has one."""
+    count, num_pools = _written(bundle)
+    return count if num_pools == 1 else 1
+
+
+def written_pools(bundle: Path) -> int:
+    """The pools of a plan that is not checked."""
+    return _written(bundle)[1]
+
+
+def _written(bundle: Path) -> tuple[int, int]:
+    """GPUs and pools of a plan; 1 where it cannot be read, as others say why."""
     try:
         written = json.loads((bundle / PLAN_FILE).read_text(encoding="utf-8"))
-        return int(written["target"]["count"])
+        return int(written["target"]["count"]), len(written["pools"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return 1
+        return 1, 1
 
 
 def _start_ranks(
@@ -250,6 +263,7 @@ def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None 
         cache=options.cache,
         depth="headers" if links.rank else options.depth,  # rank 0 has compared all of them
         signers=options.signers,
+        role=options.role,
     )
     links.meet(f"{engine.plan.digest} {options.backend}")
     limit_threads(engine.plan)

@@ -128,24 +128,32 @@ def started_ranks(count: int, args: Sequence[str]) -> Iterator[None]:
 def _start(rank: int, place: dict[str, str], args: Sequence[str]) -> _Process:
     """Start one rank, in a process group of its own, so that Ctrl-C does not reach it."""
     output = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as the process
-    stderr = os.dup(2)
-    own = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        _PARENT: str(os.getpid()),
-        _STDERR: str(stderr),
-    }
-    process = subprocess.Popen(
-        own_command(args),
-        env=os.environ | place | own,
-        stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=output,
-        pass_fds=[stderr],
-        process_group=0,
-    )
-    os.close(stderr)
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    with parent_variables() as (variables, stderr):
+        process = subprocess.Popen(
+            own_command(args),
+            env=os.environ | place | own | variables,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            pass_fds=[stderr],
+            process_group=0,
+        )
     return _Process(rank, process, output)
+
+
+@contextmanager
+def parent_variables() -> Iterator[tuple[dict[str, str], int]]:
+    """What a process that this one starts needs to end with it; see `end_with_parent`.
+
+    Yields:
+        Variables, and the number of a copy of standard error that it has to get.
+    """
+    stderr = os.dup(2)
+    try:
+        yield {_PARENT: str(os.getpid()), _STDERR: str(stderr)}, stderr
+    finally:
+        os.close(stderr)
 
 
 def _watch(ranks: Sequence[_Process], loss: RankLoss, done: threading.Event) -> None:

@@ -29,6 +29,7 @@ from tokenspeed_plan.planner.commands.jobs import (
     ray_job,
     worker_options,
 )
+from tokenspeed_plan.planner.commands.pools import PoolOptions, other_pools
 from tokenspeed_plan.planner.commands.ray_driver import RayJob, run_on_ray
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.planner.spec import WorkloadSpec
@@ -38,6 +39,7 @@ from tokenspeed_plan.plans.errors import RequestError, SpecError
 from tokenspeed_plan.plans.schema import Plan
 
 if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.request import Completion
     from tokenspeed_plan.runtime.serving.batch import BatchOptions, BatchPlan, Selection
     from tokenspeed_plan.runtime.serving.batch.options import TextTokenizer
@@ -250,9 +252,15 @@ def _run_check(bundle: Path, options: EngineOptions) -> None:
 
 
 def _run_prompt(bundle: Path, engine_options: EngineOptions, options: PromptOptions) -> None:
+    with other_pools(bundle, engine_options, PoolOptions()) as attach:
+        engine = ready_engine(bundle, engine_options)
+        attach(engine)
+        _answer(engine, options)
+
+
+def _answer(engine: Engine, options: PromptOptions) -> None:
     from tokenspeed_plan.runtime.request import SamplingParams
 
-    engine = ready_engine(bundle, engine_options)
     if engine.tokenizer is None:
         raise RequestError("the model has no tokenizer", "give token ids in a batch file")
     ids = engine.tokenizer.encode(options.prompt)
@@ -283,7 +291,14 @@ def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOption
 
     facts, tokenizer = _facts(bundle, engine_options)
     refuse_other_plan(options.input, options.output, facts.digest)
-    return run_batch(options, facts, tokenizer, lambda: ready_engine(bundle, engine_options))
+    with other_pools(bundle, engine_options, PoolOptions()) as attach:
+
+        def make_engine() -> Engine:
+            engine = ready_engine(bundle, engine_options)
+            attach(engine)
+            return engine
+
+        return run_batch(options, facts, tokenizer, make_engine)
 
 
 def _run_shared(bundle: Path, engine_options: EngineOptions, batch: SharedBatch) -> int:

@@ -23,6 +23,12 @@ from tokenspeed_plan.planner.commands.engines import (
     ready_engine,
     seconds_option,
 )
+from tokenspeed_plan.planner.commands.pools import (
+    PoolOptions,
+    other_pools,
+    pool_options,
+    serve_prefill,
+)
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
@@ -35,12 +41,13 @@ Folder = click.Path(path_type=Path)
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """Options of `tokenspeed serve`: the address, the engine and the server."""
+    """Options of `tokenspeed serve`: the address, the engine, the server and the pools."""
 
     host: str
     port: int
     engine: EngineOptions
     server: ServerOptions
+    pools: PoolOptions
 
 
 @click.command(cls=ReplayCommand)
@@ -139,6 +146,7 @@ class ServeOptions:
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
 @click.option("--verify-weights", is_flag=True, help=VERIFY_HELP)
 @signature_options
+@pool_options
 def serve(
     bundle: Path,
     host: str,
@@ -162,6 +170,7 @@ def serve(
     verify_weights: bool,
     allowed_signers: Path | None,
     signer: str | None,
+    pools: PoolOptions,
 ) -> None:
     """Serve BUNDLE to OpenAI's and Anthropic's clients."""
     _check_packages()
@@ -192,7 +201,10 @@ def serve(
         signers=signers,
         rank_timeout_s=rank_timeout_s,
     )
-    options = ServeOptions(host, port, engine, server)
+    if pools.role == "prefill":
+        serve_prefill(bundle, engine, pools)
+        return
+    options = ServeOptions(host, port, engine, server, pools)
     if replicas > 1:
         _serve_replicas(bundle, options, replicas)
         return
@@ -239,6 +251,9 @@ def _serve(bundle: Path, options: ServeOptions) -> None:
     with listen(options.host, options.port) as listener:
         check_reach(listener, options.server.api_key)
         template = load_chat_template(bundle, options.engine)
-        engine = ready_engine(bundle, options.engine, template)
-        ready = _ready_line(listener)
-        serve(engine, options.server, listener, lambda: click.echo(ready, err=True))
+        with other_pools(bundle, options.engine, options.pools) as attach:
+            engine = ready_engine(bundle, options.engine, template)
+            attach(engine)
+            ready = _ready_line(listener)
+            serve(engine, options.server, listener, lambda: click.echo(ready, err=True))
+            engine.loop.close()

@@ -189,6 +189,11 @@ class Layout(Frozen):
     attention: AttentionLayout
     moe: MoeLayout
 
+    @property
+    def num_ranks(self) -> int:
+        """Processes that share the model."""
+        return self.attention.tp
+
 
 class Capacity(Frozen):
     """What a pool has memory and programs for; graphs are built from it.
@@ -291,7 +296,11 @@ PoolRole = Literal["both", "prefill", "decode"]
 
 
 class Pool(Frozen):
-    """Ranks with one role: how they share the model, what they serve, and what each rank holds."""
+    """Ranks with one role: how they share the model, what they serve, and what each rank holds.
+
+    One of role `both` is alone. One of role `prefill` has programs for prompts alone, and hands
+    what it computes over to one of role `decode`, which has all programs: it can go on alone.
+    """
 
     role: PoolRole
     layout: Layout
@@ -337,12 +346,28 @@ class Plan(Frozen):
 
     @property
     def pool(self) -> Pool:
-        """The only pool: `plans.validate` refuses more until the runtime has them."""
+        """The pool that answers. It comes first, and can do all by itself."""
         return self.pools[0]
 
+    @property
+    def has_two_pools(self) -> bool:
+        """Whether another pool computes prompts for the one that answers."""
+        return len(self.pools) > 1
+
+    def view(self, pool: Pool) -> Plan:
+        """The plan as the ranks of one of its pools see it: no other pool, and only their GPUs.
+
+        It keeps the digest, so that the pools of a plan know each other by it.
+        """
+        if not self.has_two_pools:
+            return self
+        target = self.target.model_copy(update={"count": pool.layout.num_ranks})
+        return self.model_copy(update={"pools": (pool,), "target": target})
+
     def with_pool(self, **changes: Any) -> Plan:
-        """The plan with some fields of its pool replaced; not sealed."""
-        return self.model_copy(update={"pools": (self.pool.model_copy(update=changes),)})
+        """The plan with some fields of its first pool replaced; not sealed."""
+        first, *others = self.pools
+        return self.model_copy(update={"pools": (first.model_copy(update=changes), *others)})
 
     @property
     def takes_grammars(self) -> bool:

@@ -19,7 +19,8 @@ from tokenspeed_plan.plans.validate.model_rules import (
     check_predictions,
     check_vocabulary,
 )
-from tokenspeed_plan.plans.validate.name_rules import check_names, check_pools
+from tokenspeed_plan.plans.validate.name_rules import check_names
+from tokenspeed_plan.plans.validate.pool_rules import check_pools
 from tokenspeed_plan.plans.validate.program_rules import check_programs
 from tokenspeed_plan.plans.validate.refusal import refuse
 from tokenspeed_plan.plans.validate.weight_rules import check_weights
@@ -48,5 +49,6 @@ def validate(plan: Plan) -> None:
     for rule in _PLAN_RULES:
         rule(plan)
     for pool in plan.pools:
+        view = plan.view(pool)
         for pool_rule in _POOL_RULES:
-            pool_rule(plan, pool)
+            pool_rule(view, pool)

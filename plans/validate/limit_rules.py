@@ -19,7 +19,8 @@ def check_limits(plan: Plan, pool: Pool) -> None:
     _check_tokens(pool.limits)
     _check_drafts(pool.limits, pool.programs)
     _check_largest(pool, "prefill", pool.limits.max_tokens)
-    _check_largest(pool, "decode", pool.limits.max_seqs)
+    if pool.role != "prefill":
+        _check_largest(pool, "decode", pool.limits.max_seqs)
     for program in pool.programs:
         _check_bucket(pool.limits, program)
 

@@ -1,4 +1,4 @@
-"""Pools that the runtime knows, and names that are unique."""
+"""Names that are unique."""
 
 from __future__ import annotations
 
@@ -6,19 +6,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from tokenspeed_plan.plans.schema import Plan, Pool
-from tokenspeed_plan.plans.validate.refusal import refuse, require_unique
-
-
-def check_pools(plan: Plan) -> None:
-    """One pool that does both phases; the schema has room for more.
-
-    Raises:
-        PlanError: the plan has other pools.
-    """
-    roles = [pool.role for pool in plan.pools]
-    if roles != ["both"]:
-        found = ", ".join(roles)
-        raise refuse(f"pools ({found}): the runtime replays only one pool of role `both`")
+from tokenspeed_plan.plans.validate.refusal import require_unique
 
 
 def check_names(plan: Plan, pool: Pool) -> None:

@@ -150,6 +150,19 @@ class PrefixCache:
                 return Hit(node, known_tokens)
         return Hit(self.root, known_tokens)
 
+    def share_pages(
+        self, digests: Seq[bytes], token_ids: Seq[int], max_tokens: int
+    ) -> tuple[Node, list[int]]:
+        """Hold the whole pages that are known of the first `max_tokens` tokens, even stateless.
+
+        Returns:
+            The node of the last of them, and the pages.
+        """
+        nodes = [self.root]
+        if self.enabled:
+            nodes += self._tree.walk(digests[: max_tokens // self.page_size], token_ids)
+        return nodes[-1], [self.pages.share(node.page) for node in nodes[1:]]
+
     def use(self, hit: Hit) -> tuple[Node, list[int]]:
         """Hold what a hit needs: its state slot and its whole pages.
 

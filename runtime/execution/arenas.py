@@ -42,6 +42,7 @@ class Arenas:
         specs: names and sizes.
         device: `cuda` is the current GPU.
         given: arenas that are allocated already.
+        paths: of arenas in shared memory, a file by which other processes map them.
 
     Raises:
         PlanError: there is not as much as the plan needs.
@@ -52,11 +53,17 @@ class Arenas:
         specs: Iterable[ArenaSpec],
         device: str = "cpu",
         given: Mapping[str, Tensor] | None = None,
+        paths: Mapping[str, str] | None = None,
     ) -> None:
         self._bytes = dict(given or {})
+        self.paths = dict(paths or {})
         for spec in specs:
             if spec.name not in self._bytes:
                 self._bytes[spec.name] = _zeros(spec, device)
+
+    def whole(self, arena: str) -> Tensor:
+        """All bytes of an arena, u8."""
+        return self._bytes[arena]
 
     def view(self, arena: str, offset_bytes: int, shape: tuple[int, ...], dtype: DType) -> Tensor:
         """A tensor at a planned place; nothing is copied."""

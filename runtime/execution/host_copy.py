@@ -22,6 +22,11 @@ class HostCopy:
             self._event = torch.cuda.Event()
             self._event.record()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether nobody has to wait for them."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> list[Tensor]:
         """The tensors on the host; waits for these copies alone."""
         if self._event is not None:

@@ -32,6 +32,15 @@ class PlanMemory:
         self._weights = weights
         self._buffers = {buffer.name: buffer for buffer in plan.pool.buffers}
 
+    def arena(self, name: str) -> Tensor:
+        """All bytes of an arena, u8."""
+        return self._arenas.whole(name)
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """Files by which other processes map arenas that lie in shared memory, by name."""
+        return self._arenas.paths
+
     def buffer(self, name: str, num_tokens: int = 0, num_seqs: int = 0) -> Tensor:
         """A buffer that all programs share, at the size of a batch; a state has one size."""
         return self._view(self._buffers[name], num_tokens, num_seqs)

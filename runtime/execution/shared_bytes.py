@@ -33,6 +33,18 @@ def share(size_bytes: int, exchange: Callable[[str], list[str]]) -> list[mmap.mm
     return maps
 
 
+def create(size_bytes: int) -> tuple[mmap.mmap, str]:
+    """Zeros that processes of this host can map, and a path by which they find them.
+
+    They are there as long as this process: its descriptor stays open.
+
+    Raises:
+        OSError: there is not so much memory.
+    """
+    descriptor, path = _create(size_bytes)
+    return mmap.mmap(descriptor, size_bytes), path
+
+
 def _create(size_bytes: int) -> tuple[int, str]:
     """A file in memory, and a path by which other processes find it while it is open here."""
     if sys.platform == "linux":

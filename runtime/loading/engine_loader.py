@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenspeed_plan.plans.bundle import load_plan
-from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.schema import Plan, Pool, PoolRole
 from tokenspeed_plan.plans.signature import Signers
 from tokenspeed_plan.plans.weight_digests import Depth, check_weight_files
 from tokenspeed_plan.runtime.compare import ComparingBackend
@@ -49,6 +50,7 @@ def load_bundle(
     lead: Lead | None = None,
     depth: Depth = "headers",
     signers: Signers | None = None,
+    role: PoolRole | None = None,
 ) -> Loaded:
     """Read and check a bundle, then its weights, then allocate; see `Engine.load`.
 
@@ -62,7 +64,8 @@ def load_bundle(
     read = time.perf_counter()
     name = backend or default_backend(plan)
     kernels = None if name == "reference" else load_kernels(plan, bundle)
-    loaded = load_parts(plan, folder, chat, kernels, launch, lead, compare=name == "compare")
+    compare = name == "compare"
+    loaded = load_parts(plan, folder, chat, kernels, launch, lead, compare, role)
     loaded.startup_s["read_plan_s"] = read - begun
     loaded.startup_s["read_weights_s"] = time.perf_counter() - read
     return loaded
@@ -76,12 +79,14 @@ def load_parts(
     launch: Launch | None = None,
     lead: Lead | None = None,
     compare: bool = False,
+    role: PoolRole | None = None,
 ) -> Loaded:
     """Load from a plan that is already checked, with its weights in `folder`.
 
     Raises:
-        PlanError: this machine or the checkpoint does not fit.
+        PlanError: this machine or the checkpoint does not fit, or there is no such pool.
     """
+    plan = plan.view(pool_of(plan, role))
     check_target(plan)
     check_files(plan, folder)
     links = join(plan)
@@ -96,6 +101,23 @@ def load_parts(
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(folder, chat)
     return Loaded(plan, Executor(memory, backend, launch, lead), tokenizer)
+
+
+def pool_of(plan: Plan, role: PoolRole | None) -> Pool:
+    """The pool of a role; without one, the pool that answers.
+
+    Raises:
+        PlanError: there is none.
+    """
+    if role is None:
+        return plan.pool
+    for pool in plan.pools:
+        if pool.role == role:
+            return pool
+    raise PlanError(
+        f"the plan has no pool of role `{role}`",
+        "plan with `disaggregation: {prefill: 1, decode: 1}`, or start it without `--pool`",
+    )
 
 
 def make_backend(

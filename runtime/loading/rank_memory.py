@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.schema import ArenaSpec, Plan
+from tokenspeed_plan.plans.validate.pool_rules import CACHE_ARENAS
 from tokenspeed_plan.runtime.execution.arenas import Arenas
 from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.execution.rank_links import Links
+from tokenspeed_plan.runtime.execution.shared_bytes import create
 
 
 class RankMemory:
@@ -33,9 +38,28 @@ class RankMemory:
             PlanError: there is not as much memory as the plan needs.
             RankError: the ranks cannot share memory.
         """
-        plan, given = self._plan, dict[str, Tensor]()
+        plan, given, paths = self._plan, dict[str, Tensor](), dict[str, str]()
         for arena in plan.pool.arenas:
             if arena.name == "symmetric" and arena.size_bytes:
                 self.peers = self._links.peer_memory(arena.size_bytes, plan.target.device)
                 given[arena.name] = self.peers.own
-        return Arenas(plan.pool.arenas, plan.target.device, given)
+            if self._is_written_by_peers(arena):
+                given[arena.name], paths[arena.name] = _shared(arena)
+        return Arenas(plan.pool.arenas, plan.target.device, given, paths)
+
+    def _is_written_by_peers(self, arena: ArenaSpec) -> bool:
+        """Whether another pool writes it: on a CPU it then lies in shared memory."""
+        pool, device = self._plan.pool, self._plan.target.device
+        is_cache = arena.name in CACHE_ARENAS and arena.size_bytes > 0
+        return pool.role == "decode" and device == "cpu" and is_cache
+
+
+def _shared(arena: ArenaSpec) -> tuple[Tensor, str]:
+    try:
+        mapped, path = create(arena.size_bytes)
+    except (OSError, ValueError) as error:
+        raise PlanError(
+            f"cannot share {arena.size_bytes} bytes for `{arena.name}`: {error}",
+            "end other processes, or plan for less: lower `workload.concurrency`",
+        ) from error
+    return torch.from_numpy(np.frombuffer(mapped, np.uint8)), path

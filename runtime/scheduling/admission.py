@@ -31,6 +31,7 @@ class Admission:
         self._memory = memory
         self._clock = clock
         self._cache = memory.cache
+        self._reserved = memory.reservations
         self._limits = memory.limits
         self._num_added = 0
 
@@ -63,8 +64,12 @@ class Admission:
     def admit(self) -> None:
         """Start all sequences that fit now."""
         later: list[Sequence] = []
+        self._admit_ready()
         while self.waiting and len(self.running) < self._limits.max_seqs:
             sequence = self.waiting.popleft()
+            if sequence.is_elsewhere:
+                later.append(sequence)
+                continue
             if sequence is self.blocked_head:
                 later.append(sequence)
                 break
@@ -73,7 +78,7 @@ class Admission:
                 later.append(sequence)
             elif self._fits(sequence, hit):
                 self._start(sequence, hit)
-            elif not self.running:
+            elif not self.running and self._reserved.can_start(sequence):
                 # It fits only without the prefix: the pages of its hit are in the way of its own.
                 self._start(sequence, Hit(self._cache.root, 0))
             else:
@@ -81,6 +86,21 @@ class Admission:
                 self.blocked_head = sequence
                 break
         self.waiting.extendleft(reversed(later))
+
+    def _admit_ready(self) -> None:
+        """Start the sequences whose prompts another pool has computed, whoever waits before them.
+
+        What is reserved for them is given back only as they start.
+        """
+        if not self._reserved.held:
+            return
+        for sequence in list(self.waiting):
+            is_ready = sequence.request.request_id in self._reserved.held
+            if is_ready and not sequence.is_elsewhere and len(self.running) < self._limits.max_seqs:
+                hit = self._match(sequence)
+                if self._fits(sequence, hit):
+                    self.waiting.remove(sequence)
+                    self._start(sequence, hit)
 
     def _match(self, sequence: Sequence) -> Hit:
         """What the cache has of it, less its last token, which must be computed in any case."""
@@ -111,9 +131,9 @@ class Admission:
 
     def _fits(self, sequence: Sequence, hit: Hit) -> bool:
         """Whether a state slot is left, and pages for it and one more for each running sequence."""
-        if not self._memory.has_slot(hit):
+        if not self._memory.has_slot(hit) or not self._reserved.can_start(sequence):
             return False
-        taken = {node.page for node in path_to(hit.checkpoint)}
+        taken = self._reserved.pages() | {node.page for node in path_to(hit.checkpoint)}
         for other in self.running:
             taken.update(other.pages)
             if other.copy_from is not None:
@@ -127,7 +147,7 @@ class Admission:
     def _start(self, sequence: Sequence, hit: Hit) -> None:
         sequence.started_s = sequence.started_s or self._clock()
         self._memory.start(sequence, hit)
-        sequence.move_to(sequence.next_phase)
+        sequence.move_to(self._memory.phase_of(sequence))
         self.running.append(sequence)
 
 

@@ -22,6 +22,7 @@ from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.scheduling.admission import Admission, Clock
 from tokenspeed_plan.runtime.scheduling.batch import Batch, BatchMaker
+from tokenspeed_plan.runtime.scheduling.reservations import Reservations
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.scheduling.sequence_memory import SequenceMemory
 
@@ -96,6 +97,20 @@ class Scheduler:
             pages=self.cache.pages_in_use,
         )
 
+    @property
+    def reservations(self) -> Reservations:
+        """What is held for prompts that another pool computes."""
+        return self._memory.reservations
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the first of the waiting sequences waits for memory."""
+        return self._admission.blocked_head is not None
+
+    def unblock(self) -> None:
+        """Look at the waiting sequences again: memory was given back."""
+        self._admission.blocked_head = None
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         self._admission.add(sequence)
@@ -162,7 +177,7 @@ class Scheduler:
     def advance(self, sequence: Sequence, count: int) -> None:
         """Note that a step has computed `count` more tokens of a sequence."""
         self._memory.advance(sequence, count)
-        if sequence.state == "prefilling" and sequence.num_left <= 1:
+        if sequence.state == "prefilling" and sequence.num_left <= self._memory.decodes:
             sequence.move_to("decoding")
 
     def is_simple(self, sequence: Sequence) -> bool:
@@ -194,6 +209,8 @@ class Scheduler:
             self._stop(sequence, has_state=sequence.steps_ahead < 2)
         else:
             self._admission.remove(sequence)
+            if not sequence.is_elsewhere:
+                self.reservations.drop(sequence.request.request_id)
 
     def _grow(self, decoding: list[Sequence]) -> list[Sequence]:
         """Give each decoding sequence a page for its next token.

@@ -6,7 +6,8 @@ from tokenspeed_plan.plans.schema import Limits, Plan
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
 from tokenspeed_plan.runtime.cache.prefix_tree import Node, path_to
 from tokenspeed_plan.runtime.metrics import Metrics
-from tokenspeed_plan.runtime.scheduling.sequence import Sequence
+from tokenspeed_plan.runtime.scheduling.reservations import Reservations
+from tokenspeed_plan.runtime.scheduling.sequence import Sequence, State
 from tokenspeed_plan.runtime.scheduling.state_turns import (
     exchange_state_slot,
     go_on_in_place,
@@ -19,10 +20,13 @@ class SequenceMemory:
 
     Attributes:
         cache: all pages and state slots.
+        reservations: what is held of them for prompts that another pool computes.
+        decodes: whether the pool has programs for answers; else every token is prefilled.
     """
 
     def __init__(self, plan: Plan, metrics: Metrics, cache: bool) -> None:
         self.limits: Limits = plan.pool.limits
+        self.decodes = any(program.phase == "decode" for program in plan.pool.programs)
         self.cache = PrefixCache(
             plan.pool.limits,
             bytes.fromhex(plan.digest[:64]),
@@ -31,7 +35,12 @@ class SequenceMemory:
             metrics,
             cache,
         )
+        self.reservations = Reservations(self.cache, self.limits, bool(slot_bytes(plan, "state")))
         self._metrics = metrics
+
+    def phase_of(self, sequence: Sequence) -> State:
+        """What comes next for a sequence that holds memory."""
+        return sequence.next_phase if self.decodes else "prefilling"
 
     def num_pages(self, sequence: Sequence) -> int:
         """Pages for its known tokens."""
@@ -62,6 +71,7 @@ class SequenceMemory:
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = hit.num_tokens
             self._metrics.hit_tokens += hit.num_tokens
+        self.reservations.drop(sequence.request.request_id)  # what it holds it has found
 
     def add_page(self, sequence: Sequence) -> bool:
         """Add one page; False where there is none left.

@@ -192,8 +192,49 @@ def test_advice_for_fewer_gpus_says_so_and_a_split_is_compared_with_this_plan() 
         assert said and float(said[1]) == pytest.approx(cost, rel=1e-3), name
 
 
-def test_two_pools_that_are_stated_are_refused() -> None:
-    with pytest.raises(SpecError, match="is not planned yet"):
-        decided_for(count=2, disaggregation={"prefill": 1, "decode": 1})
+def test_two_pools_that_are_stated_are_planned() -> None:
+    decided, decisions = decided_for(count=2, disaggregation={"prefill": 1, "decode": 1})
+    assert decided.prefill is not None
+    assert decided.prefill.num_ranks == decided.layout.num_ranks == 1
+    found = decisions["disaggregation"]
+    assert found.value == "1 prefill, 1 decode" and "MB a turn by nvlink" in found.reason
+    assert found.runner_up is None  # nothing else was asked for
+
+
+def test_auto_splits_where_that_pays_and_says_do_not_elsewhere() -> None:
+    """Long prompts hold up the tokens of others; a lone agent wants both GPUs at once."""
+    prompts = {
+        "kind": "agentic",
+        "concurrency": 8,
+        "turns": 1,
+        "first_turn_tokens": 50_000,
+        "output_tokens": 1000,
+    }
+    tpot = {"minimize": "tpot"}
+    split, decisions = decided_for(
+        "35b-a3b", 2, workload=prompts, objective=tpot, speculation="off"
+    )
+    assert split.prefill is not None and decisions["parallelism"].value.startswith("prefill")
+    runner_up = decisions["disaggregation"].runner_up
+    assert runner_up is not None and runner_up.startswith("one pool, ")
+    beaten = float(runner_up.rpartition(" ")[2])
+    assert split.predicted.values["tpot_ms"] < beaten
+    alone = {"kind": "agentic", "concurrency": 1, "turns": 12}
+    whole, decisions = decided_for(
+        "35b-a3b", 2, workload=alone, objective={"minimize": "turn_time"}, speculation="off"
+    )
+    assert whole.prefill is None and decisions["disaggregation"].value == "off"
+    assert "do not split: turn_time_ms" in decisions["disaggregation"].reason
+
+
+def test_pools_that_no_plan_holds_are_refused() -> None:
+    with pytest.raises(SpecError, match="more than one in a pool is not planned yet"):
+        decided_for(count=4, disaggregation={"prefill": 2, "decode": 2})
+    with pytest.raises(SpecError, match="pools hand over checkpoints"):
+        decided_for(
+            count=2,
+            disaggregation={"prefill": 1, "decode": 1},
+            serving={"checkpoint_tokens": 0},
+        )
     with pytest.raises(SpecError, match=r"2 \+ 2 = 4 GPUs, the target has 2"):
         decided_for(count=2, disaggregation={"prefill": 2, "decode": 2})

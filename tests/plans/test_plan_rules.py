@@ -18,6 +18,7 @@ from tokenspeed_plan.plans.peer_memory import PEER_COUNTS, PEER_SLOTS
 from tokenspeed_plan.plans.schema import (
     ArenaName,
     ArenaSpec,
+    AttentionLayout,
     BufferSpec,
     CallCost,
     KernelCall,
@@ -42,8 +43,45 @@ from tokenspeed_plan.plans.validate.peer_rules import check_peer_order, check_pe
 )
 def test_other_pools_are_refused(roles: tuple[str, ...], tiny_plan: Plan) -> None:
     pools = tuple(tiny_plan.pool.model_copy(update={"role": role}) for role in roles)
-    with pytest.raises(PlanError, match="the runtime replays only one pool of role `both`"):
+    with pytest.raises(PlanError, match="one of role `both`, or `decode` and `prefill`"):
         validate(tiny_plan.model_copy(update={"pools": pools}))
+
+
+def two_pools(plan: Plan, count: int = 2, **changes: Any) -> Plan:
+    """The plan with a prefill pool beside it; `changes` are of that pool."""
+    prompts = tuple(each for each in plan.pool.programs if each.phase == "prefill")
+    prefill = plan.pool.model_copy(update={"role": "prefill", "programs": prompts} | changes)
+    decode = plan.pool.model_copy(update={"role": "decode"})
+    target = plan.target.model_copy(update={"count": count})
+    return plan.model_copy(update={"pools": (decode, prefill), "target": target})
+
+
+def test_two_pools_that_fit_each_other(tiny_plan: Plan) -> None:
+    validate(two_pools(tiny_plan))
+
+
+def test_two_pools_that_cannot_hand_over(tiny_plan: Plan) -> None:
+    pool = tiny_plan.pool
+    with pytest.raises(PlanError, match="pools of 2 ranks, the target has 3"):
+        validate(two_pools(tiny_plan, count=3))
+    with pytest.raises(PlanError, match="the pool of role `prefill` has the program decode"):
+        validate(two_pools(tiny_plan, programs=pool.programs))
+    limits = pool.limits.model_copy(update={"page_size": 2 * pool.limits.page_size})
+    with pytest.raises(PlanError, match="are handed over to pages of"):
+        validate(two_pools(tiny_plan, limits=limits))
+    layout = pool.layout.model_copy(update={"attention": AttentionLayout(tp=2)})
+    with pytest.raises(PlanError, match="pools of 1 and 2 ranks"):
+        validate(two_pools(tiny_plan, layout=layout))
+    at = next(i for i, each in enumerate(pool.buffers) if each.arena == "state")
+    tensor = TensorSpec.of((4, 2, 2), "fp32")
+    other = pool.buffers[at].model_copy(update={"tensor": tensor})
+    buffers = (*pool.buffers[:at], other, *pool.buffers[at + 1 :])
+    with pytest.raises(PlanError, match=f"`{other.name}` is not alike in both pools"):
+        validate(two_pools(tiny_plan, buffers=buffers))
+    none = pool.limits.model_copy(update={"num_checkpoints": 0})
+    plan = two_pools(tiny_plan).with_pool(limits=none)
+    with pytest.raises(PlanError, match="no checkpoint that a state could be handed over to"):
+        validate(plan)
 
 
 BLOCKS = Format(dtype="bf16", block=(16,), scale="fp32")

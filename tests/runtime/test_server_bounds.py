@@ -388,7 +388,7 @@ def ends_with_an_error(server: Server) -> None:
 
 
 def test_an_idle_engine_does_not_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = SimpleNamespace(metrics=SimpleNamespace(steps=0), num_unfinished=0)
+    engine = SimpleNamespace(loop=SimpleNamespace(num_moves=0), num_unfinished=0)
     requests, clock = SimpleNamespace(num_open=0), [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     progress = Progress(engine, requests)  # type: ignore[arg-type]
@@ -401,7 +401,7 @@ def test_an_idle_engine_does_not_stand_still(monkeypatch: pytest.MonkeyPatch) ->
     assert after(100) == 0
     requests.num_open = 1
     assert after(3) == 3 and after(4) == 7
-    engine.metrics.steps += 1
+    engine.loop.num_moves += 1
     assert after(1) == 0
     requests.num_open, engine.num_unfinished = 0, 1  # its client has left, and it is still there
     assert after(2) == 2

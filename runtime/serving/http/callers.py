@@ -28,7 +28,7 @@ def check_reach(listener: socket.socket, api_key: str | None) -> None:
         RequestError: it is one.
     """
     address = listener.getsockname()[0]
-    if api_key is None and not _is_loopback(address):
+    if api_key is None and not is_loopback(address):
         raise RequestError(
             f"without a key the server may listen on this machine alone, not on {address}",
             "give `--api-key KEY` (or TOKENSPEED_API_KEY), or `--host 127.0.0.1`",
@@ -91,10 +91,11 @@ class CheckHost:
             return False
         name = (found["v6"] or found["name"]).lower().rstrip(".")
         is_local_name = name == "localhost" or name.endswith(".localhost")
-        return is_local_name or name == self._own_host or _is_loopback(name)
+        return is_local_name or name == self._own_host or is_loopback(name)
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches an address."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

@@ -20,7 +20,7 @@ class Progress:
 
     def note(self) -> None:
         """Look at the step loop."""
-        num_steps = self._engine.metrics.steps
+        num_steps = self._engine.loop.num_moves
         has_work = bool(self._async_engine.num_open or self._engine.num_unfinished)
         if num_steps != self._num_steps or not has_work:
             self._num_steps = num_steps

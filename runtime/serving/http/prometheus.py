@@ -129,7 +129,8 @@ class Metrics:
                 lambda: limits.num_pages,
             ),
         )
-        for name, text, value in gauges:
+        more = engine.loop.elsewhere.gauges() if engine.loop.elsewhere else []
+        for name, text, value in (*gauges, *more):
             Gauge(f"tokenspeed_{name}", text, registry=self._registry).set_function(value)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

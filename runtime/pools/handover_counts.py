@@ -1,0 +1,51 @@
+"""What came of hand-overs, as a server shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Gauges = list[tuple[str, str, Callable[[], float]]]  # a name, a text, and what reads it
+
+
+@dataclass(slots=True)
+class HandoverCounts:
+    """Counters that only grow.
+
+    `ordered` prompts were asked of peers; of these `done` came, `refused` had another digest than
+    was said, `failed` could not be computed there, and `lost` went with their peer. `alone` were
+    computed here after all. `wait_s` is the time from order to arrival of those that came, and
+    `exposed_s` the part of it after their last token was computed.
+    """
+
+    ordered: int = 0
+    done: int = 0
+    refused: int = 0
+    failed: int = 0
+    lost: int = 0
+    alone: int = 0
+    size_bytes: int = 0
+    wait_s: float = 0.0
+    exposed_s: float = 0.0
+
+    def gauges(self) -> Gauges:
+        """Each of them with its name and what it means."""
+        return [
+            ("handovers_ordered", "Prompts that were asked of prefill pools", lambda: self.ordered),
+            ("handovers_done", "Prompts that came from prefill pools", lambda: self.done),
+            (
+                "handovers_refused",
+                "Prompts that came with a wrong digest, and were not used",
+                lambda: self.refused,
+            ),
+            ("handovers_failed", "Prompts that a prefill pool gave up", lambda: self.failed),
+            ("handovers_lost", "Prompts that went with their prefill pool", lambda: self.lost),
+            ("handovers_alone", "Prompts of these computed here after all", lambda: self.alone),
+            ("handover_bytes", "Bytes that came from prefill pools", lambda: self.size_bytes),
+            ("handover_seconds", "From order to arrival, all together", lambda: self.wait_s),
+            (
+                "handover_exposed_seconds",
+                "Of these, after the last token of the prompt was computed",
+                lambda: self.exposed_s,
+            ),
+        ]

@@ -1,0 +1,265 @@
+"""The pool that computes prompts: it takes orders from decode pools, and hands their caches over.
+
+One thread steps the engine and pushes; others wait for callers and read their messages. A caller
+that leaves has no orders any more: what was computed for it stays in the prefix cache.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+from tokenspeed_plan.plans.errors import PoolError, RequestError
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.cache.prefix_cache import Hit
+from tokenspeed_plan.runtime.engine import Engine
+from tokenspeed_plan.runtime.pools.channel import (
+    Channel,
+    ChannelClosed,
+    Facts,
+    Message,
+    greet_caller,
+)
+from tokenspeed_plan.runtime.pools.pool_memory import PoolMemory
+from tokenspeed_plan.runtime.pools.prefill_jobs import Order, PrefillJob
+from tokenspeed_plan.runtime.pools.transport import Route, Transport
+from tokenspeed_plan.runtime.request import Request, SamplingParams
+
+BEAT_S = 0.5
+_LOOK_S = 0.001  # between two looks at what is under way, where nothing is computed
+_MAX_STRANGERS = 16  # callers that have not shown that they know the token
+_ALIKE = "start both pools with one version and one bundle"
+_PARAMS = SamplingParams(max_tokens=1, ignore_eos=True)
+
+Event = Callable[[], None]
+
+
+@dataclass(slots=True, eq=False)
+class Caller:
+    """A decode pool that is connected, and where its caches are."""
+
+    number: int
+    channel: Channel
+    route: Route | None = None
+    jobs: dict[str, PrefillJob] = field(default_factory=dict)
+
+    def tell(self, message: Message) -> None:
+        """Send a message; one that does not take it is lost, and its reader notices."""
+        try:
+            self.channel.send(message)
+        except ChannelClosed:
+            self.channel.close()
+
+
+class PrefillServer:
+    """Serves the prefill pool of a plan.
+
+    Args:
+        engine: of that pool.
+        plan: with both pools.
+        transport: by which caches are handed over.
+        token: that callers must know.
+    """
+
+    def __init__(self, engine: Engine, plan: Plan, transport: Transport, token: str) -> None:
+        self._engine = engine
+        self._memory = PoolMemory(plan, engine.executor.memory)
+        self._transport = transport
+        self._facts = Facts.of(plan, transport.name)
+        self._token = token
+        self._limits = plan.pool.limits
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._callers: list[Caller] = []
+        self._num_callers = 0
+        self._jobs: dict[str, PrefillJob] = {}  # of all callers, by the names of their requests
+        self._stopped = False
+        self._strangers = threading.Semaphore(_MAX_STRANGERS)
+        self._next_beat_s = 0.0
+
+    def stop(self) -> None:
+        """End `serve`; any thread, or a signal's handler, may call it."""
+        self._stopped = True
+        self._events.put(lambda: None)
+
+    def serve(self, listener: socket.socket) -> None:
+        """Take orders until `stop` is called."""
+        listener.listen()
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        while not self._stopped:
+            self._take_events()
+            if self._engine.num_unfinished:
+                for done in self._engine.step():
+                    self._jobs[done.request_id].num_cached = done.num_cached_tokens
+            for caller in list(self._callers):
+                self._advance(caller)
+            self._beat()
+        for caller in list(self._callers):
+            self._leave(caller)
+
+    def _take_events(self) -> None:
+        """Handle what has come; wait for it where nothing is computed."""
+        wait_s = BEAT_S
+        if any(caller.jobs for caller in self._callers):
+            wait_s = _LOOK_S
+        if self._engine.num_unfinished:
+            wait_s = 0.0
+        with suppress(queue.Empty):
+            self._events.get(block=wait_s > 0, timeout=wait_s or None)()
+            while True:
+                self._events.get_nowait()()
+
+    def _beat(self) -> None:
+        """Tell the callers that this pool goes on."""
+        now = time.monotonic()
+        if now >= self._next_beat_s:
+            self._next_beat_s = now + BEAT_S
+            for caller in self._callers:
+                caller.tell({"type": "beat"})
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):  # the listener is closed
+            while not self._stopped:
+                self._strangers.acquire()
+                connection, _ = listener.accept()
+                threading.Thread(target=self._read, args=(connection,), daemon=True).start()
+
+    def _read(self, connection: socket.socket) -> None:
+        """On a thread of its own: greet a caller, and pass on what it says."""
+        channel = Channel(connection)
+        try:
+            greet_caller(channel, self._token, self._facts)
+        except (ChannelClosed, PoolError) as error:
+            print(f"a caller was refused: {getattr(error, 'message', error)}", file=sys.stderr)
+            channel.close()
+            return
+        finally:
+            self._strangers.release()
+        caller = Caller(0, channel)
+        self._events.put(partial(self._join, caller))
+        with suppress(ChannelClosed):
+            while True:
+                self._events.put(partial(self._obey, caller, channel.receive()))
+        self._events.put(partial(self._leave, caller))
+
+    def _join(self, caller: Caller) -> None:
+        self._num_callers += 1
+        caller.number = self._num_callers
+        self._callers.append(caller)
+
+    def _leave(self, caller: Caller) -> None:
+        """Forget a caller, and close its connection once nothing is written to it any more."""
+        if caller not in self._callers:
+            return
+        self._callers.remove(caller)
+        if caller.route is not None:
+            caller.route.close()
+        for job in list(caller.jobs.values()):
+            self._end(caller, job)
+        caller.channel.close()
+
+    def _obey(self, caller: Caller, message: Message) -> None:
+        """Do what a caller says; one that says what cannot be is left."""
+        try:
+            kind = message.get("type")
+            if kind == "memory":
+                self._open(caller, message)
+            elif kind == "prefill":
+                self._begin(caller, self._order(message))
+            elif kind == "cancel":
+                self._cancel(caller, str(message["id"]))
+            else:
+                raise PoolError(f"a caller says {kind!r:.40}", _ALIKE)
+        except (PoolError, RequestError, KeyError, TypeError, ValueError) as error:
+            reason = getattr(error, "message", repr(error))
+            print(f"a caller was left: {reason:.200}", file=sys.stderr)
+            caller.tell({"type": "error", "reason": reason[:200]})
+            self._leave(caller)
+
+    def _open(self, caller: Caller, message: Message) -> None:
+        caller.route = self._transport.reach(message["memory"])
+
+    def _order(self, message: Message) -> Order:
+        """The order of a message.
+
+        Raises:
+            PoolError, KeyError, TypeError, ValueError: it cannot be served.
+        """
+        token_ids = tuple(map(int, message["token_ids"]))
+        pages, slot = tuple(map(int, message["pages"])), int(message["slot"])
+        order = Order(str(message["id"]), token_ids, int(message["first_page"]), pages, slot)
+        limits = self._limits
+        num_pages = -(-len(token_ids) // limits.page_size)
+        are_there = all(0 <= page < limits.num_pages for page in pages)
+        if self._memory.has_state:
+            are_there &= 0 < slot < limits.pad_state_slot
+        if not are_there or order.first_page < 0 or order.first_page + len(pages) != num_pages:
+            raise PoolError("an order has no place for its prompt", _ALIKE)
+        return order
+
+    def _begin(self, caller: Caller, order: Order) -> None:
+        """Compute a prompt, or send at once what is known of it."""
+        if caller.route is None or order.request_id in caller.jobs:
+            raise PoolError(f"the order `{order.request_id:.80}` comes twice or too soon", _ALIKE)
+        name = f"{caller.number}/{order.request_id}"
+        reservations = self._engine.scheduler.reservations
+        job = PrefillJob(order, name, reservations, self._memory, caller.route)
+        caller.jobs[order.request_id] = self._jobs[name] = job
+        hit = self._find(job)
+        if hit is None:
+            self._engine.add(Request(name, order.token_ids, _PARAMS))
+        else:
+            job.num_cached = hit.num_tokens
+            job.send_rest(hit)
+
+    def _cancel(self, caller: Caller, request_id: str) -> None:
+        """Stop writing for an order; the caller is told when that is so."""
+        job = caller.jobs.get(request_id)
+        if job is None:
+            caller.tell({"type": "cancelled", "id": request_id})
+            return
+        job.is_cancelled = True
+        self._engine.cancel(job.name)
+
+    def _advance(self, caller: Caller) -> None:
+        """Send what was computed for a caller, and tell what has arrived."""
+        try:
+            for job in list(caller.jobs.values()):
+                self._send(job)
+                if job.is_over and job.has_arrived:
+                    caller.tell(job.report())
+                    self._end(caller, job)
+        except PoolError as error:
+            print(f"a caller is lost: {error.message}", file=sys.stderr)
+            self._leave(caller)
+
+    def _send(self, job: PrefillJob) -> None:
+        if job.is_over:
+            return
+        sequence = self._engine.loop.sequences.get(job.name)
+        if sequence is None:
+            job.send_rest(self._find(job))
+        elif sequence.is_running:
+            job.send_filled(sequence)
+
+    def _find(self, job: PrefillJob) -> Hit | None:
+        """What the cache has of a prompt, if that is all, and its state may be held.
+
+        Running sequences need the slots that the cache has no right to.
+        """
+        held = sum(each.holds_state for each in self._jobs.values())
+        if self._memory.has_state and held >= self._limits.num_checkpoints:
+            return None
+        return job.find()
+
+    def _end(self, caller: Caller, job: PrefillJob) -> None:
+        caller.jobs.pop(job.order.request_id, None)
+        self._jobs.pop(job.name, None)
+        self._engine.cancel(job.name)
+        job.release()

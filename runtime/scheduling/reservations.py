@@ -1,0 +1,165 @@
+"""Memory for prompts that another pool computes: taken before it begins, and held until they start.
+
+A reservation has the pages of a prompt but for its last token, and a slot for the state there; what
+the cache knows of the prompt already is shared. Once all is there it goes into the prefix cache,
+where its sequence finds it.
+
+So that nobody waits for ever, no reservation may keep a running sequence, or another reservation,
+from the pages of its longest answer: whoever has begun can be finished with all others held.
+Reservations hold at most as many state slots as the cache has checkpoints, which no sequence needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tokenspeed_plan.plans.schema import Limits
+from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
+from tokenspeed_plan.runtime.cache.prefix_tree import Node
+from tokenspeed_plan.runtime.scheduling.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """What is held for a prompt.
+
+    Attributes:
+        num_tokens: of the prompt that will be there.
+        node: the last whole page of it that the cache knows.
+        pages: of these tokens.
+        num_known: of the pages, those that the cache had already.
+        state_slot: for the state after them; a mere number where the model has none.
+        most_pages: of the sequence at its longest.
+    """
+
+    num_tokens: int
+    node: Node
+    pages: list[int]
+    num_known: int
+    state_slot: int
+    most_pages: int
+
+    @property
+    def new_pages(self) -> list[int]:
+        """The pages that have to be filled."""
+        return self.pages[self.num_known :]
+
+
+@dataclass(slots=True)
+class Reservations:
+    """All reservations of a pool.
+
+    Attributes:
+        held: by the id of the request.
+        abandoned: of requests that do without, which a peer may still write.
+        lent: pages that are sent to another pool, by the id of the request that computed them.
+    """
+
+    cache: PrefixCache
+    limits: Limits
+    has_state: bool
+    held: dict[str, Reservation] = field(default_factory=dict)
+    abandoned: list[Reservation] = field(default_factory=list)
+    lent: dict[str, list[int]] = field(default_factory=dict)
+
+    def pages(self, but: str = "") -> set[int]:
+        """All pages that are held, but for those of one request."""
+        found: set[int] = set()
+        for reservation in self._all(but):
+            found.update(reservation.pages)
+        for name, pages in self.lent.items():
+            if name != but:
+                found.update(pages)
+        return found
+
+    def _all(self, but: str = "") -> list[Reservation]:
+        return [each for name, each in self.held.items() if name != but] + self.abandoned
+
+    def pages_at_most(self, sequence: Sequence) -> int:
+        """Pages of a sequence at its longest."""
+        return -(-sequence.max_len // self.limits.page_size)
+
+    def can_start(self, sequence: Sequence) -> bool:
+        """Whether a sequence can be finished while all reservations of others are held."""
+        name = sequence.request.request_id
+        return self.pages_at_most(sequence) + len(self.pages(name)) <= len(self.cache.pages)
+
+    def reserve(self, sequence: Sequence, running: Iterable[Sequence]) -> Reservation | None:
+        """Take memory for all but the last token of a prompt; None where there is none now.
+
+        Args:
+            sequence: a new one.
+            running: sequences that hold memory.
+        """
+        num_tokens = len(sequence.token_ids) - 1
+        if self.has_state and len(self._all()) >= self.limits.num_checkpoints:
+            return None
+        self.cache.extend(sequence.digests, sequence.token_ids, num_tokens + 1)
+        node, known = self.cache.share_pages(sequence.digests, sequence.token_ids, num_tokens)
+        most_pages = self.pages_at_most(sequence)
+        reservation = Reservation(num_tokens, node, known, len(known), 0, most_pages)
+        if not self._fits(reservation, running) or not self._take(reservation):
+            self._free(reservation)
+            return None
+        self.held[sequence.request.request_id] = reservation
+        return reservation
+
+    def _num_pages(self, reservation: Reservation) -> int:
+        return -(-reservation.num_tokens // self.limits.page_size)
+
+    def _fits(self, new: Reservation, running: Iterable[Sequence]) -> bool:
+        """Whether all that has begun can be finished, one after the other, with this one held."""
+        num_new = self._num_pages(new) - new.num_known
+        total = len(self.pages() | set(new.pages)) + num_new
+        most = len(self.cache.pages)
+        for other in running:
+            if self.pages_at_most(other) + total > most:
+                return False
+        for reservation in self.held.values():
+            if reservation.most_pages + total - len(reservation.pages) > most:
+                return False
+        return new.most_pages + total - self._num_pages(new) <= most
+
+    def _take(self, reservation: Reservation) -> bool:
+        while len(reservation.pages) < self._num_pages(reservation):
+            page = self.cache.take_page()
+            if page is None:
+                return False
+            reservation.pages.append(page)
+        reservation.state_slot = self.cache.take_spare_state_slot() or 0
+        return reservation.state_slot > 0
+
+    def fulfil(self, sequence: Sequence) -> None:
+        """Enter what was reserved into the cache: all of it is there."""
+        reservation = self.held[sequence.request.request_id]
+        cache, token_ids, count = self.cache, sequence.token_ids, reservation.num_tokens
+        node = cache.add_pages(cache.root, sequence.digests, token_ids, count, reservation.pages)
+        reservation.node = node
+        cache.add_checkpoint(node, token_ids, count, reservation.state_slot, reservation.pages)
+
+    def drop(self, request_id: str) -> None:
+        """Give back what is held for a request, if anything."""
+        reservation = self.held.pop(request_id, None)
+        if reservation is not None:
+            self._free(reservation)
+
+    def abandon(self, request_id: str) -> Reservation | None:
+        """Keep what is held for a request from everybody: a peer may still write it."""
+        reservation = self.held.pop(request_id, None)
+        if reservation is not None:
+            self.abandoned.append(reservation)
+        return reservation
+
+    def settle(self, reservation: Reservation) -> None:
+        """Give back what was abandoned: nobody writes it any more."""
+        self.abandoned.remove(reservation)
+        self._free(reservation)
+
+    def _free(self, reservation: Reservation) -> None:
+        for page in reservation.pages:
+            self.cache.pages.drop(page)
+        if reservation.state_slot:
+            self.cache.state_slots.drop(reservation.state_slot)
+        self.cache.prune(reservation.node)
+        reservation.pages, reservation.state_slot = [], 0

@@ -1,0 +1,150 @@
+"""Two pools of a plan in one process: the prefill pool on a thread, the other for the test."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from conftest import make_spec
+from conversations import poisoned
+
+from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.plans.errors import PoolError
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime import Engine
+from tokenspeed_plan.runtime.pools.blocks import Copies
+from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions
+from tokenspeed_plan.runtime.pools.pool_memory import make_transport
+from tokenspeed_plan.runtime.pools.prefill_server import PrefillServer
+from tokenspeed_plan.runtime.pools.transport import Pending, Route, Transport
+
+TWO_POOLS: dict[str, Any] = {"target": {"count": 2}, "disaggregation": {"prefill": 1, "decode": 1}}
+Spoil = Callable[[Transport], Transport]
+
+
+@cache
+def plan_of_two(folder: Path, depth: int = 0, rollback: str = "snapshot") -> Plan:
+    """A plan of two pools."""
+    speculation: Any = {"depth": depth, "rollback": rollback} if depth else "off"
+    spec = make_spec(folder, speculation=speculation, **TWO_POOLS)
+    return compile_plan(spec, find_model(spec))
+
+
+class Pools:
+    """A decode pool and its prefill pools.
+
+    Attributes:
+        engine: of the decode pool, with poisoned memory.
+        prefills: engines of the prefill pools.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        token: str = "t",
+        spoil: Spoil = lambda each: each,
+        transport: str = "shm",
+    ) -> None:
+        self.plan, self.folder, self.token, self.spoil = plan, folder, token, spoil
+        self.transport = transport
+        self.engine = poisoned(plan, folder)
+        self.prefills: list[Engine] = []
+        self._servers: list[PrefillServer] = []
+        self._threads: list[threading.Thread] = []
+        self._listeners: list[socket.socket] = []
+
+    def add_prefill(self, plan: Plan | None = None, chunk: int = 48) -> tuple[str, int]:
+        """Start a prefill pool; returns its address. Pages leave after each chunk."""
+        engine = Engine.from_plan(self.plan, self.folder, chunk=chunk, role="prefill")
+        transport = self.spoil(make_transport(self.transport, engine.executor.memory))
+        server = PrefillServer(engine, plan or self.plan, transport, self.token)
+        listener = socket.create_server(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.serve, args=(listener,), daemon=True)
+        thread.start()
+        self.prefills.append(engine)
+        self._servers.append(server)
+        self._threads.append(thread)
+        self._listeners.append(listener)
+        host, port = listener.getsockname()
+        return host, port
+
+    def connect(self, addresses: Sequence[tuple[str, int]], **options: Any) -> Handovers:
+        """Let the decode pool use them."""
+        transport = make_transport(self.transport, self.engine.executor.memory)
+        peers = PeerOptions(tuple(addresses), **{"token": self.token, "retry_s": 0.05} | options)
+        handovers = Handovers(self.engine, self.plan, transport, peers)
+        handovers.start()
+        self.engine.loop.elsewhere = handovers
+        return handovers
+
+    def stop(self) -> None:
+        """End all of it."""
+        self.engine.loop.close()
+        for server, thread, listener in zip(
+            self._servers, self._threads, self._listeners, strict=True
+        ):
+            server.stop()
+            thread.join(5)
+            listener.close()
+
+
+@contextmanager
+def pools(
+    plan: Plan, folder: Path, spoil: Spoil = lambda each: each, transport: str = "shm"
+) -> Iterator[Pools]:
+    made = Pools(plan, folder, spoil=spoil, transport=transport)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def wait_for(holds: Callable[[], bool], engine: Engine | None = None, seconds: float = 5) -> None:
+    """Wait until something holds; the engine goes on meanwhile."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        if engine is not None:
+            engine.step()
+        time.sleep(0.002)
+
+
+class Spoiled:
+    """A transport whose pushes now and then write something else, or fail."""
+
+    def __init__(self, inner: Transport, chance: float, fails: bool) -> None:
+        self.name, self.settle_s = inner.name, inner.settle_s
+        self._inner, self._chance, self._fails = inner, chance, fails
+        self._rng = random.Random(7)
+
+    def describe(self) -> dict[str, Any]:
+        return self._inner.describe()
+
+    def reach(self, description: dict[str, Any]) -> Route:
+        return _SpoiledRoute(self._inner.reach(description), self._is_bad, self._fails)
+
+    def _is_bad(self) -> bool:
+        return self._rng.random() < self._chance
+
+
+class _SpoiledRoute:
+    def __init__(self, inner: Route, is_bad: Callable[[], bool], fails: bool) -> None:
+        self._inner, self._is_bad, self._fails = inner, is_bad, fails
+
+    def push(self, parts: Sequence[Copies]) -> Pending:
+        if not self._is_bad():
+            return self._inner.push(parts)
+        if self._fails:
+            raise PoolError("the link is gone", "plug it in again")
+        return self._inner.push([Copies(p.arena, p.sources * 0, p.targets, p.sizes) for p in parts])
+
+    def close(self) -> None:
+        self._inner.close()
