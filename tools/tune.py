@@ -37,6 +37,7 @@ from tokenspeed_plan.runtime.bench.replay import Replay
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
 from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.plan_memory import operands_of
 
 REPLAYS = 3  # a round
 MANY = 256  # rows from which on tiles have spaces of their own
@@ -179,7 +180,10 @@ class Chain:
         program, self.reset = replay.program, replay.reset
         self.whole, self.alone = program.captured, alone
         self.rows = (replay.run_tokens, replay.run_seqs)
-        self.names = [step.kernel for step in program.steps if isinstance(step, KernelCall)]
+        tensor_of = executor.memory.tensors_of(program, program.max_tokens, program.max_seqs)
+        calls = [step for step in program.steps if isinstance(step, KernelCall)]
+        self.names = [call.kernel for call in calls]
+        self.operands = [operands_of(call, tensor_of) for call in calls]
         steps = executor.steps(program, *self.rows)
         self.calls = [next(iter(work)) for step, work in steps if isinstance(step, KernelCall)]
         self.executor, self.sm = executor, sm
@@ -227,8 +231,8 @@ class Chain:
         )
         before = len(kernel.tensors) - len(scratch)
         return [
-            (run, {}, (*call[2][:before], *scratch), ()) if own == name else call
-            for own, call in zip(self.names, self.calls, strict=True)
+            (run, {}, (*tensors[:before], *scratch), ()) if own == name else call
+            for own, call, tensors in zip(self.names, self.calls, self.operands, strict=True)
         ]
 
 

@@ -55,6 +55,7 @@ from tokenspeed_plan.plans.schema.prediction_specs import (
     Transfers,
 )
 from tokenspeed_plan.plans.schema.program_specs import (
+    Call,
     CollectiveCall,
     KernelCall,
     LibraryCall,
@@ -76,6 +77,7 @@ __all__ = [
     "BatchSize",
     "Binary",
     "BufferSpec",
+    "Call",
     "CallAmounts",
     "CallCost",
     "CanaryPrompt",
