@@ -147,7 +147,7 @@ def calls_of(plan: Plan) -> dict[str, list[LibraryCall]]:
 
 def answers(plan: Plan, folder: Path) -> list[tuple[int, ...]]:
     engine = Engine.from_plan(plan, folder, chunk=40, kernels=NoKernels())
-    prompts = [[7 * i % 300 for i in range(size)] for size in (1, 70, 130)]
+    prompts = [[(7 * i + size) % 300 for i in range(size)] for size in (1, 70, 130)]
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     return [tuple(done.token_ids) for done in engine.generate(prompts, params)]
 
