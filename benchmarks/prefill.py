@@ -75,9 +75,11 @@ def attention(plan: Plan, executor: Executor) -> None:
     print(f"{call.kernel} of {program.name}: library {library is not None}", flush=True)
     print("shape | own us | library us | own TFLOP/s | library TFLOP/s | apart", flush=True)
     for name, (new, contexts) in SHAPES.items():
-        tensors = sample_batch(kernel, torch.device("cuda"), new, contexts)
+        tensors = sample_batch(kernel, torch.device(plan.target.device), new, contexts)
         own = backend.launcher(kernel, sum(new), len(new), plan.pool.index_of(program))
-        found = [measured(run, tensors) for run in (own, library) if run is not None]
+        found = [
+            measured(run, tensors, plan.target.device) for run in (own, library) if run is not None
+        ]
         results = [result for _, result in found]
         flops = flops_of(kernel, new, contexts)
         times = [us for us, _ in found]
@@ -99,14 +101,16 @@ def largest_call(plan: Plan) -> tuple[Program, LibraryCall]:
     return max(found, key=lambda each: each[0].max_tokens)
 
 
-def measured(run: Any, tensors: tuple[torch.Tensor, ...]) -> tuple[float, torch.Tensor]:
+def measured(
+    run: Any, tensors: tuple[torch.Tensor, ...], device: str
+) -> tuple[float, torch.Tensor]:
     """Microseconds of a call inside a graph, and its result."""
 
     def calls() -> None:
         for _ in range(COUNT):
             run({}, *tensors)
 
-    taken = time_us(captured(calls, "cuda"), "cuda", 3) / COUNT
+    taken = time_us(captured(calls, device), device, 3) / COUNT
     return taken, tensors[-1].clone()
 
 
@@ -119,7 +123,7 @@ def flops_of(kernel: KernelSpec, new: tuple[int, ...], contexts: tuple[int, ...]
 
 def steps(plan: Plan, executor: Executor) -> None:
     """Whole steps by kernel, against the memory and the matrix rate."""
-    machine = measure_machine("cuda")
+    machine = measure_machine(plan.target.device)
     for seqs, count, context in STEPS:
         replay = Replay(plan, executor, "prefill", seqs, count, context)
         found = replay.measure(machine)

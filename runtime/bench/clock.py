@@ -75,7 +75,11 @@ def kernel_times_us(
         for _ in range(count):
             replay()
         torch.cuda.synchronize()
-    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+    gpu = torch.autograd.DeviceType.CUDA
+    events = sorted(
+        (event for event in profiler.events() if event.device_type == gpu),
+        key=lambda event: event.time_range.start,
+    )
     times = _merged(((event.name, event.time_range.elapsed_us()) for event in events), names)
     length = len(times) // count
     rounds = [times[i * length : (i + 1) * length] for i in range(count)]

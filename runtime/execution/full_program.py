@@ -38,7 +38,13 @@ class FullProgram:
             for step in program.steps
         ]
         self._size = (0, 0)
-        self._instructions: list[Instruction] = []
+        self._instructions = [each for _, bound in self.steps for each in bound]
+        # A library's step that its kernel runs has an instruction without operands.
+        self._sized = [
+            (index, sum(len(earlier) for _, earlier in self.steps[:index]))
+            for index, (step, bound) in enumerate(self.steps)
+            if isinstance(step, SIZED) and bound[0].operands
+        ]
 
     def instructions(self, num_tokens: int, num_seqs: int) -> list[Instruction]:
         """All instructions, for a batch of this size."""
@@ -49,12 +55,11 @@ class FullProgram:
     def _resize(self, num_tokens: int, num_seqs: int) -> None:
         self._launches.resize(num_tokens, num_seqs)
         tensor_of = self._tensors_of(num_tokens, num_seqs)
-        for index, (step, bound) in enumerate(self.steps):
-            # A library's step that its kernel runs has an instruction without operands.
-            if isinstance(step, SIZED) and bound[0].operands:
-                call = bound[0]._replace(operands=operands_of(step, tensor_of))
-                self.steps[index] = (step, [call])
-        self._instructions = [each for _, bound in self.steps for each in bound]
+        for index, place in self._sized:
+            step, _ = self.steps[index]
+            call = self._instructions[place]._replace(operands=operands_of(step, tensor_of))
+            self.steps[index] = (step, [call])
+            self._instructions[place] = call
         self._size = (num_tokens, num_seqs)
 
     def _tensors_of(self, num_tokens: int, num_seqs: int) -> Callable[[str], Tensor]:
