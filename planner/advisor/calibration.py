@@ -229,9 +229,12 @@ def _rounded(value: float) -> float:
 
 
 def bare(profile: Profile) -> Profile:
-    """The profile without waits and residuals, so that predicted times are busy times alone."""
+    """The profile without waits and residuals, so that predicted times are busy times alone.
+
+    It has no libraries either: the probes measure our kernels.
+    """
     return with_numbers(
-        profile,
+        profile.model_copy(update={"libraries": {}}),
         "bare",
         {"launch_us": NO_WAIT_US},
         "nothing but the roofline",
