@@ -1,10 +1,10 @@
 """Prefill on one GPU: attention by each candidate, whole steps by kernel, and the first token.
 
-    python benchmarks/prefill.py DIR [--only attention,steps,host,turns]
+    python benchmarks/prefill.py DIR [--only attention,products,steps,host,turns]
 
 DIR is a plan with library steps; weights are random. `attention` compares the library's function
 with the plan's own kernel on the same tensors: microseconds in a graph, TFLOP/s, and how far the
-results lie apart. `steps` replays prefill programs and lists their kernels, `host` times what a
+results lie apart; `products` does so for products. `steps` replays prefill programs and lists their kernels, `host` times what a
 new prompt length costs the host, `turns` asks the engine for first tokens.
 """
 
@@ -43,6 +43,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # new tokens, an
     "16 x 512": ((512,) * 16, (512,) * 16),
     "ragged": ((1, 63, 700, 64, 1000, 65), (1, 63, 900, 640, 33000, 129)),
 }
+ROWS = (1024, 2048, 4096, 8192)  # of products
 STEPS = ((1, 8192, 8192), (1, 8192, 49152), (1, 800, 50000), (1, 1024, 1024))
 COUNT = 4  # calls in a graph
 
@@ -50,13 +51,19 @@ COUNT = 4  # calls in a graph
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--only", default="attention,steps,host,turns")
+    parser.add_argument("--only", default="attention,products,steps,host,turns")
     options = parser.parse_args()
     plan = load_plan(options.bundle)
     begun = time.perf_counter()
     executor = prepare(plan, options.bundle, None, GraphLaunch())
     print(f"prepared in {time.perf_counter() - begun:.1f} s", flush=True)
-    parts = {"attention": attention, "steps": steps, "host": host, "turns": turns}
+    parts = {
+        "attention": attention,
+        "products": products,
+        "steps": steps,
+        "host": host,
+        "turns": turns,
+    }
     for name in options.only.split(","):
         parts[name](plan, executor)
 
@@ -69,7 +76,7 @@ def backend_of(executor: Executor) -> KernelBackend:
 @torch.inference_mode()
 def attention(plan: Plan, executor: Executor) -> None:
     """The library's function and the plan's kernel on the same tensors."""
-    program, call = largest_call(plan)
+    program, (call, *_) = library_calls(plan, "attention")
     backend, kernel = backend_of(executor), executor.kernels[call.kernel]
     library = backend.library_of(call)
     print(f"{call.kernel} of {program.name}: library {library is not None}", flush=True)
@@ -89,16 +96,38 @@ def attention(plan: Plan, executor: Executor) -> None:
         del tensors
 
 
-def largest_call(plan: Plan) -> tuple[Program, LibraryCall]:
-    """The library step of the largest program."""
-    found = [
-        (program, step)
-        for program in plan.pool.programs
+def library_calls(plan: Plan, kind: str) -> tuple[Program, list[LibraryCall]]:
+    """The largest prefill program, and its library steps of a kind, one for each kernel."""
+    kernels = {kernel.name: kernel for kernel in plan.kernels}
+    prefill = [program for program in plan.pool.programs if program.phase == "prefill"]
+    program = max(prefill, key=lambda each: each.max_tokens)
+    found = {
+        step.kernel: step
         for step in program.steps
-        if isinstance(step, LibraryCall)
-    ]
-    assert found, "the plan calls no library"
-    return max(found, key=lambda each: each[0].max_tokens)
+        if isinstance(step, LibraryCall) and kernels[step.kernel].parts[0].kind == kind
+    }
+    assert found, f"the plan calls no library for {kind}"
+    return program, list(found.values())
+
+
+@torch.inference_mode()
+def products(plan: Plan, executor: Executor) -> None:
+    """cuBLAS and the plan's kernels on the same tensors."""
+    program, calls = library_calls(plan, "linear")
+    backend = backend_of(executor)
+    print("weight | rows | own us | library us | own TFLOP/s | library TFLOP/s | apart", flush=True)
+    for call in calls:
+        kernel = executor.kernels[call.kernel]
+        shape = next(p.tensor.bind(0, 0) for p in kernel.params if p.role == "weight")
+        for rows in ROWS:
+            tensors = sample_batch(kernel, torch.device(plan.target.device), (rows,), (rows,))
+            own = backend.launcher(kernel, rows, 1, plan.pool.index_of(program))
+            runs = [run for run in (own, backend.library_of(call)) if run is not None]
+            found = [measured(run, tensors, plan.target.device) for run in runs]
+            rates = [f"{2.0 * rows * shape[0] * shape[1] / us / 1e6:.0f}" for us, _ in found]
+            apart = difference(found[-1][1], found[0][1])
+            times = [f"{us:.1f}" for us, _ in found]
+            print(shape, rows, *times, *rates, f"{apart:.1e}", sep=" | ", flush=True)
 
 
 def measured(

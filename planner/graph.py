@@ -136,12 +136,14 @@ class LibraryChoice:
 
     Attributes:
         function: its key in `LIBRARY_FUNCTIONS`.
+        operator: what it computes, for people.
         workspace_bytes: that it takes at the program's full size.
         call_us: of a call, for the batch that the plan is priced for.
         kernel_us, library_us: of a call, over the batches that the choice is made for.
     """
 
     function: str
+    operator: str
     workspace_bytes: int
     call_us: float
     kernel_us: float

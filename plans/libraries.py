@@ -23,28 +23,28 @@ class LibraryFunction:
     Attributes:
         package: the distribution.
         versions: releases whose results and times were looked at.
-        extra: of this distribution that installs the package.
         sms: compute capabilities that it has code for; 0 is a CPU.
         runs: the operators that one call computes: each run is the parts of a kernel.
         attrs: for constants of the first operator, the values that it may have.
+        least_tokens: of a program that it was looked at in; its rows are always those of tokens.
         dtypes: of all tensors but indices, which are `i32`.
         prepare: what the host does before a replay.
         capturable: whether a CUDA graph may hold the call.
         row_bytes: of workspace for each element of the result, and for each query head of a token.
-        split_bytes: of workspace whatever the batch.
+        fixed_bytes: of workspace whatever the batch.
     """
 
     package: str
     versions: str
-    extra: str
     sms: tuple[int, ...]
     runs: tuple[tuple[str, ...], ...]
     attrs: Mapping[str, Collection[Any]]
     dtypes: tuple[str, ...]
+    least_tokens: int = 1
     prepare: Literal["none", "batch"] = "none"
     capturable: bool = True
     row_bytes: tuple[int, int] = (0, 0)
-    split_bytes: int = 0
+    fixed_bytes: int = 0
 
     def computes(
         self, kinds: tuple[str, ...], attrs: Mapping[str, Any], dtypes: Collection[str]
@@ -62,10 +62,12 @@ class LibraryFunction:
 
     def workspace_bytes(self, attrs: Mapping[str, Any], num_tokens: int) -> int:
         """Bytes that a call takes besides its operands."""
+        if not any(self.row_bytes):
+            return self.fixed_bytes
         heads = integer(attrs, "num_heads")
         per_element, per_head = self.row_bytes
         of_token = heads * (integer(attrs, "head_dim") * per_element + per_head)
-        return num_tokens * of_token + self.split_bytes
+        return num_tokens * of_token + self.fixed_bytes
 
 
 # FlashAttention-3 (arXiv:2407.08608). It returns the logarithm of each softmax's sum, 4 bytes; the
@@ -74,15 +76,28 @@ class LibraryFunction:
 FA3 = LibraryFunction(
     package="tokenspeed-fa3",
     versions=">=3.0,<3.1",
-    extra="fa3",
     sms=(90,),
     runs=(("attention",), ("attention", "sigmoid_gate")),
     attrs={"mode": ("prefill",), "head_dim": (64, 128, 256)},
     dtypes=("bf16",),
     row_bytes=(2, 4),
-    split_bytes=2 * 132 * 128 * 257 * 4,
+    fixed_bytes=2 * 132 * 128 * 257 * 4,
 )
-LIBRARY_FUNCTIONS: dict[str, LibraryFunction] = {"fa3.attention_prefill": FA3}
+# Products by cuBLAS through PyTorch, one for each result. PyTorch gives cuBLAS 32 MiB on Hopper.
+CUBLAS = LibraryFunction(
+    package="torch",
+    versions=">=2.11,<3",
+    sms=(90,),
+    runs=(("linear",),),
+    attrs={},
+    dtypes=("bf16",),
+    least_tokens=1024,
+    fixed_bytes=32 << 20,
+)
+LIBRARY_FUNCTIONS: dict[str, LibraryFunction] = {
+    "cublas.linear": CUBLAS,
+    "fa3.attention_prefill": FA3,
+}
 
 _RELEASE = re.compile(r"v?(\d+(?:\.\d+)*)")
 _BOUND = re.compile(r"(>=|<)(\d+(?:\.\d+)*)")
@@ -115,7 +130,9 @@ def _numbers(release: str) -> list[int]:
 
 
 def computes_kernel(function: LibraryFunction, kernel: KernelSpec) -> bool:
-    """Whether a function computes the parts of a kernel."""
+    """Whether a function computes the parts of a kernel, whose rows are tokens."""
+    if kernel.params[0].tensor.shape[:1] != ("num_tokens",):
+        return False
     kinds = tuple(part.kind for part in kernel.parts)
     dtypes = {str(param.tensor.format) for param in kernel.tensors if param.role != "scratch"}
     return function.computes(kinds, kernel.parts[0].attrs, dtypes)

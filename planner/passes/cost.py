@@ -153,14 +153,17 @@ def costed_op(
 def library_functions(graph: OpGraph, op: Op) -> tuple[str, ...]:
     """The functions of libraries that compute an operator, by their keys."""
     kinds = tuple(member.kind for member in op.members)
-    found = []
-    for name, function in LIBRARY_FUNCTIONS.items():
+    found: list[str] = []
+    if is_per_seq(graph, op):
+        return ()
+    for key, function in LIBRARY_FUNCTIONS.items():
         if kinds not in function.runs:
             continue
         tensors = (*op.inputs, *op.outputs, *(state for state, _ in op.states))
-        dtypes = {str(graph.tensors[tensor].spec.format) for tensor in tensors}
+        specs = [*weight_specs(graph, op), *(graph.tensors[name].spec for name in tensors)]
+        dtypes = {str(spec.format) for spec in specs}
         if function.computes(kinds, op.members[0].attrs, dtypes):
-            found.append(name)
+            found.append(key)
     return tuple(found)
 
 
@@ -329,7 +332,8 @@ def time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> OpT
     """
     best = kernel_time_of(op, work, load, hardware)
     for name in op.libraries:
-        if name in hardware.libraries:
+        least = LIBRARY_FUNCTIONS[name].least_tokens
+        if name in hardware.libraries and load.num_tokens >= least:
             other = library_time_of(op, work, load, hardware, name)
             best = min(best, other, key=lambda time: time.total_us)
     return best

@@ -47,7 +47,8 @@ def choose_library(
     costed = costed_op(graph, op)
     choices = []
     for name in costed.libraries:
-        if name not in hardware.libraries:
+        function = LIBRARY_FUNCTIONS[name]
+        if name not in hardware.libraries or num_tokens < function.least_tokens:
             continue
         kernel_us = library_us = 0.0
         for load in loads.both:
@@ -56,9 +57,19 @@ def choose_library(
             library_us += library_time_of(costed, work, load, hardware, name).total_us
         planned = costed.work(loads.planned)
         call_us = library_time_of(costed, planned, loads.planned, hardware, name).total_us
-        workspace = LIBRARY_FUNCTIONS[name].workspace_bytes(op.members[0].attrs, num_tokens)
-        choices.append(LibraryChoice(name, workspace, call_us, kernel_us / 2, library_us / 2))
+        workspace = function.workspace_bytes(op.members[0].attrs, num_tokens)
+        choices.append(
+            LibraryChoice(
+                name, _operator(graph, op), workspace, call_us, kernel_us / 2, library_us / 2
+            )
+        )
     return min(choices, key=lambda choice: choice.library_us, default=None)
+
+
+def _operator(graph: OpGraph, op: Op) -> str:
+    """What is computed, with the shape of its weight."""
+    shapes = ["x".join(map(str, graph.weights[name].spec.shape)) for name in op.weights]
+    return " ".join((op.kind, *shapes))
 
 
 def record_libraries(ledger: Ledger, graphs: Sequence[tuple[str, OpGraph]]) -> None:
@@ -71,18 +82,18 @@ def record_libraries(ledger: Ledger, graphs: Sequence[tuple[str, OpGraph]]) -> N
     options: list[Option] = []
     called: dict[str, list[str]] = {}
     for program, graph in graphs:
-        choice = next(filter(None, map(_choice_of, graph.calls)), None)
-        if choice is None:
-            continue
-        way = "the plan's kernel"
-        if choice.pays:
-            way = choice.function
-            called.setdefault(way, []).append(program)
-        numbers = {
-            "kernel_us": round(choice.kernel_us, 1),
-            "library_us": round(choice.library_us, 1),
-        }
-        options.append(Option(what=f"{program}: {way}", numbers=numbers))
+        for choice in _distinct(graph):
+            way = "the plan's kernel"
+            if choice.pays:
+                way = choice.function
+                programs = called.setdefault(way, [])
+                programs += [program] * (program not in programs)
+            numbers = {
+                "kernel_us": round(choice.kernel_us, 1),
+                "library_us": round(choice.library_us, 1),
+            }
+            what = f"{program}, {choice.function} for {choice.operator}: {way}"
+            options.append(Option(what=what, numbers=numbers))
     if not options:
         return
     value = "; ".join(f"{name} in {', '.join(found)}" for name, found in sorted(called.items()))
@@ -95,5 +106,10 @@ _REASON = (
 )
 
 
-def _choice_of(call: object) -> LibraryChoice | None:
-    return call.library if isinstance(call, LoweredCall) else None
+def _distinct(graph: OpGraph) -> list[LibraryChoice]:
+    """The choices of a program, once for calls of one kernel."""
+    found = {}
+    for call in graph.calls:
+        if isinstance(call, LoweredCall) and call.library is not None:
+            found.setdefault(call.key, call.library)
+    return list(found.values())

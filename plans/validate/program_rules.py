@@ -145,6 +145,8 @@ def _check_library(scope: _Scope, step: LibraryCall, kernel: KernelSpec) -> None
         raise refuse(f"{what} is no known function of a library")
     if scope.sm not in function.sms or not computes_kernel(function, kernel):
         raise refuse(f"{what} does not compute `{step.kernel}` on sm_{scope.sm}")
+    if scope.program.max_tokens < function.least_tokens:
+        raise refuse(f"{what} is for {function.least_tokens} tokens and more")
     if (step.prepare, step.capturable) != (function.prepare, function.capturable):
         raise refuse(f"{what}: prepare {step.prepare}, capturable {step.capturable}")
     if step.prepare != "none":

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS, in_versions
+from tokenspeed_plan.plans.libraries import in_versions
 from tokenspeed_plan.plans.schema import KernelSpec, LibraryCall, Plan
 from tokenspeed_plan.runtime.compare import TOLERANCE, difference
 from tokenspeed_plan.runtime.execution.backend import (
@@ -23,11 +23,14 @@ from tokenspeed_plan.runtime.execution.backend import (
     num_outputs,
 )
 from tokenspeed_plan.runtime.execution.kernels import Launcher
-from tokenspeed_plan.runtime.libraries import fa3
+from tokenspeed_plan.runtime.libraries import cublas, fa3
 from tokenspeed_plan.runtime.libraries.sample_batch import sample_batch
 
 Adapter = Callable[[KernelSpec], Launcher]
-ADAPTERS: dict[str, Adapter] = {"fa3.attention_prefill": fa3.attention_prefill}
+ADAPTERS: dict[str, Adapter] = {
+    "cublas.linear": cublas.linear,
+    "fa3.attention_prefill": fa3.attention_prefill,
+}
 
 
 class _Unfit(Exception):
@@ -50,8 +53,7 @@ def load_libraries(plan: Plan, reference: ReferenceBackend) -> dict[LibraryKey, 
         try:
             found[key] = _load(step, kernels[step.kernel], plan, reference)
         except _Unfit as error:
-            extra = LIBRARY_FUNCTIONS[step.function].extra
-            hint = f"install the extra: `pip install 'tokenspeed-plan[{extra}]'`"
+            hint = f"install it: `pip install '{step.package}{step.versions}'`"
             if not step.fallback:
                 raise PlanError(str(error), hint) from error
             if str(error) not in said:

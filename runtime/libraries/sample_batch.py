@@ -1,4 +1,4 @@
-"""A batch for a kernel of attention: ragged sequences whose pages are mixed.
+"""A batch for a kernel that a library computes; for attention ragged sequences with mixed pages.
 
 Shapes: T tokens, S sequences, P pages of a sequence.
 """
@@ -29,19 +29,22 @@ def sample_batch(
     """The tensors of a call, in the order of the kernel's parameters.
 
     Args:
-        kernel: attention, with or without what follows it in one kernel.
+        kernel: attention, or a product, with or without what follows it in one kernel.
         device: where the tensors are.
         new_tokens: of each sequence.
         contexts: tokens of each sequence, the new ones included.
     """
-    roles = operands_by_role(kernel, "attention")
-    page_size = integer(kernel.parts[0].attrs, "page_size")
-    pages = [-(-length // page_size) for length in contexts]
-    indices = {
-        roles["page_table"]: _page_table(pages, _width(kernel, roles["page_table"])),
-        roles["context_lens"]: torch.tensor(contexts),
-        roles["cu_seqlens"]: torch.tensor([0, *new_tokens]).cumsum(0),
-    }
+    indices, cache, num_pages = dict[str, Tensor](), "", 0
+    if kernel.parts[0].kind == "attention":
+        roles = operands_by_role(kernel, "attention")
+        page_size = integer(kernel.parts[0].attrs, "page_size")
+        pages = [-(-length // page_size) for length in contexts]
+        cache, num_pages = roles["kv_cache"], sum(pages) + 1
+        indices = {
+            roles["page_table"]: _page_table(pages, _width(kernel, roles["page_table"])),
+            roles["context_lens"]: torch.tensor(contexts),
+            roles["cu_seqlens"]: torch.tensor([0, *new_tokens]).cumsum(0),
+        }
     random = torch.Generator(device).manual_seed(_SEED)
     tensors = []
     for param in kernel.tensors:
@@ -49,8 +52,8 @@ def sample_batch(
             tensors.append(indices[param.name].to(device, torch.int32))
             continue
         shape = list(param.tensor.bind(sum(new_tokens), len(new_tokens)))
-        if param.name == roles["kv_cache"]:
-            shape[0] = sum(pages) + 1
+        if param.name == cache:
+            shape[0] = num_pages
         values = torch.randn(shape, generator=random, device=device)
         tensors.append(values.to(TORCH_DTYPES[param.tensor.dtype]))
     return tuple(tensors)

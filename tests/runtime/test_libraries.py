@@ -37,7 +37,6 @@ NAME = "fake.attention_prefill"
 FUNCTION = LibraryFunction(
     package="fake-attention",
     versions=">=1.2,<2",
-    extra="fake",
     sms=(0,),
     runs=(("attention",), ("attention", "sigmoid_gate")),
     attrs={"mode": ("prefill",)},
@@ -235,7 +234,7 @@ def test_what_does_not_fit_is_replaced_or_refused(
     required = plan_of(fake_library, folder, libraries="required")
     with pytest.raises(PlanError, match=says) as refused:
         answers(required, folder)
-    assert refused.value.hint == "install the extra: `pip install 'tokenspeed-plan[fake]'`"
+    assert refused.value.hint == "install it: `pip install 'fake-attention>=1.2,<2'`"
 
 
 @pytest.mark.parametrize(
