@@ -4,8 +4,9 @@
 
 DIR is a plan with library steps; weights are random. `attention` compares the library's function
 with the plan's own kernel on the same tensors: microseconds in a graph, TFLOP/s, and how far the
-results lie apart; `products` does so for products. `steps` replays prefill programs and lists their kernels, `host` times what a
-new prompt length costs the host, `turns` asks the engine for first tokens.
+results lie apart; `products` does so for products. `steps` replays prefill programs and lists their
+kernels, `host` times what a new prompt length costs the host, `turns` asks the engine for first
+tokens.
 """
 
 from __future__ import annotations
