@@ -229,7 +229,7 @@ class Replay:
         times = self._times(calls)
         rows: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
         for call, each, time in zip(calls, work, times, strict=True):
-            rows[_shown(call)].append((time, each.moved_bytes, call.predicted_us))
+            rows[self._shown(call)].append((time, each.moved_bytes, call.predicted_us))
         made = (_row(name, found, machine) for name, found in rows.items())
         return sorted(made, key=lambda row: -row["total_us"])
 
@@ -247,17 +247,19 @@ class Replay:
 
     def _launched_as(self, call: Call) -> str:
         """The name of what the call launches."""
-        backend = self.executor.backend
-        if isinstance(backend, KernelBackend) and backend.library_of(call) is not None:
+        if self._calls_library(call):
             return LIBRARY
         return kind_of(self.executor.kernels[call.kernel])
 
+    def _shown(self, call: Call) -> str:
+        """The function of a library that the call runs, else the kernel."""
+        if isinstance(call, LibraryCall) and self._calls_library(call):
+            return call.function
+        return call.kernel
 
-def _shown(call: Call) -> str:
-    """The function of a library that the plan calls, else the kernel."""
-    if isinstance(call, LibraryCall):
-        return call.function
-    return call.kernel
+    def _calls_library(self, call: Call) -> bool:
+        backend = self.executor.backend
+        return isinstance(backend, KernelBackend) and backend.library_of(call) is not None
 
 
 def _own_slots(start: int, limits: Limits) -> list[int]:
