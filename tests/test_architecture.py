@@ -29,6 +29,7 @@ FLOORS = {
         "starlette",
         "uvicorn",
         "prometheus_client",
+        "flash_attn_3",
     },
     "planner": {"networkx", "pydantic", "yaml", "click"},
 }
@@ -52,6 +53,7 @@ FILES = files_of(*FLOORS)
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
 # The extra `serve` brings these. Only runtime/serving/http may import them.
 HTTP = {"fastapi", "starlette", "uvicorn", "prometheus_client"}
+LIBRARIES = {"flash_attn_3"}  # of kernels: only their adapters in runtime/libraries import them
 # Limits of size, in statements: what one process of the runtime can load, and the other floors.
 # They are about 15 % above what there is. Raise one in the commit that needs the room, and say why.
 RUNTIME_ENTRIES = ("tokenspeed_plan.runtime.engine", "tokenspeed_plan.runtime.serving.http")
@@ -120,6 +122,13 @@ def test_only_the_server_knows_http() -> None:
     for path in FILES:
         found = {module.partition(".")[0] for _, module, _ in imports(path.read_text())} & HTTP
         assert not found or path.parent == ROOT / "runtime/serving/http", f"{path}: {found}"
+
+
+def test_only_adapters_know_libraries_of_kernels() -> None:
+    for path in FILES:
+        for _, module, lazy in imports(path.read_text()):
+            if module.partition(".")[0] in LIBRARIES:
+                assert lazy and path.parent == ROOT / "runtime/libraries", path
 
 
 @pytest.mark.parametrize(
