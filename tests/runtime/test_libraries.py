@@ -6,7 +6,7 @@ The library is a fake distribution on a CPU, with PyTorch's attention as its fun
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +280,19 @@ def test_a_library_computes_only_its_operators(fake_library: Any, checkpoint: An
         index = plan.pool.programs.index(program)
         with pytest.raises(PlanError, match="does not compute"):
             validate(with_program(plan, index, steps=steps))
+
+
+def test_few_tokens_are_left_to_the_kernels(
+    fake_library: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(fake_library, checkpoint("moe"))
+    buckets = [p.max_tokens for p in plan.pool.programs if p.name in calls_of(plan)]
+    least = max(buckets)
+    assert min(buckets) < least
+    monkeypatch.setitem(LIBRARY_FUNCTIONS, NAME, replace(FUNCTION, least_tokens=least))
+    with pytest.raises(PlanError, match=f"is for {least} tokens and more"):
+        validate(plan)
+    assert set(calls_of(plan_of(fake_library, checkpoint("moe")))) == {f"prefill/{least}"}
 
 
 def test_the_workspace_is_reserved(fake_library: Any, checkpoint: Any) -> None:
