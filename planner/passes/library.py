@@ -108,7 +108,7 @@ _REASON = (
 
 def _distinct(graph: OpGraph) -> list[LibraryChoice]:
     """The choices of a program, once for calls of one kernel."""
-    found = {}
+    found: dict[str, LibraryChoice] = {}
     for call in graph.calls:
         if isinstance(call, LoweredCall) and call.library is not None:
             found.setdefault(call.key, call.library)

@@ -75,7 +75,7 @@ def kernel_times_us(
         for _ in range(count):
             replay()
         torch.cuda.synchronize()
-    gpu = torch.autograd.DeviceType.CUDA
+    gpu = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
     events = sorted(
         (event for event in profiler.events() if event.device_type == gpu),
         key=lambda event: event.time_range.start,

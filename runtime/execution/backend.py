@@ -264,7 +264,7 @@ class KernelBackend:
             self.libraries,
         )
 
-    def library_of(self, step: Step) -> Launcher | None:
+    def library_of(self, step: Step | Call) -> Launcher | None:
         """The function of a library that runs a step; None where its kernel does."""
         if not isinstance(step, LibraryCall):
             return None
