@@ -30,7 +30,7 @@ from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.kernel_file import kind_of
-from tokenspeed_plan.plans.schema import Binary, KernelCall, KernelSpec
+from tokenspeed_plan.plans.schema import Binary, Call, KernelSpec
 from tokenspeed_plan.runtime.bench import prepare
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 from tokenspeed_plan.runtime.bench.replay import Replay
@@ -181,11 +181,11 @@ class Chain:
         self.whole, self.alone = program.captured, alone
         self.rows = (replay.run_tokens, replay.run_seqs)
         tensor_of = executor.memory.tensors_of(program, program.max_tokens, program.max_seqs)
-        calls = [step for step in program.steps if isinstance(step, KernelCall)]
+        calls = [step for step in program.steps if isinstance(step, Call)]
         self.names = [call.kernel for call in calls]
         self.operands = [operands_of(call, tensor_of) for call in calls]
         steps = executor.steps(program, *self.rows)
-        self.calls = [next(iter(work)) for step, work in steps if isinstance(step, KernelCall)]
+        self.calls = [next(iter(work)) for step, work in steps if isinstance(step, Call)]
         self.executor, self.sm = executor, sm
 
     def time(self, name: str, built: Built, compiled: Compiled) -> float:
@@ -263,10 +263,10 @@ def main() -> None:
     replay.run()
     program = replay.program
     rows = (replay.run_tokens, replay.run_seqs)
-    names = dict.fromkeys(step.kernel for step in program.steps if isinstance(step, KernelCall))
+    names = dict.fromkeys(step.kernel for step in program.steps if isinstance(step, Call))
     taken: defaultdict[str, float] = defaultdict(float)
     for step in program.steps:
-        if isinstance(step, KernelCall):
+        if isinstance(step, Call):
             taken[step.kernel] += step.predicted_us
     wanted = set(filter(None, options.kinds.split(",")))
     kernels = [
