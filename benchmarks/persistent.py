@@ -27,6 +27,7 @@ from tokenspeed_plan.plans.schema import KernelCall
 from tokenspeed_plan.runtime.bench import prepare
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 from tokenspeed_plan.runtime.bench.replay import Replay
+from tokenspeed_plan.runtime.execution.plan_memory import operands_of
 
 ROUNDS = 9
 SHAPES = (
@@ -171,9 +172,11 @@ class Exchange:
         executor = replay.executor
         self.counter = torch.zeros(1, dtype=torch.int32, device="cuda")
         self.options = {"PROGRAMS": programs, "UP": up, "DOWN": down, "num_warps": warps}
-        steps = executor.steps(replay.program, replay.run_tokens, replay.run_seqs)
+        program = replay.program
+        tensor_of = executor.memory.tensors_of(program, program.max_tokens, program.max_seqs)
+        steps = executor.steps(program, replay.run_tokens, replay.run_seqs)
         self.calls = [
-            (kind_of(executor.kernels[step.kernel]), step, *work)
+            (kind_of(executor.kernels[step.kernel]), operands_of(step, tensor_of), step, *work)
             for step, work in steps
             if isinstance(step, KernelCall)
         ]
@@ -187,14 +190,14 @@ class Exchange:
         while index < len(self.calls):
             run = self.calls[index : index + 3]
             if tuple(kind for kind, *_ in run) == BLOCK:
-                yield self._one(*(self._tensors(step, work) for _, step, work in run))
+                yield self._one(*(self._tensors(step, own) for _, own, step, _ in run))
                 index += 3
             else:
-                yield run[0][2]
+                yield run[0][3]
                 index += 1
 
-    def _tensors(self, step: KernelCall, work: Any) -> dict[str, Any]:
-        return dict(zip(self.names[step.kernel], work.operands, strict=True))
+    def _tensors(self, step: KernelCall, tensors: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip(self.names[step.kernel], tensors, strict=True))
 
     def _one(self, router: Any, up: Any, down: Any) -> Any:
         tensors = (

@@ -49,6 +49,8 @@ RULES: dict[str, Rule] = {
     "moe_down": moe.moe_down,
     "moe_down_add": moe.moe_down,
     "expert_sort": moe.expert_sort,
+    "expert_count": moe.expert_count,
+    "expert_place": moe.expert_place,
     "expert_sum": moe.expert_sum,
     "expert_sum_add": moe.expert_sum,
     "embed": dense.embed,

@@ -19,6 +19,7 @@ from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, find_hardware
+from tokenspeed_plan.planner.machines.target import target_hardware
 from tokenspeed_plan.planner.models import checkpoint
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import ModelConfig, load_model_config, load_preset
@@ -30,6 +31,7 @@ from tokenspeed_plan.planner.models.stop_tokens import tokenizer_stop_tokens
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.grammar import check
+from tokenspeed_plan.planner.passes.library import record_libraries
 from tokenspeed_plan.planner.passes.limits import (
     CapacityOptions,
     plan_capacity,
@@ -278,7 +280,7 @@ def plan_parts(
         SpecError: the spec cannot be planned; it says what does not fit, and what would.
     """
     ledger = Ledger()
-    hardware = find_hardware(spec.target.gpu, spec.folder)
+    hardware = target_hardware(spec)
     config = model.config
     check_word(spec.model.weights, config.quantization, bool(model.headers), config.name)
     dtype = dtype or decide.weight_dtype(model.weights, hardware)
@@ -298,6 +300,8 @@ def plan_parts(
     limits = plan_limits(capacity, decided.interleaving.tokens, decided.gathered_tokens)
     record_streams(ledger, [program.graph for program in programs])
     record_reductions(ledger, programs, hardware)
+    named = [(f"{each.graph.phase}/{each.bucket}", each.graph) for each in programs]
+    record_libraries(ledger, named)
     record_cache(
         ledger,
         limits,
@@ -391,6 +395,7 @@ class _Programs:
             num_tokens,
             num_seqs,
             program_load(graph.phase, num_tokens, num_seqs, self.spec),
+            round(self.spec.workload.mean_conversation_tokens) // 2,
             SUPPORTED.max_streams,
             self.options,
         )

@@ -6,12 +6,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tokenspeed_plan.codegen.kernel_builder import Built
-from tokenspeed_plan.planner.graph import LoweredCall, LoweredStep, OpGraph, Source, Tensor, Weight
+from tokenspeed_plan.planner.graph import (
+    LibraryChoice,
+    LoweredCall,
+    LoweredStep,
+    OpGraph,
+    Source,
+    Tensor,
+    Weight,
+)
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.passes.lower import LoweredProgram, memory_name
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.schema import (
     SCHEMA_VERSION,
     ArenaName,
@@ -22,6 +31,7 @@ from tokenspeed_plan.plans.schema import (
     KernelCall,
     KernelSpec,
     Layout,
+    LibraryCall,
     Limits,
     Memory,
     ModelFacts,
@@ -122,7 +132,8 @@ def _pool(parts: Parts, role: PoolRole, chosen: Chosen, kernels: Mapping[str, Ke
         all_weights |= graph.weights
     weights, weight_bytes = _place_weights(all_weights.values())
     on_gpu = parts.hardware.sm > 0
-    programs = tuple(_program(program, chosen, on_gpu) for program in parts.programs)
+    fallback = parts.spec.target.libraries != "required"
+    programs = tuple(_program(program, chosen, on_gpu, fallback) for program in parts.programs)
     tensors = _shared_tensors(graphs, kernels.values())
     buffers, arena_bytes = _place_shared(tensors, programs)
     arena_bytes["activations"] = max(graph.activation_bytes for graph in graphs)
@@ -131,7 +142,7 @@ def _pool(parts: Parts, role: PoolRole, chosen: Chosen, kernels: Mapping[str, Ke
         role=role,
         layout=_layout(parts.layout),
         limits=parts.limits,
-        memory_bytes_per_rank=_memory(arena_bytes, parts.hardware),
+        memory_bytes_per_rank=_memory(arena_bytes, parts.hardware, _workspace_bytes(programs)),
         arenas=tuple(
             ArenaSpec(name=name, size_bytes=size) for name, size in sorted(arena_bytes.items())
         ),
@@ -209,10 +220,20 @@ def _shared_tensors(graphs: Sequence[OpGraph], kernels: Iterable[KernelSpec]) ->
     return shared
 
 
-def _memory(arena_bytes: Mapping[ArenaName, int], hardware: HardwareSpec) -> Memory:
-    total = sum(arena_bytes.values()) + hardware.reserved_bytes
+def _workspace_bytes(programs: Sequence[Program]) -> int:
+    """What one library call takes at most; calls come one after the other."""
+    calls = [step for program in programs for step in program.steps]
+    return max((call.workspace_bytes for call in calls if isinstance(call, LibraryCall)), default=0)
+
+
+def _memory(
+    arena_bytes: Mapping[ArenaName, int], hardware: HardwareSpec, workspace_bytes: int
+) -> Memory:
+    """The map of a rank; what libraries take is reserved beside the profile's margin."""
+    reserved = hardware.reserved_bytes + workspace_bytes
+    total = sum(arena_bytes.values()) + reserved
     if total > hardware.memory_bytes:
-        sizes = [*sorted(arena_bytes.items()), ("reserved", hardware.reserved_bytes)]
+        sizes = [*sorted(arena_bytes.items()), ("reserved", reserved)]
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes)
         capacity = hardware.memory_bytes / GIB
         raise SpecError(
@@ -220,12 +241,11 @@ def _memory(arena_bytes: Mapping[ArenaName, int], hardware: HardwareSpec) -> Mem
             f"({parts} GiB)",
             "raise `target.count`, or lower `workload.concurrency` or its tokens",
         )
-    reserved, capacity_bytes = hardware.reserved_bytes, hardware.memory_bytes
-    rest = {"reserved": reserved, "total": total, "capacity": capacity_bytes}
+    rest = {"reserved": reserved, "total": total, "capacity": hardware.memory_bytes}
     return Memory.model_validate({**arena_bytes, **rest})
 
 
-def _program(program: LoweredProgram, chosen: Chosen, on_gpu: bool) -> Program:
+def _program(program: LoweredProgram, chosen: Chosen, on_gpu: bool, fallback: bool) -> Program:
     graph = program.graph
     return Program(
         phase=graph.phase,
@@ -235,7 +255,7 @@ def _program(program: LoweredProgram, chosen: Chosen, on_gpu: bool) -> Program:
         inputs=graph.inputs,
         outputs=graph.outputs,
         buffers=_activations(graph),
-        steps=tuple(_step(step, chosen) for step in graph.calls),
+        steps=tuple(_step(step, chosen, fallback) for step in graph.calls),
         num_streams=graph.num_streams,
         captured=on_gpu and graph.phase != "prefill",
         predicted_us=round(graph.time_us, 2),
@@ -256,7 +276,7 @@ def _activations(graph: OpGraph) -> tuple[BufferSpec, ...]:
     return tuple(buffers)
 
 
-def _step(step: LoweredStep, chosen: Chosen) -> Step:
+def _step(step: LoweredStep, chosen: Chosen, fallback: bool) -> Step:
     """The step of the plan: a call is bound to the kernel that was chosen, and gets its memory."""
     if not isinstance(step, LoweredCall):
         return step
@@ -266,10 +286,32 @@ def _step(step: LoweredStep, chosen: Chosen) -> Step:
         for param in kernel.params
         if param.role in ("scratch", "symmetric")
     ]
-    return KernelCall(
+    call = KernelCall(
         kernel=kernel.name,
         args=(*step.args, *memory),
         stream=step.stream,
         predicted_us=step.predicted_us,
         cost=step.cost,
+    )
+    if step.library is None or not step.library.pays:
+        return call
+    return _library_call(call, step.library, fallback)
+
+
+def _library_call(call: KernelCall, choice: LibraryChoice, fallback: bool) -> LibraryCall:
+    """The same call, computed by a function of a library."""
+    function = LIBRARY_FUNCTIONS[choice.function]
+    return LibraryCall(
+        kernel=call.kernel,
+        args=call.args,
+        stream=call.stream,
+        predicted_us=call.predicted_us,
+        cost=call.cost,
+        package=function.package,
+        versions=function.versions,
+        function=choice.function,
+        workspace_bytes=choice.workspace_bytes,
+        prepare=function.prepare,
+        capturable=function.capturable,
+        fallback=fallback,
     )

@@ -131,6 +131,31 @@ class ScheduledOp:
 
 
 @dataclass(frozen=True, slots=True)
+class LibraryChoice:
+    """A function of a library that computes what a kernel does, and the price of both.
+
+    Attributes:
+        function: its key in `LIBRARY_FUNCTIONS`.
+        operator: what it computes, for people.
+        workspace_bytes: that it takes at the program's full size.
+        call_us: of a call, for the batch that the plan is priced for.
+        kernel_us, library_us: of a call, over the batches that the choice is made for.
+    """
+
+    function: str
+    operator: str
+    workspace_bytes: int
+    call_us: float
+    kernel_us: float
+    library_us: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether the function is called."""
+        return self.library_us < self.kernel_us
+
+
+@dataclass(frozen=True, slots=True)
 class LoweredCall:
     """The call of a kernel whose tiling is not chosen yet.
 
@@ -139,6 +164,7 @@ class LoweredCall:
         args: names of buffers and weights; the scratch of the chosen tiling comes after them.
         stream: where it runs.
         predicted_us, cost: of one call; the time is for the batch that the plan is priced for.
+        library: a function that may be called in the kernel's place.
     """
 
     key: str
@@ -146,6 +172,7 @@ class LoweredCall:
     stream: int
     predicted_us: float
     cost: CallCost
+    library: LibraryChoice | None = None
 
 
 ScheduledStep = ScheduledOp | RecordEvent | WaitEvent

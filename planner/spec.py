@@ -114,6 +114,15 @@ class TargetSpec(_Section):
         ),
     ]
     count: Annotated[Gpus, _about("How many of them.", 8, "GPUs")] = 1
+    libraries: Annotated[
+        Literal["auto", "required", "none"] | None,
+        _about(
+            "Whether functions of libraries, such as FlashAttention-3, are called in the place of "
+            "kernels where they are faster. With `auto` (the default) the plan's own kernels run "
+            "where a library is missing or wrong, with `required` that is an error.",
+            "required",
+        ),
+    ] = None
 
 
 class AttentionSpec(_Section):

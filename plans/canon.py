@@ -27,7 +27,7 @@ def plan_digest(plan: Plan) -> str:
     return sha256(canonical(plan.model_dump(mode="json", exclude={"digest"})))
 
 
-_COSTS = {"predicted_us", "cost"}
+_COSTS = {"predicted_us", "cost", "workspace_bytes", "prepare", "capturable"}
 _OFFSETS = {"__all__": {"offset_bytes"}}
 _NO_PART_OF_PROGRAMS: dict[str, Any] = {
     "predicted_us": True,

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from tokenspeed_plan.plans.ops import BATCH_STATE, Access, ShapeError, require
 from tokenspeed_plan.plans.schema import (
     BufferSpec,
+    Call,
     CollectiveCall,
     KernelCall,
     KernelSpec,
-    LibraryCall,
     Program,
     RecordEvent,
     Step,
@@ -37,27 +37,25 @@ def check_hazards(program: Program, kernels: Kernels, buffers: Buffers) -> None:
         ShapeError: a read of what was not written or was overwritten, a race, or an event without
             its partner.
     """
-    _check_prefetches(program, kernels, buffers)
+    _check_prefetches(program, kernels)
     detector = _RaceDetector(program, buffers)
     for step in program.steps:
-        detector.visit(step, _touched(step, kernels, buffers), _write_slots(step, kernels))
+        detector.visit(step, _touched(step, kernels), _write_slots(step, kernels))
     detector.finish()
 
 
-def _check_prefetches(program: Program, kernels: Kernels, buffers: Buffers) -> None:
+def _check_prefetches(program: Program, kernels: Kernels) -> None:
     """What a kernel prefetches must be older than the step before it on its stream."""
     before: dict[int, Step] = {}
     for step in program.steps:
         if isinstance(step, (RecordEvent, WaitEvent)):
             continue
         if isinstance(step, KernelCall):
-            _check_prefetch(step, before.get(step.stream), kernels, buffers)
+            _check_prefetch(step, before.get(step.stream), kernels)
         before[step.stream] = step
 
 
-def _check_prefetch(
-    step: KernelCall, last: Step | None, kernels: Kernels, buffers: Buffers
-) -> None:
+def _check_prefetch(step: KernelCall, last: Step | None, kernels: Kernels) -> None:
     launch = kernels[step.kernel].launch
     if launch is None or not launch.prefetch:
         return
@@ -67,7 +65,7 @@ def _check_prefetch(
         waits = last_launch is not None and last_launch.trigger_after_wait
     require(waits, f"`{step.kernel}` prefetches behind a kernel that does not wait")
     assert last is not None
-    touched = _touched(last, kernels, buffers)
+    touched = _touched(last, kernels)
     written = {name for name, access in touched if access != "read"}
     places = step.places(kernels[step.kernel])
     for param in launch.prefetch:
@@ -78,28 +76,16 @@ def _check_prefetch(
         )
 
 
-def _touched(step: Step, kernels: Kernels, buffers: Buffers) -> list[Touch]:
+def _touched(step: Step, kernels: Kernels) -> list[Touch]:
     """The buffers that a step touches; weights are left out, they never change."""
-    if isinstance(step, KernelCall):
+    if isinstance(step, Call):
         return _touched_by_kernel(step, kernels[step.kernel])
     if isinstance(step, CollectiveCall):
         return [(step.source, "read"), (step.target, "write")]
-    if isinstance(step, LibraryCall):
-        return _touched_by_library(step, buffers)
     return []
 
 
-def _touched_by_library(step: LibraryCall, buffers: Buffers) -> list[Touch]:
-    touched: list[Touch] = []
-    for name in step.reads:
-        if name in buffers:
-            touched.append((name, "read"))
-    for name in step.writes:
-        touched.append((name, "write"))
-    return touched
-
-
-def _touched_by_kernel(step: KernelCall, kernel: KernelSpec) -> list[Touch]:
+def _touched_by_kernel(step: Call, kernel: KernelSpec) -> list[Touch]:
     fixed: dict[str, Access] = {"input": "read", "output": "write"}
     touched: list[Touch] = []
     for param, name in zip(kernel.tensors, step.args, strict=True):
@@ -112,7 +98,7 @@ def _touched_by_kernel(step: KernelCall, kernel: KernelSpec) -> list[Touch]:
 
 def _write_slots(step: Step, kernels: Kernels) -> dict[str, str]:
     """For each KV cache that a step writes, the buffer with the slots that it writes to."""
-    if not isinstance(step, KernelCall):
+    if not isinstance(step, Call):
         return {}
     kernel = kernels[step.kernel]
     args = step.places(kernel)

@@ -12,6 +12,7 @@ from tokenspeed_plan.plans.figures import plain, without_exponents
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import (
     Binary,
+    Call,
     CollectiveCall,
     Decision,
     KernelCall,
@@ -108,7 +109,7 @@ def _collectives(plan: Plan, program: Program) -> int:
     inside = {kernel.name for kernel in plan.kernels if kernel.reduced_operand is not None}
     count = 0
     for step in program.steps:
-        meets = isinstance(step, KernelCall) and step.kernel in inside
+        meets = isinstance(step, Call) and step.kernel in inside
         if meets or isinstance(step, CollectiveCall):
             count += 1
     return count
@@ -130,12 +131,12 @@ def _heaviest(plan: Plan, program: Program) -> list[tuple[str, list[float]]]:
     kinds = {kernel.name: kind_of(kernel) for kernel in plan.kernels}
     times: dict[str, list[float]] = defaultdict(list)
     for step in program.steps:
-        if isinstance(step, KernelCall):
+        if isinstance(step, LibraryCall):
+            times[step.function].append(step.predicted_us)
+        elif isinstance(step, KernelCall):
             times[kinds[step.kernel]].append(step.predicted_us)
         elif isinstance(step, CollectiveCall):
             times[step.op].append(step.predicted_us)
-        elif isinstance(step, LibraryCall):
-            times[step.function].append(step.predicted_us)
     return sorted(times.items(), key=lambda item: (-sum(item[1]), item[0]))
 
 
@@ -366,7 +367,7 @@ def _prefill_lines(plan: Plan) -> Iterator[str]:
 def _kernel_lines(plan: Plan) -> list[str]:
     """Each kernel: its calls in the smallest decode program, its binary, and its parts."""
     program = smallest_decode(plan)
-    calls = [step.kernel for step in program.steps if isinstance(step, KernelCall)]
+    calls = [step.kernel for step in program.steps if isinstance(step, Call)]
     built = {binary.kernel: binary for binary in plan.binaries}
     columns = f"{'registers':>9} {'spills':>6} {'shared':>9}"
     lines = ["", f"  {'calls':>5}  {'kernel':<40} {columns}  parts"]

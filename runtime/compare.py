@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.schema import KernelCall, KernelSpec, Param, Plan, Program, Step
+from tokenspeed_plan.plans.schema import Call, KernelSpec, Param, Plan, Program, Step
 from tokenspeed_plan.plans.types import DType
 from tokenspeed_plan.runtime.execution.backend import (
     BoundStep,
@@ -74,13 +74,14 @@ class ComparingBackend:
                 yield step, self._bind_reference(step, tensors)
                 continue
             where = f"step {index} of {program.phase}/{program.bucket}, `{kernel.name}`"
-            compare = _Comparison(self, where, kernel, num_tokens, num_seqs, number)
+            library = self._backend.library_of(step)
+            compare = _Comparison(self, where, kernel, num_tokens, num_seqs, number, library)
             yield step, [Instruction(compare, {}, tensors, ())]
 
     def _bind_reference(self, step: Step, tensors: tuple[Tensor, ...]) -> list[Instruction]:
         """A step that cannot be compared; calls without a kernel are counted."""
         instructions = self._backend.reference.bind_step(step, tensors)
-        if isinstance(step, KernelCall):
+        if isinstance(step, Call):
             count = Instruction(self._count_skipped, {}, (), ())
             instructions.append(count)
         return instructions
@@ -134,6 +135,7 @@ class _Comparison:
     num_tokens: int
     num_seqs: int
     program: int
+    library: Launcher | None
 
     def __call__(self, attrs: object, *tensors: Tensor) -> tuple[()]:
         kernel = self.kernel
@@ -146,7 +148,9 @@ class _Comparison:
             if param.role == "output":
                 tensor.view(torch.uint8).fill_(0xFF)  # NaN: what the kernel leaves out shows
         self.backend.run_reference(kernel, tuple(wanted))
-        launcher = self.backend.launcher(kernel, self.num_tokens, self.num_seqs, self.program)
+        launcher = self.library or self.backend.launcher(
+            kernel, self.num_tokens, self.num_seqs, self.program
+        )
         launcher({}, *tensors)
         self.backend.tally.steps += 1
         for param, got, expected in zip(kernel.tensors, tensors, wanted, strict=True):

@@ -30,13 +30,14 @@ from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.kernel_file import kind_of
-from tokenspeed_plan.plans.schema import Binary, KernelCall, KernelSpec
+from tokenspeed_plan.plans.schema import Binary, Call, KernelSpec
 from tokenspeed_plan.runtime.bench import prepare
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 from tokenspeed_plan.runtime.bench.replay import Replay
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
 from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.plan_memory import operands_of
 
 REPLAYS = 3  # a round
 MANY = 256  # rows from which on tiles have spaces of their own
@@ -179,9 +180,12 @@ class Chain:
         program, self.reset = replay.program, replay.reset
         self.whole, self.alone = program.captured, alone
         self.rows = (replay.run_tokens, replay.run_seqs)
-        self.names = [step.kernel for step in program.steps if isinstance(step, KernelCall)]
+        tensor_of = executor.memory.tensors_of(program, program.max_tokens, program.max_seqs)
+        calls = [step for step in program.steps if isinstance(step, Call)]
+        self.names = [call.kernel for call in calls]
+        self.operands = [operands_of(call, tensor_of) for call in calls]
         steps = executor.steps(program, *self.rows)
-        self.calls = [next(iter(work)) for step, work in steps if isinstance(step, KernelCall)]
+        self.calls = [next(iter(work)) for step, work in steps if isinstance(step, Call)]
         self.executor, self.sm = executor, sm
 
     def time(self, name: str, built: Built, compiled: Compiled) -> float:
@@ -227,8 +231,8 @@ class Chain:
         )
         before = len(kernel.tensors) - len(scratch)
         return [
-            (run, {}, (*call[2][:before], *scratch), ()) if own == name else call
-            for own, call in zip(self.names, self.calls, strict=True)
+            (run, {}, (*tensors[:before], *scratch), ()) if own == name else call
+            for own, call, tensors in zip(self.names, self.calls, self.operands, strict=True)
         ]
 
 
@@ -259,10 +263,10 @@ def main() -> None:
     replay.run()
     program = replay.program
     rows = (replay.run_tokens, replay.run_seqs)
-    names = dict.fromkeys(step.kernel for step in program.steps if isinstance(step, KernelCall))
+    names = dict.fromkeys(step.kernel for step in program.steps if isinstance(step, Call))
     taken: defaultdict[str, float] = defaultdict(float)
     for step in program.steps:
-        if isinstance(step, KernelCall):
+        if isinstance(step, Call):
             taken[step.kernel] += step.predicted_us
     wanted = set(filter(None, options.kinds.split(",")))
     kernels = [

@@ -173,6 +173,45 @@ def expert_sort(work: Work) -> list[Tiling]:
     return [tiling]
 
 
+def expert_count(work: Work) -> list[Tiling]:
+    """A program a part of the tokens."""
+    tiling = Tiling(
+        template="expert_count",
+        constants=_parts(work, "expert_count"),
+        grid=(fixed(work.size("expert_count", "num_parts")),),
+        num_warps=4,
+        num_stages=1,
+    )
+    return [tiling]
+
+
+def expert_place(work: Work) -> list[Tiling]:
+    """A program a part of the tokens."""
+    constants = _parts(work, "expert_place")
+    rows = min(16, up2(int(constants["PARTS"])))
+    tiling = Tiling(
+        template="expert_place",
+        constants=constants | {"ROWS": rows, "CHUNK": min(32, int(constants["BLOCK"]))},
+        grid=(fixed(int(constants["PARTS"])),),
+        num_warps=8,
+        num_stages=1,
+    )
+    return [tiling]
+
+
+def _parts(work: Work, kind: str) -> dict[str, Constant]:
+    """How the tokens are cut into parts; one bin more than needed is for what is no pair."""
+    experts, parts = work.size(kind, "num_experts"), work.size(kind, "num_parts")
+    top_k = work.width("ids")
+    return {
+        "EXPERTS": experts,
+        "TOP_K": top_k,
+        "PARTS": parts,
+        "BLOCK": up2(blocks(work.num_rows, parts) * top_k),
+        "BINS": up2(experts + 2),
+    }
+
+
 def expert_sum(work: Work) -> list[Tiling]:
     """A program for a block of columns of one token."""
     prefix = "expert_sum_" if work.has("add") else ""

@@ -15,8 +15,8 @@ import jinja2
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.report import DEFINITIONS, as_dict, smallest_decode
 from tokenspeed_plan.plans.schema import (
+    Call,
     CollectiveCall,
-    KernelCall,
     LibraryCall,
     Plan,
     RecordEvent,
@@ -105,11 +105,11 @@ def _memory(plan: Plan) -> list[Point]:
     return parts
 
 
-def _calls(plan: Plan) -> list[KernelCall]:
-    return [step for step in smallest_decode(plan).steps if isinstance(step, KernelCall)]
+def _calls(plan: Plan) -> list[Call]:
+    return [step for step in smallest_decode(plan).steps if isinstance(step, Call)]
 
 
-def _layer_of(step: KernelCall) -> str:
+def _layer_of(step: Call) -> str:
     """The layer of what a kernel writes, the last that it names."""
     layer = ""
     for name in step.args:
@@ -203,10 +203,13 @@ def _timeline(plan: Plan) -> dict[str, Any]:
     return {"bars": bars, "streams": program.num_streams, "end": end, "kinds": kinds}
 
 
-def _function_of(step: CollectiveCall | LibraryCall) -> str:
+def _kind_of_step(step: Call | CollectiveCall, names: Mapping[str, str]) -> str:
+    """The kind of the kernel, the function of a library, or the collective."""
     if isinstance(step, CollectiveCall):
         return step.op
-    return step.function
+    if isinstance(step, LibraryCall):
+        return step.function
+    return names[step.kernel]
 
 
 def _bars(plan: Plan, steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
@@ -221,11 +224,9 @@ def _bars(plan: Plan, steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
             events[step.event] = start
         else:
             layer = ""
-            if isinstance(step, KernelCall):
-                kind = names[step.kernel]
+            if isinstance(step, Call):
                 layer = _layer_of(step)
-            else:
-                kind = _function_of(step)
+            kind = _kind_of_step(step, names)
             yield {
                 "kind": kind,
                 "layer": layer,

@@ -23,6 +23,7 @@ from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
 from tokenspeed_plan.planner.passes.cost import op_class
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 
 NO_WAIT_US = 1e-6
 MIN_SAMPLES = 3  # samples of a class for which a line is fitted
@@ -33,11 +34,15 @@ PROBES = ("qwen3.5-122b-a10b", "qwen3.5-27b")
 SMALL_PROBE = "qwen3.5-0.8b"
 ANSWER_TOKENS = 16
 LAYERS = 8
+CHEAP = 0.5  # the price of a library's function in a probe, as a share of the kernel's
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One kernel of a probe: its measured microseconds, and its busy time by the roofline."""
+    """One kernel of a probe: its measured microseconds, and its busy time by the roofline.
+
+    Its class is that of the operator, or the function of a library that was called in its place.
+    """
 
     op_class: str
     measured_us: float
@@ -101,14 +106,15 @@ def samples(program: Mapping[str, Any], kinds: Mapping[str, Sequence[str]]) -> l
     slower = max(program["measured_us"] / alone_us, 1.0)
     measured = []
     for kernel in kernels:
-        members = kinds[kernel["kernel"]]
-        rows = program["batch"] if "last_token" in members else program["tokens"]
-        sample = Sample(
-            op_class(members, rows, program["batch"]),
-            max(kernel["us"] - hidden_us, 0.0) * slower,
-            kernel["predicted_us"],
-        )
-        measured.append(sample)
+        name, busy_us = kernel["kernel"], kernel["predicted_us"]
+        if name in LIBRARY_FUNCTIONS:
+            busy_us /= CHEAP
+        else:
+            members = kinds[name]
+            rows = program["batch"] if "last_token" in members else program["tokens"]
+            name = op_class(members, rows, program["batch"])
+        taken_us = max(kernel["us"] - hidden_us, 0.0) * slower
+        measured.append(Sample(name, taken_us, busy_us))
     return measured
 
 
@@ -120,7 +126,7 @@ def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
     waits_us: dict[str, float] = {}
     residuals: dict[str, float] = {}
     errors: dict[str, float] = {}
-    for name in OP_CLASSES:
+    for name in (*OP_CLASSES, *LIBRARY_FUNCTIONS):
         own = [sample for sample in samples if sample.op_class == name]
         if not sum(sample.busy_us for sample in own):
             continue
@@ -228,16 +234,32 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def bare(profile: Profile) -> Profile:
-    """The profile without waits and residuals, so that predicted times are busy times alone."""
+def bare(profile: Profile, libraries: bool = False) -> Profile:
+    """The profile without waits and residuals, so that predicted times are busy times alone.
+
+    Args:
+        profile: to start from.
+        libraries: call every function of a library that this machine could have, by a price of
+            which `CHEAP` is the share of a kernel's; else none, for the probes measure our kernels.
+    """
+    prices: dict[str, Any] = {}
+    if libraries:
+        wait, residual = ({"value": value, "source": "bare"} for value in (0.0, CHEAP))
+        prices = {key: {"wait": wait, "residual": residual} for key in functions_of(profile)}
+    plain = Profile.model_validate(profile.model_dump() | {"libraries": prices})
     return with_numbers(
-        profile,
+        plain,
         "bare",
         {"launch_us": NO_WAIT_US},
         "nothing but the roofline",
         waits=dict.fromkeys(OP_CLASSES, 0.0),
         residuals=dict.fromkeys(OP_CLASSES, 1.0),
     )
+
+
+def functions_of(profile: Profile) -> list[str]:
+    """The functions of libraries that have code for the profile's machine."""
+    return [key for key, each in LIBRARY_FUNCTIONS.items() if profile.sm in each.sms]
 
 
 def calibrated(
@@ -254,16 +276,28 @@ def calibrated(
     """
     launch = max(min(launch_us, result.waits_us["stream"]), NO_WAIT_US)
     waits = {name: max(wait_us - launch, 0.0) for name, wait_us in result.waits_us.items()}
+    residuals = dict(result.residuals)
+    libraries = {
+        key: {"wait": _number(waits.pop(key)), "residual": _number(residuals.pop(key))}
+        for key in LIBRARY_FUNCTIONS
+        if key in residuals
+    }
+    known = profile.model_dump()
+    known["libraries"] |= libraries
     changed = with_numbers(
-        profile,
+        Profile.model_validate(known),
         "probes",
         {"launch_us": launch},
         text,
         waits=waits,
-        residuals=result.residuals,
+        residuals=residuals,
         errors=_errors(result),
     )
     return changed.model_copy(update={"measured": dict(measured)})
+
+
+def _number(value: float) -> dict[str, Any]:
+    return {"value": _rounded(value), "source": "probes"}
 
 
 def _errors(result: Fit) -> dict[str, float]:

@@ -15,10 +15,12 @@ from tokenspeed_plan.planner.advisor.numbers import ceil_div
 from tokenspeed_plan.planner.advisor.step_model import StepModel, stored_formats
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage, Tensor
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.passes.cost import library_functions
 from tokenspeed_plan.planner.passes.limits import ALL_ALIKE, Holding, state_slots_per_seq
 from tokenspeed_plan.planner.passes.op_terms import stored_scale
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.passes.reduction import largest_reduction, peer_bytes
+from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.peer_memory import MAX_PUSH_ROWS
 from tokenspeed_plan.plans.schema import ArenaName
 from tokenspeed_plan.plans.types import DTYPE_BITS, Phase, TensorSpec, aligned
@@ -34,7 +36,8 @@ class MemoryMap:
     """Bytes on a rank.
 
     `checkpoints` are recurrent states that are kept for later turns. `scratch` is an upper bound:
-    its size is known once kernels are tiled. `reserved` is the profile's margin.
+    its size is known once kernels are tiled. `reserved` is the profile's margin, and what a call of
+    a library may take.
     """
 
     weights: int = 0
@@ -96,7 +99,7 @@ class MemoryModel:
             symmetric=self._peers(knobs, local_seqs),
             io=self._io(knobs, local_seqs, seq_tokens),
             scratch=queries * self._scratch_per_query,
-            reserved=self.steps.hardware.reserved_bytes,
+            reserved=self.steps.hardware.reserved_bytes + self._workspace(knobs),
         )
 
     def max_seqs_that_fit(self, knobs: Knobs, seq_tokens: int, limit: int = 1 << 20) -> int:
@@ -123,6 +126,16 @@ class MemoryModel:
         num_linear = self.steps.config.layer_types.count("linear_attention")
         slot_bytes = state_bytes // max(num_linear, 1)
         return token_bytes, slot_bytes
+
+    def _workspace(self, knobs: Knobs) -> int:
+        """An upper bound: of the functions of libraries that could compute a prefill chunk."""
+        graph, found = self._sharded("prefill"), [0]
+        for op in graph.ops:
+            for name in library_functions(graph, op):
+                if name in self.steps.hardware.libraries:
+                    function = LIBRARY_FUNCTIONS[name]
+                    found.append(function.workspace_bytes(op.attrs, knobs.prefill_chunk))
+        return max(found)
 
     def _largest(self, limit: int, total: Callable[[int], int]) -> int:
         """The largest number, up to a limit, whose memory fits."""

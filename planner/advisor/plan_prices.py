@@ -17,7 +17,7 @@ from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.step_model import StepModel
 from tokenspeed_plan.planner.compile import find_model, program_load
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.planner.machines.hardware import find_hardware
+from tokenspeed_plan.planner.machines.target import target_hardware
 from tokenspeed_plan.planner.passes.cost import Load, busiest_hits
 from tokenspeed_plan.planner.passes.op_terms import EXPERTS
 from tokenspeed_plan.planner.spec import Spec
@@ -26,9 +26,9 @@ from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import integer
 from tokenspeed_plan.plans.schema import (
     BatchSize,
+    Call,
     CallCost,
     CollectiveCall,
-    KernelCall,
     KernelSpec,
     Plan,
     Program,
@@ -106,7 +106,7 @@ def _predictor(plan: Plan, bundle: Path) -> Predictor:
     return Predictor(
         spec,
         find_model(spec, bundle).config,
-        find_hardware(spec.target.gpu),
+        target_hardware(spec),
         rollback=limits.rollback,
     )
 
@@ -129,7 +129,7 @@ def step_floor_bytes(plan: Plan, phase: str, bucket: int, batch: tuple[int, int,
     load = Load(*batch)
     total = 0.0
     for step in program.steps:
-        if isinstance(step, KernelCall):
+        if isinstance(step, Call):
             size = _batch_size(plan, kernels[step.kernel], step.cost, load)
             total += step.cost.at(size).floor_bytes
     return total
@@ -159,7 +159,7 @@ def step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
     spec = spec_of(plan)
     steps = StepModel(
         find_model(spec, bundle).config,
-        find_hardware(spec.target.gpu),
+        target_hardware(spec),
         weights=spec.model.weights,
         skew=spec.workload.skew,
         rollback=plan.pool.limits.rollback,
@@ -184,7 +184,7 @@ def roofline(plan: Plan) -> Roof:
         SpecError: the plan's GPU has no profile here.
     """
     spec = spec_of(plan)
-    hardware = find_hardware(spec.target.gpu)
+    hardware = target_hardware(spec)
     programs = plan.pool.programs
     decode = min((p for p in programs if p.phase == "decode"), key=lambda p: p.bucket)
     prefill = max((p for p in programs if p.phase == "prefill"), key=lambda p: p.bucket)
@@ -212,7 +212,7 @@ def _points(plan: Plan, program: Program, spec: Spec) -> list[RoofPoint]:
     for step in program.steps:
         if isinstance(step, CollectiveCall):
             step_us += step.predicted_us
-        if not isinstance(step, KernelCall):
+        if not isinstance(step, Call):
             continue
         kernel = kernels[step.kernel]
         work = step.cost.at(_batch_size(plan, kernel, step.cost, load))

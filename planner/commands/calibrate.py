@@ -16,6 +16,7 @@ from tokenspeed_plan.planner.advisor import calibration
 from tokenspeed_plan.planner.compile import Model, build_bundle
 from tokenspeed_plan.planner.machines.hardware import Profile, read_profile
 from tokenspeed_plan.plans.bundle import save_plan
+from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.types import Phase
 
 if TYPE_CHECKING:
@@ -133,6 +134,12 @@ def _samples(profile: Profile, machine: Machine, device: str) -> Iterator[calibr
         for name in _probes(device):
             probe = _Probe(name, roofline, Path(folder) / name, machine, device)
             yield from probe.samples()
+        if calibration.functions_of(profile):
+            text = calibration.dump(calibration.bare(profile, True), "A roofline with libraries.")
+            roofline.write_text(text, encoding="utf-8")
+            for name in _probes(device):
+                probe = _Probe(name, roofline, Path(folder) / name, machine, device)
+                yield from probe.library_samples()
 
 
 class Batch(NamedTuple):
@@ -166,10 +173,18 @@ class _Probe:
             decode = [Batch("decode", num_seqs, 1, context) for num_seqs in batches]
             max_tokens = 2 * context
             yield from self._replay(f"decode-{context}", max_tokens, decode)
+        yield from self._prefill("prefill")
+
+    def library_samples(self) -> Iterator[calibration.Sample]:
+        """Those calls of libraries in prefill of a chunk that are right here."""
+        for sample in self._prefill("libraries"):
+            if sample.op_class in LIBRARY_FUNCTIONS:
+                yield sample
+
+    def _prefill(self, name: str) -> Iterator[calibration.Sample]:
         chunk = CHUNK[self.device]
         sizes = (chunk // 4, chunk)
-        prefill = [Batch("prefill", 1, size, size) for size in sizes]
-        yield from self._replay("prefill", chunk, prefill)
+        yield from self._replay(name, chunk, [Batch("prefill", 1, size, size) for size in sizes])
 
     def _replay(
         self, name: str, tokens: int, batches: Sequence[Batch]

@@ -31,6 +31,7 @@ from tokenspeed_plan.planner.advisor.search import Progress, Search
 from tokenspeed_plan.planner.commands.long_work import LongWork
 from tokenspeed_plan.planner.compile import find_model
 from tokenspeed_plan.planner.machines.hardware import find_hardware
+from tokenspeed_plan.planner.machines.target import target_hardware
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.models.quantization import stored_word
 from tokenspeed_plan.planner.spec import MAX_GPUS, Spec, load_spec
@@ -219,7 +220,7 @@ def search(
         SpecError: nothing that the spec allows is legal and fits, or the machine cannot multiply
             such weights.
     """
-    hardware = find_hardware(spec.target.gpu, spec.folder)
+    hardware = target_hardware(spec)
     check_possible(spec, config)
     check_formats(stored_word(spec.model.weights, config.quantization), hardware)
     if spec.workload.concurrency == "auto":

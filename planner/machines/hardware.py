@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
 from itertools import accumulate
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenspeed_plan.planner.foreign_yaml import parse_yaml, read_file
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.types import DType
 
@@ -45,6 +46,14 @@ Microseconds = Annotated[float, Field(ge=SMALLEST, le=1e12, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=1, le=1 << 50)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Table = Mapping[int, Mapping[int, float]]  # GPUs -> bytes -> microseconds
+
+
+@dataclass(frozen=True, slots=True)
+class LibraryPrice:
+    """What a call loses besides its launch, and its busy time over the roofline's."""
+
+    wait_us: float
+    residual: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +84,7 @@ class HardwareSpec:
         residuals: busy time over the roofline's, by class of operator.
         errors: relative error of a prediction, by kind of time.
         sources: where each number comes from.
+        libraries: what functions of libraries cost, by their keys in `LIBRARY_FUNCTIONS`.
     """
 
     name: str
@@ -106,6 +116,7 @@ class HardwareSpec:
     residuals: Mapping[str, float]
     errors: Mapping[str, float]
     sources: Mapping[str, str]
+    libraries: Mapping[str, LibraryPrice] = field(default_factory=dict)
 
 
 class _Section(BaseModel):
@@ -115,6 +126,11 @@ class _Section(BaseModel):
 class _Number(_Section):
     value: Value
     source: str
+
+
+class _Library(_Section):
+    wait: _Number
+    residual: _Number
 
 
 class _Collective(_Section):
@@ -136,17 +152,24 @@ class Profile(_Section):
     waits: dict[str, _Number]
     residuals: dict[str, _Number]
     errors: dict[str, _Number]
+    libraries: dict[str, _Library] = {}
     measured: dict[str, str] = {}
 
     @property
     def number_groups(self) -> tuple[Mapping[str, _Number], ...]:
         """Everything that has a value and a source."""
+        libraries = {
+            f"{key}.{name}": number
+            for key, library in self.libraries.items()
+            for name, number in (("wait", library.wait), ("residual", library.residual))
+        }
         return (
             self.numbers,
             self.matrix_flops_per_s,
             self.waits,
             self.residuals,
             self.errors,
+            libraries,
         )
 
     @property
@@ -170,6 +193,7 @@ _NOT_NUMBERS = {
     "residuals",
     "errors",
     "sources",
+    "libraries",
 }
 _TABLES = {"one_shot", "two_shot", "push", "library"}
 _INTEGERS = {field.name for field in fields(HardwareSpec) if field.type == "int"}
@@ -198,6 +222,7 @@ def read_profile(text: str, name: str) -> Profile:
     _check_names(name, "waits", OP_CLASSES, profile.waits)
     _check_names(name, "residuals", OP_CLASSES, profile.residuals)
     _check_names(name, "errors", TIME_KINDS, profile.errors)
+    _check_libraries(name, profile)
     _check_values(name, profile)
     _check_sources(name, profile)
     return profile
@@ -212,6 +237,15 @@ def _check_names(name: str, group: str, expected: Iterable[str], actual: Mapping
         if key in actual:
             problem = "unknown"
         raise _bad(name, f"`{group}.{key}` is {problem}")
+
+
+def _check_libraries(name: str, profile: Profile) -> None:
+    for key in sorted(profile.libraries):
+        function = LIBRARY_FUNCTIONS.get(key)
+        if function is None:
+            raise _bad(name, f"`libraries.{key}` is unknown")
+        if profile.sm not in function.sms:
+            raise _bad(name, f"`libraries.{key}` has no code for sm_{profile.sm}")
 
 
 def _check_values(name: str, profile: Profile) -> None:
@@ -283,6 +317,10 @@ def to_hardware(profile: Profile) -> HardwareSpec:
         residuals=_values(profile.residuals),
         errors=_values(profile.errors),
         sources=_sources(profile),
+        libraries={
+            key: LibraryPrice(found.wait.value, found.residual.value)
+            for key, found in sorted(profile.libraries.items())
+        },
     )
 
 
@@ -355,6 +393,11 @@ def find_hardware(name: str, near: Path | None = None) -> HardwareSpec:
     if similar:
         hint = f"did you mean `{_known(similar[0]).name}`? {hint}"
     raise SpecError(f"there is no GPU called `{name}`", hint)
+
+
+def without_libraries(hardware: HardwareSpec) -> HardwareSpec:
+    """The machine where no library is called."""
+    return replace(hardware, libraries={})
 
 
 def load_profile(path: Path) -> Profile:

@@ -30,6 +30,7 @@ from tokenspeed_plan.planner.passes.op_terms import (
     ranks_sharing_experts,
     weight_specs,
 )
+from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.ops import COLLECTIVES, integer
 from tokenspeed_plan.plans.schema import Amounts, BatchSize, CallAmounts, Work
 from tokenspeed_plan.plans.types import TensorSpec
@@ -101,13 +102,17 @@ class _Collective:
 
 @dataclass(frozen=True, slots=True)
 class CostedOp:
-    """What the price of an operator takes from its graph, whatever the load."""
+    """What the price of an operator takes from its graph, whatever the load.
+
+    `libraries` are the functions that compute it too, on some machine.
+    """
 
     heaviest: str
     amounts: CallAmounts
     members: tuple[_Member, ...]
     collective: _Collective | None
     is_collective: bool
+    libraries: tuple[str, ...] = ()
 
     def work(self, load: Load) -> Work:
         """What the operator does for a load."""
@@ -141,7 +146,25 @@ def costed_op(
         members=members,
         collective=collective,
         is_collective=op.kind in COLLECTIVES,
+        libraries=library_functions(graph, op),
     )
+
+
+def library_functions(graph: OpGraph, op: Op) -> tuple[str, ...]:
+    """The functions of libraries that compute an operator, by their keys."""
+    kinds = tuple(member.kind for member in op.members)
+    found: list[str] = []
+    if is_per_seq(graph, op):
+        return ()
+    for key, function in LIBRARY_FUNCTIONS.items():
+        if kinds not in function.runs:
+            continue
+        tensors = (*op.inputs, *op.outputs, *(state for state, _ in op.states))
+        specs = [*weight_specs(graph, op), *(graph.tensors[name].spec for name in tensors)]
+        dtypes = {str(spec.format) for spec in specs}
+        if function.computes(kinds, op.members[0].attrs, dtypes):
+            found.append(key)
+    return tuple(found)
 
 
 def _member(graph: OpGraph, op: Op, formats: Formats) -> _Member:
@@ -297,19 +320,51 @@ class OpTime:
 
 
 def op_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTime:
-    """Predicted time of one kernel or collective."""
+    """Predicted time of one kernel, library call or collective."""
     costed = costed_op(graph, op, load.formats, load.context_split)
     return time_of(costed, costed.work(load), load, hardware)
 
 
 def time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> OpTime:
-    """`op_time` of an operator whose work is known."""
+    """`op_time` of an operator whose work is known: of its kernel, or of a library if that is less.
+
+    A plan chooses for each program (`planner/passes/library.py`), a prediction for each load.
+    """
+    best = kernel_time_of(op, work, load, hardware)
+    for name in op.libraries:
+        least = LIBRARY_FUNCTIONS[name].least_tokens
+        if name in hardware.libraries and load.num_tokens >= least:
+            other = library_time_of(op, work, load, hardware, name)
+            best = min(best, other, key=lambda time: time.total_us)
+    return best
+
+
+def library_time_of(
+    op: CostedOp, work: Work, load: Load, hardware: HardwareSpec, name: str
+) -> OpTime:
+    """Predicted time of a library's function in the place of a kernel."""
+    price = hardware.libraries[name]
+    memory_s, matrix_s = _roofline_s(op, work, load, hardware)
+    bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
+    busy_us = max(memory_s, matrix_s) * 1e6 * price.residual
+    return OpTime(hardware.launch_us + price.wait_us, busy_us, bound)
+
+
+def _roofline_s(
+    op: CostedOp, work: Work, load: Load, hardware: HardwareSpec
+) -> tuple[float, float]:
+    """Seconds of the memory, and of the tensor cores."""
+    memory_s = work.moved_bytes / hardware.read_bytes_per_s
+    return memory_s, sum(_matrix_s(member, load, hardware) for member in op.members)
+
+
+def kernel_time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> OpTime:
+    """Predicted time of the kernel or collective itself."""
     collective = op.collective
     if collective and op.is_collective:
         wait_us = _collective_us(collective, load, hardware)
         return OpTime(wait_us, 0.0, "collective", "collective")
-    memory_s = work.moved_bytes / hardware.read_bytes_per_s
-    matrix_s = sum(_matrix_s(member, load, hardware) for member in op.members)
+    memory_s, matrix_s = _roofline_s(op, work, load, hardware)
     # A head works on the last row of each sequence: the fewest rows that a member works on count.
     rows = min(member.rows(load) for member in op.members)
     name = _class_of(op.heaviest, rows, load.num_seqs)

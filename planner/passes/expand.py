@@ -17,6 +17,8 @@ from tokenspeed_plan.plans.types import Attr, DType, TensorSpec
 # Up to this many tokens, one product for each pair of token and expert reads hardly any expert's
 # weights twice.
 FEW_ROWS = 16
+SORTED_AT_ONCE = 1024  # tokens whose choices are sorted in one launch
+PART_TOKENS, MOST_PARTS = 64, 128  # of those that are counted in parts
 
 
 def expand(graph: OpGraph, num_tokens: int, num_seqs: int) -> OpGraph:
@@ -136,13 +138,27 @@ def _experts_up(work: _Expansion) -> list[Op]:
     if work.num_rows <= FEW_ROWS:
         return [op]
     x, ids = op.inputs
-    sort = work.emit(".sort", "expert_sort", (ids,), op.attrs)
-    sort = replace(sort, rank_attrs=op.rank_attrs)
-    order, bounds = sort.outputs
+    sorting = _sort(work, ids)
+    order, bounds = sorting[-1].outputs
     work.sorted_ids[ids] = (order, bounds)
     inputs = (x, order, bounds)
     up = work.emit("", "grouped_up", inputs, op.attrs, op.outputs, keep=True)
-    return [sort, up]
+    return [*sorting, up]
+
+
+def _sort(work: _Expansion, ids: str) -> list[Op]:
+    """Choices by expert: in one launch, of many tokens in two, of which the first one counts.
+
+    On an H200 with 256 experts and 8,192 tokens one launch takes 53 us, since each expert's program
+    reads all choices twice.
+    """
+    op, ranks = work.op, work.op.rank_attrs
+    if work.num_rows <= SORTED_AT_ONCE:
+        return [replace(work.emit(".sort", "expert_sort", (ids,), op.attrs), rank_attrs=ranks)]
+    attrs = {**op.attrs, "num_parts": min(-(-work.num_rows // PART_TOKENS), MOST_PARTS)}
+    count = work.emit(".count", "expert_count", (ids,), attrs)
+    place = work.emit(".sort", "expert_place", (ids, *count.outputs), attrs)
+    return [replace(count, rank_attrs=ranks), replace(place, rank_attrs=ranks)]
 
 
 def _experts_down(work: _Expansion) -> list[Op]:

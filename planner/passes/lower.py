@@ -11,9 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
-from tokenspeed_plan.planner.graph import LoweredCall, LoweredStep, Op, OpGraph, ScheduledOp, Stage
-from tokenspeed_plan.planner.machines.hardware import HardwareSpec
+from tokenspeed_plan.planner.graph import (
+    LibraryChoice,
+    LoweredCall,
+    LoweredStep,
+    Op,
+    OpGraph,
+    ScheduledOp,
+    Stage,
+)
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec, without_libraries
 from tokenspeed_plan.planner.passes.cost import Load, op_time
+from tokenspeed_plan.planner.passes.library import Loads, choose_library
 from tokenspeed_plan.planner.passes.op_terms import call_cost
 from tokenspeed_plan.plans.ops import COLLECTIVES, OPS
 from tokenspeed_plan.plans.schema import CollectiveCall, KernelSpec, Param, Part
@@ -37,13 +46,13 @@ class LoweredProgram:
         return self.graph.candidates
 
 
-def lower(graph: OpGraph, hardware: HardwareSpec, load: Load, sizes: tuple[int, int]) -> OpGraph:
+def lower(graph: OpGraph, hardware: HardwareSpec, loads: Loads, sizes: tuple[int, int]) -> OpGraph:
     """The graph with a call for each step, and the candidate tilings of each kernel.
 
     Args:
         graph: placed.
         hardware: the target.
-        load: what a call is priced for.
+        loads: what a call is priced for.
         sizes: the most tokens and sequences that the program takes.
     """
     kernels = _Kernels(graph, hardware, sizes)
@@ -53,14 +62,27 @@ def lower(graph: OpGraph, hardware: HardwareSpec, load: Load, sizes: tuple[int, 
             calls.append(step)
             continue
         op = graph.by_name[step.op_name]
-        time_us = op_time(graph, op, load, hardware).total_us
+        time_us = op_time(graph, op, loads.planned, hardware).total_us
         if op.kind in COLLECTIVES:
             calls.append(_collective(op, step.stream, time_us))
             continue
         args = (*op.inputs, *op.weights, *(name for name, _ in op.states), *op.outputs)
         key = kernels.key_of(op)
-        calls.append(LoweredCall(key, args, step.stream, time_us, call_cost(graph, op)))
+        library = choose_library(graph, op, loads, hardware, sizes[0])
+        if library is not None:
+            time_us = _chosen_us(graph, op, loads.planned, hardware, library)
+        cost = call_cost(graph, op)
+        calls.append(LoweredCall(key, args, step.stream, time_us, cost, library))
     return graph.to(Stage.LOWERED, calls=tuple(calls), candidates=kernels.candidates)
+
+
+def _chosen_us(
+    graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec, library: LibraryChoice
+) -> float:
+    """Of the call that the program makes: the library's, or the kernel's."""
+    if library.pays:
+        return library.call_us
+    return op_time(graph, op, load, without_libraries(hardware)).total_us
 
 
 def _collective(op: Op, stream: int, time_us: float) -> CollectiveCall:

@@ -12,6 +12,7 @@ from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.expand import expand
 from tokenspeed_plan.planner.passes.fuse import FUSIONS, Fusion, fuse
 from tokenspeed_plan.planner.passes.grammar import check
+from tokenspeed_plan.planner.passes.library import Loads
 from tokenspeed_plan.planner.passes.lower import lower
 from tokenspeed_plan.planner.passes.place import place
 from tokenspeed_plan.planner.passes.recompute_topk import recompute_topk
@@ -50,6 +51,7 @@ class PassContext:
         hardware: the target.
         num_tokens, num_seqs: the most tokens and sequences that the program takes.
         load: the batch that the program is priced for.
+        context_tokens: that sequences of the workload have on average, before a prompt's chunk.
         max_streams: the most streams that the runtime replays.
         options: what the caller asked for.
     """
@@ -59,6 +61,7 @@ class PassContext:
     num_tokens: int = 1
     num_seqs: int = 1
     load: Load = ONE_TOKEN
+    context_tokens: int = 0
     max_streams: int = MAX_STREAMS
     options: PassOptions = DEFAULT_OPTIONS
 
@@ -112,7 +115,8 @@ def _place(graph: OpGraph, context: PassContext) -> OpGraph:
 
 def _lower(graph: OpGraph, context: PassContext) -> OpGraph:
     sizes = (context.num_tokens, context.num_seqs)
-    return lower(graph, context.hardware, context.load, sizes)
+    loads = Loads(context.load, context.context_tokens)
+    return lower(graph, context.hardware, loads, sizes)
 
 
 PASSES: tuple[Pass, ...] = (

@@ -93,6 +93,22 @@ def _expert_sort(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     return {"order": order, "bounds": bounds}
 
 
+def _expert_count(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    expect(specs, "ids", rows(specs, "ids"), width(specs, "ids"), dtype="i32")
+    return {"counts": _counts(attrs)}
+
+
+def _expert_place(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    found, wanted = specs["counts"], _counts(attrs)
+    require(found == wanted, f"`counts` is {list(found.shape)}, its parts are {list(wanted.shape)}")
+    return _expert_sort(attrs, specs)
+
+
+def _counts(attrs: Attrs) -> TensorSpec:
+    parts, experts = integer(attrs, "num_parts"), integer(attrs, "num_experts")
+    return TensorSpec.of(shape=(parts, experts + 1), dtype="i32")
+
+
 def _expect_order(attrs: Attrs, specs: Specs, x: str) -> int:
     """The tokens of `x` by expert; how many experts each token has."""
     experts = integer(attrs, "num_experts")
@@ -169,6 +185,23 @@ MOE_OPS: dict[str, OpDef] = {
             " = first index of expert e"
         ),
         attrs=("num_experts",),
+    ),
+    "expert_count": OpDef(
+        inputs=("ids",),
+        outputs=("counts",),
+        infer=_expert_count,
+        doc=(
+            "counts[p, e] = how often the p-th part of the tokens chooses expert e; the last column"
+            " counts experts of other ranks"
+        ),
+        attrs=("num_experts", "num_parts"),
+    ),
+    "expert_place": OpDef(
+        inputs=("ids", "counts"),
+        outputs=("order", "bounds"),
+        infer=_expert_place,
+        doc="expert_sort of ids that expert_count has counted",
+        attrs=("num_experts", "num_parts"),
     ),
     "grouped_up": OpDef(
         inputs=("x", "order", "bounds"),

@@ -56,6 +56,7 @@ from tokenspeed_plan.plans.schema.prediction_specs import (
     Transfers,
 )
 from tokenspeed_plan.plans.schema.program_specs import (
+    Call,
     CollectiveCall,
     KernelCall,
     LibraryCall,
@@ -77,6 +78,7 @@ __all__ = [
     "BatchSize",
     "Binary",
     "BufferSpec",
+    "Call",
     "CallAmounts",
     "CallCost",
     "CanaryPrompt",

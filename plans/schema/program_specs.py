@@ -10,14 +10,16 @@ from pydantic import Field
 from tokenspeed_plan.plans.schema.cost_specs import CallCost
 from tokenspeed_plan.plans.schema.kernel_specs import KernelSpec
 from tokenspeed_plan.plans.schema.memory_specs import BufferSpec
-from tokenspeed_plan.plans.types import Count, Frozen, Phase, TensorSpec
+from tokenspeed_plan.plans.types import Count, Frozen, KernelName, Phase, TensorSpec
 
 
-class KernelCall(Frozen):
-    """Run a kernel. `args` name buffers and weights, in the order of the kernel's tensors."""
+class Call(Frozen):
+    """Run a kernel, or what stands in its place.
 
-    kind: Literal["kernel"] = "kernel"
-    kernel: str
+    `args` name buffers and weights, in the order of the kernel's tensors.
+    """
+
+    kernel: KernelName
     args: tuple[str, ...]
     stream: int = 0
     predicted_us: float
@@ -26,6 +28,12 @@ class KernelCall(Frozen):
     def places(self, kernel: KernelSpec) -> dict[str, str]:
         """What the call gives to each parameter of its kernel, by the parameter's name."""
         return {param.name: name for param, name in zip(kernel.tensors, self.args, strict=True)}
+
+
+class KernelCall(Call):
+    """Run a kernel of the bundle."""
+
+    kind: Literal["kernel"] = "kernel"
 
 
 class CollectiveCall(Frozen):
@@ -39,22 +47,27 @@ class CollectiveCall(Frozen):
     predicted_us: float
 
 
-class LibraryCall(Frozen):
-    """Call a function of a library, such as a GEMM of cuBLAS.
+class LibraryCall(Call):
+    """Call a function of a library in the place of a kernel: it computes the kernel's parts.
 
-    `reads` and `writes` are names of buffers and weights in the order of the function's arguments.
+    Attributes:
+        package: the distribution that has the function.
+        versions: of it that were proved to fit, such as `>=3.0,<3.1`.
+        function: a key of `LIBRARY_FUNCTIONS`, which says what it computes and where.
+        workspace_bytes: that a call takes at the program's full size, besides its operands.
+        prepare: what the host does before a replay: nothing, or something for each `batch`.
+        capturable: whether a CUDA graph may hold the call.
+        fallback: whether the kernel itself may run where the library is missing or wrong.
     """
 
     kind: Literal["library"] = "library"
     package: str
-    version: str
+    versions: str
     function: str
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
     workspace_bytes: Count = 0
-    stream: int = 0
-    predicted_us: float
-    cost: CallCost = CallCost()
+    prepare: Literal["none", "batch"] = "none"
+    capturable: bool = True
+    fallback: bool = True
 
 
 class RecordEvent(Frozen):
@@ -81,12 +94,10 @@ Step = Annotated[
 
 def named_by(step: Step) -> tuple[str, ...]:
     """The buffers and weights that a step names."""
-    if isinstance(step, KernelCall):
+    if isinstance(step, Call):
         return step.args
     if isinstance(step, CollectiveCall):
         return (step.source, step.target)
-    if isinstance(step, LibraryCall):
-        return (*step.reads, *step.writes)
     return ()
 
 

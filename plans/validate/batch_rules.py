@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from tokenspeed_plan.plans.ops import BATCH_INPUTS, DRAFT_INPUTS, OPS
-from tokenspeed_plan.plans.schema import KernelCall, KernelSpec, Part, Program
+from tokenspeed_plan.plans.schema import Call, KernelSpec, Part, Program
 from tokenspeed_plan.plans.validate.refusal import refuse
 
 Producer = tuple[str, str]  # an operator, and its output
 
 
 def check_batch(
-    program: Program, step: KernelCall, kernel: KernelSpec, producers: dict[str, Producer]
+    program: Program, step: Call, kernel: KernelSpec, producers: dict[str, Producer]
 ) -> None:
     """Each input role gets the batch's own buffer, or what a draft pass made for that role.
 

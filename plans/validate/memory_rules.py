@@ -10,6 +10,7 @@ from typing import get_args
 from tokenspeed_plan.plans.schema import (
     ArenaName,
     BufferSpec,
+    LibraryCall,
     Limits,
     Memory,
     Plan,
@@ -144,6 +145,10 @@ def _check_map(pool: Pool) -> None:
         size = sizes.get(name, 0)
         if counted != size:
             raise refuse(f"arena `{name}` is {size} bytes, not {counted}")
+    steps = [step for program in pool.programs for step in program.steps]
+    most = max((step.workspace_bytes for step in steps if isinstance(step, LibraryCall)), default=0)
+    if memory.reserved < most:
+        raise refuse(f"{memory.reserved} bytes are reserved, a library takes {most}")
     _check_total(memory)
 
 

@@ -14,14 +14,14 @@ from tokenspeed_plan.plans.peer_memory import (
     PEER_SLOTS,
     peer_params,
 )
-from tokenspeed_plan.plans.schema import BufferSpec, KernelCall, KernelSpec, Pool, Program
+from tokenspeed_plan.plans.schema import BufferSpec, Call, KernelSpec, Pool, Program
 from tokenspeed_plan.plans.types import DTYPE_BITS
 from tokenspeed_plan.plans.validate.refusal import refuse
 
 
 def check_peers(
     program: Program,
-    step: KernelCall,
+    step: Call,
     kernel: KernelSpec,
     buffers: Mapping[str, BufferSpec],
     ranks: int,
@@ -128,7 +128,7 @@ def _joined(sequences: list[list[PushCall]]) -> list[list[PushCall]]:
 def _pushes(program: Program, kernels: Mapping[str, KernelSpec]) -> list[PushCall]:
     calls: list[PushCall] = []
     for step in program.steps:
-        if not isinstance(step, KernelCall):
+        if not isinstance(step, Call):
             continue
         kernel = kernels[step.kernel]
         if kernel.reduced_operand is None or kernel.launch is None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tokenspeed_plan.plans.hazards import check_hazards
+from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS, computes_kernel, is_bounds
 from tokenspeed_plan.plans.ops import RECOMPUTED, ShapeError
 from tokenspeed_plan.plans.schema import (
     BufferSpec,
+    Call,
     CollectiveCall,
-    KernelCall,
     KernelSpec,
     LibraryCall,
     Plan,
@@ -40,6 +41,7 @@ class _Scope:
     weights: dict[str, TensorSpec]
     buffers: dict[str, BufferSpec]
     num_ranks: int
+    sm: int
     producers: dict[str, Producer] = field(default_factory=dict)
 
 
@@ -54,7 +56,7 @@ def check_programs(plan: Plan, pool: Pool) -> None:
     for program in pool.programs:
         visible = (*pool.buffers, *program.buffers)
         buffers = {buffer.name: buffer for buffer in visible}
-        scope = _Scope(program, kernels, weights, buffers, plan.target.count)
+        scope = _Scope(program, kernels, weights, buffers, plan.target.count, plan.target.sm)
         _check_outputs(program)
         _check_steps(scope)
         _check_draft_steps(scope)
@@ -84,17 +86,18 @@ def _check_steps(scope: _Scope) -> None:
     for step in scope.program.steps:
         if not 0 <= step.stream < scope.program.num_streams:
             raise refuse(f"there is no stream {step.stream}")
-        if isinstance(step, KernelCall):
-            kernel = _check_call(scope, step)
-            check_batch(scope.program, step, kernel, scope.producers)
-            check_peers(scope.program, step, kernel, scope.buffers, scope.num_ranks)
-        elif isinstance(step, CollectiveCall):
+        if isinstance(step, CollectiveCall):
             _check_collective(scope, step)
-        elif isinstance(step, LibraryCall):
-            _check_library(scope, step)
+        if not isinstance(step, Call):
+            continue
+        kernel = _check_call(scope, step)
+        check_batch(scope.program, step, kernel, scope.producers)
+        check_peers(scope.program, step, kernel, scope.buffers, scope.num_ranks)
+        if isinstance(step, LibraryCall):
+            _check_library(scope, step, kernel)
 
 
-def _check_call(scope: _Scope, step: KernelCall) -> KernelSpec:
+def _check_call(scope: _Scope, step: Call) -> KernelSpec:
     kernel = scope.kernels.get(step.kernel)
     if kernel is None or len(kernel.tensors) != len(step.args):
         program = scope.program.name
@@ -134,17 +137,27 @@ def _check_collective(scope: _Scope, step: CollectiveCall) -> None:
         raise refuse(f"`{step.target}` cannot hold the {what}")
 
 
-def _check_library(scope: _Scope, step: LibraryCall) -> None:
-    """Its operands must exist. No library step is accepted yet, since the runtime has none."""
-    function = f"{step.package} {step.version} `{step.function}`"
-    for name in step.reads:
-        tensor = scope.weights.get(name) or _tensor_for_role(scope, name, "input")
-        if tensor is None:
-            raise refuse(f"{function} reads `{name}`, which is no input or weight")
-    for name in step.writes:
-        if _tensor_for_role(scope, name, "output") is None:
-            raise refuse(f"{function} writes `{name}`, which is no activation or output")
-    raise refuse(f"{function}: the runtime replays no library steps")
+def _check_library(scope: _Scope, step: LibraryCall, kernel: KernelSpec) -> None:
+    """The function is known, computes the kernel's parts on this target, and has its workspace."""
+    function = LIBRARY_FUNCTIONS.get(step.function)
+    what = f"`{step.function}` of `{step.package}`"
+    if function is None or function.package != step.package:
+        raise refuse(f"{what} is no known function of a library")
+    if scope.sm not in function.sms or not computes_kernel(function, kernel):
+        raise refuse(f"{what} does not compute `{step.kernel}` on sm_{scope.sm}")
+    if scope.program.max_tokens < function.least_tokens:
+        raise refuse(f"{what} is for {function.least_tokens} tokens and more")
+    if (step.prepare, step.capturable) != (function.prepare, function.capturable):
+        raise refuse(f"{what}: prepare {step.prepare}, capturable {step.capturable}")
+    if step.prepare != "none":
+        raise refuse(f"{what} needs the host before each batch, which the runtime does not do")
+    if scope.program.captured and not step.capturable:
+        raise refuse(f"{what} is in the captured program {scope.program.name}")
+    if not is_bounds(step.versions):
+        raise refuse(f"{what}: `{step.versions}` are no bounds such as `>=3.0,<3.1`")
+    needed = function.workspace_bytes(kernel.parts[0].attrs, scope.program.max_tokens)
+    if step.workspace_bytes < needed:
+        raise refuse(f"{what} has {step.workspace_bytes} bytes of workspace, it needs {needed}")
 
 
 def _check_draft_steps(scope: _Scope) -> None:
@@ -152,7 +165,7 @@ def _check_draft_steps(scope: _Scope) -> None:
     program = scope.program
     found = []
     for step in program.steps:
-        if not isinstance(step, KernelCall):
+        if not isinstance(step, Call):
             continue
         for part in scope.kernels[step.kernel].parts:
             if part.kind == "draft_place":
@@ -166,7 +179,7 @@ def _check_recomputed(scope: _Scope) -> None:
     """A kernel that expects a recomputed state comes after `recompute_state` has written it."""
     written: set[str] = set()
     for step in scope.program.steps:
-        if not isinstance(step, KernelCall):
+        if not isinstance(step, Call):
             continue
         kernel = scope.kernels[step.kernel]
         places = step.places(kernel)

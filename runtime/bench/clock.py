@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 ROUNDS = 5
 RUNS = 10  # in a round
+LIBRARY = "library"  # what all kernels of a library are called
 
 
 def time_us(
@@ -62,7 +63,10 @@ def captured(work: Callable[[], object], device: str) -> Callable[[], object]:
 def kernel_times_us(
     replay: Callable[[], object], names: set[str], count: int = 5
 ) -> list[tuple[str, float]]:
-    """(name, microseconds) of the kernels of a replay, in order; the mean over `count` replays."""
+    """(name, microseconds) of the kernels of a replay, in order; the mean over `count` replays.
+
+    Where `LIBRARY` is one of the names, kernels of other names between ours are one call of it.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     replay()
@@ -71,12 +75,30 @@ def kernel_times_us(
         for _ in range(count):
             replay()
         torch.cuda.synchronize()
+    gpu = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
     events = sorted(
-        (e for e in profiler.events() if e.name in names), key=lambda e: e.time_range.start
+        (event for event in profiler.events() if event.device_type == gpu),
+        key=lambda event: event.time_range.start,
     )
-    length = len(events) // count
-    rounds = [events[i * length : (i + 1) * length] for i in range(count)]
+    times = _merged(((event.name, event.time_range.elapsed_us()) for event in events), names)
+    length = len(times) // count
+    rounds = [times[i * length : (i + 1) * length] for i in range(count)]
     return [
-        (same[0].name, statistics.mean(e.time_range.elapsed_us() for e in same))
+        (same[0][0], statistics.mean(time_us for _, time_us in same))
         for same in zip(*rounds, strict=True)
     ]
+
+
+def _merged(events: Iterable[tuple[str, float]], names: set[str]) -> list[tuple[str, float]]:
+    """The events of these names in order; those between them, if asked for, as `LIBRARY`."""
+    times: list[tuple[str, float]] = []
+    for name, time_us in events:
+        if name in names:
+            times.append((name, time_us))
+        elif LIBRARY not in names or name.startswith(("Memcpy", "Memset")):
+            continue
+        elif times and times[-1][0] == LIBRARY:
+            times[-1] = (LIBRARY, times[-1][1] + time_us)
+        else:
+            times.append((LIBRARY, time_us))
+    return times

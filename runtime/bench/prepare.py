@@ -15,6 +15,7 @@ from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.launch import Launch
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.execution.rank_links import join
+from tokenspeed_plan.runtime.libraries.loader import load_libraries
 from tokenspeed_plan.runtime.loading.preflight import check_files, check_target
 from tokenspeed_plan.runtime.loading.rank_memory import RankMemory
 from tokenspeed_plan.runtime.loading.weights import load_weights, random_weights
@@ -54,5 +55,6 @@ def prepare(
     backend: Backend = reference
     if kernels is not None:
         full_size = launch is not None
-        backend = KernelBackend(plan, kernels, reference, full_size, allocations.peers)
+        libraries = load_libraries(plan, reference)
+        backend = KernelBackend(plan, kernels, reference, full_size, allocations.peers, libraries)
     return Executor(PlanMemory(plan, arenas, weights), backend, launch, lead)

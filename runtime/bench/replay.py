@@ -12,10 +12,11 @@ import torch
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import integer
-from tokenspeed_plan.plans.schema import BatchSize, KernelCall, Limits, Plan, Program, Work
+from tokenspeed_plan.plans.schema import BatchSize, Call, LibraryCall, Limits, Plan, Program, Work
 from tokenspeed_plan.plans.types import Phase
-from tokenspeed_plan.runtime.bench.clock import RUNS, captured, kernel_times_us, time_us
+from tokenspeed_plan.runtime.bench.clock import LIBRARY, RUNS, captured, kernel_times_us, time_us
 from tokenspeed_plan.runtime.bench.machine import Machine, measure_machine, used_bytes
+from tokenspeed_plan.runtime.execution.backend import KernelBackend
 from tokenspeed_plan.runtime.execution.executor import Executor
 from tokenspeed_plan.runtime.execution.inputs import write_inputs
 from tokenspeed_plan.runtime.request import Request, SamplingParams
@@ -176,7 +177,7 @@ class Replay:
             "kernels": self._kernels(calls, work, machine),
         }
 
-    def _work(self, call: KernelCall, experts_hit: int) -> Work:
+    def _work(self, call: Call, experts_hit: int) -> Work:
         """FLOPs and bytes of a call for this batch, without padding."""
         return call.cost.at(BatchSize(self.tokens, self.seqs, self.context, experts_hit))
 
@@ -184,8 +185,8 @@ class Replay:
         """Replay the program once."""
         self.executor.run(self.program, *self._size)
 
-    def _calls(self) -> list[KernelCall]:
-        return [step for step in self.program.steps if isinstance(step, KernelCall)]
+    def _calls(self) -> list[Call]:
+        return [step for step in self.program.steps if isinstance(step, Call)]
 
     def _advances(self) -> bool:
         kernels = (self.executor.kernels[call.kernel] for call in self._calls())
@@ -210,41 +211,55 @@ class Replay:
                 hit = int(ids.unique().numel())
             yield hit
 
-    def _one_by_one(self) -> Iterator[tuple[KernelCall, Callable[[], None]]]:
+    def _one_by_one(self) -> Iterator[tuple[Call, Callable[[], None]]]:
         for step, instructions in self.executor.steps(self.program, *self._size):
 
             def run(instructions: Any = instructions) -> None:
                 self.executor.execute(instructions)
 
-            if isinstance(step, KernelCall):
+            if isinstance(step, Call):
                 yield step, run
             else:
                 run()
 
     def _kernels(
-        self, calls: list[KernelCall], work: list[Work], machine: Machine
+        self, calls: list[Call], work: list[Work], machine: Machine
     ) -> list[dict[str, Any]]:
         """For each kernel: calls, mean microseconds, bytes a second and their share of the peak."""
         times = self._times(calls)
         rows: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
         for call, each, time in zip(calls, work, times, strict=True):
-            rows[call.kernel].append((time, each.moved_bytes, call.predicted_us))
+            rows[self._shown(call)].append((time, each.moved_bytes, call.predicted_us))
         made = (_row(name, found, machine) for name, found in rows.items())
         return sorted(made, key=lambda row: -row["total_us"])
 
-    def _times(self, calls: list[KernelCall]) -> list[float]:
+    def _times(self, calls: list[Call]) -> list[float]:
         self.reset()
         if self.device == "cpu":
             return [time_us(run, "cpu", 1) for _, run in self._one_by_one()]
         separate = self.executor.without_overlap()
         replay = captured(lambda: separate.run(self.program, *self._size), self.device)
         self.reset()
-        kinds = {kind_of(self.executor.kernels[call.kernel]) for call in calls}
-        found = kernel_times_us(replay, kinds)
-        assert [name for name, _ in found] == [
-            kind_of(self.executor.kernels[call.kernel]) for call in calls
-        ], "lost a kernel"
+        names = [self._launched_as(call) for call in calls]
+        found = kernel_times_us(replay, set(names))
+        assert [name for name, _ in found] == names, "lost a kernel"
         return [time for _, time in found]
+
+    def _launched_as(self, call: Call) -> str:
+        """The name of what the call launches."""
+        if self._calls_library(call):
+            return LIBRARY
+        return kind_of(self.executor.kernels[call.kernel])
+
+    def _shown(self, call: Call) -> str:
+        """The function of a library that the call runs, else the kernel."""
+        if isinstance(call, LibraryCall) and self._calls_library(call):
+            return call.function
+        return call.kernel
+
+    def _calls_library(self, call: Call) -> bool:
+        backend = self.executor.backend
+        return isinstance(backend, KernelBackend) and backend.library_of(call) is not None
 
 
 def _own_slots(start: int, limits: Limits) -> list[int]:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.bundle import CUBIN
-from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import (
+    Call,
     CollectiveCall,
-    KernelCall,
     KernelSpec,
     LibraryCall,
     Part,
@@ -25,7 +24,7 @@ from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
 from tokenspeed_plan.runtime.execution.collectives import Collectives
 from tokenspeed_plan.runtime.execution.fp8_blocks import dequantise, parts_of
-from tokenspeed_plan.runtime.execution.kernels import Kernels, Launcher
+from tokenspeed_plan.runtime.execution.kernels import Kernels, Launcher, Launches
 from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES, Body
 
@@ -47,6 +46,7 @@ class Instruction(NamedTuple):
 
 
 BoundStep = tuple[Step, list[Instruction]]
+LibraryKey = tuple[str, str]  # a kernel, and the function that computes it
 
 
 def execute(instructions: Iterable[Instruction], num_slots: int) -> None:
@@ -113,21 +113,11 @@ class ReferenceBackend:
         return self
 
     def bind_step(self, step: Step, tensors: tuple[Tensor, ...]) -> list[Instruction]:
-        """One step; an event has no instruction, as everything runs in order.
-
-        Raises:
-            PlanError: the step calls a library.
-        """
-        if isinstance(step, KernelCall):
+        """One step; an event has no instruction, as everything runs in order."""
+        if isinstance(step, Call):
             return self.bind_kernel(self._kernels[step.kernel], tensors)
         if isinstance(step, CollectiveCall):
             return [Instruction(self._collective(step.op), {}, tensors, ())]
-        if isinstance(step, LibraryCall):
-            raise PlanError(
-                f"{step.package} {step.version} `{step.function}`: "
-                "library steps are not replayed yet",
-                "replay a plan of kernels and collectives",
-            )
         return []
 
     def bind_kernel(self, kernel: KernelSpec, tensors: tuple[Tensor, ...]) -> list[Instruction]:
@@ -194,7 +184,7 @@ def _dequantising(body: Body, scaled: Mapping[int, TensorSpec], dtype: torch.dty
 
 
 class KernelBackend:
-    """Runs each step as its kernel, where there is one, else as its reference bodies.
+    """Runs each step as a library or as its kernel, where there is one, else as its references.
 
     Args:
         plan: whose kernels are called.
@@ -203,6 +193,7 @@ class KernelBackend:
         full_size: bind tensors at a program's full size. Kernels take addresses only, so that a
             new batch size needs no new tensors. Every step must then have a kernel.
         peers: the memory of the other ranks, where kernels use it.
+        libraries: the functions of libraries that run in the place of kernels.
     """
 
     def __init__(
@@ -212,11 +203,13 @@ class KernelBackend:
         reference: ReferenceBackend,
         full_size: bool = False,
         peers: PeerMemory | None = None,
+        libraries: Mapping[LibraryKey, Launcher] | None = None,
     ) -> None:
         self.kernels = kernels
         self.reference = reference
         self.full_size = full_size
         self.peers = peers
+        self.libraries = libraries or {}
         self._plan = plan
         self._specs = {kernel.name: kernel for kernel in plan.kernels}
 
@@ -231,6 +224,10 @@ class KernelBackend:
         launchers: dict[str, Launcher] = {}
         index = self._plan.pool.index_of(program)
         for step, tensors in zip(program.steps, operands, strict=True):
+            library = self.library_of(step)
+            if library is not None:
+                yield step, [Instruction(library, {}, tensors, ())]
+                continue
             kernel = self.kernel_of(step)
             if kernel is None:
                 yield step, self.reference.bind_step(step, tensors)
@@ -239,15 +236,43 @@ class KernelBackend:
                 launchers[kernel.name] = self.launcher(kernel, num_tokens, num_seqs, index)
             yield step, [Instruction(launchers[kernel.name], {}, tensors, ())]
 
+    def launches(self, program: Program) -> Launches:
+        """The launches of a program, of which none is bound yet."""
+        index = self._plan.pool.index_of(program)
+        return self.kernels.launches(self.reference.rank, self.peers, index)
+
+    def bind_launch(
+        self, step: Step, tensors: tuple[Tensor, ...], launches: Launches
+    ) -> list[Instruction]:
+        """A step whose kernel is bound to these tensors once, for batches of any size."""
+        library = self.library_of(step)
+        if library is not None:
+            return [Instruction(library, {}, tensors, ())]
+        kernel = self.kernel_of(step)
+        if kernel is None:
+            return self.reference.bind_step(step, tensors)
+        return [Instruction(launches.bind(kernel, tensors), {}, (), ())]
+
     def without_overlap(self) -> KernelBackend:
         """The same kernels; none of them starts before its predecessor has ended."""
         return KernelBackend(
-            self._plan, self.kernels.without_overlap(), self.reference, self.full_size, self.peers
+            self._plan,
+            self.kernels.without_overlap(),
+            self.reference,
+            self.full_size,
+            self.peers,
+            self.libraries,
         )
+
+    def library_of(self, step: Step | Call) -> Launcher | None:
+        """The function of a library that runs a step; None where its kernel does."""
+        if not isinstance(step, LibraryCall):
+            return None
+        return self.libraries.get((step.kernel, step.function))
 
     def kernel_of(self, step: Step) -> KernelSpec | None:
         """The kernel that runs a step; None where the references do."""
-        if not isinstance(step, KernelCall):
+        if not isinstance(step, Call):
             return None
         kernel = self._specs[step.kernel]
         has_kernel = self.kernels.has(kernel)

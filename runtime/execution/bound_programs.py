@@ -1,6 +1,7 @@
 """The programs of a plan, bound to their tensors.
 
-Each size of batch is bound once; a replay is then a loop over instructions, without look-ups.
+A replay is a loop over instructions, without look-ups. On a GPU a program is bound once for all
+batches (`full_program.py`), elsewhere once for each size of batch.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from tokenspeed_plan.plans.schema import CollectiveCall, KernelCall, Plan, Program
+from tokenspeed_plan.plans.schema import KernelCall, Plan, Program
 from tokenspeed_plan.runtime.execution.backend import (
     Backend,
     BoundStep,
     Instruction,
+    KernelBackend,
     execute,
     num_outputs,
 )
+from tokenspeed_plan.runtime.execution.full_program import FullProgram
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory, operands_of
 
 # The head of a program is launched while the step before is in flight; its tail begins where it
@@ -26,7 +28,6 @@ from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory, operands_o
 Part = Literal["whole", "head", "tail"]
 LATE_OPS = ("adjust", "mask")
 
-Operands = list[tuple[Tensor, ...]]  # the tensors of each step
 ProgramKey = tuple[str, int]  # phase and bucket
 BatchKey = tuple[str, int, int, int, Part]  # and tokens and sequences, and the part that is run
 
@@ -47,7 +48,7 @@ class BoundPrograms:
         kernels = memory.plan.kernels
         self._num_slots = max(map(num_outputs, kernels), default=0)
         self._bound: dict[BatchKey, list[Instruction]] = {}
-        self._full_size_operands: dict[ProgramKey, Operands] = {}
+        self._full: dict[ProgramKey, FullProgram] = {}
 
     @property
     def plan(self) -> Plan:
@@ -58,17 +59,27 @@ class BoundPrograms:
         self, program: Program, num_tokens: int, num_seqs: int, part: Part = "whole"
     ) -> list[Instruction]:
         """The instructions of a program for a batch of this size, bound at the first call."""
+        full = self._full_program(program)
+        if full is not None and part == "whole":
+            return full.instructions(num_tokens, num_seqs)
+        if full is not None:
+            return self._instructions_of(program, num_tokens, num_seqs, part)
         key = (program.phase, program.bucket, num_tokens, num_seqs, part)
         if key not in self._bound:
             if len(self._bound) >= MAX_BINDINGS:
                 self._bound.clear()
-            steps = list(self.steps(program, num_tokens, num_seqs))
-            cut = 0
-            if part != "whole":
-                cut = self.tail_start(program)
-            chosen = steps[:cut] if part == "head" else steps[cut:]
-            self._bound[key] = [one for _, bound in chosen for one in bound]
+            self._bound[key] = self._instructions_of(program, num_tokens, num_seqs, part)
         return self._bound[key]
+
+    def _instructions_of(
+        self, program: Program, num_tokens: int, num_seqs: int, part: Part
+    ) -> list[Instruction]:
+        steps = list(self.steps(program, num_tokens, num_seqs))
+        cut = 0
+        if part != "whole":
+            cut = self.tail_start(program)
+        chosen = steps[:cut] if part == "head" else steps[cut:]
+        return [one for _, bound in chosen for one in bound]
 
     def tail_start(self, program: Program) -> int:
         """The first step that reads what the host makes of the tokens of the step before."""
@@ -94,30 +105,19 @@ class BoundPrograms:
 
     def steps(self, program: Program, num_tokens: int, num_seqs: int) -> Iterator[BoundStep]:
         """Each step of a program with its instructions."""
-        operands = self._operands(program, num_tokens, num_seqs)
+        full = self._full_program(program)
+        if full is not None:
+            full.instructions(num_tokens, num_seqs)
+            return iter(full.steps)
+        tensor_of = self.memory.tensors_of(program, num_tokens, num_seqs)
+        operands = [operands_of(step, tensor_of) for step in program.steps]
         return self.backend.bind(program, operands, num_tokens, num_seqs)
 
-    def _operands(self, program: Program, num_tokens: int, num_seqs: int) -> Operands:
-        """The tensors of each step.
-
-        Kernels take tensors of the program's full size, and the size of the batch as scalars; what
-        ranks exchange is as large as the batch.
-        """
-        if not self.backend.full_size:
-            return self._bind_operands(program, num_tokens, num_seqs)
+    def _full_program(self, program: Program) -> FullProgram | None:
+        """The program bound at its full size, where the backend can."""
+        if not isinstance(self.backend, KernelBackend) or not self.backend.full_size:
+            return None
         key = (program.phase, program.bucket)
-        operands = self._full_size_operands.get(key)
-        if operands is None:
-            operands = self._bind_operands(program, program.max_tokens, program.max_seqs)
-            self._full_size_operands[key] = operands
-        if not any(isinstance(step, CollectiveCall) for step in program.steps):
-            return operands
-        tensor_of = self.memory.tensors_of(program, num_tokens, num_seqs)
-        return [
-            operands_of(step, tensor_of) if isinstance(step, CollectiveCall) else full
-            for step, full in zip(program.steps, operands, strict=True)
-        ]
-
-    def _bind_operands(self, program: Program, num_tokens: int, num_seqs: int) -> Operands:
-        tensor_of = self.memory.tensors_of(program, num_tokens, num_seqs)
-        return [operands_of(step, tensor_of) for step in program.steps]
+        if key not in self._full:
+            self._full[key] = FullProgram(program, self.backend, self.memory)
+        return self._full[key]

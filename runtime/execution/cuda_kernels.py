@@ -19,7 +19,7 @@ from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_abi import bind_launch
 from tokenspeed_plan.plans.kernel_file import kind_of
-from tokenspeed_plan.plans.schema import Binary, KernelSpec, Plan
+from tokenspeed_plan.plans.schema import Binary, GridDim, KernelSpec, Plan
 from tokenspeed_plan.plans.types import WARP_SIZE
 from tokenspeed_plan.runtime.execution.kernels import Launcher
 from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory, launch_tables
@@ -67,7 +67,7 @@ class CudaKernels:
     def __init__(
         self, binaries: Mapping[str, Binary], cubins: Mapping[str, bytes], overlap: bool = True
     ) -> None:
-        self._driver = find_driver()
+        self.driver = find_driver()
         self._binaries = binaries
         self._cubins = cubins
         self._functions: dict[str, Any] = {}
@@ -76,8 +76,8 @@ class CudaKernels:
 
     def _overlap_attribute(self) -> Any:
         """Lets a kernel start before its predecessor has ended (programmatic dependent launch)."""
-        kinds = self._driver.CUlaunchAttributeID
-        attribute = self._driver.CUlaunchAttribute()
+        kinds = self.driver.CUlaunchAttributeID
+        attribute = self.driver.CUlaunchAttribute()
         attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
         return attribute
@@ -120,32 +120,30 @@ class CudaKernels:
 
         The size of the batch is bound; arguments in C are kept for each set of addresses.
         """
-        driver = self._driver
-        function = self._function(kernel)
-        config = self._config(kernel, num_tokens, num_seqs)
-        tables = launch_tables(peers, program)
-        values = bind_launch(kernel, rank, num_tokens, num_seqs, tables)
-        bound: dict[tuple[int, ...], _Arguments] = {}
-        current_stream = torch._C._cuda_getCurrentRawStream
-        device = torch.cuda.current_device()
+        launches = self.launches(rank, peers, program)
+        launches.resize(num_tokens, num_seqs)
+        launches.prepare(kernel)
+        bound: dict[tuple[int, ...], Launcher] = {}
 
         def run(attrs: object, *tensors: Tensor) -> tuple[()]:
             key = tuple(x.data_ptr() for x in tensors)
             if key not in bound:
-                bound[key] = _Arguments(kernel, (*key, *values))
-            config.hStream = current_stream(device)
-            call(driver.cuLaunchKernelEx, config, function, bound[key].address, 0)
-            return ()
+                bound[key] = launches.bind(kernel, tensors)
+            return bound[key](attrs)
 
         return run
 
-    def _config(self, kernel: KernelSpec, num_tokens: int, num_seqs: int) -> Any:
-        """Grid, block, shared memory and attributes of a launch; each launch sets its stream."""
+    def launches(
+        self, rank: int, peers: PeerMemory | None = None, program: int = 0
+    ) -> CudaLaunches:
+        """Launches of a program, of which none is bound yet."""
+        return CudaLaunches(self, rank, launch_tables(peers, program))
+
+    def config(self, kernel: KernelSpec) -> Any:
+        """Block, shared memory and attributes of a launch; its grid and its stream come later."""
         launch = kernel.launch
         assert launch is not None
-        grid = [dim.at(num_tokens, num_seqs) for dim in launch.grid]
-        config = self._driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+        config = self.driver.CUlaunchConfig()
         config.blockDimX = launch.num_warps * WARP_SIZE
         config.blockDimY = 1
         config.blockDimZ = 1
@@ -155,14 +153,14 @@ class CudaKernels:
             config.numAttrs = 1
         return config
 
-    def _function(self, kernel: KernelSpec) -> Any:
+    def function(self, kernel: KernelSpec) -> Any:
         """The driver's handle; the cubin is loaded at the first call."""
         if kernel.name not in self._functions:
             self._functions[kernel.name] = self._load_function(kernel)
         return self._functions[kernel.name]
 
     def _load_function(self, kernel: KernelSpec) -> Any:
-        driver = self._driver
+        driver = self.driver
         module = call(driver.cuModuleLoadData, self._cubins[kernel.name])
         entry = kind_of(kernel).encode()
         function = call(driver.cuModuleGetFunction, module, entry)
@@ -174,22 +172,99 @@ class CudaKernels:
         return function
 
 
+# The driver's function, the configuration of its launches, and the values after its tensors.
+_Prepared = tuple[Any, Any, tuple[int | Tensor, ...]]
+
+
+class CudaLaunches:
+    """The launches of one program.
+
+    The driver reads arguments and grid when it launches. All launches point to the same two numbers
+    of tokens and sequences, and those of one kernel share a grid.
+
+    Args:
+        kernels: have the functions.
+        rank: of this process.
+        tables: what a kernel needs to reach its peers.
+    """
+
+    def __init__(self, kernels: CudaKernels, rank: int, tables: Mapping[str, int | Tensor]) -> None:
+        self._kernels = kernels
+        self._rank = rank
+        self._tables = tables
+        self._size = {"num_tokens": ctypes.c_int32(), "num_seqs": ctypes.c_int32()}
+        self._prepared: dict[str, _Prepared] = {}
+        self._grids: list[tuple[Any, tuple[GridDim, ...]]] = []
+
+    def resize(self, num_tokens: int, num_seqs: int) -> None:
+        """Make them for a batch of this size."""
+        self._size["num_tokens"].value = num_tokens
+        self._size["num_seqs"].value = num_seqs
+        for config, grid in self._grids:
+            _set_grid(config, grid, num_tokens, num_seqs)
+
+    def bind(self, kernel: KernelSpec, tensors: Sequence[Tensor]) -> Launcher:
+        """A launch of a kernel on these tensors."""
+        driver = self._kernels.driver
+        function, config, values = self.prepare(kernel)
+        addresses = (tensor.data_ptr() for tensor in tensors)
+        arguments = _Arguments(kernel, (*addresses, *values), self._size)
+        current_stream = torch._C._cuda_getCurrentRawStream
+        device = torch.cuda.current_device()
+
+        def run(attrs: object) -> tuple[()]:
+            config.hStream = current_stream(device)
+            call(driver.cuLaunchKernelEx, config, function, arguments.address, 0)
+            return ()
+
+        return run
+
+    def prepare(self, kernel: KernelSpec) -> _Prepared:
+        """What all launches of a kernel have in common.
+
+        Raises:
+            PlanError: the kernel needs a table that is not there.
+        """
+        if kernel.name not in self._prepared:
+            assert kernel.launch is not None
+            grid, config = kernel.launch.grid, self._kernels.config(kernel)
+            values = bind_launch(kernel, self._rank, 0, 0, self._tables)
+            _set_grid(config, grid, *(size.value for size in self._size.values()))
+            self._grids.append((config, grid))
+            self._prepared[kernel.name] = (self._kernels.function(kernel), config, values)
+        return self._prepared[kernel.name]
+
+
+def _set_grid(config: Any, grid: Sequence[GridDim], num_tokens: int, num_seqs: int) -> None:
+    sizes = [dim.at(num_tokens, num_seqs) for dim in grid]
+    config.gridDimX, config.gridDimY, config.gridDimZ = (*sizes, 1, 1)[:3]
+
+
 class _Arguments:
     """A kernel's arguments in C, and a table of their addresses for the driver.
 
     Args:
         kernel: names each argument by its parameters.
         values: one a parameter: an address (or a tensor, for its address) or a 32-bit scalar.
+        shared: scalars that launches have in common, by role; they stand in place of the values.
     """
 
-    def __init__(self, kernel: KernelSpec, values: Sequence[int | Tensor]) -> None:
+    def __init__(
+        self,
+        kernel: KernelSpec,
+        values: Sequence[int | Tensor],
+        shared: Mapping[str, ctypes.c_int32] | None = None,
+    ) -> None:
+        shared = shared or {}
         self._tensors = [value for value in values if isinstance(value, Tensor)]  # kept alive
         self._values: list[ctypes.c_void_p | ctypes.c_int32] = []
         for param, value in zip(kernel.params, values, strict=True):
             if isinstance(value, Tensor):
                 value = value.data_ptr()
             is_scalar = not param.tensor.shape
-            if is_scalar:
+            if param.role in shared:
+                self._values.append(shared[param.role])
+            elif is_scalar:
                 self._values.append(ctypes.c_int32(value))
             else:
                 self._values.append(ctypes.c_void_p(value))

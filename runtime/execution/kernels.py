@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
+
+from torch import Tensor
 
 from tokenspeed_plan.plans.schema import KernelSpec
 from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 
 # Takes the constants of an operator, which a kernel ignores, then the kernel's tensors.
 Launcher = Callable[..., tuple[()]]
+
+
+class Launches(Protocol):
+    """The launches of one program, which all have the size of the batch in common."""
+
+    def resize(self, num_tokens: int, num_seqs: int) -> None:
+        """Make them for a batch of this size. Those that were launched before are left alone."""
+
+    def bind(self, kernel: KernelSpec, tensors: Sequence[Tensor]) -> Launcher:
+        """A launch of a kernel on these tensors, which takes only the constants of an operator."""
 
 
 class Kernels(Protocol):
@@ -20,6 +32,15 @@ class Kernels(Protocol):
 
     def without_overlap(self) -> Kernels:
         """The same kernels; none of them starts before its predecessor has ended."""
+
+    def launches(self, rank: int, peers: PeerMemory | None = None, program: int = 0) -> Launches:
+        """Launches of a program, of which none is bound yet.
+
+        Args:
+            rank: of this process.
+            peers: the memory of the other ranks, where there are any.
+            program: its index among those of its pool.
+        """
 
     def launcher(
         self,

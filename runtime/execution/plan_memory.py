@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.schema import (
     BufferSpec,
+    Call,
     CollectiveCall,
-    KernelCall,
     Plan,
     Program,
     Step,
@@ -84,7 +84,7 @@ class PlanMemory:
 
 def operands_of(step: Step, tensor_of: Callable[[str], Tensor]) -> tuple[Tensor, ...]:
     """The tensors of a step in the order of its arguments; an event has none."""
-    if isinstance(step, KernelCall):
+    if isinstance(step, Call):
         return tuple(tensor_of(name) for name in step.args)
     if isinstance(step, CollectiveCall):
         return tensor_of(step.source), tensor_of(step.target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,12 @@ class TritonKernels:
         """Triton's launches never overlap."""
         return self
 
+    def launches(
+        self, rank: int, peers: PeerMemory | None = None, program: int = 0
+    ) -> TritonLaunches:
+        """Launches of a program, of which none is bound yet."""
+        return TritonLaunches(self, rank, launch_tables(peers, program))
+
     def launcher(
         self,
         kernel: KernelSpec,
@@ -60,20 +66,54 @@ class TritonKernels:
 
         The size of the batch is bound.
         """
+        launches = self.launches(rank, peers, program)
+        launches.resize(num_tokens, num_seqs)
+        return launches.launcher(kernel)
+
+    def function(self, kernel: KernelSpec) -> Any:
+        """The kernel as Triton's function, which is made at the first call."""
+        if kernel.name not in self._functions:
+            self._functions[kernel.name] = load_function(kernel, self._sources[kernel.name])
+        return self._functions[kernel.name]
+
+
+class TritonLaunches:
+    """The launches of one program: grids and scalars follow from the size when they are launched.
+
+    Args:
+        kernels: have the functions.
+        rank: of this process.
+        tables: what a kernel needs to reach its peers.
+    """
+
+    def __init__(
+        self, kernels: TritonKernels, rank: int, tables: Mapping[str, int | Tensor]
+    ) -> None:
+        self._kernels = kernels
+        self._rank = rank
+        self._tables = tables
+        self._size = (0, 0)
+
+    def resize(self, num_tokens: int, num_seqs: int) -> None:
+        """Make them for a batch of this size."""
+        self._size = (num_tokens, num_seqs)
+
+    def bind(self, kernel: KernelSpec, tensors: Sequence[Tensor]) -> Launcher:
+        """A launch of a kernel on these tensors."""
+        run, own = self.launcher(kernel), tuple(tensors)
+        return lambda attrs: run(attrs, *own)
+
+    def launcher(self, kernel: KernelSpec) -> Launcher:
+        """A function of the kernel's tensors, for the size that there is then."""
         assert kernel.launch is not None
-        launch, function = kernel.launch, self._function(kernel)
-        grid = tuple(dim.at(num_tokens, num_seqs) for dim in launch.grid)
+        launch, function = kernel.launch, self._kernels.function(kernel)
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        tables = launch_tables(peers, program)
-        values = bind_launch(kernel, rank, num_tokens, num_seqs, tables)
+        bind_launch(kernel, self._rank, *self._size, self._tables)  # raises if a table is missing
 
         def run(attrs: object, *tensors: Tensor) -> tuple[()]:
+            grid = tuple(dim.at(*self._size) for dim in launch.grid)
+            values = bind_launch(kernel, self._rank, *self._size, self._tables)
             function[grid](*tensors, *values, **options)
             return ()
 
         return run
-
-    def _function(self, kernel: KernelSpec) -> Any:
-        if kernel.name not in self._functions:
-            self._functions[kernel.name] = load_function(kernel, self._sources[kernel.name])
-        return self._functions[kernel.name]

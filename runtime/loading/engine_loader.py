@@ -25,6 +25,7 @@ from tokenspeed_plan.runtime.execution.launch import EagerLaunch, Launch
 from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.execution.rank_links import join
+from tokenspeed_plan.runtime.libraries.loader import load_libraries
 from tokenspeed_plan.runtime.loading.preflight import check_files, check_target, find_weights
 from tokenspeed_plan.runtime.loading.rank_memory import RankMemory
 from tokenspeed_plan.runtime.loading.weights import load_weights
@@ -127,13 +128,15 @@ def make_backend(
     compare: bool = False,
     peers: PeerMemory | None = None,
 ) -> Backend:
-    """The references alone, the kernels, or both compared."""
+    """The references alone, the kernels and libraries, or both compared."""
     if kernels is None:
         return reference
+    libraries = load_libraries(plan, reference)
     if compare:
-        return ComparingBackend(plan, KernelBackend(plan, kernels, reference, peers=peers))
+        both = KernelBackend(plan, kernels, reference, peers=peers, libraries=libraries)
+        return ComparingBackend(plan, both)
     full_size = plan.target.device == "cuda"
-    return KernelBackend(plan, kernels, reference, full_size, peers)
+    return KernelBackend(plan, kernels, reference, full_size, peers, libraries)
 
 
 def default_backend(plan: Plan) -> BackendName:

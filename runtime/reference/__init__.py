@@ -53,6 +53,8 @@ REFERENCE_BODIES: dict[str, Body] = {
     "experts_up": moe.experts_up,
     "experts_down": moe.experts_down,
     "expert_sort": moe.expert_sort,
+    "expert_count": moe.expert_count,
+    "expert_place": moe.expert_place,
     "grouped_up": moe.grouped_up,
     "grouped_down": moe.grouped_down,
     "expert_sum": moe.expert_sum,

@@ -157,6 +157,27 @@ def expert_sort(attrs: Attrs, ids_Tk: Tensor) -> tuple[Tensor, Tensor]:
     return order.view(ids_Tk.shape).int(), bounds.int()
 
 
+def expert_count(attrs: Attrs, ids_Tk: Tensor) -> tuple[Tensor]:
+    """How often each part of the tokens chooses each expert, [parts, E + 1].
+
+    All parts but the last have ceil(T / parts) tokens. The last column counts other ranks' experts.
+    """
+    num_experts, num_parts = attrs["num_experts"], attrs["num_parts"]
+    local = _local_ids(attrs, ids_Tk)
+    is_here = (local >= 0) & (local < num_experts)
+    group = local.where(is_here, num_experts)
+    length = -(-ids_Tk.shape[0] // num_parts) * ids_Tk.shape[1]
+    part = torch.arange(group.numel(), device=group.device) // length
+    bins = part * (num_experts + 1) + group.flatten()
+    counts = torch.bincount(bins, minlength=num_parts * (num_experts + 1))
+    return (counts.view(num_parts, -1).int(),)
+
+
+def expert_place(attrs: Attrs, ids_Tk: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """`expert_sort` of choices that `expert_count` has counted."""
+    return expert_sort(attrs, ids_Tk)
+
+
 def _sorted_groups(order_Tk: Tensor, bounds: Tensor) -> Groups:
     """`_groups` of choices that `expert_sort` has sorted."""
     order = order_Tk.flatten().long()

@@ -134,3 +134,26 @@ def test_times_add_up_to_the_programs() -> None:
         ) == pytest.approx(taken_us)
     odd = [*samples(1.8, {"stream": 1.1}, 0.0), calibrate.Sample("stream", 1e-3, 1.0)]
     assert calibrate.fit(odd, 1.0).residuals["stream"] == pytest.approx(1.1, rel=0.15)
+
+
+def test_libraries_are_priced_where_they_ran() -> None:
+    """A probe calls them at half of a kernel's price, and their fit becomes their price."""
+    base = calibrate.base_profile("NVIDIA H200")
+    functions = calibrate.functions_of(base)
+    assert {"cublas.linear", "fa3.attention_prefill"} <= set(functions)
+    assert not calibrate.bare(base).libraries
+    cheap = calibrate.bare(base, libraries=True).libraries
+    assert set(cheap) == set(functions)
+    assert all(price.residual.value < 1.0 for price in cheap.values())
+    row = {"kernel": functions[0], "us": 30.0, "calls": 1, "total_us": 30.0, "predicted_us": 10.0}
+    program = {"measured_us": 30.0, "tokens": 4096, "batch": 1, "kernels": [row]}
+    (sample,) = calibrate.samples(program, {})
+    assert sample == calibrate.Sample(functions[0], 30.0, 20.0)
+    found = calibrate.fit(samples(21.0, {"stream": 1.0, functions[0]: 1.5}, 0.0), 0.9)
+    made = calibrate.calibrated(base, found, 0.9, "a test", {})
+    price = made.libraries[functions[0]]
+    assert price.wait.value == pytest.approx(20.1)
+    assert price.residual.value == pytest.approx(1.5)
+    kept = made.libraries["fa3.attention_prefill"]
+    assert kept == base.libraries["fa3.attention_prefill"]
+    assert functions[0] not in made.waits

@@ -17,14 +17,11 @@ from tokenspeed_plan.plans.schema import (
     GridDim,
     KernelSpec,
     Launch,
-    LibraryCall,
     Param,
     Part,
-    Plan,
 )
 from tokenspeed_plan.plans.types import RankShift, TensorSpec
 from tokenspeed_plan.runtime.execution import cuda_kernels, triton_kernels
-from tokenspeed_plan.runtime.execution.backend import Backend, KernelBackend, ReferenceBackend
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
 from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels
@@ -114,6 +111,7 @@ class Driver:
     def __init__(self, kernel: KernelSpec) -> None:
         self.kernel = kernel
         self.launched: list[dict[str, int]] = []
+        self.grids: list[tuple[int, int, int]] = []
         self.CUlaunchAttribute = lambda: SimpleNamespace(value=SimpleNamespace())
         self.CUlaunchAttributeID = SimpleNamespace(
             CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=1
@@ -136,6 +134,7 @@ class Driver:
         scratch = [ctypes.c_uint64.from_address(place or 0).value for place in table[-2:]]
         assert scratch == [0, 0]
         self.launched.append(values)
+        self.grids.append((config.gridDimX, config.gridDimY, config.gridDimZ))
         return (0,)
 
 
@@ -178,17 +177,20 @@ def test_a_kernel_without_its_tables_is_refused(monkeypatch: pytest.MonkeyPatch)
         backend.launcher(kernel, RANK, NUM_TOKENS, NUM_SEQS)
 
 
-@pytest.mark.parametrize("with_kernels", [False, True], ids=["reference", "kernels"])
-def test_a_library_step_is_refused_and_not_skipped(with_kernels: bool, tiny_plan: Plan) -> None:
-    """No validated plan has one, but a step without an instruction would be lost silently."""
-    call = LibraryCall(
-        package="cublas", version="12.9", function="gemm", reads=(), writes=(), predicted_us=1.0
-    )
-    program = tiny_plan.pool.programs[0].model_copy(update={"steps": (call,)})
-    reference = ReferenceBackend(tiny_plan)
-    backend: Backend = reference
-    if with_kernels:
-        plan = tiny_plan.with_pool(programs=(program,))
-        backend = KernelBackend(plan, TritonKernels({}), reference)
-    with pytest.raises(PlanError, match="`gemm`: library steps are not replayed yet"):
-        list(backend.bind(program, [()], NUM_TOKENS, NUM_SEQS))
+def test_launches_are_bound_once_and_resized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses stay; grid, tokens and sequences are those of the last size."""
+    kernel = make_kernel(1)
+    backend, driver = cuda_backend(kernel, monkeypatch)
+    launches = backend.launches(RANK)
+    tensors = [make_tensors(kernel), make_tensors(kernel)]
+    calls = [launches.bind(kernel, own) for own in tensors]
+    for num_tokens, num_seqs in ((5, 2), (1, 1), (5, 2)):
+        driver.launched.clear()
+        launches.resize(num_tokens, num_seqs)
+        for call in calls:
+            call({})
+        for values, own in zip(driver.launched, tensors, strict=True):
+            assert (values["num_tokens"], values["num_seqs"]) == (num_tokens, num_seqs)
+            assert values["row_start"] == 10
+            assert values["x"] == own[1].data_ptr()
+        assert driver.grids[-2:] == [(num_tokens, 1, 1)] * 2

@@ -1,0 +1,67 @@
+"""A program that is bound once, at its full size, and launched for batches of any size.
+
+Kernels get addresses, which do not depend on the batch. What does is little: the grids, two numbers
+that all launches share, and the tensors of collectives and libraries, which are as large as the
+batch. So a prompt of a new length costs the host microseconds, not a new list of launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from torch import Tensor
+
+from tokenspeed_plan.plans.schema import CollectiveCall, LibraryCall, Program
+from tokenspeed_plan.runtime.execution.backend import BoundStep, Instruction, KernelBackend
+from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory, operands_of
+
+SIZED = (CollectiveCall, LibraryCall)  # steps whose tensors are as large as the batch
+
+
+class FullProgram:
+    """The steps of a program, bound to its tensors at full size.
+
+    Args:
+        program: of the plan.
+        backend: launches kernels.
+        memory: has the tensors.
+    """
+
+    def __init__(self, program: Program, backend: KernelBackend, memory: PlanMemory) -> None:
+        self._program = program
+        self._memory = memory
+        self._launches = backend.launches(program)
+        full = self._tensors_of(program.max_tokens, program.max_seqs)
+        self.steps: list[BoundStep] = [
+            (step, backend.bind_launch(step, operands_of(step, full), self._launches))
+            for step in program.steps
+        ]
+        self._size = (0, 0)
+        self._instructions = [each for _, bound in self.steps for each in bound]
+        # A library's step that its kernel runs has an instruction without operands.
+        self._sized = [
+            (index, sum(len(earlier) for _, earlier in self.steps[:index]))
+            for index, (step, bound) in enumerate(self.steps)
+            if isinstance(step, SIZED) and bound[0].operands
+        ]
+
+    def instructions(self, num_tokens: int, num_seqs: int) -> list[Instruction]:
+        """All instructions, for a batch of this size."""
+        if self._size != (num_tokens, num_seqs):
+            self._resize(num_tokens, num_seqs)
+        return self._instructions
+
+    def _resize(self, num_tokens: int, num_seqs: int) -> None:
+        self._launches.resize(num_tokens, num_seqs)
+        tensor_of = self._tensors_of(num_tokens, num_seqs)
+        for index, place in self._sized:
+            step, _ = self.steps[index]
+            call = self._instructions[place]._replace(operands=operands_of(step, tensor_of))
+            self.steps[index] = (step, [call])
+            self._instructions[place] = call
+        self._size = (num_tokens, num_seqs)
+
+    def _tensors_of(self, num_tokens: int, num_seqs: int) -> Callable[[str], Tensor]:
+        """Each tensor is made once, though many steps name it."""
+        return cache(self._memory.tensors_of(self._program, num_tokens, num_seqs))

@@ -1,0 +1,1 @@
+"""Functions of libraries in the place of kernels, where a plan names them."""

@@ -1,0 +1,151 @@
+"""The adapters of libraries: what they hand over, with the operators in PyTorch on a CPU."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenspeed_plan.plans.schema import KernelSpec, Param, Part
+from tokenspeed_plan.plans.types import TensorSpec
+from tokenspeed_plan.runtime.compare import difference
+from tokenspeed_plan.runtime.execution.kernels import Launcher
+from tokenspeed_plan.runtime.libraries import cublas, fa3
+from tokenspeed_plan.runtime.libraries.sample_batch import sample_batch
+from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
+
+HEADS, KV_HEADS, HEAD_DIM, PAGE, PAGES = 4, 2, 16, 64, 8
+ATTRS = {
+    "mode": "prefill",
+    "num_heads": HEADS,
+    "num_kv_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "page_size": PAGE,
+}
+# Of the operator that the package `tokenspeed-fa3` registers, those arguments that we give.
+FORWARD = (
+    "fwd(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? v_new=None, Tensor? q_v=None, "
+    "Tensor(out!)? out=None, Tensor? cu_seqlens_q=None, Tensor? seqused_k=None, "
+    "int? max_seqlen_q=None, Tensor? page_table=None, float? softmax_scale=None, "
+    "bool is_causal=False) -> Tensor(out!)"
+)
+
+
+def tensor(*shape: Any, dtype: Any = "bf16") -> TensorSpec:
+    return TensorSpec.of(shape=shape, dtype=dtype)
+
+
+def attention_kernel(gated: bool) -> KernelSpec:
+    """Attention of prompts, with its gate or without."""
+    rows = tensor("num_tokens", HEADS * HEAD_DIM)
+    inputs = {
+        "q": rows,
+        "page_table": tensor("num_seqs", PAGES, dtype="i32"),
+        "context_lens": tensor("num_seqs", dtype="i32"),
+        "cu_seqlens": tensor("num_seqs+1", dtype="i32"),
+    }
+    parts = [Part(kind="attention", operands=(*inputs, "cache"), outputs=("y",), attrs=dict(ATTRS))]
+    if gated:
+        inputs["g"] = rows
+        parts.append(Part(kind="sigmoid_gate", operands=("y", "g"), outputs=("z",), attrs={}))
+    params = [Param(name=name, role="input", tensor=spec) for name, spec in inputs.items()]
+    cache = tensor(PAGES, 2, PAGE, KV_HEADS, HEAD_DIM)
+    params.append(Param(name="cache", role="state", tensor=cache))
+    result = parts[-1].outputs[0]
+    params.append(Param(name=result, role="output", tensor=rows, access="write"))
+    return KernelSpec(name="attention", params=tuple(params), parts=tuple(parts))
+
+
+NAMES = re.findall(r"(\w+)=", FORWARD)  # after q, k and v
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """FlashAttention-3's forward pass by its documentation: causal from the end of each context."""
+    given = dict(zip(NAMES, rest, strict=False))
+    assert given["is_causal"]
+    assert given["max_seqlen_q"] >= given["cu_seqlens_q"].diff().max()
+    out: Tensor = given["out"]
+    for i, (start, end) in enumerate(pairwise(given["cu_seqlens_q"].tolist())):
+        length = int(given["seqused_k"][i])
+        pages = given["page_table"][i].long()
+        keys, values = (each[pages].flatten(0, 1)[:length].transpose(0, 1)[None] for each in (k, v))
+        first = length - (end - start)
+        seen = torch.arange(length) <= torch.arange(first, length)[:, None]
+        scale = given["softmax_scale"]
+        queries = q[start:end].transpose(0, 1)[None]
+        y = F.scaled_dot_product_attention(
+            queries, keys, values, seen, scale=scale, enable_gqa=True
+        )
+        out[start:end] = y[0].transpose(0, 1)
+    return out
+
+
+@pytest.fixture
+def forward_op(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The operator of the package, as importing it registers it."""
+    package, module = ModuleType("flash_attn_3"), ModuleType("flash_attn_3._C")
+    monkeypatch.setitem(sys.modules, "flash_attn_3", package)
+    monkeypatch.setitem(sys.modules, "flash_attn_3._C", module)
+    with torch.library._scoped_library("flash_attn_3", "DEF") as library:
+        library.define(FORWARD)
+        library.impl("fwd", forward, "CPU")
+        yield
+
+
+def compared(kernel: KernelSpec, run: Launcher, **batch: Any) -> float:
+    """The difference of an adapter from the references on a batch, over all results."""
+    tensors = sample_batch(kernel, torch.device("cpu"), **batch)
+    values = {p.name: x.clone() for p, x in zip(kernel.tensors, tensors, strict=True)}
+    for part in kernel.parts:
+        results = REFERENCE_BODIES[part.kind](part.attrs, *(values[x] for x in part.operands))
+        values |= dict(zip(part.outputs, results, strict=True))
+    with torch.inference_mode():
+        run({}, *tensors)
+    found = zip(kernel.tensors, tensors, strict=True)
+    return max(difference(x, values[p.name]) for p, x in found if p.role == "output")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {},
+        {"new_tokens": (1, 1), "contexts": (1, 128)},
+        {"new_tokens": (64, 65, 63), "contexts": (64, 65, 127)},
+    ],
+    ids=["ragged", "one token", "at pages' ends"],
+)
+def test_attention_is_given_what_it_needs(forward_op: Any, gated: bool, batch: Any) -> None:
+    kernel = attention_kernel(gated)
+    assert compared(kernel, fa3.attention_prefill(kernel), **batch) < 2e-2
+
+
+def test_a_missing_package_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_3", None)
+    with pytest.raises(ImportError):
+        fa3.attention_prefill(attention_kernel(True))
+
+
+def test_products_share_out_the_rows_of_the_weight() -> None:
+    """Each result has its own rows, also where they are few."""
+    widths = (24, 8, 1)
+    params = [
+        Param(name="x", role="input", tensor=tensor("num_tokens", 32)),
+        Param(name="w", role="weight", tensor=tensor(sum(widths), 32)),
+        *(
+            Param(name=f"y{i}", role="output", tensor=tensor("num_tokens", n), access="write")
+            for i, n in enumerate(widths)
+        ),
+    ]
+    attrs = {"splits": widths}
+    part = Part(kind="linear", operands=("x", "w"), outputs=("y0", "y1", "y2"), attrs=attrs)
+    kernel = KernelSpec(name="linear", params=tuple(params), parts=(part,))
+    assert compared(kernel, cublas.linear(kernel)) < 1e-2
