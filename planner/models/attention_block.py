@@ -149,7 +149,8 @@ def _kv_cache(graph: GraphBuilder, name: str) -> str:
         config.head_dim,
     )
     splits = ((3, _kv_heads(graph)),)
-    return graph.tensor(f"{name}.kv_cache", shape, graph.context.dtype, "kv_cache", splits)
+    dtype = graph.context.kv_dtype or graph.context.dtype
+    return graph.tensor(f"{name}.kv_cache", shape, dtype, "kv_cache", splits)
 
 
 def _split_gate(graph: GraphBuilder, name: str, qg: str, heads: Split) -> tuple[str, ...]:

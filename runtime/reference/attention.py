@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenspeed_plan.plans.fp8_format import E4M3_MAX
+
 Attrs = Mapping[str, Any]
+FP8 = torch.float8_e4m3fn
 
 
 def split_gate(attrs: Attrs, qg_TN: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,9 +106,18 @@ def kv_write(attrs: Attrs, k_TN: Tensor, v_TN: Tensor, slots_T: Tensor, cache: T
     page_T = slots_T // page_size
     offset_T = slots_T % page_size
     heads = (attrs["num_kv_heads"], attrs["head_dim"])
-    cache[page_T, 0, offset_T] = k_TN.unflatten(-1, heads)
-    cache[page_T, 1, offset_T] = v_TN.unflatten(-1, heads)
+    bits = cache
+    if cache.dtype == FP8:  # PyTorch has no indexed writes of it
+        bits = cache.view(torch.uint8)
+        k_TN, v_TN = _fp8_bits(k_TN), _fp8_bits(v_TN)
+    bits[page_T, 0, offset_T] = k_TN.unflatten(-1, heads)
+    bits[page_T, 1, offset_T] = v_TN.unflatten(-1, heads)
     return ()
+
+
+def _fp8_bits(x: Tensor) -> Tensor:
+    """Rounded to e4m3; what is larger than its largest number becomes that."""
+    return x.float().clamp(-E4M3_MAX, E4M3_MAX).to(FP8).view(torch.uint8)
 
 
 def attention(
@@ -141,12 +153,18 @@ def attention(
     return (y_TN,)
 
 
-def _gather(page_table: Tensor, length: int, cache: Tensor) -> tuple[Tensor, Tensor]:
+def _gather(
+    page_table: Tensor, length: int, cache: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Keys and values [..., K, C, D] of the first `length` tokens of pages [..., P]."""
     page_size = cache.shape[2]
     num_pages = -(-length // page_size)
     used = page_table[..., :num_pages]
-    pages = cache.index_select(0, used.flatten())
+    if cache.dtype == FP8:
+        bits = cache.view(torch.uint8).index_select(0, used.flatten())
+        pages = bits.view(FP8).to(dtype)
+    else:
+        pages = cache.index_select(0, used.flatten())
     pages = pages.unflatten(0, used.shape)  # [..., P, 2, page_size, K, D]
     kv = pages.movedim(-4, 0)
     kv = kv.flatten(-4, -3)  # [2, ..., P * page_size, K, D]
@@ -163,7 +181,7 @@ def _decode(q_SRQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Ten
     contexts = context_S.tolist()
     max_context = max(contexts)
     query_len = q_SRQD.shape[1]
-    k_SKCD, v_SKCD = _gather(page_table_SP, max_context, cache)
+    k_SKCD, v_SKCD = _gather(page_table_SP, max_context, cache, q_SRQD.dtype)
     for i, length in enumerate(contexts):
         k_SKCD[i, :, length:] = 0
         v_SKCD[i, :, length:] = 0
@@ -184,7 +202,7 @@ def _decode(q_SRQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Ten
 def _one_sequence(q_TQD: Tensor, pages_P: Tensor, length: int, cache: Tensor) -> Tensor:
     """The new queries of one sequence, whose keys are already in the cache."""
     first = length - q_TQD.shape[0]
-    k_KCD, v_KCD = _gather(pages_P, length, cache)
+    k_KCD, v_KCD = _gather(pages_P, length, cache, q_TQD.dtype)
     position_C = torch.arange(length, device=cache.device)
     visible_TC = position_C[None] <= position_C[first:, None]
     q_QTD = q_TQD.transpose(0, 1)
