@@ -213,6 +213,28 @@ def test_each_rank_loads_its_part(rank: int, tmp_path: Path) -> None:
         assert torch.equal(ours[name], weight), name
 
 
+def test_halves_that_are_read_together_may_have_other_factors(
+    folders: Any, tmp_path: Path
+) -> None:
+    gate, up = (EXPERT.replace("down", key) for key in ("gate", "up"))
+
+    def change(weights: Tensors) -> None:
+        weights[f"{up}_scale_2"] *= 3.0
+
+    folder = rewritten(folders("moe", "nvfp4")[1], tmp_path / "other", change, {})
+    spec = make_spec(folder, model={"weights": "auto"})
+    plan = compile_plan(spec, find_model(spec))
+    _, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas))
+    (made,) = (each for each in plan.pool.weights if each.name == "L0.experts_up.weight")
+    stored = weights_of(folder)
+    wanted = [
+        values_of(stored[name], stored[f"{name}_scale"], stored[f"{name}_scale_2"])
+        for name in (gate, up)
+    ]
+    got = dequantise(weights[made.name], made.tensor, torch.float32)[2]
+    assert torch.equal(got, torch.cat(wanted))
+
+
 Change = Callable[[Tensors], None]
 
 
