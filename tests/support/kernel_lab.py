@@ -244,7 +244,8 @@ class Inputs:
         run = torch.zeros(spec.size_bytes() // 4, dtype=torch.int32)
         parts = fp4_words.parts_of(run, spec)
         parts.elements.copy_(self.integers(256, tuple(parts.elements.shape)))
-        parts.factors.copy_(torch.exp(self.normal(*parts.factors.shape)) / math.sqrt(shape[-1]))
+        sizes = torch.exp(self.normal(*parts.factors.shape))
+        parts.factors.copy_(sizes / (16 * math.sqrt(shape[-1])))
         sizes = torch.exp2(self.integers(15, tuple(parts.scales.shape)) - 9.0)  # and subnormal ones
         parts.scales.copy_((sizes * (1 + self.normal(*sizes.shape).abs())) / 8)
         return run
