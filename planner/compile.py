@@ -25,6 +25,7 @@ from tokenspeed_plan.planner.models.config import ModelConfig, load_model_config
 from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.models.fit import fit_to_tensors, stored_encoding
 from tokenspeed_plan.planner.models.folder import find_folder
+from tokenspeed_plan.planner.models.key_scales import read_key_scales, scales_of
 from tokenspeed_plan.planner.models.quantization import (
     QUANTISED,
     check_word,
@@ -69,7 +70,7 @@ class Model:
     """A model as planning sees it: its config and, where there is a checkpoint, its headers.
 
     `stop_reason` says where the stop tokens are from if no config names them; `weights` is their
-    format, a key of `FORMATS`.
+    format, a word of the spec; `key_scales` are those of keys and values, by the names of tensors.
     """
 
     config: ModelConfig
@@ -80,6 +81,7 @@ class Model:
     stop_reason: str = ""
     shards: Mapping[str, Shard] = field(default_factory=dict)
     weights: str = "bf16"
+    key_scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_valid_tokens(self) -> int:
@@ -136,7 +138,10 @@ def find_model(spec: Spec, near: Path | None = None) -> Model:
     headers = checkpoint.read_headers(folder)
     files, shards = checkpoint.file_digests(folder), header_digests(folder)
     word = stored_word(spec.model.weights, config.quantization)
-    model = Model(config, spec.model.path, folder, files, headers, shards=shards, weights=word)
+    scales = read_key_scales(folder)
+    model = Model(
+        config, spec.model.path, folder, files, headers, "", shards, word, key_scales=scales
+    )
     if headers:
         config = fit_to_tensors(config, headers, model.fused_experts)
     model = replace(model, config=config)
@@ -306,7 +311,6 @@ def plan_parts(
         model.config.has_state,
         workload.is_batch_of_rows,
     )
-    _check_key_scales(decided, model)
     if model.weights in QUANTISED:
         _record_weights(ledger, programs, dtype)
     if model.stop_reason:
@@ -322,20 +326,6 @@ def plan_parts(
         programs,
         version("tokenspeed-plan"),
     )
-
-
-def _check_key_scales(decided: decide.Decided, model: Model) -> None:
-    """FP8 keys and values have the scale 1, as in vLLM where a checkpoint has no other.
-
-    Raises:
-        SpecError: this one has.
-    """
-    scales = sorted(name for name in model.headers if name.endswith((".k_scale", ".v_scale")))
-    if decided.knobs.kv_dtype == "fp8" and scales:
-        raise SpecError(
-            f"the checkpoint has `{scales[0]}`, FP8 keys and values are planned with the scale 1",
-            "write `kv_dtype: bf16`",
-        )
 
 
 def _record_weights(ledger: Ledger, programs: tuple[LoweredProgram, ...], dtype: DType) -> None:
@@ -395,6 +385,7 @@ class _Programs:
             self.spec.draft_vocab,
             self.model.encoding,
             self.kv_dtype,
+            partial(scales_of, scales=self.model.key_scales),
         )
         graph = check(build(context, phase, depth))
         return run(graph, PassContext(self.layout, self.hardware), until=Stage.SHARDED)

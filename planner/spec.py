@@ -370,7 +370,8 @@ class ServingSpec(_Section):
         Literal["auto", "bf16", "fp8"] | None,
         _about(
             "How keys and values are stored: bf16 is in the dtype of the activations, fp8 e4m3 "
-            "with the scale 1; `auto` is what the objective prefers. Left out: bf16.",
+            "with the scale of the checkpoint, or 1; `auto` is what the objective prefers. "
+            "Left out: bf16.",
             "fp8",
         ),
     ] = None

@@ -49,6 +49,7 @@ def qk_norm_rope_write(work: Work) -> list[Tiling]:
             "magnitude": magnitude,
             "plain": work.plain_norm,
             "fp8": work.specs["kv_write_kv_cache"].dtype == "fp8",
+            "scales": [_scale(work, "kv_write", name) for name in ("k_scale", "v_scale")],
         },
     )
     return [tiling]
@@ -81,7 +82,7 @@ def _constants(work: Work) -> dict[str, Constant]:
         "GROUP": q_heads // kv_heads,
         "PAGE": work.size("attention", "page_size"),
         "PAGES": work.width("attention_page_table"),
-        "SCALE": head_dim**-0.5 * LOG2_E,
+        "SCALE": head_dim**-0.5 * LOG2_E * _scale(work, "attention", "k_scale"),
         "PRECISION": work.precision,
     }
 
@@ -125,6 +126,7 @@ def _decode_tiling(work: Work, tile: Tile, constants: dict[str, Constant], queri
             "query_len": work.query_len,
             "whole_pages": int(constants["PAGE"]) % tile.n == 0,
             "wide": _wide(work),
+            "v_scale": _scale(work, "attention", "v_scale"),
         },
         scratch=scratch,
         # In a draft pass kernels that may still run write the keys, and even the context length.
@@ -171,6 +173,13 @@ def _prefill(work: Work) -> list[Tiling]:
     return [_prefill_tiling(work, tile, _constants(work)) for tile in work.tiles(*shapes)]
 
 
+def _scale(work: Work, kind: str, name: str) -> float:
+    """The scale of keys or values in FP8, a constant of a part of some kind."""
+    if name not in work.part(kind).attrs:
+        return 1.0
+    return work.number(kind, name)
+
+
 def _wide(work: Work) -> str:
     """What queries, and keys and values in FP8, are converted to; empty where they are alike.
 
@@ -192,5 +201,9 @@ def _prefill_tiling(work: Work, tile: Tile, constants: dict[str, Constant]) -> T
         grid=(per_rows(tile.m), fixed(int(constants["Q"])), GridDim(per_seq=1)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        options={"whole_pages": int(constants["PAGE"]) % tile.n == 0, "wide": _wide(work)},
+        options={
+            "whole_pages": int(constants["PAGE"]) % tile.n == 0,
+            "wide": _wide(work),
+            "v_scale": _scale(work, "attention", "v_scale"),
+        },
     )

@@ -201,8 +201,8 @@ def record_kv_dtype(ledger: Ledger, spec: Spec, result: SearchResult) -> None:
         reason = f"{result.objective} {result.best.metrics[result.objective]:.4g}, the better one"
     if chosen == "fp8":
         reason += (
-            "; e4m3 with the scale 1, as vLLM has it where a checkpoint has no other; kernels "
-            "convert what they load, prices are bytes"
+            "; e4m3 with the scale of the checkpoint, or 1, as in vLLM; kernels convert what they "
+            "load, prices are bytes"
         )
     ledger.record("kv_dtype", chosen, reason, {"fp8": "bf16", "bf16": "fp8"}[chosen])
 

@@ -35,6 +35,11 @@ def _plain(name: str) -> Encoding | None:
     return None
 
 
+def _unscaled(source: str) -> tuple[float, float]:
+    """Of a checkpoint without scales of keys and values."""
+    return 1.0, 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class BuildContext:
     """What shapes a graph besides the model: dtype, limits, and how the checkpoint stores experts.
@@ -49,6 +54,7 @@ class BuildContext:
         draft_vocab: drafts are chosen from this many of the first tokens; from all where None.
         encoding: how a matrix of the checkpoint is encoded; None where its elements are plain.
         kv_dtype: of keys and values in the cache; that of the activations where None.
+        key_scales: those of keys and values in FP8, by what the names of an attention begin with.
     """
 
     config: ModelConfig
@@ -59,6 +65,7 @@ class BuildContext:
     draft_vocab: int | None = None
     encoding: Callable[[str], Encoding | None] = _plain
     kv_dtype: DType | None = None
+    key_scales: Callable[[str], tuple[float, float]] = _unscaled
 
     @property
     def wide(self) -> DType:

@@ -129,14 +129,18 @@ FP4_CASES = {
     ),
 }
 FP8_KEYS_CASES = {
-    "fp8 keys, one sequence": Case("decode", (1,), (40,), kind="dense", fp8_keys=True),
+    "fp8 keys, one sequence": Case(
+        "decode", (1,), (40,), kind="dense", fp8_keys=True, key_scales=(0.5, 0.01)
+    ),
     "fp8 keys, H200 tiles, three sequences": Case(
         "decode", (1,) * 3, (0, 90, 300), "bf16", "kernel", "H200", fp8_keys=True
     ),
     "fp8 keys, two drafts": Case(
         "decode", (3,) * 2, (40, 0), "bf16", kind="dense", gpu="H200", depth=2, fp8_keys=True
     ),
-    "fp8 keys, prefill": Case("prefill", (1, 70), (5, 0), kind="dense", fp8_keys=True),
+    "fp8 keys, prefill": Case(
+        "prefill", (1, 70), (5, 0), kind="dense", fp8_keys=True, key_scales=(0.5, 0.01)
+    ),
 }
 LAST_PAGE = (0, 1, 15, 16, 17, 100, 300, 505)
 DRAFTED = {

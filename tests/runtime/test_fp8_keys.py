@@ -11,7 +11,7 @@ import torch
 from checkpoints import KINDS, load_oracle, oracle_greedy, write_checkpoint
 from conftest import make_spec
 from quantised_models import DEMO, NUM_TOKENS, held_out_ids, loss_of, prompts
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -31,8 +31,13 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return (torch.round(x / step) * step).clamp(-448, 448)
 
 
+SCALES = {"k": 1.0, "v": 1.0}
+
+
 def attend(module: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
-    return sdpa_attention_forward(module, query, rounded(key), rounded(value), *args, **options)
+    k, v = SCALES["k"], SCALES["v"]
+    key, value = rounded(key / k) * k, rounded(value / v) * v
+    return sdpa_attention_forward(module, query, key, value, *args, **options)
 
 
 AttentionInterface.register(NAME, attend)
@@ -77,7 +82,7 @@ def test_a_plan_halves_the_bytes_of_keys_and_says_so(tmp_path: Path) -> None:
     assert small.pool.memory_bytes_per_rank.kv_cache < plain.pool.memory_bytes_per_rank.kv_cache
     (decision,) = (item for item in small.decisions if item.name == "kv_dtype")
     assert decision.value == "fp8"
-    assert "scale 1" in decision.reason
+    assert "scale of the checkpoint, or 1" in decision.reason
     assert not [item for item in plain.decisions if item.name == "kv_dtype"]
 
 
@@ -94,24 +99,40 @@ def test_auto_takes_what_the_objective_prefers() -> None:
     assert (decision.value, decision.runner_up) == ("fp8", "bf16")
 
 
-def test_scales_of_a_checkpoint_are_not_ignored(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "moe", KINDS["moe"])
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        path = next(folder.glob("*.safetensors"))
-    weights = load_file(path)
-    name = "model.language_model.layers.1.self_attn.k_proj.k_scale"
-    weights[name] = torch.tensor(0.5)
-    save_file(weights, path, metadata={"format": "pt"})
+def with_scales(folder: Path, value: torch.Tensor) -> Path:
+    """The checkpoint with a file of scales of its attention layer."""
+    attention = "model.language_model.layers.1.self_attn."
+    names = [f"{attention}{key}_proj.{key}_scale" for key in "kv"]
+    scales = {names[0]: value, names[1]: value / 4}
+    save_file(scales, folder / "scales.safetensors")
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        data = json.loads(index.read_text())
-        data["weight_map"][name] = path.name
-        index.write_text(json.dumps(data))
-    with pytest.raises(SpecError, match=r"k_proj.k_scale`, FP8 keys .* scale 1") as refused:
+    data = json.loads(index.read_text())
+    data["weight_map"] |= dict.fromkeys(names, "scales.safetensors")
+    index.write_text(json.dumps(data))
+    return folder
+
+
+@pytest.mark.slow
+def test_scales_of_a_checkpoint_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path / "moe", KINDS["moe"])
+    oracle = load_oracle(folder, KINDS["moe"])
+    oracle.config._attn_implementation = NAME
+    monkeypatch.setitem(SCALES, "k", 0.03)
+    monkeypatch.setitem(SCALES, "v", 0.0075)
+    wanted = [oracle_greedy(oracle, prompt, NUM_TOKENS) for prompt in prompts()]
+    assert ids_of(with_scales(folder, torch.tensor(0.03))) == wanted
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.tensor(-1.0), torch.tensor([1.0, 2.0]), torch.tensor(3), torch.tensor(torch.nan)],
+    ids=["negative", "two numbers", "an integer", "no number"],
+)
+def test_bad_scales_are_refused(value: torch.Tensor, tmp_path: Path) -> None:
+    folder = with_scales(write_checkpoint(tmp_path / "moe", KINDS["moe"]), value)
+    with pytest.raises(SpecError, match=r"k_proj.k_scale` is stored as .* one positive") as refused:
         plan_of(folder)
     assert refused.value.hint
-    assert plan_of(folder, "bf16")
 
 
 @pytest.mark.slow

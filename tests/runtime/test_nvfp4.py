@@ -213,9 +213,7 @@ def test_each_rank_loads_its_part(rank: int, tmp_path: Path) -> None:
         assert torch.equal(ours[name], weight), name
 
 
-def test_halves_that_are_read_together_may_have_other_factors(
-    folders: Any, tmp_path: Path
-) -> None:
+def test_halves_that_are_read_together_may_have_other_factors(folders: Any, tmp_path: Path) -> None:
     gate, up = (EXPERT.replace("down", key) for key in ("gate", "up"))
 
     def change(weights: Tensors) -> None:

@@ -106,6 +106,7 @@ class Case:
     max_seq_len: int = 512
     fp8: bool = False  # its matrices are in blocks of FP8
     fp8_keys: bool = False  # keys and values are in FP8
+    key_scales: tuple[float, float] = (1.0, 1.0)  # of keys, of values
     fp4: str = ""  # what is in NVFP4: `all` matrices, or `experts`, with the others as `fp8` says
 
     def encoding(self, name: str) -> Encoding | None:
@@ -166,6 +167,7 @@ def built_graph(case: Case) -> OpGraph:
         lambda prefix: True,
         encoding=case.encoding,
         kv_dtype="fp8" if case.fp8_keys else None,
+        key_scales=lambda _: case.key_scales,
     )
     return build(context, case.phase, case.depth)
 
