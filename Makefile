@@ -3,7 +3,8 @@ export PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXAMPLES := demo:demo-cpu qwen3.5-397b-b200x8:qwen3.5-397b-b200x8 qwen3.5-35b-h200:qwen3.5-35b-h200 \
-  qwen3.5-35b-fp8-h200:qwen3.5-35b-fp8-h200 qwen3.5-122b-h200x2:qwen3.5-122b-h200x2
+  qwen3.5-35b-fp8-h200:qwen3.5-35b-fp8-h200 qwen3.5-122b-h200x2:qwen3.5-122b-h200x2 \
+  qwen3.5-397b-h200x8:qwen3.5-397b-h200x8
 
 # A stamp belongs to this folder and this interpreter. In a copy of the folder, and with another
 # interpreter, it is missing, and the environment is made again.

@@ -38,6 +38,7 @@ POINTERS: dict[DType, str] = {
     "fp32": "*fp32",
     "fp64": "*fp64",
     "fp8": "*fp8e4nv",
+    "fp4": "*i32",  # words of eight elements
     "i32": "*i32",
     "i64": "*i64",
 }

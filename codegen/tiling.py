@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tokenspeed_plan.codegen.tuned import Tile, find_tile
+from tokenspeed_plan.plans.encodings import NVFP4
 from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.ops import integer, number, query_len
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
@@ -140,6 +141,10 @@ class Work:
     def is_fp8(self, name: str) -> bool:
         """Whether a weight is in blocks of FP8."""
         return self.specs[name].format == FP8
+
+    def is_fp4(self, name: str) -> bool:
+        """Whether a weight is in NVFP4."""
+        return self.specs[name].format == NVFP4
 
     def has(self, kind: str) -> bool:
         """Whether it holds such a part."""

@@ -24,9 +24,15 @@ from tokenspeed_plan.planner.models import checkpoint
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import ModelConfig, load_model_config, load_preset
 from tokenspeed_plan.planner.models.decoder import build
-from tokenspeed_plan.planner.models.fit import fit_to_tensors, is_stored_as_fp8
+from tokenspeed_plan.planner.models.fit import fit_to_tensors, stored_encoding
 from tokenspeed_plan.planner.models.folder import find_folder
-from tokenspeed_plan.planner.models.quantization import Quantization, check_word, stored_word
+from tokenspeed_plan.planner.models.key_scales import read_key_scales, scales_of
+from tokenspeed_plan.planner.models.quantization import (
+    QUANTISED,
+    check_word,
+    published_encoding,
+    stored_word,
+)
 from tokenspeed_plan.planner.models.stop_tokens import tokenizer_stop_tokens
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader
 from tokenspeed_plan.planner.passes.cost import Load
@@ -47,8 +53,8 @@ from tokenspeed_plan.planner.passes.simulate import record_streams
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.bundle import seal
 from tokenspeed_plan.plans.canon import sha256
+from tokenspeed_plan.plans.encodings import Encoding
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.schema import Binary, Capacity, ModelFacts, Plan, Shard
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.plans.validate import validate
@@ -66,7 +72,7 @@ class Model:
     """A model as planning sees it: its config and, where there is a checkpoint, its headers.
 
     `stop_reason` says where the stop tokens are from if no config names them; `weights` is their
-    format, a key of `FORMATS`.
+    format, a word of the spec; `key_scales` are those of keys and values, by the names of tensors.
     """
 
     config: ModelConfig
@@ -77,6 +83,7 @@ class Model:
     stop_reason: str = ""
     shards: Mapping[str, Shard] = field(default_factory=dict)
     weights: str = "bf16"
+    key_scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_valid_tokens(self) -> int:
@@ -94,14 +101,13 @@ class Model:
             return _are_fused(prefix, self.headers)
         moe = self.config.moe
         fused = moe is not None and moe.fused and not prefix.startswith("mtp.")
-        return fused and self.weights != "fp8"
+        return fused and self.weights not in QUANTISED
 
-    def is_fp8(self, name: str) -> bool:
-        """Whether a tensor is stored in blocks of FP8; without a checkpoint, as it is published."""
+    def encoding(self, name: str) -> Encoding | None:
+        """How a matrix is encoded; without a checkpoint, as published ones do."""
         if self.headers:
-            return is_stored_as_fp8(self.headers, name)
-        quantization = self.config.quantization or Quantization()
-        return self.weights == "fp8" and quantization.converts(name)
+            return stored_encoding(self.headers, name)
+        return published_encoding(self.weights, self.config, name)
 
 
 def _are_fused(prefix: str, headers: Mapping[str, TensorHeader]) -> bool:
@@ -134,7 +140,10 @@ def find_model(spec: Spec, near: Path | None = None) -> Model:
     headers = checkpoint.read_headers(folder)
     files, shards = checkpoint.file_digests(folder), header_digests(folder)
     word = stored_word(spec.model.weights, config.quantization)
-    model = Model(config, spec.model.path, folder, files, headers, shards=shards, weights=word)
+    scales = read_key_scales(folder)
+    model = Model(
+        config, spec.model.path, folder, files, headers, "", shards, word, key_scales=scales
+    )
     if headers:
         config = fit_to_tensors(config, headers, model.fused_experts)
     model = replace(model, config=config)
@@ -309,8 +318,8 @@ def plan_parts(
         model.config.has_state,
         workload.is_batch_of_rows,
     )
-    if model.weights == "fp8":
-        _record_fp8(ledger, dtype)
+    if model.weights in QUANTISED:
+        _record_weights(ledger, programs, dtype)
     if model.stop_reason:
         _record_stop_tokens(ledger, model)
     return Parts(
@@ -327,15 +336,18 @@ def plan_parts(
     )
 
 
-def _record_fp8(ledger: Ledger, dtype: DType) -> None:
-    """Write down how FP8 weights are read, and that their prices are not measured yet."""
+def _record_weights(ledger: Ledger, programs: tuple[LoweredProgram, ...], dtype: DType) -> None:
+    """Write down how quantised weights are read, and that their prices are not measured yet."""
+    graphs = [program.graph for program in programs]
+    specs = [weight.spec for graph in graphs for weight in graph.weights.values()]
+    formats = sorted({str(spec.format) for spec in specs if spec.format.block})
     ledger.record(
         "weights",
-        f"{FP8}, activations {dtype}",
+        f"{', '.join(formats)}, activations {dtype}",
         "matrices of products are stored in blocks and converted where they are loaded; tables, "
         "head, norms, routers and gates stay as they are. Prices are their bytes at the rates of "
-        "bf16 kernels: FP8 is not calibrated yet",
-        "bf16, twice the bytes of a matrix",
+        "bf16 kernels: FP8 and NVFP4 are not calibrated yet",
+        "bf16, twice the bytes of FP8 and 3.6 times those of NVFP4",
     )
 
 
@@ -379,7 +391,9 @@ class _Programs:
             self.model.num_valid_tokens,
             self.model.fused_experts,
             self.spec.draft_vocab,
-            self.model.is_fp8,
+            self.model.encoding,
+            self.kv_dtype,
+            partial(scales_of, scales=self.model.key_scales),
             self.spec.grammar,
             self.spec.penalties,
         )
@@ -400,6 +414,13 @@ class _Programs:
             self.options,
         )
         return LoweredProgram(bucket, num_seqs, run(graph, context))
+
+    @property
+    def kv_dtype(self) -> DType | None:
+        """Of keys and values, where it is not that of the activations."""
+        if self.decided.knobs.kv_dtype == "fp8":
+            return "fp8"
+        return None
 
     @property
     def layout(self) -> ParallelLayout:

@@ -184,7 +184,17 @@ def _pieces(weight: Weight) -> tuple[Piece, ...]:
 
 def _piece(source: Source, at: tuple[int, ...]) -> Piece:
     shifts = tuple(Shift(dim=dim, by=by) for dim, by in source.ranks)
-    return Piece(source=source.name, start=source.start, size=source.size, at=at, shifts=shifts)
+    encoding = source.encoding
+    if encoding == "fp8_blocks":  # what its format says already
+        encoding = None
+    return Piece(
+        source=source.name,
+        start=source.start,
+        size=source.size,
+        at=at,
+        shifts=shifts,
+        encoding=encoding,
+    )
 
 
 def _place_shared(

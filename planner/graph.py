@@ -12,6 +12,7 @@ import networkx as nx
 
 from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.layout import Split
+from tokenspeed_plan.plans.encodings import Encoding
 from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.schema import ArenaName, CallCost, CollectiveCall, RecordEvent, WaitEvent
 from tokenspeed_plan.plans.types import Attr, Phase, RankShift, TensorSpec
@@ -54,6 +55,8 @@ class Source:
     tensor, beginning at `start[0]`. Then `size[0]` is the number of groups times `run`, and a split
     of dimension 0 shares whole groups out. `shard` replaces such a source by one ordinary source
     for each group.
+
+    `encoding` says how the checkpoint stores it, None where its elements are plain.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Source:
     ranks: tuple[tuple[int, RankShift], ...] = ()
     run: int = 0
     every: int = 0
+    encoding: Encoding | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,11 +86,12 @@ class ModelSpec(_Section):
         _about("The name of a published size, whose plan has no weights of its own.", "qwen3.5-9b"),
     ] = None
     weights: Annotated[
-        Literal["auto", "bf16", "fp32", "fp8", "nvfp4"],
+        Literal["auto", "bf16", "fp32", "fp8", "nvfp4", "nvfp4-mixed"],
         _about(
-            "The format of weights; `auto` is that of the checkpoint, bf16 or fp8. fp8 has blocks "
-            "of 128 x 128, as Qwen publishes them. A CPU's plan may be fp32; nvfp4 is only "
-            "predicted.",
+            "The format of weights; `auto` is that of the checkpoint. fp8 has blocks of 128 x 128, "
+            "as Qwen publishes them. nvfp4 are the routed experts (of a dense model its MLPs), all "
+            "else is bf16; with nvfp4-mixed the other projections are fp8. A CPU's plan may be "
+            "fp32.",
             "fp8",
         ),
     ] = "auto"
@@ -375,8 +376,13 @@ class ServingSpec(_Section):
         Tokens | None, _about("Tokens of a prompt that are computed at once.", 4096, "tokens")
     ] = None
     kv_dtype: Annotated[
-        Literal["bf16", "fp8"] | None,
-        _about("How keys and values are stored; fp8 is only predicted.", "bf16"),
+        Literal["auto", "bf16", "fp8"] | None,
+        _about(
+            "How keys and values are stored: bf16 is in the dtype of the activations, fp8 e4m3 "
+            "with the scale of the checkpoint, or 1; `auto` is what the objective prefers. "
+            "Left out: bf16.",
+            "fp8",
+        ),
     ] = None
     checkpoint_tokens: Annotated[
         TokensOrNone | None,

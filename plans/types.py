@@ -58,12 +58,13 @@ class Format(Frozen):
     """How elements are stored: their dtype, and for block-scaled ones the block and its scale.
 
     In JSON it is one word: `bf16`, or `fp8[128x128]:fp32` for blocks of 128 x 128 elements that
-    share one fp32 scale.
+    share one fp32 scale, or `fp4[1x16]:fp8:fp32` where each row has one more factor.
     """
 
     dtype: DType
     block: tuple[Positive, ...] = ()
     scale: DType | None = None
+    row_scale: DType | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -73,19 +74,26 @@ class Format(Frozen):
         found = _FORMAT.fullmatch(data)
         if found is None:
             raise ValueError(f"`{data}` is no format such as `bf16` or `fp8[128x128]:fp32`")
-        for dtype in (found["dtype"], found["scale"]):
+        for dtype in (found["dtype"], found["scale"], found["row_scale"]):
             if dtype is not None and dtype not in DTYPE_BITS:
                 known = ", ".join(DTYPE_BITS)
                 raise ValueError(f"`{data}` has the unknown dtype `{dtype}`; known are {known}")
         block: tuple[int, ...] = ()
         if found["block"] is not None:
             block = tuple(map(int, found["block"].split("x")))
-        return {"dtype": found["dtype"], "block": block, "scale": found["scale"]}
+        return {
+            "dtype": found["dtype"],
+            "block": block,
+            "scale": found["scale"],
+            "row_scale": found["row_scale"],
+        }
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Format:
         if bool(self.block) != (self.scale is not None):
             raise ValueError("a block and the dtype of its scale come together")
+        if self.row_scale is not None and not self.block:
+            raise ValueError("factors of rows come with blocks")
         return self
 
     @model_serializer
@@ -96,11 +104,21 @@ class Format(Frozen):
         if not self.block:
             return self.dtype
         block = "x".join(map(str, self.block))
-        return f"{self.dtype}[{block}]:{self.scale}"
+        word = f"{self.dtype}[{block}]:{self.scale}"
+        if self.row_scale is not None:
+            word += f":{self.row_scale}"
+        return word
+
+    @property
+    def unit(self) -> tuple[int, ...]:
+        """Elements of the last dimensions that are stored together: no rank cuts through them."""
+        if self.dtype == "fp4" and self.block:
+            return FP4_UNIT
+        return self.block
 
     @property
     def bytes_per_element(self) -> float:
-        """Of one element and its share of a scale."""
+        """Of one element and its share of a block's scale; that of a row is not counted."""
         bits: float = DTYPE_BITS[self.dtype]
         if self.scale is not None:
             scale_bits = DTYPE_BITS[self.scale]
@@ -108,15 +126,22 @@ class Format(Frozen):
         return bits / 8
 
 
-_FORMAT = re.compile(r"(?P<dtype>\w+)(?:\[(?P<block>\d{1,6}(?:x\d{1,6})*)\]:(?P<scale>\w+))?")
+_FORMAT = re.compile(
+    r"(?P<dtype>\w+)"
+    r"(?:\[(?P<block>\d{1,6}(?:x\d{1,6})*)\]:(?P<scale>\w+)(?::(?P<row_scale>\w+))?)?"
+)
+
+# NVFP4 lies in memory in runs of 128 elements of a row (`runtime/execution/fp4_words.py`).
+FP4_UNIT = (1, 128)
 
 # The formats of published checkpoints, by the spec's word. FP8 has a scale for 128 x 128 elements,
-# NVFP4 one for 16 elements of a row.
+# NVFP4 one for 16 elements of a row, and a factor for a matrix: for each row, since matrices with
+# different factors are stacked.
 FORMATS: dict[str, Format] = {
     "bf16": Format(dtype="bf16"),
     "fp32": Format(dtype="fp32"),
     "fp8": Format(dtype="fp8", block=(128, 128), scale="fp32"),
-    "nvfp4": Format(dtype="fp4", block=(1, 16), scale="fp8"),
+    "nvfp4": Format(dtype="fp4", block=(1, 16), scale="fp8", row_scale="fp32"),
 }
 
 
@@ -163,8 +188,11 @@ class TensorSpec(Frozen):
 
     def size_bytes(self, num_tokens: int = 0, num_seqs: int = 0) -> int:
         """Bytes at the given sizes, scales included."""
-        num_elements = math.prod(self.bind(num_tokens, num_seqs))
-        return math.ceil(num_elements * self.format.bytes_per_element)
+        shape = self.bind(num_tokens, num_seqs)
+        size_bytes = math.ceil(math.prod(shape) * self.format.bytes_per_element)
+        if self.format.row_scale is not None:
+            size_bytes += math.prod(shape[:-1]) * DTYPE_BITS[self.format.row_scale] // 8
+        return size_bytes
 
 
 class RankShift(Frozen):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Largest allowed difference, as a share of the tensor's largest value, by the plan's dtype. A
 # kernel adds up in another order, and keeps in fp32 what its references round to bf16 in between.
 TOLERANCE: dict[DType, float] = {"fp32": 1e-4, "bf16": 3e-2}
+FP8_STEP = 1 / 8  # of keys and values in FP8: one step of the largest
 NUM_TOKENS = 4  # generated for each prompt
 PROMPT_LENGTHS = (70, 3)  # of made-up prompts, where the plan has no canary
 MIN_SCALE = 1e-6  # differences of smaller values are not magnified
@@ -109,7 +110,9 @@ class ComparingBackend:
         """
         error = difference(got, wanted)
         tolerance = 0.0
-        if got.is_floating_point():
+        if got.dtype == torch.float8_e4m3fn:
+            tolerance = FP8_STEP
+        elif got.is_floating_point():
             tolerance = self._tolerance
         if not error <= tolerance:
             raise PlanError(
@@ -173,6 +176,8 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     if not got.is_floating_point():
         num_different = (got != wanted).sum()
         return float(num_different)
+    if got.dtype == torch.float8_e4m3fn:
+        got, wanted = got.float(), wanted.float()
     is_finite = wanted.isfinite()
     got_finite = got[is_finite]
     wanted_finite = wanted[is_finite]

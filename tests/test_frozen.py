@@ -21,6 +21,7 @@ FROZEN = {
     "qwen3.5-35b-h200": "qwen3.5-35b-h200",
     "qwen3.5-35b-fp8-h200": "qwen3.5-35b-fp8-h200",
     "qwen3.5-122b-h200x2": "qwen3.5-122b-h200x2",
+    "qwen3.5-397b-h200x8": "qwen3.5-397b-h200x8",
 }
 
 

@@ -44,7 +44,13 @@ def qk_norm_rope_write(work: Work) -> list[Tiling]:
         grid=(per_rows(1, work.by_seqs), fixed(q_heads + kv_heads)),
         num_warps=1,
         num_stages=1,
-        options={"frequencies": inverse, "magnitude": magnitude, "plain": work.plain_norm},
+        options={
+            "frequencies": inverse,
+            "magnitude": magnitude,
+            "plain": work.plain_norm,
+            "fp8": work.specs["kv_write_kv_cache"].dtype == "fp8",
+            "scales": [_scale(work, "kv_write", name) for name in ("k_scale", "v_scale")],
+        },
     )
     return [tiling]
 
@@ -76,7 +82,7 @@ def _constants(work: Work) -> dict[str, Constant]:
         "GROUP": q_heads // kv_heads,
         "PAGE": work.size("attention", "page_size"),
         "PAGES": work.width("attention_page_table"),
-        "SCALE": head_dim**-0.5 * LOG2_E,
+        "SCALE": head_dim**-0.5 * LOG2_E * _scale(work, "attention", "k_scale"),
         "PRECISION": work.precision,
     }
 
@@ -119,6 +125,8 @@ def _decode_tiling(work: Work, tile: Tile, constants: dict[str, Constant], queri
             "splits": splits,
             "query_len": work.query_len,
             "whole_pages": int(constants["PAGE"]) % tile.n == 0,
+            "wide": _wide(work),
+            "v_scale": _scale(work, "attention", "v_scale"),
         },
         scratch=scratch,
         # In a draft pass kernels that may still run write the keys, and even the context length.
@@ -158,12 +166,34 @@ def _split_groups(
 def _prefill(work: Work) -> list[Tiling]:
     """A program for a block of queries of one head, over all keys that they see."""
     shapes = [Tile(128, 64, 0, 8, 2), Tile(64, 64, 0, 8, 2), Tile(64, 32, 0, 8, 1)]
+    if _wide(work):  # what is converted needs registers
+        shapes = [Tile(128, 32, 0, 8, 2), Tile(64, 32, 0, 4, 2), Tile(64, 32, 0, 8, 1)]
     if work.interpreted:
         shapes = [Tile(64, 64, 0, 8, 1)]
-    return [_prefill_tiling(tile, _constants(work)) for tile in work.tiles(*shapes)]
+    return [_prefill_tiling(work, tile, _constants(work)) for tile in work.tiles(*shapes)]
 
 
-def _prefill_tiling(tile: Tile, constants: dict[str, Constant]) -> Tiling:
+def _scale(work: Work, kind: str, name: str) -> float:
+    """The scale of keys or values in FP8, a constant of a part of some kind."""
+    if name not in work.part(kind).attrs:
+        return 1.0
+    return work.number(kind, name)
+
+
+def _wide(work: Work) -> str:
+    """What queries, and keys and values in FP8, are converted to; empty where they are alike.
+
+    fp16 holds e4m3 exactly, in one instruction; of normed queries and weights of a softmax it keeps
+    more digits than bf16.
+    """
+    if work.specs["attention_kv_cache"].dtype != "fp8":
+        return ""
+    if work.dtype == "fp32":
+        return "tl.float32"
+    return "tl.float16"
+
+
+def _prefill_tiling(work: Work, tile: Tile, constants: dict[str, Constant]) -> Tiling:
     sizes = {"BLOCK_M": tile.m, "BLOCK_C": tile.n, "STAGES": tile.num_stages}
     return Tiling(
         template="attention_prefill",
@@ -171,5 +201,9 @@ def _prefill_tiling(tile: Tile, constants: dict[str, Constant]) -> Tiling:
         grid=(per_rows(tile.m), fixed(int(constants["Q"])), GridDim(per_seq=1)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        options={"whole_pages": int(constants["PAGE"]) % tile.n == 0},
+        options={
+            "whole_pages": int(constants["PAGE"]) % tile.n == 0,
+            "wide": _wide(work),
+            "v_scale": _scale(work, "attention", "v_scale"),
+        },
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tokenspeed_plan.codegen.dense import fp4_tiling
 from tokenspeed_plan.codegen.tiling import (
     FOLD_ROWS,
     GEMV_COLUMNS,
@@ -142,7 +143,9 @@ def _summed(work: Work) -> str:
 
 
 def linear(work: Work) -> list[Tiling]:
-    """The products of `linear.py.j2`."""
+    """The products of `linear.py.j2`, and of NVFP4 those of `linear_fp4.py.j2`."""
+    if work.is_fp4(_weight(work)):
+        return fp4_tiling.linear(work, _weight(work), _linear_options(work, dot=False))
     weight_rows, depth = work.width(_weight(work), 0), work.width(_weight(work), 1)
     columns = weight_rows
     if work.has("silu_mul"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tokenspeed_plan.codegen.moe import moe_fp4_tiling
 from tokenspeed_plan.codegen.tiling import (
     FOLD_ROWS,
     TRITON_DTYPES,
@@ -61,10 +62,15 @@ def moe_up(work: Work) -> list[Tiling]:
     shapes = _up_tiles(work, int(constants["H"]))
     # A down projection that recomputes the top-k prefetches the logits, from before this kernel.
     late = not writes_topk
-    return [_up_tiling(work, tile, constants, late) for tile in work.tiles(*shapes)]
+    tilings = [_up_tiling(work, tile, constants, late) for tile in work.tiles(*shapes)]
+    if work.is_fp4("experts_up_w"):
+        return [moe_fp4_tiling.up_tiling(tiling, work) for tiling in tilings]
+    return tilings
 
 
 def _up_tiles(work: Work, hidden: int) -> list[Tile]:
+    if work.is_fp4("experts_up_w"):
+        return moe_fp4_tiling.up_tiles(work, hidden)
     if work.interpreted:
         return [Tile(1, 32, 128, 8, 1)]
     depth = max(min(hidden & -hidden, 2048), 256)  # divides the hidden size: no load is masked
@@ -122,10 +128,15 @@ def moe_down(work: Work) -> list[Tiling]:
     else:
         constants["TOP_K"] = work.width("experts_down_weights")
     shapes = _down_tiles(work)
-    return [_down_tiling(work, tile, constants, options) for tile in work.tiles(*shapes)]
+    tilings = [_down_tiling(work, tile, constants, options) for tile in work.tiles(*shapes)]
+    if work.is_fp4("experts_down_w"):
+        return [moe_fp4_tiling.down_tiling(tiling, work) for tiling in tilings]
+    return tilings
 
 
 def _down_tiles(work: Work) -> list[Tile]:
+    if work.is_fp4("experts_down_w"):
+        return moe_fp4_tiling.down_tiles(work, work.width("experts_down_w"))
     if work.interpreted:
         return [Tile(1, 64, 128, 8, 1)]
     first = Tile(1, 1, 256, 2, 1)
@@ -248,7 +259,10 @@ def grouped(work: Work) -> list[Tiling]:
     shapes = work.tiles(*_group_tiles(work, pairs, columns))
     if work.is_fp8("w"):  # a tile lies in one block of the weight
         shapes = [replace(tile, n=min(tile.n, BLOCK), k=min(tile.k, BLOCK)) for tile in shapes]
-    return [_grouped_tiling(work, tile, constants) for tile in dict.fromkeys(shapes)]
+    tilings = [_grouped_tiling(work, tile, constants) for tile in dict.fromkeys(shapes)]
+    if work.is_fp4("w"):
+        return [moe_fp4_tiling.grouped_tiling(tiling) for tiling in tilings]
+    return tilings
 
 
 def _is_up(work: Work) -> bool:
@@ -257,6 +271,8 @@ def _is_up(work: Work) -> bool:
 
 def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
     """Tiles for `pairs` (token, expert) pairs of each expert."""
+    if work.is_fp4("w"):
+        return moe_fp4_tiling.group_tiles(work, pairs)
     if work.interpreted:
         return [Tile(32, 64, 64, 8, 1)]
     if pairs > 128:

@@ -119,7 +119,7 @@ class Capabilities:
         return [need for need, is_missing in needs.items() if is_missing]
 
 
-SUPPORTED = Capabilities(pools=True, max_drafts=MAX_DRAFTS)
+SUPPORTED = Capabilities(pools=True, max_drafts=MAX_DRAFTS, kv_dtypes=("bf16", "fp8"))
 ALL = Capabilities(
     attention_dp=True,
     context_split=True,

@@ -14,9 +14,10 @@ from tokenspeed_plan.planner.spec import (
     Spec,
 )
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.types import FORMATS
+from tokenspeed_plan.plans.nvfp4_recipe import MIXED, NVFP4_WORDS
+from tokenspeed_plan.plans.types import FORMATS, FP4_UNIT
 
-QUANTIZED = ("fp8", "nvfp4")
+QUANTIZED = ("fp8", *NVFP4_WORDS)
 
 
 def check_layout(layout: ParallelLayout, config: ModelConfig, weights: str = "bf16") -> None:
@@ -27,8 +28,10 @@ def check_layout(layout: ParallelLayout, config: ModelConfig, weights: str = "bf
     """
     for split in _splits(config):
         split.local_units(layout)
-    if weights == "fp8":
+    if weights in ("fp8", MIXED):
         _check_fp8(layout, config)
+    elif weights == "nvfp4":
+        _check_nvfp4(layout, config)
 
 
 def _splits(config: ModelConfig) -> list[Split]:
@@ -72,6 +75,19 @@ def _check_fp8(layout: ParallelLayout, config: ModelConfig) -> None:
         check_fp8_blocks(shared_size, layout.num_ranks, "the shared expert")
 
 
+def _check_nvfp4(layout: ParallelLayout, config: ModelConfig) -> None:
+    """Each rank's part of a row of an NVFP4 matrix must be whole runs of elements."""
+    size, ways, what = config.intermediate_size, layout.num_ranks, "the FFN"
+    if config.moe:
+        size, ways, what = config.moe.intermediate_size, layout.moe_tp, "an expert"
+    if size % ways or size // ways % FP4_UNIT[1]:
+        raise SpecError(
+            f"{what} of {size} channels over {ways} GPUs is not whole runs of {FP4_UNIT[1]} "
+            "NVFP4 elements",
+            "use fewer ways of tensor parallelism, or expert parallelism",
+        )
+
+
 def check_formats(weights: str, hardware: HardwareSpec) -> None:
     """Refuse weights that the machine cannot multiply.
 
@@ -79,11 +95,11 @@ def check_formats(weights: str, hardware: HardwareSpec) -> None:
         SpecError: its tensor cores do not know the format.
     """
     rates = hardware.matrix_flops_per_s
-    if weights not in QUANTIZED or FORMATS[weights].dtype in rates:
-        return
-    if weights == "fp8" and hardware.sm == 0:
+    if weights not in QUANTIZED or FORMATS["fp8"].dtype in rates:
+        return  # NVFP4 is made plain before it is multiplied, also where tensor cores know it
+    if hardware.sm == 0:
         return  # bodies in PyTorch read it anywhere
-    words = sorted(("bf16", *QUANTIZED))
+    words = sorted(("bf16", "fp8", "nvfp4"))
     known = ", ".join(word for word in words if FORMATS[word].dtype in rates)
     raise SpecError(
         f"{hardware.name} has no matrix rate for {weights} weights", f"it multiplies {known}"
@@ -163,11 +179,6 @@ def check_stated(spec: Spec, config: ModelConfig) -> None:
     if not isinstance(spec.disaggregation, str):
         _check_planned_pools(spec, spec.disaggregation)
         count = spec.disaggregation.decode
-    if spec.serving and spec.serving.kv_dtype == "fp8":
-        raise SpecError(
-            "`serving.kv_dtype: fp8` is not planned yet",
-            "leave it out; `tokenspeed predict` prices it",
-        )
     if spec.parallelism == "auto":
         return
     if spec.parallelism.attention:

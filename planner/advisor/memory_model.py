@@ -5,19 +5,18 @@ What the plan allocates is counted to the byte. The profile's margin stands for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from tokenspeed_plan.codegen.attention.attention_tiling import MAX_SPLITS
 from tokenspeed_plan.planner.advisor.candidate import Knobs
 from tokenspeed_plan.planner.advisor.numbers import ceil_div
-from tokenspeed_plan.planner.advisor.step_model import StepModel, stored_formats
-from tokenspeed_plan.planner.graph import Op, OpGraph, Stage, Tensor
+from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.graph import OpGraph, Stage, Tensor
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.passes.cost import library_functions
 from tokenspeed_plan.planner.passes.limits import ALL_ALIKE, Holding, state_slots_per_seq
-from tokenspeed_plan.planner.passes.op_terms import stored_scale
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.passes.reduction import largest_reduction, peer_bytes
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
@@ -176,9 +175,9 @@ class MemoryModel:
         graph = self._sharded("decode")
         layers = _layers_of(graph)
         total = 0
-        for name, size in self._stored(graph):
+        for name, weight in graph.weights.items():
             count = self.steps.count_of(layers[name])
-            total += aligned(size) * count
+            total += aligned(weight.spec.size_bytes()) * count
         return total
 
     @cached_property
@@ -187,22 +186,10 @@ class MemoryModel:
         known = self._sharded("decode").weights
         drafting = self._sharded("decode", depth=1)
         total = 0
-        for name, size in self._stored(drafting):
+        for name, weight in drafting.weights.items():
             if name not in known:
-                total += aligned(size)
+                total += aligned(weight.spec.size_bytes())
         return total
-
-    def _stored(self, graph: OpGraph) -> Iterator[tuple[str, int]]:
-        """Bytes of each weight as the checkpoint stores it."""
-        formats = stored_formats(self.steps.weights)
-        users: dict[str, Op] = {}
-        for op in graph.ops:
-            for member in op.members:
-                users |= dict.fromkeys(member.weights, member)
-        for name, weight in graph.weights.items():
-            spec = weight.spec
-            scale = stored_scale(users[name], spec, formats)
-            yield name, int(spec.size_bytes() * scale)
 
     def _kv_cache(self, knobs: Knobs, num_pages: int) -> int:
         """Bytes of so many pages of the pool, with one page of padding and the alignment."""

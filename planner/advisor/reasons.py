@@ -223,6 +223,23 @@ def _differs_in_chunk(one: Prediction, other: Prediction) -> bool:
     return one.candidate.knobs.prefill_chunk != other.candidate.knobs.prefill_chunk
 
 
+def record_kv_dtype(ledger: Ledger, spec: Spec, result: SearchResult) -> None:
+    """Record how keys and values are stored, where that is not the dtype of the activations."""
+    chosen = result.best.candidate.knobs.kv_dtype
+    asked = spec.serving.kv_dtype if spec.serving else None
+    if chosen == "bf16" and asked != "auto":
+        return
+    reason = AS_STATED
+    if asked == "auto":
+        reason = f"{result.objective} {result.best.metrics[result.objective]:.4g}, the better one"
+    if chosen == "fp8":
+        reason += (
+            "; e4m3 with the scale of the checkpoint, or 1, as in vLLM; kernels convert what they "
+            "load, prices are bytes"
+        )
+    ledger.record("kv_dtype", chosen, reason, {"fp8": "bf16", "bf16": "fp8"}[chosen])
+
+
 def record_state_dtype(ledger: Ledger, has_state: bool) -> None:
     """Record the dtype of recurrent state."""
     if not has_state:

@@ -101,10 +101,6 @@ def weight_dtype(weights: str, hardware: HardwareSpec) -> DType:
     Raises:
         SpecError: there are no kernels for the format, or not for the target.
     """
-    if weights == "nvfp4":
-        raise SpecError(
-            f"`model.weights: {weights}` is not planned yet", "use `bf16`, `fp32` or `fp8`"
-        )
     check_formats(weights, hardware)
     return activation_dtype(weights, hardware)
 
@@ -227,6 +223,7 @@ def _record(ledger: Ledger, choice: _Choice, unrestricted: SearchResult) -> None
     reasons.record_disaggregation(ledger, spec, result, unrestricted)
     reasons.record_page_size(ledger, predictor.hardware)
     reasons.record_prefill_chunk(ledger, result)
+    reasons.record_kv_dtype(ledger, spec, result)
     reasons.record_state_dtype(ledger, predictor.config.has_state)
     reasons.record_objective(ledger, spec, result)
     reasons.record_service(ledger, spec, result)

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.advisor.candidate import MAX_POOL_GPUS, Capabilities, Knobs
-from tokenspeed_plan.planner.advisor.legality import QUANTIZED, matches
+from tokenspeed_plan.planner.advisor.legality import matches
 from tokenspeed_plan.planner.advisor.numbers import powers_of_two
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
-from tokenspeed_plan.planner.models.quantization import stored_word
 from tokenspeed_plan.planner.passes.limits import prefill_chunk
 from tokenspeed_plan.planner.spec import ServingSpec, Spec
 from tokenspeed_plan.plans.types import DType
@@ -165,10 +164,8 @@ class SearchSpace:
         return sorted(sizes, reverse=True)
 
     def _kv_dtypes(self) -> list[DType]:
-        """FP8 keys and values are tried where weights are quantised already."""
+        """FP8 keys and values change answers a little, so `auto` must be written."""
         stated = self._serving.kv_dtype
-        if stated in self.scope.kv_dtypes:
-            return [stated]
-        if stored_word(self.spec.model.weights, self.config.quantization) in QUANTIZED:
+        if stated == "auto":
             return list(self.scope.kv_dtypes)
-        return [dtype for dtype in self.scope.kv_dtypes if dtype == "bf16"]
+        return [stated or "bf16"]

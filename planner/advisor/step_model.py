@@ -19,14 +19,15 @@ from tokenspeed_plan.planner.machines.hardware import HardwareSpec, all_reduce_u
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import LayerType, ModelConfig
 from tokenspeed_plan.planner.models.decoder import build
-from tokenspeed_plan.planner.models.quantization import Quantization, stored_word
+from tokenspeed_plan.planner.models.quantization import QUANTISED, published_encoding, stored_word
 from tokenspeed_plan.planner.passes.cost import CostedOp, Load, costed_op, time_of
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.planner.passes.op_terms import Formats
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.spec import WorkloadSpec
-from tokenspeed_plan.plans.types import FORMATS, DType, Format, Phase, RollbackWord
+from tokenspeed_plan.plans.encodings import Encoding
+from tokenspeed_plan.plans.types import DType, Format, Phase, RollbackWord
 
 UNCHECKED = PassOptions(checks=False)
 KERNEL_TIME_KINDS = ("memory", "matrix", "launch", "collective")
@@ -39,25 +40,20 @@ def activation_dtype(weights: str, hardware: HardwareSpec) -> DType:
         weights: a key of `FORMATS`.
         hardware: the target.
     """
-    if weights == "fp32" or (weights == "fp8" and hardware.sm == 0):
+    if weights == "fp32" or (weights in QUANTISED and hardware.sm == 0):
         return "fp32"
     return "bf16"
 
 
-def stored_formats(weights: str, kv_dtype: str = "bf16") -> Formats:
-    """How a published checkpoint stores its tensors, where a graph is not built with its formats.
-
-    NVFP4 checkpoints quantise the routed experts alone. With FP8 a graph has its blocks itself.
+def stored_formats(kv_dtype: str = "bf16") -> Formats:
+    """How keys and values are stored; weights are in a graph as they are.
 
     Args:
-        weights: a key of `FORMATS`.
         kv_dtype: `fp8`, or `bf16` for keys and values in the dtype of the graph.
     """
     kv = None
     if kv_dtype == "fp8":
         kv = Format(dtype="fp8")
-    if weights == "nvfp4":
-        return Formats(FORMATS["nvfp4"], None, kv)
     return Formats(kv=kv)
 
 
@@ -201,7 +197,7 @@ class StepModel:
     def _load(
         self, tokens: int, seqs: int, context: int, layout: ParallelLayout, kv_dtype: str
     ) -> Load:
-        formats = stored_formats(self.weights, kv_dtype)
+        formats = stored_formats(kv_dtype)
         if self.engine is not None:
             formats = replace(formats, quantised_products=True)
         return Load(tokens, seqs, context, self.skew, layout.context_split, formats)
@@ -326,15 +322,14 @@ class StepModel:
             self.config.vocab_size,
             _has_fused_experts,
             self.draft_vocab,
-            self._is_fp8,
-            self.grammar,
-            self.penalties,
+            self._encoding,
+            grammar=self.grammar,
+            penalties=self.penalties,
         )
 
-    def _is_fp8(self, name: str) -> bool:
-        """Whether a tensor is in blocks of FP8, as far as its name and the config say."""
-        quantization = self.config.quantization or Quantization()
-        return self.weights == "fp8" and quantization.converts(name)
+    def _encoding(self, name: str) -> Encoding | None:
+        """How a matrix is encoded, as far as its name and the config say."""
+        return published_encoding(self.weights, self.config, name)
 
 
 def _has_fused_experts(prefix: str) -> bool:

@@ -54,7 +54,7 @@ def queries(graph: GraphBuilder, name: str, source: str, x: str, places: TokenPl
 def attend(graph: GraphBuilder, name: str, source: str, made: Queries, places: TokenPlaces) -> str:
     """Attention of queries to all that is in the cache, and the output projection."""
     heads = query_heads(graph)
-    o = _attention(graph, name, made.q, places)
+    o = _attention(graph, name, source, made.q, places)
     if made.gate is not None:
         (o,) = graph.op(f"{name}.gated", "sigmoid_gate", (o, made.gate), out_splits=(heads,))
     hidden = graph.config.hidden_size
@@ -105,14 +105,14 @@ def _write_keys(
         "kv_write",
         (k, v, places.slot_mapping),
         states=(_kv_cache(graph, name),),
-        attrs=_kv_attrs(graph),
+        attrs=_kv_attrs(graph, source),
         attr_splits={"num_kv_heads": kv_heads},
     )
 
 
-def _attention(graph: GraphBuilder, name: str, q: str, places: TokenPlaces) -> str:
+def _attention(graph: GraphBuilder, name: str, source: str, q: str, places: TokenPlaces) -> str:
     heads = query_heads(graph)
-    attrs = _kv_attrs(graph) | {"mode": "decode", "num_heads": heads.units}
+    attrs = _kv_attrs(graph, f"{source}self_attn.") | {"mode": "decode", "num_heads": heads.units}
     if graph.tensors[q].spec.shape[0] == "num_tokens":
         attrs |= graph.query_attrs
         if graph.phase == "prefill":
@@ -128,13 +128,20 @@ def _attention(graph: GraphBuilder, name: str, q: str, places: TokenPlaces) -> s
     )[0]
 
 
-def _kv_attrs(graph: GraphBuilder) -> dict[str, Attr]:
+def _kv_attrs(graph: GraphBuilder, source: str) -> dict[str, Attr]:
+    """Constants of a cache; scales other than 1 make kernels of the layer's own."""
     config = graph.config.attention
-    return {
+    attrs: dict[str, Attr] = {
         "num_kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "page_size": graph.context.limits.page_size,
     }
+    if graph.context.kv_dtype == "fp8":
+        scales = graph.context.key_scales(source)
+        for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
+            if scale != 1.0:
+                attrs[name] = scale
+    return attrs
 
 
 def _kv_cache(graph: GraphBuilder, name: str) -> str:
@@ -149,7 +156,8 @@ def _kv_cache(graph: GraphBuilder, name: str) -> str:
         config.head_dim,
     )
     splits = ((3, _kv_heads(graph)),)
-    return graph.tensor(f"{name}.kv_cache", shape, graph.context.dtype, "kv_cache", splits)
+    dtype = graph.context.kv_dtype or graph.context.dtype
+    return graph.tensor(f"{name}.kv_cache", shape, dtype, "kv_cache", splits)
 
 
 def _split_gate(graph: GraphBuilder, name: str, qg: str, heads: Split) -> tuple[str, ...]:

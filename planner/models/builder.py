@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tokenspeed_plan.planner.graph import (
     DimSplits,
@@ -21,8 +21,8 @@ from tokenspeed_plan.planner.graph import (
 )
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.models.config import ModelConfig
+from tokenspeed_plan.plans.encodings import ENCODED_FORMATS, Encoding
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.ops import (
     ADJUSTMENTS,
     IS_MASKED,
@@ -36,14 +36,19 @@ from tokenspeed_plan.plans.ops import (
     mask_words,
 )
 from tokenspeed_plan.plans.schema import ArenaName, Capacity
-from tokenspeed_plan.plans.types import Attr, Dim, DType, Phase, TensorSpec
+from tokenspeed_plan.plans.types import Attr, Dim, DType, Format, Phase, TensorSpec
 
 Splits = Mapping[int, Split]
 
 
-def _is_never_fp8(name: str) -> bool:
+def _plain(name: str) -> Encoding | None:
     """Of a checkpoint that is not quantised."""
-    return False
+    return None
+
+
+def _unscaled(source: str) -> tuple[float, float]:
+    """Of a checkpoint without scales of keys and values."""
+    return 1.0, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,9 @@ class BuildContext:
         fused_experts: whether the experts under a name prefix are one tensor; otherwise each
             expert has tensors of its own.
         draft_vocab: drafts are chosen from this many of the first tokens; from all where None.
-        is_fp8: whether a checkpoint tensor is stored in blocks of FP8.
+        encoding: how a matrix of the checkpoint is encoded; None where its elements are plain.
+        kv_dtype: of keys and values in the cache; that of the activations where None.
+        key_scales: those of keys and values in FP8, by what the names of an attention begin with.
         grammar: whether a grammar may mask the tokens of a sequence.
         penalties: whether penalties and biases may change its logits.
     """
@@ -69,7 +76,9 @@ class BuildContext:
     num_valid_tokens: int
     fused_experts: Callable[[str], bool]
     draft_vocab: int | None = None
-    is_fp8: Callable[[str], bool] = _is_never_fp8
+    encoding: Callable[[str], Encoding | None] = _plain
+    kv_dtype: DType | None = None
+    key_scales: Callable[[str], tuple[float, float]] = _unscaled
     grammar: bool = False
     penalties: bool = False
 
@@ -94,21 +103,28 @@ def _late_inputs(vocab_size: int, limits: Capacity) -> dict[str, tuple[tuple[int
     }
 
 
-def are_stored_in_fp8(context: BuildContext, names: Iterable[str]) -> bool:
-    """Whether checkpoint tensors that one kernel reads together are in FP8: all of them, or none.
+def stored_format(context: BuildContext, names: Iterable[str]) -> Format | None:
+    """The format of matrices that one kernel reads together, None where their elements are plain.
 
     Raises:
         SpecError: they differ.
     """
-    stored = {name: context.is_fp8(name) for name in names}
-    if len(set(stored.values())) <= 1:
-        return any(stored.values())
-    quantised = next(name for name, is_fp8 in stored.items() if is_fp8)
-    plain = next(name for name, is_fp8 in stored.items() if not is_fp8)
-    raise SpecError(
-        f"`{quantised}` is stored in FP8 and `{plain}` is not, one kernel reads both",
-        "use a checkpoint that quantises both, as the published ones do",
-    )
+    stored: dict[Format | None, str] = {}
+    for name in names:
+        encoding = context.encoding(name)
+        found = None
+        if encoding is not None:
+            found = ENCODED_FORMATS[encoding]
+        stored.setdefault(found, name)
+    if len(stored) > 1:
+        (one, first), (other, second), *_ = stored.items()
+        words = [str(each or "plain elements") for each in (one, other)]
+        raise SpecError(
+            f"`{first}` is stored as {words[0]} and `{second}` as {words[1]}, one kernel reads "
+            "both",
+            "use a checkpoint that stores both alike, as the published ones do",
+        )
+    return next(iter(stored), None)
 
 
 @dataclass
@@ -296,11 +312,15 @@ class GraphBuilder:
         """Declare a parameter; returns its name.
 
         Raises:
-            SpecError: some of its sources are stored in FP8 and others are not.
+            SpecError: its sources are stored in several formats.
         """
         spec = TensorSpec.of(shape=shape, dtype=dtype or self.context.dtype)
-        if are_stored_in_fp8(self.context, (source.name for source in sources)):
-            spec = TensorSpec(shape=shape, format=FP8)
+        stored = stored_format(self.context, (source.name for source in sources))
+        if stored is not None:
+            spec = TensorSpec(shape=shape, format=stored)
+            sources = tuple(
+                replace(source, encoding=self.context.encoding(source.name)) for source in sources
+            )
         self.weights[name] = Weight(name, spec, sources, join_dim)
         return name
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tokenspeed_plan.planner.graph import Source, Weight
-from tokenspeed_plan.planner.models.quantization import Quantization, check_stored
+from tokenspeed_plan.planner.models.quantization import check_stored, header_encoding
+from tokenspeed_plan.planner.models.quantization_config import Quantization
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader, read_header
 from tokenspeed_plan.plans.canon import sha256
+from tokenspeed_plan.plans.encodings import ENCODED_FORMATS, NVFP4_ENCODINGS, elements_name
 from tokenspeed_plan.plans.errors import PlanError, SpecError
-from tokenspeed_plan.plans.fp8_format import STORED_FP8
 from tokenspeed_plan.plans.tokenizer_files import (
     TOKENIZER_FILES,
     read_tokenizer_files,
@@ -22,6 +23,7 @@ from tokenspeed_plan.plans.weight_files import add_tensors, weight_files
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
+    "hf_quant_config.json",
     *TOKENIZER_FILES,
 )
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
@@ -83,9 +85,18 @@ def check_sources(
     for weight in weights.values():
         for source in weight.sources:
             for name, shape in _files_of(source):
-                header = _check_tensor(name, shape, headers.get(name))
-                check_stored(name, header, headers, quantization)
-                _check_dtype(name, header, weight)
+                encoding = header_encoding(name, headers)
+                stored = name
+                if encoding is not None:
+                    stored = elements_name(name, encoding)
+                if encoding in NVFP4_ENCODINGS:
+                    shape = (*shape[:-1], shape[-1] // 2)
+                header = _check_tensor(stored, shape, headers.get(stored))
+                check_stored(name, headers, quantization)
+                if encoding is None:
+                    _check_dtype(name, header)
+                elif ENCODED_FORMATS[encoding] != weight.spec.format:
+                    raise _mixed(stored, header, weight)
 
 
 def missing_source(
@@ -95,7 +106,7 @@ def missing_source(
     for weight in weights.values():
         for source in weight.sources:
             for name, _ in _files_of(source):
-                if name not in headers:
+                if name not in headers and header_encoding(name, headers) is None:
                     return name
     return None
 
@@ -107,16 +118,20 @@ def _files_of(source: Source) -> list[tuple[str, tuple[int, ...]]]:
     return [(source.name.replace("{expert}", str(index)), tuple(shape)) for index in range(count)]
 
 
-def _check_dtype(name: str, header: TensorHeader, weight: Weight) -> None:
-    """The dtype is one that the weight can be made of: that of its first tensor decides."""
-    allowed: tuple[str, ...] = FLOAT_DTYPES
-    if weight.spec.format.block:
-        allowed = (STORED_FP8,)
-    if header.dtype not in allowed:
-        others = " or ".join(allowed)
+def _mixed(name: str, header: TensorHeader, weight: Weight) -> SpecError:
+    """Of the tensors that a weight is made of, the first decides its format."""
+    return SpecError(
+        f"`{name}` is stored as {header.dtype}, where {weight.spec.format} is planned",
+        "use a checkpoint that stores all experts alike, as the published ones do",
+    )
+
+
+def _check_dtype(name: str, header: TensorHeader) -> None:
+    if header.dtype not in FLOAT_DTYPES:
+        others = " or ".join(FLOAT_DTYPES)
         raise SpecError(
             f"`{name}` is stored as {header.dtype}, where {others} is planned",
-            "use the BF16 checkpoint, or the published FP8 one",
+            "use the BF16 checkpoint, or a published one in FP8 or NVFP4",
         )
 
 

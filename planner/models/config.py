@@ -12,7 +12,11 @@ from typing import Any, Literal
 from tokenspeed_plan.planner.models.config_reader import ConfigReader
 from tokenspeed_plan.planner.models.folder import model_name
 from tokenspeed_plan.planner.models.preset_names import find_preset
-from tokenspeed_plan.planner.models.quantization import Quantization, read_quantization
+from tokenspeed_plan.planner.models.quantization_config import (
+    CONFIG_KEY,
+    Quantization,
+    read_quantization,
+)
 from tokenspeed_plan.planner.models.registry import FAMILIES, Family
 from tokenspeed_plan.planner.models.rope import Rope, read_rope
 from tokenspeed_plan.planner.models.stop_tokens import stop_tokens
@@ -27,6 +31,7 @@ PRESETS = "tokenspeed_plan.planner.models.presets"
 WRAPPED_PREFIX = "model.language_model."
 FLAT_PREFIX = "model."
 _HINT = "`model.path` names a Hugging Face model folder"
+_MODELOPT_FILE = "hf_quant_config.json"
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 # These change how transformers reads a model, and have no counterpart here.
 _REFUSED = ("per_layer_config", "transformers_weights")
@@ -366,7 +371,7 @@ def load_model_config(folder: Path) -> ModelConfig:
     """
     name = model_name(folder)
     data = read_json_object(folder / "config.json", _HINT)
-    config = ModelConfig.from_hf(data, name)
+    config = ModelConfig.from_hf(_with_modelopt(folder, data), name)
     path = folder / "generation_config.json"
     if not path.is_file():
         return config
@@ -375,3 +380,14 @@ def load_model_config(folder: Path) -> ModelConfig:
     if not stated:
         return config
     return replace(config, eos_token_ids=stated)
+
+
+def _with_modelopt(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """The config with what ModelOpt's own file says, where `config.json` says nothing of it."""
+    path = folder / _MODELOPT_FILE
+    if CONFIG_KEY in data or not path.is_file():
+        return data
+    section = read_json_object(path, _HINT).get("quantization")
+    if not isinstance(section, dict):
+        return data
+    return data | {CONFIG_KEY: {"quant_method": "modelopt", **section}}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tokenspeed_plan.planner.graph import Source
 from tokenspeed_plan.planner.layout import Split
-from tokenspeed_plan.planner.models.builder import GraphBuilder, are_stored_in_fp8
+from tokenspeed_plan.planner.models.builder import GraphBuilder, stored_format
 from tokenspeed_plan.planner.models.config import DeltaNetConfig
 from tokenspeed_plan.plans.ops import RECOMPUTED
 from tokenspeed_plan.plans.types import Attr
@@ -201,12 +201,12 @@ class _Block:
             sources = self.sources.packed_projections()
         names = [f"{self.name}.{key}" for key in "uzba"]
         name = f"{self.name}.in_proj"
-        # FP8 checkpoints keep the few rows of b and a as they are: a product of their own.
+        # Quantised checkpoints keep the few rows of b and a as they are: a product of their own.
         projections, gates = (
-            are_stored_in_fp8(self.graph.context, (source.name for source in part))
+            stored_format(self.graph.context, (source.name for source in part))
             for part in (sources[:-2], sources[-2:])
         )
-        if projections and not gates:
+        if projections != gates:
             qkv, z = self.product(name, x, sources[:-2], outs[:2], names[:2])
             b, a = self.product(f"{name}_ba", x, sources[-2:], outs[2:], names[2:])
         else:

@@ -10,9 +10,10 @@ from typing import Any
 
 from tokenspeed_plan.planner.graph import DimSplits, Source
 from tokenspeed_plan.planner.layout import Split
-from tokenspeed_plan.planner.models.builder import GraphBuilder, Splits, are_stored_in_fp8
+from tokenspeed_plan.planner.models.builder import GraphBuilder, Splits, stored_format
 from tokenspeed_plan.planner.models.common_blocks import add, norm
 from tokenspeed_plan.planner.models.config import MoeConfig
+from tokenspeed_plan.plans.encodings import NVFP4
 
 
 def feed_forward(graph: GraphBuilder, name: str, source: str, x: str) -> str:
@@ -103,16 +104,24 @@ class _Moe:
         return total
 
     def check_formats(self) -> None:
-        """Routed and shared experts share kernels, so that both are in FP8 or none.
+        """Routed experts have one format, and the shared one too.
+
+        Both share kernels. Those of NVFP4 read a shared expert in any format, the others in that of
+        the routed ones.
 
         Raises:
             SpecError: they differ.
         """
-        names = [source.name for source in (*self.up_sources(), *self.down_sources())]
+        context = self.graph.context
+        routed = [source.name for source in (*self.up_sources(), *self.down_sources())]
+        shared = []
         if self.config.shared_intermediate_size:
             for key in ("gate", "up", "down"):
-                names.append(f"{self.source}shared_expert.{key}_proj.weight")
-        are_stored_in_fp8(self.graph.context, names)
+                shared.append(f"{self.source}shared_expert.{key}_proj.weight")
+        if stored_format(context, routed) != NVFP4:
+            routed += shared
+        stored_format(context, routed)
+        stored_format(context, shared)
 
     def route(self, x: str) -> _Routed:
         """The router's product, whose last column is the shared expert's gate, and its top-k."""

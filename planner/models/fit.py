@@ -12,9 +12,10 @@ from tokenspeed_plan.planner.models.checkpoint import check_sources, missing_sou
 from tokenspeed_plan.planner.models.config import FLAT_PREFIX, WRAPPED_PREFIX, ModelConfig
 from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.models.mtp import MTP_PREFIX
+from tokenspeed_plan.planner.models.quantization import header_encoding
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader
+from tokenspeed_plan.plans.encodings import Encoding
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.fp8_format import STORED_FP8
 from tokenspeed_plan.plans.schema import Capacity
 
 _HEAD = "lm_head.weight"
@@ -87,10 +88,9 @@ def _prefix(config: ModelConfig, headers: Mapping[str, TensorHeader]) -> str:
     )
 
 
-def is_stored_as_fp8(headers: Mapping[str, TensorHeader], name: str) -> bool:
-    """Whether a tensor of the checkpoint is in FP8; of experts, the tensor of the first."""
-    header = headers.get(name.replace("{expert}", "0"))
-    return header is not None and header.dtype == STORED_FP8
+def stored_encoding(headers: Mapping[str, TensorHeader], name: str) -> Encoding | None:
+    """How a matrix of the checkpoint is encoded; of experts, that of the first."""
+    return header_encoding(name.replace("{expert}", "0"), headers)
 
 
 def _weights(
@@ -106,7 +106,7 @@ def _weights(
         _SMALL,
         config.vocab_size,
         fused_experts,
-        is_fp8=partial(is_stored_as_fp8, headers),
+        encoding=partial(stored_encoding, headers),
     )
     weights = build(context, "prefill", depth).weights
     target, drafts = {}, {}

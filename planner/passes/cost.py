@@ -132,7 +132,7 @@ def costed_op(
     Args:
         graph: where the operator is.
         op: the operator.
-        formats: how weights, keys and values are stored.
+        formats: how keys and values are stored.
         context_split: ranks that share the keys and values of a head.
     """
     members = tuple(_member(graph, member, formats) for member in op.members)
@@ -196,9 +196,6 @@ def _matrix_dtype(op: Op, weights: list[TensorSpec], formats: Formats) -> str:
         return "tf32"  # the state stays fp32
     if not weights:
         return "bf16"
-    stored = formats.experts if op.kind in EXPERTS else formats.matrices
-    if stored is not None:
-        return stored.dtype
     if weights[0].format.block and not formats.quantised_products:
         return "bf16"
     return weights[0].dtype

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tokenspeed_plan.codegen.tiling import GEMV_COLUMNS, GEMV_ROWS
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
+from tokenspeed_plan.plans.encodings import NVFP4
 from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.types import Phase
 
@@ -177,9 +178,11 @@ class _Fuser:
         return bool(fusion.leaves) and fusion.leaves == tuple(op.kind for op in after)
 
     def _is_gemv(self, product: Op) -> bool:
-        """Whether a product has few rows or few columns."""
+        """Whether a product has few rows or few columns; with NVFP4 it includes no norm."""
         (x,) = product.inputs
         (weight,) = product.weights
+        if self.graph.weights[weight].spec.format == NVFP4:
+            return False
         rows, _ = self.graph.tensors[x].spec.bind(*self.sizes)
         columns, _ = self.graph.weights[weight].spec.bind(0, 0)
         return rows <= GEMV_ROWS or columns <= GEMV_COLUMNS

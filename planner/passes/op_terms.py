@@ -16,14 +16,12 @@ EXPERTS = ("experts_up", "experts_down", "grouped_up", "grouped_down")
 
 @dataclass(frozen=True, slots=True)
 class Formats:
-    """How experts, projections, and keys and values are stored; None for as the graph was built.
+    """How keys and values are stored; None for as the graph was built.
 
     `quantised_products`: the tensor cores multiply block-scaled weights as they are; ours are
     converted first.
     """
 
-    experts: Format | None = None
-    matrices: Format | None = None
     kv: Format | None = None
     quantised_products: bool = False
 
@@ -56,7 +54,7 @@ def op_amounts(
     Args:
         graph: where the operator is.
         op: the operator.
-        formats: how weights, keys and values are stored.
+        formats: how keys and values are stored.
         context_split: ranks that share the keys and values of a head.
     """
     members = op.members
@@ -64,7 +62,7 @@ def op_amounts(
     return CallAmounts(
         products=_sum(_product_terms(graph, member) for member in members),
         mixers=_sum(_mixer_terms(graph, member) for member in members),
-        weights=_sum(_weight_terms(graph, member, formats) for member in members),
+        weights=_sum(_weight_terms(graph, member) for member in members),
         activations=_sum(_tensor_terms(graph.tensors[name].spec) for name in names),
         state=_sum(_state_terms(graph, member, formats, context_split) for member in members),
     )
@@ -106,25 +104,6 @@ def weight_specs(graph: OpGraph, op: Op) -> list[TensorSpec]:
     return [graph.weights[name].spec for name in op.weights]
 
 
-def stored_scale(op: Op, spec: TensorSpec, formats: Formats) -> float:
-    """Bytes of an operator's weight as stored, divided by its bytes as built.
-
-    Experts and projections are quantised. Tables, heads, routers, convolutions and vectors are not.
-    """
-    stored = _stored_format(op, formats)
-    if stored is None:
-        return 1.0
-    return stored.bytes_per_element / spec.format.bytes_per_element
-
-
-def _stored_format(op: Op, formats: Formats) -> Format | None:
-    if op.kind in EXPERTS:
-        return formats.experts
-    if op.kind == "linear" and op.role not in ("head", "router"):
-        return formats.matrices
-    return None
-
-
 def _sum(parts: Iterable[Amounts]) -> Amounts:
     total = NO_AMOUNTS
     for part in parts:
@@ -154,16 +133,15 @@ def _tensor_terms(spec: TensorSpec) -> Amounts:
     return Amounts(once=size)
 
 
-def _weight_terms(graph: OpGraph, op: Op, formats: Formats) -> Amounts:
+def _weight_terms(graph: OpGraph, op: Op) -> Amounts:
     if not op.weights:
         return NO_AMOUNTS
     specs = weight_specs(graph, op)
     if op.kind == "embed":
         return _per_row(graph, op, specs[0].size_bytes() / num_rows(specs[0]))
     if op.kind in EXPERTS:
-        scale = stored_scale(op, specs[0], formats)
-        return Amounts(per_expert=specs[0].size_bytes() * scale / num_rows(specs[0]))
-    return Amounts(once=sum(spec.size_bytes() * stored_scale(op, spec, formats) for spec in specs))
+        return Amounts(per_expert=specs[0].size_bytes() / num_rows(specs[0]))
+    return Amounts(once=sum(spec.size_bytes() for spec in specs))
 
 
 def _state_terms(graph: OpGraph, op: Op, formats: Formats, context_split: int) -> Amounts:

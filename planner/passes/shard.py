@@ -85,8 +85,8 @@ def _check_blocks(sources: Sequence[Source], stored: Format) -> None:
     """
     for source in sources:
         steps = dict(source.ranks)
-        first = len(source.size) - len(stored.block)
-        for dim, block in enumerate(stored.block, first):
+        first = len(source.size) - len(stored.unit)
+        for dim, block in enumerate(stored.unit, first):
             step = 0
             if dim in steps:
                 step = steps[dim].step

@@ -3,7 +3,8 @@
 Letters: T tokens, S sequences, Q query heads, K kv heads, D head_dim.
 
 `q`, `gate` and `y` are [T, Q * D], `k` and `v` [T, K * D]; a draft pass has S rows in place of T. A
-page of `kv_cache` is [2, page_size, K, D]: keys, then values.
+page of `kv_cache` is [2, page_size, K, D]: keys, then values, in the dtype of k and v or in FP8. In
+FP8 it holds k / k_scale and v / v_scale, rounded; attention multiplies by them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from tokenspeed_plan.plans.ops.op_def import (
     expect_vectors,
     integer,
     like,
+    number,
     query_len,
     require,
     rows,
 )
-from tokenspeed_plan.plans.types import Dim, TensorSpec
+from tokenspeed_plan.plans.types import Dim, DType, TensorSpec
 
 
 def _head_norm(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
@@ -65,13 +67,24 @@ def _kv_cache(attrs: Attrs, specs: Specs) -> None:
     require(fits, f"`kv_cache` is {found}, its pages are {page}")
 
 
+def _expect_stored(attrs: Attrs, specs: Specs, dtype: DType) -> None:
+    """Keys and values are kept in the dtype of the activations, or in FP8 with positive scales."""
+    stored = specs["kv_cache"].dtype
+    require(stored in (dtype, "fp8"), f"`kv_cache` is {stored} where {dtype} or fp8 is needed")
+    for name in ("k_scale", "v_scale"):
+        if name in attrs:
+            require(stored == "fp8", f"{name} of a `kv_cache` of {stored}")
+            require(number(attrs, name) > 0.0, f"{name} {attrs[name]}")
+
+
 def _kv_write(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     _kv_cache(attrs, specs)
     columns = _heads_width(attrs, "num_kv_heads")
     dim = batch_rows(specs, "k")
-    dtype = specs["kv_cache"].dtype
-    expect(specs, "k", dim, columns, dtype=dtype)
+    dtype = specs["k"].dtype
+    expect(specs, "k", dim, columns)
     expect(specs, "v", dim, columns, dtype=dtype)
+    _expect_stored(attrs, specs, dtype)
     expect(specs, "slot_mapping", dim, dtype="i32")
     return {}
 
@@ -86,6 +99,7 @@ def _attention(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     expect_page_table(specs)
     dim = batch_rows(specs, "q")
     _expect_queries(attrs, dim)
+    _expect_stored(attrs, specs, specs["q"].dtype)
     y = expect(specs, "q", dim, _heads_width(attrs, "num_heads"))
     return {"y": y}
 
@@ -143,6 +157,7 @@ ATTENTION_OPS: dict[str, OpDef] = {
         doc="kv_cache[slot_mapping] = k, v",
         states=(("kv_cache", "write"),),
         attrs=("num_kv_heads", "head_dim", "page_size"),
+        optional=("k_scale", "v_scale"),
     ),
     "attention": OpDef(
         inputs=("q", "page_table", "context_lens", "cu_seqlens"),
@@ -151,7 +166,7 @@ ATTENTION_OPS: dict[str, OpDef] = {
         doc="y = softmax(q k^T / sqrt(D)) v, causal",
         states=(("kv_cache", "read"),),
         attrs=("mode", "num_heads", "num_kv_heads", "head_dim", "page_size"),
-        optional=("query_len",),
+        optional=("query_len", "k_scale", "v_scale"),
     ),
     "sigmoid_gate": OpDef(
         inputs=("x", "g"),

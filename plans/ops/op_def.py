@@ -134,7 +134,7 @@ def expect_stored(specs: Specs, name: str, dtype: DType) -> None:
     if not spec.format.block:
         require(spec.dtype == dtype, f"`{name}` is {spec.dtype} where {dtype} is needed")
         return
-    for dim, block in zip(spec.shape[-2:], spec.format.block[-2:], strict=True):
+    for dim, block in zip(spec.shape[-2:], spec.format.unit[-2:], strict=True):
         whole = isinstance(dim, int) and dim % block == 0
         require(whole, f"`{name}` is {list(spec.shape)}, not whole blocks of {spec.format}")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from tokenspeed_plan.plans.encodings import Encoding
 from tokenspeed_plan.plans.types import Frozen, RankShift, TensorSpec
 
 ArenaName = Literal["weights", "kv_cache", "state", "io", "activations", "scratch", "symmetric"]
@@ -38,7 +39,8 @@ class Piece(Frozen):
     """A box of one checkpoint tensor and where it goes in the weight.
 
     The box starts at `start` (plus the shifts) and has `size`; it lands at `at`. A `source` with
-    `{expert}` in it names one tensor per expert, stacked as a new first dimension.
+    `{expert}` in it names one tensor per expert, stacked as a new first dimension. `encoding` says
+    how the checkpoint stores a quantised one, where its format does not.
     """
 
     source: str
@@ -46,6 +48,15 @@ class Piece(Frozen):
     size: tuple[int, ...]
     at: tuple[int, ...]
     shifts: tuple[Shift, ...] = ()
+    encoding: Encoding | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Pieces of plain elements and of FP8 blocks have no word for it."""
+        fields: dict[str, Any] = dump(self)
+        if self.encoding is None:
+            del fields["encoding"]
+        return fields
 
 
 class WeightSpec(Frozen):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import combinations
 
+from tokenspeed_plan.plans.encodings import ENCODED_FORMATS
 from tokenspeed_plan.plans.schema import Piece, Plan, Pool, WeightSpec
 from tokenspeed_plan.plans.validate.refusal import refuse
 
@@ -13,7 +14,7 @@ def check_weights(plan: Plan, pool: Pool) -> None:
     """Every element of a weight comes from one element of the checkpoint.
 
     Raises:
-        PlanError: pieces stick out, overlap, or leave a hole.
+        PlanError: pieces stick out, overlap, or leave a hole, or are encoded in another format.
     """
     for weight in pool.weights:
         shape = weight.tensor.bind(0, 0)
@@ -22,14 +23,28 @@ def check_weights(plan: Plan, pool: Pool) -> None:
                 raise refuse(
                     f"a piece of `{weight.name}` from `{piece.source}` does not fit {list(shape)}"
                 )
+            _check_encoding(weight, piece)
             if weight.tensor.format.block:
                 _check_blocks(weight, piece)
         _check_tiling(weight, shape)
 
 
+def _check_encoding(weight: WeightSpec, piece: Piece) -> None:
+    """A piece is encoded in the format of its weight; blocks of FP8 need no word for it."""
+    wanted, encoding = weight.tensor.format, piece.encoding
+    fits = not wanted.block or wanted == ENCODED_FORMATS["fp8_blocks"]
+    if encoding is not None:
+        fits = encoding != "fp8_blocks" and wanted == ENCODED_FORMATS[encoding]
+    if not fits:
+        raise refuse(
+            f"a piece of `{weight.name}` from `{piece.source}` is encoded as {encoding}, "
+            f"which makes no {wanted}"
+        )
+
+
 def _check_blocks(weight: WeightSpec, piece: Piece) -> None:
     """A piece of a block-scaled weight is whole blocks, and stays so on every rank."""
-    blocks = weight.tensor.format.block
+    blocks = weight.tensor.format.unit
     first = len(piece.size) - len(blocks)
     steps = [0] * len(piece.size)
     for shift in piece.shifts:

@@ -22,8 +22,8 @@ from tokenspeed_plan.plans.schema import (
 )
 from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
+from tokenspeed_plan.runtime.execution.block_scaled import dequantise
 from tokenspeed_plan.runtime.execution.collectives import Collectives
-from tokenspeed_plan.runtime.execution.fp8_blocks import dequantise, parts_of
 from tokenspeed_plan.runtime.execution.kernels import Kernels, Launcher, Launches
 from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES, Body
@@ -177,7 +177,7 @@ def _dequantising(body: Body, scaled: Mapping[int, TensorSpec], dtype: torch.dty
     def call(attrs: Mapping[str, Any], *operands: Tensor) -> tuple[Tensor, ...]:
         plain = list(operands)
         for index, spec in scaled.items():
-            plain[index] = dequantise(parts_of(operands[index], spec), dtype)
+            plain[index] = dequantise(operands[index], spec, dtype)
         return body(attrs, *plain)
 
     return call

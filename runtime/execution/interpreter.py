@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.fp8_format import E4M3_MAX
 
 
 def interpret() -> None:
@@ -43,6 +44,7 @@ def interpret() -> None:
         interpreter._tokenspeed = True
         _allow_tensor_bounds(interpreter)
         _widen_products(interpreter)
+        _round_to_fp8(interpreter)
         _patch_language_once(interpreter)
         _share_types(interpreter)
         _skip_overflow_checks(interpreter)
@@ -81,6 +83,25 @@ def _widen_products(interpreter: Any) -> None:
         return product(self, widened(a), widened(b), *rest)
 
     builder.create_dot = with_bf16
+
+
+def _round_to_fp8(interpreter: Any) -> None:
+    """Round fp32 to the nearest e4m3, and saturate, as a GPU does.
+
+    The interpreter loses a carry out of the fraction, and rounds subnormal numbers to zero.
+    """
+    import torch
+
+    convert, tl = interpreter._convert_float, interpreter.tl
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if source != tl.float32 or target != tl.float8e4nv:
+            return convert(data, source, target, mode)
+        values = torch.frombuffer(bytearray(data.tobytes()), dtype=torch.float32)
+        bits = values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        return bits.numpy().reshape(data.shape)
+
+    interpreter._convert_float = rounded
 
 
 def _patch_language_once(interpreter: Any) -> None:

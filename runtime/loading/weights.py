@@ -5,9 +5,9 @@ The files are safetensors: they are memory-mapped, and nothing is unpickled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tokenspeed_plan.plans.encodings import NVFP4
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.fp8_format import BLOCK, STORED_FP8, STORED_SCALES, scale_name
-from tokenspeed_plan.plans.schema import Piece, Plan, Shift, WeightSpec
+from tokenspeed_plan.plans.schema import Piece, Plan, WeightSpec
+from tokenspeed_plan.plans.types import DType
 from tokenspeed_plan.plans.weight_files import add_tensors, weight_files
-from tokenspeed_plan.runtime.execution.arenas import Arenas
-from tokenspeed_plan.runtime.execution.fp8_blocks import Scaled, parts_of
+from tokenspeed_plan.runtime.execution import fp4_words, fp8_blocks
+from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES, Arenas
+from tokenspeed_plan.runtime.execution.block_scaled import flat
+from tokenspeed_plan.runtime.execution.fp4_words import Fp4
+from tokenspeed_plan.runtime.loading.encoded import FLOATS, Filling, fillings, finish
 from tokenspeed_plan.runtime.loading.staging import Staging
 
-_FLOATS = ("BF16", "F16", "F32", "F64")
-_FP8 = (STORED_FP8,)
 _HINT = "name the checkpoint that the plan was made for with `--weights DIR`"
 _VECTOR_STD = 0.1  # of random norm weights and biases
+_LARGEST_E4M3 = 0x7E  # positive and no NaN
+_FP4_STD = 2.93  # root mean square of the sixteen e2m1
 _FP8_STD = 64.0  # of random elements; the largest of a few million stays below 448
 
 Box = tuple[slice, ...]
@@ -51,7 +55,7 @@ class Checkpoint:
         if not self._slices:
             raise PlanError(f"there are no weights in `{folder}`", _HINT)
 
-    def find(self, name: str, box: Box, dtypes: Sequence[str] = _FLOATS) -> Any:
+    def find(self, name: str, box: Box, dtypes: Sequence[str] = FLOATS) -> Any:
         """The tensor that contains `box` in one of these dtypes; indexing it reads the file.
 
         Raises:
@@ -61,13 +65,26 @@ class Checkpoint:
             raise PlanError(f"`{self.folder}` has no tensor `{name}`", _HINT)
         tensor = self._slices[name]
         shape = tuple(tensor.get_shape())
-        if not _contains(shape, box):
+        is_number = not box and math.prod(shape) == 1
+        if not is_number and not _contains(shape, box):
             used = [part.stop for part in box]
             raise PlanError(f"`{name}` is {list(shape)}, the plan reads up to {used}", _HINT)
         dtype = tensor.get_dtype()
         if dtype not in dtypes:
             raise PlanError(f"`{name}` is stored as {dtype}, which this plan cannot read", _HINT)
         return tensor
+
+    def number(self, name: str, dtypes: Sequence[str]) -> float:
+        """The only number of a tensor, which scales a matrix.
+
+        Raises:
+            PlanError: it is missing, of another dtype, not one number, or not positive and finite.
+        """
+        tensor = self.find(name, (), dtypes)[...]
+        value = float(tensor.flatten()[0])
+        if not 0.0 < value < math.inf:
+            raise PlanError(f"`{name}` is {value}, a scale is positive and finite", _HINT)
+        return value
 
 
 def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
@@ -112,9 +129,10 @@ def load_weights(
         tensors: dict[str, Tensor] = {}
         for weight in plan.pool.weights:
             stored = _view(weight, arenas)
-            for target in _targets(weight, stored):
-                for piece in weight.pieces:
-                    _copy(piece, target, checkpoint, rank, staging)
+            for piece in weight.pieces:
+                for filling in fillings(weight, piece, stored):
+                    _fill(filling, checkpoint, rank, staging)
+            finish(weight, stored)
             tensors[weight.name] = stored
         staging.finish()
         return arenas, tensors
@@ -129,8 +147,12 @@ def random_weights(plan: Plan, arenas: Arenas, seed: int = 0) -> dict[str, Tenso
     tensors: dict[str, Tensor] = {}
     for weight in plan.pool.weights:
         view = _view(weight, arenas)
+        if weight.tensor.format == NVFP4:
+            _fill_fp4(fp4_words.parts_of(view, weight.tensor), random)
+            tensors[weight.name] = view
+            continue
         if weight.tensor.format.block:
-            _fill_blocks(parts_of(view, weight.tensor), random)
+            _fill_blocks(fp8_blocks.parts_of(view, weight.tensor), random)
             tensors[weight.name] = view
             continue
         std = _VECTOR_STD
@@ -140,7 +162,16 @@ def random_weights(plan: Plan, arenas: Arenas, seed: int = 0) -> dict[str, Tenso
     return tensors
 
 
-def _fill_blocks(parts: Scaled, random: torch.Generator) -> None:
+def _fill_fp4(parts: Fp4, random: torch.Generator) -> None:
+    """Any bits are elements, of a root mean square of 2.9; the factors make up for it."""
+    for matrix in parts.elements.view(-1, *parts.elements.shape[-2:]):
+        matrix.random_(generator=random)
+    parts.scales.fill_(1.0)
+    columns = 2 * parts.elements.shape[-1]
+    parts.factors.fill_(columns**-0.5 / _FP4_STD)
+
+
+def _fill_blocks(parts: fp8_blocks.Scaled, random: torch.Generator) -> None:
     """Normal elements of a few dozen, a matrix at a time; the factors make up for it."""
     elements = parts.elements
     for matrix in elements.view(-1, *elements.shape[-2:]):
@@ -149,85 +180,51 @@ def _fill_blocks(parts: Scaled, random: torch.Generator) -> None:
     parts.scales.fill_(elements.shape[-1] ** -0.5 / _FP8_STD)
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Where pieces of a checkpoint go: the elements of a weight, or the factors of its blocks.
-
-    Attributes:
-        tensor: that is filled.
-        dtypes: of the checkpoint's tensors.
-        block: elements of a side of a block where it takes factors; else 1.
-    """
-
-    tensor: Tensor
-    dtypes: Sequence[str]
-    block: int = 1
-
-    def piece(self, piece: Piece) -> Piece:
-        """The piece of the tensor that is read, in its own elements."""
-        if self.block == 1:
-            return piece
-        first = len(piece.size) - 2
-        shifts = tuple(_in_blocks(shift, first) for shift in piece.shifts)
-        changes = {
-            "source": scale_name(piece.source),
-            "start": _cut(piece.start, first),
-            "size": _cut(piece.size, first),
-            "at": _cut(piece.at, first),
-            "shifts": shifts,
-        }
-        return piece.model_copy(update=changes)
-
-
-def _cut(numbers: Sequence[int], first: int) -> tuple[int, ...]:
-    """Counts of elements in each dimension as counts of blocks, from dimension `first` on."""
-    cut = [number // BLOCK for number in numbers[first:]]
-    return (*numbers[:first], *cut)
-
-
-def _in_blocks(shift: Shift, first: int) -> Shift:
-    if shift.dim < first:
-        return shift
-    by = shift.by.model_copy(update={"step": shift.by.step // BLOCK})
-    return shift.model_copy(update={"by": by})
-
-
-def _targets(weight: WeightSpec, stored: Tensor) -> list[_Target]:
-    """What of a weight is filled from the checkpoint."""
-    if not weight.tensor.format.block:
-        return [_Target(stored, _FLOATS)]
-    elements, scales = parts_of(stored, weight.tensor)
-    return [_Target(elements, _FP8), _Target(scales, STORED_SCALES, BLOCK)]
-
-
 def _check(weight: WeightSpec, checkpoint: Checkpoint, rank: int) -> None:
-    nothing = torch.empty(weight.tensor.size_bytes(), dtype=torch.float8_e4m3fn, device="meta")
-    for target in _targets(weight, nothing):
-        for piece in weight.pieces:
-            for name, box in _boxes(target.piece(piece), rank):
-                checkpoint.find(name, box, target.dtypes)
+    shape, dtype = _place(weight)
+    nothing = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
+    for piece in weight.pieces:
+        for filling in fillings(weight, piece, nothing):
+            for name, box in _boxes(filling.piece, rank):
+                if filling.is_number:
+                    checkpoint.number(name, filling.dtypes)
+                else:
+                    checkpoint.find(name, box, filling.dtypes)
+
+
+def _place(weight: WeightSpec) -> tuple[tuple[int, ...], DType]:
+    """Shape and dtype of a weight in its arena; a block-scaled one is a flat run."""
+    if weight.tensor.format.block:
+        count, dtype = flat(weight.tensor)
+        return (count,), dtype
+    return weight.tensor.bind(0, 0), weight.tensor.dtype
 
 
 def _view(weight: WeightSpec, arenas: Arenas) -> Tensor:
-    """The weight's place in the arenas; one in blocks is a flat run of all its bytes."""
-    shape = weight.tensor.bind(0, 0)
-    if weight.tensor.format.block:
-        shape = (weight.tensor.size_bytes(),)
-    return arenas.view("weights", weight.offset_bytes, shape, weight.tensor.dtype)
+    shape, dtype = _place(weight)
+    return arenas.view("weights", weight.offset_bytes, shape, dtype)
 
 
-def _copy(
-    piece: Piece, target: _Target, checkpoint: Checkpoint, rank: int, staging: Staging
-) -> None:
-    """Copy a piece to its place in the weight; one of experts has a checkpoint tensor for each."""
-    piece = target.piece(piece)
-    place = target.tensor[_box(piece.at, piece.size)]
+def _fill(filling: Filling, checkpoint: Checkpoint, rank: int, staging: Staging) -> None:
+    """Fill a piece's place; one of experts has a checkpoint tensor for each.
+
+    Raises:
+        PlanError: a scale of NVFP4 is negative or NaN.
+    """
+    piece = filling.piece
+    place = filling.tensor[_box(piece.at, piece.size)]
     parts: Sequence[Tensor] = (place,)
     if "{expert}" in piece.source:
         parts = place.unbind(0)
     for (name, box), part in zip(_boxes(piece, rank), parts, strict=True):
-        source = checkpoint.find(name, box, target.dtypes)
-        staging.copy(part, source[box])
+        if filling.is_number:
+            number = checkpoint.number(name, filling.dtypes)
+            part.fill_(1.0 / number if filling.divides else number)
+            continue
+        values = checkpoint.find(name, box, filling.dtypes)[box]
+        if filling.is_scale and (values.view(torch.uint8) > _LARGEST_E4M3).any():
+            raise PlanError(f"`{name}` has a scale that is negative or no number", _HINT)
+        staging.copy(part, values)
 
 
 def _box(starts: Iterable[int], sizes: Iterable[int]) -> Box:

@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenspeed_plan.plans.fp8_format import E4M3_MAX
+
 Attrs = Mapping[str, Any]
+FP8 = torch.float8_e4m3fn
 
 
 def split_gate(attrs: Attrs, qg_TN: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,9 +106,19 @@ def kv_write(attrs: Attrs, k_TN: Tensor, v_TN: Tensor, slots_T: Tensor, cache: T
     page_T = slots_T // page_size
     offset_T = slots_T % page_size
     heads = (attrs["num_kv_heads"], attrs["head_dim"])
-    cache[page_T, 0, offset_T] = k_TN.unflatten(-1, heads)
-    cache[page_T, 1, offset_T] = v_TN.unflatten(-1, heads)
+    bits = cache
+    if cache.dtype == FP8:  # PyTorch has no indexed writes of it
+        bits = cache.view(torch.uint8)
+        k_TN = _fp8_bits(k_TN / attrs.get("k_scale", 1.0))
+        v_TN = _fp8_bits(v_TN / attrs.get("v_scale", 1.0))
+    bits[page_T, 0, offset_T] = k_TN.unflatten(-1, heads)
+    bits[page_T, 1, offset_T] = v_TN.unflatten(-1, heads)
     return ()
+
+
+def _fp8_bits(x: Tensor) -> Tensor:
+    """Rounded to e4m3; what is larger than its largest number becomes that."""
+    return x.float().clamp(-E4M3_MAX, E4M3_MAX).to(FP8).view(torch.uint8)
 
 
 def attention(
@@ -125,12 +138,13 @@ def attention(
     q_TQD = q_TN.unflatten(-1, heads)
     if attrs["mode"] == "decode":
         q_SRQD = q_TQD.unflatten(0, (len(context_S), -1))
-        return (_decode(q_SRQD, page_table_SP, context_S, cache),)
+        return (_decode(attrs, q_SRQD, page_table_SP, context_S, cache),)
     contexts = context_S.tolist()
     bounds = cu_seqlens.tolist()
     outputs = []
     for i, (start, end) in enumerate(pairwise(bounds)):
         y_TN = _one_sequence(
+            attrs,
             q_TQD[start:end],
             page_table_SP[i],
             contexts[i],
@@ -141,21 +155,31 @@ def attention(
     return (y_TN,)
 
 
-def _gather(page_table: Tensor, length: int, cache: Tensor) -> tuple[Tensor, Tensor]:
+def _gather(
+    attrs: Attrs, page_table: Tensor, length: int, cache: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Keys and values [..., K, C, D] of the first `length` tokens of pages [..., P]."""
     page_size = cache.shape[2]
     num_pages = -(-length // page_size)
     used = page_table[..., :num_pages]
-    pages = cache.index_select(0, used.flatten())
+    if cache.dtype == FP8:
+        bits = cache.view(torch.uint8).index_select(0, used.flatten())
+        pages = bits.view(FP8).to(dtype)
+    else:
+        pages = cache.index_select(0, used.flatten())
     pages = pages.unflatten(0, used.shape)  # [..., P, 2, page_size, K, D]
     kv = pages.movedim(-4, 0)
     kv = kv.flatten(-4, -3)  # [2, ..., P * page_size, K, D]
     kv = kv.narrow(-3, 0, length)
     k, v = kv.transpose(-2, -3)
+    if cache.dtype == FP8:
+        k, v = k * attrs.get("k_scale", 1.0), v * attrs.get("v_scale", 1.0)
     return k, v
 
 
-def _decode(q_SRQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Tensor) -> Tensor:
+def _decode(
+    attrs: Attrs, q_SRQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Tensor
+) -> Tensor:
     """All sequences at once: keys beyond the end of a shorter one are masked.
 
     What lies there may be NaN of a request that has failed, and 0 * NaN is not 0: it is cleared.
@@ -163,7 +187,7 @@ def _decode(q_SRQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Ten
     contexts = context_S.tolist()
     max_context = max(contexts)
     query_len = q_SRQD.shape[1]
-    k_SKCD, v_SKCD = _gather(page_table_SP, max_context, cache)
+    k_SKCD, v_SKCD = _gather(attrs, page_table_SP, max_context, cache, q_SRQD.dtype)
     for i, length in enumerate(contexts):
         k_SKCD[i, :, length:] = 0
         v_SKCD[i, :, length:] = 0
@@ -181,10 +205,12 @@ def _decode(q_SRQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Ten
     return y_SQRD.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
-def _one_sequence(q_TQD: Tensor, pages_P: Tensor, length: int, cache: Tensor) -> Tensor:
+def _one_sequence(
+    attrs: Attrs, q_TQD: Tensor, pages_P: Tensor, length: int, cache: Tensor
+) -> Tensor:
     """The new queries of one sequence, whose keys are already in the cache."""
     first = length - q_TQD.shape[0]
-    k_KCD, v_KCD = _gather(pages_P, length, cache)
+    k_KCD, v_KCD = _gather(attrs, pages_P, length, cache, q_TQD.dtype)
     position_C = torch.arange(length, device=cache.device)
     visible_TC = position_C[None] <= position_C[first:, None]
     q_QTD = q_TQD.transpose(0, 1)

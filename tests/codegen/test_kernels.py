@@ -114,6 +114,28 @@ FP8_CASES = {
         "decode", (1,) * 2, (0, 9), kind="blocks", layout=ParallelLayout(1, 1, 2), fp8=True
     ),
 }
+FP4_CASES = {
+    "nvfp4, one sequence": Case("decode", (1,), (40,), kind="blocks", fp4="experts"),
+    "nvfp4, mixed, two drafts": Case(
+        "decode", (3,), (40,), kind="blocks", depth=2, fp8=True, fp4="experts"
+    ),
+    "nvfp4, all matrices": Case("decode", (1,) * 2, (40, 3), kind="blocks", fp4="all"),
+    "nvfp4, prefill": Case("prefill", (1, 70), (5, 0), kind="blocks", fp4="all"),
+    "nvfp4, experts of a rank": Case(
+        "decode", (1,) * 2, (0, 9), kind="blocks", layout=ParallelLayout(1, 1, 2), fp4="experts"
+    ),
+}
+FP8_KEYS_CASES = {
+    "fp8 keys, one sequence": Case(
+        "decode", (1,), (40,), kind="dense", fp8_keys=True, key_scales=(0.5, 0.01)
+    ),
+    "fp8 keys, two drafts": Case(
+        "decode", (3,) * 2, (40, 0), "bf16", kind="dense", gpu="H200", depth=2, fp8_keys=True
+    ),
+    "fp8 keys, prefill": Case(
+        "prefill", (1, 70), (5, 0), kind="dense", fp8_keys=True, key_scales=(0.5, 0.01)
+    ),
+}
 LAST_PAGE = (0, 1, 15, 16, 17, 100, 300, 505)
 DRAFTED = {
     "one sequence, four queries": Case("decode", (4,), (40,), depth=3),
@@ -158,6 +180,7 @@ FORCED = replace(VERIFIED, lengths=(6,) * 30, before=tuple(range(30)), forced=(0
 
 
 ALL_CASES = CASES | FAMILY_CASES | FP8_CASES | DRAFTED
+STORED_CASES = FP4_CASES | FP8_KEYS_CASES  # only what reads or writes these formats is new
 
 
 def has_more_rows_than_it_needs(kernel: KernelSpec, case: Case) -> bool:
@@ -223,6 +246,21 @@ def test_masks_equal_their_reference(case: Case) -> None:
             continue
         ((_, error),) = errors(broken(built, old, new), case)
         assert error != 0.0, new
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STORED_CASES.values(), ids=STORED_CASES.keys())
+def test_kernels_of_other_formats_equal_their_references(case: Case) -> None:
+    compared = 0
+    for kernel in kernels_of(case):
+        dtypes = {param.tensor.dtype for param in kernel.kernel.params}
+        if not dtypes & {"fp4", "fp8"}:
+            continue
+        for rank in range(case.layout.num_ranks):
+            for name, error in errors(kernel, case, rank=rank):
+                assert error <= TOLERANCE[case.dtype], (kernel.kernel.name, name, rank)
+                compared += 1
+    assert compared
 
 
 @pytest.mark.slow
@@ -307,6 +345,9 @@ PAIRS = DRAFTED["three sequences, two queries"]
 SLOTS = Case("prefill", (1, 5), (0, 3), depth=3, kind="few heads")
 FEW_SEQS = Case("prefill", (2,) * 3, (0, 1, 2), depth=2)
 FP8_ONE, FP8_MANY = FP8_CASES["fp8, one sequence"], FP8_CASES["fp8, prefill"]
+FP4_ONE, FP4_MANY = FP4_CASES["nvfp4, one sequence"], FP4_CASES["nvfp4, prefill"]
+FP4_TWO = FP4_CASES["nvfp4, all matrices"]
+KEYS_ONE = FP8_KEYS_CASES["fp8 keys, one sequence"]
 FP8_FEW = Case("decode", (1,) * 3, (5, 64, 0), kind="dense blocks", fp8=True)
 MUTATIONS = [
     (MANY, "rms_norm", "/ H + EPS", "/ H + 0.1"),
@@ -438,6 +479,17 @@ MUTATIONS = [
     (SEQS, "linear_add", "m < num_seqs", "m < num_seqs - 1"),
     (FEW_SEQS, "qk_norm_rope_write", "rope_positions + t", "rope_positions"),
     (FEW_SEQS, "attention_gate", "attention_context_lens + s)", "attention_context_lens)"),
+    (FP4_ONE, "moe_up", "(bits >> 3)", "(bits >> 2)"),
+    (FP4_ONE, "moe_up", "8 * J - 7", "8 * J - 6"),
+    (FP4_ONE, "moe_up", "factors + INNER + row", "factors + row"),
+    (FP4_ONE, "moe_down_add", "factors + held * H", "factors + 0 * held"),
+    (FP4_ONE, "moe_down_add", "J * 16", "J * 15"),
+    (FP4_TWO, "linear_add", "q[:, None] // 4 * 2", "q[:, None] // 8 * 2"),
+    (FP4_MANY, "grouped_up", "(0, 1, 3, 4, 5, 2)", "(0, 1, 4, 3, 5, 2)"),
+    (FP4_MANY, "grouped_down", "(scales + at * 2 + 1", "(scales + at * 2"),
+    (FP4_MANY, "linear_silu_mul", "factors + N + n", "factors + n"),
+    (KEYS_ONE, "attention_gate", "tl.float32), value.to", "tl.float32), key.to"),
+    (KEYS_ONE, "qk_norm_rope_write", "-448.0, 448.0", "-0.5, 0.5"),
     (FP8_ONE, "norm_linear", "first // BLOCK * (K // BLOCK)", "0"),
     (FP8_ONE, "norm_linear", "scales + k0 // BLOCK", "scales"),
     (FP8_ONE, "moe_up", "scales += first // BLOCK", "scales += 0 * first"),

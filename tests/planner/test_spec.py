@@ -139,10 +139,6 @@ def test_bad_specs(change: dict[str, Any], says: str, hint: str) -> None:
         ({"target": {"gpu": "B20"}}, "no GPU called `B20`"),
         ({"model": {"preset": "qwen3.5-8b"}}, "no preset `qwen3.5-8b`"),
         ({"model": {"path": "no/such"}}, "no folder `no/such`"),
-        (
-            {"model": {"preset": "qwen3.5-9b", "weights": "nvfp4"}},
-            "`model.weights: nvfp4` is not planned yet",
-        ),
         ({"workload": {"first_turn_tokens": 300_000}}, "has 262144 positions"),
         ({"model": {"preset": "qwen3.5-397b-a17b"}, "target": {"gpu": "H100"}}, "GiB on each H100"),
         ({"workload": {"concurrency": 60_000}}, "GiB on each"),
@@ -161,7 +157,7 @@ def test_what_cannot_be_planned_says_why(change: dict[str, Any], says: str) -> N
     ("model", "gpu", "says"),
     [
         ({"preset": "qwen3.5-9b", "weights": "fp8"}, "A100", "no matrix rate for fp8 weights"),
-        ({"preset": "qwen3.5-9b", "weights": "nvfp4"}, "B200", "nvfp4` is not planned"),
+        ({"preset": "qwen3.5-9b", "weights": "nvfp4"}, "A100", "no matrix rate for nvfp4 weights"),
         ({"preset": "qwen3.5-9b", "weights": "fp32"}, "H200", "fp32` has no kernels that fit H200"),
         ({"preset": "qwen3-0.6b", "weights": "fp32"}, "B200", "fp32` has no kernels that fit B200"),
         ({"preset": "qwen3.5-9b"}, "RTX5090", "Gated DeltaNet layers"),
@@ -184,6 +180,8 @@ def test_fp8_blocks_are_not_cut() -> None:
     spec = Spec.model_validate({"version": 1, "model": model, "target": target})
     with pytest.raises(SpecError, match="FP8 blocks"):
         check_layout(ParallelLayout(16, 16, 1), find_model(spec).config, "fp8")
+    with pytest.raises(SpecError, match="not whole runs of 128 NVFP4 elements"):
+        check_layout(ParallelLayout(16, 16, 1), find_model(spec).config, "nvfp4")
 
 
 def test_a_plan_that_does_not_fit_shows_its_memory_map() -> None:
@@ -289,7 +287,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"vocab_size": (1 << 20) + 1}, "the most is 1048576"),
         ({"attention_bias": True}, "biases are not planned"),
         ({"output_gate_type": "sigmoid"}, "output_gate_type"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quant_method` 'awq', only 'fp8'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method` 'awq', only 'fp8' or"),
         ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size` missing"),
         ({"quantization_config": 8}, "is 8, not an object"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),

@@ -17,7 +17,8 @@ DTYPES: tuple[DType, ...] = tuple(DTYPE_BITS)
 def random_format(rng: random.Random) -> Format:
     block = tuple(rng.randint(1, 200_000) for _ in range(rng.randint(0, 4)))
     scale = rng.choice(DTYPES) if block else None
-    return Format(dtype=rng.choice(DTYPES), block=block, scale=scale)
+    row_scale = rng.choice((None, *DTYPES)) if block else None
+    return Format(dtype=rng.choice(DTYPES), block=block, scale=scale, row_scale=row_scale)
 
 
 def test_every_format_goes_through_json() -> None:
@@ -48,6 +49,8 @@ def test_bytes_count_scales() -> None:
         ("fp8[128x128]:f32", "unknown dtype `f32`"),
         ("fp8[128x128]", "is no format such as"),
         ("fp8:fp32", "is no format such as"),
+        ("fp8[128x128]:fp32:f32", "unknown dtype `f32`"),
+        ("fp8:fp32:fp32", "is no format such as"),
         ("fp8[0x128]:fp32", "greater than or equal to 1"),
         ("fp8[]:fp32", "is no format such as"),
         ("fp8[128x128]:fp32 ", "is no format such as"),
@@ -64,3 +67,11 @@ def test_a_block_and_its_scale_come_together() -> None:
         Format(dtype="fp8", block=(16,))
     with pytest.raises(ValidationError, match="come together"):
         Format(dtype="fp8", scale="fp32")
+    with pytest.raises(ValidationError, match="factors of rows come with blocks"):
+        Format(dtype="fp8", row_scale="fp32")
+
+
+def test_bytes_of_nvfp4() -> None:
+    """A published expert: [N, K / 2] bytes, [N, K / 16] scales; its factor is one of each row."""
+    spec = TensorSpec(shape=(8, 512, 2048), format=FORMATS["nvfp4"])
+    assert spec.size_bytes() == 8 * 512 * (1024 + 128 + 4)

@@ -7,27 +7,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from checkpoints import KINDS, VOCAB, Kind, load_oracle, oracle_greedy, write_checkpoint
-from click.testing import CliRunner
-from conftest import ROOT, make_spec
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from checkpoints import KINDS, Kind, load_oracle, oracle_greedy, write_checkpoint
+from conftest import make_spec
+from quantised_models import (
+    ALL,
+    BLOCKS,
+    DEMO,
+    DENSE,
+    NUM_TOKENS,
+    Tensors,
+    fuse_experts,
+    held_out_ids,
+    ids_of,
+    loss_of,
+    prompts,
+    quantize,
+    values_of,
+    weights_of,
+)
+from safetensors.torch import save_file
 
 from tokenspeed_plan.planner import compile_plan, find_model
-from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
 from tokenspeed_plan.plans.fp8_format import FP8
-from tokenspeed_plan.runtime import Engine, SamplingParams
+from tokenspeed_plan.runtime import Engine
 from tokenspeed_plan.runtime.execution.arenas import Arenas
 from tokenspeed_plan.runtime.execution.fp8_blocks import (
     Scaled,
@@ -37,33 +48,6 @@ from tokenspeed_plan.runtime.execution.fp8_blocks import (
 )
 from tokenspeed_plan.runtime.loading.preflight import find_weights
 from tokenspeed_plan.runtime.loading.weights import load_weights
-
-NUM_TOKENS = 8
-Tensors = dict[str, torch.Tensor]
-BLOCKS: dict[str, Any] = {
-    "hidden_size": 256,
-    "head_dim": 128,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "intermediate_size": 384,
-    "moe_intermediate_size": 128,
-    "shared_expert_intermediate_size": 256,
-    "num_experts": 4,
-    "mrope_section": [6, 5, 5],
-}
-MOE = Kind(sizes={key: size for key, size in BLOCKS.items() if key != "intermediate_size"})
-DENSE = Kind(moe=False, tied=True, sizes={k: v for k, v in BLOCKS.items() if "exp" not in k})
-DENSE.sizes.pop("moe_intermediate_size")
-ALL = {"moe": MOE, "dense": DENSE}
-
-
-def quantize(source: Path, target: Path, *options: str) -> Any:
-    args = ["quantize", str(source), str(target), *(options or ("--to", "fp8"))]
-    return CliRunner().invoke(main, args)
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +69,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-def weights_of(folder: Path) -> Tensors:
-    weights: Tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(path)
-    return weights
-
-
 def dequantised(folder: Path, num_experts: int = BLOCKS["num_experts"]) -> Tensors:
     """All weights in fp32 and with the experts of the decoder fused, as the source has them."""
     stored = weights_of(folder)
@@ -103,46 +80,6 @@ def dequantised(folder: Path, num_experts: int = BLOCKS["num_experts"]) -> Tenso
         if not name.endswith("_scale_inv")
     }
     return fuse_experts(plain, num_experts)
-
-
-def values_of(elements: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """w[i, j] = e4m3(code) * scale[i // 128, j // 128], from the bits."""
-    code = elements.view(torch.uint8).numpy().astype(np.int64)
-    sign, exponent, fraction = 1 - 2 * (code >> 7), (code >> 3) & 15, code & 7
-    normal = (1 + fraction / 8) * 2.0 ** (exponent - 7)
-    values = sign * np.where(exponent == 0, fraction / 8 * 2.0**-6, normal)
-    factors = scales.float().numpy()
-    rows, columns = np.indices(code.shape)
-    return torch.from_numpy((values * factors[rows // 128, columns // 128]).astype(np.float32))
-
-
-def fuse_experts(weights: Tensors, num_experts: int) -> Tensors:
-    stems = {name.partition(".0.gate_proj")[0] for name in weights if ".0.gate_proj" in name}
-    for stem in sorted(stems):
-        if stem.startswith("mtp."):
-            continue
-        parts: dict[str, list[torch.Tensor]] = {"gate": [], "up": [], "down": []}
-        for expert in range(num_experts):
-            for key, found in parts.items():
-                found.append(weights.pop(f"{stem}.{expert}.{key}_proj.weight"))
-        gates, ups = torch.stack(parts["gate"]), torch.stack(parts["up"])
-        weights[f"{stem}.gate_up_proj"] = torch.cat((gates, ups), 1)
-        weights[f"{stem}.down_proj"] = torch.stack(parts["down"])
-    return weights
-
-
-def prompts() -> list[list[int]]:
-    random = torch.Generator().manual_seed(5)
-    return [torch.randint(0, VOCAB - 20, (n,), generator=random).tolist() for n in (40, 3)]
-
-
-def ids_of(folder: Path, **changes: Any) -> list[list[int]]:
-    spec = make_spec(folder, model={"weights": "auto"}, **changes)
-    if "fp8" not in folder.name:
-        spec = make_spec(folder, **changes)
-    engine = Engine.from_plan(compile_plan(spec, find_model(spec)), folder)
-    params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
-    return [list(done.token_ids) for done in engine.generate(prompts(), params)]
 
 
 @pytest.mark.slow
@@ -305,7 +242,10 @@ BROKEN_TENSORS = {
         set_to(DOWN, lambda tensor: tensor.to(torch.bfloat16)),
         f"`{DOWN}` is stored as BF16, and `{DOWN}_scale_inv` is there too",
     ),
-    "one of two that are read together": (unconvert(K), f"{K}` is not, one kernel reads both"),
+    "one of two that are read together": (
+        unconvert(K),
+        f"`{K}` as plain elements, one kernel reads both",
+    ),
     "a matrix that nobody says is kept": (unconvert(DOWN), "does not list"),
 }
 
@@ -328,8 +268,15 @@ def test_contradictions_of_tensors_are_refused(
 BROKEN_CONFIGS = {
     "per tensor": ({"weight_block_size": None}, "weight_block_size` None"),
     "other blocks": ({"weight_block_size": [64, 64]}, r"\[64, 64\], only \[128, 128\]"),
-    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'modelopt', only 'fp8'"),
-    "compressed-tensors": ({"quant_method": "compressed-tensors"}, "'compressed-tensors'"),
+    "modelopt": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        r"\(fp8_blocks\), and by `quantization_config` it is nvfp4",
+    ),
+    "compressed-tensors": (
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        "'float-quantized', only 'nvfp4-pack-quantized'",
+    ),
+    "awq": ({"quant_method": "awq"}, "'awq', only 'fp8' or 'modelopt' or 'compressed-tensors'"),
     "static activations": ({"activation_scheme": "static"}, "'static', only 'dynamic'"),
     "e5m2": ({"fmt": "e5m2"}, "'e5m2', only 'e4m3'"),
     "no names": ({"modules_to_not_convert": [3]}, "not names"),
@@ -408,7 +355,7 @@ def test_what_cannot_be_quantised_is_refused(folders: Any, tmp_path: Path) -> No
     for args, says in (
         ((quantised, tmp_path / "a"), "is quantised already"),
         ((source, full), "is there already"),
-        ((source, tmp_path / "b", "--to", "nvfp4"), "`--to nvfp4` is not made yet"),
+        ((source, tmp_path / "b", "--to", "int4"), "`--to int4` is not made"),
         ((empty, tmp_path / "c"), "cannot read"),
         ((narrow(tmp_path), tmp_path / "d"), "is not whole blocks of 128 x 128"),
         ((not_finite(tmp_path), tmp_path / "e"), "has elements that are not finite"),
@@ -418,34 +365,6 @@ def test_what_cannot_be_quantised_is_refused(folders: Any, tmp_path: Path) -> No
         assert says in done.output
         assert done.output.count("error:") == done.output.count("hint:") == 1
     assert not (tmp_path / "e" / "config.json").exists()
-
-
-DEMO = ROOT / "examples/demo/model"
-HELD_OUT_TOKENS, ROW = 6144, 256
-
-
-def held_out_ids() -> torch.Tensor:
-    """Tokens of standard library files that the demo model was not trained on, [rows, ROW]."""
-    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    ids: list[int] = []
-    for path in sorted(Path(os.__file__).parent.glob("*.py")):
-        # The rule of tools/train_demo_model.py: one file in forty, by its name.
-        if int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % 40 == 7:
-            ids += tokenizer.encode(path.read_text(encoding="utf-8")).ids
-    count = min(len(ids), HELD_OUT_TOKENS) // ROW * ROW
-    return torch.tensor(ids[:count]).view(-1, ROW)
-
-
-@torch.no_grad()
-def loss_of(folder: Path, ids: torch.Tensor) -> float:
-    """transformers' loss in fp32, nats a token."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
-    losses = [model(rows, labels=rows).loss.item() for rows in ids.split(4)]
-    return sum(losses) / len(losses)
 
 
 @pytest.mark.slow
