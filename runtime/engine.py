@@ -69,7 +69,7 @@ class Engine:
         self._ids = itertools.count()
         self._stop_ids = frozenset(stop_ids_of(plan))
         self._reset()
-        self.executor.prepare()
+        self.time_startup("prepare_s", self.executor.prepare)
 
     def _reset(self) -> None:
         """Forget every request, and what was launched for them."""
@@ -108,7 +108,7 @@ class Engine:
         """
         loaded = load_bundle(bundle, weights, chat, backend, launch, lead, depth, signers)
         engine = cls(loaded.plan, loaded.executor, loaded.tokenizer, cache=cache)
-        engine.startup_s = loaded.startup_s
+        engine.startup_s = loaded.startup_s | engine.startup_s
         return engine
 
     @classmethod
