@@ -236,7 +236,7 @@ def times(maker: Maker, hidden: int, warps: list[int]) -> None:
                 ]
                 found[rows] = round(graph_us(calls * 5), 2)
             say("us", warps=num_warps, overlap=overlap, by_rows=found)
-        for ahead, programs in itertools.product((0, 1, 2, 4), (132, 256)):
+        for ahead, programs in itertools.product((0, 2, 4), (132, 256, 512)):
             kernel, found = maker.many(num_warps, ahead, programs), {}
             for rows in (256, 512, 1024, 2048, 8192):
                 calls = [

@@ -34,11 +34,11 @@ def is_rank() -> bool:
 
 def with_rank_sums(profile: Profile) -> Profile:
     """The profile with the sums and concatenations that this machine's GPUs were measured at."""
-    import torch
+    from tokenspeed_plan.runtime.bench.machine import num_gpus
 
     args: tuple[str, ...] = click.get_current_context().meta[ARGS]
     times: dict[int, RankTimes] = {}
-    for count in (count for count in COUNTS if count <= torch.cuda.device_count()):
+    for count in (count for count in COUNTS if count <= num_gpus()):
         click.echo(f"measuring sums of {count} GPUs", err=True)
         with started_ranks(count, args):
             times[count] = measure_rank(profile)

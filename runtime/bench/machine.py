@@ -46,6 +46,11 @@ def sizes(device: str) -> dict[str, int]:
     return {"num_sms": properties.multi_processor_count, "memory_bytes": properties.total_memory}
 
 
+def num_gpus() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count()
+
+
 def provenance(device: str) -> dict[str, str]:
     """The versions and the memory that a measurement was made with."""
     found = {"torch": str(torch.__version__)}
