@@ -13,7 +13,6 @@ Letters: R ranks, T rows, H hidden size, K calls of a program.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -53,6 +52,7 @@ MOST_ROWS = 256  # with a program each
 CHUNK = 8192  # rows of prefill
 POOL = 11  # inputs that differ; no multiple of the generations
 PROGRAMS = ((1, 7), (4, 5), (16, 4), (700, 2))  # rows, and calls
+IN_TURNS = ((0, 256), (2, 132), (2, 256), (2, 512), (4, 256))  # rows ahead, and programs
 CYCLES_PER_US = 1_700
 SHORT_WAIT = ("POLLS: tl.constexpr = 134217728", "POLLS: tl.constexpr = 8000000")  # seconds
 
@@ -236,7 +236,7 @@ def times(maker: Maker, hidden: int, warps: list[int]) -> None:
                 ]
                 found[rows] = round(graph_us(calls * 5), 2)
             say("us", warps=num_warps, overlap=overlap, by_rows=found)
-        for ahead, programs in itertools.product((0, 2, 4), (132, 256, 512)):
+        for ahead, programs in IN_TURNS:
             kernel, found = maker.many(num_warps, ahead, programs), {}
             for rows in (256, 512, 1024, 2048, 8192):
                 calls = [
