@@ -33,7 +33,6 @@ FAULTS = {
 }
 MOST_S = 10.0
 START_S = 180.0
-OTHERS = 1 << 20  # a number of no rank
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
 SIDE = 128  # distinct token ids in a row
 
@@ -74,8 +73,14 @@ class Run:
         return self.errors.read()
 
     def processes(self) -> list[int]:
-        """Rank 0 and the ranks that it started."""
+        """Rank 0, the ranks that it started, and whatever else it did."""
         return [self.process.pid, *children(self.process.pid)]
+
+    def rank(self, number: int) -> int:
+        """The process of a rank."""
+        if number == 0:
+            return self.process.pid
+        return next(each for each in children(self.process.pid) if rank_of(each) == number)
 
 
 def end_with_parent() -> None:
@@ -84,21 +89,21 @@ def end_with_parent() -> None:
 
 
 def children(process: int) -> list[int]:
-    """The processes that a process has started, the ranks in their order and then the others."""
+    """The processes that a process has started."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal() and parent_and_state(int(folder.name))[0] == process:
             found.append(int(folder.name))
-    return sorted(found, key=lambda each: (rank_of(each), each))
+    return sorted(found)
 
 
 def rank_of(process: int) -> int:
-    """The number of a rank by its environment; a large one for other processes."""
+    """The number of a rank by its environment; -1 for other processes."""
     try:
         words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
     except OSError:
         words = []
-    return next((int(word[5:]) for word in words if word.startswith(b"RANK=")), OTHERS)
+    return next((int(word[5:]) for word in words if word.startswith(b"RANK=")), -1)
 
 
 def parent_and_state(process: int) -> tuple[int, str]:
@@ -124,7 +129,7 @@ def fault_once(bundle: Path, folder: Path, fault: str) -> str:
     run.wait_for_answers(size)
     time.sleep(0.2)
     processes = run.processes()
-    os.kill(processes[rank], number)
+    os.kill(run.rank(rank), number)
     begun = time.monotonic()
     while any(map(is_alive, processes)) and time.monotonic() - begun < 2 * MOST_S:
         run.process.poll()

@@ -286,7 +286,7 @@ def test_a_broken_sum_over_ranks_is_named(short: Path, tmp_path: Path) -> None:
     codes = wait(start(2, ["run", tmp_path / "plan", "--check"], tmp_path))
     assert all(codes), logs(tmp_path, 2)
     assert re.search(
-        r"step \d+ of decode/\d+, `reduce_add_norm_\w+`, .* differ by ", logs(tmp_path, 2)
+        r"step \d+ of prefill/\d+, `reduce_add_norm_\w+`, .* differ by ", logs(tmp_path, 2)
     )
 
 
