@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 benchmarks/all_reduce.py [--replays 100000] [--seconds 30]
 
-It renders and compiles the kernel `reduce_add_norm` as a plan has it, and launches it as the
-runtime does. Three parts, each a line of JSON: microseconds of a launch in a CUDA graph beside
-NCCL's; replays of three programs in random order, each rank held up at random, with every result
-compared; and what a rank does that waits in vain.
+It renders and compiles the kernel `reduce_add_norm` as a plan has it, for decode (a row a program)
+and for prefill (rows in turns), and launches it as the runtime does. Each part is a line of JSON:
+microseconds of a launch in a CUDA graph beside NCCL's; replays of programs in random order, each
+rank held up at random, with every result compared; and what a rank does that waits in vain.
 
 Letters: R ranks, T rows, H hidden size, K calls of a program.
 """
@@ -31,8 +31,9 @@ import torch.distributed._symmetric_memory as symm
 from torch import Tensor
 
 from tokenspeed_plan.codegen.build import Job, compile_kernel
-from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
+from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.codegen.render import source_digest
+from tokenspeed_plan.planner.advisor.sum_probe import EPS, push_kernels
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.plans.kernel_abi import bind_launch
 from tokenspeed_plan.plans.peer_memory import (
@@ -43,41 +44,17 @@ from tokenspeed_plan.plans.peer_memory import (
     STOP,
     explain,
 )
-from tokenspeed_plan.plans.schema import Binary, KernelSpec, Param, Part
-from tokenspeed_plan.plans.types import Attr, TensorSpec, aligned
+from tokenspeed_plan.plans.schema import Binary, GridDim, KernelSpec
+from tokenspeed_plan.plans.types import aligned
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels, _Arguments, call
 
-EPS = 1e-6
-MOST_ROWS = 256
+MOST_ROWS = 256  # with a program each
+CHUNK = 8192  # rows of prefill
 POOL = 11  # inputs that differ; no multiple of the generations
-PROGRAMS = ((1, 7), (4, 5), (16, 4))  # rows, and calls
+PROGRAMS = ((1, 7), (4, 5), (16, 4), (700, 2))  # rows, and calls
+IN_TURNS = ((0, 256), (2, 132), (2, 256), (2, 512), (4, 256))  # rows ahead, and programs
 CYCLES_PER_US = 1_700
 SHORT_WAIT = ("POLLS: tl.constexpr = 134217728", "POLLS: tl.constexpr = 8000000")  # seconds
-
-
-def reduce_add_norm(hidden: int, num_ranks: int) -> KernelSpec:
-    """Sum over the ranks, residual, norm, as the kernel of a plan."""
-    rows = TensorSpec.of(("num_tokens", hidden), "bf16")
-    norm = TensorSpec.of((hidden,), "bf16")
-    params = (
-        Param(name="all_reduce_x", role="input", tensor=rows),
-        Param(name="add_r", role="input", tensor=rows),
-        Param(name="rms_norm_w", role="weight", tensor=norm),
-        Param(name="add_y", role="output", tensor=rows, access="write"),
-        Param(name="rms_norm_y", role="output", tensor=rows, access="write"),
-    )
-    ranks: dict[str, Attr] = {"num_ranks": num_ranks}
-    parts = (
-        Part(kind="all_reduce", operands=("all_reduce_x",), outputs=("sum",), attrs=ranks),
-        Part(kind="add", operands=("sum", "add_r"), outputs=("add_y",), attrs={}),
-        Part(
-            kind="rms_norm",
-            operands=("add_y", "rms_norm_w"),
-            outputs=("rms_norm_y",),
-            attrs={"eps": EPS},
-        ),
-    )
-    return KernelSpec(name="", params=params, parts=parts)
 
 
 @dataclass
@@ -92,7 +69,7 @@ class Peers:
     def join(cls, kernel: KernelSpec) -> Peers:
         """Allocate it on all ranks."""
         specs = {p.name: p.tensor for p in kernel.tensors if p.role == "symmetric"}
-        sizes = {name: aligned(spec.size_bytes(MOST_ROWS, 1)) for name, spec in specs.items()}
+        sizes = {name: aligned(spec.size_bytes(CHUNK, 1)) for name, spec in specs.items()}
         device = torch.device("cuda", torch.cuda.current_device())
         arena = symm.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
         group = dist.group.WORLD
@@ -101,8 +78,8 @@ class Peers:
         table = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device="cuda")
         views, offset = {}, 0
         for name, spec in specs.items():
-            shape = spec.bind(MOST_ROWS, 1)
-            size = spec.size_bytes(MOST_ROWS, 1)
+            shape = spec.bind(CHUNK, 1)
+            size = spec.size_bytes(CHUNK, 1)
             views[name] = arena[offset : offset + size].view(torch.int32).view(shape)
             offset += sizes[name]
         peers = cls(arena, table, views)
@@ -165,6 +142,18 @@ class Kernel:
         return launch
 
 
+class ByRows:
+    """The kernel with a program for each row, and with more rows than that the one with turns."""
+
+    def __init__(self, few: Kernel, many: Kernel) -> None:
+        self.few, self.many, self.peers = few, many, few.peers
+
+    def launcher(self, tensors: list[Tensor], program: int) -> Callable[[], None]:
+        """A launch of the one for so many rows."""
+        kernel = self.many if tensors[0].shape[0] > MOST_ROWS else self.few
+        return kernel.launcher(tensors, program)
+
+
 def make_tensors(rows: int, hidden: int, seed: int) -> tuple[list[Tensor], Tensor, Tensor]:
     """The tensors of a call on this rank, and what it should give: the sum and its norm."""
     random_ = torch.Generator("cuda").manual_seed(1000 * seed + rows)
@@ -220,10 +209,10 @@ def say(what: str, **values: Any) -> None:
         print(json.dumps({"part": what, **values}, allow_nan=False), flush=True)
 
 
-def check(kernel: Kernel, hidden: int) -> None:
+def check(kernel: ByRows, hidden: int) -> None:
     """Right, and the same bits on all ranks, also where calls have other rows."""
     worst, same, sums = 0.0, True, True
-    for seed, rows in enumerate((1, 4, 16, 64, 3, 256, 1, 2, 128, 256) * 3):
+    for seed, rows in enumerate((1, 4, 700, 16, 64, 3, 256, 1, 2048, 2, 128, 256) * 3):
         tensors, total_TH, norm_TH = make_tensors(rows, hidden, seed)
         kernel.launcher(tensors, 0)()
         found = tensors[-1].float()
@@ -236,19 +225,27 @@ def check(kernel: Kernel, hidden: int) -> None:
     say("right", error=worst, sums=sums, same_bits=same, signals=kernel.peers.signals)
 
 
-def times(make: Callable[[int, bool], Kernel], hidden: int, warps: list[int]) -> None:
+def times(maker: Maker, hidden: int, warps: list[int]) -> None:
     """Microseconds of a launch by rows, of each tiling, and of NCCL."""
     for num_warps in warps:
         for overlap in (True, False):
-            kernel, found = make(num_warps, overlap), {}
+            kernel, found = maker.few(num_warps, overlap), {}
             for rows in (1, 4, 16, 64, 128, 256):
                 calls = [
                     kernel.launcher(make_tensors(rows, hidden, seed)[0], 0) for seed in range(POOL)
                 ]
                 found[rows] = round(graph_us(calls * 5), 2)
             say("us", warps=num_warps, overlap=overlap, by_rows=found)
+        for ahead, programs in IN_TURNS:
+            kernel, found = maker.many(num_warps, ahead, programs), {}
+            for rows in (256, 512, 1024, 2048, 8192):
+                calls = [
+                    kernel.launcher(make_tensors(rows, hidden, seed)[0], 0) for seed in range(4)
+                ]
+                found[rows] = round(graph_us(calls * 2), 2)
+            say("us in turns", warps=num_warps, ahead=ahead, programs=programs, by_rows=found)
     found = {}
-    for rows in (1, 4, 16, 64, 128, 256, 1024, 8192):
+    for rows in (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
         x = torch.zeros(rows, hidden, device="cuda", dtype=torch.bfloat16)
         calls = [partial(_all_reduce, x)] * 10
         found[rows] = round(graph_us(calls), 2)
@@ -283,7 +280,7 @@ class Program:
     wanted_KTH: Tensor  # kept, as the graph reads it
 
     @classmethod
-    def make(cls, kernel: Kernel, rows: int, calls: int, hidden: int, number: int) -> Program:
+    def make(cls, kernel: ByRows, rows: int, calls: int, hidden: int, number: int) -> Program:
         """Capture them, each with inputs of its own."""
         found, wanted, launches = [], [], []
         for seed in range(calls):
@@ -300,7 +297,7 @@ class Program:
         return cls(captured([*launches, compare]), wrong, wanted_KTH)
 
 
-def soak(kernel: Kernel, hidden: int, replays: int, seconds: float) -> None:
+def soak(kernel: ByRows, hidden: int, replays: int, seconds: float) -> None:
     """Programs in random order, the same on all ranks, each of which is held up by itself."""
     programs = [
         Program.make(kernel, rows, calls, hidden, number)
@@ -339,7 +336,7 @@ def soak(kernel: Kernel, hidden: int, replays: int, seconds: float) -> None:
     )
 
 
-def in_vain(kernel: Kernel, hidden: int) -> None:
+def in_vain(kernel: ByRows, hidden: int) -> None:
     """Another program on one rank, then a rank that does not come and a runtime that says stop."""
     peers = kernel.peers
     assert peers is not None
@@ -369,6 +366,53 @@ def in_vain(kernel: Kernel, hidden: int) -> None:
     peers.clear()
 
 
+@dataclass
+class Maker:
+    """Compiles the kernel of a decode program and of a prefill program, in any tiling."""
+
+    built: dict[int, Built]
+    sm: int
+    peers: Peers
+
+    @classmethod
+    def of(cls, hidden: int, world: int) -> Maker:
+        """For rows of so many elements, on this GPU."""
+        major, minor = torch.cuda.get_device_capability()
+        hardware = replace(find_hardware("H200"), sm=10 * major + minor)
+        rows = (MOST_ROWS, CHUNK)
+        kernels = push_kernels(hidden, world, rows, hardware)
+        built = dict(zip(rows, kernels, strict=True))
+        return cls(built, hardware.sm, Peers.join(built[CHUNK].kernel))
+
+    def few(self, num_warps: int, overlap: bool) -> Kernel:
+        """A program for each row."""
+        return self._make(MOST_ROWS, num_warps, overlap)
+
+    def many(self, num_warps: int, ahead: int = 2, programs: int = MOST_ROWS) -> Kernel:
+        """Some rows for each program."""
+        texts = (("AHEAD: tl.constexpr = 2", f"AHEAD: tl.constexpr = {ahead}"),)
+        return self._make(CHUNK, num_warps, False, texts, programs)
+
+    def _make(
+        self,
+        rows: int,
+        num_warps: int,
+        overlap: bool,
+        texts: Sequence[tuple[str, str]] = (),
+        programs: int = 0,
+    ) -> Kernel:
+        built = self.built[rows]
+        launch, text = built.kernel.launch, built.source or ""
+        assert launch is not None
+        for old, new in (SHORT_WAIT, *texts):
+            text = text.replace(old, new)
+        changes: dict[str, Any] = {"num_warps": num_warps, "source_sha256": source_digest(text)}
+        if programs:
+            changes["grid"] = (GridDim(fixed=programs),)
+        spec = built.kernel.model_copy(update={"launch": launch.model_copy(update=changes)})
+        return Kernel(Built(spec, text), self.sm, self.peers, overlap)
+
+
 def main() -> None:
     """All parts; one that fails does not end the others."""
     parser = argparse.ArgumentParser()
@@ -381,25 +425,12 @@ def main() -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     hidden = options.hidden
-    hardware = find_hardware("H200")
-    major, minor = torch.cuda.get_device_capability()
-    hardware = replace(hardware, sm=10 * major + minor)
-    plain = reduce_add_norm(hidden, world)
-    tilings = build_kernel("reduce_add_norm", plain, (MOST_ROWS, MOST_ROWS), hardware, True)
-    peers = Peers.join(tilings[0].kernel)
-
-    def make(num_warps: int, overlap: bool) -> Kernel:
-        launch = tilings[0].kernel.launch
-        assert launch is not None
-        text = (tilings[0].source or "").replace(*SHORT_WAIT)
-        changes = {"num_warps": num_warps, "source_sha256": source_digest(text)}
-        spec = tilings[0].kernel.model_copy(update={"launch": launch.model_copy(update=changes)})
-        return Kernel(Built(spec, text), hardware.sm, peers, overlap)
-
-    kernel = make(options.warps[0], True)
+    maker = Maker.of(hidden, world)
+    peers = maker.peers
+    kernel = ByRows(maker.few(options.warps[0], True), maker.many(options.warps[0]))
     parts: list[Callable[[], None]] = [
         lambda: check(kernel, hidden),
-        lambda: times(make, hidden, options.warps),
+        lambda: times(maker, hidden, options.warps),
         lambda: soak(kernel, hidden, options.replays, options.seconds),
         lambda: in_vain(kernel, hidden),
         gather_times,

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +309,19 @@ def load_plan(folder: Path, signers: Signers | None = None) -> Plan:
     text = read_plan(folder)
     if signers is not None:
         signers.check(folder, text.encode())
-    path = folder / PLAN_FILE
-    plan = parse_plan(text, str(path))
+    return _checked_plan(text, str(folder / PLAN_FILE))
+
+
+@lru_cache(maxsize=1)
+def _checked_plan(text: str, name: str) -> Plan:
+    """The plan of a text; a command asks several times, and the checks of a large one take 1 s.
+
+    Raises:
+        PlanError: with what is wrong.
+    """
+    plan = parse_plan(text, name)
     validate(plan)
     check_digest(plan)
     if text != dump_plan(plan):
-        raise PlanError(f"the text of `{path}` was altered after planning", _REPLAN)
+        raise PlanError(f"the text of `{name}` was altered after planning", _REPLAN)
     return plan

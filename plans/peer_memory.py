@@ -27,7 +27,7 @@ PEER_COUNTS = "peer_counts"  # i32 [num_tokens], the running number of each row;
 PEER_SIGNALS = "peer_signals"  # i32 [NUM_SIGNALS]
 GENERATIONS = 3
 HEADER_WORDS = 4  # the first says who sent the slot; 16 bytes keep the next slot aligned
-MAX_PUSH_ROWS = 256  # programs of a launch, all of which must run at once: they wait for each other
+MAX_PUSH_PROGRAMS = 256  # of a launch; all of them run at once, since they wait for their peers
 COUNT_LIMIT = GENERATIONS << 20  # where the running number begins again, a multiple of generations
 
 STOP = 0  # signal: not 0 ends every wait; set by the runtime, or by a rank that gave up

@@ -72,7 +72,7 @@ class Engine:
         self._ids = itertools.count()
         self._stop_ids = frozenset(stop_ids_of(plan))
         self._reset()
-        self.executor.prepare()
+        self.time_startup("prepare_s", self.executor.prepare)
 
     def _reset(self) -> None:
         """Forget every request, and what was launched for them."""
@@ -114,7 +114,7 @@ class Engine:
         """
         loaded = load_bundle(bundle, weights, chat, backend, launch, lead, depth, signers, role)
         engine = cls(loaded.plan, loaded.executor, loaded.tokenizer, cache=cache)
-        engine.startup_s = loaded.startup_s
+        engine.startup_s = loaded.startup_s | engine.startup_s
         return engine
 
     @classmethod

@@ -489,7 +489,7 @@ def test_run_a_batch(bundle: Path, batch: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["custom_id"] for line in lines] == [f"c{i}" for i in range(5)]
     startup = json.loads(summary.read_text())["startup_s"]
-    assert set(startup) == {"read_plan_s", "read_weights_s", "canary_s"}
+    assert set(startup) == {"read_plan_s", "read_weights_s", "prepare_s", "canary_s"}
     alone = cli("run", bundle, "--prompt", "def f3(", "--max-tokens", 4, "--quiet").stdout
     assert lines[3]["response"]["body"]["choices"][0]["text"] + "\n" == alone
 

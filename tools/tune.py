@@ -6,6 +6,9 @@ of its kernel, one after the other. In prefill, where kernels are long, it is ti
     python tools/tune.py plans/frozen/DIR [--phase prefill] [--bucket N] [--kinds a,b] [--alone]
         [--max-kernels N] [--max-tiles N]
 
+Of a plan of several ranks it is rank 0, on one GPU: collectives copy, and kernels that wait for
+peers are told to stop, so that their calls take the time of their own work.
+
 Prints the lines for `codegen/tuned.yaml`, with the microseconds of the program beside the best
 tiles.
 """
@@ -18,10 +21,12 @@ import itertools
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokenspeed_plan.codegen.build import Compiled, Job, compile_all
 from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
@@ -30,14 +35,17 @@ from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.kernel_file import kind_of
-from tokenspeed_plan.plans.schema import Binary, Call, KernelSpec
+from tokenspeed_plan.plans.peer_memory import PEER_SIGNALS, STOP
+from tokenspeed_plan.plans.schema import Binary, Call, KernelSpec, Plan
 from tokenspeed_plan.runtime.bench import prepare
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 from tokenspeed_plan.runtime.bench.replay import Replay
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
 from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.execution.plan_memory import operands_of
+from tokenspeed_plan.runtime.execution.rank_links import Links
 
 REPLAYS = 3  # a round
 MANY = 256  # rows from which on tiles have spaces of their own
@@ -236,6 +244,41 @@ class Chain:
         ]
 
 
+class Copies:
+    """Collectives of a rank without others: what they would send stays what it is."""
+
+    def all_reduce(self, source: Tensor, target: Tensor) -> None:
+        """The part of this rank."""
+        target.copy_(source)
+
+    def all_gather(self, source: Tensor, target: Tensor) -> None:
+        """Its columns, in the place of the first."""
+        target[..., : source.shape[-1]].copy_(source)
+
+
+@dataclass(frozen=True, slots=True)
+class LoneLinks(Links):
+    """Rank 0 without the others, `count` ranks in all: the memory of each of them is its own."""
+
+    count: int = 1
+
+    def peer_memory(self, size_bytes: int, device: str) -> PeerMemory:
+        """The symmetric arena, in the place of each rank's."""
+        own = torch.zeros(size_bytes, dtype=torch.uint8, device=device)
+        return PeerMemory(own, [own.data_ptr()] * self.count)
+
+
+def prepare_alone(plan: Plan, bundle: Path) -> Executor:
+    """An executor of rank 0 that waits for nobody."""
+    if plan.target.count == 1:
+        return prepare(plan, bundle, None)
+    links = LoneLinks(collectives=Copies(), count=plan.target.count)
+    executor = prepare(plan, bundle, None, links=links)
+    if any(buffer.name == PEER_SIGNALS for buffer in plan.pool.buffers):
+        executor.buffer(PEER_SIGNALS, 1, 1)[STOP] = 1
+    return executor
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -257,7 +300,7 @@ def main() -> None:
     options = parser.parse_args()
     plan = load_plan(options.bundle)
     hardware = find_hardware(plan.target.gpu)
-    executor = prepare(plan, options.bundle, None)
+    executor = prepare_alone(plan, options.bundle)
     shape = (options.bucket, 1) if options.phase == "decode" else (1, options.bucket)
     replay = Replay(plan, executor, options.phase, *shape, options.context)
     replay.run()
@@ -272,7 +315,8 @@ def main() -> None:
     kernels = [
         executor.kernels[name]
         for name in names
-        if not wanted or kind_of(executor.kernels[name]) in wanted
+        if (not wanted or kind_of(executor.kernels[name]) in wanted)
+        and executor.kernels[name].reduced_operand is None  # its tiles are no matter of one rank
     ]
     kernels = sorted(kernels, key=lambda kernel: -taken[kernel.name])[: options.max_kernels]
     tried = {k.name: list(variants(k, rows, hardware, options.max_tiles)) for k in kernels}

@@ -27,12 +27,21 @@ from tokenspeed_plan.codegen.tiling import (
 )
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.plans.fp8_format import BLOCK
-from tokenspeed_plan.plans.peer_memory import COUNT_LIMIT, ERROR, GENERATIONS, STOP, slot_words
+from tokenspeed_plan.plans.peer_memory import (
+    COUNT_LIMIT,
+    ERROR,
+    GENERATIONS,
+    MAX_PUSH_PROGRAMS,
+    STOP,
+    slot_words,
+)
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import DTYPE_BITS, WARP_SIZE, Attr, Constant, TensorSpec
 
 DOT_ROWS = 16  # of a tile on the tensor cores, at least
 FEW_PUSHED = 128  # rows that run at once however many threads each of them has
+PUSHED_AHEAD = 2  # rows that a program with many has sent before it waits for the first
+SMALL_BLOCK = 128  # threads
 MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its weights
 MIN_FILL = 0.7  # programs a multiprocessor that keep a machine busy
 
@@ -76,7 +85,7 @@ def add_norm(work: Work) -> list[Tiling]:
 
 
 def all_reduce(work: Work) -> list[Tiling]:
-    """A program a row, where a thread has four times 16 bytes.
+    """A program a row, where a thread has four times 16 bytes; of many rows each program has some.
 
     That was the fastest of one, two and four times on two H200 (rows of 8 KiB). A wait ends after
     `POLLS` polls, of about half a microsecond each, if nobody ends it before.
@@ -101,7 +110,7 @@ def all_reduce(work: Work) -> list[Tiling]:
     }
     if work.has("rms_norm"):
         constants["EPS"] = work.number("rms_norm", "eps")
-    options = {
+    options: dict[str, object] = {
         "adds": work.has("add"),
         "norm": work.has("rms_norm"),
         "plain": work.plain_norm,
@@ -109,15 +118,21 @@ def all_reduce(work: Work) -> list[Tiling]:
         "dtype": TRITON_DTYPES[work.dtype],
         "bits": f"tl.int{bits}",
     }
-    fewest = num_push_warps(work.specs["all_reduce_x"])
+    reduced = work.specs["all_reduce_x"]
+    fewest = num_push_warps(reduced)
     warps = [fewest, 2 * fewest]
     if work.num_rows > FEW_PUSHED:
         warps = [fewest]
+    grid, most = per_rows(1, work.by_seqs), most_pushed_at_once(reduced, work.hardware.num_sms)
+    options["loops"] = work.num_rows > most
+    if options["loops"]:
+        grid = fixed(most)
+        constants["AHEAD"] = PUSHED_AHEAD
     return [
         Tiling(
             template="all_reduce",
             constants=constants,
-            grid=(per_rows(1, work.by_seqs),),
+            grid=(grid,),
             num_warps=num_warps,
             num_stages=1,
             options=options,
@@ -132,6 +147,24 @@ def num_push_warps(tensor: TensorSpec) -> int:
     columns = tensor.bind(0, 0)[-1]
     row_bytes = columns * DTYPE_BITS[tensor.dtype] // 8
     return max(4, min(16, up2(row_bytes // (64 * WARP_SIZE))))
+
+
+def most_pushed_at_once(tensor: TensorSpec, num_sms: int) -> int:
+    """Programs that push rows of a tensor and certainly run at once, as they wait for their peers.
+
+    Two on a multiprocessor where 128 threads have a row, else one: two times 128 threads with 255
+    registers each fit into the 65,536 of a multiprocessor.
+
+    Args:
+        tensor: whose rows are added up.
+        num_sms: multiprocessors; 0 where programs run one after the other.
+    """
+    if not num_sms:
+        return MAX_PUSH_PROGRAMS
+    programs_per_sm = 1
+    if num_push_warps(tensor) * WARP_SIZE <= SMALL_BLOCK:
+        programs_per_sm = 2
+    return min(MAX_PUSH_PROGRAMS, programs_per_sm * num_sms)
 
 
 def _summed(work: Work) -> str:

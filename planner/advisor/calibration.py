@@ -220,6 +220,35 @@ def with_numbers(
     for group, values in (("numbers", numbers), *groups.items()):
         for key, value in values.items():
             data[group][key] = {"value": _rounded(value), "source": source}
+    return _with_source(data, source, text)
+
+
+def with_tables(
+    profile: Profile,
+    source: str,
+    tables: Mapping[str, Mapping[int, Mapping[int, float]]],
+    text: str,
+) -> Profile:
+    """The profile with measured times of collectives; sources that nothing refers to are dropped.
+
+    Args:
+        profile: to start from.
+        source: name of the measurement.
+        tables: by name, then by GPUs and bytes, in microseconds.
+        text: description of the measurement.
+    """
+    data = profile.model_dump()
+    for name, by_count in tables.items():
+        rounded = {
+            count: {size: round(us, 1) for size, us in by_bytes.items()}
+            for count, by_bytes in by_count.items()
+        }
+        data["all_reduce"][name] = {"source": source, "us": rounded}
+    return _with_source(data, source, text)
+
+
+def _with_source(data: dict[str, Any], source: str, text: str) -> Profile:
+    """The profile with the description of a source, and without those that nothing refers to."""
     data["sources"][source] = text
     changed = Profile.model_validate(data)
     used = changed.used_sources

@@ -20,7 +20,6 @@ from tokenspeed_plan.planner.passes.limits import ALL_ALIKE, Holding, state_slot
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.passes.reduction import largest_reduction, peer_bytes
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
-from tokenspeed_plan.plans.peer_memory import MAX_PUSH_ROWS
 from tokenspeed_plan.plans.schema import ArenaName
 from tokenspeed_plan.plans.types import DTYPE_BITS, Phase, TensorSpec, aligned
 
@@ -248,9 +247,17 @@ class MemoryModel:
         return max(prefill, decode)
 
     def _peers(self, knobs: Knobs, seqs: int) -> int:
-        """Bytes of the slots that peers push into, of the largest decode step that has them."""
-        tokens = min(seqs * (knobs.depth + 1), MAX_PUSH_ROWS)
-        graph = self._sharded("decode", knobs.depth)
+        """Bytes of the slots that peers push into, of the largest program that has them."""
+        chunk, queries = knobs.prefill_chunk, seqs * (knobs.depth + 1)
+        sizes: tuple[tuple[Phase, int], ...] = (
+            ("prefill", chunk),
+            ("prefill", max(chunk // 4, 1)),
+            ("decode", queries),
+        )
+        return max(self._peers_of(phase, tokens, seqs, knobs) for phase, tokens in sizes)
+
+    def _peers_of(self, phase: Phase, tokens: int, seqs: int, knobs: Knobs) -> int:
+        graph = self._sharded(phase, knobs.depth)
         found = largest_reduction(graph, self.steps.hardware, tokens, min(seqs, tokens))
         return peer_bytes(found, tokens, min(seqs, tokens))
 

@@ -13,6 +13,11 @@ import click
 
 from tokenspeed_plan.codegen.build import default_cache
 from tokenspeed_plan.planner.advisor import calibration
+from tokenspeed_plan.planner.commands.calibrate_ranks import (
+    is_rank,
+    measure_rank,
+    with_rank_sums,
+)
 from tokenspeed_plan.planner.compile import Model, build_bundle
 from tokenspeed_plan.planner.machines.hardware import Profile, read_profile
 from tokenspeed_plan.plans.bundle import save_plan
@@ -52,7 +57,10 @@ class CalibrateOptions:
     "--device", type=click.Choice(["cpu", "cuda"]), help="Default: the GPU, where there is one."
 )
 def calibrate(**options: Any) -> None:
-    """Measure this machine: read bandwidth, launches, matrix rates, and each class of kernel."""
+    """Measure this machine: read bandwidth, launches, matrix rates, and each class of kernel.
+
+    With several GPUs also what 2, 4 and 8 of them need to add up and to gather, by bytes.
+    """
     _calibrate(CalibrateOptions(**options))
 
 
@@ -61,8 +69,13 @@ def _calibrate(options: CalibrateOptions) -> None:
 
     device, name = this_machine(options.device)
     base = calibration.base_profile(options.base or name)
+    if is_rank():
+        measure_rank(base)
+        return
     click.echo(f"measuring {name}, from the profile of {base.name}", err=True)
     profile, machine = _measure(base, device)
+    if device == "cuda":
+        profile = with_rank_sums(profile)
     samples = list(_samples(profile, machine, device))
     result = calibration.fit(samples, machine.launch_us)
     probes = f"{', '.join(_probes(device))}, {calibration.LAYERS} layers each"
@@ -82,7 +95,7 @@ def _write(profile: Profile, name: str, out: Path) -> None:
 
 def _measure(profile: Profile, device: str) -> tuple[Profile, Machine]:
     """Measure the rates of the machine itself."""
-    from tokenspeed_plan.runtime.bench.machine import measure_machine, measure_sums, sizes
+    from tokenspeed_plan.runtime.bench.machine import measure_machine, sizes
 
     machine = measure_machine(device)
     peak = profile.numbers["peak_bytes_per_s"].value
@@ -104,19 +117,7 @@ def _measure(profile: Profile, device: str) -> tuple[Profile, Machine]:
     }
     text = "`tokenspeed calibrate`: a large sum, a chain of tiny kernels, one large product"
     measured = calibration.with_numbers(profile, "machine", changed, text, matrix_flops_per_s=rates)
-    if device == "cuda":
-        measured = _with_sums(measured, measure_sums())
     return measured, machine
-
-
-def _with_sums(profile: Profile, sums: dict[int, dict[int, float]]) -> Profile:
-    """The profile with measured large all-reduces; small ones stay those of kernels in a graph."""
-    if not sums:
-        return profile
-    data = profile.model_dump()
-    data["sources"]["nccl"] = "`tokenspeed calibrate`: NCCL's all-reduce, launched one by one"
-    data["all_reduce"]["two_shot"] = {"source": "nccl", "us": sums}
-    return Profile.model_validate(data)
 
 
 def _probes(device: str) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Backend = Literal["reference", "kernels"]
 VERIFY_HELP = "Compare all bytes of the weights with the plan's digests (small ones always are)."
 ARGS = "tokenspeed_plan.args"  # in a context's `meta`: the words of the command
+MOST_UNCHECKED = 16  # ranks that are started before their plan is checked
 _RENAMED_OPTIONS = {"--bodies": "--backend"}
 
 
@@ -167,7 +168,7 @@ def _on_ranks(
     if not is_started and _written_count(bundle) == 1:
         return alone()
     if not is_started:
-        return _start_ranks(load_plan(bundle, options.signers), options, lead)
+        return _start_ranks(bundle, options, lead)
     from tokenspeed_plan.runtime.execution.rank_links import join
     from tokenspeed_plan.runtime.execution.rank_place import own_rank, world_size
 
@@ -202,13 +203,20 @@ def _written(bundle: Path) -> tuple[int, int]:
 
 
 def _start_ranks(
-    frozen: Plan, options: EngineOptions, lead: Callable[[Links], int | None]
+    bundle: Path, options: EngineOptions, lead: Callable[[Links], int | None]
 ) -> int | None:
-    """Start the other ranks with the command of this process, and lead them."""
+    """Start the other ranks with the command of this process, and lead them.
+
+    They start at once, and check the plan while this process does.
+    """
     from tokenspeed_plan.planner.commands.rank_processes import started_ranks
 
     args: tuple[str, ...] = click.get_current_context().meta[ARGS]
-    with started_ranks(frozen.target.count, args):
+    count = _written_count(bundle)
+    if count > MOST_UNCHECKED:
+        count = load_plan(bundle, options.signers).target.count
+    with started_ranks(count, args):
+        frozen = load_plan(bundle, options.signers)
         from tokenspeed_plan.runtime.execution.rank_links import join
         from tokenspeed_plan.runtime.loading.preflight import check_target
 

@@ -33,6 +33,10 @@ _SHOWN_BYTES = 1 << 16  # of what a rank printed
 _COMMAND = "from tokenspeed_plan.planner.cli import main; main()"
 _PARENT = "TOKENSPEED_PARENT"  # the process that started this rank
 _STDERR = "TOKENSPEED_STDERR"  # the number of its standard error here
+_WITNESS = "TOKENSPEED_WITNESS"  # the number of the pipe to the witness here
+# Prints its argument when nobody holds the pipe any more, unless somebody has written a line to it.
+_WATCH_PIPE = 'read -r said || printf "%s\\n" "$1" >&2'
+_SAID = b"said\n"
 _SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
 
 
@@ -83,20 +87,26 @@ def started_ranks(count: int, args: Sequence[str]) -> Iterator[None]:
     from tokenspeed_plan.runtime.execution.rank_loss import LOSS
 
     listener = socket.create_server((_LOOPBACK, 0))
+    witness = _Witness()
     port = listener.getsockname()[1]
     place = {"WORLD_SIZE": str(count), "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(port)}
     ranks: list[_Process] = []
     done = threading.Event()
     watch = threading.Thread(target=_watch, args=(ranks, LOSS, done), name="ranks", daemon=True)
     LOSS.begin()
-    LOSS.before_end = lambda: _end(ranks, 0.0, show=True)
+
+    def end_all() -> None:
+        witness.dismiss()
+        _end(ranks, 0.0, show=True)
+
+    LOSS.before_end = end_all
     own = place | {"RANK": "0", "LOCAL_RANK": "0"}
     before = {name: os.environ.get(name) for name in own}
     patience_s, show = 0.0, False
     suspend = signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # a rank that stands still is lost
     try:
         for rank in range(1, count):
-            ranks.append(_start(rank, place, args))
+            ranks.append(_start(rank, place, args, witness))
         os.environ |= own
         watch.start()
         # The others load PyTorch meanwhile.
@@ -120,15 +130,47 @@ def started_ranks(count: int, args: Sequence[str]) -> Iterator[None]:
 
         leave()
         listener.close()
+        witness.dismiss()
         _end(ranks, patience_s, show)
         _restore(before)
         signal.signal(signal.SIGTSTP, suspend)
 
 
-def _start(rank: int, place: dict[str, str], args: Sequence[str]) -> _Process:
+class _Witness:
+    """A process that says so where rank 0 is killed, which can say nothing itself.
+
+    It is a shell that waits for the end of a pipe, which rank 0 and the ranks that it has started
+    hold open.
+    """
+
+    def __init__(self) -> None:
+        from tokenspeed_plan.runtime.execution.rank_loss import HINT
+
+        error = RankError(f"rank 0 (process {os.getpid()}) was killed, or has crashed", HINT)
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCH_PIPE, "witness", str(error)],
+            stdin=subprocess.PIPE,
+            env={},
+            process_group=0,
+        )
+
+    @property
+    def pipe(self) -> int:
+        """The descriptor that is held open."""
+        assert self._process.stdin is not None
+        return self._process.stdin.fileno()
+
+    def dismiss(self) -> None:
+        """Rank 0 ends by itself: there is nothing to say."""
+        with suppress(OSError, ValueError):
+            os.write(self.pipe, _SAID)
+        self._process.communicate()
+
+
+def _start(rank: int, place: dict[str, str], args: Sequence[str], witness: _Witness) -> _Process:
     """Start one rank, in a process group of its own, so that Ctrl-C does not reach it."""
     output = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as the process
-    own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), _WITNESS: str(witness.pipe)}
     with parent_variables() as (variables, stderr):
         process = subprocess.Popen(
             own_command(args),
@@ -136,7 +178,7 @@ def _start(rank: int, place: dict[str, str], args: Sequence[str]) -> _Process:
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
-            pass_fds=[stderr],
+            pass_fds=[stderr, witness.pipe],
             process_group=0,
         )
     return _Process(rank, process, output)
@@ -224,6 +266,7 @@ def _end_frozen_parent(error: RankError) -> None:
     parent = int(os.environ[_PARENT])
     if process_state(parent) in FROZEN_STATES:
         os.write(int(os.environ[_STDERR]), f"{error}\n".encode())
+        os.write(int(os.environ[_WITNESS]), _SAID)
         os.kill(parent, signal.SIGKILL)
 
 

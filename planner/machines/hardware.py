@@ -79,6 +79,7 @@ class HardwareSpec:
         one_shot_us, two_shot_us: time of an all-reduce inside a graph, others' kernels.
         push_us: time of our kernel that adds up ranks, with residual and norm in it.
         library_us: time of NCCL's all-reduce inside a graph.
+        gather_us: time of its all-gather, by bytes of the result.
         waits_us: what a kernel loses besides its launch, from its first load to full speed and
             back, by class of operator.
         residuals: busy time over the roofline's, by class of operator.
@@ -112,6 +113,7 @@ class HardwareSpec:
     two_shot_us: Table
     push_us: Table
     library_us: Table
+    gather_us: Table
     waits_us: Mapping[str, float]
     residuals: Mapping[str, float]
     errors: Mapping[str, float]
@@ -189,13 +191,14 @@ _NOT_NUMBERS = {
     "two_shot_us",
     "push_us",
     "library_us",
+    "gather_us",
     "waits_us",
     "residuals",
     "errors",
     "sources",
     "libraries",
 }
-_TABLES = {"one_shot", "two_shot", "push", "library"}
+_TABLES = {"one_shot", "two_shot", "push", "library", "gather"}
 _INTEGERS = {field.name for field in fields(HardwareSpec) if field.type == "int"}
 NUMBERS = tuple(field.name for field in fields(HardwareSpec) if field.name not in _NOT_NUMBERS)
 # Profiles that older versions of `tokenspeed calibrate` wrote have these.
@@ -267,7 +270,8 @@ def _check_values(name: str, profile: Profile) -> None:
         raise _bad(name, f"`matrix_flops_per_s.{key}` is not a dtype such as `bf16` or `fp4`")
     tables = set(profile.all_reduce)
     if "one_shot" not in tables or tables - _TABLES:
-        raise _bad(name, "`all_reduce` needs `one_shot`; may have `two_shot`, `push`, `library`")
+        others = ", ".join(f"`{table}`" for table in sorted(_TABLES - {"one_shot"}))
+        raise _bad(name, f"`all_reduce` needs `one_shot`; may have {others}")
 
 
 def _check_number(name: str, key: str, value: float) -> None:
@@ -313,6 +317,7 @@ def to_hardware(profile: Profile) -> HardwareSpec:
         two_shot_us=tables.get("two_shot", {}),
         push_us=tables.get("push", {}),
         library_us=tables.get("library", {}),
+        gather_us=tables.get("gather", {}),
         waits_us=_values(profile.waits),
         residuals=_values(profile.residuals),
         errors=_values(profile.errors),
@@ -441,29 +446,52 @@ def all_reduce_us(hardware: HardwareSpec, moved_bytes: float, count: int) -> flo
 
 
 def push_us(hardware: HardwareSpec, moved_bytes: float, count: int) -> float:
-    """Microseconds of our kernel that adds up ranks; in one shot where it was not measured."""
+    """Microseconds of our kernel that adds up ranks; in one shot where it was not measured.
+
+    A rank sends all it has to each peer, so that more ranks cost what one shot costs more.
+    """
     if count <= 1:
         return 0.0
+    inside = min(count, hardware.gpus_per_node)
+    one_shot_us = _one_shot_us(hardware, moved_bytes, count, inside)
     if not hardware.push_us or count > hardware.gpus_per_node:
-        s_per_byte = (min(count, hardware.gpus_per_node) - 1.0) / hardware.link_bytes_per_s
-        return _at(hardware.one_shot_us, moved_bytes, count, s_per_byte)
-    return _measured_us(hardware, hardware.push_us, moved_bytes, count)
+        return one_shot_us
+    known = min(max(hardware.push_us), count)
+    s_per_byte = (known - 1.0) / hardware.link_bytes_per_s
+    measured_us = _at(hardware.push_us, moved_bytes, known, s_per_byte)
+    return measured_us + max(0.0, one_shot_us - _one_shot_us(hardware, moved_bytes, known, known))
+
+
+def _one_shot_us(hardware: HardwareSpec, moved_bytes: float, count: int, inside: int) -> float:
+    """In one shot, from the table; past it each of `inside` ranks reads all parts of the others."""
+    s_per_byte = (inside - 1.0) / hardware.link_bytes_per_s
+    return _at(hardware.one_shot_us, moved_bytes, count, s_per_byte)
 
 
 def library_us(hardware: HardwareSpec, moved_bytes: float, count: int) -> float:
     """Microseconds of the library's all-reduce; the best known one where it was not measured."""
     if count <= 1 or not hardware.library_us or count > hardware.gpus_per_node:
         return all_reduce_us(hardware, moved_bytes, count)
-    return _measured_us(hardware, hardware.library_us, moved_bytes, count)
-
-
-def _measured_us(hardware: HardwareSpec, table: Table, moved_bytes: float, count: int) -> float:
-    """From a table, and what more GPUs than in it cost by the tables of others."""
-    known = min(max(table), count)
+    known = min(max(hardware.library_us), count)
     s_per_byte = 2.0 * (known - 1) / known / hardware.link_bytes_per_s
-    measured_us = _at(table, moved_bytes, known, s_per_byte)
+    measured_us = _at(hardware.library_us, moved_bytes, known, s_per_byte)
     more_us = all_reduce_us(hardware, moved_bytes, count)
     return measured_us + max(0.0, more_us - all_reduce_us(hardware, moved_bytes, known))
+
+
+def gather_us(hardware: HardwareSpec, result_bytes: float, count: int) -> float:
+    """Microseconds of the library's all-gather, of which each rank has an equal part.
+
+    Where it was not measured it is half an all-reduce: each part is sent once, not there and back.
+    """
+    if count <= 1 or not hardware.gather_us or count > hardware.gpus_per_node:
+        return library_us(hardware, 0.5 * result_bytes, count)
+    known = min(max(hardware.gather_us), count)
+    s_per_byte = (known - 1.0) / known / hardware.link_bytes_per_s
+    more_us = library_us(hardware, 0.5 * result_bytes, count)
+    less_us = library_us(hardware, 0.5 * result_bytes, known)
+    measured_us = _at(hardware.gather_us, result_bytes, known, s_per_byte)
+    return measured_us + max(0.0, more_us - less_us)
 
 
 def _at(table: Table, moved_bytes: float, count: int, s_per_byte: float) -> float:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from tokenspeed_plan.codegen.tiling import GEMV_ROWS
 from tokenspeed_plan.planner.graph import Op, OpGraph
-from tokenspeed_plan.planner.machines.hardware import HardwareSpec, library_us, push_us
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec, gather_us, library_us, push_us
 from tokenspeed_plan.planner.passes.op_terms import (
     AS_BUILT,
     EXPERTS,
@@ -367,20 +367,23 @@ def kernel_time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec)
     name = _class_of(op.heaviest, rows, load.num_seqs)
     busy_us = max(memory_s, matrix_s) * 1e6 * hardware.residuals[name]
     bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
+    wait_us = hardware.launch_us + hardware.waits_us[name]
     if collective is None:
-        return OpTime(hardware.launch_us + hardware.waits_us[name], busy_us, bound)
+        return OpTime(wait_us, busy_us, bound)
     size_bytes = collective.result.size_bytes(load.num_tokens, load.num_seqs)
-    wait_us = push_us(hardware, size_bytes, collective.num_ranks)
-    return OpTime(max(wait_us, hardware.launch_us), busy_us, bound, "collective")
+    pushed_us = push_us(hardware, size_bytes, collective.num_ranks)
+    pushed_us = max(pushed_us, hardware.launch_us, busy_us)  # it works while rows are on their way
+    library = library_us(hardware, size_bytes, collective.num_ranks) + wait_us
+    if pushed_us <= library + busy_us:
+        return OpTime(pushed_us, 0.0, "collective", "collective")
+    return OpTime(library, busy_us, bound, "collective")  # as a program of this size is planned
 
 
 def _collective_us(op: _Collective, load: Load, hardware: HardwareSpec) -> float:
-    """An all-gather sends each part once, an all-reduce there and back, so twice the bytes."""
-    moved = float(op.result.size_bytes(load.num_tokens, load.num_seqs))
+    moved = op.result.size_bytes(load.num_tokens, load.num_seqs)
     if op.kind == "all_gather":
-        moved *= 0.5
-    taken = library_us(hardware, moved, op.num_ranks)
-    return max(taken, hardware.launch_us)
+        return max(gather_us(hardware, moved, op.num_ranks), hardware.launch_us)
+    return max(library_us(hardware, moved, op.num_ranks), hardware.launch_us)
 
 
 def _matrix_s(member: _Member, load: Load, hardware: HardwareSpec) -> float:

@@ -44,11 +44,11 @@ FEW: tuple[Phase, ...] = ("decode",)  # programs of a few tokens
 DRAFT_INPUT = ("rms_norm", "rms_norm", "concat")  # of the MTP layer
 
 FUSIONS = (
-    # A sum over ranks is added to the residual stream, which is then normed. With few tokens each
-    # rank pushes its part to all peers at once; many would cross the links once for each pair.
-    Fusion("reduce_add_norm", ("all_reduce", "add", "rms_norm"), FEW, pushes=True),
-    Fusion("reduce_norm", ("all_reduce", "rms_norm"), FEW, pushes=True, leaves=DRAFT_INPUT),
-    Fusion("reduce", ("all_reduce",), FEW, independent=True, pushes=True),
+    # A sum over ranks is added to the residual stream, which is then normed: each rank pushes its
+    # part to all peers at once. Of many ranks, many tokens would cross the links too often.
+    Fusion("reduce_add_norm", ("all_reduce", "add", "rms_norm"), pushes=True),
+    Fusion("reduce_norm", ("all_reduce", "rms_norm"), pushes=True, leaves=DRAFT_INPUT),
+    Fusion("reduce", ("all_reduce",), independent=True, pushes=True),
     # Products include the norm before them and the operators after them. On the tensor cores the
     # norm is a launch of its own, so that operands go straight to them: on an H200, four rows times
     # 12,288 x 4096 take 47 us with the norm inside and 2 + 25 us without.

@@ -1,8 +1,8 @@
 """How ranks add up in a program: kernels push to their peers, or a library does it, by price.
 
-A kernel that pushes has the residual sum and the norm in it, and is one launch less. Its programs
-wait for each other, so that all of them must run at once; the library has no such limit, and sends
-each byte less often.
+A kernel that pushes has the residual sum and the norm in it, and is one launch less. It sends all
+of a rank's part to each peer, where the library sends each byte twice at most: of two ranks that is
+the same, of eight nearly four times as much.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenspeed_plan.codegen.dense.dense_tiling import num_push_warps
 from tokenspeed_plan.planner.graph import Op, OpGraph
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, library_us, push_us
 from tokenspeed_plan.planner.passes.lower import LoweredProgram
 from tokenspeed_plan.plans.ops import integer
-from tokenspeed_plan.plans.peer_memory import MAX_PUSH_ROWS, peer_specs
+from tokenspeed_plan.plans.peer_memory import peer_specs
 from tokenspeed_plan.plans.schema import Option
-from tokenspeed_plan.plans.types import WARP_SIZE, TensorSpec, aligned
-
-SMALL_BLOCK = 128  # threads
+from tokenspeed_plan.plans.types import TensorSpec, aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +27,7 @@ class Reduction:
     Attributes:
         tensor: what is added up.
         num_ranks: that add up.
-        rows: of it, each a program of the kernel.
-        most_rows: that can run at once.
+        rows: of it.
         push_us: of one kernel.
         library_us: of the library and the kernel after it.
     """
@@ -39,14 +35,13 @@ class Reduction:
     tensor: TensorSpec
     num_ranks: int
     rows: int
-    most_rows: int
     push_us: float
     library_us: float
 
     @property
     def pushes(self) -> bool:
         """Whether kernels push."""
-        return self.rows <= self.most_rows and self.push_us <= self.library_us
+        return self.push_us <= self.library_us
 
 
 def largest_reduction(
@@ -68,28 +63,19 @@ def _reduction(
     rows, *_ = tensor.bind(num_tokens, num_seqs)
     size_bytes = tensor.size_bytes(num_tokens, num_seqs)
     num_ranks = integer(op.attrs, "num_ranks")
-    norm_us = hardware.launch_us + hardware.waits_us["rows"]
     return Reduction(
         tensor=tensor,
         num_ranks=num_ranks,
         rows=rows,
-        most_rows=_most_rows(tensor, hardware),
         push_us=push_us(hardware, size_bytes, num_ranks),
-        library_us=library_us(hardware, size_bytes, num_ranks) + norm_us,
+        library_us=library_us(hardware, size_bytes, num_ranks) + _norm_us(hardware, size_bytes),
     )
 
 
-def _most_rows(tensor: TensorSpec, hardware: HardwareSpec) -> int:
-    """Rows that run at once: two on a multiprocessor where 128 threads have a row, else one.
-
-    Two times 128 threads with 255 registers each fit into the 65,536 of a multiprocessor.
-    """
-    if not hardware.num_sms:
-        return MAX_PUSH_ROWS
-    rows_per_sm = 1
-    if num_push_warps(tensor) * WARP_SIZE <= SMALL_BLOCK:
-        rows_per_sm = 2
-    return min(MAX_PUSH_ROWS, rows_per_sm * hardware.num_sms)
+def _norm_us(hardware: HardwareSpec, size_bytes: int) -> float:
+    """Microseconds of the kernel after the library's sum: it reads two tensors and writes two."""
+    busy_us = 4 * size_bytes / hardware.read_bytes_per_s * 1e6 * hardware.residuals["rows"]
+    return hardware.launch_us + hardware.waits_us["rows"] + busy_us
 
 
 def peer_bytes(reduction: Reduction | None, num_tokens: int, num_seqs: int) -> int:
@@ -130,7 +116,8 @@ def record_reductions(
 
 _REASON = (
     "the cheaper of a kernel that pushes its rows to all peers, with residual and norm in it, and "
-    f"of the library with a kernel after it; kernels only in decode, at most {MAX_PUSH_ROWS} rows"
+    "of the library with a kernel after it; the library adds up in all programs where a machine's "
+    "GPUs cannot write to each other"
 )
 
 

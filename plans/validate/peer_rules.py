@@ -8,7 +8,7 @@ from tokenspeed_plan.plans.kernel_abi import num_ranks
 from tokenspeed_plan.plans.ops import ShapeError
 from tokenspeed_plan.plans.peer_hazards import PushCall, check_pushes
 from tokenspeed_plan.plans.peer_memory import (
-    MAX_PUSH_ROWS,
+    MAX_PUSH_PROGRAMS,
     PEER_COUNTS,
     PEER_SIGNALS,
     PEER_SLOTS,
@@ -58,7 +58,7 @@ def check_peers(
         if buffer is None or buffer.arena != "symmetric":
             raise refuse(f"peers write `{places[name]}`, which is not in the symmetric arena")
     _check_slots(kernel, ranks)
-    _check_rows(program, kernel)
+    _check_programs(program, kernel)
 
 
 def _check_slots(kernel: KernelSpec, ranks: int) -> None:
@@ -91,14 +91,17 @@ def _check_slots(kernel: KernelSpec, ranks: int) -> None:
             raise refuse(f"`{name}` of `{kernel.name}` is {list(by_name[name].shape)}")
 
 
-def _check_rows(program: Program, kernel: KernelSpec) -> None:
+def _check_programs(program: Program, kernel: KernelSpec) -> None:
     """All programs of a launch run at once: each waits for its peers."""
     assert kernel.launch is not None
-    rows = 1
+    count = 1
     for dim in kernel.launch.grid:
-        rows *= dim.at(program.max_tokens, program.max_seqs)
-    if rows > MAX_PUSH_ROWS:
-        raise refuse(f"`{kernel.name}` adds up {rows} rows at once, at most {MAX_PUSH_ROWS} can be")
+        count *= dim.at(program.max_tokens, program.max_seqs)
+    if count > MAX_PUSH_PROGRAMS:
+        raise refuse(
+            f"`{kernel.name}` has {count} programs that wait for peers, at most "
+            f"{MAX_PUSH_PROGRAMS} run at once"
+        )
 
 
 def check_peer_order(pool: Pool, kernels: Mapping[str, KernelSpec], ranks: int) -> None:
@@ -134,9 +137,7 @@ def _pushes(program: Program, kernels: Mapping[str, KernelSpec]) -> list[PushCal
         if kernel.reduced_operand is None or kernel.launch is None:
             continue
         places = step.places(kernel)
-        slots = {param.name: param.tensor for param in kernel.tensors}[PEER_SLOTS]
-        rows, generations = "num_tokens", int(slots.shape[1])
-        if kernel.launch.grid[0].per_seq:
-            rows = "num_seqs"
-        calls.append(PushCall(places[PEER_SLOTS], places[PEER_COUNTS], generations, rows))
+        specs = {param.name: param.tensor for param in kernel.tensors}
+        rows, generations = specs[kernel.reduced_operand].shape[0], specs[PEER_SLOTS].shape[1]
+        calls.append(PushCall(places[PEER_SLOTS], places[PEER_COUNTS], int(generations), str(rows)))
     return calls

@@ -46,6 +46,11 @@ def sizes(device: str) -> dict[str, int]:
     return {"num_sms": properties.multi_processor_count, "memory_bytes": properties.total_memory}
 
 
+def num_gpus() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count()
+
+
 def provenance(device: str) -> dict[str, str]:
     """The versions and the memory that a measurement was made with."""
     found = {"torch": str(torch.__version__)}
@@ -100,30 +105,3 @@ def _matrix(device: str) -> float:
     size, dtype = MATRIX[device]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2.0 * size**3 / time_us(captured(lambda: a @ b, device), device) * 1e6
-
-
-def measure_sums(
-    sizes_bytes: tuple[int, ...] = (1 << 20, 1 << 24, 1 << 28),
-) -> dict[int, dict[int, float]]:
-    """Microseconds of NCCL's all-reduce by number of GPUs and bytes; empty with fewer than two.
-
-    They are launched one by one, so only large messages tell something about the links.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found: dict[int, dict[int, float]] = {}
-    for gpus in (n for n in (2, 4, 8) if n <= count):
-        found[gpus] = {size: _sum_us(gpus, size) for size in sizes_bytes}
-    return found
-
-
-def _sum_us(gpus: int, size_bytes: int) -> float:
-    parts = [
-        torch.zeros(size_bytes // 2, device=f"cuda:{i}", dtype=torch.bfloat16) for i in range(gpus)
-    ]
-
-    def work() -> None:
-        torch.cuda.nccl.all_reduce(parts)
-        for index in range(gpus):
-            torch.cuda.synchronize(index)
-
-    return time_us(work, "cpu")

@@ -16,7 +16,7 @@ from tokenspeed_plan.runtime.execution.backend import (
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.launch import Launch
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
-from tokenspeed_plan.runtime.execution.rank_links import join
+from tokenspeed_plan.runtime.execution.rank_links import Links, join
 from tokenspeed_plan.runtime.libraries.loader import load_libraries
 from tokenspeed_plan.runtime.loading.preflight import check_files, check_target
 from tokenspeed_plan.runtime.loading.rank_memory import RankMemory
@@ -31,16 +31,17 @@ def prepare(
     folder: Path | None,
     launch: Launch | None = None,
     lead: Lead | None = None,
+    links: Links | None = None,
 ) -> Executor:
     """Check, allocate and fill. States and pages are random, as if sequences had run before.
 
-    Of several ranks each prepares its own.
+    Of several ranks each prepares its own; it joins the others unless it is given links to them.
 
     Raises:
         PlanError: the bundle, this machine or the checkpoint does not fit.
     """
     check_target(plan)
-    links = join(plan)
+    links = links or join(plan)
     allocations = RankMemory(plan, links)
     kernels = load_kernels(plan, bundle) if plan.target.device == "cuda" else None
     if folder is None:

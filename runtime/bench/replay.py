@@ -40,6 +40,7 @@ class Options:
 
 
 DEFAULT_CONTEXT = 1024
+ROUND_US = 5e5  # that a round of replays takes, at most
 
 
 def default_context(plan: Plan, batch: int) -> int:
@@ -150,7 +151,7 @@ class Replay:
         """Times of the whole program and of each kernel."""
         hits = list(self._hits())
         replay = captured(self.run, self.device)
-        taken_us = time_us(replay, self.device, reset=self.reset)
+        taken_us = time_us(replay, self.device, self._runs, self.reset)
         calls = self._calls()
         work = [self._work(call, hit) for call, hit in zip(calls, hits, strict=True)]
         floor = round(sum(each.floor_bytes for each in work))
@@ -176,6 +177,11 @@ class Replay:
             "tokens_per_s": self.tokens / self.program.query_len / taken_us * 1e6,
             "kernels": self._kernels(calls, work, machine),
         }
+
+    @property
+    def _runs(self) -> int:
+        """Replays of a round: ten, or fewer of a long program; the same on all ranks."""
+        return max(2, min(RUNS, round(ROUND_US / max(self.program.predicted_us, 1.0))))
 
     def _work(self, call: Call, experts_hit: int) -> Work:
         """FLOPs and bytes of a call for this batch, without padding."""

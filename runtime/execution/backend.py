@@ -82,6 +82,9 @@ class Backend(Protocol):
     ) -> Iterator[BoundStep]:
         """Each step with its instructions; `operands` has the tensors of each step."""
 
+    def takes_batch(self, step: Step) -> bool:
+        """Whether tensors of a step are as large as the batch even where others are full."""
+
     def without_overlap(self) -> Backend:
         """The same, with kernels that do not start before their predecessor has ended."""
 
@@ -107,6 +110,10 @@ class ReferenceBackend:
         """Each step with its instructions."""
         for step, tensors in zip(program.steps, operands, strict=True):
             yield step, self.bind_step(step, tensors)
+
+    def takes_batch(self, step: Step) -> bool:
+        """Each step does."""
+        return True
 
     def without_overlap(self) -> ReferenceBackend:
         """Reference bodies never overlap."""
@@ -192,7 +199,8 @@ class KernelBackend:
         reference: for what is no kernel; it also says the rank.
         full_size: bind tensors at a program's full size. Kernels take addresses only, so that a
             new batch size needs no new tensors. Every step must then have a kernel.
-        peers: the memory of the other ranks, where kernels use it.
+        peers: the memory of the other ranks; without it, kernels that push to them run as their
+            references, in which the library adds up.
         libraries: the functions of libraries that run in the place of kernels.
     """
 
@@ -253,6 +261,18 @@ class KernelBackend:
             return self.reference.bind_step(step, tensors)
         return [Instruction(launches.bind(kernel, tensors), {}, (), ())]
 
+    def takes_batch(self, step: Step) -> bool:
+        """Whether a step has tensors as large as the batch: what libraries and references do."""
+        if self.library_of(step) is not None:
+            return True
+        return isinstance(step, CollectiveCall) or self._lacks_peers(step)
+
+    def _lacks_peers(self, step: Step) -> bool:
+        """Whether a kernel would push to ranks whose memory cannot be written here."""
+        if self.peers is not None or not isinstance(step, Call):
+            return False
+        return self._specs[step.kernel].reduced_operand is not None
+
     def without_overlap(self) -> KernelBackend:
         """The same kernels; none of them starts before its predecessor has ended."""
         return KernelBackend(
@@ -272,7 +292,7 @@ class KernelBackend:
 
     def kernel_of(self, step: Step) -> KernelSpec | None:
         """The kernel that runs a step; None where the references do."""
-        if not isinstance(step, Call):
+        if not isinstance(step, Call) or self._lacks_peers(step):
             return None
         kernel = self._specs[step.kernel]
         has_kernel = self.kernels.has(kernel)

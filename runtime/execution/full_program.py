@@ -12,11 +12,9 @@ from functools import cache
 
 from torch import Tensor
 
-from tokenspeed_plan.plans.schema import CollectiveCall, LibraryCall, Program
+from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.execution.backend import BoundStep, Instruction, KernelBackend
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory, operands_of
-
-SIZED = (CollectiveCall, LibraryCall)  # steps whose tensors are as large as the batch
 
 
 class FullProgram:
@@ -31,6 +29,7 @@ class FullProgram:
     def __init__(self, program: Program, backend: KernelBackend, memory: PlanMemory) -> None:
         self._program = program
         self._memory = memory
+        self._backend = backend
         self._launches = backend.launches(program)
         full = self._tensors_of(program.max_tokens, program.max_seqs)
         self.steps: list[BoundStep] = [
@@ -39,11 +38,10 @@ class FullProgram:
         ]
         self._size = (0, 0)
         self._instructions = [each for _, bound in self.steps for each in bound]
-        # A library's step that its kernel runs has an instruction without operands.
         self._sized = [
             (index, sum(len(earlier) for _, earlier in self.steps[:index]))
-            for index, (step, bound) in enumerate(self.steps)
-            if isinstance(step, SIZED) and bound[0].operands
+            for index, (step, _) in enumerate(self.steps)
+            if backend.takes_batch(step)
         ]
 
     def instructions(self, num_tokens: int, num_seqs: int) -> list[Instruction]:
@@ -56,10 +54,11 @@ class FullProgram:
         self._launches.resize(num_tokens, num_seqs)
         tensor_of = self._tensors_of(num_tokens, num_seqs)
         for index, place in self._sized:
-            step, _ = self.steps[index]
-            call = self._instructions[place]._replace(operands=operands_of(step, tensor_of))
-            self.steps[index] = (step, [call])
-            self._instructions[place] = call
+            step, before = self.steps[index]
+            operands = operands_of(step, tensor_of)
+            bound = self._backend.bind_launch(step, operands, self._launches)
+            self.steps[index] = (step, bound)
+            self._instructions[place : place + len(before)] = bound
         self._size = (num_tokens, num_seqs)
 
     def _tensors_of(self, num_tokens: int, num_seqs: int) -> Callable[[str], Tensor]:

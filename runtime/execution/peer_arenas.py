@@ -18,9 +18,13 @@ from tokenspeed_plan.plans.errors import RankError
 _TEST_S = 5.0  # for a copy of a few bytes; the first one sets up the link
 _MARK = 0x51  # plus the rank that wrote it
 _HINT = (
-    "see `nvidia-smi topo -m`: GPUs without NVLink or PCIe peer access run a plan of one GPU; "
-    "in a container, allow peer access (IOMMU and ACS off)"
+    "see `nvidia-smi topo -m`; in a container, allow peer access between its GPUs (IOMMU and ACS "
+    "off)"
 )
+
+
+class NoPeerMemory(RankError):
+    """Ranks cannot write to each other; a plan replays without, if more slowly."""
 
 
 class PeerMemory:
@@ -53,63 +57,89 @@ def launch_tables(peers: PeerMemory | None, program: int) -> dict[str, int | Ten
     return {"peer_table": peers.table, "program": program}
 
 
-def map_symmetric(size_bytes: int, group: Any) -> PeerMemory:
+def map_symmetric(size_bytes: int, group: Any, exchange: Callable[[str], list[str]]) -> PeerMemory:
     """Peer memory of GPUs; all ranks call it at once. It is zero, and was tried.
 
     Args:
         size_bytes: of the arena.
         group: the ranks.
+        exchange: gathers a text of each rank.
 
     Raises:
-        RankError: this machine has none, or it does not work.
+        NoPeerMemory: this machine has none, or it does not work; on all ranks, whoever found out.
     """
-    import torch.distributed as dist
     import torch.distributed._symmetric_memory as symmetric
 
     device = torch.device("cuda", torch.cuda.current_device())
+    fault = ""
     try:
         own = symmetric.empty(size_bytes, dtype=torch.uint8, device=device)
         handle = symmetric.rendezvous(own, group)
         peers = [
             handle.get_buffer(rank, (size_bytes,), torch.uint8) for rank in range(handle.world_size)
         ]
-        fault = _try(handle.rank, peers, lambda: dist.barrier(group=group))
     except RuntimeError as error:
         fault = str(error).partition("\n")[0]
-    if fault:
-        raise RankError(f"the memory of other GPUs cannot be used here: {fault}", _HINT)
+    _agree(fault, exchange)
+    try_peers(handle.rank, peers, exchange)
     own.zero_()
     torch.cuda.synchronize()
-    dist.barrier(group=group)
+    exchange("")  # all are zero
     return PeerMemory(own, [int(address) for address in handle.buffer_ptrs], handle)
 
 
-def _try(rank: int, peers: Sequence[Tensor], meet: Callable[[], object]) -> str:
-    """Write to each peer, and read back what each peer wrote; what is wrong, or nothing."""
-    world = len(peers)
+def try_peers(rank: int, peers: Sequence[Tensor], exchange: Callable[[str], list[str]]) -> None:
+    """Write to each peer, and read back what each peer wrote; all ranks call it at once.
+
+    Args:
+        rank: of this process.
+        peers: the arenas of all ranks, as this process sees them.
+        exchange: gathers a text of each rank.
+
+    Raises:
+        NoPeerMemory: on all ranks, with what the first of them found.
+    """
     mark = torch.full((1,), _MARK + rank, dtype=torch.uint8, device=peers[rank].device)
     places = [peer[rank : rank + 1] for peer in peers]
-    written = [_fault_of_copy(place, mark, other) for other, place in enumerate(places)]
-    meet()
-    faults = list(filter(None, written))
-    seen = torch.zeros(world, dtype=torch.uint8).pin_memory()
-    for other, peer in enumerate(peers):
-        fault = faults or [_fault_of_copy(seen, peer[:world], other)]
-        if not fault[0] and seen.tolist() != [_MARK + writer for writer in range(world)]:
-            fault = [f"rank {rank} read {seen.tolist()} from rank {other}"]
-        faults = list(filter(None, fault))
-    meet()
-    return next(iter(faults), "")
+    faults = [_fault_of_copy(place, mark, other) for other, place in enumerate(places)]
+    _agree(next(filter(None, faults), ""), exchange)
+    found = (_fault_of_marks(peer, rank, other, len(peers)) for other, peer in enumerate(peers))
+    _agree(next(filter(None, found), ""), exchange)
+
+
+def _agree(fault: str, exchange: Callable[[str], list[str]]) -> None:
+    """Where one rank has found a fault, all of them have."""
+    for rank, found in enumerate(exchange(fault)):
+        if found:
+            raise NoPeerMemory(
+                f"the memory of other ranks cannot be used here: {found} (rank {rank})", _HINT
+            )
+
+
+def _fault_of_marks(peer: Tensor, rank: int, other: int, world: int) -> str:
+    """What is wrong with the marks that all ranks have left with one of them."""
+    seen = torch.zeros(world, dtype=torch.uint8)
+    if peer.is_cuda:
+        seen = seen.pin_memory()
+    fault = _fault_of_copy(seen, peer[:world], other)
+    if not fault and seen.tolist() != [_MARK + writer for writer in range(world)]:
+        fault = f"rank {rank} read {seen.tolist()} from rank {other}"
+    return fault
 
 
 def _fault_of_copy(target: Tensor, source: Tensor, other: int) -> str:
     """Start a copy and wait for it, but not for ever."""
-    target.copy_(source, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    until = time.monotonic() + _TEST_S
-    while not done.query():
-        if time.monotonic() > until:
-            return f"a copy of a few bytes with rank {other} takes more than {_TEST_S:.0f} s"
-        time.sleep(1e-4)
+    try:
+        target.copy_(source, non_blocking=True)
+        if not (target.is_cuda or source.is_cuda):
+            return ""
+        done = torch.cuda.Event()
+        done.record()
+        until = time.monotonic() + _TEST_S
+        while not done.query():
+            if time.monotonic() > until:
+                return f"a copy of a few bytes with rank {other} takes more than {_TEST_S:.0f} s"
+            time.sleep(1e-4)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
     return ""

@@ -25,7 +25,7 @@ from tokenspeed_plan.runtime.execution.heartbeat import RECORD_BYTES, Heartbeat
 from tokenspeed_plan.runtime.execution.input_block import NUMBER_BYTES, InputLayout
 from tokenspeed_plan.runtime.execution.nccl import NcclCollectives
 from tokenspeed_plan.runtime.execution.order_ring import OrderRing, ring_bytes
-from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory, map_symmetric
+from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory, map_symmetric, try_peers
 from tokenspeed_plan.runtime.execution.rank_loss import LOSS
 from tokenspeed_plan.runtime.execution.rank_place import (
     find_store,
@@ -81,17 +81,25 @@ class Links:
             )
 
     def peer_memory(self, size_bytes: int, device: str) -> PeerMemory:
-        """The symmetric arena of all ranks; every rank calls it.
+        """The symmetric arena of all ranks, zero and tried; every rank calls it.
 
         Raises:
-            RankError: the ranks cannot share memory.
+            NoPeerMemory: ranks cannot write to each other.
+            RankError: one is lost.
         """
-        assert self.group is not None, "the validator refuses peer memory for one rank"
-        if device == "cuda":
-            return map_symmetric(size_bytes, self.group)
         group = self.group
-        maps = share(size_bytes, lambda path: _exchange(path, group))
+        assert group is not None, "the validator refuses peer memory for one rank"
+
+        def exchange(text: str) -> list[str]:
+            return _exchange(text, group)
+
+        if device == "cuda":
+            return map_symmetric(size_bytes, group, exchange)
+        maps = share(size_bytes, exchange)
         arenas = [torch.frombuffer(memory, dtype=torch.uint8) for memory in maps]
+        try_peers(self.rank, arenas, exchange)
+        arenas[self.rank].zero_()
+        exchange("")
         addresses = [arena.data_ptr() for arena in arenas]
         return PeerMemory(arenas[self.rank], addresses, arenas)
 
@@ -174,15 +182,8 @@ def use_own_device(plan: Plan) -> None:
 
 def _link(plan: Plan, rank: int, world: int, timeout_s: float) -> Links:
     """Make the groups of the ranks, and begin to watch them."""
-    os.environ |= _NO_MULTICAST
     LOSS.begin()
-    with translate_dist_errors():
-        dist.init_process_group(
-            "gloo", store=find_store(rank, world), rank=rank, world_size=world, timeout=_START
-        )
-        group = dist.new_group(backend="gloo", timeout=_FOREVER)
-        replays = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    assert group is not None and replays is not None
+    group, replays = _groups(rank, world, timeout_s)
     payload_bytes = _message_bytes(plan)
     # Rank 0 gives the memory; all ranks map it.
     sizes = (world * RECORD_BYTES, ring_bytes(world, payload_bytes))
@@ -199,12 +200,47 @@ def _link(plan: Plan, rank: int, world: int, timeout_s: float) -> Links:
                 raise LOSS.error(f"rank {other} has ended", wait_s=0.0)
 
     orders = OrderRing(ring, rank, world, payload_bytes, check)
-    collectives: Collectives = ProcessCollectives(replays)
-    if plan.target.device == "cuda":
-        collectives = NcclCollectives(rank, world, lambda own: _of_first(own, group))
-        if rank == 0:  # on a CPU a step may take longer, and collectives have the deadline
-            heartbeat.watch = lambda: orders.stalled(timeout_s)
+    collectives = _collectives(plan.target.device, group, replays)
+    if plan.target.device == "cuda" and rank == 0:
+        # On a CPU a step may take longer, and collectives have the deadline.
+        heartbeat.watch = lambda: orders.stalled(timeout_s)
     return Links(rank, collectives, orders, group, heartbeat)
+
+
+def join_to_measure(device: str) -> Links:
+    """Join ranks that replay no plan: collectives and meetings alone, and nobody is watched.
+
+    Args:
+        device: `cuda`, where each rank takes the GPU of its number, or `cpu`.
+
+    Raises:
+        RankError: the environment does not say how to reach them.
+    """
+    if device == "cuda":
+        torch.cuda.set_device(local_rank())
+    group, replays = _groups(own_rank(), world_size(), DEFAULT_TIMEOUT_S)
+    atexit.register(leave)
+    return Links(own_rank(), _collectives(device, group, replays), None, group)
+
+
+def _groups(rank: int, world: int, timeout_s: float) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """All ranks, without a deadline and with one for replays."""
+    os.environ |= _NO_MULTICAST
+    with translate_dist_errors():
+        dist.init_process_group(
+            "gloo", store=find_store(rank, world), rank=rank, world_size=world, timeout=_START
+        )
+        group = dist.new_group(backend="gloo", timeout=_FOREVER)
+        replays = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    assert group is not None and replays is not None
+    return group, replays
+
+
+def _collectives(device: str, group: dist.ProcessGroup, replays: dist.ProcessGroup) -> Collectives:
+    """Of a device: NCCL's on GPUs, those of gloo, with the deadline of replays, on a CPU."""
+    if device == "cuda":
+        return NcclCollectives(group.rank(), group.size(), lambda own: _of_first(own, group))
+    return ProcessCollectives(replays)
 
 
 def _message_bytes(plan: Plan) -> int:

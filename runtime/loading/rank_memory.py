@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,9 +12,14 @@ from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.schema import ArenaSpec, Plan
 from tokenspeed_plan.plans.validate.pool_rules import CACHE_ARENAS
 from tokenspeed_plan.runtime.execution.arenas import Arenas
-from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
+from tokenspeed_plan.runtime.execution.peer_arenas import NoPeerMemory, PeerMemory
 from tokenspeed_plan.runtime.execution.rank_links import Links
 from tokenspeed_plan.runtime.execution.shared_bytes import create
+
+WITHOUT_PEERS = (
+    "collectives of a library add up the ranks in place of kernels that push, which takes longer "
+    "(`tokenspeed show DIR --why all_reduce`)"
+)
 
 
 class RankMemory:
@@ -23,7 +30,8 @@ class RankMemory:
         links: to the other ranks.
 
     Attributes:
-        peers: what the ranks share, once it is allocated; None where the plan has nothing of that.
+        peers: what the ranks share, once it is allocated; None where the plan has nothing of that,
+            and where peer memory does not work here.
     """
 
     def __init__(self, plan: Plan, links: Links) -> None:
@@ -36,12 +44,13 @@ class RankMemory:
 
         Raises:
             PlanError: there is not as much memory as the plan needs.
-            RankError: the ranks cannot share memory.
+            RankError: a rank is lost.
         """
         plan, given, paths = self._plan, dict[str, Tensor](), dict[str, str]()
         for arena in plan.pool.arenas:
             if arena.name == "symmetric" and arena.size_bytes:
-                self.peers = self._links.peer_memory(arena.size_bytes, plan.target.device)
+                self.peers = self._peers(arena.size_bytes)
+            if arena.name == "symmetric" and self.peers is not None:
                 given[arena.name] = self.peers.own
             if self._is_written_by_peers(arena):
                 given[arena.name], paths[arena.name] = _shared(arena)
@@ -52,6 +61,15 @@ class RankMemory:
         pool, device = self._plan.pool, self._plan.target.device
         is_cache = arena.name in CACHE_ARENAS and arena.size_bytes > 0
         return pool.role == "decode" and device == "cpu" and is_cache
+
+    def _peers(self, size_bytes: int) -> PeerMemory | None:
+        """The memory that ranks share; where it does not work, said once, the library adds up."""
+        try:
+            return self._links.peer_memory(size_bytes, self._plan.target.device)
+        except NoPeerMemory as error:
+            if self._links.rank == 0:
+                print(f"warning: {error.message}; {WITHOUT_PEERS}", file=sys.stderr, flush=True)
+            return None
 
 
 def _shared(arena: ArenaSpec) -> tuple[Tensor, str]:

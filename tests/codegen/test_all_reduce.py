@@ -10,7 +10,7 @@ import multiprocessing
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -42,8 +42,11 @@ HIDDEN = 40  # no power of two
 SECONDS = 60
 
 
-def reducing(num_ranks: int, dtype: DType, gpu: str = "cpu") -> Built:
-    """Sum over ranks, residual and norm as one kernel, without overlap with others."""
+def reducing(num_ranks: int, dtype: DType, gpu: str = "cpu", num_sms: int | None = None) -> Built:
+    """Sum over ranks, residual and norm as one kernel, without overlap with others.
+
+    On a machine of one multiprocessor two programs share the rows, as they do in prefill.
+    """
     rows = TensorSpec.of(shape=("num_tokens", HIDDEN), dtype=dtype)
     params = (
         Param(name="all_reduce_x", role="input", tensor=rows),
@@ -64,7 +67,10 @@ def reducing(num_ranks: int, dtype: DType, gpu: str = "cpu") -> Built:
         ),
     )
     plain = KernelSpec(name="", params=params, parts=parts)
-    return build_kernel("reduce_add_norm", plain, (4, 4), find_hardware(gpu), False)[0]
+    hardware = find_hardware(gpu)
+    if num_sms is not None:
+        hardware = replace(hardware, num_sms=num_sms)
+    return build_kernel("reduce_add_norm", plain, (4, 4), hardware, False)[0]
 
 
 @dataclass
@@ -101,7 +107,9 @@ def call(built: Built, arena: Arena, rank: int, tensors: list[Tensor], program: 
     addresses = [words.data_ptr() for words in arena.words]
     table = torch.tensor(addresses, device=arena.words[0].device)
     values = bind_launch(kernel, rank, rows, rows, {"peer_table": table, "program": program})
-    load_function(kernel, built.source or "")[(rows,)](*tensors, *memory, *values, num_warps=4)
+    assert kernel.launch is not None
+    grid = (kernel.launch.grid[0].at(rows, rows),)
+    load_function(kernel, built.source or "")[grid](*tensors, *memory, *values, num_warps=4)
 
 
 def make_tensors(number: int, num_ranks: int, dtype: DType) -> tuple[Tensor, list[Tensor]]:
@@ -172,9 +180,14 @@ def run_ranks(num_ranks: int, target: Callable[..., None], *args: Any) -> list[A
 
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_ranks", "dtype"), [(2, "bf16"), (4, "fp32")])
-def test_ranks_get_the_sum_without_a_meeting(num_ranks: int, dtype: DType) -> None:
-    built = reducing(num_ranks, dtype)
+@pytest.mark.parametrize(
+    ("num_ranks", "dtype", "num_sms"), [(2, "bf16", None), (4, "fp32", None), (2, "bf16", 1)]
+)
+def test_ranks_get_the_sum_without_a_meeting(
+    num_ranks: int, dtype: DType, num_sms: int | None
+) -> None:
+    built = reducing(num_ranks, dtype, num_sms=num_sms)
+    assert ("AHEAD" in (built.source or "")) == (num_sms == 1)
     arena = Arena.of(built.kernel, num_ranks)
     found = run_ranks(num_ranks, replay, built, arena, dtype)
     for _, worst, same, signals in found:
@@ -186,16 +199,17 @@ def test_ranks_get_the_sum_without_a_meeting(num_ranks: int, dtype: DType) -> No
 @interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "num_sms"),
     [
-        ("tl.where((sent & MAGNITUDE) == 0, SIGN, sent)", "sent"),  # a real 0 is never there
-        ("(count + GENERATIONS - 1) % GENERATIONS", "generation"),  # empties what it waits for
-        ("generation = count % GENERATIONS", "generation = 0"),
-        ("x += part.to(tl.float32)", "x = part.to(tl.float32)"),
+        ("tl.where((sent & MAGNITUDE) == 0, SIGN, sent)", "sent", None),  # a real 0 is never there
+        ("(count + GENERATIONS - 1) % GENERATIONS", "generation", None),  # empties what it awaits
+        ("generation = count % GENERATIONS", "generation = 0", None),
+        ("x += part.to(tl.float32)", "x = part.to(tl.float32)", None),
+        ("num_tokens + AHEAD * stride", "num_tokens", 1),  # the last rows are sent alone
     ],
 )
-def test_a_broken_push_is_caught(old: str, new: str) -> None:
-    built = broken(reducing(2, "bf16"), old, new)
+def test_a_broken_push_is_caught(old: str, new: str, num_sms: int | None) -> None:
+    built = broken(reducing(2, "bf16", num_sms=num_sms), old, new)
     built = broken(built, "POLLS: tl.constexpr = 134217728", "POLLS: tl.constexpr = 300")
     found = run_ranks(2, replay, built, Arena.of(built.kernel, 2), "bf16")
     assert any(

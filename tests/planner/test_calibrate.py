@@ -13,7 +13,13 @@ from click.testing import CliRunner
 
 from tokenspeed_plan.planner.advisor import calibration as calibrate
 from tokenspeed_plan.planner.cli import main
-from tokenspeed_plan.planner.machines.hardware import find_hardware, read_profile
+from tokenspeed_plan.planner.machines.hardware import (
+    find_hardware,
+    gather_us,
+    library_us,
+    push_us,
+    read_profile,
+)
 from tokenspeed_plan.plans.errors import SpecError
 
 
@@ -62,6 +68,24 @@ def test_what_is_written_can_be_read_and_plans(tmp_path: Path) -> None:
     assert machine.residuals["product"] == find_hardware("H200").residuals["product"]
     assert machine.sources["launch_us"] == "a test"
     assert machine.one_shot_us == find_hardware("H200").one_shot_us
+
+
+def test_measured_collectives_take_the_place_of_tables(tmp_path: Path) -> None:
+    """Each is priced as it was measured; what the old tables were from is not named any more."""
+    base = calibrate.base_profile("NVIDIA H200")
+    tables = {
+        "push": {2: {8192: 3.0, 1 << 26: 200.0}, 4: {8192: 4.0}},
+        "library": {2: {8192: 9.0, 1 << 26: 300.0}},
+        "gather": {2: {65536: 8.0}},
+    }
+    made = calibrate.with_tables(base, "ranks", tables, "a test")
+    path = tmp_path / "mine.yaml"
+    path.write_text(calibrate.dump(made, "A test."))
+    machine = find_hardware(str(path))
+    assert push_us(machine, 1 << 26, 2) == 200.0 and push_us(machine, 8192, 4) == 4.0
+    assert library_us(machine, 1 << 26, 2) == 300.0 and gather_us(machine, 65536, 2) == 8.0
+    assert machine.one_shot_us == find_hardware("H200").one_shot_us
+    assert made.sources["ranks"] == "a test" and "pair" not in made.sources
 
 
 def test_machines_are_found_by_what_they_call_themselves() -> None:

@@ -167,7 +167,7 @@ def test_a_plan_spelled_otherwise_is_refused(
 ) -> None:
     text = (bundle / "plan.json").read_text()
     (tmp_path / "plan.json").write_text(text)
-    load_plan(tmp_path)
+    assert load_plan(tmp_path) is load_plan(tmp_path), "checked once"
     (tmp_path / "plan.json").write_text(text.replace(old, new, 1))
     with pytest.raises(PlanError, match="was altered after planning"):
         load_plan(tmp_path)

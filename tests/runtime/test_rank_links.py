@@ -182,3 +182,24 @@ def test_ranks_share_bytes_that_have_no_name() -> None:
     assert found[1][1][:3] == b"abc" and found[1][0][:3] == bytes(3)
     assert torch.frombuffer(found[1][1], dtype=torch.uint8)[:3].tolist() == list(b"abc")
     assert not any(os.path.exists(path) for path in texts.values() if path)
+
+
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was killed, or has crashed\n\nhint: "),
+        ("witness.dismiss()", None),
+    ],
+)
+def test_a_shell_speaks_for_a_rank_0_that_was_killed(end: str, says: str | None) -> None:
+    code = (
+        "import os, signal\n"
+        "from tokenspeed_plan.planner.commands.rank_processes import _Witness\n"
+        f"witness = _Witness()\n{end}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    if says is None:
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode == -signal.SIGKILL
+        assert done.stderr.startswith("error: rank 0 (process ") and says in done.stderr

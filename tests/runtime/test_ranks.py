@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import re
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.execution import rank_place
+from tokenspeed_plan.runtime.execution import rank_links, rank_place
 
 # Ranks are forked from one process that has loaded all this once. It is a fresh one: nothing of the
 # tests is in it.
@@ -80,11 +81,27 @@ def be_rank(rank: int, world: int, port: int, args: Sequence[str], log: Path) ->
     main(list(args))
 
 
-def start(count: int, args: Sequence[object], folder: Path) -> list[BaseProcess]:
+def be_rank_apart(rank: int, world: int, port: int, args: Sequence[str], log: Path) -> None:
+    """The same, where what rank 1 writes to rank 0 arrives nowhere."""
+    really = rank_links.share
+
+    def share(size_bytes: int, exchange: Callable[[str], list[str]]) -> list[mmap.mmap]:
+        maps = really(size_bytes, exchange)
+        if rank and size_bytes:
+            maps[0] = mmap.mmap(-1, size_bytes)
+        return maps
+
+    rank_links.share = share  # type: ignore[attr-defined]
+    be_rank(rank, world, port, args, log)
+
+
+def start(
+    count: int, args: Sequence[object], folder: Path, target: Callable[..., None] = be_rank
+) -> list[BaseProcess]:
     port, words = free_port(), [str(arg) for arg in args]
     ranks: list[BaseProcess] = [
         FORKS.Process(
-            target=be_rank, args=(rank, count, port, words, folder / f"{rank}.log"), daemon=True
+            target=target, args=(rank, count, port, words, folder / f"{rank}.log"), daemon=True
         )
         for rank in range(count)
     ]
@@ -232,6 +249,24 @@ def test_kernels_of_ranks_give_the_references_tokens(short: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_without_peer_memory_the_library_adds_up(short: Path, tmp_path: Path) -> None:
+    """All ranks do so, whoever found out, and rank 0 says so in one line."""
+    prompts, counts = [[7, 8, 9]], [3]
+    write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
+    write_batch(tmp_path / "in.jsonl", prompts, counts)
+    args = batch(tmp_path / "plan", tmp_path, "--backend", "kernels")
+    ranks = start(2, args, tmp_path, be_rank_apart)
+    assert wait(ranks) == [0, 0], logs(tmp_path, 2)
+    (line,) = logs(tmp_path, 2).splitlines()
+    assert re.match(
+        r"warning: the memory of other ranks cannot be used here: rank 0 read \[81, 0\] from rank "
+        r"0 \(rank 0\); collectives of a library add up",
+        line,
+    ), line
+    assert token_ids(tmp_path / "out.jsonl") == alone(short, tmp_path, prompts, counts[0])
+
+
+@pytest.mark.slow
 def test_every_step_of_two_ranks_is_compared(short: Path, tmp_path: Path) -> None:
     write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
     assert wait(start(2, ["run", tmp_path / "plan", "--check"], tmp_path)) == [0, 0], logs(
@@ -251,7 +286,7 @@ def test_a_broken_sum_over_ranks_is_named(short: Path, tmp_path: Path) -> None:
     codes = wait(start(2, ["run", tmp_path / "plan", "--check"], tmp_path))
     assert all(codes), logs(tmp_path, 2)
     assert re.search(
-        r"step \d+ of decode/\d+, `reduce_add_norm_\w+`, .* differ by ", logs(tmp_path, 2)
+        r"step \d+ of prefill/\d+, `reduce_add_norm_\w+`, .* differ by ", logs(tmp_path, 2)
     )
 
 
