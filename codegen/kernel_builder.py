@@ -64,6 +64,7 @@ RULES: dict[str, Rule] = {
     "shift_tokens": speculation.shift_tokens,
     "commit_state_len": speculation.commit_state_len,
     "advance_rows": speculation.advance_rows,
+    "quantise": dense.quantise,
     "add_norm": dense.add_norm,
     "rms_norm": dense.add_norm,
     "reduce_add_norm": dense.all_reduce,

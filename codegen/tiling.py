@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tokenspeed_plan.codegen.tuned import Tile, find_tile
-from tokenspeed_plan.plans.fp8_format import FP8
+from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
 from tokenspeed_plan.plans.ops import integer, number, query_len
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
-from tokenspeed_plan.plans.types import Constant, DType, TensorSpec
+from tokenspeed_plan.plans.types import WARP_SIZE, Constant, DType, TensorSpec
 
 FOLD_ROWS = 64  # of a tile, from which on the factors of FP8 blocks are multiplied into the weight
+RUN = 16  # elements of FP8 that a thread loads at once
+WARP_RUNS = RUN * WARP_SIZE  # elements of a row that a warp loads at once
 GEMV_ROWS = 2  # with so few rows of x, plain arithmetic keeps up with the memory
 GEMV_COLUMNS = 1024  # columns of a router: with few rows of x too few for the tensor cores
 
@@ -63,7 +65,8 @@ class Work:
         """What a measured tile is filed under in `tuned.yaml`.
 
         The kind, rows rounded up to a power of two, queries of a sequence where there are several,
-        and the shapes of the weight matrices, with their dtype where they are quantised.
+        and the shapes of the weight matrices, with their dtype where they are quantised; last,
+        whether activations are, too.
         """
         words = [self.kind, str(up2(self.num_rows))]
         if self.query_len > 1:
@@ -75,6 +78,8 @@ class Work:
                 words.append(word)
                 if param.tensor.format.block:
                     words.append(param.tensor.dtype)
+        if self.quantised:
+            words.append("times fp8")
         return " ".join(words)
 
     @property
@@ -140,6 +145,11 @@ class Work:
     def is_fp8(self, name: str) -> bool:
         """Whether a weight is in blocks of FP8."""
         return self.specs[name].format == FP8
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it multiplies quantised activations."""
+        return any(p.role == "input" and p.tensor.format == FP8_ROWS for p in self.kernel.params)
 
     def has(self, kind: str) -> bool:
         """Whether it holds such a part."""
@@ -219,6 +229,15 @@ def id_columns(work: Work, name: str) -> int:
     if len(work.specs[name].shape) == 2:
         return work.width(name)
     return 1
+
+
+def run_warps(depth: int) -> tuple[int, int]:
+    """A depth of tiles of FP8 in plain arithmetic, and warps: each thread has a run of a row.
+
+    So activations need no exchange among threads. The tile's depth divides the whole one.
+    """
+    tile = min(depth & -depth, 4 * WARP_RUNS)
+    return tile, max(tile // WARP_RUNS, 1)
 
 
 def up2(value: int) -> int:

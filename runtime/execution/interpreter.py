@@ -14,7 +14,11 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
+import torch
+
 from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.fp8_format import E4M3_MAX
 
 
 def interpret() -> None:
@@ -43,6 +47,7 @@ def interpret() -> None:
         interpreter._tokenspeed = True
         _allow_tensor_bounds(interpreter)
         _widen_products(interpreter)
+        _round_to_fp8(interpreter)
         _patch_language_once(interpreter)
         _share_types(interpreter)
         _skip_overflow_checks(interpreter)
@@ -81,6 +86,24 @@ def _widen_products(interpreter: Any) -> None:
         return product(self, widened(a), widened(b), *rest)
 
     builder.create_dot = with_bf16
+
+
+def _round_to_fp8(interpreter: Any) -> None:
+    """Convert fp32 to e4m3 as a GPU does, to nearest and saturating.
+
+    The interpreter loses the carry into the exponent: 31.9 becomes 16, not 32.
+    """
+    builder, fp8 = interpreter.InterpreterBuilder, interpreter.tl.float8e4nv
+    convert = builder.create_fp_to_fp
+
+    def rounded(self: Any, source: Any, target: Any, mode: Any) -> Any:
+        if target.scalar != fp8 or source.dtype.scalar != interpreter.tl.float32:
+            return convert(self, source, target, mode)
+        values = torch.from_numpy(np.array(source.data)).clamp(-E4M3_MAX, E4M3_MAX)
+        data = values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return interpreter.TensorHandle(data, target.scalar)
+
+    builder.create_fp_to_fp = rounded
 
 
 def _patch_language_once(interpreter: Any) -> None:

@@ -109,6 +109,12 @@ FP8_CASES = {
     "fp8, H200 tiles, prefill": Case(
         "prefill", (1, 70), (5, 0), "bf16", kind="blocks", gpu="H200", fp8=True
     ),
+    "fp8 times fp8, prefill": Case(
+        "prefill", (1, 70), (5, 0), kind="blocks", fp8=True, quantises=True
+    ),
+    "fp8 times fp8, dense, bf16, prefill": Case(
+        "prefill", (40,), (5,), "bf16", kind="dense blocks", gpu="H200", fp8=True, quantises=True
+    ),
     "fp8, two drafts": Case("decode", (3,), (40,), kind="blocks", depth=2, fp8=True),
     "fp8, experts of a rank": Case(
         "decode", (1,) * 2, (0, 9), kind="blocks", layout=ParallelLayout(1, 1, 2), fp8=True

@@ -28,14 +28,19 @@ from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
-from tokenspeed_plan.plans.fp8_format import BLOCK, FP8, blocks, is_fp8_matrix
+from tokenspeed_plan.plans.fp8_format import BLOCK, FP8, FP8_ROWS, blocks, is_fp8_matrix
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import STOP_IDS
 from tokenspeed_plan.plans.schema import KernelSpec, Limits, Param
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.runtime.compare import difference
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
-from tokenspeed_plan.runtime.execution.fp8_blocks import dequantise, parts_of, quantise_blocks
+from tokenspeed_plan.runtime.execution.fp8_blocks import (
+    dequantise,
+    parts_of,
+    quantise_blocks,
+    quantise_rows,
+)
 from tokenspeed_plan.runtime.execution.interpreter import interpret
 from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
@@ -102,6 +107,7 @@ class Case:
     two_slots: bool = False  # even without drafts
     max_seq_len: int = 512
     fp8: bool = False  # its matrices are in blocks of FP8
+    quantises: bool | None = False  # its activations, too, where products read them
 
     @property
     def num_tokens(self) -> int:
@@ -165,7 +171,7 @@ def graph_of(case: Case, until: Stage = Stage.RECOMPUTED) -> OpGraph:
         find_hardware(case.gpu),
         *sizes,
         Load(*sizes, 64),
-        options=PassOptions(num_streams=1),
+        options=PassOptions(num_streams=1, quantises=case.quantises),
     )
     return run(built_graph(case), context, until)
 
@@ -206,6 +212,9 @@ class Inputs:
             shape = param.tensor.bind(self.case.num_tokens, self.case.num_seqs)
             if param.tensor.format == FP8:
                 made.append(self._in_blocks(shape))
+                continue
+            if param.tensor.format == FP8_ROWS:
+                made.append(quantise_rows(self.normal(*shape)))
                 continue
             made.append(
                 self._make(kernel, param, shape)
@@ -381,10 +390,11 @@ def reference(kernel: KernelSpec, tensors: list[Tensor], rank: int = 0) -> None:
     dtype = torch.float32
     if any(x.dtype == torch.bfloat16 for x in tensors):
         dtype = torch.bfloat16
+    if any(param.tensor.format == FP8_ROWS for param in kernel.tensors):
+        dtype = torch.float32
     for param in kernel.tensors:
-        if param.tensor.format == FP8:
-            parts = parts_of(values[param.name], param.tensor)
-            values[param.name] = dequantise(parts, dtype)
+        if param.tensor.format.block and param.role != "output":
+            values[param.name] = plain(values[param.name], param, dtype)
     outputs = {param.name for param in kernel.params if param.role == "output"}
     for part in kernel.parts:
         attrs = {**part.attrs, **{name: shift.at(rank) for name, shift in part.rank_attrs.items()}}
@@ -394,6 +404,13 @@ def reference(kernel: KernelSpec, tensors: list[Tensor], rank: int = 0) -> None:
                 values[name].copy_(result)
             else:
                 values[name] = result
+
+
+def plain(stored: Tensor, param: Param, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor whose blocks are dequantised."""
+    if not param.tensor.format.block:
+        return stored
+    return dequantise(parts_of(stored, param.tensor), dtype)
 
 
 Around = Callable[[KernelSpec, list[Tensor], Case], AbstractContextManager[None]]
@@ -424,7 +441,7 @@ def errors(built: Built, case: Case, seed: int = 0, rank: int = 0) -> Iterator[t
     reference(built.kernel, tensors, rank)
     for param, mine, wanted in zip(built.kernel.tensors, got, tensors, strict=True):
         if param.role == "output" or (param.role == "state" and param.access != "read"):
-            yield param.name, difference(mine, wanted)
+            yield param.name, difference(plain(mine, param), plain(wanted, param))
         if param.role == "scratch" and param.name.endswith("counters"):
             yield param.name, float(mine.count_nonzero())  # the next launch counts from zero
 
