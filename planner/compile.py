@@ -18,7 +18,7 @@ from tokenspeed_plan.planner.freeze import Parts, freeze
 from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
-from tokenspeed_plan.planner.machines.hardware import HardwareSpec, find_hardware
+from tokenspeed_plan.planner.machines.hardware import FP8_CLASSES, HardwareSpec, find_hardware
 from tokenspeed_plan.planner.models import checkpoint
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import ModelConfig, load_model_config, load_preset
@@ -39,6 +39,7 @@ from tokenspeed_plan.planner.passes.limits import (
 )
 from tokenspeed_plan.planner.passes.lower import LoweredProgram
 from tokenspeed_plan.planner.passes.pipeline import DEFAULT_OPTIONS, PassContext, PassOptions, run
+from tokenspeed_plan.planner.passes.quantised_products import record_quantised
 from tokenspeed_plan.planner.passes.reduction import record_reductions
 from tokenspeed_plan.planner.passes.select import Candidates, select, select_first, unreported
 from tokenspeed_plan.planner.passes.simulate import record_streams
@@ -295,6 +296,7 @@ def plan_parts(
     limits = plan_limits(capacity, decided.interleaving.tokens, decided.gathered_tokens)
     record_streams(ledger, [program.graph for program in programs])
     record_reductions(ledger, programs, hardware)
+    record_quantised(ledger, programs, hardware)
     record_cache(
         ledger,
         limits,
@@ -302,8 +304,8 @@ def plan_parts(
         model.config.has_state,
         workload.is_batch_of_rows,
     )
-    if model.weights == "fp8":
-        _record_fp8(ledger, dtype)
+    if model.weights == "fp8" or spec.model.head == "fp8":
+        _record_fp8(ledger, dtype, spec, hardware)
     if model.stop_reason:
         _record_stop_tokens(ledger, model)
     return Parts(
@@ -319,14 +321,19 @@ def plan_parts(
     )
 
 
-def _record_fp8(ledger: Ledger, dtype: DType) -> None:
-    """Write down how FP8 weights are read, and that their prices are not measured yet."""
+def _record_fp8(ledger: Ledger, dtype: DType, spec: Spec, hardware: HardwareSpec) -> None:
+    """Write down what is in FP8, and whether its prices were measured on the machine."""
+    kept, head = "tables, head,", ""
+    if spec.model.head == "fp8":
+        kept, head = "tables,", ", the head rounded when it is loaded"
+    prices = "their bytes at the rates of bf16 kernels: the profile has no classes of FP8"
+    if any(name in hardware.residuals for name in FP8_CLASSES):
+        prices = "calibrated, with classes of their own"
     ledger.record(
         "weights",
-        f"{FP8}, activations {dtype}",
-        "matrices of products are stored in blocks and converted where they are loaded; tables, "
-        "head, norms, routers and gates stay as they are. Prices are their bytes at the rates of "
-        "bf16 kernels: FP8 is not calibrated yet",
+        f"{FP8}{head}, activations {dtype}",
+        f"matrices of products are stored in blocks; {kept} norms, routers and gates stay as they "
+        f"are. `fp8_products` says what the tensor cores multiply. Prices: {prices}",
         "bf16, twice the bytes of a matrix",
     )
 
@@ -372,6 +379,7 @@ class _Programs:
             self.model.fused_experts,
             self.spec.draft_vocab,
             self.model.is_fp8,
+            self.spec.model.head == "fp8",
         )
         graph = check(build(context, phase, depth))
         return run(graph, PassContext(self.layout, self.hardware), until=Stage.SHARDED)

@@ -48,6 +48,7 @@ class BuildContext:
             expert has tensors of its own.
         draft_vocab: drafts are chosen from this many of the first tokens; from all where None.
         is_fp8: whether a checkpoint tensor is stored in blocks of FP8.
+        fp8_head: whether the LM head is in blocks of FP8 however it is stored.
     """
 
     config: ModelConfig
@@ -57,6 +58,7 @@ class BuildContext:
     fused_experts: Callable[[str], bool]
     draft_vocab: int | None = None
     is_fp8: Callable[[str], bool] = _is_never_fp8
+    fp8_head: bool = False
 
     @property
     def wide(self) -> DType:
@@ -260,16 +262,18 @@ class GraphBuilder:
         sources: tuple[Source, ...],
         join_dim: int = 0,
         dtype: DType | None = None,
+        in_fp8: bool = False,
     ) -> str:
-        """Declare a parameter; returns its name.
+        """Declare a parameter, with `in_fp8` in FP8 however it is stored; returns its name.
 
         Raises:
             SpecError: some of its sources are stored in FP8 and others are not.
         """
         spec = TensorSpec.of(shape=shape, dtype=dtype or self.context.dtype)
-        if are_stored_in_fp8(self.context, (source.name for source in sources)):
+        stored = are_stored_in_fp8(self.context, (source.name for source in sources))
+        if stored or in_fp8:
             spec = TensorSpec(shape=shape, format=FP8)
-        self.weights[name] = Weight(name, spec, sources, join_dim)
+        self.weights[name] = Weight(name, spec, sources, join_dim, in_fp8 and not stored)
         return name
 
     def matrix(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import combinations
 
+from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.schema import Piece, Plan, Pool, WeightSpec
 from tokenspeed_plan.plans.validate.refusal import refuse
 
@@ -13,7 +14,7 @@ def check_weights(plan: Plan, pool: Pool) -> None:
     """Every element of a weight comes from one element of the checkpoint.
 
     Raises:
-        PlanError: pieces stick out, overlap, or leave a hole.
+        PlanError: pieces stick out, overlap, or leave a hole; or something is rounded that cannot.
     """
     for weight in pool.weights:
         shape = weight.tensor.bind(0, 0)
@@ -24,7 +25,16 @@ def check_weights(plan: Plan, pool: Pool) -> None:
                 )
             if weight.tensor.format.block:
                 _check_blocks(weight, piece)
+        if weight.rounds:
+            _check_rounded(weight)
         _check_tiling(weight, shape)
+
+
+def _check_rounded(weight: WeightSpec) -> None:
+    """Only a whole matrix is rounded to FP8 when it is loaded."""
+    stacked = [piece.source for piece in weight.pieces if "{expert}" in piece.source]
+    if weight.tensor.format != FP8 or len(weight.tensor.shape) != 2 or stacked:
+        raise refuse(f"`{weight.name}` is rounded, and is no matrix in {FP8}")
 
 
 def _check_blocks(weight: WeightSpec, piece: Piece) -> None:

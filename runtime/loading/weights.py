@@ -20,13 +20,14 @@ from tokenspeed_plan.plans.fp8_format import BLOCK, STORED_FP8, STORED_SCALES, s
 from tokenspeed_plan.plans.schema import Piece, Plan, Shift, WeightSpec
 from tokenspeed_plan.plans.weight_files import add_tensors, weight_files
 from tokenspeed_plan.runtime.execution.arenas import Arenas
-from tokenspeed_plan.runtime.execution.fp8_blocks import Scaled, parts_of
+from tokenspeed_plan.runtime.execution.fp8_blocks import Scaled, parts_of, quantise_blocks
 from tokenspeed_plan.runtime.loading.staging import Staging
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _FP8 = (STORED_FP8,)
 _HINT = "name the checkpoint that the plan was made for with `--weights DIR`"
 _VECTOR_STD = 0.1  # of random norm weights and biases
+_ROUNDED_ROWS = 32 * BLOCK  # of a matrix at a time
 _FP8_STD = 64.0  # of random elements; the largest of a few million stays below 448
 
 Box = tuple[slice, ...]
@@ -112,10 +113,13 @@ def load_weights(
         tensors: dict[str, Tensor] = {}
         for weight in plan.pool.weights:
             stored = _view(weight, arenas)
+            tensors[weight.name] = stored
+            if weight.rounds:
+                _round(weight, parts_of(stored, weight.tensor), checkpoint, rank)
+                continue
             for target in _targets(weight, stored):
                 for piece in weight.pieces:
                     _copy(piece, target, checkpoint, rank, staging)
-            tensors[weight.name] = stored
         staging.finish()
         return arenas, tensors
 
@@ -200,7 +204,26 @@ def _targets(weight: WeightSpec, stored: Tensor) -> list[_Target]:
     return [_Target(elements, _FP8), _Target(scales, STORED_SCALES, BLOCK)]
 
 
+def _round(weight: WeightSpec, parts: Scaled, checkpoint: Checkpoint, rank: int) -> None:
+    """Round plain elements to nearest, some rows of blocks at a time."""
+    for piece in weight.pieces:
+        first, *_ = piece.at
+        for name, (rows, columns) in _boxes(piece, rank):
+            source = checkpoint.find(name, (rows, columns))
+            for at in range(rows.start, rows.stop, _ROUNDED_ROWS):
+                chunk = source[at : min(at + _ROUNDED_ROWS, rows.stop), columns]
+                made = quantise_blocks(chunk.to(parts.elements.device))
+                row = first + at - rows.start
+                parts.elements[row : row + len(chunk)] = made.elements
+                parts.scales[row // BLOCK : row // BLOCK + len(made.scales)] = made.scales
+
+
 def _check(weight: WeightSpec, checkpoint: Checkpoint, rank: int) -> None:
+    if weight.rounds:
+        for piece in weight.pieces:
+            for name, box in _boxes(piece, rank):
+                checkpoint.find(name, box)
+        return
     nothing = torch.empty(weight.tensor.size_bytes(), dtype=torch.float8_e4m3fn, device="meta")
     for target in _targets(weight, nothing):
         for piece in weight.pieces:
