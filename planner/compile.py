@@ -192,14 +192,20 @@ def compile_bundle(
     return _bundle(parts, select_first(parts.candidates))
 
 
-def build_bundle(spec: Spec, model: Model, cache: Path, report: Report = _silent) -> Compiled:
+def build_bundle(
+    spec: Spec,
+    model: Model,
+    cache: Path,
+    report: Report = _silent,
+    options: PassOptions = DEFAULT_OPTIONS,
+) -> Compiled:
     """Plan a spec with kernels that are compiled for the target and proved to fit it.
 
     Raises:
         SpecError: the spec cannot be planned, or a kernel fits the target in no tiling.
     """
     check_kernels(model.weights, model.config, find_hardware(spec.target.gpu, spec.folder))
-    parts = plan_parts(spec, model, report=report)
+    parts = plan_parts(spec, model, options=options, report=report)
     if parts.hardware.sm == 0:
         return _bundle(parts, select_first(parts.candidates))
     report("compiling kernels", 0, len(parts.candidates))

@@ -32,7 +32,7 @@ from tokenspeed_plan.planner.passes.op_terms import (
 )
 from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
 from tokenspeed_plan.plans.ops import COLLECTIVES, integer
-from tokenspeed_plan.plans.schema import Amounts, BatchSize, CallAmounts, Work
+from tokenspeed_plan.plans.schema import Amounts, BatchSize, CallAmounts, KernelSpec, Work
 from tokenspeed_plan.plans.types import TensorSpec
 
 # Products of weights in FP8, converted first or multiplied as they are.
@@ -278,9 +278,17 @@ _CLASSES: tuple[tuple[str, str], ...] = (
 MEMORY_BOUND_ROWS = 64
 
 
-def op_class(kinds: Collection[str], num_rows: int, num_seqs: int) -> str:
+def op_class(kinds: Collection[str], num_rows: int, num_seqs: int, variant: Variant = "") -> str:
     """The class of a kernel with such members; the machine's profile prices each class."""
-    return _class_of(_heaviest(kinds), num_rows, num_seqs)
+    return _class_of(_heaviest(kinds), num_rows, num_seqs) + variant
+
+
+def variant_of(kernel: KernelSpec) -> Variant:
+    """Which of the prices of its class a kernel of a plan has."""
+    formats = {param.tensor.format for param in kernel.params if param.role in ("input", "weight")}
+    if FP8_ROWS in formats:
+        return "_quantised"
+    return "_fp8" if FP8 in formats else ""
 
 
 def _heaviest(kinds: Collection[str]) -> str:

@@ -260,6 +260,7 @@ PAIRS = DRAFTED["three sequences, two queries"]
 SLOTS = Case("prefill", (1, 5), (0, 3), depth=3, kind="few heads")
 FEW_SEQS = Case("prefill", (2,) * 3, (0, 1, 2), depth=2)
 FP8_ONE, FP8_MANY = FP8_CASES["fp8, one sequence"], FP8_CASES["fp8, prefill"]
+FP8_BOTH = FP8_CASES["fp8 times fp8, prefill"]
 FP8_FEW = Case("decode", (1,) * 3, (5, 64, 0), kind="dense blocks", fp8=True)
 MUTATIONS = [
     (MANY, "rms_norm", "/ H + EPS", "/ H + 0.1"),
@@ -392,14 +393,21 @@ MUTATIONS = [
     (FEW_SEQS, "qk_norm_rope_write", "rope_positions + t", "rope_positions"),
     (FEW_SEQS, "attention_gate", "attention_context_lens + s)", "attention_context_lens)"),
     (FP8_ONE, "norm_linear", "first // BLOCK * (K // BLOCK)", "0"),
-    (FP8_ONE, "norm_linear", "scales + k0 // BLOCK", "scales"),
+    (FP8_ONE, "norm_linear", "scales + k0 // BLOCK + ", "scales + "),
+    (FP8_ONE, "norm_linear", "(tl.program_id(0) - TILES) * BESIDE_N", "BESIDE_N"),
+    (FP8_ONE, "norm_linear", "(0, 1, 3, 2)", "(0, 1, 2, 3)"),
     (FP8_ONE, "moe_up", "scales += first // BLOCK", "scales += 0 * first"),
     (FP8_ONE, "moe_up", "scales + half // BLOCK", "scales + 0 * half"),
-    (FP8_ONE, "moe_down_add", "(factor * share)", "share"),
+    (FP8_ONE, "moe_up", "half + RUN // 2", "half"),
+    (FP8_ONE, "moe_down_add", "(factor * shares[j])", "shares[j]"),
     (FP8_FEW, "norm_linear_silu_mul", "scales + N // BLOCK", "scales + 0 * N"),
     (FP8_MANY, "grouped_up", "tl.load(scales + k0 // BLOCK)", "tl.load(scales)"),
     (FP8_MANY, "grouped_down", "scales += first // BLOCK", "scales += 0 * first"),
     (FP8_MANY, "linear_add", "tl.load(scales + k0 // BLOCK)", "tl.load(scales)"),
+    (FP8_BOTH, "linear_add", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
+    (FP8_BOTH, "grouped_up", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
+    (FP8_BOTH, "grouped_down", "num_tokens * TOP_K", "num_tokens"),
+    (FP8_BOTH, "quantise", "(K // BLOCK) + b, scale", "(K // BLOCK) + b, 2.0 * scale"),
 ]
 
 
