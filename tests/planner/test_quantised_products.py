@@ -1,4 +1,4 @@
-"""FP8 by FP8 or converted weights: by price, said in the plan, and nothing that no product reads."""
+"""FP8 by FP8 or converted weights: by price, once for all products, and only where one reads it."""
 
 from __future__ import annotations
 
