@@ -314,10 +314,11 @@ def _few_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
 
 def _quantised_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
     """Tiles of FP8 times FP8: a block of the depth at a time, with a sum of its own."""
-    small = [Tile(64, 128, BLOCK, 4, 3), Tile(64, 64, BLOCK, 4, 3), Tile(64, 32, BLOCK, 4, 3)]
+    small = [Tile(64, 64, BLOCK, 4, 3), Tile(64, 32, BLOCK, 4, 3)]
     if blocks(rows, 128) * blocks(columns, 128) < work.hardware.num_sms:
-        return small[1:]
-    return [Tile(128, 128, BLOCK, 8, 3), *small]
+        return small
+    wide = 64 if work.has("silu_mul") else 128  # two sums of a tile, and that of a block
+    return [Tile(128, wide, BLOCK, 8, 3), *small]
 
 
 def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) -> Tiling:

@@ -231,7 +231,8 @@ def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
     if work.interpreted:
         return [Tile(32, 64, 64, 8, 1)]
     if work.quantised and pairs > 32:
-        return [Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3), Tile(64, 64, 128, 4, 3)]
+        wide = 64 if _is_up(work) else 128  # two sums of a tile, and that of a block
+        return [Tile(128, wide, 128, 8, 3), Tile(64, 64, 128, 4, 3), Tile(64, 32, 128, 4, 3)]
     if pairs > 128:
         return [
             Tile(128, 128, 64, 8, 4),
