@@ -27,7 +27,7 @@ from tokenspeed_plan.codegen.tiling import (
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
-from tokenspeed_plan.plans.fp8_format import BLOCK, E4M3_MAX
+from tokenspeed_plan.plans.fp8_format import BLOCK, E4M3_MAX, MIN_AMAX
 from tokenspeed_plan.plans.peer_memory import COUNT_LIMIT, ERROR, GENERATIONS, STOP, slot_words
 from tokenspeed_plan.plans.schema import GridDim, Part
 from tokenspeed_plan.plans.types import DTYPE_BITS, WARP_SIZE, Attr, Constant, TensorSpec
@@ -86,6 +86,7 @@ def quantise(work: Work) -> list[Tiling]:
         "BLOCK": BLOCK,
         "BLOCK_K": block,
         "E4M3_MAX": E4M3_MAX,
+        "MIN_AMAX": MIN_AMAX,
     }
     tiling = Tiling(
         template="quantise",

@@ -126,8 +126,8 @@ DENSE_OPS: dict[str, OpDef] = {
         outputs=("q",),
         infer=_quantise,
         doc=(
-            f"q = x / s rounded to e4m3, s = amax / 448 of each row and {BLOCK} columns (1 where it"
-            " is 0); q has its elements, then s"
+            f"q = x / s rounded to e4m3, s = amax / 448 of each row and {BLOCK} columns; q has its"
+            " elements, then s"
         ),
     ),
     "add": OpDef(

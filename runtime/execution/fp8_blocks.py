@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.fp8_format import BLOCK, E4M3_MAX
+from tokenspeed_plan.plans.fp8_format import BLOCK, E4M3_MAX, MIN_AMAX
 from tokenspeed_plan.plans.types import TensorSpec
 
 
@@ -61,12 +61,14 @@ def dequantise(parts: Scaled, dtype: torch.dtype) -> Tensor:
 def quantise_rows(x: Tensor) -> Tensor:
     """Activations as a flat run of FP8, with amax / 448 as the factor of 128 columns of a row.
 
-    A run of zeros has the factor 1. What is not finite becomes NaN.
+    Elements are multiplied by 448 / amax and rounded to nearest. What is not finite becomes NaN.
     """
     wide = x.float().unflatten(-1, (-1, BLOCK))
-    largest = wide.abs().amax(-1, keepdim=True)
-    scales = torch.where(largest == 0, torch.ones_like(largest), largest / E4M3_MAX)
-    values = (wide / scales).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    largest = wide.abs().amax(-1, keepdim=True).clamp(min=MIN_AMAX)
+    scales = largest / E4M3_MAX
+    # PyTorch divides a number by a tensor in two roundings, a tensor by a tensor in one.
+    inverses = torch.full_like(largest, E4M3_MAX) / largest
+    values = (wide * inverses).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     parts = (values.flatten().view(torch.uint8), scales.flatten().view(torch.uint8))
     return torch.cat(parts).view(torch.float8_e4m3fn)
 

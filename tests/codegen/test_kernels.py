@@ -407,7 +407,7 @@ MUTATIONS = [
     (FP8_BOTH, "linear_add", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
     (FP8_BOTH, "grouped_up", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
     (FP8_BOTH, "grouped_down", "num_tokens * TOP_K", "num_tokens"),
-    (FP8_BOTH, "quantise", "(K // BLOCK) + b, scale", "(K // BLOCK) + b, 2.0 * scale"),
+    (FP8_BOTH, "quantise", "tl.div_rn(largest, most)", "tl.div_rn(most, largest)"),
 ]
 
 
