@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tokenspeed_plan.codegen.tuned import Tile, find_tile
-from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
+from tokenspeed_plan.plans.fp8_format import BLOCK, E4M3_MAX, FP8, FP8_ROWS, MIN_AMAX
 from tokenspeed_plan.plans.ops import integer, number, query_len
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
 from tokenspeed_plan.plans.types import WARP_SIZE, Constant, DType, TensorSpec
@@ -229,6 +229,13 @@ def id_columns(work: Work, name: str) -> int:
     if len(work.specs[name].shape) == 2:
         return work.width(name)
     return 1
+
+
+def quantising(work: Work) -> dict[str, Constant]:
+    """Constants of a kernel that leaves activations in FP8, none where it does not."""
+    if not work.has("quantise"):
+        return {}
+    return {"BLOCK": BLOCK, "E4M3_MAX": E4M3_MAX, "MIN_AMAX": MIN_AMAX}
 
 
 def run_warps(depth: int) -> tuple[int, int]:

@@ -23,11 +23,12 @@ from tokenspeed_plan.codegen.tiling import (
     per_rows,
     per_seq,
     per_token,
+    quantising,
     run_warps,
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
-from tokenspeed_plan.plans.fp8_format import BLOCK, E4M3_MAX, MIN_AMAX
+from tokenspeed_plan.plans.fp8_format import BLOCK
 from tokenspeed_plan.plans.peer_memory import COUNT_LIMIT, ERROR, GENERATIONS, STOP, slot_words
 from tokenspeed_plan.plans.schema import GridDim, Part
 from tokenspeed_plan.plans.types import DTYPE_BITS, WARP_SIZE, Attr, Constant, TensorSpec
@@ -56,14 +57,21 @@ def embed(work: Work) -> list[Tiling]:
 
 def add_norm(work: Work) -> list[Tiling]:
     """A program a token: its norm needs the whole row."""
-    prefix = "rms_norm_" if work.has("add") else ""
+    prefix = "rms_norm_" if len(work.kernel.parts) > 1 else ""
     hidden = work.width(f"{prefix}w")
     constants: dict[str, Constant] = {
         "H": hidden,
         "BLOCK_H": up2(hidden),
         "EPS": work.number("rms_norm", "eps"),
     }
-    options = {"adds": work.has("add"), "norm": prefix, "plain": work.plain_norm}
+    constants |= quantising(work)
+    options = {
+        "adds": work.has("add"),
+        "norm": prefix,
+        "plain": work.plain_norm,
+        "quantises": work.has("quantise"),
+        "dtype": TRITON_DTYPES[work.dtype],
+    }
     return [
         Tiling(
             template="add_norm",
@@ -83,14 +91,11 @@ def quantise(work: Work) -> list[Tiling]:
     block = min(up2(columns), 4096)
     constants: dict[str, Constant] = {
         "K": columns,
-        "BLOCK": BLOCK,
         "BLOCK_K": block,
-        "E4M3_MAX": E4M3_MAX,
-        "MIN_AMAX": MIN_AMAX,
     }
     tiling = Tiling(
         template="quantise",
-        constants=constants,
+        constants=constants | quantising(work),
         grid=(per_rows(1, work.by_seqs), fixed(blocks(columns, block))),
         num_warps=4,
         num_stages=1,

@@ -14,6 +14,7 @@ from kernel_lab import (
     TOLERANCE,
     Case,
     Inputs,
+    allowed,
     broken,
     errors,
     is_caught,
@@ -175,7 +176,7 @@ def test_kernels_equal_their_references(case: Case) -> None:
             continue
         for rank in range(case.layout.num_ranks):
             for name, error in errors(kernel, case, rank=rank):
-                assert error <= TOLERANCE[case.dtype], (kernel.kernel.name, name, rank)
+                assert error <= allowed(case, name), (kernel.kernel.name, name, rank)
 
 
 @pytest.mark.slow
@@ -407,6 +408,8 @@ MUTATIONS = [
     (FP8_BOTH, "linear_add", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
     (FP8_BOTH, "grouped_up", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
     (FP8_BOTH, "grouped_down", "num_tokens * TOP_K", "num_tokens"),
+    (FP8_BOTH, "norm_quantise", "t * (H // BLOCK) + b", "t + b"),
+    (FP8_BOTH, "gated_norm_quantise", "tl.program_id(1) * (D // BLOCK)", "0"),
     (FP8_BOTH, "quantise", "tl.div_rn(largest, most)", "tl.div_rn(most, largest)"),
 ]
 

@@ -52,6 +52,7 @@ if DEVICE == "cpu":
 # Largest error over the largest value. bf16 products of a kernel are added up in fp32, those of the
 # reference are rounded to bf16 between its parts.
 TOLERANCE = {"fp32": 1e-5 if DEVICE == "cpu" else 1e-4, "bf16": 3e-2}
+FP8_STEP = 32 / 448  # between the largest numbers of e4m3
 PAGE = 16
 ONE_RANK = ParallelLayout(1, 1, 1)
 FEW_HEADS = {
@@ -446,6 +447,13 @@ def errors(built: Built, case: Case, seed: int = 0, rank: int = 0) -> Iterator[t
             yield param.name, float(mine.count_nonzero())  # the next launch counts from zero
 
 
+def allowed(case: Case, name: str) -> float:
+    """The largest error of a parameter: bf16 that is rounded otherwise may be one step of e4m3."""
+    if name == "quantise_q" and case.dtype == "bf16":
+        return FP8_STEP
+    return TOLERANCE[case.dtype]
+
+
 def broken(built: Built, old: str, new: str) -> Built:
     """The kernel with a piece of its text replaced, and the digest of the new text."""
     from tokenspeed_plan.codegen.render import source_digest
@@ -474,6 +482,6 @@ def _differs(built: Built, case: Case) -> bool:
     from triton.runtime.errors import InterpreterError
 
     try:
-        return any(not error <= TOLERANCE[case.dtype] for _, error in errors(built, case))
+        return any(not error <= allowed(case, name) for name, error in errors(built, case))
     except InterpreterError:  # nonsense that NumPy itself refuses
         return True
