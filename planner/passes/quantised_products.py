@@ -19,7 +19,7 @@ from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
 from tokenspeed_plan.plans.schema import Option
 from tokenspeed_plan.plans.types import DTYPE_BITS, TensorSpec
 
-FEW_ROWS = 64  # of a tile on the tensor cores that multiplies elements of FP8 as they are
+QUANTISED_ROWS = 64  # of a tile on the tensor cores that multiplies elements of FP8 as they are
 _KINDS = ("linear", "grouped_up", "grouped_down")
 
 
@@ -106,7 +106,7 @@ def prices_of(graph: OpGraph, products: Sequence[Op], hardware: HardwareSpec, lo
     """What products of the same activations take in both ways."""
     spec = graph.tensors[products[0].inputs[0]].spec
     rows, columns = spec.bind(load.num_tokens, load.num_seqs)
-    if hardware.sm < 90 or "fp8" not in hardware.matrix_flops_per_s or rows < FEW_ROWS:
+    if hardware.sm < 90 or "fp8" not in hardware.matrix_flops_per_s or rows < QUANTISED_ROWS:
         return Prices(0.0, float("inf"))
     converted = [_us(graph, op, hardware, load, "bf16") for op in products]
     quantised = [_us(graph, op, hardware, load, "fp8") for op in products]
@@ -173,5 +173,5 @@ def _numbers(prices: Sequence[Prices]) -> dict[str, float]:
 
 _REASON = (
     "for each activation the cheaper of kernels that convert the weights which multiply it, and of "
-    f"FP8 times FP8 with a kernel that quantises it; the latter from {FEW_ROWS} rows on"
+    f"FP8 times FP8 with a kernel that quantises it; the latter from {QUANTISED_ROWS} rows on"
 )
