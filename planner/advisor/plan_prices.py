@@ -145,6 +145,7 @@ def _step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
         skew=spec.workload.skew,
         rollback=plan.pool.limits.rollback,
         draft_vocab=spec.draft_vocab,
+        head=spec.model.head,
     )
     return steps, _layout_of(plan)
 

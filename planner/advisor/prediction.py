@@ -168,6 +168,7 @@ class Predictor:
             engine=self.engine,
             rollback=self.rollback,
             draft_vocab=self.spec.draft_vocab,
+            head=self.spec.model.head,
         )
 
     @cached_property

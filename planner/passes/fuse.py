@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from tokenspeed_plan.codegen.tiling import GEMV_COLUMNS, GEMV_ROWS
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.plans.encodings import NVFP4
-from tokenspeed_plan.plans.ops import Access
+from tokenspeed_plan.plans.fp8_format import BLOCK
+from tokenspeed_plan.plans.ops import Access, integer
 from tokenspeed_plan.plans.types import Phase
 
 
@@ -29,6 +30,7 @@ class Fusion:
         gemv_only: it pays only where a product needs no tensor cores: few rows, or few columns.
         pushes: it adds up ranks, which pays in some programs (`planner/passes/reduction.py`).
         leaves: kinds after its first member that belong to another kernel, which has no other.
+        whole_runs: heads of its first member must be whole runs of what is quantised.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class Fusion:
     gemv_only: bool = False
     pushes: bool = False
     leaves: tuple[str, ...] = ()
+    whole_runs: bool = False
 
 
 FEW: tuple[Phase, ...] = ("decode",)  # programs of a few tokens
@@ -55,12 +58,16 @@ FUSIONS = (
     Fusion("norm_head", ("rms_norm", "last_token", "linear"), FEW, gemv_only=True),
     Fusion("head", ("last_token", "linear")),
     Fusion("norm_linear_silu_mul", ("rms_norm", "linear", "silu_mul"), FEW, gemv_only=True),
+    # The products of a Gated DeltaNet whose large one is in FP8: two weights, one launch.
+    Fusion("norm_linear", ("rms_norm", "linear", "linear"), FEW, gemv_only=True),
     Fusion("norm_linear", ("rms_norm", "linear"), FEW, gemv_only=True),
     Fusion("linear_silu_mul", ("linear", "silu_mul")),
     Fusion("expert_sum_linear_add", ("expert_sum", "linear", "gated_add", "add")),
     Fusion("expert_sum_linear", ("expert_sum", "linear", "gated_add")),
     Fusion("expert_sum_add", ("expert_sum", "add")),
     Fusion("linear_add", ("linear", "add")),
+    Fusion("add_norm_quantise", ("add", "rms_norm", "quantise")),
+    Fusion("norm_quantise", ("rms_norm", "quantise")),
     Fusion("add_norm", ("add", "rms_norm")),
     # Attention.
     Fusion(
@@ -77,6 +84,7 @@ FUSIONS = (
     ),
     Fusion("delta_step", ("causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
     Fusion("delta_step", ("ring_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
+    Fusion("gated_norm_quantise", ("gated_norm", "quantise"), whole_runs=True),
     Fusion("conv_qk_norm", ("causal_conv", "qk_l2_norm")),
     Fusion("conv_qk_norm", ("ring_conv", "qk_l2_norm")),
     Fusion("gates_delta_chunk", ("delta_gates", "delta_chunk")),
@@ -163,6 +171,8 @@ class _Fuser:
         run = self.order[index:end]
         kinds = [op.kind for op in run]
         if kinds != list(fusion.run) or self._is_left(index, fusion):
+            return False
+        if fusion.whole_runs and integer(run[0].attrs, "head_dim") % BLOCK:
             return False
         if fusion.gemv_only:
             products = [op for op in run if op.kind == "linear"]
