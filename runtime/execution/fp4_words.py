@@ -87,7 +87,7 @@ def dequantise(parts: Fp4, dtype: torch.dtype) -> Tensor:
         wide = dtype
     signed = (*_VALUES, *(-value for value in _VALUES))
     table = torch.tensor(signed, dtype=wide, device=parts.elements.device)
-    values = table[_codes(parts.elements).long()].unflatten(-1, (-1, GROUP))
+    values: Tensor = table[_codes(parts.elements).long()].unflatten(-1, (-1, GROUP))
     values *= parts.scales.to(wide)[..., None]
     return (values.flatten(-2) * parts.factors.to(wide)[..., None]).to(dtype)
 
