@@ -67,7 +67,6 @@ RULES: dict[str, Rule] = {
     "quantise": dense.quantise,
     "norm_quantise": dense.add_norm,
     "add_norm_quantise": dense.add_norm,
-    "gated_norm_quantise": delta.gated_norm,
     "add_norm": dense.add_norm,
     "rms_norm": dense.add_norm,
     "reduce_add_norm": dense.all_reduce,

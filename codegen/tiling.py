@@ -248,7 +248,7 @@ def run_warps(depth: int) -> tuple[int, int]:
 
     So activations need no exchange among threads. The tile's depth divides the whole one.
     """
-    tile = min(depth & -depth, 4 * WARP_RUNS)
+    tile = min(depth & -depth, 2 * WARP_RUNS)
     return tile, max(tile // WARP_RUNS, 1)
 
 

@@ -10,7 +10,6 @@ from tokenspeed_plan.codegen.tiling import (
     fixed,
     per_rows,
     per_seq,
-    quantising,
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
@@ -218,11 +217,9 @@ def gated_norm(work: Work) -> list[Tiling]:
             "D": work.size("gated_norm", "head_dim"),
             "EPS": work.number("gated_norm", "eps"),
             "BLOCK_T": block,
-        }
-        | quantising(work),
+        },
         grid=(per_rows(block), fixed(heads)),
         num_warps=4,
         num_stages=1,
-        options={"quantises": work.has("quantise"), "dtype": TRITON_DTYPES[work.dtype]},
     )
     return [tiling]

@@ -38,6 +38,7 @@ DOT_ROWS = 16  # of a tile on the tensor cores, at least
 FEW_PUSHED = 128  # rows that run at once however many threads each of them has
 MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its weights
 BESIDE_COLUMNS = 2  # of a program, of a small product that shares the launch of a large one
+WIDE_COLUMNS = 8192  # of a product, from which on a few wide tiles fill the machine
 MIN_FILL = 0.7  # programs a multiprocessor that keep a machine busy
 
 
@@ -191,7 +192,7 @@ def linear(work: Work) -> list[Tiling]:
     else:
         tiles = _matrix_tiles(work, rows, weight_rows, columns)
     if is_fp8 and not work.interpreted:
-        tiles = [_in_blocks(tile, depth) for tile in tiles]
+        tiles = [_in_blocks(tile, columns, depth) for tile in tiles]
     tiles = work.tiles(*tiles)
     if is_fp8:
         tiles = list(dict.fromkeys(map(_in_one_block, tiles)))
@@ -208,16 +209,19 @@ def _in_one_block(tile: Tile) -> Tile:
     return replace(tile, n=columns, k=min(tile.k, BLOCK))
 
 
-def _in_blocks(tile: Tile, depth: int) -> Tile:
+def _in_blocks(tile: Tile, columns: int, depth: int) -> Tile:
     """A tile of the rules made good for FP8.
 
     In plain arithmetic each thread has a run of a row. On the tensor cores a tile is within one
-    block; half the bytes in flight would not keep the memory busy, so that more loads are begun
-    before they are needed.
+    block, and with few rows programs share the depth, as measured on an H200: half the bytes in
+    flight would not keep the memory busy (8 rows times 2,048 x 4,096: a third of the time).
     """
     if tile.m < DOT_ROWS:
         k, warps = run_warps(depth)
-        return replace(tile, n=min(tile.n, 4), k=k, num_warps=warps, num_stages=1)
+        return replace(tile, n=min(tile.n, 4), k=k, num_warps=warps, num_stages=2)
+    if tile.m <= 2 * DOT_ROWS:
+        n = 128 if columns >= WIDE_COLUMNS else 32
+        return Tile(tile.m, n, BLOCK, 4, 4, splits=max(min(depth // BLOCK // 2, 4), 1))
     if tile.k > BLOCK:
         return replace(tile, n=min(tile.n, 16), k=BLOCK, num_stages=5)
     return tile
@@ -323,11 +327,10 @@ def _few_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
 
 def _quantised_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
     """Tiles of FP8 times FP8: a block of the depth at a time, with a sum of its own."""
-    small = [Tile(64, 64, BLOCK, 4, 3), Tile(64, 32, BLOCK, 4, 3)]
-    if blocks(rows, 128) * blocks(columns, 128) < work.hardware.num_sms:
-        return small
+    if blocks(rows, 64) * blocks(columns, 64) < 2 * work.hardware.num_sms:
+        return [Tile(64, 64, BLOCK, 4, 3, splits=4), Tile(64, 32, BLOCK, 4, 3)]
     wide = 64 if work.has("silu_mul") else 128  # two sums of a tile, and that of a block
-    return [Tile(128, wide, BLOCK, 8, 3), *small]
+    return [Tile(64, wide, BLOCK, 4, 4), Tile(64, 64, BLOCK, 4, 3), Tile(64, 32, BLOCK, 4, 3)]
 
 
 def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) -> Tiling:

@@ -81,7 +81,8 @@ def _up_tiles(work: Work, hidden: int) -> list[Tile]:
     first = Tile(1, min(8192 // depth, 8), depth, num_warps, 2)
     if work.is_fp8("experts_up_w"):
         block, warps = run_warps(hidden)
-        return [Tile(1, 4, block, warps, 1), Tile(1, 2, block, warps, 1)]
+        columns = 2 if work.num_tokens == 1 else 8
+        return [Tile(1, columns, block, warps, 1), Tile(1, 2, block, warps, 1)]
     return [first, Tile(1, 4, 256, 4, 2), Tile(1, 2, 256, 4, 1)]
 
 
@@ -145,7 +146,8 @@ def _down_tiles(work: Work) -> list[Tile]:
         return [Tile(1, 64, 128, 8, 1)]
     if work.is_fp8("experts_down_w"):
         inner, _ = run_warps(min(work.width("experts_down_w"), WARP_RUNS))
-        return [Tile(1, 2, inner, 1, 1), Tile(1, 1, inner, 1, 1)]
+        columns, warps = (2, 1) if work.num_tokens == 1 else (8, 2)
+        return [Tile(1, columns, inner, warps, 1), Tile(1, 1, inner, 1, 1)]
     first = Tile(1, 1, 256, 2, 1)
     if work.num_tokens == 1:
         first = Tile(1, 2, 512, 2, 1)
@@ -248,7 +250,7 @@ def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
         return [Tile(32, 64, 64, 8, 1)]
     if work.quantised and pairs > 32:
         wide = 64 if _is_up(work) else 128  # two sums of a tile, and that of a block
-        return [Tile(128, wide, 128, 8, 3), Tile(64, 64, 128, 4, 3), Tile(64, 32, 128, 4, 3)]
+        return [Tile(64, wide, BLOCK, 4, 3), Tile(64, 64, BLOCK, 4, 3), Tile(64, 32, BLOCK, 4, 3)]
     if pairs > 128:
         return [
             Tile(128, 128, 64, 8, 4),

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from tokenspeed_plan.codegen.tiling import GEMV_COLUMNS, GEMV_ROWS
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.plans.encodings import NVFP4
-from tokenspeed_plan.plans.fp8_format import BLOCK
-from tokenspeed_plan.plans.ops import Access, integer
+from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.types import Phase
 
 
@@ -30,7 +29,6 @@ class Fusion:
         gemv_only: it pays only where a product needs no tensor cores: few rows, or few columns.
         pushes: it adds up ranks, which pays in some programs (`planner/passes/reduction.py`).
         leaves: kinds after its first member that belong to another kernel, which has no other.
-        whole_runs: heads of its first member must be whole runs of what is quantised.
     """
 
     kind: str
@@ -40,7 +38,6 @@ class Fusion:
     gemv_only: bool = False
     pushes: bool = False
     leaves: tuple[str, ...] = ()
-    whole_runs: bool = False
 
 
 FEW: tuple[Phase, ...] = ("decode",)  # programs of a few tokens
@@ -84,7 +81,6 @@ FUSIONS = (
     ),
     Fusion("delta_step", ("causal_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
     Fusion("delta_step", ("ring_conv", "qk_l2_norm", "delta_gates", "delta_rule", "gated_norm")),
-    Fusion("gated_norm_quantise", ("gated_norm", "quantise"), whole_runs=True),
     Fusion("conv_qk_norm", ("causal_conv", "qk_l2_norm")),
     Fusion("conv_qk_norm", ("ring_conv", "qk_l2_norm")),
     Fusion("gates_delta_chunk", ("delta_gates", "delta_chunk")),
@@ -171,8 +167,6 @@ class _Fuser:
         run = self.order[index:end]
         kinds = [op.kind for op in run]
         if kinds != list(fusion.run) or self._is_left(index, fusion):
-            return False
-        if fusion.whole_runs and integer(run[0].attrs, "head_dim") % BLOCK:
             return False
         if fusion.gemv_only:
             products = [op for op in run if op.kind == "linear"]

@@ -461,7 +461,6 @@ MUTATIONS = [
     (FP8_BOTH, "grouped_up", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
     (FP8_BOTH, "grouped_down", "num_tokens * TOP_K", "num_tokens"),
     (FP8_BOTH, "norm_quantise", "t * (H // BLOCK) + b", "t + b"),
-    (FP8_BOTH, "gated_norm_quantise", "tl.program_id(1) * (D // BLOCK)", "0"),
     (FP8_BOTH, "quantise", "tl.div_rn(largest, most)", "tl.div_rn(most, largest)"),
 ]
 

@@ -442,7 +442,7 @@ def test_the_trained_model_loses_little(tmp_path: Path) -> None:
     pairs = [
         pair for both in zip(quantised, wanted, strict=True) for pair in zip(*both, strict=True)
     ]
-    assert sum(one == two for one, two in pairs) >= 0.75 * len(pairs)
+    assert sum(one == two for one, two in pairs) >= 0.5 * len(pairs)
     round_head(plain, tmp_path / "rounded")
     with_head = loss_of(tmp_path / "rounded", ids)
     assert with_head != after
