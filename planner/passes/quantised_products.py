@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from tokenspeed_plan.planner.graph import Op, OpGraph, Tensor
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
-from tokenspeed_plan.planner.passes.cost import Load, costed_op, is_quantised, time_of
+from tokenspeed_plan.planner.passes.cost import (
+    Load,
+    Variant,
+    costed_op,
+    is_quantised,
+    time_of,
+)
 from tokenspeed_plan.planner.passes.lower import LoweredProgram
 from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
 from tokenspeed_plan.plans.schema import Option
@@ -117,7 +123,9 @@ def _us(graph: OpGraph, op: Op, hardware: HardwareSpec, load: Load, dtype: str) 
     """Microseconds of a product whose elements are multiplied as `dtype`."""
     costed = costed_op(graph, op)
     members = tuple(replace(member, matrix_dtype=dtype) for member in costed.members)
-    variant = "_quantised" if dtype == "fp8" else "_fp8"
+    variant: Variant = "_fp8"
+    if dtype == "fp8":
+        variant = "_quantised"
     priced = replace(costed, members=members, variant=variant)
     return time_of(priced, costed.work(load), load, hardware).total_us
 
