@@ -8,12 +8,14 @@ from typing import Protocol
 
 from tokenspeed_plan.codegen.tuned import Tile, find_tile
 from tokenspeed_plan.plans.encodings import NVFP4
-from tokenspeed_plan.plans.fp8_format import FP8
+from tokenspeed_plan.plans.fp8_format import BLOCK, E4M3_MAX, FP8, FP8_ROWS, MIN_AMAX
 from tokenspeed_plan.plans.ops import integer, number, query_len
 from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Part
-from tokenspeed_plan.plans.types import Constant, DType, TensorSpec
+from tokenspeed_plan.plans.types import WARP_SIZE, Constant, DType, TensorSpec
 
 FOLD_ROWS = 64  # of a tile, from which on the factors of FP8 blocks are multiplied into the weight
+RUN = 16  # elements of FP8 that a thread loads at once
+WARP_RUNS = RUN * WARP_SIZE  # elements of a row that a warp loads at once
 GEMV_ROWS = 2  # with so few rows of x, plain arithmetic keeps up with the memory
 GEMV_COLUMNS = 1024  # columns of a router: with few rows of x too few for the tensor cores
 
@@ -64,7 +66,8 @@ class Work:
         """What a measured tile is filed under in `tuned.yaml`.
 
         The kind, rows rounded up to a power of two, queries of a sequence where there are several,
-        and the shapes of the weight matrices, with their dtype where they are quantised.
+        and the shapes of the weight matrices, with their dtype where they are quantised; last,
+        whether activations are, too.
         """
         words = [self.kind, str(up2(self.num_rows))]
         if self.query_len > 1:
@@ -76,6 +79,8 @@ class Work:
                 words.append(word)
                 if param.tensor.format.block:
                     words.append(param.tensor.dtype)
+        if self.quantised:
+            words.append("times fp8")
         return " ".join(words)
 
     @property
@@ -145,6 +150,11 @@ class Work:
     def is_fp4(self, name: str) -> bool:
         """Whether a weight is in NVFP4."""
         return self.specs[name].format == NVFP4
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it multiplies quantised activations."""
+        return any(p.role == "input" and p.tensor.format == FP8_ROWS for p in self.kernel.params)
 
     def has(self, kind: str) -> bool:
         """Whether it holds such a part."""
@@ -224,6 +234,22 @@ def id_columns(work: Work, name: str) -> int:
     if len(work.specs[name].shape) == 2:
         return work.width(name)
     return 1
+
+
+def quantising(work: Work) -> dict[str, Constant]:
+    """Constants of a kernel that leaves activations in FP8, none where it does not."""
+    if not work.has("quantise"):
+        return {}
+    return {"BLOCK": BLOCK, "E4M3_MAX": E4M3_MAX, "MIN_AMAX": MIN_AMAX}
+
+
+def run_warps(depth: int) -> tuple[int, int]:
+    """A depth of tiles of FP8 in plain arithmetic, and warps: each thread has a run of a row.
+
+    So activations need no exchange among threads. The tile's depth divides the whole one.
+    """
+    tile = min(depth & -depth, 2 * WARP_RUNS)
+    return tile, max(tile // WARP_RUNS, 1)
 
 
 def up2(value: int) -> int:

@@ -18,7 +18,7 @@ from tokenspeed_plan.planner.freeze import Parts, freeze
 from tokenspeed_plan.planner.graph import OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
-from tokenspeed_plan.planner.machines.hardware import HardwareSpec, find_hardware
+from tokenspeed_plan.planner.machines.hardware import FP8_CLASSES, HardwareSpec, find_hardware
 from tokenspeed_plan.planner.machines.target import target_hardware
 from tokenspeed_plan.planner.models import checkpoint
 from tokenspeed_plan.planner.models.builder import BuildContext
@@ -47,6 +47,7 @@ from tokenspeed_plan.planner.passes.limits import (
 )
 from tokenspeed_plan.planner.passes.lower import LoweredProgram
 from tokenspeed_plan.planner.passes.pipeline import DEFAULT_OPTIONS, PassContext, PassOptions, run
+from tokenspeed_plan.planner.passes.quantised_products import record_quantised
 from tokenspeed_plan.planner.passes.reduction import record_reductions
 from tokenspeed_plan.planner.passes.select import Candidates, select, select_unproved, unreported
 from tokenspeed_plan.planner.passes.simulate import record_streams
@@ -205,14 +206,20 @@ def compile_bundle(
     return _bundle(parts, select_unproved(parts.candidates, kept))
 
 
-def build_bundle(spec: Spec, model: Model, cache: Path, report: Report = _silent) -> Compiled:
+def build_bundle(
+    spec: Spec,
+    model: Model,
+    cache: Path,
+    report: Report = _silent,
+    options: PassOptions = DEFAULT_OPTIONS,
+) -> Compiled:
     """Plan a spec with kernels that are compiled for the target and proved to fit it.
 
     Raises:
         SpecError: the spec cannot be planned, or a kernel fits the target in no tiling.
     """
     check_kernels(model.weights, model.config, find_hardware(spec.target.gpu, spec.folder))
-    parts = plan_parts(spec, model, report=report)
+    parts = plan_parts(spec, model, options=options, report=report)
     if parts.hardware.sm == 0:
         return _bundle(parts, select_unproved(parts.candidates))
     report("compiling kernels", 0, len(parts.candidates))
@@ -311,6 +318,7 @@ def plan_parts(
     record_reductions(ledger, programs, hardware)
     named = [(f"{each.graph.phase}/{each.bucket}", each.graph) for each in programs]
     record_libraries(ledger, named)
+    record_quantised(ledger, programs, hardware)
     record_cache(
         ledger,
         limits,
@@ -318,8 +326,8 @@ def plan_parts(
         model.config.has_state,
         workload.is_batch_of_rows,
     )
-    if model.weights in QUANTISED:
-        _record_weights(ledger, programs, dtype)
+    if model.weights in QUANTISED or spec.model.head == "fp8":
+        _record_weights(ledger, programs, dtype, spec, hardware)
     if model.stop_reason:
         _record_stop_tokens(ledger, model)
     return Parts(
@@ -336,17 +344,28 @@ def plan_parts(
     )
 
 
-def _record_weights(ledger: Ledger, programs: tuple[LoweredProgram, ...], dtype: DType) -> None:
-    """Write down how quantised weights are read, and that their prices are not measured yet."""
+def _record_weights(
+    ledger: Ledger,
+    programs: tuple[LoweredProgram, ...],
+    dtype: DType,
+    spec: Spec,
+    hardware: HardwareSpec,
+) -> None:
+    """Write down how weights are quantised, and whether prices of FP8 were measured."""
     graphs = [program.graph for program in programs]
     specs = [weight.spec for graph in graphs for weight in graph.weights.values()]
     formats = sorted({str(spec.format) for spec in specs if spec.format.block})
+    kept, head = "tables, head,", ""
+    if spec.model.head == "fp8":
+        kept, head = "tables,", ", the head rounded when it is loaded"
+    prices = "their bytes at the rates of bf16 kernels: the profile has no classes of FP8"
+    if any(name in hardware.residuals for name in FP8_CLASSES):
+        prices = "those of FP8 calibrated, with classes of their own; those of NVFP4 bytes"
     ledger.record(
         "weights",
-        f"{', '.join(formats)}, activations {dtype}",
-        "matrices of products are stored in blocks and converted where they are loaded; tables, "
-        "head, norms, routers and gates stay as they are. Prices are their bytes at the rates of "
-        "bf16 kernels: FP8 and NVFP4 are not calibrated yet",
+        f"{', '.join(formats)}{head}, activations {dtype}",
+        f"matrices of products are stored in blocks; {kept} norms, routers and gates stay as they "
+        f"are. `fp8_products` says what the tensor cores multiply. Prices: {prices}",
         "bf16, twice the bytes of FP8 and 3.6 times those of NVFP4",
     )
 
@@ -392,6 +411,7 @@ class _Programs:
             self.model.fused_experts,
             self.spec.draft_vocab,
             self.model.encoding,
+            self.spec.model.head == "fp8",
             self.kv_dtype,
             partial(scales_of, scales=self.model.key_scales),
             self.spec.grammar,

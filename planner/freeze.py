@@ -165,7 +165,13 @@ def _place_weights(weights: Iterable[Weight]) -> tuple[tuple[WeightSpec, ...], i
     for weight in weights:
         pieces = _pieces(weight)
         placed.append(
-            WeightSpec(name=weight.name, offset_bytes=top, tensor=weight.spec, pieces=pieces)
+            WeightSpec(
+                name=weight.name,
+                offset_bytes=top,
+                tensor=weight.spec,
+                pieces=pieces,
+                rounds=weight.rounds,
+            )
         )
         top += aligned(weight.spec.size_bytes())
     return tuple(placed), top

@@ -72,12 +72,16 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A parameter: its sources side by side along `join_dim`."""
+    """A parameter: its sources side by side along `join_dim`.
+
+    `rounds`: the checkpoint has plain elements, which are rounded to blocks of FP8 when loaded.
+    """
 
     name: str
     spec: TensorSpec
     sources: tuple[Source, ...]
     join_dim: int = 0
+    rounds: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,14 @@ class ModelSpec(_Section):
             "fp8",
         ),
     ] = "auto"
+    head: Annotated[
+        Literal["auto", "fp8"],
+        _about(
+            "The format of the LM head; `auto` is that of the checkpoint. fp8 rounds it to nearest "
+            "in blocks of 128 x 128 when it is loaded, where the checkpoint has it unquantised.",
+            "fp8",
+        ),
+    ] = "auto"
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:

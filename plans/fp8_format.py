@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tokenspeed_plan.plans.types import FORMATS
+from tokenspeed_plan.plans.types import FORMATS, Format
 
 FP8 = FORMATS["fp8"]
 BLOCK = FP8.block[0]  # rows and columns
+FP8_ROWS = Format(dtype="fp8", block=(1, BLOCK), scale="fp32")  # of activations
 STORED_FP8 = "F8_E4M3"  # as safetensors spells it
 STORED_SCALES = ("BF16", "F16", "F32")
 E4M3_MAX = 448.0
+MIN_AMAX = 1e-30  # of activations that are quantised: no factor is 0, and its inverse is finite
 # Last words of the names of matrices that published FP8 checkpoints quantise, in the decoder and in
 # the MTP layer. Tables, heads, norms, convolutions, routers and gates stay as they are.
 _MATRICES = frozenset(

@@ -19,6 +19,7 @@ from tokenspeed_plan.runtime.execution.backend import (
     execute,
     num_outputs,
 )
+from tokenspeed_plan.runtime.execution.block_scaled import dequantise
 from tokenspeed_plan.runtime.execution.kernels import Launcher
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch
 from tokenspeed_plan.runtime.request import SamplingParams
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 # Largest allowed difference, as a share of the tensor's largest value, by the plan's dtype. A
 # kernel adds up in another order, and keeps in fp32 what its references round to bf16 in between.
 TOLERANCE: dict[DType, float] = {"fp32": 1e-4, "bf16": 3e-2}
-FP8_STEP = 1 / 8  # of keys and values in FP8: one step of the largest
+FP8_STEP = 1 / 8  # what is rounded to another bf16 before may be one step of e4m3 off
 NUM_TOKENS = 4  # generated for each prompt
 PROMPT_LENGTHS = (70, 3)  # of made-up prompts, where the plan has no canary
 MIN_SCALE = 1e-6  # differences of smaller values are not magnified
@@ -106,18 +107,22 @@ class ComparingBackend:
         """A function that runs the kernel."""
         return self._backend.launcher(kernel, num_tokens, num_seqs, program)
 
-    def judge(self, where: str, kernel: str, got: Tensor, wanted: Tensor) -> None:
-        """Note the difference of two results.
+    def judge(self, where: str, kernel: str, param: Param, results: tuple[Tensor, Tensor]) -> None:
+        """Note the difference of two results, the kernel's and the wanted one.
 
         Raises:
             PlanError: it is over the tolerance; integers must be equal.
         """
-        error = difference(got, wanted)
         tolerance = 0.0
-        if got.dtype == torch.float8_e4m3fn:
+        if param.tensor.dtype == "fp8":
             tolerance = FP8_STEP
-        elif got.is_floating_point():
+        elif results[0].is_floating_point():
             tolerance = self._tolerance
+        if param.tensor.format.block:
+            tolerance = max(tolerance, FP8_STEP)
+            got, wanted = (dequantise(each, param.tensor, torch.float32) for each in results)
+            results = got, wanted
+        error = difference(*results)
         if not error <= tolerance:
             raise PlanError(
                 f"{where}: kernel and reference differ by {error:.2e}",
@@ -163,7 +168,7 @@ class _Comparison:
         for param, got, expected in zip(kernel.tensors, tensors, wanted, strict=True):
             if _is_written(param):
                 where = f"{self.where}, `{param.name}`"
-                self.backend.judge(where, kernel.name, got, expected)
+                self.backend.judge(where, kernel.name, param, (got, expected))
         return ()
 
 

@@ -30,10 +30,11 @@ from torch import Tensor
 
 from tokenspeed_plan.codegen.build import Compiled, Job, compile_all
 from tokenspeed_plan.codegen.kernel_builder import Built, build_kernel
-from tokenspeed_plan.codegen.tiling import Work
+from tokenspeed_plan.codegen.tiling import GEMV_ROWS, Work
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.peer_memory import PEER_SIGNALS, STOP
 from tokenspeed_plan.plans.schema import Binary, Call, KernelSpec, Plan
@@ -86,6 +87,28 @@ SOME = {
     "num_stages": (3, 4, 5),
     "splits": (1, 2, 4),
 }
+# Of FP8 in plain arithmetic: (depth, warps) in which each thread has one run of a row.
+FP8_RUNS = {
+    "n": (1, 2, 4, 8, 16),
+    "runs": ((512, 1), (1024, 2), (2048, 4)),
+    "num_stages": (1, 2),
+}
+FP8_DOWN = {"n": (1, 2, 4, 8), "runs": ((512, 1), (512, 2), (256, 1)), "num_stages": (1,)}
+FP8_DOT = {
+    "m": (16, 32, 64, 128),
+    "n": (16, 32, 64, 128),
+    "k": (128,),
+    "num_warps": (2, 4),
+    "num_stages": (4, 6),
+    "splits": (1, 2, 4),
+}
+FP8_GROUPED = {
+    "m": (16, 64, 128),
+    "n": (32, 64, 128),
+    "k": (128,),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+}
 SAMPLE = {
     "n": (1024, 2048, 4096, 8192),
     "k": (4096, 8192, 16384),
@@ -129,6 +152,24 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
     return tiles
 
 
+def fp8_tiles(kind: str, rows: int) -> list[Tile]:
+    """Tiles worth a try of a kernel that reads a weight in FP8, in a program of `rows` tokens."""
+    grouped = kind.startswith("grouped_")
+    if kind.startswith("moe_") or (rows <= GEMV_ROWS and not grouped):
+        space = FP8_DOWN if kind.startswith("moe_down") else FP8_RUNS
+        plain = [
+            Tile(rows, n, k, num_warps, num_stages)
+            for n, (k, num_warps), num_stages in itertools.product(*space.values())
+        ]
+        return [t for t in plain if 512 <= t.n * t.k <= 32768]
+    if grouped or rows >= MANY:
+        least = 64 if rows >= 2048 else 16
+        tiles = itertools.starmap(Tile, itertools.product(*FP8_GROUPED.values()))
+        return [t for t in tiles if t.m >= least and (grouped or t.m > 16)]
+    tiles = itertools.starmap(Tile, itertools.product(*FP8_DOT.values()))
+    return [t for t in tiles if t.m == min(max(rows, 16), 64)]
+
+
 def fills(tile: Tile, rows: int, columns: int) -> bool:
     """Whether tiles of a product are enough for the machine, and fit its shared memory."""
     programs = -(-rows // tile.m) * -(-columns // tile.n) * tile.splits
@@ -168,6 +209,8 @@ def variants(
 def tiles_of(kernel: KernelSpec, rows: int) -> list[Tile]:
     """Tiles to try for a kernel in a program of `rows` tokens."""
     padded = 1 << (rows - 1).bit_length()
+    if any(param.tensor.format == FP8 for param in kernel.params):
+        return fp8_tiles(kind_of(kernel), padded)
     products = [p for p in kernel.parts if p.kind == "linear"]
     if not products or not 32 < padded < 2048:
         few = kernel.launch is not None and "PRECISION" not in kernel.launch.constants

@@ -107,6 +107,8 @@ def _decode_tiles(work: Work, block_g: int) -> list[Tile]:
     later = Tile(1, 64, 1, 8, 2)
     if block_g >= MANY_QUERIES:
         return [Tile(1, 32, 1, 8, 3), later, Tile(1, 32, 1, 8, 2), Tile(1, 16, 1, 8, 2)]
+    if _wide(work) and block_g > MMA_ROWS:  # what is converted needs registers
+        return [Tile(1, 64, 1, 8, 3), Tile(1, 32, 1, 8, 2), Tile(1, 16, 1, 8, 2)]
     stages = 2 if block_g == MMA_ROWS else 3
     return [Tile(1, 64, 1, 8, stages), later, Tile(1, 32, 1, 4, 2), Tile(1, 16, 1, 4, 2)]
 

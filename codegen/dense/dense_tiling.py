@@ -13,6 +13,7 @@ from tokenspeed_plan.codegen.tiling import (
     FOLD_ROWS,
     GEMV_COLUMNS,
     GEMV_ROWS,
+    RUN,
     TRITON_DTYPES,
     Tiling,
     Work,
@@ -23,6 +24,8 @@ from tokenspeed_plan.codegen.tiling import (
     per_rows,
     per_seq,
     per_token,
+    quantising,
+    run_warps,
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
@@ -35,7 +38,7 @@ from tokenspeed_plan.plans.peer_memory import (
     STOP,
     slot_words,
 )
-from tokenspeed_plan.plans.schema import GridDim
+from tokenspeed_plan.plans.schema import GridDim, Part
 from tokenspeed_plan.plans.types import DTYPE_BITS, WARP_SIZE, Attr, Constant, TensorSpec
 
 DOT_ROWS = 16  # of a tile on the tensor cores, at least
@@ -43,6 +46,8 @@ FEW_PUSHED = 128  # rows that run at once however many threads each of them has
 PUSHED_AHEAD = 2  # rows that a program with many has sent before it waits for the first
 SMALL_BLOCK = 128  # threads
 MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its weights
+BESIDE_COLUMNS = 2  # of a program, of a small product that shares the launch of a large one
+WIDE_COLUMNS = 8192  # of a product, from which on a few wide tiles fill the machine
 MIN_FILL = 0.7  # programs a multiprocessor that keep a machine busy
 
 
@@ -63,14 +68,21 @@ def embed(work: Work) -> list[Tiling]:
 
 def add_norm(work: Work) -> list[Tiling]:
     """A program a token: its norm needs the whole row."""
-    prefix = "rms_norm_" if work.has("add") else ""
+    prefix = "rms_norm_" if len(work.kernel.parts) > 1 else ""
     hidden = work.width(f"{prefix}w")
     constants: dict[str, Constant] = {
         "H": hidden,
         "BLOCK_H": up2(hidden),
         "EPS": work.number("rms_norm", "eps"),
     }
-    options = {"adds": work.has("add"), "norm": prefix, "plain": work.plain_norm}
+    constants |= quantising(work)
+    options = {
+        "adds": work.has("add"),
+        "norm": prefix,
+        "plain": work.plain_norm,
+        "quantises": work.has("quantise"),
+        "dtype": TRITON_DTYPES[work.dtype],
+    }
     return [
         Tiling(
             template="add_norm",
@@ -82,6 +94,24 @@ def add_norm(work: Work) -> list[Tiling]:
         )
         for num_warps in (8, 4)
     ]
+
+
+def quantise(work: Work) -> list[Tiling]:
+    """A program for a block of columns of one row."""
+    columns = work.width("x")
+    block = min(up2(columns), 4096)
+    constants: dict[str, Constant] = {
+        "K": columns,
+        "BLOCK_K": block,
+    }
+    tiling = Tiling(
+        template="quantise",
+        constants=constants | quantising(work),
+        grid=(per_rows(1, work.by_seqs), fixed(blocks(columns, block))),
+        num_warps=4,
+        num_stages=1,
+    )
+    return [tiling]
 
 
 def all_reduce(work: Work) -> list[Tiling]:
@@ -190,13 +220,17 @@ def linear(work: Work) -> list[Tiling]:
         tiles = [_interpreted_tile(work, rows, columns, depth)]
     elif rows <= GEMV_ROWS or is_router:
         tiles = _gemv_tiles(work, rows, weight_rows, depth)
+    elif work.quantised:
+        tiles = _quantised_tiles(work, rows, columns)
     else:
         tiles = _matrix_tiles(work, rows, weight_rows, columns)
     if is_fp8 and not work.interpreted:
-        tiles = [_in_blocks(tile, depth) for tile in tiles]
+        tiles = [_in_blocks(tile, columns, depth) for tile in tiles]
     tiles = work.tiles(*tiles)
     if is_fp8:
         tiles = list(dict.fromkeys(map(_in_one_block, tiles)))
+    if work.quantised:
+        tiles = [replace(tile, m=max(tile.m, DOT_ROWS), k=BLOCK) for tile in tiles]
     return [_linear_tiling(work, tile, rows, columns, depth) for tile in tiles]
 
 
@@ -208,16 +242,19 @@ def _in_one_block(tile: Tile) -> Tile:
     return replace(tile, n=columns, k=min(tile.k, BLOCK))
 
 
-def _in_blocks(tile: Tile, depth: int) -> Tile:
+def _in_blocks(tile: Tile, columns: int, depth: int) -> Tile:
     """A tile of the rules made good for FP8.
 
-    In plain arithmetic each thread loads 16 elements of a row at once, so that a warp reads 512. On
-    the tensor cores a tile is within one block; half the bytes in flight would not keep the memory
-    busy, so that more loads are begun before they are needed.
+    In plain arithmetic each thread has a run of a row. On the tensor cores a tile is within one
+    block, and with few rows programs share the depth, as measured on an H200: half the bytes in
+    flight would not keep the memory busy (8 rows times 2,048 x 4,096: a third of the time).
     """
     if tile.m < DOT_ROWS:
-        k = max(min(512 * tile.num_warps, _unmasked_depth(depth)), BLOCK)
-        return replace(tile, n=min(tile.n, 4), k=k)
+        k, warps = run_warps(depth)
+        return replace(tile, n=min(tile.n, 4), k=k, num_warps=warps, num_stages=2)
+    if tile.m <= 2 * DOT_ROWS:
+        n = 128 if columns >= WIDE_COLUMNS else 32
+        return Tile(tile.m, n, BLOCK, 4, 4, splits=max(min(depth // BLOCK // 2, 4), 1))
     if tile.k > BLOCK:
         return replace(tile, n=min(tile.n, 16), k=BLOCK, num_stages=5)
     return tile
@@ -321,6 +358,14 @@ def _few_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
     return [first, Tile(64, 32, 64, 4, 3), Tile(32, 32, 32, 4, 2)]
 
 
+def _quantised_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
+    """Tiles of FP8 times FP8: a block of the depth at a time, with a sum of its own."""
+    if blocks(rows, 64) * blocks(columns, 64) < 2 * work.hardware.num_sms:
+        return [Tile(64, 64, BLOCK, 4, 3, splits=4), Tile(64, 32, BLOCK, 4, 3)]
+    wide = 64 if work.has("silu_mul") else 128  # two sums of a tile, and that of a block
+    return [Tile(64, wide, BLOCK, 4, 4), Tile(64, 64, BLOCK, 4, 3), Tile(64, 32, BLOCK, 4, 3)]
+
+
 def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) -> Tiling:
     constants: dict[str, Constant] = {
         "N": columns,
@@ -333,6 +378,8 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
     dot = tile.m >= DOT_ROWS
     if work.is_fp8(_weight(work)):
         constants["BLOCK"] = BLOCK
+        if not dot:
+            constants["RUN"] = RUN
     if dot:
         constants |= {"PRECISION": work.precision} | _tile_groups(work, rows)
     splits = _splits(work, tile, depth)
@@ -342,13 +389,18 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
         constants["EPS"] = work.number("rms_norm", "eps")
     if work.has("expert_sum"):
         constants["TOP_K"] = work.width("expert_sum_weights")
+    tiles_n = blocks(columns, tile.n)
+    beside = _beside(work)
+    if beside:
+        constants |= _beside_sizes(work, beside, depth) | {"TILES": tiles_n}
+        tiles_n += blocks(int(constants["BESIDE"]), BESIDE_COLUMNS)
     tiles_m = GridDim(block=tile.m)
     if work.by_seqs:  # for as many sequences as there may be: tiles past the last write nothing
         tiles_m = fixed(blocks(rows, tile.m))
     return Tiling(
         template="linear",
         constants=constants,
-        grid=(fixed(blocks(columns, tile.n)), tiles_m, fixed(splits))[: 2 + (splits > 1)],
+        grid=(fixed(tiles_n), tiles_m, fixed(splits))[: 2 + (splits > 1)],
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         options=_linear_options(work, dot)
@@ -356,6 +408,23 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
         scratch=_split_scratch(work, tile, columns, splits),
         prefetches=not dot,
     )
+
+
+def _beside(work: Work) -> Part | None:
+    """A second product of the same x, where the kernel has one."""
+    products = [part for part in work.kernel.parts if part.kind == "linear"]
+    if len(products) > 1:
+        return products[1]
+    return None
+
+
+def _beside_sizes(work: Work, beside: Part, depth: int) -> dict[str, Constant]:
+    """Columns of the second product, and the tile of its programs."""
+    return {
+        "BESIDE": work.width(beside.operands[1], 0),
+        "BESIDE_N": BESIDE_COLUMNS,
+        "BESIDE_K": min(up2(depth), 2048),
+    }
 
 
 def _splits(work: Work, tile: Tile, depth: int) -> int:
@@ -393,10 +462,21 @@ def _tile_groups(work: Work, rows: int) -> dict[str, Constant]:
 
 
 def _linear_options(work: Work, dot: bool) -> dict[str, object]:
-    return {
+    beside = _beside(work)
+    options: dict[str, object] = {"beside": None}
+    if beside:
+        names = beside.outputs
+        options |= {
+            "beside": beside.operands[1],
+            "beside_outputs": _outputs(names, beside.attrs["splits"]),
+        }
+    inner = ("rms_norm_y", *(beside.outputs if beside else ()))
+    names = tuple(name for name in work.outputs if name not in inner)
+    return options | {
         "x": _product_input(work),
         "dot": dot,
         "fp8": work.is_fp8(_weight(work)),
+        "quantised": work.quantised,
         "norm": work.has("rms_norm"),
         "plain": work.plain_norm,
         "gather": work.has("last_token"),
@@ -405,7 +485,7 @@ def _linear_options(work: Work, dot: bool) -> dict[str, object]:
         "add": work.has("add"),
         "dtype": TRITON_DTYPES[work.dtype],
         "weight_name": _weight(work),
-        "outputs": _outputs(work, work.part("linear").attrs["splits"]),
+        "outputs": _outputs(names, work.part("linear").attrs["splits"]),
     }
 
 
@@ -420,9 +500,8 @@ def _product_input(work: Work) -> str:
     return "x"
 
 
-def _outputs(work: Work, sizes: Attr) -> list[tuple[str, int, int]]:
-    """(name, first column, columns) of each output of the last part."""
-    names = [name for name in work.outputs if name != "rms_norm_y"]
+def _outputs(names: tuple[str, ...], sizes: Attr) -> list[tuple[str, int, int]]:
+    """(name, first column, columns) of each output of a product."""
     if len(names) == 1:
         return [(names[0], 0, 0)]
     assert isinstance(sizes, tuple)

@@ -70,8 +70,6 @@ def _few(base: Tiling, work: Work, template: str, depth: int, shared_depth: int)
         constants["BLOCK_S"] = min(up2(shared_depth), _SHARED_DEPTH)
         ragged = ragged or shared_depth % int(constants["BLOCK_S"]) != 0
         options["shared_format"] = word_of(work, "linear_w")
-        if options["shared_format"] == "fp8":
-            constants["BLOCK"] = RUN
     options |= {"ragged": ragged, "spread": quads < WARP_SIZE * base.num_warps}
     return replace(base, template=template, constants=constants, options=options)
 

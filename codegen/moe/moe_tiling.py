@@ -7,12 +7,15 @@ from dataclasses import replace
 from tokenspeed_plan.codegen.moe import moe_fp4_tiling
 from tokenspeed_plan.codegen.tiling import (
     FOLD_ROWS,
+    RUN,
     TRITON_DTYPES,
+    WARP_RUNS,
     Tiling,
     Work,
     blocks,
     fixed,
     per_rows,
+    run_warps,
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
@@ -29,7 +32,7 @@ def _choice(work: Work, logits: str) -> dict[str, Constant]:
 
 def _block(work: Work, weight: str) -> dict[str, Constant]:
     """The side of a block of an FP8 weight."""
-    return {"BLOCK": BLOCK} if work.is_fp8(weight) else {}
+    return {"BLOCK": BLOCK, "RUN": RUN} if work.is_fp8(weight) else {}
 
 
 def topk(work: Work) -> list[Tiling]:
@@ -76,8 +79,10 @@ def _up_tiles(work: Work, hidden: int) -> list[Tile]:
     depth = max(min(hidden & -hidden, 2048), 256)  # divides the hidden size: no load is masked
     num_warps = 4 if work.num_tokens == 1 else 2
     first = Tile(1, min(8192 // depth, 8), depth, num_warps, 2)
-    if work.is_fp8("experts_up_w"):  # a warp reads 512 elements at once
-        return [Tile(1, 4, min(depth, 1024), 2, 1), Tile(1, 2, min(depth, 512), 1, 1)]
+    if work.is_fp8("experts_up_w"):
+        block, warps = run_warps(hidden)
+        columns = 2 if work.num_tokens == 1 else 8
+        return [Tile(1, columns, block, warps, 1), Tile(1, 2, block, warps, 1)]
     return [first, Tile(1, 4, 256, 4, 2), Tile(1, 2, 256, 4, 1)]
 
 
@@ -139,8 +144,12 @@ def _down_tiles(work: Work) -> list[Tile]:
         return moe_fp4_tiling.down_tiles(work, work.width("experts_down_w"))
     if work.interpreted:
         return [Tile(1, 64, 128, 8, 1)]
+    if work.is_fp8("experts_down_w"):
+        inner, _ = run_warps(min(work.width("experts_down_w"), WARP_RUNS))
+        columns, warps = (2, 1) if work.num_tokens == 1 else (8, 2)
+        return [Tile(1, columns, inner, warps, 1), Tile(1, 1, inner, 1, 1)]
     first = Tile(1, 1, 256, 2, 1)
-    if work.num_tokens == 1 or work.is_fp8("experts_down_w"):
+    if work.num_tokens == 1:
         first = Tile(1, 2, 512, 2, 1)
     return [first, Tile(1, 4, 256, 4, 1)]
 
@@ -254,11 +263,14 @@ def grouped(work: Work) -> list[Tiling]:
         "BLOCK_E": up2(experts + 1),
         "PRECISION": work.precision,
     }
-    constants |= _block(work, "w")
+    if work.is_fp8("w"):
+        constants["BLOCK"] = BLOCK
     pairs = work.num_rows * top_k // max(experts, 1)
     shapes = work.tiles(*_group_tiles(work, pairs, columns))
     if work.is_fp8("w"):  # a tile lies in one block of the weight
         shapes = [replace(tile, n=min(tile.n, BLOCK), k=min(tile.k, BLOCK)) for tile in shapes]
+    if work.quantised:  # a sum of each block of the depth
+        shapes = [replace(tile, k=BLOCK) for tile in shapes]
     tilings = [_grouped_tiling(work, tile, constants) for tile in dict.fromkeys(shapes)]
     if work.is_fp4("w"):
         return [moe_fp4_tiling.grouped_tiling(tiling) for tiling in tilings]
@@ -275,6 +287,9 @@ def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
         return moe_fp4_tiling.group_tiles(work, pairs)
     if work.interpreted:
         return [Tile(32, 64, 64, 8, 1)]
+    if work.quantised and pairs > 32:
+        wide = 64 if _is_up(work) else 128  # two sums of a tile, and that of a block
+        return [Tile(64, wide, BLOCK, 4, 3), Tile(64, 64, BLOCK, 4, 3), Tile(64, 32, BLOCK, 4, 3)]
     if pairs > 128:
         return [
             Tile(128, 128, 64, 8, 4),
@@ -307,6 +322,7 @@ def _grouped_tiling(work: Work, tile: Tile, constants: dict[str, Constant]) -> T
         options={
             "silu_mul": _is_up(work),
             "fp8": "BLOCK" in constants,
+            "quantised": work.quantised,
             "folds": tile.m >= FOLD_ROWS,
             "dtype": TRITON_DTYPES[work.dtype],
             "x": "x" if _is_up(work) else "h",

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from tokenspeed_plan.planner.machines.hardware import (
+    FP8_CLASSES,
     OP_CLASSES,
     Profile,
     hardware_names,
@@ -20,10 +21,11 @@ from tokenspeed_plan.planner.machines.hardware import (
     read_profile,
 )
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
-from tokenspeed_plan.planner.passes.cost import op_class
+from tokenspeed_plan.planner.passes.cost import op_class, variant_of
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
+from tokenspeed_plan.plans.schema import KernelSpec
 
 NO_WAIT_US = 1e-6
 MIN_SAMPLES = 3  # samples of a class for which a line is fitted
@@ -64,7 +66,7 @@ def probe(name: str, layers: int = LAYERS) -> ModelConfig:
     return replace(config, name=f"{name}-{layers}-layers", layer_types=config.layer_types[:layers])
 
 
-def probe_spec(gpu: str, is_gpu: bool, tokens: int, chunk: int, max_seqs: int) -> Spec:
+def probe_spec(gpu: str, weights: str, tokens: int, chunk: int, max_seqs: int) -> Spec:
     """Up to `max_seqs` sequences of so many tokens; a plan is priced in the middle of them.
 
     Agents have a program for each power of two. No checkpoint is kept, since nothing comes back.
@@ -78,7 +80,7 @@ def probe_spec(gpu: str, is_gpu: bool, tokens: int, chunk: int, max_seqs: int) -
     return Spec.model_validate(
         {
             "version": 1,
-            "model": {"preset": PROBES[0], "weights": "bf16" if is_gpu else "fp32"},
+            "model": {"preset": PROBES[0], "weights": weights},
             "target": {"gpu": gpu},
             "speculation": "off",
             "disaggregation": "off",
@@ -88,7 +90,7 @@ def probe_spec(gpu: str, is_gpu: bool, tokens: int, chunk: int, max_seqs: int) -
     )
 
 
-def samples(program: Mapping[str, Any], kinds: Mapping[str, Sequence[str]]) -> list[Sample]:
+def samples(program: Mapping[str, Any], kernels: Mapping[str, KernelSpec]) -> list[Sample]:
     """The kernels of a program as `bench` measured it.
 
     A kernel is timed alone, where it waits for the one before it. In the program a part of that
@@ -97,25 +99,34 @@ def samples(program: Mapping[str, Any], kinds: Mapping[str, Sequence[str]]) -> l
 
     Args:
         program: measurements of the program and of each kernel.
-        kinds: the operators inside each kernel.
+        kernels: of the plan, by name.
     """
-    kernels = program["kernels"]
-    alone_us = sum(kernel["total_us"] for kernel in kernels)
-    calls = sum(kernel["calls"] for kernel in kernels)
+    times = program["kernels"]
+    alone_us = sum(each["total_us"] for each in times)
+    calls = sum(each["calls"] for each in times)
     hidden_us = max((alone_us - program["measured_us"]) / calls, 0.0)
     slower = max(program["measured_us"] / alone_us, 1.0)
     measured = []
-    for kernel in kernels:
-        name, busy_us = kernel["kernel"], kernel["predicted_us"]
-        if name in LIBRARY_FUNCTIONS:
-            busy_us /= CHEAP
-        else:
-            members = kinds[name]
-            rows = program["batch"] if "last_token" in members else program["tokens"]
-            name = op_class(members, rows, program["batch"])
-        taken_us = max(kernel["us"] - hidden_us, 0.0) * slower
-        measured.append(Sample(name, taken_us, busy_us))
+    for each in times:
+        taken_us = max(each["us"] - hidden_us, 0.0) * slower
+        measured.append(_sample(program, each, kernels, taken_us))
     return measured
+
+
+def _sample(
+    program: Mapping[str, Any],
+    each: Mapping[str, Any],
+    kernels: Mapping[str, KernelSpec],
+    taken_us: float,
+) -> Sample:
+    """One kernel of a program, or one function of a library that is called in its place."""
+    name, busy_us = each["kernel"], each["predicted_us"]
+    if name in LIBRARY_FUNCTIONS:
+        return Sample(name, taken_us, busy_us / CHEAP)
+    kernel = kernels[name]
+    members = [part.kind for part in kernel.parts]
+    rows = program["batch"] if "last_token" in members else program["tokens"]
+    return Sample(op_class(members, rows, program["batch"], variant_of(kernel)), taken_us, busy_us)
 
 
 def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
@@ -126,7 +137,7 @@ def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
     waits_us: dict[str, float] = {}
     residuals: dict[str, float] = {}
     errors: dict[str, float] = {}
-    for name in (*OP_CLASSES, *LIBRARY_FUNCTIONS):
+    for name in (*OP_CLASSES, *FP8_CLASSES, *LIBRARY_FUNCTIONS):
         own = [sample for sample in samples if sample.op_class == name]
         if not sum(sample.busy_us for sample in own):
             continue
@@ -281,8 +292,8 @@ def bare(profile: Profile, libraries: bool = False) -> Profile:
         "bare",
         {"launch_us": NO_WAIT_US},
         "nothing but the roofline",
-        waits=dict.fromkeys(OP_CLASSES, 0.0),
-        residuals=dict.fromkeys(OP_CLASSES, 1.0),
+        waits=dict.fromkeys(profile.waits, 0.0),
+        residuals=dict.fromkeys(profile.residuals, 1.0),
     )
 
 

@@ -33,6 +33,7 @@ from tokenspeed_plan.plans.schema import (
     Plan,
     Program,
 )
+from tokenspeed_plan.plans.types import DType
 
 
 def step_prediction(
@@ -55,9 +56,10 @@ def step_prediction(
     steps, layout = step_model(plan, bundle)
     hardware = steps.hardware
     if phase == "decode":
-        step = steps.decode(layout, seqs, context, depth)
+        step = steps.decode(layout, seqs, context, depth, kv_dtype_of(plan))
     else:
-        step = steps.prefill(layout, tokens, max(context - tokens, 0), depth=depth)
+        before = max(context - tokens, 0)
+        step = steps.prefill(layout, tokens, before, kv_dtype_of(plan), depth)
     error_us = step.error_us(hardware.errors)
     interval = (step.total_us - error_us, step.total_us + error_us)
     return {
@@ -65,6 +67,14 @@ def step_prediction(
         "predicted_interval_us": [digits(end) for end in interval],
         "predicted_kinds_us": {kind: digits(getattr(step, kind)) for kind in hardware.errors},
     }
+
+
+def kv_dtype_of(plan: Plan) -> DType:
+    """How a plan keeps keys and values, in the advisor's words."""
+    for buffer in plan.pool.buffers:
+        if buffer.arena == "kv_cache" and buffer.tensor.dtype == "fp8":
+            return "fp8"
+    return "bf16"
 
 
 def batch_prediction(plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]) -> dict[str, float]:
@@ -84,7 +94,7 @@ def batch_prediction(plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]) 
     pool, limits = plan.pool, plan.pool.limits
     predictor = _predictor(plan, bundle)
     depths = {each.bucket: each.depth for each in pool.programs if each.phase == "decode"}
-    knobs = Knobs(limits.max_tokens, limits.page_size, limits.max_depth)
+    knobs = Knobs(limits.max_tokens, limits.page_size, limits.max_depth, kv_dtype_of(plan))
     candidate = Candidate(_layout_of(plan), knobs)
     batch = predictor.batch(candidate, depths, limits.max_seqs)
     run = batch.run(rows, limits.max_seqs, limits.interleaved_tokens, limits.gathered_tokens)
@@ -166,6 +176,7 @@ def step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
         draft_vocab=spec.draft_vocab,
         grammar=spec.grammar,
         penalties=spec.penalties,
+        head=spec.model.head,
     )
     return steps, _layout_of(plan)
 

@@ -170,6 +170,7 @@ class Predictor:
             draft_vocab=self.spec.draft_vocab,
             grammar=self.spec.grammar,
             penalties=self.spec.penalties,
+            head=self.spec.model.head,
         )
 
     @cached_property

@@ -25,6 +25,7 @@ from tokenspeed_plan.planner.passes.expand import FEW_ROWS
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.planner.passes.op_terms import Formats
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
+from tokenspeed_plan.planner.passes.quantised_products import QUANTISED_ROWS
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.encodings import Encoding
 from tokenspeed_plan.plans.types import DType, Format, Phase, RollbackWord
@@ -65,6 +66,16 @@ def _graph_size(count: int) -> int:
     return FEW_ROWS + 1
 
 
+def _near(count: int) -> int:
+    """The next power of two, or three quarters of it: activations are quantised by price of a size.
+
+    Programs have such sizes.
+    """
+    power = 1 << (count - 1).bit_length()
+    quarters = 3 * power // 4
+    return quarters if count <= quarters else power
+
+
 # Layout, phase, tokens, sequences, depth: the first with the same graph.
 GraphKey = tuple[ParallelLayout, Phase, int, int, int]
 
@@ -94,6 +105,7 @@ class StepModel:
         draft_vocab: tokens that drafts are chosen from; None for all.
         grammar: whether grammars may mask tokens.
         penalties: whether penalties and biases may change logits.
+        head: format of the LM head, `auto` or `fp8`.
         whole, sharded, graphs, priced_ops, prices, arenas: what was computed so far.
     """
 
@@ -106,6 +118,7 @@ class StepModel:
     draft_vocab: int | None = None
     grammar: bool = False
     penalties: bool = False
+    head: str = "auto"
     whole: dict[tuple[Phase, int], OpGraph] = field(default_factory=dict)
     sharded: dict[tuple[ParallelLayout, Phase, int], OpGraph] = field(default_factory=dict)
     graphs: dict[GraphKey, OpGraph] = field(default_factory=dict)
@@ -204,7 +217,7 @@ class StepModel:
 
     def _price(self, layout: ParallelLayout, phase: Phase, load: Load, depth: int) -> StepTime:
         all_groups = _of_all_groups(load, layout)
-        key = _graph_key(layout, phase, all_groups.num_tokens, all_groups.num_seqs, depth)
+        key = self._graph_key(layout, phase, all_groups.num_tokens, all_groups.num_seqs, depth)
         if phase == "prefill":  # a lone prompt is in one group only
             all_groups = load
         us = dict.fromkeys(KERNEL_TIME_KINDS, 0.0)
@@ -287,13 +300,21 @@ class StepModel:
         self, layout: ParallelLayout, phase: Phase, tokens: int, seqs: int = 1, depth: int = 0
     ) -> OpGraph:
         """The fused graph of the short model; sizes with the same kernels share one graph."""
-        key = _graph_key(layout, phase, tokens, seqs, depth)
+        key = self._graph_key(layout, phase, tokens, seqs, depth)
         if key not in self.graphs:
             _, _, max_tokens, max_seqs, _ = key
             context = PassContext(layout, self.hardware, max_tokens, max_seqs, options=UNCHECKED)
             sharded = self.sharded_graph(layout, phase, depth)
             self.graphs[key] = run(sharded, context, until=Stage.RECOMPUTED)
         return self.graphs[key]
+
+    def _graph_key(
+        self, layout: ParallelLayout, phase: Phase, tokens: int, seqs: int, depth: int
+    ) -> GraphKey:
+        size = _graph_size(tokens)
+        if self.weights == "fp8" and tokens >= QUANTISED_ROWS:
+            size = _near(tokens)
+        return _of_graph(layout), phase, size, _graph_size(seqs), depth
 
     def sharded_graph(self, layout: ParallelLayout, phase: Phase, depth: int) -> OpGraph:
         """The graph of a rank of the short model, before it is fused."""
@@ -325,6 +346,7 @@ class StepModel:
             self._encoding,
             grammar=self.grammar,
             penalties=self.penalties,
+            fp8_head=self.head == "fp8",
         )
 
     def _encoding(self, name: str) -> Encoding | None:
@@ -335,12 +357,6 @@ class StepModel:
 def _has_fused_experts(prefix: str) -> bool:
     """Prices do not depend on how a checkpoint stores the experts."""
     return True
-
-
-def _graph_key(
-    layout: ParallelLayout, phase: Phase, tokens: int, seqs: int, depth: int
-) -> GraphKey:
-    return _of_graph(layout), phase, _graph_size(tokens), _graph_size(seqs), depth
 
 
 def _of_graph(layout: ParallelLayout) -> ParallelLayout:

@@ -19,7 +19,8 @@ from tokenspeed_plan.planner.commands.calibrate_ranks import (
     with_rank_sums,
 )
 from tokenspeed_plan.planner.compile import Model, build_bundle
-from tokenspeed_plan.planner.machines.hardware import Profile, read_profile
+from tokenspeed_plan.planner.machines.hardware import FP8_CLASSES, Profile, read_profile
+from tokenspeed_plan.planner.passes.pipeline import PassOptions
 from tokenspeed_plan.plans.bundle import save_plan
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.types import Phase
@@ -135,6 +136,8 @@ def _samples(profile: Profile, machine: Machine, device: str) -> Iterator[calibr
         for name in _probes(device):
             probe = _Probe(name, roofline, Path(folder) / name, machine, device)
             yield from probe.samples()
+            if device == "cuda" and "fp8" in profile.matrix_flops_per_s:
+                yield from probe.fp8_samples()
         if calibration.functions_of(profile):
             text = calibration.dump(calibration.bare(profile, True), "A roofline with libraries.")
             roofline.write_text(text, encoding="utf-8")
@@ -187,8 +190,28 @@ class _Probe:
         sizes = (chunk // 4, chunk)
         yield from self._replay(name, chunk, [Batch("prefill", 1, size, size) for size in sizes])
 
+    def fp8_samples(self) -> Iterator[calibration.Sample]:
+        """Products of FP8: weights that are converted in decode, elements as they are in prefill.
+
+        All else is as in bf16, and measured there.
+        """
+        context, batches = next(iter(BATCHES[self.device].items()))
+        decode = [Batch("decode", num_seqs, 1, context) for num_seqs in batches]
+        chunk = CHUNK[self.device]
+        prefill = [Batch("prefill", 1, size, size) for size in (chunk // 4, chunk // 2, chunk)]
+        found = [
+            *self._replay("fp8-decode", 2 * context, decode, "fp8", quantises=False),
+            *self._replay("fp8-prefill", chunk, prefill, "fp8", quantises=True),
+        ]
+        yield from (sample for sample in found if sample.op_class in FP8_CLASSES)
+
     def _replay(
-        self, name: str, tokens: int, batches: Sequence[Batch]
+        self,
+        name: str,
+        tokens: int,
+        batches: Sequence[Batch],
+        weights: str = "",
+        quantises: bool | None = None,
     ) -> Iterator[calibration.Sample]:
         """Measure batches on a plan for sequences of so many tokens."""
         from tokenspeed_plan.runtime.bench.machine import release
@@ -196,22 +219,21 @@ class _Probe:
         from tokenspeed_plan.runtime.bench.replay import Replay
 
         chunk = CHUNK[self.device]
-        is_gpu = self.device == "cuda"
+        weights = weights or ("bf16" if self.device == "cuda" else "fp32")
         max_seqs = max(batch.num_seqs for batch in batches)
-        spec = calibration.probe_spec(str(self.roofline), is_gpu, tokens, chunk, max_seqs)
-        model = Model(calibration.probe(self.name), None, None, {}, {})
-        bundle = build_bundle(spec, model, default_cache())
+        spec = calibration.probe_spec(str(self.roofline), weights, tokens, chunk, max_seqs)
+        model = Model(calibration.probe(self.name), None, None, {}, {}, weights=weights)
+        options = PassOptions(quantises=quantises)
+        bundle = build_bundle(spec, model, default_cache(), options=options)
         plan = bundle.plan
         folder = self.folder / name
         save_plan(plan, folder, bundle.sources, bundle.cubins)
         click.echo(f"probing {self.name}: {len(plan.kernels)} kernels", err=True)
         executor = prepare(plan, folder, None)
-        kinds = {}
-        for kernel in plan.kernels:
-            kinds[kernel.name] = [part.kind for part in kernel.parts]
+        kernels = {kernel.name: kernel for kernel in plan.kernels}
         for batch in batches:
             measured = Replay(plan, executor, *batch).measure(self.machine)
-            yield from calibration.samples(measured, kinds)
+            yield from calibration.samples(measured, kernels)
         del executor
         release()
 

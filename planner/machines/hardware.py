@@ -36,6 +36,17 @@ OP_CLASSES = (
     "delta_chunk",
     "rows",
 )
+# Classes whose products of FP8 may have prices of their own: weights that are converted first, and
+# elements that are multiplied as they are.
+FP8_CLASSES = (
+    "stream_fp8",
+    "experts_fp8",
+    "few_rows_fp8",
+    "product_fp8",
+    "grouped_fp8",
+    "product_quantised",
+    "grouped_quantised",
+)
 TIME_KINDS = ("memory", "matrix", "launch", "collective", "host")
 MATRIX_DTYPES = (*get_args(DType), "tf32")  # that a profile may have a rate for
 
@@ -119,6 +130,11 @@ class HardwareSpec:
     errors: Mapping[str, float]
     sources: Mapping[str, str]
     libraries: Mapping[str, LibraryPrice] = field(default_factory=dict)
+
+    def priced(self, name: str, variant: str) -> str:
+        """The class whose prices a kernel has: that of its variant where the profile has one."""
+        own = name + variant
+        return own if own in self.residuals else name
 
 
 class _Section(BaseModel):
@@ -222,8 +238,9 @@ def read_profile(text: str, name: str) -> Profile:
         problem = first["msg"].lower()
         raise _bad(name, f"`{key}`: {problem}") from error
     _check_names(name, "numbers", NUMBERS, profile.numbers)
-    _check_names(name, "waits", OP_CLASSES, profile.waits)
-    _check_names(name, "residuals", OP_CLASSES, profile.residuals)
+    own = [key for key in FP8_CLASSES if key in profile.waits or key in profile.residuals]
+    _check_names(name, "waits", (*OP_CLASSES, *own), profile.waits)
+    _check_names(name, "residuals", (*OP_CLASSES, *own), profile.residuals)
     _check_names(name, "errors", TIME_KINDS, profile.errors)
     _check_libraries(name, profile)
     _check_values(name, profile)

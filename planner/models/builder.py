@@ -36,7 +36,7 @@ from tokenspeed_plan.plans.ops import (
     mask_words,
 )
 from tokenspeed_plan.plans.schema import ArenaName, Capacity
-from tokenspeed_plan.plans.types import Attr, Dim, DType, Format, Phase, TensorSpec
+from tokenspeed_plan.plans.types import FORMATS, Attr, Dim, DType, Format, Phase, TensorSpec
 
 Splits = Mapping[int, Split]
 
@@ -64,6 +64,7 @@ class BuildContext:
             expert has tensors of its own.
         draft_vocab: drafts are chosen from this many of the first tokens; from all where None.
         encoding: how a matrix of the checkpoint is encoded; None where its elements are plain.
+        fp8_head: whether the LM head is in blocks of FP8 however it is stored.
         kv_dtype: of keys and values in the cache; that of the activations where None.
         key_scales: those of keys and values in FP8, by what the names of an attention begin with.
         grammar: whether a grammar may mask the tokens of a sequence.
@@ -77,6 +78,7 @@ class BuildContext:
     fused_experts: Callable[[str], bool]
     draft_vocab: int | None = None
     encoding: Callable[[str], Encoding | None] = _plain
+    fp8_head: bool = False
     kv_dtype: DType | None = None
     key_scales: Callable[[str], tuple[float, float]] = _unscaled
     grammar: bool = False
@@ -308,20 +310,24 @@ class GraphBuilder:
         sources: tuple[Source, ...],
         join_dim: int = 0,
         dtype: DType | None = None,
+        in_fp8: bool = False,
     ) -> str:
-        """Declare a parameter; returns its name.
+        """Declare a parameter, with `in_fp8` in FP8 however it is stored; returns its name.
 
         Raises:
             SpecError: its sources are stored in several formats.
         """
         spec = TensorSpec.of(shape=shape, dtype=dtype or self.context.dtype)
         stored = stored_format(self.context, (source.name for source in sources))
+        rounds = in_fp8 and stored is None
         if stored is not None:
             spec = TensorSpec(shape=shape, format=stored)
             sources = tuple(
                 replace(source, encoding=self.context.encoding(source.name)) for source in sources
             )
-        self.weights[name] = Weight(name, spec, sources, join_dim)
+        elif rounds:
+            spec = TensorSpec(shape=shape, format=FORMATS["fp8"])
+        self.weights[name] = Weight(name, spec, sources, join_dim, rounds)
         return name
 
     def matrix(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from tokenspeed_plan.planner.graph import Source
 from tokenspeed_plan.planner.layout import Split
 from tokenspeed_plan.planner.models.builder import GraphBuilder
+from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.fp8_format import BLOCK
 from tokenspeed_plan.plans.ops import (
     ADJUSTMENTS,
     IS_MASKED,
@@ -114,10 +116,20 @@ def _head_product(
 
 
 def _head_weight(graph: GraphBuilder, name: str, rows: int) -> str:
-    """The first `rows` rows of the head, which is the embedding table where the two are tied."""
+    """The first `rows` rows of the head, which is the embedding table where the two are tied.
+
+    Raises:
+        SpecError: it shall be in FP8, and is not whole blocks.
+    """
     config = graph.config
-    tied = config.tie_word_embeddings
-    if tied and rows == config.vocab_size:
+    tied, in_fp8 = config.tie_word_embeddings, graph.context.fp8_head
+    if in_fp8 and (rows % BLOCK or config.hidden_size % BLOCK):
+        raise SpecError(
+            f"`model.head` is fp8, and a head of {rows} x {config.hidden_size} is not whole blocks "
+            f"of {BLOCK} x {BLOCK}",
+            "leave `model.head` out",
+        )
+    if tied and rows == config.vocab_size and not in_fp8:
         return _embedding_table(graph)
     source = "lm_head.weight"
     if tied:
@@ -126,7 +138,7 @@ def _head_weight(graph: GraphBuilder, name: str, rows: int) -> str:
     size = (rows, config.hidden_size)
     split = Split("vocab", rows)
     part = Source(source, shape, (0, 0), size, ((0, split),))
-    return graph.weight(name, size, (part,))
+    return graph.weight(name, size, (part,), in_fp8=in_fp8)
 
 
 def sample(graph: GraphBuilder, logits: str, name: str) -> str:

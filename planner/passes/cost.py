@@ -30,10 +30,14 @@ from tokenspeed_plan.planner.passes.op_terms import (
     ranks_sharing_experts,
     weight_specs,
 )
+from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.ops import COLLECTIVES, integer
-from tokenspeed_plan.plans.schema import Amounts, BatchSize, CallAmounts, Work
+from tokenspeed_plan.plans.schema import Amounts, BatchSize, CallAmounts, KernelSpec, Work
 from tokenspeed_plan.plans.types import TensorSpec
+
+# Products of weights in FP8, converted first or multiplied as they are.
+Variant = Literal["", "_fp8", "_quantised"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ class CostedOp:
     """
 
     heaviest: str
+    variant: Variant
     amounts: CallAmounts
     members: tuple[_Member, ...]
     collective: _Collective | None
@@ -142,6 +147,7 @@ def costed_op(
             collective = _collective(graph, member)
     return CostedOp(
         heaviest=_heaviest({member.kind for member in members}),
+        variant=_variant(graph, op),
         amounts=op_amounts(graph, op, formats, context_split),
         members=members,
         collective=collective,
@@ -167,6 +173,16 @@ def library_functions(graph: OpGraph, op: Op) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _variant(graph: OpGraph, op: Op) -> Variant:
+    """Which of the prices of its class a kernel has."""
+    products = [part for part in op.members if part.kind in ("linear", *EXPERTS)]
+    if any(is_quantised(graph, part) for part in products):
+        return "_quantised"
+    if any(graph.weights[name].spec.format == FP8 for part in products for name in part.weights):
+        return "_fp8"
+    return ""
+
+
 def _member(graph: OpGraph, op: Op, formats: Formats) -> _Member:
     weights = weight_specs(graph, op)
     columns, experts = 0, None
@@ -180,7 +196,7 @@ def _member(graph: OpGraph, op: Op, formats: Formats) -> _Member:
         kind=op.kind,
         flops=flops_terms(graph, op),
         is_per_seq=is_per_seq(graph, op),
-        matrix_dtype=_matrix_dtype(op, weights, formats),
+        matrix_dtype=_matrix_dtype(graph, op, weights, formats),
         columns=columns,
         experts=experts,
     )
@@ -191,14 +207,19 @@ def _collective(graph: OpGraph, op: Op) -> _Collective:
     return _Collective(op.kind, result, integer(op.attrs, "num_ranks"))
 
 
-def _matrix_dtype(op: Op, weights: list[TensorSpec], formats: Formats) -> str:
+def _matrix_dtype(graph: OpGraph, op: Op, weights: list[TensorSpec], formats: Formats) -> str:
     if op.kind.startswith("delta"):
         return "tf32"  # the state stays fp32
     if not weights:
         return "bf16"
-    if weights[0].format.block and not formats.quantised_products:
+    if weights[0].format.block and not (formats.quantised_products or is_quantised(graph, op)):
         return "bf16"
     return weights[0].dtype
+
+
+def is_quantised(graph: OpGraph, op: Op) -> bool:
+    """Whether an operator multiplies quantised activations."""
+    return graph.tensors[op.inputs[0]].spec.format == FP8_ROWS
 
 
 def busiest_hits(
@@ -277,9 +298,17 @@ _CLASSES: tuple[tuple[str, str], ...] = (
 MEMORY_BOUND_ROWS = 64
 
 
-def op_class(kinds: Collection[str], num_rows: int, num_seqs: int) -> str:
+def op_class(kinds: Collection[str], num_rows: int, num_seqs: int, variant: Variant = "") -> str:
     """The class of a kernel with such members; the machine's profile prices each class."""
-    return _class_of(_heaviest(kinds), num_rows, num_seqs)
+    return _class_of(_heaviest(kinds), num_rows, num_seqs) + variant
+
+
+def variant_of(kernel: KernelSpec) -> Variant:
+    """Which of the prices of its class a kernel of a plan has."""
+    formats = {param.tensor.format for param in kernel.params if param.role in ("input", "weight")}
+    if FP8_ROWS in formats:
+        return "_quantised"
+    return "_fp8" if FP8 in formats else ""
 
 
 def _heaviest(kinds: Collection[str]) -> str:
@@ -364,7 +393,7 @@ def kernel_time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec)
     memory_s, matrix_s = _roofline_s(op, work, load, hardware)
     # A head works on the last row of each sequence: the fewest rows that a member works on count.
     rows = min(member.rows(load) for member in op.members)
-    name = _class_of(op.heaviest, rows, load.num_seqs)
+    name = hardware.priced(_class_of(op.heaviest, rows, load.num_seqs), op.variant)
     busy_us = max(memory_s, matrix_s) * 1e6 * hardware.residuals[name]
     bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
     wait_us = hardware.launch_us + hardware.waits_us[name]

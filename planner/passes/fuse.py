@@ -55,12 +55,16 @@ FUSIONS = (
     Fusion("norm_head", ("rms_norm", "last_token", "linear"), FEW, gemv_only=True),
     Fusion("head", ("last_token", "linear")),
     Fusion("norm_linear_silu_mul", ("rms_norm", "linear", "silu_mul"), FEW, gemv_only=True),
+    # The products of a Gated DeltaNet whose large one is in FP8: two weights, one launch.
+    Fusion("norm_linear", ("rms_norm", "linear", "linear"), FEW, gemv_only=True),
     Fusion("norm_linear", ("rms_norm", "linear"), FEW, gemv_only=True),
     Fusion("linear_silu_mul", ("linear", "silu_mul")),
     Fusion("expert_sum_linear_add", ("expert_sum", "linear", "gated_add", "add")),
     Fusion("expert_sum_linear", ("expert_sum", "linear", "gated_add")),
     Fusion("expert_sum_add", ("expert_sum", "add")),
     Fusion("linear_add", ("linear", "add")),
+    Fusion("add_norm_quantise", ("add", "rms_norm", "quantise")),
+    Fusion("norm_quantise", ("rms_norm", "quantise")),
     Fusion("add_norm", ("add", "rms_norm")),
     # Attention.
     Fusion(

@@ -15,6 +15,7 @@ from tokenspeed_plan.planner.passes.grammar import check
 from tokenspeed_plan.planner.passes.library import Loads
 from tokenspeed_plan.planner.passes.lower import lower
 from tokenspeed_plan.planner.passes.place import place
+from tokenspeed_plan.planner.passes.quantised_products import quantise_products
 from tokenspeed_plan.planner.passes.recompute_topk import recompute_topk
 from tokenspeed_plan.planner.passes.reduction import largest_reduction
 from tokenspeed_plan.planner.passes.schedule import schedule
@@ -31,11 +32,14 @@ class PassOptions:
         num_streams: schedule on at most so many streams, without simulating which number is best.
         checks: check the grammar after each pass. The advisor leaves this out: it runs the passes
             hundreds of times, and the graphs of the plan itself are checked.
+        quantises: multiply FP8 by FP8 in all products of weights in FP8, or in none; by price where
+            None.
     """
 
     fusions: tuple[Fusion, ...] = FUSIONS
     num_streams: int | None = None
     checks: bool = True
+    quantises: bool | None = None
 
 
 DEFAULT_OPTIONS = PassOptions()
@@ -84,7 +88,9 @@ def _shard(graph: OpGraph, context: PassContext) -> OpGraph:
 
 
 def _expand(graph: OpGraph, context: PassContext) -> OpGraph:
-    return expand(graph, context.num_tokens, context.num_seqs)
+    expanded = expand(graph, *context.sizes)
+    load = Load(*context.sizes, 0)
+    return quantise_products(expanded, context.hardware, load, context.options.quantises)
 
 
 def _fuse(graph: OpGraph, context: PassContext) -> OpGraph:

@@ -2,10 +2,14 @@
 
 Letters: T tokens, S sequences, H hidden, V vocabulary, n inner columns. `x` and `r` are [T, H],
 `table` is [V, H], the weight `w` of a product is [columns of y, columns of x].
+
+Where `x` of a product is quantised, its constant `dtype` is that of y. Elements are then multiplied
+as they are, in fp32, and each run of 128 columns is multiplied by its two factors.
 """
 
 from __future__ import annotations
 
+from tokenspeed_plan.plans.fp8_format import BLOCK, FP8_ROWS
 from tokenspeed_plan.plans.ops.op_def import (
     Attrs,
     OpDef,
@@ -16,6 +20,7 @@ from tokenspeed_plan.plans.ops.op_def import (
     expect_stored,
     integer,
     like,
+    product_like,
     require,
     width,
 )
@@ -49,14 +54,20 @@ def _linear(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
         raise ShapeError(f"splits {splits!r}")
     for size in splits:
         require(0 < size < _MAX_COLUMNS, f"splits {splits!r}")
-    x = specs["x"]
     inner = width(specs, "x")
     expect(specs, "w", sum(splits), inner)
-    expect_stored(specs, "w", x.dtype)
+    expect_stored(specs, "w", specs["x"].dtype)
     outputs = {}
     for index, size in enumerate(splits):
-        outputs[f"y{index}"] = like(specs, "x", size)
+        outputs[f"y{index}"] = product_like(attrs, specs, "x", size)
     return outputs
+
+
+def _quantise(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
+    x = specs["x"]
+    require(not x.format.block, "`x` is quantised already")
+    require(width(specs, "x") % BLOCK == 0, f"`x` is not whole runs of {BLOCK} columns")
+    return {"q": TensorSpec(shape=x.shape, format=FP8_ROWS)}
 
 
 def _add(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
@@ -108,6 +119,16 @@ DENSE_OPS: dict[str, OpDef] = {
         doc="y = x w^T, split into columns of the sizes `splits`",
         weights=("w",),
         attrs=("splits",),
+        optional=("dtype",),
+    ),
+    "quantise": OpDef(
+        inputs=("x",),
+        outputs=("q",),
+        infer=_quantise,
+        doc=(
+            f"q = x / s rounded to e4m3, s = amax / 448 of each row and {BLOCK} columns; q has its"
+            " elements, then s"
+        ),
     ),
     "add": OpDef(
         inputs=("x", "r"),

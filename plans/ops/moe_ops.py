@@ -19,6 +19,7 @@ from tokenspeed_plan.plans.ops.op_def import (
     expect_stored,
     integer,
     like,
+    product_like,
     require,
     rows,
     width,
@@ -122,14 +123,14 @@ def _expect_order(attrs: Attrs, specs: Specs, x: str) -> int:
 def _grouped_up(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     chosen = _expect_order(attrs, specs, "x")
     out = _gate_up_matrix(attrs, specs)
-    y = like(specs, "x", chosen * out // 2)
+    y = product_like(attrs, specs, "x", chosen * out // 2)
     return {"y": y}
 
 
 def _grouped_down(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
     chosen = _expect_order(attrs, specs, "h")
     hidden = _down_columns(attrs, specs, chosen)
-    y = like(specs, "h", chosen * hidden)
+    y = product_like(attrs, specs, "h", chosen * hidden)
     return {"y": y}
 
 
@@ -210,6 +211,7 @@ MOE_OPS: dict[str, OpDef] = {
         doc="y = experts_up, as one product for each expert",
         weights=("w",),
         attrs=("num_experts",),
+        optional=("dtype",),
     ),
     "grouped_down": OpDef(
         inputs=("h", "order", "bounds"),
@@ -218,6 +220,7 @@ MOE_OPS: dict[str, OpDef] = {
         doc="y[t, j] = h[t, j] D^T, as one product for each expert",
         weights=("w",),
         attrs=("num_experts",),
+        optional=("dtype",),
     ),
     "expert_sum": OpDef(
         inputs=("d", "weights"),

@@ -190,6 +190,22 @@ def like(specs: Specs, name: str, last: int) -> TensorSpec:
     return specs[name].reshaped(shape)
 
 
+def product_like(attrs: Attrs, specs: Specs, name: str, last: int) -> TensorSpec:
+    """The result of a product with `name`: `like`, in the constant `dtype` where it is quantised.
+
+    Raises:
+        ShapeError: `name` is quantised and there is no `dtype`, or the other way round, or the
+            weight `w` is not quantised.
+    """
+    x = specs[name]
+    quantised = bool(x.format.block)
+    require(quantised == ("dtype" in attrs), f"`dtype` belongs to a quantised `{name}`")
+    if not quantised:
+        return like(specs, name, last)
+    require(bool(specs["w"].format.block), f"`{name}` is quantised and `w` is not")
+    return TensorSpec.of(shape=(rows(specs, name), last), dtype=dtype_attr(attrs))
+
+
 def wide(dtype: DType) -> DType:
     """The accumulation dtype: fp32, or fp64 where the plan computes in fp64."""
     if dtype == "fp64":

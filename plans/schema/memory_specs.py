@@ -60,12 +60,24 @@ class Piece(Frozen):
 
 
 class WeightSpec(Frozen):
-    """One parameter as a rank holds it, assembled from pieces of the checkpoint."""
+    """One parameter as a rank holds it, assembled from pieces of the checkpoint.
+
+    `rounds`: these have plain elements, which are rounded to its blocks of FP8 when loaded.
+    """
 
     name: str
     offset_bytes: int
     tensor: TensorSpec
     pieces: tuple[Piece, ...]
+    rounds: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Weights that are not rounded do not say so: a plan has thousands of them."""
+        fields: dict[str, Any] = dump(self)
+        if not self.rounds:
+            del fields["rounds"]
+        return fields
 
 
 class Memory(Frozen):

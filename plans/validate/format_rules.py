@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokenspeed_plan.plans.fp8_format import FP8_ROWS
 from tokenspeed_plan.plans.ops import OPS
 from tokenspeed_plan.plans.schema import KernelSpec, Plan, Pool
 from tokenspeed_plan.plans.types import FORMATS, DType, Format
@@ -18,8 +19,8 @@ _PRODUCTS = ("linear", "experts_up", "experts_down", "grouped_up", "grouped_down
 def check_formats(plan: Plan, pool: Pool) -> None:
     """No tensor has a format that nothing computes in.
 
-    Matrices of products may be `fp8[128x128]:fp32` or `fp4[1x16]:fp8:fp32`, keys and values `fp8`;
-    all else has plain elements.
+    Matrices of products may be `fp8[128x128]:fp32` or `fp4[1x16]:fp8:fp32`, what they multiply
+    `fp8[1x128]:fp32`, keys and values `fp8`; all else has plain elements.
 
     Raises:
         PlanError: one has another.
@@ -33,17 +34,21 @@ def check_formats(plan: Plan, pool: Pool) -> None:
     for buffer in buffers:
         if buffer.arena == "kv_cache" and buffer.tensor.format == FP8_KEYS:
             continue
+        if buffer.tensor.format == FP8_ROWS and buffer.arena == "activations":
+            continue
         _check(f"buffer `{buffer.name}`", buffer.tensor.format)
     for kernel in plan.kernels:
         _check_params(kernel)
 
 
 def _check_params(kernel: KernelSpec) -> None:
-    """A block-scaled parameter is the matrix of products, one in FP8 keys and values, no more."""
+    """Of other formats are matrices of products, what they multiply, and keys and values."""
     for param in kernel.params:
         is_cache = param.role == "state" and _has_role(kernel, param.name, _KEYS)
         if param.tensor.format == FP8_KEYS and is_cache:
             continue
+        if param.tensor.format == FP8_ROWS and param.role in ("input", "output"):
+            continue  # the shape rules let only products read it, and `quantise` make it
         is_matrix = param.role == "weight" and _is_matrix(kernel, param.name)
         if param.tensor.format not in _MATRICES or not is_matrix:
             _check(f"parameter `{param.name}` of `{kernel.name}`", param.tensor.format)

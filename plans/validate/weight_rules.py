@@ -6,6 +6,7 @@ import math
 from itertools import combinations
 
 from tokenspeed_plan.plans.encodings import ENCODED_FORMATS
+from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.schema import Piece, Plan, Pool, WeightSpec
 from tokenspeed_plan.plans.validate.refusal import refuse
 
@@ -14,7 +15,8 @@ def check_weights(plan: Plan, pool: Pool) -> None:
     """Every element of a weight comes from one element of the checkpoint.
 
     Raises:
-        PlanError: pieces stick out, overlap, or leave a hole, or are encoded in another format.
+        PlanError: pieces stick out, overlap, or leave a hole, or are encoded in another format; or
+            something is rounded that cannot.
     """
     for weight in pool.weights:
         shape = weight.tensor.bind(0, 0)
@@ -26,6 +28,8 @@ def check_weights(plan: Plan, pool: Pool) -> None:
             _check_encoding(weight, piece)
             if weight.tensor.format.block:
                 _check_blocks(weight, piece)
+        if weight.rounds:
+            _check_rounded(weight)
         _check_tiling(weight, shape)
 
 
@@ -40,6 +44,13 @@ def _check_encoding(weight: WeightSpec, piece: Piece) -> None:
             f"a piece of `{weight.name}` from `{piece.source}` is encoded as {encoding}, "
             f"which makes no {wanted}"
         )
+
+
+def _check_rounded(weight: WeightSpec) -> None:
+    """Only a whole matrix is rounded to FP8 when it is loaded."""
+    stacked = [piece.source for piece in weight.pieces if "{expert}" in piece.source]
+    if weight.tensor.format != FP8 or len(weight.tensor.shape) != 2 or stacked:
+        raise refuse(f"`{weight.name}` is rounded, and is no matrix in {FP8}")
 
 
 def _check_blocks(weight: WeightSpec, piece: Piece) -> None:

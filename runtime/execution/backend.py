@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.bundle import CUBIN
+from tokenspeed_plan.plans.fp8_format import FP8_ROWS
 from tokenspeed_plan.plans.schema import (
     Call,
     CollectiveCall,
@@ -179,7 +180,12 @@ class ReferenceBackend:
 
 
 def _dequantising(body: Body, scaled: Mapping[int, TensorSpec], dtype: torch.dtype) -> Body:
-    """A body whose block-scaled operands are made plain tensors of `dtype` before each call."""
+    """A body whose block-scaled operands are made plain tensors of `dtype` before each call.
+
+    Where activations are among them they are of fp32, as the tensor cores multiply what is stored.
+    """
+    if any(spec.format == FP8_ROWS for spec in scaled.values()):
+        dtype = torch.float32
 
     def call(attrs: Mapping[str, Any], *operands: Tensor) -> tuple[Tensor, ...]:
         plain = list(operands)

@@ -64,7 +64,8 @@ def to_words(stored: Tensor) -> Tensor:
     nibbles = torch.stack((stored & 15, stored >> 4), -1).flatten(-2)
     pairs = nibbles.unflatten(-1, (-1, _GROUPS // 2, 2, GROUP))
     packed = pairs[..., 0, :] | pairs[..., 1, :] << 4  # [..., run, byte of the word, word]
-    return packed.transpose(-1, -2).reshape(stored.shape)
+    words: Tensor = packed.transpose(-1, -2).reshape(stored.shape)
+    return words
 
 
 def _codes(elements: Tensor) -> Tensor:
@@ -74,8 +75,9 @@ def _codes(elements: Tensor) -> Tensor:
         elements: bytes of words.
     """
     packed = elements.unflatten(-1, (-1, GROUP, _GROUPS // 2)).transpose(-1, -2)
-    pairs = torch.stack((packed & 15, packed >> 4), -2)  # [..., run, byte of the word, 2, word]
-    return pairs.flatten(-4)
+    # [..., run, byte of the word, 2, word]
+    codes: Tensor = torch.stack((packed & 15, packed >> 4), -2).flatten(-4)
+    return codes
 
 
 def dequantise(parts: Fp4, dtype: torch.dtype) -> Tensor:
@@ -85,7 +87,7 @@ def dequantise(parts: Fp4, dtype: torch.dtype) -> Tensor:
         wide = dtype
     signed = (*_VALUES, *(-value for value in _VALUES))
     table = torch.tensor(signed, dtype=wide, device=parts.elements.device)
-    values = table[_codes(parts.elements).long()].unflatten(-1, (-1, GROUP))
+    values: Tensor = table[_codes(parts.elements).long()].unflatten(-1, (-1, GROUP))
     values *= parts.scales.to(wide)[..., None]
     return (values.flatten(-2) * parts.factors.to(wide)[..., None]).to(dtype)
 

@@ -1,7 +1,8 @@
-"""Matrices in blocks of FP8: the elements, and behind them in the same bytes their factors.
+"""Tensors in blocks of FP8: the elements, and behind them in the same bytes their factors.
 
 A block-scaled tensor is one flat run of FP8 elements. First come the elements of `spec.shape`, row
-by row; behind them, as fp32, a factor for each block of 128 x 128. Kernels take its address alone.
+by row; behind them, as fp32, a factor for each block: of 128 x 128 in weights, of 128 columns of a
+row in activations. Kernels take its address alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.fp8_format import BLOCK, E4M3_MAX, blocks
+from tokenspeed_plan.plans.fp8_format import BLOCK, E4M3_MAX, MIN_AMAX
 from tokenspeed_plan.plans.types import TensorSpec
 
 
@@ -25,10 +26,23 @@ class Scaled(NamedTuple):
 
 def parts_of(stored: Tensor, spec: TensorSpec) -> Scaled:
     """The elements and the factors of a flat run of FP8; nothing is copied."""
-    shape = spec.bind(0, 0)
-    count = math.prod(shape)
+    block_rows, block_columns = spec.format.block
+    *stack, rows, columns = _shape(stored, spec)
+    count = math.prod((*stack, rows, columns))
     scales = stored[count:].view(torch.float32)
-    return Scaled(stored[:count].view(shape), scales.view(blocks(shape)))
+    return Scaled(
+        stored[:count].view(*stack, rows, columns),
+        scales.view(*stack, rows // block_rows, columns // block_columns),
+    )
+
+
+def _shape(stored: Tensor, spec: TensorSpec) -> tuple[int, ...]:
+    """The shape of a weight, or of as many rows of activations as there are bytes of."""
+    columns = spec.bind(0, 0)[-1]
+    if isinstance(spec.shape[0], int):
+        return spec.bind(0, 0)
+    row_bytes = columns * spec.format.bytes_per_element
+    return int(stored.numel() / row_bytes), columns
 
 
 def dequantise(parts: Scaled, dtype: torch.dtype) -> Tensor:
@@ -37,10 +51,26 @@ def dequantise(parts: Scaled, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float64:
         wide = dtype
     *stack, rows, columns = parts.elements.shape
-    split = (*stack, -1, BLOCK, columns // BLOCK, BLOCK)
+    runs = parts.scales.shape[-2]
+    split = (*stack, runs, rows // max(runs, 1), columns // BLOCK, BLOCK)
     values = parts.elements.to(wide).view(split)
     factors = parts.scales.to(wide)[..., :, None, :, None]
     return (values * factors).view(*stack, rows, columns).to(dtype)
+
+
+def quantise_rows(x: Tensor) -> Tensor:
+    """Activations as a flat run of FP8, with amax / 448 as the factor of 128 columns of a row.
+
+    Elements are multiplied by 448 / amax and rounded to nearest. What is not finite becomes NaN.
+    """
+    wide = x.float().unflatten(-1, (-1, BLOCK))
+    largest = wide.abs().amax(-1, keepdim=True).clamp(min=MIN_AMAX)
+    scales = largest / E4M3_MAX
+    # PyTorch divides a number by a tensor in two roundings, a tensor by a tensor in one.
+    inverses = torch.full_like(largest, E4M3_MAX) / largest
+    values = (wide * inverses).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    parts = (values.flatten().view(torch.uint8), scales.flatten().view(torch.uint8))
+    return torch.cat(parts).view(torch.float8_e4m3fn)
 
 
 def quantise_blocks(matrix: Tensor, scale_dtype: torch.dtype = torch.float32) -> Scaled:

@@ -14,6 +14,9 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
+import torch
+
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.fp8_format import E4M3_MAX
 
@@ -86,22 +89,21 @@ def _widen_products(interpreter: Any) -> None:
 
 
 def _round_to_fp8(interpreter: Any) -> None:
-    """Round fp32 to the nearest e4m3, and saturate, as a GPU does.
+    """Convert fp32 to e4m3 as a GPU does, to nearest and saturating.
 
-    The interpreter loses a carry out of the fraction, and rounds subnormal numbers to zero.
+    The interpreter loses the carry into the exponent: 31.9 becomes 16, not 32.
     """
-    import torch
+    builder, fp8 = interpreter.InterpreterBuilder, interpreter.tl.float8e4nv
+    convert = builder.create_fp_to_fp
 
-    convert, tl = interpreter._convert_float, interpreter.tl
+    def rounded(self: Any, source: Any, target: Any, mode: Any) -> Any:
+        if target.scalar != fp8 or source.dtype.scalar != interpreter.tl.float32:
+            return convert(self, source, target, mode)
+        values = torch.from_numpy(np.array(source.data)).clamp(-E4M3_MAX, E4M3_MAX)
+        data = values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return interpreter.TensorHandle(data, target.scalar)
 
-    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if source != tl.float32 or target != tl.float8e4nv:
-            return convert(data, source, target, mode)
-        values = torch.frombuffer(bytearray(data.tobytes()), dtype=torch.float32)
-        bits = values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-        return bits.numpy().reshape(data.shape)
-
-    interpreter._convert_float = rounded
+    builder.create_fp_to_fp = rounded
 
 
 def _patch_language_once(interpreter: Any) -> None:

@@ -79,6 +79,8 @@ class PlanMemory:
     def _view(self, buffer: BufferSpec, num_tokens: int, num_seqs: int) -> Tensor:
         tensor = buffer.tensor
         shape = tensor.bind(num_tokens, num_seqs)
+        if tensor.format.block:  # a flat run of elements and factors
+            shape = (tensor.size_bytes(num_tokens, num_seqs),)
         return self._arenas.view(buffer.arena, buffer.offset_bytes, shape, tensor.dtype)
 
 

@@ -25,7 +25,7 @@ from tokenspeed_plan.runtime.execution.fp8_blocks import quantise_blocks
 
 _SCALE_DTYPE = torch.bfloat16  # of FP8 blocks, as published
 _EXPERTS = ".mlp.experts"
-_LAYER = {
+_LAYER: dict[Encoding, dict[str, Any]] = {
     "nvfp4": {"group_size": GROUP, "quant_algo": "W4A16_NVFP4"},
     "fp8_tensor": {"quant_algo": "FP8"},
 }

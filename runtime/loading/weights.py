@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.encodings import NVFP4
 from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.fp8_format import BLOCK
 from tokenspeed_plan.plans.schema import Piece, Plan, WeightSpec
 from tokenspeed_plan.plans.types import DType
 from tokenspeed_plan.plans.weight_files import add_tensors, weight_files
@@ -30,6 +31,7 @@ from tokenspeed_plan.runtime.loading.staging import Staging
 _HINT = "name the checkpoint that the plan was made for with `--weights DIR`"
 _VECTOR_STD = 0.1  # of random norm weights and biases
 _LARGEST_E4M3 = 0x7E  # positive and no NaN
+_ROUNDED_ROWS = 32 * BLOCK  # of a matrix at a time
 _FP4_STD = 2.93  # root mean square of the sixteen e2m1
 _FP8_STD = 64.0  # of random elements; the largest of a few million stays below 448
 
@@ -129,11 +131,14 @@ def load_weights(
         tensors: dict[str, Tensor] = {}
         for weight in plan.pool.weights:
             stored = _view(weight, arenas)
+            tensors[weight.name] = stored
+            if weight.rounds:
+                _round(weight, fp8_blocks.parts_of(stored, weight.tensor), checkpoint, rank)
+                continue
             for piece in weight.pieces:
                 for filling in fillings(weight, piece, stored):
                     _fill(filling, checkpoint, rank, staging)
             finish(weight, stored)
-            tensors[weight.name] = stored
         staging.finish()
         return arenas, tensors
 
@@ -180,7 +185,26 @@ def _fill_blocks(parts: fp8_blocks.Scaled, random: torch.Generator) -> None:
     parts.scales.fill_(elements.shape[-1] ** -0.5 / _FP8_STD)
 
 
+def _round(weight: WeightSpec, parts: fp8_blocks.Scaled, checkpoint: Checkpoint, rank: int) -> None:
+    """Round plain elements to nearest, some rows of blocks at a time."""
+    for piece in weight.pieces:
+        first, *_ = piece.at
+        for name, (rows, columns) in _boxes(piece, rank):
+            source = checkpoint.find(name, (rows, columns))
+            for at in range(rows.start, rows.stop, _ROUNDED_ROWS):
+                chunk = source[at : min(at + _ROUNDED_ROWS, rows.stop), columns]
+                made = fp8_blocks.quantise_blocks(chunk.to(parts.elements.device))
+                row = first + at - rows.start
+                parts.elements[row : row + len(chunk)] = made.elements
+                parts.scales[row // BLOCK : row // BLOCK + len(made.scales)] = made.scales
+
+
 def _check(weight: WeightSpec, checkpoint: Checkpoint, rank: int) -> None:
+    if weight.rounds:
+        for piece in weight.pieces:
+            for name, box in _boxes(piece, rank):
+                checkpoint.find(name, box)
+        return
     shape, dtype = _place(weight)
     nothing = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
     for piece in weight.pieces:

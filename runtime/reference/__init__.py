@@ -30,6 +30,7 @@ REFERENCE_BODIES: dict[str, Body] = {
     "rms_norm": dense.rms_norm,
     "head_norm": dense.head_norm,
     "linear": dense.linear,
+    "quantise": dense.quantise,
     "add": dense.add,
     "silu_mul": dense.silu_mul,
     "last_token": dense.last_token,

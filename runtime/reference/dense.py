@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenspeed_plan.runtime.execution.fp8_blocks import quantise_rows
+
 Attrs = Mapping[str, Any]
 
 
@@ -77,6 +79,11 @@ def linear(attrs: Attrs, x_TK: Tensor, w_NK: Tensor) -> tuple[Tensor, ...]:
     y_TN = F.linear(x_TK, w_NK)
     splits = attrs["splits"]
     return tuple(y_TN.split(splits, -1))
+
+
+def quantise(attrs: Attrs, x_TK: Tensor) -> tuple[Tensor]:
+    """x in FP8, with a factor for each row and 128 columns: a flat run of bytes."""
+    return (quantise_rows(x_TK),)
 
 
 def add(attrs: Attrs, x_TH: Tensor, r_TH: Tensor) -> tuple[Tensor]:

@@ -40,6 +40,7 @@ from tokenspeed_plan.planner.machines.hardware import HardwareSpec, find_hardwar
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.models.decoder import build as build_graph
+from tokenspeed_plan.planner.models.quantization_config import Quantization
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
@@ -813,3 +814,36 @@ def test_planning_refuses_what_does_not_fit_unless_told_not_to_look(tmp_path: Pa
     plan = load_plan(tmp_path / "out")
     assert (plan.binaries, plan.kernel_compiler) == ((), "")
     assert not (tmp_path / "out/cubin").exists()
+
+
+FP8_PRODUCT = {90: r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3", 100: r"tcgen05\.mma\S*kind::f8f6f4"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [90, 100])
+def test_quantised_products_use_the_instruction_of_fp8(sm: int) -> None:
+    """With a sum of its own for each block: no product adds to the sum of the one before."""
+    config, _ = load_preset("qwen3-0.6b")
+    config = replace(config, layer_types=config.layer_types[:1])
+    capacity = plan_capacity(WorkloadSpec(concurrency=1), config, GPUS[sm], CapacityOptions())
+    context = BuildContext(
+        config,
+        "bf16",
+        capacity,
+        config.vocab_size,
+        lambda prefix: False,
+        encoding=Quantization().encoding_of,
+    )
+    passes = PassContext(
+        ParallelLayout(1, 1, 1), GPUS[sm], 1024, 1, options=PassOptions(quantises=True)
+    )
+    graph = run(build_graph(context, "prefill"), passes, Stage.LOWERED)
+    found = {
+        key: tilings
+        for key, tilings in graph.candidates.items()
+        if kind_of(tilings[0].kernel) in ("linear", "linear_silu_mul")
+    }
+    assert len(found) == 2
+    for _, compiled in settle(found, GPUS[sm], default_cache()).values():
+        assert re.search(FP8_PRODUCT[sm], compiled.ptx)
+        assert "mma.sync" not in compiled.ptx

@@ -20,7 +20,11 @@ from tokenspeed_plan.planner.machines.hardware import (
     push_us,
     read_profile,
 )
+from tokenspeed_plan.planner.passes.cost import variant_of
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
+from tokenspeed_plan.plans.schema import KernelSpec, Param, Part
+from tokenspeed_plan.plans.types import Format, TensorSpec
 
 
 def samples(wait_us: float, factors: dict[str, float], noise: float) -> list[calibrate.Sample]:
@@ -138,13 +142,43 @@ def test_the_command_measures_this_machine(
     assert find_hardware(str(out)).read_bytes_per_s > 1e8
 
 
+def kernel_of(*kinds: str, formats: tuple[Format, ...] = ()) -> KernelSpec:
+    """A kernel with parts of these kinds, and an input of each of these formats."""
+    parts = tuple(Part(kind=kind, operands=(), outputs=(), attrs={}) for kind in kinds)
+    params = tuple(
+        Param(name=f"x{i}", role="input", tensor=TensorSpec(shape=(128, 128), format=each))
+        for i, each in enumerate(formats)
+    )
+    return KernelSpec(name="", params=params, parts=parts)
+
+
+def test_products_of_fp8_have_prices_of_their_own(tmp_path: Path) -> None:
+    """Where a profile has them; else those of bf16."""
+    assert variant_of(kernel_of("linear")) == ""
+    assert variant_of(kernel_of("linear", formats=(FP8,))) == "_fp8"
+    assert variant_of(kernel_of("linear", formats=(FP8_ROWS, FP8))) == "_quantised"
+    base = calibrate.base_profile("NVIDIA H200")
+    found = calibrate.fit(samples(1.5, {"stream": 1.2, "stream_fp8": 1.7}, 0.0), 0.9)
+    made = calibrate.calibrated(base, found, 0.9, "a test", {"machine": "none"})
+    path = tmp_path / "mine.yaml"
+    path.write_text(calibrate.dump(made, "A test."), encoding="utf-8")
+    machine = find_hardware(str(path))
+    assert machine.priced("stream", "_fp8") == "stream_fp8"
+    assert machine.residuals["stream_fp8"] == pytest.approx(1.7, rel=0.05)
+    assert machine.priced("grouped", "_quantised") == "grouped"
+    bare = calibrate.bare(made)
+    assert bare.residuals["stream_fp8"].value == 1.0
+    assert bare.waits["stream_fp8"].value == 0.0
+
+
 def test_times_add_up_to_the_programs() -> None:
     """Kernels that overlap wait less than alone; a sample of no time does not decide the fit."""
     kernels = [
         {"kernel": "a", "us": 10.0, "calls": 4, "total_us": 40.0, "predicted_us": 6.0},
         {"kernel": "b", "us": 20.0, "calls": 3, "total_us": 60.0, "predicted_us": 3.0},
     ]
-    kinds = {"a": ["rms_norm", "linear"], "b": ["attention", "gate"]}
+    parts = {"a": ["rms_norm", "linear"], "b": ["attention", "gate"]}
+    kinds = {name: kernel_of(*kinds) for name, kinds in parts.items()}
     for taken_us, alone in ((86.0, (8.0, 18.0)), (120.0, (12.0, 24.0))):
         program = {"measured_us": taken_us, "tokens": 1, "batch": 1, "kernels": kernels}
         made = calibrate.samples(program, kinds)

@@ -17,12 +17,13 @@ from specs import merged
 from tokenspeed_plan.planner import compile_plan, find_model, load_spec
 from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED, Candidate, Knobs
 from tokenspeed_plan.planner.advisor.memory_model import MemoryModel
+from tokenspeed_plan.planner.advisor.plan_prices import kv_dtype_of
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
 from tokenspeed_plan.planner.advisor.resolve import Decided, resolve
 from tokenspeed_plan.planner.advisor.search import Search
 from tokenspeed_plan.planner.advisor.search_space import DEPTHS
-from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.advisor.step_model import StepModel, stored_formats
 from tokenspeed_plan.planner.advisor.workload import Demand, conversation, serve, tokens_per_step
 from tokenspeed_plan.planner.commands.predict import search
 from tokenspeed_plan.planner.layout import ParallelLayout
@@ -101,9 +102,8 @@ def test_prices_are_those_of_the_whole_plan(example: str) -> None:
     for program in (p for p in plan.pool.programs if p.num_streams == 1):
         decode = program.phase == "decode"
         seqs, context = (program.bucket, middle) if decode else (1, min(middle, program.bucket))
-        priced = steps.priced(
-            layout, program.phase, Load(program.max_tokens, seqs, context), program.depth
-        )
+        load = Load(program.max_tokens, seqs, context, formats=stored_formats(kv_dtype_of(plan)))
+        priced = steps.priced(layout, program.phase, load, program.depth)
         # Without drafts, such a step still writes the draft layer's keys: a few launches more.
         keys = decode and not program.depth and plan.pool.limits.max_depth
         assert priced.total_us == pytest.approx(program.predicted_us, rel=0.1 if keys else 1e-3), (

@@ -8,8 +8,10 @@ import pytest
 from plan_edits import with_kernel
 
 from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner.passes.pipeline import PassOptions
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import PlanError
+from tokenspeed_plan.plans.fp8_format import FP8_ROWS
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.types import FORMATS, TensorSpec
 from tokenspeed_plan.plans.validate import validate
@@ -61,3 +63,45 @@ def test_only_products_read_fp8(name: str, fp8_plan: Plan) -> None:
             changed = kernel.model_copy(update={"params": tuple(params)})
             with pytest.raises(PlanError):
                 validate(with_kernel(fp8_plan, index, changed))
+
+
+def test_only_a_matrix_is_rounded_when_it_is_loaded(fp8_plan: Plan) -> None:
+    validate(with_weight(fp8_plan, QKV, rounds=True))
+    for name in (NORM, TABLE):
+        with pytest.raises(PlanError, match="is rounded, and is no matrix in fp8"):
+            validate(with_weight(fp8_plan, name, rounds=True))
+
+
+@pytest.fixture(scope="module")
+def quantised_plan() -> Plan:
+    """On a GPU, where products multiply FP8 by FP8."""
+    model = {"preset": "qwen3-0.6b", "weights": "fp8"}
+    spec = Spec.model_validate({"version": 1, "model": model, "target": {"gpu": "H200"}})
+    return compile_plan(spec, find_model(spec), options=PassOptions(quantises=True))
+
+
+def test_only_products_read_quantised_activations(quantised_plan: Plan) -> None:
+    """And what reads them says the dtype of its result."""
+    validate(quantised_plan)
+    checked = 0
+    for index, kernel in enumerate(quantised_plan.kernels):
+        if not any(param.tensor.format == FP8_ROWS for param in kernel.params):
+            continue
+        plain = [
+            param.model_copy(update={"tensor": TensorSpec.of(param.tensor.shape, "bf16")})
+            if param.tensor.format == FP8_ROWS
+            else param
+            for param in kernel.params
+        ]
+        parts = [
+            part.model_copy(update={"attrs": {k: v for k, v in part.attrs.items() if k != "dtype"}})
+            for part in kernel.parts
+        ]
+        changes: list[dict[str, Any]] = [{"params": tuple(plain)}]
+        if tuple(parts) != kernel.parts:
+            changes.append({"parts": tuple(parts)})
+        for change in changes:
+            with pytest.raises(PlanError):
+                validate(with_kernel(quantised_plan, index, kernel.model_copy(update=change)))
+            checked += 1
+    assert checked > 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,6 @@ from checkpoints import KINDS, load_oracle, oracle_greedy, write_checkpoint
 from conftest import make_spec
 from quantised_models import DEMO, NUM_TOKENS, held_out_ids, loss_of, prompts
 from safetensors.torch import save_file
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.errors import SpecError
@@ -34,14 +32,24 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 SCALES = {"k": 1.0, "v": 1.0}
 
 
-def attend(module: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
-    k, v = SCALES["k"], SCALES["v"]
-    key, value = rounded(key / k) * k, rounded(value / v) * v
-    return sdpa_attention_forward(module, query, key, value, *args, **options)
+@cache
+def attention() -> str:
+    """The name under which transformers attends to rounded keys and values.
 
+    It is imported late: it loads Triton, which other tests must load to interpret.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+    def attend(module: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
+        k, v = SCALES["k"], SCALES["v"]
+        key, value = rounded(key / k) * k, rounded(value / v) * v
+        return sdpa_attention_forward(module, query, key, value, *args, **options)
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
 
 
 def plan_of(folder: Path, dtype: str = "fp8", **changes: Any) -> Plan:
@@ -63,7 +71,7 @@ def ids_of(folder: Path, **changes: Any) -> list[list[int]]:
 def test_keys_give_the_tokens_of_transformers_with_rounded_ones(name: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / name, KINDS[name])
     oracle = load_oracle(folder, KINDS[name])
-    oracle.config._attn_implementation = NAME
+    oracle.config._attn_implementation = attention()
     wanted = [oracle_greedy(oracle, prompt, NUM_TOKENS) for prompt in prompts()]
     assert ids_of(folder) == wanted
     assert ids_of(folder, speculation={"depth": 2, "acceptance": 0.9}) == wanted
@@ -116,7 +124,7 @@ def with_scales(folder: Path, value: torch.Tensor) -> Path:
 def test_scales_of_a_checkpoint_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_checkpoint(tmp_path / "moe", KINDS["moe"])
     oracle = load_oracle(folder, KINDS["moe"])
-    oracle.config._attn_implementation = NAME
+    oracle.config._attn_implementation = attention()
     monkeypatch.setitem(SCALES, "k", 0.03)
     monkeypatch.setitem(SCALES, "v", 0.0075)
     wanted = [oracle_greedy(oracle, prompt, NUM_TOKENS) for prompt in prompts()]
@@ -139,6 +147,6 @@ def test_bad_scales_are_refused(value: torch.Tensor, tmp_path: Path) -> None:
 def test_the_trained_model_loses_little() -> None:
     """FP8 keys and values cost the demo model under 0.3 % of its loss on unseen text."""
     ids = held_out_ids()
-    before, after = loss_of(DEMO, ids), loss_of(DEMO, ids, NAME)
+    before, after = loss_of(DEMO, ids), loss_of(DEMO, ids, attention())
     assert before != after
     assert abs(after / before - 1) < 0.003

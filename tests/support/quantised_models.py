@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.planner.passes.pipeline import DEFAULT_OPTIONS, PassOptions
 from tokenspeed_plan.runtime import Engine, SamplingParams
 
 NUM_TOKENS = 8
@@ -85,11 +86,16 @@ def prompts() -> list[list[int]]:
     return [torch.randint(0, VOCAB - 20, (n,), generator=random).tolist() for n in (40, 3)]
 
 
-def ids_of(folder: Path, **changes: Any) -> list[list[int]]:
-    spec = make_spec(folder, model={"weights": "auto"}, **changes)
+def ids_of(
+    folder: Path,
+    head: str = "auto",
+    options: PassOptions = DEFAULT_OPTIONS,
+    **changes: Any,
+) -> list[list[int]]:
+    spec = make_spec(folder, model={"weights": "auto", "head": head}, **changes)
     if "quantization_config" not in (folder / "config.json").read_text():
         spec = make_spec(folder, **changes)
-    engine = Engine.from_plan(compile_plan(spec, find_model(spec)), folder)
+    engine = Engine.from_plan(compile_plan(spec, find_model(spec), options=options), folder)
     params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
     return [list(done.token_ids) for done in engine.generate(prompts(), params)]
 
