@@ -20,13 +20,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from tokenspeed_plan.planner.foreign_yaml import NotYaml, parse_yaml, read_file, read_yaml
-from tokenspeed_plan.planner.lengths_file import (
-    LENGTH_KEYS,
-    LENGTHS_FILE_HINT,
-    read_lengths,
-)
 from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.lengths_file import LENGTHS_FILE_HINT, read_lengths
 from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.types import RollbackWord
 
@@ -39,6 +35,8 @@ MAX_TURNS = 100_000
 MAX_DRAFTS = 16
 MAX_VOCAB = 1 << 24
 MAX_NAME_CHARS = 1024
+# What a row of a file of lengths calls each length of a workload.
+LENGTH_KEYS = {"first_turn_tokens": "prompt_tokens", "output_tokens": "output_tokens"}
 
 
 def _about(meaning: str, example: Any, unit: str = "") -> FieldInfo:
@@ -507,11 +505,26 @@ def _with_lengths(spec: Spec, folder: Path) -> Spec:
     for key in LENGTH_KEYS:
         stated = getattr(spec.workload, key)
         if isinstance(stated, LengthsSpec) and stated.lengths is not None:
-            found = read_lengths(Path(stated.lengths), folder, key)
+            found = _summary(Path(stated.lengths), folder, LENGTH_KEYS[key])
             changes[key] = LengthsSpec(mean=found.mean, p95=int(found.p95), max=found.longest)
     if not changes:
         return spec
     return spec._with_workload(changes)
+
+
+def _summary(path: Path, folder: Path, field: str) -> Lengths:
+    """One length of the rows of a file, looked up from the current folder, then from `folder`.
+
+    Raises:
+        SpecError: as `read_lengths`, or no row knows this length.
+    """
+    if not path.is_absolute() and not path.is_file() and (folder / path).is_file():
+        path = folder / path
+    found = [getattr(row, field) for row in read_lengths(path)]
+    known = [length for length in found if length is not None]
+    if not known:
+        raise SpecError(f"no row of `{path}` has `{field}`", LENGTHS_FILE_HINT)
+    return Lengths.of(known)
 
 
 def parse_spec(text: str, name: str, changes: Sequence[str] = ()) -> Spec:

@@ -44,9 +44,9 @@ def step_prediction(
         plan: the frozen plan.
         bundle: its folder, near which the model is looked up.
         phase: `decode` or `prefill`.
-        tokens: of the chunk, for prefill.
-        seqs: sequences of the batch, for decode.
-        context: tokens of each sequence, those of the chunk included.
+        tokens: of the step, for prefill.
+        seqs: sequences of the batch; prompts of a prefill step share its tokens.
+        context: tokens of each sequence, those of the step included.
         depth: drafts of each sequence.
 
     Raises:
@@ -57,7 +57,8 @@ def step_prediction(
     if phase == "decode":
         step = steps.decode(layout, seqs, context, depth)
     else:
-        step = steps.prefill(layout, tokens, max(context - tokens, 0), depth=depth)
+        before = max(context - tokens // seqs, 0)
+        step = steps.prefill(layout, tokens, before, depth=depth, seqs=seqs)
     error_us = step.error_us(hardware.errors)
     interval = (step.total_us - error_us, step.total_us + error_us)
     return {

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokenspeed_plan.planner.advisor.plan_prices import step_floor_bytes, step_prediction
+from tokenspeed_plan.planner.advisor.plan_prices import (
+    batch_prediction,
+    step_floor_bytes,
+    step_prediction,
+)
 from tokenspeed_plan.planner.commands.engines import (
     EngineOptions,
     alike_on_all_ranks,
@@ -276,10 +280,14 @@ def _batch(bundle: Path, shown: BenchOptions, options: BatchOptions) -> None:
     rows = batch_rows.Rows.of(
         frozen, options.rows, options.prompt, options.out, options.lengths, options.seed
     )
+    forecast: dict[str, Any] = {}
+    # The model of steps needs the model's folder. Where it is not found, nothing is predicted.
+    with suppress(SpecError):
+        forecast = {"predicted": _forecast(frozen, bundle, rows, shown.as_json)}
     machine = measure_machine(frozen.target.device)
     engine, launch = _batch_engine(frozen, bundle, shown)
     freeze_gc()
-    found = batch_rows.run_rows(engine, launch, rows)
+    found = batch_rows.run_rows(engine, launch, rows) | forecast
     found["machine"] = asdict(machine)
     with suppress(SpecError):
         _price(frozen, bundle, found, machine.read_bytes_per_s)
@@ -305,19 +313,36 @@ def _batch_engine(
     return engine, launch
 
 
-def _price(plan: Plan, bundle: Path, found: dict[str, Any], read_bytes_per_s: float) -> None:
-    """Add the floor and the prediction of each program, and what they make of the whole run.
+def _forecast(plan: Plan, bundle: Path, rows: batch_rows.Rows, is_quiet: bool) -> dict[str, float]:
+    """What the planner expects of the rows, told before any of them has run.
 
     Raises:
         SpecError: the plan's model is not where its spec says.
     """
-    context = round(found["mean_context"])
-    predicted_us = measured_us = 0.0
+    from tokenspeed_plan.runtime.execution.rank_links import joined
+
+    lengths = [(row.prompt_tokens, row.output_tokens) for row in rows.rows]
+    forecast = batch_prediction(plan, bundle, lengths)
+    if joined().rank == 0 and not is_quiet:
+        rate, seconds = forecast["output_tokens_per_s"], forecast["total_s"]
+        click.echo(f"predicted: {rate:g} tokens/s out, {seconds:g} s", err=True)
+    return forecast
+
+
+def _price(plan: Plan, bundle: Path, found: dict[str, Any], read_bytes_per_s: float) -> None:
+    """Add the floor and the prediction of each program, for the steps that it had.
+
+    Raises:
+        SpecError: the plan's model is not where its spec says.
+    """
+    mean_prompt = found["tokens_in"] / found["rows"]
     for program in found["programs"]:
-        tokens = round(program["mean_tokens"])
+        tokens, context = round(program["mean_tokens"]), round(found["mean_context"])
         seqs = max(tokens // (program["depth"] + 1), 1)
         if program["phase"] == "prefill":
-            seqs = max(1, round(tokens * found["rows"] / found["tokens_in"]))
+            seqs = max(1, round(tokens / mean_prompt))
+            # A prompt that is longer than a step is in its middle.
+            context = round(tokens / seqs + max(mean_prompt - tokens, 0.0) / 2)
         priced = step_prediction(
             plan, bundle, program["phase"], tokens, seqs, context, program["depth"]
         )
@@ -325,11 +350,6 @@ def _price(plan: Plan, bundle: Path, found: dict[str, Any], read_bytes_per_s: fl
         floor_bytes = step_floor_bytes(plan, program["phase"], program["bucket"], size)
         floor_us = floor_bytes / read_bytes_per_s * 1e6
         program |= priced | {"floor_us": floor_us, "share_of_floor": floor_us / program["us"]}
-        predicted_us += program["steps"] * priced["predicted_us"]
-        measured_us += program["steps"] * program["us"]
-    if predicted_us:
-        scale = measured_us / predicted_us
-        found["predicted_tokens_per_s_out"] = found["tokens_per_s_out"] * scale
 
 
 def _agentic_engine(

@@ -26,7 +26,6 @@ from tokenspeed_plan.planner.advisor.resolve import Decided, resolve
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.commands.predict import search
 from tokenspeed_plan.planner.ledger import Ledger
-from tokenspeed_plan.planner.lengths_file import read_lengths
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.passes.limits import Holding, decode_buckets
@@ -397,20 +396,28 @@ def test_a_file_of_lengths_becomes_its_summary(tmp_path: Path) -> None:
     ("text", "says"),
     [
         (None, "cannot read"),
-        ("", "no row of"),
-        ("{}", "no row of"),
-        ("[1]", ":1` is no JSON object"),
-        ("\n{'a'}", ":2` is no JSON object"),
-        ('{"prompt_tokens": 0}', "not a whole number"),
-        ('{"prompt_tokens": true}', "not a whole number"),
+        (b"\xff", "cannot read"),
+        (b"", "has no rows"),
+        (b"{}", "not a whole number"),
+        (b"[1]", ":1` is no JSON object"),
+        (b"\n{'a'}", ":2` is no JSON object"),
+        (b'{"prompt_tokens": 0}', "not a whole number"),
+        (b'{"prompt_tokens": true}', "not a whole number"),
+        (b'{"prompt_tokens": 100000001}', "not a whole number from 1 to 100000000"),
+        (b'{"prompt_tokens": 1, "output_tokens": 0}', "`output_tokens` is not"),
+        (b'{"prompt_tokens": 1}', "no row of .* has `output_tokens`"),
     ],
 )
-def test_a_file_of_lengths_that_is_none(text: str | None, says: str, tmp_path: Path) -> None:
+def test_a_file_of_lengths_that_is_none(text: bytes | None, says: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text)
+    (tmp_path / "spec.yaml").write_text(
+        "{version: 1, model: {preset: qwen3.5-9b}, target: {gpu: H200}, workload: "
+        "{output_tokens: {lengths: rows.jsonl}}}"
+    )
     with pytest.raises(SpecError, match=says) as refused:
-        read_lengths(path, tmp_path, "first_turn_tokens")
+        load_spec(tmp_path / "spec.yaml")
     assert "tokenspeed lengths" in refused.value.hint
 
 
