@@ -125,6 +125,7 @@ SURFACE = {
         "prompt",
         "out",
         "lengths",
+        "shared",
     },
     "lengths": {"batch", "out", "answers", "model"},
     "quantize": {"source", "target", "weights"},

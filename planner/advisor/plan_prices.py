@@ -68,13 +68,16 @@ def step_prediction(
     }
 
 
-def batch_prediction(plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]) -> dict[str, float]:
+def batch_prediction(
+    plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]], shared: int = 0
+) -> dict[str, float]:
     """What a batch would take on a plan, from its first row to its last.
 
     Args:
         plan: the frozen plan.
         bundle: its folder, near which the model is looked up.
         rows: each with the tokens of its prompt and of its answer; at least one.
+        shared: tokens with which all prompts begin, fewer than any of them has.
 
     Returns:
         Tokens a second of prompts and of answers, and where the seconds go.
@@ -94,8 +97,8 @@ def batch_prediction(plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]) 
     knobs = Knobs(limits.max_tokens, limits.page_size, limits.max_depth)
     candidate = Candidate(_layout_of(plan), knobs)
     batch = predictor.batch(candidate, depths, limits.max_seqs)
-    run = batch.run(rows, limits.max_seqs, limits.interleaved_tokens, limits.gathered_tokens)
-    return run.as_json()
+    interleaved, gathered = limits.interleaved_tokens, limits.gathered_tokens
+    return batch.run(rows, limits.max_seqs, interleaved, gathered, shared).as_json()
 
 
 def step_floor_bytes(plan: Plan, phase: str, bucket: int, batch: tuple[int, int, int]) -> float:

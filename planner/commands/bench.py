@@ -93,6 +93,7 @@ class BatchOptions:
         prompt: tokens of each prompt.
         out: tokens of each answer.
         lengths: a file with the lengths of rows, in place of both.
+        shared: tokens with which all prompts begin, in addition.
         seed: of the random tokens.
     """
 
@@ -100,6 +101,7 @@ class BatchOptions:
     prompt: int | None
     out: int | None
     lengths: Path | None
+    shared: int
     seed: int
 
 
@@ -159,6 +161,12 @@ class BenchOptions:
 @click.option("--prompt", type=Some, help="Batch: tokens in each prompt; the spec's without it.")
 @click.option("--out", type=Some, help="Batch: tokens of each answer; the spec's without it.")
 @click.option("--lengths", type=Folder, help="Batch: JSON lines with the lengths of rows.")
+@click.option(
+    "--shared",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Batch: so many more tokens, with which all prompts begin.",
+)
 @click.option("--seed", type=int, default=0, help="Agentic, batch: of the random tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
 def bench_command(
@@ -178,6 +186,7 @@ def bench_command(
     prompt: int | None,
     out: int | None,
     lengths: Path | None,
+    shared: int,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -191,7 +200,7 @@ def bench_command(
         folder = Path(os.path.expanduser(weights))
     work: ProgramOptions | AgenticOptions | BatchOptions = ProgramOptions(batch, context, prefill)
     if workload == "batch":
-        work = BatchOptions(rows, prompt, out, lengths, seed)
+        work = BatchOptions(rows, prompt, out, lengths, shared, seed)
     if workload == "agentic":
         work = AgenticOptions(
             conversations,
@@ -278,7 +287,13 @@ def _batch(bundle: Path, shown: BenchOptions, options: BatchOptions) -> None:
 
     frozen = load_plan(bundle)
     rows = batch_rows.Rows.of(
-        frozen, options.rows, options.prompt, options.out, options.lengths, options.seed
+        frozen,
+        options.rows,
+        options.prompt,
+        options.out,
+        options.lengths,
+        options.seed,
+        options.shared,
     )
     forecast: dict[str, Any] = {}
     # The model of steps needs the model's folder. Where it is not found, nothing is predicted.
@@ -322,7 +337,7 @@ def _forecast(plan: Plan, bundle: Path, rows: batch_rows.Rows, is_quiet: bool) -
     from tokenspeed_plan.runtime.execution.rank_links import joined
 
     lengths = [(row.prompt_tokens, row.output_tokens) for row in rows.rows]
-    forecast = batch_prediction(plan, bundle, lengths)
+    forecast = batch_prediction(plan, bundle, lengths, rows.shared)
     if joined().rank == 0 and not is_quiet:
         rate, seconds = forecast["output_tokens_per_s"], forecast["total_s"]
         click.echo(f"predicted: {rate:g} tokens/s out, {seconds:g} s", err=True)

@@ -44,10 +44,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Random rows: each has a prompt of its own, and as many tokens out as are asked for."""
+    """Random rows: prompts are alike in their first `shared` tokens, answers as long as asked."""
 
     rows: tuple[Row, ...]
     seed: int = 0
+    shared: int = 0
 
     @classmethod
     def of(
@@ -58,6 +59,7 @@ class Rows:
         output_tokens: int | None = None,
         lengths: Path | None = None,
         seed: int = 0,
+        shared: int = 0,
     ) -> Rows:
         """Rows of given lengths; what is not given is that of the plan's workload.
 
@@ -68,6 +70,7 @@ class Rows:
             output_tokens: of each row.
             lengths: a file with the lengths of rows, which are repeated for `count` of them.
             seed: of the random tokens.
+            shared: tokens with which all prompts begin, in addition to their own.
 
         Raises:
             SpecError: the file cannot be read.
@@ -79,6 +82,7 @@ class Rows:
         if lengths is not None:
             found = read_lengths(lengths)
             kinds = [Row(row.prompt_tokens, row.output_tokens or output) for row in found]
+        kinds = [Row(shared + kind.prompt_tokens, kind.output_tokens) for kind in kinds]
             count = count or len(kinds)
         count = count or ROWS_PER_SEQUENCE * plan.pool.limits.max_seqs
         rows = tuple(row for _, row in zip(range(count), _cycle(kinds), strict=False))
@@ -90,7 +94,7 @@ class Rows:
                 f"longer than the plan's {most}",
                 "lower `--prompt` or `--out`, or plan for longer rows",
             )
-        return cls(rows, seed)
+        return cls(rows, seed, shared)
 
 
 def _cycle(rows: list[Row]) -> Iterator[Row]:
@@ -199,10 +203,15 @@ def run_rows(engine: Engine, launch: TimedLaunch, options: Rows) -> dict[str, An
 
 def _requests(engine: Engine, options: Rows) -> Iterator[Request]:
     random = torch.Generator().manual_seed(options.seed)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, engine.vocab_size, (count,), generator=random).tolist()
+
+    shared = tokens(options.shared)
     for number, row in enumerate(options.rows):
-        ids = torch.randint(0, engine.vocab_size, (row.prompt_tokens,), generator=random)
+        ids = (*shared, *tokens(row.prompt_tokens - options.shared))
         params = SamplingParams(max_tokens=row.output_tokens, ignore_eos=True)
-        yield Request(str(number), tuple(ids.tolist()), params)
+        yield Request(str(number), ids, params)
 
 
 def _load(engine: Engine) -> tuple[int, int]:

@@ -80,12 +80,14 @@ class CountingExecutor(SymbolicExecutor):
         super().run(program, num_tokens, num_seqs, change)
 
 
-def steps_of(plan: Plan, rows: list[tuple[int, int]]) -> tuple[int, Counter[int]]:
+def steps_of(
+    plan: Plan, rows: list[tuple[int, int]], shared: int = 0
+) -> tuple[int, Counter[int]]:
     """Prefill steps, and decode steps by their sequences, of an engine that answers rows."""
     executor = CountingExecutor(plan)
-    engine = Engine(plan, executor, cache=False)  # type: ignore[arg-type]
+    engine = Engine(plan, executor, cache=bool(shared))  # type: ignore[arg-type]
     for index, (prompt, output) in enumerate(rows):
-        ids = tuple((index * 7 + place * 3) % 90 for place in range(prompt))
+        ids = tuple((index * 7 * (place >= shared) + place * 3) % 90 for place in range(prompt))
         params = SamplingParams(max_tokens=output, ignore_eos=True)
         engine.add(Request(str(index), ids, params))
     while engine.num_unfinished:
@@ -122,6 +124,18 @@ def test_a_run_takes_the_steps_of_the_scheduler(
         )
     else:
         assert (run.prefill_steps, run.decode_steps) == (prefills, decodes)
+
+
+def test_prompts_that_begin_alike_take_the_steps_of_the_scheduler(tiny_plan: Plan) -> None:
+    """The first of them computes what they share, and the others their own tokens."""
+    plan = squeezed(
+        tiny_plan, max_tokens=64, interleaved_tokens=64, max_seqs=6, checkpoint_interval=512
+    )
+    rows, shared = [(128 + 20, 10)] * 20, 128
+    prefills, decodes = steps_of(plan, rows, shared)
+    run = run_batch(rows, BatchLimits(6, 64, 64, 0, shared), OneEach())
+    assert run.prefill_us == run.prefill_steps + shared + 20 * 20
+    assert (run.prefill_steps, run.decode_steps) == (prefills, decodes)
 
 
 def test_a_run_by_hand() -> None:
