@@ -298,7 +298,7 @@ def _batch(bundle: Path, shown: BenchOptions, options: BatchOptions) -> None:
     forecast: dict[str, Any] = {}
     # The model of steps needs the model's folder. Where it is not found, nothing is predicted.
     with suppress(SpecError):
-        forecast = {"predicted": _forecast(frozen, bundle, rows, shown.as_json)}
+        forecast = {"predicted": _forecast(frozen, bundle, rows)}
     machine = measure_machine(frozen.target.device)
     engine, launch = _batch_engine(frozen, bundle, shown)
     freeze_gc()
@@ -328,7 +328,7 @@ def _batch_engine(
     return engine, launch
 
 
-def _forecast(plan: Plan, bundle: Path, rows: batch_rows.Rows, is_quiet: bool) -> dict[str, float]:
+def _forecast(plan: Plan, bundle: Path, rows: batch_rows.Rows) -> dict[str, float]:
     """What the planner expects of the rows, told before any of them has run.
 
     Raises:
@@ -338,7 +338,7 @@ def _forecast(plan: Plan, bundle: Path, rows: batch_rows.Rows, is_quiet: bool) -
 
     lengths = [(row.prompt_tokens, row.output_tokens) for row in rows.rows]
     forecast = batch_prediction(plan, bundle, lengths, rows.shared)
-    if joined().rank == 0 and not is_quiet:
+    if joined().rank == 0:
         rate, seconds = forecast["output_tokens_per_s"], forecast["total_s"]
         click.echo(f"predicted: {rate:g} tokens/s out, {seconds:g} s", err=True)
     return forecast
