@@ -372,6 +372,7 @@ class _Programs:
             self.model.fused_experts,
             self.spec.draft_vocab,
             self.model.is_fp8,
+            stored_state=self.stored_state,
         )
         graph = check(build(context, phase, depth))
         return run(graph, PassContext(self.layout, self.hardware), until=Stage.SHARDED)
@@ -389,6 +390,13 @@ class _Programs:
             self.options,
         )
         return LoweredProgram(bucket, num_seqs, run(graph, context))
+
+    @property
+    def stored_state(self) -> DType | None:
+        """How recurrent state is stored; the golden tokens' plan keeps it whole."""
+        if self.dtype == "fp64":
+            return None
+        return self.spec.stored_state
 
     @property
     def layout(self) -> ParallelLayout:

@@ -24,7 +24,7 @@ from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.lengths_file import LENGTHS_FILE_HINT, read_lengths
 from tokenspeed_plan.plans.text import printable_line
-from tokenspeed_plan.plans.types import RollbackWord
+from tokenspeed_plan.plans.types import DType, RollbackWord
 
 Auto = Literal["auto"]
 AutoOrOff = Literal["auto", "off"]
@@ -376,6 +376,14 @@ class ServingSpec(_Section):
             "tokens",
         ),
     ] = None
+    state: Annotated[
+        Literal["fp32", "bf16"] | None,
+        _about(
+            "How recurrent state is stored between steps; it is computed in fp32. bf16 takes half "
+            "of its bytes and rounds it after each step; fp32 where nothing is said.",
+            "bf16",
+        ),
+    ] = None
 
 
 class Spec(_Section):
@@ -422,6 +430,13 @@ class Spec(_Section):
     def _with_workload(self, changes: Mapping[str, Any]) -> Spec:
         workload = self.workload.model_copy(update=changes)
         return self.model_copy(update={"workload": workload})
+
+    @property
+    def stored_state(self) -> DType | None:
+        """How recurrent state is stored, where that is not the dtype that it is computed in."""
+        if self.serving is None or self.serving.state != "bf16":
+            return None
+        return "bf16"
 
     @property
     def service_levels(self) -> dict[str, float]:

@@ -149,6 +149,7 @@ def _step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
         skew=spec.workload.skew,
         rollback=plan.pool.limits.rollback,
         draft_vocab=spec.draft_vocab,
+        stored_state=spec.stored_state,
     )
     return steps, _layout_of(plan)
 

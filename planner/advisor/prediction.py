@@ -168,6 +168,7 @@ class Predictor:
             engine=self.engine,
             rollback=self.rollback,
             draft_vocab=self.spec.draft_vocab,
+            stored_state=self.spec.stored_state,
         )
 
     @cached_property

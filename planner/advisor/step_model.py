@@ -96,6 +96,7 @@ class StepModel:
         engine: another engine to model in place of our runtime.
         rollback: how rejected drafts are taken back.
         draft_vocab: tokens that drafts are chosen from; None for all.
+        stored_state: how recurrent state is stored; None for as it is computed.
         whole, sharded, graphs, priced_ops, prices, arenas: what was computed so far.
     """
 
@@ -106,6 +107,7 @@ class StepModel:
     engine: Engine | None = None
     rollback: RollbackWord = "snapshot"
     draft_vocab: int | None = None
+    stored_state: DType | None = None
     whole: dict[tuple[Phase, int], OpGraph] = field(default_factory=dict)
     sharded: dict[tuple[ParallelLayout, Phase, int], OpGraph] = field(default_factory=dict)
     graphs: dict[GraphKey, OpGraph] = field(default_factory=dict)
@@ -323,6 +325,7 @@ class StepModel:
             _has_fused_experts,
             self.draft_vocab,
             self._is_fp8,
+            self.stored_state,
         )
 
     def _is_fp8(self, name: str) -> bool:

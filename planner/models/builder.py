@@ -48,6 +48,7 @@ class BuildContext:
             expert has tensors of its own.
         draft_vocab: drafts are chosen from this many of the first tokens; from all where None.
         is_fp8: whether a checkpoint tensor is stored in blocks of FP8.
+        stored_state: how the matrices of recurrent state are stored; None for `wide`.
     """
 
     config: ModelConfig
@@ -57,10 +58,11 @@ class BuildContext:
     fused_experts: Callable[[str], bool]
     draft_vocab: int | None = None
     is_fp8: Callable[[str], bool] = _is_never_fp8
+    stored_state: DType | None = None
 
     @property
     def wide(self) -> DType:
-        """The dtype of recurrent state and gates."""
+        """The dtype in which recurrent state and gates are computed."""
         return "fp64" if self.dtype == "fp64" else "fp32"
 
 

@@ -82,8 +82,8 @@ class Rows:
         if lengths is not None:
             found = read_lengths(lengths)
             kinds = [Row(row.prompt_tokens, row.output_tokens or output) for row in found]
-        kinds = [Row(shared + kind.prompt_tokens, kind.output_tokens) for kind in kinds]
             count = count or len(kinds)
+        kinds = [Row(shared + kind.prompt_tokens, kind.output_tokens) for kind in kinds]
         count = count or ROWS_PER_SEQUENCE * plan.pool.limits.max_seqs
         rows = tuple(row for _, row in zip(range(count), _cycle(kinds), strict=False))
         longest = max(rows, key=lambda row: row.prompt_tokens + row.output_tokens)

@@ -102,6 +102,7 @@ class Case:
     two_slots: bool = False  # even without drafts
     max_seq_len: int = 512
     fp8: bool = False  # its matrices are in blocks of FP8
+    stored_state: DType | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -153,6 +154,7 @@ def built_graph(case: Case) -> OpGraph:
         500,
         lambda prefix: True,
         is_fp8=lambda name: case.fp8 and is_fp8_matrix(name),
+        stored_state=case.stored_state,
     )
     return build(context, case.phase, case.depth)
 
