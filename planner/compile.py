@@ -405,11 +405,19 @@ class _Programs:
 
 
 def program_load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:
-    """What a program is priced for: decode halfway through a mean conversation, or one prompt."""
-    middle = round(spec.workload.mean_conversation_tokens) // 2
+    """What a program is priced for.
+
+    Decode halfway through a mean conversation; prefill with one prompt, or where rows come from a
+    file with as many as a step holds, each in its middle.
+    """
+    workload = spec.workload
+    middle = round(workload.mean_conversation_tokens) // 2
     if phase == "decode":
         return Load(tokens, seqs, middle)
-    return Load(tokens, 1, min(middle, tokens))
+    if not workload.is_batch_of_rows:
+        return Load(tokens, 1, min(middle, tokens))
+    prompt = workload.prompts.mean
+    return Load(tokens, min(max(round(tokens / prompt), 1), seqs), round(prompt / 2))
 
 
 def _facts(model: Model, dtype: DType) -> ModelFacts:

@@ -29,6 +29,9 @@ BATCHES: Mapping[str, Mapping[int, Sequence[int]]] = {
     "cpu": {128: FEW},
 }
 CHUNK = {"cuda": 4096, "cpu": 128}
+PROMPTS = 4  # that share a chunk
+DRAFTS = {"cuda": 3, "cpu": 0}  # of each sequence, where the tokens of a delta rule are timed
+DRAFTING = (1, 4, 16)  # sequences at once that draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,20 +164,36 @@ class _Probe:
     device: str
 
     def samples(self) -> Iterator[calibration.Sample]:
-        """Decode in short and long contexts, and prefill of a chunk, each in its own plan."""
+        """Decode in short and long contexts, prefill of a prompt and of several, and drafts.
+
+        Each is in its own plan, whose programs are priced for what is measured.
+        """
         for context, batches in BATCHES[self.device].items():
             decode = [Batch("decode", num_seqs, 1, context) for num_seqs in batches]
-            max_tokens = 2 * context
-            yield from self._replay(f"decode-{context}", max_tokens, decode)
+            yield from self._replay(f"decode-{context}", 2 * context, decode)
         chunk = CHUNK[self.device]
-        sizes = (chunk // 4, chunk)
-        prefill = [Batch("prefill", 1, size, size) for size in sizes]
-        yield from self._replay("prefill", chunk, prefill)
+        part = chunk // PROMPTS  # in the middle of its prompt
+        lone = [Batch("prefill", 1, part, (chunk + part) // 2), Batch("prefill", 1, chunk, chunk)]
+        yield from self._replay("prefill", chunk, lone, prompts=True)
+        several = [Batch("prefill", PROMPTS, part, part)]
+        yield from self._replay("prompts", part, several, prompts=True)
+        depth = DRAFTS[self.device]
+        if depth:
+            context = min(BATCHES[self.device])
+            drafts = [Batch("decode", num_seqs, depth + 1, context) for num_seqs in DRAFTING]
+            for sample in self._replay("drafts", 2 * context, drafts, depth=depth):
+                if sample.waiting_tokens:
+                    yield sample
 
     def _replay(
-        self, name: str, tokens: int, batches: Sequence[Batch]
+        self,
+        name: str,
+        tokens: int,
+        batches: Sequence[Batch],
+        prompts: bool = False,
+        depth: int = 0,
     ) -> Iterator[calibration.Sample]:
-        """Measure batches on a plan for sequences of so many tokens."""
+        """Measure batches on a plan for sequences of so many tokens; see `probe_spec`."""
         from tokenspeed_plan.runtime.bench.machine import release
         from tokenspeed_plan.runtime.bench.prepare import prepare
         from tokenspeed_plan.runtime.bench.replay import Replay
@@ -182,7 +201,9 @@ class _Probe:
         chunk = CHUNK[self.device]
         is_gpu = self.device == "cuda"
         max_seqs = max(batch.num_seqs for batch in batches)
-        spec = calibration.probe_spec(str(self.roofline), is_gpu, tokens, chunk, max_seqs)
+        spec = calibration.probe_spec(
+            str(self.roofline), is_gpu, tokens, chunk, max_seqs, prompts, depth
+        )
         model = Model(calibration.probe(self.name), None, None, {}, {})
         bundle = build_bundle(spec, model, default_cache())
         plan = bundle.plan
@@ -190,12 +211,13 @@ class _Probe:
         save_plan(plan, folder, bundle.sources, bundle.cubins)
         click.echo(f"probing {self.name}: {len(plan.kernels)} kernels", err=True)
         executor = prepare(plan, folder, None)
-        kinds = {}
+        kinds, waiting = {}, {}
         for kernel in plan.kernels:
             kinds[kernel.name] = [part.kind for part in kernel.parts]
+            waiting[kernel.name] = calibration.waiting_tokens(kernel)
         for batch in batches:
             measured = Replay(plan, executor, *batch).measure(self.machine)
-            yield from calibration.samples(measured, kinds)
+            yield from calibration.samples(measured, kinds, waiting)
         del executor
         release()
 
@@ -208,4 +230,8 @@ def _report(result: calibration.Fit, out: Path) -> None:
         fitted = f"{wait_us:>6.2f} us {residual:>6.2f} x"
         line = f"  {name:<18} {fitted}  (left over: {error:.0%})"
         click.echo(line, err=True)
+    if result.delta_token_us is not None:
+        click.echo(
+            f"  a token of the delta rule after another: {result.delta_token_us:.2f} us", err=True
+        )
     click.echo(f"wrote {out}; use it with `target: {{gpu: {out}}}`", err=True)

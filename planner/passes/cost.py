@@ -30,7 +30,7 @@ from tokenspeed_plan.planner.passes.op_terms import (
     ranks_sharing_experts,
     weight_specs,
 )
-from tokenspeed_plan.plans.ops import COLLECTIVES, integer
+from tokenspeed_plan.plans.ops import COLLECTIVES, integer, query_len
 from tokenspeed_plan.plans.schema import Amounts, BatchSize, CallAmounts, Work
 from tokenspeed_plan.plans.types import TensorSpec
 
@@ -101,13 +101,17 @@ class _Collective:
 
 @dataclass(frozen=True, slots=True)
 class CostedOp:
-    """What the price of an operator takes from its graph, whatever the load."""
+    """What the price of an operator takes from its graph, whatever the load.
+
+    `waiting_tokens` of a sequence wait for another one inside a kernel of the delta rule.
+    """
 
     heaviest: str
     amounts: CallAmounts
     members: tuple[_Member, ...]
     collective: _Collective | None
     is_collective: bool
+    waiting_tokens: int
 
     def work(self, load: Load) -> Work:
         """What the operator does for a load."""
@@ -141,7 +145,18 @@ def costed_op(
         members=members,
         collective=collective,
         is_collective=op.kind in COLLECTIVES,
+        waiting_tokens=max(sum(_tokens_in_turn(graph, member) for member in op.members) - 1, 0),
     )
+
+
+def _tokens_in_turn(graph: OpGraph, op: Op) -> int:
+    """Tokens of a sequence that the delta rule takes one after the other in a decode step."""
+    if op.kind == "recompute_state":
+        kept = next(graph.tensors[name] for name, _ in op.states if name.endswith("kept_inputs"))
+        return kept.spec.bind(0, 0)[1]
+    if op.kind == "delta_rule":
+        return query_len(op.attrs)
+    return 0
 
 
 def _member(graph: OpGraph, op: Op, formats: Formats) -> _Member:
@@ -316,7 +331,9 @@ def time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> OpT
     busy_us = max(memory_s, matrix_s) * 1e6 * hardware.residuals[name]
     bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
     if collective is None:
-        return OpTime(hardware.launch_us + hardware.waits_us[name], busy_us, bound)
+        wait_us = hardware.launch_us + hardware.waits_us[name]
+        wait_us += op.waiting_tokens * hardware.delta_token_us
+        return OpTime(wait_us, busy_us, bound)
     size_bytes = collective.result.size_bytes(load.num_tokens, load.num_seqs)
     wait_us = push_us(hardware, size_bytes, collective.num_ranks)
     return OpTime(max(wait_us, hardware.launch_us), busy_us, bound, "collective")
