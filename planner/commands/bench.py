@@ -350,14 +350,15 @@ def _price(plan: Plan, bundle: Path, found: dict[str, Any], read_bytes_per_s: fl
     Raises:
         SpecError: the plan's model is not where its spec says.
     """
-    mean_prompt = found["tokens_in"] / found["rows"]
+    cached = found["hit_tokens"] / found["rows"]
+    computed = max(found["tokens_in"] / found["rows"] - cached, 1.0)  # of a mean prompt
     for program in found["programs"]:
         tokens, context = round(program["mean_tokens"]), round(found["mean_context"])
         seqs = max(tokens // (program["depth"] + 1), 1)
         if program["phase"] == "prefill":
-            seqs = max(1, round(tokens / mean_prompt))
+            seqs = max(1, round(tokens / computed))
             # A prompt that is longer than a step is in its middle.
-            context = round(tokens / seqs + max(mean_prompt - tokens, 0.0) / 2)
+            context = round(cached + tokens / seqs + max(computed - tokens, 0.0) / 2)
         priced = step_prediction(
             plan, bundle, program["phase"], tokens, seqs, context, program["depth"]
         )
