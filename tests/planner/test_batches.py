@@ -80,9 +80,7 @@ class CountingExecutor(SymbolicExecutor):
         super().run(program, num_tokens, num_seqs, change)
 
 
-def steps_of(
-    plan: Plan, rows: list[tuple[int, int]], shared: int = 0
-) -> tuple[int, Counter[int]]:
+def steps_of(plan: Plan, rows: list[tuple[int, int]], shared: int = 0) -> tuple[int, Counter[int]]:
     """Prefill steps, and decode steps by their sequences, of an engine that answers rows."""
     executor = CountingExecutor(plan)
     engine = Engine(plan, executor, cache=bool(shared))  # type: ignore[arg-type]
