@@ -75,7 +75,7 @@ def ours(case: Case, gpu: str) -> dict[str, Any]:
     if done.returncode:
         return {"error": f"ended with {done.returncode}"}
     found = json.loads(done.stdout)
-    kept = ("rows", "wall_s", "idle_share", "host_us_per_step", "preemptions", "hit_tokens")
+    kept = ("wall_s", "idle_share", "host_us_per_step", "preemptions", "hit_tokens")
     figures = {name: round(found[name], 4) for name in kept}
     forecast = found["predicted"]["output_tokens_per_s"]
     rate = found["tokens_per_s_out"]
