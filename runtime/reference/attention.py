@@ -142,17 +142,22 @@ def attention(
 
 
 def _gather(page_table: Tensor, length: int, cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [..., K, C, D] of the first `length` tokens of pages [..., P]."""
+    """Keys and values [..., K, C, D] of the first `length` tokens of pages [..., P].
+
+    Keys are copied apart from values: so the pages of a sequence lie one after the other.
+    """
     page_size = cache.shape[2]
     num_pages = -(-length // page_size)
     used = page_table[..., :num_pages]
-    pages = cache.index_select(0, used.flatten())
-    pages = pages.unflatten(0, used.shape)  # [..., P, 2, page_size, K, D]
-    kv = pages.movedim(-4, 0)
-    kv = kv.flatten(-4, -3)  # [2, ..., P * page_size, K, D]
-    kv = kv.narrow(-3, 0, length)
-    k, v = kv.transpose(-2, -3)
+    k, v = (_first_tokens(half, used, length) for half in cache.unbind(1))
     return k, v
+
+
+def _first_tokens(half: Tensor, pages: Tensor, length: int) -> Tensor:
+    """The first `length` tokens of pages [..., P] of keys or of values, [..., K, C, D]."""
+    copied = half.index_select(0, pages.flatten()).unflatten(0, pages.shape)
+    tokens = copied.flatten(-4, -3)  # [..., P * page_size, K, D]
+    return tokens.narrow(-3, 0, length).transpose(-2, -3)
 
 
 def _decode(q_SRQD: Tensor, page_table_SP: Tensor, context_S: Tensor, cache: Tensor) -> Tensor:
