@@ -553,11 +553,12 @@ from tokenspeed_plan.runtime.execution.cpu_memory import keep_freed_memory
 
 def faults():
     begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        [torch.ones(1 << 21) for _ in range(3)]  # 8 MiB each
+    for _ in range(8):
+        [torch.ones(1 << 21) for _ in range(6)]  # 8 MiB each
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begun
 
 torch.set_num_threads(1)
+faults()  # the C library learns how large blocks are
 before = faults()
 keep_freed_memory(load_plan(Path(sys.argv[1])))
 faults()
