@@ -156,7 +156,7 @@ def _gather(page_table: Tensor, length: int, cache: Tensor) -> tuple[Tensor, Ten
 def _first_tokens(half: Tensor, pages: Tensor, length: int) -> Tensor:
     """The first `length` tokens of pages [..., P] of keys or of values, [..., K, C, D]."""
     copied = half.index_select(0, pages.flatten()).unflatten(0, pages.shape)
-    tokens = copied.flatten(-4, -3)  # [..., P * page_size, K, D]
+    tokens: Tensor = copied.flatten(-4, -3)  # [..., P * page_size, K, D]
     return tokens.narrow(-3, 0, length).transpose(-2, -3)
 
 
