@@ -3,17 +3,15 @@
     python tools/state_error.py [SPEC] [--windows 8] [--length 1024] [--answer 256]
 
 SPEC is of a model with weights (the demo model's by default), whose plan is made twice, with state
-in fp32 and in bf16, for this computer's CPU. Held-out text goes through them token by token, so
-that the state is rounded after each; its loss is that of each next token. Then both answer the
-first quarter of each window greedily, all at once.
+in fp32 and in bf16, for this computer's CPU. Held-out text goes through decode steps, a token a
+step, so that the state is rounded after each; the loss is that of each next token. Then both
+answer the first quarter of each window greedily, all at once.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -21,27 +19,15 @@ from train_demo_model import encode_all, read_texts
 
 from tokenspeed_plan.planner.compile import compile_plan, find_model
 from tokenspeed_plan.planner.spec import load_spec
-from tokenspeed_plan.plans.schema import Plan, Program
-from tokenspeed_plan.runtime import Engine, SamplingParams
-from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
-from tokenspeed_plan.runtime.execution.launch import EagerLaunch
+from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime import Engine, Request, SamplingParams
+from tokenspeed_plan.runtime.execution.cpu_threads import limit_threads
+from tokenspeed_plan.runtime.execution.inputs import write_inputs
+from tokenspeed_plan.runtime.scheduling.batch import Batch
+from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
 SPEC = Path(__file__).parent.parent / "examples/demo/spec.yaml"
 STATES = ("fp32", "bf16")
-
-
-@dataclass
-class Recorder(EagerLaunch):
-    """Keeps the logits of each step; a step has one row."""
-
-    rows_V: list[Tensor] = field(default_factory=list)
-
-    def run(
-        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
-    ) -> None:
-        super().run(programs, program, num_tokens, num_seqs)
-        logits_SV = programs.memory.buffer(program.logits, num_tokens, num_seqs)
-        self.rows_V.append(logits_SV[0].clone())
 
 
 def plan_of(spec_path: Path, state: str, length: int, seqs: int) -> tuple[Plan, Path]:
@@ -60,17 +46,39 @@ def plan_of(spec_path: Path, state: str, length: int, seqs: int) -> tuple[Plan, 
 
 
 def loss_of(plan: Plan, folder: Path, windows: list[list[int]]) -> tuple[float, Tensor]:
-    """Nats of each next token on average, and the logits of all places, [places, V]."""
-    launch = Recorder()
-    engine = Engine.from_plan(plan, folder, chunk=1, launch=launch, cache=False)
-    nats, kept = [], []
-    for ids in windows:
-        launch.rows_V.clear()
-        engine.generate([ids], SamplingParams(max_tokens=1))
-        logits_TV = torch.stack(launch.rows_V[: len(ids) - 1])
-        nats.append(torch.nn.functional.cross_entropy(logits_TV, torch.tensor(ids[1:])).item())
-        kept.append(logits_TV)
-    return fmean(nats), torch.cat(kept)
+    """Nats of each next token on average, and the logits of all places, [places, windows, V].
+
+    All windows go through decode steps side by side, whose tokens are those of the text.
+    """
+    executor = Engine.from_plan(plan, folder, cache=False).executor
+    program = max((p for p in plan.pool.programs if p.phase == "decode"), key=lambda p: p.bucket)
+    sequences = [sequence_of(plan, number, ids) for number, ids in enumerate(windows)]
+    batch = Batch.of(program, sequences, (1,) * len(sequences))
+    size = (batch.run_tokens, batch.run_seqs)
+    logits = []
+    for place in range(len(windows[0]) - 1):
+        for sequence in sequences:
+            sequence.num_computed = place
+            sequence.state_slot = sequence.own_slots[0] if place else 0
+        write_inputs(batch, lambda name: executor.buffer(name, *size), plan.pool.limits)
+        executor.run(program, *size)
+        logits.append(executor.buffer(program.logits, *size)[: len(windows)].clone())
+    logits_TSV = torch.stack(logits)
+    next_TS = torch.tensor(windows).T[1:]
+    nats = torch.nn.functional.cross_entropy(logits_TSV.flatten(0, 1), next_TS.flatten())
+    return nats.item(), logits_TSV
+
+
+def sequence_of(plan: Plan, number: int, ids: list[int]) -> Sequence:
+    """A window with pages and a state slot of its own."""
+    pages = -(-len(ids) // plan.pool.limits.page_size)
+    return Sequence(
+        Request(str(number), tuple(ids), SamplingParams(max_tokens=1)),
+        0.0,
+        list(ids),
+        pages=list(range(number * pages, (number + 1) * pages)),
+        own_slots=[1 + number],
+    )
 
 
 def answers_of(
@@ -102,14 +110,15 @@ def main() -> None:
 
     plans = [plan_of(options.spec, state, options.length, options.windows) for state in STATES]
     folder = plans[0][1]
+    limit_threads(plans[0][0])
     ids = encode_all(Tokenizer.from_file(str(folder / "tokenizer.json")), read_texts(held_out=True))
     step = max(len(ids) // options.windows, options.length)
     windows = [ids[at : at + options.length].tolist() for at in range(0, len(ids), step)]
     windows = [ids for ids in windows if len(ids) == options.length][: options.windows]
     found = [(*loss_of(plan, folder, windows), plan) for plan, _ in plans]
-    (loss, whole_TV, _), (narrow_loss, narrow_TV, _) = found
-    change = (torch.log_softmax(whole_TV, -1) - torch.log_softmax(narrow_TV, -1)).abs()
-    top = (whole_TV.argmax(-1) == narrow_TV.argmax(-1)).float().mean().item()
+    (loss, whole_TSV, _), (narrow_loss, narrow_TSV, _) = found
+    change = (torch.log_softmax(whole_TSV, -1) - torch.log_softmax(narrow_TSV, -1)).abs()
+    top = (whole_TSV.argmax(-1) == narrow_TSV.argmax(-1)).float().mean().item()
     print(f"{len(windows)} windows of {options.length} held-out tokens, state rounded after each")
     print(
         f"loss {loss:.5f} nats with fp32 state, {narrow_loss:.5f} with bf16 "
