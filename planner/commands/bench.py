@@ -20,6 +20,7 @@ from tokenspeed_plan.planner.commands.engines import (
     EngineOptions,
     alike_on_all_ranks,
     freeze_gc,
+    limit_cpu,
     on_all_ranks,
 )
 from tokenspeed_plan.plans.bundle import load_plan
@@ -250,6 +251,7 @@ def _programs(bundle: Path, shown: BenchOptions, options: ProgramOptions) -> Non
 
     frozen = load_plan(bundle)
     executor = bench.prepare(frozen, bundle, shown.weights)
+    limit_cpu(frozen)
     context = options.context or bench.default_context(frozen, options.batch)
     sizes = bench.Options(options.batch, context, options.prefill)
     found = bench.bench(frozen, executor, sizes)
@@ -323,6 +325,7 @@ def _batch_engine(
     links = joined()
     launch = batch_rows.TimedLaunch(default_launch(frozen), frozen.target.device)
     executor = bench.prepare(frozen, bundle, shown.weights, launch, lead_of(links))
+    limit_cpu(frozen)
     engine = Engine(frozen, executor)
     links.meet(frozen.digest)
     return engine, launch
@@ -382,6 +385,7 @@ def _agentic_engine(
     links = joined()
     launch = default_launch(frozen)
     executor = bench.prepare(frozen, bundle, shown.weights, launch, lead_of(links))
+    limit_cpu(frozen)
     engine = Engine(frozen, executor)
     if options.acceptance:
         agentic.simulate(engine, options.acceptance)

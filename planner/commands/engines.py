@@ -218,8 +218,6 @@ def load_chat_template(bundle: Path, options: EngineOptions) -> ChatTemplate | N
 def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:
     """Load an engine. Of several ranks, rank 0 leads the others."""
     from tokenspeed_plan.runtime.engine import Engine
-    from tokenspeed_plan.runtime.execution.cpu_memory import keep_freed_memory
-    from tokenspeed_plan.runtime.execution.cpu_threads import limit_threads
     from tokenspeed_plan.runtime.execution.rank_links import joined
     from tokenspeed_plan.runtime.execution.ranks import lead_of
 
@@ -235,9 +233,17 @@ def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None 
         signers=options.signers,
     )
     links.meet(f"{engine.plan.digest} {options.backend}")
-    limit_threads(engine.plan)
-    keep_freed_memory(engine.plan)
+    limit_cpu(engine.plan)
     return engine
+
+
+def limit_cpu(plan: Plan) -> None:
+    """Take the threads and keep the memory that a plan for a CPU is fastest with."""
+    from tokenspeed_plan.runtime.execution.cpu_memory import keep_freed_memory
+    from tokenspeed_plan.runtime.execution.cpu_threads import limit_threads
+
+    limit_threads(plan)
+    keep_freed_memory(plan)
 
 
 def ready_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:
