@@ -136,18 +136,24 @@ def timed(run: Step, token: torch.Tensor) -> float:
     return time.perf_counter() - begun
 
 
-def vllm_peer(config: Path, context: int, tokens: int, borrow: bool) -> dict[str, Any]:
-    """Figures of vLLM in milliseconds: the time of `tokens` tokens less that of one token."""
-    os.environ.update(VLLM)
+def vllm_config(config: Path, folder: str) -> dict[str, Any]:
+    """Write a preset as vLLM wants it into a folder; returns the text model's part."""
     made = json.loads(config.read_text())
-    text = made["text_config"]
+    text: dict[str, Any] = made["text_config"]
     made["architectures"] = [f"Qwen3_5{'Moe' * ('num_experts' in text)}ForConditionalGeneration"]
     made |= {
         "vision_config": VISION | {"out_hidden_size": text["hidden_size"]},
         "dtype": "bfloat16",
     }
+    Path(folder, "config.json").write_text(json.dumps(made))
+    return text
+
+
+def vllm_peer(config: Path, context: int, tokens: int, borrow: bool) -> dict[str, Any]:
+    """Figures of vLLM in milliseconds: the time of `tokens` tokens less that of one token."""
+    os.environ.update(VLLM)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(made))
+        text = vllm_config(config, folder)
         if borrow:
             os.environ["VLLM_TUNED_CONFIG_FOLDER"] = borrowed_tiles(text, folder)
         from vllm import LLM, SamplingParams

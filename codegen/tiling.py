@@ -130,10 +130,10 @@ class Work:
 
     @property
     def dtype(self) -> DType:
-        """Of the activations and weights."""
-        for spec in self.specs.values():
-            if spec.dtype in ("bf16", "fp64"):
-                return spec.dtype
+        """Of the activations and weights; states may be stored in less."""
+        for param in self.kernel.params:
+            if param.role != "state" and param.tensor.dtype in ("bf16", "fp64"):
+                return param.tensor.dtype
         return "fp32"
 
     @property

@@ -416,6 +416,7 @@ class _Programs:
             partial(scales_of, scales=self.model.key_scales),
             self.spec.grammar,
             self.spec.penalties,
+            self.stored_state,
         )
         graph = check(build(context, phase, depth))
         return run(graph, PassContext(self.layout, self.hardware), until=Stage.SHARDED)
@@ -443,17 +444,32 @@ class _Programs:
         return None
 
     @property
+    def stored_state(self) -> DType | None:
+        """How recurrent state is stored; the golden tokens' plan keeps it whole."""
+        if self.dtype == "fp64":
+            return None
+        return self.spec.stored_state
+
+    @property
     def layout(self) -> ParallelLayout:
         """How the model is cut over the ranks."""
         return self.decided.layout
 
 
 def program_load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:
-    """What a program is priced for: decode halfway through a mean conversation, or one prompt."""
-    middle = round(spec.workload.mean_conversation_tokens) // 2
+    """What a program is priced for.
+
+    Decode halfway through a mean conversation; prefill with one prompt, or where rows come from a
+    file with as many as a step holds, each in its middle.
+    """
+    workload = spec.workload
+    middle = round(workload.mean_conversation_tokens) // 2
     if phase == "decode":
         return Load(tokens, seqs, middle)
-    return Load(tokens, 1, min(middle, tokens))
+    if not workload.is_batch_of_rows:
+        return Load(tokens, 1, min(middle, tokens))
+    prompt = workload.prompts.mean
+    return Load(tokens, min(max(round(tokens / prompt), 1), seqs), round(prompt / 2))
 
 
 def _facts(model: Model, dtype: DType) -> ModelFacts:

@@ -20,15 +20,11 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from tokenspeed_plan.planner.foreign_yaml import NotYaml, parse_yaml, read_file, read_yaml
-from tokenspeed_plan.planner.lengths_file import (
-    LENGTH_KEYS,
-    LENGTHS_FILE_HINT,
-    read_lengths,
-)
 from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.lengths_file import LENGTHS_FILE_HINT, read_lengths
 from tokenspeed_plan.plans.text import printable_line
-from tokenspeed_plan.plans.types import RollbackWord
+from tokenspeed_plan.plans.types import DType, RollbackWord
 
 Auto = Literal["auto"]
 AutoOrOff = Literal["auto", "off"]
@@ -39,6 +35,8 @@ MAX_TURNS = 100_000
 MAX_DRAFTS = 16
 MAX_VOCAB = 1 << 24
 MAX_NAME_CHARS = 1024
+# What a row of a file of lengths calls each length of a workload.
+LENGTH_KEYS = {"first_turn_tokens": "prompt_tokens", "output_tokens": "output_tokens"}
 
 
 def _about(meaning: str, example: Any, unit: str = "") -> FieldInfo:
@@ -417,6 +415,14 @@ class ServingSpec(_Section):
             True,
         ),
     ] = None
+    state: Annotated[
+        Literal["fp32", "bf16"] | None,
+        _about(
+            "How recurrent state is stored between steps; it is computed in fp32. bf16 takes half "
+            "of its bytes and rounds it after each step; fp32 where nothing is said.",
+            "bf16",
+        ),
+    ] = None
 
 
 class Spec(_Section):
@@ -463,6 +469,13 @@ class Spec(_Section):
     def _with_workload(self, changes: Mapping[str, Any]) -> Spec:
         workload = self.workload.model_copy(update=changes)
         return self.model_copy(update={"workload": workload})
+
+    @property
+    def stored_state(self) -> DType | None:
+        """How recurrent state is stored, where that is not the dtype that it is computed in."""
+        if self.serving is None or self.serving.state != "bf16":
+            return None
+        return "bf16"
 
     @property
     def service_levels(self) -> dict[str, float]:
@@ -556,11 +569,26 @@ def _with_lengths(spec: Spec, folder: Path) -> Spec:
     for key in LENGTH_KEYS:
         stated = getattr(spec.workload, key)
         if isinstance(stated, LengthsSpec) and stated.lengths is not None:
-            found = read_lengths(Path(stated.lengths), folder, key)
+            found = _summary(Path(stated.lengths), folder, LENGTH_KEYS[key])
             changes[key] = LengthsSpec(mean=found.mean, p95=int(found.p95), max=found.longest)
     if not changes:
         return spec
     return spec._with_workload(changes)
+
+
+def _summary(path: Path, folder: Path, field: str) -> Lengths:
+    """One length of the rows of a file, looked up from the current folder, then from `folder`.
+
+    Raises:
+        SpecError: as `read_lengths`, or no row knows this length.
+    """
+    if not path.is_absolute() and not path.is_file() and (folder / path).is_file():
+        path = folder / path
+    found = [getattr(row, field) for row in read_lengths(path)]
+    known = [length for length in found if length is not None]
+    if not known:
+        raise SpecError(f"no row of `{path}` has `{field}`", LENGTHS_FILE_HINT)
+    return Lengths.of(known)
 
 
 def parse_spec(text: str, name: str, changes: Sequence[str] = ()) -> Spec:

@@ -153,6 +153,7 @@ SURFACE = {
         "prompt",
         "out",
         "lengths",
+        "shared",
     },
     "lengths": {"batch", "out", "answers", "model"},
     "quantize": {"source", "target", "weights"},

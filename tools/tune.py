@@ -49,6 +49,7 @@ from tokenspeed_plan.runtime.execution.plan_memory import operands_of
 from tokenspeed_plan.runtime.execution.rank_links import Links
 
 REPLAYS = 3  # a round
+FULL_GROUPS = 1024  # rows from which on experts get whole tiles
 MANY = 256  # rows from which on tiles have spaces of their own
 GEMV = {
     "n": (1, 2, 4, 8, 16),
@@ -78,7 +79,12 @@ UP = {
     "num_warps": (2, 4, 8),
     "num_stages": (1, 2),
 }
-DELTA = {"n": (8, 16, 32, 64, 128), "k": (0,), "num_warps": (1, 2, 4, 8), "num_stages": (1,)}
+DELTA = {
+    "n": (8, 16, 32, 64, 128),
+    "k": (0, 16, 32, 64),
+    "num_warps": (1, 2, 4, 8),
+    "num_stages": (1,),
+}
 SOME = {
     "m": (16, 32, 64, 128),
     "n": (16, 32, 64, 128),
@@ -109,6 +115,13 @@ FP8_GROUPED = {
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),
 }
+GROUPED = {  # of few rows for each expert, which wait for its weights
+    "m": (16, 32, 64),
+    "n": (32, 64, 128),
+    "k": (64, 128, 256),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
 SAMPLE = {
     "n": (1024, 2048, 4096, 8192),
     "k": (4096, 8192, 16384),
@@ -125,12 +138,17 @@ DOT = {
 
 def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
     """Tiles worth a try."""
+    if kind == "delta_step":  # in pieces only a whole head
+        tiles = [Tile(rows, *values) for values in itertools.product(*DELTA.values())]
+        return [t for t in tiles if not t.k or t.k < t.n == DELTA["n"][-1]]
+    if kind.startswith("grouped") and rows < FULL_GROUPS:
+        tiles = [Tile(*values) for values in itertools.product(*GROUPED.values())]
+        return [t for t in tiles if 2 * (t.m + 2 * t.n) * t.k * t.num_stages <= 220_000]
     if rows >= MANY:
         space = FLASH_MANY if kind == "attention_gate" else MATRIX
         return [Tile(*values) for values in itertools.product(*space.values())]
     special = {
         "attention_gate": FLASH,
-        "delta_step": DELTA,
         "delta_recompute": DELTA,
         "sample": SAMPLE,
         "moe_up": UP,

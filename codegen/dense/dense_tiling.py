@@ -311,7 +311,8 @@ def _elements(work: Work, size_bytes: int) -> int:
 def _matrix_tiles(work: Work, rows: int, weight_rows: int, columns: int) -> list[Tile]:
     if rows <= 2 * DOT_ROWS:
         return _skinny_tiles(work, rows, weight_rows)
-    if rows < MANY_ROWS:
+    programs = blocks(rows, 128) * blocks(columns, 128)
+    if rows < MANY_ROWS or programs < MIN_FILL * work.hardware.num_sms:
         return _few_tiles(work, rows, columns)
     n, k = 256, _elements(work, 128)
     if work.has("silu_mul") or columns * rows < 128 * 256 * work.hardware.num_sms:

@@ -21,15 +21,17 @@ Points = list[tuple[int, float]]  # sizes and their microseconds
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """Mean tokens of the prompts and of the answers of some rows."""
+    """Mean tokens of the prompts and of the answers of some rows; prompts share the first."""
 
     prompt: float
     output: float
+    shared: int = 0
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, int]]) -> RowShape:
+    def of(cls, rows: Sequence[tuple[int, int]], shared: int = 0) -> RowShape:
         """The means of rows, at least one."""
-        return cls(fmean(prompt for prompt, _ in rows), fmean(output for _, output in rows))
+        prompt, output = (fmean(column) for column in zip(*rows, strict=True))
+        return cls(prompt, output, shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class BatchModel:
         num_seqs: int,
         interleaved: int | None = None,
         gathered: int = 0,
+        shared: int = 0,
     ) -> BatchRun:
         """Run rows, at most `num_seqs` at once.
 
@@ -70,18 +73,21 @@ class BatchModel:
             num_seqs: at once.
             interleaved: tokens of prompts between two decode steps; None for a chunk.
             gathered: tokens for which prompts wait while all sequences are taken.
+            shared: tokens with which all prompts begin, fewer than any of them has.
         """
         chunk = self.knobs.prefill_chunk
-        limits = BatchLimits(num_seqs, chunk, min(interleaved or chunk, chunk), gathered)
-        return run_batch(rows, limits, BatchPrices(self, RowShape.of(rows)))
+        interleaved = min(interleaved or chunk, chunk)
+        limits = BatchLimits(num_seqs, chunk, interleaved, gathered, shared)
+        return run_batch(rows, limits, BatchPrices(self, RowShape.of(rows, shared)))
 
     def prefill(self, shape: RowShape, tokens: int) -> StepTime:
         """A prefill step of so many tokens, which rows of the mean length share.
 
         A prompt that is longer than a chunk is in its middle.
         """
-        seqs = min(max(round(tokens / shape.prompt), 1), tokens)
-        before = max(round(shape.prompt) - self.knobs.prefill_chunk, 0) // 2
+        own = shape.prompt - shape.shared
+        seqs = min(max(round(tokens / own), 1), tokens)
+        before = shape.shared + max(round(own) - self.knobs.prefill_chunk, 0) // 2
         return self.steps.prefill(self.layout, tokens, before, self.knobs.kv_dtype, seqs=seqs)
 
     def decode_us(self, bucket: int, context: int) -> float:

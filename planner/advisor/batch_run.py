@@ -42,12 +42,14 @@ class BatchLimits:
     """Sequences at once, tokens of a prefill step, and those of one between two decode steps.
 
     `gathered`: tokens for which prompts wait while all sequences are taken and some decode.
+    `shared`: tokens with which every prompt begins, computed once: the others wait for the first.
     """
 
     num_seqs: int
     chunk: int
     interleaved: int
     gathered: int = 0
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,7 @@ class _Pool:
     host_us: float = 0.0
     prefill_steps: int = 0
     decode_steps: Counter[int] = field(default_factory=Counter)
+    cached: int = 0  # tokens with which prompts begin and which are computed
 
     def run(self) -> BatchRun:
         """All steps."""
@@ -187,16 +190,22 @@ class _Pool:
 
     def _admit(self) -> None:
         free = self.limits.num_seqs - len(self.prefilling) - self.decoding
+        if self.cached < self.limits.shared:
+            free = min(free, 1 - len(self.prefilling))
         for _ in range(min(free, len(self.waiting))):
             prompt, output = self.waiting.popleft()
-            self.prefilling.append(_Prompt(prompt, output, prompt))
-            self.pending += prompt
+            left = prompt - self.cached
+            self.prefilling.append(_Prompt(prompt, output, left))
+            self.pending += left
 
     def _prefill(self) -> None:
         """One step; an answer's first token comes with the end of its prompt."""
         most = self.limits.chunk
         if self.ends:
             most = min(most, self.limits.interleaved)
+        unknown = self.limits.shared - self.cached
+        if unknown:
+            most = min(most, unknown)
         room, at_once = most, self.decoding + len(self.prefilling)
         begun: Counter[tuple[int, int]] = Counter()
         while room and self.prefilling:
@@ -208,6 +217,7 @@ class _Pool:
             if not first.left:
                 self.prefilling.popleft()
                 begun[first.prompt, first.output] += 1
+        self.cached += min(most - room, unknown)
         for (prompt, output), count in begun.items():
             self._begin(prompt, output, count)
         self.prefill_us += self.prices.prefill_us(most - room)

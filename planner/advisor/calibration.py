@@ -25,6 +25,7 @@ from tokenspeed_plan.planner.passes.cost import op_class, variant_of
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
+from tokenspeed_plan.plans.ops import query_len
 from tokenspeed_plan.plans.schema import KernelSpec
 
 NO_WAIT_US = 1e-6
@@ -44,20 +45,26 @@ class Sample:
     """One kernel of a probe: its measured microseconds, and its busy time by the roofline.
 
     Its class is that of the operator, or the function of a library that was called in its place.
+    `waiting_tokens` of a sequence wait for another one in it.
     """
 
     op_class: str
     measured_us: float
     busy_us: float
+    waiting_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """By class: the wait and the residual factor that explain the samples, and the error left."""
+    """By class: the wait and the residual factor that explain the samples, and the error left.
+
+    `delta_token_us`: of a token that waits for another one, None where none was measured.
+    """
 
     waits_us: Mapping[str, float]
     residuals: Mapping[str, float]
     errors: Mapping[str, float]
+    delta_token_us: float | None = None
 
 
 def probe(name: str, layers: int = LAYERS) -> ModelConfig:
@@ -66,14 +73,31 @@ def probe(name: str, layers: int = LAYERS) -> ModelConfig:
     return replace(config, name=f"{name}-{layers}-layers", layer_types=config.layer_types[:layers])
 
 
-def probe_spec(gpu: str, weights: str, tokens: int, chunk: int, max_seqs: int) -> Spec:
+def probe_spec(
+    gpu: str,
+    weights: str,
+    tokens: int,
+    chunk: int,
+    max_seqs: int,
+    prompts: bool = False,
+    depth: int = 0,
+) -> Spec:
     """Up to `max_seqs` sequences of so many tokens; a plan is priced in the middle of them.
 
     Agents have a program for each power of two. No checkpoint is kept, since nothing comes back.
+
+    Args:
+        gpu: the path of a profile.
+        weights: their format.
+        tokens: of a sequence.
+        chunk: tokens of a prefill step.
+        max_seqs: sequences at once.
+        prompts: whether a prefill step is priced for as many prompts of this length as it holds.
+        depth: drafts of a decode step.
     """
     workload = {
-        "kind": "agentic",
-        "first_turn_tokens": tokens - ANSWER_TOKENS,
+        "kind": "batch" if prompts else "agentic",
+        "first_turn_tokens": tokens if prompts else tokens - ANSWER_TOKENS,
         "output_tokens": ANSWER_TOKENS,
         "concurrency": max_seqs,
     }
@@ -82,12 +106,24 @@ def probe_spec(gpu: str, weights: str, tokens: int, chunk: int, max_seqs: int) -
             "version": 1,
             "model": {"preset": PROBES[0], "weights": weights},
             "target": {"gpu": gpu},
-            "speculation": "off",
+            "speculation": {"depth": depth} if depth else "off",
             "disaggregation": "off",
             "serving": {"prefill_chunk": chunk, "checkpoint_tokens": 0},
             "workload": workload,
         }
     )
+
+
+def waiting_tokens(kernel: KernelSpec) -> int:
+    """Tokens of a sequence that wait for another one in a kernel of the delta rule."""
+    tokens = 0
+    for part in kernel.parts:
+        if part.kind == "delta_rule":
+            tokens += query_len(part.attrs)
+        if part.kind == "recompute_state":
+            kept = next(p for p in kernel.tensors if p.name.endswith("kept_inputs"))
+            tokens += kept.tensor.bind(0, 0)[1]
+    return max(tokens - 1, 0)
 
 
 def samples(program: Mapping[str, Any], kernels: Mapping[str, KernelSpec]) -> list[Sample]:
@@ -132,8 +168,11 @@ def _sample(
 def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
     """Fit measured = wait + residual x busy for each class.
 
-    Where a class has few samples, the wait is a launch and only the residual is fitted.
+    Where a class has few samples, the wait is a launch and only the residual is fitted. What
+    kernels whose tokens wait for each other take beyond their class is the time of these tokens.
     """
+    in_turn = [sample for sample in samples if sample.waiting_tokens]
+    samples = [sample for sample in samples if not sample.waiting_tokens]
     waits_us: dict[str, float] = {}
     residuals: dict[str, float] = {}
     errors: dict[str, float] = {}
@@ -148,7 +187,22 @@ def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
         residual = min(max(slope, MIN_RESIDUAL), MAX_RESIDUAL)
         waits_us[name], residuals[name] = wait_us, residual
         errors[name] = _error(own, wait_us, residual)
-    return Fit(waits_us, residuals, errors)
+    token_us = None
+    if in_turn:
+        token_us = _token_us(in_turn, waits_us, residuals)
+    return Fit(waits_us, residuals, errors, token_us)
+
+
+def _token_us(
+    samples: Iterable[Sample], waits_us: Mapping[str, float], residuals: Mapping[str, float]
+) -> float:
+    """What a token that waits for another one adds to the time that its class explains."""
+    extra_us = tokens = 0.0
+    for sample in samples:
+        known_us = waits_us[sample.op_class] + residuals[sample.op_class] * sample.busy_us
+        extra_us += sample.measured_us - known_us
+        tokens += sample.waiting_tokens
+    return max(extra_us / tokens, 0.0)
 
 
 def _slope(samples: Sequence[Sample], wait_us: float) -> tuple[float, float]:
@@ -290,7 +344,7 @@ def bare(profile: Profile, libraries: bool = False) -> Profile:
     return with_numbers(
         plain,
         "bare",
-        {"launch_us": NO_WAIT_US},
+        {"launch_us": NO_WAIT_US, "delta_token_us": 0.0},
         "nothing but the roofline",
         waits=dict.fromkeys(profile.waits, 0.0),
         residuals=dict.fromkeys(profile.residuals, 1.0),
@@ -324,10 +378,13 @@ def calibrated(
     }
     known = profile.model_dump()
     known["libraries"] |= libraries
+    numbers = {"launch_us": launch}
+    if result.delta_token_us is not None:
+        numbers["delta_token_us"] = result.delta_token_us
     changed = with_numbers(
         Profile.model_validate(known),
         "probes",
-        {"launch_us": launch},
+        numbers,
         text,
         waits=waits,
         residuals=residuals,

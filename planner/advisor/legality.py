@@ -147,6 +147,11 @@ def check_possible(spec: Spec, config: ModelConfig) -> None:
             "its prefix cache keeps pages, which need no checkpoints",
             "leave it out; `tokenspeed run --no-cache` computes every prompt from its beginning",
         )
+    if spec.stored_state and not config.has_state:
+        raise SpecError(
+            f"`serving.state` is {spec.stored_state}, but `{config.name}` has no recurrent state",
+            "leave it out",
+        )
     if not isinstance(spec.disaggregation, str):
         _check_pools(spec.disaggregation, spec.target.count)
 

@@ -45,9 +45,9 @@ def step_prediction(
         plan: the frozen plan.
         bundle: its folder, near which the model is looked up.
         phase: `decode` or `prefill`.
-        tokens: of the chunk, for prefill.
-        seqs: sequences of the batch, for decode.
-        context: tokens of each sequence, those of the chunk included.
+        tokens: of the step, for prefill.
+        seqs: sequences of the batch; prompts of a prefill step share its tokens.
+        context: tokens of each sequence, those of the step included.
         depth: drafts of each sequence.
 
     Raises:
@@ -58,8 +58,8 @@ def step_prediction(
     if phase == "decode":
         step = steps.decode(layout, seqs, context, depth, kv_dtype_of(plan))
     else:
-        before = max(context - tokens, 0)
-        step = steps.prefill(layout, tokens, before, kv_dtype_of(plan), depth)
+        before = max(context - tokens // seqs, 0)
+        step = steps.prefill(layout, tokens, before, kv_dtype_of(plan), depth, seqs)
     error_us = step.error_us(hardware.errors)
     interval = (step.total_us - error_us, step.total_us + error_us)
     return {
@@ -77,13 +77,16 @@ def kv_dtype_of(plan: Plan) -> DType:
     return "bf16"
 
 
-def batch_prediction(plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]) -> dict[str, float]:
+def batch_prediction(
+    plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]], shared: int = 0
+) -> dict[str, float]:
     """What a batch would take on a plan, from its first row to its last.
 
     Args:
         plan: the frozen plan.
         bundle: its folder, near which the model is looked up.
         rows: each with the tokens of its prompt and of its answer; at least one.
+        shared: tokens with which all prompts begin, fewer than any of them has.
 
     Returns:
         Tokens a second of prompts and of answers, and where the seconds go.
@@ -97,8 +100,8 @@ def batch_prediction(plan: Plan, bundle: Path, rows: Sequence[tuple[int, int]]) 
     knobs = Knobs(limits.max_tokens, limits.page_size, limits.max_depth, kv_dtype_of(plan))
     candidate = Candidate(_layout_of(plan), knobs)
     batch = predictor.batch(candidate, depths, limits.max_seqs)
-    run = batch.run(rows, limits.max_seqs, limits.interleaved_tokens, limits.gathered_tokens)
-    return run.as_json()
+    interleaved, gathered = limits.interleaved_tokens, limits.gathered_tokens
+    return batch.run(rows, limits.max_seqs, interleaved, gathered, shared).as_json()
 
 
 def drafts_accepted(plan: Plan, bundle: Path) -> tuple[float, ...]:
@@ -177,6 +180,7 @@ def step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
         grammar=spec.grammar,
         penalties=spec.penalties,
         head=spec.model.head,
+        stored_state=spec.stored_state,
     )
     return steps, _layout_of(plan)
 

@@ -171,6 +171,7 @@ class Predictor:
             grammar=self.spec.grammar,
             penalties=self.spec.penalties,
             head=self.spec.model.head,
+            stored_state=self.spec.stored_state,
         )
 
     @cached_property

@@ -25,7 +25,7 @@ from tokenspeed_plan.planner.ledger import AS_STATED, Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.schema import Option
-from tokenspeed_plan.plans.types import GIB
+from tokenspeed_plan.plans.types import GIB, DType
 
 
 def record_parallelism(
@@ -240,10 +240,14 @@ def record_kv_dtype(ledger: Ledger, spec: Spec, result: SearchResult) -> None:
     ledger.record("kv_dtype", chosen, reason, {"fp8": "bf16", "bf16": "fp8"}[chosen])
 
 
-def record_state_dtype(ledger: Ledger, has_state: bool) -> None:
-    """Record the dtype of recurrent state."""
+def record_state_dtype(ledger: Ledger, has_state: bool, stored: DType | None) -> None:
+    """Record the dtype of recurrent state; `stored` None for as it is computed."""
     if not has_state:
         ledger.record("state_dtype", "none", "the model has no recurrent state")
+        return
+    if stored:
+        reason = f"{AS_STATED}; it is computed in fp32 and rounded after each step"
+        ledger.record("state_dtype", stored, reason, "fp32, twice the bytes")
         return
     ledger.record(
         "state_dtype",

@@ -224,7 +224,7 @@ def _record(ledger: Ledger, choice: _Choice, unrestricted: SearchResult) -> None
     reasons.record_page_size(ledger, predictor.hardware)
     reasons.record_prefill_chunk(ledger, result)
     reasons.record_kv_dtype(ledger, spec, result)
-    reasons.record_state_dtype(ledger, predictor.config.has_state)
+    reasons.record_state_dtype(ledger, predictor.config.has_state, spec.stored_state)
     reasons.record_objective(ledger, spec, result)
     reasons.record_service(ledger, spec, result)
     reasons.record_advice(ledger, spec, result, unrestricted)

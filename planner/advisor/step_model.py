@@ -106,6 +106,7 @@ class StepModel:
         grammar: whether grammars may mask tokens.
         penalties: whether penalties and biases may change logits.
         head: format of the LM head, `auto` or `fp8`.
+        stored_state: how recurrent state is stored; None for as it is computed.
         whole, sharded, graphs, priced_ops, prices, arenas: what was computed so far.
     """
 
@@ -119,6 +120,7 @@ class StepModel:
     grammar: bool = False
     penalties: bool = False
     head: str = "auto"
+    stored_state: DType | None = None
     whole: dict[tuple[Phase, int], OpGraph] = field(default_factory=dict)
     sharded: dict[tuple[ParallelLayout, Phase, int], OpGraph] = field(default_factory=dict)
     graphs: dict[GraphKey, OpGraph] = field(default_factory=dict)
@@ -347,6 +349,7 @@ class StepModel:
             grammar=self.grammar,
             penalties=self.penalties,
             fp8_head=self.head == "fp8",
+            stored_state=self.stored_state,
         )
 
     def _encoding(self, name: str) -> Encoding | None:

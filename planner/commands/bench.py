@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokenspeed_plan.planner.advisor.plan_prices import step_floor_bytes, step_prediction
+from tokenspeed_plan.planner.advisor.plan_prices import (
+    batch_prediction,
+    step_floor_bytes,
+    step_prediction,
+)
 from tokenspeed_plan.planner.commands.engines import (
     EngineOptions,
     alike_on_all_ranks,
     freeze_gc,
+    limit_cpu,
     on_all_ranks,
 )
 from tokenspeed_plan.plans.bundle import load_plan
@@ -89,6 +94,7 @@ class BatchOptions:
         prompt: tokens of each prompt.
         out: tokens of each answer.
         lengths: a file with the lengths of rows, in place of both.
+        shared: tokens with which all prompts begin, in addition.
         seed: of the random tokens.
     """
 
@@ -96,6 +102,7 @@ class BatchOptions:
     prompt: int | None
     out: int | None
     lengths: Path | None
+    shared: int
     seed: int
 
 
@@ -155,6 +162,12 @@ class BenchOptions:
 @click.option("--prompt", type=Some, help="Batch: tokens in each prompt; the spec's without it.")
 @click.option("--out", type=Some, help="Batch: tokens of each answer; the spec's without it.")
 @click.option("--lengths", type=Folder, help="Batch: JSON lines with the lengths of rows.")
+@click.option(
+    "--shared",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Batch: so many more tokens, with which all prompts begin.",
+)
 @click.option("--seed", type=int, default=0, help="Agentic, batch: of the random tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
 def bench_command(
@@ -174,6 +187,7 @@ def bench_command(
     prompt: int | None,
     out: int | None,
     lengths: Path | None,
+    shared: int,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -187,7 +201,7 @@ def bench_command(
         folder = Path(os.path.expanduser(weights))
     work: ProgramOptions | AgenticOptions | BatchOptions = ProgramOptions(batch, context, prefill)
     if workload == "batch":
-        work = BatchOptions(rows, prompt, out, lengths, seed)
+        work = BatchOptions(rows, prompt, out, lengths, shared, seed)
     if workload == "agentic":
         work = AgenticOptions(
             conversations,
@@ -243,6 +257,7 @@ def _programs(bundle: Path, shown: BenchOptions, options: ProgramOptions) -> Non
 
     frozen = _plan_of(bundle)
     executor = bench.prepare(frozen, bundle, shown.weights)
+    limit_cpu(frozen)
     context = options.context or bench.default_context(frozen, options.batch)
     sizes = bench.Options(options.batch, context, options.prefill)
     found = bench.bench(frozen, executor, sizes)
@@ -280,12 +295,22 @@ def _batch(bundle: Path, shown: BenchOptions, options: BatchOptions) -> None:
 
     frozen = _plan_of(bundle)
     rows = batch_rows.Rows.of(
-        frozen, options.rows, options.prompt, options.out, options.lengths, options.seed
+        frozen,
+        options.rows,
+        options.prompt,
+        options.out,
+        options.lengths,
+        options.seed,
+        options.shared,
     )
+    forecast: dict[str, Any] = {}
+    # The model of steps needs the model's folder. Where it is not found, nothing is predicted.
+    with suppress(SpecError):
+        forecast = {"predicted": _forecast(frozen, bundle, rows)}
     machine = measure_machine(frozen.target.device)
     engine, launch = _batch_engine(frozen, bundle, shown)
     freeze_gc()
-    found = batch_rows.run_rows(engine, launch, rows)
+    found = batch_rows.run_rows(engine, launch, rows) | forecast
     found["machine"] = asdict(machine)
     with suppress(SpecError):
         _price(frozen, bundle, found, machine.read_bytes_per_s)
@@ -306,24 +331,43 @@ def _batch_engine(
     links = joined()
     launch = batch_rows.TimedLaunch(default_launch(frozen), frozen.target.device)
     executor = bench.prepare(frozen, bundle, shown.weights, launch, lead_of(links))
+    limit_cpu(frozen)
     engine = Engine(frozen, executor)
     links.meet(frozen.digest)
     return engine, launch
 
 
-def _price(plan: Plan, bundle: Path, found: dict[str, Any], read_bytes_per_s: float) -> None:
-    """Add the floor and the prediction of each program, and what they make of the whole run.
+def _forecast(plan: Plan, bundle: Path, rows: batch_rows.Rows) -> dict[str, float]:
+    """What the planner expects of the rows, told before any of them has run.
 
     Raises:
         SpecError: the plan's model is not where its spec says.
     """
-    context = round(found["mean_context"])
-    predicted_us = measured_us = 0.0
+    from tokenspeed_plan.runtime.execution.rank_links import joined
+
+    lengths = [(row.prompt_tokens, row.output_tokens) for row in rows.rows]
+    forecast = batch_prediction(plan, bundle, lengths, rows.shared)
+    if joined().rank == 0:
+        rate, seconds = forecast["output_tokens_per_s"], forecast["total_s"]
+        click.echo(f"predicted: {rate:g} tokens/s out, {seconds:g} s", err=True)
+    return forecast
+
+
+def _price(plan: Plan, bundle: Path, found: dict[str, Any], read_bytes_per_s: float) -> None:
+    """Add the floor and the prediction of each program, for the steps that it had.
+
+    Raises:
+        SpecError: the plan's model is not where its spec says.
+    """
+    cached = found["hit_tokens"] / found["rows"]
+    computed = max(found["tokens_in"] / found["rows"] - cached, 1.0)  # of a mean prompt
     for program in found["programs"]:
-        tokens = round(program["mean_tokens"])
+        tokens, context = round(program["mean_tokens"]), round(found["mean_context"])
         seqs = max(tokens // (program["depth"] + 1), 1)
         if program["phase"] == "prefill":
-            seqs = max(1, round(tokens * found["rows"] / found["tokens_in"]))
+            seqs = max(1, round(tokens / computed))
+            # A prompt that is longer than a step is in its middle.
+            context = round(cached + tokens / seqs + max(computed - tokens, 0.0) / 2)
         priced = step_prediction(
             plan, bundle, program["phase"], tokens, seqs, context, program["depth"]
         )
@@ -331,11 +375,6 @@ def _price(plan: Plan, bundle: Path, found: dict[str, Any], read_bytes_per_s: fl
         floor_bytes = step_floor_bytes(plan, program["phase"], program["bucket"], size)
         floor_us = floor_bytes / read_bytes_per_s * 1e6
         program |= priced | {"floor_us": floor_us, "share_of_floor": floor_us / program["us"]}
-        predicted_us += program["steps"] * priced["predicted_us"]
-        measured_us += program["steps"] * program["us"]
-    if predicted_us:
-        scale = measured_us / predicted_us
-        found["predicted_tokens_per_s_out"] = found["tokens_per_s_out"] * scale
 
 
 def _agentic_engine(
@@ -352,6 +391,7 @@ def _agentic_engine(
     links = joined()
     launch = default_launch(frozen)
     executor = bench.prepare(frozen, bundle, shown.weights, launch, lead_of(links))
+    limit_cpu(frozen)
     engine = Engine(frozen, executor)
     if options.acceptance:
         agentic.simulate(engine, options.acceptance)

@@ -36,6 +36,9 @@ BATCHES: Mapping[str, Mapping[int, Sequence[int]]] = {
     "cpu": {128: FEW},
 }
 CHUNK = {"cuda": 4096, "cpu": 128}
+PROMPTS = 4  # that share a chunk
+DRAFTS = {"cuda": 3, "cpu": 0}  # of each sequence, where the tokens of a delta rule are timed
+DRAFTING = (1, 4, 16)  # sequences at once that draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,23 +175,34 @@ class _Probe:
     device: str
 
     def samples(self) -> Iterator[calibration.Sample]:
-        """Decode in short and long contexts, and prefill of a chunk, each in its own plan."""
+        """Decode in short and long contexts, prefill of a prompt and of several, and drafts.
+
+        Each is in its own plan, whose programs are priced for what is measured.
+        """
         for context, batches in BATCHES[self.device].items():
             decode = [Batch("decode", num_seqs, 1, context) for num_seqs in batches]
-            max_tokens = 2 * context
-            yield from self._replay(f"decode-{context}", max_tokens, decode)
-        yield from self._prefill("prefill")
+            yield from self._replay(f"decode-{context}", 2 * context, decode)
+        chunk = CHUNK[self.device]
+        part = chunk // PROMPTS  # in the middle of its prompt
+        lone = [Batch("prefill", 1, part, (chunk + part) // 2), Batch("prefill", 1, chunk, chunk)]
+        yield from self._replay("prefill", chunk, lone, prompts=True)
+        several = [Batch("prefill", PROMPTS, part, part)]
+        yield from self._replay("prompts", part, several, prompts=True)
+        depth = DRAFTS[self.device]
+        if depth:
+            context = min(BATCHES[self.device])
+            drafts = [Batch("decode", num_seqs, depth + 1, context) for num_seqs in DRAFTING]
+            for sample in self._replay("drafts", 2 * context, drafts, depth=depth):
+                if sample.waiting_tokens:
+                    yield sample
 
     def library_samples(self) -> Iterator[calibration.Sample]:
         """Those calls of libraries in prefill of a chunk that are right here."""
-        for sample in self._prefill("libraries"):
+        chunk = CHUNK[self.device]
+        batches = [Batch("prefill", 1, size, size) for size in (chunk // 4, chunk)]
+        for sample in self._replay("libraries", chunk, batches):
             if sample.op_class in LIBRARY_FUNCTIONS:
                 yield sample
-
-    def _prefill(self, name: str) -> Iterator[calibration.Sample]:
-        chunk = CHUNK[self.device]
-        sizes = (chunk // 4, chunk)
-        yield from self._replay(name, chunk, [Batch("prefill", 1, size, size) for size in sizes])
 
     def fp8_samples(self) -> Iterator[calibration.Sample]:
         """Products of FP8: weights that are converted in decode, elements as they are in prefill.
@@ -200,8 +214,8 @@ class _Probe:
         chunk = CHUNK[self.device]
         prefill = [Batch("prefill", 1, size, size) for size in (chunk // 4, chunk // 2, chunk)]
         found = [
-            *self._replay("fp8-decode", 2 * context, decode, "fp8", quantises=False),
-            *self._replay("fp8-prefill", chunk, prefill, "fp8", quantises=True),
+            *self._replay("fp8-decode", 2 * context, decode, weights="fp8", quantises=False),
+            *self._replay("fp8-prefill", chunk, prefill, weights="fp8", quantises=True),
         ]
         yield from (sample for sample in found if sample.op_class in FP8_CLASSES)
 
@@ -210,10 +224,12 @@ class _Probe:
         name: str,
         tokens: int,
         batches: Sequence[Batch],
+        prompts: bool = False,
+        depth: int = 0,
         weights: str = "",
         quantises: bool | None = None,
     ) -> Iterator[calibration.Sample]:
-        """Measure batches on a plan for sequences of so many tokens."""
+        """Measure batches on a plan for sequences of so many tokens; see `probe_spec`."""
         from tokenspeed_plan.runtime.bench.machine import release
         from tokenspeed_plan.runtime.bench.prepare import prepare
         from tokenspeed_plan.runtime.bench.replay import Replay
@@ -221,7 +237,9 @@ class _Probe:
         chunk = CHUNK[self.device]
         weights = weights or ("bf16" if self.device == "cuda" else "fp32")
         max_seqs = max(batch.num_seqs for batch in batches)
-        spec = calibration.probe_spec(str(self.roofline), weights, tokens, chunk, max_seqs)
+        spec = calibration.probe_spec(
+            str(self.roofline), weights, tokens, chunk, max_seqs, prompts, depth
+        )
         model = Model(calibration.probe(self.name), None, None, {}, {}, weights=weights)
         options = PassOptions(quantises=quantises)
         bundle = build_bundle(spec, model, default_cache(), options=options)
@@ -246,4 +264,8 @@ def _report(result: calibration.Fit, out: Path) -> None:
         fitted = f"{wait_us:>6.2f} us {residual:>6.2f} x"
         line = f"  {name:<18} {fitted}  (left over: {error:.0%})"
         click.echo(line, err=True)
+    if result.delta_token_us is not None:
+        click.echo(
+            f"  a token of the delta rule after another: {result.delta_token_us:.2f} us", err=True
+        )
     click.echo(f"wrote {out}; use it with `target: {{gpu: {out}}}`", err=True)

@@ -257,7 +257,6 @@ def _checked_folder(bundle: Path, options: EngineOptions) -> Path:
 def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:
     """Load an engine. Of several ranks, rank 0 leads the others."""
     from tokenspeed_plan.runtime.engine import Engine
-    from tokenspeed_plan.runtime.execution.cpu_threads import limit_threads
     from tokenspeed_plan.runtime.execution.rank_links import joined
     from tokenspeed_plan.runtime.execution.ranks import lead_of
 
@@ -274,8 +273,17 @@ def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None 
         role=options.role,
     )
     links.meet(f"{engine.plan.digest} {options.backend}")
-    limit_threads(engine.plan)
+    limit_cpu(engine.plan)
     return engine
+
+
+def limit_cpu(plan: Plan) -> None:
+    """Take the threads and keep the memory that a plan for a CPU is fastest with."""
+    from tokenspeed_plan.runtime.execution.cpu_memory import keep_freed_memory
+    from tokenspeed_plan.runtime.execution.cpu_threads import limit_threads
+
+    limit_threads(plan)
+    keep_freed_memory(plan)
 
 
 def ready_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:

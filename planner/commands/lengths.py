@@ -13,9 +13,9 @@ import click
 from tokenspeed_plan.planner.models.folder import find_folder
 from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.errors import RequestError, SpecError
+from tokenspeed_plan.plans.lengths_file import RowLengths
 
 if TYPE_CHECKING:
-    from tokenspeed_plan.runtime.serving.batch.row_lengths import RowLengths
     from tokenspeed_plan.runtime.serving.openai.conversion import Encoder
 
 Folder = click.Path(path_type=Path)

@@ -91,6 +91,8 @@ class HardwareSpec:
         push_us: time of our kernel that adds up ranks, with residual and norm in it.
         library_us: time of NCCL's all-reduce inside a graph.
         gather_us: time of its all-gather, by bytes of the result.
+        delta_token_us: what a further token of a sequence adds to a kernel of the delta rule: it
+            waits for the one before it.
         waits_us: what a kernel loses besides its launch, from its first load to full speed and
             back, by class of operator.
         residuals: busy time over the roofline's, by class of operator.
@@ -114,6 +116,7 @@ class HardwareSpec:
     link_bytes_per_s: float
     nic_bytes_per_s: float
     nic_us: float
+    delta_token_us: float
     gpus_per_node: int
     usd_per_hour_on_demand: float
     usd_per_hour_reserved: float
@@ -220,7 +223,7 @@ NUMBERS = tuple(field.name for field in fields(HardwareSpec) if field.name not i
 # Profiles that older versions of `tokenspeed calibrate` wrote have these.
 _UNUSED = {"host_memory_bytes", "l2_bytes"}
 _MOST = {"gpus_per_node": 1024, "num_sms": 4096, "page_size": 4096, "prefill_chunk": 1 << 20}
-_MAY_BE_ZERO = {"host_seq_us", "num_sms", "max_shared_bytes", "reserved_bytes"}
+_MAY_BE_ZERO = {"delta_token_us", "host_seq_us", "num_sms", "max_shared_bytes", "reserved_bytes"}
 
 
 def read_profile(text: str, name: str) -> Profile:

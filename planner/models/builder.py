@@ -69,6 +69,7 @@ class BuildContext:
         key_scales: those of keys and values in FP8, by what the names of an attention begin with.
         grammar: whether a grammar may mask the tokens of a sequence.
         penalties: whether penalties and biases may change its logits.
+        stored_state: how the matrices of recurrent state are stored; None for `wide`.
     """
 
     config: ModelConfig
@@ -83,10 +84,11 @@ class BuildContext:
     key_scales: Callable[[str], tuple[float, float]] = _unscaled
     grammar: bool = False
     penalties: bool = False
+    stored_state: DType | None = None
 
     @property
     def wide(self) -> DType:
-        """The dtype of recurrent state and gates."""
+        """The dtype in which recurrent state and gates are computed."""
         return "fp64" if self.dtype == "fp64" else "fp32"
 
 

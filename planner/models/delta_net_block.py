@@ -340,7 +340,8 @@ class _Block:
         slots = context.limits.num_state_slots
         shape = (slots, d.num_v_heads, d.key_dim, d.value_dim)
         splits = ((1, self.v_heads),)
-        return self.graph.tensor(f"{self.name}.ssm_state", shape, context.wide, "state", splits)
+        dtype = context.stored_state or context.wide
+        return self.graph.tensor(f"{self.name}.ssm_state", shape, dtype, "state", splits)
 
     def kept_inputs(self) -> tuple[str, str]:
         """What is kept of a step's tokens: inputs of the convolution, and of the gates."""

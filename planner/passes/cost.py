@@ -32,7 +32,7 @@ from tokenspeed_plan.planner.passes.op_terms import (
 )
 from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
-from tokenspeed_plan.plans.ops import COLLECTIVES, integer
+from tokenspeed_plan.plans.ops import COLLECTIVES, integer, query_len
 from tokenspeed_plan.plans.schema import Amounts, BatchSize, CallAmounts, KernelSpec, Work
 from tokenspeed_plan.plans.types import TensorSpec
 
@@ -109,6 +109,7 @@ class CostedOp:
     """What the price of an operator takes from its graph, whatever the load.
 
     `libraries` are the functions that compute it too, on some machine.
+    `waiting_tokens` of a sequence wait for another one inside a kernel of the delta rule.
     """
 
     heaviest: str
@@ -117,6 +118,7 @@ class CostedOp:
     members: tuple[_Member, ...]
     collective: _Collective | None
     is_collective: bool
+    waiting_tokens: int = 0
     libraries: tuple[str, ...] = ()
 
     def work(self, load: Load) -> Work:
@@ -152,8 +154,19 @@ def costed_op(
         members=members,
         collective=collective,
         is_collective=op.kind in COLLECTIVES,
+        waiting_tokens=max(sum(_tokens_in_turn(graph, member) for member in op.members) - 1, 0),
         libraries=library_functions(graph, op),
     )
+
+
+def _tokens_in_turn(graph: OpGraph, op: Op) -> int:
+    """Tokens of a sequence that the delta rule takes one after the other in a decode step."""
+    if op.kind == "recompute_state":
+        kept = next(graph.tensors[name] for name, _ in op.states if name.endswith("kept_inputs"))
+        return kept.spec.bind(0, 0)[1]
+    if op.kind == "delta_rule":
+        return query_len(op.attrs)
+    return 0
 
 
 def library_functions(graph: OpGraph, op: Op) -> tuple[str, ...]:
@@ -398,6 +411,7 @@ def kernel_time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec)
     bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
     wait_us = hardware.launch_us + hardware.waits_us[name]
     if collective is None:
+        wait_us += op.waiting_tokens * hardware.delta_token_us
         return OpTime(wait_us, busy_us, bound)
     size_bytes = collective.result.size_bytes(load.num_tokens, load.num_seqs)
     pushed_us = push_us(hardware, size_bytes, collective.num_ranks)

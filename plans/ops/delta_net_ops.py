@@ -5,7 +5,8 @@ d and e columns of a key and of a value.
 
 `q` and `k` are [T, A * d], `v` and `y` [T, B * e], `beta` and `log_decay` [T, B]. A state slot
 holds `conv_state` [K - 1, 2 * A * d + B * e] and `ssm_state` [B, d, e]; where a step writes the
-slot that it reads, `conv_state` is a ring of K inputs.
+slot that it reads, `conv_state` is a ring of K inputs. `ssm_state` is in the accumulation dtype, or
+in bf16: then a step computes in fp32 what it has read, and rounds what it leaves.
 """
 
 from __future__ import annotations
@@ -208,12 +209,13 @@ def _delta_rule(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:
 
 
 def _ssm_state(sizes: _HeadSizes, specs: Specs, acc: DType) -> None:
-    """A matrix of key times value for each value head, in the accumulation dtype."""
+    """A matrix of key times value for each value head; it may be stored in less than it has."""
     state = specs["ssm_state"]
     wanted = (sizes.v_heads, sizes.key_dim, sizes.value_dim)
     fits = state.shape[1:] == wanted
     require(fits, f"`ssm_state` is {list(state.shape)}")
-    require(state.dtype == acc, f"`ssm_state` is {state.dtype} where {acc} is needed")
+    fits = state.dtype == acc or (state.dtype, acc) == ("bf16", "fp32")
+    require(fits, f"`ssm_state` is {state.dtype} where {acc} is needed")
 
 
 def _delta_chunk(attrs: Attrs, specs: Specs) -> dict[str, TensorSpec]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.plans.lengths_file import read_lengths
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
@@ -24,12 +24,12 @@ from tokenspeed_plan.runtime.execution.launch import HostValues, Launch
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 
 ROWS_PER_SEQUENCE = 3  # rows for each sequence that runs at once, where nothing is said
-LENGTHS_HINT = 'give one JSON object a line, such as {"prompt_tokens": 812, "output_tokens": 190}'
 DEFINITIONS = {
     "tokens_per_s_in": "tokens of prompts, cached ones included, over the wall time",
     "tokens_per_s_out": "generated tokens over the wall time",
     "idle_share": "time between the first and the last step in which the device ran none",
     "host_us_per_step": "time of a step that is neither a replay nor waiting for its tokens",
+    "predicted": "of all rows, by the planner's model of a batch, before any of them ran",
     "us": "mean time on the device of the steps of a program",
 }
 
@@ -44,10 +44,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Random rows: each has a prompt of its own, and as many tokens out as are asked for."""
+    """Random rows: prompts are alike in their first `shared` tokens, answers as long as asked."""
 
     rows: tuple[Row, ...]
     seed: int = 0
+    shared: int = 0
 
     @classmethod
     def of(
@@ -58,6 +59,7 @@ class Rows:
         output_tokens: int | None = None,
         lengths: Path | None = None,
         seed: int = 0,
+        shared: int = 0,
     ) -> Rows:
         """Rows of given lengths; what is not given is that of the plan's workload.
 
@@ -68,16 +70,20 @@ class Rows:
             output_tokens: of each row.
             lengths: a file with the lengths of rows, which are repeated for `count` of them.
             seed: of the random tokens.
+            shared: tokens with which all prompts begin, in addition to their own.
 
         Raises:
-            RequestError: the file cannot be read, or the plan cannot hold a row.
+            SpecError: the file cannot be read.
+            RequestError: the plan cannot hold a row.
         """
         prompt = prompt_tokens or _stated(plan, "first_turn_tokens", 1024)
         output = output_tokens or _stated(plan, "output_tokens", 256)
         kinds = [Row(prompt, output)]
         if lengths is not None:
-            kinds = read_lengths(lengths, output)
+            found = read_lengths(lengths)
+            kinds = [Row(row.prompt_tokens, row.output_tokens or output) for row in found]
             count = count or len(kinds)
+        kinds = [Row(shared + kind.prompt_tokens, kind.output_tokens) for kind in kinds]
         count = count or ROWS_PER_SEQUENCE * plan.pool.limits.max_seqs
         rows = tuple(row for _, row in zip(range(count), _cycle(kinds), strict=False))
         longest = max(rows, key=lambda row: row.prompt_tokens + row.output_tokens)
@@ -88,7 +94,7 @@ class Rows:
                 f"longer than the plan's {most}",
                 "lower `--prompt` or `--out`, or plan for longer rows",
             )
-        return cls(rows, seed)
+        return cls(rows, seed, shared)
 
 
 def _cycle(rows: list[Row]) -> Iterator[Row]:
@@ -105,38 +111,6 @@ def _stated(plan: Plan, name: str, default: int) -> int:
     if isinstance(value, (int, float)) and value >= 1:
         return round(value)
     return default
-
-
-def read_lengths(path: Path, output_tokens: int) -> list[Row]:
-    """The rows of a file of lengths, JSON lines.
-
-    Args:
-        path: where it is.
-        output_tokens: of a row that does not say.
-
-    Raises:
-        RequestError: it cannot be read, or a line has no lengths.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"`{path}` cannot be read: {error}", LENGTHS_HINT) from error
-    rows = [_row(path, number, line, output_tokens) for number, line in enumerate(lines, 1) if line]
-    if not rows:
-        raise RequestError(f"`{path}` has no rows", LENGTHS_HINT)
-    return rows
-
-
-def _row(path: Path, number: int, line: str, output_tokens: int) -> Row:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict):
-        prompt, output = found.get("prompt_tokens"), found.get("output_tokens", output_tokens)
-        if type(prompt) is int and type(output) is int and min(prompt, output) >= 1:
-            return Row(prompt, output)
-    raise RequestError(f"line {number} of `{path}` is no pair of lengths", LENGTHS_HINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +208,15 @@ def run_rows(engine: Engine, launch: TimedLaunch, options: Rows) -> dict[str, An
 
 def _requests(engine: Engine, options: Rows) -> Iterator[Request]:
     random = torch.Generator().manual_seed(options.seed)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, engine.vocab_size, (count,), generator=random).tolist()
+
+    shared = tokens(options.shared)
     for number, row in enumerate(options.rows):
-        ids = torch.randint(0, engine.vocab_size, (row.prompt_tokens,), generator=random)
+        ids = (*shared, *tokens(row.prompt_tokens - options.shared))
         params = SamplingParams(max_tokens=row.output_tokens, ignore_eos=True)
-        yield Request(str(number), tuple(ids.tolist()), params)
+        yield Request(str(number), ids, params)
 
 
 def _load(engine: Engine) -> tuple[int, int]:
@@ -315,9 +294,9 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def _beside(found: dict[str, Any]) -> str:
-    predicted = found.get("predicted_tokens_per_s_out")
-    if not predicted:
+    if "predicted" not in found:
         return ""
+    predicted = found["predicted"]["output_tokens_per_s"]
     error = predicted / found["tokens_per_s_out"] - 1.0
     return f" (predicted {predicted:.1f}, off by {error:+.1%})"
 

@@ -158,23 +158,28 @@ def attention(
 def _gather(
     attrs: Attrs, page_table: Tensor, length: int, cache: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values [..., K, C, D] of the first `length` tokens of pages [..., P]."""
+    """Keys and values [..., K, C, D] of the first `length` tokens of pages [..., P].
+
+    Keys are copied apart from values: so the pages of a sequence lie one after the other.
+    """
     page_size = cache.shape[2]
     num_pages = -(-length // page_size)
     used = page_table[..., :num_pages]
-    if cache.dtype == FP8:
-        bits = cache.view(torch.uint8).index_select(0, used.flatten())
-        pages = bits.view(FP8).to(dtype)
-    else:
-        pages = cache.index_select(0, used.flatten())
-    pages = pages.unflatten(0, used.shape)  # [..., P, 2, page_size, K, D]
-    kv = pages.movedim(-4, 0)
-    kv = kv.flatten(-4, -3)  # [2, ..., P * page_size, K, D]
-    kv = kv.narrow(-3, 0, length)
-    k, v = kv.transpose(-2, -3)
+    k, v = (_first_tokens(half, used, length, dtype) for half in cache.unbind(1))
     if cache.dtype == FP8:
         k, v = k * attrs.get("k_scale", 1.0), v * attrs.get("v_scale", 1.0)
     return k, v
+
+
+def _first_tokens(half: Tensor, pages: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """The first `length` tokens of pages [..., P] of keys or of values, [..., K, C, D]."""
+    chosen = pages.flatten()
+    if half.dtype == FP8:  # which PyTorch cannot index
+        copied = half.view(torch.uint8).index_select(0, chosen).view(FP8).to(dtype)
+    else:
+        copied = half.index_select(0, chosen)
+    tokens: Tensor = copied.unflatten(0, pages.shape).flatten(-4, -3)  # [..., P * page_size, K, D]
+    return tokens.narrow(-3, 0, length).transpose(-2, -3)
 
 
 def _decode(

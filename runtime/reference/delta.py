@@ -4,6 +4,7 @@ A state tensor has one entry for each state slot. `src` slots hold the states be
 slots take those after it. In a decode step each query leaves its state in a slot of its own; in a
 prefill step the last token of a sequence does, in the sequence's first slot. In mode `RECOMPUTED`
 `recompute_state` has already left the state before the step in the first `dst` slot, and nothing is
+written. A delta rule's state may be stored in bf16: it is computed in fp32, and rounded as it is
 written.
 
 Shapes: T tokens, S sequences, R queries of a sequence, C channels, K taps of the convolution, J =
@@ -204,17 +205,17 @@ def delta_rule(
         decay_TB,
     )
     dst_SR = dst_slots(dst_SR)
-    before = _state_before(attrs, state, src_S, dst_SR)
+    before = widen(_state_before(attrs, state, src_S, dst_SR))
     if attrs["mode"] == "chunked":
         y_TBv, after = chunked(inputs, cu_seqlens, before)
-        state[dst_SR[:, 0]] = after
+        state[dst_SR[:, 0]] = after.to(state.dtype)
         return (y_TBv.flatten(1).to(v_T.dtype),)
     queries = inputs.each(lambda x: x.unflatten(0, (len(before), -1)))
     ys = []
     for i in range(queries.q.shape[1]):
         y_SBv, before = _recurrent(queries.query(i), before)
         if attrs["mode"] == "recurrent":
-            state[dst_SR[:, i]] = before
+            state[dst_SR[:, i]] = before.to(state.dtype)
         ys.append(y_SBv)
     y_TBv = torch.stack(ys, 1).flatten(0, 1)
     return (y_TBv.flatten(1).to(v_T.dtype),)
@@ -278,7 +279,7 @@ def recompute_state(
     window_SJC = conv_state.index_select(0, src_S)
     inputs_SNC = kept_inputs.index_select(0, src_S)
     gates_S2NB = kept_gates.index_select(0, src_S)
-    before_SBkv = ssm_state.index_select(0, src_S)
+    before_SBkv = widen(ssm_state.index_select(0, src_S))
     x_SRC = x_TC.unflatten(0, (num_seqs, -1))
     query_len = x_SRC.shape[1]
     pending_S = context_S - query_len - state_lens_S
@@ -288,7 +289,7 @@ def recompute_state(
     b_SNB, a_SNB = gates_S2NB.unbind(1)
     beta_SNB, decay_SNB = delta_gates(attrs, b_SNB, a_SNB, a_log_B, dt_bias_B)
     queries = _kept_queries(attrs, y_TC, beta_SNB, decay_SNB)
-    ssm_state[dst_S] = _state_after(queries, pending_S, before_SBkv)
+    ssm_state[dst_S] = _state_after(queries, pending_S, before_SBkv).to(ssm_state.dtype)
     all_inputs = torch.cat((window_SJC, inputs_SNC), 1)
     conv_state[dst_S] = _inputs_from(all_inputs, pending_S, window_SJC.shape[1])
 

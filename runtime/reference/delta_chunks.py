@@ -216,10 +216,10 @@ def delta_scan(
         _in_chunks(ragged, by_value_head(attrs, mix_T)),
         _padded_total(ragged, total_TB),
     )
-    before = state.index_select(0, src_S)
+    before = widen(state.index_select(0, src_S))
     y, after = _scan(q, k, chunks, before)
     first_dst_S = dst_slots(dst_SR)[:, 0]
-    state[first_dst_S] = after
+    state[first_dst_S] = after.to(state.dtype)
     y_T = _packed(ragged, y).flatten(1)
     return (y_T.to(DTYPES[attrs["dtype"]]),)
 

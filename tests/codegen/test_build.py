@@ -51,7 +51,15 @@ from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import OPS
-from tokenspeed_plan.plans.schema import GridDim, KernelSpec, Launch, Param, Plan, Program
+from tokenspeed_plan.plans.schema import (
+    GridDim,
+    KernelCall,
+    KernelSpec,
+    Launch,
+    Param,
+    Plan,
+    Program,
+)
 from tokenspeed_plan.plans.types import Phase, TensorSpec
 
 H200_PLAN, B200_PLAN = "qwen3.5-35b-h200", "qwen3.5-397b-b200x8"
@@ -745,6 +753,31 @@ def test_a_dead_worker_is_an_error_of_ours(tmp_path: Path) -> None:
 
 def is_prefill_attention(kernel: KernelSpec) -> bool:
     return kernel.launch is not None and kernel.launch.template == "attention_prefill"
+
+
+@pytest.mark.parametrize("bucket", [1024, 2048])
+def test_products_of_many_rows_fill_the_machine(bucket: int) -> None:
+    """Also those with few columns, such as a router's: their tiles are smaller."""
+    plan = load_plan(ROOT / "plans/frozen/qwen3.5-122b-h200x2")
+    hardware = find_hardware("H200")
+    (program,) = (p for p in plan.pool.programs if (p.phase, p.bucket) == ("prefill", bucket))
+    names = {step.kernel for step in program.steps if isinstance(step, KernelCall)}
+    found = 0
+    for kernel in plan.kernels:
+        if kernel.name in names and kernel.launch and kernel.launch.template == "linear":
+            params = tuple(param for param in kernel.params if param.role != "scratch")
+            plain = kernel.model_copy(update={"name": "", "launch": None, "params": params})
+            size = (program.max_tokens, program.max_seqs)
+            launch = build_kernel(kind_of(kernel), plain, size, hardware, False)[0].kernel.launch
+            assert launch is not None
+            sizes = launch.constants
+            rows = -(-bucket // int(sizes["BLOCK_M"]))
+            programs = rows * -(-int(sizes["N"]) // int(sizes["BLOCK_N"]))
+            is_per_token = "last_token" not in {part.kind for part in kernel.parts}
+            if is_per_token and int(sizes["N"]) > 64:
+                assert programs >= 0.7 * hardware.num_sms, kernel.name
+                found += 1
+    assert found > 5
 
 
 @pytest.mark.slow

@@ -24,10 +24,12 @@ from kernel_lab import (
     tiled,
 )
 
+from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.schema import KernelSpec
+from tokenspeed_plan.runtime.compare import difference
 
 RAGGED = (1, 64, 65, 3, 130)
 # Kernels with programs for each row, which the interpreter runs one after the other. Cases with
@@ -268,6 +270,47 @@ def test_kernels_of_other_formats_equal_their_references(case: Case) -> None:
                 assert error <= TOLERANCE[case.dtype], (kernel.kernel.name, name, rank)
                 compared += 1
     assert compared
+
+
+NARROW_STATE = {
+    "in place": (Case("decode", (1,) * 5, (1, 2, 3, 64, 65), kind="few heads"), "delta_step"),
+    "prefill": (Case("prefill", (1, 70), (5, 0), kind="few heads"), "delta_scan"),
+    "snapshots": (Case("decode", (3,) * 2, (40, 0), kind="few heads", depth=2), "delta_steps"),
+    "recomputed": (
+        Case("decode", (3,) * 3, (40, 9, 0), kind="few heads", depth=2, recomputes=True),
+        "delta_recompute",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NARROW_STATE)
+def test_state_in_bf16_is_computed_in_fp32(name: str) -> None:
+    """What a step gives is as exact as beside a whole state; what it leaves is rounded once."""
+    case, template = NARROW_STATE[name]
+    narrow = replace(case, stored_state="bf16")
+    built, whole = (template_of(each, template) for each in (narrow, case))
+    tensors = Inputs(narrow).of(built.kernel)
+    assert any(x.dtype == torch.bfloat16 for x in tensors)
+    got = run_kernel(built, tensors, narrow)
+    reference(built.kernel, tensors)
+    wide = [x.float() if x.is_floating_point() else x for x in Inputs(narrow).of(built.kernel)]
+    reference(whole.kernel, wide)
+    for param, mine, twin, exact in zip(built.kernel.tensors, got, tensors, wide, strict=True):
+        if param.role in ("output", "state"):
+            rounded = mine.dtype == torch.bfloat16 or name == "recomputed"
+            for wanted in (twin, exact):
+                error = difference(mine.float(), wanted.float())
+                assert error <= (2**-7 if rounded else TOLERANCE["fp32"]), param.name
+
+
+def template_of(case: Case, template: str) -> Built:
+    """The kernel of a case that has this template."""
+    return next(
+        each
+        for each in kernels_of(case)
+        if each.kernel.launch is not None and each.kernel.launch.template == template
+    )
 
 
 @pytest.mark.slow

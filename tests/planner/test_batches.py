@@ -26,7 +26,6 @@ from tokenspeed_plan.planner.advisor.resolve import Decided, resolve
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.commands.predict import search
 from tokenspeed_plan.planner.ledger import Ledger
-from tokenspeed_plan.planner.lengths_file import read_lengths
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.passes.limits import Holding, decode_buckets
@@ -81,12 +80,12 @@ class CountingExecutor(SymbolicExecutor):
         super().run(program, num_tokens, num_seqs, change)
 
 
-def steps_of(plan: Plan, rows: list[tuple[int, int]]) -> tuple[int, Counter[int]]:
+def steps_of(plan: Plan, rows: list[tuple[int, int]], shared: int = 0) -> tuple[int, Counter[int]]:
     """Prefill steps, and decode steps by their sequences, of an engine that answers rows."""
     executor = CountingExecutor(plan)
-    engine = Engine(plan, executor, cache=False)  # type: ignore[arg-type]
+    engine = Engine(plan, executor, cache=bool(shared))  # type: ignore[arg-type]
     for index, (prompt, output) in enumerate(rows):
-        ids = tuple((index * 7 + place * 3) % 90 for place in range(prompt))
+        ids = tuple((index * 7 * (place >= shared) + place * 3) % 90 for place in range(prompt))
         params = SamplingParams(max_tokens=output, ignore_eos=True)
         engine.add(Request(str(index), ids, params))
     while engine.num_unfinished:
@@ -123,6 +122,18 @@ def test_a_run_takes_the_steps_of_the_scheduler(
         )
     else:
         assert (run.prefill_steps, run.decode_steps) == (prefills, decodes)
+
+
+def test_prompts_that_begin_alike_take_the_steps_of_the_scheduler(tiny_plan: Plan) -> None:
+    """The first of them computes what they share, and the others their own tokens."""
+    plan = squeezed(
+        tiny_plan, max_tokens=64, interleaved_tokens=64, max_seqs=6, checkpoint_interval=512
+    )
+    rows, shared = [(128 + 20, 10)] * 20, 128
+    prefills, decodes = steps_of(plan, rows, shared)
+    run = run_batch(rows, BatchLimits(6, 64, 64, 0, shared), OneEach())
+    assert run.prefill_us == run.prefill_steps + shared + 20 * 20
+    assert (run.prefill_steps, run.decode_steps) == (prefills, decodes)
 
 
 def test_a_run_by_hand() -> None:
@@ -397,20 +408,28 @@ def test_a_file_of_lengths_becomes_its_summary(tmp_path: Path) -> None:
     ("text", "says"),
     [
         (None, "cannot read"),
-        ("", "no row of"),
-        ("{}", "no row of"),
-        ("[1]", ":1` is no JSON object"),
-        ("\n{'a'}", ":2` is no JSON object"),
-        ('{"prompt_tokens": 0}', "not a whole number"),
-        ('{"prompt_tokens": true}', "not a whole number"),
+        (b"\xff", "cannot read"),
+        (b"", "has no rows"),
+        (b"{}", "not a whole number"),
+        (b"[1]", ":1` is no JSON object"),
+        (b"\n{'a'}", ":2` is no JSON object"),
+        (b'{"prompt_tokens": 0}', "not a whole number"),
+        (b'{"prompt_tokens": true}', "not a whole number"),
+        (b'{"prompt_tokens": 100000001}', "not a whole number from 1 to 100000000"),
+        (b'{"prompt_tokens": 1, "output_tokens": 0}', "`output_tokens` is not"),
+        (b'{"prompt_tokens": 1}', "no row of .* has `output_tokens`"),
     ],
 )
-def test_a_file_of_lengths_that_is_none(text: str | None, says: str, tmp_path: Path) -> None:
+def test_a_file_of_lengths_that_is_none(text: bytes | None, says: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text)
+    (tmp_path / "spec.yaml").write_text(
+        "{version: 1, model: {preset: qwen3.5-9b}, target: {gpu: H200}, workload: "
+        "{output_tokens: {lengths: rows.jsonl}}}"
+    )
     with pytest.raises(SpecError, match=says) as refused:
-        read_lengths(path, tmp_path, "first_turn_tokens")
+        load_spec(tmp_path / "spec.yaml")
     assert "tokenspeed lengths" in refused.value.hint
 
 

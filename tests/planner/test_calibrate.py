@@ -47,6 +47,22 @@ def test_a_fit_finds_what_made_the_samples(noise: float) -> None:
         assert found.errors[name] <= noise + 1e-9
 
 
+def test_tokens_that_wait_for_each_other_have_a_time_of_their_own() -> None:
+    plain = samples(1.5, {"stream": 1.2, "delta_step": 1.3}, 0.0)
+    drafting = [
+        calibrate.Sample("delta_step", 1.5 + 1.3 * busy + 0.7 * waiting, busy, waiting)
+        for busy, waiting in ((0.5, 7), (2.0, 7), (9.0, 3))
+    ]
+    found = calibrate.fit([*plain, *drafting], 0.9)
+    assert found.delta_token_us == pytest.approx(0.7)
+    assert found.residuals == pytest.approx(calibrate.fit(plain, 0.9).residuals)
+    base = calibrate.base_profile("NVIDIA H200")
+    made = calibrate.calibrated(base, found, 0.9, "a test", {})
+    assert made.numbers["delta_token_us"].value == pytest.approx(0.7)
+    slower = calibrate.fit([*plain, calibrate.Sample("delta_step", 1.0, 1.0, 3)], 0.9)
+    assert slower.delta_token_us == 0.0
+
+
 def test_kernels_too_small_to_tell_have_no_voice() -> None:
     found = calibrate.fit(
         [*samples(2.0, {"stream": 1.0}, 0.0), calibrate.Sample("rows", 9.0, 1e-4)], 1.0

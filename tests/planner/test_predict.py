@@ -80,6 +80,7 @@ def test_stated_pools_are_priced() -> None:
     [
         ({"workload": {"first_turn_tokens": 262_000}}, "has 262144 positions"),
         ({"model": "qwen3-8b", "serving": {"checkpoint_tokens": 0}}, "no recurrent"),
+        ({"model": "qwen3-8b", "serving": {"state": "bf16"}}, "no recurrent"),
         ({"model": "qwen3-8b", "speculation": {"depth": 2}}, "has no MTP layer"),
         ({"speculation": {"draft_vocab": 300_000}}, "tokens"),
     ],

@@ -10,7 +10,9 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT
 
+from tokenspeed_plan.planner.advisor.plan_prices import batch_prediction, step_prediction
 from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.plans.bundle import load_plan
 
 BENCH = (
     "bench",
@@ -24,7 +26,7 @@ BENCH = (
 
 def found_of(*options: str) -> Any:
     done = CliRunner().invoke(main, [*BENCH, *options, "--json"], catch_exceptions=False)
-    return json.loads(done.output)
+    return json.loads(done.stdout)
 
 
 def test_all_rows_run_and_all_steps_are_counted() -> None:
@@ -45,6 +47,25 @@ def test_all_rows_run_and_all_steps_are_counted() -> None:
         assert program["predicted_us"] > 0
 
 
+def test_the_forecast_is_the_planners_own_and_comes_first() -> None:
+    """That of all rows, whatever the machine then takes; it is told before the run."""
+    bundle = Path(BENCH[1])
+    shape = ("--rows", "6", "--prompt", "9", "--out", "5")
+    own = batch_prediction(load_plan(bundle), bundle, [(9, 5)] * 6)
+    assert found_of(*shape)["predicted"] == own
+    done = CliRunner().invoke(main, [*BENCH, *shape], catch_exceptions=False)
+    assert done.stderr.startswith(f"predicted: {own['output_tokens_per_s']:g} tokens/s out, ")
+    assert f"(predicted {own['output_tokens_per_s']:.1f}, off by " in done.stdout
+
+
+def test_prompts_that_share_a_step_are_priced_as_short_ones() -> None:
+    """Attention of many prompts costs less than that of one with all their tokens."""
+    bundle = ROOT / "plans/frozen/qwen3.5-35b-h200"
+    plan = load_plan(bundle)
+    many, one = (step_prediction(plan, bundle, "prefill", 8192, n, 8192 // n) for n in (16, 1))
+    assert many["predicted_kinds_us"]["matrix"] < 0.97 * one["predicted_kinds_us"]["matrix"]
+
+
 def test_lengths_come_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "lengths.jsonl"
     path.write_text(
@@ -52,7 +73,7 @@ def test_lengths_come_from_a_file(tmp_path: Path) -> None:
     )
     found = found_of("--lengths", str(path), "--out", "4", "--rows", "3")
     assert (found["tokens_in"], found["tokens_out"]) == (3 + 8 + 3, 2 + 4 + 2)
-    text = CliRunner().invoke(main, [*BENCH, "--lengths", str(path)], catch_exceptions=False).output
+    text = CliRunner().invoke(main, [*BENCH, "--lengths", str(path)], catch_exceptions=False).stdout
     assert text.startswith("2 rows, 11 tokens in, 258 out, in ")
     assert "device idle" in text and "prefill/" in text and "predicted" in text
 
@@ -60,11 +81,8 @@ def test_lengths_come_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{}", "line 1"),
-        ("[1, 2]", "line 1"),
-        ("nonsense", "line 1"),
-        ('{"prompt_tokens": 3, "output_tokens": 2}\n{"prompt_tokens": 0}', "line 2"),
-        ('{"prompt_tokens": true}', "line 1"),
+        ("nonsense", "lengths.jsonl:1` is no JSON object"),
+        ('{"prompt_tokens": 3, "output_tokens": 2}\n{"prompt_tokens": 0}', "lengths.jsonl:2`"),
         ("", "no rows"),
         ('{"prompt_tokens": 100000}', "longer than the plan's"),
     ],

@@ -110,6 +110,7 @@ class Case:
     quantises: bool | None = False  # its activations, too, where products read them
     fp8_keys: bool = False  # keys and values are in FP8
     key_scales: tuple[float, float] = (1.0, 1.0)  # of keys, of values
+    stored_state: DType | None = None
     fp4: str = ""  # what is in NVFP4: `all` matrices, or `experts`, with the others as `fp8` says
 
     def encoding(self, name: str) -> Encoding | None:
@@ -173,6 +174,7 @@ def built_graph(case: Case) -> OpGraph:
         encoding=case.encoding,
         kv_dtype="fp8" if case.fp8_keys else None,
         key_scales=lambda _: case.key_scales,
+        stored_state=case.stored_state,
     )
     return build(context, case.phase, case.depth)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.plans.lengths_file import RowLengths
 from tokenspeed_plan.runtime.serving.batch.files import InputFile, InputLine
 from tokenspeed_plan.runtime.serving.batch.lines import Row, parse_row
 from tokenspeed_plan.runtime.serving.openai.bodies import ChatBody, InvalidRequestError
@@ -21,21 +21,6 @@ from tokenspeed_plan.runtime.serving.openai.conversion import (
 
 _MOST = 1 << 40  # no plan limits the lengths yet
 _ANY = RequestLimits(_MOST, 1, _MOST, takes_penalties=True)
-
-
-@dataclass(frozen=True, slots=True)
-class RowLengths:
-    """Tokens of one sequence; `output_tokens` None where nothing says them."""
-
-    prompt_tokens: int
-    output_tokens: int | None
-
-    def as_json(self) -> dict[str, int]:
-        """As a line of a file of lengths."""
-        row = {"prompt_tokens": self.prompt_tokens}
-        if self.output_tokens is not None:
-            row["output_tokens"] = self.output_tokens
-        return row
 
 
 class _Usage(NamedTuple):
