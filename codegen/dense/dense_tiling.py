@@ -39,7 +39,6 @@ from tokenspeed_plan.plans.types import DTYPE_BITS, WARP_SIZE, Attr, Constant, T
 
 DOT_ROWS = 16  # of a tile on the tensor cores, at least
 FEW_PUSHED = 128  # rows that run at once however many threads each of them has
-PUSHED_AHEAD = 2  # rows that a program with many has sent before it waits for the first
 SMALL_BLOCK = 128  # threads
 MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its weights
 MIN_FILL = 0.7  # programs a multiprocessor that keep a machine busy
@@ -126,7 +125,6 @@ def all_reduce(work: Work) -> list[Tiling]:
     options["loops"] = work.num_rows > most
     if options["loops"]:
         grid = fixed(most)
-        constants["AHEAD"] = PUSHED_AHEAD
     return [
         Tiling(
             template="all_reduce",

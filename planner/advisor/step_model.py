@@ -25,6 +25,7 @@ from tokenspeed_plan.planner.passes.expand import FEW_ROWS
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.planner.passes.op_terms import Formats
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
+from tokenspeed_plan.planner.passes.reduction import largest_reduction
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.types import FORMATS, DType, Format, Phase, RollbackWord
 
@@ -69,8 +70,8 @@ def _graph_size(count: int) -> int:
     return FEW_ROWS + 1
 
 
-# Layout, phase, tokens, sequences, depth: the first with the same graph.
-GraphKey = tuple[ParallelLayout, Phase, int, int, int]
+# Layout, phase, tokens, sequences, depth: the first with the same graph; whether kernels push.
+GraphKey = tuple[ParallelLayout, Phase, int, int, int, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +205,7 @@ class StepModel:
 
     def _price(self, layout: ParallelLayout, phase: Phase, load: Load, depth: int) -> StepTime:
         all_groups = _of_all_groups(load, layout)
-        key = _graph_key(layout, phase, all_groups.num_tokens, all_groups.num_seqs, depth)
+        key = self._graph_key(layout, phase, all_groups.num_tokens, all_groups.num_seqs, depth)
         if phase == "prefill":  # a lone prompt is in one group only
             all_groups = load
         us = dict.fromkeys(KERNEL_TIME_KINDS, 0.0)
@@ -227,7 +228,7 @@ class StepModel:
         formats, splits = load.formats, load.context_split
         key = (graph_key, formats, splits)
         if key not in self.priced_ops:
-            graph = self.graph(*graph_key)
+            graph = self._graph(graph_key)
             priced = []
             for op in graph.ops:
                 costed = costed_op(graph, op, formats, splits)
@@ -287,13 +288,27 @@ class StepModel:
         self, layout: ParallelLayout, phase: Phase, tokens: int, seqs: int = 1, depth: int = 0
     ) -> OpGraph:
         """The fused graph of the short model; sizes with the same kernels share one graph."""
-        key = _graph_key(layout, phase, tokens, seqs, depth)
+        return self._graph(self._graph_key(layout, phase, tokens, seqs, depth))
+
+    def _graph(self, key: GraphKey) -> OpGraph:
         if key not in self.graphs:
-            _, _, max_tokens, max_seqs, _ = key
-            context = PassContext(layout, self.hardware, max_tokens, max_seqs, options=UNCHECKED)
+            layout, phase, max_tokens, max_seqs, depth, pushes = key
+            options = replace(UNCHECKED, pushes=pushes)
+            context = PassContext(layout, self.hardware, max_tokens, max_seqs, options=options)
             sharded = self.sharded_graph(layout, phase, depth)
             self.graphs[key] = run(sharded, context, until=Stage.RECOMPUTED)
         return self.graphs[key]
+
+    def _graph_key(
+        self, layout: ParallelLayout, phase: Phase, tokens: int, seqs: int, depth: int
+    ) -> GraphKey:
+        pushes = False
+        if layout.num_ranks > 1:
+            sharded = self.sharded_graph(layout, phase, depth)
+            found = largest_reduction(sharded, self.hardware, tokens, seqs)
+            pushes = found is not None and found.pushes
+        same = (_of_graph(layout), phase, _graph_size(tokens), _graph_size(seqs), depth)
+        return (*same, pushes)
 
     def sharded_graph(self, layout: ParallelLayout, phase: Phase, depth: int) -> OpGraph:
         """The graph of a rank of the short model, before it is fused."""
@@ -334,12 +349,6 @@ class StepModel:
 def _has_fused_experts(prefix: str) -> bool:
     """Prices do not depend on how a checkpoint stores the experts."""
     return True
-
-
-def _graph_key(
-    layout: ParallelLayout, phase: Phase, tokens: int, seqs: int, depth: int
-) -> GraphKey:
-    return _of_graph(layout), phase, _graph_size(tokens), _graph_size(seqs), depth
 
 
 def _of_graph(layout: ParallelLayout) -> ParallelLayout:
