@@ -82,9 +82,6 @@ class Backend(Protocol):
     ) -> Iterator[BoundStep]:
         """Each step with its instructions; `operands` has the tensors of each step."""
 
-    def takes_batch(self, step: Step) -> bool:
-        """Whether tensors of a step are as large as the batch even where others are full."""
-
     def without_overlap(self) -> Backend:
         """The same, with kernels that do not start before their predecessor has ended."""
 
@@ -110,10 +107,6 @@ class ReferenceBackend:
         """Each step with its instructions."""
         for step, tensors in zip(program.steps, operands, strict=True):
             yield step, self.bind_step(step, tensors)
-
-    def takes_batch(self, step: Step) -> bool:
-        """Each step does."""
-        return True
 
     def without_overlap(self) -> ReferenceBackend:
         """Reference bodies never overlap."""
@@ -246,10 +239,6 @@ class KernelBackend:
             if kernel.name not in launchers:
                 launchers[kernel.name] = self.launcher(kernel, num_tokens, num_seqs, index)
             yield step, [Instruction(launchers[kernel.name], {}, tensors, ())]
-
-    def takes_batch(self, step: Step) -> bool:
-        """What ranks exchange by a library does."""
-        return isinstance(step, CollectiveCall) or self._lacks_peers(step)
 
     def _lacks_peers(self, step: Step) -> bool:
         """Whether a kernel would push to ranks whose memory cannot be written here."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.plans.schema import CollectiveCall, Plan, Program
 from tokenspeed_plan.runtime.execution.backend import (
     Backend,
     BoundStep,
@@ -88,13 +88,12 @@ class BoundPrograms:
         if operands is None:
             operands = self._bind_operands(program, program.max_tokens, program.max_seqs)
             self._full_size_operands[key] = operands
-        by_batch = list(map(self.backend.takes_batch, program.steps))
-        if not any(by_batch):
+        if not any(isinstance(step, CollectiveCall) for step in program.steps):
             return operands
         tensor_of = self.memory.tensors_of(program, num_tokens, num_seqs)
         return [
-            operands_of(step, tensor_of) if is_exact else full
-            for step, is_exact, full in zip(program.steps, by_batch, operands, strict=True)
+            operands_of(step, tensor_of) if isinstance(step, CollectiveCall) else full
+            for step, full in zip(program.steps, operands, strict=True)
         ]
 
     def _bind_operands(self, program: Program, num_tokens: int, num_seqs: int) -> Operands:
