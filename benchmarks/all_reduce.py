@@ -52,7 +52,7 @@ MOST_ROWS = 256  # with a program each
 CHUNK = 8192  # rows of prefill
 POOL = 11  # inputs that differ; no multiple of the generations
 PROGRAMS = ((1, 7), (4, 5), (16, 4), (700, 2))  # rows, and calls
-IN_TURNS = ((0, 256), (2, 132), (2, 256), (2, 512), (4, 256))  # rows ahead, and programs
+IN_TURNS = (132, 256, 512)  # programs
 CYCLES_PER_US = 1_700
 SHORT_WAIT = ("POLLS: tl.constexpr = 134217728", "POLLS: tl.constexpr = 8000000")  # seconds
 
@@ -236,14 +236,14 @@ def times(maker: Maker, hidden: int, warps: list[int]) -> None:
                 ]
                 found[rows] = round(graph_us(calls * 5), 2)
             say("us", warps=num_warps, overlap=overlap, by_rows=found)
-        for ahead, programs in IN_TURNS:
-            kernel, found = maker.many(num_warps, ahead, programs), {}
+        for programs in IN_TURNS:
+            kernel, found = maker.many(num_warps, programs), {}
             for rows in (256, 512, 1024, 2048, 8192):
                 calls = [
                     kernel.launcher(make_tensors(rows, hidden, seed)[0], 0) for seed in range(4)
                 ]
                 found[rows] = round(graph_us(calls * 2), 2)
-            say("us in turns", warps=num_warps, ahead=ahead, programs=programs, by_rows=found)
+            say("us in turns", warps=num_warps, programs=programs, by_rows=found)
     found = {}
     for rows in (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
         x = torch.zeros(rows, hidden, device="cuda", dtype=torch.bfloat16)
@@ -388,24 +388,14 @@ class Maker:
         """A program for each row."""
         return self._make(MOST_ROWS, num_warps, overlap)
 
-    def many(self, num_warps: int, ahead: int = 2, programs: int = MOST_ROWS) -> Kernel:
+    def many(self, num_warps: int, programs: int = MOST_ROWS) -> Kernel:
         """Some rows for each program."""
-        texts = (("AHEAD: tl.constexpr = 2", f"AHEAD: tl.constexpr = {ahead}"),)
-        return self._make(CHUNK, num_warps, False, texts, programs)
+        return self._make(CHUNK, num_warps, False, programs)
 
-    def _make(
-        self,
-        rows: int,
-        num_warps: int,
-        overlap: bool,
-        texts: Sequence[tuple[str, str]] = (),
-        programs: int = 0,
-    ) -> Kernel:
+    def _make(self, rows: int, num_warps: int, overlap: bool, programs: int = 0) -> Kernel:
         built = self.built[rows]
-        launch, text = built.kernel.launch, built.source or ""
+        launch, text = built.kernel.launch, (built.source or "").replace(*SHORT_WAIT)
         assert launch is not None
-        for old, new in (SHORT_WAIT, *texts):
-            text = text.replace(old, new)
         changes: dict[str, Any] = {"num_warps": num_warps, "source_sha256": source_digest(text)}
         if programs:
             changes["grid"] = (GridDim(fixed=programs),)

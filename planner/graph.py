@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.layout import Split
@@ -16,6 +14,9 @@ from tokenspeed_plan.plans.encodings import Encoding
 from tokenspeed_plan.plans.ops import Access
 from tokenspeed_plan.plans.schema import ArenaName, CallCost, CollectiveCall, RecordEvent, WaitEvent
 from tokenspeed_plan.plans.types import Attr, Phase, RankShift, TensorSpec
+
+if TYPE_CHECKING:
+    import networkx
 
 # `residual` are norms and sums of the residual stream; `batch` operators update the batch's inputs.
 Role = Literal["embed", "mixer", "ffn", "router", "residual", "head", "draft", "batch"]
@@ -240,13 +241,15 @@ class OpGraph:
         return self.depth + 1
 
     @cached_property
-    def nx(self) -> nx.DiGraph[str]:
+    def nx(self) -> networkx.DiGraph[str]:
         """Operators as nodes.
 
         Edges are data, state that is written and then read, and inputs that are read before the
         program updates them.
         """
-        graph: nx.DiGraph[str] = nx.DiGraph()
+        import networkx  # late: it takes half a second, and commands that replay need none of it
+
+        graph: networkx.DiGraph[str] = networkx.DiGraph()
         writers: dict[str, str] = {}
         readers: dict[str, list[str]] = {}
         for op in self.ops:

@@ -88,10 +88,6 @@ class ComparingBackend:
             instructions.append(count)
         return instructions
 
-    def takes_batch(self, step: Step) -> bool:
-        """Each step does."""
-        return True
-
     def without_overlap(self) -> ComparingBackend:
         """Steps that are compared never overlap."""
         return self

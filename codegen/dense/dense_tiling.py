@@ -43,7 +43,6 @@ from tokenspeed_plan.plans.types import DTYPE_BITS, WARP_SIZE, Attr, Constant, T
 
 DOT_ROWS = 16  # of a tile on the tensor cores, at least
 FEW_PUSHED = 128  # rows that run at once however many threads each of them has
-PUSHED_AHEAD = 2  # rows that a program with many has sent before it waits for the first
 SMALL_BLOCK = 128  # threads
 MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its weights
 BESIDE_COLUMNS = 2  # of a program, of a small product that shares the launch of a large one
@@ -157,7 +156,6 @@ def all_reduce(work: Work) -> list[Tiling]:
     options["loops"] = work.num_rows > most
     if options["loops"]:
         grid = fixed(most)
-        constants["AHEAD"] = PUSHED_AHEAD
     return [
         Tiling(
             template="all_reduce",

@@ -26,6 +26,7 @@ from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.planner.passes.op_terms import Formats
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.passes.quantised_products import QUANTISED_ROWS
+from tokenspeed_plan.planner.passes.reduction import largest_reduction
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.encodings import Encoding
 from tokenspeed_plan.plans.types import DType, Format, Phase, RollbackWord
@@ -76,8 +77,8 @@ def _near(count: int) -> int:
     return quarters if count <= quarters else power
 
 
-# Layout, phase, tokens, sequences, depth: the first with the same graph.
-GraphKey = tuple[ParallelLayout, Phase, int, int, int]
+# Layout, phase, tokens, sequences, depth: the first with the same graph; whether kernels push.
+GraphKey = tuple[ParallelLayout, Phase, int, int, int, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +243,7 @@ class StepModel:
         formats, splits = load.formats, load.context_split
         key = (graph_key, formats, splits)
         if key not in self.priced_ops:
-            graph = self.graph(*graph_key)
+            graph = self._graph(graph_key)
             priced = []
             for op in graph.ops:
                 costed = costed_op(graph, op, formats, splits)
@@ -302,10 +303,13 @@ class StepModel:
         self, layout: ParallelLayout, phase: Phase, tokens: int, seqs: int = 1, depth: int = 0
     ) -> OpGraph:
         """The fused graph of the short model; sizes with the same kernels share one graph."""
-        key = self._graph_key(layout, phase, tokens, seqs, depth)
+        return self._graph(self._graph_key(layout, phase, tokens, seqs, depth))
+
+    def _graph(self, key: GraphKey) -> OpGraph:
         if key not in self.graphs:
-            _, _, max_tokens, max_seqs, _ = key
-            context = PassContext(layout, self.hardware, max_tokens, max_seqs, options=UNCHECKED)
+            layout, phase, max_tokens, max_seqs, depth, pushes = key
+            options = replace(UNCHECKED, pushes=pushes)
+            context = PassContext(layout, self.hardware, max_tokens, max_seqs, options=options)
             sharded = self.sharded_graph(layout, phase, depth)
             self.graphs[key] = run(sharded, context, until=Stage.RECOMPUTED)
         return self.graphs[key]
@@ -313,10 +317,15 @@ class StepModel:
     def _graph_key(
         self, layout: ParallelLayout, phase: Phase, tokens: int, seqs: int, depth: int
     ) -> GraphKey:
+        pushes = False
+        if layout.num_ranks > 1:
+            sharded = self.sharded_graph(layout, phase, depth)
+            found = largest_reduction(sharded, self.hardware, tokens, seqs)
+            pushes = found is not None and found.pushes
         size = _graph_size(tokens)
         if self.weights == "fp8" and tokens >= QUANTISED_ROWS:
             size = _near(tokens)
-        return _of_graph(layout), phase, size, _graph_size(seqs), depth
+        return _of_graph(layout), phase, size, _graph_size(seqs), depth, pushes
 
     def sharded_graph(self, layout: ParallelLayout, phase: Phase, depth: int) -> OpGraph:
         """The graph of a rank of the short model, before it is fused."""

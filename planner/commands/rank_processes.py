@@ -266,7 +266,8 @@ def _end_frozen_parent(error: RankError) -> None:
     parent = int(os.environ[_PARENT])
     if process_state(parent) in FROZEN_STATES:
         os.write(int(os.environ[_STDERR]), f"{error}\n".encode())
-        os.write(int(os.environ[_WITNESS]), _SAID)
+        if _WITNESS in os.environ:
+            os.write(int(os.environ[_WITNESS]), _SAID)
         os.kill(parent, signal.SIGKILL)
 
 

@@ -409,17 +409,14 @@ def kernel_time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec)
     name = hardware.priced(_class_of(op.heaviest, rows, load.num_seqs), op.variant)
     busy_us = max(memory_s, matrix_s) * 1e6 * hardware.residuals[name]
     bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
-    wait_us = hardware.launch_us + hardware.waits_us[name]
     if collective is None:
+        wait_us = hardware.launch_us + hardware.waits_us[name]
         wait_us += op.waiting_tokens * hardware.delta_token_us
         return OpTime(wait_us, busy_us, bound)
     size_bytes = collective.result.size_bytes(load.num_tokens, load.num_seqs)
     pushed_us = push_us(hardware, size_bytes, collective.num_ranks)
-    pushed_us = max(pushed_us, hardware.launch_us, busy_us)  # it works while rows are on their way
-    library = library_us(hardware, size_bytes, collective.num_ranks) + wait_us
-    if pushed_us <= library + busy_us:
-        return OpTime(pushed_us, 0.0, "collective", "collective")
-    return OpTime(library, busy_us, bound, "collective")  # as a program of this size is planned
+    # It works on some rows while others are on their way.
+    return OpTime(max(pushed_us, hardware.launch_us, busy_us), 0.0, "collective", "collective")
 
 
 def _collective_us(op: _Collective, load: Load, hardware: HardwareSpec) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import networkx as nx
-
 from tokenspeed_plan.planner.graph import LoweredCall, Op, OpGraph, Stage
 from tokenspeed_plan.planner.passes.fuse import FUSED_KINDS
 from tokenspeed_plan.plans.ops import COLLECTIVES, OPS
@@ -42,7 +40,9 @@ def check(graph: OpGraph) -> OpGraph:
         _check_operands(graph, op)
         if graph.stage is not Stage.BUILT and _is_whole(op):
             raise GraphError(f"`{op.name}` is not cut yet when {graph.stage}")
-    if not nx.is_directed_acyclic_graph(graph.nx):
+    import networkx
+
+    if not networkx.is_directed_acyclic_graph(graph.nx):
         raise GraphError("the graph has a cycle")
     if graph.stage in _SCHEDULED and not graph.steps:
         raise GraphError(f"no steps when {graph.stage}")

@@ -30,6 +30,7 @@ class PassOptions:
     Attributes:
         fusions: the rewrites to use.
         num_streams: schedule on at most so many streams, without simulating which number is best.
+        pushes: whether kernels add up ranks; None decides it by price.
         checks: check the grammar after each pass. The advisor leaves this out: it runs the passes
             hundreds of times, and the graphs of the plan itself are checked.
         quantises: multiply FP8 by FP8 in all products of weights in FP8, or in none; by price where
@@ -38,6 +39,7 @@ class PassOptions:
 
     fusions: tuple[Fusion, ...] = FUSIONS
     num_streams: int | None = None
+    pushes: bool | None = None
     checks: bool = True
     quantises: bool | None = None
 
@@ -94,8 +96,10 @@ def _expand(graph: OpGraph, context: PassContext) -> OpGraph:
 
 
 def _fuse(graph: OpGraph, context: PassContext) -> OpGraph:
-    reduction = largest_reduction(graph, context.hardware, *context.sizes)
-    pushes = reduction is not None and reduction.pushes
+    pushes = context.options.pushes
+    if pushes is None:
+        reduction = largest_reduction(graph, context.hardware, *context.sizes)
+        pushes = reduction is not None and reduction.pushes
     return fuse(graph, *context.sizes, context.options.fusions, pushes)
 
 

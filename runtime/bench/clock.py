@@ -63,9 +63,10 @@ def captured(work: Callable[[], object], device: str) -> Callable[[], object]:
 def kernel_times_us(
     replay: Callable[[], object], names: set[str], count: int = 5
 ) -> list[tuple[str, float]]:
-    """(name, microseconds) of the kernels of a replay, in order; the mean over `count` replays.
+    """(name, microseconds) of the kernels of a replay, in order; the median of `count` replays.
 
-    Where `LIBRARY` is one of the names, kernels of other names between ours are one call of it.
+    In the first one a kernel that adds up ranks waits for the rank that begins last. Where
+    `LIBRARY` is one of the names, kernels of other names between ours are one call of it.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -84,7 +85,7 @@ def kernel_times_us(
     length = len(times) // count
     rounds = [times[i * length : (i + 1) * length] for i in range(count)]
     return [
-        (same[0][0], statistics.mean(time_us for _, time_us in same))
+        (same[0][0], statistics.median(time_us for _, time_us in same))
         for same in zip(*rounds, strict=True)
     ]
 

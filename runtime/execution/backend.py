@@ -83,9 +83,6 @@ class Backend(Protocol):
     ) -> Iterator[BoundStep]:
         """Each step with its instructions; `operands` has the tensors of each step."""
 
-    def takes_batch(self, step: Step) -> bool:
-        """Whether tensors of a step are as large as the batch even where others are full."""
-
     def without_overlap(self) -> Backend:
         """The same, with kernels that do not start before their predecessor has ended."""
 
@@ -111,10 +108,6 @@ class ReferenceBackend:
         """Each step with its instructions."""
         for step, tensors in zip(program.steps, operands, strict=True):
             yield step, self.bind_step(step, tensors)
-
-    def takes_batch(self, step: Step) -> bool:
-        """Each step does."""
-        return True
 
     def without_overlap(self) -> ReferenceBackend:
         """Reference bodies never overlap."""

@@ -69,11 +69,13 @@ def map_symmetric(size_bytes: int, group: Any, exchange: Callable[[str], list[st
         NoPeerMemory: this machine has none, or it does not work; on all ranks, whoever found out.
     """
     import torch.distributed._symmetric_memory as symmetric
+    from torch._C._distributed_c10d import _SymmetricMemory
 
     device = torch.device("cuda", torch.cuda.current_device())
     fault = ""
     try:
-        own = symmetric.empty(size_bytes, dtype=torch.uint8, device=device)
+        # `symmetric.empty` does the same after it has imported sympy, which takes 2 s.
+        own = _SymmetricMemory.empty_strided_p2p((size_bytes,), (1,), torch.uint8, device)
         handle = symmetric.rendezvous(own, group)
         peers = [
             handle.get_buffer(rank, (size_bytes,), torch.uint8) for rank in range(handle.world_size)

@@ -127,8 +127,11 @@ def test_memory_is_the_plans_to_the_byte(example: str) -> None:
     # Steps without drafts write the draft layer's keys with a copy of its K and V weights.
     again = sum(w.tensor.size_bytes() for w in plan.pool.weights if w.name.endswith(".kv.weight"))
     assert made.weights == frozen.weights - again and again < 0.01 * frozen.weights
-    for name in ("kv_cache", "activations", "reserved"):
+    for name in ("kv_cache", "reserved"):
         assert getattr(made, name) == getattr(frozen, name), name
+    # Where ranks push in prefill, tensors find other gaps in the short graph: 0.7 % more for 122B.
+    near = 0.01 * frozen.activations * (plan.target.count > 1)
+    assert abs(made.activations - frozen.activations) <= near
     largest = next(
         p for p in plan.pool.programs if p.phase == "decode" and p.bucket == limits.max_seqs
     )
