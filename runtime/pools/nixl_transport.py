@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ def load_nixl() -> Any:
     Raises:
         PoolError: it is not installed, or does not load here.
     """
+    logging.getLogger("nixl").setLevel(logging.WARNING)  # it tells of each step
     reasons = []
     for name in _MODULES:
         try:
