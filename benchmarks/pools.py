@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tokenspeed_plan.planner.commands.engines import freeze_gc
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
@@ -41,7 +42,9 @@ def engine_of(plan: Plan, bundle: Path, role: str) -> Engine:
     """An engine of one pool with random weights, the same in both."""
     pool = pool_of(plan, role)  # type: ignore[arg-type]
     view = plan.view(pool)
-    return Engine(view, prepare(view, bundle, None, launch=default_launch(view)))
+    engine = Engine(view, prepare(view, bundle, None, launch=default_launch(view)))
+    freeze_gc()
+    return engine
 
 
 def serve(bundle: Path, transport: str, number: int) -> None:

@@ -85,7 +85,7 @@ def test_a_server_goes_on_without_its_prefill_pool(
         folder.mkdir()
     with serving(one, others[0]) as server:
         wanted = [answer(server, prompt) for prompt in PROMPTS]
-    with serving(two, others[1], "--peer-timeout", 0.5) as server:
+    with serving(two, others[1], "--peer-timeout", 3) as server:
         assert answer(server, PROMPTS[0]) == wanted[0]
         assert server.metric("handovers_done") == 1
         frozen = prefill_process(server)

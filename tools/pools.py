@@ -148,11 +148,15 @@ def talk(plan: Plan, bundle: Path, count: int, seed: int, transport: str) -> Non
         prefill.kill()
 
 
-def disturb(prefill: Prefill, count: int, seed: int, over: threading.Event) -> None:
-    """On a thread: kill or freeze the prefill pool again and again."""
-    rng = random.Random(seed)
+def disturb(prefill: Prefill, engine: Engine, count: int, seed: int, over: threading.Event) -> None:
+    """On a thread: kill or freeze the prefill pool again and again, once it has orders."""
+    rng, handovers = random.Random(seed), engine.loop.elsewhere
+    assert isinstance(handovers, Handovers)
     for number in range(count):
-        if over.wait(rng.uniform(0.05, 2.5)):
+        until = time.monotonic() + END_S
+        while not handovers.num_jobs and time.monotonic() < until:
+            over.wait(0.001)
+        if over.wait(rng.choice((0.0, 0.005, 0.02, 0.1))):
             return
         if number % 3:
             prefill.process.send_signal(signal.SIGSTOP)
@@ -169,7 +173,9 @@ def kill_prefill(plan: Plan, bundle: Path, count: int, seed: int, transport: str
     """Conversations while the prefill pool comes and goes."""
     prefill, over = Prefill(bundle, transport), threading.Event()
     engine = decode_pool(bundle, plan, prefill.address, transport)
-    thread = threading.Thread(target=disturb, args=(prefill, count, seed, over), daemon=True)
+    thread = threading.Thread(
+        target=disturb, args=(prefill, engine, count, seed, over), daemon=True
+    )
     talks = converse(plan.view(plan.pool), MODEL, AT_ONCE, seed)
     thread.start()
     rounds = 0

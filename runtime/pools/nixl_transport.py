@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
+import os
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -37,9 +39,13 @@ def load_nixl() -> Any:
     reasons = []
     for name in _MODULES:
         try:
-            return import_module(name)
+            api = import_module(name)
         except (ImportError, OSError) as error:
             reasons.append(f"{error}")
+            continue
+        if "NIXL_LOG_LEVEL" not in os.environ:
+            logging.getLogger("nixl").setLevel(logging.WARNING)  # else it tells of each step
+        return api
     raise PoolError(f"`nixl` needs its package: {reasons[0]}", _INSTALL)
 
 

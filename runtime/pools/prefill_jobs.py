@@ -65,6 +65,7 @@ class PrefillJob:
     size_bytes: int = 0
     computed_s: float = 0.0
     _sent: list[int] = field(default_factory=list)  # pages here, from the order's first on
+    _digests: list[bytes] = field(default_factory=list)
     _state_slot: int = 0
     _pending: list[Pending] = field(default_factory=list)
     _sample: Sample | None = None
@@ -84,10 +85,9 @@ class PrefillJob:
 
     def find(self) -> Hit | None:
         """What the cache has, where that is all of it."""
-        digests: list[bytes] = []
         token_ids = self.order.token_ids
-        self.cache.extend(digests, token_ids, len(token_ids))
-        hit = self.cache.match(digests, token_ids, len(token_ids))
+        self.cache.extend(self._digests, token_ids, len(token_ids))
+        hit = self.cache.match(self._digests, token_ids, len(token_ids))
         return hit if hit.num_tokens == len(token_ids) else None
 
     def send_filled(self, sequence: Sequence) -> None:

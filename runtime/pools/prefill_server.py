@@ -33,7 +33,7 @@ from tokenspeed_plan.runtime.pools.transport import Route, Transport
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 
 BEAT_S = 0.5
-_LOOK_S = 0.001  # between two looks at what is under way, where nothing is computed
+_LOOK_S = 0.0002  # between two looks at what is under way, where nothing is computed
 _MAX_STRANGERS = 16  # callers that have not shown that they know the token
 _ALIKE = "start both pools with one version and one bundle"
 _PARAMS = SamplingParams(max_tokens=1, ignore_eos=True)

@@ -93,18 +93,26 @@ class SharedRoute:
             self._copy(parts)
             return _Copied(None)
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._copy(parts)
-            done = torch.cuda.Event()
-            done.record(self._stream)
+        self._launch(parts, self._stream.cuda_stream)
+        done = torch.cuda.Event()
+        done.record(self._stream)
         return _Copied(done)
 
     def _copy(self, parts: Sequence[Copies]) -> None:
         for part in parts:
             here, there = self._arenas[part.arena], self._remote[part.arena]
             for source, target, size in part:
-                place = there[target : target + size]
-                place.copy_(here[source : source + size], non_blocking=True)
+                there[target : target + size] = here[source : source + size]
+
+    def _launch(self, parts: Sequence[Copies], stream: int) -> None:
+        """Launch the copies through CUDA: PyTorch's, between two GPUs, take events for each."""
+        from cuda.bindings import runtime
+
+        kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
+        for part in parts:
+            here, there = (arenas[part.arena].data_ptr() for arenas in (self._arenas, self._remote))
+            for source, target, size in part:
+                _done(*runtime.cudaMemcpyAsync(there + target, here + source, size, kind, stream))
 
     def close(self) -> None:
         """Wait for the copies."""
@@ -164,10 +172,27 @@ def _opened_handle(place: dict[str, Any], size_bytes: int) -> Tensor:
         raise ValueError("no handle of CUDA")
     ctypes.memmove(handle.getPtr(), content, _HANDLE_BYTES)
     flags = runtime.cudaIpcMemLazyEnablePeerAccess
-    with torch.cuda.device(gpus.index(place["gpu"])):  # where it lies, not where it is written from
+    gpu = gpus.index(place["gpu"])
+    if gpu != torch.cuda.current_device():
+        _allow(gpu)
+    with torch.cuda.device(gpu):  # where it lies, not where it is written from
         torch.cuda.current_stream().synchronize()  # there is a context from now on
         (base,) = _done(*runtime.cudaIpcOpenMemHandle(handle, flags))
         return torch.as_tensor(_Mapped(int(base) + int(place["offset"]), size_bytes))
+
+
+def _allow(gpu: int) -> None:
+    """Let copies go straight to another GPU; where that cannot be, they go through the host."""
+    from cuda.bindings import runtime
+
+    (can_access,) = _done(*runtime.cudaDeviceCanAccessPeer(torch.cuda.current_device(), gpu))
+    if not can_access:
+        return
+    (status,) = runtime.cudaDeviceEnablePeerAccess(gpu, 0)
+    if status == runtime.cudaError_t.cudaErrorPeerAccessAlreadyEnabled:
+        runtime.cudaGetLastError()  # else the next call of somebody else reports it
+    else:
+        _done(status)
 
 
 def _done(status: Any, *values: Any) -> tuple[Any, ...]:

@@ -127,6 +127,8 @@ class Reservations:
             if page is None:
                 return False
             reservation.pages.append(page)
+        # Neighbours are pushed as one.
+        reservation.pages[reservation.num_known :] = sorted(reservation.new_pages)
         reservation.state_slot = self.cache.take_spare_state_slot() or 0
         return reservation.state_slot > 0
 

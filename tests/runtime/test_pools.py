@@ -51,7 +51,7 @@ def test_conversations_get_the_answers_of_one_pool(
         talks = converse(plan_of(folder, 0), folder, 8, seed=depth)
         replay(made.engine, talks, seed=1, cancel=0.02)
         assert handovers.counts.done > 10
-        assert not handovers.counts.refused and not handovers.counts.lost
+        assert not handovers.counts.refused and not handovers.counts.failed
         nothing_is_held(made)
 
 
