@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from tokenspeed_plan.plans.bundle import load_plan
+from tokenspeed_plan.plans.libraries import CUBLAS, computes_kernel
 from tokenspeed_plan.plans.ops import integer
-from tokenspeed_plan.plans.schema import KernelSpec, LibraryCall, Plan, Program
+from tokenspeed_plan.plans.schema import Call, KernelSpec, LibraryCall, Plan, Program
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 from tokenspeed_plan.runtime.bench.machine import measure_machine
@@ -32,6 +33,7 @@ from tokenspeed_plan.runtime.compare import difference
 from tokenspeed_plan.runtime.execution.backend import KernelBackend
 from tokenspeed_plan.runtime.execution.executor import Executor
 from tokenspeed_plan.runtime.execution.graphs import GraphLaunch
+from tokenspeed_plan.runtime.libraries import cublas
 from tokenspeed_plan.runtime.libraries.sample_batch import sample_batch
 
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # new tokens, and all, by sequence
@@ -44,7 +46,6 @@ SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # new tokens, an
     "16 x 512": ((512,) * 16, (512,) * 16),
     "ragged": ((1, 63, 700, 64, 1000, 65), (1, 63, 900, 640, 33000, 129)),
 }
-ROWS = (1024, 2048, 4096, 8192)  # of products
 STEPS = ((1, 8192, 8192), (1, 8192, 49152), (1, 800, 50000), (1, 1024, 1024))
 COUNT = 4  # calls in a graph
 
@@ -113,18 +114,20 @@ def library_calls(plan: Plan, kind: str) -> tuple[Program, list[LibraryCall]]:
 
 @torch.inference_mode()
 def products(plan: Plan, executor: Executor) -> None:
-    """cuBLAS and the plan's kernels on the same tensors."""
-    program, calls = library_calls(plan, "linear")
+    """cuBLAS and each prefill program's own kernels, at the program's size, on the same tensors."""
     backend = backend_of(executor)
     print("weight | rows | own us | library us | own TFLOP/s | library TFLOP/s | apart", flush=True)
-    for call in calls:
-        kernel = executor.kernels[call.kernel]
-        shape = next(p.tensor.bind(0, 0) for p in kernel.params if p.role == "weight")
-        for rows in ROWS:
+    for program in plan.pool.programs:
+        calls = {step.kernel: step for step in program.steps if isinstance(step, Call)}
+        for name in calls:
+            kernel, rows = executor.kernels[name], program.max_tokens
+            if program.phase != "prefill" or not computes_kernel(CUBLAS, kernel):
+                continue
             tensors = sample_batch(kernel, torch.device(plan.target.device), (rows,), (rows,))
             own = backend.launcher(kernel, rows, 1, plan.pool.index_of(program))
-            runs = [run for run in (own, backend.library_of(call)) if run is not None]
+            runs = (own, cublas.linear(kernel))
             found = [measured(run, tensors, plan.target.device) for run in runs]
+            shape = next(p.tensor.bind(0, 0) for p in kernel.params if p.role == "weight")
             rates = [f"{2.0 * rows * shape[0] * shape[1] / us / 1e6:.0f}" for us, _ in found]
             apart = difference(found[-1][1], found[0][1])
             times = [f"{us:.1f}" for us, _ in found]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # `residual` are norms and sums of the residual stream; `batch` operators update the batch's inputs.
 Role = Literal["embed", "mixer", "ffn", "router", "residual", "head", "draft", "batch"]
+LIBRARY_MARGIN = 0.03  # by which a function of a library must be faster than the kernel
 DimSplits = tuple[tuple[int, Split], ...]
 
 
@@ -160,8 +161,8 @@ class LibraryChoice:
 
     @property
     def pays(self) -> bool:
-        """Whether the function is called."""
-        return self.library_us < self.kernel_us
+        """Whether the function is called: only where it is faster by more than its prices err."""
+        return self.library_us < (1.0 - LIBRARY_MARGIN) * self.kernel_us
 
 
 @dataclass(frozen=True, slots=True)

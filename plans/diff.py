@@ -12,6 +12,7 @@ from tokenspeed_plan.plans.schema import (
     BufferSpec,
     Decision,
     KernelSpec,
+    LibraryCall,
     Plan,
     Pool,
     Program,
@@ -200,14 +201,19 @@ def _programs(pair: _PoolPair) -> Iterator[Change]:
 def _program_arrow(old: Program, new: Program) -> str:
     numbers = (
         ("launches", old.launches, new.launches),
+        ("library calls", _library_calls(old), _library_calls(new)),
         ("predicted us", old.predicted_us, new.predicted_us),
     )
     changed = []
     for what, before, after in numbers:
         if before != after:
-            share = _share(before, after)
+            share = _share(before, after) if before else ""
             changed.append(f"{what} {before} -> {after}{share}")
     return ", ".join(changed) or "steps or offsets"
+
+
+def _library_calls(program: Program) -> int:
+    return sum(isinstance(step, LibraryCall) for step in program.steps)
 
 
 def _kernels(old: Plan, new: Plan) -> Iterator[Change]:

@@ -21,7 +21,7 @@ from tokenspeed_plan.planner.models.config import LayerType, ModelConfig
 from tokenspeed_plan.planner.models.decoder import build
 from tokenspeed_plan.planner.models.quantization import QUANTISED, published_encoding, stored_word
 from tokenspeed_plan.planner.passes.cost import CostedOp, Load, costed_op, time_of
-from tokenspeed_plan.planner.passes.expand import FEW_ROWS
+from tokenspeed_plan.planner.passes.expand import FEW_ROWS, SORTED_AT_ONCE
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.planner.passes.op_terms import Formats
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
@@ -60,11 +60,13 @@ def stored_formats(kv_dtype: str = "bf16") -> Formats:
 
 
 def _graph_size(count: int) -> int:
-    """The largest number of tokens or sequences with the same graph as this number."""
+    """A number of tokens or sequences with the same graph as this number."""
     for largest in (GEMV_ROWS, FEW_ROWS):
         if count <= largest:
             return largest
-    return FEW_ROWS + 1
+    if count <= SORTED_AT_ONCE:
+        return FEW_ROWS + 1  # few enough for kernels that push, which are priced as such
+    return SORTED_AT_ONCE + 1
 
 
 def _near(count: int) -> int:

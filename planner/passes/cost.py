@@ -15,7 +15,7 @@ from statistics import NormalDist
 from typing import Literal
 
 from tokenspeed_plan.codegen.tiling import GEMV_ROWS
-from tokenspeed_plan.planner.graph import Op, OpGraph
+from tokenspeed_plan.planner.graph import LIBRARY_MARGIN, Op, OpGraph
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, gather_us, library_us, push_us
 from tokenspeed_plan.planner.passes.op_terms import (
     AS_BUILT,
@@ -370,11 +370,13 @@ def time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> OpT
     A plan chooses for each program (`planner/passes/library.py`), a prediction for each load.
     """
     best = kernel_time_of(op, work, load, hardware)
+    most_us = (1.0 - LIBRARY_MARGIN) * best.total_us
     for name in op.libraries:
         least = LIBRARY_FUNCTIONS[name].least_tokens
         if name in hardware.libraries and load.num_tokens >= least:
             other = library_time_of(op, work, load, hardware, name)
-            best = min(best, other, key=lambda time: time.total_us)
+            if other.total_us < min(most_us, best.total_us):
+                best = other
     return best
 
 

@@ -101,8 +101,9 @@ def record_libraries(ledger: Ledger, graphs: Sequence[tuple[str, OpGraph]]) -> N
 
 
 _REASON = (
-    "the cheaper of the plan's kernel and the library's function, a call of each on average, once "
-    "with the context that the program is priced for and once with the workload's mean"
+    "the library's function where it is more than 3 % cheaper than the plan's kernel, a call of "
+    "each on average, once with the context that the program is priced for and once with the "
+    "workload's mean"
 )
 
 

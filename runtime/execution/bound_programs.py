@@ -99,6 +99,7 @@ class BoundPrograms:
         instructions = self.instructions(program, num_tokens, num_seqs, part)
         self.execute(instructions)
 
+    @torch.inference_mode()
     def execute(self, instructions: Iterable[Instruction]) -> None:
         """Run instructions in order."""
         execute(instructions, self._num_slots)

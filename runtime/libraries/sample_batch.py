@@ -54,8 +54,12 @@ def sample_batch(
         shape = list(param.tensor.bind(sum(new_tokens), len(new_tokens)))
         if param.name == cache:
             shape[0] = num_pages
-        values = torch.randn(shape, generator=random, device=device)
-        tensors.append(values.to(TORCH_DTYPES[param.tensor.dtype]))
+        dtype = TORCH_DTYPES[param.tensor.dtype]
+        if param.role == "scratch":
+            tensors.append(torch.zeros(shape, dtype=dtype, device=device))
+        else:
+            values = torch.randn(shape, generator=random, device=device)
+            tensors.append(values.to(dtype))
     return tuple(tensors)
 
 

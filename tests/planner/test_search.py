@@ -34,7 +34,7 @@ from tokenspeed_plan.planner.passes.cost import Load, busiest_share, expected_hi
 from tokenspeed_plan.planner.passes.limits import Holding
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.schema import LibraryCall, Plan
 
 WORKLOAD = {
     "kind": "agentic",
@@ -106,9 +106,10 @@ def test_prices_are_those_of_the_whole_plan(example: str) -> None:
         priced = steps.priced(layout, program.phase, load, program.depth)
         # Without drafts, such a step still writes the draft layer's keys: a few launches more.
         keys = decode and not program.depth and plan.pool.limits.max_depth
-        assert priced.total_us == pytest.approx(program.predicted_us, rel=0.1 if keys else 1e-3), (
-            program.phase
-        )
+        # A plan chooses a library once for a program, a price for its load.
+        calls_library = any(isinstance(step, LibraryCall) for step in program.steps)
+        rel = 0.1 if keys else 5e-3 if calls_library else 1e-3
+        assert priced.total_us == pytest.approx(program.predicted_us, rel=rel), program.phase
         more_launches = program.launches - priced.launches
         assert 0 < more_launches < 12 if keys else more_launches == 0
 

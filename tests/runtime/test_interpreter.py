@@ -211,13 +211,15 @@ def full_size_tokens(prompts: list[list[int]], params: SamplingParams) -> list[t
     kernels, reference = load_kernels(plan, DEMO), ReferenceBackend(plan)
     backend = KernelBackend(plan, kernels, reference, full_size=True)
     engine = Engine(plan, Executor(PlanMemory(plan, arenas, weights), backend))
-    return [tuple(done.token_ids) for done in engine.generate(prompts, params)]
+    answers = [engine.generate([prompt], params) for prompt in prompts]  # each of its own size
+    return [tuple(done.token_ids) for (done,) in answers]
 
 
 @pytest.mark.slow
 def test_kernels_need_only_addresses() -> None:
-    """Kernels bound at a program's full size compute batches of any size."""
-    params, prompts = SamplingParams(max_tokens=2, ignore_eos=True), [list(range(5, 12))]
+    """Kernels bound once, at a program's full size, compute batches of any size."""
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    prompts = [list(range(5, 12)), list(range(30, 50))]
     # A new process, as another test may have loaded Triton to compile.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         whole = pool.submit(full_size_tokens, prompts, params).result()

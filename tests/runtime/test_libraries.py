@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.machines.hardware import find_hardware, known_profiles
+from tokenspeed_plan.plans.diff import diff
 from tokenspeed_plan.plans.errors import PlanError, SpecError
 from tokenspeed_plan.plans.libraries import (
     LIBRARY_FUNCTIONS,
@@ -171,6 +172,8 @@ def test_a_library_is_planned_where_it_is_cheaper(fake_library: Any, checkpoint:
     without = plan_of(fake_library, folder, libraries="none")
     assert not calls_of(without)
     assert plan.pool.programs[0].predicted_us < without.pool.programs[0].predicted_us
+    details = {change.what: change.detail for change in diff(without, plan)}
+    assert all("library calls 0 -> 1" in details[f"program {name}"] for name in prefill)
 
 
 def test_a_dear_library_is_named_and_not_called(fake_library: Any, checkpoint: Any) -> None:
