@@ -357,7 +357,9 @@ def test_any_schema_gives_json(schema: Any, text: str) -> None:
 def test_space_around_a_word(schema: Any, wanted: str) -> None:
     """Where the schema says what a string is, it is none of its own, however the text is split."""
     parameters = {"properties": {"a": schema}, "$defs": {"Answer": {"const": "no"}}}
-    text = "<tool_call>\n<function=f>\n<parameter=a>\n\nno \n</parameter>\n</function>\n</tool_call>"
+    text = (
+        "<tool_call>\n<function=f>\n<parameter=a>\n\nno \n</parameter>\n</function>\n</tool_call>"
+    )
     rules = AnswerRules(ChatFormat(calls="tags"), schemas={"f": parameters})
     for size in (1, 5, 1000):
         parser = AnswerParser(rules)
