@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 MAX_CPU_S = 2.0  # of one form
-MAX_WAIT_S = 2.0  # for others; meanwhile a thread of the server parses nothing else
+MAX_WAIT_S = 5.0  # for others; meanwhile a thread of the server parses nothing else
 MAX_FORM_CHARS = 1 << 18
 MAX_CACHED_CHARS = 1 << 28  # of compiled grammars
 # In a string of a stated length XGrammar takes control characters as they are, which JSON does not:
