@@ -1,6 +1,6 @@
 """JSON schemas of answers: what of them can be enforced. All else is refused, so that none is lost.
 
-What is enforced may be narrower than the schema, never wider: properties come in their order and,
+What is enforced may be narrower than the schema: properties come in their order and,
 where some are listed, no others do; a pattern is of the whole string.
 """
 
