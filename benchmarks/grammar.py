@@ -5,7 +5,7 @@
 DIR is the bundle of a plan; without `serving.grammar` there are free requests alone, which shows
 what the operator costs. Weights are random. Each request is constrained to a long list of objects,
 so that its masks are those of JSON: free text in strings, and between them few tokens. Its
-vocabulary is made up: words, of which one in thirty has a sign of JSON in it. Runs take turns; the
+vocabulary is made up: words, of which one in 300 ends with a sign of JSON. Runs take turns; the
 figure of each is the median.
 """
 
@@ -57,7 +57,7 @@ class MadeUp:
         while len(texts) < size:
             letters = rng.choices("etaoinshrdlucmfwypvbgk", k=rng.randint(2, 8))
             word = rng.choice(("", " ")) + "".join(letters)
-            if rng.random() < 1 / 30:
+            if rng.random() < 1 / 300:
                 word += rng.choice(SIGNS)
             texts[word.encode()] = None
         self._texts = list(texts)

@@ -99,12 +99,11 @@ def _late_inputs(vocab_size: int, limits: Capacity) -> dict[str, tuple[tuple[int
     }
     entries = adjustment_words(vocab_size, limits.max_seq_len)
     words = (limits.max_depth + 1) * mask_words(vocab_size)
-    return found | {
-        MIN_P: ((), "fp32"),
-        IS_MASKED: ((), "i32"),
-        ADJUSTMENTS: ((entries,), "i32"),
-        TOKEN_MASK: ((words,), "i32"),
-    }
+    found[MIN_P] = (), "fp32"
+    found[IS_MASKED] = (), "i32"
+    found[ADJUSTMENTS] = (entries,), "i32"
+    found[TOKEN_MASK] = (words,), "i32"
+    return found
 
 
 def stored_format(context: BuildContext, names: Iterable[str]) -> Format | None:

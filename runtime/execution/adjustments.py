@@ -29,7 +29,8 @@ class TokenCounts:
         self._entries = np.zeros((64, 3), dtype=np.int32)
         if params.repetition_penalty != 1:
             for token in prompt_ids:
-                self._entries[self._row(token), 1] = IN_PROMPT
+                row = self._row(token)  # which may make a larger array
+                self._entries[row, 1] = IN_PROMPT
         for token, bias in params.logit_bias:
             row = self._row(token)
             self._entries[row, 2] = np.float32(bias).view(np.int32)
@@ -44,7 +45,8 @@ class TokenCounts:
 
     def add(self, token_id: int) -> None:
         """Count a token of the answer."""
-        self._entries[self._row(token_id), 1] += IN_ANSWER
+        row = self._row(token_id)
+        self._entries[row, 1] += IN_ANSWER
 
     def fill(self, words: np.ndarray, drafts: Iterable[int]) -> int:
         """Write its adjustments as the operator reads them.

@@ -93,7 +93,6 @@ class BoundPrograms:
                 return number
         return len(program.steps)
 
-    @torch.inference_mode()
     def run(self, program: Program, num_tokens: int, num_seqs: int, part: Part = "whole") -> None:
         """One replay, or a part of one; inputs and outputs are in the io buffers."""
         instructions = self.instructions(program, num_tokens, num_seqs, part)

@@ -27,9 +27,13 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 MAX_CPU_S = 2.0  # of one form
-MAX_WAIT_S = 2.0  # for others; meanwhile a thread of the server parses nothing else
+MAX_WAIT_S = 5.0  # for others; meanwhile a thread of the server parses nothing else
 MAX_FORM_CHARS = 1 << 18
 MAX_CACHED_CHARS = 1 << 28  # of compiled grammars
+# In a string of a stated length XGrammar takes control characters as they are, which JSON does not:
+# such forms have a vocabulary without them.
+_LENGTHS = ('"minLength"', '"maxLength"')
+_CONTROLS = frozenset(range(0x20)) - frozenset(b"\n\r")
 _HINT = "give a simpler schema"
 _WORKER = "from tokenspeed_plan.runtime.grammars.grammar_worker import main; main()"
 
@@ -65,7 +69,7 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._stop_ids = list(stop_ids)
         self._lock = threading.Lock()
-        self._info: TokenizerInfo | None = None
+        self._infos: list[TokenizerInfo] = []  # with control characters, and without
         self._worker: _Worker | None = None
         self._kept: OrderedDict[str, tuple[Grammar | str, int]] = OrderedDict()
         self._kept_chars = 0
@@ -90,16 +94,16 @@ class GrammarCompiler:
         if not self._lock.acquire(timeout=MAX_WAIT_S):
             raise CompilerBusy("other schemas are being compiled", "try again in a moment")
         try:
-            found = self._found(sha256(text), form)
+            found = self._found(sha256(text), form, any(word in text for word in _LENGTHS))
         finally:
             self._lock.release()
         if isinstance(found, str):
             raise RequestError(found, _HINT)
         return found
 
-    def _found(self, key: str, form: Json) -> Grammar | str:
+    def _found(self, key: str, form: Json, has_lengths: bool) -> Grammar | str:
         if key not in self._kept:
-            self._keep(key, *self._compile(form))
+            self._keep(key, *self._compile(form, int(has_lengths)))
         self._kept.move_to_end(key)
         return self._kept[key][0]
 
@@ -111,33 +115,35 @@ class GrammarCompiler:
             _, (_, freed) = self._kept.popitem(last=False)
             self._kept_chars -= freed
 
-    def _compile(self, form: Json) -> tuple[Grammar | str, int]:
+    def _compile(self, form: Json, vocabulary: int) -> tuple[Grammar | str, int]:
         """The grammar, or why there is none, and its size in characters."""
         from xgrammar import CompiledGrammar
 
-        worker, info = self._started()
+        worker = self._started()
         try:
-            text = worker.ask({"form": form})["grammar"]
+            text = worker.ask({"form": form, "vocabulary": vocabulary})["grammar"]
         except _Fault as error:
             reason = f"the schema cannot be enforced: {printable_line(str(error)):.300}"
             return reason, len(reason)
+        info = self._infos[vocabulary]
         return XGrammar(CompiledGrammar.deserialize_json(text, info)), len(text)
 
-    def _started(self) -> tuple[_Worker, TokenizerInfo]:
-        if self._info is None:
-            self._info = self._tokenizer_info()
+    def _started(self) -> _Worker:
+        if not self._infos:
+            texts = [
+                b"" if self._tokens.is_special(token) else self._tokens.token_bytes(token)
+                for token in range(self._vocab_size)
+            ]
+            plain = [b"" if _CONTROLS.intersection(text) else text for text in texts]
+            self._infos = [self._tokenizer_info(texts), self._tokenizer_info(plain)]
         if self._worker is None or not self._worker.is_alive:
-            self._worker = _Worker(self._info.serialize_json())
-        return self._worker, self._info
+            self._worker = _Worker([info.serialize_json() for info in self._infos])
+        return self._worker
 
-    def _tokenizer_info(self) -> TokenizerInfo:
-        """The text of each token; special ones have none, so that no form allows them."""
+    def _tokenizer_info(self, texts: list[bytes]) -> TokenizerInfo:
+        """The text of each token; no form allows one that has none, as special ones."""
         from xgrammar import TokenizerInfo, VocabType
 
-        texts = [
-            b"" if self._tokens.is_special(token) else self._tokens.token_bytes(token)
-            for token in range(self._vocab_size)
-        ]
         return TokenizerInfo(
             texts, VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=self._stop_ids
         )
@@ -172,7 +178,7 @@ class _Fault(Exception):
 class _Worker:
     """A process that compiles; the system ends it where a form takes too much."""
 
-    def __init__(self, tokens: str) -> None:
+    def __init__(self, tokens: list[str]) -> None:
         # `-P`: an xgrammar.py in the current folder is not imported. A session of its own: Ctrl-C
         # is not for it.
         self._process = subprocess.Popen(

@@ -1,7 +1,8 @@
 """Compiles grammars for another process, which a hostile schema must not take down.
 
-Requests and replies are lines of JSON. The first request has the `tokens`, as XGrammar writes them;
-the others have a `form`, a structural tag, and their replies the compiled `grammar`. The system
+Requests and replies are lines of JSON. The first request has the `tokens` of each vocabulary, as
+XGrammar writes them; the others have a `form`, a structural tag, and the number of its
+`vocabulary`, and their replies the compiled `grammar`. The system
 ends this process when a schema takes too much time, memory or stack.
 """
 
@@ -32,14 +33,17 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no reply
     max_cpu_s = float(sys.argv[1])
-    info = TokenizerInfo.deserialize_json(json.loads(sys.stdin.readline())["tokens"])
-    compiler = GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    tokens = json.loads(sys.stdin.readline())["tokens"]
+    infos = [TokenizerInfo.deserialize_json(text) for text in tokens]
+    compilers = [GrammarCompiler(info, max_threads=1, cache_enabled=False) for info in infos]
     _limit_memory()
     _reply(replies, {})
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, max_cpu_s)
         try:
-            reply = _compiled(compiler, json.loads(line)["form"], info.vocab_size)
+            asked = json.loads(line)
+            compiler = compilers[asked["vocabulary"]]
+            reply = _compiled(compiler, asked["form"], infos[0].vocab_size)
         except FAULTS as error:
             reply = {"error": _PLACE.sub("", str(error)).strip()}
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -342,3 +342,27 @@ def test_values_have_the_types_of_their_schema(schema: Any, text: str, wanted: s
 @given(schema=json_values(), text=st.text() | st.sampled_from(WORDS))
 def test_any_schema_gives_json(schema: Any, text: str) -> None:
     json.loads(to_json(text, types_of(schema, schema)))
+
+
+@pytest.mark.parametrize(
+    ("schema", "wanted"),
+    [
+        ({"enum": ["no", "yes"]}, "no"),
+        ({"type": "string", "pattern": "^no$"}, "no"),
+        ({"$ref": "#/$defs/Answer"}, "no"),
+        ({"type": "string"}, "\nno "),
+        ({"type": "string", "minLength": 1}, "\nno "),
+    ],
+)
+def test_space_around_a_word(schema: Any, wanted: str) -> None:
+    """Where the schema says what a string is, it is none of its own, however the text is split."""
+    parameters = {"properties": {"a": schema}, "$defs": {"Answer": {"const": "no"}}}
+    text = (
+        "<tool_call>\n<function=f>\n<parameter=a>\n\nno \n</parameter>\n</function>\n</tool_call>"
+    )
+    rules = AnswerRules(ChatFormat(calls="tags"), schemas={"f": parameters})
+    for size in (1, 5, 1000):
+        parser = AnswerParser(rules)
+        parts = [p for at in range(0, len(text), size) for p in parser.push(text[at : at + size])]
+        (call,) = assembled([*parts, *parser.finish(is_cut=False)]).calls
+        assert json.loads(call.arguments) == {"a": wanted}

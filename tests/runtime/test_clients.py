@@ -385,7 +385,7 @@ def test_thoughts_are_counted(client: openai.OpenAI, server: Server) -> None:
 
 def test_tokenizer_info(server: Server) -> None:
     found = server.http.get("/tokenizer_info").json()
-    assert found["tokenizer_class"] and found["eos_token"] == "<|endoftext|>"  # of Qwen3.5's class
+    assert found["tokenizer_class"] and found["eos_token"] == "<|im_end|>"
     assert httpx.get(f"{server.url}/tokenizer_info").status_code == 401
 
 

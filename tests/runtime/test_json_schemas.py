@@ -23,6 +23,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "several at once": ({"allOf": [STRING, STRING]}, "several schemas"),
     "a pattern and a length": ({"pattern": "a", "minLength": 3}, "`minLength` beside `pattern`"),
     "a group that looks ahead": ({"pattern": "(?=a)b"}, "look around"),
+    "a pattern of quotes": ({"pattern": '"'}, "quotes and backslashes"),
+    "a pattern of backslashes": ({"pattern": "\\\\"}, "quotes and backslashes"),
     "many repetitions": ({"pattern": "a{9999}"}, "at most 1000 times"),
     "many repetitions at most": ({"pattern": "a{1,9999}"}, "at most 1000 times"),
     "what is required is not listed": ({"properties": {}, "required": ["b"]}, "`b` is not in"),

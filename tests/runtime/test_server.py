@@ -289,7 +289,7 @@ def test_many_clients_at_once_get_what_one_gets(client: openai.OpenAI, engine: E
         ({"n": 128, "prompt": ["a", "b", "c"]}, 400, None, "n"),
         ({"stop": ["a"] * 5}, 400, "invalid_value", "stop"),
         ({"logprobs": 21}, 400, "invalid_value", "logprobs"),
-        ({"echo": True}, 400, "unsupported_parameter", "echo"),
+        ({"suffix": "x"}, 400, "unsupported_parameter", "suffix"),
         ({"best_of": 2}, 400, "unsupported_parameter", "best_of"),
         ({"presence_penalty": 0.5}, 400, "unsupported_parameter", "presence_penalty"),
         ({"logit_bias": {"50256": -100}}, 400, "unsupported_parameter", "logit_bias"),

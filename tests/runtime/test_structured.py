@@ -297,5 +297,7 @@ def test_batch_files(bundle: Path, tmp_path: Path) -> None:
     first = json.loads(output.read_text().splitlines()[0])
     message = first["response"]["body"]["choices"][0]["message"]
     assert Vote.model_validate_json(message["content"])
-    lengths = CliRunner().invoke(main, ["lengths", str(source)], catch_exceptions=False)
+    model = bundle.parent / "model"
+    words = ["lengths", source, "--model", model, "--out", tmp_path / "lengths.jsonl"]
+    lengths = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
     assert lengths.exit_code == 0, lengths.output

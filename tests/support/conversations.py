@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
-from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch, HostValues
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 
@@ -166,10 +166,15 @@ class PoisonLaunch:
         return self._eager.copy_to_host(*values)
 
     def run(
-        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+        self,
+        programs: BoundPrograms,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        part: Part = "whole",
     ) -> None:
         before = self._poison(programs.memory)
-        self._eager.run(programs, program, num_tokens, num_seqs)
+        self._eager.run(programs, program, num_tokens, num_seqs, part)
         for view, wanted in before:
             assert torch.equal(view.nan_to_num(7.0), wanted.nan_to_num(7.0)), (
                 "a step wrote what the cache holds"

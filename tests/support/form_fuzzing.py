@@ -146,7 +146,7 @@ def drawn(
             return None, None  # a schema that contradicts itself deep inside
         likely = [token for token in (stop, *closing) if token in allowed]
         token = int(rng.choice(likely if likely and rng.random() < 0.7 else allowed))
-        other = rng.randrange(tokenizer.num_ids)
+        other = rng.randrange(2000)
         is_text = not tokenizer.is_special(other) and other not in allowed
         if is_text and matcher.accept(other):
             return None, "a token is taken that the mask forbids"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.lengths_file import RowLengths
+from tokenspeed_plan.runtime.request_check import MAX_INT32
 from tokenspeed_plan.runtime.serving.batch.files import InputFile, InputLine
 from tokenspeed_plan.runtime.serving.batch.lines import Row, parse_row
 from tokenspeed_plan.runtime.serving.openai.bodies import ChatBody, InvalidRequestError
@@ -19,7 +20,7 @@ from tokenspeed_plan.runtime.serving.openai.conversion import (
     to_requests,
 )
 
-_MOST = 1 << 40  # no plan limits the lengths yet
+_MOST = MAX_INT32  # no plan limits the lengths yet
 _ANY = RequestLimits(_MOST, 1, _MOST, takes_penalties=True)
 
 

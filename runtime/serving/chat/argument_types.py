@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 Json = dict[str, Any]
 
+_OF_WORDS = ("enum", "const", "pattern", "format")
 _MAX_DEPTH = 8  # of schemas in each other
 _INTEGER = re.compile(r"-?(?:0|[1-9]\d*)", re.ASCII)
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
@@ -34,6 +35,19 @@ def types_of(schema: Any, root: Any) -> tuple[str, ...]:
         root: of all arguments; `$ref` points into it.
     """
     return tuple(dict.fromkeys(_types(schema, root, _MAX_DEPTH)))
+
+
+def is_word(schema: Any, root: Any) -> bool:
+    """Whether a schema says what its strings are, so that space around one means nothing.
+
+    Args:
+        schema: of one argument.
+        root: of all arguments; `$ref` points into it.
+    """
+    if not isinstance(schema, dict):
+        return False
+    target = _target(schema.get("$ref"), root) if "$ref" in schema else schema
+    return isinstance(target, dict) and any(name in target for name in _OF_WORDS)
 
 
 def _types(schema: Any, root: Any, depth: int) -> Iterator[str]:

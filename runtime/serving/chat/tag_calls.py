@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tokenspeed_plan.plans.chat_format import CALL_BEGIN, CALL_END, THINK_END
 from tokenspeed_plan.runtime.serving.chat.answer_parts import Part
-from tokenspeed_plan.runtime.serving.chat.argument_types import to_json, types_of
+from tokenspeed_plan.runtime.serving.chat.argument_types import is_word, to_json, types_of
 from tokenspeed_plan.runtime.serving.chat.growing_text import GrowingText
 
 Json = dict[str, Any]
@@ -118,7 +118,14 @@ class TagCall:
             self._add(", ")
         self._keys.add(key)
         self._add(json.dumps(key, ensure_ascii=False, allow_nan=False) + ": ")
-        self._value = _Value(self._types_of(key), self._parts)
+        self._value = _Value(self._types_of(key), self._parts, self._is_word(key))
+
+    def _is_word(self, key: str) -> bool:
+        """Whether space around an argument is none of its own."""
+        if not isinstance(self._schema, dict):
+            return False
+        properties = self._schema.get("properties")
+        return isinstance(properties, dict) and is_word(properties.get(key), self._schema)
 
     def _types_of(self, key: str) -> tuple[str, ...]:
         """The types that an argument may have."""
@@ -204,10 +211,11 @@ class TagCall:
 class _Value:
     """The value of one argument, as it comes; a string goes on at once, others when they end."""
 
-    def __init__(self, types: tuple[str, ...], parts: list[Part]) -> None:
+    def __init__(self, types: tuple[str, ...], parts: list[Part], is_word: bool) -> None:
         self.has_begun = False
         self._types = types
-        self._is_string = types == _STRING
+        self._is_word = is_word
+        self._is_string = types == _STRING and not is_word
         self._parts = parts
         self._pieces: list[str] = []
         if self._is_string:
@@ -228,4 +236,5 @@ class _Value:
         if self._is_string:
             self._add('"')
         else:
-            self._add(to_json("".join(self._pieces), self._types))
+            text = "".join(self._pieces)
+            self._add(to_json(text.strip() if self._is_word else text, self._types))

@@ -161,7 +161,7 @@ def _service(
             engine.max_seq_len,
             engine.default_max_tokens,
             engine.vocab_size,
-            grammars=_grammars(engine, engine.tokenizer, workers),
+            grammars=_grammars(engine, engine.tokenizer),
             takes_penalties=engine.plan.takes_penalties,
             turns=turns,
         ),
@@ -179,11 +179,11 @@ def _service(
     )
 
 
-def _grammars(engine: Engine, tokenizer: Tokenizer, workers: Executor) -> GrammarCompiler | None:
-    """What compiles the forms of answers; what the first one needs is started meanwhile."""
+def _grammars(engine: Engine, tokenizer: Tokenizer) -> GrammarCompiler | None:
+    """What compiles the forms of answers, ready for the first one."""
     found = grammar_compiler(engine.plan, tokenizer)
     if found is not None:
-        workers.submit(found.warm_up)
+        found.warm_up()
     return found
 
 

@@ -221,5 +221,5 @@ def _arguments(tool: Json, calls: CallFormat) -> Json:
     schema = function.get("parameters") or _OBJECT
     found = _json(_enforced(schema, "tools", f"{function['name']}.parameters"))
     if calls == "tags":
-        found["style"] = "qwen_xml"
+        found |= {"style": "qwen_xml", "max_whitespace_cnt": 1}
     return found

@@ -1,6 +1,6 @@
 """JSON schemas of answers: what of them can be enforced. All else is refused, so that none is lost.
 
-What is enforced may be narrower than the schema, never wider: properties come in their order and,
+What is enforced may be narrower than the schema: properties come in their order and,
 where some are listed, no others do; a pattern is of the whole string.
 """
 
@@ -169,6 +169,8 @@ def _check_pattern(value: Any) -> str | None:
         return "a pattern has at most 1024 characters"
     if "(?" in value.replace("(?:", ""):
         return "groups that look around cannot be enforced"
+    if '"' in value or "\\\\" in value:
+        return "quotes and backslashes in a pattern cannot be enforced"
     counts = [count for pair in _REPEATS.findall(value) for count in pair]
     if any(int(count or 0) > MAX_REPEATS for count in counts):
         return f"a pattern repeats a part at most {MAX_REPEATS} times"
