@@ -63,7 +63,8 @@ class Work:
         """What a measured tile is filed under in `tuned.yaml`.
 
         The kind, rows rounded up to a power of two, queries of a sequence where there are several,
-        and the shapes of the weight matrices, with their dtype where they are quantised.
+        and the shapes of the weight matrices, with their dtype where they are quantised; and
+        whether recurrent state is in bf16.
         """
         words = [self.kind, str(up2(self.num_rows))]
         if self.query_len > 1:
@@ -75,6 +76,8 @@ class Work:
                 words.append(word)
                 if param.tensor.format.block:
                     words.append(param.tensor.dtype)
+            if param.name.endswith("ssm_state") and param.tensor.dtype == "bf16":
+                words.append("bf16 state")
         return " ".join(words)
 
     @property

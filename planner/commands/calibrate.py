@@ -15,6 +15,7 @@ from tokenspeed_plan.codegen.build import default_cache
 from tokenspeed_plan.planner.advisor import calibration
 from tokenspeed_plan.planner.compile import Model, build_bundle
 from tokenspeed_plan.planner.machines.hardware import Profile, read_profile
+from tokenspeed_plan.planner.passes.cost import waiting_tokens
 from tokenspeed_plan.plans.bundle import save_plan
 from tokenspeed_plan.plans.types import Phase
 
@@ -214,7 +215,7 @@ class _Probe:
         kinds, waiting = {}, {}
         for kernel in plan.kernels:
             kinds[kernel.name] = [part.kind for part in kernel.parts]
-            waiting[kernel.name] = calibration.waiting_tokens(kernel)
+            waiting[kernel.name] = waiting_tokens(kernel.parts)
         for batch in batches:
             measured = Replay(plan, executor, *batch).measure(self.machine)
             yield from calibration.samples(measured, kinds, waiting)
