@@ -76,9 +76,15 @@ class Work:
                 words.append(word)
                 if param.tensor.format.block:
                     words.append(param.tensor.dtype)
-            if param.name.endswith("ssm_state") and param.tensor.dtype == "bf16":
-                words.append("bf16 state")
+        if self.stores_bf16_state:
+            words.append("bf16 state")
         return " ".join(words)
+
+    @property
+    def stores_bf16_state(self) -> bool:
+        """Whether it reads or writes a recurrent state that is stored in bf16."""
+        states = [param for param in self.kernel.params if param.name.endswith("ssm_state")]
+        return any(param.tensor.dtype == "bf16" for param in states)
 
     @property
     def query_len(self) -> int:
