@@ -67,7 +67,7 @@ class Work:
 
         The kind, rows rounded up to a power of two, queries of a sequence where there are several,
         and the shapes of the weight matrices, with their dtype where they are quantised; last,
-        whether activations are, too.
+        whether activations are, too, and whether recurrent state is in bf16.
         """
         words = [self.kind, str(up2(self.num_rows))]
         if self.query_len > 1:
@@ -81,7 +81,15 @@ class Work:
                     words.append(param.tensor.dtype)
         if self.quantised:
             words.append("times fp8")
+        if self.stores_bf16_state:
+            words.append("bf16 state")
         return " ".join(words)
+
+    @property
+    def stores_bf16_state(self) -> bool:
+        """Whether it reads or writes a recurrent state that is stored in bf16."""
+        states = [param for param in self.kernel.params if param.name.endswith("ssm_state")]
+        return any(param.tensor.dtype == "bf16" for param in states)
 
     @property
     def query_len(self) -> int:

@@ -25,7 +25,6 @@ from tokenspeed_plan.planner.passes.cost import op_class, variant_of
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
-from tokenspeed_plan.plans.ops import query_len
 from tokenspeed_plan.plans.schema import KernelSpec
 
 NO_WAIT_US = 1e-6
@@ -112,18 +111,6 @@ def probe_spec(
             "workload": workload,
         }
     )
-
-
-def waiting_tokens(kernel: KernelSpec) -> int:
-    """Tokens of a sequence that wait for another one in a kernel of the delta rule."""
-    tokens = 0
-    for part in kernel.parts:
-        if part.kind == "delta_rule":
-            tokens += query_len(part.attrs)
-        if part.kind == "recompute_state":
-            kept = next(p for p in kernel.tensors if p.name.endswith("kept_inputs"))
-            tokens += kept.tensor.bind(0, 0)[1]
-    return max(tokens - 1, 0)
 
 
 def samples(program: Mapping[str, Any], kernels: Mapping[str, KernelSpec]) -> list[Sample]:

@@ -8,7 +8,7 @@ its bytes over the memory's rate, and its FLOPs over the rate of the tensor core
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -33,7 +33,7 @@ from tokenspeed_plan.planner.passes.op_terms import (
 from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.ops import COLLECTIVES, integer, query_len
-from tokenspeed_plan.plans.schema import Amounts, BatchSize, CallAmounts, KernelSpec, Work
+from tokenspeed_plan.plans.schema import Amounts, BatchSize, CallAmounts, KernelSpec, Part, Work
 from tokenspeed_plan.plans.types import TensorSpec
 
 # Products of weights in FP8, converted first or multiplied as they are.
@@ -154,19 +154,18 @@ def costed_op(
         members=members,
         collective=collective,
         is_collective=op.kind in COLLECTIVES,
-        waiting_tokens=max(sum(_tokens_in_turn(graph, member) for member in op.members) - 1, 0),
+        waiting_tokens=waiting_tokens(op.members),
         libraries=library_functions(graph, op),
     )
 
 
-def _tokens_in_turn(graph: OpGraph, op: Op) -> int:
-    """Tokens of a sequence that the delta rule takes one after the other in a decode step."""
-    if op.kind == "recompute_state":
-        kept = next(graph.tensors[name] for name, _ in op.states if name.endswith("kept_inputs"))
-        return kept.spec.bind(0, 0)[1]
-    if op.kind == "delta_rule":
-        return query_len(op.attrs)
-    return 0
+def waiting_tokens(parts: Iterable[Op | Part]) -> int:
+    """Tokens of a sequence that wait for another one in a kernel of the delta rule.
+
+    Those that are recomputed are at most as many as the queries.
+    """
+    turns = [part for part in parts if part.kind in ("recompute_state", "delta_rule")]
+    return max(sum(query_len(part.attrs) for part in turns) - 1, 0)
 
 
 def library_functions(graph: OpGraph, op: Op) -> tuple[str, ...]:

@@ -26,11 +26,12 @@ from tokenspeed_plan.planner.advisor.search_space import DEPTHS
 from tokenspeed_plan.planner.advisor.step_model import StepModel, stored_formats
 from tokenspeed_plan.planner.advisor.workload import Demand, conversation, serve, tokens_per_step
 from tokenspeed_plan.planner.commands.predict import search
+from tokenspeed_plan.planner.compile import program_load
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
-from tokenspeed_plan.planner.passes.cost import Load, busiest_share, expected_hits, mean_tiles
+from tokenspeed_plan.planner.passes.cost import busiest_share, expected_hits, mean_tiles
 from tokenspeed_plan.planner.passes.limits import Holding
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
@@ -98,11 +99,12 @@ def test_prices_are_those_of_the_whole_plan(example: str) -> None:
     """Prices of a graph of three layers equal those of the whole plan, program by program."""
     spec, plan = plan_of(example)
     steps, layout = steps_of(example), layout_of(plan)
-    middle = spec.workload.max_conversation_tokens // 2
     for program in (p for p in plan.pool.programs if p.num_streams == 1):
         decode = program.phase == "decode"
-        seqs, context = (program.bucket, middle) if decode else (1, min(middle, program.bucket))
-        load = Load(program.max_tokens, seqs, context, formats=stored_formats(kv_dtype_of(plan)))
+        load = replace(
+            program_load(program.phase, program.max_tokens, program.max_seqs, spec),
+            formats=stored_formats(kv_dtype_of(plan)),
+        )
         priced = steps.priced(layout, program.phase, load, program.depth)
         # Without drafts, such a step still writes the draft layer's keys: a few launches more.
         keys = decode and not program.depth and plan.pool.limits.max_depth
