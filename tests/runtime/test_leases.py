@@ -95,10 +95,15 @@ def test_bad_rows_are_refused_before_anything_runs(tmp_path: Path) -> None:
     engine = FakeEngine()
     with pytest.raises(RequestError, match="1 of 9 lines cannot be run\n  line 17"):
         worker(FolderStore(tmp_path), source, tmp_path / "o.jsonl", engine=engine).run()
-    with pytest.raises(RequestError, match="was used on line 1"):
-        source.write_text(f"{row(0)}\n{row(1)}\n{row(0)}\n", encoding="utf-8")
-        worker(FolderStore(tmp_path), source, tmp_path / "o.jsonl", engine=engine).run()
+    source.write_text(f"{row(0)}\n{row(1)}\n{row(0)}\n", encoding="utf-8")
+    with pytest.raises(RequestError, match="was used on line 1, in another shard"):
+        worker(
+            FolderStore(tmp_path), source, tmp_path / "o.jsonl", engine=engine, max_errors=9
+        ).run()
     assert not engine.seen
+    wanted = single(source, tmp_path / "single.jsonl", max_errors=1)
+    worker(FolderStore(tmp_path), source, tmp_path / "o.jsonl", shards=1, max_errors=1).run()
+    assert (tmp_path / "o.jsonl").read_bytes() == wanted  # in one shard it is a bad row
 
 
 @pytest.mark.parametrize("other", [{"digest": "e"}, {"shards": 5}, {"limit": 3}])

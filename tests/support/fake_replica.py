@@ -64,7 +64,9 @@ def main() -> None:
     ]
     listener = socket.create_server(("127.0.0.1", 0))
     print(f"ready at http://127.0.0.1:{listener.getsockname()[1]}/v1", file=sys.stderr, flush=True)
-    config = uvicorn.Config(Starlette(routes=routes), log_level="error")
+    # A signal ends its streams at once: whoever wants to keep them waits for their end.
+    app = Starlette(routes=routes)
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=0)
     uvicorn.Server(config).run([listener])
 
 

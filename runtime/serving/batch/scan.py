@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tokenspeed_plan.plans.errors import RequestError
@@ -103,6 +104,24 @@ class Scanner:
             raise InvalidRequestError(f"custom_id {row.custom_id!a:.80} was used on line {first}")
         check_body(row.body, self._tokenizer, self._limits)
         return row
+
+    def refuse_duplicate(self, line: InputLine, first_line: int) -> None:
+        """Refuse a checked row whose `custom_id` was used before a line.
+
+        Who runs the rows from there on alone could not see that it was.
+
+        Raises:
+            RequestError: with both lines.
+        """
+        with suppress(InvalidRequestError):
+            row = parse_row(line.raw, line.number, self._digest)
+            first = self._notebook.first_line_of(row.custom_id, row.line)
+            if first < first_line:
+                raise RequestError(
+                    f"line {row.line}: custom_id {row.custom_id!a:.80} was used on line {first}, "
+                    "in another shard",
+                    "give each row an id of its own",
+                )
 
 
 def refuse_bad(result: ScanResult, max_errors: int) -> None:

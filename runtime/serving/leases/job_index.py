@@ -219,6 +219,8 @@ def _shards(
         except InvalidRequestError as error:
             custom_id = custom_id_of(line.raw)
             result.add_fault(line.number, str(error))
+            if draft is not None:
+                scanner.refuse_duplicate(line, draft.first_line)
         if draft is not None:
             draft.add(line.raw, custom_id)
         result.num_rows += 1
