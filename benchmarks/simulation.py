@@ -30,7 +30,7 @@ from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.bench import prepare
 from tokenspeed_plan.runtime.engine import Engine
-from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch
 from tokenspeed_plan.runtime.simulation.load import Turns, Users
 from tokenspeed_plan.runtime.simulation.load_report import Levels, figures
@@ -44,11 +44,16 @@ class TimedLaunch(EagerLaunch):
     replays: list[tuple[str, int, int, float]] = field(default_factory=list)
 
     def run(
-        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+        self,
+        programs: BoundPrograms,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        part: Part = "whole",
     ) -> None:
         """Run all instructions in order."""
         begun = time.perf_counter()
-        super().run(programs, program, num_tokens, num_seqs)
+        super().run(programs, program, num_tokens, num_seqs, part)
         us = (time.perf_counter() - begun) * 1e6
         size = num_tokens if program.phase == "prefill" else num_seqs
         self.replays.append((program.phase, program.bucket, size, us))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.execution.adjustments import Adjustments
+from tokenspeed_plan.runtime.execution.bound_programs import Part
 from tokenspeed_plan.runtime.execution.executor import Executor
 from tokenspeed_plan.runtime.execution.inputs import InputWriter
-from tokenspeed_plan.runtime.execution.launch import Part
 from tokenspeed_plan.runtime.grammars.token_masks import TokenMasks
 from tokenspeed_plan.runtime.in_flight import InFlightBatch
 from tokenspeed_plan.runtime.metrics import Metrics

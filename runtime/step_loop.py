@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.execution.launch import Part
+from tokenspeed_plan.runtime.execution.bound_programs import Part
 from tokenspeed_plan.runtime.in_flight import InFlightBatch
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor, needs_look

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenspeed_plan.planner.advisor.batch_prices import linear
 from tokenspeed_plan.planner.advisor.numbers import powers_of_two
-from tokenspeed_plan.planner.advisor.plan_prices import step_model
+from tokenspeed_plan.planner.advisor.plan_prices import kv_dtype_of, step_model
 from tokenspeed_plan.planner.advisor.step_model import StepModel
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.plans.schema import Plan
@@ -31,6 +31,7 @@ class PlanSteps:
         is_padded: whether a program computes its whole bucket, however few sequences there are.
         chunk: tokens of the longest prefill step.
         max_context: tokens of the longest sequence.
+        kv_dtype: how keys and values are kept.
         decodes, prefills: prices so far.
     """
 
@@ -40,6 +41,7 @@ class PlanSteps:
     is_padded: bool
     chunk: int
     max_context: int
+    kv_dtype: str
     decodes: dict[int, Line] = field(default_factory=dict)
     prefills: dict[tuple[int, int], Line] = field(default_factory=dict)
 
@@ -60,6 +62,7 @@ class PlanSteps:
             any(program.captured for program in decode),
             limits.max_tokens,
             limits.max_seq_len,
+            kv_dtype_of(plan),
         )
 
     def decode_us(self, bucket: int, seqs: int, context: float) -> float:
@@ -99,7 +102,7 @@ class PlanSteps:
             self.prefills[key] = self._line(
                 lambda context: (
                     self.steps.prefill(
-                        self.layout, size, context, depth=max(self.depths.values()), seqs=seqs
+                        self.layout, size, context, self.kv_dtype, max(self.depths.values()), seqs
                     ).total_us
                 )
             )

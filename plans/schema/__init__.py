@@ -120,7 +120,7 @@ __all__ = [
     "shared_bytes",
 ]
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 
 class Shard(Frozen):

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 
 from tokenspeed_plan.plans.schema import Plan, Program
-from tokenspeed_plan.runtime.execution.launch import HostValues, Part
+from tokenspeed_plan.runtime.execution.bound_programs import Part
+from tokenspeed_plan.runtime.execution.launch import HostValues
 from tokenspeed_plan.runtime.in_flight import InFlightBatch
 from tokenspeed_plan.runtime.output import FIRST_TOKEN, host_outputs
 from tokenspeed_plan.runtime.request_check import stop_ids_of
