@@ -22,6 +22,7 @@ from serving import KEY, Server, be_command, serving
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.runtime.serving.http.callers import CheckHost
 from tokenspeed_plan.runtime.serving.http.health import Progress
+from tokenspeed_plan.runtime.serving.http.heap import EVERY_S, HeapTrimmer, trim_heap
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow  # whole processes, or many examples
@@ -405,3 +406,13 @@ def test_an_idle_engine_does_not_stand_still(monkeypatch: pytest.MonkeyPatch) ->
     assert after(1) == 0
     requests.num_open, engine.num_unfinished = 0, 1  # its client has left, and it is still there
     assert after(2) == 2
+
+
+def test_the_heap_is_trimmed_every_now_and_then() -> None:
+    now_s, trimmed = [0.0], list[float]()
+    trimmer = HeapTrimmer(lambda: trimmed.append(now_s[0]), lambda: now_s[0])
+    for tick in range(300):
+        now_s[0] = tick / 10
+        trimmer.note()
+    assert trimmed == [EVERY_S, 2 * EVERY_S]
+    trim_heap()

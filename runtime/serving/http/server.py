@@ -32,6 +32,7 @@ from tokenspeed_plan.runtime.serving.http.connections import (
     connection_limit,
 )
 from tokenspeed_plan.runtime.serving.http.health import Progress
+from tokenspeed_plan.runtime.serving.http.heap import HeapTrimmer
 from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter
 from tokenspeed_plan.runtime.serving.http.prometheus import Metrics
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
@@ -273,6 +274,7 @@ class DrainingServer(uvicorn.Server):
         self._max_connections = connection_limit(options.max_connections)
         self._listener = listener
         self._ready = ready
+        self._heap = HeapTrimmer()
         self._num_signals = 0
         self._drain_until_s = float("inf")
 
@@ -288,6 +290,7 @@ class DrainingServer(uvicorn.Server):
         """Called ten times a second; returns whether to stop."""
         work = self._work
         work.note()
+        self._heap.note()
         self._gate.drop_late(self._deadlines)
         if self._num_signals and not work.is_draining:
             work.drain()
