@@ -229,13 +229,7 @@ class Engine:
         stop_ids = frozenset(request.params.stop_token_ids)
         if not request.params.ignore_eos:
             stop_ids |= self._stop_ids
-        token_ids = list(request.prompt_ids)
-        sequence = Sequence(request, time.perf_counter(), token_ids, stop_ids=stop_ids)
-        if request.grammar is not None:
-            sequence.matcher = request.grammar.matcher()
-        if request.params.penalises:
-            sequence.counts = TokenCounts(request.params, request.prompt_ids)
-        self.loop.add(sequence)
+        self.loop.add(_new_sequence(request, stop_ids))
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request that waits or runs; False where there is none. It gets no completion."""
@@ -290,3 +284,14 @@ class Engine:
                 print(delta.text, end="", flush=True)
         """
         return stream(self, Request("stream", tuple(prompt_ids), params))
+
+
+def _new_sequence(request: Request, stop_ids: frozenset[int]) -> Sequence:
+    """A request before its first step."""
+    token_ids = list(request.prompt_ids)
+    sequence = Sequence(request, time.perf_counter(), token_ids, stop_ids=stop_ids)
+    if request.grammar is not None:
+        sequence.matcher = request.grammar.matcher()
+    if request.params.penalises:
+        sequence.counts = TokenCounts(request.params, request.prompt_ids)
+    return sequence

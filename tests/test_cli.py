@@ -362,6 +362,8 @@ def test_sweep_names_a_winner_or_a_reason_for_each_machine() -> None:
             SPEC_397B,
             "--set",
             "model.preset=qwen3.5-27b",
+            "--set",
+            "model.weights=bf16",
             "--gpus",
             "H200,RTX5090,a100-80g",
             "--count",

@@ -162,7 +162,7 @@ class StepModel:
         tokens = local_seqs * (depth + 1)
         load = self._load(tokens, local_seqs, context, layout, kv_dtype)
         step = self.priced(layout, "decode", load, depth)
-        step += self._exchange(layout, load)
+        step += _exchange(self.config, self.hardware, layout, load)
         return self._as_engine(step, depth)
 
     def prefill(
@@ -190,7 +190,7 @@ class StepModel:
         middle = context + (tokens // seqs + 1) // 2
         load = self._load(tokens, seqs, middle, layout, kv_dtype)
         step = self.priced(layout, "prefill", load, depth)
-        step += self._exchange(layout, load)
+        step += _exchange(self.config, self.hardware, layout, load)
         step += StepTime(host=self.hardware.host_us)
         return self._as_engine(step, 0)
 
@@ -252,34 +252,6 @@ class StepModel:
                 priced.append(_PricedOp(costed, self.count_of(op.layer), _spans_groups(op)))
             self.priced_ops[key] = tuple(priced)
         return self.priced_ops[key]
-
-    def _exchange(self, layout: ParallelLayout, load: Load) -> StepTime:
-        """Collectives that the graph does not have, since no plan can hold such layouts yet.
-
-        Ranks that split a context exchange queries and partial results in each full-attention
-        layer; data-parallel groups exchange their tokens in each layer.
-        """
-        config = self.config
-        attention = config.attention
-        tokens_bytes = 2.0 * load.num_tokens
-        splits = layout.context_split
-        us = launches = 0.0
-        if splits > 1:
-            count = 2 * config.layer_types.count("full_attention")
-            width = attention.num_qo_heads * attention.head_dim
-            moved = tokens_bytes * width / layout.attention_tp * splits
-            us += count * all_reduce_us(self.hardware, moved, splits)
-            launches += count
-        if layout.attention_dp > 1:
-            count = config.num_layers
-            moved = tokens_bytes * config.hidden_size * layout.attention_dp / 2
-            us += count * all_reduce_us(self.hardware, moved, layout.num_ranks)
-            launches += count
-        return StepTime(
-            collective=us,
-            launches=launches,
-            collectives=launches,
-        )
 
     def _as_engine(self, step: StepTime, depth: int) -> StepTime:
         if self.engine is None:
@@ -366,6 +338,36 @@ class StepModel:
     def _encoding(self, name: str) -> Encoding | None:
         """How a matrix is encoded, as far as its name and the config say."""
         return published_encoding(self.weights, self.config, name)
+
+
+def _exchange(
+    config: ModelConfig, hardware: HardwareSpec, layout: ParallelLayout, load: Load
+) -> StepTime:
+    """Collectives that the graph does not have, since no plan can hold such layouts yet.
+
+    Ranks that split a context exchange queries and partial results in each full-attention
+    layer; data-parallel groups exchange their tokens in each layer.
+    """
+    attention = config.attention
+    tokens_bytes = 2.0 * load.num_tokens
+    splits = layout.context_split
+    us = launches = 0.0
+    if splits > 1:
+        count = 2 * config.layer_types.count("full_attention")
+        width = attention.num_qo_heads * attention.head_dim
+        moved = tokens_bytes * width / layout.attention_tp * splits
+        us += count * all_reduce_us(hardware, moved, splits)
+        launches += count
+    if layout.attention_dp > 1:
+        count = config.num_layers
+        moved = tokens_bytes * config.hidden_size * layout.attention_dp / 2
+        us += count * all_reduce_us(hardware, moved, layout.num_ranks)
+        launches += count
+    return StepTime(
+        collective=us,
+        launches=launches,
+        collectives=launches,
+    )
 
 
 def _has_fused_experts(prefix: str) -> bool:

@@ -201,15 +201,19 @@ def serve(
         signers=signers,
         rank_timeout_s=rank_timeout_s,
     )
-    if pools.role == "prefill":
-        serve_prefill(bundle, engine, pools)
+    _serve_as(bundle, ServeOptions(host, port, engine, server, pools), replicas)
+
+
+def _serve_as(bundle: Path, options: ServeOptions, replicas: int) -> None:
+    """As a pool for prompts, as several engines behind a router, or as one engine."""
+    if options.pools.role == "prefill":
+        serve_prefill(bundle, options.engine, options.pools)
         return
-    options = ServeOptions(host, port, engine, server, pools)
     if replicas > 1:
         _serve_replicas(bundle, options, replicas)
         return
     signals = (signal.SIGTERM, signal.SIGINT)
-    on_all_ranks(bundle, engine, lambda: _serve(bundle, options), ignored=signals)
+    on_all_ranks(bundle, options.engine, lambda: _serve(bundle, options), ignored=signals)
 
 
 def _check_packages() -> None:

@@ -92,10 +92,10 @@ class BuildContext:
         return "fp64" if self.dtype == "fp64" else "fp32"
 
 
-def _late_inputs(vocab_size: int, limits: Capacity) -> dict[str, tuple[tuple[int, ...], DType]]:
-    """What penalties and masks need of each sequence: by name its words, and their dtype."""
+def _sampling_inputs(vocab_size: int, limits: Capacity) -> dict[str, tuple[tuple[int, ...], DType]]:
+    """What sampling, penalties and masks need of each sequence: by name its words, their dtype."""
     found: dict[str, tuple[tuple[int, ...], DType]] = {
-        name: ((), dtype) for name, dtype in PENALTIES.items()
+        name: ((), dtype) for name, dtype in (SAMPLING_INPUTS | PENALTIES).items()
     }
     entries = adjustment_words(vocab_size, limits.max_seq_len)
     words = (limits.max_depth + 1) * mask_words(vocab_size)
@@ -128,6 +128,16 @@ def stored_format(context: BuildContext, names: Iterable[str]) -> Format | None:
             "use a checkpoint that stores both alike, as the published ones do",
         )
     return next(iter(stored), None)
+
+
+def _output_names(
+    suffix: str, op: str, roles: Sequence[str], given: Sequence[str]
+) -> tuple[str, ...]:
+    if given:
+        return tuple(f"{name}{suffix}" for name in given)
+    if len(roles) == 1:
+        return (op,)
+    return tuple(f"{op}.{role}" for role in roles)
 
 
 @dataclass
@@ -176,9 +186,7 @@ class GraphBuilder:
         self.tensor("accept_counts", (queries,), "i64", "io")
         self.tensor("cu_seqlens", ("num_seqs+1",), "i32", "io")
         self.tensor("page_table", ("num_seqs", limits.table_pages), "i32", "io")
-        for name, dtype in SAMPLING_INPUTS.items():
-            self.tensor(name, ("num_seqs",), dtype, "io")
-        for name, (words, dtype) in _late_inputs(self.config.vocab_size, limits).items():
+        for name, (words, dtype) in _sampling_inputs(self.config.vocab_size, limits).items():
             self.tensor(name, ("num_seqs", *words), dtype, "io")
 
     @property
@@ -229,7 +237,7 @@ class GraphBuilder:
         operands = (*inputs, *weights, *states)
         specs = self._output_specs(kind, operands, attrs or {})
         name = f"{name}{self.suffix}"
-        outputs = self._output_names(name, tuple(specs), out_names)
+        outputs = _output_names(self.suffix, name, tuple(specs), out_names)
         self._declare_outputs(outputs, tuple(specs.values()), out_splits)
         accesses = [access for _, access in OPS[kind].states]
         self.ops.append(
@@ -257,13 +265,6 @@ class GraphBuilder:
         definition = OPS[kind]
         named = zip(definition.operands, operands, strict=True)
         return definition.infer(attrs, {role: self._spec(value) for role, value in named})
-
-    def _output_names(self, op: str, roles: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
-        if given:
-            return tuple(f"{name}{self.suffix}" for name in given)
-        if len(roles) == 1:
-            return (op,)
-        return tuple(f"{op}.{role}" for role in roles)
 
     def _declare_outputs(
         self, names: Sequence[str], specs: Sequence[TensorSpec], splits: Sequence[Split | None]

@@ -72,7 +72,14 @@ class CountingExecutor(SymbolicExecutor):
         super().__init__(plan)
         self.prefills, self.decodes = 0, Counter[int]()
 
-    def run(self, program: Program, num_tokens: int, num_seqs: int, change: Any = None) -> None:
+    def run(
+        self,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: Any = None,
+        part: Any = "whole",
+    ) -> None:
         if program.phase == "prefill":
             self.prefills += 1
         else:

@@ -160,7 +160,7 @@ class _Draft:
 
 def id_line(custom_id: str | None) -> bytes:
     """What a row adds to the digest of its shard's ids."""
-    return json.dumps(custom_id).encode() + b"\n"
+    return json.dumps(custom_id, allow_nan=False).encode() + b"\n"
 
 
 def make_index(job: JobInput, plan: BatchPlan, tokenizer: TextTokenizer, moved: Moved) -> JobIndex:

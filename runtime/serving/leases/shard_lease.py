@@ -151,7 +151,7 @@ class Lease:
 
 def content(owner: str, beat: int | str) -> bytes:
     """What the file of a lease holds."""
-    return json.dumps({"beat": beat, "owner": owner}).encode()
+    return json.dumps({"beat": beat, "owner": owner}, allow_nan=False).encode()
 
 
 class Leases:
