@@ -21,7 +21,7 @@ from tokenspeed_plan.planner.machines.hardware import (
     read_profile,
 )
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
-from tokenspeed_plan.planner.passes.cost import op_class, variant_of
+from tokenspeed_plan.planner.passes.cost import op_class, variant_of, waiting_tokens
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
@@ -149,7 +149,8 @@ def _sample(
     kernel = kernels[name]
     members = [part.kind for part in kernel.parts]
     rows = program["batch"] if "last_token" in members else program["tokens"]
-    return Sample(op_class(members, rows, program["batch"], variant_of(kernel)), taken_us, busy_us)
+    name = op_class(members, rows, program["batch"], variant_of(kernel))
+    return Sample(name, taken_us, busy_us, waiting_tokens(kernel.parts))
 
 
 def fit(samples: Sequence[Sample], launch_us: float) -> Fit:

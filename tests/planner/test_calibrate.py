@@ -173,7 +173,7 @@ def test_products_of_fp8_have_prices_of_their_own(tmp_path: Path) -> None:
     assert variant_of(kernel_of("linear")) == ""
     assert variant_of(kernel_of("linear", formats=(FP8,))) == "_fp8"
     assert variant_of(kernel_of("linear", formats=(FP8_ROWS, FP8))) == "_quantised"
-    base = calibrate.base_profile("NVIDIA H200")
+    base = calibrate.base_profile("NVIDIA H100")
     found = calibrate.fit(samples(1.5, {"stream": 1.2, "stream_fp8": 1.7}, 0.0), 0.9)
     made = calibrate.calibrated(base, found, 0.9, "a test", {"machine": "none"})
     path = tmp_path / "mine.yaml"
@@ -208,6 +208,16 @@ def test_times_add_up_to_the_programs() -> None:
         ) == pytest.approx(taken_us)
     odd = [*samples(1.8, {"stream": 1.1}, 0.0), calibrate.Sample("stream", 1e-3, 1.0)]
     assert calibrate.fit(odd, 1.0).residuals["stream"] == pytest.approx(1.1, rel=0.15)
+
+
+def test_tokens_that_wait_for_each_other_are_told() -> None:
+    """Four tokens of a sequence: three wait for the one before."""
+    part = Part(kind="delta_rule", operands=(), outputs=(), attrs={"query_len": 4})
+    kernel = KernelSpec(name="a", params=(), parts=(part,))
+    row = {"kernel": "a", "us": 9.0, "calls": 1, "total_us": 9.0, "predicted_us": 5.0}
+    program = {"measured_us": 9.0, "tokens": 4, "batch": 1, "kernels": [row]}
+    (sample,) = calibrate.samples(program, {"a": kernel})
+    assert sample == calibrate.Sample("delta_step", 9.0, 5.0, 3)
 
 
 def test_libraries_are_priced_where_they_ran() -> None:

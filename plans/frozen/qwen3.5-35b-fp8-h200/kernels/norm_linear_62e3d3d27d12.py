@@ -5,9 +5,9 @@ linear: y = x w^T, split into columns of the sizes `splits`
 Source: RMSNorm (arXiv:1910.07467), applied to the sum at the end: (x (1 + w)) W^T / rms(x);
 a product that reads each weight once
 
-Grid: (block of columns, block of tokens). One program computes BLOCK_M x BLOCK_N of the result,
+Grid: (block of columns, block of sequences). One program computes BLOCK_M x BLOCK_N of the result,
 in plain arithmetic, BLOCK_K of the depth at a time.
-K columns of x, N of the result; `m` counts tokens, `n` columns, `k` the depth, `row` rows of x.
+K columns of x, N of the result; `m` counts sequences, `n` columns, `k` the depth, `row` rows of x.
 """
 
 import triton
@@ -16,21 +16,21 @@ import triton.language as tl
 
 @triton.jit
 def norm_linear(
-    rms_norm_x,  # input, bf16 [num_tokens, 2048]
+    rms_norm_x,  # input, bf16 [num_seqs, 2048]
     rms_norm_w,  # weight, bf16 [2048]
     linear_w,  # weight, bf16 [248320, 2048]
-    rms_norm_y,  # output, bf16 [num_tokens, 2048]
-    linear_y0,  # output, bf16 [num_tokens, 248320]
+    rms_norm_y,  # output, bf16 [num_seqs, 2048]
+    linear_y0,  # output, bf16 [num_seqs, 248320]
     num_tokens,  # i32
     num_seqs,  # i32
 ):
-    BLOCK_K: tl.constexpr = 512
-    BLOCK_M: tl.constexpr = 2
-    BLOCK_N: tl.constexpr = 4
+    BLOCK_K: tl.constexpr = 256
+    BLOCK_M: tl.constexpr = 1
+    BLOCK_N: tl.constexpr = 8
     EPS: tl.constexpr = 1e-06
     K: tl.constexpr = 2048
     N: tl.constexpr = 248320
-    STAGES: tl.constexpr = 3
+    STAGES: tl.constexpr = 1
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
     n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
     first = tl.program_id(0) * BLOCK_N
@@ -46,7 +46,7 @@ def norm_linear(
     tl.extra.cuda.gdc_wait()  # results of earlier kernels are visible
 
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_ok = m < num_tokens
+    m_ok = m < num_seqs
     row = m
     acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
     square = tl.zeros([BLOCK_M, 1, BLOCK_K], tl.float32)

@@ -17,7 +17,7 @@ import triton.language as tl
 @triton.jit
 def advance_rows(
     accepted,  # input, i32 [num_seqs]
-    drafts,  # input, i32 [num_seqs, 4]
+    drafts,  # input, i32 [num_seqs, 5]
     page_table,  # input, i32 [num_seqs, 1014]
     token_ids,  # state, i32 [num_tokens]
     positions,  # state, i32 [num_tokens]
@@ -32,7 +32,7 @@ def advance_rows(
     BLOCK: tl.constexpr = 2
     PAGE: tl.constexpr = 64
     PAGES: tl.constexpr = 1014
-    QUERY_LEN: tl.constexpr = 4
+    QUERY_LEN: tl.constexpr = 5
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
     tl.extra.cuda.gdc_wait()  # results of earlier kernels are visible
 

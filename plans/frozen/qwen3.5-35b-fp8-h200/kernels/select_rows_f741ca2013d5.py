@@ -27,7 +27,7 @@ def select_rows(
     num_seqs,  # i32
 ):
     BLOCK_N: tl.constexpr = 1024
-    QUERY_LEN: tl.constexpr = 2
+    QUERY_LEN: tl.constexpr = 5
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
     tl.extra.cuda.gdc_wait()  # results of earlier kernels are visible
 

@@ -18,8 +18,8 @@ def commit_state_len(
     num_tokens,  # i32
     num_seqs,  # i32
 ):
-    BLOCK: tl.constexpr = 1
-    QUERY_LEN: tl.constexpr = 2
+    BLOCK: tl.constexpr = 2
+    QUERY_LEN: tl.constexpr = 5
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
     tl.extra.cuda.gdc_wait()  # results of earlier kernels are visible
 

@@ -2,15 +2,13 @@
 
 rms_norm: y = x / sqrt(mean(x^2) + eps) * (1 + w)
 linear: y = x w^T, split into columns of the sizes `splits`
-linear: y = x w^T, split into columns of the sizes `splits`
 Source: RMSNorm (arXiv:1910.07467), applied to the sum at the end: (x (1 + w)) W^T / rms(x);
 a product that reads each weight once
 
-Grid: (block of columns, block of tokens). One program computes BLOCK_M x BLOCK_N of the result,
+Grid: (block of columns, block of sequences). One program computes BLOCK_M x BLOCK_N of the result,
 in plain arithmetic, BLOCK_K of the depth at a time.
 The weight is in FP8, with an fp32 factor for each BLOCK x BLOCK elements behind them (`scales`).
-K columns of x, N of the result; `m` counts tokens, `n` columns, `k` the depth, `row` rows of x.
-Programs from TILES on compute BESIDE_N of the BESIDE columns of a second product of the same x.
+K columns of x, N of the result; `m` counts sequences, `n` columns, `k` the depth, `row` rows of x.
 """
 
 import triton
@@ -34,69 +32,28 @@ def _runs(x_ptr, k0, end, BLOCK_K: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.
 
 
 @triton.jit
-def _beside(
-    x_ptr,
-    rms_norm_w,
-    weight,
-    linear_y02,
-    linear_y12,
-    row,
-    first,
-    K: tl.constexpr,
-    BESIDE: tl.constexpr,
-    BESIDE_N: tl.constexpr,
-    BESIDE_K: tl.constexpr,
-    EPS: tl.constexpr,
-):
-    """BESIDE_N columns from `first` on of the second product, for one row of x."""
-    col = first + tl.arange(0, BESIDE_N)
-    ok = col < BESIDE
-    acc = tl.zeros([BESIDE_N, BESIDE_K], tl.float32)
-    square = tl.zeros([BESIDE_K], tl.float32)
-    for k0 in range(0, K, BESIDE_K):
-        k = k0 + tl.arange(0, BESIDE_K)
-        a = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-        square += a * a
-        a *= 1.0 + tl.load(rms_norm_w + k, mask=k < K, other=0.0).to(tl.float32)
-        mask = ok[:, None] & (k < K)[None, :]
-        w = tl.load(weight + col[:, None] * K + k[None, :], mask=mask, other=0.0)
-        acc += w.to(tl.float32) * a[None, :]
-    out = tl.sum(acc, 1) * tl.rsqrt(tl.sum(square, 0) / K + EPS)
-    mine = ok & (col >= 0) & (col < 32)
-    tl.store(linear_y02 + row * 32 + col - 0, out, mask=mine)
-    mine = ok & (col >= 32) & (col < 64)
-    tl.store(linear_y12 + row * 32 + col - 32, out, mask=mine)
-
-
-@triton.jit
 def norm_linear(
-    rms_norm_x,  # input, bf16 [num_tokens, 2048]
+    rms_norm_x,  # input, bf16 [num_seqs, 2048]
     rms_norm_w,  # weight, bf16 [2048]
-    linear_w,  # weight, fp8[128x128]:fp32 [12288, 2048]
-    linear_w2,  # weight, bf16 [64, 2048]
-    linear_y0,  # output, bf16 [num_tokens, 8192]
-    linear_y1,  # output, bf16 [num_tokens, 4096]
-    linear_y02,  # output, bf16 [num_tokens, 32]
-    linear_y12,  # output, bf16 [num_tokens, 32]
+    linear_w,  # weight, fp8[128x128]:fp32 [9216, 2048]
+    linear_y0,  # output, bf16 [num_seqs, 8192]
+    linear_y1,  # output, bf16 [num_seqs, 512]
+    linear_y2,  # output, bf16 [num_seqs, 512]
     num_tokens,  # i32
     num_seqs,  # i32
 ):
-    BESIDE: tl.constexpr = 64
-    BESIDE_K: tl.constexpr = 2048
-    BESIDE_N: tl.constexpr = 2
     BLOCK: tl.constexpr = 128
     BLOCK_K: tl.constexpr = 1024
-    BLOCK_M: tl.constexpr = 2
-    BLOCK_N: tl.constexpr = 4
+    BLOCK_M: tl.constexpr = 1
+    BLOCK_N: tl.constexpr = 8
     EPS: tl.constexpr = 1e-06
     K: tl.constexpr = 2048
-    N: tl.constexpr = 12288
+    N: tl.constexpr = 9216
     RUN: tl.constexpr = 16
-    STAGES: tl.constexpr = 1
-    TILES: tl.constexpr = 3072
+    STAGES: tl.constexpr = 2
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
     n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
-    first = tl.minimum(tl.program_id(0), TILES - 1) * BLOCK_N
+    first = tl.program_id(0) * BLOCK_N
     n_ok = first + n < N
     weight = linear_w + first.to(tl.int64) * K
     scales = (linear_w + N * K).to(tl.pointer_type(tl.float32))
@@ -116,26 +73,8 @@ def norm_linear(
     )[:, :, None, :]
     tl.extra.cuda.gdc_wait()  # results of earlier kernels are visible
 
-    if tl.program_id(0) >= TILES:  # the second product, in plain arithmetic
-        for r in range(BLOCK_M):
-            if tl.program_id(1) * BLOCK_M + r < num_tokens:
-                _beside(
-                    rms_norm_x,
-                    rms_norm_w,
-                    linear_w2,
-                    linear_y02,
-                    linear_y12,
-                    tl.program_id(1) * BLOCK_M + r,
-                    (tl.program_id(0) - TILES) * BESIDE_N,
-                    K,
-                    BESIDE,
-                    BESIDE_N,
-                    BESIDE_K,
-                    EPS,
-                )
-        return
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_ok = m < num_tokens
+    m_ok = m < num_seqs
     row = m
     acc = tl.zeros([BLOCK_K // RUN, BLOCK_M, BLOCK_N], tl.float32)
     square = tl.zeros([BLOCK_K // RUN, BLOCK_M, 1], tl.float32)
@@ -172,7 +111,12 @@ def norm_linear(
         mask=ok & ((col >= 0) & (col < 8192))[None, :],
     )
     tl.store(
-        linear_y1 + m[:, None] * 4096 + (col - 8192)[None, :],
+        linear_y1 + m[:, None] * 512 + (col - 8192)[None, :],
         out,
-        mask=ok & ((col >= 8192) & (col < 12288))[None, :],
+        mask=ok & ((col >= 8192) & (col < 8704))[None, :],
+    )
+    tl.store(
+        linear_y2 + m[:, None] * 512 + (col - 8704)[None, :],
+        out,
+        mask=ok & ((col >= 8704) & (col < 9216))[None, :],
     )

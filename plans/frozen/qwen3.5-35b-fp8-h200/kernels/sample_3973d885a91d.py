@@ -162,7 +162,7 @@ def sample(
     BLOCK_P: tl.constexpr = 32
     PARTS: tl.constexpr = 31
     PART_SIZE: tl.constexpr = 8192
-    QUERY_LEN: tl.constexpr = 2
+    QUERY_LEN: tl.constexpr = 5
     VALID: tl.constexpr = 248320
     VOCAB: tl.constexpr = 248320
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start

@@ -3,9 +3,9 @@
 linear: y = x w^T, split into columns of the sizes `splits`
 Source: a product that reads each weight once
 
-Grid: (block of columns, block of tokens). One program computes BLOCK_M x BLOCK_N of the result,
+Grid: (block of columns, block of sequences). One program computes BLOCK_M x BLOCK_N of the result,
 in plain arithmetic, BLOCK_K of the depth at a time.
-K columns of x, N of the result; `m` counts tokens, `n` columns, `k` the depth, `row` rows of x.
+K columns of x, N of the result; `m` counts sequences, `n` columns, `k` the depth, `row` rows of x.
 """
 
 import triton
@@ -14,18 +14,18 @@ import triton.language as tl
 
 @triton.jit
 def linear(
-    x,  # input, bf16 [num_tokens, 4096]
+    x,  # input, bf16 [num_seqs, 4096]
     w,  # weight, bf16 [2048, 4096]
-    y0,  # output, bf16 [num_tokens, 2048]
+    y0,  # output, bf16 [num_seqs, 2048]
     num_tokens,  # i32
     num_seqs,  # i32
 ):
-    BLOCK_K: tl.constexpr = 512
-    BLOCK_M: tl.constexpr = 2
+    BLOCK_K: tl.constexpr = 1024
+    BLOCK_M: tl.constexpr = 1
     BLOCK_N: tl.constexpr = 2
     K: tl.constexpr = 4096
     N: tl.constexpr = 2048
-    STAGES: tl.constexpr = 3
+    STAGES: tl.constexpr = 2
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
     n = tl.arange(0, BLOCK_N)  # columns of this program, from its first
     first = tl.program_id(0) * BLOCK_N
@@ -40,7 +40,7 @@ def linear(
     tl.extra.cuda.gdc_wait()  # results of earlier kernels are visible
 
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_ok = m < num_tokens
+    m_ok = m < num_seqs
     row = m
     acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
     a = tl.load(

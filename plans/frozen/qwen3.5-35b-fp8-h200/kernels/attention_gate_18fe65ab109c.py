@@ -105,30 +105,30 @@ def attention_gate(
     sigmoid_gate_g,  # input, bf16 [num_tokens, 4096]
     attention_kv_cache,  # state, bf16 [4057, 2, 64, 2, 256]
     sigmoid_gate_y,  # output, bf16 [num_tokens, 4096]
-    partial,  # scratch, bf16 [num_seqs, 540672]
-    lse,  # scratch, fp32 [num_seqs, 2112]
-    group_partial,  # scratch, bf16 [num_seqs, 81920]
-    group_lse,  # scratch, fp32 [num_seqs, 320]
+    partial,  # scratch, bf16 [num_seqs, 675840]
+    lse,  # scratch, fp32 [num_seqs, 2640]
+    group_partial,  # scratch, bf16 [num_seqs, 102400]
+    group_lse,  # scratch, fp32 [num_seqs, 400]
     counters,  # scratch, i32 [num_seqs, 12]
     num_tokens,  # i32
     num_seqs,  # i32
 ):
-    BLOCK_C: tl.constexpr = 64
-    BLOCK_G: tl.constexpr = 32
+    BLOCK_C: tl.constexpr = 32
+    BLOCK_G: tl.constexpr = 64
     BLOCK_GROUPS: tl.constexpr = 8
-    BLOCK_H: tl.constexpr = 32
-    BLOCK_S: tl.constexpr = 2
+    BLOCK_H: tl.constexpr = 64
+    BLOCK_S: tl.constexpr = 1
     D: tl.constexpr = 256
     GROUP: tl.constexpr = 8
     GROUPS: tl.constexpr = 5
     GROUP_SIZE: tl.constexpr = 8
     KV: tl.constexpr = 2
-    MIN_SPLIT_TOKENS: tl.constexpr = 128
+    MIN_SPLIT_TOKENS: tl.constexpr = 256
     PAGE: tl.constexpr = 64
     PAGES: tl.constexpr = 1014
     PRECISION: tl.constexpr = 'tf32'
     Q: tl.constexpr = 16
-    QUERY_LEN: tl.constexpr = 4
+    QUERY_LEN: tl.constexpr = 5
     SCALE: tl.constexpr = 0.09016844005556021
     SPLITS: tl.constexpr = 33
     STAGES: tl.constexpr = 3

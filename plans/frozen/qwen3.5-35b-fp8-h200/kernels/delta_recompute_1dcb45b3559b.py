@@ -152,8 +152,8 @@ def delta_recompute(
     gated_norm_w,  # weight, fp32 [128]
     recompute_state_conv_state,  # state, bf16 [46, 3, 8192]
     recompute_state_ssm_state,  # state, fp32 [46, 32, 128, 128]
-    recompute_state_kept_inputs,  # state, bf16 [46, 4, 8192]
-    recompute_state_kept_gates,  # state, bf16 [46, 2, 4, 32]
+    recompute_state_kept_inputs,  # state, bf16 [46, 5, 8192]
+    recompute_state_kept_gates,  # state, bf16 [46, 2, 5, 32]
     gated_norm_y,  # output, bf16 [num_tokens, 4096]
     partial,  # scratch, fp32 [num_seqs, 16384]
     counters,  # scratch, i32 [num_seqs, 32]
@@ -169,7 +169,7 @@ def delta_recompute(
     DV: tl.constexpr = 128
     EPS: tl.constexpr = 1e-06
     GROUP: tl.constexpr = 2
-    KEPT_INPUTS: tl.constexpr = 4
+    KEPT_INPUTS: tl.constexpr = 5
     L2_EPS: tl.constexpr = 1e-06
     QUERY_LEN: tl.constexpr = 4
     SCALE: tl.constexpr = 0.08838834764831845

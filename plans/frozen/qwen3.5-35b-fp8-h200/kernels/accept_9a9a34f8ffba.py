@@ -42,17 +42,17 @@ def accept(
     stop_ids,  # input, i32 [num_seqs, 8]
     seed,  # input, i64 [num_seqs]
     rng_offset,  # input, i64 [num_seqs]
-    forced_accept,  # input, fp32 [4]
-    accept_counts,  # state, i64 [4]
+    forced_accept,  # input, fp32 [5]
+    accept_counts,  # state, i64 [5]
     accepted,  # output, i32 [num_seqs]
     lens,  # output, i32 [num_seqs]
     last_tokens,  # output, i32 [num_seqs]
     num_tokens,  # i32
     num_seqs,  # i32
 ):
-    BLOCK: tl.constexpr = 4
-    BLOCK_R: tl.constexpr = 4
-    QUERY_LEN: tl.constexpr = 4
+    BLOCK: tl.constexpr = 1
+    BLOCK_R: tl.constexpr = 8
+    QUERY_LEN: tl.constexpr = 5
     STOP_IDS: tl.constexpr = 8
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
     tl.extra.cuda.gdc_wait()  # results of earlier kernels are visible

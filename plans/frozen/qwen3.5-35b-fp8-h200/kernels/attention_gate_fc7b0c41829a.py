@@ -105,33 +105,33 @@ def attention_gate(
     sigmoid_gate_g,  # input, bf16 [num_tokens, 4096]
     attention_kv_cache,  # state, bf16 [4057, 2, 64, 2, 256]
     sigmoid_gate_y,  # output, bf16 [num_tokens, 4096]
-    partial,  # scratch, bf16 [num_seqs, 540672]
-    lse,  # scratch, fp32 [num_seqs, 2112]
-    group_partial,  # scratch, bf16 [num_seqs, 73728]
-    group_lse,  # scratch, fp32 [num_seqs, 288]
+    partial,  # scratch, bf16 [num_seqs, 1351680]
+    lse,  # scratch, fp32 [num_seqs, 5280]
+    group_partial,  # scratch, bf16 [num_seqs, 184320]
+    group_lse,  # scratch, fp32 [num_seqs, 720]
     counters,  # scratch, i32 [num_seqs, 20]
     num_tokens,  # i32
     num_seqs,  # i32
 ):
-    BLOCK_C: tl.constexpr = 64
-    BLOCK_G: tl.constexpr = 16
+    BLOCK_C: tl.constexpr = 32
+    BLOCK_G: tl.constexpr = 64
     BLOCK_GROUPS: tl.constexpr = 16
-    BLOCK_H: tl.constexpr = 16
-    BLOCK_S: tl.constexpr = 4
+    BLOCK_H: tl.constexpr = 64
+    BLOCK_S: tl.constexpr = 1
     D: tl.constexpr = 256
     GROUP: tl.constexpr = 8
     GROUPS: tl.constexpr = 9
     GROUP_SIZE: tl.constexpr = 8
     KV: tl.constexpr = 2
-    MIN_SPLIT_TOKENS: tl.constexpr = 64
+    MIN_SPLIT_TOKENS: tl.constexpr = 256
     PAGE: tl.constexpr = 64
     PAGES: tl.constexpr = 1014
     PRECISION: tl.constexpr = 'tf32'
     Q: tl.constexpr = 16
-    QUERY_LEN: tl.constexpr = 2
+    QUERY_LEN: tl.constexpr = 5
     SCALE: tl.constexpr = 0.09016844005556021
     SPLITS: tl.constexpr = 66
-    STAGES: tl.constexpr = 2
+    STAGES: tl.constexpr = 3
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
     s, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(attention_context_lens + s)
