@@ -14,6 +14,7 @@ from conftest import ROOT
 from tokenspeed_plan.planner import compile_plan, find_model, load_spec
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.bundle import check_sources, load_plan, read_plan
+from tokenspeed_plan.plans.encodings import NVFP4
 
 FROZEN = {
     "demo": "demo-cpu",
@@ -56,17 +57,20 @@ def test_the_headline_fits_and_counts_its_launches() -> None:
     plan = load_plan(ROOT / "plans/frozen/qwen3.5-397b-b200x8")
     memory = plan.pool.memory_bytes_per_rank
     assert plan.target.count == 8
-    # BF16 text weights over 8 GPUs, and on top of that only what every rank copies: routers, kv
-    # heads, norms.
-    drafting = sum(
-        weight.tensor.size_bytes()
-        for weight in plan.pool.weights
-        if weight.name.startswith(("mtp.", "L60.", "draft_"))
-    )
-    assert memory.weights - drafting == pytest.approx(2 * 396_346_350_336 / 8, rel=0.005)
+    own = [w for w in plan.pool.weights if not w.name.startswith(("mtp.", "L60.", "draft_"))]
+    in_fp4 = sum(w.tensor.size_bytes() for w in own if w.tensor.format == NVFP4)
+    # Half a byte an element and a scale for 16; a factor for each row, of which each rank has all
+    # those of the down projections.
+    experts, hidden, inner = 60 * 512, 4096, 1024
+    elements = experts * 3 * hidden * inner
+    assert in_fp4 == (elements * 9 // 16 + 4 * experts * (2 * inner + 8 * hidden)) // 8
+    # The other text weights are FP8 or BF16; every rank copies routers and kv heads.
+    others = sum(w.tensor.size_bytes() for w in own) - in_fp4
+    assert 1.0 < others / ((396_346_350_336 - elements) / 8) < 2.0
     assert memory.state > 188_743_680 // 8
     decode = min((p for p in plan.pool.programs if p.phase == "decode"), key=lambda p: p.bucket)
-    assert decode.launches / (plan.num_layers + decode.depth) <= 9
+    # Products of NVFP4 have no norm in them: one launch more for two of them.
+    assert decode.launches / (plan.num_layers + decode.depth) <= 9.75
 
 
 @pytest.mark.slow
@@ -89,7 +93,7 @@ def test_every_kernel_has_a_text_and_layers_share_them(name: str) -> None:
     assert all(kernel.launch is not None for kernel in plan.kernels)
     assert check_sources(plan, ROOT / "plans/frozen" / name) == len(plan.kernels)
     for program in plan.pool.programs:
-        assert len({step.kernel for step in program.steps if step.kind == "kernel"}) <= 50
+        assert len({step.kernel for step in program.steps if step.kind == "kernel"}) <= 60
     compiled = {binary.kernel for binary in plan.binaries if binary.spill_bytes == 0}
     assert plan.target.sm == 0 or compiled == {kernel.name for kernel in plan.kernels}
 
