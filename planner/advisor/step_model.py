@@ -32,6 +32,7 @@ from tokenspeed_plan.plans.encodings import Encoding
 from tokenspeed_plan.plans.types import DType, Format, Phase, RollbackWord
 
 UNCHECKED = PassOptions(checks=False)
+WITH_FP8 = ("fp8", "nvfp4-mixed")  # formats of weights with products in FP8
 KERNEL_TIME_KINDS = ("memory", "matrix", "launch", "collective")
 
 
@@ -297,7 +298,7 @@ class StepModel:
             found = largest_reduction(sharded, self.hardware, tokens, seqs)
             pushes = found is not None and found.pushes
         size = _graph_size(tokens)
-        if self.weights == "fp8" and tokens >= QUANTISED_ROWS:
+        if self.weights in WITH_FP8 and tokens >= QUANTISED_ROWS:
             size = _near(tokens)
         return _of_graph(layout), phase, size, _graph_size(seqs), depth, pushes
 
