@@ -12,7 +12,7 @@ from functools import cached_property
 from tokenspeed_plan.codegen.attention.attention_tiling import MAX_SPLITS
 from tokenspeed_plan.planner.advisor.candidate import Knobs
 from tokenspeed_plan.planner.advisor.numbers import ceil_div
-from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.advisor.step_model import StepModel, stored_formats
 from tokenspeed_plan.planner.graph import OpGraph, Stage, Tensor
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.passes.cost import library_functions
@@ -129,7 +129,7 @@ class MemoryModel:
         """An upper bound: of the functions of libraries that could compute a prefill chunk."""
         graph, found = self._sharded("prefill"), [0]
         for op in graph.ops:
-            for name in library_functions(graph, op):
+            for name in library_functions(graph, op, stored_formats(knobs.kv_dtype)):
                 if name in self.steps.hardware.libraries:
                     function = LIBRARY_FUNCTIONS[name]
                     found.append(function.workspace_bytes(op.attrs, knobs.prefill_chunk))
@@ -160,7 +160,7 @@ class MemoryModel:
         """Bytes of attention's partial results for one query.
 
         The smallest bucket splits a context among all multiprocessors, the next one among half as
-        many, and so on.
+        many, and so on. Those of products that split their depth are left out: they are small.
         """
         attention = self.steps.config.attention
         heads = attention.num_qo_heads // self.layout.attention_tp

@@ -155,7 +155,7 @@ def costed_op(
         collective=collective,
         is_collective=op.kind in COLLECTIVES,
         waiting_tokens=waiting_tokens(op.members),
-        libraries=library_functions(graph, op),
+        libraries=library_functions(graph, op, formats),
     )
 
 
@@ -168,8 +168,14 @@ def waiting_tokens(parts: Iterable[Op | Part]) -> int:
     return max(sum(query_len(part.attrs) for part in turns) - 1, 0)
 
 
-def library_functions(graph: OpGraph, op: Op) -> tuple[str, ...]:
-    """The functions of libraries that compute an operator, by their keys."""
+def library_functions(graph: OpGraph, op: Op, formats: Formats = AS_BUILT) -> tuple[str, ...]:
+    """The functions of libraries that compute an operator, by their keys.
+
+    Args:
+        graph: of the operator.
+        op: fused.
+        formats: how tensors are stored, where the graph is not built with their formats.
+    """
     kinds = tuple(member.kind for member in op.members)
     found: list[str] = []
     if is_per_seq(graph, op):
@@ -180,6 +186,8 @@ def library_functions(graph: OpGraph, op: Op) -> tuple[str, ...]:
         tensors = (*op.inputs, *op.outputs, *(state for state, _ in op.states))
         specs = [*weight_specs(graph, op), *(graph.tensors[name].spec for name in tensors)]
         dtypes = {str(spec.format) for spec in specs}
+        if formats.kv is not None and "attention" in kinds:
+            dtypes.add(str(formats.kv))
         if function.computes(kinds, op.members[0].attrs, dtypes):
             found.append(key)
     return tuple(found)

@@ -52,6 +52,7 @@ from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.ops import OPS
 from tokenspeed_plan.plans.schema import (
+    Call,
     GridDim,
     KernelCall,
     KernelSpec,
@@ -85,7 +86,7 @@ def job_of(kind: str, sm: int = 90) -> Job:
 
 def used(programs: Iterable[Program]) -> set[str]:
     """Names of the kernels that the programs call."""
-    return {step.kernel for program in programs for step in program.steps if step.kind == "kernel"}
+    return {step.kernel for program in programs for step in program.steps if isinstance(step, Call)}
 
 
 def phase_of(plan: Plan, phase: Phase) -> list[Program]:

@@ -163,11 +163,26 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("models") / "short", Kind())
 
 
+def gpus(count: int) -> dict[str, Any]:
+    """Sections of a spec for so many ranks of one pool."""
+    return {"target": {"count": count}, "disaggregation": "off"}
+
+
+TWO = gpus(2)
+
+
 @pytest.fixture(scope="module")
 def pair(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of two ranks, with a canary."""
     bundle = tmp_path_factory.mktemp("ranks") / "pair"
-    write_bundle(bundle, checkpoint("moe"), canary=True, target={"count": 2}, workload=LONG)
+    write_bundle(
+        bundle,
+        checkpoint("moe"),
+        canary=True,
+        target={"count": 2},
+        disaggregation="off",
+        workload=LONG,
+    )
     return bundle
 
 
@@ -178,7 +193,14 @@ def test_ranks_give_the_tokens_of_one(
 ) -> None:
     folder, bundle = checkpoint(kind), tmp_path / "plan"
     layout = {"attention": {"tp": count}, "moe": moe}
-    plan = write_bundle(bundle, folder, target={"count": count}, parallelism=layout, workload=LONG)
+    plan = write_bundle(
+        bundle,
+        folder,
+        target={"count": count},
+        disaggregation="off",
+        parallelism=layout,
+        workload=LONG,
+    )
     assert sum(map(len, PROMPTS)) > plan.pool.limits.max_tokens, (
         "the prompts are computed in more than one chunk"
     )
@@ -237,7 +259,7 @@ def test_a_command_ends_with_a_lost_rank(pair: Path) -> None:
 def test_kernels_of_ranks_give_the_references_tokens(short: Path, tmp_path: Path) -> None:
     """In decode one kernel reduces over the ranks, adds the residual and takes the norm."""
     prompts, counts = [[7, 8, 9]], [5]
-    plan = write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
+    plan = write_bundle(tmp_path / "plan", short, **TWO, workload=SMALL)
     called = {step.kernel for step in plan.pool.programs[-1].steps if step.kind == "kernel"}
     assert "reduce_add_norm" in {
         kind_of(kernel) for kernel in plan.kernels if kernel.name in called
@@ -252,7 +274,7 @@ def test_kernels_of_ranks_give_the_references_tokens(short: Path, tmp_path: Path
 def test_without_peer_memory_the_library_adds_up(short: Path, tmp_path: Path) -> None:
     """All ranks do so, whoever found out, and rank 0 says so in one line."""
     prompts, counts = [[7, 8, 9]], [3]
-    write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
+    write_bundle(tmp_path / "plan", short, **TWO, workload=SMALL)
     write_batch(tmp_path / "in.jsonl", prompts, counts)
     args = batch(tmp_path / "plan", tmp_path, "--backend", "kernels")
     ranks = start(2, args, tmp_path, be_rank_apart)
@@ -268,7 +290,7 @@ def test_without_peer_memory_the_library_adds_up(short: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_every_step_of_two_ranks_is_compared(short: Path, tmp_path: Path) -> None:
-    write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
+    write_bundle(tmp_path / "plan", short, **TWO, workload=SMALL)
     assert wait(start(2, ["run", tmp_path / "plan", "--check"], tmp_path)) == [0, 0], logs(
         tmp_path, 2
     )
@@ -280,7 +302,7 @@ def test_every_step_of_two_ranks_is_compared(short: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_broken_sum_over_ranks_is_named(short: Path, tmp_path: Path) -> None:
     """The broken kernel keeps only the last rank's part."""
-    write_bundle(tmp_path / "plan", short, target={"count": 2}, workload=SMALL)
+    write_bundle(tmp_path / "plan", short, **TWO, workload=SMALL)
     broken = in_text("x += part.to(tl.float32)", "x = part.to(tl.float32)")
     break_kernels(tmp_path / "plan", "reduce_add_norm", broken)
     codes = wait(start(2, ["run", tmp_path / "plan", "--check"], tmp_path))

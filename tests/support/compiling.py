@@ -12,7 +12,7 @@ from conftest import ROOT
 from tokenspeed_plan.codegen.build import Compiled, Job, compile_all, default_cache, open_cache
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.kernel_file import kind_of, read_source
-from tokenspeed_plan.plans.schema import KernelSpec, Plan
+from tokenspeed_plan.plans.schema import Call, KernelSpec, Plan
 
 FROZEN = ROOT / "plans/frozen"
 # Plans whose kernels are compiled; those with most sorts of kernels first.
@@ -68,7 +68,7 @@ def sorts_of_kernels() -> tuple[Named, ...]:
         kernels = {kernel.name: kernel for kernel in plan.kernels}
         for program in sorted(plan.pool.programs, key=lambda program: -program.bucket):
             for step in program.steps:
-                if step.kind == "kernel":
+                if isinstance(step, Call):
                     kernel = kernels[step.kernel]
                     sort = (kind_of(kernel), program.phase == "prefill", weight_formats(kernel))
                     found.setdefault(sort, (name, kernel))
