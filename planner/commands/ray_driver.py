@@ -5,6 +5,9 @@ knows nothing of rows: all that is done is in the lease folder, so that actors, 
 may end at any time and be started again.
 """
 
+# Ray is of an extra that not every checkout has.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import io

@@ -5,6 +5,9 @@ are opened through CUDA's handles for other processes, and copies go over NVLink
 stream of their own that waits for what was launched before.
 """
 
+# `cuda.bindings` is of an extra that not every checkout has.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import base64
