@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,42 +26,22 @@ os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
 from tokenspeed_plan.plans.bundle import load_plan
-from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.bench import prepare
+from tokenspeed_plan.runtime.bench.batch_rows import TimedLaunch
 from tokenspeed_plan.runtime.engine import Engine
-from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch
 from tokenspeed_plan.runtime.simulation.load import Turns, Users
 from tokenspeed_plan.runtime.simulation.load_report import Levels, figures
 from tokenspeed_plan.runtime.simulation.load_run import simulate
 
-
-@dataclass
-class TimedLaunch(EagerLaunch):
-    """Notes each replay: its program, its size, its microseconds."""
-
-    replays: list[tuple[str, int, int, float]] = field(default_factory=list)
-
-    def run(
-        self,
-        programs: BoundPrograms,
-        program: Program,
-        num_tokens: int,
-        num_seqs: int,
-        part: Part = "whole",
-    ) -> None:
-        """Run all instructions in order."""
-        begun = time.perf_counter()
-        super().run(programs, program, num_tokens, num_seqs, part)
-        us = (time.perf_counter() - begun) * 1e6
-        size = num_tokens if program.phase == "prefill" else num_seqs
-        self.replays.append((program.phase, program.bucket, size, us))
+Replay = tuple[str, int, int, float]  # phase, bucket, tokens, microseconds
 
 
 class MeasuredTimes:
     """The mean times of real steps of the same program and nearly the same size."""
 
-    def __init__(self, replays: list[tuple[str, int, int, float]], host_us: float) -> None:
+    def __init__(self, replays: list[Replay], host_us: float) -> None:
         self._host_us = host_us
         found: dict[tuple[str, int], list[float]] = defaultdict(list)
         for phase, _, size, us in replays:
@@ -117,16 +96,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     plan = load_plan(options.bundle)
-    launch = TimedLaunch()
+    launch = TimedLaunch(EagerLaunch(), plan.target.device)
     engine = Engine(plan, prepare(plan, options.bundle, None, launch))
     wall_s = run_engine(engine, rows(plan, options))
     found: dict[str, Any] = {"measured_s": round(wall_s, 2)}
+    replays = [
+        (one.program.phase, one.program.bucket, one.num_tokens, (one.end - one.begin) * 1e6)
+        for one in launch.steps
+    ]
     host_us = engine.metrics.host_us_per_step
     times = {
         "predicted": PlanSteps.of(plan, options.bundle),
-        "measured_steps": MeasuredTimes(launch.replays, host_us),
+        "measured_steps": MeasuredTimes(replays, host_us),
     }
-    real = [replay[:2] for replay in launch.replays]
+    real = [replay[:2] for replay in replays]
     same = True
     for name, prices in times.items():
         begun = time.perf_counter()

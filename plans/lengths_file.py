@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenspeed_plan.plans.errors import SpecError
+from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
 from tokenspeed_plan.plans.text import read_utf8
 
 LENGTHS_FILE_HINT = "`tokenspeed lengths batch.jsonl -o lengths.jsonl` writes such a file"
 MAX_LENGTH = 100_000_000
+Refusal = Callable[[str], TokenspeedError]  # of a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +52,31 @@ def read_lengths(path: Path) -> list[RowLengths]:
 
 
 def _row(line: str, where: str) -> RowLengths:
+    row = json_object(line, where, _refusal)
+    output = None
+    if row.get("output_tokens") is not None:
+        output = length_of(row, "output_tokens", where, _refusal)
+    return RowLengths(length_of(row, "prompt_tokens", where, _refusal), output)
+
+
+def _refusal(message: str) -> SpecError:
+    return SpecError(message, LENGTHS_FILE_HINT)
+
+
+def json_object(line: str, where: str, refusal: Refusal) -> dict[str, Any]:
+    """The JSON object of a line; `where` names it in the refusal that is raised otherwise."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
-        raise SpecError(f"`{where}` is no JSON object", LENGTHS_FILE_HINT)
-    output = row.get("output_tokens")
-    if output is not None:
-        output = _length(output, "output_tokens", where)
-    return RowLengths(_length(row.get("prompt_tokens"), "prompt_tokens", where), output)
+        raise refusal(f"`{where}` is no JSON object")
+    return row
 
 
-def _length(value: Any, field: str, where: str) -> int:
+def length_of(row: dict[str, Any], field: str, where: str, refusal: Refusal) -> int:
+    """A number of tokens in a row; raises the refusal where it is none."""
+    value = row.get(field)
     if type(value) is not int or not 1 <= value <= MAX_LENGTH:
-        raise SpecError(
-            f"`{where}`: `{field}` is not a whole number from 1 to {MAX_LENGTH}", LENGTHS_FILE_HINT
-        )
+        raise refusal(f"`{where}`: `{field}` is not a whole number from 1 to {MAX_LENGTH}")
     return value

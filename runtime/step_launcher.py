@@ -19,7 +19,7 @@ from tokenspeed_plan.runtime.output import host_outputs
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 
 
-class Launcher(Protocol):
+class BatchLauncher(Protocol):
     """Starts steps; a simulation has one without a device."""
 
     def start(self, batch: Batch, part: Part = "whole") -> float:

@@ -23,7 +23,7 @@ from tokenspeed_plan.runtime.scheduling.batch import Batch
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.step_commit import OnToken, StepCommit
-from tokenspeed_plan.runtime.step_launcher import Launcher
+from tokenspeed_plan.runtime.step_launcher import BatchLauncher
 
 
 class Elsewhere(Protocol):
@@ -56,7 +56,7 @@ class StepLoop:
     """
 
     def __init__(
-        self, plan: Plan, launcher: Launcher, scheduler: Scheduler, outputs: OutputProcessor
+        self, plan: Plan, launcher: BatchLauncher, scheduler: Scheduler, outputs: OutputProcessor
     ) -> None:
         self.in_flight: InFlightBatch | None = None
         self.last_batch: Batch | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
+from tokenspeed_plan.planner.models.quantization import QUANTISED, WITH_FP8
 from tokenspeed_plan.planner.passes.limits import check_positions
 from tokenspeed_plan.planner.spec import (
     AttentionSpec,
@@ -14,10 +15,7 @@ from tokenspeed_plan.planner.spec import (
     Spec,
 )
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.nvfp4_recipe import MIXED, NVFP4_WORDS
 from tokenspeed_plan.plans.types import FORMATS, FP4_UNIT
-
-QUANTIZED = ("fp8", *NVFP4_WORDS)
 
 
 def check_layout(layout: ParallelLayout, config: ModelConfig, weights: str = "bf16") -> None:
@@ -28,7 +26,7 @@ def check_layout(layout: ParallelLayout, config: ModelConfig, weights: str = "bf
     """
     for split in _splits(config):
         split.local_units(layout)
-    if weights in ("fp8", MIXED):
+    if weights in WITH_FP8:
         _check_fp8(layout, config)
     elif weights == "nvfp4":
         _check_nvfp4(layout, config)
@@ -95,7 +93,7 @@ def check_formats(weights: str, hardware: HardwareSpec) -> None:
         SpecError: its tensor cores do not know the format.
     """
     rates = hardware.matrix_flops_per_s
-    if weights not in QUANTIZED or FORMATS["fp8"].dtype in rates:
+    if weights not in QUANTISED or FORMATS["fp8"].dtype in rates:
         return  # NVFP4 is made plain before it is multiplied, also where tensor cores know it
     if hardware.sm == 0:
         return  # bodies in PyTorch read it anywhere

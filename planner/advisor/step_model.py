@@ -19,7 +19,12 @@ from tokenspeed_plan.planner.machines.hardware import HardwareSpec, all_reduce_u
 from tokenspeed_plan.planner.models.builder import BuildContext
 from tokenspeed_plan.planner.models.config import LayerType, ModelConfig
 from tokenspeed_plan.planner.models.decoder import build
-from tokenspeed_plan.planner.models.quantization import QUANTISED, published_encoding, stored_word
+from tokenspeed_plan.planner.models.quantization import (
+    QUANTISED,
+    WITH_FP8,
+    published_encoding,
+    stored_word,
+)
 from tokenspeed_plan.planner.passes.cost import CostedOp, Load, costed_op, time_of
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS, SORTED_AT_ONCE
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
@@ -32,7 +37,6 @@ from tokenspeed_plan.plans.encodings import Encoding
 from tokenspeed_plan.plans.types import DType, Format, Phase, RollbackWord
 
 UNCHECKED = PassOptions(checks=False)
-WITH_FP8 = ("fp8", "nvfp4-mixed")  # formats of weights with products in FP8
 KERNEL_TIME_KINDS = ("memory", "matrix", "launch", "collective")
 
 

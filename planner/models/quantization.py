@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Headers = Mapping[str, TensorHeader]
 QUANTISED = ("fp8", *NVFP4_WORDS)  # words of the spec
+WITH_FP8 = ("fp8", MIXED)  # those with products in FP8
 _BROKEN = "the checkpoint is damaged or mixed; get it anew, or make it with `tokenspeed quantize`"
 
 

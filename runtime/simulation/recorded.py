@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.plans.lengths_file import json_object, length_of
 from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
 from tokenspeed_plan.runtime.simulation.load import Arrival
 
 HINT = 'give lines such as {"arrival_s": 0.25, "prompt_tokens": 812, "output_tokens": 190}'
-MAX_TOKENS = 100_000_000
 MAX_ARRIVAL_S = 1e9
 
 
@@ -48,28 +46,18 @@ def read_recorded(path: Path) -> list[RecordedRow]:
 
 
 def _row(line: str, where: str) -> RecordedRow:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict):
-        raise RequestError(f"`{where}` is no JSON object", HINT)
+    row = json_object(line, where, _refusal)
     arrival_s = row.get("arrival_s")
     if not isinstance(arrival_s, int | float) or isinstance(arrival_s, bool):
         arrival_s = math.nan
     if not 0 <= arrival_s <= MAX_ARRIVAL_S:
-        raise RequestError(f"`{where}`: `arrival_s` is no time in seconds", HINT)
-    prompt, output = (_tokens(row, name, where) for name in ("prompt_tokens", "output_tokens"))
-    return RecordedRow(float(arrival_s), prompt, output)
+        raise _refusal(f"`{where}`: `arrival_s` is no time in seconds")
+    prompt = length_of(row, "prompt_tokens", where, _refusal)
+    return RecordedRow(float(arrival_s), prompt, length_of(row, "output_tokens", where, _refusal))
 
 
-def _tokens(row: dict[str, Any], name: str, where: str) -> int:
-    count = row.get(name)
-    if type(count) is not int or not 1 <= count <= MAX_TOKENS:
-        raise RequestError(
-            f"`{where}`: `{name}` is not a whole number from 1 to {MAX_TOKENS}", HINT
-        )
-    return count
+def _refusal(message: str) -> RequestError:
+    return RequestError(message, HINT)
 
 
 class Recorded:

@@ -20,7 +20,7 @@ from symbolic import VOCAB, SymbolicExecutor
 from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest_rate
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RequestError
-from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine
 from tokenspeed_plan.runtime.simulation.load import Load, Turns, Users
 from tokenspeed_plan.runtime.simulation.load_report import Levels, figures, percentiles_ms
@@ -46,25 +46,6 @@ class Times:
 
     def host_us(self, seqs: int) -> float:
         return self._host_us
-
-
-class RecordingExecutor(SymbolicExecutor):
-    """Writes down what it is told to run."""
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
-        self.programs: list[tuple[str, int]] = []
-
-    def run(
-        self,
-        program: Program,
-        num_tokens: int,
-        num_seqs: int,
-        change: object = None,
-        part: object = "whole",
-    ) -> None:
-        self.programs.append((program.phase, program.bucket))
-        super().run(program, num_tokens, num_seqs, change)
 
 
 def small(plan: Plan, **limits: int) -> Plan:
@@ -99,7 +80,7 @@ def test_steps_are_those_of_the_engine(ahead: bool, pages: int, checkpoint: Any)
     plan = small(plan_of(checkpoint("moe"), 0), num_pages=pages)
     if ahead:
         plan = captured(plan)
-    executor = RecordingExecutor(plan)
+    executor = SymbolicExecutor(plan)
     engine = Engine(plan, executor)  # type: ignore[arg-type]
     run_engine(engine, users())
     found = simulate(plan, Times(), users())

@@ -57,6 +57,7 @@ class SymbolicExecutor:
         # (page, place) -> the name of the prefix before it, and the token there
         self.keys: dict[tuple[int, int], tuple[int, int]] = {}
         self.num_runs = 0
+        self.programs: list[tuple[str, int]] = []  # those that were run
         self.host_outputs: list[int] = []
         io = [arena for arena in plan.pool.arenas if arena.name == "io"]
         self._memory = PlanMemory(plan, Arenas(io), {})
@@ -92,6 +93,7 @@ class SymbolicExecutor:
         part: object = "whole",
     ) -> None:
         self.num_runs += 1
+        self.programs.append((program.phase, program.bucket))
 
         def view(name: str) -> Tensor:
             return self.buffer(name, num_tokens, num_seqs)
