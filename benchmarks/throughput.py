@@ -32,6 +32,7 @@ from tokenspeed_plan.plans.lengths_file import RowLengths, read_lengths
 P95, LONGEST = 2.3, 6  # of lengths that vary, in means
 COMMAND = "from tokenspeed_plan.planner.cli import main; main()"
 LAST_LINES = 20  # of what vLLM said, where it failed
+POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +137,22 @@ class Vllm:
         self.ends_at = time.monotonic() + options.vllm_limit
 
     def figures(self) -> list[dict[str, Any]]:
-        """Those that it made until its end, or until its time is over."""
-        try:
-            code = self.process.wait(max(self.ends_at - time.monotonic(), 1.0))
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = self.process.wait()
+        """Those that it makes until its end, or until its time is over; told as they come."""
+        found: list[dict[str, Any]] = []
+        code = None
+        while code is None:
+            if time.monotonic() > self.ends_at:
+                self.process.kill()
+            time.sleep(POLL_S)
+            code = self.process.poll()  # before its figures are read: none comes after its end
+            lines = self.results.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            found += [told(json.loads(line)) for line in whole[len(found) :]]
         if code:
             said = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
             print("\n".join(said[-LAST_LINES:]), flush=True)
             told({"who": "vLLM", "error": f"ended with {code}"})
-        lines = self.results.read_text(encoding="utf-8").splitlines()
-        return [told(json.loads(line)) for line in lines]
+        return found
 
 
 def told(found: dict[str, Any]) -> dict[str, Any]:
