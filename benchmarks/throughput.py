@@ -1,15 +1,16 @@
 """Tokens a second of a batch: plans on one GPU, and vLLM on another at the same time.
 
     python benchmarks/throughput.py --config CONFIG.json --ours DIR:ROWS ... --vllm SEQS:ROWS ...
-        [--gpus 0,1]
+        [--gpus 0,1] [--vllm-site FOLDER] [--vllm-limit S] [--vllm-log FILE]
 
 ROWS are `768x1024x256` (rows, tokens in, tokens out), `2000~1024x256` (log-normal around these:
 a 95th percentile of 2.3 times the mean, at most six times), `800x200x200+2000` (all prompts begin
 with the same 2,000 tokens, then 200 of their own), or the path of a file of lengths. Weights and
 prompts are random, greedy, ends are ignored. Ours is `tokenspeed bench DIR --workload batch`, one
-process for each; its forecast is told before the run. vLLM starts once, for the largest SEQS, and
-its scheduler is limited to fewer for the others. With one GPU vLLM runs after ours. Figures are
-printed as they come, one JSON line each, and at the end how ours compares with vLLM's best.
+process for each; its forecast is told before the run. vLLM starts once for all its cases
+(`vllm_rows.py`), with the packages of `--vllm-site` before those of this Python; what it says goes
+to a file, and after `--vllm-limit` seconds it is stopped. With one GPU it runs after ours. Figures
+are printed as they come, one JSON line each, and at the end as one table.
 """
 
 from __future__ import annotations
@@ -21,19 +22,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from gpu import VLLM, vllm_config
 
 from tokenspeed_plan.planner.token_lengths import Lengths, rows_of
 from tokenspeed_plan.plans.lengths_file import RowLengths, read_lengths
 
 P95, LONGEST = 2.3, 6  # of lengths that vary, in means
 COMMAND = "from tokenspeed_plan.planner.cli import main; main()"
-SPARE_TOKENS = 64  # of vLLM's longest sequence
+LAST_LINES = 20  # of what vLLM said, where it failed
+POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,17 @@ class Case:
             lines = [json.dumps(row.as_json()) for row in made_lengths(rows)]
             lengths.write_text("\n".join(lines), encoding="utf-8")
         return cls(where, name, lengths, int(shared or 0))
+
+    def for_vllm(self) -> dict[str, Any]:
+        """As `vllm_rows.py` reads it."""
+        rows = read_lengths(self.lengths)
+        lengths = [(row.prompt_tokens, row.output_tokens or 1) for row in rows]
+        return {
+            "seqs": int(self.where),
+            "rows": self.name,
+            "shared": self.shared,
+            "lengths": lengths,
+        }
 
 
 def made_lengths(rows: str) -> list[RowLengths]:
@@ -100,81 +110,49 @@ def on_gpu(gpu: str) -> dict[str, str]:
     return os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
 
 
-def vllm_figures(config: Path, cases: list[Case]) -> Iterator[dict[str, Any]]:
-    """Figures of vLLM in this process, for each case; the first are those of its start."""
-    os.environ.update(VLLM)
-    rows = {case: read_lengths(case.lengths) for case in cases}
-    longest = max(
-        case.shared + row.prompt_tokens + (row.output_tokens or 1)
-        for case in cases
-        for row in rows[case]
-    )
-    begun = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        vocab_size = vllm_config(config, folder)["vocab_size"]
-        from vllm import LLM
+class Vllm:
+    """vLLM in a process of its own, from its start on.
 
-        engine = LLM(
-            folder,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            language_model_only=True,
-            dtype="bfloat16",
-            max_model_len=longest + SPARE_TOKENS,
-            max_num_seqs=max(int(case.where) for case in cases),
-            enable_prefix_caching=any(case.shared for case in cases),
-            attention_backend="FLASH_ATTN",
-            gdn_prefill_backend="triton",
-        )
-    yield {"ready_s": round(time.perf_counter() - begun, 1)}
-    vllm_run(engine, vocab_size, cases[0], rows[cases[0]][:4])
-    for case in cases:
-        wall_s = vllm_run(engine, vocab_size, case, rows[case])
-        made = sum(row.output_tokens or 1 for row in rows[case])
-        yield {
-            "who": f"vLLM at {case.where}",
-            "rows": case.name,
-            "out_per_s": round(made / wall_s, 1),
-            "wall_s": round(wall_s, 2),
-        }
+    Args:
+        options: of the command line.
+        folder: for the job, the figures and the log.
+    """
 
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        cases = [Case.of(text, folder).for_vllm() for text in options.vllm]
+        job = {"config": str(options.config), "cases": cases}
+        (folder / "vllm.json").write_text(json.dumps(job), encoding="utf-8")
+        self.results, self.log = folder / "figures.jsonl", options.vllm_log or folder / "vllm.log"
+        self.results.touch()
+        path = [str(options.vllm_site)] if options.vllm_site else []
+        path += filter(None, [os.environ.get("PYTHONPATH")])
+        program = str(Path(__file__).with_name("vllm_rows.py"))
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, program, str(folder / "vllm.json"), str(self.results)],
+                env=on_gpu(options.gpus.split(",")[-1]) | {"PYTHONPATH": os.pathsep.join(path)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self.ends_at = time.monotonic() + options.vllm_limit
 
-def vllm_run(engine: Any, vocab_size: int, case: Case, rows: list[RowLengths]) -> float:
-    """Seconds that vLLM takes for rows, at most as many at once as the case says."""
-    import random
-
-    from vllm import SamplingParams
-
-    # Its scheduler is in this process (VLLM_ENABLE_V1_MULTIPROCESSING).
-    engine.llm_engine.engine_core.engine_core.scheduler.max_num_running_reqs = int(case.where)
-    dice = random.Random(0)
-    shared = [dice.randrange(vocab_size) for _ in range(case.shared)]
-    prompts = [
-        {
-            "prompt_token_ids": shared
-            + [dice.randrange(vocab_size) for _ in range(row.prompt_tokens)]
-        }
-        for row in rows
-    ]
-    params = [
-        SamplingParams(
-            temperature=0.0, max_tokens=row.output_tokens or 1, ignore_eos=True, detokenize=False
-        )
-        for row in rows
-    ]
-    begun = time.perf_counter()
-    done = engine.generate(prompts, params, use_tqdm=False)
-    wall_s = time.perf_counter() - begun
-    assert [len(each.outputs[0].token_ids) for each in done] == [
-        row.output_tokens or 1 for row in rows
-    ]
-    return wall_s
-
-
-def start_vllm(options: argparse.Namespace, results: Path) -> subprocess.Popen[bytes]:
-    """vLLM in a process of its own, which prints its figures and adds them to a file."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only-vllm", str(results)]
-    return subprocess.Popen(command, env=on_gpu(options.gpus.split(",")[-1]))
+    def figures(self) -> list[dict[str, Any]]:
+        """Those that it makes until its end, or until its time is over; told as they come."""
+        found: list[dict[str, Any]] = []
+        code = None
+        while code is None:
+            if time.monotonic() > self.ends_at:
+                self.process.kill()
+            time.sleep(POLL_S)
+            code = self.process.poll()  # before its figures are read: none comes after its end
+            lines = self.results.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            found += [told(json.loads(line)) for line in whole[len(found) :]]
+        if code:
+            said = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            print("\n".join(said[-LAST_LINES:]), flush=True)
+            told({"who": "vLLM", "error": f"ended with {code}"})
+        return found
 
 
 def told(found: dict[str, Any]) -> dict[str, Any]:
@@ -191,45 +169,51 @@ def main() -> None:
     parser.add_argument("--ours", action="append", default=[], metavar="DIR:ROWS")
     parser.add_argument("--vllm", action="append", default=[], metavar="SEQS:ROWS")
     parser.add_argument("--gpus", default="0", help="ours runs on the first, vLLM on the last")
-    parser.add_argument("--only-vllm", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--vllm-site", type=Path, help="a folder with vLLM's packages")
+    parser.add_argument("--vllm-limit", type=float, default=330.0, help="seconds for its start too")
+    parser.add_argument("--vllm-log", type=Path, help="where its output is kept")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        if options.only_vllm is None:
-            contest(options, Path(name))
-            return
-        cases = [Case.of(text, Path(name)) for text in options.vllm]
-        with options.only_vllm.open("a", encoding="utf-8") as results:
-            for found in vllm_figures(options.config, cases):
-                print(json.dumps(told(found)), file=results, flush=True)
+        contest(options, Path(name))
 
 
 def contest(options: argparse.Namespace, folder: Path) -> None:
     """Run all contestants and compare them."""
-    results = folder / "vllm.jsonl"
-    results.touch()
     gpus, theirs = options.gpus.split(","), None
     if options.vllm and len(gpus) > 1:
-        theirs = start_vllm(options, results)
-    mine = []
+        theirs = Vllm(options, folder)
+    found = []
     for text in options.ours:
         case = Case.of(text, folder)
         figures = ours(case, gpus[0])
-        mine.append(told({"who": f"ours, {case.where}", "rows": case.name, **figures}))
-    if options.vllm and theirs is None:
-        theirs = start_vllm(options, results)
-    if theirs is not None and theirs.wait():
-        told({"who": "vLLM", "error": f"ended with {theirs.returncode}"})
-    lines = results.read_text(encoding="utf-8").splitlines()
-    compare(mine, [json.loads(line) for line in lines])
+        found.append(told({"who": f"ours, {case.where}", "rows": case.name, **figures}))
+    if options.vllm:
+        theirs = theirs or Vllm(options, folder)
+        found += theirs.figures()
+    print("\n".join(table(found)), flush=True)
 
 
-def compare(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
-    """Print our rate in vLLM's, where both had the same rows."""
-    for own in mine:
-        for other in theirs:
-            if "out_per_s" in own and own["rows"] == other.get("rows"):
-                ratio = own["out_per_s"] / other["out_per_s"]
-                print(f"{own['who']}, {own['rows']}: {ratio:.2f} x {other['who']}", flush=True)
+def table(found: list[dict[str, Any]]) -> list[str]:
+    """All figures in Markdown, each beside the best of vLLM for the same rows."""
+    rated = [each for each in found if "out_per_s" in each]
+    best: dict[str, float] = {}
+    for each in rated:
+        if each["who"].startswith("vLLM"):
+            best[each["rows"]] = max(each["out_per_s"], best.get(each["rows"], 0.0))
+    lines = [
+        "| rows | engine | tokens/s out | forecast | GPU idle | of vLLM's |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for each in rated:
+        forecast = idle = share = ""
+        if "predicted" in each:
+            forecast = f"{each['predicted']:,.0f} ({each['off']:+.1%})"
+            idle = f"{each['idle_share']:.2%}"
+        if each["rows"] in best:
+            share = f"{each['out_per_s'] / best[each['rows']]:.2f} x"
+        cells = (each["rows"], each["who"], f"{each['out_per_s']:,.0f}", forecast, idle, share)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

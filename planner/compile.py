@@ -468,8 +468,9 @@ def program_load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:
         return Load(tokens, seqs, middle)
     if not workload.is_batch_of_rows:
         return Load(tokens, 1, min(middle, tokens))
-    prompt = workload.prompts.mean
-    return Load(tokens, min(max(round(tokens / prompt), 1), seqs), round(prompt / 2))
+    own = workload.own_prompt_tokens
+    context = round(workload.shared_tokens + own / 2)
+    return Load(tokens, min(max(round(tokens / own), 1), seqs), context)
 
 
 def _facts(model: Model, dtype: DType) -> ModelFacts:

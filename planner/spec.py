@@ -220,6 +220,15 @@ class WorkloadSpec(_Section):
     turns: Annotated[
         Annotated[int, Field(ge=1, le=MAX_TURNS)], _about("Turns of a conversation.", 12, "turns")
     ] = 1
+    shared_prompt_tokens: Annotated[
+        Tokens | None,
+        _about(
+            "Tokens of the first prompt with which all rows of a batch begin; they are computed "
+            "and held once.",
+            2000,
+            "tokens",
+        ),
+    ] = None
     output_tokens: Annotated[
         Tokens | LengthsSpec, _about("Tokens of each answer, or how they vary.", 500, "tokens")
     ] = 512
@@ -265,10 +274,32 @@ class WorkloadSpec(_Section):
             raise ValueError("`concurrency: auto` is for `kind: batch`: agents are counted")
         return self
 
+    @model_validator(mode="after")
+    def _rows_have_tokens_of_their_own(self) -> WorkloadSpec:
+        if self.shared_prompt_tokens is None:
+            return self
+        if not self.is_batch_of_rows:
+            raise ValueError("`shared_prompt_tokens` is for rows of a batch")
+        stated = self.first_turn_tokens
+        mean = stated if isinstance(stated, int) else stated.mean
+        if mean is not None and mean <= self.shared_prompt_tokens:
+            raise ValueError("`first_turn_tokens` are not more than `shared_prompt_tokens`")
+        return self
+
     @property
     def prompts(self) -> Lengths:
         """Tokens of first prompts."""
         return _lengths(self.first_turn_tokens)
+
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens with which all prompts begin."""
+        return self.shared_prompt_tokens or 0
+
+    @property
+    def own_prompt_tokens(self) -> float:
+        """Tokens of a first prompt that it shares with no other, on average; one at least."""
+        return max(self.prompts.mean - self.shared_tokens, 1.0)
 
     @property
     def outputs(self) -> Lengths:
@@ -570,6 +601,12 @@ def _with_lengths(spec: Spec, folder: Path) -> Spec:
         stated = getattr(spec.workload, key)
         if isinstance(stated, LengthsSpec) and stated.lengths is not None:
             found = _summary(Path(stated.lengths), folder, LENGTH_KEYS[key])
+            if key == "first_turn_tokens" and found.mean <= spec.workload.shared_tokens:
+                raise SpecError(
+                    f"`workload.shared_prompt_tokens` is {spec.workload.shared_tokens}, but "
+                    f"prompts of `{stated.lengths}` have {found.mean:g} tokens on average",
+                    "say with how many tokens all of them begin",
+                )
             changes[key] = LengthsSpec(mean=found.mean, p95=int(found.p95), max=found.longest)
     if not changes:
         return spec

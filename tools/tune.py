@@ -1,10 +1,11 @@
 """Measure the tiles of each kernel of a plan's program on this GPU.
 
 In decode a tile is timed in the whole program, whose kernels overlap; with `--alone`, in all calls
-of its kernel, one after the other. In prefill, where kernels are long, it is timed in one call.
+of its kernel, one after the other, on the activations that they have in the program. In prefill,
+where kernels are long, it is timed so in one call.
 
     python tools/tune.py plans/frozen/DIR [--phase prefill] [--bucket N] [--kinds a,b] [--alone]
-        [--max-kernels N] [--max-tiles N]
+        [--max-kernels N] [--max-tiles N | --tile 64,128,64,4,4 --tile ...]
 
 Of a plan of several ranks it is rank 0, on one GPU: collectives copy, and kernels that wait for
 peers are told to stop, so that their calls take the time of their own work.
@@ -20,10 +21,9 @@ import hashlib
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +42,13 @@ from tokenspeed_plan.runtime.bench import prepare
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 from tokenspeed_plan.runtime.bench.replay import Replay
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
+from tokenspeed_plan.runtime.execution.backend import Instruction
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
 from tokenspeed_plan.runtime.execution.executor import Executor
 from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
-from tokenspeed_plan.runtime.execution.plan_memory import operands_of
 from tokenspeed_plan.runtime.execution.rank_links import Links
+
+NamedCall = tuple[str, Instruction]  # a kernel, and a call of it
 
 REPLAYS = 3  # a round
 FULL_GROUPS = 1024  # rows from which on experts get whole tiles
@@ -87,7 +89,7 @@ DELTA = {
 }
 SOME = {
     "m": (16, 32, 64, 128),
-    "n": (16, 32, 64, 128),
+    "n": (16, 32, 64, 128, 256),
     "k": (64, 128, 256),
     "num_warps": (4, 8),
     "num_stages": (3, 4, 5),
@@ -145,10 +147,8 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
         tiles = [Tile(*values) for values in itertools.product(*GROUPED.values())]
         return [t for t in tiles if 2 * (t.m + 2 * t.n) * t.k * t.num_stages <= 220_000]
     if rows >= MANY:
-        space = FLASH_MANY if kind == "attention_gate" else MATRIX
-        return [Tile(*values) for values in itertools.product(*space.values())]
+        return [Tile(*values) for values in itertools.product(*MATRIX.values())]
     special = {
-        "attention_gate": FLASH,
         "delta_recompute": DELTA,
         "sample": SAMPLE,
         "moe_up": UP,
@@ -168,6 +168,13 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
     if space is DOT and rows < 16:
         return plain_tiles(rows) + tiles
     return tiles
+
+
+def attention_tiles(rows: int, decodes: bool) -> list[Tile]:
+    """Tiles worth a try; those of decode take all queries of a sequence, whatever their rows."""
+    if decodes:
+        return [Tile(rows, *values) for values in itertools.product(*FLASH.values())]
+    return list(itertools.starmap(Tile, itertools.product(*FLASH_MANY.values())))
 
 
 def fp8_tiles(kind: str, rows: int) -> list[Tile]:
@@ -211,22 +218,36 @@ def plain_tiles(rows: int) -> list[Tile]:
 
 
 def variants(
-    kernel: KernelSpec, rows: tuple[int, int], hardware: HardwareSpec, max_tiles: int
+    kernel: KernelSpec, rows: tuple[int, int], hardware: HardwareSpec, tiles: Sequence[Tile]
 ) -> Iterator[tuple[Tile, Built]]:
-    """The kernel in each tile, or in `max_tiles` of them."""
+    """The kernel in each tile; those that give the same kernel come once."""
     kind = kind_of(kernel)
     params = tuple(p for p in kernel.params if p.role != "scratch")
     plain = kernel.model_copy(update={"name": "", "launch": None, "params": params})
     pdl = kernel.launch is not None and kernel.launch.pdl
-    tiles = tiles_of(kernel, rows[0])
-    random.Random(0).shuffle(tiles)
-    for tile in tiles[:max_tiles]:
-        yield tile, build_kernel(kind, plain, rows, hardware, pdl, tile)[0]
+    made = set()
+    for tile in tiles:
+        built = build_kernel(kind, plain, rows, hardware, pdl, tile)[0]
+        if built.kernel.name not in made:
+            made.add(built.kernel.name)
+            yield tile, built
+
+
+def stated(text: str) -> Tile:
+    """A tile of numbers with commas between."""
+    return Tile(*map(int, text.split(",")))
+
+
+def some_of(tiles: Sequence[Tile], most: int) -> list[Tile]:
+    """At most so many of the tiles, the same ones each time."""
+    return random.Random(0).sample(tiles, min(most, len(tiles)))
 
 
 def tiles_of(kernel: KernelSpec, rows: int) -> list[Tile]:
     """Tiles to try for a kernel in a program of `rows` tokens."""
     padded = 1 << (rows - 1).bit_length()
+    if kind_of(kernel) == "attention_gate":
+        return attention_tiles(padded, kernel.parts[0].attrs["mode"] == "decode")
     if any(param.tensor.format == FP8 for param in kernel.params):
         return fp8_tiles(kind_of(kernel), padded)
     products = [p for p in kernel.parts if p.kind == "linear"]
@@ -243,42 +264,58 @@ def tiles_of(kernel: KernelSpec, rows: int) -> list[Tile]:
 
 
 class Chain:
-    """The instructions of the program, of which one kernel at a time is exchanged."""
+    """The instructions of the program, of which one kernel at a time is exchanged.
+
+    A kernel that is timed alone has copies of its activations as they are when the program comes to
+    it. Their buffers share memory with later ones: afterwards other activations lie there, and an
+    order of tokens that is none leads anywhere.
+    """
 
     def __init__(self, executor: Executor, replay: Replay, sm: int, alone: bool) -> None:
         program, self.reset = replay.program, replay.reset
-        self.whole, self.alone = program.captured, alone
+        self.only_first = not program.captured
+        self.alone = alone or self.only_first
         self.rows = (replay.run_tokens, replay.run_seqs)
-        tensor_of = executor.memory.tensors_of(program, program.max_tokens, program.max_seqs)
-        calls = [step for step in program.steps if isinstance(step, Call)]
-        self.names = [call.kernel for call in calls]
-        self.operands = [operands_of(call, tensor_of) for call in calls]
         steps = executor.steps(program, *self.rows)
-        self.calls = [next(iter(work)) for step, work in steps if isinstance(step, Call)]
+        self.calls: list[NamedCall] = [
+            (step.kernel, work[0]) for step, work in steps if isinstance(step, Call)
+        ]
         self.executor, self.sm = executor, sm
 
-    def time(self, name: str, built: Built, compiled: Compiled) -> float:
-        """Microseconds with another build of a kernel.
+    def calls_with(self, name: str) -> list[NamedCall]:
+        """What is timed to judge builds of a kernel.
 
-        It is the time of the whole program. With `alone` it is that of the kernel's calls, and in a
-        program that is not captured that of its first call.
+        It is the whole program. With `alone` it is the kernel's calls, and in a program that is not
+        captured the first of them.
         """
-        calls = self.exchanged(name, built, compiled)
-        if self.alone:
-            calls = [call for own, call in zip(self.names, calls, strict=True) if own == name]
-        elif not self.whole:
-            first = self.names.index(name)
-            self.executor.execute(self.calls[:first])  # what it reads
-            calls = [calls[first]]
-        return time_us(
-            captured(lambda: self.executor.execute(calls), "cuda"),
-            "cuda",
-            REPLAYS,
-            reset=self.reset,
-        )
+        if not self.alone:
+            return self.calls
+        kept = self.kept_calls(name)
+        return [next(kept)] if self.only_first else list(kept)
 
-    def exchanged(self, name: str, built: Built, compiled: Compiled) -> list[Any]:
-        """All instructions, those of one kernel with another build of it."""
+    def kept_calls(self, name: str) -> Iterator[NamedCall]:
+        """The calls of a kernel, with copies of their activations; the program runs up to them."""
+        roles = [param.role for param in self.executor.kernels[name].tensors]
+        self.reset()
+        for own, call in self.calls:
+            if own == name:
+                operands = tuple(
+                    x.clone() if isinstance(x, Tensor) and role in ("input", "output") else x
+                    for role, x in zip(roles, call.operands, strict=True)
+                )
+                yield own, call._replace(operands=operands)
+            self.executor.execute([call])
+
+    def time(self, calls: Sequence[NamedCall]) -> float:
+        """Microseconds of calls, one after the other."""
+        instructions = [call for _, call in calls]
+        replay = captured(lambda: self.executor.execute(instructions), "cuda")
+        return time_us(replay, "cuda", REPLAYS, reset=self.reset)
+
+    def exchanged(
+        self, calls: Sequence[NamedCall], name: str, built: Built, compiled: Compiled
+    ) -> list[NamedCall]:
+        """The calls, those of one kernel with another build of it."""
         kernel = built.kernel
         binary = Binary(
             kernel=kernel.name,
@@ -299,10 +336,11 @@ class Chain:
             if p.role == "scratch"
         )
         before = len(kernel.tensors) - len(scratch)
-        return [
-            (run, {}, (*tensors[:before], *scratch), ()) if own == name else call
-            for own, call, tensors in zip(self.names, self.calls, self.operands, strict=True)
-        ]
+
+        def exchange(call: Instruction) -> Instruction:
+            return Instruction(run, {}, (*call.operands[:before], *scratch), ())
+
+        return [(own, exchange(call) if own == name else call) for own, call in calls]
 
 
 class Copies:
@@ -358,6 +396,9 @@ def main() -> None:
         "--max-kernels", type=int, default=99, help="only the kernels predicted to take most time"
     )
     parser.add_argument("--max-tiles", type=int, default=64, help="tiles a kernel")
+    parser.add_argument(
+        "--tile", type=stated, action="append", default=[], help="only these, as in tuned.yaml"
+    )
     options = parser.parse_args()
     plan = load_plan(options.bundle)
     hardware = find_hardware(plan.target.gpu)
@@ -380,7 +421,10 @@ def main() -> None:
         and executor.kernels[name].reduced_operand is None  # its tiles are no matter of one rank
     ]
     kernels = sorted(kernels, key=lambda kernel: -taken[kernel.name])[: options.max_kernels]
-    tried = {k.name: list(variants(k, rows, hardware, options.max_tiles)) for k in kernels}
+    tried = {}
+    for kernel in kernels:
+        tiles = options.tile or some_of(tiles_of(kernel, rows[0]), options.max_tiles)
+        tried[kernel.name] = list(variants(kernel, rows, hardware, tiles))
     jobs = {
         b.kernel.name: Job(b.kernel, b.source or "", hardware.sm)
         for found in tried.values()
@@ -400,27 +444,32 @@ def report(
     hardware: HardwareSpec,
 ) -> None:
     """Print the best tile of one kernel as a line of YAML, and keep it in the chain."""
+    calls = chain.calls_with(name)
     times = []
     for tile, built in found:
         result = compiled[built.kernel.name]
         if result.error or result.spill_bytes or result.shared_bytes > hardware.max_shared_bytes:
             continue
         try:
-            times.append((chain.time(name, built, result), tile, built, result))
+            taken_us = chain.time(chain.exchanged(calls, name, built, result))
+            times.append((taken_us, tile, built, result))
         except Exception as error:
             print(f"# {name} {tile}: {error}")
     times.sort(key=lambda item: item[0])
     kernel = chain.executor.kernels[name]
     key = Work(kind_of(kernel), kernel, *chain.rows, hardware).key
     if times:
+        now_us = chain.time(calls)
         _, best, built, result = times[0]
-        chain.calls = chain.exchanged(name, built, result)
-        ranking = "; ".join(
-            f"{us:.1f} {t.m},{t.n},{t.k},{t.num_warps},{t.num_stages}" for us, t, _, _ in times[:5]
-        )
-        numbers = [best.m, best.n, best.k, best.num_warps, best.num_stages]
-        line = str(numbers if best.splits == 1 else [*numbers, best.splits])
-        print(f"  {key}: {line}  # {ranking}", flush=True)
+        chain.calls = chain.exchanged(chain.calls, name, built, result)
+        ranking = "; ".join(f"{us:.1f} {numbers(tile)}" for us, tile, _, _ in times[:5])
+        print(f"  {key}: {numbers(best)}  # now {now_us:.1f}; {ranking}", flush=True)
+
+
+def numbers(tile: Tile) -> list[int]:
+    """A tile as `tuned.yaml` has it."""
+    found = [tile.m, tile.n, tile.k, tile.num_warps, tile.num_stages]
+    return found if tile.splits == 1 else [*found, tile.splits]
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its w
 BESIDE_COLUMNS = 2  # of a program, of a small product that shares the launch of a large one
 WIDE_COLUMNS = 8192  # of a product, from which on a few wide tiles fill the machine
 MIN_FILL = 0.7  # programs a multiprocessor that keep a machine busy
+MOST_SPLITS = 8  # programs that share the depth of a product
 
 
 def embed(work: Work) -> list[Tiling]:
@@ -313,12 +314,7 @@ def _matrix_tiles(work: Work, rows: int, weight_rows: int, columns: int) -> list
         return _skinny_tiles(work, rows, weight_rows)
     programs = blocks(rows, 128) * blocks(columns, 128)
     if rows < MANY_ROWS or programs < MIN_FILL * work.hardware.num_sms:
-        tiles = _few_tiles(work, rows, columns)
-        if rows >= MANY_ROWS and work.has("rms_norm"):
-            # A norm reads its rows again for each block of columns: on an H200, 257 columns of 512
-            # rows take 65 us in tiles of 64 x 16, and those of 256 rows 17 us in tiles of 16 x 64.
-            tiles.insert(0, Tile(DOT_ROWS, 64, _elements(work, 512), 8, 4))
-        return tiles
+        return _few_tiles(work, rows, columns)
     n, k = 256, _elements(work, 128)
     if work.has("silu_mul") or columns * rows < 128 * 256 * work.hardware.num_sms:
         n = 128
@@ -361,6 +357,10 @@ def _few_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
         programs = blocks(rows, tile.m) * blocks(columns, tile.n)
         if tile.m < 2 * rows and programs >= MIN_FILL * work.hardware.num_sms:
             first = tile
+    if rows <= MANY_ROWS and columns <= GEMV_COLUMNS and not work.has("rms_norm"):
+        # A router has few tiles, so programs share the depth of each.
+        spare = work.hardware.num_sms // (blocks(rows, 64) * blocks(columns, 64))
+        first = Tile(64, 64, deep, 4, 4, splits=min(down2(spare), MOST_SPLITS))
     return [first, Tile(64, 32, 64, 4, 3), Tile(32, 32, 32, 4, 2)]
 
 

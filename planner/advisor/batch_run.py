@@ -58,6 +58,7 @@ class BatchRun:
 
     Attributes:
         num_rows: of the batch. input_tokens, output_tokens: of all of them.
+        computed_tokens: of prompts; what they share is computed once.
         prefill_us, decode_us: of all steps of a kind. host_us: in which nothing else was done.
         prefill_steps: how many there were.
         decode_steps: how many there were, by the sequences that decoded.
@@ -66,6 +67,7 @@ class BatchRun:
     num_rows: int
     input_tokens: int
     output_tokens: int
+    computed_tokens: int
     prefill_us: float
     decode_us: float
     host_us: float
@@ -90,7 +92,7 @@ class BatchRun:
     @property
     def mean_prefill_tokens(self) -> float:
         """Tokens of a prefill step."""
-        return self.input_tokens / self.prefill_steps
+        return self.computed_tokens / self.prefill_steps
 
     @property
     def mean_batch(self) -> float:
@@ -155,6 +157,7 @@ class _Pool:
     prefill_steps: int = 0
     decode_steps: Counter[int] = field(default_factory=Counter)
     cached: int = 0  # tokens with which prompts begin and which are computed
+    computed: int = 0  # tokens of prompts
 
     def run(self) -> BatchRun:
         """All steps."""
@@ -175,6 +178,7 @@ class _Pool:
             num_rows,
             inputs,
             outputs,
+            self.computed,
             self.prefill_us,
             self.decode_us,
             self.host_us,
@@ -220,6 +224,7 @@ class _Pool:
         self.cached += min(most - room, unknown)
         for (prompt, output), count in begun.items():
             self._begin(prompt, output, count)
+        self.computed += most - room
         self.prefill_us += self.prices.prefill_us(most - room)
         self.host_us += self.prices.prefill_host_us(most - room, at_once)
         self.prefill_steps += 1

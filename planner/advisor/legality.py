@@ -145,6 +145,12 @@ def check_possible(spec: Spec, config: ModelConfig) -> None:
             "its prefix cache keeps pages, which need no checkpoints",
             "leave it out; `tokenspeed run --no-cache` computes every prompt from its beginning",
         )
+    if spec.serving and spec.serving.checkpoint_tokens == 0 and spec.workload.shared_tokens:
+        raise SpecError(
+            f"`workload.shared_prompt_tokens` is {spec.workload.shared_tokens}, but with "
+            "`serving.checkpoint_tokens` 0 each row computes and holds them",
+            "leave one of the two out",
+        )
     if spec.stored_state and not config.has_state:
         raise SpecError(
             f"`serving.state` is {spec.stored_state}, but `{config.name}` has no recurrent state",

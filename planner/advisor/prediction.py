@@ -331,10 +331,11 @@ class Predictor:
         batch = self.batch(candidate, decode.depths, users)
         per_seq = ROWS_PER_SEQ if decode.depths else SEARCH_ROWS_PER_SEQ
         rows = _rows(self.spec.workload, per_seq)[:: candidate.replicas]
-        run = batch.run(rows, users, interleaved_tokens, gathered_tokens)
-        tokens = max(round(run.mean_prefill_tokens), 1)
         workload, wait_us = self.spec.workload, math.inf
-        shape = RowShape(workload.prompts.mean, workload.outputs.mean)
+        shared = workload.shared_tokens
+        run = batch.run(rows, users, interleaved_tokens, gathered_tokens, shared)
+        tokens = max(round(run.mean_prefill_tokens), 1)
+        shape = RowShape(workload.prompts.mean, workload.outputs.mean, shared)
         if interleaved_tokens:
             wait_us = batch.prefill(shape, interleaved_tokens).total_us
         return _Shared(run, batch.prefill(shape, tokens), tokens, wait_us)
@@ -387,7 +388,9 @@ def _rows(workload: WorkloadSpec, per_seq: int) -> Sequence[tuple[int, int]]:
     """The rows of a batch."""
     stated = workload.rows or per_seq * workload.num_seqs
     count = min(stated, MAX_ROWS_PER_SEQ * workload.num_seqs)
-    return rows_of(workload.prompts, workload.outputs, count)
+    rows = rows_of(workload.prompts, workload.outputs, count)
+    least = workload.shared_tokens + 1
+    return [(max(prompt, least), output) for prompt, output in rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from tokenspeed_plan.codegen.tiling import GEMV_ROWS
+from tokenspeed_plan.codegen.tiling import GEMV_ROWS, NORMED_ROWS
 from tokenspeed_plan.planner.advisor.engine_profile import Engine
 from tokenspeed_plan.planner.advisor.numbers import ceil_div
 from tokenspeed_plan.planner.advisor.step_time import StepTime
@@ -66,11 +66,11 @@ def stored_formats(kv_dtype: str = "bf16") -> Formats:
 
 def _graph_size(count: int) -> int:
     """A number of tokens or sequences with the same graph as this number."""
-    for largest in (GEMV_ROWS, FEW_ROWS):
+    for largest in (GEMV_ROWS, FEW_ROWS, NORMED_ROWS):
         if count <= largest:
             return largest
     if count <= SORTED_AT_ONCE:
-        return FEW_ROWS + 1  # few enough for kernels that push, which are priced as such
+        return NORMED_ROWS + 1  # few enough for kernels that push, which are priced as such
     return SORTED_AT_ONCE + 1
 
 

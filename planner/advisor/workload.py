@@ -74,7 +74,8 @@ def conversation(workload: WorkloadSpec, cached: bool = True) -> Conversation:
     """
     output = _plain(workload.outputs.mean)
     first_prompt = _plain(workload.prompts.mean)
-    first = Turn(first_prompt, 0.0, first_prompt + output / 2)
+    # All rows but the first find what they share.
+    first = Turn(first_prompt, float(workload.shared_tokens), first_prompt + output / 2)
     if workload.turns == 1:
         return Conversation(first, first, 1, output)
     middle = workload.turns / 2.0

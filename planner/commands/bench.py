@@ -102,7 +102,7 @@ class BatchOptions:
     prompt: int | None
     out: int | None
     lengths: Path | None
-    shared: int
+    shared: int | None
     seed: int
 
 
@@ -165,8 +165,7 @@ class BenchOptions:
 @click.option(
     "--shared",
     type=click.IntRange(min=0),
-    default=0,
-    help="Batch: so many more tokens, with which all prompts begin.",
+    help="Batch: so many more tokens, with which all prompts begin; the spec's without it.",
 )
 @click.option("--seed", type=int, default=0, help="Agentic, batch: of the random tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
@@ -187,7 +186,7 @@ def bench_command(
     prompt: int | None,
     out: int | None,
     lengths: Path | None,
-    shared: int,
+    shared: int | None,
     seed: int,
     as_json: bool,
 ) -> None:

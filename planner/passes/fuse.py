@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tokenspeed_plan.codegen.tiling import GEMV_COLUMNS, GEMV_ROWS
+from tokenspeed_plan.codegen.tiling import GEMV_COLUMNS, GEMV_ROWS, NORMED_ROWS
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.plans.encodings import NVFP4
 from tokenspeed_plan.plans.ops import Access
@@ -26,7 +26,8 @@ class Fusion:
         run: kinds of operators, in order.
         phases: where it pays.
         independent: the members only share a launch; elsewhere they feed each other.
-        gemv_only: it pays only where a product needs no tensor cores: few rows, or few columns.
+        gemv_only: it pays only where a product waits for its weight: few rows, or some rows and few
+            columns.
         pushes: it adds up ranks, which pays in some programs (`planner/passes/reduction.py`).
         leaves: kinds after its first member that belong to another kernel, which has no other.
     """
@@ -51,7 +52,8 @@ FUSIONS = (
     Fusion("reduce", ("all_reduce",), independent=True, pushes=True),
     # Products include the norm before them and the operators after them. On the tensor cores the
     # norm is a launch of its own, so that operands go straight to them: on an H200, four rows times
-    # 12,288 x 4096 take 47 us with the norm inside and 2 + 25 us without.
+    # 12,288 x 4096 take 47 us with the norm inside and 2 + 25 us without. A router reads its rows
+    # again for each block of columns: 257 of 512 rows took 65 us so.
     Fusion("norm_head", ("rms_norm", "last_token", "linear"), FEW, gemv_only=True),
     Fusion("head", ("last_token", "linear")),
     Fusion("norm_linear_silu_mul", ("rms_norm", "linear", "silu_mul"), FEW, gemv_only=True),
@@ -182,14 +184,14 @@ class _Fuser:
         return bool(fusion.leaves) and fusion.leaves == tuple(op.kind for op in after)
 
     def _is_gemv(self, product: Op) -> bool:
-        """Whether a product has few rows or few columns; with NVFP4 it includes no norm."""
+        """Whether a product has few rows, or some and few columns; with NVFP4 it has no norm."""
         (x,) = product.inputs
         (weight,) = product.weights
         if self.graph.weights[weight].spec.format == NVFP4:
             return False
         rows, _ = self.graph.tensors[x].spec.bind(*self.sizes)
         columns, _ = self.graph.weights[weight].spec.bind(0, 0)
-        return rows <= GEMV_ROWS or columns <= GEMV_COLUMNS
+        return rows <= GEMV_ROWS or (rows <= NORMED_ROWS and columns <= GEMV_COLUMNS)
 
     def merge(self, index: int, fusion: Fusion) -> Op:
         """The kernel in place of the run at this index. It has the name of the last member."""

@@ -41,11 +41,13 @@ class Holding:
         mean_tokens: of a sequence at its end; None where all are as long as the longest.
         variance: square tokens by which that spreads.
         comes_once: nothing follows on a sequence, as on a row of a batch.
+        shared_tokens: with which all sequences begin. Their pages are held once.
     """
 
     mean_tokens: float | None = None
     variance: float = 0.0
     comes_once: bool = False
+    shared_tokens: int = 0
 
     @classmethod
     def of(cls, workload: WorkloadSpec) -> Holding:
@@ -53,9 +55,10 @@ class Holding:
         once = workload.is_batch_of_rows
         prompts, outputs = workload.prompts, workload.outputs
         if not prompts.varies and not outputs.varies:
-            return cls(comes_once=once)
+            return cls(comes_once=once, shared_tokens=workload.shared_tokens)
         variance = prompts.variance + workload.turns * outputs.variance
-        return cls(workload.mean_conversation_tokens, variance, once)
+        mean = workload.mean_conversation_tokens
+        return cls(mean, variance, once, workload.shared_tokens)
 
     def pages(self, num_seqs: int, longest_pages: int, page_size: int) -> int:
         """Pages for so many sequences: the mean, half a page that is not full, and a margin.
@@ -63,12 +66,13 @@ class Holding:
         Never more than for sequences that are all the longest, and enough for one of those. If
         lengths are independent, those of n sequences spread as sqrt(n) of them.
         """
-        most = num_seqs * (longest_pages + COPIED_PAGES)
+        shared = self.shared_tokens // page_size
+        most = shared + num_seqs * (longest_pages - shared + COPIED_PAGES)
         if self.mean_tokens is None:
             return most
-        each = self.mean_tokens / page_size + 0.5 + COPIED_PAGES
+        each = self.mean_tokens / page_size - shared + 0.5 + COPIED_PAGES
         margin = MARGIN * math.sqrt(num_seqs * self.variance) / page_size
-        wanted = math.ceil(num_seqs * each + margin)
+        wanted = shared + math.ceil(num_seqs * each + margin)
         return min(max(wanted, longest_pages + COPIED_PAGES), most)
 
     def checkpoints(self, num_seqs: int, seq_tokens: int, spacing: int) -> int:
@@ -144,6 +148,9 @@ def plan_capacity(
         checkpoints = 0
         interval = pages * page_size
     slots = state_slots_per_seq(options.depth, options.rollback)
+    worth = chunk // WORTH_A_STEP
+    if workload.shared_tokens:  # all rows find what one computes for it
+        worth = min(worth, workload.shared_tokens // page_size * page_size)
     return Capacity(
         max_seqs=max_seqs,
         max_seq_len=max_seq_len,
@@ -154,7 +161,7 @@ def plan_capacity(
         num_state_slots=PADDING_SLOTS + max_seqs * slots + checkpoints,
         default_max_tokens=min(workload.outputs.longest, max_seq_len - 1),
         checkpoint_interval=interval,
-        min_checkpoint_tokens=max(chunk // WORTH_A_STEP, page_size),
+        min_checkpoint_tokens=max(worth, page_size),
         num_checkpoints=checkpoints,
         kept_inputs=options.kept_inputs,
     )
@@ -207,7 +214,7 @@ def prefill_chunk(chunk: int, workload: WorkloadSpec) -> int:
     """
     tokens = workload.max_conversation_tokens
     if workload.is_batch_of_rows:
-        together = workload.num_seqs * math.ceil(workload.prompts.mean)
+        together = workload.num_seqs * math.ceil(workload.own_prompt_tokens)
         tokens = max(tokens, together)
     bits = (tokens - 1).bit_length()
     return min(chunk, 1 << bits)

@@ -59,7 +59,7 @@ class Rows:
         output_tokens: int | None = None,
         lengths: Path | None = None,
         seed: int = 0,
-        shared: int = 0,
+        shared: int | None = None,
     ) -> Rows:
         """Rows of given lengths; what is not given is that of the plan's workload.
 
@@ -70,13 +70,17 @@ class Rows:
             output_tokens: of each row.
             lengths: a file with the lengths of rows, which are repeated for `count` of them.
             seed: of the random tokens.
-            shared: tokens with which all prompts begin, in addition to their own.
+            shared: tokens with which all prompts begin, in addition to their own; without a file
+                of lengths, as many as in the workload where it is None.
 
         Raises:
             SpecError: the file cannot be read.
             RequestError: the plan cannot hold a row.
         """
-        prompt = prompt_tokens or _stated(plan, "first_turn_tokens", 1024)
+        alike = _stated(plan, "shared_prompt_tokens", 0)
+        if shared is None:
+            shared = 0 if lengths else alike
+        prompt = prompt_tokens or max(_stated(plan, "first_turn_tokens", 1024) - alike, 1)
         output = output_tokens or _stated(plan, "output_tokens", 256)
         kinds = [Row(prompt, output)]
         if lengths is not None:

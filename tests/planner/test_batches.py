@@ -140,6 +140,7 @@ def test_prompts_that_begin_alike_take_the_steps_of_the_scheduler(tiny_plan: Pla
     prefills, decodes = steps_of(plan, rows, shared)
     run = run_batch(rows, BatchLimits(6, 64, 64, 0, shared), OneEach())
     assert run.prefill_us == run.prefill_steps + shared + 20 * 20
+    assert run.computed_tokens == shared + 20 * 20
     assert (run.prefill_steps, run.decode_steps) == (prefills, decodes)
 
 
@@ -328,6 +329,31 @@ def test_rows_that_are_all_the_longest_lose_nothing(checkpoint: Any) -> None:
     check_all_is_given_back(engine.scheduler.cache)
 
 
+def test_rows_that_begin_alike_fit_in_pages_that_are_held_once(checkpoint: Any) -> None:
+    """All sequences run at once and none is preempted, in a third of the pages of other rows."""
+    workload = {"first_turn_tokens": 520, "output_tokens": 16, "concurrency": 12, "rows": 24}
+    spec, shared = make_spec(checkpoint("moe"), workload=workload), 450
+    alone = compile_plan(spec, find_model(spec))
+    spec = make_spec(checkpoint("moe"), workload=workload | {"shared_prompt_tokens": shared})
+    plan = compile_plan(spec, find_model(spec))
+    assert plan.pool.limits.num_pages < alone.pool.limits.num_pages / 3
+    engine = Engine(plan, SymbolicExecutor(plan))  # type: ignore[arg-type]
+    prompts = [
+        tuple((place * 3 + i * 7 * (place >= shared)) % 89 for place in range(520))
+        for i in range(24)
+    ]
+    for index, ids in enumerate(prompts):
+        params = SamplingParams(max_tokens=16, ignore_eos=True)
+        engine.add(Request(str(index), ids, params))
+    ended, most = [], 0
+    while engine.num_unfinished:
+        ended += engine.step()
+        most = max(most, len(engine.scheduler.running))
+    assert (engine.metrics.preemptions, most) == (0, 12)
+    for done in ended:
+        assert done.token_ids == answer(prompts[int(done.request_id)], 16)
+
+
 def cost_of(buckets: tuple[int, ...], steps: dict[int, int]) -> float:
     """Microseconds of all steps, where a step takes as many as its bucket, and of all captures."""
     times = [count * 100.0 * min(b for b in buckets if b >= n) for n, count in steps.items()]
@@ -409,6 +435,8 @@ def test_a_file_of_lengths_becomes_its_summary(tmp_path: Path) -> None:
     assert workload.prompts == Lengths(50.5, 95, 100)
     assert workload.outputs == Lengths(101, 190, 200)
     assert workload.max_conversation_tokens == 300
+    with pytest.raises(SpecError, match="tokens on average"):
+        load_spec(tmp_path / "spec.yaml", ["workload.shared_prompt_tokens=60"])
 
 
 @pytest.mark.parametrize(

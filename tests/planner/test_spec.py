@@ -109,6 +109,16 @@ def test_yaml_off_is_off(word: str) -> None:
         ({"workload": {"turns": 0}}, "`workload.turns`", "workload"),
         ({"workload": {"turns": "many"}}, "got 'many'", "workload"),
         ({"workload": {"turns": True}}, "got True", "workload"),
+        (
+            {"workload": {"first_turn_tokens": 9, "shared_prompt_tokens": 9}},
+            "`first_turn_tokens` are not more than `shared_prompt_tokens`",
+            "workload",
+        ),
+        (
+            {"workload": {"kind": "agentic", "shared_prompt_tokens": 9}},
+            "`shared_prompt_tokens` is for rows of a batch",
+            "workload",
+        ),
         ({"model": {}}, "give either `path` or `preset`", "model"),
         ({"model": {"path": "a", "preset": "b"}}, "give either `path` or `preset`", "model"),
         ({"version": 2}, "`version`", "version"),
@@ -142,6 +152,10 @@ def test_bad_specs(change: dict[str, Any], says: str, hint: str) -> None:
         ({"workload": {"first_turn_tokens": 300_000}}, "has 262144 positions"),
         ({"model": {"preset": "qwen3.5-397b-a17b"}, "target": {"gpu": "H100"}}, "GiB on each H100"),
         ({"workload": {"concurrency": 60_000}}, "GiB on each"),
+        (
+            {"workload": {"shared_prompt_tokens": 9}, "serving": {"checkpoint_tokens": 0}},
+            "each row computes and holds them",
+        ),
     ],
 )
 def test_what_cannot_be_planned_says_why(change: dict[str, Any], says: str) -> None:
