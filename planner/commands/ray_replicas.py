@@ -93,16 +93,17 @@ class ReplicaActor:
             self._said.put(f"error: {str(error).splitlines()[0].removeprefix('error: ')}")
             self._said.put(None)
             return
-        self._process = subprocess.Popen(
+        with subprocess.Popen(
             command,
             env=os.environ | child_environment() | environment,
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
-        )
-        assert self._process.stderr is not None
-        for raw in self._process.stderr:
-            self._said.put(raw.decode(errors="replace").rstrip())
-        self._code = self._process.wait()
+        ) as process:
+            self._process = process
+            assert process.stderr is not None
+            for raw in process.stderr:
+                self._said.put(raw.decode(errors="replace").rstrip())
+            self._code = process.wait()
         self._said.put(None)
 
 
