@@ -2,11 +2,13 @@
 
     python benchmarks/cluster.py leases BUNDLE [--rows 2000] [--workers 4] [--kills 100]
     python benchmarks/cluster.py ray BUNDLE [--rows 2000] [--nodes 4] [--kills 20] [--drivers 3]
+    python benchmarks/cluster.py mixed BUNDLE OTHER [--rows 2000]
     python benchmarks/cluster.py serve BUNDLE [--replicas 4]
     python benchmarks/cluster.py router MODEL [--agents 64] [--turns 12] [--replicas 4]
 
 `leases` and `ray` compare the output with that of a single run, byte for byte; one worker's clock
-is an hour off. `serve` has replicas on the nodes of a local cluster of Ray, under load. `router`
+is an hour off. `mixed` has two kinds of nodes with a plan for each. `serve` has replicas on the
+nodes of a local cluster of Ray, under load. `router`
 compares the cached tokens of conversations with those of one engine that has the same cache as all
 replicas. The exit code is 1 where something is not as it should be.
 """
@@ -145,7 +147,7 @@ def run_ray(args: argparse.Namespace) -> int:
         kills = drivers = moved = 0
         while not output.exists():
             time.sleep(args.pause * 2 * rng.random())
-            assert driver.poll() in (None, -signal.SIGKILL), log.read_text(encoding="utf-8")
+            assert driver.poll() in (None, 0), log.read_text(encoding="utf-8")
             if drivers < args.drivers and kills > drivers * args.kills / (args.drivers + 1):
                 driver.kill()
                 driver.wait()
@@ -166,6 +168,38 @@ def run_ray(args: argparse.Namespace) -> int:
         ray.shutdown()
         cluster.shutdown()
         return int(code != 0) or compare(single.wait(), output.read_bytes())
+
+
+def run_mixed(args: argparse.Namespace) -> int:
+    """Two kinds of nodes, each with a plan of its own: each shard is as that plan answers it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+        folder = Path(scratch)
+        write_rows(folder / "in.jsonl", args.rows)
+        kinds = {"first": args.bundle, "second": args.other}
+        alone = {}
+        for kind, bundle in kinds.items():
+            (folder / kind).mkdir()
+            (folder / kind / "in.jsonl").symlink_to(folder / "in.jsonl")
+            alone[kind] = SingleRun(bundle, folder / kind).wait().splitlines()
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        for kind in kinds:
+            cluster.add_node(num_cpus=1, resources={kind: 1})
+        command = lease_args(args.bundle, folder, args.shards)
+        command.remove(args.bundle)
+        for kind, bundle in kinds.items():
+            command += ["--plan", f"{kind}={bundle}"]
+        code = start([*command, "--ray", cluster.address], folder / "log").wait()
+        ray.shutdown()
+        cluster.shutdown()
+        print((folder / "log").read_text(encoding="utf-8")[-400:])
+        assert code == 0
+        lines = (folder / "out.jsonl").read_bytes().splitlines()
+        by = {kind: sum(map(bytes.__eq__, lines, found)) for kind, found in alone.items()}
+        print(f"{args.rows} rows: {by} as the plan of each kind answers them")
+        return int(len(lines) != args.rows or sum(by.values()) != args.rows or 0 in by.values())
 
 
 @contextmanager
@@ -373,7 +407,7 @@ def run_router(args: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     modes = parser.add_subparsers(required=True)
-    for name, run in (("leases", run_leases), ("ray", run_ray)):
+    for name, run in (("leases", run_leases), ("ray", run_ray), ("mixed", run_mixed)):
         mode = modes.add_parser(name)
         mode.set_defaults(run=run)
         mode.add_argument("bundle", type=Path)
@@ -384,6 +418,8 @@ def main() -> int:
         mode.add_argument("--seed", type=int, default=0)
         if name == "leases":
             mode.add_argument("--workers", type=int, default=4)
+        elif name == "mixed":
+            mode.add_argument("other", type=Path)
         else:
             mode.add_argument("--nodes", type=int, default=4)
             mode.add_argument("--drivers", type=int, default=2, help="Drivers that are killed.")

@@ -51,7 +51,7 @@ def cluster(address: str) -> Iterator[None]:
         )
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": "error"}
+    quiet: Any = {"log_to_driver": False, "logging_level": "error"}
     try:
         ray.init(address, **quiet)
     except ConnectionError as error:

@@ -102,9 +102,7 @@ def run_on_ray(bundle: Path, options: EngineOptions, job: RayJob) -> int:
     Raises:
         RequestError: Ray is missing or has no room, or the workers refuse the job.
     """
-    bundles: dict[str | None, Path] = {None: bundle}
-    if job.plans:
-        bundles = dict(job.plans)
+    bundles: dict[str | None, Path] = {**job.plans} or {None: bundle}
     plans = {kind: load_plan(path, options.signers) for kind, path in bundles.items()}
     with cluster(job.address):
         import ray
@@ -258,6 +256,7 @@ class _Driver:
         from ray.exceptions import RayError
 
         crew, actor = self._pending.pop(task)
+        code: int
         try:
             code, printed = ray.get(task)
         except RayError as error:

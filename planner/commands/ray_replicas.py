@@ -18,7 +18,7 @@ import secrets
 import signal
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ class ReplicaActor:
         self._said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._code = 0
 
-    def start(self, sent: SentPlan, args: Sequence[str], environment: Mapping[str, str]) -> None:
+    def start(self, sent: SentPlan, args: Sequence[str], environment: dict[str, str]) -> None:
         """Start the server; it listens where the other nodes reach this one."""
         import ray
 
@@ -84,7 +84,7 @@ class ReplicaActor:
         if self._process is not None:
             self._process.send_signal(number)
 
-    def _run(self, sent: SentPlan, words: Sequence[str], environment: Mapping[str, str]) -> None:
+    def _run(self, sent: SentPlan, words: Sequence[str], environment: dict[str, str]) -> None:
         """The server's life: it ends with the thread that has started it."""
         try:
             command = own_command(["serve", str(unpack(sent)), *words])

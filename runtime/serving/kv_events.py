@@ -183,7 +183,7 @@ def _open(endpoint: str) -> Any:
         )
     import zmq
 
-    socket = zmq.Context.instance().socket(zmq.PUB)
+    socket: Any = zmq.Context.instance().socket(zmq.PUB)
     socket.set_hwm(MAX_WAITING)
     try:
         if endpoint.startswith(_CONNECT):

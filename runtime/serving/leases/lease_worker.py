@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Protocol
@@ -55,7 +57,8 @@ from tokenspeed_plan.runtime.serving.leases.shard_parts import (
     remove_parts,
 )
 
-# How often an idle worker looks: a thousand of them read two folders each time.
+# How often an idle worker looks, first soon: a thousand of them read two folders each time.
+FIRST_POLL_S = 0.25
 POLLS_PER_TIMEOUT = 4
 INDEX_POLL_S = 2.0
 
@@ -190,17 +193,20 @@ class Worker:
 
         While others have all that is left, it waits for them to end or to fall silent.
         """
+        polls = count()
         while not self._interrupt.seen and not self._is_done(MERGE):
             lease = self._leases.take(index.names, self._options.leave_last)
             if lease is None and finished_units(self._store) >= set(index.names):
                 lease = self._leases.take([MERGE])
             if lease is not None:
                 return lease
-            self._wait(self._options.timeout_s / POLLS_PER_TIMEOUT)
+            self._wait(next(polls))
         return None
 
-    def _wait(self, seconds: float) -> None:
-        """Wait about so long: workers that were started together shall not ask together."""
+    def _wait(self, number: int, most_s: float = math.inf) -> None:
+        """Wait for the n-th time, longer than before: of a thousand workers most wait together."""
+        most_s = min(most_s, self._options.timeout_s / POLLS_PER_TIMEOUT)
+        seconds = min(FIRST_POLL_S * 2 ** min(number, 16), most_s)
         time.sleep(seconds * self._jitter.uniform(0.5, 1.5))
 
     @contextmanager
@@ -225,6 +231,7 @@ class Worker:
         Raises:
             RequestError: the input is refused, or the folder has another job.
         """
+        polls = count()
         while not self._interrupt.seen:
             text = self._store.read(done_name(INDEX))
             if text is not None:
@@ -234,7 +241,7 @@ class Worker:
             lease = self._leases.take([INDEX])
             if lease is None:
                 self._ready_engine()  # meanwhile
-                self._wait(min(self._options.timeout_s / POLLS_PER_TIMEOUT, INDEX_POLL_S))
+                self._wait(next(polls), INDEX_POLL_S)
                 continue
             with self._holding(lease):
                 self._refuse_taken_output()
