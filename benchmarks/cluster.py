@@ -2,6 +2,7 @@
 
     python benchmarks/cluster.py leases BUNDLE [--rows 2000] [--workers 4] [--kills 100]
     python benchmarks/cluster.py ray BUNDLE [--rows 2000] [--nodes 4] [--kills 20] [--drivers 3]
+        [--folder DIR --seconds 800]
     python benchmarks/cluster.py mixed BUNDLE OTHER [--rows 2000]
     python benchmarks/cluster.py serve BUNDLE [--replicas 4]
     python benchmarks/cluster.py router MODEL [--agents 64] [--turns 12] [--replicas 4]
@@ -134,40 +135,98 @@ def run_ray(args: argparse.Namespace) -> int:
     import ray
     from ray.cluster_utils import Cluster
 
-    rng = random.Random(args.seed)
-    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
-        folder = Path(scratch)
-        write_rows(folder / "in.jsonl", args.rows)
+    with kept_folder(args.folder) as folder:
+        if not (folder / "in.jsonl").exists():
+            write_rows(folder / "in.jsonl", args.rows)
         single = SingleRun(args.bundle, folder)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(args.nodes - 1)]
-        command = [*lease_args(args.bundle, folder, args.shards), "--ray", cluster.address]
-        output, log = folder / "out.jsonl", folder / "log"
-        driver = start(command, log, TOKENSPEED_PLANS=str(folder / "plans"))
-        kills = drivers = moved = 0
-        while not output.exists():
-            time.sleep(args.pause * 2 * rng.random())
-            assert driver.poll() in (None, 0), log.read_text(encoding="utf-8")
-            if drivers < args.drivers and kills > drivers * args.kills / (args.drivers + 1):
-                driver.kill()
-                driver.wait()
-                drivers += 1
-                driver = start(command, log)
-            elif not moved and nodes and kills > args.kills / 2:
-                cluster.remove_node(nodes.pop())
-                nodes.append(cluster.add_node(num_cpus=1))
-                moved = 1
-            elif kills < args.kills:
-                kills += kill_a_worker(rng, folder / "job")
-        code = driver.wait()
-        print(
-            f"{args.rows} rows, {args.nodes} nodes: {kills} workers and {drivers} drivers were "
-            f"killed, {moved} node was replaced; exit code {code}"
-        )
-        print(log.read_text(encoding="utf-8")[-300:])
+        chaos = Chaos(args, cluster, folder)
+        is_done = chaos.run(time.monotonic() + args.seconds)
         ray.shutdown()
         cluster.shutdown()
-        return int(code != 0) or compare(single.wait(), output.read_bytes())
+        if not is_done:
+            single.process.terminate()
+            single.process.wait()
+            return 3
+        return compare(single.wait(), (folder / "out.jsonl").read_bytes())
+
+
+@contextmanager
+def kept_folder(named: Path | None) -> Iterator[Path]:
+    """A folder that is kept where it is named."""
+    if named is not None:
+        named.mkdir(exist_ok=True)
+        yield named
+        return
+    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+        yield Path(scratch)
+
+
+class Chaos:
+    """A job on a local cluster of Ray whose workers, drivers and nodes end at random."""
+
+    def __init__(self, args: argparse.Namespace, cluster: Any, folder: Path) -> None:
+        self._args = args
+        self._cluster = cluster
+        self._folder = folder
+        self._rng = random.Random(args.seed)
+        self._nodes = [cluster.add_node(num_cpus=1) for _ in range(args.nodes - 1)]
+        shared = lease_args(args.bundle, folder, args.shards)
+        self._command = [*shared, "--ray", cluster.address]
+        self._kept = folder / "counts.json"
+        self.counts = {"workers": 0, "drivers": 0, "nodes": 0}
+        if self._kept.exists():
+            self.counts = json.loads(self._kept.read_text(encoding="utf-8"))
+        self._driver = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        plans = str(self._folder / "plans")
+        return start(self._command, self._folder / "log", TOKENSPEED_PLANS=plans)
+
+    def run(self, until_s: float) -> bool:
+        """False where the time is over; the driver is killed then, and goes on in another call."""
+        while not (self._folder / "out.jsonl").exists():
+            if time.monotonic() > until_s:
+                self._kill_driver()
+                self._report("time is over")
+                return False
+            time.sleep(self._args.pause * 2 * self._rng.random())
+            assert self._driver.poll() in (None, 0), self._log()
+            self._do_harm()
+        code = self._driver.wait()
+        self._report(f"exit code {code}")
+        assert code == 0
+        return True
+
+    def _do_harm(self) -> None:
+        args, counts = self._args, self.counts
+        if counts["drivers"] < min(args.drivers, args.drivers * counts["workers"] / args.kills):
+            self._kill_driver()
+            self._driver = self._start()
+        elif counts["nodes"] < 1 and self._nodes and counts["workers"] > args.kills / 2:
+            self._cluster.remove_node(self._nodes.pop())
+            self._nodes.append(self._cluster.add_node(num_cpus=1))
+            counts["nodes"] += 1
+        elif counts["workers"] < args.kills:
+            counts["workers"] += kill_a_worker(self._rng, self._folder / "job")
+        self._kept.write_text(json.dumps(counts, allow_nan=False), encoding="utf-8")
+
+    def _kill_driver(self) -> None:
+        self._driver.kill()
+        self._driver.wait()
+        self.counts["drivers"] += 1
+        self._kept.write_text(json.dumps(self.counts, allow_nan=False), encoding="utf-8")
+
+    def _log(self) -> str:
+        return (self._folder / "log").read_text(encoding="utf-8")[-300:]
+
+    def _report(self, end: str) -> None:
+        counts = self.counts
+        print(
+            f"{self._args.nodes} nodes: {counts['workers']} workers and {counts['drivers']} "
+            f"drivers were killed, {counts['nodes']} node was replaced; {end}\n{self._log()}",
+            flush=True,
+        )
 
 
 def run_mixed(args: argparse.Namespace) -> int:
@@ -423,6 +482,8 @@ def main() -> int:
         else:
             mode.add_argument("--nodes", type=int, default=4)
             mode.add_argument("--drivers", type=int, default=2, help="Drivers that are killed.")
+            mode.add_argument("--folder", type=Path, help="Is kept, so that another call goes on.")
+            mode.add_argument("--seconds", type=float, default=1e9, help="Of this call.")
     mode = modes.add_parser("serve")
     mode.set_defaults(run=run_serve)
     mode.add_argument("bundle", type=Path)

@@ -247,7 +247,9 @@ class WaitingNodes:
         self.threads[-1].start()
         return future
 
-    def wait(self, tasks: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+    def wait(
+        self, tasks: list[Any], timeout: float, num_returns: int = 1
+    ) -> tuple[list[Any], list[Any]]:
         done, left = wait(tasks, timeout, FIRST_COMPLETED)
         return list(done)[:1], list(left)
 

@@ -46,6 +46,7 @@ _COMPLETE = (0, 1)  # exit codes: the job is done, 1 where rows have failed
 _REFUSED = 2  # the worker refused the plan, the rows or the machine
 _LOST = 70  # what an actor that cannot run its worker says
 _LOOK_S = 2.0  # between two lines of progress
+_END_S = 5.0  # for workers that see that the job is done
 _MAX_IDLE_FAILURES = 20  # of workers, one after the other, without a shard that is finished
 _SHOWN_BYTES = 1 << 14  # of what a worker printed
 # Said anew to each worker.
@@ -239,6 +240,8 @@ class _Driver:
             self._look()
             if ready:
                 code = self._finish(ready[0])
+        if self._pending:  # let those end by themselves that see it soon
+            ray.wait(list(self._pending), num_returns=len(self._pending), timeout=_END_S)
         self._say(f"{self._num_done} shards done\n")
         return code
 

@@ -61,7 +61,9 @@ class ScriptedRay:
 
         return SimpleNamespace(options=placed)
 
-    def wait(self, tasks: list[int], timeout: float) -> tuple[list[int], list[int]]:
+    def wait(
+        self, tasks: list[int], timeout: float, num_returns: int = 1
+    ) -> tuple[list[int], list[int]]:
         return tasks[:1], tasks[1:]
 
     def get(self, task: int) -> tuple[int, str]:
