@@ -1,14 +1,17 @@
-"""More than one machine, on this one: workers that are killed, a router, a thousand workers.
+"""More than one machine, on this one: workers that are killed, lost nodes, a router.
 
     python benchmarks/cluster.py leases BUNDLE [--rows 2000] [--workers 4] [--kills 100]
     python benchmarks/cluster.py ray BUNDLE [--rows 2000] [--nodes 4] [--kills 20] [--drivers 3]
+        [--folder DIR --seconds 800]
+    python benchmarks/cluster.py mixed BUNDLE OTHER [--rows 2000]
+    python benchmarks/cluster.py serve BUNDLE [--replicas 4]
     python benchmarks/cluster.py router MODEL [--agents 64] [--turns 12] [--replicas 4]
-    python benchmarks/cluster.py simulate [--workers 1000] [--rows 10000000] [--shards 2000]
 
 `leases` and `ray` compare the output with that of a single run, byte for byte; one worker's clock
-is an hour off. `router` compares the cached tokens of conversations with those of one engine that
-has the same cache as all replicas. `simulate` has real leases, and engines that only wait. The exit
-code is 1 where something is not as it should be.
+is an hour off. `mixed` has two kinds of nodes with a plan for each. `serve` has replicas on the
+nodes of a local cluster of Ray, under load. `router`
+compares the cached tokens of conversations with those of one engine that has the same cache as all
+replicas. The exit code is 1 where something is not as it should be.
 """
 
 from __future__ import annotations
@@ -18,9 +21,7 @@ import json
 import os
 import random
 import re
-import resource
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -135,56 +135,130 @@ def run_ray(args: argparse.Namespace) -> int:
     import ray
     from ray.cluster_utils import Cluster
 
-    rng = random.Random(args.seed)
+    with kept_folder(args.folder) as folder:
+        if not (folder / "in.jsonl").exists():
+            write_rows(folder / "in.jsonl", args.rows)
+        single = SingleRun(args.bundle, folder)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        chaos = Chaos(args, cluster, folder)
+        is_done = chaos.run(time.monotonic() + args.seconds)
+        ray.shutdown()
+        cluster.shutdown()
+        if not is_done:
+            single.process.terminate()
+            single.process.wait()
+            return 3
+        return compare(single.wait(), (folder / "out.jsonl").read_bytes())
+
+
+@contextmanager
+def kept_folder(named: Path | None) -> Iterator[Path]:
+    """A folder that is kept where it is named."""
+    if named is not None:
+        named.mkdir(exist_ok=True)
+        yield named
+        return
+    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+        yield Path(scratch)
+
+
+class Chaos:
+    """A job on a local cluster of Ray whose workers, drivers and nodes end at random."""
+
+    def __init__(self, args: argparse.Namespace, cluster: Any, folder: Path) -> None:
+        self._args = args
+        self._cluster = cluster
+        self._folder = folder
+        self._rng = random.Random(args.seed)
+        self._nodes = [cluster.add_node(num_cpus=1) for _ in range(args.nodes - 1)]
+        shared = lease_args(args.bundle, folder, args.shards)
+        self._command = [*shared, "--ray", cluster.address]
+        self._kept = folder / "counts.json"
+        self.counts = {"workers": 0, "drivers": 0, "nodes": 0}
+        if self._kept.exists():
+            self.counts = json.loads(self._kept.read_text(encoding="utf-8"))
+        self._driver = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        plans = str(self._folder / "plans")
+        return start(self._command, self._folder / "log", TOKENSPEED_PLANS=plans)
+
+    def run(self, until_s: float) -> bool:
+        """False where the time is over; the driver is killed then, and goes on in another call."""
+        while not (self._folder / "out.jsonl").exists():
+            if time.monotonic() > until_s:
+                self._kill_driver()
+                self._report("time is over")
+                return False
+            time.sleep(self._args.pause * 2 * self._rng.random())
+            assert self._driver.poll() in (None, 0), self._log()
+            self._do_harm()
+        code = self._driver.wait()
+        self._report(f"exit code {code}")
+        assert code == 0
+        return True
+
+    def _do_harm(self) -> None:
+        args, counts = self._args, self.counts
+        if counts["drivers"] < min(args.drivers, args.drivers * counts["workers"] / args.kills):
+            self._kill_driver()
+            self._driver = self._start()
+        elif counts["nodes"] < 1 and self._nodes and counts["workers"] > args.kills / 2:
+            self._cluster.remove_node(self._nodes.pop())
+            self._nodes.append(self._cluster.add_node(num_cpus=1))
+            counts["nodes"] += 1
+        elif counts["workers"] < args.kills:
+            counts["workers"] += kill_a_worker(self._rng, self._folder / "job")
+        self._kept.write_text(json.dumps(counts, allow_nan=False), encoding="utf-8")
+
+    def _kill_driver(self) -> None:
+        self._driver.kill()
+        self._driver.wait()
+        self.counts["drivers"] += 1
+        self._kept.write_text(json.dumps(self.counts, allow_nan=False), encoding="utf-8")
+
+    def _log(self) -> str:
+        return (self._folder / "log").read_text(encoding="utf-8")[-300:]
+
+    def _report(self, end: str) -> None:
+        counts = self.counts
+        print(
+            f"{self._args.nodes} nodes: {counts['workers']} workers and {counts['drivers']} "
+            f"drivers were killed, {counts['nodes']} node was replaced; {end}\n{self._log()}",
+            flush=True,
+        )
+
+
+def run_mixed(args: argparse.Namespace) -> int:
+    """Two kinds of nodes, each with a plan of its own: each shard is as that plan answers it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
     with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
         folder = Path(scratch)
         write_rows(folder / "in.jsonl", args.rows)
-        single = SingleRun(args.bundle, folder)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(args.nodes - 1)]
-        command = [*lease_args(args.bundle, folder, args.shards), "--ray", cluster.address]
-        output, log = folder / "out.jsonl", folder / "log"
-        driver = start(command, log, TOKENSPEED_PLANS=str(folder / "plans"))
-        kills = drivers = moved = 0
-        while not output.exists():
-            time.sleep(args.pause * 2 * rng.random())
-            assert driver.poll() in (None, -signal.SIGKILL), log.read_text(encoding="utf-8")
-            if drivers < args.drivers and kills > drivers * args.kills / (args.drivers + 1):
-                driver.kill()
-                driver.wait()
-                drivers += 1
-                driver = start(command, log)
-            elif not moved and nodes and kills > args.kills / 2:
-                cluster.remove_node(nodes.pop())
-                nodes.append(cluster.add_node(num_cpus=1))
-                moved = 1
-            elif kills < args.kills:
-                kills += kill_a_worker(rng, folder / "job")
-        code = driver.wait()
-        print(
-            f"{args.rows} rows, {args.nodes} nodes: {kills} workers and {drivers} drivers were "
-            f"killed, {moved} node was replaced; exit code {code}"
-        )
-        print(log.read_text(encoding="utf-8")[-300:])
+        kinds = {"first": args.bundle, "second": args.other}
+        alone = {}
+        for kind, bundle in kinds.items():
+            (folder / kind).mkdir()
+            (folder / kind / "in.jsonl").symlink_to(folder / "in.jsonl")
+            alone[kind] = SingleRun(bundle, folder / kind).wait().splitlines()
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        for kind in kinds:
+            cluster.add_node(num_cpus=1, resources={kind: 1})
+        command = lease_args(args.bundle, folder, args.shards)
+        command.remove(args.bundle)
+        for kind, bundle in kinds.items():
+            command += ["--plan", f"{kind}={bundle}"]
+        code = start([*command, "--ray", cluster.address], folder / "log").wait()
         ray.shutdown()
         cluster.shutdown()
-        return int(code != 0) or compare(single.wait(), output.read_bytes())
-
-
-def kill_a_worker(rng: random.Random, job: Path) -> int:
-    """Kill one of the processes that name a lease folder and are no driver; returns how many."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(job).encode() in words and words[-2:-1] == [b"off"]:
-            found.append(int(path.parent.name))
-    if not found:
-        return 0
-    os.kill(rng.choice(found), signal.SIGKILL)
-    return 1
+        print((folder / "log").read_text(encoding="utf-8")[-400:])
+        assert code == 0
+        lines = (folder / "out.jsonl").read_bytes().splitlines()
+        by = {kind: sum(map(bytes.__eq__, lines, found)) for kind, found in alone.items()}
+        print(f"{args.rows} rows: {by} as the plan of each kind answers them")
+        return int(len(lines) != args.rows or sum(by.values()) != args.rows or 0 in by.values())
 
 
 @contextmanager
@@ -213,6 +287,108 @@ def server(bundle: Path, folder: Path, *options: object) -> Iterator[Any]:
 def metric(client: Any, name: str) -> float:
     lines = client.get("/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line))
+
+
+class Talkers:
+    """Clients that stream one answer after the other, each with a session of its own."""
+
+    def __init__(self, client: Any, count: int) -> None:
+        self.whole = self.lost = 0
+        self.wrong: list[str] = []
+        self._client = client
+        self._is_over = threading.Event()
+        self._threads = [threading.Thread(target=self._talk, args=(n,)) for n in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def _talk(self, number: int) -> None:
+        body = {"prompt": f"def f{number}(", "max_tokens": 24, "stream": True, "user": f"u{number}"}
+        while not self._is_over.is_set():
+            with self._client.stream("POST", "/v1/completions", json=body) as response:
+                text = response.read().decode()
+            if text.endswith("data: [DONE]\n\n"):
+                self.whole += 1
+            elif "replica_lost" in text or "no_replica" in text:
+                self.lost += 1
+            else:
+                self.wrong.append(f"{response.status_code}: {text[-300:]}")
+
+    def end(self) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Replicas on nodes of a local cluster: one is killed, a node is replaced, all restart."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+        folder = Path(scratch)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(args.replicas - 1)]
+        options = ("--ray", cluster.address, "--replicas", args.replicas)
+        with server(args.bundle, folder, *options) as client:
+            talkers = Talkers(client, 2 * args.replicas)
+
+            def note(what: str, begin_s: float) -> None:
+                time.sleep(1)
+                while client.get("/health").json().get("up") != args.replicas:
+                    assert time.monotonic() < begin_s + 180, what
+                    time.sleep(0.2)
+                print(
+                    f"{what}: all are up after {time.monotonic() - begin_s:.1f} s; so far "
+                    f"{talkers.whole} streams are whole, {talkers.lost} lost, "
+                    f"{len(talkers.wrong)} wrong",
+                    flush=True,
+                )
+
+            note("start", time.monotonic())
+            (victim, *_) = processes_with("serve", "--host")
+            os.kill(victim, signal.SIGKILL)
+            note("a replica was killed", time.monotonic())
+            cluster.remove_node(nodes.pop())
+            nodes.append(cluster.add_node(num_cpus=1))
+            note("a node was replaced", time.monotonic())
+            lost = talkers.lost
+            (router,) = processes_with("serve", "--ray")
+            os.kill(router, signal.SIGHUP)
+            begin_s = time.monotonic()
+            while metric(client, "tokenspeed_replica_restarts_total") < args.replicas + 2:
+                assert time.monotonic() < begin_s + 300
+                time.sleep(0.5)
+            note("a rolling restart", begin_s)
+            talkers.end()
+            is_right = talkers.lost == lost and not talkers.wrong and talkers.whole > 0
+            print(talkers.wrong[:3])
+        left = processes_with("serve", "--host")
+        print(f"{len(left)} replicas are left after the end")
+        ray.shutdown()
+        cluster.shutdown()
+        return int(not is_right or bool(left))
+
+
+def processes_with(*words: str) -> list[int]:
+    """Processes whose command has some words of ours."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            said = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if {COMMAND.encode(), *map(str.encode, words)} <= set(said):
+            found.append(int(path.parent.name))
+    return found
+
+
+def kill_a_worker(rng: random.Random, job: Path) -> int:
+    """Kill one of the processes that name a lease folder and are no driver; returns how many."""
+    found = processes_with(str(job), "--leave-last")
+    if not found:
+        return 0
+    os.kill(rng.choice(found), signal.SIGKILL)
+    return 1
 
 
 def plan_of(model: Path, folder: Path, name: str, agents: int, turns: int) -> Path:
@@ -287,88 +463,10 @@ def run_router(args: argparse.Namespace) -> int:
         return int(worst < 0.95)
 
 
-@dataclass
-class Simulated:
-    """What a thousand workers did; times in seconds."""
-
-    takes_s: list[float] = field(default_factory=list)
-    commits_s: list[float] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, take_s: float, commit_s: float) -> None:
-        with self.lock:
-            self.takes_s.append(take_s)
-            self.commits_s.append(commit_s)
-
-
-def simulate_worker(store: Any, units: list[str], number: int, work_s: float, tally: Simulated,
-                    timeout_s: float) -> None:  # fmt: skip
-    from tokenspeed_plan.runtime.serving.leases.lease_worker import POLLS_PER_TIMEOUT
-    from tokenspeed_plan.runtime.serving.leases.shard_lease import Leases, finished_units
-
-    leases, rng = Leases(store, f"worker-{number}", timeout_s), random.Random(number)
-    while True:
-        begin_s = time.monotonic()
-        lease = leases.take(units)
-        taken_s = time.monotonic()
-        if lease is None:
-            if finished_units(store) >= set(units):
-                return
-            time.sleep(timeout_s / POLLS_PER_TIMEOUT * rng.uniform(0.5, 1.5))
-            continue
-        time.sleep(work_s * (0.8 + 0.4 * rng.random()))
-        worked_s = time.monotonic()
-        lease.commit({"rows": 1})
-        lease.end()
-        tally.add(taken_s - begin_s, time.monotonic() - worked_s)
-
-
-def run_simulate(args: argparse.Namespace) -> int:
-    """All workers are threads of this process, so that their leases take turns on one core."""
-    from tokenspeed_plan.runtime.serving.leases.job_store import FolderStore
-
-    rows_per_shard = args.rows / args.shards
-    work_s = rows_per_shard / args.rows_per_s / args.faster
-    units = [f"{number:05d}" for number in range(args.shards)]
-    tally = Simulated()
-    threading.stack_size(256 << 10)
-    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
-        store = FolderStore(Path(scratch))
-        timeout_s = 60.0 / args.faster
-        threads = [
-            threading.Thread(target=simulate_worker,
-                             args=(store, units, number, work_s, tally, timeout_s))
-            for number in range(args.workers)
-        ]  # fmt: skip
-        begin_s = time.monotonic()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        total_s = time.monotonic() - begin_s
-        takeovers = sum(not name.endswith(".1") for name in store.names("leases"))
-    gaps = [take + commit for take, commit in zip(tally.takes_s, tally.commits_s, strict=True)]
-    real_s, mean_s = work_s * args.faster, statistics.mean(gaps)
-    print(
-        f"{args.workers} workers, {args.rows} rows in {args.shards} shards of {real_s:.0f} s each, "
-        f"run {args.faster:g} x faster: {total_s:.0f} s; {takeovers} takeovers"
-    )
-    print(
-        f"  between two shards a worker waits {mean_s:.2f} s on average, so it would be busy "
-        f"{real_s / (real_s + mean_s):.2%} of the time"
-    )
-    for name, values in (("take", tally.takes_s), ("commit", tally.commits_s)):
-        p50, p99 = statistics.median(values), statistics.quantiles(values, n=100)[98]
-        print(f"  {name}: {p50 * 1e3:.0f} ms at the median, {p99 * 1e3:.0f} ms of 99 %")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"  peak memory of all: {peak:.0f} MiB")
-    return int(len(tally.commits_s) < args.shards)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     modes = parser.add_subparsers(required=True)
-    for name, run in (("leases", run_leases), ("ray", run_ray)):
+    for name, run in (("leases", run_leases), ("ray", run_ray), ("mixed", run_mixed)):
         mode = modes.add_parser(name)
         mode.set_defaults(run=run)
         mode.add_argument("bundle", type=Path)
@@ -379,22 +477,23 @@ def main() -> int:
         mode.add_argument("--seed", type=int, default=0)
         if name == "leases":
             mode.add_argument("--workers", type=int, default=4)
+        elif name == "mixed":
+            mode.add_argument("other", type=Path)
         else:
             mode.add_argument("--nodes", type=int, default=4)
             mode.add_argument("--drivers", type=int, default=2, help="Drivers that are killed.")
+            mode.add_argument("--folder", type=Path, help="Is kept, so that another call goes on.")
+            mode.add_argument("--seconds", type=float, default=1e9, help="Of this call.")
+    mode = modes.add_parser("serve")
+    mode.set_defaults(run=run_serve)
+    mode.add_argument("bundle", type=Path)
+    mode.add_argument("--replicas", type=int, default=4)
     mode = modes.add_parser("router")
     mode.set_defaults(run=run_router)
     mode.add_argument("model", type=Path)
     mode.add_argument("--agents", type=int, default=64)
     mode.add_argument("--turns", type=int, default=12)
     mode.add_argument("--replicas", type=int, default=4)
-    mode = modes.add_parser("simulate")
-    mode.set_defaults(run=run_simulate)
-    mode.add_argument("--workers", type=int, default=1000)
-    mode.add_argument("--rows", type=int, default=10_000_000)
-    mode.add_argument("--shards", type=int, default=2000)
-    mode.add_argument("--rows-per-s", type=float, default=28.0, help="Of one engine, predicted.")
-    mode.add_argument("--faster", type=float, default=4.0, help="Than the predicted times.")
     args = parser.parse_args()
     return int(args.run(args))
 

@@ -33,6 +33,8 @@ FLOORS = {
         "prometheus_client",
         "xgrammar",
         "flash_attn_3",
+        "msgspec",
+        "zmq",
     },
     "planner": {"networkx", "pydantic", "yaml", "click", "ray"},
 }

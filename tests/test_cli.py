@@ -79,6 +79,8 @@ SURFACE = {
         "lease",
         "ray",
         "workers",
+        "plans",
+        "leave_last",
         "shards",
         "lease_timeout_s",
         "max_concurrency",
@@ -94,6 +96,9 @@ SURFACE = {
     "serve": {
         "bundle",
         "replicas",
+        "ray",
+        "kv_events",
+        "kv_topic",
         "rank_timeout_s",
         "write_timeout_s",
         "stall_s",

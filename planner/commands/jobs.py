@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 OUTPUT_NAME = "output.jsonl"  # where a folder is named for the output
 DEFAULT_SHARDS = 64
-NO_RAY = "off"  # said to workers that Ray has started
 
 
 def path_or_url(text: str) -> Path | str:
@@ -40,6 +39,8 @@ class JobOptions:
         timeout_s: for how long a worker may be silent.
         ray: the address of a cluster that runs its workers; None where they are started by hand.
         workers: how many Ray starts; None is as many as there is room for.
+        plans: other bundles with which its rows may be answered, by the kind of machine.
+        leave_last: how many of the last shards this worker leaves to others.
     """
 
     lease: str | None
@@ -47,6 +48,65 @@ class JobOptions:
     timeout_s: float
     ray: str | None = None
     workers: int | None = None
+    plans: tuple[tuple[str, Path], ...] = ()
+    leave_last: int = 0
+
+
+def _kind_and_bundle(
+    context: click.Context, parameter: click.Parameter, words: tuple[str, ...]
+) -> tuple[tuple[str, Path], ...]:
+    """Each `KIND=DIR`."""
+    found = []
+    for word in words:
+        kind, _, folder = word.partition("=")
+        if not kind or not folder:
+            raise click.BadParameter(f"`{word}` is not KIND=DIR", context, parameter)
+        found.append((kind, Path(folder)))
+    return tuple(found)
+
+
+_OPTIONS = (
+    click.option(
+        "--lease",
+        metavar="FOLDER",
+        help="Share the batch: start the same command on each machine. A folder or bucket.",
+    ),
+    click.option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Let Ray place the workers of a shared batch: a cluster's address, or `auto`.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        help="With --ray: how many workers (default: as many as have room).",
+    ),
+    click.option(
+        "--plan",
+        "plans",
+        multiple=True,
+        metavar="KIND=DIR",
+        callback=_kind_and_bundle,
+        help="With --ray or --lease: the plan of nodes of a kind, as H200=DIR; once for each.",
+    ),
+    click.option(
+        "--shards",
+        type=click.IntRange(min=1),
+        help=f"With --lease: parts of the input, each one worker's (default: {DEFAULT_SHARDS}).",
+    ),
+    seconds_option(
+        "--lease-timeout",
+        "lease_timeout_s",
+        60.0,
+        "With --lease: how long a worker may be silent before its shard is another's.",
+    ),
+    click.option(
+        "--leave-last",
+        type=click.IntRange(min=0),
+        default=0,
+        help="With --lease: begin none of the last N shards while others work, who are faster.",
+    ),
+)
 
 
 def job_options(command: Command) -> Command:
@@ -60,44 +120,23 @@ def job_options(command: Command) -> Command:
         lease_timeout_s: float,
         ray: str | None,
         workers: int | None,
+        plans: tuple[tuple[str, Path], ...],
+        leave_last: int,
         **rest: Any,
     ) -> Any:
-        if ray == NO_RAY:
-            ray = None
         if ray is not None and lease is None:
             lease = f"{rest['output']}.lease"
         if shards is not None and lease is None:
             raise click.UsageError("--shards needs --lease, the folder that all workers see")
-        job = JobOptions(lease, shards, lease_timeout_s, ray, workers)
+        if plans and lease is None:
+            raise click.UsageError("--plan needs --lease or --ray: several machines share a batch")
+        job = JobOptions(lease, shards, lease_timeout_s, ray, workers, plans, leave_last)
         return command(*args, job=job, **rest)
 
-    with_timeout = seconds_option(
-        "--lease-timeout",
-        "lease_timeout_s",
-        60.0,
-        "With --lease: how long a worker may be silent before its shard is another's.",
-    )(with_job)
-    with_shards = click.option(
-        "--shards",
-        type=click.IntRange(min=1),
-        help=f"With --lease: parts of the input, each one worker's (default: {DEFAULT_SHARDS}).",
-    )(with_timeout)
-    with_workers = click.option(
-        "--workers",
-        type=click.IntRange(min=1),
-        help="With --ray: how many workers (default: as many as have room).",
-    )(with_shards)
-    with_ray = click.option(
-        "--ray",
-        metavar="ADDRESS",
-        help="Let Ray place the workers of a shared batch: the address of a cluster, or `auto`.",
-    )(with_workers)
-    with_lease = click.option(
-        "--lease",
-        metavar="FOLDER",
-        help="Share the batch: start the same command on each machine. A folder or a bucket's URL.",
-    )(with_ray)
-    return cast(Command, with_lease)
+    made: Callable[..., Any] = with_job
+    for option in reversed(_OPTIONS):
+        made = option(made)
+    return cast(Command, made)
 
 
 def worker_options(
@@ -120,7 +159,9 @@ def worker_options(
 
     rows = JobInput(str(source), job.shards or DEFAULT_SHARDS, limit, max_errors)
     place = _output_of_job(output)
-    return WorkerOptions(rows, place, job.timeout_s, max_concurrency, summary, quiet)
+    return WorkerOptions(
+        rows, place, job.timeout_s, max_concurrency, summary, quiet, job.leave_last
+    )
 
 
 def _output_of_job(output: Path | str) -> str:
@@ -153,7 +194,13 @@ def ray_job(job: JobOptions, worker: WorkerOptions, address: str, lease: str) ->
     if worker.summary is not None:
         words += ["--summary", str(worker.summary.absolute())]
     return RayJob(
-        address, job.workers, _whole(lease), tuple(words), worker.input.num_shards, worker.quiet
+        address,
+        job.workers,
+        _whole(lease),
+        tuple(words),
+        worker.input.num_shards,
+        worker.quiet,
+        dict(job.plans),
     )
 
 

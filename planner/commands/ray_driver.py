@@ -1,8 +1,12 @@
 """`tokenspeed run --ray`: the workers of a shared batch, placed and kept alive by Ray.
 
-An actor has the GPUs of one plan (or a CPU) on one node, and runs the command of a worker there. It
-knows nothing of rows: all that is done is in the lease folder, so that actors, nodes and the driver
-may end at any time and be started again.
+An actor has a place of the cluster, and runs the command of a worker there. It knows nothing of
+rows: all that is done is in the lease folder, so that actors, nodes and the driver may end at any
+time and be started again.
+
+Each kind of node may have a plan of its own. Workers take a shard when they are done with the one
+before, so each kind gets rows as fast as it answers them; at the end the slower ones leave the last
+shards to the faster.
 """
 
 # Ray is of an extra that not every checkout has.
@@ -10,35 +14,45 @@ may end at any time and be started again.
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import click
-
-from tokenspeed_plan.planner.commands.engines import ARGS, EngineOptions
+from tokenspeed_plan.planner.commands.engines import EngineOptions
 from tokenspeed_plan.planner.commands.rank_processes import child_environment, own_command
-from tokenspeed_plan.plans.bundle import CUBIN, PLAN_FILE, load_plan
+from tokenspeed_plan.planner.commands.ray_cluster import (
+    Resources,
+    SentPlan,
+    cluster,
+    no_room,
+    pack,
+    place_for,
+    resources_of,
+    room_for,
+    start_at,
+    unpack,
+    words_given,
+)
+from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import PlanError, RequestError
-from tokenspeed_plan.plans.kernel_file import KERNELS
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.plans.signature import SIGNATURE_FILE
 
 _COMPLETE = (0, 1)  # exit codes: the job is done, 1 where rows have failed
 _REFUSED = 2  # the worker refused the plan, the rows or the machine
+_LOST = 70  # what an actor that cannot run its worker says
 _LOOK_S = 2.0  # between two lines of progress
+_END_S = 5.0  # for workers that see that the job is done
 _MAX_IDLE_FAILURES = 20  # of workers, one after the other, without a shard that is finished
 _SHOWN_BYTES = 1 << 14  # of what a worker printed
-_CACHE = "TOKENSPEED_PLANS"  # where a node keeps plans that it was sent
+# Said anew to each worker.
+_OF_THE_DRIVER = (
+    "source", "output", "lease", "summary", "weights", "ray", "workers", "plans", "leave_last"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +66,7 @@ class RayJob:
         places: options with the paths of the job, as every node sees them.
         num_shards: no more workers than that are of use.
         quiet: show no progress.
+        plans: bundles by the kind of node that takes them; empty where all take the same.
     """
 
     address: str
@@ -60,15 +75,26 @@ class RayJob:
     places: tuple[str, ...]
     num_shards: int
     quiet: bool
+    plans: Mapping[str, Path]
 
 
 @dataclass(frozen=True, slots=True)
-class SentPlan:
-    """A plan as it travels: its digest, where the driver has it, and its files."""
+class Crew:
+    """The workers of one plan.
 
-    digest: str
-    path: str
-    archive: bytes
+    Attributes:
+        speed: what one of them should do, in tokens per second.
+        resources: what each takes of its node.
+        count: how many there are.
+        args: of their command, behind the plan.
+        number: of their plan, among those that are sent.
+    """
+
+    speed: float
+    resources: Resources
+    count: int
+    args: tuple[str, ...]
+    number: int
 
 
 def run_on_ray(bundle: Path, options: EngineOptions, job: RayJob) -> int:
@@ -77,111 +103,94 @@ def run_on_ray(bundle: Path, options: EngineOptions, job: RayJob) -> int:
     Raises:
         RequestError: Ray is missing or has no room, or the workers refuse the job.
     """
-    if find_spec("ray") is None:
-        raise RequestError(
-            "`--ray` needs Ray",
-            "install the extra `cluster`: `pip install 'tokenspeed-plan[cluster]'`",
-        )
-    import ray
+    bundles: dict[str | None, Path] = {**job.plans} or {None: bundle}
+    plans = {kind: load_plan(path, options.signers) for kind, path in bundles.items()}
+    with cluster(job.address):
+        import ray
 
-    frozen = load_plan(bundle, options.signers)
-    _connect(job.address)
-    try:
-        sent = ray.put(pack(bundle, frozen))
-        return _Driver(frozen, job, _worker_args(bundle, frozen, options, job), sent).run()
-    finally:
-        ray.shutdown()
+        crews = crews_of(bundles, plans, options, job)
+        sent = [ray.put(pack(bundles[kind], plans[kind])) for kind in plans]
+        return _Driver(job, crews, tuple(job.plans), sent).run()
 
 
-def _connect(address: str) -> None:
-    """Join a cluster; `auto` begins a local one where none runs.
+def crews_of(
+    bundles: Mapping[str | None, Path],
+    plans: Mapping[str | None, Plan],
+    options: EngineOptions,
+    job: RayJob,
+) -> list[Crew]:
+    """How many workers each plan gets, the faster plans first, as far as there is room.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is room for none.
     """
-    import ray
+    left = min(job.workers or job.num_shards, job.num_shards)
+    crews: list[Crew] = []
+    for kind in sorted(plans, key=lambda kind: _speed(plans[kind]), reverse=True):
+        frozen = plans[kind]
+        resources = resources_of(frozen, kind)
+        count = min(room_for(resources), left)
+        left -= count
+        args = _worker_args(bundles[kind], frozen, options, job, _left_to(crews, _speed(frozen)))
+        crews.append(Crew(_speed(frozen), resources, count, args, list(plans).index(kind)))
+    if not any(crew.count for crew in crews):
+        raise no_room(frozen, resources, 0)
+    return crews
 
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    try:
-        ray.init(address, **quiet)
-    except ConnectionError as error:
-        if address != "auto":
-            raise RequestError(
-                f"there is no Ray cluster at `{address}`", "`--ray auto` begins a local one"
-            ) from error
-        ray.init(include_dashboard=False, **quiet)
+
+def _speed(frozen: Plan) -> float:
+    """Tokens per second of one engine, as predicted for the plan's own workload."""
+    return frozen.predicted.values["tokens_per_s_gpu"] * frozen.target.count
+
+
+def _left_to(faster: Sequence[Crew], speed: float) -> int:
+    """How many of the last shards a worker leaves to faster ones, who then end sooner without it.
+
+    A shard takes it 1 / speed; together they finish n of them in about n / sum of speeds, and the
+    one that each is at meanwhile in 1 / speed of theirs.
+    """
+    total = sum(crew.speed * crew.count for crew in faster)
+    if not total:
+        return 0
+    fastest = max(crew.speed for crew in faster if crew.count)
+    return int(total * (1 / speed - 1 / fastest))
 
 
 def _worker_args(
-    bundle: Path, frozen: Plan, options: EngineOptions, job: RayJob
+    bundle: Path, frozen: Plan, options: EngineOptions, job: RayJob, leave_last: int
 ) -> tuple[str, ...]:
-    """The command of a worker, which finds the bundle in its first place after `run`."""
+    """The command of a worker behind `run` and the bundle."""
     from tokenspeed_plan.runtime.loading.preflight import find_weights
 
-    args: tuple[str, ...] = click.get_current_context().meta[ARGS]
-    own = [word for word in args[1:] if word != str(bundle)]
     weights = find_weights(frozen, bundle, options.weights).resolve()
-    return (*own, *job.places, "--weights", str(weights), "--ray", "off")
-
-
-def pack(bundle: Path, frozen: Plan) -> SentPlan:
-    """The files of a bundle."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz", encoding="utf-8") as archive:
-        for name in (PLAN_FILE, SIGNATURE_FILE, KERNELS, CUBIN):
-            if (bundle / name).exists():
-                archive.add(bundle / name, name)
-    return SentPlan(frozen.digest, str(bundle.resolve()), buffer.getvalue())
-
-
-def unpack(sent: SentPlan) -> Path:
-    """A bundle with the digest of the plan: one that this node has, or the one that was sent.
-
-    Raises:
-        PlanError: what was sent is another plan.
-    """
-    cache = os.environ.get(_CACHE) or os.path.expanduser("~/.cache/tokenspeed-plan")
-    kept = Path(cache) / sent.digest
-    for folder in (Path(sent.path), kept):
-        if _has(folder, sent.digest):
-            return folder
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-        draft = Path(scratch) / "bundle"
-        try:
-            with tarfile.open(fileobj=io.BytesIO(sent.archive), encoding="utf-8") as archive:
-                archive.extractall(draft, filter="data")
-        except tarfile.TarError as error:
-            raise PlanError(
-                f"the plan that was sent is damaged: {error}", "send it again"
-            ) from error
-        if not _has(draft, sent.digest):
-            raise PlanError("the plan that was sent is not the one that was named", "send it again")
-        with suppress(OSError):  # another worker of this node has put it there
-            draft.rename(kept)
-    return kept
-
-
-def _has(folder: Path, digest: str) -> bool:
-    """Whether a folder holds the plan; reading a plan compares its digest with what it holds."""
-    try:
-        return load_plan(folder).digest == digest
-    except (PlanError, OSError):
-        return False
+    own = words_given(but=_OF_THE_DRIVER)
+    return (*own, *job.places, "--weights", str(weights), "--leave-last", str(leave_last))
 
 
 class RayWorker:
     """The actor: runs a worker's command on its node."""
 
-    def work(self, sent: SentPlan, args: Sequence[str]) -> tuple[int, str]:
-        """Run it to its end; returns its exit code, and what it has printed last."""
+    def work(
+        self, args: Sequence[str], number: int, kinds: Sequence[str], *sent: SentPlan
+    ) -> tuple[int, str]:
+        """Run it to its end; returns its exit code, and what it has printed last.
+
+        Args:
+            args: of the command, behind the plan.
+            number: of its own plan.
+            kinds: of node, one for each plan where there are several.
+            sent: all plans of the job.
+        """
         try:
-            bundle = unpack(sent)
+            bundles = [unpack(each) for each in sent]
         except PlanError as error:
             return _REFUSED, str(error)
+        except OSError as error:
+            return _LOST, f"error: cannot keep the plan: {error}\n"
+        plans = [f"--plan={kind}={path}" for kind, path in zip(kinds, bundles, strict=False)]
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
-                own_command(["run", str(bundle), *args]),
+                own_command(["run", str(bundles[number]), *args, *plans]),
                 env=os.environ | child_environment(),
                 stdin=subprocess.PIPE,
                 stdout=output,
@@ -195,16 +204,17 @@ class RayWorker:
 class _Driver:
     """Keeps workers alive until the job is done; it may die, as it knows nothing."""
 
-    def __init__(self, frozen: Plan, job: RayJob, args: Sequence[str], sent: Any) -> None:
+    def __init__(
+        self, job: RayJob, crews: Sequence[Crew], kinds: Sequence[str], sent: Sequence[Any]
+    ) -> None:
         from tokenspeed_plan.runtime.serving.leases.job_store import open_store
 
-        self._frozen = frozen
         self._job = job
-        self._args = args
+        self._crews = crews
+        self._kinds = kinds
         self._sent = sent
         self._store = open_store(job.lease)
-        self._pending: dict[Any, Any] = {}  # actors by what they work at
-        self._codes: list[int] = []
+        self._pending: dict[Any, tuple[Crew, Any]] = {}  # crew and actor, by task
         self._num_restarts = 0
         self._idle_failures = 0
         self._num_done = 0
@@ -213,73 +223,49 @@ class _Driver:
         """Start the workers, start them again where they fail, and wait for the job."""
         import ray
 
-        for _ in range(self._num_workers()):
-            self._start()
-        while self._pending:
+        crews = [crew for crew in self._crews for _ in range(crew.count)]
+        for crew in crews:
+            # Ray starts an actor again on another node where its own is lost.
+            actor = start_at(
+                place_for(crew.resources),
+                crew.resources,
+                RayWorker,
+                max_restarts=-1,
+                max_task_retries=-1,
+            )
+            self._submit(crew, actor)
+        code = None
+        while code is None:  # of one: the job is done, whoever else is lost or waits for a node
             ready, _ = ray.wait(list(self._pending), timeout=_LOOK_S)
             self._look()
-            for task in ready:
-                self._finish(task)
+            if ready:
+                code = self._finish(ready[0])
+        if self._pending:  # let those end by themselves that see it soon
+            ray.wait(list(self._pending), num_returns=len(self._pending), timeout=_END_S)
         self._say(f"{self._num_done} shards done\n")
-        return max(self._codes)
+        return code
 
-    def _num_workers(self) -> int:
-        """How many workers there are: as many as was said, or as have room.
+    def _submit(self, crew: Crew, actor: Any) -> None:
+        task = actor.work.remote(list(crew.args), crew.number, list(self._kinds), *self._sent)
+        self._pending[task] = crew, actor
 
-        Raises:
-            RequestError: there is room for none.
-        """
-        import ray
-
-        wanted = self._job.workers
-        if wanted is None:
-            resources, total = self._resources(), ray.cluster_resources()
-            wanted = int(min(total.get(name, 0) // share for name, share in resources.items()))
-        if wanted < 1:
-            raise RequestError(
-                f"the cluster has no room for {self._resources()}",
-                f"add a node with {self._frozen.target.count} x {self._frozen.target.gpu}",
-            )
-        return min(wanted, self._job.num_shards)
-
-    def _resources(self) -> dict[str, float]:
-        if self._frozen.target.device == "cpu":
-            return {"CPU": 1}
-        return {"CPU": 1, "GPU": self._frozen.target.count}
-
-    def _start(self) -> None:
-        """Place a worker on one node; Ray starts it again on another where that one is lost."""
-        import ray
-        from ray.util.placement_group import placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        resources = self._resources()
-        place = placement_group([resources], strategy="STRICT_PACK")
-        actor = ray.remote(RayWorker).options(
-            num_cpus=1,
-            num_gpus=resources.get("GPU", 0),
-            max_restarts=-1,
-            max_task_retries=-1,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(place),
-        )
-        self._submit(actor.remote())
-
-    def _submit(self, worker: Any) -> None:
-        self._pending[worker.work.remote(self._sent, list(self._args))] = worker
-
-    def _finish(self, task: Any) -> None:
-        """Take the end of a worker; one that failed begins again.
+    def _finish(self, task: Any) -> int | None:
+        """Take the end of a worker: the exit code of the job; None where it has to begin again.
 
         Raises:
             RequestError: it refuses the job, or no worker gets anything done.
         """
         import ray
+        from ray.exceptions import RayError
 
-        worker = self._pending.pop(task)
-        code, printed = ray.get(task)
+        crew, actor = self._pending.pop(task)
+        code: int
+        try:
+            code, printed = ray.get(task)
+        except RayError as error:
+            code, printed = _LOST, f"{error}\n"
         if code in _COMPLETE:
-            self._codes.append(code)
-            return
+            return code
         self._idle_failures += 1
         if code == _REFUSED or self._idle_failures > _MAX_IDLE_FAILURES:
             sys.stderr.write(printed)
@@ -287,7 +273,8 @@ class _Driver:
                 f"a worker has ended with code {code}", "what it printed is shown above"
             )
         self._num_restarts += 1
-        self._submit(worker)
+        self._submit(crew, actor)
+        return None
 
     def _look(self) -> None:
         """Show how far all of them are."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -73,16 +74,18 @@ class RunOptions:
 class SharedBatch:
     """A batch that other workers answer, too.
 
-    `lease` is where they agree on who does what; with `ray`, this process starts the workers.
+    `lease` is where they agree on who does what. `others` are the bundles of workers on other kinds
+    of machines. With `ray`, this process starts the workers.
     """
 
     lease: str
     worker: WorkerOptions
+    others: tuple[Path, ...] = ()
     ray: RayJob | None = None
 
 
 @click.command(cls=ReplayCommand)
-@click.argument("bundle", type=Folder)
+@click.argument("bundle", type=Folder, required=False)
 @click.option(
     "--input",
     "source",
@@ -136,7 +139,7 @@ class SharedBatch:
 @rank_timeout_option
 @click.option("--quiet", is_flag=True, help="No progress, no summary text.")
 def run(
-    bundle: Path,
+    bundle: Path | None,
     source: Path | str | None,
     output: Path | str | None,
     prompt: str | None,
@@ -163,6 +166,7 @@ def run(
     job: JobOptions,
 ) -> None:
     """Replay BUNDLE: answer a batch file, or one --prompt."""
+    own = _own_bundle(bundle, job)
     signers = wanted_signers(allowed_signers, signer)
     engine = EngineOptions(
         weights,
@@ -176,7 +180,7 @@ def run(
     if check:
         if not (prompt is None and source is None and output is None):
             raise click.UsageError("--check takes no prompt and no batch")
-        alike_on_all_ranks(bundle, engine, lambda: _run_check(bundle, engine))
+        alike_on_all_ranks(own, engine, lambda: _run_check(own, engine))
         return
     work: BatchOptions | SharedBatch | PromptOptions
     if prompt is not None and source is None and output is None:
@@ -187,11 +191,22 @@ def run(
     else:
         raise click.UsageError("give either --input and --output, or --prompt, or --check alone")
     if isinstance(work, SharedBatch) and work.ray is not None:
-        code: int | None = run_on_ray(bundle, engine, work.ray)
+        code: int | None = run_on_ray(own, engine, work.ray)
     else:
         options = RunOptions(engine, work)
-        code = on_all_ranks(bundle, engine, lambda: _run(bundle, options))
+        code = on_all_ranks(own, engine, lambda: _run(own, options))
     raise click.exceptions.Exit(code or 0)
+
+
+def _own_bundle(bundle: Path | None, job: JobOptions) -> Path:
+    """The plan of this process; with Ray, any of several."""
+    if job.ray is not None and job.plans:
+        if bundle is not None:
+            raise click.UsageError("with --ray, give BUNDLE or a --plan for each kind of node")
+        return job.plans[0][1]
+    if bundle is None:
+        raise click.UsageError("Missing argument 'BUNDLE'.")
+    return bundle
 
 
 def _batch(
@@ -219,9 +234,10 @@ def _batch(
     if errors is not None or shard is not None or order != "input":
         raise click.UsageError("--lease goes with neither --errors, --shard nor --order completion")
     worker = worker_options(job, source, output, limit, max_errors, max_concurrency, summary, quiet)
+    others = tuple(folder for _, folder in job.plans)
     if job.ray is None:
-        return SharedBatch(job.lease, worker)
-    return SharedBatch(job.lease, worker, ray_job(job, worker, job.ray, job.lease))
+        return SharedBatch(job.lease, worker, others)
+    return SharedBatch(job.lease, worker, others, ray_job(job, worker, job.ray, job.lease))
 
 
 def _run(bundle: Path, options: RunOptions) -> int:
@@ -307,9 +323,41 @@ def _run_shared(bundle: Path, engine_options: EngineOptions, batch: SharedBatch)
 
     store = open_store(batch.lease)
     facts, tokenizer = _facts(bundle, engine_options)
+    plans = _plans_of_job(load_plan(bundle, engine_options.signers), batch.others, engine_options)
+    worker = replace(batch.worker, plans=plans)
     return Worker(
-        store, batch.worker, facts, tokenizer, lambda: ready_engine(bundle, engine_options)
+        store, worker, facts, tokenizer, lambda: ready_engine(bundle, engine_options)
     ).run()
+
+
+def _plans_of_job(own: Plan, others: Sequence[Path], options: EngineOptions) -> tuple[str, ...]:
+    """The digests of all plans with which a job may be answered.
+
+    Raises:
+        RequestError: what one of them takes, another one refuses.
+    """
+    plans = [own, *(load_plan(folder, options.signers) for folder in others)]
+    for frozen in plans:
+        if _what_it_takes(frozen) != _what_it_takes(own):
+            raise RequestError(
+                f"the plans for {own.target.gpu} and {frozen.target.gpu} take other rows: "
+                f"{_what_it_takes(own)}, {_what_it_takes(frozen)}",
+                "plan both for the same model, with the same lengths and features",
+            )
+    return tuple(sorted({answer_digest(frozen) for frozen in plans}))
+
+
+def _what_it_takes(frozen: Plan) -> dict[str, object]:
+    """What decides whether a row is refused."""
+    limits, model = frozen.pool.limits, frozen.model
+    return {
+        "model": model.name,
+        "vocab_size": model.vocab_size,
+        "max_seq_len": limits.max_seq_len,
+        "default_max_tokens": limits.default_max_tokens,
+        "grammar": frozen.takes_grammars,
+        "penalties": frozen.takes_penalties,
+    }
 
 
 def _facts(bundle: Path, options: EngineOptions) -> tuple[BatchPlan, TextTokenizer]:

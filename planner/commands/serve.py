@@ -29,6 +29,12 @@ from tokenspeed_plan.planner.commands.pools import (
     pool_options,
     serve_prefill,
 )
+from tokenspeed_plan.planner.commands.replicas import (
+    RoutingOptions,
+    launched,
+    router_options,
+    routing_options,
+)
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
@@ -41,12 +47,13 @@ Folder = click.Path(path_type=Path)
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """Options of `tokenspeed serve`: the address, the engine, the server and the pools."""
+    """Options of `tokenspeed serve`: the address, the engine, the server, routing, pools."""
 
     host: str
     port: int
     engine: EngineOptions
     server: ServerOptions
+    routing: RoutingOptions
     pools: PoolOptions
 
 
@@ -136,13 +143,7 @@ class ServeOptions:
     "--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`."
 )
 @rank_timeout_option
-@click.option(
-    "--replicas",
-    type=click.IntRange(1, 64),
-    default=1,
-    show_default=True,
-    help="Engines of this host behind the address; a session stays with one of them.",
-)
+@routing_options
 @click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
 @click.option("--verify-weights", is_flag=True, help=VERIFY_HELP)
 @signature_options
@@ -165,11 +166,11 @@ def serve(
     weights: Path | None,
     backend: Backend | None,
     rank_timeout_s: float,
-    replicas: int,
     no_canary: bool,
     verify_weights: bool,
     allowed_signers: Path | None,
     signer: str | None,
+    routing: RoutingOptions,
     pools: PoolOptions,
 ) -> None:
     """Serve BUNDLE to OpenAI's and Anthropic's clients."""
@@ -201,16 +202,16 @@ def serve(
         signers=signers,
         rank_timeout_s=rank_timeout_s,
     )
-    _serve_as(bundle, ServeOptions(host, port, engine, server, pools), replicas)
+    _serve_as(bundle, ServeOptions(host, port, engine, server, routing, pools))
 
 
-def _serve_as(bundle: Path, options: ServeOptions, replicas: int) -> None:
+def _serve_as(bundle: Path, options: ServeOptions) -> None:
     """As a pool for prompts, as several engines behind a router, or as one engine."""
     if options.pools.role == "prefill":
         serve_prefill(bundle, options.engine, options.pools)
         return
-    if replicas > 1:
-        _serve_replicas(bundle, options, replicas)
+    if options.routing.has_router:
+        _serve_replicas(bundle, options)
         return
     signals = (signal.SIGTERM, signal.SIGINT)
     on_all_ranks(bundle, options.engine, lambda: _serve(bundle, options), ignored=signals)
@@ -226,20 +227,19 @@ def _check_packages() -> None:
         )
 
 
-def _serve_replicas(bundle: Path, options: ServeOptions, count: int) -> None:
-    """Start as many servers of this command, and route to them."""
-    from tokenspeed_plan.planner.commands.replicas import launch_of, router_options
+def _serve_replicas(bundle: Path, options: ServeOptions) -> None:
+    """Start servers of this command, and route to them."""
     from tokenspeed_plan.runtime.serving.http import check_reach, listen
     from tokenspeed_plan.runtime.serving.router import serve_replicas
 
     with listen(options.host, options.port) as listener:
         check_reach(listener, options.server.api_key)
         frozen = load_plan(bundle, options.engine.signers)
-        launch = launch_of(frozen, count, options.server.drain_s)
         tokenizer = load_tokenizer(bundle, options.engine)
         ready = _ready_line(listener)
-        router = router_options(frozen, options.server, launch)
-        serve_replicas(router, tokenizer, listener, lambda: click.echo(ready, err=True))
+        with launched(bundle, frozen, options.engine, options.server, options.routing) as launch:
+            router = router_options(frozen, options.server, launch)
+            serve_replicas(router, tokenizer, listener, lambda: click.echo(ready, err=True))
 
 
 def _ready_line(listener: socket.socket) -> str:
@@ -251,6 +251,7 @@ def _ready_line(listener: socket.socket) -> str:
 
 def _serve(bundle: Path, options: ServeOptions) -> None:
     from tokenspeed_plan.runtime.serving.http import check_reach, listen, serve
+    from tokenspeed_plan.runtime.serving.kv_events import kv_events
 
     with listen(options.host, options.port) as listener:
         check_reach(listener, options.server.api_key)
@@ -259,5 +260,6 @@ def _serve(bundle: Path, options: ServeOptions) -> None:
             engine = ready_engine(bundle, options.engine, template)
             attach(engine)
             ready = _ready_line(listener)
-            serve(engine, options.server, listener, lambda: click.echo(ready, err=True))
+            with kv_events(engine, options.routing.kv_events, options.routing.kv_topic):
+                serve(engine, options.server, listener, lambda: click.echo(ready, err=True))
             engine.loop.close()

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from tokenspeed_plan.runtime.cache.ref_counts import SharedSlots
 
@@ -47,11 +48,26 @@ class Node:
         return self.token_ids == others
 
 
+class PageWatch(Protocol):
+    """Is told which whole pages the tree has, from inside of the engine's step."""
+
+    def stored(self, node: Node) -> None:
+        """A page was entered."""
+
+    def removed(self, node: Node) -> None:
+        """A page was given up."""
+
+
 class PrefixTree:
-    """All nodes; each holds its page."""
+    """All nodes; each holds its page.
+
+    Attributes:
+        watch: follows the whole pages.
+    """
 
     def __init__(self, seed: bytes, pages: SharedSlots) -> None:
         self.root = Node(None, seed, (), 0, -1)
+        self.watch: PageWatch | None = None
         self._pages = pages
         self._index: dict[bytes, Node] = {}
         self._nodes_on_page = Counter[int]()
@@ -90,6 +106,8 @@ class PrefixTree:
         self._index[digest] = node
         parent.children[digest] = node
         self._hold(node)
+        if self.watch is not None:
+            self.watch.stored(node)
         return node
 
     def insert_tail(self, parent: Node, token_ids: tuple[int, ...], page: int) -> Node:
@@ -123,6 +141,8 @@ class PrefixTree:
     def _remove(self, node: Node, parent: Node) -> None:
         if node.digest:
             del self._index[node.digest], parent.children[node.digest]
+            if self.watch is not None:
+                self.watch.removed(node)
         else:
             parent.tails.remove(node)
         self._nodes_on_page[node.page] -= 1

@@ -111,7 +111,7 @@ def test_a_folder_has_one_job(tmp_path: Path, other: dict[str, Any]) -> None:
     source = write(tmp_path / "in.jsonl", 8)
     store = FolderStore(tmp_path / "job")
     worker(store, source, tmp_path / "o.jsonl").run()
-    with pytest.raises(RequestError, match="a job of another plan"):
+    with pytest.raises(RequestError, match="a job of other plans"):
         worker(store, source, tmp_path / "o.jsonl", **other).run()
 
 
@@ -145,6 +145,66 @@ def test_silence_is_judged_by_what_is_seen_with_the_own_clock(tmp_path: Path) ->
     other = Leases(store, "c", 1e6, lambda: clock[0]).take(["00000"])
     assert other is not None and other.generation == 3  # a lease that was given back is free
     other.end()
+
+
+def test_the_last_shards_are_left_to_the_faster(tmp_path: Path) -> None:
+    """Who is slower begins none of the last ones, unless those who should do them are gone."""
+    store, clock = FolderStore(tmp_path), [0.0]
+    units = ["00000", "00001", "00002"]
+    fast = Leases(store, "fast", 3600.0).take(units)
+    slow = Leases(store, "slow", 10.0, lambda: clock[0])
+    assert fast is not None
+    for _ in range(3):
+        assert slow.take(units, leave_last=2) is None
+        clock[0] += 9
+        fast.write_beat()
+    fast.end()
+    assert slow.take(units, leave_last=2) is None
+    clock[0] += 10
+    taken = []
+    for _ in units:
+        lease = slow.take(units, leave_last=2)
+        assert lease is not None
+        lease.commit({})
+        lease.end()
+        taken.append(lease.unit)
+    assert taken[0] == fast.unit and sorted(taken) == units
+    early = Leases(FolderStore(tmp_path / "other"), "slow", 10.0).take(units, leave_last=2)
+    assert early is not None  # three are left
+    early.end()
+
+
+def test_a_job_may_have_several_plans(tmp_path: Path) -> None:
+    """Each shard is answered by one plan, whose rows have its ids; workers know all plans."""
+    source, store = write(tmp_path / "in.jsonl", 24), FolderStore(tmp_path / "job")
+    output = tmp_path / "o.jsonl"
+    index = make_index(JobInput(str(source), 4), plan(), FakeTokenizer(), lambda: None)
+    store.create(done_name("index"), json.dumps(index.as_result() | {"plans": ["d", "e"]}).encode())
+    options = WorkerOptions(JobInput(str(source), 4), str(output), plans=("d", "e"), quiet=True)
+
+    def work(digest: str) -> Worker:
+        return Worker(store, options, plan(digest), FakeTokenizer(), FakeEngine)
+
+    first, second = work("d"), work("e")
+    lease = first._leases.take(index.names)
+    assert lease is not None
+    with first._holding(lease):
+        first._run_shard(lease, index)
+    assert second.run() == 0
+    expected = {}
+    for digest in "de":
+        alone = tmp_path / f"{digest}.jsonl"
+        run_batch(
+            BatchOptions(source, alone, quiet=True), plan(digest), FakeTokenizer(), FakeEngine
+        )
+        expected[digest] = alone.read_text(encoding="utf-8").splitlines()
+    lines = output.read_text(encoding="utf-8").splitlines()
+    digests = []
+    for number, line in enumerate(lines):
+        digests.append(next(digest for digest in "de" if expected[digest][number] == line))
+    assert sorted(digests) == ["d"] * 6 + ["e"] * 18
+    with pytest.raises(RequestError, match="a job of other plans"):
+        worker(store, source, output).run()
 
 
 def test_the_worker_that_was_taken_over_stops(tmp_path: Path) -> None:

@@ -9,7 +9,12 @@ from batch_fake import FakeTokenizer
 
 from tokenspeed_plan.runtime.serving.http import ServerOptions, listen
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
-from tokenspeed_plan.runtime.serving.router import Launch, RouterOptions, serve_replicas
+from tokenspeed_plan.runtime.serving.router import (
+    Launch,
+    RouterOptions,
+    on_this_host,
+    serve_replicas,
+)
 
 REPLICA = Path(__file__).with_name("fake_replica.py")
 LIMITS = RequestLimits(max_seq_len=4096, default_max_tokens=8, vocab_size=256)
@@ -17,9 +22,10 @@ LIMITS = RequestLimits(max_seq_len=4096, default_max_tokens=8, vocab_size=256)
 
 def main(count: int, key: str | None) -> None:
     environments = [{"REPLICA": str(index)} for index in range(count)]
-    launch = Launch(count, [sys.executable, str(REPLICA), "fake"], environments, 5.0)
+    start = on_this_host([sys.executable, str(REPLICA), "fake"], environments)
+    launch = Launch(count, start, 5.0, key)
     server = ServerOptions(api_key=key, drain_s=5.0)
-    options = RouterOptions(server, launch, "fake", LIMITS, page_size=16, num_pages=256)
+    options = RouterOptions(server, launch, LIMITS, page_size=16, num_pages=256)
     with listen("127.0.0.1", 0) as listener:
         ready = f"ready at http://127.0.0.1:{listener.getsockname()[1]}/v1"
         serve_replicas(

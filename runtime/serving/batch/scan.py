@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch.files import InputFile, InputLine
@@ -47,6 +47,38 @@ class ScanResult:
             self.shown.append(f"line {line}: {fault}")
 
 
+class Ids(Protocol):
+    """Knows the ids of earlier rows."""
+
+    def first_line_of(self, custom_id: str, line: int) -> int:
+        """Remember that a line has an id; returns the first line that had it."""
+
+
+def check_line(
+    line: InputLine, digest: str, ids: Ids, tokenizer: Encoder, limits: RequestLimits
+) -> Row:
+    """Check one line of a file.
+
+    Args:
+        line: what is checked.
+        digest: of the plan.
+        ids: of the lines before.
+        tokenizer: for its prompt.
+        limits: of the plan.
+
+    Raises:
+        InvalidRequestError: what is wrong with it.
+    """
+    if line.fault is not None:
+        raise InvalidRequestError(line.fault)
+    row = parse_row(line.raw, line.number, digest)
+    first = ids.first_line_of(row.custom_id, row.line)
+    if first != row.line:
+        raise InvalidRequestError(f"custom_id {row.custom_id!a:.80} was used on line {first}")
+    check_body(row.body, tokenizer, limits)
+    return row
+
+
 class Scanner:
     """Checks the lines of one file, notes them, and keeps the first rows that can be run."""
 
@@ -78,7 +110,7 @@ class Scanner:
             size = len(line.raw)
             key, fault = "", None
             try:
-                row = self.check(line)
+                row = check_line(line, self._digest, self._notebook, self._tokenizer, self._limits)
                 key = row.key
                 if selected:
                     self._kept.add(row, size)
@@ -89,39 +121,6 @@ class Scanner:
                 CheckedLine(line.number, selected, line.offset, size, key, fault)
             )
         return result
-
-    def check(self, line: InputLine) -> Row:
-        """Check one line.
-
-        Raises:
-            InvalidRequestError: what is wrong with it.
-        """
-        if line.fault is not None:
-            raise InvalidRequestError(line.fault)
-        row = parse_row(line.raw, line.number, self._digest)
-        first = self._notebook.first_line_of(row.custom_id, row.line)
-        if first != row.line:
-            raise InvalidRequestError(f"custom_id {row.custom_id!a:.80} was used on line {first}")
-        check_body(row.body, self._tokenizer, self._limits)
-        return row
-
-    def refuse_duplicate(self, line: InputLine, first_line: int) -> None:
-        """Refuse a checked row whose `custom_id` was used before a line.
-
-        Who runs the rows from there on alone could not see that it was.
-
-        Raises:
-            RequestError: with both lines.
-        """
-        with suppress(InvalidRequestError):
-            row = parse_row(line.raw, line.number, self._digest)
-            first = self._notebook.first_line_of(row.custom_id, row.line)
-            if first < first_line:
-                raise RequestError(
-                    f"line {row.line}: custom_id {row.custom_id!a:.80} was used on line {first}, "
-                    "in another shard",
-                    "give each row an id of its own",
-                )
 
 
 def refuse_bad(result: ScanResult, max_errors: int) -> None:

@@ -10,20 +10,20 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from tokenspeed_plan.plans.errors import RequestError
-from tokenspeed_plan.runtime.serving.batch.files import CHUNK_BYTES, InputFile
-from tokenspeed_plan.runtime.serving.batch.kept_rows import KeptRows
-from tokenspeed_plan.runtime.serving.batch.lines import custom_id_of
+from tokenspeed_plan.runtime.serving.batch.files import CHUNK_BYTES, InputFile, InputLine
+from tokenspeed_plan.runtime.serving.batch.lines import custom_id_of, parse_row
 from tokenspeed_plan.runtime.serving.batch.notebook import Notebook
 from tokenspeed_plan.runtime.serving.batch.options import BatchPlan, TextTokenizer
-from tokenspeed_plan.runtime.serving.batch.scan import Scanner, ScanResult, refuse_bad
+from tokenspeed_plan.runtime.serving.batch.scan import ScanResult, check_line, refuse_bad
 from tokenspeed_plan.runtime.serving.leases.job_store import is_url, open_files
+from tokenspeed_plan.runtime.serving.leases.known_shapes import KnownShapes, SeenIds
 from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
 
 INDEX = "index"  # the unit that makes it
@@ -57,10 +57,10 @@ class Shard:
 class JobIndex:
     """A job: what all its workers must agree on, and its shards.
 
-    `plan` is the digest of all in a plan that decides an answer.
+    `plans` are the digests of all in a plan that decides an answer, of each plan that may answer.
     """
 
-    plan: str
+    plans: tuple[str, ...]
     num_shards: int
     limit: int | None
     shards: tuple[Shard, ...]
@@ -88,7 +88,7 @@ class JobIndex:
         """Read it again."""
         data = json.loads(text)
         shards = tuple(Shard(**each) for each in data["shards"])
-        return cls(data["plan"], data["num_shards"], data["limit"], shards)
+        return cls(tuple(data["plans"]), data["num_shards"], data["limit"], shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +139,11 @@ class _Draft:
         self._lines = sha256()
         self._ids = sha256()
 
-    def add(self, raw: bytes, custom_id: str | None) -> None:
+    def add(self, raw: bytes, id_line: bytes) -> None:
         """Take the next row."""
         self.rows += 1
         self._lines.update(raw + b"\n")
-        self._ids.update(id_line(custom_id))
+        self._ids.update(id_line)
 
     def finish(self, number: int, end: int) -> Shard:
         """The shard, which ends at this offset."""
@@ -180,10 +180,14 @@ def make_index(job: JobInput, plan: BatchPlan, tokenizer: TextTokenizer, moved: 
         num_rows = min(num_rows, job.limit)
     num_shards = min(job.num_shards, num_rows)
     ends = [num_rows * (number + 1) // num_shards for number in range(num_shards)]
-    with job.reader() as source, closing(Notebook()) as notebook:
-        scanner = Scanner(plan.digest, tokenizer, plan.limits, notebook, KeptRows(0))
-        shards = tuple(_shards(source, scanner, ends, job.max_errors, moved))
-    return JobIndex(plan.digest, job.num_shards, job.limit, shards)
+    split = _Split(plan, tokenizer, moved)
+    shards = split.shards_of(job, ends)
+    if split.seen.may_repeat():
+        with closing(Notebook()) as notebook:
+            split = _Split(plan, tokenizer, moved, notebook)
+            shards = split.shards_of(job, ends)
+    refuse_bad(split.result, job.max_errors)
+    return JobIndex((plan.digest,), job.num_shards, job.limit, shards)
 
 
 def _count_rows(job: JobInput, moved: Moved) -> int:
@@ -195,38 +199,90 @@ def _count_rows(job: JobInput, moved: Moved) -> int:
     return num_rows
 
 
-def _shards(
-    source: InputFile, scanner: Scanner, ends: list[int], max_errors: int, moved: Moved
-) -> Iterator[Shard]:
-    """Split the rows where `ends` says; the lines after the last end are checked, too.
+class _Split:
+    """Splits the rows of an input, and checks each.
+
+    Without a notebook, ids are only seen to differ, and most rows to be like others; with one, each
+    row is checked alone, and an id that comes twice is found.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        tokenizer: TextTokenizer,
+        moved: Moved,
+        notebook: Notebook | None = None,
+    ) -> None:
+        self.result = ScanResult()
+        self.seen = SeenIds()
+        self._plan = plan
+        self._tokenizer = tokenizer
+        self._moved = moved
+        self._notebook = notebook
+        self._known = KnownShapes(plan.limits.max_seq_len)
+
+    def shards_of(self, job: JobInput, ends: list[int]) -> tuple[Shard, ...]:
+        """The shards, which end with so many rows; the lines after the last are checked, too.
+
+        Raises:
+            RequestError: the input cannot be read, or an id comes again in another shard.
+        """
+        with job.reader() as source:
+            return tuple(self._shards(source, ends))
+
+    def _shards(self, source: InputFile, ends: list[int]) -> Iterator[Shard]:
+        draft: _Draft | None = None
+        number = 0
+        for line in source.lines():
+            self._moved()
+            if draft is not None and self.result.num_rows == ends[number]:
+                yield draft.finish(number, line.offset)
+                draft, number = None, number + 1
+            if draft is None and number < len(ends):
+                draft = _Draft(line.offset, line.number)
+            id_line = self._id_line(line, draft)
+            if draft is not None:
+                draft.add(line.raw, id_line)
+            self.result.num_rows += 1
+        if draft is not None:
+            yield draft.finish(number, source.end)
+
+    def _id_line(self, line: InputLine, draft: _Draft | None) -> bytes:
+        """Check a line; what it adds to the digest of its shard's ids."""
+        if self._notebook is None:
+            known = self._known.id_of(line)
+            if known is not None:
+                self.seen.add(known)
+                return b'"%b"\n' % known
+        ids = self._notebook or self.seen
+        try:
+            row = check_line(line, self._plan.digest, ids, self._tokenizer, self._plan.limits)
+        except InvalidRequestError as error:
+            self.result.add_fault(line.number, str(error))
+            if self._notebook is not None and draft is not None:
+                _refuse_duplicate(line, draft.first_line, self._notebook)
+            return id_line(custom_id_of(line.raw))
+        self._known.learn(line, row)
+        return id_line(row.custom_id)
+
+
+def _refuse_duplicate(line: InputLine, first_line: int, notebook: Notebook) -> None:
+    """Refuse a row whose `custom_id` was used before a line.
+
+    Who runs the rows from there on alone could not see that it was.
 
     Raises:
-        RequestError: more lines are bad than are allowed.
+        RequestError: with both lines.
     """
-    result = ScanResult()
-    draft: _Draft | None = None
-    number = 0
-    for line in source.lines():
-        moved()
-        if draft is not None and result.num_rows == ends[number]:
-            yield draft.finish(number, line.offset)
-            draft, number = None, number + 1
-        if draft is None and number < len(ends):
-            draft = _Draft(line.offset, line.number)
-        custom_id = None
-        try:
-            custom_id = scanner.check(line).custom_id
-        except InvalidRequestError as error:
-            custom_id = custom_id_of(line.raw)
-            result.add_fault(line.number, str(error))
-            if draft is not None:
-                scanner.refuse_duplicate(line, draft.first_line)
-        if draft is not None:
-            draft.add(line.raw, custom_id)
-        result.num_rows += 1
-    if draft is not None:
-        yield draft.finish(number, source.end)
-    refuse_bad(result, max_errors)
+    with suppress(InvalidRequestError):
+        row = parse_row(line.raw, line.number, "")
+        first = notebook.first_line_of(row.custom_id, row.line)
+        if first < first_line:
+            raise RequestError(
+                f"line {row.line}: custom_id {row.custom_id!a:.80} was used on line {first}, "
+                "in another shard",
+                "give each row an id of its own",
+            )
 
 
 def copy_rows(job: JobInput, shard: Shard, path: Path) -> None:

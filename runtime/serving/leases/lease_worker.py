@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -11,7 +12,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Protocol
@@ -55,7 +57,8 @@ from tokenspeed_plan.runtime.serving.leases.shard_parts import (
     remove_parts,
 )
 
-# How often an idle worker looks: a thousand of them read two folders each time.
+# How often an idle worker looks, first soon: a thousand of them read two folders each time.
+FIRST_POLL_S = 0.25
 POLLS_PER_TIMEOUT = 4
 INDEX_POLL_S = 2.0
 
@@ -71,6 +74,8 @@ class WorkerOptions:
         max_concurrency: requests in the engine at once; the plan's `max_seqs` by default.
         summary: where the totals of the job go, as JSON.
         quiet: say nothing.
+        leave_last: how many of the last shards it leaves to others, while these are alive.
+        plans: digests of all plans with which the job may be answered; none is its own alone.
     """
 
     input: JobInput
@@ -79,6 +84,8 @@ class WorkerOptions:
     max_concurrency: int | None = None
     summary: Path | None = None
     quiet: bool = False
+    leave_last: int = 0
+    plans: tuple[str, ...] = ()
 
 
 class CancellingEngine(BatchEngine, Protocol):
@@ -131,7 +138,7 @@ class Worker:
 
     Args:
         store: of the job.
-        options: alike for all workers of a job, but for `max_concurrency`.
+        options: alike for all workers of a job, but for `max_concurrency` and `leave_last`.
         plan: its digest and limits.
         tokenizer: of the model.
         load_engine: called once, and only if there is something to run.
@@ -149,6 +156,7 @@ class Worker:
         self._store = store
         self._options = options
         self._plan = plan
+        self._plans = options.plans or (plan.digest,)
         self._tokenizer = tokenizer
         self._load_engine = load_engine
         self._engine: WatchedEngine | None = None
@@ -185,17 +193,20 @@ class Worker:
 
         While others have all that is left, it waits for them to end or to fall silent.
         """
+        polls = count()
         while not self._interrupt.seen and not self._is_done(MERGE):
-            lease = self._leases.take(index.names)
+            lease = self._leases.take(index.names, self._options.leave_last)
             if lease is None and finished_units(self._store) >= set(index.names):
                 lease = self._leases.take([MERGE])
             if lease is not None:
                 return lease
-            self._wait(self._options.timeout_s / POLLS_PER_TIMEOUT)
+            self._wait(next(polls))
         return None
 
-    def _wait(self, seconds: float) -> None:
-        """Wait about so long: workers that were started together shall not ask together."""
+    def _wait(self, number: int, most_s: float = math.inf) -> None:
+        """Wait for the n-th time, longer than before: of a thousand workers most wait together."""
+        most_s = min(most_s, self._options.timeout_s / POLLS_PER_TIMEOUT)
+        seconds = min(FIRST_POLL_S * 2 ** min(number, 16), most_s)
         time.sleep(seconds * self._jitter.uniform(0.5, 1.5))
 
     @contextmanager
@@ -220,6 +231,7 @@ class Worker:
         Raises:
             RequestError: the input is refused, or the folder has another job.
         """
+        polls = count()
         while not self._interrupt.seen:
             text = self._store.read(done_name(INDEX))
             if text is not None:
@@ -229,12 +241,12 @@ class Worker:
             lease = self._leases.take([INDEX])
             if lease is None:
                 self._ready_engine()  # meanwhile
-                self._wait(min(self._options.timeout_s / POLLS_PER_TIMEOUT, INDEX_POLL_S))
+                self._wait(next(polls), INDEX_POLL_S)
                 continue
             with self._holding(lease):
                 self._refuse_taken_output()
                 made = make_index(self._options.input, self._plan, self._tokenizer, lease.check)
-                lease.commit(made.as_result())
+                lease.commit(replace(made, plans=self._plans).as_result())
         return None
 
     def _refuse_taken_output(self) -> None:
@@ -246,11 +258,11 @@ class Worker:
             )
 
     def _check_is_same(self, index: JobIndex) -> None:
-        wanted = (self._plan.digest, self._options.input.num_shards, self._options.input.limit)
-        if wanted == (index.plan, index.num_shards, index.limit):
+        wanted = (self._plans, self._options.input.num_shards, self._options.input.limit)
+        if wanted == (index.plans, index.num_shards, index.limit):
             return
         raise RequestError(
-            f"the lease folder has a job of another plan, `--shards` or `--limit`: "
+            f"the lease folder has a job of other plans, `--shards` or `--limit`: "
             f"it has {index.num_shards} shards",
             "give each job a folder of its own, and all workers of a job the same options",
         )

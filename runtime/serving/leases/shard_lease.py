@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
@@ -177,8 +177,10 @@ class Leases:
         self._clock = clock
         self._seen: dict[str, _Seen] = {}
 
-    def take(self, units: Sequence[str]) -> Lease | None:
+    def take(self, units: Sequence[str], leave_last: int = 0) -> Lease | None:
         """A lease of a unit that nobody has, or whose worker was silent for the timeout.
+
+        The last units that nobody has are left to others, while one of these is alive.
 
         Raises:
             RequestError: a unit was tried too often.
@@ -186,18 +188,22 @@ class Leases:
         newest = newest_leases(self.store)
         finished = finished_units(self.store)
         left = [unit for unit in self._own_order(units) if unit not in finished]
-        for unit in left:
-            if unit not in newest:
-                lease = self._make(unit, 1)
-                if lease is not None:
-                    return lease
-        for unit in left[:MAX_WATCHED]:
-            generation = newest.get(unit, 1)
-            if self._is_silent(unit, generation):
-                lease = self._make(unit, generation + 1)
-                if lease is not None:
-                    return lease
-        return None
+        fresh = [unit for unit in left if unit not in newest]
+        if len(fresh) > leave_last:
+            lease = self._make_first(fresh, newest)
+            if lease is not None:
+                return lease
+            fresh = []
+        begun = [unit for unit in left if unit in newest][:MAX_WATCHED]
+        silent = [unit for unit in begun if self._is_silent(unit, newest[unit])]
+        if len(silent) == len(begun):  # those to whom the last were left are gone
+            silent += fresh
+        return self._make_first(silent, newest)
+
+    def _make_first(self, units: Sequence[str], newest: Mapping[str, int]) -> Lease | None:
+        """A lease of the first unit that nobody else takes meanwhile."""
+        made = (self._make(unit, newest.get(unit, 0) + 1) for unit in units)
+        return next((lease for lease in made if lease is not None), None)
 
     def _make(self, unit: str, generation: int) -> Lease | None:
         if generation > MAX_GENERATIONS:

@@ -1,22 +1,19 @@
-"""The replicas as processes: started, watched, started again, and restarted one after the other."""
+"""The replicas: started, watched, started again, and restarted one after the other."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
-import signal
 import time
-from asyncio.subprocess import PIPE, Process
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import httpx
 
 from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime.serving.router.replica_process import Life, Start
 
 _LOG = logging.getLogger("tokenspeed_plan.router")
 _READY = re.compile(r"ready at (http://\S+)/v1")
@@ -26,7 +23,6 @@ _SHORT_LIFE_S = 10.0  # a replica that ends sooner is started again later each t
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 END_S = 15.0  # beyond its drain, in which a replica ends by itself
 _SIGNAL_S = 0.3  # between two signals, which are one where they come together
-_LONGEST_LINE = 1 << 20  # that a replica prints, in bytes
 _KEPT_LINES = 50  # of what it has printed last
 
 
@@ -36,15 +32,15 @@ class Launch:
 
     Attributes:
         count: how many.
-        command: of each; it says on stderr where it listens.
-        environments: what each has beside the variables of this process.
+        start: starts one of them.
         drain_s: what a replica leaves to its requests when it is told to end.
+        key: what a replica wants of the router; None if it needs nothing.
     """
 
     count: int
-    command: Sequence[str]
-    environments: Sequence[Mapping[str, str]]
+    start: Start
     drain_s: float
+    key: str | None = None
 
 
 @dataclass(eq=False)
@@ -63,13 +59,18 @@ class Replica:
     is_healthy: bool = False
     is_leaving: bool = False
     restarts: int = 0
-    process: Process | None = None
+    life: Life | None = None
     printed: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
+
+    @property
+    def answers(self) -> bool:
+        """Whether it listens, and is well."""
+        return self.url is not None and self.is_healthy
 
     @property
     def is_up(self) -> bool:
         """Whether it takes requests."""
-        return self.url is not None and self.is_healthy and not self.is_leaving
+        return self.answers and not self.is_leaving
 
     @property
     def last_error(self) -> str:
@@ -79,7 +80,7 @@ class Replica:
 
 
 class Fleet:
-    """All replicas of this host.
+    """All replicas.
 
     Args:
         launch: how they are started.
@@ -124,9 +125,8 @@ class Fleet:
         self._ending = True
         for _ in range(2):
             for replica in self.replicas:
-                if replica.process is not None and replica.process.returncode is None:
-                    with suppress(ProcessLookupError):
-                        replica.process.terminate()
+                if replica.life is not None and not replica.life.has_ended:
+                    replica.life.terminate()
             await asyncio.sleep(_SIGNAL_S)
 
     async def restart_all(self, num_in_flight: Callable[[int], int]) -> None:
@@ -144,34 +144,33 @@ class Fleet:
         try:
             while num_in_flight(replica.index):
                 await asyncio.sleep(_LOOK_S / 10)
+            restarts = replica.restarts
             await self._end(replica)
-            while not (replica.url and replica.is_healthy) and not self._ending:
+            while (replica.restarts == restarts or not replica.answers) and not self._ending:
                 await asyncio.sleep(_LOOK_S / 10)
         finally:
             replica.is_leaving = False
 
     async def _end(self, replica: Replica) -> None:
-        process = replica.process
-        if process is None or process.returncode is not None:
+        life = replica.life
+        if life is None or life.has_ended:
             return
-        with suppress(ProcessLookupError):
-            process.terminate()
+        life.terminate()
         try:
             async with asyncio.timeout(self._launch.drain_s + END_S):
-                await process.wait()
+                await life.wait()
         except TimeoutError:
             _LOG.warning("replica %d does not end, and is killed", replica.index)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-        replica.url = None
+            life.kill()
+            await life.wait()
 
     async def _keep(self, replica: Replica) -> None:
         """Start a replica, and again whenever it ends."""
         pause_s = _FIRST_PAUSE_S
         while not self._ending:
             begun_s = time.monotonic()
-            code = await self._live(replica)
+            how = await self._live(replica)
+            was_told_to = replica.is_leaving and replica.url is not None
             replica.url, replica.is_healthy = None, False
             self._lost(replica.index)
             if self._ending:
@@ -180,29 +179,19 @@ class Fleet:
             if not self.all_ready.is_set() and not replica.is_leaving:
                 self._fail(replica)
                 return
-            if replica.is_leaving:
+            if was_told_to:
                 continue
-            _LOG.warning("replica %d %s; it is started again", replica.index, _how_ended(code))
+            _LOG.warning("replica %d %s; it is started again", replica.index, how)
             if time.monotonic() - begun_s > _SHORT_LIFE_S:
                 pause_s = _FIRST_PAUSE_S
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    async def _live(self, replica: Replica) -> int:
-        """The life of a process; returns its exit code."""
-        environment = dict(os.environ) | dict(self._launch.environments[replica.index])
+    async def _live(self, replica: Replica) -> str:
+        """The life of a replica; returns how it has ended."""
         replica.printed.clear()
-        replica.process = process = await asyncio.create_subprocess_exec(
-            *self._launch.command,
-            env=environment,
-            stdin=PIPE,
-            stderr=PIPE,
-            process_group=0,
-            limit=_LONGEST_LINE,
-        )
-        assert process.stderr is not None
-        async for raw in process.stderr:
-            line = raw.decode(errors="replace").rstrip()
+        replica.life = life = await self._launch.start(replica.index)
+        async for line in life.lines():
             found = _READY.search(line)
             if found is None:
                 replica.printed.append(line)
@@ -212,7 +201,7 @@ class Fleet:
             replica.url, replica.is_healthy = found[1], True
             if all(each.url for each in self.replicas):
                 self.all_ready.set()
-        return await process.wait()
+        return await life.wait()
 
     def _fail(self, replica: Replica) -> None:
         self.error = RequestError(
@@ -234,9 +223,3 @@ class Fleet:
                 is_healthy = False
             if replica.url == url:
                 replica.is_healthy = is_healthy
-
-
-def _how_ended(code: int) -> str:
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"has ended with code {code}"

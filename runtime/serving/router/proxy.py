@@ -27,6 +27,8 @@ _OF_A_CONNECTION = {
     "transfer-encoding",
     "upgrade",
 }
+# What a client has shown to the router; a replica may want another key.
+_OF_THE_ROUTER = _OF_A_CONNECTION | {"authorization", "x-api-key"}
 _EVENTS = "text/event-stream"
 _EVENT_END = b"\n\n"
 MAY_GO_ELSEWHERE = (429, 503)  # a replica is full, drains or has failed: another one may answer
@@ -49,7 +51,7 @@ async def send(
     headers = [
         (name, value)
         for name, value in request.headers.items()
-        if name.lower() not in _OF_A_CONNECTION
+        if name.lower() not in _OF_THE_ROUTER
     ]
     target = f"{url}{request.url.path}"
     if request.url.query:

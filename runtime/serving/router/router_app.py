@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -27,10 +27,18 @@ from tokenspeed_plan.runtime.serving.http.dialects import (
     OwnDialect,
     ResponsesDialect,
 )
-from tokenspeed_plan.runtime.serving.http.parsing import parse
 from tokenspeed_plan.runtime.serving.http.waiting import client_leaves, unless
-from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError, parse_json
-from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
+from tokenspeed_plan.runtime.serving.openai.bodies import (
+    InvalidRequestError,
+    drop_nulls,
+    parse_body,
+    parse_json,
+)
+from tokenspeed_plan.runtime.serving.openai.conversion import (
+    RequestLimits,
+    prompt_ids,
+    split_prompts,
+)
 from tokenspeed_plan.runtime.serving.router.affinity import Affinity, RouteKey, page_digests
 from tokenspeed_plan.runtime.serving.router.fleet import END_S, Fleet
 from tokenspeed_plan.runtime.serving.router.fleet_metrics import FleetMetrics
@@ -48,6 +56,7 @@ SESSION_FIELDS = ("prompt_cache_key", "user")
 _BYTES_PER_TOKEN = 4  # about, of a prompt that is not tokenised
 _CLIENT_LEFT = 499
 _METHODS = ["GET", "HEAD", "POST"]
+_OF_STREAMS = ("stream", "stream_options")
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +64,6 @@ class Router:
     """What the endpoints work with; its methods are those of a server's work.
 
     Attributes:
-        model: the name that clients use.
         api_key: what clients must send; None if they need nothing.
         own_host: a name of the server that clients without a key may use.
         page_size: of the prefix cache, in tokens.
@@ -69,7 +77,6 @@ class Router:
     metrics: FleetMetrics
     tokenizer: Tokenizer
     limits: RequestLimits
-    model: str
     api_key: str | None
     own_host: str
     page_size: int
@@ -128,15 +135,22 @@ class Router:
         if dialect is None:
             return RouteKey()
         try:
-            session = session_of(headers, parse_json(raw, "body"))
+            asked = drop_nulls(parse_json(raw, "body"))
+            session = session_of(headers, asked)
             if session is not None:
                 return RouteKey(session, len(raw) // _BYTES_PER_TOKEN)
-            limits = replace(self.limits, caps_max_tokens=dialect.caps_max_tokens)
-            parsed = parse(raw, dialect.url, self.model, self.tokenizer, limits, dialect.fields)
+            prompt = self._prompt(dialect, asked)
         except (ApiError, InvalidRequestError):
             return RouteKey()  # a replica says what is wrong with it
-        prompt = parsed.requests[0].prompt_ids
         return RouteKey(None, len(prompt), page_digests(prompt, self.page_size))
+
+    def _prompt(self, dialect: Dialect, asked: dict[str, Any]) -> list[int]:
+        """The tokens of a body's first prompt; what is asked of its answer is not looked at."""
+        fields = dialect.fields(asked)
+        body = parse_body(
+            dialect.url, {name: fields[name] for name in fields if name not in _OF_STREAMS}
+        )
+        return prompt_ids(split_prompts(body)[0], self.tokenizer, self.limits)
 
 
 def session_of(headers: Headers, body: dict[str, Any]) -> str | None:

@@ -34,7 +34,6 @@ class RouterOptions:
 
     Attributes:
         server: the options that each replica has, too.
-        model: the name that clients use.
         limits: of each replica.
         page_size: of their prefix caches, in tokens.
         num_pages: of each of them.
@@ -42,7 +41,6 @@ class RouterOptions:
 
     server: ServerOptions
     launch: Launch
-    model: str
     limits: RequestLimits
     page_size: int
     num_pages: int
@@ -100,10 +98,14 @@ async def _say_ready(fleet: Fleet, ready: Callable[[], None]) -> None:
 
 def _router(options: RouterOptions, tokenizer: Tokenizer, workers: ThreadPoolExecutor) -> Router:
     server, count = options.server, options.launch.count
+    headers = {}
+    if options.launch.key is not None:
+        headers["Authorization"] = f"Bearer {options.launch.key}"
     client = httpx.AsyncClient(
+        headers=headers,
         timeout=httpx.Timeout(None, connect=_CONNECT_S),
         limits=httpx.Limits(max_connections=None, keepalive_expiry=server.header_timeout_s / 2),
-        trust_env=False,  # replicas are on this host, whatever proxy the environment names
+        trust_env=False,  # replicas are reached directly, whatever proxy the environment names
     )
     affinity = Affinity(count, options.page_size, options.num_pages)
     fleet = Fleet(options.launch, client, affinity.forget)
@@ -114,7 +116,6 @@ def _router(options: RouterOptions, tokenizer: Tokenizer, workers: ThreadPoolExe
         metrics=FleetMetrics(fleet, client),
         tokenizer=tokenizer,
         limits=options.limits,
-        model=options.model,
         api_key=server.api_key,
         own_host=server.own_host,
         page_size=options.page_size,

@@ -1,0 +1,327 @@
+"""What a batch on many machines costs beside its rows, on this one.
+
+    python benchmarks/cluster_limits.py index BUNDLE [--rows 200000]
+    python benchmarks/cluster_limits.py scale BUNDLE [--rows 1200] [--engines 1 2 4] [--pairs 3]
+    python benchmarks/cluster_limits.py start BUNDLE [--times 5]
+    python benchmarks/cluster_limits.py driver [--nodes 1000] [--rows 10000000] [--shards 2000]
+
+`index` checks and splits rows. `scale` compares workers that share a batch by leases with as many
+single runs at once, each on its part of the rows: what the machine itself can do; in pairs, one
+after the other. `start` is a worker from its command to its first row, in parts. `driver` is the
+driver of `run --ray` with real leases; its nodes only wait, for as long as engines would take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from cluster import lease_args, start, write_rows
+
+
+def run_index(args: argparse.Namespace) -> int:
+    from tokenspeed_plan.planner.commands.engines import EngineOptions
+    from tokenspeed_plan.planner.commands.run import _facts
+    from tokenspeed_plan.runtime.serving.leases.job_index import JobInput, make_index
+
+    plan, tokenizer = _facts(args.bundle, EngineOptions())
+    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+        path = Path(scratch) / "in.jsonl"
+        write_rows(path, args.rows)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        begin_s = time.monotonic()
+        index = make_index(JobInput(str(path), 200), plan, tokenizer, lambda: None)
+        seconds = time.monotonic() - begin_s
+        more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert index.rows == args.rows
+    print(
+        f"index of {args.rows} rows: {seconds:.2f} s, {args.rows / seconds:.0f} rows/s, "
+        f"{more * 1024 / args.rows:.0f} bytes a row"
+    )
+    return 0
+
+
+def timed(commands: Sequence[Sequence[object]], log: Path) -> float:
+    """Seconds until all of some commands have ended well, each with one thread."""
+    begin_s = time.monotonic()
+    processes = [start(command, log, OMP_NUM_THREADS="1") for command in commands]
+    codes = [process.wait() for process in processes]
+    assert set(codes) == {0}, log.read_text(encoding="utf-8")[-2000:]
+    return time.monotonic() - begin_s
+
+
+def run_scale(args: argparse.Namespace) -> int:
+    worst = 1.0
+    for engines in args.engines:
+        ratios, rows = [], args.rows * engines
+        for pair in range(args.pairs):
+            with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+                folder = Path(scratch)
+                write_rows(folder / "in.jsonl", rows)
+                lines = (folder / "in.jsonl").read_text(encoding="utf-8").splitlines(True)
+                alone = []
+                for number in range(engines):
+                    part = folder / f"part-{number}.jsonl"
+                    part.write_text(
+                        "".join(lines[number * args.rows : (number + 1) * args.rows]),
+                        encoding="utf-8",
+                    )
+                    out = folder / f"out-{number}.jsonl"
+                    alone.append(
+                        ["run", args.bundle, "--input", part, "--output", out, "--no-canary"]
+                    )
+                command = lease_args(args.bundle, folder, args.shards * engines)
+                command[command.index("--lease-timeout") + 1] = 60
+                both = [
+                    lambda alone=alone, folder=folder: timed(alone, folder / "log"),
+                    lambda command=command, folder=folder, engines=engines: timed(
+                        [command] * engines, folder / "log"
+                    ),
+                ]
+                order = [0, 1] if pair % 2 else [1, 0]
+                seconds = {number: both[number]() for number in order}
+                ratios.append(seconds[0] / seconds[1])
+                print(
+                    f"{engines} engines, {rows} rows: {seconds[0]:.1f} s as single runs at once, "
+                    f"{seconds[1]:.1f} s by leases: {ratios[-1]:.3f}",
+                    flush=True,
+                )
+        worst = min(worst, statistics.median(ratios))
+    print(f"the worst median is {worst:.3f}")
+    return int(worst < 0.9)
+
+
+# Runs a worker, and says when what has happened, in seconds from the begin of its process.
+_WATCHED = """
+import os, sys, time
+begun = time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - float(
+    open("/proc/self/stat").read().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK"))
+marks = [("python", time.time() - begun)]
+def mark(name):
+    marks.append((name, time.time() - begun))
+from tokenspeed_plan.planner.cli import main
+mark("command line")
+import torch
+mark("PyTorch")
+from tokenspeed_plan.runtime.serving.leases import lease_worker
+from tokenspeed_plan.runtime.engine import Engine
+mark("runtime")
+def watched(cls, name, label):
+    inner = getattr(cls, name)
+    def outer(self, *args, **more):
+        done = inner(self, *args, **more)
+        if label not in dict(marks):
+            mark(label)
+        return done
+    setattr(cls, name, outer)
+watched(lease_worker.Worker, "__init__", "plan, files, tokenizer")
+watched(lease_worker.Worker, "_index", "index")
+watched(lease_worker.Worker, "_ready_engine", "engine")
+watched(lease_worker.WatchedEngine, "step", "first step")
+step = lease_worker.WatchedEngine.step
+def until_first(self):
+    done = step(self)
+    if done and "first row" not in dict(marks):
+        mark("first row")
+        import json
+        startup = getattr(self._engine, "startup_s", {})
+        print("MARKS", json.dumps([marks, startup]), file=sys.stderr, flush=True)
+    return done
+lease_worker.WatchedEngine.step = until_first
+main()
+"""
+
+
+def run_start(args: argparse.Namespace) -> int:
+    import subprocess
+
+    every: list[dict[str, float]] = []
+    for _ in range(args.times):
+        with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+            folder = Path(scratch)
+            write_rows(folder / "in.jsonl", 4)
+            words = lease_args(args.bundle, folder, 1)
+            words.remove("--no-canary")
+            done = subprocess.run(
+                [sys.executable, "-P", "-c", _WATCHED, *map(str, words)],
+                capture_output=True,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            assert done.returncode == 0, done.stderr
+            (line,) = (line for line in done.stderr.splitlines() if line.startswith("MARKS "))
+            marks, startup = json.loads(line.removeprefix("MARKS "))
+            before = 0.0
+            parts = {}
+            for name, at_s in marks:
+                parts[name], before = at_s - before, at_s
+            every.append(parts | {"total": before} | {f"  {k}": v for k, v in startup.items()})
+    for name in every[0]:
+        values = [parts.get(name, 0.0) for parts in every]
+        print(f"{name:28} {statistics.median(values):6.2f} s  ({min(values):.2f})")
+    return 0
+
+
+@dataclass
+class Simulated:
+    """What a thousand workers did; times in seconds."""
+
+    takes_s: list[float] = field(default_factory=list)
+    commits_s: list[float] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, take_s: float, commit_s: float) -> None:
+        with self.lock:
+            self.takes_s.append(take_s)
+            self.commits_s.append(commit_s)
+
+
+def simulate_worker(store: Any, units: list[str], number: int, work_s: float, tally: Simulated,
+                    timeout_s: float) -> None:  # fmt: skip
+    from tokenspeed_plan.runtime.serving.leases.lease_worker import POLLS_PER_TIMEOUT
+    from tokenspeed_plan.runtime.serving.leases.shard_lease import Leases, finished_units
+
+    leases, rng = Leases(store, f"worker-{number}", timeout_s), random.Random(number)
+    while True:
+        begin_s = time.monotonic()
+        lease = leases.take(units)
+        taken_s = time.monotonic()
+        if lease is None:
+            if finished_units(store) >= set(units):
+                return
+            time.sleep(timeout_s / POLLS_PER_TIMEOUT * rng.uniform(0.5, 1.5))
+            continue
+        time.sleep(work_s * (0.8 + 0.4 * rng.random()))
+        worked_s = time.monotonic()
+        lease.commit({"rows": 1})
+        lease.end()
+        tally.add(taken_s - begin_s, time.monotonic() - worked_s)
+
+
+class WaitingNodes:
+    """What the driver calls of Ray: nodes whose workers take leases, and wait."""
+
+    def __init__(self, count: int, work: Any) -> None:
+        self.count = count
+        self._work = work
+        self.threads: list[threading.Thread] = []
+
+    def enter(self) -> None:
+        group = SimpleNamespace(placement_group=lambda bundles, strategy: None)
+        strategies = SimpleNamespace(PlacementGroupSchedulingStrategy=lambda group: group)
+        sys.modules |= {  # type: ignore[assignment]
+            "ray": self,
+            "ray.exceptions": SimpleNamespace(RayError=ConnectionError),
+            "ray.util": SimpleNamespace(placement_group=group, scheduling_strategies=strategies),
+            "ray.util.placement_group": group,
+            "ray.util.scheduling_strategies": strategies,
+        }
+
+    def remote(self, actor: Any) -> Any:
+        worker = SimpleNamespace(work=SimpleNamespace(remote=self._start))
+        return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=lambda: worker))
+
+    def _start(self, *args: Any) -> Future[tuple[int, str]]:
+        future: Future[tuple[int, str]] = Future()
+        number = len(self.threads)
+
+        def work() -> None:
+            self._work(number)
+            future.set_result((0, ""))
+
+        self.threads.append(threading.Thread(target=work, daemon=True))
+        self.threads[-1].start()
+        return future
+
+    def wait(
+        self, tasks: list[Any], timeout: float, num_returns: int = 1
+    ) -> tuple[list[Any], list[Any]]:
+        done, left = wait(tasks, timeout, FIRST_COMPLETED)
+        return list(done)[:1], list(left)
+
+    def get(self, task: Future[tuple[int, str]]) -> tuple[int, str]:
+        return task.result()
+
+
+def run_driver(args: argparse.Namespace) -> int:
+    from tokenspeed_plan.planner.commands.ray_driver import Crew, RayJob, _Driver
+    from tokenspeed_plan.runtime.serving.leases.job_store import FolderStore
+
+    work_s = args.rows / args.shards / args.rows_per_s / args.faster
+    units = [f"{number:05d}" for number in range(args.shards)]
+    tally, timeout_s = Simulated(), 60.0 / args.faster
+    threading.stack_size(256 << 10)
+    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+        store = FolderStore(Path(scratch))
+        nodes = WaitingNodes(
+            args.nodes,
+            lambda number: simulate_worker(store, units, number, work_s, tally, timeout_s),
+        )
+        nodes.enter()
+        job = RayJob("auto", None, scratch, (), args.shards, quiet=True, plans={})
+        crew = Crew(1.0, {"CPU": 1}, args.nodes, (), 0)
+        begin_s, begin_cpu_s = time.monotonic(), time.thread_time()
+        code = _Driver(job, [crew], (), []).run()
+        total_s, cpu_s = time.monotonic() - begin_s, time.thread_time() - begin_cpu_s
+        for thread in nodes.threads:
+            thread.join()
+        takeovers = sum(not name.endswith(".1") for name in store.names("leases"))
+    ideal_s = work_s * -(-args.shards // args.nodes)
+    gaps = [take + commit for take, commit in zip(tally.takes_s, tally.commits_s, strict=True)]
+    print(
+        f"{args.nodes} nodes, {args.rows} rows in {args.shards} shards, {args.faster:g} x faster: "
+        f"{total_s:.0f} s, {ideal_s:.0f} s of them engines; {args.rows / total_s:.0f} rows/s; "
+        f"{takeovers} takeovers; between two shards {statistics.mean(gaps):.3f} s"
+    )
+    print(
+        f"  the driver's own thread: {cpu_s:.2f} s of CPU, {args.rows / cpu_s:.0f} rows for each; "
+        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+    )
+    return code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    modes = parser.add_subparsers(required=True)
+    mode = modes.add_parser("index")
+    mode.set_defaults(run=run_index)
+    mode.add_argument("bundle", type=Path)
+    mode.add_argument("--rows", type=int, default=200_000)
+    mode = modes.add_parser("scale")
+    mode.set_defaults(run=run_scale)
+    mode.add_argument("bundle", type=Path)
+    mode.add_argument("--rows", type=int, default=1200, help="Of each engine.")
+    mode.add_argument("--shards", type=int, default=4, help="Of each engine.")
+    mode.add_argument("--engines", type=int, nargs="+", default=[1, 2, 4])
+    mode.add_argument("--pairs", type=int, default=3)
+    mode = modes.add_parser("start")
+    mode.set_defaults(run=run_start)
+    mode.add_argument("bundle", type=Path)
+    mode.add_argument("--times", type=int, default=5)
+    mode = modes.add_parser("driver")
+    mode.set_defaults(run=run_driver)
+    mode.add_argument("--nodes", type=int, default=1000)
+    mode.add_argument("--rows", type=int, default=10_000_000)
+    mode.add_argument("--shards", type=int, default=2000)
+    mode.add_argument("--rows-per-s", type=float, default=28.0, help="Of one engine, predicted.")
+    mode.add_argument("--faster", type=float, default=4.0, help="Than the predicted times.")
+    args = parser.parse_args()
+    return int(args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

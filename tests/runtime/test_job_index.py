@@ -1,0 +1,108 @@
+"""The index of a job: rows that are known to be like others are judged as each alone would be."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from batch_fake import LIMITS, FakeTokenizer, plan
+
+from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.runtime.serving.batch.files import InputLine
+from tokenspeed_plan.runtime.serving.batch.scan import check_line
+from tokenspeed_plan.runtime.serving.leases import job_index
+from tokenspeed_plan.runtime.serving.leases.job_index import JobInput, make_index
+from tokenspeed_plan.runtime.serving.leases.known_shapes import KnownShapes, SeenIds
+
+ODD = ('\\"', "\\\\", "\\n", "\\u00e9", "\\ud800", "é", "\x01", '"', "\\x", "", "a" * 70, "b" * 20)
+PIECES = (
+    "{", "}", ",", ":", '"', "\\", "[", "]", " ", "null", "1", "-", "\t", "\x0b",
+    '"prompt": "x"', '"custom_id": "x"', '"user": "u"', '"metadata": {"prompt": "y"}',
+    '"metadata": {"custom_id": "y", "n": "m"}', '"response_format": {"type": "json_object"}',
+)  # fmt: skip
+
+
+def line_of(rng: random.Random) -> str:
+    """A row in one of a few spellings; some are bad."""
+    number = rng.randrange(60)
+    body: dict[str, Any] = {"prompt": f"prompt {number}", "max_tokens": rng.choice((1, 8))}
+    if rng.random() < 0.3:
+        body["user"] = f"user {number}"
+    if rng.random() < 0.2:
+        body["temperature"] = rng.choice((0, 1, 3.0))
+    row = {"custom_id": f"c{number}", "method": "POST", "url": "/v1/completions", "body": body}
+    text = json.dumps(row, separators=rng.choice(((", ", ": "), (",", ":"))))
+    if rng.random() < 0.2:
+        text = text.replace(f"prompt {number}", rng.choice(ODD))
+    if rng.random() < 0.1:
+        text = text.replace(f'"c{number}"', f'"{rng.choice(ODD)}"')
+    if rng.random() < 0.15:
+        at = rng.randrange(len(text) + 1)
+        text = text[:at] + rng.choice(PIECES) + text[at + rng.randrange(3) :]
+    return text
+
+
+def test_a_known_line_would_pass_alone() -> None:
+    """Of many mutations no line is taken for a known one that is bad, or has another id."""
+    rng, known, num_known = random.Random(0), KnownShapes(LIMITS.max_seq_len), 0
+    for number in range(1, 30000):
+        raw = line_of(rng).encode("utf-8", "surrogatepass").replace(b"\n", b"")
+        line = InputLine(number, 0, raw)
+        name = known.id_of(line)
+        try:
+            row = check_line(line, "d", SeenIds(), FakeTokenizer(), LIMITS)
+        except ValueError as error:
+            assert name is None, (raw, error)
+            continue
+        known.learn(line, row)
+        if name is not None:
+            assert name.decode() == row.custom_id, raw
+            num_known += 1
+    assert num_known > 15000
+
+
+@pytest.mark.parametrize("max_errors", [0, 10**6])
+def test_the_index_is_that_of_rows_checked_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_errors: int
+) -> None:
+    """Files with and without bad rows, and with ids that come twice in a shard or in two."""
+    outcomes: list[list[object]] = [[], []]
+    for seed in range(60):
+        rng = random.Random(seed)
+        lines = [line_of(rng) for _ in range(rng.choice((3, 12, 40)))]
+        if seed % 3 == 0:  # these are good, and differ
+            lines = [line.replace('"c', f'"{at}-c', 1) for at, line in enumerate(lines)]
+        path = tmp_path / "in.jsonl"
+        path.write_bytes("\n\n".join(lines).encode("utf-8", "surrogatepass"))
+        job = JobInput(str(path), rng.choice((1, 3)), rng.choice((None, 20)), max_errors)
+        for found, repeats in zip(outcomes, (False, True), strict=True):
+            with monkeypatch.context() as patch:
+                if repeats:  # else they are checked in this way only where ids seem to repeat
+                    patch.setattr(SeenIds, "may_repeat", lambda self: True)
+                try:
+                    found.append(make_index(job, plan(), FakeTokenizer(), lambda: None))
+                except RequestError as error:
+                    found.append(str(error))
+    assert outcomes[0] == outcomes[1]
+    assert 0 < sum(isinstance(outcome, str) for outcome in outcomes[0]) < 60
+
+
+def test_good_rows_are_read_without_a_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "in.jsonl"
+    row = '{"custom_id": "%d", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}'
+    path.write_text("\n".join(row % number for number in range(100)), encoding="utf-8")
+    checked = []
+
+    def check(*args: Any) -> Any:
+        checked.append(args)
+        return check_line(*args)
+
+    monkeypatch.setattr(job_index, "check_line", check)
+    monkeypatch.setattr(job_index, "Notebook", None)
+    index = make_index(JobInput(str(path), 3), plan(), FakeTokenizer(), lambda: None)
+    assert index.rows == 100 and len(checked) == 1
