@@ -199,6 +199,19 @@ class StepModel:
         step += StepTime(host=self.hardware.host_us)
         return self._as_engine(step, 0)
 
+    def host_us(self, seqs: int, prompts: float = 0.0) -> float:
+        """The host's work before a step; that of another engine is in its steps.
+
+        Args:
+            seqs: of the step.
+            prompts: that it begins.
+        """
+        if self.engine is not None:
+            return 0.0
+        hardware = self.hardware
+        each_us = hardware.host_seq_us * seqs + hardware.host_prompt_us * prompts
+        return hardware.host_step_us + each_us
+
     def priced(self, layout: ParallelLayout, phase: Phase, load: Load, depth: int = 0) -> StepTime:
         """The time of the graph's kernels and collectives for a load on one data-parallel group."""
         key = (layout, phase, depth, load)
