@@ -11,7 +11,7 @@ from statistics import fmean
 from tokenspeed_plan.planner.advisor.batch_run import BatchLimits, BatchRun, run_batch
 from tokenspeed_plan.planner.advisor.candidate import Knobs
 from tokenspeed_plan.planner.advisor.numbers import powers_of_two
-from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.advisor.step_model import StepModel, host_us
 from tokenspeed_plan.planner.advisor.step_time import StepTime
 from tokenspeed_plan.planner.layout import ParallelLayout
 
@@ -123,8 +123,8 @@ class BatchPrices:
     def prefill_host_us(self, tokens: int, num_seqs: int) -> float:
         """Microseconds by which the host takes longer than a prefill step."""
         prompts = tokens / max(self.shape.prompt - self.shape.shared, 1.0)
-        host_us = self.model.steps.host_us(num_seqs, prompts)
-        return max(host_us - self.prefill_us(tokens), 0.0)
+        work_us = host_us(self.model.steps, num_seqs, prompts)
+        return max(work_us - self.prefill_us(tokens), 0.0)
 
     @cached_property
     def _prefills(self) -> Points:
@@ -160,8 +160,9 @@ class BatchPrices:
         at_none_us = linear([(size, line.at_none_us) for size, line in full], num_seqs)
         slope_us = linear([(size, line.us_per_token) for size, line in full], num_seqs)
         _, many = self._contexts
-        host_us = max(model.steps.host_us(num_seqs) - (at_none_us + slope_us * many), 0.0)
-        return _Size(tokens, host_us, Line(at_none_us, slope_us * padding))
+        work_us = host_us(model.steps, num_seqs)
+        in_the_open_us = max(work_us - (at_none_us + slope_us * many), 0.0)
+        return _Size(tokens, in_the_open_us, Line(at_none_us, slope_us * padding))
 
     @property
     def _contexts(self) -> tuple[int, int]:

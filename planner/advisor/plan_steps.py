@@ -9,7 +9,7 @@ from functools import cached_property
 
 from tokenspeed_plan.planner.advisor.batch_prices import Line, linear
 from tokenspeed_plan.planner.advisor.numbers import powers_of_two
-from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.advisor.step_model import StepModel, host_us
 from tokenspeed_plan.planner.layout import ParallelLayout
 
 LEAST_TOKENS = 16  # of a prefill step, below which it takes no less
@@ -63,7 +63,7 @@ class PlanSteps:
 
     def host_us(self, seqs: int, prompts: int) -> float:
         """The host before a step."""
-        return self.steps.host_us(seqs, prompts)
+        return host_us(self.steps, seqs, prompts)
 
     @cached_property
     def _sizes(self) -> list[int]:

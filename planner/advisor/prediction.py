@@ -14,7 +14,7 @@ from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.engine_profile import Engine
 from tokenspeed_plan.planner.advisor.memory_model import MemoryMap, MemoryModel
 from tokenspeed_plan.planner.advisor.numbers import ceil_div, digits, powers_of_two
-from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.advisor.step_model import StepModel, host_us
 from tokenspeed_plan.planner.advisor.step_time import StepTime
 from tokenspeed_plan.planner.advisor.transfer import Transfer, plan_transfer
 from tokenspeed_plan.planner.advisor.workload import (
@@ -448,7 +448,7 @@ class _Decode:
         )
         if not steps.hardware.sm:
             return step
-        return step + StepTime(host=max(steps.host_us(batch) - step.total_us, 0.0))
+        return step + StepTime(host=max(host_us(steps, batch) - step.total_us, 0.0))
 
     def accepted(self, batch: int) -> float:
         """Tokens that a step yields for each sequence."""

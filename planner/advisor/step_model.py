@@ -199,19 +199,6 @@ class StepModel:
         step += StepTime(host=self.hardware.host_us)
         return self._as_engine(step, 0)
 
-    def host_us(self, seqs: int, prompts: float = 0.0) -> float:
-        """The host's work before a step; that of another engine is in its steps.
-
-        Args:
-            seqs: of the step.
-            prompts: that it begins.
-        """
-        if self.engine is not None:
-            return 0.0
-        hardware = self.hardware
-        each_us = hardware.host_seq_us * seqs + hardware.host_prompt_us * prompts
-        return hardware.host_step_us + each_us
-
     def priced(self, layout: ParallelLayout, phase: Phase, load: Load, depth: int = 0) -> StepTime:
         """The time of the graph's kernels and collectives for a load on one data-parallel group."""
         key = (layout, phase, depth, load)
@@ -356,6 +343,21 @@ class StepModel:
     def _encoding(self, name: str) -> Encoding | None:
         """How a matrix is encoded, as far as its name and the config say."""
         return published_encoding(self.weights, self.config, name)
+
+
+def host_us(steps: StepModel, seqs: int, prompts: float = 0.0) -> float:
+    """The host's work before a step; that of another engine is in its steps.
+
+    Args:
+        steps: of the engine.
+        seqs: of the step.
+        prompts: that it begins.
+    """
+    if steps.engine is not None:
+        return 0.0
+    hardware = steps.hardware
+    each_us = hardware.host_seq_us * seqs + hardware.host_prompt_us * prompts
+    return hardware.host_step_us + each_us
 
 
 def _exchange(
