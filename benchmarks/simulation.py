@@ -24,7 +24,7 @@ from typing import Any
 # Read when PyTorch is loaded: OpenMP's idle threads sleep, as in all commands.
 os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
-from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
+from tokenspeed_plan.planner.advisor.plan_prices import plan_steps
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.bench import prepare
@@ -56,7 +56,7 @@ class MeasuredTimes:
         """A decode step."""
         return self._mean["decode", _class_of(seqs)]
 
-    def host_us(self, seqs: int) -> float:
+    def host_us(self, seqs: int, prompts: int) -> float:
         """The host, as measured."""
         return self._host_us
 
@@ -106,7 +106,7 @@ def main() -> None:
     ]
     host_us = engine.metrics.host_us_per_step
     times = {
-        "predicted": PlanSteps.of(plan, options.bundle),
+        "predicted": plan_steps(plan, options.bundle),
         "measured_steps": MeasuredTimes(replays, host_us),
     }
     real = [replay[:2] for replay in replays]

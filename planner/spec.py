@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,10 @@ MAX_TURNS = 100_000
 MAX_DRAFTS = 16
 MAX_VOCAB = 1 << 24
 MAX_NAME_CHARS = 1024
+# Service levels with means of their own, and the percentiles of them that may have one, rising.
+SLO_TIMES = ("ttft", "tpot")
+SLO_PERCENTILES = (50, 90, 95, 99)
+_TTFT, _TPOT = "The longest time to the first token", "The longest time of a token after the first"
 # What a row of a file of lengths calls each length of a workload.
 LENGTH_KEYS = {"first_turn_tokens": "prompt_tokens", "output_tokens": "output_tokens"}
 
@@ -336,17 +341,37 @@ def _lengths(stated: int | LengthsSpec) -> Lengths:
     return stated.summary
 
 
+def _percentile(of: str, percent: int, example: float) -> FieldInfo:
+    """What the reference says of a service level on a percentile."""
+    meaning = f"{of}, of {percent} in 100 turns under the simulated load."
+    return _about(meaning, example, "milliseconds")
+
+
 class SloSpec(_Section):
-    """Service levels: a deployment that meets them is preferred to any that does not."""
+    """Service levels: a deployment that meets them is preferred to any that does not.
+
+    Means are those of formulas. Percentiles are those of the users or arrivals of the workload,
+    simulated on the engine's own scheduler: formulas rank deployments, the leaders are simulated.
+    """
 
     ttft_ms: Annotated[
         Milliseconds | None,
-        _about("The longest time from a request to its first token.", 500, "milliseconds"),
+        _about(
+            "The longest time from a request to its first token, on average.", 500, "milliseconds"
+        ),
     ] = None
     tpot_ms: Annotated[
         Milliseconds | None,
-        _about("The longest time of a token after the first.", 20, "milliseconds"),
+        _about("The longest time of a token after the first, on average.", 20, "milliseconds"),
     ] = None
+    ttft_p50_ms: Annotated[Milliseconds | None, _percentile(_TTFT, 50, 300)] = None
+    ttft_p90_ms: Annotated[Milliseconds | None, _percentile(_TTFT, 90, 500)] = None
+    ttft_p95_ms: Annotated[Milliseconds | None, _percentile(_TTFT, 95, 600)] = None
+    ttft_p99_ms: Annotated[Milliseconds | None, _percentile(_TTFT, 99, 1000)] = None
+    tpot_p50_ms: Annotated[Milliseconds | None, _percentile(_TPOT, 50, 15)] = None
+    tpot_p90_ms: Annotated[Milliseconds | None, _percentile(_TPOT, 90, 18)] = None
+    tpot_p95_ms: Annotated[Milliseconds | None, _percentile(_TPOT, 95, 20)] = None
+    tpot_p99_ms: Annotated[Milliseconds | None, _percentile(_TPOT, 99, 30)] = None
 
 
 class ObjectiveSpec(_Section):
@@ -516,6 +541,26 @@ class Spec(_Section):
             if section is not None:
                 levels |= section.model_dump(exclude_none=True)
         return levels
+
+    @property
+    def percentile_levels(self) -> list[str]:
+        """The names of the service levels that only a simulation can judge."""
+        return [name for name in self.service_levels if "_p" in name]
+
+    @model_validator(mode="after")
+    def _rising_slo(self) -> Spec:
+        """A higher percentile of the same times is never less."""
+        levels = self.service_levels
+        for time in SLO_TIMES:
+            names = [f"{time}_p{percent}_ms" for percent in SLO_PERCENTILES]
+            stated = [name for name in names if name in levels]
+            for lower, higher in itertools.pairwise(stated):
+                if levels[lower] > levels[higher]:
+                    raise ValueError(
+                        f"`{higher}` is {levels[higher]:g}, less than `{lower}`, "
+                        f"{levels[lower]:g}: lower that one, or leave it out"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _one_slo(self) -> Spec:

@@ -56,7 +56,7 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int) -> None:
             "give at least one token",
         )
     check_params(request.params, vocab_size)
-    _check_length(request, max_seq_len)
+    check_length(request, max_seq_len)
     check_token_ids("prompt_ids", request.prompt_ids, vocab_size)
 
 
@@ -145,7 +145,12 @@ def is_unicode(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _check_length(request: Request, max_seq_len: int) -> None:
+def check_length(request: Request, max_seq_len: int) -> None:
+    """Refuse what is longer than a plan serves.
+
+    Raises:
+        RequestError: prompt and answer together are.
+    """
     length, max_tokens = len(request.prompt_ids), request.params.max_tokens
     if length + max_tokens > max_seq_len:
         raise FieldError(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import fmean
 
 from tokenspeed_plan.planner.advisor.batch_run import BatchLimits, BatchRun, run_batch
 from tokenspeed_plan.planner.advisor.candidate import Knobs
 from tokenspeed_plan.planner.advisor.numbers import powers_of_two
-from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.advisor.step_model import StepModel, host_us
 from tokenspeed_plan.planner.advisor.step_time import StepTime
 from tokenspeed_plan.planner.layout import ParallelLayout
 
@@ -43,7 +43,6 @@ class BatchModel:
         layout, knobs: of the deployment.
         depth: drafts of a step of so many sequences.
         accepted: tokens that a step with so many drafts yields for each sequence.
-        host_us: work of the host for each sequence of a step.
         buckets: sizes of decode programs, rising.
         is_padded: whether a smaller batch takes the time of the next larger program; without it,
             times are linear between buckets.
@@ -54,7 +53,6 @@ class BatchModel:
     knobs: Knobs
     depth: Callable[[int], int]
     accepted: Callable[[int], float]
-    host_us: float
     buckets: Sequence[int]
     is_padded: bool
 
@@ -105,13 +103,13 @@ class BatchPrices:
     """Prices for one run.
 
     Attributes:
-        known: prices of full decode steps at both contexts, by bucket.
+        known: prices of full decode steps, by bucket.
         sizes: prices of decode steps by their sequences.
     """
 
     model: BatchModel
     shape: RowShape
-    known: dict[int, tuple[float, float]] = field(default_factory=dict)
+    known: dict[int, Line] = field(default_factory=dict)
     sizes: dict[int, _Size] = field(default_factory=dict)
 
     def tokens(self, num_seqs: int) -> float:
@@ -124,7 +122,9 @@ class BatchPrices:
 
     def prefill_host_us(self, tokens: int, num_seqs: int) -> float:
         """Microseconds by which the host takes longer than a prefill step."""
-        return max(self.model.host_us * num_seqs - self.prefill_us(tokens), 0.0)
+        prompts = tokens / max(self.shape.prompt - self.shape.shared, 1.0)
+        work_us = host_us(self.model.steps, num_seqs, prompts)
+        return max(work_us - self.prefill_us(tokens), 0.0)
 
     @cached_property
     def _prefills(self) -> Points:
@@ -135,7 +135,7 @@ class BatchPrices:
 
     def decode_us(self, num_seqs: int, context_tokens: float) -> float:
         """Microseconds of a decode step."""
-        return self._size(num_seqs).decode_us(context_tokens)
+        return self._size(num_seqs).price.at(context_tokens)
 
     def decode_host_us(self, num_seqs: int) -> float:
         """Microseconds by which the host takes longer than a decode step."""
@@ -156,13 +156,13 @@ class BatchPrices:
         else:
             index = bisect_left(model.buckets, num_seqs)
             around, padding = list(model.buckets[max(index - 1, 0) : index + 1]), 1.0
-        begin_us = linear([(size, self._full(size)[0]) for size in around], num_seqs)
-        end_us = linear([(size, self._full(size)[1]) for size in around], num_seqs)
-        few, many = self._contexts
-        slope = (end_us - begin_us) / (many - few)
-        at_none_us = begin_us - few * slope
-        host_us = max(num_seqs * model.host_us - end_us, 0.0)
-        return _Size(tokens, host_us, at_none_us, slope * padding)
+        full = [(size, self._full(size)) for size in around]
+        at_none_us = linear([(size, line.at_none_us) for size, line in full], num_seqs)
+        slope_us = linear([(size, line.us_per_token) for size, line in full], num_seqs)
+        _, many = self._contexts
+        work_us = host_us(model.steps, num_seqs)
+        in_the_open_us = max(work_us - (at_none_us + slope_us * many), 0.0)
+        return _Size(tokens, in_the_open_us, Line(at_none_us, slope_us * padding))
 
     @property
     def _contexts(self) -> tuple[int, int]:
@@ -170,26 +170,41 @@ class BatchPrices:
         few = round(self.shape.prompt)
         return few, max(round(self.shape.prompt + self.shape.output / 2), few + 1)
 
-    def _full(self, bucket: int) -> tuple[float, float]:
-        """The prices of a full step at both contexts."""
+    def _full(self, bucket: int) -> Line:
+        """The price of a full step, by its context."""
         if bucket not in self.known:
-            few, many = self._contexts
-            priced = self.model.decode_us
-            self.known[bucket] = (priced(bucket, few), priced(bucket, many))
+            self.known[bucket] = Line.through(
+                partial(self.model.decode_us, bucket), *self._contexts
+            )
         return self.known[bucket]
 
 
 @dataclass(frozen=True, slots=True)
-class _Size:
-    """A decode step of some sequences: the tokens of each, and microseconds by their context."""
+class Line:
+    """Microseconds of a step by the context of its sequences, in tokens."""
 
-    tokens: float
-    host_us: float
     at_none_us: float
     us_per_token: float
 
-    def decode_us(self, context_tokens: float) -> float:
-        return max(self.at_none_us + context_tokens * self.us_per_token, 0.0)
+    @classmethod
+    def through(cls, price: Callable[[int], float], few: int, many: int) -> Line:
+        """The line through the prices at two contexts."""
+        few_us = price(few)
+        us_per_token = (price(many) - few_us) / (many - few)
+        return cls(few_us - us_per_token * few, us_per_token)
+
+    def at(self, context_tokens: float) -> float:
+        """The price at a context."""
+        return max(self.at_none_us + self.us_per_token * context_tokens, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """A decode step of some sequences: the tokens of each, the host in the open, and its price."""
+
+    tokens: float
+    host_us: float
+    price: Line
 
 
 def linear(points: Sequence[tuple[int, float]], size: int) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate
 from tokenspeed_plan.planner.advisor.draft_depths import BucketDepth, bucket_depths, max_depth
+from tokenspeed_plan.planner.advisor.load_judge import Deployment, judged
 from tokenspeed_plan.planner.advisor.predicted import MAX_OPTIONS
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
@@ -38,7 +39,24 @@ def finalists(
         prediction = predictor.predict(replace(candidate, knobs=knobs), depths)
         found.append(Finalist(candidate, table, prediction))
     found.sort(key=lambda each: result.order(each.prediction))
+    if result.percentiles:
+        return _judged(predictor, result, found)
     return found
+
+
+def _judged(
+    predictor: Predictor, result: SearchResult, found: Sequence[Finalist]
+) -> list[Finalist]:
+    """The finalists with the best of them simulated, best first."""
+    known = {each.prediction.candidate: each for each in found}
+
+    def deployed(prediction: Prediction) -> Deployment:
+        table = known[prediction.candidate].table
+        depths = {each.bucket: each.depth for each in table}
+        return Deployment(predictor, prediction.candidate, depths)
+
+    ranked = judged(final_result(result, found), deployed).ranked
+    return [replace(known[each.candidate], prediction=each) for each in ranked]
 
 
 def final_result(result: SearchResult, found: Sequence[Finalist]) -> SearchResult:

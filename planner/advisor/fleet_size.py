@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,7 @@ from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.prediction import Prediction
 from tokenspeed_plan.plans.errors import SpecError
 
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kMG]?)")
-_TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)([a-zA-Z]?)")
 _TIMES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -65,10 +65,7 @@ def parse_count(text: str) -> int:
     Raises:
         SpecError: it is none.
     """
-    found = _COUNT.fullmatch(text)
-    count = 0
-    if found is not None:
-        count = round(float(found[1]) * _TIMES[found[2]])
+    count = round(_quantity(text, _TIMES))
     if count < 1:
         raise SpecError(f"`--rows {text:.40}` is no number of rows", "such as 20000, 500k or 10M")
     return count
@@ -80,13 +77,31 @@ def parse_seconds(text: str) -> float:
     Raises:
         SpecError: it is none.
     """
-    found = _TIME.fullmatch(text)
-    seconds = 0.0
-    if found is not None:
-        seconds = float(found[1]) * _SECONDS[found[2]]
+    seconds = _quantity(text, _SECONDS)
     if not seconds:
         raise SpecError(f"`--deadline {text:.40}` is no time", "such as 90m, 6h or 1.5d")
     return seconds
+
+
+def _quantity(text: str, units: Mapping[str, int]) -> float:
+    """A number with one of some units behind it; 0 where it is none."""
+    found = _QUANTITY.fullmatch(text)
+    if found is None or found[2] not in units:
+        return 0.0
+    return float(found[1]) * units[found[2]]
+
+
+def machines_for(load: float, most: float, best: Prediction) -> dict[str, float]:
+    """How many machines a load takes, and what they cost in an hour.
+
+    Args:
+        load: users, or turns a second.
+        most: what one machine answers in time.
+        best: the deployment of one machine.
+    """
+    machines = math.ceil(load / most)
+    gpus = machines * best.candidate.num_gpus
+    return {"machines": machines, "gpus": gpus, "usd_per_hour": digits(gpus * best.price_per_hour)}
 
 
 def fleet_for(job: Job, best: Prediction) -> Fleet | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tokenspeed_plan.planner.advisor.load_judge import Deployment, with_load
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
 from tokenspeed_plan.planner.ledger import Ledger
@@ -54,6 +55,11 @@ def gather(
     gain = found.tokens_per_s / best.tokens_per_s
     if gain < 1.0 + WORTH_WAITING:
         return Gathering(0, best)
+    if result.percentiles:
+        waiting = Deployment(predictor, candidate, depths, interleaved_tokens, tokens)
+        found = with_load(found, waiting)
+        if result.excess(found) > result.excess(best):
+            return Gathering(0, best)
     return Gathering(tokens, found, f"{gain:.3f} times the tokens of prompts that never wait")
 
 

@@ -36,19 +36,23 @@ def largest_rate(is_good: Callable[[float], bool], first: float) -> float | None
     return good or None
 
 
-def largest_count(is_good: Callable[[int], bool], most: int) -> int | None:
+def largest_count(
+    is_good: Callable[[int], bool], most: int, close_enough: float = 1.0
+) -> int | None:
     """The largest number from 1 that is good; every number below it is taken to be good.
 
     Args:
         is_good: tries a number.
         most: that may be tried.
+        close_enough: the quotient of the least bad and the largest good one that is; 1 for none
+            between them.
 
     Returns:
         None where not even 1 is good.
     """
     good, bad = 0, most + 1
     count = 1
-    while good + 1 < bad:
+    while bad > max(good + 1, good * close_enough):
         if is_good(count):
             good = count
         else:

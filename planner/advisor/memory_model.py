@@ -125,6 +125,11 @@ class MemoryModel:
         slot_bytes = state_bytes // max(num_linear, 1)
         return token_bytes, slot_bytes
 
+    def slot_sizes(self, knobs: Knobs) -> tuple[int, int]:
+        """Bytes of a page of keys and values and of a state slot on a rank, in all layers."""
+        page_bytes = self._page_bytes(knobs, knobs.depth > 0)
+        return sum(page_bytes), sum(self._slot_bytes(knobs.depth))
+
     def _workspace(self, knobs: Knobs) -> int:
         """An upper bound: of the functions of libraries that could compute a prefill chunk."""
         graph, found = self._sharded("prefill"), [0]

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tokenspeed_plan.codegen.page.plan_page import Roof, RoofPoint
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.numbers import digits
+from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.step_model import StepModel
 from tokenspeed_plan.planner.compile import find_model, program_load
@@ -183,6 +184,26 @@ def step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
         stored_state=spec.stored_state,
     )
     return steps, _layout_of(plan)
+
+
+def plan_steps(plan: Plan, bundle: Path) -> PlanSteps:
+    """What a plan's steps take, for any batch.
+
+    Raises:
+        SpecError: the plan's model is not where its spec says.
+    """
+    steps, layout = step_model(plan, bundle)
+    programs, limits = plan.pool.programs, plan.pool.limits
+    decode = [program for program in programs if program.phase == "decode"]
+    return PlanSteps(
+        steps,
+        layout,
+        {program.bucket: program.depth for program in decode},
+        any(program.captured for program in decode),
+        limits.max_tokens,
+        limits.max_seq_len,
+        kv_dtype_of(plan),
+    )
 
 
 def _layout_of(plan: Plan) -> ParallelLayout:

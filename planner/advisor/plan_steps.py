@@ -6,18 +6,13 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
-from tokenspeed_plan.planner.advisor.batch_prices import linear
+from tokenspeed_plan.planner.advisor.batch_prices import Line, linear
 from tokenspeed_plan.planner.advisor.numbers import powers_of_two
-from tokenspeed_plan.planner.advisor.plan_prices import kv_dtype_of, step_model
-from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.advisor.step_model import StepModel, host_us
 from tokenspeed_plan.planner.layout import ParallelLayout
-from tokenspeed_plan.plans.schema import Plan
 
 LEAST_TOKENS = 16  # of a prefill step, below which it takes no less
-Price = Callable[[int], float]  # of a context
-Line = tuple[float, float]  # microseconds without context, and for each token of it
 
 
 @dataclass
@@ -45,37 +40,18 @@ class PlanSteps:
     decodes: dict[int, Line] = field(default_factory=dict)
     prefills: dict[tuple[int, int], Line] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, plan: Plan, bundle: Path) -> PlanSteps:
-        """Of a plan.
-
-        Raises:
-            SpecError: the plan's model is not where its spec says.
-        """
-        steps, layout = step_model(plan, bundle)
-        programs, limits = plan.pool.programs, plan.pool.limits
-        decode = [program for program in programs if program.phase == "decode"]
-        return cls(
-            steps,
-            layout,
-            {program.bucket: program.depth for program in decode},
-            any(program.captured for program in decode),
-            limits.max_tokens,
-            limits.max_seq_len,
-            kv_dtype_of(plan),
-        )
-
     def decode_us(self, bucket: int, seqs: int, context: float) -> float:
         """A decode step; padding has no context."""
         size = bucket if self.is_padded else seqs
         if size not in self.decodes:
             self.decodes[size] = self._line(
                 lambda context: (
-                    self.steps.decode(self.layout, size, context, self.depths[bucket]).total_us
+                    self.steps.decode(
+                        self.layout, size, context, self.depths[bucket], self.kv_dtype
+                    ).total_us
                 )
             )
-        fixed_us, slope_us = self.decodes[size]
-        return fixed_us + slope_us * context * seqs / size
+        return self.decodes[size].at(context * seqs / size)
 
     def prefill_us(self, tokens: int, seqs: int, context: float) -> float:
         """A prefill step of prompts that have, on average, so much context before it."""
@@ -85,9 +61,9 @@ class PlanSteps:
         points = [(size, self._prefill_us(size, seqs, context)) for size in around]
         return linear(points, tokens)
 
-    def host_us(self, seqs: int) -> float:
+    def host_us(self, seqs: int, prompts: int) -> float:
         """The host before a step."""
-        return self.steps.hardware.host_seq_us * seqs
+        return host_us(self.steps, seqs, prompts)
 
     @cached_property
     def _sizes(self) -> list[int]:
@@ -106,12 +82,8 @@ class PlanSteps:
                     ).total_us
                 )
             )
-        fixed_us, slope_us = self.prefills[key]
-        return fixed_us + slope_us * context
+        return self.prefills[key].at(context)
 
-    def _line(self, price: Price) -> Line:
+    def _line(self, price: Callable[[int], float]) -> Line:
         """The line through the prices at a short and at a long context."""
-        few, many = 1, max(self.max_context // 2, 2)
-        few_us, many_us = price(few), price(many)
-        slope_us = (many_us - few_us) / (many - few)
-        return few_us - slope_us * few, slope_us
+        return Line.through(price, 1, max(self.max_context // 2, 2))

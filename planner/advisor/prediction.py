@@ -14,7 +14,7 @@ from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.engine_profile import Engine
 from tokenspeed_plan.planner.advisor.memory_model import MemoryMap, MemoryModel
 from tokenspeed_plan.planner.advisor.numbers import ceil_div, digits, powers_of_two
-from tokenspeed_plan.planner.advisor.step_model import StepModel
+from tokenspeed_plan.planner.advisor.step_model import StepModel, host_us
 from tokenspeed_plan.planner.advisor.step_time import StepTime
 from tokenspeed_plan.planner.advisor.transfer import Transfer, plan_transfer
 from tokenspeed_plan.planner.advisor.workload import (
@@ -60,6 +60,8 @@ class Prediction:
         memory: of the fullest rank.
         transfer: of a prompt's cache, where there are two pools.
         run: of a batch on one replica, from its first row to its last; None for other workloads.
+        simulated: means and percentiles under the load of the spec, by the names of service levels;
+            None until it is simulated, empty where it cannot be.
     """
 
     candidate: Candidate
@@ -78,6 +80,7 @@ class Prediction:
     memory: MemoryMap
     transfer: Transfer | None = None
     run: BatchRun | None = None
+    simulated: Mapping[str, float] | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -113,9 +116,17 @@ class Prediction:
             "cache_hit_rate": self.hit_rate,
         }
 
+    def level(self, name: str) -> float:
+        """What a service level is judged by; a mean stands for a percentile until that is known."""
+        metrics, simulated = self.metrics, self.simulated or {}
+        if name in metrics:
+            return metrics[name]
+        time, _, _ = name.partition("_")
+        return simulated.get(name, metrics[f"{time}_ms"])
+
     def interval(self, name: str) -> tuple[float, float]:
         """The low and the high end of a metric; both are the value where no time is in it."""
-        value = self.metrics[name]
+        value = self.level(name)
         if name == "cache_hit_rate":
             return value, value
         return value / (1.0 + self.error), value * (1.0 + self.error)
@@ -350,14 +361,12 @@ class Predictor:
             users: sequences at once.
         """
         decode = _Decode(self, candidate.layout, candidate.knobs, 0, depths)
-        host_us = 0.0 if self.engine else self.hardware.host_seq_us
         return BatchModel(
             self.steps,
             candidate.layout,
             candidate.knobs,
             decode.depth,
             self.accepted,
-            host_us,
             sorted(decode.depths) or sorted({*powers_of_two(users), users}),
             bool(decode.depths) and self.hardware.sm > 0,
         )
@@ -435,10 +444,14 @@ class _Decode:
         return self.depths[buckets[index]]
 
     def at(self, batch: int) -> StepTime:
-        """One step."""
-        return self.predictor.steps.decode(
+        """One step, with the work of the host that it does not hide."""
+        steps = self.predictor.steps
+        step = steps.decode(
             self.layout, batch, self.context_tokens, self.depth(batch), self.knobs.kv_dtype
         )
+        if not steps.hardware.sm:
+            return step
+        return step + StepTime(host=max(host_us(steps, batch) - step.total_us, 0.0))
 
     def accepted(self, batch: int) -> float:
         """Tokens that a step yields for each sequence."""

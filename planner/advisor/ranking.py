@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tokenspeed_plan.planner.advisor.prediction import Prediction
@@ -70,11 +70,8 @@ class SearchResult:
 
     def excess(self, prediction: Prediction) -> float:
         """By which share it exceeds the service level that it misses most; 0 if none."""
-        metrics = prediction.metrics
-        worst = 0.0
-        for name, limit in self.slo.items():
-            worst = max(worst, metrics[name] / limit - 1.0)
-        return worst
+        excesses = [prediction.level(name) / limit - 1.0 for name, limit in self.slo.items()]
+        return max([0.0, *excesses])
 
     @property
     def best(self) -> Prediction:
@@ -102,8 +99,7 @@ class SearchResult:
         best = self.best
         if not self.excess(best):
             return None
-        metrics = best.metrics
-        ratios = {name: metrics[name] / limit for name, limit in self.slo.items()}
+        ratios = {name: best.level(name) / limit for name, limit in self.slo.items()}
         name = max(ratios, key=ratios.__getitem__)
         time = best.step
         if name.startswith("ttft"):
@@ -111,9 +107,19 @@ class SearchResult:
         bound_us = getattr(time, time.bound)
         share = bound_us / time.total_us
         return (
-            f"{name} is {metrics[name]:.4g} against {self.slo[name]:g} at best; "
+            f"{name} is {best.level(name):.4g} against {self.slo[name]:g} at best; "
             f"{share:.0%} of that time is {TIME_SPENT[time.bound]}"
         )
+
+    @property
+    def percentiles(self) -> list[str]:
+        """The service levels that only a simulation can judge."""
+        return [name for name in self.slo if "_p" in name]
+
+    def with_best(self, prediction: Prediction) -> SearchResult:
+        """The result with another prediction of its best deployment in place of the one it has."""
+        others = [each for each in self.predictions if each is not self.best]
+        return replace(self, predictions=(prediction, *others))
 
     @cached_property
     def by_layout(self) -> list[Prediction]:

@@ -280,7 +280,12 @@ def record_service(ledger: Ledger, spec: Spec, result: SearchResult) -> None:
         value = "missed"
     if best.turn.saturated:
         value = "overloaded"
-    ledger.record("service_levels", value, "; ".join(service_lines(best, result.slo, arrivals)))
+    reason = "; ".join(service_lines(best, result.slo, arrivals))
+    options: tuple[Option, ...] = ()
+    if best.simulated:
+        numbers = {name: digits(ms) for name, ms in best.simulated.items()}
+        options = (Option(what="simulated load", numbers=numbers),)
+    ledger.record("service_levels", value, reason, options=options)
 
 
 def service_lines(
@@ -291,8 +296,8 @@ def service_lines(
     for name, limit in slo.items():
         low, high = best.interval(name)
         line = (
-            f"{name} {best.metrics[name]:.4g} ({low:.4g} to {high:.4g}), at most {limit:g}: "
-            "the mean over the turns"
+            f"{name} {best.level(name):.4g} ({low:.4g} to {high:.4g}), at most {limit:g}: "
+            f"{_judge(best, name)}"
         )
         first_ms = best.metrics["first_turn_ttft_ms"]
         if name == "ttft_ms" and best.turns > 1:
@@ -303,6 +308,15 @@ def service_lines(
     if best.turn.saturated:
         lines.append(f"{arrivals_per_s:g} turns a second are more than it can answer")
     return lines
+
+
+def _judge(best: Prediction, name: str) -> str:
+    """What a service level is judged by."""
+    if name in best.metrics:
+        return "the mean over the turns"
+    if best.simulated:
+        return "of the turns of the simulated load"
+    return "a mean stands for it, as two pools are not simulated"
 
 
 def record_advice(

@@ -18,7 +18,7 @@ from tokenspeed_plan.planner.advisor.concurrency import (
 )
 from tokenspeed_plan.planner.advisor.finalists import final_result, finalists
 from tokenspeed_plan.planner.advisor.gathering import gather, record_gathering
-from tokenspeed_plan.planner.advisor.interleaving import Interleaving, interleave, with_best
+from tokenspeed_plan.planner.advisor.interleaving import Interleaving, interleave
 from tokenspeed_plan.planner.advisor.legality import (
     check_formats,
     check_layout,
@@ -133,10 +133,10 @@ def resolve(
     if not unrestricted.predictions:
         unrestricted = choice.result
     interleaving = interleave(predictor, choice.result, choice.depths)
-    result = with_best(choice.result, interleaving.prediction)
+    result = choice.result.with_best(interleaving.prediction)
     gathering = gather(predictor, result, choice.depths, interleaving.tokens)
     record_gathering(ledger, gathering)
-    result = with_best(result, gathering.prediction)
+    result = result.with_best(gathering.prediction)
     _record(ledger, replace(choice, result=result), unrestricted)
     best = result.best.candidate
     return Decided(

@@ -345,6 +345,21 @@ class StepModel:
         return published_encoding(self.weights, self.config, name)
 
 
+def host_us(steps: StepModel, seqs: int, prompts: float = 0.0) -> float:
+    """The host's work before a step; that of another engine is in its steps.
+
+    Args:
+        steps: of the engine.
+        seqs: of the step.
+        prompts: that it begins.
+    """
+    if steps.engine is not None:
+        return 0.0
+    hardware = steps.hardware
+    each_us = hardware.host_seq_us * seqs + hardware.host_prompt_us * prompts
+    return hardware.host_step_us + each_us
+
+
 def _exchange(
     config: ModelConfig, hardware: HardwareSpec, layout: ParallelLayout, load: Load
 ) -> StepTime:

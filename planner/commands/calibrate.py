@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,8 @@ from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.types import Phase
 
 if TYPE_CHECKING:
+    from tokenspeed_plan.plans.schema import Plan
+    from tokenspeed_plan.runtime.bench.host_terms import HostTerms
     from tokenspeed_plan.runtime.bench.machine import Machine
 
 FEW = (1, 2, 4, 16, 32)
@@ -82,12 +84,31 @@ def _calibrate(options: CalibrateOptions) -> None:
         profile = with_rank_sums(profile)
     samples = list(_samples(profile, machine, device))
     result = calibration.fit(samples, machine.launch_us)
+    profile = _with_host(profile, machine, device)
     probes = f"{', '.join(_probes(device))}, {calibration.LAYERS} layers each"
     text = f"`tokenspeed calibrate` on {name}: {len(samples)} kernels of {probes}"
     measured = {"machine": name, "date": date.today().isoformat(), **provenance(device)}
     profile = calibration.calibrated(profile, result, machine.launch_us, text, measured)
     _write(profile, name, options.out)
     _report(result, options.out)
+
+
+def _with_host(profile: Profile, machine: Machine, device: str) -> Profile:
+    """The profile with the host's work for a step of the engine."""
+    name = _probes(device)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        roofline = Path(folder) / "bare.yaml"
+        text = calibration.dump(calibration.bare(profile), "A roofline without waiting.")
+        roofline.write_text(text, encoding="utf-8")
+        terms = _Probe(name, roofline, Path(folder) / name, machine, device).host_terms()
+    numbers = {f"host_{key}": value for key, value in asdict(terms).items()}
+    text = f"`tokenspeed calibrate`: steps of the engine on {name}, less what it waited for tokens"
+    click.echo(
+        f"the host works {terms.step_us:.0f} us for a step, {terms.seq_us:.2f} for each sequence, "
+        f"{terms.prompt_us:.0f} for each new prompt",
+        err=True,
+    )
+    return calibration.with_numbers(profile, "host", numbers, text)
 
 
 def _write(profile: Profile, name: str, out: Path) -> None:
@@ -219,6 +240,19 @@ class _Probe:
         ]
         yield from (sample for sample in found if sample.op_class in FP8_CLASSES)
 
+    def host_terms(self) -> HostTerms:
+        """The host's work for a step, with as many sequences as decode is measured with."""
+        from tokenspeed_plan.runtime.bench.host_terms import WaitingLaunch, measure_host
+        from tokenspeed_plan.runtime.bench.prepare import prepare
+        from tokenspeed_plan.runtime.engine import Engine
+        from tokenspeed_plan.runtime.loading.engine_loader import default_launch
+
+        context, batches = next(iter(BATCHES[self.device].items()))
+        plan, folder = self._planned("host", 2 * context, max(batches))
+        launch = WaitingLaunch(default_launch(plan), self.device == "cpu")
+        engine = Engine(plan, prepare(plan, folder, None, launch))
+        return measure_host(engine, launch, batches)
+
     def _replay(
         self,
         name: str,
@@ -234,9 +268,29 @@ class _Probe:
         from tokenspeed_plan.runtime.bench.prepare import prepare
         from tokenspeed_plan.runtime.bench.replay import Replay
 
+        max_seqs = max(batch.num_seqs for batch in batches)
+        plan, folder = self._planned(name, tokens, max_seqs, prompts, depth, weights, quantises)
+        executor = prepare(plan, folder, None)
+        kernels = {kernel.name: kernel for kernel in plan.kernels}
+        for batch in batches:
+            measured = Replay(plan, executor, *batch).measure(self.machine)
+            yield from calibration.samples(measured, kernels)
+        del executor
+        release()
+
+    def _planned(
+        self,
+        name: str,
+        tokens: int,
+        max_seqs: int,
+        prompts: bool = False,
+        depth: int = 0,
+        weights: str = "",
+        quantises: bool | None = None,
+    ) -> tuple[Plan, Path]:
+        """A plan for sequences of so many tokens, and its folder; see `probe_spec`."""
         chunk = CHUNK[self.device]
         weights = weights or ("bf16" if self.device == "cuda" else "fp32")
-        max_seqs = max(batch.num_seqs for batch in batches)
         spec = calibration.probe_spec(
             str(self.roofline), weights, tokens, chunk, max_seqs, prompts, depth
         )
@@ -247,13 +301,7 @@ class _Probe:
         folder = self.folder / name
         save_plan(plan, folder, bundle.sources, bundle.cubins)
         click.echo(f"probing {self.name}: {len(plan.kernels)} kernels", err=True)
-        executor = prepare(plan, folder, None)
-        kernels = {kernel.name: kernel for kernel in plan.kernels}
-        for batch in batches:
-            measured = Replay(plan, executor, *batch).measure(self.machine)
-            yield from calibration.samples(measured, kernels)
-        del executor
-        release()
+        return plan, folder
 
 
 def _report(result: calibration.Fit, out: Path) -> None:

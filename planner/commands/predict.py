@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,21 @@ import click
 from tokenspeed_plan.planner.advisor.batch_run import BatchRun
 from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED
 from tokenspeed_plan.planner.advisor.engine_profile import Engine, load_engine
-from tokenspeed_plan.planner.advisor.fleet_size import Job, fleet_for, parse_count, parse_seconds
+from tokenspeed_plan.planner.advisor.fleet_size import (
+    Job,
+    fleet_for,
+    machines_for,
+    parse_count,
+    parse_seconds,
+)
 from tokenspeed_plan.planner.advisor.legality import check_formats, check_possible
+from tokenspeed_plan.planner.advisor.load_judge import (
+    Deployment,
+    judged,
+    most_arrivals,
+    most_users,
+    with_load,
+)
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.predicted import (
     max_concurrency,
@@ -34,7 +47,7 @@ from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.machines.target import target_hardware
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.planner.models.quantization import stored_word
-from tokenspeed_plan.planner.spec import MAX_GPUS, Spec, load_spec
+from tokenspeed_plan.planner.spec import MAX_GPUS, SLO_PERCENTILES, SLO_TIMES, Spec, load_spec
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
 from tokenspeed_plan.plans.figures import plain, without_exponents
 from tokenspeed_plan.plans.report import DEFINITIONS
@@ -116,10 +129,20 @@ def _predict(options: PredictOptions) -> None:
     with LongWork() as report:
         progress = partial(report, "searching deployments")
         predictor, result = search(spec, config, engine, progress=progress)
+        result = _under_load(spec, predictor, result)
     if options.as_json:
         click.echo(json.dumps(_as_json(predictor, result), indent=1, allow_nan=False))
     else:
         click.echo(without_exponents("\n".join(_as_text(predictor, result))))
+
+
+def _under_load(spec: Spec, predictor: Predictor, result: SearchResult) -> SearchResult:
+    """The result with the percentiles of its best, where the spec states arrivals or users."""
+    best, asked = result.best, spec.workload
+    is_alone = asked.concurrency in ("auto", 1) and asked.arrivals_per_s is None
+    if is_alone or best.simulated is not None:
+        return result
+    return result.with_best(with_load(best, Deployment(predictor, best.candidate, {})))
 
 
 @click.command()
@@ -156,6 +179,8 @@ def _sweep(options: SweepOptions) -> None:
         click.echo(without_exponents("\n".join(_sweep_table(entries, spec))))
         if job is not None:
             click.echo(without_exponents("\n".join(_fleet_table(entries, job))))
+        if spec.service_levels:
+            click.echo(without_exponents("\n".join(_capacity_table(entries))))
 
 
 def _parse_job(options: SweepOptions, spec: Spec) -> Job | None:
@@ -232,7 +257,7 @@ def search(
     predictor = Predictor(spec, config, hardware, engine, reserved, rollback)
     result = Search(predictor, ALL, spec.target.count, progress).run()
     _ = result.best
-    return predictor, result
+    return predictor, judged(result, lambda each: Deployment(predictor, each.candidate, {}))
 
 
 def _as_json(predictor: Predictor, result: SearchResult) -> dict[str, Any]:
@@ -254,12 +279,20 @@ def _as_json(predictor: Predictor, result: SearchResult) -> dict[str, Any]:
             "largest_concurrency": max_concurrency(predictor, candidate),
             "largest_context_tokens": max_context_tokens(predictor, candidate),
         },
+        "load": _load_numbers(best),
         "batch": best.run.as_json() if best.run else None,
         "memory_bytes_per_rank": asdict(best.memory) | {"total": best.memory.total},
         "slo_missed": result.binding,
         "service_levels": service_lines(best, result.slo, predictor.spec.workload.arrivals_per_s),
         "runners_up": [option(each).model_dump() for each in _runners_up(result)],
     }
+
+
+def _load_numbers(best: Prediction) -> dict[str, float] | None:
+    """Means and percentiles of the simulated load; None where none was simulated."""
+    if not best.simulated:
+        return None
+    return {name: digits(ms) for name, ms in best.simulated.items()}
 
 
 def _runners_up(result: SearchResult) -> list[Prediction]:
@@ -300,11 +333,22 @@ def _as_text(predictor: Predictor, result: SearchResult) -> Iterator[str]:
         value = best.metrics[name]
         interval = f"({plain(low)} to {plain(high)})"
         yield f"  {name:<28} {plain(value):>10}  {interval}  {meaning}"
+    if best.simulated:
+        yield from _load_lines(best.simulated)
     if best.run:
         yield from _batch_lines(best.run)
     yield "next"
     for each in _runners_up(result):
         yield f"  {each.candidate}: {result.objective} {plain(each.metrics[result.objective])}"
+
+
+def _load_lines(simulated: Mapping[str, float]) -> Iterator[str]:
+    """What users see under the load of the spec, in words."""
+    for time in SLO_TIMES:
+        parts = [f"mean {plain(simulated[f'{time}_ms'])}"]
+        for percent in SLO_PERCENTILES:
+            parts.append(f"p{percent} {plain(simulated[f'{time}_p{percent}_ms'])}")
+        yield f"{time}_ms under the load, simulated: {', '.join(parts)}"
 
 
 def _batch_lines(run: BatchRun) -> Iterator[str]:
@@ -341,7 +385,44 @@ def _sweep_entry(
     if job is not None:
         fleet = fleet_for(job, result.best)
         entry["fleet"] = fleet.as_json() if fleet else None
+    if result.slo and candidate.prefill is None:
+        entry["capacity"] = _capacity(predictor, result)
     return entry
+
+
+def _capacity(predictor: Predictor, result: SearchResult) -> dict[str, Any] | None:
+    """The largest load within the service levels, and how many machines the spec's load takes.
+
+    None where no load is within them.
+    """
+    best, workload = result.best, predictor.spec.workload
+    deployment = Deployment(predictor, best.candidate, {})
+    users = arrivals_per_s = None
+    if workload.arrivals_per_s is None:
+        users = most_users(deployment, result.slo)
+    else:
+        arrivals_per_s = most_arrivals(deployment, result.slo)
+    most = users or arrivals_per_s
+    if most is None:
+        return None
+    asked = workload.arrivals_per_s or workload.num_seqs
+    machines = machines_for(asked, most, best)
+    return {"users": users, "arrivals_per_s": arrivals_per_s, **machines}
+
+
+def _capacity_table(entries: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The largest load of each machine, and how many machines the spec's load takes."""
+    yield "\nlargest load within the service levels, simulated; machines for the load of the spec"
+    heads = " ".join(f"{head:>12}" for head in ("load", "machines", "GPUs", "USD/h"))
+    yield f"{'gpu':<8} {'of':>4} {heads}"
+    for entry in (each for each in entries if "capacity" in each):
+        machine, found = f"{entry['gpu']:<8} {entry['used']:>4}", entry["capacity"]
+        if found is None:
+            yield f"{machine} no load is within them"
+            continue
+        load = f"{plain(found['arrivals_per_s'])}/s" if found["arrivals_per_s"] else found["users"]
+        numbers = (load, found["machines"], found["gpus"], plain(found["usd_per_hour"]))
+        yield f"{machine} " + " ".join(f"{number:>12}" for number in numbers)
 
 
 def _fleet_table(entries: Sequence[dict[str, Any]], job: Job) -> Iterator[str]:

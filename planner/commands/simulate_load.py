@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest_rate
-from tokenspeed_plan.planner.advisor.plan_prices import drafts_accepted, spec_of
+from tokenspeed_plan.planner.advisor.plan_prices import drafts_accepted, plan_steps, spec_of
 from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
+from tokenspeed_plan.planner.advisor.spec_load import LoadSize, spec_load
 from tokenspeed_plan.planner.commands.bench import Chances
 from tokenspeed_plan.planner.spec import Spec, WorkloadSpec
 from tokenspeed_plan.plans.bundle import load_plan
@@ -23,7 +23,6 @@ from tokenspeed_plan.plans.text import printable
 
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.simulation.load import Load
-    from tokenspeed_plan.runtime.simulation.load_report import Levels
     from tokenspeed_plan.runtime.simulation.load_run import Simulated
 
 Folder = click.Path(path_type=Path)
@@ -44,9 +43,9 @@ class SimulateOptions:
         turns_per_s: that arrive in a second, in place of users.
         think_s: from an answer to the next turn.
         recorded: a file of requests, in place of all these.
-        ttft_ms, tpot_ms: service levels.
+        ttft_ms, tpot_ms: of each request, in place of the service levels of the spec.
         most: the load that is raised until requests are late, `users` or `arrivals`.
-        in_time: the share of requests that must not be late.
+        in_time: the share of requests that must not be late, where these are given.
         acceptance: chance that each draft is right.
         trace: where to write what happened.
         seed: of tokens, times and accepted drafts.
@@ -97,8 +96,8 @@ class SimulateOptions:
     type=Folder,
     help="JSON lines with `arrival_s`, `prompt_tokens` and `output_tokens`, in place of the load.",
 )
-@click.option("--ttft-ms", type=Milliseconds, help="Service level of the first token.")
-@click.option("--tpot-ms", type=Milliseconds, help="Service level of each token after it.")
+@click.option("--ttft-ms", type=Milliseconds, help="In time: a first token; else the spec's `slo`.")
+@click.option("--tpot-ms", type=Milliseconds, help="In time: each token after it.")
 @click.option(
     "--most",
     type=click.Choice(["users", "arrivals"]),
@@ -109,7 +108,7 @@ class SimulateOptions:
     type=click.FloatRange(0, 1, min_open=True),
     default=0.95,
     show_default=True,
-    help="Share of the requests that must meet the service levels.",
+    help="Share of the requests that must meet --ttft-ms and --tpot-ms.",
 )
 @click.option(
     "--acceptance",
@@ -134,7 +133,7 @@ def _simulate(options: SimulateOptions) -> None:
             "--users, --arrivals, --recorded and --most are four loads", "give one of them, or none"
         )
     plan = load_plan(options.bundle)
-    work = _Work(plan, spec_of(plan), PlanSteps.of(plan, options.bundle), _accepted(plan, options))
+    work = _Work(plan, spec_of(plan), plan_steps(plan, options.bundle), _accepted(plan, options))
     if options.most:
         options = work.largest(options)
     found = work.run(options)
@@ -185,7 +184,9 @@ class _Work:
         from tokenspeed_plan.runtime.simulation import load_report
 
         load = {"users": options.users, "arrivals_per_s": options.turns_per_s}
-        return load | load_report.figures(found, self._levels(options))
+        in_time = load_report.Levels(options.ttft_ms, options.tpot_ms)
+        levels = {} if _has_own_levels(options) else self.spec.service_levels
+        return load | load_report.figures(found, in_time, levels)
 
     def largest(self, options: SimulateOptions) -> SimulateOptions:
         """The options with the largest load that is answered in time.
@@ -193,36 +194,34 @@ class _Work:
         Raises:
             RequestError: there are no service levels, or no load meets them.
         """
-        levels = self._levels(options)
-        if levels.ttft_ms is None and levels.tpot_ms is None:
+        if not _has_own_levels(options) and not self.spec.service_levels:
             raise RequestError(
-                "no service level says what is in time", "give --ttft-ms or --tpot-ms, or both"
+                "no service level says what is in time",
+                "give --ttft-ms or --tpot-ms, or plan with `slo` in the spec",
             )
 
         def is_good(changed: SimulateOptions) -> bool:
-            in_time: float = self.figures(self.run(changed), changed)["in_time"]
-            return in_time >= options.in_time
+            found = self.figures(self.run(changed), changed)
+            is_met = all(each["met"] for each in found["service_levels"].values())
+            return is_met and bool(found["in_time"] >= options.in_time)
 
         if options.most == "users":
             found = _most_users(options, is_good)
         else:
             found = _most_arrivals(options, is_good)
         if found is None:
-            share = f"{options.in_time:.0%} of the requests"
+            missed = "the service levels of the spec are not met"
+            if _has_own_levels(options):
+                missed = f"{options.in_time:.0%} of the requests are not in time"
             raise RequestError(
-                f"{share} are not in time under any load",
-                "allow more time, or plan for another GPU",
+                f"{missed} under any load", "allow more time, or plan for another GPU"
             )
         return found
 
-    def _levels(self, options: SimulateOptions) -> Levels:
-        """The service levels that are given, else those of the spec."""
-        from tokenspeed_plan.runtime.simulation.load_report import Levels
 
-        stated = self.spec.service_levels
-        return Levels(
-            options.ttft_ms or stated.get("ttft_ms"), options.tpot_ms or stated.get("tpot_ms")
-        )
+def _has_own_levels(options: SimulateOptions) -> bool:
+    """Whether it is said what is in time for each request."""
+    return options.ttft_ms is not None or options.tpot_ms is not None
 
 
 IsGood = Callable[[SimulateOptions], bool]
@@ -240,27 +239,18 @@ def _most_arrivals(options: SimulateOptions, is_good: IsGood) -> SimulateOptions
 
 def _load(plan: Plan, spec: Spec, options: SimulateOptions) -> Load:
     """What was recorded, or the conversations of the spec's workload."""
-    from tokenspeed_plan.runtime.simulation.load import Users
     from tokenspeed_plan.runtime.simulation.recorded import Recorded, read_recorded
 
     vocab_size = plan.model.vocab_size
     if options.recorded is not None:
-        return Recorded(read_recorded(options.recorded), vocab_size, options.seed)
-    workload = spec.workload
-    rate = options.turns_per_s
-    if options.users is None and rate is None:
-        rate = workload.arrivals_per_s
-    users = None
+        return Recorded(read_recorded(options.recorded), vocab_size)
+    users, rate = options.users, options.turns_per_s
+    if users is None and rate is None:
+        rate = spec.workload.arrivals_per_s
     if rate is None:
-        users = options.users or _num_users(plan, workload)
-    return Users(
-        _talks(workload, options),
-        users,
-        (rate or 0.0) / workload.turns,
-        options.think_s,
-        vocab_size,
-        options.seed,
-    )
+        users = users or _num_users(plan, spec.workload)
+    size = LoadSize(options.requests, users, rate, options.think_s, options.seed)
+    return spec_load(spec.workload, size, vocab_size)
 
 
 def _num_users(plan: Plan, workload: WorkloadSpec) -> int:
@@ -268,17 +258,3 @@ def _num_users(plan: Plan, workload: WorkloadSpec) -> int:
     if workload.is_batch_of_rows:
         return ROWS_AHEAD * plan.pool.limits.max_seqs
     return plan.pool.limits.max_seqs
-
-
-def _talks(workload: WorkloadSpec, options: SimulateOptions) -> list[Any]:
-    """The conversations, with lengths as the workload spreads them."""
-    from tokenspeed_plan.runtime.simulation.load import Turns
-
-    turns = workload.turns
-    count = math.ceil(options.requests / turns)
-    prompts = workload.prompts.sample(count, options.seed)
-    outputs = workload.outputs.sample(count * turns, options.seed + 1)
-    return [
-        Turns(prompt, workload.turn_tokens, tuple(outputs[number * turns : (number + 1) * turns]))
-        for number, prompt in enumerate(prompts)
-    ]

@@ -82,7 +82,8 @@ class HardwareSpec:
         matrix_share: the share of the peak rate that a large product reaches.
         launch_us: from one tiny kernel to the next inside a graph.
         host_us: host work of a step that no GPU work hides.
-        host_seq_us: host work for each sequence of a step, which GPU work hides where it is longer.
+        host_step_us, host_seq_us, host_prompt_us: host work for a step, for each sequence of it,
+            and for each prompt that it begins, which GPU work hides where that is longer.
         link_bytes_per_s: to the other GPUs of a node, one direction, all links.
         nic_bytes_per_s, nic_us: to another node, for each GPU.
         prefill_chunk, page_size: defaults, in tokens.
@@ -133,6 +134,8 @@ class HardwareSpec:
     errors: Mapping[str, float]
     sources: Mapping[str, str]
     libraries: Mapping[str, LibraryPrice] = field(default_factory=dict)
+    host_step_us: float = 0.0
+    host_prompt_us: float = 0.0
 
     def priced(self, name: str, variant: str) -> str:
         """The class whose prices a kernel has: that of its variant where the profile has one."""
@@ -223,7 +226,15 @@ NUMBERS = tuple(field.name for field in fields(HardwareSpec) if field.name not i
 # Profiles that older versions of `tokenspeed calibrate` wrote have these.
 _UNUSED = {"host_memory_bytes", "l2_bytes"}
 _MOST = {"gpus_per_node": 1024, "num_sms": 4096, "page_size": 4096, "prefill_chunk": 1 << 20}
-_MAY_BE_ZERO = {"delta_token_us", "host_seq_us", "num_sms", "max_shared_bytes", "reserved_bytes"}
+# Profiles that older versions wrote lack these, which are 0 then.
+_MAY_BE_MISSING = {"host_step_us", "host_prompt_us"}
+_MAY_BE_ZERO = _MAY_BE_MISSING | {
+    "delta_token_us",
+    "host_seq_us",
+    "num_sms",
+    "max_shared_bytes",
+    "reserved_bytes",
+}
 
 
 def read_profile(text: str, name: str) -> Profile:
@@ -240,7 +251,8 @@ def read_profile(text: str, name: str) -> Profile:
         key = ".".join(map(str, first["loc"]))
         problem = first["msg"].lower()
         raise _bad(name, f"`{key}`: {problem}") from error
-    _check_names(name, "numbers", NUMBERS, profile.numbers)
+    missing = _MAY_BE_MISSING.difference(profile.numbers)
+    _check_names(name, "numbers", set(NUMBERS) - missing, profile.numbers)
     own = [key for key in FP8_CLASSES if key in profile.waits or key in profile.residuals]
     _check_names(name, "waits", (*OP_CLASSES, *own), profile.waits)
     _check_names(name, "residuals", (*OP_CLASSES, *own), profile.residuals)

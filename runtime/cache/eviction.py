@@ -155,16 +155,17 @@ class Checkpoints:
 
     def _worth(self, node: Node) -> float:
         """Tokens to compute again per byte that is freed, on top of the age at its last use."""
-        freed_bytes, step = self.slot_bytes, node
-        while step.parent is not None and self._goes_with(step, node):
-            freed_bytes += self.page_bytes
-            step = step.parent
+        freed_bytes = self.slot_bytes + self._num_freed(node) * self.page_bytes
         return node.clock + (node.position - previous_checkpoint(node)) / freed_bytes
 
-    def _goes_with(self, step: Node, node: Node) -> bool:
-        """Whether the page of `step`, a node on the way to a checkpoint, is freed with it."""
-        if step is not node and step.state_slot:
-            return False
-        num_below = len(step.children) + len(step.tails)
-        on_the_way = int(step is not node)
-        return num_below <= on_the_way and not self.tree.is_in_use(step.page)
+    def _num_freed(self, node: Node) -> int:
+        """Pages that are freed with a checkpoint: those on the way to it that only it needs."""
+        is_in_use, step, count = self.tree.is_in_use, node, 0
+        while step.parent is not None:
+            below = len(step.children) + len(step.tails)
+            is_shared = below > (count > 0) or (count > 0 and step.state_slot)
+            if is_shared or is_in_use(step.page):
+                break
+            step = step.parent
+            count += 1
+        return count

@@ -12,12 +12,11 @@ whose state slot is only a number, without memory.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from hashlib import blake2b
-
-import numpy as np
 
 from tokenspeed_plan.plans.schema import Limits
 from tokenspeed_plan.runtime.cache.eviction import Checkpoints
@@ -32,8 +31,7 @@ HIT_POINTS_PER_PAGE = 2
 
 def chain_digest(parent: bytes, token_ids: Seq[int]) -> bytes:
     """The digest of a page, 16 bytes: of its tokens and, by its parent's digest, of all before."""
-    data = np.asarray(token_ids, dtype=np.int64).tobytes()
-    page_hash = blake2b(data, digest_size=16, key=parent)
+    page_hash = blake2b(array("q", token_ids), digest_size=16, key=parent)
     return page_hash.digest()
 
 

@@ -162,14 +162,17 @@ def previous_checkpoint(node: Node) -> int:
     """The position of the deepest checkpoint before a node, on the way to it."""
     child, parent = node, node.parent
     while parent is not None:
-        first = child.token_ids[0]  # most tails of the root begin with another one
-        positions = [
-            tail.position
-            for tail in parent.tails
-            if tail.token_ids[0] == first and _begins_with(child, tail)
-        ]
-        if positions or parent.state_slot:
-            return max(positions, default=parent.position)
+        if parent.tails:  # few pages have any
+            first = child.token_ids[0]  # most tails of the root begin with another one
+            positions = [
+                tail.position
+                for tail in parent.tails
+                if tail.token_ids[0] == first and _begins_with(child, tail)
+            ]
+            if positions:
+                return max(positions)
+        if parent.state_slot:
+            return parent.position
         child, parent = parent, parent.parent
     return 0
 

@@ -120,7 +120,10 @@ class Admission:
             return False
         size = self._limits.page_size
         last_page_start = (len(sequence.token_ids) - 1) // size * size
+        first = sequence.digests[:1]
         for other in self.running:
+            if other.digests[:1] != first:
+                continue  # as most have nothing in common
             shared_pages = num_common(sequence.digests, other.digests)
             position = min(shared_pages * size, last_page_start)
             is_ahead = other.number < sequence.number and other.num_computed < position
@@ -133,16 +136,15 @@ class Admission:
         """Whether a state slot is left, and pages for it and one more for each running sequence."""
         if not self._memory.has_slot(hit) or not self._reserved.can_start(sequence):
             return False
-        taken = self._reserved.pages() | {node.page for node in path_to(hit.checkpoint)}
-        for other in self.running:
-            taken.update(other.pages)
-            if other.copy_from is not None:
-                taken.add(other.copy_from)
         shared_pages = hit.num_tokens // self._limits.page_size
         new_pages = self._memory.num_pages(sequence) - shared_pages
-        wanted = new_pages + len(self.running)
-        num_left = len(self._cache.pages) - len(taken)
-        return wanted <= num_left
+        num_left = len(self._cache.pages) - new_pages - len(self.running)
+        taken = self._reserved.pages() | {node.page for node in path_to(hit.checkpoint)}
+        copied = {other.copy_from for other in self.running if other.copy_from is not None}
+        held = [other.pages for other in self.running]
+        if len(taken) + len(copied) + sum(map(len, held)) <= num_left:
+            return True  # even if no two have a page in common
+        return len(taken.union(copied, *held)) <= num_left
 
     def _start(self, sequence: Sequence, hit: Hit) -> None:
         sequence.started_s = sequence.started_s or self._clock()
@@ -160,7 +162,5 @@ def num_common(digests: list[bytes], others: list[bytes]) -> int:
     def differs(index: int) -> bool:
         return digests[index] != others[index]
 
-    if digests[:1] != others[:1]:
-        return 0  # as most have nothing in common
     shorter = min(len(digests), len(others))
     return bisect_left(range(shorter), True, key=differs)

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
+
+FILLER = 1  # the first token that no NaN gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ class Users:
         users: how many are held at once; None where they begin by `starts_per_s`.
         starts_per_s: conversations that begin in a second, at random (a Poisson process).
         think_s: from an answer to the next turn of its conversation.
-        vocab_size: of the random tokens.
-        seed: of tokens and times.
+        vocab_size: of the tokens.
+        seed: of the times.
     """
 
     talks: Sequence[Turns]
@@ -76,10 +76,9 @@ class Users:
     _open: dict[str, _Talk] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._tokens = np.random.default_rng(self.seed)
         self._chance = random.Random(self.seed)
         self._count = itertools.count()
-        self._talks: Iterator[Turns] = iter(self.talks)
+        self._talks: Iterator[tuple[int, Turns]] = enumerate(self.talks)
         self._start_s = 0.0
         for _ in range(self.users or 1):
             self._begin_next(0.0)
@@ -107,22 +106,30 @@ class Users:
         talk.num_done += 1
         if talk.num_done < len(talk.turns.outputs):
             talk.token_ids += completion.token_ids
-            talk.token_ids += self._random_tokens(talk.turns.added)
+            talk.token_ids += [FILLER] * talk.turns.added
             self._push(now_s + self.think_s, talk)
         elif self.users is not None:
             self._begin_next(now_s)
 
     def _begin_next(self, now_s: float) -> None:
-        turns = next(self._talks, None)
+        number, turns = next(self._talks, (0, None))
         if turns is None:
             return
         if self.users is None:
             now_s += self._chance.expovariate(self.starts_per_s)
-        self._push(now_s, _Talk(turns, self._random_tokens(turns.prompt)))
+        self._push(now_s, _Talk(turns, own_tokens(number, turns.prompt, self.vocab_size)))
 
     def _push(self, time_s: float, talk: _Talk) -> None:
         heapq.heappush(self._due, (time_s, next(self._count), talk))
 
-    def _random_tokens(self, count: int) -> list[int]:
-        found: list[int] = self._tokens.integers(1, self.vocab_size, count).tolist()
-        return found
+
+def own_tokens(number: int, count: int, vocab_size: int) -> list[int]:
+    """A prompt that begins as no other does: with its number, the least digit first.
+
+    What follows is alike: pages are known by all tokens before them, too.
+    """
+    digits = []
+    while number:
+        number, digit = divmod(number, vocab_size - 1)
+        digits.append(FILLER + digit)
+    return (digits + [FILLER] * count)[:count]

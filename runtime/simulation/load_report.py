@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from tokenspeed_plan.runtime.simulation.load_run import Answered, Simulated
 from tokenspeed_plan.runtime.simulation.virtual_steps import StepRecord
 
 PERCENTILES = (50, 90, 95, 99)
+NO_LEVELS: Mapping[str, float] = {}
 DEFINITIONS = {
     "ttft_ms": "from a request to its first token, by percentile of requests",
     "tpot_ms": "time after the first token over tokens after the first",
@@ -19,13 +21,14 @@ DEFINITIONS = {
     "tokens_per_s_out": "tokens of all answers over the whole time; `in` has those of all prompts",
     "device_busy": "share of the time in which the device computed",
     "hit_rate": "prompt tokens that came from the prefix cache, over all prompt tokens",
-    "in_time": "share of requests that meet the service levels of the spec",
+    "in_time": "share of requests within `--ttft-ms` and `--tpot-ms`",
+    "service_levels": "means and percentiles of all requests, beside those of the spec",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """Service levels in milliseconds; None where there is none."""
+    """What is in time for a request, in milliseconds; None where anything is."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
@@ -37,12 +40,20 @@ class Levels:
         return self.tpot_ms is None or answer.tpot_s * 1e3 <= self.tpot_ms
 
 
-def figures(found: Simulated, levels: Levels) -> dict[str, Any]:
-    """The figures of a load with at least one answer."""
+def figures(
+    found: Simulated, in_time: Levels, service_levels: Mapping[str, float] = NO_LEVELS
+) -> dict[str, Any]:
+    """The figures of a load with at least one answer.
+
+    Args:
+        found: the load.
+        in_time: what is in time for a request.
+        service_levels: limits of means and percentiles, by the names of a spec.
+    """
     answers, total_s = found.answers, found.total_s
     prompts = sum(answer.prompt_tokens for answer in answers)
     outputs = sum(answer.output_tokens for answer in answers)
-    metrics = found.metrics
+    metrics, of_name = found.metrics, levels_of(answers)
     return {
         "requests": len(answers),
         "total_s": round(total_s, 3),
@@ -53,7 +64,11 @@ def figures(found: Simulated, levels: Levels) -> dict[str, Any]:
         "tpot_ms": percentiles_ms(answer.tpot_s for answer in answers),
         "queue_ms": percentiles_ms(answer.queue_s for answer in answers),
         "turn_time_ms": percentiles_ms(answer.ttft_s + answer.decode_s for answer in answers),
-        "in_time": round(sum(map(levels.are_met_by, answers)) / len(answers), 4),
+        "in_time": round(sum(map(in_time.are_met_by, answers)) / len(answers), 4),
+        "service_levels": {
+            name: {"ms": of_name[name], "at_most_ms": limit, "met": of_name[name] <= limit}
+            for name, limit in service_levels.items()
+        },
         "device_busy": round(found.busy_s / total_s, 4),
         "hit_rate": round(sum(answer.cached_tokens for answer in answers) / prompts, 4),
         "tokens_per_pass": round(metrics.tokens_per_pass, 3),
@@ -62,6 +77,24 @@ def figures(found: Simulated, levels: Levels) -> dict[str, Any]:
         "programs": programs(found.steps),
         "definitions": DEFINITIONS,
     }
+
+
+def levels_of(answers: Iterable[Answered]) -> dict[str, float]:
+    """Means and percentiles of times in milliseconds, by the names of service levels in a spec.
+
+    A token after the first has none where there is no other.
+    """
+    known = list(answers)
+    times = {
+        "ttft": [answer.ttft_s for answer in known],
+        "tpot": [answer.tpot_s for answer in known if answer.output_tokens > 1] or [0.0],
+    }
+    found = {}
+    for name, seconds in times.items():
+        found[f"{name}_ms"] = round(fmean(seconds) * 1e3, 3)
+        of_percent = percentiles_ms(seconds)
+        found |= {f"{name}_{percent}_ms": ms for percent, ms in of_percent.items()}
+    return found
 
 
 def percentiles_ms(seconds: Iterable[float]) -> dict[str, float]:
@@ -110,6 +143,9 @@ def as_text(found: dict[str, Any]) -> str:
         f"  device busy {found['device_busy']:.1%}; {found['tokens_per_pass']:.2f} tokens a pass; "
         f"{found['in_time']:.1%} of the requests in time",
     ]
+    for name, level in found["service_levels"].items():
+        verdict = "met" if level["met"] else "missed"
+        lines.append(f"  {name} {level['ms']:.2f}, at most {level['at_most_ms']:g}: {verdict}")
     for program in found["programs"]:
         lines.append(
             f"  {program['phase']:<8}{program['bucket']:>6}: {program['steps']} steps of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -9,15 +10,22 @@ from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor
 from tokenspeed_plan.runtime.request import Completion
-from tokenspeed_plan.runtime.request_check import check_request
+from tokenspeed_plan.runtime.request_check import check_length
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.simulation.load import Arrival, Load
+from tokenspeed_plan.runtime.simulation.sleepers import (
+    NappingLoop,
+    NappingScheduler,
+    Sleepers,
+    may_sleep,
+)
 from tokenspeed_plan.runtime.simulation.virtual_steps import (
     StepRecord,
     StepTimes,
     VirtualClock,
     VirtualLauncher,
+    plain_token,
 )
 from tokenspeed_plan.runtime.step_loop import StepLoop
 
@@ -86,6 +94,7 @@ def simulate(
     load: Load,
     acceptance: Seq[float] = (),
     seed: int = 0,
+    every_step: bool = False,
 ) -> Simulated:
     """Run a load to its end.
 
@@ -95,33 +104,52 @@ def simulate(
         load: the requests.
         acceptance: see `VirtualLauncher`.
         seed: of the drafts that are accepted.
+        every_step: go through each step for each sequence, which takes longer and finds the same.
 
     Raises:
         RequestError: the plan cannot hold a request.
     """
-    return _Simulation(plan, times, load, acceptance, seed).run()
+    return _Simulation(plan, times, load, acceptance, seed, every_step).run()
 
 
 class _Simulation:
     """A load on its way."""
 
     def __init__(
-        self, plan: Plan, times: StepTimes, load: Load, acceptance: Seq[float], seed: int
+        self,
+        plan: Plan,
+        times: StepTimes,
+        load: Load,
+        acceptance: Seq[float],
+        seed: int,
+        every_step: bool,
     ) -> None:
         self._plan = plan
         self._load = load
         self._clock = VirtualClock()
         self._launcher = VirtualLauncher(plan, times, self._clock, acceptance, seed)
-        self._scheduler = Scheduler(plan, clock=self._clock)
-        self._loop = StepLoop(plan, self._launcher, self._scheduler, OutputProcessor(None))
+        self._scheduler, self._loop = self._engine(may_sleep(plan) and not every_step)
         self._answers: list[Answered] = []
         self._arrived_s: dict[str, float] = {}
+
+    def _engine(self, naps: bool) -> tuple[Scheduler, StepLoop]:
+        """The engine's scheduler and loop; those whose sequences may sleep are as exact."""
+        plan, outputs = self._plan, OutputProcessor(None)
+        if not naps:
+            plain = Scheduler(plan, clock=self._clock)
+            return plain, StepLoop(plan, self._launcher, plain, outputs)
+        sleepers = Sleepers(plain_token(plan))
+        scheduler = NappingScheduler(plan, sleepers, self._clock)
+        return scheduler, NappingLoop(plan, self._launcher, scheduler, outputs, sleepers)
 
     def run(self) -> Simulated:
         """Until nobody asks any more."""
         while self._has_work():
             for completion in self._loop.step(None):
                 self._note(completion)
+            if isinstance(self._loop, NappingLoop):
+                next_s = self._load.next_time_s()
+                self._loop.rest(math.inf if next_s is None else next_s)
         return Simulated(
             self._answers,
             self._launcher.steps,
@@ -144,7 +172,7 @@ class _Simulation:
 
     def _add(self, arrival: Arrival) -> None:
         request = arrival.request
-        check_request(request, self._plan.model.vocab_size, self._plan.pool.limits.max_seq_len)
+        check_length(request, self._plan.pool.limits.max_seq_len)
         self._arrived_s[request.request_id] = arrival.time_s
         self._loop.add(Sequence(request, arrival.time_s, list(request.prompt_ids)))
 

@@ -8,12 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.lengths_file import json_object, length_of
 from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
-from tokenspeed_plan.runtime.simulation.load import Arrival
+from tokenspeed_plan.runtime.simulation.load import Arrival, own_tokens
 
 HINT = 'give lines such as {"arrival_s": 0.25, "prompt_tokens": 812, "output_tokens": 190}'
 MAX_ARRIVAL_S = 1e9
@@ -65,14 +63,12 @@ class Recorded:
 
     Args:
         rows: by their time.
-        vocab_size: of the random tokens of their prompts, which share nothing.
-        seed: of these.
+        vocab_size: of the tokens of their prompts, which share nothing.
     """
 
-    def __init__(self, rows: Iterable[RecordedRow], vocab_size: int, seed: int = 0) -> None:
+    def __init__(self, rows: Iterable[RecordedRow], vocab_size: int) -> None:
         self._rows = deque(rows)
         self._vocab_size = vocab_size
-        self._tokens = np.random.default_rng(seed)
         self._count = 0
 
     def next_time_s(self) -> float | None:
@@ -84,7 +80,7 @@ class Recorded:
     def pop(self) -> Arrival:
         """The next one."""
         row = self._rows.popleft()
-        ids = tuple(self._tokens.integers(1, self._vocab_size, row.prompt_tokens).tolist())
+        ids = tuple(own_tokens(self._count, row.prompt_tokens, self._vocab_size))
         self._count += 1
         params = SamplingParams(max_tokens=row.output_tokens, ignore_eos=True)
         return Arrival(row.arrival_s, Request(f"sim-{self._count}", ids, params))

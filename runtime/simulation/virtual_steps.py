@@ -46,8 +46,13 @@ class StepTimes(Protocol):
             context: tokens of each, on average.
         """
 
-    def host_us(self, seqs: int) -> float:
-        """The host before a step of so many sequences, which hides behind the step before."""
+    def host_us(self, seqs: int, prompts: int) -> float:
+        """The host before a step, which hides behind the step before.
+
+        Args:
+            seqs: of the step.
+            prompts: that it begins.
+        """
 
 
 @dataclass(slots=True)
@@ -88,6 +93,24 @@ class StepRecord:
     end_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class ShortBatch(Batch):
+    """A decode step of which only those sequences are listed that are awake.
+
+    Attributes:
+        num_asleep: so many others.
+        known_asleep: tokens of all of these that are computed, or in flight, before it.
+    """
+
+    num_asleep: int = 0
+    known_asleep: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all of its sequences."""
+        return len(self.sequences) + self.num_asleep
+
+
 @dataclass(slots=True)
 class _VirtualBatch(InFlightBatch):
     """A step without logits, of which nothing can be wanted."""
@@ -126,25 +149,26 @@ class VirtualLauncher:
     def start(self, batch: Batch, part: Part = "whole") -> float:
         """Let the clock know of a step."""
         clock, program = self._clock, batch.program
-        seqs, tokens = len(batch.sequences), batch.num_tokens
-        step_us = self._step_us(batch)
-        clock.launch(self._times.host_us(seqs), step_us)
+        seqs, tokens = _num_seqs(batch), batch.num_tokens
+        step_us = self._step_us(batch, seqs)
+        clock.launch(self._times.host_us(seqs, _num_new(batch)), step_us)
         begin_s = clock.free_s - step_us * 1e-6
         self.steps.append(
             StepRecord(program.phase, program.bucket, seqs, tokens, begin_s, clock.free_s)
         )
         return 0.0
 
-    def _step_us(self, batch: Batch) -> float:
-        seqs = len(batch.sequences)
+    def _step_us(self, batch: Batch, seqs: int) -> float:
         known = sum(sequence.num_computed + sequence.num_ahead for sequence in batch.sequences)
+        if isinstance(batch, ShortBatch):
+            known += batch.known_asleep
         if batch.program.phase == "prefill":
             return self._times.prefill_us(batch.num_tokens, seqs, known / seqs)
         return self._times.decode_us(batch.program.bucket, seqs, known / seqs + 1)
 
     def in_flight(self, batch: Batch, part: Part = "whole") -> InFlightBatch:
         """The step that was started last; reading its outputs waits for its end."""
-        end_s, values = self._clock.free_s, self._values(batch.program, len(batch.sequences))
+        end_s, values = self._clock.free_s, self._values(batch.program, _num_seqs(batch))
 
         def outputs() -> tuple[list[int], ...]:
             self._clock.wait_until(end_s)
@@ -174,6 +198,19 @@ class VirtualLauncher:
             if self._random.random() >= self._acceptance[min(place, last)]:
                 return place
         return drafts
+
+
+def _num_seqs(batch: Batch) -> int:
+    """Sequences of a step, those that sleep included."""
+    listed = len(batch.sequences)
+    return listed + batch.num_asleep if isinstance(batch, ShortBatch) else listed
+
+
+def _num_new(batch: Batch) -> int:
+    """Prompts that a step begins."""
+    if batch.program.phase == "decode":
+        return 0
+    return sum(each.num_computed == (each.num_cached_tokens or 0) for each in batch.sequences)
 
 
 def plain_token(plan: Plan) -> int:

@@ -44,7 +44,7 @@ class Times:
     def decode_us(self, bucket: int, seqs: int, context: float) -> float:
         return DECODE_US
 
-    def host_us(self, seqs: int) -> float:
+    def host_us(self, seqs: int, prompts: int) -> float:
         return self._host_us
 
 

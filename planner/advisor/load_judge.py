@@ -1,0 +1,228 @@
+"""What users of a deployment see under the load of the spec: its scheduler is simulated.
+
+Formulas have means; a service level on a percentile needs the queue. Nothing is planned yet when a
+deployment is judged, so the simulation gets an outline of its plan: the limits and the sizes of
+programs, which is all that a scheduler reads, and steps of the times that are predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from tokenspeed_plan.planner.advisor.candidate import Candidate
+from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest_rate
+from tokenspeed_plan.planner.advisor.numbers import ceil_div
+from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
+from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
+from tokenspeed_plan.planner.advisor.ranking import SearchResult
+from tokenspeed_plan.planner.advisor.spec_load import LoadSize, spec_load
+from tokenspeed_plan.planner.passes.limits import (
+    CapacityOptions,
+    decode_buckets,
+    plan_capacity,
+    plan_limits,
+    prefill_buckets,
+)
+from tokenspeed_plan.planner.spec import MAX_CONCURRENCY
+from tokenspeed_plan.plans.schema import BufferSpec, ModelFacts, Plan, Pool, Program
+from tokenspeed_plan.plans.types import TensorSpec
+
+if TYPE_CHECKING:
+    pass
+
+# Turns that are counted: four of them are over the 99th percentile.
+LEAST_REQUESTS = 400
+WAVES = 2  # users begin together, so that as many turns of each are counted at least
+# The share of turns at both ends of a load with arrivals, when fewer are there, that do not count.
+RAMP = 0.1
+MOST_LEADERS = 8  # deployments that are simulated for one search
+CLOSE_ENOUGH = 1.05  # of the largest good number of users to the least bad one
+NO_DIGEST = "0" * 64  # an outline is nowhere kept
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A candidate as its programs would be written.
+
+    Attributes:
+        predictor: of its spec, whose load is that of all replicas.
+        candidate: one pool, and its replicas.
+        depths: drafts of a step by decode bucket; where it is empty, the candidate's.
+        interleaved_tokens: of prompts between two decode steps; None for a chunk.
+        gathered_tokens: for which prompts wait while all sequences are taken.
+    """
+
+    predictor: Predictor
+    candidate: Candidate
+    depths: Mapping[int, int]
+    interleaved_tokens: int | None = None
+    gathered_tokens: int = 0
+
+    @cached_property
+    def num_seqs(self) -> int:
+        """Sequences at the same time, of one replica."""
+        return ceil_div(self.predictor.spec.workload.num_seqs, self.candidate.replicas)
+
+    @cached_property
+    def table(self) -> dict[int, int]:
+        """Drafts of a step by decode bucket."""
+        if self.depths:
+            return dict(self.depths)
+        return dict.fromkeys(decode_buckets(self.num_seqs), self.candidate.knobs.depth)
+
+    @cached_property
+    def outline(self) -> Plan:
+        """What a scheduler reads of the plan that this would be, and nothing else."""
+        predictor, knobs = self.predictor, self.candidate.knobs
+        options = CapacityOptions(
+            knobs.prefill_chunk, knobs.checkpoint_tokens, knobs.depth, predictor.rollback
+        )
+        workload = predictor.spec.with_concurrency(self.num_seqs).workload
+        capacity = plan_capacity(workload, predictor.config, predictor.hardware, options)
+        captured = predictor.hardware.sm > 0
+        chunks = prefill_buckets(capacity, workload.turn_tokens)
+        sizes = [("prefill", bucket, knobs.depth) for bucket in chunks]
+        sizes += [("decode", bucket, depth) for bucket, depth in self.table.items()]
+        programs = tuple(
+            Program.model_construct(
+                phase=phase,
+                bucket=bucket,
+                max_tokens=bucket * (depth + 1 if phase == "decode" else 1),
+                max_seqs=min(bucket, capacity.max_seqs),
+                captured=captured and phase == "decode",
+                depth=depth,
+            )
+            for phase, bucket, depth in sizes
+        )
+        limits = plan_limits(capacity, self.interleaved_tokens, self.gathered_tokens)
+        pool = Pool.model_construct(limits=limits, programs=programs, buffers=self._buffers)
+        config = predictor.config
+        model = ModelFacts.model_construct(
+            vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids
+        )
+        return Plan.model_construct(digest=NO_DIGEST, model=model, pools=(pool,))
+
+    @property
+    def _buffers(self) -> tuple[BufferSpec, ...]:
+        """A page and a state slot, whose bytes say what is worth most to be kept."""
+        memory = self.predictor.memory(self.candidate.layout)
+        page_bytes, slot_bytes = memory.slot_sizes(self.candidate.knobs)
+        sizes = {"kv_cache": page_bytes, "state": slot_bytes}
+        return tuple(
+            BufferSpec.model_construct(
+                name=arena, arena=arena, tensor=TensorSpec.of(shape=(1, size // 4), dtype="i32")
+            )
+            for arena, size in sizes.items()
+            if size
+        )
+
+    @cached_property
+    def times(self) -> PlanSteps:
+        """What its steps are predicted to take."""
+        limits, hardware = self.outline.pool.limits, self.predictor.hardware
+        return PlanSteps(
+            self.predictor.steps,
+            self.candidate.layout,
+            self.table,
+            hardware.sm > 0,
+            limits.max_tokens,
+            limits.max_seq_len,
+            self.candidate.knobs.kv_dtype,
+        )
+
+    def simulated(self, users: int | None, turns_per_s: float | None) -> dict[str, float]:
+        """Means and percentiles of a load on one replica, by the names of service levels.
+
+        Args:
+            users: that are there all the time; None with arrivals.
+            turns_per_s: that arrive, in place of users.
+        """
+        from tokenspeed_plan.runtime.simulation.load_report import levels_of
+        from tokenspeed_plan.runtime.simulation.load_run import simulate
+
+        size, ramp = load_size(users, turns_per_s)
+        predictor, plan = self.predictor, self.outline
+        load = spec_load(predictor.spec.workload, size, plan.model.vocab_size)
+        found = simulate(plan, self.times, load, predictor.acceptance)
+        return levels_of(found.answers[ramp:-ramp])
+
+    def within(self, levels: Mapping[str, float], users: int | None, rate: float | None) -> bool:
+        """Whether a load on one replica meets service levels; see `simulated`."""
+        found = self.simulated(users, rate)
+        return all(found[name] <= limit for name, limit in levels.items())
+
+
+def load_size(users: int | None, turns_per_s: float | None) -> tuple[LoadSize, int]:
+    """A load that is long enough to be judged, and the turns at both ends that do not count.
+
+    Users begin together, with nothing cached; at the end fewer and fewer of them are left.
+    """
+    if users is None:
+        ramp = round(RAMP * LEAST_REQUESTS)
+        return LoadSize(LEAST_REQUESTS + 2 * ramp, None, turns_per_s), ramp
+    counted = max(LEAST_REQUESTS, WAVES * users)
+    return LoadSize(counted + 2 * users, users), users
+
+
+def with_load(prediction: Prediction, deployment: Deployment) -> Prediction:
+    """The prediction with what users see under the load of the spec.
+
+    Two pools are not simulated: they have an empty one.
+    """
+    if deployment.candidate.prefill is not None:
+        return replace(prediction, simulated={})
+    rate = deployment.predictor.spec.workload.arrivals_per_s
+    if rate is None:
+        simulated = deployment.simulated(deployment.num_seqs, None)
+    else:
+        simulated = deployment.simulated(None, rate / deployment.candidate.replicas)
+    return replace(prediction, simulated=simulated)
+
+
+def judged(result: SearchResult, deployed: Callable[[Prediction], Deployment]) -> SearchResult:
+    """The result whose best was simulated, where the spec has service levels on percentiles.
+
+    Formulas rank; the leader is simulated, and whoever leads then, until the leader has been. Where
+    `MOST_LEADERS` were, the best of those is it.
+
+    Args:
+        result: of a search.
+        deployed: how a prediction's programs would be written.
+    """
+    if not result.percentiles:
+        return result
+    for _ in range(MOST_LEADERS):
+        best = result.best
+        if best.simulated is not None:
+            return result
+        result = result.with_best(with_load(best, deployed(best)))
+    known = tuple(each for each in result.predictions if each.simulated is not None)
+    return replace(result, predictions=known)
+
+
+def most_users(deployment: Deployment, levels: Mapping[str, float]) -> int | None:
+    """The most users of all replicas within service levels, each with memory of its own.
+
+    None where not even one is, or not one fits.
+    """
+    candidate = deployment.candidate
+    replicas = candidate.replicas
+
+    def is_good(users: int) -> bool:
+        predictor = deployment.predictor.with_concurrency(users * replicas)
+        sized = Deployment(predictor, candidate, {})
+        return predictor.fits(candidate) and sized.within(levels, users, None)
+
+    found = largest_count(is_good, MAX_CONCURRENCY // replicas, CLOSE_ENOUGH)
+    return None if found is None else found * replicas
+
+
+def most_arrivals(deployment: Deployment, levels: Mapping[str, float]) -> float | None:
+    """The most turns a second of all replicas within service levels; None where none are."""
+    workload, replicas = deployment.predictor.spec.workload, deployment.candidate.replicas
+    first = (workload.arrivals_per_s or 1.0) / replicas
+    found = largest_rate(lambda rate: deployment.within(levels, None, rate), first)
+    return None if found is None else found * replicas

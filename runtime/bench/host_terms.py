@@ -1,0 +1,130 @@
+"""What the host of the engine works for a step: of itself, for each sequence, for each new prompt.
+
+Everything that a step does counts but waiting for its tokens: scheduling, inputs, the launch of a
+graph, commits. On a CPU the replay itself is the device's part, and does not count.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.runtime.engine import Engine
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
+from tokenspeed_plan.runtime.execution.launch import HostValues, Launch
+from tokenspeed_plan.runtime.request import Request, SamplingParams
+
+PROMPT_TOKENS, OUTPUT_TOKENS = 32, 64  # of a row: short, so that prompts share a step
+
+
+@dataclass(frozen=True, slots=True)
+class HostTerms:
+    """Microseconds of a step: `step_us`, and more for each sequence and for each new prompt."""
+
+    step_us: float
+    seq_us: float
+    prompt_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class HostStep:
+    """A step: what it launched, the sequences of the step that it committed, and its host time."""
+
+    phase: str
+    seqs: int
+    committed: int
+    us: float
+
+
+@dataclass(slots=True)
+class WaitingLaunch:
+    """Counts the seconds in which the host waits: for tokens, and on a CPU for the replay."""
+
+    inner: Launch
+    replays_itself: bool
+    waited_s: float = 0.0
+
+    def prepare(self, programs: BoundPrograms) -> None:
+        """As the launch inside."""
+        self.inner.prepare(programs)
+
+    def run(
+        self,
+        programs: BoundPrograms,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        part: Part = "whole",
+    ) -> None:
+        """As the launch inside."""
+        begun = time.perf_counter()
+        self.inner.run(programs, program, num_tokens, num_seqs, part)
+        if self.replays_itself:
+            self.waited_s += time.perf_counter() - begun
+
+    def copy_to_host(self, *values: Tensor) -> HostValues:
+        """As the launch inside; reading the values is waiting."""
+        read = self.inner.copy_to_host(*values)
+
+        def timed() -> tuple[list[int], ...]:
+            begun = time.perf_counter()
+            found = read()
+            self.waited_s += time.perf_counter() - begun
+            return found
+
+        return timed
+
+
+def measure_host(engine: Engine, launch: WaitingLaunch, sizes: Sequence[int]) -> HostTerms:
+    """Run batches of so many sequences, and fit their host times.
+
+    Args:
+        engine: of a plan that holds the largest batch, without drafts.
+        launch: the one that it starts replays with.
+        sizes: sequences at once, at least two numbers.
+    """
+    steps = [step for size in sizes for step in _steps(engine, launch, size)]
+    return fit(steps)
+
+
+def _steps(engine: Engine, launch: WaitingLaunch, size: int) -> Iterator[HostStep]:
+    """The steps of a batch of so many sequences, the first of which warm it up."""
+    random = torch.Generator().manual_seed(size)
+    params = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    for number in range(size):
+        ids = torch.randint(1, engine.vocab_size, (PROMPT_TOKENS,), generator=random).tolist()
+        engine.add(Request(f"{size}-{number}", tuple(ids), params))
+    committed = 0
+    while engine.num_unfinished or engine.has_step_in_flight:
+        launch.waited_s, begun = 0.0, time.perf_counter()
+        engine.step()
+        us = (time.perf_counter() - begun - launch.waited_s) * 1e6
+        batch = engine.last_batch
+        if batch is not None:
+            seqs = len(batch.sequences)
+            yield HostStep(batch.program.phase, seqs, committed, us)
+            committed = seqs
+
+
+def fit(steps: Sequence[HostStep]) -> HostTerms:
+    """A line through the medians of full decode steps, and what prompts take beside it."""
+    decode: dict[int, list[float]] = defaultdict(list)
+    for step in steps:
+        if step.phase == "decode" and step.seqs == step.committed:
+            decode[step.seqs].append(step.us)
+    medians = {seqs: statistics.median(times) for seqs, times in decode.items()}
+    line = statistics.linear_regression(list(medians), list(medians.values()))
+    seq_us, step_us = max(line.slope, 0.0), max(line.intercept, 0.0)
+    prompts = [
+        (step.us - step_us - seq_us * step.committed) / step.seqs
+        for step in steps
+        if step.phase == "prefill"
+    ]
+    return HostTerms(step_us, seq_us, max(statistics.median(prompts), 0.0))
