@@ -150,6 +150,7 @@ class LibraryChoice:
         workspace_bytes: that it takes at the program's full size.
         call_us: of a call, for the batch that the plan is priced for.
         kernel_us, library_us: of a call, over the batches that the choice is made for.
+        asked: whether the spec wants the function whatever it costs.
     """
 
     function: str
@@ -158,11 +159,12 @@ class LibraryChoice:
     call_us: float
     kernel_us: float
     library_us: float
+    asked: bool = False
 
     @property
     def pays(self) -> bool:
-        """Whether the function is called: only where it is faster by more than its prices err."""
-        return self.library_us < (1.0 - LIBRARY_MARGIN) * self.kernel_us
+        """Whether the function is called: asked for, or faster by more than its prices err."""
+        return self.asked or self.library_us < (1.0 - LIBRARY_MARGIN) * self.kernel_us
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,8 @@ def _printed(text: str) -> str:
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS), AfterValidator(_printed)]
 Gpus = Annotated[int, Field(ge=1, le=MAX_GPUS)]
+Library = Literal["cublas", "fa3", "flashinfer"]  # whose functions are in `LIBRARY_FUNCTIONS`
+Libraries = Annotated[tuple[Library, ...], Field(min_length=1, strict=False)]
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 TokensOrNone = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 Milliseconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
@@ -127,12 +129,13 @@ class TargetSpec(_Section):
     ]
     count: Annotated[Gpus, _about("How many of them.", 8, "GPUs")] = 1
     libraries: Annotated[
-        Literal["auto", "required", "none"] | None,
+        Literal["auto", "required", "none"] | Libraries | None,
         _about(
             "Whether functions of libraries, such as FlashAttention-3, are called in the place of "
             "kernels where they are faster. With `auto` (the default) the plan's own kernels run "
-            "where a library is missing or wrong, with `required` that is an error.",
-            "required",
+            "where a library is missing or wrong, with `required` that is an error. A list of "
+            "libraries calls these and no others, wherever they can, whatever they cost.",
+            ["flashinfer"],
         ),
     ] = None
 

@@ -94,10 +94,32 @@ CUBLAS = LibraryFunction(
     least_tokens=1024,
     fixed_bytes=32 << 20,
 )
+# FlashInfer (arXiv:2501.01005). Partial results of a batch, then what its wrapper adds; it compiles
+# its kernels when it first plans a batch, and the host plans each one.
+FLASHINFER_WORKSPACE_BYTES = 384 << 20
+FLASHINFER = LibraryFunction(
+    package="flashinfer-python",
+    versions=">=0.6,<0.8",
+    sms=(90,),
+    runs=FA3.runs,
+    attrs=FA3.attrs,
+    dtypes=("bf16",),
+    prepare="batch",
+    capturable=False,
+    row_bytes=(2, 0),  # of the gate
+    fixed_bytes=FLASHINFER_WORKSPACE_BYTES + (16 << 20),
+)
 LIBRARY_FUNCTIONS: dict[str, LibraryFunction] = {
     "cublas.linear": CUBLAS,
     "fa3.attention_prefill": FA3,
+    "flashinfer.attention_prefill": FLASHINFER,
 }
+
+
+def library_of(key: str) -> str:
+    """What people call the library of a function: `fa3` of `fa3.attention_prefill`."""
+    return key.partition(".")[0]
+
 
 _RELEASE = re.compile(r"v?(\d+(?:\.\d+)*)")
 _BOUND = re.compile(r"(>=|<)(\d+(?:\.\d+)*)")

@@ -20,7 +20,7 @@ from tokenspeed_plan.runtime.execution.backend import (
     num_outputs,
 )
 from tokenspeed_plan.runtime.execution.block_scaled import dequantise
-from tokenspeed_plan.runtime.execution.kernels import Launcher
+from tokenspeed_plan.runtime.execution.kernels import Launcher, prepare_batch
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch
 from tokenspeed_plan.runtime.request import SamplingParams
 
@@ -159,6 +159,7 @@ class _Comparison:
         launcher = self.library or self.backend.launcher(
             kernel, self.num_tokens, self.num_seqs, self.program
         )
+        prepare_batch(launcher, tensors)
         launcher({}, *tensors)
         self.backend.tally.steps += 1
         for param, got, expected in zip(kernel.tensors, tensors, wanted, strict=True):

@@ -144,30 +144,36 @@ def _columns_and_warps(work: Work, template: str) -> tuple[int, int]:
 
 
 def conv_qk_norm(work: Work) -> list[Tiling]:
-    """A program a head and block of tokens."""
+    """A program a head and block of tokens: `m` runs of `k` tokens."""
     heads = _heads(work, "qk_l2_norm")
     constants = heads | _convolution(work, heads)
     constants |= dst_slots(work, f"{_conv_kind(work)}_dst_state_slots")
     del constants["GROUP"]
     num_heads = 2 * int(heads["A"]) + int(heads["B"])
-    sizes = (64, 32, 16) if work.interpreted else (32, 16)
+    shapes = [Tile(8, 1, 16, 4, 1), Tile(8, 1, 8, 4, 1)]
+    if work.interpreted:
+        shapes = [Tile(32, 1, 2, 4, 1)]
     return [
         Tiling(
             template="conv_qk_norm",
-            constants=constants | {"BLOCK_T": block},
-            grid=(per_rows(block), fixed(num_heads), SEQS),
-            num_warps=4,
+            constants=constants | {"ROWS": tile.m, "STEPS": tile.k},
+            grid=(per_rows(tile.m * tile.k), fixed(num_heads), SEQS),
+            num_warps=tile.num_warps,
             num_stages=1,
             options={"conv_part": _conv_kind(work)},
         )
-        for block in sizes
+        for tile in work.tiles(*shapes)
     ]
 
 
 def gates_delta_chunk(work: Work) -> list[Tiling]:
     """A program a head and chunk."""
     constants = _heads(work, "delta_chunk")
-    constants |= {"CHUNK": DELTA_CHUNK, "BLOCK": 16, "PRECISION": work.precision}
+    constants |= {
+        "CHUNK": DELTA_CHUNK,
+        "LEVELS": DELTA_CHUNK.bit_length() - 1,
+        "PRECISION": work.precision,
+    }
     return [
         Tiling(
             template="gates_delta_chunk",

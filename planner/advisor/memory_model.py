@@ -132,10 +132,12 @@ class MemoryModel:
 
     def _workspace(self, knobs: Knobs) -> int:
         """An upper bound: of the functions of libraries that could compute a prefill chunk."""
-        graph, found = self._sharded("prefill"), [0]
+        graph, found, prices = self._sharded("prefill"), [0], self.steps.hardware.libraries
         for op in graph.ops:
-            for name in library_functions(graph, op, stored_formats(knobs.kv_dtype)):
-                if name in self.steps.hardware.libraries:
+            known = library_functions(graph, op, stored_formats(knobs.kv_dtype))
+            priced = [name for name in known if name in prices]
+            for name in priced:
+                if not any(prices[other].is_below(prices[name]) for other in priced):
                     function = LIBRARY_FUNCTIONS[name]
                     found.append(function.workspace_bytes(op.attrs, knobs.prefill_chunk))
         return max(found)

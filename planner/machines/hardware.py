@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenspeed_plan.planner.foreign_yaml import parse_yaml, read_file
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
+from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS, library_of
 from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.types import DType
 
@@ -61,10 +61,18 @@ Table = Mapping[int, Mapping[int, float]]  # GPUs -> bytes -> microseconds
 
 @dataclass(frozen=True, slots=True)
 class LibraryPrice:
-    """What a call loses besides its launch, and its busy time over the roofline's."""
+    """What a call loses besides its launch, and its busy time over the roofline's.
+
+    A function that is `asked` for is called whatever it costs.
+    """
 
     wait_us: float
     residual: float
+    asked: bool = False
+
+    def is_below(self, other: LibraryPrice) -> bool:
+        """Whether the other function is dearer for every load."""
+        return self.wait_us < other.wait_us and self.residual < other.residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,6 +438,26 @@ def find_hardware(name: str, near: Path | None = None) -> HardwareSpec:
     if similar:
         hint = f"did you mean `{_known(similar[0]).name}`? {hint}"
     raise SpecError(f"there is no GPU called `{name}`", hint)
+
+
+def with_libraries(hardware: HardwareSpec, names: Sequence[str]) -> HardwareSpec:
+    """The machine where the functions of these libraries, and no others, are called where they can.
+
+    Raises:
+        SpecError: one of them has no price on this machine.
+    """
+    asked = {
+        key: replace(price, asked=True)
+        for key, price in hardware.libraries.items()
+        if library_of(key) in names
+    }
+    missing = sorted(set(names).difference(map(library_of, asked)))
+    if missing:
+        raise SpecError(
+            f"`{missing[0]}` has no price on {hardware.name}",
+            "install it there and measure it: `tokenspeed calibrate`; or leave it out",
+        )
+    return replace(hardware, libraries=asked)
 
 
 def without_libraries(hardware: HardwareSpec) -> HardwareSpec:

@@ -372,19 +372,22 @@ def op_time(graph: OpGraph, op: Op, load: Load, hardware: HardwareSpec) -> OpTim
 
 
 def time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> OpTime:
-    """`op_time` of an operator whose work is known: of its kernel, or of a library if that is less.
+    """`op_time` of an operator whose work is known: of its kernel, or of a library in its place.
 
     A plan chooses for each program (`planner/passes/library.py`), a prediction for each load.
     """
-    best = kernel_time_of(op, work, load, hardware)
-    most_us = (1.0 - LIBRARY_MARGIN) * best.total_us
-    for name in op.libraries:
-        least = LIBRARY_FUNCTIONS[name].least_tokens
-        if name in hardware.libraries and load.num_tokens >= least:
-            other = library_time_of(op, work, load, hardware, name)
-            if other.total_us < min(most_us, best.total_us):
-                best = other
-    return best
+    own = kernel_time_of(op, work, load, hardware)
+    names = [
+        name
+        for name in op.libraries
+        if name in hardware.libraries and load.num_tokens >= LIBRARY_FUNCTIONS[name].least_tokens
+    ]
+    others = [library_time_of(op, work, load, hardware, name) for name in names]
+    best = min(others, key=lambda each: each.total_us, default=own)
+    is_asked = any(hardware.libraries[name].asked for name in names)
+    if is_asked or best.total_us < (1.0 - LIBRARY_MARGIN) * own.total_us:
+        return best
+    return own
 
 
 def library_time_of(

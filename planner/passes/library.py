@@ -60,7 +60,13 @@ def choose_library(
         workspace = function.workspace_bytes(op.members[0].attrs, num_tokens)
         choices.append(
             LibraryChoice(
-                name, _operator(graph, op), workspace, call_us, kernel_us / 2, library_us / 2
+                name,
+                _operator(graph, op),
+                workspace,
+                call_us,
+                kernel_us / 2,
+                library_us / 2,
+                hardware.libraries[name].asked,
             )
         )
     return min(choices, key=lambda choice: choice.library_us, default=None)
@@ -101,7 +107,8 @@ def record_libraries(ledger: Ledger, graphs: Sequence[tuple[str, OpGraph]]) -> N
 
 
 _REASON = (
-    "the library's function where it is more than 3 % cheaper than the plan's kernel, a call of "
+    "the library's function where the spec asks for it, or where it is more than 3 % cheaper than "
+    "the plan's kernel, a call of "
     "each on average, once with the context that the program is priced for and once with the "
     "workload's mean"
 )

@@ -149,8 +149,6 @@ def _check_library(scope: _Scope, step: LibraryCall, kernel: KernelSpec) -> None
         raise refuse(f"{what} is for {function.least_tokens} tokens and more")
     if (step.prepare, step.capturable) != (function.prepare, function.capturable):
         raise refuse(f"{what}: prepare {step.prepare}, capturable {step.capturable}")
-    if step.prepare != "none":
-        raise refuse(f"{what} needs the host before each batch, which the runtime does not do")
     if scope.program.captured and not step.capturable:
         raise refuse(f"{what} is in the captured program {scope.program.name}")
     if not is_bounds(step.versions):

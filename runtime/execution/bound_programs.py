@@ -21,6 +21,7 @@ from tokenspeed_plan.runtime.execution.backend import (
     num_outputs,
 )
 from tokenspeed_plan.runtime.execution.full_program import FullProgram
+from tokenspeed_plan.runtime.execution.kernels import PreparedFunction
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory, operands_of
 
 # The head of a program is launched while the step before is in flight; its tail begins where it
@@ -49,6 +50,8 @@ class BoundPrograms:
         self._num_slots = max(map(num_outputs, kernels), default=0)
         self._bound: dict[BatchKey, list[Instruction]] = {}
         self._full: dict[ProgramKey, FullProgram] = {}
+        libraries = backend.libraries.values() if isinstance(backend, KernelBackend) else ()
+        self._plans_batches = any(isinstance(each, PreparedFunction) for each in libraries)
 
     @property
     def plan(self) -> Plan:
@@ -96,7 +99,16 @@ class BoundPrograms:
     def run(self, program: Program, num_tokens: int, num_seqs: int, part: Part = "whole") -> None:
         """One replay, or a part of one; inputs and outputs are in the io buffers."""
         instructions = self.instructions(program, num_tokens, num_seqs, part)
+        self._prepare(instructions)
         self.execute(instructions)
+
+    def _prepare(self, instructions: Iterable[Instruction]) -> None:
+        """Let the host plan the batch for functions of libraries, once for all of their calls."""
+        prepared: set[PreparedFunction] = set()
+        for body, _, operands, _ in instructions if self._plans_batches else ():
+            if isinstance(body, PreparedFunction) and body not in prepared:
+                prepared.add(body)
+                body.prepare(*operands)
 
     @torch.inference_mode()
     def execute(self, instructions: Iterable[Instruction]) -> None:

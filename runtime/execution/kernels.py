@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -12,6 +13,24 @@ from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 
 # Takes the constants of an operator, which a kernel ignores, then the kernel's tensors.
 Launcher = Callable[..., tuple[()]]
+
+
+class PreparedFunction(ABC):
+    """A function of a kernel's tensors for which the host plans each batch first."""
+
+    @abstractmethod
+    def prepare(self, *tensors: Tensor) -> None:
+        """Plan a batch, whose calls all have inputs of these shapes and the same lengths."""
+
+    @abstractmethod
+    def __call__(self, _: object, *tensors: Tensor) -> tuple[()]:
+        """Compute the batch that was planned last."""
+
+
+def prepare_batch(launcher: Launcher, tensors: Sequence[Tensor]) -> None:
+    """Let the host plan a batch, where the launcher needs that."""
+    if isinstance(launcher, PreparedFunction):
+        launcher.prepare(*tensors)
 
 
 class Launches(Protocol):

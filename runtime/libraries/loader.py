@@ -22,14 +22,15 @@ from tokenspeed_plan.runtime.execution.backend import (
     execute,
     num_outputs,
 )
-from tokenspeed_plan.runtime.execution.kernels import Launcher
-from tokenspeed_plan.runtime.libraries import cublas, fa3
+from tokenspeed_plan.runtime.execution.kernels import Launcher, prepare_batch
+from tokenspeed_plan.runtime.libraries import cublas, fa3, flashinfer
 from tokenspeed_plan.runtime.libraries.sample_batch import sample_batch
 
 Adapter = Callable[[KernelSpec], Launcher]
 ADAPTERS: dict[str, Adapter] = {
     "cublas.linear": cublas.linear,
     "fa3.attention_prefill": fa3.attention_prefill,
+    "flashinfer.attention_prefill": flashinfer.attention_prefill,
 }
 
 
@@ -111,6 +112,7 @@ def _try_out(
     wanted = tuple(tensor.clone() for tensor in tensors)
     execute(reference.bind_kernel(kernel, wanted), num_outputs(kernel))
     try:
+        prepare_batch(launcher, tensors)
         launcher({}, *tensors)
         errors = [difference(*pair) for pair in zip(tensors, wanted, strict=True)]
     except RuntimeError as reason:

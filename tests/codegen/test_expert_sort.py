@@ -115,8 +115,9 @@ def test_choices_are_counted_and_placed(
     [
         (0, "tl.where(ok, group, EXPERTS + 1)", "group"),
         (1, "(p < part)", "(p + 1 < part)"),
-        (1, "(j[None, :] < i[:, None])", "(j[None, :] + 1 < i[:, None])"),
-        (1, "tl.gather(first + before, ", "tl.gather(before, "),
+        (1, "tl.sort(group * BLOCK + i)", "i"),
+        (1, "BLOCK, 0) + i", "BLOCK, 0) + i // 2"),
+        (1, "first + before - ", "before - "),
     ],
 )
 def test_a_broken_text_shows(which: int, old: str, new: str) -> None:

@@ -464,10 +464,12 @@ MUTATIONS = [
         "src * TAPS + (last + TAPS)",
     ),
     (SOME_IN_PLACE, "conv_qk_norm", "context_lens + s) - count", "context_lens + s)"),
-    (SOME, "conv_qk_norm", "(at >= 0) & (at < count)", "(at >= 0) & (at < count - 1)"),
+    (SOME, "conv_qk_norm", "t + step < count", "t + step < count - 1"),
+    (SOME, "conv_qk_norm", "x1 = x2", "x1 = x1"),
     (SOME, "conv_qk_norm", "if first:", "if False:"),
     (MANY, "linear", "above + index % here", "above + index % GROUP_M"),
-    (SOME, "gates_delta_chunk", "range(2, BLOCK)", "range(3, BLOCK)"),
+    (SOME, "gates_delta_chunk", "static_range(LEVELS)", "static_range(LEVELS - 1)"),
+    (SOME, "gates_delta_chunk", "inverse -= tl.dot", "inverse += tl.dot"),
     (SOME, "gates_delta_chunk", "c[:, None] >= c[None, :]", "c[:, None] > c[None, :]"),
     (SOME, "gated_norm", "* tl.sigmoid(gate)", "* gate"),
     (SOME, "topk", "range(TOP_K)", "range(TOP_K - 1)"),
@@ -597,6 +599,18 @@ MEASURED = {
     ),
     "split head": (SOME, "head", SPLIT, (("tl.store(counter, 0)", "pass"),)),
     "split sum of experts": (SOME, "expert_sum_linear_add", SPLIT, (("part * size", "0"),)),
+    "experts by several columns": (
+        MANY,
+        "grouped_up",
+        Tile(32, 16, 32, 4, 2, splits=2),
+        (("shift = i // STEPS * BLOCK_N", "shift = 0"), ("SPAN * STEPS", "STEPS")),
+    ),
+    "experts down by several columns": (
+        MANY,
+        "grouped_down",
+        Tile(32, 16, 32, 4, 2, splits=4),
+        (("i % STEPS * BLOCK_K", "0 * i"), ("i % STEPS == STEPS - 1", "i % STEPS == STEPS - 2")),
+    ),
     "state in pieces": (
         IN_PLACE,
         "delta_step",
@@ -615,7 +629,7 @@ MEASURED = {
 def test_measured_tiles_equal_their_references(name: str) -> None:
     case, kind, tile, mutations = MEASURED[name]
     built = tiled(case, kind, tile)
-    assert {"SPLITS", "PIECES"} & set(built.kernel.launch.constants)  # type: ignore[union-attr]
+    assert {"SPLITS", "PIECES", "SPAN"} & set(built.kernel.launch.constants)  # type: ignore[union-attr]
     for param, error in errors(built, case):
         assert error <= TOLERANCE[case.dtype], param
     for old, new in mutations:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.machines.hardware import find_hardware
-from tokenspeed_plan.planner.spec import Spec
-from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
+from tokenspeed_plan.planner.spec import Library, Spec
+from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS, library_of
 from tokenspeed_plan.plans.schema import LibraryCall, Plan
 
 AGENT = {
@@ -63,6 +63,18 @@ def test_elsewhere_all_steps_are_kernels(target: dict[str, Any]) -> None:
     plan = plan_for(**target)
     assert not functions_of(plan, "prefill")
     assert all(decision.name != "libraries" for decision in plan.decisions)
+
+
+def test_flashinfer_is_called_where_the_spec_asks_for_it() -> None:
+    plan = plan_for(libraries=["flashinfer"])
+    assert functions_of(plan, "prefill") == {"flashinfer.attention_prefill"}
+    assert not functions_of(plan, "decode")
+    both = plan_for(libraries=["flashinfer", "cublas"])
+    assert functions_of(both, "prefill") == {"cublas.linear", "flashinfer.attention_prefill"}
+
+
+def test_the_spec_knows_all_libraries() -> None:
+    assert set(get_args(Library)) == {library_of(key) for key in LIBRARY_FUNCTIONS}
 
 
 def test_a_plan_may_insist() -> None:

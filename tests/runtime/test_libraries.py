@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_spec
+from flashinfer_double import BatchPrefillWithPagedKVCacheWrapper, install_flashinfer
 from plan_edits import with_program
 from torch import Tensor
 
@@ -304,6 +305,49 @@ def test_the_workspace_is_reserved(fake_library: Any, checkpoint: Any) -> None:
     lacking = memory.model_copy(update={"reserved": 0, "total": memory.total - memory.reserved})
     with pytest.raises(PlanError, match="0 bytes are reserved, a library takes"):
         validate(plan.with_pool(memory_bytes_per_rank=lacking))
+
+
+ASKED = "flashinfer.attention_prefill"
+
+
+@pytest.fixture
+def cpu_flashinfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The profile of a CPU where FlashInfer's function runs in fp32 and is very dear."""
+    function = replace(LIBRARY_FUNCTIONS[ASKED], sms=(0,), dtypes=("fp32",), attrs=FUNCTION.attrs)
+    monkeypatch.setitem(LIBRARY_FUNCTIONS, ASKED, function)
+    profile = tmp_path / "machine.yaml"
+    profile.write_text(priced(wait=1e6, residual=9.0, name=ASKED), encoding="utf-8")
+    return profile
+
+
+def test_what_is_asked_for_is_called_whatever_it_costs(
+    cpu_flashinfer: Path, tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashInfer plans each batch once on the host, and computes all layers of it."""
+    folder = checkpoint("moe")
+    spec = make_spec(folder, target={"gpu": str(cpu_flashinfer), "libraries": ["flashinfer"]})
+    plan = compile_plan(spec, find_model(spec))
+    calls = calls_of(plan)
+    assert {call.function for found in calls.values() for call in found} == {ASKED}
+    assert all(call.fallback and call.prepare == "batch" for call in calls["prefill/512"])
+    plain = make_spec(folder, target={"gpu": str(cpu_flashinfer)})
+    unasked = compile_plan(plain, find_model(plain))
+    assert not calls_of(unasked)
+    assert plan.pool.programs[0].predicted_us > unasked.pool.programs[0].predicted_us
+    install_flashinfer(monkeypatch, tmp_path / "site")
+    wanted = answers(unasked, folder)
+    assert not BatchPrefillWithPagedKVCacheWrapper.plans
+    assert answers(plan, folder) == wanted
+    chunks = 5  # of 40 tokens at most: of 70 + 130 tokens
+    assert (
+        BatchPrefillWithPagedKVCacheWrapper.plans == 1 + chunks
+    )  # and the batch that it is tried on
+
+
+def test_what_is_asked_for_must_have_a_price(checkpoint: Any) -> None:
+    spec = make_spec(checkpoint("moe"), target={"gpu": "cpu", "libraries": ["flashinfer"]})
+    with pytest.raises(SpecError, match="`flashinfer` has no price on"):
+        compile_plan(spec, find_model(spec))
 
 
 def test_releases_are_compared_by_their_numbers() -> None:

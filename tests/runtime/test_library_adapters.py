@@ -6,19 +6,21 @@ import re
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from flashinfer_double import install_flashinfer
 from torch import Tensor
 
 from tokenspeed_plan.plans.schema import KernelSpec, Param, Part
 from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.runtime.compare import difference
-from tokenspeed_plan.runtime.execution.kernels import Launcher
-from tokenspeed_plan.runtime.libraries import cublas, fa3
+from tokenspeed_plan.runtime.execution.kernels import Launcher, prepare_batch
+from tokenspeed_plan.runtime.libraries import cublas, fa3, flashinfer
 from tokenspeed_plan.runtime.libraries.sample_batch import sample_batch
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
 
@@ -108,24 +110,34 @@ def compared(kernel: KernelSpec, run: Launcher, **batch: Any) -> float:
         results = REFERENCE_BODIES[part.kind](part.attrs, *(values[x] for x in part.operands))
         values |= dict(zip(part.outputs, results, strict=True))
     with torch.inference_mode():
+        prepare_batch(run, tensors)
         run({}, *tensors)
     found = zip(kernel.tensors, tensors, strict=True)
     return max(difference(x, values[p.name]) for p, x in found if p.role == "output")
 
 
+BATCHES: dict[str, dict[str, Any]] = {
+    "ragged": {},
+    "one token": {"new_tokens": (1, 1), "contexts": (1, 128)},
+    "at pages' ends": {"new_tokens": (64, 65, 63), "contexts": (64, 65, 127)},
+}
+
+
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(
-    "batch",
-    [
-        {},
-        {"new_tokens": (1, 1), "contexts": (1, 128)},
-        {"new_tokens": (64, 65, 63), "contexts": (64, 65, 127)},
-    ],
-    ids=["ragged", "one token", "at pages' ends"],
-)
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
 def test_attention_is_given_what_it_needs(forward_op: Any, gated: bool, batch: Any) -> None:
     kernel = attention_kernel(gated)
     assert compared(kernel, fa3.attention_prefill(kernel), **batch) < 2e-2
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+def test_flashinfer_is_given_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gated: bool, batch: Any
+) -> None:
+    install_flashinfer(monkeypatch, tmp_path)
+    kernel = attention_kernel(gated)
+    assert compared(kernel, flashinfer.attention_prefill(kernel), **batch) < 2e-2
 
 
 def test_a_missing_package_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
