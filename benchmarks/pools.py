@@ -4,8 +4,9 @@
 
 Weights are random. The prefill pool is a process of its own, on the second GPU that is shown. First
 one prompt is handed over while it is computed, then again when it is known (all of it at once: the
-rate of the link). Then users read answers: alone; while prompts come every 2 s that the other pool
-computes; and while this one computes them itself, in chunks.
+rate of the link), and one conversation is held, of which is told what the other pool computes in
+each turn. Then users read answers: alone; while prompts come every 2 s that the other pool
+computes; and while this one computes them itself, in chunks. On a CPU the pools have a core each.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.bench.prepare import prepare
 from tokenspeed_plan.runtime.loading.engine_loader import default_launch, pool_of
 from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions
-from tokenspeed_plan.runtime.pools.pool_memory import make_transport
+from tokenspeed_plan.runtime.pools.pool_rank import make_transport
 from tokenspeed_plan.runtime.pools.prefill_server import PrefillServer
 
 EVERY_S = 2.0  # between two prompts
 PHASE_S = 10.0
+ANSWER, NEW = 300, 800  # tokens of a turn in a conversation
+LONGEST = 24  # gaps that are shown
 TOKEN = "benchmark"  # both processes are ours
 
 
@@ -114,6 +117,7 @@ class Users:
                 gaps_ms.append((now - last[token.request_id]) * 1e3)
             last[token.request_id] = now
 
+        waiting = [self.prompt(self.prompt_tokens) for _ in range(int(seconds / EVERY_S) + 1)]
         self.engine.on_token = note
         while len(last) < self.users:
             self.engine.step()
@@ -123,15 +127,28 @@ class Users:
         if not prompts_come:
             next_s = float("inf")
         while time.perf_counter() - begun < seconds and self.engine.num_unfinished:
-            if time.perf_counter() > next_s:
+            if time.perf_counter() > next_s and waiting:
                 next_s += EVERY_S
                 self._number += 1
-                self.add(f"prompt-{self._number}", self.prompt(self.prompt_tokens), 2)
+                self.add(f"prompt-{self._number}", waiting.pop(), 2)
             for done in self.engine.step():
                 if done.request_id.startswith("prompt"):
                     ttfts_ms.append(done.ttft_s * 1e3)
         self._cancel_all()
         return _figures(gaps_ms, ttfts_ms)
+
+    def converse(self, handovers: Handovers, turns: int) -> dict[str, Any]:
+        """One conversation: tokens that the other pool computed in each turn, and its time."""
+        ids, computed, ttfts_ms = self.prompt(self.prompt_tokens), [], []
+        params = SamplingParams(max_tokens=ANSWER, ignore_eos=True)
+        for _ in range(turns):
+            before = handovers.counts.computed_tokens
+            (done,) = self.engine.generate([ids], params)
+            computed.append(handovers.counts.computed_tokens - before)
+            ttfts_ms.append(round(done.ttft_s * 1e3, 1))
+            ids = (*ids, *done.token_ids, *self.prompt(NEW))
+        again = sum(computed[1:]) - NEW * (turns - 1)
+        return {"computed": computed, "computed_again": again, "ttft_ms": ttfts_ms}
 
     def _cancel_all(self) -> None:
         self.engine.on_token = None
@@ -147,7 +164,7 @@ def _figures(gaps_ms: list[float], ttfts_ms: list[float]) -> dict[str, Any]:
         "tokens": len(gaps_ms),
         "tpot_p50_ms": parts[49],
         "tpot_p99_ms": parts[98],
-        "longest_gap_ms": max(gaps_ms),
+        "longest_gaps_ms": [round(gap, 2) for gap in sorted(gaps_ms)[: -LONGEST - 1 : -1]],
         "prompts": len(ttfts_ms),
         "ttft_ms": [round(ttft, 1) for ttft in ttfts_ms],
     }
@@ -167,6 +184,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--output", type=int, default=1500)
     parser.add_argument("--seconds", type=float, default=PHASE_S)
+    parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--transport", default="shm")
     parser.add_argument("--serve", type=int)
     options = parser.parse_args()
@@ -200,6 +218,7 @@ def measure(plan: Plan, options: argparse.Namespace, address: tuple[str, int]) -
     for _ in range(3):
         forget(engine)
         show("all at once", users.hand_over(handovers, prompt))
+    show("conversation", users.converse(handovers, options.turns))
     show("two pools", users.read(options.seconds, prompts_come=True))
     show("counts", {name: getattr(handovers.counts, name) for name in handovers.counts.__slots__})
     engine.loop.close()

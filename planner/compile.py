@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -311,7 +311,7 @@ def plan_parts(
     )
     workload = spec.with_concurrency(decided.num_seqs).workload
     capacity = plan_capacity(workload, model.config, hardware, chosen)
-    work = _Programs(spec, model, hardware, decided, capacity, dtype, options)
+    work = _Programs(spec, model, hardware, decided, capacity, dtype, options, decided.layout)
     programs = tuple(work.lowered(report))
     limits = plan_limits(capacity, decided.interleaving.tokens, decided.gathered_tokens)
     record_streams(ledger, [program.graph for program in programs])
@@ -341,6 +341,7 @@ def plan_parts(
         programs,
         version("tokenspeed-plan"),
         decided.prefill,
+        work.of_prefill_pool(programs, report),
     )
 
 
@@ -379,7 +380,10 @@ def _record_stop_tokens(ledger: Ledger, model: Model) -> None:
 
 @dataclass(frozen=True)
 class _Programs:
-    """Builds the graph of each phase and depth once, and lowers it for each bucket."""
+    """Builds the graph of each phase and depth once, and lowers it for each bucket.
+
+    `layout` is how the model is cut over the ranks of the pool.
+    """
 
     spec: Spec
     model: Model
@@ -388,19 +392,37 @@ class _Programs:
     capacity: Capacity
     dtype: DType
     options: PassOptions
+    layout: ParallelLayout
 
     def lowered(self, report: Report) -> Iterator[LoweredProgram]:
-        """The programs of the plan: prefill, then decode, each by bucket."""
-        prefill = self._sharded("prefill", self.decided.knobs.depth)
+        """The programs of a pool that answers: prefill, then decode, each by bucket."""
         decode = {
             depth: self._sharded("decode", depth) for depth in set(self.decided.depths.values())
         }
-        chunks = prefill_buckets(self.capacity, self.spec.workload.turn_tokens)
-        waiting = [(prefill, bucket) for bucket in chunks]
+        waiting = self._prompts()
         waiting += [(decode[depth], bucket) for bucket, depth in self.decided.depths.items()]
         for done, (graph, bucket) in enumerate(waiting):
             report("making programs", done, len(waiting))
             yield self._lower(graph, bucket)
+
+    def of_prefill_pool(
+        self, programs: Sequence[LoweredProgram], report: Report
+    ) -> tuple[LoweredProgram, ...]:
+        """Those of a pool for prompts: of `programs`, unless it is cut in another way."""
+        prefill = self.decided.prefill
+        if prefill is None:
+            return ()
+        if prefill == self.layout:
+            return tuple(each for each in programs if each.graph.phase == "prefill")
+        report("making programs", 0, 1)
+        own = replace(self, layout=prefill)
+        return tuple(own._lower(graph, bucket) for graph, bucket in own._prompts())
+
+    def _prompts(self) -> list[tuple[OpGraph, int]]:
+        """The graph of a prompt, with each bucket."""
+        graph = self._sharded("prefill", self.decided.knobs.depth)
+        chunks = prefill_buckets(self.capacity, self.spec.workload.turn_tokens)
+        return [(graph, bucket) for bucket in chunks]
 
     def _sharded(self, phase: Phase, depth: int) -> OpGraph:
         context = BuildContext(
@@ -449,11 +471,6 @@ class _Programs:
         if self.dtype == "fp64":
             return None
         return self.spec.stored_state
-
-    @property
-    def layout(self) -> ParallelLayout:
-        """How the model is cut over the ranks."""
-        return self.decided.layout
 
 
 def program_load(phase: Phase, tokens: int, seqs: int, spec: Spec) -> Load:

@@ -17,6 +17,7 @@ from tokenspeed_plan.planner.graph import (
 )
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
+from tokenspeed_plan.planner.passes.handover import with_pushes
 from tokenspeed_plan.planner.passes.lower import LoweredProgram, memory_name
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.errors import SpecError
@@ -49,6 +50,7 @@ from tokenspeed_plan.plans.schema import (
     shared_bytes,
 )
 from tokenspeed_plan.plans.types import GIB, aligned
+from tokenspeed_plan.plans.validate.pool_rules import cached_tensors
 
 Chosen = Mapping[str, Built]  # the tiling of each kernel by its key
 
@@ -57,8 +59,8 @@ Chosen = Mapping[str, Built]  # the tiling of each kernel by its key
 class Parts:
     """Everything that goes into a plan, except which tiling each kernel has.
 
-    With a `prefill_layout` there is a pool beside the one that answers: it has the same limits and
-    the same programs for prompts.
+    With a `prefill_layout` there is a pool beside the one that answers: it has the same limits, and
+    its own programs, for prompts alone.
     """
 
     spec: Spec
@@ -71,12 +73,13 @@ class Parts:
     programs: tuple[LoweredProgram, ...]
     compiler_version: str
     prefill_layout: ParallelLayout | None = None
+    prefill_programs: tuple[LoweredProgram, ...] = ()
 
     @property
     def candidates(self) -> dict[str, tuple[Built, ...]]:
         """The tilings of all kernels by key, best first."""
         merged: dict[str, tuple[Built, ...]] = {}
-        for program in self.programs:
+        for program in (*self.programs, *self.prefill_programs):
             merged |= program.candidates
         return merged
 
@@ -87,8 +90,8 @@ def freeze(parts: Parts, chosen: Chosen) -> Plan:
     Raises:
         SpecError: it does not fit a rank's memory; the map is in the message.
     """
-    kernels = _kernels(parts.programs, chosen)
-    pools = tuple(_pools(parts, chosen, kernels))
+    kernels = _kernels((*parts.programs, *parts.prefill_programs), chosen)
+    pools = tuple(_pools(parts, chosen))
     count = sum(pool.layout.num_ranks for pool in pools)
     target = Target(gpu=parts.hardware.name, count=count, sm=parts.hardware.sm)
     return Plan(
@@ -114,18 +117,21 @@ def _kernels(programs: Sequence[LoweredProgram], chosen: Chosen) -> dict[str, Ke
     return kernels
 
 
-def _pools(parts: Parts, chosen: Chosen, kernels: Mapping[str, KernelSpec]) -> Iterator[Pool]:
+def _pools(parts: Parts, chosen: Chosen) -> Iterator[Pool]:
     """The pool that answers comes first."""
     if parts.prefill_layout is None:
-        yield _pool(parts, "both", chosen, kernels)
+        yield _pool(parts, "both", chosen)
         return
-    yield _pool(parts, "decode", chosen, kernels)
-    prompts = tuple(each for each in parts.programs if each.graph.phase == "prefill")
+    yield _pool(parts, "decode", chosen)
+    prompts = parts.prefill_programs
     prefill = replace(parts, layout=parts.prefill_layout, programs=prompts)
-    yield _pool(prefill, "prefill", chosen, _kernels(prompts, chosen))
+    pool = _pool(prefill, "prefill", chosen)
+    programs = [with_pushes(program, cached_tensors(pool).keys()) for program in pool.programs]
+    yield pool.model_copy(update={"programs": tuple(programs)})
 
 
-def _pool(parts: Parts, role: PoolRole, chosen: Chosen, kernels: Mapping[str, KernelSpec]) -> Pool:
+def _pool(parts: Parts, role: PoolRole, chosen: Chosen) -> Pool:
+    kernels = _kernels(parts.programs, chosen)
     graphs = [program.graph for program in parts.programs]
     all_weights: dict[str, Weight] = {}
     for graph in graphs:

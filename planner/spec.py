@@ -507,7 +507,7 @@ class Spec(_Section):
     ] = "auto"
     disaggregation: Annotated[
         AutoOrOff | DisaggregationSpec,
-        _about("Two pools of GPUs, one for prompts; a plan has pools of one GPU each.", "off"),
+        _about("Two pools of GPUs, one for prompts.", "off"),
     ] = "auto"
     serving: Annotated[
         ServingSpec | None, _about("Knobs of the engine.", {"prefill_chunk": 4096})

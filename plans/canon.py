@@ -31,6 +31,7 @@ _COSTS = {"predicted_us", "cost", "workspace_bytes", "prepare", "capturable"}
 _OFFSETS = {"__all__": {"offset_bytes"}}
 _NO_PART_OF_PROGRAMS: dict[str, Any] = {
     "predicted_us": True,
+    "pushes": True,
     "buffers": _OFFSETS,
     "steps": {"__all__": _COSTS},
 }

@@ -108,8 +108,6 @@ class StepLoop:
 
     def step(self, on_token: OnToken | None) -> list[Completion]:
         """Launch a batch, and commit the one before it; returns the requests that finished."""
-        if self.elsewhere is not None:
-            self.elsewhere.poll(self.in_flight is not None)
         begun = time.perf_counter()
         self._waited_s = 0.0
         finished = self._step(on_token)
@@ -119,6 +117,7 @@ class StepLoop:
     def _step(self, on_token: OnToken | None) -> list[Completion]:
         before = self.in_flight
         was_launched = self._launch_next(before)
+        self._poll_elsewhere(is_busy=was_launched or before is not None)
         finished: list[Completion] = []
         if before is not None:
             finished = self._commit(before, on_token)
@@ -130,6 +129,13 @@ class StepLoop:
             in_flight, self.in_flight = self.in_flight, None
             finished += self._commit(in_flight, on_token)
         return finished
+
+    def _poll_elsewhere(self, is_busy: bool) -> None:
+        """Look at other pools while the device is busy with what was just launched."""
+        if self.elsewhere is not None:
+            begun = time.perf_counter()
+            self.elsewhere.poll(is_busy)
+            self._waited_s += time.perf_counter() - begun
 
     def _launch_next(self, before: InFlightBatch | None) -> bool:
         """Launch the next step, if there is one, while `before` is in flight."""

@@ -6,8 +6,9 @@ All with the demo model; the prefill pool, or with --exits the decode pool, is a
     --kills N           the prefill pool is killed, frozen or both at random moments meanwhile
     --exits N           the decode pool is killed at random moments; the other must free everything
 
---transport nixl hands over by NIXL. The exit code is 1 if an answer was wrong or lost, or if
-memory was not given back. Answers are made first, by an engine without a cache.
+--prefill-ranks and --decode-ranks are the processes of each pool (with --exits the first has one),
+--transport nixl hands over by NIXL. The exit code is 1 if an answer was wrong or lost, or if memory
+was not given back. Answers are made first, by one engine without a cache.
 """
 
 from __future__ import annotations
@@ -22,23 +23,32 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
-from conversations import check_all_is_given_back, converse, replay
+from conversations import Conversation, check_all_is_given_back, converse, replay
 
 from tokenspeed_plan.planner import find_model
-from tokenspeed_plan.planner.commands.rank_processes import COMMAND
-from tokenspeed_plan.planner.compile import compile_bundle
+from tokenspeed_plan.planner.commands.engines import EngineOptions, load_engine
+from tokenspeed_plan.planner.commands.rank_processes import (
+    environment_alone,
+    own_command,
+    started_ranks,
+)
+from tokenspeed_plan.planner.compile import compile_bundle, compile_plan
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.bundle import save_plan
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine
+from tokenspeed_plan.runtime.execution.rank_links import join
+from tokenspeed_plan.runtime.execution.ranks import leading
 from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions
-from tokenspeed_plan.runtime.pools.pool_memory import make_transport
+from tokenspeed_plan.runtime.pools.pool_rank import make_transport
 from tokenspeed_plan.runtime.pools.prefill_server import PrefillServer
 
 MODEL = Path(__file__).parents[1] / "examples" / "demo" / "model"
@@ -49,16 +59,17 @@ END_S = 30.0
 DECODE = "--decode"
 
 
-def make_plan(folder: Path, drafts: bool) -> Plan:
-    """Two pools of the demo model."""
+def make_plan(folder: Path, drafts: bool, ranks: tuple[int, int]) -> Plan:
+    """Two pools of the demo model; `ranks` of the one for prompts, and of the one that answers."""
+    prefill, decode = ranks
     spec = Spec.model_validate(
         {
             "version": 1,
             "model": {"path": str(MODEL), "weights": "fp32"},
-            "target": {"gpu": "cpu", "count": 2},
+            "target": {"gpu": "cpu", "count": prefill + decode},
             "workload": {"first_turn_tokens": 300, "output_tokens": 64, "concurrency": 8},
             "speculation": {"depth": 2} if drafts else "off",
-            "disaggregation": {"prefill": 1, "decode": 1},
+            "disaggregation": {"prefill": prefill, "decode": decode},
         }
     )
     made = compile_bundle(spec, find_model(spec))
@@ -86,8 +97,8 @@ class Prefill:
         number = self.listener.fileno()
         own = {"TOKENSPEED_LISTENER": str(number), "TOKENSPEED_PEER_TOKEN": TOKEN}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", COMMAND, *self._words],
-            env=os.environ | own,
+            own_command(self._words),
+            env=environment_alone() | own,
             pass_fds=[number],
             stderr=subprocess.DEVNULL,
         )
@@ -98,9 +109,29 @@ class Prefill:
         self.process.wait()
 
 
+def one_rank(plan: Plan) -> Plan:
+    """A plan of one process with the same answers."""
+    if plan.pool.layout.num_ranks == 1:
+        return plan.view(plan.pool)
+    spec = Spec.model_validate(plan.spec | {"target": {"gpu": "cpu"}, "disaggregation": "off"})
+    return compile_plan(spec, find_model(spec))
+
+
+@contextmanager
+def decode_ranks(bundle: Path, plan: Plan) -> Iterator[None]:
+    """The other ranks of the decode pool; this process is rank 0."""
+    count = plan.pool.layout.num_ranks
+    if count == 1:
+        yield
+        return
+    words = ("serve", str(bundle), "--pool", "decode", "--peers", "127.0.0.1:1", "--no-canary")
+    with started_ranks(count, words), leading(join(plan.view(plan.pool))):
+        yield
+
+
 def decode_pool(bundle: Path, plan: Plan, address: tuple[str, int], transport: str) -> Engine:
     """An engine whose prompts are computed elsewhere."""
-    engine = Engine.load(bundle)
+    engine = load_engine(bundle, EngineOptions(canary=False))
     options = PeerOptions((address,), TOKEN, PEER_TIMEOUT_S, retry_s=0.1)
     memory = make_transport(transport, engine.executor.memory)
     handovers = Handovers(engine, plan, memory, options)
@@ -134,16 +165,19 @@ def show_counts(engine: Engine) -> None:
 
 def talk(plan: Plan, bundle: Path, count: int, seed: int, transport: str) -> None:
     """Random conversations with nothing in their way."""
+    oracle, made = one_rank(plan), []
+    for first in range(0, count, AT_ONCE):
+        made.append(converse(oracle, MODEL, min(AT_ONCE, count - first), seed + first))
     prefill = Prefill(bundle, transport)
     try:
-        engine = decode_pool(bundle, plan, prefill.address, transport)
-        for first in range(0, count, AT_ONCE):
-            talks = converse(plan.view(plan.pool), MODEL, min(AT_ONCE, count - first), seed + first)
-            replay(engine, talks, seed + first, cancel=0.01)
-            print(f"{first + len(talks)} conversations", flush=True)
-        settle(engine)
-        show_counts(engine)
-        engine.loop.close()
+        with decode_ranks(bundle, plan):
+            engine = decode_pool(bundle, plan, prefill.address, transport)
+            for number, talks in enumerate(made):
+                replay(engine, talks, seed + number, cancel=0.01)
+                print(f"{sum(map(len, made[: number + 1]))} conversations", flush=True)
+            settle(engine)
+            show_counts(engine)
+            engine.loop.close()
     finally:
         prefill.kill()
 
@@ -171,12 +205,25 @@ def disturb(prefill: Prefill, engine: Engine, count: int, seed: int, over: threa
 
 def kill_prefill(plan: Plan, bundle: Path, count: int, seed: int, transport: str) -> None:
     """Conversations while the prefill pool comes and goes."""
-    prefill, over = Prefill(bundle, transport), threading.Event()
-    engine = decode_pool(bundle, plan, prefill.address, transport)
+    talks = converse(one_rank(plan), MODEL, AT_ONCE, seed)
+    prefill = Prefill(bundle, transport)
+    try:
+        with decode_ranks(bundle, plan):
+            engine = decode_pool(bundle, plan, prefill.address, transport)
+            answer_under_kills(prefill, engine, talks, count, seed)
+    finally:
+        prefill.process.send_signal(signal.SIGCONT)
+        prefill.kill()
+
+
+def answer_under_kills(
+    prefill: Prefill, engine: Engine, talks: list[Conversation], count: int, seed: int
+) -> None:
+    """The same conversations again and again, until all kills are made."""
+    over = threading.Event()
     thread = threading.Thread(
         target=disturb, args=(prefill, engine, count, seed, over), daemon=True
     )
-    talks = converse(plan.view(plan.pool), MODEL, AT_ONCE, seed)
     thread.start()
     rounds = 0
     try:
@@ -187,12 +234,11 @@ def kill_prefill(plan: Plan, bundle: Path, count: int, seed: int, transport: str
     finally:
         over.set()
         thread.join(2 * PEER_TIMEOUT_S)
-        prefill.process.send_signal(signal.SIGCONT)
+    prefill.process.send_signal(signal.SIGCONT)
     settle(engine)
     print(f"{count} kills, {rounds} times {len(talks)} conversations", flush=True)
     show_counts(engine)
     engine.loop.close()
-    prefill.kill()
 
 
 def kill_decode(plan: Plan, bundle: Path, count: int, seed: int, transport: str) -> None:
@@ -227,17 +273,18 @@ def decode(bundle: Path, port: int, transport: str, seed: int) -> None:
     from tokenspeed_plan.plans.bundle import load_plan
 
     plan = load_plan(bundle)
-    talks = converse(plan.view(plan.pool), MODEL, 6, seed)
-    engine = decode_pool(bundle, plan, ("127.0.0.1", port), transport)
-    print("begun", flush=True)
-    replay(engine, talks, seed)
-    engine.loop.close()
+    talks = converse(one_rank(plan), MODEL, 6, seed)
+    with decode_ranks(bundle, plan):
+        engine = decode_pool(bundle, plan, ("127.0.0.1", port), transport)
+        print("begun", flush=True)
+        replay(engine, talks, seed)
+        engine.loop.close()
 
 
 def main() -> None:
     if sys.argv[1:2] == [DECODE]:
-        _, _, bundle, port, transport, seed = sys.argv
-        decode(Path(bundle), int(port), transport, int(seed))
+        _, _, folder, port, transport, seed = sys.argv
+        decode(Path(folder), int(port), transport, int(seed))
         return
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] if __doc__ else "")
     parser.add_argument("--conversations", type=int, default=0)
@@ -245,11 +292,13 @@ def main() -> None:
     parser.add_argument("--exits", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--transport", default="shm")
+    parser.add_argument("--prefill-ranks", type=int, default=1)
+    parser.add_argument("--decode-ranks", type=int, default=1)
     options = parser.parse_args()
     for drafts in (False, True):
-        with tempfile.TemporaryDirectory() as folder:
-            bundle = Path(folder)
-            plan = make_plan(bundle, drafts)
+        with tempfile.TemporaryDirectory() as name:
+            bundle = Path(name)
+            plan = make_plan(bundle, drafts, (options.prefill_ranks, options.decode_ranks))
             print(f"drafts {'on' if drafts else 'off'}", flush=True)
             half = (options.seed, options.transport)
             if options.conversations:

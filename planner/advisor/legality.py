@@ -186,7 +186,7 @@ def check_stated(spec: Spec, config: ModelConfig) -> None:
     check_possible(spec, config)
     count = spec.target.count
     if not isinstance(spec.disaggregation, str):
-        _check_planned_pools(spec, spec.disaggregation)
+        _check_planned_pools(spec)
         count = spec.disaggregation.decode
     if spec.parallelism == "auto":
         return
@@ -196,13 +196,7 @@ def check_stated(spec: Spec, config: ModelConfig) -> None:
         _check_moe(spec.parallelism.moe, count, config)
 
 
-def _check_planned_pools(spec: Spec, asked: DisaggregationSpec) -> None:
-    if max(asked.prefill, asked.decode) > 1:
-        raise SpecError(
-            f"`disaggregation` has pools of {asked.prefill} and {asked.decode} GPUs; more than one "
-            "in a pool is not planned yet",
-            "set `{prefill: 1, decode: 1}`; `tokenspeed predict` prices larger pools",
-        )
+def _check_planned_pools(spec: Spec) -> None:
     if spec.serving and spec.serving.checkpoint_tokens == 0:
         raise SpecError(
             "`serving.checkpoint_tokens` is 0, and pools hand over checkpoints of the prefix cache",

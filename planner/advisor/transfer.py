@@ -1,9 +1,9 @@
 """Moving a prompt's cache from a prefill pool to a decode pool: which bytes, and when.
 
 The sender pushes: over NVLink inside a node, by RDMA between nodes, and over TCP, with a warning,
-where there is neither. Keys and values leave chunk by chunk, while the next one is computed; those
-of the last chunk leave after it, layer after layer, and the states with them. The user waits for
-that.
+where there is neither. Keys and values leave chunk by chunk and layer by layer, each
+while the next one is computed, and the states with the last chunk. The user waits for what is left
+when that is computed: the last layer's part, or more where the link is slower than the model.
 """
 
 from __future__ import annotations
@@ -100,9 +100,12 @@ def _bytes_per_s(hardware: HardwareSpec, transport: Transport) -> float:
 def _layers(
     sizes: list[int], chunk_us: float, handshake_us: float, bytes_per_s: float
 ) -> Iterator[LayerTransfer]:
-    """One layer after the other, once the chunk is computed and the link is free."""
+    """One layer after the other, once it is computed and the link is free.
+
+    Layers take equal parts of the chunk.
+    """
     free_us = handshake_us
     for layer, size in enumerate(sizes):
-        start_us = max(chunk_us, free_us)
+        start_us = max(chunk_us * (layer + 1) / len(sizes), free_us)
         free_us = start_us + size / bytes_per_s * 1e6
         yield LayerTransfer(layer, size, start_us, free_us)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.execution.executor import Executor
     from tokenspeed_plan.runtime.execution.rank_links import Links
+    from tokenspeed_plan.runtime.execution.ranks import Beside
     from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 Backend = Literal["reference", "kernels"]
@@ -134,9 +135,10 @@ def on_all_ranks(
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
         executor = follower() if follower else load_engine(bundle, options).executor
+        beside = _beside(bundle, options, executor)
         freeze_gc()
         assert links.orders is not None
-        follow(executor, links.orders)
+        follow(executor, links.orders, beside)
 
     def lead(links: Links) -> int | None:
         from tokenspeed_plan.runtime.execution.ranks import leading
@@ -145,6 +147,15 @@ def on_all_ranks(
             return work()
 
     return _on_ranks(bundle, options, work, lead, obey)
+
+
+def _beside(bundle: Path, options: EngineOptions, executor: Executor) -> Beside | None:
+    """What a rank of one of two pools does beside its replays."""
+    if written_pools(bundle) == 1:
+        return None
+    from tokenspeed_plan.runtime.pools.pool_ranks import PoolFollower
+
+    return PoolFollower(load_plan(bundle, options.signers), executor)
 
 
 def alike_on_all_ranks(bundle: Path, options: EngineOptions, work: Callable[[], None]) -> None:
@@ -165,7 +176,7 @@ def _on_ranks(
 ) -> int | None:
     """Start the ranks of a plan, unless they are started, and join them."""
     is_started = bool({"WORLD_SIZE", "RANK"} & os.environ.keys())
-    if not is_started and _written_count(bundle) == 1:
+    if not is_started and _written_count(bundle, options.role) == 1:
         return alone()
     if not is_started:
         return _start_ranks(bundle, options, lead)
@@ -174,7 +185,7 @@ def _on_ranks(
 
     if world_size() == 1:
         return alone()
-    frozen = load_plan(bundle, options.signers)
+    frozen = _own_pool(bundle, options)
     if own_rank() == 0:
         return lead(join(frozen, options.rank_timeout_s))
     if frozen.target.count == world_size():  # else rank 0 reports the error
@@ -182,24 +193,33 @@ def _on_ranks(
     return 0
 
 
-def _written_count(bundle: Path) -> int:
-    """The ranks of the pool that answers, of a plan that is not checked; each of two has one."""
-    count, num_pools = _written(bundle)
-    return count if num_pools == 1 else 1
+def _own_pool(bundle: Path, options: EngineOptions) -> Plan:
+    """The plan as the ranks of this pool see it."""
+    from tokenspeed_plan.runtime.loading.engine_loader import pool_of
+
+    plan = load_plan(bundle, options.signers)
+    return plan.view(pool_of(plan, options.role))
+
+
+def _written_count(bundle: Path, role: PoolRole | None) -> int:
+    """The ranks of a pool of a plan that is not checked; by default of the one that answers."""
+    counts = _written(bundle)
+    return counts.get(role or "", next(iter(counts.values())))
 
 
 def written_pools(bundle: Path) -> int:
     """The pools of a plan that is not checked."""
-    return _written(bundle)[1]
+    return len(_written(bundle))
 
 
-def _written(bundle: Path) -> tuple[int, int]:
-    """GPUs and pools of a plan; 1 where it cannot be read, as others say why."""
+def _written(bundle: Path) -> dict[str, int]:
+    """The ranks of each pool by its role; one where it cannot be read, as others say why."""
     try:
-        written = json.loads((bundle / PLAN_FILE).read_text(encoding="utf-8"))
-        return int(written["target"]["count"]), len(written["pools"])
+        pools = json.loads((bundle / PLAN_FILE).read_text(encoding="utf-8"))["pools"]
+        counts = {str(pool["role"]): int(pool["layout"]["attention"]["tp"]) for pool in pools}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return 1, 1
+        counts = {}
+    return counts or {"both": 1}
 
 
 def _start_ranks(
@@ -212,11 +232,11 @@ def _start_ranks(
     from tokenspeed_plan.planner.commands.rank_processes import started_ranks
 
     args: tuple[str, ...] = click.get_current_context().meta[ARGS]
-    count = _written_count(bundle)
+    count = _written_count(bundle, options.role)
     if count > MOST_UNCHECKED:
-        count = load_plan(bundle, options.signers).target.count
+        count = _own_pool(bundle, options).target.count
     with started_ranks(count, args):
-        frozen = load_plan(bundle, options.signers)
+        frozen = _own_pool(bundle, options)
         from tokenspeed_plan.runtime.execution.rank_links import join
         from tokenspeed_plan.runtime.loading.preflight import check_target
 

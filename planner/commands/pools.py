@@ -28,7 +28,11 @@ from tokenspeed_plan.planner.commands.engines import (
     seconds_option,
     written_pools,
 )
-from tokenspeed_plan.planner.commands.rank_processes import own_command, parent_variables
+from tokenspeed_plan.planner.commands.rank_processes import (
+    environment_alone,
+    own_command,
+    parent_variables,
+)
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import PoolError, RequestError
 from tokenspeed_plan.plans.schema import Plan
@@ -150,15 +154,15 @@ def _address(text: str) -> Address:
 
 
 def serve_prefill(bundle: Path, options: EngineOptions, pools: PoolOptions) -> None:
-    """Be the prefill pool of a bundle until a signal comes.
+    """As rank 0, be the prefill pool of a bundle until a signal comes.
 
     Raises:
         TokenspeedError: the bundle has none, or it cannot be loaded or reached.
     """
     with _listener(pools) as listener:
         plan = load_plan(bundle, options.signers)
-        engine = load_engine(bundle, replace(options, role="prefill"))
-        from tokenspeed_plan.runtime.pools.pool_memory import make_transport
+        engine = load_engine(bundle, options)
+        from tokenspeed_plan.runtime.pools.pool_rank import make_transport
         from tokenspeed_plan.runtime.pools.prefill_server import PrefillServer
 
         transport = make_transport(pools.transport, engine.executor.memory)
@@ -246,7 +250,7 @@ def _attach(
         PoolError: none of them runs this plan.
     """
     from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions
-    from tokenspeed_plan.runtime.pools.pool_memory import make_transport
+    from tokenspeed_plan.runtime.pools.pool_rank import make_transport
 
     transport = make_transport(pools.transport, engine.executor.memory)
     peers = PeerOptions(pools.peers, pools.token, pools.timeout_s)
@@ -273,7 +277,7 @@ def _command(plan: Plan, bundle: Path, options: EngineOptions, pools: PoolOption
         PoolError: there is no GPU left for it.
     """
     words = ["serve", str(bundle), "--pool", "prefill", "--listen", f"{_LOOPBACK}:0"]
-    words += ["--transport", pools.transport]
+    words += ["--transport", pools.transport, "--rank-timeout", str(options.rank_timeout_s)]
     if options.weights is not None:
         words += ["--weights", str(options.weights)]
     if options.backend is not None:
@@ -312,7 +316,7 @@ class _PrefillProcess:
         with parent_variables() as (variables, stderr):
             return subprocess.Popen(
                 own_command(self._command.words),
-                env=os.environ | self._command.variables | own | variables,
+                env=environment_alone() | self._command.variables | own | variables,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[number, stderr],
@@ -336,11 +340,12 @@ class _PrefillProcess:
     def end(self) -> None:
         """End it, if it has not."""
         self._ended.set()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        self._process.terminate()  # so that it ends its own ranks
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()

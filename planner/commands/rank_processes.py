@@ -31,6 +31,8 @@ _END_S = 10.0  # in which a rank that was told to stop ends by itself
 _FAILED_S = 2.0  # the same, where rank 0 has failed
 _SHOWN_BYTES = 1 << 16  # of what a rank printed
 _COMMAND = "from tokenspeed_plan.planner.cli import main; main()"
+# Variables that say which rank a process is begin so.
+_PLACES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_")
 _PARENT = "TOKENSPEED_PARENT"  # the process that started this rank
 _STDERR = "TOKENSPEED_STDERR"  # the number of its standard error here
 _WITNESS = "TOKENSPEED_WITNESS"  # the number of the pipe to the witness here
@@ -238,6 +240,11 @@ def _restore(before: dict[str, str | None]) -> None:
 def own_command(args: Sequence[str]) -> list[str]:
     """What starts a process that runs a command of ours."""
     return [sys.executable, "-P", "-c", _COMMAND, *args]
+
+
+def environment_alone() -> dict[str, str]:
+    """The environment without a place among ranks: that of a process that starts its own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_PLACES)}
 
 
 def child_environment() -> dict[str, str]:

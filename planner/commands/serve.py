@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -207,13 +207,16 @@ def serve(
 
 def _serve_as(bundle: Path, options: ServeOptions) -> None:
     """As a pool for prompts, as several engines behind a router, or as one engine."""
+    signals = (signal.SIGTERM, signal.SIGINT)
     if options.pools.role == "prefill":
-        serve_prefill(bundle, options.engine, options.pools)
+        own = replace(options.engine, role="prefill")
+        on_all_ranks(
+            bundle, own, lambda: serve_prefill(bundle, own, options.pools), ignored=signals
+        )
         return
     if options.routing.has_router:
         _serve_replicas(bundle, options)
         return
-    signals = (signal.SIGTERM, signal.SIGINT)
     on_all_ranks(bundle, options.engine, lambda: _serve(bundle, options), ignored=signals)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from tokenspeed_plan.plans.schema.cost_specs import CallCost
 from tokenspeed_plan.plans.schema.kernel_specs import KernelSpec
@@ -101,6 +101,13 @@ def named_by(step: Step) -> tuple[str, ...]:
     return ()
 
 
+class Push(Frozen):
+    """Buffers that a prefill pool hands over once `step` is done: no later step names them."""
+
+    step: Count
+    buffers: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
 class Program(Frozen):
     """One phase at one bucket: up to `max_tokens` tokens of up to `max_seqs` sequences.
 
@@ -109,6 +116,9 @@ class Program(Frozen):
 
     A `captured` program always runs at its full size, padded, so that a CUDA graph can hold it. It
     is launched before the host knows the tokens of the run before it.
+
+    `pushes`, of a prefill pool alone, say when each layer's caches leave, in the order of steps;
+    JSON has them only there.
     """
 
     phase: Phase
@@ -123,6 +133,14 @@ class Program(Frozen):
     captured: bool
     predicted_us: float
     depth: Count = 0
+    pushes: tuple[Push, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _spell(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = spell(self)
+        if not self.pushes:
+            fields.pop("pushes", None)
+        return fields
 
     @property
     def name(self) -> str:

@@ -29,10 +29,14 @@ from tokenspeed_plan.runtime.metrics import Metrics
 HIT_POINTS_PER_PAGE = 2
 
 
-def chain_digest(parent: bytes, token_ids: Seq[int] | np.ndarray) -> bytes:
+def as_words(token_ids: Seq[int]) -> memoryview:
+    """Token ids as digests are taken of them, 8 bytes each."""
+    return memoryview(array("q", token_ids))
+
+
+def chain_digest(parent: bytes, words: memoryview) -> bytes:
     """The digest of a page, 16 bytes: of its tokens and, by its parent's digest, of all before."""
-    page_hash = blake2b(array("q", token_ids), digest_size=16, key=parent)
-    return page_hash.digest()
+    return blake2b(words, digest_size=16, key=parent).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +128,14 @@ class PrefixCache:
 
     def extend(self, digests: list[bytes], token_ids: Seq[int], num_tokens: int) -> None:
         """Make `digests` cover all whole pages of the first `num_tokens` tokens."""
-        size = self.page_size
-        first, end = len(digests) * size, num_tokens // size * size
-        if not self.enabled or first >= end:
+        if not self.enabled:
             return
-        parent = self.root.digest
-        if digests:
-            parent = digests[-1]
-        # One conversion: those of page after page are most of the time of a long prompt.
-        new_ids = np.array(token_ids[first:end], dtype=np.int64)
-        for page_ids in new_ids.reshape(-1, size):
-            parent = chain_digest(parent, page_ids)
+        size, known = self.page_size, len(digests)
+        parent = digests[-1] if digests else self.root.digest
+        # All at once: a long prompt has many pages, and running requests wait meanwhile.
+        words = as_words(token_ids[known * size : num_tokens // size * size])
+        for start in range(0, len(words), size):
+            parent = chain_digest(parent, words[start : start + size])
             digests.append(parent)
 
     def match(self, digests: Seq[bytes], token_ids: Seq[int], max_tokens: int) -> Hit:

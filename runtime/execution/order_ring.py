@@ -86,12 +86,14 @@ class OrderRing:
         checksum = _checksum(order, payload)
         _HEAD.pack_into(self._memory, place, self._number, checksum, len(payload), *order)
 
-    def read(self) -> tuple[Order, bytes]:
-        """The next message, when it comes."""
+    def read(self, meanwhile: Callable[[], None] | None = None) -> tuple[Order, bytes]:
+        """The next message, when it comes; `meanwhile` is called again and again before."""
         found: list[tuple[Order, bytes]] = []
 
         def is_there() -> bool:
             found.extend(self._peek())
+            if not found and meanwhile is not None:
+                meanwhile()
             return bool(found)
 
         self._wait(is_there)

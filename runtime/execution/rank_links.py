@@ -39,6 +39,7 @@ DEFAULT_TIMEOUT_S = 30.0
 _FOREVER = timedelta(days=365)
 _SILENCE_S = 5.0  # ranks are heard four times a second
 _START = timedelta(minutes=5)  # from the first rank's start to the last one's
+_MIN_MESSAGE_BYTES = 1 << 16
 # NVLink multicast is used nowhere; the libraries would set it up and fail where it is broken.
 _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
@@ -70,15 +71,21 @@ class Links:
         Raises:
             RankError: one is lost, or has something else.
         """
-        if self.group is None:
-            return
-        found = _exchange(what, self.group)
+        found = self.exchange(what)
         if len(set(found)) > 1:
             other = next(rank for rank, text in enumerate(found) if text != found[0])
             raise RankError(
                 f"rank {other} replays another plan than rank 0",
                 "start all ranks with one bundle and the same options",
             )
+
+    def exchange(self, text: str) -> list[str]:
+        """A text of each rank, in their order; every rank calls it.
+
+        Raises:
+            RankError: one is lost.
+        """
+        return [text] if self.group is None else _exchange(text, self.group)
 
     def peer_memory(self, size_bytes: int, device: str) -> PeerMemory:
         """The symmetric arena of all ranks, zero and tried; every rank calls it.
@@ -87,19 +94,14 @@ class Links:
             NoPeerMemory: ranks cannot write to each other.
             RankError: one is lost.
         """
-        group = self.group
-        assert group is not None, "the validator refuses peer memory for one rank"
-
-        def exchange(text: str) -> list[str]:
-            return _exchange(text, group)
-
+        assert self.group is not None, "the validator refuses peer memory for one rank"
         if device == "cuda":
-            return map_symmetric(size_bytes, group, exchange)
-        maps = share(size_bytes, exchange)
+            return map_symmetric(size_bytes, self.group, self.exchange)
+        maps = share(size_bytes, self.exchange)
         arenas = [torch.frombuffer(memory, dtype=torch.uint8) for memory in maps]
-        try_peers(self.rank, arenas, exchange)
+        try_peers(self.rank, arenas, self.exchange)
         arenas[self.rank].zero_()
-        exchange("")
+        self.exchange("")
         addresses = [arena.data_ptr() for arena in arenas]
         return PeerMemory(arenas[self.rank], addresses, arenas)
 
@@ -244,8 +246,8 @@ def _collectives(device: str, group: dist.ProcessGroup, replays: dist.ProcessGro
 
 
 def _message_bytes(plan: Plan) -> int:
-    """The largest message: a patch of all inputs."""
-    return 2 * NUMBER_BYTES * (InputLayout(plan).num_words + 1)
+    """The largest message: a patch of all inputs, or what pools tell their ranks."""
+    return max(2 * NUMBER_BYTES * (InputLayout(plan).num_words + 1), _MIN_MESSAGE_BYTES)
 
 
 def _exchange(text: str, group: dist.ProcessGroup) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Protocol
 
 import numpy as np
 
@@ -24,7 +25,18 @@ from tokenspeed_plan.runtime.execution.rank_links import Links
 # one of these, and its two arguments.
 STOP = -1
 COPY_PAGE = -2
+BESIDE = -3  # something else than a replay: the content says what
 _CHANGE = struct.Struct("<qq")  # the numbers of an `InputChange`; its content follows
+
+
+class Beside(Protocol):
+    """What a rank does beside its replays."""
+
+    def obey(self, content: bytes) -> None:
+        """Do what rank 0 says."""
+
+    def poll(self) -> None:
+        """Look after what was begun; called again and again."""
 
 
 class Leader:
@@ -60,20 +72,30 @@ def lead_of(links: Links) -> Lead | None:
     return Leader(links.orders)
 
 
-def follow(executor: Executor, orders: OrderRing) -> None:
+def follow(executor: Executor, orders: OrderRing, beside: Beside | None = None) -> None:
     """Carry out the orders of rank 0 until it stops.
+
+    Args:
+        executor: of this rank.
+        orders: of rank 0.
+        beside: what this rank has to do beside replays.
 
     Raises:
         RankError: a rank is lost.
     """
     blocks = InputBlocks(InputLayout(executor.plan), executor.buffer)
     programs = executor.plan.pool.programs
+    poll = None if beside is None else beside.poll
     while True:
-        (index, first, second), content = orders.read()
+        (index, first, second), content = orders.read(poll)
         if index == STOP:
             return
         if index == COPY_PAGE:
             executor.copy_page(first, second)
+            continue
+        if index == BESIDE:
+            assert beside is not None, "the command gives it where the plan has two pools"
+            beside.obey(content)
             continue
         if content:
             num_moves, num_words = _CHANGE.unpack_from(content)

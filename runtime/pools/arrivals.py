@@ -9,30 +9,22 @@ from dataclasses import dataclass
 from tokenspeed_plan.runtime.pools.channel import Message
 from tokenspeed_plan.runtime.pools.handover_counts import HandoverCounts
 from tokenspeed_plan.runtime.pools.peers import Handover, Peer
-from tokenspeed_plan.runtime.pools.pool_memory import PoolMemory
-from tokenspeed_plan.runtime.pools.samples import Sample
-from tokenspeed_plan.runtime.scheduling.reservations import Reservation
+from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """What a peer says that it has written, and some of it as it is read here."""
+    """What a peer says that it has written; the ranks read some of it."""
 
     peer: Peer
     handover: Handover
     message: Message
-    sample: Sample
 
     @property
     def is_wanted(self) -> bool:
         """Whether its request was not cancelled."""
         return self.handover.sequence.state != "cancelled"
-
-    def is_right(self, reservation: Reservation) -> bool:
-        """Whether what was read is what was said."""
-        said = (self.message.get("num_tokens"), self.message.get("digest"))
-        return said == (reservation.num_tokens, self.sample.digest())
 
 
 class Arrivals:
@@ -40,19 +32,22 @@ class Arrivals:
 
     Args:
         scheduler: of the decode pool.
+        ranks: of the decode pool.
         counts: what came of them.
     """
 
-    def __init__(self, scheduler: Scheduler, counts: HandoverCounts) -> None:
+    def __init__(self, scheduler: Scheduler, ranks: PoolRanks, counts: HandoverCounts) -> None:
         self._scheduler = scheduler
+        self._ranks = ranks
         self._counts = counts
         self._arrivals: list[_Arrival] = []
 
-    def add(self, peer: Peer, handover: Handover, message: Message, memory: PoolMemory) -> None:
+    def add(self, peer: Peer, handover: Handover, message: Message) -> None:
         """Read some of what has come."""
         reservation = self._scheduler.reservations.held[handover.name]
-        sample = memory.sampler.take(reservation.new_pages, reservation.state_slot)
-        self._arrivals.append(_Arrival(peer, handover, message, sample))
+        order = {"do": "sample", "job": handover.order, "pages": reservation.new_pages}
+        self._ranks.do(order | {"state_slot": reservation.state_slot})
+        self._arrivals.append(_Arrival(peer, handover, message))
 
     def use(self, refuse: Callable[[Peer, Handover], None]) -> None:
         """Use what was read, if it is what was ordered.
@@ -61,18 +56,20 @@ class Arrivals:
             refuse: is told of what is not.
         """
         for arrival in list(self._arrivals):
-            if arrival.is_wanted and not arrival.sample.is_ready:
+            handover = arrival.handover
+            digest = self._ranks.result(handover.order)
+            if arrival.is_wanted and digest is None:
                 continue
             self._arrivals.remove(arrival)
-            name = arrival.handover.name
+            self._ranks.own.forget(handover.order)
             if not arrival.is_wanted:
-                self._scheduler.reservations.drop(name)
+                self._scheduler.reservations.drop(handover.name)
                 self._scheduler.unblock()
-            elif arrival.is_right(self._scheduler.reservations.held[name]):
+            elif self._is_right(arrival, digest):
                 self._use(arrival)
             else:
                 self._counts.refused += 1
-                refuse(arrival.peer, arrival.handover)
+                refuse(arrival.peer, handover)
 
     def leave(self) -> list[Handover]:
         """Use none of what is left; returns whose it was."""
@@ -80,15 +77,22 @@ class Arrivals:
         self._arrivals = []
         return left
 
+    def _is_right(self, arrival: _Arrival, digest: str | None) -> bool:
+        """Whether what was read is what was said."""
+        reservation = self._scheduler.reservations.held[arrival.handover.name]
+        said = (arrival.message.get("num_tokens"), arrival.message.get("digest"))
+        return said == (reservation.num_tokens, digest)
+
     def _use(self, arrival: _Arrival) -> None:
         handover, message, sequence = arrival.handover, arrival.message, arrival.handover.sequence
         self._scheduler.reservations.fulfil(sequence)
+        num_tokens, cached = len(sequence.token_ids) - 1, int(message.get("num_cached", 0))
         # Tokens that neither pool had to compute.
-        cached = max(int(message.get("num_cached", 0)), handover.num_known)
-        sequence.num_cached_tokens = min(cached, len(sequence.token_ids) - 1)
+        sequence.num_cached_tokens = min(max(cached, handover.num_known), num_tokens)
         self._scheduler.metrics.hit_tokens += sequence.num_cached_tokens
         arrival.peer.learn(sequence.digests)
         self._counts.done += 1
+        self._counts.computed_tokens += num_tokens - cached
         self._counts.size_bytes += int(message.get("size_bytes", 0))
         self._counts.wait_s += time.perf_counter() - handover.begun_s
         self._counts.exposed_s += int(message.get("exposed_us", 0)) * 1e-6

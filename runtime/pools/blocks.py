@@ -1,4 +1,4 @@
-"""Which bytes of one pool go where in another, as lists of places.
+"""Which bytes of one pool go where in another.
 
 What is handed over lies in slots: pages of keys and values, and slots of recurrent state. A `Unit`
 is the part of one buffer that belongs to one group of heads, in every slot; pools whose ranks have
@@ -13,60 +13,57 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from typing import NamedTuple
 
 from tokenspeed_plan.plans.schema import BufferSpec, Pool
 from tokenspeed_plan.plans.validate.pool_rules import cached_tensors
 
-Places = npt.NDArray[np.int64]
 PAGES = "kv_cache"
 STATES = "state"
 
 
-@dataclass(frozen=True)
-class Unit:
-    """The bytes of one group of heads in one buffer.
+class Copy(NamedTuple):
+    """Rows of bytes of an arena, and where they go in the arena of that name of a peer.
 
-    Attributes:
-        arena: of the buffer.
-        first: where slot 0 begins in the arena.
-        slot_bytes: from one slot to the next.
-        starts, sizes: its runs of bytes in a slot.
+    Each row has `width` bytes. From one to the next it is `source_pitch` bytes here, and
+    `target_pitch` there.
     """
 
     arena: str
-    first: int
-    slot_bytes: int
-    starts: Places
-    sizes: Places
-
-    def places(self, slots: Sequence[int]) -> Places:
-        """Where its runs begin in the arena, slot by slot."""
-        begins = self.first + np.asarray(slots, np.int64) * self.slot_bytes
-        return (begins[:, None] + self.starts[None, :]).ravel()
+    source: int
+    target: int
+    width: int
+    rows: int
+    source_pitch: int
+    target_pitch: int
 
 
-@dataclass(frozen=True)
-class Copies:
-    """Bytes of an arena that go to places in an arena of that name of a peer."""
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The bytes of one group of heads in one buffer; the rows of a slot follow those before it.
 
+    Attributes:
+        buffer: its name.
+        arena: of the buffer.
+        first: where slot 0 begins in the arena.
+        width: bytes of a row.
+        rows: of a slot.
+        pitch: bytes from one row to the next.
+    """
+
+    buffer: str
     arena: str
-    sources: Places
-    targets: Places
-    sizes: Places
+    first: int
+    width: int
+    rows: int
+    pitch: int
 
-    @property
-    def size_bytes(self) -> int:
-        """All bytes."""
-        return int(self.sizes.sum())
+    def place(self, slot: int) -> int:
+        """Where a slot begins in the arena."""
+        return self.first + slot * self.rows * self.pitch
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        """Source, target and size of each."""
-        return iter(
-            zip(self.sources.tolist(), self.targets.tolist(), self.sizes.tolist(), strict=True)
-        )
+
+Pair = tuple[Unit, Unit]  # of the pool that sends, and where it goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,30 +94,32 @@ class _Buffer:
         first = rank * holders // self.ranks * each
         return range(first, first + each)
 
-    def unit(self, place: int, parts: int, is_whole: bool) -> Unit:
-        """The unit of one of the `parts` groups that a rank has.
+    def units(self, place: int, parts: int, is_whole: bool) -> Iterator[Unit]:
+        """The units of one of the `parts` groups that a rank has: one for each section.
 
-        Where a rank of the other pool has the same one group, the unit is one run: `is_whole`.
+        Where a rank of the other pool has the same one group, it is the whole slot: `is_whole`.
         """
         slots, *row = map(int, self.spec.tensor.shape)
         slot_bytes = self.spec.tensor.size_bytes() // slots
+        name, arena, first = self.spec.name, self.spec.arena, self.spec.offset_bytes
+        if is_whole:
+            yield Unit(name, arena, first, slot_bytes, 1, slot_bytes)
+            return
         element_bytes = slot_bytes // math.prod(row)
-        starts, sizes = np.zeros(1, np.int64), np.array([math.prod(row)])
-        if not is_whole:
-            starts, sizes = _runs(math.prod(row), self.sections, place, parts)
-        first = self.spec.offset_bytes
-        return Unit(
-            self.spec.arena, first, slot_bytes, starts * element_bytes, sizes * element_bytes
-        )
+        pitch = sum(self.sections) * element_bytes
+        for section in self.sections:
+            width = section // parts * element_bytes
+            yield Unit(name, arena, first + place * width, width, slot_bytes // pitch, pitch)
+            first += section * element_bytes
 
 
-def routes(source: Pool, target: Pool, rank: int = 0, other: int = 0) -> list[tuple[Unit, Unit]]:
+def routes(source: Pool, target: Pool, rank: int = 0, other: int = 0) -> list[Pair]:
     """What a rank of one pool has for a rank of another: units, and those that they go to.
 
     Of heads that several ranks of the source hold, only the first of them sends.
     """
     names = sorted(cached_tensors(source).keys() & cached_tensors(target).keys())
-    found: list[tuple[Unit, Unit]] = []
+    found: list[Pair] = []
     for one, two in zip(_buffers(source, names), _buffers(target, names), strict=True):
         total = min(one.heads * one.ranks, two.heads * two.ranks)
         groups = math.lcm(one.holders(total), two.holders(total))
@@ -129,18 +128,16 @@ def routes(source: Pool, target: Pool, rank: int = 0, other: int = 0) -> list[tu
             continue
         is_whole = len(sent) == len(wanted) == 1
         for group in sorted({*sent} & {*wanted}):
-            from_unit = one.unit(group - sent.start, len(sent), is_whole)
-            found.append((from_unit, two.unit(group - wanted.start, len(wanted), is_whole)))
+            from_units = one.units(group - sent.start, len(sent), is_whole)
+            to_units = two.units(group - wanted.start, len(wanted), is_whole)
+            found += zip(from_units, to_units, strict=True)
     return found
 
 
 def copies(
-    pairs: Iterable[tuple[Unit, Unit]],
-    arena: str,
-    sources: Sequence[int],
-    targets: Sequence[int],
-) -> Copies:
-    """The copies of some slots of an arena, with neighbours joined.
+    pairs: Iterable[Pair], arena: str, sources: Sequence[int], targets: Sequence[int]
+) -> list[Copy]:
+    """The copies of some slots of an arena; slots that are neighbours on both sides are one.
 
     Args:
         pairs: the routes from this rank to another.
@@ -148,42 +145,41 @@ def copies(
         sources: slots here.
         targets: the slot there that each goes to.
     """
-    begins, ends, sizes = [], [], []
+    runs = _runs(sources, targets)
+    found = []
     for one, two in pairs:
-        if one.arena == arena and len(sources):
-            begins.append(one.places(sources))
-            ends.append(two.places(targets))
-            sizes.append(np.tile(one.sizes, len(sources)))
-    if not begins:
-        none = np.zeros(0, np.int64)
-        return Copies(arena, none, none, none)
-    return _joined(arena, np.concatenate(begins), np.concatenate(ends), np.concatenate(sizes))
+        if one.arena != arena:
+            continue
+        for source, target, count in runs:
+            width, rows = one.width, one.rows * count
+            if one.pitch == two.pitch == width:  # nothing lies between them
+                width, rows = width * rows, 1
+            begin, end = one.place(source), two.place(target)
+            found.append(Copy(arena, begin, end, width, rows, one.pitch, two.pitch))
+    return found
 
 
-def _joined(arena: str, sources: Places, targets: Places, sizes: Places) -> Copies:
-    """Copies that follow each other on both sides become one."""
-    goes_on = (sources[1:] == sources[:-1] + sizes[:-1]) & (
-        targets[1:] == targets[:-1] + sizes[:-1]
-    )
-    heads = np.concatenate([[0], np.flatnonzero(~goes_on) + 1])
-    return Copies(arena, sources[heads], targets[heads], np.add.reduceat(sizes, heads))
+def handed_bytes(source: Pool, target: Pool) -> dict[str, int]:
+    """What all ranks of a pool send for one slot, by arena."""
+    found = {PAGES: 0, STATES: 0}
+    for rank in range(source.layout.num_ranks):
+        for other in range(target.layout.num_ranks):
+            for one, _ in routes(source, target, rank, other):
+                found[one.arena] += one.width * one.rows
+    return found
 
 
-def _runs(row: int, sections: Sequence[int], place: int, parts: int) -> tuple[Places, Places]:
-    """Where one part of the heads lies in a slot of `row` elements; sizes are elements, too.
-
-    The sections lie side by side, again and again; in each, the heads do.
-    """
-    width = sum(sections)
-    repeats = np.arange(row // width, dtype=np.int64) * width
-    starts, sizes, begin = [], [], 0
-    for section in sections:
-        size = section // parts
-        starts.append(repeats + begin + place * size)
-        sizes.append(np.full(len(repeats), size, np.int64))
-        begin += section
-    order = np.argsort(np.concatenate(starts), kind="stable")
-    return np.concatenate(starts)[order], np.concatenate(sizes)[order]
+def _runs(sources: Sequence[int], targets: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Slots that follow each other on both sides: the first here and there, and how many."""
+    runs: list[tuple[int, int, int]] = []
+    for slot, place in zip(sources, targets, strict=True):
+        if runs:
+            source, target, count = runs[-1]
+            if (slot, place) == (source + count, target + count):
+                runs[-1] = source, target, count + 1
+                continue
+        runs.append((slot, place, 1))
+    return runs
 
 
 def _buffers(pool: Pool, names: Sequence[str]) -> list[_Buffer]:

@@ -14,8 +14,9 @@ class HandoverCounts:
 
     `ordered` prompts were asked of peers; of these `done` came, `refused` had another digest than
     was said, `failed` could not be computed there, and `lost` went with their peer. `alone` were
-    computed here after all. `wait_s` is the time from order to arrival of those that came, and
-    `exposed_s` the part of it after their last token was computed.
+    computed here after all. `wait_s` is the time from order to arrival of those that came,
+    `exposed_s` the part of it after their last token was computed, and `computed_tokens` what peers
+    did not find in their caches of them.
     """
 
     ordered: int = 0
@@ -27,6 +28,7 @@ class HandoverCounts:
     size_bytes: int = 0
     wait_s: float = 0.0
     exposed_s: float = 0.0
+    computed_tokens: int = 0
 
     def gauges(self) -> Gauges:
         """Each of them with its name and what it means."""
@@ -43,6 +45,11 @@ class HandoverCounts:
             ("handovers_alone", "Prompts of these computed here after all", lambda: self.alone),
             ("handover_bytes", "Bytes that came from prefill pools", lambda: self.size_bytes),
             ("handover_seconds", "From order to arrival, all together", lambda: self.wait_s),
+            (
+                "handover_tokens",
+                "Tokens that prefill pools computed for them",
+                lambda: self.computed_tokens,
+            ),
             (
                 "handover_exposed_seconds",
                 "Of these, after the last token of the prompt was computed",

@@ -18,14 +18,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.pools.arrivals import Arrivals
-from tokenspeed_plan.runtime.pools.channel import Channel, ChannelClosed, Facts, Message
+from tokenspeed_plan.runtime.pools.channel import (
+    Channel,
+    ChannelClosed,
+    Facts,
+    Message,
+    packed,
+)
 from tokenspeed_plan.runtime.pools.handover_counts import Gauges, HandoverCounts
 from tokenspeed_plan.runtime.pools.lost_memory import LostMemory
 from tokenspeed_plan.runtime.pools.peers import Events, Handover, Peer, events_into
-from tokenspeed_plan.runtime.pools.pool_memory import PoolMemory
+from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
 from tokenspeed_plan.runtime.pools.transport import Transport
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence as Progress
@@ -73,10 +81,10 @@ class Handovers:
         self.counts = HandoverCounts()
         self._scheduler = engine.scheduler
         self._reservations = engine.scheduler.reservations
-        self._memory = PoolMemory(plan, engine.executor.memory)
-        self._transport = transport
+        self._ranks = PoolRanks(plan, engine.executor.memory, transport)
         self._options = options
         self._facts = Facts.of(plan, transport.name)
+        self._is_on_gpu = plan.target.device == "cuda"
         prefill = plan.pools[1].limits
         self._max_jobs = prefill.max_seqs
         self._page_size = prefill.page_size
@@ -86,7 +94,7 @@ class Handovers:
         self._waiting: deque[Handover] = deque()
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.lost = LostMemory(engine.scheduler, transport.settle_s)
-        self._arrivals = Arrivals(engine.scheduler, self.counts)
+        self._arrivals = Arrivals(engine.scheduler, self._ranks, self.counts)
 
     def start(self) -> int:
         """Connect to the peers; one that cannot be reached is tried again and again.
@@ -97,7 +105,7 @@ class Handovers:
         Raises:
             PoolError: one runs another plan, or has another token.
         """
-        memory = self._transport.describe()
+        memory = self._ranks.descriptions
         events = events_into(self._events.put, Events(self._joined, self._said, self._left))
         num_peers = 0
         for peer in self._peers:
@@ -141,7 +149,7 @@ class Handovers:
     def offer(self, sequence: Progress) -> None:
         """Let a peer compute the prompt of a sequence, if that saves this pool a page or more."""
         self._handle_events(0.0)
-        if not self.num_peers:
+        if not self.num_peers or sequence.is_scored:  # whose prompt is computed here in any case
             return
         cache, token_ids = self._scheduler.cache, sequence.token_ids
         num_tokens = len(token_ids) - 1
@@ -161,6 +169,7 @@ class Handovers:
         self._arrivals.use(self._try_again)
         self._look_after_peers()
         self._order_waiting()
+        self._post_orders()
 
     def _handle_events(self, wait_s: float) -> None:
         with suppress(queue.Empty):
@@ -225,20 +234,33 @@ class Handovers:
         now = time.perf_counter()
         sequence.started_s = sequence.started_s or now
         handover.begun_s = now
-        handover.order = str(self.counts.ordered)
+        handover.order = self.counts.ordered
         handover.num_known = reservation.num_known * self._page_size
         peer.jobs[handover.order] = handover
         self.counts.ordered += 1
-        peer.post(
-            {
-                "type": "prefill",
-                "id": handover.order,
-                "token_ids": sequence.token_ids[: reservation.num_tokens],
-                "first_page": reservation.num_known,
-                "pages": reservation.new_pages,
-                "slot": reservation.state_slot,
-            }
-        )
+        handover.message = {
+            "type": "prefill",
+            "id": handover.order,
+            "token_ids": packed(sequence.token_ids[: reservation.num_tokens]),
+            "first_page": reservation.num_known,
+            "pages": reservation.new_pages,
+            "slot": reservation.state_slot,
+        }
+        if self._is_on_gpu:
+            handover.after = torch.cuda.Event()
+            handover.after.record()
+
+    def _post_orders(self) -> None:
+        """Post orders once the steps are over that were launched before their pages were taken.
+
+        A step may still write pages of a sequence that has ended meanwhile.
+        """
+        for peer in self._peers:
+            for handover in peer.jobs.values():
+                is_clear = handover.after is None or handover.after.query()
+                if handover.message is not None and is_clear:
+                    peer.post(handover.message)
+                    handover.message = None
 
     def _joined(self, peer: Peer, channel: Channel) -> None:
         peer.link, peer.is_silent = channel, False
@@ -246,9 +268,11 @@ class Handovers:
 
     def _said(self, peer: Peer, message: Message) -> None:
         peer.is_silent = False
-        kind, order = message.get("type"), str(message.get("id"))
+        kind, order = message.get("type"), message.get("id", -1)
+        if not isinstance(order, int):
+            return
         if kind == "done" and order in peer.jobs:
-            self._arrivals.add(peer, peer.jobs.pop(order), message, self._memory)
+            self._arrivals.add(peer, peer.jobs.pop(order), message)
             self._arrivals.use(self._try_again)
         elif kind == "failed" and order in peer.jobs:
             self.counts.failed += 1

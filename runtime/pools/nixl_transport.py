@@ -18,11 +18,12 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import PoolError
-from tokenspeed_plan.runtime.pools.blocks import Copies, Places
+from tokenspeed_plan.runtime.pools.blocks import Copy
 
 _MODULES = ("nixl._api", "nixl_cu13._api", "nixl_cu12._api")
 _INSTALL = "install the extra `pools`: `pip install 'tokenspeed-plan[pools]'`, or `--transport shm`"
@@ -160,13 +161,13 @@ class NixlRoute:
         self._remote = remote
         self._under_way: list[_Transfer] = []
 
-    def push(self, parts: Sequence[Copies]) -> _Transfer:
+    def push(self, parts: Sequence[Copy]) -> _Transfer:
         """Post one transfer of all parts."""
         kind, other = self._kinds
-        here = [_descriptors(self._here[part.arena], part.sources, part.sizes) for part in parts]
-        there = [_descriptors(self._remote[part.arena], part.targets, part.sizes) for part in parts]
-        local = self._agent.get_xfer_descs(np.concatenate(here), kind)
-        remote = self._agent.get_xfer_descs(np.concatenate(there), other)
+        sources = [(part.source, part.source_pitch) for part in parts]
+        targets = [(part.target, part.target_pitch) for part in parts]
+        local = self._agent.get_xfer_descs(_descriptors(self._here, parts, sources), kind)
+        remote = self._agent.get_xfer_descs(_descriptors(self._remote, parts, targets), other)
 
         def begin() -> Any:
             handle = self._agent.initialize_xfer("WRITE", local, remote, self._peer)
@@ -197,10 +198,23 @@ def _place(arena: Tensor) -> tuple[int, int, int]:
     return arena.data_ptr(), arena.numel(), arena.device.index or 0
 
 
-def _descriptors(arena: Sequence[int], places: Places, sizes: Places) -> Places:
-    """Address, bytes and device of each run."""
-    address, _, device = arena
-    return np.stack([places + address, sizes, np.full_like(sizes, device)], axis=1)
+def _descriptors(
+    arenas: Mapping[str, Sequence[int]], parts: Sequence[Copy], ends: Sequence[tuple[int, int]]
+) -> npt.NDArray[np.int64]:
+    """Address, bytes and device of each row of one end of the copies.
+
+    Args:
+        arenas: of that end: address, bytes and device.
+        parts: the copies.
+        ends: where each begins there, and its pitch.
+    """
+    found = []
+    for part, (begin, pitch) in zip(parts, ends, strict=True):
+        address, _, device = arenas[part.arena]
+        rows = np.arange(part.rows, dtype=np.int64) * pitch + address + begin
+        sizes, devices = np.full_like(rows, part.width), np.full_like(rows, device)
+        found.append(np.stack([rows, sizes, devices], axis=1))
+    return np.concatenate(found)
 
 
 def _tried(call: Callable[[], Any]) -> Any:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.runtime.pools.channel import (
     GREETING_S,
@@ -31,17 +33,21 @@ class Handover:
     """A sequence whose prompt is computed elsewhere.
 
     Attributes:
-        order: its name among the orders of this pool; a request's may come again.
+        order: its number among the orders of this pool; a request may come again.
         tried: the peers that did not compute it.
         begun_s: when it was ordered.
         num_known: tokens that this pool had already.
+        message: the order, until it is posted.
+        after: the steps before are over, which may still write its pages.
     """
 
     sequence: Progress
-    order: str = ""
+    order: int = -1
     tried: set[str] = field(default_factory=set)
     begun_s: float = 0.0
     num_known: int = 0
+    message: Message | None = None
+    after: torch.cuda.Event | None = None
 
     @property
     def name(self) -> str:
@@ -70,8 +76,8 @@ class Peer:
         link: its connection; None while there is none.
         is_silent: whether nothing was heard of it for too long.
         heard_s: when it was heard last. num_heard: how often.
-        jobs: its orders by their names.
-        abandoned: what it may still write, by the name of the order.
+        jobs: its orders by their numbers.
+        abandoned: what it may still write, by the number of the order.
     """
 
     def __init__(self, address: tuple[str, int], max_known: int, retry_s: float) -> None:
@@ -80,8 +86,8 @@ class Peer:
         self.is_silent = False
         self.heard_s = 0.0
         self.num_heard = 0
-        self.jobs: dict[str, Handover] = {}
-        self.abandoned: dict[str, Reservation] = {}
+        self.jobs: dict[int, Handover] = {}
+        self.abandoned: dict[int, Reservation] = {}
         self._max_known = max_known
         self._retry_s = retry_s
         self._known: OrderedDict[bytes, None] = OrderedDict()
@@ -121,7 +127,9 @@ class Peer:
         while len(self._known) > self._max_known:
             self._known.popitem(last=False)
 
-    def connect(self, token: str, facts: Facts, memory: dict[str, Any], timeout_s: float) -> None:
+    def connect(
+        self, token: str, facts: Facts, memory: list[dict[str, Any]], timeout_s: float
+    ) -> None:
         """Connect, and say where the caches are.
 
         Raises:

@@ -1,23 +1,21 @@
 """One prompt that is computed for another pool, and how far it is handed over.
 
-Whole pages leave as soon as a chunk has filled them, while the next one is computed; the rest and
-the state after the last token when all is computed. What is under way is held, so that nobody
-writes over it.
+Whole pages leave as soon as a chunk fills them, layer by layer while it is computed; the rest and
+the state with the chunk that ends the prompt. What is under way is held, so that nobody writes over
+it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
-from tokenspeed_plan.runtime.pools.blocks import Copies
 from tokenspeed_plan.runtime.pools.channel import Message
-from tokenspeed_plan.runtime.pools.pool_memory import PoolMemory
-from tokenspeed_plan.runtime.pools.samples import Sample
-from tokenspeed_plan.runtime.pools.transport import Pending, Route
+from tokenspeed_plan.runtime.pools.pool_rank import Move
+from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
 from tokenspeed_plan.runtime.scheduling.reservations import Reservations
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
@@ -27,12 +25,13 @@ class Order:
     """What a decode pool asks for: the caches after `token_ids`.
 
     Attributes:
+        number: of the order among its own.
         first_page: the first page of the prompt that it does not have.
         pages: where those from there on go.
         state_slot: where the state goes.
     """
 
-    request_id: str
+    number: int
     token_ids: tuple[int, ...]
     first_page: int
     pages: tuple[int, ...]
@@ -44,9 +43,12 @@ class PrefillJob:
     """An order, and what was sent of it.
 
     Attributes:
+        number: of the hand-over among those of this pool.
+        caller: the number of the decode pool.
         name: of its request in the engine.
         num_cached: tokens that this pool had already.
-        is_computed: whether all of it is computed, and the rest is under way.
+        is_sent: whether all of it has left, or leaves with a step that was launched.
+        is_computed: whether that step went well.
         is_cancelled: whether nobody wants it any more.
         has_failed: whether it could not be computed.
         size_bytes: that were sent.
@@ -54,11 +56,13 @@ class PrefillJob:
     """
 
     order: Order
+    number: int
+    caller: int
     name: str
     reservations: Reservations
-    memory: PoolMemory
-    route: Route
+    ranks: PoolRanks
     num_cached: int = 0
+    is_sent: bool = False
     is_computed: bool = False
     is_cancelled: bool = False
     has_failed: bool = False
@@ -67,8 +71,6 @@ class PrefillJob:
     _sent: list[int] = field(default_factory=list)  # pages here, from the order's first on
     _digests: list[bytes] = field(default_factory=list)
     _state_slot: int = 0
-    _pending: list[Pending] = field(default_factory=list)
-    _sample: Sample | None = None
 
     def __post_init__(self) -> None:
         self.reservations.lent[self.name] = self._sent
@@ -83,6 +85,11 @@ class PrefillJob:
         """Whether it holds a state slot."""
         return self._state_slot > 0
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will be sent."""
+        return self.is_computed or self.is_cancelled or self.has_failed
+
     def find(self) -> Hit | None:
         """What the cache has, where that is all of it."""
         token_ids = self.order.token_ids
@@ -90,31 +97,64 @@ class PrefillJob:
         hit = self.cache.match(self._digests, token_ids, len(token_ids))
         return hit if hit.num_tokens == len(token_ids) else None
 
-    def send_filled(self, sequence: Sequence) -> None:
-        """Send the whole pages that were computed since the last time."""
-        filled = sequence.num_computed // self.cache.page_size
-        first = self.order.first_page + len(self._sent)
-        self._send([self.cache.pages.share(page) for page in sequence.pages[first:filled]])
+    def next_move(self, sequence: Sequence, count: int, may_hold_state: bool) -> Move | None:
+        """What leaves with a step that computes `count` more tokens of its sequence.
 
-    def send_rest(self, hit: Hit | None) -> None:
+        Args:
+            sequence: that computes it.
+            count: of the step.
+            may_hold_state: whether the state after the last token may leave with it, too.
+        """
+        end = sequence.num_computed + count
+        filled = end // self.cache.page_size
+        is_last = may_hold_state and end == len(self.order.token_ids)
+        if is_last:
+            filled = self.order.first_page + len(self.order.pages)
+        if is_last and self.ranks.state_bytes:
+            self._state_slot = self.cache.state_slots.share(sequence.own_slots[0])
+        pages = [self.cache.pages.share(page) for page in sequence.pages[self._next_page : filled]]
+        return self._move(pages, is_last) if pages or is_last else None
+
+    def send_all(self, hit: Hit | None) -> None:
         """Send what is left: all is computed, and lies in the cache; else it has failed."""
         if hit is None:
-            self.has_failed = True
+            self.fail()
             return
-        self.computed_s = time.perf_counter()
         node, pages = self.cache.use(hit)
         self._state_slot = hit.checkpoint.state_slot
         if hit.checkpoint is not node:
             pages.append(self.cache.pages.share(hit.checkpoint.page))
-        first = self.order.first_page + len(self._sent)
-        for page in pages[:first]:
+        for page in pages[: self._next_page]:
             self.cache.pages.drop(page)
-        self._send(pages[first:], self._state_slot)
-        self._sample = self.memory.sampler.take(self._sent, self._state_slot)
-        self.is_computed = True
+        move = self._move(pages[self._next_page :], is_last=True)
+        self.ranks.do({"do": "push", "move": asdict(move)})
+        self.note_computed()
 
-    def _send(self, pages: Seq[int], state_slot: int = 0) -> None:
-        """Push pages that are held, and the state after them."""
+    def note_computed(self) -> None:
+        """All of it is computed."""
+        self.is_computed = True
+        self.computed_s = time.perf_counter()
+
+    def fail(self) -> None:
+        """It cannot be computed."""
+        self.has_failed = True
+        self._stop()
+
+    def cancel(self) -> None:
+        """Nobody wants it any more."""
+        self.is_cancelled = True
+        self._stop()
+
+    def _stop(self) -> None:
+        self.ranks.do({"do": "stop", "job": self.number})
+
+    @property
+    def _next_page(self) -> int:
+        """The first page of the prompt that was not sent, and that the peer does not have."""
+        return self.order.first_page + len(self._sent)
+
+    def _move(self, pages: Seq[int], is_last: bool) -> Move:
+        """Send pages that are held, and with the last ones the state after them."""
         begin = len(self._sent)
         self._sent += pages
         targets = self.order.pages[begin : len(self._sent)]
@@ -123,37 +163,22 @@ class PrefillJob:
                 f"{len(self.order.pages)} pages are reserved, {len(self._sent)} are computed",
                 "start both pools with one bundle",
             )
-        parts: list[Copies] = []
-        if pages:
-            parts.append(self.memory.page_copies(pages, targets))
-        if state_slot and self.memory.has_state:
-            parts.append(self.memory.state_copies(state_slot, self.order.state_slot))
-        if parts:
-            self.size_bytes += sum(part.size_bytes for part in parts)
-            self._pending.append(self.route.push(parts))
+        self.size_bytes += len(pages) * self.ranks.page_bytes
+        self.is_sent = is_last
+        if not is_last:
+            return Move(self.number, self.caller, list(pages), targets)
+        self.size_bytes += self.ranks.state_bytes
+        state = (0, 0)
+        if self.ranks.state_bytes:
+            state = (self._state_slot, self.order.state_slot)
+        return Move(self.number, self.caller, list(pages), targets, *state, True, self._sent)
 
-    @property
-    def has_arrived(self) -> bool:
-        """Whether all that was sent is there, and some of it was read here.
-
-        Raises:
-            PoolError: it will not get there.
-        """
-        self._pending = [each for each in self._pending if not each.is_done()]
-        is_read = self._sample is None or self._sample.is_ready
-        return is_read and not self._pending
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more will be sent."""
-        return self.is_computed or self.is_cancelled or self.has_failed
-
-    def report(self) -> Message:
+    def report(self, digest: str) -> Message:
         """What the decode pool is told once nothing is under way."""
-        name = self.order.request_id
+        name = self.order.number
         if self.is_cancelled:
             return {"type": "cancelled", "id": name}
-        if self._sample is None:
+        if self.has_failed:
             return {"type": "failed", "id": name}
         return {
             "type": "done",
@@ -162,7 +187,7 @@ class PrefillJob:
             "num_cached": self.num_cached,
             "size_bytes": self.size_bytes,
             "exposed_us": round((time.perf_counter() - self.computed_s) * 1e6),
-            "digest": self._sample.digest(),
+            "digest": digest,
         }
 
     def release(self) -> None:

@@ -6,6 +6,7 @@ that leaves has no orders any more: what was computed for it stays in the prefix
 
 from __future__ import annotations
 
+import itertools
 import queue
 import socket
 import sys
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from tokenspeed_plan.plans.errors import PoolError, RequestError
@@ -26,10 +27,13 @@ from tokenspeed_plan.runtime.pools.channel import (
     Facts,
     Message,
     greet_caller,
+    unpacked,
 )
-from tokenspeed_plan.runtime.pools.pool_memory import PoolMemory
+from tokenspeed_plan.runtime.pools.layer_launch import AnnouncingLead, LayerLaunch
+from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
 from tokenspeed_plan.runtime.pools.prefill_jobs import Order, PrefillJob
-from tokenspeed_plan.runtime.pools.transport import Route, Transport
+from tokenspeed_plan.runtime.pools.rank_reports import MAX_JOBS
+from tokenspeed_plan.runtime.pools.transport import Transport
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 
 BEAT_S = 0.5
@@ -43,12 +47,12 @@ Event = Callable[[], None]
 
 @dataclass(slots=True, eq=False)
 class Caller:
-    """A decode pool that is connected, and where its caches are."""
+    """A decode pool that is connected; `is_open`: its caches can be written."""
 
     number: int
     channel: Channel
-    route: Route | None = None
-    jobs: dict[str, PrefillJob] = field(default_factory=dict)
+    is_open: bool = False
+    jobs: dict[int, PrefillJob] = field(default_factory=dict)
 
     def tell(self, message: Message) -> None:
         """Send a message; one that does not take it is lost, and its reader notices."""
@@ -69,15 +73,18 @@ class PrefillServer:
     """
 
     def __init__(self, engine: Engine, plan: Plan, transport: Transport, token: str) -> None:
+        executor = engine.executor
         self._engine = engine
-        self._memory = PoolMemory(plan, engine.executor.memory)
-        self._transport = transport
+        self._ranks = PoolRanks(plan, executor.memory, transport)
+        executor.launch = LayerLaunch(executor.launch, self._ranks.own)
+        executor.lead = AnnouncingLead(executor.lead, self._announce)
         self._facts = Facts.of(plan, transport.name)
         self._token = token
         self._limits = plan.pool.limits
+        self._num_peer_ranks = plan.pool.layout.num_ranks
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._callers: list[Caller] = []
-        self._num_callers = 0
+        self._caller_numbers, self._job_numbers = itertools.count(1), itertools.count()
         self._jobs: dict[str, PrefillJob] = {}  # of all callers, by the names of their requests
         self._stopped = False
         self._strangers = threading.Semaphore(_MAX_STRANGERS)
@@ -95,8 +102,7 @@ class PrefillServer:
         while not self._stopped:
             self._take_events()
             if self._engine.num_unfinished:
-                for done in self._engine.step():
-                    self._jobs[done.request_id].num_cached = done.num_cached_tokens
+                self._step()
             for caller in list(self._callers):
                 self._advance(caller)
             self._beat()
@@ -114,6 +120,25 @@ class PrefillServer:
             self._events.get(block=wait_s > 0, timeout=wait_s or None)()
             while True:
                 self._events.get_nowait()()
+
+    def _step(self) -> None:
+        for done in self._engine.step():
+            job = self._jobs[done.request_id]
+            job.num_cached = done.num_cached_tokens
+            if done.error:
+                job.fail()
+
+    def _announce(self) -> None:
+        """Say what leaves with the step that is launched next."""
+        batch, moves = self._engine.last_batch, []
+        assert batch is not None, "it is chosen before it is launched"
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            job = self._jobs.get(sequence.request.request_id)
+            if job is not None and not job.is_over:
+                moves.append(job.next_move(sequence, count, self._may_hold_state))
+        found = [asdict(move) for move in moves if move is not None]
+        if found:
+            self._ranks.do({"do": "next", "moves": found})
 
     def _beat(self) -> None:
         """Tell the callers that this pool goes on."""
@@ -141,39 +166,35 @@ class PrefillServer:
             return
         finally:
             self._strangers.release()
-        caller = Caller(0, channel)
-        self._events.put(partial(self._join, caller))
+        caller = Caller(next(self._caller_numbers), channel)
+        self._events.put(partial(self._callers.append, caller))
         with suppress(ChannelClosed):
             while True:
                 self._events.put(partial(self._obey, caller, channel.receive()))
         self._events.put(partial(self._leave, caller))
-
-    def _join(self, caller: Caller) -> None:
-        self._num_callers += 1
-        caller.number = self._num_callers
-        self._callers.append(caller)
 
     def _leave(self, caller: Caller) -> None:
         """Forget a caller, and close its connection once nothing is written to it any more."""
         if caller not in self._callers:
             return
         self._callers.remove(caller)
-        if caller.route is not None:
-            caller.route.close()
+        self._ranks.do({"do": "close", "caller": caller.number})
         for job in list(caller.jobs.values()):
             self._end(caller, job)
         caller.channel.close()
 
     def _obey(self, caller: Caller, message: Message) -> None:
         """Do what a caller says; one that says what cannot be is left."""
+        if caller not in self._callers:
+            return  # what it said before it was left
         try:
             kind = message.get("type")
             if kind == "memory":
-                self._open(caller, message)
+                self._open(caller, message["memory"])
             elif kind == "prefill":
                 self._begin(caller, self._order(message))
             elif kind == "cancel":
-                self._cancel(caller, str(message["id"]))
+                self._cancel(caller, int(message["id"]))
             else:
                 raise PoolError(f"a caller says {kind!r:.40}", _ALIKE)
         except (PoolError, RequestError, KeyError, TypeError, ValueError) as error:
@@ -182,8 +203,12 @@ class PrefillServer:
             caller.tell({"type": "error", "reason": reason[:200]})
             self._leave(caller)
 
-    def _open(self, caller: Caller, message: Message) -> None:
-        caller.route = self._transport.reach(message["memory"])
+    def _open(self, caller: Caller, memory: list[Message]) -> None:
+        """Reach the memory of the ranks of a caller."""
+        if len(memory) != self._num_peer_ranks:
+            raise PoolError(f"a caller has {len(memory)} ranks", _ALIKE)
+        self._ranks.do({"do": "open", "caller": caller.number, "memory": memory})
+        caller.is_open = True
 
     def _order(self, message: Message) -> Order:
         """The order of a message.
@@ -191,13 +216,13 @@ class PrefillServer:
         Raises:
             PoolError, KeyError, TypeError, ValueError: it cannot be served.
         """
-        token_ids = tuple(map(int, message["token_ids"]))
+        token_ids = unpacked(message["token_ids"])
         pages, slot = tuple(map(int, message["pages"])), int(message["slot"])
-        order = Order(str(message["id"]), token_ids, int(message["first_page"]), pages, slot)
+        order = Order(int(message["id"]), token_ids, int(message["first_page"]), pages, slot)
         limits = self._limits
         num_pages = -(-len(token_ids) // limits.page_size)
         are_there = all(0 <= page < limits.num_pages for page in pages)
-        if self._memory.has_state:
+        if self._ranks.state_bytes:
             are_there &= 0 < slot < limits.pad_state_slot
         if not are_there or order.first_page < 0 or order.first_page + len(pages) != num_pages:
             raise PoolError("an order has no place for its prompt", _ALIKE)
@@ -205,61 +230,69 @@ class PrefillServer:
 
     def _begin(self, caller: Caller, order: Order) -> None:
         """Compute a prompt, or send at once what is known of it."""
-        if caller.route is None or order.request_id in caller.jobs:
-            raise PoolError(f"the order `{order.request_id:.80}` comes twice or too soon", _ALIKE)
-        name = f"{caller.number}/{order.request_id}"
+        if not caller.is_open or order.number in caller.jobs:
+            raise PoolError(f"the order {order.number} comes twice or too soon", _ALIKE)
+        if len(self._jobs) == MAX_JOBS:
+            raise PoolError(f"{MAX_JOBS} orders are not done", "start more prefill pools")
+        name = f"{caller.number}/{order.number}"
         reservations = self._engine.scheduler.reservations
-        job = PrefillJob(order, name, reservations, self._memory, caller.route)
-        caller.jobs[order.request_id] = self._jobs[name] = job
+        number = next(self._job_numbers)
+        job = PrefillJob(order, number, caller.number, name, reservations, self._ranks)
+        caller.jobs[order.number] = self._jobs[name] = job
         hit = self._find(job)
         if hit is None:
             self._engine.add(Request(name, order.token_ids, _PARAMS))
         else:
             job.num_cached = hit.num_tokens
-            job.send_rest(hit)
+            job.send_all(hit)
 
-    def _cancel(self, caller: Caller, request_id: str) -> None:
+    def _cancel(self, caller: Caller, number: int) -> None:
         """Stop writing for an order; the caller is told when that is so."""
-        job = caller.jobs.get(request_id)
+        job = caller.jobs.get(number)
         if job is None:
-            caller.tell({"type": "cancelled", "id": request_id})
+            caller.tell({"type": "cancelled", "id": number})
             return
-        job.is_cancelled = True
+        job.cancel()
         self._engine.cancel(job.name)
 
     def _advance(self, caller: Caller) -> None:
         """Send what was computed for a caller, and tell what has arrived."""
         try:
             for job in list(caller.jobs.values()):
-                self._send(job)
-                if job.is_over and job.has_arrived:
-                    caller.tell(job.report())
+                self._look_at(job)
+                digest = self._ranks.result(job.number)
+                if job.is_over and digest is not None:
+                    caller.tell(job.report(digest))
                     self._end(caller, job)
         except PoolError as error:
             print(f"a caller is lost: {error.message}", file=sys.stderr)
             self._leave(caller)
 
-    def _send(self, job: PrefillJob) -> None:
-        if job.is_over:
+    def _look_at(self, job: PrefillJob) -> None:
+        """Where the engine has ended a job's request, send what has not left yet."""
+        if job.is_over or job.name in self._engine.loop.sequences:
             return
-        sequence = self._engine.loop.sequences.get(job.name)
-        if sequence is None:
-            job.send_rest(self._find(job))
-        elif sequence.is_running:
-            job.send_filled(sequence)
+        if job.is_sent:
+            job.note_computed()
+        else:
+            job.send_all(self._find(job))
 
-    def _find(self, job: PrefillJob) -> Hit | None:
-        """What the cache has of a prompt, if that is all, and its state may be held.
+    @property
+    def _may_hold_state(self) -> bool:
+        """Whether one more state may be held.
 
         Running sequences need the slots that the cache has no right to.
         """
-        held = sum(each.holds_state for each in self._jobs.values())
-        if self._memory.has_state and held >= self._limits.num_checkpoints:
-            return None
-        return job.find()
+        held = sum(job.holds_state for job in self._jobs.values())
+        return not self._ranks.state_bytes or held < self._limits.num_checkpoints
+
+    def _find(self, job: PrefillJob) -> Hit | None:
+        """What the cache has of a prompt, if that is all, and its state may be held."""
+        return job.find() if self._may_hold_state else None
 
     def _end(self, caller: Caller, job: PrefillJob) -> None:
-        caller.jobs.pop(job.order.request_id, None)
+        caller.jobs.pop(job.order.number, None)
         self._jobs.pop(job.name, None)
         self._engine.cancel(job.name)
+        self._ranks.own.forget(job.number)
         job.release()

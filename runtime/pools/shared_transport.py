@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import PoolError
-from tokenspeed_plan.runtime.pools.blocks import Copies
+from tokenspeed_plan.runtime.pools.blocks import Copy
 
 _HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE
 _HINT = "`shm` is for pools of one host, of one user and in one container: `--transport nixl`"
@@ -90,32 +90,37 @@ class SharedRoute:
         if any(arena.is_cuda for arena in arenas.values()):
             self._stream = torch.cuda.Stream()
 
-    def push(self, parts: Sequence[Copies]) -> _Copied:
+    def push(self, parts: Sequence[Copy]) -> _Copied:
         """Copy, on a GPU after everything that was launched so far."""
         if self._stream is None:
-            self._copy(parts)
+            for part in parts:
+                self._copy(part)
             return _Copied(None)
         self._stream.wait_stream(torch.cuda.current_stream())
-        self._launch(parts, self._stream.cuda_stream)
+        for part in parts:
+            self._launch(part, self._stream.cuda_stream)
         done = torch.cuda.Event()
         done.record(self._stream)
         return _Copied(done)
 
-    def _copy(self, parts: Sequence[Copies]) -> None:
-        for part in parts:
-            here, there = self._arenas[part.arena], self._remote[part.arena]
-            for source, target, size in part:
-                there[target : target + size] = here[source : source + size]
+    def _copy(self, part: Copy) -> None:
+        size = (part.rows, part.width)
+        here, there = self._arenas[part.arena], self._remote[part.arena]
+        source = here.as_strided(size, (part.source_pitch, 1), part.source)
+        there.as_strided(size, (part.target_pitch, 1), part.target).copy_(source)
 
-    def _launch(self, parts: Sequence[Copies], stream: int) -> None:
-        """Launch the copies through CUDA: PyTorch's, between two GPUs, take events for each."""
+    def _launch(self, part: Copy, stream: int) -> None:
+        """Launch a copy through CUDA: PyTorch's, between two GPUs, take events for each."""
         from cuda.bindings import runtime
 
+        here, there = (arenas[part.arena].data_ptr() for arenas in (self._arenas, self._remote))
+        source, target = here + part.source, there + part.target
         kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
-        for part in parts:
-            here, there = (arenas[part.arena].data_ptr() for arenas in (self._arenas, self._remote))
-            for source, target, size in part:
-                _done(*runtime.cudaMemcpyAsync(there + target, here + source, size, kind, stream))
+        if part.rows == 1:
+            _done(*runtime.cudaMemcpyAsync(target, source, part.width, kind, stream))
+            return
+        pitches = (target, part.target_pitch, source, part.source_pitch)
+        _done(*runtime.cudaMemcpy2DAsync(*pitches, part.width, part.rows, kind, stream))
 
     def close(self) -> None:
         """Wait for the copies."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from tokenspeed_plan.runtime.pools.blocks import Copies
+from tokenspeed_plan.runtime.pools.blocks import Copy
 
 
 class Pending(Protocol):
@@ -26,7 +26,7 @@ class Pending(Protocol):
 class Route(Protocol):
     """The memory of one peer, as this process writes it."""
 
-    def push(self, parts: Sequence[Copies]) -> Pending:
+    def push(self, parts: Sequence[Copy]) -> Pending:
         """Start to write; what is read must stay as it is until that is done.
 
         Raises:

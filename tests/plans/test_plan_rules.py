@@ -8,6 +8,7 @@ import pytest
 from drafting import plan_with_two_slots
 from plan_edits import with_kernel, with_program
 
+from tokenspeed_plan.planner.passes.handover import with_pushes
 from tokenspeed_plan.plans.canon import answer_digest, kernel_name
 from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.hazards import check_hazards
@@ -35,6 +36,7 @@ from tokenspeed_plan.plans.schema import (
 from tokenspeed_plan.plans.types import FORMATS, Format, TensorSpec
 from tokenspeed_plan.plans.validate import validate
 from tokenspeed_plan.plans.validate.peer_rules import check_peer_order, check_peers
+from tokenspeed_plan.plans.validate.pool_rules import cached_tensors
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,10 @@ def test_other_pools_are_refused(roles: tuple[str, ...], tiny_plan: Plan) -> Non
 
 def two_pools(plan: Plan, count: int = 2, **changes: Any) -> Plan:
     """The plan with a prefill pool beside it; `changes` are of that pool."""
-    prompts = tuple(each for each in plan.pool.programs if each.phase == "prefill")
+    cached = cached_tensors(plan.pool).keys()
+    prompts = tuple(
+        with_pushes(each, cached) for each in plan.pool.programs if each.phase == "prefill"
+    )
     prefill = plan.pool.model_copy(update={"role": "prefill", "programs": prompts} | changes)
     decode = plan.pool.model_copy(update={"role": "decode"})
     target = plan.target.model_copy(update={"count": count})
@@ -69,8 +74,8 @@ def test_two_pools_that_cannot_hand_over(tiny_plan: Plan) -> None:
     with pytest.raises(PlanError, match="are handed over to pages of"):
         validate(two_pools(tiny_plan, limits=limits))
     layout = pool.layout.model_copy(update={"attention": AttentionLayout(tp=2)})
-    with pytest.raises(PlanError, match="pools of 1 and 2 ranks"):
-        validate(two_pools(tiny_plan, layout=layout))
+    with pytest.raises(PlanError, match="is not alike in both pools"):  # twice as many heads
+        validate(two_pools(tiny_plan, count=3, layout=layout))
     at = next(i for i, each in enumerate(pool.buffers) if each.arena == "state")
     tensor = TensorSpec.of((4, 2, 2), "fp32")
     other = pool.buffers[at].model_copy(update={"tensor": tensor})
@@ -81,6 +86,27 @@ def test_two_pools_that_cannot_hand_over(tiny_plan: Plan) -> None:
     plan = two_pools(tiny_plan).with_pool(limits=none)
     with pytest.raises(PlanError, match="no checkpoint that a state could be handed over to"):
         validate(plan)
+
+
+def test_caches_leave_once_and_not_too_early(tiny_plan: Plan) -> None:
+    whole = two_pools(tiny_plan)
+    (program, *others), pushes = whole.pools[1].programs, whole.pools[1].programs[0].pushes
+    assert [push.step for push in pushes] == sorted({push.step for push in pushes})
+    last = pushes[-1].model_copy(update={"step": len(program.steps)})
+    early = pushes[0].model_copy(update={"step": 0})
+    for changed, says in (
+        (pushes[1:], "does not push each of the caches once"),
+        ((*pushes, pushes[-1]), "does not push each of the caches once"),
+        (pushes[::-1], "does not push in the order of its steps"),
+        ((*pushes[:-1], last), "does not push in the order of its steps"),
+        ((early, *pushes[1:]), "before it is done"),
+    ):
+        broken = program.model_copy(update={"pushes": tuple(changed)})
+        with pytest.raises(PlanError, match=says):
+            validate(two_pools(tiny_plan, programs=(broken, *others)))
+    answering = (program, *tiny_plan.pool.programs[1:])
+    with pytest.raises(PlanError, match="of the pool that answers pushes"):
+        validate(tiny_plan.with_pool(programs=answering))
 
 
 BLOCKS = Format(dtype="bf16", block=(16,), scale="fp32")

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
-from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache, chain_digest
+from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache, as_words, chain_digest
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.serving import kv_events as module
 from tokenspeed_plan.runtime.serving.kv_events import KvEvents, block_hash, kv_events
@@ -125,7 +125,7 @@ def test_pages_that_follow_each_other_share_an_event() -> None:
     events.end()
     digests, digest = [], SEED
     for start in range(0, len(tokens), PAGE):
-        digest = chain_digest(digest, tokens[start : start + PAGE])
+        digest = chain_digest(digest, as_words(tokens[start : start + PAGE]))
         digests.append(int.from_bytes(digest[-8:], "big"))
     assert batches == [
         [{"type": "AllBlocksCleared"}],
@@ -203,7 +203,7 @@ def test_messages_are_those_of_vllm(who_binds: str) -> None:
         while not follower.numbers:  # what is sent before it has joined is lost, as with vLLM
             assert len(early) < 1000
             tokens = [1000 + len(early)] * PAGE
-            early.add(block_hash(chain_digest(SEED, tokens)))
+            early.add(block_hash(chain_digest(SEED, as_words(tokens))))
             remember(cache, tokens)
             time.sleep(0.02)
         talk(cache, random.Random(1), 60)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_spec
@@ -17,7 +15,7 @@ from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Pool
 from tokenspeed_plan.plans.validate.pool_rules import CACHE_ARENAS, cached_tensors
 from tokenspeed_plan.runtime.execution.arenas import Arenas
-from tokenspeed_plan.runtime.pools.blocks import Copies, copies, routes
+from tokenspeed_plan.runtime.pools.blocks import Copy, copies, handed_bytes, routes
 
 SLOTS = [3, 1, 2, 6, 7]
 TARGETS = [5, 6, 7, 1, 2]
@@ -43,10 +41,13 @@ class Rank:
         shape = tuple(map(int, buffer.tensor.shape))
         return self.arenas.view(buffer.arena, buffer.offset_bytes, shape, buffer.tensor.dtype)
 
-    def take(self, part: Copies, source: Rank) -> None:
-        here, there = self.arenas.whole(part.arena), source.arenas.whole(part.arena)
-        for begin, end, size in part:
-            here[end : end + size] = there[begin : begin + size]
+    def take(self, parts: list[Copy], source: Rank) -> None:
+        for part in parts:
+            here, there = self.arenas.whole(part.arena), source.arenas.whole(part.arena)
+            for row in range(part.rows):
+                begin = part.source + row * part.source_pitch
+                end = part.target + row * part.target_pitch
+                here[end : end + part.width] = there[begin : begin + part.width]
 
 
 def shard(name: str, whole: Tensor, key_heads: int, rank: int, ranks: int) -> Tensor:
@@ -94,10 +95,20 @@ def test_ranks_get_their_heads(senders: int, receivers: int, checkpoint: Any) ->
 def test_neighbours_are_joined(checkpoint: Any) -> None:
     """A run of pages is one copy of a buffer; nothing is copied twice."""
     pool = pool_of(checkpoint("wide"), 1)
-    part = copies(routes(pool, pool), "kv_cache", [4, 5, 6, 9], [0, 1, 2, 3])
+    parts = copies(routes(pool, pool), "kv_cache", [4, 5, 6, 9], [0, 1, 2, 3])
     buffers = [each for each in pool.buffers if each.arena == "kv_cache"]
-    assert len(part.sizes) == 2 * len(buffers)
-    sizes = [math.prod(map(int, each.tensor.shape[1:])) * 4 for each in buffers]
-    assert part.size_bytes == 4 * sum(sizes)
-    assert np.all(np.diff(np.sort(part.targets)) > 0)
-    assert not copies(routes(pool, pool), "state", [], []).size_bytes
+    assert len(parts) == 2 * len(buffers)
+    page_bytes = sum(each.tensor.size_bytes() // int(each.tensor.shape[0]) for each in buffers)
+    assert sum(part.width * part.rows for part in parts) == 4 * page_bytes
+    assert handed_bytes(pool, pool)["kv_cache"] == page_bytes
+    assert copies(routes(pool, pool), "state", [], []) == []
+
+
+def test_all_ranks_hand_over_each_head_once(checkpoint: Any) -> None:
+    """As many bytes as the receivers hold, of which copies of heads are sent again."""
+    pools = {ranks: pool_of(checkpoint("wide"), ranks) for ranks in (1, 2, 4)}
+    for source in pools.values():
+        for ranks, target in pools.items():
+            held = [each for each in target.buffers if each.arena == "kv_cache"]
+            page_bytes = sum(each.tensor.size_bytes() // int(each.tensor.shape[0]) for each in held)
+            assert handed_bytes(source, target)["kv_cache"] == ranks * page_bytes

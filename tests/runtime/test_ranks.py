@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import multiprocessing
 import os
 import re
 import shutil
@@ -19,33 +18,17 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 from bundles import COMMAND, break_kernels, in_text, token_ids, write_batch, write_bundle
 from checkpoints import Kind, write_checkpoint
 from click.testing import CliRunner
 from conftest import ROOT
+from rank_forks import LOOPBACK, batch, be_rank, free_port, logs, start, wait
 
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.execution import rank_links, rank_place
-
-# Ranks are forked from one process that has loaded all this once. It is a fresh one: nothing of the
-# tests is in it.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "pytest",
-        "hypothesis",
-        "torch.distributed",
-        "tokenspeed_plan.planner.cli",
-        "tokenspeed_plan.runtime.execution.ranks",
-        "tokenspeed_plan.runtime.serving.batch",
-        "tokenspeed_plan.runtime.engine",
-    ]
-)
-LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 PROMPTS = [[5, 6, 7, 8] * 20, [9], list(range(40, 110))]
 COUNTS = [9, 9, 9]  # one of prefill, eight of decode
@@ -71,16 +54,6 @@ LAYOUTS = {
 }
 
 
-def be_rank(rank: int, world: int, port: int, args: Sequence[str], log: Path) -> None:
-    """The command as torchrun starts it, with its output in a file."""
-    os.environ |= LOOPBACK | {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    main(list(args))
-
-
 def be_rank_apart(rank: int, world: int, port: int, args: Sequence[str], log: Path) -> None:
     """The same, where what rank 1 writes to rank 0 arrives nowhere."""
     really = rank_links.share
@@ -93,56 +66,6 @@ def be_rank_apart(rank: int, world: int, port: int, args: Sequence[str], log: Pa
 
     rank_links.share = share  # type: ignore[attr-defined]
     be_rank(rank, world, port, args, log)
-
-
-def start(
-    count: int, args: Sequence[object], folder: Path, target: Callable[..., None] = be_rank
-) -> list[BaseProcess]:
-    port, words = free_port(), [str(arg) for arg in args]
-    ranks: list[BaseProcess] = [
-        FORKS.Process(
-            target=target, args=(rank, count, port, words, folder / f"{rank}.log"), daemon=True
-        )
-        for rank in range(count)
-    ]
-    for rank in ranks:
-        rank.start()
-    return ranks
-
-
-def wait(ranks: Sequence[BaseProcess], seconds: float = 120) -> list[int | None]:
-    """Exit codes; None for a process that did not end in time."""
-    until = time.monotonic() + seconds
-    for rank in ranks:
-        rank.join(max(until - time.monotonic(), 0))
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    return codes
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def logs(folder: Path, count: int) -> str:
-    return "".join((folder / f"{rank}.log").read_text() for rank in range(count))
-
-
-def batch(bundle: Path, folder: Path, *options: object) -> list[object]:
-    """Arguments that answer `in.jsonl` of a folder."""
-    return [
-        "run",
-        bundle,
-        "--input",
-        folder / "in.jsonl",
-        "--output",
-        folder / "out.jsonl",
-        "--quiet",
-        *options,
-    ]
 
 
 def alone(

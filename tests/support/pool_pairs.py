@@ -19,9 +19,9 @@ from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine
-from tokenspeed_plan.runtime.pools.blocks import Copies
+from tokenspeed_plan.runtime.pools.blocks import Copy
 from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions
-from tokenspeed_plan.runtime.pools.pool_memory import make_transport
+from tokenspeed_plan.runtime.pools.pool_rank import make_transport
 from tokenspeed_plan.runtime.pools.prefill_server import PrefillServer
 from tokenspeed_plan.runtime.pools.transport import Pending, Route, Transport
 
@@ -139,12 +139,12 @@ class _SpoiledRoute:
     def __init__(self, inner: Route, is_bad: Callable[[], bool], fails: bool) -> None:
         self._inner, self._is_bad, self._fails = inner, is_bad, fails
 
-    def push(self, parts: Sequence[Copies]) -> Pending:
+    def push(self, parts: Sequence[Copy]) -> Pending:
         if not self._is_bad():
             return self._inner.push(parts)
         if self._fails:
             raise PoolError("the link is gone", "plug it in again")
-        return self._inner.push([Copies(p.arena, p.sources * 0, p.targets, p.sizes) for p in parts])
+        return self._inner.push([part._replace(source=0) for part in parts])
 
     def close(self) -> None:
         self._inner.close()

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from tokenspeed_plan.runtime.cache.prefix_cache import chain_digest
+from tokenspeed_plan.runtime.cache.prefix_cache import as_words, chain_digest
 
 MAX_LOAD = 1.25  # of a replica, in shares of the mean
 EXCESS_TOKENS = 256  # what a request above that counts, in tokens that need not be computed
@@ -48,7 +48,7 @@ def page_digests(token_ids: Sequence[int], page_size: int) -> tuple[bytes, ...]:
     """The chained digests of a prompt's whole pages."""
     digests, digest = [], _SEED
     for end in range(page_size, len(token_ids) + 1, page_size):
-        digest = chain_digest(digest, token_ids[end - page_size : end])
+        digest = chain_digest(digest, as_words(token_ids[end - page_size : end]))
         digests.append(digest)
     return tuple(digests)
 

@@ -1,0 +1,106 @@
+"""Launches the programs of a prefill pool, and sends each layer's part while the next is computed.
+
+The plan says after which step nobody writes a layer's caches any more (`Program.pushes`). What
+leaves is known before a launch. On a GPU a push waits on a stream of its own for what was launched
+before it; on a CPU it is made in its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+from torch import Tensor
+
+from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part, ProgramKey
+from tokenspeed_plan.runtime.execution.executor import Lead
+from tokenspeed_plan.runtime.execution.input_block import InputChange
+from tokenspeed_plan.runtime.execution.launch import HostValues, Launch
+from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
+from tokenspeed_plan.runtime.pools.pool_rank import PoolRank
+
+
+class LayerLaunch:
+    """A launch with pushes between its steps.
+
+    Args:
+        inner: what launches.
+        rank: what pushes.
+    """
+
+    def __init__(self, inner: Launch, rank: PoolRank) -> None:
+        self._inner = inner
+        self._rank = rank
+        self._ends: dict[ProgramKey, list[int]] = {}
+
+    def prepare(self, programs: BoundPrograms) -> None:
+        """Do what can be done before the first replay."""
+        self._inner.prepare(programs)
+
+    def run(
+        self,
+        programs: BoundPrograms,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        part: Part = "whole",
+    ) -> None:
+        """Start one replay on the io buffers, and what leaves of it."""
+        moves = self._rank.take_moves()
+        if not moves:
+            self._inner.run(programs, program, num_tokens, num_seqs, part)
+            return
+        instructions = programs.instructions(program, num_tokens, num_seqs, part)
+        begin = 0
+        ends = self._ends_of(programs, program, num_tokens, num_seqs)
+        for push, end in zip(program.pushes, ends, strict=True):
+            programs.execute(instructions[begin:end])
+            self._rank.push(moves, push.buffers)
+            begin = end
+        programs.execute(instructions[begin:])
+        self._rank.finish(moves)
+
+    def copy_to_host(self, *values: Tensor) -> HostValues:
+        """A function that waits for these outputs of the last replay, and returns them."""
+        return self._inner.copy_to_host(*values)
+
+    def _ends_of(
+        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+    ) -> list[int]:
+        """How many instructions come before each push; batches of all sizes have as many."""
+        key = (program.phase, program.bucket)
+        if key not in self._ends:
+            steps = programs.steps(program, num_tokens, num_seqs)
+            ends = list(accumulate(len(bound) for _, bound in steps))
+            self._ends[key] = [ends[push.step] for push in program.pushes]
+        return self._ends[key]
+
+
+class AnnouncingLead:
+    """A lead that lets somebody say, before each replay, what leaves of it.
+
+    Args:
+        inner: keeps the ranks together.
+        announce: is called first.
+    """
+
+    def __init__(self, inner: Lead, announce: Callable[[], None]) -> None:
+        self._inner = inner
+        self._announce = announce
+
+    def before_run(
+        self,
+        memory: PlanMemory,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        change: InputChange | None,
+    ) -> None:
+        """Called before each replay."""
+        self._announce()
+        self._inner.before_run(memory, program, num_tokens, num_seqs, change)
+
+    def before_copy(self, source: int, target: int) -> None:
+        """Called before a page is copied."""
+        self._inner.before_copy(source, target)

@@ -1,0 +1,129 @@
+"""Pools of several ranks, and what leaves of a prompt while it is computed."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bundles import token_ids, write_batch, write_bundle
+from drafting import tokens_of
+from pool_pairs import plan_of_two, pools, wait_for
+from rank_forks import batch, logs, start, wait
+
+from tokenspeed_plan.runtime import Engine, Request, SamplingParams
+from tokenspeed_plan.runtime.pools.blocks import Copy
+from tokenspeed_plan.runtime.pools.rank_reports import MAX_JOBS, RankReports, report_bytes
+from tokenspeed_plan.runtime.pools.transport import Pending, Route, Transport
+
+PROMPTS = [list(range(40, 40 + count)) for count in (200, 90, 3, 17)]
+COUNTS = [9] * len(PROMPTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 2), (2, 1)])
+def test_pools_of_other_sizes_get_the_tokens_of_one(
+    prefill: int, decode: int, checkpoint: Any, tmp_path: Path
+) -> None:
+    """Each rank sends the heads that it has to those that hold them."""
+    folder, bundle = checkpoint("moe"), tmp_path / "plan"
+    pair = {"prefill": prefill, "decode": decode}
+    plan = write_bundle(bundle, folder, target={"count": prefill + decode}, disaggregation=pair)
+    assert [pool.layout.num_ranks for pool in plan.pools] == [decode, prefill]
+    write_batch(tmp_path / "in.jsonl", PROMPTS, COUNTS)
+    summary = tmp_path / "summary.json"
+    words = batch(bundle, tmp_path, "--summary", summary)
+    assert wait(start(decode, words, tmp_path)) == [0] * decode, logs(tmp_path, decode)
+    one = Engine.from_plan(write_bundle(tmp_path / "one", folder), folder)
+    wanted = tokens_of(one, PROMPTS, COUNTS[0])
+    assert list(map(tuple, token_ids(tmp_path / "out.jsonl"))) == wanted
+    assert "refused" not in logs(tmp_path, decode)
+
+
+class Spied:
+    """A transport that notes what is pushed at once."""
+
+    def __init__(self, inner: Transport, pushed: list[list[Copy]]) -> None:
+        self.name, self.settle_s = inner.name, inner.settle_s
+        self._inner, self._pushed = inner, pushed
+
+    def describe(self) -> dict[str, Any]:
+        return self._inner.describe()
+
+    def reach(self, description: dict[str, Any]) -> Route:
+        return _SpiedRoute(self._inner.reach(description), self._pushed)
+
+
+class _SpiedRoute:
+    def __init__(self, inner: Route, pushed: list[list[Copy]]) -> None:
+        self._inner, self._pushed = inner, pushed
+
+    def push(self, parts: Sequence[Copy]) -> Pending:
+        self._pushed.append(list(parts))
+        return self._inner.push(parts)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def test_each_layer_leaves_while_the_next_is_computed(checkpoint: Any) -> None:
+    """Of each chunk as many pushes as layers with pages; of the last one those with states, too."""
+    folder, pushed = checkpoint("moe"), list[list[Copy]]()
+    plan = plan_of_two(folder)
+    layers = plan.pools[1].programs[0].pushes
+    with_pages = [push for push in layers if any("kv_cache" in name for name in push.buffers)]
+    assert 0 < len(with_pages) < len(layers)
+    with pools(plan, folder, lambda inner: Spied(inner, pushed)) as made:
+        handovers = made.connect([made.add_prefill(chunk=48)])
+        tokens_of(made.engine, [list(range(40, 137))], 2)  # 96 tokens: two chunks of whole pages
+        assert handovers.counts.done == 1
+        assert len(pushed) == len(with_pages) + len(layers)
+        first = {copy.arena for parts in pushed[: len(with_pages)] for copy in parts}
+        assert first == {"kv_cache"}
+        sent = sum(copy.width * copy.rows for parts in pushed for copy in parts)
+        assert sent == handovers.counts.size_bytes
+
+
+def test_an_order_waits_for_the_steps_before_it(
+    checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a step that was launched may still write pages that are given to an order."""
+    folder = checkpoint("moe")
+    is_over = [False]
+
+    class Event:
+        def record(self) -> None:
+            """As on a GPU."""
+
+        def query(self) -> bool:
+            return is_over[0]
+
+    with pools(plan_of_two(folder), folder) as made:
+        handovers = made.connect([made.add_prefill()])
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(handovers, "_is_on_gpu", True)
+        made.engine.add(Request("0", tuple(range(40, 140)), SamplingParams(max_tokens=2)))
+        wait_for(lambda: handovers.num_jobs == 1, made.engine)
+        for _ in range(20):
+            made.engine.step()
+        assert made.prefills[0].metrics.computed_tokens == 0
+        is_over[0] = True
+        wait_for(lambda: handovers.counts.done == 1, made.engine)
+
+
+def test_half_a_report_is_not_read() -> None:
+    memory = mmap.mmap(-1, report_bytes(2))
+    reports = RankReports(memory)
+    assert reports.find(1, 0) is None and reports.find(1, 3) is None
+    reports.leave(1, 3, 1 << 100)
+    assert reports.find(1, 3) == (True, 1 << 100)
+    assert reports.find(0, 3) is None and reports.find(1, 3 + MAX_JOBS) is None
+    reports.leave(1, 3 + MAX_JOBS, None)
+    assert reports.find(1, 3) is None
+    assert reports.find(1, 3 + MAX_JOBS) == (False, 0)
+    place = memory.find(bytes([3 + MAX_JOBS & 255, (3 + MAX_JOBS) >> 8]))
+    memory[place + 9] ^= 1
+    assert reports.find(1, 3 + MAX_JOBS) is None
