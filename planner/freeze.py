@@ -28,6 +28,7 @@ from tokenspeed_plan.plans.schema import (
     AttentionLayout,
     BufferSpec,
     Decision,
+    HostCache,
     KernelCall,
     KernelSpec,
     Layout,
@@ -71,6 +72,7 @@ class Parts:
     programs: tuple[LoweredProgram, ...]
     compiler_version: str
     prefill_layout: ParallelLayout | None = None
+    host_cache: HostCache | None = None
 
     @property
     def candidates(self) -> dict[str, tuple[Built, ...]]:
@@ -149,6 +151,7 @@ def _pool(parts: Parts, role: PoolRole, chosen: Chosen, kernels: Mapping[str, Ke
         weights=weights,
         buffers=buffers,
         programs=programs,
+        host_cache=parts.host_cache,
     )
 
 

@@ -84,6 +84,7 @@ class HardwareSpec:
         host_us: host work of a step that no GPU work hides.
         host_seq_us: host work for each sequence of a step, which GPU work hides where it is longer.
         link_bytes_per_s: to the other GPUs of a node, one direction, all links.
+        host_bytes_per_s: between pinned memory of the host and the GPU, one direction.
         nic_bytes_per_s, nic_us: to another node, for each GPU.
         prefill_chunk, page_size: defaults, in tokens.
         matrix_flops_per_s: dense peak by dtype.
@@ -114,6 +115,7 @@ class HardwareSpec:
     host_us: float
     host_seq_us: float
     link_bytes_per_s: float
+    host_bytes_per_s: float
     nic_bytes_per_s: float
     nic_us: float
     delta_token_us: float

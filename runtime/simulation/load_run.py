@@ -18,6 +18,7 @@ from tokenspeed_plan.runtime.simulation.virtual_steps import (
     StepTimes,
     VirtualClock,
     VirtualLauncher,
+    VirtualMover,
 )
 from tokenspeed_plan.runtime.step_loop import StepLoop
 
@@ -112,7 +113,8 @@ class _Simulation:
         self._load = load
         self._clock = VirtualClock()
         self._launcher = VirtualLauncher(plan, times, self._clock, acceptance, seed)
-        self._scheduler = Scheduler(plan, clock=self._clock)
+        mover = VirtualMover(plan, self._clock)
+        self._scheduler = Scheduler(plan, clock=self._clock, mover=mover)
         self._loop = StepLoop(plan, self._launcher, self._scheduler, OutputProcessor(None))
         self._answers: list[Answered] = []
         self._arrived_s: dict[str, float] = {}
