@@ -31,7 +31,9 @@ def check_host_cache(plan: Plan, pool: Pool) -> None:
         raise refuse(f"{cache.least_tokens} tokens are copied from the host, less than a page")
     reserved = pool.memory_bytes_per_rank.reserved
     if plan.target.sm and reserved < cache.staging_bytes:
-        raise refuse(f"{reserved} bytes are reserved, copies to the host take {cache.staging_bytes}")
+        raise refuse(
+            f"{reserved} bytes are reserved, copies to the host take {cache.staging_bytes}"
+        )
     _check_words(pool)
 
 

@@ -118,13 +118,8 @@ class PrefixCache:
     @property
     def state_slots_in_use(self) -> int:
         """State slots that running sequences hold."""
-        cached = {node.state_slot for node in self.checkpoints}
-        in_use = 0
-        for slot in self.state_slots:
-            num_own_holders = int(slot in cached)
-            if self.state_slots.holders(slot) > num_own_holders:
-                in_use += 1
-        return in_use
+        cached, slots = {node.state_slot for node in self.checkpoints}, self.state_slots
+        return sum(slots.holders(slot) > (slot in cached) for slot in slots)
 
     def extend(self, digests: list[bytes], token_ids: Seq[int], num_tokens: int) -> None:
         """Make `digests` cover all whole pages of the first `num_tokens` tokens."""
@@ -149,30 +144,14 @@ class PrefixCache:
     def match(self, digests: Seq[bytes], token_ids: Seq[int], max_tokens: int) -> Hit:
         """The deepest checkpoint within the first `max_tokens` tokens; without any, the root."""
         path = self.path(digests, token_ids)
-        whole_pages = max_tokens // self.page_size
-        known_tokens = min(path[-1].position, whole_pages * self.page_size)
+        known_tokens = min(path[-1].position, max_tokens // self.page_size * self.page_size)
         for node in reversed(path):
-            tails = [
-                tail
-                for tail in node.tails
-                if tail.position <= max_tokens and tail.matches(token_ids)
-            ]
+            tails = [t for t in node.tails if t.position <= max_tokens and t.matches(token_ids)]
             if tails:
                 return Hit(max(tails, key=lambda tail: tail.position), known_tokens)
             if node.state_slot and node.position <= max_tokens:
                 return Hit(node, known_tokens)
         return Hit(self.root, known_tokens)
-
-    def share_pages(
-        self, digests: Seq[bytes], token_ids: Seq[int], max_tokens: int
-    ) -> tuple[Node, list[int]]:
-        """Hold the whole pages that are known of the first `max_tokens` tokens, even stateless.
-
-        Returns:
-            The node of the last of them, and the pages.
-        """
-        nodes = self.path(digests[: max_tokens // self.page_size], token_ids)
-        return nodes[-1], [self.pages.share(node.page) for node in nodes[1:]]
 
     def use(self, hit: Hit) -> tuple[Node, list[int]]:
         """Hold what a hit needs: its state slot and its whole pages.
@@ -270,14 +249,11 @@ class PrefixCache:
 
     def has_spare_state_slot(self, hit: Hit) -> bool:
         """Whether a state slot can be taken while a hit is held."""
-        if self.state_slots.num_free:
+        slots = self.state_slots
+        others = (node for node in self.checkpoints if node is not hit.checkpoint)
+        if slots.num_free or any(slots.holders(node.state_slot) == 1 for node in others):
             return True
-        is_there = any(
-            self.state_slots.holders(node.state_slot) == 1
-            for node in self.checkpoints
-            if node is not hit.checkpoint
-        )
-        return is_there or (self.reclaim() and self.has_spare_state_slot(hit))
+        return self.reclaim() and self.has_spare_state_slot(hit)
 
     def touch(self, node: Node) -> None:
         """Note that a checkpoint was used."""

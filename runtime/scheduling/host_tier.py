@@ -140,9 +140,7 @@ class HostTier:
         if there is None:
             return
         here = _Held.of(self._cache, checkpoint)
-        copying = self._copy(
-            False, new, there.pages[: len(new)], here.state_slot, there.state_slot
-        )
+        copying = self._copy(False, new, there.pages[: len(new)], here.state_slot, there.state_slot)
         self._stores.append(_Store(sequence, checkpoint.position, here, there, copying))
         self._metrics.host_stored_bytes += self._bytes(len(new))
         self._end_stores()

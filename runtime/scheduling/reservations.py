@@ -100,9 +100,11 @@ class Reservations:
         if self.has_state and len(self._all()) >= self.limits.num_checkpoints:
             return None
         self.cache.extend(sequence.digests, sequence.token_ids, num_tokens + 1)
-        node, known = self.cache.share_pages(sequence.digests, sequence.token_ids, num_tokens)
+        digests = sequence.digests[: num_tokens // self.limits.page_size]
+        nodes = self.cache.path(digests, sequence.token_ids)
+        known = [self.cache.pages.share(node.page) for node in nodes[1:]]
         most_pages = self.pages_at_most(sequence)
-        reservation = Reservation(num_tokens, node, known, len(known), 0, most_pages)
+        reservation = Reservation(num_tokens, nodes[-1], known, len(known), 0, most_pages)
         if not self._fits(reservation, running) or not self._take(reservation):
             self._free(reservation)
             return None

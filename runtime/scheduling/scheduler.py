@@ -198,9 +198,7 @@ class Scheduler:
         """Whether `Sequence.take_plain` is all that a decode step without drafts has to do."""
         return self._memory.is_simple(sequence)
 
-    def finish(
-        self, sequence: Sequence, has_state: bool = True, is_followed: bool = False
-    ) -> None:
+    def finish(self, sequence: Sequence, has_state: bool = True, is_followed: bool = False) -> None:
         """End a sequence; the cache keeps its pages, and its state if that still exists.
 
         Args:

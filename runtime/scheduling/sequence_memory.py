@@ -263,4 +263,3 @@ class SequenceMemory:
         """The root of the cache, and the sequence's pages that the cache knows."""
         assert sequence.node is not None
         return [self.cache.root, *path_to(sequence.node)]
-

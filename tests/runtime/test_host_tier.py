@@ -1,4 +1,4 @@
-"""Checkpoints on the host: no answer changes, whatever is copied there and back, and however late."""
+"""Checkpoints on the host: no answer changes, whatever is copied there and back, however late."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ TINY = {  # of the device
     "min_checkpoint_tokens": 16,
     "interleaved_tokens": 16,
 }
-HOSTS = {"roomy": (400, 80), "few pages": (40, 80), "few states": (400, 5)}
-KINDS = {"in place": (0, ""), "snapshot": (3, "snapshot"), "recompute": (3, "recompute")}
+HOSTS = {"roomy": (400, 80), "few pages": (40, 80), "few states": (400, 12)}
+KINDS = {"in place": (0, "snapshot"), "snapshot": (3, "snapshot"), "recompute": (3, "recompute")}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,7 @@ def conversations(checkpoint: Any) -> list[Conversation]:
 
 
 def plan_for(folder: Any, kind: str) -> Plan:
-    depth, rollback = KINDS[kind]
-    return squeezed(plan_of(folder, depth, rollback or "snapshot"), **TINY)
+    return squeezed(plan_of(folder, *KINDS[kind]), **TINY)
 
 
 @pytest.mark.slow
@@ -60,7 +59,7 @@ def plan_for(folder: Any, kind: str) -> Plan:
 def test_answers_do_not_depend_on_the_host(
     kind: str, host: str, ahead: bool, conversations: list[Conversation], checkpoint: Any
 ) -> None:
-    """A device for two conversations, copies that end late, preemption, and cancellations."""
+    """A device for one or two conversations, copies that end late, and cancellations."""
     plan = with_host(plan_for(checkpoint("moe"), kind), *HOSTS[host])
     engine = Engine.from_plan(captured(plan) if ahead else plan, checkpoint("moe"))
     slots = late(engine)
@@ -72,8 +71,8 @@ def test_answers_do_not_depend_on_the_host(
     check_all_is_given_back(tier.tier)
     assert not engine.scheduler.reservations.pages()
     found = engine.metrics
-    assert found.host_hits > 5 and found.host_hit_tokens > 20 * found.host_hits
-    assert found.preemptions and found.evicted_checkpoints > 20
+    assert found.host_hits > 4 and found.host_hit_tokens > 20 * found.host_hits
+    assert found.evicted_checkpoints > 20
     assert (found.host_evicted_checkpoints > 0) == (host != "roomy")
 
 
@@ -126,6 +125,24 @@ def test_a_hit_is_partly_on_the_device(checkpoint: Any) -> None:
     assert turns(engine, [talk], 4) == [199]
     page_bytes, state_bytes = (plan.pool.slot_bytes(name) for name in ("kv_cache", "state"))
     assert engine.metrics.host_loaded_bytes - loaded == 7 * page_bytes + state_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_those_that_are_preempted_go_on(kind: str, checkpoint: Any) -> None:
+    """Four that came back grow until there is no page left; the host has what they began with."""
+    folder = checkpoint("moe")
+    talks = [[start, 9] * 24 for start in range(4)]
+    plan = squeezed(plan_of(folder, *KINDS[kind]), num_pages=26, num_checkpoints=3)
+    engine = Engine.from_plan(captured(with_host(plan, 200, 20)), folder)
+    late(engine)
+    turns(engine, talks, 0)
+    turns(engine, [[start] * 200 for start in range(10, 14)], 1)
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
+    alone = Engine.from_plan(plan_with_two_slots(folder), folder, cache=False)
+    wanted = [done.token_ids for done in alone.generate(talks, params)]
+    assert [done.token_ids for done in engine.generate(talks, params)] == wanted
+    assert engine.metrics.preemptions and engine.metrics.host_hits >= 4
 
 
 @pytest.mark.parametrize("num_pages", [1, 2, 3, 8])

@@ -251,7 +251,9 @@ def test_each_rank_has_its_shard_on_the_host(short: Path, tmp_path: Path) -> Non
         tmp_path / "plan", short, **TWO, workload=talk, serving={"host_cache_gib": 0.01}
     )
     assert plan.pool.layout.num_ranks == 2
-    assert wait(start(2, [tmp_path / "plan"], tmp_path, be_tiered_rank)) == [0, 0], logs(tmp_path, 2)
+    assert wait(start(2, [tmp_path / "plan"], tmp_path, be_tiered_rank)) == [0, 0], logs(
+        tmp_path, 2
+    )
     found = json.loads((tmp_path / "0.log").read_text())
     one = write_bundle(tmp_path / "one", short, workload=talk)
     assert found["answers"] == take_turns(Engine.from_plan(one, short, cache=False))

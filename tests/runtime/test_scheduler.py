@@ -11,10 +11,10 @@ from typing import Any, get_args
 import pytest
 from conversations import check_all_is_given_back, squeezed
 from drafting import plan_of, plan_with_two_slots
+from host_tiers import TieredExecutor, with_host
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from host_tiers import TieredExecutor, with_host
 from launches import captured
 from symbolic import SymbolicExecutor, after, answer
 
@@ -82,7 +82,9 @@ def host_holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
     return pages, state_slots
 
 
-def check_tree(cache: PrefixCache, keys: dict[tuple[int, int], Any], states: dict[int, int]) -> None:
+def check_tree(
+    cache: PrefixCache, keys: dict[tuple[int, int], Any], states: dict[int, int]
+) -> None:
     """What a cache holds is of the tokens that it says, in pages and in states."""
     stack = [(cache.root, 0)]
     while stack:

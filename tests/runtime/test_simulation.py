@@ -154,8 +154,8 @@ def test_copies_to_the_host_take_their_bytes_over_the_rate(checkpoint: Any) -> N
 
 def test_what_the_device_gave_up_comes_back(checkpoint: Any) -> None:
     plan = small(plan_of(checkpoint("moe"), 0), num_pages=18)
-    lone = simulate(plan, Times(), users(turns=3))
-    found = simulate(with_host(plan, 400, 100, least_tokens=4), Times(), users(turns=3))
+    lone = simulate(plan, Times(), users())
+    found = simulate(with_host(plan, 400, 100, least_tokens=4), Times(), users())
     assert found.metrics.host_hits > 10
     assert found.metrics.computed_tokens < lone.metrics.computed_tokens
     assert figures(found, Levels())["host_hits"] == found.metrics.host_hits

@@ -137,4 +137,3 @@ class TieredExecutor(SymbolicExecutor):
 
     def end_copy(self, copying: Copying) -> None:
         assert isinstance(copying, LateCopy) and copying.is_over
-
