@@ -55,24 +55,27 @@ class _Held:
 
 
 @dataclass(slots=True, eq=False)
-class _Store:
-    """A checkpoint on its way to the host, whose pages follow those of `there.node`."""
+class _Move:
+    """A checkpoint of a sequence on its way, and what it takes of the host."""
 
     sequence: Sequence
-    position: int
-    here: _Held
     there: _Held
     copying: Copying
 
 
 @dataclass(slots=True, eq=False)
-class _Load:
-    """A checkpoint on its way back, for a sequence that waits for it."""
+class _Store(_Move):
+    """One on its way to the host, with so many tokens; its pages follow those of `there.node`."""
 
-    sequence: Sequence
+    position: int
+    here: _Held
+
+
+@dataclass(slots=True, eq=False)
+class _Load(_Move):
+    """One on its way back, for a sequence that waits for it."""
+
     reservation: Reservation
-    there: _Held
-    copying: Copying
 
 
 class HostTier:
@@ -141,7 +144,7 @@ class HostTier:
             return
         here = _Held.of(self._cache, checkpoint)
         copying = self._copy(False, new, there.pages[: len(new)], here.state_slot, there.state_slot)
-        self._stores.append(_Store(sequence, checkpoint.position, here, there, copying))
+        self._stores.append(_Store(sequence, there, copying, checkpoint.position, here))
         self._metrics.host_stored_bytes += self._bytes(len(new))
         self._end_stores()
 
@@ -212,7 +215,7 @@ class HostTier:
             there.state_slot,
         )
         sequence.is_elsewhere = True
-        self._loads.append(_Load(sequence, reservation, there, copying))
+        self._loads.append(_Load(sequence, there, copying, reservation))
         self._metrics.host_hits += 1
         self._metrics.host_hit_tokens += found.num_tokens - hit.num_tokens
         self._metrics.host_loaded_bytes += self._bytes(len(pages))
@@ -309,5 +312,6 @@ class HostTier:
 
     def close(self) -> None:
         """Let all that is launched from now on wait for the copies that are on their way."""
-        for each in (*self._stores, *self._loads):
-            self._end_copy(each.copying)
+        moves: list[_Move] = [*self._stores, *self._loads]
+        for move in moves:
+            self._end_copy(move.copying)

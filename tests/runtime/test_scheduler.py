@@ -23,6 +23,7 @@ from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.cache import prefix_cache as cache_module
 from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
 from tokenspeed_plan.runtime.request import Completion
+from tokenspeed_plan.runtime.scheduling.host_tier import _Move
 from tokenspeed_plan.runtime.scheduling.sequence import (
     TRANSITIONS,
     IllegalTransition,
@@ -64,9 +65,12 @@ def holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
         pages.update(sequence.pages)
         state_slots.update({*sequence.own_slots, sequence.state_slot} - {0})
     reservations = engine.scheduler.reservations
-    for held in (*(s.here for s in tier._stores), *reservations._all()):
-        pages.update(held.pages)
-        state_slots.update([held.state_slot])
+    for reservation in reservations._all():
+        pages.update(reservation.pages)
+        state_slots.update([reservation.state_slot])
+    for store in tier._stores:
+        pages.update(store.here.pages)
+        state_slots.update([store.here.state_slot])
     return pages, state_slots
 
 
@@ -76,9 +80,10 @@ def host_holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
     nodes = tier.tier.nodes()
     pages = Counter(node.page for node in nodes)
     state_slots = Counter(node.state_slot for node in nodes if node.state_slot)
-    for copy in (*tier._stores, *tier._loads):
-        pages.update(copy.there.pages)
-        state_slots.update([copy.there.state_slot])
+    moves: list[_Move] = [*tier._stores, *tier._loads]
+    for move in moves:
+        pages.update(move.there.pages)
+        state_slots.update([move.there.state_slot])
     return pages, state_slots
 
 
