@@ -37,6 +37,7 @@ from tokenspeed_plan.planner.models.stop_tokens import tokenizer_stop_tokens
 from tokenspeed_plan.planner.models.tensor_header import TensorHeader
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.grammar import check
+from tokenspeed_plan.planner.passes.host_cache import HostPrices, choose_host_cache
 from tokenspeed_plan.planner.passes.library import record_libraries
 from tokenspeed_plan.planner.passes.limits import (
     CapacityOptions,
@@ -304,10 +305,7 @@ def plan_parts(
     decided = decide.resolve(spec, model.config, hardware, ledger, progress)
     knobs = decided.knobs
     chosen = CapacityOptions(
-        knobs.prefill_chunk,
-        knobs.checkpoint_tokens,
-        knobs.depth,
-        decided.rollback,
+        knobs.prefill_chunk, knobs.checkpoint_tokens, knobs.depth, decided.rollback
     )
     workload = spec.with_concurrency(decided.num_seqs).workload
     capacity = plan_capacity(workload, model.config, hardware, chosen)
@@ -326,6 +324,9 @@ def plan_parts(
         model.config.has_state,
         workload.is_batch_of_rows,
     )
+    prices = HostPrices.of(programs, capacity, hardware)
+    has_two_pools = decided.prefill is not None
+    host_cache = choose_host_cache(ledger, spec, workload, prices, has_two_pools)
     if model.weights in QUANTISED or spec.model.head == "fp8":
         _record_weights(ledger, programs, dtype, spec, hardware)
     if model.stop_reason:
@@ -342,6 +343,7 @@ def plan_parts(
         version("tokenspeed-plan"),
         decided.prefill,
         work.of_prefill_pool(programs, report),
+        host_cache,
     )
 
 

@@ -29,6 +29,7 @@ from tokenspeed_plan.plans.schema import (
     AttentionLayout,
     BufferSpec,
     Decision,
+    HostCache,
     KernelCall,
     KernelSpec,
     Layout,
@@ -74,6 +75,7 @@ class Parts:
     compiler_version: str
     prefill_layout: ParallelLayout | None = None
     prefill_programs: tuple[LoweredProgram, ...] = ()
+    host_cache: HostCache | None = None
 
     @property
     def candidates(self) -> dict[str, tuple[Built, ...]]:
@@ -155,6 +157,7 @@ def _pool(parts: Parts, role: PoolRole, chosen: Chosen) -> Pool:
         weights=weights,
         buffers=buffers,
         programs=programs,
+        host_cache=parts.host_cache,
     )
 
 

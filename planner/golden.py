@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenspeed_plan.planner.compile import Model, compile_plan
-from tokenspeed_plan.planner.spec import Spec, TargetSpec, WorkloadSpec
+from tokenspeed_plan.planner.spec import ServingSpec, Spec, TargetSpec, WorkloadSpec
 from tokenspeed_plan.plans.bundle import seal
 from tokenspeed_plan.plans.schema import CanaryPrompt, Plan
 from tokenspeed_plan.plans.validate import validate
@@ -66,7 +66,13 @@ def _golden(
             "workload": workload,
             "parallelism": "auto",
             "disaggregation": "off",
+            "serving": _without_host_cache(spec.serving),
         }
     )
     engine = Engine.from_plan(compile_plan(small, model, dtype="fp64"), folder, cache=False)
     return golden(engine, prompts, NUM_TOKENS)
+
+
+def _without_host_cache(serving: ServingSpec | None) -> ServingSpec | None:
+    """The knobs without the memory of the target's host, which this machine need not have."""
+    return serving and serving.model_copy(update={"host_cache_gib": None})

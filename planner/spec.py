@@ -25,7 +25,7 @@ from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.lengths_file import LENGTHS_FILE_HINT, read_lengths
 from tokenspeed_plan.plans.text import printable_line
-from tokenspeed_plan.plans.types import DType, RollbackWord
+from tokenspeed_plan.plans.types import GIB, DType, RollbackWord
 
 Auto = Literal["auto"]
 AutoOrOff = Literal["auto", "off"]
@@ -474,6 +474,16 @@ class ServingSpec(_Section):
             True,
         ),
     ] = None
+    host_cache_gib: Annotated[
+        Annotated[float, Field(ge=0, le=1 << 16, allow_inf_nan=False)] | None,
+        _about(
+            "A second tier of the prefix cache in the memory of the host: conversations that the "
+            "GPU has no room for are copied there when a turn ends, and back when the next one "
+            "comes. For each rank; one pool. Left out or 0: none.",
+            64,
+            "GiB",
+        ),
+    ] = None
     state: Annotated[
         Literal["fp32", "bf16"] | None,
         _about(
@@ -535,6 +545,13 @@ class Spec(_Section):
         if self.serving is None or self.serving.state != "bf16":
             return None
         return "bf16"
+
+    @property
+    def host_cache_bytes(self) -> int:
+        """Memory of the host for the prefix cache, on each rank."""
+        if self.serving is None:
+            return 0
+        return int((self.serving.host_cache_gib or 0) * GIB)
 
     @property
     def service_levels(self) -> dict[str, float]:

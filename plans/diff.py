@@ -121,6 +121,8 @@ def _pool_facts(pool: Pool, prefix: str) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     facts.update(_flat(f"{prefix}layout", pool.layout.model_dump()))
     facts.update(_flat(f"{prefix}limits", pool.limits.model_dump()))
+    if pool.host_cache is not None:
+        facts.update(_flat(f"{prefix}host_cache", pool.host_cache.model_dump()))
     return facts
 
 

@@ -77,7 +77,7 @@ class Engine:
     def _reset(self) -> None:
         """Forget every request, and what was launched for them."""
         processor = OutputProcessor(self.tokenizer)
-        self.scheduler = Scheduler(self.plan, self._chunk, self._cache)
+        self.scheduler = Scheduler(self.plan, self._chunk, self._cache, mover=self.executor)
         launcher = StepLauncher(self.plan, self.executor, self.scheduler.metrics)
         self.loop = StepLoop(self.plan, launcher, self.scheduler, processor)
 

@@ -17,6 +17,9 @@ class Metrics:
     `decode_passes` counts each sequence of each decode step, `decode_tokens` their new tokens: more
     than one a pass where drafts are accepted. `lost_checkpoints` are ends of answers that were
     found only after the state there was gone. `failed_requests` ended with an error of their own.
+
+    `host_hits` requests began at a checkpoint that was copied back from the host, which saved them
+    `host_hit_tokens` of the `hit_tokens`. Bytes are those of one rank.
     """
 
     steps: int = 0
@@ -31,6 +34,11 @@ class Metrics:
     evicted_checkpoints: int = 0
     evicted_pages: int = 0
     copied_bytes: int = 0
+    host_hits: int = 0
+    host_hit_tokens: int = 0
+    host_stored_bytes: int = 0
+    host_loaded_bytes: int = 0
+    host_evicted_checkpoints: int = 0
     host_s: float = 0.0
 
     @property

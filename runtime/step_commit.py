@@ -260,7 +260,7 @@ class StepCommit:
         """
         is_last = not sequence.steps_ahead
         has_state = all_taken or bool(self._limits.kept_inputs) or is_last
-        self._scheduler.finish(sequence, has_state)
+        self._scheduler.finish(sequence, has_state, all_taken and not is_last)
         del self.sequences[sequence.request.request_id]
         return alone(sequence, partial(self._outputs.completion, sequence), None)
 

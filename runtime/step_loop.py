@@ -102,6 +102,7 @@ class StepLoop:
 
     def close(self) -> None:
         """Ask nobody else for anything any more."""
+        self._scheduler.close()
         if self.elsewhere is not None:
             self.elsewhere.close()
             self.elsewhere = None

@@ -120,13 +120,14 @@ def _write(profile: Profile, name: str, out: Path) -> None:
 
 def _measure(profile: Profile, device: str) -> tuple[Profile, Machine]:
     """Measure the rates of the machine itself."""
-    from tokenspeed_plan.runtime.bench.machine import measure_machine, sizes
+    from tokenspeed_plan.runtime.bench.machine import host_bytes_per_s, measure_machine, sizes
 
     machine = measure_machine(device)
     peak = profile.numbers["peak_bytes_per_s"].value
     numbers = {
         "read_bytes_per_s": machine.read_bytes_per_s,
         "launch_us": machine.launch_us,
+        "host_bytes_per_s": host_bytes_per_s(device),
         "peak_bytes_per_s": max(peak, machine.read_bytes_per_s),
         "matrix_share": 1.0,
         **sizes(device),
@@ -140,7 +141,10 @@ def _measure(profile: Profile, device: str) -> tuple[Profile, Machine]:
     changed = {
         name: value for name, value in numbers.items() if value != profile.numbers[name].value
     }
-    text = "`tokenspeed calibrate`: a large sum, a chain of tiny kernels, one large product"
+    text = (
+        "`tokenspeed calibrate`: a large sum, a chain of tiny kernels, one large product, a large "
+        "copy from the host"
+    )
     measured = calibration.with_numbers(profile, "machine", changed, text, matrix_flops_per_s=rates)
     return measured, machine
 

@@ -93,6 +93,7 @@ class HardwareSpec:
         host_step_us, host_seq_us, host_prompt_us: host work for a step, for each sequence of it,
             and for each prompt that it begins, which GPU work hides where that is longer.
         link_bytes_per_s: to the other GPUs of a node, one direction, all links.
+        host_bytes_per_s: between pinned memory of the host and the GPU, one direction.
         nic_bytes_per_s, nic_us: to another node, for each GPU.
         prefill_chunk, page_size: defaults, in tokens.
         matrix_flops_per_s: dense peak by dtype.
@@ -123,6 +124,7 @@ class HardwareSpec:
     host_us: float
     host_seq_us: float
     link_bytes_per_s: float
+    host_bytes_per_s: float
     nic_bytes_per_s: float
     nic_us: float
     delta_token_us: float

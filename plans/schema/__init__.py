@@ -42,6 +42,7 @@ from tokenspeed_plan.plans.schema.memory_specs import (
     ArenaName,
     ArenaSpec,
     BufferSpec,
+    HostCache,
     Memory,
     Piece,
     Shift,
@@ -87,6 +88,7 @@ __all__ = [
     "CollectiveCall",
     "Decision",
     "GridDim",
+    "HostCache",
     "KernelCall",
     "KernelSpec",
     "Launch",
@@ -304,6 +306,7 @@ class Pool(Frozen):
 
     One of role `both` is alone. One of role `prefill` has programs for prompts alone, and hands
     what it computes over to one of role `decode`, which has all programs: it can go on alone.
+    JSON has a `host_cache` only where there is one.
     """
 
     role: PoolRole
@@ -314,6 +317,19 @@ class Pool(Frozen):
     weights: tuple[WeightSpec, ...]
     buffers: tuple[BufferSpec, ...]
     programs: tuple[Program, ...]
+    host_cache: HostCache | None = None
+
+    @model_serializer(mode="wrap")
+    def _spell(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = spell(self)
+        if self.host_cache is None:
+            fields.pop("host_cache", None)
+        return fields
+
+    def slot_bytes(self, arena: ArenaName) -> int:
+        """Bytes of one page (`kv_cache`), or of one state slot (`state`), in all layers."""
+        tensors = [buffer.tensor for buffer in self.buffers if buffer.arena == arena]
+        return sum(tensor.size_bytes() // int(tensor.shape[0]) for tensor in tensors)
 
     def index_of(self, program: Program) -> int:
         """The place of a program; its phase and bucket tell it from the others."""

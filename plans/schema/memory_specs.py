@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from tokenspeed_plan.plans.encodings import Encoding
-from tokenspeed_plan.plans.types import Frozen, RankShift, TensorSpec
+from tokenspeed_plan.plans.types import Count, Frozen, Positive, RankShift, TensorSpec
 
 ArenaName = Literal["weights", "kv_cache", "state", "io", "activations", "scratch", "symmetric"]
 
@@ -78,6 +78,36 @@ class WeightSpec(Frozen):
         if not self.rounds:
             del fields["rounds"]
         return fields
+
+
+class HostCache(Frozen):
+    """The second tier of the prefix cache: memory of the host, for each rank.
+
+    It holds checkpoints: the pages up to one, and the recurrent state there. First come `num_pages`
+    pages of `page_bytes`, those of all layers side by side, then `num_states` states of
+    `state_bytes`. On a GPU, pages go through `staging_pages` pages of its memory in each direction.
+
+    A checkpoint is copied back where it saves at least `least_tokens` tokens of computing; copies
+    are priced at `bytes_per_s`.
+    """
+
+    num_pages: Positive
+    num_states: Count
+    page_bytes: Positive
+    state_bytes: Count
+    staging_pages: Positive
+    least_tokens: Positive
+    bytes_per_s: Annotated[float, Field(gt=0)]
+
+    @property
+    def size_bytes(self) -> int:
+        """All of it."""
+        return self.num_pages * self.page_bytes + self.num_states * self.state_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory of a GPU for both directions."""
+        return 2 * self.staging_pages * self.page_bytes
 
 
 class Memory(Frozen):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.validate.format_rules import check_formats
+from tokenspeed_plan.plans.validate.host_rules import check_host_cache
 from tokenspeed_plan.plans.validate.kernel_rules import check_binaries, check_kernels
 from tokenspeed_plan.plans.validate.limit_rules import check_limits
 from tokenspeed_plan.plans.validate.memory_rules import check_memory
@@ -33,6 +34,7 @@ _POOL_RULES = (
     check_limits,
     check_formats,
     check_memory,
+    check_host_cache,
     check_weights,
     check_kernels,
     check_vocabulary,

@@ -1,4 +1,4 @@
-"""What this machine can do: read, launch, multiply."""
+"""What this machine can do: read, launch, multiply, copy."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tokenspeed_plan.runtime.bench.clock import captured, time_us
 READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 MATRIX = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}
 LAUNCHES = 200
+HOST_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,16 @@ def release() -> None:
     """Return cached memory to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def host_bytes_per_s(device: str) -> float:
+    """What a large copy from pinned memory of the host to the device reaches."""
+    source = torch.ones(HOST_BYTES, dtype=torch.uint8)
+    if device == "cuda":
+        source = source.pin_memory()
+    target = torch.empty_like(source, device=device)
+    taken = time_us(lambda: target.copy_(source, non_blocking=True), device)
+    return HOST_BYTES / taken * 1e6
 
 
 def measure_machine(device: str) -> Machine:

@@ -2,7 +2,7 @@
 
 It is the one that costs the fewest tokens to compute again per byte that it frees, with the ageing
 of GreedyDual (Cao and Irani, Cost-Aware WWW Proxy Caching Algorithms, USENIX 1997). Without
-recurrent state it is the least recently used one.
+recurrent state, and on the host, it is the least recently used one.
 
 Of many checkpoints the worth is not computed again for each victim: a heap has what it was. It
 mostly rises, and the one on top is computed again before it goes. Where it has fallen, as others
@@ -34,6 +34,7 @@ class Checkpoints:
     Attributes:
         page_bytes: what an evicted page frees.
         slot_bytes: what an evicted state slot frees; 0 in a model without recurrent state.
+        oldest_first: whether the least recently used one is evicted in any model.
         clock: the age of the cache; it rises to the worth of what is evicted.
     """
 
@@ -41,6 +42,7 @@ class Checkpoints:
     state_slots: SharedSlots
     page_bytes: int
     slot_bytes: int
+    oldest_first: bool = False
     clock: float = 0.0
     nodes: OrderedDict[Node, None] = field(default_factory=OrderedDict)
     # worth when it was computed, number, checkpoint; and for how many victims it is used still
@@ -53,12 +55,17 @@ class Checkpoints:
         """Whether the model has recurrent state; else a slot is a mere number, without memory."""
         return self.slot_bytes > 0
 
+    @property
+    def weighs(self) -> bool:
+        """Whether what is worth least is evicted, else what was not used for longest."""
+        return self.has_state and not self.oldest_first
+
     def add(self, node: Node, state_slot: int) -> None:
         """Enter a state slot at a node; where it has one already, that one stays."""
         if not node.state_slot:
             node.state_slot = self.state_slots.share(state_slot)
             self.nodes[node] = None
-            if self.has_state:
+            if self.weighs:
                 self._enter(self.clock, node)  # less than it is worth
         node.clock = self.clock
 
@@ -77,9 +84,9 @@ class Checkpoints:
     def touch(self, node: Node) -> None:
         """Note that the pages up to a node were used; the deepest of them is evicted first.
 
-        With recurrent state it does nothing: `clock` has the time of the last use.
+        Where checkpoints are weighed it does nothing: `clock` has the time of the last use.
         """
-        if self.has_state:
+        if self.weighs:
             return
         for step in reversed(path_to(node)):
             if step.state_slot:
@@ -99,7 +106,7 @@ class Checkpoints:
         def is_candidate(node: Node) -> bool:
             return self.state_slots.holders(node.state_slot) == 1 and is_useful(node)
 
-        if not self.has_state:
+        if not self.weighs:
             return next(filter(is_candidate, self.nodes), None)
         if len(self.nodes) <= FEW or not self._num_victims_left:
             self._rebuild()

@@ -62,6 +62,11 @@ class PrefixCache:
         slot_bytes: size of a state slot in all layers; 0 without recurrent state.
         metrics: counts evictions.
         enabled: without it nothing is found, and nothing is kept.
+        oldest_first: whether the least recently used checkpoint is evicted in any model.
+
+    Attributes:
+        reclaim: gives back some memory that is held for a moment, where nothing can be evicted;
+            False where there is none.
     """
 
     def __init__(
@@ -72,8 +77,10 @@ class PrefixCache:
         slot_bytes: int,
         metrics: Metrics,
         enabled: bool = True,
+        oldest_first: bool = False,
     ) -> None:
         self.enabled = enabled
+        self.reclaim: Callable[[], bool] = lambda: False
         self.page_size = limits.page_size
         self.pages = SharedSlots(range(limits.num_pages))
         end = limits.num_state_slots - 1
@@ -82,7 +89,9 @@ class PrefixCache:
         # The first slot is always zero, the last one takes padding.
         self.state_slots = SharedSlots(range(1, end))
         self._tree = PrefixTree(seed, self.pages)
-        self._checkpoints = Checkpoints(self._tree, self.state_slots, page_bytes, slot_bytes)
+        self._checkpoints = Checkpoints(
+            self._tree, self.state_slots, page_bytes, slot_bytes, oldest_first
+        )
         self._metrics = metrics
 
     @property
@@ -118,13 +127,8 @@ class PrefixCache:
     @property
     def state_slots_in_use(self) -> int:
         """State slots that running sequences hold."""
-        cached = {node.state_slot for node in self.checkpoints}
-        in_use = 0
-        for slot in self.state_slots:
-            num_own_holders = int(slot in cached)
-            if self.state_slots.holders(slot) > num_own_holders:
-                in_use += 1
-        return in_use
+        cached, slots = {node.state_slot for node in self.checkpoints}, self.state_slots
+        return sum(slots.holders(slot) > (slot in cached) for slot in slots)
 
     def extend(self, digests: list[bytes], token_ids: Seq[int], num_tokens: int) -> None:
         """Make `digests` cover all whole pages of the first `num_tokens` tokens."""
@@ -138,37 +142,23 @@ class PrefixCache:
             parent = chain_digest(parent, words[start : start + size])
             digests.append(parent)
 
+    def path(self, digests: Seq[bytes], token_ids: Seq[int]) -> list[Node]:
+        """The root, and the whole pages that are known of a sequence, even stateless."""
+        if not self.enabled:
+            return [self.root]
+        return [self.root, *self._tree.walk(digests, token_ids)]
+
     def match(self, digests: Seq[bytes], token_ids: Seq[int], max_tokens: int) -> Hit:
         """The deepest checkpoint within the first `max_tokens` tokens; without any, the root."""
-        path = [self.root]
-        if self.enabled:
-            path += self._tree.walk(digests, token_ids)
-        whole_pages = max_tokens // self.page_size
-        known_tokens = min(path[-1].position, whole_pages * self.page_size)
+        path = self.path(digests, token_ids)
+        known_tokens = min(path[-1].position, max_tokens // self.page_size * self.page_size)
         for node in reversed(path):
-            tails = [
-                tail
-                for tail in node.tails
-                if tail.position <= max_tokens and tail.matches(token_ids)
-            ]
+            tails = [t for t in node.tails if t.position <= max_tokens and t.matches(token_ids)]
             if tails:
                 return Hit(max(tails, key=lambda tail: tail.position), known_tokens)
             if node.state_slot and node.position <= max_tokens:
                 return Hit(node, known_tokens)
         return Hit(self.root, known_tokens)
-
-    def share_pages(
-        self, digests: Seq[bytes], token_ids: Seq[int], max_tokens: int
-    ) -> tuple[Node, list[int]]:
-        """Hold the whole pages that are known of the first `max_tokens` tokens, even stateless.
-
-        Returns:
-            The node of the last of them, and the pages.
-        """
-        nodes = [self.root]
-        if self.enabled:
-            nodes += self._tree.walk(digests[: max_tokens // self.page_size], token_ids)
-        return nodes[-1], [self.pages.share(node.page) for node in nodes[1:]]
 
     def use(self, hit: Hit) -> tuple[Node, list[int]]:
         """Hold what a hit needs: its state slot and its whole pages.
@@ -229,20 +219,25 @@ class PrefixCache:
 
     def add_checkpoint(
         self, node: Node, token_ids: Seq[int], position: int, state_slot: int, pages: Seq[int]
-    ) -> None:
-        """Enter the state after `position` tokens, which end at `node` or in the page after it."""
+    ) -> Node:
+        """Enter the state after `position` tokens, which end at `node` or in the page after it.
+
+        Returns:
+            The node that has it; the given one where it cannot be entered.
+        """
         rest = tuple(token_ids[node.position : position])
         if not self.enabled or not state_slot or len(rest) >= self.page_size:
-            return
+            return node
         if rest:
             index = node.position // self.page_size
             node = self._tree.insert_tail(node, rest, pages[index])
         self._checkpoints.add(node, state_slot)
+        return node
 
     def take_page(self) -> int | None:
         """A page for the caller; None where all pages are in use."""
         while not self.pages.num_free:
-            if not self._evict(self._checkpoints.frees_a_page):
+            if not self._evict(self._checkpoints.frees_a_page) and not self.reclaim():
                 return None
         return self.pages.take()
 
@@ -255,17 +250,21 @@ class PrefixCache:
     def take_spare_state_slot(self) -> int | None:
         """A state slot for the caller; None where running sequences hold all of them."""
         while not self.state_slots.num_free:
-            if not self._evict(lambda node: True):
+            if not self._evict(lambda node: True) and not self.reclaim():
                 return None
         return self.state_slots.take()
 
     def has_spare_state_slot(self, hit: Hit) -> bool:
         """Whether a state slot can be taken while a hit is held."""
-        return bool(self.state_slots.num_free) or any(
-            self.state_slots.holders(node.state_slot) == 1
-            for node in self.checkpoints
-            if node is not hit.checkpoint
-        )
+        slots = self.state_slots
+        others = (node for node in self.checkpoints if node is not hit.checkpoint)
+        if slots.num_free or any(slots.holders(node.state_slot) == 1 for node in others):
+            return True
+        return self.reclaim() and self.has_spare_state_slot(hit)
+
+    def touch(self, node: Node) -> None:
+        """Note that a checkpoint was used."""
+        self._checkpoints.touch(node)
 
     def forget_checkpoint(self, state_slot: int) -> None:
         """Leave a state slot to the sequence that holds it, too."""

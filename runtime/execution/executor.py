@@ -14,8 +14,10 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.peer_memory import ERROR, PEER_SIGNALS, STOP, explain
 from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.runtime.cache.slot_copies import Copying, SlotCopy
 from tokenspeed_plan.runtime.execution.backend import Backend, BoundStep, Instruction
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
+from tokenspeed_plan.runtime.execution.host_slots import HostSlots, LaneCopy
 from tokenspeed_plan.runtime.execution.input_block import InputChange
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch, HostValues, Launch
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
@@ -38,6 +40,12 @@ class Lead(Protocol):
     def before_copy(self, source: int, target: int) -> None:
         """Called before a page is copied."""
 
+    def before_slots(self, copy: SlotCopy) -> None:
+        """Called before slots are copied to the host or back."""
+
+    def before_end(self, is_load: bool, number: int) -> None:
+        """Called before steps are told to wait for such a copy."""
+
 
 class Alone:
     """A rank without others, or one that follows."""
@@ -53,6 +61,12 @@ class Alone:
         """Nothing."""
 
     def before_copy(self, source: int, target: int) -> None:
+        """Nothing."""
+
+    def before_slots(self, copy: SlotCopy) -> None:
+        """Nothing."""
+
+    def before_end(self, is_load: bool, number: int) -> None:
         """Nothing."""
 
 
@@ -80,12 +94,20 @@ class Executor:
         self.lead = lead or Alone()
         self.programs = BoundPrograms(memory, backend)
         self.kernels = {kernel.name: kernel for kernel in memory.plan.kernels}
+        self._host: HostSlots | None = None  # the second tier of the prefix cache
         self._signals: Tensor | None = None  # of kernels that wait for peers
         if any(buffer.name == PEER_SIGNALS for buffer in memory.plan.pool.buffers):
             self._signals = memory.buffer(PEER_SIGNALS)
 
     def prepare(self) -> None:
-        """Do what can be done before the first replay."""
+        """Do what can be done before the first replay.
+
+        Raises:
+            PlanError: the host has not the memory that the plan wants for its second tier.
+        """
+        spec = self.plan.pool.host_cache
+        if spec is not None:
+            self._host = HostSlots(spec, self.memory)
         self.launch.prepare(self.programs)
 
     def buffer(self, name: str, num_tokens: int, num_seqs: int) -> Tensor:
@@ -137,6 +159,25 @@ class Executor:
         """Copy a page of keys and values in all layers; returns the bytes that were copied."""
         self.lead.before_copy(source, target)
         return self.memory.copy_page(source, target)
+
+    def start_copy(self, copy: SlotCopy) -> LaneCopy:
+        """Copy slots of the caches to the host or back, while steps go on; see `SlotMover`."""
+        assert self._host is not None, "the plan has no second tier"
+        self.lead.before_slots(copy)
+        return self._host.start(copy)
+
+    def end_copy(self, copying: Copying) -> None:
+        """Let what is launched from now on wait for a copy, and those of its direction before it.
+
+        The other ranks may still be at it where this one is done.
+        """
+        self.end_copies(copying.is_load, copying.number)
+
+    def end_copies(self, is_load: bool, number: int) -> None:
+        """The same, of all copies of a direction up to a number."""
+        assert self._host is not None, "the plan has no second tier"
+        self.lead.before_end(is_load, number)
+        self._host.end(is_load, number)
 
     def without_overlap(self) -> Executor:
         """The same steps one by one: no kernel starts before its predecessor has ended."""

@@ -246,7 +246,10 @@ def _collectives(device: str, group: dist.ProcessGroup, replays: dist.ProcessGro
 
 
 def _message_bytes(plan: Plan) -> int:
-    """The largest message: a patch of all inputs, or what pools tell their ranks."""
+    """The largest message: a patch of all inputs, or what pools tell their ranks.
+
+    The pages of one sequence, here and on the host, need no more: its page table is an input.
+    """
     return max(2 * NUMBER_BYTES * (InputLayout(plan).num_words + 1), _MIN_MESSAGE_BYTES)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.runtime.cache.slot_copies import SlotCopy
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.input_block import InputBlocks, InputChange, InputLayout
 from tokenspeed_plan.runtime.execution.order_ring import OrderRing
@@ -26,6 +27,8 @@ from tokenspeed_plan.runtime.execution.rank_links import Links
 STOP = -1
 COPY_PAGE = -2
 BESIDE = -3  # something else than a replay: the content says what
+COPY_SLOTS = -4  # whether back from the host, and how many pages; the numbers follow
+END_COPY = -5  # whether back from the host, and its number
 _CHANGE = struct.Struct("<qq")  # the numbers of an `InputChange`; its content follows
 
 
@@ -64,6 +67,16 @@ class Leader:
         """Send the numbers of both pages."""
         self._orders.write((COPY_PAGE, source, target))
 
+    def before_slots(self, copy: SlotCopy) -> None:
+        """Send the numbers of all pages and slots."""
+        numbers = [*copy.pages, *copy.host_pages, copy.state_slot, copy.host_slot]
+        content = np.array(numbers, dtype=np.int64).tobytes()
+        self._orders.write((COPY_SLOTS, copy.is_load, len(copy.pages)), content)
+
+    def before_end(self, is_load: bool, number: int) -> None:
+        """Send which copy it is."""
+        self._orders.write((END_COPY, is_load, number))
+
 
 def lead_of(links: Links) -> Lead | None:
     """How a rank keeps others in step: rank 0 leads those that there are."""
@@ -97,11 +110,25 @@ def follow(executor: Executor, orders: OrderRing, beside: Beside | None = None) 
             assert beside is not None, "the command gives it where the plan has two pools"
             beside.obey(content)
             continue
+        if index == COPY_SLOTS:
+            executor.start_copy(_slot_copy(bool(first), second, content))
+            continue
+        if index == END_COPY:
+            executor.end_copies(bool(first), second)
+            continue
         if content:
             num_moves, num_words = _CHANGE.unpack_from(content)
             words = np.frombuffer(content, np.uint8, offset=_CHANGE.size)
             blocks.receive(InputChange(num_moves, num_words, words))
         executor.run(programs[index], first, second)
+
+
+def _slot_copy(is_load: bool, num_pages: int, content: bytes) -> SlotCopy:
+    """The copy of an order."""
+    *pages, state_slot, host_slot = np.frombuffer(content, np.int64).tolist()
+    return SlotCopy(
+        is_load, tuple(pages[:num_pages]), tuple(pages[num_pages:]), state_slot, host_slot
+    )
 
 
 @contextmanager

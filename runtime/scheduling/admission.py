@@ -63,6 +63,8 @@ class Admission:
 
     def admit(self) -> None:
         """Start all sequences that fit now."""
+        if self._memory.host.poll(is_idle=not self.running):
+            self.blocked_head = None
         later: list[Sequence] = []
         self._admit_ready()
         while self.waiting and len(self.running) < self._limits.max_seqs:
@@ -77,7 +79,10 @@ class Admission:
             if self._is_coming(sequence, hit):
                 later.append(sequence)
             elif self._fits(sequence, hit):
-                self._start(sequence, hit)
+                if self._memory.host.fetch(sequence, hit, self.running):
+                    later.append(sequence)
+                else:
+                    self._start(sequence, hit)
             elif not self.running and self._reserved.can_start(sequence):
                 # It fits only without the prefix: the pages of its hit are in the way of its own.
                 self._start(sequence, Hit(self._cache.root, 0))
@@ -88,7 +93,7 @@ class Admission:
         self.waiting.extendleft(reversed(later))
 
     def _admit_ready(self) -> None:
-        """Start the sequences whose prompts another pool has computed, whoever waits before them.
+        """Start the sequences whose prompts have come from elsewhere, whoever waits before them.
 
         What is reserved for them is given back only as they start.
         """

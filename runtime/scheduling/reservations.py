@@ -1,8 +1,8 @@
-"""Memory for prompts that another pool computes: taken before it begins, and held until they start.
+"""Memory for prompts that come from elsewhere: taken before they do, and held until they start.
 
-A reservation has the pages of a prompt but for its last token, and a slot for the state there; what
-the cache knows of the prompt already is shared. Once all is there it goes into the prefix cache,
-where its sequence finds it.
+Another pool computes them, or the host has them. A reservation has the pages of a prompt, but for
+its last token at least, and a slot for the state there; what the cache knows of it already is
+shared. Once all is there it goes into the prefix cache, where its sequence finds it.
 
 So that nobody waits for ever, no reservation may keep a running sequence, or another reservation,
 from the pages of its longest answer: whoever has begun can be finished with all others held.
@@ -85,20 +85,26 @@ class Reservations:
         name = sequence.request.request_id
         return self.pages_at_most(sequence) + len(self.pages(name)) <= len(self.cache.pages)
 
-    def reserve(self, sequence: Sequence, running: Iterable[Sequence]) -> Reservation | None:
-        """Take memory for all but the last token of a prompt; None where there is none now.
+    def reserve(
+        self, sequence: Sequence, running: Iterable[Sequence], num_tokens: int | None = None
+    ) -> Reservation | None:
+        """Take memory for the first tokens of a prompt; None where there is none now.
 
         Args:
-            sequence: a new one.
-            running: sequences that hold memory.
+            sequence: holds no memory.
+            running: sequences that do.
+            num_tokens: for so many; by default all but the last, which is computed in any case.
         """
-        num_tokens = len(sequence.token_ids) - 1
+        if num_tokens is None:
+            num_tokens = len(sequence.token_ids) - 1
         if self.has_state and len(self._all()) >= self.limits.num_checkpoints:
             return None
         self.cache.extend(sequence.digests, sequence.token_ids, num_tokens + 1)
-        node, known = self.cache.share_pages(sequence.digests, sequence.token_ids, num_tokens)
+        digests = sequence.digests[: num_tokens // self.limits.page_size]
+        nodes = self.cache.path(digests, sequence.token_ids)
+        known = [self.cache.pages.share(node.page) for node in nodes[1:]]
         most_pages = self.pages_at_most(sequence)
-        reservation = Reservation(num_tokens, node, known, len(known), 0, most_pages)
+        reservation = Reservation(num_tokens, nodes[-1], known, len(known), 0, most_pages)
         if not self._fits(reservation, running) or not self._take(reservation):
             self._free(reservation)
             return None

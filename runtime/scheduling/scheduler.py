@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.plans.types import Phase
 from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
+from tokenspeed_plan.runtime.cache.slot_copies import SlotMover
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.scheduling.admission import Admission, Clock
 from tokenspeed_plan.runtime.scheduling.batch import Batch, BatchMaker
+from tokenspeed_plan.runtime.scheduling.host_tier import HostTier
 from tokenspeed_plan.runtime.scheduling.reservations import Reservations
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.scheduling.sequence_memory import SequenceMemory
+from tokenspeed_plan.runtime.scheduling.state_turns import take_recomputed
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Scheduler:
         chunk: lowers the prefill chunk below the planned one, in tokens.
         cache: whether sequences may share prefixes.
         clock: tells the time, which a simulation makes.
+        mover: copies between the cache and its second tier, where the plan has one.
     """
 
     def __init__(
@@ -53,12 +57,13 @@ class Scheduler:
         chunk: int | None = None,
         cache: bool = True,
         clock: Clock = time.perf_counter,
+        mover: SlotMover | None = None,
     ) -> None:
         self.clock = clock
         self.limits = plan.pool.limits
         self.chunk = min(chunk or self.limits.max_tokens, self.limits.max_tokens)
         self.metrics = Metrics()
-        self._memory = SequenceMemory(plan, self.metrics, cache)
+        self._memory = SequenceMemory(plan, self.metrics, cache, mover)
         self._admission = Admission(self._memory, clock)
         self._batches = BatchMaker(plan)
         self._last_phase: Phase = "decode"
@@ -99,8 +104,17 @@ class Scheduler:
 
     @property
     def reservations(self) -> Reservations:
-        """What is held for prompts that another pool computes."""
+        """What is held for prompts that come from elsewhere."""
         return self._memory.reservations
+
+    @property
+    def host_tier(self) -> HostTier:
+        """The second tier of the cache."""
+        return self._memory.host
+
+    def close(self) -> None:
+        """Let what others launch from now on wait for all copies that are on their way."""
+        self._memory.host.close()
 
     @property
     def is_blocked(self) -> bool:
@@ -184,12 +198,18 @@ class Scheduler:
         """Whether `Sequence.take_plain` is all that a decode step without drafts has to do."""
         return self._memory.is_simple(sequence)
 
-    def finish(self, sequence: Sequence, has_state: bool = True) -> None:
-        """End a sequence; the cache keeps its pages, and its state if that still exists."""
+    def finish(self, sequence: Sequence, has_state: bool = True, is_followed: bool = False) -> None:
+        """End a sequence; the cache keeps its pages, and its state if that still exists.
+
+        Args:
+            sequence: has all its tokens.
+            has_state: whether it exists.
+            is_followed: whether a step in flight begins with the state after all these tokens.
+        """
         self.metrics.lost_checkpoints += not has_state
         sequence.move_to("finished")
         self._memory.prove(sequence)
-        self._stop(sequence, has_state)
+        self._stop(sequence, has_state, is_followed=is_followed)
 
     def fail(self, sequence: Sequence) -> None:
         """End a running sequence with an error; the cache keeps what others got answers from."""
@@ -206,7 +226,8 @@ class Scheduler:
         was_running = sequence.is_running
         sequence.move_to("cancelled")
         if was_running:
-            self._stop(sequence, has_state=sequence.steps_ahead < 2)
+            steps = sequence.steps_ahead
+            self._stop(sequence, has_state=steps < 2, is_followed=steps == 1)
         else:
             self._admission.remove(sequence)
             if not sequence.is_elsewhere:
@@ -237,8 +258,16 @@ class Scheduler:
         self._stop(sequence)
         self._admission.put_back(sequence)
 
-    def _stop(self, sequence: Sequence, has_state: bool = True, is_wrong: bool = False) -> None:
+    def _stop(
+        self,
+        sequence: Sequence,
+        has_state: bool = True,
+        is_wrong: bool = False,
+        is_followed: bool = False,
+    ) -> None:
         """Release the memory of a running sequence."""
         self._running.remove(sequence)
+        if is_followed:
+            take_recomputed(sequence)
         self._memory.release(sequence, has_state, is_wrong)
         self._admission.blocked_head = None

@@ -68,7 +68,7 @@ class Sequence:
     steps_ahead: int = 0
     # up to so many known tokens a step may be launched before the last one is committed
     ready_len: int = -1
-    # another pool computes its prompt
+    # another pool computes its prompt, or the host has its beginning, and it is on its way
     is_elsewhere: bool = False
     # its next token needs no look but at its stop ids and its length: see `note_token`
     is_plain: bool = False

@@ -5,7 +5,9 @@ from __future__ import annotations
 from tokenspeed_plan.plans.schema import Limits, Plan
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
 from tokenspeed_plan.runtime.cache.prefix_tree import Node, path_to
+from tokenspeed_plan.runtime.cache.slot_copies import SlotMover
 from tokenspeed_plan.runtime.metrics import Metrics
+from tokenspeed_plan.runtime.scheduling.host_tier import HostTier
 from tokenspeed_plan.runtime.scheduling.reservations import Reservations
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence, State
 from tokenspeed_plan.runtime.scheduling.state_turns import (
@@ -20,22 +22,27 @@ class SequenceMemory:
 
     Attributes:
         cache: all pages and state slots.
-        reservations: what is held of them for prompts that another pool computes.
+        reservations: what is held of them for prompts that come from elsewhere.
+        host: the second tier of the cache.
         decodes: whether the pool has programs for answers; else every token is prefilled.
     """
 
-    def __init__(self, plan: Plan, metrics: Metrics, cache: bool) -> None:
+    def __init__(
+        self, plan: Plan, metrics: Metrics, cache: bool, mover: SlotMover | None = None
+    ) -> None:
         self.limits: Limits = plan.pool.limits
         self.decodes = any(program.phase == "decode" for program in plan.pool.programs)
         self.cache = PrefixCache(
             plan.pool.limits,
             bytes.fromhex(plan.digest[:64]),
-            slot_bytes(plan, "kv_cache"),
-            slot_bytes(plan, "state"),
+            plan.pool.slot_bytes("kv_cache"),
+            plan.pool.slot_bytes("state"),
             metrics,
             cache,
         )
-        self.reservations = Reservations(self.cache, self.limits, bool(slot_bytes(plan, "state")))
+        has_state = plan.pool.slot_bytes("state") > 0
+        self.reservations = Reservations(self.cache, self.limits, has_state)
+        self.host = HostTier(plan, self.cache, self.reservations, metrics, mover)
         self._metrics = metrics
 
     def phase_of(self, sequence: Sequence) -> State:
@@ -56,6 +63,7 @@ class SequenceMemory:
     def start(self, sequence: Sequence, hit: Hit) -> None:
         """Give a sequence the pages of its hit, pages for other tokens, and its own state slots."""
         sequence.node, sequence.pages = self.cache.use(hit)
+        self.host.keep(hit.checkpoint, sequence)
         sequence.state_slot = hit.checkpoint.state_slot
         sequence.num_computed = hit.num_tokens
         if hit.num_tokens % self.limits.page_size:
@@ -211,9 +219,9 @@ class SequenceMemory:
         )
         sequence.pages_version += 1
 
-    def _add_checkpoint(self, sequence: Sequence) -> None:
+    def _add_checkpoint(self, sequence: Sequence) -> Node:
         assert sequence.node is not None
-        self.cache.add_checkpoint(
+        return self.cache.add_checkpoint(
             sequence.node,
             sequence.token_ids,
             sequence.num_computed,
@@ -232,7 +240,9 @@ class SequenceMemory:
         sequence.num_kept = 0
         if sequence.num_computed and sequence.copy_from is None and has_state:
             self._add_pages_to_cache(sequence)
-            self._add_checkpoint(sequence)
+            checkpoint = self._add_checkpoint(sequence)
+            if sequence.state != "preempted":  # whose memory others need at once
+                self.host.keep(checkpoint, sequence)
         for page in sequence.pages:
             self.cache.pages.drop(page)
         for slot in {*sequence.own_slots, sequence.state_slot} - {0}:
@@ -241,19 +251,15 @@ class SequenceMemory:
         self.cache.prune(sequence.node)
         if is_wrong:
             self.cache.forget_unproven(path, sequence.token_ids)
+            self.host.forget_unproven(sequence)
         sequence.forget_memory()
 
     def prove(self, sequence: Sequence) -> None:
         """Note that a sequence got its answer from what the cache has of it."""
         self.cache.prove(self._path(sequence), sequence.token_ids)
+        self.host.prove(sequence)
 
     def _path(self, sequence: Sequence) -> list[Node]:
         """The root of the cache, and the sequence's pages that the cache knows."""
         assert sequence.node is not None
         return [self.cache.root, *path_to(sequence.node)]
-
-
-def slot_bytes(plan: Plan, arena: str) -> int:
-    """Bytes of one page (`kv_cache`), or of one state slot (`state`), in all layers."""
-    buffers = [buffer.tensor for buffer in plan.pool.buffers if buffer.arena == arena]
-    return sum(tensor.size_bytes() // int(tensor.shape[0]) for tensor in buffers)

@@ -45,3 +45,15 @@ def exchange_state_slot(cache: PrefixCache, sequence: Sequence, column: int) -> 
     if before:
         cache.state_slots.drop(before)
     return False
+
+
+def take_recomputed(sequence: Sequence) -> None:
+    """Take the state that a step in flight recomputes before its queries, where a plan does so.
+
+    It is the state after all tokens that are committed, and the step writes it into its own slot:
+    whoever goes on from it need not compute the accepted inputs that were kept.
+    """
+    if sequence.num_kept:
+        own_slots = sequence.own_slots
+        sequence.state_slot, own_slots[0] = own_slots[0], sequence.state_slot
+        sequence.num_kept = 0

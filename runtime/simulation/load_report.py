@@ -74,6 +74,7 @@ def figures(
         "tokens_per_pass": round(metrics.tokens_per_pass, 3),
         "preemptions": metrics.preemptions,
         "evicted_checkpoints": metrics.evicted_checkpoints,
+        "host_hits": metrics.host_hits,
         "programs": programs(found.steps),
         "definitions": DEFINITIONS,
     }
@@ -139,7 +140,8 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"  {name:<14}" + "".join(f"{ms:>12.2f}" for ms in found[name].values()))
     lines += [
         f"  cache: {found['hit_rate']:.1%} of the prompts' tokens, "
-        f"{found['evicted_checkpoints']} evictions, {found['preemptions']} preemptions",
+        f"{found['evicted_checkpoints']} evictions, {found['preemptions']} preemptions, "
+        f"{found['host_hits']} hits of the host",
         f"  device busy {found['device_busy']:.1%}; {found['tokens_per_pass']:.2f} tokens a pass; "
         f"{found['in_time']:.1%} of the requests in time",
     ]

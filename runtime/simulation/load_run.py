@@ -25,6 +25,7 @@ from tokenspeed_plan.runtime.simulation.virtual_steps import (
     StepTimes,
     VirtualClock,
     VirtualLauncher,
+    VirtualMover,
     plain_token,
 )
 from tokenspeed_plan.runtime.step_loop import StepLoop
@@ -129,6 +130,9 @@ class _Simulation:
         self._clock = VirtualClock()
         self._launcher = VirtualLauncher(plan, times, self._clock, acceptance, seed)
         self._scheduler, self._loop = self._engine(may_sleep(plan) and not every_step)
+        mover = VirtualMover(plan, self._clock)
+        self._scheduler = Scheduler(plan, clock=self._clock, mover=mover)
+        self._loop = StepLoop(plan, self._launcher, self._scheduler, OutputProcessor(None))
         self._answers: list[Answered] = []
         self._arrived_s: dict[str, float] = {}
 
@@ -136,7 +140,8 @@ class _Simulation:
         """The engine's scheduler and loop; those whose sequences may sleep are as exact."""
         plan, outputs = self._plan, OutputProcessor(None)
         if not naps:
-            plain = Scheduler(plan, clock=self._clock)
+            mover = VirtualMover(plan, self._clock)
+            plain = Scheduler(plan, clock=self._clock, mover=mover)
             return plain, StepLoop(plan, self._launcher, plain, outputs)
         sleepers = Sleepers(plain_token(plan))
         scheduler = NappingScheduler(plan, sleepers, self._clock)

@@ -32,8 +32,8 @@ ASLEEP: State = "waiting"  # it holds memory, and no step looks at it
 
 
 def may_sleep(plan: Plan) -> bool:
-    """Whether decode steps of a plan give each sequence one token, and nothing else."""
-    return not plan.pool.limits.max_depth
+    """Whether decode steps of a plan give each sequence one token, and nobody waits for a copy."""
+    return not plan.pool.limits.max_depth and plan.pool.host_cache is None
 
 
 @dataclass(slots=True)

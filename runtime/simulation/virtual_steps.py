@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.runtime.cache.slot_copies import Copying, SlotCopy
 from tokenspeed_plan.runtime.execution.bound_programs import Part
 from tokenspeed_plan.runtime.execution.launch import HostValues
 from tokenspeed_plan.runtime.in_flight import InFlightBatch
@@ -117,6 +118,54 @@ class _VirtualBatch(InFlightBatch):
 
     def take_look(self, indices: list[int]) -> None:
         """Nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _VirtualCopy:
+    """A copy that is over at a moment of the clock."""
+
+    is_load: bool
+    number: int
+    clock: VirtualClock
+    end_s: float
+
+    def is_done(self) -> bool:
+        """Whether the host has come to that moment."""
+        return self.clock.now_s >= self.end_s
+
+    def wait(self) -> None:
+        """Let the time pass up to then."""
+        self.clock.wait_until(self.end_s)
+
+
+class VirtualMover:
+    """Copies between a plan's caches and its host, which take the bytes over the rate of the link.
+
+    Those of one direction come one after the other, and begin when all that was launched is done.
+
+    Args:
+        plan: says what a page, a state and the link are.
+        clock: of host and device.
+    """
+
+    def __init__(self, plan: Plan, clock: VirtualClock) -> None:
+        self._spec = plan.pool.host_cache
+        self._clock = clock
+        self._free_s = [0.0, 0.0]
+        self._num_started = 0
+
+    def start_copy(self, copy: SlotCopy) -> Copying:
+        """Let the clock know of a copy."""
+        assert self._spec is not None, "a plan without a second tier copies nothing"
+        size_bytes = len(copy.pages) * self._spec.page_bytes + self._spec.state_bytes
+        begin_s = max(self._free_s[copy.is_load], self._clock.free_s, self._clock.now_s)
+        end_s = begin_s + size_bytes / self._spec.bytes_per_s
+        self._free_s[copy.is_load] = end_s
+        self._num_started += 1
+        return _VirtualCopy(copy.is_load, self._num_started, self._clock, end_s)
+
+    def end_copy(self, copying: Copying) -> None:
+        """Nothing: whoever needs a copy has waited for it."""
 
 
 class VirtualLauncher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from bundles import COMMAND, break_kernels, in_text, token_ids, write_batch, write_bundle
 from checkpoints import Kind, write_checkpoint
 from click.testing import CliRunner
@@ -25,10 +27,12 @@ from conftest import ROOT
 from rank_forks import LOOPBACK, batch, be_rank, free_port, logs, start, wait
 
 from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RankError
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.execution import rank_links, rank_place
+from tokenspeed_plan.runtime.execution.ranks import follow, lead_of, leading
 
 PROMPTS = [[5, 6, 7, 8] * 20, [9], list(range(40, 110))]
 COUNTS = [9, 9, 9]  # one of prefill, eight of decode
@@ -66,6 +70,34 @@ def be_rank_apart(rank: int, world: int, port: int, args: Sequence[str], log: Pa
 
     rank_links.share = share  # type: ignore[attr-defined]
     be_rank(rank, world, port, args, log)
+
+
+def be_tiered_rank(rank: int, world: int, port: int, args: Sequence[str], log: Path) -> None:
+    """Rank 0 writes what `take_turns` answers into its log."""
+    os.environ |= LOOPBACK | {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    bundle = Path(args[0])
+    links = rank_links.join(load_plan(bundle))
+    engine = Engine.load(bundle, lead=lead_of(links))
+    if rank:
+        assert links.orders is not None
+        follow(engine.executor, links.orders)
+        return
+    with leading(links):
+        answers = take_turns(engine)
+    log.write_text(json.dumps({"answers": answers, "hits": engine.metrics.host_hits}))
+
+
+def take_turns(engine: Engine) -> list[list[int]]:
+    """The answers of three conversations of two turns, in turn."""
+    params, answers = SamplingParams(max_tokens=8, ignore_eos=True), []
+    talks = [[start] * 40 for start in range(3)]
+    for _ in range(2):
+        for talk in talks:
+            (done,) = engine.generate([talk], params)
+            talk += [*done.token_ids, *range(20)]
+            answers.append(list(done.token_ids))
+    return answers
 
 
 def alone(
@@ -132,6 +164,24 @@ def test_ranks_give_the_tokens_of_one(
         tmp_path, count
     )
     assert token_ids(tmp_path / "out.jsonl") == alone(folder, tmp_path, PROMPTS, COUNTS[0])
+
+
+@pytest.mark.slow
+def test_each_rank_has_its_shard_on_the_host(short: Path, tmp_path: Path) -> None:
+    """Conversations come back from there, where the devices have room for one of them."""
+    talk = {"kind": "agentic", "first_turn_tokens": 40, "turns": 2, "turn_tokens": 20}
+    talk |= {"output_tokens": 8, "concurrency": 1}
+    plan = write_bundle(
+        tmp_path / "plan", short, **TWO, workload=talk, serving={"host_cache_gib": 0.01}
+    )
+    assert plan.pool.layout.num_ranks == 2
+    assert wait(start(2, [tmp_path / "plan"], tmp_path, be_tiered_rank)) == [0, 0], logs(
+        tmp_path, 2
+    )
+    found = json.loads((tmp_path / "0.log").read_text())
+    one = write_bundle(tmp_path / "one", short, workload=talk)
+    assert found["answers"] == take_turns(Engine.from_plan(one, short, cache=False))
+    assert found["hits"] == 3
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 from conversations import check_all_is_given_back, squeezed
 from drafting import plan_of, plan_with_two_slots
+from host_tiers import TieredExecutor, with_host
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -20,7 +21,9 @@ from symbolic import SymbolicExecutor, after, answer
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.cache import prefix_cache as cache_module
+from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
 from tokenspeed_plan.runtime.request import Completion
+from tokenspeed_plan.runtime.scheduling.host_tier import _Move
 from tokenspeed_plan.runtime.scheduling.sequence import (
     TRANSITIONS,
     IllegalTransition,
@@ -33,7 +36,7 @@ PATIENCE = 5
 
 
 def engine_of(plan: Plan, cache: bool = True) -> Engine:
-    return Engine(plan, SymbolicExecutor(plan), cache=cache)  # type: ignore[arg-type]
+    return Engine(plan, TieredExecutor(plan), cache=cache)  # type: ignore[arg-type]
 
 
 def small(plan: Plan, **limits: int) -> Plan:
@@ -53,14 +56,56 @@ def small(plan: Plan, **limits: int) -> Plan:
 
 
 def holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
-    """How often running sequences and the tree hold each page and each state slot."""
-    nodes = engine.scheduler.cache.nodes()
+    """How often running sequences, copies and the tree hold each page and each state slot."""
+    cache, tier = engine.scheduler.cache, engine.scheduler.host_tier
+    nodes = cache.nodes()
     pages = Counter(node.page for node in nodes)
     state_slots = Counter(node.state_slot for node in nodes if node.state_slot)
     for sequence in engine.scheduler.running:
         pages.update(sequence.pages)
         state_slots.update({*sequence.own_slots, sequence.state_slot} - {0})
+    reservations = engine.scheduler.reservations
+    for reservation in reservations._all():
+        pages.update(reservation.pages)
+        state_slots.update([reservation.state_slot])
+    for store in tier._stores:
+        pages.update(store.here.pages)
+        state_slots.update([store.here.state_slot])
     return pages, state_slots
+
+
+def host_holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
+    """The same of pages and state slots of the host."""
+    tier = engine.scheduler.host_tier
+    nodes = tier.tier.nodes()
+    pages = Counter(node.page for node in nodes)
+    state_slots = Counter(node.state_slot for node in nodes if node.state_slot)
+    moves: list[_Move] = [*tier._stores, *tier._loads]
+    for move in moves:
+        pages.update(move.there.pages)
+        state_slots.update([move.there.state_slot])
+    return pages, state_slots
+
+
+def check_tree(
+    cache: PrefixCache, keys: dict[tuple[int, int], Any], states: dict[int, int]
+) -> None:
+    """What a cache holds is of the tokens that it says, in pages and in states."""
+    stack = [(cache.root, 0)]
+    while stack:
+        node, value = stack.pop()
+        for place, token in enumerate(node.token_ids):
+            assert keys[node.page, place] == (value, token)
+            value = after(value, token)
+        assert not node.state_slot or states[node.state_slot] == value
+        stack += [(child, value) for child in (*node.children.values(), *node.tails)]
+
+
+def end_copies(engine: Engine) -> None:
+    """Wait for all copies between the device and the host."""
+    tier = engine.scheduler.host_tier
+    while tier._stores or tier._loads:
+        tier.poll(is_idle=True)
 
 
 class Machine(RuleBasedStateMachine):
@@ -76,9 +121,17 @@ class Machine(RuleBasedStateMachine):
         ahead=st.booleans(),
         interval=st.sampled_from((4, 8, 32)),
         worth=st.sampled_from((1, 4, 12)),
+        host=st.sampled_from((0, 8, 20, 80)),
     )
     def start(
-        self, pages: int, checkpoints: int, seqs: int, ahead: bool, interval: int, worth: int
+        self,
+        pages: int,
+        checkpoints: int,
+        seqs: int,
+        ahead: bool,
+        interval: int,
+        worth: int,
+        host: int,
     ) -> None:
         plan = small(
             self.plan,
@@ -88,6 +141,7 @@ class Machine(RuleBasedStateMachine):
             checkpoint_interval=interval,
             min_checkpoint_tokens=worth,
         )
+        plan = with_host(plan, host, 1 + host // 8, least_tokens=4)
         self.engine = engine_of(captured(plan) if ahead else plan)
         self.sequences: dict[str, Sequence] = {}
         self.texts: list[tuple[int, ...]] = [()]
@@ -141,6 +195,7 @@ class Machine(RuleBasedStateMachine):
         progress = first.num_computed + len(first.token_ids)
         running = {s.number for s in self.engine.scheduler.running}
         same = (first.request.request_id, progress) == (self.oldest, self.progress)
+        same &= not first.is_elsewhere  # what it waits for comes soon
         self.stuck = self.stuck + 1 if same and (first.is_running or not running) else 0
         assert self.stuck <= PATIENCE, f"request {self.oldest} does not go on"
         assert not same or first.is_running or running <= self.running, (
@@ -152,9 +207,10 @@ class Machine(RuleBasedStateMachine):
     def all_is_accounted_for(self) -> None:
         if not hasattr(self, "engine"):
             return
-        cache = self.engine.scheduler.cache
-        both = (cache.pages, cache.state_slots)
-        for slots, held in zip(both, holders(self.engine), strict=True):
+        cache, tier = self.engine.scheduler.cache, self.engine.scheduler.host_tier.tier
+        both = (cache.pages, cache.state_slots, tier.pages, tier.state_slots)
+        found = (*holders(self.engine), *host_holders(self.engine))
+        for slots, held in zip(both, found, strict=True):
             assert {slot: slots.holders(slot) for slot in slots if slots.holders(slot)} == held
             assert sorted([*slots.free, *held]) == sorted(slots)
 
@@ -162,16 +218,10 @@ class Machine(RuleBasedStateMachine):
     def what_is_cached_is_right(self) -> None:
         if not hasattr(self, "engine"):
             return
-        cache, executor = self.engine.scheduler.cache, self.engine.executor
-        assert isinstance(executor, SymbolicExecutor)
-        stack = [(cache.root, 0)]
-        while stack:
-            node, value = stack.pop()
-            for place, token in enumerate(node.token_ids):
-                assert executor.keys[node.page, place] == (value, token)
-                value = after(value, token)
-            assert not node.state_slot or executor.state[node.state_slot] == value
-            stack += [(child, value) for child in (*node.children.values(), *node.tails)]
+        scheduler, executor = self.engine.scheduler, self.engine.executor
+        assert isinstance(executor, TieredExecutor)
+        check_tree(scheduler.cache, executor.keys, executor.state)
+        check_tree(scheduler.host_tier.tier, executor.host_keys, executor.host_state)
 
     def teardown(self) -> None:
         if not self.fine:
@@ -181,7 +231,9 @@ class Machine(RuleBasedStateMachine):
             if not (self.engine.num_unfinished or self.engine.has_step_in_flight):
                 break
         assert {s.state for s in self.sequences.values()} <= {"finished", "cancelled"}
+        end_copies(self.engine)
         check_all_is_given_back(self.engine.scheduler.cache)
+        check_all_is_given_back(self.engine.scheduler.host_tier.tier)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from conftest import ROOT
 from conversations import squeezed
 from drafting import plan_of
+from host_tiers import with_host
 from launches import captured
 from symbolic import VOCAB, SymbolicExecutor
 
@@ -22,11 +23,12 @@ from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine
+from tokenspeed_plan.runtime.cache.slot_copies import SlotCopy
 from tokenspeed_plan.runtime.simulation.load import Load, Turns, Users
 from tokenspeed_plan.runtime.simulation.load_report import Levels, figures, percentiles_ms
 from tokenspeed_plan.runtime.simulation.load_run import Simulated, simulate
 from tokenspeed_plan.runtime.simulation.recorded import Recorded, RecordedRow, read_recorded
-from tokenspeed_plan.runtime.simulation.virtual_steps import VirtualClock
+from tokenspeed_plan.runtime.simulation.virtual_steps import VirtualClock, VirtualMover
 
 DEMO = ROOT / "plans/frozen/demo-cpu"
 PREFILL_US, DECODE_US = 1000.0, 100.0
@@ -130,6 +132,33 @@ def test_a_clock_waits_for_the_device() -> None:
     clock.wait_until(0.0)
     clock.launch(10.0, 100.0)
     assert clock.free_s == pytest.approx(320e-6)
+
+
+def test_copies_to_the_host_take_their_bytes_over_the_rate(checkpoint: Any) -> None:
+    """Each direction has the whole link, and begins when all that was launched is done."""
+    plan = with_host(small(plan_of(checkpoint("moe"), 0)), 400, 100)
+    clock = VirtualClock()
+    mover = VirtualMover(plan, clock)
+    clock.launch(0.0, 500.0)
+    two, one = (SlotCopy(True, (1,) * count, (1,) * count, 1, 1) for count in (2, 1))
+    first, second = mover.start_copy(two), mover.start_copy(one)
+    page_s, state_s = (plan.pool.slot_bytes(name) * 1e-9 for name in ("kv_cache", "state"))
+    assert not first.is_done()
+    first.wait()
+    assert clock() == pytest.approx(500e-6 + 2 * page_s + state_s)
+    out = mover.start_copy(SlotCopy(False, (1,), (1,), 1, 1))
+    second.wait()
+    assert clock() == pytest.approx(500e-6 + 3 * page_s + 2 * state_s)
+    assert out.is_done()
+
+
+def test_what_the_device_gave_up_comes_back(checkpoint: Any) -> None:
+    plan = small(plan_of(checkpoint("moe"), 0), num_pages=18)
+    lone = simulate(plan, Times(), users())
+    found = simulate(with_host(plan, 400, 100, least_tokens=4), Times(), users())
+    assert found.metrics.host_hits > 10
+    assert found.metrics.computed_tokens < lone.metrics.computed_tokens
+    assert figures(found, Levels())["host_hits"] == found.metrics.host_hits
 
 
 @pytest.mark.parametrize("accepted", [(0.0,), (1.0,), (0.8, 0.5)])

@@ -128,6 +128,26 @@ class Metrics:
                 "Pages of the KV cache, the prefix cache's included",
                 lambda: limits.num_pages,
             ),
+            (
+                "host_cache_hits",
+                "Choices that began at a checkpoint from the host's memory",
+                lambda: engine.metrics.host_hits,
+            ),
+            (
+                "host_cache_stored_bytes",
+                "Bytes that a rank copied to the host's memory",
+                lambda: engine.metrics.host_stored_bytes,
+            ),
+            (
+                "host_cache_loaded_bytes",
+                "Bytes that a rank copied back",
+                lambda: engine.metrics.host_loaded_bytes,
+            ),
+            (
+                "host_cache_evicted_checkpoints",
+                "Checkpoints that the host's memory had no room for any more",
+                lambda: engine.metrics.host_evicted_checkpoints,
+            ),
         )
         more = engine.loop.elsewhere.gauges() if engine.loop.elsewhere else []
         for name, text, value in (*gauges, *more):
