@@ -13,6 +13,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.runtime.cache.slot_copies import SlotCopy
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part, ProgramKey
 from tokenspeed_plan.runtime.execution.executor import Lead
 from tokenspeed_plan.runtime.execution.input_block import InputChange
@@ -104,3 +105,11 @@ class AnnouncingLead:
     def before_copy(self, source: int, target: int) -> None:
         """Called before a page is copied."""
         self._inner.before_copy(source, target)
+
+    def before_slots(self, copy: SlotCopy) -> None:
+        """Called before slots are copied to the host or back."""
+        self._inner.before_slots(copy)
+
+    def before_end(self, is_load: bool, number: int) -> None:
+        """Called before steps are told to wait for such a copy."""
+        self._inner.before_end(is_load, number)
