@@ -6,9 +6,7 @@ service level can only take deployments away.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -25,6 +23,7 @@ from tokenspeed_plan.planner.advisor.ranking import (
 )
 from tokenspeed_plan.planner.advisor.search_space import SearchSpace
 from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.plans.collector import no_garbage_collection
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.types import GIB
 
@@ -57,7 +56,7 @@ class Search:
 
     def run(self) -> SearchResult:
         """Evaluate everything that the spec leaves open."""
-        with _no_garbage_collection():
+        with no_garbage_collection():
             singles, pairs = self._single_pools(), self._pool_pairs()
             total = len(singles) + len(pairs)
             for done, candidate in enumerate(singles):
@@ -168,18 +167,3 @@ class Search:
             return None
         self.seen[candidate] = self.predictor.predict(candidate)
         return self.seen[candidate]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Switch Python's garbage collector off, which took a third of a search's time.
-
-    A search keeps everything that it makes, so that there is nothing to collect.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

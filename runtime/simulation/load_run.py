@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+from tokenspeed_plan.plans.collector import no_garbage_collection
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor
@@ -110,7 +111,8 @@ def simulate(
     Raises:
         RequestError: the plan cannot hold a request.
     """
-    return _Simulation(plan, times, load, acceptance, seed, every_step).run()
+    with no_garbage_collection():
+        return _Simulation(plan, times, load, acceptance, seed, every_step).run()
 
 
 class _Simulation:
