@@ -71,6 +71,7 @@ class Deployment:
 LARGE = "examples/qwen3.5-397b-h200x8/spec.yaml"
 MIDDLE = "examples/qwen3.5-122b-h200x2/spec.yaml"
 SMALL = "benchmarks/specs/qwen3.5-35b-a3b-h200x2.yaml"
+DEMO = "benchmarks/specs/demo-h200x2-tp.yaml"
 DEPLOYMENTS = (
     Deployment("397B-A17B FP8", LARGE, 8),
     Deployment("397B-A17B FP8", LARGE, 4),
@@ -100,7 +101,8 @@ def tasks(gpus: int, folder: Path) -> Iterator[Task]:
     for each in DEPLOYMENTS:
         if gpus == each.gpus or gpus // 2 == each.gpus > 2:
             yield from tasks_of(each, folder)
-    bundle = str(folder / f"35B-A3B-bf16-{gpus}-steps")
+    bundle = str(folder / "demo")  # with weights, as a batch is answered
+    yield Task("demo-plan", (*TOKENSPEED, "plan", DEMO, "-o", bundle), 60)
     faults = ("benchmarks/rank_faults.py", bundle, "--times", "1", "--faults", "kill1,stop1")
     yield Task("faults", (sys.executable, *faults), 120)
 
@@ -119,15 +121,14 @@ def tasks_of(each: Deployment, folder: Path) -> Iterator[Task]:
         bench = (*TOKENSPEED, "bench", bundle)
         if kind == "steps":
             for batch in BATCHES:
-                words = ["--batch", str(batch), "--context", "1024"]
-                if batch == 1:
-                    words += ["--prefill", str(CHUNK)]
+                words = ("--batch", str(batch), "--context", "1024")
                 yield Task(f"{name}-decode-{batch}", (*bench, *words), 90)
             continue
         agent = (*bench, "--workload", "agentic", "--conversations", "1")
         yield Task(f"{name}-agent", (*agent, "--acceptance", ACCEPTANCE), 120)
         prompt = ("--turns", "1", "--output-tokens", "2")
         yield Task(f"{name}-prompt", (*agent, *prompt), 90)
+        yield Task(f"{name}-chunk", (*bench, "--prefill", str(CHUNK)), 90)
 
 
 def run(folder: Path, seconds: float, gpus: int, only: str) -> None:

@@ -88,8 +88,9 @@ class Capabilities:
     `tokenspeed plan` searches within what a plan can hold (`SUPPORTED`); `predict` and `sweep`
     search among everything that is modelled (`ALL`).
 
-    Each of two pools has at most `pool_gpus`. Two pools are found by a search for rows of a batch
-    only with `batch_pools`: such a run is priced from its first row to its last in one pool alone,
+    Two pools that a search finds have at most `pool_gpus` each; a spec may state larger ones, which
+    were measured on no GPUs yet. They are found by a search for rows of a batch only with
+    `batch_pools`: such a run is priced from its first row to its last in one pool alone,
     so that a plan has two only where the spec states them.
     """
 
@@ -110,8 +111,6 @@ class Capabilities:
             "attention data parallelism": layout.attention_dp > 1 and not self.attention_dp,
             "context split": layout.context_split > 1 and not self.context_split,
             "prefill and decode pools": candidate.prefill is not None and not self.pools,
-            f"pools of over {self.pool_gpus} GPUs": candidate.prefill is not None
-            and max(candidate.prefill.num_ranks, layout.num_ranks) > self.pool_gpus,
             "replicas": candidate.replicas > 1 and not self.replicas,
             "speculation": knobs.depth > self.max_drafts,
             f"{knobs.kv_dtype} KV cache": knobs.kv_dtype not in self.kv_dtypes,

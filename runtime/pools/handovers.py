@@ -18,20 +18,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.pools.arrivals import Arrivals
-from tokenspeed_plan.runtime.pools.channel import (
-    Channel,
-    ChannelClosed,
-    Facts,
-    Message,
-    packed,
-)
+from tokenspeed_plan.runtime.pools.channel import Channel, ChannelClosed, Facts, Message
 from tokenspeed_plan.runtime.pools.handover_counts import Gauges, HandoverCounts
 from tokenspeed_plan.runtime.pools.lost_memory import LostMemory
+from tokenspeed_plan.runtime.pools.orders import Orders
 from tokenspeed_plan.runtime.pools.peers import Events, Handover, Peer, events_into
 from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
 from tokenspeed_plan.runtime.pools.transport import Transport
@@ -84,7 +77,7 @@ class Handovers:
         self._ranks = PoolRanks(plan, engine.executor.memory, transport)
         self._options = options
         self._facts = Facts.of(plan, transport.name)
-        self._is_on_gpu = plan.target.device == "cuda"
+        self._orders = Orders(plan)
         prefill = plan.pools[1].limits
         self._max_jobs = prefill.max_seqs
         self._page_size = prefill.page_size
@@ -169,7 +162,7 @@ class Handovers:
         self._arrivals.use(self._try_again)
         self._look_after_peers()
         self._order_waiting()
-        self._post_orders()
+        self._orders.post(self._peers)
 
     def _handle_events(self, wait_s: float) -> None:
         with suppress(queue.Empty):
@@ -235,32 +228,9 @@ class Handovers:
         sequence.started_s = sequence.started_s or now
         handover.begun_s = now
         handover.order = self.counts.ordered
-        handover.num_known = reservation.num_known * self._page_size
+        self._orders.write(handover, reservation)
         peer.jobs[handover.order] = handover
         self.counts.ordered += 1
-        handover.message = {
-            "type": "prefill",
-            "id": handover.order,
-            "token_ids": packed(sequence.token_ids[: reservation.num_tokens]),
-            "first_page": reservation.num_known,
-            "pages": reservation.new_pages,
-            "slot": reservation.state_slot,
-        }
-        if self._is_on_gpu:
-            handover.after = torch.cuda.Event()
-            handover.after.record()
-
-    def _post_orders(self) -> None:
-        """Post orders once the steps are over that were launched before their pages were taken.
-
-        A step may still write pages of a sequence that has ended meanwhile.
-        """
-        for peer in self._peers:
-            for handover in peer.jobs.values():
-                is_clear = handover.after is None or handover.after.query()
-                if handover.message is not None and is_clear:
-                    peer.post(handover.message)
-                    handover.message = None
 
     def _joined(self, peer: Peer, channel: Channel) -> None:
         peer.link, peer.is_silent = channel, False

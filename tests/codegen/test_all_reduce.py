@@ -181,7 +181,8 @@ def run_ranks(num_ranks: int, target: Callable[..., None], *args: Any) -> list[A
 @interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_ranks", "dtype", "num_sms"), [(2, "bf16", None), (4, "fp32", None), (2, "bf16", 1)]
+    ("num_ranks", "dtype", "num_sms"),
+    [(2, "bf16", None), (4, "fp32", None), (8, "bf16", None), (2, "bf16", 1)],
 )
 def test_ranks_get_the_sum_without_a_meeting(
     num_ranks: int, dtype: DType, num_sms: int | None

@@ -192,12 +192,17 @@ def test_advice_for_fewer_gpus_says_so_and_a_split_is_compared_with_this_plan() 
         assert said and float(said[1]) == pytest.approx(cost, rel=1e-3), name
 
 
-def test_two_pools_that_are_stated_are_planned() -> None:
-    decided, decisions = decided_for(count=2, disaggregation={"prefill": 1, "decode": 1})
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (1, 2)])
+def test_two_pools_that_are_stated_are_planned(prefill: int, decode: int) -> None:
+    stated = {"prefill": prefill, "decode": decode}
+    decided, decisions = decided_for(count=prefill + decode, disaggregation=stated)
     assert decided.prefill is not None
-    assert decided.prefill.num_ranks == decided.layout.num_ranks == 1
+    assert (decided.prefill.num_ranks, decided.layout.num_ranks) == (prefill, decode)
     found = decisions["disaggregation"]
-    assert found.value == "1 prefill, 1 decode" and "MB a turn by nvlink" in found.reason
+    assert (
+        found.value == f"{prefill} prefill, {decode} decode"
+        and "MB a turn by nvlink" in found.reason
+    )
     assert found.runner_up is None  # nothing else was asked for
 
 
@@ -228,8 +233,6 @@ def test_auto_splits_where_that_pays_and_says_do_not_elsewhere() -> None:
 
 
 def test_pools_that_no_plan_holds_are_refused() -> None:
-    with pytest.raises(SpecError, match="more than one in a pool is not planned yet"):
-        decided_for(count=4, disaggregation={"prefill": 2, "decode": 2})
     with pytest.raises(SpecError, match="pools hand over checkpoints"):
         decided_for(
             count=2,

@@ -3,44 +3,80 @@
 from __future__ import annotations
 
 import mmap
+import os
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
-from bundles import token_ids, write_batch, write_bundle
+from bundles import write_bundle
 from drafting import tokens_of
 from pool_pairs import plan_of_two, pools, wait_for
-from rank_forks import batch, logs, start, wait
+from rank_forks import free_port, logs, start, wait
 
+from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.pools.blocks import Copy
 from tokenspeed_plan.runtime.pools.rank_reports import MAX_JOBS, RankReports, report_bytes
 from tokenspeed_plan.runtime.pools.transport import Pending, Route, Transport
 
-PROMPTS = [list(range(40, 40 + count)) for count in (200, 90, 3, 17)]
-COUNTS = [9] * len(PROMPTS)
+PROMPTS = [list(range(start, start + count)) for start, count in enumerate((200, 90, 17, 3), 40)]
+NUM_LONG = 3  # of them are longer than a page
+COUNT = 9
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("prefill", "decode"), [(1, 2), (2, 1)])
-def test_pools_of_other_sizes_get_the_tokens_of_one(
-    prefill: int, decode: int, checkpoint: Any, tmp_path: Path
-) -> None:
-    """Each rank sends the heads that it has to those that hold them."""
-    folder, bundle = checkpoint("moe"), tmp_path / "plan"
+def two_pools(folder: Path, bundle: Path, prefill: int, decode: int) -> Plan:
     pair = {"prefill": prefill, "decode": decode}
     plan = write_bundle(bundle, folder, target={"count": prefill + decode}, disaggregation=pair)
     assert [pool.layout.num_ranks for pool in plan.pools] == [decode, prefill]
-    write_batch(tmp_path / "in.jsonl", PROMPTS, COUNTS)
-    summary = tmp_path / "summary.json"
-    words = batch(bundle, tmp_path, "--summary", summary)
-    assert wait(start(decode, words, tmp_path)) == [0] * decode, logs(tmp_path, decode)
-    one = Engine.from_plan(write_bundle(tmp_path / "one", folder), folder)
-    wanted = tokens_of(one, PROMPTS, COUNTS[0])
-    assert list(map(tuple, token_ids(tmp_path / "out.jsonl"))) == wanted
-    assert "refused" not in logs(tmp_path, decode)
+    return plan
+
+
+@pytest.mark.slow
+def test_two_ranks_hand_over_to_one(checkpoint: Any, tmp_path: Path) -> None:
+    """The prefill pool's ranks are processes; each sends the heads that it has."""
+    folder, bundle, port = checkpoint("moe"), tmp_path / "plan", free_port()
+    plan = two_pools(folder, bundle, 2, 1)
+    words = ["serve", bundle, "--pool", "prefill", "--listen", f"127.0.0.1:{port}"]
+    ranks = start(2, [*words, "--peer-token", "t"], tmp_path)
+    with pools(plan, folder) as made:
+        handovers = made.connect([("127.0.0.1", port)])  # again and again, until it is there
+        wait_for(lambda: handovers.num_peers == 1, made.engine, 60)
+        wanted = tokens_of(Engine.from_plan(plan_of_two(folder), folder), PROMPTS, COUNT)
+        assert tokens_of(made.engine, PROMPTS, COUNT) == wanted
+        assert handovers.counts.done == NUM_LONG and not handovers.counts.refused
+    os.kill(ranks[0].pid or 0, signal.SIGTERM)
+    assert wait(ranks, 30) == [0, 0], logs(tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_one_rank_hands_over_to_two(checkpoint: Any, tmp_path: Path) -> None:
+    """The decode pool's ranks are processes; each gets the heads that it holds."""
+    folder, bundle, port = checkpoint("moe"), tmp_path / "plan", free_port()
+    plan = two_pools(folder, bundle, 1, 2)
+    with pools(plan, folder, engine=False) as made:
+        host, listens = made.add_prefill()
+        words = ["serve", bundle, "--pool", "decode", "--peers", f"{host}:{listens}"]
+        ranks = start(2, [*words, "--peer-token", "t", "--port", port, "--no-canary"], tmp_path)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            until = time.monotonic() + 60
+            while "ready at" not in (tmp_path / "0.log").read_text():
+                assert time.monotonic() < until, logs(tmp_path, 2)
+                time.sleep(0.05)
+            one = Engine.from_plan(plan_of_two(folder), folder)
+            for prompt, wanted in zip(PROMPTS, tokens_of(one, PROMPTS, COUNT), strict=True):
+                body = {"prompt": prompt, "max_tokens": COUNT, "temperature": 0}
+                body |= {"ignore_eos": True, "return_token_ids": True}
+                (choice,) = http.post("/v1/completions", json=body).json()["choices"]
+                assert tuple(choice["token_ids"]) == wanted
+            metrics = http.get("/metrics").text
+        assert f"tokenspeed_handovers_done {NUM_LONG}.0" in metrics, metrics
+        os.kill(ranks[0].pid or 0, signal.SIGTERM)
+        assert wait(ranks, 30) == [0, 0], logs(tmp_path, 2)
 
 
 class Spied:
@@ -104,7 +140,7 @@ def test_an_order_waits_for_the_steps_before_it(
     with pools(plan_of_two(folder), folder) as made:
         handovers = made.connect([made.add_prefill()])
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(handovers, "_is_on_gpu", True)
+        monkeypatch.setattr(handovers._orders, "_is_on_gpu", True)
         made.engine.add(Request("0", tuple(range(40, 140)), SamplingParams(max_tokens=2)))
         wait_for(lambda: handovers.num_jobs == 1, made.engine)
         for _ in range(20):

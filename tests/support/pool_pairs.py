@@ -41,7 +41,7 @@ class Pools:
     """A decode pool and its prefill pools.
 
     Attributes:
-        engine: of the decode pool, with poisoned memory.
+        engine: of the decode pool, with poisoned memory, unless that is elsewhere.
         prefills: engines of the prefill pools.
     """
 
@@ -52,14 +52,20 @@ class Pools:
         token: str = "t",
         spoil: Spoil = lambda each: each,
         transport: str = "shm",
+        engine: bool = True,
     ) -> None:
         self.plan, self.folder, self.token, self.spoil = plan, folder, token, spoil
         self.transport = transport
-        self.engine = poisoned(plan, folder)
+        self._engine = poisoned(plan, folder) if engine else None
         self.prefills: list[Engine] = []
         self._servers: list[PrefillServer] = []
         self._threads: list[threading.Thread] = []
         self._listeners: list[socket.socket] = []
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None
+        return self._engine
 
     def add_prefill(self, plan: Plan | None = None, chunk: int = 48) -> tuple[str, int]:
         """Start a prefill pool; returns its address. Pages leave after each chunk."""
@@ -87,7 +93,8 @@ class Pools:
 
     def stop(self) -> None:
         """End all of it."""
-        self.engine.loop.close()
+        if self._engine is not None:
+            self._engine.loop.close()
         for server, thread, listener in zip(
             self._servers, self._threads, self._listeners, strict=True
         ):
@@ -98,9 +105,13 @@ class Pools:
 
 @contextmanager
 def pools(
-    plan: Plan, folder: Path, spoil: Spoil = lambda each: each, transport: str = "shm"
+    plan: Plan,
+    folder: Path,
+    spoil: Spoil = lambda each: each,
+    transport: str = "shm",
+    engine: bool = True,
 ) -> Iterator[Pools]:
-    made = Pools(plan, folder, spoil=spoil, transport=transport)
+    made = Pools(plan, folder, spoil=spoil, transport=transport, engine=engine)
     try:
         yield made
     finally:
