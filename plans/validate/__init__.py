@@ -11,7 +11,11 @@ from __future__ import annotations
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.validate.format_rules import check_formats
 from tokenspeed_plan.plans.validate.host_rules import check_host_cache
-from tokenspeed_plan.plans.validate.kernel_rules import check_binaries, check_kernels
+from tokenspeed_plan.plans.validate.kernel_rules import (
+    check_binaries,
+    check_kernels,
+    check_operators,
+)
 from tokenspeed_plan.plans.validate.limit_rules import check_limits
 from tokenspeed_plan.plans.validate.memory_rules import check_memory
 from tokenspeed_plan.plans.validate.model_rules import (
@@ -28,7 +32,14 @@ from tokenspeed_plan.plans.validate.weight_rules import check_weights
 
 __all__ = ["refuse", "validate"]
 
-_PLAN_RULES = (check_pools, check_binaries, check_files, check_canary, check_predictions)
+_PLAN_RULES = (
+    check_operators,
+    check_pools,
+    check_binaries,
+    check_files,
+    check_canary,
+    check_predictions,
+)
 _POOL_RULES = (
     check_names,
     check_limits,

@@ -155,6 +155,17 @@ def _part_outputs(
     return dict(zip(outputs, specs.values(), strict=True))
 
 
+def check_operators(plan: Plan) -> None:
+    """All parts of kernels are operators that exist, with their operands and constants.
+
+    Raises:
+        PlanError: one is not. Other rules look operators up.
+    """
+    for kernel in plan.kernels:
+        for part in kernel.parts:
+            _operator(kernel, part)
+
+
 def _operator(kernel: KernelSpec, part: Part) -> OpDef:
     op = OPS.get(part.kind)
     if op is None:

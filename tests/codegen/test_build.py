@@ -131,9 +131,9 @@ def made() -> Made:
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", GPUS)
 def test_each_sort_of_kernel_compiles_and_fits(sm: int, made: Made) -> None:
-    """Kernels of the other GPU and of the CPU too; the latter's have large tiles."""
-    made.compile_all(sorts_of_kernels(), sm)
-    for name, kernel in sorts_of_kernels():
+    """Those of the other GPU too that this one's plans do not have."""
+    made.compile_all(sorts_of_kernels(sm), sm)
+    for name, kernel in sorts_of_kernels(sm):
         result = made[name, kernel.name, sm]
         assert not result.error, (kernel.name, result.error)
         assert result.cubin.startswith(b"\x7fELF"), kernel.name
@@ -162,8 +162,8 @@ def test_the_compiler_still_makes_the_binaries_of_a_plan(name: str, made: Made) 
 @pytest.mark.parametrize("sm", GPUS)
 def test_latency_kernels_keep_their_values_in_registers(sm: int, made: Made) -> None:
     """Decode kernels do not spill. For the other GPU, one of its own tilings does not."""
-    made.compile_all(sorts_of_kernels(), sm)
-    for name, kernel in sorts_of_kernels():
+    made.compile_all(sorts_of_kernels(sm), sm)
+    for name, kernel in sorts_of_kernels(sm):
         plan = plan_of(name)
         programs = (program for program in plan.pool.programs if program.phase != "prefill")
         if kernel.name not in used(programs) or not made[name, kernel.name, sm].spill_bytes:
@@ -212,11 +212,11 @@ def planned(rollback: str) -> Plan:
     ("rollback", "step"), [("snapshot", "delta_step"), ("recompute", "delta_recompute")]
 )
 def test_several_queries_a_sequence_stay_in_registers(rollback: str, step: str) -> None:
-    for sm in GPUS:
-        check_registers(rollback, step, sm)
+    check_registers(rollback, step, 90, (2, 6))
+    check_registers(rollback, step, 100, (6,))
 
 
-def check_registers(rollback: str, step: str, sm: int) -> None:
+def check_registers(rollback: str, step: str, sm: int, counts: tuple[int, ...]) -> None:
     """The first tiling compiles, spills nothing, and has the newer instructions if it is large.
 
     The delta rule also holds a state in registers: where its first tiling spills, the second does
@@ -230,7 +230,7 @@ def check_registers(rollback: str, step: str, sm: int) -> None:
     ]
     assert {kind_of(kernel) for kernel in kernels} == kinds
     candidates = {}
-    for kernel, count in itertools.product(kernels, (2, 6)):
+    for kernel, count in itertools.product(kernels, counts):
         tilings = build_kernel(
             kind_of(kernel), with_rows(kernel, count), (count, 1), GPUS[sm], True
         )
@@ -239,21 +239,20 @@ def check_registers(rollback: str, step: str, sm: int) -> None:
         launch = built.kernel.launch
         assert launch is not None
         assert built in candidates[key][: 2 if kind_of(built.kernel) == step else 1]
-        assert launch.constants["QUERY_LEN"] in (2, 6)
+        assert launch.constants["QUERY_LEN"] in counts
         narrow = int(launch.constants.get("BLOCK_G", 0)) < WIDEST
         assert set(ANY_PRODUCT.findall(report.ptx)) <= {"mma.sync" if narrow else PRODUCT[sm]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", ["H200", "B200"])
-def test_the_demo_model_is_planned_for_a_gpu(gpu: str) -> None:
+def test_the_demo_model_is_planned_for_a_gpu() -> None:
     """The CPU tiles of its frozen plan spill in prefill; tiles planned for a GPU do not."""
     path = ROOT / "examples/demo/spec.yaml"
     spec = load_spec(path)
     spec = spec.model_copy(
         update={
             "model": spec.model.model_copy(update={"weights": "bf16"}),
-            "target": spec.target.model_copy(update={"gpu": gpu}),
+            "target": spec.target.model_copy(update={"gpu": "H200"}),
         }
     )
     bundle = build_bundle(spec, find_model(spec, path), default_cache())
@@ -321,11 +320,11 @@ def test_kernels_of_drafts_fit_and_keep_their_values_in_registers(gpu: str) -> N
 @pytest.mark.parametrize("sm", GPUS)
 def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(sm: int, made: Made) -> None:
     """All products of such a kernel use them, not only one."""
-    made.compile_all(sorts_of_kernels(), sm)
+    made.compile_all(sorts_of_kernels(sm), sm)
     seen: set[str] = set()
-    for name, kernel in sorts_of_kernels():
+    for name, kernel in sorts_of_kernels(sm):
         plan = plan_of(name)
-        if plan.target.sm == 0 or kernel.name not in used(phase_of(plan, "prefill")[-1:]):
+        if kernel.name not in used(phase_of(plan, "prefill")[-1:]):
             continue
         parts = {part.kind for part in kernel.parts}
         of_all_rows = all(
@@ -343,11 +342,9 @@ def test_products_of_many_rows_use_the_tensor_cores_of_their_gpu(sm: int, made: 
 @pytest.mark.parametrize("sm", GPUS)
 def test_older_instructions_are_for_few_rows_only(sm: int, made: Made) -> None:
     """Where `mma.sync` is left, the tile has fewer rows than the newer instructions take."""
-    made.compile_all(sorts_of_kernels(), sm)
-    for name, kernel in sorts_of_kernels():
-        if plan_of(name).target.sm and "mma.sync" in ANY_PRODUCT.findall(
-            made[name, kernel.name, sm].ptx
-        ):
+    made.compile_all(sorts_of_kernels(sm), sm)
+    for name, kernel in sorts_of_kernels(sm):
+        if "mma.sync" in ANY_PRODUCT.findall(made[name, kernel.name, sm].ptx):
             assert kernel.launch is not None
             constants = kernel.launch.constants
             assert int(constants.get("BLOCK_M", constants.get("BLOCK_G", WIDEST))) < WIDEST, (
@@ -421,14 +418,14 @@ def test_same_bytes_in_any_folder_and_hash_order(made: Made, tmp_path: Path) -> 
 def test_the_length_of_a_path_has_no_say(tmp_path: Path) -> None:
     """The compiler for sm_100 is told no path: its length would move what it allocates by."""
     runs = []
-    for length in (1, 20, 33, 60):
+    for length in (1, 33):
         folder = tmp_path / ("x" * length)
         folder.mkdir()
         kinds = ("linear", "grouped_up")
         cache = tmp_path / f"cache {length}"
         runs.append(probe(folder, cache, B200_PLAN, 100, kinds, TMPDIR=str(folder)))
     found = [answer(run) for run in runs]
-    assert found == found[:1] * 4
+    assert found == found[:1] * 2
 
 
 @pytest.mark.slow
@@ -835,8 +832,7 @@ def test_planning_refuses_what_does_not_fit_unless_told_not_to_look(tmp_path: Pa
     profile = tmp_path / "small.yaml"
     profile.write_text(known_profiles()["h200"].replace("232_448", "1024"))
     spec = tmp_path / "spec.yaml"
-    text = (ROOT / "examples" / H200_PLAN / "spec.yaml").read_text()
-    spec.write_text(text.replace("gpu: H200", f"gpu: {profile}"))
+    spec.write_text(f"version: 1\nmodel: {{preset: qwen3-0.6b}}\ntarget: {{gpu: {profile}}}\n")
     command = ["plan", str(spec), "-o", str(tmp_path / "out")]
     refused = CliRunner().invoke(main, command)
     assert refused.exit_code == 2

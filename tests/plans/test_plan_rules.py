@@ -1,4 +1,4 @@
-"""The validator refuses what schema 6 has room for and nothing replays yet; answer digests."""
+"""The validator refuses what the schema has room for and nothing replays yet; answer digests."""
 
 from __future__ import annotations
 
@@ -58,6 +58,15 @@ def two_pools(plan: Plan, count: int = 2, **changes: Any) -> Plan:
     decode = plan.pool.model_copy(update={"role": "decode"})
     target = plan.target.model_copy(update={"count": count})
     return plan.model_copy(update={"pools": (decode, prefill), "target": target})
+
+
+def test_an_operator_that_does_not_exist_is_refused(tiny_plan: Plan) -> None:
+    """Whatever the kernel reads: rules of formats look operators up, too."""
+    for index, kernel in enumerate(tiny_plan.kernels):
+        parts = tuple(part.model_copy(update={"kind": f"{part.kind}x"}) for part in kernel.parts)
+        changed = kernel.model_copy(update={"parts": parts})
+        with pytest.raises(PlanError, match="has unknown operator"):
+            validate(with_kernel(tiny_plan, index, changed))
 
 
 def test_two_pools_that_fit_each_other(tiny_plan: Plan) -> None:

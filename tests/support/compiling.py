@@ -56,14 +56,15 @@ def sample(plan: Plan) -> list[KernelSpec]:
 
 
 @cache
-def sorts_of_kernels() -> tuple[Named, ...]:
+def sorts_of_kernels(sm: int) -> tuple[Named, ...]:
     """One kernel of each sort that the frozen plans have, the one of most rows.
 
-    A sort is a kind, in prefill or not, with weights in the same formats. To compile the others,
-    which differ in sizes, takes minutes; planning a model proves that they fit.
+    A sort is a kind, in prefill or not, with weights in the same formats. Plans for the GPU itself
+    come first; of the others are the sorts that only they have. To compile the rest, which differ
+    in sizes, takes minutes; planning a model proves that they fit.
     """
     found: dict[tuple[str, bool, frozenset[str]], Named] = {}
-    for name in (*COMPILED_PLANS, "demo-cpu"):
+    for name in sorted(COMPILED_PLANS, key=lambda name: plan_of(name).target.sm != sm):
         plan = plan_of(name)
         kernels = {kernel.name: kernel for kernel in plan.kernels}
         for program in sorted(plan.pool.programs, key=lambda program: -program.bucket):
