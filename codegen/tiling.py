@@ -18,7 +18,7 @@ RUN = 16  # elements of FP8 that a thread loads at once
 WARP_RUNS = RUN * WARP_SIZE  # elements of a row that a warp loads at once
 GEMV_ROWS = 2  # with so few rows of x, plain arithmetic keeps up with the memory
 GEMV_COLUMNS = 1024  # columns of a router: with few rows of x too few for the tensor cores
-NORMED_ROWS = 64  # rows of x up to which the product of a router includes its norm
+NORMED_ROWS = 32  # rows of x up to which the product of a router includes its norm
 
 
 class Machine(Protocol):

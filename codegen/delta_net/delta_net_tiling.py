@@ -26,6 +26,7 @@ COLUMNS_AND_WARPS = {
     "delta_steps": {2: (16, 2), 4: (32, 2)},
     "delta_recompute": {2: (16, 4), 4: (32, 2)},
 }
+MANY_SEQS = 128  # from here on two pieces of a head take 6 % less than the whole of it
 MANY_COLUMNS_AND_WARPS = {
     "delta_step": (128, 4),
     "delta_steps": (128, 4),
@@ -102,10 +103,19 @@ def _by_columns(work: Work, template: str, constants: dict[str, Constant]) -> li
         first = _columns_and_warps(work, template)
         sizes = (first, (64, 4), (32, 4), (16, 4), (8, 4))
         shapes = [Tile(1, min(n, value_dim), key_dim, warps, 1) for n, warps in sizes]
-        if template == "delta_step" and work.stores_bf16_state and first == (128, 4):
-            # 516 us for 512 sequences on an H200; a whole head at once spills, 64 columns take 712.
-            shapes.insert(0, Tile(1, value_dim, 16, 2, 1))
+        if template == "delta_step" and first == (128, 4):
+            shapes = _in_pieces(work, value_dim) + shapes
     return [_column_tiling(work, template, constants, tile) for tile in work.tiles(*shapes)]
+
+
+def _in_pieces(work: Work, value_dim: int) -> list[Tile]:
+    """A head in pieces of its columns, of which one is loaded while another is computed."""
+    if work.stores_bf16_state:
+        # 516 us for 512 sequences on an H200; a whole head at once spills, 64 columns take 712.
+        return [Tile(1, value_dim, 16, 2, 1)]
+    if work.num_seqs >= MANY_SEQS:
+        return [Tile(1, value_dim, 64, 4, 1)]
+    return []
 
 
 def _column_tiling(work: Work, template: str, constants: dict[str, Constant], tile: Tile) -> Tiling:

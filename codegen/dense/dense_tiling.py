@@ -48,7 +48,6 @@ MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its w
 BESIDE_COLUMNS = 2  # of a program, of a small product that shares the launch of a large one
 WIDE_COLUMNS = 8192  # of a product, from which on a few wide tiles fill the machine
 MIN_FILL = 0.7  # programs a multiprocessor that keep a machine busy
-MOST_SPLITS = 8  # programs that share the depth of a product
 
 
 def embed(work: Work) -> list[Tiling]:
@@ -358,9 +357,9 @@ def _few_tiles(work: Work, rows: int, columns: int) -> list[Tile]:
         if tile.m < 2 * rows and programs >= MIN_FILL * work.hardware.num_sms:
             first = tile
     if rows <= MANY_ROWS and columns <= GEMV_COLUMNS and not work.has("rms_norm"):
-        # A router has few tiles, so programs share the depth of each.
-        spare = work.hardware.num_sms // (blocks(rows, 64) * blocks(columns, 64))
-        first = Tile(64, 64, deep, 4, 4, splits=min(down2(spare), MOST_SPLITS))
+        # A router has few tiles, so two programs share the depth of each. On an H200 that is the
+        # best or nearly so from 64 to 512 rows of 257 columns; more of them wait for each other.
+        first = Tile(64, 32, deep, 4, 4, splits=2)
     return [first, Tile(64, 32, 64, 4, 3), Tile(32, 32, 32, 4, 2)]
 
 

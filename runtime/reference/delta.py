@@ -8,7 +8,8 @@ written. A delta rule's state may be stored in bf16: it is computed in fp32, and
 written.
 
 Shapes: T tokens, S sequences, R queries of a sequence, C channels, K taps of the convolution, J =
-K - 1, A key heads, B value heads, k and v their sizes, N inputs kept for each slot.
+K - 1, A key heads, B value heads, k and v their sizes, N inputs kept for each slot, E entries of a
+ring in all slots.
 """
 
 from __future__ import annotations
@@ -78,22 +79,24 @@ def ring_conv(
     """
     w_CK = w_C1K[:, 0]
     lengths_S = cu_seqlens.diff()
-    before_SJC = state[_ring_before(src_S, context_S - lengths_S, state)]
-    after = _ring_before(dst_S, context_S, state)
+    entries_EC = state.view(-1, state.shape[2])
+    before_SJ = _ring_before(src_S, context_S - lengths_S, state)
+    before_SJC = entries_EC.index_select(0, before_SJ.flatten()).unflatten(0, before_SJ.shape)
+    after_SJ = _ring_before(dst_S, context_S, state)
     if attrs["mode"] == "update":
         windows_S1KC = _windows(before_SJC, x_TC.unsqueeze(1))
-        state[after] = windows_S1KC[:, 0, 1:]
+        entries_EC[after_SJ] = windows_S1KC[:, 0, 1:]
         return (_convolved(windows_S1KC, w_CK),)
-    y_TC, state[after] = _conv_ragged(x_TC, cu_seqlens, before_SJC, w_CK)
+    y_TC, entries_EC[after_SJ] = _conv_ragged(x_TC, cu_seqlens, before_SJC, w_CK)
     return (y_TC,)
 
 
-def _ring_before(slots_S: Tensor, position_S: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Slot and entry [S, J] of the inputs before a position, the oldest first."""
+def _ring_before(slots_S: Tensor, position_S: Tensor, state: Tensor) -> Tensor:
+    """The entries [S, J] of the inputs before a position, the oldest first; each slot has K."""
     num_taps = state.shape[1]
     age_J = torch.arange(1, num_taps, device=position_S.device)
     entry_SJ = (position_S.unsqueeze(1) + age_J) % num_taps
-    return slots_S.unsqueeze(1), entry_SJ
+    return slots_S.unsqueeze(1) * num_taps + entry_SJ
 
 
 def _state_before(attrs: Attrs, state: Tensor, src_S: Tensor, dst_SR: Tensor) -> Tensor:
@@ -141,7 +144,7 @@ def _windows(before_SJC: Tensor, x_SRC: Tensor) -> Tensor:
 
 def _convolved(windows_SRKC: Tensor, w_CK: Tensor) -> Tensor:
     """The convolution at each query, [S * R, C]."""
-    products_SRKC = windows_SRKC * w_CK.T
+    products_SRKC = windows_SRKC * w_CK.T.contiguous()  # in the order of the inputs
     y_SRC = F.silu(products_SRKC.sum(2))
     return y_SRC.flatten(0, 1)
 
@@ -240,8 +243,7 @@ def _recurrent(inputs: DeltaInputs, state_SBkv: Tensor) -> tuple[Tensor, Tensor]
     error_SBv = v_SBv - from_k_SBv
     u_SBv = beta_SB.unsqueeze(-1) * error_SBv
     decayed_SBkv = state_SBkv * decay_SB11
-    after_SBkv = torch.addcmul(
-        decayed_SBkv,
+    after_SBkv = decayed_SBkv.addcmul_(  # in place: a copy takes as long
         k_SBk.unsqueeze(-1),
         u_SBv.unsqueeze(-2),
     )
