@@ -30,7 +30,7 @@ from tokenspeed_plan.runtime.metrics import Metrics
 HIT_POINTS_PER_PAGE = 2
 
 
-def chain_digest(parent: bytes, token_ids: Seq[int] | np.ndarray) -> bytes:
+def chain_digest(parent: bytes, token_ids: Seq[int]) -> bytes:
     """The digest of a page, 16 bytes: of its tokens and, by its parent's digest, of all before."""
     data = np.asarray(token_ids, dtype=np.int64).tobytes()
     page_hash = blake2b(data, digest_size=16, key=parent)
@@ -119,16 +119,15 @@ class PrefixCache:
 
     def extend(self, digests: list[bytes], token_ids: Seq[int], num_tokens: int) -> None:
         """Make `digests` cover all whole pages of the first `num_tokens` tokens."""
-        size = self.page_size
-        first, end = len(digests) * size, num_tokens // size * size
-        if not self.enabled or first >= end:
+        if not self.enabled:
             return
+        size = self.page_size
         parent = self.root.digest
         if digests:
             parent = digests[-1]
-        # One conversion: those of page after page are most of the time of a long prompt.
-        new_ids = np.array(token_ids[first:end], dtype=np.int64)
-        for page_ids in new_ids.reshape(-1, size):
+        first = len(digests) * size
+        for start in range(first, num_tokens - size + 1, size):
+            page_ids = token_ids[start : start + size]
             parent = chain_digest(parent, page_ids)
             digests.append(parent)
 
