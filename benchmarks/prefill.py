@@ -2,7 +2,7 @@
 
     python benchmarks/prefill.py DIR [--only attention,products,steps,host,turns]
 
-DIR is a plan with library steps; weights are random. `attention` compares the library's function
+DIR is a plan with library steps; weights are random. `attention` compares functions of libraries
 with the plan's own kernel on the same tensors: microseconds in a graph, TFLOP/s, and how far the
 results lie apart; `products` does so for products. `steps` replays prefill programs and lists their
 kernels, `host` times what a new prompt length costs the host, `turns` asks the engine for first
@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokenspeed_plan.plans.bundle import load_plan
-from tokenspeed_plan.plans.libraries import CUBLAS, computes_kernel
+from tokenspeed_plan.plans.libraries import CUBLAS, LIBRARY_FUNCTIONS, computes_kernel
 from tokenspeed_plan.plans.ops import integer
 from tokenspeed_plan.plans.schema import Call, KernelSpec, LibraryCall, Plan, Program
 from tokenspeed_plan.runtime import Engine, SamplingParams
@@ -33,7 +34,9 @@ from tokenspeed_plan.runtime.compare import difference
 from tokenspeed_plan.runtime.execution.backend import KernelBackend
 from tokenspeed_plan.runtime.execution.executor import Executor
 from tokenspeed_plan.runtime.execution.graphs import GraphLaunch
+from tokenspeed_plan.runtime.execution.kernels import prepare_batch
 from tokenspeed_plan.runtime.libraries import cublas
+from tokenspeed_plan.runtime.libraries.loader import ADAPTERS
 from tokenspeed_plan.runtime.libraries.sample_batch import sample_batch
 
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # new tokens, and all, by sequence
@@ -77,25 +80,35 @@ def backend_of(executor: Executor) -> KernelBackend:
 
 @torch.inference_mode()
 def attention(plan: Plan, executor: Executor) -> None:
-    """The library's function and the plan's kernel on the same tensors."""
+    """The plan's kernel and each function of a library that computes it, on the same tensors."""
     program, (call, *_) = library_calls(plan, "attention")
-    backend, kernel = backend_of(executor), executor.kernels[call.kernel]
-    library = backend.library_of(call)
-    print(f"{call.kernel} of {program.name}: library {library is not None}", flush=True)
-    print("shape | own us | library us | own TFLOP/s | library TFLOP/s | apart", flush=True)
-    for name, (new, contexts) in SHAPES.items():
-        tensors = sample_batch(kernel, torch.device(plan.target.device), new, contexts)
-        own = backend.launcher(kernel, sum(new), len(new), plan.pool.index_of(program))
-        found = [
-            measured(run, tensors, plan.target.device) for run in (own, library) if run is not None
-        ]
-        results = [result for _, result in found]
-        flops = flops_of(kernel, new, contexts)
-        times = [us for us, _ in found]
-        rates = [f"{flops / us / 1e6:.0f}" for us in times]
-        apart = difference(results[-1], results[0])
-        print(name, *(f"{us:.1f}" for us in times), *rates, f"{apart:.1e}", sep=" | ", flush=True)
+    kernel, device = executor.kernels[call.kernel], plan.target.device
+    functions = {
+        name: adapter(kernel)
+        for name, adapter in ADAPTERS.items()
+        if computes_kernel(LIBRARY_FUNCTIONS[name], kernel) and is_installed(name)
+    }
+    print(f"{call.kernel} of {program.name}", flush=True)
+    print("shape | function | us | TFLOP/s | apart", flush=True)
+    for shape, (new, contexts) in SHAPES.items():
+        tensors = sample_batch(kernel, torch.device(device), new, contexts)
+        index = plan.pool.index_of(program)
+        own = backend_of(executor).launcher(kernel, sum(new), len(new), index)
+        results: list[torch.Tensor] = []
+        for name, run in ({"own": own} | functions).items():
+            prepare_batch(run, tensors)
+            taken, result = measured(run, tensors, device)
+            results.append(result)
+            rate = flops_of(kernel, new, contexts) / taken / 1e6
+            apart = difference(result, results[0])
+            print(shape, name, f"{taken:.1f} | {rate:.0f} | {apart:.1e}", sep=" | ", flush=True)
         del tensors
+
+
+def is_installed(function: str) -> bool:
+    """Whether the package of a function is there."""
+    package = LIBRARY_FUNCTIONS[function].package
+    return any(found.name == package for found in distributions())
 
 
 def library_calls(plan: Plan, kind: str) -> tuple[Program, list[LibraryCall]]:

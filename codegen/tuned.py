@@ -24,8 +24,7 @@ class Tile:
         k: depth of a product; splits a multiprocessor in decode attention.
         num_warps: warps of the program.
         num_stages: loads in flight at once.
-        splits: programs that share the depth of a product on the tensor cores; of a product of
-            experts, blocks of columns that one program computes.
+        splits: programs that share the depth of a product on the tensor cores.
     """
 
     m: int

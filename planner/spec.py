@@ -62,7 +62,7 @@ def _printed(text: str) -> str:
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS), AfterValidator(_printed)]
 Gpus = Annotated[int, Field(ge=1, le=MAX_GPUS)]
 Library = Literal["cublas", "fa3", "flashinfer"]  # whose functions are in `LIBRARY_FUNCTIONS`
-Libraries = Annotated[tuple[Library, ...], Field(min_length=1, strict=False)]
+Libraries = Annotated[tuple[Library, ...], Field(min_length=1, max_length=3, strict=False)]
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 TokensOrNone = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 Milliseconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]

@@ -33,6 +33,7 @@ FLOORS = {
         "prometheus_client",
         "xgrammar",
         "flash_attn_3",
+        "flashinfer",
         "msgspec",
         "zmq",
     },

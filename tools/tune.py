@@ -124,19 +124,11 @@ GROUPED = {  # of few rows for each expert, which wait for its weights
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4, 5),
 }
-MANY_GROUPED = {  # of many rows for each expert: whole tiles, and several of them a program
-    "m": (128,),
-    "n": (128, 256),
-    "k": (64, 128),
-    "num_warps": (4, 8),
-    "num_stages": (2, 3, 4),
-    "splits": (1, 2, 4, 8),
-}
 CONV = {
     "m": (2, 4, 8, 16),
     "n": (1,),
-    "k": (8, 16, 32),
-    "num_warps": (1, 2, 4, 8),
+    "k": (4, 8, 16),
+    "num_warps": (2, 4, 8),
     "num_stages": (1,),
 }
 SAMPLE = {
@@ -161,8 +153,6 @@ def candidates(kind: str, rows: int, few: bool) -> list[Tile]:
     if kind.startswith("grouped") and rows < FULL_GROUPS:
         tiles = [Tile(*values) for values in itertools.product(*GROUPED.values())]
         return [t for t in tiles if 2 * (t.m + 2 * t.n) * t.k * t.num_stages <= 220_000]
-    if kind.startswith("grouped"):
-        return list(itertools.starmap(Tile, itertools.product(*MANY_GROUPED.values())))
     if kind == "conv_qk_norm":
         return list(itertools.starmap(Tile, itertools.product(*CONV.values())))
     if rows >= MANY:

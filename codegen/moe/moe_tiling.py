@@ -271,19 +271,10 @@ def grouped(work: Work) -> list[Tiling]:
         shapes = [replace(tile, n=min(tile.n, BLOCK), k=min(tile.k, BLOCK)) for tile in shapes]
     if work.quantised:  # a sum of each block of the depth
         shapes = [replace(tile, k=BLOCK) for tile in shapes]
-    shapes = [_spanning(work, tile, columns) for tile in shapes]
     tilings = [_grouped_tiling(work, tile, constants) for tile in dict.fromkeys(shapes)]
     if work.is_fp4("w"):
         return [moe_fp4_tiling.grouped_tiling(tiling) for tiling in tilings]
     return tilings
-
-
-def _spanning(work: Work, tile: Tile, columns: int) -> Tile:
-    """A tile of one block of columns, where the weight is not plain or no whole number of tiles."""
-    is_plain = not work.is_fp8("w") and not work.is_fp4("w")
-    if is_plain and columns % (tile.n * tile.splits) == 0 and work.width("w", 2) % tile.k == 0:
-        return tile
-    return replace(tile, splits=1)
 
 
 def _is_up(work: Work) -> bool:
@@ -326,13 +317,10 @@ def _grouped_tiling(work: Work, tile: Tile, constants: dict[str, Constant]) -> T
     tiles_m = GridDim(fixed=experts, scale=top_k, block=tile.m)
     if work.by_seqs:
         tiles_m = fixed(experts + blocks(work.num_rows * top_k, tile.m))
-    sizes: dict[str, Constant] = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-    if tile.splits > 1:
-        sizes |= {"SPAN": tile.splits, "STEPS": depth // tile.k}
     return Tiling(
         template="grouped_linear",
-        constants=constants | sizes,
-        grid=(fixed(blocks(columns, tile.n * tile.splits)), tiles_m),
+        constants=constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
+        grid=(fixed(blocks(columns, tile.n)), tiles_m),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         options={
@@ -344,7 +332,7 @@ def _grouped_tiling(work: Work, tile: Tile, constants: dict[str, Constant]) -> T
             "x": "x" if _is_up(work) else "h",
             "ragged": depth % tile.k != 0,
             "uneven": columns % tile.n != 0,
-            "spans": tile.splits > 1,
+            "paired": _is_up(work) and not work.is_fp8("w") and tile.n <= 128,
             # Hopper's products take 64 rows at least, so a tile of 64 has no half.
             "halves": tile.m >= 128 or work.interpreted,
         },

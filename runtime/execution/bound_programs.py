@@ -108,7 +108,7 @@ class BoundPrograms:
         for body, _, operands, _ in instructions if self._plans_batches else ():
             if isinstance(body, PreparedFunction) and body not in prepared:
                 prepared.add(body)
-                body.prepare(*operands)
+                body.prepare(*operands)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def execute(self, instructions: Iterable[Instruction]) -> None:

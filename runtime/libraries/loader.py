@@ -30,7 +30,7 @@ Adapter = Callable[[KernelSpec], Launcher]
 ADAPTERS: dict[str, Adapter] = {
     "cublas.linear": cublas.linear,
     "fa3.attention_prefill": fa3.attention_prefill,
-    "flashinfer.attention_prefill": flashinfer.attention_prefill,
+    "flashinfer.attention_prefill": flashinfer.PagedPrefill,
 }
 
 

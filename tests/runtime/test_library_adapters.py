@@ -137,7 +137,7 @@ def test_flashinfer_is_given_what_it_needs(
 ) -> None:
     install_flashinfer(monkeypatch, tmp_path)
     kernel = attention_kernel(gated)
-    assert compared(kernel, flashinfer.attention_prefill(kernel), **batch) < 2e-2
+    assert compared(kernel, flashinfer.PagedPrefill(kernel), **batch) < 2e-2
 
 
 def test_a_missing_package_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
