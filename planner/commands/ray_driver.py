@@ -103,7 +103,9 @@ def run_on_ray(bundle: Path, options: EngineOptions, job: RayJob) -> int:
     Raises:
         RequestError: Ray is missing or has no room, or the workers refuse the job.
     """
-    bundles: dict[str | None, Path] = {**job.plans} or {None: bundle}
+    bundles: dict[str | None, Path] = {None: bundle}
+    if job.plans:
+        bundles = {kind: path for kind, path in job.plans.items()}
     plans = {kind: load_plan(path, options.signers) for kind, path in bundles.items()}
     with cluster(job.address):
         import ray
