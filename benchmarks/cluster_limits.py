@@ -101,8 +101,8 @@ def run_scale(args: argparse.Namespace) -> int:
                 (alone_s, alone_cpu_s), (shared_s, shared_cpu_s) = seconds[0], seconds[1]
                 ratios.append(alone_s / shared_s)
                 print(
-                    f"{engines} engines, {rows} rows: {alone_s:.1f} s ({alone_cpu_s:.1f} of CPU) as "
-                    f"single runs at once, {shared_s:.1f} s ({shared_cpu_s:.1f}) by leases: "
+                    f"{engines} engines, {rows} rows: {alone_s:.1f} s ({alone_cpu_s:.1f} of CPU) "
+                    f"as single runs at once, {shared_s:.1f} s ({shared_cpu_s:.1f}) by leases: "
                     f"{ratios[-1]:.3f} ({alone_cpu_s / shared_cpu_s:.3f})",
                     flush=True,
                 )
@@ -278,7 +278,7 @@ def run_driver(args: argparse.Namespace) -> int:
             lambda number: simulate_worker(store, units, number, work_s, tally, timeout_s),
         )
         nodes.enter()
-        job = RayJob("auto", None, scratch, (), args.shards, quiet=True, plans={})
+        job = RayJob("auto", None, scratch, (), args.shards, quiet=True, plans=())
         crew = Crew(1.0, {"CPU": 1}, args.nodes, (), 0)
         begin_s, begin_cpu_s = time.monotonic(), time.thread_time()
         code = _Driver(job, [crew], (), []).run()
