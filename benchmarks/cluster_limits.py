@@ -7,7 +7,8 @@
 
 `index` checks and splits rows. `scale` compares workers that share a batch by leases with as many
 single runs at once, each on its part of the rows: what the machine itself can do; in pairs, one
-after the other. `start` is a worker from its command to its first row, in parts. `driver` is the
+after the other; what other processes of the machine take shows in the time and not in the CPU's.
+`start` is a worker from its command to its first row, in parts. `driver` is the
 driver of `run --ray` with real leases; its nodes only wait, for as long as engines would take.
 """
 
@@ -55,13 +56,16 @@ def run_index(args: argparse.Namespace) -> int:
     return 0
 
 
-def timed(commands: Sequence[Sequence[object]], log: Path) -> float:
-    """Seconds until all of some commands have ended well, each with one thread."""
+def timed(commands: Sequence[Sequence[object]], log: Path) -> tuple[float, float]:
+    """Seconds until all of some commands have ended well, each with one thread; and of CPU."""
     begin_s = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     processes = [start(command, log, OMP_NUM_THREADS="1") for command in commands]
     codes = [process.wait() for process in processes]
     assert set(codes) == {0}, log.read_text(encoding="utf-8")[-2000:]
-    return time.monotonic() - begin_s
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.monotonic() - begin_s, cpu_s
 
 
 def run_scale(args: argparse.Namespace) -> int:
@@ -94,10 +98,12 @@ def run_scale(args: argparse.Namespace) -> int:
                 ]
                 order = [0, 1] if pair % 2 else [1, 0]
                 seconds = {number: both[number]() for number in order}
-                ratios.append(seconds[0] / seconds[1])
+                (alone_s, alone_cpu_s), (shared_s, shared_cpu_s) = seconds[0], seconds[1]
+                ratios.append(alone_s / shared_s)
                 print(
-                    f"{engines} engines, {rows} rows: {seconds[0]:.1f} s as single runs at once, "
-                    f"{seconds[1]:.1f} s by leases: {ratios[-1]:.3f}",
+                    f"{engines} engines, {rows} rows: {alone_s:.1f} s ({alone_cpu_s:.1f} of CPU) "
+                    f"as single runs at once, {shared_s:.1f} s ({shared_cpu_s:.1f}) by leases: "
+                    f"{ratios[-1]:.3f} ({alone_cpu_s / shared_cpu_s:.3f})",
                     flush=True,
                 )
         worst = min(worst, statistics.median(ratios))
@@ -272,7 +278,7 @@ def run_driver(args: argparse.Namespace) -> int:
             lambda number: simulate_worker(store, units, number, work_s, tally, timeout_s),
         )
         nodes.enter()
-        job = RayJob("auto", None, scratch, (), args.shards, quiet=True, plans={})
+        job = RayJob("auto", None, scratch, (), args.shards, quiet=True, plans=())
         crew = Crew(1.0, {"CPU": 1}, args.nodes, (), 0)
         begin_s, begin_cpu_s = time.monotonic(), time.thread_time()
         code = _Driver(job, [crew], (), []).run()

@@ -200,7 +200,7 @@ def ray_job(job: JobOptions, worker: WorkerOptions, address: str, lease: str) ->
         tuple(words),
         worker.input.num_shards,
         worker.quiet,
-        dict(job.plans),
+        job.plans,
     )
 
 

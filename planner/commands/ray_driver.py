@@ -75,7 +75,7 @@ class RayJob:
     places: tuple[str, ...]
     num_shards: int
     quiet: bool
-    plans: Mapping[str, Path]
+    plans: tuple[tuple[str | None, Path], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +103,14 @@ def run_on_ray(bundle: Path, options: EngineOptions, job: RayJob) -> int:
     Raises:
         RequestError: Ray is missing or has no room, or the workers refuse the job.
     """
-    bundles: dict[str | None, Path] = {**job.plans} or {None: bundle}
+    bundles = dict(job.plans or ((None, bundle),))
     plans = {kind: load_plan(path, options.signers) for kind, path in bundles.items()}
     with cluster(job.address):
         import ray
 
         crews = crews_of(bundles, plans, options, job)
         sent = [ray.put(pack(bundles[kind], plans[kind])) for kind in plans]
-        return _Driver(job, crews, tuple(job.plans), sent).run()
+        return _Driver(job, crews, [kind for kind, _ in job.plans], sent).run()
 
 
 def crews_of(
@@ -171,7 +171,7 @@ class RayWorker:
     """The actor: runs a worker's command on its node."""
 
     def work(
-        self, args: Sequence[str], number: int, kinds: Sequence[str], *sent: SentPlan
+        self, args: Sequence[str], number: int, kinds: Sequence[str | None], *sent: SentPlan
     ) -> tuple[int, str]:
         """Run it to its end; returns its exit code, and what it has printed last.
 
@@ -205,7 +205,7 @@ class _Driver:
     """Keeps workers alive until the job is done; it may die, as it knows nothing."""
 
     def __init__(
-        self, job: RayJob, crews: Sequence[Crew], kinds: Sequence[str], sent: Sequence[Any]
+        self, job: RayJob, crews: Sequence[Crew], kinds: Sequence[str | None], sent: Sequence[Any]
     ) -> None:
         from tokenspeed_plan.runtime.serving.leases.job_store import open_store
 

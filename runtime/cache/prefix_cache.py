@@ -20,7 +20,7 @@ from hashlib import blake2b
 
 from tokenspeed_plan.plans.schema import Limits
 from tokenspeed_plan.runtime.cache.eviction import Checkpoints
-from tokenspeed_plan.runtime.cache.prefix_tree import Node, PageWatch, PrefixTree, path_to
+from tokenspeed_plan.runtime.cache.prefix_tree import Node, PrefixTree, path_to
 from tokenspeed_plan.runtime.cache.ref_counts import SharedSlots
 from tokenspeed_plan.runtime.metrics import Metrics
 
@@ -89,6 +89,7 @@ class PrefixCache:
         # The first slot is always zero, the last one takes padding.
         self.state_slots = SharedSlots(range(1, end))
         self._tree = PrefixTree(seed, self.pages)
+        self.follow = self._tree.follow
         self._checkpoints = Checkpoints(
             self._tree, self.state_slots, page_bytes, slot_bytes, oldest_first
         )
@@ -107,13 +108,6 @@ class PrefixCache:
     def nodes(self) -> tuple[Node, ...]:
         """All nodes below the root: whole pages, and tails."""
         return tuple(self._tree)
-
-    def follow(self, watch: PageWatch) -> None:
-        """Tell `watch` which whole pages there are, parents first, and each change from now on."""
-        for node in self._tree:
-            if node.digest:
-                watch.stored(node)
-        self._tree.watch = watch
 
     def find(self, digest: bytes) -> Node | None:
         """The whole page of that digest."""

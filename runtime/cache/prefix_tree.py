@@ -59,15 +59,11 @@ class PageWatch(Protocol):
 
 
 class PrefixTree:
-    """All nodes; each holds its page.
-
-    Attributes:
-        watch: follows the whole pages.
-    """
+    """All nodes; each holds its page."""
 
     def __init__(self, seed: bytes, pages: SharedSlots) -> None:
         self.root = Node(None, seed, (), 0, -1)
-        self.watch: PageWatch | None = None
+        self._watch: PageWatch | None = None
         self._pages = pages
         self._index: dict[bytes, Node] = {}
         self._nodes_on_page = Counter[int]()
@@ -82,6 +78,12 @@ class PrefixTree:
         for node in self._index.values():
             yield node
             yield from node.tails
+
+    def follow(self, watch: PageWatch) -> None:
+        """Tell `watch` which whole pages there are, parents first, and each change from now on."""
+        for node in self._index.values():
+            watch.stored(node)
+        self._watch = watch
 
     def find(self, digest: bytes) -> Node | None:
         """The whole page of that digest."""
@@ -106,8 +108,8 @@ class PrefixTree:
         self._index[digest] = node
         parent.children[digest] = node
         self._hold(node)
-        if self.watch is not None:
-            self.watch.stored(node)
+        if self._watch is not None:
+            self._watch.stored(node)
         return node
 
     def insert_tail(self, parent: Node, token_ids: tuple[int, ...], page: int) -> Node:
@@ -141,8 +143,8 @@ class PrefixTree:
     def _remove(self, node: Node, parent: Node) -> None:
         if node.digest:
             del self._index[node.digest], parent.children[node.digest]
-            if self.watch is not None:
-                self.watch.removed(node)
+            if self._watch is not None:
+                self._watch.removed(node)
         else:
             parent.tails.remove(node)
         self._nodes_on_page[node.page] -= 1

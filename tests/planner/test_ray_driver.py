@@ -116,7 +116,7 @@ def test_without_ray_there_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job_in(folder: Path, workers: int | None = None, shards: int = 4) -> RayJob:
-    return RayJob("auto", workers, str(folder), (), shards, quiet=True, plans={})
+    return RayJob("auto", workers, str(folder), (), shards, quiet=True, plans=())
 
 
 def drive(folder: Path, patch: pytest.MonkeyPatch, ray: ScriptedRay, workers: int = 2) -> int:

@@ -19,7 +19,7 @@ from tokenspeed_plan.runtime.serving.leases.known_shapes import KnownShapes, See
 
 ODD = ('\\"', "\\\\", "\\n", "\\u00e9", "\\ud800", "é", "\x01", '"', "\\x", "", "a" * 70, "b" * 20)
 PIECES = (
-    "{", "}", ",", ":", '"', "\\", "[", "]", " ", "null", "1", "-", "\t", "\x0b",
+    "0", "e1", ".5", "{", "}", ",", ":", '"', "\\", "[", "]", " ", "null", "1", "-", "\t", "\x0b",
     '"prompt": "x"', '"custom_id": "x"', '"user": "u"', '"metadata": {"prompt": "y"}',
     '"metadata": {"custom_id": "y", "n": "m"}', '"response_format": {"type": "json_object"}',
 )  # fmt: skip
@@ -33,6 +33,8 @@ def line_of(rng: random.Random) -> str:
         body["user"] = f"user {number}"
     if rng.random() < 0.2:
         body["temperature"] = rng.choice((0, 1, 3.0))
+    if rng.random() < 0.3:
+        body["seed"] = rng.choice((0, 7, number, -1, 1.5, 10**17, 10**19, "7", True))
     row = {"custom_id": f"c{number}", "method": "POST", "url": "/v1/completions", "body": body}
     text = json.dumps(row, separators=rng.choice(((", ", ": "), (",", ":"))))
     if rng.random() < 0.2:

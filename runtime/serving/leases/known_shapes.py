@@ -1,4 +1,4 @@
-"""Rows that are alike but for `custom_id` and prompt: of these only the first is checked in full.
+"""Rows that are alike but for ids, prompt and seed: of these only the first is checked in full.
 
 Rows of a batch come from one program, so most lines are the same bytes around other texts. What is
 left of a line without these texts is its shape. A line of a known shape is JSON of the same fields:
@@ -22,9 +22,10 @@ MAX_SHAPES = 4096
 _PLAIN = rb'[^"\\\x00-\x1f\x7f-\xff]*'
 _TEXT = rb"%b(?:\\[\"\\/bfnrt]%b)*" % (_PLAIN, _PLAIN)
 _FIELD = re.compile(
-    rb'"(custom_id|prompt|user|safety_identifier|prompt_cache_key)"[ \t]*:[ \t]*"(%b)"' % _TEXT
+    rb'"(custom_id|prompt|user|safety_identifier|prompt_cache_key)"[ \t]*:[ \t]*"(%b)"'
+    rb'|"seed"[ \t]*:[ \t]*(0|[1-9]\d{0,17})(?![\d.eE])' % _TEXT
 )
-Shape = tuple[bytes, ...]
+Shape = tuple[bytes | None, ...]
 
 
 class KnownShapes:
@@ -66,13 +67,13 @@ def _taken_apart(line: InputLine) -> tuple[Shape, bytes, bytes] | None:
     if line.fault is not None or len(line.raw) > MAX_JSON_BYTES:
         return None
     parts = _FIELD.split(line.raw)
-    names, texts = parts[1::3], parts[2::3]
+    names, texts = parts[1::4], parts[2::4]  # None, None is a seed
     if names.count(b"custom_id") != 1 or names.count(b"prompt") != 1:
         return None
     custom_id = texts[names.index(b"custom_id")]
     if not custom_id or len(custom_id) > MAX_NAME_CHARS or b"\\" in custom_id:
         return None
-    return (*parts[::3], *names), custom_id, texts[names.index(b"prompt")]
+    return (*parts[::4], *names), custom_id, texts[names.index(b"prompt")]
 
 
 class SeenIds:
