@@ -25,6 +25,7 @@ class GraphLaunch:
         self._pinned: list[Tensor] = []
         self._events: list[torch.cuda.Event] = []
         self._turn = 0
+        self._copies = torch.cuda.Stream()
 
     def prepare(self, programs: BoundPrograms) -> None:
         """Capture all programs that the plan wants captured, and load the kernels of the others."""
@@ -57,6 +58,12 @@ class GraphLaunch:
             graph.replay()
         else:
             programs.run(program, num_tokens, num_seqs, part)
+
+    def copy_beside(self, target: Tensor, source: Tensor) -> None:
+        """Copy on a stream of its own."""
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(self._copies)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
         """The values are copied after the replay; reading them waits for that copy alone."""

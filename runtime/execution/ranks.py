@@ -1,7 +1,8 @@
 """Several processes that replay one plan.
 
 Rank 0 schedules, and sends an order before each replay: which program comes next, at which size,
-and what has changed in its inputs since the step before. The others do the same.
+and what has changed in its inputs since the step before. The others do the same. Masks and
+adjustments, which are large and come late, have orders of their own, one for each row.
 """
 
 from __future__ import annotations
@@ -11,19 +12,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tokenspeed_plan.plans.errors import RankError
+from tokenspeed_plan.plans.ops import LATE_INPUTS
 from tokenspeed_plan.plans.schema import Program
+from tokenspeed_plan.runtime.execution.bound_programs import Part
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.input_block import InputBlocks, InputChange, InputLayout
 from tokenspeed_plan.runtime.execution.order_ring import OrderRing
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.execution.rank_links import Links
 
-# An order has three numbers: the index of a program, and the tokens and sequences of its batch; or
-# one of these, and its two arguments.
+# An order has three numbers: the index of a part of a program, and the tokens and sequences of its
+# batch; or one of these, and its two arguments.
 STOP = -1
 COPY_PAGE = -2
+WRITE_ROW = -3
+PARTS: tuple[Part, ...] = ("whole", "head", "tail")
 _CHANGE = struct.Struct("<qq")  # the numbers of an `InputChange`; its content follows
 
 
@@ -40,13 +47,19 @@ class Leader:
         num_tokens: int,
         num_seqs: int,
         change: InputChange | None,
+        part: Part,
     ) -> None:
         """Send the program, the size of the batch and what has changed in its inputs."""
-        index, content = memory.plan.pool.index_of(program), b""
+        index, content = memory.plan.pool.index_of(program) * len(PARTS) + PARTS.index(part), b""
         if change is not None:
             head = _CHANGE.pack(change.num_moves, change.num_words)
             content = head + change.content.tobytes()
         self._orders.write((index, num_tokens, num_seqs), content)
+
+    def before_write(self, name: str, first: int, rows: Tensor) -> None:
+        """Send the rows one by one."""
+        for row, words in enumerate(rows.numpy(), start=first):
+            self._orders.write((WRITE_ROW, LATE_INPUTS.index(name), row), words.tobytes())
 
     def before_copy(self, source: int, target: int) -> None:
         """Send the numbers of both pages."""
@@ -75,11 +88,16 @@ def follow(executor: Executor, orders: OrderRing) -> None:
         if index == COPY_PAGE:
             executor.copy_page(first, second)
             continue
+        if index == WRITE_ROW:
+            words = torch.frombuffer(bytearray(content), dtype=torch.int32)
+            executor.write_rows(LATE_INPUTS[first], second, words.unsqueeze(0))
+            continue
         if content:
             num_moves, num_words = _CHANGE.unpack_from(content)
             words = np.frombuffer(content, np.uint8, offset=_CHANGE.size)
             blocks.receive(InputChange(num_moves, num_words, words))
-        executor.run(programs[index], first, second)
+        number, part = divmod(index, len(PARTS))
+        executor.run(programs[number], first, second, part=PARTS[part])
 
 
 @contextmanager
