@@ -33,9 +33,11 @@ from tokenspeed_plan.runtime.request import (
     SamplingParams,
     failed,
 )
+from tokenspeed_plan.runtime.serving.deliveries import Deliveries
 from tokenspeed_plan.runtime.streaming import AnswerText, Delta
 
 Command = Callable[[], object]
+Step = tuple[tuple[NewToken | Completion, ...], float]  # what it gave, and when
 _GREEDY = SamplingParams()
 
 
@@ -177,6 +179,7 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._pool = ThreadPoolExecutor(1, "engine")
+        self._deliveries = Deliveries(self._loop, self._deliver)
         self._thread = self._loop.run_in_executor(self._pool, self._work)
         self._thread.add_done_callback(self._end)
         return self
@@ -273,16 +276,14 @@ class AsyncEngine:
             items: tuple[NewToken | Completion, ...] = (*tokens, *completions)
             tokens.clear()
             if items:
-                now_s = time.perf_counter()
-                self._loop.call_soon_threadsafe(self._deliver, items, now_s)
+                self._deliveries.put((items, time.perf_counter()))
 
     def _add(self, request: Request) -> None:
         """On the thread: queue a request. It was checked; what fails even so is its own error."""
         try:
             self._engine.add(request)
         except Exception as error:  # the thread goes on for the others
-            item = failed(request, describe(error))
-            self._loop.call_soon_threadsafe(self._deliver, (item,))
+            self._deliveries.put(((failed(request, describe(error)),), time.perf_counter()))
 
     def _run_commands(self) -> bool:
         """Run the commands that came since the last step; blocks while there is nothing to step.
@@ -299,17 +300,18 @@ class AsyncEngine:
                 return False
             command()
 
-    def _deliver(self, items: tuple[NewToken | Completion, ...], now_s: float = 0.0) -> None:
+    def _deliver(self, steps: list[Step]) -> None:
         """On the loop: put each item into its stream; a cancelled request has none any more."""
         completions: list[Completion] = []
-        self._note_gaps(items, now_s)
-        for item in items:
-            stream = self._streams.get(item.request_id)
-            if stream:
-                stream.put(item)
-                if isinstance(item, Completion):
-                    del self._streams[item.request_id]
-                    completions.append(item)
+        for items, now_s in steps:
+            self._note_gaps(items, now_s)
+            for item in items:
+                stream = self._streams.get(item.request_id)
+                if stream:
+                    stream.put(item)
+                    if isinstance(item, Completion):
+                        del self._streams[item.request_id]
+                        completions.append(item)
         self._note_idle()
         if self.on_completion:  # last, so that an error in it holds up no answer
             for completion in completions:
