@@ -19,8 +19,8 @@ class Deliveries(Generic[Item]):
     """Hands to a loop what a thread makes; a round takes all that has gathered.
 
     The two share Python's interpreter. After a round the loop rests for a multiple of the time that
-    it and the readers have worked, so that with many readers and short steps the thread keeps most
-    of the interpreter, and the readers get more at once. Rounds of few readers are not held up.
+    it and the readers have worked, and for `LONGEST_REST_S` at most, so that with many readers and
+    short steps the thread keeps its share of the interpreter, and the readers get more at once.
 
     Args:
         loop: of the readers.
