@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import queue
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -33,7 +34,6 @@ from tokenspeed_plan.runtime.request import (
     SamplingParams,
     failed,
 )
-from tokenspeed_plan.runtime.serving.deliveries import Deliveries
 from tokenspeed_plan.runtime.streaming import AnswerText, Delta
 
 Command = Callable[[], object]
@@ -172,6 +172,8 @@ class AsyncEngine:
         self._streams: dict[str, Stream] = {}
         self._told_s: dict[str, float] = {}  # when each request got its last token
         self._names = itertools.count()
+        self._lock = threading.Lock()
+        self._steps: list[Step] = []  # that the loop has not seen
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -179,7 +181,6 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._pool = ThreadPoolExecutor(1, "engine")
-        self._deliveries = Deliveries(self._loop, self._deliver)
         self._thread = self._loop.run_in_executor(self._pool, self._work)
         self._thread.add_done_callback(self._end)
         return self
@@ -276,14 +277,22 @@ class AsyncEngine:
             items: tuple[NewToken | Completion, ...] = (*tokens, *completions)
             tokens.clear()
             if items:
-                self._deliveries.put((items, time.perf_counter()))
+                self._tell(items)
 
     def _add(self, request: Request) -> None:
         """On the thread: queue a request. It was checked; what fails even so is its own error."""
         try:
             self._engine.add(request)
         except Exception as error:  # the thread goes on for the others
-            self._deliveries.put(((failed(request, describe(error)),), time.perf_counter()))
+            self._tell((failed(request, describe(error)),))
+
+    def _tell(self, items: tuple[NewToken | Completion, ...]) -> None:
+        """On the thread: hand a step to the loop, which is woken once for all that gather."""
+        with self._lock:
+            self._steps.append((items, time.perf_counter()))
+            is_first = len(self._steps) == 1
+        if is_first:
+            self._loop.call_soon_threadsafe(self._deliver)
 
     def _run_commands(self) -> bool:
         """Run the commands that came since the last step; blocks while there is nothing to step.
@@ -300,8 +309,10 @@ class AsyncEngine:
                 return False
             command()
 
-    def _deliver(self, steps: list[Step]) -> None:
+    def _deliver(self) -> None:
         """On the loop: put each item into its stream; a cancelled request has none any more."""
+        with self._lock:
+            steps, self._steps = self._steps, []
         completions: list[Completion] = []
         for items, now_s in steps:
             self._note_gaps(items, now_s)
