@@ -109,8 +109,10 @@ def test_a_slow_reader_holds_up_nobody(engine: Engine) -> None:
     with_served(engine, work)
 
 
-def test_a_busy_loop_is_woken_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it does something else the engine answers a request; it then gets all steps at once."""
+def test_a_busy_loop_is_not_woken_for_each_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it does something else the engine answers a request; it then gets its steps at once."""
 
     async def work(served: AsyncEngine) -> None:
         loop, woken = asyncio.get_running_loop(), list[object]()
@@ -126,7 +128,8 @@ def test_a_busy_loop_is_woken_once(engine: Engine, monkeypatch: pytest.MonkeyPat
         while engine.metrics.steps < first + PARAMS.max_tokens or engine.num_unfinished:
             time.sleep(0.01)
         (done,) = await stream.completions()
-        assert len(done.token_ids) == PARAMS.max_tokens and len(woken) == 1
+        assert len(done.token_ids) == PARAMS.max_tokens
+        assert len(woken) <= 2, "the last step may come after the look at the engine"
 
     with_served(engine, work)
 
