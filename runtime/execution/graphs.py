@@ -26,6 +26,7 @@ class GraphLaunch:
         self._events: list[torch.cuda.Event] = []
         self._turn = 0
         self._copies = torch.cuda.Stream()
+        self._has_read = torch.cuda.Event()  # the last step has read its late rows
 
     def prepare(self, programs: BoundPrograms) -> None:
         """Capture all programs that the plan wants captured, and load the kernels of the others."""
@@ -58,9 +59,12 @@ class GraphLaunch:
             graph.replay()
         else:
             programs.run(program, num_tokens, num_seqs, part)
+        if part != "head":
+            self._has_read.record()
 
     def copy_beside(self, target: Tensor, source: Tensor) -> None:
-        """Copy on a stream of its own."""
+        """Copy on a stream of its own; a rank may be behind the one that has read its outputs."""
+        self._copies.wait_event(self._has_read)
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
         torch.cuda.current_stream().wait_stream(self._copies)

@@ -89,8 +89,8 @@ def follow(executor: Executor, orders: OrderRing) -> None:
             executor.copy_page(first, second)
             continue
         if index == WRITE_ROW:
-            words = torch.frombuffer(bytearray(content), dtype=torch.int32)
-            executor.write_rows(LATE_INPUTS[first], second, words.unsqueeze(0))
+            row_W = torch.frombuffer(bytearray(content), dtype=torch.int32)
+            executor.write_rows(LATE_INPUTS[first], second, row_W.unsqueeze(0))
             continue
         if content:
             num_moves, num_words = _CHANGE.unpack_from(content)
