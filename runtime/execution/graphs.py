@@ -27,11 +27,16 @@ class GraphLaunch:
         self._pinned: list[Tensor] = []
         self._events: list[torch.cuda.Event] = []
         self._turn = 0
-        self._has_read = torch.cuda.Event()  # the last step has read its late rows
 
+    # A launch is made before its rank has chosen a device, and where there may be none.
     @cached_property
     def _copies(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream()  # of the rank's own device, which is known by then
+        return torch.cuda.Stream()
+
+    @cached_property
+    def _has_read(self) -> torch.cuda.Event:
+        """Recorded when a step has read its late rows."""
+        return torch.cuda.Event()
 
     def prepare(self, programs: BoundPrograms) -> None:
         """Capture all programs that the plan wants captured, and load the kernels of the others."""
