@@ -220,7 +220,7 @@ def test_masks_and_adjustments_reach_all_ranks(checkpoint: Any, tmp_path: Path) 
     asked: list[dict[str, Any]] = [
         {},
         {"response_format": form, "ignore_eos": False},
-        {"presence_penalty": 1.5, "logit_bias": {"7": 3}},
+        {"presence_penalty": 1.5, "logit_bias": {"7": 100}},
     ]
     answers = []
     for count in (1, 2):
