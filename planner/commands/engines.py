@@ -23,8 +23,6 @@ from tokenspeed_plan.plans.signature import Signers
 from tokenspeed_plan.plans.weight_digests import Depth
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.execution.executor import Executor
     from tokenspeed_plan.runtime.execution.rank_links import Links
@@ -135,7 +133,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_engine
 
 
-def taken_from(options: dict[str, Any], kind: type[DataclassInstance]) -> dict[str, Any]:
+def taken_from(options: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
     """Take those of the options of a command that are fields of a dataclass."""
     names = {field.name for field in fields(kind)}
     return {name: options.pop(name) for name in names & options.keys()}
