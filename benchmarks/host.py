@@ -90,6 +90,29 @@ class NoModel:
         return lambda: (tokens,)
 
 
+class Paced(NoModel):
+    """An executor whose steps take a stated time, one after the other, and compute nothing."""
+
+    def __init__(self, plan: Plan, step_us: float) -> None:
+        super().__init__(plan)
+        self._step_s = step_us * 1e-6
+        self._free_s = 0.0
+
+    def run(self, program: Program, num_tokens: int, num_seqs: int, *_: object) -> None:
+        """Begin a step when the one before is over."""
+        self._free_s = max(self._free_s, time.perf_counter()) + self._step_s
+
+    def copy_to_host(self, *values: Tensor) -> HostValues:
+        """Random tokens, when the last step is over."""
+        end_s, read = self._free_s, super().copy_to_host(*values)
+
+        def wait() -> tuple[list[int], ...]:
+            time.sleep(max(0.0, end_s - time.perf_counter()))
+            return read()
+
+        return wait
+
+
 def measure(
     plan: Plan, num_seqs: int, prompt: int, out: int, logprobs: int | None
 ) -> dict[str, list[float]]:

@@ -1,11 +1,14 @@
 """The tokens a second of a server and its streams, compared with those of its engine alone.
 
     python benchmarks/server.py DIR [--streams 64] [--rounds 2] [--prompt 256] [--tokens 256]
+    python benchmarks/server.py --step-us 15000
 
-DIR is a bundle; weights are random, and so is the vocabulary, in which each token is a word. The
-engine answers `--rounds` times `--streams` completions first by itself, then through the server in
-the same process: each stream sends one after the other, and reads every event. Clients are in
-another process.
+DIR is a bundle; weights are random. Without one, steps of the demo model on an H200 take
+`--step-us` and compute nothing, so that the server is measured and no model. The vocabulary is made
+up: each token is a word. The engine answers `--rounds` times `--streams` completions by itself, of
+which `--streams` are in flight, then through the server in the same process: each stream sends one
+after the other, and reads every event. Clients are in another process. Figures are the medians of
+`--turns` runs after one that warms up.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
+import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 SCRIPT = str(Path(__file__).resolve())
+END = b"data: [DONE]\n\n"
+SIZES = {"streams": 64, "rounds": 2, "prompt": 256, "tokens": 256, "turns": 3}
 
 
 def made_up_tokenizer(size: int) -> Any:
@@ -45,91 +53,153 @@ def prompts_of(options: argparse.Namespace, vocab_size: int, seed: int) -> list[
     return [[rng.randrange(vocab_size) for _ in range(options.prompt)] for _ in range(count)]
 
 
-def serve(options: argparse.Namespace) -> None:
-    """Measure the engine, then serve until a signal comes."""
-    from tokenspeed_plan.planner.commands.engines import freeze_gc
-    from tokenspeed_plan.plans.bundle import load_plan
-    from tokenspeed_plan.runtime import Engine, SamplingParams, bench
-    from tokenspeed_plan.runtime.loading.engine_loader import default_launch
-    from tokenspeed_plan.runtime.serving.http import ServerOptions, listen
-    from tokenspeed_plan.runtime.serving.http import serve as serve_http
+def engine_of(options: argparse.Namespace) -> Any:
+    """The engine of a bundle, or one whose steps take a stated time."""
+    from host import Paced, demo_plan
 
-    plan = load_plan(options.bundle)
-    executor = bench.prepare(plan, options.bundle, None, default_launch(plan))
-    engine = Engine(plan, executor, made_up_tokenizer(plan.model.vocab_size))
+    from tokenspeed_plan.plans.bundle import load_plan
+    from tokenspeed_plan.runtime import Engine, bench
+    from tokenspeed_plan.runtime.loading.engine_loader import default_launch
+
+    if options.bundle is None:
+        plan = demo_plan(options.streams, options.prompt, options.tokens)
+        executor: Any = Paced(plan, options.step_us)
+    else:
+        plan = load_plan(options.bundle)
+        executor = bench.prepare(plan, options.bundle, None, default_launch(plan))
+    return Engine(plan, executor, made_up_tokenizer(plan.model.vocab_size))
+
+
+def own_s(engine: Any, options: argparse.Namespace, seed: int) -> float:
+    """Seconds of the engine alone, with as many requests in flight as there are streams."""
+    from tokenspeed_plan.runtime import Request, SamplingParams
+
     params = SamplingParams(max_tokens=options.tokens, ignore_eos=True)
-    freeze_gc()
-    for seed in (1, 2):  # the first warms up
-        prompts = prompts_of(options, engine.vocab_size, seed)
-        begun = time.perf_counter()
-        engine.generate(prompts, params)
-        own_s = time.perf_counter() - begun
-    found = {"vocab_size": engine.vocab_size, "own_s": own_s, "name": plan.model.name}
-    print(json.dumps(found), flush=True)
+    waiting = [
+        Request(f"own-{number}", tuple(prompt), params)
+        for number, prompt in enumerate(prompts_of(options, engine.vocab_size, seed))
+    ]
+    begun = time.perf_counter()
+    for _ in range(options.streams):
+        engine.add(waiting.pop())
+    while engine.num_unfinished:
+        for _ in engine.step()[: len(waiting)]:
+            engine.add(waiting.pop())
+    return time.perf_counter() - begun
+
+
+def measure(engine: Any, options: argparse.Namespace) -> dict[str, float]:
+    """Tokens a second of the engine and of the server, and how many tokens an event has."""
+    from tokenspeed_plan.runtime.serving.http import ServerOptions, listen, serve
+
+    tokens = options.streams * options.rounds * options.tokens
+    _, *taken_s = (own_s(engine, options, seed) for seed in range(options.turns + 1))
+    words = [f"--{name}={getattr(options, name)}" for name in SIZES]
     with listen("127.0.0.1", 0) as listener:
-        port = listener.getsockname()[1]
-        server = ServerOptions(max_requests=2 * options.streams)
-        serve_http(engine, server, listener, lambda: print(json.dumps({"port": port}), flush=True))
+        words += [f"--port={listener.getsockname()[1]}", f"--vocab={engine.vocab_size}"]
+        command = [sys.executable, SCRIPT, *words]
+        begun: list[subprocess.Popen[bytes]] = []
+
+        def ready() -> None:
+            begun.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+
+        # It ends with the signal of the clients.
+        serve(engine, ServerOptions(max_requests=2 * options.streams), listener, ready)
+    said, _ = begun[0].communicate()
+    found = json.loads(said)
+    return {
+        "engine": tokens / statistics.median(taken_s),
+        "server": tokens / statistics.median(found["taken_s"]),
+        "an_event": tokens * options.turns / found["events"],
+    }
+
+
+class Reader(asyncio.Protocol):
+    """Sends a request, and counts the events of its answer."""
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self._end = b""
+        self.num_events = 0
+        self.done = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self.num_events += data.count(b"data: ")
+        self._end = (self._end + data)[-64:]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if END in self._end:
+            self.done.set_result(self.num_events)
+        else:
+            self.done.set_exception(AssertionError(f"a stream has no end: {self._end!r}"))
 
 
 async def completion(port: int, prompt: list[int], tokens: int) -> int:
     """Stream a completion; returns the number of its events."""
     body = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
     data = json.dumps(body | {"temperature": 0}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     )
-    writer.write(head.encode() + data)
-    status = await reader.readline()
-    assert b" 200 " in status, status
-    events, is_done = 0, False
-    while line := await reader.readline():
-        events += line.startswith(b"data:")
-        is_done |= line.startswith(b"data: [DONE]")
-    writer.close()
-    assert is_done, "a stream has no end"
-    return events
+    loop = asyncio.get_running_loop()
+    request = head.encode() + data
+    _, reader = await loop.create_connection(lambda: Reader(request), "127.0.0.1", port)
+    found: int = await reader.done
+    return found
 
 
-async def stream_all(port: int, options: argparse.Namespace, vocab_size: int, seed: int) -> float:
-    """Seconds until all completions are read."""
-    prompts = prompts_of(options, vocab_size, seed)
+async def stream_all(options: argparse.Namespace, seed: int) -> tuple[float, int]:
+    """Seconds until all completions are read, and how many events they had."""
+    prompts = prompts_of(options, options.vocab, seed)
 
-    async def one(number: int) -> None:
-        for prompt in prompts[number :: options.streams]:
-            await completion(port, prompt, options.tokens)
+    async def one(number: int) -> int:
+        streams = prompts[number :: options.streams]
+        return sum([await completion(options.port, prompt, options.tokens) for prompt in streams])
 
     begun = time.perf_counter()
-    await asyncio.gather(*(one(number) for number in range(options.streams)))
-    return time.perf_counter() - begun
+    events = await asyncio.gather(*(one(number) for number in range(options.streams)))
+    return time.perf_counter() - begun, sum(events)
+
+
+def be_clients(options: argparse.Namespace) -> None:
+    """Read all streams, say how long it took, and end the server."""
+    try:
+        seeds = range(100, 101 + options.turns)  # prompts that the cache has not seen
+        _, *found = [asyncio.run(stream_all(options, seed)) for seed in seeds]
+        taken_s, events = [seconds for seconds, _ in found], sum(count for _, count in found)
+        print(json.dumps({"taken_s": taken_s, "events": events}), flush=True)
+    finally:
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bundle", type=Path)
-    for name, default in (("streams", 64), ("rounds", 2), ("prompt", 256), ("tokens", 256)):
+    parser.add_argument("bundle", type=Path, nargs="?")
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--step-us", type=float, default=15_000.0)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--vocab", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        serve(options)
+    if options.port is not None:
+        be_clients(options)
         return
-    command = [sys.executable, SCRIPT, *sys.argv[1:], "--serve"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
-        assert server.stdout is not None
-        own = json.loads(server.stdout.readline())
-        port = json.loads(server.stdout.readline())["port"]
-        taken_s = [
-            asyncio.run(stream_all(port, options, own["vocab_size"], seed)) for seed in (3, 4)
-        ]
-        server.terminate()
-    tokens = options.streams * options.rounds * options.tokens
-    rates = {"engine": tokens / own["own_s"], "server": tokens / taken_s[1]}
-    shown = ", ".join(f"{name} {rate:.0f} tokens/s" for name, rate in rates.items())
-    share = rates["server"] / rates["engine"]
-    print(f"{own['name']}, {options.streams} streams: {shown} = {share:.1%}", flush=True)
+    from tokenspeed_plan.planner.commands.engines import freeze_gc
+
+    engine = engine_of(options)
+    freeze_gc()
+    found = measure(engine, options)
+    print(
+        f"{engine.plan.model.name}, {options.streams} streams: engine {found['engine']:.0f} "
+        f"tokens/s, server {found['server']:.0f} = {found['server'] / found['engine']:.1%}; "
+        f"{found['an_event']:.1f} tokens an event",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -19,6 +16,7 @@ from tokenspeed_plan.plans.chat_format import CallFormat, ChatFormat
 from tokenspeed_plan.plans.errors import PlanError, RequestError
 from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.tokenizer_files import chat_template, special_tokens
+from tokenspeed_plan.plans.worker_process import WorkerFault, WorkerProcess
 
 Json = dict[str, Any]
 
@@ -28,91 +26,36 @@ _HINT = "mend the messages, or use `/v1/completions`"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-class _Fault(Exception):
-    """The template cannot do it."""
-
-
-class _Worker:
-    """A process that renders one template.
-
-    The system ends it where the template takes too much; the next request starts another.
-    """
+class _Renderer:
+    """Renders one template in a process; the system ends it where the template takes too much."""
 
     def __init__(self, source: str) -> None:
         self._source = source
         self._lock = threading.Lock()
-        self._start()
+        self._process = self._started()
 
     def ask(self, variables: Json) -> str:
         """The text of the template with some variables.
 
         Raises:
-            _Fault: there is none.
+            WorkerFault: there is none.
         """
         with self._lock:
-            if not self._end.alive:
-                self._start()
-            return str(self._exchange(variables)["text"])
+            if not self._process.is_alive:
+                self._process = self._started()
+            return str(self._process.ask(variables)["text"])
 
-    def _start(self) -> None:
-        # `-P`: a jinja2.py in the current folder is not imported. A session of its own: Ctrl-C is
-        # not for it.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-X", "utf8", _WORKER, str(MAX_CPU_S)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._end = weakref.finalize(self, _end, self._process)
-        self._exchange({"source": self._source})
-
-    def _exchange(self, request: Json) -> Json:
-        """Send a request and wait for its reply.
-
-        Raises:
-            _Fault: the template cannot make one.
-        """
-        try:
-            data = json.dumps(request).encode()
-        except (ValueError, RecursionError) as error:
-            raise _Fault(str(error)) from error
-        line = None
-        try:
-            line = _send(self._process, data)
-        finally:
-            if line is None:  # interrupted: the next request must not get this one's reply
-                self._end()
-        if not line:
-            code = self._process.wait()
-            self._end()
-            raise _Fault(_reason(code))
-        reply: Json = json.loads(line)
-        if "error" in reply:
-            raise _Fault(reply["error"])
-        return reply
+    def _started(self) -> WorkerProcess:
+        return WorkerProcess([str(_WORKER), str(MAX_CPU_S)], {"source": self._source})
 
 
-def _send(process: subprocess.Popen[bytes], line: bytes) -> bytes:
-    """The reply to a line; empty if the process has ended."""
-    assert process.stdin is not None and process.stdout is not None
-    with suppress(BrokenPipeError):
-        process.stdin.write(line + b"\n")
-        process.stdin.flush()
-    return process.stdout.readline()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process, and close the pipes to it."""
-    process.kill()
-    with suppress(BrokenPipeError):
-        process.communicate()
-
-
-def _reason(code: int) -> str:
+def _reason(error: WorkerFault | OSError) -> str:
+    code = getattr(error, "code", None)
     if code == -signal.SIGPROF:
         return "it does not come to an end"
-    return f"its process ended with code {code}"
+    if code is not None:
+        return f"its process ended with code {code}"
+    return printable_line(str(error))
 
 
 class ChatTemplate:
@@ -134,9 +77,9 @@ class ChatTemplate:
         tool_source: str | None = None,
     ) -> None:
         self._tokens = dict(special_tokens or {})
-        self._worker = self._tool_worker = _compiled(source)
+        self._renderer = self._tool_renderer = _compiled(source)
         if tool_source is not None:
-            self._tool_worker = _compiled(tool_source)
+            self._tool_renderer = _compiled(tool_source)
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
@@ -184,15 +127,14 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": True,
         }
-        worker = self._worker
+        renderer = self._renderer
         if tools is not None:
-            worker = self._tool_worker
+            renderer = self._tool_renderer
         try:
-            return worker.ask(self._tokens | dict(variables or {}) | known)
-        except (_Fault, OSError) as error:
-            reason = printable_line(str(error))
+            return renderer.ask(self._tokens | dict(variables or {}) | known)
+        except (WorkerFault, OSError) as error:
             raise RequestError(
-                f"the model's chat template refuses the messages: {reason}", _HINT
+                f"the model's chat template refuses the messages: {_reason(error)}", _HINT
             ) from error
 
     def _call_format(self) -> CallFormat | None:
@@ -219,12 +161,12 @@ class ChatTemplate:
         return None
 
 
-def _compiled(source: str) -> _Worker:
+def _compiled(source: str) -> _Renderer:
     try:
-        return _Worker(source)
-    except (_Fault, OSError) as error:
+        return _Renderer(source)
+    except (WorkerFault, OSError) as error:
         raise PlanError(
-            f"the model's chat template does not compile: {printable_line(str(error))}",
+            f"the model's chat template does not compile: {_reason(error)}",
             "use the file of the published model",
         ) from error
 

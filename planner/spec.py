@@ -462,7 +462,7 @@ class ServingSpec(_Section):
         bool | None,
         _about(
             "Whether requests may force the form of an answer (`response_format`, `tool_choice`): "
-            "then the sampler has a mask of tokens before it. One GPU.",
+            "then the sampler has a mask of tokens before it.",
             True,
         ),
     ] = None
@@ -470,7 +470,7 @@ class ServingSpec(_Section):
         bool | None,
         _about(
             "Whether requests may ask for presence, frequency and repetition penalties, `min_p` "
-            "and `logit_bias`: then an operator before the sampler changes logits. One GPU.",
+            "and `logit_bias`: then an operator before the sampler changes logits.",
             True,
         ),
     ] = None

@@ -86,7 +86,7 @@ def needs_look(sequence: Sequence, count: int) -> bool:
         sequence: with what is known before the step is committed.
         count: tokens that the step computes of it, drafts included.
     """
-    return not sequence.is_plain or len(sequence.token_ids) + count >= sequence.max_len
+    return not sequence.is_quiet or len(sequence.token_ids) + count >= sequence.max_len
 
 
 class Look:

@@ -46,8 +46,8 @@ class StepLauncher:
         self._metrics = metrics
         self._page_size = plan.pool.limits.page_size
         self._inputs = InputWriter(plan, executor.buffer)
-        self._masks = TokenMasks(plan, executor.buffer)
-        self._adjustments = Adjustments(plan, executor.buffer)
+        self._masks = TokenMasks(plan, executor)
+        self._adjustments = Adjustments(plan, executor)
         self._captured_outputs: dict[tuple[str, int], tuple[Tensor, ...]] = {}
 
     def start(self, batch: Batch, part: Part = "whole") -> float:

@@ -153,10 +153,14 @@ class AnswerText:
 
     def __init__(self, request: Request, decoder: Decoder | None) -> None:
         self._request_id = request.request_id
+        self._decoder = decoder
         self._matcher = StopMatcher(request.params.stop)
+        self._detokenizer: Detokenizer | None = None
         self._held: SpelledText | None = None  # whole characters that are held back
-        if decoder:
+        if decoder and request.params.stop:
             self._held = SpelledText(decoder)
+        elif decoder:
+            self._detokenizer = Detokenizer(decoder)
         self._tokens: list[NewToken] = []  # tokens that are held back with them
         self._num_sent_tokens = 0
         self._num_sent_chars = 0
@@ -164,16 +168,26 @@ class AnswerText:
     def push(self, tokens: Sequence[NewToken]) -> Delta:
         """What these tokens add; it is empty if all of it is held back."""
         self._tokens += tokens
-        if self._held is None:
+        if self._decoder is None:
             return self._send("")
-        for token in tokens:
-            self._matcher.push(self._held.push(token.token_id))
-        end = len(self._held.text) - self._matcher.num_begun
-        text = self._held.shown(end)
+        text = self._text(self._decoder, [token.token_id for token in tokens])
         if not text:
             return Delta(self._request_id, "")
-        self._held.drop(end)
         return self._send(text)
+
+    def _text(self, decoder: Decoder, ids: Sequence[int]) -> str:
+        """What may be shown once these tokens are there."""
+        if self._detokenizer is not None:
+            return self._detokenizer.push([token for token in ids if not decoder.is_special(token)])
+        held = self._held
+        assert held is not None
+        for token in ids:
+            self._matcher.push(held.push(token))
+        end = len(held.text) - self._matcher.num_begun
+        text = held.shown(end)
+        if text:
+            held.drop(end)
+        return text
 
     def finish(self, completion: Completion) -> Delta:
         """The rest of the answer, with its completion."""

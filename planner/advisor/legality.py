@@ -131,12 +131,6 @@ def check_possible(spec: Spec, config: ModelConfig) -> None:
     check_positions(spec.workload, config)
     if spec.draft_vocab:
         _check_draft_vocab(spec.draft_vocab, spec.target.count, config)
-    for name, is_asked in (("grammar", spec.grammar), ("penalties", spec.penalties)):
-        if is_asked and spec.target.count > 1:
-            raise SpecError(
-                f"`serving.{name}` is planned for one GPU, the target has {spec.target.count}",
-                "leave it out: what it needs is not sent to other ranks yet",
-            )
     if spec.stated_depth and not config.num_mtp_layers:
         raise _nothing_drafts(config)
     if spec.serving and spec.serving.checkpoint_tokens == 0 and not config.has_state:

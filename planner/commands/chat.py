@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokenspeed_plan.planner.commands.engines import (
-    VERIFY_HELP,
-    Backend,
     EngineOptions,
     ReplayCommand,
+    engine_options,
     load_chat_template,
     on_all_ranks,
     ready_engine,
 )
-from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.errors import RequestError, RequestFailed
 
 if TYPE_CHECKING:
@@ -75,13 +73,7 @@ class ChatOptions:
     show_default=True,
     help="Of the first answer; each further one counts on.",
 )
-@click.option("--weights", type=Folder, help="Checkpoint folder, where it is not the spec's.")
-@click.option(
-    "--backend", type=click.Choice(["reference", "kernels"]), help="As in `tokenspeed run`."
-)
-@click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
-@click.option("--verify-weights", is_flag=True, help=VERIFY_HELP)
-@signature_options
+@engine_options
 def chat(
     bundle: Path,
     system: str | None,
@@ -90,18 +82,9 @@ def chat(
     top_p: float,
     top_k: int,
     seed: int,
-    weights: Path | None,
-    backend: Backend | None,
-    no_canary: bool,
-    verify_weights: bool,
-    allowed_signers: Path | None,
-    signer: str | None,
+    engine: EngineOptions,
 ) -> None:
     """Talk with BUNDLE's model. Answers go to stdout, all else to stderr."""
-    signers = wanted_signers(allowed_signers, signer)
-    engine = EngineOptions(
-        weights, backend, canary=not no_canary, verify_weights=verify_weights, signers=signers
-    )
     options = ChatOptions(system, max_tokens, temperature, top_p, top_k, seed)
     on_all_ranks(bundle, engine, lambda: _chat(bundle, engine, options), ignored=(signal.SIGINT,))
 

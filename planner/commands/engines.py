@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
+from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.bundle import PLAN_FILE, load_plan
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan, PoolRole
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 Backend = Literal["reference", "kernels"]
-VERIFY_HELP = "Compare all bytes of the weights with the plan's digests (small ones always are)."
 ARGS = "tokenspeed_plan.args"  # in a context's `meta`: the words of the command
 MOST_UNCHECKED = 16  # ranks that are started before their plan is checked
 _RENAMED_OPTIONS = {"--bodies": "--backend"}
@@ -87,6 +88,56 @@ rank_timeout_option = seconds_option(
     30.0,
     "Of several ranks: seconds that one waits for another in a replay.",
 )
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of an engine that all commands have; the command gets all of them as one.
+
+    It gets them as `engine`, those of `EngineOptions` among its other options included.
+    """
+
+    @functools.wraps(command)
+    def with_engine(
+        *args: Any,
+        no_canary: bool,
+        allowed_signers: Path | None,
+        signer: str | None,
+        **others: Any,
+    ) -> None:
+        signers = wanted_signers(allowed_signers, signer)
+        own = taken_from(others, EngineOptions)
+        command(*args, engine=EngineOptions(canary=not no_canary, signers=signers, **own), **others)
+
+    options = (
+        click.option(
+            "--weights",
+            type=click.Path(path_type=Path),
+            help="Checkpoint folder, where it is not the spec's.",
+        ),
+        click.option(
+            "--backend",
+            type=click.Choice(["reference", "kernels"]),
+            help="PyTorch references (a CPU's default), or the bundle's kernels (interpreted on a"
+            " CPU).",
+        ),
+        click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first."),
+        click.option(
+            "--verify-weights",
+            is_flag=True,
+            help="Compare all bytes of the weights with the plan's digests (small ones always"
+            " are).",
+        ),
+        signature_options,
+    )
+    for option in reversed(options):
+        with_engine = option(with_engine)
+    return with_engine
+
+
+def taken_from(options: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Take those of the options of a command that are fields of a dataclass."""
+    names = {field.name for field in fields(kind)}
+    return {name: options.pop(name) for name in names & options.keys()}
 
 
 class ReplayCommand(click.Command):

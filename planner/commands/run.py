@@ -12,11 +12,10 @@ import click
 from pydantic import ValidationError
 
 from tokenspeed_plan.planner.commands.engines import (
-    VERIFY_HELP,
-    Backend,
     EngineOptions,
     ReplayCommand,
     alike_on_all_ranks,
+    engine_options,
     load_tokenizer,
     on_all_ranks,
     rank_timeout_option,
@@ -32,7 +31,6 @@ from tokenspeed_plan.planner.commands.jobs import (
 )
 from tokenspeed_plan.planner.commands.pools import PoolOptions, other_pools
 from tokenspeed_plan.planner.commands.ray_driver import RayJob, run_on_ray
-from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.canon import answer_digest
@@ -103,7 +101,6 @@ class SharedBatch:
 @click.option("--max-tokens", type=click.IntRange(min=1), help="With --prompt: tokens to generate.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, help="With --prompt.")
 @click.option("--seed", type=int, default=0, help="With --prompt.")
-@click.option("--weights", type=Folder, help="Checkpoint folder, where it is not the spec's.")
 @click.option("--errors", type=Folder, help="Where failed rows go (default: into the output).")
 @click.option("--summary", type=Folder, help="Write the summary as JSON.")
 @click.option(
@@ -122,15 +119,8 @@ class SharedBatch:
 @click.option("--shard", help="Only every n-th row from the i-th: i/n.")
 @job_options
 @click.option("--max-concurrency", type=click.IntRange(min=1), help="Rows in flight.")
-@click.option("--no-canary", is_flag=True, help="Do not replay the golden prompts first.")
-@click.option("--verify-weights", is_flag=True, help=VERIFY_HELP)
-@signature_options
+@engine_options
 @click.option("--no-cache", is_flag=True, help="Compute every prompt from its beginning.")
-@click.option(
-    "--backend",
-    type=click.Choice(["reference", "kernels"]),
-    help="PyTorch references (a CPU's default), or the bundle's kernels (interpreted on a CPU).",
-)
 @click.option(
     "--check",
     is_flag=True,
@@ -146,7 +136,6 @@ def run(
     max_tokens: int | None,
     temperature: float,
     seed: int,
-    weights: Path | None,
     errors: Path | None,
     summary: Path | None,
     order: Literal["input", "completion"],
@@ -154,29 +143,15 @@ def run(
     limit: int | None,
     shard: str | None,
     max_concurrency: int | None,
-    no_canary: bool,
-    verify_weights: bool,
-    allowed_signers: Path | None,
-    signer: str | None,
     no_cache: bool,
-    backend: Backend | None,
     check: bool,
-    rank_timeout_s: float,
     quiet: bool,
     job: JobOptions,
+    engine: EngineOptions,
 ) -> None:
     """Replay BUNDLE: answer a batch file, or one --prompt."""
     own = _own_bundle(bundle, job)
-    signers = wanted_signers(allowed_signers, signer)
-    engine = EngineOptions(
-        weights,
-        backend,
-        cache=not no_cache,
-        canary=not no_canary,
-        verify_weights=verify_weights,
-        signers=signers,
-        rank_timeout_s=rank_timeout_s,
-    )
+    engine = replace(engine, cache=not no_cache)
     if check:
         if not (prompt is None and source is None and output is None):
             raise click.UsageError("--check takes no prompt and no batch")

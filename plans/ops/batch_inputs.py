@@ -41,6 +41,8 @@ PENALTIES: dict[str, DType] = {
     "frequency_penalty": "fp32",
     "repetition_penalty": "fp32",
 }
+# They are large, and made of the tokens of the step before.
+LATE_INPUTS = (TOKEN_MASK, ADJUSTMENTS)
 MIN_P = "min_p"
 MAX_BIASED = 1000  # tokens that a request gives a bias
 _MORE_ENTRIES = 1024  # than a sequence has tokens: these, and drafts

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from tokenspeed_plan.plans.ops import ADJUSTMENTS
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.late_rows import LateRows
 from tokenspeed_plan.runtime.request import SamplingParams
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 
@@ -70,27 +70,22 @@ class TokenCounts:
 class Adjustments:
     """Writes adjustments; nothing where the plan takes no penalties.
 
-    They are written when the step before is committed, so that the device has copied those of it.
-
     Args:
         plan: says whether there are any.
-        buffer: from a name and the size of a batch to a buffer of the io arena.
+        executor: of the steps.
     """
 
-    def __init__(self, plan: Plan, buffer: Callable[[str, int, int], Tensor]) -> None:
-        self._device: Tensor | None = None
+    def __init__(self, plan: Plan, executor: Executor) -> None:
+        self._rows: LateRows | None = None
         if plan.takes_penalties:
-            self._device = buffer(ADJUSTMENTS, 0, plan.pool.limits.max_seqs)
-            is_cuda = self._device.is_cuda
-            self._host = torch.zeros(self._device.shape, dtype=torch.int32, pin_memory=is_cuda)
-            self._words = self._host.numpy()
+            self._rows = LateRows(plan, executor, ADJUSTMENTS)
 
     def write(self, batch: Batch) -> None:
         """Send what is changed for each penalised sequence."""
-        if self._device is None:
+        if self._rows is None:
             return
         for row, sequence in enumerate(batch.sequences):
             counts = sequence.counts
             if counts is not None and sequence.is_running and batch.makes_token(row):
-                end = counts.fill(self._words[row], batch.drafts_of(row))
-                self._device[row, :end].copy_(self._host[row, :end], non_blocking=True)
+                end = counts.fill(self._rows.words[row], batch.drafts_of(row))
+                self._rows.send(row, row + 1, end)

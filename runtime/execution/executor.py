@@ -34,8 +34,12 @@ class Lead(Protocol):
         num_tokens: int,
         num_seqs: int,
         change: InputChange | None,
+        part: Part,
     ) -> None:
         """Called before each replay, after this rank's inputs were changed so, if at all."""
+
+    def before_write(self, name: str, first: int, rows: Tensor) -> None:
+        """Called before rows of an io buffer are written."""
 
     def before_copy(self, source: int, target: int) -> None:
         """Called before a page is copied."""
@@ -57,7 +61,11 @@ class Alone:
         num_tokens: int,
         num_seqs: int,
         change: InputChange | None,
+        part: Part,
     ) -> None:
+        """Nothing."""
+
+    def before_write(self, name: str, first: int, rows: Tensor) -> None:
         """Nothing."""
 
     def before_copy(self, source: int, target: int) -> None:
@@ -129,13 +137,23 @@ class Executor:
             num_tokens: of the batch.
             num_seqs: of the batch.
             change: how its inputs were changed, for the other ranks.
-            part: of a plan for one rank.
+            part: all of the program, or what comes before or after its late rows.
         """
-        if part != "whole":
-            self.launch.run(self.programs, program, num_tokens, num_seqs, part)
-            return
-        self.lead.before_run(self.memory, program, num_tokens, num_seqs, change)
-        self.launch.run(self.programs, program, num_tokens, num_seqs)
+        self.lead.before_run(self.memory, program, num_tokens, num_seqs, change, part)
+        self.launch.run(self.programs, program, num_tokens, num_seqs, part)
+
+    def write_rows(self, name: str, first: int, rows: Tensor) -> None:
+        """Write words to rows of an io buffer, which no step in flight reads.
+
+        Args:
+            name: of the buffer.
+            first: of the rows.
+            rows: their first words, i32, in memory of the host that stays as it is meanwhile.
+        """
+        self.lead.before_write(name, first, rows)
+        num_rows, num_words = rows.shape
+        buffer = self.memory.buffer(name, 0, first + num_rows)
+        self.launch.copy_beside(buffer[first:, :num_words], rows)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
         """A function that waits for these outputs of the last replay, and returns them.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,16 @@ class GraphLaunch:
         self._pinned: list[Tensor] = []
         self._events: list[torch.cuda.Event] = []
         self._turn = 0
+
+    # A launch is made before its rank has chosen a device, and where there may be none.
+    @cached_property
+    def _copies(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    @cached_property
+    def _has_read(self) -> torch.cuda.Event:
+        """Recorded when a step has read its late rows."""
+        return torch.cuda.Event()
 
     def prepare(self, programs: BoundPrograms) -> None:
         """Capture all programs that the plan wants captured, and load the kernels of the others."""
@@ -57,6 +69,15 @@ class GraphLaunch:
             graph.replay()
         else:
             programs.run(program, num_tokens, num_seqs, part)
+        if part != "head":
+            self._has_read.record()
+
+    def copy_beside(self, target: Tensor, source: Tensor) -> None:
+        """Copy on a stream of its own; a rank may be behind the one that has read its outputs."""
+        self._copies.wait_event(self._has_read)
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(self._copies)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
         """The values are copied after the replay; reading them waits for that copy alone."""

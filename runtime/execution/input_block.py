@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.ops import ADJUSTMENTS, BATCH_INPUTS, TOKEN_MASK
+from tokenspeed_plan.plans.ops import BATCH_INPUTS, LATE_INPUTS
 from tokenspeed_plan.plans.schema import BufferSpec, Plan
 
 Words = np.ndarray[tuple[int], np.dtype[np.int64]]  # numbers of words
@@ -28,7 +28,7 @@ Views = dict[str, np.ndarray]
 
 # The device counts accepted drafts itself; only a benchmark writes `forced_accept`. Masks and
 # adjustments are large and change with each step: their own writers send those that are read.
-DEVICE_ONLY = ("accept_counts", "forced_accept", TOKEN_MASK, ADJUSTMENTS)
+DEVICE_ONLY = ("accept_counts", "forced_accept", *LATE_INPUTS)
 WORD_BYTES = 4
 NUMBER_BYTES = 8  # of the number of a word
 WHOLE = -1  # in place of a number of moves: all words of a block

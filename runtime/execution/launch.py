@@ -33,6 +33,9 @@ class Launch(Protocol):
     ) -> None:
         """Start one replay on the io buffers, or a part of one."""
 
+    def copy_beside(self, target: Tensor, source: Tensor) -> None:
+        """Copy from the host beside what is in flight; what is launched later waits for it."""
+
     def copy_to_host(self, *values: Tensor) -> HostValues:
         """A function that waits for these outputs of the last replay, and returns them."""
 
@@ -53,6 +56,10 @@ class EagerLaunch:
     ) -> None:
         """Run all instructions in order."""
         programs.run(program, num_tokens, num_seqs, part)
+
+    def copy_beside(self, target: Tensor, source: Tensor) -> None:
+        """Nothing is in flight."""
+        target.copy_(source)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
         """The values are read now; reading them waits for the replay."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tokenspeed_plan.plans.errors import PlanError, RankError
+from tokenspeed_plan.plans.ops import LATE_INPUTS
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.execution.collectives import (
     Collectives,
@@ -246,11 +247,12 @@ def _collectives(device: str, group: dist.ProcessGroup, replays: dist.ProcessGro
 
 
 def _message_bytes(plan: Plan) -> int:
-    """The largest message: a patch of all inputs, or what pools tell their ranks.
+    """The largest message: a patch of all inputs, a late row, or what pools tell their ranks.
 
     The pages of one sequence, here and on the host, need no more: its page table is an input.
     """
-    return max(2 * NUMBER_BYTES * (InputLayout(plan).num_words + 1), _MIN_MESSAGE_BYTES)
+    late = [b.tensor.size_bytes(0, 1) for b in plan.pool.buffers if b.name in LATE_INPUTS]
+    return max(2 * NUMBER_BYTES * (InputLayout(plan).num_words + 1), *late, _MIN_MESSAGE_BYTES)
 
 
 def _exchange(text: str, group: dist.ProcessGroup) -> list[str]:

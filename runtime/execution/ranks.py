@@ -1,7 +1,8 @@
 """Several processes that replay one plan.
 
 Rank 0 schedules, and sends an order before each replay: which program comes next, at which size,
-and what has changed in its inputs since the step before. The others do the same.
+and what has changed in its inputs since the step before. The others do the same. Masks and
+adjustments, which are large and come late, have orders of their own, one for each row.
 """
 
 from __future__ import annotations
@@ -12,23 +13,29 @@ from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tokenspeed_plan.plans.errors import RankError
+from tokenspeed_plan.plans.ops import LATE_INPUTS
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.cache.slot_copies import SlotCopy
+from tokenspeed_plan.runtime.execution.bound_programs import Part
 from tokenspeed_plan.runtime.execution.executor import Executor, Lead
 from tokenspeed_plan.runtime.execution.input_block import InputBlocks, InputChange, InputLayout
 from tokenspeed_plan.runtime.execution.order_ring import OrderRing
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.execution.rank_links import Links
 
-# An order has three numbers: the index of a program, and the tokens and sequences of its batch; or
-# one of these, and its two arguments.
+# An order has three numbers: the index of a part of a program, and the tokens and sequences of its
+# batch; or one of these, and its two arguments.
 STOP = -1
 COPY_PAGE = -2
 BESIDE = -3  # something else than a replay: the content says what
 COPY_SLOTS = -4  # whether back from the host, and how many pages; the numbers follow
 END_COPY = -5  # whether back from the host, and its number
+WRITE_ROW = -6  # which late input, and the row's number
+PARTS: tuple[Part, ...] = ("whole", "head", "tail")
 _CHANGE = struct.Struct("<qq")  # the numbers of an `InputChange`; its content follows
 
 
@@ -55,13 +62,19 @@ class Leader:
         num_tokens: int,
         num_seqs: int,
         change: InputChange | None,
+        part: Part,
     ) -> None:
         """Send the program, the size of the batch and what has changed in its inputs."""
-        index, content = memory.plan.pool.index_of(program), b""
+        index, content = memory.plan.pool.index_of(program) * len(PARTS) + PARTS.index(part), b""
         if change is not None:
             head = _CHANGE.pack(change.num_moves, change.num_words)
             content = head + change.content.tobytes()
         self._orders.write((index, num_tokens, num_seqs), content)
+
+    def before_write(self, name: str, first: int, rows: Tensor) -> None:
+        """Send the rows one by one."""
+        for row, words in enumerate(rows.numpy(), start=first):
+            self._orders.write((WRITE_ROW, LATE_INPUTS.index(name), row), words.tobytes())
 
     def before_copy(self, source: int, target: int) -> None:
         """Send the numbers of both pages."""
@@ -116,11 +129,16 @@ def follow(executor: Executor, orders: OrderRing, beside: Beside | None = None) 
         if index == END_COPY:
             executor.end_copies(bool(first), second)
             continue
+        if index == WRITE_ROW:
+            row_W = torch.frombuffer(bytearray(content), dtype=torch.int32)
+            executor.write_rows(LATE_INPUTS[first], second, row_W.unsqueeze(0))
+            continue
         if content:
             num_moves, num_words = _CHANGE.unpack_from(content)
             words = np.frombuffer(content, np.uint8, offset=_CHANGE.size)
             blocks.receive(InputChange(num_moves, num_words, words))
-        executor.run(programs[index], first, second)
+        number, part = divmod(index, len(PARTS))
+        executor.run(programs[number], first, second, part=PARTS[part])
 
 
 def _slot_copy(is_load: bool, num_pages: int, content: bytes) -> SlotCopy:

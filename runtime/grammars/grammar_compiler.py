@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +13,7 @@ from tokenspeed_plan.plans.canon import canonical, sha256
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.text import printable_line
+from tokenspeed_plan.plans.worker_process import WorkerFault, WorkerProcess
 from tokenspeed_plan.runtime.grammars.matcher import Grammar
 from tokenspeed_plan.runtime.grammars.xgrammar_matcher import XGrammar
 
@@ -70,7 +66,7 @@ class GrammarCompiler:
         self._stop_ids = list(stop_ids)
         self._lock = threading.Lock()
         self._infos: list[TokenizerInfo] = []  # with control characters, and without
-        self._worker: _Worker | None = None
+        self._worker: WorkerProcess | None = None
         self._kept: OrderedDict[str, tuple[Grammar | str, int]] = OrderedDict()
         self._kept_chars = 0
 
@@ -122,13 +118,13 @@ class GrammarCompiler:
         worker = self._started()
         try:
             text = worker.ask({"form": form, "vocabulary": vocabulary})["grammar"]
-        except _Fault as error:
-            reason = f"the schema cannot be enforced: {printable_line(str(error)):.300}"
+        except WorkerFault as error:
+            reason = f"the schema cannot be enforced: {_reason(error)}"
             return reason, len(reason)
         info = self._infos[vocabulary]
         return XGrammar(CompiledGrammar.deserialize_json(text, info)), len(text)
 
-    def _started(self) -> _Worker:
+    def _started(self) -> WorkerProcess:
         if not self._infos:
             texts = [
                 b"" if self._tokens.is_special(token) else self._tokens.token_bytes(token)
@@ -137,7 +133,8 @@ class GrammarCompiler:
             plain = [b"" if _CONTROLS.intersection(text) else text for text in texts]
             self._infos = [self._tokenizer_info(texts), self._tokenizer_info(plain)]
         if self._worker is None or not self._worker.is_alive:
-            self._worker = _Worker([info.serialize_json() for info in self._infos])
+            tokens = [info.serialize_json() for info in self._infos]
+            self._worker = WorkerProcess(["-c", _WORKER, str(MAX_CPU_S)], {"tokens": tokens})
         return self._worker
 
     def _tokenizer_info(self, texts: list[bytes]) -> TokenizerInfo:
@@ -171,73 +168,12 @@ def grammar_compiler(plan: Plan, tokens: Tokens) -> GrammarCompiler | None:
     return GrammarCompiler(tokens, plan.model.vocab_size, stop_ids)
 
 
-class _Fault(Exception):
-    """There is no grammar."""
-
-
-class _Worker:
-    """A process that compiles; the system ends it where a form takes too much."""
-
-    def __init__(self, tokens: list[str]) -> None:
-        # `-P`: an xgrammar.py in the current folder is not imported. A session of its own: Ctrl-C
-        # is not for it.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _WORKER, str(MAX_CPU_S)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._end = weakref.finalize(self, _end, self._process)
-        self.ask({"tokens": tokens})
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether it can be asked."""
-        return self._end.alive
-
-    def ask(self, request: Json) -> Json:
-        """Send a request and wait for its reply.
-
-        Raises:
-            _Fault: it has none.
-        """
-        line = None
-        try:
-            line = _send(self._process, json.dumps(request, allow_nan=False).encode())
-        finally:
-            if not line:  # also where interrupted: the next request must not get this reply
-                self._end()
-        if not line:
-            raise _Fault(_reason(self._process.returncode))
-        reply: Json = json.loads(line)
-        if "error" in reply:
-            raise _Fault(reply["error"])
-        return reply
-
-
-def _send(process: subprocess.Popen[bytes], line: bytes) -> bytes:
-    """The reply to a line; empty if the process has ended."""
-    assert process.stdin is not None and process.stdout is not None
-    with suppress(BrokenPipeError):
-        process.stdin.write(line + b"\n")
-        process.stdin.flush()
-    reply = process.stdout.readline()
-    if not reply:
-        process.wait()
-    return reply
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process, and close the pipes to it."""
-    process.kill()
-    with suppress(BrokenPipeError):
-        process.communicate()
-
-
-def _reason(code: int) -> str:
-    if code == -signal.SIGPROF:
+def _reason(error: WorkerFault) -> str:
+    """Why a form has no grammar."""
+    if error.code is None:
+        return f"{printable_line(str(error)):.300}"
+    if error.code == -signal.SIGPROF:
         return "it takes too long to compile"
-    if code == -signal.SIGSEGV:
+    if error.code == -signal.SIGSEGV:
         return "it is nested too deeply"
     return "it takes too much memory to compile"

@@ -102,6 +102,10 @@ class AnnouncingLead:
         self._announce()
         self._inner.before_run(memory, program, num_tokens, num_seqs, change)
 
+    def before_write(self, name: str, first: int, rows: Tensor) -> None:
+        """Called before rows of an input that comes late are written."""
+        self._inner.before_write(name, first, rows)
+
     def before_copy(self, source: int, target: int) -> None:
         """Called before a page is copied."""
         self._inner.before_copy(source, target)

@@ -72,7 +72,8 @@ def mask(
     """-inf for each token whose bit is 0, in the rows of sequences with a grammar.
 
     A row of `token_mask` has V / 32 words, rounded up, for each query of its sequence, and may have
-    more. Bit v % 32 of word v // 32 stands for token v.
+    more. Bit v % 32 of word v // 32 stands for token v. What is no number stays so: where all
+    logits are none, the first token is sampled, as without a grammar, and tells.
     """
     query_len = attrs.get("query_len", 1)
     num_rows, vocabulary = logits_RV.shape
@@ -81,7 +82,8 @@ def mask(
     shift = torch.arange(32, dtype=torch.int32, device=mask_RW.device)
     bits_RV = ((mask_RW.unsqueeze(2) >> shift) & 1).reshape(num_rows, -1)[:, :vocabulary]
     is_masked_R1 = (is_masked_S != 0).repeat_interleave(query_len).unsqueeze(1)
-    return (logits_RV.masked_fill((bits_RV == 0) & is_masked_R1, float("-inf")),)
+    is_dropped_RV = (bits_RV == 0) & is_masked_R1 & ~logits_RV.isnan()
+    return (logits_RV.masked_fill(is_dropped_RV, float("-inf")),)
 
 
 def sample(

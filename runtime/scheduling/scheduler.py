@@ -189,8 +189,15 @@ class Scheduler:
         return ready
 
     def advance(self, sequence: Sequence, count: int) -> None:
-        """Note that a step has computed `count` more tokens of a sequence."""
+        """Note that a step has computed `count` more tokens of a sequence.
+
+        Behind its prompt it leaves a state that the cache holds, too, and may now give up.
+        """
+        slot = sequence.state_slot
+        leaves_state = slot and self.cache.state_slots.holders(slot) > 1
         self._memory.advance(sequence, count)
+        if leaves_state:
+            self.unblock()
         if sequence.state == "prefilling" and sequence.num_left <= self._memory.decodes:
             sequence.move_to("decoding")
 

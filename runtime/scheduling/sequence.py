@@ -70,7 +70,9 @@ class Sequence:
     ready_len: int = -1
     # another pool computes its prompt, or the host has its beginning, and it is on its way
     is_elsewhere: bool = False
-    # its next token needs no look but at its stop ids and its length: see `note_token`
+    # its logits need no look but where a step may make its last token: see `note_token`
+    is_quiet: bool = False
+    # nor does the host do anything with its next token but look at its stop ids and its length
     is_plain: bool = False
     # after the last token, to be verified; there may be none
     drafts: list[int] = field(default_factory=list)
@@ -120,8 +122,8 @@ class Sequence:
         self.first_token_s = self.first_token_s or now_s
         self.last_token_s = now_s
         params = self.request.params
-        is_free = not self.must_be_read and not params.stop
-        self.is_plain = is_free and params.num_logprobs is None
+        self.is_quiet = not params.stop and params.num_logprobs is None
+        self.is_plain = self.is_quiet and not self.must_be_read
 
     def take_plain(self, token_id: int, now_s: float) -> None:
         """Take a token that a step without drafts has made, and nothing else.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import queue
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from tokenspeed_plan.runtime.request import (
 from tokenspeed_plan.runtime.streaming import AnswerText, Delta
 
 Command = Callable[[], object]
+Step = tuple[tuple[NewToken | Completion, ...], float]  # what it gave, and when
 _GREEDY = SamplingParams()
 
 
@@ -170,6 +172,8 @@ class AsyncEngine:
         self._streams: dict[str, Stream] = {}
         self._told_s: dict[str, float] = {}  # when each request got its last token
         self._names = itertools.count()
+        self._lock = threading.Lock()
+        self._steps: list[Step] = []  # that the loop has not seen
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -273,16 +277,22 @@ class AsyncEngine:
             items: tuple[NewToken | Completion, ...] = (*tokens, *completions)
             tokens.clear()
             if items:
-                now_s = time.perf_counter()
-                self._loop.call_soon_threadsafe(self._deliver, items, now_s)
+                self._tell(items)
 
     def _add(self, request: Request) -> None:
         """On the thread: queue a request. It was checked; what fails even so is its own error."""
         try:
             self._engine.add(request)
         except Exception as error:  # the thread goes on for the others
-            item = failed(request, describe(error))
-            self._loop.call_soon_threadsafe(self._deliver, (item,))
+            self._tell((failed(request, describe(error)),))
+
+    def _tell(self, items: tuple[NewToken | Completion, ...]) -> None:
+        """On the thread: hand a step to the loop, which is woken once for all that gather."""
+        with self._lock:
+            self._steps.append((items, time.perf_counter()))
+            is_first = len(self._steps) == 1
+        if is_first:
+            self._loop.call_soon_threadsafe(self._deliver)
 
     def _run_commands(self) -> bool:
         """Run the commands that came since the last step; blocks while there is nothing to step.
@@ -299,17 +309,20 @@ class AsyncEngine:
                 return False
             command()
 
-    def _deliver(self, items: tuple[NewToken | Completion, ...], now_s: float = 0.0) -> None:
+    def _deliver(self) -> None:
         """On the loop: put each item into its stream; a cancelled request has none any more."""
+        with self._lock:
+            steps, self._steps = self._steps, []
         completions: list[Completion] = []
-        self._note_gaps(items, now_s)
-        for item in items:
-            stream = self._streams.get(item.request_id)
-            if stream:
-                stream.put(item)
-                if isinstance(item, Completion):
-                    del self._streams[item.request_id]
-                    completions.append(item)
+        for items, now_s in steps:
+            self._note_gaps(items, now_s)
+            for item in items:
+                stream = self._streams.get(item.request_id)
+                if stream:
+                    stream.put(item)
+                    if isinstance(item, Completion):
+                        del self._streams[item.request_id]
+                        completions.append(item)
         self._note_idle()
         if self.on_completion:  # last, so that an error in it holds up no answer
             for completion in completions:

@@ -297,7 +297,7 @@ def test_nothing_of_the_current_folder_is_imported(
 
 def test_a_process_that_was_killed_is_started_again() -> None:
     template = ChatTemplate("good")
-    template._worker._process.kill()
+    template._renderer._process._process.kill()
     with pytest.raises(RequestError, match="ended with code -9"):
         template([USER])
     assert template([USER]) == "good"
@@ -305,7 +305,7 @@ def test_a_process_that_was_killed_is_started_again() -> None:
 
 def test_the_process_ends_with_its_template() -> None:
     template = ChatTemplate("good")
-    process = template._worker._process
+    process = template._renderer._process._process
     assert process.poll() is None
     del template
     assert process.poll() is not None

@@ -6,6 +6,7 @@ import asyncio
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -104,6 +105,31 @@ def test_a_slow_reader_holds_up_nobody(engine: Engine) -> None:
                 len(rest) <= 2
                 and len(first.token_ids) + sum(len(delta.token_ids) for delta in rest) == 12
             )
+
+    with_served(engine, work)
+
+
+def test_a_busy_loop_is_not_woken_for_each_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it does something else the engine answers a request; it then gets its steps at once."""
+
+    async def work(served: AsyncEngine) -> None:
+        loop, woken = asyncio.get_running_loop(), list[object]()
+        wake = loop.call_soon_threadsafe
+
+        def count(work: Callable[..., object], *args: Any) -> object:
+            woken.append(work)
+            return wake(work, *args)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", count)
+        first = engine.metrics.steps
+        stream = served.stream([5], PARAMS)
+        while engine.metrics.steps < first + PARAMS.max_tokens or engine.num_unfinished:
+            time.sleep(0.01)
+        (done,) = await stream.completions()
+        assert len(done.token_ids) == PARAMS.max_tokens
+        assert len(woken) <= 2, "the last step may come after the look at the engine"
 
     with_served(engine, work)
 

@@ -185,6 +185,41 @@ def test_each_rank_has_its_shard_on_the_host(short: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_masks_and_adjustments_reach_all_ranks(checkpoint: Any, tmp_path: Path) -> None:
+    """A free row, one with a form, and one with penalties, on two ranks as on one."""
+    schema = {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 2}
+    form = {"type": "json_schema", "json_schema": {"name": "colours", "schema": schema}}
+    asked: list[dict[str, Any]] = [
+        {},
+        {"response_format": form, "ignore_eos": False},
+        {"presence_penalty": 1.5, "logit_bias": {"7": 100}},
+    ]
+    answers = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        write_bundle(
+            folder / "plan",
+            checkpoint("moe"),
+            **gpus(count),
+            workload=LONG,
+            serving={"grammar": True, "penalties": True},
+        )
+        rows = write_batch(folder / "in.jsonl", PROMPTS, COUNTS)
+        lines = [json.loads(line) for line in rows.read_text().splitlines()]
+        for line, more in zip(lines, asked, strict=True):
+            line["body"] |= more
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        done = wait(start(count, batch(folder / "plan", folder), folder))
+        assert done == [0] * count, logs(folder, count)
+        answers.append(token_ids(folder / "out.jsonl"))
+    assert answers[0] == answers[1]
+    free, formed, penalised = answers[0]
+    alone_ids = alone(checkpoint("moe"), tmp_path, PROMPTS, COUNTS[0])
+    assert free == alone_ids[0] and formed != alone_ids[1] and penalised != alone_ids[2]
+
+
+@pytest.mark.slow
 def test_torchrun_runs_a_batch(pair: Path, checkpoint: Any, tmp_path: Path) -> None:
     """This is the way that the README and the error messages name, with the canary."""
     write_batch(tmp_path / "in.jsonl", PROMPTS, COUNTS)

@@ -333,6 +333,22 @@ def test_a_checkpoint_that_goes_before_the_first_token_leaves_the_state_right(
     assert states and set(states) <= set(values[len(known) - 1 :])
 
 
+def test_who_waits_for_a_state_slot_starts_when_the_cache_can_give_one_up(tiny_plan: Plan) -> None:
+    """Those that have only just computed their prompts hold two, one of them with the cache."""
+    engine = engine_of(captured(small(tiny_plan, max_seqs=4, num_pages=80)))
+    for number in range(3):
+        engine.add(request_of(str(number), (number, 1, 2, 3, 4), 40))
+    engine.step()
+    while any(sequence.state != "decoding" for sequence in engine.scheduler.running):
+        engine.step()
+    assert not engine.scheduler.cache.state_slots.num_free
+    engine.add(request_of("late", (9, 1, 2, 3, 4), 40))
+    while len(engine.scheduler.running) < 4:
+        assert not engine.step(), "it waits until another one ends"
+    while engine.num_unfinished:
+        engine.step()
+
+
 def steps_until(engine: Engine, name: str, flood: Iterator[Request]) -> int:
     """Steps until a request ends, while one more of the flood comes in each."""
     for count in range(1, 10_000):

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from json_values import json_values
 from server_load import load
-from serving import KEY, Server, serving
+from serving import KEY, Server, good_server, serving
 
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.plans.errors import RequestError
@@ -37,17 +37,9 @@ ERROR = {"message", "type", "param", "code"}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """After all tests nothing is in use, no request got a 5xx, and the log is empty."""
-    folder = tmp_path_factory.mktemp("server")
-    with serving(
-        BUNDLE, folder, "--api-key", KEY, "--model-name", "demo", "--max-body-bytes", 1 << 20
-    ) as found:
+    options = ("--model-name", "demo", "--max-body-bytes", 1 << 20)
+    with good_server(BUNDLE, tmp_path_factory.mktemp("server"), *options) as found:
         yield found
-        assert not any(found.wait_until_idle().values())
-        assert 'status="5' not in found.http.get("/metrics").text
-        found.signal()
-        assert found.wait() == 0
-        assert found.text().count("\n") == 1, found.text()
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,9 @@ class LateLaunch:
         self.heads += part == "head"
         self._inner.run(programs, program, num_tokens, num_seqs, part)
 
+    def copy_beside(self, target: Tensor, source: Tensor) -> None:
+        self._inner.copy_beside(target, source)
+
     def copy_to_host(self, *values: Tensor) -> HostValues:
         found, number = self._inner.copy_to_host(*values)(), self.replays
         self.asked += 1

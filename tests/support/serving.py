@@ -108,3 +108,15 @@ def serving(bundle: Path, folder: Path, *options: object, **more: Any) -> Iterat
         server.http.close()
         server.process.kill()
         server.process.join()
+
+
+@contextmanager
+def good_server(bundle: Path, folder: Path, *options: object) -> Iterator[Server]:
+    """A server with a key. At its end nothing is in use, no request got a 5xx, the log is empty."""
+    with serving(bundle, folder, "--api-key", KEY, *options) as server:
+        yield server
+        assert not any(server.wait_until_idle().values())
+        assert 'status="5' not in server.http.get("/metrics").text
+        server.signal()
+        assert server.wait() == 0
+        assert server.text().count("\n") == 1, server.text()

@@ -29,6 +29,7 @@ from tokenspeed_plan.runtime.streaming import Delta
 
 Json = dict[str, Any]
 _DONE = b"data: [DONE]\n\n"
+_ENCODE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # made once
 
 
 class _Choice:
@@ -213,7 +214,7 @@ def failure(error: EngineStopped | RequestFailed) -> ApiError:
 
 def event(body: Json, name: str | None = None) -> bytes:
     """A server-sent event, with its name where it has one."""
-    data = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    data = _ENCODE(body).encode()
     head = b""
     if name is not None:
         head = f"event: {name}\n".encode()
