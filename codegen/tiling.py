@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tokenspeed_plan.codegen.tuned import Tile, find_tile
@@ -164,6 +164,14 @@ class Work:
         """Whether it multiplies quantised activations."""
         return any(p.role == "input" and p.tensor.format == FP8_ROWS for p in self.kernel.params)
 
+    @property
+    def fp16_sums(self) -> bool:
+        """Whether plain arithmetic with FP8 adds up products of a run in fp16.
+
+        It holds three bits more of each than activations in bf16 have.
+        """
+        return False
+
     def has(self, kind: str) -> bool:
         """Whether it holds such a part."""
         return any(part.kind == kind for part in self.kernel.parts)
@@ -258,6 +266,17 @@ def run_warps(depth: int) -> tuple[int, int]:
     """
     tile = min(depth & -depth, 2 * WARP_RUNS)
     return tile, max(tile // WARP_RUNS, 1)
+
+
+def in_whole_blocks(tile: Tile, depth: int) -> Tile:
+    """A tile of the tensor cores with rows of one block of FP8, and whole blocks of the depth.
+
+    Where the weight takes the factor, it is one block.
+    """
+    deepest = BLOCK
+    if tile.m < FOLD_ROWS and depth % tile.k == 0:
+        deepest = tile.k
+    return replace(tile, n=min(tile.n, BLOCK), k=min(tile.k, deepest))
 
 
 def up2(value: int) -> int:

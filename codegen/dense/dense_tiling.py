@@ -21,6 +21,7 @@ from tokenspeed_plan.codegen.tiling import (
     down2,
     fixed,
     id_columns,
+    in_whole_blocks,
     per_rows,
     per_seq,
     per_token,
@@ -226,18 +227,17 @@ def linear(work: Work) -> list[Tiling]:
         tiles = [_in_blocks(tile, columns, depth) for tile in tiles]
     tiles = work.tiles(*tiles)
     if is_fp8:
-        tiles = list(dict.fromkeys(map(_in_one_block, tiles)))
+        tiles = list(dict.fromkeys(_in_one_block(tile, depth) for tile in tiles))
     if work.quantised:
         tiles = [replace(tile, m=max(tile.m, DOT_ROWS), k=BLOCK) for tile in tiles]
     return [_linear_tiling(work, tile, rows, columns, depth) for tile in tiles]
 
 
-def _in_one_block(tile: Tile) -> Tile:
-    """The tile with rows of one block; on the tensor cores its depth is in one block too."""
-    columns = min(tile.n, BLOCK)
+def _in_one_block(tile: Tile, depth: int) -> Tile:
+    """The tile with rows of one block, and whole blocks of the depth."""
     if tile.m < DOT_ROWS:
-        return replace(tile, n=columns, k=max(tile.k, BLOCK))
-    return replace(tile, n=columns, k=min(tile.k, BLOCK))
+        return replace(tile, n=min(tile.n, BLOCK), k=max(tile.k, BLOCK), num_stages=1)
+    return in_whole_blocks(tile, depth)
 
 
 def _in_blocks(tile: Tile, columns: int, depth: int) -> Tile:
@@ -482,6 +482,7 @@ def _linear_options(work: Work, dot: bool) -> dict[str, object]:
         "x": _product_input(work),
         "dot": dot,
         "fp8": work.is_fp8(_weight(work)),
+        "fp16_sums": work.fp16_sums,
         "quantised": work.quantised,
         "norm": work.has("rms_norm"),
         "plain": work.plain_norm,
