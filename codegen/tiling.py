@@ -164,14 +164,6 @@ class Work:
         """Whether it multiplies quantised activations."""
         return any(p.role == "input" and p.tensor.format == FP8_ROWS for p in self.kernel.params)
 
-    @property
-    def fp16_sums(self) -> bool:
-        """Whether plain arithmetic with FP8 adds up products of a run in fp16.
-
-        It holds three bits more of each than activations in bf16 have.
-        """
-        return False
-
     def has(self, kind: str) -> bool:
         """Whether it holds such a part."""
         return any(part.kind == kind for part in self.kernel.parts)

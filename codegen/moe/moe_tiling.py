@@ -81,9 +81,9 @@ def _up_tiles(work: Work, hidden: int) -> list[Tile]:
     num_warps = 4 if work.num_tokens == 1 else 2
     first = Tile(1, min(8192 // depth, 8), depth, num_warps, 2)
     if work.is_fp8("experts_up_w"):
-        block, warps = run_warps(hidden)
-        columns = 2 if work.num_tokens == 1 else 8
-        return [Tile(1, columns, block, warps, 1), Tile(1, 2, block, warps, 1)]
+        block = min(hidden & -hidden, WARP_RUNS)
+        columns = 2 if work.num_tokens <= 8 else 4
+        return [Tile(1, columns, block, 1, 1), Tile(1, 1, block, 1, 1)]
     return [first, Tile(1, 4, 256, 4, 2), Tile(1, 2, 256, 4, 1)]
 
 
@@ -94,8 +94,9 @@ def _up_tiling(work: Work, tile: Tile, constants: dict[str, Constant], late: boo
     sizes: dict[str, Constant] = {
         "BLOCK_N": block,
         "BLOCK_K": min(tile.k, up2(int(constants["H"]))),
-        "STAGES": tile.num_stages,
     }
+    if "RUN" not in constants:
+        sizes["STAGES"] = tile.num_stages
     if late and not work.is_fp4("experts_up_w"):
         sizes["WARPS"] = tile.num_warps
     num_experts = int(constants["TOP_K"]) + int(shared > 0)
@@ -109,7 +110,6 @@ def _up_tiling(work: Work, tile: Tile, constants: dict[str, Constant], late: boo
             "narrow": work.specs["topk_logits"].dtype == "bf16",
             "shared": shared > 0,
             "fp8": "BLOCK" in constants,
-            "fp16_sums": work.fp16_sums,
         },
         trigger_after_wait=late,
     )
@@ -158,7 +158,10 @@ def _down_tiles(work: Work) -> list[Tile]:
         return [Tile(1, 64, 128, 8, 1)]
     if work.is_fp8("experts_down_w"):
         inner, _ = run_warps(min(work.width("experts_down_w"), WARP_RUNS))
-        warps = max(up2(_per_token(work)) * inner // WARP_RUNS, 1)
+        runs = up2(_per_token(work)) * inner
+        if work.num_tokens > 1:  # a thread has runs of four experts
+            runs //= 4
+        warps = max(runs // WARP_RUNS, 1)
         return [Tile(1, 4, inner, warps, 1), Tile(1, 2, inner, warps, 1)]
     first = Tile(1, 1, 256, 2, 1)
     if work.num_tokens == 1:

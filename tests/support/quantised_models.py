@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -133,11 +134,8 @@ def quantised_activations(vocab_size: int) -> Iterator[None]:
             x = ((wide / factors).to(torch.float8_e4m3fn).float() * factors).flatten(-2)
         return product(x, w, bias)
 
-    torch.nn.functional.linear = rounded
-    try:
+    with mock.patch.object(torch.nn.functional, "linear", rounded):
         yield
-    finally:
-        torch.nn.functional.linear = product
 
 
 @torch.no_grad()
