@@ -102,8 +102,8 @@ CUBLAS = LibraryFunction(
     least_tokens=1024,
     fixed_bytes=32 << 20,
 )
-# FP8 times FP8 by cuBLAS, with factors of blocks of 128 x 128, and of 128 columns of a row. Beside its
-# workspace there are those of the activations once more, by columns: 4 bytes for each 128.
+# FP8 times FP8 by cuBLAS, with factors of blocks of 128 x 128, and of 128 columns of a row. Beside
+# its workspace there are those of the activations once more, by columns: 4 bytes for each 128.
 CUBLAS_FP8 = LibraryFunction(
     package="torch",
     versions=">=2.11,<3",
