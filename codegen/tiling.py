@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tokenspeed_plan.codegen.tuned import Tile, find_tile
@@ -259,6 +259,17 @@ def run_warps(depth: int) -> tuple[int, int]:
     """
     tile = min(depth & -depth, 2 * WARP_RUNS)
     return tile, max(tile // WARP_RUNS, 1)
+
+
+def in_whole_blocks(tile: Tile, depth: int) -> Tile:
+    """A tile of the tensor cores with rows of one block of FP8, and whole blocks of the depth.
+
+    Where the weight takes the factor, it is one block.
+    """
+    deepest = BLOCK
+    if tile.m < FOLD_ROWS and depth % tile.k == 0:
+        deepest = tile.k
+    return replace(tile, n=min(tile.n, BLOCK), k=min(tile.k, deepest))
 
 
 def up2(value: int) -> int:

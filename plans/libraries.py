@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tokenspeed_plan.plans.fp8_format import BLOCK, FP8, FP8_ROWS
 from tokenspeed_plan.plans.ops import OPS, integer
 from tokenspeed_plan.plans.schema import KernelSpec
 
@@ -28,6 +29,8 @@ class LibraryFunction:
         attrs: for constants of the first operator, the values that it may have.
         least_tokens: of a program that it was looked at in; its rows are always those of tokens.
         dtypes: of all tensors but indices, which are `i32`.
+        needs: those of `dtypes` that there must be.
+        unit: columns of each result are a multiple of it.
         prepare: what the host does before a replay.
         capturable: whether a CUDA graph may hold the call.
         row_bytes: of workspace for each element of the result, and for each query head of a token.
@@ -40,6 +43,8 @@ class LibraryFunction:
     runs: tuple[tuple[str, ...], ...]
     attrs: Mapping[str, Collection[Any]]
     dtypes: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    unit: int = 1
     least_tokens: int = 1
     prepare: Literal["none", "batch"] = "none"
     capturable: bool = True
@@ -58,7 +63,10 @@ class LibraryFunction:
         """
         if kinds not in self.runs or any(attrs.get(k) not in v for k, v in self.attrs.items()):
             return False
-        return set(dtypes) - {INDEX} <= set(self.dtypes)
+        splits = attrs.get("splits", ())
+        if self.unit > 1 and any(size % self.unit for size in splits):
+            return False
+        return set(self.needs) <= set(dtypes) - {INDEX} <= set(self.dtypes)
 
     def workspace_bytes(self, attrs: Mapping[str, Any], num_tokens: int) -> int:
         """Bytes that a call takes besides its operands."""
@@ -94,6 +102,7 @@ CUBLAS = LibraryFunction(
     least_tokens=1024,
     fixed_bytes=32 << 20,
 )
+<<<<<<< HEAD
 # FlashInfer (arXiv:2501.01005). Partial results of a batch, then what its wrapper adds; it compiles
 # its kernels when it first plans a batch, and the host plans each one.
 FLASHINFER_WORKSPACE_BYTES = 384 << 20
@@ -108,9 +117,25 @@ FLASHINFER = LibraryFunction(
     capturable=False,
     row_bytes=(2, 0),  # of the gate
     fixed_bytes=FLASHINFER_WORKSPACE_BYTES + (16 << 20),
+=======
+# FP8 times FP8 by cuBLAS, with factors of blocks of 128 x 128, and of 128 columns of a row. Beside
+# its workspace there are those of the activations once more, by columns: 4 bytes for each 128.
+CUBLAS_FP8 = LibraryFunction(
+    package="torch",
+    versions=">=2.11,<3",
+    sms=(90,),
+    runs=(("linear",), ("linear", "add")),
+    attrs={},
+    dtypes=("bf16", str(FP8), str(FP8_ROWS)),
+    needs=(str(FP8), str(FP8_ROWS)),
+    unit=BLOCK,
+    least_tokens=1024,
+    fixed_bytes=(32 << 20) + (16 << 20),
+>>>>>>> h2
 )
 LIBRARY_FUNCTIONS: dict[str, LibraryFunction] = {
     "cublas.linear": CUBLAS,
+    "cublas.linear_fp8": CUBLAS_FP8,
     "fa3.attention_prefill": FA3,
     "flashinfer.attention_prefill": FLASHINFER,
 }

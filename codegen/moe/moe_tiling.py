@@ -14,6 +14,7 @@ from tokenspeed_plan.codegen.tiling import (
     Work,
     blocks,
     fixed,
+    in_whole_blocks,
     per_rows,
     run_warps,
     up2,
@@ -80,9 +81,9 @@ def _up_tiles(work: Work, hidden: int) -> list[Tile]:
     num_warps = 4 if work.num_tokens == 1 else 2
     first = Tile(1, min(8192 // depth, 8), depth, num_warps, 2)
     if work.is_fp8("experts_up_w"):
-        block, warps = run_warps(hidden)
-        columns = 2 if work.num_tokens == 1 else 8
-        return [Tile(1, columns, block, warps, 1), Tile(1, 2, block, warps, 1)]
+        block = min(hidden & -hidden, WARP_RUNS)
+        columns = 2 if work.num_tokens <= 8 else 4
+        return [Tile(1, columns, block, 1, 1), Tile(1, 1, block, 1, 1)]
     return [first, Tile(1, 4, 256, 4, 2), Tile(1, 2, 256, 4, 1)]
 
 
@@ -93,8 +94,11 @@ def _up_tiling(work: Work, tile: Tile, constants: dict[str, Constant], late: boo
     sizes: dict[str, Constant] = {
         "BLOCK_N": block,
         "BLOCK_K": min(tile.k, up2(int(constants["H"]))),
-        "STAGES": tile.num_stages,
     }
+    if "RUN" not in constants:
+        sizes["STAGES"] = tile.num_stages
+    if late and not work.is_fp4("experts_up_w"):
+        sizes["WARPS"] = tile.num_warps
     num_experts = int(constants["TOP_K"]) + int(shared > 0)
     return Tiling(
         template="moe_up",
@@ -123,7 +127,6 @@ def moe_down(work: Work) -> list[Tiling]:
         constants["SHARED"] = work.width("linear_w")
     options: dict[str, object] = {
         "add": work.has("add"),
-        "fp8": "BLOCK" in constants,
         "recompute": work.has("topk"),
         "shared": work.has("linear"),
     }
@@ -133,10 +136,19 @@ def moe_down(work: Work) -> list[Tiling]:
     else:
         constants["TOP_K"] = work.width("experts_down_weights")
     shapes = _down_tiles(work)
+    if work.is_fp8("experts_down_w"):
+        constants["BLOCK_J"] = up2(int(constants["TOP_K"]))
     tilings = [_down_tiling(work, tile, constants, options) for tile in work.tiles(*shapes)]
     if work.is_fp4("experts_down_w"):
         return [moe_fp4_tiling.down_tiling(tiling, work) for tiling in tilings]
     return tilings
+
+
+def _per_token(work: Work) -> int:
+    """Experts of a token."""
+    if work.has("topk"):
+        return work.size("topk", "top_k")
+    return work.width("experts_down_weights")
 
 
 def _down_tiles(work: Work) -> list[Tile]:
@@ -146,8 +158,11 @@ def _down_tiles(work: Work) -> list[Tile]:
         return [Tile(1, 64, 128, 8, 1)]
     if work.is_fp8("experts_down_w"):
         inner, _ = run_warps(min(work.width("experts_down_w"), WARP_RUNS))
-        columns, warps = (2, 1) if work.num_tokens == 1 else (8, 2)
-        return [Tile(1, columns, inner, warps, 1), Tile(1, 1, inner, 1, 1)]
+        runs = up2(_per_token(work)) * inner
+        if work.num_tokens > 1:  # a thread has runs of four experts
+            runs //= 4
+        warps = max(runs // WARP_RUNS, 1)
+        return [Tile(1, 4, inner, warps, 1), Tile(1, 2, inner, warps, 1)]
     first = Tile(1, 1, 256, 2, 1)
     if work.num_tokens == 1:
         first = Tile(1, 2, 512, 2, 1)
@@ -166,7 +181,7 @@ def _down_tiling(
     ):  # the logits are older than the up projection, which triggers after its wait
         prefetch = ("topk_logits",)
     return Tiling(
-        template="moe_down",
+        template="moe_down_fp8" if "RUN" in constants else "moe_down",
         constants=constants | {"BLOCK_N": block, "BLOCK_K": min(tile.k, up2(depth))},
         grid=(per_rows(1, work.by_seqs), fixed(blocks(hidden, block))),
         num_warps=tile.num_warps,
@@ -267,8 +282,8 @@ def grouped(work: Work) -> list[Tiling]:
         constants["BLOCK"] = BLOCK
     pairs = work.num_rows * top_k // max(experts, 1)
     shapes = work.tiles(*_group_tiles(work, pairs, columns))
-    if work.is_fp8("w"):  # a tile lies in one block of the weight
-        shapes = [replace(tile, n=min(tile.n, BLOCK), k=min(tile.k, BLOCK)) for tile in shapes]
+    if work.is_fp8("w"):
+        shapes = [in_whole_blocks(tile, int(constants["K"])) for tile in shapes]
     if work.quantised:  # a sum of each block of the depth
         shapes = [replace(tile, k=BLOCK) for tile in shapes]
     tilings = [_grouped_tiling(work, tile, constants) for tile in dict.fromkeys(shapes)]

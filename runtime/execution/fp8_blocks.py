@@ -69,8 +69,13 @@ def quantise_rows(x: Tensor) -> Tensor:
     # PyTorch divides a number by a tensor in two roundings, a tensor by a tensor in one.
     inverses = torch.full_like(largest, E4M3_MAX) / largest
     values = (wide * inverses).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    parts = (values.flatten().view(torch.uint8), scales.flatten().view(torch.uint8))
-    return torch.cat(parts).view(torch.float8_e4m3fn)
+    return flat_run(Scaled(values, scales))
+
+
+def flat_run(parts: Scaled) -> Tensor:
+    """Elements and factors as they are stored, one behind the other."""
+    flat = [part.contiguous().flatten().view(torch.uint8) for part in parts]
+    return torch.cat(flat).view(torch.float8_e4m3fn)
 
 
 def quantise_blocks(matrix: Tensor, scale_dtype: torch.dtype = torch.float32) -> Scaled:

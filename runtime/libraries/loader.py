@@ -29,6 +29,7 @@ from tokenspeed_plan.runtime.libraries.sample_batch import sample_batch
 Adapter = Callable[[KernelSpec], Launcher]
 ADAPTERS: dict[str, Adapter] = {
     "cublas.linear": cublas.linear,
+    "cublas.linear_fp8": cublas.linear_fp8,
     "fa3.attention_prefill": fa3.attention_prefill,
     "flashinfer.attention_prefill": flashinfer.PagedPrefill,
 }

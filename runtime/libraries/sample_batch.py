@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
 from tokenspeed_plan.plans.libraries import operands_by_role
 from tokenspeed_plan.plans.ops import integer
 from tokenspeed_plan.plans.schema import KernelSpec
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
+from tokenspeed_plan.runtime.execution.fp8_blocks import flat_run, quantise_blocks, quantise_rows
 
 NEW_TOKENS = (3, 70, 1)  # of each sequence
 CONTEXTS = (3, 201, 64)  # with them: a first chunk, one that crosses pages, one that fills one
@@ -57,8 +59,13 @@ def sample_batch(
         dtype = TORCH_DTYPES[param.tensor.dtype]
         if param.role == "scratch":
             tensors.append(torch.zeros(shape, dtype=dtype, device=device))
+            continue
+        values = torch.randn(shape, generator=random, device=device)
+        if param.tensor.format == FP8_ROWS:
+            tensors.append(quantise_rows(values))
+        elif param.tensor.format == FP8:
+            tensors.append(flat_run(quantise_blocks(values)))
         else:
-            values = torch.randn(shape, generator=random, device=device)
             tensors.append(values.to(dtype))
     return tuple(tensors)
 

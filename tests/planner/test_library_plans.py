@@ -12,6 +12,7 @@ from tokenspeed_plan.planner.spec import Library, Spec
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS, library_of
 from tokenspeed_plan.plans.schema import LibraryCall, Plan
 
+FP8_PRODUCT = {"bf16", "fp8[128x128]:fp32", "fp8[1x128]:fp32"}
 AGENT = {
     "kind": "agentic",
     "first_turn_tokens": 20000,
@@ -94,6 +95,9 @@ def test_a_plan_may_insist() -> None:
         ("cublas.linear", ("linear", "add"), {}, {"bf16"}),
         ("cublas.linear", ("linear",), {}, {"bf16", "fp8[128x128]:fp32"}),
         ("cublas.linear", ("linear",), {}, {"fp32"}),
+        ("cublas.linear_fp8", ("linear",), {}, {"bf16"}),
+        ("cublas.linear_fp8", ("linear",), {}, {"bf16", "fp8[128x128]:fp32"}),
+        ("cublas.linear_fp8", ("linear",), {"splits": (256, 64)}, FP8_PRODUCT),
     ],
 )
 def test_a_function_computes_no_more_than_it_can(
@@ -105,5 +109,5 @@ def test_a_function_computes_no_more_than_it_can(
     if attrs == {"head_dim": 256}:
         given["mode"] = "decode"
     assert not function.computes(kinds, given, dtypes)
-    right = {"mode": "prefill", "head_dim": 256}
-    assert function.computes(function.runs[0], right, {"bf16", "i32"})
+    right = {"mode": "prefill", "head_dim": 256, "splits": (256, 128)}
+    assert function.computes(function.runs[0], right, {"bf16", "i32", *function.needs})

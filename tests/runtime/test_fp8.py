@@ -29,6 +29,7 @@ from quantised_models import (
     ids_of,
     loss_of,
     prompts,
+    quantised_activations,
     quantize,
     values_of,
     weights_of,
@@ -436,6 +437,10 @@ def test_the_trained_model_loses_little(tmp_path: Path) -> None:
     assert 1.0 < before < 4.0
     assert before != after
     assert abs(after / before - 1) < 0.005
+    with quantised_activations(vocab_size=2048):
+        both = loss_of(plain, ids)
+    assert both != after
+    assert abs(both / before - 1) < 0.005
     wanted = ids_of(plain)
     assert ids_of(tmp_path / "fp8") == wanted
     quantised = ids_of(tmp_path / "fp8", options=PassOptions(quantises=True))

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from flashinfer_double import install_flashinfer
 from torch import Tensor
 
+from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
 from tokenspeed_plan.plans.schema import KernelSpec, Param, Part
 from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.runtime.compare import difference
+from tokenspeed_plan.runtime.execution.fp8_blocks import dequantise, parts_of
 from tokenspeed_plan.runtime.execution.kernels import Launcher, prepare_batch
 from tokenspeed_plan.runtime.libraries import cublas, fa3, flashinfer
 from tokenspeed_plan.runtime.libraries.sample_batch import sample_batch
@@ -161,3 +163,49 @@ def test_products_share_out_the_rows_of_the_weight() -> None:
     part = Part(kind="linear", operands=("x", "w"), outputs=("y0", "y1", "y2"), attrs=attrs)
     kernel = KernelSpec(name="linear", params=tuple(params), parts=(part,))
     assert compared(kernel, cublas.linear(kernel)) < 1e-2
+
+
+def scaled_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, out_dtype: Any, out: Tensor
+) -> None:
+    """cuBLAS' product by its documentation: factors of tokens and of the depth in fours."""
+    assert len(a) % 4 == 0 and scale_a.stride(0) == 1 and scale_b.stride(0) == 1
+    assert scale_b.shape[0] % 4 == 0 and out.is_contiguous() and out.dtype == out_dtype
+    runs = a.float().unflatten(1, (-1, 128)) * scale_a[:, :, None]
+    scales = scale_b.t()[:, : runs.shape[1]].repeat_interleave(128, 0)
+    blocks = b.t().float().unflatten(1, (-1, 128)) * scales[:, :, None]
+    out.copy_(runs.flatten(1) @ blocks.flatten(1).t())
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_products_of_fp8(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and blocks that are no multiples of four; each result has whole blocks."""
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    widths = (256, 128)[: 2 - adds]
+    outputs = tuple(f"y{i}" for i, _ in enumerate(widths))
+    x = TensorSpec(shape=("num_tokens", 640), format=FP8_ROWS)
+    w = TensorSpec(shape=(sum(widths), 640), format=FP8)
+    results = dict(zip(outputs, (tensor("num_tokens", n) for n in widths), strict=True))
+    attrs = {"splits": widths, "dtype": "bf16"}
+    parts = [Part(kind="linear", operands=("x", "w"), outputs=outputs, attrs=attrs)]
+    inputs = {"x": x}
+    if adds:
+        inputs["r"] = results["y0"]
+        parts.append(Part(kind="add", operands=("y0", "r"), outputs=("z",), attrs={}))
+        results = {"z": results["y0"]}
+    params = [Param(name=name, role="input", tensor=spec) for name, spec in inputs.items()]
+    params.append(Param(name="w", role="weight", tensor=w))
+    for name, spec in results.items():
+        params.append(Param(name=name, role="output", tensor=spec, access="write"))
+    kernel = KernelSpec(name="linear", params=tuple(params), parts=tuple(parts))
+    tensors = sample_batch(kernel, torch.device("cpu"))
+    found = {p.name: t for p, t in zip(kernel.tensors, tensors, strict=True)}
+    cublas.linear_fp8(kernel)({}, *tensors)
+    product = dequantise(parts_of(found["x"], x), torch.float32) @ (
+        dequantise(parts_of(found["w"], w), torch.float32).t()
+    )
+    wanted = product.split(widths, 1)
+    if adds:
+        wanted = (product + found["r"].float(),)
+    for name, values in zip(results, wanted, strict=True):
+        assert difference(found[name], values.to(torch.bfloat16)) < 1e-2

@@ -38,7 +38,7 @@ from tokenspeed_plan.runtime.compare import FP8_STEP, difference
 from tokenspeed_plan.runtime.execution import fp4_words
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
 from tokenspeed_plan.runtime.execution.block_scaled import dequantise
-from tokenspeed_plan.runtime.execution.fp8_blocks import quantise_blocks, quantise_rows
+from tokenspeed_plan.runtime.execution.fp8_blocks import flat_run, quantise_blocks, quantise_rows
 from tokenspeed_plan.runtime.execution.interpreter import interpret
 from tokenspeed_plan.runtime.execution.triton_kernels import TritonKernels
 from tokenspeed_plan.runtime.reference import REFERENCE_BODIES
@@ -247,9 +247,7 @@ class Inputs:
         """A random matrix in FP8 whose blocks have very different factors: a flat run of bytes."""
         factors = torch.exp(self.normal(*blocks(shape)))
         large = factors.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)
-        elements, scales = quantise_blocks(self.normal(*shape) * large / math.sqrt(shape[-1]))
-        run = torch.cat((elements.flatten().view(torch.uint8), scales.flatten().view(torch.uint8)))
-        return run.view(torch.float8_e4m3fn)
+        return flat_run(quantise_blocks(self.normal(*shape) * large / math.sqrt(shape[-1])))
 
     def _in_words(self, shape: tuple[int, ...], spec: TensorSpec) -> Tensor:
         """Random bits of elements, scales and factors of very different sizes: a flat run."""
