@@ -24,7 +24,7 @@ from tokenspeed_plan.runtime.cache.prefix_tree import (
 )
 from tokenspeed_plan.runtime.cache.ref_counts import SharedSlots
 
-FEW = 8  # so many checkpoints are all looked at for each victim
+FEW = 32  # so many checkpoints are all looked at for each victim
 
 
 @dataclass(slots=True)
