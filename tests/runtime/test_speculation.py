@@ -263,7 +263,8 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(
         exact += not missing
         assert missing == 0 if rollback == "snapshot" else missing <= (1 if ahead else 5)
         assert [second.token_ids] == tokens_of(plain, [turn], 12)
-    assert exact == 24 if rollback == "snapshot" else exact > 12 * ahead - 1
+    if ahead:
+        assert exact == 24 if rollback == "snapshot" else exact > 12
     assert fast.metrics.lost_checkpoints == 0
 
 
