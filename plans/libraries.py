@@ -102,7 +102,6 @@ CUBLAS = LibraryFunction(
     least_tokens=1024,
     fixed_bytes=32 << 20,
 )
-<<<<<<< HEAD
 # FlashInfer (arXiv:2501.01005). Partial results of a batch, then what its wrapper adds; it compiles
 # its kernels when it first plans a batch, and the host plans each one.
 FLASHINFER_WORKSPACE_BYTES = 384 << 20
@@ -117,7 +116,7 @@ FLASHINFER = LibraryFunction(
     capturable=False,
     row_bytes=(2, 0),  # of the gate
     fixed_bytes=FLASHINFER_WORKSPACE_BYTES + (16 << 20),
-=======
+)
 # FP8 times FP8 by cuBLAS, with factors of blocks of 128 x 128, and of 128 columns of a row. Beside
 # its workspace there are those of the activations once more, by columns: 4 bytes for each 128.
 CUBLAS_FP8 = LibraryFunction(
@@ -131,7 +130,6 @@ CUBLAS_FP8 = LibraryFunction(
     unit=BLOCK,
     least_tokens=1024,
     fixed_bytes=(32 << 20) + (16 << 20),
->>>>>>> h2
 )
 LIBRARY_FUNCTIONS: dict[str, LibraryFunction] = {
     "cublas.linear": CUBLAS,
