@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.lengths_file import read_lengths
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
-from tokenspeed_plan.runtime.execution.launch import HostValues, Launch
+from tokenspeed_plan.runtime.execution.launch import AroundLaunch
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 
 ROWS_PER_SEQUENCE = 3  # rows for each sequence that runs at once, where nothing is said
@@ -128,16 +127,11 @@ class _Step:
 
 
 @dataclass(slots=True)
-class TimedLaunch:
+class TimedLaunch(AroundLaunch):
     """Notes when each replay begins and ends on the device."""
 
-    inner: Launch
     device: str
     steps: list[_Step] = field(default_factory=list)
-
-    def prepare(self, programs: BoundPrograms) -> None:
-        """As the launch inside."""
-        self.inner.prepare(programs)
 
     def run(
         self,
@@ -151,10 +145,6 @@ class TimedLaunch:
         begin = self._mark()
         self.inner.run(programs, program, num_tokens, num_seqs, part)
         self.steps.append(_Step(program, num_tokens, begin, self._mark()))
-
-    def copy_to_host(self, *values: Tensor) -> HostValues:
-        """As the launch inside."""
-        return self.inner.copy_to_host(*values)
 
     def _mark(self) -> Any:
         if self.device == "cpu":

@@ -18,7 +18,7 @@ from torch import Tensor
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
-from tokenspeed_plan.runtime.execution.launch import HostValues, Launch
+from tokenspeed_plan.runtime.execution.launch import AroundLaunch, HostValues
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 32, 64  # of a row: short, so that prompts share a step
@@ -44,16 +44,11 @@ class HostStep:
 
 
 @dataclass(slots=True)
-class WaitingLaunch:
+class WaitingLaunch(AroundLaunch):
     """Counts the seconds in which the host waits: for tokens, and on a CPU for the replay."""
 
-    inner: Launch
     replays_itself: bool
     waited_s: float = 0.0
-
-    def prepare(self, programs: BoundPrograms) -> None:
-        """As the launch inside."""
-        self.inner.prepare(programs)
 
     def run(
         self,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -38,6 +39,36 @@ class Launch(Protocol):
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
         """A function that waits for these outputs of the last replay, and returns them."""
+
+
+@dataclass(slots=True, eq=False)
+class AroundLaunch:
+    """The launch inside; what is derived does something around its replays or copies."""
+
+    inner: Launch
+
+    def prepare(self, programs: BoundPrograms) -> None:
+        """As the launch inside."""
+        self.inner.prepare(programs)
+
+    def run(
+        self,
+        programs: BoundPrograms,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        part: Part = "whole",
+    ) -> None:
+        """As the launch inside."""
+        self.inner.run(programs, program, num_tokens, num_seqs, part)
+
+    def copy_beside(self, target: Tensor, source: Tensor) -> None:
+        """As the launch inside."""
+        self.inner.copy_beside(target, source)
+
+    def copy_to_host(self, *values: Tensor) -> HostValues:
+        """As the launch inside."""
+        return self.inner.copy_to_host(*values)
 
 
 class EagerLaunch:

@@ -17,12 +17,12 @@ from tokenspeed_plan.runtime.cache.slot_copies import SlotCopy
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part, ProgramKey
 from tokenspeed_plan.runtime.execution.executor import Lead
 from tokenspeed_plan.runtime.execution.input_block import InputChange
-from tokenspeed_plan.runtime.execution.launch import HostValues, Launch
+from tokenspeed_plan.runtime.execution.launch import AroundLaunch, Launch
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.pools.pool_rank import PoolRank
 
 
-class LayerLaunch:
+class LayerLaunch(AroundLaunch):
     """A launch with pushes between its steps.
 
     Args:
@@ -31,13 +31,9 @@ class LayerLaunch:
     """
 
     def __init__(self, inner: Launch, rank: PoolRank) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._rank = rank
         self._ends: dict[ProgramKey, list[int]] = {}
-
-    def prepare(self, programs: BoundPrograms) -> None:
-        """Do what can be done before the first replay."""
-        self._inner.prepare(programs)
 
     def run(
         self,
@@ -47,24 +43,21 @@ class LayerLaunch:
         num_seqs: int,
         part: Part = "whole",
     ) -> None:
-        """Start one replay on the io buffers, and what leaves of it."""
+        """Start one replay on the io buffers, and what leaves of it; after a tail, all at once."""
         moves = self._rank.take_moves()
         if not moves:
-            self._inner.run(programs, program, num_tokens, num_seqs, part)
+            self.inner.run(programs, program, num_tokens, num_seqs, part)
             return
         instructions = programs.instructions(program, num_tokens, num_seqs, part)
-        begin = 0
-        ends = self._ends_of(programs, program, num_tokens, num_seqs)
+        begin, ends = 0, [len(instructions)] * len(program.pushes)
+        if part == "whole":
+            ends = self._ends_of(programs, program, num_tokens, num_seqs)
         for push, end in zip(program.pushes, ends, strict=True):
             programs.execute(instructions[begin:end])
             self._rank.push(moves, push.buffers)
             begin = end
         programs.execute(instructions[begin:])
         self._rank.finish(moves)
-
-    def copy_to_host(self, *values: Tensor) -> HostValues:
-        """A function that waits for these outputs of the last replay, and returns them."""
-        return self._inner.copy_to_host(*values)
 
     def _ends_of(
         self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
@@ -97,10 +90,12 @@ class AnnouncingLead:
         num_tokens: int,
         num_seqs: int,
         change: InputChange | None,
+        part: Part,
     ) -> None:
-        """Called before each replay."""
-        self._announce()
-        self._inner.before_run(memory, program, num_tokens, num_seqs, change)
+        """Called before each replay, or part of one: what leaves does so with the last part."""
+        if part != "head":
+            self._announce()
+        self._inner.before_run(memory, program, num_tokens, num_seqs, change, part)
 
     def before_write(self, name: str, first: int, rows: Tensor) -> None:
         """Called before rows of an input that comes late are written."""
