@@ -312,11 +312,7 @@ def plan_parts(
     work = _Programs(spec, model, hardware, decided, capacity, dtype, options, decided.layout)
     programs = tuple(work.lowered(report))
     limits = plan_limits(capacity, decided.interleaving.tokens, decided.gathered_tokens)
-    record_streams(ledger, [program.graph for program in programs])
-    record_reductions(ledger, programs, hardware)
-    named = [(f"{each.graph.phase}/{each.bucket}", each.graph) for each in programs]
-    record_libraries(ledger, named)
-    record_quantised(ledger, programs, hardware)
+    _record_programs(ledger, programs, hardware)
     record_cache(
         ledger,
         limits,
@@ -345,6 +341,17 @@ def plan_parts(
         work.of_prefill_pool(programs, report),
         host_cache,
     )
+
+
+def _record_programs(
+    ledger: Ledger, programs: tuple[LoweredProgram, ...], hardware: HardwareSpec
+) -> None:
+    """Keep why the steps of all programs are what they are."""
+    record_streams(ledger, [program.graph for program in programs])
+    record_reductions(ledger, programs, hardware)
+    named = [(f"{each.graph.phase}/{each.bucket}", each.graph) for each in programs]
+    record_libraries(ledger, named)
+    record_quantised(ledger, programs, hardware)
 
 
 def _record_weights(

@@ -57,6 +57,85 @@ class ServeOptions:
     pools: PoolOptions
 
 
+_SERVER_OPTIONS = (
+    click.option(
+        "--host",
+        default="127.0.0.1",
+        show_default=True,
+        help="Address to listen on; without a key, one of this machine alone.",
+    ),
+    click.option(
+        "--api-key",
+        envvar="TOKENSPEED_API_KEY",
+        show_envvar=True,
+        help="What clients of /v1 must send.",
+    ),
+    click.option(
+        "--model-name", help="What clients call the model (default: the plan's name for it)."
+    ),
+    click.option(
+        "--max-requests",
+        type=click.IntRange(min=1),
+        default=256,
+        show_default=True,
+        help="Choices in flight; more get 429.",
+    ),
+    click.option(
+        "--max-body-bytes",
+        type=click.IntRange(min=1),
+        default=8 << 20,
+        show_default=True,
+        help="Largest request body; more gets 413.",
+    ),
+    seconds_option(
+        "--body-timeout",
+        "body_timeout_s",
+        30.0,
+        "Seconds within which a body must come; later gets 408.",
+    ),
+    click.option(
+        "--drain",
+        "drain_s",
+        type=click.FloatRange(min=0),
+        default=30.0,
+        show_default=True,
+        help="Seconds that SIGTERM leaves to answers in flight.",
+    ),
+    click.option(
+        "--max-connections",
+        type=click.IntRange(min=1),
+        default=1024,
+        show_default=True,
+        help="Open connections, fewer where `ulimit -n` is low; more get 503.",
+    ),
+    seconds_option(
+        "--header-timeout",
+        "header_timeout_s",
+        10.0,
+        "Seconds within which a request's header must come; later the connection is closed.",
+    ),
+    seconds_option(
+        "--write-timeout",
+        "write_timeout_s",
+        30.0,
+        "Seconds within which a client must read a part of its answer; later it is dropped.",
+    ),
+    seconds_option(
+        "--stall",
+        "stall_s",
+        30.0,
+        "Seconds after which /health fails if the engine has work and does not move.",
+    ),
+    click.option(
+        "--drop-billing-header",
+        "drops_billing",
+        is_flag=True,
+        help="Leave `x-anthropic-billing-header` out of prompts: it changes, and defeats the"
+        " cache.",
+    ),
+)
+
+
 def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of the server; the command gets them as one, `server`."""
 
@@ -70,84 +149,7 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
             raise RequestError("the API key is empty", "give one, or no `--api-key` at all")
         command(*args, server=server, **others)
 
-    options = (
-        click.option(
-            "--host",
-            default="127.0.0.1",
-            show_default=True,
-            help="Address to listen on; without a key, one of this machine alone.",
-        ),
-        click.option(
-            "--api-key",
-            envvar="TOKENSPEED_API_KEY",
-            show_envvar=True,
-            help="What clients of /v1 must send.",
-        ),
-        click.option(
-            "--model-name", help="What clients call the model (default: the plan's name for it)."
-        ),
-        click.option(
-            "--max-requests",
-            type=click.IntRange(min=1),
-            default=256,
-            show_default=True,
-            help="Choices in flight; more get 429.",
-        ),
-        click.option(
-            "--max-body-bytes",
-            type=click.IntRange(min=1),
-            default=8 << 20,
-            show_default=True,
-            help="Largest request body; more gets 413.",
-        ),
-        seconds_option(
-            "--body-timeout",
-            "body_timeout_s",
-            30.0,
-            "Seconds within which a body must come; later gets 408.",
-        ),
-        click.option(
-            "--drain",
-            "drain_s",
-            type=click.FloatRange(min=0),
-            default=30.0,
-            show_default=True,
-            help="Seconds that SIGTERM leaves to answers in flight.",
-        ),
-        click.option(
-            "--max-connections",
-            type=click.IntRange(min=1),
-            default=1024,
-            show_default=True,
-            help="Open connections, fewer where `ulimit -n` is low; more get 503.",
-        ),
-        seconds_option(
-            "--header-timeout",
-            "header_timeout_s",
-            10.0,
-            "Seconds within which a request's header must come; later the connection is closed.",
-        ),
-        seconds_option(
-            "--write-timeout",
-            "write_timeout_s",
-            30.0,
-            "Seconds within which a client must read a part of its answer; later it is dropped.",
-        ),
-        seconds_option(
-            "--stall",
-            "stall_s",
-            30.0,
-            "Seconds after which /health fails if the engine has work and does not move.",
-        ),
-        click.option(
-            "--drop-billing-header",
-            "drops_billing",
-            is_flag=True,
-            help="Leave `x-anthropic-billing-header` out of prompts: it changes, and defeats the"
-            " cache.",
-        ),
-    )
-    for option in reversed(options):
+    for option in reversed(_SERVER_OPTIONS):
         with_server = option(with_server)
     return with_server
 
