@@ -19,6 +19,7 @@ from tokenspeed_plan.planner.passes.cost import library_functions
 from tokenspeed_plan.planner.passes.limits import ALL_ALIKE, Holding, state_slots_per_seq
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.passes.reduction import largest_reduction, peer_bytes
+from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.schema import ArenaName
 from tokenspeed_plan.plans.types import DTYPE_BITS, Phase, TensorSpec, aligned
@@ -140,7 +141,17 @@ class MemoryModel:
                 if not any(prices[other].is_below(prices[name]) for other in priced):
                     function = LIBRARY_FUNCTIONS[name]
                     found.append(function.workspace_bytes(op.attrs, knobs.prefill_chunk))
-        return max(found)
+        return max(*found, self._quantised_workspace(graph, knobs.prefill_chunk))
+
+    def _quantised_workspace(self, graph: OpGraph, chunk: int) -> int:
+        """Of functions of FP8 times FP8: passes decide later which activations are quantised."""
+        if not any(weight.spec.format == FP8 for weight in graph.weights.values()):
+            return 0
+        functions = [LIBRARY_FUNCTIONS[name] for name in self.steps.hardware.libraries]
+        sizes = [
+            each.fixed_bytes for each in functions if each.needs and chunk >= each.least_tokens
+        ]
+        return max(sizes, default=0)
 
     def _largest(self, limit: int, total: Callable[[int], int]) -> int:
         """The largest number, up to a limit, whose memory fits."""

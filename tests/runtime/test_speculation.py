@@ -33,7 +33,7 @@ from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.spec import load_spec
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
-from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch
 from tokenspeed_plan.runtime.reference import speculation
 from tokenspeed_plan.runtime.reference.sampling import filtered, sample
@@ -66,11 +66,16 @@ class TracingLaunch(EagerLaunch):
         self.rounds: list[tuple[Round, ...]] = []
 
     def run(
-        self, programs: BoundPrograms, program: Program, num_tokens: int, num_seqs: int
+        self,
+        programs: BoundPrograms,
+        program: Program,
+        num_tokens: int,
+        num_seqs: int,
+        part: Part = "whole",
     ) -> None:
         memory = programs.memory
         token_ids = memory.buffer("token_ids", num_tokens, num_seqs).clone()
-        super().run(programs, program, num_tokens, num_seqs)
+        super().run(programs, program, num_tokens, num_seqs, part)
         if program.phase == "decode":
             accepted = memory.buffer("accepted", num_tokens, num_seqs).tolist()
             drafts = token_ids.view(num_seqs, -1)[:, 1:].tolist()

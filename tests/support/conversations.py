@@ -14,7 +14,7 @@ from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
-from tokenspeed_plan.runtime.execution.launch import EagerLaunch, HostValues
+from tokenspeed_plan.runtime.execution.launch import AroundLaunch, EagerLaunch
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 
 VOCAB = 480
@@ -152,18 +152,12 @@ def check_all_is_given_back(cache: PrefixCache) -> None:
     assert found == {node.digest: node for node in nodes if node.digest}
 
 
-class PoisonLaunch:
+class PoisonLaunch(AroundLaunch):
     """Overwrites free memory before each step, and checks that no step changes the cache's."""
 
     def __init__(self) -> None:
+        super().__init__(EagerLaunch())
         self.cache: PrefixCache | None = None
-        self._eager = EagerLaunch()
-
-    def prepare(self, programs: BoundPrograms) -> None:
-        self._eager.prepare(programs)
-
-    def copy_to_host(self, *values: Tensor) -> HostValues:
-        return self._eager.copy_to_host(*values)
 
     def run(
         self,
@@ -174,7 +168,7 @@ class PoisonLaunch:
         part: Part = "whole",
     ) -> None:
         before = self._poison(programs.memory)
-        self._eager.run(programs, program, num_tokens, num_seqs, part)
+        self.inner.run(programs, program, num_tokens, num_seqs, part)
         for view, wanted in before:
             assert torch.equal(view.nan_to_num(7.0), wanted.nan_to_num(7.0)), (
                 "a step wrote what the cache holds"
