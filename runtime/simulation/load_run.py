@@ -132,9 +132,6 @@ class _Simulation:
         self._clock = VirtualClock()
         self._launcher = VirtualLauncher(plan, times, self._clock, acceptance, seed)
         self._scheduler, self._loop = self._engine(may_sleep(plan) and not every_step)
-        mover = VirtualMover(plan, self._clock)
-        self._scheduler = Scheduler(plan, clock=self._clock, mover=mover)
-        self._loop = StepLoop(plan, self._launcher, self._scheduler, OutputProcessor(None))
         self._answers: list[Answered] = []
         self._arrived_s: dict[str, float] = {}
 
