@@ -141,17 +141,7 @@ class MemoryModel:
                 if not any(prices[other].is_below(prices[name]) for other in priced):
                     function = LIBRARY_FUNCTIONS[name]
                     found.append(function.workspace_bytes(op.attrs, knobs.prefill_chunk))
-        return max(*found, self._quantised_workspace(graph, knobs.prefill_chunk))
-
-    def _quantised_workspace(self, graph: OpGraph, chunk: int) -> int:
-        """Of functions of FP8 times FP8: passes decide later which activations are quantised."""
-        if not any(weight.spec.format == FP8 for weight in graph.weights.values()):
-            return 0
-        functions = [LIBRARY_FUNCTIONS[name] for name in self.steps.hardware.libraries]
-        sizes = [
-            each.fixed_bytes for each in functions if each.needs and chunk >= each.least_tokens
-        ]
-        return max(sizes, default=0)
+        return max(*found, _quantised_workspace(graph, self.steps, knobs.prefill_chunk))
 
     def _largest(self, limit: int, total: Callable[[int], int]) -> int:
         """The largest number, up to a limit, whose memory fits."""
@@ -313,6 +303,15 @@ class MemoryModel:
                 size = spec.size_bytes(tokens, seqs)
                 sizes[name] = max(sizes.get(name, 0), size)
         return sum(map(aligned, sizes.values()))
+
+
+def _quantised_workspace(graph: OpGraph, steps: StepModel, chunk: int) -> int:
+    """Of functions of FP8 times FP8: passes decide later which activations are quantised."""
+    if not any(weight.spec.format == FP8 for weight in graph.weights.values()):
+        return 0
+    known = [LIBRARY_FUNCTIONS[name] for name in steps.hardware.libraries]
+    sizes = [each.fixed_bytes for each in known if each.needs and chunk >= each.least_tokens]
+    return max(sizes, default=0)
 
 
 def _layers_of(graph: OpGraph) -> dict[str, int | None]:
