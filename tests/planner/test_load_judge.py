@@ -33,7 +33,6 @@ from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.spec import Spec, load_spec, parse_spec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Decision, Program
-from tokenspeed_plan.runtime.scheduling.sequence_memory import slot_bytes
 
 CHAT = {"kind": "agentic", "first_turn_tokens": 2000, "output_tokens": 100, "concurrency": 8}
 
@@ -102,7 +101,7 @@ def test_an_outline_has_the_scheduler_of_the_plan(example: str) -> None:
 
     assert list(map(size, outline.pool.programs)) == list(map(size, plan.pool.programs))
     for arena in ("kv_cache", "state"):
-        assert slot_bytes(outline, arena) == slot_bytes(plan, arena)
+        assert outline.pool.slot_bytes(arena) == plan.pool.slot_bytes(arena)
     assert outline.model.eos_token_ids == plan.model.eos_token_ids
 
 
