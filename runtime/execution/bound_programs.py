@@ -98,9 +98,15 @@ class BoundPrograms:
 
     def run(self, program: Program, num_tokens: int, num_seqs: int, part: Part = "whole") -> None:
         """One replay, or a part of one; inputs and outputs are in the io buffers."""
+        self.execute(self.begin(program, num_tokens, num_seqs, part))
+
+    def begin(
+        self, program: Program, num_tokens: int, num_seqs: int, part: Part = "whole"
+    ) -> list[Instruction]:
+        """The instructions of a replay that is executed next, in one go or piece by piece."""
         instructions = self.instructions(program, num_tokens, num_seqs, part)
         self._prepare(instructions)
-        self.execute(instructions)
+        return instructions
 
     def _prepare(self, instructions: Iterable[Instruction]) -> None:
         """Let the host plan the batch for functions of libraries, once for all of their calls."""

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tokenspeed_plan.plans.ops import LATE_INPUTS
 from tokenspeed_plan.plans.peer_memory import NUM_SIGNALS
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
@@ -27,6 +28,7 @@ class GraphLaunch:
         self._pinned: list[Tensor] = []
         self._events: list[torch.cuda.Event] = []
         self._turn = 0
+        self._has_late_rows = False
 
     # A launch is made before its rank has chosen a device, and where there may be none.
     @cached_property
@@ -40,14 +42,16 @@ class GraphLaunch:
 
     def prepare(self, programs: BoundPrograms) -> None:
         """Capture all programs that the plan wants captured, and load the kernels of the others."""
-        limits = programs.plan.pool.limits
+        pool = programs.plan.pool
+        self._has_late_rows = any(buffer.name in LATE_INPUTS for buffer in pool.buffers)
+        limits = pool.limits
         values_per_seq = 2 * limits.max_depth + 3  # tokens, the number accepted, and drafts
         num_values = limits.max_seqs * values_per_seq + NUM_SIGNALS
         for _ in range(MAX_IN_FLIGHT):
             host = torch.empty(num_values, dtype=torch.int32)
             self._pinned.append(host.pin_memory())
             self._events.append(torch.cuda.Event())
-        for program in programs.plan.pool.programs:
+        for program in pool.programs:
             if program.captured:
                 for part in parts_of(programs, program):
                     key = (program.phase, program.bucket, part)
@@ -69,7 +73,7 @@ class GraphLaunch:
             graph.replay()
         else:
             programs.run(program, num_tokens, num_seqs, part)
-        if part != "head":
+        if self._has_late_rows and part != "head":
             self._has_read.record()
 
     def copy_beside(self, target: Tensor, source: Tensor) -> None:

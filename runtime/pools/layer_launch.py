@@ -48,7 +48,7 @@ class LayerLaunch(AroundLaunch):
         if not moves:
             self.inner.run(programs, program, num_tokens, num_seqs, part)
             return
-        instructions = programs.instructions(program, num_tokens, num_seqs, part)
+        instructions = programs.begin(program, num_tokens, num_seqs, part)
         begin, ends = 0, [len(instructions)] * len(program.pushes)
         if part == "whole":
             ends = self._ends_of(programs, program, num_tokens, num_seqs)

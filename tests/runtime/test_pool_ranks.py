@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import httpx
@@ -20,7 +21,9 @@ from rank_forks import free_port, logs, start, wait
 
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
+from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms
 from tokenspeed_plan.runtime.pools.blocks import Copy
+from tokenspeed_plan.runtime.pools.layer_launch import LayerLaunch
 from tokenspeed_plan.runtime.pools.rank_reports import MAX_JOBS, RankReports, report_bytes
 from tokenspeed_plan.runtime.pools.transport import Pending, Route, Transport
 
@@ -121,6 +124,27 @@ def test_each_layer_leaves_while_the_next_is_computed(checkpoint: Any) -> None:
         assert first == {"kv_cache"}
         sent = sum(copy.width * copy.rows for parts in pushed for copy in parts)
         assert sent == handovers.counts.size_bytes
+
+
+def test_a_batch_that_leaves_layer_by_layer_is_planned_once(
+    checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Functions of libraries may need the host for each batch, however it is executed."""
+    planned, times, run = list[int](), list[int](), LayerLaunch.run
+
+    def counted(self: LayerLaunch, *args: Any) -> None:
+        before = planned.count(get_ident())  # the other pool has a thread of its own
+        run(self, *args)
+        times.append(planned.count(get_ident()) - before)
+
+    monkeypatch.setattr(LayerLaunch, "run", counted)
+    monkeypatch.setattr(BoundPrograms, "_prepare", lambda *_: planned.append(get_ident()))
+    folder = checkpoint("moe")
+    with pools(plan_of_two(folder), folder) as made:
+        handovers = made.connect([made.add_prefill(chunk=48)])
+        tokens_of(made.engine, [list(range(40, 137))], 2)
+        assert handovers.counts.done == 1
+    assert len(times) > 1 and set(times) == {1}
 
 
 def test_an_order_waits_for_the_steps_before_it(
