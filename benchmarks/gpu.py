@@ -45,6 +45,14 @@ VLLM = {  # in one process, without a network, without FlashInfer's sampler
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+VLLM_MODEL = {  # a folder with a config and no weights, as text, with what is there of its kernels
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "language_model_only": True,
+    "dtype": "bfloat16",
+    "attention_backend": "FLASH_ATTN",
+    "gdn_prefill_backend": "triton",
+}
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -160,15 +168,10 @@ def vllm_peer(config: Path, context: int, tokens: int, borrow: bool) -> dict[str
 
         engine = LLM(
             folder,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            language_model_only=True,
-            dtype="bfloat16",
+            **VLLM_MODEL,
             max_model_len=context + tokens + 64,
             max_num_seqs=8,
             enable_prefix_caching=False,
-            attention_backend="FLASH_ATTN",
-            gdn_prefill_backend="triton",
             compilation_config={
                 "cudagraph_capture_sizes": [1, 2, 4, 8],
                 "max_cudagraph_capture_size": 8,

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu import VLLM, vllm_config
+from gpu import VLLM, VLLM_MODEL, vllm_config
 
 SPARE_TOKENS = 64  # of the longest sequence
 WARM_UP_ROWS = 4
@@ -40,15 +40,10 @@ def figures(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
         engine = LLM(
             folder,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            language_model_only=True,
-            dtype="bfloat16",
+            **VLLM_MODEL,
             max_model_len=max(map(longest, cases)) + SPARE_TOKENS,
             max_num_seqs=max(case["seqs"] for case in cases),
             enable_prefix_caching=any(case["shared"] for case in cases),
-            attention_backend="FLASH_ATTN",
-            gdn_prefill_backend="triton",
         )
     yield {"who": f"vLLM {__version__}", "ready_s": round(time.perf_counter() - begun, 1)}
     run(engine, vocab_size, cases[0], cases[0]["lengths"][:WARM_UP_ROWS])

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate
 from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest_rate
@@ -29,9 +28,6 @@ from tokenspeed_plan.planner.passes.limits import (
 from tokenspeed_plan.planner.spec import MAX_CONCURRENCY
 from tokenspeed_plan.plans.schema import BufferSpec, ModelFacts, Plan, Pool, Program
 from tokenspeed_plan.plans.types import TensorSpec
-
-if TYPE_CHECKING:
-    pass
 
 # Turns that are counted: four of them are over the 99th percentile.
 LEAST_REQUESTS = 400

@@ -6,7 +6,12 @@ from torch import Tensor
 
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part
-from tokenspeed_plan.runtime.execution.launch import EagerLaunch, HostValues, Launch
+from tokenspeed_plan.runtime.execution.launch import (
+    AroundLaunch,
+    EagerLaunch,
+    HostValues,
+    Launch,
+)
 
 
 def captured(plan: Plan) -> Plan:
@@ -17,17 +22,14 @@ def captured(plan: Plan) -> Plan:
     return plan.with_pool(programs=programs)
 
 
-class LateLaunch:
+class LateLaunch(AroundLaunch):
     """Hands out the outputs of replays as a GPU does: only when asked for, and only in order."""
 
     def __init__(self, inner: Launch | None = None) -> None:
+        super().__init__(inner or EagerLaunch())
         self.replays = self.heads = 0
         self.asked = 0
         self.waiting: list[int] = []
-        self._inner = inner or EagerLaunch()
-
-    def prepare(self, programs: BoundPrograms) -> None:
-        self._inner.prepare(programs)
 
     def run(
         self,
@@ -41,13 +43,10 @@ class LateLaunch:
         assert not program.captured or (num_tokens, num_seqs) == full_size
         self.replays += part != "head"
         self.heads += part == "head"
-        self._inner.run(programs, program, num_tokens, num_seqs, part)
-
-    def copy_beside(self, target: Tensor, source: Tensor) -> None:
-        self._inner.copy_beside(target, source)
+        self.inner.run(programs, program, num_tokens, num_seqs, part)
 
     def copy_to_host(self, *values: Tensor) -> HostValues:
-        found, number = self._inner.copy_to_host(*values)(), self.replays
+        found, number = self.inner.copy_to_host(*values)(), self.replays
         self.asked += 1
         self.waiting.append(number)
 
