@@ -5,8 +5,6 @@ Each process runs the kernel's own text on memory that all of them share, as on 
 
 from __future__ import annotations
 
-import mmap
-import multiprocessing
 import random
 import time
 from collections.abc import Callable
@@ -15,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing  # shares tensors between processes
+from forks import FORKS
 from kernel_lab import DEVICE, TOLERANCE, broken
 from torch import Tensor
 
@@ -36,7 +36,6 @@ from tokenspeed_plan.runtime.compare import difference
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="Triton compiles where there is a GPU")
-FORKS = multiprocessing.get_context("fork")
 ROWS = (1, 4, 2, 4, 3, 1, 4)  # of each call, so that rows count differently
 HIDDEN = 40  # no power of two
 SECONDS = 60
@@ -75,7 +74,7 @@ def reducing(num_ranks: int, dtype: DType, gpu: str = "cpu", num_sms: int | None
 
 @dataclass
 class Arena:
-    """The peer memory of all ranks, shared by processes that are forked later."""
+    """The peer memory of all ranks, shared by their processes."""
 
     kernel: KernelSpec
     words: list[Tensor]
@@ -83,8 +82,8 @@ class Arena:
     @classmethod
     def of(cls, kernel: KernelSpec, num_ranks: int) -> Arena:
         size = sum(spec.size_bytes(4, 4) for spec in cls.specs(kernel).values())
-        memory = [mmap.mmap(-1, size) for _ in range(num_ranks)]
-        return cls(kernel, [torch.frombuffer(each, dtype=torch.int32) for each in memory])
+        memory = [torch.zeros(size // 4, dtype=torch.int32) for _ in range(num_ranks)]
+        return cls(kernel, [words.share_memory_() for words in memory])
 
     @staticmethod
     def specs(kernel: KernelSpec) -> dict[str, TensorSpec]:

@@ -1,8 +1,7 @@
-"""A worker of a shared batch with the fake engine, in this process or in one that is forked."""
+"""A worker of a shared batch with the fake engine, in this process or in one of its own."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 import time
@@ -11,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from batch_fake import FakeEngine, FakeTokenizer, plan
+from forks import FORKS
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tokenspeed_plan.runtime.serving.leases.job_index import JobInput
 from tokenspeed_plan.runtime.serving.leases.job_store import FolderStore, ObjectStore, Store
 from tokenspeed_plan.runtime.serving.leases.lease_worker import Worker, WorkerOptions
-
-FORK = multiprocessing.get_context("fork")
 
 
 class Bucket(MemoryFileSystem):
@@ -51,23 +49,23 @@ def worker(
     return Worker(store, options, plan(digest), FakeTokenizer(), lambda: made)
 
 
+def be_worker(paths: tuple[Path, Path, Path], step_ms: float, clock_s: float, more: Any) -> None:
+    """A worker until its end, with a clock that is `clock_s` ahead."""
+    if clock_s:
+        real = time.time
+        time.time = lambda: real() + clock_s
+    folder, source, output = paths
+    code = 70
+    try:
+        code = worker(FolderStore(folder), source, output, engine=FakeEngine(step_ms), **more).run()
+    finally:
+        os._exit(code)
+
+
 def started(folder: Path, source: Path, output: Path, **more: Any) -> BaseProcess:
     """A worker in a process of its own; each of its engine's steps takes `step_ms`."""
-    step_ms = more.pop("step_ms", 0.0)
-    clock_s = more.pop("clock_s", 0.0)
-
-    def work() -> None:
-        if clock_s:
-            real = time.time
-            time.time = lambda: real() + clock_s
-        code = 70
-        try:
-            code = worker(
-                FolderStore(folder), source, output, engine=FakeEngine(step_ms), **more
-            ).run()
-        finally:
-            os._exit(code)
-
-    process = FORK.Process(target=work, daemon=True)
+    step_ms, clock_s = more.pop("step_ms", 0.0), more.pop("clock_s", 0.0)
+    paths = folder, source, output
+    process = FORKS.Process(target=be_worker, args=(paths, step_ms, clock_s, more), daemon=True)
     process.start()
     return process

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import time
@@ -11,23 +10,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from forks import FORKS
 
 from tokenspeed_plan.planner.cli import main
 
-# Ranks are forked from one process that has loaded all this once. It is a fresh one: nothing of the
-# tests is in it.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "pytest",
-        "hypothesis",
-        "torch.distributed",
-        "tokenspeed_plan.planner.cli",
-        "tokenspeed_plan.runtime.execution.ranks",
-        "tokenspeed_plan.runtime.serving.batch",
-        "tokenspeed_plan.runtime.engine",
-    ]
-)
 LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 

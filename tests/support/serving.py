@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import resource
@@ -16,17 +15,11 @@ from typing import Any
 
 import httpx
 import torch
+from forks import FORKS
 from server_load import IN_USE
 
 from tokenspeed_plan.planner.cli import main
 
-# Forked from one process that has loaded all this once, and nothing of the tests.
-FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = [
-    "tokenspeed_plan.planner.cli",
-    "tokenspeed_plan.runtime.engine",
-    "tokenspeed_plan.runtime.serving.http",
-]
 KEY = "sk-of-the-tests"
 Main = Callable[..., None]
 
@@ -100,7 +93,6 @@ class Server:
 @contextmanager
 def serving(bundle: Path, folder: Path, *options: object, **more: Any) -> Iterator[Server]:
     """A running server; `main` is what its process does, and gets what else is named."""
-    FORKS.set_forkserver_preload(PRELOADED)
     server = Server(bundle, folder / "server.log", *options, **more)
     try:
         yield server
