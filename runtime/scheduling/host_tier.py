@@ -154,7 +154,7 @@ class HostTier:
         if whole is None or whole.parent is None:
             twin: Node | None = self.tier.root
         else:
-            twin = self.tier.find(whole.digest)
+            twin = self.tier.tree.find(whole.digest)
         if twin is None or whole is node:
             return twin
         return next((tail for tail in twin.tails if tail.token_ids == node.token_ids), None)
@@ -225,7 +225,7 @@ class HostTier:
         """A checkpoint of the host that saves enough tokens; all with a page more, or none."""
         digests, token_ids = sequence.digests, sequence.token_ids
         next_page = digests[hit.num_tokens // self.tier.page_size :][:1]
-        if sequence.is_scored or not next_page or self.tier.find(next_page[0]) is None:
+        if sequence.is_scored or not next_page or self.tier.tree.find(next_page[0]) is None:
             return None
         found = self.tier.match(digests, token_ids, len(token_ids) - 1)
         if found.num_tokens - hit.num_tokens < self._least_tokens:

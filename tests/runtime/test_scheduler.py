@@ -58,7 +58,7 @@ def small(plan: Plan, **limits: int) -> Plan:
 def holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
     """How often running sequences, copies and the tree hold each page and each state slot."""
     cache, tier = engine.scheduler.cache, engine.scheduler.host_tier
-    nodes = cache.nodes()
+    nodes = tuple(cache.tree)
     pages = Counter(node.page for node in nodes)
     state_slots = Counter(node.state_slot for node in nodes if node.state_slot)
     for sequence in engine.scheduler.running:
@@ -77,7 +77,7 @@ def holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
 def host_holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
     """The same of pages and state slots of the host."""
     tier = engine.scheduler.host_tier
-    nodes = tier.tier.nodes()
+    nodes = tuple(tier.tier.tree)
     pages = Counter(node.page for node in nodes)
     state_slots = Counter(node.state_slot for node in nodes if node.state_slot)
     moves: list[_Move] = [*tier._stores, *tier._loads]
