@@ -266,6 +266,8 @@ class Engine:
         try:
             while any(request.request_id not in done for request in requests):
                 done |= {completion.request_id: completion for completion in self.step()}
+        except EngineStopped:
+            raise  # nothing can be launched any more
         except BaseException:
             self.loop.close()
             self._reset()
