@@ -199,7 +199,7 @@ class Engine:
 
     @property
     def usage(self) -> Usage:
-        """Requests, state slots and pages in use; all zero where nothing is left to do."""
+        """Requests, state slots and pages in use; zero where nothing is to be done or copied."""
         return self.scheduler.usage
 
     def check(self, request: Request) -> None:

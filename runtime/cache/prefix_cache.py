@@ -107,12 +107,12 @@ class PrefixCache:
 
     @property
     def pages_in_use(self) -> int:
-        """Pages that running sequences hold."""
+        """Pages that are held by others than the cache: sequences, reservations, copies."""
         return sum(map(self.tree.is_in_use, self.pages))
 
     @property
     def state_slots_in_use(self) -> int:
-        """State slots that running sequences hold."""
+        """State slots that are held by others than the cache."""
         cached, slots = {node.state_slot for node in self.checkpoints}, self.state_slots
         return sum(slots.holders(slot) > (slot in cached) for slot in slots)
 
