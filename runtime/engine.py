@@ -76,10 +76,9 @@ class Engine:
 
     def _reset(self) -> None:
         """Forget every request, and what was launched for them."""
-        processor = OutputProcessor(self.tokenizer)
         self.scheduler = Scheduler(self.plan, self._chunk, self._cache, mover=self.executor)
         launcher = StepLauncher(self.plan, self.executor, self.scheduler.metrics)
-        self.loop = StepLoop(self.plan, launcher, self.scheduler, processor)
+        self.loop = StepLoop(self.plan, launcher, self.scheduler, OutputProcessor(self.tokenizer))
 
     @classmethod
     def load(
@@ -179,8 +178,7 @@ class Engine:
         """
         if not self.plan.pool.limits.max_depth:
             return []
-        counts: list[int] = self.executor.buffer("accept_counts", 0, 0).tolist()
-        return counts
+        return list(self.executor.buffer("accept_counts", 0, 0).tolist())
 
     @property
     def num_unfinished(self) -> int:
