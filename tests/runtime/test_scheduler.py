@@ -105,17 +105,17 @@ def check_tree(
     stack = [(cache.root, 0)]
     while stack:
         node, value = stack.pop()
-        found, wanted = list[int](), list[int]()
+        pairs = list[tuple[int, int]]()
         for place, token in enumerate(node.token_ids):
             name, known = keys[node.page, place]
             assert known == token
-            found, wanted = [*found, name], [*wanted, value]
+            pairs.append((name, value))
             value = after(value, token)
         if node.state_slot:
-            found, wanted = [*found, states[node.state_slot]], [*wanted, value]
-        spoilt = [name == SPOILT for name in found]
-        assert not (node.proven and any(spoilt)), "numbers that are none are kept for ever"
-        assert all(map(int.__or__, spoilt, map(int.__eq__, found, wanted)))
+            pairs.append((states[node.state_slot], value))
+        wrong = [name for name, right in pairs if name != right]
+        assert set(wrong) <= {SPOILT}
+        assert not (node.proven and wrong), "numbers that are none are kept for ever"
         stack += [(child, value) for child in (*node.children.values(), *node.tails)]
 
 
