@@ -76,10 +76,9 @@ class Engine:
 
     def _reset(self) -> None:
         """Forget every request, and what was launched for them."""
-        processor = OutputProcessor(self.tokenizer)
         self.scheduler = Scheduler(self.plan, self._chunk, self._cache, mover=self.executor)
         launcher = StepLauncher(self.plan, self.executor, self.scheduler.metrics)
-        self.loop = StepLoop(self.plan, launcher, self.scheduler, processor)
+        self.loop = StepLoop(self.plan, launcher, self.scheduler, OutputProcessor(self.tokenizer))
 
     @classmethod
     def load(
@@ -179,8 +178,7 @@ class Engine:
         """
         if not self.plan.pool.limits.max_depth:
             return []
-        counts: list[int] = self.executor.buffer("accept_counts", 0, 0).tolist()
-        return counts
+        return list(self.executor.buffer("accept_counts", 0, 0).tolist())
 
     @property
     def num_unfinished(self) -> int:
@@ -199,7 +197,7 @@ class Engine:
 
     @property
     def usage(self) -> Usage:
-        """Requests, state slots and pages in use; all zero where nothing is left to do."""
+        """Requests, state slots and pages in use; zero where nothing is to be done or copied."""
         return self.scheduler.usage
 
     def check(self, request: Request) -> None:
@@ -266,6 +264,8 @@ class Engine:
         try:
             while any(request.request_id not in done for request in requests):
                 done |= {completion.request_id: completion for completion in self.step()}
+        except EngineStopped:
+            raise  # nothing can be launched any more
         except BaseException:
             self.loop.close()
             self._reset()

@@ -18,8 +18,8 @@ class Metrics:
     than one a pass where drafts are accepted. `lost_checkpoints` are ends of answers that were
     found only after the state there was gone. `failed_requests` ended with an error of their own.
 
-    `host_hits` requests began at a checkpoint that was copied back from the host, which saved them
-    `host_hit_tokens` of the `hit_tokens`. Bytes are those of one rank.
+    `host_hits` checkpoints were copied back from the host, each for a request, which so began
+    `host_hit_tokens` further on than at what the device had. Bytes are those of one rank.
     """
 
     steps: int = 0

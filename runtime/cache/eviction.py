@@ -65,6 +65,8 @@ class Checkpoints:
         if not node.state_slot:
             node.state_slot = self.state_slots.share(state_slot)
             self.nodes[node] = None
+            if self.has_state:
+                node.proven = False  # of this state nobody has got an answer yet
             if self.weighs:
                 self._enter(self.clock, node)  # less than it is worth
         node.clock = self.clock

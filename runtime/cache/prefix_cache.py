@@ -65,6 +65,7 @@ class PrefixCache:
         oldest_first: whether the least recently used checkpoint is evicted in any model.
 
     Attributes:
+        tree: what is known, by content.
         reclaim: gives back some memory that is held for a moment, where nothing can be evicted;
             False where there is none.
     """
@@ -88,39 +89,30 @@ class PrefixCache:
             end += HIT_POINTS_PER_PAGE * limits.num_pages
         # The first slot is always zero, the last one takes padding.
         self.state_slots = SharedSlots(range(1, end))
-        self._tree = PrefixTree(seed, self.pages)
-        self.follow = self._tree.follow
+        self.tree = PrefixTree(seed, self.pages)
         self._checkpoints = Checkpoints(
-            self._tree, self.state_slots, page_bytes, slot_bytes, oldest_first
+            self.tree, self.state_slots, page_bytes, slot_bytes, oldest_first
         )
         self._metrics = metrics
 
     @property
     def root(self) -> Node:
         """The node of no tokens."""
-        return self._tree.root
+        return self.tree.root
 
     @property
     def checkpoints(self) -> tuple[Node, ...]:
         """The nodes that have a checkpoint, in order of age."""
         return tuple(self._checkpoints.nodes)
 
-    def nodes(self) -> tuple[Node, ...]:
-        """All nodes below the root: whole pages, and tails."""
-        return tuple(self._tree)
-
-    def find(self, digest: bytes) -> Node | None:
-        """The whole page of that digest."""
-        return self._tree.find(digest)
-
     @property
     def pages_in_use(self) -> int:
-        """Pages that running sequences hold."""
-        return sum(map(self._tree.is_in_use, self.pages))
+        """Pages that are held by others than the cache: sequences, reservations, copies."""
+        return sum(map(self.tree.is_in_use, self.pages))
 
     @property
     def state_slots_in_use(self) -> int:
-        """State slots that running sequences hold."""
+        """State slots that are held by others than the cache."""
         cached, slots = {node.state_slot for node in self.checkpoints}, self.state_slots
         return sum(slots.holders(slot) > (slot in cached) for slot in slots)
 
@@ -140,7 +132,7 @@ class PrefixCache:
         """The root, and the whole pages that are known of a sequence, even stateless."""
         if not self.enabled:
             return [self.root]
-        return [self.root, *self._tree.walk(digests, token_ids)]
+        return [self.root, *self.tree.walk(digests, token_ids)]
 
     def match(self, digests: Seq[bytes], token_ids: Seq[int], max_tokens: int) -> Hit:
         """The deepest checkpoint within the first `max_tokens` tokens; without any, the root."""
@@ -196,9 +188,9 @@ class PrefixCache:
         for index in range(first_page, num_tokens // size):
             start = index * size
             tokens = tuple(token_ids[start : start + size])
-            known = self._tree.find(digests[index])
+            known = self.tree.find(digests[index])
             if known is None:
-                known = self._tree.insert_page(node, digests[index], tokens, pages[index])
+                known = self.tree.insert_page(node, digests[index], tokens, pages[index])
             elif known.parent is not node or known.token_ids != tokens:
                 return node  # another page with the same digest: what follows stays unknown
             elif known.page != pages[index]:
@@ -224,7 +216,7 @@ class PrefixCache:
             return node
         if rest:
             index = node.position // self.page_size
-            node = self._tree.insert_tail(node, rest, pages[index])
+            node = self.tree.insert_tail(node, rest, pages[index])
         self._checkpoints.add(node, state_slot)
         return node
 
@@ -268,7 +260,7 @@ class PrefixCache:
 
     def prune(self, node: Node | None) -> None:
         """Free the pages from a node towards the root that no checkpoint and no sequence needs."""
-        self._tree.prune(node)
+        self.tree.prune(node)
 
     def prove(self, path: Seq[Node], token_ids: Seq[int]) -> None:
         """Note that a sequence got its answer from what is cached of its tokens."""
@@ -291,10 +283,10 @@ class PrefixCache:
 
     def _evict(self, is_useful: Callable[[Node], bool]) -> bool:
         """Evict one checkpoint and the pages that only it needed; False where there is none."""
-        num_pages = len(self._tree)
+        num_pages = len(self.tree)
         if not self._checkpoints.evict(is_useful):
             return False
-        num_evicted = num_pages - len(self._tree)
+        num_evicted = num_pages - len(self.tree)
         self._metrics.evicted_checkpoints += 1
         self._metrics.evicted_pages += num_evicted
         return True

@@ -105,13 +105,14 @@ class BoundPrograms:
     ) -> list[Instruction]:
         """The instructions of a replay that is executed next, in one go or piece by piece."""
         instructions = self.instructions(program, num_tokens, num_seqs, part)
-        self._prepare(instructions)
+        if self._plans_batches:
+            self._prepare(instructions)
         return instructions
 
     def _prepare(self, instructions: Iterable[Instruction]) -> None:
         """Let the host plan the batch for functions of libraries, once for all of their calls."""
         prepared: set[PreparedFunction] = set()
-        for body, _, operands, _ in instructions if self._plans_batches else ():
+        for body, _, operands, _ in instructions:
             if isinstance(body, PreparedFunction) and body not in prepared:
                 prepared.add(body)
                 body.prepare(*operands)  # type: ignore[arg-type]

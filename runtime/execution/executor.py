@@ -7,8 +7,7 @@ Triton kernels or cubins), a `Launch` launches programs (step by step, or as CUD
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
@@ -24,8 +23,8 @@ from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.execution.rank_loss import LOSS
 
 
-class Lead(Protocol):
-    """Keeps the ranks of a plan together."""
+class Lead:
+    """Keeps the ranks of a plan together; this one has no others to keep."""
 
     def before_run(
         self,
@@ -51,33 +50,6 @@ class Lead(Protocol):
         """Called before steps are told to wait for such a copy."""
 
 
-class Alone:
-    """A rank without others, or one that follows."""
-
-    def before_run(
-        self,
-        memory: PlanMemory,
-        program: Program,
-        num_tokens: int,
-        num_seqs: int,
-        change: InputChange | None,
-        part: Part,
-    ) -> None:
-        """Nothing."""
-
-    def before_write(self, name: str, first: int, rows: Tensor) -> None:
-        """Nothing."""
-
-    def before_copy(self, source: int, target: int) -> None:
-        """Nothing."""
-
-    def before_slots(self, copy: SlotCopy) -> None:
-        """Nothing."""
-
-    def before_end(self, is_load: bool, number: int) -> None:
-        """Nothing."""
-
-
 class Executor:
     """The programs of a plan on one rank.
 
@@ -86,6 +58,9 @@ class Executor:
         backend: runs steps.
         launch: launches programs; step by step by default.
         lead: keeps other ranks together; there are none by default.
+
+    Attributes:
+        before_run: called before each replay, or part of one, and before other ranks hear of it.
     """
 
     def __init__(
@@ -99,7 +74,8 @@ class Executor:
         self.memory = memory
         self.backend = backend
         self.launch = launch or EagerLaunch()
-        self.lead = lead or Alone()
+        self.lead = lead or Lead()
+        self.before_run: Callable[[Part], object] = lambda part: None
         self.programs = BoundPrograms(memory, backend)
         self.kernels = {kernel.name: kernel for kernel in memory.plan.kernels}
         self._host: HostSlots | None = None  # the second tier of the prefix cache
@@ -139,6 +115,7 @@ class Executor:
             change: how its inputs were changed, for the other ranks.
             part: all of the program, or what comes before or after its late rows.
         """
+        self.before_run(part)
         self.lead.before_run(self.memory, program, num_tokens, num_seqs, change, part)
         self.launch.run(self.programs, program, num_tokens, num_seqs, part)
 

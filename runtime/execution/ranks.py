@@ -49,7 +49,7 @@ class Beside(Protocol):
         """Look after what was begun; called again and again."""
 
 
-class Leader:
+class Leader(Lead):
     """Rank 0: sends the others an order before everything it does."""
 
     def __init__(self, orders: OrderRing) -> None:

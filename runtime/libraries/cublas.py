@@ -52,7 +52,9 @@ def linear_fp8(kernel: KernelSpec) -> Launcher:
     def run(_: object, *tensors: Tensor) -> tuple[()]:
         rows = _padded(parts_of(tensors[x], x_spec))
         w = parts_of(tensors[weight], w_spec)
-        factors = F.pad(w.scales, (0, -w.scales.shape[1] % FACTORS))
+        factors, missing = w.scales, -w.scales.shape[1] % FACTORS
+        if missing:
+            factors = F.pad(factors, (0, missing))
         first = 0
         for place in results:
             y_TN = tensors[place]
@@ -70,10 +72,11 @@ def linear_fp8(kernel: KernelSpec) -> Launcher:
 def _padded(x: Scaled) -> Scaled:
     """Activations with as many tokens as cuBLAS wants, and their factors by columns."""
     missing = -x.elements.shape[0] % FACTORS
-    elements = x.elements
+    elements, factors = x.elements, x.scales.t()
     if missing:
         elements = F.pad(elements.view(torch.uint8), (0, 0, 0, missing)).view(elements.dtype)
-    return Scaled(elements, F.pad(x.scales.t(), (0, missing)).contiguous().t())
+        factors = F.pad(factors, (0, missing))
+    return Scaled(elements, factors.contiguous().t())
 
 
 def _multiply(x: Scaled, w: Scaled, y_TN: Tensor) -> None:

@@ -7,18 +7,11 @@ before it; on a CPU it is made in its turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import accumulate
 
-from torch import Tensor
-
 from tokenspeed_plan.plans.schema import Program
-from tokenspeed_plan.runtime.cache.slot_copies import SlotCopy
 from tokenspeed_plan.runtime.execution.bound_programs import BoundPrograms, Part, ProgramKey
-from tokenspeed_plan.runtime.execution.executor import Lead
-from tokenspeed_plan.runtime.execution.input_block import InputChange
 from tokenspeed_plan.runtime.execution.launch import AroundLaunch, Launch
-from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.pools.pool_rank import PoolRank
 
 
@@ -69,46 +62,3 @@ class LayerLaunch(AroundLaunch):
             ends = list(accumulate(len(bound) for _, bound in steps))
             self._ends[key] = [ends[push.step] for push in program.pushes]
         return self._ends[key]
-
-
-class AnnouncingLead:
-    """A lead that lets somebody say, before each replay, what leaves of it.
-
-    Args:
-        inner: keeps the ranks together.
-        announce: is called first.
-    """
-
-    def __init__(self, inner: Lead, announce: Callable[[], None]) -> None:
-        self._inner = inner
-        self._announce = announce
-
-    def before_run(
-        self,
-        memory: PlanMemory,
-        program: Program,
-        num_tokens: int,
-        num_seqs: int,
-        change: InputChange | None,
-        part: Part,
-    ) -> None:
-        """Called before each replay, or part of one: what leaves does so with the last part."""
-        if part != "head":
-            self._announce()
-        self._inner.before_run(memory, program, num_tokens, num_seqs, change, part)
-
-    def before_write(self, name: str, first: int, rows: Tensor) -> None:
-        """Called before rows of an input that comes late are written."""
-        self._inner.before_write(name, first, rows)
-
-    def before_copy(self, source: int, target: int) -> None:
-        """Called before a page is copied."""
-        self._inner.before_copy(source, target)
-
-    def before_slots(self, copy: SlotCopy) -> None:
-        """Called before slots are copied to the host or back."""
-        self._inner.before_slots(copy)
-
-    def before_end(self, is_load: bool, number: int) -> None:
-        """Called before steps are told to wait for such a copy."""
-        self._inner.before_end(is_load, number)

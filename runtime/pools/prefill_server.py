@@ -21,6 +21,7 @@ from tokenspeed_plan.plans.errors import PoolError, RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit
 from tokenspeed_plan.runtime.engine import Engine
+from tokenspeed_plan.runtime.execution.bound_programs import Part
 from tokenspeed_plan.runtime.pools.channel import (
     Channel,
     ChannelClosed,
@@ -29,7 +30,7 @@ from tokenspeed_plan.runtime.pools.channel import (
     greet_caller,
     unpacked,
 )
-from tokenspeed_plan.runtime.pools.layer_launch import AnnouncingLead, LayerLaunch
+from tokenspeed_plan.runtime.pools.layer_launch import LayerLaunch
 from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
 from tokenspeed_plan.runtime.pools.prefill_jobs import Order, PrefillJob
 from tokenspeed_plan.runtime.pools.rank_reports import MAX_JOBS
@@ -77,7 +78,7 @@ class PrefillServer:
         self._engine = engine
         self._ranks = PoolRanks(plan, executor.memory, transport)
         executor.launch = LayerLaunch(executor.launch, self._ranks.own)
-        executor.lead = AnnouncingLead(executor.lead, self._announce)
+        executor.before_run = self._announce
         self._facts = Facts.of(plan, transport.name)
         self._token = token
         self._limits = plan.pool.limits
@@ -128,8 +129,10 @@ class PrefillServer:
             if done.error:
                 job.fail()
 
-    def _announce(self) -> None:
-        """Say what leaves with the step that is launched next."""
+    def _announce(self, part: Part) -> None:
+        """Say what leaves with the step that is launched next: it does so with its last part."""
+        if part == "head":
+            return
         batch, moves = self._engine.last_batch, []
         assert batch is not None, "it is chosen before it is launched"
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):

@@ -7,7 +7,8 @@ copied stays held on both sides until the copy is over.
 
 A request whose prompt has a deeper checkpoint here than on the device waits in the queue, as one
 whose prompt another pool computes. The pages that the device lacks are copied back, with the state,
-and entered into its cache; then it starts like any other. Half a checkpoint is used by nobody.
+and entered into its cache; then it starts like any other, and so do those that have waited for the
+same checkpoint. Half a checkpoint is used by nobody.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
@@ -73,9 +74,10 @@ class _Store(_Move):
 
 @dataclass(slots=True, eq=False)
 class _Load(_Move):
-    """One on its way back, for a sequence that waits for it."""
+    """One on its way back, for a sequence that waits for it; `others` begin there, too."""
 
     reservation: Reservation
+    others: list[Sequence] = field(default_factory=list)
 
 
 class HostTier:
@@ -154,7 +156,7 @@ class HostTier:
         if whole is None or whole.parent is None:
             twin: Node | None = self.tier.root
         else:
-            twin = self.tier.find(whole.digest)
+            twin = self.tier.tree.find(whole.digest)
         if twin is None or whole is node:
             return twin
         return next((tail for tail in twin.tails if tail.token_ids == node.token_ids), None)
@@ -200,6 +202,12 @@ class HostTier:
         found = self._deeper(sequence, hit)
         if found is None:
             return False
+        for load in self._loads:
+            is_same = load.there.state_slot == found.checkpoint.state_slot
+            if is_same and self._is_wanted(load):
+                load.others.append(sequence)
+                sequence.is_elsewhere = True
+                return True
         there = _Held.of(self.tier, found.checkpoint)
         reservation = self._reservations.reserve(sequence, running, found.num_tokens)
         if reservation is None:
@@ -222,10 +230,15 @@ class HostTier:
         return True
 
     def _deeper(self, sequence: Sequence, hit: Hit) -> Hit | None:
-        """A checkpoint of the host that saves enough tokens; all with a page more, or none."""
+        """A checkpoint of the host that saves enough tokens; all with a page more, or none.
+
+        A sequence for which one has come begins there, even if the host has a deeper one by now.
+        """
+        if sequence.request.request_id in self._reservations.held:
+            return None
         digests, token_ids = sequence.digests, sequence.token_ids
         next_page = digests[hit.num_tokens // self.tier.page_size :][:1]
-        if sequence.is_scored or not next_page or self.tier.find(next_page[0]) is None:
+        if sequence.is_scored or not next_page or self.tier.tree.find(next_page[0]) is None:
             return None
         found = self.tier.match(digests, token_ids, len(token_ids) - 1)
         if found.num_tokens - hit.num_tokens < self._least_tokens:
@@ -259,9 +272,10 @@ class HostTier:
         self._end_copy(load.copying)
         if self._is_wanted(load):
             self._reservations.fulfil(load.sequence)
-            load.sequence.is_elsewhere = False
         else:
             self._reservations.settle(load.reservation)
+        for sequence in (load.sequence, *load.others):
+            sequence.is_elsewhere = False
         load.there.drop()
 
     def _end_stores(self) -> None:

@@ -32,7 +32,7 @@ from tokenspeed_plan.runtime.scheduling.state_turns import take_recomputed
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Waiting and running requests, and the state slots and pages that they hold."""
+    """Waiting and running requests; the state slots and pages that they and copies hold."""
 
     waiting: int
     running: int

@@ -160,7 +160,7 @@ def kv_events(engine: Engine, endpoint: str | None, topic: str) -> Iterator[None
     if engine.plan.target.device == "cuda":
         medium = "GPU"
     events = KvEvents(engine.plan.pool.limits.page_size, medium, send)
-    engine.scheduler.cache.follow(events)
+    engine.scheduler.cache.tree.follow(events)
     events.begin()
     try:
         yield

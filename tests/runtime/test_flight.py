@@ -41,7 +41,7 @@ class LateExecutor(SymbolicExecutor):
         part: object = "whole",
     ) -> None:
         self.launched.append((program.phase, len(self.host_outputs)))
-        super().run(program, num_tokens, num_seqs, change)
+        super().run(program, num_tokens, num_seqs, change, part)
 
 
 def engine_of(plan: Plan, ahead: bool = True, **limits: int) -> Engine:
@@ -294,7 +294,7 @@ class Spoilt(LateExecutor):
         change: object = None,
         part: object = "whole",
     ) -> None:
-        super().run(program, num_tokens, num_seqs, change)
+        super().run(program, num_tokens, num_seqs, change, part)
         logits = self.buffer("logits", num_tokens, num_seqs)
         logits.zero_()
         if program.phase == "decode" and self.num_runs >= self.since:

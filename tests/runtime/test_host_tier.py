@@ -16,10 +16,11 @@ from host_tiers import late, with_host
 from launches import captured
 
 from tokenspeed_plan.planner import compile_plan, find_model
-from tokenspeed_plan.plans.errors import PlanError, SpecError
+from tokenspeed_plan.plans.errors import EngineStopped, PlanError, SpecError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.validate import validate
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
+from tokenspeed_plan.runtime.cache.prefix_cache import Hit
 from tokenspeed_plan.runtime.cache.slot_copies import SlotCopy
 from tokenspeed_plan.runtime.execution.host_slots import HostSlots
 from tokenspeed_plan.runtime.output import NO_NUMBERS
@@ -208,6 +209,67 @@ def test_one_that_leaves_while_it_waits(tiny_plan: Plan, checkpoint: Any) -> Non
         engine.scheduler.host_tier.poll(is_idle=True)
     assert not engine.scheduler.reservations.abandoned
     check_all_is_given_back(engine.scheduler.cache)
+
+
+def test_those_that_begin_alike_wait_for_one_copy(tiny_plan: Plan, checkpoint: Any) -> None:
+    """Where the first of them leaves, the next one asks again."""
+    plan = squeezed(tiny_plan, num_pages=40, num_checkpoints=2)
+    engine = Engine.from_plan(with_host(plan, 200, 20), checkpoint("moe"))
+    talks, params = [[start] * 200 for start in range(4)], SamplingParams(max_tokens=2)
+    turns(engine, talks, 0)
+    slots = late(engine)
+    for name in "abc":
+        engine.add(Request(name, (*talks[0], ord(name)), params))
+    engine.step()
+    assert engine.metrics.host_hits == 1
+    assert all(sequence.is_elsewhere for sequence in engine.scheduler.waiting)
+    engine.cancel("a")
+    done = []
+    while engine.num_unfinished:
+        done += engine.step()
+    assert [each.num_cached_tokens for each in done] == [207] * 2
+    assert engine.metrics.host_hits == 2
+    while slots.open:
+        engine.scheduler.host_tier.poll(is_idle=True)
+    check_all_is_given_back(engine.scheduler.cache)
+
+
+def test_one_for_which_a_checkpoint_has_come_asks_for_no_other(
+    tiny_plan: Plan, checkpoint: Any
+) -> None:
+    """It holds what came until it starts."""
+    plan = squeezed(tiny_plan, num_pages=40, num_checkpoints=2)
+    engine = Engine.from_plan(with_host(plan, 200, 20), checkpoint("moe"))
+    talks = [[start] * 200 for start in range(4)]
+    turns(engine, talks, 0)
+    engine.add(Request("name", tuple(talks[0]), SamplingParams(max_tokens=2)))
+    late(engine)
+    engine.step()
+    (sequence,) = engine.scheduler.waiting
+    tier, held = engine.scheduler.host_tier, engine.scheduler.reservations.held
+    (before,) = held.values()
+    while sequence.is_elsewhere:
+        tier.poll(is_idle=True)
+    cache = engine.scheduler.cache
+    assert not tier.fetch(sequence, Hit(cache.root, 0), ()) and [*held.values()] == [before]
+
+
+def test_a_device_that_has_failed_is_asked_for_nothing_more(
+    tiny_plan: Plan, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a copy on its way, whose end cannot be awaited either."""
+    engine = Engine.from_plan(with_host(tiny_plan, 200, 20), checkpoint("moe"))
+    slots, talk = late(engine), [list(range(100))]
+    while not slots.open:
+        turns(engine, talk, 0)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    for name in ("run", "end_copies"):
+        monkeypatch.setattr(engine.executor, name, fails)
+    with pytest.raises(EngineStopped, match="illegal memory access"):
+        turns(engine, talk, 1)
 
 
 AGENT = {

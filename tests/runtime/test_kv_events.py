@@ -83,7 +83,7 @@ class Follower:
 
 def held_by(cache: PrefixCache) -> dict[int, tuple[int | None, tuple[int, ...]]]:
     found = {}
-    for node in cache.nodes():
+    for node in cache.tree:
         if node.digest:
             parent = node.parent
             is_first = parent is None or parent.parent is None
@@ -106,7 +106,7 @@ def test_who_follows_knows_what_is_cached() -> None:
     cache, rng, follower = small_cache(), random.Random(0), Follower()
     talk(cache, rng, 5)  # as a canary does, before anybody follows
     events = KvEvents(PAGE, "CPU", follower.take)
-    cache.follow(events)
+    cache.tree.follow(events)
     events.begin()
     talk(cache, rng, 200)
     events.end()
@@ -118,7 +118,7 @@ def test_who_follows_knows_what_is_cached() -> None:
 def test_pages_that_follow_each_other_share_an_event() -> None:
     cache, batches = small_cache(), list[Any]()
     events = KvEvents(PAGE, "CPU", lambda number, batch: batches.append(batch))
-    cache.follow(events)
+    cache.tree.follow(events)
     tokens = list(range(3 * PAGE))
     remember(cache, tokens)
     events.begin()
@@ -148,7 +148,7 @@ def test_long_news_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_CHANGES", 2)
     cache, follower = small_cache(), Follower()
     events = KvEvents(PAGE, "CPU", follower.take)
-    cache.follow(events)
+    cache.tree.follow(events)
     remember(cache, list(range(5 * PAGE)))
     events.begin()
     events.end()

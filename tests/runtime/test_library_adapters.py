@@ -178,13 +178,16 @@ def scaled_mm(
 
 
 @pytest.mark.parametrize("adds", [False, True])
-def test_products_of_fp8(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and blocks that are no multiples of four; each result has whole blocks."""
+@pytest.mark.parametrize(("depth", "num_tokens"), [(640, 74), (512, 76)])
+def test_products_of_fp8(
+    depth: int, num_tokens: int, adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows and blocks that are multiples of four, and others; each result has whole blocks."""
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     widths = (256, 128)[: 2 - adds]
     outputs = tuple(f"y{i}" for i, _ in enumerate(widths))
-    x = TensorSpec(shape=("num_tokens", 640), format=FP8_ROWS)
-    w = TensorSpec(shape=(sum(widths), 640), format=FP8)
+    x = TensorSpec(shape=("num_tokens", depth), format=FP8_ROWS)
+    w = TensorSpec(shape=(sum(widths), depth), format=FP8)
     results = dict(zip(outputs, (tensor("num_tokens", n) for n in widths), strict=True))
     attrs = {"splits": widths, "dtype": "bf16"}
     parts = [Part(kind="linear", operands=("x", "w"), outputs=outputs, attrs=attrs)]
@@ -198,7 +201,7 @@ def test_products_of_fp8(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, spec in results.items():
         params.append(Param(name=name, role="output", tensor=spec, access="write"))
     kernel = KernelSpec(name="linear", params=tuple(params), parts=tuple(parts))
-    tensors = sample_batch(kernel, torch.device("cpu"))
+    tensors = sample_batch(kernel, torch.device("cpu"), (num_tokens,))
     found = {p.name: t for p, t in zip(kernel.tensors, tensors, strict=True)}
     cublas.linear_fp8(kernel)({}, *tensors)
     product = dequantise(parts_of(found["x"], x), torch.float32) @ (

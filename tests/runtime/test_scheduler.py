@@ -14,15 +14,22 @@ from drafting import plan_of, plan_with_two_slots
 from host_tiers import TieredExecutor, with_host
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from launches import captured
-from symbolic import SymbolicExecutor, after, answer
+from symbolic import SPOILT, Form, SymbolicExecutor, after, answer
 
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.cache import prefix_cache as cache_module
 from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
-from tokenspeed_plan.runtime.request import Completion
+from tokenspeed_plan.runtime.output import NO_NUMBERS
+from tokenspeed_plan.runtime.request import Completion, NewToken
 from tokenspeed_plan.runtime.scheduling.host_tier import _Move
 from tokenspeed_plan.runtime.scheduling.sequence import (
     TRANSITIONS,
@@ -33,6 +40,7 @@ from tokenspeed_plan.runtime.scheduling.sequence import (
 
 # steps: prefill and decode take turns, prompts take turns, and one step may be in flight
 PATIENCE = 5
+GRAMMAR = {"grammar": True}
 
 
 def engine_of(plan: Plan, cache: bool = True) -> Engine:
@@ -58,7 +66,7 @@ def small(plan: Plan, **limits: int) -> Plan:
 def holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
     """How often running sequences, copies and the tree hold each page and each state slot."""
     cache, tier = engine.scheduler.cache, engine.scheduler.host_tier
-    nodes = cache.nodes()
+    nodes = tuple(cache.tree)
     pages = Counter(node.page for node in nodes)
     state_slots = Counter(node.state_slot for node in nodes if node.state_slot)
     for sequence in engine.scheduler.running:
@@ -77,7 +85,7 @@ def holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
 def host_holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
     """The same of pages and state slots of the host."""
     tier = engine.scheduler.host_tier
-    nodes = tier.tier.nodes()
+    nodes = tuple(tier.tier.tree)
     pages = Counter(node.page for node in nodes)
     state_slots = Counter(node.state_slot for node in nodes if node.state_slot)
     moves: list[_Move] = [*tier._stores, *tier._loads]
@@ -90,14 +98,24 @@ def host_holders(engine: Engine) -> tuple[Counter[int], Counter[int]]:
 def check_tree(
     cache: PrefixCache, keys: dict[tuple[int, int], Any], states: dict[int, int]
 ) -> None:
-    """What a cache holds is of the tokens that it says, in pages and in states."""
+    """What a cache holds is of the tokens that it says, in pages and in states.
+
+    What is no number nobody has got an answer from.
+    """
     stack = [(cache.root, 0)]
     while stack:
         node, value = stack.pop()
+        pairs = list[tuple[int, int]]()
         for place, token in enumerate(node.token_ids):
-            assert keys[node.page, place] == (value, token)
+            name, known = keys[node.page, place]
+            assert known == token
+            pairs.append((name, value))
             value = after(value, token)
-        assert not node.state_slot or states[node.state_slot] == value
+        if node.state_slot:
+            pairs.append((states[node.state_slot], value))
+        wrong = [name for name, right in pairs if name != right]
+        assert set(wrong) <= {SPOILT}
+        assert not (node.proven and wrong), "numbers that are none are kept for ever"
         stack += [(child, value) for child in (*node.children.values(), *node.tails)]
 
 
@@ -109,7 +127,7 @@ def end_copies(engine: Engine) -> None:
 
 
 class Machine(RuleBasedStateMachine):
-    """Random requests, which continue each other's texts, cancellations and steps."""
+    """Random requests, which continue each other's texts, cancellations, faults and steps."""
 
     plan: Plan
     fine = False  # before the start, and after a step that failed
@@ -122,6 +140,7 @@ class Machine(RuleBasedStateMachine):
         interval=st.sampled_from((4, 8, 32)),
         worth=st.sampled_from((1, 4, 12)),
         host=st.sampled_from((0, 8, 20, 80)),
+        spoils=st.booleans(),
     )
     def start(
         self,
@@ -132,6 +151,7 @@ class Machine(RuleBasedStateMachine):
         interval: int,
         worth: int,
         host: int,
+        spoils: bool,
     ) -> None:
         plan = small(
             self.plan,
@@ -143,11 +163,13 @@ class Machine(RuleBasedStateMachine):
         )
         plan = with_host(plan, host, 1 + host // 8, least_tokens=4)
         self.engine = engine_of(captured(plan) if ahead else plan)
+        self.engine.on_token = self.on_token
+        self.spoils, self.victim = spoils, ""
         self.sequences: dict[str, Sequence] = {}
         self.texts: list[tuple[int, ...]] = [()]
         self.oldest, self.progress, self.stuck = "", -1, 0
         self.fine = True
-        self.running: set[int] = set()
+        self.may_run: set[int] = set()
 
     @rule(
         text=st.integers(0, 7),
@@ -155,13 +177,22 @@ class Machine(RuleBasedStateMachine):
         more=st.lists(st.integers(0, 1), min_size=0, max_size=30),
         most=st.sampled_from((1, 2, 6, 40)),
         logprobs=st.sampled_from((None, None, None, 0)),
+        formed=st.booleans(),
     )
-    def add(self, text: int, cut: int, more: list[int], most: int, logprobs: int | None) -> None:
+    def add(
+        self,
+        text: int,
+        cut: int,
+        more: list[int],
+        most: int,
+        logprobs: int | None,
+        formed: bool,
+    ) -> None:
         base = self.texts[-1 - text % len(self.texts)]
         prompt = (base[: len(base) - cut] + tuple(more))[: 64 - most] or (1,)
         name = str(len(self.sequences))
         params = SamplingParams(max_tokens=most, ignore_eos=True, num_logprobs=logprobs)
-        self.engine.add(Request(name, prompt, params))
+        self.engine.add(Request(name, prompt, params, Form() if formed else None))
         self.sequences[name] = self.engine.scheduler.waiting[-1]
 
     @rule(count=st.integers(1, 12))
@@ -180,9 +211,30 @@ class Machine(RuleBasedStateMachine):
             self.engine.cancel(name)
             assert self.sequences[name].state in ("cancelled", "finished")
 
+    @rule(which=st.integers(0, 1 << 16))
+    def cancel_when_told(self, which: int) -> None:
+        """As soon as any request gets a token, in the middle of a commit."""
+        if self.sequences:
+            self.victim = sorted(self.sequences)[which % len(self.sequences)]
+
+    def on_token(self, token: NewToken) -> None:
+        victim, self.victim = self.victim, ""
+        self.engine.cancel(victim)
+
+    @precondition(lambda self: self.fine and self.spoils)
+    @rule(row=st.integers(0, 3))
+    def spoil(self, row: int) -> None:
+        """One sequence of the next step is computed wrong."""
+        assert isinstance(self.engine.executor, TieredExecutor)
+        self.engine.executor.spoils = row
+
     def check_answer(self, done: Completion) -> None:
         request = self.sequences[done.request_id].request
-        assert done.token_ids == answer(request.prompt_ids, request.params.max_tokens)
+        if self.spoils and done.error:
+            assert done.error == NO_NUMBERS
+            return
+        formed = request.grammar is not None
+        assert done.token_ids == answer(request.prompt_ids, request.params.max_tokens, formed)
         assert 0 <= done.num_cached_tokens < len(request.prompt_ids)
         self.texts.append(request.prompt_ids + done.token_ids)
 
@@ -198,10 +250,12 @@ class Machine(RuleBasedStateMachine):
         same &= not first.is_elsewhere  # what it waits for comes soon
         self.stuck = self.stuck + 1 if same and (first.is_running or not running) else 0
         assert self.stuck <= PATIENCE, f"request {self.oldest} does not go on"
-        assert not same or first.is_running or running <= self.running, (
+        assert not same or first.is_running or running <= self.may_run, (
             f"{self.oldest} is passed by"
         )
-        self.oldest, self.progress, self.running = first.request.request_id, progress, running
+        self.oldest, self.progress = first.request.request_id, progress
+        held = self.engine.scheduler.reservations.held  # they start whoever waits before them
+        self.may_run = running | {s.number for s in left if s.request.request_id in held}
 
     @invariant()
     def all_is_accounted_for(self) -> None:
@@ -249,9 +303,9 @@ class Machine(RuleBasedStateMachine):
 )
 def test_thousands_of_random_operations(depth: int, rollback: str, checkpoint: Any) -> None:
     if rollback == "two slots":
-        Machine.plan = plan_with_two_slots(checkpoint("moe"))
+        Machine.plan = plan_with_two_slots(checkpoint("moe"), serving=GRAMMAR)
     else:
-        Machine.plan = plan_of(checkpoint("moe"), depth, rollback)
+        Machine.plan = plan_of.__wrapped__(checkpoint("moe"), depth, rollback, serving=GRAMMAR)
     Machine.TestCase.settings = settings(
         max_examples=60 if depth else 100,
         stateful_step_count=50,
@@ -259,6 +313,59 @@ def test_thousands_of_random_operations(depth: int, rollback: str, checkpoint: A
         suppress_health_check=list(HealthCheck),
     )
     Machine.TestCase("runTest").runTest()
+
+
+@pytest.mark.parametrize(
+    ("depth", "rollback"),
+    [
+        pytest.param(0, "in place", marks=pytest.mark.slow),
+        pytest.param(3, "snapshot", marks=pytest.mark.slow),
+        (3, "recompute"),
+    ],
+)
+def test_a_crowd_gets_the_answers_of_plain_decoding(
+    depth: int, rollback: str, checkpoint: Any
+) -> None:
+    """Hosts, preemptions, drafts, grammars, faults and cancellations at once, more of each."""
+    Machine.plan = plan_of.__wrapped__(checkpoint("moe"), depth, rollback, serving=GRAMMAR)
+    for seed in range(2):
+        crowd(random.Random(seed), Machine())
+
+
+def crowd(rng: random.Random, machine: Machine) -> None:
+    """Drive the machine at random, with a host and more requests than its memory holds."""
+    machine.start(
+        pages=rng.randrange(16, 34),
+        checkpoints=rng.randrange(1, 7),
+        seqs=rng.randint(2, 4),
+        ahead=True,
+        interval=rng.choice((4, 8, 32)),
+        worth=rng.choice((1, 4, 12)),
+        host=rng.choice((8, 20, 80)),
+        spoils=True,
+    )
+    for _ in range(120):
+        match rng.choices(range(5), (6, 9, 1, 1, 2))[0]:
+            case 0:
+                machine.add(
+                    text=rng.randrange(8),
+                    cut=rng.randrange(4),
+                    more=rng.choices((0, 1), k=rng.choice((0, 1, 5, 12, 30))),
+                    most=rng.choice((1, 2, 6, 24, 40)),
+                    logprobs=rng.choice((None, None, None, 0)),
+                    formed=rng.random() < 0.5,
+                )
+            case 1:
+                machine.step(rng.choice((1, 1, 2, 4, 12)))
+            case 2:
+                machine.cancel(rng.randrange(1 << 16))
+            case 3:
+                machine.cancel_when_told(rng.randrange(1 << 16))
+            case 4:
+                machine.spoil(rng.randrange(4))
+        machine.all_is_accounted_for()
+        machine.what_is_cached_is_right()
+    machine.teardown()
 
 
 @pytest.mark.parametrize("before", get_args(State))
@@ -331,6 +438,26 @@ def test_a_checkpoint_that_goes_before_the_first_token_leaves_the_state_right(
         values.append(after(values[-1], token))
     states = [executor.state[node.state_slot] for node in cache.checkpoints]
     assert states and set(states) <= set(values[len(known) - 1 :])
+
+
+def test_a_wrong_state_is_given_up_where_its_page_is_proven(tiny_plan: Plan) -> None:
+    """Others have got answers from the page, and none from the state that has come to it since."""
+    engine = engine_of(small(tiny_plan, num_checkpoints=4))
+    cache, executor = engine.scheduler.cache, engine.executor
+    engine.generate([tuple(range(20))], SamplingParams(max_tokens=5, ignore_eos=True))
+    for node in cache.checkpoints[:-1]:
+        cache.forget_checkpoint(node.state_slot)
+    assert [node.proven for node in cache.tree if node.position == 8] == [True]
+    prompt = (*range(16), 60, 61)
+    assert isinstance(executor, SymbolicExecutor)
+    executor.spoils = 0
+    for error in (NO_NUMBERS, None):
+        engine.add(request_of("again", prompt, 3))
+        done = []
+        while engine.num_unfinished:
+            done += engine.step()
+        assert [each.error for each in done] == [error]
+    assert done[0].token_ids == answer(prompt, 3)
 
 
 def test_who_waits_for_a_state_slot_starts_when_the_cache_can_give_one_up(tiny_plan: Plan) -> None:

@@ -147,8 +147,8 @@ def check_all_is_given_back(cache: PrefixCache) -> None:
             assert slots.holders(slot) == held.count(slot)
         assert sorted(slots.free) == sorted(set(slots) - set(held))
     assert {node for node in nodes if node.state_slot} == set(cache.checkpoints)
-    assert set(nodes) == set(cache.nodes()) and len(nodes) == len(list(cache.nodes()))
-    found = {node.digest: cache.find(node.digest) for node in nodes if node.digest}
+    assert set(nodes) == set(cache.tree) and len(nodes) == len(list(cache.tree))
+    found = {node.digest: cache.tree.find(node.digest) for node in nodes if node.digest}
     assert found == {node.digest: node for node in nodes if node.digest}
 
 
@@ -176,8 +176,8 @@ class PoisonLaunch(AroundLaunch):
 
     def _poison(self, memory: PlanMemory) -> list[tuple[Tensor, Tensor]]:
         assert self.cache is not None
-        nodes = [node for node in self.cache.nodes() if node.digest]
-        tails = [node for node in self.cache.nodes() if not node.digest]
+        nodes = [node for node in self.cache.tree if node.digest]
+        tails = [node for node in self.cache.tree if not node.digest]
         kept = []
         for view in memory.states("kv_cache"):
             view[self.cache.pages.free] = float("nan")

@@ -3,19 +3,29 @@
 The name of a prefix is the hash of its tokens. A state slot holds the name of the prefix that it is
 the state of, and each place of the KV cache the name of the prefix before it with its token. A slot
 of another prefix, a page of another request, a place that was overwritten: each shows at once,
-because the name that is read is not the name that should be there.
+because the name that is read is not the name that should be there. One name stands for numbers that
+are none: it spreads to all that is made of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokenspeed_plan.plans.ops import BATCH_STATE
+from tokenspeed_plan.plans.ops import (
+    BATCH_STATE,
+    IS_MASKED,
+    LATE_INPUTS,
+    MASK_WORD_BITS,
+    TOKEN_MASK,
+    mask_words,
+)
 from tokenspeed_plan.plans.schema import Plan, Program
 from tokenspeed_plan.runtime.execution.arenas import Arenas
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
@@ -23,28 +33,82 @@ from tokenspeed_plan.runtime.reference import delta, speculation
 from tokenspeed_plan.runtime.reference.step_inputs import advance
 
 EMPTY = 0
+SPOILT = -13  # the name of what is no number
 VOCAB = 97
 
 
 def after(value: int, token: int) -> int:
     """The name of a prefix and one token more."""
-    return hash((value, token))
+    return SPOILT if value == SPOILT else hash((value, token))
 
 
-def next_token(value: int) -> int:
-    """The token that follows a prefix."""
-    return value % VOCAB
+def next_token(value: int, mask_W: list[int] | None = None) -> int:
+    """The token that follows a prefix: the first that the mask has; 0 where none is right."""
+    if value == SPOILT:
+        return 0
+    for token in range(value, value + VOCAB):
+        if mask_W is None or _has(mask_W, token % VOCAB):
+            return token % VOCAB
+    return 0
 
 
-def answer(prompt_ids: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The right answer to a request."""
+def _has(mask_W: list[int], token: int) -> int:
+    return mask_W[token // MASK_WORD_BITS] >> (token % MASK_WORD_BITS) & 1
+
+
+def allows(count: int, token: int) -> bool:
+    """Whether a token may come after `count` tokens of an answer in `Form`."""
+    return (token + count) % 3 > 0
+
+
+def answer(prompt_ids: tuple[int, ...], count: int, formed: bool = False) -> tuple[int, ...]:
+    """The right answer to a request; `formed`: in `Form`."""
     value, tokens = EMPTY, list(prompt_ids)
     for token in prompt_ids:
         value = after(value, token)
-    for _ in range(count):
-        tokens.append(next_token(value))
-        value = after(value, tokens[-1])
+    for place in range(count):
+        token = next_token(value)
+        while formed and not allows(place, token):
+            token = (token + 1) % VOCAB
+        tokens.append(token)
+        value = after(value, token)
     return tuple(tokens[len(prompt_ids) :])
+
+
+@dataclass
+class FormMatcher:
+    """Where an answer in `Form` is."""
+
+    count: int = 0
+
+    def fill(self, mask_RW: np.ndarray, row: int) -> None:
+        bits = np.array([allows(self.count, token) for token in range(mask_RW.shape[1] * 32)])
+        mask_RW[row] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def accept(self, token_id: int) -> bool:
+        if not allows(self.count, token_id):
+            return False
+        self.count += 1
+        return True
+
+    def rollback(self, count: int) -> None:
+        self.count -= count
+
+
+class Form:
+    """A grammar: a third of all tokens may not come, each time another one."""
+
+    def matcher(self) -> FormMatcher:
+        return FormMatcher()
+
+
+@dataclass
+class Head:
+    """A step whose tokens are not chosen yet."""
+
+    lists: dict[str, Any]
+    spans: list[tuple[int, int]]
+    values: list[list[int]]
 
 
 class SymbolicExecutor:
@@ -52,6 +116,7 @@ class SymbolicExecutor:
 
     def __init__(self, plan: Plan) -> None:
         self.limits = plan.pool.limits
+        self._mask_words = mask_words(plan.model.vocab_size)
         self.state: dict[int, int] = {0: EMPTY}
         self.kept: dict[int, list[int]] = {}  # state slot -> tokens of the last step
         # (page, place) -> the name of the prefix before it, and the token there
@@ -59,6 +124,9 @@ class SymbolicExecutor:
         self.num_runs = 0
         self.programs: list[tuple[str, int]] = []  # those that were run
         self.host_outputs: list[int] = []
+        self.spoils: int | None = None  # the row of the next step that is computed wrong
+        self._was_spoilt = False
+        self._heads: list[Head] = []  # of the step in flight, where it has no tail yet
         io = [arena for arena in plan.pool.arenas if arena.name == "io"]
         self._memory = PlanMemory(plan, Arenas(io), {})
 
@@ -92,13 +160,24 @@ class SymbolicExecutor:
         change: object = None,
         part: object = "whole",
     ) -> None:
-        self.num_runs += 1
-        self.programs.append((program.phase, program.bucket))
-
         def view(name: str) -> Tensor:
             return self.buffer(name, num_tokens, num_seqs)
 
-        lists: dict[str, Any] = {name: view(name).tolist() for name in program.inputs}
+        if part != "tail":
+            assert not self._heads, "a step is launched before the tail of another one"
+            self.num_runs += 1
+            self.programs.append((program.phase, program.bucket))
+            self._heads.append(self._run_head(program, view, num_tokens, num_seqs))
+        if part != "head":
+            self._run_tail(program, view, self._heads.pop())
+
+    def _run_head(
+        self, program: Program, view: Callable[[str], Tensor], num_tokens: int, num_seqs: int
+    ) -> Head:
+        """All but the choice of tokens."""
+        lists: dict[str, Any] = {
+            name: view(name).tolist() for name in program.inputs if name not in LATE_INPUTS
+        }
         queries = program.query_len
         bounds = lists.get("cu_seqlens", list(range(0, num_tokens + 1, queries)))
         slots = [[one] if isinstance(one, int) else one for one in lists["dst_state_slots"]]
@@ -106,20 +185,52 @@ class SymbolicExecutor:
         self._check_slots(lists)
         spans = list(pairwise(bounds[: num_seqs + 1]))
         values = [self._compute(lists, i, *span, queries) for i, span in enumerate(spans)]
-        lasts = [0] * num_seqs  # the last accepted query of each sequence
+        self.spoils = None
+        if self._was_spoilt:
+            rows = [name for value in values for name in value[-queries:]]
+            wrong_T1 = torch.tensor([[name == SPOILT] for name in rows])
+            view(program.logits).zero_().masked_fill_(wrong_T1, float("nan"))
+        return Head(lists, spans, values)
+
+    def _run_tail(self, program: Program, view: Callable[[str], Tensor], head: Head) -> None:
+        lists, queries, values = head.lists, program.query_len, head.values
+        masks = self._masks(program, view)
+        tokens = [
+            next_token(value, mask)
+            for mine, some in zip(values, masks, strict=True)
+            for value, mask in zip(mine[-queries:], some, strict=True)
+        ]
+        lasts = [0] * len(values)  # the last accepted query of each sequence
         if queries > 1:
-            lasts = self._verify(program, view, values)
+            view("verify_tokens").copy_(torch.tensor(tokens))
+            lasts = self._verify(program, view)
         else:
-            tokens = [next_token(value[-1]) for value in values]
             view("next_tokens").copy_(torch.tensor(tokens))
-        for index, (start, end) in enumerate(spans):
+        for index, (start, end) in enumerate(head.spans):
             computed = end - start if queries == 1 else lasts[index] + 1
             context = lists["context_lens"][index] - queries + 1 + lasts[index]
             self._check(lists, index, start, computed, context)
         if program.depth:
-            self._draft(program, view, lists, values, lasts)
+            self._draft(program, view, head, tokens, lasts)
         if program.phase == "decode":
             self._advance(program, view)
+
+    def _masks(
+        self, program: Program, view: Callable[[str], Tensor]
+    ) -> list[list[list[int]] | list[None]]:
+        """For each query of each sequence its mask, if it has one."""
+        if TOKEN_MASK not in program.inputs:
+            count = len(view("context_lens"))
+            return [[None] * program.query_len for _ in range(count)]
+        rows = view(TOKEN_MASK)
+        masks_SRW = rows.view(len(rows), -1, self._mask_words)[:, : program.query_len].tolist()
+        is_masked = view(IS_MASKED).tolist()
+        free: list[None] = [None] * program.query_len
+        return [mask if has else free for mask, has in zip(masks_SRW, is_masked, strict=True)]
+
+    def write_rows(self, name: str, first: int, rows: Tensor) -> None:
+        buffer = self.buffer(name, 0, first + len(rows))
+        buffer[first:, : rows.shape[1]] = rows
 
     def _check_slots(self, lists: dict[str, Any]) -> None:
         """No slot is written twice, or read by another; slot 0 is never written.
@@ -140,15 +251,15 @@ class SymbolicExecutor:
         self,
         program: Program,
         view: Callable[[str], Tensor],
-        lists: dict[str, Any],
-        values: list[list[int]],
+        head: Head,
+        tokens: list[int],
         lasts: list[int],
     ) -> None:
-        drafts = []
-        following = lists.get("following", [-1] * len(values))
-        for value, last, token in zip(values, lasts, following, strict=True):
-            end = value[last] if program.query_len > 1 else value[-1]
-            drafts.append(self._drafts(end, token))
+        drafts, queries = [], program.query_len
+        following = head.lists.get("following", [-1] * len(lasts))
+        for index, (last, known) in enumerate(zip(lasts, following, strict=True)):
+            value = head.values[index][-queries:][last]
+            drafts.append(self._drafts(value, tokens[index * queries + last], known))
         view(program.drafts).copy_(torch.tensor(drafts))
 
     def _advance(self, program: Program, view: Callable[[str], Tensor]) -> None:
@@ -165,11 +276,7 @@ class SymbolicExecutor:
             attrs = {"page_size": self.limits.page_size, "in_place": self.limits.in_place}
             advance(attrs, view("next_tokens"), *state)
 
-    def _verify(
-        self, program: Program, view: Callable[[str], Tensor], values: list[list[int]]
-    ) -> list[int]:
-        tokens = [next_token(value) for one in values for value in one]
-        view("verify_tokens").copy_(torch.tensor(tokens))
+    def _verify(self, program: Program, view: Callable[[str], Tensor]) -> list[int]:
         names = (
             "token_ids",
             "verify_tokens",
@@ -186,10 +293,10 @@ class SymbolicExecutor:
         view("accepted").copy_(accepted)
         return accepted.tolist()  # type: ignore[no-any-return]
 
-    def _drafts(self, value: int, following: int) -> list[int]:
+    def _drafts(self, value: int, token: int, following: int) -> list[int]:
         """The token after a prefix, and drafts of the next ones, some of which are wrong."""
-        tokens = [next_token(value)]
-        value = after(value, tokens[0] if following < 0 else following)
+        tokens = [token]
+        value = after(value, token if following < 0 else following)
         while len(tokens) <= self.limits.max_depth:
             tokens.append(next_token(value) if value % 5 else 1)
             value = after(value, tokens[-1])
@@ -204,6 +311,9 @@ class SymbolicExecutor:
         value = self.state[read]
         if "state_lens" in lists:
             value = self._recompute(lists, index, queries)
+        if index == self.spoils or self._sees_spoilt(lists, index, end - start):
+            self._was_spoilt, value = True, SPOILT
+        if "state_lens" in lists:
             self.state[write[0]], self.kept[write[0]] = value, lists["token_ids"][start:end]
         for at in range(start, end):
             slot, token = lists["slot_mapping"][at], lists["token_ids"][at]
@@ -214,6 +324,13 @@ class SymbolicExecutor:
             states = names if queries > 1 else names[-1:]
             self.state.update(zip(write, states, strict=False))
         return names
+
+    def _sees_spoilt(self, lists: dict[str, Any], index: int, count: int) -> bool:
+        """Whether a key before the `count` tokens of a sequence is no number."""
+        size, pages = self.limits.page_size, lists["page_table"][index]
+        before = range(lists["context_lens"][index] - count) if self._was_spoilt else range(0)
+        places = [(pages[position // size], position % size) for position in before]
+        return any(self.keys[place][0] == SPOILT for place in places if place in self.keys)
 
     def _recompute(self, lists: dict[str, Any], index: int, queries: int) -> int:
         """The name after those tokens of the last step that were accepted."""
@@ -231,7 +348,7 @@ class SymbolicExecutor:
     ) -> None:
         """All keys that the last of `count` queries sees are of the prefix that its state is of."""
         writes, size, seen = lists["dst_state_slots"][index], self.limits.page_size, EMPTY
-        if self.limits.pad_state_slot in writes:
+        if self.limits.pad_state_slot in writes or self.state[writes[0]] == SPOILT:
             return
         pages, queries = lists["page_table"][index], self._num_queries(lists)
         before = lists["context_lens"][index] - queries
