@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.commands.engines import EngineOptions, ready_engine
+from tokenspeed_plan.planner.commands.option_types import Chances
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.plans.bundle import check_cubins, load_plan, save_plan, seal
 from tokenspeed_plan.plans.canon import answer_digest
@@ -558,6 +560,27 @@ def test_chat_uses_the_models_template(bundle: Path, tmp_path: Path) -> None:
 
 def line_model(bundle: Path) -> str:
     return str(json.loads((bundle / "plan.json").read_text())["model"]["location"])
+
+
+def test_the_numbers_of_all_options_are_finite() -> None:
+    """Comparisons with NaN are false, so that no bound refuses it."""
+    found = [
+        (option.opts[0], option.type)
+        for command in main.commands.values()
+        for option in command.params
+        if isinstance(option.type, click.types.FloatParamType | Chances)
+    ]
+    assert len(found) > 15
+    for name, kind in found:
+        for word in ("nan", "inf", "-inf", "1e400", "0.5,nan"):
+            with pytest.raises(click.BadParameter):
+                pytest.fail(f"{name} takes {kind.convert(word, None, None)}")
+
+
+@pytest.mark.parametrize("text", ["", "2", "-0.1", "0.5,", "x"])
+def test_what_is_no_list_of_chances(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="from 0 to 1"):
+        Chances().convert(text, None, None)
 
 
 def test_usage_errors(bundle: Path, batch: Path) -> None:

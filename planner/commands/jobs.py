@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from tokenspeed_plan.planner.commands.engines import seconds_option
+from tokenspeed_plan.planner.commands.option_types import seconds_option
 from tokenspeed_plan.plans.errors import RequestError
 
 if TYPE_CHECKING:
