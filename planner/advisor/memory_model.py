@@ -22,7 +22,7 @@ from tokenspeed_plan.planner.passes.reduction import largest_reduction, peer_byt
 from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.schema import ArenaName
-from tokenspeed_plan.plans.types import DTYPE_BITS, Phase, TensorSpec, aligned
+from tokenspeed_plan.plans.types import DTYPE_BITS, DType, Phase, TensorSpec, aligned
 
 SHARED_STATE_SLOTS = 2  # of padding, beside those of the sequences
 # A prefill chunk with this many times the tokens of a decode step needs more activations than it.
@@ -65,12 +65,14 @@ class MemoryModel:
         layout: of the pool.
         holding: what a sequence holds beside what the longest one does.
         buffers: persistent buffers by arena and depth, each with its number of layers; a cache.
+        workspaces: of libraries, by the prefill chunk and the format of keys; a cache.
     """
 
     steps: StepModel
     layout: ParallelLayout
     holding: Holding = ALL_ALIKE
     buffers: dict[tuple[ArenaName, int], list[tuple[Tensor, int]]] = field(default_factory=dict)
+    workspaces: dict[tuple[int, DType], int] = field(default_factory=dict)
 
     def map(self, knobs: Knobs, num_seqs: int, seq_tokens: int) -> MemoryMap:
         """The memory that `num_seqs` sequences of up to `seq_tokens` tokens need on a rank.
@@ -132,16 +134,10 @@ class MemoryModel:
         return sum(page_bytes), sum(self._slot_bytes(knobs.depth))
 
     def _workspace(self, knobs: Knobs) -> int:
-        """An upper bound: of the functions of libraries that could compute a prefill chunk."""
-        graph, found, prices = self._sharded("prefill"), [0], self.steps.hardware.libraries
-        for op in graph.ops:
-            known = library_functions(graph, op, stored_formats(knobs.kv_dtype))
-            priced = [name for name in known if name in prices]
-            for name in priced:
-                if not any(prices[other].is_below(prices[name]) for other in priced):
-                    function = LIBRARY_FUNCTIONS[name]
-                    found.append(function.workspace_bytes(op.attrs, knobs.prefill_chunk))
-        return max(*found, _quantised_workspace(graph, self.steps, knobs.prefill_chunk))
+        key = (knobs.prefill_chunk, knobs.kv_dtype)
+        if key not in self.workspaces:
+            self.workspaces[key] = _workspace(self._sharded("prefill"), self.steps, knobs)
+        return self.workspaces[key]
 
     def _largest(self, limit: int, total: Callable[[int], int]) -> int:
         """The largest number, up to a limit, whose memory fits."""
@@ -303,6 +299,19 @@ class MemoryModel:
                 size = spec.size_bytes(tokens, seqs)
                 sizes[name] = max(sizes.get(name, 0), size)
         return sum(map(aligned, sizes.values()))
+
+
+def _workspace(graph: OpGraph, steps: StepModel, knobs: Knobs) -> int:
+    """An upper bound: of the functions of libraries that could compute a prefill chunk."""
+    found, prices = [0], steps.hardware.libraries
+    for op in graph.ops:
+        known = library_functions(graph, op, stored_formats(knobs.kv_dtype))
+        priced = [name for name in known if name in prices]
+        for name in priced:
+            if not any(prices[other].is_below(prices[name]) for other in priced):
+                function = LIBRARY_FUNCTIONS[name]
+                found.append(function.workspace_bytes(op.attrs, knobs.prefill_chunk))
+    return max(*found, _quantised_workspace(graph, steps, knobs.prefill_chunk))
 
 
 def _quantised_workspace(graph: OpGraph, steps: StepModel, chunk: int) -> int:

@@ -142,6 +142,9 @@ def _unpack(source: Source, layout: ParallelLayout) -> list[Source]:
 
 
 def _cut_op(op: Op, tensors: Mapping[str, Tensor], layout: ParallelLayout) -> Op:
+    is_cut = op.attr_splits or op.shifts or op.partial or op.gathered
+    if not is_cut and op.kind != "linear":
+        return op
     attrs = dict(op.attrs)
     for name, split in op.attr_splits.items():
         attrs[name] = split.local_units(layout)
