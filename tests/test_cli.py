@@ -595,6 +595,14 @@ def test_usage_errors(bundle: Path, batch: Path) -> None:
     )
 
 
+def test_a_kind_of_node_has_one_plan(bundle: Path, batch: Path, tmp_path: Path) -> None:
+    plans = ["--plan", f"mine={bundle}", "--plan", f"mine={tmp_path}"]
+    words = ["run", "--input", str(batch), "--output", str(tmp_path / "out"), "--ray", "auto"]
+    result = cli(*words, *plans)
+    assert result.exit_code == 2
+    assert "`mine` has two plans" in result.output
+
+
 def test_what_is_not_there(bundle: Path, tmp_path: Path) -> None:
     is_clean(cli("plan", tmp_path / "no.yaml", "-o", tmp_path / "o"), 2, "cannot read")
     is_clean(cli("show", tmp_path), 2, "cannot read")

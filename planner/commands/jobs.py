@@ -61,6 +61,8 @@ def _kind_and_bundle(
         kind, _, folder = word.partition("=")
         if not kind or not folder:
             raise click.BadParameter(f"`{word}` is not KIND=DIR", context, parameter)
+        if kind in dict(found):
+            raise click.BadParameter(f"`{kind}` has two plans", context, parameter)
         found.append((kind, Path(folder)))
     return tuple(found)
 

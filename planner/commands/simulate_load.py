@@ -14,6 +14,7 @@ from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest
 from tokenspeed_plan.planner.advisor.plan_prices import drafts_accepted, plan_steps, spec_of
 from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
 from tokenspeed_plan.planner.advisor.spec_load import LoadSize, spec_load
+from tokenspeed_plan.planner.commands.long_work import LongWork
 from tokenspeed_plan.planner.commands.option_types import Chances, Number
 from tokenspeed_plan.planner.spec import MAX_ARRIVALS, MIN_ARRIVALS, Spec, WorkloadSpec
 from tokenspeed_plan.plans.bundle import load_plan
@@ -133,9 +134,11 @@ def _simulate(options: SimulateOptions) -> None:
             "--users, --arrivals, --recorded and --most are four loads", "give one of them, or none"
         )
     plan = load_plan(options.bundle)
-    work = _Work(plan, spec_of(plan), plan_steps(plan, options.bundle), _accepted(plan, options))
-    options = work.with_load(options)
-    found = work.run(options)
+    accepted = _accepted(plan, options)
+    with LongWork() as report:
+        work = _Work(plan, spec_of(plan), plan_steps(plan, options.bundle), accepted, report)
+        options = work.with_load(options)
+        found = work.run(options)
     figures = work.figures(found, options)
     _show(figures, options)
     if options.trace is not None:
@@ -179,6 +182,7 @@ class _Work:
     spec: Spec
     times: PlanSteps
     accepted: tuple[float, ...]
+    report: LongWork
 
     def with_load(self, options: SimulateOptions) -> SimulateOptions:
         """The options with the load that is asked for, or that of the spec."""
@@ -195,8 +199,13 @@ class _Work:
         """Simulate a load."""
         from tokenspeed_plan.runtime.simulation.load_run import simulate
 
-        load = _load(self.plan, self.spec, options)
-        return simulate(self.plan, self.times, load, self.accepted, options.seed)
+        load, count = _load(self.plan, self.spec, options)
+        stage = f"simulating {_load_words(options)}"
+
+        def progress(num_answered: int) -> None:
+            self.report(stage, num_answered, count)
+
+        return simulate(self.plan, self.times, load, self.accepted, options.seed, progress=progress)
 
     def figures(self, found: Simulated, options: SimulateOptions) -> dict[str, Any]:
         """What it was like, and what was asked."""
@@ -256,17 +265,18 @@ def _most_arrivals(options: SimulateOptions, is_good: IsGood) -> SimulateOptions
     return None if found is None else replace(options, turns_per_s=found)
 
 
-def _load(plan: Plan, spec: Spec, options: SimulateOptions) -> Load:
-    """What was recorded, or the conversations of the spec's workload."""
+def _load(plan: Plan, spec: Spec, options: SimulateOptions) -> tuple[Load, int]:
+    """What was recorded, or the conversations of the spec's workload; and how many requests."""
     from tokenspeed_plan.runtime.simulation.recorded import Recorded, read_recorded
 
     vocab_size = plan.model.vocab_size
     if options.recorded is not None:
         rows = read_recorded(options.recorded, plan.pool.limits.max_seq_len)
-        return Recorded(rows, vocab_size)
+        return Recorded(rows, vocab_size), len(rows)
     users, rate = options.users, options.turns_per_s
     size = LoadSize(options.requests, users, rate, options.think_s, options.seed)
-    return spec_load(spec.workload, size, vocab_size)
+    load = spec_load(spec.workload, size, vocab_size)
+    return load, len(load.talks) * spec.workload.turns
 
 
 def _num_users(plan: Plan, workload: WorkloadSpec) -> int:

@@ -197,6 +197,13 @@ def test_users_think_between_turns(checkpoint: Any) -> None:
     assert second.cached_tokens > 0
 
 
+def test_what_is_answered_is_told_meanwhile(checkpoint: Any) -> None:
+    told: list[int] = []
+    plan = small(plan_of(checkpoint("moe"), 0))
+    found = simulate(plan, Times(), users(talks=6), progress=told.append)
+    assert told == list(range(1, 1 + len(found.answers)))
+
+
 def test_there_may_be_more_users_than_conversations() -> None:
     load = Users([Turns(10, 4, (3,))] * 2, 10**12, vocab_size=VOCAB)
     assert [load.pop().time_s for _ in range(2)] == [0.0, 0.0]
