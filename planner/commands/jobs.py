@@ -56,7 +56,7 @@ def _kind_and_bundle(
     context: click.Context, parameter: click.Parameter, words: tuple[str, ...]
 ) -> tuple[tuple[str, Path], ...]:
     """Each `KIND=DIR`."""
-    found = []
+    found: list[tuple[str, Path]] = []
     for word in words:
         kind, _, folder = word.partition("=")
         if not kind or not folder:

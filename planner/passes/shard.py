@@ -60,6 +60,9 @@ def _localize(tensor: Tensor, layout: ParallelLayout) -> Tensor:
 
 
 def _cut_weight(weight: Weight, layout: ParallelLayout) -> Weight:
+    is_cut = any(source.splits or source.every for source in weight.sources)
+    if not is_cut and not weight.spec.format.block:
+        return weight
     sources: list[Source] = []
     for source in weight.sources:
         if source.every:
