@@ -873,6 +873,10 @@ def test_diff_and_why_as_json(bundle: Path) -> None:
     shown = json.loads(cli("show", bundle, "--json").stdout)["predicted"]
     assert number["value"] == shown["ttft_ms"]
     assert number["interval"] == shown["interval"]["ttft_ms"]
+    two = ("--why", "parallelism", "--why", "ttft_ms")
+    assert json.loads(cli("show", bundle, *two, "--json").stdout) == [reason, number]
+    both = [cli("show", bundle, "--why", name).stdout for name in ("parallelism", "ttft_ms")]
+    assert cli("show", bundle, *two).stdout == "".join(both)
     is_clean(cli("show", bundle, "--why", "ttft", "--json"), 2, "no decision")
 
 
