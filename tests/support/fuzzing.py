@@ -728,6 +728,13 @@ def make_spec(rng: random.Random) -> Files:
     return {"spec.yaml": data}
 
 
+def _load_advisor() -> None:
+    from tokenspeed_plan.runtime.simulation import load_run
+
+    assert load_run.simulate  # percentiles need it, and PyTorch with it
+    judge_command("--help")
+
+
 def judge_spec(files: Files, folder: Path) -> bool:
     (folder / "model").symlink_to(MODEL)
     return judge_command("predict", folder / "spec.yaml")
@@ -1007,7 +1014,7 @@ TARGETS = {
     "rows": Target(make_row, judge_row, lambda: (_tokenizer(), _limits())),
     "messages": Target(make_messages, judge_messages, lambda: (_tokenizer(), _limits())),
     "forms": Target(make_form, judge_form, lambda: (form_fuzzing.compiler(), _limits())),
-    "specs": Target(make_spec, judge_spec, lambda: judge_command("--help")),
+    "specs": Target(make_spec, judge_spec, _load_advisor),
     "plans": Target(make_plan, judge_plan, _load_plans),
     "checkpoints": Target(make_checkpoint, judge_checkpoint, _load_planner),
     "tokenizers": Target(make_tokenizer, judge_tokenizer, _load_tokenizers),
