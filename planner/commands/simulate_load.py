@@ -31,6 +31,7 @@ Some = click.IntRange(min=1)
 Milliseconds = Number(min=0, min_open=True, max=1e9)
 MAX_REQUESTS = 1_000_000
 MAX_USERS = 65_536
+ALONE = "the pool that answers is alone here: it computes all prompts, and hands nothing over"
 ROWS_AHEAD = 2  # rows of a batch that are queued, for each that runs
 
 
@@ -157,6 +158,8 @@ def _show(figures: dict[str, Any], options: SimulateOptions) -> None:
     else:
         text = load_report.as_text(figures, _load_words(options), _has_own_levels(options))
     click.echo(printable(text))
+    if figures["pool"] != "both":
+        click.echo(ALONE, err=True)
 
 
 def _load_words(options: SimulateOptions) -> str:
@@ -164,7 +167,8 @@ def _load_words(options: SimulateOptions) -> str:
         return f"as in {options.recorded}"
     if options.turns_per_s is not None:
         return f"{options.turns_per_s:.4g} a second"
-    return f"{options.users} users at once"
+    plural = "s" * (options.users != 1)
+    return f"{options.users} user{plural} at once"
 
 
 def _write_trace(found: Simulated, path: Path) -> None:
@@ -212,6 +216,7 @@ class _Work:
         from tokenspeed_plan.runtime.simulation import load_report
 
         load = {"users": options.users, "arrivals_per_s": options.turns_per_s}
+        load |= {"pool": self.plan.pool.role}
         in_time = load_report.Levels(options.ttft_ms, options.tpot_ms)
         levels = {} if _has_own_levels(options) else self.spec.service_levels
         return load | load_report.figures(found, in_time, levels)

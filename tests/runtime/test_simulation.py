@@ -20,6 +20,8 @@ from symbolic import VOCAB, SymbolicExecutor
 
 from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest_rate
 from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.planner.commands import simulate_load
+from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine
@@ -297,6 +299,19 @@ def test_the_load_of_the_spec_is_named_and_judged_only_where_asked() -> None:
     assert text.startswith("40 requests, 32 users at once, in ")
     assert "in time" not in text
     assert "0.0% of the requests in time" in simulated("--ttft-ms", "0.01").stdout
+
+
+def test_it_says_that_the_pool_of_prompts_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = load_plan(DEMO)
+    decode = plan.with_pool(role="decode")
+    monkeypatch.setattr(simulate_load, "load_plan", lambda bundle: decode)
+    found = simulated("--json")
+    assert json.loads(found.stdout)["pool"] == "decode"
+    assert "computes all prompts" in found.stderr
+    monkeypatch.setattr(simulate_load, "load_plan", lambda bundle: plan)
+    assert "computes all prompts" not in simulated().stderr
 
 
 def test_two_loads_are_refused(tmp_path: Path) -> None:
