@@ -215,8 +215,8 @@ class _Work:
         """What it was like, and what was asked."""
         from tokenspeed_plan.runtime.simulation import load_report
 
-        load = {"users": options.users, "arrivals_per_s": options.turns_per_s}
-        load |= {"pool": self.plan.pool.role}
+        load: dict[str, Any] = {"users": options.users, "arrivals_per_s": options.turns_per_s}
+        load["pool"] = self.plan.pool.role
         in_time = load_report.Levels(options.ttft_ms, options.tpot_ms)
         levels = {} if _has_own_levels(options) else self.spec.service_levels
         return load | load_report.figures(found, in_time, levels)
