@@ -33,6 +33,8 @@ MAX_GPUS = 1024
 MAX_CONCURRENCY = 65_536
 MAX_TOKENS = 100_000_000
 MAX_TURNS = 100_000
+# Turns that arrive in a second: of fewer, a clock in seconds would not tell two steps apart.
+MIN_ARRIVALS, MAX_ARRIVALS = 1e-6, 1e6
 MAX_DRAFTS = 16
 MAX_VOCAB = 1 << 24
 MAX_NAME_CHARS = 1024
@@ -255,7 +257,7 @@ class WorkloadSpec(_Section):
         _about("Rows of the batch; without it there are many.", 2000, "rows"),
     ] = None
     arrivals_per_s: Annotated[
-        Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None,
+        Annotated[float, Field(ge=MIN_ARRIVALS, le=MAX_ARRIVALS, allow_inf_nan=False)] | None,
         _about(
             "Turns that arrive in a second. Without it every user sends the next turn at once.",
             2.5,

@@ -134,7 +134,7 @@ def _bounds(choice: Schema) -> str:
         return ""
     if "exclusiveMinimum" in choice:
         return f" over {choice['exclusiveMinimum']:g}, up to {choice['maximum']:g}"
-    return f" from {choice['minimum']} to {choice['maximum']}"
+    return f" from {choice['minimum']:.10g} to {choice['maximum']:.10g}"
 
 
 def _yaml(value: Any) -> str:

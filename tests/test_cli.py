@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.commands.engines import EngineOptions, ready_engine
+from tokenspeed_plan.planner.commands.option_types import Chances
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.plans.bundle import check_cubins, load_plan, save_plan, seal
 from tokenspeed_plan.plans.canon import answer_digest
@@ -560,6 +562,27 @@ def line_model(bundle: Path) -> str:
     return str(json.loads((bundle / "plan.json").read_text())["model"]["location"])
 
 
+def test_the_numbers_of_all_options_are_finite() -> None:
+    """Comparisons with NaN are false, so that no bound refuses it."""
+    found = [
+        (option.opts[0], option.type)
+        for command in main.commands.values()
+        for option in command.params
+        if isinstance(option.type, click.types.FloatParamType | Chances)
+    ]
+    assert len(found) > 15
+    for name, kind in found:
+        for word in ("nan", "inf", "-inf", "1e400", "0.5,nan"):
+            with pytest.raises(click.BadParameter):
+                pytest.fail(f"{name} takes {kind.convert(word, None, None)}")
+
+
+@pytest.mark.parametrize("text", ["", "2", "-0.1", "0.5,", "x"])
+def test_what_is_no_list_of_chances(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="from 0 to 1"):
+        Chances().convert(text, None, None)
+
+
 def test_usage_errors(bundle: Path, batch: Path) -> None:
     for args in (
         ["run", bundle],
@@ -570,6 +593,14 @@ def test_usage_errors(bundle: Path, batch: Path) -> None:
     is_clean(
         cli("run", bundle, "--input", batch, "--output", "-", "--shard", "5/4"), 2, "--shard 5/4"
     )
+
+
+def test_a_kind_of_node_has_one_plan(bundle: Path, batch: Path, tmp_path: Path) -> None:
+    plans = ["--plan", f"mine={bundle}", "--plan", f"mine={tmp_path}"]
+    words = ["run", "--input", str(batch), "--output", str(tmp_path / "out"), "--ray", "auto"]
+    result = cli(*words, *plans)
+    assert result.exit_code == 2
+    assert "`mine` has two plans" in result.output
 
 
 def test_what_is_not_there(bundle: Path, tmp_path: Path) -> None:
@@ -842,6 +873,10 @@ def test_diff_and_why_as_json(bundle: Path) -> None:
     shown = json.loads(cli("show", bundle, "--json").stdout)["predicted"]
     assert number["value"] == shown["ttft_ms"]
     assert number["interval"] == shown["interval"]["ttft_ms"]
+    two = ("--why", "parallelism", "--why", "ttft_ms")
+    assert json.loads(cli("show", bundle, *two, "--json").stdout) == [reason, number]
+    both = [cli("show", bundle, "--why", name).stdout for name in ("parallelism", "ttft_ms")]
+    assert cli("show", bundle, *two).stdout == "".join(both)
     is_clean(cli("show", bundle, "--why", "ttft", "--json"), 2, "no decision")
 
 

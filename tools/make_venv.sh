@@ -34,6 +34,7 @@ if [ ${#options[@]} -gt 0 ]; then
   outer=$("$python" -c "$where") inner=$("$venv/bin/python" -c "$where")
   [ "$outer" = "$inner" ] || printf '%s\n' "$outer" >"$inner/outer.pth"
 fi
+echo "installing into $venv: some minutes where PyTorch has to be downloaded" >&2
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
   ${constraints[@]+"${constraints[@]}"} -e ".${extras:+[$extras]}"
 

@@ -17,7 +17,7 @@ from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.prediction import Prediction
 from tokenspeed_plan.plans.errors import SpecError
 
-_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)([a-zA-Z]?)")
+_QUANTITY = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)([a-zA-Z]?)")
 _TIMES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

@@ -22,7 +22,7 @@ from tokenspeed_plan.planner.passes.reduction import largest_reduction, peer_byt
 from tokenspeed_plan.plans.fp8_format import FP8
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.schema import ArenaName
-from tokenspeed_plan.plans.types import DTYPE_BITS, Phase, TensorSpec, aligned
+from tokenspeed_plan.plans.types import DTYPE_BITS, DType, Phase, TensorSpec, aligned
 
 SHARED_STATE_SLOTS = 2  # of padding, beside those of the sequences
 # A prefill chunk with this many times the tokens of a decode step needs more activations than it.
@@ -65,20 +65,38 @@ class MemoryModel:
         layout: of the pool.
         holding: what a sequence holds beside what the longest one does.
         buffers: persistent buffers by arena and depth, each with its number of layers; a cache.
+        workspaces: of libraries, by the prefill chunk and the format of keys; a cache.
     """
 
     steps: StepModel
     layout: ParallelLayout
     holding: Holding = ALL_ALIKE
     buffers: dict[tuple[ArenaName, int], list[tuple[Tensor, int]]] = field(default_factory=dict)
+    workspaces: dict[tuple[int, DType], int] = field(default_factory=dict)
 
     def map(self, knobs: Knobs, num_seqs: int, seq_tokens: int) -> MemoryMap:
         """The memory that `num_seqs` sequences of up to `seq_tokens` tokens need on a rank.
 
         Data-parallel groups share the sequences out.
         """
-        depth = knobs.depth
         local_seqs = ceil_div(num_seqs, self.layout.attention_dp)
+        rest = self._without_activations(knobs, local_seqs, seq_tokens)
+        return replace(rest, activations=self._activations(knobs, local_seqs))
+
+    def fits(self, knobs: Knobs, num_seqs: int, seq_tokens: int, capacity: int) -> bool:
+        """Whether the total of `map` is at most `capacity`.
+
+        Mostly it is with all activations side by side, so that they need not be placed.
+        """
+        local_seqs = ceil_div(num_seqs, self.layout.attention_dp)
+        rest = self._without_activations(knobs, local_seqs, seq_tokens).total
+        if rest + self._activations(knobs, local_seqs, placed=False) <= capacity:
+            return True
+        return rest + self._activations(knobs, local_seqs) <= capacity
+
+    def _without_activations(self, knobs: Knobs, local_seqs: int, seq_tokens: int) -> MemoryMap:
+        """The memory of so many sequences of a group, but for activations."""
+        depth = knobs.depth
         queries = local_seqs * (depth + 1)
         seq_pages = ceil_div(seq_tokens, knobs.page_size)
         num_pages = self.holding.pages(local_seqs, seq_pages, knobs.page_size)
@@ -94,10 +112,9 @@ class MemoryModel:
             kv_cache=self._kv_cache(knobs, num_pages),
             state=all_slots - checkpoints,
             checkpoints=checkpoints,
-            activations=self._activations(knobs, local_seqs),
             symmetric=self._peers(knobs, local_seqs),
             io=self._io(knobs, local_seqs, seq_tokens),
-            scratch=queries * self._scratch_per_query,
+            scratch=queries * _scratch_per_query(self.steps, self.layout),
             reserved=self.steps.hardware.reserved_bytes + self._workspace(knobs),
         )
 
@@ -132,16 +149,10 @@ class MemoryModel:
         return sum(page_bytes), sum(self._slot_bytes(knobs.depth))
 
     def _workspace(self, knobs: Knobs) -> int:
-        """An upper bound: of the functions of libraries that could compute a prefill chunk."""
-        graph, found, prices = self._sharded("prefill"), [0], self.steps.hardware.libraries
-        for op in graph.ops:
-            known = library_functions(graph, op, stored_formats(knobs.kv_dtype))
-            priced = [name for name in known if name in prices]
-            for name in priced:
-                if not any(prices[other].is_below(prices[name]) for other in priced):
-                    function = LIBRARY_FUNCTIONS[name]
-                    found.append(function.workspace_bytes(op.attrs, knobs.prefill_chunk))
-        return max(*found, _quantised_workspace(graph, self.steps, knobs.prefill_chunk))
+        key = (knobs.prefill_chunk, knobs.kv_dtype)
+        if key not in self.workspaces:
+            self.workspaces[key] = _workspace(self._sharded("prefill"), self.steps, knobs)
+        return self.workspaces[key]
 
     def _largest(self, limit: int, total: Callable[[int], int]) -> int:
         """The largest number, up to a limit, whose memory fits."""
@@ -162,20 +173,6 @@ class MemoryModel:
         if draft:
             return self._target_weights + self._draft_weights
         return self._target_weights
-
-    @cached_property
-    def _scratch_per_query(self) -> int:
-        """Bytes of attention's partial results for one query.
-
-        The smallest bucket splits a context among all multiprocessors, the next one among half as
-        many, and so on. Those of products that split their depth are left out: they are small.
-        """
-        attention = self.steps.config.attention
-        heads = attention.num_qo_heads // self.layout.attention_tp
-        splits = 2 * min(self.steps.hardware.num_sms, MAX_SPLITS)
-        values = attention.head_dim + 2  # with the maximum and the sum of the softmax
-        element_bytes = DTYPE_BITS["fp32"] // 8
-        return splits * heads * values * element_bytes
 
     @cached_property
     def _target_weights(self) -> int:
@@ -243,15 +240,16 @@ class MemoryModel:
             self.buffers[key] = found
         return self.buffers[key]
 
-    def _activations(self, knobs: Knobs, seqs: int) -> int:
-        """Bytes of the phase that needs more."""
+    def _activations(self, knobs: Knobs, seqs: int, placed: bool = True) -> int:
+        """Bytes of the phase that needs more; where they are not placed, an upper bound."""
+        arena = self._arena if placed else self._side_by_side
         depth = knobs.depth
         chunk = knobs.prefill_chunk
-        prefill = self._arena("prefill", chunk, min(seqs, chunk), depth)
+        prefill = arena("prefill", chunk, min(seqs, chunk), depth)
         tokens = seqs * (depth + 1)
         if chunk >= LONG_CHUNK * tokens:
             return prefill
-        decode = self._arena("decode", tokens, seqs, depth)
+        decode = arena("decode", tokens, seqs, depth)
         return max(prefill, decode)
 
     def _peers(self, knobs: Knobs, seqs: int) -> int:
@@ -268,6 +266,12 @@ class MemoryModel:
         graph = self._sharded(phase, knobs.depth)
         found = largest_reduction(graph, self.steps.hardware, tokens, min(seqs, tokens))
         return peer_bytes(found, tokens, min(seqs, tokens))
+
+    def _side_by_side(self, phase: Phase, tokens: int, seqs: int, depth: int) -> int:
+        """Bytes of all activations, of which none reuses those of another."""
+        graph = self.steps.graph(self.layout, phase, tokens, seqs, depth)
+        tensors = [each for each in graph.tensors.values() if each.arena == "activations"]
+        return sum(aligned(each.spec.size_bytes(tokens, seqs)) for each in tensors)
 
     def _arena(self, phase: Phase, tokens: int, seqs: int, depth: int) -> int:
         known = self.steps.arenas
@@ -303,6 +307,32 @@ class MemoryModel:
                 size = spec.size_bytes(tokens, seqs)
                 sizes[name] = max(sizes.get(name, 0), size)
         return sum(map(aligned, sizes.values()))
+
+
+def _scratch_per_query(steps: StepModel, layout: ParallelLayout) -> int:
+    """Bytes of attention's partial results for one query.
+
+    The smallest bucket splits a context among all multiprocessors, the next one among half as many,
+    and so on. Those of products that split their depth are left out: they are small.
+    """
+    attention = steps.config.attention
+    heads = attention.num_qo_heads // layout.attention_tp
+    splits = 2 * min(steps.hardware.num_sms, MAX_SPLITS)
+    values = attention.head_dim + 2  # with the maximum and the sum of the softmax
+    return splits * heads * values * (DTYPE_BITS["fp32"] // 8)
+
+
+def _workspace(graph: OpGraph, steps: StepModel, knobs: Knobs) -> int:
+    """An upper bound: of the functions of libraries that could compute a prefill chunk."""
+    found, prices = [0], steps.hardware.libraries
+    for op in graph.ops:
+        known = library_functions(graph, op, stored_formats(knobs.kv_dtype))
+        priced = [name for name in known if name in prices]
+        for name in priced:
+            if not any(prices[other].is_below(prices[name]) for other in priced):
+                function = LIBRARY_FUNCTIONS[name]
+                found.append(function.workspace_bytes(op.attrs, knobs.prefill_chunk))
+    return max(*found, _quantised_workspace(graph, steps, knobs.prefill_chunk))
 
 
 def _quantised_workspace(graph: OpGraph, steps: StepModel, chunk: int) -> int:

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from tokenspeed_plan.planner.advisor.batch_prices import BatchModel, RowShape
 from tokenspeed_plan.planner.advisor.batch_run import BatchRun
@@ -57,7 +57,7 @@ class Prediction:
         hit_rate: share of prompt tokens that come from the prefix cache.
         error: half the width of the interval of times, relative.
         price_per_hour: USD for one GPU.
-        memory: of the fullest rank.
+        memory_of: computes the memory of the fullest rank.
         transfer: of a prompt's cache, where there are two pools.
         run: of a batch on one replica, from its first row to its last; None for other workloads.
         simulated: means and percentiles under the load of the spec, by the names of service levels;
@@ -77,10 +77,15 @@ class Prediction:
     hit_rate: float
     error: float
     price_per_hour: float
-    memory: MemoryMap
+    memory_of: Callable[[], MemoryMap] = field(repr=False, compare=False)
     transfer: Transfer | None = None
     run: BatchRun | None = None
     simulated: Mapping[str, float] | None = None
+
+    @property
+    def memory(self) -> MemoryMap:
+        """Of the fullest rank."""
+        return self.memory_of()
 
     @property
     def tokens_per_s(self) -> float:
@@ -252,7 +257,7 @@ class Predictor:
             hit_rate=talk.hit_rate,
             error=self._error(step, prompt, demand.tokens / decode.accepted(round(batch)), users),
             price_per_hour=self._price_per_hour,
-            memory=self.fullest(candidate),
+            memory_of=partial(self.fullest, candidate),
             transfer=transfer,
             run=shared.run if shared else None,
         )
@@ -303,7 +308,13 @@ class Predictor:
 
     def fits(self, candidate: Candidate) -> bool:
         """Whether each GPU has the memory."""
-        return self.fullest(candidate).total <= self.hardware.memory_bytes
+        workload, capacity = self.spec.workload, self.hardware.memory_bytes
+        users = ceil_div(workload.num_seqs, candidate.replicas)
+        tokens = workload.max_conversation_tokens
+        pools = [layout for layout in (candidate.layout, candidate.prefill) if layout]
+        return all(
+            self.memory(layout).fits(candidate.knobs, users, tokens, capacity) for layout in pools
+        )
 
     def _prompts(
         self, layout: ParallelLayout, knobs: Knobs, talk: Conversation

@@ -159,9 +159,9 @@ class Search:
         """The prediction of a candidate; None where it does not fit."""
         if candidate in self.seen:
             return self.seen[candidate]
-        needed = self.predictor.fullest(candidate).total
-        capacity = self.predictor.hardware.memory_bytes
-        if needed > capacity:
+        if not self.predictor.fits(candidate):
+            needed = self.predictor.fullest(candidate).total
+            capacity = self.predictor.hardware.memory_bytes
             reason = f"needs {needed / GIB:.1f} GiB on each GPU, which has {capacity / GIB:.1f}"
             self.rejected.append(Rejected(str(candidate), reason))
             return None

@@ -12,6 +12,7 @@ from functools import cached_property
 from tokenspeed_plan.codegen.tiling import GEMV_ROWS, NORMED_ROWS
 from tokenspeed_plan.planner.advisor.engine_profile import Engine
 from tokenspeed_plan.planner.advisor.numbers import ceil_div
+from tokenspeed_plan.planner.advisor.op_prices import NumberedOp, OpPrices
 from tokenspeed_plan.planner.advisor.step_time import StepTime
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
@@ -25,7 +26,7 @@ from tokenspeed_plan.planner.models.quantization import (
     published_encoding,
     stored_word,
 )
-from tokenspeed_plan.planner.passes.cost import CostedOp, Load, costed_op, time_of
+from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS, SORTED_AT_ONCE
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.planner.passes.op_terms import Formats
@@ -96,7 +97,7 @@ class _PricedOp:
     groups (`spans_groups`).
     """
 
-    op: CostedOp
+    op: NumberedOp
     count: int
     spans_groups: bool
 
@@ -140,6 +141,11 @@ class StepModel:
 
     def __post_init__(self) -> None:
         self.weights = stored_word(self.weights, self.config.quantization)
+
+    @cached_property
+    def op_prices(self) -> OpPrices:
+        """The prices of operators so far."""
+        return OpPrices(self.hardware)
 
     @property
     def dtype(self) -> DType:
@@ -232,30 +238,31 @@ class StepModel:
             all_groups = load
         us = dict.fromkeys(KERNEL_TIME_KINDS, 0.0)
         launches = collectives = floor_us = 0.0
-        for priced in self._priced_ops(key, load):
-            own_load = load
-            if priced.spans_groups:
-                own_load = all_groups
-            work = priced.op.work(own_load)
-            time = time_of(priced.op, work, own_load, self.hardware)
-            us[time.bound] += priced.count * time.busy_us
-            us[time.waits_for] += priced.count * time.latency_us
-            launches += priced.count
-            collectives += priced.count * (time.waits_for == "collective")
-            floor_us += priced.count * (work.floor_bytes / self.hardware.peak_bytes_per_s * 1e6)
+        alone = load, self.op_prices.of_load(load)
+        together = all_groups, self.op_prices.of_load(all_groups)
+        for each in self._priced_ops(key, load):
+            own_load, known = together if each.spans_groups else alone
+            price = self.op_prices.price(each.op, own_load, known)
+            us[price.time.bound] += each.count * price.time.busy_us
+            us[price.time.waits_for] += each.count * price.time.latency_us
+            launches += each.count
+            collectives += each.count * (price.time.waits_for == "collective")
+            floor_us += each.count * price.floor_us
         return StepTime(**us, launches=launches, collectives=collectives, floor_us=floor_us)
 
     def _priced_ops(self, graph_key: GraphKey, load: Load) -> tuple[_PricedOp, ...]:
         """The operators of a graph with what their prices need, for loads of one format."""
-        formats, splits = load.formats, load.context_split
-        key = (graph_key, formats, splits)
+        key = (graph_key, load.formats, load.context_split)
         if key not in self.priced_ops:
             graph = self._graph(graph_key)
-            priced = []
-            for op in graph.ops:
-                costed = costed_op(graph, op, formats, splits)
-                priced.append(_PricedOp(costed, self.count_of(op.layer), _spans_groups(op)))
-            self.priced_ops[key] = tuple(priced)
+            self.priced_ops[key] = tuple(
+                _PricedOp(
+                    self.op_prices.numbered(graph, op, load),
+                    self.count_of(op.layer),
+                    _spans_groups(op),
+                )
+                for op in graph.ops
+            )
         return self.priced_ops[key]
 
     def _as_engine(self, step: StepTime, depth: int) -> StepTime:

@@ -23,6 +23,7 @@ from tokenspeed_plan.planner.commands.engines import (
     limit_cpu,
     on_all_ranks,
 )
+from tokenspeed_plan.planner.commands.option_types import Chances
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Plan
@@ -34,21 +35,6 @@ if TYPE_CHECKING:
 
 Folder = click.Path(path_type=Path)
 Some = click.IntRange(min=1)
-
-
-class Chances(click.ParamType):  # type: ignore[type-arg]
-    """A list of numbers, separated by commas."""
-
-    name = "numbers"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        """The numbers."""
-        try:
-            return tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"`{value}` is not a list of numbers, such as 0.9,0.8,0.7", param, ctx)
 
 
 @dataclass(frozen=True, slots=True)

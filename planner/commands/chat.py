@@ -21,6 +21,7 @@ from tokenspeed_plan.planner.commands.engines import (
     on_all_ranks,
     ready_engine,
 )
+from tokenspeed_plan.planner.commands.option_types import Number
 from tokenspeed_plan.plans.errors import RequestError, RequestFailed
 
 if TYPE_CHECKING:
@@ -59,12 +60,12 @@ class ChatOptions:
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens of an answer.")
 @click.option(
     "--temperature",
-    type=click.FloatRange(0, 2),
+    type=Number(0, 2),
     default=1.0,
     show_default=True,
     help="0 is greedy.",
 )
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--top-p", type=Number(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 is all.")
 @click.option(
     "--seed",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
+from tokenspeed_plan.planner.commands.option_types import seconds_option
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.bundle import PLAN_FILE, load_plan
 from tokenspeed_plan.plans.errors import RequestError
@@ -68,18 +69,6 @@ class EngineOptions:
         if self.canary:
             return "small"
         return "headers"
-
-
-def seconds_option(flag: str, name: str, default: float, text: str) -> Callable[[Any], Any]:
-    """An option of so many seconds, more than none."""
-    return click.option(
-        flag,
-        name,
-        type=click.FloatRange(min=0, min_open=True),
-        default=default,
-        show_default=True,
-        help=text,
-    )
 
 
 rank_timeout_option = seconds_option(

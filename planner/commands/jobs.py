@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from tokenspeed_plan.planner.commands.engines import seconds_option
+from tokenspeed_plan.planner.commands.option_types import seconds_option
 from tokenspeed_plan.plans.errors import RequestError
 
 if TYPE_CHECKING:
@@ -56,11 +56,13 @@ def _kind_and_bundle(
     context: click.Context, parameter: click.Parameter, words: tuple[str, ...]
 ) -> tuple[tuple[str, Path], ...]:
     """Each `KIND=DIR`."""
-    found = []
+    found: list[tuple[str, Path]] = []
     for word in words:
         kind, _, folder = word.partition("=")
         if not kind or not folder:
             raise click.BadParameter(f"`{word}` is not KIND=DIR", context, parameter)
+        if kind in dict(found):
+            raise click.BadParameter(f"`{kind}` has two plans", context, parameter)
         found.append((kind, Path(folder)))
     return tuple(found)
 

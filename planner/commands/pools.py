@@ -25,9 +25,9 @@ import click
 from tokenspeed_plan.planner.commands.engines import (
     EngineOptions,
     load_engine,
-    seconds_option,
     written_pools,
 )
+from tokenspeed_plan.planner.commands.option_types import seconds_option
 from tokenspeed_plan.planner.commands.rank_processes import (
     environment_alone,
     own_command,

@@ -204,7 +204,7 @@ def _parse_job(options: SweepOptions, spec: Spec) -> Job | None:
 def _parse_counts(text: str) -> list[int]:
     counts = []
     for word in text.split(","):
-        if not word.isdecimal() or not 1 <= int(word) <= MAX_GPUS:
+        if not word.isdecimal() or len(word) > 9 or not 1 <= int(word) <= MAX_GPUS:
             raise SpecError(
                 f"`--count {text}` is not a list of numbers from 1 to {MAX_GPUS}",
                 "such as 1,2,4,8",

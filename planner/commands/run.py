@@ -29,6 +29,7 @@ from tokenspeed_plan.planner.commands.jobs import (
     ray_job,
     worker_options,
 )
+from tokenspeed_plan.planner.commands.option_types import Number
 from tokenspeed_plan.planner.commands.pools import PoolOptions, other_pools
 from tokenspeed_plan.planner.commands.ray_driver import RayJob, run_on_ray
 from tokenspeed_plan.planner.spec import WorkloadSpec
@@ -99,7 +100,7 @@ class SharedBatch:
 )
 @click.option("--prompt", help="Answer one prompt, without a batch file.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="With --prompt: tokens to generate.")
-@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, help="With --prompt.")
+@click.option("--temperature", type=Number(0, 2), default=0.0, help="With --prompt.")
 @click.option("--seed", type=int, default=0, help="With --prompt.")
 @click.option("--errors", type=Folder, help="Where failed rows go (default: into the output).")
 @click.option("--summary", type=Folder, help="Write the summary as JSON.")

@@ -22,9 +22,9 @@ from tokenspeed_plan.planner.commands.engines import (
     on_all_ranks,
     rank_timeout_option,
     ready_engine,
-    seconds_option,
     taken_from,
 )
+from tokenspeed_plan.planner.commands.option_types import MAX_SECONDS, Number, seconds_option
 from tokenspeed_plan.planner.commands.pools import (
     PoolOptions,
     other_pools,
@@ -96,7 +96,7 @@ _SERVER_OPTIONS = (
     click.option(
         "--drain",
         "drain_s",
-        type=click.FloatRange(min=0),
+        type=Number(0, MAX_SECONDS),
         default=30.0,
         show_default=True,
         help="Seconds that SIGTERM leaves to answers in flight.",
@@ -222,15 +222,16 @@ def _ready_line(listener: socket.socket) -> str:
 
 def _serve(bundle: Path, options: ServeOptions) -> None:
     from tokenspeed_plan.runtime.serving.http import check_reach, listen, serve
-    from tokenspeed_plan.runtime.serving.kv_events import kv_events
+    from tokenspeed_plan.runtime.serving.kv_events import kv_events, publisher
 
-    with listen(options.server.own_host, options.port) as listener:
+    own = options.routing
+    with listen(options.server.own_host, options.port) as listener, publisher(own.kv_events) as out:
         check_reach(listener, options.server.api_key)
         template = load_chat_template(bundle, options.engine)
         with other_pools(bundle, options.engine, options.pools) as attach:
             engine = ready_engine(bundle, options.engine, template)
             attach(engine)
             ready = _ready_line(listener)
-            with kv_events(engine, options.routing.kv_events, options.routing.kv_topic):
+            with kv_events(engine, out, own.kv_topic):
                 serve(engine, options.server, listener, lambda: click.echo(ready, err=True))
             engine.loop.close()

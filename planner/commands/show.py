@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class ShowOptions:
     bundle: Path
     as_json: bool
     kernels: bool
-    field: str | None
+    field: tuple[str, ...]
     html: Path | None
 
 
@@ -36,7 +37,10 @@ class ShowOptions:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--kernels", is_flag=True, help="List the kernels too.")
 @click.option(
-    "--why", "field", help="Explain a decision or a predicted number, with the runners-up."
+    "--why",
+    "field",
+    multiple=True,
+    help="Explain a decision or a predicted number, with the runners-up; may be given again.",
 )
 @click.option(
     "--html",
@@ -53,7 +57,7 @@ def _show(options: ShowOptions) -> None:
     if options.html is not None:
         options.html.write_text(_page(frozen), encoding="utf-8")
         click.echo(f"wrote {options.html}", err=True)
-    elif options.field is not None:
+    elif options.field:
         _show_why(frozen, options.field, options.as_json)
     elif options.as_json:
         click.echo(json.dumps(as_dict(frozen), indent=1, allow_nan=False))
@@ -62,11 +66,13 @@ def _show(options: ShowOptions) -> None:
         click.echo(as_text(frozen, options.kernels, width))
 
 
-def _show_why(frozen: Plan, name: str, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(why_as_dict(frozen, name), indent=1, allow_nan=False))
-    else:
-        click.echo(why(frozen, name))
+def _show_why(frozen: Plan, names: Sequence[str], as_json: bool) -> None:
+    """As JSON one decision is an object, several are a list of them."""
+    if not as_json:
+        click.echo("\n".join(why(frozen, name) for name in names))
+        return
+    found = [why_as_dict(frozen, name) for name in names]
+    click.echo(json.dumps(found if len(found) > 1 else found[0], indent=1, allow_nan=False))
 
 
 def _page(frozen: Plan) -> str:

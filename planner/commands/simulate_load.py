@@ -14,8 +14,9 @@ from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest
 from tokenspeed_plan.planner.advisor.plan_prices import drafts_accepted, plan_steps, spec_of
 from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
 from tokenspeed_plan.planner.advisor.spec_load import LoadSize, spec_load
-from tokenspeed_plan.planner.commands.bench import Chances
-from tokenspeed_plan.planner.spec import Spec, WorkloadSpec
+from tokenspeed_plan.planner.commands.long_work import LongWork
+from tokenspeed_plan.planner.commands.option_types import Chances, Number
+from tokenspeed_plan.planner.spec import MAX_ARRIVALS, MIN_ARRIVALS, Spec, WorkloadSpec
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 
 Folder = click.Path(path_type=Path)
 Some = click.IntRange(min=1)
-Milliseconds = click.FloatRange(min=0, min_open=True, max=1e9)
+Milliseconds = Number(min=0, min_open=True, max=1e9)
 MAX_REQUESTS = 1_000_000
 MAX_USERS = 65_536
+ALONE = "the pool that answers is alone here: it computes all prompts, and hands nothing over"
 ROWS_AHEAD = 2  # rows of a batch that are queued, for each that runs
 
 
@@ -80,13 +82,13 @@ class SimulateOptions:
 @click.option(
     "--arrivals",
     "turns_per_s",
-    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    type=Number(MIN_ARRIVALS, MAX_ARRIVALS),
     help="Requests that come in a second, at random times, in place of --users.",
 )
 @click.option(
     "--think",
     "think_s",
-    type=click.FloatRange(0, 1e6),
+    type=Number(0, 1e6),
     default=0.0,
     show_default=True,
     help="Seconds from an answer to the next turn of its conversation.",
@@ -105,7 +107,7 @@ class SimulateOptions:
 )
 @click.option(
     "--in-time",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=0.95,
     show_default=True,
     help="Share of the requests that must meet --ttft-ms and --tpot-ms.",
@@ -133,10 +135,11 @@ def _simulate(options: SimulateOptions) -> None:
             "--users, --arrivals, --recorded and --most are four loads", "give one of them, or none"
         )
     plan = load_plan(options.bundle)
-    work = _Work(plan, spec_of(plan), plan_steps(plan, options.bundle), _accepted(plan, options))
-    if options.most:
-        options = work.largest(options)
-    found = work.run(options)
+    accepted = _accepted(plan, options)
+    with LongWork() as report:
+        work = _Work(plan, spec_of(plan), plan_steps(plan, options.bundle), accepted, report)
+        options = work.with_load(options)
+        found = work.run(options)
     figures = work.figures(found, options)
     _show(figures, options)
     if options.trace is not None:
@@ -150,10 +153,22 @@ def _accepted(plan: Plan, options: SimulateOptions) -> tuple[float, ...]:
 def _show(figures: dict[str, Any], options: SimulateOptions) -> None:
     from tokenspeed_plan.runtime.simulation import load_report
 
-    text = load_report.as_text(figures)
     if options.as_json:
         text = json.dumps(figures, indent=2, allow_nan=False)
+    else:
+        text = load_report.as_text(figures, _load_words(options), _has_own_levels(options))
     click.echo(printable(text))
+    if figures["pool"] != "both":
+        click.echo(ALONE, err=True)
+
+
+def _load_words(options: SimulateOptions) -> str:
+    if options.recorded is not None:
+        return f"as in {options.recorded}"
+    if options.turns_per_s is not None:
+        return f"{options.turns_per_s:.4g} a second"
+    plural = "s" * (options.users != 1)
+    return f"{options.users} user{plural} at once"
 
 
 def _write_trace(found: Simulated, path: Path) -> None:
@@ -171,19 +186,37 @@ class _Work:
     spec: Spec
     times: PlanSteps
     accepted: tuple[float, ...]
+    report: LongWork
+
+    def with_load(self, options: SimulateOptions) -> SimulateOptions:
+        """The options with the load that is asked for, or that of the spec."""
+        asked = self.spec.workload
+        if options.most:
+            return self.largest(options)
+        if options.recorded is not None or options.users or options.turns_per_s:
+            return options
+        if asked.arrivals_per_s is not None:
+            return replace(options, turns_per_s=asked.arrivals_per_s)
+        return replace(options, users=_num_users(self.plan, asked))
 
     def run(self, options: SimulateOptions) -> Simulated:
         """Simulate a load."""
         from tokenspeed_plan.runtime.simulation.load_run import simulate
 
-        load = _load(self.plan, self.spec, options)
-        return simulate(self.plan, self.times, load, self.accepted, options.seed)
+        load, count = _load(self.plan, self.spec, options)
+        stage = f"simulating {_load_words(options)}"
+
+        def progress(num_answered: int) -> None:
+            self.report(stage, num_answered, count)
+
+        return simulate(self.plan, self.times, load, self.accepted, options.seed, progress=progress)
 
     def figures(self, found: Simulated, options: SimulateOptions) -> dict[str, Any]:
         """What it was like, and what was asked."""
         from tokenspeed_plan.runtime.simulation import load_report
 
-        load = {"users": options.users, "arrivals_per_s": options.turns_per_s}
+        load: dict[str, Any] = {"users": options.users, "arrivals_per_s": options.turns_per_s}
+        load["pool"] = self.plan.pool.role
         in_time = load_report.Levels(options.ttft_ms, options.tpot_ms)
         levels = {} if _has_own_levels(options) else self.spec.service_levels
         return load | load_report.figures(found, in_time, levels)
@@ -237,20 +270,18 @@ def _most_arrivals(options: SimulateOptions, is_good: IsGood) -> SimulateOptions
     return None if found is None else replace(options, turns_per_s=found)
 
 
-def _load(plan: Plan, spec: Spec, options: SimulateOptions) -> Load:
-    """What was recorded, or the conversations of the spec's workload."""
+def _load(plan: Plan, spec: Spec, options: SimulateOptions) -> tuple[Load, int]:
+    """What was recorded, or the conversations of the spec's workload; and how many requests."""
     from tokenspeed_plan.runtime.simulation.recorded import Recorded, read_recorded
 
     vocab_size = plan.model.vocab_size
     if options.recorded is not None:
-        return Recorded(read_recorded(options.recorded), vocab_size)
+        rows = read_recorded(options.recorded, plan.pool.limits.max_seq_len)
+        return Recorded(rows, vocab_size), len(rows)
     users, rate = options.users, options.turns_per_s
-    if users is None and rate is None:
-        rate = spec.workload.arrivals_per_s
-    if rate is None:
-        users = users or _num_users(plan, spec.workload)
     size = LoadSize(options.requests, users, rate, options.think_s, options.seed)
-    return spec_load(spec.workload, size, vocab_size)
+    load = spec_load(spec.workload, size, vocab_size)
+    return load, len(load.talks) * spec.workload.turns
 
 
 def _num_users(plan: Plan, workload: WorkloadSpec) -> int:

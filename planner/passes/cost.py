@@ -159,6 +159,30 @@ def costed_op(
     )
 
 
+def signature(graph: OpGraph, op: Op) -> tuple[object, ...]:
+    """All that `costed_op` takes from a graph: operators with equal ones cost the same."""
+    members = tuple(_member_signature(graph, member) for member in op.members)
+    names = dict.fromkeys((*op.inputs, *op.outputs))
+    return op.kind, members, _specs_of(graph, names)
+
+
+def _member_signature(graph: OpGraph, op: Op) -> tuple[object, ...]:
+    """Of rank constants it has the ranks that share something out, and not what they start with."""
+    weights = tuple((spec.shape, spec.format) for spec in weight_specs(graph, op))
+    states = _specs_of(graph, (name for name, _ in op.states))
+    accesses = tuple(access for _, access in op.states)
+    ways = tuple((name, shift.mod) for name, shift in op.rank_attrs.items())
+    attrs = tuple(op.attrs.items())
+    tensors = _specs_of(graph, op.inputs), _specs_of(graph, op.outputs)
+    return op.kind, attrs, ways, tensors, weights, states, accesses
+
+
+def _specs_of(graph: OpGraph, names: Iterable[str]) -> tuple[object, ...]:
+    """Shapes and formats; as tuples, whose parts are mostly the same objects, they compare fast."""
+    specs = [graph.tensors[name].spec for name in names]
+    return tuple((spec.shape, spec.format) for spec in specs)
+
+
 def waiting_tokens(parts: Iterable[Op | Part]) -> int:
     """Tokens of a sequence that wait for another one in a kernel of the delta rule.
 

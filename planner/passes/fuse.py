@@ -7,6 +7,7 @@ only the run itself uses stays in registers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -168,8 +169,7 @@ class _Fuser:
         """
         end = index + len(fusion.run)
         run = self.order[index:end]
-        kinds = [op.kind for op in run]
-        if kinds != list(fusion.run) or self._is_left(index, fusion):
+        if fusion.run != tuple(op.kind for op in run) or self._is_left(index, fusion):
             return False
         if fusion.gemv_only:
             products = [op for op in run if op.kind == "linear"]
@@ -177,7 +177,7 @@ class _Fuser:
                 return False
         if fusion.independent:
             return True
-        return all(_is_connected(op, run) for op in run)
+        return _are_connected(run)
 
     def _is_left(self, index: int, fusion: Fusion) -> bool:
         """Whether what follows belongs to another kernel."""
@@ -221,17 +221,17 @@ class _Fuser:
         return any(index not in inside for index in self.readers.get(name, ()))
 
 
-def _is_connected(op: Op, run: Sequence[Op]) -> bool:
-    """Whether an operator shares a tensor or a state with another of the run."""
-    states = dict(op.states)
-    for other in run:
-        reads = set(op.inputs).intersection(other.outputs)
-        feeds = set(op.outputs).intersection(other.inputs)
-        if reads or feeds:
-            return True
-        if other is not op and states.keys() & dict(other.states).keys():
-            return True
-    return False
+def _are_connected(run: Sequence[Op]) -> bool:
+    """Whether each operator shares a tensor or a state with another of the run."""
+    read = {name for op in run for name in op.inputs}
+    written = {name for op in run for name in op.outputs}
+    holders = Counter(name for op in run for name, _ in op.states)
+    return all(
+        not written.isdisjoint(op.inputs)
+        or not read.isdisjoint(op.outputs)
+        or any(holders[name] > 1 for name, _ in op.states)
+        for op in run
+    )
 
 
 def _states(run: Sequence[Op]) -> tuple[tuple[str, Access], ...]:

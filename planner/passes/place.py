@@ -26,8 +26,11 @@ class _Held:
     uses: list[Epoch] = field(default_factory=list)
 
     def is_over(self, clock: list[int], stream: int) -> bool:
-        """Whether every use is ordered before the operator at this clock."""
-        return all(_is_over(use, clock, stream) for use in self.uses)
+        """Whether every use is ordered before the operator at this clock, and is not its own."""
+        for user, time in self.uses:
+            if time > clock[user] or (user == stream and time == clock[stream]):
+                return False
+        return True
 
 
 def place(graph: OpGraph, max_tokens: int, max_seqs: int) -> OpGraph:
@@ -37,15 +40,18 @@ def place(graph: OpGraph, max_tokens: int, max_seqs: int) -> OpGraph:
     arena = _Arena()
     offsets: dict[str, int] = {}
     for op in graph.ordered():
-        stream, clock = clocks[op.name]
+        busy = arena.busy(*clocks[op.name])
+        if graph.num_streams == 1:  # what is over stays so
+            arena.held = busy
         for name in op.outputs:
             tensor = graph.tensors[name]
             if tensor.arena != "activations":
                 continue
             size = tensor.spec.size_bytes(max_tokens, max_seqs)
-            offsets[name] = arena.take(aligned(size), uses[name], clock, stream)
-        if graph.num_streams == 1:
-            arena.drop(clock, stream)
+            held = arena.take(aligned(size), uses[name], busy)
+            offsets[name] = held.start
+            if arena.held is not busy:  # of several streams
+                busy.append(held)
     return graph.to(Stage.PLACED, offsets=offsets, activation_bytes=arena.top)
 
 
@@ -56,35 +62,19 @@ class _Arena:
     held: list[_Held] = field(default_factory=list)
     top: int = 0
 
-    def take(self, size: int, uses: list[Epoch], clock: list[int], stream: int) -> int:
-        """The offset of a buffer that an operator at this clock writes first."""
-        busy = self._busy(clock, stream)
+    def busy(self, stream: int, clock: list[int]) -> list[_Held]:
+        """The buffers that an operator at this clock may not write, in a new list."""
+        return [held for held in self.held if not held.is_over(clock, stream)]
+
+    def take(self, size: int, uses: list[Epoch], busy: list[_Held]) -> _Held:
+        """A buffer beside those that are busy."""
         spans = [(held.start, held.end) for held in busy]
         offset = _first_fit(sorted(spans), size)
         end = offset + size
         buffer = _Held(offset, end, uses)
         self.held.append(buffer)
         self.top = max(self.top, end)
-        return offset
-
-    def drop(self, clock: list[int], stream: int) -> None:
-        """Forget the buffers that are over. With one stream they stay so."""
-        self.held = self._busy(clock, stream)
-
-    def _busy(self, clock: list[int], stream: int) -> list[_Held]:
-        busy = []
-        for held in self.held:
-            if not held.is_over(clock, stream):
-                busy.append(held)
-        return busy
-
-
-def _is_over(use: Epoch, clock: list[int], stream: int) -> bool:
-    """Whether a use is ordered before the operator at this clock and is not its own."""
-    user, time = use
-    if user == stream and time == clock[stream]:
-        return False
-    return time <= clock[user]
+        return buffer
 
 
 def _first_fit(busy: list[tuple[int, int]], size: int) -> int:

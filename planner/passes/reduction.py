@@ -48,8 +48,14 @@ def largest_reduction(
     graph: OpGraph, hardware: HardwareSpec, num_tokens: int, num_seqs: int
 ) -> Reduction | None:
     """The largest sum over ranks of a program of so many tokens and sequences, None without one."""
-    found = [_reduction(graph, op, hardware, num_tokens, num_seqs) for op in _all_reduces(graph)]
-    return max(found, key=lambda each: each.rows, default=None)
+
+    def num_rows(op: Op) -> int:
+        return graph.tensors[op.inputs[0]].spec.bind(num_tokens, num_seqs)[0]
+
+    largest = max(_all_reduces(graph), key=num_rows, default=None)
+    if largest is None:
+        return None
+    return _reduction(graph, largest, hardware, num_tokens, num_seqs)
 
 
 def _all_reduces(graph: OpGraph) -> list[Op]:

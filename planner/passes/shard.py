@@ -60,6 +60,9 @@ def _localize(tensor: Tensor, layout: ParallelLayout) -> Tensor:
 
 
 def _cut_weight(weight: Weight, layout: ParallelLayout) -> Weight:
+    is_cut = any(source.splits or source.every for source in weight.sources)
+    if not is_cut and not weight.spec.format.block:
+        return weight
     sources: list[Source] = []
     for source in weight.sources:
         if source.every:
@@ -142,6 +145,9 @@ def _unpack(source: Source, layout: ParallelLayout) -> list[Source]:
 
 
 def _cut_op(op: Op, tensors: Mapping[str, Tensor], layout: ParallelLayout) -> Op:
+    is_cut = op.attr_splits or op.shifts or op.partial or op.gathered
+    if not is_cut and op.kind != "linear":
+        return op
     attrs = dict(op.attrs)
     for name, split in op.attr_splits.items():
         attrs[name] = split.local_units(layout)

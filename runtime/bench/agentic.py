@@ -181,8 +181,7 @@ def _median_ms(seconds: list[float]) -> float:
 
 def as_text(found: dict[str, Any]) -> str:
     """The figures as text."""
-    workload, ttft = found["workload"], found["ttft_ms"]
-    later = ttft[1:] or ttft
+    workload = found["workload"]
     copied_bytes = found["state_bytes_copied_per_step"]
     return "\n".join(
         (
@@ -191,8 +190,7 @@ def as_text(found: dict[str, Any]) -> str:
             f"{workload['output_tokens']} out",
             f"  cache: {found['hit_rate']:.1%} of the prompts' tokens, "
             f"{found['evicted_checkpoints']:.0f} evictions, {found['preemptions']:.0f} preemptions",
-            f"  TTFT: first turn {ttft[0]:.1f} ms, second {later[0]:.1f} ms, "
-            f"last {later[-1]:.1f} ms",
+            f"  TTFT: {_turns_ms(found['ttft_ms'])}",
             f"  TPOT {found['tpot_ms']:.3f} ms; "
             f"a turn {found['turn_time_ms'][-1]:.1f} ms (the last)",
             f"  {found['tokens_per_s_user']:.1f} tokens/s a user, "
@@ -202,6 +200,16 @@ def as_text(found: dict[str, Any]) -> str:
             f"{copied_bytes:.0f} bytes copied a step (pages; recurrent state never)",
         )
     )
+
+
+def _turns_ms(ttft_ms: list[float]) -> str:
+    """The times of the first, the second and the last turn, as far as there are so many."""
+    named = [("first turn", ttft_ms[0])]
+    if len(ttft_ms) > 1:
+        named.append(("second", ttft_ms[1]))
+    if len(ttft_ms) > 2:
+        named.append(("last", ttft_ms[-1]))
+    return ", ".join(f"{name} {ms:.1f} ms" for name, ms in named)
 
 
 def _accepted(found: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ of its digest in the prefix cache.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from tokenspeed_plan.plans.errors import RequestError
+from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.runtime.cache.prefix_tree import Node
 from tokenspeed_plan.runtime.engine import Engine
 
@@ -134,27 +136,43 @@ class KvEvents:
 
 
 @contextmanager
-def kv_events(engine: Engine, endpoint: str | None, topic: str) -> Iterator[None]:
-    """Publish what the prefix cache of an engine holds; without an endpoint nothing.
+def publisher(endpoint: str | None) -> Iterator[Any]:
+    """A socket that publishes, until the block ends; None without an endpoint.
 
     Args:
-        engine: whose steps have not begun.
         endpoint: of ZeroMQ, to which subscribers connect; after `>`, one that this socket
             connects to, as a gateway listens there.
-        topic: of all messages.
 
     Raises:
         RequestError: the packages are missing, or the endpoint cannot be opened.
     """
     if endpoint is None:
-        yield
+        yield None
         return
     socket = _open(endpoint)
+    try:
+        yield socket
+    finally:
+        socket.close(linger=1000)  # milliseconds
+
+
+@contextmanager
+def kv_events(engine: Engine, socket: Any, topic: str) -> Iterator[None]:
+    """Publish what the prefix cache of an engine holds; without a socket nothing.
+
+    Args:
+        engine: whose steps have not begun.
+        socket: of `publisher`.
+        topic: of all messages.
+    """
+    if socket is None:
+        yield
+        return
     import msgspec
 
     def send(number: int, events: list[Event]) -> None:
         batch = msgspec.msgpack.encode([time.time(), events, 0])
-        socket.send_multipart((topic.encode(), number.to_bytes(8, "big"), batch))
+        socket.send_multipart((os.fsencode(topic), number.to_bytes(8, "big"), batch))
 
     medium = "CPU"
     if engine.plan.target.device == "cuda":
@@ -166,7 +184,6 @@ def kv_events(engine: Engine, endpoint: str | None, topic: str) -> Iterator[None
         yield
     finally:
         events.end()
-        socket.close(linger=1000)  # milliseconds
 
 
 def _open(endpoint: str) -> Any:
@@ -190,9 +207,10 @@ def _open(endpoint: str) -> Any:
             socket.connect(endpoint.removeprefix(_CONNECT))
         else:
             socket.bind(endpoint)
-    except zmq.ZMQError as error:
+    except (zmq.ZMQError, UnicodeError) as error:
         socket.close()
+        shown = printable_line(endpoint[:80])
         raise RequestError(
-            f"cannot publish at `{endpoint:.80}`: {error}", "as in `tcp://127.0.0.1:5557`"
+            f"cannot publish at `{shown}`: {error}", "as in `tcp://127.0.0.1:5557`"
         ) from error
     return socket

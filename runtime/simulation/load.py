@@ -80,7 +80,7 @@ class Users:
         self._count = itertools.count()
         self._talks: Iterator[tuple[int, Turns]] = enumerate(self.talks)
         self._start_s = 0.0
-        for _ in range(self.users or 1):
+        for _ in range(min(self.users or 1, len(self.talks))):
             self._begin_next(0.0)
 
     def next_time_s(self) -> float | None:

@@ -128,10 +128,17 @@ def _program(steps: list[StepRecord]) -> dict[str, Any]:
     }
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """The figures as text."""
+def as_text(found: dict[str, Any], load: str, has_levels: bool) -> str:
+    """The figures as text.
+
+    Args:
+        found: the figures.
+        load: in words.
+        has_levels: whether it was said what is in time for a request.
+    """
+    in_time = f"; {found['in_time']:.1%} of the requests in time" if has_levels else ""
     lines = [
-        f"{found['requests']} requests in {found['total_s']:.1f} s, simulated: "
+        f"{found['requests']} requests, {load}, in {found['total_s']:.1f} s, simulated: "
         f"{found['tokens_per_s_out']:.1f} tokens/s out, {found['tokens_per_s_in']:.1f} in, "
         f"{found['requests_per_s']:.3f} requests/s",
         f"  {'':<14}" + "".join(f"{f'p{percent}':>12}" for percent in PERCENTILES),
@@ -142,8 +149,8 @@ def as_text(found: dict[str, Any]) -> str:
         f"  cache: {found['hit_rate']:.1%} of the prompts' tokens, "
         f"{found['evicted_checkpoints']} evictions, {found['preemptions']} preemptions, "
         f"{found['host_hits']} hits of the host",
-        f"  device busy {found['device_busy']:.1%}; {found['tokens_per_pass']:.2f} tokens a pass; "
-        f"{found['in_time']:.1%} of the requests in time",
+        f"  device busy {found['device_busy']:.1%}; {found['tokens_per_pass']:.2f} tokens a pass"
+        f"{in_time}",
     ]
     for name, level in found["service_levels"].items():
         verdict = "met" if level["met"] else "missed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ from tokenspeed_plan.runtime.simulation.virtual_steps import (
     plain_token,
 )
 from tokenspeed_plan.runtime.step_loop import StepLoop
+
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ def simulate(
     acceptance: Seq[float] = (),
     seed: int = 0,
     every_step: bool = False,
+    progress: Progress | None = None,
 ) -> Simulated:
     """Run a load to its end.
 
@@ -107,12 +111,14 @@ def simulate(
         acceptance: see `VirtualLauncher`.
         seed: of the drafts that are accepted.
         every_step: go through each step for each sequence, which takes longer and finds the same.
+        progress: is told how many requests are answered.
 
     Raises:
         RequestError: the plan cannot hold a request.
     """
     with no_garbage_collection():
-        return _Simulation(plan, times, load, acceptance, seed, every_step).run()
+        simulation = _Simulation(plan, times, load, acceptance, seed, every_step)
+        return simulation.run(progress)
 
 
 class _Simulation:
@@ -146,11 +152,13 @@ class _Simulation:
         scheduler = NappingScheduler(plan, sleepers, self._clock)
         return scheduler, NappingLoop(plan, self._launcher, scheduler, outputs, sleepers)
 
-    def run(self) -> Simulated:
+    def run(self, progress: Progress | None) -> Simulated:
         """Until nobody asks any more."""
         while self._has_work():
             for completion in self._loop.step(None):
                 self._note(completion)
+                if progress is not None:
+                    progress(len(self._answers))
             if isinstance(self._loop, NappingLoop):
                 next_s = self._load.next_time_s()
                 self._loop.rest(math.inf if next_s is None else next_s)

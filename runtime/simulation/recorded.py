@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.lengths_file import json_object, length_of
+from tokenspeed_plan.plans.text import read_utf8
 from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
 from tokenspeed_plan.runtime.simulation.load import Arrival, own_tokens
 
@@ -26,24 +27,25 @@ class RecordedRow:
     output_tokens: int
 
 
-def read_recorded(path: Path) -> list[RecordedRow]:
+def read_recorded(path: Path, max_seq_len: int) -> list[RecordedRow]:
     """The requests of a file by their time.
 
     Raises:
-        RequestError: the file cannot be read, or a line is no request.
+        RequestError: the file cannot be read, or a line is no request of at most `max_seq_len`
+            tokens.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_utf8(path)
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"`{path}` cannot be read as text: {error}", HINT) from None
     lines = enumerate(text.splitlines(), start=1)
-    rows = [_row(line, f"{path}:{number}") for number, line in lines if line.strip()]
+    rows = [_row(line, f"{path}:{number}", max_seq_len) for number, line in lines if line.strip()]
     if not rows:
         raise RequestError(f"`{path}` has no requests", HINT)
     return sorted(rows, key=lambda row: row.arrival_s)
 
 
-def _row(line: str, where: str) -> RecordedRow:
+def _row(line: str, where: str, max_seq_len: int) -> RecordedRow:
     row = json_object(line, where, _refusal)
     arrival_s = row.get("arrival_s")
     if not isinstance(arrival_s, int | float) or isinstance(arrival_s, bool):
@@ -51,7 +53,14 @@ def _row(line: str, where: str) -> RecordedRow:
     if not 0 <= arrival_s <= MAX_ARRIVAL_S:
         raise _refusal(f"`{where}`: `arrival_s` is no time in seconds")
     prompt = length_of(row, "prompt_tokens", where, _refusal)
-    return RecordedRow(float(arrival_s), prompt, length_of(row, "output_tokens", where, _refusal))
+    output = length_of(row, "output_tokens", where, _refusal)
+    if prompt + output > max_seq_len:
+        raise RequestError(
+            f"`{where}`: {prompt} prompt tokens and {output} new ones are over the plan's limit of "
+            f"{max_seq_len} (max_seq_len)",
+            "leave it out, or plan for longer conversations: raise `workload` in the spec",
+        )
+    return RecordedRow(float(arrival_s), prompt, output)
 
 
 def _refusal(message: str) -> RequestError:

@@ -74,16 +74,21 @@ def test_times(text: str, seconds: float) -> None:
     assert parse_seconds(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "ten", "1e6", "6h"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "ten", "1e6", "6h", "9" * 400])
 def test_what_is_no_number_of_rows(text: str) -> None:
     with pytest.raises(SpecError):
         parse_count(text)
 
 
-@pytest.mark.parametrize("text", ["", "6", "0h", "-6h", "6 h"])
+@pytest.mark.parametrize("text", ["", "6", "0h", "-6h", "6 h", f"{'9' * 400}d"])
 def test_what_is_no_time(text: str) -> None:
     with pytest.raises(SpecError):
         parse_seconds(text)
+
+
+def test_a_number_that_is_too_long_is_refused() -> None:
+    result = cli("--count", "9" * 5000)
+    assert result.exit_code == 2 and "is not a list of numbers" in result.output
 
 
 def cli(*args: str) -> Any:

@@ -167,6 +167,10 @@ def test_what_is_said_to_fit_fits_and_no_more(gpu: str, count: int, model: str) 
         <= capacity
         < memory.map(knobs, most + 1, 30_000).total
     )
+    for num_seqs in (1, most):
+        total = memory.map(knobs, num_seqs, 30_000).total
+        assert memory.fits(knobs, num_seqs, 30_000, total)
+        assert not memory.fits(knobs, num_seqs, 30_000, total - 1)
     tokens = memory.max_tokens_that_fit(knobs, 16)
     assert memory.map(knobs, 16, tokens).total <= capacity
     assert (

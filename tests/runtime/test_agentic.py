@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -45,6 +46,7 @@ def test_as_text() -> None:
     text = CliRunner().invoke(main, [*BENCH, *options], catch_exceptions=False).output
     assert "1 conversations of 2 turns: 40 tokens, then 16 a turn, 8 out" in text
     assert "recurrent state never" in text
+    assert re.search(r"TTFT: first turn [\d.]+ ms, second [\d.]+ ms\n", text)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import socket
 import threading
 import time
@@ -10,14 +11,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from conftest import ROOT
 
+from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.planner.commands import serve
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache, as_words, chain_digest
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.serving import kv_events as module
-from tokenspeed_plan.runtime.serving.kv_events import KvEvents, block_hash, kv_events
+from tokenspeed_plan.runtime.serving.kv_events import KvEvents, block_hash, kv_events, publisher
 
 PAGE = 16
 SEED = b"seed"
@@ -199,7 +203,7 @@ def test_messages_are_those_of_vllm(who_binds: str) -> None:
         subscriber.connect(endpoint)
     thread.start()
     early: set[int] = set()
-    with kv_events(engine, endpoint, "kv@pod@model"):
+    with publisher(endpoint) as out, kv_events(engine, out, "kv@pod@model"):
         while not follower.numbers:  # what is sent before it has joined is lost, as with vLLM
             assert len(early) < 1000
             tokens = [1000 + len(early)] * PAGE
@@ -217,9 +221,22 @@ def test_messages_are_those_of_vllm(who_binds: str) -> None:
     assert found == held and held and topics == {b"kv@pod@model"}
 
 
-@pytest.mark.parametrize("endpoint", ["nowhere", "tcp://127.0.0.1", "tcp://192.0.2.1:1"])
+@pytest.mark.parametrize(
+    "endpoint", ["nowhere", "tcp://127.0.0.1", "tcp://192.0.2.1:1", "tcp://\udcff:1", ""]
+)
 def test_an_endpoint_that_cannot_be_opened(endpoint: str) -> None:
     pytest.importorskip("zmq")
-    engine: Any = None
-    with pytest.raises(RequestError, match="cannot publish"), kv_events(engine, endpoint, ""):
+    with pytest.raises(RequestError, match="cannot publish"), publisher(endpoint):
         raise AssertionError
+
+
+def test_a_wrong_endpoint_is_refused_before_the_engine_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its weights may take minutes."""
+    monkeypatch.setattr(serve, "ready_engine", pytest.fail)
+    bundle = str(ROOT / "plans" / "frozen" / "demo-cpu")
+    words = ["serve", bundle, "--port", "0", "--kv-events", "nowhere"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert re.search("error: (cannot publish|`--kv-events` needs)", result.output)

@@ -520,6 +520,10 @@ def test_metrics_count(server: Server) -> None:
     text = server.http.get("/metrics").text
     assert 'tokenspeed_http_responses_total{path="/v1/completions",status="200"}' in text
     assert len(set(re.findall(r'path="([^"]*)"', text))) <= 7, "clients cannot make names"
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    named = re.findall(r"^# TYPE tokenspeed_(\w+) ", text, re.MULTILINE)
+    known = [name for name in named if not name.endswith("_created")]
+    assert [name for name in known if f"`{name}`" not in page] == []
 
 
 def ask(server: Server, **body: Any) -> httpx.Response:

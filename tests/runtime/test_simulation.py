@@ -20,6 +20,8 @@ from symbolic import VOCAB, SymbolicExecutor
 
 from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest_rate
 from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.planner.commands import simulate_load
+from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine
@@ -197,12 +199,25 @@ def test_users_think_between_turns(checkpoint: Any) -> None:
     assert second.cached_tokens > 0
 
 
+def test_what_is_answered_is_told_meanwhile(checkpoint: Any) -> None:
+    told: list[int] = []
+    plan = small(plan_of(checkpoint("moe"), 0))
+    found = simulate(plan, Times(), users(talks=6), progress=told.append)
+    assert told == list(range(1, 1 + len(found.answers)))
+
+
+def test_there_may_be_more_users_than_conversations() -> None:
+    load = Users([Turns(10, 4, (3,))] * 2, 10**12, vocab_size=VOCAB)
+    assert [load.pop().time_s for _ in range(2)] == [0.0, 0.0]
+    assert load.next_time_s() is None
+
+
 def test_recorded_requests_come_at_their_times(checkpoint: Any, tmp_path: Path) -> None:
     path = tmp_path / "recorded.jsonl"
     rows = [(0.5, 8, 2), (0.0, 16, 3)]
     names = ("arrival_s", "prompt_tokens", "output_tokens")
     path.write_text("\n\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows))
-    read = read_recorded(path)
+    read = read_recorded(path, 20)
     assert read == [RecordedRow(0.0, 16, 3), RecordedRow(0.5, 8, 2)]
     found = simulate(small(plan_of(checkpoint("moe"), 0)), Times(), Recorded(read, VOCAB))
     assert [answer.arrival_s for answer in found.answers] == [0.0, 0.5]
@@ -220,13 +235,17 @@ def test_recorded_requests_come_at_their_times(checkpoint: Any, tmp_path: Path) 
         ('{"arrival_s": true, "prompt_tokens": 1, "output_tokens": 1}', "no time in seconds"),
         ('{"arrival_s": 1, "prompt_tokens": 0, "output_tokens": 1}', "`prompt_tokens` is not"),
         ('{"arrival_s": 1, "prompt_tokens": 1}', "`output_tokens` is not"),
+        (
+            '{"arrival_s": 1, "prompt_tokens": 20, "output_tokens": 1}',
+            "over the plan's limit of 20",
+        ),
     ],
 )
 def test_a_bad_recording_is_refused(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "recorded.jsonl"
     path.write_text(text)
     with pytest.raises(RequestError, match=r"recorded\.jsonl") as caught:
-        read_recorded(path)
+        read_recorded(path, 20)
     assert said in caught.value.message
 
 
@@ -270,7 +289,29 @@ def test_the_command_says_the_same_each_time(tmp_path: Path) -> None:
     events = json.loads(path.read_text())["traceEvents"]
     assert sum(event["name"] == "queue" for event in events) == 40
     assert all(event["dur"] >= 0 for event in events)
-    assert "tokens/s out" in simulated("--arrivals", "2").stdout
+    assert "40 requests, 2 a second, in " in simulated("--arrivals", "2").stdout
+
+
+def test_the_load_of_the_spec_is_named_and_judged_only_where_asked() -> None:
+    """The demo plan has 16 sequences, and twice as many rows are there at once."""
+    assert json.loads(simulated("--json").stdout)["users"] == 32
+    text = simulated().stdout
+    assert text.startswith("40 requests, 32 users at once, in ")
+    assert "in time" not in text
+    assert "0.0% of the requests in time" in simulated("--ttft-ms", "0.01").stdout
+
+
+def test_it_says_that_the_pool_of_prompts_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = load_plan(DEMO)
+    decode = plan.with_pool(role="decode")
+    monkeypatch.setattr(simulate_load, "load_plan", lambda bundle: decode)
+    found = simulated("--json")
+    assert json.loads(found.stdout)["pool"] == "decode"
+    assert "computes all prompts" in found.stderr
+    monkeypatch.setattr(simulate_load, "load_plan", lambda bundle: plan)
+    assert "computes all prompts" not in simulated().stderr
 
 
 def test_two_loads_are_refused(tmp_path: Path) -> None:

@@ -679,8 +679,45 @@ def _spec(values: tuple[str, ...]) -> str:
     return text
 
 
+# Values of keys that a spec may leave out, each right with some of the others.
+_OPTIONAL: dict[str, tuple[Json, ...]] = {
+    "slo": ({"ttft_ms": 900}, {"ttft_p95_ms": 900, "tpot_p99_ms": 40}, {"tpot_p50_ms": 1}),
+    "serving.host_cache_gib": (4, 0.01, 500),
+    "serving.kv_dtype": ("fp8", "auto"),
+    "serving.checkpoint_tokens": (0, 256),
+    "serving.prefill_chunk": (64, 4096),
+    "serving.grammar": (True,),
+    "serving.penalties": (True,),
+    "serving.state": ("bf16",),
+    "target.libraries": ("required", "none", ["fa3"], ["flashinfer", "cublas"]),
+    "model.weights": ("fp8", "nvfp4", "nvfp4-mixed"),
+    "model.head": ("fp8",),
+    "disaggregation": ({"prefill": 1, "decode": 1}, "off"),
+    "workload.shared_prompt_tokens": (512, 1023, 1024),
+    "workload.first_turn_tokens": ({"mean": 700, "p95": 900, "max": 2000},),
+    "workload.concurrency": ("auto", 64),
+    "workload.kind": ("agentic",),
+    "workload.turns": (3,),
+    "workload.turn_tokens": (200,),
+    "workload.arrivals_per_s": (0.5, 1000),
+    "workload.rows": (1, 5000),
+    "workload.skew": (1.5,),
+}
+
+
+def _with_optional(rng: random.Random, spec: Json) -> Json:
+    """The spec with some keys that it left out."""
+    for name in rng.sample(sorted(_OPTIONAL), rng.randint(1, 5)):
+        section, _, key = name.rpartition(".")
+        inner = spec.setdefault(section, {}) if section else spec
+        inner[key or name] = deepcopy(rng.choice(_OPTIONAL[name]))
+    return spec
+
+
 def make_spec(rng: random.Random) -> Files:
     text = _spec(rng.choice(_SPEC_VALUES))
+    if rng.random() < 0.6:
+        text = json.dumps(_with_optional(rng, yaml.safe_load(text)))
     if rng.random() < 0.5:
         text = json.dumps(mutate_json(rng, yaml.safe_load(text)))
     if rng.random() < 0.6:
@@ -689,6 +726,13 @@ def make_spec(rng: random.Random) -> Files:
     if rng.random() < 0.05:
         data = mutate_bytes(rng, data)
     return {"spec.yaml": data}
+
+
+def _load_advisor() -> None:
+    from tokenspeed_plan.runtime.simulation import load_run
+
+    assert load_run.simulate  # percentiles need it, and PyTorch with it
+    judge_command("--help")
 
 
 def judge_spec(files: Files, folder: Path) -> bool:
@@ -714,20 +758,51 @@ def judge_command(*args: object) -> bool:
 # Plans.
 
 
+# Ranks, pools, drafts, libraries and the host's cache are in these, and not in the demo's own plan.
+_PLANNED = (
+    """target: {gpu: H200, count: 2, libraries: required}
+workload: {kind: agentic, first_turn_tokens: 300, turns: 3, turn_tokens: 64, output_tokens: 32}
+parallelism: {attention: {tp: 2}, moe: {ep: 2}}
+speculation: {depth: 2}
+disaggregation: off
+serving: {host_cache_gib: 1, kv_dtype: fp8, grammar: true, penalties: true, state: bf16}
+""",
+    """target: {gpu: H200, count: 3}
+workload: {kind: agentic, first_turn_tokens: 300, turns: 3, turn_tokens: 64, output_tokens: 32}
+speculation: {depth: 1}
+disaggregation: {prefill: 1, decode: 2}
+""",
+)
+
+
 @cache
-def _plan_fields() -> Json:
-    return json.loads((BUNDLE / "plan.json").read_bytes())
+def _plan_fields(number: int) -> Json:
+    """The demo's plan, or another of its model."""
+    if number == len(_PLANNED):
+        return json.loads((BUNDLE / "plan.json").read_bytes())
+    from tokenspeed_plan.planner.compile import compile_bundle, find_model
+    from tokenspeed_plan.planner.spec import parse_spec
+
+    model = f"model: {{path: {json.dumps(str(MODEL))}, weights: bf16}}\n"
+    spec = parse_spec(f"version: 1\n{model}{_PLANNED[number]}", "a spec")
+    return json.loads(dump_plan(seal(compile_bundle(spec, find_model(spec)).plan)))
 
 
 def make_plan(rng: random.Random) -> Files:
     """A plan with changes in one or two of its parts."""
-    fields = dict(_plan_fields())
+    fields = dict(_plan_fields(rng.randrange(len(_PLANNED) + 1)))
     # Most of a plan is steps of programs. Every part of it gets its share of the changes.
     for _ in range(rng.randint(1, 2)):
         name = rng.choice(list(fields))
         changed = mutate_json(rng, {name: fields[name]}, 2)
         fields = {**fields, **changed} if isinstance(changed, dict) else fields
     return {"plan.json": encode(fields)}
+
+
+def _load_plans() -> None:
+    for number in range(len(_PLANNED) + 1):
+        _plan_fields(number)
+    judge_command("show", BUNDLE)
 
 
 def judge_plan(files: Files, folder: Path) -> bool:
@@ -939,8 +1014,8 @@ TARGETS = {
     "rows": Target(make_row, judge_row, lambda: (_tokenizer(), _limits())),
     "messages": Target(make_messages, judge_messages, lambda: (_tokenizer(), _limits())),
     "forms": Target(make_form, judge_form, lambda: (form_fuzzing.compiler(), _limits())),
-    "specs": Target(make_spec, judge_spec, lambda: judge_command("--help")),
-    "plans": Target(make_plan, judge_plan, lambda: judge_command("show", BUNDLE)),
+    "specs": Target(make_spec, judge_spec, _load_advisor),
+    "plans": Target(make_plan, judge_plan, _load_plans),
     "checkpoints": Target(make_checkpoint, judge_checkpoint, _load_planner),
     "tokenizers": Target(make_tokenizer, judge_tokenizer, _load_tokenizers),
 }

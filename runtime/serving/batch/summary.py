@@ -163,7 +163,8 @@ class Tally:
             "tpot_ms": tpot,
             "definitions": {
                 "tpot_ms": "time after the first token over tokens after the first; "
-                "TTFT is not in it"
+                "TTFT is not in it",
+                "tokens_per_s": "since the engine was ready; `wall_s` has the start, too",
             },
             "predicted": dict(predicted),
             "measured": {"tpot_ms": tpot["p50"], "ttft_ms": ttft["p50"]},
@@ -201,5 +202,6 @@ def _count_lines(summary: Mapping[str, Any]) -> list[str]:
         f"{rows['answered']} answered, {rows['failed']} failed, {rows['skipped']} done before, "
         f"of {rows['total']} rows in {summary['wall_s']:.2f} s",
         f"tokens: {tokens['prompt']} in ({tokens['cached']} of them cached), "
-        f"{tokens['generated']} out; {rates['prompt']:.0f}/s in, {rates['generated']:.0f}/s out",
+        f"{tokens['generated']} out; {rates['prompt']:.0f}/s in, {rates['generated']:.0f}/s out "
+        "after the start",
     ]
