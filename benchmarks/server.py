@@ -8,7 +8,8 @@ DIR is a bundle; weights are random. Without one, steps of the demo model on an 
 up: each token is a word. The engine answers `--rounds` times `--streams` completions by itself, of
 which `--streams` are in flight, then through the server in the same process: each stream sends one
 after the other, and reads every event. Clients are in another process. Figures are the medians of
-`--turns` runs after one that warms up.
+`--turns` runs after one that warms up; microseconds of a token are processor time of all threads
+of the server's process, its kernel's part and the requests included, over all runs.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def engine_of(options: argparse.Namespace) -> Any:
     return Engine(plan, executor, made_up_tokenizer(plan.model.vocab_size))
 
 
-def own_s(engine: Any, options: argparse.Namespace, seed: int) -> float:
-    """Seconds of the engine alone, with as many requests in flight as there are streams."""
+def own_s(engine: Any, options: argparse.Namespace, seed: int) -> tuple[float, float]:
+    """Seconds of the engine alone and of its processors, with a request in flight for a stream."""
     from tokenspeed_plan.runtime import Request, SamplingParams
 
     params = SamplingParams(max_tokens=options.tokens, ignore_eos=True)
@@ -79,38 +80,44 @@ def own_s(engine: Any, options: argparse.Namespace, seed: int) -> float:
         Request(f"own-{number}", tuple(prompt), params)
         for number, prompt in enumerate(prompts_of(options, engine.vocab_size, seed))
     ]
-    begun = time.perf_counter()
+    begun, begun_cpu = time.perf_counter(), time.process_time()
     for _ in range(options.streams):
         engine.add(waiting.pop())
     while engine.num_unfinished:
         for _ in engine.step()[: len(waiting)]:
             engine.add(waiting.pop())
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, time.process_time() - begun_cpu
 
 
 def measure(engine: Any, options: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second of the engine and of the server, and how many tokens an event has."""
+    """Tokens a second of the engine and of the server, their costs, and the tokens of an event."""
     from tokenspeed_plan.runtime.serving.http import ServerOptions, listen, serve
 
     tokens = options.streams * options.rounds * options.tokens
-    _, *taken_s = (own_s(engine, options, seed) for seed in range(options.turns + 1))
+    own = [own_s(engine, options, seed) for seed in range(options.turns + 1)]
     words = [f"--{name}={getattr(options, name)}" for name in SIZES]
     with listen("127.0.0.1", 0) as listener:
         words += [f"--port={listener.getsockname()[1]}", f"--vocab={engine.vocab_size}"]
         command = [sys.executable, SCRIPT, *words]
-        begun: list[subprocess.Popen[bytes]] = []
+        begun: list[tuple[subprocess.Popen[bytes], float]] = []
 
         def ready() -> None:
-            begun.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+            clients = subprocess.Popen(command, stdout=subprocess.PIPE)
+            begun.append((clients, time.process_time()))
 
         # It ends with the signal of the clients.
         serve(engine, ServerOptions(max_requests=2 * options.streams), listener, ready)
-    said, _ = begun[0].communicate()
+    ((clients, begun_s),) = begun
+    served_cpu_s = time.process_time() - begun_s
+    said, _ = clients.communicate()
     found = json.loads(said)
+    num_all = tokens * (options.turns + 1)
     return {
-        "engine": tokens / statistics.median(taken_s),
+        "engine": tokens / statistics.median(seconds for seconds, _ in own[1:]),
         "server": tokens / statistics.median(found["taken_s"]),
         "an_event": tokens * options.turns / found["events"],
+        "engine_us": 1e6 * sum(cpu_s for _, cpu_s in own) / num_all,
+        "server_us": 1e6 * served_cpu_s / num_all,
     }
 
 
@@ -197,7 +204,8 @@ def main() -> None:
     print(
         f"{engine.plan.model.name}, {options.streams} streams: engine {found['engine']:.0f} "
         f"tokens/s, server {found['server']:.0f} = {found['server'] / found['engine']:.1%}; "
-        f"{found['an_event']:.1f} tokens an event",
+        f"{found['an_event']:.1f} tokens an event; a token costs {found['engine_us']:.1f} us of a "
+        f"processor in the engine alone, {found['server_us']:.1f} us in the server",
         flush=True,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tokenspeed_plan.plans.errors import RequestFailed
 from tokenspeed_plan.runtime.grammars.matcher import Grammar
@@ -74,8 +74,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class NewToken:
+class NewToken(NamedTuple):
     """A token of an unfinished request; the last token comes only with the `Completion`."""
 
     request_id: str

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import compress
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tokenspeed_plan.runtime.request import (
     Completion,
@@ -16,10 +16,15 @@ from tokenspeed_plan.runtime.request import (
 from tokenspeed_plan.runtime.stop_strings import StopMatcher
 
 _REPLACEMENT = "\ufffd"  # decoders return it for the bytes of an incomplete character
+_UTF8 = getincrementaldecoder("utf-8")
 
 
 class Decoder(Protocol):
     """The half of a tokenizer that makes text."""
+
+    @property
+    def joins_bytes(self) -> bool:
+        """Whether the bytes of a text are those of its tokens, whatever stands beside them."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -31,8 +36,7 @@ class Decoder(Protocol):
         """What a token stands for, in UTF-8; empty for an id that is no token."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What an answer has gained since the last delta.
 
     The texts of all deltas of a request, joined, are the text of its `completion`; the same holds
@@ -79,6 +83,28 @@ class Detokenizer:
         return piece
 
 
+class ByteDetokenizer:
+    """Text of a growing list of tokens that are bytes, in pieces of whole characters.
+
+    It does once for a token what a `Detokenizer` does twice for it and the one before.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._token_bytes = decoder.token_bytes
+        self._characters = _UTF8("replace")
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """The text that these tokens add; the bytes of an incomplete character wait."""
+        return self._characters.decode(b"".join(map(self._token_bytes, token_ids)))
+
+
+def detokenizer(decoder: Decoder) -> Detokenizer | ByteDetokenizer:
+    """What makes the text of tokens, as they come."""
+    if decoder.joins_bytes:
+        return ByteDetokenizer(decoder)
+    return Detokenizer(decoder)
+
+
 class SpelledText:
     """Text with its special tokens spelled out: stop strings are looked for in it.
 
@@ -87,7 +113,7 @@ class SpelledText:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._detokenizer = Detokenizer(decoder)
+        self._detokenizer = detokenizer(decoder)
         self._is_shown: list[bool] = []  # of each character
         self.text = ""
 
@@ -155,12 +181,12 @@ class AnswerText:
         self._request_id = request.request_id
         self._decoder = decoder
         self._matcher = StopMatcher(request.params.stop)
-        self._detokenizer: Detokenizer | None = None
+        self._detokenizer: Detokenizer | ByteDetokenizer | None = None
         self._held: SpelledText | None = None  # whole characters that are held back
         if decoder and request.params.stop:
             self._held = SpelledText(decoder)
         elif decoder:
-            self._detokenizer = Detokenizer(decoder)
+            self._detokenizer = detokenizer(decoder)
         self._tokens: list[NewToken] = []  # tokens that are held back with them
         self._num_sent_tokens = 0
         self._num_sent_chars = 0

@@ -86,6 +86,7 @@ class Tokenizer:
         tags = self.chat_format.tags
         self._shown_ids = frozenset(index for index, text in specials.items() if text in tags)
         self._special_ids = frozenset(specials) - self._shown_ids
+        self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for
 
     @classmethod
     def load(cls, folder: Path, chat: WriteChat | None = None) -> Tokenizer:
@@ -144,11 +145,22 @@ class Tokenizer:
         """Whether an answer's text leaves the token out."""
         return token_id in self._special_ids
 
+    @property
+    def joins_bytes(self) -> bool:
+        """Whether the bytes of a text are those of its tokens, whatever stands beside them."""
+        return isinstance(self._tokenizer.decoder, decoders.ByteLevel)
+
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for, in UTF-8: a part of a character where the token is one.
 
         Empty for an id that is no token: tables of published models are padded.
         """
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._read_bytes(token_id)
+        return found
+
+    def _read_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return b""

@@ -30,6 +30,7 @@ FLOORS = {
         "httpx",
         "starlette",
         "uvicorn",
+        "h11",
         "prometheus_client",
         "xgrammar",
         "flash_attn_3",
@@ -58,7 +59,7 @@ def files_of(*folders: str) -> list[Path]:
 FILES = files_of(*FLOORS)
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
 # The extra `serve` brings these. Only the server and the router may import them.
-HTTP = {"fastapi", "httpx", "starlette", "uvicorn", "prometheus_client"}
+HTTP = {"fastapi", "h11", "httpx", "starlette", "uvicorn", "prometheus_client"}
 HTTP_FOLDERS = (ROOT / "runtime/serving/http", ROOT / "runtime/serving/router")
 # Libraries of kernels: only their adapters in runtime/libraries import them.
 LIBRARIES = {"flash_attn_3", "flashinfer"}

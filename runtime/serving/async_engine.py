@@ -10,14 +10,14 @@ import itertools
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from tokenspeed_plan.plans.errors import (
     EngineStopped,
@@ -37,6 +37,8 @@ from tokenspeed_plan.runtime.request import (
 from tokenspeed_plan.runtime.streaming import AnswerText, Delta
 
 Command = Callable[[], object]
+_T = TypeVar("_T")
+Write = Callable[[Seq[Delta]], bool]
 Step = tuple[tuple[NewToken | Completion, ...], float]  # what it gave, and when
 _GREEDY = SamplingParams()
 
@@ -46,6 +48,11 @@ class Stream:
 
     Tokens are buffered here until they are read, and all that have gathered are read as one delta.
     So a slow reader does not block others, and the buffer never holds more than its own answers.
+
+    Attributes:
+        write: takes the deltas of a step at once, in the place of the reader, while that waits for
+            them; returns whether it did, else the reader gets them. What ends an answer comes to
+            the reader alone.
     """
 
     def __init__(self, engine: AsyncEngine, requests: Seq[Request]) -> None:
@@ -55,8 +62,11 @@ class Stream:
         }
         self._tokens: dict[str, list[NewToken]] = {}
         self._completions: dict[str, Completion] = {}
+        self._deltas: deque[Delta] = deque()  # that could not be written
         self._has_news = asyncio.Event()
-        self.error: EngineStopped | None = None
+        self._is_waited_for = False
+        self.write: Write | None = None
+        self.error: EngineStopped | RequestFailed | None = None
 
     @property
     def num_open(self) -> int:
@@ -80,6 +90,7 @@ class Stream:
             if self.error:
                 raise self.error
             self._has_news.clear()
+            self._is_waited_for = True
             await self._has_news.wait()
         raise StopAsyncIteration
 
@@ -96,7 +107,7 @@ class Stream:
         """Cancel the requests that are not finished; the stream ends."""
         self._engine.cancel(*self._texts)
         self._texts.clear()
-        self._has_news.set()
+        self._wake()
 
     async def __aenter__(self) -> Self:
         return self
@@ -105,20 +116,45 @@ class Stream:
         self.cancel()
 
     def put(self, item: NewToken | Completion) -> None:
-        """Buffer a token or a completion; called on the loop."""
+        """Buffer a token or a completion; called on the loop, which then calls `tell`."""
         if isinstance(item, Completion):
             self._completions[item.request_id] = item
         else:
             self._tokens.setdefault(item.request_id, []).append(item)
-        self._has_news.set()
+
+    def tell(self) -> None:
+        """Write what has come, or wake the reader; called on the loop."""
+        if not (self._is_waited_for and self.write and self._write(self.write)):
+            self._wake()
+
+    def _write(self, write: Write) -> bool:
+        """Write the deltas that there are; returns whether the reader need not look at them."""
+        if self._completions:
+            return False
+        deltas: list[Delta] = []
+        try:
+            while delta := self._read():
+                deltas.append(delta)
+            if not deltas or _own(partial(write, deltas)):
+                return True
+        except RequestFailed as error:
+            self.error = error
+        self._deltas += deltas
+        return False
 
     def fail(self, error: EngineStopped) -> None:
         """End the stream with an error; called on the loop."""
         self.error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        self._is_waited_for = False
         self._has_news.set()
 
     def _read(self) -> Delta | None:
         """A delta of all that is buffered for one request; None if that makes no text yet."""
+        if self._deltas:
+            return self._deltas.popleft()
         while self._completions:
             name, completion = self._completions.popitem()
             self._tokens.pop(name, None)
@@ -134,14 +170,14 @@ class Stream:
         return None
 
 
-def _own(make_delta: Callable[[], Delta]) -> Delta:
-    """A delta; whatever goes wrong with a text is an error of its request.
+def _own(work: Callable[[], _T]) -> _T:
+    """The result of work on a text; whatever goes wrong with it is an error of its request.
 
     Raises:
         RequestFailed: the text cannot be made.
     """
     try:
-        return make_delta()
+        return work()
     except Exception as error:  # the loop and its other readers are to go on
         raise RequestFailed(describe(error), "the other requests are answered") from error
 
@@ -314,15 +350,19 @@ class AsyncEngine:
         with self._lock:
             steps, self._steps = self._steps, []
         completions: list[Completion] = []
+        told: dict[Stream, None] = {}
         for items, now_s in steps:
             self._note_gaps(items, now_s)
             for item in items:
                 stream = self._streams.get(item.request_id)
                 if stream:
                     stream.put(item)
+                    told[stream] = None
                     if isinstance(item, Completion):
                         del self._streams[item.request_id]
                         completions.append(item)
+        for stream in told:
+            stream.tell()
         self._note_idle()
         if self.on_completion:  # last, so that an error in it holds up no answer
             for completion in completions:

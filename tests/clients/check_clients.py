@@ -7,8 +7,8 @@ The server runs in this environment (extras `grammar`, `serve` and `test`). The 
 of their own, since their requirements do not agree with each other:
 
     python -m venv VENV
-    VENV/bin/pip install anthropic instructor langchain-openai litellm openai-agents \
-        'pydantic-ai-slim[anthropic,openai]' 'smolagents[openai]'
+    VENV/bin/pip install anthropic instructor langchain-openai litellm mini-swe-agent \
+        openai-agents 'pydantic-ai-slim[anthropic,openai]' 'smolagents[openai]'
     npm install --prefix FOLDER @openai/codex @qwen-code/qwen-code opencode-ai
     npm install --prefix FOLDER ai zod @ai-sdk/anthropic @ai-sdk/openai @ai-sdk/openai-compatible
 
@@ -37,12 +37,14 @@ from serving import KEY, serving  # noqa: E402
 
 # What each coding agent is told to do with the tool that it has for it.
 COMMAND = "echo hello > hello.txt"
+DONE = "It is 21 degrees in Paris."
 SHELLS = {
     "codex": ("exec_command", {"cmd": COMMAND}),
     "qwen": ("run_shell_command", {"command": COMMAND, "is_background": False}),
     "opencode": ("bash", {"command": COMMAND, "description": "Write a file"}),
+    "mini": ("bash", {"command": f"{COMMAND} && echo '[[submit]]'"}),
+    "submit": ("bash", {"command": f"echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT; echo '{DONE}'"}),
 }
-DONE = "It is 21 degrees in Paris."
 SCRIPTS = {
     "plain": "Hm.\n</think>\n\nHello there.",
     "call": "I must look.\n</think>\n\n" + in_tags("get_weather", {"city": "Paris"}),

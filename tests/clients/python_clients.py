@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 QUESTION = "How is the weather in Paris?"
@@ -241,6 +245,24 @@ def smolagents_auto(url: str, key: str) -> str:
     return smolagents_tools(url, key, tool_choice="auto")
 
 
+def mini_swe_agent(url: str, key: str) -> str:
+    """Its command, without leave to be asked for, in a folder and a home of its own."""
+    words = ["--yolo", "--exit-immediately", "--model", "openai/m"]
+    words += ["--task", "[[mini]] Write hello.txt.", "--output", "run.json"]
+    words += ["--config", "mini.yaml", "--config", f"model.model_kwargs.api_base={url}/v1"]
+    settings = {"MSWEA_CONFIGURED": "true", "MSWEA_COST_TRACKING": "ignore_errors"}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | settings | {"HOME": folder, "OPENAI_API_KEY": key}
+        command = [str(Path(sys.executable).parent / "mini"), *words]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert Path(folder, "hello.txt").read_text(encoding="utf-8") == "hello\n"
+        run = json.loads(Path(folder, "run.json").read_text(encoding="utf-8"))
+    return str(run["info"]["submission"]).strip()
+
+
 CLIENTS: dict[str, tuple[str, Callable[[str, str], str]]] = {
     "litellm": ("litellm", litellm_chat),
     "litellm-stream": ("litellm", litellm_stream),
@@ -258,6 +280,7 @@ CLIENTS: dict[str, tuple[str, Callable[[str, str], str]]] = {
     "openai-parse": ("openai", openai_parse),
     "smolagents": ("smolagents", smolagents_tools),
     "smolagents-auto": ("smolagents", smolagents_auto),
+    "mini-swe-agent": ("mini-swe-agent", mini_swe_agent),
 }
 
 

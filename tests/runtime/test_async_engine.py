@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -105,6 +105,51 @@ def test_a_slow_reader_holds_up_nobody(engine: Engine) -> None:
                 len(rest) <= 2
                 and len(first.token_ids) + sum(len(delta.token_ids) for delta in rest) == 12
             )
+
+    with_served(engine, work)
+
+
+@pytest.mark.parametrize("refused", [0.0, 0.5, 1.0])
+def test_what_is_written_or_read_comes_once_and_in_order(engine: Engine, refused: float) -> None:
+    """Deltas that cannot be written are the reader's; what ends an answer always is."""
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    rng, wanted = random.Random(1), engine.generate([[5]], params)[0]
+
+    async def work(served: AsyncEngine) -> None:
+        gained, written = list[Delta](), list[Delta]()
+
+        def write(deltas: Sequence[Delta]) -> bool:
+            if rng.random() < refused:
+                return False
+            gained.extend(deltas)
+            written.extend(deltas)
+            return True
+
+        stream = served.stream([5], params)
+        stream.write = write
+        async for delta in stream:
+            gained.append(delta)
+        assert "".join(delta.text for delta in gained) == wanted.text
+        assert sum((delta.token_ids for delta in gained), ()) == wanted.token_ids
+        assert [bool(delta.completion) for delta in gained] == [False] * (len(gained) - 1) + [True]
+        assert bool(written) == (refused < 1)
+
+    with_served(engine, work)
+
+
+def test_what_cannot_be_written_is_one_requests_error(engine: Engine) -> None:
+    async def work(served: AsyncEngine) -> None:
+        def write(deltas: Sequence[Delta]) -> bool:
+            raise ValueError("no events of this")
+
+        broken = served.stream([1], SamplingParams(max_tokens=200, ignore_eos=True))
+        broken.write = write
+        good = asyncio.create_task(served.generate([2], PARAMS))
+        with pytest.raises(RequestFailed, match="no events of this"):
+            async for _ in broken:
+                pass
+        broken.cancel()
+        assert len((await good).token_ids) == 12
 
     with_served(engine, work)
 
@@ -231,6 +276,8 @@ def test_one_bad_text_is_one_callers_error(engine: Engine, monkeypatch: pytest.M
     """An error of the decoder reaches only the reader of that text."""
 
     class Broken:
+        joins_bytes = False
+
         def decode(self, ids: list[int]) -> str:
             raise ValueError("not a text")
 

@@ -32,6 +32,8 @@ LIMITS = RequestLimits(max_seq_len=64, default_max_tokens=8, vocab_size=256, mod
 class FakeTokenizer:
     """A byte is a token."""
 
+    joins_bytes = False
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 

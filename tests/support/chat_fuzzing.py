@@ -228,7 +228,9 @@ async def deltas_of(completions: Json, plan: Json) -> AsyncIterator[Any]:
 
 
 async def gathered(events: AsyncIterator[bytes]) -> list[bytes]:
-    return [event async for event in events]
+    data = b"".join([part async for part in events])
+    assert data.endswith(b"\n\n")
+    return data.split(b"\n\n")[:-1]
 
 
 def parsed_event(event: bytes) -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from tokenspeed_plan.plans.errors import EngineStopped, RequestFailed
-from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
+from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine, Write
 from tokenspeed_plan.runtime.serving.http.api_errors import (
     ApiError,
     shutting_down,
@@ -27,6 +27,7 @@ from tokenspeed_plan.runtime.serving.http.api_errors import (
 )
 from tokenspeed_plan.runtime.serving.http.body import SMALL_BYTES, BodyMemory
 from tokenspeed_plan.runtime.serving.http.callers import CheckHost, check_type, refuse_wrong_key
+from tokenspeed_plan.runtime.serving.http.connections import CONNECTION
 from tokenspeed_plan.runtime.serving.http.dialects import (
     Dialect,
     MessagesDialect,
@@ -47,6 +48,7 @@ from tokenspeed_plan.runtime.serving.http.token_counts import (
 from tokenspeed_plan.runtime.serving.http.trace_ids import EchoIds
 from tokenspeed_plan.runtime.serving.http.waiting import client_leaves, unless
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
+from tokenspeed_plan.runtime.streaming import Delta
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 # nginx's code for "client closed request"; it only shows in the metrics.
@@ -278,6 +280,7 @@ async def _answer(request: Request, dialect: Dialect, lease: Lease) -> Response:
     answer = Answer(parsed, service.tokenizer, service.model, int(time.time()))
     if parsed.stream:
         events = dialect.events(answer, stream)
+        stream.write = _write_at_once(request, dialect.events_of(answer))
         return StreamingResponse(events, media_type="text/event-stream", headers=_EVENT_HEADERS)
     try:
         completions = await unless(stream.completions(), client_leaves(request))
@@ -295,6 +298,18 @@ async def _answer(request: Request, dialect: Dialect, lease: Lease) -> Response:
 
     worker = service.worker(num_tokens > _MANY_TOKENS)
     return await asyncio.get_running_loop().run_in_executor(worker, write)
+
+
+def _write_at_once(request: Request, events_of: Callable[[Delta], bytes] | None) -> Write | None:
+    """What writes deltas into the response without waking its task; None where nothing can."""
+    connection = request.scope.get("extensions", {}).get(CONNECTION)
+    if connection is None or events_of is None:
+        return None
+
+    def write(deltas: Sequence[Delta]) -> bool:
+        return bool(connection.write_part(lambda: b"".join(map(events_of, deltas))))
+
+    return write
 
 
 async def _count(request: Request, lease: Lease, count: Reader[dict[str, Any]]) -> Response:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tokenspeed_plan.plans.errors import RequestError
@@ -28,6 +29,8 @@ _RESERVED_FILES = 32  # descriptors for those, and for what the process opens be
 _REFUSAL_S = 1.0  # time to read a refusal
 _RETRY_S = 1.0  # pause after the system had no descriptor
 _STALE_S = 1.0  # a connection that waits longer makes room for a new one
+CONNECTION = "tokenspeed.connection"  # among the extensions of a request's scope
+_CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
 _LEAST_BYTES = 64 << 10  # what a client must read within `write_s`
 
 
@@ -44,12 +47,57 @@ class Deadlines:
     write_s: float
 
 
+class Wire(h11.Connection):
+    """HTTP of one connection. A part of a chunked body is written without h11's checks.
+
+    They find the same for each part after the first, and cost more than to write it.
+    """
+
+    is_chunked = False
+
+    def send(self, event: Any) -> Any:
+        """The bytes of an event of ours."""
+        if self.is_chunked and type(event) is h11.Data and event.data:
+            return self.part(event.data)
+        data = super().send(event)
+        self.is_chunked = type(event) is h11.Response and _CHUNKED in data.lower()
+        return data
+
+    @staticmethod
+    def part(data: bytes | bytearray | memoryview) -> bytes:
+        """A part of a chunked body; an empty one would end it."""
+        return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 class Connection(H11Protocol):
     """A connection that knows since when its client is waited for.
 
     Attributes:
         waits_since_s: when it was made, or when its last answer was written.
     """
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.conn: Wire = Wire(h11.SERVER)
+        self._app, self.app = self.app, self._run
+
+    async def _run(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle a request, which may ask for its connection."""
+        scope["extensions"] = {CONNECTION: self}
+        await self._app(scope, receive, send)
+
+    def write_part(self, make: Callable[[], bytes]) -> bool:
+        """Write a part of the answer that has begun, without a task; returns whether it could be.
+
+        It cannot while the client reads too slowly, nor once it has left.
+        """
+        cycle = self.cycle
+        if self.flow.write_paused or cycle.disconnected or not self.conn.is_chunked:
+            return False
+        data = make()
+        if data:
+            self.transport.write(self.conn.part(data))
+        return True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,6 +55,9 @@ class Dialect(Protocol):
     def events(self, answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
         """The events of a streamed response."""
 
+    def events_of(self, answer: Answer) -> Callable[[Delta], bytes] | None:
+        """What makes the events of one delta in the middle; None where only `events` knows them."""
+
 
 @dataclass(frozen=True, slots=True)
 class OwnDialect:
@@ -74,6 +77,10 @@ class OwnDialect:
     def events(self, answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
         """The events of the endpoint."""
         return answer.events(deltas)
+
+    def events_of(self, answer: Answer) -> Callable[[Delta], bytes]:
+        """What makes the events of one delta."""
+        return answer.events_of
 
 
 class _Writer(Protocol):
@@ -156,6 +163,9 @@ class ResponsesDialect:
             for item in writer.fail("server_error", error.message):
                 yield event(item, item["type"])
 
+    def events_of(self, answer: Answer) -> None:
+        """Each event depends on those before it."""
+
     def _writer(self, answer: Answer) -> ResponseWriter:
         request = answer.request
         return ResponseWriter(request.asked, request.key, answer.model, answer.created)
@@ -191,6 +201,9 @@ class MessagesDialect:
                 yield data
         except (EngineStopped, RequestFailed) as error:
             yield event(failure(error).anthropic_body, "error")
+
+    def events_of(self, answer: Answer) -> None:
+        """Each event depends on those before it."""
 
     def _writer(self, answer: Answer) -> MessageWriter:
         (request,) = answer.request.requests

@@ -30,6 +30,7 @@ from tokenspeed_plan.runtime.streaming import Delta
 Json = dict[str, Any]
 _DONE = b"data: [DONE]\n\n"
 _ENCODE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # made once
+_NO_TEXT = "\0"  # stands for a text in an event that is written before its texts are known
 
 
 class _Choice:
@@ -44,6 +45,30 @@ class _Choice:
             self._parser = AnswerParser(answer.rules)
         self._num_calls = 0
         self._has_begun = False
+        self._frames: dict[str, tuple[bytes, bytes]] = {}
+
+    def events(self, delta: Delta) -> bytes:
+        """The events of what it has gained, where that is nothing but text."""
+        return b"".join(map(self._event, self._messages(delta)))
+
+    def _event(self, message: Json) -> bytes:
+        """An event; of one text only that text is written, the rest is there."""
+        (name, text), *more = message.items()
+        if more or not isinstance(text, str):
+            return event(self._answer.body([self._chunk(message)], None))
+        before, after = self._frames.get(name) or self._frame(name)
+        return before + _ENCODE(text).encode() + after
+
+    def _frame(self, name: str) -> tuple[bytes, bytes]:
+        """What stands before and after a text in its events, which is the last one in them."""
+        whole = event(self._answer.body([self._chunk({name: _NO_TEXT})], None))
+        before, _, after = whole.rpartition(_ENCODE(_NO_TEXT).encode())
+        self._frames[name] = before, after
+        return before, after
+
+    def is_plain(self, delta: Delta) -> bool:
+        """Whether events of a delta say nothing but what each part adds."""
+        return delta.completion is None and not self._tells_tokens(delta)
 
     def chunks(self, delta: Delta) -> list[Json]:
         """What it has gained, as one chunk for each part; the first has what goes with tokens."""
@@ -133,6 +158,7 @@ class Answer:
         ids = [item.request_id for item in request.requests]
         self._choice_index = {request_id: index for index, request_id in enumerate(ids)}
         self._choices = [_Choice(self, index) for index in range(len(ids))]
+        self._completions: list[Completion] = []  # of choices that are streamed to their end
         self._num_generated = 0
 
     def whole(self, completions: Sequence[Completion]) -> Json:
@@ -162,28 +188,49 @@ class Answer:
         Raises:
             EngineStopped, RequestFailed: there is no more of it.
         """
-        completions: list[Completion] = []
         async for delta in deltas:
-            if delta.completion:
-                completions.append(delta.completion)
-            self._num_generated += len(delta.token_ids)
-            for chunk in self._choices[self._choice_index[delta.request_id]].chunks(delta):
-                yield self._body([chunk], self._counts_so_far())
-        if self.request.include_usage:
-            completions.sort(key=lambda done: self._choice_index[done.request_id])
-            yield self._body([], self.usage(completions))
+            for body in self._bodies(delta):
+                yield body
+        for body in self._counts():
+            yield body
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-        """Events of a streamed response, up to `[DONE]` or an error."""
+        """Events of a streamed response, up to `[DONE]` or an error; those of a delta together."""
         try:
-            async for body in self.chunks(deltas):
-                yield event(body)
+            async for delta in deltas:
+                data = self.events_of(delta)
+                if data:
+                    yield data
         except (EngineStopped, RequestFailed) as error:
             yield event(failure(error).body)
             return
-        yield _DONE
+        yield b"".join(map(event, self._counts())) + _DONE
 
-    def _body(self, choices: list[Json], counts: Json | None) -> Json:
+    def events_of(self, delta: Delta) -> bytes:
+        """The events of a delta."""
+        choice = self._choices[self._choice_index[delta.request_id]]
+        if choice.is_plain(delta) and not self.request.counts_on:
+            return choice.events(delta)
+        return b"".join(map(event, self._bodies(delta)))
+
+    def _bodies(self, delta: Delta) -> list[Json]:
+        """The bodies of a delta's events."""
+        if delta.completion:
+            self._completions.append(delta.completion)
+        self._num_generated += len(delta.token_ids)
+        chunks = self._choices[self._choice_index[delta.request_id]].chunks(delta)
+        return [self.body([chunk], self._counts_so_far()) for chunk in chunks]
+
+    def _counts(self) -> list[Json]:
+        """The body that has the counts of tokens alone, where it is asked for."""
+        if not self.request.include_usage:
+            return []
+        order = self._choice_index
+        completions = sorted(self._completions, key=lambda done: order[done.request_id])
+        return [self.body([], self.usage(completions))]
+
+    def body(self, choices: list[Json], counts: Json | None) -> Json:
+        """The body of an event."""
         body = self._head | {"object": self._chunk_kind, "choices": choices}
         if self.request.include_usage:
             body["usage"] = counts

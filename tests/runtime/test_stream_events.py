@@ -1,0 +1,141 @@
+"""The bytes of a stream: ready parts say what whole bodies say, and HTTP's parts are h11's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import h11
+import pytest
+from chat_fuzzing import tokenizer_of
+from chat_models import in_tags, tool
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenspeed_plan.runtime.request import Completion, TokenLogprobs
+from tokenspeed_plan.runtime.serving.http.connections import Wire
+from tokenspeed_plan.runtime.serving.http.parsing import parse
+from tokenspeed_plan.runtime.serving.http.responses import Answer, event
+from tokenspeed_plan.runtime.serving.openai.bodies import Url
+from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
+from tokenspeed_plan.runtime.streaming import Delta
+
+NAME = 'a "\0" model'
+LIMITS = RequestLimits(1000, 16, 2048)
+TEXT: Url = "/v1/completions"
+CHAT: Url = "/v1/chat/completions"
+SAID = f'A "quoted"\0 \\ é 👍\n</think>\n\nsays.\n{in_tags("look", {"at": "<b>"})}'
+TOOLS = [tool("look", {"at": {"type": "string"}})]
+COUNTS = {"stream_options": {"include_usage": True}}
+ALL_COUNTS = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+BODIES: list[tuple[Url, str, dict[str, Any]]] = [
+    (TEXT, "plain", {"prompt": ["a", "b"], "n": 2}),
+    (TEXT, "plain", {"prompt": "a", "logprobs": 1, "return_token_ids": True}),
+    (TEXT, "plain", {"prompt": "a"} | COUNTS),
+    (CHAT, "plain", {}),
+    (CHAT, "tags", {}),
+    (CHAT, "tags", {"tools": TOOLS}),
+    (CHAT, "tags", COUNTS),
+    (CHAT, "json", ALL_COUNTS),
+]
+
+
+def answers_of(url: Url, template: str, asked: dict[str, Any]) -> tuple[Answer, Answer]:
+    """Two writers of one answer."""
+    tokenizer = tokenizer_of(template)
+    body = {"stream": True} | asked
+    if url == CHAT:
+        body["messages"] = [{"role": "user", "content": "x"}]
+    parsed = parse(json.dumps(body).encode(), url, "m", tokenizer, LIMITS)
+    return Answer(parsed, tokenizer, NAME, 1), Answer(parsed, tokenizer, NAME, 1)
+
+
+def deltas_of(answer: Answer, cuts: Sequence[int]) -> list[Delta]:
+    """What each choice gains, in turns; one token a cut."""
+    places = [0, *sorted(cuts), len(SAID)]
+    made = []
+    for begin, end in pairwise(places):
+        for request in answer.request.requests:
+            logprobs: tuple[TokenLogprobs, ...] = ()
+            if request.params.num_logprobs is not None:
+                logprobs = (TokenLogprobs(65, -0.5, ((65, -0.5),)),)
+            made.append(Delta(request.request_id, SAID[begin:end], (65,), logprobs))
+    ids = (65,) * (len(cuts) + 2)
+    for request in answer.request.requests:
+        done = Completion(request.request_id, ids, SAID, "stop", 3, 0.0, 0.0)
+        made.append(Delta(request.request_id, "", (65,), (), done))
+    return made
+
+
+async def each(deltas: Sequence[Delta]) -> AsyncIterator[Delta]:
+    for delta in deltas:
+        yield delta
+
+
+@pytest.mark.parametrize("body", BODIES, ids=str)
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.lists(st.integers(0, len(SAID)), max_size=12))
+def test_events_are_the_bodies(body: tuple[Url, str, dict[str, Any]], cuts: list[int]) -> None:
+    """Whatever is written ahead of its text: the same bytes as each body by itself."""
+
+    async def both() -> tuple[bytes, bytes]:
+        one, other = answers_of(*body)
+        deltas = deltas_of(one, cuts)
+        written = b"".join([part async for part in one.events(each(deltas))])
+        bodies = [event(item) async for item in other.chunks(each(deltas))]
+        return written, b"".join(bodies) + b"data: [DONE]\n\n"
+
+    written, wanted = asyncio.run(both())
+    assert written == wanted
+
+
+def requested(wire: h11.Connection, method: str, version: str) -> None:
+    wire.receive_data(f"{method} / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
+    while not isinstance(wire.next_event(), h11.EndOfMessage):
+        pass
+
+
+@given(
+    parts=st.lists(st.binary(max_size=40), max_size=4),
+    method=st.sampled_from(("GET", "HEAD")),
+    version=st.sampled_from(("1.1", "1.0")),
+    has_length=st.booleans(),
+)
+@settings(deadline=None)
+def test_parts_of_a_body_are_those_of_h11(
+    parts: list[bytes], method: str, version: str, has_length: bool
+) -> None:
+    """Also in the next answer of a connection; a HEAD has no body, HTTP 1.0 no chunks."""
+    size = sum(map(len, parts))
+    headers = [("content-length", str(size))] if has_length else [("x", "y")]
+    if method == "HEAD":
+        parts = [b"" for _ in parts]
+    said = []
+    for wire in (Wire(h11.SERVER), h11.Connection(h11.SERVER)):
+        data = b""
+        for _ in range(2):
+            requested(wire, method, version)
+            data += wire.send(h11.Response(status_code=200, headers=headers)) or b""
+            for part in parts:
+                data += wire.send(h11.Data(data=part)) or b""
+            data += wire.send(h11.EndOfMessage()) or b""
+            if wire.our_state is not h11.DONE:
+                break
+            wire.start_next_cycle()
+        said.append(data)
+    assert said[0] == said[1]
+
+
+def test_a_part_of_a_chunked_body_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = Wire(h11.SERVER)
+    requested(wire, "GET", "1.1")
+    wire.send(h11.Response(status_code=200, headers=[]))
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("h11 is asked")
+
+    monkeypatch.setattr(h11.Connection, "send", refuse)
+    assert wire.send(h11.Data(data=b"hello")) == b"5\r\nhello\r\n"
