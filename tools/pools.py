@@ -60,7 +60,10 @@ DECODE = "--decode"
 
 
 def make_plan(folder: Path, drafts: bool, ranks: tuple[int, int]) -> Plan:
-    """Two pools of the demo model; `ranks` of the one for prompts, and of the one that answers."""
+    """Two pools of the demo model; `ranks` of the one for prompts, and of the one that answers.
+
+    Answers go back, so that all this is also about these.
+    """
     prefill, decode = ranks
     spec = Spec.model_validate(
         {
@@ -69,7 +72,7 @@ def make_plan(folder: Path, drafts: bool, ranks: tuple[int, int]) -> Plan:
             "target": {"gpu": "cpu", "count": prefill + decode},
             "workload": {"first_turn_tokens": 300, "output_tokens": 64, "concurrency": 8},
             "speculation": {"depth": 2} if drafts else "off",
-            "disaggregation": {"prefill": prefill, "decode": decode},
+            "disaggregation": {"prefill": prefill, "decode": decode, "answers": "return"},
         }
     )
     made = compile_bundle(spec, find_model(spec))

@@ -27,6 +27,7 @@ from tokenspeed_plan.runtime.pools.lost_memory import LostMemory
 from tokenspeed_plan.runtime.pools.orders import Orders
 from tokenspeed_plan.runtime.pools.peers import Events, Handover, Peer, events_into
 from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
+from tokenspeed_plan.runtime.pools.return_sender import ReturnSender
 from tokenspeed_plan.runtime.pools.transport import Transport
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence as Progress
@@ -88,6 +89,7 @@ class Handovers:
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.lost = LostMemory(engine.scheduler, transport.settle_s)
         self._arrivals = Arrivals(engine.scheduler, self._ranks, self.counts)
+        self._returns = ReturnSender(engine.scheduler, self._ranks, plan, self._peers, self.counts)
 
     def start(self) -> int:
         """Connect to the peers; one that cannot be reached is tried again and again.
@@ -122,6 +124,11 @@ class Handovers:
         return sum(len(peer.jobs) for peer in self._peers)
 
     @property
+    def is_open(self) -> bool:
+        """Whether answers are on their way back."""
+        return self._returns.num_open > 0
+
+    @property
     def num_heard(self) -> int:
         """Messages of all peers."""
         return sum(peer.num_heard for peer in self._peers)
@@ -131,6 +138,7 @@ class Handovers:
         return [
             ("prefill_pools", "Prefill pools that take prompts", lambda: self.num_peers),
             ("handovers_in_flight", "Prompts at prefill pools", lambda: self.num_jobs),
+            ("answers_in_flight", "Answers on their way back", lambda: self._returns.num_open),
             (
                 "kv_pages_abandoned",
                 "Pages that a lost prefill pool may still write",
@@ -172,6 +180,7 @@ class Handovers:
 
     def close(self) -> None:
         """Order nothing more; what was ordered is computed here."""
+        self._returns.close(_END_S)
         for peer in self._peers:
             peer.stop(_END_S)
             for order in list(peer.jobs):
@@ -186,10 +195,21 @@ class Handovers:
         if self._scheduler.running:
             return False
         waiting = self._scheduler.waiting
-        return bool(waiting) and all(sequence.is_elsewhere for sequence in waiting)
+        has_news = bool(waiting) or self.is_open
+        return has_news and all(sequence.is_elsewhere for sequence in waiting)
 
     def _order_waiting(self) -> None:
-        """Order the prompts of those that wait, in their order, while there is room for them."""
+        """Order the prompts of those that wait, in their order, while there is room for them.
+
+        One that goes on from an answer which is on its way to its peer waits a moment for it.
+        """
+        late = [each for each in self._waiting if self._returns.holds_up(each.sequence)]
+        for each in late:
+            self._waiting.remove(each)
+        self._order_ready()
+        self._waiting.extendleft(reversed(late))
+
+    def _order_ready(self) -> None:
         while self._waiting:
             handover = self._waiting[0]
             if handover.sequence.state == "cancelled":
@@ -239,7 +259,7 @@ class Handovers:
     def _said(self, peer: Peer, message: Message) -> None:
         peer.is_silent = False
         kind, order = message.get("type"), message.get("id", -1)
-        if not isinstance(order, int):
+        if self._returns.hear(peer, message) or not isinstance(order, int):
             return
         if kind == "done" and order in peer.jobs:
             self._arrivals.add(peer, peer.jobs.pop(order), message)
@@ -270,16 +290,24 @@ class Handovers:
         """A peer is lost; if it has ended, it writes no more, but for what is on its way."""
         peer.link = None
         self._give_up(peer)
-        self.lost.end(peer, ended)
+        self.lost.end(peer.abandoned.values(), ended)
+        peer.abandoned.clear()
+        self._returns.leave(peer)
 
     def _give_up(self, peer: Peer) -> None:
         """Let others compute all that a peer was to compute."""
         for handover in reversed(list(peer.jobs.values())):
             self.counts.lost += 1
-            self.lost.keep(peer, handover)
+            self._abandon(peer, handover)
             handover.tried.add(peer.name)
             self._waiting.appendleft(handover)
         peer.jobs.clear()
+
+    def _abandon(self, peer: Peer, handover: Handover) -> None:
+        """Keep what is reserved for an order as long as its peer may write it."""
+        reservation = self._reservations.abandon(handover.name)
+        if reservation is not None:
+            peer.abandoned[handover.order] = reservation
 
     def _look_after_peers(self) -> None:
         """Notice peers that say nothing, and orders that nobody wants any more."""
@@ -287,7 +315,7 @@ class Handovers:
         for peer in self._peers:
             for order, handover in list(peer.jobs.items()):
                 if handover.sequence.state == "cancelled":
-                    self.lost.keep(peer, peer.jobs.pop(order))
+                    self._abandon(peer, peer.jobs.pop(order))
                     peer.post({"type": "cancel", "id": order})
             if peer.is_usable and now - peer.heard_s > self._options.timeout_s:
                 peer.is_silent = True
@@ -296,3 +324,4 @@ class Handovers:
                 for order in orders:
                     peer.post({"type": "cancel", "id": order})
         self.lost.settle_late()
+        self._returns.advance()

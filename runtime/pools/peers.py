@@ -76,6 +76,7 @@ class Peer:
         link: its connection; None while there is none.
         is_silent: whether nothing was heard of it for too long.
         heard_s: when it was heard last. num_heard: how often.
+        route: the number by which its memory was opened; 0 where answers cannot go back to it.
         jobs: its orders by their numbers.
         abandoned: what it may still write, by the number of the order.
     """
@@ -86,6 +87,7 @@ class Peer:
         self.is_silent = False
         self.heard_s = 0.0
         self.num_heard = 0
+        self.route = 0
         self.jobs: dict[int, Handover] = {}
         self.abandoned: dict[int, Reservation] = {}
         self._max_known = max_known
@@ -165,6 +167,11 @@ class Peer:
         """
         if self.link is not None:
             self._posts.put((self.link, message))
+
+    def hang_up(self) -> None:
+        """Leave it, as its link is broken: it is called again."""
+        if self.link is not None:
+            self.link.hang_up()
 
     def stop(self, timeout_s: float) -> None:
         """Hang up, and wait for it to do the same."""
