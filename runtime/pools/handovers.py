@@ -13,7 +13,7 @@ import queue
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +23,14 @@ from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.pools.arrivals import Arrivals
 from tokenspeed_plan.runtime.pools.channel import Channel, ChannelClosed, Facts, Message
 from tokenspeed_plan.runtime.pools.handover_counts import Gauges, HandoverCounts
-from tokenspeed_plan.runtime.pools.lost_memory import LostMemory
+from tokenspeed_plan.runtime.pools.lost_memory import LostMemory, settle_s
 from tokenspeed_plan.runtime.pools.orders import Orders
-from tokenspeed_plan.runtime.pools.peers import Events, Handover, Peer, events_into
+from tokenspeed_plan.runtime.pools.peers import Events, Handover, Peer, events_into, nearest
 from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
 from tokenspeed_plan.runtime.pools.return_sender import ReturnSender
 from tokenspeed_plan.runtime.pools.transport import Transport
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
+from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence as Progress
 
 _LOOK_S = 0.002  # between two looks at the queue of an engine that has nothing to do
@@ -87,7 +88,8 @@ class Handovers:
         ]
         self._waiting: deque[Handover] = deque()
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.lost = LostMemory(engine.scheduler, transport.settle_s)
+        late_s = settle_s(transport.settle_s, plan.pools[1].layout.num_ranks)
+        self.lost = LostMemory(engine.scheduler, late_s)
         self._arrivals = Arrivals(engine.scheduler, self._ranks, self.counts)
         self._returns = ReturnSender(engine.scheduler, self._ranks, plan, self._peers, self.counts)
 
@@ -164,7 +166,8 @@ class Handovers:
     def poll(self, is_busy: bool) -> None:
         """Handle what came, and order what waits."""
         wait_s = 0.0
-        if not is_busy and self._is_all_elsewhere():
+        has_news = bool(self._scheduler.waiting) or self.is_open
+        if not is_busy and has_news and not can_step(self._scheduler):
             wait_s = _LOOK_S
         self._handle_events(wait_s)
         self._arrivals.use(self._try_again)
@@ -189,14 +192,6 @@ class Handovers:
             self._go_alone(handover)
         while self._waiting:
             self._go_alone(self._waiting.popleft())
-
-    def _is_all_elsewhere(self) -> bool:
-        """Whether this engine has nothing to do."""
-        if self._scheduler.running:
-            return False
-        waiting = self._scheduler.waiting
-        has_news = bool(waiting) or self.is_open
-        return has_news and all(sequence.is_elsewhere for sequence in waiting)
 
     def _order_waiting(self) -> None:
         """Order the prompts of those that wait, in their order, while there is room for them.
@@ -231,16 +226,8 @@ class Handovers:
                 self._go_alone(self._waiting.popleft())  # it fits only without the last hit
                 continue
             self._waiting.popleft()
-            self._order(handover, self._nearest(free, handover), reservation)
-
-    def _nearest(self, peers: Sequence[Peer], handover: Handover) -> Peer:
-        """The peer that has the fewest tokens to compute until this prompt is done."""
-        digests = handover.sequence.digests
-
-        def num_tokens(peer: Peer) -> int:
-            return peer.num_tokens - peer.num_known(digests) * self._page_size
-
-        return min(peers, key=num_tokens)
+            peer = nearest(free, handover.sequence.digests, self._page_size)
+            self._order(handover, peer, reservation)
 
     def _order(self, handover: Handover, peer: Peer, reservation: Reservation) -> None:
         sequence = handover.sequence
@@ -298,16 +285,10 @@ class Handovers:
         """Let others compute all that a peer was to compute."""
         for handover in reversed(list(peer.jobs.values())):
             self.counts.lost += 1
-            self._abandon(peer, handover)
+            self.lost.keep(handover.name, handover.order, peer.abandoned)
             handover.tried.add(peer.name)
             self._waiting.appendleft(handover)
         peer.jobs.clear()
-
-    def _abandon(self, peer: Peer, handover: Handover) -> None:
-        """Keep what is reserved for an order as long as its peer may write it."""
-        reservation = self._reservations.abandon(handover.name)
-        if reservation is not None:
-            peer.abandoned[handover.order] = reservation
 
     def _look_after_peers(self) -> None:
         """Notice peers that say nothing, and orders that nobody wants any more."""
@@ -315,7 +296,8 @@ class Handovers:
         for peer in self._peers:
             for order, handover in list(peer.jobs.items()):
                 if handover.sequence.state == "cancelled":
-                    self._abandon(peer, peer.jobs.pop(order))
+                    del peer.jobs[order]
+                    self.lost.keep(handover.name, order, peer.abandoned)
                     peer.post({"type": "cancel", "id": order})
             if peer.is_usable and now - peer.heard_s > self._options.timeout_s:
                 peer.is_silent = True
@@ -325,3 +307,8 @@ class Handovers:
                     peer.post({"type": "cancel", "id": order})
         self.lost.settle_late()
         self._returns.advance()
+
+
+def can_step(scheduler: Scheduler) -> bool:
+    """Whether some sequence waits for nothing but the next step."""
+    return bool(scheduler.running) or any(not each.is_elsewhere for each in scheduler.waiting)

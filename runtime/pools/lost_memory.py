@@ -9,10 +9,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tokenspeed_plan.runtime.pools.channel import CUT_S
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
+
+_Key = TypeVar("_Key")
+RANKS_END_S = 10.0  # in which the other ranks of a pool end whose first one was killed
+
+
+def settle_s(transport_s: float, num_ranks: int) -> float:
+    """For how long a pool may still write here after its first rank has ended.
+
+    Args:
+        transport_s: for how long what was sent may be on its way.
+        num_ranks: of that pool. The others carry out what they were told before they notice.
+    """
+    if num_ranks == 1:
+        return transport_s
+    return transport_s + RANKS_END_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +56,13 @@ class LostMemory:
     def num_pages(self) -> int:
         """Pages that nobody uses."""
         return sum(len(each.new_pages) for each in self._scheduler.reservations.abandoned)
+
+    def keep(self, name: str, key: _Key, abandoned: dict[_Key, Reservation]) -> None:
+        """Abandon what is reserved under a name, if anything, and note it under a key."""
+        reservation = self._scheduler.reservations.abandon(name)
+        if reservation is not None:
+            abandoned[key] = reservation
+        self._scheduler.unblock()
 
     def settle(self, reservation: Reservation) -> None:
         """Give it back: nobody writes it any more."""

@@ -169,7 +169,7 @@ class Peer:
             self._posts.put((self.link, message))
 
     def hang_up(self) -> None:
-        """Leave it, as its link is broken: it is called again."""
+        """Leave it, as it says what cannot be: it is called again."""
         if self.link is not None:
             self.link.hang_up()
 
@@ -229,3 +229,12 @@ def events_into(put: Callable[[Callable[[], None]], None], to: Events) -> Events
         said=lambda peer, message: put(partial(to.said, peer, message)),
         left=lambda peer, ended: put(partial(to.left, peer, ended)),
     )
+
+
+def nearest(peers: Sequence[Peer], digests: Sequence[bytes], page_size: int) -> Peer:
+    """The peer that has the fewest tokens to compute until a prompt of these pages is done."""
+
+    def num_tokens(peer: Peer) -> int:
+        return peer.num_tokens - peer.num_known(digests) * page_size
+
+    return min(peers, key=num_tokens)

@@ -61,7 +61,7 @@ class Move:
         state_slot: of this pool; 0 where no state goes.
         state_target: the peer's.
         is_last: whether the hand-over has nothing after it.
-        sampled: all pages of the hand-over, of the last one.
+        sampled: all pages of the hand-over, of the last one; none where these are all.
     """
 
     job: int
@@ -178,7 +178,9 @@ class PoolRank:
         for move in moves:
             if move.is_last:
                 part = self._parts[move.job]
-                part.sample = self._sent.take(move.sampled, move.state_slot, is_ahead=True)
+                part.sample = self._sent.take(
+                    move.sampled or move.pages, move.state_slot, is_ahead=True
+                )
                 part.is_over = True
 
     def settle(self, job: int) -> int | None:

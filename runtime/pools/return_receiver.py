@@ -18,7 +18,7 @@ from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.pools.callers import Caller
 from tokenspeed_plan.runtime.pools.channel import Message, unpacked
-from tokenspeed_plan.runtime.pools.lost_memory import LostMemory
+from tokenspeed_plan.runtime.pools.lost_memory import LostMemory, settle_s
 from tokenspeed_plan.runtime.pools.orders import launched
 from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
 from tokenspeed_plan.runtime.request import Request, SamplingParams
@@ -72,14 +72,17 @@ class ReturnReceiver:
         scheduler: of that pool.
         ranks: of that pool.
         plan: with both pools.
-        settle_s: for how long bytes of a process that has ended may still come.
+        transport_s: for how long bytes of a process that has ended may still come.
 
     Attributes:
         lost: memory that lost callers may still write.
     """
 
-    def __init__(self, scheduler: Scheduler, ranks: PoolRanks, plan: Plan, settle_s: float) -> None:
-        self.lost = LostMemory(scheduler, settle_s)
+    def __init__(
+        self, scheduler: Scheduler, ranks: PoolRanks, plan: Plan, transport_s: float
+    ) -> None:
+        late_s = settle_s(transport_s, plan.pools[0].layout.num_ranks)
+        self.lost = LostMemory(scheduler, late_s)
         self._scheduler = scheduler
         self._reservations = scheduler.reservations
         self._ranks = ranks
@@ -181,7 +184,7 @@ class ReturnReceiver:
                 self._use(key, coming)
             elif coming.until_s < now:
                 del self._coming[key]
-                self._abandon(key, coming)
+                self.lost.keep(coming.name, key, self._abandoned)
         self.lost.settle_late()
 
     def _use(self, key: tuple[int, int], coming: _Coming) -> None:
@@ -203,19 +206,12 @@ class ReturnReceiver:
         self._reservations.drop(coming.name)
         self._scheduler.unblock()
 
-    def _abandon(self, key: tuple[int, int], coming: _Coming) -> None:
-        """Keep what its caller may still write, and nothing else."""
-        reservation = self._reservations.abandon(coming.name)
-        if reservation is not None:
-            self._abandoned[key] = reservation
-        self._scheduler.unblock()
-
     def leave(self, caller: Caller, ended: bool) -> None:
         """A caller is lost; `ended`: it writes no more, but for what is on its way."""
         for key, coming in list(self._coming.items()):
             if coming.caller is caller:
                 del self._coming[key]
                 self._ranks.forget(coming.job)
-                self._abandon(key, coming)
+                self.lost.keep(coming.name, key, self._abandoned)
         keys = [key for key in self._abandoned if key[0] == caller.number]
         self.lost.end([self._abandoned.pop(key) for key in keys], ended)

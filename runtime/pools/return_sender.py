@@ -18,7 +18,7 @@ from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.cache.held import Held
 from tokenspeed_plan.runtime.cache.prefix_tree import Node
-from tokenspeed_plan.runtime.pools.channel import Message, packed
+from tokenspeed_plan.runtime.pools.channel import Channel, Message, packed
 from tokenspeed_plan.runtime.pools.handover_counts import HandoverCounts
 from tokenspeed_plan.runtime.pools.peers import Peer
 from tokenspeed_plan.runtime.pools.pool_rank import Move
@@ -118,7 +118,8 @@ class ReturnSender:
         self._counts = counts
         self._open: dict[int, _Return] = {}
         self._numbers, self._routes = itertools.count(1), itertools.count(1)
-        self._leaving: set[int] = set()  # routes that are closed once nothing is sent by them
+        # routes that are closed once nothing is sent by them, with a link that is left then
+        self._leaving: dict[int, Channel | None] = {}
         if self._planned is not None:
             scheduler.tell_ends(self._offer)
 
@@ -235,9 +236,11 @@ class ReturnSender:
             elif now - each.heard_s > _SILENCE_S:
                 self._give_up(each)
         busy = {each.route for each in self._open.values() if each.job}
-        for route in self._leaving - busy:
-            self._leaving.remove(route)
+        for route in self._leaving.keys() - busy:
+            link = self._leaving.pop(route)
             self._ranks.do({"do": "close", "caller": route})
+            if link is not None:
+                link.hang_up()
 
     def _send(self, each: _Return) -> None:
         """Begin to send an answer, if it is still there and nobody waits for its memory."""
@@ -260,7 +263,7 @@ class ReturnSender:
         state = (0, 0)
         if self._ranks.state_bytes:
             state = (held.state_slot, room.state_slot)
-        move = Move(each.job, each.route, pages, room.pages, *state, True, pages)
+        move = Move(each.job, each.route, pages, room.pages, *state, True)
         self._ranks.do({"do": "push", "move": asdict(move)})
 
     def _look_at(self, each: _Return) -> None:
@@ -270,9 +273,10 @@ class ReturnSender:
         except PoolError as error:
             print(f"{each.peer.name} is lost: {error.message}", file=sys.stderr)
             self._let_go(each)
-            if each.has_route:
-                each.peer.hang_up()
             self._give_up(each)
+            if each.has_route:
+                self._leaving[each.route] = each.peer.link
+                each.peer.route = 0
             return
         if digest is None:
             return
@@ -306,7 +310,7 @@ class ReturnSender:
     def leave(self, peer: Peer) -> None:
         """A peer is lost; what is being sent to it is held until that is over."""
         if peer.route:
-            self._leaving.add(peer.route)
+            self._leaving[peer.route] = None
         peer.route = 0
         for each in list(self._open.values()):
             if each.peer is peer and not each.job:
