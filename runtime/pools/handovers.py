@@ -81,8 +81,7 @@ class Handovers:
         self._facts = Facts.of(plan, transport.name)
         self._orders = Orders(plan)
         prefill = plan.pools[1].limits
-        self._max_jobs = prefill.max_seqs
-        self._page_size = prefill.page_size
+        self._max_jobs, self._page_size = prefill.max_seqs, prefill.page_size
         self._peers = [
             Peer(address, prefill.num_pages, options.retry_s) for address in options.addresses
         ]
@@ -221,7 +220,7 @@ class Handovers:
             running = self._scheduler.running
             reservation = self._reservations.reserve(handover.sequence, running)
             if reservation is None:
-                if running or self._reservations.held or self._reservations.abandoned:
+                if running or self._reservations.holds_any:
                     return
                 self._go_alone(self._waiting.popleft())  # it fits only without the last hit
                 continue

@@ -211,7 +211,8 @@ class ReturnReceiver:
         for key, coming in list(self._coming.items()):
             if coming.caller is caller:
                 del self._coming[key]
-                self._ranks.forget(coming.job)
+                if coming.job:
+                    self._ranks.forget(coming.job)
                 self.lost.keep(coming.name, key, self._abandoned)
         keys = [key for key in self._abandoned if key[0] == caller.number]
         self.lost.end([self._abandoned.pop(key) for key in keys], ended)

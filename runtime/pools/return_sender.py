@@ -27,6 +27,7 @@ from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
 _SILENCE_S = 10.0  # an answer of which nothing is heard for so long is forgotten
+_HOLD_S = 0.1  # for which an answer that is being sent keeps its memory from those who wait
 _LOOK_S = 0.0005
 
 
@@ -51,7 +52,8 @@ class _Return:
         patience_s: for how long its next turn waits for it.
         begun_s: when it was offered. heard_s: when its peer said something of it.
         room: where it goes, until it is sent.
-        held: what is being sent. job: the number by which the ranks do so; 0 where none is.
+        held: what is being sent, unless that was given back. job: the number by which the ranks do
+            so; 0 where none is.
         size_bytes: that were sent.
     """
 
@@ -206,12 +208,12 @@ class ReturnSender:
             KeyError, TypeError, ValueError: that is no place.
         """
         pages, slot = tuple(map(int, message["pages"])), int(message["slot"])
-        limits = self._limits
-        if not all(0 <= page < limits.num_pages for page in pages):
+        first_page, limits = int(message["first_page"]), self._limits
+        if first_page < 0 or not all(0 <= page < limits.num_pages for page in pages):
             raise ValueError("an answer goes to a page that there is not")
         if self._ranks.state_bytes and not 0 < slot < limits.pad_state_slot:
             raise ValueError("an answer goes to a state slot that there is not")
-        return _Room(int(message["first_page"]), pages, slot)
+        return _Room(first_page, pages, slot)
 
     def _count(self, each: _Return, message: Message) -> None:
         """Count an answer of which nothing more comes, and note what its peer knows by it."""
@@ -243,19 +245,16 @@ class ReturnSender:
                 link.hang_up()
 
     def _send(self, each: _Return) -> None:
-        """Begin to send an answer, if it is still there and nobody waits for its memory."""
+        """Begin to send an answer, if it is still there."""
         room, each.room = each.room, None
         assert room is not None, "only such answers are sent"
-        can_hold = self._reservations.may_hold_state and not self._scheduler.is_blocked
-        if not each.checkpoint.state_slot or not can_hold or self._ranks.is_full:
+        num_pages = -(-each.checkpoint.position // self._limits.page_size)
+        fits = room.first_page + len(room.pages) == num_pages and not self._ranks.is_full
+        if not (each.checkpoint.state_slot and self._reservations.may_hold_state and fits):
             self._drop(each)
             return
         held = Held.of(self._scheduler.cache, each.checkpoint)
         pages = held.pages[room.first_page :]
-        if len(pages) != len(room.pages):
-            held.drop()
-            self._drop(each)
-            return
         self._reservations.lent[each.name] = held.pages
         self._reservations.lent_states.add(each.name)
         each.held, each.job = held, self._ranks.begin()
@@ -267,30 +266,44 @@ class ReturnSender:
         self._ranks.do({"do": "push", "move": asdict(move)})
 
     def _look_at(self, each: _Return) -> None:
-        """Tell its peer once an answer is written; a link that is broken is left."""
+        """Tell its peer once an answer is written; a link that is broken is left.
+
+        Where others wait for its memory for too long it is given back. Then something else may have
+        been sent, and nobody may use it.
+        """
         try:
             digest = self._ranks.result(each.job)
         except PoolError as error:
             print(f"{each.peer.name} is lost: {error.message}", file=sys.stderr)
-            self._let_go(each)
-            self._give_up(each)
             if each.has_route:
                 self._leaving[each.route] = each.peer.link
                 each.peer.route = 0
+            self._end(each)
+            self._give_up(each)
             return
+        now = time.monotonic()
         if digest is None:
+            if self._scheduler.waiting and now - each.heard_s > _HOLD_S:
+                self._let_go(each)
             return
-        self._let_go(each)
-        each.heard_s = time.monotonic()
-        if each.has_route:
+        is_whole, each.heard_s = each.held is not None, now
+        self._end(each)
+        if not each.has_route:
+            self._give_up(each)
+        elif is_whole:
             each.peer.post({"type": "returned", "id": each.number, "digest": digest})
         else:
-            self._give_up(each)
+            self._drop(each)
+
+    def _end(self, each: _Return) -> None:
+        """Nothing is sent of an answer any more."""
+        self._let_go(each)
+        if each.job:
+            self._ranks.forget(each.job)
+        each.job = 0
 
     def _let_go(self, each: _Return) -> None:
         """Hold nothing of an answer any more."""
-        self._ranks.forget(each.job)
-        each.job = 0
         if each.held is not None:
             each.held.drop()
             each.held = None
@@ -326,5 +339,5 @@ class ReturnSender:
             self.advance()
             time.sleep(_LOOK_S)
         for each in list(self._open.values()):
-            self._let_go(each)
+            self._end(each)
             self._give_up(each)

@@ -82,6 +82,11 @@ class Reservations:
         held = len(self._all()) + len(self.lent_states)
         return not self.has_state or held < self.limits.num_checkpoints
 
+    @property
+    def holds_any(self) -> bool:
+        """Whether something is held that will be given back."""
+        return bool(self.held or self.abandoned or self.lent)
+
     def _all(self, but: str = "") -> list[Reservation]:
         return [each for name, each in self.held.items() if name != but] + self.abandoned
 

@@ -16,7 +16,7 @@ from pool_pairs import returning as with_returns
 
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
-from tokenspeed_plan.runtime.pools import return_receiver
+from tokenspeed_plan.runtime.pools import return_receiver, return_sender
 from tokenspeed_plan.runtime.pools.handovers import Handovers
 from tokenspeed_plan.runtime.pools.nixl_transport import load_nixl
 
@@ -110,6 +110,24 @@ def test_it_does_not_wait_longer_than_computing_takes(checkpoint: Any) -> None:
         )
         assert handovers.counts.done == 2 and not handovers.counts.returned
         gate.set()
+        nothing_is_held(made)
+
+
+def test_others_do_not_wait_for_a_link_that_is_stuck(
+    checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt needs the pages of an answer that is being sent; that one is nobody's then."""
+    folder, gate = checkpoint("moe"), threading.Event()
+    monkeypatch.setattr(return_sender, "_HOLD_S", 0.05)
+    plan = squeezed(with_returns(plan_of_two(folder)), num_pages=22, max_seqs=4, num_checkpoints=6)
+    with pools(plan, folder) as made:
+        handovers = made.connect([made.add_prefill()], spoil=partial(Gated, gate=gate))
+        tokens_of(made.engine, [FIRST], COUNT)
+        wait_for(lambda: bool(made.engine.scheduler.reservations.lent), made.engine)
+        tokens_of(made.engine, [list(range(200, 460))], 2)
+        assert handovers.counts.done == 2 and not handovers.counts.alone
+        gate.set()
+        wait_for(lambda: handovers.counts.dropped == 1, made.engine)
         nothing_is_held(made)
 
 
