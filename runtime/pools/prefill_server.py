@@ -38,6 +38,7 @@ from tokenspeed_plan.runtime.request import Request, SamplingParams
 
 BEAT_S = 0.5
 _LOOK_S = 0.0002  # between two looks at what is under way, where nothing is computed
+_AGAIN_S = 0.1  # after which callers are taken again, where one could not be
 _MAX_STRANGERS = 16  # callers that have not shown that they know the token
 _ALIKE = "start both pools with one version and one bundle"
 _PARAMS = SamplingParams(max_tokens=1, ignore_eos=True)
@@ -134,11 +135,17 @@ class PrefillServer:
                 caller.tell({"type": "beat"})
 
     def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):  # the listener is closed
-            while not self._stopped:
-                self._strangers.acquire()
+        while not self._stopped:
+            self._strangers.acquire()
+            try:
                 connection, _ = listener.accept()
-                threading.Thread(target=self._read, args=(connection,), daemon=True).start()
+            except OSError:
+                self._strangers.release()
+                if listener.fileno() < 0:
+                    return  # it is closed
+                time.sleep(_AGAIN_S)  # a caller has gone, or there are too many files
+                continue
+            threading.Thread(target=self._read, args=(connection,), daemon=True).start()
 
     def _read(self, connection: socket.socket) -> None:
         """On a thread of its own: greet a caller, and pass on what it says."""
@@ -199,8 +206,8 @@ class PrefillServer:
 
     def _open(self, caller: Caller, memory: list[Message]) -> None:
         """Reach the memory of the ranks of a caller."""
-        if len(memory) != self._num_peer_ranks:
-            raise PoolError(f"a caller has {len(memory)} ranks", _ALIKE)
+        if len(memory) != self._num_peer_ranks or caller.is_open:
+            raise PoolError(f"a caller opens {len(memory)} ranks", _ALIKE)
         self._ranks.do({"do": "open", "caller": caller.number, "memory": memory})
         caller.is_open = True
         if self._returns.kinds:
