@@ -77,6 +77,8 @@ class Arrivals:
         """Use none of what is left; returns whose it was."""
         left = [arrival.handover for arrival in self._arrivals]
         self._arrivals = []
+        for handover in left:
+            self._scheduler.reservations.drop(handover.name)
         return left
 
     def _is_right(self, arrival: _Arrival, digest: str | None) -> bool:

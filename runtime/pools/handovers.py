@@ -185,18 +185,17 @@ class Handovers:
         self._returns.close(_END_S)
         for peer in self._peers:
             peer.stop(_END_S)
-            for order in list(peer.jobs):
-                self._go_alone(peer.jobs.pop(order))
+        self._handle_events(0.0)  # of those that have hung up, too: they write no more
+        for peer in self._peers:
+            while peer.jobs:
+                self._go_alone(peer.jobs.popitem()[1])
         for handover in self._arrivals.leave():
             self._go_alone(handover)
         while self._waiting:
             self._go_alone(self._waiting.popleft())
 
     def _order_waiting(self) -> None:
-        """Order the prompts of those that wait, in their order, while there is room for them.
-
-        One that goes on from an answer which is on its way to its peer waits a moment for it.
-        """
+        """Order the prompts that wait, in their order; some wait for the answer before them."""
         late = [each for each in self._waiting if self._returns.holds_up(each.sequence)]
         for each in late:
             self._waiting.remove(each)

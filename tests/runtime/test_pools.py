@@ -181,6 +181,7 @@ def test_a_decode_pool_that_leaves_frees_the_other(checkpoint: Any) -> None:
         while made.engine.num_unfinished:
             done += made.engine.step()
         assert len(done) == 6
+        nothing_is_held(made)
 
 
 def test_what_is_reserved_leaves_room_to_finish(checkpoint: Any) -> None:
