@@ -110,7 +110,7 @@ def choose_answer_returns(
         raise SpecError(
             f"answers have no state slot to go back to: {limits.num_checkpoints} checkpoints, "
             f"{limits.max_seqs} sequences",
-            "leave `disaggregation.answers` out, or `serving.checkpoint_tokens`",
+            "leave `disaggregation.answers` out",
         )
     if why_not:
         ledger.record("answer_returns", "off", why_not)

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import make_spec
+from conftest import ROOT, make_spec
 
 from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner.advisor import transfer
 from tokenspeed_plan.planner.advisor.answer_returns import ReturnPrices
 from tokenspeed_plan.plans.errors import PlanError, SpecError
 from tokenspeed_plan.plans.schema import Decision, Plan
@@ -20,11 +21,10 @@ TALK = {"kind": "agentic", "turns": 4, "turn_tokens": 40, "output_tokens": 64, "
 NVLINK = ReturnPrices(64, 1_310_720, 63_000_000, "nvlink", 35e9, 14.0)
 
 
-def planned(checkpoint: Any, answers: str = "auto", kind: str = "moe", **workload: Any) -> Plan:
+def planned(answers: str = "auto", **workload: Any) -> Plan:
     pair = {"prefill": 1, "decode": 1, "answers": answers}
-    spec = make_spec(
-        checkpoint(kind), target={"count": 2}, disaggregation=pair, workload=TALK | workload
-    )
+    model = ROOT / "examples" / "demo" / "model"
+    spec = make_spec(model, target={"count": 2}, disaggregation=pair, workload=TALK | workload)
     return compile_plan(spec, find_model(spec))
 
 
@@ -42,29 +42,34 @@ def test_it_pays_from_where_the_lines_cross() -> None:
     assert replace(NVLINK, transport="tcp", bytes_per_s=0.5e9).least_tokens is None
 
 
-def test_what_is_stated_is_planned(checkpoint: Any) -> None:
-    plan = planned(checkpoint, "return")
+def test_what_is_stated_is_planned() -> None:
+    plan = planned("return")
     returns, limits = plan.pools[1].answer_returns, plan.pools[1].limits
     assert returns is not None and plan.pools[0].answer_returns is None
     assert returns.slots == limits.max_seqs == 2
     assert "as the spec says" in decision(plan).reason and "by tcp" in decision(plan).reason
-    assert planned(checkpoint, "stay").pools[1].answer_returns is None
+    assert planned("stay").pools[1].answer_returns is None
 
 
-def test_auto_says_what_both_ways_take(checkpoint: Any) -> None:
-    """A tiny model computes faster than TCP carries, and answers without a next turn stay."""
-    plan = planned(checkpoint)
-    assert plan.pools[1].answer_returns is None and decision(plan).value == "off"
+def test_auto_says_what_both_ways_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By TCP it pays for a small model on a CPU; not by a slow link, or without a next turn."""
+    plan = planned()
+    assert plan.pools[1].answer_returns is not None
     assert "computing them takes" in decision(plan).reason
-    once = planned(checkpoint, turns=1, turn_tokens=0)
+    once = planned(turns=1, turn_tokens=0)
+    assert once.pools[1].answer_returns is None
     assert decision(once).reason == "no turn comes after an answer"
+    monkeypatch.setattr(transfer, "TCP_BYTES_PER_S", 1e6)
+    slow = planned()
+    assert slow.pools[1].answer_returns is None and decision(slow).value == "off"
+    assert "computing them takes" in decision(slow).reason
 
 
-def test_hand_overs_keep_their_state_slots(checkpoint: Any) -> None:
+def test_hand_overs_keep_their_state_slots() -> None:
     """Rows of a batch have few checkpoints; prompts come before answers."""
     rows = {"kind": "batch", "turns": 1, "turn_tokens": 0, "concurrency": 24}
     with pytest.raises(SpecError, match="no state slot to go back to: 19 checkpoints"):
-        planned(checkpoint, "return", **rows)
+        planned("return", **rows)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +79,9 @@ def test_hand_overs_keep_their_state_slots(checkpoint: Any) -> None:
         ({"least_tokens": 3}, "less than a page"),
     ],
 )
-def test_a_plan_whose_answers_cannot_go_back(
-    changes: dict[str, int], says: str, checkpoint: Any
-) -> None:
-    decode, prefill = planned(checkpoint, "return").pools
-    plan = planned(checkpoint, "return")
+def test_a_plan_whose_answers_cannot_go_back(changes: dict[str, int], says: str) -> None:
+    decode, prefill = planned("return").pools
+    plan = planned("return")
     returns = prefill.answer_returns
     assert returns is not None
     wrong = prefill.model_copy(update={"answer_returns": returns.model_copy(update=changes)})
@@ -89,8 +92,8 @@ def test_a_plan_whose_answers_cannot_go_back(
         validate(plan.model_copy(update={"pools": (there, prefill)}))
 
 
-def test_answers_leave_hand_overs_their_slots(checkpoint: Any) -> None:
-    plan = planned(checkpoint, "return")
+def test_answers_leave_hand_overs_their_slots() -> None:
+    plan = planned("return")
     prefill = plan.pools[1]
     few = prefill.limits.model_copy(update={"num_checkpoints": 3})
     with pytest.raises(PlanError, match="prompts leave 1 of the 3 checkpoints"):
