@@ -4,7 +4,7 @@
 
 Weights are random. The prefill pool is a process of its own, on the second GPU that is shown. First
 one prompt is handed over while it is computed, then again when it is known (all of it at once: the
-rate of the link), and one conversation is held, of which is told what the other pool computes in
+rate of the link), and conversations are held, of which is told what the other pool computes in
 each turn. Then users read answers: alone; while prompts come every 2 s that the other pool
 computes; and while this one computes them itself, in chunks. On a CPU the pools have a core each.
 """
@@ -137,18 +137,36 @@ class Users:
         self._cancel_all()
         return _figures(gaps_ms, ttfts_ms)
 
-    def converse(self, handovers: Handovers, turns: int) -> dict[str, Any]:
-        """One conversation: tokens that the other pool computed in each turn, and its time."""
-        ids, computed, ttfts_ms = self.prompt(self.prompt_tokens), [], []
-        params = SamplingParams(max_tokens=ANSWER, ignore_eos=True)
+    def converse(self, handovers: Handovers, turns: int, reads: bool) -> dict[str, Any]:
+        """One conversation: tokens that the other pool computed in each turn, and its time.
+
+        Args:
+            handovers: to that pool.
+            turns: of the conversation.
+            reads: whether the next turn comes after the answer went back, not at once.
+        """
+        ids, computed, ttfts_ms, back_ms = self.prompt(self.prompt_tokens), [], [], []
+        params, counts = SamplingParams(max_tokens=ANSWER, ignore_eos=True), handovers.counts
+        sent_bytes = counts.returned_bytes
         for _ in range(turns):
-            before = handovers.counts.computed_tokens
+            before = counts.computed_tokens
             (done,) = self.engine.generate([ids], params)
-            computed.append(handovers.counts.computed_tokens - before)
+            computed.append(counts.computed_tokens - before)
             ttfts_ms.append(round(done.ttft_s * 1e3, 1))
+            if reads:
+                back_ms.append(round(self._wait_idle() * 1e3, 1))
             ids = (*ids, *done.token_ids, *self.prompt(NEW))
         again = sum(computed[1:]) - NEW * (turns - 1)
-        return {"computed": computed, "computed_again": again, "ttft_ms": ttfts_ms}
+        sent_mb = round((counts.returned_bytes - sent_bytes) / 1e6, 2)
+        figures = {"computed": computed, "computed_again": again, "ttft_ms": ttfts_ms}
+        return figures | {"answers_back_ms": back_ms, "answers_mb": sent_mb}
+
+    def _wait_idle(self) -> float:
+        """Seconds until an answer is back."""
+        begun = time.perf_counter()
+        while not self.engine.is_idle:
+            self.engine.step()
+        return time.perf_counter() - begun
 
     def _cancel_all(self) -> None:
         self.engine.on_token = None
@@ -218,7 +236,8 @@ def measure(plan: Plan, options: argparse.Namespace, address: tuple[str, int]) -
     for _ in range(3):
         forget(engine)
         show("all at once", users.hand_over(handovers, prompt))
-    show("conversation", users.converse(handovers, options.turns))
+    show("conversation", users.converse(handovers, options.turns, reads=False))
+    show("conversation of a reader", users.converse(handovers, options.turns, reads=True))
     show("two pools", users.read(options.seconds, prompts_come=True))
     show("counts", {name: getattr(handovers.counts, name) for name in handovers.counts.__slots__})
     engine.loop.close()

@@ -12,6 +12,10 @@ from tokenspeed_plan.codegen.build import Compiled as CompiledKernel
 from tokenspeed_plan.codegen.build import Job, compile_all, compiler_name
 from tokenspeed_plan.codegen.kernel_builder import Built
 from tokenspeed_plan.planner.advisor import resolve as decide
+from tokenspeed_plan.planner.advisor.answer_returns import (
+    ReturnPrices,
+    choose_answer_returns,
+)
 from tokenspeed_plan.planner.advisor.candidate import SUPPORTED
 from tokenspeed_plan.planner.advisor.legality import check_kernels
 from tokenspeed_plan.planner.freeze import Parts, freeze
@@ -323,6 +327,12 @@ def plan_parts(
     prices = HostPrices.of(programs, capacity, hardware)
     has_two_pools = decided.prefill is not None
     host_cache = choose_host_cache(ledger, spec, workload, prices, has_two_pools)
+    prefill_programs = work.of_prefill_pool(programs, report)
+    answer_returns = None
+    if decided.prefill is not None:
+        count = decided.layout.num_ranks + decided.prefill.num_ranks
+        costs = ReturnPrices.of(programs, prefill_programs, capacity, hardware, count)
+        answer_returns = choose_answer_returns(ledger, spec, workload, limits, costs)
     if model.weights in QUANTISED or spec.model.head == "fp8":
         _record_weights(ledger, programs, dtype, spec, hardware)
     if model.stop_reason:
@@ -338,8 +348,9 @@ def plan_parts(
         programs,
         version("tokenspeed-plan"),
         decided.prefill,
-        work.of_prefill_pool(programs, report),
+        prefill_programs,
         host_cache,
+        answer_returns,
     )
 
 

@@ -24,6 +24,7 @@ from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.schema import (
     SCHEMA_VERSION,
+    AnswerReturns,
     ArenaName,
     ArenaSpec,
     AttentionLayout,
@@ -76,6 +77,7 @@ class Parts:
     prefill_layout: ParallelLayout | None = None
     prefill_programs: tuple[LoweredProgram, ...] = ()
     host_cache: HostCache | None = None
+    answer_returns: AnswerReturns | None = None
 
     @property
     def candidates(self) -> dict[str, tuple[Built, ...]]:
@@ -129,7 +131,8 @@ def _pools(parts: Parts, chosen: Chosen) -> Iterator[Pool]:
     prefill = replace(parts, layout=parts.prefill_layout, programs=prompts)
     pool = _pool(prefill, "prefill", chosen)
     programs = [with_pushes(program, cached_tensors(pool).keys()) for program in pool.programs]
-    yield pool.model_copy(update={"programs": tuple(programs)})
+    changes = {"programs": tuple(programs), "answer_returns": parts.answer_returns}
+    yield pool.model_copy(update=changes)
 
 
 def _pool(parts: Parts, role: PoolRole, chosen: Chosen) -> Pool:

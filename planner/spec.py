@@ -434,6 +434,14 @@ class DisaggregationSpec(_Section):
 
     prefill: Annotated[Gpus, _about("GPUs of the pool that prefills.", 2, "GPUs")]
     decode: Annotated[Gpus, _about("GPUs of the pool that decodes.", 6, "GPUs")]
+    answers: Annotated[
+        Literal["auto", "return", "stay"],
+        _about(
+            "Whether an answer goes back to the pool that prefills, so that the next turn computes "
+            "only its own tokens; `auto` where that costs less than computing it again.",
+            "return",
+        ),
+    ] = "auto"
 
 
 class ServingSpec(_Section):

@@ -38,6 +38,7 @@ _NO_PART_OF_PROGRAMS: dict[str, Any] = {
 _NO_PART_OF_POOLS: dict[str, Any] = {
     "memory_bytes_per_rank": True,
     "host_cache": True,
+    "answer_returns": True,
     "arenas": True,
     "buffers": _OFFSETS,
     "weights": _OFFSETS,

@@ -123,6 +123,8 @@ def _pool_facts(pool: Pool, prefix: str) -> dict[str, Any]:
     facts.update(_flat(f"{prefix}limits", pool.limits.model_dump()))
     if pool.host_cache is not None:
         facts.update(_flat(f"{prefix}host_cache", pool.host_cache.model_dump()))
+    if pool.answer_returns is not None:
+        facts.update(_flat(f"{prefix}answer_returns", pool.answer_returns.model_dump()))
     return facts
 
 

@@ -186,6 +186,12 @@ class Engine:
         return self.scheduler.num_unfinished
 
     @property
+    def is_idle(self) -> bool:
+        """Whether a step would do nothing: no request is left, and nothing is on its way."""
+        elsewhere = self.loop.elsewhere
+        return not self.num_unfinished and (elsewhere is None or not elsewhere.is_open)
+
+    @property
     def has_step_in_flight(self) -> bool:
         """Whether a step was launched whose outputs are not read yet."""
         return self.loop.in_flight is not None

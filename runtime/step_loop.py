@@ -39,6 +39,10 @@ class Elsewhere(Protocol):
         """Compute all prompts here from now on."""
 
     @property
+    def is_open(self) -> bool:
+        """Whether it has something to do although nobody waits."""
+
+    @property
     def num_heard(self) -> int:
         """Rises while peers compute."""
 

@@ -60,7 +60,10 @@ DECODE = "--decode"
 
 
 def make_plan(folder: Path, drafts: bool, ranks: tuple[int, int]) -> Plan:
-    """Two pools of the demo model; `ranks` of the one for prompts, and of the one that answers."""
+    """Two pools of the demo model; `ranks` of the one for prompts, and of the one that answers.
+
+    Answers go back, so that all this is also about these.
+    """
     prefill, decode = ranks
     spec = Spec.model_validate(
         {
@@ -69,7 +72,7 @@ def make_plan(folder: Path, drafts: bool, ranks: tuple[int, int]) -> Plan:
             "target": {"gpu": "cpu", "count": prefill + decode},
             "workload": {"first_turn_tokens": 300, "output_tokens": 64, "concurrency": 8},
             "speculation": {"depth": 2} if drafts else "off",
-            "disaggregation": {"prefill": prefill, "decode": decode},
+            "disaggregation": {"prefill": prefill, "decode": decode, "answers": "return"},
         }
     )
     made = compile_bundle(spec, find_model(spec))
@@ -142,9 +145,9 @@ def decode_pool(bundle: Path, plan: Plan, address: tuple[str, int], transport: s
 
 
 def settle(engine: Engine) -> None:
-    """Wait until nothing is abandoned, and check that all is given back."""
-    until = time.monotonic() + END_S
-    while engine.scheduler.reservations.abandoned and time.monotonic() < until:
+    """Wait until nothing is on its way or abandoned, and check that all is given back."""
+    until, held = time.monotonic() + END_S, engine.scheduler.reservations
+    while (held.holds_any or not engine.is_idle) and time.monotonic() < until:
         engine.step()
         time.sleep(0.01)
     check_all_is_given_back(engine.scheduler.cache)
@@ -259,8 +262,8 @@ def kill_decode(plan: Plan, bundle: Path, count: int, seed: int, transport: str)
             time.sleep(rng.uniform(0.0, 0.6))
             child.kill()
             child.wait()
-        until = time.monotonic() + END_S
-        while engine.num_unfinished and time.monotonic() < until:
+        until, held = time.monotonic() + END_S, engine.scheduler.reservations
+        while (engine.num_unfinished or held.holds_any) and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(0.05)
         check_all_is_given_back(engine.scheduler.cache)

@@ -69,7 +69,7 @@ def plan_transfer(
     """
     hardware = memory.steps.hardware
     transport = transport_of(hardware, candidate.num_gpus)
-    bytes_per_s = _bytes_per_s(hardware, transport)
+    bytes_per_s = rate_of(hardware, transport)
     kv_bytes, state_bytes = memory.layer_bytes(candidate.knobs)
     handshake_us = HANDSHAKE_US[transport]
     chunks = max(new_tokens / candidate.knobs.prefill_chunk, 1.0)
@@ -89,7 +89,8 @@ def plan_transfer(
     return Transfer(transport, bytes_per_s, total_bytes, layers, exposed_us)
 
 
-def _bytes_per_s(hardware: HardwareSpec, transport: Transport) -> float:
+def rate_of(hardware: HardwareSpec, transport: Transport) -> float:
+    """Bytes a second that a rank pushes."""
     if transport == "nvlink":
         return hardware.link_bytes_per_s * LINK_SHARE
     if transport == "rdma":

@@ -43,14 +43,12 @@ class HostPrices:
         cls, programs: Sequence[LoweredProgram], capacity: Capacity, hardware: HardwareSpec
     ) -> HostPrices:
         """Those of the programs of a pool."""
-        prompts = [each for each in programs if each.graph.phase == "prefill"]
-        largest = max(prompts, key=lambda each: each.bucket)
         return cls(
             capacity.page_size,
-            _slot_bytes(programs, "kv_cache"),
-            _slot_bytes(programs, "state"),
+            slot_bytes(programs, "kv_cache"),
+            slot_bytes(programs, "state"),
             hardware.host_bytes_per_s,
-            largest.graph.time_us / largest.bucket,
+            token_us(programs),
         )
 
     @property
@@ -154,7 +152,14 @@ def _record(
     ledger.record("host_cache", value, reason)
 
 
-def _slot_bytes(programs: Sequence[LoweredProgram], arena: ArenaName) -> int:
+def token_us(programs: Sequence[LoweredProgram]) -> float:
+    """Microseconds to compute a token of a prompt, in the largest program."""
+    prompts = [each for each in programs if each.graph.phase == "prefill"]
+    largest = max(prompts, key=lambda each: each.bucket)
+    return largest.graph.time_us / largest.bucket
+
+
+def slot_bytes(programs: Sequence[LoweredProgram], arena: ArenaName) -> int:
     """Bytes of a page or of a state slot, in all layers."""
     specs = {
         name: tensor.spec

@@ -39,6 +39,7 @@ from tokenspeed_plan.plans.schema.kernel_specs import (
     TensorRole,
 )
 from tokenspeed_plan.plans.schema.memory_specs import (
+    AnswerReturns,
     ArenaName,
     ArenaSpec,
     BufferSpec,
@@ -74,6 +75,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "TENSOR_ROLES",
     "Amounts",
+    "AnswerReturns",
     "ArenaName",
     "ArenaSpec",
     "AttentionLayout",
@@ -306,7 +308,8 @@ class Pool(Frozen):
 
     One of role `both` is alone. One of role `prefill` has programs for prompts alone, and hands
     what it computes over to one of role `decode`, which has all programs: it can go on alone.
-    JSON has a `host_cache` only where there is one.
+    JSON has a `host_cache` only where there is one, and `answer_returns` where answers go back to
+    it.
     """
 
     role: PoolRole
@@ -318,12 +321,14 @@ class Pool(Frozen):
     buffers: tuple[BufferSpec, ...]
     programs: tuple[Program, ...]
     host_cache: HostCache | None = None
+    answer_returns: AnswerReturns | None = None
 
     @model_serializer(mode="wrap")
     def _spell(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = spell(self)
-        if self.host_cache is None:
-            fields.pop("host_cache", None)
+        for name in ("host_cache", "answer_returns"):
+            if getattr(self, name) is None:
+                fields.pop(name, None)
         return fields
 
     def slot_bytes(self, arena: ArenaName) -> int:

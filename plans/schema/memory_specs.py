@@ -123,3 +123,16 @@ class Memory(Frozen):
     reserved: int
     total: int
     capacity: int
+
+
+class AnswerReturns(Frozen):
+    """Answers that go back to a prefill pool, so that the next turn finds them in its cache.
+
+    At most `slots` of them are on their way to it at once. One goes back where that saves at least
+    `least_tokens` tokens of computing; its next turn waits for it as long as computing them would
+    take, at `token_us` each.
+    """
+
+    slots: Positive
+    least_tokens: Positive
+    token_us: Annotated[float, Field(gt=0)]

@@ -28,6 +28,7 @@ from tokenspeed_plan.plans.validate.name_rules import check_names
 from tokenspeed_plan.plans.validate.pool_rules import check_pools
 from tokenspeed_plan.plans.validate.program_rules import check_programs
 from tokenspeed_plan.plans.validate.refusal import refuse
+from tokenspeed_plan.plans.validate.return_rules import check_answer_returns
 from tokenspeed_plan.plans.validate.weight_rules import check_weights
 
 __all__ = ["refuse", "validate"]
@@ -46,6 +47,7 @@ _POOL_RULES = (
     check_formats,
     check_memory,
     check_host_cache,
+    check_answer_returns,
     check_weights,
     check_kernels,
     check_vocabulary,

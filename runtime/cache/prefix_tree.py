@@ -22,7 +22,8 @@ class Node:
 
     `position` is the number of tokens up to its end. `state_slot` is the checkpoint there, 0 where
     there is none. `clock` is the cache's age when the node was last used. A node is `proven` once
-    a sequence got its whole answer from what is cached up to here.
+    a sequence got its whole answer from what is cached up to here. Of the tokens up to its end
+    `num_returned` came back from a pool that answers, after what this pool had.
     """
 
     parent: Node | None
@@ -35,6 +36,7 @@ class Node:
     state_slot: int = 0
     clock: float = 0.0
     proven: bool = False
+    num_returned: int = 0
 
     @property
     def is_leaf(self) -> bool:

@@ -60,7 +60,8 @@ class RankMemory:
         """Whether another pool writes it: on a CPU it then lies in shared memory."""
         pool, device = self._plan.pool, self._plan.target.device
         is_cache = arena.name in CACHE_ARENAS and arena.size_bytes > 0
-        return pool.role == "decode" and device == "cpu" and is_cache
+        is_written = pool.role == "decode" or pool.answer_returns is not None
+        return is_written and device == "cpu" and is_cache
 
     def _peers(self, size_bytes: int) -> PeerMemory | None:
         """The memory that ranks share; where it does not work, said once, the library adds up."""

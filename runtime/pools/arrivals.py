@@ -15,8 +15,9 @@ from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """What a peer says that it has written; the ranks read some of it."""
+    """What a peer says that it has written; the ranks read some of it, under a number of theirs."""
 
+    job: int
     peer: Peer
     handover: Handover
     message: Message
@@ -45,9 +46,10 @@ class Arrivals:
     def add(self, peer: Peer, handover: Handover, message: Message) -> None:
         """Read some of what has come."""
         reservation = self._scheduler.reservations.held[handover.name]
-        order = {"do": "sample", "job": handover.order, "pages": reservation.new_pages}
+        job = self._ranks.begin()
+        order = {"do": "sample", "job": job, "pages": reservation.new_pages}
         self._ranks.do(order | {"state_slot": reservation.state_slot})
-        self._arrivals.append(_Arrival(peer, handover, message))
+        self._arrivals.append(_Arrival(job, peer, handover, message))
 
     def use(self, refuse: Callable[[Peer, Handover], None]) -> None:
         """Use what was read, if it is what was ordered.
@@ -57,11 +59,11 @@ class Arrivals:
         """
         for arrival in list(self._arrivals):
             handover = arrival.handover
-            digest = self._ranks.result(handover.order)
+            digest = self._ranks.result(arrival.job)
             if arrival.is_wanted and digest is None:
                 continue
             self._arrivals.remove(arrival)
-            self._ranks.own.forget(handover.order)
+            self._ranks.forget(arrival.job)
             if not arrival.is_wanted:
                 self._scheduler.reservations.drop(handover.name)
                 self._scheduler.unblock()
@@ -75,6 +77,8 @@ class Arrivals:
         """Use none of what is left; returns whose it was."""
         left = [arrival.handover for arrival in self._arrivals]
         self._arrivals = []
+        for handover in left:
+            self._scheduler.reservations.drop(handover.name)
         return left
 
     def _is_right(self, arrival: _Arrival, digest: str | None) -> bool:
@@ -94,6 +98,7 @@ class Arrivals:
         self._counts.done += 1
         self._counts.computed_tokens += num_tokens - cached
         self._counts.size_bytes += int(message.get("size_bytes", 0))
+        self._counts.returned_tokens += int(message.get("num_returned", 0))
         self._counts.wait_s += time.perf_counter() - handover.begun_s
         self._counts.exposed_s += int(message.get("exposed_us", 0)) * 1e-6
         sequence.is_elsewhere = False

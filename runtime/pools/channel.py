@@ -168,7 +168,7 @@ def greet_caller(channel: Channel, token: str, own: Facts) -> None:
     channel.send({"nonce": nonce})
     answer = channel.receive()
     theirs = str(answer.get("nonce"))
-    if not hmac.compare_digest(str(answer.get("proof")), _proof(token, "caller", nonce, theirs)):
+    if not _is_proof(answer, _proof(token, "caller", nonce, theirs)):
         channel.send({"error": "the token of this pool is another one"})
         raise PoolError("a caller has another token", "give both pools the same `--peer-token`")
     channel.send({"proof": _proof(token, "listener", nonce, theirs), "facts": asdict(own)})
@@ -189,14 +189,23 @@ def greet_listener(channel: Channel, token: str, own: Facts) -> None:
     if "error" in answer:
         raise PoolError(str(answer["error"]), "give both pools the same `--peer-token`")
     expected = _proof(token, "listener", theirs, nonce)
-    if not hmac.compare_digest(str(answer.get("proof")), expected):
+    if not _is_proof(answer, expected):
         raise PoolError("a listener has another token", "give both pools the same `--peer-token`")
     _compare(own, answer.get("facts"))
     channel.open_up()
 
 
 def _proof(token: str, side: str, *nonces: str) -> str:
-    return hmac.new(token.encode(), "/".join([side, *nonces]).encode(), sha256).hexdigest()
+    return hmac.new(token.encode(), _bytes("/".join([side, *nonces])), sha256).hexdigest()
+
+
+def _is_proof(answer: Message, expected: str) -> bool:
+    return hmac.compare_digest(_bytes(str(answer.get("proof"))), expected.encode())
+
+
+def _bytes(text: str) -> bytes:
+    """Of whatever a stranger may send, half a character included."""
+    return text.encode(errors="backslashreplace")
 
 
 def _compare(own: Facts, other: object) -> None:

@@ -16,7 +16,11 @@ class HandoverCounts:
     was said, `failed` could not be computed there, and `lost` went with their peer. `alone` were
     computed here after all. `wait_s` is the time from order to arrival of those that came,
     `exposed_s` the part of it after their last token was computed, and `computed_tokens` what peers
-    did not find in their caches of them.
+    did not find in their caches of them. They found `returned_tokens` as answers had gone back.
+
+    Of answers that were `offered` to prefill pools, `returned` are there, `known` were there
+    already, `unwanted` had no room, were not worth it or came with a wrong digest, and `dropped`
+    were given up here or went with their peer.
     """
 
     ordered: int = 0
@@ -29,6 +33,13 @@ class HandoverCounts:
     wait_s: float = 0.0
     exposed_s: float = 0.0
     computed_tokens: int = 0
+    returned_tokens: int = 0
+    offered: int = 0
+    returned: int = 0
+    known: int = 0
+    unwanted: int = 0
+    dropped: int = 0
+    returned_bytes: int = 0
 
     def gauges(self) -> Gauges:
         """Each of them with its name and what it means."""
@@ -54,5 +65,16 @@ class HandoverCounts:
                 "handover_exposed_seconds",
                 "Of these, after the last token of the prompt was computed",
                 lambda: self.exposed_s,
+            ),
+            ("answers_offered", "Answers that were offered to prefill pools", lambda: self.offered),
+            ("answers_returned", "Answers that went back to them", lambda: self.returned),
+            ("answers_known", "Answers that they knew", lambda: self.known),
+            ("answers_unwanted", "Answers that they did not take", lambda: self.unwanted),
+            ("answers_dropped", "Answers that were given up on their way", lambda: self.dropped),
+            ("answer_bytes", "Bytes that went back with answers", lambda: self.returned_bytes),
+            (
+                "answer_hit_tokens",
+                "Tokens of prompts that prefill pools had from answers",
+                lambda: self.returned_tokens,
             ),
         ]

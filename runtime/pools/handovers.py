@@ -13,7 +13,7 @@ import queue
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +23,14 @@ from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.pools.arrivals import Arrivals
 from tokenspeed_plan.runtime.pools.channel import Channel, ChannelClosed, Facts, Message
 from tokenspeed_plan.runtime.pools.handover_counts import Gauges, HandoverCounts
-from tokenspeed_plan.runtime.pools.lost_memory import LostMemory
+from tokenspeed_plan.runtime.pools.lost_memory import LostMemory, settle_s
 from tokenspeed_plan.runtime.pools.orders import Orders
-from tokenspeed_plan.runtime.pools.peers import Events, Handover, Peer, events_into
+from tokenspeed_plan.runtime.pools.peers import Events, Handover, Peer, events_into, nearest
 from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
+from tokenspeed_plan.runtime.pools.return_sender import ReturnSender
 from tokenspeed_plan.runtime.pools.transport import Transport
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
+from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence as Progress
 
 _LOOK_S = 0.002  # between two looks at the queue of an engine that has nothing to do
@@ -79,15 +81,16 @@ class Handovers:
         self._facts = Facts.of(plan, transport.name)
         self._orders = Orders(plan)
         prefill = plan.pools[1].limits
-        self._max_jobs = prefill.max_seqs
-        self._page_size = prefill.page_size
+        self._max_jobs, self._page_size = prefill.max_seqs, prefill.page_size
         self._peers = [
             Peer(address, prefill.num_pages, options.retry_s) for address in options.addresses
         ]
         self._waiting: deque[Handover] = deque()
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.lost = LostMemory(engine.scheduler, transport.settle_s)
+        late_s = settle_s(transport.settle_s, plan.pools[1].layout.num_ranks)
+        self.lost = LostMemory(engine.scheduler, late_s)
         self._arrivals = Arrivals(engine.scheduler, self._ranks, self.counts)
+        self._returns = ReturnSender(engine.scheduler, self._ranks, plan, self._peers, self.counts)
 
     def start(self) -> int:
         """Connect to the peers; one that cannot be reached is tried again and again.
@@ -122,6 +125,11 @@ class Handovers:
         return sum(len(peer.jobs) for peer in self._peers)
 
     @property
+    def is_open(self) -> bool:
+        """Whether answers are on their way back."""
+        return self._returns.num_open > 0
+
+    @property
     def num_heard(self) -> int:
         """Messages of all peers."""
         return sum(peer.num_heard for peer in self._peers)
@@ -131,6 +139,7 @@ class Handovers:
         return [
             ("prefill_pools", "Prefill pools that take prompts", lambda: self.num_peers),
             ("handovers_in_flight", "Prompts at prefill pools", lambda: self.num_jobs),
+            ("answers_in_flight", "Answers on their way back", lambda: self._returns.num_open),
             (
                 "kv_pages_abandoned",
                 "Pages that a lost prefill pool may still write",
@@ -156,7 +165,8 @@ class Handovers:
     def poll(self, is_busy: bool) -> None:
         """Handle what came, and order what waits."""
         wait_s = 0.0
-        if not is_busy and self._is_all_elsewhere():
+        has_news = bool(self._scheduler.waiting) or self.is_open
+        if not is_busy and has_news and not can_step(self._scheduler):
             wait_s = _LOOK_S
         self._handle_events(wait_s)
         self._arrivals.use(self._try_again)
@@ -172,24 +182,27 @@ class Handovers:
 
     def close(self) -> None:
         """Order nothing more; what was ordered is computed here."""
+        self._returns.close(_END_S)
         for peer in self._peers:
             peer.stop(_END_S)
-            for order in list(peer.jobs):
-                self._go_alone(peer.jobs.pop(order))
+        self._handle_events(0.0)  # of those that have hung up, too: they write no more
+        for peer in self._peers:
+            while peer.jobs:
+                self._go_alone(peer.jobs.popitem()[1])
         for handover in self._arrivals.leave():
             self._go_alone(handover)
         while self._waiting:
             self._go_alone(self._waiting.popleft())
 
-    def _is_all_elsewhere(self) -> bool:
-        """Whether this engine has nothing to do."""
-        if self._scheduler.running:
-            return False
-        waiting = self._scheduler.waiting
-        return bool(waiting) and all(sequence.is_elsewhere for sequence in waiting)
-
     def _order_waiting(self) -> None:
-        """Order the prompts of those that wait, in their order, while there is room for them."""
+        """Order the prompts that wait, in their order; some wait for the answer before them."""
+        late = [each for each in self._waiting if self._returns.holds_up(each.sequence)]
+        for each in late:
+            self._waiting.remove(each)
+        self._order_ready()
+        self._waiting.extendleft(reversed(late))
+
+    def _order_ready(self) -> None:
         while self._waiting:
             handover = self._waiting[0]
             if handover.sequence.state == "cancelled":
@@ -206,21 +219,13 @@ class Handovers:
             running = self._scheduler.running
             reservation = self._reservations.reserve(handover.sequence, running)
             if reservation is None:
-                if running or self._reservations.held or self._reservations.abandoned:
+                if running or self._reservations.holds_any:
                     return
                 self._go_alone(self._waiting.popleft())  # it fits only without the last hit
                 continue
             self._waiting.popleft()
-            self._order(handover, self._nearest(free, handover), reservation)
-
-    def _nearest(self, peers: Sequence[Peer], handover: Handover) -> Peer:
-        """The peer that has the fewest tokens to compute until this prompt is done."""
-        digests = handover.sequence.digests
-
-        def num_tokens(peer: Peer) -> int:
-            return peer.num_tokens - peer.num_known(digests) * self._page_size
-
-        return min(peers, key=num_tokens)
+            peer = nearest(free, handover.sequence.digests, self._page_size)
+            self._order(handover, peer, reservation)
 
     def _order(self, handover: Handover, peer: Peer, reservation: Reservation) -> None:
         sequence = handover.sequence
@@ -239,7 +244,7 @@ class Handovers:
     def _said(self, peer: Peer, message: Message) -> None:
         peer.is_silent = False
         kind, order = message.get("type"), message.get("id", -1)
-        if not isinstance(order, int):
+        if self._returns.hear(peer, message) or not isinstance(order, int):
             return
         if kind == "done" and order in peer.jobs:
             self._arrivals.add(peer, peer.jobs.pop(order), message)
@@ -270,13 +275,15 @@ class Handovers:
         """A peer is lost; if it has ended, it writes no more, but for what is on its way."""
         peer.link = None
         self._give_up(peer)
-        self.lost.end(peer, ended)
+        self.lost.end(peer.abandoned.values(), ended)
+        peer.abandoned.clear()
+        self._returns.leave(peer)
 
     def _give_up(self, peer: Peer) -> None:
         """Let others compute all that a peer was to compute."""
         for handover in reversed(list(peer.jobs.values())):
             self.counts.lost += 1
-            self.lost.keep(peer, handover)
+            self.lost.keep(handover.name, handover.order, peer.abandoned)
             handover.tried.add(peer.name)
             self._waiting.appendleft(handover)
         peer.jobs.clear()
@@ -287,7 +294,8 @@ class Handovers:
         for peer in self._peers:
             for order, handover in list(peer.jobs.items()):
                 if handover.sequence.state == "cancelled":
-                    self.lost.keep(peer, peer.jobs.pop(order))
+                    del peer.jobs[order]
+                    self.lost.keep(handover.name, order, peer.abandoned)
                     peer.post({"type": "cancel", "id": order})
             if peer.is_usable and now - peer.heard_s > self._options.timeout_s:
                 peer.is_silent = True
@@ -296,3 +304,9 @@ class Handovers:
                 for order in orders:
                     peer.post({"type": "cancel", "id": order})
         self.lost.settle_late()
+        self._returns.advance()
+
+
+def can_step(scheduler: Scheduler) -> bool:
+    """Whether some sequence waits for nothing but the next step."""
+    return bool(scheduler.running) or any(not each.is_elsewhere for each in scheduler.waiting)

@@ -1,18 +1,34 @@
-"""Memory that prefill pools may still write although nobody waits for it any more.
+"""Memory that another pool may still write although nobody waits for it any more.
 
 A pool that says nothing may be frozen, and go on with its copies later. So what was reserved for
-its orders is given to nobody before it says that it has stopped, or is gone.
+it is given to nobody before it says that it has stopped, or is gone.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tokenspeed_plan.runtime.pools.channel import CUT_S
-from tokenspeed_plan.runtime.pools.peers import Handover, Peer
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
+
+_Key = TypeVar("_Key")
+RANKS_END_S = 10.0  # in which the other ranks of a pool end whose first one was killed
+
+
+def settle_s(transport_s: float, num_ranks: int) -> float:
+    """For how long a pool may still write here after its first rank has ended.
+
+    Args:
+        transport_s: for how long what was sent may be on its way.
+        num_ranks: of that pool. The others carry out what they were told before they notice.
+    """
+    if num_ranks == 1:
+        return transport_s
+    return transport_s + RANKS_END_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +57,28 @@ class LostMemory:
         """Pages that nobody uses."""
         return sum(len(each.new_pages) for each in self._scheduler.reservations.abandoned)
 
-    def keep(self, peer: Peer, handover: Handover) -> None:
-        """Abandon what is reserved for an order."""
-        reservation = self._scheduler.reservations.abandon(handover.name)
+    def keep(self, name: str, key: _Key, abandoned: dict[_Key, Reservation]) -> None:
+        """Abandon what is reserved under a name, if anything, and note it under a key."""
+        reservation = self._scheduler.reservations.abandon(name)
         if reservation is not None:
-            peer.abandoned[handover.order] = reservation
+            abandoned[key] = reservation
+        self._scheduler.unblock()
 
     def settle(self, reservation: Reservation) -> None:
         """Give it back: nobody writes it any more."""
         self._scheduler.reservations.settle(reservation)
         self._scheduler.unblock()
 
-    def end(self, peer: Peer, ended: bool) -> None:
-        """A peer is lost; `ended`: it has closed its connection itself, or its process is gone."""
+    def end(self, reservations: Iterable[Reservation], ended: bool) -> None:
+        """The pool that might write these is lost.
+
+        Args:
+            reservations: that are abandoned.
+            ended: whether it has closed its connection itself, or its process is gone.
+        """
         wait_s = self._settle_s if ended else CUT_S
-        for reservation in peer.abandoned.values():
+        for reservation in reservations:
             self._late.append(_Late(time.monotonic() + wait_s, reservation))
-        peer.abandoned.clear()
         self.settle_late()
 
     def settle_late(self) -> None:

@@ -12,6 +12,15 @@ from tokenspeed_plan.runtime.pools.peers import Handover, Peer
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
 
 
+def launched(is_on_gpu: bool) -> torch.cuda.Event | None:
+    """An event after everything that was launched so far; a CPU has nothing on its way."""
+    if not is_on_gpu:
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
 class Orders:
     """Writes orders, and posts each once nothing that was launched before writes its memory.
 
@@ -37,9 +46,7 @@ class Orders:
             "pages": reservation.new_pages,
             "slot": reservation.state_slot,
         }
-        if self._is_on_gpu:
-            handover.after = torch.cuda.Event()
-            handover.after.record()
+        handover.after = launched(self._is_on_gpu)
 
     def post(self, peers: Iterable[Peer]) -> None:
         """Post what can be posted."""

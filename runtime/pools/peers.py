@@ -76,6 +76,7 @@ class Peer:
         link: its connection; None while there is none.
         is_silent: whether nothing was heard of it for too long.
         heard_s: when it was heard last. num_heard: how often.
+        route: the number by which its memory was opened; 0 where answers cannot go back to it.
         jobs: its orders by their numbers.
         abandoned: what it may still write, by the number of the order.
     """
@@ -86,6 +87,7 @@ class Peer:
         self.is_silent = False
         self.heard_s = 0.0
         self.num_heard = 0
+        self.route = 0
         self.jobs: dict[int, Handover] = {}
         self.abandoned: dict[int, Reservation] = {}
         self._max_known = max_known
@@ -166,6 +168,11 @@ class Peer:
         if self.link is not None:
             self._posts.put((self.link, message))
 
+    def hang_up(self) -> None:
+        """Leave it, as it says what cannot be: it is called again."""
+        if self.link is not None:
+            self.link.hang_up()
+
     def stop(self, timeout_s: float) -> None:
         """Hang up, and wait for it to do the same."""
         self._stopped.set()
@@ -222,3 +229,12 @@ def events_into(put: Callable[[Callable[[], None]], None], to: Events) -> Events
         said=lambda peer, message: put(partial(to.said, peer, message)),
         left=lambda peer, ended: put(partial(to.left, peer, ended)),
     )
+
+
+def nearest(peers: Sequence[Peer], digests: Sequence[bytes], page_size: int) -> Peer:
+    """The peer that has the fewest tokens to compute until a prompt of these pages is done."""
+
+    def num_tokens(peer: Peer) -> int:
+        return peer.num_tokens - peer.num_known(digests) * page_size
+
+    return min(peers, key=num_tokens)

@@ -1,7 +1,8 @@
 """One rank of a pool: what it sends of its caches to the ranks of the other pool, and samples.
 
-All ranks of a pool do the same with the heads that they hold. Rank 0 says what, in orders that are
-JSON, and obeys them like the others.
+Prompts go one way, answers the other; either way the rank that sends has the same bytes of each
+unit as the one that receives. All ranks of a pool do the same with the heads that they hold. Rank 0
+says what, in orders that are JSON, and obeys them like the others.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ class Move:
 
     Attributes:
         job: the number of the hand-over.
-        caller: the number of the peer.
+        caller: the number of the peer, by which its memory was opened.
         pages: of this pool.
         targets: the page of the peer that each goes to.
         state_slot: of this pool; 0 where no state goes.
         state_target: the peer's.
         is_last: whether the hand-over has nothing after it.
-        sampled: all pages of the hand-over, of the last one.
+        sampled: all pages of the hand-over, of the last one; none where these are all.
     """
 
     job: int
@@ -103,16 +104,17 @@ class PoolRank:
         self._routes: dict[int, list[Route]] = {}
         self._parts: dict[int, _Part] = {}
         self._next: list[Move] = []
-        decode, prefill = plan.pools
-        sends = memory.plan.pool.role == "prefill"
-        others = range((decode if sends else prefill).layout.num_ranks)
-        ends = [(rank, other) if sends else (other, rank) for other in others]
-        self._pairs: list[list[Pair]] = [routes(prefill, decode, *each) for each in ends]
-        units = {
-            f"{end[0]}/{end[1]}": [pair[not sends] for pair in pairs]
-            for end, pairs in zip(ends, self._pairs, strict=True)
+        own, other = plan.pools
+        if memory.plan.pool.role == "prefill":
+            own, other = other, own
+        others = range(other.layout.num_ranks)
+        self._pairs: list[list[Pair]] = [routes(own, other, rank, each) for each in others]
+        sent = {f"{rank}/{each}": [one for one, _ in self._pairs[each]] for each in others}
+        received = {
+            f"{each}/{rank}": [two for _, two in routes(other, own, each, rank)] for each in others
         }
-        self._sampler = Sampler(cache_arenas(memory), units)
+        self._sent = Sampler(cache_arenas(memory), sent)
+        self._received = Sampler(cache_arenas(memory), received)
 
     @property
     def jobs(self) -> list[int]:
@@ -140,7 +142,7 @@ class PoolRank:
             case "stop":
                 self._parts.setdefault(order["job"], _Part()).is_over = True
             case "sample":
-                sample = self._sampler.take(order["pages"], order["state_slot"])
+                sample = self._received.take(order["pages"], order["state_slot"])
                 self._parts[order["job"]] = _Part(sample=sample, is_over=True)
 
     def take_moves(self) -> list[Move]:
@@ -176,7 +178,9 @@ class PoolRank:
         for move in moves:
             if move.is_last:
                 part = self._parts[move.job]
-                part.sample = self._sampler.take(move.sampled, move.state_slot, is_ahead=True)
+                part.sample = self._sent.take(
+                    move.sampled or move.pages, move.state_slot, is_ahead=True
+                )
                 part.is_over = True
 
     def settle(self, job: int) -> int | None:

@@ -16,7 +16,7 @@ from tokenspeed_plan.runtime.execution.shared_bytes import share
 from tokenspeed_plan.runtime.pools.blocks import PAGES, STATES, handed_bytes
 from tokenspeed_plan.runtime.pools.layer_launch import LayerLaunch
 from tokenspeed_plan.runtime.pools.pool_rank import PoolRank, RankOrder, make_transport
-from tokenspeed_plan.runtime.pools.rank_reports import RankReports, report_bytes
+from tokenspeed_plan.runtime.pools.rank_reports import MAX_JOBS, RankReports, report_bytes
 from tokenspeed_plan.runtime.pools.samples import MODULUS
 from tokenspeed_plan.runtime.pools.transport import Transport
 
@@ -44,7 +44,29 @@ class PoolRanks:
         self.descriptions, self._reports = _meet(self._links, transport, self._world)
         decode, prefill = plan.pools
         sizes = handed_bytes(prefill, decode)
+        if memory.plan.pool.role == "decode":
+            sizes = handed_bytes(decode, prefill)
         self.page_bytes, self.state_bytes = sizes[PAGES], sizes[STATES]
+        self._number = 0
+        self._places: set[int] = set()  # of the reports of those that are not forgotten
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no place for another hand-over."""
+        return len(self._places) == MAX_JOBS
+
+    def begin(self) -> int:
+        """The number of a new hand-over; no other one has its place among the reports."""
+        self._number += 1
+        while self._number % MAX_JOBS in self._places:
+            self._number += 1
+        self._places.add(self._number % MAX_JOBS)
+        return self._number
+
+    def forget(self, job: int) -> None:
+        """Know nothing more of a hand-over of which nothing is under way."""
+        self.own.forget(job)
+        self._places.discard(job % MAX_JOBS)
 
     def do(self, order: RankOrder) -> None:
         """Let every rank carry out an order.

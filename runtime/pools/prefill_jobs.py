@@ -2,7 +2,8 @@
 
 Whole pages leave as soon as a chunk fills them, layer by layer while it is computed; the rest and
 the state with the chunk that ends the prompt. What is under way is held, so that nobody writes over
-it.
+it. While a state is held the cache cannot give up the pages before it either, so that all of them
+count as lent.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field
 
 from tokenspeed_plan.plans.errors import PoolError
+from tokenspeed_plan.runtime.cache.held import Held
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
 from tokenspeed_plan.runtime.pools.channel import Message
 from tokenspeed_plan.runtime.pools.pool_rank import Move
@@ -47,6 +49,7 @@ class PrefillJob:
         caller: the number of the decode pool.
         name: of its request in the engine.
         num_cached: tokens that this pool had already.
+        num_returned: of these, those that came back with an answer.
         is_sent: whether all of it has left, or leaves with a step that was launched.
         is_computed: whether that step went well.
         is_cancelled: whether nobody wants it any more.
@@ -62,6 +65,7 @@ class PrefillJob:
     reservations: Reservations
     ranks: PoolRanks
     num_cached: int = 0
+    num_returned: int = 0
     is_sent: bool = False
     is_computed: bool = False
     is_cancelled: bool = False
@@ -69,11 +73,12 @@ class PrefillJob:
     size_bytes: int = 0
     computed_s: float = 0.0
     _sent: list[int] = field(default_factory=list)  # pages here, from the order's first on
+    _held: list[int] = field(default_factory=list)
     _digests: list[bytes] = field(default_factory=list)
     _state_slot: int = 0
 
     def __post_init__(self) -> None:
-        self.reservations.lent[self.name] = self._sent
+        self.reservations.lent[self.name] = self._held
 
     @property
     def cache(self) -> PrefixCache:
@@ -81,52 +86,58 @@ class PrefillJob:
         return self.reservations.cache
 
     @property
-    def holds_state(self) -> bool:
-        """Whether it holds a state slot."""
-        return self._state_slot > 0
-
-    @property
     def is_over(self) -> bool:
         """Whether nothing more will be sent."""
         return self.is_computed or self.is_cancelled or self.has_failed
 
-    def find(self) -> Hit | None:
-        """What the cache has, where that is all of it."""
+    def match(self) -> Hit:
+        """What the cache has of it."""
         token_ids = self.order.token_ids
         self.cache.extend(self._digests, token_ids, len(token_ids))
-        hit = self.cache.match(self._digests, token_ids, len(token_ids))
-        return hit if hit.num_tokens == len(token_ids) else None
+        return self.cache.match(self._digests, token_ids, len(token_ids))
 
-    def next_move(self, sequence: Sequence, count: int, may_hold_state: bool) -> Move | None:
+    def may_send(self, hit: Hit) -> bool:
+        """Whether the cache has all of it, and the state there may be held."""
+        is_whole = hit.num_tokens == len(self.order.token_ids)
+        return is_whole and self.reservations.may_hold_state
+
+    def next_move(self, sequence: Sequence, count: int) -> Move | None:
         """What leaves with a step that computes `count` more tokens of its sequence.
+
+        The state after the last token leaves with it, too, if it may be held.
 
         Args:
             sequence: that computes it.
             count: of the step.
-            may_hold_state: whether the state after the last token may leave with it, too.
         """
         end = sequence.num_computed + count
         filled = end // self.cache.page_size
-        is_last = may_hold_state and end == len(self.order.token_ids)
+        is_last = end == len(self.order.token_ids) and self.reservations.may_hold_state
         if is_last:
             filled = self.order.first_page + len(self.order.pages)
+        pages = sequence.pages[self._next_page : filled]
         if is_last and self.ranks.state_bytes:
-            self._state_slot = self.cache.state_slots.share(sequence.own_slots[0])
-        pages = [self.cache.pages.share(page) for page in sequence.pages[self._next_page : filled]]
+            self._hold_state(self.cache.state_slots.share(sequence.own_slots[0]))
+            self._hold(sequence.pages[: self._next_page])
+        self._hold(pages)
         return self._move(pages, is_last) if pages or is_last else None
 
-    def send_all(self, hit: Hit | None) -> None:
+    def _hold(self, pages: Seq[int]) -> None:
+        self._held += [self.cache.pages.share(page) for page in pages]
+
+    def _hold_state(self, slot: int) -> None:
+        self._state_slot = slot
+        self.reservations.lent_states.add(self.name)
+
+    def send_all(self, hit: Hit) -> None:
         """Send what is left: all is computed, and lies in the cache; else it has failed."""
-        if hit is None:
+        if not self.may_send(hit):
             self.fail()
             return
-        node, pages = self.cache.use(hit)
-        self._state_slot = hit.checkpoint.state_slot
-        if hit.checkpoint is not node:
-            pages.append(self.cache.pages.share(hit.checkpoint.page))
-        for page in pages[: self._next_page]:
-            self.cache.pages.drop(page)
-        move = self._move(pages[self._next_page :], is_last=True)
+        held = Held.of(self.cache, hit.checkpoint)
+        self._hold_state(held.state_slot)
+        self._held += held.pages
+        move = self._move(held.pages[self._next_page :], is_last=True)
         self.ranks.do({"do": "push", "move": asdict(move)})
         self.note_computed()
 
@@ -185,6 +196,7 @@ class PrefillJob:
             "id": name,
             "num_tokens": len(self.order.token_ids),
             "num_cached": self.num_cached,
+            "num_returned": self.num_returned,
             "size_bytes": self.size_bytes,
             "exposed_us": round((time.perf_counter() - self.computed_s) * 1e6),
             "digest": digest,
@@ -192,9 +204,10 @@ class PrefillJob:
 
     def release(self) -> None:
         """Hold nothing any more; what is under way has arrived, or its route is closed."""
-        for page in self._sent:
+        for page in self._held:
             self.cache.pages.drop(page)
         if self._state_slot:
             self.cache.state_slots.drop(self._state_slot)
-        self._sent, self._state_slot = [], 0
+        self._sent, self._held, self._state_slot = [], [], 0
         del self.reservations.lent[self.name]
+        self.reservations.lent_states.discard(self.name)

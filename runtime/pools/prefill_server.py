@@ -14,14 +14,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 
 from tokenspeed_plan.plans.errors import PoolError, RequestError
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.cache.prefix_cache import Hit
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.execution.bound_programs import Part
+from tokenspeed_plan.runtime.pools.callers import Caller
 from tokenspeed_plan.runtime.pools.channel import (
     Channel,
     ChannelClosed,
@@ -33,34 +33,18 @@ from tokenspeed_plan.runtime.pools.channel import (
 from tokenspeed_plan.runtime.pools.layer_launch import LayerLaunch
 from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
 from tokenspeed_plan.runtime.pools.prefill_jobs import Order, PrefillJob
-from tokenspeed_plan.runtime.pools.rank_reports import MAX_JOBS
+from tokenspeed_plan.runtime.pools.return_receiver import ReturnReceiver
 from tokenspeed_plan.runtime.pools.transport import Transport
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 
 BEAT_S = 0.5
 _LOOK_S = 0.0002  # between two looks at what is under way, where nothing is computed
+_AGAIN_S = 0.1  # after which callers are taken again, where one could not be
 _MAX_STRANGERS = 16  # callers that have not shown that they know the token
 _ALIKE = "start both pools with one version and one bundle"
 _PARAMS = SamplingParams(max_tokens=1, ignore_eos=True)
 
 Event = Callable[[], None]
-
-
-@dataclass(slots=True, eq=False)
-class Caller:
-    """A decode pool that is connected; `is_open`: its caches can be written."""
-
-    number: int
-    channel: Channel
-    is_open: bool = False
-    jobs: dict[int, PrefillJob] = field(default_factory=dict)
-
-    def tell(self, message: Message) -> None:
-        """Send a message; one that does not take it is lost, and its reader notices."""
-        try:
-            self.channel.send(message)
-        except ChannelClosed:
-            self.channel.close()
 
 
 class PrefillServer:
@@ -85,8 +69,9 @@ class PrefillServer:
         self._num_peer_ranks = plan.pool.layout.num_ranks
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._callers: list[Caller] = []
-        self._caller_numbers, self._job_numbers = itertools.count(1), itertools.count()
+        self._caller_numbers = itertools.count(1)
         self._jobs: dict[str, PrefillJob] = {}  # of all callers, by the names of their requests
+        self._returns = ReturnReceiver(engine.scheduler, self._ranks, plan, transport.settle_s)
         self._stopped = False
         self._strangers = threading.Semaphore(_MAX_STRANGERS)
         self._next_beat_s = 0.0
@@ -106,6 +91,7 @@ class PrefillServer:
                 self._step()
             for caller in list(self._callers):
                 self._advance(caller)
+            self._returns.advance()
             self._beat()
         for caller in list(self._callers):
             self._leave(caller)
@@ -113,7 +99,7 @@ class PrefillServer:
     def _take_events(self) -> None:
         """Handle what has come; wait for it where nothing is computed."""
         wait_s = BEAT_S
-        if any(caller.jobs for caller in self._callers):
+        if self._jobs or self._returns.is_busy:
             wait_s = _LOOK_S
         if self._engine.num_unfinished:
             wait_s = 0.0
@@ -138,7 +124,7 @@ class PrefillServer:
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             job = self._jobs.get(sequence.request.request_id)
             if job is not None and not job.is_over:
-                moves.append(job.next_move(sequence, count, self._may_hold_state))
+                moves.append(job.next_move(sequence, count))
         found = [asdict(move) for move in moves if move is not None]
         if found:
             self._ranks.do({"do": "next", "moves": found})
@@ -152,11 +138,17 @@ class PrefillServer:
                 caller.tell({"type": "beat"})
 
     def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):  # the listener is closed
-            while not self._stopped:
-                self._strangers.acquire()
+        while not self._stopped:
+            self._strangers.acquire()
+            try:
                 connection, _ = listener.accept()
-                threading.Thread(target=self._read, args=(connection,), daemon=True).start()
+            except OSError:
+                self._strangers.release()
+                if listener.fileno() < 0:
+                    return  # it is closed
+                time.sleep(_AGAIN_S)  # a caller has gone, or there are too many files
+                continue
+            threading.Thread(target=self._read, args=(connection,), daemon=True).start()
 
     def _read(self, connection: socket.socket) -> None:
         """On a thread of its own: greet a caller, and pass on what it says."""
@@ -171,19 +163,26 @@ class PrefillServer:
             self._strangers.release()
         caller = Caller(next(self._caller_numbers), channel)
         self._events.put(partial(self._callers.append, caller))
-        with suppress(ChannelClosed):
+        try:
             while True:
                 self._events.put(partial(self._obey, caller, channel.receive()))
-        self._events.put(partial(self._leave, caller))
+        except ChannelClosed as closed:
+            self._events.put(partial(self._leave, caller, closed.ended))
 
-    def _leave(self, caller: Caller) -> None:
-        """Forget a caller, and close its connection once nothing is written to it any more."""
+    def _leave(self, caller: Caller, ended: bool = False) -> None:
+        """Forget a caller, and close its connection once nothing is written to it any more.
+
+        Args:
+            caller: that is lost, or has to go.
+            ended: whether it has closed its connection itself, or its process is gone.
+        """
         if caller not in self._callers:
             return
         self._callers.remove(caller)
         self._ranks.do({"do": "close", "caller": caller.number})
         for job in list(caller.jobs.values()):
             self._end(caller, job)
+        self._returns.leave(caller, ended)
         caller.channel.close()
 
     def _obey(self, caller: Caller, message: Message) -> None:
@@ -198,6 +197,8 @@ class PrefillServer:
                 self._begin(caller, self._order(message))
             elif kind == "cancel":
                 self._cancel(caller, int(message["id"]))
+            elif kind in self._returns.kinds and caller.is_open:
+                self._returns.obey(caller, message)
             else:
                 raise PoolError(f"a caller says {kind!r:.40}", _ALIKE)
         except (PoolError, RequestError, KeyError, TypeError, ValueError) as error:
@@ -208,10 +209,12 @@ class PrefillServer:
 
     def _open(self, caller: Caller, memory: list[Message]) -> None:
         """Reach the memory of the ranks of a caller."""
-        if len(memory) != self._num_peer_ranks:
-            raise PoolError(f"a caller has {len(memory)} ranks", _ALIKE)
+        if len(memory) != self._num_peer_ranks or caller.is_open:
+            raise PoolError(f"a caller opens {len(memory)} ranks", _ALIKE)
         self._ranks.do({"do": "open", "caller": caller.number, "memory": memory})
         caller.is_open = True
+        if self._returns.kinds:
+            caller.tell({"type": "memory", "memory": self._ranks.descriptions})
 
     def _order(self, message: Message) -> Order:
         """The order of a message.
@@ -235,19 +238,19 @@ class PrefillServer:
         """Compute a prompt, or send at once what is known of it."""
         if not caller.is_open or order.number in caller.jobs:
             raise PoolError(f"the order {order.number} comes twice or too soon", _ALIKE)
-        if len(self._jobs) == MAX_JOBS:
-            raise PoolError(f"{MAX_JOBS} orders are not done", "start more prefill pools")
+        if self._ranks.is_full:
+            raise PoolError(f"{len(self._jobs)} orders are not done", "start more prefill pools")
         name = f"{caller.number}/{order.number}"
-        reservations = self._engine.scheduler.reservations
-        number = next(self._job_numbers)
+        reservations, number = self._engine.scheduler.reservations, self._ranks.begin()
         job = PrefillJob(order, number, caller.number, name, reservations, self._ranks)
         caller.jobs[order.number] = self._jobs[name] = job
-        hit = self._find(job)
-        if hit is None:
-            self._engine.add(Request(name, order.token_ids, _PARAMS))
-        else:
+        hit = job.match()
+        job.num_returned = hit.checkpoint.num_returned
+        if job.may_send(hit):
             job.num_cached = hit.num_tokens
             job.send_all(hit)
+        else:
+            self._engine.add(Request(name, order.token_ids, _PARAMS))
 
     def _cancel(self, caller: Caller, number: int) -> None:
         """Stop writing for an order; the caller is told when that is so."""
@@ -278,24 +281,12 @@ class PrefillServer:
         if job.is_sent:
             job.note_computed()
         else:
-            job.send_all(self._find(job))
-
-    @property
-    def _may_hold_state(self) -> bool:
-        """Whether one more state may be held.
-
-        Running sequences need the slots that the cache has no right to.
-        """
-        held = sum(job.holds_state for job in self._jobs.values())
-        return not self._ranks.state_bytes or held < self._limits.num_checkpoints
-
-    def _find(self, job: PrefillJob) -> Hit | None:
-        """What the cache has of a prompt, if that is all, and its state may be held."""
-        return job.find() if self._may_hold_state else None
+            job.send_all(job.match())
 
     def _end(self, caller: Caller, job: PrefillJob) -> None:
         caller.jobs.pop(job.order.number, None)
         self._jobs.pop(job.name, None)
         self._engine.cancel(job.name)
-        self._ranks.own.forget(job.number)
+        self._ranks.forget(job.number)
         job.release()
+        self._engine.scheduler.unblock()

@@ -19,6 +19,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.runtime.cache.held import Held
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
 from tokenspeed_plan.runtime.cache.prefix_tree import Node, path_to
 from tokenspeed_plan.runtime.cache.slot_copies import Copying, SlotCopy, SlotMover
@@ -30,37 +31,11 @@ _NO_SLOTS = {"num_pages": 0, "num_state_slots": 2}
 
 
 @dataclass(slots=True, eq=False)
-class _Held:
-    """Pages and a state slot that a copy needs; `node` is the last whole page that is cached."""
-
-    cache: PrefixCache
-    node: Node
-    pages: list[int]
-    state_slot: int = 0
-
-    @classmethod
-    def of(cls, cache: PrefixCache, checkpoint: Node) -> _Held:
-        """What a checkpoint consists of, the page of a tail included."""
-        node, pages = cache.use(Hit(checkpoint, checkpoint.position))
-        if node is not checkpoint:
-            pages.append(cache.pages.share(checkpoint.page))
-        return cls(cache, node, pages, checkpoint.state_slot)
-
-    def drop(self) -> None:
-        """Give all of it back."""
-        for page in self.pages:
-            self.cache.pages.drop(page)
-        if self.state_slot:
-            self.cache.state_slots.drop(self.state_slot)
-        self.cache.prune(self.node)
-
-
-@dataclass(slots=True, eq=False)
 class _Move:
     """A checkpoint of a sequence on its way, and what it takes of the host."""
 
     sequence: Sequence
-    there: _Held
+    there: Held
     copying: Copying
 
 
@@ -69,7 +44,7 @@ class _Store(_Move):
     """One on its way to the host, with so many tokens; its pages follow those of `there.node`."""
 
     position: int
-    here: _Held
+    here: Held
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +119,7 @@ class HostTier:
         self._metrics.host_evicted_checkpoints = self._evictions.evicted_checkpoints
         if there is None:
             return
-        here = _Held.of(self._cache, checkpoint)
+        here = Held.of(self._cache, checkpoint)
         copying = self._copy(False, new, there.pages[: len(new)], here.state_slot, there.state_slot)
         self._stores.append(_Store(sequence, there, copying, checkpoint.position, here))
         self._metrics.host_stored_bytes += self._bytes(len(new))
@@ -161,9 +136,9 @@ class HostTier:
             return twin
         return next((tail for tail in twin.tails if tail.token_ids == node.token_ids), None)
 
-    def _take(self, known: Node, num_pages: int) -> _Held | None:
+    def _take(self, known: Node, num_pages: int) -> Held | None:
         """Room for pages after one that the host has, and for a state; None where there is none."""
-        held = _Held(self.tier, known, [])
+        held = Held(self.tier, known, [])
         if known.parent is not None:
             held.pages.append(self.tier.pages.share(known.page))  # so that it stays
         new: list[int] = []
@@ -208,7 +183,7 @@ class HostTier:
                 load.others.append(sequence)
                 sequence.is_elsewhere = True
                 return True
-        there = _Held.of(self.tier, found.checkpoint)
+        there = Held.of(self.tier, found.checkpoint)
         reservation = self._reservations.reserve(sequence, running, found.num_tokens)
         if reservation is None:
             there.drop()

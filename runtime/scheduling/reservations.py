@@ -53,7 +53,9 @@ class Reservations:
     Attributes:
         held: by the id of the request.
         abandoned: of requests that do without, which a peer may still write.
-        lent: pages that are sent to another pool, by the id of the request that computed them.
+        lent: pages that are sent to another pool, or that a state which is sent keeps in the cache,
+            by the name of what is sent.
+        lent_states: the names of those whose state is sent, too.
     """
 
     cache: PrefixCache
@@ -62,6 +64,7 @@ class Reservations:
     held: dict[str, Reservation] = field(default_factory=dict)
     abandoned: list[Reservation] = field(default_factory=list)
     lent: dict[str, list[int]] = field(default_factory=dict)
+    lent_states: set[str] = field(default_factory=set)
 
     def pages(self, but: str = "") -> set[int]:
         """All pages that are held, but for those of one request."""
@@ -72,6 +75,17 @@ class Reservations:
             if name != but:
                 found.update(pages)
         return found
+
+    @property
+    def may_hold_state(self) -> bool:
+        """Whether one more state may be held; running sequences need the cache's others."""
+        held = len(self._all()) + len(self.lent_states)
+        return not self.has_state or held < self.limits.num_checkpoints
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether something is held that will be given back."""
+        return bool(self.held or self.abandoned or self.lent)
 
     def _all(self, but: str = "") -> list[Reservation]:
         return [each for name, each in self.held.items() if name != but] + self.abandoned
@@ -97,7 +111,7 @@ class Reservations:
         """
         if num_tokens is None:
             num_tokens = len(sequence.token_ids) - 1
-        if self.has_state and len(self._all()) >= self.limits.num_checkpoints:
+        if not self.may_hold_state:
             return None
         self.cache.extend(sequence.digests, sequence.token_ids, num_tokens + 1)
         digests = sequence.digests[: num_tokens // self.limits.page_size]
@@ -138,13 +152,15 @@ class Reservations:
         reservation.state_slot = self.cache.take_spare_state_slot() or 0
         return reservation.state_slot > 0
 
-    def fulfil(self, sequence: Sequence) -> None:
-        """Enter what was reserved into the cache: all of it is there."""
+    def fulfil(self, sequence: Sequence) -> Node:
+        """Enter what was reserved into the cache: all of it is there; returns the checkpoint."""
         reservation = self.held[sequence.request.request_id]
         cache, token_ids, count = self.cache, sequence.token_ids, reservation.num_tokens
         node = cache.add_pages(cache.root, sequence.digests, token_ids, count, reservation.pages)
         reservation.node = node
-        cache.add_checkpoint(node, token_ids, count, reservation.state_slot, reservation.pages)
+        return cache.add_checkpoint(
+            node, token_ids, count, reservation.state_slot, reservation.pages
+        )
 
     def drop(self, request_id: str) -> None:
         """Give back what is held for a request, if anything."""
@@ -153,10 +169,14 @@ class Reservations:
             self._free(reservation)
 
     def abandon(self, request_id: str) -> Reservation | None:
-        """Keep what is held for a request from everybody: a peer may still write it."""
+        """Keep what a peer may still write from everybody; what the cache had is not needed."""
         reservation = self.held.pop(request_id, None)
         if reservation is not None:
             self.abandoned.append(reservation)
+            known = reservation.pages[: reservation.num_known]
+            reservation.pages, reservation.num_known = reservation.new_pages, 0
+            self._drop_pages(known, reservation.node)
+            reservation.node = self.cache.root
         return reservation
 
     def settle(self, reservation: Reservation) -> None:
@@ -165,9 +185,12 @@ class Reservations:
         self._free(reservation)
 
     def _free(self, reservation: Reservation) -> None:
-        for page in reservation.pages:
-            self.cache.pages.drop(page)
         if reservation.state_slot:
             self.cache.state_slots.drop(reservation.state_slot)
-        self.cache.prune(reservation.node)
+        self._drop_pages(reservation.pages, reservation.node)
         reservation.pages, reservation.state_slot = [], 0
+
+    def _drop_pages(self, pages: Iterable[int], node: Node) -> None:
+        for page in pages:
+            self.cache.pages.drop(page)
+        self.cache.prune(node)

@@ -26,7 +26,7 @@ from tokenspeed_plan.runtime.scheduling.batch import Batch, BatchMaker
 from tokenspeed_plan.runtime.scheduling.host_tier import HostTier
 from tokenspeed_plan.runtime.scheduling.reservations import Reservations
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
-from tokenspeed_plan.runtime.scheduling.sequence_memory import SequenceMemory
+from tokenspeed_plan.runtime.scheduling.sequence_memory import NoteEnd, SequenceMemory
 from tokenspeed_plan.runtime.scheduling.state_turns import take_recomputed
 
 
@@ -111,6 +111,10 @@ class Scheduler:
     def host_tier(self) -> HostTier:
         """The second tier of the cache."""
         return self._memory.host
+
+    def tell_ends(self, note_end: NoteEnd) -> None:
+        """Tell somebody of each checkpoint where an answer has ended."""
+        self._memory.note_end = note_end
 
     def close(self) -> None:
         """Let what others launch from now on wait for all copies that are on their way."""

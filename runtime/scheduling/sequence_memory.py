@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tokenspeed_plan.plans.schema import Limits, Plan
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
 from tokenspeed_plan.runtime.cache.prefix_tree import Node, path_to
@@ -16,6 +18,8 @@ from tokenspeed_plan.runtime.scheduling.state_turns import (
     part_from_cache,
 )
 
+NoteEnd = Callable[[Node, Sequence], None]
+
 
 class SequenceMemory:
     """The memory that running sequences hold.
@@ -25,12 +29,14 @@ class SequenceMemory:
         reservations: what is held of them for prompts that come from elsewhere.
         host: the second tier of the cache.
         decodes: whether the pool has programs for answers; else every token is prefilled.
+        note_end: is told where an answer has ended, and of its sequence.
     """
 
     def __init__(
         self, plan: Plan, metrics: Metrics, cache: bool, mover: SlotMover | None = None
     ) -> None:
         self.limits: Limits = plan.pool.limits
+        self.note_end: NoteEnd = lambda checkpoint, sequence: None
         self.decodes = any(program.phase == "decode" for program in plan.pool.programs)
         self.cache = PrefixCache(
             plan.pool.limits,
@@ -73,7 +79,8 @@ class SequenceMemory:
             sequence.checkpoint_requests.add(hit.known_tokens)
         num_known = len(sequence.pages)
         while len(sequence.pages) < self.num_pages(sequence):
-            self.add_page(sequence)
+            is_there = self.add_page(sequence)
+            assert is_there, "it was admitted for pages that somebody holds"
         sequence.pages[num_known:] = sorted(sequence.pages[num_known:])  # runs are pushed as one
         num_own_slots = self.limits.written_slots_per_seq
         sequence.own_slots = [self.cache.take_state_slot() for _ in range(num_own_slots)]
@@ -243,6 +250,8 @@ class SequenceMemory:
             checkpoint = self._add_checkpoint(sequence)
             if sequence.state != "preempted":  # whose memory others need at once
                 self.host.keep(checkpoint, sequence)
+            if sequence.state == "finished":
+                self.note_end(checkpoint, sequence)
         for page in sequence.pages:
             self.cache.pages.drop(page)
         for slot in {*sequence.own_slots, sequence.state_slot} - {0}:

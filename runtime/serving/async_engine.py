@@ -338,7 +338,7 @@ class AsyncEngine:
         """
         while True:
             try:
-                command = self._commands.get(block=not self._engine.num_unfinished)
+                command = self._commands.get(block=self._engine.is_idle)
             except queue.Empty:
                 return True
             if command is None:

@@ -29,11 +29,12 @@ from tokenspeed_plan.runtime.pools.transport import Pending, Route, Transport
 
 PROMPTS = [list(range(start, start + count)) for start, count in enumerate((200, 90, 17, 3), 40)]
 NUM_LONG = 3  # of them are longer than a page
-COUNT = 9
+COUNT = 20
+NEW = list(range(300, 320))  # tokens that a second turn adds
 
 
 def two_pools(folder: Path, bundle: Path, prefill: int, decode: int) -> Plan:
-    pair = {"prefill": prefill, "decode": decode}
+    pair = {"prefill": prefill, "decode": decode, "answers": "return"}
     plan = write_bundle(bundle, folder, target={"count": prefill + decode}, disaggregation=pair)
     assert [pool.layout.num_ranks for pool in plan.pools] == [decode, prefill]
     return plan
@@ -51,9 +52,28 @@ def test_two_ranks_hand_over_to_one(checkpoint: Any, tmp_path: Path) -> None:
         wait_for(lambda: handovers.num_peers == 1, made.engine, 60)
         wanted = tokens_of(Engine.from_plan(plan_of_two(folder), folder), PROMPTS, COUNT)
         assert tokens_of(made.engine, PROMPTS, COUNT) == wanted
-        assert handovers.counts.done == NUM_LONG and not handovers.counts.refused
+        counts = handovers.counts
+        assert counts.done == NUM_LONG and not counts.refused
+        wait_for(lambda: made.engine.is_idle, made.engine)
+        assert counts.returned == len(PROMPTS)
+        later = [[*prompt, *ids, *NEW] for prompt, ids in zip(PROMPTS, wanted, strict=True)]
+        before = counts.computed_tokens
+        found = tokens_of(made.engine, later, COUNT)
+        assert found == tokens_of(Engine.from_plan(plan_of_two(folder), folder), later, COUNT)
+        assert counts.computed_tokens - before == len(PROMPTS) * len(NEW)
     os.kill(ranks[0].pid or 0, signal.SIGTERM)
     assert wait(ranks, 30) == [0, 0], logs(tmp_path, 2)
+
+
+def ask_both(http: httpx.Client, folder: Path, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """The answers of a server, which are those of one pool."""
+    wanted = tokens_of(Engine.from_plan(plan_of_two(folder), folder), prompts, COUNT)
+    for prompt, answer in zip(prompts, wanted, strict=True):
+        body = {"prompt": prompt, "max_tokens": COUNT, "temperature": 0}
+        body |= {"ignore_eos": True, "return_token_ids": True}
+        (choice,) = http.post("/v1/completions", json=body).json()["choices"]
+        assert tuple(choice["token_ids"]) == answer
+    return wanted
 
 
 @pytest.mark.slow
@@ -70,14 +90,14 @@ def test_one_rank_hands_over_to_two(checkpoint: Any, tmp_path: Path) -> None:
             while "ready at" not in (tmp_path / "0.log").read_text():
                 assert time.monotonic() < until, logs(tmp_path, 2)
                 time.sleep(0.05)
-            one = Engine.from_plan(plan_of_two(folder), folder)
-            for prompt, wanted in zip(PROMPTS, tokens_of(one, PROMPTS, COUNT), strict=True):
-                body = {"prompt": prompt, "max_tokens": COUNT, "temperature": 0}
-                body |= {"ignore_eos": True, "return_token_ids": True}
-                (choice,) = http.post("/v1/completions", json=body).json()["choices"]
-                assert tuple(choice["token_ids"]) == wanted
-            metrics = http.get("/metrics").text
-        assert f"tokenspeed_handovers_done {NUM_LONG}.0" in metrics, metrics
+            wanted = ask_both(http, folder, PROMPTS)
+            assert f"tokenspeed_handovers_done {NUM_LONG}.0" in http.get("/metrics").text
+            sent = f"tokenspeed_answers_returned {len(PROMPTS)}.0"
+            wait_for(lambda: sent in http.get("/metrics").text)
+            computed = made.prefills[0].metrics.computed_tokens
+            ask_both(http, folder, [[*a, *b, *NEW] for a, b in zip(PROMPTS, wanted, strict=True)])
+            computed = made.prefills[0].metrics.computed_tokens - computed
+            assert computed == len(PROMPTS) * len(NEW)
         os.kill(ranks[0].pid or 0, signal.SIGTERM)
         assert wait(ranks, 30) == [0, 0], logs(tmp_path, 2)
 

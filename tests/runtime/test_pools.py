@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 from conversations import check_all_is_given_back, converse, replay, squeezed
 from drafting import plan_of, tokens_of
-from pool_pairs import Pools, Spoiled, plan_of_two, pools, wait_for
+from pool_pairs import (
+    Gated,
+    Spoiled,
+    nothing_is_held,
+    plan_of_two,
+    pools,
+    squeezed_prefill,
+    wait_for,
+)
 
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.plans.schema import Plan
@@ -26,15 +34,6 @@ WAYS = [(0, "snapshot"), (2, "snapshot"), (2, "recompute")]
 def answers(plan: Plan, folder: Path, prompts: Any, **params: Any) -> list[tuple[int, ...]]:
     """Of the same plan without its prefill pool."""
     return tokens_of(Engine.from_plan(plan, folder), prompts, **params)
-
-
-def nothing_is_held(made: Pools) -> None:
-    """Both sides have given everything back."""
-    wait_for(lambda: not made.engine.scheduler.reservations.abandoned, made.engine)
-    check_all_is_given_back(made.engine.scheduler.cache)
-    for prefill in made.prefills:
-        wait_for(lambda prefill=prefill: not prefill.num_unfinished)  # type: ignore[misc]
-        check_all_is_given_back(prefill.scheduler.cache)
 
 
 @pytest.mark.slow
@@ -116,6 +115,33 @@ def test_a_bad_link_changes_no_answer(fails: bool, checkpoint: Any) -> None:
         nothing_is_held(made)
 
 
+def test_what_is_sent_keeps_its_pages_from_others(checkpoint: Any) -> None:
+    """A state on its way keeps all pages before it: a prompt that needs them waits till then.
+
+    The decode pool has the first pages of it already, so that these are not sent.
+    """
+    folder, gate = checkpoint("moe"), threading.Event()
+    gate.set()
+    plan = squeezed_prefill(plan_of_two(folder), 22)
+    others = list(range(240, 430))
+    with pools(plan, folder, partial(Gated, gate=gate)) as made:
+        handovers = made.connect([made.add_prefill(chunk=512)])
+        cache = made.engine.scheduler.cache
+        tokens_of(made.engine, [LONG], 2)
+        for node in cache.checkpoints:
+            cache.forget_checkpoint(node.state_slot)
+        tokens_of(made.engine, [LONG[:150]], 2)
+        gate.clear()
+        for name, prompt in (("again", LONG), ("other", others)):
+            made.engine.add(Request(name, tuple(prompt), SamplingParams(max_tokens=2)))
+        wait_for(lambda: made.prefills[0].scheduler.is_blocked, made.engine)
+        assert handovers.counts.done == 2
+        gate.set()
+        wait_for(lambda: not made.engine.num_unfinished, made.engine)
+        assert handovers.counts.done == 4 and not handovers.counts.alone
+        nothing_is_held(made)
+
+
 def test_a_frozen_pool_is_not_waited_for(checkpoint: Any) -> None:
     """What it may still write is kept until it goes on and says that it has stopped."""
     folder = checkpoint("moe")
@@ -155,6 +181,7 @@ def test_a_decode_pool_that_leaves_frees_the_other(checkpoint: Any) -> None:
         while made.engine.num_unfinished:
             done += made.engine.step()
         assert len(done) == 6
+        nothing_is_held(made)
 
 
 def test_what_is_reserved_leaves_room_to_finish(checkpoint: Any) -> None:

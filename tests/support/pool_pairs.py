@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from conftest import make_spec
-from conversations import poisoned
+from conversations import check_all_is_given_back, poisoned
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.errors import PoolError
-from tokenspeed_plan.plans.schema import Plan
+from tokenspeed_plan.plans.schema import AnswerReturns, Plan
 from tokenspeed_plan.runtime import Engine
 from tokenspeed_plan.runtime.pools.blocks import Copy
 from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions
@@ -27,6 +27,24 @@ from tokenspeed_plan.runtime.pools.transport import Pending, Route, Transport
 
 TWO_POOLS: dict[str, Any] = {"target": {"count": 2}, "disaggregation": {"prefill": 1, "decode": 1}}
 Spoil = Callable[[Transport], Transport]
+
+
+def returning(plan: Plan, **changes: Any) -> Plan:
+    """The plan with answers that go back to its prefill pool, and are waited for."""
+    decode, prefill = plan.pools
+    planned: dict[str, Any] = {"slots": 4, "least_tokens": 16, "token_us": 2e5}
+    answers = AnswerReturns(**planned | changes)
+    pools = (decode, prefill.model_copy(update={"answer_returns": answers}))
+    return plan.model_copy(update={"pools": pools})
+
+
+def squeezed_prefill(plan: Plan, num_pages: int) -> Plan:
+    """The plan with fewer pages in its prefill pool."""
+    decode, prefill = plan.pools
+    limits = prefill.limits.model_copy(update={"num_pages": num_pages})
+    return plan.model_copy(
+        update={"pools": (decode, prefill.model_copy(update={"limits": limits}))}
+    )
 
 
 @cache
@@ -82,9 +100,14 @@ class Pools:
         host, port = listener.getsockname()
         return host, port
 
-    def connect(self, addresses: Sequence[tuple[str, int]], **options: Any) -> Handovers:
-        """Let the decode pool use them."""
-        transport = make_transport(self.transport, self.engine.executor.memory)
+    def connect(
+        self,
+        addresses: Sequence[tuple[str, int]],
+        spoil: Spoil = lambda each: each,
+        **options: Any,
+    ) -> Handovers:
+        """Let the decode pool use them; `spoil` is of what it sends."""
+        transport = spoil(make_transport(self.transport, self.engine.executor.memory))
         peers = PeerOptions(tuple(addresses), **{"token": self.token, "retry_s": 0.05} | options)
         handovers = Handovers(self.engine, self.plan, transport, peers)
         handovers.start()
@@ -126,6 +149,55 @@ def wait_for(holds: Callable[[], bool], engine: Engine | None = None, seconds: f
         if engine is not None:
             engine.step()
         time.sleep(0.002)
+
+
+def nothing_is_held(made: Pools) -> None:
+    """Both sides have given everything back."""
+    elsewhere, scheduler = made.engine.loop.elsewhere, made.engine.scheduler
+    wait_for(lambda: elsewhere is None or not elsewhere.is_open, made.engine)
+    wait_for(lambda: not scheduler.reservations.abandoned, made.engine)
+    for own in (scheduler, *(prefill.scheduler for prefill in made.prefills)):
+        held = own.reservations
+        wait_for(
+            lambda own=own, held=held: (  # type: ignore[misc]
+                not own.num_unfinished and not held.held and not held.lent and not held.abandoned
+            )
+        )
+        assert not held.lent_states
+        check_all_is_given_back(own.cache)
+
+
+class Gated:
+    """A transport whose pushes are over once a gate is open."""
+
+    def __init__(self, inner: Transport, gate: threading.Event) -> None:
+        self.name, self.settle_s = inner.name, inner.settle_s
+        self._inner, self._gate = inner, gate
+
+    def describe(self) -> dict[str, Any]:
+        return self._inner.describe()
+
+    def reach(self, description: dict[str, Any]) -> Route:
+        return _GatedRoute(self._inner.reach(description), self._gate)
+
+
+class _GatedRoute:
+    def __init__(self, inner: Route, gate: threading.Event) -> None:
+        self._inner, self._gate = inner, gate
+
+    def push(self, parts: Sequence[Copy]) -> Pending:
+        return _GatedPending(self._inner.push(parts), self._gate)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _GatedPending:
+    def __init__(self, inner: Pending, gate: threading.Event) -> None:
+        self._inner, self._gate = inner, gate
+
+    def is_done(self) -> bool:
+        return self._gate.is_set() and self._inner.is_done()
 
 
 class Spoiled:
