@@ -34,25 +34,73 @@ from typing import Any
 from cluster import lease_args, start, write_rows
 
 
+def write_chats(path: Path, count: int, is_ascii: bool) -> None:
+    """Chats of two messages whose texts differ."""
+    rng = random.Random(0)
+    said = ["Sort these lines: ", "Translate: ", "What does this do? "]
+    if not is_ascii:
+        said = ["Übersetze: ", "请翻译: ", "Trie ces lignes\u00a0: "]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            asked = {"role": "user", "content": f"{rng.choice(said)}{rng.random()}"}
+            messages = [{"role": "system", "content": "Be brief."}, asked]
+            body = {"messages": messages, "max_tokens": 4, "temperature": 0}
+            row = {"custom_id": f"row-{number}", "method": "POST", "url": "/v1/chat/completions"}
+            file.write(json.dumps(row | {"body": body}) + "\n")
+
+
+def write_various(path: Path, count: int) -> None:
+    """Completions, each with fields of other values."""
+    write_rows(path, count)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    with path.open("w", encoding="utf-8") as file:
+        for number, line in enumerate(lines):
+            file.write(line.replace('"temperature": 0', f'"temperature": {number / count}') + "\n")
+
+
+WRITERS = {
+    "completions": write_rows,
+    "various": write_various,
+    "chats": lambda path, count: write_chats(path, count, True),
+    "other-scripts": lambda path, count: write_chats(path, count, False),
+}
+
+
 def run_index(args: argparse.Namespace) -> int:
     from tokenspeed_plan.planner.commands.engines import EngineOptions
     from tokenspeed_plan.planner.commands.run import _facts
-    from tokenspeed_plan.runtime.serving.leases.job_index import JobInput, make_index
+    from tokenspeed_plan.runtime.serving.leases.job_index import make_index
+    from tokenspeed_plan.runtime.serving.leases.job_input import JobInput
+    from tokenspeed_plan.runtime.serving.leases.row_checks import RowChecker, check_shards
 
     plan, tokenizer = _facts(args.bundle, EngineOptions())
-    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
-        path = Path(scratch) / "in.jsonl"
-        write_rows(path, args.rows)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        begin_s = time.monotonic()
-        index = make_index(JobInput(str(path), 200), plan, tokenizer, lambda: None)
-        seconds = time.monotonic() - begin_s
-        more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        assert index.rows == args.rows
-    print(
-        f"index of {args.rows} rows: {seconds:.2f} s, {args.rows / seconds:.0f} rows/s, "
-        f"{more * 1024 / args.rows:.0f} bytes a row"
-    )
+    for kind in args.kinds:
+        with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+            job = JobInput(str(Path(scratch) / "in.jsonl"), 200)
+            WRITERS[kind](Path(job.place), args.rows)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            begin_s, begin_cpu_s = time.monotonic(), time.process_time()
+            index = make_index(job, plan, tokenizer, lambda: None)
+            seconds, cpu_s = time.monotonic() - begin_s, time.process_time() - begin_cpu_s
+            more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            assert index.rows == args.rows
+            num_left = sum(shard.unchecked for shard in index.shards)
+            print(
+                f"{kind}: index of {args.rows} rows: {seconds:.2f} s ({cpu_s:.2f} of CPU), "
+                f"{args.rows / seconds:.0f} rows/s, {more * 1024 / args.rows:.0f} bytes a row; "
+                f"{num_left} are left to all workers"
+            )
+            shards = [shard for shard in index.shards if shard.unchecked][: args.checked]
+            if not shards:
+                continue
+            begin_s, begin_cpu_s = time.monotonic(), time.process_time()
+            found = check_shards(job, shards, RowChecker(plan, tokenizer, lambda: None))
+            seconds, cpu_s = time.monotonic() - begin_s, time.process_time() - begin_cpu_s
+            assert found.num_bad == 0
+            print(
+                f"  which a worker checks at {found.num_rows / seconds:.0f} rows/s "
+                f"({found.num_rows / cpu_s:.0f} by its own CPU time)"
+            )
     return 0
 
 
@@ -307,6 +355,8 @@ def main() -> int:
     mode.set_defaults(run=run_index)
     mode.add_argument("bundle", type=Path)
     mode.add_argument("--rows", type=int, default=200_000)
+    mode.add_argument("--kinds", nargs="+", choices=[*WRITERS], default=[*WRITERS])
+    mode.add_argument("--checked", type=int, default=20, help="Shards that are checked.")
     mode = modes.add_parser("scale")
     mode.set_defaults(run=run_scale)
     mode.add_argument("bundle", type=Path)

@@ -31,7 +31,6 @@ from tokenspeed_plan.planner.commands.jobs import (
 )
 from tokenspeed_plan.planner.commands.pools import PoolOptions, other_pools
 from tokenspeed_plan.planner.commands.ray_driver import RayJob, run_on_ray
-from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.canon import answer_digest
 from tokenspeed_plan.plans.errors import RequestError, SpecError
@@ -298,8 +297,10 @@ def _run_shared(bundle: Path, engine_options: EngineOptions, batch: SharedBatch)
 
     store = open_store(batch.lease)
     facts, tokenizer = _facts(bundle, engine_options)
-    plans = _plans_of_job(load_plan(bundle, engine_options.signers), batch.others, engine_options)
-    worker = replace(batch.worker, plans=plans)
+    worker = batch.worker
+    if batch.others:
+        own = load_plan(bundle, engine_options.signers)
+        worker = replace(worker, plans=_plans_of_job(own, batch.others, engine_options))
     return Worker(
         store, worker, facts, tokenizer, lambda: ready_engine(bundle, engine_options)
     ).run()
@@ -369,6 +370,7 @@ def _batch_plan(frozen: Plan, tokenizer: Tokenizer) -> BatchPlan:
 
 def _predicted_load(frozen: Plan) -> Load | None:
     """The load that a plan predicts, where it is one of single turns as a batch has them."""
+    from tokenspeed_plan.planner.spec import WorkloadSpec
     from tokenspeed_plan.runtime.serving.batch.summary import Load
 
     with suppress(ValidationError, SpecError):

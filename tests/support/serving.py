@@ -24,6 +24,7 @@ from tokenspeed_plan.planner.cli import main
 FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "tokenspeed_plan.planner.cli",
+    "tokenspeed_plan.planner.commands.serve",
     "tokenspeed_plan.runtime.engine",
     "tokenspeed_plan.runtime.serving.http",
 ]
