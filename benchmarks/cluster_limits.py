@@ -244,26 +244,49 @@ class Simulated:
             self.commits_s.append(commit_s)
 
 
-def simulate_worker(store: Any, units: list[str], number: int, work_s: float, tally: Simulated,
-                    timeout_s: float) -> None:  # fmt: skip
-    from tokenspeed_plan.runtime.serving.leases.lease_worker import POLLS_PER_TIMEOUT
-    from tokenspeed_plan.runtime.serving.leases.shard_lease import Leases, finished_units
+@dataclass(frozen=True)
+class Phase:
+    """Units that all nodes do before they go on: their names, and what each takes."""
+
+    units: list[str]
+    work_s: float
+    tally: Simulated = field(default_factory=Simulated)
+
+
+def simulate_worker(store: Any, phases: Sequence[Phase], number: int, timeout_s: float) -> None:
+    from tokenspeed_plan.runtime.serving.leases.shard_lease import Leases
 
     leases, rng = Leases(store, f"worker-{number}", timeout_s), random.Random(number)
+    for phase in phases:
+        simulate_phase(leases, phase, rng)
+
+
+def simulate_phase(leases: Any, phase: Phase, rng: random.Random) -> None:
+    """As `Worker` does: it polls soon at first, then as often as an idle one may."""
+    from tokenspeed_plan.runtime.serving.leases.lease_worker import (
+        FIRST_POLL_S,
+        POLLS_PER_TIMEOUT,
+    )
+    from tokenspeed_plan.runtime.serving.leases.shard_lease import finished_units
+
+    polls = 0
     while True:
         begin_s = time.monotonic()
-        lease = leases.take(units)
+        lease = leases.take(phase.units)
         taken_s = time.monotonic()
         if lease is None:
-            if finished_units(store) >= set(units):
+            if finished_units(leases.store) >= set(phase.units):
                 return
-            time.sleep(timeout_s / POLLS_PER_TIMEOUT * rng.uniform(0.5, 1.5))
+            most_s = leases.timeout_s / POLLS_PER_TIMEOUT
+            time.sleep(min(FIRST_POLL_S * 2**polls, most_s) * rng.uniform(0.5, 1.5))
+            polls += 1
             continue
-        time.sleep(work_s * (0.8 + 0.4 * rng.random()))
+        polls = 0
+        time.sleep(phase.work_s * (0.8 + 0.4 * rng.random()))
         worked_s = time.monotonic()
         lease.commit({"rows": 1})
         lease.end()
-        tally.add(taken_s - begin_s, time.monotonic() - worked_s)
+        phase.tally.add(taken_s - begin_s, time.monotonic() - worked_s)
 
 
 class WaitingNodes:
@@ -314,16 +337,21 @@ class WaitingNodes:
 def run_driver(args: argparse.Namespace) -> int:
     from tokenspeed_plan.planner.commands.ray_driver import Crew, RayJob, _Driver
     from tokenspeed_plan.runtime.serving.leases.job_store import FolderStore
+    from tokenspeed_plan.runtime.serving.leases.row_checks import CHECK_ROWS
 
     work_s = args.rows / args.shards / args.rows_per_s / args.faster
-    units = [f"{number:05d}" for number in range(args.shards)]
-    tally, timeout_s = Simulated(), 60.0 / args.faster
+    num_checks, timeout_s = -(-args.rows // CHECK_ROWS), 60.0 / args.faster
+    checks = Phase(
+        [f"check-{number:05d}" for number in range(num_checks)],
+        CHECK_ROWS / args.checked_per_s / args.faster,
+    )
+    shards = Phase([f"{number:05d}" for number in range(args.shards)], work_s)
     threading.stack_size(256 << 10)
     with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
         store = FolderStore(Path(scratch))
         nodes = WaitingNodes(
             args.nodes,
-            lambda number: simulate_worker(store, units, number, work_s, tally, timeout_s),
+            lambda number: simulate_worker(store, [checks, shards], number, timeout_s),
         )
         nodes.enter()
         job = RayJob("auto", None, scratch, (), args.shards, quiet=True, plans=())
@@ -334,12 +362,18 @@ def run_driver(args: argparse.Namespace) -> int:
         for thread in nodes.threads:
             thread.join()
         takeovers = sum(not name.endswith(".1") for name in store.names("leases"))
-    ideal_s = work_s * -(-args.shards // args.nodes)
+    ideal_s = work_s * -(-args.shards // args.nodes) + checks.work_s
+    tally = shards.tally
     gaps = [take + commit for take, commit in zip(tally.takes_s, tally.commits_s, strict=True)]
     print(
         f"{args.nodes} nodes, {args.rows} rows in {args.shards} shards, {args.faster:g} x faster: "
-        f"{total_s:.0f} s, {ideal_s:.0f} s of them engines; {args.rows / total_s:.0f} rows/s; "
-        f"{takeovers} takeovers; between two shards {statistics.mean(gaps):.3f} s"
+        f"{total_s:.0f} s, {ideal_s:.0f} s of them checks and engines; "
+        f"{args.rows / total_s:.0f} rows/s; {takeovers} takeovers"
+    )
+    print(
+        f"  between two shards {statistics.mean(gaps):.3f} s: to take one "
+        f"{statistics.mean(tally.takes_s):.3f}, at most {max(tally.takes_s):.2f}; to commit it "
+        f"{statistics.mean(tally.commits_s):.3f}, at most {max(tally.commits_s):.2f}"
     )
     print(
         f"  the driver's own thread: {cpu_s:.2f} s of CPU, {args.rows / cpu_s:.0f} rows for each; "
@@ -374,6 +408,7 @@ def main() -> int:
     mode.add_argument("--rows", type=int, default=10_000_000)
     mode.add_argument("--shards", type=int, default=2000)
     mode.add_argument("--rows-per-s", type=float, default=28.0, help="Of one engine, predicted.")
+    mode.add_argument("--checked-per-s", type=float, default=7000.0, help="Rows, by one worker.")
     mode.add_argument("--faster", type=float, default=4.0, help="Than the predicted times.")
     args = parser.parse_args()
     return int(args.run(args))

@@ -109,6 +109,10 @@ class Tokenizer:
         named = {name: text_of(token) for name, token in files.named.items()}
         return cls(tokenizer, chat, {"tokenizer_class": files.class_name} | named)
 
+    def without_chat(self) -> Tokenizer:
+        """The same, not loaded again, without a chat template."""
+        return Tokenizer(self._tokenizer, None, self.info)
+
     @property
     def num_ids(self) -> int:
         """One more than the highest token id."""

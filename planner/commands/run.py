@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.request import Completion
     from tokenspeed_plan.runtime.serving.batch import BatchOptions, BatchPlan, Selection
-    from tokenspeed_plan.runtime.serving.batch.options import TextTokenizer
     from tokenspeed_plan.runtime.serving.batch.summary import Load
     from tokenspeed_plan.runtime.serving.leases.lease_worker import WorkerOptions
     from tokenspeed_plan.runtime.tokenizer import Tokenizer
@@ -284,7 +283,7 @@ def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOption
     with other_pools(bundle, engine_options, PoolOptions()) as attach:
 
         def make_engine() -> Engine:
-            engine = ready_engine(bundle, engine_options)
+            engine = ready_engine(bundle, engine_options, tokenizer=tokenizer.without_chat())
             attach(engine)
             return engine
 
@@ -301,9 +300,11 @@ def _run_shared(bundle: Path, engine_options: EngineOptions, batch: SharedBatch)
     if batch.others:
         own = load_plan(bundle, engine_options.signers)
         worker = replace(worker, plans=_plans_of_job(own, batch.others, engine_options))
-    return Worker(
-        store, worker, facts, tokenizer, lambda: ready_engine(bundle, engine_options)
-    ).run()
+
+    def load() -> Engine:
+        return ready_engine(bundle, engine_options, tokenizer=tokenizer.without_chat())
+
+    return Worker(store, worker, facts, tokenizer, load).run()
 
 
 def _plans_of_job(own: Plan, others: Sequence[Path], options: EngineOptions) -> tuple[str, ...]:
@@ -336,7 +337,7 @@ def _what_it_takes(frozen: Plan) -> dict[str, object]:
     }
 
 
-def _facts(bundle: Path, options: EngineOptions) -> tuple[BatchPlan, TextTokenizer]:
+def _facts(bundle: Path, options: EngineOptions) -> tuple[BatchPlan, Tokenizer]:
     """What a batch needs of a plan and its model, once both are checked."""
     from tokenspeed_plan.runtime.loading.preflight import check_target
 
