@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from batch_fake import LIMITS, FakeTokenizer, plan
 
+from tokenspeed_plan.plans.chat_format import Chat
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch.files import InputLine
 from tokenspeed_plan.runtime.serving.batch.lines import Row
@@ -109,6 +112,42 @@ def chat_of(rng: random.Random, number: int) -> str:
     if rng.random() < 0.1:
         text = text.replace(f'"c{number}"', rng.choice(("7", '"\\ud800"', f'"{"i" * 5000}"', '""')))
     return text
+
+
+class RefusingTokenizer(FakeTokenizer):
+    """Its chat template refuses some texts, and system messages, as which a developer's count."""
+
+    def render_chats(self, chats: Sequence[Chat]) -> list[str | RequestError]:
+        texts = super().render_chats(chats)
+        no = RequestError("no", "no")
+        return [no if re.search("bb|system:", str(text)) else text for text in texts]
+
+
+def test_a_chat_of_a_known_shape_is_judged_as_it_would_be_alone() -> None:
+    rng, lines = random.Random(1), []
+    for number in range(1, 4000):
+        text = chat_of(rng, number)
+        if rng.random() < 0.3:
+            at = rng.randrange(len(text) + 1)
+            text = text[:at] + rng.choice(PIECES) + text[at + rng.randrange(3) :]
+        elif rng.random() < 0.3:
+            role = rng.choice(("system", "developer", "assistant", "tool", "", 7))
+            more = rng.choice(("seed", "user", "temperature", "name", "stop"))
+            value = rng.choice((number, "u", 1, True, 1.0, -1, None, ["u"]))
+            text = text.replace('"user"', json.dumps(role)).replace(
+                '"max_tokens"', f'"{more}": {json.dumps(value)}, "max_tokens"'
+            )
+        raw = text.encode("utf-8", "surrogatepass").replace(b"\n", b"")
+        lines.append(InputLine(number, 0, raw))
+    checker, num_known = RowChecker(plan(), RefusingTokenizer(), lambda: None), 0
+    for line, found in checker.check(lines):
+        (row,) = check_lines([line], "d", SeenIds(), RefusingTokenizer(), LIMITS)
+        if isinstance(row, Row):
+            assert getattr(found, "custom_id", None) == row.custom_id, line.raw
+            num_known += not isinstance(found, Row)
+        else:
+            assert str(found) == str(row), line.raw
+    assert num_known > 500
 
 
 def outcome_of(job: JobInput) -> object:

@@ -52,7 +52,7 @@ class FakeTokenizer:
     def render_chat(
         self, messages: list[dict[str, Any]], tools: Any = None, variables: Any = None
     ) -> str:
-        return "".join(f"{m['role']}:{m['content']};" for m in messages)
+        return "".join(f"{m['role']}:{m.get('content', '')};" for m in messages)
 
     def render_chats(self, chats: Sequence[Chat]) -> list[str | RequestError]:
         return [self.render_chat(*chat) for chat in chats]

@@ -167,8 +167,8 @@ class Scanner:
         self._notebook.add_line(CheckedLine(line.number, selected, line.offset, size, key, fault))
 
 
-def refuse_bad(result: ScanResult, max_errors: int) -> None:
-    """Stop before anything runs when more lines are bad than allowed.
+def refuse_bad(result: ScanResult, max_errors: int, mend: str = "mend them") -> None:
+    """Stop before anything runs when more lines are bad than allowed; `mend` says how to go on.
 
     Raises:
         RequestError: with the first bad lines and what is wrong with them.
@@ -184,5 +184,5 @@ def refuse_bad(result: ScanResult, max_errors: int) -> None:
         where += f" ({result.num_unchecked} were not looked into)"
     raise RequestError(
         f"{result.num_bad} of {where} cannot be run{lines}",
-        f"mend them, or run the others with `--max-errors {result.num_bad}`",
+        f"{mend}, or run the others with `--max-errors {result.num_bad}`",
     )

@@ -20,6 +20,7 @@ from tokenspeed_plan.runtime.serving.batch.notebook import Notebook
 from tokenspeed_plan.runtime.serving.batch.options import BatchPlan, TextTokenizer
 from tokenspeed_plan.runtime.serving.batch.scan import Fault, ScanResult, refuse_bad
 from tokenspeed_plan.runtime.serving.leases.job_input import JobInput, Shard
+from tokenspeed_plan.runtime.serving.leases.known_chats import KnownChat
 from tokenspeed_plan.runtime.serving.leases.row_checks import Found, RowChecker, Unchecked
 from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
 
@@ -199,7 +200,7 @@ class _Split:
         """Note what a line was found to be; what it adds to the digest of its shard's ids."""
         if isinstance(found, bytes):
             return b'"%b"\n' % found
-        if isinstance(found, (Row, Unchecked)):
+        if isinstance(found, (Row, KnownChat, Unchecked)):
             return id_line(found.custom_id)
         self.result.add_fault(line.number, str(found))
         if self._checker.notebook is not None and draft is not None:

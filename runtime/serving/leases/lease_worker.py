@@ -200,7 +200,8 @@ class Worker:
 
         if not self._work([*units], check, CHECKS, add_up):
             return False
-        refuse_bad(all_faults(ScanResult(index.lines), self._store, [CHECKS]), job.max_errors)
+        found = all_faults(ScanResult(index.lines), self._store, [CHECKS])
+        refuse_bad(found, job.max_errors, "mend them and name another folder for the job")
         return True
 
     def _answer_rows(self, index: JobIndex) -> bool:

@@ -27,6 +27,7 @@ from tokenspeed_plan.runtime.serving.batch.scan import (
 )
 from tokenspeed_plan.runtime.serving.leases.job_input import JobInput, Shard, copy_rows
 from tokenspeed_plan.runtime.serving.leases.job_store import Store
+from tokenspeed_plan.runtime.serving.leases.known_chats import KnownChat, KnownChats
 from tokenspeed_plan.runtime.serving.leases.known_shapes import KnownShapes, SeenIds
 from tokenspeed_plan.runtime.serving.leases.shard_lease import done_name
 from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
@@ -46,9 +47,9 @@ class Unchecked:
     custom_id: str
 
 
-# Of a line: its row, or the id of one that is like others, or that of one that is not looked into,
+# Of a line: its row, or one that is like others or the id of one, or one that is not looked into,
 # or what is wrong with it.
-Found = Row | bytes | Unchecked | InvalidRequestError
+Found = Row | KnownChat | bytes | Unchecked | InvalidRequestError
 
 
 class RowChecker:
@@ -77,6 +78,8 @@ class RowChecker:
         self._facts = None, notebook or self.seen, tokenizer, plan.limits
         self._moved = moved
         self._known = KnownShapes(plan.limits.max_seq_len)
+        self._known_chats = KnownChats(plan.limits, tokenizer.chat_format)
+        self._tokenizer = tokenizer
         self._num_looked_into = 0
 
     def check(
@@ -87,16 +90,30 @@ class RowChecker:
             self._moved()
             num_open -= len(group)
             quick = [self._quick(line, num_open >= 0) for line in group]
+            self._num_looked_into += sum(isinstance(found, KnownChat | None) for found in quick)
+            self._render(quick)
             new = [line for line, found in zip(group, quick, strict=True) if found is None]
             checked = iter(check_lines(new, *self._facts))
-            self._num_looked_into += len(new)
             for line, known in zip(group, quick, strict=True):
                 found = known or next(checked)
                 if isinstance(found, Row):
                     self._known.learn(line, found)
+                    self._known_chats.learn(line, found)
                 yield line, found
 
-    def _quick(self, line: InputLine, may_defer: bool) -> bytes | Unchecked | None:
+    def _render(self, found: list[KnownChat | bytes | Unchecked | None]) -> None:
+        """Render the chats of lines that are like others; those without room are not known."""
+        known = {number: each for number, each in enumerate(found) if isinstance(each, KnownChat)}
+        texts = self._tokenizer.render_chats([each.chat for each in known.values()])
+        for number, text in zip(known, texts, strict=True):
+            if not (
+                isinstance(text, str) and text.isascii() and 0 < len(text) <= known[number].room
+            ):
+                found[number] = None
+            else:
+                self.seen.add(known[number].custom_id.encode())
+
+    def _quick(self, line: InputLine, may_defer: bool) -> KnownChat | bytes | Unchecked | None:
         """What is found without a look into a line; None where it needs one."""
         if self.notebook is not None:
             return None
@@ -105,7 +122,7 @@ class RowChecker:
             self.seen.add(known)
             return known
         if not may_defer or self._num_looked_into < LOOKED_INTO:
-            return None
+            return self._known_chats.find(line)
         custom_id = _certain_id(line)
         if custom_id is None:
             return None

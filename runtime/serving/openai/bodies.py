@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -278,7 +279,7 @@ def _half_pair(value: Any) -> str | None:
 
 def _parse_json(raw: bytes, what: str) -> Any:
     try:
-        return _DECODER.decode(raw.decode("utf-8-sig"))
+        return _DECODER.decode(raw.removeprefix(BOM_UTF8).decode())
     except InvalidRequestError:
         raise
     except UnicodeDecodeError:

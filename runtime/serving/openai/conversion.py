@@ -104,7 +104,7 @@ def check_bodies(
     for number, body in enumerate(bodies):
         if isinstance(body, ChatBody):
             with suppress(InvalidRequestError):  # it is raised again below
-                chats[number] = _chat_of(body, tokenizer.chat_format)
+                chats[number] = chat_of(body, tokenizer.chat_format)
     texts = dict(zip(chats, tokenizer.render_chats([*chats.values()]), strict=True))
     for number, body in enumerate(bodies):
         own = tokenizer
@@ -127,17 +127,17 @@ def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: Requ
     Raises:
         InvalidRequestError: see `to_requests`.
     """
-    if _asks_no_form(body):
+    if asks_no_form(body):
         check_model(body.model, limits)
         prompt = _prompt_or_refuse(body, tokenizer)
-        room = limits.max_seq_len - (_wanted_tokens(body) or 1)
+        room = limits.max_seq_len - (wanted_tokens(body) or 1)
         if isinstance(prompt, str) and prompt.isascii() and 0 < len(prompt) <= room:
             _request(body, "0", ANY_PROMPT, limits)
             return
     to_requests(body, "0", tokenizer, limits)
 
 
-def _asks_no_form(body: CompletionBody | ChatBody) -> bool:
+def asks_no_form(body: CompletionBody | ChatBody) -> bool:
     """Whether its one prompt is all that has to be looked at."""
     if body.response_format is not None:
         return False
@@ -146,7 +146,7 @@ def _asks_no_form(body: CompletionBody | ChatBody) -> bool:
     return isinstance(body.prompt, str)
 
 
-def _wanted_tokens(body: CompletionBody | ChatBody) -> int | None:
+def wanted_tokens(body: CompletionBody | ChatBody) -> int | None:
     """The body's limit of an answer."""
     if isinstance(body, ChatBody):
         return body.max_completion_tokens or body.max_tokens
@@ -262,7 +262,7 @@ def _max_tokens(
     """
     if not ids:
         raise InvalidRequestError("the prompt is empty")
-    wanted, field, default = _wanted_tokens(body), "prompt", limits.default_max_tokens
+    wanted, field, default = wanted_tokens(body), "prompt", limits.default_max_tokens
     if isinstance(body, ChatBody):
         field, default = "messages", limits.max_seq_len
     room = limits.max_seq_len - len(ids)
@@ -377,14 +377,14 @@ def _chat_prompt(body: ChatBody, tokenizer: Encoder) -> str:
     """
     chat = Chat([])  # nobody reads it where the text is there
     if not isinstance(tokenizer, _Rendered):
-        chat = _chat_of(body, tokenizer.chat_format)
+        chat = chat_of(body, tokenizer.chat_format)
     (outcome,) = tokenizer.render_chats([chat])
     if isinstance(outcome, RequestError):
         raise outcome
     return outcome
 
 
-def _chat_of(body: ChatBody, format: ChatFormat) -> Chat:
+def chat_of(body: ChatBody, format: ChatFormat) -> Chat:
     """What a chat template gets of a body.
 
     Raises:
