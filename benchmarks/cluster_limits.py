@@ -1,15 +1,18 @@
 """What a batch on many machines costs beside its rows, on this one.
 
-    python benchmarks/cluster_limits.py index BUNDLE [--rows 200000]
+    python benchmarks/cluster_limits.py index BUNDLE [--rows 200000] [--kinds chats ...]
     python benchmarks/cluster_limits.py scale BUNDLE [--rows 1200] [--engines 1 2 4] [--pairs 3]
     python benchmarks/cluster_limits.py start BUNDLE [--times 5]
+    python benchmarks/cluster_limits.py ray-start BUNDLE [--times 5]
     python benchmarks/cluster_limits.py driver [--nodes 1000] [--rows 10000000] [--shards 2000]
 
-`index` checks and splits rows. `scale` compares workers that share a batch by leases with as many
-single runs at once, each on its part of the rows: what the machine itself can do; in pairs, one
-after the other; what other processes of the machine take shows in the time and not in the CPU's.
-`start` is a worker from its command to its first row, in parts. `driver` is the
-driver of `run --ray` with real leases; its nodes only wait, for as long as engines would take.
+`index` splits rows of several kinds, and checks what the index leaves to all workers. `scale`
+compares workers that share a batch by leases with as many single runs at once, each on its part of
+the rows: what the machine itself can do; in pairs, one after the other; what other processes of the
+machine take shows in the time and not in the CPU's. `start` is a worker from its command to its
+first row, in parts, and `ray-start` the same of `run --ray` on a cluster that is up. `driver` is
+the driver of `run --ray` with real leases; its nodes only wait, for as long as checks and engines
+would take.
 """
 
 from __future__ import annotations
@@ -230,6 +233,45 @@ def run_start(args: argparse.Namespace) -> int:
     return 0
 
 
+# Files of a job, in the order in which they come, and what has happened then.
+_FILES = (
+    ("job/leases/index.1", "driver, actor, worker's files"),
+    ("job/done/index.json", "index"),
+    ("job/leases/00000.1", "first lease"),
+    ("job/done/00000.json", "engine, rows"),
+    ("out.jsonl", "merge"),
+)
+
+
+def run_ray_start(args: argparse.Namespace) -> int:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    every: list[dict[str, float]] = []
+    for _ in range(args.times):
+        with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+            folder = Path(scratch)
+            write_rows(folder / "in.jsonl", 4)
+            words = lease_args(args.bundle.resolve(), folder, 1)
+            words.remove("--no-canary")
+            begin_s, parts = time.monotonic(), dict[str, float]()
+            driver = start([*words, "--ray", cluster.address], folder / "log", OMP_NUM_THREADS="1")
+            while driver.poll() is None:
+                for name, label in _FILES:
+                    if label not in parts and (folder / name).exists():
+                        parts[label] = time.monotonic() - begin_s
+                time.sleep(0.005)
+            assert driver.returncode == 0, (folder / "log").read_text(encoding="utf-8")
+            every.append(parts | {"end of the driver": time.monotonic() - begin_s})
+    ray.shutdown()
+    cluster.shutdown()
+    for name in every[0]:
+        values = [parts[name] for parts in every]
+        print(f"{name:30} {statistics.median(values):6.2f} s after the command ({min(values):.2f})")
+    return 0
+
+
 @dataclass
 class Simulated:
     """What a thousand workers did; times in seconds."""
@@ -400,6 +442,10 @@ def main() -> int:
     mode.add_argument("--pairs", type=int, default=3)
     mode = modes.add_parser("start")
     mode.set_defaults(run=run_start)
+    mode.add_argument("bundle", type=Path)
+    mode.add_argument("--times", type=int, default=5)
+    mode = modes.add_parser("ray-start")
+    mode.set_defaults(run=run_ray_start)
     mode.add_argument("bundle", type=Path)
     mode.add_argument("--times", type=int, default=5)
     mode = modes.add_parser("driver")
