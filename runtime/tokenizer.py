@@ -80,6 +80,7 @@ class Tokenizer:
         self.info = dict(info or {})
         self._tokenizer = tokenizer
         self._chat = chat
+        self._growth = _growth(tokenizer)
         self.chat_format = ChatFormat()
         if chat is not None:
             self.chat_format = chat.format
@@ -132,6 +133,21 @@ class Tokenizer:
         # Unlike `encode`, `encode_batch` lets other threads run.
         (found,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         return list(found.ids)
+
+    def most_tokens(self, text: str) -> int | None:
+        """More tokens a text does not have; None where only its tokens would tell.
+
+        A token stands for at least one byte of the text as it is normalised. ASCII stays as it is;
+        NFC makes at most three bytes of one (UAX #15, in UTF-8).
+        """
+        if text.isascii():
+            return len(text)
+        if self._growth is None:
+            return None
+        try:
+            return self._growth * len(text.encode()) + 1  # a space may be put before it
+        except UnicodeEncodeError:
+            return None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens but for a chat's tags."""
@@ -189,6 +205,15 @@ class Tokenizer:
         if self._chat is None:
             return [_no_template() for _ in chats]
         return self._chat.render_all(chats)
+
+
+def _growth(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """By how much its normaliser may lengthen a text, in bytes of UTF-8; None: not known."""
+    if tokenizer.normalizer is None:
+        return 1
+    if isinstance(tokenizer.normalizer, normalizers.NFC):
+        return 3
+    return None
 
 
 def _no_template() -> RequestError:

@@ -673,6 +673,9 @@ class NormalisingTokenizer(FakeTokenizer):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return super().encode(unicodedata.normalize("NFC", text))
 
+    def most_tokens(self, text: str) -> int:
+        return 3 * len(text.encode()) + 1
+
 
 def test_the_quick_check_and_the_real_one_agree() -> None:
     """The first pass may skip tokenising; it must not let through what the second refuses."""

@@ -2,7 +2,7 @@
 
 What is left of a row without these is its shape. Whether a row of a known shape passes depends on
 its texts alone: its chat template may refuse them, or they may be too long. So each is rendered,
-and what has room as it is needs no look at its fields and no tokens.
+and what has room however it is cut into tokens needs no look at its fields and no tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class KnownChat(NamedTuple):
     Attributes:
         custom_id: its own.
         chat: what its template renders.
-        room: the most characters of ASCII that it may have.
+        room: the most tokens that it may have.
     """
 
     custom_id: str

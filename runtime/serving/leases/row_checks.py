@@ -31,6 +31,7 @@ from tokenspeed_plan.runtime.serving.leases.known_chats import KnownChat, KnownC
 from tokenspeed_plan.runtime.serving.leases.known_shapes import KnownShapes, SeenIds
 from tokenspeed_plan.runtime.serving.leases.shard_lease import done_name
 from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
+from tokenspeed_plan.runtime.serving.openai.conversion import has_room
 
 CHECKS = "checks"  # the unit that says what came of all
 LOOKED_INTO = 4096  # rows by who makes the index, beside those that are like others
@@ -106,12 +107,11 @@ class RowChecker:
         known = {number: each for number, each in enumerate(found) if isinstance(each, KnownChat)}
         texts = self._tokenizer.render_chats([each.chat for each in known.values()])
         for number, text in zip(known, texts, strict=True):
-            if not (
-                isinstance(text, str) and text.isascii() and 0 < len(text) <= known[number].room
-            ):
-                found[number] = None
+            chat = known[number]
+            if isinstance(text, str) and text and has_room(text, chat.room, self._tokenizer):
+                self.seen.add(chat.custom_id.encode())
             else:
-                self.seen.add(known[number].custom_id.encode())
+                found[number] = None
 
     def _quick(self, line: InputLine, may_defer: bool) -> KnownChat | bytes | Unchecked | None:
         """What is found without a look into a line; None where it needs one."""

@@ -53,6 +53,9 @@ class Encoder(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokens that a prompt begins or ends with."""
 
+    def most_tokens(self, text: str) -> int | None:
+        """More tokens a text does not have; None where only its tokens would tell."""
+
     @property
     def chat_format(self) -> ChatFormat:
         """What the chat template knows."""
@@ -88,6 +91,7 @@ class _Rendered:
     def __init__(self, tokenizer: Encoder, outcome: str | RequestError) -> None:
         self.chat_format = tokenizer.chat_format
         self.encode = tokenizer.encode
+        self.most_tokens = tokenizer.most_tokens
         self.spell = tokenizer.spell
         self._outcome = outcome
 
@@ -121,9 +125,6 @@ def check_bodies(
 def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits) -> None:
     """Raise what `to_requests` would raise, without tokenising where the byte count is enough.
 
-    A byte-level tokenizer never makes more tokens of ASCII text than it has bytes. Other text may
-    grow when it is normalised, so it is tokenised.
-
     Raises:
         InvalidRequestError: see `to_requests`.
     """
@@ -131,10 +132,16 @@ def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: Requ
         check_model(body.model, limits)
         prompt = _prompt_or_refuse(body, tokenizer)
         room = limits.max_seq_len - (wanted_tokens(body) or 1)
-        if isinstance(prompt, str) and prompt.isascii() and 0 < len(prompt) <= room:
+        if isinstance(prompt, str) and prompt and has_room(prompt, room, tokenizer):
             _request(body, "0", ANY_PROMPT, limits)
             return
     to_requests(body, "0", tokenizer, limits)
+
+
+def has_room(text: str, room: int, tokenizer: Encoder) -> bool:
+    """Whether a text has at most so many tokens, as far as that is known without making them."""
+    most = tokenizer.most_tokens(text)
+    return most is not None and most <= room
 
 
 def asks_no_form(body: CompletionBody | ChatBody) -> bool:
