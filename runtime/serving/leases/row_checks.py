@@ -11,9 +11,12 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch.files import InputFile, InputLine
 from tokenspeed_plan.runtime.serving.batch.lines import MAX_NAME_CHARS, Row
 from tokenspeed_plan.runtime.serving.batch.notebook import Notebook
@@ -53,6 +56,17 @@ class Unchecked:
 Found = Row | KnownChat | bytes | Unchecked | InvalidRequestError
 
 
+_Quick = KnownChat | bytes | Unchecked | None  # what is found without a look into a line
+
+
+class _Group(NamedTuple):
+    """Lines that are checked together, and the chats of some, which are being rendered."""
+
+    lines: list[InputLine]
+    quick: list[_Quick]
+    texts: Future[list[str | RequestError]] | None
+
+
 class RowChecker:
     """Checks lines in their order.
 
@@ -87,33 +101,48 @@ class RowChecker:
         self, lines: Iterable[InputLine], num_open: int = 0
     ) -> Iterator[tuple[InputLine, Found]]:
         """Each line with what it is found to be; only the first so many may stay unchecked."""
-        for group in line_groups(lines):
-            self._moved()
-            num_open -= len(group)
-            quick = [self._quick(line, num_open >= 0) for line in group]
-            self._num_looked_into += sum(isinstance(found, KnownChat | None) for found in quick)
-            self._render(quick)
-            new = [line for line, found in zip(group, quick, strict=True) if found is None]
-            checked = iter(check_lines(new, *self._facts))
-            for line, known in zip(group, quick, strict=True):
-                found = known or next(checked)
-                if isinstance(found, Row):
-                    self._known.learn(line, found)
-                    self._known_chats.learn(line, found)
-                yield line, found
+        waiting: list[_Group] = []  # one at most: while it is rendered, the next is parsed
+        with ThreadPoolExecutor(1) as pool:
+            for each in line_groups(lines):
+                self._moved()
+                num_open -= len(each)
+                quick = [self._quick(line, num_open >= 0) for line in each]
+                group = _Group(each, quick, None)
+                chats = [known.chat for known in quick if isinstance(known, KnownChat)]
+                self._num_looked_into += len(chats) + quick.count(None)
+                if chats:
+                    group = _Group(each, quick, pool.submit(self._tokenizer.render_chats, chats))
+                while waiting:
+                    yield from self._finish(waiting.pop())
+                waiting.append(group)
+                if group.texts is None:  # the next may be like these
+                    yield from self._finish(waiting.pop())
+            while waiting:
+                yield from self._finish(waiting.pop())
 
-    def _render(self, found: list[KnownChat | bytes | Unchecked | None]) -> None:
-        """Render the chats of lines that are like others; those without room are not known."""
-        known = {number: each for number, each in enumerate(found) if isinstance(each, KnownChat)}
-        texts = self._tokenizer.render_chats([each.chat for each in known.values()])
-        for number, text in zip(known, texts, strict=True):
-            chat = known[number]
+    def _finish(self, group: _Group) -> Iterator[tuple[InputLine, Found]]:
+        """Look into the lines that need it, and learn from them."""
+        if group.texts is not None:
+            self._drop_without_room(group.quick, group.texts.result())
+        lines = list(zip(group.lines, group.quick, strict=True))
+        checked = iter(check_lines([line for line, found in lines if found is None], *self._facts))
+        for line, known in lines:
+            found = known or next(checked)
+            if isinstance(found, Row):
+                self._known.learn(line, found)
+                self._known_chats.learn(line, found)
+            yield line, found
+
+    def _drop_without_room(self, quick: list[_Quick], texts: Iterable[str | RequestError]) -> None:
+        """Chats that are refused, or may be too long, are not known after all."""
+        known = {number: each for number, each in enumerate(quick) if isinstance(each, KnownChat)}
+        for (number, chat), text in zip(known.items(), texts, strict=True):
             if isinstance(text, str) and text and has_room(text, chat.room, self._tokenizer):
                 self.seen.add(chat.custom_id.encode())
             else:
-                found[number] = None
+                quick[number] = None
 
-    def _quick(self, line: InputLine, may_defer: bool) -> KnownChat | bytes | Unchecked | None:
+    def _quick(self, line: InputLine, may_defer: bool) -> _Quick:
         """What is found without a look into a line; None where it needs one."""
         if self.notebook is not None:
             return None
