@@ -1,15 +1,18 @@
 """What a batch on many machines costs beside its rows, on this one.
 
-    python benchmarks/cluster_limits.py index BUNDLE [--rows 200000]
+    python benchmarks/cluster_limits.py index BUNDLE [--rows 200000] [--kinds chats ...]
     python benchmarks/cluster_limits.py scale BUNDLE [--rows 1200] [--engines 1 2 4] [--pairs 3]
     python benchmarks/cluster_limits.py start BUNDLE [--times 5]
+    python benchmarks/cluster_limits.py ray-start BUNDLE [--times 5]
     python benchmarks/cluster_limits.py driver [--nodes 1000] [--rows 10000000] [--shards 2000]
 
-`index` checks and splits rows. `scale` compares workers that share a batch by leases with as many
-single runs at once, each on its part of the rows: what the machine itself can do; in pairs, one
-after the other; what other processes of the machine take shows in the time and not in the CPU's.
-`start` is a worker from its command to its first row, in parts. `driver` is the
-driver of `run --ray` with real leases; its nodes only wait, for as long as engines would take.
+`index` splits rows of several kinds, and checks what the index leaves to all workers. `scale`
+compares workers that share a batch by leases with as many single runs at once, each on its part of
+the rows: what the machine itself can do; in pairs, one after the other; what other processes of the
+machine take shows in the time and not in the CPU's. `start` is a worker from its command to its
+first row, in parts, and `ray-start` the same of `run --ray` on a cluster that is up. `driver` is
+the driver of `run --ray` with real leases; its nodes only wait, for as long as checks and engines
+would take.
 """
 
 from __future__ import annotations
@@ -34,25 +37,73 @@ from typing import Any
 from cluster import lease_args, start, write_rows
 
 
+def write_chats(path: Path, count: int, is_ascii: bool) -> None:
+    """Chats of two messages whose texts differ."""
+    rng = random.Random(0)
+    said = ["Sort these lines: ", "Translate: ", "What does this do? "]
+    if not is_ascii:
+        said = ["Übersetze: ", "请翻译: ", "Trie ces lignes\u00a0: "]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            asked = {"role": "user", "content": f"{rng.choice(said)}{rng.random()}"}
+            messages = [{"role": "system", "content": "Be brief."}, asked]
+            body = {"messages": messages, "max_tokens": 4, "temperature": 0}
+            row = {"custom_id": f"row-{number}", "method": "POST", "url": "/v1/chat/completions"}
+            file.write(json.dumps(row | {"body": body}) + "\n")
+
+
+def write_various(path: Path, count: int) -> None:
+    """Completions, each with fields of other values."""
+    write_rows(path, count)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    with path.open("w", encoding="utf-8") as file:
+        for number, line in enumerate(lines):
+            file.write(line.replace('"temperature": 0', f'"temperature": {number / count}') + "\n")
+
+
+WRITERS = {
+    "completions": write_rows,
+    "various": write_various,
+    "chats": lambda path, count: write_chats(path, count, True),
+    "other-scripts": lambda path, count: write_chats(path, count, False),
+}
+
+
 def run_index(args: argparse.Namespace) -> int:
     from tokenspeed_plan.planner.commands.engines import EngineOptions
     from tokenspeed_plan.planner.commands.run import _facts
-    from tokenspeed_plan.runtime.serving.leases.job_index import JobInput, make_index
+    from tokenspeed_plan.runtime.serving.leases.job_index import make_index
+    from tokenspeed_plan.runtime.serving.leases.job_input import JobInput
+    from tokenspeed_plan.runtime.serving.leases.row_checks import RowChecker, check_shards
 
     plan, tokenizer = _facts(args.bundle, EngineOptions())
-    with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
-        path = Path(scratch) / "in.jsonl"
-        write_rows(path, args.rows)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        begin_s = time.monotonic()
-        index = make_index(JobInput(str(path), 200), plan, tokenizer, lambda: None)
-        seconds = time.monotonic() - begin_s
-        more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        assert index.rows == args.rows
-    print(
-        f"index of {args.rows} rows: {seconds:.2f} s, {args.rows / seconds:.0f} rows/s, "
-        f"{more * 1024 / args.rows:.0f} bytes a row"
-    )
+    for kind in args.kinds:
+        with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+            job = JobInput(str(Path(scratch) / "in.jsonl"), 200)
+            WRITERS[kind](Path(job.place), args.rows)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            begin_s, begin_cpu_s = time.monotonic(), time.process_time()
+            index = make_index(job, plan, tokenizer, lambda: None)
+            seconds, cpu_s = time.monotonic() - begin_s, time.process_time() - begin_cpu_s
+            more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            assert index.rows == args.rows
+            num_left = sum(shard.unchecked for shard in index.shards)
+            print(
+                f"{kind}: index of {args.rows} rows: {seconds:.2f} s ({cpu_s:.2f} of CPU), "
+                f"{args.rows / seconds:.0f} rows/s, {more * 1024 / args.rows:.0f} bytes a row; "
+                f"{num_left} are left to all workers"
+            )
+            shards = [shard for shard in index.shards if shard.unchecked][: args.checked]
+            if not shards:
+                continue
+            begin_s, begin_cpu_s = time.monotonic(), time.process_time()
+            found = check_shards(job, shards, RowChecker(plan, tokenizer, lambda: None))
+            seconds, cpu_s = time.monotonic() - begin_s, time.process_time() - begin_cpu_s
+            assert found.num_bad == 0
+            print(
+                f"  which a worker checks at {found.num_rows / seconds:.0f} rows/s "
+                f"({found.num_rows / cpu_s:.0f} by its own CPU time)"
+            )
     return 0
 
 
@@ -182,6 +233,45 @@ def run_start(args: argparse.Namespace) -> int:
     return 0
 
 
+# Files of a job, in the order in which they come, and what has happened then.
+_FILES = (
+    ("job/leases/index.1", "driver, actor, worker's files"),
+    ("job/done/index.json", "index"),
+    ("job/leases/00000.1", "first lease"),
+    ("job/done/00000.json", "engine, rows"),
+    ("out.jsonl", "merge"),
+)
+
+
+def run_ray_start(args: argparse.Namespace) -> int:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    every: list[dict[str, float]] = []
+    for _ in range(args.times):
+        with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
+            folder = Path(scratch)
+            write_rows(folder / "in.jsonl", 4)
+            words = lease_args(args.bundle.resolve(), folder, 1)
+            words.remove("--no-canary")
+            begin_s, parts = time.monotonic(), dict[str, float]()
+            driver = start([*words, "--ray", cluster.address], folder / "log", OMP_NUM_THREADS="1")
+            while driver.poll() is None:
+                for name, label in _FILES:
+                    if label not in parts and (folder / name).exists():
+                        parts[label] = time.monotonic() - begin_s
+                time.sleep(0.005)
+            assert driver.returncode == 0, (folder / "log").read_text(encoding="utf-8")
+            every.append(parts | {"end of the driver": time.monotonic() - begin_s})
+    ray.shutdown()
+    cluster.shutdown()
+    for name in every[0]:
+        values = [parts[name] for parts in every]
+        print(f"{name:30} {statistics.median(values):6.2f} s after the command ({min(values):.2f})")
+    return 0
+
+
 @dataclass
 class Simulated:
     """What a thousand workers did; times in seconds."""
@@ -196,26 +286,49 @@ class Simulated:
             self.commits_s.append(commit_s)
 
 
-def simulate_worker(store: Any, units: list[str], number: int, work_s: float, tally: Simulated,
-                    timeout_s: float) -> None:  # fmt: skip
-    from tokenspeed_plan.runtime.serving.leases.lease_worker import POLLS_PER_TIMEOUT
-    from tokenspeed_plan.runtime.serving.leases.shard_lease import Leases, finished_units
+@dataclass(frozen=True)
+class Phase:
+    """Units that all nodes do before they go on: their names, and what each takes."""
+
+    units: list[str]
+    work_s: float
+    tally: Simulated = field(default_factory=Simulated)
+
+
+def simulate_worker(store: Any, phases: Sequence[Phase], number: int, timeout_s: float) -> None:
+    from tokenspeed_plan.runtime.serving.leases.shard_lease import Leases
 
     leases, rng = Leases(store, f"worker-{number}", timeout_s), random.Random(number)
+    for phase in phases:
+        simulate_phase(leases, phase, rng)
+
+
+def simulate_phase(leases: Any, phase: Phase, rng: random.Random) -> None:
+    """As `Worker` does: it polls soon at first, then as often as an idle one may."""
+    from tokenspeed_plan.runtime.serving.leases.lease_worker import (
+        FIRST_POLL_S,
+        POLLS_PER_TIMEOUT,
+    )
+    from tokenspeed_plan.runtime.serving.leases.shard_lease import finished_units
+
+    polls = 0
     while True:
         begin_s = time.monotonic()
-        lease = leases.take(units)
+        lease = leases.take(phase.units)
         taken_s = time.monotonic()
         if lease is None:
-            if finished_units(store) >= set(units):
+            if finished_units(leases.store) >= set(phase.units):
                 return
-            time.sleep(timeout_s / POLLS_PER_TIMEOUT * rng.uniform(0.5, 1.5))
+            most_s = leases.timeout_s / POLLS_PER_TIMEOUT
+            time.sleep(min(FIRST_POLL_S * 2**polls, most_s) * rng.uniform(0.5, 1.5))
+            polls += 1
             continue
-        time.sleep(work_s * (0.8 + 0.4 * rng.random()))
+        polls = 0
+        time.sleep(phase.work_s * (0.8 + 0.4 * rng.random()))
         worked_s = time.monotonic()
         lease.commit({"rows": 1})
         lease.end()
-        tally.add(taken_s - begin_s, time.monotonic() - worked_s)
+        phase.tally.add(taken_s - begin_s, time.monotonic() - worked_s)
 
 
 class WaitingNodes:
@@ -266,16 +379,21 @@ class WaitingNodes:
 def run_driver(args: argparse.Namespace) -> int:
     from tokenspeed_plan.planner.commands.ray_driver import Crew, RayJob, _Driver
     from tokenspeed_plan.runtime.serving.leases.job_store import FolderStore
+    from tokenspeed_plan.runtime.serving.leases.row_checks import CHECK_ROWS
 
     work_s = args.rows / args.shards / args.rows_per_s / args.faster
-    units = [f"{number:05d}" for number in range(args.shards)]
-    tally, timeout_s = Simulated(), 60.0 / args.faster
+    num_checks, timeout_s = -(-args.rows // CHECK_ROWS), 60.0 / args.faster
+    checks = Phase(
+        [f"check-{number:05d}" for number in range(num_checks)],
+        CHECK_ROWS / args.checked_per_s / args.faster,
+    )
+    shards = Phase([f"{number:05d}" for number in range(args.shards)], work_s)
     threading.stack_size(256 << 10)
     with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
         store = FolderStore(Path(scratch))
         nodes = WaitingNodes(
             args.nodes,
-            lambda number: simulate_worker(store, units, number, work_s, tally, timeout_s),
+            lambda number: simulate_worker(store, [checks, shards], number, timeout_s),
         )
         nodes.enter()
         job = RayJob("auto", None, scratch, (), args.shards, quiet=True, plans=())
@@ -286,12 +404,18 @@ def run_driver(args: argparse.Namespace) -> int:
         for thread in nodes.threads:
             thread.join()
         takeovers = sum(not name.endswith(".1") for name in store.names("leases"))
-    ideal_s = work_s * -(-args.shards // args.nodes)
+    ideal_s = work_s * -(-args.shards // args.nodes) + checks.work_s
+    tally = shards.tally
     gaps = [take + commit for take, commit in zip(tally.takes_s, tally.commits_s, strict=True)]
     print(
         f"{args.nodes} nodes, {args.rows} rows in {args.shards} shards, {args.faster:g} x faster: "
-        f"{total_s:.0f} s, {ideal_s:.0f} s of them engines; {args.rows / total_s:.0f} rows/s; "
-        f"{takeovers} takeovers; between two shards {statistics.mean(gaps):.3f} s"
+        f"{total_s:.0f} s, {ideal_s:.0f} s of them checks and engines; "
+        f"{args.rows / total_s:.0f} rows/s; {takeovers} takeovers"
+    )
+    print(
+        f"  between two shards {statistics.mean(gaps):.3f} s: to take one "
+        f"{statistics.mean(tally.takes_s):.3f}, at most {max(tally.takes_s):.2f}; to commit it "
+        f"{statistics.mean(tally.commits_s):.3f}, at most {max(tally.commits_s):.2f}"
     )
     print(
         f"  the driver's own thread: {cpu_s:.2f} s of CPU, {args.rows / cpu_s:.0f} rows for each; "
@@ -307,6 +431,8 @@ def main() -> int:
     mode.set_defaults(run=run_index)
     mode.add_argument("bundle", type=Path)
     mode.add_argument("--rows", type=int, default=200_000)
+    mode.add_argument("--kinds", nargs="+", choices=[*WRITERS], default=[*WRITERS])
+    mode.add_argument("--checked", type=int, default=20, help="Shards that are checked.")
     mode = modes.add_parser("scale")
     mode.set_defaults(run=run_scale)
     mode.add_argument("bundle", type=Path)
@@ -318,12 +444,17 @@ def main() -> int:
     mode.set_defaults(run=run_start)
     mode.add_argument("bundle", type=Path)
     mode.add_argument("--times", type=int, default=5)
+    mode = modes.add_parser("ray-start")
+    mode.set_defaults(run=run_ray_start)
+    mode.add_argument("bundle", type=Path)
+    mode.add_argument("--times", type=int, default=5)
     mode = modes.add_parser("driver")
     mode.set_defaults(run=run_driver)
     mode.add_argument("--nodes", type=int, default=1000)
     mode.add_argument("--rows", type=int, default=10_000_000)
     mode.add_argument("--shards", type=int, default=2000)
     mode.add_argument("--rows-per-s", type=float, default=28.0, help="Of one engine, predicted.")
+    mode.add_argument("--checked-per-s", type=float, default=7000.0, help="Rows, by one worker.")
     mode.add_argument("--faster", type=float, default=4.0, help="Than the predicted times.")
     args = parser.parse_args()
     return int(args.run(args))

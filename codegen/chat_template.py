@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenspeed_plan.plans.chat_format import CallFormat, ChatFormat
+from tokenspeed_plan.plans.chat_format import CallFormat, Chat, ChatFormat
 from tokenspeed_plan.plans.errors import PlanError, RequestError
 from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.tokenizer_files import chat_template, special_tokens
@@ -34,19 +34,34 @@ class _Renderer:
         self._lock = threading.Lock()
         self._process = self._started()
 
-    def ask(self, variables: Json) -> str:
-        """The text of the template with some variables.
+    def ask(self, chats: Sequence[Json]) -> list[str | RequestError]:
+        """The text of the template with the variables of each chat, or why there is none."""
+        try:
+            return [_outcome(reply) for reply in self._replies(chats)]
+        except (WorkerFault, OSError) as error:
+            if len(chats) > 1:  # one of them has ended the process
+                return [outcome for chat in chats for outcome in self.ask([chat])]
+            return [_refused(_reason(error))]
 
-        Raises:
-            WorkerFault: there is none.
-        """
+    def _replies(self, chats: Sequence[Json]) -> list[Json]:
         with self._lock:
             if not self._process.is_alive:
                 self._process = self._started()
-            return str(self._process.ask(variables)["text"])
+            replies: list[Json] = self._process.ask({"chats": chats})["chats"]
+            return replies
 
     def _started(self) -> WorkerProcess:
         return WorkerProcess([str(_WORKER), str(MAX_CPU_S)], {"source": self._source})
+
+
+def _outcome(reply: Json) -> str | RequestError:
+    if "error" in reply:
+        return _refused(printable_line(reply["error"]))
+    return str(reply["text"])
+
+
+def _refused(reason: str) -> RequestError:
+    return RequestError(f"the model's chat template refuses the messages: {reason}", _HINT)
 
 
 def _reason(error: WorkerFault | OSError) -> str:
@@ -107,7 +122,7 @@ class ChatTemplate:
 
     def __call__(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: list[Json],
         tools: Sequence[Json] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
@@ -121,21 +136,40 @@ class ChatTemplate:
         Raises:
             RequestError: the template refuses the messages.
         """
+        (outcome,) = self.render_all([Chat(messages, tools, variables)])
+        if isinstance(outcome, RequestError):
+            raise outcome
+        return outcome
+
+    def render_all(self, chats: Sequence[Chat]) -> list[str | RequestError]:
+        """Render many chats at once: the prompt of each, or why the template refuses it."""
+        outcomes: dict[int, str | RequestError] = {}
+        asked: dict[_Renderer, dict[int, Json]] = {}
+        for number, chat in enumerate(chats):
+            renderer = self._renderer
+            if chat.tools is not None:
+                renderer = self._tool_renderer
+            try:
+                asked.setdefault(renderer, {})[number] = self._variables(chat)
+            except RequestError as error:
+                outcomes[number] = error
+        for renderer, variables in asked.items():
+            outcomes |= zip(variables, renderer.ask([*variables.values()]), strict=True)
+        return [outcomes[number] for number in range(len(chats))]
+
+    def _variables(self, chat: Chat) -> Json:
+        """All variables of the template.
+
+        Raises:
+            RequestError: the arguments of a call are no object.
+        """
         known = {
-            "messages": [_message(index, message) for index, message in enumerate(messages)],
-            "tools": tools,
+            "messages": [_message(index, message) for index, message in enumerate(chat.messages)],
+            "tools": chat.tools,
             "documents": None,
             "add_generation_prompt": True,
         }
-        renderer = self._renderer
-        if tools is not None:
-            renderer = self._tool_renderer
-        try:
-            return renderer.ask(self._tokens | dict(variables or {}) | known)
-        except (WorkerFault, OSError) as error:
-            raise RequestError(
-                f"the model's chat template refuses the messages: {_reason(error)}", _HINT
-            ) from error
+        return self._tokens | dict(chat.variables or {}) | known
 
     def _call_format(self) -> CallFormat | None:
         """How it writes a call. It must also show the tools that there are."""
@@ -150,12 +184,12 @@ class ChatTemplate:
     def _thinks(self) -> bool:
         return self._shows([_USER, _THINKING], _THOUGHT) or self._shows([_USER], _OPEN_THOUGHT)
 
-    def _shows(self, messages: Sequence[Json], pattern: re.Pattern[str]) -> bool:
+    def _shows(self, messages: list[Json], pattern: re.Pattern[str]) -> bool:
         """Whether it writes something, and does not refuse the messages."""
         text = self._probe(messages, None)
         return text is not None and pattern.search(text) is not None
 
-    def _probe(self, messages: Sequence[Json], tools: Sequence[Json] | None) -> str | None:
+    def _probe(self, messages: list[Json], tools: Sequence[Json] | None) -> str | None:
         with suppress(RequestError):
             return self(messages, tools)
         return None

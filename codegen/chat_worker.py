@@ -4,7 +4,8 @@ A checkpoint's template is a program that nobody has read. Here it runs in Jinja
 process that the system ends when it takes too much: no list of dangerous constructs is complete.
 
 Requests and replies are lines of JSON. The first request has the `source`, its reply says whether
-that compiles; the others have the template's variables, their replies the `text`.
+that compiles; the others have `chats`, the template's variables of each. Their replies have for
+each its `text`, or an `error`.
 """
 
 from __future__ import annotations
@@ -164,12 +165,15 @@ def main(max_cpu_s: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, hard))
     templates: list[Template] = []
 
-    def answer(request: str) -> Json:
-        variables = json.loads(request)
-        if not templates:
-            templates.append(compile_template(variables["source"]))
-            return {}
+    def render(variables: Json) -> Json:
         return {"text": _join(templates[0].generate(variables))}
+
+    def answer(line: str) -> Json:
+        request = json.loads(line)
+        if not templates:
+            templates.append(compile_template(request["source"]))
+            return {}
+        return {"chats": [_try(partial(render, chat), max_cpu_s) for chat in request["chats"]]}
 
     for line in sys.stdin:
         reply = _try(partial(answer, line), max_cpu_s)

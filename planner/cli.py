@@ -5,32 +5,55 @@ from __future__ import annotations
 import io
 import shutil
 import sys
+from collections import UserDict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tokenspeed_plan.planner.commands.bench import bench_command
-from tokenspeed_plan.planner.commands.calibrate import calibrate
-from tokenspeed_plan.planner.commands.chat import chat
-from tokenspeed_plan.planner.commands.check import check
 from tokenspeed_plan.planner.commands.engines import ARGS
-from tokenspeed_plan.planner.commands.lengths import lengths_command
-from tokenspeed_plan.planner.commands.plan import plan
-from tokenspeed_plan.planner.commands.predict import predict, sweep
 from tokenspeed_plan.planner.commands.process import set_up_process
-from tokenspeed_plan.planner.commands.quantize import quantize
 from tokenspeed_plan.planner.commands.rank_processes import end_with_parent
-from tokenspeed_plan.planner.commands.run import run
-from tokenspeed_plan.planner.commands.serve import serve
-from tokenspeed_plan.planner.commands.show import diff_command, show
-from tokenspeed_plan.planner.commands.sign import sign_command
-from tokenspeed_plan.planner.commands.simulate_load import simulate_command
-from tokenspeed_plan.planner.commands.spec_command import spec_command
 from tokenspeed_plan.plans.errors import TokenspeedError
 from tokenspeed_plan.plans.text import printable_line
 
 FILE_HINT = "check the path, its permissions and the space left"
+# The module of each command in `planner/commands/`, and its name there.
+_PLACES = {
+    "bench": ("bench", "bench_command"),
+    "calibrate": ("calibrate", "calibrate"),
+    "chat": ("chat", "chat"),
+    "check": ("check", "check"),
+    "diff": ("show", "diff_command"),
+    "lengths": ("lengths", "lengths_command"),
+    "plan": ("plan", "plan"),
+    "predict": ("predict", "predict"),
+    "quantize": ("quantize", "quantize"),
+    "run": ("run", "run"),
+    "serve": ("serve", "serve"),
+    "show": ("show", "show"),
+    "sign": ("sign", "sign_command"),
+    "simulate": ("simulate_load", "simulate_command"),
+    "spec": ("spec_command", "spec_command"),
+    "sweep": ("predict", "sweep"),
+}
+
+
+class _Commands(UserDict[str, click.Command]):
+    """The commands by their names; each is imported when it is asked for.
+
+    A worker that replays a plan would wait longer for the modules of the planner than for its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys(_PLACES, click.Command(None)))
+
+    def __getitem__(self, name: str) -> click.Command:
+        module, attribute = _PLACES[name]
+        found = getattr(import_module(f"tokenspeed_plan.planner.commands.{module}"), attribute)
+        assert isinstance(found, click.Command)
+        return found
 
 
 class _Group(click.Group):
@@ -80,30 +103,11 @@ def _describe(error: OSError) -> str:
     return printable_line(f"`{error.filename}`: {reason}")
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group, commands=_Commands(), context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="tokenspeed-plan")
 def main() -> None:
     """Compile a language model's deployment into a frozen plan, and replay it."""
     set_up_process()
     end_with_parent()
-
-
-for command in (
-    spec_command,
-    plan,
-    show,
-    diff_command,
-    check,
-    sign_command,
-    run,
-    chat,
-    serve,
-    bench_command,
-    predict,
-    sweep,
-    simulate_command,
-    lengths_command,
-    calibrate,
-    quantize,
-):
-    main.add_command(command)

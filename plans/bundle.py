@@ -49,12 +49,15 @@ _OPENED_ITEMS = frozenset(("pools", "programs"))  # and their elements are opene
 
 def seal(plan: Plan) -> Plan:
     """The plan with its digest filled in."""
-    return plan.model_copy(update={"digest": plan_digest(plan)})
+    return plan.model_copy(update={"digest": plan_digest(plan.model_dump(mode="json"))})
 
 
 def dump_plan(plan: Plan) -> str:
     """The text of plan.json: canonical, one line for each weight, buffer, kernel and step."""
-    fields = plan.model_dump(mode="json")
+    return _text_of(plan.model_dump(mode="json"))
+
+
+def _text_of(fields: dict[str, Any]) -> str:
     return _open(fields, "", 0) + "\n"
 
 
@@ -285,16 +288,16 @@ def read_plan(folder: Path) -> str:
         ) from error
 
 
-def check_digest(plan: Plan) -> None:
-    """The plan must be what its digest says.
+def check_digest(fields: Mapping[str, Any]) -> None:
+    """The fields of a plan must be what their digest says.
 
     Raises:
         PlanError: something was altered after planning.
     """
-    actual = plan_digest(plan)
-    if plan.digest != actual:
+    actual = plan_digest(fields)
+    if fields["digest"] != actual:
         raise PlanError(
-            f"the plan's digest is {plan.digest[:16]}, its content has {actual[:16]}", _REPLAN
+            f"the plan's digest is {fields['digest'][:16]}, its content has {actual[:16]}", _REPLAN
         )
 
 
@@ -321,7 +324,8 @@ def _checked_plan(text: str, name: str) -> Plan:
     """
     plan = parse_plan(text, name)
     validate(plan)
-    check_digest(plan)
-    if text != dump_plan(plan):
+    fields = plan.model_dump(mode="json")
+    check_digest(fields)
+    if text != _text_of(fields):
         raise PlanError(f"the text of `{name}` was altered after planning", _REPLAN)
     return plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ def sha256(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
-def plan_digest(plan: Plan) -> str:
-    """SHA-256 of the plan's canonical form without its digest."""
-    return sha256(canonical(plan.model_dump(mode="json", exclude={"digest"})))
+def plan_digest(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical form of a plan's fields without its digest."""
+    return sha256(canonical({name: fields[name] for name in fields if name != "digest"}))
 
 
 _COSTS = {"predicted_us", "cost", "workspace_bytes", "prepare", "capturable"}

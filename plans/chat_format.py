@@ -5,8 +5,9 @@ A template is asked once, by rendering probes; the server then reads answers by 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 MAX_TAG_TOKENS = 16  # of a tag and the space after it, however it is cut into tokens
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
@@ -15,6 +16,20 @@ THINK_BEGIN, THINK_END = "<think>", "</think>"
 # Between the tags of a call: `<function=NAME>` with a `<parameter=KEY>` for each argument
 # (Qwen3-Coder, Qwen3.5), or a JSON object of `name` and `arguments` (Hermes, Qwen3).
 CallFormat = Literal["tags", "json"]
+
+
+class Chat(NamedTuple):
+    """What a chat template renders.
+
+    Attributes:
+        messages: as transformers takes them.
+        tools: JSON schemas of functions; None without tools.
+        variables: further ones of the template, as `enable_thinking`.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: Sequence[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,7 @@ class Engine:
         depth: Depth = "headers",
         signers: Signers | None = None,
         role: PoolRole | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> Engine:
         """Read and check a bundle, then its weights, then allocate.
 
@@ -107,11 +108,14 @@ class Engine:
             depth: how far the weights are compared with those that were planned.
             signers: one of them must have signed the plan; None takes any plan.
             role: of the pool to load; by default the one that answers.
+            tokenizer: of the checkpoint, where it is loaded already.
 
         Raises:
             PlanError: the bundle, this machine or the checkpoint does not fit.
         """
-        loaded = load_bundle(bundle, weights, chat, backend, launch, lead, depth, signers, role)
+        loaded = load_bundle(
+            bundle, weights, chat, backend, launch, lead, depth, signers, role, tokenizer
+        )
         engine = cls(loaded.plan, loaded.executor, loaded.tokenizer, cache=cache)
         engine.startup_s = loaded.startup_s | engine.startup_s
         return engine

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from tokenspeed_plan.plans.chat_format import ChatFormat
+from tokenspeed_plan.plans.chat_format import Chat, ChatFormat
 from tokenspeed_plan.plans.errors import PlanError, RequestError
 from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.tokenizer_files import (
@@ -55,6 +55,9 @@ class WriteChat(Protocol):
     ) -> str:
         """Messages as one prompt, which ends where the answer begins."""
 
+    def render_all(self, chats: Sequence[Chat]) -> list[str | RequestError]:
+        """The prompt of each chat, or why there is none."""
+
 
 class Tokenizer:
     """A tokenizer, with a chat template where there is one.
@@ -77,6 +80,7 @@ class Tokenizer:
         self.info = dict(info or {})
         self._tokenizer = tokenizer
         self._chat = chat
+        self._growth = _growth(tokenizer)
         self.chat_format = ChatFormat()
         if chat is not None:
             self.chat_format = chat.format
@@ -107,6 +111,10 @@ class Tokenizer:
         named = {name: text_of(token) for name, token in files.named.items()}
         return cls(tokenizer, chat, {"tokenizer_class": files.class_name} | named)
 
+    def without_chat(self) -> Tokenizer:
+        """The same, not loaded again, without a chat template."""
+        return Tokenizer(self._tokenizer, None, self.info)
+
     @property
     def num_ids(self) -> int:
         """One more than the highest token id."""
@@ -126,6 +134,21 @@ class Tokenizer:
         # Unlike `encode`, `encode_batch` lets other threads run.
         (found,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         return list(found.ids)
+
+    def most_tokens(self, text: str) -> int | None:
+        """More tokens a text does not have; None where only its tokens would tell.
+
+        A token stands for at least one byte of the text as it is normalised. ASCII stays as it is;
+        NFC makes at most three bytes of one (UAX #15, in UTF-8).
+        """
+        if text.isascii():
+            return len(text)
+        if self._growth is None:
+            return None
+        try:
+            return self._growth * len(text.encode()) + 1  # a space may be put before it
+        except UnicodeEncodeError:
+            return None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens but for a chat's tags."""
@@ -186,8 +209,27 @@ class Tokenizer:
             RequestError: the model has no chat template, or it refuses the messages.
         """
         if self._chat is None:
-            raise RequestError("the model has no chat template", "use `/v1/completions`")
+            raise _no_template()
         return self._chat(messages, tools, variables)
+
+    def render_chats(self, chats: Sequence[Chat]) -> list[str | RequestError]:
+        """Each chat as `render_chat` renders it, or what that raises; faster than one by one."""
+        if self._chat is None:
+            return [_no_template() for _ in chats]
+        return self._chat.render_all(chats)
+
+
+def _growth(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """By how much its normaliser may lengthen a text, in bytes of UTF-8; None: not known."""
+    if tokenizer.normalizer is None:
+        return 1
+    if isinstance(tokenizer.normalizer, normalizers.NFC):
+        return 3
+    return None
+
+
+def _no_template() -> RequestError:
+    return RequestError("the model has no chat template", "use `/v1/completions`")
 
 
 @cache

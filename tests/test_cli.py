@@ -686,6 +686,16 @@ def test_the_lean_path_does_not_load_pytorch(bundle: Path) -> None:
     subprocess.run([sys.executable, "-c", code, bundle], check=True, capture_output=True)
 
 
+def test_a_command_loads_only_what_it_needs() -> None:
+    """Workers begin by the thousand: `run` does not load what makes plans."""
+    code = "import sys; from tokenspeed_plan.planner.cli import main\n"
+    code += "main(['run', '--help'], standalone_mode=False)\n"
+    code += "heavy = {'torch', 'jinja2', 'yaml', 'networkx'} & sys.modules.keys()\n"
+    code += "sys.exit(' '.join([*heavy, *(n for n in sys.modules if '.advisor' in n)]) or None)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
 def test_the_floor_of_the_demo_plan_is_its_weights_and_states() -> None:
     """Counted from what the plan holds: weights but the table, the experts hit, states, keys."""
     plan = load_plan(ROOT / "plans/frozen/demo-cpu")

@@ -314,7 +314,12 @@ def _checked_folder(bundle: Path, options: EngineOptions) -> Path:
     return folder
 
 
-def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:
+def load_engine(
+    bundle: Path,
+    options: EngineOptions,
+    chat: ChatTemplate | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Engine:
     """Load an engine. Of several ranks, rank 0 leads the others."""
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.execution.rank_links import joined
@@ -331,6 +336,7 @@ def load_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None 
         depth="headers" if links.rank else options.depth,  # rank 0 has compared all of them
         signers=options.signers,
         role=options.role,
+        tokenizer=tokenizer,
     )
     links.meet(f"{engine.plan.digest} {options.backend}")
     limit_cpu(engine.plan)
@@ -346,9 +352,14 @@ def limit_cpu(plan: Plan) -> None:
     keep_freed_memory(plan)
 
 
-def ready_engine(bundle: Path, options: EngineOptions, chat: ChatTemplate | None = None) -> Engine:
+def ready_engine(
+    bundle: Path,
+    options: EngineOptions,
+    chat: ChatTemplate | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Engine:
     """Load an engine, and replay the golden prompts unless the options say otherwise."""
-    engine = load_engine(bundle, options, chat)
+    engine = load_engine(bundle, options, chat, tokenizer)
     if options.canary:
         engine.time_startup("canary_s", lambda: replay_canary(engine.plan, engine))
     freeze_gc()

@@ -156,7 +156,7 @@ def worker_options(
     Raises:
         RequestError: the output is not one that a job can have.
     """
-    from tokenspeed_plan.runtime.serving.leases.job_index import JobInput
+    from tokenspeed_plan.runtime.serving.leases.job_input import JobInput
     from tokenspeed_plan.runtime.serving.leases.lease_worker import WorkerOptions
 
     rows = JobInput(str(source), job.shards or DEFAULT_SHARDS, limit, max_errors)

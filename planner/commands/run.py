@@ -32,7 +32,6 @@ from tokenspeed_plan.planner.commands.jobs import (
 from tokenspeed_plan.planner.commands.option_types import Number
 from tokenspeed_plan.planner.commands.pools import PoolOptions, other_pools
 from tokenspeed_plan.planner.commands.ray_driver import RayJob, run_on_ray
-from tokenspeed_plan.planner.spec import WorkloadSpec
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.canon import answer_digest
 from tokenspeed_plan.plans.errors import RequestError, SpecError
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.request import Completion
     from tokenspeed_plan.runtime.serving.batch import BatchOptions, BatchPlan, Selection
-    from tokenspeed_plan.runtime.serving.batch.options import TextTokenizer
     from tokenspeed_plan.runtime.serving.batch.summary import Load
     from tokenspeed_plan.runtime.serving.leases.lease_worker import WorkerOptions
     from tokenspeed_plan.runtime.tokenizer import Tokenizer
@@ -286,7 +284,7 @@ def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOption
     with other_pools(bundle, engine_options, PoolOptions()) as attach:
 
         def make_engine() -> Engine:
-            engine = ready_engine(bundle, engine_options)
+            engine = ready_engine(bundle, engine_options, tokenizer=tokenizer.without_chat())
             attach(engine)
             return engine
 
@@ -299,11 +297,15 @@ def _run_shared(bundle: Path, engine_options: EngineOptions, batch: SharedBatch)
 
     store = open_store(batch.lease)
     facts, tokenizer = _facts(bundle, engine_options)
-    plans = _plans_of_job(load_plan(bundle, engine_options.signers), batch.others, engine_options)
-    worker = replace(batch.worker, plans=plans)
-    return Worker(
-        store, worker, facts, tokenizer, lambda: ready_engine(bundle, engine_options)
-    ).run()
+    worker = batch.worker
+    if batch.others:
+        own = load_plan(bundle, engine_options.signers)
+        worker = replace(worker, plans=_plans_of_job(own, batch.others, engine_options))
+
+    def load() -> Engine:
+        return ready_engine(bundle, engine_options, tokenizer=tokenizer.without_chat())
+
+    return Worker(store, worker, facts, tokenizer, load).run()
 
 
 def _plans_of_job(own: Plan, others: Sequence[Path], options: EngineOptions) -> tuple[str, ...]:
@@ -336,7 +338,7 @@ def _what_it_takes(frozen: Plan) -> dict[str, object]:
     }
 
 
-def _facts(bundle: Path, options: EngineOptions) -> tuple[BatchPlan, TextTokenizer]:
+def _facts(bundle: Path, options: EngineOptions) -> tuple[BatchPlan, Tokenizer]:
     """What a batch needs of a plan and its model, once both are checked."""
     from tokenspeed_plan.runtime.loading.preflight import check_target
 
@@ -370,6 +372,7 @@ def _batch_plan(frozen: Plan, tokenizer: Tokenizer) -> BatchPlan:
 
 def _predicted_load(frozen: Plan) -> Load | None:
     """The load that a plan predicts, where it is one of single turns as a batch has them."""
+    from tokenspeed_plan.planner.spec import WorkloadSpec
     from tokenspeed_plan.runtime.serving.batch.summary import Load
 
     with suppress(ValidationError, SpecError):

@@ -52,6 +52,7 @@ def load_bundle(
     depth: Depth = "headers",
     signers: Signers | None = None,
     role: PoolRole | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Loaded:
     """Read and check a bundle, then its weights, then allocate; see `Engine.load`.
 
@@ -66,7 +67,7 @@ def load_bundle(
     name = backend or default_backend(plan)
     kernels = None if name == "reference" else load_kernels(plan, bundle)
     compare = name == "compare"
-    loaded = load_parts(plan, folder, chat, kernels, launch, lead, compare, role)
+    loaded = load_parts(plan, folder, chat, kernels, launch, lead, compare, role, tokenizer)
     loaded.startup_s["read_plan_s"] = read - begun
     loaded.startup_s["read_weights_s"] = time.perf_counter() - read
     return loaded
@@ -81,6 +82,7 @@ def load_parts(
     lead: Lead | None = None,
     compare: bool = False,
     role: PoolRole | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Loaded:
     """Load from a plan that is already checked, with its weights in `folder`.
 
@@ -98,8 +100,7 @@ def load_parts(
     if launch is None:
         launch = EagerLaunch() if compare else default_launch(plan)
     memory = PlanMemory(plan, arenas, tensors)
-    tokenizer = None
-    if (folder / "tokenizer.json").is_file():
+    if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(folder, chat)
     return Loaded(plan, Executor(memory, backend, launch, lead), tokenizer)
 

@@ -673,6 +673,9 @@ class NormalisingTokenizer(FakeTokenizer):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return super().encode(unicodedata.normalize("NFC", text))
 
+    def most_tokens(self, text: str) -> int:
+        return 3 * len(text.encode()) + 1
+
 
 def test_the_quick_check_and_the_real_one_agree() -> None:
     """The first pass may skip tokenising; it must not let through what the second refuses."""
@@ -697,7 +700,8 @@ def test_the_quick_check_and_the_real_one_agree() -> None:
 def test_a_row_that_the_first_look_let_through_becomes_an_error_line(
     run: Runner, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("tokenspeed_plan.runtime.serving.batch.scan.check_body", lambda *_: None)
+    conversion = "tokenspeed_plan.runtime.serving.openai.conversion"
+    monkeypatch.setattr(f"{conversion}.check_body", lambda *_: None)
     assert run([row(0), row(1, prompt="x" * 57), row(2)]) == 1
     lines = run.out()
     assert [line["custom_id"] for line in lines] == ["c0", "c1", "c2"]

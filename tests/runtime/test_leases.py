@@ -24,8 +24,9 @@ from lease_fake import bucket, started, worker
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch import BatchOptions, run_batch
-from tokenspeed_plan.runtime.serving.leases import shard_lease
-from tokenspeed_plan.runtime.serving.leases.job_index import JobIndex, JobInput, make_index
+from tokenspeed_plan.runtime.serving.leases import lease_worker, row_checks, shard_lease
+from tokenspeed_plan.runtime.serving.leases.job_index import JobIndex, make_index
+from tokenspeed_plan.runtime.serving.leases.job_input import JobInput
 from tokenspeed_plan.runtime.serving.leases.job_store import (
     FolderStore,
     Store,
@@ -104,6 +105,61 @@ def test_bad_rows_are_refused_before_anything_runs(tmp_path: Path) -> None:
     wanted = single(source, tmp_path / "single.jsonl", max_errors=1)
     worker(FolderStore(tmp_path), source, tmp_path / "o.jsonl", shards=1, max_errors=1).run()
     assert (tmp_path / "o.jsonl").read_bytes() == wanted  # in one shard it is a bad row
+
+
+def chats(path: Path, count: int, bad: tuple[int, ...] = ()) -> Path:
+    """Rows of another url, each with other messages."""
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(count):
+            role = {"content": f"é {index}", "role": "user"}
+            body = {"messages": [role], "max_tokens": 60 if index in bad else 8}
+            url = "/v1/chat/completions"
+            row = {"custom_id": f"c{index}", "method": "POST", "url": url, "body": body}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def test_workers_check_what_the_index_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_checks, "LOOKED_INTO", 4)
+    monkeypatch.setattr(row_checks, "CHECK_ROWS", 10)
+    source = chats(tmp_path / "in.jsonl", 60, bad=(30, 59))
+    job, output = tmp_path / "job", tmp_path / "out.jsonl"
+    engine = FakeEngine()
+    for _ in range(2):  # whoever comes later refuses it, too, and does not check again
+        with pytest.raises(
+            RequestError, match=r"2 of 60 lines cannot be run\n  line 31: .*\n  line 60"
+        ):
+            worker(FolderStore(job), source, output, 20, engine, max_errors=1).run()
+    assert not engine.seen
+    checks = {name for name in os.listdir(job / "done") if name.startswith("check")}
+    assert len(checks) == 6 and "checks.json" in checks
+    assert set(os.listdir(job / "leases")) == {"index.1", "checks.1"} | {
+        name.replace("json", "1") for name in checks - {"checks.json"}
+    }
+    workers = [started(job, source, output, shards=20, max_errors=2) for _ in range(3)]
+    for process in workers:
+        process.join()
+        assert process.exitcode == 1
+    assert output.read_bytes() == single(source, tmp_path / "single.jsonl", max_errors=2)
+
+
+def test_checks_go_on_after_a_worker_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_checks, "LOOKED_INTO", 4)
+    monkeypatch.setattr(row_checks, "CHECK_ROWS", 10)
+    source, output = chats(tmp_path / "in.jsonl", 60), tmp_path / "out.jsonl"
+    store = FolderStore(tmp_path / "job")
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_worker, "check_shards", lambda *_: os.kill(os.getpid(), 9))
+        lost = started(tmp_path / "job", source, output, shards=20)
+        lost.join()
+    assert lost.exitcode == -signal.SIGKILL and store.names("leases") != []
+    assert worker(store, source, output, 20).run() == 0
+    assert output.read_bytes() == single(source, tmp_path / "single.jsonl")
+    assert any(name.startswith("check-") and name.endswith(".2") for name in store.names("leases"))
 
 
 @pytest.mark.parametrize("other", [{"digest": "e"}, {"shards": 5}, {"limit": 3}])

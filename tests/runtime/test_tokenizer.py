@@ -198,3 +198,28 @@ def test_the_bytes_of_tokens_are_the_bytes_of_their_text(ids: list[int]) -> None
     assert data.decode("utf-8", "replace") == DEMO.spell(ids)
     shown = b"".join(DEMO.token_bytes(token) for token in ids if not DEMO.is_special(token))
     assert shown.decode("utf-8", "replace") == DEMO.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "<|im_start|>x",
+        "é" * 9,
+        "\u0958" * 30,
+        "\u1e9b\u0323",
+        "请翻译",
+        "\U0001d15e" * 9,
+        "\u0390",
+    ],
+)
+def test_a_text_has_no_more_tokens_than_it_may_have(text: str) -> None:
+    """Among these are letters that NFC writes as three, and others that no token stands for."""
+    most = DEMO.most_tokens(text)
+    assert most is not None and len(DEMO.encode(text)) <= most
+    assert most <= 3 * len(text.encode()) + 1
+
+
+def test_the_tokens_of_half_a_pair_are_not_guessed() -> None:
+    assert DEMO.most_tokens("\ud800") is None

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenspeed_plan.plans.chat_format import ChatFormat
-from tokenspeed_plan.plans.errors import TokenspeedError
+from tokenspeed_plan.plans.chat_format import Chat, ChatFormat
+from tokenspeed_plan.plans.errors import RequestError, TokenspeedError
 from tokenspeed_plan.runtime.request import Completion, Request, TokenLogprobs
 from tokenspeed_plan.runtime.serving.batch import (
     BatchOptions,
@@ -37,6 +37,9 @@ class FakeTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
+    def most_tokens(self, text: str) -> int | None:
+        return len(text) if text.isascii() else None
+
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode("latin-1")
 
@@ -54,7 +57,10 @@ class FakeTokenizer:
     def render_chat(
         self, messages: list[dict[str, Any]], tools: Any = None, variables: Any = None
     ) -> str:
-        return "".join(f"{m['role']}:{m['content']};" for m in messages)
+        return "".join(f"{m['role']}:{m.get('content', '')};" for m in messages)
+
+    def render_chats(self, chats: Sequence[Chat]) -> list[str | RequestError]:
+        return [self.render_chat(*chat) for chat in chats]
 
 
 class FakeEngine:

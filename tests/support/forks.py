@@ -15,6 +15,8 @@ FORKS.set_forkserver_preload(
         "hypothesis",
         "torch.distributed",
         "tokenspeed_plan.planner.cli",
+        "tokenspeed_plan.planner.commands.run",
+        "tokenspeed_plan.planner.commands.serve",
         "tokenspeed_plan.runtime.engine",
         "tokenspeed_plan.runtime.execution.ranks",
         "tokenspeed_plan.runtime.serving.batch",

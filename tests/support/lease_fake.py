@@ -13,7 +13,7 @@ from batch_fake import FakeEngine, FakeTokenizer, plan
 from forks import FORKS
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tokenspeed_plan.runtime.serving.leases.job_index import JobInput
+from tokenspeed_plan.runtime.serving.leases.job_input import JobInput
 from tokenspeed_plan.runtime.serving.leases.job_store import FolderStore, ObjectStore, Store
 from tokenspeed_plan.runtime.serving.leases.lease_worker import Worker, WorkerOptions
 

@@ -46,7 +46,8 @@ class Row:
 
     Attributes:
         line: its line in the file, from 1.
-        key: `id` of its answer: digest of the plan and the row, so that an answer is found again.
+        key: `id` of its answer: digest of the plan and the row, so that an answer is found again;
+            empty where no plan was named.
     """
 
     line: int
@@ -55,8 +56,8 @@ class Row:
     key: str
 
 
-def parse_row(raw: bytes, line: int, plan_digest: str) -> Row:
-    """Parse and check a line.
+def parse_row(raw: bytes, line: int, plan_digest: str | None) -> Row:
+    """Parse and check a line. Without a plan, its row has no key.
 
     Raises:
         InvalidRequestError: what is wrong with it.
@@ -70,7 +71,9 @@ def parse_row(raw: bytes, line: int, plan_digest: str) -> Row:
         raise explain(error, _Line) from None
     try:
         body = parse_body(head.url, head.body)
-        key = KEY_PREFIX + sha256(plan_digest + canonical(data))[:32]
+        key = ""
+        if plan_digest is not None:
+            key = KEY_PREFIX + sha256(plan_digest + canonical(data))[:32]
         head.custom_id.encode()
     except InvalidRequestError as error:
         raise InvalidRequestError(f"body: {error}") from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch.files import InputFile, InputLine
@@ -11,9 +12,12 @@ from tokenspeed_plan.runtime.serving.batch.kept_rows import KeptRows
 from tokenspeed_plan.runtime.serving.batch.lines import Row, parse_row
 from tokenspeed_plan.runtime.serving.batch.notebook import CheckedLine, Notebook
 from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
-from tokenspeed_plan.runtime.serving.openai.conversion import Encoder, RequestLimits, check_body
+from tokenspeed_plan.runtime.serving.openai.conversion import Encoder, RequestLimits, check_bodies
 
 MAX_SHOWN = 20
+# Lines whose chats are rendered together.
+GROUP_LINES = 64
+GROUP_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +35,28 @@ class Selection:
         return number % self.count == self.index - 1
 
 
+class Fault(NamedTuple):
+    """What is wrong with a line."""
+
+    line: int
+    reason: str
+
+
 @dataclass
 class ScanResult:
-    """Counts of a scan, and the first faults as text."""
+    """Counts of a scan, and the first faults; others have still to look into the unchecked rows."""
 
     num_rows: int = 0
     num_selected: int = 0
     num_bad: int = 0
-    shown: list[str] = field(default_factory=list)
+    num_unchecked: int = 0
+    shown: list[Fault] = field(default_factory=list)
 
     def add_fault(self, line: int, fault: str) -> None:
         """Count a bad line."""
         self.num_bad += 1
         if len(self.shown) < MAX_SHOWN:
-            self.shown.append(f"line {line}: {fault}")
+            self.shown.append(Fault(line, fault))
 
 
 class Ids(Protocol):
@@ -54,28 +66,56 @@ class Ids(Protocol):
         """Remember that a line has an id; returns the first line that had it."""
 
 
-def check_line(
-    line: InputLine, digest: str, ids: Ids, tokenizer: Encoder, limits: RequestLimits
-) -> Row:
-    """Check one line of a file.
+def line_groups(lines: Iterable[InputLine]) -> Iterator[list[InputLine]]:
+    """Lines that follow each other, few at first, then as many as are fast to check together."""
+    group: list[InputLine] = []
+    most, size_bytes = 1, 0
+    for line in lines:
+        group.append(line)
+        size_bytes += len(line.raw)
+        if len(group) == most or size_bytes > GROUP_BYTES:
+            yield group
+            group, size_bytes, most = [], 0, min(2 * most, GROUP_LINES)
+    if group:
+        yield group
+
+
+def check_lines(
+    lines: Sequence[InputLine],
+    digest: str | None,
+    ids: Ids,
+    tokenizer: Encoder,
+    limits: RequestLimits,
+) -> list[Row | InvalidRequestError]:
+    """The row of each line, or what is wrong with it.
 
     Args:
-        line: what is checked.
-        digest: of the plan.
+        lines: what is checked.
+        digest: of the plan; None where nobody asks for keys.
         ids: of the lines before.
-        tokenizer: for its prompt.
+        tokenizer: for the prompts.
         limits: of the plan.
-
-    Raises:
-        InvalidRequestError: what is wrong with it.
     """
+    found = [_parsed(line, digest, ids) for line in lines]
+    rows = {number: row for number, row in enumerate(found) if isinstance(row, Row)}
+    faults = check_bodies([row.body for row in rows.values()], tokenizer, limits)
+    for number, fault in zip(rows, faults, strict=True):
+        if fault is not None:
+            found[number] = fault
+    return found
+
+
+def _parsed(line: InputLine, digest: str | None, ids: Ids) -> Row | InvalidRequestError:
+    """A row that is none of the lines before, its body not checked yet; else what is wrong."""
     if line.fault is not None:
-        raise InvalidRequestError(line.fault)
-    row = parse_row(line.raw, line.number, digest)
+        return InvalidRequestError(line.fault)
+    try:
+        row = parse_row(line.raw, line.number, digest)
+    except InvalidRequestError as error:
+        return error
     first = ids.first_line_of(row.custom_id, row.line)
     if first != row.line:
-        raise InvalidRequestError(f"custom_id {row.custom_id!a:.80} was used on line {first}")
-    check_body(row.body, tokenizer, limits)
+        return InvalidRequestError(f"custom_id {row.custom_id!a:.80} was used on line {first}")
     return row
 
 
@@ -103,39 +143,46 @@ class Scanner:
             RequestError: the file cannot be read.
         """
         result = ScanResult()
-        for line in source.lines():
-            selected = selection.holds(result.num_rows)
-            result.num_rows += 1
-            result.num_selected += selected
-            size = len(line.raw)
-            key, fault = "", None
-            try:
-                row = check_line(line, self._digest, self._notebook, self._tokenizer, self._limits)
-                key = row.key
-                if selected:
-                    self._kept.add(row, size)
-            except InvalidRequestError as error:
-                fault = str(error)
-                result.add_fault(line.number, fault)
-            self._notebook.add_line(
-                CheckedLine(line.number, selected, line.offset, size, key, fault)
-            )
+        facts = self._digest, self._notebook, self._tokenizer, self._limits
+        for lines in line_groups(source.lines()):
+            for line, found in zip(lines, check_lines(lines, *facts), strict=True):
+                selected = selection.holds(result.num_rows)
+                result.num_rows += 1
+                result.num_selected += selected
+                self._note(line, found, selected, result)
         return result
 
+    def _note(
+        self, line: InputLine, found: Row | InvalidRequestError, selected: bool, result: ScanResult
+    ) -> None:
+        """Note a line, and keep its row."""
+        size, key, fault = len(line.raw), "", None
+        if isinstance(found, Row):
+            key = found.key
+            if selected:
+                self._kept.add(found, size)
+        else:
+            fault = str(found)
+            result.add_fault(line.number, fault)
+        self._notebook.add_line(CheckedLine(line.number, selected, line.offset, size, key, fault))
 
-def refuse_bad(result: ScanResult, max_errors: int) -> None:
-    """Stop before anything runs when more lines are bad than allowed.
+
+def refuse_bad(result: ScanResult, max_errors: int, mend: str = "mend them") -> None:
+    """Stop before anything runs when more lines are bad than allowed; `mend` says how to go on.
 
     Raises:
         RequestError: with the first bad lines and what is wrong with them.
     """
     if result.num_bad <= max_errors:
         return
-    lines = "".join(f"\n  {text}" for text in result.shown)
+    lines = "".join(f"\n  line {fault.line}: {fault.reason}" for fault in result.shown)
     num_hidden = result.num_bad - len(result.shown)
     if num_hidden:
         lines += f"\n  and {num_hidden} more"
+    where = f"{result.num_rows} lines"
+    if result.num_unchecked:
+        where += f" ({result.num_unchecked} were not looked into)"
     raise RequestError(
-        f"{result.num_bad} of {result.num_rows} lines cannot be run{lines}",
-        f"mend them, or run the others with `--max-errors {result.num_bad}`",
+        f"{result.num_bad} of {where} cannot be run{lines}",
+        f"{mend}, or run the others with `--max-errors {result.num_bad}`",
     )

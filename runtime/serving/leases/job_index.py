@@ -1,69 +1,55 @@
 """The index of a job: which rows each shard has, and what identifies them.
 
-One worker makes it, checking every line of the input as a single run does, so that nothing is run
-of a file that has to be refused. Shards are rows that follow each other, so that those with a
-common prefix stay together.
+One worker makes it. It checks the lines of the input as a single run does, so that nothing is run
+of a file that has to be refused; many of them are left to all workers (`row_checks.py`). Shards are
+rows that follow each other, so that those with a common prefix stay together.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from pathlib import Path
-from typing import BinaryIO, cast
 
 from tokenspeed_plan.plans.errors import RequestError
-from tokenspeed_plan.runtime.serving.batch.files import CHUNK_BYTES, InputFile, InputLine
-from tokenspeed_plan.runtime.serving.batch.lines import custom_id_of, parse_row
+from tokenspeed_plan.runtime.serving.batch.files import InputFile, InputLine
+from tokenspeed_plan.runtime.serving.batch.lines import Row, custom_id_of, parse_row
 from tokenspeed_plan.runtime.serving.batch.notebook import Notebook
 from tokenspeed_plan.runtime.serving.batch.options import BatchPlan, TextTokenizer
-from tokenspeed_plan.runtime.serving.batch.scan import ScanResult, check_line, refuse_bad
-from tokenspeed_plan.runtime.serving.leases.job_store import is_url, open_files
-from tokenspeed_plan.runtime.serving.leases.known_shapes import KnownShapes, SeenIds
+from tokenspeed_plan.runtime.serving.batch.scan import Fault, ScanResult, refuse_bad
+from tokenspeed_plan.runtime.serving.leases.job_input import JobInput, Shard
+from tokenspeed_plan.runtime.serving.leases.known_chats import KnownChat
+from tokenspeed_plan.runtime.serving.leases.row_checks import Found, RowChecker, Unchecked
 from tokenspeed_plan.runtime.serving.openai.bodies import InvalidRequestError
 
 INDEX = "index"  # the unit that makes it
 Moved = Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Rows of the input that follow each other.
-
-    Attributes:
-        name: its unit.
-        start: offset of its first row in the (decompressed) input, in bytes.
-        size_bytes: from there to the first row of the next shard.
-        first_line: number of its first row's line, from 1.
-        rows: how many there are.
-        rows_sha256: of its lines that are not blank.
-        ids_sha256: of the `custom_id` of each row.
-    """
-
-    name: str
-    start: int
-    size_bytes: int
-    first_line: int
-    rows: int
-    rows_sha256: str
-    ids_sha256: str
+_encode = json.JSONEncoder(allow_nan=False).encode  # `json.dumps` makes one each time
 
 
 @dataclass(frozen=True, slots=True)
 class JobIndex:
     """A job: what all its workers must agree on, and its shards.
 
-    `plans` are the digests of all in a plan that decides an answer, of each plan that may answer.
+    Attributes:
+        plans: the digests of all in a plan that decides an answer, of each plan that may answer.
+        num_shards: into which the rows were to be split.
+        limit: of the rows.
+        shards: all of them.
+        lines: of the input that are not blank.
+        bad: those of them in which a fault was found.
+        faults: the first ones, by line; rows that are unchecked may have others.
     """
 
     plans: tuple[str, ...]
     num_shards: int
     limit: int | None
     shards: tuple[Shard, ...]
+    lines: int
+    bad: int
+    faults: tuple[Fault, ...]
 
     @property
     def rows(self) -> int:
@@ -79,6 +65,11 @@ class JobIndex:
         """The shard of a unit."""
         return self.shards[int(name)]
 
+    def found(self) -> ScanResult:
+        """What is known of its lines; the faults of shards that are checked do not count twice."""
+        again = sum(shard.bad for shard in self.shards if shard.unchecked)
+        return ScanResult(self.lines, self.rows, self.bad - again, shown=list(self.faults))
+
     def as_result(self) -> dict[str, object]:
         """What its unit comes to."""
         return asdict(self)
@@ -88,45 +79,9 @@ class JobIndex:
         """Read it again."""
         data = json.loads(text)
         shards = tuple(Shard(**each) for each in data["shards"])
-        return cls(tuple(data["plans"]), data["num_shards"], data["limit"], shards)
-
-
-@dataclass(frozen=True, slots=True)
-class JobInput:
-    """The input of a job: the path of a file, or a URL, and how much of it is answered.
-
-    Attributes:
-        limit: rows from the first one on; None is all.
-        num_shards: into which they are split.
-        max_errors: number of bad lines up to which the other rows still run.
-    """
-
-    place: str
-    num_shards: int
-    limit: int | None = None
-    max_errors: int = 0
-
-    def reader(self) -> InputFile:
-        """Open it.
-
-        Raises:
-            RequestError: it cannot be read.
-        """
-        if not is_url(self.place):
-            path = Path(self.place)
-            if not path.is_file():
-                raise RequestError(
-                    f"there is no file `{path}`", "name a JSONL file that can be read twice"
-                )
-            return InputFile(path)
-        files, path_there = open_files(self.place)
-        try:
-            file = io.BufferedReader(files.open(path_there, "rb"), CHUNK_BYTES)
-        except OSError as error:
-            raise RequestError(
-                f"cannot read `{self.place}`: {error}", "name a file of the bucket"
-            ) from error
-        return InputFile(Path(path_there), file=cast(BinaryIO, file))
+        faults = tuple(Fault(*each) for each in data["faults"])
+        rest = shards, data["lines"], data["bad"], faults
+        return cls(tuple(data["plans"]), data["num_shards"], data["limit"], *rest)
 
 
 class _Draft:
@@ -135,13 +90,15 @@ class _Draft:
     def __init__(self, start: int, first_line: int) -> None:
         self.start = start
         self.first_line = first_line
-        self.rows = 0
+        self.rows = self.unchecked = self.bad = 0
         self._lines = sha256()
         self._ids = sha256()
 
-    def add(self, raw: bytes, id_line: bytes) -> None:
+    def add(self, raw: bytes, id_line: bytes, found: Found) -> None:
         """Take the next row."""
         self.rows += 1
+        self.unchecked += isinstance(found, Unchecked)
+        self.bad += isinstance(found, InvalidRequestError)
         self._lines.update(raw + b"\n")
         self._ids.update(id_line)
 
@@ -155,22 +112,24 @@ class _Draft:
             self.rows,
             self._lines.hexdigest(),
             self._ids.hexdigest(),
+            self.unchecked,
+            self.bad,
         )
 
 
 def id_line(custom_id: str | None) -> bytes:
     """What a row adds to the digest of its shard's ids."""
-    return json.dumps(custom_id, allow_nan=False).encode() + b"\n"
+    return _encode(custom_id).encode() + b"\n"
 
 
 def make_index(job: JobInput, plan: BatchPlan, tokenizer: TextTokenizer, moved: Moved) -> JobIndex:
-    """Check every line of the input, and split its rows.
+    """Check the lines of the input, and split its rows.
 
     Args:
         job: what to read.
         plan: its digest and limits.
         tokenizer: for the checks.
-        moved: called for each line.
+        moved: called every few lines.
 
     Raises:
         RequestError: the input cannot be read, or more lines are bad than are allowed.
@@ -180,14 +139,19 @@ def make_index(job: JobInput, plan: BatchPlan, tokenizer: TextTokenizer, moved: 
         num_rows = min(num_rows, job.limit)
     num_shards = min(job.num_shards, num_rows)
     ends = [num_rows * (number + 1) // num_shards for number in range(num_shards)]
-    split = _Split(plan, tokenizer, moved)
+    checker = RowChecker(plan, tokenizer, moved)
+    split = _Split(checker)
     shards = split.shards_of(job, ends)
-    if split.seen.may_repeat():
+    if checker.seen.may_repeat():
         with closing(Notebook()) as notebook:
-            split = _Split(plan, tokenizer, moved, notebook)
+            split = _Split(RowChecker(plan, tokenizer, moved, notebook))
             shards = split.shards_of(job, ends)
-    refuse_bad(split.result, job.max_errors)
-    return JobIndex((plan.digest,), job.num_shards, job.limit, shards)
+    found = split.result
+    refuse_bad(found, job.max_errors)
+    faults = tuple(found.shown)
+    return JobIndex(
+        (plan.digest,), job.num_shards, job.limit, shards, found.num_rows, found.num_bad, faults
+    )
 
 
 def _count_rows(job: JobInput, moved: Moved) -> int:
@@ -200,26 +164,11 @@ def _count_rows(job: JobInput, moved: Moved) -> int:
 
 
 class _Split:
-    """Splits the rows of an input, and checks each.
+    """Splits the rows of an input, and checks each that it has to look into."""
 
-    Without a notebook, ids are only seen to differ, and most rows to be like others; with one, each
-    row is checked alone, and an id that comes twice is found.
-    """
-
-    def __init__(
-        self,
-        plan: BatchPlan,
-        tokenizer: TextTokenizer,
-        moved: Moved,
-        notebook: Notebook | None = None,
-    ) -> None:
+    def __init__(self, checker: RowChecker) -> None:
         self.result = ScanResult()
-        self.seen = SeenIds()
-        self._plan = plan
-        self._tokenizer = tokenizer
-        self._moved = moved
-        self._notebook = notebook
-        self._known = KnownShapes(plan.limits.max_seq_len)
+        self._checker = checker
 
     def shards_of(self, job: JobInput, ends: list[int]) -> tuple[Shard, ...]:
         """The shards, which end with so many rows; the lines after the last are checked, too.
@@ -232,38 +181,31 @@ class _Split:
 
     def _shards(self, source: InputFile, ends: list[int]) -> Iterator[Shard]:
         draft: _Draft | None = None
-        number = 0
-        for line in source.lines():
-            self._moved()
+        number, num_open = 0, max(ends, default=0)
+        for line, found in self._checker.check(source.lines(), num_open):
             if draft is not None and self.result.num_rows == ends[number]:
                 yield draft.finish(number, line.offset)
                 draft, number = None, number + 1
             if draft is None and number < len(ends):
                 draft = _Draft(line.offset, line.number)
-            id_line = self._id_line(line, draft)
+            id_line = self._id_line(line, found, draft)
             if draft is not None:
-                draft.add(line.raw, id_line)
+                draft.add(line.raw, id_line, found)
             self.result.num_rows += 1
+            self.result.num_unchecked += isinstance(found, Unchecked)
         if draft is not None:
             yield draft.finish(number, source.end)
 
-    def _id_line(self, line: InputLine, draft: _Draft | None) -> bytes:
-        """Check a line; what it adds to the digest of its shard's ids."""
-        if self._notebook is None:
-            known = self._known.id_of(line)
-            if known is not None:
-                self.seen.add(known)
-                return b'"%b"\n' % known
-        ids = self._notebook or self.seen
-        try:
-            row = check_line(line, self._plan.digest, ids, self._tokenizer, self._plan.limits)
-        except InvalidRequestError as error:
-            self.result.add_fault(line.number, str(error))
-            if self._notebook is not None and draft is not None:
-                _refuse_duplicate(line, draft.first_line, self._notebook)
-            return id_line(custom_id_of(line.raw))
-        self._known.learn(line, row)
-        return id_line(row.custom_id)
+    def _id_line(self, line: InputLine, found: Found, draft: _Draft | None) -> bytes:
+        """Note what a line was found to be; what it adds to the digest of its shard's ids."""
+        if isinstance(found, bytes):
+            return b'"%b"\n' % found
+        if isinstance(found, (Row, KnownChat, Unchecked)):
+            return id_line(found.custom_id)
+        self.result.add_fault(line.number, str(found))
+        if self._checker.notebook is not None and draft is not None:
+            _refuse_duplicate(line, draft.first_line, self._checker.notebook)
+        return id_line(custom_id_of(line.raw))
 
 
 def _refuse_duplicate(line: InputLine, first_line: int, notebook: Notebook) -> None:
@@ -275,7 +217,7 @@ def _refuse_duplicate(line: InputLine, first_line: int, notebook: Notebook) -> N
         RequestError: with both lines.
     """
     with suppress(InvalidRequestError):
-        row = parse_row(line.raw, line.number, "")
+        row = parse_row(line.raw, line.number, None)
         first = notebook.first_line_of(row.custom_id, row.line)
         if first < first_line:
             raise RequestError(
@@ -283,24 +225,3 @@ def _refuse_duplicate(line: InputLine, first_line: int, notebook: Notebook) -> N
                 "in another shard",
                 "give each row an id of its own",
             )
-
-
-def copy_rows(job: JobInput, shard: Shard, path: Path) -> None:
-    """Copy the rows of a shard to a file.
-
-    Raises:
-        RequestError: they are not those that the index was made of.
-    """
-    with job.reader() as source, path.open("wb") as file:
-        for start in range(0, shard.size_bytes, CHUNK_BYTES):
-            size = min(CHUNK_BYTES, shard.size_bytes - start)
-            file.write(source.read(shard.start + start, size))
-    digest = sha256()
-    with InputFile(path) as rows:
-        for line in rows.lines():
-            digest.update(line.raw + b"\n")
-    if digest.hexdigest() != shard.rows_sha256:
-        raise RequestError(
-            f"the rows of shard {shard.name} in `{job.place}` are not those of this job",
-            "give each worker the same input, and each input a lease folder of its own",
-        )

@@ -64,7 +64,7 @@ class KnownShapes:
 
 def _taken_apart(line: InputLine) -> tuple[Shape, bytes, bytes] | None:
     """The shape, the `custom_id` and the prompt of a line that has each of them once."""
-    if line.fault is not None or len(line.raw) > MAX_JSON_BYTES:
+    if line.fault is not None or len(line.raw) > MAX_JSON_BYTES or b'"prompt"' not in line.raw:
         return None
     parts = _FIELD.split(line.raw)
     names, texts = parts[1::4], parts[2::4]  # None, None is a seed

@@ -33,16 +33,20 @@ from tokenspeed_plan.runtime.serving.batch.runner import (
     SOME_FAILED,
     run_batch,
 )
+from tokenspeed_plan.runtime.serving.batch.scan import ScanResult, refuse_bad
 from tokenspeed_plan.runtime.serving.interrupt import Interrupt
-from tokenspeed_plan.runtime.serving.leases.job_index import (
-    INDEX,
-    JobIndex,
-    JobInput,
-    copy_rows,
-    make_index,
-)
+from tokenspeed_plan.runtime.serving.leases.job_index import INDEX, JobIndex, make_index
+from tokenspeed_plan.runtime.serving.leases.job_input import JobInput, copy_rows
 from tokenspeed_plan.runtime.serving.leases.job_store import Store, is_url
 from tokenspeed_plan.runtime.serving.leases.merge import MERGE, Merge, check_part, measure, summary
+from tokenspeed_plan.runtime.serving.leases.row_checks import (
+    CHECKS,
+    RowChecker,
+    all_faults,
+    check_shards,
+    check_units,
+    faults_as_result,
+)
 from tokenspeed_plan.runtime.serving.leases.shard_lease import (
     Lease,
     LeaseLost,
@@ -61,6 +65,7 @@ from tokenspeed_plan.runtime.serving.leases.shard_parts import (
 FIRST_POLL_S = 0.25
 POLLS_PER_TIMEOUT = 4
 INDEX_POLL_S = 2.0
+Work = Callable[[Lease], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,32 +177,70 @@ class Worker:
         """
         with self._interrupt:
             index = self._index()
-            while index is not None and not self._is_done(MERGE):
-                lease = self._next(index)
-                if lease is None:
-                    break
-                with self._holding(lease):
-                    if lease.unit == MERGE:
-                        self._merge(lease, index)
-                    else:
-                        self._run_shard(lease, index)
-        if index is None or not self._is_done(MERGE):
-            return INTERRUPTED
-        return self._report(index)
+            if index is not None and self._check_rows(index) and self._answer_rows(index):
+                return self._report(index)
+        return INTERRUPTED
+
+    def _check_rows(self, index: JobIndex) -> bool:
+        """Check the rows that the index has left, together with others; False after a signal.
+
+        Raises:
+            RequestError: more lines are bad than are allowed.
+        """
+        job, units = self._options.input, check_units(index.shards)
+        if not units:
+            return True
+
+        def check(lease: Lease) -> None:
+            checker = RowChecker(self._plan, self._tokenizer, lease.check)
+            lease.commit(faults_as_result(check_shards(job, units[lease.unit], checker)))
+
+        def add_up(lease: Lease) -> None:
+            lease.commit(faults_as_result(all_faults(index.found(), self._store, units)))
+
+        if not self._work([*units], check, CHECKS, add_up):
+            return False
+        found = all_faults(ScanResult(index.lines), self._store, [CHECKS])
+        refuse_bad(found, job.max_errors, "mend them and name another folder for the job")
+        return True
+
+    def _answer_rows(self, index: JobIndex) -> bool:
+        """Run shards, and the merge where nobody else does; False after a signal."""
+
+        def run(lease: Lease) -> None:
+            self._run_shard(lease, index)
+
+        def merge(lease: Lease) -> None:
+            self._merge(lease, index)
+
+        return self._work(index.names, run, MERGE, merge, self._options.leave_last)
+
+    def _work(self, units: list[str], do: Work, last: str, end: Work, leave_last: int = 0) -> bool:
+        """Do units until all are done, and the last, which needs them; False after a signal."""
+        while not self._is_done(last):
+            lease = self._next(units, last, leave_last)
+            if lease is None:
+                return self._is_done(last)
+            with self._holding(lease):
+                if lease.unit == last:
+                    end(lease)
+                else:
+                    do(lease)
+        return True
 
     def _is_done(self, unit: str) -> bool:
         return self._store.read(done_name(unit)) is not None
 
-    def _next(self, index: JobIndex) -> Lease | None:
+    def _next(self, units: list[str], last: str, leave_last: int) -> Lease | None:
         """What to do next; None after a signal, or when there is nothing left.
 
         While others have all that is left, it waits for them to end or to fall silent.
         """
         polls = count()
-        while not self._interrupt.seen and not self._is_done(MERGE):
-            lease = self._leases.take(index.names, self._options.leave_last)
-            if lease is None and finished_units(self._store) >= set(index.names):
-                lease = self._leases.take([MERGE])
+        while not self._interrupt.seen and not self._is_done(last):
+            lease = self._leases.take(units, leave_last)
+            if lease is None and finished_units(self._store) >= set(units):
+                lease = self._leases.take([last])
             if lease is not None:
                 return lease
             self._wait(next(polls))

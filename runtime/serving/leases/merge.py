@@ -19,7 +19,8 @@ from typing import BinaryIO
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch.files import CHUNK_BYTES
 from tokenspeed_plan.runtime.serving.batch.writers import sync_folder
-from tokenspeed_plan.runtime.serving.leases.job_index import JobIndex, Shard, id_line
+from tokenspeed_plan.runtime.serving.leases.job_index import JobIndex, id_line
+from tokenspeed_plan.runtime.serving.leases.job_input import Shard
 from tokenspeed_plan.runtime.serving.leases.job_store import Store, is_url, open_files
 from tokenspeed_plan.runtime.serving.leases.shard_lease import done_name
 from tokenspeed_plan.runtime.serving.leases.shard_parts import part_name

@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -208,6 +209,9 @@ def _finite(text: str) -> float:
     return value
 
 
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+
+
 def parse_json(raw: bytes, what: str = "line") -> dict[str, Any]:
     """Parse a JSON object; `what` names it in errors.
 
@@ -275,8 +279,7 @@ def _half_pair(value: Any) -> str | None:
 
 def _parse_json(raw: bytes, what: str) -> Any:
     try:
-        text = raw.decode("utf-8-sig")
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        return _DECODER.decode(raw.removeprefix(BOM_UTF8).decode())
     except InvalidRequestError:
         raise
     except UnicodeDecodeError:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from tokenspeed_plan.plans.chat_format import MAX_TAG_TOKENS, ChatFormat
+from tokenspeed_plan.plans.chat_format import MAX_TAG_TOKENS, Chat, ChatFormat
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.grammars.matcher import Grammar
 from tokenspeed_plan.runtime.request import Request, SamplingParams
@@ -52,17 +53,15 @@ class Encoder(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokens that a prompt begins or ends with."""
 
+    def most_tokens(self, text: str) -> int | None:
+        """More tokens a text does not have; None where only its tokens would tell."""
+
     @property
     def chat_format(self) -> ChatFormat:
         """What the chat template knows."""
 
-    def render_chat(
-        self,
-        messages: list[dict[str, Any]],
-        tools: Sequence[dict[str, Any]] | None = None,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """A chat as one prompt."""
+    def render_chats(self, chats: Sequence[Chat]) -> list[str | RequestError]:
+        """Each chat as one prompt, or why there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +85,79 @@ class RequestLimits:
     turns: KnownTurns | None = None
 
 
+class _Rendered:
+    """A tokenizer that has rendered the chat of one body."""
+
+    def __init__(self, tokenizer: Encoder, outcome: str | RequestError) -> None:
+        self.chat_format = tokenizer.chat_format
+        self.encode = tokenizer.encode
+        self.most_tokens = tokenizer.most_tokens
+        self.spell = tokenizer.spell
+        self._outcome = outcome
+
+    def render_chats(self, chats: Sequence[Chat]) -> list[str | RequestError]:
+        """What came of it."""
+        return [self._outcome for _ in chats]
+
+
+def check_bodies(
+    bodies: Sequence[CompletionBody | ChatBody], tokenizer: Encoder, limits: RequestLimits
+) -> Iterator[InvalidRequestError | None]:
+    """What `check_body` raises for each body; their chats are rendered together."""
+    chats: dict[int, Chat] = {}
+    for number, body in enumerate(bodies):
+        if isinstance(body, ChatBody):
+            with suppress(InvalidRequestError):  # it is raised again below
+                chats[number] = chat_of(body, tokenizer.chat_format)
+    texts = dict(zip(chats, tokenizer.render_chats([*chats.values()]), strict=True))
+    for number, body in enumerate(bodies):
+        own = tokenizer
+        if number in texts:
+            own = _Rendered(tokenizer, texts[number])
+        try:
+            check_body(body, own, limits)
+        except InvalidRequestError as error:
+            yield error
+        else:
+            yield None
+
+
 def check_body(body: CompletionBody | ChatBody, tokenizer: Encoder, limits: RequestLimits) -> None:
     """Raise what `to_requests` would raise, without tokenising where the byte count is enough.
-
-    A byte-level tokenizer never makes more tokens of ASCII text than it has bytes. Other text may
-    grow when it is normalised, so it is tokenised.
 
     Raises:
         InvalidRequestError: see `to_requests`.
     """
-    if isinstance(body, CompletionBody) and isinstance(body.prompt, str):
-        room = limits.max_seq_len - (body.max_tokens or 1)
-        is_free = body.response_format is None
-        if is_free and body.prompt.isascii() and 0 < len(body.prompt) <= room:
-            check_model(body.model, limits)
+    if asks_no_form(body):
+        check_model(body.model, limits)
+        prompt = _prompt_or_refuse(body, tokenizer)
+        room = limits.max_seq_len - (wanted_tokens(body) or 1)
+        if isinstance(prompt, str) and prompt and has_room(prompt, room, tokenizer):
             _request(body, "0", ANY_PROMPT, limits)
             return
     to_requests(body, "0", tokenizer, limits)
+
+
+def has_room(text: str, room: int, tokenizer: Encoder) -> bool:
+    """Whether a text has at most so many tokens, as far as that is known without making them."""
+    most = tokenizer.most_tokens(text)
+    return most is not None and most <= room
+
+
+def asks_no_form(body: CompletionBody | ChatBody) -> bool:
+    """Whether its one prompt is all that has to be looked at."""
+    if body.response_format is not None:
+        return False
+    if isinstance(body, ChatBody):
+        return body.tools is None and body.tool_choice is None
+    return isinstance(body.prompt, str)
+
+
+def wanted_tokens(body: CompletionBody | ChatBody) -> int | None:
+    """The body's limit of an answer."""
+    if isinstance(body, ChatBody):
+        return body.max_completion_tokens or body.max_tokens
+    return body.max_tokens
 
 
 def to_requests(
@@ -214,10 +269,9 @@ def _max_tokens(
     """
     if not ids:
         raise InvalidRequestError("the prompt is empty")
-    wanted, field, default = body.max_tokens, "prompt", limits.default_max_tokens
+    wanted, field, default = wanted_tokens(body), "prompt", limits.default_max_tokens
     if isinstance(body, ChatBody):
-        wanted, field = body.max_completion_tokens or body.max_tokens, "messages"
-        default = limits.max_seq_len
+        field, default = "messages", limits.max_seq_len
     room = limits.max_seq_len - len(ids)
     if limits.caps_max_tokens and wanted is not None:
         wanted = min(wanted, max(room, 1))
@@ -245,16 +299,43 @@ def prompt_ids(
     Raises:
         InvalidRequestError: it is malformed, or much too long.
     """
+    prompt = _prompt_or_refuse(body, tokenizer)
+    if isinstance(prompt, str):
+        return _encode(prompt, isinstance(body, ChatBody), tokenizer, limits)
+    return prompt
+
+
+def _prompt_or_refuse(body: CompletionBody | ChatBody, tokenizer: Encoder) -> str | list[int]:
+    """The prompt of a body that has one.
+
+    Raises:
+        InvalidRequestError: it is malformed.
+    """
+    with _as_invalid():
+        return _prompt(body, tokenizer)
+
+
+def _encode(text: str, is_chat: bool, tokenizer: Encoder, limits: RequestLimits) -> list[int]:
+    """The token ids of a prompt.
+
+    Raises:
+        InvalidRequestError: it is malformed, or much too long.
+    """
+    with _as_invalid():
+        _refuse_long_text(text, tokenizer, limits.max_seq_len)
+        if not is_chat:
+            return tokenizer.encode(text)
+        if limits.turns is not None:
+            return limits.turns.encode(text)
+        # A chat template writes the special tokens itself.
+        return tokenizer.encode(text, add_special_tokens=False)
+
+
+@contextmanager
+def _as_invalid() -> Iterator[None]:
+    """What a tokenizer or a chat template refuses, as a fault of the request."""
     try:
-        prompt = _prompt(body, tokenizer)
-        if isinstance(prompt, str):
-            _refuse_long_text(prompt, tokenizer, limits.max_seq_len)
-            if isinstance(body, ChatBody):  # a chat template writes the special tokens itself
-                if limits.turns is not None:
-                    return limits.turns.encode(prompt)
-                return tokenizer.encode(prompt, add_special_tokens=False)
-            return tokenizer.encode(prompt)
-        return prompt
+        yield
     except RequestError as error:
         raise InvalidRequestError(error.message) from None
     except (UnicodeEncodeError, TypeError) as error:
@@ -301,7 +382,21 @@ def _chat_prompt(body: ChatBody, tokenizer: Encoder) -> str:
     Raises:
         InvalidRequestError: it has tools that its model would not get to see.
     """
-    format = tokenizer.chat_format
+    chat = Chat([])  # nobody reads it where the text is there
+    if not isinstance(tokenizer, _Rendered):
+        chat = chat_of(body, tokenizer.chat_format)
+    (outcome,) = tokenizer.render_chats([chat])
+    if isinstance(outcome, RequestError):
+        raise outcome
+    return outcome
+
+
+def chat_of(body: ChatBody, format: ChatFormat) -> Chat:
+    """What a chat template gets of a body.
+
+    Raises:
+        InvalidRequestError: it has tools that its model would not get to see.
+    """
     if body.callable_tools and format.calls is None:
         raise InvalidRequestError(
             "the model's chat template knows no tools, or no form of calls that is read here: "
@@ -311,7 +406,7 @@ def _chat_prompt(body: ChatBody, tokenizer: Encoder) -> str:
         )
     messages = template_messages(body.messages, format)
     variables = template_variables(body.reasoning_effort, body.chat_template_kwargs)
-    return tokenizer.render_chat(messages, body.tools, variables)
+    return Chat(messages, body.tools, variables)
 
 
 def _sampling_params(body: CompletionBody | ChatBody, max_tokens: int, seed: int) -> SamplingParams:
