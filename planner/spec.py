@@ -752,6 +752,8 @@ def _explain(error: ValidationError, name: str) -> SpecError:
             f"`{name}` at `{where}`: `{value}` has a new name", f"write `{_RENAMED[where, value]}`"
         )
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("model_type", "model_attributes_type"):
+        message = "it is a section with keys of its own"
     message = message[0].lower() + message[1:]
     if first["type"] != "value_error" or not isinstance(value, dict):
         message = f"{message}, got {_short(value)}"
