@@ -24,7 +24,7 @@ from tokenspeed_plan.planner.foreign_yaml import NotYaml, parse_yaml, read_file,
 from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.lengths_file import LENGTHS_FILE_HINT, read_lengths
-from tokenspeed_plan.plans.text import printable_line
+from tokenspeed_plan.plans.text import complaint, printable_line
 from tokenspeed_plan.plans.types import GIB, DType, RollbackWord
 
 Auto = Literal["auto"]
@@ -759,8 +759,9 @@ def _explain(error: ValidationError, name: str) -> SpecError:
         return SpecError(
             f"`{name}` at `{where}`: `{value}` has a new name", f"write `{_RENAMED[where, value]}`"
         )
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+    message = complaint(first["msg"])
+    if first["type"] in ("model_type", "model_attributes_type"):
+        message = "it is a section with keys of its own"
     if first["type"] != "value_error" or not isinstance(value, dict):
         message = f"{message}, got {_short(value)}"
     return SpecError(f"`{name}` at `{where}`: {message}", _type_hint(where))

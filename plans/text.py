@@ -17,6 +17,12 @@ def read_utf8(path: Path) -> str:
     return path.read_bytes().decode("utf-8")
 
 
+def complaint(message: str) -> str:
+    """A message of pydantic as the end of a sentence, without the word for its kind."""
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
 def printable(text: str) -> str:
     """The text with all that a terminal would obey, hide or refuse spelled as an escape.
 

@@ -206,7 +206,7 @@ def _parse_counts(text: str) -> list[int]:
     for word in text.split(","):
         if not word.isdecimal() or len(word) > 9 or not 1 <= int(word) <= MAX_GPUS:
             raise SpecError(
-                f"`--count {text}` is not a list of numbers from 1 to {MAX_GPUS}",
+                f"`--count {text:.40}` is not a list of numbers from 1 to {MAX_GPUS}",
                 "such as 1,2,4,8",
             )
         counts.append(int(word))

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenspeed_plan.planner.foreign_yaml import parse_yaml, read_file
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS, library_of
-from tokenspeed_plan.plans.text import printable_line
+from tokenspeed_plan.plans.text import complaint, printable_line
 from tokenspeed_plan.plans.types import DType
 
 OP_CLASSES = (
@@ -259,7 +259,7 @@ def read_profile(text: str, name: str) -> Profile:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        problem = first["msg"].lower()
+        problem = complaint(first["msg"])
         raise _bad(name, f"`{key}`: {problem}") from error
     missing = _MAY_BE_MISSING.difference(profile.numbers)
     _check_names(name, "numbers", set(NUMBERS) - missing, profile.numbers)

@@ -109,6 +109,7 @@ def test_yaml_off_is_off(word: str) -> None:
         ({"workload": {"turns": 0}}, "`workload.turns`", "workload"),
         ({"workload": {"turns": "many"}}, "got 'many'", "workload"),
         ({"workload": {"turns": True}}, "got True", "workload"),
+        ({"workload": 5}, "`workload`: it is a section with keys of its own, got 5", "workload"),
         (
             {"workload": {"first_turn_tokens": 9, "shared_prompt_tokens": 9}},
             "`first_turn_tokens` are not more than `shared_prompt_tokens`",

@@ -84,6 +84,19 @@ def test_what_a_chat_may_not_hold(fields: dict[str, Any], param: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"chat_template_kwargs": {"messages": []}}, "`: `messages` is not for the request to set"),
+        ({"seed": 1 << 63}, f"`seed`: input should be less than or equal to {(1 << 63) - 1}, got "),
+    ],
+)
+def test_a_refusal_has_our_words_and_the_right_number(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(**fields)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"tools": []},

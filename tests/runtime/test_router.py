@@ -19,6 +19,8 @@ import pytest
 from conftest import ROOT
 from serving import KEY, serving
 
+from tokenspeed_plan.runtime.serving.router.fleet import Replica
+
 SUPPORT = ROOT / "tests" / "support"
 COUNT = 3
 
@@ -246,6 +248,20 @@ def test_a_key_and_the_end(tmp_path: Path) -> None:
 
 def test_a_page_of_another_site_is_refused(router: RunningRouter) -> None:
     assert router.http.get("/health", headers={"Host": "evil.example"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        (["loading", "error: no memory", "", "hint: less"], "no memory"),
+        (["Traceback", "ImportError: no such name", ""], "ImportError: no such name"),
+        ([], "it said nothing"),
+    ],
+)
+def test_what_a_replica_said_last_is_known(printed: list[str], said: str) -> None:
+    replica = Replica(0)
+    replica.printed.extend(printed)
+    assert replica.last_error == said
 
 
 @pytest.mark.slow

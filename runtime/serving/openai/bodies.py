@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from tokenspeed_plan.plans.ops import MAX_BIASED
+from tokenspeed_plan.plans.text import complaint
 from tokenspeed_plan.runtime.request_check import (
     MAX_BIAS,
     MAX_INT32,
@@ -151,7 +152,7 @@ class _Body(StrictModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Whole, Field(ge=-1, lt=1 << 31)] | None = None
-    seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    seed: Annotated[Whole, Field(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     n: Annotated[Whole, Field(ge=1, le=128)] | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
@@ -377,8 +378,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> InvalidRequestErr
         return _unknown_field(str(location[0]), model)
     if first["type"] == "missing" and len(location) == 1:
         return InvalidRequestError(f"`{field}` is missing", field, "missing_required_parameter")
-    reason = first["msg"][0].lower() + first["msg"][1:]
-    text = f"`{_path(location)}`: {ascii_text(reason)}, got {_shown(first['input'])}"
+    reason = ascii_text(complaint(first["msg"]))
+    text = f"`{_path(location)}`: {reason}, got {_shown(first['input'])}"
     return InvalidRequestError(text, field, "invalid_value")
 
 

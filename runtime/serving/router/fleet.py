@@ -74,9 +74,10 @@ class Replica:
 
     @property
     def last_error(self) -> str:
-        """The error that it printed last."""
-        errors = [line for line in self.printed if line.startswith("error: ")]
-        return errors[-1].removeprefix("error: ") if errors else "it said nothing"
+        """The error that it printed last, or where it has none what it printed last."""
+        lines = [line for line in self.printed if line.strip()] or ["it said nothing"]
+        errors = [line for line in lines if line.startswith("error: ")]
+        return (errors or lines)[-1].removeprefix("error: ")
 
 
 class Fleet:
