@@ -194,7 +194,8 @@ def aiperf(venv: Path, url: str, folder: Path) -> str:
         words += ["--streaming", "--tokenizer", MODEL, "--api-key", KEY, "--ui", "none"]
         words += ["--concurrency", STREAMS, "--request-count", NUM_REQUESTS]
         words += ["--prompt-input-tokens-mean", PROMPT, "--prompt-output-tokens-mean", OUT]
-        words += ["--use-server-token-count", "--per-chunk-usage", "--no-gpu-telemetry"]
+        words += ["--use-server-token-count", "--no-gpu-telemetry"]
+        words += ["--per-chunk-usage"] * (kind == "chat")
         words += ["--extra-inputs", "ignore_eos:true", "--output-artifact-dir", out]
         run([venv / "bin/aiperf", *words], folder)
         found = json.loads(only(out, "profile_export_aiperf.json").read_text(encoding="utf-8"))
