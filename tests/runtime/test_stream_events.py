@@ -14,9 +14,11 @@ from chat_fuzzing import tokenizer_of
 from chat_models import in_tags, tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from uvicorn import Config
+from uvicorn.server import ServerState
 
 from tokenspeed_plan.runtime.request import Completion, TokenLogprobs
-from tokenspeed_plan.runtime.serving.http.connections import Wire
+from tokenspeed_plan.runtime.serving.http.connections import CONNECTION, Connection, Wire
 from tokenspeed_plan.runtime.serving.http.parsing import parse
 from tokenspeed_plan.runtime.serving.http.responses import Answer, event
 from tokenspeed_plan.runtime.serving.openai.bodies import Url
@@ -139,3 +141,61 @@ def test_a_part_of_a_chunked_body_is_written_at_once(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(h11.Connection, "send", refuse)
     assert wire.send(h11.Data(data=b"hello")) == b"5\r\nhello\r\n"
+
+
+class Written(asyncio.Transport):
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = b""
+
+    def write(self, data: Any) -> None:
+        self.data += data
+
+    def is_closing(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_a_connection_writes_while_its_answer_goes_on(version: str) -> None:
+    """Neither before nor after, nor to a client that reads too slowly; HTTP 1.0 has no parts."""
+    said: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        connection = scope["extensions"][CONNECTION]
+
+        def write(data: bytes) -> None:
+            said.append(connection.write_part(lambda: data))
+
+        write(b"no")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        write(b"1")
+        await send({"type": "http.response.body", "body": b"2", "more_body": True})
+        connection.pause_writing()
+        write(b"no")
+        connection.resume_writing()
+        write(b"")
+        write(b"3")
+        await send({"type": "http.response.body", "body": b""})
+        write(b"no")
+
+    async def serve() -> bytes:
+        config = Config(app, http=Connection, lifespan="off", log_level="error")
+        config.load()
+        connection, written = Connection(config, ServerState(), {}), Written()
+        written.get_write_buffer_size = lambda: 0  # type: ignore[method-assign]
+        written.close = lambda: None  # type: ignore[method-assign]
+        connection.connection_made(written)
+        connection.data_received(f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
+        await asyncio.gather(*connection.tasks)
+        connection._unset_keepalive_if_required()
+        return written.data
+
+    head, _, body = asyncio.run(serve()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    if version == "1.1":
+        assert said == [False, True, False, True, True, False]
+        assert body == b"1\r\n1\r\n1\r\n2\r\n1\r\n3\r\n0\r\n\r\n"
+    else:
+        assert not any(said) and body == b"2"
