@@ -1,4 +1,7 @@
-"""The bytes of a stream: ready parts say what whole bodies say, and HTTP's parts are h11's."""
+"""The bytes of a stream: ready parts say what whole bodies say, and HTTP's parts are h11's.
+
+And the bodies with which evaluations and load generators ask for them.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from uvicorn.server import ServerState
 
 from tokenspeed_plan.runtime.request import Completion, TokenLogprobs
 from tokenspeed_plan.runtime.serving.http.connections import CONNECTION, Connection, Wire
+from tokenspeed_plan.runtime.serving.http.dialects import OwnDialect, ResponsesDialect
 from tokenspeed_plan.runtime.serving.http.parsing import parse
 from tokenspeed_plan.runtime.serving.http.responses import Answer, event
 from tokenspeed_plan.runtime.serving.openai.bodies import Url
@@ -199,3 +203,54 @@ def test_a_connection_writes_while_its_answer_goes_on(version: str) -> None:
         assert body == b"1\r\n1\r\n1\r\n2\r\n1\r\n3\r\n0\r\n\r\n"
     else:
         assert not any(said) and body == b"2"
+
+
+LOADS: list[tuple[str, Url, dict[str, Any]]] = [
+    (
+        "lm-eval",
+        TEXT,
+        {"prompt": [[1, 2, 3], [4, 5]], "temperature": 0, "max_tokens": 1, "logprobs": 1}
+        | {"seed": 1234, "echo": True},
+    ),
+    (
+        "guidellm",
+        TEXT,
+        {"prompt": "1 3 m0", "max_tokens": 24, "stop": None, "ignore_eos": True, "stream": True}
+        | ALL_COUNTS,
+    ),
+    (
+        "guidellm-chat",
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "1 1 m0"}]}]}
+        | {"max_completion_tokens": 24, "stop": None, "ignore_eos": True, "stream": True}
+        | ALL_COUNTS,
+    ),
+    (
+        "guidellm-responses",
+        CHAT,
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "1 2 m0"}]}]}
+        | {"max_output_tokens": 24, "stop": None, "ignore_eos": True, "stream": True},
+    ),
+    (
+        "vllm",
+        TEXT,
+        {"prompt": "a b", "repetition_penalty": 1.0, "max_tokens": 24, "logprobs": None}
+        | {"stream": True, "ignore_eos": True}
+        | COUNTS,
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "url", "body"), LOADS, ids=[load[0] for load in LOADS])
+def test_what_evaluations_and_load_generators_send(
+    name: str, url: Url, body: dict[str, Any]
+) -> None:
+    """Bodies as they come from them; each has as many tokens as it says."""
+    dialect = ResponsesDialect() if "input" in body else OwnDialect(url)
+    raw = json.dumps({"model": "m"} | body).encode()
+    found = parse(raw, url, "m", tokenizer_of("plain"), LIMITS, dialect.fields)
+    most = 1 if name == "lm-eval" else 24
+    assert {request.params.max_tokens for request in found.requests} == {most}
+    assert found.stream == ("stream" in body)
+    if name == "lm-eval":
+        assert [request.params.prompt_logprobs for request in found.requests] == [1, 1]
