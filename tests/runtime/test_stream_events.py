@@ -29,7 +29,7 @@ from tokenspeed_plan.runtime.serving.openai.bodies import Url
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
 from tokenspeed_plan.runtime.streaming import Delta
 
-NAME = 'a "\0" model'
+NAME = "\0"  # as a text that is left open is written
 LIMITS = RequestLimits(1000, 16, 2048)
 TEXT: Url = "/v1/completions"
 CHAT: Url = "/v1/chat/completions"
