@@ -198,7 +198,7 @@ def aiperf(venv: Path, url: str, folder: Path) -> str:
         words += ["--per-chunk-usage"] * (kind == "chat")
         words += ["--extra-inputs", "ignore_eos:true", "--output-artifact-dir", out]
         # Offline it looks for tokenizers in the hub's cache alone, and not for a folder.
-        run([venv / "bin/aiperf", *words], folder, HF_HUB_OFFLINE="0", TRANSFORMERS_OFFLINE="0")
+        run([venv / "bin/aiperf", *words], folder, HF_HUB_OFFLINE="", TRANSFORMERS_OFFLINE="")
         found = json.loads(only(out, "profile_export_aiperf.json").read_text(encoding="utf-8"))
         assert found["request_count"]["avg"] == NUM_REQUESTS, found
         assert found["output_sequence_length"]["avg"] == OUT, found
