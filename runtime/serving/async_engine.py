@@ -91,7 +91,10 @@ class Stream:
                 raise self.error
             self._has_news.clear()
             self._is_waited_for = True
-            await self._has_news.wait()
+            try:
+                await self._has_news.wait()
+            finally:
+                self._is_waited_for = False
         raise StopAsyncIteration
 
     async def completions(self) -> list[Completion]:

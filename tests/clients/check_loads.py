@@ -74,14 +74,14 @@ metric_list: [{metric: exact_match}]
 }
 
 
-def run(command: list[Any], folder: Path) -> str:
-    """What a client says.
+def run(command: list[Any], folder: Path, **more: str) -> str:
+    """What a client says, with more variables of its environment.
 
     Raises:
         AssertionError: it fails.
     """
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    environment = os.environ | offline | {"OPENAI_API_KEY": KEY, "HOME": str(folder)}
+    environment = os.environ | offline | {"OPENAI_API_KEY": KEY, "HOME": str(folder)} | more
     done = subprocess.run(
         [str(word) for word in command],
         capture_output=True,
@@ -194,9 +194,11 @@ def aiperf(venv: Path, url: str, folder: Path) -> str:
         words += ["--streaming", "--tokenizer", MODEL, "--api-key", KEY, "--ui", "none"]
         words += ["--concurrency", STREAMS, "--request-count", NUM_REQUESTS]
         words += ["--prompt-input-tokens-mean", PROMPT, "--prompt-output-tokens-mean", OUT]
-        words += ["--use-server-token-count", "--per-chunk-usage", "--no-gpu-telemetry"]
+        words += ["--use-server-token-count", "--no-gpu-telemetry"]
+        words += ["--per-chunk-usage"] * (kind == "chat")
         words += ["--extra-inputs", "ignore_eos:true", "--output-artifact-dir", out]
-        run([venv / "bin/aiperf", *words], folder)
+        # Offline it looks for tokenizers in the hub's cache alone, and not for a folder.
+        run([venv / "bin/aiperf", *words], folder, HF_HUB_OFFLINE="", TRANSFORMERS_OFFLINE="")
         found = json.loads(only(out, "profile_export_aiperf.json").read_text(encoding="utf-8"))
         assert found["request_count"]["avg"] == NUM_REQUESTS, found
         assert found["output_sequence_length"]["avg"] == OUT, found

@@ -1,4 +1,7 @@
-"""The bytes of a stream: ready parts say what whole bodies say, and HTTP's parts are h11's."""
+"""The bytes of a stream: ready parts say what whole bodies say, and HTTP's parts are h11's.
+
+And the bodies with which evaluations and load generators ask for them.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,19 @@ from chat_fuzzing import tokenizer_of
 from chat_models import in_tags, tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from uvicorn import Config
+from uvicorn.server import ServerState
 
 from tokenspeed_plan.runtime.request import Completion, TokenLogprobs
-from tokenspeed_plan.runtime.serving.http.connections import Wire
+from tokenspeed_plan.runtime.serving.http.connections import CONNECTION, Connection, Wire
+from tokenspeed_plan.runtime.serving.http.dialects import OwnDialect, ResponsesDialect
 from tokenspeed_plan.runtime.serving.http.parsing import parse
 from tokenspeed_plan.runtime.serving.http.responses import Answer, event
 from tokenspeed_plan.runtime.serving.openai.bodies import Url
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
 from tokenspeed_plan.runtime.streaming import Delta
 
-NAME = 'a "\0" model'
+NAME = "\0"  # as a text that is left open is written
 LIMITS = RequestLimits(1000, 16, 2048)
 TEXT: Url = "/v1/completions"
 CHAT: Url = "/v1/chat/completions"
@@ -139,3 +145,112 @@ def test_a_part_of_a_chunked_body_is_written_at_once(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(h11.Connection, "send", refuse)
     assert wire.send(h11.Data(data=b"hello")) == b"5\r\nhello\r\n"
+
+
+class Written(asyncio.Transport):
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = b""
+
+    def write(self, data: Any) -> None:
+        self.data += data
+
+    def is_closing(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_a_connection_writes_while_its_answer_goes_on(version: str) -> None:
+    """Neither before nor after, nor to a client that reads too slowly; HTTP 1.0 has no parts."""
+    said: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        connection = scope["extensions"][CONNECTION]
+
+        def write(data: bytes) -> None:
+            said.append(connection.write_part(lambda: data))
+
+        write(b"no")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        write(b"1")
+        await send({"type": "http.response.body", "body": b"2", "more_body": True})
+        connection.pause_writing()
+        write(b"no")
+        connection.resume_writing()
+        write(b"")
+        write(b"3")
+        await send({"type": "http.response.body", "body": b""})
+        write(b"no")
+
+    async def serve() -> bytes:
+        config = Config(app, http=Connection, lifespan="off", log_level="error")
+        config.load()
+        connection, written = Connection(config, ServerState(), {}), Written()
+        written.get_write_buffer_size = lambda: 0  # type: ignore[method-assign]
+        written.close = lambda: None  # type: ignore[method-assign]
+        connection.connection_made(written)
+        connection.data_received(f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
+        await asyncio.gather(*connection.tasks)
+        connection._unset_keepalive_if_required()
+        return written.data
+
+    head, _, body = asyncio.run(serve()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    if version == "1.1":
+        assert said == [False, True, False, True, True, False]
+        assert body == b"1\r\n1\r\n1\r\n2\r\n1\r\n3\r\n0\r\n\r\n"
+    else:
+        assert not any(said) and body == b"2"
+
+
+LOADS: list[tuple[str, Url, dict[str, Any]]] = [
+    (
+        "lm-eval",
+        TEXT,
+        {"prompt": [[1, 2, 3], [4, 5]], "temperature": 0, "max_tokens": 1, "logprobs": 1}
+        | {"seed": 1234, "echo": True},
+    ),
+    (
+        "guidellm",
+        TEXT,
+        {"prompt": "1 3 m0", "max_tokens": 24, "stop": None, "ignore_eos": True, "stream": True}
+        | ALL_COUNTS,
+    ),
+    (
+        "guidellm-chat",
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "1 1 m0"}]}]}
+        | {"max_completion_tokens": 24, "stop": None, "ignore_eos": True, "stream": True}
+        | ALL_COUNTS,
+    ),
+    (
+        "guidellm-responses",
+        CHAT,
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "1 2 m0"}]}]}
+        | {"max_output_tokens": 24, "stop": None, "ignore_eos": True, "stream": True},
+    ),
+    (
+        "vllm",
+        TEXT,
+        {"prompt": "a b", "repetition_penalty": 1.0, "max_tokens": 24, "logprobs": None}
+        | {"stream": True, "ignore_eos": True}
+        | COUNTS,
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "url", "body"), LOADS, ids=[load[0] for load in LOADS])
+def test_what_evaluations_and_load_generators_send(
+    name: str, url: Url, body: dict[str, Any]
+) -> None:
+    """Bodies as they come from them; each has as many tokens as it says."""
+    dialect = ResponsesDialect() if "input" in body else OwnDialect(url)
+    raw = json.dumps({"model": "m"} | body).encode()
+    found = parse(raw, url, "m", tokenizer_of("plain"), LIMITS, dialect.fields)
+    most = 1 if name == "lm-eval" else 24
+    assert {request.params.max_tokens for request in found.requests} == {most}
+    assert found.stream == ("stream" in body)
+    if name == "lm-eval":
+        assert [request.params.prompt_logprobs for request in found.requests] == [1, 1]

@@ -59,7 +59,7 @@ class Wire(h11.Connection):
         """The bytes of an event of ours."""
         if self.is_chunked and type(event) is h11.Data and event.data:
             return self.part(event.data)
-        data = super().send(event)
+        data: Any = super().send(event)
         self.is_chunked = type(event) is h11.Response and _CHUNKED in data.lower()
         return data
 
