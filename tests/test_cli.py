@@ -57,7 +57,7 @@ SURFACE = {
         "as_json",
     },
     "sweep": {"spec", "gpus", "counts", "changes", "reserved", "rows", "deadline", "as_json"},
-    "calibrate": {"out", "base", "device"},
+    "calibrate": {"out", "base", "device", "from_history"},
     "diff": {"old", "new", "as_json"},
     "check": {"bundle", "weights", "canary", *SIGNERS},
     "sign": {"bundle", "key"},

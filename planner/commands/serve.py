@@ -25,6 +25,7 @@ from tokenspeed_plan.planner.commands.engines import (
     seconds_option,
     taken_from,
 )
+from tokenspeed_plan.planner.commands.note_run import noted
 from tokenspeed_plan.planner.commands.pools import (
     PoolOptions,
     other_pools,
@@ -231,6 +232,8 @@ def _serve(bundle: Path, options: ServeOptions) -> None:
             engine = ready_engine(bundle, options.engine, template)
             attach(engine)
             ready = _ready_line(listener)
-            with kv_events(engine, options.routing.kv_events, options.routing.kv_topic):
+            routing = options.routing
+            events = kv_events(engine, routing.kv_events, routing.kv_topic)
+            with noted("serve", bundle, engine), events:
                 serve(engine, options.server, listener, lambda: click.echo(ready, err=True))
             engine.loop.close()
