@@ -46,8 +46,8 @@ class Elsewhere(Protocol):
         """What can be measured: a name, a text, and what reads it."""
 
 
-# Told each turn of a loop: when it began and ended, the seconds of it that were no work of the host,
-# and the requests that finished.
+# Told each turn of a loop: when it began and ended, its seconds that were no work of the host, and
+# the requests that finished.
 Watch = Callable[[float, float, float, list[Completion]], object]
 
 

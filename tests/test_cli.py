@@ -53,6 +53,7 @@ SURFACE = {
         "in_time",
         "acceptance",
         "trace",
+        "html",
         "seed",
         "as_json",
     },

@@ -23,7 +23,8 @@ from tokenspeed_plan.plans.text import printable
 
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.simulation.load import Load
-    from tokenspeed_plan.runtime.simulation.load_run import Simulated
+    from tokenspeed_plan.runtime.simulation.load_run import Look, Simulated
+    from tokenspeed_plan.runtime.simulation.load_series import PageLooks
 
 Folder = click.Path(path_type=Path)
 Some = click.IntRange(min=1)
@@ -48,6 +49,7 @@ class SimulateOptions:
         in_time: the share of requests that must not be late, where these are given.
         acceptance: chance that each draft is right.
         trace: where to write what happened.
+        html: where to draw it.
         seed: of tokens, times and accepted drafts.
     """
 
@@ -63,6 +65,7 @@ class SimulateOptions:
     in_time: float
     acceptance: tuple[float, ...] | None
     trace: Path | None
+    html: Path | None
     seed: int
     as_json: bool
 
@@ -116,6 +119,11 @@ class SimulateOptions:
     help="The chance of each draft, such as 0.9,0.8,0.7; the spec's without it.",
 )
 @click.option("--trace", type=Folder, help="Write steps and requests as a trace for Perfetto.")
+@click.option(
+    "--html",
+    type=Folder,
+    help="Write one self-contained page: steps, queue, cache and percentiles over time.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of tokens and times.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def simulate_command(**options: Any) -> None:
@@ -136,11 +144,16 @@ def _simulate(options: SimulateOptions) -> None:
     work = _Work(plan, spec_of(plan), plan_steps(plan, options.bundle), _accepted(plan, options))
     if options.most:
         options = work.largest(options)
-    found = work.run(options)
+    from tokenspeed_plan.runtime.simulation.load_series import PageLooks
+
+    pages = PageLooks()
+    found = work.run(options, pages if options.html else None)
     figures = work.figures(found, options)
     _show(figures, options)
     if options.trace is not None:
         _write_trace(found, options.trace)
+    if options.html is not None:
+        _write_page(plan, figures, found, pages, options.html)
 
 
 def _accepted(plan: Plan, options: SimulateOptions) -> tuple[float, ...]:
@@ -163,6 +176,17 @@ def _write_trace(found: Simulated, path: Path) -> None:
     click.echo(f"wrote {path}", err=True)
 
 
+def _write_page(
+    plan: Plan, figures: dict[str, Any], found: Simulated, pages: PageLooks, path: Path
+) -> None:
+    from tokenspeed_plan.codegen.page.load_page import render_load_page
+    from tokenspeed_plan.runtime.simulation.load_series import series
+
+    drawn = series(found, pages, plan.pool.limits.num_pages)
+    path.write_text(render_load_page(plan, figures, drawn), encoding="utf-8")
+    click.echo(f"wrote {path}", err=True)
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     """A plan that loads are tried on."""
@@ -172,12 +196,12 @@ class _Work:
     times: PlanSteps
     accepted: tuple[float, ...]
 
-    def run(self, options: SimulateOptions) -> Simulated:
+    def run(self, options: SimulateOptions, look: Look | None = None) -> Simulated:
         """Simulate a load."""
         from tokenspeed_plan.runtime.simulation.load_run import simulate
 
         load = _load(self.plan, self.spec, options)
-        return simulate(self.plan, self.times, load, self.accepted, options.seed)
+        return simulate(self.plan, self.times, load, self.accepted, options.seed, look=look)
 
     def figures(self, found: Simulated, options: SimulateOptions) -> dict[str, Any]:
         """What it was like, and what was asked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ from tokenspeed_plan.runtime.simulation.virtual_steps import (
     plain_token,
 )
 from tokenspeed_plan.runtime.step_loop import StepLoop
+
+Look = Callable[[Scheduler], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ def simulate(
     acceptance: Seq[float] = (),
     seed: int = 0,
     every_step: bool = False,
+    look: Look | None = None,
 ) -> Simulated:
     """Run a load to its end.
 
@@ -107,12 +111,13 @@ def simulate(
         acceptance: see `VirtualLauncher`.
         seed: of the drafts that are accepted.
         every_step: go through each step for each sequence, which takes longer and finds the same.
+        look: is shown the scheduler now and then, with the clock's time.
 
     Raises:
         RequestError: the plan cannot hold a request.
     """
     with no_garbage_collection():
-        return _Simulation(plan, times, load, acceptance, seed, every_step).run()
+        return _Simulation(plan, times, load, acceptance, seed, every_step).run(look)
 
 
 class _Simulation:
@@ -146,7 +151,7 @@ class _Simulation:
         scheduler = NappingScheduler(plan, sleepers, self._clock)
         return scheduler, NappingLoop(plan, self._launcher, scheduler, outputs, sleepers)
 
-    def run(self) -> Simulated:
+    def run(self, look: Look | None = None) -> Simulated:
         """Until nobody asks any more."""
         while self._has_work():
             for completion in self._loop.step(None):
@@ -154,6 +159,8 @@ class _Simulation:
             if isinstance(self._loop, NappingLoop):
                 next_s = self._load.next_time_s()
                 self._loop.rest(math.inf if next_s is None else next_s)
+            if look is not None:
+                look(self._scheduler)
         return Simulated(
             self._answers,
             self._launcher.steps,
