@@ -343,17 +343,24 @@ def bare(profile: Profile, libraries: bool = False) -> Profile:
     )
 
 
-def slower(profile: Profile, factor: float, spread: float, source: str, text: str) -> Profile:
+def slower(
+    profile: Profile, factor: float, spread: float, sums: bool, source: str, text: str
+) -> Profile:
     """The profile of a machine whose kernels all take so many times as long.
 
     Args:
         profile: to start from.
         factor: of each kernel's time, whatever it waits for.
         spread: error that is left, as a share; intervals are not narrower.
+        sums: whether collectives do, too.
         source: name of the measurement.
         text: its description.
     """
     known = profile.model_dump()
+    for table in known["all_reduce"].values() if sums else ():
+        table["source"] = source
+        for by_bytes in table["us"].values():
+            by_bytes |= {size: round(us * factor, 2) for size, us in by_bytes.items()}
     for library in known["libraries"].values():
         for number in library.values():
             number |= {"value": _rounded(number["value"] * factor), "source": source}

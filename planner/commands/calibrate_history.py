@@ -93,6 +93,7 @@ def _taught(profile: Profile, lessons: Lessons, name: str) -> Profile:
             f"{seen}, {lessons.programs} programs of {lessons.plans} plans: the number of "
             f"`{profile.name}` times {lessons.factor:.4g}"
         )
-        made = calibration.slower(made, lessons.factor, lessons.spread, "history", text)
+        factor, spread, sums = lessons.factor, lessons.spread, lessons.has_sums
+        made = calibration.slower(made, factor, spread, sums, "history", text)
     measured = {"machine": name, "date": date.today().isoformat()}
     return made.model_copy(update={"measured": measured})

@@ -34,6 +34,7 @@ class Lessons:
         spread: half the programs are as near to the factor as this, as a share of it.
         programs: with a factor of their own, in how many plans.
         plans: their number.
+        has_sums: whether ranks add up in one of them.
     """
 
     runs: int
@@ -43,6 +44,7 @@ class Lessons:
     spread: float = 0.0
     programs: int = 0
     plans: int = 0
+    has_sums: bool = False
 
     @property
     def is_enough(self) -> bool:
@@ -63,16 +65,18 @@ def learn(records: Iterable[RunRecord], prices: str, known: HostTerms) -> Lesson
     every = [row for _, rows in kept for row in rows]
     steps = sum(row.steps for row in every)
     ratios: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    has_sums = False
     for record, rows in kept:
         if record.predicted is not None and record.predicted.prices == prices:
+            has_sums |= record.ranks > 1
             for row, ratio in _ratios(rows):
                 ratios[record.plan, row.phase, row.bucket].append(ratio)
-    lessons = Lessons(len(kept), steps, host_terms(every, known))
+    host = host_terms(every, known)
     if not ratios:
-        return lessons
+        return Lessons(len(kept), steps, host)
     factor, spread = _middle(ratios)
     plans = len({plan for plan, _, _ in ratios})
-    return Lessons(len(kept), steps, lessons.host, factor, spread, len(ratios), plans)
+    return Lessons(len(kept), steps, host, factor, spread, len(ratios), plans, has_sums)
 
 
 def _telling(record: RunRecord) -> list[StepRow]:

@@ -161,7 +161,8 @@ class LoadWatch:
     def _period_s(self, ended_s: float, waited_s: float) -> float | None:
         """The time since the last commit, if the device needed all of it for one step."""
         period_s = ended_s - self._ended_s
-        if self._is_clear and waited_s > MIN_WAIT * period_s:
+        is_alone = self._is_clear and self._loop.elsewhere is None
+        if is_alone and waited_s > MIN_WAIT * period_s:
             return period_s
         return None
 
