@@ -58,8 +58,8 @@ class LoadFacts(_Part):
     output_tokens: Count
     concurrency_mean: Amount
     concurrency_max: Count
-    prompt_len: Spread | None
-    output_len: Spread | None
+    prompt_len: Spread | None = None
+    output_len: Spread | None = None
 
 
 class Measured(_Part):
@@ -68,9 +68,9 @@ class Measured(_Part):
     total_s: Amount
     busy_s: Amount
     tokens_per_s_out: Amount
-    ttft_ms: Spread | None
-    tpot_ms: Spread | None
-    queue_ms: Spread | None
+    ttft_ms: Spread | None = None
+    tpot_ms: Spread | None = None
+    queue_ms: Spread | None = None
     host_us_per_step: Amount
     preemptions: Count
 
@@ -101,8 +101,8 @@ class StepRow(_Part):
     committed: Amount = 0.0
     prompts: Amount = 0.0
     timed: Count
-    device_us: Amount | None
-    host_us: Amount | None
+    device_us: Amount | None = None
+    host_us: Amount | None = None
     predicted_us: Amount | None = None
     predicted_host_us: Amount | None = None
 
@@ -118,7 +118,7 @@ class Predicted(_Part):
 
     profile: Text
     prices: Text
-    tokens_per_s_out: Amount | None
+    tokens_per_s_out: Amount | None = None
 
 
 class RunRecord(_Part):

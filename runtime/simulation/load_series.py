@@ -109,8 +109,10 @@ def _levels(
     """How many are between their begin and their end: the mean and the most in each bin."""
     times = np.concatenate((begin_R, end_R))
     changes = np.concatenate((np.ones(len(begin_R)), -np.ones(len(end_R))))
-    order = np.lexsort((changes, times))  # at one time, who leaves comes first
+    order = np.argsort(times, kind="stable")
     times, levels = times[order], np.cumsum(changes[order])
+    is_last = np.append(times[1:] > times[:-1], True)  # of all changes at one time
+    times, levels = times[is_last], levels[is_last]
     areas = np.concatenate(([0.0], np.cumsum(levels[:-1] * np.diff(times))))
     means = np.diff(np.interp(edges_B, times, areas)) / np.diff(edges_B)
     # The level with which a bin begins, and each that comes in it.

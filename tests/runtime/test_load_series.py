@@ -116,7 +116,8 @@ def test_pages_are_those_that_the_cache_counts(checkpoint: Any) -> None:
     found = simulate(plan, Times(), users(), look=look)
     assert [(held, kept) for _, held, kept in looks.looks.values] == counted
     assert max(held for held, _ in counted) > 4 and max(kept for _, kept in counted) > 0
-    assert found == simulate(plan, Times(), users())
+    alone = simulate(plan, Times(), users())
+    assert (found.answers, found.steps) == (alone.answers, alone.steps)
 
 
 def test_a_long_load_is_drawn_from_bins_alone(
