@@ -56,7 +56,8 @@ def test_the_page_has_the_numbers_of_the_load(drawn: tuple[str, Any]) -> None:
     assert share / 1e3 == pytest.approx(figures["device_busy"], abs=0.01)
     for name in ("ttft_ms", "tpot_ms", "queue_ms"):
         for value in figures[name].values():
-            assert f'<td class="number">{value:.4g}</td>' in page
+            text = f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+            assert f'<td class="number">{text}</td>' in page
 
 
 def test_the_same_load_gives_the_same_page(drawn: tuple[str, Any]) -> None:
