@@ -29,7 +29,7 @@ from tokenspeed_plan.runtime.history.sparse_sample import SparseSample
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 
-LOOKS = 1024  # of each program
+LOOKS = 256  # of each program
 ANSWERS = 4096
 MIN_WAIT = 0.05  # share of a step that the host waits, where the device decides how long it takes
 
