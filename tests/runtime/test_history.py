@@ -248,23 +248,31 @@ def test_the_file_is_the_users_alone_and_stays_small(tmp_path: Path) -> None:
     assert plans == [f"p{number}" for number in range(40 - len(plans), 40)] and len(plans) > 4
 
 
-def append_many(path: Path, name: int, count: int) -> None:
+def append_many(path: Path, name: int, count: int, max_bytes: int) -> None:
     for number in range(count):
-        append_record(path, record(row(), plan=f"{name}-{number}"), max_bytes=1 << 30)
+        append_record(path, record(row(), plan=f"{name}-{number}"), max_bytes)
 
 
-def test_several_processes_lose_nothing_of_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_bytes", [1 << 30, 5000])
+def test_several_processes_lose_nothing_of_each_other(tmp_path: Path, max_bytes: int) -> None:
+    """Each line is whole, and none is written to a file that is full already."""
     path, fork = tmp_path / "history.jsonl", multiprocessing.get_context("fork")
-    workers = [fork.Process(target=append_many, args=(path, name, 40)) for name in range(4)]
+    workers = [
+        fork.Process(target=append_many, args=(path, name, 40, max_bytes)) for name in range(4)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
+        assert worker.exitcode == 0
     found = read_history(path)
-    assert found.damaged == 0
-    assert {each.plan for each in found.records} == {
-        f"{name}-{number}" for name in range(4) for number in range(40)
-    }
+    assert found.damaged == 0 and path.stat().st_size <= max_bytes
+    plans = {each.plan for each in found.records}
+    assert len(plans) == len(found.records)
+    if older_path(path).exists():
+        assert older_path(path).stat().st_size <= max_bytes
+    else:
+        assert plans == {f"{name}-{number}" for name in range(4) for number in range(40)}
 
 
 def test_a_line_that_was_cut_off_costs_itself_alone(tmp_path: Path) -> None:
