@@ -254,8 +254,11 @@ def append_many(path: Path, name: int, count: int, max_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("max_bytes", [1 << 30, 5000])
-def test_several_processes_lose_nothing_of_each_other(tmp_path: Path, max_bytes: int) -> None:
+def test_several_processes_lose_nothing_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int
+) -> None:
     """Each line is whole, and none is written to a file that is full already."""
+    monkeypatch.setattr(history_file, "_TRIES", 6000)  # beside other tests, they may be slow
     path, fork = tmp_path / "history.jsonl", multiprocessing.get_context("fork")
     workers = [
         fork.Process(target=append_many, args=(path, name, 40, max_bytes)) for name in range(4)
