@@ -304,7 +304,7 @@ def damaged_lines(draw: Callable[..., Any]) -> bytes:
     if kind == 1:
         return json.dumps(draw(JSON)).encode()
     data = json.loads(record(row()).model_dump_json())
-    data[draw(st.sampled_from(NAMES))] = draw(st.sampled_from([-1, True, "x" * 300, [None], 1e999]))
+    data[draw(st.sampled_from(NAMES))] = draw(st.sampled_from([-1, "x" * 300, [None], 1e999]))
     return json.dumps(data).encode()
 
 
