@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from conftest import ROOT, make_spec
 from drafting import plan_of
@@ -501,7 +502,11 @@ def test_a_run_is_kept_with_what_was_predicted(bundle: Path, history: Path) -> N
     assert "secret" not in text and str(bundle.parent) not in text
 
 
-def test_bench_is_kept(bundle: Path, history: Path) -> None:
+def test_bench_is_kept(bundle: Path, history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenspeed_plan.runtime.bench.machine.READ_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr(
+        "tokenspeed_plan.runtime.bench.machine.MATRIX", {"cpu": (16, torch.float32)}
+    )
     args = ("--workload", "batch", "--rows", 3, "--prompt", 8, "--out", 6)
     assert cli("bench", bundle, *args).exit_code == 0
     assert cli("bench", bundle, "--context", 16).exit_code == 0
