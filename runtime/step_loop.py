@@ -50,6 +50,11 @@ class Elsewhere(Protocol):
         """What can be measured: a name, a text, and what reads it."""
 
 
+# Told each turn of a loop: when it began and ended, its seconds that were no work of the host, and
+# the requests that finished.
+Watch = Callable[[float, float, float, list[Completion]], object]
+
+
 class StepLoop:
     """Launches and commits the batches of a scheduler.
 
@@ -57,6 +62,7 @@ class StepLoop:
         in_flight: the batch that was launched and is not committed.
         last_batch: the batch that was launched last.
         elsewhere: lets another pool compute prompts; None where they are computed here.
+        watch: is told each turn; None where nobody looks.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class StepLoop:
         self.in_flight: InFlightBatch | None = None
         self.last_batch: Batch | None = None
         self.elsewhere: Elsewhere | None = None
+        self.watch: Watch | None = None
         self._launcher = launcher
         self._scheduler = scheduler
         self._commits = StepCommit(scheduler, outputs)
@@ -116,7 +123,10 @@ class StepLoop:
         begun = time.perf_counter()
         self._waited_s = 0.0
         finished = self._step(on_token)
-        self.metrics.host_s += time.perf_counter() - begun - self._waited_s
+        ended = time.perf_counter()
+        self.metrics.host_s += ended - begun - self._waited_s
+        if self.watch is not None:
+            self.watch(begun, ended, self._waited_s, finished)
         return finished
 
     def _step(self, on_token: OnToken | None) -> list[Completion]:

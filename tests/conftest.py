@@ -16,6 +16,8 @@ import pytest
 # threads sleep: by default they spin, which slows the other processes down. Commands that tests
 # start inherit this. It is read when torch is imported.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+# What tests run is no history of this machine.
+os.environ["TOKENSPEED_HISTORY"] = "off"
 
 import torch
 from checkpoints import KINDS, write_checkpoint

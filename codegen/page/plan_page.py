@@ -6,12 +6,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from tokenspeed_plan.codegen.page.templates import page_template
 from tokenspeed_plan.plans.kernel_file import kind_of
 from tokenspeed_plan.plans.report import DEFINITIONS, as_dict, smallest_decode
 from tokenspeed_plan.plans.schema import (
@@ -57,23 +54,10 @@ class Roof:
     points: tuple[RoofPoint, ...]
 
 
-@cache
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2")
-
-
 def render_page(plan: Plan, roof: Roof | None) -> str:
     """The page; `roof` is None where the GPU's profile is not at hand."""
     predicted = plan.predicted
-    return _template().render(
+    return page_template("page.html.j2").render(
         plan=plan,
         report=as_dict(plan),
         definitions=DEFINITIONS,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,6 +19,7 @@ from tokenspeed_plan.planner.machines.hardware import (
     Profile,
     hardware_names,
     known_profiles,
+    load_profile,
     read_profile,
 )
 from tokenspeed_plan.planner.models.config import ModelConfig, load_preset
@@ -237,11 +239,13 @@ def _error(samples: Iterable[Sample], wait_us: float, residual: float) -> float:
 
 
 def base_profile(name: str) -> Profile:
-    """The data sheet's profile of the machine that calls itself `name`.
+    """The data sheet's profile of the machine that calls itself `name`, or the one at a `.yaml`.
 
     Raises:
-        SpecError: we ship none.
+        SpecError: we ship none, or it cannot be read.
     """
+    if name.endswith(".yaml"):
+        return load_profile(Path(name))
     plain = name.lower().replace(" ", "").replace("-", "")
     keys = [key for key in known_profiles() if key in plain]
     if not keys:
@@ -336,6 +340,43 @@ def bare(profile: Profile, libraries: bool = False) -> Profile:
         "nothing but the roofline",
         waits=dict.fromkeys(profile.waits, 0.0),
         residuals=dict.fromkeys(profile.residuals, 1.0),
+    )
+
+
+def slower(
+    profile: Profile, factor: float, spread: float, sums: bool, source: str, text: str
+) -> Profile:
+    """The profile of a machine whose kernels all take so many times as long.
+
+    Args:
+        profile: to start from.
+        factor: of each kernel's time, whatever it waits for.
+        spread: error that is left, as a share; intervals are not narrower.
+        sums: whether collectives do, too.
+        source: name of the measurement.
+        text: its description.
+    """
+    known = profile.model_dump()
+    for table in known["all_reduce"].values() if sums else ():
+        table["source"] = source
+        for by_bytes in table["us"].values():
+            by_bytes |= {size: round(us * factor, 2) for size, us in by_bytes.items()}
+    for library in known["libraries"].values():
+        for number in library.values():
+            number |= {"value": _rounded(number["value"] * factor), "source": source}
+
+    def scaled(numbers: Mapping[str, Any], keys: Iterable[str]) -> dict[str, float]:
+        return {key: numbers[key].value * factor for key in keys}
+
+    errors = {kind: profile.errors[kind].value for kind in ("memory", "matrix", "launch")}
+    return with_numbers(
+        _with_source(known, source, text),
+        source,
+        scaled(profile.numbers, ("launch_us", "delta_token_us")),
+        text,
+        waits=scaled(profile.waits, profile.waits),
+        residuals=scaled(profile.residuals, profile.residuals),
+        errors={kind: spread for kind, error in errors.items() if error < spread},
     )
 
 

@@ -23,6 +23,7 @@ from tokenspeed_plan.planner.commands.engines import (
     limit_cpu,
     on_all_ranks,
 )
+from tokenspeed_plan.planner.commands.note_run import note_programs, noted
 from tokenspeed_plan.planner.commands.option_types import Chances
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import SpecError
@@ -239,6 +240,7 @@ def _show(options: BenchOptions, found: dict[str, Any], text: str) -> None:
 
 def _programs(bundle: Path, shown: BenchOptions, options: ProgramOptions) -> None:
     from tokenspeed_plan.runtime import bench
+    from tokenspeed_plan.runtime.execution.rank_links import joined
 
     frozen = _plan_of(bundle)
     executor = bench.prepare(frozen, bundle, shown.weights)
@@ -253,6 +255,8 @@ def _programs(bundle: Path, shown: BenchOptions, options: ProgramOptions) -> Non
         with suppress(SpecError):
             program |= step_prediction(frozen, bundle, program["phase"], *batch, program["depth"])
     _show(shown, found, bench.as_text(found))
+    if joined().rank == 0:
+        note_programs(frozen, bundle, found)
 
 
 def _agentic(bundle: Path, shown: BenchOptions, options: AgenticOptions) -> None:
@@ -270,8 +274,9 @@ def _agentic(bundle: Path, shown: BenchOptions, options: AgenticOptions) -> None
     )
     engine = _agentic_engine(frozen, bundle, shown, options)
     freeze_gc()
-    found = agentic.agentic(engine, conversations, options.acceptance)
-    _show(shown, found, agentic.as_text(found))
+    with noted("bench", bundle, engine):
+        found = agentic.agentic(engine, conversations, options.acceptance)
+        _show(shown, found, agentic.as_text(found))
 
 
 def _batch(bundle: Path, shown: BenchOptions, options: BatchOptions) -> None:
@@ -295,7 +300,8 @@ def _batch(bundle: Path, shown: BenchOptions, options: BatchOptions) -> None:
     machine = measure_machine(frozen.target.device)
     engine, launch = _batch_engine(frozen, bundle, shown)
     freeze_gc()
-    found = batch_rows.run_rows(engine, launch, rows) | forecast
+    with noted("bench", bundle, engine):
+        found = batch_rows.run_rows(engine, launch, rows) | forecast
     found["machine"] = asdict(machine)
     with suppress(SpecError):
         _price(frozen, bundle, found, machine.read_bytes_per_s)

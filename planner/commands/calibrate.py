@@ -13,6 +13,7 @@ import click
 
 from tokenspeed_plan.codegen.build import default_cache
 from tokenspeed_plan.planner.advisor import calibration
+from tokenspeed_plan.planner.commands.calibrate_history import calibrate_from_history, write_profile
 from tokenspeed_plan.planner.commands.calibrate_ranks import (
     is_rank,
     measure_rank,
@@ -45,32 +46,43 @@ DRAFTING = (1, 4, 16)  # sequences at once that draft
 
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
-    """The options of `tokenspeed calibrate`."""
+    """The options of `tokenspeed calibrate`; `out` is None only with `from_history`."""
 
-    out: Path
+    out: Path | None
     base: str | None
     device: str | None
+    from_history: bool
 
 
 @click.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The profile, as YAML.")
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="The profile, as YAML."
-)
-@click.option(
-    "--base", help="The profile whose data-sheet numbers stay (default: by the GPU's name)."
+    "--base",
+    help="The profile whose data-sheet numbers stay, or its .yaml (default: by the GPU's name).",
 )
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="Default: the GPU, where there is one."
+)
+@click.option(
+    "--from-history",
+    is_flag=True,
+    help="Measure nothing: learn from what `run`, `serve` and `bench` have noted here.",
 )
 def calibrate(**options: Any) -> None:
     """Measure this machine: read bandwidth, launches, matrix rates, and each class of kernel.
 
     With several GPUs also what 2, 4 and 8 of them need to add up and to gather, by bytes.
     """
-    _calibrate(CalibrateOptions(**options))
+    given = CalibrateOptions(**options)
+    if given.from_history:
+        calibrate_from_history(given.base, given.device, given.out)
+    elif given.out is None:
+        raise click.UsageError("Missing option '-o' / '--out'.")
+    else:
+        _calibrate(given, given.out)
 
 
-def _calibrate(options: CalibrateOptions) -> None:
+def _calibrate(options: CalibrateOptions, out: Path) -> None:
     from tokenspeed_plan.runtime.bench.machine import provenance, this_machine
 
     device, name = this_machine(options.device)
@@ -89,8 +101,8 @@ def _calibrate(options: CalibrateOptions) -> None:
     text = f"`tokenspeed calibrate` on {name}: {len(samples)} kernels of {probes}"
     measured = {"machine": name, "date": date.today().isoformat(), **provenance(device)}
     profile = calibration.calibrated(profile, result, machine.launch_us, text, measured)
-    _write(profile, name, options.out)
-    _report(result, options.out)
+    _report(result)
+    _write(profile, name, out)
 
 
 def _with_host(profile: Profile, machine: Machine, device: str) -> Profile:
@@ -114,8 +126,7 @@ def _with_host(profile: Profile, machine: Machine, device: str) -> Profile:
 def _write(profile: Profile, name: str, out: Path) -> None:
     text = calibration.dump(profile, f"Measured by `tokenspeed calibrate` on {name}.")
     read_profile(text, str(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    write_profile(text, out)
 
 
 def _measure(profile: Profile, device: str) -> tuple[Profile, Machine]:
@@ -308,7 +319,7 @@ class _Probe:
         return plan, folder
 
 
-def _report(result: calibration.Fit, out: Path) -> None:
+def _report(result: calibration.Fit) -> None:
     click.echo("a kernel waits, then takes a multiple of its roofline time:", err=True)
     for name, residual in result.residuals.items():
         wait_us = result.waits_us[name]
@@ -320,4 +331,3 @@ def _report(result: calibration.Fit, out: Path) -> None:
         click.echo(
             f"  a token of the delta rule after another: {result.delta_token_us:.2f} us", err=True
         )
-    click.echo(f"wrote {out}; use it with `target: {{gpu: {out}}}`", err=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,6 +29,7 @@ from tokenspeed_plan.planner.commands.jobs import (
     ray_job,
     worker_options,
 )
+from tokenspeed_plan.planner.commands.note_run import noted
 from tokenspeed_plan.planner.commands.option_types import Number
 from tokenspeed_plan.planner.commands.pools import PoolOptions, other_pools
 from tokenspeed_plan.planner.commands.ray_driver import RayJob, run_on_ray
@@ -245,7 +246,8 @@ def _run_prompt(bundle: Path, engine_options: EngineOptions, options: PromptOpti
     with other_pools(bundle, engine_options, PoolOptions()) as attach:
         engine = ready_engine(bundle, engine_options)
         attach(engine)
-        _answer(engine, options)
+        with noted("run", bundle, engine):
+            _answer(engine, options)
 
 
 def _answer(engine: Engine, options: PromptOptions) -> None:
@@ -281,11 +283,12 @@ def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOption
 
     facts, tokenizer = _facts(bundle, engine_options)
     refuse_other_plan(options.input, options.output, facts.digest)
-    with other_pools(bundle, engine_options, PoolOptions()) as attach:
+    with other_pools(bundle, engine_options, PoolOptions()) as attach, ExitStack() as noting:
 
         def make_engine() -> Engine:
             engine = ready_engine(bundle, engine_options, tokenizer=tokenizer.without_chat())
             attach(engine)
+            noting.enter_context(noted("run", bundle, engine))
             return engine
 
         return run_batch(options, facts, tokenizer, make_engine)
@@ -301,11 +304,14 @@ def _run_shared(bundle: Path, engine_options: EngineOptions, batch: SharedBatch)
     if batch.others:
         own = load_plan(bundle, engine_options.signers)
         worker = replace(worker, plans=_plans_of_job(own, batch.others, engine_options))
+    with ExitStack() as noting:
 
-    def load() -> Engine:
-        return ready_engine(bundle, engine_options, tokenizer=tokenizer.without_chat())
+        def load() -> Engine:
+            engine = ready_engine(bundle, engine_options, tokenizer=tokenizer.without_chat())
+            noting.enter_context(noted("run", bundle, engine))
+            return engine
 
-    return Worker(store, worker, facts, tokenizer, load).run()
+        return Worker(store, worker, facts, tokenizer, load).run()
 
 
 def _plans_of_job(own: Plan, others: Sequence[Path], options: EngineOptions) -> tuple[str, ...]:

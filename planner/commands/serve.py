@@ -24,6 +24,7 @@ from tokenspeed_plan.planner.commands.engines import (
     ready_engine,
     taken_from,
 )
+from tokenspeed_plan.planner.commands.note_run import noted
 from tokenspeed_plan.planner.commands.option_types import MAX_SECONDS, Number, seconds_option
 from tokenspeed_plan.planner.commands.pools import (
     PoolOptions,
@@ -232,6 +233,6 @@ def _serve(bundle: Path, options: ServeOptions) -> None:
             engine = ready_engine(bundle, options.engine, template)
             attach(engine)
             ready = _ready_line(listener)
-            with kv_events(engine, out, own.kv_topic):
+            with noted("serve", bundle, engine), kv_events(engine, out, own.kv_topic):
                 serve(engine, options.server, listener, lambda: click.echo(ready, err=True))
             engine.loop.close()

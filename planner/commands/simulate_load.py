@@ -24,7 +24,8 @@ from tokenspeed_plan.plans.text import printable
 
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.simulation.load import Load
-    from tokenspeed_plan.runtime.simulation.load_run import Simulated
+    from tokenspeed_plan.runtime.simulation.load_run import Look, Simulated
+    from tokenspeed_plan.runtime.simulation.load_series import PageLooks
 
 Folder = click.Path(path_type=Path)
 Some = click.IntRange(min=1)
@@ -50,6 +51,7 @@ class SimulateOptions:
         in_time: the share of requests that must not be late, where these are given.
         acceptance: chance that each draft is right.
         trace: where to write what happened.
+        html: where to draw it.
         seed: of tokens, times and accepted drafts.
     """
 
@@ -65,6 +67,7 @@ class SimulateOptions:
     in_time: float
     acceptance: tuple[float, ...] | None
     trace: Path | None
+    html: Path | None
     seed: int
     as_json: bool
 
@@ -118,6 +121,11 @@ class SimulateOptions:
     help="The chance of each draft, such as 0.9,0.8,0.7; the spec's without it.",
 )
 @click.option("--trace", type=Folder, help="Write steps and requests as a trace for Perfetto.")
+@click.option(
+    "--html",
+    type=Folder,
+    help="Write one self-contained page: steps, queue, cache and percentiles over time.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of tokens and times.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def simulate_command(**options: Any) -> None:
@@ -135,15 +143,19 @@ def _simulate(options: SimulateOptions) -> None:
             "--users, --arrivals, --recorded and --most are four loads", "give one of them, or none"
         )
     plan = load_plan(options.bundle)
-    accepted = _accepted(plan, options)
+    from tokenspeed_plan.runtime.simulation.load_series import PageLooks
+
+    accepted, pages = _accepted(plan, options), PageLooks()
     with LongWork() as report:
         work = _Work(plan, spec_of(plan), plan_steps(plan, options.bundle), accepted, report)
         options = work.with_load(options)
-        found = work.run(options)
+        found = work.run(options, pages if options.html else None)
     figures = work.figures(found, options)
     _show(figures, options)
     if options.trace is not None:
         _write_trace(found, options.trace)
+    if options.html is not None:
+        _write_page(plan, figures, found, pages, options.html)
 
 
 def _accepted(plan: Plan, options: SimulateOptions) -> tuple[float, ...]:
@@ -178,6 +190,17 @@ def _write_trace(found: Simulated, path: Path) -> None:
     click.echo(f"wrote {path}", err=True)
 
 
+def _write_page(
+    plan: Plan, figures: dict[str, Any], found: Simulated, pages: PageLooks, path: Path
+) -> None:
+    from tokenspeed_plan.codegen.page.load_page import render_load_page
+    from tokenspeed_plan.runtime.simulation.load_series import series
+
+    drawn = series(found, pages, plan.pool.limits.num_pages)
+    path.write_text(render_load_page(plan, figures, drawn), encoding="utf-8")
+    click.echo(f"wrote {path}", err=True)
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     """A plan that loads are tried on."""
@@ -199,7 +222,7 @@ class _Work:
             return replace(options, turns_per_s=asked.arrivals_per_s)
         return replace(options, users=_num_users(self.plan, asked))
 
-    def run(self, options: SimulateOptions) -> Simulated:
+    def run(self, options: SimulateOptions, look: Look | None = None) -> Simulated:
         """Simulate a load."""
         from tokenspeed_plan.runtime.simulation.load_run import simulate
 
@@ -209,7 +232,8 @@ class _Work:
         def progress(num_answered: int) -> None:
             self.report(stage, num_answered, count)
 
-        return simulate(self.plan, self.times, load, self.accepted, options.seed, progress=progress)
+        own = self.accepted, options.seed
+        return simulate(self.plan, self.times, load, *own, progress=progress, look=look)
 
     def figures(self, found: Simulated, options: SimulateOptions) -> dict[str, Any]:
         """What it was like, and what was asked."""

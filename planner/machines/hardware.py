@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from hashlib import sha256
 from importlib import resources
 from itertools import accumulate
 from pathlib import Path
@@ -440,6 +441,12 @@ def find_hardware(name: str, near: Path | None = None) -> HardwareSpec:
     if similar:
         hint = f"did you mean `{_known(similar[0]).name}`? {hint}"
     raise SpecError(f"there is no GPU called `{name}`", hint)
+
+
+def prices_digest(hardware: HardwareSpec) -> str:
+    """A short digest of a machine's numbers, wherever they come from."""
+    numbers = repr(replace(hardware, sources={}))
+    return sha256(numbers.encode()).hexdigest()[:16]
 
 
 def with_libraries(hardware: HardwareSpec, names: Sequence[str]) -> HardwareSpec:

@@ -33,6 +33,7 @@ from tokenspeed_plan.runtime.simulation.virtual_steps import (
 from tokenspeed_plan.runtime.step_loop import StepLoop
 
 Progress = Callable[[int], None]
+Look = Callable[[Scheduler], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ def simulate(
     seed: int = 0,
     every_step: bool = False,
     progress: Progress | None = None,
+    look: Look | None = None,
 ) -> Simulated:
     """Run a load to its end.
 
@@ -112,13 +114,14 @@ def simulate(
         seed: of the drafts that are accepted.
         every_step: go through each step for each sequence, which takes longer and finds the same.
         progress: is told how many requests are answered.
+        look: is shown the scheduler now and then, with the clock's time.
 
     Raises:
         RequestError: the plan cannot hold a request.
     """
     with no_garbage_collection():
         simulation = _Simulation(plan, times, load, acceptance, seed, every_step)
-        return simulation.run(progress)
+        return simulation.run(progress, look)
 
 
 class _Simulation:
@@ -152,7 +155,7 @@ class _Simulation:
         scheduler = NappingScheduler(plan, sleepers, self._clock)
         return scheduler, NappingLoop(plan, self._launcher, scheduler, outputs, sleepers)
 
-    def run(self, progress: Progress | None) -> Simulated:
+    def run(self, progress: Progress | None, look: Look | None) -> Simulated:
         """Until nobody asks any more."""
         while self._has_work():
             for completion in self._loop.step(None):
@@ -162,6 +165,8 @@ class _Simulation:
             if isinstance(self._loop, NappingLoop):
                 next_s = self._load.next_time_s()
                 self._loop.rest(math.inf if next_s is None else next_s)
+            if look is not None:
+                look(self._scheduler)
         return Simulated(
             self._answers,
             self._launcher.steps,
