@@ -21,6 +21,7 @@ from tokenspeed_plan.planner.commands.predict import predict, sweep
 from tokenspeed_plan.planner.commands.process import set_up_process
 from tokenspeed_plan.planner.commands.quantize import quantize
 from tokenspeed_plan.planner.commands.rank_processes import end_with_parent
+from tokenspeed_plan.planner.commands.routing import measure_routing_command
 from tokenspeed_plan.planner.commands.run import run
 from tokenspeed_plan.planner.commands.serve import serve
 from tokenspeed_plan.planner.commands.show import diff_command, show
@@ -103,6 +104,7 @@ for command in (
     sweep,
     simulate_command,
     lengths_command,
+    measure_routing_command,
     calibrate,
     quantize,
 ):

@@ -175,7 +175,7 @@ class Predictor:
             self.config,
             self.hardware,
             weights=self.spec.model.weights,
-            skew=self.spec.workload.skew,
+            skew=self.spec.workload.routing_skew,
             engine=self.engine,
             rollback=self.rollback,
             draft_vocab=self.spec.draft_vocab,
@@ -235,6 +235,9 @@ class Predictor:
         if shared and users > 1:
             demand = shared.demand(demand, talk.first.new_tokens)
         served = serve(demand, users, _arrivals_per_s(workload, candidate), handover_us)
+        if self.engine is not None:
+            prompt_tokens = talk.mean(lambda turn: turn.prompt_tokens)
+            served = served.later_by(self.engine.first_token_us(prompt_tokens))
         batch = max(served.batch, 1.0)
         step = decode.at(round(batch))
         waiting_us = max(served.first_token_us - prompt.total_us, 0.0)
@@ -256,6 +259,11 @@ class Predictor:
             transfer=transfer,
             run=shared.run if shared else None,
         )
+
+    def decode_step(self, candidate: Candidate, batch: int) -> StepTime:
+        """A decode step in the middle of the conversation, with the host's work in the open."""
+        context = conversation(self.spec.workload).mean_context
+        return _Decode(self, candidate.layout, candidate.knobs, context, {}).at(batch)
 
     def token_us(self, candidate: Candidate, batch: int, depth: int) -> float:
         """Microseconds for one token of a sequence, in the middle of the conversation."""
@@ -374,7 +382,7 @@ class Predictor:
     def _error(self, step: StepTime, prompt: StepTime, steps: float, users: int) -> float:
         """The error of the steps' times, and of the model of users who share a pool."""
         total = prompt + step * steps
-        of_time = total.error_us(self.hardware.errors) / total.total_us
+        of_time = total.error_us(self.hardware) / total.total_us
         if users == 1:
             return of_time
         return math.hypot(of_time, SHARING_ERROR)

@@ -28,7 +28,7 @@ from tokenspeed_plan.planner.models.quantization import (
 from tokenspeed_plan.planner.passes.cost import CostedOp, Load, costed_op, time_of
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS, SORTED_AT_ONCE
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
-from tokenspeed_plan.planner.passes.op_terms import Formats
+from tokenspeed_plan.planner.passes.op_terms import EXPERTS, Formats
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.passes.quantised_products import QUANTISED_ROWS
 from tokenspeed_plan.planner.passes.reduction import largest_reduction
@@ -93,12 +93,13 @@ class _PricedOp:
     """An operator with its costs, how many layers it stands for, and whose tokens it works on.
 
     Where attention is data-parallel, the experts, the embedding and the head see the tokens of all
-    groups (`spans_groups`).
+    groups (`spans_groups`). `is_shared_expert`: its product is the shared expert's, by itself.
     """
 
     op: CostedOp
     count: int
     spans_groups: bool
+    is_shared_expert: bool
 
 
 @dataclass
@@ -140,6 +141,10 @@ class StepModel:
 
     def __post_init__(self) -> None:
         self.weights = stored_word(self.weights, self.config.quantization)
+        if self.engine is not None:
+            self.hardware = self.engine.machine(self.hardware)
+            if self.engine.state_dtype != "fp32":
+                self.stored_state = self.engine.state_dtype
 
     @property
     def dtype(self) -> DType:
@@ -168,7 +173,7 @@ class StepModel:
         load = self._load(tokens, local_seqs, context, layout, kv_dtype)
         step = self.priced(layout, "decode", load, depth)
         step += _exchange(self.config, self.hardware, layout, load)
-        return self._as_engine(step, depth)
+        return self._as_engine(step, depth, 0)
 
     def prefill(
         self,
@@ -197,7 +202,7 @@ class StepModel:
         step = self.priced(layout, "prefill", load, depth)
         step += _exchange(self.config, self.hardware, layout, load)
         step += StepTime(host=self.hardware.host_us)
-        return self._as_engine(step, 0)
+        return self._as_engine(step, 0, tokens)
 
     def priced(self, layout: ParallelLayout, phase: Phase, load: Load, depth: int = 0) -> StepTime:
         """The time of the graph's kernels and collectives for a load on one data-parallel group."""
@@ -231,8 +236,11 @@ class StepModel:
         if phase == "prefill":  # a lone prompt is in one group only
             all_groups = load
         us = dict.fromkeys(KERNEL_TIME_KINDS, 0.0)
-        launches = collectives = floor_us = 0.0
+        launches = collectives = floor_us = small = small_us = quantised = 0.0
+        hidden = phase == "decode" and self.engine is not None and self.engine.hides_shared_expert
         for priced in self._priced_ops(key, load):
+            if hidden and priced.is_shared_expert:
+                continue
             own_load = load
             if priced.spans_groups:
                 own_load = all_groups
@@ -243,7 +251,19 @@ class StepModel:
             launches += priced.count
             collectives += priced.count * (time.waits_for == "collective")
             floor_us += priced.count * (work.floor_bytes / self.hardware.peak_bytes_per_s * 1e6)
-        return StepTime(**us, launches=launches, collectives=collectives, floor_us=floor_us)
+            if priced.op.is_small:
+                small += priced.count
+                small_us += priced.count * time.latency_us
+            quantised += priced.count * priced.op.has_quantised_product
+        return StepTime(
+            **us,
+            launches=launches,
+            collectives=collectives,
+            floor_us=floor_us,
+            small=small,
+            small_us=small_us,
+            quantised=quantised,
+        )
 
     def _priced_ops(self, graph_key: GraphKey, load: Load) -> tuple[_PricedOp, ...]:
         """The operators of a graph with what their prices need, for loads of one format."""
@@ -254,14 +274,17 @@ class StepModel:
             priced = []
             for op in graph.ops:
                 costed = costed_op(graph, op, formats, splits)
-                priced.append(_PricedOp(costed, self.count_of(op.layer), _spans_groups(op)))
+                is_shared = self.config.moe is not None and _is_shared_expert(op)
+                priced.append(
+                    _PricedOp(costed, self.count_of(op.layer), _spans_groups(op), is_shared)
+                )
             self.priced_ops[key] = tuple(priced)
         return self.priced_ops[key]
 
-    def _as_engine(self, step: StepTime, depth: int) -> StepTime:
+    def _as_engine(self, step: StepTime, drafts: int, tokens: int) -> StepTime:
         if self.engine is None:
             return step
-        return self.engine.run(step, self.hardware, self.config.num_layers + depth)
+        return self.engine.run(step, self.hardware, self.config, drafts, tokens)
 
     def _short_layers(self) -> tuple[LayerType, ...]:
         """The first layer, then one of each kind of the others, that of the first leading."""
@@ -408,6 +431,13 @@ def _of_all_groups(load: Load, layout: ParallelLayout) -> Load:
         num_tokens=load.num_tokens * groups,
         num_seqs=load.num_seqs * groups,
     )
+
+
+def _is_shared_expert(op: Op) -> bool:
+    """Whether an operator of a block of experts is a product without routed ones."""
+    kinds = {member.kind for member in op.members}
+    is_block = all(member.role == "ffn" for member in op.members)
+    return "linear" in kinds and is_block and not kinds & EXPERTS
 
 
 def _spans_groups(op: Op) -> bool:

@@ -174,6 +174,10 @@ class TurnTime:
         """From the request to the last token."""
         return self.first_token_us + self.decode_us
 
+    def later_by(self, waits_us: float) -> TurnTime:
+        """The turn where the first token waits longer, while the pool does other work."""
+        return replace(self, first_token_us=self.first_token_us + waits_us)
+
 
 @dataclass(frozen=True, slots=True)
 class _Phases:
