@@ -63,16 +63,27 @@ class SmallKernels(BaseModel):
 
 
 class Prefill(BaseModel):
-    """How prompts are launched: from a graph, or by the host, kernel after kernel.
+    """How prompts are launched: in pieces from graphs, or by the host, kernel after kernel.
 
-    `captured_tokens`: the largest prefill step that comes from a graph; 0 where all are eager.
+    Attributes:
+        captured_tokens: the largest prefill step whose pieces come from graphs; 0 where all are
+            eager.
+        captured_us_per_layer, eager_us_per_layer: the host's time for a layer of such a step.
+        host_us_per_step: what no kernel hides.
     """
 
     model_config = _FROZEN
 
     captured_tokens: Annotated[int, Field(ge=0, le=1 << 20)]
-    host_us_per_kernel: Amount
+    captured_us_per_layer: Amount
+    eager_us_per_layer: Amount
     host_us_per_step: Amount
+
+    def launching_us(self, tokens: int, layers: int) -> float:
+        """The host's time to launch a prefill step of so many tokens."""
+        if tokens <= self.captured_tokens:
+            return layers * self.captured_us_per_layer
+        return layers * self.eager_us_per_layer
 
 
 class Engine(BaseModel):
@@ -153,17 +164,12 @@ class Engine(BaseModel):
             small=small,
             small_us=small_us,
         )
-        return replace(changed, host=self._host_us(changed, tokens))
-
-    def _host_us(self, step: StepTime, tokens: int) -> float:
-        """The host's time that no kernel hides: it runs ahead of the GPU, or the GPU waits."""
         if not tokens:
-            return self.host_us_per_step
-        prefill = self.prefill
-        launching_us = 0.0
-        if tokens > prefill.captured_tokens:
-            launching_us = step.launches * prefill.host_us_per_kernel
-        return prefill.host_us_per_step + max(launching_us - step.total_us, 0.0)
+            return replace(changed, host=self.host_us_per_step)
+        # The host runs ahead of the GPU, or the GPU waits for it.
+        launching_us = self.prefill.launching_us(tokens, config.num_layers + drafts)
+        waits_us = max(launching_us - changed.total_us, 0.0)
+        return replace(changed, host=self.prefill.host_us_per_step + waits_us)
 
 
 # What `sources` describes.

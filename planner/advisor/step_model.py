@@ -435,9 +435,9 @@ def _of_all_groups(load: Load, layout: ParallelLayout) -> Load:
 
 def _is_shared_expert(op: Op) -> bool:
     """Whether an operator of a block of experts is a product without routed ones."""
-    kinds = {member.kind for member in op.members}
-    is_block = all(member.role == "ffn" for member in op.members)
-    return "linear" in kinds and is_block and not kinds & EXPERTS
+    is_routed = any(member.kind in EXPERTS for member in op.members)
+    products = (member.role for member in op.members if member.kind == "linear")
+    return "ffn" in products and not is_routed
 
 
 def _spans_groups(op: Op) -> bool:
