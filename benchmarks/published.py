@@ -105,16 +105,23 @@ def agentic() -> None:
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     errors: dict[str, list[float]] = {"decode_tokens_per_s_user": [], "total_tokens_per_s_gpu": []}
+    inside: dict[str, int] = dict.fromkeys(errors, 0)
     for point in POINTS:
-        theirs, ours = predicted(point, THEIRS).metrics, predicted(point, None).metrics
+        found, ours = predicted(point, THEIRS), predicted(point, None).metrics
+        theirs = found.metrics
         cells = []
         for name in errors:
             truth = getattr(point, name)
             errors[name].append(abs(theirs[name] / truth - 1))
+            low, high = found.interval(name)
+            inside[name] += low <= truth <= high
             cells += [f"{truth:.4g}", off(theirs[name], truth), f"{ours[name]:.4g}"]
         print(f"| TP{point.tp} {point.gpu}, {point.concurrency} | " + " | ".join(cells) + " |")
     for name, each in errors.items():
-        print(f"\nTheir engine, `{name}`: mean absolute error {statistics.mean(each):.0%}.")
+        print(
+            f"\nTheir engine, `{name}`: mean absolute error {statistics.mean(each):.0%}, "
+            f"{inside[name]} of {len(each)} inside the interval."
+        )
 
 
 def by_term() -> None:

@@ -264,7 +264,8 @@ class WorkloadSpec(_Section):
         ),
     ] = None
     skew: Annotated[
-        Annotated[float, Field(ge=0, le=MAX_SKEW, allow_inf_nan=False)] | str,
+        Annotated[float, Field(ge=0, le=MAX_SKEW, allow_inf_nan=False)]
+        | Annotated[str, Field(min_length=1, max_length=200)],
         _about(
             "How uneven the router is: the exponent of a Zipf law of experts, or the file of "
             "`tokenspeed measure-routing`. 0, even routing, reads the most experts: unmeasured, a "

@@ -10,7 +10,7 @@ from typing import Any
 from tokenspeed_plan.plans.errors import SpecError
 
 ROUTING_FILE_HINT = "`tokenspeed measure-routing DIR --input rows.jsonl` writes such a file"
-MAX_SKEW = 4.0
+MAX_SKEW = 4
 
 
 def read_skew(path: Path) -> float:

@@ -60,7 +60,7 @@ class Routing:
         found = {batch: self.distinct(batch) for batch in self.batches}
         if not found or self._error(found, 0.0) <= 0:
             return 0.0
-        low, high = 0.0, MAX_SKEW
+        low, high = 0.0, float(MAX_SKEW)
         for _ in range(ROUNDS):
             middle = (low + high) / 2.0
             if self._error(found, middle) > 0:
