@@ -235,8 +235,8 @@ class Predictor:
         if shared and users > 1:
             demand = shared.demand(demand, talk.first.new_tokens)
         served = serve(demand, users, _arrivals_per_s(workload, candidate), handover_us)
+        prompt_tokens = talk.mean(lambda turn: turn.prompt_tokens)
         if self.engine is not None:
-            prompt_tokens = talk.mean(lambda turn: turn.prompt_tokens)
             served = served.later_by(self.engine.first_token_us(prompt_tokens))
         batch = max(served.batch, 1.0)
         step = decode.at(round(batch))
@@ -251,7 +251,7 @@ class Predictor:
             concurrency=workload.num_seqs,
             turns=talk.turns,
             output_tokens=talk.output_tokens,
-            prompt_tokens=talk.mean(lambda turn: turn.prompt_tokens),
+            prompt_tokens=prompt_tokens,
             hit_rate=talk.hit_rate,
             error=self._error(step, prompt, demand.tokens / decode.accepted(round(batch)), users),
             price_per_hour=self._price_per_hour,
@@ -259,11 +259,6 @@ class Predictor:
             transfer=transfer,
             run=shared.run if shared else None,
         )
-
-    def decode_step(self, candidate: Candidate, batch: int) -> StepTime:
-        """A decode step in the middle of the conversation, with the host's work in the open."""
-        context = conversation(self.spec.workload).mean_context
-        return _Decode(self, candidate.layout, candidate.knobs, context, {}).at(batch)
 
     def token_us(self, candidate: Candidate, batch: int, depth: int) -> float:
         """Microseconds for one token of a sequence, in the middle of the conversation."""
