@@ -230,14 +230,12 @@ class Predictor:
             transfer = plan_transfer(memory, candidate, new_tokens, prompt)
             handover_us = transfer.exposed_us + decode.step_us(users)(1.0)  # of the last token
         demand = decode.demand(talk, prompt.total_us, users, prefill_layout.attention_dp)
-        if interleaved_tokens:
-            demand = replace(demand, longest_wait_us=prompt.total_us / demand.chunks)
+        demand = demand.interleaved() if interleaved_tokens else demand
         if shared and users > 1:
             demand = shared.demand(demand, talk.first.new_tokens)
         served = serve(demand, users, _arrivals_per_s(workload, candidate), handover_us)
         prompt_tokens = talk.mean(lambda turn: turn.prompt_tokens)
-        if self.engine is not None:
-            served = served.later_by(self.engine.first_token_us(prompt_tokens))
+        served = served.later_by(_front_end_us(self.engine, prompt_tokens))
         batch = max(served.batch, 1.0)
         step = decode.at(round(batch))
         waiting_us = max(served.first_token_us - prompt.total_us, 0.0)
@@ -387,6 +385,11 @@ class Predictor:
         if self.reserved_price:
             return self.hardware.usd_per_hour_reserved
         return self.hardware.usd_per_hour_on_demand
+
+
+def _front_end_us(engine: Engine | None, prompt_tokens: float) -> float:
+    """What another engine's front end adds to a first token; ours is in the host's terms."""
+    return engine.first_token_us(prompt_tokens) if engine else 0.0
 
 
 def _arrivals_per_s(workload: WorkloadSpec, candidate: Candidate) -> float | None:
