@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.passes.limits import checkpoint_spacing
@@ -33,6 +33,10 @@ class Knobs:
     depth: int = 0
     kv_dtype: DType = "bf16"
     checkpoint_tokens: int | None = None
+
+    def with_chunk(self, tokens: int | None) -> Knobs:
+        """The same with another prefill chunk, where one is given."""
+        return replace(self, prefill_chunk=tokens) if tokens else self
 
     @property
     def spacing(self) -> int:

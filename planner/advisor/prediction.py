@@ -211,9 +211,8 @@ class Predictor:
             interleaved_tokens: of prompts between two decode steps; None for a chunk.
             gathered_tokens: for which a batch's prompts wait while all sequences are taken.
         """
-        knobs, workload = candidate.knobs, self.spec.workload
-        if interleaved_tokens:
-            knobs = replace(knobs, prefill_chunk=interleaved_tokens)
+        workload = self.spec.workload
+        knobs = candidate.knobs.with_chunk(interleaved_tokens)
         talk = conversation(workload, cached=knobs.checkpoint_tokens != 0)
         users = ceil_div(workload.num_seqs, candidate.replicas)
         prefill_layout = candidate.prefill or candidate.layout
@@ -230,7 +229,8 @@ class Predictor:
             transfer = plan_transfer(memory, candidate, new_tokens, prompt)
             handover_us = transfer.exposed_us + decode.step_us(users)(1.0)  # of the last token
         demand = decode.demand(talk, prompt.total_us, users, prefill_layout.attention_dp)
-        demand = demand.interleaved() if interleaved_tokens else demand
+        if interleaved_tokens:
+            demand = demand.interleaved()
         if shared and users > 1:
             demand = shared.demand(demand, talk.first.new_tokens)
         served = serve(demand, users, _arrivals_per_s(workload, candidate), handover_us)
@@ -238,13 +238,12 @@ class Predictor:
         served = served.later_by(_front_end_us(self.engine, prompt_tokens))
         batch = max(served.batch, 1.0)
         step = decode.at(round(batch))
-        waiting_us = max(served.first_token_us - prompt.total_us, 0.0)
         return Prediction(
             candidate=candidate,
             turn=served,
             step=step,
             prompt=prompt,
-            first_turn_ttft_us=first.total_us + waiting_us,
+            first_turn_ttft_us=first.total_us + max(served.first_token_us - prompt.total_us, 0.0),
             token_us=demand.token_us_at(batch),
             concurrency=workload.num_seqs,
             turns=talk.turns,
