@@ -133,3 +133,5 @@ ALL = Capabilities(
     max_drafts=MAX_DRAFTS,
     kv_dtypes=("bf16", "fp8"),
 )
+# Other engines keep a copy of a key head on each rank that shares it.
+OTHER_ENGINE = replace(ALL, context_split=False)

@@ -55,7 +55,7 @@ class Comparison:
                 what += f" of {self.batch} sequences, {launches} launches"
             yield f"  {what}"
             for name in own:
-                us = (own[name], other[name], other[name] - own[name])
+                us = (own[name], other[name], round(other[name] - own[name], 3))
                 if any(us):
                     yield f"    {name:<26} " + " ".join(f"{plain(each):>11}" for each in us)
 
