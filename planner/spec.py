@@ -24,6 +24,7 @@ from tokenspeed_plan.planner.foreign_yaml import NotYaml, parse_yaml, read_file,
 from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.lengths_file import LENGTHS_FILE_HINT, read_lengths
+from tokenspeed_plan.plans.routing_file import MAX_SKEW, ROUTING_FILE_HINT, read_skew
 from tokenspeed_plan.plans.text import complaint, printable_line
 from tokenspeed_plan.plans.types import GIB, DType, RollbackWord
 
@@ -265,9 +266,13 @@ class WorkloadSpec(_Section):
         ),
     ] = None
     skew: Annotated[
-        Annotated[float, Field(ge=0, le=4, allow_inf_nan=False)],
+        Annotated[float, Field(ge=0, le=MAX_SKEW, allow_inf_nan=False)]
+        | Annotated[str, Field(min_length=1, max_length=200)],
         _about(
-            "How uneven the router is: the exponent of a Zipf law of experts, 0 for uniform.", 0.5
+            "How uneven the router is: the exponent of a Zipf law of experts, or the file of "
+            "`tokenspeed measure-routing`. 0, even routing, reads the most experts: unmeasured, a "
+            "step is not promised to be faster than that.",
+            0.5,
         ),
     ] = 0.0
 
@@ -295,6 +300,17 @@ class WorkloadSpec(_Section):
         if mean is not None and mean <= self.shared_prompt_tokens:
             raise ValueError("`first_turn_tokens` are not more than `shared_prompt_tokens`")
         return self
+
+    @property
+    def routing_skew(self) -> float:
+        """The exponent of the Zipf law of experts.
+
+        Raises:
+            SpecError: its file was not read.
+        """
+        if isinstance(self.skew, str):
+            raise SpecError(f"`{self.skew}` was not read", ROUTING_FILE_HINT)
+        return self.skew
 
     @property
     def prompts(self) -> Lengths:
@@ -666,7 +682,22 @@ def load_spec(path: Path, changes: Sequence[str] = ()) -> Spec:
     spec = parse_spec(text, str(path), changes)
     if spec.target.gpu.endswith(".yaml"):
         spec._folder = path.parent
-    return _with_lengths(spec, path.parent)
+    return _with_routing(_with_lengths(spec, path.parent), path.parent)
+
+
+def _with_routing(spec: Spec, folder: Path) -> Spec:
+    """The spec with the number of a file of routing in its place."""
+    stated = spec.workload.skew
+    if not isinstance(stated, str):
+        return spec
+    return spec._with_workload({"skew": read_skew(_found(Path(stated), folder))})
+
+
+def _found(path: Path, folder: Path) -> Path:
+    """A file, looked up from the current folder, then from `folder`."""
+    if not path.is_absolute() and not path.is_file() and (folder / path).is_file():
+        return folder / path
+    return path
 
 
 def _with_lengths(spec: Spec, folder: Path) -> Spec:
@@ -694,9 +725,7 @@ def _summary(path: Path, folder: Path, field: str) -> Lengths:
     Raises:
         SpecError: as `read_lengths`, or no row knows this length.
     """
-    if not path.is_absolute() and not path.is_file() and (folder / path).is_file():
-        path = folder / path
-    found = [getattr(row, field) for row in read_lengths(path)]
+    found = [getattr(row, field) for row in read_lengths(_found(path, folder))]
     known = [length for length in found if length is not None]
     if not known:
         raise SpecError(f"no row of `{path}` has `{field}`", LENGTHS_FILE_HINT)

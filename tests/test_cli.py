@@ -36,12 +36,14 @@ from tokenspeed_plan.runtime.bench.machine import Machine
 from tokenspeed_plan.runtime.bench.prepare import prepare
 from tokenspeed_plan.runtime.bench.replay import Replay
 
+ENGINE_FILE = ROOT / "benchmarks/engines/sglang.yaml"
 SIGNERS = {"allowed_signers", "signer"}
 SURFACE = {
     "spec": {"schema", "key"},
     "plan": {"spec", "out", "check", "dry_run", "no_compile"},
     "show": {"bundle", "as_json", "kernels", "field", "html"},
-    "predict": {"spec", "changes", "engine", "as_json"},
+    "predict": {"spec", "changes", "engines", "as_json"},
+    "measure-routing": {"folder", "batch", "out"},
     "simulate": {
         "bundle",
         "requests",
@@ -315,26 +317,38 @@ def test_plan_says_what_it_does_not_keep(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_predict_models_another_engine(tmp_path: Path) -> None:
-    """Ten times the launches take longer, by just the launches."""
-    engine = tmp_path / "engine.yaml"
-    times = []
-    for kernels in (10, 100):
-        engine.write_text(
-            f"{{name: x, kernels_per_layer: {kernels}, collectives_per_layer: 2, "
-            "host_us_per_step: 0}"
-        )
-        fixed = ("--set", "speculation=off", "--set", "parallelism={attention: {tp: 2}}")
-        data = json.loads(
-            cli("predict", SPEC_397B, *SMALL, *fixed, "--engine", engine, "--json").stdout
-        )
+    """More launches take longer, by just the launches; the difference is told by term."""
+    engines, times, terms = [], [], {}
+    small = {"delta": 2, "attention": 2, "experts": 2, "dense": 2, "quantised": 0, "step": 0}
+    for count in (2, 20):
+        profile = {**yaml.safe_load(ENGINE_FILE.read_text()), "prices": None}
+        profile["small_kernels"] = {**small, "dense": count}
+        engines.append(tmp_path / f"engine{count}.yaml")
+        engines[-1].write_text(yaml.safe_dump(profile))
+    fixed = ("--set", "speculation=off", "--set", "parallelism={attention: {tp: 2}}")
+    command = ("predict", SPEC_397B, *SMALL, *fixed)
+    for engine in engines:
+        data = json.loads(cli(*command, "--engine", engine, "--json").stdout)
         times.append(data["predicted"]["decode_step_us"])
-    assert times[1]["launches"] == 10 * times[0]["launches"] == 100 * 32
-    launch_us = find_hardware("B200").launch_us + find_hardware("B200").waits_us["stream"]
-    assert times[1]["total"] - times[0]["total"] == pytest.approx(90 * 32 * launch_us, rel=1e-3)
-    for text, says in (("[", "is not YAML"), ("name: x", "kernels_per_layer"), ("- 1", "the file")):
-        engine.write_text(text)
-        is_clean(cli("predict", SPEC_397B, "--engine", engine), 2, says)
+    assert times[1]["small"] - times[0]["small"] == 18 * 32
+    hardware = find_hardware("B200")
+    each_us = hardware.launch_us + hardware.waits_us["rows"]
+    assert times[1]["total"] - times[0]["total"] == pytest.approx(18 * 32 * each_us, rel=1e-3)
+    both = ("--engine", engines[0], "--engine", engines[1])
+    terms = json.loads(cli(*command, *both, "--json").stdout)["terms"]
+    less, more = terms["decode_step_us"]
+    assert more["small kernels"] - less["small kernels"] == pytest.approx(
+        18 * 32 * each_us, rel=1e-2
+    )
+    assert more["memory"] == less["memory"]
+    said = cli(*command, *both).stdout
+    assert "nobody calibrated a B200" in said and "small kernels" in said
+    assert "tokenspeed-plan" in cli(*command, "--engine", engines[0]).stdout
+    for text, says in (("[", "is not YAML"), ("name: x", "version"), ("- 1", "the file")):
+        engines[0].write_text(text)
+        is_clean(cli("predict", SPEC_397B, "--engine", engines[0]), 2, says)
     is_clean(cli("predict", SPEC_397B, "--engine", tmp_path / "no.yaml"), 2, "cannot read")
+    is_clean(cli("predict", SPEC_397B, *both, "--engine", engines[1]), 2, "given 3 times")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tokenspeed_plan.planner.machines.hardware import (
-    FP8_CLASSES,
+    FORMAT_CLASSES,
     OP_CLASSES,
     Profile,
     hardware_names,
@@ -166,7 +166,7 @@ def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
     waits_us: dict[str, float] = {}
     residuals: dict[str, float] = {}
     errors: dict[str, float] = {}
-    for name in (*OP_CLASSES, *FP8_CLASSES, *LIBRARY_FUNCTIONS):
+    for name in (*OP_CLASSES, *FORMAT_CLASSES, *LIBRARY_FUNCTIONS):
         own = [sample for sample in samples if sample.op_class == name]
         if not sum(sample.busy_us for sample in own):
             continue

@@ -143,7 +143,14 @@ class Deployment:
         predictor, plan = self.predictor, self.outline
         load = spec_load(predictor.spec.workload, size, plan.model.vocab_size)
         found = simulate(plan, self.times, load, predictor.acceptance)
-        return levels_of(found.answers[ramp:-ramp])
+        levels = levels_of(found.answers[ramp:-ramp])
+        engine = predictor.engine
+        if engine is None:
+            return levels
+        wait_ms = engine.first_token_us(predictor.spec.workload.prompts.mean) / 1e3
+        return {
+            name: ms if name.startswith("tpot") else ms + wait_ms for name, ms in levels.items()
+        }
 
     def within(self, levels: Mapping[str, float], users: int | None, rate: float | None) -> bool:
         """Whether a load on one replica meets service levels; see `simulated`."""

@@ -61,7 +61,7 @@ def step_prediction(
     else:
         before = max(context - tokens // seqs, 0)
         step = steps.prefill(layout, tokens, before, kv_dtype_of(plan), depth, seqs)
-    error_us = step.error_us(hardware.errors)
+    error_us = step.error_us(hardware)
     interval = (step.total_us - error_us, step.total_us + error_us)
     return {
         "predicted_us": digits(step.total_us),
@@ -175,7 +175,7 @@ def step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
         find_model(spec, bundle).config,
         target_hardware(spec),
         weights=spec.model.weights,
-        skew=spec.workload.skew,
+        skew=spec.workload.routing_skew,
         rollback=plan.pool.limits.rollback,
         draft_vocab=spec.draft_vocab,
         grammar=spec.grammar,

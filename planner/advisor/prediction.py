@@ -180,7 +180,7 @@ class Predictor:
             self.config,
             self.hardware,
             weights=self.spec.model.weights,
-            skew=self.spec.workload.skew,
+            skew=self.spec.workload.routing_skew,
             engine=self.engine,
             rollback=self.rollback,
             draft_vocab=self.spec.draft_vocab,
@@ -216,9 +216,8 @@ class Predictor:
             interleaved_tokens: of prompts between two decode steps; None for a chunk.
             gathered_tokens: for which a batch's prompts wait while all sequences are taken.
         """
-        knobs, workload = candidate.knobs, self.spec.workload
-        if interleaved_tokens:
-            knobs = replace(knobs, prefill_chunk=interleaved_tokens)
+        workload = self.spec.workload
+        knobs = candidate.knobs.with_chunk(interleaved_tokens)
         talk = conversation(workload, cached=knobs.checkpoint_tokens != 0)
         users = ceil_div(workload.num_seqs, candidate.replicas)
         prefill_layout = candidate.prefill or candidate.layout
@@ -236,24 +235,25 @@ class Predictor:
             handover_us = transfer.exposed_us + decode.step_us(users)(1.0)  # of the last token
         demand = decode.demand(talk, prompt.total_us, users, prefill_layout.attention_dp)
         if interleaved_tokens:
-            demand = replace(demand, longest_wait_us=prompt.total_us / demand.chunks)
+            demand = demand.interleaved()
         if shared and users > 1:
             demand = shared.demand(demand, talk.first.new_tokens)
         served = serve(demand, users, _arrivals_per_s(workload, candidate), handover_us)
+        prompt_tokens = talk.mean(lambda turn: turn.prompt_tokens)
+        served = served.later_by(_front_end_us(self.engine, prompt_tokens))
         batch = max(served.batch, 1.0)
         step = decode.at(round(batch))
-        waiting_us = max(served.first_token_us - prompt.total_us, 0.0)
         return Prediction(
             candidate=candidate,
             turn=served,
             step=step,
             prompt=prompt,
-            first_turn_ttft_us=first.total_us + waiting_us,
+            first_turn_ttft_us=first.total_us + max(served.first_token_us - prompt.total_us, 0.0),
             token_us=demand.token_us_at(batch),
             concurrency=workload.num_seqs,
             turns=talk.turns,
             output_tokens=talk.output_tokens,
-            prompt_tokens=talk.mean(lambda turn: turn.prompt_tokens),
+            prompt_tokens=prompt_tokens,
             hit_rate=talk.hit_rate,
             error=self._error(step, prompt, demand.tokens / decode.accepted(round(batch)), users),
             price_per_hour=self._price_per_hour,
@@ -385,7 +385,7 @@ class Predictor:
     def _error(self, step: StepTime, prompt: StepTime, steps: float, users: int) -> float:
         """The error of the steps' times, and of the model of users who share a pool."""
         total = prompt + step * steps
-        of_time = total.error_us(self.hardware.errors) / total.total_us
+        of_time = total.error_us(self.hardware) / total.total_us
         if users == 1:
             return of_time
         return math.hypot(of_time, SHARING_ERROR)
@@ -395,6 +395,11 @@ class Predictor:
         if self.reserved_price:
             return self.hardware.usd_per_hour_reserved
         return self.hardware.usd_per_hour_on_demand
+
+
+def _front_end_us(engine: Engine | None, prompt_tokens: float) -> float:
+    """What another engine's front end adds to a first token; ours is in the host's terms."""
+    return engine.first_token_us(prompt_tokens) if engine else 0.0
 
 
 def _arrivals_per_s(workload: WorkloadSpec, candidate: Candidate) -> float | None:

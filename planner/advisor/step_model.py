@@ -6,13 +6,14 @@ kind, and each operator's time is counted once for each layer of its kind.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from tokenspeed_plan.codegen.tiling import GEMV_ROWS, NORMED_ROWS
 from tokenspeed_plan.planner.advisor.engine_profile import Engine
 from tokenspeed_plan.planner.advisor.numbers import ceil_div
-from tokenspeed_plan.planner.advisor.op_prices import NumberedOp, OpPrices
+from tokenspeed_plan.planner.advisor.op_prices import NumberedOp, OpPrice, OpPrices
 from tokenspeed_plan.planner.advisor.step_time import StepTime
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
 from tokenspeed_plan.planner.layout import ParallelLayout
@@ -29,7 +30,7 @@ from tokenspeed_plan.planner.models.quantization import (
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS, SORTED_AT_ONCE
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
-from tokenspeed_plan.planner.passes.op_terms import Formats
+from tokenspeed_plan.planner.passes.op_terms import EXPERTS, Formats
 from tokenspeed_plan.planner.passes.pipeline import PassContext, PassOptions, run
 from tokenspeed_plan.planner.passes.quantised_products import QUANTISED_ROWS
 from tokenspeed_plan.planner.passes.reduction import largest_reduction
@@ -94,12 +95,13 @@ class _PricedOp:
     """An operator with its costs, how many layers it stands for, and whose tokens it works on.
 
     Where attention is data-parallel, the experts, the embedding and the head see the tokens of all
-    groups (`spans_groups`).
+    groups (`spans_groups`). `is_shared_expert`: its product is the shared expert's, by itself.
     """
 
     op: NumberedOp
     count: int
     spans_groups: bool
+    is_shared_expert: bool
 
 
 @dataclass
@@ -141,6 +143,10 @@ class StepModel:
 
     def __post_init__(self) -> None:
         self.weights = stored_word(self.weights, self.config.quantization)
+        if self.engine is not None:
+            self.hardware = self.engine.machine(self.hardware)
+            if self.engine.state_dtype != "fp32":
+                self.stored_state = self.engine.state_dtype
 
     @cached_property
     def op_prices(self) -> OpPrices:
@@ -174,7 +180,7 @@ class StepModel:
         load = self._load(tokens, local_seqs, context, layout, kv_dtype)
         step = self.priced(layout, "decode", load, depth)
         step += _exchange(self.config, self.hardware, layout, load)
-        return self._as_engine(step, depth)
+        return self._as_engine(step, depth, 0)
 
     def prefill(
         self,
@@ -203,7 +209,7 @@ class StepModel:
         step = self.priced(layout, "prefill", load, depth)
         step += _exchange(self.config, self.hardware, layout, load)
         step += StepTime(host=self.hardware.host_us)
-        return self._as_engine(step, 0)
+        return self._as_engine(step, 0, tokens)
 
     def priced(self, layout: ParallelLayout, phase: Phase, load: Load, depth: int = 0) -> StepTime:
         """The time of the graph's kernels and collectives for a load on one data-parallel group."""
@@ -236,19 +242,16 @@ class StepModel:
         key = self._graph_key(layout, phase, all_groups.num_tokens, all_groups.num_seqs, depth)
         if phase == "prefill":  # a lone prompt is in one group only
             all_groups = load
-        us = dict.fromkeys(KERNEL_TIME_KINDS, 0.0)
-        launches = collectives = floor_us = 0.0
+        hidden = phase == "decode" and self.engine is not None and self.engine.hides_shared_expert
         alone = load, self.op_prices.of_load(load)
         together = all_groups, self.op_prices.of_load(all_groups)
+        times = []
         for each in self._priced_ops(key, load):
+            if hidden and each.is_shared_expert:
+                continue
             own_load, known = together if each.spans_groups else alone
-            price = self.op_prices.price(each.op, own_load, known)
-            us[price.time.bound] += each.count * price.time.busy_us
-            us[price.time.waits_for] += each.count * price.time.latency_us
-            launches += each.count
-            collectives += each.count * (price.time.waits_for == "collective")
-            floor_us += each.count * price.floor_us
-        return StepTime(**us, launches=launches, collectives=collectives, floor_us=floor_us)
+            times.append((each, self.op_prices.price(each.op, own_load, known)))
+        return _sum(times)
 
     def _priced_ops(self, graph_key: GraphKey, load: Load) -> tuple[_PricedOp, ...]:
         """The operators of a graph with what their prices need, for loads of one format."""
@@ -260,15 +263,16 @@ class StepModel:
                     self.op_prices.numbered(graph, op, load),
                     self.count_of(op.layer),
                     _spans_groups(op),
+                    self.config.moe is not None and _is_shared_expert(op),
                 )
                 for op in graph.ops
             )
         return self.priced_ops[key]
 
-    def _as_engine(self, step: StepTime, depth: int) -> StepTime:
+    def _as_engine(self, step: StepTime, drafts: int, tokens: int) -> StepTime:
         if self.engine is None:
             return step
-        return self.engine.run(step, self.hardware, self.config.num_layers + depth)
+        return self.engine.run(step, self.hardware, self.config, drafts, tokens)
 
     def _short_layers(self) -> tuple[LayerType, ...]:
         """The first layer, then one of each kind of the others, that of the first leading."""
@@ -352,6 +356,25 @@ class StepModel:
         return published_encoding(self.weights, self.config, name)
 
 
+def _sum(times: Iterable[tuple[_PricedOp, OpPrice]]) -> StepTime:
+    """The time of all layers, from the prices of operators, in microseconds."""
+    us = dict.fromkeys(KERNEL_TIME_KINDS, 0.0)
+    counts: dict[str, float] = dict.fromkeys(
+        ("launches", "collectives", "floor_us", "small", "small_us", "quantised"), 0.0
+    )
+    for priced, price in times:
+        count, op, time = priced.count, priced.op.op, price.time
+        us[time.bound] += count * time.busy_us
+        us[time.waits_for] += count * time.latency_us
+        counts["launches"] += count
+        counts["collectives"] += count * (time.waits_for == "collective")
+        counts["floor_us"] += count * price.floor_us
+        counts["small"] += count * op.is_small
+        counts["small_us"] += count * op.is_small * time.latency_us
+        counts["quantised"] += count * op.has_quantised_product
+    return StepTime(**us, **counts)
+
+
 def host_us(steps: StepModel, seqs: int, prompts: float = 0.0) -> float:
     """The host's work before a step; that of another engine is in its steps.
 
@@ -415,6 +438,13 @@ def _of_all_groups(load: Load, layout: ParallelLayout) -> Load:
         num_tokens=load.num_tokens * groups,
         num_seqs=load.num_seqs * groups,
     )
+
+
+def _is_shared_expert(op: Op) -> bool:
+    """Whether an operator of a block of experts is a product without routed ones."""
+    is_routed = any(member.kind in EXPERTS for member in op.members)
+    products = (member.role for member in op.members if member.kind == "linear")
+    return "ffn" in products and not is_routed
 
 
 def _spans_groups(op: Op) -> bool:

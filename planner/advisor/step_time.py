@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from operator import add, attrgetter
 
-from tokenspeed_plan.planner.machines.hardware import TIME_KINDS
+from tokenspeed_plan.planner.machines.hardware import TIME_KINDS, HardwareSpec
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """Microseconds of one step by kind, and the number of launches behind them.
 
-    `floor_us`: reading the needed weights and state once, at the memory's peak rate.
+    `floor_us`: reading the needed weights and state once, at the memory's peak rate. `small`
+    launches, and `small_us` of `launch`, are those of norms and other work of few bytes.
+    `quantised` launches are products of quantised weights, without experts.
     """
 
     memory: float = 0.0
@@ -25,6 +26,9 @@ class StepTime:
     launches: float = 0.0
     collectives: float = 0.0
     floor_us: float = 0.0
+    small: float = 0.0
+    small_us: float = 0.0
+    quantised: float = 0.0
 
     @property
     def total_us(self) -> float:
@@ -40,19 +44,15 @@ class StepTime:
         values = [count * value for value in _values(self)]
         return StepTime(*values)
 
-    def error_us(self, errors: Mapping[str, float]) -> float:
+    def error_us(self, hardware: HardwareSpec) -> float:
         """Half the width of the interval.
 
-        Errors of different kinds are independent; those within a kind add up.
-
-        Args:
-            errors: the relative error of each kind of time.
+        Errors of a kind add up. Those of different kinds are independent where the machine was
+        measured; where prices are another machine's, all may be wrong in the same direction.
         """
-        errors_us = []
-        for kind in TIME_KINDS:
-            kind_us: float = getattr(self, kind)
-            error_us = errors[kind] * kind_us
-            errors_us.append(error_us)
+        errors_us = [hardware.errors[kind] * getattr(self, kind) for kind in TIME_KINDS]
+        if hardware.borrows_prices:
+            return math.fsum(errors_us)
         return math.hypot(*errors_us)
 
     @property

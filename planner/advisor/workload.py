@@ -139,6 +139,10 @@ class Demand:
             return self.prefill_us
         return self.own_us
 
+    def interleaved(self) -> Demand:
+        """The same, where decode waits for one piece of a prompt at most."""
+        return replace(self, longest_wait_us=self.prefill_us / self.chunks)
+
     def token_us_at(self, batch: float) -> float:
         """Microseconds of a token of a sequence at a batch, when nothing else happens."""
         return (self.token_us or self.step_us)(batch)
@@ -173,6 +177,10 @@ class TurnTime:
     def turn_us(self) -> float:
         """From the request to the last token."""
         return self.first_token_us + self.decode_us
+
+    def later_by(self, waits_us: float) -> TurnTime:
+        """The turn where the first token waits longer, while the pool does other work."""
+        return replace(self, first_token_us=self.first_token_us + waits_us)
 
 
 @dataclass(frozen=True, slots=True)

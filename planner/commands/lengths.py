@@ -56,7 +56,7 @@ def _lengths(options: LengthsOptions) -> None:
         )
     tokenizer = None
     if options.model is not None:
-        tokenizer = _tokenizer(options.model)
+        tokenizer = tokenizer_of(options.model)
     rows = list(row_lengths(options.batch, options.answers, tokenizer))
     if not rows:
         raise RequestError(
@@ -81,7 +81,12 @@ def _summary(rows: list[RowLengths]) -> Iterator[str]:
             yield f"{key}: {{{numbers}}}"
 
 
-def _tokenizer(model: str) -> Encoder:
+def tokenizer_of(model: str) -> Encoder:
+    """The tokenizer of a model's folder, with its chat template.
+
+    Raises:
+        SpecError: there is no such folder.
+    """
     from tokenspeed_plan.codegen.chat_template import ChatTemplate
     from tokenspeed_plan.runtime.tokenizer import Tokenizer
 

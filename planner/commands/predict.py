@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from tokenspeed_plan.planner.advisor.batch_run import BatchRun
-from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED
+from tokenspeed_plan.planner.advisor.candidate import ALL, OTHER_ENGINE, SUPPORTED
 from tokenspeed_plan.planner.advisor.engine_profile import Engine, load_engine
 from tokenspeed_plan.planner.advisor.fleet_size import (
     Job,
@@ -41,6 +41,7 @@ from tokenspeed_plan.planner.advisor.reasons import service_lines
 from tokenspeed_plan.planner.advisor.resolve import chosen_concurrency
 from tokenspeed_plan.planner.advisor.rollback import allowed_rollbacks
 from tokenspeed_plan.planner.advisor.search import Progress, Search
+from tokenspeed_plan.planner.commands.engine_terms import OURS, compare
 from tokenspeed_plan.planner.commands.long_work import LongWork
 from tokenspeed_plan.planner.compile import find_model
 from tokenspeed_plan.planner.machines.hardware import find_hardware
@@ -79,7 +80,7 @@ class PredictOptions:
 
     spec: Path
     changes: tuple[str, ...]
-    engine: Path | None
+    engines: tuple[Path, ...]
     as_json: bool
 
 
@@ -111,8 +112,10 @@ class SweepOptions:
 )
 @click.option(
     "--engine",
+    "engines",
     type=Folder,
-    help="Model another engine: the profile with its launches and host work.",
+    multiple=True,
+    help="Model another engine, by its profile, beside ours term by term; or beside a second one.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Stable fields for programs.")
 def predict(**options: Any) -> None:
@@ -123,17 +126,33 @@ def predict(**options: Any) -> None:
 def _predict(options: PredictOptions) -> None:
     spec = load_spec(options.spec, options.changes)
     config = find_model(spec, options.spec).config
-    engine = None
-    if options.engine:
-        engine = load_engine(options.engine)
+    engines = _engines(options.engines)
+    engine = next(iter(engines), None)
     with LongWork() as report:
         progress = partial(report, "searching deployments")
         predictor, result = search(spec, config, engine, progress=progress)
         result = _under_load(spec, predictor, result)
+    terms = None
+    if engine is not None:
+        terms = compare(predictor, result.best, next(iter(engines[1:]), None))
     if options.as_json:
-        click.echo(json.dumps(_as_json(predictor, result), indent=1, allow_nan=False))
+        data = _as_json(predictor, result)
+        data["terms"] = terms.as_json() if terms else None
+        click.echo(json.dumps(data, indent=1, allow_nan=False))
     else:
-        click.echo(without_exponents("\n".join(_as_text(predictor, result))))
+        lines = [*_as_text(predictor, result), *(terms.lines() if terms else ())]
+        click.echo(without_exponents("\n".join(lines)))
+
+
+def _engines(paths: Sequence[Path]) -> list[Engine]:
+    """The engine that is modelled, and the one that it is compared with, if another than ours.
+
+    Raises:
+        SpecError: there are more.
+    """
+    if len(paths) > 2:
+        raise SpecError(f"`--engine` is given {len(paths)} times", "two engines are compared")
+    return [load_engine(path) for path in paths]
 
 
 def _under_load(spec: Spec, predictor: Predictor, result: SearchResult) -> SearchResult:
@@ -252,10 +271,12 @@ def search(
         chosen = chosen_concurrency(spec, config, hardware)
         spec = spec.with_concurrency(chosen.num_seqs if chosen else 1)
     rollback: RollbackWord = "snapshot"
+    capabilities = OTHER_ENGINE
     if engine is None:
+        capabilities = ALL
         rollback, *_ = allowed_rollbacks(spec, config, hardware)
     predictor = Predictor(spec, config, hardware, engine, reserved, rollback)
-    result = Search(predictor, ALL, spec.target.count, progress).run()
+    result = Search(predictor, capabilities, spec.target.count, progress).run()
     _ = result.best
     return predictor, judged(result, lambda each: Deployment(predictor, each.candidate, {}))
 
@@ -265,8 +286,12 @@ def _as_json(predictor: Predictor, result: SearchResult) -> dict[str, Any]:
     candidate = best.candidate
     missing = SUPPORTED.missing(candidate)
     return {
-        "engine": engine.name if engine else "tokenspeed-plan",
-        "target": {"gpu": predictor.hardware.name, "count": candidate.num_gpus},
+        "engine": engine.title if engine else OURS,
+        "target": {
+            "gpu": predictor.hardware.name,
+            "count": candidate.num_gpus,
+            "calibrated": not predictor.hardware.borrows_prices,
+        },
         "deployment": str(candidate),
         "layout": asdict(candidate.layout),
         "prefill_layout": asdict(candidate.prefill) if candidate.prefill else None,
@@ -317,8 +342,10 @@ def _as_text(predictor: Predictor, result: SearchResult) -> Iterator[str]:
     best, hardware = result.best, predictor.hardware
     title = f"{predictor.config.name} on {best.candidate.num_gpus} x {hardware.name}"
     if predictor.engine:
-        title += f", as {predictor.engine.name} would run it"
+        title += f", as {predictor.engine.title} would run it"
     yield title
+    if hardware.borrows_prices:
+        yield f"nobody calibrated a {hardware.name}: each interval adds up what could be wrong"
     yield str(best.candidate)
     missing = SUPPORTED.missing(best.candidate)
     if not missing:

@@ -48,6 +48,9 @@ FP8_CLASSES = (
     "product_quantised",
     "grouped_quantised",
 )
+# Classes whose products of NVFP4 may have prices of their own.
+FP4_CLASSES = ("stream_fp4", "experts_fp4", "few_rows_fp4", "product_fp4", "grouped_fp4")
+FORMAT_CLASSES = (*FP8_CLASSES, *FP4_CLASSES)
 TIME_KINDS = ("memory", "matrix", "launch", "collective", "host")
 MATRIX_DTYPES = (*get_args(DType), "tf32")  # that a profile may have a rate for
 
@@ -110,6 +113,7 @@ class HardwareSpec:
         errors: relative error of a prediction, by kind of time.
         sources: where each number comes from.
         libraries: what functions of libraries cost, by their keys in `LIBRARY_FUNCTIONS`.
+        is_calibrated: whether its kernels were measured on such a machine.
     """
 
     name: str
@@ -147,6 +151,12 @@ class HardwareSpec:
     libraries: Mapping[str, LibraryPrice] = field(default_factory=dict)
     host_step_us: float = 0.0
     host_prompt_us: float = 0.0
+    is_calibrated: bool = False
+
+    @property
+    def borrows_prices(self) -> bool:
+        """Whether it is a GPU on which nobody measured our kernels."""
+        return self.sm > 0 and not self.is_calibrated
 
     def priced(self, name: str, variant: str) -> str:
         """The class whose prices a kernel has: that of its variant where the profile has one."""
@@ -230,6 +240,7 @@ _NOT_NUMBERS = {
     "errors",
     "sources",
     "libraries",
+    "is_calibrated",
 }
 _TABLES = {"one_shot", "two_shot", "push", "library", "gather"}
 _INTEGERS = {field.name for field in fields(HardwareSpec) if field.type == "int"}
@@ -264,7 +275,7 @@ def read_profile(text: str, name: str) -> Profile:
         raise _bad(name, f"`{key}`: {problem}") from error
     missing = _MAY_BE_MISSING.difference(profile.numbers)
     _check_names(name, "numbers", set(NUMBERS) - missing, profile.numbers)
-    own = [key for key in FP8_CLASSES if key in profile.waits or key in profile.residuals]
+    own = [key for key in FORMAT_CLASSES if key in profile.waits or key in profile.residuals]
     _check_names(name, "waits", (*OP_CLASSES, *own), profile.waits)
     _check_names(name, "residuals", (*OP_CLASSES, *own), profile.residuals)
     _check_names(name, "errors", TIME_KINDS, profile.errors)
@@ -369,6 +380,7 @@ def to_hardware(profile: Profile) -> HardwareSpec:
             key: LibraryPrice(found.wait.value, found.residual.value)
             for key, found in sorted(profile.libraries.items())
         },
+        is_calibrated=bool(profile.measured),
     )
 
 

@@ -34,10 +34,10 @@ from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 from tokenspeed_plan.plans.ops import COLLECTIVES, integer, query_len
 from tokenspeed_plan.plans.schema import Amounts, BatchSize, CallAmounts, KernelSpec, Part, Work
-from tokenspeed_plan.plans.types import TensorSpec
+from tokenspeed_plan.plans.types import Format, TensorSpec
 
-# Products of weights in FP8, converted first or multiplied as they are.
-Variant = Literal["", "_fp8", "_quantised"]
+# Products of weights in FP8, converted first or multiplied as they are; and of weights in NVFP4.
+Variant = Literal["", "_fp8", "_quantised", "_fp4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,16 @@ class CostedOp:
     is_collective: bool
     waiting_tokens: int = 0
     libraries: tuple[str, ...] = ()
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is no product, attention, state or collective: a norm, a split, a gate."""
+        return self.heaviest == "rows" and self.collective is None
+
+    @property
+    def has_quantised_product(self) -> bool:
+        """Whether it is a product of FP8 or NVFP4, experts apart."""
+        return self.heaviest == "product" and self.variant != ""
 
     def work(self, load: Load) -> Work:
         """What the operator does for a load."""
@@ -222,9 +232,14 @@ def _variant(graph: OpGraph, op: Op) -> Variant:
     products = [part for part in op.members if part.kind in ("linear", *EXPERTS)]
     if any(is_quantised(graph, part) for part in products):
         return "_quantised"
-    if any(graph.weights[name].spec.format == FP8 for part in products for name in part.weights):
+    return _stored({graph.weights[name].spec.format for part in products for name in part.weights})
+
+
+def _stored(formats: Collection[Format]) -> Variant:
+    """The variant of a product by the formats of its weights."""
+    if FP8 in formats:
         return "_fp8"
-    return ""
+    return "_fp4" if any(each.dtype == "fp4" for each in formats) else ""
 
 
 def _member(graph: OpGraph, op: Op, formats: Formats) -> _Member:
@@ -350,9 +365,7 @@ def op_class(kinds: Collection[str], num_rows: int, num_seqs: int, variant: Vari
 def variant_of(kernel: KernelSpec) -> Variant:
     """Which of the prices of its class a kernel of a plan has."""
     formats = {param.tensor.format for param in kernel.params if param.role in ("input", "weight")}
-    if FP8_ROWS in formats:
-        return "_quantised"
-    return "_fp8" if FP8 in formats else ""
+    return "_quantised" if FP8_ROWS in formats else _stored(formats)
 
 
 def _heaviest(kinds: Collection[str]) -> str:

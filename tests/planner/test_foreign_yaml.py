@@ -40,8 +40,15 @@ disaggregation: off
 serving: {prefill_chunk: 64}
 """
 ENGINE = (
-    "name: x\nkernels_per_layer: 10\ncollectives_per_layer: 2\nhost_us_per_step: 0.5\n"
-    "sources: {a: b}\n"
+    "name: x\nversion: '1'\nformat: bf16\nstate_dtype: fp32\nhides_shared_expert: true\n"
+    "small_kernels: {delta: 1, attention: 1, experts: 1, dense: 1, quantised: 1, step: 1}\n"
+    "collectives_per_layer: 2\nhost_us_per_step: 0.5\npolling_ms: 0\nfront_end_ms: 1\n"
+    "front_end_us_per_token: 1\n"
+    "prefill: {captured_tokens: 1, captured_us_per_layer: 1, eager_us_per_layer: 1, "
+    "host_us_per_step: 1}\n"
+    "sources: {state_dtype: a, small_kernels: a, collectives_per_layer: a, prefill: a, "
+    "host_us_per_step: a, polling_ms: a, front_end_ms: a, front_end_us_per_token: a, "
+    "hides_shared_expert: a}\n"
 )
 NASTY = [
     '!!int ""',

@@ -20,7 +20,7 @@ from tokenspeed_plan.planner.machines.hardware import (
 )
 from tokenspeed_plan.plans.errors import SpecError
 
-NAMES = ("A100", "B200", "B300", "GB200", "H100", "H200", "RTX5090", "cpu")
+NAMES = ("A100", "B200", "B300", "GB200", "GB300", "H100", "H200", "RTX5090", "cpu")
 SIZES = [1 << bits for bits in range(8, 28)]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.lengths_file import RowLengths
+from tokenspeed_plan.runtime.request import Request
 from tokenspeed_plan.runtime.request_check import MAX_INT32
 from tokenspeed_plan.runtime.serving.batch.files import InputFile, InputLine
 from tokenspeed_plan.runtime.serving.batch.lines import Row, parse_row
@@ -55,10 +56,33 @@ def row_lengths(
                 row = _row(line)
                 yield from _sequences(row, known.get(row.custom_id), tokenizer)
             except InvalidRequestError as error:
-                raise RequestError(
-                    f"`{batch}:{line.number}` cannot be run: {error}",
-                    "mend it, or take it out",
-                ) from error
+                raise _cannot_run(batch, line, error) from error
+
+
+def row_prompts(batch: Path, tokenizer: Encoder) -> Iterator[Sequence[int]]:
+    """The tokens of each prompt of each row.
+
+    Raises:
+        RequestError: the file cannot be read, or a row cannot be run; names the line.
+    """
+    with InputFile(batch) as source:
+        for line in source.lines():
+            try:
+                row = _row(line)
+                yield from (request.prompt_ids for request in _requests(row, tokenizer))
+            except InvalidRequestError as error:
+                raise _cannot_run(batch, line, error) from error
+
+
+def _cannot_run(batch: Path, line: InputLine, error: InvalidRequestError) -> RequestError:
+    problem = f"`{batch}:{line.number}` cannot be run: {error}"
+    return RequestError(problem, "mend it, or take it out")
+
+
+def _requests(row: Row, tokenizer: Encoder) -> Sequence[Request]:
+    """One request for each prompt; nothing is answered, so that no form is enforced."""
+    body = row.body.model_copy(update={"response_format": None, "tool_choice": None})
+    return to_requests(body, row.key, tokenizer, _ANY)[:: row.body.n or 1]
 
 
 def _row(line: InputLine) -> Row:
@@ -75,10 +99,7 @@ def _sequences(row: Row, usage: _Usage | None, tokenizer: Encoder | None) -> Ite
         output = row.body.max_completion_tokens or output
     prompts: list[int] = []
     if tokenizer is not None:
-        # Nothing is answered here, so that no form is enforced.
-        body = row.body.model_copy(update={"response_format": None, "tool_choice": None})
-        requests = to_requests(body, row.key, tokenizer, _ANY)
-        prompts = [len(request.prompt_ids) for request in requests[::num_choices]]
+        prompts = [len(request.prompt_ids) for request in _requests(row, tokenizer)]
     elif usage is not None:
         parts = len(split_prompts(row.body))
         prompts = [round(usage.prompt_tokens / parts)] * parts
