@@ -27,8 +27,6 @@ class Held:
 
     def drop(self) -> None:
         """Give all of it back."""
-        for page in self.pages:
-            self.cache.pages.drop(page)
+        self.cache.drop_pages(self.pages)
         if self.state_slot:
             self.cache.state_slots.drop(self.state_slot)
-        self.cache.prune(self.node)

@@ -258,9 +258,16 @@ class PrefixCache:
             if node.state_slot == state_slot:
                 self._checkpoints.forget(node)
 
-    def prune(self, node: Node | None) -> None:
-        """Free the pages from a node towards the root that no checkpoint and no sequence needs."""
-        self.tree.prune(node)
+    def drop_pages(self, pages: Seq[int]) -> None:
+        """Give back pages that the caller holds, in the order of their tokens.
+
+        What nobody needs any more is freed: also a whole page that was continued on the page of a
+        tail, and whose checkpoint went while the caller held the tail.
+        """
+        for page in pages:
+            self.pages.drop(page)
+        for page in reversed(pages):
+            self.tree.prune_from(page)
 
     def prove(self, path: Seq[Node], token_ids: Seq[int]) -> None:
         """Note that a sequence got its answer from what is cached of its tokens."""

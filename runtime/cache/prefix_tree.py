@@ -69,6 +69,7 @@ class PrefixTree:
         self._pages = pages
         self._index: dict[bytes, Node] = {}
         self._nodes_on_page = Counter[int]()
+        self._whole: dict[int, Node] = {}
 
     def __len__(self) -> int:
         """Whole pages."""
@@ -107,7 +108,7 @@ class PrefixTree:
         """Enter a whole page."""
         position = parent.position + len(token_ids)
         node = Node(parent, digest, token_ids, position, page)
-        self._index[digest] = node
+        self._index[digest] = self._whole[page] = node
         parent.children[digest] = node
         self._hold(node)
         if self._watch is not None:
@@ -124,6 +125,10 @@ class PrefixTree:
         parent.tails.append(tail)
         self._hold(tail)
         return tail
+
+    def prune_from(self, page: int) -> None:
+        """Free what only the holder of a page needed, who has dropped it."""
+        self.prune(self._whole.get(page))
 
     def is_in_use(self, page: int) -> bool:
         """Whether a running sequence holds a page, too."""
@@ -144,7 +149,7 @@ class PrefixTree:
 
     def _remove(self, node: Node, parent: Node) -> None:
         if node.digest:
-            del self._index[node.digest], parent.children[node.digest]
+            del self._index[node.digest], parent.children[node.digest], self._whole[node.page]
             if self._watch is not None:
                 self._watch.removed(node)
         else:

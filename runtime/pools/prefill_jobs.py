@@ -204,8 +204,7 @@ class PrefillJob:
 
     def release(self) -> None:
         """Hold nothing any more; what is under way has arrived, or its route is closed."""
-        for page in self._held:
-            self.cache.pages.drop(page)
+        self.cache.drop_pages(self._held)
         if self._state_slot:
             self.cache.state_slots.drop(self._state_slot)
         self._sent, self._held, self._state_slot = [], [], 0

@@ -175,7 +175,7 @@ class Reservations:
             self.abandoned.append(reservation)
             known = reservation.pages[: reservation.num_known]
             reservation.pages, reservation.num_known = reservation.new_pages, 0
-            self._drop_pages(known, reservation.node)
+            self.cache.drop_pages(known)
             reservation.node = self.cache.root
         return reservation
 
@@ -187,10 +187,5 @@ class Reservations:
     def _free(self, reservation: Reservation) -> None:
         if reservation.state_slot:
             self.cache.state_slots.drop(reservation.state_slot)
-        self._drop_pages(reservation.pages, reservation.node)
+        self.cache.drop_pages(reservation.pages)
         reservation.pages, reservation.state_slot = [], 0
-
-    def _drop_pages(self, pages: Iterable[int], node: Node) -> None:
-        for page in pages:
-            self.cache.pages.drop(page)
-        self.cache.prune(node)

@@ -252,12 +252,10 @@ class SequenceMemory:
                 self.host.keep(checkpoint, sequence)
             if sequence.state == "finished":
                 self.note_end(checkpoint, sequence)
-        for page in sequence.pages:
-            self.cache.pages.drop(page)
+        path = self._path(sequence)
+        self.cache.drop_pages(sequence.pages)
         for slot in {*sequence.own_slots, sequence.state_slot} - {0}:
             self.cache.state_slots.drop(slot)
-        path = self._path(sequence)
-        self.cache.prune(sequence.node)
         if is_wrong:
             self.cache.forget_unproven(path, sequence.token_ids)
             self.host.forget_unproven(sequence)

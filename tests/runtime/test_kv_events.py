@@ -51,9 +51,7 @@ def remember(cache: PrefixCache, tokens: list[int]) -> None:
     if hit.checkpoint.state_slot:
         cache.state_slots.drop(hit.checkpoint.state_slot)
     cache.state_slots.drop(slot)
-    for page in pages:
-        cache.pages.drop(page)
-    cache.prune(node)
+    cache.drop_pages(pages)
 
 
 class Follower:

@@ -22,8 +22,11 @@ from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.cache.eviction import Checkpoints
+from tokenspeed_plan.runtime.cache.held import Held
+from tokenspeed_plan.runtime.cache.prefix_cache import PrefixCache
 from tokenspeed_plan.runtime.cache.prefix_tree import Node, PrefixTree
 from tokenspeed_plan.runtime.cache.ref_counts import SharedSlots
+from tokenspeed_plan.runtime.metrics import Metrics
 
 PRESSURES: dict[str, dict[str, int]] = {
     "roomy": {
@@ -195,3 +198,26 @@ def test_the_heap_of_checkpoints_gives_up_what_is_worth_least(
         assert made.evict(lambda node: True)
         assert not wanted.state_slot
     assert len(looks) < 250 * 20
+
+
+def test_a_whole_page_is_given_up_by_who_held_it_as_a_tail(tiny_plan: Plan) -> None:
+    """A sequence went on in a tail's page; the whole page loses its checkpoint meanwhile."""
+    cache = PrefixCache(tiny_plan.pool.limits, b"seed", 1, 1, Metrics())
+    tokens = range(cache.page_size)
+    digests: list[bytes] = []
+    cache.extend(digests, tokens, len(tokens))
+    page = cache.take_page()
+    assert page is not None
+    slots = [cache.take_state_slot() for _ in range(2)]
+    tail = cache.add_checkpoint(cache.root, tokens, len(tokens) - 1, slots[0], [page])
+    whole = cache.add_pages(cache.root, digests, tokens, len(tokens), [page])
+    cache.add_checkpoint(whole, tokens, len(tokens), slots[1], [page])
+    for slot in slots:
+        cache.state_slots.drop(slot)
+    cache.drop_pages([page])
+    copied = Held.of(cache, tail)
+    cache.forget_checkpoint(slots[1])
+    assert whole in cache.tree
+    copied.drop()
+    assert list(cache.tree) == [tail]
+    check_all_is_given_back(cache)

@@ -276,6 +276,9 @@ class Machine(RuleBasedStateMachine):
         assert isinstance(executor, TieredExecutor)
         check_tree(scheduler.cache, executor.keys, executor.state)
         check_tree(scheduler.host_tier.tier, executor.host_keys, executor.host_state)
+        for tree in (scheduler.cache.tree, scheduler.host_tier.tier.tree):
+            ends = [node for node in tree if node.is_leaf and not node.state_slot]
+            assert all(tree.is_in_use(node.page) for node in ends), "pages that no hit can use"
 
     def teardown(self) -> None:
         if not self.fine:
