@@ -283,7 +283,7 @@ def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOption
     with other_pools(bundle, engine_options, PoolOptions()) as attach:
 
         def make_engine() -> Engine:
-            engine = ready_engine(bundle, engine_options, tokenizer=tokenizer.without_chat())
+            engine = ready_engine(bundle, engine_options, tokenizer.without_chat())
             attach(engine)
             return engine
 
@@ -302,7 +302,7 @@ def _run_shared(bundle: Path, engine_options: EngineOptions, batch: SharedBatch)
         worker = replace(worker, plans=_plans_of_job(own, batch.others, engine_options))
 
     def load() -> Engine:
-        return ready_engine(bundle, engine_options, tokenizer=tokenizer.without_chat())
+        return ready_engine(bundle, engine_options, tokenizer.without_chat())
 
     return Worker(store, worker, facts, tokenizer, load).run()
 
