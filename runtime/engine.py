@@ -85,7 +85,7 @@ class Engine:
         cls,
         bundle: Path,
         weights: Path | None = None,
-        chat: WriteChat | None = None,
+        chat: WriteChat | Tokenizer | None = None,
         backend: BackendName | None = None,
         launch: Launch | None = None,
         lead: Lead | None = None,
@@ -93,14 +93,13 @@ class Engine:
         depth: Depth = "headers",
         signers: Signers | None = None,
         role: PoolRole | None = None,
-        tokenizer: Tokenizer | None = None,
     ) -> Engine:
         """Read and check a bundle, then its weights, then allocate.
 
         Args:
             bundle: the folder of the plan.
             weights: the checkpoint; the plan's own by default.
-            chat: writes messages as a prompt.
+            chat: writes messages as a prompt; or the tokenizer, where it is loaded already.
             backend: a GPU runs the bundle's kernels by default, a CPU the references.
             launch: a GPU launches CUDA graphs by default, a CPU step after step.
             lead: keeps other ranks in step; there is none by default.
@@ -108,14 +107,11 @@ class Engine:
             depth: how far the weights are compared with those that were planned.
             signers: one of them must have signed the plan; None takes any plan.
             role: of the pool to load; by default the one that answers.
-            tokenizer: of the checkpoint, where it is loaded already.
 
         Raises:
             PlanError: the bundle, this machine or the checkpoint does not fit.
         """
-        loaded = load_bundle(
-            bundle, weights, chat, backend, launch, lead, depth, signers, role, tokenizer
-        )
+        loaded = load_bundle(bundle, weights, chat, backend, launch, lead, depth, signers, role)
         engine = cls(loaded.plan, loaded.executor, loaded.tokenizer, cache=cache)
         engine.startup_s = loaded.startup_s | engine.startup_s
         return engine

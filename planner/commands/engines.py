@@ -315,10 +315,7 @@ def _checked_folder(bundle: Path, options: EngineOptions) -> Path:
 
 
 def load_engine(
-    bundle: Path,
-    options: EngineOptions,
-    chat: ChatTemplate | None = None,
-    tokenizer: Tokenizer | None = None,
+    bundle: Path, options: EngineOptions, chat: ChatTemplate | Tokenizer | None = None
 ) -> Engine:
     """Load an engine. Of several ranks, rank 0 leads the others."""
     from tokenspeed_plan.runtime.engine import Engine
@@ -336,7 +333,6 @@ def load_engine(
         depth="headers" if links.rank else options.depth,  # rank 0 has compared all of them
         signers=options.signers,
         role=options.role,
-        tokenizer=tokenizer,
     )
     links.meet(f"{engine.plan.digest} {options.backend}")
     limit_cpu(engine.plan)
@@ -353,13 +349,10 @@ def limit_cpu(plan: Plan) -> None:
 
 
 def ready_engine(
-    bundle: Path,
-    options: EngineOptions,
-    chat: ChatTemplate | None = None,
-    tokenizer: Tokenizer | None = None,
+    bundle: Path, options: EngineOptions, chat: ChatTemplate | Tokenizer | None = None
 ) -> Engine:
     """Load an engine, and replay the golden prompts unless the options say otherwise."""
-    engine = load_engine(bundle, options, chat, tokenizer)
+    engine = load_engine(bundle, options, chat)
     if options.canary:
         engine.time_startup("canary_s", lambda: replay_canary(engine.plan, engine))
     freeze_gc()

@@ -286,7 +286,7 @@ def _run_batch(bundle: Path, engine_options: EngineOptions, options: BatchOption
     with other_pools(bundle, engine_options, PoolOptions()) as attach, ExitStack() as noting:
 
         def make_engine() -> Engine:
-            engine = ready_engine(bundle, engine_options, tokenizer=tokenizer.without_chat())
+            engine = ready_engine(bundle, engine_options, tokenizer.without_chat())
             attach(engine)
             noting.enter_context(noted("run", bundle, engine))
             return engine
@@ -307,7 +307,7 @@ def _run_shared(bundle: Path, engine_options: EngineOptions, batch: SharedBatch)
     with ExitStack() as noting:
 
         def load() -> Engine:
-            engine = ready_engine(bundle, engine_options, tokenizer=tokenizer.without_chat())
+            engine = ready_engine(bundle, engine_options, tokenizer.without_chat())
             noting.enter_context(noted("run", bundle, engine))
             return engine
 

@@ -45,14 +45,13 @@ class Loaded:
 def load_bundle(
     bundle: Path,
     weights: Path | None = None,
-    chat: WriteChat | None = None,
+    chat: WriteChat | Tokenizer | None = None,
     backend: BackendName | None = None,
     launch: Launch | None = None,
     lead: Lead | None = None,
     depth: Depth = "headers",
     signers: Signers | None = None,
     role: PoolRole | None = None,
-    tokenizer: Tokenizer | None = None,
 ) -> Loaded:
     """Read and check a bundle, then its weights, then allocate; see `Engine.load`.
 
@@ -67,7 +66,7 @@ def load_bundle(
     name = backend or default_backend(plan)
     kernels = None if name == "reference" else load_kernels(plan, bundle)
     compare = name == "compare"
-    loaded = load_parts(plan, folder, chat, kernels, launch, lead, compare, role, tokenizer)
+    loaded = load_parts(plan, folder, chat, kernels, launch, lead, compare, role)
     loaded.startup_s["read_plan_s"] = read - begun
     loaded.startup_s["read_weights_s"] = time.perf_counter() - read
     return loaded
@@ -76,13 +75,12 @@ def load_bundle(
 def load_parts(
     plan: Plan,
     folder: Path,
-    chat: WriteChat | None = None,
+    chat: WriteChat | Tokenizer | None = None,
     kernels: Kernels | None = None,
     launch: Launch | None = None,
     lead: Lead | None = None,
     compare: bool = False,
     role: PoolRole | None = None,
-    tokenizer: Tokenizer | None = None,
 ) -> Loaded:
     """Load from a plan that is already checked, with its weights in `folder`.
 
@@ -100,7 +98,10 @@ def load_parts(
     if launch is None:
         launch = EagerLaunch() if compare else default_launch(plan)
     memory = PlanMemory(plan, arenas, tensors)
-    if tokenizer is None and (folder / "tokenizer.json").is_file():
+    tokenizer = None
+    if isinstance(chat, Tokenizer):
+        tokenizer = chat
+    elif (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(folder, chat)
     return Loaded(plan, Executor(memory, backend, launch, lead), tokenizer)
 
