@@ -86,7 +86,7 @@ def _measured_row(program: Mapping[str, Any]) -> StepRow:
 def _record(command: Command, plan: Plan, facts: Mapping[str, Any]) -> RunRecord:
     device, name = this_machine(plan.target.device)
     known = provenance(device)
-    versions = {key: known[key] for key in ("torch", "cuda") if key in known}
+    versions: dict[str, str] = {key: known[key] for key in ("torch", "cuda") if key in known}
     return RunRecord(
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,

@@ -72,7 +72,8 @@ def _step_bins(steps: Sequence[StepRecord], edges_B: np.ndarray) -> dict[str, li
         """The mean of the weights over each bin; between steps they are 0."""
         sums_S = np.cumsum(weights_S * times_S)
         known = np.stack((np.concatenate(([0.0], sums_S[:-1])), sums_S), axis=1).ravel()
-        return np.diff(np.interp(edges_B, knots, known)) / np.diff(edges_B)
+        means: np.ndarray = np.diff(np.interp(edges_B, knots, known)) / np.diff(edges_B)
+        return means
 
     decode = shares(decodes_S.astype(float))
     batch = shares(decodes_S * seqs_S) / np.maximum(decode, 1e-9)
