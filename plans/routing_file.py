@@ -23,7 +23,9 @@ def read_skew(path: Path) -> float:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"cannot read the routing in `{path}`", ROUTING_FILE_HINT) from error
-    skew = data.get("skew") if isinstance(data, dict) else None
+    skew: Any = None
+    if isinstance(data, dict):
+        skew = data.get("skew")
     is_number = isinstance(skew, int | float) and not isinstance(skew, bool)
     if not is_number or not math.isfinite(skew) or not 0 <= skew <= MAX_SKEW:
         raise SpecError(f"`{path}` has no `skew` from 0 to {MAX_SKEW:g}", ROUTING_FILE_HINT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.passes.limits import checkpoint_spacing
@@ -33,6 +33,10 @@ class Knobs:
     depth: int = 0
     kv_dtype: DType = "bf16"
     checkpoint_tokens: int | None = None
+
+    def with_chunk(self, tokens: int | None) -> Knobs:
+        """The same with another prefill chunk, where one is given."""
+        return replace(self, prefill_chunk=tokens) if tokens else self
 
     @property
     def spacing(self) -> int:
@@ -129,3 +133,5 @@ ALL = Capabilities(
     max_drafts=MAX_DRAFTS,
     kv_dtypes=("bf16", "fp8"),
 )
+# Other engines keep a copy of a key head on each rank that shares it.
+OTHER_ENGINE = replace(ALL, context_split=False)

@@ -211,9 +211,8 @@ class Predictor:
             interleaved_tokens: of prompts between two decode steps; None for a chunk.
             gathered_tokens: for which a batch's prompts wait while all sequences are taken.
         """
-        knobs, workload = candidate.knobs, self.spec.workload
-        if interleaved_tokens:
-            knobs = replace(knobs, prefill_chunk=interleaved_tokens)
+        workload = self.spec.workload
+        knobs = candidate.knobs.with_chunk(interleaved_tokens)
         talk = conversation(workload, cached=knobs.checkpoint_tokens != 0)
         users = ceil_div(workload.num_seqs, candidate.replicas)
         prefill_layout = candidate.prefill or candidate.layout
@@ -231,27 +230,25 @@ class Predictor:
             handover_us = transfer.exposed_us + decode.step_us(users)(1.0)  # of the last token
         demand = decode.demand(talk, prompt.total_us, users, prefill_layout.attention_dp)
         if interleaved_tokens:
-            demand = replace(demand, longest_wait_us=prompt.total_us / demand.chunks)
+            demand = demand.interleaved()
         if shared and users > 1:
             demand = shared.demand(demand, talk.first.new_tokens)
         served = serve(demand, users, _arrivals_per_s(workload, candidate), handover_us)
-        if self.engine is not None:
-            prompt_tokens = talk.mean(lambda turn: turn.prompt_tokens)
-            served = served.later_by(self.engine.first_token_us(prompt_tokens))
+        prompt_tokens = talk.mean(lambda turn: turn.prompt_tokens)
+        served = served.later_by(_front_end_us(self.engine, prompt_tokens))
         batch = max(served.batch, 1.0)
         step = decode.at(round(batch))
-        waiting_us = max(served.first_token_us - prompt.total_us, 0.0)
         return Prediction(
             candidate=candidate,
             turn=served,
             step=step,
             prompt=prompt,
-            first_turn_ttft_us=first.total_us + waiting_us,
+            first_turn_ttft_us=first.total_us + max(served.first_token_us - prompt.total_us, 0.0),
             token_us=demand.token_us_at(batch),
             concurrency=workload.num_seqs,
             turns=talk.turns,
             output_tokens=talk.output_tokens,
-            prompt_tokens=talk.mean(lambda turn: turn.prompt_tokens),
+            prompt_tokens=prompt_tokens,
             hit_rate=talk.hit_rate,
             error=self._error(step, prompt, demand.tokens / decode.accepted(round(batch)), users),
             price_per_hour=self._price_per_hour,
@@ -259,11 +256,6 @@ class Predictor:
             transfer=transfer,
             run=shared.run if shared else None,
         )
-
-    def decode_step(self, candidate: Candidate, batch: int) -> StepTime:
-        """A decode step in the middle of the conversation, with the host's work in the open."""
-        context = conversation(self.spec.workload).mean_context
-        return _Decode(self, candidate.layout, candidate.knobs, context, {}).at(batch)
 
     def token_us(self, candidate: Candidate, batch: int, depth: int) -> float:
         """Microseconds for one token of a sequence, in the middle of the conversation."""
@@ -392,6 +384,11 @@ class Predictor:
         if self.reserved_price:
             return self.hardware.usd_per_hour_reserved
         return self.hardware.usd_per_hour_on_demand
+
+
+def _front_end_us(engine: Engine | None, prompt_tokens: float) -> float:
+    """What another engine's front end adds to a first token; ours is in the host's terms."""
+    return engine.first_token_us(prompt_tokens) if engine else 0.0
 
 
 def _arrivals_per_s(workload: WorkloadSpec, candidate: Candidate) -> float | None:

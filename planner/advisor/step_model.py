@@ -6,6 +6,7 @@ kind, and each operator's time is counted once for each layer of its kind.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -25,7 +26,7 @@ from tokenspeed_plan.planner.models.quantization import (
     published_encoding,
     stored_word,
 )
-from tokenspeed_plan.planner.passes.cost import CostedOp, Load, costed_op, time_of
+from tokenspeed_plan.planner.passes.cost import CostedOp, Load, OpTime, costed_op, time_of
 from tokenspeed_plan.planner.passes.expand import FEW_ROWS, SORTED_AT_ONCE
 from tokenspeed_plan.planner.passes.limits import CapacityOptions, plan_capacity
 from tokenspeed_plan.planner.passes.op_terms import EXPERTS, Formats
@@ -235,9 +236,8 @@ class StepModel:
         key = self._graph_key(layout, phase, all_groups.num_tokens, all_groups.num_seqs, depth)
         if phase == "prefill":  # a lone prompt is in one group only
             all_groups = load
-        us = dict.fromkeys(KERNEL_TIME_KINDS, 0.0)
-        launches = collectives = floor_us = small = small_us = quantised = 0.0
         hidden = phase == "decode" and self.engine is not None and self.engine.hides_shared_expert
+        times = []
         for priced in self._priced_ops(key, load):
             if hidden and priced.is_shared_expert:
                 continue
@@ -246,24 +246,8 @@ class StepModel:
                 own_load = all_groups
             work = priced.op.work(own_load)
             time = time_of(priced.op, work, own_load, self.hardware)
-            us[time.bound] += priced.count * time.busy_us
-            us[time.waits_for] += priced.count * time.latency_us
-            launches += priced.count
-            collectives += priced.count * (time.waits_for == "collective")
-            floor_us += priced.count * (work.floor_bytes / self.hardware.peak_bytes_per_s * 1e6)
-            if priced.op.is_small:
-                small += priced.count
-                small_us += priced.count * time.latency_us
-            quantised += priced.count * priced.op.has_quantised_product
-        return StepTime(
-            **us,
-            launches=launches,
-            collectives=collectives,
-            floor_us=floor_us,
-            small=small,
-            small_us=small_us,
-            quantised=quantised,
-        )
+            times.append((priced, time, work.floor_bytes / self.hardware.peak_bytes_per_s * 1e6))
+        return _sum(times)
 
     def _priced_ops(self, graph_key: GraphKey, load: Load) -> tuple[_PricedOp, ...]:
         """The operators of a graph with what their prices need, for loads of one format."""
@@ -366,6 +350,25 @@ class StepModel:
     def _encoding(self, name: str) -> Encoding | None:
         """How a matrix is encoded, as far as its name and the config say."""
         return published_encoding(self.weights, self.config, name)
+
+
+def _sum(times: Iterable[tuple[_PricedOp, OpTime, float]]) -> StepTime:
+    """The time of all layers, from operators with their times and floors, in microseconds."""
+    us = dict.fromkeys(KERNEL_TIME_KINDS, 0.0)
+    counts: dict[str, float] = dict.fromkeys(
+        ("launches", "collectives", "floor_us", "small", "small_us", "quantised"), 0.0
+    )
+    for priced, time, floor_us in times:
+        count, op = priced.count, priced.op
+        us[time.bound] += count * time.busy_us
+        us[time.waits_for] += count * time.latency_us
+        counts["launches"] += count
+        counts["collectives"] += count * (time.waits_for == "collective")
+        counts["floor_us"] += count * floor_us
+        counts["small"] += count * op.is_small
+        counts["small_us"] += count * op.is_small * time.latency_us
+        counts["quantised"] += count * op.has_quantised_product
+    return StepTime(**us, **counts)
 
 
 def host_us(steps: StepModel, seqs: int, prompts: float = 0.0) -> float:

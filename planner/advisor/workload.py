@@ -139,6 +139,10 @@ class Demand:
             return self.prefill_us
         return self.own_us
 
+    def interleaved(self) -> Demand:
+        """The same, where decode waits for one piece of a prompt at most."""
+        return replace(self, longest_wait_us=self.prefill_us / self.chunks)
+
     def token_us_at(self, batch: float) -> float:
         """Microseconds of a token of a sequence at a batch, when nothing else happens."""
         return (self.token_us or self.step_us)(batch)

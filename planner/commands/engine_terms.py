@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tokenspeed_plan.planner.advisor.candidate import Candidate
 from tokenspeed_plan.planner.advisor.engine_profile import Engine, terms_us
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
+from tokenspeed_plan.planner.advisor.step_model import host_us
 from tokenspeed_plan.planner.advisor.step_time import StepTime
+from tokenspeed_plan.planner.advisor.workload import conversation
 from tokenspeed_plan.plans.figures import plain
 
 OURS = "tokenspeed-plan"
@@ -52,7 +55,7 @@ class Comparison:
                 what += f" of {self.batch} sequences, {launches} launches"
             yield f"  {what}"
             for name in own:
-                us = (own[name], other[name], other[name] - own[name])
+                us = (own[name], other[name], round(other[name] - own[name], 3))
                 if any(us):
                     yield f"    {name:<26} " + " ".join(f"{plain(each):>11}" for each in us)
 
@@ -69,7 +72,7 @@ def compare(predictor: Predictor, best: Prediction, other: Engine | None) -> Com
     pair = (predictor, second)
     batch = max(round(best.turn.batch), 1)
     predictions = [each.predict(best.candidate) for each in pair]
-    steps = [each.decode_step(best.candidate, batch) for each in pair]
+    steps = [_decode_step(each, best.candidate, batch) for each in pair]
     prompts = [_terms(prediction.prompt) for prediction in predictions]
     waits = [
         each.engine.first_token_us(best.prompt_tokens) if each.engine else 0.0 for each in pair
@@ -81,6 +84,14 @@ def compare(predictor: Predictor, best: Prediction, other: Engine | None) -> Com
     }
     names = (_name(predictor.engine), _name(other))
     return Comparison(names, batch, terms, (steps[0].launches, steps[1].launches))
+
+
+def _decode_step(predictor: Predictor, candidate: Candidate, batch: int) -> StepTime:
+    """A step in the middle of the conversation, with the host's work that it does not hide."""
+    steps, knobs = predictor.steps, candidate.knobs
+    context = conversation(predictor.spec.workload).mean_context
+    step = steps.decode(candidate.layout, batch, context, knobs.depth, knobs.kv_dtype)
+    return step + StepTime(host=max(host_us(steps, batch) - step.total_us, 0.0))
 
 
 def _name(engine: Engine | None) -> str:

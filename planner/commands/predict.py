@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from tokenspeed_plan.planner.advisor.batch_run import BatchRun
-from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED
+from tokenspeed_plan.planner.advisor.candidate import ALL, OTHER_ENGINE, SUPPORTED
 from tokenspeed_plan.planner.advisor.engine_profile import Engine, load_engine
 from tokenspeed_plan.planner.advisor.fleet_size import (
     Job,
@@ -271,10 +271,12 @@ def search(
         chosen = chosen_concurrency(spec, config, hardware)
         spec = spec.with_concurrency(chosen.num_seqs if chosen else 1)
     rollback: RollbackWord = "snapshot"
+    capabilities = OTHER_ENGINE
     if engine is None:
+        capabilities = ALL
         rollback, *_ = allowed_rollbacks(spec, config, hardware)
     predictor = Predictor(spec, config, hardware, engine, reserved, rollback)
-    result = Search(predictor, ALL, spec.target.count, progress).run()
+    result = Search(predictor, capabilities, spec.target.count, progress).run()
     _ = result.best
     return predictor, judged(result, lambda each: Deployment(predictor, each.candidate, {}))
 
