@@ -27,7 +27,7 @@ _PLACES = {
     "check": ("check", "check"),
     "diff": ("show", "diff_command"),
     "lengths": ("lengths", "lengths_command"),
-    "measure-routing": ("routing", "measure_routing_command"),
+    "measure-routing": ("measure_routing", "measure_routing_command"),
     "plan": ("plan", "plan"),
     "predict": ("predict", "predict"),
     "quantize": ("quantize", "quantize"),

@@ -56,12 +56,20 @@ from tokenspeed_plan.planner.passes.quantised_products import record_quantised
 from tokenspeed_plan.planner.passes.reduction import record_reductions
 from tokenspeed_plan.planner.passes.select import Candidates, select, select_unproved, unreported
 from tokenspeed_plan.planner.passes.simulate import record_streams
-from tokenspeed_plan.planner.spec import Spec
+from tokenspeed_plan.planner.spec import Spec, WorkloadSpec
 from tokenspeed_plan.plans.bundle import seal
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.encodings import Encoding
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.schema import Binary, Capacity, ModelFacts, Plan, Shard
+from tokenspeed_plan.plans.schema import (
+    AnswerReturns,
+    Binary,
+    Capacity,
+    Limits,
+    ModelFacts,
+    Plan,
+    Shard,
+)
 from tokenspeed_plan.plans.types import DType, Phase
 from tokenspeed_plan.plans.validate import validate
 from tokenspeed_plan.plans.weight_digests import header_digests
@@ -328,11 +336,7 @@ def plan_parts(
     has_two_pools = decided.prefill is not None
     host_cache = choose_host_cache(ledger, spec, workload, prices, has_two_pools)
     prefill_programs = work.of_prefill_pool(programs, report)
-    answer_returns = None
-    if decided.prefill is not None:
-        count = decided.layout.num_ranks + decided.prefill.num_ranks
-        costs = ReturnPrices.of(programs, prefill_programs, capacity, hardware, count)
-        answer_returns = choose_answer_returns(ledger, spec, workload, limits, costs)
+    answer_returns = _choose_returns(ledger, work, workload, limits, programs, prefill_programs)
     if model.weights in QUANTISED or spec.model.head == "fp8":
         _record_weights(ledger, programs, dtype, spec, hardware)
     if model.stop_reason:
@@ -352,6 +356,23 @@ def plan_parts(
         host_cache,
         answer_returns,
     )
+
+
+def _choose_returns(
+    ledger: Ledger,
+    work: _Programs,
+    workload: WorkloadSpec,
+    limits: Limits,
+    programs: tuple[LoweredProgram, ...],
+    prefill_programs: tuple[LoweredProgram, ...],
+) -> AnswerReturns | None:
+    """Whether and how answers go back to a pool that computes prompts; None where there is none."""
+    layout, prefill = work.decided.layout, work.decided.prefill
+    if prefill is None:
+        return None
+    num_ranks = layout.num_ranks + prefill.num_ranks
+    prices = ReturnPrices.of(programs, prefill_programs, work.capacity, work.hardware, num_ranks)
+    return choose_answer_returns(ledger, work.spec, workload, limits, prices)
 
 
 def _record_programs(

@@ -23,7 +23,6 @@ from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor
 from tokenspeed_plan.runtime.request import Completion, NewToken, Request, SamplingParams
 from tokenspeed_plan.runtime.request_check import check_operators, check_request, stop_ids_of
-from tokenspeed_plan.runtime.scheduling.batch import Batch
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler, Usage
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 from tokenspeed_plan.runtime.step_launcher import StepLauncher
@@ -197,11 +196,6 @@ class Engine:
         return self.loop.in_flight is not None
 
     @property
-    def last_batch(self) -> Batch | None:
-        """The batch that was launched last."""
-        return self.loop.last_batch
-
-    @property
     def usage(self) -> Usage:
         """Requests, state slots and pages in use; zero where nothing is to be done or copied."""
         return self.scheduler.usage
@@ -257,10 +251,7 @@ class Engine:
     def generate(
         self, prompts: Iterable[Seq[int]], params: SamplingParams = DEFAULT_PARAMS
     ) -> list[Completion]:
-        """Continue all prompts (token ids); answers in their order.
-
-        A request that has failed is answered with its `error`; the others go on.
-        """
+        """Continue all prompts (token ids); answers in their order, failed ones with an `error`."""
         requests = [Request(f"generate-{next(self._ids)}", tuple(ids), params) for ids in prompts]
         for request in requests:
             self.check(request)  # all of them before one is queued

@@ -101,7 +101,7 @@ def _steps(engine: Engine, launch: WaitingLaunch, size: int) -> Iterator[HostSte
         launch.waited_s, begun = 0.0, time.perf_counter()
         engine.step()
         us = (time.perf_counter() - begun - launch.waited_s) * 1e6
-        batch = engine.last_batch
+        batch = engine.loop.last_batch
         if batch is not None:
             seqs = len(batch.sequences)
             yield HostStep(batch.program.phase, seqs, committed, us)

@@ -21,7 +21,7 @@ from tokenspeed_plan.plans.errors import PoolError, RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.execution.bound_programs import Part
-from tokenspeed_plan.runtime.pools.callers import Caller
+from tokenspeed_plan.runtime.pools.caller import Caller
 from tokenspeed_plan.runtime.pools.channel import (
     Channel,
     ChannelClosed,
@@ -119,7 +119,7 @@ class PrefillServer:
         """Say what leaves with the step that is launched next: it does so with its last part."""
         if part == "head":
             return
-        batch, moves = self._engine.last_batch, []
+        batch, moves = self._engine.loop.last_batch, []
         assert batch is not None, "it is chosen before it is launched"
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             job = self._jobs.get(sequence.request.request_id)

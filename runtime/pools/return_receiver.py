@@ -16,7 +16,7 @@ import torch
 
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.pools.callers import Caller
+from tokenspeed_plan.runtime.pools.caller import Caller
 from tokenspeed_plan.runtime.pools.channel import Message, unpacked
 from tokenspeed_plan.runtime.pools.lost_memory import LostMemory, settle_s
 from tokenspeed_plan.runtime.pools.orders import launched

@@ -66,7 +66,7 @@ class Wire(h11.Connection):
     @staticmethod
     def part(data: bytes | bytearray | memoryview) -> bytes:
         """A part of a chunked body; an empty one would end it."""
-        return b"%x\r\n%b\r\n" % (len(data), data)
+        return b"%x\r\n%b\r\n" % (len(data), bytes(data))
 
 
 class Connection(H11Protocol):
