@@ -310,7 +310,7 @@ def test_thousands_of_random_operations(depth: int, rollback: str, checkpoint: A
     else:
         Machine.plan = plan_of.__wrapped__(checkpoint("moe"), depth, rollback, serving=GRAMMAR)
     Machine.TestCase.settings = settings(
-        max_examples=60 if depth else 100,
+        max_examples=25 if depth else 40,
         stateful_step_count=50,
         deadline=None,
         suppress_health_check=list(HealthCheck),
