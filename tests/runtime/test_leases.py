@@ -24,7 +24,7 @@ from lease_fake import bucket, started, worker
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch import BatchOptions, run_batch
-from tokenspeed_plan.runtime.serving.leases import lease_worker, row_checks, shard_lease
+from tokenspeed_plan.runtime.serving.leases import row_checks, shard_lease
 from tokenspeed_plan.runtime.serving.leases.job_index import JobIndex, make_index
 from tokenspeed_plan.runtime.serving.leases.job_input import JobInput
 from tokenspeed_plan.runtime.serving.leases.job_store import (
@@ -152,10 +152,8 @@ def test_checks_go_on_after_a_worker_is_lost(
     monkeypatch.setattr(row_checks, "CHECK_ROWS", 10)
     source, output = chats(tmp_path / "in.jsonl", 60), tmp_path / "out.jsonl"
     store = FolderStore(tmp_path / "job")
-    with monkeypatch.context() as patch:
-        patch.setattr(lease_worker, "check_shards", lambda *_: os.kill(os.getpid(), 9))
-        lost = started(tmp_path / "job", source, output, shards=20)
-        lost.join()
+    lost = started(tmp_path / "job", source, output, shards=20, dies=True)
+    lost.join()
     assert lost.exitcode == -signal.SIGKILL and store.names("leases") != []
     assert worker(store, source, output, 20).run() == 0
     assert output.read_bytes() == single(source, tmp_path / "single.jsonl")

@@ -150,15 +150,20 @@ def test_a_batch_that_leaves_layer_by_layer_is_planned_once(
     checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Functions of libraries may need the host for each batch, however it is executed."""
-    planned, times, run = list[int](), list[int](), LayerLaunch.run
+    planned, times = list[int](), list[int]()
+    run, begin = LayerLaunch.run, BoundPrograms.begin
 
     def counted(self: LayerLaunch, *args: Any) -> None:
         before = planned.count(get_ident())  # the other pool has a thread of its own
         run(self, *args)
         times.append(planned.count(get_ident()) - before)
 
+    def noted(self: BoundPrograms, *args: Any) -> Any:
+        planned.append(get_ident())
+        return begin(self, *args)
+
     monkeypatch.setattr(LayerLaunch, "run", counted)
-    monkeypatch.setattr(BoundPrograms, "_prepare", lambda *_: planned.append(get_ident()))
+    monkeypatch.setattr(BoundPrograms, "begin", noted)
     folder = checkpoint("moe")
     with pools(plan_of_two(folder), folder) as made:
         handovers = made.connect([made.add_prefill(chunk=48)])

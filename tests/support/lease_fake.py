@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from multiprocessing.process import BaseProcess
@@ -13,6 +14,7 @@ from batch_fake import FakeEngine, FakeTokenizer, plan
 from forks import FORKS
 from fsspec.implementations.memory import MemoryFileSystem
 
+from tokenspeed_plan.runtime.serving.leases import lease_worker, row_checks
 from tokenspeed_plan.runtime.serving.leases.job_input import JobInput
 from tokenspeed_plan.runtime.serving.leases.job_store import FolderStore, ObjectStore, Store
 from tokenspeed_plan.runtime.serving.leases.lease_worker import Worker, WorkerOptions
@@ -50,10 +52,13 @@ def worker(
 
 
 def be_worker(paths: tuple[Path, Path, Path], step_ms: float, clock_s: float, more: Any) -> None:
-    """A worker until its end, with a clock that is `clock_s` ahead."""
+    """A worker until its end, with a clock that is `clock_s` ahead; or until it checks rows."""
     if clock_s:
         real = time.time
         time.time = lambda: real() + clock_s
+    if more.pop("dies", False):
+        row_checks.LOOKED_INTO, row_checks.CHECK_ROWS = 4, 10
+        lease_worker.check_shards = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     folder, source, output = paths
     code = 70
     try:
