@@ -131,9 +131,9 @@ def measure(
         begun = time.thread_time()
         engine.step()
         taken_us = (time.thread_time() - begun) * 1e6
-        if engine.last_batch is not None:
-            full = len(engine.last_batch.sequences) >= 0.9 * num_seqs
-            phase: Any = engine.last_batch.program.phase
+        if engine.loop.last_batch is not None:
+            full = len(engine.loop.last_batch.sequences) >= 0.9 * num_seqs
+            phase: Any = engine.loop.last_batch.program.phase
             if phase == "prefill" or full:
                 found[phase].append(taken_us)
     return found

@@ -59,7 +59,7 @@ def _measure(options: RoutingOptions) -> None:
     counts = [counted.counts[layer].tolist() for layer in sorted(counted.counts)]
     found = Routing(counts, counted.num_tokens, counted.per_token)
     path = options.out or model.folder / FILE
-    path.write_text(json.dumps(_as_json(found), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_as_json(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     click.echo(f"workload: {{skew: {path}}}  # {found.skew:g}")
     click.echo(f"wrote {path}: {found.num_tokens} tokens, {len(counts)} routers", err=True)
 

@@ -27,6 +27,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "model.path": {"model": {}},
     "disaggregation.prefill": {"disaggregation": {"decode": 1}},
     "disaggregation.decode": {"disaggregation": {"prefill": 1}},
+    "disaggregation.answers": {"disaggregation": {"prefill": 1, "decode": 1}},
     **{
         f"workload.{key}.{name}": {"workload": {key: {"mean": 1000, "p95": 3000, "max": 8000}}}
         for key in ("first_turn_tokens", "output_tokens")

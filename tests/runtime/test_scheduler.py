@@ -532,8 +532,8 @@ def test_prompts_between_decode_steps_are_cut_as_planned(tiny_plan: Plan) -> Non
     seen = []
     while engine.num_unfinished == 2:
         engine.step()
-        assert engine.last_batch is not None
-        seen.append((engine.last_batch.program.phase, engine.last_batch.num_tokens))
+        assert engine.loop.last_batch is not None
+        seen.append((engine.loop.last_batch.program.phase, engine.loop.last_batch.num_tokens))
     assert {tokens for phase, tokens in seen if phase == "prefill"} <= {2, 4}
     phases = [phase for phase, _ in seen]
     assert "prefill prefill" not in " ".join(phases)
