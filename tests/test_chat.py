@@ -180,6 +180,7 @@ class Terminal:
         self.master, slave = pty.openpty()
 
         def own_the_terminal() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
         self.process = subprocess.Popen(

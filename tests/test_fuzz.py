@@ -28,7 +28,7 @@ COUNTS = {
     "rows": 200,
     "messages": 400,
     "forms": 60,
-    "specs": 5,
+    "specs": 12,
     "plans": 10,
     "checkpoints": 8,
     "tokenizers": 20,

@@ -7,8 +7,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenspeed_plan.planner.advisor.plan_prices import plan_steps, spec_of
-from tokenspeed_plan.planner.machines.hardware import find_hardware, prices_digest
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Plan
 
@@ -35,6 +33,9 @@ def note_programs(plan: Plan, bundle: Path, found: Mapping[str, Any]) -> None:
 
 def _prices(plan: Plan, bundle: Path) -> Prices | None:
     """The advisor's prices of a plan; None where its model is not found, or its spec is older."""
+    # Only once a run has ended: a worker that replays a plan need not wait for the advisor.
+    from tokenspeed_plan.planner.advisor.plan_prices import plan_steps, spec_of
+    from tokenspeed_plan.planner.machines.hardware import find_hardware, prices_digest
     from tokenspeed_plan.runtime.history.keeping import Prices
 
     with suppress(SpecError):
