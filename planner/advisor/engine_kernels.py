@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +17,7 @@ from tokenspeed_plan.plans.text import printable_line
 HINT = "`benchmarks/kernel_prices.py` writes such a file"
 Positive = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=1e4, allow_inf_nan=False)]
+_Model = TypeVar("_Model", bound=BaseModel)
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -76,6 +77,20 @@ def _only(names: set[str], group: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in group.items() if name in names}
 
 
+def validated(model: type[_Model], data: object, path: Path, hint: str) -> _Model:
+    """What a file holds, as a model.
+
+    Raises:
+        SpecError: it is no such thing; it names the first place that is wrong.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = printable_line(".".join(map(str, first["loc"]))) or "the file"
+        raise SpecError(f"`{path}` at `{where}`: {first['msg'].lower()}", hint) from error
+
+
 def load_kernels(path: Path) -> EngineKernels:
     """Read the prices of an engine's kernels.
 
@@ -83,12 +98,7 @@ def load_kernels(path: Path) -> EngineKernels:
         SpecError: the file cannot be read, is not YAML, or has no such prices.
     """
     data = parse_yaml(read_file(path, HINT), str(path), HINT)
-    try:
-        read = EngineKernels.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = printable_line(".".join(map(str, first["loc"]))) or "the file"
-        raise SpecError(f"`{path}` at `{where}`: {first['msg'].lower()}", HINT) from error
+    read = validated(EngineKernels, data, path, HINT)
     known = {*OP_CLASSES, *FORMAT_CLASSES}
     for machine, prices in read.machines.items():
         for name in sorted(set(prices.classes) - known):

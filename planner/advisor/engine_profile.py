@@ -11,15 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from tokenspeed_plan.planner.advisor.engine_kernels import EngineKernels, load_kernels
+from tokenspeed_plan.planner.advisor.engine_kernels import EngineKernels, load_kernels, validated
 from tokenspeed_plan.planner.advisor.step_time import StepTime
 from tokenspeed_plan.planner.foreign_yaml import parse_yaml, read_file
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.text import printable_line
 from tokenspeed_plan.plans.types import DType
 
 HINT = "compare it with benchmarks/engines/sglang.yaml"
@@ -208,12 +207,7 @@ def load_engine(path: Path) -> Engine:
     data = parse_yaml(read_file(path, HINT), str(path), HINT)
     if isinstance(data, dict) and "kernels" in data:
         raise SpecError(f"`{path}` at `kernels`: unknown key", "`prices` names a file")
-    try:
-        engine = Engine.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = printable_line(".".join(map(str, first["loc"]))) or "the file"
-        raise SpecError(f"`{path}` at `{where}`: {first['msg'].lower()}", HINT) from error
+    engine = validated(Engine, data, path, HINT)
     for line in _SOURCED:
         if not engine.sources.get(line):
             raise SpecError(f"`{path}` at `sources.{line}`: nothing says where it comes from", HINT)

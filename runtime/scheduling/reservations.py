@@ -26,7 +26,6 @@ class Reservation:
 
     Attributes:
         num_tokens: of the prompt that will be there.
-        node: the last whole page of it that the cache knows.
         pages: of these tokens.
         num_known: of the pages, those that the cache had already.
         state_slot: for the state after them; a mere number where the model has none.
@@ -34,7 +33,6 @@ class Reservation:
     """
 
     num_tokens: int
-    node: Node
     pages: list[int]
     num_known: int
     state_slot: int
@@ -118,7 +116,7 @@ class Reservations:
         nodes = self.cache.path(digests, sequence.token_ids)
         known = [self.cache.pages.share(node.page) for node in nodes[1:]]
         most_pages = self.pages_at_most(sequence)
-        reservation = Reservation(num_tokens, nodes[-1], known, len(known), 0, most_pages)
+        reservation = Reservation(num_tokens, known, len(known), 0, most_pages)
         if not self._fits(reservation, running) or not self._take(reservation):
             self._free(reservation)
             return None
@@ -157,7 +155,6 @@ class Reservations:
         reservation = self.held[sequence.request.request_id]
         cache, token_ids, count = self.cache, sequence.token_ids, reservation.num_tokens
         node = cache.add_pages(cache.root, sequence.digests, token_ids, count, reservation.pages)
-        reservation.node = node
         return cache.add_checkpoint(
             node, token_ids, count, reservation.state_slot, reservation.pages
         )
@@ -176,7 +173,6 @@ class Reservations:
             known = reservation.pages[: reservation.num_known]
             reservation.pages, reservation.num_known = reservation.new_pages, 0
             self.cache.drop_pages(known)
-            reservation.node = self.cache.root
         return reservation
 
     def settle(self, reservation: Reservation) -> None:
