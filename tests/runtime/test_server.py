@@ -393,6 +393,19 @@ def test_routes_and_sizes(server: Server) -> None:
     is_error(server.http.post("/v1/completions", content=chunked), 413, "request_too_large")
 
 
+def test_a_body_that_says_that_it_is_too_large_is_not_waited_for(server: Server) -> None:
+    """It takes no room from others, and its connection serves the next request."""
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    size = 2 << 20
+    length = f"Content-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with socket.create_connection(address, timeout=10) as client:
+        client.sendall((head + length).encode())
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 413 ")
+        client.sendall(b"x" * size + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
 FIELDS = st.sampled_from(
     [
         "model",

@@ -22,11 +22,12 @@ class Body:
         self._memory = memory
 
     async def read(self, request: Request) -> bytes:
-        """Read it.
+        """Read it. One that says itself that it is too large is refused before it comes.
 
         Raises:
             ApiError: it is too large, does not come in time, or there is no room for it now.
         """
+        self._memory.check_size(int(request.headers.get("content-length", 0)))
         data = bytearray()
         timeout_s = self._memory.timeout_s
         try:
@@ -68,16 +69,24 @@ class BodyMemory:
         Raises:
             ApiError: it is too large, or there is no room for it now.
         """
-        if size_bytes > self._limit_bytes:
-            raise ApiError(
-                413, f"the body is larger than {self._limit_bytes} bytes", "request_too_large"
-            )
+        self.check_size(size_bytes)
         num_more = max(size_bytes - SMALL_BYTES, 0) - body.held_bytes
         if num_more > self._free_bytes:
             self.release(body)  # at once, else all that come together are refused
             raise try_later(503, "too many large bodies come at once", "overloaded")
         self._free_bytes -= num_more
         body.held_bytes += num_more
+
+    def check_size(self, size_bytes: int) -> None:
+        """Refuse a body that is larger than any may be.
+
+        Raises:
+            ApiError: it is.
+        """
+        if size_bytes > self._limit_bytes:
+            raise ApiError(
+                413, f"the body is larger than {self._limit_bytes} bytes", "request_too_large"
+            )
 
     def release(self, body: Body) -> None:
         """Give its room to others."""
