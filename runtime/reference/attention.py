@@ -24,7 +24,7 @@ FP8 = torch.float8_e4m3fn
 
 def split_gate(attrs: Attrs, qg_TN: Tensor) -> tuple[Tensor, Tensor]:
     """The columns of each head are its query, then its gate."""
-    qg = qg_TN.view(len(qg_TN), attrs["num_heads"], 2, attrs["head_dim"])
+    qg = qg_TN.view(-1, attrs["num_heads"], 2, attrs["head_dim"])
     q, gate = qg.unbind(2)
     return q.flatten(1), gate.flatten(1)
 
@@ -73,7 +73,7 @@ def rope(attrs: Attrs, x_TN: Tensor, positions_T: Tensor) -> tuple[Tensor]:
     """
     rotary_dim = attrs["rotary_dim"]
     half = rotary_dim // 2
-    x = x_TN.view(len(x_TN), attrs["num_heads"], attrs["head_dim"])
+    x = x_TN.view(-1, attrs["num_heads"], attrs["head_dim"])
     num_rest = x.shape[-1] - rotary_dim
     a, b, rest = x.split_with_sizes((half, half, num_rest), -1)
     cos, sin = _rotation(attrs, positions_T, x.dtype)
@@ -106,7 +106,6 @@ def _rotation(attrs: Attrs, positions_T: Tensor, dtype: torch.dtype) -> tuple[Te
 def kv_write(attrs: Attrs, k_TN: Tensor, v_TN: Tensor, slots_T: Tensor, cache: Tensor) -> tuple[()]:
     """cache[page, 0 | 1, offset] = k | v, where slot = page * page_size + offset."""
     page_size = attrs["page_size"]
-    slots_T = slots_T.long()
     page_T = slots_T // page_size
     offset_T = slots_T % page_size
     bits = cache
@@ -115,7 +114,7 @@ def kv_write(attrs: Attrs, k_TN: Tensor, v_TN: Tensor, slots_T: Tensor, cache: T
         k_TN = _fp8_bits(k_TN / attrs.get("k_scale", 1.0))
         v_TN = _fp8_bits(v_TN / attrs.get("v_scale", 1.0))
     kv_T2N = torch.stack((k_TN, v_TN), 1)
-    kv_T2KD = kv_T2N.view(len(kv_T2N), 2, attrs["num_kv_heads"], attrs["head_dim"])
+    kv_T2KD = kv_T2N.view(-1, 2, attrs["num_kv_heads"], attrs["head_dim"])
     bits.transpose(1, 2)[page_T, offset_T] = kv_T2KD
     return ()
 

@@ -15,6 +15,7 @@ ring in all slots.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,8 +95,13 @@ def ring_conv(
 def _ring_before(position_S: Tensor, state: Tensor) -> Tensor:
     """The entries [S, K] of the K positions before one, the oldest first."""
     num_taps = state.shape[1]
-    age_K = torch.arange(num_taps, device=position_S.device)
-    return (position_S.unsqueeze(1) + age_K) % num_taps
+    return (position_S.unsqueeze(1) + _numbers(num_taps, position_S.device)) % num_taps
+
+
+@lru_cache(maxsize=8)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """0, 1, ... for all layers and steps."""
+    return torch.arange(count, device=device)
 
 
 def _state_before(attrs: Attrs, state: Tensor, src_S: Tensor, dst_SR: Tensor) -> Tensor:
@@ -112,7 +118,9 @@ def _conv_ragged(
     """Convolve whole sequences; gives the outputs [T, C], and each one's last inputs [S, J, C]."""
     ragged = Ragged(cu_seqlens)
     x = torch.cat((before_SJC, ragged.pad(x_TC)), 1)  # [S, J + L, C]
-    last_SJC = _inputs_from(x, cu_seqlens.diff(), before_SJC.shape[1])
+    last_SJC = x[:, ragged.padded_len :]
+    if not ragged.is_even:
+        last_SJC = _inputs_from(x, cu_seqlens.diff(), before_SJC.shape[1])
     first_C, *others_KC = w_CK.unbind(1)
     y_SLC = x[:, : ragged.padded_len] * first_C
     for tap, w_C in enumerate(others_KC, start=1):
@@ -145,7 +153,7 @@ def _convolved(windows_SRKC: Tensor, w_CK: Tensor) -> Tensor:
 
 def qk_l2_norm(attrs: Attrs, x_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q = q / |q| / sqrt(k), k = k / |k|, each head by itself; v as it is."""
-    num_tokens, key_dim = len(x_TC), attrs["key_dim"]
+    num_tokens, key_dim = x_TC.shape[0], attrs["key_dim"]
     num_columns = 2 * attrs["num_k_heads"] * key_dim
     qk_T2Ak = widen(x_TC[:, :num_columns]).view(num_tokens, 2, -1, key_dim)
     total_T2A1 = qk_T2Ak.square().sum(-1, keepdim=True)
@@ -194,15 +202,14 @@ def delta_rule(
         y_TBv, after = chunked(inputs, cu_seqlens, before)
         state[dst_SR[:, 0]] = after.to(state.dtype)
         return (y_TBv.flatten(1).to(v_T.dtype),)
-    by_seq = inputs.each(lambda x: x.view(len(before), -1, *x.shape[1:]))
     ys = []
-    for i, query in enumerate(by_seq.queries()):
+    for i, query in enumerate(inputs.queries(before.shape[0])):
         y_SBv, before = _recurrent(query, before)
         if attrs["mode"] == "recurrent":
             state[dst_SR[:, i]] = before.to(state.dtype)
         ys.append(y_SBv)
-    y_TBv = torch.stack(ys, 1).flatten(0, 1)
-    return (y_TBv.flatten(1).to(v_T.dtype),)
+    y_SRBv = torch.stack(ys, 1)
+    return (y_SRBv.view(v_T.shape[0], -1).to(v_T.dtype),)
 
 
 def _recurrent(inputs: DeltaInputs, state_SBkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,9 +219,10 @@ def _recurrent(inputs: DeltaInputs, state_SBkv: Tensor) -> tuple[Tensor, Tensor]
         The output, [S, B, v], and the new state.
     """
     q_SBk, k_SBk, v_SBv, beta_SB, decay_SB = inputs
-    after_SBkv = state_SBkv * decay_SB.exp()[..., None, None]
+    shape_SB11 = (*beta_SB.shape, 1, 1)
+    after_SBkv = state_SBkv * decay_SB.exp().view(shape_SB11)
     error_SB1v = v_SBv.unsqueeze(-2) - k_SBk.unsqueeze(-2) @ after_SBkv
-    u_SB1v = error_SB1v * beta_SB[..., None, None]
+    u_SB1v = error_SB1v * beta_SB.view(shape_SB11)
     after_SBkv.addcmul_(k_SBk.unsqueeze(-1), u_SB1v)  # in place: a copy takes as long
     y_SB1v = q_SBk.unsqueeze(-2) @ after_SBkv
     return y_SB1v.squeeze(-2), after_SBkv
@@ -257,7 +265,7 @@ def recompute_state(
     y_TC = _convolved(windows_SNKC, w_C1K[:, 0])
     b_SNB, a_SNB = gates_S2NB.unbind(1)
     beta_SNB, decay_SNB = delta_gates(attrs, b_SNB, a_SNB, a_log_B, dt_bias_B)
-    queries = _kept_queries(attrs, y_TC, beta_SNB, decay_SNB)
+    queries = _kept_queries(attrs, y_TC, beta_SNB.flatten(0, 1), decay_SNB.flatten(0, 1))
     ssm_state[dst_S] = _state_after(queries, pending_S, before_SBkv).to(ssm_state.dtype)
     all_inputs = torch.cat((window_SJC, inputs_SNC), 1)
     conv_state[dst_S] = _inputs_from(all_inputs, pending_S, window_SJC.shape[1])
@@ -269,22 +277,21 @@ def recompute_state(
     return ()
 
 
-def _kept_queries(attrs: Attrs, y_TC: Tensor, beta_SNB: Tensor, decay_SNB: Tensor) -> DeltaInputs:
-    """The kept inputs as the delta rule reads them, [S, N, B, ...]."""
+def _kept_queries(attrs: Attrs, y_TC: Tensor, beta_TB: Tensor, decay_TB: Tensor) -> DeltaInputs:
+    """The kept inputs as the delta rule reads them, [S * N, B, ...]."""
     q_T, k_T, v_T = qk_l2_norm(attrs, y_TC)
-    shape = beta_SNB.shape[:2]
     return DeltaInputs(
-        by_key_head(attrs, q_T).unflatten(0, shape),
-        by_key_head(attrs, k_T).unflatten(0, shape),
-        by_value_head(attrs, v_T).unflatten(0, shape),
-        beta_SNB,
-        decay_SNB,
+        by_key_head(attrs, q_T),
+        by_key_head(attrs, k_T),
+        by_value_head(attrs, v_T),
+        beta_TB,
+        decay_TB,
     )
 
 
 def _state_after(queries: DeltaInputs, count_S: Tensor, state_SBkv: Tensor) -> Tensor:
     """The state after the first `count` queries of each sequence."""
-    for i, query in enumerate(queries.queries()):
+    for i, query in enumerate(queries.queries(state_SBkv.shape[0])):
         _, after_SBkv = _recurrent(query, state_SBkv)
         is_counted_S111 = (i < count_S).view(-1, 1, 1, 1)
         state_SBkv = after_SBkv.where(is_counted_S111, state_SBkv)
@@ -303,7 +310,7 @@ def gated_norm(attrs: Attrs, x_TN: Tensor, z_TN: Tensor, w_D: Tensor) -> tuple[T
 
     N = heads * D; the weight is the factor itself, not an offset from one.
     """
-    shape = (len(x_TN), attrs["num_heads"], attrs["head_dim"])
+    shape = (-1, attrs["num_heads"], attrs["head_dim"])
     weighted = normalize(x_TN.view(shape), attrs["eps"]) * w_D
     y = weighted * F.silu(widen(z_TN.view(shape)))
     y_TN = y.to(x_TN.dtype).flatten(1)

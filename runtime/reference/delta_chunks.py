@@ -39,9 +39,11 @@ class DeltaInputs(NamedTuple):
         """A function of each of the five."""
         return DeltaInputs(*map(function, self))
 
-    def queries(self) -> Iterator[DeltaInputs]:
-        """[S, R, ...] -> [S, ...]: the first query of each sequence, then the next."""
-        return map(DeltaInputs, *(x.unbind(1) for x in self))
+    def queries(self, num_seqs: int) -> Iterator[DeltaInputs]:
+        """[S * R, ...] -> [S, ...]: the first query of each sequence, then the next."""
+        query_len = self.q.shape[0] // num_seqs
+        for first in range(query_len):
+            yield DeltaInputs(*[x[first::query_len] for x in self])
 
 
 class Chunks(NamedTuple):
@@ -57,13 +59,13 @@ def by_key_head(attrs: Attrs, x_T: Tensor) -> Tensor:
     """[T, A * k] -> [T, B, k]: value head b uses key head b // (B / A)."""
     num_k_heads = attrs["num_k_heads"]
     group = attrs["num_v_heads"] // num_k_heads
-    x_TAk = widen(x_T).view(len(x_T), num_k_heads, -1)
+    x_TAk = widen(x_T).view(x_T.shape[0], num_k_heads, -1)
     return x_TAk.repeat_interleave(group, 1)
 
 
 def by_value_head(attrs: Attrs, x_T: Tensor) -> Tensor:
     """[T, B * v] -> [T, B, v]."""
-    return widen(x_T).view(len(x_T), attrs["num_v_heads"], -1)
+    return widen(x_T).view(x_T.shape[0], attrs["num_v_heads"], -1)
 
 
 def chunked(inputs: DeltaInputs, cu_seqlens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,9 +88,8 @@ def chunked(inputs: DeltaInputs, cu_seqlens: Tensor, state: Tensor) -> tuple[Ten
 
 def _in_chunks(ragged: Ragged, x_TB: Tensor) -> Tensor:
     """[T, B, ...] -> [S, B, N, c, ...]; the zeros after a sequence's end change no state."""
-    x_SBL = ragged.pad(x_TB).transpose(1, 2)
-    x_SBNc: Tensor = x_SBL.unflatten(2, (-1, _chunk_len(ragged)))
-    return x_SBNc
+    shape = (ragged.num_seqs, -1, _chunk_len(ragged), *x_TB.shape[1:])
+    return ragged.pad(x_TB).view(shape).movedim(3, 1)
 
 
 def _chunk_len(ragged: Ragged) -> int:
@@ -233,5 +234,4 @@ def _padded_total(ragged: Ragged, total_TB: Tensor) -> Tensor:
 
 def dst_slots(dst_state_slots: Tensor) -> Tensor:
     """The state slots to write, [S, R or more]; a plan that does not speculate has one each."""
-    num_seqs = len(dst_state_slots)
-    return dst_state_slots.long().view(num_seqs, -1)
+    return dst_state_slots.view(dst_state_slots.shape[0], -1)

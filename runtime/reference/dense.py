@@ -58,16 +58,15 @@ def rms_norm(attrs: Attrs, x_TH: Tensor, w_H: Tensor) -> tuple[Tensor]:
 
     With `plain` it is the factor w itself.
     """
-    factor_H = widen(w_H)
-    if not attrs.get("plain"):
-        factor_H = 1 + factor_H
-    y_TH = normalize(x_TH, attrs["eps"]) * factor_H
-    return (y_TH.to(x_TH.dtype),)
+    normed_TH, wide_H = normalize(x_TH, attrs["eps"]), widen(w_H)
+    if attrs.get("plain"):
+        return ((normed_TH * wide_H).to(x_TH.dtype),)
+    return (torch.addcmul(normed_TH, normed_TH, wide_H).to(x_TH.dtype),)
 
 
 def head_norm(attrs: Attrs, x_TN: Tensor, w_D: Tensor) -> tuple[Tensor]:
     """`rms_norm` of each head."""
-    x = x_TN.view(len(x_TN), attrs["num_heads"], attrs["head_dim"])
+    x = x_TN.view(-1, attrs["num_heads"], attrs["head_dim"])
     (y,) = rms_norm(attrs, x, w_D)
     return (y.flatten(-2),)
 

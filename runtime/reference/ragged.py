@@ -44,7 +44,7 @@ class Ragged:
     def pad(self, x_T: Tensor) -> Tensor:
         """[T, ...] -> [S, L, ...]."""
         if self.is_even:
-            return x_T.unflatten(0, (self.num_seqs, -1))
+            return x_T.view(self.num_seqs, -1, *x_T.shape[1:])
         x_SL = x_T[self._token_SL]
         x_SL[~self.valid_SL] = 0
         return x_SL
