@@ -71,7 +71,7 @@ LibraryKey = tuple[str, str]  # a kernel, and the function that computes it
 
 def execute(instructions: Iterable[Instruction], num_slots: int) -> None:
     """Run instructions in order; `num_slots` is the most values that one kernel computes."""
-    slots = [torch.empty(0)] * num_slots
+    slots: list[Any] = [None] * num_slots
     for body, attrs, operands, outputs in instructions:
         results = body(attrs, *[slots[x] if isinstance(x, int) else x for x in operands])
         for (slot, target), result in zip(outputs, results, strict=True):
