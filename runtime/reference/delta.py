@@ -85,7 +85,7 @@ def ring_conv(
         windows_SKC = state[src_S1, after_SK]
         windows_SKC[:, -1] = x_TC
         state[dst_S1, after_SK[:, 1:]] = windows_SKC[:, 1:]
-        return (F.silu((windows_SKC * w_CK.T).sum(1)),)
+        return (_convolved(windows_SKC.unsqueeze(1), w_CK),)
     before_SK = _ring_before(context_S - cu_seqlens.diff(), state)
     before_SJC = state[src_S1, before_SK[:, 1:]]
     y_TC, state[dst_S1, after_SK[:, 1:]] = _conv_ragged(x_TC, cu_seqlens, before_SJC, w_CK)

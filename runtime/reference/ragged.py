@@ -26,7 +26,7 @@ class Ragged:
     """
 
     def __init__(self, cu_seqlens: Tensor, multiple: int = 1) -> None:
-        bounds = cu_seqlens.tolist()
+        bounds: list[int] = cu_seqlens.tolist()
         lengths = [end - start for start, end in pairwise(bounds)]
         max_len = max(lengths)
         self.num_seqs = len(lengths)
