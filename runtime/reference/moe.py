@@ -152,4 +152,4 @@ def expert_sum(attrs: Attrs, d_T: Tensor, weights_Tk: Tensor) -> tuple[Tensor]:
 
 def gated_add(attrs: Attrs, x_TH: Tensor, r_TH: Tensor, g_T1: Tensor) -> tuple[Tensor]:
     """y = r + x * sigmoid(g)."""
-    return (r_TH + x_TH * torch.sigmoid(g_T1),)
+    return (torch.addcmul(r_TH, x_TH, torch.sigmoid(g_T1)),)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,6 +31,7 @@ class Ragged:
         lengths = [end - start for start, end in pairwise(bounds)]
         max_len = max(lengths)
         self.num_seqs = len(lengths)
+        self._num_tokens = bounds[-1]
         self.padded_len = max_len
         if max_len > multiple:
             self.padded_len = -(-max_len // multiple) * multiple
@@ -45,6 +47,9 @@ class Ragged:
         """[T, ...] -> [S, L, ...]."""
         if self.is_even:
             return x_T.view(self.num_seqs, -1, *x_T.shape[1:])
+        if self.num_seqs == 1:
+            num_missing = self.padded_len - x_T.shape[0]
+            return F.pad(x_T, (*[0, 0] * (x_T.dim() - 1), 0, num_missing)).unsqueeze(0)
         x_SL = x_T[self._token_SL]
         x_SL[~self.valid_SL] = 0
         return x_SL
@@ -53,4 +58,6 @@ class Ragged:
         """[S, L, ...] -> [T, ...]."""
         if self.is_even:
             return x_SL.flatten(0, 1)
+        if self.num_seqs == 1:
+            return x_SL[0, : self._num_tokens]
         return x_SL[self.valid_SL]
