@@ -48,7 +48,7 @@ class StepLauncher:
         self._inputs = InputWriter(plan, executor.buffer)
         self._masks = TokenMasks(plan, executor)
         self._adjustments = Adjustments(plan, executor)
-        self._captured_outputs: dict[tuple[str, int], tuple[Tensor, ...]] = {}
+        self._outputs: dict[tuple[str, int, int, int], tuple[Tensor, ...]] = {}
 
     def start(self, batch: Batch, part: Part = "whole") -> float:
         """Start a replay; returns the seconds that it took, which a GPU spends later."""
@@ -87,14 +87,14 @@ class StepLauncher:
     def _outputs_of(self, batch: Batch) -> tuple[Tensor, ...]:
         """The logits of a step, its tokens, and what else the host reads."""
         program = batch.program
-        key = (program.phase, program.bucket)
-        found = self._captured_outputs.get(key)
+        size = (batch.run_tokens, batch.run_seqs)
+        key = (program.phase, program.bucket, *size)
+        found = self._outputs.get(key)
         if found is None:
             names = (program.logits, *host_outputs(program))
-            size = (batch.run_tokens, batch.run_seqs)
             found = tuple(self._executor.buffer(name, *size) for name in names)
-            if program.captured:  # always at the same size
-                self._captured_outputs[key] = found
+            if program.captured or program.phase == "decode":  # of few sizes
+                self._outputs[key] = found
         return found
 
     def _copy_pages(self, batch: Batch) -> None:

@@ -46,13 +46,32 @@ class Instruction(NamedTuple):
     outputs: tuple[tuple[int, Tensor | None], ...]
 
 
+class _BoundPart(NamedTuple):
+    """A part of a kernel, before it has tensors: what all calls of the kernel share.
+
+    An operand is the number of a tensor of the kernel, or `~slot`. An output is a slot, and the
+    number of the tensor to copy it to.
+    """
+
+    body: Body
+    attrs: Mapping[str, Any]
+    operands: tuple[int, ...]
+    outputs: tuple[tuple[int, int | None], ...]
+
+    def instruction(self, tensors: Sequence[Tensor]) -> Instruction:
+        """The part on the tensors of a call."""
+        operands = tuple([tensors[x] if x >= 0 else ~x for x in self.operands])
+        outputs = [(slot, None if x is None else tensors[x]) for slot, x in self.outputs]
+        return Instruction(self.body, self.attrs, operands, tuple(outputs))
+
+
 BoundStep = tuple[Step, list[Instruction]]
 LibraryKey = tuple[str, str]  # a kernel, and the function that computes it
 
 
 def execute(instructions: Iterable[Instruction], num_slots: int) -> None:
     """Run instructions in order; `num_slots` is the most values that one kernel computes."""
-    slots = [torch.empty(0)] * num_slots
+    slots: list[Any] = [None] * num_slots
     for body, attrs, operands, outputs in instructions:
         results = body(attrs, *[slots[x] if isinstance(x, int) else x for x in operands])
         for (slot, target), result in zip(outputs, results, strict=True):
@@ -97,6 +116,7 @@ class ReferenceBackend:
         self.collectives = collectives
         self._kernels = {kernel.name: kernel for kernel in plan.kernels}
         self._dtype = TORCH_DTYPES[plan.model.dtype]
+        self._parts: dict[str, list[_BoundPart]] = {}  # of each kernel, whose name has its digest
 
     def bind(
         self,
@@ -123,13 +143,19 @@ class ReferenceBackend:
 
     def bind_kernel(self, kernel: KernelSpec, tensors: tuple[Tensor, ...]) -> list[Instruction]:
         """The instructions of a kernel's parts; `tensors` are in the order of its parameters."""
-        params = {param.name: tensor for param, tensor in zip(kernel.tensors, tensors, strict=True)}
+        parts = self._parts.get(kernel.name)
+        if parts is None:
+            parts = self._parts[kernel.name] = list(self._bind_parts(kernel))
+        return [part.instruction(tensors) for part in parts]
+
+    def _bind_parts(self, kernel: KernelSpec) -> Iterator[_BoundPart]:
+        """The parts of a kernel with their bodies."""
+        params = {param.name: index for index, param in enumerate(kernel.tensors)}
         specs = {param.name: param.tensor for param in kernel.tensors if param.tensor.format.block}
         slots: dict[str, int] = {}
-        instructions = []
         for part in kernel.parts:
             operands = tuple(
-                params[name] if name in params else slots[name] for name in part.operands
+                params[name] if name in params else ~slots[name] for name in part.operands
             )
             for name in part.outputs:
                 slots.setdefault(name, len(slots))
@@ -140,8 +166,7 @@ class ReferenceBackend:
             }
             if scaled:
                 body = _dequantising(body, scaled, self._dtype)
-            instructions.append(Instruction(body, attrs, operands, outputs))
-        return instructions
+            yield _BoundPart(body, attrs, operands, outputs)
 
     def _attrs(self, part: Part) -> dict[str, Any]:
         attrs_of_rank = {name: value.at(self.rank) for name, value in part.rank_attrs.items()}

@@ -7,11 +7,6 @@ batch. So a prompt of a new length costs the host microseconds, not a new list o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
-from torch import Tensor
-
 from tokenspeed_plan.plans.schema import Program
 from tokenspeed_plan.runtime.execution.backend import BoundStep, Instruction, KernelBackend
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory, operands_of
@@ -31,7 +26,7 @@ class FullProgram:
         self._memory = memory
         self._backend = backend
         self._launches = backend.launches(program)
-        full = self._tensors_of(program.max_tokens, program.max_seqs)
+        full = memory.tensors_of(program, program.max_tokens, program.max_seqs)
         self.steps: list[BoundStep] = [
             (step, backend.bind_launch(step, operands_of(step, full), self._launches))
             for step in program.steps
@@ -52,7 +47,7 @@ class FullProgram:
 
     def _resize(self, num_tokens: int, num_seqs: int) -> None:
         self._launches.resize(num_tokens, num_seqs)
-        tensor_of = self._tensors_of(num_tokens, num_seqs)
+        tensor_of = self._memory.tensors_of(self._program, num_tokens, num_seqs)
         for index, place in self._sized:
             step, before = self.steps[index]
             operands = operands_of(step, tensor_of)
@@ -60,7 +55,3 @@ class FullProgram:
             self.steps[index] = (step, bound)
             self._instructions[place : place + len(before)] = bound
         self._size = (num_tokens, num_seqs)
-
-    def _tensors_of(self, num_tokens: int, num_seqs: int) -> Callable[[str], Tensor]:
-        """Each tensor is made once, though many steps name it."""
-        return cache(self._memory.tensors_of(self._program, num_tokens, num_seqs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 from torch import Tensor
 
@@ -48,9 +49,13 @@ class PlanMemory:
     def tensors_of(
         self, program: Program, num_tokens: int, num_seqs: int
     ) -> Callable[[str], Tensor]:
-        """A function from a name to its tensor, in a program at the size of a batch."""
+        """A function from a name to its tensor, in a program at the size of a batch.
+
+        Each tensor is made once, though many steps name it.
+        """
         own_buffers = {buffer.name: buffer for buffer in program.buffers}
 
+        @cache
         def tensor_of(name: str) -> Tensor:
             if name in self._weights:
                 return self._weights[name]

@@ -24,15 +24,19 @@ FP8 = torch.float8_e4m3fn
 
 def split_gate(attrs: Attrs, qg_TN: Tensor) -> tuple[Tensor, Tensor]:
     """The columns of each head are its query, then its gate."""
-    shape = (attrs["num_heads"], 2, attrs["head_dim"])
-    qg = qg_TN.unflatten(-1, shape)
+    qg = qg_TN.view(-1, attrs["num_heads"], 2, attrs["head_dim"])
     q, gate = qg.unbind(2)
     return q.flatten(1), gate.flatten(1)
 
 
 @lru_cache(maxsize=8)
 def _frequencies(
-    rotary_dim: int, theta: float, factor: float, original: int
+    rotary_dim: int,
+    theta: float,
+    factor: float,
+    original: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, float]:
     """Radians per position of each pair of dimensions, and the factor on cos and sin.
 
@@ -43,7 +47,7 @@ def _frequencies(
     exponent = dim / rotary_dim
     inverse = theta**-exponent
     if factor == 1.0:
-        return inverse, 1.0
+        return inverse.to(device, dtype), 1.0
 
     def pair_at(rotations: float) -> float:
         radians = rotations * 2 * math.pi
@@ -59,7 +63,7 @@ def _frequencies(
     scale = 0.1 * math.log(factor) + 1.0
     slowed = inverse / factor * ramp
     kept = inverse * (1 - ramp)
-    return slowed + kept, scale
+    return (slowed + kept).to(device, dtype), scale
 
 
 def rope(attrs: Attrs, x_TN: Tensor, positions_T: Tensor) -> tuple[Tensor]:
@@ -69,11 +73,9 @@ def rope(attrs: Attrs, x_TN: Tensor, positions_T: Tensor) -> tuple[Tensor]:
     """
     rotary_dim = attrs["rotary_dim"]
     half = rotary_dim // 2
-    heads = (attrs["num_heads"], attrs["head_dim"])
-    x = x_TN.unflatten(-1, heads)
+    x = x_TN.view(-1, attrs["num_heads"], attrs["head_dim"])
     num_rest = x.shape[-1] - rotary_dim
-    sizes = (half, half, num_rest)
-    a, b, rest = x.split(sizes, -1)
+    a, b, rest = x.split_with_sizes((half, half, num_rest), -1)
     cos, sin = _rotation(attrs, positions_T, x.dtype)
     rotated_a = a * cos - b * sin
     rotated_b = b * cos + a * sin
@@ -83,36 +85,37 @@ def rope(attrs: Attrs, x_TN: Tensor, positions_T: Tensor) -> tuple[Tensor]:
 
 def _rotation(attrs: Attrs, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of the angle at each position, [T, 1, rotary_dim / 2]."""
+    wide = torch.float32
+    if dtype == torch.float64:
+        wide = torch.float64
     inverse, scale = _frequencies(
         attrs["rotary_dim"],
         attrs["theta"],
         attrs["factor"],
         attrs["original_max_positions"],
+        wide,
+        positions_T.device,
     )
-    wide = torch.float32
-    if dtype == torch.float64:
-        wide = torch.float64
-    position = positions_T.to(wide)[:, None]
-    angle = position * inverse.to(position)
-    cos = angle.cos() * scale
-    sin = angle.sin() * scale
-    return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+    angle = positions_T.view(-1, 1, 1) * inverse
+    cos, sin = angle.cos(), angle.sin()
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
+    return cos.to(dtype), sin.to(dtype)
 
 
 def kv_write(attrs: Attrs, k_TN: Tensor, v_TN: Tensor, slots_T: Tensor, cache: Tensor) -> tuple[()]:
     """cache[page, 0 | 1, offset] = k | v, where slot = page * page_size + offset."""
     page_size = attrs["page_size"]
-    slots_T = slots_T.long()
     page_T = slots_T // page_size
     offset_T = slots_T % page_size
-    heads = (attrs["num_kv_heads"], attrs["head_dim"])
     bits = cache
     if cache.dtype == FP8:  # PyTorch has no indexed writes of it
         bits = cache.view(torch.uint8)
         k_TN = _fp8_bits(k_TN / attrs.get("k_scale", 1.0))
         v_TN = _fp8_bits(v_TN / attrs.get("v_scale", 1.0))
-    bits[page_T, 0, offset_T] = k_TN.unflatten(-1, heads)
-    bits[page_T, 1, offset_T] = v_TN.unflatten(-1, heads)
+    kv_T2N = torch.stack((k_TN, v_TN), 1)
+    kv_T2KD = kv_T2N.view(-1, 2, attrs["num_kv_heads"], attrs["head_dim"])
+    bits.transpose(1, 2)[page_T, offset_T] = kv_T2KD
     return ()
 
 
@@ -135,10 +138,10 @@ def attention(
     query i sees R - 1 - i tokens less than the last one.
     """
     heads = (attrs["num_heads"], attrs["head_dim"])
-    q_TQD = q_TN.unflatten(-1, heads)
     if attrs["mode"] == "decode":
-        q_SRQD = q_TQD.unflatten(0, (len(context_S), -1))
+        q_SRQD = q_TN.view(len(context_S), -1, *heads)
         return (_decode(attrs, q_SRQD, page_table_SP, context_S, cache),)
+    q_TQD = q_TN.view(-1, *heads)
     contexts = context_S.tolist()
     bounds = cu_seqlens.tolist()
     outputs = []
@@ -178,7 +181,7 @@ def _first_tokens(half: Tensor, pages: Tensor, length: int, dtype: torch.dtype) 
         copied = half.view(torch.uint8).index_select(0, chosen).view(FP8).to(dtype)
     else:
         copied = half.index_select(0, chosen)
-    tokens: Tensor = copied.unflatten(0, pages.shape).flatten(-4, -3)  # [..., P * page_size, K, D]
+    tokens = copied.view(*pages.shape[:-1], -1, *half.shape[2:])  # [..., P * page_size, K, D]
     return tokens.narrow(-3, 0, length).transpose(-2, -3)
 
 
@@ -191,23 +194,31 @@ def _decode(
     """
     contexts = context_S.tolist()
     max_context = max(contexts)
-    query_len = q_SRQD.shape[1]
+    num_queries = q_SRQD.shape[0] * q_SRQD.shape[1]
     k_SKCD, v_SKCD = _gather(attrs, page_table_SP, max_context, cache, q_SRQD.dtype)
     for i, length in enumerate(contexts):
-        k_SKCD[i, :, length:] = 0
-        v_SKCD[i, :, length:] = 0
-    queries_after_R = torch.arange(query_len - 1, -1, -1, device=context_S.device)
-    seen_SR = context_S[:, None] - queries_after_R
-    position_C = torch.arange(max_context, device=context_S.device)
-    visible_SRC = position_C < seen_SR[:, :, None]
+        if length < max_context:
+            k_SKCD[i, :, length:] = 0
+            v_SKCD[i, :, length:] = 0
+    visible_S1RC = None  # one query sees all of its sequence
+    if num_queries > 1:
+        visible_S1RC = _visible(context_S, q_SRQD.shape[1], max_context)
     y_SQRD = F.scaled_dot_product_attention(
         q_SRQD.transpose(1, 2),
         k_SKCD,
         v_SKCD,
-        visible_SRC[:, None],
+        visible_S1RC,
         enable_gqa=True,
     )
-    return y_SQRD.transpose(1, 2).flatten(0, 1).flatten(1)
+    return y_SQRD.transpose(1, 2).reshape(num_queries, -1)
+
+
+def _visible(context_S: Tensor, query_len: int, max_context: int) -> Tensor:
+    """Which tokens of its sequence each query of a decode step sees, [S, 1, R, C]."""
+    queries_after_R = torch.arange(query_len - 1, -1, -1, device=context_S.device)
+    seen_SR = context_S.unsqueeze(1) - queries_after_R
+    position_C = torch.arange(max_context, device=context_S.device)
+    return position_C < seen_SR[:, None, :, None]
 
 
 def _one_sequence(

@@ -15,6 +15,7 @@ ring in all slots.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def causal_conv(
     if attrs["mode"] == "varlen":
         y_TC, state[dst_SR[:, 0]] = _conv_ragged(x_TC, cu_seqlens, before_SJC, w_CK)
         return (y_TC,)
-    x_SRC = x_TC.unflatten(0, (len(src_S), -1))
+    x_SRC = x_TC.view(len(src_S), -1, x_TC.shape[1])
     windows_SRKC = _windows(before_SJC, x_SRC)
     if attrs["mode"] == "update":
         for i in range(windows_SRKC.shape[1]):
@@ -77,26 +78,30 @@ def ring_conv(
     A step may write the slot that it reads: a token reads the entries of the K - 1 positions before
     its own, and writes the one that is left.
     """
-    w_CK = w_C1K[:, 0]
-    lengths_S = cu_seqlens.diff()
-    entries_EC = state.view(-1, state.shape[2])
-    before_SJ = _ring_before(src_S, context_S - lengths_S, state)
-    before_SJC = entries_EC.index_select(0, before_SJ.flatten()).unflatten(0, before_SJ.shape)
-    after_SJ = _ring_before(dst_S, context_S, state)
-    if attrs["mode"] == "update":
-        windows_S1KC = _windows(before_SJC, x_TC.unsqueeze(1))
-        entries_EC[after_SJ] = windows_S1KC[:, 0, 1:]
-        return (_convolved(windows_S1KC, w_CK),)
-    y_TC, entries_EC[after_SJ] = _conv_ragged(x_TC, cu_seqlens, before_SJC, w_CK)
+    w_CK = w_C1K.squeeze(1)
+    src_S1, dst_S1 = src_S.unsqueeze(1), dst_S.unsqueeze(1)
+    after_SK = _ring_before(context_S, state)
+    if attrs["mode"] == "update":  # the oldest entry makes room for the new input
+        windows_SKC = state[src_S1, after_SK]
+        windows_SKC[:, -1] = x_TC
+        state[dst_S1, after_SK[:, 1:]] = windows_SKC[:, 1:]
+        return (_convolved(windows_SKC.unsqueeze(1), w_CK),)
+    before_SK = _ring_before(context_S - cu_seqlens.diff(), state)
+    before_SJC = state[src_S1, before_SK[:, 1:]]
+    y_TC, state[dst_S1, after_SK[:, 1:]] = _conv_ragged(x_TC, cu_seqlens, before_SJC, w_CK)
     return (y_TC,)
 
 
-def _ring_before(slots_S: Tensor, position_S: Tensor, state: Tensor) -> Tensor:
-    """The entries [S, J] of the inputs before a position, the oldest first; each slot has K."""
+def _ring_before(position_S: Tensor, state: Tensor) -> Tensor:
+    """The entries [S, K] of the K positions before one, the oldest first."""
     num_taps = state.shape[1]
-    age_J = torch.arange(1, num_taps, device=position_S.device)
-    entry_SJ = (position_S.unsqueeze(1) + age_J) % num_taps
-    return slots_S.unsqueeze(1) * num_taps + entry_SJ
+    return (position_S.unsqueeze(1) + _numbers(num_taps, position_S.device)) % num_taps
+
+
+@lru_cache(maxsize=8)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """0, 1, ... for all layers and steps."""
+    return torch.arange(count, device=device)
 
 
 def _state_before(attrs: Attrs, state: Tensor, src_S: Tensor, dst_SR: Tensor) -> Tensor:
@@ -112,15 +117,14 @@ def _conv_ragged(
 ) -> tuple[Tensor, Tensor]:
     """Convolve whole sequences; gives the outputs [T, C], and each one's last inputs [S, J, C]."""
     ragged = Ragged(cu_seqlens)
-    x_SLC = ragged.pad(x_TC)
-    max_len = x_SLC.shape[1]
-    num_before = before_SJC.shape[1]
-    x = torch.cat((before_SJC, x_SLC), 1)  # [S, J + L, C]
-    last_SJC = _inputs_from(x, ragged.lengths_S, num_before)
-    y_SLC = torch.zeros_like(x_SLC)
-    for tap, w_C in enumerate(w_CK.unbind(1)):
-        inputs_SLC = x.narrow(1, tap, max_len)
-        y_SLC = y_SLC + inputs_SLC * w_C
+    x = torch.cat((before_SJC, ragged.pad(x_TC)), 1)  # [S, J + L, C]
+    last_SJC = x[:, ragged.padded_len :]
+    if not ragged.is_even:
+        last_SJC = _inputs_from(x, cu_seqlens.diff(), before_SJC.shape[1])
+    first_C, *others_KC = w_CK.unbind(1)
+    y_SLC = x[:, : ragged.padded_len] * first_C
+    for tap, w_C in enumerate(others_KC, start=1):
+        y_SLC.addcmul_(x[:, tap : tap + ragged.padded_len], w_C)
     y_TC = ragged.pack(y_SLC)
     return F.silu(y_TC), last_SJC
 
@@ -129,9 +133,7 @@ def _inputs_from(x: Tensor, start_S: Tensor, count: int) -> Tensor:
     """`count` inputs of each sequence of x [S, L, C], from `start` on."""
     number = torch.arange(count, device=x.device)
     place = start_S.unsqueeze(1) + number
-    num_channels = x.shape[2]
-    index = place.unsqueeze(2).expand(-1, -1, num_channels)
-    return x.gather(1, index)
+    return x.take_along_dim(place.unsqueeze(2), 1)
 
 
 def _windows(before_SJC: Tensor, x_SRC: Tensor) -> Tensor:
@@ -151,27 +153,14 @@ def _convolved(windows_SRKC: Tensor, w_CK: Tensor) -> Tensor:
 
 def qk_l2_norm(attrs: Attrs, x_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q = q / |q| / sqrt(k), k = k / |k|, each head by itself; v as it is."""
-    key_dim = attrs["key_dim"]
-    key_size = attrs["num_k_heads"] * key_dim
-    value_size = x_TC.shape[1] - 2 * key_size
-    sizes = (key_size, key_size, value_size)
-    q_T, k_T, v_T = x_TC.split(sizes, -1)
-    scale = key_dim**-0.5
-    q_TAk = _l2_norm(attrs, q_T) * scale
-    k_TAk = _l2_norm(attrs, k_T)
-    q_T = q_TAk.flatten(1).to(x_TC.dtype)
-    k_T = k_TAk.flatten(1).to(x_TC.dtype)
-    return q_T, k_T, v_T
-
-
-def _l2_norm(attrs: Attrs, x_T: Tensor) -> Tensor:
-    """x / |x| of each key head, [T, A, k]."""
-    heads = (attrs["num_k_heads"], attrs["key_dim"])
-    x_TAk = widen(x_T.unflatten(-1, heads))
-    squares_TAk = x_TAk.square()
-    total_TA1 = squares_TAk.sum(-1, keepdim=True)
-    factor_TA1 = torch.rsqrt(total_TA1 + L2_EPS)
-    return x_TAk * factor_TA1
+    num_tokens, key_dim = x_TC.shape[0], attrs["key_dim"]
+    num_columns = 2 * attrs["num_k_heads"] * key_dim
+    qk_T2Ak = widen(x_TC[:, :num_columns]).view(num_tokens, 2, -1, key_dim)
+    total_T2A1 = qk_T2Ak.square().sum(-1, keepdim=True)
+    q_TAk, k_TAk = (qk_T2Ak * torch.rsqrt(total_T2A1 + L2_EPS)).unbind(1)
+    q_TAk = q_TAk * key_dim**-0.5
+    v_T = x_TC[:, num_columns:]
+    return q_TAk.flatten(1).to(x_TC.dtype), k_TAk.flatten(1).to(x_TC.dtype), v_T
 
 
 def delta_gates(
@@ -213,44 +202,30 @@ def delta_rule(
         y_TBv, after = chunked(inputs, cu_seqlens, before)
         state[dst_SR[:, 0]] = after.to(state.dtype)
         return (y_TBv.flatten(1).to(v_T.dtype),)
-    queries = inputs.each(lambda x: x.unflatten(0, (len(before), -1)))
     ys = []
-    for i in range(queries.q.shape[1]):
-        y_SBv, before = _recurrent(queries.query(i), before)
+    for i, query in enumerate(inputs.queries(before.shape[0])):
+        y_SBv, before = _recurrent(query, before)
         if attrs["mode"] == "recurrent":
             state[dst_SR[:, i]] = before.to(state.dtype)
         ys.append(y_SBv)
-    y_TBv = torch.stack(ys, 1).flatten(0, 1)
-    return (y_TBv.flatten(1).to(v_T.dtype),)
+    y_SRBv = torch.stack(ys, 1)
+    return (y_SRBv.view(v_T.shape[0], -1).to(v_T.dtype),)
 
 
 def _recurrent(inputs: DeltaInputs, state_SBkv: Tensor) -> tuple[Tensor, Tensor]:
     """One token of each sequence: decay, correct by the error against the decayed state, read.
 
-    k and q are multiplied with the old state in one product: S'^T q = a S^T q + (k . q) u, with the
-    decay a and the update u.
-
     Returns:
         The output, [S, B, v], and the new state.
     """
     q_SBk, k_SBk, v_SBv, beta_SB, decay_SB = inputs
-    decay_SB1 = decay_SB.exp().unsqueeze(-1)
-    decay_SB11 = decay_SB1.unsqueeze(-1)
-    kq_SB2k = torch.stack((k_SBk, q_SBk), -2)
-    read_SB2v = kq_SB2k @ state_SBkv
-    read_SB2v = read_SB2v * decay_SB11
-    from_k_SBv, from_q_SBv = read_SB2v.unbind(-2)
-    error_SBv = v_SBv - from_k_SBv
-    u_SBv = beta_SB.unsqueeze(-1) * error_SBv
-    decayed_SBkv = state_SBkv * decay_SB11
-    after_SBkv = decayed_SBkv.addcmul_(  # in place: a copy takes as long
-        k_SBk.unsqueeze(-1),
-        u_SBv.unsqueeze(-2),
-    )
-    k_times_q_SBk = k_SBk * q_SBk
-    k_dot_q_SB1 = k_times_q_SBk.sum(-1, keepdim=True)
-    y_SBv = from_q_SBv + k_dot_q_SB1 * u_SBv
-    return y_SBv, after_SBkv
+    shape_SB11 = (*beta_SB.shape, 1, 1)
+    after_SBkv = state_SBkv * decay_SB.exp().view(shape_SB11)
+    error_SB1v = v_SBv.unsqueeze(-2) - k_SBk.unsqueeze(-2) @ after_SBkv
+    u_SB1v = error_SB1v * beta_SB.view(shape_SB11)
+    after_SBkv.addcmul_(k_SBk.unsqueeze(-1), u_SB1v)  # in place: a copy takes as long
+    y_SB1v = q_SBk.unsqueeze(-2) @ after_SBkv
+    return y_SB1v.squeeze(-2), after_SBkv
 
 
 def recompute_state(
@@ -290,7 +265,7 @@ def recompute_state(
     y_TC = _convolved(windows_SNKC, w_C1K[:, 0])
     b_SNB, a_SNB = gates_S2NB.unbind(1)
     beta_SNB, decay_SNB = delta_gates(attrs, b_SNB, a_SNB, a_log_B, dt_bias_B)
-    queries = _kept_queries(attrs, y_TC, beta_SNB, decay_SNB)
+    queries = _kept_queries(attrs, y_TC, beta_SNB.flatten(0, 1), decay_SNB.flatten(0, 1))
     ssm_state[dst_S] = _state_after(queries, pending_S, before_SBkv).to(ssm_state.dtype)
     all_inputs = torch.cat((window_SJC, inputs_SNC), 1)
     conv_state[dst_S] = _inputs_from(all_inputs, pending_S, window_SJC.shape[1])
@@ -302,23 +277,22 @@ def recompute_state(
     return ()
 
 
-def _kept_queries(attrs: Attrs, y_TC: Tensor, beta_SNB: Tensor, decay_SNB: Tensor) -> DeltaInputs:
-    """The kept inputs as the delta rule reads them, [S, N, B, ...]."""
+def _kept_queries(attrs: Attrs, y_TC: Tensor, beta_TB: Tensor, decay_TB: Tensor) -> DeltaInputs:
+    """The kept inputs as the delta rule reads them, [S * N, B, ...]."""
     q_T, k_T, v_T = qk_l2_norm(attrs, y_TC)
-    shape = beta_SNB.shape[:2]
     return DeltaInputs(
-        by_key_head(attrs, q_T).unflatten(0, shape),
-        by_key_head(attrs, k_T).unflatten(0, shape),
-        by_value_head(attrs, v_T).unflatten(0, shape),
-        beta_SNB,
-        decay_SNB,
+        by_key_head(attrs, q_T),
+        by_key_head(attrs, k_T),
+        by_value_head(attrs, v_T),
+        beta_TB,
+        decay_TB,
     )
 
 
 def _state_after(queries: DeltaInputs, count_S: Tensor, state_SBkv: Tensor) -> Tensor:
     """The state after the first `count` queries of each sequence."""
-    for i in range(queries.q.shape[1]):
-        _, after_SBkv = _recurrent(queries.query(i), state_SBkv)
+    for i, query in enumerate(queries.queries(state_SBkv.shape[0])):
+        _, after_SBkv = _recurrent(query, state_SBkv)
         is_counted_S111 = (i < count_S).view(-1, 1, 1, 1)
         state_SBkv = after_SBkv.where(is_counted_S111, state_SBkv)
     return state_SBkv
@@ -336,11 +310,8 @@ def gated_norm(attrs: Attrs, x_TN: Tensor, z_TN: Tensor, w_D: Tensor) -> tuple[T
 
     N = heads * D; the weight is the factor itself, not an offset from one.
     """
-    heads = (attrs["num_heads"], attrs["head_dim"])
-    x = x_TN.unflatten(-1, heads)
-    z = z_TN.unflatten(-1, heads)
-    normed = normalize(x, attrs["eps"])
-    weighted = normed * w_D
-    y = weighted * F.silu(widen(z))
+    shape = (-1, attrs["num_heads"], attrs["head_dim"])
+    weighted = normalize(x_TN.view(shape), attrs["eps"]) * w_D
+    y = weighted * F.silu(widen(z_TN.view(shape)))
     y_TN = y.to(x_TN.dtype).flatten(1)
     return (y_TN,)

@@ -1,5 +1,7 @@
 """The gated delta rule in chunks of 64 tokens (arXiv:2412.06464, section 3.3): for prefill.
 
+Shorter prompts are one chunk of their own length.
+
 Within a chunk all tokens are computed at once; the state goes from chunk to chunk. In a chunk G is
 the running sum of the log decay, and D[i, j] = exp(G[i] - G[j]) for i >= j, else 0.
 
@@ -9,10 +11,11 @@ a chunk, A key heads, B value heads, k and v their sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenspeed_plan.plans.ops import DELTA_CHUNK
@@ -36,9 +39,11 @@ class DeltaInputs(NamedTuple):
         """A function of each of the five."""
         return DeltaInputs(*map(function, self))
 
-    def query(self, index: int) -> DeltaInputs:
-        """[S, R, ...] -> [S, ...]: one query of each sequence."""
-        return self.each(lambda x: x[:, index])
+    def queries(self, num_seqs: int) -> Iterator[DeltaInputs]:
+        """[S * R, ...] -> [S, ...]: the first query of each sequence, then the next."""
+        query_len = self.q.shape[0] // num_seqs
+        for first in range(query_len):
+            yield DeltaInputs(*[x[first::query_len] for x in self])
 
 
 class Chunks(NamedTuple):
@@ -54,17 +59,13 @@ def by_key_head(attrs: Attrs, x_T: Tensor) -> Tensor:
     """[T, A * k] -> [T, B, k]: value head b uses key head b // (B / A)."""
     num_k_heads = attrs["num_k_heads"]
     group = attrs["num_v_heads"] // num_k_heads
-    x_TAk: Tensor = widen(x_T).unflatten(-1, (num_k_heads, -1))
-    x_TA1k = x_TAk.unsqueeze(2)
-    x_TAgk = x_TA1k.expand(-1, -1, group, -1)
-    return x_TAgk.flatten(1, 2)
+    x_TAk = widen(x_T).view(x_T.shape[0], num_k_heads, -1)
+    return x_TAk.repeat_interleave(group, 1)
 
 
 def by_value_head(attrs: Attrs, x_T: Tensor) -> Tensor:
     """[T, B * v] -> [T, B, v]."""
-    heads = (attrs["num_v_heads"], -1)
-    x_TBv: Tensor = widen(x_T).unflatten(-1, heads)
-    return x_TBv
+    return widen(x_T).view(x_T.shape[0], attrs["num_v_heads"], -1)
 
 
 def chunked(inputs: DeltaInputs, cu_seqlens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,9 +88,13 @@ def chunked(inputs: DeltaInputs, cu_seqlens: Tensor, state: Tensor) -> tuple[Ten
 
 def _in_chunks(ragged: Ragged, x_TB: Tensor) -> Tensor:
     """[T, B, ...] -> [S, B, N, c, ...]; the zeros after a sequence's end change no state."""
-    x_SBL = ragged.pad(x_TB).transpose(1, 2)
-    x_SBNc: Tensor = x_SBL.unflatten(2, (-1, DELTA_CHUNK))
-    return x_SBNc
+    shape = (ragged.num_seqs, -1, _chunk_len(ragged), *x_TB.shape[1:])
+    return ragged.pad(x_TB).view(shape).movedim(3, 1)
+
+
+def _chunk_len(ragged: Ragged) -> int:
+    """c: 64, or less where all sequences are shorter."""
+    return min(ragged.padded_len, DELTA_CHUNK)
 
 
 def _packed(ragged: Ragged, x_SBNc: Tensor) -> Tensor:
@@ -102,11 +107,7 @@ def _ratio(total: Tensor) -> Tensor:
     """D, [..., c, c]."""
     column = total.unsqueeze(-1)
     row = total.unsqueeze(-2)
-    gap = column - row
-    ones = gap.new_ones(gap.shape[-2:], dtype=torch.bool)
-    is_later = ones.triu(1)
-    masked = gap.masked_fill(is_later, float("-inf"))
-    return masked.exp()
+    return (column - row).exp().tril()
 
 
 def _prepare(inputs: DeltaInputs) -> Chunks:
@@ -125,7 +126,7 @@ def _prepare(inputs: DeltaInputs) -> Chunks:
     right = torch.cat((beta_v, decayed_k), -1)
     lower = beta_k @ k.mT * ratio
     solved = torch.linalg.solve_triangular(
-        lower.tril(-1),
+        lower,
         right,
         upper=False,
         unitriangular=True,
@@ -149,17 +150,11 @@ def _scan(q: Tensor, k: Tensor, chunks: Chunks, state: Tensor) -> tuple[Tensor, 
     decayed_q = q * total.exp().unsqueeze(-1)
     decayed_k = k * remaining.unsqueeze(-1)
     outputs = []
-    for n in range(q.shape[2]):
-        u = chunks.u.select(2, n)
-        w = chunks.w.select(2, n)
-        mix = chunks.mix.select(2, n)
+    by_chunk = (chunks.u, chunks.w, chunks.mix, decayed_q, decayed_k, decay)
+    for u, w, mix, queries, keys, factor in zip(*(x.unbind(2) for x in by_chunk), strict=True):
         added = u - w @ state
-        from_state = decayed_q.select(2, n) @ state
-        from_chunk = mix @ added
-        outputs.append(from_state + from_chunk)
-        decayed = state * decay.select(2, n)
-        keys = decayed_k.select(2, n).mT
-        state = decayed + keys @ added
+        outputs.append(queries @ state + mix @ added)
+        state = state * factor + keys.mT @ added
     return torch.stack(outputs, 2), state
 
 
@@ -186,8 +181,9 @@ def delta_chunk(
     )
     ragged = Ragged(cu_seqlens, DELTA_CHUNK)
     chunks = _prepare(inputs.each(lambda x: _in_chunks(ragged, x)))
+    mix = F.pad(chunks.mix, (0, DELTA_CHUNK - _chunk_len(ragged)))
     outputs = []
-    for x in (chunks.u, chunks.w, chunks.mix):
+    for x in (chunks.u, chunks.w, mix):
         x_T = _packed(ragged, x).flatten(1)
         outputs.append(x_T.to(v_T.dtype))
     return (*outputs, _packed(ragged, chunks.total))
@@ -213,7 +209,7 @@ def delta_scan(
     chunks = Chunks(
         _in_chunks(ragged, by_value_head(attrs, u_T)),
         _in_chunks(ragged, by_value_head(attrs, w_T)),
-        _in_chunks(ragged, by_value_head(attrs, mix_T)),
+        _in_chunks(ragged, by_value_head(attrs, mix_T))[..., : _chunk_len(ragged)],
         _padded_total(ragged, total_TB),
     )
     before = widen(state.index_select(0, src_S))
@@ -227,8 +223,10 @@ def delta_scan(
 def _padded_total(ragged: Ragged, total_TB: Tensor) -> Tensor:
     """G in chunks: after a sequence's end it keeps its last value, as padding decays nothing."""
     total = _in_chunks(ragged, total_TB)
+    if ragged.is_even:
+        return total
     valid_S1L = ragged.valid_SL.unsqueeze(1)
-    valid_S1Nc = valid_S1L.unflatten(2, (-1, DELTA_CHUNK))
+    valid_S1Nc = valid_S1L.unflatten(2, (-1, _chunk_len(ragged)))
     masked = total.masked_fill(~valid_S1Nc, float("inf"))
     held = masked.cummin(-1).values
     return held.masked_fill(held.isinf(), 0.0)  # chunks that lie after the end
@@ -236,5 +234,4 @@ def _padded_total(ragged: Ragged, total_TB: Tensor) -> Tensor:
 
 def dst_slots(dst_state_slots: Tensor) -> Tensor:
     """The state slots to write, [S, R or more]; a plan that does not speculate has one each."""
-    num_seqs = len(dst_state_slots)
-    return dst_state_slots.long().view(num_seqs, -1)
+    return dst_state_slots.view(dst_state_slots.shape[0], -1)

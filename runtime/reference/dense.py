@@ -33,11 +33,10 @@ def embed(attrs: Attrs, ids: Tensor, table_VH: Tensor) -> tuple[Tensor]:
     ids_T = ids
     if ids.dim() > 1:
         ids_T = ids[:, -1]
-    row_T = ids_T.long()
     if "row_start" not in attrs:
-        return (table_VH.index_select(0, row_T),)
+        return (table_VH.index_select(0, ids_T),)
     num_rows = table_VH.shape[0]
-    row_T = row_T - int(attrs["row_start"])
+    row_T = ids_T.long() - int(attrs["row_start"])
     is_here_T = (row_T >= 0) & (row_T < num_rows)
     row_T = row_T.where(is_here_T, 0)
     y_TH = table_VH[row_T]
@@ -59,17 +58,15 @@ def rms_norm(attrs: Attrs, x_TH: Tensor, w_H: Tensor) -> tuple[Tensor]:
 
     With `plain` it is the factor w itself.
     """
-    factor_H = widen(w_H)
-    if not attrs.get("plain"):
-        factor_H = 1 + factor_H
-    y_TH = normalize(x_TH, attrs["eps"]) * factor_H
-    return (y_TH.to(x_TH.dtype),)
+    normed_TH, wide_H = normalize(x_TH, attrs["eps"]), widen(w_H)
+    if attrs.get("plain"):
+        return ((normed_TH * wide_H).to(x_TH.dtype),)
+    return (torch.addcmul(normed_TH, normed_TH, wide_H).to(x_TH.dtype),)
 
 
 def head_norm(attrs: Attrs, x_TN: Tensor, w_D: Tensor) -> tuple[Tensor]:
     """`rms_norm` of each head."""
-    heads = (attrs["num_heads"], attrs["head_dim"])
-    x = x_TN.unflatten(-1, heads)
+    x = x_TN.view(-1, attrs["num_heads"], attrs["head_dim"])
     (y,) = rms_norm(attrs, x, w_D)
     return (y.flatten(-2),)
 
@@ -78,7 +75,9 @@ def linear(attrs: Attrs, x_TK: Tensor, w_NK: Tensor) -> tuple[Tensor, ...]:
     """y = x w^T, its columns split into outputs of `splits` columns."""
     y_TN = F.linear(x_TK, w_NK)
     splits = attrs["splits"]
-    return tuple(y_TN.split(splits, -1))
+    if len(splits) == 1:
+        return (y_TN,)
+    return y_TN.split_with_sizes(splits, -1)
 
 
 def quantise(attrs: Attrs, x_TK: Tensor) -> tuple[Tensor]:

@@ -105,6 +105,8 @@ def sample(
     argmax.
     """
     tokens_S = logits_SV.argmax(-1).int()
+    if not temperature_S.any():
+        return (tokens_S,)
     if min_p_S is None:
         min_p_S = torch.zeros_like(top_p_S)
     params: tuple[Tensor, ...]

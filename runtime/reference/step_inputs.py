@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Attrs = Mapping[str, Any]
@@ -31,14 +32,14 @@ def advance(
     `in_place` the same one. Padding (state slot 0) stays as it is.
     """
     is_live_S = src_state_slots_S > 0
-    token_ids_S.copy_(next_tokens_S.where(is_live_S, token_ids_S))
+    torch.where(is_live_S, next_tokens_S, token_ids_S, out=token_ids_S)
     for number_S in (positions_S, context_lens_S, rng_offset_S):
         number_S += is_live_S
     slots_S1 = cache_slots(attrs["page_size"], positions_S.unsqueeze(1), page_table_SP)
     slots_S = slots_S1.squeeze(1)
-    slot_mapping_S.copy_(slots_S.where(is_live_S, slot_mapping_S))
+    torch.where(is_live_S, slots_S, slot_mapping_S, out=slot_mapping_S)
     if attrs.get("in_place"):
-        src_state_slots_S.copy_(dst_state_slots_S.where(is_live_S, src_state_slots_S))
+        torch.where(is_live_S, dst_state_slots_S, src_state_slots_S, out=src_state_slots_S)
     else:
         _swap_state_slots(is_live_S, src_state_slots_S, dst_state_slots_S)
     return ()
