@@ -33,8 +33,24 @@ from tokenspeed_plan.plans.signature import SIGNATURE_FILE
 
 _CACHE = "TOKENSPEED_PLANS"  # where a node keeps plans that it was sent
 _A_BIT = 0.001  # of a resource that only says what a node is
+# For how long Ray waits for processes of its own, in its own units. On a busy machine they take
+# longer than Ray's half a minute, and a node whose agent is late ends again.
+_PATIENCE = {
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "300",
+}
 _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 Resources = dict[str, float]
+
+
+def be_patient() -> None:
+    """Let a cluster that this process begins take its time to come up.
+
+    Ray reads this when it is imported. What its user has set stays.
+    """
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager
@@ -49,6 +65,7 @@ def cluster(address: str) -> Iterator[None]:
             "`--ray` needs Ray",
             "install the extra `cluster`: `pip install 'tokenspeed-plan[cluster]'`",
         )
+    be_patient()
     import ray
 
     quiet: Any = {"log_to_driver": False, "logging_level": "error"}
