@@ -21,7 +21,8 @@ from scripted_ray import RayError, ScriptedRay
 
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.commands import ray_replicas
-from tokenspeed_plan.planner.commands.ray_cluster import SentPlan, pack
+from tokenspeed_plan.planner.commands.ray_actor import SentPlan
+from tokenspeed_plan.planner.commands.ray_cluster import pack
 from tokenspeed_plan.planner.commands.ray_replicas import RayLife, ReplicaActor
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.runtime.serving.router import Launch

@@ -377,6 +377,24 @@ def test_the_batch_stays_full_where_two_shards_meet(tmp_path: Path, shards: int)
     assert output.read_bytes() == single(source, tmp_path / "single.jsonl")
 
 
+def test_all_rows_of_a_shard_are_begun_before_the_next(tmp_path: Path) -> None:
+    """Also where so many are finished already that the rows to run are not read yet."""
+    source, store = write(tmp_path / "in.jsonl", 400), FolderStore(tmp_path / "job")
+    lines = single(source, tmp_path / "single.jsonl").splitlines(keepends=True)
+    made = make_index(JobInput(str(source), 2), plan(), FakeTokenizer(), lambda: None)
+    store.create(done_name("index"), json.dumps(made.as_result()).encode())
+    for number, unit in enumerate(made.names):
+        lease = Lease(store, unit, 1, "gone", 0.2)
+        store.create(lease.name, shard_lease.content("gone", 0))
+        finished = lines[200 * number : 200 * number + 150]
+        open_part(lease, tmp_path).path.write_bytes(b"".join(finished))
+    begun: list[int] = []
+    engine = BorderEngine(200, lambda shards: begun.append(len(engine.seen)))
+    assert worker(store, source, tmp_path / "o.jsonl", 2, engine, timeout_s=0.2).run() == 0
+    assert begun[0] > 50 and len(engine.seen) == 100
+    assert (tmp_path / "o.jsonl").read_bytes() == b"".join(lines)
+
+
 def test_a_lease_that_is_lost_takes_no_other_with_it(tmp_path: Path) -> None:
     """Its rows are dropped and nothing more is written for it, while the next shard goes on."""
     source, folder = write(tmp_path / "in.jsonl", 60), tmp_path / "job"

@@ -35,7 +35,7 @@ class Pauses:
 
     def begin(self, most_s: float = math.inf) -> float:
         """Begin the next one; returns how long it is, in seconds."""
-        seconds = min(FIRST_POLL_S * 2 ** min(self._num, 16), self._longest_s, most_s)
+        seconds = min(FIRST_POLL_S * (1 << min(self._num, 16)), self._longest_s, most_s)
         seconds *= self._jitter.uniform(0.5, 1.5)
         self._num += 1
         self._until_s = time.monotonic() + seconds
