@@ -117,7 +117,7 @@ def test_what_a_node_says_of_its_plan_is_the_error(sent: SentPlan) -> None:
     async def drive(threads: ThreadPoolExecutor) -> str:
         async def start(index: int) -> RayLife:
             handle = Handle(ReplicaActor(), threads)
-            handle.start.remote(SentPlan("0" * 64, "/none", b"no archive"), [], {})
+            handle.start.remote(SentPlan("0" * 64, "/none", b"no archive", "plan.json"), [], {})
             return RayLife(handle)
 
         async with httpx.AsyncClient() as client:
