@@ -1,6 +1,6 @@
 """What sharing a batch costs: engines by leases and by Ray, against what the machine itself can do.
 
-    python benchmarks/cluster_scale.py scale BUNDLE [--rows 600] [--engines 1 2 4] [--rounds 2]
+    python benchmarks/cluster_scale.py scale BUNDLE [--rows 1000] [--engines 1 2 4] [--rounds 2]
     python benchmarks/cluster_scale.py borders BUNDLE [--rows 20000] [--shards 4] [--mean 512]
 
 `scale`: the limit of the machine is as many single runs at once, each on a static part of the same
@@ -307,8 +307,8 @@ def main() -> int:
     mode = modes.add_parser("scale")
     mode.set_defaults(run=run_scale)
     mode.add_argument("bundle", type=Path)
-    mode.add_argument("--rows", type=int, default=600, help="Of as many engines as cores, each.")
-    mode.add_argument("--shards", type=int, default=4, help="Of each engine.")
+    mode.add_argument("--rows", type=int, default=1000, help="Of as many engines as cores, each.")
+    mode.add_argument("--shards", type=int, default=12, help="Of each engine.")
     mode.add_argument("--max-tokens", type=int, default=64, help="The longest answer.")
     mode.add_argument("--engines", type=int, nargs="+", default=[1, 2, 4])
     mode.add_argument("--rounds", type=int, default=2)
