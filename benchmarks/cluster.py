@@ -99,6 +99,22 @@ def lease_args(bundle: Path, folder: Path, shards: int) -> list[object]:
     ]  # fmt: skip
 
 
+def local_cluster(cpus: int, nodes: int = 1) -> Any:
+    """A cluster of Ray on this machine, which may be busy: nodes with so many CPUs each."""
+    from tokenspeed_plan.planner.commands.ray_cluster import be_patient
+
+    be_patient()
+    from ray.cluster_utils import Cluster
+
+    begin_s = time.monotonic()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "wait": False})
+    for _ in range(nodes - 1):
+        cluster.add_node(num_cpus=cpus, wait=False)
+    cluster.wait_for_nodes(timeout=300)
+    print(f"{nodes} nodes of Ray were up after {time.monotonic() - begin_s:.1f} s", flush=True)
+    return cluster
+
+
 def run_leases(args: argparse.Namespace) -> int:
     """Workers are killed one after the other, at random."""
     rng = random.Random(args.seed)
@@ -132,14 +148,13 @@ def run_leases(args: argparse.Namespace) -> int:
 
 def run_ray(args: argparse.Namespace) -> int:
     """Workers, drivers and nodes of a local cluster are killed."""
-    import ray
-    from ray.cluster_utils import Cluster
-
     with kept_folder(args.folder) as folder:
         if not (folder / "in.jsonl").exists():
             write_rows(folder / "in.jsonl", args.rows)
+        cluster = local_cluster(1, args.nodes)
+        import ray
+
         single = SingleRun(args.bundle, folder)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
         chaos = Chaos(args, cluster, folder)
         is_done = chaos.run(time.monotonic() + args.seconds)
         ray.shutdown()
@@ -170,7 +185,7 @@ class Chaos:
         self._cluster = cluster
         self._folder = folder
         self._rng = random.Random(args.seed)
-        self._nodes = [cluster.add_node(num_cpus=1) for _ in range(args.nodes - 1)]
+        self._nodes = cluster.list_all_nodes()[1:]
         shared = lease_args(args.bundle, folder, args.shards)
         self._command = [*shared, "--ray", cluster.address]
         self._kept = folder / "counts.json"
@@ -231,9 +246,6 @@ class Chaos:
 
 def run_mixed(args: argparse.Namespace) -> int:
     """Two kinds of nodes, each with a plan of its own: each shard is as that plan answers it."""
-    import ray
-    from ray.cluster_utils import Cluster
-
     with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
         folder = Path(scratch)
         write_rows(folder / "in.jsonl", args.rows)
@@ -243,7 +255,9 @@ def run_mixed(args: argparse.Namespace) -> int:
             (folder / kind).mkdir()
             (folder / kind / "in.jsonl").symlink_to(folder / "in.jsonl")
             alone[kind] = SingleRun(bundle, folder / kind).wait().splitlines()
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        cluster = local_cluster(0)
+        import ray
+
         for kind in kinds:
             cluster.add_node(num_cpus=1, resources={kind: 1})
         command = lease_args(args.bundle, folder, args.shards)
@@ -321,13 +335,12 @@ class Talkers:
 
 def run_serve(args: argparse.Namespace) -> int:
     """Replicas on nodes of a local cluster: one is killed, a node is replaced, all restart."""
-    import ray
-    from ray.cluster_utils import Cluster
-
     with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
         folder = Path(scratch)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(args.replicas - 1)]
+        cluster = local_cluster(1, args.replicas)
+        import ray
+
+        nodes = cluster.list_all_nodes()[1:]
         options = ("--ray", cluster.address, "--replicas", args.replicas)
         with server(args.bundle, folder, *options) as client:
             talkers = Talkers(client, 2 * args.replicas)

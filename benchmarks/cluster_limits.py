@@ -1,25 +1,17 @@
 """What a batch on many machines costs beside its rows, on this one.
 
     python benchmarks/cluster_limits.py index BUNDLE [--rows 200000] [--kinds chats ...]
-    python benchmarks/cluster_limits.py scale BUNDLE [--rows 1200] [--engines 1 2 4] [--pairs 3]
-    python benchmarks/cluster_limits.py start BUNDLE [--times 5]
-    python benchmarks/cluster_limits.py ray-start BUNDLE [--times 5]
     python benchmarks/cluster_limits.py driver [--nodes 1000] [--rows 10000000] [--shards 2000]
 
-`index` splits rows of several kinds, and checks what the index leaves to all workers. `scale`
-compares workers that share a batch by leases with as many single runs at once, each on its part of
-the rows: what the machine itself can do; in pairs, one after the other; what other processes of the
-machine take shows in the time and not in the CPU's. `start` is a worker from its command to its
-first row, in parts, and `ray-start` the same of `run --ray` on a cluster that is up. `driver` is
+`index` splits rows of several kinds, and checks what the index leaves to all workers. `driver` is
 the driver of `run --ray` with real leases; its nodes only wait, for as long as checks and engines
-would take.
+would take. What sharing costs is in `cluster_scale.py`, a worker's start in `cluster_start.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import resource
 import statistics
@@ -34,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from cluster import lease_args, start, write_rows
+from cluster import write_rows
 
 
 def write_chats(path: Path, count: int, is_ascii: bool) -> None:
@@ -107,171 +99,6 @@ def run_index(args: argparse.Namespace) -> int:
     return 0
 
 
-def timed(commands: Sequence[Sequence[object]], log: Path) -> tuple[float, float]:
-    """Seconds until all of some commands have ended well, each with one thread; and of CPU."""
-    begin_s = time.monotonic()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    processes = [start(command, log, OMP_NUM_THREADS="1") for command in commands]
-    codes = [process.wait() for process in processes]
-    assert set(codes) == {0}, log.read_text(encoding="utf-8")[-2000:]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return time.monotonic() - begin_s, cpu_s
-
-
-def run_scale(args: argparse.Namespace) -> int:
-    worst = 1.0
-    for engines in args.engines:
-        ratios, rows = [], args.rows * engines
-        for pair in range(args.pairs):
-            with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
-                folder = Path(scratch)
-                write_rows(folder / "in.jsonl", rows)
-                lines = (folder / "in.jsonl").read_text(encoding="utf-8").splitlines(True)
-                alone = []
-                for number in range(engines):
-                    part = folder / f"part-{number}.jsonl"
-                    part.write_text(
-                        "".join(lines[number * args.rows : (number + 1) * args.rows]),
-                        encoding="utf-8",
-                    )
-                    out = folder / f"out-{number}.jsonl"
-                    alone.append(
-                        ["run", args.bundle, "--input", part, "--output", out, "--no-canary"]
-                    )
-                command = lease_args(args.bundle, folder, args.shards * engines)
-                command[command.index("--lease-timeout") + 1] = 60
-                both = [
-                    lambda alone=alone, folder=folder: timed(alone, folder / "log"),
-                    lambda command=command, folder=folder, engines=engines: timed(
-                        [command] * engines, folder / "log"
-                    ),
-                ]
-                order = [0, 1] if pair % 2 else [1, 0]
-                seconds = {number: both[number]() for number in order}
-                (alone_s, alone_cpu_s), (shared_s, shared_cpu_s) = seconds[0], seconds[1]
-                ratios.append(alone_s / shared_s)
-                print(
-                    f"{engines} engines, {rows} rows: {alone_s:.1f} s ({alone_cpu_s:.1f} of CPU) "
-                    f"as single runs at once, {shared_s:.1f} s ({shared_cpu_s:.1f}) by leases: "
-                    f"{ratios[-1]:.3f} ({alone_cpu_s / shared_cpu_s:.3f})",
-                    flush=True,
-                )
-        worst = min(worst, statistics.median(ratios))
-    print(f"the worst median is {worst:.3f}")
-    return int(worst < 0.9)
-
-
-# Runs a worker, and says when what has happened, in seconds from the begin of its process.
-_WATCHED = """
-import os, sys, time
-begun = time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - float(
-    open("/proc/self/stat").read().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK"))
-marks = [("python", time.time() - begun)]
-def mark(name):
-    marks.append((name, time.time() - begun))
-from tokenspeed_plan.planner.cli import main
-mark("command line")
-import torch
-mark("PyTorch")
-from tokenspeed_plan.runtime.serving.leases import lease_worker
-from tokenspeed_plan.runtime.engine import Engine
-mark("runtime")
-def watched(cls, name, label):
-    inner = getattr(cls, name)
-    def outer(self, *args, **more):
-        done = inner(self, *args, **more)
-        if label not in dict(marks):
-            mark(label)
-        return done
-    setattr(cls, name, outer)
-watched(lease_worker.Worker, "__init__", "plan, files, tokenizer")
-watched(lease_worker.Worker, "_index", "index")
-watched(lease_worker.Worker, "_ready_engine", "engine")
-watched(lease_worker.WatchedEngine, "step", "first step")
-step = lease_worker.WatchedEngine.step
-def until_first(self):
-    done = step(self)
-    if done and "first row" not in dict(marks):
-        mark("first row")
-        import json
-        startup = getattr(self._engine, "startup_s", {})
-        print("MARKS", json.dumps([marks, startup]), file=sys.stderr, flush=True)
-    return done
-lease_worker.WatchedEngine.step = until_first
-main()
-"""
-
-
-def run_start(args: argparse.Namespace) -> int:
-    import subprocess
-
-    every: list[dict[str, float]] = []
-    for _ in range(args.times):
-        with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
-            folder = Path(scratch)
-            write_rows(folder / "in.jsonl", 4)
-            words = lease_args(args.bundle, folder, 1)
-            words.remove("--no-canary")
-            done = subprocess.run(
-                [sys.executable, "-P", "-c", _WATCHED, *map(str, words)],
-                capture_output=True,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-            assert done.returncode == 0, done.stderr
-            (line,) = (line for line in done.stderr.splitlines() if line.startswith("MARKS "))
-            marks, startup = json.loads(line.removeprefix("MARKS "))
-            before = 0.0
-            parts = {}
-            for name, at_s in marks:
-                parts[name], before = at_s - before, at_s
-            every.append(parts | {"total": before} | {f"  {k}": v for k, v in startup.items()})
-    for name in every[0]:
-        values = [parts.get(name, 0.0) for parts in every]
-        print(f"{name:28} {statistics.median(values):6.2f} s  ({min(values):.2f})")
-    return 0
-
-
-# Files of a job, in the order in which they come, and what has happened then.
-_FILES = (
-    ("job/leases/index.1", "driver, actor, worker's files"),
-    ("job/done/index.json", "index"),
-    ("job/leases/00000.1", "first lease"),
-    ("job/done/00000.json", "engine, rows"),
-    ("out.jsonl", "merge"),
-)
-
-
-def run_ray_start(args: argparse.Namespace) -> int:
-    import ray
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    every: list[dict[str, float]] = []
-    for _ in range(args.times):
-        with tempfile.TemporaryDirectory(prefix="cluster-") as scratch:
-            folder = Path(scratch)
-            write_rows(folder / "in.jsonl", 4)
-            words = lease_args(args.bundle.resolve(), folder, 1)
-            words.remove("--no-canary")
-            begin_s, parts = time.monotonic(), dict[str, float]()
-            driver = start([*words, "--ray", cluster.address], folder / "log", OMP_NUM_THREADS="1")
-            while driver.poll() is None:
-                for name, label in _FILES:
-                    if label not in parts and (folder / name).exists():
-                        parts[label] = time.monotonic() - begin_s
-                time.sleep(0.005)
-            assert driver.returncode == 0, (folder / "log").read_text(encoding="utf-8")
-            every.append(parts | {"end of the driver": time.monotonic() - begin_s})
-    ray.shutdown()
-    cluster.shutdown()
-    for name in every[0]:
-        values = [parts[name] for parts in every]
-        print(f"{name:30} {statistics.median(values):6.2f} s after the command ({min(values):.2f})")
-    return 0
-
-
 @dataclass
 class Simulated:
     """What a thousand workers did; times in seconds."""
@@ -305,13 +132,10 @@ def simulate_worker(store: Any, phases: Sequence[Phase], number: int, timeout_s:
 
 def simulate_phase(leases: Any, phase: Phase, rng: random.Random) -> None:
     """As `Worker` does: it polls soon at first, then as often as an idle one may."""
-    from tokenspeed_plan.runtime.serving.leases.lease_worker import (
-        FIRST_POLL_S,
-        POLLS_PER_TIMEOUT,
-    )
+    from tokenspeed_plan.runtime.serving.leases.pauses import Pauses
     from tokenspeed_plan.runtime.serving.leases.shard_lease import finished_units
 
-    polls = 0
+    pauses = Pauses(leases.timeout_s, rng)
     while True:
         begin_s = time.monotonic()
         lease = leases.take(phase.units)
@@ -319,11 +143,9 @@ def simulate_phase(leases: Any, phase: Phase, rng: random.Random) -> None:
         if lease is None:
             if finished_units(leases.store) >= set(phase.units):
                 return
-            most_s = leases.timeout_s / POLLS_PER_TIMEOUT
-            time.sleep(min(FIRST_POLL_S * 2**polls, most_s) * rng.uniform(0.5, 1.5))
-            polls += 1
+            time.sleep(pauses.begin())
             continue
-        polls = 0
+        pauses.reset()
         time.sleep(phase.work_s * (0.8 + 0.4 * rng.random()))
         worked_s = time.monotonic()
         lease.commit({"rows": 1})
@@ -433,21 +255,6 @@ def main() -> int:
     mode.add_argument("--rows", type=int, default=200_000)
     mode.add_argument("--kinds", nargs="+", choices=[*WRITERS], default=[*WRITERS])
     mode.add_argument("--checked", type=int, default=20, help="Shards that are checked.")
-    mode = modes.add_parser("scale")
-    mode.set_defaults(run=run_scale)
-    mode.add_argument("bundle", type=Path)
-    mode.add_argument("--rows", type=int, default=1200, help="Of each engine.")
-    mode.add_argument("--shards", type=int, default=4, help="Of each engine.")
-    mode.add_argument("--engines", type=int, nargs="+", default=[1, 2, 4])
-    mode.add_argument("--pairs", type=int, default=3)
-    mode = modes.add_parser("start")
-    mode.set_defaults(run=run_start)
-    mode.add_argument("bundle", type=Path)
-    mode.add_argument("--times", type=int, default=5)
-    mode = modes.add_parser("ray-start")
-    mode.set_defaults(run=run_ray_start)
-    mode.add_argument("bundle", type=Path)
-    mode.add_argument("--times", type=int, default=5)
     mode = modes.add_parser("driver")
     mode.set_defaults(run=run_driver)
     mode.add_argument("--nodes", type=int, default=1000)

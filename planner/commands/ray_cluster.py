@@ -10,13 +10,10 @@ runs there is a command of ours as its user has written it, with paths that hold
 from __future__ import annotations
 
 import io
-import json
 import os
 import tarfile
-import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,17 +21,32 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from tokenspeed_plan.plans.bundle import CUBIN, PLAN_FILE, read_plan
-from tokenspeed_plan.plans.canon import canonical, sha256
-from tokenspeed_plan.plans.errors import PlanError, RequestError
+from tokenspeed_plan.planner.commands.ray_actor import SentPlan
+from tokenspeed_plan.plans.bundle import CUBIN, PLAN_FILE
+from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.kernel_file import KERNELS
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.plans.signature import SIGNATURE_FILE
 
-_CACHE = "TOKENSPEED_PLANS"  # where a node keeps plans that it was sent
 _A_BIT = 0.001  # of a resource that only says what a node is
+# For how long Ray waits for processes of its own, in its own units. On a busy machine they take
+# longer than Ray's half a minute, and a node whose agent is late ends again.
+_PATIENCE = {
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "300",
+}
 _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 Resources = dict[str, float]
+
+
+def be_patient() -> None:
+    """Let a cluster that this process begins take its time to come up.
+
+    Ray reads this when it is imported. What its user has set stays.
+    """
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager
@@ -49,6 +61,7 @@ def cluster(address: str) -> Iterator[None]:
             "`--ray` needs Ray",
             "install the extra `cluster`: `pip install 'tokenspeed-plan[cluster]'`",
         )
+    be_patient()
     import ray
 
     quiet: Any = {"log_to_driver": False, "logging_level": "error"}
@@ -158,15 +171,6 @@ def words_given(but: Collection[str]) -> list[str]:
     return words
 
 
-@dataclass(frozen=True, slots=True)
-class SentPlan:
-    """A plan as it travels: its digest, where the driver has it, and its files."""
-
-    digest: str
-    path: str
-    archive: bytes
-
-
 def pack(bundle: Path, frozen: Plan) -> SentPlan:
     """The files of a bundle."""
     buffer = io.BytesIO()
@@ -174,42 +178,4 @@ def pack(bundle: Path, frozen: Plan) -> SentPlan:
         for name in (PLAN_FILE, SIGNATURE_FILE, KERNELS, CUBIN):
             if (bundle / name).exists():
                 archive.add(bundle / name, name)
-    return SentPlan(frozen.digest, str(bundle.resolve()), buffer.getvalue())
-
-
-def unpack(sent: SentPlan) -> Path:
-    """A bundle with the digest of the plan: one that this node has, or the one that was sent.
-
-    Raises:
-        PlanError: what was sent is another plan.
-    """
-    cache = os.environ.get(_CACHE) or os.path.expanduser("~/.cache/tokenspeed-plan")
-    kept = Path(cache) / sent.digest
-    for folder in (Path(sent.path), kept):
-        if _has(folder, sent.digest):
-            return folder
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-        draft = Path(scratch) / "bundle"
-        try:
-            with tarfile.open(fileobj=io.BytesIO(sent.archive), encoding="utf-8") as archive:
-                archive.extractall(draft, filter="data")
-        except tarfile.TarError as error:
-            raise PlanError(
-                f"the plan that was sent is damaged: {error}", "send it again"
-            ) from error
-        if not _has(draft, sent.digest):
-            raise PlanError("the plan that was sent is not the one that was named", "send it again")
-        with suppress(OSError):  # another worker of this node has put it there
-            draft.rename(kept)
-    return kept
-
-
-def _has(folder: Path, digest: str) -> bool:
-    """Whether what a folder holds has this digest; whoever runs it checks the plan's rules, too."""
-    try:
-        fields = json.loads(read_plan(folder))
-        fields.pop("digest")
-        return sha256(canonical(fields)) == digest
-    except (PlanError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return False
+    return SentPlan(frozen.digest, str(bundle.resolve()), buffer.getvalue(), PLAN_FILE)

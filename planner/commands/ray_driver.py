@@ -14,20 +14,16 @@ shards to the faster.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenspeed_plan.planner.commands.engines import EngineOptions
-from tokenspeed_plan.planner.commands.rank_processes import child_environment, own_command
+from tokenspeed_plan.planner.commands.ray_actor import LOST, REFUSED, RayWorker
 from tokenspeed_plan.planner.commands.ray_cluster import (
     Resources,
-    SentPlan,
     cluster,
     no_room,
     pack,
@@ -35,20 +31,16 @@ from tokenspeed_plan.planner.commands.ray_cluster import (
     resources_of,
     room_for,
     start_at,
-    unpack,
     words_given,
 )
 from tokenspeed_plan.plans.bundle import load_plan
-from tokenspeed_plan.plans.errors import PlanError, RequestError
+from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 
 _COMPLETE = (0, 1)  # exit codes: the job is done, 1 where rows have failed
-_REFUSED = 2  # the worker refused the plan, the rows or the machine
-_LOST = 70  # what an actor that cannot run its worker says
 _LOOK_S = 2.0  # between two lines of progress
 _END_S = 5.0  # for workers that see that the job is done
 _MAX_IDLE_FAILURES = 20  # of workers, one after the other, without a shard that is finished
-_SHOWN_BYTES = 1 << 14  # of what a worker printed
 # Said anew to each worker.
 _OF_THE_DRIVER = (
     "source", "output", "lease", "summary", "weights", "ray", "workers", "plans", "leave_last"
@@ -167,40 +159,6 @@ def _worker_args(
     return (*own, *job.places, "--weights", str(weights), "--leave-last", str(leave_last))
 
 
-class RayWorker:
-    """The actor: runs a worker's command on its node."""
-
-    def work(
-        self, args: Sequence[str], number: int, kinds: Sequence[str | None], *sent: SentPlan
-    ) -> tuple[int, str]:
-        """Run it to its end; returns its exit code, and what it has printed last.
-
-        Args:
-            args: of the command, behind the plan.
-            number: of its own plan.
-            kinds: of node, one for each plan where there are several.
-            sent: all plans of the job.
-        """
-        try:
-            bundles = [unpack(each) for each in sent]
-        except PlanError as error:
-            return _REFUSED, str(error)
-        except OSError as error:
-            return _LOST, f"error: cannot keep the plan: {error}\n"
-        plans = [f"--plan={kind}={path}" for kind, path in zip(kinds, bundles, strict=False)]
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                own_command(["run", str(bundles[number]), *args, *plans]),
-                env=os.environ | child_environment(),
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-            )
-            code = process.wait()
-            output.seek(max(output.tell() - _SHOWN_BYTES, 0))
-            return code, output.read().decode(errors="replace")
-
-
 class _Driver:
     """Keeps workers alive until the job is done; it may die, as it knows nothing."""
 
@@ -263,11 +221,11 @@ class _Driver:
         try:
             code, printed = ray.get(task)
         except RayError as error:
-            code, printed = _LOST, f"{error}\n"
+            code, printed = LOST, f"{error}\n"
         if code in _COMPLETE:
             return code
         self._idle_failures += 1
-        if code == _REFUSED or self._idle_failures > _MAX_IDLE_FAILURES:
+        if code == REFUSED or self._idle_failures > _MAX_IDLE_FAILURES:
             sys.stderr.write(printed)
             raise RequestError(
                 f"a worker has ended with code {code}", "what it printed is shown above"

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokenspeed_plan.planner.commands.engines import EngineOptions
 from tokenspeed_plan.planner.commands.rank_processes import child_environment, own_command
+from tokenspeed_plan.planner.commands.ray_actor import SentPlan, unpack
 from tokenspeed_plan.planner.commands.ray_cluster import (
     Resources,
-    SentPlan,
     cluster,
     no_room,
     pack,
@@ -35,7 +35,6 @@ from tokenspeed_plan.planner.commands.ray_cluster import (
     resources_of,
     room_for,
     start_at,
-    unpack,
     words_given,
 )
 from tokenspeed_plan.plans.errors import PlanError

@@ -18,7 +18,8 @@ from scripted_ray import RayError, ScriptedRay
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.commands import ray_cluster, ray_driver
 from tokenspeed_plan.planner.commands.engines import EngineOptions
-from tokenspeed_plan.planner.commands.ray_cluster import SentPlan, pack, resources_of, unpack
+from tokenspeed_plan.planner.commands.ray_actor import SentPlan, unpack
+from tokenspeed_plan.planner.commands.ray_cluster import be_patient, pack, resources_of
 from tokenspeed_plan.planner.commands.ray_driver import Crew, RayJob, crews_of
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import PlanError, RequestError
@@ -113,6 +114,14 @@ def test_without_ray_there_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
         main, ["run", bundle, "--input", "i.jsonl", "--output", "o.jsonl", "--ray", "auto"]
     )
     assert done.exit_code == 2 and "tokenspeed-plan[cluster]" in done.output
+
+
+def test_a_cluster_has_time_to_come_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"RAY_agent_register_timeout_ms": "7"}
+    monkeypatch.setattr("os.environ", variables)
+    be_patient()
+    assert variables["RAY_agent_register_timeout_ms"] == "7"  # its user knows better
+    assert int(variables["RAY_raylet_start_wait_time_s"]) > 60
 
 
 def job_in(folder: Path, workers: int | None = None, shards: int = 4) -> RayJob:

@@ -21,7 +21,8 @@ from scripted_ray import RayError, ScriptedRay
 
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.commands import ray_replicas
-from tokenspeed_plan.planner.commands.ray_cluster import SentPlan, pack
+from tokenspeed_plan.planner.commands.ray_actor import SentPlan
+from tokenspeed_plan.planner.commands.ray_cluster import pack
 from tokenspeed_plan.planner.commands.ray_replicas import RayLife, ReplicaActor
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.runtime.serving.router import Launch
@@ -116,7 +117,7 @@ def test_what_a_node_says_of_its_plan_is_the_error(sent: SentPlan) -> None:
     async def drive(threads: ThreadPoolExecutor) -> str:
         async def start(index: int) -> RayLife:
             handle = Handle(ReplicaActor(), threads)
-            handle.start.remote(SentPlan("0" * 64, "/none", b"no archive"), [], {})
+            handle.start.remote(SentPlan("0" * 64, "/none", b"no archive", "plan.json"), [], {})
             return RayLife(handle)
 
         async with httpx.AsyncClient() as client:

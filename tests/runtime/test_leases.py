@@ -19,12 +19,13 @@ from click.testing import CliRunner
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lease_fake import bucket, started, worker
+from lease_fake import BorderEngine, bucket, started, worker
 
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.serving.batch import BatchOptions, run_batch
-from tokenspeed_plan.runtime.serving.leases import row_checks, shard_lease
+from tokenspeed_plan.runtime.serving.batch.writers import read_whole_lines
+from tokenspeed_plan.runtime.serving.leases import row_checks, shard_lease, shard_runs
 from tokenspeed_plan.runtime.serving.leases.job_index import JobIndex, make_index
 from tokenspeed_plan.runtime.serving.leases.job_input import JobInput
 from tokenspeed_plan.runtime.serving.leases.job_store import (
@@ -228,7 +229,7 @@ def test_the_last_shards_are_left_to_the_faster(tmp_path: Path) -> None:
     early.end()
 
 
-def test_a_job_may_have_several_plans(tmp_path: Path) -> None:
+def test_a_job_may_have_several_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each shard is answered by one plan, whose rows have its ids; workers know all plans."""
     source, store = write(tmp_path / "in.jsonl", 24), FolderStore(tmp_path / "job")
     output = tmp_path / "o.jsonl"
@@ -242,8 +243,8 @@ def test_a_job_may_have_several_plans(tmp_path: Path) -> None:
     first, second = work("d"), work("e")
     lease = first._leases.take(index.names)
     assert lease is not None
-    with first._holding(lease):
-        first._run_shard(lease, index)
+    monkeypatch.setattr(shard_runs, "MOST_SHARDS", 1)
+    first._runs(index).run(lease)
     assert second.run() == 0
     expected = {}
     for digest in "de":
@@ -363,6 +364,90 @@ def test_a_shard_goes_on_at_its_last_line(tmp_path: Path, kind: str) -> None:
     assert len(engine.seen) == 40 - 9
     assert (tmp_path / "o.jsonl").read_bytes() == wanted
     assert parts_of(store, "00000") == []
+
+
+@pytest.mark.parametrize("shards", [2, 6])
+def test_the_batch_stays_full_where_two_shards_meet(tmp_path: Path, shards: int) -> None:
+    """While rows are left that nobody has begun, as many run as the plan has sequences."""
+    source, output = write(tmp_path / "in.jsonl", 60), tmp_path / "o.jsonl"
+    engine = BorderEngine(60 // shards)
+    assert worker(FolderStore(tmp_path / "job"), source, output, shards, engine).run() == 0
+    running = [running for running, begun in engine.counts if begun < 60]
+    assert running == [plan().max_seqs] * len(running) and len(running) > 20
+    assert output.read_bytes() == single(source, tmp_path / "single.jsonl")
+
+
+def test_all_rows_of_a_shard_are_begun_before_the_next_is_taken(tmp_path: Path) -> None:
+    """Also where so many are finished already that the rows to run are not read yet."""
+    source, store = write(tmp_path / "in.jsonl", 400), FolderStore(tmp_path / "job")
+    lines = single(source, tmp_path / "single.jsonl").splitlines(keepends=True)
+    made = make_index(JobInput(str(source), 2), plan(), FakeTokenizer(), lambda: None)
+    store.create(done_name("index"), json.dumps(made.as_result()).encode())
+    for number, unit in enumerate(made.names):
+        lease = Lease(store, unit, 1, "gone", 0.2)
+        store.create(lease.name, shard_lease.content("gone", 0))
+        finished = lines[200 * number : 200 * number + 150]
+        open_part(lease, tmp_path).path.write_bytes(b"".join(finished))
+    begun: list[int] = []
+
+    class Watching(FakeEngine):
+        def step(self) -> Any:
+            if {"00000.2", "00001.2"} <= set(store.names("leases")):
+                begun.append(len(self.seen))
+            return super().step()
+
+    engine = Watching()
+    assert worker(store, source, tmp_path / "o.jsonl", 2, engine, timeout_s=0.2).run() == 0
+    assert begun[0] >= 50 and len(engine.seen) == 100
+    assert (tmp_path / "o.jsonl").read_bytes() == b"".join(lines)
+
+
+def test_a_lease_that_is_lost_takes_no_other_with_it(tmp_path: Path) -> None:
+    """Its rows are dropped and nothing more is written for it, while the next shard goes on."""
+    source, folder = write(tmp_path / "in.jsonl", 60), tmp_path / "job"
+    store, parts = FolderStore(folder), folder / "parts"
+    seen: dict[str, Any] = {}
+
+    def written() -> list[bytes]:
+        return [path.read_bytes() for path in sorted(parts.glob(f"{seen['lost']:05d}.1*"))]
+
+    class Usurped(BorderEngine):
+        def step(self) -> Any:
+            if "after" not in seen and "before" in seen:
+                seen.update(after=written(), left=self.shards)
+            return super().step()
+
+    def usurp(shards: list[int]) -> None:
+        seen.update(lost=shards[0], other=shards[1])
+        assert store.create(f"leases/{shards[0]:05d}.2", shard_lease.content("other", 0))
+        time.sleep(0.4)  # the heartbeat sees it meanwhile
+        seen["before"] = written()
+
+    engine = Usurped(30, usurp)
+    assert worker(store, source, tmp_path / "o.jsonl", 2, engine).run() == 0
+    assert seen["left"] == [seen["other"]] and seen["before"] == seen["after"] != []
+    names = set(store.names("leases"))
+    assert f"{seen['lost']:05d}.3" in names and f"{seen['other']:05d}.2" not in names
+    assert (tmp_path / "o.jsonl").read_bytes() == single(source, tmp_path / "single.jsonl")
+
+
+def test_a_worker_that_is_killed_with_two_shards(tmp_path: Path) -> None:
+    """Both go on at their last lines, none is lost or answered twice."""
+    source, output, folder = (
+        write(tmp_path / "in.jsonl", 60),
+        tmp_path / "o.jsonl",
+        tmp_path / "job",
+    )
+    lost = started(folder, source, output, shards=2, dies_at_border_of=30)
+    lost.join()
+    store = FolderStore(folder)
+    assert lost.exitcode == -signal.SIGKILL and store.names("done") == ["index.json"]
+    assert sorted(store.names("leases")) == ["00000.1", "00001.1", "index.1"]
+    lines = {line for path in (folder / "parts").glob("*") for line in read_whole_lines(path)}
+    engine = FakeEngine()
+    assert worker(store, source, output, 2, engine).run() == 0
+    assert len(engine.seen) == 60 - len(lines) < 40
+    assert output.read_bytes() == single(source, tmp_path / "single.jsonl")
 
 
 class FreezingEngine(FakeEngine):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.request import Completion, failed
@@ -51,8 +51,39 @@ def run_batch(
     Raises:
         RequestError: the run is refused; nothing was written.
     """
-    check_paths(options.input, options.output, options.errors, options.summary)
     interrupt = Interrupt(signal.SIGINT, signal.SIGTERM)
+    with open_batch(options, plan, tokenizer, load_engine, interrupt) as batch:
+        progress = Progress(batch.tally, options.quiet)
+        with interrupt:
+            while not batch.is_over:
+                batch.advance()
+                batch.step()
+                progress.show()
+    _report(options, plan, batch.tally, progress, interrupt.seen)
+    return _exit_code(batch.tally, interrupt.seen)
+
+
+@contextmanager
+def open_batch(
+    options: BatchOptions,
+    plan: BatchPlan,
+    tokenizer: TextTokenizer,
+    load_engine: LoadEngine,
+    interrupt: Interrupt,
+) -> Iterator[Batch]:
+    """Check a batch file and take over its finished lines; its rows are answered in the body.
+
+    Args:
+        options: paths, and what is answered.
+        plan: its digest and limits.
+        tokenizer: of the model.
+        load_engine: called once all lines are checked, and only if a row has to run.
+        interrupt: once it has seen a signal, no more rows are begun.
+
+    Raises:
+        RequestError: the run is refused; nothing was written.
+    """
+    check_paths(options.input, options.output, options.errors, options.summary)
     opened = InputFile(options.input, first_line=options.first_line)
     with opened as source, closing(Notebook()) as notebook:
         kept = KeptRows(options.max_kept_bytes)
@@ -60,17 +91,16 @@ def run_batch(
         scanned = scanner.scan(source, options.selection)
         refuse_bad(scanned, options.max_errors)
         tally = Tally(scanned.num_selected)
-        progress = Progress(tally, options.quiet)
         with open_finished(options.output, notebook) as finished:
-            batch = _Batch(options, plan, tokenizer, tally)
+            engine = None
             if notebook.has_work():
-                batch.start_engine(load_engine)
+                engine = load_engine()
+                tally.startup_s = engine.startup_s
+                tally.start_running()  # rates count from here
             rows = RowReader(source, notebook, kept, finished, plan.digest, tokenizer, plan.limits)
             with Output(options, finished) as output:
-                batch.run(iter(rows), output, interrupt, progress)
+                yield Batch(options, plan, tokenizer, tally, engine, iter(rows), output, interrupt)
             finished.complete = not interrupt.seen
-    _report(options, plan, tally, progress, interrupt.seen)
-    return _exit_code(tally, interrupt.seen)
 
 
 def _report(
@@ -96,74 +126,91 @@ def _exit_code(tally: Tally, interrupted: bool) -> int:
     return ANSWERED
 
 
-class _Batch:
-    """The loop over the engine: read ahead, start rows, step, write."""
+class Batch:
+    """Rows of a file on their way into an engine, and lines on their way out.
+
+    Attributes:
+        tally: what has come of its rows.
+    """
 
     def __init__(
-        self, options: BatchOptions, plan: BatchPlan, tokenizer: TextTokenizer, tally: Tally
+        self,
+        options: BatchOptions,
+        plan: BatchPlan,
+        tokenizer: TextTokenizer,
+        tally: Tally,
+        engine: BatchEngine | None,
+        rows: Iterator[Answered | Faulty | ActiveRow],
+        output: Output,
+        interrupt: Interrupt,
     ) -> None:
+        self.tally = tally
         self._plan = plan
         self._tokenizer = tokenizer
-        self._tally = tally
-        self._engine: BatchEngine | None = None
+        self._engine = engine
+        self._rows = rows
+        self._output = output
+        self._interrupt = interrupt
         self._waiting = Waiting[ActiveRow]()
         self._running: dict[str, ActiveRow] = {}  # by request
+        self._is_read = False  # to its end, or to where a signal came
         self._max_concurrency = options.max_concurrency or plan.max_seqs
         self._max_window = 8 * plan.max_seqs + 64
 
-    def start_engine(self, load_engine: LoadEngine) -> None:
-        """Load the engine; rates count from here."""
-        self._engine = load_engine()
-        self._tally.startup_s = self._engine.startup_s
-        self._tally.start_running()
+    @property
+    def is_over(self) -> bool:
+        """Whether all rows are written; after a signal, those that were begun."""
+        return self._is_read and not self._output.num_held
 
-    def run(
-        self,
-        rows: Iterator[Answered | Faulty | ActiveRow],
-        output: Output,
-        interrupt: Interrupt,
-        progress: Progress,
-    ) -> None:
-        """Run until all rows are written; after a signal, until running rows are finished."""
-        with interrupt:
-            more = True
-            while more or output.num_held:
-                more = more and self._read_ahead(rows, output, interrupt)
-                if interrupt.seen:
-                    more = False
-                    output.drop(self._waiting.clear())
-                self._start_rows(output)
-                self._step(output)
-                output.write_ready()
-                progress.show()
+    @property
+    def has_more(self) -> bool:
+        """Whether it has rows that it would begin if the engine had room."""
+        has_window = self._output.num_held < self._max_window
+        return bool(self._waiting) or (has_window and not self._is_read)
 
-    def _read_ahead(
-        self,
-        rows: Iterator[Answered | Faulty | ActiveRow],
-        output: Output,
-        interrupt: Interrupt,
-    ) -> bool:
-        """Fill the window with rows; False at the end of the file."""
-        while not interrupt.seen and output.num_held < self._max_window:
-            row = next(rows, None)
+    def advance(self) -> None:
+        """Give the engine rows while it has room, and write lines whose turn it is."""
+        self._read_ahead()
+        if self._interrupt.seen:
+            self._is_read = True
+            self._output.drop(self._waiting.clear())
+        self._start_rows()
+        self._output.write_ready()
+
+    def step(self) -> None:
+        """Run a step of the engine, and write what it has finished."""
+        if self._engine is None or not self._running:
+            return
+        done = self._engine.step()
+        for completion in done:
+            self._collect(completion)
+        if done:
+            self._output.write_ready()
+
+    def _read_ahead(self) -> None:
+        """Fill the window with rows."""
+        while not (self._is_read or self._interrupt.seen):
+            if self._output.num_held >= self._max_window:
+                return
+            row = next(self._rows, None)
             if row is None:
-                return False
-            self._take(row, output)
-        return True
+                self._is_read = True
+                return
+            self._take(row)
 
-    def _take(self, row: Answered | Faulty | ActiveRow, output: Output) -> None:
+    def _take(self, row: Answered | Faulty | ActiveRow) -> None:
         if isinstance(row, Answered):
-            self._tally.skipped += row.selected
-            output.add_line(row.line)
+            self.tally.skipped += row.selected
+            self._output.add_line(row.line)
         elif isinstance(row, Faulty):
-            self._tally.fail("invalid_request")
-            output.add_fault(row)
+            self.tally.fail("invalid_request")
+            self._output.add_fault(row)
         else:
-            output.add_row(row)
+            self._output.add_row(row)
             max_tokens = sum(request.params.max_tokens for request in row.requests)
             self._waiting.add(row, row.requests[0].prompt_ids, max_tokens, row.row.line)
 
-    def _start_rows(self, output: Output) -> None:
+    def _start_rows(self) -> None:
         """Give the engine waiting rows while there is room."""
         engine = self._engine
         if engine is None:
@@ -175,27 +222,22 @@ class _Batch:
                 try:
                     engine.add(request)
                 except RequestError as error:  # nothing that the row's checks let pass
-                    self._collect(failed(request, error.message), output)
+                    self._collect(failed(request, error.message))
 
-    def _step(self, output: Output) -> None:
-        if self._engine and self._engine.num_unfinished:
-            for completion in self._engine.step():
-                self._collect(completion, output)
-
-    def _collect(self, completion: Completion, output: Output) -> None:
+    def _collect(self, completion: Completion) -> None:
         """Take one finished choice; when the row is whole, make its line."""
         if completion.error is None:
-            self._tally.add(completion)
+            self.tally.add(completion)
         row = self._running.pop(completion.request_id)
         if not row.add(completion):
             return
         completions = row.completions()
         failure = failure_line(row.row, completions)
         if failure is not None:
-            self._tally.fail(REQUEST_FAILED)
-            output.fail(row, encode_line(failure))
+            self.tally.fail(REQUEST_FAILED)
+            self._output.fail(row, encode_line(failure))
             return
         rules = answer_rules(row.row.body, row.requests[0].prompt_ids, self._tokenizer)
         line = answer_line(row.row, completions, self._tokenizer, self._plan.model, rules)
-        self._tally.answered += 1
-        output.finish(row, encode_line(line))
+        self.tally.answered += 1
+        self._output.finish(row, encode_line(line))

@@ -3,42 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import socket
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import count
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Protocol
 from uuid import uuid4
 
 from tokenspeed_plan.plans.errors import RequestError
-from tokenspeed_plan.runtime.request import Completion, Request
-from tokenspeed_plan.runtime.serving.batch.options import (
-    BatchEngine,
-    BatchOptions,
-    BatchPlan,
-    TextTokenizer,
-)
-from tokenspeed_plan.runtime.serving.batch.runner import (
-    ANSWERED,
-    INTERRUPTED,
-    SOME_FAILED,
-    run_batch,
-)
+from tokenspeed_plan.runtime.serving.batch.options import BatchPlan, TextTokenizer
+from tokenspeed_plan.runtime.serving.batch.runner import ANSWERED, INTERRUPTED, SOME_FAILED
 from tokenspeed_plan.runtime.serving.batch.scan import ScanResult, refuse_bad
 from tokenspeed_plan.runtime.serving.interrupt import Interrupt
 from tokenspeed_plan.runtime.serving.leases.job_index import INDEX, JobIndex, make_index
-from tokenspeed_plan.runtime.serving.leases.job_input import JobInput, copy_rows
+from tokenspeed_plan.runtime.serving.leases.job_input import JobInput
 from tokenspeed_plan.runtime.serving.leases.job_store import Store, is_url
-from tokenspeed_plan.runtime.serving.leases.merge import MERGE, Merge, check_part, measure, summary
+from tokenspeed_plan.runtime.serving.leases.merge import MERGE, Merge, summary
+from tokenspeed_plan.runtime.serving.leases.pauses import Pauses
 from tokenspeed_plan.runtime.serving.leases.row_checks import (
     CHECKS,
     RowChecker,
@@ -49,21 +34,15 @@ from tokenspeed_plan.runtime.serving.leases.row_checks import (
 )
 from tokenspeed_plan.runtime.serving.leases.shard_lease import (
     Lease,
-    LeaseLost,
     Leases,
     done_name,
     finished_units,
+    holding,
 )
-from tokenspeed_plan.runtime.serving.leases.shard_parts import (
-    PARTS,
-    open_part,
-    part_name,
-    remove_parts,
-)
+from tokenspeed_plan.runtime.serving.leases.shard_parts import PARTS
+from tokenspeed_plan.runtime.serving.leases.shard_runs import ShardRuns
+from tokenspeed_plan.runtime.serving.leases.shared_engine import CancellingEngine, SharedEngine
 
-# How often an idle worker looks, first soon: a thousand of them read two folders each time.
-FIRST_POLL_S = 0.25
-POLLS_PER_TIMEOUT = 4
 INDEX_POLL_S = 2.0
 Work = Callable[[Lease], None]
 
@@ -93,51 +72,6 @@ class WorkerOptions:
     plans: tuple[str, ...] = ()
 
 
-class CancellingEngine(BatchEngine, Protocol):
-    """An engine that can drop requests."""
-
-    def cancel(self, request_id: str) -> bool:
-        """Drop a request that waits or runs."""
-
-
-class WatchedEngine:
-    """An engine that stops between two steps once the lease is another worker's."""
-
-    def __init__(self, engine: CancellingEngine) -> None:
-        self.startup_s = engine.startup_s
-        self.lease: Lease | None = None
-        self._engine = engine
-        self._requests: set[str] = set()
-
-    @property
-    def num_unfinished(self) -> int:
-        """Requests that wait or run."""
-        return self._engine.num_unfinished
-
-    def add(self, request: Request) -> None:
-        """Queue a request."""
-        self._engine.add(request)
-        self._requests.add(request.request_id)
-
-    def step(self) -> list[Completion]:
-        """Run one step.
-
-        Raises:
-            LeaseLost: another worker has the shard.
-        """
-        if self.lease is not None:
-            self.lease.check()
-        done = self._engine.step()
-        self._requests.difference_update(completion.request_id for completion in done)
-        return done
-
-    def drop_all(self) -> None:
-        """Cancel what was not finished."""
-        for name in self._requests:
-            self._engine.cancel(name)
-        self._requests.clear()
-
-
 class Worker:
     """Works at a job until all of it is done.
 
@@ -163,8 +97,8 @@ class Worker:
         self._plan = plan
         self._plans = options.plans or (plan.digest,)
         self._tokenizer = tokenizer
-        self._load_engine = load_engine
-        self._engine: WatchedEngine | None = None
+        most = options.max_concurrency or plan.max_seqs
+        self._engine = SharedEngine(load_engine, most)
         self._leases = Leases(store, owner, options.timeout_s)
         self._jitter = Random(owner)
         self._interrupt = Interrupt(signal.SIGINT, signal.SIGTERM)
@@ -192,8 +126,9 @@ class Worker:
             return True
 
         def check(lease: Lease) -> None:
-            checker = RowChecker(self._plan, self._tokenizer, lease.check)
-            lease.commit(faults_as_result(check_shards(job, units[lease.unit], checker)))
+            with holding(lease, self._say):
+                checker = RowChecker(self._plan, self._tokenizer, lease.check)
+                lease.commit(faults_as_result(check_shards(job, units[lease.unit], checker)))
 
         def add_up(lease: Lease) -> None:
             lease.commit(faults_as_result(all_faults(index.found(), self._store, units)))
@@ -207,13 +142,27 @@ class Worker:
     def _answer_rows(self, index: JobIndex) -> bool:
         """Run shards, and the merge where nobody else does; False after a signal."""
 
-        def run(lease: Lease) -> None:
-            self._run_shard(lease, index)
-
         def merge(lease: Lease) -> None:
             self._merge(lease, index)
 
-        return self._work(index.names, run, MERGE, merge, self._options.leave_last)
+        runs = self._runs(index)
+        return self._work(index.names, runs.run, MERGE, merge, self._options.leave_last)
+
+    def _runs(self, index: JobIndex) -> ShardRuns:
+        options = self._options
+        return ShardRuns(
+            index,
+            options.input,
+            self._plan,
+            self._tokenizer,
+            self._engine,
+            options.max_concurrency,
+            self._leases,
+            options.leave_last,
+            self._pauses(),
+            self._interrupt,
+            self._say,
+        )
 
     def _work(self, units: list[str], do: Work, last: str, end: Work, leave_last: int = 0) -> bool:
         """Do units until all are done, and the last, which needs them; False after a signal."""
@@ -221,11 +170,11 @@ class Worker:
             lease = self._next(units, last, leave_last)
             if lease is None:
                 return self._is_done(last)
-            with self._holding(lease):
-                if lease.unit == last:
+            if lease.unit == last:
+                with holding(lease, self._say):
                     end(lease)
-                else:
-                    do(lease)
+            else:
+                do(lease)
         return True
 
     def _is_done(self, unit: str) -> bool:
@@ -236,37 +185,18 @@ class Worker:
 
         While others have all that is left, it waits for them to end or to fall silent.
         """
-        polls = count()
+        pauses = self._pauses()
         while not self._interrupt.seen and not self._is_done(last):
             lease = self._leases.take(units, leave_last)
             if lease is None and finished_units(self._store) >= set(units):
                 lease = self._leases.take([last])
             if lease is not None:
                 return lease
-            self._wait(next(polls))
+            time.sleep(pauses.begin())
         return None
 
-    def _wait(self, number: int, most_s: float = math.inf) -> None:
-        """Wait for the n-th time, longer than before: of a thousand workers most wait together."""
-        most_s = min(most_s, self._options.timeout_s / POLLS_PER_TIMEOUT)
-        seconds = min(FIRST_POLL_S * 2 ** min(number, 16), most_s)
-        time.sleep(seconds * self._jitter.uniform(0.5, 1.5))
-
-    @contextmanager
-    def _holding(self, lease: Lease) -> Iterator[None]:
-        """End a lease with its work; what is not done is given back."""
-        try:
-            yield
-        except LeaseLost as error:
-            self._say(error.message)
-        except (RequestError, FileNotFoundError):
-            if not self._is_done(lease.unit):  # else its new worker has deleted our files
-                raise
-        finally:
-            if self._engine is not None:
-                self._engine.lease = None
-                self._engine.drop_all()
-            lease.end(release=not self._is_done(lease.unit))
+    def _pauses(self) -> Pauses:
+        return Pauses(self._options.timeout_s, self._jitter)
 
     def _index(self) -> JobIndex | None:
         """The index; made here, or by another worker. None after a signal.
@@ -274,7 +204,7 @@ class Worker:
         Raises:
             RequestError: the input is refused, or the folder has another job.
         """
-        polls = count()
+        pauses = self._pauses()
         while not self._interrupt.seen:
             text = self._store.read(done_name(INDEX))
             if text is not None:
@@ -283,10 +213,10 @@ class Worker:
                 return index
             lease = self._leases.take([INDEX])
             if lease is None:
-                self._ready_engine()  # meanwhile
-                self._wait(next(polls), INDEX_POLL_S)
+                self._engine.ready()  # meanwhile
+                time.sleep(pauses.begin(INDEX_POLL_S))
                 continue
-            with self._holding(lease):
+            with holding(lease, self._say):
                 self._refuse_taken_output()
                 made = make_index(self._options.input, self._plan, self._tokenizer, lease.check)
                 lease.commit(replace(made, plans=self._plans).as_result())
@@ -309,54 +239,6 @@ class Worker:
             f"it has {index.num_shards} shards",
             "give each job a folder of its own, and all workers of a job the same options",
         )
-
-    def _ready_engine(self) -> WatchedEngine:
-        if self._engine is None:
-            self._engine = WatchedEngine(self._load_engine())
-        return self._engine
-
-    def _run_shard(self, lease: Lease, index: JobIndex) -> None:
-        shard = index.shard(lease.unit)
-        begun_s = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="tokenspeed-") as folder:
-            scratch = Path(folder)
-            rows = scratch / "rows.jsonl"
-            copy_rows(self._options.input, shard, rows)
-            part = open_part(lease, scratch)
-            lease.before_beat = part.save
-            engine = self._ready_engine()
-            engine.lease = lease
-            is_stopped = self._interrupt.seen  # while the engine was loaded
-            if is_stopped or not self._answer(rows, part.path, shard.first_line, engine):
-                self._interrupt.seen = True
-                part.save()
-                return
-            facts = measure(part.path, lease.generation)
-            check_part(facts, shard)
-            lease.check()
-            part.publish()
-        if lease.commit(asdict(facts)):
-            remove_parts(self._store, shard.name, but=lease.generation)
-        else:
-            self._store.remove(part_name(shard.name, lease.generation))
-        seconds = time.monotonic() - begun_s
-        num_done = len(finished_units(self._store) & set(index.names))
-        self._say(
-            f"shard {shard.name}: {shard.rows} rows in {seconds:.1f} s; "
-            f"{num_done} of {len(index.shards)} shards are done"
-        )
-
-    def _answer(self, rows: Path, output: Path, first_line: int, engine: WatchedEngine) -> bool:
-        """Answer the rows of a shard; False after a signal."""
-        options = BatchOptions(
-            rows,
-            output,
-            max_errors=sys.maxsize,  # the index has refused or allowed them
-            max_concurrency=self._options.max_concurrency,
-            quiet=True,
-            first_line=first_line,
-        )
-        return run_batch(options, self._plan, self._tokenizer, lambda: engine) != INTERRUPTED
 
     def _merge(self, lease: Lease, index: JobIndex) -> None:
         merge = Merge(self._store, index, lease.check)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
@@ -109,6 +110,11 @@ class Lease:
         text = json.dumps(result | {"generation": self.generation}, allow_nan=False)
         return self.store.create(done_name(self.unit), text.encode())
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the unit has come to something, by whomever."""
+        return self.store.read(done_name(self.unit)) is not None
+
     def end(self, release: bool = False) -> None:
         """Stop the heartbeat; `release`: others need not wait until it is missed."""
         self._ended.set()
@@ -143,10 +149,21 @@ class Lease:
 
     def _is_taken(self) -> bool:
         following = f"{LEASES}/{self.unit}.{self.generation + 1}"
-        return (
-            self.store.read(following) is not None
-            or self.store.read(done_name(self.unit)) is not None
-        )
+        return self.store.read(following) is not None or self.is_done
+
+
+@contextmanager
+def holding(lease: Lease, say: Callable[[str], None]) -> Iterator[None]:
+    """End a lease with its work; what is not done is given back. `say` hears that it was lost."""
+    try:
+        yield
+    except LeaseLost as error:
+        say(error.message)
+    except (RequestError, FileNotFoundError):
+        if not lease.is_done:  # else its new worker has deleted our files
+            raise
+    finally:
+        lease.end(release=not lease.is_done)
 
 
 def content(owner: str, beat: int | str) -> bytes:
@@ -177,17 +194,23 @@ class Leases:
         self._clock = clock
         self._seen: dict[str, _Seen] = {}
 
-    def take(self, units: Sequence[str], leave_last: int = 0) -> Lease | None:
+    def take(
+        self, units: Sequence[str], leave_last: int = 0, held: Container[str] = ()
+    ) -> Lease | None:
         """A lease of a unit that nobody has, or whose worker was silent for the timeout.
 
-        The last units that nobody has are left to others, while one of these is alive.
+        Args:
+            units: all that there are.
+            leave_last: as many that nobody has are left to others, while one of these is alive.
+            held: units that this worker has.
 
         Raises:
             RequestError: a unit was tried too often.
         """
         newest = newest_leases(self.store)
         finished = finished_units(self.store)
-        left = [unit for unit in self._own_order(units) if unit not in finished]
+        ordered = self._own_order(units)
+        left = [unit for unit in ordered if unit not in finished and unit not in held]
         fresh = [unit for unit in left if unit not in newest]
         if len(fresh) > leave_last:
             lease = self._make_first(fresh, newest)
