@@ -566,6 +566,13 @@ class Spec(_Section):
         return self.model_copy(update={"workload": workload})
 
     @property
+    def stated_answers(self) -> Literal["auto", "return", "stay"]:
+        """Whether answers go back to a pool that prefills."""
+        if isinstance(self.disaggregation, DisaggregationSpec):
+            return self.disaggregation.answers
+        return "auto"
+
+    @property
     def stored_state(self) -> DType | None:
         """How recurrent state is stored, where that is not the dtype that it is computed in."""
         if self.serving is None or self.serving.state != "bf16":

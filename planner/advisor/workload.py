@@ -54,6 +54,14 @@ class Conversation:
         return total / self.turns
 
     @property
+    def where_answers_stay(self) -> Conversation:
+        """The same for a pool that has the prompts alone: a later turn computes the last answer."""
+        if self.turns == 1:
+            return self
+        cached_tokens = max(self.later.cached_tokens - self.output_tokens, 0.0)
+        return replace(self, later=replace(self.later, cached_tokens=cached_tokens))
+
+    @property
     def mean_context(self) -> int:
         """Tokens of context of an average decode step."""
         return round(self.mean(attrgetter("context_tokens")))
