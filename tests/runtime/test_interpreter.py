@@ -67,6 +67,7 @@ def own_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
 
 
+@pytest.mark.slow
 def test_check_tells_a_terminal_how_far_it_is() -> None:
     ours, terminal = pty.openpty()
     words, said, piped = words_of(DEMO, "--check"), b"", subprocess.PIPE
