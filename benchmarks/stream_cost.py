@@ -1,6 +1,6 @@
 """What a streamed token and a request cost the server's loop, without engine, model and sockets.
 
-    python benchmarks/stream_cost.py [--streams 64] [--tokens 40] [--rounds 25] [--chat]
+    python benchmarks/stream_cost.py [--streams 64] [--tokens 40] [--rounds 25] [--apis chats ...]
 
 Connections get requests as bytes, and what they write is counted and thrown away; all between is
 the server: HTTP, the app and its middleware, parsing, streams, text, events. Tokens are made up,
@@ -20,13 +20,14 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from host import NoModel
 from server import made_up_tokenizer
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from tokenspeed_plan.codegen.chat_template import ChatTemplate
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.runtime import Engine
 from tokenspeed_plan.runtime.request import Completion, NewToken
@@ -65,25 +66,44 @@ class Counter(asyncio.Transport):
         pass
 
 
-def request_of(chat: bool) -> bytes:
-    prompt: dict[str, Any] = {"prompt": list(range(300, 364))}
-    if chat:
-        prompt = {"messages": [{"role": "user", "content": "Write a function."}]}
-    body = json.dumps(prompt | {"stream": True, "max_tokens": 500, "temperature": 0}).encode()
-    path = "/v1/chat/completions" if chat else "/v1/completions"
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+class Api(NamedTuple):
+    """How an API is asked, and how many events begin and end its answer of one text.
+
+    Attributes:
+        num_first: up to the first token's own.
+        num_last: from the last token's on, which comes with the completion.
+    """
+
+    path: str
+    body: dict[str, Any]
+    num_first: int = 1
+    num_last: int = 2
+
+
+CHAT = [{"role": "user", "content": "Write a function."}]
+APIS = {
+    "completions": Api("completions", {"prompt": list(range(300, 364)), "max_tokens": 500}),
+    "chats": Api("chat/completions", {"messages": CHAT, "max_tokens": 500}),
+    "responses": Api("responses", {"input": CHAT, "max_output_tokens": 500}, 5, 4),
+    "messages": Api("messages", {"messages": CHAT, "max_tokens": 500}, 3, 3),
+}
+
+
+def request_of(api: Api) -> bytes:
+    body = json.dumps(api.body | {"stream": True, "temperature": 0}).encode()
+    head = f"POST /v1/{api.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 class Bench:
     """Some connections of one app, and made up steps of an engine that is never run."""
 
-    def __init__(self, service: Service, options: argparse.Namespace) -> None:
+    def __init__(self, service: Service, api: Api, options: argparse.Namespace) -> None:
         self.engine, self._limiter = service.engine, service.limiter
         self.engine._loop = asyncio.get_running_loop()
         self.engine._idle = asyncio.Event()
         self._num_tokens = options.tokens
-        self._request = request_of(options.chat)
+        self._api, self._request = api, request_of(api)
         self._rng = random.Random(0)
         config = Config(make_app(service), http=Connection, log_level="error", ws="none")
         config.load()
@@ -115,54 +135,54 @@ class Bench:
             while len(self.engine._streams) < len(self._connections):
                 await asyncio.sleep(0)
         names = list(self.engine._streams)
-        for number in range(1, 3):  # the first events of an answer are others than the next
+        num_first = self._api.num_first
+        for number in range(2):  # the first events of an answer are others than the next
             self.give(*(NewToken(name, self._rng.choice(WORDS)) for name in names))
-            await self.until(before + number * len(names))
+            await self.until(before + (num_first + number) * len(names))
         began_s = time.thread_time()
-        for number in range(3, self._num_tokens + 3):
+        for number in range(self._num_tokens):
             self.give(*(NewToken(name, self._rng.choice(WORDS)) for name in names))
-            await self.until(before + number * len(names))
+            await self.until(before + (num_first + 2 + number) * len(names))
         ended_s = time.thread_time()
         self.give(*(Completion(n, (300,), "", "length", 64, 0.1, 0.1) for n in names))
-        num_events = before + (self._num_tokens + 4) * len(names)  # with the last ones, and [DONE]
-        await self.until(num_events)
+        num_each = num_first + 1 + self._num_tokens + self._api.num_last
+        await self.until(before + num_each * len(names))
         while self._limiter.num_in_flight:
             await asyncio.sleep(0)
         done_s = time.thread_time()
-        assert self._num_events() == num_events
+        assert self._num_events() == before + num_each * len(names)
         token_us = 1e6 * (ended_s - began_s) / self._num_tokens / len(names)
         all_us = 1e6 * (done_s - begun_s) / len(names)
         return token_us, all_us - (self._num_tokens + 2) * token_us
 
 
-async def measure(service: Service, options: argparse.Namespace) -> None:
-    bench = Bench(service, options)
+async def measure(service: Service, name: str, options: argparse.Namespace) -> None:
+    bench = Bench(service, APIS[name], options)
     await bench.round()
     gc.collect()
     gc.freeze()
     found = [await bench.round() for _ in range(options.rounds)]
-    for name, values in zip(("token", "request"), zip(*found, strict=True), strict=True):
+    for kind, values in zip(("token", "request"), zip(*found, strict=True), strict=True):
         least, middle = min(values), statistics.median(values)
-        print(f"a {name}: {least:.1f} us at least, {middle:.1f} us in the median", flush=True)
+        print(f"{name}, a {kind}: {least:.1f} us at least, {middle:.1f} in the median", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in {"streams": 64, "tokens": 40, "rounds": 25}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--chat", action="store_true", help="chats in the place of completions")
+    parser.add_argument("--apis", nargs="+", choices=APIS, default=list(APIS))
     options = parser.parse_args()
     plan = load_plan(BUNDLE)
-    tokenizer = made_up_tokenizer(plan.model.vocab_size)
-    if options.chat:
-        from tokenspeed_plan.codegen.chat_template import ChatTemplate
-
-        model = BUNDLE.parents[2] / "examples/demo/model"
-        tokenizer = type(tokenizer)(tokenizer._tokenizer, ChatTemplate.load(model))
-    engine = Engine(plan, NoModel(plan), tokenizer)  # type: ignore[arg-type]
-    with ThreadPoolExecutor(1) as workers:
-        service = _service(engine, ServerOptions(max_requests=options.streams), workers, workers)
-        asyncio.run(measure(service, options))
+    model = BUNDLE.parents[2] / "examples/demo/model"
+    plain = made_up_tokenizer(plan.model.vocab_size)
+    tokenizer = type(plain)(plain._tokenizer, ChatTemplate.load(model))
+    for name in options.apis:
+        engine = Engine(plan, NoModel(plan), tokenizer)  # type: ignore[arg-type]
+        with ThreadPoolExecutor(1) as workers:
+            limits = ServerOptions(max_requests=options.streams)
+            service = _service(engine, limits, workers, workers)
+            asyncio.run(measure(service, name, options))
 
 
 if __name__ == "__main__":

@@ -81,6 +81,9 @@ class ChatTemplate:
         special_tokens: names and texts of tokens that it sees.
         tool_source: the template of chats with tools, where that is another one.
 
+    Attributes:
+        source: the template.
+
     Raises:
         PlanError: a template cannot be compiled.
     """
@@ -91,6 +94,7 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         tool_source: str | None = None,
     ) -> None:
+        self.source = source
         self._tokens = dict(special_tokens or {})
         self._renderer = self._tool_renderer = _compiled(source)
         if tool_source is not None:

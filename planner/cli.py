@@ -112,3 +112,7 @@ def main() -> None:
     """Compile a language model's deployment into a frozen plan, and replay it."""
     set_up_process()
     end_with_parent()
+
+
+if __name__ == "__main__":
+    main()

@@ -351,6 +351,12 @@ class WorkloadSpec(_Section):
         return prompts + self.turns * self.outputs.mean
 
     @property
+    def is_regular(self) -> bool:
+        """Whether all turns are alike, and each user sends the next one at once."""
+        varies = self.prompts.varies or self.outputs.varies
+        return self.turns == 1 and self.arrivals_per_s is None and not varies
+
+    @property
     def is_batch_of_rows(self) -> bool:
         """Whether rows come from a file, one after the other, and nothing follows on them."""
         return self.kind == "batch" and self.turns == 1 and self.arrivals_per_s is None
@@ -564,6 +570,13 @@ class Spec(_Section):
     def _with_workload(self, changes: Mapping[str, Any]) -> Spec:
         workload = self.workload.model_copy(update=changes)
         return self.model_copy(update={"workload": workload})
+
+    @property
+    def stated_answers(self) -> Literal["auto", "return", "stay"]:
+        """Whether answers go back to a pool that prefills."""
+        if isinstance(self.disaggregation, DisaggregationSpec):
+            return self.disaggregation.answers
+        return "auto"
 
     @property
     def stored_state(self) -> DType | None:

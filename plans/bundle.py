@@ -18,7 +18,7 @@ from tokenspeed_plan.plans.errors import PlanError
 from tokenspeed_plan.plans.kernel_file import KERNELS, read_source
 from tokenspeed_plan.plans.schema import SCHEMA_VERSION, Plan
 from tokenspeed_plan.plans.signature import SIGNATURE_FILE, Signers
-from tokenspeed_plan.plans.text import read_utf8
+from tokenspeed_plan.plans.text import first_complaint, read_utf8
 from tokenspeed_plan.plans.validate import validate
 
 PLAN_FILE = "plan.json"
@@ -231,9 +231,7 @@ def parse_plan(text: str | bytes, name: str) -> Plan:
     try:
         return Plan.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PlanError(f"`{name}` at `{where}`: {first['msg']}", _REPLAN) from error
+        raise PlanError(f"`{name}` at {first_complaint(error)}", _REPLAN) from error
 
 
 _MAX_WHOLE = 1 << 63  # no size, count or token id is as large

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,7 +22,7 @@ from tokenspeed_plan.plans.schema import (
     Program,
 )
 from tokenspeed_plan.plans.text import printable_line
-from tokenspeed_plan.plans.types import GIB
+from tokenspeed_plan.plans.types import FORMATS, GIB, Format
 
 MIB = 1 << 20
 TOP_COSTS = 5
@@ -183,9 +183,8 @@ def _joined(lines: Iterable[str]) -> str:
 
 def _title_lines(plan: Plan) -> Iterator[str]:
     model, target, limits = plan.model, plan.target, plan.pool.limits
-    yield (
-        f"{model.name} ({model.dtype}, {plan.num_layers} layers) on {target.count} x {target.gpu}"
-    )
+    facts = f"{_stored_as(plan)}, {plan.num_layers} layers"
+    yield f"{model.name} ({facts}) on {target.count} x {target.gpu}"
     yield f"digest {plan.digest[:16]}, planned by tokenspeed-plan {plan.compiler_version}"
     predicted = plan.predicted
     yield (
@@ -194,6 +193,18 @@ def _title_lines(plan: Plan) -> Iterator[str]:
         f" or {predicted.largest_context_tokens} tokens)"
     )
     yield _workload_line(plan)
+
+
+def _stored_as(plan: Plan) -> str:
+    """How weights are stored: quantised formats, the one of most bytes first, and all others."""
+    sizes = Counter[Format]()
+    for weight in plan.pool.weights:
+        sizes[weight.tensor.format] += weight.tensor.size_bytes()
+    names = {format: name for name, format in FORMATS.items()}
+    words = [names.get(each, str(each)) for each, _ in sizes.most_common() if each.block]
+    if not words:
+        return plan.model.dtype
+    return f"{', '.join(words)} and {plan.model.dtype}"
 
 
 def _workload_line(plan: Plan) -> str:

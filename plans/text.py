@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 def read_utf8(path: Path) -> str:
@@ -21,6 +25,13 @@ def complaint(message: str) -> str:
     """A message of pydantic as the end of a sentence, without the word for its kind."""
     message = message.removeprefix("Value error, ")
     return message[:1].lower() + message[1:]
+
+
+def first_complaint(error: ValidationError) -> str:
+    """Where a file is not what a model wants, and why: the first of pydantic's complaints."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    return printable_line(f"`{where}`: {complaint(first['msg'])}")
 
 
 def printable(text: str) -> str:

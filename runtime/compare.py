@@ -22,6 +22,7 @@ from tokenspeed_plan.runtime.execution.backend import (
 from tokenspeed_plan.runtime.execution.block_scaled import dequantise
 from tokenspeed_plan.runtime.execution.kernels import Launcher, prepare_batch
 from tokenspeed_plan.runtime.execution.launch import EagerLaunch
+from tokenspeed_plan.runtime.loading.loading_report import Report, nobody
 from tokenspeed_plan.runtime.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -50,12 +51,17 @@ class ComparingBackend:
     """Runs every step twice, refuses the first that differs, and goes on with the kernel's results.
 
     Results are compared on the host, so programs are launched eagerly.
+
+    Attributes:
+        tally: of all steps so far.
+        report: is told which step of a program is compared.
     """
 
     full_size = False
 
     def __init__(self, plan: Plan, backend: KernelBackend) -> None:
         self.tally = Tally()
+        self.report: Report = nobody
         self._plan = plan
         self._backend = backend
         self._tolerance = TOLERANCE[plan.model.dtype]
@@ -75,9 +81,9 @@ class ComparingBackend:
             if kernel is None:
                 yield step, self._bind_reference(step, tensors)
                 continue
-            where = f"step {index} of {program.phase}/{program.bucket}, `{kernel.name}`"
             library = self._backend.library_of(step)
-            compare = _Comparison(self, where, kernel, num_tokens, num_seqs, number, library)
+            place = _Place(program, index)
+            compare = _Comparison(self, place, kernel, num_tokens, num_seqs, number, library)
             yield step, [Instruction(compare, {}, tensors, ())]
 
     def _bind_reference(self, step: Step, tensors: tuple[Tensor, ...]) -> list[Instruction]:
@@ -134,11 +140,24 @@ class ComparingBackend:
 
 
 @dataclass(frozen=True, slots=True)
+class _Place:
+    """A step of a program."""
+
+    program: Program
+    index: int
+
+    @property
+    def program_name(self) -> str:
+        """Which program it is."""
+        return f"{self.program.phase}/{self.program.bucket}"
+
+
+@dataclass(frozen=True, slots=True)
 class _Comparison:
     """Runs one step both ways, and compares what they wrote."""
 
     backend: ComparingBackend
-    where: str
+    place: _Place
     kernel: KernelSpec
     num_tokens: int
     num_seqs: int
@@ -146,7 +165,9 @@ class _Comparison:
     library: Launcher | None
 
     def __call__(self, attrs: object, *tensors: Tensor) -> tuple[()]:
-        kernel = self.kernel
+        kernel, place = self.kernel, self.place
+        stage = f"comparing steps of {place.program_name}"
+        self.backend.report(stage, place.index, len(place.program.steps))
         wanted: list[Tensor] = []
         for param, tensor in zip(kernel.tensors, tensors, strict=True):
             if _is_written(param):
@@ -164,7 +185,8 @@ class _Comparison:
         self.backend.tally.steps += 1
         for param, got, expected in zip(kernel.tensors, tensors, wanted, strict=True):
             if _is_written(param):
-                where = f"{self.where}, `{param.name}`"
+                where = f"step {place.index} of {place.program_name}, `{kernel.name}`"
+                where += f", `{param.name}`"
                 self.backend.judge(where, kernel.name, param, (got, expected))
         return ()
 
@@ -199,12 +221,17 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     return largest / max(scale, MIN_SCALE)
 
 
-def check_steps(engine: Engine, prompts: Mapping[str, tuple[int, ...]] | None = None) -> Tally:
+def check_steps(
+    engine: Engine,
+    prompts: Mapping[str, tuple[int, ...]] | None = None,
+    report: Report = nobody,
+) -> Tally:
     """Compare all steps of a prefill and a few decode steps.
 
     Args:
         engine: loaded with the backend `compare`.
         prompts: token ids by name; by default those of the canary, or made-up ones.
+        report: is told how far each program is.
 
     Raises:
         PlanError: kernel and reference differ; it names the first such step.
@@ -212,7 +239,7 @@ def check_steps(engine: Engine, prompts: Mapping[str, tuple[int, ...]] | None = 
     backend = engine.executor.backend
     assert isinstance(backend, ComparingBackend)
     assert isinstance(engine.executor.launch, EagerLaunch)
-    backend.tally = Tally()
+    backend.tally, backend.report = Tally(), report
     chosen = _prompts(engine)
     if prompts:
         chosen = list(prompts.values())

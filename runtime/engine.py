@@ -19,6 +19,7 @@ from tokenspeed_plan.runtime.execution.kernels import Kernels
 from tokenspeed_plan.runtime.execution.launch import Launch
 from tokenspeed_plan.runtime.isolation import DEVICE_ERRORS, describe
 from tokenspeed_plan.runtime.loading.engine_loader import load_bundle, load_parts
+from tokenspeed_plan.runtime.loading.loading_report import Report, nobody
 from tokenspeed_plan.runtime.metrics import Metrics
 from tokenspeed_plan.runtime.output import OutputProcessor
 from tokenspeed_plan.runtime.request import Completion, NewToken, Request, SamplingParams
@@ -37,8 +38,7 @@ class Engine:
     """One plan on one rank.
 
     Args:
-        plan: what to replay.
-        executor: replays its programs.
+        plan, executor: what to replay, and what replays it.
         tokenizer: for texts and stop strings.
         chunk: lowers the prefill chunk below the planned one, in tokens.
         cache: whether prompts may share prefixes; without it, each is computed from its beginning.
@@ -92,6 +92,7 @@ class Engine:
         depth: Depth = "headers",
         signers: Signers | None = None,
         role: PoolRole | None = None,
+        report: Report = nobody,
     ) -> Engine:
         """Read and check a bundle, then its weights, then allocate.
 
@@ -106,11 +107,13 @@ class Engine:
             depth: how far the weights are compared with those that were planned.
             signers: one of them must have signed the plan; None takes any plan.
             role: of the pool to load; by default the one that answers.
+            report: is told how far it is.
 
         Raises:
             PlanError: the bundle, this machine or the checkpoint does not fit.
         """
-        loaded = load_bundle(bundle, weights, chat, backend, launch, lead, depth, signers, role)
+        rest = lead, depth, signers, role, report
+        loaded = load_bundle(bundle, weights, chat, backend, launch, *rest)
         engine = cls(loaded.plan, loaded.executor, loaded.tokenizer, cache=cache)
         engine.startup_s = loaded.startup_s | engine.startup_s
         return engine

@@ -7,7 +7,12 @@ from typing import TypeVar
 
 import torch
 
-from tokenspeed_plan.plans.errors import EngineStopped, RankError, TokenspeedError
+from tokenspeed_plan.plans.errors import (
+    EngineStopped,
+    RankError,
+    RequestFailed,
+    TokenspeedError,
+)
 from tokenspeed_plan.runtime.request_check import ascii_text
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
@@ -32,6 +37,20 @@ def alone(sequence: Sequence, work: Callable[[], T], otherwise: T) -> T:
     except Exception as error:  # whatever it is, the other sequences are to go on
         sequence.error = describe(error)
         return otherwise
+
+
+def owned(work: Callable[[], T]) -> T:
+    """The result of work on the answer to one request; whatever goes wrong is that one's error.
+
+    Raises:
+        RequestFailed: there is no result.
+    """
+    try:
+        return work()
+    except RequestFailed:
+        raise
+    except Exception as error:  # the loop and its other readers are to go on
+        raise RequestFailed(describe(error), "the other requests are answered") from error
 
 
 def describe(error: Exception) -> str:

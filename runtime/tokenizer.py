@@ -44,6 +44,10 @@ class WriteChat(Protocol):
     """A chat template."""
 
     @property
+    def source(self) -> str:
+        """Its text."""
+
+    @property
     def format(self) -> ChatFormat:
         """How it spells what is no plain text."""
 
@@ -65,19 +69,19 @@ class Tokenizer:
     Args:
         tokenizer: the checkpoint's.
         chat: writes messages as one prompt.
+        names: of its class and of its special tokens, as transformers has them.
 
     Attributes:
         chat_format: what the chat template knows.
-        info: the names of its class and of its special tokens, as transformers has them.
     """
 
     def __init__(
         self,
         tokenizer: tokenizers.Tokenizer,
         chat: WriteChat | None = None,
-        info: Mapping[str, str] | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
-        self.info = dict(info or {})
+        self._names = dict(names or {})
         self._tokenizer = tokenizer
         self._chat = chat
         self._growth = _growth(tokenizer)
@@ -113,7 +117,14 @@ class Tokenizer:
 
     def without_chat(self) -> Tokenizer:
         """The same, not loaded again, without a chat template."""
-        return Tokenizer(self._tokenizer, None, self.info)
+        return Tokenizer(self._tokenizer, None, self._names)
+
+    @property
+    def info(self) -> dict[str, str]:
+        """Its class, its special tokens and its chat template, as vLLM tells them."""
+        if self._chat is None:
+            return self._names
+        return self._names | {"chat_template": self._chat.source}
 
     @property
     def num_ids(self) -> int:

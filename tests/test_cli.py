@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ SURFACE = {
         "write_timeout_s",
         "stall_s",
         "max_connections",
+        "metrics_port",
         "header_timeout_s",
         "host",
         "port",
@@ -246,6 +248,7 @@ def test_show_is_one_screen_and_says_why(bundle: Path) -> None:
     for folder in (bundle, ROOT / "plans/frozen/qwen3.5-397b-b200x8"):
         lines = as_text(load_plan(folder)).splitlines()
         assert len(lines) <= 45 and max(map(len, lines)) <= 140
+    assert "(nvfp4, fp8 and bf16, 60 layers) on 8 x B200" in lines[0]
     text = cli("show", ROOT / "plans/frozen/qwen3.5-397b-b200x8", "--why", "parallelism").stdout
     assert "because" in text and "next" in text and "turn_time_ms" in text
     assert "TTFT is not in it" in cli("show", bundle, "--why", "tpot_ms").stdout
@@ -699,6 +702,15 @@ def test_the_lean_path_does_not_load_pytorch(bundle: Path) -> None:
     code += "main(['check', sys.argv[1]], standalone_mode=False)\n"
     code += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, bundle], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("module", ["tokenspeed_plan", "tokenspeed_plan.planner.cli"])
+def test_a_module_is_the_command(module: str) -> None:
+    command = [sys.executable, "-m", module]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert version("tokenspeed-plan") in done.stdout
+    failed = subprocess.run([*command, "show", "nowhere"], capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stderr.startswith("error: ")
 
 
 def test_a_command_loads_only_what_it_needs() -> None:

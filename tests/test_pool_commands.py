@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from bundles import token_ids, write_batch, write_bundle
 from click.testing import CliRunner
@@ -85,9 +87,11 @@ def test_a_server_goes_on_without_its_prefill_pool(
         folder.mkdir()
     with serving(one, others[0]) as server:
         wanted = [answer(server, prompt) for prompt in PROMPTS]
-    with serving(two, others[1], "--peer-timeout", 3) as server:
+    with serving(two, others[1], "--peer-timeout", 3, "--metrics-port", 0) as server:
         assert answer(server, PROMPTS[0]) == wanted[0]
         assert server.metric("handovers_done") == 1
+        page = re.search(r"metrics of the prefill pool at (\S+)", server.text())
+        assert page and "tokenspeed_handovers_done 1.0" in httpx.get(page[1]).text
         frozen = prefill_process(server)
         os.kill(frozen, signal.SIGSTOP)
         assert answer(server, PROMPTS[1]) == wanted[1]
@@ -114,5 +118,8 @@ def test_words_that_contradict_each_other(bundles: tuple[Path, Path]) -> None:
     assert "the plan has one pool" in refused(*alone)
     missing = ("serve", one, "--pool", "prefill", "--listen", "127.0.0.1:0")
     assert "the plan has no pool of role `prefill`" in refused(*missing)
+    there = ("--metrics-port", 0)
+    assert "is of the prefill pool" in refused(*alone, *there)
+    assert "not one for `--metrics-port`" in refused("serve", one, "--port", 0, *there)
     uncached = ("run", two, "--prompt", "x", "--no-cache")
     assert "`--no-cache` keeps none" in refused(*uncached)

@@ -11,17 +11,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tokenspeed_plan.planner.advisor.candidate import Candidate
+from tokenspeed_plan.planner.advisor.memory_model import MemoryModel
 from tokenspeed_plan.planner.advisor.transfer import (
     HANDSHAKE_US,
     Transport,
     rate_of,
     transport_of,
 )
+from tokenspeed_plan.planner.advisor.workload import Conversation
 from tokenspeed_plan.planner.ledger import AS_STATED, Ledger
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.passes.host_cache import slot_bytes, token_us
 from tokenspeed_plan.planner.passes.lower import LoweredProgram
-from tokenspeed_plan.planner.spec import DisaggregationSpec, Spec, WorkloadSpec
+from tokenspeed_plan.planner.spec import Spec, WorkloadSpec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import AnswerReturns, Capacity, Limits
 
@@ -66,6 +69,22 @@ class ReturnPrices:
             token_us(prompts),
         )
 
+    @classmethod
+    def predicted(cls, memory: MemoryModel, candidate: Candidate, token_us: float) -> ReturnPrices:
+        """Those of a candidate that is not planned yet; `memory` is of the pool that answers."""
+        hardware = memory.steps.hardware
+        transport = transport_of(hardware, candidate.num_gpus)
+        page_bytes, state_bytes = memory.slot_sizes(candidate.knobs)
+        rate = rate_of(hardware, transport)
+        page_size = candidate.knobs.page_size
+        return cls(page_size, page_bytes, state_bytes, transport, rate, token_us)
+
+    def slots(self, num_seqs: int, num_checkpoints: int) -> int:
+        """Answers that can go back at once; hand-overs keep as many as they may have at once."""
+        if self.state_bytes:
+            return min(num_seqs, num_checkpoints - num_seqs)
+        return num_seqs
+
     def pushed_us(self, tokens: float) -> float:
         """Pushing the pages of so many tokens, and the state after them."""
         size_bytes = tokens / self.page_size * self.page_bytes + self.state_bytes
@@ -99,13 +118,9 @@ def choose_answer_returns(
     Raises:
         SpecError: they should, and there is no state slot for them.
     """
-    stated = "auto"
-    if isinstance(spec.disaggregation, DisaggregationSpec):
-        stated = spec.disaggregation.answers
-    slots = limits.max_seqs
-    if prices.state_bytes:  # hand-overs keep as many as they may have at once
-        slots = min(slots, limits.num_checkpoints - limits.max_seqs)
-    why_not = _why_not(stated, slots, workload, prices)
+    stated = spec.stated_answers
+    slots = prices.slots(limits.max_seqs, limits.num_checkpoints)
+    why_not = why_answers_stay(stated, slots, workload, prices)
     if stated == "return" and slots < 1:
         raise SpecError(
             f"answers have no state slot to go back to: {limits.num_checkpoints} checkpoints, "
@@ -124,7 +139,29 @@ def choose_answer_returns(
     return AnswerReturns(slots=slots, least_tokens=least_tokens, token_us=prices.token_us)
 
 
-def _why_not(stated: str, slots: int, workload: WorkloadSpec, prices: ReturnPrices) -> str:
+def computed_prompts(
+    talk: Conversation, spec: Spec, decode: MemoryModel, candidate: Candidate
+) -> Conversation:
+    """The conversation as it is for the pool that computes a candidate's prompts.
+
+    One pool has what it said itself. `decode` is the memory of the pool that answers.
+    """
+    if candidate.prefill is None:
+        return talk
+    knobs, workload = candidate.knobs, spec.workload
+    chunk, context = knobs.prefill_chunk, talk.mean_context
+    step = decode.steps.prefill(candidate.prefill, chunk, context, knobs.kv_dtype)
+    prices = ReturnPrices.predicted(decode, candidate, step.total_us / chunk)
+    num_pages = -(-workload.max_conversation_tokens // knobs.page_size)
+    seq_len, num_seqs = num_pages * knobs.page_size, workload.num_seqs
+    num_checkpoints = decode.holding.checkpoints(num_seqs, seq_len, knobs.spacing)
+    slots = prices.slots(num_seqs, num_checkpoints)
+    if why_answers_stay(spec.stated_answers, slots, workload, prices):
+        return talk.where_answers_stay
+    return talk
+
+
+def why_answers_stay(stated: str, slots: int, workload: WorkloadSpec, prices: ReturnPrices) -> str:
     """Why answers stay where they are; empty where they go back."""
     if stated == "stay":
         return AS_STATED

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenspeed_plan.planner.foreign_yaml import parse_yaml, read_file
 from tokenspeed_plan.planner.machines.hardware import FORMAT_CLASSES, OP_CLASSES, HardwareSpec
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.text import printable_line
+from tokenspeed_plan.plans.text import first_complaint
 
 HINT = "`benchmarks/kernel_prices.py` writes such a file"
 Positive = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
@@ -86,9 +86,7 @@ def validated(model: type[_Model], data: object, path: Path, hint: str) -> _Mode
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = printable_line(".".join(map(str, first["loc"]))) or "the file"
-        raise SpecError(f"`{path}` at `{where}`: {first['msg'].lower()}", hint) from error
+        raise SpecError(f"`{path}` at {first_complaint(error)}", hint) from error
 
 
 def load_kernels(path: Path) -> EngineKernels:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
+from tokenspeed_plan.planner.advisor.answer_returns import computed_prompts
 from tokenspeed_plan.planner.advisor.batch_prices import BatchModel, RowShape
 from tokenspeed_plan.planner.advisor.batch_run import BatchRun
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
@@ -219,21 +220,21 @@ class Predictor:
         workload = self.spec.workload
         knobs = candidate.knobs.with_chunk(interleaved_tokens)
         talk = conversation(workload, cached=knobs.checkpoint_tokens != 0)
+        asked = computed_prompts(talk, self.spec, self.memory(candidate.layout), candidate)
         users = ceil_div(workload.num_seqs, candidate.replicas)
         prefill_layout = candidate.prefill or candidate.layout
         decode = _Decode(self, candidate.layout, knobs, talk.mean_context, depths or {})
-        first, prompt = self._prompts(prefill_layout, knobs, talk)
-        shared = None
+        first, prompt = self._prompts(prefill_layout, knobs, asked)
+        shared = transfer = handover_us = None
         if workload.is_batch_of_rows and candidate.prefill is None:
             shared = self._share(candidate, decode, users, (interleaved_tokens, gathered_tokens))
             if users > 1:
                 first = prompt = shared.part(talk.first.new_tokens)
-        transfer = handover_us = None
         if candidate.prefill:
-            memory, new_tokens = self.memory(candidate.prefill), talk.later.new_tokens
-            transfer = plan_transfer(memory, candidate, new_tokens, prompt)
+            memory, lacking = self.memory(candidate.prefill), talk.later.new_tokens
+            transfer = plan_transfer(memory, candidate, asked.later.new_tokens, lacking, prompt)
             handover_us = transfer.exposed_us + decode.step_us(users)(1.0)  # of the last token
-        demand = decode.demand(talk, prompt.total_us, users, prefill_layout.attention_dp)
+        demand = decode.demand(asked, prompt.total_us, users, prefill_layout.attention_dp)
         if interleaved_tokens:
             demand = demand.interleaved()
         if shared and users > 1:
@@ -254,7 +255,7 @@ class Predictor:
             turns=talk.turns,
             output_tokens=talk.output_tokens,
             prompt_tokens=prompt_tokens,
-            hit_rate=talk.hit_rate,
+            hit_rate=asked.hit_rate,
             error=self._error(step, prompt, demand.tokens / decode.accepted(round(batch)), users),
             price_per_hour=self._price_per_hour,
             memory_of=partial(self.fullest, candidate),
@@ -475,7 +476,8 @@ class _Decode:
 
     def demand(self, talk: Conversation, prefill_us: float, users: int, parallelism: int) -> Demand:
         """What an average turn asks of the pool."""
-        chunk = self.knobs.prefill_chunk
+        chunk, workload = self.knobs.prefill_chunk, self.predictor.spec.workload
+        drafts = any(self.depths.values()) or self.knobs.depth  # accepted by chance
         return Demand(
             prefill_us=prefill_us,
             chunks=talk.mean(lambda turn: math.ceil(turn.new_tokens / chunk)),
@@ -483,6 +485,7 @@ class _Decode:
             step_us=self.step_us(users),
             token_us=self.token_us(users),
             prefill_parallelism=parallelism,
+            is_regular=workload.is_regular and not drafts,
         )
 
     def step_us(self, users: int) -> Callable[[float], float]:

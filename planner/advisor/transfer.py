@@ -57,14 +57,19 @@ def transport_of(hardware: HardwareSpec, num_gpus: int) -> Transport:
 
 
 def plan_transfer(
-    memory: MemoryModel, candidate: Candidate, new_tokens: float, prompt: StepTime
+    memory: MemoryModel,
+    candidate: Candidate,
+    new_tokens: float,
+    sent_tokens: float,
+    prompt: StepTime,
 ) -> Transfer:
-    """The schedule of an average later turn: its new tokens, and the whole recurrent state.
+    """The schedule of an average later turn: what the other pool lacks, and the recurrent state.
 
     Args:
         memory: of the prefill pool.
         candidate: the deployment.
-        new_tokens: tokens of the prompt that are not cached.
+        new_tokens: tokens of the prompt that it computes.
+        sent_tokens: the last ones of them, which the decode pool does not have.
         prompt: the time of its prefill.
     """
     hardware = memory.steps.hardware
@@ -73,7 +78,7 @@ def plan_transfer(
     kv_bytes, state_bytes = memory.layer_bytes(candidate.knobs)
     handshake_us = HANDSHAKE_US[transport]
     chunks = max(new_tokens / candidate.knobs.prefill_chunk, 1.0)
-    last_tokens = new_tokens / chunks
+    last_tokens = min(new_tokens / chunks, sent_tokens)
     last_chunk_us = prompt.total_us / chunks
     layer_types = memory.steps.config.layer_types
     sizes = []
@@ -83,7 +88,7 @@ def plan_transfer(
             size = int(kv_bytes * last_tokens)
         sizes.append(size)
     layers = tuple(_layers(sizes, last_chunk_us, handshake_us, bytes_per_s))
-    earlier_bytes = int((new_tokens - last_tokens) * kv_bytes)
+    earlier_bytes = int((sent_tokens - last_tokens) * kv_bytes)
     total_bytes = sum(sizes) + earlier_bytes * layer_types.count("full_attention")
     exposed_us = max(layers[-1].end_us - last_chunk_us, 0.0) + handshake_us
     return Transfer(transport, bytes_per_s, total_bytes, layers, exposed_us)

@@ -11,6 +11,7 @@ from tokenspeed_plan.planner.commands.engines import (
     load_engine,
     on_all_ranks,
     replay_canary,
+    work_of_rank_0,
 )
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.bundle import CUBIN, check_cubins, check_sources, load_plan
@@ -58,7 +59,8 @@ def check(
 
 
 def _check_weights(bundle: Path, options: EngineOptions, canary: bool) -> None:
-    engine = load_engine(bundle, options)
+    with work_of_rank_0() as report:
+        engine = load_engine(bundle, options, report=report)
     compared = "names, shapes and dtypes fit"
     if options.verify_weights:
         compared += f", the bytes of {len(engine.plan.model.shards)} files have their digests"

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from tokenspeed_plan.codegen.chat_template import ChatTemplate
+from tokenspeed_plan.planner.commands.long_work import LongWork
 from tokenspeed_plan.planner.commands.option_types import seconds_option
 from tokenspeed_plan.planner.commands.sign import signature_options, wanted_signers
 from tokenspeed_plan.plans.bundle import PLAN_FILE, load_plan
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from tokenspeed_plan.runtime.execution.executor import Executor
     from tokenspeed_plan.runtime.execution.rank_links import Links
     from tokenspeed_plan.runtime.execution.ranks import Beside
+    from tokenspeed_plan.runtime.loading.loading_report import Report
     from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 Backend = Literal["reference", "kernels"]
@@ -314,13 +317,24 @@ def _checked_folder(bundle: Path, options: EngineOptions) -> Path:
     return folder
 
 
+def work_of_rank_0() -> LongWork:
+    """What shows on a terminal how far the work of this process is; other ranks do the same."""
+    from tokenspeed_plan.runtime.execution.rank_place import own_rank
+
+    return LongWork(is_shown=own_rank() == 0 and sys.stderr.isatty())
+
+
 def load_engine(
-    bundle: Path, options: EngineOptions, chat: ChatTemplate | Tokenizer | None = None
+    bundle: Path,
+    options: EngineOptions,
+    chat: ChatTemplate | Tokenizer | None = None,
+    report: Report | None = None,
 ) -> Engine:
     """Load an engine. Of several ranks, rank 0 leads the others."""
     from tokenspeed_plan.runtime.engine import Engine
     from tokenspeed_plan.runtime.execution.rank_links import joined
     from tokenspeed_plan.runtime.execution.ranks import lead_of
+    from tokenspeed_plan.runtime.loading.loading_report import nobody
 
     links = joined()
     engine = Engine.load(
@@ -333,6 +347,7 @@ def load_engine(
         depth="headers" if links.rank else options.depth,  # rank 0 has compared all of them
         signers=options.signers,
         role=options.role,
+        report=report or nobody,
     )
     links.meet(f"{engine.plan.digest} {options.backend}")
     limit_cpu(engine.plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -15,17 +16,23 @@ _CLEAR_LINE = "\r\x1b[K"
 class LongWork:
     """Shows stages of work: a line that is rewritten on a terminal, else one every 10 s.
 
-    Work that ends within the first interval, or the first second on a terminal, shows nothing.
+    Work that ends within the first interval, or the first second on a terminal, shows nothing; and
+    none does where it is not shown.
     """
 
     def __init__(
-        self, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        is_shown: bool = True,
     ) -> None:
         self._stream = stream or sys.stderr
         self._clock = clock
         self._is_terminal = self._stream.isatty()
         self._interval_s = TERMINAL_INTERVAL_S if self._is_terminal else PLAIN_INTERVAL_S
-        self._next_s = clock() + max(self._interval_s, 1.0)
+        self._next_s = math.inf
+        if is_shown:
+            self._next_s = clock() + max(self._interval_s, 1.0)
         self._stage = ""
         self._begun_s = 0.0
         self.title = ""
@@ -34,7 +41,7 @@ class LongWork:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._is_terminal:
+        if self._is_terminal and self._next_s < math.inf:
             self._print(_CLEAR_LINE)
 
     def __call__(self, stage: str, done: int, total: int) -> None:

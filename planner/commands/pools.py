@@ -15,7 +15,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,6 +39,8 @@ from tokenspeed_plan.plans.schema import Plan
 
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.engine import Engine
+    from tokenspeed_plan.runtime.pools.prefill_server import PrefillServer
+    from tokenspeed_plan.runtime.serving.http import ServerOptions
 
 Role = Literal["prefill", "decode"]
 Address = tuple[str, int]
@@ -60,6 +62,8 @@ class PoolOptions:
         token: that all pools know; empty where they listen on this machine alone.
         timeout_s: after which a peer that says nothing gets no more prompts.
         transport: by which caches are handed over.
+        metrics_port: where the prefill pool shows its metrics, on the host where it listens; None
+            for nowhere.
     """
 
     role: Role | None = None
@@ -68,6 +72,43 @@ class PoolOptions:
     token: str = ""
     timeout_s: float = 10.0
     transport: str = "shm"
+    metrics_port: int | None = None
+
+
+_OPTIONS = (
+    click.option(
+        "--pool",
+        type=click.Choice(["prefill", "decode"]),
+        help="Only this pool of the bundle; both start on this host by default.",
+    ),
+    click.option("--listen", metavar="HOST:PORT", help="Of `--pool prefill`: where it listens."),
+    click.option("--peers", metavar="HOST:PORT,...", help="Of `--pool decode`: the prefill pools."),
+    click.option(
+        "--metrics-port",
+        type=click.IntRange(0, 65535),
+        help="Of the prefill pool: where it has /metrics, /health and /ready.",
+    ),
+    click.option(
+        "--peer-token",
+        default="",
+        envvar=_TOKEN,
+        show_envvar=True,
+        help="What pools must know of each other to connect.",
+    ),
+    seconds_option(
+        "--peer-timeout",
+        "peer_timeout_s",
+        10.0,
+        "Seconds after which a prefill pool that says nothing gets no more prompts.",
+    ),
+    click.option(
+        "--transport",
+        type=click.Choice(["shm", "nixl"]),
+        default="shm",
+        show_default=True,
+        help="How caches are handed over: on one host, or by NIXL.",
+    ),
+)
 
 
 def pool_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -82,46 +123,18 @@ def pool_options(command: Callable[..., None]) -> Callable[..., None]:
         peer_token: str,
         peer_timeout_s: float,
         transport: str,
+        metrics_port: int | None,
         **others: Any,
     ) -> None:
-        stated = _stated(pool, listen, peers)
+        stated = replace(_stated(pool, listen, peers), metrics_port=metrics_port)
+        if metrics_port is not None and pool == "decode":
+            raise RequestError(
+                "`--metrics-port` is of the prefill pool", "this one shows `/metrics` beside `/v1`"
+            )
         pools = replace(stated, token=peer_token, timeout_s=peer_timeout_s, transport=transport)
         command(*args, pools=pools, **others)
 
-    options = (
-        click.option(
-            "--pool",
-            type=click.Choice(["prefill", "decode"]),
-            help="Only this pool of the bundle; both start on this host by default.",
-        ),
-        click.option(
-            "--listen", metavar="HOST:PORT", help="Of `--pool prefill`: where it listens."
-        ),
-        click.option(
-            "--peers", metavar="HOST:PORT,...", help="Of `--pool decode`: the prefill pools."
-        ),
-        click.option(
-            "--peer-token",
-            default="",
-            envvar=_TOKEN,
-            show_envvar=True,
-            help="What pools must know of each other to connect.",
-        ),
-        seconds_option(
-            "--peer-timeout",
-            "peer_timeout_s",
-            10.0,
-            "Seconds after which a prefill pool that says nothing gets no more prompts.",
-        ),
-        click.option(
-            "--transport",
-            type=click.Choice(["shm", "nixl"]),
-            default="shm",
-            show_default=True,
-            help="How caches are handed over: on one host, or by NIXL.",
-        ),
-    )
-    for option in reversed(options):
+    for option in reversed(_OPTIONS):
         with_pools = option(with_pools)
     return with_pools
 
@@ -153,13 +166,15 @@ def _address(text: str) -> Address:
     return host.strip("[]"), int(port)
 
 
-def serve_prefill(bundle: Path, options: EngineOptions, pools: PoolOptions) -> None:
+def serve_prefill(
+    bundle: Path, options: EngineOptions, pools: PoolOptions, server_options: ServerOptions
+) -> None:
     """As rank 0, be the prefill pool of a bundle until a signal comes.
 
     Raises:
         TokenspeedError: the bundle has none, or it cannot be loaded or reached.
     """
-    with _listener(pools) as listener:
+    with _listener(pools) as listener, _metrics_listener(pools) as metrics_listener:
         plan = load_plan(bundle, options.signers)
         engine = load_engine(bundle, options)
         from tokenspeed_plan.runtime.pools.pool_rank import make_transport
@@ -172,7 +187,34 @@ def serve_prefill(bundle: Path, options: EngineOptions, pools: PoolOptions) -> N
         host, port = listener.getsockname()[:2]
         if _LISTENER not in os.environ:
             click.echo(f"prefill pool ready at {host}:{port}", err=True)
-        server.serve(listener)
+        with _status_of(server, engine, server_options, metrics_listener):
+            server.serve(listener)
+
+
+def _metrics_listener(pools: PoolOptions) -> AbstractContextManager[socket.socket | None]:
+    """The socket of the pool's pages, on the host where it listens."""
+    if pools.metrics_port is None:
+        return nullcontext()
+    from tokenspeed_plan.runtime.serving.http import listen
+
+    return listen(pools.listen[0], pools.metrics_port)
+
+
+def _status_of(
+    server: PrefillServer,
+    engine: Engine,
+    options: ServerOptions,
+    listener: socket.socket | None,
+) -> AbstractContextManager[None]:
+    """Show how a prefill pool is, where there is a socket for it."""
+    if listener is None:
+        return nullcontext()
+    from tokenspeed_plan.runtime.serving.http.pool_status import PoolStatus, showing
+
+    host, port = listener.getsockname()[:2]
+    click.echo(f"metrics of the prefill pool at http://{host}:{port}/metrics", err=True)
+    model = options.model_name or engine.plan.model.name
+    return showing(PoolStatus(engine, server, model, options.stall_s), options, listener)
 
 
 def _listener(pools: PoolOptions) -> socket.socket:
@@ -215,13 +257,14 @@ def other_pools(
     Raises:
         PoolError: the bundle has none where one is named.
     """
-    if pools.role is None and written_pools(bundle) == 1:
+    if pools.role is None and pools.metrics_port is None and written_pools(bundle) == 1:
         yield lambda engine: None
         return
     plan = load_plan(bundle, options.signers)
     if not plan.has_two_pools:
+        option = f"`--pool {pools.role}`" if pools.role else "`--metrics-port`"
         raise PoolError(
-            f"the plan has one pool, not one for `--pool {pools.role}`",
+            f"the plan has one pool, not one for {option}",
             "plan with `disaggregation: {prefill: 1, decode: 1}`",
         )
     if not options.cache:
@@ -278,6 +321,8 @@ def _command(plan: Plan, bundle: Path, options: EngineOptions, pools: PoolOption
     """
     words = ["serve", str(bundle), "--pool", "prefill", "--listen", f"{_LOOPBACK}:0"]
     words += ["--transport", pools.transport, "--rank-timeout", str(options.rank_timeout_s)]
+    if pools.metrics_port is not None:
+        words += ["--metrics-port", str(pools.metrics_port)]
     if options.weights is not None:
         words += ["--weights", str(options.weights)]
     if options.backend is not None:

@@ -20,6 +20,7 @@ from tokenspeed_plan.planner.commands.engines import (
     on_all_ranks,
     rank_timeout_option,
     ready_engine,
+    work_of_rank_0,
 )
 from tokenspeed_plan.planner.commands.jobs import (
     JobOptions,
@@ -229,10 +230,16 @@ def _run_check(bundle: Path, options: EngineOptions) -> None:
     from tokenspeed_plan.runtime.compare import check_steps
     from tokenspeed_plan.runtime.engine import Engine
 
-    engine = Engine.load(
-        bundle, options.weights, backend="compare", depth=options.depth, signers=options.signers
-    )
-    tally = check_steps(engine)
+    with work_of_rank_0() as report:
+        engine = Engine.load(
+            bundle,
+            options.weights,
+            backend="compare",
+            depth=options.depth,
+            signers=options.signers,
+            report=report,
+        )
+        tally = check_steps(engine, report=report)
     skipped = ""
     if tally.skipped:
         skipped = f", {tally.skipped} have no kernel"

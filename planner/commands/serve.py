@@ -182,7 +182,9 @@ def serve(
     signals = (signal.SIGTERM, signal.SIGINT)
     if pools.role == "prefill":
         own = replace(engine, role="prefill")
-        on_all_ranks(bundle, own, lambda: serve_prefill(bundle, own, pools), ignored=signals)
+        on_all_ranks(
+            bundle, own, lambda: serve_prefill(bundle, own, pools, server), ignored=signals
+        )
     elif routing.has_router:
         _serve_replicas(bundle, options)
     else:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenspeed_plan.planner.foreign_yaml import parse_yaml, read_file
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS, library_of
-from tokenspeed_plan.plans.text import complaint, printable_line
+from tokenspeed_plan.plans.text import first_complaint, printable_line
 from tokenspeed_plan.plans.types import DType
 
 OP_CLASSES = (
@@ -269,10 +269,7 @@ def read_profile(text: str, name: str) -> Profile:
     try:
         profile = Profile.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        problem = complaint(first["msg"])
-        raise _bad(name, f"`{key}`: {problem}") from error
+        raise _bad(name, first_complaint(error)) from error
     missing = _MAY_BE_MISSING.difference(profile.numbers)
     _check_names(name, "numbers", set(NUMBERS) - missing, profile.numbers)
     own = [key for key in FORMAT_CLASSES if key in profile.waits or key in profile.residuals]

@@ -26,6 +26,7 @@ from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.execution.plan_memory import PlanMemory
 from tokenspeed_plan.runtime.execution.rank_links import join
 from tokenspeed_plan.runtime.libraries.loader import load_libraries
+from tokenspeed_plan.runtime.loading.loading_report import Report, nobody
 from tokenspeed_plan.runtime.loading.preflight import check_files, check_target, find_weights
 from tokenspeed_plan.runtime.loading.rank_memory import RankMemory
 from tokenspeed_plan.runtime.loading.weights import load_weights
@@ -52,6 +53,7 @@ def load_bundle(
     depth: Depth = "headers",
     signers: Signers | None = None,
     role: PoolRole | None = None,
+    report: Report = nobody,
 ) -> Loaded:
     """Read and check a bundle, then its weights, then allocate; see `Engine.load`.
 
@@ -66,7 +68,7 @@ def load_bundle(
     name = backend or default_backend(plan)
     kernels = None if name == "reference" else load_kernels(plan, bundle)
     compare = name == "compare"
-    loaded = load_parts(plan, folder, chat, kernels, launch, lead, compare, role)
+    loaded = load_parts(plan, folder, chat, kernels, launch, lead, compare, role, report)
     loaded.startup_s["read_plan_s"] = read - begun
     loaded.startup_s["read_weights_s"] = time.perf_counter() - read
     return loaded
@@ -81,6 +83,7 @@ def load_parts(
     lead: Lead | None = None,
     compare: bool = False,
     role: PoolRole | None = None,
+    report: Report = nobody,
 ) -> Loaded:
     """Load from a plan that is already checked, with its weights in `folder`.
 
@@ -92,7 +95,7 @@ def load_parts(
     check_files(plan, folder)
     links = join(plan)
     allocations = RankMemory(plan, links)
-    arenas, tensors = load_weights(plan, folder, allocations.allocate, links.rank)
+    arenas, tensors = load_weights(plan, folder, allocations.allocate, links.rank, report)
     reference = ReferenceBackend(plan, links.rank, links.collectives)
     backend = make_backend(plan, reference, kernels, compare, allocations.peers)
     if launch is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +31,9 @@ from tokenspeed_plan.plans.weight_files import (
     read_json_object,
     weight_files,
 )
+from tokenspeed_plan.runtime.loading.loading_report import Report
 from tokenspeed_plan.runtime.loading.recipes import Recipe, find_recipe, unit_of
 
-Report = Callable[[str, int, int], None]
 _CONFIG = "config.json"
 _KEY = "quantization_config"
 _MODE = 0o644

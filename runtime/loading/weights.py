@@ -26,6 +26,7 @@ from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES, Arenas
 from tokenspeed_plan.runtime.execution.block_scaled import flat
 from tokenspeed_plan.runtime.execution.fp4_words import Fp4
 from tokenspeed_plan.runtime.loading.encoded import FLOATS, Filling, fillings, finish
+from tokenspeed_plan.runtime.loading.loading_report import Report, nobody
 from tokenspeed_plan.runtime.loading.staging import Staging
 
 _HINT = "name the checkpoint that the plan was made for with `--weights DIR`"
@@ -106,7 +107,11 @@ def _contains(shape: tuple[int, ...], box: Box) -> bool:
 
 
 def load_weights(
-    plan: Plan, folder: Path, arenas_of: Callable[[], Arenas], rank: int = 0
+    plan: Plan,
+    folder: Path,
+    arenas_of: Callable[[], Arenas],
+    rank: int = 0,
+    report: Report = nobody,
 ) -> tuple[Arenas, dict[str, Tensor]]:
     """Check all names, shapes and dtypes, then allocate and fill.
 
@@ -115,6 +120,7 @@ def load_weights(
         folder: the checkpoint.
         arenas_of: allocates the arenas; called only after every check has passed.
         rank: whose weights.
+        report: is told how far it is.
 
     Returns:
         The arenas, and the weights in them by name.
@@ -129,7 +135,8 @@ def load_weights(
         arenas = arenas_of()
         staging = Staging(plan.target.device)
         tensors: dict[str, Tensor] = {}
-        for weight in plan.pool.weights:
+        for done, weight in enumerate(plan.pool.weights):
+            report("loading weights", done, len(plan.pool.weights))
             stored = _view(weight, arenas)
             tensors[weight.name] = stored
             if weight.rounds:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Gauges = list[tuple[str, str, Callable[[], float]]]  # a name, a text, and what reads it
+GaugeRow = tuple[str, str, Callable[[], float]]  # a name, a text, and what reads it
+Gauges = list[GaugeRow]
 
 
 @dataclass(slots=True)

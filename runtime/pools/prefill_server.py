@@ -10,7 +10,6 @@ import itertools
 import queue
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,14 +32,13 @@ from tokenspeed_plan.runtime.pools.channel import (
 from tokenspeed_plan.runtime.pools.layer_launch import LayerLaunch
 from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
 from tokenspeed_plan.runtime.pools.prefill_jobs import Order, PrefillJob
+from tokenspeed_plan.runtime.pools.reception import Reception
 from tokenspeed_plan.runtime.pools.return_receiver import ReturnReceiver
 from tokenspeed_plan.runtime.pools.transport import Transport
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 
 BEAT_S = 0.5
 _LOOK_S = 0.0002  # between two looks at what is under way, where nothing is computed
-_AGAIN_S = 0.1  # after which callers are taken again, where one could not be
-_MAX_STRANGERS = 16  # callers that have not shown that they know the token
 _ALIKE = "start both pools with one version and one bundle"
 _PARAMS = SamplingParams(max_tokens=1, ignore_eos=True)
 
@@ -55,6 +53,9 @@ class PrefillServer:
         plan: with both pools.
         transport: by which caches are handed over.
         token: that callers must know.
+
+    Attributes:
+        on_over: called with each order whose caller was told how it went.
     """
 
     def __init__(self, engine: Engine, plan: Plan, transport: Transport, token: str) -> None:
@@ -73,8 +74,28 @@ class PrefillServer:
         self._jobs: dict[str, PrefillJob] = {}  # of all callers, by the names of their requests
         self._returns = ReturnReceiver(engine.scheduler, self._ranks, plan, transport.settle_s)
         self._stopped = False
-        self._strangers = threading.Semaphore(_MAX_STRANGERS)
-        self._next_beat_s = 0.0
+        self._next_beat_s = time.monotonic()
+        self.on_over: Callable[[PrefillJob], None] | None = None
+
+    @property
+    def num_callers(self) -> int:
+        """Decode pools that are connected."""
+        return len(self._callers)
+
+    @property
+    def num_orders(self) -> int:
+        """Prompts that they wait for."""
+        return len(self._jobs)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it would refuse another order."""
+        return self._ranks.is_full
+
+    @property
+    def stands_s(self) -> float:
+        """For how long `serve` has not told its callers that it goes on."""
+        return time.monotonic() - self._next_beat_s + BEAT_S
 
     def stop(self) -> None:
         """End `serve`; any thread, or a signal's handler, may call it."""
@@ -82,9 +103,10 @@ class PrefillServer:
         self._events.put(lambda: None)
 
     def serve(self, listener: socket.socket) -> None:
-        """Take orders until `stop` is called."""
-        listener.listen()
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        """Take orders until `stop` is called; then none of its threads is left."""
+        greet = partial(greet_caller, token=self._token, own=self._facts)
+        reception = Reception(listener, greet, self._hear)
+        reception.begin()
         while not self._stopped:
             self._take_events()
             if self._engine.num_unfinished:
@@ -95,6 +117,7 @@ class PrefillServer:
             self._beat()
         for caller in list(self._callers):
             self._leave(caller)
+        reception.close()
 
     def _take_events(self) -> None:
         """Handle what has come; wait for it where nothing is computed."""
@@ -137,30 +160,8 @@ class PrefillServer:
             for caller in self._callers:
                 caller.tell({"type": "beat"})
 
-    def _accept(self, listener: socket.socket) -> None:
-        while not self._stopped:
-            self._strangers.acquire()
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                self._strangers.release()
-                if listener.fileno() < 0:
-                    return  # it is closed
-                time.sleep(_AGAIN_S)  # a caller has gone, or there are too many files
-                continue
-            threading.Thread(target=self._read, args=(connection,), daemon=True).start()
-
-    def _read(self, connection: socket.socket) -> None:
-        """On a thread of its own: greet a caller, and pass on what it says."""
-        channel = Channel(connection)
-        try:
-            greet_caller(channel, self._token, self._facts)
-        except (ChannelClosed, PoolError) as error:
-            print(f"a caller was refused: {getattr(error, 'message', error)}", file=sys.stderr)
-            channel.close()
-            return
-        finally:
-            self._strangers.release()
+    def _hear(self, channel: Channel) -> None:
+        """On a thread of its own: pass on what a caller says."""
         caller = Caller(next(self._caller_numbers), channel)
         self._events.put(partial(self._callers.append, caller))
         try:
@@ -269,6 +270,8 @@ class PrefillServer:
                 digest = self._ranks.result(job.number)
                 if job.is_over and digest is not None:
                     caller.tell(job.report(digest))
+                    if self.on_over is not None:
+                        self.on_over(job)
                     self._end(caller, job)
         except PoolError as error:
             print(f"a caller is lost: {error.message}", file=sys.stderr)

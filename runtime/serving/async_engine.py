@@ -10,14 +10,14 @@ import itertools
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 from tokenspeed_plan.plans.errors import (
     EngineStopped,
@@ -26,7 +26,7 @@ from tokenspeed_plan.plans.errors import (
     TokenspeedError,
 )
 from tokenspeed_plan.runtime.engine import Engine
-from tokenspeed_plan.runtime.isolation import describe
+from tokenspeed_plan.runtime.isolation import describe, owned
 from tokenspeed_plan.runtime.request import (
     Completion,
     NewToken,
@@ -37,8 +37,8 @@ from tokenspeed_plan.runtime.request import (
 from tokenspeed_plan.runtime.streaming import AnswerText, Delta
 
 Command = Callable[[], object]
-_T = TypeVar("_T")
-Write = Callable[[Seq[Delta]], bool]
+Gather = Callable[[], Seq[Delta]]
+Write = Callable[[Gather], bool]
 Step = tuple[tuple[NewToken | Completion, ...], float]  # what it gave, and when
 _GREEDY = SamplingParams()
 
@@ -50,9 +50,9 @@ class Stream:
     So a slow reader does not block others, and the buffer never holds more than its own answers.
 
     Attributes:
-        write: takes the deltas of a step at once, in the place of the reader, while that waits for
-            them; returns whether it did, else the reader gets them. What ends an answer comes to
-            the reader alone.
+        write: in the place of the reader, while that waits, it gathers the deltas that there are
+            and writes them at once; or it gathers none and returns False, and the reader gets
+            them. What ends an answer comes to the reader alone.
     """
 
     def __init__(self, engine: AsyncEngine, requests: Seq[Request]) -> None:
@@ -62,9 +62,7 @@ class Stream:
         }
         self._tokens: dict[str, list[NewToken]] = {}
         self._completions: dict[str, Completion] = {}
-        self._deltas: deque[Delta] = deque()  # that could not be written
-        self._has_news = asyncio.Event()
-        self._is_waited_for = False
+        self._reader: asyncio.Future[None] | None = None  # it waits until this has a result
         self.write: Write | None = None
         self.error: EngineStopped | RequestFailed | None = None
 
@@ -89,12 +87,8 @@ class Stream:
                 return delta
             if self.error:
                 raise self.error
-            self._has_news.clear()
-            self._is_waited_for = True
-            try:
-                await self._has_news.wait()
-            finally:
-                self._is_waited_for = False
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         raise StopAsyncIteration
 
     async def completions(self) -> list[Completion]:
@@ -127,23 +121,32 @@ class Stream:
 
     def tell(self) -> None:
         """Write what has come, or wake the reader; called on the loop."""
-        if not (self._is_waited_for and self.write and self._write(self.write)):
+        if not self._is_waited_for or self._completions or not self._is_written():
             self._wake()
 
-    def _write(self, write: Write) -> bool:
+    @property
+    def _is_waited_for(self) -> bool:
+        return self._reader is not None and not self._reader.done()
+
+    def _is_written(self) -> bool:
         """Write the deltas that there are; returns whether the reader need not look at them."""
-        if self._completions:
+        if self.write is None:
             return False
+        try:
+            return owned(partial(self.write, self._gather)) and self.error is None
+        except RequestFailed as error:
+            self.error = error
+            return False
+
+    def _gather(self) -> list[Delta]:
+        """All deltas that there are; one that cannot be made is the error of the stream."""
         deltas: list[Delta] = []
         try:
             while delta := self._read():
                 deltas.append(delta)
-            if not deltas or _own(partial(write, deltas)):
-                return True
         except RequestFailed as error:
             self.error = error
-        self._deltas += deltas
-        return False
+        return deltas
 
     def fail(self, error: EngineStopped) -> None:
         """End the stream with an error; called on the loop."""
@@ -151,38 +154,24 @@ class Stream:
         self._wake()
 
     def _wake(self) -> None:
-        self._is_waited_for = False
-        self._has_news.set()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def _read(self) -> Delta | None:
         """A delta of all that is buffered for one request; None if that makes no text yet."""
-        if self._deltas:
-            return self._deltas.popleft()
-        while self._completions:
+        if self._completions:
             name, completion = self._completions.popitem()
             self._tokens.pop(name, None)
             text = self._texts.pop(name)
             completion.check()
-            return _own(partial(text.finish, completion))
+            return owned(partial(text.finish, completion))
         while self._tokens:
             name = next(iter(self._tokens))
             text, tokens = self._texts[name], self._tokens.pop(name)
-            delta = _own(partial(text.push, tokens))
+            delta = owned(partial(text.push, tokens))
             if delta.token_ids:
                 return delta
         return None
-
-
-def _own(work: Callable[[], _T]) -> _T:
-    """The result of work on a text; whatever goes wrong with it is an error of its request.
-
-    Raises:
-        RequestFailed: the text cannot be made.
-    """
-    try:
-        return work()
-    except Exception as error:  # the loop and its other readers are to go on
-        raise RequestFailed(describe(error), "the other requests are answered") from error
 
 
 class AsyncEngine:

@@ -11,6 +11,8 @@ from conftest import ROOT, make_spec
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.advisor import transfer
 from tokenspeed_plan.planner.advisor.answer_returns import ReturnPrices
+from tokenspeed_plan.planner.advisor.prediction import Prediction
+from tokenspeed_plan.planner.commands.predict import search
 from tokenspeed_plan.plans.errors import PlanError, SpecError
 from tokenspeed_plan.plans.schema import Decision, Plan
 from tokenspeed_plan.plans.validate import validate
@@ -63,6 +65,38 @@ def test_auto_says_what_both_ways_take(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = planned()
     assert slow.pools[1].answer_returns is None and decision(slow).value == "off"
     assert "computing them takes" in decision(slow).reason
+
+
+def prediction(answers: str, **workload: Any) -> Prediction:
+    pair = {"prefill": 1, "decode": 1, "answers": answers}
+    model = ROOT / "examples" / "demo" / "model"
+    spec = make_spec(model, target={"count": 2}, disaggregation=pair, workload=TALK | workload)
+    _, result = search(spec, find_model(spec).config)
+    return result.best
+
+
+def test_what_stays_is_computed_again() -> None:
+    """Of an average turn of four by hand: 64 of an answer and 40 new, or those 40 alone."""
+    back, stay = prediction("return"), prediction("stay")
+    first = back.prompt_tokens - 0.75 * (40 * 2 + 128)  # of the first turn
+    later = first + 2 * 40 + 128
+    mean = (first + 3 * later) / 4
+    assert back.hit_rate == pytest.approx(0.75 * (later - 40) / mean)
+    assert stay.hit_rate == pytest.approx(0.75 * (later - 40 - 64) / mean)
+    assert stay.first_turn_ttft_us == pytest.approx(back.first_turn_ttft_us, rel=0.05)
+    assert stay.prompt.total_us > back.prompt.total_us
+    assert stay.metrics["ttft_ms"] > back.metrics["ttft_ms"]
+    assert back.transfer and stay.transfer
+    assert stay.transfer.size_bytes == back.transfer.size_bytes, "the other pool has the answer"
+    once = {"turns": 1, "turn_tokens": 0}
+    assert prediction("stay", **once).metrics == prediction("return", **once).metrics
+
+
+def test_auto_is_priced_as_it_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prediction("auto").metrics == prediction("return").metrics
+    monkeypatch.setattr(transfer, "TCP_BYTES_PER_S", 1e6)
+    assert prediction("auto").metrics == prediction("stay").metrics
+    assert planned().pools[1].answer_returns is None
 
 
 def test_hand_overs_keep_their_state_slots() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError, field_validator
 
-from tokenspeed_plan.plans.text import printable, printable_line, read_utf8
+from tokenspeed_plan.plans.text import first_complaint, printable, printable_line, read_utf8
 
 READ = """
 import sys
@@ -67,3 +68,35 @@ def test_what_is_printed_holds_no_controls_and_loses_nothing(text: str) -> None:
 )
 def test_escapes_are_spelled(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+class Price(BaseModel):
+    us: float
+
+    @field_validator("us")
+    @classmethod
+    def _check(cls, us: float) -> float:
+        if us < 0:
+            raise ValueError("A time\x1b is never negative")
+        return us
+
+
+class Prices(BaseModel):
+    prices: dict[str, Price]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (
+            {"prices": {"a\n": {"us": "x"}, "b": {}}},
+            "`prices.a\\n.us`: input should be a valid num",
+        ),
+        ({"prices": {"a": {"us": -1}}}, "`prices.a.us`: a time\\x1b is never negative"),
+        ([], "`the file`: input should be a valid dictionary"),
+    ],
+)
+def test_the_first_complaint_names_its_place(data: object, says: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Prices.model_validate(data)
+    assert first_complaint(caught.value).startswith(says)

@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from conftest import ROOT
 from tokenspeed_plan.plans.errors import EngineStopped, RankError, RequestError, RequestFailed
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import AsyncEngine, Completion, Engine, Request, SamplingParams
+from tokenspeed_plan.runtime.serving.async_engine import Gather
 from tokenspeed_plan.runtime.streaming import Delta
 
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -118,9 +119,10 @@ def test_what_is_written_or_read_comes_once_and_in_order(engine: Engine, refused
     async def work(served: AsyncEngine) -> None:
         gained, written = list[Delta](), list[Delta]()
 
-        def write(deltas: Sequence[Delta]) -> bool:
+        def write(gather: Gather) -> bool:
             if rng.random() < refused:
                 return False
+            deltas = gather()
             gained.extend(deltas)
             written.extend(deltas)
             return True
@@ -139,7 +141,8 @@ def test_what_is_written_or_read_comes_once_and_in_order(engine: Engine, refused
 
 def test_what_cannot_be_written_is_one_requests_error(engine: Engine) -> None:
     async def work(served: AsyncEngine) -> None:
-        def write(deltas: Sequence[Delta]) -> bool:
+        def write(gather: Gather) -> bool:
+            gather()
             raise ValueError("no events of this")
 
         broken = served.stream([1], SamplingParams(max_tokens=200, ignore_eos=True))

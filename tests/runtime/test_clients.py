@@ -378,9 +378,13 @@ def test_thoughts_are_counted(client: openai.OpenAI, server: Server) -> None:
     assert short.usage.completion_tokens_details.reasoning_tokens == 0
 
 
-def test_tokenizer_info(server: Server) -> None:
+def test_tokenizer_info(server: Server, bundle: Path) -> None:
     found = server.http.get("/tokenizer_info").json()
     assert found["tokenizer_class"] and found["eos_token"] == "<|im_end|>"
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(bundle.parent / "model")
+    assert found["chat_template"] == theirs.chat_template
     assert httpx.get(f"{server.url}/tokenizer_info").status_code == 401
 
 

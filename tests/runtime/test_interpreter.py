@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pty
+import re
 import shutil
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,11 +54,32 @@ SMALL = {"first_turn_tokens": 8, "output_tokens": 8, "concurrency": 1}
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, where nobody has asked for the interpreter yet."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    words = [str(arg) for arg in args]
     return subprocess.run(
-        [*COMMAND, "run", *words], env=env, capture_output=True, text=True, timeout=300
+        words_of(*args), env=own_environment(), capture_output=True, text=True, timeout=300
     )
+
+
+def words_of(*args: object) -> list[str]:
+    return [*COMMAND, "run", *map(str, args)]
+
+
+def own_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+
+
+@pytest.mark.slow
+def test_check_tells_a_terminal_how_far_it_is() -> None:
+    ours, terminal = pty.openpty()
+    words, said, piped = words_of(DEMO, "--check"), b"", subprocess.PIPE
+    with subprocess.Popen(words, env=own_environment(), stdout=piped, stderr=terminal) as process:
+        os.close(terminal)
+        with suppress(OSError):  # that is how a terminal ends
+            while part := os.read(ours, 1 << 12):
+                said += part
+        os.close(ours)
+        assert process.stdout and b"kernels and references agree" in process.stdout.read()
+    stage = rb"\r\x1b\[Kcomparing steps of (prefill|decode)/\d+: \d+ of \d+"
+    assert re.search(stage, said) and said.endswith(b"\r\x1b[K")
 
 
 def interpreted_tokens(
@@ -146,8 +170,9 @@ def test_verified_drafts_give_the_same_tokens(rollback: str, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_check_agrees(bundle: Path) -> None:
+    """A pipe gets no line of its progress."""
     done = run(bundle, "--check")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr
     assert "steps: kernels and references agree; the largest difference is " in done.stdout
 
 

@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.encodings import NVFP4
 from tokenspeed_plan.plans.errors import SpecError, TokenspeedError
+from tokenspeed_plan.plans.report import as_text
 from tokenspeed_plan.plans.types import TensorSpec
 from tokenspeed_plan.runtime.execution import fp4_words
 from tokenspeed_plan.runtime.execution.arenas import Arenas
@@ -114,6 +115,16 @@ def formats_of(folder: Path) -> dict[str, str]:
     spec = make_spec(folder, model={"weights": "auto"})
     plan = compile_plan(spec, find_model(spec))
     return {weight.name: str(weight.tensor.format) for weight in plan.pool.weights}
+
+
+@pytest.mark.parametrize(
+    ("word", "stored"), [("nvfp4", "nvfp4 and fp32"), ("nvfp4-mixed", "fp8, nvfp4 and fp32")]
+)
+def test_its_title_says_how_it_is_stored(word: str, stored: str, folders: Any) -> None:
+    """Not the dtype of activations; the format of most bytes comes first."""
+    spec = make_spec(folders("moe", word)[1], model={"weights": "auto"})
+    title, *_ = as_text(compile_plan(spec, find_model(spec))).splitlines()
+    assert f"({stored}, " in title
 
 
 def test_a_plan_says_what_it_reads(folders: Any) -> None:

@@ -17,23 +17,33 @@ from chat_fuzzing import tokenizer_of
 from chat_models import in_tags, tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from tokenspeed_plan.runtime.request import Completion, TokenLogprobs
+from tokenspeed_plan.runtime.request import Completion, NewToken, TokenLogprobs
+from tokenspeed_plan.runtime.serving.async_engine import Stream
+from tokenspeed_plan.runtime.serving.events import event
 from tokenspeed_plan.runtime.serving.http.connections import CONNECTION, Connection, Wire
-from tokenspeed_plan.runtime.serving.http.dialects import OwnDialect, ResponsesDialect
+from tokenspeed_plan.runtime.serving.http.dialects import (
+    Dialect,
+    MessagesDialect,
+    OwnDialect,
+    ResponsesDialect,
+)
+from tokenspeed_plan.runtime.serving.http.event_stream import event_stream, streamed
 from tokenspeed_plan.runtime.serving.http.parsing import parse
-from tokenspeed_plan.runtime.serving.http.responses import Answer, event
+from tokenspeed_plan.runtime.serving.http.responses import Answer
 from tokenspeed_plan.runtime.serving.openai.bodies import Url
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
-from tokenspeed_plan.runtime.streaming import Delta
+from tokenspeed_plan.runtime.streaming import AnswerText, Delta
 
 NAME = "\0"  # as a text that is left open is written
 LIMITS = RequestLimits(1000, 16, 2048)
 TEXT: Url = "/v1/completions"
 CHAT: Url = "/v1/chat/completions"
 SAID = f'A "quoted"\0 \\ é 👍\n</think>\n\nsays.\n{in_tags("look", {"at": "<b>"})}'
+ASKED = [{"role": "user", "content": "x"}]
 TOOLS = [tool("look", {"at": {"type": "string"}})]
 COUNTS = {"stream_options": {"include_usage": True}}
 ALL_COUNTS = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
@@ -54,7 +64,7 @@ def answers_of(url: Url, template: str, asked: dict[str, Any]) -> tuple[Answer, 
     tokenizer = tokenizer_of(template)
     body = {"stream": True} | asked
     if url == CHAT:
-        body["messages"] = [{"role": "user", "content": "x"}]
+        body["messages"] = ASKED
     parsed = parse(json.dumps(body).encode(), url, "m", tokenizer, LIMITS)
     return Answer(parsed, tokenizer, NAME, 1), Answer(parsed, tokenizer, NAME, 1)
 
@@ -90,9 +100,9 @@ def test_events_are_the_bodies(body: tuple[Url, str, dict[str, Any]], cuts: list
     async def both() -> tuple[bytes, bytes]:
         one, other = answers_of(*body)
         deltas = deltas_of(one, cuts)
-        written = b"".join([part async for part in one.events(each(deltas))])
-        bodies = [event(item) async for item in other.chunks(each(deltas))]
-        return written, b"".join(bodies) + b"data: [DONE]\n\n"
+        written = b"".join([part async for part in event_stream(one, each(deltas))])
+        bodies = [event(item) for delta in deltas for item in other.bodies_of(delta)]
+        return written, b"".join(bodies) + other.end()
 
     written, wanted = asyncio.run(both())
     assert written == wanted
@@ -160,6 +170,22 @@ class Written(asyncio.Transport):
     def is_closing(self) -> bool:
         return False
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
+def connected(app: Any, version: str = "1.1") -> tuple[Connection, Written]:
+    """A connection on which a request has come, and what is written to it."""
+    config = Config(app, http=Connection, lifespan="off", log_level="error")
+    config.load()
+    connection, written = Connection(config, ServerState(), {}), Written()
+    connection.connection_made(written)
+    connection.data_received(f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
+    return connection, written
+
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 def test_a_connection_writes_while_its_answer_goes_on(version: str) -> None:
@@ -185,13 +211,7 @@ def test_a_connection_writes_while_its_answer_goes_on(version: str) -> None:
         write(b"no")
 
     async def serve() -> bytes:
-        config = Config(app, http=Connection, lifespan="off", log_level="error")
-        config.load()
-        connection, written = Connection(config, ServerState(), {}), Written()
-        written.get_write_buffer_size = lambda: 0  # type: ignore[method-assign]
-        written.close = lambda: None  # type: ignore[method-assign]
-        connection.connection_made(written)
-        connection.data_received(f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
+        connection, written = connected(app, version)
         await asyncio.gather(*connection.tasks)
         connection._unset_keepalive_if_required()
         return written.data
@@ -203,6 +223,97 @@ def test_a_connection_writes_while_its_answer_goes_on(version: str) -> None:
         assert body == b"1\r\n1\r\n1\r\n2\r\n1\r\n3\r\n0\r\n\r\n"
     else:
         assert not any(said) and body == b"2"
+
+
+class Quiet:
+    """An engine whose steps the test makes up."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def cancel(self, *request_ids: str) -> None:
+        pass
+
+
+APIS: list[tuple[Dialect, dict[str, Any]]] = [
+    (OwnDialect(TEXT), {"prompt": "x"}),
+    (OwnDialect(CHAT), {"messages": ASKED}),
+    (ResponsesDialect(), {"input": "x"}),
+    (MessagesDialect(), {"messages": ASKED, "max_tokens": 30}),
+]
+
+
+@pytest.mark.parametrize(("dialect", "asked"), APIS, ids=lambda value: type(value).__name__)
+def test_a_token_is_written_before_the_loop_turns(dialect: Dialect, asked: dict[str, Any]) -> None:
+    """In all APIs, so that a token wakes no task; all parts are what one task would write."""
+    tokenizer = tokenizer_of("plain")
+    body = json.dumps({"stream": True} | asked).encode()
+    parsed = parse(body, dialect.url, "m", tokenizer, LIMITS, dialect.fields)
+    (request,) = parsed.requests
+    ids = tokenizer.encode("def add(a, b): return a", add_special_tokens=False)
+    done = Completion(request.request_id, tuple(ids), tokenizer.decode(ids), "stop", 3, 0.0, 0.0)
+    stream = Stream(Quiet(tokenizer), parsed.requests)  # type: ignore[arg-type]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        writer = dialect.writer(Answer(parsed, tokenizer, NAME, 1))
+        await streamed(Request(scope, receive), stream, writer)(scope, receive, send)
+
+    async def serve() -> bytes:
+        connection, written = connected(app)
+        for token in ids[:-1]:
+            for _ in range(20):  # the response's task waits for a token after these
+                await asyncio.sleep(0)
+            before = len(written.data)
+            stream.put(NewToken(request.request_id, token))
+            stream.tell()
+            assert len(written.data) > before
+        stream.put(done)
+        stream.tell()
+        await asyncio.gather(*connection.tasks)
+        connection._unset_keepalive_if_required()
+        return written.data
+
+    async def written_by_a_task() -> bytes:
+        writer = dialect.writer(Answer(parsed, tokenizer, NAME, 1))
+        text = AnswerText(request, tokenizer)
+        deltas = [text.push([NewToken(request.request_id, token)]) for token in ids[:-1]]
+        parts = event_stream(writer, each([*deltas, text.finish(done)]))
+        return b"".join([part async for part in parts])
+
+    _, _, chunks = asyncio.run(serve()).partition(b"\r\n\r\n")
+    assert joined(chunks) == asyncio.run(written_by_a_task())
+
+
+def joined(chunks: bytes) -> bytes:
+    """The body that comes in chunks."""
+    body = b""
+    while chunks:
+        size, _, chunks = chunks.partition(b"\r\n")
+        body, chunks = body + chunks[: int(size, 16)], chunks[int(size, 16) + 2 :]
+    return body
+
+
+@pytest.mark.parametrize("place", ["begin", "events_of", "end"])
+def test_events_that_cannot_be_made_are_an_error_of_their_answer(place: str) -> None:
+    """The client is told so, in the words of its API; nothing is raised into the server."""
+    for dialect, asked in APIS:
+        tokenizer = tokenizer_of("plain")
+        body = json.dumps({"stream": True} | asked).encode()
+        parsed = parse(body, dialect.url, "m", tokenizer, LIMITS, dialect.fields)
+        writer = dialect.writer(Answer(parsed, tokenizer, NAME, 1))
+
+        def fail(*_: Any) -> bytes:
+            raise KeyError("no events")
+
+        setattr(writer, place, fail)
+        deltas = each([Delta(parsed.requests[0].request_id, "a", (65,))])
+        parts = event_stream(writer, deltas)
+        said = asyncio.run(gathered(parts))
+        assert b"KeyError: 'no events'" in said[-1] and b"error" in said[-1]
+
+
+async def gathered(parts: AsyncIterator[bytes]) -> list[bytes]:
+    return [part async for part in parts]
 
 
 LOADS: list[tuple[str, Url, dict[str, Any]]] = [

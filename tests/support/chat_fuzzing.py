@@ -191,6 +191,7 @@ def answer_chat(files: Json, limits: Any) -> Json:
     Raises:
         ApiError: the body is refused.
     """
+    from tokenspeed_plan.runtime.serving.http.event_stream import event_stream
     from tokenspeed_plan.runtime.serving.http.parsing import parse
     from tokenspeed_plan.runtime.serving.http.responses import Answer
 
@@ -203,7 +204,8 @@ def answer_chat(files: Json, limits: Any) -> Json:
     json.dumps(whole, allow_nan=False)
     if not request.stream:
         return whole, None
-    events = asyncio.run(gathered(dialect.events(answer, deltas_of(completions, plan))))
+    deltas = deltas_of(completions, plan)
+    events = asyncio.run(gathered(event_stream(dialect.writer(answer), deltas)))
     return whole, [parsed_event(event) for event in events]
 
 
@@ -245,12 +247,33 @@ def contradiction(whole: Json, events: Json) -> str | None:
     if whole.get("object") == "response":
         last = events[-1]["response"]
         same = last["output"] == whole["output"] and last["status"] == whole["status"]
+        if same and texts_of_parts(events) != texts_of_items(whole["output"]):
+            return "a stream's parts are others"
         return None if same else "a stream's response is another one"
     if whole.get("type") == "message":
         kinds = [e["content_block"]["type"] for e in events if e["type"] == "content_block_start"]
         same = kinds == [block["type"] for block in whole["content"]]
         return None if same else "a stream's blocks are others"
     return chat_contradiction(whole, events)
+
+
+def texts_of_items(output: Json) -> list[list[str]]:
+    return [[part["text"] for part in item.get("content", [])] for item in output]
+
+
+def texts_of_parts(events: Json) -> list[list[str]]:
+    """The texts of all items, made of a stream as clients do: each event adds to what is there."""
+    items: list[Json] = []
+    for event in events:
+        kind = event["type"].removeprefix("response.")
+        if kind == "output_item.added":
+            items.append(event["item"])
+        elif kind == "content_part.added":
+            items[event["output_index"]]["content"].append(event["part"])
+        elif kind in ("output_text.delta", "reasoning_text.delta"):
+            part = items[event["output_index"]]["content"][event["content_index"]]
+            part["text"] += event["delta"]
+    return texts_of_items(items)
 
 
 def chat_contradiction(whole: Json, events: Json) -> str | None:

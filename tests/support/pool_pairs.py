@@ -60,7 +60,7 @@ class Pools:
 
     Attributes:
         engine: of the decode pool, with poisoned memory, unless that is elsewhere.
-        prefills: engines of the prefill pools.
+        prefills, servers: of the prefill pools.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Pools:
         self.transport = transport
         self._engine = poisoned(plan, folder) if engine else None
         self.prefills: list[Engine] = []
-        self._servers: list[PrefillServer] = []
+        self.servers: list[PrefillServer] = []
         self._threads: list[threading.Thread] = []
         self._listeners: list[socket.socket] = []
 
@@ -94,7 +94,7 @@ class Pools:
         thread = threading.Thread(target=server.serve, args=(listener,), daemon=True)
         thread.start()
         self.prefills.append(engine)
-        self._servers.append(server)
+        self.servers.append(server)
         self._threads.append(thread)
         self._listeners.append(listener)
         host, port = listener.getsockname()
@@ -118,12 +118,15 @@ class Pools:
         """End all of it."""
         if self._engine is not None:
             self._engine.loop.close()
-        for server, thread, listener in zip(
-            self._servers, self._threads, self._listeners, strict=True
-        ):
+        self.stop_prefills()
+        for listener in self._listeners:
+            listener.close()
+
+    def stop_prefills(self) -> None:
+        """End the prefill pools; where they listened stays open."""
+        for server, thread in zip(self.servers, self._threads, strict=True):
             server.stop()
             thread.join(5)
-            listener.close()
 
 
 @contextmanager

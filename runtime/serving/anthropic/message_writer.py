@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from tokenspeed_plan.runtime.serving.events import TEXT, Frame
+
 Json = dict[str, Any]
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -29,7 +31,8 @@ class MessageWriter:
     def __init__(self, key: str, model: str, num_prompt_tokens: int) -> None:
         self._blocks: list[Json] = []
         self._block: Json | None = None  # the last one, while it grows
-        self._input = ""  # of a call that grows
+        self._pieces: list[str] = []  # of its text, or of the input of a call
+        self._growth: Frame | None = None  # the event that adds to it
         self._message: Json = {
             "id": f"msg_{key}",
             "type": "message",
@@ -49,20 +52,18 @@ class MessageWriter:
         """The first events."""
         return [{"type": "message_start", "message": self._message | {"content": []}}]
 
-    def take(self, delta: Json) -> list[Json]:
-        """Events of what a message has gained."""
-        events: list[Json] = []
+    def take(self, delta: Json) -> Iterator[Json | bytes]:
+        """Events of what a message has gained; those that add to a block come written."""
         if delta.get("reasoning_content"):
-            events += self._grow("thinking", delta["reasoning_content"])
+            yield from self._grow("thinking", delta["reasoning_content"])
         if delta.get("content"):
-            events += self._grow("text", delta["content"])
+            yield from self._grow("text", delta["content"])
         for entry in delta.get("tool_calls") or []:
-            events += self._call(entry)
-        return events
+            yield from self._call(entry)
 
-    def finish(self, reason: str, counts: Json) -> list[Json]:
+    def finish(self, reason: str, counts: Json) -> Iterator[Json]:
         """The last events. Numbers of tokens come as chats count them."""
-        events = list(self._close())
+        yield from self._close()
         cached = counts.get("prompt_tokens_details", {}).get("cached_tokens", 0)
         usage = {
             "input_tokens": counts["prompt_tokens"] - cached,
@@ -72,51 +73,58 @@ class MessageWriter:
         }
         stop = {"stop_reason": _REASONS[reason], "stop_sequence": None}
         self._message |= stop | {"usage": usage}
-        return [
-            *events,
-            {"type": "message_delta", "delta": stop, "usage": usage},
-            {"type": "message_stop"},
-        ]
+        yield {"type": "message_delta", "delta": stop, "usage": usage}
+        yield {"type": "message_stop"}
 
-    def _grow(self, kind: str, text: str) -> Iterator[Json]:
+    def fail(self, message: str) -> list[Json]:
+        """The last event of a message that cannot be had."""
+        return [{"type": "error", "error": {"type": "api_error", "message": message}}]
+
+    def _grow(self, kind: str, text: str) -> Iterator[Json | bytes]:
         """Add to a block, or begin one."""
-        delta, field = _DELTAS[kind]
+        _, field = _DELTAS[kind]
         if self._block is None or self._block["type"] != kind:
             block = {"type": kind, field: ""}
             if kind == "thinking":
                 block["signature"] = ""
             yield from self._open(block)
-        assert self._block is not None
-        self._block[field] += text
-        yield self._delta({"type": delta, field: text})
+        yield self._add(text)
 
-    def _call(self, entry: Json) -> Iterator[Json]:
+    def _call(self, entry: Json) -> Iterator[Json | bytes]:
         """Begin a call, or add to its arguments."""
         function = entry["function"]
         if "id" in entry:
             named = {"id": entry["id"].replace("call_", "toolu_"), "name": function["name"]}
             yield from self._open({"type": "tool_use"} | named | {"input": {}})
-        self._input += function["arguments"]
         if function["arguments"]:
-            delta, field = _DELTAS["tool_use"]
-            yield self._delta({"type": delta, field: function["arguments"]})
+            yield self._add(function["arguments"])
 
-    def _delta(self, delta: Json) -> Json:
-        return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
+    def _add(self, text: str) -> bytes:
+        """Add to the block that grows."""
+        self._pieces.append(text)
+        assert self._growth is not None
+        return self._growth.written(text)
 
     def _open(self, block: Json) -> Iterator[Json]:
         yield from self._close()
         self._block = block
         self._blocks.append(block)
-        index = len(self._blocks) - 1
+        index, name = len(self._blocks) - 1, "content_block_delta"
+        kind, field = _DELTAS[block["type"]]
+        grown = {"type": name, "index": index, "delta": {"type": kind, field: TEXT}}
+        self._growth = Frame(grown, name)
         yield {"type": "content_block_start", "index": index, "content_block": dict(block)}
 
     def _close(self) -> Iterator[Json]:
         block, self._block = self._block, None
         if block is None:
             return
+        text, self._pieces = "".join(self._pieces), []
         if block["type"] == "tool_use":
-            block["input"], self._input = _object(self._input), ""
+            block["input"] = _object(text)
+        else:
+            _, field = _DELTAS[block["type"]]
+            block[field] = text
         yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
 
 

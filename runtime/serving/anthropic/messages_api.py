@@ -44,8 +44,6 @@ def chat_of_message(asked: Json, drops_billing: bool = False) -> Json:
         chat["tools"] = _tools(tools)
     chat |= _choice(chat.pop("tool_choice", None))
     chat |= _thinking(chat.pop("thinking", None), chat.pop("output_config", None))
-    if chat.get("stream"):
-        chat["stream_options"] = {"include_usage": True}
     return chat
 
 

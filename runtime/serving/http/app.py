@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -12,13 +12,13 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from tokenspeed_plan.plans.errors import EngineStopped, RequestFailed
-from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine, Write
+from tokenspeed_plan.runtime.serving.async_engine import AsyncEngine
 from tokenspeed_plan.runtime.serving.http.api_errors import (
     ApiError,
     shutting_down,
@@ -27,13 +27,13 @@ from tokenspeed_plan.runtime.serving.http.api_errors import (
 )
 from tokenspeed_plan.runtime.serving.http.body import SMALL_BYTES, BodyMemory
 from tokenspeed_plan.runtime.serving.http.callers import CheckHost, check_type, refuse_wrong_key
-from tokenspeed_plan.runtime.serving.http.connections import CONNECTION
 from tokenspeed_plan.runtime.serving.http.dialects import (
     Dialect,
     MessagesDialect,
     OwnDialect,
     ResponsesDialect,
 )
+from tokenspeed_plan.runtime.serving.http.event_stream import streamed
 from tokenspeed_plan.runtime.serving.http.health import Progress
 from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter, Lease
 from tokenspeed_plan.runtime.serving.http.parsing import ParsedRequest, parse
@@ -48,13 +48,10 @@ from tokenspeed_plan.runtime.serving.http.token_counts import (
 from tokenspeed_plan.runtime.serving.http.trace_ids import EchoIds
 from tokenspeed_plan.runtime.serving.http.waiting import client_leaves, unless
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
-from tokenspeed_plan.runtime.streaming import Delta
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
 # nginx's code for "client closed request"; it only shows in the metrics.
 _CLIENT_LEFT = 499
-# Proxies must pass on each event at once.
-_EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _MANY_TOKENS = 4096
 _T = TypeVar("_T")
 Reader = Callable[[bytes, Tokenizer, RequestLimits], _T]  # understands a body
@@ -183,7 +180,7 @@ async def detokenize_ids(request: Request, lease: AdmittedLease) -> Response:
 
 @keyed.api_route("/tokenizer_info", methods=_READ)
 async def tokenizer_info(request: Request) -> Response:
-    """The class of the tokenizer and its special tokens."""
+    """The class of the tokenizer, its special tokens and its chat template."""
     return JSONResponse(service_of(request).tokenizer.info)
 
 
@@ -279,9 +276,7 @@ async def _answer(request: Request, dialect: Dialect, lease: Lease) -> Response:
     stream = lease.submit(parsed.requests)
     answer = Answer(parsed, service.tokenizer, service.model, int(time.time()))
     if parsed.stream:
-        events = dialect.events(answer, stream)
-        stream.write = _write_at_once(request, dialect.events_of(answer))
-        return StreamingResponse(events, media_type="text/event-stream", headers=_EVENT_HEADERS)
+        return streamed(request, stream, dialect.writer(answer))
     try:
         completions = await unless(stream.completions(), client_leaves(request))
     except EngineStopped as error:
@@ -298,18 +293,6 @@ async def _answer(request: Request, dialect: Dialect, lease: Lease) -> Response:
 
     worker = service.worker(num_tokens > _MANY_TOKENS)
     return await asyncio.get_running_loop().run_in_executor(worker, write)
-
-
-def _write_at_once(request: Request, events_of: Callable[[Delta], bytes] | None) -> Write | None:
-    """What writes deltas into the response without waking its task; None where nothing can."""
-    connection = request.scope.get("extensions", {}).get(CONNECTION)
-    if connection is None or events_of is None:
-        return None
-
-    def write(deltas: Sequence[Delta]) -> bool:
-        return bool(connection.write_part(lambda: b"".join(map(events_of, deltas))))
-
-    return write
 
 
 async def _count(request: Request, lease: Lease, count: Reader[dict[str, Any]]) -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,9 @@ from tokenspeed_plan.plans.errors import EngineStopped, RequestFailed
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.anthropic.message_writer import MessageWriter
 from tokenspeed_plan.runtime.serving.anthropic.messages_api import chat_of_message
-from tokenspeed_plan.runtime.serving.http.responses import Answer, event, failure
+from tokenspeed_plan.runtime.serving.events import event
+from tokenspeed_plan.runtime.serving.http.event_stream import EventWriter
+from tokenspeed_plan.runtime.serving.http.responses import Answer
 from tokenspeed_plan.runtime.serving.openai.bodies import (
     UNSUPPORTED,
     InvalidRequestError,
@@ -52,11 +54,8 @@ class Dialect(Protocol):
     def whole(self, answer: Answer, completions: Sequence[Completion]) -> Json:
         """A response that is not streamed; one completion for each choice."""
 
-    def events(self, answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-        """The events of a streamed response."""
-
-    def events_of(self, answer: Answer) -> Callable[[Delta], bytes] | None:
-        """What makes the events of one delta in the middle; None where only `events` knows them."""
+    def writer(self, answer: Answer) -> EventWriter:
+        """What writes the events of a streamed response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +73,9 @@ class OwnDialect:
         """The answer of the endpoint."""
         return answer.whole(completions)
 
-    def events(self, answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-        """The events of the endpoint."""
-        return answer.events(deltas)
-
-    def events_of(self, answer: Answer) -> Callable[[Delta], bytes]:
-        """What makes the events of one delta."""
-        return answer.events_of
+    def writer(self, answer: Answer) -> EventWriter:
+        """The answer itself."""
+        return answer
 
 
 class _Writer(Protocol):
@@ -89,38 +84,61 @@ class _Writer(Protocol):
     def begin(self) -> list[Json]:
         """The first events."""
 
-    def take(self, delta: Json) -> list[Json]:
-        """Events of what a message has gained."""
+    def take(self, delta: Json) -> Iterator[Json | bytes]:
+        """Events of what a message has gained; each is written before the next is asked for.
 
-    def finish(self, reason: str, counts: Json) -> list[Json]:
+        Those that add to a text come written.
+        """
+
+    def finish(self, reason: str, counts: Json) -> Iterator[Json]:
         """The last events."""
 
+    def fail(self, message: str) -> list[Json]:
+        """The last event of an answer that cannot be had."""
 
-async def _translated(answer: Answer, deltas: AsyncIterator[Delta], writer: _Writer) -> Any:
-    """Events of a stream, in another API's words.
 
-    Raises:
-        EngineStopped, RequestFailed: there is no more of it.
-    """
-    reason, counts = "stop", Json()
-    for item in writer.begin():
-        yield event(item, item["type"])
-    async for chunk in answer.chunks(deltas):
-        counts = chunk.get("usage") or counts
-        for choice in chunk["choices"]:
-            reason = choice["finish_reason"] or reason
-            for item in writer.take(choice["delta"]):
-                yield event(item, item["type"])
-    for item in writer.finish(reason, counts):
-        yield event(item, item["type"])
+class _Translation:
+    """Writes the events of a chat's answer in another API's words."""
+
+    def __init__(self, answer: Answer, writer: _Writer) -> None:
+        self._answer = answer
+        self._writer = writer
+        self._reason = "stop"
+
+    def begin(self) -> bytes:
+        """What tells of the answer itself."""
+        return _typed(self._writer.begin())
+
+    def events_of(self, delta: Delta) -> bytes:
+        """The events of a delta."""
+        data = b""
+        for chunk in self._answer.chunks_of(delta):
+            self._reason = chunk["finish_reason"] or self._reason
+            data += _typed(self._writer.take(chunk["delta"]))
+        return data
+
+    def end(self) -> bytes:
+        """What tells how it has ended."""
+        return _typed(self._writer.finish(self._reason, self._answer.stream_usage()))
+
+    def fail(self, error: EngineStopped | RequestFailed) -> bytes:
+        """What tells that there is no more of it."""
+        return _typed(self._writer.fail(error.message))
+
+
+def _typed(events: Iterable[Json | bytes]) -> bytes:
+    """Events that are named by their types, where they are not written yet."""
+    return b"".join(
+        item if isinstance(item, bytes) else event(item, item["type"]) for item in events
+    )
 
 
 def _fill(writer: _Writer, answer: Answer, completions: Sequence[Completion]) -> None:
     """Write a response that is complete: as one that came at once, so that its order is kept."""
     chunks = answer.at_once(completions[0])
     for chunk in chunks:
-        writer.take(chunk["delta"])
-    writer.finish(chunks[-1]["finish_reason"], answer.usage(completions))
+        list(writer.take(chunk["delta"]))
+    list(writer.finish(chunks[-1]["finish_reason"], answer.usage(completions)))
 
 
 def _refuse_chats_own(asked: Json, *more: str) -> None:
@@ -153,18 +171,9 @@ class ResponsesDialect:
         _fill(writer, answer, completions)
         return writer.response
 
-    async def events(self, answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
+    def writer(self, answer: Answer) -> EventWriter:
         """Typed events, up to the one that has the whole response."""
-        writer = self._writer(answer)
-        try:
-            async for data in _translated(answer, deltas, writer):
-                yield data
-        except (EngineStopped, RequestFailed) as error:
-            for item in writer.fail("server_error", error.message):
-                yield event(item, item["type"])
-
-    def events_of(self, answer: Answer) -> None:
-        """Each event depends on those before it."""
+        return _Translation(answer, self._writer(answer))
 
     def _writer(self, answer: Answer) -> ResponseWriter:
         request = answer.request
@@ -194,16 +203,9 @@ class MessagesDialect:
         _fill(writer, answer, completions)
         return writer.message
 
-    async def events(self, answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
+    def writer(self, answer: Answer) -> EventWriter:
         """Typed events, up to `message_stop` or an error."""
-        try:
-            async for data in _translated(answer, deltas, self._writer(answer)):
-                yield data
-        except (EngineStopped, RequestFailed) as error:
-            yield event(failure(error).anthropic_body, "error")
-
-    def events_of(self, answer: Answer) -> None:
-        """Each event depends on those before it."""
+        return _Translation(answer, self._writer(answer))
 
     def _writer(self, answer: Answer) -> MessageWriter:
         (request,) = answer.request.requests

@@ -25,6 +25,20 @@ _HISTOGRAMS = {
 }
 
 
+def add_counted(registry: CollectorRegistry, engine: Engine, model: str) -> None:
+    """Add what an engine of a model counts by itself."""
+    for name, value in {
+        "num_requests_running": lambda: engine.usage.running,
+        "num_requests_waiting": lambda: engine.usage.waiting,
+        "kv_cache_usage_perc": lambda: (
+            engine.usage.pages / max(engine.plan.pool.limits.num_pages, 1)
+        ),
+    }.items():
+        gauge = Gauge(f"vllm:{name}", "As vLLM's", [_LABEL], registry=registry)
+        gauge.labels(model).set_function(value)
+    registry.register(_Counted(engine, model))
+
+
 class KnownMetrics:
     """Counters, gauges and latencies of one model.
 
@@ -45,16 +59,7 @@ class KnownMetrics:
         self._success = Counter(
             "vllm:request_success", "As vLLM's", [_LABEL, "finished_reason"], registry=registry
         )
-        for name, value in {
-            "num_requests_running": lambda: engine.usage.running,
-            "num_requests_waiting": lambda: engine.usage.waiting,
-            "kv_cache_usage_perc": lambda: (
-                engine.usage.pages / max(engine.plan.pool.limits.num_pages, 1)
-            ),
-        }.items():
-            gauge = Gauge(f"vllm:{name}", "As vLLM's", [_LABEL], registry=registry)
-            gauge.labels(model).set_function(value)
-        registry.register(_Counted(engine, model))
+        add_counted(registry, engine, model)
         self._gaps = _Gaps(model)
         registry.register(self._gaps)
 

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenspeed_plan.runtime.engine import Engine
+from tokenspeed_plan.runtime.pools.handover_counts import GaugeRow, Gauges
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.http.known_metrics import KnownMetrics
 from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter
@@ -15,15 +16,56 @@ from tokenspeed_plan.runtime.serving.http.limiter import AdmissionLimiter
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class Metrics:
+class MetricsPage:
+    """Metrics of one process; what it knows of its connections is added once it listens."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._responses = self._counter(
+            "http_responses", "Responses by endpoint and status", "path", "status"
+        )
+
+    def respond(self, path: str, status: int) -> None:
+        """Count a response."""
+        self._responses.labels(path, str(status)).inc()
+
+    def watch_connections(
+        self, num_open: Callable[[], int], num_refused: Callable[[], int]
+    ) -> None:
+        """Add what the server knows once it listens."""
+        refused = "Connections that found no room, since the start"
+        self.add_gauges(
+            ("connections", "Open connections", num_open),
+            ("connections_refused", refused, num_refused),
+        )
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+    def add_gauges(self, *gauges: GaugeRow) -> None:
+        """Add numbers that are read when they are asked for."""
+        for name, text, value in gauges:
+            Gauge(f"tokenspeed_{name}", text, registry=self.registry).set_function(value)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"tokenspeed_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"tokenspeed_{name}", text, buckets=_SECONDS, registry=self.registry)
+
+
+class Metrics(MetricsPage):
     """Counters and latencies of the server, and gauges of what is in use."""
 
     def __init__(self, engine: Engine, limiter: AdmissionLimiter, model: str) -> None:
-        self._registry = CollectorRegistry()
-        self._known = KnownMetrics(self._registry, engine, model)
-        self._add_gauges(engine, limiter)
-        self._responses = self._counter(
-            "http_responses", "Responses by endpoint and status", "path", "status"
+        super().__init__()
+        self._known = KnownMetrics(self.registry, engine, model)
+        in_flight = "Choices, until their response is sent"
+        self.add_gauges(
+            *engine_gauges(engine),
+            ("requests_in_flight", in_flight, lambda: limiter.num_in_flight),
+            *(engine.loop.elsewhere.gauges() if engine.loop.elsewhere else ()),
         )
         self._finished = self._counter("requests_finished", "Choices answered, by reason", "reason")
         self._cancelled = self._counter(
@@ -72,98 +114,65 @@ class Metrics:
         """Count choices whose client left before the end."""
         self._cancelled.inc(count)
 
-    def respond(self, path: str, status: int) -> None:
-        """Count a response."""
-        self._responses.labels(path, str(status)).inc()
 
-    def watch_connections(
-        self, num_open: Callable[[], int], num_refused: Callable[[], int]
-    ) -> None:
-        """Add what the server knows once it listens."""
-        open_gauge = Gauge("tokenspeed_connections", "Open connections", registry=self._registry)
-        open_gauge.set_function(num_open)
-        refused = Gauge(
-            "tokenspeed_connections_refused",
-            "Connections that found no room, since the start",
-            registry=self._registry,
-        )
-        refused.set_function(num_refused)
-
-    def text(self) -> bytes:
-        """All metrics in Prometheus's text format."""
-        return generate_latest(self._registry)
-
-    def _add_gauges(self, engine: Engine, limiter: AdmissionLimiter) -> None:
-        limits = engine.plan.pool.limits
-        gauges = (
-            ("requests_waiting", "Choices that wait for a slot", lambda: engine.usage.waiting),
-            ("requests_running", "Choices that have a slot", lambda: engine.usage.running),
-            (
-                "requests_in_flight",
-                "Choices, until their response is sent",
-                lambda: limiter.num_in_flight,
-            ),
-            (
-                "state_slots_used",
-                "Slots of recurrent state that requests hold",
-                lambda: engine.usage.state_slots,
-            ),
-            (
-                "state_slots",
-                "Slots of recurrent state, the prefix cache's included",
-                lambda: limits.num_state_slots - 2,
-            ),
-            (
-                "kv_pages_used",
-                "Pages of the KV cache that requests hold",
-                lambda: engine.usage.pages,
-            ),
-            (
-                "tokens_per_decode_pass",
-                "Tokens that a choice gains in a decode step",
-                lambda: engine.metrics.tokens_per_pass,
-            ),
-            (
-                "kv_pages",
-                "Pages of the KV cache, the prefix cache's included",
-                lambda: limits.num_pages,
-            ),
-            (
-                "host_cache_hits",
-                "Choices that began at a checkpoint from the host's memory",
-                lambda: engine.metrics.host_hits,
-            ),
-            (
-                "host_cache_stored_bytes",
-                "Bytes that a rank copied to the host's memory",
-                lambda: engine.metrics.host_stored_bytes,
-            ),
-            (
-                "host_cache_loaded_bytes",
-                "Bytes that a rank copied back",
-                lambda: engine.metrics.host_loaded_bytes,
-            ),
-            (
-                "host_cache_evicted_checkpoints",
-                "Checkpoints that the host's memory had no room for any more",
-                lambda: engine.metrics.host_evicted_checkpoints,
-            ),
-        )
-        more = engine.loop.elsewhere.gauges() if engine.loop.elsewhere else []
-        for name, text, value in (*gauges, *more):
-            Gauge(f"tokenspeed_{name}", text, registry=self._registry).set_function(value)
-
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"tokenspeed_{name}", text, labels, registry=self._registry)
-
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"tokenspeed_{name}", text, buckets=_SECONDS, registry=self._registry)
+def engine_gauges(engine: Engine) -> Gauges:
+    """What an engine has and uses."""
+    limits = engine.plan.pool.limits
+    return [
+        ("requests_waiting", "Choices that wait for a slot", lambda: engine.usage.waiting),
+        ("requests_running", "Choices that have a slot", lambda: engine.usage.running),
+        (
+            "state_slots_used",
+            "Slots of recurrent state that requests hold",
+            lambda: engine.usage.state_slots,
+        ),
+        (
+            "state_slots",
+            "Slots of recurrent state, the prefix cache's included",
+            lambda: limits.num_state_slots - 2,
+        ),
+        (
+            "kv_pages_used",
+            "Pages of the KV cache that requests hold",
+            lambda: engine.usage.pages,
+        ),
+        (
+            "tokens_per_decode_pass",
+            "Tokens that a choice gains in a decode step",
+            lambda: engine.metrics.tokens_per_pass,
+        ),
+        (
+            "kv_pages",
+            "Pages of the KV cache, the prefix cache's included",
+            lambda: limits.num_pages,
+        ),
+        (
+            "host_cache_hits",
+            "Choices that began at a checkpoint from the host's memory",
+            lambda: engine.metrics.host_hits,
+        ),
+        (
+            "host_cache_stored_bytes",
+            "Bytes that a rank copied to the host's memory",
+            lambda: engine.metrics.host_stored_bytes,
+        ),
+        (
+            "host_cache_loaded_bytes",
+            "Bytes that a rank copied back",
+            lambda: engine.metrics.host_loaded_bytes,
+        ),
+        (
+            "host_cache_evicted_checkpoints",
+            "Checkpoints that the host's memory had no room for any more",
+            lambda: engine.metrics.host_evicted_checkpoints,
+        ),
+    ]
 
 
 class CountResponses:
     """Counts responses by route; unknown paths are `other`, so that clients add no labels."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: MetricsPage) -> None:
         self._app = app
         self._metrics = metrics
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tokenspeed_plan.plans.errors import EngineStopped, RequestFailed
 from tokenspeed_plan.runtime.request import Completion
 from tokenspeed_plan.runtime.serving.chat.answer_parser import AnswerParser
 from tokenspeed_plan.runtime.serving.chat.answer_parts import Part, ToolCall
+from tokenspeed_plan.runtime.serving.events import TEXT, Frame, event
 from tokenspeed_plan.runtime.serving.http.api_errors import ApiError, try_later
 from tokenspeed_plan.runtime.serving.http.parsing import ParsedRequest
 from tokenspeed_plan.runtime.serving.openai.answers import (
@@ -29,8 +29,6 @@ from tokenspeed_plan.runtime.streaming import Delta
 
 Json = dict[str, Any]
 _DONE = b"data: [DONE]\n\n"
-_ENCODE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # made once
-_NO_TEXT = "\0"  # stands for a text in an event that is written before its texts are known
 
 
 class _Choice:
@@ -45,7 +43,7 @@ class _Choice:
             self._parser = AnswerParser(answer.rules)
         self._num_calls = 0
         self._has_begun = False
-        self._frames: dict[str, tuple[bytes, bytes]] = {}
+        self._frames: dict[str, Frame] = {}
 
     def events(self, delta: Delta) -> bytes:
         """The events of what it has gained, where that is nothing but text."""
@@ -56,15 +54,9 @@ class _Choice:
         (name, text), *more = message.items()
         if more or not isinstance(text, str):
             return event(self._answer.body([self._chunk(message)], None))
-        before, after = self._frames.get(name) or self._frame(name)
-        return before + _ENCODE(text).encode() + after
-
-    def _frame(self, name: str) -> tuple[bytes, bytes]:
-        """What stands before and after a text in its events, which is the last one in them."""
-        whole = event(self._answer.body([self._chunk({name: _NO_TEXT})], None))
-        before, _, after = whole.rpartition(_ENCODE(_NO_TEXT).encode())
-        self._frames[name] = before, after
-        return before, after
+        if name not in self._frames:
+            self._frames[name] = Frame(self._answer.body([self._chunk({name: TEXT})], None))
+        return self._frames[name].written(text)
 
     def is_plain(self, delta: Delta) -> bool:
         """Whether events of a delta say nothing but what each part adds."""
@@ -182,52 +174,42 @@ class Answer:
         )
         return _Choice(self, index).chunks(delta)
 
-    async def chunks(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[Json]:
-        """The bodies of a stream's events; the last has the counts of tokens, where asked for.
-
-        Raises:
-            EngineStopped, RequestFailed: there is no more of it.
-        """
-        async for delta in deltas:
-            for body in self._bodies(delta):
-                yield body
-        for body in self._counts():
-            yield body
-
-    async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
-        """Events of a streamed response, up to `[DONE]` or an error; those of a delta together."""
-        try:
-            async for delta in deltas:
-                data = self.events_of(delta)
-                if data:
-                    yield data
-        except (EngineStopped, RequestFailed) as error:
-            yield event(failure(error).body)
-            return
-        yield b"".join(map(event, self._counts())) + _DONE
+    def begin(self) -> bytes:
+        """Nothing comes before the events of the first delta."""
+        return b""
 
     def events_of(self, delta: Delta) -> bytes:
         """The events of a delta."""
         choice = self._choices[self._choice_index[delta.request_id]]
         if choice.is_plain(delta) and not self.request.counts_on:
             return choice.events(delta)
-        return b"".join(map(event, self._bodies(delta)))
+        return b"".join(map(event, self.bodies_of(delta)))
 
-    def _bodies(self, delta: Delta) -> list[Json]:
+    def end(self) -> bytes:
+        """The event that has the counts of tokens alone, where it is asked for, and `[DONE]`."""
+        if not self.request.include_usage:
+            return _DONE
+        return event(self.body([], self.stream_usage())) + _DONE
+
+    def fail(self, error: EngineStopped | RequestFailed) -> bytes:
+        """The event of an answer of which there is no more."""
+        return event(failure(error).body)
+
+    def bodies_of(self, delta: Delta) -> list[Json]:
         """The bodies of a delta's events."""
+        return [self.body([chunk], self._counts_so_far()) for chunk in self.chunks_of(delta)]
+
+    def chunks_of(self, delta: Delta) -> list[Json]:
+        """What a choice gains with a delta, as one chunk for each part."""
         if delta.completion:
             self._completions.append(delta.completion)
         self._num_generated += len(delta.token_ids)
-        chunks = self._choices[self._choice_index[delta.request_id]].chunks(delta)
-        return [self.body([chunk], self._counts_so_far()) for chunk in chunks]
+        return self._choices[self._choice_index[delta.request_id]].chunks(delta)
 
-    def _counts(self) -> list[Json]:
-        """The body that has the counts of tokens alone, where it is asked for."""
-        if not self.request.include_usage:
-            return []
+    def stream_usage(self) -> Json:
+        """Token counts of a stream that has ended."""
         order = self._choice_index
-        completions = sorted(self._completions, key=lambda done: order[done.request_id])
-        return [self.body([], self.usage(completions))]
+        return self.usage(sorted(self._completions, key=lambda done: order[done.request_id]))
 
     def body(self, choices: list[Json], counts: Json | None) -> Json:
         """The body of an event."""
@@ -257,12 +239,3 @@ def failure(error: EngineStopped | RequestFailed) -> ApiError:
     if isinstance(error, EngineStopped):
         return try_later(503, error.message, "engine_stopped")
     return ApiError(500, error.message, "request_failed")
-
-
-def event(body: Json, name: str | None = None) -> bytes:
-    """A server-sent event, with its name where it has one."""
-    data = _ENCODE(body).encode()
-    head = b""
-    if name is not None:
-        head = f"event: {name}\n".encode()
-    return head + b"data: " + data + b"\n\n"

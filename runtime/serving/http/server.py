@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.runtime.engine import Engine
@@ -113,15 +114,7 @@ def serve(
     """
     with ThreadPoolExecutor(_WORKERS, "worker") as workers, ThreadPoolExecutor(1, "slow") as slow:
         service = _service(engine, options, workers, slow)
-        config = uvicorn.Config(
-            make_app(service),
-            http=Connection,
-            log_level="error",  # it warns of each request that is no HTTP
-            lifespan="on",
-            ws="none",
-            server_header=False,
-            timeout_graceful_shutdown=_FLUSH_S,
-        )
+        config = http_config(make_app(service))
         # asyncio warns of every client that leaves in the middle of a stream.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
         server = DrainingServer(config, _EngineWork(service), options, listener, ready)
@@ -131,6 +124,19 @@ def serve(
         server.last_resort.cancel()
     if service.engine.error:
         raise service.engine.error
+
+
+def http_config(app: ASGIApp) -> uvicorn.Config:
+    """How a `DrainingServer` serves an app."""
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        log_level="error",  # it warns of each request that is no HTTP
+        lifespan="on",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=_FLUSH_S,
+    )
 
 
 def _service(

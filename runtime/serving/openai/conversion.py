@@ -205,10 +205,9 @@ def split_prompts(body: CompletionBody | ChatBody) -> list[CompletionBody | Chat
     """A body for each prompt of a body."""
     if isinstance(body, ChatBody) or not isinstance(body.prompt, list):
         return [body]
-    prompts = [prompt for prompt in body.prompt if isinstance(prompt, (str, list))]
-    if not prompts:  # one prompt of token ids
+    if not body.prompt or isinstance(body.prompt[0], int):  # one prompt of token ids
         return [body]
-    return [body.model_copy(update={"prompt": prompt}) for prompt in prompts]
+    return [body.model_copy(update={"prompt": prompt}) for prompt in body.prompt]
 
 
 def check_model(asked: str | None, limits: RequestLimits) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from tokenspeed_plan.runtime.serving.events import NUMBER, TEXT, Frame
 from tokenspeed_plan.runtime.serving.openai.responses_api import (
     custom_input,
     custom_names,
@@ -48,6 +49,8 @@ class ResponseWriter:
         self._namespaced = namespaced(asked)
         self._output: list[Json] = []
         self._item: Json | None = None  # the last one, while it grows
+        self._pieces: list[str] = []  # of its text, its input or its arguments
+        self._growth: Frame | None = None  # the event that adds to it
         self._num_events = 0
         self._response: Json = {
             "id": f"resp_{key}",
@@ -76,20 +79,21 @@ class ResponseWriter:
             self._event("response.in_progress", response=self.response),
         ]
 
-    def take(self, delta: Json) -> list[Json]:
-        """Events of what a message has gained."""
-        events: list[Json] = []
-        if delta.get("reasoning_content"):
-            events += self._text("reasoning", delta["reasoning_content"])
-        if delta.get("content"):
-            events += self._text("message", delta["content"])
-        for entry in delta.get("tool_calls") or []:
-            events += self._call(entry)
-        return events
+    def take(self, delta: Json) -> Iterator[Json | bytes]:
+        """Events of what a message has gained; what one shows may grow once the next is made.
 
-    def finish(self, reason: str, counts: Json) -> list[Json]:
+        Those that add to a text come written.
+        """
+        if delta.get("reasoning_content"):
+            yield from self._text("reasoning", delta["reasoning_content"])
+        if delta.get("content"):
+            yield from self._text("message", delta["content"])
+        for entry in delta.get("tool_calls") or []:
+            yield from self._call(entry)
+
+    def finish(self, reason: str, counts: Json) -> Iterator[Json]:
         """The last events. Numbers of tokens come as chats count them."""
-        events = self._close()
+        yield from self._close()
         self._response["status"] = "completed"
         if reason == "length":
             self._response["status"] = "incomplete"
@@ -104,23 +108,54 @@ class ResponseWriter:
             "total_tokens": counts["total_tokens"],
         }
         name = f"response.{self._response['status']}"
-        return [*events, self._event(name, response=self.response)]
+        yield self._event(name, response=self.response)
 
-    def fail(self, code: str, message: str) -> list[Json]:
+    def fail(self, message: str) -> list[Json]:
         """The last event of a response that cannot be had."""
-        self._response |= {"status": "failed", "error": {"code": code, "message": message}}
+        self._settle()
+        error = {"code": "server_error", "message": message}
+        self._response |= {"status": "failed", "error": error}
         return [self._event("response.failed", response=self.response)]
 
     def _event(self, kind: str, **fields: Any) -> Json:
-        number = self._num_events
+        return {"type": kind, "sequence_number": self._next_number()} | fields
+
+    def _next_number(self) -> int:
         self._num_events += 1
-        return {"type": kind, "sequence_number": number} | fields
+        return self._num_events - 1
 
     def _on_item(self, kind: str, **fields: Any) -> Json:
         """An event about the item that grows."""
+        return self._event(f"response.{kind}", **self._place, **fields)
+
+    @property
+    def _place(self) -> Json:
         assert self._item is not None
-        place = {"item_id": self._item["id"], "output_index": len(self._output) - 1}
-        return self._event(f"response.{kind}", **place, **fields)
+        return {"item_id": self._item["id"], "output_index": len(self._output) - 1}
+
+    def _begin_to_grow(self, kind: str, **fields: Any) -> None:
+        """Write ahead the event that adds to the item."""
+        name = f"response.{kind}.delta"
+        numbered = {"type": name, "sequence_number": NUMBER}
+        self._growth = Frame(numbered | self._place | {"delta": TEXT} | fields, name)
+
+    def _grow(self, text: str) -> bytes:
+        """Add to the item."""
+        self._pieces.append(text)
+        assert self._growth is not None
+        return self._growth.numbered(self._next_number(), text)
+
+    def _settle(self) -> None:
+        """Put what has come into the item that grows."""
+        item, text = self._item, "".join(self._pieces)
+        if item is None:
+            return
+        if item["type"] in _TEXT_KINDS:
+            item["content"][0]["text"] = text
+        elif item["type"] == "custom_tool_call":
+            item["input"] = text
+        else:
+            item["arguments"] = text
 
     def _on_text(self, kind: str, **fields: Any) -> Json:
         """An event about the text of the item that grows."""
@@ -129,26 +164,26 @@ class ResponseWriter:
             found["logprobs"] = []
         return found
 
-    def _open(self, prefix: str, item: Json) -> list[Json]:
-        events = self._close()
+    def _open(self, prefix: str, item: Json) -> Iterator[Json]:
+        yield from self._close()
+        self._pieces = []
         self._item = {"id": f"{prefix}_{self._key}_{len(self._output)}"} | item
         self._output.append(self._item)
         shown = self._item | {"status": "in_progress"}
         index = len(self._output) - 1
-        event = self._event("response.output_item.added", output_index=index, item=shown)
-        return [*events, event]
+        yield self._event("response.output_item.added", output_index=index, item=shown)
 
-    def _close(self) -> list[Json]:
+    def _close(self) -> Iterator[Json]:
         """Events of the end of the item that grows."""
         item = self._item
         if item is None:
-            return []
+            return
+        self._settle()
         item["status"] = "completed"
-        events = list(self._ends(item))
+        yield from self._ends(item)
         index = len(self._output) - 1
-        events.append(self._event("response.output_item.done", output_index=index, item=item))
+        yield self._event("response.output_item.done", output_index=index, item=item)
         self._item = None
-        return events
 
     def _ends(self, item: Json) -> Iterator[Json]:
         """What ends in an item before it does."""
@@ -163,14 +198,12 @@ class ResponseWriter:
             named = {"name": item["name"], "arguments": item["arguments"]}
             yield self._on_item("function_call_arguments.done", **named)
 
-    def _text(self, kind: str, text: str) -> Iterator[Json]:
+    def _text(self, kind: str, text: str) -> Iterator[Json | bytes]:
         """Add to a text, or begin one."""
         part_kind = _TEXT_KINDS[kind]
         if self._item is None or self._item["type"] != kind:
             yield from self._open_text(kind, part_kind)
-        assert self._item is not None
-        self._item["content"][0]["text"] += text
-        yield self._on_text(f"{part_kind}.delta", delta=text)
+        yield self._grow(text)
 
     def _open_text(self, kind: str, part_kind: str) -> Iterator[Json]:
         part: Json = {"type": part_kind, "text": ""}
@@ -182,10 +215,12 @@ class ResponseWriter:
         assert self._item is not None
         self._item["content"].append(part)
         yield self._on_item("content_part.added", content_index=0, part=dict(part))
+        more: Json = {"logprobs": []} if kind == "message" else {}
+        self._begin_to_grow(part_kind, content_index=0, **more)
 
-    def _call(self, entry: Json) -> Iterator[Json]:
+    def _call(self, entry: Json) -> Iterator[Json | bytes]:
         """Begin a call, or add to its arguments."""
-        function, field = entry["function"], "arguments"
+        function = entry["function"]
         if "id" in entry:
             item = {"type": "function_call", "call_id": entry["id"], "name": function["name"]}
             if function["name"] in self._namespaced:
@@ -195,9 +230,9 @@ class ResponseWriter:
                 yield from self._open("ctc", item | {"input": ""})
             else:
                 yield from self._open("fc", item | {"arguments": ""})
+                self._begin_to_grow("function_call_arguments")
         assert self._item is not None
         if self._item["type"] == "custom_tool_call":
-            self._item["input"] += function["arguments"]
+            self._pieces.append(function["arguments"])
         elif function["arguments"]:
-            self._item[field] += function["arguments"]
-            yield self._on_item("function_call_arguments.delta", delta=function["arguments"])
+            yield self._grow(function["arguments"])

@@ -52,8 +52,6 @@ def chat_of_response(asked: Json) -> Json:
     if "max_output_tokens" in chat:
         chat["max_completion_tokens"] = chat.pop("max_output_tokens")
     chat |= _reasoning(chat.pop("reasoning", None)) | _text(chat.pop("text", None))
-    if chat.get("stream"):
-        chat["stream_options"] = {"include_usage": True}
     return chat
 
 

@@ -11,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import httpx
-import uvicorn
 
 from tokenspeed_plan.runtime.serving.http.body import BodyMemory
-from tokenspeed_plan.runtime.serving.http.connections import Connection
-from tokenspeed_plan.runtime.serving.http.server import DrainingServer, ServerOptions
+from tokenspeed_plan.runtime.serving.http.server import (
+    DrainingServer,
+    ServerOptions,
+    http_config,
+)
 from tokenspeed_plan.runtime.serving.openai.conversion import RequestLimits
 from tokenspeed_plan.runtime.serving.router.affinity import Affinity
 from tokenspeed_plan.runtime.serving.router.fleet import Fleet, Launch
@@ -23,7 +25,6 @@ from tokenspeed_plan.runtime.serving.router.fleet_metrics import FleetMetrics
 from tokenspeed_plan.runtime.serving.router.router_app import Router, make_router_app
 from tokenspeed_plan.runtime.tokenizer import Tokenizer
 
-_FLUSH_S = 2  # time for finished answers to leave the sockets
 _WORKERS = 2  # threads that tokenise prompts
 _CONNECT_S = 5.0
 
@@ -75,15 +76,7 @@ def serve_replicas(
             tasks.append(asyncio.get_running_loop().create_task(work))
 
         tasks: list[asyncio.Task[None]] = []
-        config = uvicorn.Config(
-            make_router_app(router, begin),
-            http=Connection,
-            log_level="error",
-            lifespan="on",
-            ws="none",
-            server_header=False,
-            timeout_graceful_shutdown=_FLUSH_S,
-        )
+        config = http_config(make_router_app(router, begin))
         server = DrainingServer(config, router, options.server, listener, lambda: None)
         server.run([])
         server.last_resort.cancel()
