@@ -7,12 +7,12 @@ copies when their barrier is told. Programs run one after the other.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
 from itertools import accumulate
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -229,6 +229,12 @@ def warp_specialize(
         raise failures[0]
 
 
+def pointer_or_scalar(x: Value) -> Pointer | int:
+    if isinstance(x, Tensor):
+        return Pointer(x.view(-1))
+    return x
+
+
 class Function:
     """What `gluon.jit` makes."""
 
@@ -243,9 +249,10 @@ class Function:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
-            values = [Pointer(x.view(-1)) if isinstance(x, Tensor) else x for x in args]
-            PLACE.programs = reduce(int.__mul__, grid)
-            for PLACE.program in range(PLACE.programs):
+            values = [pointer_or_scalar(x) for x in args]
+            PLACE.programs = math.prod(grid)
+            for program in range(PLACE.programs):
+                PLACE.program = program
                 self.function(*values)
 
         return launch
@@ -288,9 +295,7 @@ HOPPER = {
         async_copy_global_to_shared=copy, mbarrier_arrive=arrive_behind_copies
     ),
     "fence_async_shared": lambda: None,
-    "mbarrier": SimpleNamespace(
-        init=init, wait=wait, arrive=arrive, MBarrierLayout=BarrierLayout
-    ),
+    "mbarrier": SimpleNamespace(init=init, wait=wait, arrive=arrive, MBarrierLayout=BarrierLayout),
     "warpgroup_mma": multiply,
     "warpgroup_mma_wait": wait_for_products,
 }
