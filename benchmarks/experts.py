@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import experts_flat  # noqa: E402
+import experts_pf  # noqa: E402
 import experts_ws  # noqa: E402
 import triton  # noqa: E402
 
@@ -42,6 +43,9 @@ def ws(copy_engine=False, dynamic=True, skew=True, stages=4, r=208, p=88):
             "COPY_ENGINE": copy_engine,
             "DYNAMIC": dynamic,
             "SKEW": skew,
+            "AHEAD": 0,
+            "DIAG": 0,
+            "CACHE": "",
             "R": r,
             "P": p,
         },
@@ -55,16 +59,19 @@ def flat(m, width, k, warps, stages, flatten):
     return {"fn": experts_flat.flat, "meta": meta, "warps": warps, "stages": stages}
 
 
+def pf(ahead, whole):
+    meta = {"BLOCK_M": 128, "BLOCK_W": 256, "BLOCK_K": 64, "AHEAD": ahead, "WHOLE": whole, "DELTA": 0}
+    return {"fn": experts_pf.ahead, "meta": meta, "warps": 8, "stages": 4}
+
+
 CANDIDATES = {
+    "pf": pf(0, 0),
     "flat": flat(128, 256, 64, 8, 4, True),
     "loop": flat(128, 256, 64, 8, 4, False),
     "ws": ws(),
     "ws-static": ws(dynamic=False),
     "ws-level": ws(skew=False),
     "ws3": ws(stages=3),
-    "ce": ws(copy_engine=True),
-    "ce-static": ws(copy_engine=True, dynamic=False),
-    "ce-level": ws(copy_engine=True, skew=False),
 }
 
 
@@ -75,7 +82,9 @@ def candidate_of(name):
     made["meta"] = dict(made["meta"])
     for change in changes:
         key, value = change.split("=")
-        made["meta"][key.upper()] = int(value)
+        if key != "cache":
+            value = int(value)
+        made["meta"][key.upper()] = value
     return made
 
 
@@ -208,8 +217,12 @@ def launcher(case, kind, name):
         w = TensorDescriptor.from_tensor(w.view(-1, w.shape[-1]), [128, 64], NVMMASharedLayout(128, 16))
     fn = candidate["fn"]
     args = (x, case.order, case.bounds, w, y, case.counter, case.tokens)
+    grid = (SMS,)
+    if fn is experts_pf.ahead:
+        width = 128 if kind == "up" else 256
+        grid = (SHAPES[kind][0] // width, E + -(-case.tokens * TOP_K // 128))
     options = meta | {"num_warps": candidate["warps"], "num_stages": candidate["stages"]}
-    return lambda **more: fn.run(*args, grid=(SMS,), **options, **{"warmup": False, **more})
+    return lambda **more: fn.run(*args, grid=grid, **options, **{"warmup": False, **more})
 
 
 def time_us(torch, run):

@@ -61,6 +61,19 @@ def _receive(n, info, info_full, info_empty):
 
 
 @gluon.jit
+def _prefetch(lines):
+    """Bring lines of 128 bytes into the L2 cache."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [lines.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _load(
     x0,
     x1,
@@ -68,6 +81,7 @@ def _load(
     ok1,
     w,
     w_line,
+    lines,
     a,
     b,
     full,
@@ -75,6 +89,8 @@ def _load(
     it,
     first,
     last,
+    steps,
+    AHEAD: gl.constexpr,
     STAGES: gl.constexpr,
     COPY_ENGINE: gl.constexpr,
     GAP: gl.constexpr,
@@ -85,6 +101,9 @@ def _load(
         s = it % STAGES
         mbarrier.wait(empty.index(s), ((it // STAGES) & 1) ^ 1)
         k = step * 64
+        if AHEAD > 0:
+            if step + AHEAD < steps:
+                _prefetch(lines + (k + AHEAD * 64))
         if COPY_ENGINE:
             SMEM: gl.constexpr = gl.NVMMASharedLayout(128, 16)
             halves = b._reinterpret(gl.bfloat16, [2 * STAGES, 128, 64], SMEM)
@@ -96,16 +115,23 @@ def _load(
         else:
             SMEM64: gl.constexpr = gl.NVMMASharedLayout(128, 16)
             pieces = b._reinterpret(gl.bfloat16, [4 * STAGES, 64, 64], SMEM64)
-            lines = w_line + k
+            block = w_line + k
             for j in gl.static_range(4):
                 async_copy.async_copy_global_to_shared(
-                    pieces.index(4 * s + j), lines + (j // 2 * GAP + j % 2 * 64) * K
+                    pieces.index(4 * s + j), block + (j // 2 * GAP + j % 2 * 64) * K
                 )
         async_copy.async_copy_global_to_shared(a.index(2 * s), x0 + k, mask=ok0)
         async_copy.async_copy_global_to_shared(a.index(2 * s + 1), x1 + k, mask=ok1)
         async_copy.mbarrier_arrive(full.index(s), increment_count=False)
         it += 1
     return it
+
+
+@gluon.jit
+def _taken(expert, DIAG: gl.constexpr):
+    if DIAG & 1:  # weights of four experts, which stay in the L2 cache
+        expert = expert % 4
+    return expert
 
 
 @gluon.jit
@@ -131,6 +157,8 @@ def _produce(
     STAGES: gl.constexpr,
     COPY_ENGINE: gl.constexpr,
     DYNAMIC: gl.constexpr,
+    AHEAD: gl.constexpr,
+    DIAG: gl.constexpr,
 ):
     BLOCK_M: gl.constexpr = 128
     BLOCK_E: gl.constexpr = 512
@@ -153,6 +181,9 @@ def _produce(
 
     k = gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))
     m = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
+    LINE: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    n2 = gl.arange(0, 256, layout=LINE)
+    offsets = gl.where(n2 < 128, n2, GAP - 128 + n2) * K
     it = gl.to_tensor(0)
     n = gl.to_tensor(0)
     tile = gl.program_id(0)
@@ -168,20 +199,20 @@ def _produce(
         else:
             row0 = pair0
             row1 = pair1
+        if DIAG & 2:  # the same rows again and again
+            row0 = m
+            row1 = m
         x0 = x + row0.to(gl.int64)[:, None] * K + k[None, :]
         x1 = x + row1.to(gl.int64)[:, None] * K + k[None, :]
         ok0 = (begin + m < end)[:, None]
         ok1 = (begin + 64 + m < end)[:, None]
-        if COPY_ENGINE:
-            w_line = expert * LINES + column * WIDTH
-        else:
-            weight = w + (expert.to(gl.int64) * LINES + column * WIDTH) * K
-            w_line = weight + m[:, None] * K + k[None, :]
-        half = steps // 2
+        weight = w + (_taken(expert, DIAG).to(gl.int64) * LINES + column * WIDTH) * K
+        w_line = weight + m[:, None] * K + k[None, :]
+        quarter = steps // 4
+        lines = weight + offsets
         it = _load(
-            x0, x1, ok0, ok1, w, w_line, a, b, full, empty, it, 0, half, STAGES, COPY_ENGINE, GAP, K
+            x0, x1, ok0, ok1, w, w_line, lines, a, b, full, empty, it, 0, quarter, steps, AHEAD, STAGES, COPY_ENGINE, GAP, K
         )
-        # In the middle of a tile: which is the next one, and which are its rows.
         if DYNAMIC:
             asked = gl.atomic_add(counter, 1)
             if asked == total - 1:  # nobody asks after this: as many ask as there are tiles
@@ -189,13 +220,21 @@ def _produce(
             tile = asked + gl.num_programs(0)
         else:
             tile += gl.num_programs(0)
+        it = _load(
+            x0, x1, ok0, ok1, w, w_line, lines, a, b, full, empty, it, quarter, 2 * quarter, steps, AHEAD, STAGES, COPY_ENGINE, GAP, K
+        )
         next_expert, next_begin, next_end, next_column = _find(
             tile, last, origin, ends, e, COLUMNS, BLOCK_M
         )
         pair0 = gl.load(order + next_begin + m, mask=next_begin + m < next_end, other=0)
         pair1 = gl.load(order + next_begin + 64 + m, mask=next_begin + 64 + m < next_end, other=0)
+        if AHEAD > 0:
+            if (next_begin < next_end) & (next_expert < EXPERTS):
+                start = w + (_taken(next_expert, DIAG).to(gl.int64) * LINES + next_column * WIDTH) * K
+                for j in range(AHEAD):
+                    _prefetch(start + offsets + j * 64)
         it = _load(
-            x0, x1, ok0, ok1, w, w_line, a, b, full, empty, it, half, steps, STAGES, COPY_ENGINE, GAP, K
+            x0, x1, ok0, ok1, w, w_line, lines, a, b, full, empty, it, 2 * quarter, steps, steps, AHEAD, STAGES, COPY_ENGINE, GAP, K
         )
         expert, begin, end, column = next_expert, next_begin, next_end, next_column
         n += 1
@@ -218,6 +257,8 @@ def _consume(
     N: gl.constexpr,
     STAGES: gl.constexpr,
     SKEW: gl.constexpr,
+    DIAG: gl.constexpr,
+    CACHE: gl.constexpr,
 ):
     """Rows 64 HALF to 64 HALF + 63 of each tile."""
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
@@ -250,12 +291,14 @@ def _consume(
             left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, 128]), (0, 2, 1)))
             target = y + pair.to(gl.int64)[:, None] * N + column * WIDTH + c[None, :]
             ok = (r < end)[:, None]
+            if DIAG & 4:  # what is stored is next to nothing
+                ok = (r == 0)[:, None]
             if UP:
                 out = left / (1.0 + gl.exp(-left)) * right
-                gl.store(target, gl.convert_layout(out.to(gl.bfloat16), OUT), mask=ok)
+                gl.store(target, gl.convert_layout(out.to(gl.bfloat16), OUT), mask=ok, cache_modifier=CACHE)
             else:
-                gl.store(target, gl.convert_layout(left.to(gl.bfloat16), OUT), mask=ok)
-                gl.store(target + 128, gl.convert_layout(right.to(gl.bfloat16), OUT), mask=ok)
+                gl.store(target, gl.convert_layout(left.to(gl.bfloat16), OUT), mask=ok, cache_modifier=CACHE)
+                gl.store(target + 128, gl.convert_layout(right.to(gl.bfloat16), OUT), mask=ok, cache_modifier=CACHE)
         else:
             for step in range(steps):
                 s = it % STAGES
@@ -284,6 +327,9 @@ def grouped(
     COPY_ENGINE: gl.constexpr,
     DYNAMIC: gl.constexpr,
     SKEW: gl.constexpr,
+    AHEAD: gl.constexpr,
+    DIAG: gl.constexpr,
+    CACHE: gl.constexpr,
     R: gl.constexpr,
     P: gl.constexpr,
 ):
@@ -306,11 +352,11 @@ def grouped(
         [
             (
                 _consume,
-                (order, y, a, b, full, empty, info, info_full, info_empty, 0, UP, N, STAGES, SKEW),
+                (order, y, a, b, full, empty, info, info_full, info_empty, 0, UP, N, STAGES, SKEW, DIAG, CACHE),
             ),
             (
                 _consume,
-                (order, y, a, b, full, empty, info, info_full, info_empty, 1, UP, N, STAGES, SKEW),
+                (order, y, a, b, full, empty, info, info_full, info_empty, 1, UP, N, STAGES, SKEW, DIAG, CACHE),
             ),
             (
                 _produce,
@@ -336,6 +382,8 @@ def grouped(
                     STAGES,
                     COPY_ENGINE,
                     DYNAMIC,
+                    AHEAD,
+                    DIAG,
                 ),
             ),
         ],
