@@ -193,7 +193,7 @@ def cubin_launcher(case, kind, x, y):
     print(name, compiled.error, compiled.registers, compiled.spill_bytes, flush=True)
     run = CudaKernels({name: binary}, {name: compiled.cubin}).launcher(built.kernel, 0, case.tokens, 1)
     top = (case.tokens, TOP_K)
-    tensors = (x, case.order.view(top), case.bounds, case.w[kind], y, case.counter)
+    tensors = (x, case.order.view(top), case.bounds, case.w[kind], y, case.counter)[: len(built.kernel.tensors)]
     return lambda warmup=False: None if warmup else run({}, *tensors)
 
 

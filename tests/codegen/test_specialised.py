@@ -57,7 +57,8 @@ def differences(built: Built, case: Case) -> Iterator[tuple[str, float]]:
 def test_specialised_products_equal_their_references(name: str, kind: str) -> None:
     case = CASES[name]
     checked = dict(differences(specialised(case, kind), case))
-    assert checked.keys() >= {"y", "counters"}
+    assert "y" in checked
+    assert ("counters" in checked) == (kind == "grouped_up")
     for param, error in checked.items():
         assert error <= allowed(case, param), param
 
@@ -69,7 +70,7 @@ def test_specialised_products_equal_their_references(name: str, kind: str) -> No
         ("grouped_up", "slot * 128", "slot * 64"),
         ("grouped_up", "j // 2 * GAP", "j // 2 * 128"),
         ("grouped_up", "left / (1.0", "right / (1.0"),
-        ("grouped_down", "asked == total - 1", "asked == total"),
+        ("grouped_up", "asked == total - 1", "asked == total"),
         ("grouped_down", "order + next_begin + 64 + m", "order + next_begin + m"),
         ("grouped_down", "y_ptrs + 128", "y_ptrs"),
     ],
