@@ -35,7 +35,7 @@ def specialised_tiling(
     halves: dict[str, Constant] = {"GAP": LINES // 2, "LINES": columns}
     if is_up:
         halves = {"GAP": columns, "LINES": 2 * columns}
-    # Few long tiles are asked for, so that all programs end together; many short ones are dealt out.
+    # Few long tiles are asked for, so that all programs end together; short ones are dealt out.
     scratch: dict[str, TensorSpec] = {}
     if is_up:
         scratch = {"counters": TensorSpec.of(shape=(1,), dtype="i32")}
