@@ -242,7 +242,34 @@ def time_us(torch, run):
         end.record()
         end.synchronize()
         taken.append(start.elapsed_time(end) / 8 * 1e3)
-    return statistics.median(taken)
+    found = statistics.median(taken)
+    if CLOCK:
+        sustained(torch, graph, found)
+    return found
+
+
+CLOCK = []
+
+
+def sustained(torch, graph, us):
+    """Microseconds of a call in 0.3 s of calls, with the clock and the power after 0.2 s."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+    count = int(0.3e6 / (4 * us))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        graph.replay()
+    end.record()
+    time.sleep(0.2)
+    clock = pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM)
+    watts = pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3
+    reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu)
+    end.synchronize()
+    long_us = start.elapsed_time(end) / count / 4 * 1e3
+    print(f"    sustained {long_us:.1f} us, {clock} MHz, {watts:.0f} W, reasons {reasons:#x}", flush=True)
 
 
 def apart(y, wanted):
@@ -344,10 +371,13 @@ def main():
     parser.add_argument("--kinds", default="down,up")
     parser.add_argument("--tokens", default="8192,2048")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--clock", action="store_true")
     parser.add_argument("--lock", default="/tmp/experts.lock", help="who holds it has the GPU")
     parser.add_argument("--alarm", type=int, default=20, help="seconds after which it is given back")
     options = parser.parse_args()
     names, kinds = options.only.split(","), options.kinds.split(",")
+    if options.clock:
+        CLOCK.append(True)
     if options.compile:
         for name in names:
             for kind in kinds:
