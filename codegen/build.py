@@ -28,7 +28,7 @@ from typing import Any
 
 from tokenspeed_plan.plans.canon import canonical, sha256
 from tokenspeed_plan.plans.errors import SpecError
-from tokenspeed_plan.plans.kernel_file import load_function
+from tokenspeed_plan.plans.kernel_file import first_warps, load_function
 from tokenspeed_plan.plans.schema import KernelSpec
 from tokenspeed_plan.plans.types import WARP_SIZE, DType
 
@@ -250,31 +250,26 @@ def compile_kernel(job: Job) -> Compiled:
     """Compile one kernel in this process."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     _name_alike()
     kernel, launch = job.kernel, job.kernel.launch
     assert launch is not None
-    aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(kernel.tensors))}
-    source = ASTSource(
-        fn=load_function(kernel, job.source),
-        signature=signature(kernel),
-        constexprs={},
-        attrs=aligned,
-    )
+    function = load_function(kernel, job.source)
     options = {
-        "num_warps": launch.num_warps,
+        "num_warps": first_warps(function, launch),
         "num_stages": launch.num_stages,
         "enable_fp_fusion": True,
     }
     try:
         compiled = triton.compile(
-            source, target=GPUTarget("cuda", job.sm, WARP_SIZE), options=options
+            _source(kernel, function), target=GPUTarget("cuda", job.sm, WARP_SIZE), options=options
         )
     except (OSError, MemoryError):  # the machine's fault, not the kernel's
         raise
     except Exception as error:
         return Compiled(error=f"{type(error).__name__}: {str(error.__cause__ or error).strip()}")
+    if compiled.metadata.num_warps != launch.num_warps:
+        return Compiled(error=f"its partitions have {compiled.metadata.num_warps} warps")
     cubin: bytes = compiled.asm["cubin"]
     registers, stack_bytes = _resources(cubin)
     return Compiled(
@@ -284,6 +279,18 @@ def compile_kernel(job: Job) -> Compiled:
         spill_bytes=stack_bytes,
         shared_bytes=compiled.metadata.shared,
     )
+
+
+def _source(kernel: KernelSpec, function: Any) -> Any:
+    """What Triton compiles: a function, and the types of its arguments."""
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    make = ASTSource
+    if function.is_gluon():
+        make = GluonASTSource
+    aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(kernel.tensors))}
+    return make(fn=function, signature=signature(kernel), constexprs={}, attrs=aligned)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

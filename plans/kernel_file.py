@@ -9,10 +9,11 @@ from typing import Any
 
 from tokenspeed_plan.plans.canon import sha256
 from tokenspeed_plan.plans.errors import PlanError
-from tokenspeed_plan.plans.schema import KernelSpec
+from tokenspeed_plan.plans.schema import KernelSpec, Launch
 from tokenspeed_plan.plans.text import read_utf8
 
 KERNELS = "kernels"
+WARPGROUP = 4  # warps that multiply together on Hopper
 
 
 def kind_of(kernel: KernelSpec) -> str:
@@ -68,3 +69,14 @@ def load_function(kernel: KernelSpec, text: str) -> Any:
     )
     exec(compile(text, module.__file__, "exec"), module.__dict__)
     return module.__dict__[kind_of(kernel)]
+
+
+def first_warps(function: Any, launch: Launch) -> int:
+    """Warps that Triton is told of a function.
+
+    A kernel of Gluon is told those of its first partition, a warpgroup; `num_warps` counts all.
+    """
+    is_gluon = getattr(function, "is_gluon", None)  # the interpreter's functions do not know
+    if is_gluon is not None and is_gluon():
+        return WARPGROUP
+    return launch.num_warps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tokenspeed_plan.codegen.moe import moe_fp4_tiling
+from tokenspeed_plan.codegen.moe import moe_fp4_tiling, specialised_tiling
 from tokenspeed_plan.codegen.tiling import (
     FOLD_ROWS,
     RUN,
@@ -281,7 +281,7 @@ def grouped(work: Work) -> list[Tiling]:
     if work.is_fp8("w"):
         constants["BLOCK"] = BLOCK
     pairs = work.num_rows * top_k // max(experts, 1)
-    shapes = work.tiles(*_group_tiles(work, pairs, columns))
+    shapes = work.tiles(*_group_tiles(work, pairs, columns, int(constants["K"])))
     if work.is_fp8("w"):
         shapes = [in_whole_blocks(tile, int(constants["K"])) for tile in shapes]
     if work.quantised:  # a sum of each block of the depth
@@ -296,7 +296,7 @@ def _is_up(work: Work) -> bool:
     return work.kind == "grouped_up"
 
 
-def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
+def _group_tiles(work: Work, pairs: int, columns: int, depth: int) -> list[Tile]:
     """Tiles for `pairs` (token, expert) pairs of each expert."""
     if work.is_fp4("w"):
         return moe_fp4_tiling.group_tiles(work, pairs)
@@ -307,6 +307,7 @@ def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
         return [Tile(64, wide, BLOCK, 4, 3), Tile(64, 64, BLOCK, 4, 3), Tile(64, 32, BLOCK, 4, 3)]
     if pairs > 128:
         return [
+            *specialised_tiling.specialised_tile(work, columns, depth, _is_up(work)),
             Tile(128, 128, 64, 8, 4),
             Tile(128, 64, 64, 8, 3),
             Tile(64, 64, 64, 4, 3),
@@ -326,6 +327,8 @@ def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
 
 
 def _grouped_tiling(work: Work, tile: Tile, constants: dict[str, Constant]) -> Tiling:
+    if tile.num_warps == specialised_tiling.WARPS:
+        return specialised_tiling.specialised_tiling(work, tile, constants, _is_up(work))
     columns, depth = int(constants["N"]), int(constants["K"])
     experts, top_k = int(constants["EXPERTS"]), int(constants["TOP_K"])
     # Each expert may end in a tile that is not full.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenspeed_plan.plans.kernel_abi import bind_launch
-from tokenspeed_plan.plans.kernel_file import load_function, read_source
+from tokenspeed_plan.plans.kernel_file import first_warps, load_function, read_source
 from tokenspeed_plan.plans.schema import KernelSpec, Plan
 from tokenspeed_plan.runtime.execution.interpreter import interpret
 from tokenspeed_plan.runtime.execution.kernels import Launcher
@@ -107,7 +107,8 @@ class TritonLaunches:
         """A function of the kernel's tensors, for the size that there is then."""
         assert kernel.launch is not None
         launch, function = kernel.launch, self._kernels.function(kernel)
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        num_warps = first_warps(function, launch)
+        options = {"num_warps": num_warps, "num_stages": launch.num_stages}
         bind_launch(kernel, self._rank, *self._size, self._tables)  # raises if a table is missing
 
         def run(attrs: object, *tensors: Tensor) -> tuple[()]:
