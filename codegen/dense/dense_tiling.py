@@ -6,7 +6,7 @@ rows it uses the tensor cores.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from tokenspeed_plan.codegen.dense import fp4_tiling
 from tokenspeed_plan.codegen.tiling import (
@@ -47,6 +47,8 @@ FEW_PUSHED = 128  # rows that run at once however many threads each of them has
 # Rows from which on the sum of experts loads some ahead, in tiles of 64: 111 us for 132 on an H200.
 SUMS_AHEAD = 8192
 SMALL_BLOCK = 128  # threads
+FETCHED_BYTES = 32 << 20  # of a weight that the L2 cache has room for beside other things
+FETCH_UNIT = 16  # bytes
 MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its weights
 BESIDE_COLUMNS = 2  # of a program, of a small product that shares the launch of a large one
 MIN_FILL = 0.7  # programs a multiprocessor that keep a machine busy
@@ -407,6 +409,7 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
     tiles_m = GridDim(block=tile.m)
     if work.by_seqs:  # for as many sequences as there may be: tiles past the last write nothing
         tiles_m = fixed(blocks(rows, tile.m))
+    fetch = _fetch(work, tile, depth, splits)
     return Tiling(
         template="linear",
         constants=constants,
@@ -414,10 +417,45 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         options=_linear_options(work, dot)
-        | {"ragged": depth % tile.k != 0, "folds": tile.m >= FOLD_ROWS, "splits": splits},
+        | {"ragged": depth % tile.k != 0, "folds": tile.m >= FOLD_ROWS, "splits": splits}
+        | {"fetch": fetch},
         scratch=_split_scratch(work, tile, columns, splits),
-        prefetches=not dot,
+        prefetches=not dot or fetch is not None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """What a program asks the L2 cache for, while the kernel before it still runs.
+
+    Attributes:
+        count: pieces of its weight, one a thread or more.
+        of_row: pieces of a row.
+        length: elements of a piece.
+        size_bytes: of a piece.
+    """
+
+    count: int
+    of_row: int
+    length: int
+    size_bytes: int
+
+
+def _fetch(work: Work, tile: Tile, depth: int, splits: int) -> Fetch | None:
+    """The weight of a program on the tensor cores, where the product waits for its weight.
+
+    None where that is too large for the L2 cache, or no whole number of pieces.
+    """
+    weight = work.specs[_weight(work)]
+    too_large = weight.size_bytes() > FETCHED_BYTES or work.num_rows >= MANY_ROWS
+    if tile.m < DOT_ROWS or too_large or (splits > 1 and depth % (splits * tile.k)):
+        return None
+    of_row = max(tile.num_warps * WARP_SIZE // tile.n, 1)
+    length, rest = divmod(depth // splits, of_row)
+    size_bytes = length * DTYPE_BITS[weight.dtype] // 8
+    if rest or size_bytes % FETCH_UNIT:
+        return None
+    return Fetch(tile.n * of_row, of_row, length, size_bytes)
 
 
 def _beside(work: Work) -> Part | None:

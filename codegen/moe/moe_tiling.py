@@ -25,6 +25,10 @@ from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Constant
 
 
+DOT_ROWS, DOT_COLUMNS, DOT_DEPTH = 16, 8, 64  # of a tile on the tensor cores with one token
+LATE_COLUMNS = 64  # up to which there are registers for sums that are added up a step later
+
+
 def _choice(work: Work, logits: str) -> dict[str, Constant]:
     """Constants of a top-k over `logits`."""
     experts = work.width(logits)
@@ -95,8 +99,12 @@ def _up_tiling(work: Work, tile: Tile, constants: dict[str, Constant], late: boo
         "BLOCK_N": block,
         "BLOCK_K": min(tile.k, up2(int(constants["H"]))),
     }
+    dot = "RUN" in constants and block >= DOT_ROWS and work.dtype == "bf16"
     if "RUN" not in constants:
         sizes["STAGES"] = tile.num_stages
+    if dot:
+        constants = {name: value for name, value in constants.items() if name != "RUN"}
+        sizes |= {"BLOCK_K": BLOCK, "COLUMNS": DOT_COLUMNS}
     if late and not work.is_fp4("experts_up_w"):
         sizes["WARPS"] = tile.num_warps
     num_experts = int(constants["TOP_K"]) + int(shared > 0)
@@ -110,6 +118,8 @@ def _up_tiling(work: Work, tile: Tile, constants: dict[str, Constant], late: boo
             "narrow": work.specs["topk_logits"].dtype == "bf16",
             "shared": shared > 0,
             "fp8": "BLOCK" in constants,
+            "dot": dot,
+            "num_parts": BLOCK // DOT_DEPTH,
         },
         trigger_after_wait=late,
     )
@@ -282,10 +292,11 @@ def grouped(work: Work) -> list[Tiling]:
         constants["BLOCK"] = BLOCK
     pairs = work.num_rows * top_k // max(experts, 1)
     shapes = work.tiles(*_group_tiles(work, pairs, columns))
-    if work.is_fp8("w"):
-        shapes = [in_whole_blocks(tile, int(constants["K"])) for tile in shapes]
-    if work.quantised:  # a sum of each block of the depth
-        shapes = [replace(tile, k=BLOCK) for tile in shapes]
+    depth = int(constants["K"])
+    if work.quantised:
+        shapes = [_quantised_tile(tile, depth, _is_up(work)) for tile in shapes]
+    elif work.is_fp8("w"):
+        shapes = [in_whole_blocks(tile, depth) for tile in shapes]
     tilings = [_grouped_tiling(work, tile, constants) for tile in dict.fromkeys(shapes)]
     if work.is_fp4("w"):
         return [moe_fp4_tiling.grouped_tiling(tiling) for tiling in tilings]
@@ -294,6 +305,14 @@ def grouped(work: Work) -> list[Tiling]:
 
 def _is_up(work: Work) -> bool:
     return work.kind == "grouped_up"
+
+
+def _quantised_tile(tile: Tile, depth: int, is_up: bool) -> Tile:
+    """A tile of FP8 by FP8: its rows stay in shared memory, or a block of the depth at a time."""
+    deep = BLOCK
+    if not is_up and tile.k >= depth:
+        deep = depth
+    return replace(tile, n=min(tile.n, BLOCK), k=deep)
 
 
 def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
@@ -332,16 +351,24 @@ def _grouped_tiling(work: Work, tile: Tile, constants: dict[str, Constant]) -> T
     tiles_m = GridDim(fixed=experts, scale=top_k, block=tile.m)
     if work.by_seqs:
         tiles_m = fixed(experts + blocks(work.num_rows * top_k, tile.m))
+    of_program, sizes = tile.n, {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    stays = work.quantised and tile.k > BLOCK
+    if stays:
+        of_program = blocks(columns, tile.n * tile.splits) * tile.n
+        sizes["COLUMNS"] = of_program
     return Tiling(
         template="grouped_linear",
-        constants=constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
-        grid=(fixed(blocks(columns, tile.n)), tiles_m),
+        constants=constants | sizes,
+        grid=(fixed(blocks(columns, of_program)), tiles_m),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         options={
             "silu_mul": _is_up(work),
             "fp8": "BLOCK" in constants,
             "quantised": work.quantised,
+            "stays": stays,
+            "late": work.quantised and _is_up(work) and tile.n <= LATE_COLUMNS,
+            "num_blocks": depth // BLOCK,
             "folds": tile.m >= FOLD_ROWS,
             "dtype": TRITON_DTYPES[work.dtype],
             "x": "x" if _is_up(work) else "h",
