@@ -429,12 +429,14 @@ class Fetch:
     """What a program asks the L2 cache for, while the kernel before it still runs.
 
     Attributes:
-        count: pieces of its weight, one a thread or more.
+        begin: the first element of each row of its weight.
+        count: pieces of the rows, one a thread or more.
         of_row: pieces of a row.
         length: elements of a piece.
         size_bytes: of a piece.
     """
 
+    begin: int
     count: int
     of_row: int
     length: int
@@ -442,20 +444,23 @@ class Fetch:
 
 
 def _fetch(work: Work, tile: Tile, depth: int, splits: int) -> Fetch | None:
-    """The weight of a program on the tensor cores, where the product waits for its weight.
+    """The weight of a program where the product waits for it, but for what it loads itself by then.
 
     None where that is too large for the L2 cache, or no whole number of pieces.
     """
     weight = work.specs[_weight(work)]
     too_large = weight.size_bytes() > FETCHED_BYTES or work.num_rows >= MANY_ROWS
-    if tile.m < DOT_ROWS or too_large or (splits > 1 and depth % (splits * tile.k)):
+    if too_large or (splits > 1 and depth % (splits * tile.k)):
         return None
+    begin = 0
+    if tile.m < DOT_ROWS:
+        begin = min(tile.k, depth)
     of_row = max(tile.num_warps * WARP_SIZE // tile.n, 1)
-    length, rest = divmod(depth // splits, of_row)
+    length, rest = divmod(depth // splits - begin, of_row)
     size_bytes = length * DTYPE_BITS[weight.dtype] // 8
-    if rest or size_bytes % FETCH_UNIT:
+    if not length or rest or size_bytes % FETCH_UNIT:
         return None
-    return Fetch(tile.n * of_row, of_row, length, size_bytes)
+    return Fetch(begin, tile.n * of_row, of_row, length, size_bytes)
 
 
 def _beside(work: Work) -> Part | None:

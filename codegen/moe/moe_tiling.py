@@ -16,6 +16,7 @@ from tokenspeed_plan.codegen.tiling import (
     fixed,
     in_whole_blocks,
     per_rows,
+    quantising,
     run_warps,
     up2,
 )
@@ -276,51 +277,64 @@ def expert_sum(work: Work) -> list[Tiling]:
 
 def grouped(work: Work) -> list[Tiling]:
     """Products of sorted (token, expert) pairs: up with its SwiGLU, or down."""
-    experts, columns = work.width("w", 0), work.width("w", 1)
-    top_k = work.width("order")
+    weight = _grouped_name(work, "w")
+    experts, columns = work.width(weight, 0), work.width(weight, 1)
+    top_k = work.width(_grouped_name(work, "order"))
     if _is_up(work):
         columns //= 2
     constants: dict[str, Constant] = {
         "N": columns,
-        "K": work.width("w", 2),
+        "K": work.width(weight, 2),
         "EXPERTS": experts,
         "TOP_K": top_k,
         "BLOCK_E": up2(experts + 1),
         "PRECISION": work.precision,
     }
-    if work.is_fp8("w"):
+    if work.is_fp8(weight):
         constants["BLOCK"] = BLOCK
+    constants |= quantising(work)
     pairs = work.num_rows * top_k // max(experts, 1)
     shapes = work.tiles(*_group_tiles(work, pairs, columns))
     depth = int(constants["K"])
     if work.quantised:
-        shapes = [_quantised_tile(tile, depth, _is_up(work)) for tile in shapes]
-    elif work.is_fp8("w"):
+        shapes = [_quantised_tile(work, tile, depth) for tile in shapes]
+    elif work.is_fp8(weight):
         shapes = [in_whole_blocks(tile, depth) for tile in shapes]
+    if work.has("quantise"):  # whole runs of columns
+        shapes = [replace(tile, n=BLOCK) for tile in shapes]
     tilings = [_grouped_tiling(work, tile, constants) for tile in dict.fromkeys(shapes)]
-    if work.is_fp4("w"):
+    if work.is_fp4(weight):
         return [moe_fp4_tiling.grouped_tiling(tiling) for tiling in tilings]
     return tilings
 
 
 def _is_up(work: Work) -> bool:
-    return work.kind == "grouped_up"
+    return work.kind.startswith("grouped_up")
 
 
-def _quantised_tile(tile: Tile, depth: int, is_up: bool) -> Tile:
+def _grouped_name(work: Work, role: str) -> str:
+    """The name of an operand, which has its operator's before it where the result is quantised."""
+    if work.has("quantise"):
+        return f"grouped_up_{role}"
+    return role
+
+
+def _quantised_tile(work: Work, tile: Tile, depth: int) -> Tile:
     """A tile of FP8 by FP8: its rows stay in shared memory, or a block of the depth at a time."""
     deep = BLOCK
-    if not is_up and tile.k >= depth:
+    if not _is_up(work) and tile.k >= depth:
         deep = depth
     return replace(tile, n=min(tile.n, BLOCK), k=deep)
 
 
 def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
     """Tiles for `pairs` (token, expert) pairs of each expert."""
-    if work.is_fp4("w"):
+    if work.is_fp4(_grouped_name(work, "w")):
         return moe_fp4_tiling.group_tiles(work, pairs)
     if work.interpreted:
         return [Tile(32, 64, 64, 8, 1)]
+    if work.has("quantise"):
+        return [Tile(64, BLOCK, BLOCK, 4, 2), Tile(64, BLOCK, BLOCK, 8, 3)]
     if work.quantised and pairs > 32:
         wide = 64 if _is_up(work) else 128  # two sums of a tile, and that of a block
         return [Tile(64, wide, BLOCK, 4, 3), Tile(64, 64, BLOCK, 4, 3), Tile(64, 32, BLOCK, 4, 3)]
@@ -364,17 +378,22 @@ def _grouped_tiling(work: Work, tile: Tile, constants: dict[str, Constant]) -> T
         num_stages=tile.num_stages,
         options={
             "silu_mul": _is_up(work),
-            "fp8": "BLOCK" in constants,
+            "fp8": work.is_fp8(_grouped_name(work, "w")),
             "quantised": work.quantised,
             "stays": stays,
             "late": work.quantised and _is_up(work) and tile.n <= LATE_COLUMNS,
             "num_blocks": depth // BLOCK,
             "folds": tile.m >= FOLD_ROWS,
             "dtype": TRITON_DTYPES[work.dtype],
-            "x": "x" if _is_up(work) else "h",
+            "x": _grouped_name(work, "x") if _is_up(work) else "h",
+            "order": _grouped_name(work, "order"),
+            "bounds": _grouped_name(work, "bounds"),
+            "w": _grouped_name(work, "w"),
+            "y": "quantise_q" if work.has("quantise") else "y",
+            "quantises": work.has("quantise"),
             "ragged": depth % tile.k != 0,
             "uneven": columns % tile.n != 0,
-            "paired": _is_up(work) and not work.is_fp8("w") and tile.n <= 128,
+            "paired": _is_up(work) and "BLOCK" not in constants and tile.n <= 128,
             # Hopper's products take 64 rows at least, so a tile of 64 has no half.
             "halves": tile.m >= 128 or work.interpreted,
         },

@@ -396,8 +396,8 @@ def test_a_product_on_tensor_cores_asks_for_all_of_its_weight_before_it_waits(fp
     (built,) = (each for each in kernels_of(case) if kind_of(each.kernel) == "linear_add")
     assert built.source is not None and built.kernel.launch is not None
     before, _, _ = built.source.partition("tl.extra.cuda.gdc_wait()")
-    assert "_fetch(weight + part)" in before
-    found = re.search(r"part = part % (\d+) \* (\d+)", before)
+    assert "_fetch(weight + piece)" in before
+    found = re.search(r"piece = piece % (\d+) \* (\d+) \+ 0", before)
     asked = re.search(r"tl.arange\(0, (\d+)\)  # of this", before)
     piece = re.search(r"prefetch.L2.global \[\$1\], (\d+);", before)
     assert found and asked and piece
