@@ -27,7 +27,7 @@ from tokenspeed_plan.plans.types import Constant
 
 
 DOT_ROWS, DOT_COLUMNS, DOT_DEPTH = 16, 8, 64  # of a tile on the tensor cores with one token
-LATE_COLUMNS = 64  # up to which there are registers for sums that are added up a step later
+FEW_TOKENS = 2  # up to which plain arithmetic has more of the experts' weights on their way
 
 
 def _choice(work: Work, logits: str) -> dict[str, Constant]:
@@ -87,8 +87,10 @@ def _up_tiles(work: Work, hidden: int) -> list[Tile]:
     first = Tile(1, min(8192 // depth, 8), depth, num_warps, 2)
     if work.is_fp8("experts_up_w"):
         block = min(hidden & -hidden, WARP_RUNS)
-        columns = 2 if work.num_tokens <= 8 else 4
-        return [Tile(1, columns, block, 1, 1), Tile(1, 1, block, 1, 1)]
+        plain = [Tile(1, 2, block, 1, 1), Tile(1, 1, block, 1, 1)]
+        if work.num_tokens > FEW_TOKENS and work.dtype == "bf16":
+            return [Tile(1, DOT_ROWS, block, 1, 1), *plain]
+        return plain
     return [first, Tile(1, 4, 256, 4, 2), Tile(1, 2, 256, 4, 1)]
 
 
@@ -105,7 +107,7 @@ def _up_tiling(work: Work, tile: Tile, constants: dict[str, Constant], late: boo
         sizes["STAGES"] = tile.num_stages
     if dot:
         constants = {name: value for name, value in constants.items() if name != "RUN"}
-        sizes |= {"BLOCK_K": BLOCK, "COLUMNS": DOT_COLUMNS}
+        sizes |= {"BLOCK_K": max(min(tile.k, BLOCK), DOT_DEPTH), "COLUMNS": DOT_COLUMNS}
     if late and not work.is_fp4("experts_up_w"):
         sizes["WARPS"] = tile.num_warps
     num_experts = int(constants["TOP_K"]) + int(shared > 0)
@@ -120,7 +122,7 @@ def _up_tiling(work: Work, tile: Tile, constants: dict[str, Constant], late: boo
             "shared": shared > 0,
             "fp8": "BLOCK" in constants,
             "dot": dot,
-            "num_parts": BLOCK // DOT_DEPTH,
+            "num_parts": int(sizes["BLOCK_K"]) // DOT_DEPTH,
         },
         trigger_after_wait=late,
     )
@@ -381,7 +383,6 @@ def _grouped_tiling(work: Work, tile: Tile, constants: dict[str, Constant]) -> T
             "fp8": work.is_fp8(_grouped_name(work, "w")),
             "quantised": work.quantised,
             "stays": stays,
-            "late": work.quantised and _is_up(work) and tile.n <= LATE_COLUMNS,
             "num_blocks": depth // BLOCK,
             "folds": tile.m >= FOLD_ROWS,
             "dtype": TRITON_DTYPES[work.dtype],

@@ -598,9 +598,9 @@ MUTATIONS = [
     (FP8_MANY, "grouped_down", "scales += first // BLOCK", "scales += 0 * first"),
     (FP8_MANY, "linear_add", "tl.load(scales + k0 // BLOCK)", "tl.load(scales)"),
     (FP8_BOTH, "linear_add", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
-    (FP8_BOTH, "grouped_up", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
+    (FP8_BOTH, "grouped_up_quantise", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
+    (FP8_BOTH, "grouped_up_quantise", "pair * (N // BLOCK) + first", "pair * (N // BLOCK) + 0 * first"),
     (FP8_BOTH, "grouped_down", "num_tokens * TOP_K", "num_tokens"),
-    (FP8_BOTH, "grouped_up", "late, late_factor = part_up", "late, late_factor = part"),
     (FP8_BOTH, "norm_quantise", "t * (H // BLOCK) + b", "t + b"),
     (FP8_BOTH, "gated_norm_quantise", "t * (HEADS * D // BLOCK) + b", "t + b"),
     (FP8_BOTH, "gated_norm_quantise", "* gate * tl.sigmoid(gate)", "* tl.sigmoid(gate)"),
@@ -660,14 +660,14 @@ MEASURED = {
     ),
     "wide halves": (
         FP8_BOTH,
-        "grouped_up",
+        "grouped_up_quantise",
         Tile(64, 128, 128, 4, 2),
         (("N // BLOCK * (K // BLOCK) + k0", "k0"),),
     ),
     "few tokens on tensor cores": (
         FP8_SEVEN,
         "moe_up",
-        Tile(8, 16, 512, 1, 1),
+        Tile(8, 16, 128, 1, 1),
         (
             ("d // 4 % 4 * 16", "d // 4 % 4 * 4"),
             ("up += up_sum * up_factor", "up += up_sum"),
