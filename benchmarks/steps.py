@@ -60,27 +60,40 @@ def main() -> None:
 
 
 def executors_of(bundles: list[Path]) -> dict[Path, Executor]:
-    """An executor of each plan, in the memory of the first one where that is what it needs."""
+    """An executor of each plan; all of them have the memory of the first one.
+
+    Raises:
+        PlanError: the plans have other weights or states.
+    """
+    plans = {bundle: load_plan(bundle) for bundle in bundles}
+    first, *others = plans.values()
+    for plan in others:
+        if states_of(plan) != states_of(first):
+            raise PlanError("the plans have other weights or states", "measure them apart")
     made: dict[Path, Executor] = {}
-    for bundle in bundles:
-        plan = load_plan(bundle)
-        first = next(iter(made.values()), None)
-        if first is None:
-            made[bundle] = prepare(plan, bundle, None)
-        elif needs_same_memory(plan, first.plan):
-            made[bundle] = beside(first, plan, bundle)
+    for bundle, plan in plans.items():
+        if made:
+            made[bundle] = beside(made[bundles[0]], plan, bundle)
         else:
-            raise PlanError(f"{bundle} needs other memory than {bundles[0]}", "measure it alone")
+            made[bundle] = prepare(roomy(first, others), bundle, None)
     return made
 
 
-def needs_same_memory(plan: Plan, other: Plan) -> bool:
-    """Whether the weights and states of two plans lie at the same places."""
-    mine, theirs = plan.pool, other.pool
-    states = [[b for b in pool.buffers if b.arena in STATES] for pool in (mine, theirs)]
-    sizes = [{arena.name: arena.size_bytes for arena in pool.arenas} for pool in (mine, theirs)]
-    fits = all(sizes[1].get(name, 0) >= size for name, size in sizes[0].items())
-    return mine.weights == theirs.weights and states[0] == states[1] and fits
+def states_of(plan: Plan) -> tuple[Any, ...]:
+    """The weights of a plan, and where its states lie."""
+    return plan.pool.weights, [b for b in plan.pool.buffers if b.arena in STATES]
+
+
+def roomy(plan: Plan, others: list[Plan]) -> Plan:
+    """The plan with arenas that are large enough for others, too."""
+    sizes: dict[str, int] = {}
+    for each in (plan, *others):
+        for arena in each.pool.arenas:
+            sizes[arena.name] = max(sizes.get(arena.name, 0), arena.size_bytes)
+    arenas = tuple(
+        arena.model_copy(update={"size_bytes": sizes[arena.name]}) for arena in plan.pool.arenas
+    )
+    return plan.model_copy(update={"pools": (plan.pool.model_copy(update={"arenas": arenas}),)})
 
 
 def beside(first: Executor, plan: Plan, bundle: Path) -> Executor:

@@ -336,7 +336,7 @@ def _group_tiles(work: Work, pairs: int, columns: int) -> list[Tile]:
     if work.interpreted:
         return [Tile(32, 64, 64, 8, 1)]
     if work.has("quantise"):
-        return [Tile(64, BLOCK, BLOCK, 4, 2), Tile(64, BLOCK, BLOCK, 8, 3)]
+        return [Tile(64, BLOCK, BLOCK, 8, 3), Tile(64, BLOCK, BLOCK, 8, 2)]
     if work.quantised and pairs > 32:
         wide = 64 if _is_up(work) else 128  # two sums of a tile, and that of a block
         return [Tile(64, wide, BLOCK, 4, 3), Tile(64, 64, BLOCK, 4, 3), Tile(64, 32, BLOCK, 4, 3)]
