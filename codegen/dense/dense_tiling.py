@@ -6,7 +6,7 @@ rows it uses the tensor cores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tokenspeed_plan.codegen.dense import fp4_tiling
 from tokenspeed_plan.codegen.tiling import (
@@ -409,7 +409,7 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
     tiles_m = GridDim(block=tile.m)
     if work.by_seqs:  # for as many sequences as there may be: tiles past the last write nothing
         tiles_m = fixed(blocks(rows, tile.m))
-    fetch = _fetch(work, tile, depth, splits)
+    fetch_bytes = _fetch_bytes(work, tile, depth, splits)
     return Tiling(
         template="linear",
         constants=constants,
@@ -418,49 +418,29 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
         num_stages=tile.num_stages,
         options=_linear_options(work, dot)
         | {"ragged": depth % tile.k != 0, "folds": tile.m >= FOLD_ROWS, "splits": splits}
-        | {"fetch": fetch},
+        | {"fetch_bytes": fetch_bytes},
         scratch=_split_scratch(work, tile, columns, splits),
-        prefetches=not dot or fetch is not None,
+        prefetches=not dot or fetch_bytes > 0,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """What a program asks the L2 cache for, while the kernel before it still runs.
+def _fetch_bytes(work: Work, tile: Tile, depth: int, splits: int) -> int:
+    """Bytes of a row that a program asks the L2 cache for while the kernel before it still runs.
 
-    Attributes:
-        begin: the first element of each row of its weight.
-        count: pieces of the rows, one a thread or more.
-        of_row: pieces of a row.
-        length: elements of a piece.
-        size_bytes: of a piece.
-    """
-
-    begin: int
-    count: int
-    of_row: int
-    length: int
-    size_bytes: int
-
-
-def _fetch(work: Work, tile: Tile, depth: int, splits: int) -> Fetch | None:
-    """The weight of a program where the product waits for it, but for what it loads itself by then.
-
-    None where that is too large for the L2 cache, or no whole number of pieces.
+    That is its part of the row, where the product waits for its weight; in plain arithmetic, what
+    comes after the step that it loads by then. 0 where the weight is too large for the cache.
     """
     weight = work.specs[_weight(work)]
     too_large = weight.size_bytes() > FETCHED_BYTES or work.num_rows >= MANY_ROWS
     if too_large or (splits > 1 and depth % (splits * tile.k)):
-        return None
-    begin = 0
+        return 0
+    length = depth // splits
     if tile.m < DOT_ROWS:
-        begin = min(tile.k, depth)
-    of_row = max(tile.num_warps * WARP_SIZE // tile.n, 1)
-    length, rest = divmod(depth // splits - begin, of_row)
+        length -= min(tile.k, depth)
     size_bytes = length * DTYPE_BITS[weight.dtype] // 8
-    if not length or rest or size_bytes % FETCH_UNIT:
-        return None
-    return Fetch(begin, tile.n * of_row, of_row, length, size_bytes)
+    if size_bytes % FETCH_UNIT:
+        return 0
+    return size_bytes
 
 
 def _beside(work: Work) -> Part | None:
