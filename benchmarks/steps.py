@@ -1,7 +1,7 @@
 """Several programs of one or more plans with one load of random weights, kernel by kernel.
 
-    python benchmarks/steps.py DIR [DIR ...] [--batches 1,8,32,128] [--prefill 8192] [--context 1024]
-        [--kernels 14]
+    python benchmarks/steps.py DIR [DIR ...] [--batches 1,8,32,128] [--prefill 8192]
+        [--context 1024] [--kernels 14]
 
 Plans that need the same memory share it, so that two ways to build a program are compared within
 seconds of each other. Figures are printed as they come, a program at a time.

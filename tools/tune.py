@@ -11,8 +11,8 @@ Of a plan of several ranks it is rank 0, on one GPU: collectives copy, and kerne
 peers are told to stop, so that their calls take the time of their own work.
 
 With `--samples` no model is loaded: products are timed alone on random operands, in several sets so
-that no cache holds a weight, beside the functions of libraries that compute them too. The plan needs
-no binaries then.
+that no cache holds a weight, beside the functions of libraries that compute them too. Then the plan
+needs no binaries.
 
 Prints the lines for `codegen/tuned.yaml`, with the microseconds of the program beside the best
 tiles.

@@ -25,7 +25,6 @@ from tokenspeed_plan.plans.fp8_format import BLOCK
 from tokenspeed_plan.plans.schema import GridDim
 from tokenspeed_plan.plans.types import Constant
 
-
 DOT_ROWS, DOT_COLUMNS, DOT_DEPTH = 16, 8, 64  # of a tile on the tensor cores with one token
 FEW_TOKENS = 2  # up to which plain arithmetic has more of the experts' weights on their way
 

@@ -594,7 +594,12 @@ MUTATIONS = [
     (FP8_MANY, "linear_add", "tl.load(scales + k0 // BLOCK)", "tl.load(scales)"),
     (FP8_BOTH, "linear_add", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
     (FP8_BOTH, "grouped_up_quantise", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
-    (FP8_BOTH, "grouped_up_quantise", "pair * (N // BLOCK) + first", "pair * (N // BLOCK) + 0 * first"),
+    (
+        FP8_BOTH,
+        "grouped_up_quantise",
+        "pair * (N // BLOCK) + first",
+        "pair * (N // BLOCK) + 0 * first",
+    ),
     (FP8_BOTH, "grouped_down", "num_tokens * TOP_K", "num_tokens"),
     (FP8_BOTH, "norm_quantise", "t * (H // BLOCK) + b", "t + b"),
     (FP8_BOTH, "gated_norm_quantise", "t * (HEADS * D // BLOCK) + b", "t + b"),
