@@ -390,9 +390,8 @@ def test_only_weights_are_loaded_before_the_kernels_before_are_done(case: Case) 
     assert "moe_down_add" in loading, "some kernels do load ahead"
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_a_product_on_tensor_cores_asks_for_all_of_its_weight_before_it_waits(fp8: bool) -> None:
-    case = Case("decode", (1,) * 7, SEVEN, "bf16", kind="blocks", gpu="H200", fp8=fp8)
+def test_a_product_on_tensor_cores_asks_for_all_of_its_weight_before_it_waits() -> None:
+    case = FP8_CASES["fp8, H200 tiles, seven sequences"]
     (built,) = (each for each in kernels_of(case) if kind_of(each.kernel) == "linear_add")
     assert built.source is not None and built.kernel.launch is not None
     before, _, _ = built.source.partition("tl.extra.cuda.gdc_wait()")
@@ -400,7 +399,7 @@ def test_a_product_on_tensor_cores_asks_for_all_of_its_weight_before_it_waits(fp
     asked = re.search(r"prefetch.L2.global \[\$1\], (\d+);", before)
     constants = built.kernel.launch.constants
     depth = int(constants["K"]) // int(constants.get("SPLITS", 1))
-    assert asked is not None and int(asked[1]) == depth * (1 if fp8 else 2)
+    assert asked is not None and int(asked[1]) == depth, "bytes of a row, one an element"
 
 
 @pytest.mark.parametrize(("num_tokens", "is_apart"), [(1023, False), (1024, True)])
