@@ -33,7 +33,6 @@ _LINEAR = (
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_LINEAR, dense.linear),
     "grouped_up": moe.grouped,
-    "grouped_up_quantise": moe.grouped,
     "grouped_down": moe.grouped,
     "qk_norm_rope_write": attention.qk_norm_rope_write,
     "k_norm_rope_write": attention.qk_norm_rope_write,

@@ -406,6 +406,7 @@ class Samples(Chain):
 
     def __init__(self, kernels: Mapping[str, KernelSpec], rows: tuple[int, int], sm: int) -> None:
         self.kernels, self.rows, self.sm = kernels, rows, sm
+        self.calls: list[NamedCall] = []  # no program
         self.random = torch.Generator("cuda").manual_seed(0)
         self.planned: dict[str, tuple[Built, Compiled]] = {}
 

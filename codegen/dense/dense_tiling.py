@@ -47,8 +47,6 @@ FEW_PUSHED = 128  # rows that run at once however many threads each of them has
 # Rows from which on the sum of experts loads some ahead, in tiles of 64: 111 us for 132 on an H200.
 SUMS_AHEAD = 8192
 SMALL_BLOCK = 128  # threads
-FETCHED_BYTES = 32 << 20  # of a weight that the L2 cache has room for beside other things
-FETCH_UNIT = 16  # bytes
 MANY_ROWS = 512  # from here a product waits for the tensor cores, not for its weights
 BESIDE_COLUMNS = 2  # of a program, of a small product that shares the launch of a large one
 MIN_FILL = 0.7  # programs a multiprocessor that keep a machine busy
@@ -409,7 +407,6 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
     tiles_m = GridDim(block=tile.m)
     if work.by_seqs:  # for as many sequences as there may be: tiles past the last write nothing
         tiles_m = fixed(blocks(rows, tile.m))
-    fetch_bytes = _fetch_bytes(work, tile, depth, splits)
     return Tiling(
         template="linear",
         constants=constants,
@@ -417,30 +414,10 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         options=_linear_options(work, dot)
-        | {"ragged": depth % tile.k != 0, "folds": tile.m >= FOLD_ROWS, "splits": splits}
-        | {"fetch_bytes": fetch_bytes},
+        | {"ragged": depth % tile.k != 0, "folds": tile.m >= FOLD_ROWS, "splits": splits},
         scratch=_split_scratch(work, tile, columns, splits),
-        prefetches=not dot or fetch_bytes > 0,
+        prefetches=not dot,
     )
-
-
-def _fetch_bytes(work: Work, tile: Tile, depth: int, splits: int) -> int:
-    """Bytes of a row that a program asks the L2 cache for while the kernel before it still runs.
-
-    That is its part of the row, where the product waits for its weight; in plain arithmetic, what
-    comes after the step that it loads by then. 0 where the weight is too large for the cache.
-    """
-    weight = work.specs[_weight(work)]
-    too_large = weight.size_bytes() > FETCHED_BYTES or work.num_rows >= MANY_ROWS
-    if too_large or (splits > 1 and depth % (splits * tile.k)):
-        return 0
-    length = depth // splits
-    if tile.m < DOT_ROWS:
-        length -= min(tile.k, depth)
-    size_bytes = length * DTYPE_BITS[weight.dtype] // 8
-    if size_bytes % FETCH_UNIT:
-        return 0
-    return size_bytes
 
 
 def _beside(work: Work) -> Part | None:

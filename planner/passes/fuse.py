@@ -97,7 +97,6 @@ FUSIONS = (
     Fusion("moe_up", ("topk", "experts_up")),
     Fusion("moe_down_add", ("experts_down", "add")),
     Fusion("moe_down", ("experts_down",), independent=True),
-    Fusion("grouped_up_quantise", ("grouped_up", "quantise")),
     # Drafts: the input of the MTP layer, the one row of each sequence that continues, and the
     # positions and slots of the next draft.
     Fusion("embed_norm_concat", ("embed", "rms_norm", "rms_norm", "concat")),

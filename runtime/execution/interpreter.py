@@ -12,7 +12,6 @@ import math
 import os
 from dataclasses import replace
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,6 @@ def interpret() -> None:
         _allow_tensor_bounds(interpreter)
         _widen_products(interpreter)
         _round_to_fp8(interpreter)
-        _ignore_assembly(interpreter)
         _patch_language_once(interpreter)
         _share_types(interpreter)
         _skip_overflow_checks(interpreter)
@@ -71,16 +69,6 @@ def _allow_tensor_bounds(interpreter: Any) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = with_index
-
-
-def _ignore_assembly(interpreter: Any) -> None:
-    """Let kernels ask a cache for what they load later: there is none, and no result is used."""
-
-    def ignored(self: Any, text: str, constraints: str, values: Any, *rest: Any) -> Any:
-        assert "prefetch" in text, text
-        return SimpleNamespace(get_result=lambda index: values[0])
-
-    interpreter.InterpreterBuilder.create_inline_asm = ignored
 
 
 def _widen_products(interpreter: Any) -> None:

@@ -390,18 +390,6 @@ def test_only_weights_are_loaded_before_the_kernels_before_are_done(case: Case) 
     assert "moe_down_add" in loading, "some kernels do load ahead"
 
 
-def test_a_product_on_tensor_cores_asks_for_all_of_its_weight_before_it_waits() -> None:
-    case = FP8_CASES["fp8, H200 tiles, seven sequences"]
-    (built,) = (each for each in kernels_of(case) if kind_of(each.kernel) == "linear_add")
-    assert built.source is not None and built.kernel.launch is not None
-    before, _, _ = built.source.partition("tl.extra.cuda.gdc_wait()")
-    assert "_fetch(weight + line)" in before
-    asked = re.search(r"prefetch.L2.global \[\$1\], (\d+);", before)
-    constants = built.kernel.launch.constants
-    depth = int(constants["K"]) // int(constants.get("SPLITS", 1))
-    assert asked is not None and int(asked[1]) == depth, "bytes of a row, one an element"
-
-
 @pytest.mark.parametrize(("num_tokens", "is_apart"), [(1023, False), (1024, True)])
 def test_where_a_library_multiplies_the_norm_that_quantises_adds(
     num_tokens: int, is_apart: bool
@@ -592,13 +580,7 @@ MUTATIONS = [
     (FP8_MANY, "grouped_down", "scales += first // BLOCK", "scales += 0 * first"),
     (FP8_MANY, "linear_add", "tl.load(scales + k0 // BLOCK)", "tl.load(scales)"),
     (FP8_BOTH, "linear_add", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
-    (FP8_BOTH, "grouped_up_quantise", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
-    (
-        FP8_BOTH,
-        "grouped_up_quantise",
-        "pair * (N // BLOCK) + first",
-        "pair * (N // BLOCK) + 0 * first",
-    ),
+    (FP8_BOTH, "grouped_up", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
     (FP8_BOTH, "grouped_down", "num_tokens * TOP_K", "num_tokens"),
     (FP8_BOTH, "norm_quantise", "t * (H // BLOCK) + b", "t + b"),
     (FP8_BOTH, "gated_norm_quantise", "t * (HEADS * D // BLOCK) + b", "t + b"),
@@ -656,12 +638,6 @@ MEASURED = {
         "grouped_down",
         Tile(64, 64, 384, 8, 2, splits=2),
         (("tl.program_id(0) * COLUMNS", "tl.program_id(0) * BLOCK_N"),),
-    ),
-    "wide halves": (
-        FP8_BOTH,
-        "grouped_up_quantise",
-        Tile(64, 128, 128, 4, 2),
-        (("N // BLOCK * (K // BLOCK) + k0", "k0"),),
     ),
     "few tokens on tensor cores": (
         FP8_SEVEN,
