@@ -44,6 +44,7 @@ RULES: dict[str, Rule] = {
     "gates_delta_chunk": delta.gates_delta_chunk,
     "delta_scan": delta.delta_scan,
     "gated_norm": delta.gated_norm,
+    "gated_norm_quantise": delta.gated_norm_quantise,
     "topk": moe.topk,
     "moe_up": moe.moe_up,
     "moe_down": moe.moe_down,

@@ -24,7 +24,8 @@ class Tile:
         k: depth of a product; splits a multiprocessor in decode attention.
         num_warps: warps of the program.
         num_stages: loads in flight at once.
-        splits: programs that share the depth of a product on the tensor cores.
+        splits: programs that share the depth of a product on the tensor cores; of a grouped one
+            whose rows stay in shared memory, that share its columns.
     """
 
     m: int

@@ -5,10 +5,14 @@ of its kernel, one after the other, on the activations that they have in the pro
 where kernels are long, it is timed so in one call.
 
     python tools/tune.py plans/frozen/DIR [--phase prefill] [--bucket N] [--kinds a,b] [--alone]
-        [--max-kernels N] [--max-tiles N | --tile 64,128,64,4,4 --tile ...]
+        [--samples] [--max-kernels N] [--max-tiles N | --tile 64,128,64,4,4 --tile ...]
 
 Of a plan of several ranks it is rank 0, on one GPU: collectives copy, and kernels that wait for
 peers are told to stop, so that their calls take the time of their own work.
+
+With `--samples` no model is loaded: products are timed alone on random operands, in several sets so
+that no cache holds a weight, beside the functions of libraries that compute them too. Then the plan
+needs no binaries.
 
 Prints the lines for `codegen/tuned.yaml`, with the microseconds of the program beside the best
 tiles.
@@ -21,7 +25,7 @@ import hashlib
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,23 +38,27 @@ from tokenspeed_plan.codegen.tiling import GEMV_ROWS, Work
 from tokenspeed_plan.codegen.tuned import Tile
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, find_hardware
 from tokenspeed_plan.plans.bundle import load_plan
-from tokenspeed_plan.plans.fp8_format import FP8
+from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
 from tokenspeed_plan.plans.kernel_file import kind_of
+from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS, computes_kernel
 from tokenspeed_plan.plans.peer_memory import PEER_SIGNALS, STOP
-from tokenspeed_plan.plans.schema import Binary, Call, KernelSpec, Plan
+from tokenspeed_plan.plans.schema import Binary, Call, KernelSpec, Param, Plan, Program
 from tokenspeed_plan.runtime.bench import prepare
 from tokenspeed_plan.runtime.bench.clock import captured, time_us
 from tokenspeed_plan.runtime.bench.replay import Replay
 from tokenspeed_plan.runtime.execution.arenas import TORCH_DTYPES
-from tokenspeed_plan.runtime.execution.backend import Instruction
+from tokenspeed_plan.runtime.execution.backend import Instruction, execute
 from tokenspeed_plan.runtime.execution.cuda_kernels import CudaKernels
 from tokenspeed_plan.runtime.execution.executor import Executor
+from tokenspeed_plan.runtime.execution.fp8_blocks import parts_of, quantise_rows
 from tokenspeed_plan.runtime.execution.peer_arenas import PeerMemory
 from tokenspeed_plan.runtime.execution.rank_links import Links
+from tokenspeed_plan.runtime.libraries.loader import ADAPTERS
 
 NamedCall = tuple[str, Instruction]  # a kernel, and a call of it
 
 REPLAYS = 3  # a round
+SETS, SET_BYTES = 24, 200_000_000  # of operands, so that together they are larger than any cache
 FULL_GROUPS = 1024  # rows from which on experts get whole tiles
 MANY = 256  # rows from which on tiles have spaces of their own
 GEMV = {
@@ -116,6 +124,23 @@ FP8_GROUPED = {
     "k": (128, 256),
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),
+}
+# Of FP8 times FP8: products of few rows, and of experts whose rows stay in shared memory.
+FP8_BOTH = {
+    "m": (64, 128),
+    "n": (32, 64, 128),
+    "k": (128,),
+    "num_warps": (4, 8),
+    "num_stages": (3, 4, 6),
+    "splits": (1, 2, 4),
+}
+FP8_STAYING = {
+    "m": (64, 128),
+    "n": (64, 128),
+    "k": (512,),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3),
+    "splits": (1, 2, 4),
 }
 GROUPED = {  # of few rows for each expert, which wait for its weights
     "m": (16, 32, 64),
@@ -186,9 +211,21 @@ def attention_tiles(rows: int, decodes: bool) -> list[Tile]:
     return list(itertools.starmap(Tile, itertools.product(*FLASH_MANY.values())))
 
 
-def fp8_tiles(kind: str, rows: int) -> list[Tile]:
-    """Tiles worth a try of a kernel that reads a weight in FP8, in a program of `rows` tokens."""
+def fp8_tiles(kind: str, rows: int, quantised: bool) -> list[Tile]:
+    """Tiles worth a try of a kernel that reads a weight in FP8, in a program of `rows` tokens.
+
+    Args:
+        kind: the kernel's.
+        rows: of the program, as a power of two.
+        quantised: whether it multiplies FP8 by FP8.
+    """
     grouped = kind.startswith("grouped_")
+    if quantised and not grouped and rows < FULL_GROUPS:
+        tiles = itertools.starmap(Tile, itertools.product(*FP8_BOTH.values()))
+        return [t for t in tiles if t.m < 2 * rows]
+    if quantised and kind == "grouped_down":
+        staying = list(itertools.starmap(Tile, itertools.product(*FP8_STAYING.values())))
+        return staying + fp8_tiles(kind, rows, False)
     if kind.startswith("moe_") or (rows <= GEMV_ROWS and not grouped):
         space = FP8_DOWN if kind.startswith("moe_down") else FP8_RUNS
         plain = [
@@ -230,16 +267,22 @@ def variants(
     kernel: KernelSpec, rows: tuple[int, int], hardware: HardwareSpec, tiles: Sequence[Tile]
 ) -> Iterator[tuple[Tile, Built]]:
     """The kernel in each tile; those that give the same kernel come once."""
-    kind = kind_of(kernel)
-    params = tuple(p for p in kernel.params if p.role != "scratch")
-    plain = kernel.model_copy(update={"name": "", "launch": None, "params": params})
-    pdl = kernel.launch is not None and kernel.launch.pdl
     made = set()
     for tile in tiles:
-        built = build_kernel(kind, plain, rows, hardware, pdl, tile)[0]
+        built = built_in(kernel, rows, hardware, tile)
         if built.kernel.name not in made:
             made.add(built.kernel.name)
             yield tile, built
+
+
+def built_in(
+    kernel: KernelSpec, rows: tuple[int, int], hardware: HardwareSpec, tile: Tile | None = None
+) -> Built:
+    """The kernel in a tile, or in the first one of its rule."""
+    params = tuple(p for p in kernel.params if p.role != "scratch")
+    plain = kernel.model_copy(update={"name": "", "launch": None, "params": params})
+    pdl = kernel.launch is not None and kernel.launch.pdl
+    return build_kernel(kind_of(kernel), plain, rows, hardware, pdl, tile)[0]
 
 
 def stated(text: str) -> Tile:
@@ -258,7 +301,8 @@ def tiles_of(kernel: KernelSpec, rows: int) -> list[Tile]:
     if kind_of(kernel) == "attention_gate":
         return attention_tiles(padded, kernel.parts[0].attrs["mode"] == "decode")
     if any(param.tensor.format == FP8 for param in kernel.params):
-        return fp8_tiles(kind_of(kernel), padded)
+        quantised = any(param.tensor.format == FP8_ROWS for param in kernel.params)
+        return fp8_tiles(kind_of(kernel), padded, quantised)
     products = [p for p in kernel.parts if p.kind == "linear"]
     if not products or not 32 < padded < 2048:
         few = kernel.launch is not None and "PRECISION" not in kernel.launch.constants
@@ -290,6 +334,7 @@ class Chain:
             (step.kernel, work[0]) for step, work in steps if isinstance(step, Call)
         ]
         self.executor, self.sm = executor, sm
+        self.kernels: Mapping[str, KernelSpec] = executor.kernels
 
     def calls_with(self, name: str) -> list[NamedCall]:
         """What is timed to judge builds of a kernel.
@@ -304,7 +349,7 @@ class Chain:
 
     def kept_calls(self, name: str) -> Iterator[NamedCall]:
         """The calls of a kernel, with copies of their activations; the program runs up to them."""
-        roles = [param.role for param in self.executor.kernels[name].tensors]
+        roles = [param.role for param in self.kernels[name].tensors]
         self.reset()
         for own, call in self.calls:
             if own == name:
@@ -313,12 +358,16 @@ class Chain:
                     for role, x in zip(roles, call.operands, strict=True)
                 )
                 yield own, call._replace(operands=operands)
-            self.executor.execute([call])
+            self.execute([call])
+
+    def execute(self, instructions: Sequence[Instruction]) -> None:
+        """Run them in order."""
+        self.executor.execute(instructions)
 
     def time(self, calls: Sequence[NamedCall]) -> float:
         """Microseconds of calls, one after the other."""
         instructions = [call for _, call in calls]
-        replay = captured(lambda: self.executor.execute(instructions), "cuda")
+        replay = captured(lambda: self.execute(instructions), "cuda")
         return time_us(replay, "cuda", REPLAYS, reset=self.reset)
 
     def exchanged(
@@ -350,6 +399,97 @@ class Chain:
             return Instruction(run, {}, (*call.operands[:before], *scratch), ())
 
         return [(own, exchange(call) if own == name else call) for own, call in calls]
+
+
+class Samples(Chain):
+    """Products by themselves, on random operands."""
+
+    def __init__(self, kernels: Mapping[str, KernelSpec], rows: tuple[int, int], sm: int) -> None:
+        self.kernels, self.rows, self.sm = kernels, rows, sm
+        self.calls: list[NamedCall] = []  # no program
+        self.random = torch.Generator("cuda").manual_seed(0)
+        self.planned: dict[str, tuple[Built, Compiled]] = {}
+
+    def execute(self, instructions: Sequence[Instruction]) -> None:
+        """Run them in order."""
+        execute(instructions, 0)
+
+    def reset(self) -> None:
+        """Operands stay what they are."""
+
+    def time(self, calls: Sequence[NamedCall]) -> float:
+        """Microseconds of a call, one after the other."""
+        return super().time(calls) / len(calls)
+
+    def calls_with(self, name: str) -> list[NamedCall]:
+        """Calls of a kernel, each with operands of its own."""
+        kernel = self.kernels[name]
+        tensors = [p for p in kernel.tensors if p.role != "scratch"]
+        set_bytes = sum(p.tensor.size_bytes(*self.rows) for p in tensors)
+        count = max(2, min(SETS, -(-SET_BYTES // set_bytes)))
+        calls = [(name, self._call(tensors)) for _ in range(count)]
+        return self.exchanged(calls, name, *self.planned[name])
+
+    def _call(self, tensors: Sequence[Param]) -> Instruction:
+        order = self._routing(tensors)
+        operands = tuple(order.get(p.name, self._operand(p)) for p in tensors)
+        return Instruction(nothing, {}, operands, ())
+
+    def _operand(self, param: Param) -> Tensor:
+        spec = param.tensor
+        shape = spec.bind(*self.rows)
+        if spec.dtype in ("i32", "i64"):
+            return torch.zeros(shape, dtype=TORCH_DTYPES[spec.dtype], device="cuda")
+        if spec.format == FP8:
+            stored = torch.zeros(spec.size_bytes(), dtype=torch.uint8, device="cuda")
+            parts = parts_of(stored.view(torch.float8_e4m3fn), spec)
+            for matrix in parts.elements.view(-1, *shape[-2:]):
+                matrix.copy_(torch.randn(matrix.shape, device="cuda", generator=self.random) * 40)
+            parts.scales.fill_(shape[-1] ** -0.5 / 40)
+            return stored.view(torch.float8_e4m3fn)
+        values = torch.randn(shape, device="cuda", generator=self.random)
+        if spec.format == FP8_ROWS:
+            return quantise_rows(values)
+        if param.role == "weight" and len(shape) > 1:
+            values *= shape[-1] ** -0.5
+        return values.to(TORCH_DTYPES[spec.dtype])
+
+    def _routing(self, tensors: Sequence[Param]) -> dict[str, Tensor]:
+        """Which experts tokens chose, evenly at random: ids, or their order and bounds."""
+        specs = {param.name: param.tensor.bind(*self.rows) for param in tensors}
+        if "experts_down_ids" in specs:
+            ids = self._ids(specs["experts_down_ids"], specs["experts_down_w"][0])
+            return {"experts_down_ids": ids.to(torch.int32)}
+        if "order" not in specs:
+            return {}
+        num_tokens, top_k = specs["order"]
+        experts = specs["w"][0]
+        ids = self._ids((num_tokens, top_k), experts).flatten()
+        order = ids.argsort(stable=True).to(torch.int32)
+        counts = torch.bincount(ids, minlength=experts).cumsum(0)
+        bounds = torch.zeros(specs["bounds"], dtype=torch.int32, device="cuda")
+        bounds[1 : experts + 1] = counts
+        return {"order": order.view(num_tokens, top_k), "bounds": bounds}
+
+    def _ids(self, shape: tuple[int, ...], experts: int) -> Tensor:
+        """Different experts of each token."""
+        drawn = torch.rand(shape[0], experts, device="cuda", generator=self.random)
+        return drawn.topk(shape[1]).indices
+
+    def report_libraries(self, name: str) -> None:
+        """Print what functions of libraries take, on the same kind of operands."""
+        kernel = self.kernels[name]
+        for key, function in LIBRARY_FUNCTIONS.items():
+            if not computes_kernel(function, kernel):
+                continue
+            run = ADAPTERS[key](kernel)
+            calls = [(own, call._replace(body=run)) for own, call in self.calls_with(name)]
+            print(f"# {name}: {key} {self.time(calls):.2f}", flush=True)
+
+
+def nothing(*_: object) -> tuple[()]:
+    """A call that is yet to get its kernel."""
+    return ()
 
 
 class Copies:
@@ -408,41 +548,67 @@ def main() -> None:
     parser.add_argument(
         "--tile", type=stated, action="append", default=[], help="only these, as in tuned.yaml"
     )
+    parser.add_argument(
+        "--samples", action="store_true", help="products alone on random operands, without a model"
+    )
     options = parser.parse_args()
     plan = load_plan(options.bundle)
     hardware = find_hardware(plan.target.gpu)
+    chain, program = chain_of(plan, hardware.sm, options)
+    kernels = chosen(program, chain.kernels, options)
+    tried = {}
+    for kernel in kernels:
+        tiles = options.tile or some_of(tiles_of(kernel, chain.rows[0]), options.max_tiles)
+        tried[kernel.name] = list(variants(kernel, chain.rows, hardware, tiles))
+    planned = {kernel.name: built_in(kernel, chain.rows, hardware) for kernel in kernels}
+    jobs = {
+        b.kernel.name: Job(b.kernel, b.source or "", hardware.sm)
+        for b in [*planned.values(), *(b for found in tried.values() for _, b in found)]
+    }
+    made = compile_all(jobs.values(), Path("/tmp/tune-cache"))
+    results = {name: made[job.key] for name, job in jobs.items()}
+    for name, found in tried.items():
+        if isinstance(chain, Samples):
+            chain.planned[name] = planned[name], results[planned[name].kernel.name]
+            chain.report_libraries(name)
+        report(chain, name, found, results, hardware)
+
+
+def chain_of(plan: Plan, sm: int, options: argparse.Namespace) -> tuple[Chain, Program]:
+    """What times builds, and the program whose kernels they are."""
+    if options.samples:
+        fitting = [
+            each
+            for each in plan.pool.programs
+            if each.phase == options.phase and each.bucket >= options.bucket
+        ]
+        program = min(fitting, key=lambda each: each.bucket)
+        rows = (program.max_tokens, program.max_seqs)
+        kernels = {kernel.name: kernel for kernel in plan.kernels}
+        return Samples(kernels, rows, sm), program
     executor = prepare_alone(plan, options.bundle)
     shape = (options.bucket, 1) if options.phase == "decode" else (1, options.bucket)
     replay = Replay(plan, executor, options.phase, *shape, options.context)
     replay.run()
-    program = replay.program
-    rows = (replay.run_tokens, replay.run_seqs)
-    names = dict.fromkeys(step.kernel for step in program.steps if isinstance(step, Call))
+    return Chain(executor, replay, sm, options.alone), replay.program
+
+
+def chosen(
+    program: Program, kernels: Mapping[str, KernelSpec], options: argparse.Namespace
+) -> list[KernelSpec]:
+    """The kernels to tune, those first that are predicted to take most time."""
     taken: defaultdict[str, float] = defaultdict(float)
     for step in program.steps:
         if isinstance(step, Call):
             taken[step.kernel] += step.predicted_us
     wanted = set(filter(None, options.kinds.split(",")))
-    kernels = [
-        executor.kernels[name]
-        for name in names
-        if (not wanted or kind_of(executor.kernels[name]) in wanted)
-        and executor.kernels[name].reduced_operand is None  # its tiles are no matter of one rank
+    found = [
+        kernels[name]
+        for name in taken
+        if (not wanted or kind_of(kernels[name]) in wanted)
+        and kernels[name].reduced_operand is None  # its tiles are no matter of one rank
     ]
-    kernels = sorted(kernels, key=lambda kernel: -taken[kernel.name])[: options.max_kernels]
-    tried = {}
-    for kernel in kernels:
-        tiles = options.tile or some_of(tiles_of(kernel, rows[0]), options.max_tiles)
-        tried[kernel.name] = list(variants(kernel, rows, hardware, tiles))
-    jobs = {
-        b.kernel.name: Job(b.kernel, b.source or "", hardware.sm)
-        for found in tried.values()
-        for _, b in found
-    }
-    results = compile_all(jobs.values(), Path("/tmp/tune-cache"))
-    chain = Chain(executor, replay, hardware.sm, options.alone)
-    for name, found in tried.items():
-        report(chain, name, found, {n: results[job.key] for n, job in jobs.items()}, hardware)
+    return sorted(found, key=lambda kernel: -taken[kernel.name])[: options.max_kernels]
 
 
 def report(
@@ -465,7 +631,7 @@ def report(
         except Exception as error:
             print(f"# {name} {tile}: {error}")
     times.sort(key=lambda item: item[0])
-    kernel = chain.executor.kernels[name]
+    kernel = chain.kernels[name]
     key = Work(kind_of(kernel), kernel, *chain.rows, hardware).key
     if times:
         now_us = chain.time(calls)

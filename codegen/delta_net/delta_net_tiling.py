@@ -10,6 +10,7 @@ from tokenspeed_plan.codegen.tiling import (
     fixed,
     per_rows,
     per_seq,
+    quantising,
     up2,
 )
 from tokenspeed_plan.codegen.tuned import Tile
@@ -26,6 +27,7 @@ COLUMNS_AND_WARPS = {
     "delta_steps": {2: (16, 2), 4: (32, 2)},
     "delta_recompute": {2: (16, 4), 4: (32, 2)},
 }
+ROW_OF_FOUR_WARPS = 4096  # elements of a row that four warps quantise, at most
 MANY_SEQS = 128  # from here on two pieces of a head take 6 % less than the whole of it
 MANY_COLUMNS_AND_WARPS = {
     "delta_step": (128, 4),
@@ -223,6 +225,29 @@ def delta_scan(work: Work) -> list[Tiling]:
 def _dtype(work: Work) -> dict[str, object]:
     """Products take operands in the dtype of the activations, and accumulate in fp32."""
     return {"dtype": TRITON_DTYPES[work.dtype]}
+
+
+def gated_norm_quantise(work: Work) -> list[Tiling]:
+    """A program a token, so that the factors of its heads lie side by side."""
+    heads, head_dim = work.size("gated_norm", "num_heads"), work.size("gated_norm", "head_dim")
+    constants: dict[str, Constant] = {
+        "HEADS": heads,
+        "BLOCK_H": up2(heads),
+        "D": head_dim,
+        "EPS": work.number("gated_norm", "eps"),
+    }
+    num_warps = 4
+    if up2(heads) * head_dim > ROW_OF_FOUR_WARPS:
+        num_warps = 8
+    tiling = Tiling(
+        template="gated_norm_quantise",
+        constants=constants | quantising(work),
+        grid=(per_rows(1),),
+        num_warps=num_warps,
+        num_stages=1,
+        options={"dtype": TRITON_DTYPES[work.dtype]},
+    )
+    return [tiling]
 
 
 def gated_norm(work: Work) -> list[Tiling]:

@@ -397,7 +397,7 @@ def _linear_tiling(work: Work, tile: Tile, rows: int, columns: int, depth: int) 
         constants["EPS"] = work.number("rms_norm", "eps")
     if work.has("expert_sum"):
         constants["TOP_K"] = work.width("expert_sum_weights")
-        if rows >= SUMS_AHEAD and tile.m == 64 and "BLOCK" not in constants:
+        if rows >= SUMS_AHEAD and tile.m == 64:
             constants["SUM_STAGES"] = 4
     tiles_n = blocks(columns, tile.n)
     beside = _beside(work)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenspeed_plan.codegen.tiling import GEMV_COLUMNS, GEMV_ROWS, NORMED_ROWS
 from tokenspeed_plan.planner.graph import Op, OpGraph, Stage
@@ -88,6 +88,7 @@ FUSIONS = (
     Fusion("conv_qk_norm", ("causal_conv", "qk_l2_norm")),
     Fusion("conv_qk_norm", ("ring_conv", "qk_l2_norm")),
     Fusion("gates_delta_chunk", ("delta_gates", "delta_chunk")),
+    Fusion("gated_norm_quantise", ("gated_norm", "quantise")),
     # Mixture of experts with a few tokens.
     Fusion("moe_up", ("topk", "experts_up", "linear", "silu_mul")),
     Fusion("moe_down_add", ("experts_down", "linear", "gated_add", "add")),
@@ -105,6 +106,18 @@ FUSIONS = (
     Fusion("draft_then_place", ("draft", "draft_place"), independent=True),
 )
 FUSED_KINDS = frozenset(fusion.kind for fusion in FUSIONS)
+QUANTISED_SUM = ("add", "rms_norm", "quantise")
+
+
+def with_sums_in_norms(fusions: Sequence[Fusion]) -> tuple[Fusion, ...]:
+    """The fusions, but a norm that quantises takes the sum before it from the product.
+
+    That is for libraries, whose products have no residual: they would add it in a pass of its own.
+    """
+    return tuple(
+        replace(each, leaves=QUANTISED_SUM) if each.kind == "linear_add" else each
+        for each in fusions
+    )
 
 
 def fuse(

@@ -10,7 +10,7 @@ from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.passes.cost import Load
 from tokenspeed_plan.planner.passes.expand import expand
-from tokenspeed_plan.planner.passes.fuse import FUSIONS, Fusion, fuse
+from tokenspeed_plan.planner.passes.fuse import FUSIONS, Fusion, fuse, with_sums_in_norms
 from tokenspeed_plan.planner.passes.grammar import check
 from tokenspeed_plan.planner.passes.library import Loads
 from tokenspeed_plan.planner.passes.lower import lower
@@ -21,6 +21,7 @@ from tokenspeed_plan.planner.passes.reduction import largest_reduction
 from tokenspeed_plan.planner.passes.schedule import schedule
 from tokenspeed_plan.planner.passes.shard import shard
 from tokenspeed_plan.planner.passes.simulate import MAX_STREAMS, schedule_best
+from tokenspeed_plan.plans.libraries import LIBRARY_FUNCTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class PassOptions:
 
 
 DEFAULT_OPTIONS = PassOptions()
+FP8_PRODUCTS = "cublas.linear_fp8"
+FEWEST_TOKENS = LIBRARY_FUNCTIONS[FP8_PRODUCTS].least_tokens
 ONE_TOKEN = Load(1, 1, 0)
 
 
@@ -100,7 +103,10 @@ def _fuse(graph: OpGraph, context: PassContext) -> OpGraph:
     if pushes is None:
         reduction = largest_reduction(graph, context.hardware, *context.sizes)
         pushes = reduction is not None and reduction.pushes
-    return fuse(graph, *context.sizes, context.options.fusions, pushes)
+    fusions = context.options.fusions
+    if FP8_PRODUCTS in context.hardware.libraries and context.num_tokens >= FEWEST_TOKENS:
+        fusions = with_sums_in_norms(fusions)
+    return fuse(graph, *context.sizes, fusions, pushes)
 
 
 def _recompute_topk(graph: OpGraph, context: PassContext) -> OpGraph:

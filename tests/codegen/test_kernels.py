@@ -17,6 +17,7 @@ from kernel_lab import (
     allowed,
     broken,
     errors,
+    graph_of,
     is_caught,
     kernels_of,
     reference,
@@ -389,6 +390,18 @@ def test_only_weights_are_loaded_before_the_kernels_before_are_done(case: Case) 
     assert "moe_down_add" in loading, "some kernels do load ahead"
 
 
+@pytest.mark.parametrize(("num_tokens", "is_apart"), [(1023, False), (1024, True)])
+def test_where_a_library_multiplies_the_norm_that_quantises_adds(
+    num_tokens: int, is_apart: bool
+) -> None:
+    case = Case(
+        "prefill", (num_tokens,), (0,), "bf16", "dense blocks", "H200", fp8=True, quantises=True
+    )
+    kinds = [op.kind for op in graph_of(replace(case, max_seq_len=2048)).ops]
+    assert ("add_norm_quantise" in kinds) == is_apart
+    assert kinds.count("linear_add") == (1 if is_apart else 4), "the last one has no such norm"
+
+
 # One constant or sign in each template, by the kinds that are made from it.
 FEW, MANY = CASES["seven sequences"], CASES["ragged prefill"]
 CHUNKS, SEQS = DRAFTED["prefill and three drafts"], DRAFTED["prefill of many and two drafts"]
@@ -570,6 +583,8 @@ MUTATIONS = [
     (FP8_BOTH, "grouped_up", "row * (K // BLOCK) + k0 // BLOCK", "row * (K // BLOCK)"),
     (FP8_BOTH, "grouped_down", "num_tokens * TOP_K", "num_tokens"),
     (FP8_BOTH, "norm_quantise", "t * (H // BLOCK) + b", "t + b"),
+    (FP8_BOTH, "gated_norm_quantise", "t * (HEADS * D // BLOCK) + b", "t + b"),
+    (FP8_BOTH, "gated_norm_quantise", "* gate * tl.sigmoid(gate)", "* tl.sigmoid(gate)"),
     (FP8_BOTH, "quantise", "tl.div_rn(largest, most)", "tl.div_rn(most, largest)"),
 ]
 
@@ -612,6 +627,28 @@ MEASURED = {
         replace(DEEP, k=384),
         (("begin_k + block", "begin_k"),),
     ),
+    "rows that stay": (
+        FP8_BOTH,
+        "grouped_down",
+        Tile(64, 128, 384, 8, 2),
+        (("factor_1 *", "factor_0 *"), ("first + COLUMNS, N", "first + BLOCK_N, N")),
+    ),
+    "rows that stay, columns in parts": (
+        FP8_BOTH,
+        "grouped_down",
+        Tile(64, 64, 384, 8, 2, splits=2),
+        (("tl.program_id(0) * COLUMNS", "tl.program_id(0) * BLOCK_N"),),
+    ),
+    "few tokens on tensor cores": (
+        FP8_SEVEN,
+        "moe_up",
+        Tile(8, 16, 128, 1, 1),
+        (
+            ("d // 4 % 4 * 16", "d // 4 % 4 * 4"),
+            ("up += up_sum * up_factor", "up += up_sum"),
+            ("gate_1 = tl.load(weight + offsets", "gate_1 = tl.load(weight + offsets // 2"),
+        ),
+    ),
     "state in pieces": (
         IN_PLACE,
         "delta_step",
@@ -632,8 +669,7 @@ def test_measured_tiles_equal_their_references(name: str) -> None:
     built = tiled(case, kind, tile)
     assert built.kernel.launch is not None
     constants = built.kernel.launch.constants
-    is_deep = "BLOCK" in constants and int(constants["BLOCK_K"]) > int(constants["BLOCK"])
-    assert is_deep or {"SPLITS", "PIECES"} & set(constants)
+    assert "PIECES" in constants or constants["BLOCK_N"] == tile.n
     for param, error in errors(built, case):
         assert error <= TOLERANCE[case.dtype], param
     for old, new in mutations:
