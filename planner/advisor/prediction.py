@@ -61,7 +61,7 @@ class Prediction:
         transfer: of a prompt's cache, where there are two pools.
         run: of a batch on one replica, from its first row to its last; None for other workloads.
         simulated: means and percentiles under the load of the spec, by the names of service levels;
-            None until it is simulated, empty where it cannot be.
+            None until it is simulated.
     """
 
     candidate: Candidate

@@ -412,7 +412,7 @@ def _sweep_entry(
     if job is not None:
         fleet = fleet_for(job, result.best)
         entry["fleet"] = fleet.as_json() if fleet else None
-    if result.slo and candidate.prefill is None:
+    if result.slo:
         entry["capacity"] = _capacity(predictor, result)
     return entry
 
