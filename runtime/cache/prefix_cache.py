@@ -222,10 +222,17 @@ class PrefixCache:
 
     def take_page(self) -> int | None:
         """A page for the caller; None where all pages are in use."""
-        while not self.pages.num_free:
+        found = self.take_pages(1)
+        return found[0] if found else None
+
+    def take_pages(self, count: int) -> list[int]:
+        """Pages for the caller; fewer where all others are in use."""
+        found = self.pages.take_some(count)
+        while len(found) < count:
             if not self._evict(self._checkpoints.frees_a_page) and not self.reclaim():
-                return None
-        return self.pages.take()
+                break
+            found += self.pages.take_some(count - len(found))
+        return found
 
     def take_state_slot(self) -> int:
         """A state slot for the caller, who knows that there is one."""
@@ -264,8 +271,7 @@ class PrefixCache:
         What nobody needs any more is freed: also a whole page that was continued on the page of a
         tail, and whose checkpoint went while the caller held the tail.
         """
-        for page in pages:
-            self.pages.drop(page)
+        self.pages.drop_all(pages)
         for page in reversed(pages):
             self.tree.prune_from(page)
 

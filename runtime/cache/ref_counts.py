@@ -41,6 +41,14 @@ class SharedSlots:
         self._holders[slot] = 1
         return slot
 
+    def take_some(self, most: int) -> list[int]:
+        """Up to so many free slots, each now held once, in the order in which `take` gives them."""
+        free = self._free
+        found = free[: -most - 1 : -1]
+        del free[len(free) - len(found) :]
+        self._holders.update(dict.fromkeys(found, 1))
+        return found
+
     def share(self, slot: int) -> int:
         """Add a holder to a slot that is held."""
         assert self._holders[slot] > 0, f"slot {slot} is free and cannot be shared"
@@ -49,7 +57,14 @@ class SharedSlots:
 
     def drop(self, slot: int) -> None:
         """Remove a holder of a slot."""
-        assert self._holders[slot] > 0, f"slot {slot} is free already"
-        self._holders[slot] -= 1
-        if not self._holders[slot]:
-            self._free.append(slot)
+        self.drop_all((slot,))
+
+    def drop_all(self, slots: Iterable[int]) -> None:
+        """Remove a holder of each of some slots."""
+        holders, free = self._holders, self._free
+        for slot in slots:
+            left = holders[slot] - 1
+            assert left >= 0, f"slot {slot} is free already"
+            holders[slot] = left
+            if not left:
+                free.append(slot)

@@ -125,4 +125,5 @@ class OnePool:
         request = arrival.request
         check_length(request, self._plan.pool.limits.max_seq_len)
         self._arrived_s[request.request_id] = arrival.time_s
-        self._loop.add(Sequence(request, arrival.time_s, list(request.prompt_ids)))
+        known, token_ids = arrival.digests, list(request.prompt_ids)
+        self._loop.add(Sequence(request, arrival.time_s, token_ids, digests=known))

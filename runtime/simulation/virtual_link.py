@@ -17,6 +17,7 @@ from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.execution.bound_programs import Part
 from tokenspeed_plan.runtime.pools.pool_rank import Move, RankOrder
 from tokenspeed_plan.runtime.pools.rank_reports import MAX_JOBS
+from tokenspeed_plan.runtime.pools.transport import Sending
 from tokenspeed_plan.runtime.scheduling.batch import Batch
 from tokenspeed_plan.runtime.simulation.virtual_steps import (
     StepTimes,
@@ -50,7 +51,7 @@ class Link:
     handshake_us: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Name:
     """A transport by its name alone."""
 
@@ -88,7 +89,7 @@ class VirtualRanks:
     """
 
     def __init__(self, clock: VirtualClock, link: Link, num_ranks: int) -> None:
-        self.transport = _Name()
+        self.transport: Sending = _Name()
         self.descriptions: list[dict[str, Any]] = [{}] * num_ranks
         self.page_bytes = num_ranks * sum(layer.page_bytes for layer in link.layers)
         self.state_bytes = num_ranks * sum(layer.state_bytes for layer in link.layers)
