@@ -7,7 +7,7 @@ programs, which is all that a scheduler reads, and steps of the times that are p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -202,6 +202,21 @@ class Deployment:
             users: that are there all the time; None with arrivals.
             turns_per_s: that arrive, in place of users.
         """
+        known, key = self.predictor.simulated, self._key(users, turns_per_s)
+        if key not in known:
+            known[key] = self._simulate(users, turns_per_s)
+        return known[key]
+
+    def _key(self, users: int | None, turns_per_s: float | None) -> Hashable:
+        """All that the load on one replica depends on: many replicas of it have the same."""
+        predictor, candidate = self.predictor, self.candidate
+        target = {"slo": True, "objective": True, "parallelism": True, "target": {"count"}}
+        text = predictor.spec.with_concurrency(self.num_seqs).model_dump_json(exclude=target)
+        pools = (candidate.layout, candidate.prefill, candidate.knobs, *self.table.items())
+        waits = (self.interleaved_tokens, self.gathered_tokens)
+        return text, repr(predictor.engine), predictor.rollback, pools, waits, users, turns_per_s
+
+    def _simulate(self, users: int | None, turns_per_s: float | None) -> dict[str, float]:
         from tokenspeed_plan.runtime.simulation.load_report import levels_of
         from tokenspeed_plan.runtime.simulation.load_run import simulate
 

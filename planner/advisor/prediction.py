@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -153,6 +153,7 @@ class Predictor:
         reserved_price: price GPUs as reserved, not as on demand.
         rollback: how rejected drafts are taken back.
         memories, maps: the memory model of each layout, and the map of each candidate, so far.
+        simulated: what loads were like so far, by all that they depend on; other machines' too.
         shared_steps: the time of steps, if another predictor's.
     """
 
@@ -164,6 +165,7 @@ class Predictor:
     rollback: RollbackWord = "snapshot"
     memories: dict[ParallelLayout, MemoryModel] = field(default_factory=dict)
     maps: dict[Candidate, MemoryMap] = field(default_factory=dict)
+    simulated: dict[Hashable, dict[str, float]] = field(default_factory=dict)
     shared_steps: StepModel | None = None
 
     def with_concurrency(self, num_seqs: int) -> Predictor:

@@ -250,8 +250,10 @@ class PrefixCache:
     def has_spare_state_slot(self, hit: Hit) -> bool:
         """Whether a state slot can be taken while a hit is held."""
         slots = self.state_slots
-        others = (node for node in self.checkpoints if node is not hit.checkpoint)
-        if slots.num_free or any(slots.holders(node.state_slot) == 1 for node in others):
+        if slots.num_free:
+            return True
+        others = (node for node in self._checkpoints.nodes if node is not hit.checkpoint)
+        if any(slots.counts[node.state_slot] == 1 for node in others):
             return True
         return self.reclaim() and self.has_spare_state_slot(hit)
 

@@ -132,8 +132,7 @@ class PrefixTree:
 
     def is_in_use(self, page: int) -> bool:
         """Whether a running sequence holds a page, too."""
-        num_nodes = self._nodes_on_page[page]
-        return self._pages.holders(page) > num_nodes
+        return self._pages.counts[page] > self._nodes_on_page[page]
 
     def prune(self, node: Node | None) -> None:
         """Free the pages from a node towards the root that no checkpoint and no sequence needs."""
