@@ -210,8 +210,10 @@ class Deployment:
     def _key(self, users: int | None, turns_per_s: float | None) -> Hashable:
         """All that the load on one replica depends on: many replicas of it have the same."""
         predictor, candidate = self.predictor, self.candidate
-        target = {"slo": True, "objective": True, "parallelism": True, "target": {"count"}}
-        text = predictor.spec.with_concurrency(self.num_seqs).model_dump_json(exclude=target)
+        spec = predictor.spec.with_concurrency(self.num_seqs)
+        text = spec.model_dump_json(
+            exclude={"slo": True, "objective": True, "parallelism": True, "target": {"count"}}
+        )
         pools = (candidate.layout, candidate.prefill, candidate.knobs, *self.table.items())
         waits = (self.interleaved_tokens, self.gathered_tokens)
         return text, repr(predictor.engine), predictor.rollback, pools, waits, users, turns_per_s

@@ -18,9 +18,9 @@ from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.pools.arrivals import Arrivals
 from tokenspeed_plan.runtime.pools.channel import Channel, ChannelClosed, Facts, Message
 from tokenspeed_plan.runtime.pools.handover_counts import Gauges, HandoverCounts
@@ -33,6 +33,9 @@ from tokenspeed_plan.runtime.pools.transport import Transport
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence as Progress
+
+if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.engine import Engine
 
 _LOOK_S = 0.002  # between two looks at the queue of an engine that has nothing to do
 _END_S = 2.0

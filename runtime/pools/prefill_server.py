@@ -16,11 +16,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tokenspeed_plan.plans.errors import PoolError, RequestError
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.execution.bound_programs import Part
 from tokenspeed_plan.runtime.pools.caller import Caller
 from tokenspeed_plan.runtime.pools.channel import (
@@ -39,6 +38,9 @@ from tokenspeed_plan.runtime.pools.transport import Transport
 from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.step_loop import StepLoop
+
+if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.engine import Engine
 
 BEAT_S = 0.5
 _LOOK_S = 0.0002  # between two looks at what is under way, where nothing is computed

@@ -194,7 +194,8 @@ class NappingScheduler(Scheduler):
         if len(sequences) < 2:
             return sequences
         if is_ahead:
-            return sorted(sequences, key=self._running.index)
+            place_of = {each: place for place, each in enumerate(self._running)}
+            return sorted(sequences, key=place_of.__getitem__)
         return sorted(sequences, key=lambda each: each.number)
 
     def turn_page(self, sequence: Sequence, is_ahead: bool) -> bool:
