@@ -248,7 +248,9 @@ def kill_decode(plan: Plan, bundle: Path, count: int, seed: int, transport: str)
     """Decode pools that die; every tenth one is left alone, and must be right."""
     rng = random.Random(seed)
     engine = Engine.load(bundle, role="prefill")
-    server = make_prefill_server(engine, plan, make_transport(transport, engine.executor.memory), TOKEN)
+    server = make_prefill_server(
+        engine, plan, make_transport(transport, engine.executor.memory), TOKEN
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=server.serve, args=(listener,), daemon=True).start()
     words = [__file__, DECODE, str(bundle), str(listener.getsockname()[1]), transport]

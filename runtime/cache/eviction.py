@@ -184,12 +184,12 @@ class Checkpoints:
 
     def _num_freed(self, node: Node) -> int:
         """Pages that are freed with a checkpoint: those on the way to it that only it needs."""
+        if node.children or node.tails:
+            return 0
         is_in_use, step, count = self.tree.is_in_use, node, 0
-        while step.parent is not None:
-            below = len(step.children) + len(step.tails)
-            is_shared = below > (count > 0) or (count > 0 and step.state_slot)
-            if is_shared or is_in_use(step.page):
-                break
+        while step.parent is not None and not is_in_use(step.page):
             step = step.parent
             count += 1
+            if step.state_slot or len(step.children) + len(step.tails) > 1:
+                break
         return count

@@ -39,6 +39,17 @@ def chain_digest(parent: bytes, words: memoryview) -> bytes:
     return blake2b(words, digest_size=16, key=parent).digest()
 
 
+def digests_of(parent: bytes, token_ids: Seq[int], page_size: int) -> list[bytes]:
+    """The digests of whole pages that come after one of digest `parent`."""
+    found = []
+    # All at once: a long prompt has many pages, and running requests wait meanwhile.
+    words = as_words(token_ids)
+    for start in range(0, len(words), page_size):
+        parent = chain_digest(parent, words[start : start + page_size])
+        found.append(parent)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Hit:
     """What the cache has of a prompt: its deepest checkpoint, and how many tokens have pages."""
@@ -66,6 +77,7 @@ class PrefixCache:
 
     Attributes:
         tree: what is known, by content.
+        name_pages: gives pages their digests; a simulation has shorter ones.
         reclaim: gives back some memory that is held for a moment, where nothing can be evicted;
             False where there is none.
     """
@@ -81,6 +93,7 @@ class PrefixCache:
         oldest_first: bool = False,
     ) -> None:
         self.enabled = enabled
+        self.name_pages: Callable[[bytes, Seq[int], int], list[bytes]] = digests_of
         self.reclaim: Callable[[], bool] = lambda: False
         self.page_size = limits.page_size
         self.pages = SharedSlots(range(limits.num_pages))
@@ -122,11 +135,9 @@ class PrefixCache:
             return
         size, known = self.page_size, len(digests)
         parent = digests[-1] if digests else self.root.digest
-        # All at once: a long prompt has many pages, and running requests wait meanwhile.
-        words = as_words(token_ids[known * size : num_tokens // size * size])
-        for start in range(0, len(words), size):
-            parent = chain_digest(parent, words[start : start + size])
-            digests.append(parent)
+        rest = token_ids[known * size : num_tokens // size * size]
+        if rest:
+            digests += self.name_pages(parent, rest, size)
 
     def path(self, digests: Seq[bytes], token_ids: Seq[int]) -> list[Node]:
         """The root, and the whole pages that are known of a sequence, even stateless."""

@@ -74,9 +74,7 @@ class ReturnReceiver:
         lost: memory that lost callers may still write.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, ranks: Ranks, plan: Plan, transport_s: float
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, ranks: Ranks, plan: Plan, transport_s: float) -> None:
         late_s = settle_s(transport_s, plan.pools[0].layout.num_ranks)
         self.lost = LostMemory(scheduler, late_s)
         self._scheduler = scheduler

@@ -25,6 +25,7 @@ from tokenspeed_plan.runtime.simulation.virtual_steps import (
     VirtualLauncher,
     VirtualMover,
     plain_token,
+    short_digests,
 )
 from tokenspeed_plan.runtime.step_loop import StepLoop
 
@@ -58,6 +59,7 @@ class OnePool:
         self._clock = VirtualClock()
         self._launcher = VirtualLauncher(plan, times, self._clock, acceptance, seed)
         self._scheduler, self._loop = self._engine(may_sleep(plan) and not every_step)
+        self._scheduler.cache.name_pages = short_digests
         self._answers: list[Answered] = []
         self._arrived_s: dict[str, float] = {}
 

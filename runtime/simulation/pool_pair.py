@@ -28,7 +28,11 @@ from tokenspeed_plan.runtime.simulation.load import Load
 from tokenspeed_plan.runtime.simulation.load_results import PromptsComputed, Simulated
 from tokenspeed_plan.runtime.simulation.one_pool import Look, OnePool, Progress
 from tokenspeed_plan.runtime.simulation.virtual_link import Link, PushingLauncher, VirtualRanks
-from tokenspeed_plan.runtime.simulation.virtual_steps import StepTimes, VirtualClock
+from tokenspeed_plan.runtime.simulation.virtual_steps import (
+    StepTimes,
+    VirtualClock,
+    short_digests,
+)
 from tokenspeed_plan.runtime.step_loop import StepLoop
 
 _LOOK_S = 0.002  # as an idle pool that answers looks who has waited long enough
@@ -153,6 +157,7 @@ class _PromptEngine:
 
     def __init__(self, plan: Plan, launcher: PushingLauncher, clock: VirtualClock) -> None:
         self.scheduler = Scheduler(plan, clock=clock)
+        self.scheduler.cache.name_pages = short_digests
         self.loop = StepLoop(plan, launcher, self.scheduler, OutputProcessor(None))
 
     @property

@@ -288,7 +288,7 @@ class NappingLoop(StepLoop):
         self, batch: ShortBatch, before: InFlightBatch | None, until_s: float
     ) -> InFlightBatch | None:
         """Steps of those who sleep, until one must wake; returns what is in flight after them."""
-        most = self._sleepers.next_due - self._sleepers.steps
+        most = max(self._sleepers.next_due - self._sleepers.steps, 1)
         count = self._virtual.repeat(batch, most, until_s, is_ahead=before is not None)
         self.metrics.steps += count
         self.metrics.decode_steps += count

@@ -276,6 +276,20 @@ class VirtualLauncher:
         return drafts
 
 
+def short_digests(parent: bytes, token_ids: Seq[int], page_size: int) -> list[bytes]:
+    """Names of whole pages that come after one of that name, in half the time of digests.
+
+    They are 8 bytes of Python's own hashes. Where two are equal by chance, the cache compares the
+    tokens, as it does with digests.
+    """
+    found = []
+    for start in range(0, len(token_ids), page_size):
+        name = hash((parent, *token_ids[start : start + page_size]))
+        parent = name.to_bytes(8, "little", signed=True)
+        found.append(parent)
+    return found
+
+
 def _num_seqs(batch: Batch) -> int:
     """Sequences of a step, those that sleep included."""
     listed = len(batch.sequences)

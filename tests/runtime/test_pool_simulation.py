@@ -92,7 +92,7 @@ def test_prompts_do_not_hold_up_the_tokens_of_others(checkpoint: Any) -> None:
     plan = plan_of_two(checkpoint("moe"))
 
     def load() -> Users:
-        talks = [Turns(40 + number % 50, 0, (20,)) for number in range(40)]
+        talks = [Turns(40 + number % 50, 0, (20 + number % 7,)) for number in range(40)]
         return Users(talks, 4, vocab_size=VOCAB)
 
     pair = PairTimes(Times(), FAST, FAST)
