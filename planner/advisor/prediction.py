@@ -299,11 +299,9 @@ class Predictor:
         workload = self.spec.workload
         users = ceil_div(workload.num_seqs, candidate.replicas)
         tokens = workload.max_conversation_tokens
-        decode = self.memory(candidate.layout)
-        fullest = decode.map(candidate.knobs, users, tokens)
+        fullest = self.memory(candidate.layout).map(candidate.knobs, users, tokens)
         if candidate.prefill:
-            prefill = self.memory(candidate.prefill)
-            other = prefill.map(candidate.knobs, users, tokens)
+            other = self.memory(candidate.prefill).map(candidate.knobs, users, tokens)
             if other.total > fullest.total:
                 fullest = other
         return fullest

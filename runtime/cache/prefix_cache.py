@@ -261,10 +261,8 @@ class PrefixCache:
     def has_spare_state_slot(self, hit: Hit) -> bool:
         """Whether a state slot can be taken while a hit is held."""
         slots = self.state_slots
-        if slots.num_free:
-            return True
         others = (node for node in self._checkpoints.nodes if node is not hit.checkpoint)
-        if any(slots.counts[node.state_slot] == 1 for node in others):
+        if slots.num_free or any(slots.counts[node.state_slot] == 1 for node in others):
             return True
         return self.reclaim() and self.has_spare_state_slot(hit)
 
@@ -312,9 +310,8 @@ class PrefixCache:
         num_pages = len(self.tree)
         if not self._checkpoints.evict(is_useful):
             return False
-        num_evicted = num_pages - len(self.tree)
         self._metrics.evicted_checkpoints += 1
-        self._metrics.evicted_pages += num_evicted
+        self._metrics.evicted_pages += num_pages - len(self.tree)
         return True
 
 
