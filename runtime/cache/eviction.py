@@ -115,21 +115,23 @@ class Checkpoints:
         if len(self.nodes) <= FEW:
             self._heap, self._passed, self._num_victims_left = [], [], 0
             victim = min(filter(is_candidate, self.nodes), key=self._worth, default=None)
-        else:
-            if not self._num_victims_left:
-                self._rebuild()
-            self._num_victims_left -= 1
-            victim = self._cheapest(is_candidate)
-        if victim is not None:
-            self.clock = self._worth(victim)
-        return victim
+            if victim is not None:
+                self.clock = self._worth(victim)
+            return victim
+        if not self._num_victims_left:
+            self._rebuild()
+        self._num_victims_left -= 1
+        return self._cheapest(is_candidate)
 
     def _rebuild(self) -> None:
-        """Compute the worth of all checkpoints; it is used for a quarter as many victims."""
+        """Forget what checkpoints were worth; what is found is used for a quarter as many victims.
+
+        Each is worth more than its age.
+        """
         self._heap, self._passed = [], []
         self._num_entered = 0
         for node in self.nodes:
-            self._enter(self._worth(node), node)
+            self._enter(node.clock, node)
         self._num_victims_left = len(self.nodes) // 4 + 1
 
     def _enter(self, worth: float, node: Node) -> None:
@@ -156,6 +158,7 @@ class Checkpoints:
                 continue
             worth = self._worth(node)
             if worth <= known:
+                self.clock = worth
                 return node
             heappush(self._heap, (worth, number, node))
         return None
