@@ -124,14 +124,11 @@ class Checkpoints:
         return self._cheapest(is_candidate)
 
     def _rebuild(self) -> None:
-        """Forget what checkpoints were worth; what is found is used for a quarter as many victims.
-
-        Each is worth more than its age.
-        """
+        """Compute the worth of all checkpoints; it is used for a quarter as many victims."""
         self._heap, self._passed = [], []
         self._num_entered = 0
         for node in self.nodes:
-            self._enter(node.clock, node)
+            self._enter(self._worth(node), node)
         self._num_victims_left = len(self.nodes) // 4 + 1
 
     def _enter(self, worth: float, node: Node) -> None:

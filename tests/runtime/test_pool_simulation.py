@@ -135,7 +135,7 @@ def lone_talks() -> Users:
         Turns(20 + 37 * number % 90, 5 + number % 30, (3 + number % 20, 1 + number % 7, 2))
         for number in range(12)
     ]
-    return Users(made, 1, vocab_size=VOCAB)
+    return Users(made, 1, think_s=1.0, vocab_size=VOCAB)
 
 
 @pytest.mark.parametrize("returns", [False, True])
