@@ -110,7 +110,7 @@ class Deployment:
         depth = self.candidate.knobs.depth
         prompts = [self._program("prefill", bucket, depth) for bucket in chunks]
         decodes = [self._program("decode", *each) for each in self.table.items()]
-        pools = (self._pool(self.candidate.layout, (*prompts, *decodes)),)
+        pools: tuple[Pool, ...] = (self._pool(self.candidate.layout, (*prompts, *decodes)),)
         if prefill is not None:
             other = self._pool(prefill, tuple(prompts))
             pools += (other.model_copy(update={"answer_returns": self._answer_returns}),)

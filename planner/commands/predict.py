@@ -185,7 +185,8 @@ def _sweep(options: SweepOptions) -> None:
     config = find_model(spec, options.spec).config
     gpus = [_checked_name(name) for name in options.gpus.split(",")]
     targets = [_with_target(spec, gpu, count) for gpu in gpus for count in counts]
-    entries, simulated = [], dict[Hashable, dict[str, float]]()
+    entries = []
+    simulated: dict[Hashable, dict[str, float]] = {}
     with LongWork() as report:
         for done, each in enumerate(targets):
             machine = f"{each.target.gpu} x {each.target.count}"

@@ -49,7 +49,7 @@ def series(found: Simulated, pages: PageLooks, num_pages: int) -> dict[str, Any]
         num_pages: of the plan.
     """
     edges_B = np.linspace(0.0, found.total_s, BINS + 1)
-    drawn = {
+    drawn: dict[str, Any] = {
         "total_s": found.total_s,
         "num_pages": num_pages,
         "bins": _step_bins(found.steps, edges_B) | _request_bins(found.answers, edges_B),

@@ -206,7 +206,7 @@ def some_plan(whole: Plan, dice: random.Random) -> Plan:
 def said(found: Simulated) -> dict[str, Any]:
     """All that a simulation says, but for the time that it took."""
     prompts = prompts_of(found)
-    told = {
+    all_of_it: dict[str, Any] = {
         "steps": [asdict(step) for step in found.steps],
         "prompt_steps": [asdict(step) for step in prompts.steps],
         "answers": [asdict(answer) for answer in found.answers],
@@ -214,9 +214,9 @@ def said(found: Simulated) -> dict[str, Any]:
         "metrics": [asdict(found.metrics), asdict(prompts.metrics)],
         "times": (found.total_s, found.busy_s, prompts.busy_s),
     }
-    for metrics in told["metrics"]:
+    for metrics in all_of_it["metrics"]:
         del metrics["host_s"]
-    return told
+    return all_of_it
 
 
 def test_all_are_answered_and_sleep_changes_nothing(checkpoint: Any) -> None:
