@@ -187,7 +187,7 @@ class NappingScheduler(Scheduler):
     def is_calm(self) -> bool:
         """Whether nobody can start, and all that run decode, but for one in their sleep."""
         asleep = len(self._sleepers)
-        return self._admission.is_stuck and 0 < asleep == len(self._running) - 1
+        return self._admission.is_stuck and asleep == len(self._running) - 1
 
     def in_turn(self, sequences: list[Sequence], is_ahead: bool) -> list[Sequence]:
         """Sequences in the order in which they get pages."""
