@@ -30,9 +30,9 @@ from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.bench.prepare import prepare
 from tokenspeed_plan.runtime.loading.engine_loader import default_launch, pool_of
-from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions
+from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions, make_handovers
 from tokenspeed_plan.runtime.pools.pool_rank import make_transport
-from tokenspeed_plan.runtime.pools.prefill_server import PrefillServer
+from tokenspeed_plan.runtime.pools.prefill_server import make_prefill_server
 
 EVERY_S = 2.0  # between two prompts
 PHASE_S = 10.0
@@ -56,7 +56,7 @@ def serve(bundle: Path, transport: str, number: int) -> None:
     engine = engine_of(plan, bundle, "prefill")
     engine.generate([[5] * 300], SamplingParams(max_tokens=1))
     memory = make_transport(transport, engine.executor.memory)
-    PrefillServer(engine, plan, memory, TOKEN).serve(socket.socket(fileno=number))
+    make_prefill_server(engine, plan, memory, TOKEN).serve(socket.socket(fileno=number))
 
 
 def start(bundle: Path, transport: str, listener: socket.socket) -> subprocess.Popen[bytes]:
@@ -227,7 +227,7 @@ def measure(plan: Plan, options: argparse.Namespace, address: tuple[str, int]) -
     show("predicted", plan.predicted.model_dump(mode="json", include={"values"}))
     show("idle", users.read(options.seconds / 2, prompts_come=False))
     transport = make_transport(options.transport, engine.executor.memory)
-    handovers = Handovers(engine, plan, transport, PeerOptions((address,), TOKEN))
+    handovers = make_handovers(engine, plan, transport, PeerOptions((address,), TOKEN))
     handovers.start()
     engine.loop.elsewhere = handovers
     users.hand_over(handovers, users.prompt(options.prompt // 2))  # warm

@@ -47,9 +47,9 @@ from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine
 from tokenspeed_plan.runtime.execution.rank_links import join
 from tokenspeed_plan.runtime.execution.ranks import leading
-from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions
+from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions, make_handovers
 from tokenspeed_plan.runtime.pools.pool_rank import make_transport
-from tokenspeed_plan.runtime.pools.prefill_server import PrefillServer
+from tokenspeed_plan.runtime.pools.prefill_server import make_prefill_server
 
 MODEL = Path(__file__).parents[1] / "examples" / "demo" / "model"
 TOKEN = "pools"  # both processes are ours
@@ -137,7 +137,7 @@ def decode_pool(bundle: Path, plan: Plan, address: tuple[str, int], transport: s
     engine = load_engine(bundle, EngineOptions(canary=False))
     options = PeerOptions((address,), TOKEN, PEER_TIMEOUT_S, retry_s=0.1)
     memory = make_transport(transport, engine.executor.memory)
-    handovers = Handovers(engine, plan, memory, options)
+    handovers = make_handovers(engine, plan, memory, options)
     if not handovers.start():
         raise SystemExit("the prefill pool does not answer")
     engine.loop.elsewhere = handovers
@@ -248,7 +248,9 @@ def kill_decode(plan: Plan, bundle: Path, count: int, seed: int, transport: str)
     """Decode pools that die; every tenth one is left alone, and must be right."""
     rng = random.Random(seed)
     engine = Engine.load(bundle, role="prefill")
-    server = PrefillServer(engine, plan, make_transport(transport, engine.executor.memory), TOKEN)
+    server = make_prefill_server(
+        engine, plan, make_transport(transport, engine.executor.memory), TOKEN
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=server.serve, args=(listener,), daemon=True).start()
     words = [__file__, DECODE, str(bundle), str(listener.getsockname()[1]), transport]

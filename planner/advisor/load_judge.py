@@ -7,17 +7,23 @@ programs, which is all that a scheduler reads, and steps of the times that are p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
+from tokenspeed_plan.planner.advisor.answer_returns import ReturnPrices, choose_answer_returns
 from tokenspeed_plan.planner.advisor.candidate import Candidate
 from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest_rate
 from tokenspeed_plan.planner.advisor.numbers import ceil_div
 from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
+from tokenspeed_plan.planner.advisor.pool_times import PoolBytes, pair_times
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
 from tokenspeed_plan.planner.advisor.spec_load import LoadSize, spec_load
+from tokenspeed_plan.planner.advisor.transfer import transport_of
+from tokenspeed_plan.planner.layout import ParallelLayout
+from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.passes.limits import (
     CapacityOptions,
     decode_buckets,
@@ -25,9 +31,22 @@ from tokenspeed_plan.planner.passes.limits import (
     plan_limits,
     prefill_buckets,
 )
-from tokenspeed_plan.planner.spec import MAX_CONCURRENCY
-from tokenspeed_plan.plans.schema import BufferSpec, ModelFacts, Plan, Pool, Program
-from tokenspeed_plan.plans.types import TensorSpec
+from tokenspeed_plan.planner.spec import MAX_CONCURRENCY, WorkloadSpec
+from tokenspeed_plan.plans.schema import (
+    AnswerReturns,
+    AttentionLayout,
+    BufferSpec,
+    Layout,
+    Limits,
+    ModelFacts,
+    Plan,
+    Pool,
+    Program,
+)
+from tokenspeed_plan.plans.types import Phase, TensorSpec
+
+if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.simulation.pool_pair import PairTimes
 
 # Turns that are counted: four of them are over the 99th percentile.
 LEAST_REQUESTS = 400
@@ -45,7 +64,7 @@ class Deployment:
 
     Attributes:
         predictor: of its spec, whose load is that of all replicas.
-        candidate: one pool, and its replicas.
+        candidate: one pool and its replicas, or two pools.
         depths: drafts of a step by decode bucket; where it is empty, the candidate's.
         interleaved_tokens: of prompts between two decode steps; None for a chunk.
         gathered_tokens: for which prompts wait while all sequences are taken.
@@ -70,42 +89,56 @@ class Deployment:
         return dict.fromkeys(decode_buckets(self.num_seqs), self.candidate.knobs.depth)
 
     @cached_property
-    def outline(self) -> Plan:
-        """What a scheduler reads of the plan that this would be, and nothing else."""
+    def _workload(self) -> WorkloadSpec:
+        return self.predictor.spec.with_concurrency(self.num_seqs).workload
+
+    @cached_property
+    def _limits(self) -> Limits:
+        """Of each pool."""
         predictor, knobs = self.predictor, self.candidate.knobs
         options = CapacityOptions(
             knobs.prefill_chunk, knobs.checkpoint_tokens, knobs.depth, predictor.rollback
         )
-        workload = predictor.spec.with_concurrency(self.num_seqs).workload
-        capacity = plan_capacity(workload, predictor.config, predictor.hardware, options)
-        captured = predictor.hardware.sm > 0
-        chunks = prefill_buckets(capacity, workload.turn_tokens)
-        sizes = [("prefill", bucket, knobs.depth) for bucket in chunks]
-        sizes += [("decode", bucket, depth) for bucket, depth in self.table.items()]
-        programs = tuple(
-            Program.model_construct(
-                phase=phase,
-                bucket=bucket,
-                max_tokens=bucket * (depth + 1 if phase == "decode" else 1),
-                max_seqs=min(bucket, capacity.max_seqs),
-                captured=captured and phase == "decode",
-                depth=depth,
-            )
-            for phase, bucket, depth in sizes
-        )
-        limits = plan_limits(capacity, self.interleaved_tokens, self.gathered_tokens)
-        pool = Pool.model_construct(limits=limits, programs=programs, buffers=self._buffers)
-        config = predictor.config
+        capacity = plan_capacity(self._workload, predictor.config, predictor.hardware, options)
+        return plan_limits(capacity, self.interleaved_tokens, self.gathered_tokens)
+
+    @cached_property
+    def outline(self) -> Plan:
+        """What a scheduler reads of the plan that this would be, and nothing else."""
+        config, prefill = self.predictor.config, self.candidate.prefill
+        chunks = prefill_buckets(self._limits, self._workload.turn_tokens)
+        depth = self.candidate.knobs.depth
+        prompts = [self._program("prefill", bucket, depth) for bucket in chunks]
+        decodes = [self._program("decode", *each) for each in self.table.items()]
+        pools: tuple[Pool, ...] = (self._pool(self.candidate.layout, (*prompts, *decodes)),)
+        if prefill is not None:
+            other = self._pool(prefill, tuple(prompts))
+            pools += (other.model_copy(update={"answer_returns": self._answer_returns}),)
         model = ModelFacts.model_construct(
             vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids
         )
-        return Plan.model_construct(digest=NO_DIGEST, model=model, pools=(pool,))
+        return Plan.model_construct(digest=NO_DIGEST, model=model, pools=pools)
 
-    @property
-    def _buffers(self) -> tuple[BufferSpec, ...]:
+    def _program(self, phase: Phase, bucket: int, depth: int) -> Program:
+        decodes = phase == "decode"
+        return Program.model_construct(
+            phase=phase,
+            bucket=bucket,
+            max_tokens=bucket * (depth + 1 if decodes else 1),
+            max_seqs=min(bucket, self._limits.max_seqs),
+            captured=decodes and self.predictor.hardware.sm > 0,
+            depth=depth,
+        )
+
+    def _pool(self, layout: ParallelLayout, programs: tuple[Program, ...]) -> Pool:
+        ranks = Layout.model_construct(attention=AttentionLayout(tp=layout.num_ranks))
+        return Pool.model_construct(
+            layout=ranks, limits=self._limits, programs=programs, buffers=self._buffers(layout)
+        )
+
+    def _buffers(self, layout: ParallelLayout) -> tuple[BufferSpec, ...]:
         """A page and a state slot, whose bytes say what is worth most to be kept."""
-        memory = self.predictor.memory(self.candidate.layout)
-        page_bytes, slot_bytes = memory.slot_sizes(self.candidate.knobs)
+        page_bytes, slot_bytes = self._slot_sizes(layout)
         sizes = {"kv_cache": page_bytes, "state": slot_bytes}
         return tuple(
             BufferSpec.model_construct(
@@ -115,10 +148,43 @@ class Deployment:
             if size
         )
 
+    def _slot_sizes(self, layout: ParallelLayout) -> tuple[int, int]:
+        """Bytes of a page and of a state slot on a rank, in all layers."""
+        return self.predictor.memory(layout).slot_sizes(self.candidate.knobs)
+
+    @property
+    def _answer_returns(self) -> AnswerReturns | None:
+        """Whether answers go back to the pool of prompts, as a plan would have it."""
+        predictor, limits, pair = self.predictor, self._limits, self.pair
+        assert pair is not None, "of two pools"
+        chunk_us = pair.steps.prefill_us(limits.max_tokens, 1, 0.0)
+        prices = ReturnPrices(
+            limits.page_size,
+            *self._slot_sizes(self.candidate.layout),
+            transport_of(predictor.hardware, self.candidate.num_gpus),
+            pair.back.bytes_per_s,
+            chunk_us / limits.max_tokens,
+        )
+        return choose_answer_returns(Ledger(), predictor.spec, self._workload, limits, prices)
+
+    @cached_property
+    def pair(self) -> PairTimes | None:
+        """What belongs to the pool of prompts; None where one pool does all."""
+        candidate, predictor = self.candidate, self.predictor
+        if candidate.prefill is None:
+            return None
+        knobs, kinds = candidate.knobs, predictor.config.layer_types
+        token_bytes, state_bytes = predictor.memory(candidate.prefill).layer_bytes(knobs)
+        of_kind = {"full_attention": (token_bytes * knobs.page_size, 0)}
+        layers = [of_kind.get(kind, (0, state_bytes)) for kind in kinds]
+        sizes = PoolBytes(layers, *self._slot_sizes(candidate.layout))
+        hardware, num_gpus = predictor.hardware, candidate.num_gpus
+        return pair_times(self.times, candidate.prefill, sizes, hardware, num_gpus)
+
     @cached_property
     def times(self) -> PlanSteps:
         """What its steps are predicted to take."""
-        limits, hardware = self.outline.pool.limits, self.predictor.hardware
+        limits, hardware = self._limits, self.predictor.hardware
         return PlanSteps(
             self.predictor.steps,
             self.candidate.layout,
@@ -136,13 +202,30 @@ class Deployment:
             users: that are there all the time; None with arrivals.
             turns_per_s: that arrive, in place of users.
         """
+        known, key = self.predictor.simulated, self._key(users, turns_per_s)
+        if key not in known:
+            known[key] = self._simulate(users, turns_per_s)
+        return known[key]
+
+    def _key(self, users: int | None, turns_per_s: float | None) -> Hashable:
+        """All that the load on one replica depends on: many replicas of it have the same."""
+        predictor, candidate = self.predictor, self.candidate
+        spec = predictor.spec.with_concurrency(self.num_seqs)
+        text = spec.model_dump_json(
+            exclude={"slo": True, "objective": True, "parallelism": True, "target": {"count"}}
+        )
+        pools = (candidate.layout, candidate.prefill, candidate.knobs, *self.table.items())
+        waits = (self.interleaved_tokens, self.gathered_tokens)
+        return text, repr(predictor.engine), predictor.rollback, pools, waits, users, turns_per_s
+
+    def _simulate(self, users: int | None, turns_per_s: float | None) -> dict[str, float]:
         from tokenspeed_plan.runtime.simulation.load_report import levels_of
         from tokenspeed_plan.runtime.simulation.load_run import simulate
 
         size, ramp = load_size(users, turns_per_s)
         predictor, plan = self.predictor, self.outline
         load = spec_load(predictor.spec.workload, size, plan.model.vocab_size)
-        found = simulate(plan, self.times, load, predictor.acceptance)
+        found = simulate(plan, self.times, load, predictor.acceptance, pair=self.pair)
         levels = levels_of(found.answers[ramp:-ramp])
         engine = predictor.engine
         if engine is None:
@@ -171,12 +254,7 @@ def load_size(users: int | None, turns_per_s: float | None) -> tuple[LoadSize, i
 
 
 def with_load(prediction: Prediction, deployment: Deployment) -> Prediction:
-    """The prediction with what users see under the load of the spec.
-
-    Two pools are not simulated: they have an empty one.
-    """
-    if deployment.candidate.prefill is not None:
-        return replace(prediction, simulated={})
+    """The prediction with what users see under the load of the spec."""
     rate = deployment.predictor.spec.workload.arrivals_per_s
     if rate is None:
         simulated = deployment.simulated(deployment.num_seqs, None)

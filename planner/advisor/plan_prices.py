@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -14,6 +14,7 @@ from tokenspeed_plan.codegen.page.plan_page import Roof, RoofPoint
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.numbers import digits
 from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
+from tokenspeed_plan.planner.advisor.pool_times import pair_times, plan_sizes
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.step_model import StepModel
 from tokenspeed_plan.planner.compile import find_model, program_load
@@ -32,9 +33,13 @@ from tokenspeed_plan.plans.schema import (
     CollectiveCall,
     KernelSpec,
     Plan,
+    Pool,
     Program,
 )
 from tokenspeed_plan.plans.types import DType
+
+if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.simulation.pool_pair import PairTimes
 
 
 def step_prediction(
@@ -99,7 +104,7 @@ def batch_prediction(
     predictor = _predictor(plan, bundle)
     depths = {each.bucket: each.depth for each in pool.programs if each.phase == "decode"}
     knobs = Knobs(limits.max_tokens, limits.page_size, limits.max_depth, kv_dtype_of(plan))
-    candidate = Candidate(_layout_of(plan), knobs)
+    candidate = Candidate(_layout_of(plan.pool), knobs)
     batch = predictor.batch(candidate, depths, limits.max_seqs)
     interleaved, gathered = limits.interleaved_tokens, limits.gathered_tokens
     return batch.run(rows, limits.max_seqs, interleaved, gathered, shared).as_json()
@@ -183,7 +188,7 @@ def step_model(plan: Plan, bundle: Path) -> tuple[StepModel, ParallelLayout]:
         head=spec.model.head,
         stored_state=spec.stored_state,
     )
-    return steps, _layout_of(plan)
+    return steps, _layout_of(plan.pool)
 
 
 def plan_steps(plan: Plan, bundle: Path) -> PlanSteps:
@@ -206,8 +211,22 @@ def plan_steps(plan: Plan, bundle: Path) -> PlanSteps:
     )
 
 
-def _layout_of(plan: Plan) -> ParallelLayout:
-    layout = plan.pool.layout
+def plan_pair(plan: Plan, times: PlanSteps) -> PairTimes | None:
+    """What belongs to the pool of prompts of a plan; None where one pool does all.
+
+    Args:
+        plan: the frozen plan.
+        times: of the pool that answers.
+    """
+    if not plan.has_two_pools:
+        return None
+    layout = _layout_of(plan.pools[1])
+    num_gpus = sum(pool.layout.num_ranks for pool in plan.pools)
+    return pair_times(times, layout, plan_sizes(plan), times.steps.hardware, num_gpus)
+
+
+def _layout_of(pool: Pool) -> ParallelLayout:
+    layout = pool.layout
     return ParallelLayout(layout.attention.tp, layout.moe.tp, layout.moe.ep)
 
 

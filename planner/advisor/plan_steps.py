@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from tokenspeed_plan.planner.advisor.batch_prices import Line, linear
@@ -39,6 +39,10 @@ class PlanSteps:
     kv_dtype: str
     decodes: dict[int, Line] = field(default_factory=dict)
     prefills: dict[tuple[int, int], Line] = field(default_factory=dict)
+
+    def on(self, layout: ParallelLayout) -> PlanSteps:
+        """The same programs on ranks that share the model in another way."""
+        return replace(self, layout=layout, decodes={}, prefills={})
 
     def decode_us(self, bucket: int, seqs: int, context: float) -> float:
         """A decode step; padding has no context."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -62,7 +62,7 @@ class Prediction:
         transfer: of a prompt's cache, where there are two pools.
         run: of a batch on one replica, from its first row to its last; None for other workloads.
         simulated: means and percentiles under the load of the spec, by the names of service levels;
-            None until it is simulated, empty where it cannot be.
+            None until it is simulated.
     """
 
     candidate: Candidate
@@ -154,6 +154,7 @@ class Predictor:
         reserved_price: price GPUs as reserved, not as on demand.
         rollback: how rejected drafts are taken back.
         memories, maps: the memory model of each layout, and the map of each candidate, so far.
+        simulated: what loads were like so far, by all that they depend on; other machines' too.
         shared_steps: the time of steps, if another predictor's.
     """
 
@@ -165,6 +166,7 @@ class Predictor:
     rollback: RollbackWord = "snapshot"
     memories: dict[ParallelLayout, MemoryModel] = field(default_factory=dict)
     maps: dict[Candidate, MemoryMap] = field(default_factory=dict)
+    simulated: dict[Hashable, dict[str, float]] = field(default_factory=dict)
     shared_steps: StepModel | None = None
 
     def with_concurrency(self, num_seqs: int) -> Predictor:
@@ -298,11 +300,9 @@ class Predictor:
         workload = self.spec.workload
         users = ceil_div(workload.num_seqs, candidate.replicas)
         tokens = workload.max_conversation_tokens
-        decode = self.memory(candidate.layout)
-        fullest = decode.map(candidate.knobs, users, tokens)
+        fullest = self.memory(candidate.layout).map(candidate.knobs, users, tokens)
         if candidate.prefill:
-            prefill = self.memory(candidate.prefill)
-            other = prefill.map(candidate.knobs, users, tokens)
+            other = self.memory(candidate.prefill).map(candidate.knobs, users, tokens)
             if other.total > fullest.total:
                 fullest = other
         return fullest

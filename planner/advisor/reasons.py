@@ -314,9 +314,7 @@ def _judge(best: Prediction, name: str) -> str:
     """What a service level is judged by."""
     if name in best.metrics:
         return "the mean over the turns"
-    if best.simulated:
-        return "of the turns of the simulated load"
-    return "a mean stands for it, as two pools are not simulated"
+    return "of the turns of the simulated load"
 
 
 def record_advice(

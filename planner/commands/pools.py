@@ -178,10 +178,10 @@ def serve_prefill(
         plan = load_plan(bundle, options.signers)
         engine = load_engine(bundle, options)
         from tokenspeed_plan.runtime.pools.pool_rank import make_transport
-        from tokenspeed_plan.runtime.pools.prefill_server import PrefillServer
+        from tokenspeed_plan.runtime.pools.prefill_server import make_prefill_server
 
         transport = make_transport(pools.transport, engine.executor.memory)
-        server = PrefillServer(engine, plan, transport, pools.token)
+        server = make_prefill_server(engine, plan, transport, pools.token)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         host, port = listener.getsockname()[:2]
@@ -292,12 +292,12 @@ def _attach(
     Raises:
         PoolError: none of them runs this plan.
     """
-    from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions
+    from tokenspeed_plan.runtime.pools.handovers import PeerOptions, make_handovers
     from tokenspeed_plan.runtime.pools.pool_rank import make_transport
 
     transport = make_transport(pools.transport, engine.executor.memory)
     peers = PeerOptions(pools.peers, pools.token, pools.timeout_s)
-    handovers = Handovers(engine, plan, transport, peers)
+    handovers = make_handovers(engine, plan, transport, peers)
     if not handovers.start() and child is not None:
         raise PoolError("the prefill pool did not start", "its own error stands above")
     if child is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -186,12 +186,21 @@ def _sweep(options: SweepOptions) -> None:
     gpus = [_checked_name(name) for name in options.gpus.split(",")]
     targets = [_with_target(spec, gpu, count) for gpu in gpus for count in counts]
     entries = []
+    simulated: dict[Hashable, dict[str, float]] = {}
     with LongWork() as report:
         for done, each in enumerate(targets):
             machine = f"{each.target.gpu} x {each.target.count}"
             report.title = f"machine {done + 1} of {len(targets)}, {machine}: "
             progress = partial(report, "searching deployments")
-            entries.append(_sweep_entry(each, config, options.reserved, progress, job))
+            searched = partial(
+                search,
+                each,
+                config,
+                reserved=options.reserved,
+                progress=progress,
+                simulated=simulated,
+            )
+            entries.append(_sweep_entry(each, searched, job))
     if options.as_json:
         click.echo(json.dumps(entries, indent=1, allow_nan=False))
     else:
@@ -250,6 +259,7 @@ def search(
     engine: Engine | None = None,
     reserved: bool = False,
     progress: Progress | None = None,
+    simulated: dict[Hashable, dict[str, float]] | None = None,
 ) -> tuple[Predictor, SearchResult]:
     """Search everything that the spec leaves open, whether or not the runtime replays it yet.
 
@@ -259,6 +269,7 @@ def search(
         engine: another engine to model; all of them take drafts back by snapshots.
         reserved: price GPUs as reserved.
         progress: is told how far the search is.
+        simulated: what is known of loads; others are added to it.
 
     Raises:
         SpecError: nothing that the spec allows is legal and fits, or the machine cannot multiply
@@ -276,6 +287,8 @@ def search(
         capabilities = ALL
         rollback, *_ = allowed_rollbacks(spec, config, hardware)
     predictor = Predictor(spec, config, hardware, engine, reserved, rollback)
+    if simulated is not None:
+        predictor.simulated = simulated
     result = Search(predictor, capabilities, spec.target.count, progress).run()
     _ = result.best
     return predictor, judged(result, lambda each: Deployment(predictor, each.candidate, {}))
@@ -391,12 +404,12 @@ def _batch_lines(run: BatchRun) -> Iterator[str]:
 
 
 def _sweep_entry(
-    spec: Spec, config: ModelConfig, reserved: bool, progress: Progress, job: Job | None
+    spec: Spec, searched: Callable[[], tuple[Predictor, SearchResult]], job: Job | None
 ) -> dict[str, Any]:
     """The best deployment on one machine, or why there is none; and how many a job needs."""
     count = spec.target.count
     try:
-        predictor, result = search(spec, config, reserved=reserved, progress=progress)
+        predictor, result = searched()
     except TokenspeedError as error:
         return {"gpu": spec.target.gpu, "count": count, "error": error.message}
     candidate = result.best.candidate
@@ -412,7 +425,7 @@ def _sweep_entry(
     if job is not None:
         fleet = fleet_for(job, result.best)
         entry["fleet"] = fleet.as_json() if fleet else None
-    if result.slo and candidate.prefill is None:
+    if result.slo:
         entry["capacity"] = _capacity(predictor, result)
     return entry
 

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest_rate
-from tokenspeed_plan.planner.advisor.plan_prices import drafts_accepted, plan_steps, spec_of
+from tokenspeed_plan.planner.advisor.plan_prices import (
+    drafts_accepted,
+    plan_pair,
+    plan_steps,
+    spec_of,
+)
 from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
 from tokenspeed_plan.planner.advisor.spec_load import LoadSize, spec_load
 from tokenspeed_plan.planner.commands.long_work import LongWork
@@ -24,15 +29,16 @@ from tokenspeed_plan.plans.text import printable
 
 if TYPE_CHECKING:
     from tokenspeed_plan.runtime.simulation.load import Load
-    from tokenspeed_plan.runtime.simulation.load_run import Look, Simulated
+    from tokenspeed_plan.runtime.simulation.load_results import Simulated
     from tokenspeed_plan.runtime.simulation.load_series import PageLooks
+    from tokenspeed_plan.runtime.simulation.one_pool import Look
+    from tokenspeed_plan.runtime.simulation.pool_pair import PairTimes
 
 Folder = click.Path(path_type=Path)
 Some = click.IntRange(min=1)
 Milliseconds = Number(min=0, min_open=True, max=1e9)
 MAX_REQUESTS = 1_000_000
 MAX_USERS = 65_536
-ALONE = "the pool that answers is alone here: it computes all prompts, and hands nothing over"
 ROWS_AHEAD = 2  # rows of a batch that are queued, for each that runs
 
 
@@ -147,7 +153,8 @@ def _simulate(options: SimulateOptions) -> None:
 
     accepted, pages = _accepted(plan, options), PageLooks()
     with LongWork() as report:
-        work = _Work(plan, spec_of(plan), plan_steps(plan, options.bundle), accepted, report)
+        times = plan_steps(plan, options.bundle)
+        work = _Work(plan, spec_of(plan), times, plan_pair(plan, times), accepted, report)
         options = work.with_load(options)
         found = work.run(options, pages if options.html else None)
     figures = work.figures(found, options)
@@ -170,8 +177,6 @@ def _show(figures: dict[str, Any], options: SimulateOptions) -> None:
     else:
         text = load_report.as_text(figures, _load_words(options), _has_own_levels(options))
     click.echo(printable(text))
-    if figures["pool"] != "both":
-        click.echo(ALONE, err=True)
 
 
 def _load_words(options: SimulateOptions) -> str:
@@ -208,6 +213,7 @@ class _Work:
     plan: Plan
     spec: Spec
     times: PlanSteps
+    pair: PairTimes | None
     accepted: tuple[float, ...]
     report: LongWork
 
@@ -233,14 +239,16 @@ class _Work:
             self.report(stage, num_answered, count)
 
         own = self.accepted, options.seed
-        return simulate(self.plan, self.times, load, *own, progress=progress, look=look)
+        return simulate(
+            self.plan, self.times, load, *own, progress=progress, look=look, pair=self.pair
+        )
 
     def figures(self, found: Simulated, options: SimulateOptions) -> dict[str, Any]:
         """What it was like, and what was asked."""
         from tokenspeed_plan.runtime.simulation import load_report
 
         load: dict[str, Any] = {"users": options.users, "arrivals_per_s": options.turns_per_s}
-        load["pool"] = self.plan.pool.role
+        load["pools"] = [pool.role for pool in self.plan.pools]
         in_time = load_report.Levels(options.ttft_ms, options.tpot_ms)
         levels = {} if _has_own_levels(options) else self.spec.service_levels
         return load | load_report.figures(found, in_time, levels)

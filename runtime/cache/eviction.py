@@ -24,7 +24,7 @@ from tokenspeed_plan.runtime.cache.prefix_tree import (
 )
 from tokenspeed_plan.runtime.cache.ref_counts import SharedSlots
 
-FEW = 32  # so many checkpoints are all looked at for each victim
+FEW = 32  # of so many checkpoints each one that can go is looked at for each victim
 
 
 @dataclass(slots=True)
@@ -45,8 +45,10 @@ class Checkpoints:
     oldest_first: bool = False
     clock: float = 0.0
     nodes: OrderedDict[Node, None] = field(default_factory=OrderedDict)
-    # worth when it was computed, number, checkpoint; and for how many victims it is used still
+    # worth when it was computed, number, checkpoint; those that were no candidates when they came
+    # to the top; and for how many victims all of it is used still
     _heap: list[tuple[float, int, Node]] = field(default_factory=list)
+    _passed: list[tuple[float, int, Node]] = field(default_factory=list)
     _num_entered: int = 0
     _num_victims_left: int = 0
 
@@ -106,21 +108,24 @@ class Checkpoints:
         """The checkpoint to give up; sets the age of the cache without it."""
 
         def is_candidate(node: Node) -> bool:
-            return self.state_slots.holders(node.state_slot) == 1 and is_useful(node)
+            return self.state_slots.counts[node.state_slot] == 1 and is_useful(node)
 
         if not self.weighs:
             return next(filter(is_candidate, self.nodes), None)
-        if len(self.nodes) <= FEW or not self._num_victims_left:
+        if len(self.nodes) <= FEW:
+            self._heap, self._passed, self._num_victims_left = [], [], 0
+            victim = min(filter(is_candidate, self.nodes), key=self._worth, default=None)
+            if victim is not None:
+                self.clock = self._worth(victim)
+            return victim
+        if not self._num_victims_left:
             self._rebuild()
         self._num_victims_left -= 1
-        victim = self._cheapest(is_candidate)
-        if victim is not None:
-            self.clock = self._worth(victim)
-        return victim
+        return self._cheapest(is_candidate)
 
     def _rebuild(self) -> None:
         """Compute the worth of all checkpoints; it is used for a quarter as many victims."""
-        self._heap = []
+        self._heap, self._passed = [], []
         self._num_entered = 0
         for node in self.nodes:
             self._enter(self._worth(node), node)
@@ -132,28 +137,38 @@ class Checkpoints:
         self._num_entered += 1
 
     def _cheapest(self, is_candidate: Callable[[Node], bool]) -> Node | None:
-        """The candidate on top of the heap, with its worth of now."""
-        kept = []
-        victim = None
-        while self._heap and victim is None:
-            known, number, node = heappop(self._heap)
+        """The candidate on top of the heap, with its worth of now.
+
+        Most that are no candidates stay so for long: they are looked at, but do not come back.
+        """
+        passed, self._passed = self._passed, []
+        for entry in passed:
+            if entry[2] in self.nodes:
+                self._put(entry, is_candidate(entry[2]))
+        while self._heap:
+            entry = heappop(self._heap)
+            known, number, node = entry
             if node not in self.nodes:
                 continue
             if not is_candidate(node):
-                kept.append((known, number, node))
+                self._put(entry, False)
                 continue
             worth = self._worth(node)
-            if worth > known:
-                heappush(self._heap, (worth, number, node))
-            else:
-                victim = node
-        for entry in kept:
+            if worth <= known:
+                self.clock = worth
+                return node
+            heappush(self._heap, (worth, number, node))
+        return None
+
+    def _put(self, entry: tuple[float, int, Node], is_candidate: bool) -> None:
+        if is_candidate:
             heappush(self._heap, entry)
-        return victim
+        else:
+            self._passed.append(entry)
 
     def frees_a_page(self, node: Node) -> bool:
         """Whether a page becomes free with a checkpoint."""
-        return node.is_leaf and not self.tree.is_in_use(node.page)
+        return not (node.children or node.tails or self.tree.is_in_use(node.page))
 
     def forget(self, node: Node) -> None:
         """Give up a checkpoint, and the pages that only it needs."""
@@ -169,12 +184,12 @@ class Checkpoints:
 
     def _num_freed(self, node: Node) -> int:
         """Pages that are freed with a checkpoint: those on the way to it that only it needs."""
+        if node.children or node.tails:
+            return 0
         is_in_use, step, count = self.tree.is_in_use, node, 0
-        while step.parent is not None:
-            below = len(step.children) + len(step.tails)
-            is_shared = below > (count > 0) or (count > 0 and step.state_slot)
-            if is_shared or is_in_use(step.page):
-                break
+        while step.parent is not None and not is_in_use(step.page):
             step = step.parent
             count += 1
+            if step.state_slot or len(step.children) + len(step.tails) > 1:
+                break
         return count

@@ -39,6 +39,17 @@ def chain_digest(parent: bytes, words: memoryview) -> bytes:
     return blake2b(words, digest_size=16, key=parent).digest()
 
 
+def digests_of(parent: bytes, token_ids: Seq[int], page_size: int) -> list[bytes]:
+    """The digests of whole pages that come after one of digest `parent`."""
+    found = []
+    # All at once: a long prompt has many pages, and running requests wait meanwhile.
+    words = as_words(token_ids)
+    for start in range(0, len(words), page_size):
+        parent = chain_digest(parent, words[start : start + page_size])
+        found.append(parent)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Hit:
     """What the cache has of a prompt: its deepest checkpoint, and how many tokens have pages."""
@@ -66,6 +77,7 @@ class PrefixCache:
 
     Attributes:
         tree: what is known, by content.
+        name_pages: gives pages their digests; a simulation has shorter ones.
         reclaim: gives back some memory that is held for a moment, where nothing can be evicted;
             False where there is none.
     """
@@ -81,6 +93,7 @@ class PrefixCache:
         oldest_first: bool = False,
     ) -> None:
         self.enabled = enabled
+        self.name_pages: Callable[[bytes, Seq[int], int], list[bytes]] = digests_of
         self.reclaim: Callable[[], bool] = lambda: False
         self.page_size = limits.page_size
         self.pages = SharedSlots(range(limits.num_pages))
@@ -122,11 +135,9 @@ class PrefixCache:
             return
         size, known = self.page_size, len(digests)
         parent = digests[-1] if digests else self.root.digest
-        # All at once: a long prompt has many pages, and running requests wait meanwhile.
-        words = as_words(token_ids[known * size : num_tokens // size * size])
-        for start in range(0, len(words), size):
-            parent = chain_digest(parent, words[start : start + size])
-            digests.append(parent)
+        rest = token_ids[known * size : num_tokens // size * size]
+        if rest:
+            digests += self.name_pages(parent, rest, size)
 
     def path(self, digests: Seq[bytes], token_ids: Seq[int]) -> list[Node]:
         """The root, and the whole pages that are known of a sequence, even stateless."""
@@ -222,10 +233,17 @@ class PrefixCache:
 
     def take_page(self) -> int | None:
         """A page for the caller; None where all pages are in use."""
-        while not self.pages.num_free:
+        found = self.take_pages(1)
+        return found[0] if found else None
+
+    def take_pages(self, count: int) -> list[int]:
+        """Pages for the caller; fewer where all others are in use."""
+        found = self.pages.take_some(count)
+        while len(found) < count:
             if not self._evict(self._checkpoints.frees_a_page) and not self.reclaim():
-                return None
-        return self.pages.take()
+                break
+            found += self.pages.take_some(count - len(found))
+        return found
 
     def take_state_slot(self) -> int:
         """A state slot for the caller, who knows that there is one."""
@@ -243,8 +261,8 @@ class PrefixCache:
     def has_spare_state_slot(self, hit: Hit) -> bool:
         """Whether a state slot can be taken while a hit is held."""
         slots = self.state_slots
-        others = (node for node in self.checkpoints if node is not hit.checkpoint)
-        if slots.num_free or any(slots.holders(node.state_slot) == 1 for node in others):
+        others = (node for node in self._checkpoints.nodes if node is not hit.checkpoint)
+        if slots.num_free or any(slots.counts[node.state_slot] == 1 for node in others):
             return True
         return self.reclaim() and self.has_spare_state_slot(hit)
 
@@ -264,8 +282,7 @@ class PrefixCache:
         What nobody needs any more is freed: also a whole page that was continued on the page of a
         tail, and whose checkpoint went while the caller held the tail.
         """
-        for page in pages:
-            self.pages.drop(page)
+        self.pages.drop_all(pages)
         for page in reversed(pages):
             self.tree.prune_from(page)
 
@@ -293,9 +310,8 @@ class PrefixCache:
         num_pages = len(self.tree)
         if not self._checkpoints.evict(is_useful):
             return False
-        num_evicted = num_pages - len(self.tree)
         self._metrics.evicted_checkpoints += 1
-        self._metrics.evicted_pages += num_evicted
+        self._metrics.evicted_pages += num_pages - len(self.tree)
         return True
 
 

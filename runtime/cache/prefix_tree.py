@@ -132,16 +132,19 @@ class PrefixTree:
 
     def is_in_use(self, page: int) -> bool:
         """Whether a running sequence holds a page, too."""
-        num_nodes = self._nodes_on_page[page]
-        return self._pages.holders(page) > num_nodes
+        return self._pages.counts[page] > self._nodes_on_page[page]
 
     def prune(self, node: Node | None) -> None:
         """Free the pages from a node towards the root that no checkpoint and no sequence needs."""
-        while node is not None and node.parent is not None and node.is_leaf and not node.state_slot:
-            if node.digest and self.is_in_use(node.page):
-                return
-            self._remove(node, node.parent)
-            node = node.parent
+        freed = []
+        while node is not None and not (node.state_slot or node.children or node.tails):
+            parent, page = node.parent, node.page
+            if parent is None or (node.digest and self.is_in_use(page)):
+                break
+            self._remove(node, parent)
+            freed.append(page)
+            node = parent
+        self._pages.drop_all(freed)
 
     def _hold(self, node: Node) -> None:
         self._pages.share(node.page)
@@ -155,7 +158,6 @@ class PrefixTree:
         else:
             parent.tails.remove(node)
         self._nodes_on_page[node.page] -= 1
-        self._pages.drop(node.page)
 
 
 def path_to(node: Node) -> list[Node]:

@@ -6,11 +6,15 @@ from collections.abc import Iterable, Iterator
 
 
 class SharedSlots:
-    """Slots with reference counts: a slot is free again when its last holder drops it."""
+    """Slots with reference counts: a slot is free again when its last holder drops it.
+
+    Attributes:
+        counts: the holders of each slot.
+    """
 
     def __init__(self, slots: Iterable[int]) -> None:
-        self._holders = dict.fromkeys(slots, 0)
-        self._free = list(reversed(self._holders))
+        self.counts = dict.fromkeys(slots, 0)
+        self._free = list(reversed(self.counts))
 
     @property
     def num_free(self) -> int:
@@ -23,14 +27,14 @@ class SharedSlots:
         return list(self._free)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._holders)
+        return iter(self.counts)
 
     def __len__(self) -> int:
-        return len(self._holders)
+        return len(self.counts)
 
     def holders(self, slot: int) -> int:
         """Number of holders of a slot."""
-        return self._holders[slot]
+        return self.counts[slot]
 
     def take(self) -> int:
         """A free slot, now held once.
@@ -38,18 +42,33 @@ class SharedSlots:
         It is the one that was freed last, as it may still be in a cache of the device.
         """
         slot = self._free.pop()
-        self._holders[slot] = 1
+        self.counts[slot] = 1
         return slot
+
+    def take_some(self, most: int) -> list[int]:
+        """Up to so many free slots, each now held once, in the order in which `take` gives them."""
+        free = self._free
+        found = free[: -most - 1 : -1]
+        del free[len(free) - len(found) :]
+        self.counts.update(dict.fromkeys(found, 1))
+        return found
 
     def share(self, slot: int) -> int:
         """Add a holder to a slot that is held."""
-        assert self._holders[slot] > 0, f"slot {slot} is free and cannot be shared"
-        self._holders[slot] += 1
+        assert self.counts[slot] > 0, f"slot {slot} is free and cannot be shared"
+        self.counts[slot] += 1
         return slot
 
     def drop(self, slot: int) -> None:
         """Remove a holder of a slot."""
-        assert self._holders[slot] > 0, f"slot {slot} is free already"
-        self._holders[slot] -= 1
-        if not self._holders[slot]:
-            self._free.append(slot)
+        self.drop_all((slot,))
+
+    def drop_all(self, slots: Iterable[int]) -> None:
+        """Remove a holder of each of some slots."""
+        holders, free = self.counts, self._free
+        for slot in slots:
+            left = holders[slot] - 1
+            assert left >= 0, f"slot {slot} is free already"
+            holders[slot] = left
+            if not left:
+                free.append(slot)

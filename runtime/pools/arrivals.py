@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokenspeed_plan.runtime.pools.channel import Message
 from tokenspeed_plan.runtime.pools.handover_counts import HandoverCounts
 from tokenspeed_plan.runtime.pools.peers import Handover, Peer
-from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
+from tokenspeed_plan.runtime.pools.pool_ranks import Ranks
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 
 
@@ -37,7 +36,7 @@ class Arrivals:
         counts: what came of them.
     """
 
-    def __init__(self, scheduler: Scheduler, ranks: PoolRanks, counts: HandoverCounts) -> None:
+    def __init__(self, scheduler: Scheduler, ranks: Ranks, counts: HandoverCounts) -> None:
         self._scheduler = scheduler
         self._ranks = ranks
         self._counts = counts
@@ -99,6 +98,6 @@ class Arrivals:
         self._counts.computed_tokens += num_tokens - cached
         self._counts.size_bytes += int(message.get("size_bytes", 0))
         self._counts.returned_tokens += int(message.get("num_returned", 0))
-        self._counts.wait_s += time.perf_counter() - handover.begun_s
+        self._counts.wait_s += self._scheduler.clock() - handover.begun_s
         self._counts.exposed_s += int(message.get("exposed_us", 0)) * 1e-6
         sequence.is_elsewhere = False

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from tokenspeed_plan.runtime.pools.channel import Channel, ChannelClosed, Message
+from tokenspeed_plan.runtime.pools.channel import ChannelClosed, Message
 from tokenspeed_plan.runtime.pools.prefill_jobs import PrefillJob
+
+
+class Line(Protocol):
+    """By which a caller is told something."""
+
+    def send(self, message: Message) -> None:
+        """Send a message.
+
+        Raises:
+            ChannelClosed: the other side does not take it.
+        """
+
+    def close(self) -> None:
+        """End the connection."""
 
 
 @dataclass(slots=True, eq=False)
@@ -13,7 +28,7 @@ class Caller:
     """A decode pool that is connected; `is_open`: its caches can be written."""
 
     number: int
-    channel: Channel
+    channel: Line
     is_open: bool = False
     jobs: dict[int, PrefillJob] = field(default_factory=dict)
 

@@ -14,24 +14,28 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.pools.arrivals import Arrivals
 from tokenspeed_plan.runtime.pools.channel import Channel, ChannelClosed, Facts, Message
 from tokenspeed_plan.runtime.pools.handover_counts import Gauges, HandoverCounts
 from tokenspeed_plan.runtime.pools.lost_memory import LostMemory, settle_s
 from tokenspeed_plan.runtime.pools.orders import Orders
 from tokenspeed_plan.runtime.pools.peers import Events, Handover, Peer, events_into, nearest
-from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
+from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks, Ranks
 from tokenspeed_plan.runtime.pools.return_sender import ReturnSender
 from tokenspeed_plan.runtime.pools.transport import Transport
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence as Progress
+
+if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.engine import Engine
 
 _LOOK_S = 0.002  # between two looks at the queue of an engine that has nothing to do
 _END_S = 2.0
@@ -60,10 +64,11 @@ class Handovers:
     """Lets prefill pools compute the prompts of an engine.
 
     Args:
-        engine: of the decode pool.
+        scheduler: of the decode pool.
         plan: with both pools.
-        transport: by which they write here.
-        options: who they are.
+        ranks: of the decode pool.
+        peers: the prefill pools.
+        options: how they are used.
 
     Attributes:
         counts: what came of it.
@@ -71,26 +76,24 @@ class Handovers:
     """
 
     def __init__(
-        self, engine: Engine, plan: Plan, transport: Transport, options: PeerOptions
+        self, scheduler: Scheduler, plan: Plan, ranks: Ranks, peers: Seq[Peer], options: PeerOptions
     ) -> None:
         self.counts = HandoverCounts()
-        self._scheduler = engine.scheduler
-        self._reservations = engine.scheduler.reservations
-        self._ranks = PoolRanks(plan, engine.executor.memory, transport)
+        self._scheduler = scheduler
+        self._reservations = scheduler.reservations
+        self._ranks = ranks
         self._options = options
-        self._facts = Facts.of(plan, transport.name)
-        self._orders = Orders(plan)
+        self._facts = Facts.of(plan, ranks.transport.name)
         prefill = plan.pools[1].limits
         self._max_jobs, self._page_size = prefill.max_seqs, prefill.page_size
-        self._peers = [
-            Peer(address, prefill.num_pages, options.retry_s) for address in options.addresses
-        ]
+        self._orders = Orders(self._page_size, ranks)
+        self._peers = peers
         self._waiting: deque[Handover] = deque()
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        late_s = settle_s(transport.settle_s, plan.pools[1].layout.num_ranks)
-        self.lost = LostMemory(engine.scheduler, late_s)
-        self._arrivals = Arrivals(engine.scheduler, self._ranks, self.counts)
-        self._returns = ReturnSender(engine.scheduler, self._ranks, plan, self._peers, self.counts)
+        late_s = settle_s(ranks.transport.settle_s, plan.pools[1].layout.num_ranks)
+        self.lost = LostMemory(scheduler, late_s)
+        self._arrivals = Arrivals(scheduler, ranks, self.counts)
+        self._returns = ReturnSender(scheduler, ranks, plan, peers, self.counts)
 
     def start(self) -> int:
         """Connect to the peers; one that cannot be reached is tried again and again.
@@ -229,7 +232,7 @@ class Handovers:
 
     def _order(self, handover: Handover, peer: Peer, reservation: Reservation) -> None:
         sequence = handover.sequence
-        now = time.perf_counter()
+        now = self._scheduler.clock()
         sequence.started_s = sequence.started_s or now
         handover.begun_s = now
         handover.order = self.counts.ordered
@@ -305,6 +308,23 @@ class Handovers:
                     peer.post({"type": "cancel", "id": order})
         self.lost.settle_late()
         self._returns.advance()
+
+
+def make_handovers(
+    engine: Engine, plan: Plan, transport: Transport, options: PeerOptions
+) -> Handovers:
+    """The hand-overs of an engine of the decode pool.
+
+    Args:
+        engine: of that pool.
+        plan: with both pools.
+        transport: by which prefill pools write here.
+        options: who they are.
+    """
+    ranks = PoolRanks(plan, engine.executor.memory, transport)
+    most = plan.pools[1].limits.num_pages
+    peers = [Peer(address, most, options.retry_s) for address in options.addresses]
+    return Handovers(engine.scheduler, plan, ranks, peers, options)
 
 
 def can_step(scheduler: Scheduler) -> bool:

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-
-from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.pools.channel import packed
 from tokenspeed_plan.runtime.pools.peers import Handover, Peer
+from tokenspeed_plan.runtime.pools.pool_ranks import Ranks
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
-
-
-def launched(is_on_gpu: bool) -> torch.cuda.Event | None:
-    """An event after everything that was launched so far; a CPU has nothing on its way."""
-    if not is_on_gpu:
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
 
 
 class Orders:
@@ -28,12 +17,13 @@ class Orders:
     given to an order now.
 
     Args:
-        plan: of the pool that orders.
+        page_size: of the pool that orders.
+        ranks: of that pool.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._page_size = plan.pool.limits.page_size
-        self._is_on_gpu = plan.target.device == "cuda"
+    def __init__(self, page_size: int, ranks: Ranks) -> None:
+        self._page_size = page_size
+        self._ranks = ranks
 
     def write(self, handover: Handover, reservation: Reservation) -> None:
         """Write the order of a hand-over, whose memory was just taken."""
@@ -46,7 +36,7 @@ class Orders:
             "pages": reservation.new_pages,
             "slot": reservation.state_slot,
         }
-        handover.after = launched(self._is_on_gpu)
+        handover.after = self._ranks.launched()
 
     def post(self, peers: Iterable[Peer]) -> None:
         """Post what can be posted."""

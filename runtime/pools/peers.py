@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.runtime.pools.channel import (
     GREETING_S,
@@ -24,6 +22,7 @@ from tokenspeed_plan.runtime.pools.channel import (
     Message,
     greet_listener,
 )
+from tokenspeed_plan.runtime.pools.pool_ranks import Event
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence as Progress
 
@@ -47,7 +46,7 @@ class Handover:
     begun_s: float = 0.0
     num_known: int = 0
     message: Message | None = None
-    after: torch.cuda.Event | None = None
+    after: Event | None = None
 
     @property
     def name(self) -> str:

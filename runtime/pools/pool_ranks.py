@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.plans.schema import Plan
@@ -18,7 +20,42 @@ from tokenspeed_plan.runtime.pools.layer_launch import LayerLaunch
 from tokenspeed_plan.runtime.pools.pool_rank import PoolRank, RankOrder, make_transport
 from tokenspeed_plan.runtime.pools.rank_reports import MAX_JOBS, RankReports, report_bytes
 from tokenspeed_plan.runtime.pools.samples import MODULUS
-from tokenspeed_plan.runtime.pools.transport import Transport
+from tokenspeed_plan.runtime.pools.transport import Sending, Transport
+
+
+class Event(Protocol):
+    """A moment in what a device does."""
+
+    def query(self) -> bool:
+        """Whether it has come to it."""
+
+
+class Ranks(Protocol):
+    """All ranks of a pool; a simulation has such without memory. See `PoolRanks`."""
+
+    transport: Sending
+    descriptions: list[dict[str, Any]]
+    page_bytes: int
+    state_bytes: int
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no place for another hand-over."""
+
+    def begin(self) -> int:
+        """The number of a new hand-over."""
+
+    def forget(self, job: int) -> None:
+        """Know nothing more of a hand-over of which nothing is under way."""
+
+    def do(self, order: RankOrder) -> None:
+        """Let every rank carry out an order."""
+
+    def result(self, job: int) -> str | None:
+        """The digest of a hand-over, once no rank has anything of it under way; None before."""
+
+    def launched(self) -> Event | None:
+        """A moment after everything that was launched so far; None where nothing is on its way."""
 
 
 class PoolRanks:
@@ -31,6 +68,7 @@ class PoolRanks:
 
     Attributes:
         own: the part of this rank.
+        transport: of this rank.
         descriptions: of the memory of each rank, for the other pool.
         page_bytes: that all ranks hand over for a page.
         state_bytes: for a state; 0 where there is none.
@@ -39,6 +77,8 @@ class PoolRanks:
     def __init__(self, plan: Plan, memory: PlanMemory, transport: Transport) -> None:
         self._links = joined()
         self._world = memory.plan.target.count
+        self._is_on_gpu = plan.target.device == "cuda"
+        self.transport: Sending = transport
         self._tell({"do": "join", "transport": transport.name})
         self.own = PoolRank(plan, memory, self._links.rank, transport)
         self.descriptions, self._reports = _meet(self._links, transport, self._world)
@@ -76,6 +116,14 @@ class PoolRanks:
         """
         self._tell(order)
         self.own.obey(order)
+
+    def launched(self) -> Event | None:
+        """An event after everything that was launched so far; a CPU has nothing on its way."""
+        if not self._is_on_gpu:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
     def _tell(self, order: RankOrder) -> None:
         if self._links.orders is not None:

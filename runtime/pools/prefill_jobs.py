@@ -8,7 +8,6 @@ count as lent.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field
 
@@ -17,7 +16,8 @@ from tokenspeed_plan.runtime.cache.held import Held
 from tokenspeed_plan.runtime.cache.prefix_cache import Hit, PrefixCache
 from tokenspeed_plan.runtime.pools.channel import Message
 from tokenspeed_plan.runtime.pools.pool_rank import Move
-from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
+from tokenspeed_plan.runtime.pools.pool_ranks import Ranks
+from tokenspeed_plan.runtime.scheduling.admission import Clock
 from tokenspeed_plan.runtime.scheduling.reservations import Reservations
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
@@ -48,6 +48,7 @@ class PrefillJob:
         number: of the hand-over among those of this pool.
         caller: the number of the decode pool.
         name: of its request in the engine.
+        clock: of this pool.
         num_cached: tokens that this pool had already.
         num_returned: of these, those that came back with an answer.
         is_sent: whether all of it has left, or leaves with a step that was launched.
@@ -63,7 +64,8 @@ class PrefillJob:
     caller: int
     name: str
     reservations: Reservations
-    ranks: PoolRanks
+    ranks: Ranks
+    clock: Clock
     num_cached: int = 0
     num_returned: int = 0
     is_sent: bool = False
@@ -144,7 +146,7 @@ class PrefillJob:
     def note_computed(self) -> None:
         """All of it is computed."""
         self.is_computed = True
-        self.computed_s = time.perf_counter()
+        self.computed_s = self.clock()
 
     def fail(self) -> None:
         """It cannot be computed."""
@@ -198,7 +200,7 @@ class PrefillJob:
             "num_cached": self.num_cached,
             "num_returned": self.num_returned,
             "size_bytes": self.size_bytes,
-            "exposed_us": round((time.perf_counter() - self.computed_s) * 1e6),
+            "exposed_us": round((self.clock() - self.computed_s) * 1e6),
             "digest": digest,
         }
 

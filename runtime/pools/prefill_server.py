@@ -15,10 +15,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from tokenspeed_plan.plans.errors import PoolError, RequestError
 from tokenspeed_plan.plans.schema import Plan
-from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.execution.bound_programs import Part
 from tokenspeed_plan.runtime.pools.caller import Caller
 from tokenspeed_plan.runtime.pools.channel import (
@@ -30,12 +30,17 @@ from tokenspeed_plan.runtime.pools.channel import (
     unpacked,
 )
 from tokenspeed_plan.runtime.pools.layer_launch import LayerLaunch
-from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
+from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks, Ranks
 from tokenspeed_plan.runtime.pools.prefill_jobs import Order, PrefillJob
 from tokenspeed_plan.runtime.pools.reception import Reception
 from tokenspeed_plan.runtime.pools.return_receiver import ReturnReceiver
 from tokenspeed_plan.runtime.pools.transport import Transport
-from tokenspeed_plan.runtime.request import Request, SamplingParams
+from tokenspeed_plan.runtime.request import Completion, Request, SamplingParams
+from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
+from tokenspeed_plan.runtime.step_loop import StepLoop
+
+if TYPE_CHECKING:
+    from tokenspeed_plan.runtime.engine import Engine
 
 BEAT_S = 0.5
 _LOOK_S = 0.0002  # between two looks at what is under way, where nothing is computed
@@ -45,26 +50,43 @@ _PARAMS = SamplingParams(max_tokens=1, ignore_eos=True)
 Event = Callable[[], None]
 
 
+class PromptEngine(Protocol):
+    """What computes prompts: an `Engine`, or what a simulation has in its place."""
+
+    scheduler: Scheduler
+    loop: StepLoop
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request that waits or runs; False where there is none."""
+
+    def step(self) -> list[Completion]:
+        """Launch a replay, and commit the one before it; returns the requests that finished."""
+
+
 class PrefillServer:
     """Serves the prefill pool of a plan.
 
     Args:
         engine: of that pool.
         plan: with both pools.
-        transport: by which caches are handed over.
+        ranks: of that pool.
         token: that callers must know.
 
     Attributes:
         on_over: called with each order whose caller was told how it went.
     """
 
-    def __init__(self, engine: Engine, plan: Plan, transport: Transport, token: str) -> None:
-        executor = engine.executor
+    def __init__(self, engine: PromptEngine, plan: Plan, ranks: Ranks, token: str) -> None:
         self._engine = engine
-        self._ranks = PoolRanks(plan, executor.memory, transport)
-        executor.launch = LayerLaunch(executor.launch, self._ranks.own)
-        executor.before_run = self._announce
-        self._facts = Facts.of(plan, transport.name)
+        self._ranks = ranks
+        self._facts = Facts.of(plan, ranks.transport.name)
         self._token = token
         self._limits = plan.pool.limits
         self._num_peer_ranks = plan.pool.layout.num_ranks
@@ -72,7 +94,7 @@ class PrefillServer:
         self._callers: list[Caller] = []
         self._caller_numbers = itertools.count(1)
         self._jobs: dict[str, PrefillJob] = {}  # of all callers, by the names of their requests
-        self._returns = ReturnReceiver(engine.scheduler, self._ranks, plan, transport.settle_s)
+        self._returns = ReturnReceiver(engine.scheduler, ranks, plan, ranks.transport.settle_s)
         self._stopped = False
         self._next_beat_s = time.monotonic()
         self.on_over: Callable[[PrefillJob], None] | None = None
@@ -109,11 +131,7 @@ class PrefillServer:
         reception.begin()
         while not self._stopped:
             self._take_events()
-            if self._engine.num_unfinished:
-                self._step()
-            for caller in list(self._callers):
-                self._advance(caller)
-            self._returns.advance()
+            self._turn()
             self._beat()
         for caller in list(self._callers):
             self._leave(caller)
@@ -131,6 +149,14 @@ class PrefillServer:
             while True:
                 self._events.get_nowait()()
 
+    def _turn(self) -> None:
+        """Compute a step, and tell what has left."""
+        if self._engine.num_unfinished:
+            self._step()
+        for caller in list(self._callers):
+            self._advance(caller)
+        self._returns.advance()
+
     def _step(self) -> None:
         for done in self._engine.step():
             job = self._jobs[done.request_id]
@@ -138,7 +164,7 @@ class PrefillServer:
             if done.error:
                 job.fail()
 
-    def _announce(self, part: Part) -> None:
+    def announce(self, part: Part) -> None:
         """Say what leaves with the step that is launched next: it does so with its last part."""
         if part == "head":
             return
@@ -243,7 +269,8 @@ class PrefillServer:
             raise PoolError(f"{len(self._jobs)} orders are not done", "start more prefill pools")
         name = f"{caller.number}/{order.number}"
         reservations, number = self._engine.scheduler.reservations, self._ranks.begin()
-        job = PrefillJob(order, number, caller.number, name, reservations, self._ranks)
+        clock = self._engine.scheduler.clock
+        job = PrefillJob(order, number, caller.number, name, reservations, self._ranks, clock)
         caller.jobs[order.number] = self._jobs[name] = job
         hit = job.match()
         job.num_returned = hit.checkpoint.num_returned
@@ -293,3 +320,22 @@ class PrefillServer:
         self._ranks.forget(job.number)
         job.release()
         self._engine.scheduler.unblock()
+
+
+def make_prefill_server(
+    engine: Engine, plan: Plan, transport: Transport, token: str
+) -> PrefillServer:
+    """The server of an engine of the prefill pool.
+
+    Args:
+        engine: of that pool.
+        plan: with both pools.
+        transport: by which caches are handed over.
+        token: that callers must know.
+    """
+    executor = engine.executor
+    ranks = PoolRanks(plan, executor.memory, transport)
+    executor.launch = LayerLaunch(executor.launch, ranks.own)
+    server = PrefillServer(engine, plan, ranks, token)
+    executor.before_run = server.announce
+    return server

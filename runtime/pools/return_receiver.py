@@ -9,18 +9,14 @@ not pinned for longer than `_LEASE_S`.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-
-import torch
 
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.pools.caller import Caller
 from tokenspeed_plan.runtime.pools.channel import Message, unpacked
 from tokenspeed_plan.runtime.pools.lost_memory import LostMemory, settle_s
-from tokenspeed_plan.runtime.pools.orders import launched
-from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
+from tokenspeed_plan.runtime.pools.pool_ranks import Event, Ranks
 from tokenspeed_plan.runtime.request import Request, SamplingParams
 from tokenspeed_plan.runtime.scheduling.reservations import Reservation
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
@@ -54,7 +50,7 @@ class _Coming:
     reservation: Reservation
     num_had: int
     until_s: float
-    after: torch.cuda.Event | None
+    after: Event | None
     is_told: bool = False
     digest: str = ""
     job: int = 0
@@ -78,16 +74,13 @@ class ReturnReceiver:
         lost: memory that lost callers may still write.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, ranks: PoolRanks, plan: Plan, transport_s: float
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, ranks: Ranks, plan: Plan, transport_s: float) -> None:
         late_s = settle_s(transport_s, plan.pools[0].layout.num_ranks)
         self.lost = LostMemory(scheduler, late_s)
         self._scheduler = scheduler
         self._reservations = scheduler.reservations
         self._ranks = ranks
         self._planned = plan.pools[1].answer_returns
-        self._is_on_gpu = plan.target.device == "cuda"
         self._coming: dict[tuple[int, int], _Coming] = {}
         self._abandoned: dict[tuple[int, int], Reservation] = {}
 
@@ -139,7 +132,7 @@ class ReturnReceiver:
             is_known = num_had == len(token_ids)
             caller.tell({"type": "no_room", "id": number, "is_known": is_known})
             return
-        until_s, after = time.monotonic() + _LEASE_S, launched(self._is_on_gpu)
+        until_s, after = self._scheduler.clock() + _LEASE_S, self._ranks.launched()
         coming = _Coming(caller, number, sequence, reservation, num_had, until_s, after)
         self._coming[key] = coming
         self._tell(coming)
@@ -177,7 +170,7 @@ class ReturnReceiver:
 
     def advance(self) -> None:
         """Use what was read, if it is right; give back what it is time for."""
-        now = time.monotonic()
+        now = self._scheduler.clock()
         for key, coming in list(self._coming.items()):
             self._tell(coming)
             if coming.job:

@@ -22,7 +22,7 @@ from tokenspeed_plan.runtime.pools.channel import Channel, Message, packed
 from tokenspeed_plan.runtime.pools.handover_counts import HandoverCounts
 from tokenspeed_plan.runtime.pools.peers import Peer
 from tokenspeed_plan.runtime.pools.pool_rank import Move
-from tokenspeed_plan.runtime.pools.pool_ranks import PoolRanks
+from tokenspeed_plan.runtime.pools.pool_ranks import Ranks
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.scheduling.sequence import Sequence
 
@@ -106,7 +106,7 @@ class ReturnSender:
     def __init__(
         self,
         scheduler: Scheduler,
-        ranks: PoolRanks,
+        ranks: Ranks,
         plan: Plan,
         peers: Seq[Peer],
         counts: HandoverCounts,
@@ -132,7 +132,7 @@ class ReturnSender:
 
     def holds_up(self, sequence: Sequence) -> bool:
         """Whether a prompt should wait for the answer that it goes on from."""
-        now = time.monotonic()
+        now = self._scheduler.clock()
         return any(
             now - each.begun_s < each.patience_s and each.has_route and each.begins(sequence)
             for each in self._open.values()
@@ -153,7 +153,7 @@ class ReturnSender:
         if sum(each.peer is peer for each in self._open.values()) >= planned.slots:
             self._counts.dropped += 1
             return
-        number, now = next(self._numbers), time.monotonic()
+        number, now = next(self._numbers), self._scheduler.clock()
         patience_s = saved_tokens * planned.token_us * 1e-6
         self._open[number] = _Return(
             number, peer, peer.route, sequence, digests, checkpoint, patience_s, now, now
@@ -195,7 +195,7 @@ class ReturnSender:
             if kind == "room":  # too late
                 peer.post({"type": "dropped", "id": number})
         elif kind == "room":
-            each.heard_s = time.monotonic()
+            each.heard_s = self._scheduler.clock()
             each.room = self._room(message)
         else:
             del self._open[number]
@@ -231,7 +231,7 @@ class ReturnSender:
         ready = next((each for each in self._open.values() if each.room is not None), None)
         if ready is not None:
             self._send(ready)
-        now = time.monotonic()
+        now = self._scheduler.clock()
         for each in list(self._open.values()):
             if each.job:
                 self._look_at(each)
@@ -281,7 +281,7 @@ class ReturnSender:
             self._end(each)
             self._give_up(each)
             return
-        now = time.monotonic()
+        now = self._scheduler.clock()
         if digest is None:
             if self._scheduler.waiting and now - each.heard_s > _HOLD_S:
                 self._let_go(each)

@@ -37,8 +37,8 @@ class Route(Protocol):
         """Wait for what is under way, and write nothing more."""
 
 
-class Transport(Protocol):
-    """One way to move bytes.
+class Sending(Protocol):
+    """What a pool has to know of a way to move bytes.
 
     Attributes:
         name: as the option `--transport` has it.
@@ -47,6 +47,10 @@ class Transport(Protocol):
 
     name: str
     settle_s: float
+
+
+class Transport(Sending, Protocol):
+    """One way to move bytes."""
 
     def describe(self) -> dict[str, Any]:
         """What a peer has to know to write into this memory."""

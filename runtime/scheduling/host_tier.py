@@ -141,9 +141,7 @@ class HostTier:
         held = Held(self.tier, known, [])
         if known.parent is not None:
             held.pages.append(self.tier.pages.share(known.page))  # so that it stays
-        new: list[int] = []
-        while len(new) < num_pages and (page := self.tier.take_page()) is not None:
-            new.append(page)
+        new = self.tier.take_pages(num_pages)
         held.pages[:0] = sorted(new)  # neighbours are copied as one
         held.state_slot = self.tier.take_spare_state_slot() or 0
         if len(new) < num_pages or not held.state_slot:

@@ -140,13 +140,10 @@ class Reservations:
         return new.most_pages + total - self._num_pages(new) <= most
 
     def _take(self, reservation: Reservation) -> bool:
-        while len(reservation.pages) < self._num_pages(reservation):
-            page = self.cache.take_page()
-            if page is None:
-                return False
-            reservation.pages.append(page)
-        # Neighbours are pushed as one.
-        reservation.pages[reservation.num_known :] = sorted(reservation.new_pages)
+        num_new = self._num_pages(reservation) - reservation.num_known
+        reservation.pages += sorted(self.cache.take_pages(num_new))  # neighbours are pushed as one
+        if len(reservation.new_pages) < num_new:
+            return False
         reservation.state_slot = self.cache.take_spare_state_slot() or 0
         return reservation.state_slot > 0
 

@@ -77,11 +77,10 @@ class SequenceMemory:
         if hit.known_tokens - hit.num_tokens >= self.limits.min_checkpoint_tokens:
             # Others had this prefix too, and may come again.
             sequence.checkpoint_requests.add(hit.known_tokens)
-        num_known = len(sequence.pages)
-        while len(sequence.pages) < self.num_pages(sequence):
-            is_there = self.add_page(sequence)
-            assert is_there, "it was admitted for pages that somebody holds"
-        sequence.pages[num_known:] = sorted(sequence.pages[num_known:])  # runs are pushed as one
+        num_new = self.num_pages(sequence) - len(sequence.pages)
+        new = self.cache.take_pages(num_new)
+        assert len(new) == num_new, "it was admitted for pages that somebody holds"
+        sequence.pages += sorted(new)  # runs are pushed as one
         num_own_slots = self.limits.written_slots_per_seq
         sequence.own_slots = [self.cache.take_state_slot() for _ in range(num_own_slots)]
         sequence.pages_version += 1

@@ -16,10 +16,15 @@ FILLER = 1  # the first token that no NaN gives
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request that comes at a time, in seconds."""
+    """A request that comes at a time, in seconds.
+
+    `digests` are those of the first whole pages of its prompt, as far as they are known: of a later
+    turn, those that the turn before had. Whoever answers it adds to them.
+    """
 
     time_s: float
     request: Request
+    digests: list[bytes] = field(default_factory=list)
 
 
 class Load(Protocol):
@@ -50,6 +55,7 @@ class _Talk:
 
     turns: Turns
     token_ids: list[int]
+    digests: list[bytes] = field(default_factory=list)
     num_done: int = 0
 
 
@@ -98,7 +104,7 @@ class Users:
         self._open[name] = talk
         output = talk.turns.outputs[talk.num_done]
         params = SamplingParams(max_tokens=output, ignore_eos=True)
-        return Arrival(time_s, Request(name, tuple(talk.token_ids), params))
+        return Arrival(time_s, Request(name, tuple(talk.token_ids), params), talk.digests)
 
     def answered(self, completion: Completion, now_s: float) -> None:
         """The user goes on after a while, or ends the conversation and begins another."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from tokenspeed_plan.runtime.simulation.load_run import Answered, Simulated
+from tokenspeed_plan.runtime.simulation.load_results import Answered, PromptsComputed, Simulated
 from tokenspeed_plan.runtime.simulation.virtual_steps import StepRecord
 
 PERCENTILES = (50, 90, 95, 99)
@@ -23,6 +23,8 @@ DEFINITIONS = {
     "hit_rate": "prompt tokens that came from the prefix cache, over all prompt tokens",
     "in_time": "share of requests within `--ttft-ms` and `--tpot-ms`",
     "service_levels": "means and percentiles of all requests, beside those of the spec",
+    "prompts": "the pool that computes prompts: its device, what it computed, what it handed over; "
+    "`wait_ms` is from an order to its arrival, `exposed_ms` the part after the last token",
 }
 
 
@@ -76,7 +78,28 @@ def figures(
         "evicted_checkpoints": metrics.evicted_checkpoints,
         "host_hits": metrics.host_hits,
         "programs": programs(found.steps),
+        "prompts": None if found.prompts is None else _prompts(found.prompts, total_s),
         "definitions": DEFINITIONS,
+    }
+
+
+def _prompts(pool: PromptsComputed, total_s: float) -> dict[str, Any]:
+    """The figures of a pool that computes prompts."""
+    counts, metrics = pool.counts, pool.metrics
+    done = max(counts.done, 1)
+    return {
+        "device_busy": round(pool.busy_s / total_s, 4),
+        "computed_tokens": metrics.computed_tokens,
+        "evicted_checkpoints": metrics.evicted_checkpoints,
+        "preemptions": metrics.preemptions,
+        "handed_over": counts.done,
+        "computed_by_the_other": counts.alone,
+        "wait_ms": round(counts.wait_s / done * 1e3, 3),
+        "exposed_ms": round(counts.exposed_s / done * 1e3, 3),
+        "handed_bytes": counts.size_bytes,
+        "answers_returned": counts.returned,
+        "answer_hit_tokens": counts.returned_tokens,
+        "programs": programs(pool.steps),
     }
 
 
@@ -155,13 +178,26 @@ def as_text(found: dict[str, Any], load: str, has_levels: bool) -> str:
     for name, level in found["service_levels"].items():
         verdict = "met" if level["met"] else "missed"
         lines.append(f"  {name} {level['ms']:.2f}, at most {level['at_most_ms']:g}: {verdict}")
-    for program in found["programs"]:
+    lines += _program_lines(found["programs"])
+    prompts = found["prompts"]
+    if prompts is not None:
         lines.append(
-            f"  {program['phase']:<8}{program['bucket']:>6}: {program['steps']} steps of "
-            f"{program['mean_seqs']:.1f} sequences, {program['mean_tokens']:.1f} tokens, "
-            f"{program['mean_us']:.1f} us"
+            f"  pool of prompts: device busy {prompts['device_busy']:.1%}; "
+            f"{prompts['handed_over']} prompts handed over, each in {prompts['wait_ms']:.2f} ms, "
+            f"{prompts['exposed_ms']:.3f} of it after its last token; "
+            f"{prompts['answers_returned']} answers went back"
         )
+        lines += _program_lines(prompts["programs"])
     return "\n".join(lines)
+
+
+def _program_lines(programs: Iterable[dict[str, Any]]) -> list[str]:
+    return [
+        f"  {program['phase']:<8}{program['bucket']:>6}: {program['steps']} steps of "
+        f"{program['mean_seqs']:.1f} sequences, {program['mean_tokens']:.1f} tokens, "
+        f"{program['mean_us']:.1f} us"
+        for program in programs
+    ]
 
 
 def trace(found: Simulated) -> dict[str, Any]:
@@ -169,17 +205,19 @@ def trace(found: Simulated) -> dict[str, Any]:
 
     Source: the Trace Event Format, complete events ("X") and counters ("C").
     """
-    events: list[dict[str, Any]] = [_step_event(step) for step in found.steps]
+    events: list[dict[str, Any]] = [_step_event(step, "device") for step in found.steps]
+    if found.prompts is not None:
+        events += [_step_event(step, "device of prompts") for step in found.prompts.steps]
     for number, answer in enumerate(found.answers):
         events += _request_events(number, answer)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _step_event(step: StepRecord) -> dict[str, Any]:
+def _step_event(step: StepRecord, device: str) -> dict[str, Any]:
     return {
         "name": f"{step.phase} {step.bucket}",
         "ph": "X",
-        "pid": "device",
+        "pid": device,
         "tid": "steps",
         "ts": round(step.begin_s * 1e6, 3),
         "dur": round((step.end_s - step.begin_s) * 1e6, 3),

@@ -12,7 +12,7 @@ import numpy as np
 
 from tokenspeed_plan.runtime.history.sparse_sample import SparseSample
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
-from tokenspeed_plan.runtime.simulation.load_run import Answered, Simulated
+from tokenspeed_plan.runtime.simulation.load_results import Answered, Simulated
 from tokenspeed_plan.runtime.simulation.virtual_steps import StepRecord
 
 BINS = 8192  # a page shows some of them in one column, or fewer of them where it is zoomed in
@@ -49,14 +49,18 @@ def series(found: Simulated, pages: PageLooks, num_pages: int) -> dict[str, Any]
         num_pages: of the plan.
     """
     edges_B = np.linspace(0.0, found.total_s, BINS + 1)
-    return {
+    drawn: dict[str, Any] = {
         "total_s": found.total_s,
         "num_pages": num_pages,
         "bins": _step_bins(found.steps, edges_B) | _request_bins(found.answers, edges_B),
         "pages": [[round(time_s, 6), *counts] for time_s, *counts in pages.looks.values],
         "requests": _dots(found.answers),
-        "steps": [_bar(step) for step in found.steps] if len(found.steps) <= MOST_STEPS else None,
+        "steps": _bars(found.steps),
     }
+    if found.prompts is not None and found.prompts.steps:
+        drawn["bins"]["prompts"] = _step_bins(found.prompts.steps, edges_B)["prefill"]
+        drawn["prompt_steps"] = _bars(found.prompts.steps)
+    return drawn
 
 
 def _step_bins(steps: Sequence[StepRecord], edges_B: np.ndarray) -> dict[str, list[float]]:
@@ -136,6 +140,11 @@ def _dots(answers: Iterable[Answered]) -> list[list[float | None]]:
         ]
         for answer in ordered[::stride]
     ]
+
+
+def _bars(steps: Sequence[StepRecord]) -> list[list[float]] | None:
+    """Each step, where they are few enough."""
+    return [_bar(step) for step in steps] if len(steps) <= MOST_STEPS else None
 
 
 def _bar(step: StepRecord) -> list[float]:

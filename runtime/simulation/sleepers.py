@@ -187,14 +187,15 @@ class NappingScheduler(Scheduler):
     def is_calm(self) -> bool:
         """Whether nobody can start, and all that run decode, but for one in their sleep."""
         asleep = len(self._sleepers)
-        return self._admission.is_stuck and 0 < asleep == len(self._running) - 1
+        return self._admission.is_stuck and asleep == len(self._running) - 1
 
     def in_turn(self, sequences: list[Sequence], is_ahead: bool) -> list[Sequence]:
         """Sequences in the order in which they get pages."""
         if len(sequences) < 2:
             return sequences
         if is_ahead:
-            return sorted(sequences, key=self._running.index)
+            place_of = {each: place for place, each in enumerate(self._running)}
+            return sorted(sequences, key=place_of.__getitem__)
         return sorted(sequences, key=lambda each: each.number)
 
     def turn_page(self, sequence: Sequence, is_ahead: bool) -> bool:
@@ -237,6 +238,7 @@ class NappingLoop(StepLoop):
     ) -> None:
         super().__init__(plan, launcher, scheduler, outputs)
         self._sleepers = sleepers
+        self._virtual = launcher
         self._calm = scheduler
         self._rows = scheduler.rows
         self._page_size = plan.pool.limits.page_size
@@ -254,7 +256,7 @@ class NappingLoop(StepLoop):
         program = self._rows.decode_program(size)
         while self._scheduler.clock() < until_s and self._turn_pages():
             batch = ShortBatch(program, (), (), size, sleepers.known_tokens)
-            flight = self._rest_once(batch, flight)
+            flight = self._rest_awhile(batch, flight, until_s)
         if lookout in sleepers.since:
             sleepers.wake(lookout)
         if flight is not None and self._launches_ahead:
@@ -282,25 +284,24 @@ class NappingLoop(StepLoop):
         sleepers.woken.clear()
         return True
 
-    def _rest_once(self, batch: ShortBatch, before: InFlightBatch | None) -> InFlightBatch | None:
-        """One step of those who sleep; returns what is in flight after it."""
-        self._launcher.start(batch)
-        launched = self._launcher.in_flight(batch)
-        read = launched if before is None else before
-        assert read.outputs is not None
-        read.outputs()
-        self.metrics.steps += 1
-        self.metrics.decode_steps += 1
-        self._count_asleep()
-        return None if before is None else launched
+    def _rest_awhile(
+        self, batch: ShortBatch, before: InFlightBatch | None, until_s: float
+    ) -> InFlightBatch | None:
+        """Steps of those who sleep, until one must wake; returns what is in flight after them."""
+        most = max(self._sleepers.next_due - self._sleepers.steps, 1)
+        count = self._virtual.repeat(batch, most, until_s, is_ahead=before is not None)
+        self.metrics.steps += count
+        self.metrics.decode_steps += count
+        self._count_asleep(count)
+        return None if before is None else self._virtual.in_flight(batch)
 
-    def _count_asleep(self) -> None:
-        """Note that a step is committed, with a token for each that sleeps."""
+    def _count_asleep(self, count: int = 1) -> None:
+        """Note that steps are committed, each with a token for each that sleeps."""
         sleepers, metrics = self._sleepers, self.metrics
-        sleepers.steps += 1
+        sleepers.steps += count
         sleepers.last_s = self._scheduler.clock()
-        metrics.decode_passes += len(sleepers)
-        metrics.decode_tokens += len(sleepers)
+        metrics.decode_passes += count * len(sleepers)
+        metrics.decode_tokens += count * len(sleepers)
 
     def _launch_next(self, before: InFlightBatch | None) -> bool:
         sleepers = self._sleepers

@@ -207,6 +207,33 @@ class VirtualLauncher:
         )
         return 0.0
 
+    def repeat(self, batch: ShortBatch, most: float, until_s: float, is_ahead: bool) -> int:
+        """Start a decode step and others after it, in which each sequence gets one more token.
+
+        Each is read, where steps are launched ahead once the next one is started.
+
+        Args:
+            batch: the first one, in which all sleep.
+            most: steps.
+            until_s: no other one is started when the clock has come so far.
+            is_ahead: whether a step is in flight now.
+
+        Returns:
+            How many steps were started.
+        """
+        clock, times, seqs = self._clock, self._times, batch.num_asleep
+        bucket, known, count = batch.program.bucket, batch.known_asleep, 0
+        host_us = times.host_us(seqs, 0)
+        while count < most and (not count or clock.now_s < until_s):
+            read_s = clock.free_s  # the end of the step before
+            step_us = times.decode_us(bucket, seqs, (known + count * seqs) / seqs + 1)
+            clock.launch(host_us, step_us)
+            begin_s, end_s = clock.free_s - step_us * 1e-6, clock.free_s
+            self.steps.append(StepRecord("decode", bucket, seqs, seqs, begin_s, end_s))
+            clock.wait_until(read_s if is_ahead else end_s)
+            count += 1
+        return count
+
     def _step_us(self, batch: Batch, seqs: int) -> float:
         known = sum(sequence.num_computed + sequence.num_ahead for sequence in batch.sequences)
         if isinstance(batch, ShortBatch):
@@ -247,6 +274,20 @@ class VirtualLauncher:
             if self._random.random() >= self._acceptance[min(place, last)]:
                 return place
         return drafts
+
+
+def short_digests(parent: bytes, token_ids: Seq[int], page_size: int) -> list[bytes]:
+    """Names of whole pages that come after one of that name, in half the time of digests.
+
+    They are 8 bytes of Python's own hashes. Where two are equal by chance, the cache compares the
+    tokens, as it does with digests.
+    """
+    found = []
+    for start in range(0, len(token_ids), page_size):
+        name = hash((parent, *token_ids[start : start + page_size]))
+        parent = name.to_bytes(8, "little", signed=True)
+        found.append(parent)
+    return found
 
 
 def _num_seqs(batch: Batch) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import ROOT, make_spec
 from specs import merged
 
 from tokenspeed_plan.planner import compile_plan, find_model
@@ -21,7 +22,7 @@ from tokenspeed_plan.planner.advisor.load_judge import (
     most_users,
     with_load,
 )
-from tokenspeed_plan.planner.advisor.plan_prices import kv_dtype_of
+from tokenspeed_plan.planner.advisor.plan_prices import kv_dtype_of, plan_pair, plan_steps
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import search_result
 from tokenspeed_plan.planner.advisor.resolve import resolve
@@ -95,12 +96,7 @@ def test_an_outline_has_the_scheduler_of_the_plan(example: str) -> None:
         predictor, candidate, depths, limits.interleaved_tokens, limits.gathered_tokens
     ).outline
     assert outline.pool.limits == limits
-
-    def size(program: Program) -> tuple[Any, ...]:
-        names = ("phase", "bucket", "max_tokens", "max_seqs", "captured", "depth", "query_len")
-        return tuple(getattr(program, name) for name in names)
-
-    assert list(map(size, outline.pool.programs)) == list(map(size, plan.pool.programs))
+    assert sizes_of(outline.pool.programs) == sizes_of(plan.pool.programs)
     for arena in ("kv_cache", "state"):
         assert outline.pool.slot_bytes(arena) == plan.pool.slot_bytes(arena)
     assert outline.model.eos_token_ids == plan.model.eos_token_ids
@@ -117,6 +113,41 @@ def test_turns_that_are_alike_come_one_after_the_other(users: int) -> None:
     simulated = Deployment(predictor, candidate, {}).simulated(users, None)
     assert metrics["ttft_ms"] == pytest.approx(simulated["ttft_ms"], rel=0.01)
     assert metrics["tpot_ms"] == pytest.approx(simulated["tpot_ms"], rel=0.08)
+
+
+def sizes_of(programs: Sequence[Program]) -> list[tuple[Any, ...]]:
+    names = ("phase", "bucket", "max_tokens", "max_seqs", "captured", "depth", "query_len")
+    return [tuple(getattr(program, name) for name in names) for program in programs]
+
+
+def test_an_outline_of_two_pools_is_that_of_the_plan() -> None:
+    """Both pools, what each layer hands over and how fast, and which answers go back."""
+    workload = {"kind": "agentic", "turns": 4, "turn_tokens": 40, "output_tokens": 64}
+    spec = make_spec(
+        ROOT / "examples/demo/model",
+        target={"count": 2},
+        disaggregation={"prefill": 1, "decode": 1, "answers": "return"},
+        workload=workload | {"concurrency": 2},
+    )
+    model, alone = find_model(spec), ParallelLayout(1, 1, 1)
+    plan = compile_plan(spec, model)
+    predictor = Predictor(spec, model.config, find_hardware("cpu"))
+    limits = plan.pool.limits
+    knobs = Knobs(limits.max_tokens, limits.page_size, limits.max_depth, kv_dtype_of(plan))
+    deployment = Deployment(predictor, Candidate(alone, knobs, alone), {})
+    outline = deployment.outline
+    for own, planned in zip(outline.pools, plan.pools, strict=True):
+        assert own.limits == planned.limits
+        assert sizes_of(own.programs) == sizes_of(planned.programs)
+        for arena in ("kv_cache", "state"):
+            assert own.slot_bytes(arena) == planned.slot_bytes(arena)
+    found, pair = plan_pair(plan, plan_steps(plan, ROOT)), deployment.pair
+    assert found is not None and pair is not None
+    assert (pair.there, pair.back) == (found.there, found.back)
+    own_returns, returns = outline.pools[1].answer_returns, plan.pools[1].answer_returns
+    assert own_returns is not None and returns is not None
+    assert own_returns.slots == returns.slots
+    assert own_returns.token_us == pytest.approx(returns.token_us, rel=0.3)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +240,26 @@ def test_the_largest_load_within_the_levels() -> None:
     assert rate is not None
     assert deployment.within(levels, None, rate) and not deployment.within(levels, None, 1.1 * rate)
     assert most_users(deployment, {"ttft_p50_ms": 1e-6}) is None
+
+
+def test_two_pools_are_judged_by_both() -> None:
+    """A lone user sees what formulas say; many see tokens that wait for no prompt."""
+    two = {"target": {"count": 2}, "disaggregation": {"prefill": 1, "decode": 1}}
+    alone, knobs = ParallelLayout(1, 1, 1), Knobs(2048, 64)
+    lone = predictor_of(spec_for(**two, workload={"concurrency": 1}))
+    pair = Candidate(alone, knobs, alone)
+    found = Deployment(lone, pair, {}).simulated(1, None)
+    assert found["ttft_ms"] == pytest.approx(lone.predict(pair).metrics["ttft_ms"], rel=0.1)
+    many = predictor_of(spec_for(**two, workload={"first_turn_tokens": 8000}))
+    both = Deployment(many, Candidate(alone, knobs), {}).simulated(8, None)
+    split = with_load(many.predict(pair), Deployment(many, pair, {}))
+    assert split.simulated is not None
+    assert split.level("tpot_p95_ms") < 0.8 * both["tpot_p95_ms"]
+    level = {"slo": {"tpot_p95_ms": 1.1 * split.level("tpot_p95_ms")}}
+    workload = {"first_turn_tokens": 8000}
+    found_level = decisions_for(**two, **level, workload=workload)["service_levels"]
+    assert found_level.value == "met"
+    assert "of the turns of the simulated load" in found_level.reason
 
 
 def test_the_commands_say_what_users_see(tmp_path: Any) -> None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tokenspeed_plan.runtime.scheduling.scheduler import Scheduler
 from tokenspeed_plan.runtime.simulation import load_series
 from tokenspeed_plan.runtime.simulation.load import Turns, Users
-from tokenspeed_plan.runtime.simulation.load_run import Answered, simulate
+from tokenspeed_plan.runtime.simulation.load_results import Answered
+from tokenspeed_plan.runtime.simulation.load_run import simulate
 from tokenspeed_plan.runtime.simulation.load_series import PageLooks, series
 from tokenspeed_plan.runtime.simulation.virtual_steps import StepRecord
 

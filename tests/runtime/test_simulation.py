@@ -20,15 +20,14 @@ from symbolic import VOCAB, SymbolicExecutor
 
 from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest_rate
 from tokenspeed_plan.planner.cli import main
-from tokenspeed_plan.planner.commands import simulate_load
-from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.errors import RequestError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine
 from tokenspeed_plan.runtime.cache.slot_copies import SlotCopy
 from tokenspeed_plan.runtime.simulation.load import Load, Turns, Users
 from tokenspeed_plan.runtime.simulation.load_report import Levels, figures, percentiles_ms
-from tokenspeed_plan.runtime.simulation.load_run import Simulated, simulate
+from tokenspeed_plan.runtime.simulation.load_results import Simulated
+from tokenspeed_plan.runtime.simulation.load_run import simulate
 from tokenspeed_plan.runtime.simulation.recorded import Recorded, RecordedRow, read_recorded
 from tokenspeed_plan.runtime.simulation.virtual_steps import VirtualClock, VirtualMover
 
@@ -299,19 +298,6 @@ def test_the_load_of_the_spec_is_named_and_judged_only_where_asked() -> None:
     assert text.startswith("40 requests, 32 users at once, in ")
     assert "in time" not in text
     assert "0.0% of the requests in time" in simulated("--ttft-ms", "0.01").stdout
-
-
-def test_it_says_that_the_pool_of_prompts_is_left_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    plan = load_plan(DEMO)
-    decode = plan.with_pool(role="decode")
-    monkeypatch.setattr(simulate_load, "load_plan", lambda bundle: decode)
-    found = simulated("--json")
-    assert json.loads(found.stdout)["pool"] == "decode"
-    assert "computes all prompts" in found.stderr
-    monkeypatch.setattr(simulate_load, "load_plan", lambda bundle: plan)
-    assert "computes all prompts" not in simulated().stderr
 
 
 def test_two_loads_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from launches import captured
 
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.simulation.load import Turns, Users
-from tokenspeed_plan.runtime.simulation.load_run import Simulated, simulate
+from tokenspeed_plan.runtime.simulation.load_results import Simulated
+from tokenspeed_plan.runtime.simulation.load_run import simulate
 from tokenspeed_plan.runtime.simulation.sleepers import Sleepers
 
 VOCAB = 97

@@ -20,9 +20,9 @@ from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.plans.schema import AnswerReturns, Plan
 from tokenspeed_plan.runtime import Engine
 from tokenspeed_plan.runtime.pools.blocks import Copy
-from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions
+from tokenspeed_plan.runtime.pools.handovers import Handovers, PeerOptions, make_handovers
 from tokenspeed_plan.runtime.pools.pool_rank import make_transport
-from tokenspeed_plan.runtime.pools.prefill_server import PrefillServer
+from tokenspeed_plan.runtime.pools.prefill_server import PrefillServer, make_prefill_server
 from tokenspeed_plan.runtime.pools.transport import Pending, Route, Transport
 
 TWO_POOLS: dict[str, Any] = {"target": {"count": 2}, "disaggregation": {"prefill": 1, "decode": 1}}
@@ -89,7 +89,7 @@ class Pools:
         """Start a prefill pool; returns its address. Pages leave after each chunk."""
         engine = Engine.from_plan(self.plan, self.folder, chunk=chunk, role="prefill")
         transport = self.spoil(make_transport(self.transport, engine.executor.memory))
-        server = PrefillServer(engine, plan or self.plan, transport, self.token)
+        server = make_prefill_server(engine, plan or self.plan, transport, self.token)
         listener = socket.create_server(("127.0.0.1", 0))
         thread = threading.Thread(target=server.serve, args=(listener,), daemon=True)
         thread.start()
@@ -109,7 +109,7 @@ class Pools:
         """Let the decode pool use them; `spoil` is of what it sends."""
         transport = spoil(make_transport(self.transport, self.engine.executor.memory))
         peers = PeerOptions(tuple(addresses), **{"token": self.token, "retry_s": 0.05} | options)
-        handovers = Handovers(self.engine, self.plan, transport, peers)
+        handovers = make_handovers(self.engine, self.plan, transport, peers)
         handovers.start()
         self.engine.loop.elsewhere = handovers
         return handovers
