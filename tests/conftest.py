@@ -1,11 +1,13 @@
-"""Checkpoints and plans that many tests share; made once a test process."""
+"""Checkpoints and plans that many tests share; checkpoints are made once a run, plans a process."""
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
-from collections.abc import Iterator
-from functools import cache
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ import torch
 from checkpoints import KINDS, write_checkpoint
 from specs import merged
 
-from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.schema import Plan
 
@@ -33,6 +34,7 @@ hypothesis.settings.register_profile("fixed", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("fixed")
 ROOT = Path(__file__).parent.parent
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 def make_spec(path: Path | str, **changes: Any) -> Spec:
@@ -60,26 +62,53 @@ def collected() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """checkpoint("moe") -> its folder."""
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """once("name", write) -> a folder that the first process of this run to ask has written.
 
-    @cache
-    def make(kind: str) -> Path:
-        return write_checkpoint(tmp_path_factory.mktemp("models") / kind, KINDS[kind])
+    It is read by all of them: a test that changes something copies it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a folder in that of the run
+        base = base.parent
+    return partial(written_once, base / "once")
 
-    return make
+
+def written_once(base: Path, name: str, write: Callable[[Path], object]) -> Path:
+    """The folder of a name below `base`, complete; others wait for the process that writes it."""
+    base.mkdir(exist_ok=True)
+    folder, mark = base / name, base / f"{name}.complete"
+    with (base / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not mark.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            write(folder)
+            mark.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
-def trained_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint some of whose drafts are right."""
+def checkpoint(once: Once) -> Any:
+    """checkpoint("moe") -> its folder."""
+    return cache(lambda kind: once(kind, lambda to: write_checkpoint(to, KINDS[kind])))
+
+
+@pytest.fixture(scope="session")
+def trained(once: Once) -> Any:
+    """trained("moe") -> the folder of a checkpoint some of whose drafts are right."""
     from trained import write_trained
 
-    return write_trained(tmp_path_factory.mktemp("trained") / "moe", "moe")
+    return cache(lambda kind: once(f"trained-{kind}", lambda to: write_trained(to, kind)))
+
+
+@pytest.fixture(scope="session")
+def trained_moe(trained: Any) -> Path:
+    """The one with experts."""
+    return Path(trained("moe"))
 
 
 @pytest.fixture(scope="session")
 def tiny_plan(checkpoint: Any) -> Plan:
     """A plan of the smallest MoE."""
-    spec = make_spec(checkpoint("moe"))
-    return compile_plan(spec, find_model(spec))
+    from drafting import plan_of
+
+    return plan_of(checkpoint("moe"), 0)

@@ -15,10 +15,10 @@ from conftest import make_spec
 from conversations import check_all_is_given_back, squeezed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planning import planned
 from specs import merged
 from symbolic import SymbolicExecutor, answer
 
-from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.advisor.batch_run import BatchLimits, run_batch
 from tokenspeed_plan.planner.advisor.buckets import CAPTURE_US, MAX_BUCKETS, fitted_buckets
 from tokenspeed_plan.planner.advisor.plan_prices import batch_prediction
@@ -311,7 +311,7 @@ def test_pages_are_for_the_mean_and_one_longest(
 def test_rows_that_are_all_the_longest_lose_nothing(checkpoint: Any) -> None:
     """Far more than was planned for: some are preempted, and every answer is the right one."""
     spec = make_spec(checkpoint("moe"), workload=VARIED | {"concurrency": 12})
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     limits = plan.pool.limits
     assert limits.num_pages < 12 * (limits.max_seq_len // limits.page_size)
     assert limits.max_seq_len >= 260 and limits.default_max_tokens == 60
@@ -333,9 +333,9 @@ def test_rows_that_begin_alike_fit_in_pages_that_are_held_once(checkpoint: Any) 
     """All sequences run at once and none is preempted, in a third of the pages of other rows."""
     workload = {"first_turn_tokens": 520, "output_tokens": 16, "concurrency": 12, "rows": 24}
     spec, shared = make_spec(checkpoint("moe"), workload=workload), 450
-    alone = compile_plan(spec, find_model(spec))
+    alone = planned(spec)
     spec = make_spec(checkpoint("moe"), workload=workload | {"shared_prompt_tokens": shared})
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     assert plan.pool.limits.num_pages < alone.pool.limits.num_pages / 3
     engine = Engine(plan, SymbolicExecutor(plan))  # type: ignore[arg-type]
     prompts = [
@@ -398,7 +398,7 @@ def test_a_plan_has_the_buckets_of_its_batch() -> None:
 def test_a_plan_predicts_any_batch(checkpoint: Any) -> None:
     """The tokens of a plan's own rows; twice the rows take about twice as long, alone or not."""
     spec = make_spec(checkpoint("moe"))
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     rows = [(300, 64)] * (8 * 8)
     own = batch_prediction(plan, Path(), rows)
     assert own["output_tokens_per_s"] == pytest.approx(

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT, make_spec
+from frozen_plans import frozen_plan
 from specs import merged
 
-from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner import find_model
 from tokenspeed_plan.planner.advisor import load_judge
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.load_judge import (
@@ -80,7 +81,7 @@ def test_an_outline_has_the_scheduler_of_the_plan(example: str) -> None:
     path = ROOT / "examples" / example / "spec.yaml"
     spec = load_spec(path)
     model = find_model(spec, path)
-    plan = compile_plan(spec, model)
+    plan = frozen_plan(example)
     limits = plan.pool.limits
     predictor = Predictor(
         spec.with_concurrency(limits.max_seqs),

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from conftest import make_spec
+from planning import planned
 
-from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.advisor.candidate import Knobs
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.layout import ParallelLayout
@@ -27,7 +27,7 @@ def test_state_in_bf16_takes_half_and_answers_alike_in_any_batch(
     plans = {}
     for state in ("fp32", "bf16"):
         spec = make_spec(folder, serving={"state": state}, speculation=speculation)
-        plans[state] = compile_plan(spec, find_model(spec))
+        plans[state] = planned(spec)
     whole, narrow = plans["fp32"], plans["bf16"]
     sizes = {
         state: sum(

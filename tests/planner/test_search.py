@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, make_spec
+from frozen_plans import frozen_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planning import planned
 from specs import merged
 
-from tokenspeed_plan.planner import compile_plan, find_model, load_spec
+from tokenspeed_plan.planner import find_model, load_spec
 from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED, Candidate, Knobs
 from tokenspeed_plan.planner.advisor.memory_model import MemoryModel
 from tokenspeed_plan.planner.advisor.plan_prices import kv_dtype_of
@@ -69,9 +71,7 @@ def find(spec: Spec) -> SearchResult:
 
 @cache
 def plan_of(example: str) -> tuple[Spec, Plan]:
-    path = ROOT / "examples" / example / "spec.yaml"
-    spec = load_spec(path)
-    return spec, compile_plan(spec, find_model(spec, path))
+    return load_spec(ROOT / "examples" / example / "spec.yaml"), frozen_plan(example)
 
 
 def steps_of(example: str) -> StepModel:
@@ -506,6 +506,6 @@ def test_a_split_says_do_not_when_it_loses_and_do_when_it_wins() -> None:
 @pytest.mark.slow
 def test_demo_is_priced_without_a_gpu(checkpoint: Any) -> None:
     spec = make_spec(checkpoint("moe"))
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     assert plan.predicted.values["cache_hit_rate"] == 0.0
     assert set(plan.predicted.values) == set(plan.predicted.low) == set(plan.predicted.high)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_spec
+from planning import planned
 from torch import Tensor
 
-from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.graph import Op, OpGraph, Source, Stage, Weight
 from tokenspeed_plan.planner.graph import Tensor as GraphTensor
 from tokenspeed_plan.planner.layout import ParallelLayout, Split, check_fp8_blocks
@@ -69,7 +70,7 @@ def run_ranks(plan: Plan, folder: Path) -> list[list[tuple[int, ...]]]:
 
 def plan_of(folder: Path, **changes: Any) -> Plan:
     spec = make_spec(folder, **changes)
-    return compile_plan(spec, find_model(spec))
+    return planned(spec)
 
 
 @pytest.mark.slow
@@ -92,14 +93,20 @@ def test_ranks_agree_with_one(
 ) -> None:
     folder = checkpoint(kind)
     plain = plan_of(folder)
-    alone = [done.token_ids for done in Engine.from_plan(plain, folder).generate(PROMPTS, PARAMS)]
     parallelism = {"attention": {"tp": count}, "moe": moe} if moe else "auto"
     plan = plan_of(
         folder, target={"count": count}, parallelism=parallelism, speculation=speculation
     )
     assert plan.pool.memory_bytes_per_rank.weights < plain.pool.memory_bytes_per_rank.weights
     for rank in run_ranks(plan, folder):
-        assert rank == alone
+        assert rank == alone(folder)
+
+
+@cache
+def alone(folder: Path) -> list[tuple[int, ...]]:
+    """The answers of a single rank."""
+    engine = Engine.from_plan(plan_of(folder), folder)
+    return [done.token_ids for done in engine.generate(PROMPTS, PARAMS)]
 
 
 def test_collectives_are_two_a_layer_and_one_for_the_embedding(checkpoint: Any) -> None:
@@ -125,7 +132,7 @@ def preset(name: str, count: int, **parallelism: Any) -> Plan:
         "speculation": "off",
     }
     spec = Spec.model_validate(data | ({"parallelism": parallelism} if parallelism else {}))
-    return compile_plan(spec, find_model(spec))
+    return planned(spec)
 
 
 @pytest.mark.slow

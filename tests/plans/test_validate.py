@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, make_spec
 from plan_edits import refused, with_kernel, with_program
+from planning import planned
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.passes.pipeline import PassOptions
@@ -258,7 +259,7 @@ JUDGED: tuple[Corruption, ...] = (swap_offsets, move_buffer, reorder_steps)
 def drafting(checkpoint: Any) -> Plan:
     """A plan that speculates."""
     spec = make_spec(checkpoint("moe"), speculation={"depth": 3})
-    return compile_plan(spec, find_model(spec))
+    return planned(spec)
 
 
 def check_refused(corrupt: Corruption, plan: Plan, count: int) -> None:

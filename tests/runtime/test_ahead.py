@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import make_spec
 from launches import LateLaunch, captured
+from planning import planned
 from random_requests import answers_at_random
 
-from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, Request, SamplingParams
 from tokenspeed_plan.runtime.execution.arenas import Arenas
@@ -67,7 +67,7 @@ def test_decode_is_launched_before_its_tokens_are_known(tiny_plan: Plan, checkpo
 
 def test_the_middle_of_a_prompt_is_not_waited_for(checkpoint: Any) -> None:
     spec = make_spec(checkpoint("moe"), serving={"prefill_chunk": 64})
-    plan = captured(compile_plan(spec, find_model(spec)))
+    plan = captured(planned(spec))
     launch = LateLaunch()
     engine = Engine.from_plan(plan, checkpoint("moe"), launch=launch)
     engine.add(Request("a", (7,) * 130, SamplingParams(max_tokens=2)))

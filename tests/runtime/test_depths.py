@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
@@ -13,7 +14,6 @@ from conftest import make_spec
 from drafting import PROMPTS, tokens_of
 from launches import LateLaunch, captured
 from torch import Tensor
-from trained import write_trained
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.advisor import resolve as decide
@@ -27,12 +27,18 @@ MIXES = [MIXED, {1: 0, 2: 2, 4: 3}, {1: 2, 2: 1, 4: 0}]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_trained(tmp_path_factory.mktemp("trained") / "moe", "moe")
+def folder(trained_moe: Path) -> Path:
+    return trained_moe
 
 
 def plan_of(folder: Path, depths: dict[int, int], rollback: RollbackWord = "snapshot") -> Plan:
     """A plan of those depths by bucket, whatever the planner would choose."""
+    return planned(folder, tuple(depths.items()), rollback)
+
+
+@cache
+def planned(folder: Path, items: tuple[tuple[int, int], ...], rollback: RollbackWord) -> Plan:
+    depths = dict(items)
     spec = make_spec(folder, workload={"concurrency": max(depths)}, speculation="auto")
 
     def forced(*asked: Any) -> Decided:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import make_spec
 from safetensors.torch import load_file, save_file
-from trained import write_trained
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.golden import with_canary
@@ -266,9 +265,9 @@ NORM = "model.language_model.layers.1.input_layernorm.weight"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
-def test_the_canary_passes(weights: str, checkpoint: Any, tmp_path: Path) -> None:
+def test_the_canary_passes(weights: str, checkpoint: Any, trained_moe: Path) -> None:
     """bf16 needs a trained model: rounding changes which experts a random router chooses."""
-    folder = checkpoint("moe") if weights == "fp32" else write_trained(tmp_path / "model", "moe")
+    folder = checkpoint("moe") if weights == "fp32" else trained_moe
     plan = planned(folder, model={"path": str(folder), "weights": weights})
     assert len(plan.canary) == 3
     assert check_canary(plan, Engine.from_plan(plan, folder)) >= (48 if weights == "fp32" else 24)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import VOCAB
-from conftest import make_spec
+from conftest import Once, make_spec
 from conversations import check_all_is_given_back, converse, poisoned, replay, squeezed
 from families import FAMILIES, load_oracle, oracle_ids, write_family
+from planning import planned
 
-from tokenspeed_plan.planner import compile_plan, find_model
+from tokenspeed_plan.planner import find_model
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
 
@@ -27,20 +28,15 @@ PRESSURE = {"num_pages": 21, "interleaved_tokens": 16}
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def family(once: Once) -> Any:
     """family("qwen3") -> the folder of a checkpoint."""
-
-    @cache
-    def make(name: str) -> Path:
-        return write_family(tmp_path_factory.mktemp("families") / name, name)
-
-    return make
+    return cache(lambda name: once(f"family-{name}", lambda to: write_family(to, name)))
 
 
 @cache
 def plan_of(folder: Path, **changes: Any) -> Plan:
     spec = make_spec(folder, **changes)
-    return compile_plan(spec, find_model(spec))
+    return planned(spec)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +83,7 @@ def test_greedy_ids_equal_transformers(name: str, family: Any, wanted: Any) -> N
 def test_drafts_change_no_id(name: str, rollback: str, family: Any, wanted: Any) -> None:
     """Through the MTP layer of the checkpoint, whose experts and norms are those of the family."""
     spec = make_spec(family(name), speculation={"depth": 2, "rollback": rollback})
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     assert answers(Engine.from_plan(plan, family(name))) == wanted(name)
 
 

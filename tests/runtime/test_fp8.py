@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import KINDS, Kind, load_oracle, oracle_greedy, write_checkpoint
-from conftest import make_spec
+from conftest import Once, make_spec
+from planning import planned
 from quantised_models import (
     ALL,
     BLOCKS,
@@ -55,22 +56,22 @@ from tokenspeed_plan.runtime.loading.weights import load_weights
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folders(once: Once) -> Any:
     """folders("moe") -> a checkpoint in fp32, the same in FP8, and that one dequantised."""
 
-    @cache
     def make(name: str) -> tuple[Path, Path, Path]:
-        base = tmp_path_factory.mktemp("fp8") / name
-        source = write_checkpoint(base / "source", ALL[name])
-        made = quantize(source, base / "fp8")
-        assert made.exit_code == 0, made.output
-        shutil.copytree(source, base / "dequantised")
-        for path in (base / "dequantised").glob("*.safetensors*"):
-            path.unlink()
-        save_file(dequantised(base / "fp8"), base / "dequantised" / "model.safetensors")
-        return source, base / "fp8", base / "dequantised"
+        base = once(f"fp8-{name}", lambda to: write_three(to, ALL[name]))
+        return base / "source", base / "fp8", base / "dequantised"
 
-    return make
+    return cache(make)
+
+
+def write_three(base: Path, kind: Kind) -> None:
+    source, plain = write_checkpoint(base / "source", kind), base / "dequantised"
+    made = quantize(source, base / "fp8")
+    assert made.exit_code == 0, made.output
+    shutil.copytree(source, plain, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(dequantised(base / "fp8"), plain / "model.safetensors")
 
 
 def dequantised(folder: Path, num_experts: int = BLOCKS["num_experts"]) -> Tensors:
@@ -129,7 +130,7 @@ def test_a_head_in_fp8_is_rounded_when_it_is_loaded(
     round_head(plain, tmp_path / "rounded")
     assert ids_of(quantised, head="fp8") == ids_of(tmp_path / "rounded")
     spec = make_spec(quantised, model={"weights": "auto", "head": "fp8"})
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     rounded = {weight.name for weight in plan.pool.weights if weight.rounds}
     assert rounded == {"head.weight"}
 
@@ -137,7 +138,7 @@ def test_a_head_in_fp8_is_rounded_when_it_is_loaded(
 def test_a_plan_says_what_it_reads(folders: Any) -> None:
     _, quantised, _ = folders("moe")
     spec = make_spec(quantised, model={"weights": "auto"})
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     assert plan.model.dtype == "fp32"
     formats = {weight.name: str(weight.tensor.format) for weight in plan.pool.weights}
     assert formats["L0.in_proj.weight"] == "fp8[128x128]:fp32"
@@ -151,7 +152,7 @@ def test_a_plan_says_what_it_reads(folders: Any) -> None:
 def loaded(folder: Path, word: str, rank: int) -> Tensors:
     """The weights of one of two ranks, in fp32."""
     spec = make_spec(folder, model={"weights": word}, target={"count": 2})
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     _, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas), rank)
     for weight in plan.pool.weights:
         if weight.tensor.format == FP8:
@@ -357,7 +358,7 @@ def test_f8_tensors_without_a_config_are_refused(folders: Any, tmp_path: Path) -
 def test_another_checkpoint_is_not_loaded(folders: Any) -> None:
     _, quantised, plain = folders("dense")
     spec = make_spec(quantised, model={"weights": "auto"})
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     assert find_weights(plan, quantised, None) == quantised
     with pytest.raises(TokenspeedError):
         Engine.from_plan(plan, plain)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from checkpoints import KINDS, load_oracle, oracle_greedy, write_checkpoint
 from conftest import make_spec
+from planning import planned
 from quantised_models import DEMO, NUM_TOKENS, held_out_ids, loss_of, prompts
 from safetensors.torch import save_file
 
-from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
@@ -54,7 +54,7 @@ def attention() -> str:
 
 def plan_of(folder: Path, dtype: str = "fp8", **changes: Any) -> Plan:
     spec = make_spec(folder, serving={"kv_dtype": dtype}, **changes)
-    return compile_plan(spec, find_model(spec))
+    return planned(spec)
 
 
 def ids_of(folder: Path, **changes: Any) -> list[list[int]]:
@@ -107,7 +107,7 @@ def test_auto_takes_what_the_objective_prefers(objective: str, taken: str, other
         serving={"kv_dtype": "auto"},
         workload={"first_turn_tokens": 50_000, "concurrency": 8},
     )
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     (decision,) = (item for item in plan.decisions if item.name == "kv_dtype")
     assert (decision.value, decision.runner_up) == (taken, other)
 

@@ -25,7 +25,6 @@ from bundles import (
 )
 from checkpoints import KERNEL, Kind, write_checkpoint
 from conftest import ROOT
-from trained import write_trained
 
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import GridDim, Launch
@@ -149,13 +148,15 @@ def test_large_heads_give_the_same_tokens(checkpoint_of_large_heads: Path, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rollback", ["snapshot", "recompute"])
-def test_verified_drafts_give_the_same_tokens(rollback: str, tmp_path: Path) -> None:
+def test_verified_drafts_give_the_same_tokens(
+    rollback: str, trained_moe: Path, tmp_path: Path
+) -> None:
     """Three queries a sequence. Steps accept none, one and both of their drafts."""
     spec = {
         "workload": SMALL | {"concurrency": 2},
         "speculation": {"depth": 2, "rollback": rollback},
     }
-    write_bundle(tmp_path / "plan", write_trained(tmp_path / "model", "moe"), **spec)
+    write_bundle(tmp_path / "plan", trained_moe, **spec)
     engine = Engine.load(tmp_path / "plan")
     prompts, counts = [[3, 4, 5], [7, 300, 20, 11]], [11, 3]
     wanted = [

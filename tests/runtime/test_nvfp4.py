@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import KINDS, Kind, load_oracle, oracle_greedy, write_checkpoint
-from conftest import make_spec
+from conftest import Once, make_spec
+from planning import planned
 from quantised_models import (
     ALL,
     BLOCKS,
@@ -49,19 +50,21 @@ WORDS = ("nvfp4", "nvfp4-mixed")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folders(once: Once) -> Any:
     """folders("moe", "nvfp4") -> a checkpoint in fp32, in NVFP4, and that one dequantised."""
 
-    @cache
     def make(name: str, word: str) -> tuple[Path, Path, Path]:
-        base = tmp_path_factory.mktemp("nvfp4") / name
-        source = write_checkpoint(base / "source", ALL[name])
-        made = quantize(source, base / "quantised", "--to", word)
-        assert made.exit_code == 0, made.output
-        write_plain(source, base / "quantised", base / "plain")
-        return source, base / "quantised", base / "plain"
+        base = once(f"{word}-{name}", lambda to: write_three(to, ALL[name], word))
+        return base / "source", base / "quantised", base / "plain"
 
-    return make
+    return cache(make)
+
+
+def write_three(base: Path, kind: Kind, word: str) -> None:
+    source = write_checkpoint(base / "source", kind)
+    made = quantize(source, base / "quantised", "--to", word)
+    assert made.exit_code == 0, made.output
+    write_plain(source, base / "quantised", base / "plain")
 
 
 def write_plain(source: Path, quantised: Path, target: Path, experts: int = 4) -> None:
@@ -113,7 +116,7 @@ def test_weights_give_the_tokens_of_transformers_on_dequantised_ones(
 
 def formats_of(folder: Path) -> dict[str, str]:
     spec = make_spec(folder, model={"weights": "auto"})
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     return {weight.name: str(weight.tensor.format) for weight in plan.pool.weights}
 
 
@@ -201,7 +204,7 @@ def test_words_hold_a_group_at_one_shift() -> None:
 def loaded(folder: Path, word: str, rank: int) -> Tensors:
     """The weights of one of two ranks, in fp32."""
     spec = make_spec(folder, model={"weights": word}, target={"count": 2})
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     _, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas), rank)
     for weight in plan.pool.weights:
         if weight.tensor.format.block:
@@ -232,7 +235,7 @@ def test_halves_that_are_read_together_may_have_other_factors(folders: Any, tmp_
 
     folder = rewritten(folders("moe", "nvfp4")[1], tmp_path / "other", change, {})
     spec = make_spec(folder, model={"weights": "auto"})
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     _, weights = load_weights(plan, folder, lambda: Arenas(plan.pool.arenas))
     (made,) = (each for each in plan.pool.weights if each.name == "L0.experts_up.weight")
     stored = weights_of(folder)
@@ -397,7 +400,7 @@ def test_bad_scales_are_not_loaded(
     change = put(ending, make)
     folder = rewritten(folders("moe", "nvfp4")[1], tmp_path / "broken", change, {})
     spec = make_spec(folder, model={"weights": "auto"})
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     with pytest.raises(TokenspeedError, match=says):
         load_weights(plan, folder, lambda: Arenas(plan.pool.arenas))
 

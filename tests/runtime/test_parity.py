@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 from checkpoints import KINDS, VOCAB, load_oracle, oracle_greedy
 from conftest import make_spec
+from planning import planned
 
-from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.execution.arenas import Arenas
@@ -38,7 +39,7 @@ def poisoned_engine(plan: Plan, folder: Path, chunk: int | None = None) -> Engin
 
 def plan_of(folder: Path, **changes: Any) -> Plan:
     spec = make_spec(folder, **changes)
-    return compile_plan(spec, find_model(spec))
+    return planned(spec)
 
 
 @pytest.mark.slow
@@ -70,12 +71,15 @@ def test_logits_and_tokens_equal_transformers(kind: str, checkpoint: Any) -> Non
 @pytest.mark.parametrize("kind", ["moe", "dense"])
 def test_any_chunk_gives_the_same_tokens(kind: str, chunk: int, checkpoint: Any) -> None:
     folder = checkpoint(kind)
-    plan = plan_of(folder)
+    assert in_chunks(folder, chunk) == in_chunks(folder, None)
+
+
+@cache
+def in_chunks(folder: Path, chunk: int | None) -> list[tuple[int, ...]]:
     prompts = [prompt(length, 7) for length in (1, 66, 130, 3)]
     params = SamplingParams(max_tokens=12, ignore_eos=True)
-    wanted = poisoned_engine(plan, folder).generate(prompts, params)
-    got = poisoned_engine(plan, folder, chunk).generate(prompts, params)
-    assert [item.token_ids for item in got] == [item.token_ids for item in wanted]
+    done = poisoned_engine(plan_of(folder), folder, chunk).generate(prompts, params)
+    return [item.token_ids for item in done]
 
 
 @pytest.mark.slow

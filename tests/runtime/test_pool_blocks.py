@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_spec
+from planning import planned
 from torch import Tensor
 
-from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Pool
 from tokenspeed_plan.plans.validate.pool_rules import CACHE_ARENAS, cached_tensors
 from tokenspeed_plan.runtime.execution.arenas import Arenas
@@ -24,7 +24,7 @@ TARGETS = [5, 6, 7, 1, 2]
 @cache
 def pool_of(folder: Path, ranks: int) -> Pool:
     spec = make_spec(folder, target={"count": ranks})
-    pool = compile_plan(spec, find_model(spec)).pool
+    pool = planned(spec).pool
     assert pool.layout.num_ranks == ranks
     return pool
 

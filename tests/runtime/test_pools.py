@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversations import check_all_is_given_back, converse, replay, squeezed
-from drafting import plan_of, tokens_of
+from conversations import check_all_is_given_back, replay, squeezed
+from drafting import conversations_of, tokens_of
 from pool_pairs import (
     Gated,
     Spoiled,
@@ -47,7 +47,7 @@ def test_conversations_get_the_answers_of_one_pool(
     tight = squeezed(plan, num_pages=60, max_seqs=4, num_checkpoints=6)
     with pools(tight, folder) as made:
         handovers = made.connect([made.add_prefill(plan) for _ in range(2)])
-        talks = converse(plan_of(folder, 0), folder, 8, seed=depth)
+        talks = conversations_of(folder, 8, depth)
         replay(made.engine, talks, seed=1, cancel=0.02)
         assert handovers.counts.done > 10
         assert not handovers.counts.refused and not handovers.counts.failed

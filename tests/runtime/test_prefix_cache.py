@@ -17,8 +17,8 @@ from conversations import (
 )
 from drafting import plan_with_two_slots
 from launches import captured
+from planning import planned
 
-from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime import Engine, SamplingParams
 from tokenspeed_plan.runtime.cache.eviction import Checkpoints
@@ -97,7 +97,7 @@ def test_the_demo_model_answers_alike_with_and_without_a_cache() -> None:
     spec = make_spec(
         folder, workload={"first_turn_tokens": 300, "output_tokens": 64, "concurrency": 4}
     )
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     made = converse(plan, folder, 10, 5)
     engine = Engine.from_plan(
         squeezed(plan, num_pages=30, num_checkpoints=4, checkpoint_interval=32), folder
@@ -117,7 +117,7 @@ def test_the_last_turn_of_the_longest_conversation_is_cached(checkpoint: Any) ->
         "output_tokens": 8,
     }
     spec = make_spec(checkpoint("moe"), workload=talk | {"concurrency": 1})
-    engine = Engine.from_plan(compile_plan(spec, find_model(spec)), checkpoint("moe"))
+    engine = Engine.from_plan(planned(spec), checkpoint("moe"))
     history, cached = [i % 300 for i in range(600)], []
     for turn in range(3):
         (done,) = engine.generate([history], SamplingParams(max_tokens=8, ignore_eos=True))

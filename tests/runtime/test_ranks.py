@@ -24,6 +24,7 @@ from bundles import COMMAND, break_kernels, in_text, token_ids, write_batch, wri
 from checkpoints import Kind, write_checkpoint
 from click.testing import CliRunner
 from conftest import ROOT
+from drafting import plan_of
 from rank_forks import LOOPBACK, batch, be_rank, free_port, logs, start, wait
 
 from tokenspeed_plan.planner.cli import main
@@ -100,16 +101,11 @@ def take_turns(engine: Engine) -> list[list[int]]:
     return answers
 
 
-def alone(
-    checkpoint: Path, folder: Path, prompts: Sequence[Sequence[int]], count: int
-) -> list[list[int]]:
+def alone(checkpoint: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
     """The answers of one rank, in this process."""
-    plan = write_bundle(folder / "alone", checkpoint)
     params = SamplingParams(max_tokens=count, ignore_eos=True)
-    return [
-        list(done.token_ids)
-        for done in Engine.from_plan(plan, checkpoint).generate(prompts, params)
-    ]
+    engine = Engine.from_plan(plan_of(checkpoint, 0), checkpoint)
+    return [list(done.token_ids) for done in engine.generate(prompts, params)]
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +137,14 @@ def pair(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bundle
 
 
+@pytest.fixture(scope="module")
+def short_pair(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle of two ranks, to be copied before it is changed."""
+    bundle = tmp_path_factory.mktemp("ranks") / "short"
+    write_bundle(bundle, short, **TWO, workload=SMALL)
+    return bundle
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count", "moe"), LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_ranks_give_the_tokens_of_one(
@@ -163,7 +167,7 @@ def test_ranks_give_the_tokens_of_one(
     assert wait(start(count, batch(bundle, tmp_path), tmp_path)) == [0] * count, logs(
         tmp_path, count
     )
-    assert token_ids(tmp_path / "out.jsonl") == alone(folder, tmp_path, PROMPTS, COUNTS[0])
+    assert token_ids(tmp_path / "out.jsonl") == alone(folder, PROMPTS, COUNTS[0])
 
 
 @pytest.mark.slow
@@ -215,7 +219,7 @@ def test_masks_and_adjustments_reach_all_ranks(checkpoint: Any, tmp_path: Path) 
         answers.append(token_ids(folder / "out.jsonl"))
     assert answers[0] == answers[1]
     free, formed, penalised = answers[0]
-    alone_ids = alone(checkpoint("moe"), tmp_path, PROMPTS, COUNTS[0])
+    alone_ids = alone(checkpoint("moe"), PROMPTS, COUNTS[0])
     assert free == alone_ids[0] and formed != alone_ids[1] and penalised != alone_ids[2]
 
 
@@ -239,9 +243,7 @@ def test_torchrun_runs_a_batch(pair: Path, checkpoint: Any, tmp_path: Path) -> N
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert token_ids(tmp_path / "out.jsonl") == alone(
-        checkpoint("moe"), tmp_path, PROMPTS, COUNTS[0]
-    )
+    assert token_ids(tmp_path / "out.jsonl") == alone(checkpoint("moe"), PROMPTS, COUNTS[0])
 
 
 @pytest.mark.slow
@@ -264,27 +266,30 @@ def test_a_command_ends_with_a_lost_rank(pair: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kernels_of_ranks_give_the_references_tokens(short: Path, tmp_path: Path) -> None:
+def test_kernels_of_ranks_give_the_references_tokens(
+    short: Path, short_pair: Path, tmp_path: Path
+) -> None:
     """In decode one kernel reduces over the ranks, adds the residual and takes the norm."""
     prompts, counts = [[7, 8, 9]], [5]
-    plan = write_bundle(tmp_path / "plan", short, **TWO, workload=SMALL)
+    plan = load_plan(short_pair)
     called = {step.kernel for step in plan.pool.programs[-1].steps if step.kind == "kernel"}
     assert "reduce_add_norm" in {
         kind_of(kernel) for kernel in plan.kernels if kernel.name in called
     }
     write_batch(tmp_path / "in.jsonl", prompts, counts)
-    args = batch(tmp_path / "plan", tmp_path, "--backend", "kernels")
+    args = batch(short_pair, tmp_path, "--backend", "kernels")
     assert wait(start(2, args, tmp_path)) == [0, 0], logs(tmp_path, 2)
-    assert token_ids(tmp_path / "out.jsonl") == alone(short, tmp_path, prompts, counts[0])
+    assert token_ids(tmp_path / "out.jsonl") == alone(short, prompts, counts[0])
 
 
 @pytest.mark.slow
-def test_without_peer_memory_the_library_adds_up(short: Path, tmp_path: Path) -> None:
+def test_without_peer_memory_the_library_adds_up(
+    short: Path, short_pair: Path, tmp_path: Path
+) -> None:
     """All ranks do so, whoever found out, and rank 0 says so in one line."""
     prompts, counts = [[7, 8, 9]], [3]
-    write_bundle(tmp_path / "plan", short, **TWO, workload=SMALL)
     write_batch(tmp_path / "in.jsonl", prompts, counts)
-    args = batch(tmp_path / "plan", tmp_path, "--backend", "kernels")
+    args = batch(short_pair, tmp_path, "--backend", "kernels")
     ranks = start(2, args, tmp_path, be_rank_apart)
     assert wait(ranks) == [0, 0], logs(tmp_path, 2)
     (line,) = logs(tmp_path, 2).splitlines()
@@ -293,24 +298,22 @@ def test_without_peer_memory_the_library_adds_up(short: Path, tmp_path: Path) ->
         r"0 \(rank 0\); collectives of a library add up",
         line,
     ), line
-    assert token_ids(tmp_path / "out.jsonl") == alone(short, tmp_path, prompts, counts[0])
+    assert token_ids(tmp_path / "out.jsonl") == alone(short, prompts, counts[0])
 
 
 @pytest.mark.slow
-def test_every_step_of_two_ranks_is_compared(short: Path, tmp_path: Path) -> None:
-    write_bundle(tmp_path / "plan", short, **TWO, workload=SMALL)
-    assert wait(start(2, ["run", tmp_path / "plan", "--check"], tmp_path)) == [0, 0], logs(
-        tmp_path, 2
-    )
+def test_every_step_of_two_ranks_is_compared(short_pair: Path, tmp_path: Path) -> None:
+    done = wait(start(2, ["run", short_pair, "--check"], tmp_path))
+    assert done == [0, 0], logs(tmp_path, 2)
     assert logs(tmp_path, 2).count("kernels and references agree; ") == 2, (
         "a step of each kernel, none left out"
     )
 
 
 @pytest.mark.slow
-def test_a_broken_sum_over_ranks_is_named(short: Path, tmp_path: Path) -> None:
+def test_a_broken_sum_over_ranks_is_named(short_pair: Path, tmp_path: Path) -> None:
     """The broken kernel keeps only the last rank's part."""
-    write_bundle(tmp_path / "plan", short, **TWO, workload=SMALL)
+    shutil.copytree(short_pair, tmp_path / "plan")
     broken = in_text("x += part.to(tl.float32)", "x = part.to(tl.float32)")
     break_kernels(tmp_path / "plan", "reduce_add_norm", broken)
     codes = wait(start(2, ["run", tmp_path / "plan", "--check"], tmp_path))

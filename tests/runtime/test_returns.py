@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversations import converse, replay, squeezed
-from drafting import plan_of, tokens_of
+from conversations import replay, squeezed
+from drafting import conversations_of, plan_of, tokens_of
 from pool_pairs import Gated, Pools, Spoiled, nothing_is_held, plan_of_two, pools, wait_for
 from pool_pairs import returning as with_returns
 
@@ -237,7 +237,7 @@ def test_conversations_get_the_answers_of_one_pool(
     tight = squeezed(plan, num_pages=60, max_seqs=4, num_checkpoints=6)
     with pools(tight, folder) as made:
         handovers = made.connect([made.add_prefill(plan) for _ in range(2)])
-        talks = converse(plan_of(folder, 0), folder, 8, seed=depth)
+        talks = conversations_of(folder, 8, depth)
         replay(made.engine, talks, seed=1, cancel=0.02)
         assert handovers.counts.returned > 2
         assert not handovers.counts.refused and not handovers.counts.failed

@@ -306,7 +306,7 @@ class Machine(RuleBasedStateMachine):
 )
 def test_thousands_of_random_operations(depth: int, rollback: str, checkpoint: Any) -> None:
     if rollback == "two slots":
-        Machine.plan = plan_with_two_slots(checkpoint("moe"), serving=GRAMMAR)
+        Machine.plan = plan_with_two_slots.__wrapped__(checkpoint("moe"), serving=GRAMMAR)
     else:
         Machine.plan = plan_of.__wrapped__(checkpoint("moe"), depth, rollback, serving=GRAMMAR)
     Machine.TestCase.settings = settings(

@@ -17,16 +17,16 @@ from click.testing import CliRunner
 from conftest import ROOT, make_spec
 from conversations import (
     check_all_is_given_back,
-    converse,
     poisoned,
     replay,
     squeezed,
 )
-from drafting import PROMPTS, plan_of, tokens_of
+from drafting import PROMPTS, conversations_of, plan_of, tokens_of
 from launches import LateLaunch, captured
+from planning import planned
 from random_requests import answers_at_random
 from torch import Tensor
-from trained import Round, Twin, write_trained
+from trained import Round, Twin
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.cli import main
@@ -38,22 +38,17 @@ from tokenspeed_plan.runtime.execution.launch import EagerLaunch
 from tokenspeed_plan.runtime.reference import speculation
 from tokenspeed_plan.runtime.reference.sampling import filtered, sample
 
-DEPTHS = (1, 2, 3, 4, 5)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """trained("moe") -> the folder of a checkpoint some of whose drafts are right."""
-
-    @cache
-    def make(kind: str) -> Path:
-        return write_trained(tmp_path_factory.mktemp("trained") / kind, kind)
-
-    return make
+DEPTHS = (1, 2, 5)  # the least, one more, and the most
 
 
 def engine_of(folder: Path, depth: int, rollback: str = "snapshot", **options: Any) -> Engine:
     return Engine.from_plan(plan_of(folder, depth, rollback), folder, **options)
+
+
+@cache
+def without_drafts(folder: Path, **params: Any) -> list[tuple[int, ...]]:
+    """The answers of an engine that drafts nothing."""
+    return tokens_of(engine_of(folder, 0), **params)
 
 
 ROLLBACKS = ("snapshot", "recompute")
@@ -95,10 +90,10 @@ def test_trained_checkpoints_give_the_same_tokens(
     """Greedy and sampled, in fewer steps; each possible number of drafts is accepted somewhere."""
     folder = trained(kind)
     trace = TracingLaunch()
-    plain, fast = engine_of(folder, 0), engine_of(folder, depth, rollback, launch=trace)
-    assert tokens_of(fast, most=64) == tokens_of(plain, most=64)
+    fast = engine_of(folder, depth, rollback, launch=trace)
+    assert tokens_of(fast, most=64) == without_drafts(folder, most=64)
     hot = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
-    assert tokens_of(fast, **hot) == tokens_of(plain, **hot) != tokens_of(plain)
+    assert tokens_of(fast, **hot) == without_drafts(folder, **hot) != without_drafts(folder)
     accepted = Counter(found.accepted for step in trace.rounds for found in step)
     assert set(accepted) == set(range(depth + 1))
     assert fast.metrics.tokens_per_pass > 1.3
@@ -112,7 +107,7 @@ def test_trained_checkpoints_give_the_same_tokens(
 @pytest.mark.parametrize("kind", ["moe", "dense", "tied", "flat", "ratio3", "deep", "yarn"])
 def test_random_checkpoints_give_the_same_tokens(kind: str, checkpoint: Any) -> None:
     folder = checkpoint(kind)
-    wanted = tokens_of(engine_of(folder, 0))
+    wanted = without_drafts(folder)
     for depth in DEPTHS if kind in ("moe", "dense") else (3,):
         assert tokens_of(engine_of(folder, depth)) == wanted
     assert tokens_of(engine_of(folder, 3, "recompute")) == wanted
@@ -127,7 +122,7 @@ def test_drafts_of_a_part_of_the_vocabulary(kind: str, trained: Any, checkpoint:
     for part in (64, 300):
         spec = make_spec(folder, speculation={"depth": 3, "draft_vocab": part})
         trace = TracingLaunch()
-        engine = Engine.from_plan(compile_plan(spec, find_model(spec)), folder, launch=trace)
+        engine = Engine.from_plan(planned(spec), folder, launch=trace)
         assert tokens_of(engine, most=48) == wanted
         # Where a sequence has no drafts after a prefill, they are padding: 0.
         assert (
@@ -183,7 +178,7 @@ def test_conversations_through_the_cache(
 ) -> None:
     """Shared, branched and edited prefixes, few pages and cancelled requests change no answer."""
     folder = trained("moe")
-    conversations = converse(plan_of(folder, 0), folder, 8, seed)
+    conversations = conversations_of(folder, 8, seed)
     plan = squeezed(
         plan_of(folder, 1 + 2 * seed, rollback), num_pages=24, num_checkpoints=6, max_seqs=6
     )

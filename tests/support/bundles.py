@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from conftest import make_spec
+from planning import compiled
 
-from tokenspeed_plan.planner.compile import compile_bundle, find_model
+from tokenspeed_plan.planner.compile import find_model
 from tokenspeed_plan.planner.golden import with_canary
 from tokenspeed_plan.plans.bundle import load_plan, save_plan, seal
 from tokenspeed_plan.plans.canon import kernel_name, sha256
@@ -24,9 +25,8 @@ Change = Callable[[str, Launch], tuple[str, Launch]]
 def write_bundle(folder: Path, checkpoint: Path, canary: bool = False, **changes: Any) -> Plan:
     """Write the bundle of `make_spec(checkpoint, **changes)`; runs start faster with no canary."""
     spec = make_spec(checkpoint, **changes)
-    model = find_model(spec)
-    made = compile_bundle(spec, model)
-    plan = with_canary(made.plan, spec, model) if canary else made.plan
+    made = compiled(spec)
+    plan = with_canary(made.plan, spec, find_model(spec)) if canary else made.plan
     save_plan(plan, folder, made.sources)
     return plan
 

@@ -167,26 +167,34 @@ class PoisonLaunch(AroundLaunch):
         num_seqs: int,
         part: Part = "whole",
     ) -> None:
-        before = self._poison(programs.memory)
+        self._poison(programs.memory)
+        before = self._held(programs.memory)
         self.inner.run(programs, program, num_tokens, num_seqs, part)
-        for view, wanted in before:
-            assert torch.equal(view.nan_to_num(7.0), wanted.nan_to_num(7.0)), (
+        for now, wanted in zip(self._held(programs.memory), before, strict=True):
+            assert torch.equal(now.nan_to_num(7.0), wanted.nan_to_num(7.0)), (
                 "a step wrote what the cache holds"
             )
 
-    def _poison(self, memory: PlanMemory) -> list[tuple[Tensor, Tensor]]:
+    def _poison(self, memory: PlanMemory) -> None:
         assert self.cache is not None
-        nodes = [node for node in self.cache.tree if node.digest]
-        tails = [node for node in self.cache.tree if not node.digest]
-        kept = []
         for view in memory.states("kv_cache"):
             view[self.cache.pages.free] = float("nan")
-            kept += [view[[node.page for node in nodes]]] if nodes else []
-            kept += [view[tail.page, :, : len(tail.token_ids)] for tail in tails]
         for view in memory.states("state"):
             view[self.cache.state_slots.free] = float("nan")
-            kept += [view[node.state_slot] for node in self.cache.checkpoints]
-        return [(part, part.clone()) for part in kept]
+
+    def _held(self, memory: PlanMemory) -> list[Tensor]:
+        """Copies of whole pages, of the tokens in tails, and of checkpoints."""
+        assert self.cache is not None
+        nodes = list(self.cache.tree)
+        pages = [node.page for node in nodes if node.digest]
+        tails = [(node.page, len(node.token_ids)) for node in nodes if not node.digest]
+        slots = [node.state_slot for node in self.cache.checkpoints]
+        held = []
+        for view in memory.states("kv_cache"):
+            held += [view[pages], *(view[page, :, :count].clone() for page, count in tails)]
+        for view in memory.states("state"):
+            held.append(view[slots])
+        return held
 
 
 def poisoned(plan: Plan, folder: Path, chunk: int | None = None, late: bool = False) -> Engine:

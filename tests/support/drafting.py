@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from conftest import make_spec
+from conversations import Conversation, converse
+from planning import planned
 
 from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.passes import limits
@@ -22,18 +24,26 @@ def plan_of(folder: Path, depth: int, rollback: str = "snapshot", **changes: Any
     spec = make_spec(
         folder, speculation={"depth": depth, "rollback": rollback} if depth else "off", **changes
     )
-    plan = compile_plan(spec, find_model(spec))
+    plan = planned(spec)
     assert bool(plan.pool.limits.kept_inputs) == (depth > 0 and rollback == "recompute")
     return plan
 
 
+@cache
 def plan_with_two_slots(folder: Path, **changes: Any) -> Plan:
     """Without drafts, and yet no step writes the state slot that it reads."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(limits, "SLOTS_IN_PLACE", 2)
-        plan = plan_of.__wrapped__(folder, 0, **changes)
+        spec = make_spec(folder, **changes)
+        plan = compile_plan(spec, find_model(spec))
     assert not plan.pool.limits.in_place
     return plan
+
+
+@cache
+def conversations_of(folder: Path, count: int, seed: int) -> list[Conversation]:
+    """Of a plan without drafts."""
+    return converse(plan_of(folder, 0), folder, count, seed)
 
 
 def tokens_of(

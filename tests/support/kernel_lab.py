@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -479,10 +479,17 @@ def run_kernel(
     for param, x in zip(built.kernel.tensors, own, strict=True):
         if param.role == "output":
             x.view(torch.uint8).fill_(0xFF)
-    backend = TritonKernels({built.kernel.name: built.source or ""})
     with around(built.kernel, own, case):
-        backend.launcher(built.kernel, rank, case.num_tokens, case.num_seqs)({}, *own)
+        _loaded(built.kernel.name, built.source or "").launcher(
+            built.kernel, rank, case.num_tokens, case.num_seqs
+        )({}, *own)
     return [x.cpu() for x in own]
+
+
+@lru_cache(maxsize=512)
+def _loaded(name: str, text: str) -> TritonKernels:
+    """A kernel, whose function is made of its text once."""
+    return TritonKernels({name: text})
 
 
 def errors(built: Built, case: Case, seed: int = 0, rank: int = 0) -> Iterator[tuple[str, float]]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from conftest import make_spec
 from conversations import check_all_is_given_back, poisoned
+from planning import planned
 
-from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.plans.errors import PoolError
 from tokenspeed_plan.plans.schema import AnswerReturns, Plan
 from tokenspeed_plan.runtime import Engine
@@ -52,7 +52,7 @@ def plan_of_two(folder: Path, depth: int = 0, rollback: str = "snapshot") -> Pla
     """A plan of two pools."""
     speculation: Any = {"depth": depth, "rollback": rollback} if depth else "off"
     spec = make_spec(folder, speculation=speculation, **TWO_POOLS)
-    return compile_plan(spec, find_model(spec))
+    return planned(spec)
 
 
 class Pools:

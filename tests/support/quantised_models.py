@@ -15,10 +15,10 @@ import torch
 from checkpoints import VOCAB, Kind
 from click.testing import CliRunner
 from conftest import ROOT, make_spec
+from planning import planned
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.passes.pipeline import DEFAULT_OPTIONS, PassOptions
 from tokenspeed_plan.runtime import Engine, SamplingParams
@@ -98,7 +98,7 @@ def ids_of(
     spec = make_spec(folder, model={"weights": "auto", "head": head}, **changes)
     if "quantization_config" not in (folder / "config.json").read_text():
         spec = make_spec(folder, **changes)
-    engine = Engine.from_plan(compile_plan(spec, find_model(spec), options=options), folder)
+    engine = Engine.from_plan(planned(spec, options=options), folder)
     params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
     return [list(done.token_ids) for done in engine.generate(prompts(), params)]
 
