@@ -13,7 +13,7 @@ from conftest import ROOT, make_spec
 from frozen_plans import frozen_plan
 from specs import merged
 
-from tokenspeed_plan.planner import find_model
+from tokenspeed_plan.planner import compile_plan, find_model
 from tokenspeed_plan.planner.advisor import load_judge
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
 from tokenspeed_plan.planner.advisor.load_judge import (
