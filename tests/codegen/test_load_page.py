@@ -100,7 +100,7 @@ const press = (key) => {
 figure.focus();
 for (const key of ["ArrowRight", "End", "+", "Home"]) { press(key); spans.push(view[1] - view[0]); }
 for (let i = 0; i < 40; i++) press("+");
-steps();
+devices();
 document.body.dataset.each = each.textContent;
 const least = (view[1] - view[0]) / total;
 press("0");
