@@ -1,16 +1,14 @@
 """moe_down
 
-topk: p = softmax(logits); ids = indices of the k largest; weights = p[ids] / sum(p[ids])
 experts_down: y[t] = sum_j weights[t, j] h[t, j] D^T, D of expert ids[t, j]
 linear: y = x w^T, split into columns of the sizes `splits`
 gated_add: y = r + x * sigmoid(g), g one scalar for each token
-Source: mixture of experts: the weighted sum of the chosen experts, and the gated shared one;
-it recomputes the top-k of the kernel before it, so that it can prefetch the experts' weights
+Source: mixture of experts: the weighted sum of the chosen experts, and the gated shared one
 
 Grid: (token, block of columns), tokens side by side, so that those with the same expert share its
 reads. One program computes BLOCK_N columns of one token, over all its experts.
 H hidden size, INNER and SHARED inner sizes of a routed and the shared expert, LOCAL experts of this
-rank, TOP_K of a token, EXPERTS in all (BLOCK_E: as a power of two) (BLOCK_J: as a power of two); `n` counts
+rank, TOP_K of a token (BLOCK_J: as a power of two); `n` counts
 columns, `k` inner dimensions, `j` experts of the token.
 Weights are in FP8, with an fp32 factor for each BLOCK x BLOCK elements behind them; `b` counts
 blocks of the depth.
@@ -18,33 +16,6 @@ blocks of the depth.
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _keys(logits, e):
-    """An integer for each expert: larger for a better logit, among equals for the first one."""
-    bits = logits.to(tl.float32).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (ordered & -65536) | (65535 - e)  # the low half of a bf16 as fp32 is empty
-
-
-@triton.jit
-def _without(key, best):
-    """The keys, with the smallest integer in place of `best`."""
-    return tl.where(key == best, -2147483648, key)
-
-
-@triton.jit
-def _logit(best):
-    """The logit of a key."""
-    bits = tl.where(best < 0, best ^ 0x7FFFFFFF, best) & -65536
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _expert(best):
-    """The expert of a key."""
-    return (65535 - (best & 65535)).to(tl.int32)
 
 
 @triton.jit
@@ -72,8 +43,9 @@ def _joined(low, high, BLOCK_K: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.con
 
 @triton.jit
 def moe_down(
-    topk_logits,  # input, bf16 [num_seqs, 512]
     experts_down_h,  # input, bf16 [num_seqs, 1280]
+    experts_down_ids,  # input, i32 [num_seqs, 10]
+    experts_down_weights,  # input, bf16 [num_seqs, 10]
     linear_x,  # input, bf16 [num_seqs, 128]
     gated_add_g,  # input, bf16 [num_seqs, 1]
     experts_down_w,  # weight, fp8[128x128]:fp32 [512, 4096, 128]
@@ -83,11 +55,9 @@ def moe_down(
     num_seqs,  # i32
 ):
     BLOCK: tl.constexpr = 128
-    BLOCK_E: tl.constexpr = 512
     BLOCK_J: tl.constexpr = 16
     BLOCK_K: tl.constexpr = 128
     BLOCK_N: tl.constexpr = 4
-    EXPERTS: tl.constexpr = 512
     H: tl.constexpr = 4096
     INNER: tl.constexpr = 128
     LOCAL: tl.constexpr = 512
@@ -112,69 +82,39 @@ def moe_down(
         mask=b < SHARED // BLOCK,
         other=0.0,
     )
-
-    # Each warp has all logits and chooses by itself, so that no round waits for another warp.
-    e = tl.broadcast_to(tl.arange(0, BLOCK_E)[None, :], (BLOCK_J, BLOCK_E))
-    logits = tl.load(
-        topk_logits + t * EXPERTS + e, mask=e < EXPERTS, other=float("-inf")
-    ).to(tl.float32)
-    key = _keys(logits, e)
-    chosen = tl.max(key, 1)
-    largest, total = _logit(chosen), tl.full([BLOCK_J], 1.0, tl.float32)
-    for r in range(1, TOP_K):
-        key = _without(key, tl.max(key, 1, keep_dims=True))
-        best = tl.max(key, 1)
-        chosen = tl.where(j >= r, best, chosen)
-        total += tl.exp(_logit(best) - largest)
-    expert = _expert(chosen)
-    share = tl.where(j < TOP_K, tl.exp(_logit(chosen) - largest) / total, 0.0)
-    is_local = (j < TOP_K) & (expert >= 0) & (expert < LOCAL)
-    expert = tl.where(is_local, expert, 0)
-
-    w = tl.load(
-        experts_down_w
-        + (expert.to(tl.int64) * H + first)[None, :, None, None] * INNER
-        + n[None, None, :, None] * INNER
-        + k[:, None, None, :],
-        mask=is_local[None, :, None, None] & ok[None, None, :, None] & (k < INNER)[:, None, None, :],
-        other=0.0,
-    )
-    factor = tl.load(
-        (experts_down_w + LOCAL * (H * INNER)).to(tl.pointer_type(tl.float32))
-        + (expert * (H // BLOCK) + first // BLOCK)[None, :] * (INNER // BLOCK)
-        + b[:, None],
-        mask=(b < INNER // BLOCK)[:, None],
-        other=0.0,
-    )
     tl.extra.cuda.gdc_wait()  # results of earlier kernels are visible
 
+    expert = tl.load(experts_down_ids + t * TOP_K + j, mask=j < TOP_K, other=-1)
+    share = tl.load(experts_down_weights + t * TOP_K + j, mask=j < TOP_K, other=0.0).to(tl.float32)
+    is_local = (j < TOP_K) & (expert >= 0) & (expert < LOCAL)
+    expert = tl.where(is_local, expert, 0)
     x = experts_down_h + t * (TOP_K * INNER) + j * INNER
     end = tl.where(is_local, INNER, 0)
     out = tl.zeros([BLOCK_N], tl.float32)
     for k0 in tl.static_range(0, INNER, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]
         b = k0 // BLOCK + tl.arange(0, BLOCK_K // RUN) // (BLOCK // RUN)
-        if k0 > 0:
-            w = tl.load(
-                experts_down_w
-                + (expert.to(tl.int64) * H + first)[None, :, None, None] * INNER
-                + n[None, None, :, None] * INNER
-                + k[:, None, None, :],
-                mask=is_local[None, :, None, None] & ok[None, None, :, None] & (k < INNER)[:, None, None, :],
-                other=0.0,
-            )
-            factor = tl.load(
-                (experts_down_w + LOCAL * (H * INNER)).to(tl.pointer_type(tl.float32))
-                + (expert * (H // BLOCK) + first // BLOCK)[None, :] * (INNER // BLOCK)
-                + b[:, None],
-                mask=(b < INNER // BLOCK)[:, None],
-                other=0.0,
-            )
+        w = tl.load(
+            experts_down_w
+            + (expert.to(tl.int64) * H + first)[None, :, None, None] * INNER
+            + n[None, None, :, None] * INNER
+            + k[:, None, None, :],
+            mask=is_local[None, :, None, None] & ok[None, None, :, None] & (k < INNER)[:, None, None, :],
+            other=0.0,
+        )
+        factor = tl.load(
+            (experts_down_w + LOCAL * (H * INNER)).to(tl.pointer_type(tl.float32))
+            + (expert * (H // BLOCK) + first // BLOCK)[None, :] * (INNER // BLOCK)
+            + b[:, None],
+            mask=(b < INNER // BLOCK)[:, None],
+            other=0.0,
+        )
         low, high = _load_runs(x, k0, end, BLOCK_K, RUN, BLOCK_J)
         tl.extra.cuda.gdc_wait()  # all loads are on their way
         runs = _joined(low, high, BLOCK_K, RUN, BLOCK_J)[:, :, None, :]
-        sums = tl.sum(w.to(tl.float16).to(tl.float32) * runs, 3)
-        out += tl.sum(tl.sum(sums * (factor * share[None, :])[:, :, None], 0), 0)
+        sums = tl.sum(w.to(tl.float16).to(tl.float32) * runs, 3) * (factor * share[None, :])[:, :, None]
+        # As one dimension: a thread adds up its experts before it exchanges sums with others.
+        out += tl.sum(tl.reshape(sums, (BLOCK_K // RUN * BLOCK_J, BLOCK_N)), 0)
     gate = tl.sigmoid(tl.load(gated_add_g + t).to(tl.float32))
     for k0 in tl.static_range(0, SHARED, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]

@@ -1,8 +1,9 @@
-"""moe_down
+"""moe_down_add
 
 experts_down: y[t] = sum_j weights[t, j] h[t, j] D^T, D of expert ids[t, j]
 linear: y = x w^T, split into columns of the sizes `splits`
 gated_add: y = r + x * sigmoid(g), g one scalar for each token
+add: y = x + r
 Source: mixture of experts: the weighted sum of the chosen experts, and the gated shared one
 
 Grid: (token, block of columns), tokens side by side, so that those with the same expert share its
@@ -42,28 +43,29 @@ def _joined(low, high, BLOCK_K: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.con
 
 
 @triton.jit
-def moe_down(
-    experts_down_h,  # input, bf16 [num_seqs, 1280]
-    experts_down_ids,  # input, i32 [num_seqs, 10]
-    experts_down_weights,  # input, bf16 [num_seqs, 10]
-    linear_x,  # input, bf16 [num_seqs, 128]
+def moe_down_add(
+    experts_down_h,  # input, bf16 [num_seqs, 4096]
+    experts_down_ids,  # input, i32 [num_seqs, 8]
+    experts_down_weights,  # input, bf16 [num_seqs, 8]
+    linear_x,  # input, bf16 [num_seqs, 512]
     gated_add_g,  # input, bf16 [num_seqs, 1]
-    experts_down_w,  # weight, fp8[128x128]:fp32 [512, 4096, 128]
-    linear_w,  # weight, fp8[128x128]:fp32 [4096, 128]
-    gated_add_y,  # output, bf16 [num_seqs, 4096]
+    add_r,  # input, bf16 [num_seqs, 2048]
+    experts_down_w,  # weight, fp8[128x128]:fp32 [256, 2048, 512]
+    linear_w,  # weight, fp8[128x128]:fp32 [2048, 512]
+    add_y,  # output, bf16 [num_seqs, 2048]
     num_tokens,  # i32
     num_seqs,  # i32
 ):
     BLOCK: tl.constexpr = 128
-    BLOCK_J: tl.constexpr = 16
-    BLOCK_K: tl.constexpr = 128
-    BLOCK_N: tl.constexpr = 4
-    H: tl.constexpr = 4096
-    INNER: tl.constexpr = 128
-    LOCAL: tl.constexpr = 512
+    BLOCK_J: tl.constexpr = 8
+    BLOCK_K: tl.constexpr = 512
+    BLOCK_N: tl.constexpr = 2
+    H: tl.constexpr = 2048
+    INNER: tl.constexpr = 512
+    LOCAL: tl.constexpr = 256
     RUN: tl.constexpr = 16
-    SHARED: tl.constexpr = 128
-    TOP_K: tl.constexpr = 10
+    SHARED: tl.constexpr = 512
+    TOP_K: tl.constexpr = 8
     tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
     t = tl.program_id(0)
     first = tl.program_id(1) * BLOCK_N
@@ -112,8 +114,9 @@ def moe_down(
         low, high = _load_runs(x, k0, end, BLOCK_K, RUN, BLOCK_J)
         tl.extra.cuda.gdc_wait()  # all loads are on their way
         runs = _joined(low, high, BLOCK_K, RUN, BLOCK_J)[:, :, None, :]
-        sums = tl.sum(w.to(tl.float16).to(tl.float32) * runs, 3)
-        out += tl.sum(tl.sum(sums * (factor * share[None, :])[:, :, None], 0), 0)
+        sums = tl.sum(w.to(tl.float16).to(tl.float32) * runs, 3) * (factor * share[None, :])[:, :, None]
+        # As one dimension: a thread adds up its experts before it exchanges sums with others.
+        out += tl.sum(tl.reshape(sums, (BLOCK_K // RUN * BLOCK_J, BLOCK_N)), 0)
     gate = tl.sigmoid(tl.load(gated_add_g + t).to(tl.float32))
     for k0 in tl.static_range(0, SHARED, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]
@@ -134,4 +137,5 @@ def moe_down(
         shared_x = tl.load(linear_x + t * SHARED + at, mask=at < SHARED, other=0.0).to(tl.float32)
         sums = tl.sum(shared_w.to(tl.float16).to(tl.float32) * shared_x, 2)
         out += tl.sum(sums * shared_factor[:, None], 0) * gate
-    tl.store(gated_add_y + t * H + first + n, out, mask=ok)
+    out += tl.load(add_r + t * H + first + n, mask=ok, other=0.0).to(tl.float32)
+    tl.store(add_y + t * H + first + n, out, mask=ok)

@@ -110,8 +110,9 @@ def moe_down(
         low, high = _load_runs(x, k0, end, BLOCK_K, RUN, BLOCK_J)
         tl.debug_barrier()  # all loads are on their way
         runs = _joined(low, high, BLOCK_K, RUN, BLOCK_J)[:, :, None, :]
-        sums = tl.sum(w.to(tl.float16).to(tl.float32) * runs, 3)
-        out += tl.sum(tl.sum(sums * (factor * share[None, :])[:, :, None], 0), 0)
+        sums = tl.sum(w.to(tl.float16).to(tl.float32) * runs, 3) * (factor * share[None, :])[:, :, None]
+        # As one dimension: a thread adds up its experts before it exchanges sums with others.
+        out += tl.sum(tl.reshape(sums, (BLOCK_K // RUN * BLOCK_J, BLOCK_N)), 0)
     gate = tl.sigmoid(tl.load(gated_add_g + t).to(tl.float32))
     for k0 in tl.static_range(0, SHARED, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]

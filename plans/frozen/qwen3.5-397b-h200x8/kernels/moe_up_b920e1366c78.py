@@ -7,7 +7,8 @@ silu_mul: y = silu(x[:, :n]) * x[:, n:]
 Source: mixture of experts, SwiGLU (arXiv:2002.05202); each program recomputes the top-k
 
 Grid: (token, its experts and the shared one, block of channels), tokens side by side, so that those
-with the same expert share its reads. One program computes BLOCK_N channels of one expert.
+with the same expert share its reads. One program computes BLOCK_N channels of one expert, on the
+tensor cores: x is each of COLUMNS columns, the fewest that they take.
 H hidden size, INNER and SHARED inner sizes of a routed and the shared expert, LOCAL experts of this
 rank of EXPERTS in all (BLOCK_E: as a power of two), TOP_K of a token; `slot` counts its experts.
 Weights are in FP8, with an fp32 factor for each BLOCK x BLOCK elements behind them (`scales`); `b`
@@ -46,53 +47,42 @@ def _expert(best):
 
 
 @triton.jit
-def _load_runs(
-    x_ptr, k0, end, BLOCK_K: tl.constexpr, RUN: tl.constexpr
-):
-    """BLOCK_K elements of a row from k0 on, in two halves of each run; those from `end` on are 0.
+def _turned(w, ROWS: tl.constexpr):
+    """Four runs of each row, in the order in which the tensor cores take them from four threads.
 
-    A thread then has what it multiplies with its run of the weight, and nothing goes through shared
-    memory.
+    A product does not mind the order of its depth. So each thread keeps the run that it loaded.
     """
-    run = k0 + tl.arange(0, BLOCK_K // RUN) * RUN
-    half = x_ptr + run[:, None] + tl.arange(0, RUN // 2)[None, :]
-    ok = (run < end)[:, None]
-    low = tl.load(half, mask=ok, other=0.0)
-    return low, tl.load(half + RUN // 2, mask=ok, other=0.0)
-
-
-@triton.jit
-def _joined(low, high, BLOCK_K: tl.constexpr, RUN: tl.constexpr):
-    """Runs of the two halves of each."""
-    both = tl.permute(tl.join(low, high), (0, 2, 1))
-    return tl.reshape(both, (BLOCK_K // RUN, RUN)).to(tl.float32)
+    runs = tl.reshape(w.to(tl.float16), (ROWS, 4, 4, 4))
+    return tl.reshape(tl.permute(runs, (0, 2, 1, 3)), (ROWS, 64))
 
 
 @triton.jit
 def moe_up(
-    topk_logits,  # input, bf16 [num_seqs, 512]
-    experts_up_x,  # input, bf16 [num_seqs, 4096]
+    topk_logits,  # input, bf16 [num_tokens, 512]
+    experts_up_x,  # input, bf16 [num_tokens, 4096]
     experts_up_w,  # weight, fp8[128x128]:fp32 [512, 256, 4096]
     linear_w,  # weight, fp8[128x128]:fp32 [256, 4096]
-    topk_weights,  # output, bf16 [num_seqs, 10]
-    topk_ids,  # output, i32 [num_seqs, 10]
-    experts_up_y,  # output, bf16 [num_seqs, 1280]
-    silu_mul_y,  # output, bf16 [num_seqs, 128]
+    topk_weights,  # output, bf16 [num_tokens, 10]
+    topk_ids,  # output, i32 [num_tokens, 10]
+    experts_up_y,  # output, bf16 [num_tokens, 1280]
+    silu_mul_y,  # output, bf16 [num_tokens, 128]
     num_tokens,  # i32
     num_seqs,  # i32
 ):
     BLOCK: tl.constexpr = 128
     BLOCK_E: tl.constexpr = 512
     BLOCK_J: tl.constexpr = 16
-    BLOCK_K: tl.constexpr = 512
-    BLOCK_N: tl.constexpr = 4
+    BLOCK_K: tl.constexpr = 128
+    BLOCK_N: tl.constexpr = 16
+    COLUMNS: tl.constexpr = 8
     EXPERTS: tl.constexpr = 512
     H: tl.constexpr = 4096
     INNER: tl.constexpr = 128
     LOCAL: tl.constexpr = 512
-    RUN: tl.constexpr = 16
     SHARED: tl.constexpr = 128
     TOP_K: tl.constexpr = 10
+    tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start
+    tl.extra.cuda.gdc_wait()  # results of earlier kernels are visible
 
     t, slot = tl.program_id(0), tl.program_id(1)
     first = tl.program_id(2) * BLOCK_N
@@ -134,37 +124,57 @@ def moe_up(
         scales += first // BLOCK * (H // BLOCK)
         half = SHARED
     ok = n < half - first
-    gate = tl.zeros([BLOCK_K // RUN, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_K // RUN, BLOCK_N], tl.float32)
+    gate = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
+    up = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
     up_scales = scales + half // BLOCK * (H // BLOCK)
-    k = 0 + tl.arange(0, BLOCK_K // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    offsets = n[None, :, None] * H + k[:, None, :]
-    mask = (ok & is_local)[None, :, None] & (k < H)[:, None, :]
-    gate_w = tl.load(weight + offsets, mask=mask, other=0.0)
-    up_w = tl.load(weight + half * H + offsets, mask=mask, other=0.0)
-    b = 0 // BLOCK + tl.arange(0, BLOCK_K // RUN) // (BLOCK // RUN)
-    factor = tl.load(scales + b, mask=b < H // BLOCK, other=0.0)[:, None]
-    up_factor = tl.load(up_scales + b, mask=b < H // BLOCK, other=0.0)[:, None]
+    d = tl.arange(0, 64)
+    turned = d // 4 % 4 * 16 + d // 16 * 4 + d % 4  # where an element of the depth lies
+    offsets = n[:, None] * H + (0 + 0 + tl.arange(0, 64))[None, :]
+    gate_0 = tl.load(weight + offsets, mask=(ok & is_local)[:, None], other=0.0)
+    up_0 = tl.load(
+        weight + half * H + offsets, mask=(ok & is_local)[:, None], other=0.0
+    )
+    offsets = n[:, None] * H + (0 + 64 + tl.arange(0, 64))[None, :]
+    gate_1 = tl.load(weight + offsets, mask=(ok & is_local)[:, None], other=0.0)
+    up_1 = tl.load(
+        weight + half * H + offsets, mask=(ok & is_local)[:, None], other=0.0
+    )
+    factor = tl.load(scales + 0 // BLOCK)
+    up_factor = tl.load(up_scales + 0 // BLOCK)
 
     for k0 in tl.static_range(0, H, BLOCK_K):
-        low, high = _load_runs(experts_up_x + t * H, k0, H, BLOCK_K, RUN)
+        x_0 = tl.load(experts_up_x + t * H + k0 + 0 + turned)
+        x_1 = tl.load(experts_up_x + t * H + k0 + 64 + turned)
         if k0 + BLOCK_K < H:
-            k = (k0 + BLOCK_K) + tl.arange(0, BLOCK_K // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]
-            offsets = n[None, :, None] * H + k[:, None, :]
-            mask = (ok & is_local)[None, :, None] & (k < H)[:, None, :]
-            next_gate_w = tl.load(weight + offsets, mask=mask, other=0.0)
-            next_up_w = tl.load(weight + half * H + offsets, mask=mask, other=0.0)
-            b = (k0 + BLOCK_K) // BLOCK + tl.arange(0, BLOCK_K // RUN) // (BLOCK // RUN)
-            next_factor = tl.load(scales + b, mask=b < H // BLOCK, other=0.0)[:, None]
-            next_up_factor = tl.load(up_scales + b, mask=b < H // BLOCK, other=0.0)[:, None]
-        tl.debug_barrier()  # all loads are on their way
-        x = _joined(low, high, BLOCK_K, RUN)
-        gate += tl.sum(gate_w.to(tl.float16).to(tl.float32) * x[:, None, :], 2) * factor
-        up += tl.sum(up_w.to(tl.float16).to(tl.float32) * x[:, None, :], 2) * up_factor
+            offsets = n[:, None] * H + ((k0 + BLOCK_K) + 0 + tl.arange(0, 64))[None, :]
+            next_gate_0 = tl.load(weight + offsets, mask=(ok & is_local)[:, None], other=0.0)
+            next_up_0 = tl.load(
+                weight + half * H + offsets, mask=(ok & is_local)[:, None], other=0.0
+            )
+            offsets = n[:, None] * H + ((k0 + BLOCK_K) + 64 + tl.arange(0, 64))[None, :]
+            next_gate_1 = tl.load(weight + offsets, mask=(ok & is_local)[:, None], other=0.0)
+            next_up_1 = tl.load(
+                weight + half * H + offsets, mask=(ok & is_local)[:, None], other=0.0
+            )
+            next_factor = tl.load(scales + (k0 + BLOCK_K) // BLOCK)
+            next_up_factor = tl.load(up_scales + (k0 + BLOCK_K) // BLOCK)
+        tl.extra.cuda.gdc_wait()  # all loads are on their way
+        gate_sum = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
+        up_sum = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
+        x = tl.broadcast_to(x_0.to(tl.float16)[:, None], (64, COLUMNS))
+        gate_sum = tl.dot(_turned(gate_0, BLOCK_N), x, gate_sum)
+        up_sum = tl.dot(_turned(up_0, BLOCK_N), x, up_sum)
+        x = tl.broadcast_to(x_1.to(tl.float16)[:, None], (64, COLUMNS))
+        gate_sum = tl.dot(_turned(gate_1, BLOCK_N), x, gate_sum)
+        up_sum = tl.dot(_turned(up_1, BLOCK_N), x, up_sum)
+        gate += gate_sum * factor
+        up += up_sum * up_factor
         if k0 + BLOCK_K < H:
-            gate_w, up_w, factor, up_factor = next_gate_w, next_up_w, next_factor, next_up_factor
-    out = tl.sum(gate, 0)
-    out = out * tl.sigmoid(out) * tl.sum(up, 0)
+            gate_0, up_0 = next_gate_0, next_up_0
+            gate_1, up_1 = next_gate_1, next_up_1
+            factor, up_factor = next_factor, next_up_factor
+    out = tl.max(gate, 1)
+    out = out * tl.sigmoid(out) * tl.max(up, 1)
     if slot < TOP_K:
         tl.store(experts_up_y + (t * TOP_K + slot) * INNER + first + n, out, mask=ok)
     else:

@@ -73,8 +73,8 @@ def grouped_down(
     BLOCK: tl.constexpr = 128
     BLOCK_E: tl.constexpr = 1024
     BLOCK_K: tl.constexpr = 128
-    BLOCK_M: tl.constexpr = 64
-    BLOCK_N: tl.constexpr = 128
+    BLOCK_M: tl.constexpr = 128
+    BLOCK_N: tl.constexpr = 64
     EXPERTS: tl.constexpr = 512
     K: tl.constexpr = 128
     N: tl.constexpr = 4096
@@ -92,23 +92,45 @@ def grouped_down(
     end = tl.load(bounds + expert + 1, mask=expert < EXPERTS, other=num_tokens * TOP_K)
     if begin >= end:
         return
-    _tile(
-        h,
-        order,
-        w,
-        y,
-        begin,
-        end,
-        expert,
-        tl.program_id(0) * BLOCK_N,
-        num_tokens * TOP_K,
-        N,
-        K,
-        TOP_K,
-        EXPERTS,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        PRECISION,
-        BLOCK,
-    )
+    if end - begin > BLOCK_M // 2:
+        _tile(
+            h,
+            order,
+            w,
+            y,
+            begin,
+            end,
+            expert,
+            tl.program_id(0) * BLOCK_N,
+            num_tokens * TOP_K,
+            N,
+            K,
+            TOP_K,
+            EXPERTS,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+            BLOCK,
+        )
+    else:  # the last pairs of an expert, in a tile of half the height
+        _tile(
+            h,
+            order,
+            w,
+            y,
+            begin,
+            end,
+            expert,
+            tl.program_id(0) * BLOCK_N,
+            num_tokens * TOP_K,
+            N,
+            K,
+            TOP_K,
+            EXPERTS,
+            BLOCK_M // 2,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+            BLOCK,
+        )
