@@ -67,7 +67,8 @@ def shipped(wheel: zipfile.ZipFile) -> set[str]:
 
 
 def expected(source: Path) -> set[str]:
-    return {f"tokenspeed_plan/{name}" for name in (*ours(source), "__init__.py", "py.typed")}
+    own = ("__init__.py", "__main__.py", "py.typed")
+    return {f"tokenspeed_plan/{name}" for name in (*ours(source), *own)}
 
 
 def test_the_wheel_holds_the_product_and_nothing_else(source: Path, tmp_path: Path) -> None:
