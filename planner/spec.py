@@ -351,12 +351,6 @@ class WorkloadSpec(_Section):
         return prompts + self.turns * self.outputs.mean
 
     @property
-    def is_regular(self) -> bool:
-        """Whether all turns are alike, and each user sends the next one at once."""
-        varies = self.prompts.varies or self.outputs.varies
-        return self.turns == 1 and self.arrivals_per_s is None and not varies
-
-    @property
     def is_batch_of_rows(self) -> bool:
         """Whether rows come from a file, one after the other, and nothing follows on them."""
         return self.kind == "batch" and self.turns == 1 and self.arrivals_per_s is None

@@ -476,8 +476,7 @@ class _Decode:
 
     def demand(self, talk: Conversation, prefill_us: float, users: int, parallelism: int) -> Demand:
         """What an average turn asks of the pool."""
-        chunk, workload = self.knobs.prefill_chunk, self.predictor.spec.workload
-        drafts = any(self.depths.values()) or self.knobs.depth  # accepted by chance
+        chunk = self.knobs.prefill_chunk
         return Demand(
             prefill_us=prefill_us,
             chunks=talk.mean(lambda turn: math.ceil(turn.new_tokens / chunk)),
@@ -485,7 +484,6 @@ class _Decode:
             step_us=self.step_us(users),
             token_us=self.token_us(users),
             prefill_parallelism=parallelism,
-            is_regular=workload.is_regular and not drafts,
         )
 
     def step_us(self, users: int) -> Callable[[float], float]:

@@ -129,7 +129,6 @@ class Demand:
         longest_wait_us: the most time of prompts between two decode steps, where that is limited.
         own_us: time of all steps that compute the prompt, where it shares them with others; None
             where it does not.
-        is_regular: whether all turns are alike, and each user sends the next one at once.
     """
 
     prefill_us: float
@@ -140,7 +139,6 @@ class Demand:
     prefill_parallelism: int = 1
     longest_wait_us: float = math.inf
     own_us: float | None = None
-    is_regular: bool = False
 
     @property
     def own_prompt_us(self) -> float:
@@ -159,12 +157,9 @@ class Demand:
 
     def shared_token_us(self, batch: float, share: float) -> float:
         """The same, when decode gets a share of the pool: never longer than a step and the wait."""
-        return min(self.token_us_at(batch) / share, self.longest_token_us(batch))
-
-    def longest_token_us(self, batch: float) -> float:
-        """Microseconds of a token of a sequence at a batch, if decode waits each time it may."""
         token_us, step_us = self.token_us_at(batch), self.step_us(batch)
-        return token_us / step_us * (step_us + self.longest_wait_us)
+        longest_us = token_us / step_us * (step_us + self.longest_wait_us)
+        return min(token_us / share, longest_us)
 
     @property
     def prefill_share_us(self) -> float:
@@ -241,12 +236,10 @@ def serve(
 
 
 def _with_users(demand: Demand, users: float, handover_us: float | None) -> TurnTime:
-    if handover_us is not None:
-        phases = partial(_split, demand, users, handover_us)
-    elif demand.is_regular and users > 1:
-        phases = partial(_in_turns, demand, users)
-    else:
+    if handover_us is None:
         phases = partial(_shared, demand, users)
+    else:
+        phases = partial(_split, demand, users, handover_us)
     return _steady(demand, users, phases)
 
 
@@ -267,32 +260,11 @@ def _shared(demand: Demand, users: float, turn_us: float) -> _Phases:
     return _Phases(prompt_us + between_us, decode_us, batch)
 
 
-def _in_turns(demand: Demand, users: float, turn_us: float) -> _Phases:
-    """One pool and turns that are all alike: no two prompts are there at once.
-
-    Prompts come one after the other from the beginning on, and so do the ends of their answers. A
-    prompt finds no other under way, and in an answer come the prompts of all others. A decode step
-    of the others comes between two chunks.
-    """
-    others_us = (users - 1.0) * demand.prefill_share_us
-    batch = decode_us = users
-    for _ in range(BATCH_ROUNDS):
-        size = max(batch, 1.0)
-        slow_us = demand.tokens * demand.token_us_at(size) + others_us
-        decode_us = min(slow_us, demand.tokens * demand.longest_token_us(size))
-        batch = users * min(decode_us / turn_us, 1.0)
-    between_us = (demand.chunks - 1.0) * demand.step_us(max(batch, 1.0)) * min(batch, 1.0)
-    return _Phases(demand.own_prompt_us + between_us, decode_us, batch)
-
-
 def _split(demand: Demand, users: float, handover_us: float, turn_us: float) -> _Phases:
-    """Two pools: decode is never interrupted, and prompts wait only for prompts.
-
-    Where turns are all alike, prompts come one after the other.
-    """
+    """Two pools: decode is never interrupted, and prompts wait only for prompts."""
     busy = _busy(demand, users, turn_us)
     decode_us, batch = _decode(demand, users, turn_us, 1.0)
-    waiting = 0.0 if demand.is_regular else busy / (2.0 * (1.0 - busy))
+    waiting = busy / (2.0 * (1.0 - busy))
     prompt_us = demand.prefill_us * (1.0 + waiting)
     return _Phases(prompt_us + handover_us, decode_us, batch)
 

@@ -28,7 +28,6 @@ from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import search_result
 from tokenspeed_plan.planner.advisor.resolve import resolve
 from tokenspeed_plan.planner.cli import main
-from tokenspeed_plan.planner.commands.predict import search
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.ledger import Ledger
 from tokenspeed_plan.planner.machines.hardware import find_hardware
@@ -101,19 +100,6 @@ def test_an_outline_has_the_scheduler_of_the_plan(example: str) -> None:
     for arena in ("kv_cache", "state"):
         assert outline.pool.slot_bytes(arena) == plan.pool.slot_bytes(arena)
     assert outline.model.eos_token_ids == plan.model.eos_token_ids
-
-
-@pytest.mark.parametrize("users", [1, 2, 5, 16])
-def test_turns_that_are_alike_come_one_after_the_other(users: int) -> None:
-    """No prompt waits for half of another one: the formula says what the scheduler does."""
-    path = ROOT / "examples/demo/spec.yaml"
-    words = (f"workload.concurrency={users}", "workload.output_tokens=64", "speculation=off")
-    spec = load_spec(path, words)
-    predictor, result = search(spec, find_model(spec, path).config)
-    metrics, candidate = result.best.metrics, result.best.candidate
-    simulated = Deployment(predictor, candidate, {}).simulated(users, None)
-    assert metrics["ttft_ms"] == pytest.approx(simulated["ttft_ms"], rel=0.01)
-    assert metrics["tpot_ms"] == pytest.approx(simulated["tpot_ms"], rel=0.08)
 
 
 def sizes_of(programs: Sequence[Program]) -> list[tuple[Any, ...]]:

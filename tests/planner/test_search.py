@@ -430,19 +430,12 @@ def test_drafts_that_do_not_fit_are_not_made() -> None:
 
 
 @settings(deadline=None)
-@given(
-    st.floats(1, 1e6),
-    st.integers(1, 64),
-    st.integers(1, 1000),
-    st.floats(1, 1e5),
-    st.booleans(),
-)
+@given(st.floats(1, 1e6), st.integers(1, 64), st.integers(1, 1000), st.floats(1, 1e5))
 def test_a_pool_obeys_the_laws_of_queues(
-    prefill_us: float, users: int, steps: int, step_us: float, is_regular: bool
+    prefill_us: float, users: int, steps: int, step_us: float
 ) -> None:
     """A lone user never waits, nobody is faster, and the pool is never more than busy."""
     demand = Demand(prefill_us, 1.0, steps, lambda batch: step_us * (0.5 + 0.5 * batch))
-    demand = replace(demand, is_regular=is_regular)
     alone, many = serve(demand, 1), serve(demand, users)
     assert alone.turn_us == pytest.approx(prefill_us + steps * step_us, rel=1e-3)
     assert many.turn_us >= alone.turn_us * 0.999
