@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.errors import RequestError
-from tokenspeed_plan.plans.schema import Plan, Program
+from tokenspeed_plan.plans.schema import KernelSpec, Plan, Program
 from tokenspeed_plan.runtime.engine import Engine
-from tokenspeed_plan.runtime.execution.backend import BoundStep, ReferenceBackend
+from tokenspeed_plan.runtime.execution.backend import BoundStep, Instruction, ReferenceBackend
 from tokenspeed_plan.runtime.execution.executor import Executor
 from tokenspeed_plan.runtime.loading.engine_loader import load_parts
-from tokenspeed_plan.runtime.reference import Body
 from tokenspeed_plan.runtime.request import SamplingParams
 
 HINT = "its file of rows decides how many tokens run; a few thousand are enough"
@@ -42,19 +41,24 @@ class CountingBackend(ReferenceBackend):
         self._layer = 0
         yield from super().bind(program, operands, num_tokens, num_seqs)
 
-    def _body(self, kind: str) -> Body:
-        body = super()._body(kind)
-        if kind != "topk":
-            return body
+    def bind_kernel(self, kernel: KernelSpec, tensors: tuple[Tensor, ...]) -> list[Instruction]:
+        """The instructions of a kernel's parts; layers that share a kernel are counted apart."""
+        bound = super().bind_kernel(kernel, tensors)
+        return [
+            self._counting(each) if part.kind == "topk" else each
+            for part, each in zip(kernel.parts, bound, strict=True)
+        ]
+
+    def _counting(self, router: Instruction) -> Instruction:
         layer = self._layer
         self._layer += 1
 
         def counting(attrs: Mapping[str, Any], logits_TE: Tensor) -> tuple[Tensor, ...]:
-            weights_Tk, ids_Tk = body(attrs, logits_TE)
+            weights_Tk, ids_Tk = router.body(attrs, logits_TE)
             self._count(layer, ids_Tk, logits_TE.shape[1])
             return weights_Tk, ids_Tk
 
-        return counting
+        return router._replace(body=counting)
 
     def _count(self, layer: int, ids_Tk: Tensor, num_experts: int) -> None:
         found = torch.bincount(ids_Tk.flatten().long(), minlength=num_experts)

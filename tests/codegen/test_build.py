@@ -875,7 +875,8 @@ def test_quantised_products_use_the_instruction_of_fp8(sm: int) -> None:
         for key, tilings in graph.candidates.items()
         if kind_of(tilings[0].kernel) in ("linear", "linear_silu_mul")
     }
-    assert len(found) == 2
+    # Where cuBLAS may take the output product, the norm behind it adds the residual.
+    assert len(found) == {90: 3, 100: 2}[sm]
     for _, compiled in settle(found, GPUS[sm], default_cache()).values():
         assert re.search(FP8_PRODUCT[sm], compiled.ptx)
         assert "mma.sync" not in compiled.ptx

@@ -132,8 +132,10 @@ def test_memory_is_the_plans_to_the_byte(example: str) -> None:
     assert made.weights == frozen.weights - again and again < 0.01 * frozen.weights
     for name in ("kv_cache", "reserved"):
         assert getattr(made, name) == getattr(frozen, name), name
-    # Where ranks push in prefill, tensors find other gaps in the short graph: 0.7 % more for 122B.
-    near = 0.01 * frozen.activations * (plan.target.count > 1)
+    # Where ranks push in prefill, and where norms add what FP8 products leave, tensors find other
+    # gaps in the short graph: 0.7 % more for 122B, 1 % less for 35B in FP8.
+    is_packed_otherwise = plan.target.count > 1 or spec.model.weights == "fp8"
+    near = 0.01 * frozen.activations * is_packed_otherwise
     assert abs(made.activations - frozen.activations) <= near
     largest = next(
         p for p in plan.pool.programs if p.phase == "decode" and p.bucket == limits.max_seqs

@@ -189,7 +189,7 @@ def test_an_order_waits_for_the_steps_before_it(
     with pools(plan_of_two(folder), folder) as made:
         handovers = made.connect([made.add_prefill()])
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(handovers._orders, "_is_on_gpu", True)
+        monkeypatch.setattr(handovers._ranks, "_is_on_gpu", True)
         made.engine.add(Request("0", tuple(range(40, 140)), SamplingParams(max_tokens=2)))
         wait_for(lambda: handovers.num_jobs == 1, made.engine)
         for _ in range(20):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import re
 import signal
@@ -401,9 +402,17 @@ def test_a_body_that_says_that_it_is_too_large_is_not_waited_for(server: Server)
     address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     with socket.create_connection(address, timeout=10) as client:
         client.sendall((head + length).encode())
-        assert client.recv(1 << 16).startswith(b"HTTP/1.1 413 ")
+        assert status_of(client) == 413
         client.sendall(b"x" * size + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        assert status_of(client) == 200
+
+
+def status_of(client: socket.socket) -> int:
+    """Read a whole answer."""
+    response = http.client.HTTPResponse(client)
+    response.begin()
+    response.read()
+    return response.status
 
 
 FIELDS = st.sampled_from(

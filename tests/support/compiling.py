@@ -60,8 +60,9 @@ def sorts_of_kernels(sm: int) -> tuple[Named, ...]:
     """One kernel of each sort that the frozen plans have, the one of most rows.
 
     A sort is a kind, in prefill or not, with weights in the same formats. Plans for the GPU itself
-    come first; of the others are the sorts that only they have. To compile the rest, which differ
-    in sizes, takes minutes; planning a model proves that they fit.
+    come first; of the others are the sorts that only they have, and that are no texts for one GPU
+    alone. To compile the rest, which differ in sizes, takes minutes; planning a model proves that
+    they fit.
     """
     found: dict[tuple[str, bool, frozenset[str]], Named] = {}
     for name in sorted(COMPILED_PLANS, key=lambda name: plan_of(name).target.sm != sm):
@@ -72,8 +73,14 @@ def sorts_of_kernels(sm: int) -> tuple[Named, ...]:
                 if isinstance(step, Call):
                     kernel = kernels[step.kernel]
                     sort = (kind_of(kernel), program.phase == "prefill", weight_formats(kernel))
-                    found.setdefault(sort, (name, kernel))
+                    if plan.target.sm == sm or not is_gluon(name, kernel):
+                        found.setdefault(sort, (name, kernel))
     return tuple(found.values())
+
+
+def is_gluon(name: str, kernel: KernelSpec) -> bool:
+    """Whether a kernel's text names the instructions of one architecture."""
+    return "experimental.gluon" in read_source(FROZEN / name, kernel)
 
 
 def weight_formats(kernel: KernelSpec) -> frozenset[str]:
