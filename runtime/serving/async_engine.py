@@ -53,6 +53,8 @@ class Stream:
         write: in the place of the reader, while that waits, it gathers the deltas that there are
             and writes them at once; or it gathers none and returns False, and the reader gets
             them. What ends an answer comes to the reader alone.
+        wants_parts: whether anybody looks at an answer before its end. Where nobody does, its
+            tokens do not wake the loop, which has the interpreter's lock while the engine waits.
     """
 
     def __init__(self, engine: AsyncEngine, requests: Seq[Request]) -> None:
@@ -64,6 +66,7 @@ class Stream:
         self._completions: dict[str, Completion] = {}
         self._reader: asyncio.Future[None] | None = None  # it waits until this has a result
         self.write: Write | None = None
+        self.wants_parts = True
         self.error: EngineStopped | RequestFailed | None = None
 
     @property
@@ -93,6 +96,7 @@ class Stream:
 
     async def completions(self) -> list[Completion]:
         """Read to the end; returns the completions in the order of the requests."""
+        self.wants_parts = False
         names = list(self._texts)
         completions = {}
         async for delta in self:
@@ -116,7 +120,7 @@ class Stream:
         """Buffer a token or a completion; called on the loop, which then calls `tell`."""
         if isinstance(item, Completion):
             self._completions[item.request_id] = item
-        else:
+        elif self.wants_parts:
             self._tokens.setdefault(item.request_id, []).append(item)
 
     def tell(self) -> None:
@@ -202,6 +206,7 @@ class AsyncEngine:
         self._names = itertools.count()
         self._lock = threading.Lock()
         self._steps: list[Step] = []  # that the loop has not seen
+        self._is_woken = False  # it will look at them
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -316,11 +321,18 @@ class AsyncEngine:
 
     def _tell(self, items: tuple[NewToken | Completion, ...]) -> None:
         """On the thread: hand a step to the loop, which is woken once for all that gather."""
+        is_wanted = any(map(self._is_wanted, items))
         with self._lock:
             self._steps.append((items, time.perf_counter()))
-            is_first = len(self._steps) == 1
-        if is_first:
+            wakes = is_wanted and not self._is_woken
+            self._is_woken |= wakes
+        if wakes:
             self._loop.call_soon_threadsafe(self._deliver)
+
+    def _is_wanted(self, item: NewToken | Completion) -> bool:
+        """On the thread: whether somebody waits for it; a token of a whole answer can wait."""
+        stream = self._streams.get(item.request_id)
+        return stream is not None and (isinstance(item, Completion) or stream.wants_parts)
 
     def _run_commands(self) -> bool:
         """Run the commands that came since the last step; blocks while there is nothing to step.
@@ -341,6 +353,7 @@ class AsyncEngine:
         """On the loop: put each item into its stream; a cancelled request has none any more."""
         with self._lock:
             steps, self._steps = self._steps, []
+            self._is_woken = False
         completions: list[Completion] = []
         told: dict[Stream, None] = {}
         for items, now_s in steps:

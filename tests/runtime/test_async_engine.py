@@ -182,6 +182,34 @@ def test_a_busy_loop_is_not_woken_for_each_step(
     with_served(engine, work)
 
 
+def test_tokens_of_whole_answers_wake_nobody(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop is woken once for an answer that is read whole, for each token of a stream."""
+
+    async def work(served: AsyncEngine) -> None:
+        gaps: list[int] = []
+        served.on_gap = lambda seconds, number: gaps.append(number)
+        woken = [0]
+        deliver = served._deliver
+
+        def counted() -> None:
+            woken[0] += 1
+            deliver()
+
+        monkeypatch.setattr(served, "_deliver", counted)
+        answer = await served.generate([5], PARAMS)
+        assert len(answer.token_ids) == 12
+        assert woken[0] <= 2 and sum(gaps) == 11  # the first token may come before its reader
+        async with served.stream([5], PARAMS) as stream:
+            assert [token async for delta in stream for token in delta.token_ids] == list(
+                answer.token_ids
+            )
+        assert woken[0] > 6
+
+    with_served(engine, work)
+
+
 def test_what_is_refused_harms_nobody(engine: Engine) -> None:
     async def work(served: AsyncEngine) -> None:
         going = asyncio.create_task(served.generate([1, 2], PARAMS))
