@@ -323,7 +323,9 @@ def plan_parts(
     capacity = plan_capacity(workload, model.config, hardware, chosen)
     work = _Programs(spec, model, hardware, decided, capacity, dtype, options, decided.layout)
     programs = tuple(work.lowered(report))
-    limits = plan_limits(capacity, decided.interleaving.tokens, decided.gathered_tokens)
+    limits = plan_limits(
+        capacity, decided.interleaving.tokens, decided.gathered_tokens, decided.filled_tokens
+    )
     _record_programs(ledger, programs, hardware)
     record_cache(
         ledger,

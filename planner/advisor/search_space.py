@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.advisor.candidate import MAX_POOL_GPUS, Capabilities, Knobs
 from tokenspeed_plan.planner.advisor.legality import matches
-from tokenspeed_plan.planner.advisor.numbers import powers_of_two
+from tokenspeed_plan.planner.advisor.numbers import ceil_div, powers_of_two
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
@@ -150,7 +150,8 @@ class SearchSpace:
     def _chunks(self) -> list[int]:
         """Parts of the machine's default, for rows of a batch on a GPU twice it; longest first.
 
-        None is longer than what waits to be computed.
+        None is longer than what waits to be computed. Of a first prompt that is always as long
+        there are equal parts, too, so that none of its steps has but a few tokens.
         """
         workload = self.spec.workload
         stated = self._serving.prefill_chunk
@@ -161,7 +162,20 @@ class SearchSpace:
         if workload.is_batch_of_rows and self.hardware.sm:
             tried.append(BATCH_CHUNK * default)
         sizes = {prefill_chunk(chunk, workload) for chunk in tried}
-        return sorted(sizes, reverse=True)
+        if self.hardware.sm and not workload.is_batch_of_rows:
+            sizes.update(self._equal_parts(most) for most in (default, BATCH_CHUNK * default))
+        return sorted(sizes - {0}, reverse=True)
+
+    def _equal_parts(self, most: int) -> int:
+        """Tokens of the fewest equal parts of a first prompt that are about so long at most.
+
+        They are whole pages; 0 where it is no longer than a chunk, or not always as long.
+        """
+        lengths, page = self.spec.workload.prompts, self.hardware.page_size
+        if lengths.longest <= self.hardware.prefill_chunk or lengths.varies:
+            return 0
+        part = ceil_div(lengths.longest, ceil_div(lengths.longest, most))
+        return ceil_div(part, page) * page
 
     def _kv_dtypes(self) -> list[DType]:
         """FP8 keys and values change answers a little, so `auto` must be written."""
