@@ -170,7 +170,7 @@ def conv_qk_norm(work: Work) -> list[Tiling]:
         Tiling(
             template="conv_qk_norm",
             constants=constants
-            | {"ROWS": tile.m, "STEPS": tile.k, "AHEAD": min(TOKENS_AHEAD, tile.k)},
+            | {"ROWS": tile.m, "STEPS": tile.k, "AHEAD": min(TOKENS_AHEAD, max(tile.k // 2, 1))},
             grid=(per_rows(tile.m * tile.k), fixed(num_heads), SEQS),
             num_warps=tile.num_warps,
             num_stages=1,

@@ -163,18 +163,18 @@ class SearchSpace:
             tried.append(BATCH_CHUNK * default)
         sizes = {prefill_chunk(chunk, workload) for chunk in tried}
         if self.hardware.sm and not workload.is_batch_of_rows:
-            sizes.update(self._equal_parts(most) for most in (default, BATCH_CHUNK * default))
+            sizes.update(self._equal_parts(about) for about in (default, BATCH_CHUNK * default))
         return sorted(sizes - {0}, reverse=True)
 
-    def _equal_parts(self, most: int) -> int:
-        """Tokens of the fewest equal parts of a first prompt that are about so long at most.
+    def _equal_parts(self, about: int) -> int:
+        """Tokens of the equal parts of a first prompt that are about so long.
 
         They are whole pages; 0 where it is no longer than a chunk, or not always as long.
         """
         lengths, page = self.spec.workload.prompts, self.hardware.page_size
         if lengths.longest <= self.hardware.prefill_chunk or lengths.varies:
             return 0
-        part = ceil_div(lengths.longest, ceil_div(lengths.longest, most))
+        part = ceil_div(lengths.longest, max(round(lengths.longest / about), 1))
         return ceil_div(part, page) * page
 
     def _kv_dtypes(self) -> list[DType]:

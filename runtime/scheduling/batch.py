@@ -108,8 +108,9 @@ class BatchMaker:
             chosen.append(sequence)
             counts.append(count)
             num_left -= count
+            num_beside -= count
             if count == sequence.num_left and self._limits.filled_tokens:
-                num_beside = self._limits.filled_tokens - (max_tokens - num_left)
+                num_beside = min(num_beside, self._limits.filled_tokens - max_tokens + num_left)
             if num_left == 0:
                 break
         program = _smallest(self._prefill, sum(counts), len(counts))
