@@ -347,6 +347,7 @@ def crowd(rng: random.Random, machine: Machine) -> None:
         ahead=True,
         interval=rng.choice((4, 8, 32)),
         worth=rng.choice((1, 4, 12)),
+        filled=rng.choice((0, 2, 6)),
         host=rng.choice((8, 20, 80)),
         spoils=True,
     )
