@@ -75,9 +75,9 @@ class LibraryFunction:
         return num_tokens * integer(attrs, "num_heads") * self.head_bytes + self.fixed_bytes
 
 
-# FlashAttention-3 (arXiv:2407.08608). It returns the logarithm of each softmax's sum, 4 bytes. Where
-# few queries have many keys it splits the keys: partial results of at most two waves of 132 tiles
-# with 128 rows of 256 fp32.
+# FlashAttention-3 (arXiv:2407.08608). It returns the logarithm of each softmax's sum, 4 bytes.
+# Where few queries have many keys it splits the keys: partial results of at most two waves of 132
+# tiles with 128 rows of 256 fp32.
 FA3 = LibraryFunction(
     package="tokenspeed-fa3",
     versions=">=3.0,<3.1",
