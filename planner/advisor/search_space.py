@@ -129,7 +129,7 @@ class SearchSpace:
 
     def with_chunks(self, knobs: Knobs) -> list[Knobs]:
         """The knobs with each prefill chunk, the longest first."""
-        chunks = self._chunks()
+        chunks = sorted({*self._chunks(), *self._equal_parts()}, reverse=True)
         return [replace(knobs, prefill_chunk=chunk) for chunk in chunks]
 
     def with_depths(self, knobs: Knobs) -> list[Knobs]:
@@ -150,8 +150,7 @@ class SearchSpace:
     def _chunks(self) -> list[int]:
         """Parts of the machine's default, for rows of a batch on a GPU twice it; longest first.
 
-        None is longer than what waits to be computed. Of a first prompt that is always as long
-        there are equal parts, too, so that none of its steps has but a few tokens.
+        None is longer than what waits to be computed.
         """
         workload = self.spec.workload
         stated = self._serving.prefill_chunk
@@ -162,20 +161,23 @@ class SearchSpace:
         if workload.is_batch_of_rows and self.hardware.sm:
             tried.append(BATCH_CHUNK * default)
         sizes = {prefill_chunk(chunk, workload) for chunk in tried}
-        if self.hardware.sm and not workload.is_batch_of_rows:
-            sizes.update(self._equal_parts(about) for about in (default, BATCH_CHUNK * default))
-        return sorted(sizes - {0}, reverse=True)
+        return sorted(sizes, reverse=True)
 
-    def _equal_parts(self, about: int) -> int:
-        """Tokens of the equal parts of a first prompt that are about so long.
+    def _equal_parts(self) -> Iterator[int]:
+        """Chunks of about the default and of twice it that divide the first prompt, in whole pages.
 
-        They are whole pages; 0 where it is no longer than a chunk, or not always as long.
+        Else its last step may have but a few tokens. Only where it is longer than a chunk, and
+        always as long; rows of a batch share chunks.
         """
-        lengths, page = self.spec.workload.prompts, self.hardware.page_size
-        if lengths.longest <= self.hardware.prefill_chunk or lengths.varies:
-            return 0
-        part = ceil_div(lengths.longest, max(round(lengths.longest / about), 1))
-        return ceil_div(part, page) * page
+        workload, default = self.spec.workload, self.hardware.prefill_chunk
+        lengths, page = workload.prompts, self.hardware.page_size
+        is_open = self.scope.equal_chunks and self.hardware.sm and not self._serving.prefill_chunk
+        if not is_open or workload.is_batch_of_rows or lengths.varies:
+            return
+        if lengths.longest > default:
+            for about in (default, BATCH_CHUNK * default):
+                part = ceil_div(lengths.longest, max(round(lengths.longest / about), 1))
+                yield ceil_div(part, page) * page
 
     def _kv_dtypes(self) -> list[DType]:
         """FP8 keys and values change answers a little, so `auto` must be written."""
