@@ -135,5 +135,5 @@ ALL = Capabilities(
     max_drafts=MAX_DRAFTS,
     kv_dtypes=("bf16", "fp8"),
 )
-# Other engines keep a copy of a key head on each rank that shares it; chunks are as they state them.
+# Other engines keep a copy of a key head on each rank that shares it, and know no equal chunks.
 OTHER_ENGINE = replace(ALL, context_split=False, equal_chunks=False)
