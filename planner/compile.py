@@ -313,8 +313,9 @@ def plan_parts(
     config = model.config
     check_word(spec.model.weights, config.quantization, bool(model.headers), config.name)
     dtype = dtype or decide.weight_dtype(model.weights, hardware)
-    progress = partial(report, "searching deployments")
-    decided = decide.resolve(spec, model.config, hardware, ledger, progress)
+    decided = decide.resolve(
+        spec, config, hardware, ledger, partial(report, "searching deployments")
+    )
     knobs = decided.knobs
     chosen = CapacityOptions(
         knobs.prefill_chunk, knobs.checkpoint_tokens, knobs.depth, decided.rollback
@@ -328,15 +329,15 @@ def plan_parts(
     )
     _record_programs(ledger, programs, hardware)
     record_cache(
-        ledger,
-        limits,
-        decided.interleaving.reason,
-        model.config.has_state,
-        workload.is_batch_of_rows,
+        ledger, limits, decided.interleaving.reason, config.has_state, workload.is_batch_of_rows
     )
-    prices = HostPrices.of(programs, capacity, hardware)
-    has_two_pools = decided.prefill is not None
-    host_cache = choose_host_cache(ledger, spec, workload, prices, has_two_pools)
+    host_cache = choose_host_cache(
+        ledger,
+        spec,
+        workload,
+        HostPrices.of(programs, capacity, hardware),
+        decided.prefill is not None,
+    )
     prefill_programs = work.of_prefill_pool(programs, report)
     answer_returns = _choose_returns(ledger, work, workload, limits, programs, prefill_programs)
     if model.weights in QUANTISED or spec.model.head == "fp8":

@@ -22,21 +22,22 @@ def filled_tokens(predictor: Predictor, candidate: Candidate) -> int:
     workload, knobs = predictor.spec.workload, candidate.knobs
     if workload.is_batch_of_rows or workload.num_seqs <= candidate.replicas:
         return 0
-    layout = candidate.prefill or candidate.layout
 
     def step_us(tokens: int) -> float:
+        layout = candidate.prefill or candidate.layout
         return predictor.steps.prefill(layout, tokens, 0, knobs.kv_dtype).total_us
 
-    page, chunk = min(knobs.page_size, knobs.prefill_chunk), knobs.prefill_chunk
-    tokens = most_within(MOST_LONGER * step_us(page), step_us, page, chunk)
-    return tokens if tokens < chunk else 0
+    chunk, longest_us = knobs.prefill_chunk, MOST_LONGER * step_us(knobs.page_size)
+    # A whole chunk is no limit.
+    return most_within(longest_us, step_us, knobs.page_size, chunk) % chunk
 
 
 def record_filling(ledger: Ledger, tokens: int) -> None:
     """Record it where such steps are not always filled."""
     if tokens:
-        reason = (
-            "so many take twice the time of a page of them; who gets its first token waits for all"
+        ledger.record(
+            "filling",
+            f"up to {tokens} tokens where a prompt ends",
+            "so many take twice the time of a page of them; who gets its first token waits for all",
+            "a chunk",
         )
-        value = f"up to {tokens} tokens where a prompt ends"
-        ledger.record("filling", value, reason, "a chunk")

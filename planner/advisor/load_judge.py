@@ -101,8 +101,12 @@ class Deployment:
             knobs.prefill_chunk, knobs.checkpoint_tokens, knobs.depth, predictor.rollback
         )
         capacity = plan_capacity(self._workload, predictor.config, predictor.hardware, options)
-        filled = filled_tokens(predictor, self.candidate)
-        return plan_limits(capacity, self.interleaved_tokens, self.gathered_tokens, filled)
+        return plan_limits(
+            capacity,
+            self.interleaved_tokens,
+            self.gathered_tokens,
+            filled_tokens(predictor, self.candidate),
+        )
 
     @cached_property
     def outline(self) -> Plan:

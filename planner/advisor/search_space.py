@@ -163,21 +163,20 @@ class SearchSpace:
         sizes = {prefill_chunk(chunk, workload) for chunk in tried}
         return sorted(sizes, reverse=True)
 
-    def _equal_parts(self) -> Iterator[int]:
+    def _equal_parts(self) -> set[int]:
         """Chunks of about the default and of twice it that divide the first prompt, in whole pages.
 
         Else its last step may have but a few tokens. Only where it is longer than a chunk, and
         always as long; rows of a batch share chunks.
         """
-        workload, default = self.spec.workload, self.hardware.prefill_chunk
-        lengths, page = workload.prompts, self.hardware.page_size
+        lengths, page = self.spec.workload.prompts, self.hardware.page_size
+        default = self.hardware.prefill_chunk
         is_open = self.scope.equal_chunks and self.hardware.sm and not self._serving.prefill_chunk
-        if not is_open or workload.is_batch_of_rows or lengths.varies:
-            return
-        if lengths.longest > default:
-            for about in (default, BATCH_CHUNK * default):
-                part = ceil_div(lengths.longest, max(round(lengths.longest / about), 1))
-                yield ceil_div(part, page) * page
+        is_shared = self.spec.workload.is_batch_of_rows or lengths.varies
+        if not is_open or is_shared or lengths.longest <= default:
+            return set()
+        parts = {max(round(lengths.longest / each), 1) for each in (default, BATCH_CHUNK * default)}
+        return {ceil_div(lengths.longest, count * page) * page for count in parts}
 
     def _kv_dtypes(self) -> list[DType]:
         """FP8 keys and values change answers a little, so `auto` must be written."""
