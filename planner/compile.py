@@ -331,13 +331,8 @@ def plan_parts(
     record_cache(
         ledger, limits, decided.interleaving.reason, config.has_state, workload.is_batch_of_rows
     )
-    host_cache = choose_host_cache(
-        ledger,
-        spec,
-        workload,
-        HostPrices.of(programs, capacity, hardware),
-        decided.prefill is not None,
-    )
+    prices = HostPrices.of(programs, capacity, hardware)
+    host_cache = choose_host_cache(ledger, spec, workload, prices, decided.prefill is not None)
     prefill_programs = work.of_prefill_pool(programs, report)
     answer_returns = _choose_returns(ledger, work, workload, limits, programs, prefill_programs)
     if model.weights in QUANTISED or spec.model.head == "fp8":

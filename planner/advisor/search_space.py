@@ -140,8 +140,7 @@ class SearchSpace:
 
     def with_kv_dtypes(self, knobs: Knobs) -> list[Knobs]:
         """The knobs with each way to store keys and values."""
-        dtypes = self._kv_dtypes()
-        return [replace(knobs, kv_dtype=dtype) for dtype in dtypes]
+        return [replace(knobs, kv_dtype=dtype) for dtype in self._kv_dtypes()]
 
     @property
     def _serving(self) -> ServingSpec:
