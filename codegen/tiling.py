@@ -19,6 +19,7 @@ WARP_RUNS = RUN * WARP_SIZE  # elements of a row that a warp loads at once
 GEMV_ROWS = 2  # with so few rows of x, plain arithmetic keeps up with the memory
 GEMV_COLUMNS = 1024  # columns of a router: with few rows of x too few for the tensor cores
 NORMED_ROWS = 32  # rows of x up to which the product of a router includes its norm
+MOST_ROWS = 8192  # of which a tile was measured: with more there are more tiles, none better
 
 
 class Machine(Protocol):
@@ -68,9 +69,10 @@ class Work:
 
         The kind, rows rounded up to a power of two, queries of a sequence where there are several,
         and the shapes of the weight matrices, with their dtype where they are quantised; last,
-        whether activations are, too, and whether recurrent state is in bf16.
+        whether activations are, too, and whether recurrent state is in bf16. More rows than
+        `MOST_ROWS` make more tiles, and no other ones better.
         """
-        words = [self.kind, str(up2(self.num_rows))]
+        words = [self.kind, str(min(up2(self.num_rows), MOST_ROWS))]
         if self.query_len > 1:
             words.append(f"by {self.query_len}")
         for param in self.kernel.params:

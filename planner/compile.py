@@ -313,8 +313,9 @@ def plan_parts(
     config = model.config
     check_word(spec.model.weights, config.quantization, bool(model.headers), config.name)
     dtype = dtype or decide.weight_dtype(model.weights, hardware)
-    progress = partial(report, "searching deployments")
-    decided = decide.resolve(spec, model.config, hardware, ledger, progress)
+    decided = decide.resolve(
+        spec, config, hardware, ledger, partial(report, "searching deployments")
+    )
     knobs = decided.knobs
     chosen = CapacityOptions(
         knobs.prefill_chunk, knobs.checkpoint_tokens, knobs.depth, decided.rollback
@@ -323,18 +324,15 @@ def plan_parts(
     capacity = plan_capacity(workload, model.config, hardware, chosen)
     work = _Programs(spec, model, hardware, decided, capacity, dtype, options, decided.layout)
     programs = tuple(work.lowered(report))
-    limits = plan_limits(capacity, decided.interleaving.tokens, decided.gathered_tokens)
+    limits = plan_limits(
+        capacity, decided.interleaving.tokens, decided.gathered_tokens, decided.filled_tokens
+    )
     _record_programs(ledger, programs, hardware)
     record_cache(
-        ledger,
-        limits,
-        decided.interleaving.reason,
-        model.config.has_state,
-        workload.is_batch_of_rows,
+        ledger, limits, decided.interleaving.reason, config.has_state, workload.is_batch_of_rows
     )
     prices = HostPrices.of(programs, capacity, hardware)
-    has_two_pools = decided.prefill is not None
-    host_cache = choose_host_cache(ledger, spec, workload, prices, has_two_pools)
+    host_cache = choose_host_cache(ledger, spec, workload, prices, decided.prefill is not None)
     prefill_programs = work.of_prefill_pool(programs, report)
     answer_returns = _choose_returns(ledger, work, workload, limits, programs, prefill_programs)
     if model.weights in QUANTISED or spec.model.head == "fp8":

@@ -33,7 +33,7 @@ class LibraryFunction:
         unit: columns of each result are a multiple of it.
         prepare: what the host does before a replay.
         capturable: whether a CUDA graph may hold the call.
-        row_bytes: of workspace for each element of the result, and for each query head of a token.
+        head_bytes: of workspace for each query head of a token.
         fixed_bytes: of workspace whatever the batch.
     """
 
@@ -48,7 +48,7 @@ class LibraryFunction:
     least_tokens: int = 1
     prepare: Literal["none", "batch"] = "none"
     capturable: bool = True
-    row_bytes: tuple[int, int] = (0, 0)
+    head_bytes: int = 0
     fixed_bytes: int = 0
 
     def computes(
@@ -70,17 +70,14 @@ class LibraryFunction:
 
     def workspace_bytes(self, attrs: Mapping[str, Any], num_tokens: int) -> int:
         """Bytes that a call takes besides its operands."""
-        if not any(self.row_bytes):
+        if not self.head_bytes:
             return self.fixed_bytes
-        heads = integer(attrs, "num_heads")
-        per_element, per_head = self.row_bytes
-        of_token = heads * (integer(attrs, "head_dim") * per_element + per_head)
-        return num_tokens * of_token + self.fixed_bytes
+        return num_tokens * integer(attrs, "num_heads") * self.head_bytes + self.fixed_bytes
 
 
-# FlashAttention-3 (arXiv:2407.08608). It returns the logarithm of each softmax's sum, 4 bytes; the
-# output gate is computed beside it, in bf16. Where few queries have many keys it splits the keys:
-# partial results of at most two waves of 132 tiles with 128 rows of 256 fp32.
+# FlashAttention-3 (arXiv:2407.08608). It returns the logarithm of each softmax's sum, 4 bytes.
+# Where few queries have many keys it splits the keys: partial results of at most two waves of 132
+# tiles with 128 rows of 256 fp32.
 FA3 = LibraryFunction(
     package="tokenspeed-fa3",
     versions=">=3.0,<3.1",
@@ -88,7 +85,7 @@ FA3 = LibraryFunction(
     runs=(("attention",), ("attention", "sigmoid_gate")),
     attrs={"mode": ("prefill",), "head_dim": (64, 128, 256)},
     dtypes=("bf16",),
-    row_bytes=(2, 4),
+    head_bytes=4,
     fixed_bytes=2 * 132 * 128 * 257 * 4,
 )
 # Products by cuBLAS through PyTorch, one for each result. PyTorch gives cuBLAS 32 MiB on Hopper.
@@ -114,7 +111,6 @@ FLASHINFER = LibraryFunction(
     dtypes=("bf16",),
     prepare="batch",
     capturable=False,
-    row_bytes=(2, 0),  # of the gate
     fixed_bytes=FLASHINFER_WORKSPACE_BYTES + (16 << 20),
 )
 # FP8 times FP8 by cuBLAS, with factors of blocks of 128 x 128, and of 128 columns of a row. Beside

@@ -17,7 +17,8 @@ class InFlightBatch:
 
     `outputs` waits for its tokens, how many drafts were accepted, and new drafts; None while only
     the head of its program is launched. `look` is what is wanted of its logits; it is taken before
-    another step `is_followed` by overwrites them.
+    another step `is_followed` by overwrites them. Sequences whose places are in `advanced` stay
+    inside their prompts: they were committed when it was launched.
     """
 
     batch: Batch
@@ -26,6 +27,7 @@ class InFlightBatch:
     tokens: Tensor
     look: Look | None = None
     is_followed: bool = False
+    advanced: frozenset[int] = frozenset()
 
     def take_look(self, indices: list[int]) -> None:
         """Look at the logits of some of its sequences."""

@@ -64,9 +64,9 @@ class StepCommit:
         """
         batch, finished = in_flight.batch, list[Completion]()
         program = batch.program
-        self._count_step(batch)
+        self.count_step(batch)
         now = self._scheduler.clock()
-        others = list(range(len(batch.sequences)))
+        others = [i for i in range(len(batch.sequences)) if i not in in_flight.advanced]
         if program.phase == "decode" and program.query_len == 1 and not self._limits.kept_inputs:
             others = self._commit_plain(batch, outputs[0], now, on_token, finished)
         parts = []
@@ -87,7 +87,8 @@ class StepCommit:
                 finished.append(completion)
         return finished
 
-    def _count_step(self, batch: Batch) -> None:
+    def count_step(self, batch: Batch) -> None:
+        """Note that a step is over, or will be without anybody looking."""
         self.metrics.steps += 1
         self.metrics.decode_steps += batch.program.phase == "decode"
 
@@ -181,13 +182,13 @@ class StepCommit:
             if not look.is_finite(row):
                 sequence.error = NO_NUMBERS
 
-    def advance(self, batch: Batch) -> None:
-        """Advance all sequences of a batch within their prompts."""
-        self._count_step(batch)
-        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
-            if sequence.is_running:
-                sequence.drafts = []
-                self._scheduler.advance(sequence, count)
+    def advance(self, batch: Batch) -> frozenset[int]:
+        """Advance the sequences of a batch that stay inside their prompts; returns their places."""
+        inside = frozenset(i for i in range(len(batch.sequences)) if batch.stays_inside(i))
+        for index in sorted(inside):
+            batch.sequences[index].drafts = []
+            self._scheduler.advance(batch.sequences[index], batch.counts[index])
+        return inside
 
     def _commit_sequence(
         self,

@@ -176,7 +176,8 @@ class StepLoop:
             [
                 index
                 for index, sequence in enumerate(before.batch.sequences)
-                if needs_look(sequence, queries) or sequence not in going_on
+                if index not in before.advanced
+                and (needs_look(sequence, queries) or sequence not in going_on)
             ]
         )
 
@@ -190,6 +191,9 @@ class StepLoop:
     def _launch(self, batch: Batch, is_ahead: bool) -> InFlightBatch | None:
         """Start a step; None where the host needs nothing of it, so that it is committed.
 
+        Sequences that stay inside their prompts go on at once: who waited for the others of its
+        step would lose its turn to a later prompt.
+
         What a grammar allows next, or a penalty changes, is known when the step in flight is
         committed: ahead of that only the head of the program is launched.
         """
@@ -198,12 +202,17 @@ class StepLoop:
         if is_ahead and batch.must_be_read and not batch.has_no_output:
             part = "head"
         self._waited_s += self._launcher.start(batch, part)
-        if batch.has_no_output:
-            self._commits.advance(batch)
+        inside = frozenset[int]()
+        if part == "whole":
+            inside = self._commits.advance(batch)
+        if len(inside) == len(batch.sequences):
+            self._commits.count_step(batch)
             return None
         in_flight = self._launcher.in_flight(batch, part)
-        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
-            sequence.launch(count)
+        in_flight.advanced = inside
+        for index, sequence in enumerate(batch.sequences):
+            if index not in inside:
+                sequence.launch(batch.counts[index])
         return in_flight
 
     def _launch_rest(self, in_flight: InFlightBatch) -> None:

@@ -28,6 +28,7 @@ COLUMNS_AND_WARPS = {
     "delta_recompute": {2: (16, 4), 4: (32, 2)},
 }
 ROW_OF_FOUR_WARPS = 4096  # elements of a row that four warps quantise, at most
+TOKENS_AHEAD = 4  # that the convolution of a prompt loads before it uses them
 MANY_SEQS = 128  # from here on two pieces of a head take 6 % less than the whole of it
 MANY_COLUMNS_AND_WARPS = {
     "delta_step": (128, 4),
@@ -168,7 +169,8 @@ def conv_qk_norm(work: Work) -> list[Tiling]:
     return [
         Tiling(
             template="conv_qk_norm",
-            constants=constants | {"ROWS": tile.m, "STEPS": tile.k},
+            constants=constants
+            | {"ROWS": tile.m, "STEPS": tile.k, "AHEAD": min(TOKENS_AHEAD, max(tile.k // 2, 1))},
             grid=(per_rows(tile.m * tile.k), fixed(num_heads), SEQS),
             num_warps=tile.num_warps,
             num_stages=1,

@@ -95,7 +95,8 @@ class Capabilities:
     Two pools that a search finds have at most `pool_gpus` each; a spec may state larger ones, which
     were measured on no GPUs yet. They are found by a search for rows of a batch only with
     `batch_pools`: such a run is priced from its first row to its last in one pool alone,
-    so that a plan has two only where the spec states them.
+    so that a plan has two only where the spec states them. With `equal_chunks` a chunk may divide a
+    prompt.
     """
 
     attention_dp: bool = False
@@ -107,6 +108,7 @@ class Capabilities:
     max_drafts: int = 0
     kv_dtypes: tuple[DType, ...] = ("bf16",)
     max_streams: int = 1
+    equal_chunks: bool = True
 
     def missing(self, candidate: Candidate) -> list[str]:
         """What a deployment needs beyond these capabilities, in words."""
@@ -133,5 +135,5 @@ ALL = Capabilities(
     max_drafts=MAX_DRAFTS,
     kv_dtypes=("bf16", "fp8"),
 )
-# Other engines keep a copy of a key head on each rank that shares it.
-OTHER_ENGINE = replace(ALL, context_split=False)
+# Other engines keep a copy of a key head on each rank that shares it, and know no equal chunks.
+OTHER_ENGINE = replace(ALL, context_split=False, equal_chunks=False)

@@ -12,6 +12,7 @@ from functools import cache
 
 from tokenspeed_plan.planner.advisor.candidate import Knobs
 from tokenspeed_plan.planner.advisor.load_judge import Deployment, with_load
+from tokenspeed_plan.planner.advisor.numbers import most_within
 from tokenspeed_plan.planner.advisor.prediction import Prediction, Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
 
@@ -91,21 +92,3 @@ def _compared(name: str, limited: Prediction, unlimited: Prediction) -> str:
     parts = [f"{each} {limited.level(each):.4g}" for each in names]
     before = [f"{unlimited.level(each):.4g}" for each in names]
     return f"{' and '.join(parts)} in place of {' and '.join(before)}"
-
-
-def most_within(limit: float, taken: Callable[[int], float], least: int, most: int) -> int:
-    """A large number from `least` to `most` that takes at most the limit; else the least.
-
-    What is taken grows with the number, if not evenly (tiles are padded): so halve until it is
-    within the limit, and then look between that and its double.
-    """
-    low, high = most, most
-    while low > least and taken(low) > limit:
-        low, high = max(low // 2, least), low - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if taken(middle) <= limit:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tokenspeed_plan.planner.advisor.answer_returns import ReturnPrices, choose_answer_returns
 from tokenspeed_plan.planner.advisor.candidate import Candidate
+from tokenspeed_plan.planner.advisor.filling import filled_tokens
 from tokenspeed_plan.planner.advisor.load_capacity import largest_count, largest_rate
 from tokenspeed_plan.planner.advisor.numbers import ceil_div
 from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
@@ -100,7 +101,12 @@ class Deployment:
             knobs.prefill_chunk, knobs.checkpoint_tokens, knobs.depth, predictor.rollback
         )
         capacity = plan_capacity(self._workload, predictor.config, predictor.hardware, options)
-        return plan_limits(capacity, self.interleaved_tokens, self.gathered_tokens)
+        return plan_limits(
+            capacity,
+            self.interleaved_tokens,
+            self.gathered_tokens,
+            filled_tokens(predictor, self.candidate),
+        )
 
     @cached_property
     def outline(self) -> Plan:

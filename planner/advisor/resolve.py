@@ -16,6 +16,7 @@ from tokenspeed_plan.planner.advisor.concurrency import (
     choose_concurrency,
     record_concurrency,
 )
+from tokenspeed_plan.planner.advisor.filling import filled_tokens, record_filling
 from tokenspeed_plan.planner.advisor.finalists import final_result, finalists
 from tokenspeed_plan.planner.advisor.gathering import gather, record_gathering
 from tokenspeed_plan.planner.advisor.interleaving import Interleaving, interleave
@@ -61,6 +62,7 @@ class Decided:
         predicted: the promised numbers.
         interleaving: prefill between two decode steps.
         gathered_tokens: for which prompts of a batch wait while all sequences are taken.
+        filled_tokens: of a step in which a prompt ends, with a part of another.
         rollback: how rejected drafts are taken back.
     """
 
@@ -71,6 +73,7 @@ class Decided:
     predicted: Predicted
     interleaving: Interleaving
     gathered_tokens: int = 0
+    filled_tokens: int = 0
     rollback: RollbackWord = "snapshot"
     prefill: ParallelLayout | None = None
 
@@ -139,6 +142,8 @@ def resolve(
     result = result.with_best(gathering.prediction)
     _record(ledger, replace(choice, result=result), unrestricted)
     best = result.best.candidate
+    filled = filled_tokens(predictor, best)
+    record_filling(ledger, filled)
     return Decided(
         num_seqs=spec.workload.num_seqs,
         layout=best.layout,
@@ -147,6 +152,7 @@ def resolve(
         predicted=predicted(predictor, result, unrestricted),
         interleaving=interleaving,
         gathered_tokens=gathering.tokens,
+        filled_tokens=filled,
         rollback=choice.rollback.word,
         prefill=best.prefill,
     )

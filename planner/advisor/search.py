@@ -142,18 +142,19 @@ class Search:
         return True
 
     def _tune(self, start: Candidate) -> None:
-        """Vary one knob after the other; the value with the shortest turn stays."""
-        best = self._evaluate(start)
-        if best is None:
-            return
-        space = self.space
+        """Vary one knob after the other; the value with the shortest turn stays.
+
+        Where the first ones do not fit, others may: a long chunk keeps fewer checkpoints.
+        """
+        space, best = self.space, start
+        found = [self._evaluate(start)]
         for vary in (space.with_chunks, space.with_depths, space.with_kv_dtypes):
-            predictions = []
-            for knobs in vary(best.candidate.knobs):
-                prediction = self._evaluate(replace(best.candidate, knobs=knobs))
-                if prediction:
-                    predictions.append(prediction)
-            best = min([*predictions, best], key=lambda p: p.metrics["turn_time_ms"])
+            for knobs in vary(best.knobs):
+                found.append(self._evaluate(replace(best, knobs=knobs)))
+            fitting = [each for each in found if each]
+            if not fitting:
+                return
+            best = min(fitting, key=lambda p: p.metrics["turn_time_ms"]).candidate
 
     def _evaluate(self, candidate: Candidate) -> Prediction | None:
         """The prediction of a candidate; None where it does not fit."""

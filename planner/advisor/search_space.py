@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tokenspeed_plan.planner.advisor.candidate import MAX_POOL_GPUS, Capabilities, Knobs
 from tokenspeed_plan.planner.advisor.legality import matches
-from tokenspeed_plan.planner.advisor.numbers import powers_of_two
+from tokenspeed_plan.planner.advisor.numbers import ceil_div, powers_of_two
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.planner.models.config import ModelConfig
@@ -129,7 +129,7 @@ class SearchSpace:
 
     def with_chunks(self, knobs: Knobs) -> list[Knobs]:
         """The knobs with each prefill chunk, the longest first."""
-        chunks = self._chunks()
+        chunks = sorted({*self._chunks(), *self._equal_parts()}, reverse=True)
         return [replace(knobs, prefill_chunk=chunk) for chunk in chunks]
 
     def with_depths(self, knobs: Knobs) -> list[Knobs]:
@@ -140,8 +140,7 @@ class SearchSpace:
 
     def with_kv_dtypes(self, knobs: Knobs) -> list[Knobs]:
         """The knobs with each way to store keys and values."""
-        dtypes = self._kv_dtypes()
-        return [replace(knobs, kv_dtype=dtype) for dtype in dtypes]
+        return [replace(knobs, kv_dtype=dtype) for dtype in self._kv_dtypes()]
 
     @property
     def _serving(self) -> ServingSpec:
@@ -162,6 +161,21 @@ class SearchSpace:
             tried.append(BATCH_CHUNK * default)
         sizes = {prefill_chunk(chunk, workload) for chunk in tried}
         return sorted(sizes, reverse=True)
+
+    def _equal_parts(self) -> set[int]:
+        """Chunks of about the default and of twice it that divide the first prompt, in whole pages.
+
+        Else its last step may have but a few tokens. Only where it is longer than a chunk, and
+        always as long; rows of a batch share chunks.
+        """
+        lengths, page = self.spec.workload.prompts, self.hardware.page_size
+        default = self.hardware.prefill_chunk
+        is_open = self.scope.equal_chunks and self.hardware.sm and not self._serving.prefill_chunk
+        is_shared = self.spec.workload.is_batch_of_rows or lengths.varies
+        if not is_open or is_shared or lengths.longest <= default:
+            return set()
+        parts = {max(round(lengths.longest / each), 1) for each in (default, BATCH_CHUNK * default)}
+        return {ceil_div(lengths.longest, count * page) * page for count in parts}
 
     def _kv_dtypes(self) -> list[DType]:
         """FP8 keys and values change answers a little, so `auto` must be written."""

@@ -183,7 +183,10 @@ def check_positions(workload: WorkloadSpec, config: ModelConfig) -> None:
 
 
 def plan_limits(
-    capacity: Capacity, interleaved_tokens: int | None, gathered_tokens: int = 0
+    capacity: Capacity,
+    interleaved_tokens: int | None,
+    gathered_tokens: int = 0,
+    filled_tokens: int = 0,
 ) -> Limits:
     """The capacity, with the prefill tokens between two decode steps.
 
@@ -191,10 +194,14 @@ def plan_limits(
         capacity: of the pool.
         interleaved_tokens: at most; None for a whole chunk.
         gathered_tokens: for which prompts wait while all sequences are taken.
+        filled_tokens: of a step in which a prompt ends, with a part of another; 0 for a chunk.
     """
     tokens = min(interleaved_tokens or capacity.max_tokens, capacity.max_tokens)
     return Limits(
-        **capacity.model_dump(), interleaved_tokens=tokens, gathered_tokens=gathered_tokens
+        **capacity.model_dump(),
+        interleaved_tokens=tokens,
+        gathered_tokens=gathered_tokens,
+        filled_tokens=filled_tokens,
     )
 
 

@@ -285,18 +285,21 @@ class Limits(Capacity):
     """What a plan can serve: its capacity, and the prefill tokens between two decode steps.
 
     At most `interleaved_tokens`. While every sequence is taken and some decode, prompts wait until
-    they have `gathered_tokens` together, so that one step computes them; JSON has that number only
-    where it is not 0.
+    they have `gathered_tokens` together, so that one step computes them. A step in which a prompt
+    ends takes a part of another one only up to `filled_tokens` in all; 0 is no limit. JSON has
+    these two only where they are not 0.
     """
 
     interleaved_tokens: int
     gathered_tokens: int = 0
+    filled_tokens: int = 0
 
     @model_serializer(mode="wrap")
     def _spell(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = spell(self)
-        if not self.gathered_tokens:
-            fields.pop("gathered_tokens", None)
+        for name in ("gathered_tokens", "filled_tokens"):
+            if not fields[name]:
+                del fields[name]
         return fields
 
 

@@ -44,6 +44,8 @@ def _check_tokens(limits: Limits) -> None:
         raise refuse("interleaved_tokens over max_tokens")
     if limits.gathered_tokens > limits.interleaved_tokens:
         raise refuse("gathered_tokens over interleaved_tokens")
+    if limits.filled_tokens > limits.max_tokens:
+        raise refuse("filled_tokens over max_tokens")
     if limits.num_pages * limits.page_size < limits.max_seq_len:
         raise refuse("a sequence of max_seq_len tokens does not fit the pages")
     if limits.default_max_tokens >= limits.max_seq_len:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tokenspeed_plan.plans.libraries import operands_by_role
 from tokenspeed_plan.plans.ops import integer
 from tokenspeed_plan.plans.schema import KernelSpec
 
+softplus_backward = torch.ops.aten.softplus_backward.grad_input
+GATE_IS_ONE = 20.0  # from here on a gate is open: the sigmoid is 1 to 2e-9
 OPERANDS = ("q", "kv_cache", "page_table", "context_lens", "cu_seqlens")
 
 
@@ -61,6 +64,11 @@ class PagedAttention:
         return self.num_heads, self.head_dim
 
     def multiply_by_gate(self, tensors: Sequence[Tensor]) -> None:
-        """Multiply the result by the sigmoid of its gate, if it has one."""
+        """Multiply the result by the sigmoid of its gate, if it has one.
+
+        That is the derivative of softplus, which PyTorch multiplies by in one pass over the memory:
+        `mul_(sigmoid())` is two, with a tensor between them that is rounded once more.
+        """
         if self.gate is not None:
-            tensors[self.result].mul_(tensors[self.gate].sigmoid())
+            y_TN, g_TN = tensors[self.result], tensors[self.gate]
+            softplus_backward(y_TN, g_TN, 1.0, GATE_IS_ONE, grad_input=y_TN)

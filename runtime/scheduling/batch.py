@@ -62,13 +62,15 @@ class Batch:
 
     @property
     def has_no_output(self) -> bool:
-        """Whether the host needs nothing: every sequence stays inside its prompt, unscored."""
+        """Whether the host needs nothing, before anything is committed."""
+        return all(self.stays_inside(index) for index in range(len(self.sequences)))
+
+    def stays_inside(self, index: int) -> bool:
+        """Whether a sequence stays inside its prompt, unscored: the host needs nothing of it."""
         if self.program.phase != "prefill":
             return False
-        for sequence, count in zip(self.sequences, self.counts, strict=True):
-            if count + 1 >= sequence.num_left or sequence.is_scored:
-                return False
-        return True
+        sequence = self.sequences[index]
+        return self.counts[index] + 1 < sequence.num_left and not sequence.is_scored
 
 
 class BatchMaker:
@@ -87,21 +89,32 @@ class BatchMaker:
         self._rows: tuple[Sequence, ...] = ()  # the same, in their rows
 
     def prefill(self, sequences: list[Sequence], max_tokens: int) -> Batch:
-        """Chunks of prompts, at most `max_tokens` in all."""
+        """Chunks of prompts, at most `max_tokens` in all.
+
+        A part of a prompt makes no step long in which another one ends.
+        """
         self._oldest_first = not self._oldest_first
+        chosen: list[Sequence] = []
         counts: list[int] = []
-        order = sorted(sequences, key=self._priority)
-        num_left = max_tokens
-        for sequence in order:
-            end = sequence.chunk_end(num_left, self._limits.checkpoint_interval)
+        num_left, num_beside = max_tokens, max_tokens
+        for sequence in sorted(sequences, key=self._priority):
+            room = num_left
+            if sequence.num_left > room:
+                room = min(room, num_beside)
+            if room <= 0:
+                continue
+            end = sequence.chunk_end(room, self._limits.checkpoint_interval)
             count = end - sequence.num_computed
+            chosen.append(sequence)
             counts.append(count)
             num_left -= count
+            num_beside -= count
+            if count == sequence.num_left and self._limits.filled_tokens:
+                num_beside = min(num_beside, self._limits.filled_tokens - max_tokens + num_left)
             if num_left == 0:
                 break
-        num_seqs = len(counts)
-        program = _smallest(self._prefill, sum(counts), num_seqs)
-        return Batch.of(program, order[:num_seqs], counts)
+        program = _smallest(self._prefill, sum(counts), len(counts))
+        return Batch.of(program, chosen, counts)
 
     def decode_program(self, num_seqs: int) -> Program:
         """The program of a decode step of so many sequences."""

@@ -7,6 +7,7 @@ before is over; the host waits for it where it reads what it computed.
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class StepTimes(Protocol):
         Args:
             tokens: of all its sequences.
             seqs: how many share them.
-            context: tokens that each had before, on average.
+            context: tokens that the sequence of a token had before, on average.
         """
 
     def decode_us(self, bucket: int, seqs: int, context: float) -> float:
@@ -235,11 +236,14 @@ class VirtualLauncher:
         return count
 
     def _step_us(self, batch: Batch, seqs: int) -> float:
-        known = sum(sequence.num_computed + sequence.num_ahead for sequence in batch.sequences)
+        before = [sequence.num_computed + sequence.num_ahead for sequence in batch.sequences]
+        if batch.program.phase == "prefill":
+            tokens = batch.num_tokens  # each of which attends to what its own sequence has
+            pairs = sum(map(operator.mul, batch.counts, before))
+            return self._times.prefill_us(tokens, seqs, pairs / tokens)
+        known = sum(before)
         if isinstance(batch, ShortBatch):
             known += batch.known_asleep
-        if batch.program.phase == "prefill":
-            return self._times.prefill_us(batch.num_tokens, seqs, known / seqs)
         return self._times.decode_us(batch.program.bucket, seqs, known / seqs + 1)
 
     def in_flight(self, batch: Batch, part: Part = "whole") -> InFlightBatch:

@@ -22,6 +22,7 @@ import pytest
 from click.testing import CliRunner
 from compiling import COMPILED_PLANS, CompiledKernels, job, plan_of, sample, sorts_of_kernels
 from conftest import ROOT
+from frozen_plans import frozen_plan
 
 from tokenspeed_plan.codegen import build
 from tokenspeed_plan.codegen.build import Compiled, Job, compile_all, default_cache
@@ -880,3 +881,18 @@ def test_quantised_products_use_the_instruction_of_fp8(sm: int) -> None:
     for _, compiled in settle(found, GPUS[sm], default_cache()).values():
         assert re.search(FP8_PRODUCT[sm], compiled.ptx)
         assert "mma.sync" not in compiled.ptx
+
+
+def test_more_rows_than_were_measured_have_the_tiles_of_the_most() -> None:
+    """A chunk that divides a prompt is no power of two, and may be longer than any measured one."""
+    plan = frozen_plan("qwen3.5-35b-h200")
+    kinds = ("linear", "linear_add", "linear_silu_mul", "expert_sum_linear_add")
+    kernels = [each for each in plan.kernels if kind_of(each) in kinds]
+    assert {kind_of(each) for each in kernels} == set(kinds)
+    for kernel in kernels:
+        tiles = [
+            build_kernel(kind_of(kernel), kernel, (rows, 4), GPUS[90], True)[0].kernel.launch
+            for rows in (8192, 16704)
+        ]
+        few, many = [tile.constants for tile in tiles if tile is not None]
+        assert few == many

@@ -480,6 +480,8 @@ MUTATIONS = [
     (SOME_IN_PLACE, "conv_qk_norm", "context_lens + s) - count", "context_lens + s)"),
     (SOME, "conv_qk_norm", "t + step < count", "t + step < count - 1"),
     (SOME, "conv_qk_norm", "x1 = x2", "x1 = x1"),
+    (SOME, "conv_qk_norm", "t + step + AHEAD, c", "t + step, c"),
+    (SOME, "conv_qk_norm", "step + AHEAD < STEPS", "step + AHEAD < STEPS - 1"),
     (SOME, "conv_qk_norm", "if first:", "if False:"),
     (MANY, "linear", "above + index % here", "above + index % GROUP_M"),
     (SOME, "gates_delta_chunk", "static_range(LEVELS)", "static_range(LEVELS - 1)"),

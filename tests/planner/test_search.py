@@ -18,13 +18,14 @@ from specs import merged
 
 from tokenspeed_plan.planner import find_model, load_spec
 from tokenspeed_plan.planner.advisor.candidate import ALL, SUPPORTED, Candidate, Knobs
+from tokenspeed_plan.planner.advisor.filling import filled_tokens
 from tokenspeed_plan.planner.advisor.memory_model import MemoryModel
 from tokenspeed_plan.planner.advisor.plan_prices import kv_dtype_of
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.ranking import SearchResult
 from tokenspeed_plan.planner.advisor.resolve import Decided, resolve
 from tokenspeed_plan.planner.advisor.search import Search
-from tokenspeed_plan.planner.advisor.search_space import DEPTHS
+from tokenspeed_plan.planner.advisor.search_space import DEPTHS, SearchSpace
 from tokenspeed_plan.planner.advisor.step_model import StepModel, stored_formats
 from tokenspeed_plan.planner.advisor.workload import Demand, conversation, serve, tokens_per_step
 from tokenspeed_plan.planner.commands.predict import search
@@ -46,6 +47,7 @@ WORKLOAD = {
     "turns": 6,
     "output_tokens": 400,
 }
+ONE = ParallelLayout(1, 1, 1)
 NAMES = ("ttft_ms", "tpot_ms", "turn_time_ms")
 
 
@@ -280,6 +282,42 @@ def test_the_front_is_a_front() -> None:
 
 
 @pytest.mark.slow
+def chunks_of(**workload: Any) -> set[int]:
+    """What is tried on an H200 beside parts of its default of 8,192 tokens."""
+    spec, hardware = spec_for(workload=workload), find_hardware("H200")
+    config = load_preset(str(spec.model.preset))[0]
+    space = SearchSpace(spec, config, hardware, SUPPORTED, 1)
+    knobs = space.with_chunks(space.default_knobs())
+    return {each.prefill_chunk for each in knobs} - {2048, 4096, 8192}
+
+
+def test_a_long_first_prompt_is_divided_into_equal_chunks() -> None:
+    for tokens in (9000, 20000, 50000, 65536):
+        for chunk in chunks_of(first_turn_tokens=tokens):
+            parts = -(-tokens // chunk)
+            assert chunk % 64 == 0 and parts * chunk - tokens < 64 * parts
+            assert chunk <= 1.5 * 2 * 8192
+    assert chunks_of(first_turn_tokens=50000) == {8384, 16704}
+    assert not chunks_of(first_turn_tokens=8000)
+    assert not chunks_of(first_turn_tokens={"mean": 20000, "p95": 40000, "max": 50000})
+    assert chunks_of(kind="batch", first_turn_tokens=50000, turns=1, turn_tokens=0) == {16384}
+
+
+def test_a_step_in_which_a_prompt_ends_is_filled_while_that_costs_little() -> None:
+    def filled(**workload: Any) -> tuple[int, StepModel]:
+        spec, hardware = spec_for(count=1, workload=workload), find_hardware("H200")
+        predictor = Predictor(spec, load_preset(str(spec.model.preset))[0], hardware)
+        return filled_tokens(predictor, Candidate(ONE, Knobs(8192, 64))), predictor.steps
+
+    tokens, steps = filled()
+    page_us, filled_us, more_us = (
+        steps.prefill(ONE, count, 0).total_us for count in (64, tokens, 3 * tokens)
+    )
+    assert 64 < tokens < 8192 and filled_us <= 2 * page_us < more_us
+    assert filled(concurrency=1)[0] == 0
+    assert filled(kind="batch", turns=1, turn_tokens=0)[0] == 0
+
+
 def test_the_same_spec_finds_the_same_in_the_same_order() -> None:
     config, spec = load_preset("qwen3.5-35b-a3b")[0], spec_for(count=2)
     runs = [Search(Predictor(spec, config, find_hardware("H200")), ALL, 2).run() for _ in range(2)]

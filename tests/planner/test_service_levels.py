@@ -10,7 +10,7 @@ import pytest
 from specs import merged
 
 from tokenspeed_plan.planner.advisor.candidate import Candidate, Knobs
-from tokenspeed_plan.planner.advisor.interleaving import most_within
+from tokenspeed_plan.planner.advisor.numbers import most_within
 from tokenspeed_plan.planner.advisor.prediction import Predictor
 from tokenspeed_plan.planner.advisor.resolve import Decided, resolve
 from tokenspeed_plan.planner.layout import ParallelLayout

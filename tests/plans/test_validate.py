@@ -223,8 +223,12 @@ def alter_limit(rng: random.Random, plan: Plan) -> Plan | None:
             "num_state_slots",
             "state_slots_per_seq",
             "num_checkpoints",
+            "filled_tokens",
         ]
     )
+    if name == "filled_tokens":
+        over = plan.pool.limits.max_tokens + rng.randrange(1, 9)
+        return plan.with_pool(limits=plan.pool.limits.model_copy(update={name: over}))
     value = getattr(plan.pool.limits, name)
     limits = plan.pool.limits.model_copy(update={name: value + rng.choice([-1, 1, value])})
     return plan.with_pool(limits=limits)

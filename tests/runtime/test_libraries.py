@@ -43,7 +43,7 @@ FUNCTION = LibraryFunction(
     runs=(("attention",), ("attention", "sigmoid_gate")),
     attrs={"mode": ("prefill",)},
     dtypes=("fp32",),
-    row_bytes=(4, 4),
+    head_bytes=4,
 )
 PRICE = """libraries:
   {name}:

@@ -139,6 +139,7 @@ class Machine(RuleBasedStateMachine):
         ahead=st.booleans(),
         interval=st.sampled_from((4, 8, 32)),
         worth=st.sampled_from((1, 4, 12)),
+        filled=st.sampled_from((0, 2, 6)),
         host=st.sampled_from((0, 8, 20, 80)),
         spoils=st.booleans(),
     )
@@ -150,6 +151,7 @@ class Machine(RuleBasedStateMachine):
         ahead: bool,
         interval: int,
         worth: int,
+        filled: int,
         host: int,
         spoils: bool,
     ) -> None:
@@ -160,6 +162,7 @@ class Machine(RuleBasedStateMachine):
             max_seqs=seqs,
             checkpoint_interval=interval,
             min_checkpoint_tokens=worth,
+            filled_tokens=filled,
         )
         plan = with_host(plan, host, 1 + host // 8, least_tokens=4)
         self.engine = engine_of(captured(plan) if ahead else plan)
@@ -344,6 +347,7 @@ def crowd(rng: random.Random, machine: Machine) -> None:
         ahead=True,
         interval=rng.choice((4, 8, 32)),
         worth=rng.choice((1, 4, 12)),
+        filled=rng.choice((0, 2, 6)),
         host=rng.choice((8, 20, 80)),
         spoils=True,
     )
@@ -521,6 +525,46 @@ def test_one_that_waits_gets_its_turn_in_a_flood(tiny_plan: Plan) -> None:
         engine.add(next(flood))
     engine.add(request_of("last", (5,), 1))
     assert steps_until(engine, "last", flood) <= 6 * (2 * 5 + 2 * 10)
+
+
+def chunks(plan: Plan, lengths: dict[str, int]) -> list[dict[str, int]]:
+    """The tokens of each prompt in each step, of prompts that come together."""
+    engine = engine_of(captured(plan))
+    for first, (name, length) in enumerate(lengths.items()):
+        engine.add(request_of(name, (first, *range(1, length)), 1))
+    seen, last = list[dict[str, int]](), None
+    while engine.num_unfinished:
+        engine.step()
+        batch = engine.loop.last_batch
+        if batch is not None and batch is not last:
+            names = [sequence.request.request_id for sequence in batch.sequences]
+            seen.append(dict(zip(names, batch.counts, strict=True)))
+        last = batch
+    return seen
+
+
+def test_prompts_that_come_together_end_one_after_the_other(tiny_plan: Plan) -> None:
+    """Who shares a step with the end of another prompt goes on before that step is over."""
+    plan = small(tiny_plan, max_seqs=4, num_pages=64, interleaved_tokens=16, checkpoint_interval=64)
+    assert chunks(plan, {"a": 20, "b": 20, "c": 20}) == [
+        {"a": 16},
+        {"a": 4, "b": 12},
+        {"b": 8, "c": 8},
+        {"c": 12},
+    ]
+
+
+def test_a_step_in_which_a_prompt_ends_is_filled_as_planned(tiny_plan: Plan) -> None:
+    """A part of another prompt comes with it up to the limit; one that ends in it, too, always."""
+    plan = small(tiny_plan, max_seqs=4, num_pages=64, interleaved_tokens=16, checkpoint_interval=64)
+    plan = squeezed(plan, filled_tokens=6)
+    assert chunks(plan, {"a": 20, "b": 20, "c": 9}) == [
+        {"a": 16},
+        {"a": 4, "c": 9},
+        {"b": 16},
+        {"b": 4},
+    ]
+    assert chunks(plan, {"a": 20, "b": 20, "c": 20})[1] == {"a": 4, "b": 2}
 
 
 def test_prompts_between_decode_steps_are_cut_as_planned(tiny_plan: Plan) -> None:

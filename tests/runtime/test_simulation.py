@@ -123,6 +123,22 @@ def test_the_host_hides_behind_steps_that_are_launched_ahead(checkpoint: Any) ->
     assert answers[True, 140.0] == pytest.approx(140.0, rel=0.05)
 
 
+def test_a_token_attends_to_what_its_own_sequence_has(checkpoint: Any) -> None:
+    """The end of a long prompt is not cheaper where a short one begins in its step."""
+    contexts = []
+
+    class Noted(Times):
+        def prefill_us(self, tokens: int, seqs: int, context: float) -> float:
+            contexts.append((tokens, context))
+            return super().prefill_us(tokens, seqs, context)
+
+    plan = small(plan_of(checkpoint("moe"), 0), interleaved_tokens=16, checkpoint_interval=64)
+    load = Users([Turns(30, 0, (1,)), Turns(2, 0, (1,))], 2, vocab_size=VOCAB)
+    simulate(plan, Noted(), load)
+    # 16 of the long one; then its last 14, behind these 16, beside the 2 of the short one.
+    assert contexts == [(16, 0.0), (16, 14.0)]
+
+
 def test_a_clock_waits_for_the_device() -> None:
     clock = VirtualClock()
     clock.launch(10.0, 100.0)
