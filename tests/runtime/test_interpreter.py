@@ -8,6 +8,7 @@ import pty
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,9 @@ from bundles import (
 )
 from checkpoints import KERNEL, Kind, write_checkpoint
 from conftest import ROOT
+from forks import Done, run_forked
 
+from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import GridDim, Launch
 from tokenspeed_plan.runtime import Engine, SamplingParams
@@ -51,15 +54,16 @@ FEW_HEADS = {
 SMALL = {"first_turn_tokens": 8, "output_tokens": 8, "concurrency": 1}
 
 
-def run(*args: object) -> subprocess.CompletedProcess[str]:
+def run(*args: object) -> Done:
     """The command in a process of its own, where nobody has asked for the interpreter yet."""
-    return subprocess.run(
-        words_of(*args), env=own_environment(), capture_output=True, text=True, timeout=300
-    )
+    return run_forked(be_alone, ["run", *map(str, args)])
 
 
-def words_of(*args: object) -> list[str]:
-    return [*COMMAND, "run", *map(str, args)]
+def be_alone(words: list[str]) -> None:
+    assert "triton.language" not in sys.modules
+    for name in os.environ.keys() - own_environment().keys():
+        del os.environ[name]
+    main(words)
 
 
 def own_environment() -> dict[str, str]:
@@ -69,7 +73,7 @@ def own_environment() -> dict[str, str]:
 @pytest.mark.slow
 def test_check_tells_a_terminal_how_far_it_is() -> None:
     ours, terminal = pty.openpty()
-    words, said, piped = words_of(DEMO, "--check"), b"", subprocess.PIPE
+    words, said, piped = [*COMMAND, "run", str(DEMO), "--check"], b"", subprocess.PIPE
     with subprocess.Popen(words, env=own_environment(), stdout=piped, stderr=terminal) as process:
         os.close(terminal)
         with suppress(OSError):  # that is how a terminal ends
@@ -104,7 +108,7 @@ def prompt(length: int, vocab_size: int) -> list[int]:
     return torch.randint(0, vocab_size, (length,), generator=generator).tolist()
 
 
-def is_clean_error(done: subprocess.CompletedProcess[str], says: str) -> None:
+def is_clean_error(done: Done, says: str) -> None:
     assert done.returncode == 2, done.stdout
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("error: ") == done.stderr.count("\nhint: ") == 1
