@@ -343,6 +343,7 @@ def test_the_code_stays_small(budget: str) -> None:
     assert num_statements(paths) <= MAX_STATEMENTS[budget]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [

@@ -512,6 +512,7 @@ def test_run_a_batch(bundle: Path, batch: Path, tmp_path: Path) -> None:
     assert lines[3]["response"]["body"]["choices"][0]["text"] + "\n" == alone
 
 
+@pytest.mark.slow
 def test_an_output_is_resumed_with_a_plan_of_other_binaries(
     bundle: Path, batch: Path, tmp_path: Path
 ) -> None:

@@ -490,6 +490,7 @@ def test_two_runs_on_one_output(run: Runner) -> None:
             run([row(0)])
 
 
+@pytest.mark.slow
 def test_gz_input_and_stdout(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl.gz", [row(i) for i in range(5)])
     done = subprocess.run([sys.executable, FAKE, source, "-"], capture_output=True, check=True)
@@ -559,6 +560,7 @@ def test_kill_9_at_any_moment(name: str, order: str, tmp_path: Path) -> None:
     assert not (tmp_path / f"{name}.resume").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_drains_and_the_next_run_goes_on(number: int, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [row(i) for i in range(300)])
