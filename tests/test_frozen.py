@@ -50,6 +50,7 @@ def test_frozen_plans_name_no_machine(name: str) -> None:
     assert "/home/" not in text
 
 
+@pytest.mark.slow
 def test_the_headline_fits_and_counts_its_launches() -> None:
     plan = load_plan(ROOT / "plans/frozen/qwen3.5-397b-b200x8")
     memory = plan.pool.memory_bytes_per_rank
@@ -85,6 +86,7 @@ def test_one_gpu_counts_its_launches(speculation: str) -> None:
         assert program.launches / (plan.num_layers + program.depth) <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FROZEN.values())
 def test_every_kernel_has_a_text_and_layers_share_them(name: str) -> None:
     plan = load_plan(ROOT / "plans/frozen" / name)
