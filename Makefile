@@ -40,7 +40,7 @@ demo: $(STAMP)-run
 # Tests of a module share what it has made, so they stay together until a worker has nothing to do.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The tests that are not marked `slow`: under a minute on two cores.
+# The tests that are not marked `slow`: some two minutes on two cores.
 quick: $(STAMP)-test
 	$(PYTEST) -m "not slow"
 

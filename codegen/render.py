@@ -51,6 +51,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         autoescape=False,
         extensions=[HangingIndent],
+        auto_reload=False,  # else it asks for the time of each file, again and again
     )
     environment.filters |= {"hang": _hang, "literal": _literal, "shape": _shape}
     return environment

@@ -29,6 +29,11 @@ from tokenspeed_plan.planner.spec import Spec
 from tokenspeed_plan.plans.schema import Plan
 
 torch.set_num_threads(1)
+# What is imported outlives every test, and looking through it again and again took a tenth of a
+# run. What commands freeze would be kept for good, as many of them run in this process.
+FREEZE = gc.freeze
+gc.freeze = lambda: None
+gc.set_threshold(20_000, 20, 20)
 # CI runs the same examples each time.
 hypothesis.settings.register_profile("fixed", derandomize=True)
 if os.environ.get("CI"):
@@ -54,11 +59,18 @@ def make_spec(path: Path | str, **changes: Any) -> Spec:
     return Spec.model_validate(merged(data, changes))
 
 
-@pytest.fixture(autouse=True)
-def collected() -> Iterator[None]:
-    """Undo `gc.freeze`, which commands call, as many of them run in this process."""
+def pytest_collection_finish() -> None:
+    """Spare the collector what is loaded."""
+    gc.collect()
+    FREEZE()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def spared() -> Iterator[None]:
+    """Spare it what a module leaves to others, too: plans that are kept, and what it imported."""
     yield
-    gc.unfreeze()
+    gc.collect()
+    FREEZE()
 
 
 @pytest.fixture(scope="session")

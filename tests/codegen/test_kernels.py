@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_lab import (
+    DEVICE,
     TOLERANCE,
     Case,
     Inputs,
@@ -22,6 +23,7 @@ from kernel_lab import (
     kernels_of,
     reference,
     run_kernel,
+    some_programs,
     tiled,
 )
 
@@ -220,6 +222,20 @@ def test_kernels_equal_their_references(case: Case) -> None:
         for rank in range(case.layout.num_ranks):
             for name, error in errors(kernel, case, rank=rank):
                 assert error <= allowed(case, name), (kernel.kernel.name, name, rank)
+
+
+@pytest.mark.parametrize("missing", [1, 100])
+def test_some_of_many_programs_show_that_a_launch_is_too_small(missing: int) -> None:
+    """The interpreter runs a few programs of such a kernel alone."""
+    built = template_of(ALONE, "linear")
+    assert some_programs(built.kernel, ALONE) or DEVICE != "cpu"
+    assert all(error <= TOLERANCE["fp32"] for _, error in errors(built, ALONE))
+    assert built.kernel.launch is not None
+    rows, *others = built.kernel.launch.grid
+    fewer = (rows.model_copy(update={"fixed": rows.fixed - missing}), *others)
+    launch = built.kernel.launch.model_copy(update={"grid": fewer})
+    short = replace(built, kernel=built.kernel.model_copy(update={"launch": launch}))
+    assert not all(error <= TOLERANCE["fp32"] for _, error in errors(short, ALONE))
 
 
 PENALISED = {
@@ -642,7 +658,7 @@ MEASURED = {
         (("tl.program_id(0) * COLUMNS", "tl.program_id(0) * BLOCK_N"),),
     ),
     "few tokens on tensor cores": (
-        FP8_SEVEN,
+        replace(FP8_SEVEN, lengths=(1,) * 3, before=SEVEN[:3]),
         "moe_up",
         Tile(8, 16, 128, 1, 1),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ TALK = {"kind": "agentic", "turns": 4, "turn_tokens": 40, "output_tokens": 64, "
 NVLINK = ReturnPrices(64, 1_310_720, 63_000_000, "nvlink", 35e9, 14.0)
 
 
+@cache
 def planned(answers: str = "auto", **workload: Any) -> Plan:
     pair = {"prefill": 1, "decode": 1, "answers": answers}
     model = ROOT / "examples" / "demo" / "model"
@@ -62,7 +64,7 @@ def test_auto_says_what_both_ways_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert once.pools[1].answer_returns is None
     assert decision(once).reason == "no turn comes after an answer"
     monkeypatch.setattr(transfer, "TCP_BYTES_PER_S", 1e6)
-    slow = planned()
+    slow = planned.__wrapped__()
     assert slow.pools[1].answer_returns is None and decision(slow).value == "off"
     assert "computing them takes" in decision(slow).reason
 
@@ -96,7 +98,7 @@ def test_auto_is_priced_as_it_is_planned(monkeypatch: pytest.MonkeyPatch) -> Non
     assert prediction("auto").metrics == prediction("return").metrics
     monkeypatch.setattr(transfer, "TCP_BYTES_PER_S", 1e6)
     assert prediction("auto").metrics == prediction("stay").metrics
-    assert planned().pools[1].answer_returns is None
+    assert planned.__wrapped__().pools[1].answer_returns is None
 
 
 def test_hand_overs_keep_their_state_slots() -> None:

@@ -310,7 +310,7 @@ def check_numbers(config: ModelConfig, folder: Path) -> None:
 
 @pytest.mark.slow
 @settings(
-    max_examples=50 * FUZZ,
+    max_examples=25 * FUZZ,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -81,6 +81,7 @@ def test_a_replica_that_goes_moves_only_its_own(gone: int) -> None:
     assert all(60 < counts[replica] < 150 for replica in range(5))
 
 
+@pytest.mark.slow
 @given(st.integers(1, 6), st.lists(st.text(max_size=4), max_size=60), st.integers(0, 10**6))
 def test_new_sessions_keep_the_loads_within_bounds(n: int, names: list[str], seed: int) -> None:
     affinity, rng = Affinity(n, PAGE, 10), random.Random(seed)

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import batch_fake
 import pytest
 from batch_fake import LIMITS, FakeEngine, FakeTokenizer, plan
 from click.testing import CliRunner
@@ -489,6 +490,7 @@ def test_two_runs_on_one_output(run: Runner) -> None:
             run([row(0)])
 
 
+@pytest.mark.slow
 def test_gz_input_and_stdout(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl.gz", [row(i) for i in range(5)])
     done = subprocess.run([sys.executable, FAKE, source, "-"], capture_output=True, check=True)
@@ -533,22 +535,12 @@ def test_kill_9_at_any_moment(name: str, order: str, tmp_path: Path) -> None:
     """Die at the first, second, third ... event that touches a file, and go on each time."""
     source = write(tmp_path / "in.jsonl", [row(i) for i in range(24)])
     clean = tmp_path / "clean.jsonl"
-    subprocess.run([sys.executable, FAKE, source, clean, "--order", order], check=True)
+    assert batch_fake.run(source, clean, "--order", order) == 0
     target, rng, kills = tmp_path / name, random.Random(name + order), 0
     while kills < 20:
-        command = [
-            sys.executable,
-            FAKE,
-            source,
-            target,
-            "--order",
-            order,
-            "--die-after",
-            str(
-                rng.randrange(1, 40 + 4 * kills)
-            ),  # small ones too: a run from nothing must be able to die
-        ]
-        kills += subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        most = rng.randrange(1, 40 + 4 * kills)  # few too: a run from nothing must be able to die
+        code = batch_fake.run(source, target, "--order", order, "--die-after", most)
+        kills += code == -signal.SIGKILL
         if target.exists():
             ids = [line["custom_id"] for line in read(target)]
             assert len(ids) == len(set(ids))
@@ -559,7 +551,7 @@ def test_kill_9_at_any_moment(name: str, order: str, tmp_path: Path) -> None:
             and len(read(target)) == 24
         ):
             target.unlink()  # it got through: begin again
-    subprocess.run([sys.executable, FAKE, source, target, "--order", order], check=True)
+    assert batch_fake.run(source, target, "--order", order) == 0
     key = lambda line: line["custom_id"]  # noqa: E731
     got, wanted = read(target), read(clean)
     assert (
@@ -568,21 +560,24 @@ def test_kill_9_at_any_moment(name: str, order: str, tmp_path: Path) -> None:
     assert not (tmp_path / f"{name}.resume").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_drains_and_the_next_run_goes_on(number: int, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [row(i) for i in range(300)])
     target = tmp_path / "o.jsonl"
-    process = subprocess.Popen([sys.executable, FAKE, source, target, "--step-ms", "10"])
+    process = batch_fake.started(source, target, "--step-ms", 10)
     while not target.exists() or target.stat().st_size == 0:
-        assert process.poll() is None
+        assert process.exitcode is None
         time.sleep(0.02)
-    process.send_signal(number)
-    assert process.wait(20) == 130
+    assert process.pid
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == 130
     some = read(target)
     assert 0 < len(some) < 300
     numbers = [int(line["custom_id"][1:]) for line in some]
     assert numbers == sorted(numbers)
-    subprocess.run([sys.executable, FAKE, source, target], check=True)
+    assert batch_fake.run(source, target) == 0
     assert [line["custom_id"] for line in read(target)] == [f"c{i}" for i in range(300)]
 
 

@@ -14,6 +14,8 @@ from tokenspeed_plan.planner.advisor.plan_prices import batch_prediction, step_p
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.plans.bundle import load_plan
 
+pytestmark = pytest.mark.slow  # whole processes, or whole models
+
 BENCH = (
     "bench",
     str(ROOT / "plans/frozen/demo-cpu"),

@@ -21,6 +21,8 @@ from conftest import ROOT
 from scripted import write_scripted
 from serving import KEY, Server, good_server
 
+pytestmark = pytest.mark.slow  # whole processes, or whole models
+
 CITY = {"city": {"type": "string"}, "days": {"type": "integer"}}
 TOOLS: list[Any] = [tool("get_weather", CITY, required=["city"]), tool("list", {})]
 ARGUMENTS = {"city": 'Paris </parameter> "<é>"\n', "days": 3}

@@ -102,12 +102,12 @@ def test_conversations_without_recurrent_state(name: str, family: Any) -> None:
     assert not any(buffer.arena == "state" for buffer in plan.pool.buffers)
     conversations = converse(plan, folder, 16, 3)
     engine = Engine.from_plan(squeezed(plan, **PRESSURE), folder)
-    replay(engine, conversations, 3, cancel=0.1)
+    replay(engine, conversations, 3, cancel=0.05)
     check_all_is_given_back(engine.scheduler.cache)
     assert engine.metrics.evicted_pages
     assert engine.metrics.hit_tokens > 500
     engine = poisoned(squeezed(plan, **PRESSURE), folder)
-    replay(engine, conversations[:6], 1, cancel=0.1)
+    replay(engine, conversations[:6], 1, cancel=0.05)
 
 
 def test_without_state_every_page_is_a_hit(family: Any) -> None:

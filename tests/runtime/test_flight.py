@@ -115,6 +115,7 @@ def run_at_random(engine: Engine, rng: random.Random, count: int) -> None:
     check_cached_states(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("depth", "rollback"), [(0, ""), (2, "snapshot"), (3, "recompute")])
 @pytest.mark.parametrize("ahead", [True, False])
 def test_answers_are_right_whatever_comes_and_goes(

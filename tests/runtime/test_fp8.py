@@ -161,6 +161,7 @@ def loaded(folder: Path, word: str, rank: int) -> Tensors:
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_rank_loads_its_blocks(rank: int, tmp_path: Path) -> None:
     wide = {"shared_expert_intermediate_size": 256, "moe_intermediate_size": 256}

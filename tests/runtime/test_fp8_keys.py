@@ -77,6 +77,7 @@ def test_keys_give_the_tokens_of_transformers_with_rounded_ones(name: str, tmp_p
     assert ids_of(folder, speculation={"depth": 2, "acceptance": 0.9}) == wanted
 
 
+@pytest.mark.slow
 def test_a_plan_halves_the_bytes_of_keys_and_says_so(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "moe", KINDS["moe"])
     plain, small = plan_of(folder, "bf16"), plan_of(folder)
@@ -94,6 +95,7 @@ def test_a_plan_halves_the_bytes_of_keys_and_says_so(tmp_path: Path) -> None:
     assert not [item for item in plain.decisions if item.name == "kv_dtype"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "taken", "other"), [("tpot", "fp8", "bf16"), ("turn_time", "bf16", "fp8")]
 )

@@ -187,6 +187,7 @@ def test_what_cannot_be_compiled(name: str, compiler: GrammarCompiler) -> None:
         compiler.compile({"type": "const_string", "value": "x" * (1 << 19)})
 
 
+@pytest.mark.slow
 def test_what_a_form_may_take(
     folder: Path, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -490,6 +490,7 @@ def kept_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_is_kept_with_what_was_predicted(bundle: Path, history: Path) -> None:
     secret = "def secret_name(x):"
     assert cli("run", bundle, "--prompt", secret, "--max-tokens", 30).exit_code == 0
@@ -502,6 +503,7 @@ def test_a_run_is_kept_with_what_was_predicted(bundle: Path, history: Path) -> N
     assert "secret" not in text and str(bundle.parent) not in text
 
 
+@pytest.mark.slow
 def test_bench_is_kept(bundle: Path, history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenspeed_plan.runtime.bench.machine.READ_BYTES", {"cpu": 1 << 16})
     monkeypatch.setattr(
@@ -516,6 +518,7 @@ def test_bench_is_kept(bundle: Path, history: Path, monkeypatch: pytest.MonkeyPa
     assert programs["steps"][0]["predicted_us"] > 0
 
 
+@pytest.mark.slow
 def test_the_history_can_be_off(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -525,6 +528,7 @@ def test_the_history_can_be_off(
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "full", "under a file", "locked"])
 def test_a_history_that_cannot_be_written_fails_no_run(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

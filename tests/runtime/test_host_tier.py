@@ -64,7 +64,7 @@ def test_answers_do_not_depend_on_the_host(
     plan = with_host(plan_for(checkpoint("moe"), kind), *HOSTS[host])
     engine = Engine.from_plan(captured(plan) if ahead else plan, checkpoint("moe"))
     slots = late(engine)
-    replay(engine, conversations, 1, cancel=0.1)
+    replay(engine, conversations, 1, cancel=0.05)
     tier = engine.scheduler.host_tier
     while slots.open:
         tier.poll(is_idle=True)
@@ -93,6 +93,7 @@ def stateless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_family(tmp_path_factory.mktemp("models") / "qwen3", "qwen3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["moe", "qwen3"])
 def test_conversations_in_turn_come_back_from_the_host(
     kind: str, stateless: Path, checkpoint: Any

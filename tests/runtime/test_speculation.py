@@ -204,6 +204,27 @@ def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, rollback: str, tra
     check_all_is_given_back(engine.scheduler.cache)
 
 
+def ending(engine: Engine, params: SamplingParams) -> tuple[tuple[int, ...], str, str]:
+    """An answer to the first prompt, and why it has ended."""
+    (done,) = engine.generate(PROMPTS[:1], params)
+    return done.token_ids, done.text, done.finish_reason
+
+
+@cache
+def endings(folder: Path) -> list[tuple[SamplingParams, Any]]:
+    """Token limits, stop tokens and stop strings, and the answers without drafts."""
+    plain = engine_of(folder, 0)
+    (whole,) = tokens_of(plain, PROMPTS[:1], 40)
+    assert plain.tokenizer is not None
+    ends: list[dict[str, Any]] = [{"max_tokens": most} for most in range(1, 12)]
+    ends += [{"stop_token_ids": (token,)} for token in dict.fromkeys(whole)]
+    # More stop tokens than the kernel compares.
+    ends += [{"stop_token_ids": tuple(range(t, t + 200))} for t in (0, 100, 250)]
+    ends += [{"stop": (plain.tokenizer.decode([token]),)} for token in dict.fromkeys(whole[8:24])]
+    every = [SamplingParams(**{"max_tokens": 40, "ignore_eos": True} | each) for each in ends]
+    return [(params, ending(plain, params)) for params in every]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ahead", "rollback"), [(False, "snapshot"), (True, "snapshot"), (True, "recompute")]
@@ -211,23 +232,24 @@ def test_more_than_fits_is_preempted_and_goes_on(ahead: bool, rollback: str, tra
 def test_ends_in_the_middle_of_a_run(ahead: bool, rollback: str, trained: Any) -> None:
     """Token limits, stop tokens and stop strings end answers as they do without speculation."""
     folder = trained("dense")
-    plain, plan = engine_of(folder, 0), plan_of(folder, 4, rollback)
+    plan = plan_of(folder, 4, rollback)
     fast = Engine.from_plan(captured(plan) if ahead else plan, folder)
-    (whole,) = tokens_of(plain, PROMPTS[:1], 40)
-    assert plain.tokenizer is not None
-    ends = [{"most": most} for most in range(1, 12)]
-    ends += [{"stop_token_ids": (token,)} for token in dict.fromkeys(whole)]
-    # More stop tokens than the kernel compares.
-    ends += [{"stop_token_ids": tuple(range(t, t + 200))} for t in (0, 100, 250)]
-    ends += [{"stop": (plain.tokenizer.decode([token]),)} for token in dict.fromkeys(whole[8:24])]
-    for index, changes in enumerate(ends):
-        params = SamplingParams(
-            **{"max_tokens": changes.pop("most", 40), "ignore_eos": True} | changes
-        )
-        found = [engine.generate(PROMPTS[:1], params)[0] for engine in (plain, fast)]
-        want, got = ((d.token_ids, d.text, d.finish_reason) for d in found)
-        assert got == want, (index, changes)
+    for params, wanted in endings(folder):
+        assert ending(fast, params) == wanted, params
     check_all_is_given_back(fast.scheduler.cache)
+
+
+@cache
+def plain_engine(folder: Path) -> Engine:
+    """Without drafts and without a cache."""
+    return engine_of(folder, 0, cache=False)
+
+
+@cache
+def plain_answer(folder: Path, prompt: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """The answer of that engine."""
+    (ids,) = tokens_of(plain_engine(folder), [list(prompt)], most)
+    return ids
 
 
 @pytest.mark.slow
@@ -242,14 +264,11 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(
     last step, which is at most `query_len` tokens earlier.
     """
     folder, plan = trained("dense"), plan_of(trained("dense"), 4, rollback)
-    fast, plain = (
-        Engine.from_plan(captured(plan) if ahead else plan, folder),
-        engine_of(folder, 0, cache=False),
-    )
+    fast = Engine.from_plan(captured(plan) if ahead else plan, folder)
     exact = 0
     for number in range(24):
         prompt = [number, *PROMPTS[1]]
-        ((*_, last),) = tokens_of(plain, [prompt], 8 + number)
+        *_, last = plain_answer(folder, tuple(prompt), 8 + number)
         ends = (
             {"max_tokens": 8 + number}
             if number % 2
@@ -262,7 +281,7 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(
         missing = len(prompt) + len(first.token_ids) - 1 - second.num_cached_tokens
         exact += not missing
         assert missing == 0 if rollback == "snapshot" else missing <= (1 if ahead else 5)
-        assert [second.token_ids] == tokens_of(plain, [turn], 12)
+        assert second.token_ids == plain_answer(folder, tuple(turn), 12)
     if ahead:
         assert exact == 24 if rollback == "snapshot" else exact > 12
     assert fast.metrics.lost_checkpoints == 0

@@ -6,13 +6,17 @@ python batch_fake.py INPUT OUTPUT [--order ...] [--step-ms ...] [--die-after N]
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from forks import FORKS
 
 from tokenspeed_plan.plans.chat_format import Chat, ChatFormat
 from tokenspeed_plan.plans.errors import RequestError, TokenspeedError
@@ -115,7 +119,7 @@ def plan(digest: str = "d") -> BatchPlan:
     return BatchPlan(digest, "fake", 8, LIMITS, {"tpot_ms": 1.0})
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("input", type=Path)
     parser.add_argument("output", type=Path)
@@ -128,7 +132,7 @@ def main() -> int:
     parser.add_argument("--max-errors", type=int, default=0)
     parser.add_argument("--max-kept-bytes", type=int, default=MAX_KEPT_BYTES)
     parser.add_argument("--talk", action="store_true", help="Show the summary.")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.die_after:
         die_at_write(args.die_after)
     options = BatchOptions(
@@ -146,6 +150,25 @@ def main() -> int:
     except TokenspeedError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+
+
+def started(*words: object) -> BaseProcess:
+    """The command in a process that was forked from one that has loaded the product."""
+    process: BaseProcess = FORKS.Process(target=_be_run, args=([*map(str, words)],), daemon=True)
+    process.start()
+    return process
+
+
+def run(*words: object) -> int | None:
+    """The exit code of the command in a process of its own."""
+    process = started(*words)
+    process.join()
+    return process.exitcode
+
+
+def _be_run(words: Sequence[str]) -> None:
+    gc.freeze()
+    sys.exit(main(words))
 
 
 def die_at_write(count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -100,6 +101,7 @@ def be_worker(paths: tuple[Path, Path, Path], step_ms: float, clock_s: float, mo
 
     It is killed when it checks rows, or when it has rows of two shards, where it is so said.
     """
+    gc.freeze()
     if clock_s:
         real = time.time
         time.time = lambda: real() + clock_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
@@ -20,6 +21,7 @@ LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THR
 def be_rank(rank: int, world: int, port: int, args: Sequence[str], log: Path) -> None:
     """The command as torchrun starts it, with its output in a file."""
     os.environ |= LOOPBACK | {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
+    gc.freeze()
     torch.set_num_threads(1)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import resource
@@ -27,6 +28,7 @@ Main = Callable[..., None]
 def be_command(args: Sequence[str], log: Path, num_files: int | None = None) -> None:
     if num_files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (num_files, num_files))
+    gc.freeze()
     torch.set_num_threads(1)
     os.environ.pop("TOKENSPEED_API_KEY", None)
     with log.open("w") as file:
