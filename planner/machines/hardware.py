@@ -54,6 +54,10 @@ FORMAT_CLASSES = (*FP8_CLASSES, *FP4_CLASSES)
 TIME_KINDS = ("memory", "matrix", "launch", "collective", "host")
 MATRIX_DTYPES = (*get_args(DType), "tf32")  # that a profile may have a rate for
 
+# The share of a large product's rate at which experts multiply full tiles, since they gather rows,
+# where nobody measured it (122B-A10B on an H200, chunks of 4,096 tokens, 2026-11-30).
+GROUPED_SHARE = 0.56
+
 # Bounds far from any machine, within which no time and no size leaves the numbers of a float.
 SMALLEST, LARGEST = 1e-9, 1e20
 Value = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
@@ -109,11 +113,14 @@ class HardwareSpec:
             waits for the one before it.
         waits_us: what a kernel loses besides its launch, from its first load to full speed and
             back, by class of operator.
-        residuals: busy time over the roofline's, by class of operator.
+        residuals: busy time over the roofline's, by class of operator, where its bytes bound it.
+        matrix_residuals: the same where its products do, of the classes that were measured so.
         errors: relative error of a prediction, by kind of time.
         sources: where each number comes from.
         libraries: what functions of libraries cost, by their keys in `LIBRARY_FUNCTIONS`.
         is_calibrated: whether its kernels were measured on such a machine.
+        whole_tiles: whether products have 128 columns a tile, whatever that leaves idle: kernels of
+            other engines, whose prices were fitted so.
     """
 
     name: str
@@ -152,6 +159,15 @@ class HardwareSpec:
     host_step_us: float = 0.0
     host_prompt_us: float = 0.0
     is_calibrated: bool = False
+    matrix_residuals: Mapping[str, float] = field(default_factory=dict)
+    whole_tiles: bool = False
+
+    def matrix_residual(self, name: str) -> float:
+        """Busy time over that of the tensor cores, of a kernel of a class that they bound."""
+        if name in self.matrix_residuals:
+            return self.matrix_residuals[name]
+        share = GROUPED_SHARE if name.startswith("grouped") else 1.0
+        return self.residuals[name] / share
 
     @property
     def borrows_prices(self) -> bool:
@@ -196,6 +212,7 @@ class Profile(_Section):
     all_reduce: dict[str, _Collective]
     waits: dict[str, _Number]
     residuals: dict[str, _Number]
+    matrix_residuals: dict[str, _Number] = {}
     errors: dict[str, _Number]
     libraries: dict[str, _Library] = {}
     measured: dict[str, str] = {}
@@ -213,6 +230,7 @@ class Profile(_Section):
             self.matrix_flops_per_s,
             self.waits,
             self.residuals,
+            self.matrix_residuals,
             self.errors,
             libraries,
         )
@@ -237,10 +255,12 @@ _NOT_NUMBERS = {
     "gather_us",
     "waits_us",
     "residuals",
+    "matrix_residuals",
     "errors",
     "sources",
     "libraries",
     "is_calibrated",
+    "whole_tiles",
 }
 _TABLES = {"one_shot", "two_shot", "push", "library", "gather"}
 _INTEGERS = {field.name for field in fields(HardwareSpec) if field.type == "int"}
@@ -275,6 +295,8 @@ def read_profile(text: str, name: str) -> Profile:
     own = [key for key in FORMAT_CLASSES if key in profile.waits or key in profile.residuals]
     _check_names(name, "waits", (*OP_CLASSES, *own), profile.waits)
     _check_names(name, "residuals", (*OP_CLASSES, *own), profile.residuals)
+    for key in sorted(set(profile.matrix_residuals).difference(profile.residuals)):
+        raise _bad(name, f"`matrix_residuals.{key}` is unknown")
     _check_names(name, "errors", TIME_KINDS, profile.errors)
     _check_libraries(name, profile)
     _check_values(name, profile)
@@ -371,6 +393,7 @@ def to_hardware(profile: Profile) -> HardwareSpec:
         gather_us=tables.get("gather", {}),
         waits_us=_values(profile.waits),
         residuals=_values(profile.residuals),
+        matrix_residuals=_values(profile.matrix_residuals),
         errors=_values(profile.errors),
         sources=_sources(profile),
         libraries={

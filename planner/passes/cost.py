@@ -14,6 +14,7 @@ from functools import cache
 from statistics import NormalDist
 from typing import Literal
 
+from tokenspeed_plan.codegen.dense.dense_tiling import filling_tile, shares_depth
 from tokenspeed_plan.codegen.tiling import GEMV_ROWS
 from tokenspeed_plan.planner.graph import LIBRARY_MARGIN, Op, OpGraph
 from tokenspeed_plan.planner.machines.hardware import HardwareSpec, gather_us, library_us, push_us
@@ -432,18 +433,31 @@ def library_time_of(
 ) -> OpTime:
     """Predicted time of a library's function in the place of a kernel."""
     price = hardware.libraries[name]
-    memory_s, matrix_s = _roofline_s(op, work, load, hardware)
-    bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
-    busy_us = max(memory_s, matrix_s) * 1e6 * price.residual
+    roof = roof_of(op, work, load, hardware)
+    busy_us, bound = roof.busy(price.residual, price.residual)
     return OpTime(hardware.launch_us + price.wait_us, busy_us, bound)
 
 
-def _roofline_s(
-    op: CostedOp, work: Work, load: Load, hardware: HardwareSpec
-) -> tuple[float, float]:
-    """Seconds of the memory, and of the tensor cores."""
+@dataclass(frozen=True, slots=True)
+class Roof:
+    """Microseconds of the memory, and of the tensor cores, at their measured rates."""
+
+    memory_us: float
+    matrix_us: float
+
+    def busy(self, memory: float, matrix: float) -> tuple[float, Literal["memory", "matrix"]]:
+        """The longer of the two, each times its factor, and which one it is."""
+        memory_us, matrix_us = self.memory_us * memory, self.matrix_us * matrix
+        if memory_us >= matrix_us:
+            return memory_us, "memory"
+        return matrix_us, "matrix"
+
+
+def roof_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> Roof:
+    """The roofline of an operator whose work is known."""
     memory_s = work.moved_bytes / hardware.read_bytes_per_s
-    return memory_s, sum(_matrix_s(member, load, hardware) for member in op.members)
+    matrix_s = sum(_matrix_s(member, load, hardware) for member in op.members)
+    return Roof(memory_s * 1e6, matrix_s * 1e6)
 
 
 def kernel_time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec) -> OpTime:
@@ -452,12 +466,11 @@ def kernel_time_of(op: CostedOp, work: Work, load: Load, hardware: HardwareSpec)
     if collective and op.is_collective:
         wait_us = _collective_us(collective, load, hardware)
         return OpTime(wait_us, 0.0, "collective", "collective")
-    memory_s, matrix_s = _roofline_s(op, work, load, hardware)
     # A head works on the last row of each sequence: the fewest rows that a member works on count.
     rows = min(member.rows(load) for member in op.members)
     name = hardware.priced(_class_of(op.heaviest, rows, load.num_seqs), op.variant)
-    busy_us = max(memory_s, matrix_s) * 1e6 * hardware.residuals[name]
-    bound: Literal["memory", "matrix"] = "memory" if memory_s >= matrix_s else "matrix"
+    roof = roof_of(op, work, load, hardware)
+    busy_us, bound = roof.busy(hardware.residuals[name], hardware.matrix_residual(name))
     if collective is None:
         wait_us = hardware.launch_us + hardware.waits_us[name]
         wait_us += op.waiting_tokens * hardware.delta_token_us
@@ -493,24 +506,40 @@ def _filled(member: _Member, load: Load, hardware: HardwareSpec) -> float:
     if not hardware.num_sms or not member.columns:
         return 1.0
     num_tokens = member.rows(load)
-    groups, rows = 1.0, float(num_tokens)
-    experts = member.experts
-    if experts:
-        groups = max(experts.hits(num_tokens, load.skew), 1.0)
-        rows = rows * experts.per_token / experts.ways / groups
-    tile = _tile_rows(rows, experts is not None)
-    padded, share = float(math.ceil(rows / tile) * tile), 1.0
-    if experts:
-        padded = tile * mean_tiles(float(f"{rows:.3g}"), tile)
-        share = GROUPED_SHARE
-    tiles = math.ceil(groups * padded / tile * member.columns / 128)
+    if member.experts:
+        return _filled_by_experts(member, member.experts, num_tokens, load.skew, hardware.num_sms)
+    m, n, splits = _tile(member, num_tokens, hardware)
+    padded = math.ceil(num_tokens / m) * m
+    tiles = padded // m * math.ceil(member.columns / n) * splits
     wave = math.ceil(tiles / hardware.num_sms) * hardware.num_sms
-    return share * rows / padded * tiles / wave
+    return num_tokens / padded * tiles / wave
 
 
-# The share of a large product's rate at which experts multiply full tiles, since they gather rows
-# (122B-A10B on an H200, chunks of 4,096 tokens).
-GROUPED_SHARE = 0.56
+def _tile(member: _Member, rows: int, hardware: HardwareSpec) -> tuple[int, int, int]:
+    """Rows and columns of the tile of a product, and the programs that share its depth.
+
+    Ours are narrower where few would leave multiprocessors without work, as the rules have it.
+    """
+    if hardware.whole_tiles:
+        return (16 if rows <= 16 else 64 if rows <= 64 else 128), 128, 1
+    if member.matrix_dtype == "fp8":
+        if shares_depth(rows, member.columns, hardware.num_sms):
+            return 64, 64, 4
+        return 64, 128, 1
+    return *filling_tile(rows, member.columns, hardware.num_sms), 1
+
+
+def _filled_by_experts(
+    member: _Member, experts: _Experts, num_tokens: int, skew: float, num_sms: int
+) -> float:
+    """The share of the tensor cores in use by the rows of experts, each of which ends in a tile."""
+    groups = max(experts.hits(num_tokens, skew), 1.0)
+    rows = num_tokens * experts.per_token / experts.ways / groups
+    tile = 16 if rows <= 16 else 64
+    padded = tile * mean_tiles(float(f"{rows:.3g}"), tile)
+    tiles = math.ceil(groups * padded / tile * member.columns / 128)
+    wave = math.ceil(tiles / num_sms) * num_sms
+    return rows / padded * tiles / wave
 
 
 @cache
@@ -523,9 +552,3 @@ def mean_tiles(rows: float, tile: int) -> float:
     law = NormalDist(rows, math.sqrt(rows))
     most = math.ceil((rows + 4.0 * math.sqrt(rows)) / tile)
     return 1.0 + math.fsum(1.0 - law.cdf(count * tile + 0.5) for count in range(1, most + 1))
-
-
-def _tile_rows(rows: float, experts: bool) -> int:
-    if rows <= 16:
-        return 16
-    return 64 if rows <= 64 or experts else 128
