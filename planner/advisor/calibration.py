@@ -7,15 +7,16 @@ published shapes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from tokenspeed_plan.planner.machines.hardware import (
     FORMAT_CLASSES,
     OP_CLASSES,
+    HardwareSpec,
     Profile,
     hardware_names,
     known_profiles,
@@ -33,6 +34,7 @@ NO_WAIT_US = 1e-6
 MIN_SAMPLES = 3  # samples of a class for which a line is fitted
 MIN_ERROR = 0.03
 MIN_RESIDUAL, MAX_RESIDUAL = 0.2, 20.0  # outside of these, the probe was too small
+_ROUNDS = 4  # in which samples find what bounds them
 MATRIX_CLASSES = ("product", "grouped", "attention_prefill", "delta_chunk")
 PROBES = ("qwen3.5-122b-a10b", "qwen3.5-27b")
 SMALL_PROBE = "qwen3.5-0.8b"
@@ -43,7 +45,7 @@ CHEAP = 0.5  # the price of a library's function in a probe, as a share of the k
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One kernel of a probe: its measured microseconds, and its busy time by the roofline.
+    """One kernel of a probe: its measured microseconds, and those of its roofline.
 
     Its class is that of the operator, or the function of a library that was called in its place.
     `waiting_tokens` of a sequence wait for another one in it.
@@ -51,21 +53,30 @@ class Sample:
 
     op_class: str
     measured_us: float
-    busy_us: float
+    memory_us: float
+    matrix_us: float = 0.0
     waiting_tokens: int = 0
+
+    @property
+    def busy_us(self) -> float:
+        """By the roofline."""
+        return max(self.memory_us, self.matrix_us)
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """By class: the wait and the residual factor that explain the samples, and the error left.
+    """By class: the wait and the factors that explain the samples, and the error left.
 
-    `delta_token_us`: of a token that waits for another one, None where none was measured.
+    `matrix_residuals` are of classes of which some samples were bound by their products, and some
+    by their bytes. `delta_token_us`: of a token that waits for another one, None where none was
+    measured.
     """
 
     waits_us: Mapping[str, float]
     residuals: Mapping[str, float]
     errors: Mapping[str, float]
     delta_token_us: float | None = None
+    matrix_residuals: Mapping[str, float] = field(default_factory=dict)
 
 
 def probe(name: str, layers: int = LAYERS) -> ModelConfig:
@@ -115,7 +126,12 @@ def probe_spec(
     )
 
 
-def samples(program: Mapping[str, Any], kernels: Mapping[str, KernelSpec]) -> list[Sample]:
+Roofs = Mapping[str, tuple[float, float]]  # microseconds of the memory and of the tensor cores
+
+
+def samples(
+    program: Mapping[str, Any], kernels: Mapping[str, KernelSpec], roofs: Roofs
+) -> list[Sample]:
     """The kernels of a program as `bench` measured it.
 
     A kernel is timed alone, where it waits for the one before it. In the program a part of that
@@ -125,6 +141,7 @@ def samples(program: Mapping[str, Any], kernels: Mapping[str, KernelSpec]) -> li
     Args:
         program: measurements of the program and of each kernel.
         kernels: of the plan, by name.
+        roofs: of each kernel and library function of the program, for what was measured.
     """
     times = program["kernels"]
     alone_us = sum(each["total_us"] for each in times)
@@ -134,29 +151,50 @@ def samples(program: Mapping[str, Any], kernels: Mapping[str, KernelSpec]) -> li
     measured = []
     for each in times:
         taken_us = max(each["us"] - hidden_us, 0.0) * slower
-        measured.append(_sample(program, each, kernels, taken_us))
+        measured.append(_sample(program, each["kernel"], kernels, taken_us, roofs))
     return measured
 
 
 def _sample(
     program: Mapping[str, Any],
-    each: Mapping[str, Any],
+    name: str,
     kernels: Mapping[str, KernelSpec],
     taken_us: float,
+    roofs: Roofs,
 ) -> Sample:
     """One kernel of a program, or one function of a library that is called in its place."""
-    name, busy_us = each["kernel"], each["predicted_us"]
+    memory_us, matrix_us = roofs[name]
     if name in LIBRARY_FUNCTIONS:
-        return Sample(name, taken_us, busy_us / CHEAP)
+        return Sample(name, taken_us, memory_us, matrix_us)
     kernel = kernels[name]
     members = [part.kind for part in kernel.parts]
     rows = program["batch"] if "last_token" in members else program["tokens"]
     name = op_class(members, rows, program["batch"], variant_of(kernel))
-    return Sample(name, taken_us, busy_us, waiting_tokens(kernel.parts))
+    return Sample(name, taken_us, memory_us, matrix_us, waiting_tokens(kernel.parts))
+
+
+def at_rates(samples: Iterable[Sample], before: HardwareSpec, after: HardwareSpec) -> list[Sample]:
+    """The samples with the rooflines of other rates.
+
+    Args:
+        samples: priced at the rates of `before`.
+        before: the machine by whose rates plans were made.
+        after: the machine as it was measured.
+    """
+    memory = before.read_bytes_per_s / after.read_bytes_per_s
+    matrix = _matrix_rate(before) / _matrix_rate(after)
+    return [
+        replace(each, memory_us=memory * each.memory_us, matrix_us=matrix * each.matrix_us)
+        for each in samples
+    ]
+
+
+def _matrix_rate(hardware: HardwareSpec) -> float:
+    return hardware.matrix_flops_per_s["bf16"] * hardware.matrix_share
 
 
 def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
-    """Fit measured = wait + residual x busy for each class.
+    """Fit measured = wait + max(residual x memory, matrix residual x matrix) for each class.
 
     Where a class has few samples, the wait is a launch and only the residual is fitted. What
     kernels whose tokens wait for each other take beyond their class is the time of these tokens.
@@ -165,22 +203,70 @@ def fit(samples: Sequence[Sample], launch_us: float) -> Fit:
     samples = [sample for sample in samples if not sample.waiting_tokens]
     waits_us: dict[str, float] = {}
     residuals: dict[str, float] = {}
+    matrix: dict[str, float] = {}
     errors: dict[str, float] = {}
     for name in (*OP_CLASSES, *FORMAT_CLASSES, *LIBRARY_FUNCTIONS):
         own = [sample for sample in samples if sample.op_class == name]
         if not sum(sample.busy_us for sample in own):
             continue
-        if len(own) >= MIN_SAMPLES:
-            wait_us, slope = _line(own, launch_us)
-        else:
-            wait_us, slope = _slope(own, launch_us)
-        residual = min(max(slope, MIN_RESIDUAL), MAX_RESIDUAL)
-        waits_us[name], residuals[name] = wait_us, residual
-        errors[name] = _error(own, wait_us, residual)
+        line = _two_lines(own, launch_us)
+        if name in LIBRARY_FUNCTIONS:
+            line = _one_line(own, launch_us)
+        waits_us[name], residuals[name] = line.wait_us, line.memory
+        is_bound = not all(_waits_for_memory(sample, line) for sample in own)
+        if line.matrix != line.memory or (name.startswith("grouped") and is_bound):
+            matrix[name] = line.matrix
+        errors[name] = _error(own, line)
     token_us = None
     if in_turn:
         token_us = _token_us(in_turn, waits_us, residuals)
-    return Fit(waits_us, residuals, errors, token_us)
+    return Fit(waits_us, residuals, errors, token_us, matrix)
+
+
+class _Price(NamedTuple):
+    """What a kernel waits, and its factors over the roofline's two times."""
+
+    wait_us: float
+    memory: float
+    matrix: float
+
+    def at(self, sample: Sample) -> float:
+        """The microseconds of a sample."""
+        return self.wait_us + max(self.memory * sample.memory_us, self.matrix * sample.matrix_us)
+
+
+def _two_lines(samples: Sequence[Sample], launch_us: float) -> _Price:
+    """A line through the samples that wait for memory; the others have its wait, and a slope.
+
+    Few samples of a kind have no line of their own. What bounds a sample follows from the factors,
+    which follow from that: a few rounds settle it.
+    """
+    line = _one_line(samples, launch_us)
+    for _ in range(_ROUNDS):
+        bytes_bound = [one for one in samples if _waits_for_memory(one, line)]
+        others = [one for one in samples if not _waits_for_memory(one, line)]
+        if min(len(bytes_bound), len(others)) < MIN_SAMPLES:
+            return line
+        wait_us, memory, _ = _one_line(bytes_bound, launch_us)
+        line = _Price(wait_us, memory, _within(_slope(others, wait_us)[1]))
+    return line
+
+
+def _waits_for_memory(sample: Sample, line: _Price) -> bool:
+    return line.memory * sample.memory_us >= line.matrix * sample.matrix_us
+
+
+def _one_line(samples: Sequence[Sample], launch_us: float) -> _Price:
+    """The wait and the one factor that explain all samples; few have the wait of a launch."""
+    if len(samples) >= MIN_SAMPLES:
+        wait_us, slope = _line(samples, launch_us)
+    else:
+        wait_us, slope = _slope(samples, launch_us)
+    return _Price(wait_us, _within(slope), _within(slope))
+
+
+def _within(slope: float) -> float:
+    return min(max(slope, MIN_RESIDUAL), MAX_RESIDUAL)
 
 
 def _token_us(
@@ -227,11 +313,11 @@ def _line(samples: Sequence[Sample], launch_us: float) -> tuple[float, float]:
     return _slope(samples, 0.0)
 
 
-def _error(samples: Iterable[Sample], wait_us: float, residual: float) -> float:
+def _error(samples: Iterable[Sample], line: _Price) -> float:
     """The time by which the fit is wrong, as a share of all time of the class."""
     wrong_us = total_us = 0.0
     for sample in samples:
-        wrong_us += abs(wait_us + residual * sample.busy_us - sample.measured_us)
+        wrong_us += abs(line.at(sample) - sample.measured_us)
         total_us += sample.measured_us
     if not total_us:
         return 0.0
@@ -332,7 +418,8 @@ def bare(profile: Profile, libraries: bool = False) -> Profile:
     if libraries:
         wait, residual = ({"value": value, "source": "bare"} for value in (0.0, CHEAP))
         prices = {key: {"wait": wait, "residual": residual} for key in functions_of(profile)}
-    plain = Profile.model_validate(profile.model_dump() | {"libraries": prices})
+    changes = {"libraries": prices, "matrix_residuals": {}}
+    plain = Profile.model_validate(profile.model_dump() | changes)
     return with_numbers(
         plain,
         "bare",
@@ -376,6 +463,7 @@ def slower(
         text,
         waits=scaled(profile.waits, profile.waits),
         residuals=scaled(profile.residuals, profile.residuals),
+        matrix_residuals=scaled(profile.matrix_residuals, profile.matrix_residuals),
         errors={kind: spread for kind, error in errors.items() if error < spread},
     )
 
@@ -407,6 +495,8 @@ def calibrated(
     }
     known = profile.model_dump()
     known["libraries"] |= libraries
+    for name in residuals:  # of a class that was measured
+        known["matrix_residuals"].pop(name, None)
     numbers = {"launch_us": launch}
     if result.delta_token_us is not None:
         numbers["delta_token_us"] = result.delta_token_us
@@ -417,6 +507,7 @@ def calibrated(
         text,
         waits=waits,
         residuals=residuals,
+        matrix_residuals=result.matrix_residuals,
         errors=_errors(result),
     )
     return changed.model_copy(update={"measured": dict(measured)})
