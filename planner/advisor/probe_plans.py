@@ -7,6 +7,7 @@ need no GPU: they may be made before one is held, and are kept in a folder.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -203,11 +204,20 @@ def planned(name: str, work: Work, base: Profile, folder: Path) -> ProbePlan:
     target = folder / name / work.name
     if _read_roofs(target).get("made_for") != key:
         profile = folder / f"bare{'-libraries' * calls_libraries}.yaml"
-        folder.mkdir(parents=True, exist_ok=True)
-        profile.write_text(dump(roofline, "A roofline without waiting."), encoding="utf-8")
+        _write_once(profile, dump(roofline, "A roofline without waiting."))
         _make(name, work, profile, target, key)
     roofs = _read_roofs(target)["roofs"]
     return ProbePlan(work, load_plan(target), target, roofs)
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write a file whole, since others may make plans in the same folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    own = path.with_suffix(f".{os.getpid()}")
+    own.write_text(text, encoding="utf-8")
+    own.replace(path)
 
 
 def _read_roofs(target: Path) -> dict[str, Any]:
