@@ -64,13 +64,15 @@ class StepLine(_Line):
 
 
 class HostLine(_Line):
-    """The host's microseconds of a step, and for each sequence and each new prompt."""
+    """The host's microseconds of a step, for each sequence, each new prompt and each launch."""
 
     what: Literal["host"] = "host"
     probe: str
     step_us: NotNegative
     seq_us: NotNegative
     prompt_us: NotNegative
+    prefill_us: NotNegative = 0.0
+    launch_us: NotNegative = 0.0
 
 
 class _AnyLine(BaseModel):

@@ -298,15 +298,16 @@ def _fitted(profile: Profile, base: Profile, measured: Measured) -> Profile:
 
 def _with_host(profile: Profile, host: HostLine) -> Profile:
     """The profile with the host's work for a step of the engine."""
-    terms = {"step": host.step_us, "seq": host.seq_us, "prompt": host.prompt_us}
-    numbers = {f"host_{key}_us": value for key, value in terms.items()}
+    terms = host.model_dump(include={"step_us", "seq_us", "prompt_us", "prefill_us", "launch_us"})
+    numbers = {f"host_{key}": value for key, value in terms.items()}
     text = (
         f"`tokenspeed calibrate`: steps of the engine on {host.probe}, less what it waited for "
         "tokens"
     )
     click.echo(
-        f"the host works {host.step_us:.0f} us for a step, {host.seq_us:.2f} for each sequence, "
-        f"{host.prompt_us:.0f} for each new prompt",
+        f"the host works {host.step_us:.0f} us for a step, {host.prefill_us:.0f} more with "
+        f"prompts, {host.seq_us:.2f} for each sequence, {host.prompt_us:.0f} for each new prompt, "
+        f"{host.launch_us:.1f} for a launch",
         err=True,
     )
     return calibration.with_numbers(profile, "host", numbers, text)

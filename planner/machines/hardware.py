@@ -100,6 +100,8 @@ class HardwareSpec:
         host_us: host work of a step that no GPU work hides.
         host_step_us, host_seq_us, host_prompt_us: host work for a step, for each sequence of it,
             and for each prompt that it begins, which GPU work hides where that is longer.
+        host_prefill_us: the same for a step that begins prompts, however many.
+        host_launch_us: for a kernel of a prefill step, which are launched one after the other.
         link_bytes_per_s: to the other GPUs of a node, one direction, all links.
         host_bytes_per_s: between pinned memory of the host and the GPU, one direction.
         nic_bytes_per_s, nic_us: to another node, for each GPU.
@@ -158,6 +160,8 @@ class HardwareSpec:
     libraries: Mapping[str, LibraryPrice] = field(default_factory=dict)
     host_step_us: float = 0.0
     host_prompt_us: float = 0.0
+    host_prefill_us: float = 0.0
+    host_launch_us: float = 0.0
     is_calibrated: bool = False
     matrix_residuals: Mapping[str, float] = field(default_factory=dict)
     whole_tiles: bool = False
@@ -269,7 +273,7 @@ NUMBERS = tuple(field.name for field in fields(HardwareSpec) if field.name not i
 _UNUSED = {"host_memory_bytes", "l2_bytes"}
 _MOST = {"gpus_per_node": 1024, "num_sms": 4096, "page_size": 4096, "prefill_chunk": 1 << 20}
 # Profiles that older versions wrote lack these, which are 0 then.
-_MAY_BE_MISSING = {"host_step_us", "host_prompt_us"}
+_MAY_BE_MISSING = {"host_step_us", "host_prompt_us", "host_prefill_us", "host_launch_us"}
 _MAY_BE_ZERO = _MAY_BE_MISSING | {
     "delta_token_us",
     "host_seq_us",

@@ -13,7 +13,9 @@ from click.testing import CliRunner
 
 from tokenspeed_plan.planner.advisor import calibration as calibrate
 from tokenspeed_plan.planner.advisor import measured_probes, probe_plans
+from tokenspeed_plan.planner.advisor.step_model import StepModel
 from tokenspeed_plan.planner.cli import main
+from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import (
     find_hardware,
     gather_us,
@@ -22,6 +24,7 @@ from tokenspeed_plan.planner.machines.hardware import (
     read_profile,
     to_hardware,
 )
+from tokenspeed_plan.planner.models.config import load_preset
 from tokenspeed_plan.planner.passes.cost import Load, variant_of
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.fp8_format import FP8, FP8_ROWS
@@ -329,3 +332,15 @@ def test_what_was_measured_is_fitted_again_without_the_machine(tmp_path: Path) -
     path.write_text("{}\n", encoding="utf-8")
     done = CliRunner().invoke(main, args)
     assert done.exit_code == 2 and f"`{path}`, line 1" in done.stderr
+
+
+def test_a_prompt_waits_for_its_launches_where_they_take_longer() -> None:
+    """A small model's kernels end before the next one is launched."""
+    config = load_preset("qwen3.5-0.8b")[0]
+    slow = replace(find_hardware("H200"), host_launch_us=50.0)
+    alone = ParallelLayout(1, 1, 1)
+    model, waiting = StepModel(config, find_hardware("H200")), StepModel(config, slow)
+    short = waiting.prefill(alone, 32, 0)
+    assert short.total_us == pytest.approx(50.0 * short.launches + slow.host_us)
+    assert waiting.prefill(alone, 8192, 0) == model.prefill(alone, 8192, 0)
+    assert waiting.decode(alone, 1, 32) == model.decode(alone, 1, 32)
