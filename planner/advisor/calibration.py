@@ -78,6 +78,10 @@ class Fit:
     delta_token_us: float | None = None
     matrix_residuals: Mapping[str, float] = field(default_factory=dict)
 
+    def matrix_factor(self, name: str) -> float:
+        """Of a class whose products bound it."""
+        return self.matrix_residuals.get(name, self.residuals[name])
+
 
 def probe(name: str, layers: int = LAYERS) -> ModelConfig:
     """The first layers of a published model."""
@@ -474,7 +478,12 @@ def functions_of(profile: Profile) -> list[str]:
 
 
 def calibrated(
-    profile: Profile, result: Fit, launch_us: float, text: str, measured: Mapping[str, str]
+    profile: Profile,
+    result: Fit,
+    launch_us: float,
+    text: str,
+    measured: Mapping[str, str],
+    error: float | None = None,
 ) -> Profile:
     """The profile with what the probes showed.
 
@@ -484,6 +493,7 @@ def calibrated(
         launch_us: of a chain of tiny kernels.
         text: description of the measurement.
         measured: machine, date and versions.
+        error: relative, of each kind of time; None for that of the samples themselves.
     """
     launch = max(min(launch_us, result.waits_us["stream"]), NO_WAIT_US)
     waits = {name: max(wait_us - launch, 0.0) for name, wait_us in result.waits_us.items()}
@@ -508,7 +518,7 @@ def calibrated(
         waits=waits,
         residuals=residuals,
         matrix_residuals=result.matrix_residuals,
-        errors=_errors(result),
+        errors=_errors(result, error),
     )
     return changed.model_copy(update={"measured": dict(measured)})
 
@@ -517,8 +527,10 @@ def _number(value: float) -> dict[str, Any]:
     return {"value": _rounded(value), "source": "probes"}
 
 
-def _errors(result: Fit) -> dict[str, float]:
-    """The error of each kind of time, from the classes of kernels that it limits."""
+def _errors(result: Fit, error: float | None) -> dict[str, float]:
+    """The error of each kind of time: of steps that were held out, or of classes that it limits."""
+    if error is not None:
+        return dict.fromkeys(("memory", "matrix", "launch"), max(error, MIN_ERROR))
     stream = result.errors["stream"]
     errors = {"memory": max(stream, MIN_ERROR), "launch": max(stream, 2 * MIN_ERROR)}
     matrix = [result.errors[name] for name in MATRIX_CLASSES if name in result.errors]

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tokenspeed_plan.planner.advisor.calibration import Sample
+from tokenspeed_plan.planner.advisor.calibration import Sample, at_rates
+from tokenspeed_plan.planner.advisor.held_out import HeldStep
 from tokenspeed_plan.planner.foreign_yaml import read_file
+from tokenspeed_plan.planner.machines.hardware import HardwareSpec
 from tokenspeed_plan.plans.errors import SpecError
 from tokenspeed_plan.plans.text import first_complaint
 
@@ -88,9 +90,18 @@ class Measured:
     host: HostLine | None
 
     @property
-    def samples(self) -> list[Sample]:
-        """The kernels of all steps."""
-        return [_sample(kernel) for step in self.steps for kernel in step.kernels]
+    def probes(self) -> list[str]:
+        """Their names."""
+        return sorted({step.probe for step in self.steps})
+
+    def at_rates(self, before: HardwareSpec, after: HardwareSpec) -> list[HeldStep]:
+        """The steps with the rooflines of other rates; see `calibration.at_rates`."""
+        found = []
+        for step in self.steps:
+            samples = at_rates(map(_sample, step.kernels), before, after)
+            calls = [kernel.calls for kernel in step.kernels]
+            found.append(HeldStep(step.probe, list(zip(calls, samples, strict=True))))
+        return found
 
 
 def _sample(kernel: KernelLine) -> Sample:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokenspeed_plan.planner.advisor import calibration
+from tokenspeed_plan.planner.advisor.held_out import error_share
 from tokenspeed_plan.planner.advisor.measured_probes import (
     HostLine,
     MachineLine,
@@ -284,16 +285,20 @@ def _with_machine(profile: Profile, machine: MachineLine) -> Profile:
 
 def _fitted(profile: Profile, base: Profile, measured: Measured) -> Profile:
     """The profile with what the probes and the host took."""
-    machine, probes = measured.machine, sorted({step.probe for step in measured.steps})
-    samples = calibration.at_rates(measured.samples, to_hardware(base), to_hardware(profile))
+    machine = measured.machine
+    steps = measured.at_rates(to_hardware(base), to_hardware(profile))
+    samples = [sample for step in steps for _, sample in step.kernels]
     result = calibration.fit(samples, machine.launch_us)
-    layers = f"{', '.join(probes)}, {calibration.LAYERS} layers each"
+    error = error_share(steps, machine.launch_us)
+    layers = f"{', '.join(measured.probes)}, {calibration.LAYERS} layers each"
     text = f"`tokenspeed calibrate` on {machine.name}: {len(samples)} kernels of {layers}"
     told = {"machine": machine.name, **machine.versions}
     _report(result)
+    if error is not None:
+        click.echo(f"steps of a probe that was held out: within {error:.0%} of each kind", err=True)
     if measured.host is not None:
         profile = _with_host(profile, measured.host)
-    return calibration.calibrated(profile, result, machine.launch_us, text, told)
+    return calibration.calibrated(profile, result, machine.launch_us, text, told, error)
 
 
 def _with_host(profile: Profile, host: HostLine) -> Profile:

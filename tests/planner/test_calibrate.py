@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from tokenspeed_plan.planner.advisor import calibration as calibrate
-from tokenspeed_plan.planner.advisor import measured_probes, probe_plans
+from tokenspeed_plan.planner.advisor import held_out, measured_probes, probe_plans
 from tokenspeed_plan.planner.advisor.step_model import StepModel
 from tokenspeed_plan.planner.cli import main
 from tokenspeed_plan.planner.layout import ParallelLayout
@@ -344,3 +344,20 @@ def test_a_prompt_waits_for_its_launches_where_they_take_longer() -> None:
     assert short.total_us == pytest.approx(50.0 * short.launches + slow.host_us)
     assert waiting.prefill(alone, 8192, 0) == model.prefill(alone, 8192, 0)
     assert waiting.decode(alone, 1, 32) == model.decode(alone, 1, 32)
+
+
+def test_intervals_are_as_wide_as_other_probes_need_them() -> None:
+    """Of ten steps nine lie inside; a probe is priced by what the other one was measured at."""
+
+    def step(probe: str, slower: float) -> held_out.HeldStep:
+        kernels = [(2, replace(each, measured_us=slower * each.measured_us)) for each in made]
+        return held_out.HeldStep(probe, kernels)
+
+    made = samples(0.0, {"stream": 1.5}, 0.0)
+    plain = [step("first", 1.0) for _ in range(10)]
+    other = [step("second", 1.1)] * 9 + [step("second", 2.0)]
+    found = held_out.error_share([*plain, *other], 0.9)
+    mean = 1.19  # the second probe's, by which steps of the first are priced
+    assert found == pytest.approx(mean - 1.0, rel=0.2)
+    assert held_out.error_share(plain, 0.9) is None
+    assert held_out.error_share([plain[0], other[0]], 0.9) is None
