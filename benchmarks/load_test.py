@@ -7,7 +7,8 @@
 `predict` needs no GPU. It sizes each load by its own simulation to about so many seconds, and
 simulates it three times: with the predicted times of steps, and with those at both ends of their
 intervals. `run` loads random weights once, runs the same requests (lengths, arrivals, seeds, random
-tokens) one load after the other, and prints and writes each as it ends. `table` has the errors of
+tokens) one load after the other, and prints and writes each as it ends; each adds a line to the
+history, with what each program took and what was predicted for its steps. `table` has the errors of
 all of them, their means, and the share inside the interval.
 
 Loads: a lone user, 16 users in a closed loop, requests at random times at 50 and 80 % of what the
@@ -35,16 +36,17 @@ import torch
 
 from tokenspeed_plan.planner.advisor.plan_prices import plan_steps
 from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
+from tokenspeed_plan.planner.commands.note_run import noted
 from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.bench import prepare
 from tokenspeed_plan.runtime.engine import Engine
-from tokenspeed_plan.runtime.execution.executor import Executor
 from tokenspeed_plan.runtime.loading.engine_loader import default_launch
 from tokenspeed_plan.runtime.request import SamplingParams
 from tokenspeed_plan.runtime.simulation.load import FILLER, Arrival, Turns, Users
-from tokenspeed_plan.runtime.simulation.load_results import Answered
+from tokenspeed_plan.runtime.simulation.load_results import Answered, Simulated
+from tokenspeed_plan.runtime.simulation.load_report import programs
 from tokenspeed_plan.runtime.simulation.load_run import simulate
 
 P95, LONGEST = 2.0, 4  # of lengths that vary, in means
@@ -174,11 +176,10 @@ class Forecaster:
         self.seconds = seconds
         self._capacity: float | None = None
 
-    def simulated(self, spec: LoadSpec, side: int = 0) -> tuple[dict[str, float], float]:
-        """The figures of a load, and its seconds."""
+    def simulated(self, spec: LoadSpec, side: int = 0) -> Simulated:
+        """A load, as it should be."""
         load = spec.load(self.plan.model.vocab_size)
-        found = simulate(self.plan, AtTheEnd(self.times, side), load)
-        return figures(found.answers, found.total_s), found.total_s
+        return simulate(self.plan, AtTheEnd(self.times, side), load)
 
     @property
     def capacity(self) -> float:
@@ -186,7 +187,7 @@ class Forecaster:
         if self._capacity is None:
             seqs = self.plan.pool.limits.max_seqs
             full = replace(self._spec("batch256", 4 * seqs), users=seqs)
-            self._capacity = full.requests / self.simulated(full)[1]
+            self._capacity = full.requests / self.simulated(full).total_s
         return self._capacity
 
     def _spec(self, name: str, requests: int) -> LoadSpec:
@@ -207,23 +208,25 @@ class Forecaster:
         spec = self._spec(name, TRIED)
         least = max(LEAST_REQUESTS, 2 * (spec.users or 0))
         spec = replace(spec, requests=max(TRIED, least))
-        wanted = round(spec.requests * self.seconds / self.simulated(spec)[1])
+        wanted = round(spec.requests * self.seconds / self.simulated(spec).total_s)
         requests = min(max(wanted, least), MOST_REQUESTS)
         return replace(spec, requests=-(-requests // spec.turns) * spec.turns)
 
     def forecast(self, name: str) -> dict[str, Any]:
         """A load, and what it should be like, with the ends of each figure's interval."""
         spec = self.sized(name)
-        predicted, total_s = self.simulated(spec)
-        ends = [self.simulated(spec, side)[0] for side in (-1, 1)]
+        middle, *others = (self.simulated(spec, side) for side in (0, -1, 1))
+        ends = [figures(each.answers, each.total_s) for each in others]
         intervals = {
             key: [min(end[key] for end in ends), max(end[key] for end in ends)] for key in FIGURES
         }
         return {
             "load": asdict(spec),
-            "predicted": predicted,
+            "predicted": figures(middle.answers, middle.total_s),
             "interval": intervals,
-            "seconds": total_s,
+            "seconds": middle.total_s,
+            "predicted_metrics": asdict(middle.metrics),
+            "predicted_programs": programs(middle.steps),
         }
 
 
@@ -266,23 +269,25 @@ class Runner:
     """
 
     def __init__(self, bundle: Path) -> None:
+        self.bundle = bundle
         self.plan: Plan = load_plan(bundle)
-        self.executor: Executor = prepare(self.plan, bundle, None, default_launch(self.plan))
+        self.engine = Engine(self.plan, prepare(self.plan, bundle, None, default_launch(self.plan)))
 
     def run(self, forecast: dict[str, Any], most_s: float) -> dict[str, Any]:
-        """The forecast with what was measured; a new engine has an empty cache."""
-        spec = LoadSpec(**forecast["load"])
-        engine = Engine(self.plan, self.executor)
-        self._warm(engine, spec)
+        """The forecast with what was measured; nothing of other loads begins as its prompts do."""
+        spec, engine = LoadSpec(**forecast["load"]), self.engine
+        self._warm(spec)
         limit_s = min(most_s, 2.0 * forecast["seconds"] + 2.0)
-        answers, total_s = run_load(engine, spec, limit_s)
-        measured = figures(answers, total_s)
+        before = asdict(engine.metrics)
+        with noted("bench", self.bundle, engine):
+            answers, total_s = run_load(engine, spec, limit_s)
+        spent = {name: round(n - before[name], 6) for name, n in asdict(engine.metrics).items()}
         counted = {"answered": len(answers), "measured_s": total_s}
-        metrics = {name: round(value, 6) for name, value in asdict(engine.metrics).items()}
-        return forecast | counted | {"measured": measured, "metrics": metrics}
+        return forecast | counted | {"measured": figures(answers, total_s), "metrics": spent}
 
-    def _warm(self, engine: Engine, spec: LoadSpec) -> None:
+    def _warm(self, spec: LoadSpec) -> None:
         """Answer a few rows, so that what is done once is done; then collect no garbage."""
+        engine = self.engine
         count = min(spec.users or 16, self.plan.pool.limits.max_seqs)
         random = torch.Generator().manual_seed(1 << 20)
         size = min(spec.prompt, self.plan.pool.limits.max_tokens)
