@@ -45,8 +45,8 @@ from tokenspeed_plan.runtime.engine import Engine
 from tokenspeed_plan.runtime.loading.engine_loader import default_launch
 from tokenspeed_plan.runtime.request import SamplingParams
 from tokenspeed_plan.runtime.simulation.load import FILLER, Arrival, Turns, Users
-from tokenspeed_plan.runtime.simulation.load_results import Answered, Simulated
 from tokenspeed_plan.runtime.simulation.load_report import programs
+from tokenspeed_plan.runtime.simulation.load_results import Answered, Simulated
 from tokenspeed_plan.runtime.simulation.load_run import simulate
 
 P95, LONGEST = 2.0, 4  # of lengths that vary, in means
