@@ -502,31 +502,42 @@ def _matrix_s(member: _Member, load: Load, hardware: HardwareSpec) -> float:
 
 
 def _filled(member: _Member, load: Load, hardware: HardwareSpec) -> float:
-    """The share of the tensor cores in use: rows are padded to a tile, tiles to a wave."""
-    if not hardware.num_sms or not member.columns:
+    """The share of the tensor cores in use: results are padded to tiles, tiles to a wave."""
+    num_sms = hardware.num_sms
+    if not num_sms or not member.columns:
         return 1.0
-    num_tokens = member.rows(load)
+    rows = member.rows(load)
     if member.experts:
-        return _filled_by_experts(member, member.experts, num_tokens, load.skew, hardware.num_sms)
-    m, n, splits = _tile(member, num_tokens, hardware)
-    padded = math.ceil(num_tokens / m) * m
-    tiles = padded // m * math.ceil(member.columns / n) * splits
-    wave = math.ceil(tiles / hardware.num_sms) * hardware.num_sms
-    return num_tokens / padded * tiles / wave
+        return _filled_by_experts(member, member.experts, rows, load.skew, num_sms)
+    if hardware.whole_tiles:
+        return _filled_by_whole(rows, member.columns, num_sms)
+    m, n, splits = _tile(member, rows, num_sms)
+    tiles = math.ceil(rows / m) * math.ceil(member.columns / n)
+    return rows * member.columns / (m * n * tiles) * _of_waves(tiles * splits, num_sms)
 
 
-def _tile(member: _Member, rows: int, hardware: HardwareSpec) -> tuple[int, int, int]:
+def _of_waves(tiles: int, num_sms: int) -> float:
+    """The share of multiprocessors that are busy until the last of so many tiles."""
+    return tiles / (math.ceil(tiles / num_sms) * num_sms)
+
+
+def _tile(member: _Member, rows: int, num_sms: int) -> tuple[int, int, int]:
     """Rows and columns of the tile of a product, and the programs that share its depth.
 
-    Ours are narrower where few would leave multiprocessors without work, as the rules have it.
+    It is narrower where few would leave multiprocessors without work, as the rules have it.
     """
-    if hardware.whole_tiles:
-        return (16 if rows <= 16 else 64 if rows <= 64 else 128), 128, 1
     if member.matrix_dtype == "fp8":
-        if shares_depth(rows, member.columns, hardware.num_sms):
+        if shares_depth(rows, member.columns, num_sms):
             return 64, 64, 4
         return 64, 128, 1
-    return *filling_tile(rows, member.columns, hardware.num_sms), 1
+    return *filling_tile(rows, member.columns, num_sms), 1
+
+
+def _filled_by_whole(rows: int, columns: int, num_sms: int) -> float:
+    """With tiles of 128 columns, however few there are."""
+    m = 16 if rows <= 16 else 64 if rows <= 64 else 128
+    padded = math.ceil(rows / m) * m
+    return rows / padded * _of_waves(math.ceil(padded / m * columns / 128), num_sms)
 
 
 def _filled_by_experts(
@@ -538,8 +549,7 @@ def _filled_by_experts(
     tile = 16 if rows <= 16 else 64
     padded = tile * mean_tiles(float(f"{rows:.3g}"), tile)
     tiles = math.ceil(groups * padded / tile * member.columns / 128)
-    wave = math.ceil(tiles / num_sms) * num_sms
-    return rows / padded * tiles / wave
+    return rows / padded * _of_waves(tiles, num_sms)
 
 
 @cache
