@@ -7,9 +7,8 @@
 `predict` needs no GPU. It sizes each load by its own simulation to about so many seconds, and
 simulates it three times: with the predicted times of steps, and with those at both ends of their
 intervals. `run` loads random weights once, runs the same requests (lengths, arrivals, seeds, random
-tokens) one load after the other, and prints and writes each as it ends; each adds a line to the
-history, with what each program took and what was predicted for its steps. `table` has the errors of
-all of them, their means, and the share inside the interval.
+tokens) one load after the other, and prints and writes each as it ends, with what the steps of each
+program took. `table` has the errors of all of them, their means, and the share inside the interval.
 
 Loads: a lone user, 16 users in a closed loop, requests at random times at 50 and 80 % of what the
 plan answers with all sequences taken (by the simulation), 128 and 256 sequences at once, and four
@@ -36,12 +35,12 @@ import torch
 
 from tokenspeed_plan.planner.advisor.plan_prices import plan_steps
 from tokenspeed_plan.planner.advisor.plan_steps import PlanSteps
-from tokenspeed_plan.planner.commands.note_run import noted
 from tokenspeed_plan.planner.token_lengths import Lengths
 from tokenspeed_plan.plans.bundle import load_plan
 from tokenspeed_plan.plans.schema import Plan
 from tokenspeed_plan.runtime.bench import prepare
 from tokenspeed_plan.runtime.engine import Engine
+from tokenspeed_plan.runtime.history.load_watch import LoadWatch
 from tokenspeed_plan.runtime.loading.engine_loader import default_launch
 from tokenspeed_plan.runtime.request import SamplingParams
 from tokenspeed_plan.runtime.simulation.load import FILLER, Arrival, Turns, Users
@@ -269,7 +268,6 @@ class Runner:
     """
 
     def __init__(self, bundle: Path) -> None:
-        self.bundle = bundle
         self.plan: Plan = load_plan(bundle)
         self.engine = Engine(self.plan, prepare(self.plan, bundle, None, default_launch(self.plan)))
 
@@ -279,11 +277,17 @@ class Runner:
         self._warm(spec)
         limit_s = min(most_s, 2.0 * forecast["seconds"] + 2.0)
         before = asdict(engine.metrics)
-        with noted("bench", self.bundle, engine):
-            answers, total_s = run_load(engine, spec, limit_s)
+        watch = LoadWatch(engine)
+        answers, total_s = run_load(engine, spec, limit_s)
+        engine.loop.watch = None
         spent = {name: round(n - before[name], 6) for name, n in asdict(engine.metrics).items()}
-        counted = {"answered": len(answers), "measured_s": total_s}
-        return forecast | counted | {"measured": figures(answers, total_s), "metrics": spent}
+        return forecast | {
+            "answered": len(answers),
+            "measured_s": total_s,
+            "measured": figures(answers, total_s),
+            "metrics": spent,
+            "measured_programs": [row.model_dump(mode="json") for row in watch.rows()],
+        }
 
     def _warm(self, spec: LoadSpec) -> None:
         """Answer a few rows, so that what is done once is done; then collect no garbage."""
