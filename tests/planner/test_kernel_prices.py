@@ -13,7 +13,7 @@ from tokenspeed_plan.planner.advisor.step_model import StepModel
 from tokenspeed_plan.planner.layout import ParallelLayout
 from tokenspeed_plan.planner.machines.hardware import find_hardware
 from tokenspeed_plan.planner.models.config import load_preset
-from tokenspeed_plan.planner.passes.cost import costed_op
+from tokenspeed_plan.planner.passes.cost import Load, costed_op, roof_of
 
 H200, ALONE = find_hardware("H200"), ParallelLayout(1, 1, 1)
 MIXTURE = load_preset("qwen3.5-35b-a3b")[0]
@@ -39,9 +39,11 @@ def test_columns_that_pad_the_last_tile_are_computed() -> None:
     """A router of 257 columns multiplies 384 with many rows."""
     graph = StepModel(MIXTURE, H200).graph(ALONE, "prefill", 8192)
     router = next(op for op in graph.ops if any(part.role == "router" for part in op.members))
-    columns = costed_op(graph, router).members[0].columns
-    assert columns == 257
-    assert filling_tile(8192, columns, H200.num_sms) == (128, 128)
+    costed, load = costed_op(graph, router), Load(8192, 1, 4096)
+    roof = roof_of(costed, costed.work(load), load, H200)
+    flops_per_s = H200.matrix_flops_per_s["bf16"] * H200.matrix_share
+    useful_us = 2.0 * 8192 * 257 * MIXTURE.hidden_size / flops_per_s * 1e6
+    assert roof.matrix_us >= useful_us * 384 / 257
 
 
 def test_only_the_rows_that_are_picked_are_read() -> None:
