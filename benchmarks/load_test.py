@@ -191,11 +191,11 @@ class Forecaster:
 
     def _spec(self, name: str, requests: int) -> LoadSpec:
         longest = self.plan.pool.limits.max_seq_len
-        prompt, output = min(1024, longest // 8), min(128, longest // 8)
         if name == "agents4":
-            turns, added = 6, prompt
+            turns, added, output = 6, min(800, longest // 16), min(128, longest // 16)
             room = longest - turns * output - (turns - 1) * added - 1
-            return LoadSpec(name, 4, requests, 0.0, min(8 * prompt, room), output, turns, added, 7)
+            return LoadSpec(name, 4, requests, 0.0, min(8192, room), output, turns, added, 7)
+        prompt, output = min(1024, longest // 8), min(128, longest // 8)
         users = {"lone": 1, "users16": 16, "batch128": 128, "batch256": 256}.get(name)
         rate = 0.0
         if users is None:
